@@ -12,6 +12,7 @@ import time
 
 import torch
 import torch.distributed as dist
+from tqdm import tqdm
 
 PATIENCE = 10  # seconds another rank leaves rank 0 to name an error that all ranks see
 
@@ -30,6 +31,44 @@ class ArgumentParser(argparse.ArgumentParser):
         fail(message)
 
 
+def number(kind, above=None, least=None, most=None):
+    """A `type=` for argparse: an int or a float within bounds (above is exclusive)."""
+    bounds = {"above": above, "at least": least, "at most": most}
+    wanted = " and ".join(f"{word} {bound}" for word, bound in bounds.items() if bound is not None)
+
+    def parse(text):
+        value = kind(text)
+        too_small = (above is not None and not value > above) or (least is not None and not value >= least)
+        if too_small or (most is not None and not value <= most):
+            raise argparse.ArgumentTypeError(f"found {text}, wanted a number {wanted}")
+        return value
+
+    parse.__name__ = kind.__name__  # argparse names it where the text is no number at all
+    return parse
+
+
+def add_sampling_flags(parser):
+    """The flags of every script that samples; `sampling_settings` turns them into arguments of samplers.generate."""
+    positive, non_negative = number(float, above=0), number(float, least=0)
+    add = parser.add_argument_group("sampling").add_argument
+    add("--sampler", choices=["gd", "ngd"], default="gd", help="gradient descent, or with Nesterov's momentum")
+    add("--num-sampling-steps", type=number(int, least=2), default=250, metavar="N", help="points; one evaluation less")
+    add("--stepsize", type=positive, default=0.0017, metavar="X", help="of the descent, eta")
+    add("--mu", type=non_negative, default=0.3, metavar="X", help="momentum of ngd")
+    add("--cfg-scale", type=non_negative, default=4.0, metavar="X", help="classifier-free guidance; 1 = off")
+
+
+def sampling_settings(args):
+    return {
+        "method": args.sampler,
+        "num_steps": args.num_sampling_steps,
+        "step_size": args.stepsize,
+        "momentum": args.mu,
+        "guidance": args.cfg_scale,
+        "precision": args.precision,
+    }
+
+
 def rank():
     return int(os.environ.get("RANK", 0))
 
@@ -42,10 +81,13 @@ def world_size():
     return int(os.environ.get("WORLD_SIZE", 1))
 
 
-def say(message):
-    """Print a line once, from rank 0."""
+def say(message, log=None):
+    """Print a line once, from rank 0, without tearing a progress bar; `log` is a file that gets it too."""
     if rank() == 0:
-        print(message, flush=True)
+        tqdm.write(message)
+        if log is not None:
+            with open(log, "a", encoding="utf-8") as file:
+                file.write(message + "\n")
 
 
 def fail(message, status=2):
@@ -73,19 +115,23 @@ def start():
     return device
 
 
+def is_started():
+    return dist.is_available() and dist.is_initialized()
+
+
 def stop():
-    if dist.is_initialized():
+    if is_started():
         dist.destroy_process_group()
 
 
 def barrier():
-    if dist.is_initialized():
+    if is_started():
         dist.barrier()
 
 
 def broadcast(value):
     """The Python value that rank 0 holds, on every rank."""
-    if not dist.is_initialized():
+    if not is_started():
         return value
     box = [value]
     dist.broadcast_object_list(box, src=0)
@@ -94,11 +140,19 @@ def broadcast(value):
 
 def gather(value):
     """The Python values of all ranks, in the order of the ranks, on every rank."""
-    if not dist.is_initialized():
+    if not is_started():
         return [value]
     values = [None] * world_size()
     dist.all_gather_object(values, value)
     return values
+
+
+def average(tensor):
+    """The mean of a tensor over all ranks, on every rank."""
+    if is_started():
+        dist.all_reduce(tensor)
+        tensor /= world_size()
+    return tensor
 
 
 def generator(seed, purpose, *numbers, device="cpu"):
@@ -113,3 +167,18 @@ def generator(seed, purpose, *numbers, device="cpu"):
     words = " ".join(str(part) for part in (seed, purpose, *numbers))
     digest = hashlib.blake2b(words.encode(), digest_size=8).digest()
     return torch.Generator(device).manual_seed(int.from_bytes(digest, "little") >> 1)
+
+
+def uniform(seed, purpose, stream, numbers):
+    """A number in [0, 1) for each sample of a stream, (len(numbers),) float32 on the CPU."""
+    return torch.stack([torch.rand((), generator=generator(seed, purpose, stream, number)) for number in numbers])
+
+
+def normal(seed, purpose, stream, numbers, shape, device="cpu"):
+    """Standard normal noise for each sample of a stream, (len(numbers), *shape) float32."""
+    return torch.stack(
+        [
+            torch.randn(shape, generator=generator(seed, purpose, stream, number, device=device), device=device)
+            for number in numbers
+        ]
+    )

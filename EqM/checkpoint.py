@@ -1,0 +1,202 @@
+"""Checkpoints: written so that no crash spoils one, read so that none can run code.
+
+A file holds a dict of tensors and plain Python values:
+    version    format of the file
+    config     {"model": fields of EqMConfig, "data": vae, image_size, fps, ..., "training": the flags}
+    model, ema flat state dicts
+    optimizer  {"kind": "adamw" or "muon", "states": [state dicts]}
+    step       global step, over all phases
+    phase      {"first_step": where the phase began, "position": samples taken from its stream}
+    best_loss  lowest validation loss of the phase
+"""
+
+import os
+import pickle
+import shutil
+from dataclasses import asdict, fields
+from pathlib import Path
+
+import torch
+
+from distributed import UserError
+from models import SIZES, EqM, EqMConfig, model_config
+
+VERSION = 1
+FLAGS = {  # what a user types for a field of EqMConfig
+    "num_classes": "--num-classes",
+    "num_frames": "--num-frames",
+    "temporal_patch_size": "--temporal-patch-size",
+    "rope_theta": "--rope-theta",
+    "qk_norm": "--qk-norm",
+    "input_size": "--image-size",
+    "in_channels": "--vae",
+}
+
+
+def save(path, state):
+    """Write a checkpoint: to a temporary file, flushed to the disk, then renamed over `path`.
+
+    Whatever goes wrong, `path` holds either its old content or all of the new. Raises UserError if
+    the disk is full or refuses.
+    """
+    path = Path(path)
+    temporary = path.with_name(path.name + ".tmp")
+    try:
+        with open(temporary, "wb") as file:
+            torch.save(state, file)
+            file.flush()
+            os.fsync(file.fileno())
+        os.replace(temporary, path)
+        sync_folder(path.parent)
+    except (OSError, RuntimeError) as error:  # torch wraps a full disk in a RuntimeError
+        temporary.unlink(missing_ok=True)
+        reason = getattr(error, "strerror", None) or str(error).splitlines()[0]
+        found = f"{path}: can't be written ({reason})"
+        raise UserError(f"{found}; free some space, older checkpoints are intact") from error
+
+
+def link(path, name):
+    """Give a checkpoint a second name beside it (latest.pt), replacing the old bearer of that name at once."""
+    path = Path(path)
+    temporary = path.with_name(name + ".tmp")
+    temporary.unlink(missing_ok=True)
+    try:
+        os.link(path, temporary)
+    except OSError:  # a file system without hard links
+        shutil.copyfile(path, temporary)
+    os.replace(temporary, path.with_name(name))
+    sync_folder(path.parent)
+
+
+def sync_folder(folder):
+    """Make renames in a folder survive a power cut."""
+    descriptor = os.open(folder, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
+
+
+def load(path):
+    """The dict of a checkpoint file, on the CPU. Raises UserError if it is not a whole checkpoint of ours."""
+    flag = f"--ckpt {path}"
+    try:
+        state = torch.load(path, map_location="cpu", weights_only=True)
+    except FileNotFoundError:
+        raise UserError(f"{flag}: no such file; wanted a checkpoint, for example RUN/checkpoints/best.pt") from None
+    except OSError as error:
+        raise UserError(f"{flag}: can't be read ({error.strerror}); wanted a checkpoint file") from error
+    except pickle.UnpicklingError as error:
+        raise UserError(
+            f"{flag}: not a checkpoint, or one that holds code (only tensors and plain values are loaded)"
+        ) from error
+    except (RuntimeError, EOFError, ValueError, KeyError) as error:
+        raise UserError(f"{flag}: damaged or cut short; use another checkpoint, or copy it again") from error
+    wanted = {"version", "config", "model", "ema", "step"}
+    if not isinstance(state, dict) or not wanted <= state.keys():
+        raise UserError(f"{flag}: not a checkpoint of this project; wanted a dict with {', '.join(sorted(wanted))}")
+    if state["version"] != VERSION:
+        raise UserError(f"{flag}: has format version {state['version']}, this code reads version {VERSION}")
+    return state
+
+
+def config_of(path, state):
+    """The EqMConfig that a loaded checkpoint was made with."""
+    saved = state["config"]["model"]
+    known = {field.name for field in fields(EqMConfig)}
+    if set(saved) != known:
+        raise UserError(f"--ckpt {path}: its model has other settings ({', '.join(sorted(set(saved) ^ known))})")
+    return EqMConfig(**saved)
+
+
+def model_name(config):
+    """The name that --model would have for a configuration."""
+    names = {shape: name for name, shape in SIZES.items()}
+    depth, width, heads = shape = (config.depth, config.hidden_size, config.num_heads)
+    return f"EqM-{names.get(shape, f'(depth {depth}, width {width}, heads {heads})')}/{config.patch_size}"
+
+
+def check(path, saved, **wanted):
+    """Raise UserError, naming the flag, unless the checkpoint's EqMConfig has the wanted values.
+
+    A wanted value of None is not checked. What the positions allow is checked as well: with rotary
+    positions num_frames and rope_theta, which are no shapes, may differ.
+    """
+    wanted = {name: value for name, value in wanted.items() if value is not None}
+    flag = f"--ckpt {path}"
+    if wanted.pop("use_rope", saved.use_rope) != saved.use_rope:
+        if saved.use_rope:
+            raise UserError(f"{flag}: trained with --use-rope, which is missing here: add it")
+        raise UserError(
+            f"{flag}: trained with fixed positions, --use-rope asks for rotary ones; "
+            "it cannot be converted: retrain with --use-rope"
+        )
+    if saved.use_rope:
+        wanted.pop("num_frames", None)
+    architecture = {"depth", "hidden_size", "num_heads", "patch_size"}
+    other = EqMConfig(**asdict(saved) | {name: value for name, value in wanted.items() if name in architecture})
+    if model_name(other) != model_name(saved):
+        raise UserError(f"{flag}: holds {model_name(saved)}, --model asks for {model_name(other)}: give one that fits")
+    for name in wanted.keys() - architecture:
+        if getattr(saved, name) != wanted[name]:
+            raise UserError(
+                f"{flag}: has {name.replace('_', ' ')} {getattr(saved, name)}, "
+                f"{FLAGS.get(name, name)} gives {wanted[name]}: they must agree"
+                + (" (fixed positions are tied to it; --use-rope models are not)" if name == "num_frames" else "")
+            )
+
+
+def named_shape(name):
+    """The fields of EqMConfig that a --model name decides, for `check`; none for no name."""
+    if not name:
+        return {}
+    config = model_config(name)
+    return {field: getattr(config, field) for field in ("depth", "hidden_size", "num_heads", "patch_size")}
+
+
+def load_model(path, use_ema=True, **checks):
+    """Rebuild the network of a checkpoint: (model in eval mode on the CPU, config of the file, step).
+
+    checks are fields of EqMConfig that must agree, such as use_rope=True; None is not checked.
+    Raises UserError.
+    """
+    state = load(path)
+    config = config_of(path, state)
+    check(path, config, **checks)
+    model = EqM(config)
+    load_weights(path, model, state["ema" if use_ema else "model"])
+    return model.eval(), state["config"], state["step"]
+
+
+def load_weights(path, model, weights):
+    """load_state_dict, with one line that names the first mismatch."""
+    try:
+        model.load_state_dict(weights)
+    except RuntimeError as error:
+        mismatch = str(error).splitlines()[1:2] or [str(error)]
+        raise UserError(f"--ckpt {path}: its weights are not those of its config: {mismatch[0].strip()}") from error
+
+
+def load_optimizers(path, optimizers, kind, saved):
+    """Restore the state of the optimizers (their learning rates come from the flags again)."""
+    if saved["kind"] != kind:
+        raise UserError(f"--ckpt {path}: trained with --optimizer {saved['kind']}, found {kind}: they must agree")
+    for optimizer, state in zip(optimizers, saved["states"], strict=True):
+        optimizer.load_state_dict(state)
+
+
+def make_run_folder(results_dir, name):
+    """A new run folder, results_dir/NNN-name, with its subfolders."""
+    root = Path(results_dir)
+    root.mkdir(parents=True, exist_ok=True)
+    taken = [int(path.name[:3]) for path in root.iterdir() if path.name[:3].isdigit()]
+    folder = root / f"{max(taken, default=-1) + 1:03d}-{name}"
+    (folder / "checkpoints").mkdir(parents=True)
+    (folder / "samples").mkdir()
+    return folder
+
+
+def newest_run(results_dir, name):
+    """The newest run folder of that name that has a checkpoint, or None."""
+    folders = sorted(Path(results_dir).glob(f"[0-9][0-9][0-9]-{name}"), reverse=True)
+    return next((folder for folder in folders if (folder / "checkpoints" / "latest.pt").exists()), None)

@@ -1,0 +1,116 @@
+"""Numbers of a run: metrics.jsonl for programs, TensorBoard and (when asked) wandb for people."""
+
+import json
+import math
+import os
+import uuid
+from pathlib import Path
+
+import distributed
+from distributed import UserError
+
+
+def read_metrics(path):
+    """Read a metrics.jsonl.
+
+    Returns:
+        the rows, dicts with "step" and whatever was logged (None = was not finite), and the number of
+        lines that were torn by a crash and left out.
+    """
+    rows, torn = [], 0
+    with open(path, encoding="utf-8", errors="replace") as file:
+        for line in file:
+            try:
+                rows.append(json.loads(line))
+            except json.JSONDecodeError:
+                torn += 1
+    return rows, torn
+
+
+def import_wandb():
+    """The wandb package; raises UserError if it is missing, so that --wandb can be checked before a run starts."""
+    try:
+        import wandb
+    except ModuleNotFoundError as error:
+        raise UserError(f"--wandb: {error}; run `pip install wandb`, or leave the flag out") from error
+    return wandb
+
+
+class Metrics:
+    """Logs numbers on rank 0; on every other rank all methods do nothing.
+
+    Args:
+        folder: the run folder; metrics.jsonl and the TensorBoard events go there.
+        resume_step: the step the run goes on from; what was logged after it is dropped, as it is going
+            to be logged again. `torn` then counts the broken lines that were dropped as well.
+        wandb: also send everything to wandb; raises UserError if that can't be.
+        config: dict shown by wandb.
+    """
+
+    def __init__(self, folder, resume_step=None, wandb=False, config=None):
+        self.torn = 0
+        self.file = self.board = self.wandb = None
+        if distributed.rank() != 0:
+            return
+        from torch.utils.tensorboard import SummaryWriter  # a second of start-up, spent on one rank
+
+        path = Path(folder) / "metrics.jsonl"
+        if resume_step is not None and path.exists():
+            self.torn = _drop_after(resume_step, path)
+        self.wandb = _start_wandb(Path(folder), config) if wandb else None
+        self.board = SummaryWriter(str(folder), purge_step=None if resume_step is None else resume_step + 1)
+        self.file = open(path, "a", encoding="utf-8")  # noqa: SIM115 (open for the whole run)
+
+    def log(self, step, **scalars):
+        """Append one line {"step": step, name: number, ...}; NaN and infinity, which JSON lacks, become null."""
+        if self.file is None:
+            return
+        scalars = {name: value.item() if hasattr(value, "item") else value for name, value in scalars.items()}
+        finite = {name: value if math.isfinite(value) else None for name, value in scalars.items()}
+        self.file.write(json.dumps({"step": step, **finite}, allow_nan=False) + "\n")
+        self.file.flush()
+        for name, value in scalars.items():
+            self.board.add_scalar(name, value, step)
+        if self.wandb:
+            self.wandb.log(scalars, step=step)
+
+    def video(self, step, name, clips):
+        """Show clips uint8 (N, T, H, W, 3) as one picture: a row per clip, a column per frame."""
+        if self.file is None:
+            return
+        N, T, H, W, _ = clips.shape
+        sheet = clips.transpose(0, 2, 1, 3, 4).reshape(N * H, T * W, 3)
+        self.board.add_image(name, sheet, step, dataformats="HWC")
+        if self.wandb:
+            self.wandb.log({name: import_wandb().Image(sheet)}, step=step)
+
+    def close(self):
+        if self.file is not None:
+            self.file.close()
+            self.board.close()
+        if self.wandb:
+            self.wandb.finish()
+
+
+def _drop_after(step, path):
+    """Rewrite the file, all or nothing, without the rows after `step`; returns the number of torn lines."""
+    rows, torn = read_metrics(path)
+    temporary = f"{path}.tmp"
+    with open(temporary, "w", encoding="utf-8") as file:
+        file.writelines(json.dumps(row) + "\n" for row in rows if row["step"] <= step)
+    os.replace(temporary, path)
+    return torn
+
+
+def _start_wandb(folder, config):
+    """A wandb run that a resumed run continues: its id lies in the run folder."""
+    wandb = import_wandb()
+    id_file = folder / "wandb_id.txt"
+    if not id_file.exists():
+        id_file.write_text(uuid.uuid4().hex)
+    try:
+        return wandb.init(
+            project="EqM-Video", name=folder.name, dir=folder, config=config, id=id_file.read_text(), resume="allow"
+        )
+    except wandb.Error as error:  # no account on this machine, no network
+        raise UserError(f"--wandb: {error}; run `wandb login`, or set WANDB_MODE=offline") from error

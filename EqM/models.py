@@ -1,0 +1,317 @@
+"""The network: a DiT (arXiv 2212.09748) with 3D patches that is not told the noise level.
+
+Fixed sinusoidal positions are added once, after the patches are embedded; with `use_rope` there are
+none, and a 3D rotary embedding turns queries and keys inside attention instead (rope.py).
+Parameter names and shapes are those of the published image models.
+"""
+
+import math
+import warnings
+from dataclasses import dataclass
+from functools import partial
+
+import torch
+import torch.nn.functional as F
+from einops import rearrange
+from torch import nn
+
+from rope import REFERENCE_FPS, RotaryEmbedding3D, apply_rotary
+
+
+@dataclass(frozen=True)
+class EqMConfig:
+    """Everything that decides the parameters and what they mean; raises ValueError if inconsistent."""
+
+    input_size: int  # height and width of the latents (of the pixels without a VAE)
+    patch_size: int
+    temporal_patch_size: int
+    in_channels: int
+    hidden_size: int
+    depth: int
+    num_heads: int
+    num_classes: int
+    num_frames: int = 1  # fixed positions are tied to it; with use_rope it is only a record
+    use_rope: bool = False
+    rope_theta: float = 10_000.0
+    qk_norm: bool = False
+    ebm: str = "none"
+    class_dropout_prob: float = 0.1  # share of training labels replaced by the null label, num_classes
+
+    def __post_init__(self):
+        if self.input_size % self.patch_size:
+            raise ValueError(f"input_size {self.input_size} is not a multiple of patch_size {self.patch_size}")
+        if self.hidden_size % (2 * self.num_heads):
+            raise ValueError(f"hidden_size {self.hidden_size} does not give {self.num_heads} heads of an even size")
+        if self.use_rope and self.head_dim < 6:
+            raise ValueError(f"3D rotary positions need a head_dim of at least 6, found {self.head_dim}")
+        if not self.use_rope:
+            self.check_num_frames(self.num_frames)
+        if self.ebm != "none":
+            raise ValueError(f"ebm must be 'none', found {self.ebm!r}")
+
+    @property
+    def head_dim(self):
+        return self.hidden_size // self.num_heads
+
+    @property
+    def values_per_token(self):
+        """Numbers that one token has to carry from the noise to the output."""
+        return self.temporal_patch_size * self.patch_size**2 * self.in_channels
+
+    def check_num_frames(self, num_frames):
+        """Raise ValueError unless a clip of that many frames fits the patches and the positions."""
+        if num_frames < self.temporal_patch_size:
+            raise ValueError(f"{num_frames} frames are fewer than the temporal patch has, {self.temporal_patch_size}")
+        if not self.use_rope and num_frames != self.num_frames:
+            raise ValueError(f"fixed positions are tied to {self.num_frames} frames, found {num_frames}")
+
+    def grid(self, num_frames):
+        """Numbers of patches (time, height, width) of a clip; the last temporal patch may be padded."""
+        side = self.input_size // self.patch_size
+        return math.ceil(num_frames / self.temporal_patch_size), side, side
+
+
+class PatchEmbed(nn.Module):
+    """Linear embedding of the non-overlapping patches of a clip."""
+
+    def __init__(self, config):
+        super().__init__()
+        kernel = (config.temporal_patch_size, config.patch_size, config.patch_size)
+        # A convolution in the weight's shape and name only: as one matrix product it is faster.
+        self.proj = nn.Conv3d(config.in_channels, config.hidden_size, kernel, stride=kernel)
+
+    def forward(self, x):
+        pt, p, _ = self.proj.kernel_size
+        x = rearrange(x, "b c (t pt) (h p) (w q) -> b (t h w) (c pt p q)", pt=pt, p=p, q=p)  # (B, N, C*pt*p*p)
+        return F.linear(x, self.proj.weight.flatten(1), self.proj.bias)  # (B, N, D)
+
+
+class TimeScaleEmbedder(nn.Module):
+    """Embeds s = log2(25 * time_scale) where DiT embeds the noise level, which EqM does not use.
+
+    s is 0 at 25 frames per second, so such clips, and images, see what published EqM sees.
+    """
+
+    def __init__(self, hidden_size, num_frequencies=128):
+        super().__init__()
+        self.num_frequencies = num_frequencies
+        self.mlp = nn.Sequential(
+            nn.Linear(2 * num_frequencies, hidden_size),
+            nn.SiLU(),
+            nn.Linear(hidden_size, hidden_size),
+        )
+
+    def forward(self, time_scale):
+        s = torch.log2(REFERENCE_FPS * time_scale.float())  # (B,)
+        exponents = torch.arange(self.num_frequencies, device=s.device, dtype=torch.float32) / self.num_frequencies
+        angles = s[:, None] * 10_000.0**-exponents
+        features = torch.cat([angles.cos(), angles.sin()], dim=-1)  # (B, 2 * num_frequencies)
+        return self.mlp(features.to(self.mlp[0].weight.dtype))
+
+
+class LabelEmbedder(nn.Module):
+    """A vector per class and one, the last, for "no label". Training drops labels before they get here."""
+
+    def __init__(self, num_classes, hidden_size):
+        super().__init__()
+        self.embedding_table = nn.Embedding(num_classes + 1, hidden_size)
+
+    def forward(self, labels):
+        return self.embedding_table(labels)
+
+
+class Attention(nn.Module):
+    def __init__(self, config):
+        super().__init__()
+        self.num_heads = config.num_heads
+        self.qkv = nn.Linear(config.hidden_size, 3 * config.hidden_size)
+        self.proj = nn.Linear(config.hidden_size, config.hidden_size)
+        self.q_norm = nn.RMSNorm(config.head_dim) if config.qk_norm else nn.Identity()
+        self.k_norm = nn.RMSNorm(config.head_dim) if config.qk_norm else nn.Identity()
+
+    def forward(self, x, rotary=None):
+        q, k, v = rearrange(self.qkv(x), "b n (three h d) -> three b h n d", three=3, h=self.num_heads)
+        q, k = self.q_norm(q), self.k_norm(k)
+        if rotary is not None:
+            q, k = apply_rotary(q, *rotary), apply_rotary(k, *rotary)
+        x = F.scaled_dot_product_attention(q, k, v)  # (B, h, N, d)
+        return self.proj(rearrange(x, "b h n d -> b n (h d)"))
+
+
+class Mlp(nn.Module):
+    def __init__(self, hidden_size, ratio=4):
+        super().__init__()
+        self.fc1 = nn.Linear(hidden_size, ratio * hidden_size)
+        self.fc2 = nn.Linear(ratio * hidden_size, hidden_size)
+
+    def forward(self, x):
+        return self.fc2(F.gelu(self.fc1(x), approximate="tanh"))
+
+
+def modulate(x, shift, scale):
+    return torch.addcmul(shift[:, None], x, 1 + scale[:, None])
+
+
+class Block(nn.Module):
+    """Attention and MLP with adaLN-Zero: the condition gives shift, scale and gate of each branch."""
+
+    def __init__(self, config):
+        super().__init__()
+        D = config.hidden_size
+        self.norm1 = nn.LayerNorm(D, elementwise_affine=False, eps=1e-6)
+        self.attn = Attention(config)
+        self.norm2 = nn.LayerNorm(D, elementwise_affine=False, eps=1e-6)
+        self.mlp = Mlp(D)
+        self.adaLN_modulation = nn.Sequential(nn.SiLU(), nn.Linear(D, 6 * D))
+
+    def forward(self, x, condition, rotary=None):
+        shift1, scale1, gate1, shift2, scale2, gate2 = self.adaLN_modulation(condition).chunk(6, dim=1)
+        x = torch.addcmul(x, gate1[:, None], self.attn(modulate(self.norm1(x), shift1, scale1), rotary))
+        return torch.addcmul(x, gate2[:, None], self.mlp(modulate(self.norm2(x), shift2, scale2)))
+
+
+class FinalLayer(nn.Module):
+    def __init__(self, config):
+        super().__init__()
+        D = config.hidden_size
+        self.norm_final = nn.LayerNorm(D, elementwise_affine=False, eps=1e-6)
+        self.linear = nn.Linear(D, config.values_per_token)
+        self.adaLN_modulation = nn.Sequential(nn.SiLU(), nn.Linear(D, 2 * D))
+
+    def forward(self, x, condition):
+        shift, scale = self.adaLN_modulation(condition).chunk(2, dim=1)
+        return self.linear(modulate(self.norm_final(x), shift, scale))
+
+
+class EqM(nn.Module):
+    """The gradient field f(x) of clips x, given their class and frame rate but not their noise level."""
+
+    def __init__(self, config):
+        super().__init__()
+        self.config = config
+        if config.values_per_token > config.hidden_size:
+            warnings.warn(
+                f"a token holds {config.values_per_token} values (temporal patch {config.temporal_patch_size} x "
+                f"{config.patch_size} x {config.patch_size} x {config.in_channels} channels) but the model is only "
+                f"{config.hidden_size} wide: it cannot carry the noise to its output; use smaller patches",
+                stacklevel=2,
+            )
+        self.x_embedder = PatchEmbed(config)
+        self.t_embedder = TimeScaleEmbedder(config.hidden_size)
+        self.y_embedder = LabelEmbedder(config.num_classes, config.hidden_size)
+        self.blocks = nn.ModuleList(Block(config) for _ in range(config.depth))
+        self.final_layer = FinalLayer(config)
+        if config.use_rope:
+            self.rope = RotaryEmbedding3D(config.head_dim, config.rope_theta)
+        else:
+            self.register_buffer("pos_embed", position_table(config), persistent=False)
+        self.initialize_weights()
+
+    def initialize_weights(self):
+        """DiT's: Xavier for the linear maps, and zero for what opens a branch, so f starts as zero."""
+        for module in self.modules():
+            if isinstance(module, nn.Linear):
+                nn.init.xavier_uniform_(module.weight)
+                nn.init.zeros_(module.bias)
+        nn.init.xavier_uniform_(self.x_embedder.proj.weight.data.flatten(1))
+        nn.init.zeros_(self.x_embedder.proj.bias)
+        for embedder in (self.y_embedder.embedding_table, self.t_embedder.mlp[0], self.t_embedder.mlp[2]):
+            nn.init.normal_(embedder.weight, std=0.02)
+        modulations = [layer.adaLN_modulation[1] for layer in (*self.blocks, self.final_layer)]
+        for opening in (*modulations, self.final_layer.linear):
+            nn.init.zeros_(opening.weight)
+            nn.init.zeros_(opening.bias)
+
+    def forward(self, x, y, time_scale=None, return_features=False):
+        """Returns f, and with return_features also the last block's activations (B, N, D).
+
+        x, f: (B, C, T, H, W); images have T = 1. y: (B,) int64, num_classes = no label.
+        time_scale: (B,) float32 seconds per frame, None = 1/25. T may be anything from the temporal
+        patch up; a last patch that is not full is padded with copies of the last frame and the
+        field is cropped back. Raises ValueError if T is too small, or not the one that fixed
+        positions are tied to.
+        """
+        T = x.shape[2]
+        self.config.check_num_frames(T)
+        if time_scale is None:
+            time_scale = torch.full((len(x),), 1 / REFERENCE_FPS, device=x.device)
+        grid = self.config.grid(T)
+        padding = grid[0] * self.config.temporal_patch_size - T
+        if padding:
+            x = torch.cat([x, x[:, :, -1:].expand(-1, -1, padding, -1, -1)], dim=2)
+
+        tokens = self.x_embedder(x)  # (B, N, D)
+        condition = self.t_embedder(time_scale) + self.y_embedder(y)  # (B, D)
+        if self.config.use_rope:
+            rotary = self.rope(grid, time_scale)
+        else:
+            rotary, tokens = None, tokens + self.pos_embed
+        for block in self.blocks:
+            tokens = block(tokens, condition, rotary)
+        f = self.unpatchify(self.final_layer(tokens, condition), grid)[:, :, :T]
+        return (f, tokens) if return_features else f
+
+    def unpatchify(self, tokens, grid):
+        t, h, w = grid
+        pt, p = self.config.temporal_patch_size, self.config.patch_size
+        return rearrange(
+            tokens, "b (t h w) (pt p q c) -> b c (t pt) (h p) (w q)", t=t, h=h, w=w, pt=pt, p=p, q=p
+        )  # (B, C, T, H, W)
+
+
+def position_table(config):
+    """The fixed positions of the training grid, (1, N, D) float32.
+
+    Video: 2 * floor(D / 6) channels for each of time, height and width, the rest zero. Images: the
+    published 2D table (MAE's), in which the width coordinate fills the first half.
+    """
+    grid, D = config.grid(config.num_frames), config.hidden_size
+    time, height, width = torch.meshgrid(*(torch.arange(n, dtype=torch.float64) for n in grid), indexing="ij")
+    if config.num_frames == config.temporal_patch_size == 1:
+        axes, channels = (width, height), D // 2
+    else:
+        axes, channels = (time, height, width), 2 * (D // 6)
+    table = torch.cat([sinusoid(axis.flatten(), channels) for axis in axes], dim=1)
+    return F.pad(table, (0, D - table.shape[1])).float()[None]
+
+
+def sinusoid(positions, channels, theta=10_000.0):
+    """sin in the first half of the channels, cos in the second: (N,) -> (N, channels)."""
+    frequencies = theta ** -(torch.arange(channels // 2, dtype=torch.float64) / (channels // 2))
+    angles = positions[:, None] * frequencies
+    return torch.cat([angles.sin(), angles.cos()], dim=1)
+
+
+SIZES = {  # depth, width, heads
+    "Ti": (6, 192, 3),
+    "S": (12, 384, 6),
+    "B": (12, 768, 12),
+    "L": (24, 1024, 16),
+    "XL": (28, 1152, 16),
+}
+
+
+def model_config(name, **overrides):
+    """The EqMConfig of a name such as "EqM-S/4": spatial patch 4 and, unless overridden, temporal patch 4."""
+    size, patch_size = name.removeprefix("EqM-").split("/")
+    depth, hidden_size, num_heads = SIZES[size]
+    settings = {
+        "input_size": 32,
+        "patch_size": int(patch_size),
+        "temporal_patch_size": int(patch_size),
+        "in_channels": 4,
+        "hidden_size": hidden_size,
+        "depth": depth,
+        "num_heads": num_heads,
+        "num_classes": 1000,
+    } | overrides
+    settings.setdefault("num_frames", settings["temporal_patch_size"])
+    return EqMConfig(**settings)
+
+
+def build(name, **overrides):
+    return EqM(model_config(name, **overrides))
+
+
+NAMES = [f"EqM-{size}/{patch_size}" for size in SIZES for patch_size in (2, 4, 8)]
+EqM_models = {name: partial(build, name) for name in NAMES}  # EqM_models["EqM-S/4"](num_classes=101, use_rope=True)

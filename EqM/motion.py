@@ -1,0 +1,258 @@
+"""What moves where in a Moving Shapes clip: a strict centroid tracker, and its score against the truth.
+
+Strict, because a lax tracker is satisfied by local motion and finds a direction in a clip of five objects.
+Here a clip has a direction only if *every* frame shows the same single compact object of one color and its
+centroid runs along a straight line at a steady pace. Anything else has none and counts as wrong.
+
+The truth is what the data set's side file says, scaled to the clip: never the tracker's own measurement. Score
+real clips beside generated ones: what they reach is the ceiling (16 px: all directions and shapes right,
+speed ratio 1.00, area ratio 1.02, as an object's brightest pixels still hold a little background).
+"""
+
+import json
+import math
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+
+from distributed import UserError
+
+# Lengths are in px of a picture 16 px high and grow with it; shares are of the object's brightness or area.
+# They grant a generated clip noise (8 gray levels), blur (1 px) and some jitter, and no more.
+MIN_CONTRAST = 60  # gray levels (Euclidean in RGB) from the background; the data set's colors have over 180
+FLOOR = 0.2  # of full brightness, about 50 levels: weaker things are noise, not objects
+MAX_STRAY = 0.1  # of the brightness may lie outside a disc of 1.5 radii + 1 px: 2.6 px of 26, no second object
+MAX_SPREAD = 1.7  # second moment over that of a disc of equal area: a triangle has 1.3, blurred 1.5; two discs 2
+MIN_MATCH = 0.9  # correlation with the best shape: real clips 0.99, noisy ones 0.97; two shapes half overlapping 0.9
+MAX_ANGLE = 10  # degrees between a frame's color and the clip's; two of the default colors are at least 39 apart
+MAX_OFF_COLOR = 0.25  # of the brightness may be more than twice that off, as colors bleed at edges
+MAX_AREA_FACTOR = 1.5  # of a frame's area to the median, either way: objects that fade, split or merge exceed it
+MIN_TRAVEL = 0.3  # px from the first frame to the last, what 2 frames at 25 fps still show
+MAX_OFF_LINE = 0.5  # px from steady straight motion, and at most a quarter of the travel: jumps, curves, stops
+MAX_SLANT = 0.25  # motion across the direction over motion along it: 14 degrees
+
+SHAPES = ("Circle", "Square", "Triangle")
+DIRECTIONS = (("Left", "Right"), ("Up", "Down"))  # per axis; y goes down
+
+
+@dataclass(frozen=True)
+class Track:
+    """What a clip shows; None where it shows no such thing, and `reason` says why it has no direction."""
+
+    direction: str | None = None
+    shape: str | None = None
+    speed: float | None = None  # px per frame along the direction
+    area: float | None = None  # px^2
+    color: tuple[int, int, int] | None = None
+    reason: str = ""
+
+
+@dataclass(frozen=True)
+class Truth:
+    """What a clip of a class should show."""
+
+    direction: str
+    shape: str
+    speed: float  # px per frame
+    area: float  # px^2
+
+
+def track(clip):
+    """The Track of one clip, uint8 (T >= 2, H, W = H, 3).
+
+    From 32 px on it is averaged down to 16 ... 31 px first, so that the thresholds mean the same and the
+    colors that video codecs smear over neighboring pixels are back in their place.
+    """
+    height = clip.shape[1]
+    size = height // max(1, height // 16)
+    frames = torch.from_numpy(np.array(clip)).permute(0, 3, 1, 2).float()  # (T, C, H, W)
+    frames = F.interpolate(frames, size=(size, size), mode="area").permute(0, 2, 3, 1).double().numpy()
+    found = {}
+    try:
+        signal, bright, color = separate(frames)
+        centers, area = find_object(signal, bright, size / 16)
+        shape = recognize(signal, centers, area)
+        rgb = tuple(color.round().astype(int).tolist())
+        found = {"shape": shape, "area": area * (height / size) ** 2, "color": rgb}
+        direction, speed = fit_motion(centers, size / 16)
+    except ValueError as reason:
+        return Track(**found, reason=str(reason))
+    return Track(direction, speed=speed * height / size, **found)
+
+
+def separate(clip):
+    """Split clip, float (T, H, W, 3), into background and what stands out: (signal, bright, color (3,)).
+
+    signal (T, H, W) is 0 on the background and 1 on an object of the clip's color, partly covered pixels
+    between; bright (T, H, W) is the same for any color, but 0 where that is weak. Raises ValueError, saying
+    why, unless something stands out in every frame, all in one color.
+    """
+    background = np.median(clip, axis=(0, 1, 2))
+    clip = clip - background
+    contrast = np.linalg.norm(clip, axis=-1)
+    peak = contrast.max((1, 2)).mean()
+    if peak < MIN_CONTRAST:
+        raise ValueError("nothing stands out")
+    color = clip[contrast > 0.9 * peak].mean(0)
+    full = np.linalg.norm(color)
+    if full < MIN_CONTRAST:  # opposite colors cancel
+        raise ValueError("more than one color")
+    bright = np.where(contrast > FLOOR * full, contrast / full, 0)
+    masses = bright.sum((1, 2))
+    if masses.min() == 0:
+        raise ValueError("the object vanishes")
+
+    def angle(colors):  # degrees from the clip's color
+        cosine = colors @ color / full / np.maximum(np.linalg.norm(colors, axis=-1), 1e-9)
+        return np.degrees(np.arccos(np.clip(cosine, -1, 1)))
+
+    of_frames = np.einsum("thw,thwc->tc", bright, clip)
+    off = (bright * (angle(clip) > 2 * MAX_ANGLE)).sum((1, 2))
+    if (angle(of_frames) > MAX_ANGLE).any() or (off > MAX_OFF_COLOR * masses).any():
+        raise ValueError("more than one color")
+    return clip @ color / full**2, bright, color + background
+
+
+def find_object(signal, bright, unit):
+    """(centers (T, 2) as x, y in px, area in px^2) of the one object; unit is the length of 1 px at 16 px.
+
+    Raises ValueError, saying why, unless every frame shows one compact object of about the same area.
+    """
+    ys, xs = np.mgrid[: signal.shape[1], : signal.shape[2]] + 0.5
+
+    def centroids(weight):
+        return np.stack([(weight * xs).sum((1, 2)), (weight * ys).sum((1, 2))], 1) / weight.sum((1, 2))[:, None]
+
+    def squares(centers):  # squared distances (T, H, W)
+        return (xs - centers[:, 0, None, None]) ** 2 + (ys - centers[:, 1, None, None]) ** 2
+
+    masses = bright.sum((1, 2))
+    if np.median(masses) > signal[0].size / 4:
+        raise ValueError("too much is bright for one object")
+    disc = squares(centroids(bright)) < (1.5 * math.sqrt(np.median(masses) / math.pi) + unit) ** 2
+    if ((bright * ~disc).sum((1, 2)) > MAX_STRAY * masses).any():
+        raise ValueError("more than one object")
+    empty = ~disc & (bright == 0)
+    level = (signal * empty).sum((1, 2)) / empty.sum((1, 2))  # noise cut off at 0 is not 0 on average
+    weight = (signal - level[:, None, None]) * disc  # whole, not thresholded: blur and noise leave its sum alone
+    areas = weight.sum((1, 2))
+    area = float(np.median(areas))
+    if areas.min() * MAX_AREA_FACTOR < area or areas.max() > area * MAX_AREA_FACTOR:
+        raise ValueError("the object's area changes")
+    centers = centroids(weight)
+    moment = (weight * squares(centers)).sum((1, 2)) / areas  # area / 2 pi for a disc
+    if (moment * 2 * math.pi > MAX_SPREAD * areas).any():
+        raise ValueError("the object is not compact")
+    return centers, area
+
+
+def inside(shape, x, y):
+    """Whether points, relative to the centroid of a shape of area 1, lie in it."""
+    if shape == "Circle":
+        return x**2 + y**2 < 1 / math.pi
+    if shape == "Square":
+        return np.maximum(abs(x), abs(y)) < 0.5
+    height = math.sqrt(2)  # and base
+    return (y < height / 3) & (abs(x) < (y + height * 2 / 3) / 2)
+
+
+def recognize(signal, centers, area):
+    """The shape whose drawing at the centers, sharp or blurred, correlates best with signal (T, H, W).
+
+    Raises ValueError if none does well.
+    """
+    sub = 8  # points per px and axis
+    ys, xs = ((np.arange(n * sub) + 0.5) / sub for n in signal.shape[1:])
+    x = (xs - centers[:, :1])[:, None, :] / math.sqrt(area)
+    y = (ys - centers[:, 1:])[:, :, None] / math.sqrt(area)
+    row = torch.tensor([1.0, 2.0, 1.0]) / 4
+    blur = row.outer(row)[None, None]  # standard deviation 0.7 px
+
+    def match(shape):
+        fine = torch.from_numpy(inside(shape, x, y).astype(np.float32))[:, None]  # (T, 1, 8 H, 8 W)
+        sharp = F.avg_pool2d(fine, sub)
+        soft = F.conv2d(sharp, blur, padding=1)
+        drawings = sharp, soft, F.conv2d(soft, blur, padding=1)
+        return max(np.corrcoef(drawn.flatten().numpy(), signal.ravel())[0, 1] for drawn in drawings)
+
+    matches = {shape: match(shape) for shape in SHAPES}
+    best = max(matches, key=matches.get)
+    if matches[best] < MIN_MATCH:
+        raise ValueError("the object has no known shape")
+    return best
+
+
+def fit_motion(centers, unit):
+    """(direction, px per frame) of centers (T, 2). Raises ValueError, saying why, unless straight and steady."""
+    time = np.arange(len(centers)) - (len(centers) - 1) / 2
+    velocity = time @ centers / (time @ time)  # least squares
+    axis = int(abs(velocity[1]) > abs(velocity[0]))
+    speed, across = abs(velocity[axis]), abs(velocity[1 - axis])
+    travel = speed * (len(centers) - 1)
+    if travel < MIN_TRAVEL * unit:
+        raise ValueError("the object stands still")
+    off_line = np.linalg.norm(centers - centers.mean(0) - time[:, None] * velocity, axis=1).max()
+    if across > MAX_SLANT * speed or off_line > min(MAX_OFF_LINE * unit, travel / 4):
+        raise ValueError("the motion is not straight and steady")
+    return DIRECTIONS[axis][int(velocity[axis] > 0)], float(speed)
+
+
+def truths(path, name, height, seconds_per_frame):
+    """The Truth of class `name` for clips of this height in px, from shapes.json at path.
+
+    Where the sizes of a class's videos were drawn, the area is their mean. Raises UserError if there is no
+    such file or class.
+    """
+    try:
+        with open(path) as file:
+            side = json.load(file)
+        videos = [video for video in side["videos"].values() if video["class"] == name]
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        raise UserError(f"{path} is not the shapes.json of a Moving Shapes data set ({error!r}); "
+                        "make one with datasets/make_moving_shapes.py") from None  # fmt: skip
+    if not videos:
+        raise UserError(f"{path} has no class {name}; --data-path must be the data set that the model was trained on")
+    scale = height / side["size"]
+    speed, area = (float(np.mean([video[key] for video in videos])) for key in ("speed", "area"))
+    return Truth(videos[0]["direction"], videos[0]["shape"], speed * scale * seconds_per_frame, area * scale**2)
+
+
+def wilson(hits, count):
+    """The 95% confidence interval of a share, honest near 0 and 1 and for few clips too."""
+    z = 1.96
+    middle = (hits + z**2 / 2) / (count + z**2)
+    half = z / (count + z**2) * math.sqrt(hits * (count - hits) / count + z**2 / 4)
+    return [middle - half, middle + half]
+
+
+def mean_and_error(values):
+    """The mean (None without values) and its standard error (None below 2)."""
+    mean = float(np.mean(values)) if len(values) else None
+    return mean, float(np.std(values, ddof=1) / math.sqrt(len(values))) if len(values) > 1 else None
+
+
+def summarize(tracks, expected):
+    """Score tracks against their Truths, one each, at least one; a plain dict for JSON.
+
+    Shares are of all clips. Speed and area ratios (found over true) are means over the clips whose
+    direction is right, `right` in number, and None if there are none.
+    """
+    pairs = list(zip(tracks, expected, strict=True))
+    right = [(found, true) for found, true in pairs if found.direction == true.direction]
+    shapes = sum(found.shape == true.shape for found, true in pairs)
+    speed, speed_error = mean_and_error([found.speed / true.speed for found, true in right])
+    area, area_error = mean_and_error([found.area / true.area for found, true in right])
+    return {
+        "clips": len(pairs),
+        "right": len(right),
+        "direction_accuracy": len(right) / len(pairs),
+        "direction_interval95": wilson(len(right), len(pairs)),
+        "shape_accuracy": shapes / len(pairs),
+        "shape_interval95": wilson(shapes, len(pairs)),
+        "speed_ratio": speed,
+        "speed_ratio_standard_error": speed_error,
+        "area_ratio": area,
+        "area_ratio_standard_error": area_error,
+    }

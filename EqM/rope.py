@@ -1,0 +1,62 @@
+"""3D rotary position embedding: time, height and width, one third of each attention head.
+
+RoFormer (arXiv 2104.09864, section 3.4.2) turns pairs of channels of q and k by angles that grow
+with the position, so attention scores depend on differences of positions only. Here a position has
+three coordinates, and each of them turns its own channels. Nothing is tied to a grid size: one set
+of weights works on any number of frames.
+"""
+
+import torch
+from torch import nn
+
+REFERENCE_FPS = 25  # adjacent temporal patches of a 25 fps clip are 1 apart
+
+
+class RotaryEmbedding3D(nn.Module):
+    """Angles of all tokens of a (time, height, width) grid; has no parameters and no buffers.
+
+    A head gives n = 2 * floor(head_dim / 6) channels to each axis, in this order: time, height,
+    width, then the channels that are left over and stay as they are (head_dim 64: 20 + 20 + 20 + 4).
+    Pair j of an axis turns with frequency theta ** (-2j / n).
+    """
+
+    def __init__(self, head_dim, theta=10_000.0):
+        """Raises ValueError if head_dim is odd or gives an axis no channels."""
+        super().__init__()
+        if head_dim < 6 or head_dim % 2:
+            raise ValueError(f"3D rotary positions need an even head_dim of at least 6, found {head_dim}")
+        self.head_dim = head_dim
+        self.theta = theta
+
+    def forward(self, grid, time_scale):
+        """Returns cos and sin of the angles, both (B, 1, N, head_dim / 2) float32.
+
+        grid: numbers of patches (T, H, W), N = T * H * W, width fastest.
+        time_scale: (B,) seconds per frame. Time positions are in real time (patch index * 25 *
+        time_scale), height and width positions are patch indices.
+        """
+        device = time_scale.device
+        num_pairs = self.head_dim // 6
+        # Built anew in float32 each time (a few hundred numbers): a buffer would follow model.to(bfloat16),
+        # in which positions above 256 are no longer whole numbers.
+        exponents = torch.arange(num_pairs, device=device, dtype=torch.float32) / num_pairs
+        frequencies = self.theta**-exponents
+        time, height, width = (torch.arange(n, device=device, dtype=torch.float32)[:, None] * frequencies for n in grid)
+        time = time * (REFERENCE_FPS * time_scale.float())[:, None, None]  # (B, T, n/2)
+
+        B, (T, H, W) = len(time_scale), grid
+        rest = torch.zeros(1, device=device).expand(B, T, H, W, self.head_dim // 2 - 3 * num_pairs)
+        axes = time[:, :, None, None], height[None, None, :, None], width[None, None, None]
+        angles = torch.cat([axis.expand(B, T, H, W, num_pairs) for axis in axes] + [rest], dim=-1)
+        angles = angles.flatten(1, 3)[:, None]  # (B, 1, N, d/2)
+        return angles.cos(), angles.sin()
+
+
+def apply_rotary(x, cos, sin):
+    """Turn the adjacent channel pairs (2j, 2j + 1) of queries or keys by their angles.
+
+    x: (B, h, N, d); cos, sin: (B, 1, N, d/2) float32. The result has the dtype of x; the product is
+    float32. As one complex multiplication it is a single pass over memory, forward and backward.
+    """
+    pairs = torch.view_as_complex(x.float().unflatten(-1, (-1, 2)))  # (B, h, N, d/2)
+    return torch.view_as_real(pairs * torch.complex(cos, sin)).flatten(-2).to(x.dtype)

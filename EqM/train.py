@@ -1,0 +1,603 @@
+"""Train Equilibrium Matching on videos.
+
+A first phase on 4 frames, then one that goes on with 8; steps are counted over all phases:
+
+    torchrun --nproc_per_node=8 EqM/train.py --video --num-frames 4 --use-rope --model "EqM-S/4" \
+        --data-path datasets/ucf-101 --results-dir results/EXP --max-steps 50000
+    torchrun --nproc_per_node=8 EqM/train.py --video --num-frames 8 --use-rope --model "EqM-S/4" \
+        --data-path datasets/ucf-101 --results-dir results/EXP --max-steps 100000 --global-batch-size 128 \
+        --ckpt results/EXP/*/checkpoints/0050000.pt
+"""
+
+import json
+import math
+import os
+import statistics
+import time
+from contextlib import nullcontext
+from copy import deepcopy
+from dataclasses import asdict, dataclass, replace
+from pathlib import Path
+
+import torch
+from torch.nn.parallel import DistributedDataParallel
+from torch.utils.data import DataLoader
+from tqdm import tqdm
+
+import checkpoint
+import distributed
+import samplers
+import transport
+from distributed import ArgumentParser, UserError, fail, normal, number, rank, say, uniform, world_size
+from metrics import Metrics, import_wandb
+from models import NAMES, EqM, EqMConfig, model_config
+from vae import load_vae
+from video_dataset import BadVideos, Batches, Clips, check_data_path, collate, long_enough, scan_videos, split_videos
+from video_io import write_sheet
+
+VAL_CHUNK = 8  # clips that are validated together; fixed, so that the sums do not depend on the ranks
+GOLDEN_RATIO = (math.sqrt(5) - 1) / 2
+
+
+def parse_args():
+    parser = ArgumentParser(description="Train Equilibrium Matching on videos.")
+    add_model_and_data_flags(parser)
+    add_optimisation_flags(parser)
+    add = parser.add_argument_group("run").add_argument
+    count, natural, switch = number(int, least=1), number(int, least=0), "store_true"
+    add("--results-dir", default="results", metavar="DIR", help="the run folder is made in here")
+    add("--ckpt", metavar="FILE", help="start a new phase from this checkpoint; none = from scratch")
+    add("--resume", action=switch, help="go on in the newest run folder with this model, these frames and positions")
+    add("--log-every", type=count, default=100, metavar="N", help="steps")
+    add("--ckpt-every", type=count, default=50_000, metavar="N", help="steps; the last step always saves")
+    add("--val-every", type=count, default=2_500, metavar="N", help="steps; the last step always validates")
+    add("--val-clips", type=count, default=256, metavar="N", help="clips that validate, at most 4 per video")
+    add("--sample-every", type=natural, default=10_000, metavar="N", help="steps; 0 = off")
+    add("--num-samples", type=count, default=8, metavar="N", help="clips sampled while training")
+    add("--wandb", action=switch, help="log to Weights & Biases, too")
+    distributed.add_sampling_flags(parser)
+    return parser.parse_args()
+
+
+def add_model_and_data_flags(parser):
+    count, natural, share, switch = (
+        number(int, least=1),
+        number(int, least=0),
+        number(float, least=0, most=1),
+        "store_true",
+    )
+    add = parser.add_argument_group("model").add_argument
+    add("--video", action=switch, help="train on videos")
+    add("--model", choices=NAMES, metavar="NAME", help="EqM-S/4 ...; none = that of --ckpt, else EqM-S/4")
+    add("--num-frames", type=count, default=16, metavar="N", help="frames per clip")
+    add("--use-rope", action=switch, help="3D rotary positions, for any number of frames; off = fixed positions")
+    add("--temporal-patch-size", type=count, metavar="N", help="frames per patch; none = like the spatial patch")
+    add("--rope-theta", type=number(float, above=0), metavar="X", help="base of the frequencies; none = 10000")
+    add("--qk-norm", action=switch, default=None, help="normalise queries and keys; none = off")
+    add("--num-classes", type=count, metavar="N", help="none = the class folders found")
+
+    add = parser.add_argument_group("data").add_argument
+    add("--data-path", required=True, metavar="DIR", help="holds <class>/<video>, or videos without classes")
+    add("--image-size", type=count, default=256, metavar="PX", help="height and width of the frames")
+    add("--vae", default="ema", metavar="VAE", help="ema, mse or a directory of an AutoencoderKL; none = pixels")
+    add("--frame-interval", type=count, nargs="+", default=[1], metavar="N", help="between frames; two: drawn per clip")
+    add("--no-flip", action=switch, help="never mirror a clip (for classes that have a left and a right)")
+    add("--val-fraction", type=share, default=0.05, metavar="F", help="of the videos, where no split files are found")
+    add("--max-bad-fraction", type=share, default=0.01, metavar="F", help="of the videos that may be broken")
+    add("--num-workers", type=natural, default=4, metavar="N", help="loader processes per rank; 0 = none")
+
+
+def add_optimisation_flags(parser):
+    count, natural, share = number(int, least=1), number(int, least=0), number(float, least=0, most=1)
+    positive, non_negative = number(float, above=0), number(float, least=0)
+    add = parser.add_argument_group("optimisation").add_argument
+    add("--max-steps", type=count, metavar="N", help="global step to end at, over all phases; none = see --epochs")
+    add("--epochs", type=count, metavar="N", help="epochs of this phase; none = 1400 if no --max-steps")
+    add("--global-batch-size", type=count, default=256, metavar="N", help="clips per step, over all ranks")
+    add("--grad-accum", type=count, default=1, metavar="N", help="micro-batches per step; 1 = off")
+    add("--optimizer", choices=["adamw", "muon"], default="adamw", help="muon is for the blocks' matrices only")
+    add("--lr", type=positive, default=1e-4, metavar="X", help="learning rate of AdamW")
+    add("--muon-lr", type=positive, default=0.02, metavar="X", help="learning rate of Muon")
+    add("--lr-decay", type=share, default=0.0, metavar="F", help="share of the global steps that decays to 0; 0 = off")
+    add("--warmup-steps", type=natural, default=0, metavar="N", help="global steps up to the full rate; 0 = off")
+    add("--weight-decay", type=non_negative, default=0.0, metavar="X", help="0 = off")
+    add("--clip-grad", type=non_negative, default=1.0, metavar="X", help="largest norm of the gradient; 0 = off")
+    add("--ema-decay", type=share, default=0.9999, metavar="X", help="of the averaged weights; less at first")
+    add("--gamma-shift", type=positive, default=1.0, metavar="S", help="above 1 trains nearer to noise; 1 = uniform")
+    add("--precision", choices=["fp32", "bf16"], default="fp32", help="bf16 is mixed precision")
+    add("--global-seed", type=natural, default=0, metavar="N", help="decides every random draw")
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# Before anything is touched: what can be wrong
+
+
+def check_flags(args):
+    """Raise UserError for flags that contradict each other, the machine or the file system."""
+    if not args.video:
+        raise UserError("--video is missing: this trains on folders of videos, add it")
+    args.model = args.model or (None if args.ckpt else "EqM-S/4")
+    if len(args.frame_interval) > 2 or args.frame_interval[0] > args.frame_interval[-1]:
+        found = " ".join(map(str, args.frame_interval))
+        raise UserError(f"--frame-interval {found}: wanted one number, or two of which the second is not smaller")
+    parts = world_size() * args.grad_accum
+    if args.global_batch_size % parts:
+        raise UserError(
+            f"--global-batch-size {args.global_batch_size} is not a multiple of {world_size()} ranks x "
+            f"--grad-accum {args.grad_accum}: take one of {parts}"
+        )
+    place = Path(args.results_dir).absolute()
+    while not place.exists():
+        place = place.parent
+    if not place.is_dir() or not os.access(place, os.W_OK):
+        raise UserError(f"--results-dir {args.results_dir}: {place} is not a folder that can be written to")
+    if args.wandb:
+        import_wandb()
+
+
+@dataclass(frozen=True)
+class Data:
+    """What rank 0 found in --data-path, all that the other ranks need."""
+
+    classes: list
+    train: list  # of Video
+    val: list
+    unreadable: list  # paths
+    num_short: int  # videos left out
+
+
+def find_data(args, index_folder):
+    """Open every video once (or read the index) and split them; for one rank only."""
+    scan = scan_videos(args.data_path, index_folder)
+    videos, num_short = long_enough(scan.videos, args.num_frames)
+    train, val = split_videos(args.data_path, videos, args.val_fraction)
+    return Data(scan.classes, train, val, scan.unreadable, num_short)
+
+
+def make_config(args, vae, num_classes, state):
+    """The EqMConfig of this run: from the flags, or from the checkpoint that it starts with and agrees with."""
+    cell = vae.downsample * int(args.model.split("/")[1]) if args.model else vae.downsample
+    if args.image_size % cell:
+        raise UserError(f"--image-size {args.image_size} is not a multiple of {cell} (VAE's downsampling x patch)")
+    if num_classes > (args.num_classes or num_classes):
+        raise UserError(f"--num-classes {args.num_classes}: wanted at least the {num_classes} of --data-path")
+    settings = {
+        "input_size": args.image_size // vae.downsample,
+        "in_channels": vae.channels,
+        "num_classes": args.num_classes or num_classes,
+        "num_frames": args.num_frames,
+        "use_rope": args.use_rope,
+    }
+    optional = {name: getattr(args, name) for name in ("temporal_patch_size", "rope_theta", "qk_norm")}
+    settings |= {name: value for name, value in optional.items() if value is not None}
+    try:
+        if state is None:
+            config = model_config(args.model, **settings)
+        else:
+            saved = checkpoint.config_of(args.ckpt, state)
+            checkpoint.check(args.ckpt, saved, **settings, **checkpoint.named_shape(args.model))
+            config = replace(saved, num_frames=args.num_frames)
+        config.check_num_frames(args.num_frames)
+    except ValueError as error:
+        raise UserError(f"--num-frames {args.num_frames} --model {args.model}: {error}") from error
+    return config
+
+
+@dataclass
+class Progress:
+    """Where a run stands. Steps are global: a phase that starts from a checkpoint goes on counting."""
+
+    step: int = 0
+    first_step: int = 0  # of the phase; it also names the phase's stream of samples
+    position: int = 0  # samples taken from that stream
+    best_loss: float = math.inf  # lowest validation loss of the phase
+
+    def last_step(self, args, num_train):
+        """The step this run ends at: --max-steps or --epochs, whichever comes first."""
+        if args.max_steps and not args.epochs:
+            return args.max_steps
+        by_epochs = self.first_step + math.ceil((args.epochs or 1400) * num_train / args.global_batch_size)
+        return min(by_epochs, args.max_steps or by_epochs)
+
+
+def find_start(args):
+    """(checkpoint to start from or None, Progress, folder of the run to go on with or None)."""
+    if args.resume or int(os.environ.get("TORCHELASTIC_RESTART_COUNT", 0)) > 0:
+        folder = checkpoint.newest_run(args.results_dir, run_name(args))
+        if folder is not None:
+            args.ckpt = folder / "checkpoints" / "latest.pt"
+            state = checkpoint.load(args.ckpt)
+            return state, Progress(state["step"], **state["phase"], best_loss=state["best_loss"]), folder
+    if not args.ckpt:
+        return None, Progress(), None
+    state = checkpoint.load(args.ckpt)
+    if args.max_steps and args.max_steps <= state["step"]:
+        raise UserError(
+            f"--max-steps {args.max_steps}: the checkpoint has {state['step']} steps already and steps are counted "
+            "over all phases; give a larger number"
+        )
+    return state, Progress(state["step"], first_step=state["step"]), None
+
+
+def run_name(args):
+    """EqM-S-4-f4-rope"""
+    return f"{args.model or 'EqM'}-f{args.num_frames}{'-rope' if args.use_rope else ''}".replace("/", "-")
+
+
+def describe(args, config, data, vae):
+    """The `config` of the checkpoint: plain values that say all about how it was trained."""
+    fps = statistics.median(video.fps for video in data.train)
+    return {
+        "model": asdict(config),
+        "data": {
+            "vae": vae.name,
+            "image_size": args.image_size,
+            "fps": fps,
+            "frame_interval": args.frame_interval,
+            "classes": data.classes,
+        },
+        "training": {name: str(value) if isinstance(value, Path) else value for name, value in vars(args).items()},
+    }
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# The story
+
+
+def main():
+    args = parse_args()
+    try:
+        check_flags(args)
+        check_data_path(args.data_path)
+        vae = load_vae(args.vae)
+        state, progress, folder = find_start(args)
+        data = find_data(args, folder) if rank() == 0 else None  # the other ranks wait for rank 0 in start()
+        config = make_config(args, vae, len(data.classes), state) if rank() == 0 else None
+    except UserError as error:
+        fail(error)
+    device = distributed.start()
+    try:
+        data, config = distributed.broadcast((data, config))
+        if progress.step >= progress.last_step(args, len(data.train)):
+            say(f"{folder} is finished: it has its {progress.step} steps")
+        else:
+            train(set_up(args, device, config, data, vae, state, progress, folder))
+    except UserError as error:
+        fail(error, status=1)
+    distributed.stop()
+
+
+@dataclass
+class Run:
+    """All there is while training; the functions below take from it what they need."""
+
+    args: object
+    device: torch.device
+    config: EqMConfig
+    vae: object
+    model: EqM
+    network: torch.nn.Module  # the model, or DDP around it
+    ema: EqM
+    optimizers: list
+    progress: Progress
+    last_step: int
+    folder: Path
+    described: dict  # what checkpoints say of the run
+    metrics: Metrics
+    bad_videos: BadVideos
+    batches: object  # iterator over this rank's micro-batches
+    val_loader: object
+
+    def say(self, message):
+        say(message, self.folder / "log.txt")
+
+
+def set_up(args, device, config, data, vae, state, progress, folder):
+    """From here on the run folder and the device are in use."""
+    torch.manual_seed(args.global_seed)
+    model = EqM(config).to(device)
+    ema = deepcopy(model).eval().requires_grad_(False)
+    optimizers = make_optimizers(args, model)
+    if state is not None:
+        checkpoint.load_weights(args.ckpt, model, state["model"])
+        checkpoint.load_weights(args.ckpt, ema, state["ema"])
+        checkpoint.load_optimizers(args.ckpt, optimizers, args.optimizer, state["optimizer"])
+    resumed_at = progress.step if folder else None
+    if folder is None:
+        made = checkpoint.make_run_folder(args.results_dir, run_name(args)) if rank() == 0 else None
+        folder = distributed.broadcast(made)
+    described = describe(args, config, data, vae)
+    if rank() == 0:
+        (folder / "config.json").write_text(json.dumps(described, indent=2))
+    last_step = progress.last_step(args, len(data.train))
+    batches, val_loader = make_loaders(args, data, progress, last_step, device)
+    run = Run(
+        args=args,
+        device=device,
+        config=config,
+        vae=vae.to(device),
+        model=model,
+        network=DistributedDataParallel(model) if distributed.is_started() else model,
+        ema=ema,
+        optimizers=optimizers,
+        progress=progress,
+        last_step=last_step,
+        folder=folder,
+        described=described,
+        metrics=Metrics(folder, resume_step=resumed_at, wandb=args.wandb, config=described),
+        bad_videos=BadVideos(len(data.train) + len(data.val) + len(data.unreadable), args.max_bad_fraction),
+        batches=batches,
+        val_loader=val_loader,
+    )
+    tell_start(run, data)
+    return run
+
+
+def tell_start(run, data):
+    args, config = run.args, run.config
+    size = sum(parameter.numel() for parameter in run.model.parameters())
+    run.say(
+        f"{run.folder}: {checkpoint.model_name(config)}, {size / 1e6:.1f} M parameters, "
+        f"{'rotary' if config.use_rope else 'fixed'} positions, {math.prod(config.grid(args.num_frames))} tokens "
+        f"a clip; {world_size()} x {run.device.type}, steps {run.progress.step} to {run.last_step}"
+    )
+    run.say(
+        f"{len(data.train)} videos of {len(data.classes)} classes train, {len(data.val)} validate; "
+        f"{data.num_short} have fewer than {args.num_frames} frames, {len(data.unreadable)} can't be opened"
+    )
+    note_bad(run, data.unreadable)
+
+
+def make_loaders(args, data, progress, last_step, device):
+    """(iterator over this rank's micro-batches from where the run stands, loader of its validation chunks)."""
+    clip = {
+        "num_frames": args.num_frames,
+        "image_size": args.image_size,
+        "frame_interval": (args.frame_interval[0], args.frame_interval[-1]),
+    }
+    flip, seed, stream = not args.no_flip, args.global_seed, progress.first_step
+    train = Clips(args.data_path, data.train, data.classes, **clip, flip=flip, seed=seed, stream=stream)
+    val = Clips(args.data_path, data.val, data.classes, **clip, flip=False, seed=0, stream="validation", shuffle=False)
+    steps = last_step - progress.step
+    numbers = Batches(progress.position, steps, args.global_batch_size, rank(), world_size(), args.grad_accum)
+    num_val = min(args.val_clips, 4 * len(data.val))
+    chunks = [list(range(first, min(first + VAL_CHUNK, num_val))) for first in range(0, num_val, VAL_CHUNK)]
+    settings = {"num_workers": args.num_workers, "collate_fn": collate, "pin_memory": device.type == "cuda"}
+    return (
+        iter(DataLoader(train, batch_sampler=numbers, **settings)),
+        DataLoader(val, batch_sampler=chunks[rank() :: world_size()], **settings),
+    )
+
+
+def train(run):
+    """The loop: a step, and now and then a look."""
+    args, progress = run.args, run.progress
+    bar = tqdm(initial=progress.step, total=run.last_step, desc=run.folder.name, unit="step", disable=rank() != 0)
+    window = Window()
+    for step in range(progress.step + 1, run.last_step + 1):
+        rate = set_learning_rates(args, run.optimizers, step, run.last_step)
+        train_step(run, window)
+        update_ema(run.ema, run.model, min(args.ema_decay, (1 + step) / (10 + step)))
+        progress.step, progress.position = step, progress.position + args.global_batch_size
+        bar.update()
+        if any(is_due(run, period) for period in (args.log_every, args.val_every, args.ckpt_every, args.sample_every)):
+            numbers = window.summary(step, args.global_batch_size)
+            bar.set_postfix_str(f"loss {numbers['train_loss']:.3f}, {numbers['clips_per_s']:.1f} clips/s")
+            note_bad(run, [path for part in distributed.gather(window.bad) for path in part])
+            numbers |= look(run)
+            run.metrics.log(step, **numbers, lr=rate, bad_videos=run.bad_videos.count)
+            window = Window()
+    bar.close()
+    run.metrics.close()
+    run.say(f"done: {run.folder / 'checkpoints'} holds {run.last_step:07d}.pt and best.pt")
+
+
+def is_due(run, period):
+    return run.progress.step == run.last_step or (period > 0 and run.progress.step % period == 0)
+
+
+def look(run):
+    """Validate, sample and save, where it is time; returns the numbers to log."""
+    args, step, numbers, names = run.args, run.progress.step, {}, []
+    if is_due(run, args.val_every):
+        numbers["val_loss"], numbers["val_loss_rel"] = validate(run)
+        run.say(f"step {step}: validation loss {numbers['val_loss']:.4f}")
+        if numbers["val_loss"] < run.progress.best_loss:
+            run.progress.best_loss = numbers["val_loss"]
+            names.append("best.pt")
+    if is_due(run, args.ckpt_every):
+        names = [f"{step:07d}.pt", "latest.pt", *names]
+    if names and rank() == 0:
+        save(run, names)
+    if args.sample_every and is_due(run, args.sample_every):
+        videos = draw_samples(run)
+        if rank() == 0:
+            write_sheet(run.folder / "samples" / f"{step:07d}.png", videos)
+        run.metrics.video(step, "samples", videos)
+    return numbers
+
+
+def save(run, names):
+    """Write the checkpoint under its first name and link the others to it."""
+    progress = run.progress
+    state = {
+        "version": checkpoint.VERSION,
+        "config": run.described,
+        "model": run.model.state_dict(),
+        "ema": run.ema.state_dict(),
+        "optimizer": {
+            "kind": run.args.optimizer,
+            "states": [optimizer.state_dict() for optimizer in run.optimizers],
+        },
+        "step": progress.step,
+        "phase": {"first_step": progress.first_step, "position": progress.position},
+        "best_loss": progress.best_loss,
+    }
+    first, *others = names
+    checkpoint.save(run.folder / "checkpoints" / first, state)
+    for name in others:
+        checkpoint.link(run.folder / "checkpoints" / first, name)
+
+
+def note_bad(run, paths):
+    """Name each broken video once, in the log of all ranks; raises UserError if there are too many."""
+    for path in run.bad_videos.add(paths):
+        run.say(f"step {run.progress.step}: {path} can't be decoded; other clips take its place")
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# A step
+
+
+def make_optimizers(args, model):
+    """[AdamW], or with --optimizer muon [AdamW, Muon]: Muon for the matrices of attention and MLP."""
+    matrices = []
+    if args.optimizer == "muon":
+        for block in model.blocks:
+            matrices += [block.attn.qkv.weight, block.attn.proj.weight, block.mlp.fc1.weight, block.mlp.fc2.weight]
+    chosen = {id(weight) for weight in matrices}
+    rest = [weight for weight in model.parameters() if id(weight) not in chosen]
+    optimizers = [torch.optim.AdamW(rest, lr=args.lr, weight_decay=args.weight_decay, fused=True)]
+    if matrices:
+        optimizers.append(torch.optim.Muon(matrices, lr=args.muon_lr, weight_decay=args.weight_decay))
+    return optimizers
+
+
+def set_learning_rates(args, optimizers, step, last_step):
+    """Warm up over the first steps, stay, decay to zero over the last share of them; returns that of AdamW."""
+    factor = min(1, step / max(args.warmup_steps, 1))
+    if args.lr_decay:
+        factor *= min(1, (last_step - step + 1) / (args.lr_decay * last_step))
+    for optimizer, rate in zip(optimizers, (args.lr, args.muon_lr), strict=False):
+        for group in optimizer.param_groups:
+            group["lr"] = rate * factor
+    return args.lr * factor
+
+
+def train_step(run, window):
+    """One step of the optimizers, over all micro-batches."""
+    args, network = run.args, run.network
+    total, squares = 0.0, 0.0
+    for micro in range(args.grad_accum):
+        asked = time.monotonic()
+        batch = next_batch(run.batches)
+        window.waited += time.monotonic() - asked
+        window.bad += batch["bad"]
+        is_last = micro == args.grad_accum - 1
+        with network.no_sync() if distributed.is_started() and not is_last else nullcontext():
+            losses, square = train_losses(run, batch)
+            (losses.mean() / args.grad_accum).backward()
+        total, squares = total + losses.detach().mean(), squares + square.mean()
+    norm = torch.nn.utils.clip_grad_norm_(run.model.parameters(), args.clip_grad or math.inf)
+    window.add(total / args.grad_accum, squares / args.grad_accum, norm)
+    for optimizer in run.optimizers:
+        optimizer.step()
+        optimizer.zero_grad()
+
+
+def train_losses(run, batch):
+    """The losses of a micro-batch, with drawn gammas and some labels dropped, and E[x^2] of its clips."""
+    args, stream, numbers = run.args, run.progress.first_step, batch["numbers"].tolist()
+    gamma = transport.shift_gamma(uniform(args.global_seed, "gamma", stream, numbers), args.gamma_shift)
+    dropped = uniform(args.global_seed, "label drop", stream, numbers) < run.config.class_dropout_prob
+    labels = torch.where(dropped, run.config.num_classes, batch["labels"])
+    return clip_losses(run, run.network, batch, labels, gamma, args.global_seed, stream)
+
+
+def clip_losses(run, network, batch, labels, gamma, seed, stream):
+    """The losses (B,) and E[x^2] (B,) of clips whose noise is a function of (seed, stream, number of the clip)."""
+    vae, device, numbers = run.vae, run.device, batch["numbers"].tolist()
+    clips, labels, time_scales, gamma = (
+        part.to(device, non_blocking=True) for part in (batch["clips"], labels, batch["time_scales"], gamma)
+    )
+    mean, std = vae.posterior(clips)
+    shape = mean.shape[1:]  # (C, T, H, W)
+    x = vae.sample(mean, std, None if std is None else normal(seed, "posterior", stream, numbers, shape, device))
+    noise = normal(seed, "noise", stream, numbers, shape, device)
+    with torch.autocast(device.type, torch.bfloat16, enabled=run.args.precision == "bf16"):
+        losses = transport.loss(lambda x_gamma: network(x_gamma, labels, time_scales), x, noise, gamma)
+    return losses, x.square().flatten(1).mean(dim=1)
+
+
+@torch.no_grad()
+def update_ema(ema, model, decay):
+    torch._foreach_lerp_(list(ema.parameters()), list(model.parameters()), 1 - decay)
+
+
+def next_batch(batches):
+    try:
+        return next(batches)
+    except UserError as error:  # out of a worker it comes with the worker's traceback in front
+        raise UserError(str(error).rsplit("UserError: ", 1)[-1]) from None
+
+
+class Window:
+    """What happened since the last line of metrics; it stays on the device until then, so no step waits for it."""
+
+    def __init__(self):
+        self.rows, self.bad, self.waited, self.began = [], [], 0.0, time.monotonic()
+
+    def add(self, loss, square, norm):
+        self.rows.append(torch.stack([loss, square, norm]).float())
+
+    def summary(self, step, global_batch):
+        """Means over the window and all ranks; raises UserError if a loss was not finite."""
+        losses, squares, norms = distributed.average(torch.stack(self.rows)).double().cpu().unbind(1)
+        if not losses.isfinite().all():
+            first = step - len(losses) + 1 + losses.isfinite().logical_not().nonzero()[0].item()
+            raise UserError(f"the loss of step {first} is not finite; the last checkpoint is intact: try a lower --lr")
+        seconds = time.monotonic() - self.began
+        return {
+            "train_loss": losses.mean().item(),
+            "train_loss_rel": (losses.mean() / transport.zero_loss(squares.mean())).item(),
+            "grad_norm": norms.mean().item(),
+            "clips_per_s": len(losses) * global_batch / seconds,
+            "wait_frac": self.waited / seconds,
+        }
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# Looking at the model
+
+
+@torch.no_grad()
+def validate(run):
+    """(loss of the averaged weights, the same as a share of a zero predictor's), equal on all ranks.
+
+    Clips, noise and gammas (uniform: multiples of the golden ratio) are the same each time, and so is what is
+    computed together; so the numbers depend on the weights alone, not on how many ranks share the work.
+    """
+    rows = []
+    for batch in run.val_loader:
+        gamma = (batch["numbers"].double() * GOLDEN_RATIO % 1).float()
+        losses, squares = clip_losses(run, run.ema, batch, batch["labels"], gamma, seed=0, stream="validation")
+        rows += zip(batch["numbers"].tolist(), losses.tolist(), squares.tolist(), strict=True)
+    rows = sorted(row for part in distributed.gather(rows) for row in part)
+    _, loss, square = torch.tensor(rows, dtype=torch.float64).mean(dim=0)
+    return loss.item(), (loss / transport.zero_loss(square)).item()
+
+
+def draw_samples(run):
+    """uint8 (N, T, H, W, 3) of the averaged weights, the classes in turn; the ranks share the work."""
+    args, config, device = run.args, run.config, run.device
+    numbers = list(range(args.num_samples))[rank() :: world_size()]
+    latents = []
+    if numbers:
+        shape = (config.in_channels, args.num_frames, config.input_size, config.input_size)
+        data = run.described["data"]
+        latents, _ = samplers.generate(
+            run.ema,
+            normal(args.global_seed, "sample", 0, numbers, shape).to(device),
+            torch.tensor(numbers, device=device) % config.num_classes,
+            torch.full((len(numbers),), data["frame_interval"][0] / data["fps"], device=device),
+            config.num_classes,
+            show=rank() == 0,
+            **distributed.sampling_settings(args),
+        )
+    videos = list(zip(numbers, run.vae.decode(latents).cpu(), strict=True)) if numbers else []
+    videos = sorted((pair for part in distributed.gather(videos) for pair in part), key=lambda pair: pair[0])
+    return torch.stack([video for _, video in videos]).numpy()
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,403 @@
+"""Clips and labels from a folder of videos, `ROOT/<Class>/<video>.avi`; videos directly in ROOT are one class, "all".
+
+An item is a function of the data set's arguments and the number of the sample in the stream, so workers, ranks and
+interruptions change nothing. That is why frames come from PyAV, decoded in order by one thread: with decord, two
+threads race for which frame an AVI has last (UCF-101's come out wrong at times) and for whether damage raises.
+"""
+
+import bisect
+import hashlib
+import itertools
+import json
+import os
+from contextlib import contextmanager
+from dataclasses import asdict, dataclass, field
+from pathlib import Path, PurePosixPath
+
+import av
+import numpy as np
+import torch
+import torch.nn.functional as F
+from tqdm import tqdm
+
+from distributed import UserError, generator, say
+
+SUFFIXES = {".avi", ".mp4", ".mkv", ".mov", ".webm"}
+UNLABELLED = "all"  # the class of videos that lie directly in ROOT
+UCF_LISTS = "ucfTrainTestlist"
+INDEX = "video_index.json"  # hidden in ROOT, in plain sight in a run folder
+INDEX_FORMAT = 1
+ATTEMPTS = 100  # videos tried for one sample before giving up
+
+
+class UnreadableError(Exception):
+    """A video that can't be opened, or a frame of it that can't be decoded."""
+
+
+@dataclass(frozen=True)
+class Video:
+    path: str  # below ROOT, with forward slashes
+    class_name: str
+    num_frames: int
+    fps: float  # average over the file
+    height: int  # as coded, before any rotation
+    width: int
+    keyframes: list = field(compare=False, repr=False)  # [frame, its time stamp] where decoding can start, but for 0
+
+    @property
+    def key(self):
+        """Class/stem: the same for a video and for its cached latents."""
+        return f"{self.class_name}/{PurePosixPath(self.path).stem}"
+
+
+@dataclass(frozen=True)
+class Scan:
+    videos: list  # of Video, sorted by path
+    classes: list  # their class names, sorted; a label is a position in it
+    unreadable: list  # paths of the files that could not even be opened
+
+
+def check_data_path(root):
+    """The part of the scan that opens no file; raises UserError."""
+    _find_videos(root)
+
+
+def _list(folder):
+    """Folders and video files right in `folder`, hidden ones left out, as two sorted lists of names."""
+    with os.scandir(folder) as entries:
+        entries = sorted((entry.name, entry.is_dir()) for entry in entries if not entry.name.startswith("."))
+    folders = [name for name, is_dir in entries if is_dir and name != UCF_LISTS]
+    return folders, [name for name, is_dir in entries if not is_dir and Path(name).suffix.lower() in SUFFIXES]
+
+
+def _find_videos(root):
+    """(class name, path below root) of every video, sorted, going by the names; raises UserError."""
+    here = f"--data-path {root}"
+    if not os.path.exists(root):
+        raise UserError(f"{here}: no such folder")
+    if not os.path.isdir(root):
+        raise UserError(f"{here}: a file, wanted a folder of class folders with videos")
+    try:
+        classes, unlabelled = _list(root)
+        labelled = [(name, f"{name}/{file}") for name in classes for file in _list(os.path.join(root, name))[1]]
+    except OSError as error:
+        raise UserError(f"{here}: {error.filename} can't be read ({error.strerror})") from error
+    if labelled and unlabelled:
+        raise UserError(f"{here}: videos in class folders ({labelled[0][1]}) and beside them ({unlabelled[0]}): "
+                        "move these into a class folder")
+    found = labelled or [(UNLABELLED, file) for file in unlabelled]
+    if not found:
+        raise UserError(f"{here}: no video found, wanted <class>/<video> with one of {' '.join(sorted(SUFFIXES))}")
+    seen = {}
+    for class_name, path in found:
+        other = seen.setdefault((class_name, PurePosixPath(path).stem), path)
+        if other != path:
+            raise UserError(f"{here}: {other} and {path} differ only in their suffix: rename or remove one")
+    return found
+
+
+def scan_videos(root, index_folder=None):
+    """Open every video once and remember what was found; only one rank should do this.
+
+    The index lies in ROOT (.video_index.json) or, where that can't be written, in `index_folder`. What it says of
+    a file holds as long as the file's size and time of change do. Raises UserError.
+    """
+    found = _find_videos(root)
+    places = [Path(root, "." + INDEX)] + ([Path(index_folder, INDEX)] if index_folder else [])
+    indices = [_read_index(place) for place in places]
+    known = {path: entry for index in indices for path, entry in index.items()}
+    stamps = {path: _stamp(root, path) for _, path in found}
+    entries = {path: known[path] for _, path in found if path in known and known[path][0] == stamps[path]}
+    new = [(class_name, path) for class_name, path in found if path not in entries]
+    unreadable = []
+    for class_name, path in tqdm(new, desc="opening videos", unit="video", disable=not new):
+        try:
+            entries[path] = stamps[path], _probe(root, class_name, path)
+        except UnreadableError:
+            unreadable.append(path)
+    if not entries:
+        raise UserError(f"--data-path {root}: none of its {len(found)} videos can be opened")
+    if entries not in indices:
+        _write_index(places, entries)
+    videos = [entries[path][1] for _, path in found if path in entries]
+    return Scan(videos, sorted({class_name for class_name, _ in found}), unreadable)
+
+
+def _stamp(root, path):
+    """Size and time of change of a file, None if it is gone."""
+    try:
+        stat = os.stat(os.path.join(root, path))
+    except OSError:
+        return None
+    return [stat.st_size, stat.st_mtime_ns]
+
+
+def _read_index(place):
+    """path -> (stamp, Video); empty where no sound index is."""
+    try:
+        index = json.loads(place.read_text())
+        if index["format"] != INDEX_FORMAT:
+            raise ValueError("another format")
+        return {fields["path"]: (stamp, Video(**fields)) for stamp, fields in index["videos"]}
+    except FileNotFoundError:
+        return {}
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        say(f"{place} is not a sound index ({error}): building it anew")
+        return {}
+
+
+def _write_index(places, entries):
+    """Into the first place that takes it, all or nothing."""
+    videos = [(stamp, asdict(video)) for stamp, video in entries.values()]
+    text = json.dumps({"format": INDEX_FORMAT, "videos": videos})
+    for place in places:
+        if not os.access(place.parent, os.W_OK):
+            continue
+        temporary = place.with_name(f"{place.name}.{os.urandom(4).hex()}")
+        try:
+            temporary.write_text(text)
+            os.replace(temporary, place)
+            return
+        except OSError as error:
+            temporary.unlink(missing_ok=True)
+            say(f"{place} could not be written ({error.strerror})")
+
+
+def split_videos(root, videos, val_fraction):
+    """(training, validation) videos, at least one each; raises UserError if there are not two.
+
+    UCF-101's first list decides where it lies in or beside ROOT and knows these videos (what it does not list
+    validates), else a hash of Class/stem: adding, removing or converting videos moves no other one.
+    """
+    if len(videos) < 2:
+        raise UserError(f"--data-path {root}: {len(videos)} usable video, wanted at least 2: one trains, one validates")
+    listed = _ucf_training_keys(root)
+    train = [video for video in videos if video.key in listed]
+    if 0 < len(train) < len(videos):
+        return train, [video for video in videos if video.key not in listed]
+    ranked = sorted(videos, key=_share)
+    num_val = sum(_share(video) < val_fraction for video in videos)
+    val = set(ranked[: min(max(num_val, 1), len(videos) - 1)])
+    return [video for video in videos if video not in val], [video for video in videos if video in val]
+
+
+def _share(video):
+    """A number in [0, 1) that only the video's class and stem decide."""
+    return int.from_bytes(hashlib.blake2b(os.fsencode(video.key), digest_size=6).digest(), "big") / 2**48
+
+
+def _ucf_training_keys(root):
+    for folder in (Path(os.path.abspath(root)).parent, Path(root)):
+        file = folder / UCF_LISTS / "trainlist01.txt"
+        if file.is_file():  # a line: ApplyEyeMakeup/v_ApplyEyeMakeup_g08_c01.avi 1
+            names = [line.split()[0] for line in file.read_text().splitlines() if line.strip()]
+            return {str(PurePosixPath(name).with_suffix("")) for name in names}
+    return set()
+
+
+def long_enough(videos, num_frames):
+    """(videos with at least num_frames frames, number of the others); raises UserError if none is left."""
+    kept = [video for video in videos if video.num_frames >= num_frames]
+    if not kept:
+        longest = max((video.num_frames for video in videos), default=0)
+        raise UserError(f"--num-frames {num_frames}: the longest video of --data-path has {longest} frames")
+    return kept, len(videos) - len(kept)
+
+
+class BadVideos:
+    """The books on bad videos: who was named already, and when there are too many."""
+
+    def __init__(self, total, max_fraction):
+        self.total, self.max_fraction = total, max_fraction
+        self.paths = {}
+
+    @property
+    def count(self):
+        return len(self.paths)
+
+    def add(self, paths):
+        """The paths that are new, each once; raises UserError beyond max(1, max_fraction * total) bad videos."""
+        new = [path for path in dict.fromkeys(paths) if path not in self.paths]
+        self.paths.update(dict.fromkeys(new))
+        if new and self.count > max(1, self.max_fraction * self.total):
+            raise UserError(f"{self.count} of {self.total} videos are bad, {', '.join(new[:3])} the newest: more than "
+                            f"--max-bad-fraction {self.max_fraction} allows; repair or remove them, or raise it")
+        return new
+
+
+@contextmanager
+def _opened(path):
+    """An open video file and its video stream; whatever libav says against it becomes UnreadableError."""
+    try:
+        with av.open(path, metadata_errors="ignore") as file:
+            stream = file.streams.best("video")
+            if stream is None:
+                raise UnreadableError(f"{path}: no video stream")
+            stream.codec_context.thread_count = 1
+            yield file, stream
+    except av.FFmpegError as error:
+        raise UnreadableError(f"{path}: {error}") from error
+
+
+def _probe(root, class_name, path):
+    """What a file's packets tell; nothing is decoded for that."""
+    with _opened(os.path.join(root, path)) as (file, stream):
+        packets = [(p.pts, p.is_keyframe) for p in file.demux(stream) if p.size and not p.is_discard]
+        fps, keyframes = float(stream.average_rate or 0), []
+        times = {pts for pts, _ in packets}
+        if file.format.name != "avi" and None not in times and len(times) == len(packets) > 1:  # AVI has no times
+            order = enumerate(sorted(packets))
+            keyframes = [[number, pts] for number, (pts, is_keyframe) in order if is_keyframe and number]
+            measured = float((len(packets) - 1) / ((max(times) - min(times)) * stream.time_base))
+            if abs(measured - fps) > 0.01 * fps:  # a varying rate; else the header is right and the times are rounded
+                fps = measured
+        if not packets or fps <= 0:
+            raise UnreadableError(f"{path}: no frame or no frame rate")
+        return Video(path, class_name, len(packets), fps, stream.height, stream.width, keyframes)
+
+
+def read_frames(root, video, numbers):
+    """The frames `numbers` (ascending) of a video, upright: uint8 (T, H, W, 3).
+
+    Raises UnreadableError if one of them, or one it may build on, can't be decoded without error.
+    """
+    wanted, frames = set(numbers), []
+    with _opened(os.path.join(root, video.path)) as (file, stream):
+        size = {"width": stream.width, "height": stream.height}  # also if the file changes it half-way
+        for number, frame in _decode_from(file, stream, video.keyframes, numbers[0]):
+            if frame.is_corrupt:
+                raise UnreadableError(f"{video.path}: frame {number} is damaged")
+            if number in wanted:
+                frames.append(np.rot90(frame.to_ndarray(format="rgb24", **size), frame.rotation // 90))
+            if number == numbers[-1]:
+                return np.stack(frames)
+    raise UnreadableError(f"{video.path}: ends before frame {numbers[-1]}")
+
+
+def _decode_from(file, stream, keyframes, first):
+    """(number, frame) from the last keyframe up to `first` on."""
+    position = bisect.bisect_right(keyframes, first, key=lambda keyframe: keyframe[0]) - 1
+    if position < 0:
+        return enumerate(file.decode(stream))
+    number, pts = keyframes[position]
+    file.seek(pts, stream=stream)
+    # What comes before the keyframe may build on frames that were not decoded.
+    return enumerate(itertools.dropwhile(lambda frame: frame.pts != pts, file.decode(stream)), number)
+
+
+def resize_and_crop(frames, image_size):
+    """uint8 (T, C, H, W) -> (T, C, image_size, image_size): the short side is resized, the middle is kept."""
+    height, width = frames.shape[-2:]
+    scale = image_size / min(height, width)
+    size = max(image_size, round(height * scale)), max(image_size, round(width * scale))
+    if size != (height, width):
+        frames = F.interpolate(frames, size, mode="bilinear", antialias=True)
+    top, left = (size[0] - image_size) // 2, (size[1] - image_size) // 2
+    return frames[..., top : top + image_size, left : left + image_size]
+
+
+class Clips(torch.utils.data.Dataset):
+    """Sample `number` of a stream: a clip of one of `videos`, all of which have at least num_frames frames.
+
+    The stream is one permutation of the videos after another (shuffle=False: the videos in their order, again and
+    again); `stream` names it: the first step of a training phase, or a word. frame_interval is the smallest and the
+    largest step from frame to frame; each clip draws one, or takes the largest that fits its video if that is less.
+    """
+
+    def __init__(self, root, videos, classes, num_frames, image_size, frame_interval=(1, 1), flip=True, seed=0,
+                 stream=0, shuffle=True):
+        if any(video.num_frames < num_frames for video in videos):
+            raise ValueError(f"a video has fewer than {num_frames} frames: leave it out with long_enough()")
+        self.root, self.videos, self.classes = root, videos, classes
+        self.num_frames, self.image_size, self.frame_interval = num_frames, image_size, frame_interval
+        self.flip, self.seed, self.stream, self.shuffle = flip, seed, stream, shuffle
+        self._epoch, self._permutation = None, None
+
+    def __len__(self):
+        return len(self.videos)
+
+    def __getitem__(self, number):
+        """clip: uint8 (C, T, H, W); label; time_scale: seconds per frame; number; video: its path; bad: the paths of
+        the videos that should have been here but can't be decoded. Raises UserError if too many can't."""
+        tried = []
+        while len(tried) < min(ATTEMPTS, len(self.videos)):
+            video = self._video(number, tried)
+            numbers, time_scale = self._frame_numbers(video, number, len(tried))
+            try:
+                frames = read_frames(self.root, video, numbers)
+            except UnreadableError:
+                tried.append(video)
+                continue
+            clip = resize_and_crop(torch.from_numpy(frames).permute(0, 3, 1, 2), self.image_size)
+            if self.flip and self._draw("flip", 2, number):
+                clip = clip.flip(-1)
+            return {
+                "clip": clip.transpose(0, 1).contiguous(),  # (C, T, H, W)
+                "label": self.classes.index(video.class_name),
+                "time_scale": time_scale,
+                "number": number,
+                "video": video.path,
+                "bad": [video.path for video in tried],
+            }
+        raise UserError(f"--data-path {self.root}: {len(tried)} videos in a row are bad, {tried[0].path} the first")
+
+    def _draw(self, purpose, below, *numbers):
+        """A number from 0 to below - 1."""
+        return int(torch.randint(below, (), generator=generator(self.seed, purpose, self.stream, *numbers)))
+
+    def _video(self, number, tried):
+        if tried:
+            others = [video for video in self.videos if video not in tried]
+            return others[self._draw("replacement", len(others), number, len(tried))]
+        epoch, position = divmod(number, len(self.videos))
+        if not self.shuffle:
+            return self.videos[position]
+        if epoch != self._epoch:  # kept, for it costs O(videos) and serves a whole epoch
+            order = generator(self.seed, "order", self.stream, epoch)
+            self._epoch, self._permutation = epoch, torch.randperm(len(self.videos), generator=order)
+        return self.videos[self._permutation[position]]
+
+    def _frame_numbers(self, video, number, attempt):
+        """Which frames to read, and the seconds from one to the next."""
+        smallest, largest = self.frame_interval
+        interval = smallest + self._draw("interval", largest - smallest + 1, number, attempt)
+        gaps = self.num_frames - 1
+        if gaps:
+            interval = min(interval, (video.num_frames - 1) // gaps)
+        start = self._draw("start", video.num_frames - gaps * interval, number, attempt)
+        return [start + index * interval for index in range(self.num_frames)], interval / video.fps
+
+
+class Batches:
+    """A batch sampler: for each of `steps` steps the numbers of this rank's samples, as `micro_batches` lists.
+
+    Step s takes the global_batch numbers from first + s * global_batch on; every rank takes its slice of them.
+    """
+
+    def __init__(self, first, steps, global_batch, rank, world_size, micro_batches=1):
+        self.size, rest = divmod(global_batch, world_size * micro_batches)
+        if rest or not self.size:
+            raise ValueError(f"a global batch of {global_batch} for {world_size} ranks x {micro_batches} micro-batches")
+        self.first, self.steps, self.global_batch = first, steps, global_batch
+        self.offset, self.micro_batches = rank * self.size * micro_batches, micro_batches
+
+    def __len__(self):
+        return self.steps * self.micro_batches
+
+    def __iter__(self):
+        for step in range(self.steps):
+            for micro in range(self.micro_batches):
+                start = self.first + step * self.global_batch + self.offset + micro * self.size
+                yield list(range(start, start + self.size))
+
+
+def collate(items):
+    """clips uint8 (B, C, T, H, W), labels (B,), time_scales float32 (B,), numbers (B,); lists: videos, bad."""
+    return {
+        "clips": torch.stack([item["clip"] for item in items]),
+        "labels": torch.tensor([item["label"] for item in items]),
+        "time_scales": torch.tensor([item["time_scale"] for item in items], dtype=torch.float32),
+        "numbers": torch.tensor([item["number"] for item in items]),
+        "videos": [item["video"] for item in items],
+        "bad": [path for item in items for path in item["bad"]],
+    }

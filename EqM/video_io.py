@@ -1,0 +1,106 @@
+"""Videos on disk for people (mp4, GIF, one PNG sheet) and for programs (npz).
+
+Everywhere a video is a uint8 NumPy array (T, H, W, 3), RGB; several are (N, T, H, W, 3). What people look
+at is enlarged by a whole factor without smoothing, so that each pixel of the model stays visible;
+samples.npz holds the pixels as they are.
+"""
+
+import os
+from fractions import Fraction
+from pathlib import Path
+
+import av
+import numpy as np
+from PIL import Image, ImageDraw, ImageFont
+
+SHORT_SIDE = 128  # px, the least that pictures for people have
+MAX_ROWS, MAX_COLUMNS = 16, 32  # of a sheet
+GAP = 2  # px of white between the frames of a sheet
+
+
+def write_samples(folder, videos, labels, fps, names=None):
+    """Write everything that one call of sample_gd.py leaves: videos, sheet.png and samples.npz.
+
+    videos: uint8 (N, T, H, W, 3); labels: (N,) integers; fps: frames per second; names: N texts for the sheet.
+    """
+    write_videos(folder, videos, fps)
+    write_sheet(Path(folder) / "sheet.png", videos, names)
+    write_npz(Path(folder) / "samples.npz", videos, labels)
+
+
+def write_videos(folder, videos, fps, first=0):
+    """Write 000000.mp4, 000000.gif, ... (images, T = 1: 000000.png), counting from `first`."""
+    folder = Path(folder)
+    folder.mkdir(parents=True, exist_ok=True)
+    for number, video in enumerate(videos, start=first):
+        if len(video) == 1:
+            Image.fromarray(video[0]).save(folder / f"{number:06d}.png")
+        else:
+            write_mp4(folder / f"{number:06d}.mp4", video, fps)
+            write_gif(folder / f"{number:06d}.gif", video, fps)
+
+
+def enlarge(video, to=SHORT_SIDE):
+    """Repeat the pixels of (..., H, W, 3) by the least whole factor that makes the short side >= `to` and both even."""
+    H, W = video.shape[-3:-1]
+    factor = max(1, -(-to // min(H, W)))
+    if factor % 2 and (H % 2 or W % 2):  # H.264's 4:2:0 wants even sides
+        factor += 1
+    return video.repeat(factor, axis=-3).repeat(factor, axis=-2)
+
+
+def write_mp4(path, video, fps):
+    """Write (T, H, W, 3) as H.264 that every player shows; any rate > 0 and any size work."""
+    video = enlarge(video)
+    with av.open(str(path), "w", format="mp4") as container:
+        stream = container.add_stream("libx264", rate=Fraction(fps).limit_denominator(1001))  # 30000/1001 stays exact
+        stream.height, stream.width = video.shape[1:3]
+        stream.pix_fmt = "yuv420p"
+        stream.options = {"crf": "12"}  # close to lossless: people judge the model, not the codec
+        for frame in video:
+            container.mux(stream.encode(av.VideoFrame.from_ndarray(frame, format="rgb24")))
+        container.mux(stream.encode())
+
+
+def write_gif(path, video, fps):
+    """Write (T, H, W, 3) as a GIF that loops for ever and lasts T / fps seconds.
+
+    GIF counts in 1/100 s, so the delays of a 30 fps video alternate between 3 and 4; browsers slow down
+    delays below 2, so beyond 50 fps the GIF plays slower than the video.
+    """
+    ends = np.round(np.arange(len(video) + 1) * 100 / fps)
+    delays = np.maximum(np.diff(ends), 2).astype(int) * 10  # ms
+    first, *others = [Image.fromarray(frame) for frame in enlarge(video)]
+    first.save(path, format="GIF", save_all=True, append_images=others, duration=delays.tolist(), loop=0)
+
+
+def write_sheet(path, videos, names=None):
+    """Write (N, T, H, W, 3) as one PNG: a row per video, a column per frame, `names` (N texts) at the left.
+
+    At most the first 16 videos, and 32 frames spread evenly from the first to the last.
+    """
+    T = videos.shape[1]
+    columns = np.linspace(0, T - 1, min(T, MAX_COLUMNS)).round().astype(int)
+    frames = enlarge(videos[:MAX_ROWS, columns])  # (rows, columns, h, w, 3)
+    rows, columns, h, w = frames.shape[:4]
+    names = [str(name) for name in names[:rows]] if names is not None else []
+    font = ImageFont.load_default(size=16)
+    left = max((round(font.getlength(name)) + 4 * GAP for name in names), default=0)  # px
+
+    sheet = np.full((rows * (h + GAP) - GAP, left + columns * (w + GAP) - GAP, 3), 255, np.uint8)
+    for row, column in np.ndindex(rows, columns):
+        y, x = row * (h + GAP), left + column * (w + GAP)
+        sheet[y : y + h, x : x + w] = frames[row, column]
+    sheet = Image.fromarray(sheet)
+    for row, name in enumerate(names):
+        ImageDraw.Draw(sheet).text((2 * GAP, row * (h + GAP) + h // 2), name, fill="black", font=font, anchor="lm")
+    sheet.save(path)
+
+
+def write_npz(path, videos, labels):
+    """Write `arr_0` uint8 (N, T, H, W, 3), images (T = 1) as (N, H, W, 3), and `labels` int64 (N,), all or nothing."""
+    pixels = videos[:, 0] if videos.shape[1] == 1 else videos
+    temporary = f"{path}.tmp"
+    with open(temporary, "wb") as file:
+        np.savez(file, arr_0=pixels, labels=np.asarray(labels, dtype=np.int64))
+    os.replace(temporary, path)

@@ -1,0 +1,248 @@
+"""Write Moving Shapes: small videos of one shape that crosses a dark picture, in UCF-101's layout.
+
+    python datasets/make_moving_shapes.py --out datasets/moving-shapes
+
+12 classes, shape x direction (`CircleLeft` ... `TriangleDown`), so whether a generated clip shows what its
+label says can be measured. The same flags give the same bytes (with the same FFmpeg build).
+Positions are in px from the top left corner of the picture, y downwards; a pixel's centre is at + 0.5.
+"""
+
+import json
+import math
+import os
+import sys
+import tempfile
+from pathlib import Path
+
+import av
+import numpy as np
+import torch
+from tqdm import tqdm
+
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent / "EqM"))
+from distributed import ArgumentParser, UserError, fail, generator, say
+
+VERSION = 1  # of the drawing and of shapes.json
+FPS = 25
+TRAVEL = 9 / 16  # of the picture's width, in the whole video
+GROUPS = 8  # per class; group 1 is the test list, as whole groups are in UCF-101
+SUBROWS = 8  # sample lines per pixel row
+
+SHAPES = ("Circle", "Square", "Triangle")
+DIRECTIONS = {"Left": (-1, 0), "Right": (1, 0), "Up": (0, -1), "Down": (0, 1)}
+CLASSES = tuple(f"{shape}{direction}" for shape in SHAPES for direction in DIRECTIONS)
+COLORS = {
+    "red": (240, 70, 60),
+    "green": (60, 220, 90),
+    "blue": (80, 130, 250),
+    "yellow": (240, 220, 60),
+    "magenta": (220, 70, 220),
+    "cyan": (60, 220, 220),
+    "white": (240, 240, 240),
+}
+BACKGROUNDS = {"black": (0, 0, 0), "gray": (40, 40, 40), "navy": (10, 20, 50), "brown": (45, 25, 10)}
+
+# In units of the radius. The square has the circle's area; the triangle, which points up, 84% of it, as a
+# larger one could not travel as far.
+HALF_SIDE = math.sqrt(math.pi) / 2
+BASE = HEIGHT = 2.3
+AREAS = {"Circle": math.pi, "Square": 4 * HALF_SIDE**2, "Triangle": BASE * HEIGHT / 2}
+# How far a shape reaches from its centroid: left, up, right, down.
+REACHES = {
+    "Circle": (1, 1, 1, 1),
+    "Square": (HALF_SIDE,) * 4,
+    "Triangle": (BASE / 2, HEIGHT * 2 / 3, BASE / 2, HEIGHT / 3),
+}
+
+
+def half_width(shape, y):
+    """Half the shape's width on the line y below its centroid, both in radii."""
+    if shape == "Circle":
+        return np.sqrt(np.maximum(0, 1 - y**2))
+    if shape == "Square":
+        return np.full_like(y, HALF_SIDE)
+    return (y + HEIGHT * 2 / 3) / HEIGHT * BASE / 2
+
+
+def coverage(shape, center, radius, size):
+    """The share of each pixel that the shape covers, float64 (size, size).
+
+    Each pixel row is cut to the shape's height and sampled on SUBROWS lines, and a line's overlap with the
+    pixels is exact. So squares are exact and the others nearly so, wherever the centre lies between pixels.
+    """
+    x, y = center
+    _, up, _, down = REACHES[shape]
+    edges = np.clip(np.arange(size + 1), y - up * radius, y + down * radius)
+    heights = np.diff(edges)  # (H,)
+    lines = edges[:-1, None] + heights[:, None] * (np.arange(SUBROWS) + 0.5) / SUBROWS  # (H, SUBROWS)
+    half = radius * half_width(shape, (lines - y) / radius)[..., None]
+    columns = np.clip(np.arange(size + 1), x - half, x + half)  # (H, SUBROWS, W + 1)
+    return np.diff(columns).mean(1) * heights[:, None]
+
+
+def draw(shape, center, radius, size, color, background=(0, 0, 0)):
+    """One antialiased picture, uint8 (size, size, 3); center = (x, y) of the shape's centroid in px."""
+    share = coverage(shape, center, radius, size)[..., None]
+    return np.rint(share * np.array(color) + (1 - share) * np.array(background)).astype(np.uint8)
+
+
+def draw_clip(video, size, frames, fps=FPS):
+    """The frames of one entry of shapes.json's `videos`, uint8 (frames, size, size, 3)."""
+    step = np.array(DIRECTIONS[video["direction"]]) * video["speed"] / fps
+    centers = np.array(video["start"]) + np.arange(frames)[:, None] * step
+    look = video["radius"], size, video["rgb"], video["background_rgb"]
+    return np.stack([draw(video["shape"], center, *look) for center in centers])
+
+
+def plan_video(shape, direction, index, args):
+    """What the side file says about one video: everything that is drawn by chance is drawn here."""
+    rng = generator(args.seed, "moving-shapes", shape, direction, index)
+    chance = torch.rand(5, generator=rng, dtype=torch.float64).tolist()
+    small, large = args.radius
+    radius = args.size * (small + (large - small) * chance[0])
+    color = args.colors[int(chance[1] * len(args.colors))]
+    background = args.backgrounds[int(chance[2] * len(args.backgrounds))]
+    speed = TRAVEL * args.size * FPS / args.frames
+    path = speed * (args.frames - 1) / FPS
+    start = []
+    for axis in range(2):
+        move = DIRECTIONS[direction][axis]  # the range of starts from which the shape stays whole in all frames:
+        first = radius * REACHES[shape][axis] + path * (move < 0)
+        last = args.size - radius * REACHES[shape][axis + 2] - path * (move > 0)
+        start.append(round(first + (last - first) * chance[3 + axis], 6))
+    return {
+        "class": f"{shape}{direction}", "shape": shape, "direction": direction, "start": start,
+        "speed": speed, "radius": radius, "area": AREAS[shape] * radius**2, "color": color, "rgb": COLORS[color],
+        "background": background, "background_rgb": BACKGROUNDS[background],
+    }  # fmt: skip
+
+
+def plan(args):
+    """All videos by `Class/stem`, and which of them the test list names."""
+    videos, test = {}, set()
+    groups = min(GROUPS, args.videos_per_class)
+    for shape in SHAPES:
+        for direction in DIRECTIONS:
+            for index in range(args.videos_per_class):
+                group, clip = index % groups + 1, index // groups + 1
+                key = f"{shape}{direction}/v_{shape}{direction}_g{group:02d}_c{clip:02d}"
+                videos[key] = plan_video(shape, direction, index, args)
+                if group == 1:
+                    test.add(key)
+    return videos, test
+
+
+def write_video(path, frames):
+    """Write uint8 (T, H, W, 3) as MPEG-4 part 2 in .avi, near exact, with no date or version in the file."""
+    with av.open(str(path), "w", options={"fflags": "+bitexact"}) as container:
+        stream = container.add_stream("mpeg4", rate=FPS)
+        stream.height, stream.width = frames.shape[1:3]
+        stream.pix_fmt = "yuv420p"
+        stream.codec_context.thread_count = 1
+        stream.options = {"flags": "+bitexact+qscale", "global_quality": "118", "qmin": "1"}  # 118 = quantizer 1
+        for frame in frames:
+            container.mux(stream.encode(av.VideoFrame.from_ndarray(frame, format="rgb24")))
+        container.mux(stream.encode())
+
+
+def write_splits(folder, videos, test):
+    """classInd.txt, trainlist01.txt and testlist01.txt, as UCF-101 has them."""
+    folder.mkdir()
+    number = {name: i + 1 for i, name in enumerate(sorted(CLASSES))}
+    lines = [f"{i} {name}\n" for name, i in number.items()]
+    (folder / "classInd.txt").write_text("".join(lines))
+    train = [f"{key}.avi {number[video['class']]}\n" for key, video in videos.items() if key not in test]
+    (folder / "trainlist01.txt").write_text("".join(train))
+    (folder / "testlist01.txt").write_text("".join(f"{key}.avi\n" for key in videos if key in test))
+
+
+def already_made(out, settings):
+    """True if OUT holds the data set of these settings, False if there is nothing.
+
+    Raises UserError if OUT holds anything else.
+    """
+    if not out.exists() or (out.is_dir() and not any(out.iterdir())):
+        return False
+    advice = f"expected nothing or the same data set: choose another --out or delete {out}"
+    try:
+        found = json.loads((out / "shapes.json").read_text())
+        same, videos = found["settings"] == settings, found["videos"]
+    except (OSError, ValueError, KeyError, TypeError):
+        raise UserError(f"--out {out} holds something that is not Moving Shapes; {advice}") from None
+    if not same:
+        raise UserError(f"--out {out} holds Moving Shapes made with other flags ({found['settings']}); {advice}")
+    missing = [key for key in videos if not (out / f"{key}.avi").is_file()]
+    if missing:
+        raise UserError(f"--out {out} lacks {len(missing)} of its {len(videos)} videos ({missing[0]}.avi); {advice}")
+    return True
+
+
+def make(out, settings, args):
+    """Write the data set beside `out` and move it there once it is complete."""
+    videos, test = plan(args)
+    out.parent.mkdir(parents=True, exist_ok=True)
+    with tempfile.TemporaryDirectory(prefix=f".{out.name}-", dir=out.parent) as temporary:
+        folder = Path(temporary, out.name)
+        for name in CLASSES:
+            (folder / name).mkdir(parents=True)
+        for key, video in tqdm(videos.items(), desc="Moving Shapes", unit="video"):
+            write_video(folder / f"{key}.avi", draw_clip(video, args.size, args.frames))
+        write_splits(folder / "ucfTrainTestlist", videos, test)
+        top = {"version": VERSION, "size": args.size, "fps": FPS, "seconds": args.frames / FPS, "seed": args.seed}
+        text = json.dumps({**top, "frames": args.frames, "settings": settings, "videos": videos}, indent=1)
+        (folder / "shapes.json").write_text(text + "\n")
+        os.replace(folder, out)
+
+
+def check(args):
+    """Raises UserError where a flag asks for what can't be drawn; sets args.frames."""
+    if args.videos_per_class < 2:
+        raise UserError(f"--videos-per-class {args.videos_per_class} must be at least 2: one trains, one tests")
+    if args.size < 16 or args.size % 2:
+        raise UserError(f"--size {args.size} must be an even number of px, at least 16")
+    if not 0.08 <= args.seconds <= 3600:
+        raise UserError(f"--seconds {args.seconds:g} must be between 0.08 (2 frames) and 3600")
+    args.frames = round(args.seconds * FPS)
+    small, large = args.radius
+    most = math.floor(1000 * (1 - TRAVEL) / max(BASE, HEIGHT, 2)) / 1000
+    if not 0.05 <= small <= large <= most:
+        raise UserError(f"--radius {small:g} {large:g} must be MIN <= MAX, both between 0.05 and {most:g} of --size, "
+                        "or a shape is too small to tell or leaves the picture")  # fmt: skip
+
+
+def parse(argv=None):
+    parser = ArgumentParser(description=__doc__.split("\n")[0])
+    parser.add_argument("--out", type=Path, required=True, help="folder to make")
+    parser.add_argument("--videos-per-class", type=int, default=60, help="videos of each of the 12 classes")
+    parser.add_argument("--size", type=int, default=64, help="height and width, px")
+    parser.add_argument("--seconds", type=float, default=1.0, help="length of a video; a crossing takes all of it")
+    parser.add_argument("--seed", type=int, default=0, help="other seeds give other videos")
+    parser.add_argument("--radius", type=float, nargs=2, default=[0.18, 0.18], metavar=("MIN", "MAX"),
+                        help="share of --size; drawn per video between the two")  # fmt: skip
+    parser.add_argument("--colors", nargs="+", choices=COLORS, default=["red", "green", "blue"],
+                        help="colors to draw from")  # fmt: skip
+    parser.add_argument("--backgrounds", nargs="+", choices=BACKGROUNDS, default=["black"],
+                        help="dark backgrounds to draw from")  # fmt: skip
+    return parser.parse_args(argv)
+
+
+def main(argv=None):
+    args = parse(argv)
+    check(args)
+    settings = {name: value for name, value in vars(args).items() if name not in ("out", "frames")}
+    settings["version"] = VERSION
+    try:
+        if already_made(args.out, settings):
+            say(f"{args.out} is there already, made with the same flags")
+            return
+        make(args.out, settings, args)
+    except OSError as error:
+        raise UserError(f"--out {args.out} can't be written ({error}); choose a folder you can write to") from None
+    say(f"{args.out}: {len(CLASSES)} classes of {args.videos_per_class} videos")
+
+
+if __name__ == "__main__":
+    try:
+        main()
+    except UserError as error:
+        fail(error)

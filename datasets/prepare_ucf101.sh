@@ -1,0 +1,93 @@
+#!/usr/bin/env bash
+# Arrange UCF-101 as the training script reads it; run it as often as you like, it does what is still to do.
+#
+#   datasets/prepare_ucf101.sh [DIR]        DIR is datasets/ucf-101 unless given
+#
+# makes DIR/<Class>/*.avi and ucfTrainTestlist/*.txt beside DIR from two archives, which you download into DIR
+# or beside it. Nothing is downloaded here. Exit status 2: there is something for you to do first.
+set -euo pipefail
+
+DIR=${1:-$(dirname "$0")/ucf-101}
+DIR=${DIR%/}
+SPLITS=$(dirname "$DIR")/ucfTrainTestlist
+UNPACKED=$DIR.unpacking
+URL=https://www.crcv.ucf.edu/data/UCF101
+EXPECT_VIDEOS=${EXPECT_VIDEOS:-13320}
+EXPECT_CLASSES=${EXPECT_CLASSES:-101}
+
+fail() {
+  echo "$(basename "$0"): error: $*" >&2
+  exit 2
+}
+
+list_videos() { find "$1" -mindepth 2 -maxdepth 2 -name '*.avi' 2>/dev/null; }
+count_videos() { list_videos "$1" | wc -l | tr -d ' '; }
+count_classes() { list_videos "$1" | sed 's|/[^/]*$||' | sort -u | wc -l | tr -d ' '; }
+found_in() { echo "$(count_videos "$1") videos in $(count_classes "$1") classes"; }
+EXPECTED="$EXPECT_VIDEOS videos in $EXPECT_CLASSES classes"
+
+find_archive() {
+  local folder
+  for folder in "$DIR" "$(dirname "$DIR")"; do
+    if [[ -f $folder/$1 ]]; then
+      echo "$folder/$1"
+      return
+    fi
+  done
+  fail "$1 is neither in $DIR nor beside it: download $URL/$1 (see $URL.php) into $(dirname "$DIR") and run this again"
+}
+
+# unpack ARCHIVE FOLDER TOOL...: with the first of the tools that is installed
+unpack() {
+  local archive=$1 folder=$2 tool
+  shift 2
+  for tool in "$@"; do
+    command -v "$tool" >/dev/null || continue
+    echo "unpacking $archive with $tool"
+    case $tool in
+      unrar) unrar x -idq -o+ "$archive" "$folder/" ;;
+      unzip) unzip -q -o "$archive" -d "$folder" ;;
+      bsdtar) bsdtar -xf "$archive" -C "$folder" ;;
+      7z | 7zz) "$tool" x -y -bd "-o$folder" "$archive" >/dev/null ;;
+    esac || fail "$tool could not unpack $archive: download it again, or install another of: $*"
+    return
+  done
+  fail "nothing installed unpacks $archive: install one of: $*"
+}
+
+# Both archives are asked for before the long work starts.
+VIDEOS_READY=no
+if [[ $(found_in "$DIR") == "$EXPECTED" ]]; then VIDEOS_READY=yes; fi
+if [[ $VIDEOS_READY == no ]]; then RAR=$(find_archive UCF101.rar); fi
+if [[ ! -f $SPLITS/trainlist01.txt ]]; then ZIP=$(find_archive UCF101TrainTestSplits-RecognitionTask.zip); fi
+
+rm -rf "$UNPACKED"  # of an interrupted run
+trap 'rm -rf "$UNPACKED"' EXIT
+
+if [[ -n ${ZIP:-} ]]; then
+  mkdir -p "$UNPACKED"
+  unpack "$ZIP" "$UNPACKED" unzip bsdtar 7z 7zz
+  [[ -f $UNPACKED/ucfTrainTestlist/trainlist01.txt ]] ||
+    fail "$ZIP holds no ucfTrainTestlist/trainlist01.txt: download $URL/$(basename "$ZIP") again"
+  mkdir -p "$SPLITS"
+  mv "$UNPACKED"/ucfTrainTestlist/*.txt "$SPLITS/"
+fi
+
+if [[ $VIDEOS_READY == no ]]; then
+  mkdir -p "$UNPACKED" "$DIR"
+  unpack "$RAR" "$UNPACKED" unrar bsdtar 7z 7zz
+  [[ $(found_in "$UNPACKED/UCF-101") == "$EXPECTED" ]] ||
+    fail "$RAR unpacks to $(found_in "$UNPACKED/UCF-101") in UCF-101/, expected $EXPECTED: download it again"
+  for class in "$UNPACKED"/UCF-101/*; do
+    there=$DIR/$(basename "$class")
+    if [[ ! -e $there ]]; then
+      mv "$class" "$there"
+    elif [[ $(ls "$there") != "$(ls "$class")" ]]; then
+      fail "$there is there already and holds other files: move it away and run this again"
+    fi
+  done
+  [[ $(found_in "$DIR") == "$EXPECTED" ]] ||
+    fail "$DIR holds $(found_in "$DIR"), expected $EXPECTED: move what is not UCF-101 out of it"
+fi
+
+echo "$DIR: $EXPECTED, splits in $SPLITS"

@@ -1,0 +1,170 @@
+import json
+import sys
+from io import BytesIO
+from types import SimpleNamespace
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+from distributed import UserError
+from metrics import Metrics, import_wandb, read_metrics
+
+
+def lines(folder):
+    return (folder / "metrics.jsonl").read_text().splitlines()
+
+
+def board(folder):
+    events = EventAccumulator(str(folder))
+    events.Reload()
+    return events
+
+
+def test_each_call_appends_one_json_line_that_is_on_disk_at_once(tmp_path):
+    metrics = Metrics(tmp_path)
+    metrics.log(10, loss=0.5, clips=32)
+    assert lines(tmp_path) == ['{"step": 10, "loss": 0.5, "clips": 32}']  # while the file is still open
+    metrics.log(20, **{"val/loss": torch.tensor(0.25)})
+    assert json.loads(lines(tmp_path)[1]) == {"step": 20, "val/loss": 0.25}
+    metrics.close()
+
+
+def test_numbers_that_are_not_finite_become_null(tmp_path):
+    metrics = Metrics(tmp_path)
+    metrics.log(1, a=float("nan"), b=float("inf"), c=torch.tensor(-float("inf")), d=1.0)
+    metrics.close()
+
+    def reject(constant):
+        raise AssertionError(f"{constant} is not JSON")
+
+    row = json.loads(lines(tmp_path)[0], parse_constant=reject)
+    assert row == {"step": 1, "a": None, "b": None, "c": None, "d": 1.0}
+
+
+def test_scalars_reach_tensorboard_with_their_steps(tmp_path):
+    metrics = Metrics(tmp_path)
+    for step in (1, 2, 3):
+        metrics.log(step, loss=1 / step)
+    metrics.close()
+    events = board(tmp_path).Scalars("loss")
+    assert [event.step for event in events] == [1, 2, 3]
+    assert [event.value for event in events] == pytest.approx([1, 1 / 2, 1 / 3])
+
+
+def test_clips_reach_tensorboard_as_a_row_per_clip_and_a_column_per_frame(tmp_path):
+    clips = np.random.default_rng(0).integers(0, 256, (2, 3, 4, 5, 3), dtype=np.uint8)
+    metrics = Metrics(tmp_path)
+    metrics.video(7, "samples", clips)
+    metrics.close()
+    (event,) = board(tmp_path).Images("samples")
+    assert event.step == 7
+    sheet = np.asarray(Image.open(BytesIO(event.encoded_image_string)))
+    assert np.array_equal(sheet, np.concatenate([np.concatenate(clip, axis=1) for clip in clips]))
+
+
+def test_other_ranks_write_nothing(tmp_path, monkeypatch):
+    monkeypatch.setenv("RANK", "1")
+    metrics = Metrics(tmp_path, resume_step=3, wandb=True)
+    metrics.log(1, loss=1.0)
+    metrics.video(1, "samples", np.zeros((1, 1, 2, 2, 3), np.uint8))
+    metrics.close()
+    assert not list(tmp_path.iterdir())
+
+
+def test_after_resuming_no_step_stands_twice(tmp_path):
+    metrics = Metrics(tmp_path)
+    for step in range(1, 8):
+        metrics.log(step, loss=1.0)
+    metrics.close()
+
+    metrics = Metrics(tmp_path, resume_step=4)
+    for step in range(5, 7):
+        metrics.log(step, loss=2.0)
+    metrics.close()
+    rows, torn = read_metrics(tmp_path / "metrics.jsonl")
+    assert [(row["step"], row["loss"]) for row in rows] == [(1, 1), (2, 1), (3, 1), (4, 1), (5, 2), (6, 2)]
+    assert torn == metrics.torn == 0
+    assert [(event.step, event.value) for event in board(tmp_path).Scalars("loss")] == [
+        (1, 1), (2, 1), (3, 1), (4, 1), (5, 2), (6, 2),
+    ]  # fmt: skip
+
+
+def test_resuming_drops_a_line_torn_by_a_crash_and_counts_it(tmp_path):
+    (tmp_path / "metrics.jsonl").write_text('{"step": 1, "loss": 0.5}\n{"step": 2, "lo')
+    metrics = Metrics(tmp_path, resume_step=2)
+    metrics.log(3, loss=0.25)
+    metrics.close()
+    assert metrics.torn == 1
+    assert lines(tmp_path) == ['{"step": 1, "loss": 0.5}', '{"step": 3, "loss": 0.25}']
+
+
+def test_resuming_keeps_lines_as_they_were(tmp_path):
+    text = '{"step": 1, "loss": 0.1, "val/loss": null}\n{"step": 1, "note": 3}\n'
+    (tmp_path / "metrics.jsonl").write_text(text)
+    Metrics(tmp_path, resume_step=1).close()
+    assert (tmp_path / "metrics.jsonl").read_text() == text
+
+
+def test_resuming_a_folder_without_metrics_starts_afresh(tmp_path):
+    metrics = Metrics(tmp_path, resume_step=100)
+    metrics.log(101, loss=1.0)
+    metrics.close()
+    assert len(lines(tmp_path)) == 1
+
+
+@pytest.mark.parametrize("torn_line", [b'{"step": 2, "loss": 0.', b"\xff\xfe{", b"\0\0\0\0"])
+def test_reading_leaves_torn_lines_out_and_counts_them(tmp_path, torn_line):
+    (tmp_path / "metrics.jsonl").write_bytes(b'{"step": 1, "loss": 0.5}\n' + torn_line)
+    assert read_metrics(tmp_path / "metrics.jsonl") == ([{"step": 1, "loss": 0.5}], 1)
+
+
+def test_asking_for_wandb_without_the_package_is_one_line_that_says_how_to_get_it(tmp_path, monkeypatch):
+    monkeypatch.setitem(sys.modules, "wandb", None)  # as if it were not installed
+    with pytest.raises(UserError, match="--wandb.*pip install wandb"):
+        import_wandb()
+    with pytest.raises(UserError, match="--wandb.*pip install wandb"):
+        Metrics(tmp_path, wandb=True)
+
+
+class FakeWandb(SimpleNamespace):
+    """As much of the wandb package as is used; remembers what it was given."""
+
+    def __init__(self):
+        super().__init__(Error=RuntimeError, runs=[])
+
+    def init(self, **arguments):
+        run = SimpleNamespace(arguments=arguments, rows=[], finished=False)
+        run.log = lambda row, step: run.rows.append((step, row))
+        run.finish = lambda: setattr(run, "finished", True)
+        self.runs.append(run)
+        return run
+
+
+def test_wandb_gets_the_config_and_the_scalars_and_a_resumed_run_goes_on_under_its_id(tmp_path, monkeypatch):
+    fake = FakeWandb()
+    monkeypatch.setitem(sys.modules, "wandb", fake)
+    for resume_step in (None, 5):
+        metrics = Metrics(tmp_path, resume_step=resume_step, wandb=True, config={"lr": 1e-4})
+        metrics.log(6, loss=0.5)
+        metrics.close()
+    first, second = fake.runs
+    assert first.arguments["config"] == {"lr": 1e-4}
+    assert first.rows == second.rows == [(6, {"loss": 0.5})]
+    assert first.finished
+    assert first.arguments["id"] == second.arguments["id"]
+    assert second.arguments["resume"] == "allow"
+
+
+def test_a_wandb_run_that_cannot_start_is_one_line(tmp_path, monkeypatch):
+    fake = FakeWandb()
+    monkeypatch.setitem(sys.modules, "wandb", fake)
+
+    def init(**arguments):
+        raise fake.Error("api_key not configured")
+
+    monkeypatch.setattr(fake, "init", init)
+    with pytest.raises(UserError, match="--wandb: api_key not configured.*wandb login"):
+        Metrics(tmp_path, wandb=True)

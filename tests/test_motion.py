@@ -1,0 +1,257 @@
+"""The tracker finds what a clip shows, and refuses what is not one object moving straight."""
+
+import itertools
+import json
+import math
+
+import decord
+import numpy as np
+import pytest
+import torch
+import torch.nn.functional as F
+
+import make_moving_shapes as shapes
+import motion
+from distributed import UserError
+from motion import Track, Truth
+
+RED, GREEN, BLUE = (shapes.COLORS[name] for name in ("red", "green", "blue"))
+EVERY = list(itertools.product(shapes.SHAPES, shapes.DIRECTIONS))
+SIGN = {"Left": (-1, 0), "Right": (1, 0), "Up": (0, -1), "Down": (0, 1)}
+
+
+def clip_of(centers, shape="Circle", color=RED, size=16, radius=0.18 * 16, background=(0, 0, 0)):
+    return np.stack([shapes.draw(shape, center, radius, size, color, background) for center in centers])
+
+
+def line(direction, frames=16, speed=0.36, middle=(8.1, 7.8)):
+    """Centers (T, 2) of a straight run through the middle."""
+    time = np.arange(frames)[:, None] - (frames - 1) / 2
+    return np.array(middle) + time * speed * np.array(SIGN[direction])
+
+
+def resize(clip, size):
+    frames = torch.from_numpy(clip).permute(0, 3, 1, 2).float()
+    small = F.interpolate(frames, size=(size, size), mode="bilinear", antialias=True)
+    return small.round().byte().permute(0, 2, 3, 1).numpy()
+
+
+def blur(clip, deviation):
+    x = np.arange(-4, 5)
+    kernel = np.exp(-(x**2) / 2 / deviation**2)
+    out = clip.astype(float)
+    for axis in (1, 2):
+        out = np.apply_along_axis(np.convolve, axis, out, kernel / kernel.sum(), "same")
+    return out.round().astype(np.uint8)
+
+
+def noisy(clip, deviation, seed=0):
+    noise = np.random.default_rng(seed).normal(0, deviation, clip.shape)
+    return (clip + noise).round().clip(0, 255).astype(np.uint8)
+
+
+def refused(clip, reason):
+    found = motion.track(clip)
+    assert found.direction is None and found.speed is None, found
+    assert reason in found.reason, found
+
+
+@pytest.mark.parametrize(("shape", "direction"), EVERY)
+@pytest.mark.parametrize(("frames", "speed"), [(25, 0.36), (16, 0.5), (7, 0.55), (4, 0.36), (2, 0.5)])
+def test_a_drawn_clip_is_measured_right(shape, direction, frames, speed):
+    found = motion.track(clip_of(line(direction, frames, speed), shape, BLUE))
+    assert (found.direction, found.shape, found.reason) == (direction, shape, "")
+    assert found.speed == pytest.approx(speed, abs=0.1 / frames)
+    assert found.area == pytest.approx(shapes.AREAS[shape] * (0.18 * 16) ** 2, rel=0.05)
+    assert np.abs(np.subtract(found.color, BLUE)).max() <= 8
+
+
+@pytest.mark.parametrize(("shape", "direction"), EVERY)
+@pytest.mark.parametrize(("deviation", "noise"), [(0.5, 4), (0.7, 6), (1.0, 0), (0, 10)])
+def test_blur_and_noise_of_a_generated_clip_do_no_harm(shape, direction, deviation, noise):
+    clip = clip_of(line(direction, 7, 0.55), shape, GREEN)
+    found = motion.track(noisy(blur(clip, deviation) if deviation else clip, noise))
+    assert (found.direction, found.shape) == (direction, shape), found.reason
+    assert found.speed == pytest.approx(0.55, abs=0.05)
+    assert found.area == pytest.approx(shapes.AREAS[shape] * (0.18 * 16) ** 2, rel=0.2)
+
+
+@pytest.mark.parametrize("size", [16, 24, 40, 64, 96])
+@pytest.mark.parametrize("shape", shapes.SHAPES)
+def test_speed_and_area_are_in_px_of_the_clip_at_any_size(size, shape):
+    scale = size / 16
+    clip = clip_of(line("Up") * scale, shape, RED, size, 2.88 * scale)
+    found = motion.track(clip)
+    assert (found.direction, found.shape) == ("Up", shape)
+    assert found.speed == pytest.approx(0.36 * scale, rel=0.02)
+    assert found.area == pytest.approx(shapes.AREAS[shape] * (2.88 * scale) ** 2, rel=0.05)
+
+
+@pytest.mark.parametrize("background", shapes.BACKGROUNDS)
+@pytest.mark.parametrize("color", shapes.COLORS)
+def test_every_color_of_the_data_set_is_found_on_every_background(color, background):
+    clip = clip_of(line("Left"), "Square", shapes.COLORS[color], background=shapes.BACKGROUNDS[background])
+    found = motion.track(clip)
+    assert (found.direction, found.shape) == ("Left", "Square")
+    assert np.abs(np.subtract(found.color, shapes.COLORS[color])).max() <= 12
+
+
+@pytest.mark.parametrize("size", [64, 16])
+def test_real_decoded_videos_are_all_right_whole_and_short(tmp_path, size):
+    shapes.main(["--out", str(tmp_path / "set"), "--videos-per-class", "2", "--seed", "5"])
+    side = tmp_path / "set" / "shapes.json"
+    for frames in (25, 4):
+        tracks, expected = [], []
+        for key, video in json.loads(side.read_text())["videos"].items():
+            reader = decord.VideoReader(str(tmp_path / "set" / f"{key}.avi"))
+            clip = reader.get_batch(range(frames)).asnumpy()
+            tracks.append(motion.track(clip if size == 64 else resize(clip, size)))
+            expected.append(motion.truths(side, video["class"], size, 1 / 25))
+        score = motion.summarize(tracks, expected)
+        assert (score["direction_accuracy"], score["shape_accuracy"], score["clips"]) == (1, 1, 24)
+        assert score["speed_ratio"] == pytest.approx(1, abs=0.02)
+        assert score["area_ratio"] == pytest.approx(1.02, abs=0.02)
+
+
+def test_mirrored_and_transposed_clips_have_the_mirrored_and_transposed_direction():
+    clip = noisy(clip_of(line("Right", 7, 0.55), "Square"), 3)
+    found = motion.track(clip)
+    others = {"Left": clip[:, :, ::-1], "Down": clip.transpose(0, 2, 1, 3), "Up": clip.transpose(0, 2, 1, 3)[:, ::-1]}
+    for direction, other in others.items():
+        assert motion.track(other).direction == direction
+        assert motion.track(other).speed == pytest.approx(found.speed)
+        assert motion.track(other).area == pytest.approx(found.area)
+    assert motion.track(clip[::-1]).direction == "Left"
+
+
+def test_two_objects_have_no_direction():
+    small = 2.2
+    for gap, reason in ((11, "more than one object"), (2.4 * small, "not compact"), (1.6 * small, "no known shape")):
+        left, right = (line("Down", 7, 0.55, (8 + side * gap / 2, 8)) for side in (-1, 1))
+        clip = np.maximum(clip_of(left, radius=small), clip_of(right, radius=small))
+        refused(clip, reason)
+    assert motion.track(clip_of(left, radius=small)).direction == "Down"
+
+
+def test_five_moving_objects_have_no_direction():
+    starts = [(3, 3), (13, 3), (3, 13), (13, 13), (8, 8)]
+    clips = [clip_of(line("Right", 7, 0.3, start), radius=1.8) for start in starts]
+    refused(np.maximum.reduce(clips), "more than one object")
+
+
+def test_a_second_object_that_shows_up_in_one_frame_is_seen():
+    clip = clip_of(line("Up"))
+    clip[5] = np.maximum(clip[5], clip_of([(2.5, 2.5)], radius=1.5)[0])
+    refused(clip, "more than one object")
+
+
+def test_a_second_color_anywhere_has_no_direction():
+    path = line("Left")
+    one, other = clip_of(path, color=GREEN), clip_of(path, color=BLUE)
+    refused(np.concatenate([one[:8], other[8:]]), "color")  # from some frame on
+    refused(np.concatenate([one[:15], other[15:]]), "color")  # in the last frame only
+    refused(np.where(np.arange(16)[:, None, None] < 8, one, other), "color")  # in one half of the object
+    apart = np.maximum(
+        clip_of(line("Left", middle=(8, 4)), color=RED), clip_of(line("Left", middle=(8, 12)), color=BLUE)
+    )
+    refused(apart, "color")
+
+
+def test_an_object_that_vanishes_or_fades_has_no_direction():
+    clip = clip_of(line("Down"))
+    gone = clip.copy()
+    gone[9] = 0
+    refused(gone, "vanishes")
+    faded = clip.copy()
+    faded[9:] = faded[9:] // 2
+    refused(faded, "area changes")
+
+
+def test_an_object_that_splits_has_no_direction():
+    path = line("Right")
+    spread = np.stack([np.zeros(16), np.linspace(0, 4, 16)], 1)
+    clip = np.maximum(clip_of(path + spread, radius=2), clip_of(path - spread, radius=2))
+    assert motion.track(clip).direction is None
+
+
+def test_jumps_stops_turns_and_curves_have_no_direction():
+    path = line("Right", 16, 0.4)
+    jump = path + np.where(np.arange(16) < 8, 0, 2)[:, None] * np.array([1, 0])
+    hop = path + np.where(np.arange(16) < 8, 0, 2)[:, None] * np.array([0, 1])
+    stop = path[np.minimum(np.arange(16), 8)]
+    back = np.concatenate([path[:8], path[8:0:-1]])
+    angle = np.linspace(0, np.pi / 2, 16)[:, None]
+    arc = 8 + 4 * np.concatenate([np.cos(angle), np.sin(angle)], 1)
+    diagonal = 8 + np.linspace(-3, 3, 16)[:, None] * np.array([1, 1])
+    for centers in (jump, hop, stop, back, arc, diagonal):
+        refused(clip_of(centers), "not straight and steady")
+
+
+@pytest.mark.parametrize("frames", [2, 4, 25])
+def test_a_shape_that_stands_still_has_a_shape_but_no_direction(frames):
+    for seed in range(10):
+        clip = noisy(clip_of(line("Up", frames, 0), "Triangle"), 5, seed)
+        refused(clip, "stands still")
+        assert motion.track(clip).shape == "Triangle"
+
+
+def test_frames_in_the_wrong_order_have_no_direction():
+    clip = clip_of(line("Right", 7, 0.55))
+    refused(clip[[0, 3, 1, 4, 2, 6, 5]], "not straight and steady")
+
+
+@pytest.mark.filterwarnings("error")
+def test_clips_without_an_object_have_no_direction():
+    rng = np.random.default_rng(0)
+    refused(np.zeros((4, 16, 16, 3), np.uint8), "nothing")
+    refused(np.full((4, 16, 16, 3), 255, np.uint8), "nothing")
+    refused(noisy(np.full((4, 16, 16, 3), 30, np.uint8), 6), "nothing")
+    refused(np.where(np.arange(16)[:, None, None] < 8, 255, np.zeros((4, 16, 16, 3))).astype(np.uint8), "color")
+    for _ in range(20):
+        assert motion.track(rng.integers(0, 256, (4, 16, 16, 3), dtype=np.uint8)).direction is None
+
+
+def test_truth_is_the_side_files_scaled_to_the_clip(tmp_path):
+    shapes.main(["--out", str(tmp_path / "set"), "--videos-per-class", "2"])
+    truth = motion.truths(tmp_path / "set" / "shapes.json", "SquareUp", 16, 3 / 25)
+    assert (truth.direction, truth.shape) == ("Up", "Square")
+    assert truth.speed == pytest.approx(9 * 3 / 25)  # 9 px a second at 16 px
+    assert truth.area == pytest.approx(math.pi * 2.88**2)
+
+
+def test_a_missing_side_file_or_class_is_the_users_error(tmp_path):
+    with pytest.raises(UserError, match="shapes.json"):
+        motion.truths(tmp_path / "shapes.json", "SquareUp", 16, 1 / 25)
+    (tmp_path / "shapes.json").write_text('{"videos": {}, "size": 64}')
+    with pytest.raises(UserError, match="no class SquareUp"):
+        motion.truths(tmp_path / "shapes.json", "SquareUp", 16, 1 / 25)
+
+
+def test_the_summary_counts_refused_clips_as_wrong_and_measures_the_right_ones():
+    truth = Truth("Up", "Circle", 0.5, 20)
+    tracks = [
+        Track("Up", "Circle", 0.4, 18),
+        Track("Up", "Square", 0.6, 26),
+        Track("Down", "Circle", 5, 99),
+        Track(reason="more than one object"),
+    ]
+    score = motion.summarize(tracks, [truth] * 4)
+    assert (score["clips"], score["right"], score["direction_accuracy"], score["shape_accuracy"]) == (4, 2, 0.5, 0.5)
+    assert score["speed_ratio"] == pytest.approx(1.0) and score["area_ratio"] == pytest.approx(1.1)
+    assert score["speed_ratio_standard_error"] == pytest.approx(0.2)  # 0.8 and 1.2
+    assert score["area_ratio_standard_error"] == pytest.approx(0.2)  # 0.9 and 1.3
+    assert score["direction_interval95"] == pytest.approx([0.15, 0.85], abs=0.002)
+    assert json.loads(json.dumps(score)) == score
+
+
+def test_a_summary_without_a_right_clip_has_no_ratios():
+    score = motion.summarize([Track(reason="nothing stands out")] * 10, [Truth("Up", "Circle", 0.5, 20)] * 10)
+    assert score["direction_accuracy"] == 0 and score["speed_ratio"] is None and score["area_ratio"] is None
+    assert score["direction_interval95"] == pytest.approx([0, 0.2775], abs=1e-4)
+
+
+@pytest.mark.parametrize(("hits", "count"), [(0, 7), (3, 7), (90, 100), (7, 7)])
+def test_the_interval_holds_the_shares_that_a_95_percent_test_keeps(hits, count):
+    for share in motion.wilson(hits, count):
+        distance = abs(hits / count - share)  # a bound is where the share is 1.96 of its own deviations away
+        assert distance == pytest.approx(1.96 * math.sqrt(max(0, share * (1 - share)) / count), abs=1e-9)

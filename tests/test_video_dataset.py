@@ -1,0 +1,560 @@
+"""Frame k of a test video says k: one half of it is grey 4 * k, the other (the right one, unless flipped) white."""
+
+import json
+import os
+import struct
+from fractions import Fraction
+from pathlib import Path
+
+import av
+import numpy as np
+import pytest
+import torch
+
+import video_dataset
+from distributed import UserError
+from video_dataset import BadVideos, Batches, Clips, Video, collate, long_enough, scan_videos, split_videos
+
+SIZE = 32  # of the clips; videos are 64 x 48
+
+
+def write_video(path, num_frames=20, rate=25, codec="mpeg4", times=None, **options):
+    """`times`: a time stamp in ms for each frame, for a variable rate."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with av.open(str(path), "w") as file:
+        stream = file.add_stream(codec, rate=Fraction(rate).limit_denominator(1001))
+        stream.width, stream.height, stream.pix_fmt, stream.gop_size = 64, 48, "yuv420p", 10
+        stream.bit_rate, stream.options = 2_000_000, options
+        if times:
+            stream.codec_context.time_base = Fraction(1, 1000)
+        for number in range(num_frames):
+            picture = np.full((48, 64, 3), 4 * number, np.uint8)
+            picture[:, 32:] = 255
+            frame = av.VideoFrame.from_ndarray(picture, format="rgb24")
+            if times:
+                frame.pts, frame.time_base = times[number], Fraction(1, 1000)
+            file.mux(stream.encode(frame))
+        file.mux(stream.encode())
+
+
+def halves(frames):
+    """Mean grey of the left and right edge of frames (..., H, W)."""
+    frames = torch.as_tensor(frames).float()
+    return frames[..., :8].mean((-2, -1)), frames[..., -8:].mean((-2, -1))
+
+
+def frame_numbers(clip):
+    """Which frames a clip (C, T, H, W) consists of."""
+    left, right = halves(clip[0])
+    return (torch.minimum(left, right) / 4).round().int().tolist()
+
+
+def read_numbers(root, video, numbers):
+    frames = video_dataset.read_frames(root, video, numbers)
+    return (halves(frames[..., 0])[0] / 4).round().int().tolist()
+
+
+def make_clips(root, num_frames=4, **kwargs):
+    scan = scan_videos(root)
+    return Clips(root, scan.videos, scan.classes, num_frames, SIZE, **kwargs)
+
+
+def fake(key, num_frames=20, suffix=".avi"):
+    return Video(key + suffix, key.split("/")[0], num_frames, 25.0, 48, 64, [])
+
+
+@pytest.fixture(scope="module")
+def shared_root(tmp_path_factory):
+    """Two classes, five videos, three rates; tests only read it."""
+    root = tmp_path_factory.mktemp("videos")
+    write_video(root / "Run" / "a.avi", 40)
+    write_video(root / "Run" / "b.mp4", 60, codec="libx264")
+    write_video(root / "Run" / "c.mkv", 30, rate=30)
+    write_video(root / "Jump" / "d.mov", 20, rate=30000 / 1001)
+    write_video(root / "Jump" / "e.avi", 20)
+    return root
+
+
+@pytest.fixture
+def root(tmp_path):
+    root = tmp_path / "data"
+    for name in ("A/one", "A/two", "B/three", "B/four"):
+        write_video(root / f"{name}.avi")
+    return root
+
+
+# Scan.
+
+
+def test_a_scan_finds_videos_classes_rates_and_frames(shared_root):
+    scan = scan_videos(shared_root)
+    assert scan.classes == ["Jump", "Run"]
+    assert [video.path for video in scan.videos] == ["Jump/d.mov", "Jump/e.avi", "Run/a.avi", "Run/b.mp4", "Run/c.mkv"]
+    assert [video.num_frames for video in scan.videos] == [20, 20, 40, 60, 30]
+    assert [video.fps for video in scan.videos] == pytest.approx([30000 / 1001, 25, 25, 25, 30])
+    assert {(video.height, video.width) for video in scan.videos} == {(48, 64)}
+    assert scan.videos[0].key == "Jump/d"
+    assert scan.unreadable == []
+
+
+def test_videos_directly_in_root_are_one_class(tmp_path):
+    write_video(tmp_path / "a.avi")
+    write_video(tmp_path / "b.avi")
+    scan = scan_videos(tmp_path)
+    assert scan.classes == ["all"]
+    assert [video.key for video in scan.videos] == ["all/a", "all/b"]
+
+
+def test_odd_names_work_and_hidden_files_and_other_files_are_ignored(tmp_path):
+    write_video(tmp_path / "Tai Chi" / "Übung 1 (äöü, 太极).AVI")
+    write_video(tmp_path / "Tai Chi" / "it's #2%20.mp4")
+    for name in ("Tai Chi/.hidden.avi", "Tai Chi/notes.txt", "ucfTrainTestlist/fake.avi", ".cache/x.avi", "readme.md"):
+        (tmp_path / name).parent.mkdir(exist_ok=True)
+        (tmp_path / name).write_text("not a video")
+    clips = make_clips(tmp_path)
+    assert clips.classes == ["Tai Chi"] and len(clips) == 2
+    assert {clips[number]["video"] for number in range(2)} == {video.path for video in clips.videos}
+
+
+def test_a_file_that_cannot_be_opened_is_reported_and_left_out(root):
+    (root / "A" / "text.avi").write_text("this is no video")
+    (root / "A" / "empty.mp4").write_bytes(b"")
+    scan = scan_videos(root)
+    assert scan.unreadable == ["A/empty.mp4", "A/text.avi"]
+    assert len(scan.videos) == 4
+
+
+# Index.
+
+
+def test_a_file_that_the_index_knows_is_not_opened_again(root, monkeypatch):
+    first = scan_videos(root)
+    monkeypatch.setattr(av, "open", lambda *args, **kwargs: pytest.fail("opened a video"))
+    second = scan_videos(root)
+    assert second == first
+    assert [video.keyframes for video in second.videos] == [video.keyframes for video in first.videos]
+
+
+def test_only_new_and_changed_files_are_opened_and_lost_ones_forgotten(root, monkeypatch):
+    scan_videos(root)
+    write_video(root / "A" / "one.avi", 30)
+    write_video(root / "B" / "five.avi")
+    (root / "A" / "two.avi").unlink()
+    opened, really_open = [], av.open
+    monkeypatch.setattr(av, "open", lambda path, **kwargs: opened.append(path) or really_open(path, **kwargs))
+    scan = scan_videos(root)
+    assert opened == [str(root / "A" / "one.avi"), str(root / "B" / "five.avi")]
+    assert {video.key: video.num_frames for video in scan.videos} == {"A/one": 30, "B/five": 20, "B/four": 20,
+                                                                      "B/three": 20}
+    assert "two" not in (root / ".video_index.json").read_text()
+
+
+@pytest.mark.parametrize("text", ["", '{"format": 1, "v', "[]", '{"format": 0}', '{"format": 1, "videos": [[1, {}]]}'])
+def test_a_torn_or_foreign_index_is_rebuilt_and_said(root, capsys, text):
+    scan = scan_videos(root)
+    (root / ".video_index.json").write_text(text)
+    assert scan_videos(root) == scan
+    assert "building it anew" in capsys.readouterr().out
+    json.loads((root / ".video_index.json").read_text())
+
+
+def test_where_root_is_read_only_the_index_lies_in_the_run_folder(root, tmp_path, monkeypatch):
+    monkeypatch.setattr(os, "access", lambda path, mode: Path(path) != root)
+    first = scan_videos(root, tmp_path)
+    assert not (root / ".video_index.json").exists()
+    monkeypatch.setattr(av, "open", lambda *args, **kwargs: pytest.fail("opened a video"))
+    assert scan_videos(root, tmp_path) == first
+
+
+def test_a_root_that_refuses_the_index_gets_no_half_of_it(root, tmp_path, monkeypatch, capsys):
+    really_replace = os.replace
+
+    def full(source, target):
+        if Path(target).parent == root:
+            raise OSError(28, "No space left on device")
+        really_replace(source, target)
+
+    monkeypatch.setattr(os, "replace", full)
+    scan_videos(root, tmp_path)
+    assert sorted(path.name for path in root.iterdir()) == ["A", "B"]
+    assert (tmp_path / "video_index.json").exists()
+    assert "No space left" in capsys.readouterr().out
+
+
+# Split.
+
+
+def test_the_hash_split_stays_when_videos_are_added_or_converted(tmp_path):
+    videos = [fake(f"C{number % 7}/v{number}") for number in range(2000)]
+    train, val = split_videos(tmp_path, videos, 0.05)
+    assert sorted(train + val, key=videos.index) == videos
+    assert 70 <= len(val) <= 130
+    fewer, fewer_val = split_videos(tmp_path, videos[:1000], 0.05)
+    assert fewer_val == [video for video in val if video in videos[:1000]]
+    converted = [fake(video.key, suffix=".mp4") for video in videos]
+    assert [video.key for video in split_videos(tmp_path, converted, 0.05)[1]] == [video.key for video in val]
+
+
+@pytest.mark.parametrize("fraction", [0.0, 0.5, 1.0])
+def test_at_least_one_video_trains_and_one_validates(tmp_path, fraction):
+    for first in range(20):
+        train, val = split_videos(tmp_path, [fake(f"A/v{first}"), fake(f"B/w{first}")], fraction)
+        assert len(train) == len(val) == 1 and train != val
+
+
+@pytest.mark.parametrize("place", ["data", "."])
+def test_ucf_lists_beside_or_in_root_set_the_split(tmp_path, place):
+    folder = tmp_path / place / "ucfTrainTestlist"
+    folder.mkdir(parents=True)
+    (folder / "trainlist01.txt").write_text("A/v_A_g08_c01.avi 1\r\nB/v_B_g08_c01.avi 2\r\n\r\nB/v_B_g09_c01.avi 2\r\n")
+    videos = [fake(key, suffix=".mp4") for key in ("A/v_A_g01_c01", "A/v_A_g08_c01", "B/v_B_g08_c01")]
+    train, val = split_videos(tmp_path / "data", videos, 0.99)
+    assert [video.key for video in train] == ["A/v_A_g08_c01", "B/v_B_g08_c01"]
+    assert [video.key for video in val] == ["A/v_A_g01_c01"]
+
+
+def test_ucf_lists_of_other_videos_are_not_obeyed(tmp_path):
+    (tmp_path / "ucfTrainTestlist").mkdir()
+    (tmp_path / "ucfTrainTestlist" / "trainlist01.txt").write_text("A/v_A_g08_c01.avi 1\n")
+    train, val = split_videos(tmp_path / "shapes", [fake(f"A/s{number}") for number in range(10)], 0.2)
+    assert train and val
+
+
+def test_videos_that_are_too_short_are_counted_and_left_out():
+    videos = [fake("A/short", 7), fake("A/fits", 8), fake("A/long", 9)]
+    assert long_enough(videos, 8) == (videos[1:], 1)
+    with pytest.raises(ValueError, match="long_enough"):
+        Clips("", videos, ["A"], 8, SIZE)
+
+
+# Clips.
+
+
+@pytest.mark.parametrize("num_frames", [4, 8, 16])
+def test_spacing_in_time_does_not_depend_on_the_number_of_frames(shared_root, num_frames):
+    scan = scan_videos(shared_root)
+    videos, _ = long_enough(scan.videos, 1 + 2 * 15)
+    clips = Clips(shared_root, videos, scan.classes, num_frames, SIZE, frame_interval=(2, 2))
+    for number in range(8):
+        item = clips[number]
+        shown = frame_numbers(item["clip"])
+        assert np.diff(shown).tolist() == [2] * (num_frames - 1)
+        assert item["time_scale"] == pytest.approx(2 / 25)
+
+
+def test_an_item_has_the_clip_its_label_and_the_files_own_rate(shared_root):
+    clips = make_clips(shared_root, num_frames=4)
+    rates = {"Run/a.avi": 25, "Run/b.mp4": 25, "Run/c.mkv": 30, "Jump/d.mov": 30000 / 1001, "Jump/e.avi": 25}
+    for number in range(10):
+        item = clips[number]
+        assert item["clip"].shape == (3, 4, SIZE, SIZE) and item["clip"].dtype == torch.uint8
+        assert item["label"] == (1 if item["video"].startswith("Run") else 0)
+        assert item["time_scale"] == pytest.approx(1 / rates[item["video"]], rel=1e-6)
+        assert item["number"] == number and item["bad"] == []
+
+
+def test_intervals_and_starts_are_drawn_over_their_whole_range(shared_root):
+    clips = make_clips(shared_root, num_frames=4, frame_interval=(1, 3), flip=False)
+    clips.videos = [video for video in clips.videos if video.path == "Run/c.mkv"]  # 30 frames at 30 Hz
+    seen = [clips._frame_numbers(clips.videos[0], number, 0) for number in range(2000)]
+    intervals = [numbers[1] - numbers[0] for numbers, _ in seen]
+    assert {interval: intervals.count(interval) // 100 * 100 for interval in (1, 2, 3)} == {1: 600, 2: 600, 3: 600}
+    for interval in (1, 2, 3):
+        starts = {numbers[0] for numbers, _ in seen if numbers[1] - numbers[0] == interval}
+        assert starts == set(range(30 - 3 * interval))
+    assert all(time_scale == (numbers[1] - numbers[0]) / 30 for numbers, time_scale in seen)
+
+
+def test_an_interval_that_does_not_fit_becomes_the_largest_that_does(shared_root):
+    clips = make_clips(shared_root, num_frames=4, frame_interval=(9, 9))
+    for number in range(10):
+        item = clips[number]
+        length = next(video.num_frames for video in clips.videos if video.path == item["video"])
+        interval = min(9, (length - 1) // 3)  # 20 frames: 6
+        assert np.diff(frame_numbers(item["clip"])).tolist() == [interval] * 3
+        fps = next(video.fps for video in clips.videos if video.path == item["video"])
+        assert item["time_scale"] == pytest.approx(interval / fps)
+
+
+def test_a_clip_is_flipped_as_a_whole_and_about_half_of_them_are(root):
+    clips, unflipped = make_clips(root), make_clips(root, flip=False)
+    flipped = 0
+    for number in range(100):
+        item, plain = clips[number], unflipped[number]["clip"]
+        left, right = halves(item["clip"])
+        is_flipped = left > right  # (C, T)
+        assert is_flipped.all() or not is_flipped.any()
+        assert torch.equal(item["clip"], plain.flip(-1) if is_flipped.any() else plain)
+        flipped += bool(is_flipped.any())
+    assert 35 <= flipped <= 65
+
+
+def test_an_epoch_shows_every_video_once_and_streams_and_seeds_differ(shared_root):
+    def order(**kwargs):
+        clips = make_clips(shared_root, **kwargs)
+        return [clips._video(number, []).path for number in range(50)]
+
+    videos = order()
+    for epoch in range(10):
+        assert len(set(videos[5 * epoch : 5 * epoch + 5])) == 5
+    assert len({tuple(videos[5 * epoch : 5 * epoch + 5]) for epoch in range(10)}) > 5
+    assert videos == order() != order(stream=7)
+    assert videos != order(seed=1)
+
+
+def test_without_shuffling_the_videos_come_in_their_order_again_and_again(shared_root):
+    clips = make_clips(shared_root, shuffle=False, stream="validation")
+    videos = [video.path for video in clips.videos]
+    assert [clips[number]["video"] for number in range(7)] == videos + videos[:2]
+
+
+def test_an_item_does_not_depend_on_what_was_read_before(shared_root):
+    numbers = [7, 3, 12, 0, 7, 4]
+    clips = make_clips(shared_root, frame_interval=(1, 3))
+    for number, item in zip(numbers, [clips[number] for number in numbers], strict=True):
+        alone = make_clips(shared_root, frame_interval=(1, 3))[number]
+        assert torch.equal(item.pop("clip"), alone.pop("clip")) and item == alone
+
+
+@pytest.mark.parametrize("num_workers", [1, 2])
+def test_workers_change_nothing(shared_root, num_workers):
+    clips, batches = make_clips(shared_root, frame_interval=(1, 3)), Batches(3, 3, 4, rank=0, world_size=1)
+    loader = torch.utils.data.DataLoader(clips, batch_sampler=batches, collate_fn=collate, num_workers=num_workers)
+    for batch, numbers in zip(loader, batches, strict=True):
+        expected = collate([clips[number] for number in numbers])
+        assert batch.keys() == expected.keys()
+        for name, value in expected.items():
+            assert torch.equal(batch[name], value) if torch.is_tensor(value) else batch[name] == value
+
+
+def test_a_batch_stacks_clips_labels_and_time_scales(shared_root):
+    batch = collate([make_clips(shared_root)[number] for number in (4, 9)])
+    assert batch["clips"].shape == (2, 3, 4, SIZE, SIZE) and batch["clips"].dtype == torch.uint8
+    assert batch["labels"].dtype == torch.int64 and batch["time_scales"].dtype == torch.float32
+    assert batch["numbers"].tolist() == [4, 9] and len(batch["videos"]) == 2 and batch["bad"] == []
+
+
+# Frames.
+
+
+@pytest.mark.parametrize(
+    ("name", "codec", "options"),
+    [
+        ("v.avi", "mpeg4", {}),
+        ("v.avi", "mpeg4", {"bf": "2"}),
+        ("v.mov", "mpeg4", {"bf": "2"}),
+        ("v.mp4", "libx264", {"bf": "3"}),
+        ("v.mkv", "libx264", {"x264-params": "open-gop=1:bframes=3"}),
+        ("v.webm", "libvpx", {"deadline": "realtime"}),
+    ],
+)
+def test_frame_k_is_frame_k_in_every_container(tmp_path, name, codec, options):
+    write_video(tmp_path / name, 45, codec=codec, **options)
+    video = scan_videos(tmp_path).videos[0]
+    assert bool(video.keyframes) == (name != "v.avi")
+    whole = video_dataset.read_frames(tmp_path, video, range(45))
+    assert read_numbers(tmp_path, video, range(45)) == list(range(45))
+    for number in range(45):
+        assert np.array_equal(video_dataset.read_frames(tmp_path, video, [number])[0], whole[number])
+
+
+def test_frames_are_decoded_from_the_last_keyframe_on(tmp_path, monkeypatch):
+    write_video(tmp_path / "v.mp4", 60, codec="libx264")
+    video = scan_videos(tmp_path).videos[0]
+    decoded = []
+
+    def decode(*args):
+        for number, frame in really_decode(*args):
+            decoded.append(number)
+            yield number, frame
+
+    really_decode = video_dataset._decode_from
+    monkeypatch.setattr(video_dataset, "_decode_from", decode)
+    assert read_numbers(tmp_path, video, [45, 48]) == [45, 48]
+    assert len(decoded) < 20 and decoded[-1] == 48
+
+
+@pytest.mark.parametrize("name", ["v.mkv", "v.mp4"])
+def test_variable_frame_rates_keep_every_frame_and_give_the_average_rate(tmp_path, name):
+    times = [40 * number for number in range(10)] + [400 + 80 * number for number in range(10)]
+    write_video(tmp_path / name, codec="libx264", times=times)
+    video = scan_videos(tmp_path).videos[0]
+    assert video.fps == pytest.approx(19 / 1.12)
+    assert read_numbers(tmp_path, video, range(20)) == list(range(20))
+
+
+def test_frames_that_an_edit_list_cuts_off_do_not_count(tmp_path):
+    write_video(tmp_path / "whole" / "v.mp4", 30, codec="libx264", bf="0")
+    (tmp_path / "cut").mkdir()
+    with (
+        av.open(str(tmp_path / "whole" / "v.mp4")) as whole,
+        av.open(str(tmp_path / "cut" / "v.mp4"), "w", options={"avoid_negative_ts": "disabled"}) as cut,
+    ):
+        stream = cut.add_stream_from_template(whole.streams.video[0])
+        for packet in whole.demux(video=0):
+            if packet.size:
+                packet.pts -= 5 * packet.duration
+                packet.dts -= 5 * packet.duration
+                packet.stream = stream
+                cut.mux(packet)
+    video = scan_videos(tmp_path / "cut").videos[0]
+    assert video.num_frames == 25
+    assert read_numbers(tmp_path / "cut", video, range(25)) == list(range(5, 30))
+    assert [read_numbers(tmp_path / "cut", video, [number])[0] for number in range(25)] == list(range(5, 30))
+
+
+def test_a_video_that_was_filmed_upright_comes_upright(tmp_path):
+    write_video(tmp_path / "v.mp4", codec="libx264")
+    data = bytearray((tmp_path / "v.mp4").read_bytes())
+    matrix = data.index(b"tkhd") + 44  # a quarter turn clockwise, in the track's header
+    one = 0x10000
+    data[matrix : matrix + 36] = struct.pack(">9i", 0, one, 0, -one, 0, 0, 0, 0, 0x40000000)
+    (tmp_path / "v.mp4").write_bytes(data)
+    frames = video_dataset.read_frames(tmp_path, scan_videos(tmp_path).videos[0], [0, 1])
+    assert frames.shape == (2, 64, 48, 3)
+    assert frames[:, :24].mean() < 20 and frames[:, 40:].mean() > 240  # what was left is on top
+
+
+def test_resizing_is_antialiased_and_keeps_the_middle():
+    stripes = torch.zeros(1, 3, 48, 96, dtype=torch.uint8)
+    stripes[..., ::2] = 200  # a pixel wide: gone at half the size
+    clip = video_dataset.resize_and_crop(stripes, 24)
+    assert clip.shape == (1, 3, 24, 24)
+    assert (clip.float() - 100).abs().max() < 15
+    columns = torch.arange(96, dtype=torch.uint8).expand(1, 3, 48, 96)
+    assert torch.equal(video_dataset.resize_and_crop(columns, 48), columns[..., 24:72])
+    assert video_dataset.resize_and_crop(columns, 64).shape == (1, 3, 64, 64)
+
+
+# Bad videos.
+
+
+def scribble(path):
+    with av.open(str(path)) as file:
+        middle = [packet.pos for packet in file.demux(video=0) if packet.size][10]
+    data = bytearray(path.read_bytes())
+    data[middle : middle + 200] = bytes(range(200))
+    path.write_bytes(data)
+
+
+def truncate(path):
+    path.write_bytes(path.read_bytes()[: path.stat().st_size // 3])
+
+
+DAMAGES = [scribble, truncate, Path.unlink, lambda path: path.write_text("hello")]
+
+
+@pytest.mark.parametrize("damage", DAMAGES, ids=["scribbled", "truncated", "vanished", "text"])
+@pytest.mark.parametrize("name", ["bad.avi", "bad.mp4", "bad.mkv"])
+def test_a_bad_video_is_named_and_replaced_the_same_way_each_time(root, damage, name):
+    write_video(root / "A" / name, codec="mpeg4")
+    clips = make_clips(root, num_frames=16, seed=3)
+    damage(root / "A" / name)
+    items = [clips[number] for number in range(10)]
+    bad = [item for item in items if item["bad"]]
+    assert len(bad) == 2  # it comes once in each epoch
+    for item in bad:
+        assert item["bad"] == [f"A/{name}"] != [item["video"]]
+        assert item["label"] == clips.classes.index(item["video"].split("/")[0])
+        assert np.diff(frame_numbers(item["clip"])).tolist() == [1] * 15
+        again = Clips(root, clips.videos, clips.classes, 16, SIZE, seed=3)
+        assert torch.equal(again[item["number"]]["clip"], item["clip"])
+
+
+def test_a_replacement_is_never_one_that_failed_already(root):
+    clips = make_clips(root)
+    for name in ("A/one", "A/two", "B/four"):
+        (root / f"{name}.avi").unlink()
+    for number in range(20):
+        item = clips[number]
+        assert item["video"] == "B/three.avi"
+        assert len(set(item["bad"])) == len(item["bad"])
+
+
+def test_a_data_set_of_bad_videos_is_an_error(root):
+    clips = make_clips(root)
+    for video in clips.videos:
+        (root / video.path).unlink()
+    with pytest.raises(UserError, match="4 videos in a row are bad"):
+        clips[0]
+
+
+def test_bad_videos_are_named_once_and_too_many_are_an_error():
+    books = BadVideos(300, 0.01)
+    assert books.add(["a", "b", "a"]) == ["a", "b"]
+    assert books.add(["b", "c"]) == ["c"] and books.add([]) == [] and books.count == 3
+    with pytest.raises(UserError, match="4 of 300 videos are bad, d"):
+        books.add(["d"])
+
+
+def test_one_bad_video_is_always_allowed():
+    books = BadVideos(2, 0.0)
+    assert books.add(["a"]) == ["a"]
+    with pytest.raises(UserError, match="--max-bad-fraction"):
+        books.add(["b"])
+
+
+# Batches.
+
+
+@pytest.mark.parametrize(("world_size", "micro_batches"), [(1, 1), (2, 1), (3, 2), (4, 3), (12, 1)])
+def test_ranks_and_micro_batches_share_every_step_without_gap_or_overlap(world_size, micro_batches):
+    ranks = [Batches(100, 5, 12, rank, world_size, micro_batches) for rank in range(world_size)]
+    assert {len(batches) for batches in ranks} == {5 * micro_batches}
+    ranks = torch.tensor([list(batches) for batches in ranks])  # (ranks, steps x micro-batches, samples)
+    steps = ranks.view(world_size, 5, -1).transpose(0, 1).reshape(5, 12)
+    assert torch.equal(steps, torch.arange(100, 160).view(5, 12))
+
+
+def test_steps_go_on_over_epoch_borders_and_show_every_video_equally_often(shared_root):
+    clips = make_clips(shared_root)  # 5 videos, batches of 2 on each of 2 ranks
+    numbers = [number for rank in range(2) for batch in Batches(0, 5, 4, rank, 2) for number in batch]
+    videos = [clips._video(number, []).path for number in numbers]
+    assert {videos.count(path) for path in videos} == {4} and len(set(videos)) == 5
+
+
+def test_a_batch_that_cannot_be_shared_is_refused():
+    with pytest.raises(ValueError, match="10 for 2 ranks x 3"):
+        Batches(0, 5, 10, 0, 2, 3)
+
+
+# Errors of the user.
+
+
+def test_every_mistake_in_the_data_path_is_one_line_that_says_what_to_do(tmp_path):
+    def message(path):
+        with pytest.raises(UserError) as error:
+            video_dataset.check_data_path(path)
+        assert f"--data-path {path}" in str(error.value) and "\n" not in str(error.value)
+        return str(error.value)
+
+    assert "no such folder" in message(tmp_path / "missing")
+    (tmp_path / "file.avi").write_text("")
+    assert "wanted a folder" in message(tmp_path / "file.avi")
+    (tmp_path / "empty" / "A").mkdir(parents=True)
+    (tmp_path / "empty" / "A" / "x.jpg").write_text("")
+    assert "no video found" in message(tmp_path / "empty")
+    (tmp_path / "twins" / "A").mkdir(parents=True)
+    for name in ("A/x.avi", "A/x.mp4"):
+        (tmp_path / "twins" / name).write_text("")
+    assert "A/x.avi and A/x.mp4 differ only in their suffix" in message(tmp_path / "twins")
+    (tmp_path / "mixed" / "A").mkdir(parents=True)
+    for name in ("A/x.avi", "y.avi"):
+        (tmp_path / "mixed" / name).write_text("")
+    assert "A/x.avi" in message(tmp_path / "mixed") and "y.avi" in message(tmp_path / "mixed")
+
+
+def test_a_quick_check_opens_no_file(root, monkeypatch):
+    monkeypatch.setattr(av, "open", lambda *args, **kwargs: pytest.fail("opened a video"))
+    video_dataset.check_data_path(root)
+
+
+def test_videos_that_are_all_unreadable_too_short_or_too_few_are_an_error(tmp_path):
+    (tmp_path / "A").mkdir()
+    (tmp_path / "A" / "x.avi").write_text("hello")
+    with pytest.raises(UserError, match="none of its 1 videos can be opened"):
+        scan_videos(tmp_path)
+    with pytest.raises(UserError, match="--num-frames 16: the longest video .* has 8 frames"):
+        long_enough([fake("A/x", 8), fake("A/y", 4)], 16)
+    with pytest.raises(UserError, match="wanted at least 2"):
+        split_videos(tmp_path, [fake("A/x")], 0.05)

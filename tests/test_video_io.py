@@ -1,0 +1,185 @@
+import av
+import numpy as np
+import pytest
+from PIL import Image
+
+import video_io
+from video_io import GAP, enlarge, write_gif, write_mp4, write_npz, write_samples, write_sheet, write_videos
+
+
+def colour_bars(frames=6, height=16, width=20):
+    """A uint8 video (frames, height, width, 3) whose frames all differ: bars of 4 px that move by a pixel per frame."""
+    colours = np.array([[230, 30, 30], [30, 200, 60], [40, 60, 220], [240, 220, 40], [10, 10, 10]], np.uint8)
+    columns = (np.arange(width) + np.arange(frames)[:, None]) // 4 % len(colours)  # (frames, width)
+    return np.repeat(colours[columns][:, None], height, axis=1)
+
+
+def read_mp4(path):
+    with av.open(str(path)) as container:
+        rate = container.streams.video[0].average_rate
+        frames = [frame.to_ndarray(format="rgb24") for frame in container.decode(video=0)]
+    return np.stack(frames), rate
+
+
+def read_gif(path):
+    """Frames (T, H, W, 3) and their delays in ms."""
+    frames, delays = [], []
+    with Image.open(path) as image:
+        for number in range(image.n_frames):
+            image.seek(number)
+            frames.append(np.asarray(image.convert("RGB")))
+            delays.append(image.info["duration"])
+    return np.stack(frames), delays
+
+
+def distance(a, b):
+    return np.abs(a.astype(int) - b.astype(int)).mean()
+
+
+@pytest.mark.parametrize(
+    ("size", "factor"), [((32, 32), 4), ((33, 47), 4), ((127, 200), 2), ((128, 128), 1), ((129, 128), 2), ((1, 2), 128)]
+)
+def test_enlarging_repeats_pixels_by_a_whole_factor_until_the_short_side_is_128_and_sides_are_even(size, factor):
+    video = np.random.default_rng(0).integers(0, 256, (2, *size, 3), dtype=np.uint8)
+    large = enlarge(video)
+    assert np.array_equal(large, np.kron(video, np.ones((1, factor, factor, 1), np.uint8)))
+    assert min(large.shape[1:3]) >= 128
+    assert large.shape[1] % 2 == large.shape[2] % 2 == 0
+
+
+@pytest.mark.parametrize(("height", "width"), [(16, 20), (15, 21), (131, 129), (2, 3)])
+def test_an_mp4_of_any_size_holds_every_frame_with_its_colours(tmp_path, height, width):
+    video = colour_bars(height=height, width=width)
+    write_mp4(tmp_path / "v.mp4", video, fps=25)
+    frames, rate = read_mp4(tmp_path / "v.mp4")
+    assert rate == 25
+    assert frames.shape == enlarge(video).shape
+    assert distance(frames, enlarge(video)) < 5  # of 255
+
+
+def test_an_mp4_keeps_the_order_of_the_frames(tmp_path):
+    video = colour_bars(frames=9)
+    write_mp4(tmp_path / "v.mp4", video, fps=8)
+    frames, _ = read_mp4(tmp_path / "v.mp4")
+    nearest = [min(range(9), key=lambda n: distance(frame, enlarge(video)[n])) for frame in frames]
+    assert nearest == list(range(9))
+
+
+@pytest.mark.parametrize("fps", [29.97, 30000 / 1001, 12.5, 25 / 3, 0.5, 60])
+def test_an_mp4_has_the_rate_that_was_asked_for_be_it_whole_or_not(tmp_path, fps):
+    write_mp4(tmp_path / "v.mp4", colour_bars(), fps)
+    frames, rate = read_mp4(tmp_path / "v.mp4")
+    assert float(rate) == pytest.approx(fps, rel=1e-6)
+    assert len(frames) == 6
+
+
+@pytest.mark.parametrize("fps", [10, 12.5, 24, 29.97, 30, 50])
+def test_a_gif_loops_for_ever_and_lasts_as_long_as_the_video_to_half_a_hundredth_of_a_second(tmp_path, fps):
+    video = colour_bars(frames=16)
+    write_gif(tmp_path / "v.gif", video, fps)
+    frames, delays = read_gif(tmp_path / "v.gif")
+    assert np.array_equal(frames, enlarge(video))  # 5 colours fit the palette
+    assert sum(delays) == pytest.approx(1000 * 16 / fps, abs=5)
+    assert max(delays) - min(delays) <= 10
+    assert Image.open(tmp_path / "v.gif").info["loop"] == 0
+
+
+def test_a_gif_never_asks_for_delays_that_browsers_slow_down(tmp_path):
+    write_gif(tmp_path / "v.gif", colour_bars(), fps=100)
+    assert read_gif(tmp_path / "v.gif")[1] == [20] * 6
+
+
+def test_a_gif_of_a_still_video_lasts_as_long_as_the_video(tmp_path):
+    write_gif(tmp_path / "v.gif", np.full((10, 8, 8, 3), 77, np.uint8), fps=25)
+    frames, delays = read_gif(tmp_path / "v.gif")  # equal frames may be stored as one
+    assert sum(delays) == 400
+    assert (frames == 77).all()
+
+
+def test_a_sheet_has_a_row_per_video_and_a_column_per_frame(tmp_path):
+    videos = np.stack([colour_bars(frames=4), colour_bars(frames=4)[::-1], colour_bars(frames=4)[:, ::-1]])
+    write_sheet(tmp_path / "sheet.png", videos)
+    sheet = np.asarray(Image.open(tmp_path / "sheet.png"))
+    h, w = enlarge(videos).shape[2:4]
+    assert sheet.shape == (3 * h + 2 * GAP, 4 * w + 3 * GAP, 3)
+    expected = np.full_like(sheet, 255)
+    for row in range(3):
+        for column in range(4):
+            y, x = row * (h + GAP), column * (w + GAP)
+            expected[y : y + h, x : x + w] = enlarge(videos[row, column])
+    assert np.array_equal(sheet, expected)
+
+
+def test_a_sheet_of_many_long_videos_shows_the_first_16_and_32_frames_from_the_first_to_the_last(tmp_path):
+    values = np.arange(17)[:, None] + np.arange(100)[None, :]  # (N, T)
+    videos = np.broadcast_to(values[:, :, None, None, None], (17, 100, 2, 2, 3)).astype(np.uint8)
+    write_sheet(tmp_path / "sheet.png", videos)
+    side = 128 + GAP
+    cells = np.asarray(Image.open(tmp_path / "sheet.png"))[::side, ::side, 0].astype(int)
+    assert cells.shape == (16, 32)
+    assert np.array_equal(cells[:, 0], np.arange(16))
+    assert cells[0, -1] == 99
+    assert set(np.diff(cells[0])) <= {3, 4}  # evenly
+
+
+def test_names_are_drawn_at_the_left_each_beside_its_row_and_leave_the_frames_alone(tmp_path):
+    videos = np.stack([colour_bars(frames=2)] * 3)
+    write_sheet(tmp_path / "plain.png", videos)
+    write_sheet(tmp_path / "named.png", videos, names=["Archery", "", "a name that is much longer"])
+    plain = np.asarray(Image.open(tmp_path / "plain.png"))
+    named = np.asarray(Image.open(tmp_path / "named.png"))
+    margin = named.shape[1] - plain.shape[1]
+    assert margin > 0
+    assert np.array_equal(named[:, margin:], plain)
+    h = enlarge(videos).shape[2]
+    ink = [(named[row * (h + GAP) :][:h, :margin] < 128).any(axis=(0, 2)) for row in range(3)]
+    assert ink[0].any() and not ink[1].any()
+    assert margin > np.flatnonzero(ink[2]).max() > np.flatnonzero(ink[0]).max()  # the longest name fits
+
+
+def test_an_npz_holds_the_pixels_and_labels_bit_for_bit(tmp_path):
+    videos = np.random.default_rng(0).integers(0, 256, (3, 4, 5, 6, 3), dtype=np.uint8)
+    write_npz(tmp_path / "samples.npz", videos, [2, 0, 1])
+    with np.load(tmp_path / "samples.npz") as stored:
+        assert stored["arr_0"].dtype == np.uint8 and np.array_equal(stored["arr_0"], videos)
+        assert stored["labels"].dtype == np.int64 and stored["labels"].tolist() == [2, 0, 1]
+    assert [file.name for file in tmp_path.iterdir()] == ["samples.npz"]
+
+
+def test_an_npz_of_images_has_no_time_axis(tmp_path):
+    images = np.random.default_rng(0).integers(0, 256, (3, 1, 5, 6, 3), dtype=np.uint8)
+    write_npz(tmp_path / "samples.npz", images, [0, 0, 0])
+    assert np.array_equal(np.load(tmp_path / "samples.npz")["arr_0"], images[:, 0])
+
+
+def test_an_npz_that_fails_half_way_leaves_the_old_one_intact(tmp_path, monkeypatch):
+    videos = np.zeros((1, 2, 4, 4, 3), np.uint8)
+    write_npz(tmp_path / "samples.npz", videos, [5])
+
+    def disk_full(file, **arrays):
+        file.write(b"half")
+        raise OSError("No space left on device")
+
+    monkeypatch.setattr(video_io.np, "savez", disk_full)
+    with pytest.raises(OSError, match="No space"):
+        write_npz(tmp_path / "samples.npz", videos, [6])
+    assert np.load(tmp_path / "samples.npz")["labels"].tolist() == [5]
+
+
+def test_write_samples_leaves_an_mp4_and_a_gif_per_video_a_sheet_and_an_npz(tmp_path):
+    write_samples(tmp_path / "new" / "folder", np.stack([colour_bars()] * 2), [0, 1], fps=25, names=["a", "b"])
+    assert sorted(file.name for file in (tmp_path / "new" / "folder").iterdir()) == [
+        "000000.gif", "000000.mp4", "000001.gif", "000001.mp4", "samples.npz", "sheet.png",
+    ]  # fmt: skip
+
+
+def test_videos_are_numbered_from_first(tmp_path):
+    write_videos(tmp_path, np.stack([colour_bars()] * 2), fps=25, first=7)
+    assert sorted(file.stem for file in tmp_path.glob("*.mp4")) == ["000007", "000008"]
+
+
+def test_an_image_is_written_as_a_png_pixel_by_pixel(tmp_path):
+    image = colour_bars(frames=1)
+    write_videos(tmp_path, image[None], fps=25)
+    assert [file.name for file in tmp_path.iterdir()] == ["000000.png"]
+    assert np.array_equal(np.asarray(Image.open(tmp_path / "000000.png")), image[0])
