@@ -9,6 +9,7 @@ import hashlib
 import os
 import sys
 import time
+from pathlib import Path
 
 import torch
 import torch.distributed as dist
@@ -45,6 +46,15 @@ def number(kind, above=None, least=None, most=None):
 
     parse.__name__ = kind.__name__  # argparse names it where the text is no number at all
     return parse
+
+
+def check_writable(flag, folder):
+    """Raise UserError unless `folder` can be made or written to; touches nothing."""
+    place = Path(folder).absolute()
+    while not place.exists():
+        place = place.parent
+    if not place.is_dir() or not os.access(place, os.W_OK):
+        raise UserError(f"{flag} {folder}: {place} is not a folder that can be written to; name another")
 
 
 def add_sampling_flags(parser):
@@ -147,6 +157,18 @@ def gather(value):
     return values
 
 
+def share(count):
+    """The numbers below count that this rank takes care of."""
+    return list(range(rank(), count, world_size()))
+
+
+def collect(numbers, items):
+    """Put what the ranks made for their numbers in order: items (len(numbers), ...) -> (count, ...) on the CPU."""
+    parts = gather((numbers, items.cpu()))
+    order = torch.tensor([number for numbers, _ in parts for number in numbers]).argsort()
+    return torch.cat([items for _, items in parts])[order]
+
+
 def average(tensor):
     """The mean of a tensor over all ranks, on every rank."""
     if is_started():
@@ -176,9 +198,7 @@ def uniform(seed, purpose, stream, numbers):
 
 def normal(seed, purpose, stream, numbers, shape, device="cpu"):
     """Standard normal noise for each sample of a stream, (len(numbers), *shape) float32."""
-    return torch.stack(
-        [
-            torch.randn(shape, generator=generator(seed, purpose, stream, number, device=device), device=device)
-            for number in numbers
-        ]
-    )
+    noise = torch.empty(len(numbers), *shape, device=device)
+    for row, number in zip(noise, numbers, strict=True):
+        row.normal_(generator=generator(seed, purpose, stream, number, device=device))
+    return noise

@@ -29,7 +29,7 @@ MIN_MATCH = 0.9  # correlation with the best shape: real clips 0.99, noisy ones 
 MAX_ANGLE = 10  # degrees between a frame's color and the clip's; two of the default colors are at least 39 apart
 MAX_OFF_COLOR = 0.25  # of the brightness may be more than twice that off, as colors bleed at edges
 MAX_AREA_FACTOR = 1.5  # of a frame's area to the median, either way: objects that fade, split or merge exceed it
-MIN_TRAVEL = 0.3  # px from the first frame to the last, what 2 frames at 25 fps still show
+MIN_TRAVEL = 0.25  # px from the first frame to the last, what 2 frames at 25 fps still show
 MAX_OFF_LINE = 0.5  # px from steady straight motion, and at most a quarter of the travel: jumps, curves, stops
 MAX_SLANT = 0.25  # motion across the direction over motion along it: 14 degrees
 
@@ -134,9 +134,7 @@ def find_object(signal, bright, unit):
     disc = squares(centroids(bright)) < (1.5 * math.sqrt(np.median(masses) / math.pi) + unit) ** 2
     if ((bright * ~disc).sum((1, 2)) > MAX_STRAY * masses).any():
         raise ValueError("more than one object")
-    empty = ~disc & (bright == 0)
-    level = (signal * empty).sum((1, 2)) / empty.sum((1, 2))  # noise cut off at 0 is not 0 on average
-    weight = (signal - level[:, None, None]) * disc  # whole, not thresholded: blur and noise leave its sum alone
+    weight = signal * disc  # with its weak pixels, so that blur and noise hardly change the sum
     areas = weight.sum((1, 2))
     area = float(np.median(areas))
     if areas.min() * MAX_AREA_FACTOR < area or areas.max() > area * MAX_AREA_FACTOR:

@@ -68,6 +68,8 @@ def generate(
     precision "bf16" is for the network only, positions of the descent stay float32.
     Returns samples (N, C, T, H, W) and evaluations (N,).
     """
+    if len(noise) == 0:  # more ranks than samples
+        return noise, labels
     batches = list(zip(*(part.split(batch_size) for part in (noise, labels, time_scale)), strict=True))
     total, results = len(batches) * (settings["num_steps"] - 1), []
     with (

@@ -28,7 +28,7 @@ import checkpoint
 import distributed
 import samplers
 import transport
-from distributed import ArgumentParser, UserError, fail, normal, number, rank, say, uniform, world_size
+from distributed import ArgumentParser, UserError, check_writable, fail, normal, number, rank, say, uniform, world_size
 from metrics import Metrics, import_wandb
 from models import NAMES, EqM, EqMConfig, model_config
 from vae import load_vae
@@ -126,11 +126,7 @@ def check_flags(args):
             f"--global-batch-size {args.global_batch_size} is not a multiple of {world_size()} ranks x "
             f"--grad-accum {args.grad_accum}: take one of {parts}"
         )
-    place = Path(args.results_dir).absolute()
-    while not place.exists():
-        place = place.parent
-    if not place.is_dir() or not os.access(place, os.W_OK):
-        raise UserError(f"--results-dir {args.results_dir}: {place} is not a folder that can be written to")
+    check_writable("--results-dir", args.results_dir)
     if args.wandb:
         import_wandb()
 
@@ -579,24 +575,19 @@ def validate(run):
 
 def draw_samples(run):
     """uint8 (N, T, H, W, 3) of the averaged weights, the classes in turn; the ranks share the work."""
-    args, config, device = run.args, run.config, run.device
-    numbers = list(range(args.num_samples))[rank() :: world_size()]
-    latents = []
-    if numbers:
-        shape = (config.in_channels, args.num_frames, config.input_size, config.input_size)
-        data = run.described["data"]
-        latents, _ = samplers.generate(
-            run.ema,
-            normal(args.global_seed, "sample", 0, numbers, shape).to(device),
-            torch.tensor(numbers, device=device) % config.num_classes,
-            torch.full((len(numbers),), data["frame_interval"][0] / data["fps"], device=device),
-            config.num_classes,
-            show=rank() == 0,
-            **distributed.sampling_settings(args),
-        )
-    videos = list(zip(numbers, run.vae.decode(latents).cpu(), strict=True)) if numbers else []
-    videos = sorted((pair for part in distributed.gather(videos) for pair in part), key=lambda pair: pair[0])
-    return torch.stack([video for _, video in videos]).numpy()
+    args, config, data, device = run.args, run.config, run.described["data"], run.device
+    numbers = distributed.share(args.num_samples)
+    shape = (config.in_channels, args.num_frames, config.input_size, config.input_size)
+    latents, _ = samplers.generate(
+        run.ema,
+        normal(args.global_seed, "sample", 0, numbers, shape).to(device),
+        torch.tensor(numbers, dtype=torch.int64, device=device) % config.num_classes,
+        torch.full((len(numbers),), data["frame_interval"][0] / data["fps"], device=device),
+        null_label=config.num_classes,
+        show=False,
+        **distributed.sampling_settings(args),
+    )
+    return distributed.collect(numbers, run.vae.decode(latents)).numpy()
 
 
 if __name__ == "__main__":

@@ -139,7 +139,7 @@ def write_video(path, frames):
         stream.height, stream.width = frames.shape[1:3]
         stream.pix_fmt = "yuv420p"
         stream.codec_context.thread_count = 1
-        stream.options = {"flags": "+bitexact+qscale", "global_quality": "118", "qmin": "1"}  # 118 = quantizer 1
+        stream.options = {"flags": "+bitexact+qscale", "qmin": "1", "qmax": "1"}  # fixed, the finest
         for frame in frames:
             container.mux(stream.encode(av.VideoFrame.from_ndarray(frame, format="rgb24")))
         container.mux(stream.encode())

@@ -150,7 +150,8 @@ def test_a_second_color_anywhere_has_no_direction():
     one, other = clip_of(path, color=GREEN), clip_of(path, color=BLUE)
     refused(np.concatenate([one[:8], other[8:]]), "color")  # from some frame on
     refused(np.concatenate([one[:15], other[15:]]), "color")  # in the last frame only
-    refused(np.where(np.arange(16)[:, None, None] < 8, one, other), "color")  # in one half of the object
+    red_and_green = np.where(np.arange(16)[:, None, None] < 8, clip_of(path, color=RED), one)
+    refused(red_and_green, "color")  # one half each, in every frame
     apart = np.maximum(
         clip_of(line("Left", middle=(8, 4)), color=RED), clip_of(line("Left", middle=(8, 12)), color=BLUE)
     )
@@ -185,6 +186,20 @@ def test_jumps_stops_turns_and_curves_have_no_direction():
     diagonal = 8 + np.linspace(-3, 3, 16)[:, None] * np.array([1, 1])
     for centers in (jump, hop, stop, back, arc, diagonal):
         refused(clip_of(centers), "not straight and steady")
+
+
+def test_in_a_short_clip_a_wobble_counts_in_proportion_to_the_travel():
+    path, wobble = line("Right", 4, 0.36), np.array([0.4, -0.4, -0.4, 0.4])[:, None] * np.array([0, 1])
+    refused(clip_of(path + wobble), "not straight and steady")
+    assert motion.track(clip_of(path + wobble / 4)).direction == "Right"
+
+
+@pytest.mark.parametrize("shape", shapes.SHAPES)
+def test_noise_and_blur_hardly_change_the_area(shape):
+    clip = clip_of(line("Left", 25), shape)
+    area = motion.track(clip).area
+    assert motion.track(noisy(clip, 8)).area == pytest.approx(area, rel=0.02)
+    assert motion.track(blur(clip, 0.5)).area == pytest.approx(area, rel=0.04)
 
 
 @pytest.mark.parametrize("frames", [2, 4, 25])

@@ -53,6 +53,10 @@ def test_the_same_flags_give_the_same_bytes_and_another_seed_gives_others(tmp_pa
     assert same.keys() == other.keys() and all(same[name] != other[name] for name in same if name.endswith(".avi"))
 
 
+def test_no_file_names_the_encoder_that_wrote_it(made):
+    assert not [name for name, data in files_of(made[0]).items() if b"Lav" in data]
+
+
 def test_a_video_does_not_depend_on_how_many_others_there_are(tmp_path, made):
     out, _ = made
     make(tmp_path / "few", "--videos-per-class", 2)
