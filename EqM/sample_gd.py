@@ -6,6 +6,9 @@
 The checkpoint knows its architecture, latents, classes and frame rate. A flag that says them again is checked.
 """
 
+import json
+from pathlib import Path
+
 import torch
 
 import checkpoint
@@ -124,6 +127,8 @@ def main():
     if rank() == 0:
         names = [data["classes"][label] for label in labels.tolist()]
         write_samples(args.folder, videos, labels, 1 / time_scale, names)
+        about = {"classes": data["classes"], "time_scale": time_scale, "flags": vars(args)}
+        (Path(args.folder) / "samples.json").write_text(json.dumps(about, indent=2))
         say(f"{args.folder}: {len(videos)} videos of {args.num_frames} frames, sheet.png and samples.npz")
     distributed.stop()
 

@@ -1,0 +1,20 @@
+#!/usr/bin/env bash
+# Sample the newest model of an experiment.
+#
+#   EXP=quickstart FRAMES="16 7 24" bash scripts/sample.sh [more flags of EqM/sample_gd.py]
+set -euo pipefail
+cd "$(dirname "$0")/.."
+[[ -d .venv ]] && source .venv/bin/activate
+
+GPUS=${GPUS:-1}
+EXP=${EXP:-progressive_rope_training}
+FRAMES=${FRAMES:-16} # one or more frame counts
+SAMPLES=${SAMPLES:-16}
+OUT=${OUT:-samples/$EXP} # videos go to $OUT-f16 and so on
+CKPT=${CKPT:-$(ls -t results/"$EXP"/*/checkpoints/best.pt | head -n 1)}
+
+for frames in $FRAMES; do
+  torchrun --standalone --nproc_per_node="$GPUS" EqM/sample_gd.py \
+    --video --num-frames "$frames" --use-rope --ckpt "$CKPT" \
+    --num-samples "$SAMPLES" --folder "$OUT-f$frames" "$@"
+done

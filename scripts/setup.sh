@@ -1,0 +1,40 @@
+#!/usr/bin/env bash
+# Make or update the environment in .venv. Run it as often as you like; what is up to date is left alone.
+#
+#   bash scripts/setup.sh          what running needs
+#   bash scripts/setup.sh dev      and what testing needs
+#
+#   PYTHON=python3.12              another Python than python3 (3.11 or newer)
+#   TORCH_INDEX=URL                take torch from another index, for example PyTorch's own, which has builds for the
+#                                  CPU alone (small) and for each version of CUDA; see pytorch.org, "Get started"
+set -euo pipefail
+cd "$(dirname "$0")/.."
+
+PYTHON=${PYTHON:-python3}
+TORCH_INDEX=${TORCH_INDEX:-}
+REQUIREMENTS=requirements.txt
+[[ ${1:-} == dev ]] && REQUIREMENTS=requirements-dev.txt
+
+"$PYTHON" -c 'import sys; sys.exit(sys.version_info < (3, 11))' || {
+  echo "setup.sh: error: $PYTHON is older than 3.11; set PYTHON to a newer one" >&2
+  exit 2
+}
+[[ -x .venv/bin/python ]] || "$PYTHON" -m venv .venv
+
+# The stamp names what was installed, so that a second run takes no time.
+STAMP=.venv/installed-$REQUIREMENTS
+WANTED=$(cat requirements.txt "$REQUIREMENTS"; echo "$TORCH_INDEX")
+if [[ $(cat "$STAMP" 2>/dev/null || true) != "$WANTED" ]]; then
+  if [[ -n $TORCH_INDEX ]]; then
+    .venv/bin/pip install --quiet --index-url "$TORCH_INDEX" torch torchvision
+  elif ! command -v nvidia-smi >/dev/null; then
+    echo "setup.sh: no GPU found; pip may still pick a large build of torch (see TORCH_INDEX in this script)"
+  fi
+  .venv/bin/pip install --quiet -r "$REQUIREMENTS"
+  echo "$WANTED" >"$STAMP"
+fi
+.venv/bin/python - <<'PYTHON'
+import torch
+gpus = torch.cuda.device_count()
+print(f"torch {torch.__version__}, {f'{gpus} x {torch.cuda.get_device_name()}' if gpus else 'no GPU'}")
+PYTHON

@@ -1,0 +1,189 @@
+import cmath
+
+import pytest
+import torch
+from torch.autograd import gradcheck, gradgradcheck
+
+from rope import RotaryEmbedding3D, apply_rotary
+
+FPS_25 = torch.tensor([1 / 25])
+GRID = (3, 4, 5)
+NUM_TOKENS = 3 * 4 * 5
+
+
+def naive_rotation(x, grid, time_scale, channels, theta):
+    """Turn x (B, h, N, d) pair by pair with Python's complex numbers; channels per axis."""
+    out = x.double().clone()
+    T, H, W = grid
+    for b, seconds in enumerate(time_scale.tolist()):
+        for n, (t, h, w) in enumerate((t, h, w) for t in range(T) for h in range(H) for w in range(W)):
+            for axis, position in enumerate((t * seconds * 25, h, w)):
+                for j in range(channels // 2):
+                    turn = cmath.exp(1j * position * theta ** (-2 * j / channels))
+                    first = axis * channels + 2 * j
+                    for head in range(x.shape[1]):
+                        z = complex(*out[b, head, n, first : first + 2].tolist()) * turn
+                        out[b, head, n, first], out[b, head, n, first + 1] = z.real, z.imag
+    return out
+
+
+def random_qk(head_dim, batch=1, heads=2, seed=0, **kwargs):
+    return torch.randn(2, batch, heads, NUM_TOKENS, head_dim, generator=torch.Generator().manual_seed(seed), **kwargs)
+
+
+def scores(q, k, cos, sin):
+    return apply_rotary(q, cos, sin) @ apply_rotary(k, cos, sin).mT
+
+
+@pytest.mark.parametrize(("head_dim", "channels"), [(64, 20), (72, 24), (6, 2), (16, 4)])
+@pytest.mark.parametrize("theta", [10_000.0, 100.0])
+def test_every_pair_turns_as_a_complex_number(head_dim, channels, theta):
+    time_scale = torch.tensor([1 / 25, 0.1])
+    grid = (2, 2, 3)
+    x = torch.randn(2, 1, 12, head_dim)
+    turned = apply_rotary(x, *RotaryEmbedding3D(head_dim, theta)(grid, time_scale))
+    torch.testing.assert_close(turned.double(), naive_rotation(x, grid, time_scale, channels, theta), atol=1e-5, rtol=0)
+
+
+@pytest.mark.parametrize(("head_dim", "untouched"), [(64, 4), (72, 0), (48, 0), (10, 4)])
+def test_channels_that_are_left_over_stay_as_they_are_and_all_others_turn(head_dim, untouched):
+    x, _ = random_qk(head_dim)
+    turned = apply_rotary(x, *RotaryEmbedding3D(head_dim)(GRID, FPS_25))
+    last = -1  # token whose three coordinates are all above zero
+    changed = (turned != x)[0, 0, last]
+    assert changed[: head_dim - untouched].all()
+    assert not changed[head_dim - untouched :].any()
+
+
+def test_each_axis_turns_its_own_channels_only():
+    rope = RotaryEmbedding3D(64)
+    for axis in range(3):
+        grid = [1, 1, 1]
+        grid[axis] = 4
+        _, sin = rope(grid, FPS_25)
+        turning = (sin[0, 0, -1] != 0).nonzero().flatten().tolist()
+        assert turning == list(range(10 * axis, 10 * axis + 10))
+
+
+@pytest.mark.parametrize("head_dim", [64, 72])
+def test_scores_depend_on_differences_of_positions_only(head_dim):
+    cos, sin = RotaryEmbedding3D(head_dim)((6, 6, 6), FPS_25)
+    q, k = torch.randn(2, 1, 1, 1, head_dim).expand(-1, -1, -1, 216, -1)  # the same content at every position
+    table = scores(q, k, cos, sin).reshape(6, 6, 6, 6, 6, 6)  # of query (t, h, w) and key (t, h, w)
+    near, far = table[:4, :4, :4, :4, :4, :4], table[2:, 1:5, 2:, 2:, 1:5, 2:]
+    torch.testing.assert_close(near, far, atol=1e-4, rtol=1e-4)
+    assert not torch.allclose(near, table[:4, :4, :4, 1:5, :4, :4], atol=1e-2)  # another difference, another score
+
+
+def test_scores_do_tell_before_from_after():
+    cos, sin = RotaryEmbedding3D(64)((5, 1, 1), FPS_25)
+    q, k = torch.randn(2, 1, 1, 1, 64).expand(-1, -1, -1, 5, -1)
+    table = scores(q, k, cos, sin)[0, 0]
+    assert (table[1, 3] - table[3, 1]).abs() > 0.01
+
+
+def test_norms_are_preserved():
+    q, _ = random_qk(72)
+    turned = apply_rotary(q, *RotaryEmbedding3D(72)(GRID, torch.tensor([0.3])))
+    torch.testing.assert_close(turned.norm(dim=-1), q.norm(dim=-1))
+
+
+def test_the_first_patch_stays_as_it_is():
+    q, _ = random_qk(64)
+    turned = apply_rotary(q, *RotaryEmbedding3D(64)(GRID, FPS_25))
+    assert torch.equal(turned[:, :, 0], q[:, :, 0])
+
+
+def test_twice_the_time_scale_is_twice_the_time_position():
+    rope = RotaryEmbedding3D(64)
+    cos, sin = (part.unflatten(2, (9, 2, 2)) for part in rope((9, 2, 2), FPS_25))
+    cos2, sin2 = (part.unflatten(2, (5, 2, 2)) for part in rope((5, 2, 2), 2 * FPS_25))
+    assert torch.equal(cos2, cos[:, :, ::2])
+    assert torch.equal(sin2, sin[:, :, ::2])
+
+
+def test_adjacent_patches_at_25_fps_are_one_radian_apart_in_the_fastest_pair():
+    cos, sin = RotaryEmbedding3D(64)((4, 1, 1), FPS_25)
+    torch.testing.assert_close(torch.atan2(sin, cos)[0, 0, :, 0], torch.tensor([0.0, 1.0, 2.0, 3.0]))
+
+
+def test_each_sample_has_its_own_time_scale():
+    rope = RotaryEmbedding3D(64)
+    time_scale = torch.tensor([0.04, 0.08, 0.1])
+    together = torch.stack(rope(GRID, time_scale))
+    alone = torch.cat([torch.stack(rope(GRID, scale[None])) for scale in time_scale], dim=1)
+    assert together.shape == (2, 3, 1, NUM_TOKENS, 32)
+    assert torch.equal(together, alone)
+    assert not torch.equal(together[:, 0], together[:, 1])
+
+
+def test_a_longer_clip_begins_with_the_angles_of_a_shorter_one():
+    rope = RotaryEmbedding3D(64)
+    for short, long in zip(rope((2, 3, 3), FPS_25), rope((8, 3, 3), FPS_25), strict=True):
+        assert torch.equal(short, long[:, :, : short.shape[2]])
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_angles_stay_float32_in_a_module_of_low_precision(dtype):
+    rope = RotaryEmbedding3D(64)
+    grid, time_scale = (1000, 1, 1), torch.tensor([0.033])
+    expected = rope(grid, time_scale)
+    rope.to(dtype)
+    for found, wanted in zip(rope(grid, time_scale), expected, strict=True):
+        assert found.dtype == torch.float32
+        assert torch.equal(found, wanted)
+
+
+def test_angles_stay_float32_under_autocast():
+    rope = RotaryEmbedding3D(64)
+    q, _ = random_qk(64)
+    expected = rope(GRID, FPS_25)
+    with torch.autocast("cpu", torch.bfloat16):
+        found = rope(GRID, FPS_25)
+        turned = apply_rotary(q, *found)
+        turned_low = apply_rotary(q.bfloat16(), *found)
+    assert torch.equal(torch.stack(found), torch.stack(expected))
+    assert torch.equal(turned, apply_rotary(q, *expected))
+    assert turned_low.dtype == torch.bfloat16
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+def test_the_result_has_the_dtype_of_the_queries_and_only_the_rounding_of_its_end(dtype):
+    q = random_qk(64)[0].to(dtype)
+    rotary = RotaryEmbedding3D(64)(GRID, FPS_25)
+    turned = apply_rotary(q, *rotary)
+    assert turned.dtype == dtype
+    assert torch.equal(turned, apply_rotary(q.float(), *rotary).to(dtype))
+
+
+@pytest.mark.parametrize("head_dim", [0, 2, 4, 5, 7, 65])
+def test_a_head_that_is_too_small_or_odd_is_refused(head_dim):
+    with pytest.raises(ValueError, match=f"head_dim of at least 6, found {head_dim}"):
+        RotaryEmbedding3D(head_dim)
+
+
+def test_there_is_nothing_to_learn_or_to_store():
+    rope = RotaryEmbedding3D(64)
+    rope(GRID, FPS_25)
+    assert not list(rope.parameters())
+    assert not list(rope.buffers())
+
+
+def test_the_gradient_is_turned_back():
+    x, upstream = random_qk(64)
+    x.requires_grad_()
+    cos, sin = RotaryEmbedding3D(64)(GRID, FPS_25)
+    apply_rotary(x, cos, sin).backward(upstream)
+    torch.testing.assert_close(x.grad, apply_rotary(upstream, cos, -sin))
+
+
+def test_first_and_second_derivatives_agree_with_finite_differences():
+    rotary = RotaryEmbedding3D(8)((2, 1, 1), torch.tensor([0.1]))
+    x = torch.randn(1, 1, 2, 8, dtype=torch.float64, generator=torch.Generator().manual_seed(0)).requires_grad_()
+
+    def cubed(x):  # the rotation alone is linear: its second derivative is zero
+        return apply_rotary(x, *rotary).pow(3)
+
+    # The product is float32, so the step has to be large and the tolerance with it.
+    assert gradcheck(cubed, x, eps=1e-2, atol=5e-3, rtol=5e-3)
+    assert gradgradcheck(cubed, x, eps=1e-2, atol=5e-3, rtol=5e-3)
