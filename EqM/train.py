@@ -150,21 +150,24 @@ def find_data(args, index_folder):
     return Data(scan.classes, train, val, scan.unreadable, num_short)
 
 
-def make_config(args, vae, num_classes, state):
-    """The EqMConfig of this run: from the flags, or from the checkpoint that it starts with and agrees with."""
+def make_config(args, vae, state, num_classes=None):
+    """The EqMConfig of this run: from the flags, or from the checkpoint that it starts with and agrees with.
+
+    num_classes is what the data has; before that is known, None checks all the rest.
+    """
     cell = vae.downsample * int(args.model.split("/")[1]) if args.model else vae.downsample
     if args.image_size % cell:
         raise UserError(f"--image-size {args.image_size} is not a multiple of {cell} (VAE's downsampling x patch)")
-    if num_classes > (args.num_classes or num_classes):
+    if num_classes and num_classes > (args.num_classes or num_classes):
         raise UserError(f"--num-classes {args.num_classes}: wanted at least the {num_classes} of --data-path")
     settings = {
         "input_size": args.image_size // vae.downsample,
         "in_channels": vae.channels,
-        "num_classes": args.num_classes or num_classes,
         "num_frames": args.num_frames,
         "use_rope": args.use_rope,
     }
     optional = {name: getattr(args, name) for name in ("temporal_patch_size", "rope_theta", "qk_norm")}
+    optional["num_classes"] = args.num_classes or num_classes
     settings |= {name: value for name, value in optional.items() if value is not None}
     try:
         if state is None:
@@ -175,7 +178,7 @@ def make_config(args, vae, num_classes, state):
             config = replace(saved, num_frames=args.num_frames)
         config.check_num_frames(args.num_frames)
     except ValueError as error:
-        raise UserError(f"--num-frames {args.num_frames} --model {args.model}: {error}") from error
+        raise UserError(f"--num-frames {args.num_frames}: {error}") from error
     return config
 
 
@@ -247,8 +250,9 @@ def main():
         check_data_path(args.data_path)
         vae = load_vae(args.vae)
         state, progress, folder = find_start(args)
+        make_config(args, vae, state)
         data = find_data(args, folder) if rank() == 0 else None  # the other ranks wait for rank 0 in start()
-        config = make_config(args, vae, len(data.classes), state) if rank() == 0 else None
+        config = make_config(args, vae, state, len(data.classes)) if rank() == 0 else None
     except UserError as error:
         fail(error)
     device = distributed.start()

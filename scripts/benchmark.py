@@ -1,6 +1,6 @@
 """How much a training step costs, side by side in one process: ratios, with their spread.
 
-    python scripts/benchmark.py                 EqM-S/4, 4 clips of 16 x 32 x 32 latents, about 2 minutes on 2 cores
+    python scripts/benchmark.py                 EqM-S/4, 4 clips of 16 x 32 x 32 latents, 2 minutes
     python scripts/benchmark.py --precision bf16 --pairs 30
 
 Seconds on a shared machine say little, so the two sides take turns and each pair gives one ratio.
@@ -73,7 +73,7 @@ def main():
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     machine = torch.cuda.get_device_name() if device.type == "cuda" else f"{torch.get_num_threads()} CPU threads"
     print(f"{platform.machine()}, {machine}, torch {torch.__version__}, {args.precision}")
-    print(f"{args.model}, {args.batch_size} clips of {args.num_frames} frames, forward and backward, {args.pairs} pairs")
+    print(f"{args.model}, {args.batch_size} x {args.num_frames} frames, forward and backward, {args.pairs} pairs")
     ratios, seconds = compare(make_step(args, device, True), make_step(args, device, False), args.pairs)
     low, middle, high = ratios.quantile(torch.tensor([0.25, 0.5, 0.75])).tolist()
     # The median has about 1.25 x the standard error of the mean; the quartiles stand for the noise of one pair.

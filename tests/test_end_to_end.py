@@ -1,0 +1,145 @@
+"""Real processes, as a user starts them: torchrun with two ranks on the CPU, the guide's three phases and its globs."""
+
+import json
+import os
+import subprocess
+import sys
+from glob import glob
+from pathlib import Path
+
+import av
+import numpy as np
+import pytest
+import torch
+
+ROOT = Path(__file__).resolve().parent.parent
+TORCHRUN = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2"]
+TINY = ["--model", "EqM-Ti/4", "--use-rope", "--vae", "none", "--image-size", "16"]
+FAST = ["--num-workers", "0", "--log-every", "1", "--val-clips", "4", "--sample-every", "0", "--global-batch-size", "4"]
+
+
+def launch(*command, status=0):
+    """Run a command in a folder-independent way; returns its (stdout, stderr)."""
+    environment = os.environ | {"OMP_NUM_THREADS": "1"}
+    done = subprocess.run([str(part) for part in command], capture_output=True, text=True, env=environment, timeout=240)
+    assert done.returncode == status, done.stdout + done.stderr
+    return done.stdout, done.stderr
+
+
+def one(pattern):
+    """What CKPT=$(ls PATTERN) is meant to find: exactly one file."""
+    found = glob(str(pattern))
+    assert len(found) == 1, (pattern, found)
+    return found[0]
+
+
+@pytest.fixture(scope="module")
+def shapes(tmp_path_factory):
+    out = tmp_path_factory.mktemp("data") / "moving-shapes"
+    launch(sys.executable, ROOT / "datasets/make_moving_shapes.py", "--out", out, "--videos-per-class", 2, "--size", 32)
+    return out
+
+
+@pytest.fixture(scope="module")
+def phases(shapes, tmp_path_factory):
+    """The folder of an experiment of three phases: 4, 8 and 16 frames on two ranks."""
+    results = tmp_path_factory.mktemp("results") / "EXP"
+    shared = [*TINY, *FAST, "--video", "--no-flip", "--data-path", shapes, "--results-dir", results]
+    ckpt = []
+    for frames, steps in ((4, 2), (8, 4), (16, 6)):
+        launch(*TORCHRUN, ROOT / "EqM/train.py", *shared, "--num-frames", frames, "--max-steps", steps, *ckpt)
+        ckpt = ["--ckpt", one(results / f"*/checkpoints/{steps:07d}.pt")]
+    return results
+
+
+def test_three_phases_chain_by_the_globs_of_the_guide(phases):
+    names = sorted(path.name for path in phases.iterdir())
+    assert names == ["000-EqM-Ti-4-f4-rope", "001-EqM-Ti-4-f8-rope", "002-EqM-Ti-4-f16-rope"]
+    for folder, step in zip(sorted(phases.iterdir()), (2, 4, 6), strict=True):
+        files = {path.name for path in (folder / "checkpoints").iterdir()}
+        assert files == {f"{step:07d}.pt", "latest.pt", "best.pt"}
+        rows = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
+        assert [row["step"] for row in rows] == [step - 1, step]  # steps are global
+        assert np.isfinite([row["train_loss"] for row in rows]).all()
+        assert rows[-1]["val_loss"] > 0
+        state = torch.load(folder / "checkpoints/best.pt", weights_only=True)
+        assert state["step"] == step
+        assert state["phase"] == {"first_step": step - 2, "position": 2 * 4}
+        assert (folder / "config.json").exists()
+        assert (folder / "log.txt").exists()
+
+
+def test_one_checkpoint_samples_16_and_7_and_24_frames_alike_on_any_number_of_ranks(phases, tmp_path):
+    best = one(phases / "*f16*/checkpoints/best.pt")
+    sampling = ["--video", "--ckpt", best, "--num-samples", 3, "--num-sampling-steps", 4, "--cfg-scale", 2]
+    for frames in (16, 7, 24):
+        folder = tmp_path / str(frames)
+        launch(sys.executable, ROOT / "EqM/sample_gd.py", *sampling, "--num-frames", frames, "--folder", folder)
+        samples = np.load(folder / "samples.npz")
+        assert samples["arr_0"].shape == (3, frames, 16, 16, 3)
+        assert samples["arr_0"].dtype == np.uint8
+        assert samples["labels"].tolist() == [0, 1, 2]
+        with av.open(str(folder / "000002.mp4")) as file:
+            assert sum(1 for _ in file.decode(video=0)) == frames
+        assert (folder / "sheet.png").exists()
+    guide = ["--model", "EqM-Ti/4", "--use-rope", "--num-frames", 7, "--batch-size", 1, "--folder", tmp_path / "ranks"]
+    launch(*TORCHRUN, ROOT / "EqM/sample_gd.py", *sampling, *guide)
+    alone, shared = (np.load(tmp_path / name / "samples.npz")["arr_0"] for name in ("7", "ranks"))
+    # Batches of another size may round otherwise: one grey level.
+    assert abs(alone.astype(int) - shared.astype(int)).max() <= 1
+
+
+def test_a_wrong_flag_is_one_line_from_one_rank_and_nothing_is_written(phases, shapes, tmp_path):
+    best = one(phases / "*f16*/checkpoints/best.pt")
+    fixed = [flag for flag in TINY if flag != "--use-rope"]
+    _, stderr = launch(
+        *TORCHRUN, ROOT / "EqM/train.py", "--video", *fixed, *FAST, "--num-frames", 16, "--data-path", shapes,
+        "--ckpt", best, "--max-steps", 8, "--results-dir", tmp_path / "new", status=1,  # torchrun's own status
+    )  # fmt: skip
+    lines = [line for line in stderr.splitlines() if line.startswith("train.py: error:")]
+    assert len(lines) == 1, stderr
+    assert "--use-rope" in lines[0]
+    assert "Traceback (most recent call last):\n  File \"" + str(ROOT / "EqM/train.py") not in stderr
+    assert not (tmp_path / "new").exists()
+
+
+def test_resuming_gives_the_same_weights_as_never_stopping(shapes, tmp_path):
+    shared = [sys.executable, ROOT / "EqM/train.py", "--video", *TINY, *FAST, "--num-frames", 4, "--data-path", shapes]
+    launch(*shared, "--results-dir", tmp_path / "whole", "--max-steps", 4)
+    launch(*shared, "--results-dir", tmp_path / "parts", "--max-steps", 2, "--resume")
+    launch(*shared, "--results-dir", tmp_path / "parts", "--max-steps", 4, "--resume")
+    whole, parts = (
+        torch.load(one(tmp_path / name / "*/checkpoints/0000004.pt"), weights_only=True) for name in ("whole", "parts")
+    )
+    for part in ("model", "ema"):
+        assert all(torch.equal(whole[part][name], parts[part][name]) for name in whole[part])
+    assert whole["best_loss"] == parts["best_loss"]
+    stdout, _ = launch(*shared, "--results-dir", tmp_path / "parts", "--max-steps", 4, "--resume")
+    assert "is finished" in stdout
+    assert len(list((tmp_path / "parts").iterdir())) == 1
+
+
+def test_two_ranks_learn_what_one_learns(shapes, tmp_path):
+    shared = ["--video", *TINY, *FAST, "--num-frames", 5, "--data-path", shapes, "--max-steps", 2, "--num-workers", 1]
+    launch(sys.executable, ROOT / "EqM/train.py", *shared, "--results-dir", tmp_path / "one", "--grad-accum", 2)
+    launch(*TORCHRUN, ROOT / "EqM/train.py", *shared, "--results-dir", tmp_path / "two")
+    one_rank, two_ranks = (
+        [json.loads(line) for line in Path(one(tmp_path / name / "*/metrics.jsonl")).read_text().splitlines()]
+        for name in ("one", "two")
+    )
+    for key in ("train_loss", "grad_norm"):
+        assert [row[key] for row in one_rank] == pytest.approx([row[key] for row in two_ranks], rel=1e-4)
+    assert one_rank[-1]["val_loss"] == pytest.approx(two_ranks[-1]["val_loss"], rel=1e-4)
+
+
+def test_the_tracker_scores_a_sample_folder_beside_real_clips(phases, shapes, tmp_path):
+    best = one(phases / "*f16*/checkpoints/best.pt")
+    flags = ["--num-samples", 2, "--num-sampling-steps", 3, "--num-frames", 8, "--folder", tmp_path / "s"]
+    launch(sys.executable, ROOT / "EqM/sample_gd.py", "--video", "--ckpt", best, *flags)
+    launch(
+        sys.executable, ROOT / "EqM/evaluate.py", "--metric", "motion", "--samples", tmp_path / "s",
+        "--data-path", shapes, "--num-real", 12, "--out", tmp_path / "motion.json",
+    )  # fmt: skip
+    result = json.loads((tmp_path / "motion.json").read_text())
+    assert result["real"]["direction_accuracy"] == 1
+    assert result["generated"]["direction_accuracy"] == 0  # two training steps teach nothing

@@ -1,0 +1,591 @@
+import dataclasses
+import itertools
+import json
+import math
+import warnings
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors import safe_open
+
+import samplers
+import transport
+from models import EqM, EqM_models, EqMConfig, TimeScaleEmbedder, model_config, position_table
+from rope import apply_rotary
+
+SIZES = {"Ti": (6, 192, 3), "S": (12, 384, 6), "B": (12, 768, 12), "L": (24, 1024, 16), "XL": (28, 1152, 16)}
+TINY = EqMConfig(
+    input_size=4,
+    patch_size=2,
+    temporal_patch_size=4,
+    in_channels=3,
+    hidden_size=64,
+    depth=2,
+    num_heads=2,
+    num_classes=5,
+    num_frames=8,
+    use_rope=True,
+)
+
+
+@pytest.fixture(autouse=True)
+def no_warning_of_narrow_models():
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", message="a token holds")
+        yield
+
+
+def tiny(**changes):
+    return randomised(EqM(dataclasses.replace(TINY, **changes)))
+
+
+@torch.no_grad()
+def randomised(model, seed=0):
+    """adaLN-Zero makes f = 0 at the start; give all parameters values, and attention enough contrast to matter."""
+    generator = torch.Generator().manual_seed(seed)
+    for parameter in model.parameters():
+        std = 1.5 / math.sqrt(parameter[0].numel()) if parameter.dim() > 1 else 0.5
+        parameter.normal_(std=std, generator=generator)
+    return model.eval()
+
+
+def clip(num_frames, config=TINY, batch=1, seed=1):
+    shape = (batch, config.in_channels, num_frames, config.input_size, config.input_size)
+    return torch.randn(shape, generator=torch.Generator().manual_seed(seed))
+
+
+def labels(batch=1):
+    return torch.arange(batch)
+
+
+def distance(a, b):
+    """How different two fields are, as a share of their size."""
+    return ((a - b).norm() / b.norm()).item()
+
+
+def roll_patches(x, axis, p):
+    return x.roll(p, dims=axis)
+
+
+def reverse_patches(x, pt):
+    """Reverse the order of the temporal patches, not of the frames within one."""
+    return x.unflatten(2, (-1, pt)).flip(2).flatten(2, 3)
+
+
+MOVES = {
+    "time reversed": lambda x: reverse_patches(x, 2),
+    "rows rolled": lambda x: roll_patches(x, 3, 2),
+    "columns rolled": lambda x: roll_patches(x, 4, 2),
+}
+
+
+# Positions, in every size -------------------------------------------------------------------------------------------
+
+
+@pytest.fixture(scope="module", params=[(size, rope) for size in SIZES for rope in (True, False)], ids=str)
+def shallow(request):
+    """Each size with rotary and with fixed positions: full width and heads, one block, 4 x 3 x 3 patches."""
+    size, use_rope = request.param
+    settings = dict(input_size=6, num_frames=8, in_channels=2, num_classes=3, depth=1, use_rope=use_rope)
+    return randomised(EqM_models[f"EqM-{size}/2"](**settings))
+
+
+def without_positions(model, monkeypatch):
+    if model.config.use_rope:
+        rotary = model.rope.forward
+
+        def no_angles(grid, time_scale):
+            cos, sin = rotary(grid, time_scale)
+            return torch.ones_like(cos), torch.zeros_like(sin)
+
+        monkeypatch.setattr(model.rope, "forward", no_angles)
+    else:
+        monkeypatch.setitem(model._buffers, "pos_embed", torch.zeros_like(model.pos_embed))
+
+
+@pytest.mark.parametrize("move", MOVES.values(), ids=MOVES.keys())
+@torch.no_grad()
+def test_positions_matter_in_time_and_space(shallow, move):
+    x, y = clip(8, shallow.config), labels()
+    assert distance(shallow(move(x), y), move(shallow(x, y))) > 0.05
+
+
+@pytest.mark.parametrize("move", MOVES.values(), ids=MOVES.keys())
+@torch.no_grad()
+def test_without_positions_a_moved_input_only_moves_the_output(shallow, move, monkeypatch):
+    without_positions(shallow, monkeypatch)
+    x, y = clip(8, shallow.config), labels()
+    assert distance(shallow(move(x), y), move(shallow(x, y))) < 1e-5
+
+
+@torch.no_grad()
+def test_the_time_scale_matters(shallow):
+    x, y = clip(8, shallow.config), labels()
+    assert distance(shallow(x, y, torch.tensor([0.08])), shallow(x, y, torch.tensor([0.04]))) > 0.05
+
+
+@torch.no_grad()
+def test_the_time_scale_matters_through_its_embedding_alone(shallow, monkeypatch):
+    without_positions(shallow, monkeypatch)
+    x, y = clip(8, shallow.config), labels()
+    assert distance(shallow(x, y, torch.tensor([0.08])), shallow(x, y, torch.tensor([0.04]))) > 0.05
+
+
+@torch.no_grad()
+def test_the_time_scale_matters_through_rotary_positions_alone(shallow, monkeypatch):
+    monkeypatch.setattr(shallow.t_embedder, "forward", lambda time_scale: torch.zeros(1, shallow.config.hidden_size))
+    x, y = clip(8, shallow.config), labels()
+    difference = distance(shallow(x, y, torch.tensor([0.12])), shallow(x, y, torch.tensor([0.04])))
+    if shallow.config.use_rope:
+        assert difference > 0.05
+    else:
+        assert difference == 0
+
+
+@torch.no_grad()
+def test_no_time_scale_is_25_frames_per_second(shallow):
+    x, y = clip(8, shallow.config, batch=2), labels(2)
+    assert torch.equal(shallow(x, y), shallow(x, y, torch.tensor([0.04, 0.04])))
+
+
+@torch.no_grad()
+def test_a_frame_changes_what_the_network_says_about_the_others(shallow):
+    x, y = clip(8, shallow.config), labels()
+    changed = x.clone()
+    changed[:, :, 0] += 1
+    assert distance(shallow(changed, y)[:, :, 2:], shallow(x, y)[:, :, 2:]) > 1e-3
+
+
+# Fixed positions ----------------------------------------------------------------------------------------------------
+
+
+def naive_axis(position, channels):
+    angles = [position * 10_000 ** (-2 * j / channels) for j in range(channels // 2)]
+    return [math.sin(angle) for angle in angles] + [math.cos(angle) for angle in angles]
+
+
+@pytest.mark.parametrize("size", SIZES)
+def test_the_fixed_table_of_videos_gives_a_third_of_the_channels_to_each_axis(size):
+    config = model_config(f"EqM-{size}/4", input_size=12, num_frames=10, in_channels=3)
+    table, D = position_table(config), config.hidden_size
+    third = 2 * (D // 6)
+    places = itertools.product(range(3), range(3), range(3))  # 10 frames are 3 temporal patches of 4
+    naive = [sum((naive_axis(p, third) for p in place), []) + [0] * (D - 3 * third) for place in places]
+    assert table.isfinite().all()
+    assert table.shape == (1, 27, D)
+    torch.testing.assert_close(table[0], torch.tensor(naive))
+    assert len(table[0].unique(dim=0)) == 27  # every place has its own
+
+
+def test_the_fixed_table_of_images_is_that_of_mae_with_the_width_first():
+    config = model_config("EqM-S/2", input_size=10, temporal_patch_size=1)
+    naive = [naive_axis(w, 192) + naive_axis(h, 192) for h in range(5) for w in range(5)]
+    torch.testing.assert_close(position_table(config)[0], torch.tensor(naive))
+
+
+def test_the_fixed_table_is_what_is_added_to_the_tokens():
+    model = tiny(use_rope=False)
+    seen = []
+    model.blocks[0].register_forward_pre_hook(lambda block, args: seen.append(args[0]))
+    x = clip(8)
+    model(x, labels())
+    assert torch.equal(seen[0], model.x_embedder(x) + position_table(model.config))
+
+
+@pytest.mark.parametrize("num_frames", [4, 7, 9, 16])
+def test_fixed_positions_refuse_another_number_of_frames(num_frames):
+    with pytest.raises(ValueError, match=f"tied to 8 frames, found {num_frames}"):
+        tiny(use_rope=False)(clip(num_frames), labels())
+
+
+# Frame rates and numbers of frames ----------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("use_rope", [True, False])
+@torch.no_grad()
+def test_a_batch_of_mixed_time_scales_equals_its_samples_alone(use_rope):
+    model, x, y = tiny(use_rope=use_rope), clip(8, batch=4), torch.tensor([0, 3, 5, 1])
+    time_scale = torch.tensor([0.04, 0.08, 1 / 30, 0.5])
+    alone = torch.cat([model(x[i : i + 1], y[i : i + 1], time_scale[i : i + 1]) for i in range(4)])
+    torch.testing.assert_close(model(x, y, time_scale), alone, atol=1e-5, rtol=1e-5)
+
+
+@pytest.mark.parametrize("num_frames", [5, 6, 7, 9])
+@torch.no_grad()
+def test_a_clip_that_does_not_fill_its_last_patch_repeats_its_last_frame(num_frames):
+    model, x, y = tiny(), clip(num_frames, batch=2), labels(2)
+    f = model(x, y)
+    padded = torch.cat([x] + [x[:, :, -1:]] * (-num_frames % 4), dim=2)
+    assert f.shape == x.shape
+    assert torch.equal(f, model(padded, y)[:, :, :num_frames])
+
+
+@torch.no_grad()
+def test_fixed_positions_pad_as_well():
+    model, x = tiny(use_rope=False, num_frames=6), clip(6)
+    assert model(x, labels()).shape == x.shape
+    assert model.pos_embed.shape == (1, 2 * 2 * 2, 64)
+
+
+@torch.no_grad()
+def test_rotary_positions_take_every_number_of_frames_from_the_temporal_patch_up():
+    model = tiny()
+    for num_frames in range(4, 20):
+        f = model(clip(num_frames), labels())
+        assert f.shape == (1, 3, num_frames, 4, 4)
+        assert f.isfinite().all()
+
+
+@pytest.mark.parametrize("use_rope", [True, False])
+@pytest.mark.parametrize("num_frames", [1, 3])
+def test_fewer_frames_than_the_temporal_patch_are_refused(use_rope, num_frames):
+    with pytest.raises(ValueError, match=f"{num_frames} frames are fewer than the temporal patch has, 4"):
+        tiny(use_rope=use_rope)(clip(num_frames), labels())
+
+
+@pytest.mark.parametrize("num_frames", [4, 5, 7, 8])
+def test_the_gradient_reaches_every_frame_and_every_parameter(num_frames):
+    model, x = tiny(), clip(num_frames).requires_grad_()
+    model(x, labels()).square().sum().backward()
+    assert (x.grad.abs().amax(dim=(0, 1, 3, 4)) > 0).all()
+    for name, parameter in model.named_parameters():
+        assert parameter.grad.abs().sum() > 0, name
+
+
+@torch.no_grad()
+def test_a_model_can_be_loaded_into_one_for_another_number_of_frames():
+    model, other = tiny(), EqM(dataclasses.replace(TINY, num_frames=16)).eval()
+    other.load_state_dict(model.state_dict())
+    x = clip(12)
+    assert torch.equal(other(x, labels()), model(x, labels()))
+
+
+@pytest.mark.parametrize("use_rope", [True, False])
+def test_positions_are_not_in_the_state_dict(use_rope):
+    model = tiny(use_rope=use_rope)
+    assert set(model.state_dict()) == {name for name, _ in model.named_parameters()}
+    assert not any("rope" in name or "pos" in name for name in model.state_dict())
+
+
+# Precision ----------------------------------------------------------------------------------------------------------
+
+
+@torch.no_grad()
+def spied_rotary(model, monkeypatch, x, time_scale):
+    """The angles of a forward pass, and the dtypes of the rotated queries and keys."""
+    angles, dtypes = [], []
+    model.rope.register_forward_hook(lambda rope, args, out: angles.append(torch.stack(out)))
+
+    def spy(x, cos, sin):
+        turned = apply_rotary(x, cos, sin)
+        dtypes.append((x.dtype, turned.dtype))
+        return turned
+
+    monkeypatch.setattr("models.apply_rotary", spy)
+    model(x, labels(len(x)), time_scale)
+    return angles, dtypes
+
+
+def test_angles_are_computed_once_per_forward_and_turn_queries_and_keys_of_every_block(monkeypatch):
+    angles, dtypes = spied_rotary(tiny(), monkeypatch, clip(8), None)
+    assert len(angles) == 1
+    assert len(dtypes) == 2 * TINY.depth
+
+
+def test_angles_stay_float32_in_a_model_in_bfloat16(monkeypatch):
+    time_scale = torch.tensor([0.033])
+    expected = torch.stack(tiny().rope((2, 2, 2), time_scale))
+    angles, dtypes = spied_rotary(tiny().bfloat16(), monkeypatch, clip(8).bfloat16(), time_scale)
+    assert torch.equal(angles[0], expected)
+    assert angles[0].dtype == torch.float32
+    assert set(dtypes) == {(torch.bfloat16, torch.bfloat16)}
+
+
+def test_angles_stay_float32_under_autocast(monkeypatch):
+    time_scale = torch.tensor([0.033])
+    expected = torch.stack(tiny().rope((2, 2, 2), time_scale))
+    with torch.autocast("cpu", torch.bfloat16):
+        angles, dtypes = spied_rotary(tiny(), monkeypatch, clip(8), time_scale)
+    assert torch.equal(angles[0], expected)
+    assert angles[0].dtype == torch.float32
+    assert set(dtypes) == {(torch.bfloat16, torch.bfloat16)}
+
+
+@pytest.mark.parametrize("use_rope", [True, False])
+@torch.no_grad()
+def test_bfloat16_changes_the_field_by_its_rounding_only(use_rope):
+    model, x, y = tiny(use_rope=use_rope), clip(8), labels()
+    f = model(x, y)
+    with torch.autocast("cpu", torch.bfloat16):
+        assert distance(model(x, y).float(), f) < 0.05
+    low = model.bfloat16()(x.bfloat16(), y)
+    assert low.dtype == torch.bfloat16
+    assert distance(low.float(), f) < 0.05
+
+
+# Initialisation, names, sizes ---------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("use_rope", [True, False])
+@pytest.mark.parametrize("qk_norm", [True, False])
+def test_the_field_is_zero_at_initialisation(use_rope, qk_norm):
+    model = EqM(dataclasses.replace(TINY, use_rope=use_rope, qk_norm=qk_norm))
+    f = model(clip(8, batch=2), labels(2), torch.tensor([0.04, 0.1]))
+    assert torch.equal(f, torch.zeros_like(f))
+
+
+def test_the_first_gradient_goes_to_the_last_layer_and_opens_it():
+    model = EqM(TINY)
+    (model(clip(8), labels()) - 1).square().sum().backward()
+    assert model.final_layer.linear.weight.grad.abs().sum() > 0
+
+
+def test_parameter_names_and_shapes_are_the_published_ones():
+    with torch.device("meta"):
+        model = EqM_models["EqM-S/2"](temporal_patch_size=1)
+    D = 384
+    expected = {
+        "x_embedder.proj.weight": (D, 4, 1, 2, 2),  # published as (D, 4, 2, 2)
+        "x_embedder.proj.bias": (D,),
+        "t_embedder.mlp.0.weight": (D, 256),
+        "t_embedder.mlp.0.bias": (D,),
+        "t_embedder.mlp.2.weight": (D, D),
+        "t_embedder.mlp.2.bias": (D,),
+        "y_embedder.embedding_table.weight": (1001, D),
+        "final_layer.linear.weight": (2 * 2 * 4, D),  # published with a sigma half that is not used
+        "final_layer.linear.bias": (2 * 2 * 4,),
+        "final_layer.adaLN_modulation.1.weight": (2 * D, D),
+        "final_layer.adaLN_modulation.1.bias": (2 * D,),
+    }
+    widths = {"attn.qkv": (3 * D, D), "attn.proj": (D, D), "mlp.fc1": (4 * D, D), "mlp.fc2": (D, 4 * D)}
+    for n, (layer, shape) in itertools.product(range(12), (widths | {"adaLN_modulation.1": (6 * D, D)}).items()):
+        expected |= {f"blocks.{n}.{layer}.weight": shape, f"blocks.{n}.{layer}.bias": shape[:1]}
+    assert {name: tuple(value.shape) for name, value in model.state_dict().items()} == expected
+
+
+@pytest.mark.parametrize(("size", "millions"), [("S", 33.0), ("B", 130.5), ("L", 458.1), ("XL", 675.1)])
+def test_image_models_have_the_published_number_of_parameters(size, millions):
+    with torch.device("meta"):
+        model = EqM_models[f"EqM-{size}/2"](temporal_patch_size=1)
+    assert sum(p.numel() for p in model.parameters()) / 1e6 == pytest.approx(millions, rel=0.01)
+
+
+def test_there_are_fifteen_names_of_the_published_depths_widths_and_heads():
+    assert list(EqM_models) == [f"EqM-{size}/{p}" for size in SIZES for p in (2, 4, 8)]
+    for (size, shape), p in itertools.product(SIZES.items(), (2, 4, 8)):
+        config = model_config(f"EqM-{size}/{p}")
+        assert (config.depth, config.hidden_size, config.num_heads) == shape
+        assert (config.patch_size, config.temporal_patch_size) == (p, p)
+
+
+def test_the_temporal_patch_is_the_spatial_one_unless_told_otherwise():
+    model = EqM_models["EqM-Ti/4"](depth=1, temporal_patch_size=2, num_frames=6, num_classes=7)
+    assert model.x_embedder.proj.weight.shape == (192, 4, 2, 4, 4)
+    assert model.config.num_frames == 6
+    assert model.config.num_classes == 7
+
+
+# Configuration ------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"input_size": 5}, "input_size 5 is not a multiple of patch_size 2"),
+        ({"hidden_size": 65}, "does not give 2 heads of an even size"),
+        ({"hidden_size": 66, "num_heads": 2}, "does not give 2 heads of an even size"),
+        ({"hidden_size": 8}, "head_dim of at least 6, found 4"),
+        ({"use_rope": False, "num_frames": 3}, "3 frames are fewer than the temporal patch has, 4"),
+        ({"ebm": "energy"}, "ebm must be .*'energy'"),
+    ],
+)
+def test_a_configuration_that_is_inconsistent_is_refused(changes, message):
+    with pytest.raises(ValueError, match=message):
+        dataclasses.replace(TINY, **changes)
+
+
+def test_a_configuration_cannot_be_changed():
+    with pytest.raises(dataclasses.FrozenInstanceError):
+        TINY.depth = 3
+
+
+def test_with_rotary_positions_the_number_of_frames_is_a_record_only():
+    assert dataclasses.replace(TINY, num_frames=1).num_frames == 1
+
+
+def test_small_heads_are_fine_without_rotary_positions():
+    model = tiny(hidden_size=8, use_rope=False)
+    assert model(clip(8), labels()).shape == (1, 3, 8, 4, 4)
+
+
+def test_a_model_that_is_narrower_than_what_its_token_holds_gets_a_warning():
+    with pytest.warns(UserWarning, match=r"a token holds 256 values .* only 192 wide"):
+        EqM_models["EqM-Ti/4"](depth=1)
+
+
+def test_a_model_that_is_wide_enough_gets_none():
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        EqM_models["EqM-Ti/4"](depth=1, in_channels=3)  # 192 values, 192 wide
+        EqM_models["EqM-S/4"](depth=1)
+
+
+# Parts --------------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("use_rope", [True, False])
+@torch.no_grad()
+def test_normalised_queries_and_keys_ignore_the_size_of_their_projection(use_rope):
+    x, y = clip(8), labels()
+
+    def change_of_larger_queries(model):
+        before = model(x, y)
+        for block in model.blocks:
+            block.attn.qkv.weight[:64] *= 3
+            block.attn.qkv.bias[:64] *= 3
+        return distance(model(x, y), before)
+
+    assert change_of_larger_queries(tiny(use_rope=use_rope, qk_norm=True)) < 1e-5
+    assert change_of_larger_queries(tiny(use_rope=use_rope, qk_norm=False)) > 0.01
+
+
+@torch.no_grad()
+def test_attention_normalises_then_rotates_queries_and_keys():
+    model = tiny(qk_norm=True)
+    attention, x, rotary = model.blocks[0].attn, torch.randn(2, 8, 64), model.rope((2, 2, 2), torch.tensor([0.04, 0.1]))
+    q, k, v = attention.qkv(x).reshape(2, 8, 3, 2, 32).permute(2, 0, 3, 1, 4)  # (B, h, N, d)
+    q = q / q.square().mean(dim=-1, keepdim=True).sqrt() * attention.q_norm.weight
+    k = k / k.square().mean(dim=-1, keepdim=True).sqrt() * attention.k_norm.weight
+    scores = apply_rotary(q, *rotary) @ apply_rotary(k, *rotary).mT / 32**0.5
+    naive = attention.proj((scores.softmax(dim=-1) @ v).transpose(1, 2).reshape(2, 8, 64))
+    torch.testing.assert_close(attention(x, rotary), naive, atol=1e-5, rtol=1e-5)
+
+
+def test_the_embedded_frame_rate_is_zero_at_25_frames_per_second_and_grows_by_one_per_octave():
+    embedder = TimeScaleEmbedder(16)
+    seen = []
+    embedder.mlp.register_forward_pre_hook(lambda mlp, args: seen.append(args[0]))
+    embedder(torch.tensor([1 / 25, 2 / 25, 1 / 100]))
+    frequencies = [10_000 ** (-j / 128) for j in range(128)]
+    naive = [[math.cos(s * w) for w in frequencies] + [math.sin(s * w) for w in frequencies] for s in (0, 1, -2)]
+    torch.testing.assert_close(seen[0], torch.tensor(naive), atol=1e-6, rtol=0)
+
+
+@torch.no_grad()
+def test_the_label_matters_and_there_is_one_more_for_no_label():
+    model, x = tiny(), clip(8)
+    fields = [model(x, torch.tensor([y])) for y in range(TINY.num_classes + 1)]
+    assert all(distance(a, b) > 0.01 for a, b in itertools.combinations(fields, 2))
+    with pytest.raises(IndexError):
+        model(x, torch.tensor([TINY.num_classes + 1]))
+
+
+def test_the_patch_embedding_is_the_convolution_of_its_weight():
+    model, x = tiny(), clip(8, batch=2)
+    by_convolution = model.x_embedder.proj(x).flatten(2).mT  # (B, N, D), width fastest
+    torch.testing.assert_close(model.x_embedder(x), by_convolution)
+
+
+@torch.no_grad()
+def test_unpatchify_is_the_inverse_of_patchify():
+    values = TINY.values_per_token  # 4 x 2 x 2 x 3 = 48
+    model = tiny(hidden_size=values, num_frames=12)
+    model.x_embedder.proj.weight.copy_(torch.eye(values).unflatten(1, (3, 4, 2, 2)))
+    model.x_embedder.proj.bias.zero_()
+    x = clip(12, batch=2)
+    tokens = model.x_embedder(x)  # values in the order of the convolution: channel, time, row, column
+    last = tokens.unflatten(-1, (3, 16)).mT.flatten(-2)  # in the order of the last layer: time, row, column, channel
+    assert torch.equal(model.unpatchify(last, (3, 2, 2)), x)
+
+
+@torch.no_grad()
+def test_features_are_the_activations_of_the_last_block():
+    model, seen = tiny(), []
+    model.blocks[-1].register_forward_hook(lambda block, args, out: seen.append(out))
+    x, y = clip(7, batch=2), labels(2)
+    f, features = model(x, y, return_features=True)
+    assert features.shape == (2, 2 * 2 * 2, 64)
+    assert torch.equal(features, seen[0])
+    assert torch.equal(f, model(x, y))
+
+
+@torch.no_grad()
+def test_images_are_clips_of_one_frame():
+    model = randomised(EqM_models["EqM-Ti/2"](depth=1, temporal_patch_size=1, input_size=8, num_classes=3))
+    x = torch.randn(2, 4, 1, 8, 8)
+    assert model(x, labels(2)).shape == x.shape
+
+
+# The published image model, tiny (its outputs were made by the published code) ---------------------------------------
+
+
+@pytest.fixture(scope="module")
+def published():
+    with safe_open(Path(__file__).parent / "eqm_image_tiny.safetensors", "pt") as file:
+        tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 - not a dict
+        settings = json.loads(file.metadata()["config"])
+    state = {name.removeprefix("state."): value for name, value in tensors.items() if name.startswith("state.")}
+    return state, tensors, settings
+
+
+@pytest.fixture(scope="module")
+def published_model(published):
+    """Their parameters in our network: one frame per patch, without the half that would be sigma."""
+    state, _, settings = published
+    names = {field.name for field in dataclasses.fields(EqMConfig)}
+    config = EqMConfig(temporal_patch_size=1, **{name: value for name, value in settings.items() if name in names})
+    state = {name: value for name, value in state.items() if name != "pos_embed"}
+    state["x_embedder.proj.weight"] = state["x_embedder.proj.weight"].unsqueeze(2)
+    for name in ("final_layer.linear.weight", "final_layer.linear.bias"):
+        state[name] = state[name].unflatten(0, (4, 8))[:, :4].flatten(0, 1)  # 2 x 2 pixels of 4 + 4 channels
+    model = EqM(config).eval()
+    model.load_state_dict(state)
+    return model
+
+
+def test_the_published_image_model_has_our_fixed_positions(published, published_model):
+    assert torch.equal(published[0]["pos_embed"], published_model.pos_embed)
+
+
+@torch.no_grad()
+def test_the_published_image_model_gives_its_published_output(published, published_model):
+    _, tensors, _ = published
+    f = published_model(tensors["x"].unsqueeze(2), tensors["y"])
+    assert distance(f.squeeze(2), tensors["output"]) < 1e-5
+
+
+@torch.no_grad()
+def test_the_published_image_model_gives_its_published_guided_output(published, published_model):
+    _, tensors, settings = published
+    field = samplers.guided(published_model, tensors["y"], torch.full((3,), 0.04), settings["cfg_scale"], 10)
+    f = field(tensors["x"].unsqueeze(2), torch.arange(3))
+    assert distance(f.squeeze(2), tensors["cfg4.output"]) < 1e-5
+
+
+@torch.no_grad()
+def test_the_published_image_model_has_its_published_loss(published, published_model):
+    _, tensors, _ = published
+    x, noise, gamma = tensors["x"], tensors["loss.noise"], tensors["loss.gamma"]
+    assert distance(transport.decay(gamma), tensors["loss.c"]) < 1e-5
+    assert distance(transport.interpolate(x, noise, gamma), tensors["loss.x_gamma"]) < 1e-5
+    assert distance(transport.target(x, noise, gamma), tensors["loss.target"]) < 1e-5
+    losses = transport.loss(lambda z: published_model(z, tensors["y"]), x.unsqueeze(2), noise.unsqueeze(2), gamma)
+    assert distance(losses, tensors["loss.per_sample"]) < 1e-5
+
+
+@pytest.mark.parametrize("method", ["gd", "ngd"])
+@torch.no_grad()
+def test_the_published_image_model_descends_as_published(published, published_model, method):
+    _, tensors, settings = published
+    field = samplers.guided(published_model, tensors["y"], torch.full((3,), 0.04), 1.0, 10)
+    x, evaluations = samplers.sample(
+        field,
+        tensors["x"].unsqueeze(2),
+        method,
+        num_steps=settings["sampler_evaluations"] + 1,
+        step_size=settings["sampler_eta"],
+        momentum=settings["sampler_mu"],
+    )
+    assert evaluations.tolist() == [settings["sampler_evaluations"]] * 3
+    assert distance(x.squeeze(2), tensors[f"sampler_{method}.final"]) < 1e-5

@@ -1,0 +1,259 @@
+"""The pieces of train.py, and all that a user can get wrong before anything is touched (in this process, for speed)."""
+
+import sys
+from types import SimpleNamespace
+
+import av
+import numpy as np
+import pytest
+import torch
+from torch.utils.data import DataLoader
+
+import checkpoint
+import distributed
+import sample_gd
+import train
+from models import EqM, model_config
+from vae import VAE
+from video_dataset import Clips, collate, scan_videos
+
+SMALL = {"input_size": 16, "in_channels": 3, "hidden_size": 192, "depth": 1, "num_heads": 3, "num_classes": 2}
+
+
+def write_video(path, num_frames=10, size=16):
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with av.open(str(path), "w") as file:
+        stream = file.add_stream("mpeg4", rate=25)
+        stream.width = stream.height = size
+        stream.pix_fmt = "yuv420p"
+        for number in range(num_frames):
+            frame = np.full((size, size, 3), 20 * number % 256, np.uint8)
+            file.mux(stream.encode(av.VideoFrame.from_ndarray(frame, format="rgb24")))
+        file.mux(stream.encode())
+
+
+@pytest.fixture(scope="module")
+def videos(tmp_path_factory):
+    root = tmp_path_factory.mktemp("videos") / "data"
+    for name in ("A/a.avi", "A/b.avi", "B/c.avi", "B/d.avi"):
+        write_video(root / name)
+    return root
+
+
+def save_checkpoint(path, step=10, **settings):
+    """A checkpoint as train.py writes it, of a named model so that --model can be checked."""
+    config = model_config("EqM-Ti/4", **({"input_size": 16, "in_channels": 3, "num_classes": 2, "depth": 6} | settings))
+    weights = EqM(config).state_dict()
+    data = {"vae": "none", "image_size": 16, "fps": 25.0, "frame_interval": [1], "classes": ["A", "B"]}
+    state = {
+        "version": checkpoint.VERSION,
+        "config": {"model": vars(config), "data": data, "training": {"num_frames": config.num_frames}},
+        "model": weights,
+        "ema": weights,
+        "optimizer": {"kind": "adamw", "states": []},
+        "step": step,
+        "phase": {"first_step": 0, "position": 40},
+        "best_loss": 1.0,
+    }
+    checkpoint.save(path, state)
+    return path
+
+
+@pytest.fixture(scope="module")
+def rope_checkpoint(tmp_path_factory):
+    return save_checkpoint(tmp_path_factory.mktemp("rope") / "rope.pt", use_rope=True, num_frames=4)
+
+
+@pytest.fixture(scope="module")
+def fixed_checkpoint(tmp_path_factory):
+    return save_checkpoint(tmp_path_factory.mktemp("fixed") / "fixed.pt", num_frames=8)
+
+
+def refuse(monkeypatch, capsys, script, *flags):
+    """The one line that a script says before it ends with status 2."""
+    monkeypatch.setattr(sys, "argv", [script.__file__, *map(str, flags)])
+    monkeypatch.setattr(distributed, "start", lambda: pytest.fail("a device was touched"))
+    with pytest.raises(SystemExit) as ended:
+        script.main()
+    assert ended.value.code == 2
+    stderr = [line for line in capsys.readouterr().err.splitlines() if line and "video/s" not in line]
+    assert len(stderr) == 1, stderr
+    assert "error: " in stderr[0]
+    return stderr[0]
+
+
+TRAIN = ["--video", "--model", "EqM-Ti/4", "--vae", "none", "--image-size", 16, "--num-frames", 8, "--use-rope"]
+BAD_TRAINING = {  # flags -> words that the line must have
+    "frames below the temporal patch": (["--num-frames", 3], ["--num-frames 3", "4"]),
+    "no frames": (["--num-frames", 0], ["--num-frames", "at least 1"]),
+    "a word for a number": (["--num-frames", "many"], ["--num-frames", "many"]),
+    "an image size that the patches do not divide": (["--image-size", 18], ["--image-size 18", "4"]),
+    "a batch that the parts do not divide": (["--global-batch-size", 6, "--grad-accum", 4], ["6", "--grad-accum 4"]),
+    "no such folder": (["--data-path", "no/such"], ["--data-path no/such"]),
+    "no such model": (["--model", "EqM-Q/4"], ["--model", "EqM-Q/4"]),
+    "videos that are too short": (["--num-frames", 400], ["--num-frames 400", "10"]),
+    "fewer classes than folders": (["--num-classes", 1], ["--num-classes 1", "2"]),
+    "intervals in the wrong order": (["--frame-interval", 4, 2], ["--frame-interval 4 2"]),
+    "three intervals": (["--frame-interval", 1, 2, 3], ["--frame-interval 1 2 3"]),
+    "a VAE that is not there": (["--vae", "no/such/vae"], ["--vae no/such/vae"]),
+    "no such checkpoint": (["--ckpt", "no/such.pt"], ["--ckpt no/such.pt"]),
+    "a negative rate": (["--lr", -1], ["--lr", "above 0"]),
+    "results in a file": (["--results-dir", "/dev/null/x"], ["--results-dir", "/dev/null"]),
+    "an unknown flag": (["--num-frame", 3], ["--num-frame"]),
+    "Weights & Biases that is not installed": (["--wandb"], ["--wandb", "pip install wandb"]),
+}
+
+
+@pytest.mark.parametrize("case", BAD_TRAINING)
+def test_train_refuses_in_one_line(case, videos, tmp_path, monkeypatch, capsys):
+    if case.startswith("Weights"):
+        monkeypatch.setitem(sys.modules, "wandb", None)
+    flags, words = BAD_TRAINING[case]
+    results = tmp_path / "results"
+    defaults = ["--data-path", videos, "--results-dir", results, "--global-batch-size", 4, "--max-steps", 20]
+    line = refuse(monkeypatch, capsys, train, *TRAIN, *defaults, *flags)
+    assert all(word in line for word in words), line
+    assert not results.exists()
+
+
+def test_train_without_video_says_what_is_missing(videos, tmp_path, monkeypatch, capsys):
+    flags = [flag for flag in TRAIN if flag != "--video"]
+    assert "--video" in refuse(monkeypatch, capsys, train, *flags, "--data-path", videos)
+
+
+def test_train_refuses_a_checkpoint_that_does_not_fit(
+    videos, rope_checkpoint, fixed_checkpoint, tmp_path, monkeypatch, capsys
+):
+    shared = ["--data-path", videos, "--results-dir", tmp_path / "results", "--global-batch-size", 4]
+    fixed = [flag for flag in TRAIN if flag != "--use-rope"]
+
+    def line(*flags):
+        return refuse(monkeypatch, capsys, train, *flags, *shared)
+
+    assert "cannot be converted: retrain with --use-rope" in line(*TRAIN, "--ckpt", fixed_checkpoint)
+    assert "trained with --use-rope" in line(*fixed, "--ckpt", rope_checkpoint)
+    assert "--num-frames" in line(*fixed, "--num-frames", 4, "--ckpt", fixed_checkpoint)
+    assert "EqM-S/4" in line(*TRAIN, "--model", "EqM-S/4", "--ckpt", rope_checkpoint)
+    assert "EqM-Ti/2" in line(*TRAIN, "--model", "EqM-Ti/2", "--temporal-patch-size", 4, "--ckpt", rope_checkpoint)
+    assert "--num-classes" in line(*TRAIN, "--num-classes", 7, "--ckpt", rope_checkpoint)
+    assert "--image-size" in line(*TRAIN, "--image-size", 32, "--ckpt", rope_checkpoint)
+    assert "--temporal-patch-size" in line(*TRAIN, "--temporal-patch-size", 2, "--ckpt", rope_checkpoint)
+    assert "--rope-theta" in line(*TRAIN, "--rope-theta", 50, "--ckpt", rope_checkpoint)
+    assert "--max-steps 10" in line(*TRAIN, "--max-steps", 10, "--ckpt", rope_checkpoint)
+    assert not (tmp_path / "results").exists()
+
+
+BAD_SAMPLING = {
+    "frames below the temporal patch": (["--num-frames", 3], ["--num-frames 3", "4"]),
+    "another model": (["--model", "EqM-S/4"], ["EqM-S/4", "EqM-Ti/4"]),
+    "another number of classes": (["--num-classes", 101], ["--num-classes", "101", "2"]),
+    "another image size": (["--image-size", 32], ["--image-size 32", "16"]),
+    "an unknown class": (["--classes", "A", "Kayaking"], ["--classes Kayaking", "A, B"]),
+    "a class number that is too large": (["--classes", 2], ["--classes 2"]),
+    "two frame rates": (["--fps", 25, "--time-scale", 0.04], ["--fps", "--time-scale"]),
+    "a VAE that is not there": (["--vae", "no/such/vae"], ["--vae no/such/vae"]),
+    "a folder in a file": (["--folder", "/dev/null/x"], ["--folder", "/dev/null"]),
+    "no samples": (["--num-samples", 0], ["--num-samples"]),
+    "one point, so no step": (["--num-sampling-steps", 1], ["--num-sampling-steps", "at least 2"]),
+    "no such checkpoint": (["--ckpt", "no/such.pt"], ["--ckpt no/such.pt"]),
+}
+
+
+@pytest.mark.parametrize("case", BAD_SAMPLING)
+def test_sampling_refuses_in_one_line(case, rope_checkpoint, tmp_path, monkeypatch, capsys):
+    flags, words = BAD_SAMPLING[case]
+    line = refuse(
+        monkeypatch, capsys, sample_gd, "--video", "--ckpt", rope_checkpoint, "--folder", tmp_path / "out", *flags
+    )
+    assert all(word in line for word in words), line
+    assert not (tmp_path / "out").exists()
+
+
+def test_sampling_refuses_rope_for_a_fixed_checkpoint_and_other_frames(fixed_checkpoint, tmp_path, monkeypatch, capsys):
+    shared = ["--video", "--ckpt", fixed_checkpoint, "--folder", tmp_path / "out"]
+    assert "cannot be converted" in refuse(monkeypatch, capsys, sample_gd, *shared, "--use-rope")
+    assert "tied to 8 frames" in refuse(monkeypatch, capsys, sample_gd, *shared, "--num-frames", 16)
+
+
+def test_another_rank_leaves_rank_0_the_time_to_speak_first(monkeypatch, capsys):
+    slept = []
+    monkeypatch.setattr(distributed.time, "sleep", slept.append)
+    monkeypatch.setenv("RANK", "1")
+    with pytest.raises(SystemExit):
+        distributed.fail("the data is not on this node")
+    assert slept == [10]
+    assert capsys.readouterr().err.count("\n") == 1
+
+
+def test_the_learning_rate_warms_up_stays_and_decays_to_zero():
+    args = SimpleNamespace(warmup_steps=10, lr_decay=0.4, lr=1e-3, muon_lr=2e-2)
+    weights = [torch.nn.Parameter(torch.zeros(2, 2)) for _ in range(2)]
+    optimizers = [torch.optim.AdamW(weights[:1]), torch.optim.Muon(weights[1:])]
+    rates = [train.set_learning_rates(args, optimizers, step, last_step=100) for step in range(1, 101)]
+    assert rates[:10] == pytest.approx([1e-4 * step for step in range(1, 11)])
+    assert rates[10:61] == pytest.approx([1e-3] * 51)
+    assert rates[60:] == pytest.approx([1e-3 * (100 - step + 1) / 40 for step in range(61, 101)])
+    assert optimizers[1].param_groups[0]["lr"] == pytest.approx(20 * optimizers[0].param_groups[0]["lr"])
+
+
+def test_muon_gets_the_matrices_of_the_blocks_and_adamw_all_the_rest():
+    model = EqM(model_config("EqM-Ti/4", **SMALL))
+    args = SimpleNamespace(optimizer="muon", lr=1.0, muon_lr=1.0, weight_decay=0.0)
+    adamw, muon = train.make_optimizers(args, model)
+    names = {id(weight): name for name, weight in model.named_parameters()}
+    by_muon = {names[id(weight)] for weight in muon.param_groups[0]["params"]}
+    by_adamw = {names[id(weight)] for weight in adamw.param_groups[0]["params"]}
+    assert by_muon == {f"blocks.0.{part}.weight" for part in ("attn.qkv", "attn.proj", "mlp.fc1", "mlp.fc2")}
+    assert by_muon.isdisjoint(by_adamw)
+    assert by_muon | by_adamw == set(names.values())
+
+
+def test_the_average_of_the_weights_follows_them_by_its_decay():
+    model, ema = (torch.nn.Linear(2, 2) for _ in range(2))
+    before = ema.weight.clone()
+    train.update_ema(ema, model, 0.9)
+    assert torch.allclose(ema.weight, 0.9 * before + 0.1 * model.weight)
+
+
+@pytest.mark.parametrize(
+    ("max_steps", "epochs", "expected"), [(70, None, 70), (None, 3, 50 + 8), (55, 3, 55), (None, None, 50 + 3500)]
+)
+def test_a_run_ends_by_global_steps_or_by_its_own_epochs(max_steps, epochs, expected):
+    progress = train.Progress(step=50, first_step=50)
+    args = SimpleNamespace(max_steps=max_steps, epochs=epochs, global_batch_size=4)
+    assert progress.last_step(args, num_train=10) == expected
+
+
+def make_run(videos, chunks, world):
+    """What train.validate needs, for `world` ranks that share the chunks."""
+    torch.manual_seed(0)
+    model = EqM(model_config("EqM-Ti/4", **SMALL, num_frames=4))
+    for parameter in model.parameters():
+        parameter.data.normal_(std=0.1)
+    scan = scan_videos(videos)
+    clips = Clips(videos, scan.videos, scan.classes, 4, 16, flip=False, stream="validation", shuffle=False)
+    loaders = [DataLoader(clips, batch_sampler=chunks[rank::world], collate_fn=collate) for rank in range(world)]
+    args, device = SimpleNamespace(precision="fp32"), torch.device("cpu")
+    shared = {"ema": model, "vae": VAE("none"), "args": args, "device": device}
+    return [SimpleNamespace(val_loader=loader, **shared) for loader in loaders]
+
+
+def test_validation_gives_the_same_number_bit_for_bit_on_any_number_of_ranks(videos, monkeypatch):
+    chunks = [[0, 1, 2], [3, 4, 5], [6, 7]]
+    (alone,) = make_run(videos, chunks, world=1)
+    expected = train.validate(alone)
+    assert train.validate(alone) == expected  # and every time
+    runs, rows = make_run(videos, chunks, world=2), []
+    monkeypatch.setattr(distributed, "gather", lambda mine: rows.append(mine) or [mine])
+    for run in runs:
+        train.validate(run)
+    monkeypatch.setattr(distributed, "gather", lambda mine: rows)
+    assert train.validate(runs[1]) == expected
+
+
+def test_a_loss_that_is_not_finite_stops_the_run_and_names_its_step():
+    window = train.Window()
+    for loss in (1.0, 2.0, float("nan"), 3.0):
+        window.add(torch.tensor(loss), torch.tensor(1.0), torch.tensor(1.0))
+    with pytest.raises(distributed.UserError, match="loss of step 103 is not finite"):
+        window.summary(step=104, global_batch=8)
