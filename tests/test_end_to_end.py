@@ -36,7 +36,7 @@ def one(pattern):
 @pytest.fixture(scope="module")
 def shapes(tmp_path_factory):
     out = tmp_path_factory.mktemp("data") / "moving-shapes"
-    launch(sys.executable, ROOT / "datasets/make_moving_shapes.py", "--out", out, "--videos-per-class", 2, "--size", 32)
+    launch(sys.executable, ROOT / "datasets/make_moving_shapes.py", "--out", out, "--videos-per-class", 2)
     return out
 
 

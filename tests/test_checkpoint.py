@@ -1,0 +1,438 @@
+import errno
+import os
+import pickle
+import warnings
+from dataclasses import asdict, replace
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+
+import checkpoint
+from distributed import UserError
+from models import EqM, EqMConfig, model_config
+
+CONFIG = EqMConfig(
+    input_size=4,
+    patch_size=2,
+    temporal_patch_size=2,
+    in_channels=3,
+    hidden_size=24,
+    depth=2,
+    num_heads=2,
+    num_classes=5,
+    num_frames=4,
+    use_rope=True,
+)
+
+
+def random_weights(model, seed):
+    generator = torch.Generator().manual_seed(seed)
+    return {name: torch.randn(value.shape, generator=generator) for name, value in model.state_dict().items()}
+
+
+def make_state(config=CONFIG, **changes):
+    model = EqM(config)
+    state = {
+        "version": checkpoint.VERSION,
+        "config": {"model": asdict(config), "data": {"vae": "none"}, "training": {"lr": 1e-4}},
+        "model": random_weights(model, 1),
+        "ema": random_weights(model, 2),
+        "optimizer": {"kind": "adamw", "states": []},
+        "step": 70,
+        "phase": {"first_step": 50, "position": 640},
+        "best_loss": 1.5,
+    }
+    return state | changes
+
+
+def refusal(action, *args, **kwargs):
+    """The message of the UserError that is raised; it is one line."""
+    with pytest.raises(UserError) as error:
+        action(*args, **kwargs)
+    assert "\n" not in str(error.value)
+    return str(error.value)
+
+
+def names(folder):
+    return sorted(path.name for path in folder.iterdir())
+
+
+# Writing ------------------------------------------------------------------------------------------------------------
+
+
+def test_what_is_saved_is_loaded(tmp_path):
+    path, state = tmp_path / "0000070.pt", make_state()
+    checkpoint.save(path, state)
+    loaded = checkpoint.load(path)
+    for name in ("model", "ema"):
+        assert loaded[name].keys() == state[name].keys()
+        assert all(torch.equal(loaded[name][key], state[name][key]) for key in state[name])
+    for name in state.keys() - {"model", "ema"}:
+        assert loaded[name] == state[name]
+    assert names(tmp_path) == ["0000070.pt"]
+
+
+def test_saving_again_replaces_the_file(tmp_path):
+    path = tmp_path / "best.pt"
+    checkpoint.save(path, make_state(step=1))
+    checkpoint.save(path, make_state(step=2))
+    assert checkpoint.load(path)["step"] == 2
+    assert names(tmp_path) == ["best.pt"]
+
+
+def half_a_write(state, file):
+    file.write(b"half of a file")
+    raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+
+def torch_wraps_it(state, file):
+    file.write(b"half of a file")
+    raise RuntimeError("PytorchStreamWriter failed writing file data/3: file write failed\nframe #0: ...")
+
+
+def refused(*args):
+    raise OSError(errno.EIO, os.strerror(errno.EIO))
+
+
+@pytest.mark.parametrize(
+    ("where", "failure", "reason"),
+    [
+        ("torch.save", half_a_write, "No space left on device"),
+        ("torch.save", torch_wraps_it, "file write failed"),
+        ("os.fsync", refused, "Input/output error"),
+        ("os.replace", refused, "Input/output error"),
+    ],
+)
+@pytest.mark.parametrize("existed", [True, False])
+def test_a_failing_write_leaves_the_old_file_and_nothing_else(tmp_path, monkeypatch, where, failure, reason, existed):
+    path = tmp_path / "latest.pt"
+    if existed:
+        checkpoint.save(path, make_state(step=1))
+    before = path.read_bytes() if existed else None
+    with monkeypatch.context() as patch:
+        patch.setattr(where, failure)
+        message = refusal(checkpoint.save, path, make_state(step=2))
+    assert str(path) in message
+    assert reason in message
+    assert names(tmp_path) == (["latest.pt"] if existed else [])
+    if existed:
+        assert path.read_bytes() == before
+
+
+@pytest.mark.skipif(not os.path.exists("/dev/full"), reason="needs a device that is always full")
+def test_a_disk_that_is_really_full_is_one_line(tmp_path):
+    path = tmp_path / "latest.pt"
+    checkpoint.save(path, make_state(step=1))
+    (tmp_path / "latest.pt.tmp").symlink_to("/dev/full")
+    assert "latest.pt: can't be written" in refusal(checkpoint.save, path, make_state(step=2))
+    assert names(tmp_path) == ["latest.pt"]
+    assert checkpoint.load(path)["step"] == 1
+
+
+def test_the_file_is_on_the_disk_before_it_gets_its_name(tmp_path, monkeypatch):
+    path, temporary, order = tmp_path / "latest.pt", tmp_path / "latest.pt.tmp", []
+    fsync, rename = os.fsync, os.replace
+
+    def noted_fsync(descriptor):
+        open_ = os.fstat(descriptor)
+        order.append(("fsync", *(p.name for p in (temporary, tmp_path) if p.exists() and os.path.samestat(open_, p.stat()))))
+        fsync(descriptor)
+
+    def noted_replace(old, new):
+        assert checkpoint.load(old)["step"] == 70  # whole before it is renamed
+        order.append(("rename", Path(new).name))
+        rename(old, new)
+
+    monkeypatch.setattr("os.fsync", noted_fsync)
+    monkeypatch.setattr("os.replace", noted_replace)
+    checkpoint.save(path, make_state())
+    assert order == [("fsync", "latest.pt.tmp"), ("rename", "latest.pt"), ("fsync", tmp_path.name)]
+
+
+def test_a_temporary_file_of_a_crash_does_not_stand_in_the_way(tmp_path):
+    (tmp_path / "latest.pt.tmp").write_bytes(b"left over")
+    checkpoint.save(tmp_path / "latest.pt", make_state())
+    assert names(tmp_path) == ["latest.pt"]
+    assert checkpoint.load(tmp_path / "latest.pt")["step"] == 70
+
+
+@pytest.mark.parametrize("hard_links", [True, False])
+def test_a_link_is_the_newest_checkpoint_under_a_second_name(tmp_path, monkeypatch, hard_links):
+    if not hard_links:
+        monkeypatch.setattr("os.link", refused)
+    (tmp_path / "latest.pt.tmp").write_bytes(b"left over")
+    for step in (1, 2):
+        checkpoint.save(tmp_path / f"{step:07d}.pt", make_state(step=step))
+        checkpoint.link(tmp_path / f"{step:07d}.pt", "latest.pt")
+    assert names(tmp_path) == ["0000001.pt", "0000002.pt", "latest.pt"]
+    assert checkpoint.load(tmp_path / "latest.pt")["step"] == 2
+    assert checkpoint.load(tmp_path / "0000001.pt")["step"] == 1
+    assert (tmp_path / "latest.pt").samefile(tmp_path / "0000002.pt") == hard_links
+
+
+def test_saving_over_a_linked_file_leaves_its_second_name_alone(tmp_path):
+    checkpoint.save(tmp_path / "a.pt", make_state(step=1))
+    checkpoint.link(tmp_path / "a.pt", "latest.pt")
+    checkpoint.save(tmp_path / "a.pt", make_state(step=2))
+    assert checkpoint.load(tmp_path / "latest.pt")["step"] == 1
+
+
+# Reading ------------------------------------------------------------------------------------------------------------
+
+
+def load_refusal(path):
+    message = refusal(checkpoint.load, path)
+    assert message.startswith(f"--ckpt {path}: ")
+    return message
+
+
+def test_a_file_that_is_missing_is_refused(tmp_path):
+    assert "no such file" in load_refusal(tmp_path / "best.pt")
+
+
+def test_a_folder_is_refused(tmp_path):
+    assert "wanted a checkpoint file" in load_refusal(tmp_path)
+
+
+@pytest.mark.parametrize("share", [0.0, 0.001, 0.1, 0.25, 0.5, 0.75, 0.99, 0.9999])
+def test_a_file_that_is_cut_short_is_refused(tmp_path, share):
+    path = tmp_path / "best.pt"
+    checkpoint.save(path, make_state())
+    content = path.read_bytes()
+    path.write_bytes(content[: int(share * len(content))])
+    load_refusal(path)
+
+
+@pytest.mark.parametrize(
+    "content",
+    [
+        b"",
+        b"\n",
+        b"hello world\n",
+        b"import os\n",
+        b'{"model": 1}',
+        b"version https://git-lfs.github.com/spec/v1\noid sha256:0\nsize 12\n",
+        b"<!DOCTYPE html>\n<html></html>\n",
+        b"\x89PNG\r\n\x1a\n" + bytes(100),
+        bytes(1000),
+        pickle.dumps({"model": 1}),
+    ],
+)
+def test_a_file_that_is_no_checkpoint_is_refused(tmp_path, content):
+    path = tmp_path / "best.pt"
+    path.write_bytes(content)
+    load_refusal(path)
+
+
+def test_a_refusal_is_one_line_without_a_warning_beside_it(tmp_path):
+    path = tmp_path / "best.pt"
+    path.write_bytes(pickle.dumps({"model": 1}))
+    with warnings.catch_warnings(record=True) as shown:
+        warnings.simplefilter("always")
+        load_refusal(path)
+    assert shown == []
+
+
+def test_other_archives_are_refused(tmp_path):
+    np.savez(tmp_path / "samples.npz", arr_0=np.zeros(3))
+    load_refusal(tmp_path / "samples.npz")
+
+
+class Code:
+    """A pickle of it makes a folder when it is loaded."""
+
+    def __init__(self, folder):
+        self.folder = str(folder)
+
+    def __reduce__(self):
+        return os.mkdir, (self.folder,)
+
+
+@pytest.mark.parametrize("kind", ["pickle", "new format", "old format", "whole checkpoint"])
+def test_a_file_that_holds_code_is_refused_and_the_code_is_not_run(tmp_path, kind):
+    path, ran = tmp_path / "best.pt", tmp_path / "ran"
+    if kind == "pickle":
+        path.write_bytes(pickle.dumps(Code(ran)))
+    elif kind == "whole checkpoint":
+        torch.save(make_state(best_loss=Code(ran)), path)
+    else:
+        torch.save(Code(ran), path, _use_new_zipfile_serialization=kind == "new format")
+    assert "holds code" in load_refusal(path)
+    assert not ran.exists()
+    torch.load(path, weights_only=False) if kind != "pickle" else pickle.loads(path.read_bytes())
+    assert ran.exists()  # it would have been
+
+
+@pytest.mark.parametrize("missing", ["version", "config", "model", "ema", "step"])
+def test_a_dict_that_lacks_a_part_is_refused(tmp_path, missing):
+    path, state = tmp_path / "best.pt", make_state()
+    del state[missing]
+    torch.save(state, path)
+    assert "not a checkpoint of this project" in load_refusal(path)
+
+
+@pytest.mark.parametrize("state", [{"state_dict": {}}, {}, [1, 2], 3.0, torch.zeros(3)])
+def test_files_of_other_projects_are_refused(tmp_path, state):
+    torch.save(state, tmp_path / "other.pt")
+    assert "not a checkpoint of this project" in load_refusal(tmp_path / "other.pt")
+
+
+@pytest.mark.parametrize("version", [0, 2, "1"])
+def test_another_format_version_is_refused(tmp_path, version):
+    torch.save(make_state(version=version), tmp_path / "best.pt")
+    assert f"format version {version}, this code reads version 1" in load_refusal(tmp_path / "best.pt")
+
+
+# The model ----------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(("use_ema", "part"), [(True, "ema"), (False, "model")])
+@pytest.mark.parametrize("changes", [{}, {"use_rope": False}, {"qk_norm": True, "rope_theta": 500.0}], ids=str)
+def test_the_model_comes_back_bit_by_bit(tmp_path, use_ema, part, changes):
+    config = replace(CONFIG, **changes)
+    state = make_state(config)
+    checkpoint.save(tmp_path / "best.pt", state)
+    model, found, step = checkpoint.load_model(tmp_path / "best.pt", use_ema=use_ema)
+    assert model.config == config
+    assert found == state["config"]
+    assert step == 70
+    assert not model.training
+    assert all(torch.equal(value, state[part][name]) for name, value in model.state_dict().items())
+
+    original = EqM(config)
+    original.load_state_dict(state[part])
+    x, y, time_scale = torch.randn(2, 3, 4, 4, 4), torch.tensor([0, 5]), torch.tensor([0.04, 0.1])
+    with torch.no_grad():
+        assert torch.equal(model(x, y, time_scale), original.eval()(x, y, time_scale))
+
+
+def test_the_ema_is_loaded_unless_told_otherwise(tmp_path):
+    state = make_state()
+    checkpoint.save(tmp_path / "best.pt", state)
+    model, _, _ = checkpoint.load_model(tmp_path / "best.pt")
+    weight = model.final_layer.linear.weight
+    assert torch.equal(weight, state["ema"]["final_layer.linear.weight"])
+    assert not torch.equal(weight, state["model"]["final_layer.linear.weight"])
+
+
+def test_weights_that_do_not_fit_their_config_are_one_line_that_names_one(tmp_path):
+    state = make_state()
+    state["ema"]["final_layer.linear.bias"] = torch.zeros(3)
+    checkpoint.save(tmp_path / "best.pt", state)
+    message = refusal(checkpoint.load_model, tmp_path / "best.pt")
+    assert "best.pt: its weights are not those of its config" in message
+    assert "final_layer.linear.bias" in message
+
+
+@pytest.mark.parametrize("field", ["rope_theta", "new_field"])
+def test_a_model_with_other_settings_is_refused(tmp_path, field):
+    state = make_state()
+    settings = state["config"]["model"]
+    if field in settings:
+        del settings[field]
+    else:
+        settings[field] = 1
+    checkpoint.save(tmp_path / "best.pt", state)
+    assert field in refusal(checkpoint.load_model, tmp_path / "best.pt")
+
+
+# Compatibility ------------------------------------------------------------------------------------------------------
+
+ROPE = model_config("EqM-S/4", num_classes=101, num_frames=8, use_rope=True)
+FIXED = replace(ROPE, use_rope=False)
+
+
+@pytest.mark.parametrize(
+    ("saved", "wanted", "words"),
+    [
+        (ROPE, {"num_classes": 10}, ["--num-classes", "101", "10"]),
+        (ROPE, {"temporal_patch_size": 2}, ["--temporal-patch-size", "4", "2"]),
+        (ROPE, {"rope_theta": 100.0}, ["--rope-theta", "10000.0", "100.0"]),
+        (ROPE, {"qk_norm": True}, ["--qk-norm", "False", "True"]),
+        (ROPE, {"input_size": 16}, ["--image-size", "32", "16"]),
+        (ROPE, {"in_channels": 3}, ["--vae", "4", "3"]),
+        (ROPE, {"use_rope": False}, ["--use-rope", "add it"]),
+        (FIXED, {"use_rope": True}, ["--use-rope", "cannot be converted: retrain with --use-rope"]),
+        (FIXED, {"num_frames": 16}, ["--num-frames", "8", "16", "fixed positions are tied to it"]),
+        (ROPE, checkpoint.named_shape("EqM-B/4"), ["--model", "EqM-S/4", "EqM-B/4"]),
+        (ROPE, checkpoint.named_shape("EqM-S/8"), ["--model", "EqM-S/4", "EqM-S/8"]),
+        (FIXED, checkpoint.named_shape("EqM-XL/2"), ["--model", "EqM-S/4", "EqM-XL/2"]),
+        (CONFIG, checkpoint.named_shape("EqM-S/4"), ["--model", "depth 2, width 24, heads 2", "EqM-S/4"]),
+        (replace(ROPE, input_size=12), checkpoint.named_shape("EqM-S/8"), ["--model", "EqM-S/4", "EqM-S/8"]),
+    ],
+)
+def test_a_mismatch_names_the_flag_and_both_values(saved, wanted, words):
+    message = refusal(checkpoint.check, "run/best.pt", saved, **wanted)
+    assert message.startswith("--ckpt run/best.pt: ")
+    assert all(word in message for word in words), message
+
+
+@pytest.mark.parametrize("saved", [ROPE, FIXED])
+def test_what_agrees_or_is_not_given_passes(saved):
+    checkpoint.check("best.pt", saved)
+    checkpoint.check("best.pt", saved, **asdict(saved))
+    checkpoint.check("best.pt", saved, **dict.fromkeys(asdict(saved)))  # all None
+    checkpoint.check("best.pt", saved, **checkpoint.named_shape("EqM-S/4"), num_classes=101)
+    checkpoint.check("best.pt", saved, **checkpoint.named_shape(None))
+
+
+def test_rotary_positions_go_with_another_number_of_frames():
+    checkpoint.check("best.pt", ROPE, num_frames=16, use_rope=True)
+
+
+def test_loading_a_model_checks_it(tmp_path):
+    checkpoint.save(tmp_path / "best.pt", make_state())
+    checkpoint.load_model(tmp_path / "best.pt", num_classes=5, use_rope=True, num_frames=100)
+    assert "--num-classes" in refusal(checkpoint.load_model, tmp_path / "best.pt", num_classes=6)
+
+
+@pytest.mark.parametrize("name", ["EqM-Ti/2", "EqM-S/4", "EqM-B/8", "EqM-L/2", "EqM-XL/4"])
+def test_a_named_model_knows_its_name(name):
+    assert checkpoint.model_name(model_config(name)) == name
+
+
+# Optimizers and run folders -----------------------------------------------------------------------------------------
+
+
+def trained(seed):
+    weight = torch.nn.Parameter(torch.randn(3, generator=torch.Generator().manual_seed(seed)))
+    optimizer = torch.optim.AdamW([weight], lr=0.1)
+    weight.square().sum().backward()
+    optimizer.step()
+    return optimizer
+
+
+def test_the_optimizer_goes_on_where_it_was():
+    old, new = trained(1), trained(2)
+    checkpoint.load_optimizers("a.pt", [new], "adamw", {"kind": "adamw", "states": [old.state_dict()]})
+    old_state, new_state = old.state_dict()["state"][0], new.state_dict()["state"][0]
+    assert old_state.keys() == new_state.keys() == {"step", "exp_avg", "exp_avg_sq"}
+    assert all(torch.equal(old_state[name], new_state[name]) for name in old_state)
+
+
+def test_another_kind_of_optimizer_is_refused():
+    saved = {"kind": "muon", "states": []}
+    message = refusal(checkpoint.load_optimizers, "a.pt", [trained(1)], "adamw", saved)
+    assert all(word in message for word in ["--ckpt a.pt", "--optimizer", "muon", "adamw"])
+
+
+def test_run_folders_are_numbered_and_none_is_used_twice(tmp_path):
+    root = tmp_path / "results" / "exp"
+    first, second = (checkpoint.make_run_folder(root, name) for name in ("EqM-S-4-f4-rope", "EqM-B-2-f8"))
+    assert [first.name, second.name] == ["000-EqM-S-4-f4-rope", "001-EqM-B-2-f8"]
+    assert names(first) == ["checkpoints", "samples"]
+    (root / "notes.txt").write_text("")
+    (root / "041-EqM-S-4-f4-rope").mkdir()
+    assert checkpoint.make_run_folder(root, "x").name == "042-x"
+
+
+def test_the_newest_run_is_the_last_of_its_name_that_has_a_checkpoint(tmp_path):
+    assert checkpoint.newest_run(tmp_path / "missing", "a") is None
+    folders = [checkpoint.make_run_folder(tmp_path, name) for name in ("a", "a", "a", "a-rope")]
+    assert checkpoint.newest_run(tmp_path, "a") is None
+    for folder in (folders[0], folders[1], folders[3]):
+        (folder / "checkpoints" / "latest.pt").touch()
+    assert checkpoint.newest_run(tmp_path, "a") == folders[1]
+    assert checkpoint.newest_run(tmp_path, "a-rope") == folders[3]
