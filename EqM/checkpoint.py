@@ -10,9 +10,11 @@ A file holds a dict of tensors and plain Python values:
     best_loss  lowest validation loss of the phase
 """
 
+import errno
 import os
 import pickle
 import shutil
+import warnings
 from dataclasses import asdict, fields
 from pathlib import Path
 
@@ -51,8 +53,8 @@ def save(path, state):
     except (OSError, RuntimeError) as error:  # torch wraps a full disk in a RuntimeError
         temporary.unlink(missing_ok=True)
         reason = getattr(error, "strerror", None) or str(error).splitlines()[0]
-        found = f"{path}: can't be written ({reason})"
-        raise UserError(f"{found}; free some space, older checkpoints are intact") from error
+        advice = "free some space: " if getattr(error, "errno", None) == errno.ENOSPC else ""
+        raise UserError(f"{path} can't be written ({reason}); {advice}older checkpoints are intact") from error
 
 
 def link(path, name):
@@ -81,19 +83,22 @@ def load(path):
     """The dict of a checkpoint file, on the CPU. Raises UserError if it is not a whole checkpoint of ours."""
     flag = f"--ckpt {path}"
     try:
-        state = torch.load(path, map_location="cpu", weights_only=True)
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # torch's hints on foreign pickles; the refusal says enough
+            state = torch.load(path, map_location="cpu", weights_only=True)
     except FileNotFoundError:
         raise UserError(f"{flag}: no such file; wanted a checkpoint, for example RUN/checkpoints/best.pt") from None
-    except OSError as error:
+    except (IsADirectoryError, PermissionError) as error:
         raise UserError(f"{flag}: can't be read ({error.strerror}); wanted a checkpoint file") from error
     except pickle.UnpicklingError as error:
         raise UserError(
             f"{flag}: not a checkpoint, or one that holds code (only tensors and plain values are loaded)"
         ) from error
-    except (RuntimeError, EOFError, ValueError, KeyError) as error:
+    except (OSError, RuntimeError, EOFError, ValueError, LookupError, TypeError, AttributeError) as error:
+        # What torch.load raises on damaged files depends on where the damage is.
         raise UserError(f"{flag}: damaged or cut short; use another checkpoint, or copy it again") from error
     wanted = {"version", "config", "model", "ema", "step"}
-    if not isinstance(state, dict) or not wanted <= state.keys():
+    if not isinstance(state, dict) or not wanted <= state.keys() or "model" not in state["config"]:
         raise UserError(f"{flag}: not a checkpoint of this project; wanted a dict with {', '.join(sorted(wanted))}")
     if state["version"] != VERSION:
         raise UserError(f"{flag}: has format version {state['version']}, this code reads version {VERSION}")
@@ -109,11 +114,20 @@ def config_of(path, state):
     return EqMConfig(**saved)
 
 
-def model_name(config):
-    """The name that --model would have for a configuration."""
+SHAPE = ("depth", "hidden_size", "num_heads", "patch_size")  # the fields of EqMConfig that --model decides
+
+
+def shape_of(name):
+    """What --model NAME says of the configuration, for `check`: nothing if there is no name."""
+    config = model_config(name) if name else None
+    return {field: getattr(config, field) for field in SHAPE if config}
+
+
+def model_name(depth, hidden_size, num_heads, patch_size, **_):
+    """The --model of a configuration, given its fields."""
     names = {shape: name for name, shape in SIZES.items()}
-    depth, width, heads = shape = (config.depth, config.hidden_size, config.num_heads)
-    return f"EqM-{names.get(shape, f'(depth {depth}, width {width}, heads {heads})')}/{config.patch_size}"
+    odd = f"(depth {depth}, width {hidden_size}, heads {num_heads})"
+    return f"EqM-{names.get((depth, hidden_size, num_heads), odd)}/{patch_size}"
 
 
 def check(path, saved, **wanted):
@@ -133,25 +147,16 @@ def check(path, saved, **wanted):
         )
     if saved.use_rope:
         wanted.pop("num_frames", None)
-    architecture = {"depth", "hidden_size", "num_heads", "patch_size"}
-    other = EqMConfig(**asdict(saved) | {name: value for name, value in wanted.items() if name in architecture})
-    if model_name(other) != model_name(saved):
-        raise UserError(f"{flag}: holds {model_name(saved)}, --model asks for {model_name(other)}: give one that fits")
-    for name in wanted.keys() - architecture:
+    mine, asked = model_name(**asdict(saved)), model_name(**asdict(saved) | wanted)
+    if mine != asked:
+        raise UserError(f"{flag}: holds {mine}, --model asks for {asked}: give one that fits")
+    for name in wanted.keys() - set(SHAPE):
         if getattr(saved, name) != wanted[name]:
             raise UserError(
                 f"{flag}: has {name.replace('_', ' ')} {getattr(saved, name)}, "
                 f"{FLAGS.get(name, name)} gives {wanted[name]}: they must agree"
                 + (" (fixed positions are tied to it; --use-rope models are not)" if name == "num_frames" else "")
             )
-
-
-def named_shape(name):
-    """The fields of EqMConfig that a --model name decides, for `check`; none for no name."""
-    if not name:
-        return {}
-    config = model_config(name)
-    return {field: getattr(config, field) for field in ("depth", "hidden_size", "num_heads", "patch_size")}
 
 
 def load_model(path, use_ema=True, **checks):

@@ -7,6 +7,7 @@ The checkpoint knows its architecture, latents, classes and frame rate. A flag t
 """
 
 import json
+from dataclasses import asdict
 from pathlib import Path
 
 import torch
@@ -58,7 +59,7 @@ def load_checkpoint(args):
         use_rope=args.use_rope,
         temporal_patch_size=args.temporal_patch_size,
         num_classes=args.num_classes,
-        **checkpoint.named_shape(args.model),
+        **checkpoint.shape_of(args.model),
     )
     data = config["data"]
     if args.image_size not in (None, data["image_size"]):
@@ -76,7 +77,7 @@ def load_checkpoint(args):
         model.config.check_num_frames(args.num_frames)
     except ValueError as error:
         raise UserError(f"--num-frames {args.num_frames}: {error}") from error
-    say(f"{args.ckpt}: {checkpoint.model_name(model.config)}, step {step}, trained on {trained} frames")
+    say(f"{args.ckpt}: {checkpoint.model_name(**asdict(model.config))}, step {step}, trained on {trained} frames")
     return model, data, vae
 
 

@@ -28,6 +28,8 @@ def sample(field, x, method="gd", num_steps=250, step_size=0.0017, momentum=0.3,
     for _ in range(num_steps - 1):
         f = field(x[keep] + step_size * momentum * last_f[keep], keep)
         evaluations[keep] += 1
+        if progress is not None:
+            progress.update()
         if stop_below is not None:
             moving = f.square().flatten(1).mean(dim=1).sqrt() >= stop_below
             keep, f = keep[moving], f[moving]
@@ -35,8 +37,6 @@ def sample(field, x, method="gd", num_steps=250, step_size=0.0017, momentum=0.3,
                 break
         x[keep] += step_size * f
         last_f[keep] = f
-        if progress is not None:
-            progress.update()
     return x, evaluations
 
 

@@ -174,7 +174,7 @@ def make_config(args, vae, state, num_classes=None):
             config = model_config(args.model, **settings)
         else:
             saved = checkpoint.config_of(args.ckpt, state)
-            checkpoint.check(args.ckpt, saved, **settings, **checkpoint.named_shape(args.model))
+            checkpoint.check(args.ckpt, saved, **settings, **checkpoint.shape_of(args.model))
             config = replace(saved, num_frames=args.num_frames)
         config.check_num_frames(args.num_frames)
     except ValueError as error:
@@ -337,7 +337,7 @@ def tell_start(run, data):
     args, config = run.args, run.config
     size = sum(parameter.numel() for parameter in run.model.parameters())
     run.say(
-        f"{run.folder}: {checkpoint.model_name(config)}, {size / 1e6:.1f} M parameters, "
+        f"{run.folder}: {checkpoint.model_name(**asdict(config))}, {size / 1e6:.1f} M parameters, "
         f"{'rotary' if config.use_rope else 'fixed'} positions, {math.prod(config.grid(args.num_frames))} tokens "
         f"a clip; {world_size()} x {run.device.type}, steps {run.progress.step} to {run.last_step}"
     )

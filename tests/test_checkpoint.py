@@ -126,7 +126,7 @@ def test_a_disk_that_is_really_full_is_one_line(tmp_path):
     path = tmp_path / "latest.pt"
     checkpoint.save(path, make_state(step=1))
     (tmp_path / "latest.pt.tmp").symlink_to("/dev/full")
-    assert "latest.pt: can't be written" in refusal(checkpoint.save, path, make_state(step=2))
+    assert "latest.pt can't be written" in refusal(checkpoint.save, path, make_state(step=2))
     assert names(tmp_path) == ["latest.pt"]
     assert checkpoint.load(path)["step"] == 1
 
@@ -136,8 +136,9 @@ def test_the_file_is_on_the_disk_before_it_gets_its_name(tmp_path, monkeypatch):
     fsync, rename = os.fsync, os.replace
 
     def noted_fsync(descriptor):
-        open_ = os.fstat(descriptor)
-        order.append(("fsync", *(p.name for p in (temporary, tmp_path) if p.exists() and os.path.samestat(open_, p.stat()))))
+        for place in (temporary, tmp_path):
+            if place.exists() and os.path.samestat(os.fstat(descriptor), place.stat()):
+                order.append(("fsync", place.name))
         fsync(descriptor)
 
     def noted_replace(old, new):
@@ -356,11 +357,11 @@ FIXED = replace(ROPE, use_rope=False)
         (ROPE, {"use_rope": False}, ["--use-rope", "add it"]),
         (FIXED, {"use_rope": True}, ["--use-rope", "cannot be converted: retrain with --use-rope"]),
         (FIXED, {"num_frames": 16}, ["--num-frames", "8", "16", "fixed positions are tied to it"]),
-        (ROPE, checkpoint.named_shape("EqM-B/4"), ["--model", "EqM-S/4", "EqM-B/4"]),
-        (ROPE, checkpoint.named_shape("EqM-S/8"), ["--model", "EqM-S/4", "EqM-S/8"]),
-        (FIXED, checkpoint.named_shape("EqM-XL/2"), ["--model", "EqM-S/4", "EqM-XL/2"]),
-        (CONFIG, checkpoint.named_shape("EqM-S/4"), ["--model", "depth 2, width 24, heads 2", "EqM-S/4"]),
-        (replace(ROPE, input_size=12), checkpoint.named_shape("EqM-S/8"), ["--model", "EqM-S/4", "EqM-S/8"]),
+        (ROPE, checkpoint.shape_of("EqM-B/4"), ["--model", "EqM-S/4", "EqM-B/4"]),
+        (ROPE, checkpoint.shape_of("EqM-S/8"), ["--model", "EqM-S/4", "EqM-S/8"]),
+        (FIXED, checkpoint.shape_of("EqM-XL/2"), ["--model", "EqM-S/4", "EqM-XL/2"]),
+        (CONFIG, checkpoint.shape_of("EqM-S/4"), ["--model", "depth 2, width 24, heads 2", "EqM-S/4"]),
+        (replace(ROPE, input_size=12), checkpoint.shape_of("EqM-S/8"), ["--model", "EqM-S/4", "EqM-S/8"]),
     ],
 )
 def test_a_mismatch_names_the_flag_and_both_values(saved, wanted, words):
@@ -374,8 +375,8 @@ def test_what_agrees_or_is_not_given_passes(saved):
     checkpoint.check("best.pt", saved)
     checkpoint.check("best.pt", saved, **asdict(saved))
     checkpoint.check("best.pt", saved, **dict.fromkeys(asdict(saved)))  # all None
-    checkpoint.check("best.pt", saved, **checkpoint.named_shape("EqM-S/4"), num_classes=101)
-    checkpoint.check("best.pt", saved, **checkpoint.named_shape(None))
+    checkpoint.check("best.pt", saved, **checkpoint.shape_of("EqM-S/4"), num_classes=101)
+    checkpoint.check("best.pt", saved, **checkpoint.shape_of(None))
 
 
 def test_rotary_positions_go_with_another_number_of_frames():
@@ -390,7 +391,7 @@ def test_loading_a_model_checks_it(tmp_path):
 
 @pytest.mark.parametrize("name", ["EqM-Ti/2", "EqM-S/4", "EqM-B/8", "EqM-L/2", "EqM-XL/4"])
 def test_a_named_model_knows_its_name(name):
-    assert checkpoint.model_name(model_config(name)) == name
+    assert checkpoint.model_name(**asdict(model_config(name))) == name
 
 
 # Optimizers and run folders -----------------------------------------------------------------------------------------
