@@ -182,14 +182,6 @@ def load_weights(path, model, weights):
         raise UserError(f"--ckpt {path}: its weights are not those of its config: {mismatch[0].strip()}") from error
 
 
-def load_optimizers(path, optimizers, kind, saved):
-    """Restore the state of the optimizers (their learning rates come from the flags again)."""
-    if saved["kind"] != kind:
-        raise UserError(f"--ckpt {path}: trained with --optimizer {saved['kind']}, found {kind}: they must agree")
-    for optimizer, state in zip(optimizers, saved["states"], strict=True):
-        optimizer.load_state_dict(state)
-
-
 def make_run_folder(results_dir, name):
     """A new run folder, results_dir/NNN-name, with its subfolders."""
     root = Path(results_dir)

@@ -32,7 +32,18 @@ from distributed import ArgumentParser, UserError, check_writable, fail, normal,
 from metrics import Metrics, import_wandb
 from models import NAMES, EqM, EqMConfig, model_config
 from vae import load_vae
-from video_dataset import BadVideos, Batches, Clips, check_data_path, collate, long_enough, scan_videos, split_videos
+from video_dataset import (
+    BadVideos,
+    Batches,
+    Clips,
+    Scan,
+    check_data_path,
+    collate,
+    long_enough,
+    save_index,
+    scan_videos,
+    split_videos,
+)
 from video_io import write_sheet
 
 VAL_CHUNK = 8  # clips that are validated together; fixed, so that the sums do not depend on the ranks
@@ -135,10 +146,9 @@ def check_flags(args):
 class Data:
     """What rank 0 found in --data-path, all that the other ranks need."""
 
-    classes: list
+    scan: Scan
     train: list  # of Video
     val: list
-    unreadable: list  # paths
     num_short: int  # videos left out
 
 
@@ -147,7 +157,7 @@ def find_data(args, index_folder):
     scan = scan_videos(args.data_path, index_folder)
     videos, num_short = long_enough(scan.videos, args.num_frames)
     train, val = split_videos(args.data_path, videos, args.val_fraction)
-    return Data(scan.classes, train, val, scan.unreadable, num_short)
+    return Data(scan, train, val, num_short)
 
 
 def make_config(args, vae, state, num_classes=None):
@@ -210,6 +220,11 @@ def find_start(args):
     if not args.ckpt:
         return None, Progress(), None
     state = checkpoint.load(args.ckpt)
+    if state["optimizer"]["kind"] != args.optimizer:
+        raise UserError(
+            f"--ckpt {args.ckpt}: trained with --optimizer {state['optimizer']['kind']}, found {args.optimizer}; "
+            "its state has to fit: give that one"
+        )
     if args.max_steps and args.max_steps <= state["step"]:
         raise UserError(
             f"--max-steps {args.max_steps}: the checkpoint has {state['step']} steps already and steps are counted "
@@ -219,8 +234,8 @@ def find_start(args):
 
 
 def run_name(args):
-    """EqM-S-4-f4-rope"""
-    return f"{args.model or 'EqM'}-f{args.num_frames}{'-rope' if args.use_rope else ''}".replace("/", "-")
+    """EqM-S-4-f4-rope; a pattern if the model is not known yet."""
+    return f"{args.model or 'EqM-*'}-f{args.num_frames}{'-rope' if args.use_rope else ''}".replace("/", "-")
 
 
 def describe(args, config, data, vae):
@@ -233,7 +248,7 @@ def describe(args, config, data, vae):
             "image_size": args.image_size,
             "fps": fps,
             "frame_interval": args.frame_interval,
-            "classes": data.classes,
+            "classes": data.scan.classes,
         },
         "training": {name: str(value) if isinstance(value, Path) else value for name, value in vars(args).items()},
     }
@@ -250,9 +265,9 @@ def main():
         check_data_path(args.data_path)
         vae = load_vae(args.vae)
         state, progress, folder = find_start(args)
-        make_config(args, vae, state)
+        args.model = checkpoint.model_name(**asdict(make_config(args, vae, state)))
         data = find_data(args, folder) if rank() == 0 else None  # the other ranks wait for rank 0 in start()
-        config = make_config(args, vae, state, len(data.classes)) if rank() == 0 else None
+        config = make_config(args, vae, state, len(data.scan.classes)) if rank() == 0 else None
     except UserError as error:
         fail(error)
     device = distributed.start()
@@ -301,7 +316,8 @@ def set_up(args, device, config, data, vae, state, progress, folder):
     if state is not None:
         checkpoint.load_weights(args.ckpt, model, state["model"])
         checkpoint.load_weights(args.ckpt, ema, state["ema"])
-        checkpoint.load_optimizers(args.ckpt, optimizers, args.optimizer, state["optimizer"])
+        for optimizer, saved in zip(optimizers, state["optimizer"]["states"], strict=True):
+            optimizer.load_state_dict(saved)  # the learning rates are set anew each step
     resumed_at = progress.step if folder else None
     if folder is None:
         made = checkpoint.make_run_folder(args.results_dir, run_name(args)) if rank() == 0 else None
@@ -309,26 +325,17 @@ def set_up(args, device, config, data, vae, state, progress, folder):
     described = describe(args, config, data, vae)
     if rank() == 0:
         (folder / "config.json").write_text(json.dumps(described, indent=2))
+        save_index(data.scan, folder)
     last_step = progress.last_step(args, len(data.train))
     batches, val_loader = make_loaders(args, data, progress, last_step, device)
+    network = DistributedDataParallel(model) if distributed.is_started() else model
+    metrics = Metrics(folder, resume_step=resumed_at, wandb=args.wandb, config=described)
+    num_videos = len(data.train) + len(data.val) + len(data.scan.unreadable)
+    bad_videos = BadVideos(num_videos, args.max_bad_fraction)
     run = Run(
-        args=args,
-        device=device,
-        config=config,
-        vae=vae.to(device),
-        model=model,
-        network=DistributedDataParallel(model) if distributed.is_started() else model,
-        ema=ema,
-        optimizers=optimizers,
-        progress=progress,
-        last_step=last_step,
-        folder=folder,
-        described=described,
-        metrics=Metrics(folder, resume_step=resumed_at, wandb=args.wandb, config=described),
-        bad_videos=BadVideos(len(data.train) + len(data.val) + len(data.unreadable), args.max_bad_fraction),
-        batches=batches,
-        val_loader=val_loader,
-    )
+        args, device, config, vae.to(device), model, network, ema, optimizers, progress, last_step,
+        folder, described, metrics, bad_videos, batches, val_loader,
+    )  # fmt: skip
     tell_start(run, data)
     return run
 
@@ -342,10 +349,10 @@ def tell_start(run, data):
         f"a clip; {world_size()} x {run.device.type}, steps {run.progress.step} to {run.last_step}"
     )
     run.say(
-        f"{len(data.train)} videos of {len(data.classes)} classes train, {len(data.val)} validate; "
-        f"{data.num_short} have fewer than {args.num_frames} frames, {len(data.unreadable)} can't be opened"
+        f"{len(data.train)} videos of {len(data.scan.classes)} classes train, {len(data.val)} validate; "
+        f"{data.num_short} have fewer than {args.num_frames} frames, {len(data.scan.unreadable)} can't be opened"
     )
-    note_bad(run, data.unreadable)
+    note_bad(run, data.scan.unreadable)
 
 
 def make_loaders(args, data, progress, last_step, device):
@@ -355,9 +362,9 @@ def make_loaders(args, data, progress, last_step, device):
         "image_size": args.image_size,
         "frame_interval": (args.frame_interval[0], args.frame_interval[-1]),
     }
-    flip, seed, stream = not args.no_flip, args.global_seed, progress.first_step
-    train = Clips(args.data_path, data.train, data.classes, **clip, flip=flip, seed=seed, stream=stream)
-    val = Clips(args.data_path, data.val, data.classes, **clip, flip=False, seed=0, stream="validation", shuffle=False)
+    root, classes, stream = args.data_path, data.scan.classes, progress.first_step
+    train = Clips(root, data.train, classes, **clip, flip=not args.no_flip, seed=args.global_seed, stream=stream)
+    val = Clips(root, data.val, classes, **clip, flip=False, seed=0, stream="validation", shuffle=False)
     steps = last_step - progress.step
     numbers = Batches(progress.position, steps, args.global_batch_size, rank(), world_size(), args.grad_accum)
     num_val = min(args.val_clips, 4 * len(data.val))

@@ -1,20 +1,17 @@
 """Clips and labels from a folder of videos, `ROOT/<Class>/<video>.avi`; videos directly in ROOT are one class, "all".
 
 An item is a function of the data set's arguments and the number of the sample in the stream, so workers, ranks and
-interruptions change nothing. That is why frames come from PyAV, decoded in order by one thread: with decord, two
-threads race for which frame an AVI has last (UCF-101's come out wrong at times) and for whether damage raises.
+interruptions change nothing. Each item opens its own decord reader, with one decoding thread, where it is read.
 """
 
-import bisect
 import hashlib
-import itertools
 import json
 import os
 from contextlib import contextmanager
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass
 from pathlib import Path, PurePosixPath
 
-import av
+import decord
 import numpy as np
 import torch
 import torch.nn.functional as F
@@ -26,8 +23,10 @@ SUFFIXES = {".avi", ".mp4", ".mkv", ".mov", ".webm"}
 UNLABELLED = "all"  # the class of videos that lie directly in ROOT
 UCF_LISTS = "ucfTrainTestlist"
 INDEX = "video_index.json"  # hidden in ROOT, in plain sight in a run folder
-INDEX_FORMAT = 1
+INDEX_FORMAT = 2
 ATTEMPTS = 100  # videos tried for one sample before giving up
+
+decord.logging.set_level(decord.logging.QUIET)  # what matters becomes an UnreadableError
 
 
 class UnreadableError(Exception):
@@ -40,9 +39,8 @@ class Video:
     class_name: str
     num_frames: int
     fps: float  # average over the file
-    height: int  # as coded, before any rotation
+    height: int  # upright
     width: int
-    keyframes: list = field(compare=False, repr=False)  # [frame, its time stamp] where decoding can start, but for 0
 
     @property
     def key(self):
@@ -55,6 +53,8 @@ class Scan:
     videos: list  # of Video, sorted by path
     classes: list  # their class names, sorted; a label is a position in it
     unreadable: list  # paths of the files that could not even be opened
+    entries: dict  # path -> (size and time of change of the file, Video): the index
+    is_saved: bool  # the index lies where the next scan will find it
 
 
 def check_data_path(root):
@@ -117,10 +117,15 @@ def scan_videos(root, index_folder=None):
             unreadable.append(path)
     if not entries:
         raise UserError(f"--data-path {root}: none of its {len(found)} videos can be opened")
-    if entries not in indices:
-        _write_index(places, entries)
+    is_saved = entries in indices or _write_index(places, entries)
     videos = [entries[path][1] for _, path in found if path in entries]
-    return Scan(videos, sorted({class_name for class_name, _ in found}), unreadable)
+    return Scan(videos, sorted({class_name for class_name, _ in found}), unreadable, entries, is_saved)
+
+
+def save_index(scan, folder):
+    """Keep the index in a run folder, if ROOT did not take it when the videos were scanned."""
+    if not scan.is_saved:
+        _write_index([Path(folder, INDEX)], scan.entries)
 
 
 def _stamp(root, path):
@@ -147,7 +152,7 @@ def _read_index(place):
 
 
 def _write_index(places, entries):
-    """Into the first place that takes it, all or nothing."""
+    """Into the first place that takes it, all or nothing; returns whether one did."""
     videos = [(stamp, asdict(video)) for stamp, video in entries.values()]
     text = json.dumps({"format": INDEX_FORMAT, "videos": videos})
     for place in places:
@@ -157,10 +162,11 @@ def _write_index(places, entries):
         try:
             temporary.write_text(text)
             os.replace(temporary, place)
-            return
+            return True
         except OSError as error:
             temporary.unlink(missing_ok=True)
             say(f"{place} could not be written ({error.strerror})")
+    return False
 
 
 def split_videos(root, videos, val_fraction):
@@ -171,10 +177,11 @@ def split_videos(root, videos, val_fraction):
     """
     if len(videos) < 2:
         raise UserError(f"--data-path {root}: {len(videos)} usable video, wanted at least 2: one trains, one validates")
-    listed = _ucf_training_keys(root)
-    train = [video for video in videos if video.key in listed]
-    if 0 < len(train) < len(videos):
-        return train, [video for video in videos if video.key not in listed]
+    for folder in (Path(root), Path(os.path.abspath(root)).parent):
+        listed = _ucf_keys(folder / UCF_LISTS / "trainlist01.txt")
+        train = [video for video in videos if video.key in listed]
+        if 0 < len(train) < len(videos):
+            return train, [video for video in videos if video.key not in listed]
     ranked = sorted(videos, key=_share)
     num_val = sum(_share(video) < val_fraction for video in videos)
     val = set(ranked[: min(max(num_val, 1), len(videos) - 1)])
@@ -186,13 +193,12 @@ def _share(video):
     return int.from_bytes(hashlib.blake2b(os.fsencode(video.key), digest_size=6).digest(), "big") / 2**48
 
 
-def _ucf_training_keys(root):
-    for folder in (Path(os.path.abspath(root)).parent, Path(root)):
-        file = folder / UCF_LISTS / "trainlist01.txt"
-        if file.is_file():  # a line: ApplyEyeMakeup/v_ApplyEyeMakeup_g08_c01.avi 1
-            names = [line.split()[0] for line in file.read_text().splitlines() if line.strip()]
-            return {str(PurePosixPath(name).with_suffix("")) for name in names}
-    return set()
+def _ucf_keys(file):
+    """What a list names, as Class/stem; nothing if there is no such file."""
+    if not file.is_file():
+        return set()
+    names = [line.split()[0] for line in file.read_text().splitlines() if line.strip()]
+    return {str(PurePosixPath(name).with_suffix("")) for name in names}  # "Archery/v_Archery_g08_c01.avi 3"
 
 
 def long_enough(videos, num_frames):
@@ -226,63 +232,64 @@ class BadVideos:
 
 
 @contextmanager
-def _opened(path):
-    """An open video file and its video stream; whatever libav says against it becomes UnreadableError."""
+def _reader(path):
+    """A reader at the first frame; whatever decord says against the file becomes UnreadableError."""
     try:
-        with av.open(path, metadata_errors="ignore") as file:
-            stream = file.streams.best("video")
-            if stream is None:
-                raise UnreadableError(f"{path}: no video stream")
-            stream.codec_context.thread_count = 1
-            yield file, stream
-    except av.FFmpegError as error:
-        raise UnreadableError(f"{path}: {error}") from error
+        # decord repeats frames in place of lost ones up to this share of the video, but as often as it likes at 0.
+        yield decord.VideoReader(path, ctx=decord.cpu(0), num_threads=1, fault_tol=1e-6)
+    # No video file; no frame in it; fewer frames than asked for; the others: a frame can't be decoded.
+    except (RuntimeError, AssertionError, StopIteration, decord.DECORDError, decord.DECORDLimitReachedError) as error:
+        raise UnreadableError(f"{path}: {str(error) or 'ends too early'}") from error
 
 
 def _probe(root, class_name, path):
-    """What a file's packets tell; nothing is decoded for that."""
-    with _opened(os.path.join(root, path)) as (file, stream):
-        packets = [(p.pts, p.is_keyframe) for p in file.demux(stream) if p.size and not p.is_discard]
-        fps, keyframes = float(stream.average_rate or 0), []
-        times = {pts for pts, _ in packets}
-        if file.format.name != "avi" and None not in times and len(times) == len(packets) > 1:  # AVI has no times
-            order = enumerate(sorted(packets))
-            keyframes = [[number, pts] for number, (pts, is_keyframe) in order if is_keyframe and number]
-            measured = float((len(packets) - 1) / ((max(times) - min(times)) * stream.time_base))
-            if abs(measured - fps) > 0.01 * fps:  # a varying rate; else the header is right and the times are rounded
-                fps = measured
-        if not packets or fps <= 0:
-            raise UnreadableError(f"{path}: no frame or no frame rate")
-        return Video(path, class_name, len(packets), fps, stream.height, stream.width, keyframes)
+    """What a file says of itself; nothing is decoded for that."""
+    with _reader(os.path.join(root, path)) as reader:
+        _, height, width, _ = reader.get_batch([]).shape
+        num_frames, fps = _timing(reader)
+    if not 0 < fps < float("inf"):
+        raise UnreadableError(f"{path}: no frame rate")
+    return Video(path, class_name, num_frames, fps, height, width)
+
+
+def _timing(reader):
+    """Number of frames, and frames per second: what the file's header says, or its time stamps where it has some."""
+    num_frames, fps = len(reader), reader.get_avg_fps()
+    times = reader.get_frame_timestamp(range(num_frames))[:, 0]
+    if num_frames == 1 or not (np.diff(times) > 0).all():  # an AVI
+        return num_frames, fps
+    times = times[times >= 0]  # an edit list cuts off the others
+    measured = float((len(times) - 1) / (times[-1] - times[0])) if len(times) > 1 else fps
+    varies = abs(measured - fps) > 0.01 * fps  # less is the rounding of the time stamps
+    return len(times), measured if varies else fps
+
+
+def _pixels(frame):
+    """A frame of decord's as uint8 (H, W, 3).
+
+    Its rows are padded, and where the padding makes them a multiple of the width (32, 48, 96, ...), decord takes that
+    for more channels; its get_batch refuses such videos.
+    """
+    height, width, channels = frame.shape
+    rows = frame.asnumpy().reshape(height, width * channels)
+    return rows[:, : 3 * width].reshape(height, width, 3)
 
 
 def read_frames(root, video, numbers):
     """The frames `numbers` (ascending) of a video, upright: uint8 (T, H, W, 3).
 
-    Raises UnreadableError if one of them, or one it may build on, can't be decoded without error.
+    Raises UnreadableError if one of them can't be decoded, or one before them (at times also one behind them: decord
+    decodes ahead). They are decoded in order, for decord's seeking, get_batch included, takes one frame for another: in
+    AVIs from their second keyframe on and, with B-frames, at the end; around the keyframes of open GOPs anywhere.
+    UCF-101's clips, with hardly a keyframe but the first, cost the same either way.
     """
     wanted, frames = set(numbers), []
-    with _opened(os.path.join(root, video.path)) as (file, stream):
-        size = {"width": stream.width, "height": stream.height}  # also if the file changes it half-way
-        for number, frame in _decode_from(file, stream, video.keyframes, numbers[0]):
-            if frame.is_corrupt:
-                raise UnreadableError(f"{video.path}: frame {number} is damaged")
+    with _reader(os.path.join(root, video.path)) as reader:
+        for number in range(numbers[-1] + 1):
+            frame = reader.next()
             if number in wanted:
-                frames.append(np.rot90(frame.to_ndarray(format="rgb24", **size), frame.rotation // 90))
-            if number == numbers[-1]:
-                return np.stack(frames)
-    raise UnreadableError(f"{video.path}: ends before frame {numbers[-1]}")
-
-
-def _decode_from(file, stream, keyframes, first):
-    """(number, frame) from the last keyframe up to `first` on."""
-    position = bisect.bisect_right(keyframes, first, key=lambda keyframe: keyframe[0]) - 1
-    if position < 0:
-        return enumerate(file.decode(stream))
-    number, pts = keyframes[position]
-    file.seek(pts, stream=stream)
-    # What comes before the keyframe may build on frames that were not decoded.
-    return enumerate(itertools.dropwhile(lambda frame: frame.pts != pts, file.decode(stream)), number)
+                frames.append(_pixels(frame))
+    return np.stack(frames)
 
 
 def resize_and_crop(frames, image_size):

@@ -394,29 +394,7 @@ def test_a_named_model_knows_its_name(name):
     assert checkpoint.model_name(**asdict(model_config(name))) == name
 
 
-# Optimizers and run folders -----------------------------------------------------------------------------------------
-
-
-def trained(seed):
-    weight = torch.nn.Parameter(torch.randn(3, generator=torch.Generator().manual_seed(seed)))
-    optimizer = torch.optim.AdamW([weight], lr=0.1)
-    weight.square().sum().backward()
-    optimizer.step()
-    return optimizer
-
-
-def test_the_optimizer_goes_on_where_it_was():
-    old, new = trained(1), trained(2)
-    checkpoint.load_optimizers("a.pt", [new], "adamw", {"kind": "adamw", "states": [old.state_dict()]})
-    old_state, new_state = old.state_dict()["state"][0], new.state_dict()["state"][0]
-    assert old_state.keys() == new_state.keys() == {"step", "exp_avg", "exp_avg_sq"}
-    assert all(torch.equal(old_state[name], new_state[name]) for name in old_state)
-
-
-def test_another_kind_of_optimizer_is_refused():
-    saved = {"kind": "muon", "states": []}
-    message = refusal(checkpoint.load_optimizers, "a.pt", [trained(1)], "adamw", saved)
-    assert all(word in message for word in ["--ckpt a.pt", "--optimizer", "muon", "adamw"])
+# Run folders ---------------------------------------------------------------------------------------------------------
 
 
 def test_run_folders_are_numbered_and_none_is_used_twice(tmp_path):

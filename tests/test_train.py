@@ -140,6 +140,7 @@ def test_train_refuses_a_checkpoint_that_does_not_fit(
     assert "--temporal-patch-size" in line(*TRAIN, "--temporal-patch-size", 2, "--ckpt", rope_checkpoint)
     assert "--rope-theta" in line(*TRAIN, "--rope-theta", 50, "--ckpt", rope_checkpoint)
     assert "--max-steps 10" in line(*TRAIN, "--max-steps", 10, "--ckpt", rope_checkpoint)
+    assert "--optimizer adamw" in line(*TRAIN, "--optimizer", "muon", "--ckpt", rope_checkpoint)
     assert not (tmp_path / "results").exists()
 
 
