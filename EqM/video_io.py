@@ -15,6 +15,7 @@ from PIL import Image, ImageDraw, ImageFont
 
 SHORT_SIDE = 128  # px, the least that pictures for people have
 MAX_ROWS, MAX_COLUMNS = 16, 32  # of a sheet
+GRID = 3, 8  # rows and columns of videos that play together, at most
 GAP = 2  # px of white between the frames of a sheet
 
 
@@ -24,6 +25,7 @@ def write_samples(folder, videos, labels, fps, names=None):
     videos: uint8 (N, T, H, W, 3); labels: (N,) integers; fps: frames per second; names: N texts for the sheet.
     """
     write_videos(folder, videos, fps)
+    write_gif(Path(folder) / "grid.gif", tile(videos), fps)
     write_sheet(Path(folder) / "sheet.png", videos, names)
     write_npz(Path(folder) / "samples.npz", videos, labels)
 
@@ -72,6 +74,18 @@ def write_gif(path, video, fps):
     delays = np.maximum(np.diff(ends), 2).astype(int) * 10  # ms
     first, *others = [Image.fromarray(frame) for frame in enlarge(video)]
     first.save(path, format="GIF", save_all=True, append_images=others, duration=delays.tolist(), loop=0)
+
+
+def tile(videos):
+    """The first 24 videos side by side, playing together: (N, T, H, W, 3) -> one (T, h, w, 3)."""
+    videos = enlarge(videos[: GRID[0] * GRID[1]], to=SHORT_SIDE // 2)
+    N, T, H, W, _ = videos.shape
+    columns = min(N, GRID[1])
+    rows = -(-N // columns)
+    cells = np.full((rows * columns, T, H + GAP, W + GAP, 3), 255, np.uint8)
+    cells[:N, :, :H, :W] = videos
+    cells = cells.reshape(rows, columns, T, H + GAP, W + GAP, 3).transpose(2, 0, 3, 1, 4, 5)
+    return cells.reshape(T, rows * (H + GAP), columns * (W + GAP), 3)
 
 
 def write_sheet(path, videos, names=None):

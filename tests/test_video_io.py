@@ -169,7 +169,7 @@ def test_an_npz_that_fails_half_way_leaves_the_old_one_intact(tmp_path, monkeypa
 def test_write_samples_leaves_an_mp4_and_a_gif_per_video_a_sheet_and_an_npz(tmp_path):
     write_samples(tmp_path / "new" / "folder", np.stack([colour_bars()] * 2), [0, 1], fps=25, names=["a", "b"])
     assert sorted(file.name for file in (tmp_path / "new" / "folder").iterdir()) == [
-        "000000.gif", "000000.mp4", "000001.gif", "000001.mp4", "samples.npz", "sheet.png",
+        "000000.gif", "000000.mp4", "000001.gif", "000001.mp4", "grid.gif", "samples.npz", "sheet.png",
     ]  # fmt: skip
 
 
@@ -183,3 +183,17 @@ def test_an_image_is_written_as_a_png_pixel_by_pixel(tmp_path):
     write_videos(tmp_path, image[None], fps=25)
     assert [file.name for file in tmp_path.iterdir()] == ["000000.png"]
     assert np.array_equal(np.asarray(Image.open(tmp_path / "000000.png")), image[0])
+
+
+def test_the_grid_plays_all_videos_together_row_by_row():
+    videos = np.stack([np.full((3, 16, 16, 3), 10 * number, np.uint8) for number in range(11)])
+    videos[:, 1] += 1  # the second frame differs
+    grid = video_io.tile(videos)
+    side = 64 + GAP
+    assert grid.shape == (3, 2 * side, 8 * side, 3)
+    for number in range(11):
+        row, column = divmod(number, 8)
+        cell = grid[:, row * side : row * side + 64, column * side : column * side + 64]
+        assert (cell[0] == 10 * number).all()
+        assert (cell[1] == 10 * number + 1).all()
+    assert (grid[:, side:, 3 * side :] == 255).all()  # cells without a video
