@@ -182,12 +182,17 @@ def load_weights(path, model, weights):
         raise UserError(f"--ckpt {path}: its weights are not those of its config: {mismatch[0].strip()}") from error
 
 
+def run_number(folder):
+    """7 of .../007-EqM-S-4-f4-rope; -1 for what is no run folder."""
+    number = folder.name.split("-")[0]
+    return int(number) if number.isdigit() else -1
+
+
 def make_run_folder(results_dir, name):
     """A new run folder, results_dir/NNN-name, with its subfolders."""
     root = Path(results_dir)
     root.mkdir(parents=True, exist_ok=True)
-    taken = [int(path.name[:3]) for path in root.iterdir() if path.name[:3].isdigit()]
-    folder = root / f"{max(taken, default=-1) + 1:03d}-{name}"
+    folder = root / f"{max(map(run_number, root.iterdir()), default=-1) + 1:03d}-{name}"
     (folder / "checkpoints").mkdir(parents=True)
     (folder / "samples").mkdir()
     return folder
@@ -195,5 +200,5 @@ def make_run_folder(results_dir, name):
 
 def newest_run(results_dir, name):
     """The newest run folder of that name that has a checkpoint, or None."""
-    folders = sorted(Path(results_dir).glob(f"[0-9][0-9][0-9]-{name}"), reverse=True)
+    folders = sorted(Path(results_dir).glob(f"[0-9]*-{name}"), key=run_number, reverse=True)
     return next((folder for folder in folders if (folder / "checkpoints" / "latest.pt").exists()), None)

@@ -328,7 +328,7 @@ def set_up(args, device, config, data, vae, state, progress, folder):
         save_index(data.scan, folder)
     last_step = progress.last_step(args, len(data.train))
     batches, val_loader = make_loaders(args, data, progress, last_step, device)
-    network = DistributedDataParallel(model) if distributed.is_started() else model
+    network = DistributedDataParallel(model, broadcast_buffers=False) if distributed.is_started() else model
     metrics = Metrics(folder, resume_step=resumed_at, wandb=args.wandb, config=described)
     num_videos = len(data.train) + len(data.val) + len(data.scan.unreadable)
     bad_videos = BadVideos(num_videos, args.max_bad_fraction)

@@ -186,6 +186,17 @@ def test_where_root_is_read_only_the_index_lies_in_the_run_folder(root, tmp_path
     assert scan_videos(root, tmp_path) == first
 
 
+def test_an_index_that_no_folder_took_is_saved_in_the_run_folder_once_there_is_one(root, tmp_path, monkeypatch):
+    monkeypatch.setattr(os, "access", lambda path, mode: Path(path) != root)
+    scan = scan_videos(root)
+    assert not scan.is_saved
+    save_index(scan, tmp_path)
+    monkeypatch.setattr(decord, "VideoReader", lambda *args, **kwargs: pytest.fail("opened a video"))
+    again = scan_videos(root, tmp_path)
+    assert again.videos == scan.videos
+    assert again.is_saved
+
+
 def test_a_root_that_refuses_the_index_gets_no_half_of_it(root, tmp_path, monkeypatch, capsys):
     really_replace = os.replace
 
