@@ -190,7 +190,7 @@ def test_an_index_that_no_folder_took_is_saved_in_the_run_folder_once_there_is_o
     monkeypatch.setattr(os, "access", lambda path, mode: Path(path) != root)
     scan = scan_videos(root)
     assert not scan.is_saved
-    save_index(scan, tmp_path)
+    video_dataset.save_index(scan, tmp_path)
     monkeypatch.setattr(decord, "VideoReader", lambda *args, **kwargs: pytest.fail("opened a video"))
     again = scan_videos(root, tmp_path)
     assert again.videos == scan.videos
