@@ -120,14 +120,21 @@ class LabelEmbedder(nn.Module):
         return self.embedding_table(labels)
 
 
+class HeadNorm(nn.RMSNorm):
+    """RMSNorm in the dtype of its input, which under autocast is not that of its weight (slow if left to torch)."""
+
+    def forward(self, x):
+        return F.rms_norm(x, self.normalized_shape, self.weight.to(x.dtype), self.eps)
+
+
 class Attention(nn.Module):
     def __init__(self, config):
         super().__init__()
         self.num_heads = config.num_heads
         self.qkv = nn.Linear(config.hidden_size, 3 * config.hidden_size)
         self.proj = nn.Linear(config.hidden_size, config.hidden_size)
-        self.q_norm = nn.RMSNorm(config.head_dim) if config.qk_norm else nn.Identity()
-        self.k_norm = nn.RMSNorm(config.head_dim) if config.qk_norm else nn.Identity()
+        self.q_norm = HeadNorm(config.head_dim) if config.qk_norm else nn.Identity()
+        self.k_norm = HeadNorm(config.head_dim) if config.qk_norm else nn.Identity()
 
     def forward(self, x, rotary=None):
         q, k, v = rearrange(self.qkv(x), "b n (three h d) -> three b h n d", three=3, h=self.num_heads)
