@@ -80,6 +80,9 @@ def add_model_and_data_flags(parser):
     add = parser.add_argument_group("model").add_argument
     add("--video", action=switch, help="train on videos")
     add("--model", choices=NAMES, metavar="NAME", help="EqM-S/4 ...; none = that of --ckpt, else EqM-S/4")
+    add("--depth", type=count, metavar="N", help="blocks; none = those of --model")
+    add("--hidden-size", type=count, metavar="N", help="width; none = that of --model")
+    add("--num-heads", type=count, metavar="N", help="attention heads; none = those of --model")
     add("--num-frames", type=count, default=16, metavar="N", help="frames per clip")
     add("--use-rope", action=switch, help="3D rotary positions, for any number of frames; off = fixed positions")
     add("--temporal-patch-size", type=count, metavar="N", help="frames per patch; none = like the spatial patch")
@@ -176,19 +179,20 @@ def make_config(args, vae, state, num_classes=None):
         "num_frames": args.num_frames,
         "use_rope": args.use_rope,
     }
-    optional = {name: getattr(args, name) for name in ("temporal_patch_size", "rope_theta", "qk_norm")}
-    optional["num_classes"] = args.num_classes or num_classes
-    settings |= {name: value for name, value in optional.items() if value is not None}
+    optional = ("depth", "hidden_size", "num_heads", "temporal_patch_size", "rope_theta", "qk_norm", "num_classes")
+    settings |= {name: getattr(args, name) for name in optional if getattr(args, name) is not None}
+    if num_classes:
+        settings.setdefault("num_classes", num_classes)
     try:
         if state is None:
             config = model_config(args.model, **settings)
         else:
             saved = checkpoint.config_of(args.ckpt, state)
-            checkpoint.check(args.ckpt, saved, **settings, **checkpoint.shape_of(args.model))
+            checkpoint.check(args.ckpt, saved, **(checkpoint.shape_of(args.model) | settings))
             config = replace(saved, num_frames=args.num_frames)
         config.check_num_frames(args.num_frames)
     except ValueError as error:
-        raise UserError(f"--num-frames {args.num_frames}: {error}") from error
+        raise UserError(f"--model {args.model} --num-frames {args.num_frames}: {error}") from error
     return config
 
 
@@ -265,7 +269,8 @@ def main():
         check_data_path(args.data_path)
         vae = load_vae(args.vae)
         state, progress, folder = find_start(args)
-        args.model = checkpoint.model_name(**asdict(make_config(args, vae, state)))
+        make_config(args, vae, state)
+        args.model = args.model or state["config"]["training"]["model"]
         data = find_data(args, folder) if rank() == 0 else None  # the other ranks wait for rank 0 in start()
         config = make_config(args, vae, state, len(data.scan.classes)) if rank() == 0 else None
     except UserError as error:

@@ -8,20 +8,20 @@ BEGAN=$SECONDS
 export EXP=${EXP:-quickstart}
 export DATA=${DATA:-datasets/moving-shapes}
 export GPUS=${GPUS:-1} MODEL=${MODEL:-EqM-Ti/2}
-export STEPS_1=${STEPS_1:-200} STEPS_2=${STEPS_2:-700} STEPS_3=${STEPS_3:-2100} # global steps
+export STEPS_1=${STEPS_1:-200} STEPS_2=${STEPS_2:-1000} STEPS_3=${STEPS_3:-4400} # global steps
 export BATCH_1=${BATCH_1:-32} BATCH_2=${BATCH_2:-16} BATCH_3=${BATCH_3:-8}      # 2,048 tokens a step
 export LR_DECAY=${LR_DECAY:-0.4}
 VIDEOS=${VIDEOS:-60} # per class
 SAMPLES=${SAMPLES:-48} SAMPLING_STEPS=${SAMPLING_STEPS:-60} FRAMES=${FRAMES:-16 7 24}
 PRECISION=${PRECISION:-bf16} WORKERS=${WORKERS:-1}
-export OMP_WAIT_POLICY=${OMP_WAIT_POLICY:-passive} # threads that wait leave their core to the loader
 
 bash scripts/setup.sh
 .venv/bin/python datasets/make_moving_shapes.py --out "$DATA" --videos-per-class "$VIDEOS"
 
 bash scripts/train_progressive.sh \
+  --depth 4 --hidden-size 128 --num-heads 4 --rope-theta 100 \
   --temporal-patch-size 4 --image-size 16 --vae none --no-flip --num-workers "$WORKERS" --precision "$PRECISION" \
-  --optimizer muon --muon-lr 0.02 --lr 2e-3 --warmup-steps 20 --ema-decay 0.99 --gamma-shift 3 \
+  --optimizer muon --muon-lr 0.01 --lr 2e-3 --warmup-steps 20 --ema-decay 0.99 --gamma-shift 3 \
   --log-every 50 --val-every 500 --sample-every 0
 
 FRAMES=$FRAMES SAMPLES=$SAMPLES bash scripts/sample.sh \
