@@ -395,7 +395,7 @@ def train(run):
         if any(is_due(run, period) for period in (args.log_every, args.val_every, args.ckpt_every, args.sample_every)):
             numbers = window.summary(step, args.global_batch_size)
             bar.set_postfix_str(f"loss {numbers['train_loss']:.3f}, {numbers['clips_per_s']:.1f} clips/s")
-            note_bad(run, [path for part in distributed.gather(window.bad) for path in part])
+            note_bad(run, window.bad)
             numbers |= look(run)
             run.metrics.log(step, **numbers, lr=rate, bad_videos=run.bad_videos.count)
             window = Window()
@@ -452,8 +452,8 @@ def save(run, names):
 
 
 def note_bad(run, paths):
-    """Name each broken video once, in the log of all ranks; raises UserError if there are too many."""
-    for path in run.bad_videos.add(paths):
+    """Name the broken videos that any rank has met, each once; raises UserError, on all ranks, if they are too many."""
+    for path in run.bad_videos.add([path for part in distributed.gather(paths) for path in part]):
         run.say(f"step {run.progress.step}: {path} can't be decoded; other clips take its place")
 
 
@@ -579,11 +579,13 @@ def validate(run):
     Clips, noise and gammas (uniform: multiples of the golden ratio) are the same each time, and so is what is
     computed together; so the numbers depend on the weights alone, not on how many ranks share the work.
     """
-    rows = []
+    rows, bad = [], []
     for batch in run.val_loader:
+        bad += batch["bad"]
         gamma = (batch["numbers"].double() * GOLDEN_RATIO % 1).float()
         losses, squares = clip_losses(run, run.ema, batch, batch["labels"], gamma, seed=0, stream="validation")
         rows += zip(batch["numbers"].tolist(), losses.tolist(), squares.tolist(), strict=True)
+    note_bad(run, bad)
     rows = sorted(row for part in distributed.gather(rows) for row in part)
     _, loss, square = torch.tensor(rows, dtype=torch.float64).mean(dim=0)
     return loss.item(), (loss / transport.zero_loss(square)).item()

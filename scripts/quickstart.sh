@@ -8,7 +8,7 @@ BEGAN=$SECONDS
 export EXP=${EXP:-quickstart}
 export DATA=${DATA:-datasets/moving-shapes}
 export GPUS=${GPUS:-1} MODEL=${MODEL:-EqM-Ti/2}
-export STEPS_1=${STEPS_1:-200} STEPS_2=${STEPS_2:-1000} STEPS_3=${STEPS_3:-4400} # global steps
+export STEPS_1=${STEPS_1:-200} STEPS_2=${STEPS_2:-1000} STEPS_3=${STEPS_3:-4000} # global steps
 export BATCH_1=${BATCH_1:-32} BATCH_2=${BATCH_2:-16} BATCH_3=${BATCH_3:-8}      # 2,048 tokens a step
 export LR_DECAY=${LR_DECAY:-0.4}
 VIDEOS=${VIDEOS:-60} # per class
@@ -22,7 +22,7 @@ bash scripts/train_progressive.sh \
   --depth 4 --hidden-size 128 --num-heads 4 --rope-theta 100 \
   --temporal-patch-size 4 --image-size 16 --vae none --no-flip --num-workers "$WORKERS" --precision "$PRECISION" \
   --optimizer muon --muon-lr 0.01 --lr 2e-3 --warmup-steps 20 --ema-decay 0.99 --gamma-shift 3 \
-  --log-every 50 --val-every 500 --sample-every 0
+  --log-every 50 --val-every 1000 --sample-every 0
 
 FRAMES=$FRAMES SAMPLES=$SAMPLES bash scripts/sample.sh \
   --precision "$PRECISION" --sampler ngd --num-sampling-steps "$SAMPLING_STEPS" --stepsize 0.008 --cfg-scale 1.5

@@ -2,6 +2,7 @@
 
 import json
 import os
+import shutil
 import subprocess
 import sys
 from glob import glob
@@ -143,3 +144,26 @@ def test_the_tracker_scores_a_sample_folder_beside_real_clips(phases, shapes, tm
     result = json.loads((tmp_path / "motion.json").read_text())
     assert result["real"]["direction_accuracy"] == 1
     assert result["generated"]["direction_accuracy"] == 0  # two training steps teach nothing
+
+
+def test_a_broken_video_is_named_once_and_counted_and_too_many_end_the_run(shapes, tmp_path):
+    data = shutil.copytree(shapes, tmp_path / "data")
+    videos = sorted(data.glob("*/*.avi"))
+    videos[0].write_bytes(b"no video at all")
+    train = [
+        sys.executable, ROOT / "EqM/train.py", "--video", *TINY, *FAST, "--num-frames", 4, "--data-path", data,
+        "--max-steps", 3, "--results-dir",
+    ]  # fmt: skip
+    stdout, _ = launch(*train, tmp_path / "one")
+    assert stdout.count(videos[0].name) == 1
+    folder = Path(one(tmp_path / "one/*"))
+    assert (folder / "log.txt").read_text().count(videos[0].name) == 1
+    assert json.loads((folder / "metrics.jsonl").read_text().splitlines()[-1])["bad_videos"] == 1
+
+    videos[5].write_bytes(b"nor this one")
+    _, stderr = launch(*train, tmp_path / "two", status=1)
+    lines = [line for line in stderr.splitlines() if line.startswith("train.py: error:")]
+    assert len(lines) == 1
+    assert "--max-bad-fraction" in lines[0]
+    assert "Traceback" not in stderr
+    launch(*train, tmp_path / "three", "--max-bad-fraction", 0.2)
