@@ -11,11 +11,12 @@ A file holds a dict of tensors and plain Python values:
 """
 
 import errno
+import math
 import os
 import pickle
 import shutil
 import warnings
-from dataclasses import asdict, fields
+from dataclasses import asdict, dataclass, fields
 from pathlib import Path
 
 import torch
@@ -97,8 +98,9 @@ def load(path):
     except (OSError, RuntimeError, EOFError, ValueError, LookupError, TypeError, AttributeError) as error:
         # What torch.load raises on damaged files depends on where the damage is.
         raise UserError(f"{flag}: damaged or cut short; use another checkpoint, or copy it again") from error
-    wanted = {"version", "config", "model", "ema", "step"}
-    if not isinstance(state, dict) or not wanted <= state.keys() or "model" not in state["config"]:
+    wanted = {"version", "config", "model", "ema", "optimizer", "step", "phase", "best_loss"}
+    parts = {"model", "data", "training"}
+    if not isinstance(state, dict) or not wanted <= state.keys() or set(state["config"]) != parts:
         raise UserError(f"{flag}: not a checkpoint of this project; wanted a dict with {', '.join(sorted(wanted))}")
     if state["version"] != VERSION:
         raise UserError(f"{flag}: has format version {state['version']}, this code reads version {VERSION}")
@@ -185,7 +187,7 @@ def load_weights(path, model, weights):
 def run_number(folder):
     """7 of .../007-EqM-S-4-f4-rope; -1 for what is no run folder."""
     number = folder.name.split("-")[0]
-    return int(number) if number.isdigit() else -1
+    return int(number) if number.isdecimal() else -1
 
 
 def make_run_folder(results_dir, name):
@@ -199,6 +201,49 @@ def make_run_folder(results_dir, name):
 
 
 def newest_run(results_dir, name):
-    """The newest run folder of that name that has a checkpoint, or None."""
-    folders = sorted(Path(results_dir).glob(f"[0-9]*-{name}"), key=run_number, reverse=True)
-    return next((folder for folder in folders if (folder / "checkpoints" / "latest.pt").exists()), None)
+    """The newest run folder of that name, or None if there is none or it never came to a checkpoint."""
+    newest = max(Path(results_dir).glob(f"[0-9]*-{name}"), key=run_number, default=None)
+    return newest if newest and (newest / "checkpoints" / "latest.pt").exists() else None
+
+
+@dataclass
+class Progress:
+    """Where a run stands. Steps are global: a phase that starts from a checkpoint goes on counting."""
+
+    step: int = 0
+    first_step: int = 0  # of the phase; it also names the phase's stream of samples
+    position: int = 0  # samples taken from that stream
+    best_loss: float = math.inf  # lowest validation loss of the phase
+
+    def last_step(self, max_steps, epochs, num_videos, batch_size):
+        """The step to end at: max_steps or `epochs` of this phase, whichever comes first; without both, 1400 epochs."""
+        if max_steps and not epochs:
+            return max_steps
+        by_epochs = self.first_step + math.ceil((epochs or 1400) * num_videos / batch_size)
+        return min(by_epochs, max_steps or by_epochs)
+
+
+def find_start(args, name):
+    """(checkpoint to start from or None, Progress, folder of the run to go on with or None).
+
+    args are the flags of train.py; with --resume, or restarted by torchrun, the newest run of that name goes on.
+    Raises UserError.
+    """
+    folder = None
+    if args.resume or int(os.environ.get("TORCHELASTIC_RESTART_COUNT", 0)) > 0:
+        folder = newest_run(args.results_dir, name)
+    path = folder / "checkpoints" / "latest.pt" if folder else args.ckpt
+    if not path:
+        return None, Progress(), None
+    args.ckpt, state = path, load(path)
+    step, kind = state["step"], state["optimizer"]["kind"]
+    if kind != args.optimizer:
+        raise UserError(f"--ckpt {path}: trained with --optimizer {kind}, found {args.optimizer}: give the same")
+    if folder:
+        return state, Progress(step, **state["phase"], best_loss=state["best_loss"]), folder
+    if args.max_steps and args.max_steps <= step:
+        raise UserError(
+            f"--max-steps {args.max_steps}: the checkpoint has {step} steps already, and steps are counted over all "
+            "phases; give a larger number"
+        )
+    return state, Progress(step, first_step=step), None

@@ -9,12 +9,14 @@ import hashlib
 import os
 import sys
 import time
+from datetime import timedelta
 from pathlib import Path
 
 import torch
 import torch.distributed as dist
 from tqdm import tqdm
 
+SCAN_TIME = timedelta(hours=1)  # the others wait for rank 0 to open every video of a large set for the first time
 PATIENCE = 10  # seconds another rank leaves rank 0 to name an error that all ranks see
 
 
@@ -51,21 +53,24 @@ def number(kind, above=None, least=None, most=None):
 def check_writable(flag, folder):
     """Raise UserError unless `folder` can be made or written to; touches nothing."""
     place = Path(folder).absolute()
-    while not place.exists():
+    while not os.path.exists(place):
         place = place.parent
     if not place.is_dir() or not os.access(place, os.W_OK):
         raise UserError(f"{flag} {folder}: {place} is not a folder that can be written to; name another")
 
 
+COUNT, NATURAL = number(int, least=1), number(int, least=0)
+POSITIVE, NON_NEGATIVE, SHARE = number(float, above=0), number(float, least=0), number(float, least=0, most=1)
+
+
 def add_sampling_flags(parser):
     """The flags of every script that samples; `sampling_settings` turns them into arguments of samplers.generate."""
-    positive, non_negative = number(float, above=0), number(float, least=0)
     add = parser.add_argument_group("sampling").add_argument
     add("--sampler", choices=["gd", "ngd"], default="gd", help="gradient descent, or with Nesterov's momentum")
     add("--num-sampling-steps", type=number(int, least=2), default=250, metavar="N", help="points; one evaluation less")
-    add("--stepsize", type=positive, default=0.0017, metavar="X", help="of the descent, eta")
-    add("--mu", type=non_negative, default=0.3, metavar="X", help="momentum of ngd")
-    add("--cfg-scale", type=non_negative, default=4.0, metavar="X", help="classifier-free guidance; 1 = off")
+    add("--stepsize", type=POSITIVE, default=0.0017, metavar="X", help="of the descent, eta")
+    add("--mu", type=NON_NEGATIVE, default=0.3, metavar="X", help="momentum of ngd")
+    add("--cfg-scale", type=NON_NEGATIVE, default=4.0, metavar="X", help="classifier-free guidance; 1 = off")
 
 
 def sampling_settings(args):
@@ -109,8 +114,15 @@ def fail(message, status=2):
     if rank() != 0:
         time.sleep(PATIENCE)
     text = " ".join(str(message).split())
-    print(f"{os.path.basename(sys.argv[0])}: error: {text}", file=sys.stderr, flush=True)
+    tqdm.write(f"{os.path.basename(sys.argv[0])}: error: {text}", file=sys.stderr)  # not into a progress bar
     sys.exit(status)
+
+
+def check_devices():
+    """Raise UserError if torchrun started more processes than this machine has GPUs (a machine without one: any)."""
+    if torch.cuda.is_available() and local_rank() >= torch.cuda.device_count():
+        found = os.environ.get("LOCAL_WORLD_SIZE", local_rank() + 1)
+        raise UserError(f"--nproc_per_node={found}: this machine has {torch.cuda.device_count()} GPUs; start as many")
 
 
 def start():
@@ -121,7 +133,8 @@ def start():
     else:
         device = torch.device("cpu")
     if "RANK" in os.environ:
-        dist.init_process_group("nccl" if device.type == "cuda" else "gloo")
+        backend = "nccl" if device.type == "cuda" else "gloo"
+        dist.init_process_group(backend, timeout=SCAN_TIME)
     return device
 
 
@@ -132,11 +145,6 @@ def is_started():
 def stop():
     if is_started():
         dist.destroy_process_group()
-
-
-def barrier():
-    if is_started():
-        dist.barrier()
 
 
 def broadcast(value):
@@ -163,8 +171,17 @@ def share(count):
 
 
 def collect(numbers, items):
-    """Put what the ranks made for their numbers in order: items (len(numbers), ...) -> (count, ...) on the CPU."""
-    parts = gather((numbers, items.cpu()))
+    """Put what the ranks made for their numbers in order, on rank 0: items (len(numbers), ...) -> (count, ...).
+
+    The other ranks get None.
+    """
+    parts = [None] * world_size() if rank() == 0 else None
+    if is_started():
+        dist.gather_object((numbers, items.cpu()), parts)
+    else:
+        parts = [(numbers, items.cpu())]
+    if rank() != 0:
+        return None
     order = torch.tensor([number for numbers, _ in parts for number in numbers]).argsort()
     return torch.cat([items for _, items in parts])[order]
 

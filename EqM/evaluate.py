@@ -54,7 +54,7 @@ def real_clips(args, num_frames, size):
     scan = scan_videos(args.data_path)
     videos, _ = long_enough(scan.videos, num_frames)
     _, val = split_videos(args.data_path, videos, val_fraction=0.05)
-    clips = Clips(args.data_path, val, scan.classes, num_frames, size, flip=False, stream="real", shuffle=False)
+    clips = Clips(args.data_path, val, scan.classes, num_frames, size, flip=False, stream="real")
     for index in tqdm(range(args.num_real), desc="real clips", leave=False):
         item = clips[index]
         yield item["clip"].permute(1, 2, 3, 0).numpy(), scan.classes[item["label"]], item["time_scale"]

@@ -3,8 +3,11 @@
 import json
 import math
 import os
+import time
 import uuid
 from pathlib import Path
+
+import torch
 
 import distributed
 from distributed import UserError
@@ -114,3 +117,32 @@ def _start_wandb(folder, config):
         )
     except wandb.Error as error:  # no account on this machine, no network
         raise UserError(f"--wandb: {error}; run `wandb login`, or set WANDB_MODE=offline") from error
+
+
+class Window:
+    """What happened since the last line of metrics; it stays on the device until then, so no step waits for it."""
+
+    def __init__(self):
+        self.rows, self.bad, self.waited, self.began = [], [], 0.0, time.monotonic()
+
+    def add(self, loss, square, norm):
+        """Mean loss, E[x^2] of the clips and norm of the gradient of a step, as scalars on the device."""
+        self.rows.append(torch.stack([loss, square, norm]).float())
+
+    def summary(self, step, global_batch):
+        """Means over the window and all ranks; raises UserError if a loss or gradient was not finite."""
+        losses, squares, norms = distributed.average(torch.stack(self.rows)).double().cpu().unbind(1)
+        for name, values in (("loss", losses), ("gradient", norms)):
+            if not values.isfinite().all():
+                first = step - len(values) + 1 + values.isfinite().logical_not().nonzero()[0].item()
+                raise UserError(
+                    f"the {name} of step {first} is not finite; the last checkpoint is intact: try a lower --lr"
+                )
+        seconds = time.monotonic() - self.began
+        return {
+            "train_loss": losses.mean().item(),
+            "mean_square": squares.mean().item(),
+            "grad_norm": norms.mean().item(),
+            "clips_per_s": len(losses) * global_batch / seconds,
+            "wait_frac": self.waited / seconds,
+        }

@@ -133,8 +133,8 @@ class Attention(nn.Module):
         self.num_heads = config.num_heads
         self.qkv = nn.Linear(config.hidden_size, 3 * config.hidden_size)
         self.proj = nn.Linear(config.hidden_size, config.hidden_size)
-        self.q_norm = HeadNorm(config.head_dim) if config.qk_norm else nn.Identity()
-        self.k_norm = HeadNorm(config.head_dim) if config.qk_norm else nn.Identity()
+        self.q_norm = HeadNorm(config.head_dim, eps=1e-6) if config.qk_norm else nn.Identity()
+        self.k_norm = HeadNorm(config.head_dim, eps=1e-6) if config.qk_norm else nn.Identity()
 
     def forward(self, x, rotary=None):
         q, k, v = rearrange(self.qkv(x), "b n (three h d) -> three b h n d", three=3, h=self.num_heads)

@@ -26,7 +26,7 @@ def parse_args():
     count, positive = number(int, least=1), number(float, above=0)
     add = parser.add_argument_group("what").add_argument
     add("--ckpt", required=True, metavar="FILE", help="a checkpoint of train.py")
-    add("--video", action="store_true", help="the checkpoint is a video model (checked)")
+    add("--video", action="store_true", help="sample videos, which is all there is so far")
     add("--num-frames", type=count, metavar="N", help="any number with rotary positions; none = as trained last")
     add("--fps", type=positive, metavar="X", help="frames per second that the clips show; none = as trained")
     add("--time-scale", type=positive, metavar="X", help="the same in seconds per frame")
@@ -59,9 +59,10 @@ def load_checkpoint(args):
         use_rope=args.use_rope,
         temporal_patch_size=args.temporal_patch_size,
         num_classes=args.num_classes,
-        **checkpoint.shape_of(args.model),
     )
-    data = config["data"]
+    data, training = config["data"], config["training"]
+    if args.model not in (None, training["model"]):
+        raise UserError(f"--model {args.model}: the checkpoint has {training['model']}: leave the flag out")
     if args.image_size not in (None, data["image_size"]):
         raise UserError(f"--image-size {args.image_size}: the checkpoint has {data['image_size']}: leave the flag out")
     vae = load_vae(args.vae or data["vae"])
@@ -71,13 +72,13 @@ def load_checkpoint(args):
         model.config.input_size,
     ):
         raise UserError(f"--vae {vae.name}: the checkpoint was trained with {data['vae']}: name a place of that one")
-    trained = config["training"]["num_frames"]
-    args.num_frames = args.num_frames or trained
+    args.num_frames = args.num_frames or training["num_frames"]
     try:
         model.config.check_num_frames(args.num_frames)
     except ValueError as error:
         raise UserError(f"--num-frames {args.num_frames}: {error}") from error
-    say(f"{args.ckpt}: {checkpoint.model_name(**asdict(model.config))}, step {step}, trained on {trained} frames")
+    name = checkpoint.model_name(**asdict(model.config))
+    say(f"{args.ckpt}: {name}, step {step}, trained on {training['num_frames']} frames")
     return model, data, vae
 
 
@@ -93,7 +94,7 @@ def choose_labels(args, names):
     for word in args.classes or range(len(names)):
         if word in names:
             labels.append(names.index(word))
-        elif str(word).isdigit() and int(word) < len(names):
+        elif str(word).isdecimal() and int(word) < len(names):
             labels.append(int(word))
         else:
             known = ", ".join(names[:8]) + (", ..." if len(names) > 8 else "")
@@ -124,10 +125,10 @@ def main():
         show=rank() == 0,
         **distributed.sampling_settings(args),
     )
-    videos = distributed.collect(numbers, vae.to(device).decode(latents)).numpy()
+    videos = distributed.collect(numbers, vae.to(device).decode(latents))
     if rank() == 0:
         names = [data["classes"][label] for label in labels.tolist()]
-        write_samples(args.folder, videos, labels, 1 / time_scale, names)
+        write_samples(args.folder, videos.numpy(), labels, 1 / time_scale, names)
         about = {"classes": data["classes"], "time_scale": time_scale, "flags": vars(args)}
         (Path(args.folder) / "samples.json").write_text(json.dumps(about, indent=2))
         say(f"{args.folder}: {len(videos)} videos of {args.num_frames} frames, sheet.png and samples.npz")

@@ -28,8 +28,24 @@ import checkpoint
 import distributed
 import samplers
 import transport
-from distributed import ArgumentParser, UserError, check_writable, fail, normal, number, rank, say, uniform, world_size
-from metrics import Metrics, import_wandb
+from checkpoint import Progress
+from distributed import (
+    COUNT,
+    NATURAL,
+    NON_NEGATIVE,
+    POSITIVE,
+    SHARE,
+    ArgumentParser,
+    UserError,
+    check_writable,
+    fail,
+    normal,
+    rank,
+    say,
+    uniform,
+    world_size,
+)
+from metrics import Metrics, Window, import_wandb
 from models import NAMES, EqM, EqMConfig, model_config
 from vae import load_vae
 from video_dataset import (
@@ -37,6 +53,7 @@ from video_dataset import (
     Batches,
     Clips,
     Scan,
+    batches_of,
     check_data_path,
     collate,
     long_enough,
@@ -55,71 +72,62 @@ def parse_args():
     add_model_and_data_flags(parser)
     add_optimisation_flags(parser)
     add = parser.add_argument_group("run").add_argument
-    count, natural, switch = number(int, least=1), number(int, least=0), "store_true"
     add("--results-dir", default="results", metavar="DIR", help="the run folder is made in here")
     add("--ckpt", metavar="FILE", help="start a new phase from this checkpoint; none = from scratch")
-    add("--resume", action=switch, help="go on in the newest run folder with this model, these frames and positions")
-    add("--log-every", type=count, default=100, metavar="N", help="steps")
-    add("--ckpt-every", type=count, default=50_000, metavar="N", help="steps; the last step always saves")
-    add("--val-every", type=count, default=2_500, metavar="N", help="steps; the last step always validates")
-    add("--val-clips", type=count, default=256, metavar="N", help="clips that validate, at most 4 per video")
-    add("--sample-every", type=natural, default=10_000, metavar="N", help="steps; 0 = off")
-    add("--num-samples", type=count, default=8, metavar="N", help="clips sampled while training")
-    add("--wandb", action=switch, help="log to Weights & Biases, too")
+    add("--resume", action="store_true", help="go on with the newest run of this model, frames and positions")
+    add("--log-every", type=COUNT, default=100, metavar="N", help="steps")
+    add("--ckpt-every", type=COUNT, default=50_000, metavar="N", help="steps; the last step always saves")
+    add("--val-every", type=COUNT, default=2_500, metavar="N", help="steps; the last step always validates")
+    add("--val-clips", type=COUNT, default=256, metavar="N", help="clips that validate, at most 4 per video")
+    add("--sample-every", type=NATURAL, default=10_000, metavar="N", help="steps; 0 = off")
+    add("--num-samples", type=COUNT, default=8, metavar="N", help="clips sampled while training")
+    add("--wandb", action="store_true", help="log to Weights & Biases, too")
     distributed.add_sampling_flags(parser)
     return parser.parse_args()
 
 
 def add_model_and_data_flags(parser):
-    count, natural, share, switch = (
-        number(int, least=1),
-        number(int, least=0),
-        number(float, least=0, most=1),
-        "store_true",
-    )
     add = parser.add_argument_group("model").add_argument
-    add("--video", action=switch, help="train on videos")
+    add("--video", action="store_true", help="train on videos")
     add("--model", choices=NAMES, metavar="NAME", help="EqM-S/4 ...; none = that of --ckpt, else EqM-S/4")
-    add("--depth", type=count, metavar="N", help="blocks; none = those of --model")
-    add("--hidden-size", type=count, metavar="N", help="width; none = that of --model")
-    add("--num-heads", type=count, metavar="N", help="attention heads; none = those of --model")
-    add("--num-frames", type=count, default=16, metavar="N", help="frames per clip")
-    add("--use-rope", action=switch, help="3D rotary positions, for any number of frames; off = fixed positions")
-    add("--temporal-patch-size", type=count, metavar="N", help="frames per patch; none = like the spatial patch")
-    add("--rope-theta", type=number(float, above=0), metavar="X", help="base of the frequencies; none = 10000")
-    add("--qk-norm", action=switch, default=None, help="normalise queries and keys; none = off")
-    add("--num-classes", type=count, metavar="N", help="none = the class folders found")
+    add("--depth", type=COUNT, metavar="N", help="blocks; none = those of --model")
+    add("--hidden-size", type=COUNT, metavar="N", help="width; none = that of --model")
+    add("--num-heads", type=COUNT, metavar="N", help="attention heads; none = those of --model")
+    add("--num-frames", type=COUNT, default=16, metavar="N", help="frames per clip")
+    add("--use-rope", action="store_true", help="3D rotary positions, for any number of frames; off = fixed positions")
+    add("--temporal-patch-size", type=COUNT, metavar="N", help="frames per patch; none = like the spatial patch")
+    add("--rope-theta", type=POSITIVE, metavar="X", help="base of the frequencies; none = 10000")
+    add("--qk-norm", action="store_true", default=None, help="normalise queries and keys; none = off")
+    add("--num-classes", type=COUNT, metavar="N", help="none = the class folders found")
 
     add = parser.add_argument_group("data").add_argument
     add("--data-path", required=True, metavar="DIR", help="holds <class>/<video>, or videos without classes")
-    add("--image-size", type=count, default=256, metavar="PX", help="height and width of the frames")
+    add("--image-size", type=COUNT, default=256, metavar="PX", help="height and width of the frames")
     add("--vae", default="ema", metavar="VAE", help="ema, mse or a directory of an AutoencoderKL; none = pixels")
-    add("--frame-interval", type=count, nargs="+", default=[1], metavar="N", help="between frames; two: drawn per clip")
-    add("--no-flip", action=switch, help="never mirror a clip (for classes that have a left and a right)")
-    add("--val-fraction", type=share, default=0.05, metavar="F", help="of the videos, where no split files are found")
-    add("--max-bad-fraction", type=share, default=0.01, metavar="F", help="of the videos that may be broken")
-    add("--num-workers", type=natural, default=4, metavar="N", help="loader processes per rank; 0 = none")
+    add("--frame-interval", type=COUNT, nargs="+", default=[1], metavar="N", help="between frames; two: drawn per clip")
+    add("--no-flip", action="store_true", help="never mirror a clip (for classes that have a left and a right)")
+    add("--val-fraction", type=SHARE, default=0.05, metavar="F", help="of the videos, where no split files are found")
+    add("--max-bad-fraction", type=SHARE, default=0.01, metavar="F", help="of the videos that may be broken")
+    add("--num-workers", type=NATURAL, default=4, metavar="N", help="loader processes per rank; 0 = none")
 
 
 def add_optimisation_flags(parser):
-    count, natural, share = number(int, least=1), number(int, least=0), number(float, least=0, most=1)
-    positive, non_negative = number(float, above=0), number(float, least=0)
     add = parser.add_argument_group("optimisation").add_argument
-    add("--max-steps", type=count, metavar="N", help="global step to end at, over all phases; none = see --epochs")
-    add("--epochs", type=count, metavar="N", help="epochs of this phase; none = 1400 if no --max-steps")
-    add("--global-batch-size", type=count, default=256, metavar="N", help="clips per step, over all ranks")
-    add("--grad-accum", type=count, default=1, metavar="N", help="micro-batches per step; 1 = off")
+    add("--max-steps", type=COUNT, metavar="N", help="global step to end at, over all phases; none = see --epochs")
+    add("--epochs", type=COUNT, metavar="N", help="epochs of this phase; none = 1400 if no --max-steps")
+    add("--global-batch-size", type=COUNT, default=256, metavar="N", help="clips per step, over all ranks")
+    add("--grad-accum", type=COUNT, default=1, metavar="N", help="micro-batches per step; 1 = off")
     add("--optimizer", choices=["adamw", "muon"], default="adamw", help="muon is for the blocks' matrices only")
-    add("--lr", type=positive, default=1e-4, metavar="X", help="learning rate of AdamW")
-    add("--muon-lr", type=positive, default=0.02, metavar="X", help="learning rate of Muon")
-    add("--lr-decay", type=share, default=0.0, metavar="F", help="share of the global steps that decays to 0; 0 = off")
-    add("--warmup-steps", type=natural, default=0, metavar="N", help="global steps up to the full rate; 0 = off")
-    add("--weight-decay", type=non_negative, default=0.0, metavar="X", help="0 = off")
-    add("--clip-grad", type=non_negative, default=1.0, metavar="X", help="largest norm of the gradient; 0 = off")
-    add("--ema-decay", type=share, default=0.9999, metavar="X", help="of the averaged weights; less at first")
-    add("--gamma-shift", type=positive, default=1.0, metavar="S", help="above 1 trains nearer to noise; 1 = uniform")
+    add("--lr", type=POSITIVE, default=1e-4, metavar="X", help="learning rate of AdamW")
+    add("--muon-lr", type=POSITIVE, default=0.02, metavar="X", help="learning rate of Muon")
+    add("--lr-decay", type=SHARE, default=0.0, metavar="F", help="share of the global steps that decays to 0; 0 = off")
+    add("--warmup-steps", type=NATURAL, default=0, metavar="N", help="global steps up to the full rate; 0 = off")
+    add("--weight-decay", type=NON_NEGATIVE, default=0.0, metavar="X", help="0 = off")
+    add("--clip-grad", type=NON_NEGATIVE, default=1.0, metavar="X", help="largest norm of the gradient; 0 = off")
+    add("--ema-decay", type=SHARE, default=0.9999, metavar="X", help="of the averaged weights; less at first")
+    add("--gamma-shift", type=POSITIVE, default=1.0, metavar="S", help="above 1 trains nearer to noise; 1 = uniform")
     add("--precision", choices=["fp32", "bf16"], default="fp32", help="bf16 is mixed precision")
-    add("--global-seed", type=natural, default=0, metavar="N", help="decides every random draw")
+    add("--global-seed", type=NATURAL, default=0, metavar="N", help="decides every random draw")
 
 
 # ----------------------------------------------------------------------------------------------------------------------
@@ -130,7 +138,7 @@ def check_flags(args):
     """Raise UserError for flags that contradict each other, the machine or the file system."""
     if not args.video:
         raise UserError("--video is missing: this trains on folders of videos, add it")
-    args.model = args.model or (None if args.ckpt else "EqM-S/4")
+    distributed.check_devices()
     if len(args.frame_interval) > 2 or args.frame_interval[0] > args.frame_interval[-1]:
         found = " ".join(map(str, args.frame_interval))
         raise UserError(f"--frame-interval {found}: wanted one number, or two of which the second is not smaller")
@@ -158,9 +166,9 @@ class Data:
 def find_data(args, index_folder):
     """Open every video once (or read the index) and split them; for one rank only."""
     scan = scan_videos(args.data_path, index_folder)
-    videos, num_short = long_enough(scan.videos, args.num_frames)
-    train, val = split_videos(args.data_path, videos, args.val_fraction)
-    return Data(scan, train, val, num_short)
+    train, val = split_videos(args.data_path, scan.videos, args.val_fraction)
+    (train, short), (val, short_too) = long_enough(train, args.num_frames), long_enough(val, args.num_frames)
+    return Data(scan, train, val, short + short_too)
 
 
 def make_config(args, vae, state, num_classes=None):
@@ -196,47 +204,6 @@ def make_config(args, vae, state, num_classes=None):
     return config
 
 
-@dataclass
-class Progress:
-    """Where a run stands. Steps are global: a phase that starts from a checkpoint goes on counting."""
-
-    step: int = 0
-    first_step: int = 0  # of the phase; it also names the phase's stream of samples
-    position: int = 0  # samples taken from that stream
-    best_loss: float = math.inf  # lowest validation loss of the phase
-
-    def last_step(self, args, num_train):
-        """The step this run ends at: --max-steps or --epochs, whichever comes first."""
-        if args.max_steps and not args.epochs:
-            return args.max_steps
-        by_epochs = self.first_step + math.ceil((args.epochs or 1400) * num_train / args.global_batch_size)
-        return min(by_epochs, args.max_steps or by_epochs)
-
-
-def find_start(args):
-    """(checkpoint to start from or None, Progress, folder of the run to go on with or None)."""
-    if args.resume or int(os.environ.get("TORCHELASTIC_RESTART_COUNT", 0)) > 0:
-        folder = checkpoint.newest_run(args.results_dir, run_name(args))
-        if folder is not None:
-            args.ckpt = folder / "checkpoints" / "latest.pt"
-            state = checkpoint.load(args.ckpt)
-            return state, Progress(state["step"], **state["phase"], best_loss=state["best_loss"]), folder
-    if not args.ckpt:
-        return None, Progress(), None
-    state = checkpoint.load(args.ckpt)
-    if state["optimizer"]["kind"] != args.optimizer:
-        raise UserError(
-            f"--ckpt {args.ckpt}: trained with --optimizer {state['optimizer']['kind']}, found {args.optimizer}; "
-            "its state has to fit: give that one"
-        )
-    if args.max_steps and args.max_steps <= state["step"]:
-        raise UserError(
-            f"--max-steps {args.max_steps}: the checkpoint has {state['step']} steps already and steps are counted "
-            "over all phases; give a larger number"
-        )
-    return state, Progress(state["step"], first_step=state["step"]), None
-
-
 def run_name(args):
     """EqM-S-4-f4-rope; a pattern if the model is not known yet."""
     return f"{args.model or 'EqM-*'}-f{args.num_frames}{'-rope' if args.use_rope else ''}".replace("/", "-")
@@ -248,7 +215,7 @@ def describe(args, config, data, vae):
     return {
         "model": asdict(config),
         "data": {
-            "vae": vae.name,
+            "vae": os.path.abspath(vae.name) if os.path.isdir(vae.name) else vae.name,
             "image_size": args.image_size,
             "fps": fps,
             "frame_interval": args.frame_interval,
@@ -268,9 +235,9 @@ def main():
         check_flags(args)
         check_data_path(args.data_path)
         vae = load_vae(args.vae)
-        state, progress, folder = find_start(args)
+        state, progress, folder = checkpoint.find_start(args, run_name(args))
+        args.model = args.model or (state["config"]["training"]["model"] if state else "EqM-S/4")
         make_config(args, vae, state)
-        args.model = args.model or state["config"]["training"]["model"]
         data = find_data(args, folder) if rank() == 0 else None  # the other ranks wait for rank 0 in start()
         config = make_config(args, vae, state, len(data.scan.classes)) if rank() == 0 else None
     except UserError as error:
@@ -278,11 +245,11 @@ def main():
     device = distributed.start()
     try:
         data, config = distributed.broadcast((data, config))
-        if progress.step >= progress.last_step(args, len(data.train)):
+        if progress.step >= progress.last_step(args.max_steps, args.epochs, len(data.train), args.global_batch_size):
             say(f"{folder} is finished: it has its {progress.step} steps")
         else:
             train(set_up(args, device, config, data, vae, state, progress, folder))
-    except UserError as error:
+    except (UserError, OSError, torch.OutOfMemoryError) as error:  # a disk that is full, memory that is not enough
         fail(error, status=1)
     distributed.stop()
 
@@ -323,6 +290,7 @@ def set_up(args, device, config, data, vae, state, progress, folder):
         checkpoint.load_weights(args.ckpt, ema, state["ema"])
         for optimizer, saved in zip(optimizers, state["optimizer"]["states"], strict=True):
             optimizer.load_state_dict(saved)  # the learning rates are set anew each step
+        state.clear()  # or it would stay in memory for as long as we train
     resumed_at = progress.step if folder else None
     if folder is None:
         made = checkpoint.make_run_folder(args.results_dir, run_name(args)) if rank() == 0 else None
@@ -331,7 +299,7 @@ def set_up(args, device, config, data, vae, state, progress, folder):
     if rank() == 0:
         (folder / "config.json").write_text(json.dumps(described, indent=2))
         save_index(data.scan, folder)
-    last_step = progress.last_step(args, len(data.train))
+    last_step = progress.last_step(args.max_steps, args.epochs, len(data.train), args.global_batch_size)
     batches, val_loader = make_loaders(args, data, progress, last_step, device)
     network = DistributedDataParallel(model, broadcast_buffers=False) if distributed.is_started() else model
     metrics = Metrics(folder, resume_step=resumed_at, wandb=args.wandb, config=described)
@@ -369,14 +337,14 @@ def make_loaders(args, data, progress, last_step, device):
     }
     root, classes, stream = args.data_path, data.scan.classes, progress.first_step
     train = Clips(root, data.train, classes, **clip, flip=not args.no_flip, seed=args.global_seed, stream=stream)
-    val = Clips(root, data.val, classes, **clip, flip=False, seed=0, stream="validation", shuffle=False)
+    val = Clips(root, data.val, classes, **clip, flip=False, seed=0, stream="validation")
     steps = last_step - progress.step
     numbers = Batches(progress.position, steps, args.global_batch_size, rank(), world_size(), args.grad_accum)
     num_val = min(args.val_clips, 4 * len(data.val))
     chunks = [list(range(first, min(first + VAL_CHUNK, num_val))) for first in range(0, num_val, VAL_CHUNK)]
     settings = {"num_workers": args.num_workers, "collate_fn": collate, "pin_memory": device.type == "cuda"}
     return (
-        iter(DataLoader(train, batch_sampler=numbers, **settings)),
+        batches_of(DataLoader(train, batch_sampler=numbers, **settings)),
         DataLoader(val, batch_sampler=chunks[rank() :: world_size()], **settings),
     )
 
@@ -394,6 +362,7 @@ def train(run):
         bar.update()
         if any(is_due(run, period) for period in (args.log_every, args.val_every, args.ckpt_every, args.sample_every)):
             numbers = window.summary(step, args.global_batch_size)
+            numbers["train_loss_rel"] = numbers["train_loss"] / transport.zero_loss(numbers.pop("mean_square"))
             bar.set_postfix_str(f"loss {numbers['train_loss']:.3f}, {numbers['clips_per_s']:.1f} clips/s")
             note_bad(run, window.bad)
             numbers |= look(run)
@@ -418,14 +387,14 @@ def look(run):
             run.progress.best_loss = numbers["val_loss"]
             names.append("best.pt")
     if is_due(run, args.ckpt_every):
-        names = [f"{step:07d}.pt", "latest.pt", *names]
+        names.insert(0, f"{step:07d}.pt")
     if names and rank() == 0:
-        save(run, names)
+        save(run, [*names, "latest.pt"])
     if args.sample_every and is_due(run, args.sample_every):
         videos = draw_samples(run)
         if rank() == 0:
-            write_sheet(run.folder / "samples" / f"{step:07d}.png", videos)
-        run.metrics.video(step, "samples", videos)
+            write_sheet(run.folder / "samples" / f"{step:07d}.png", videos.numpy())
+            run.metrics.video(step, "samples", videos.numpy())
     return numbers
 
 
@@ -492,7 +461,7 @@ def train_step(run, window):
     total, squares = 0.0, 0.0
     for micro in range(args.grad_accum):
         asked = time.monotonic()
-        batch = next_batch(run.batches)
+        batch = next(run.batches)
         window.waited += time.monotonic() - asked
         window.bad += batch["bad"]
         is_last = micro == args.grad_accum - 1
@@ -536,38 +505,6 @@ def update_ema(ema, model, decay):
     torch._foreach_lerp_(list(ema.parameters()), list(model.parameters()), 1 - decay)
 
 
-def next_batch(batches):
-    try:
-        return next(batches)
-    except UserError as error:  # out of a worker it comes with the worker's traceback in front
-        raise UserError(str(error).rsplit("UserError: ", 1)[-1]) from None
-
-
-class Window:
-    """What happened since the last line of metrics; it stays on the device until then, so no step waits for it."""
-
-    def __init__(self):
-        self.rows, self.bad, self.waited, self.began = [], [], 0.0, time.monotonic()
-
-    def add(self, loss, square, norm):
-        self.rows.append(torch.stack([loss, square, norm]).float())
-
-    def summary(self, step, global_batch):
-        """Means over the window and all ranks; raises UserError if a loss was not finite."""
-        losses, squares, norms = distributed.average(torch.stack(self.rows)).double().cpu().unbind(1)
-        if not losses.isfinite().all():
-            first = step - len(losses) + 1 + losses.isfinite().logical_not().nonzero()[0].item()
-            raise UserError(f"the loss of step {first} is not finite; the last checkpoint is intact: try a lower --lr")
-        seconds = time.monotonic() - self.began
-        return {
-            "train_loss": losses.mean().item(),
-            "train_loss_rel": (losses.mean() / transport.zero_loss(squares.mean())).item(),
-            "grad_norm": norms.mean().item(),
-            "clips_per_s": len(losses) * global_batch / seconds,
-            "wait_frac": self.waited / seconds,
-        }
-
-
 # ----------------------------------------------------------------------------------------------------------------------
 # Looking at the model
 
@@ -580,7 +517,7 @@ def validate(run):
     computed together; so the numbers depend on the weights alone, not on how many ranks share the work.
     """
     rows, bad = [], []
-    for batch in run.val_loader:
+    for batch in batches_of(run.val_loader):
         bad += batch["bad"]
         gamma = (batch["numbers"].double() * GOLDEN_RATIO % 1).float()
         losses, squares = clip_losses(run, run.ema, batch, batch["labels"], gamma, seed=0, stream="validation")
@@ -592,20 +529,20 @@ def validate(run):
 
 
 def draw_samples(run):
-    """uint8 (N, T, H, W, 3) of the averaged weights, the classes in turn; the ranks share the work."""
+    """uint8 (N, T, H, W, 3) of the averaged weights, on rank 0, the classes in turn; the ranks share the work."""
     args, config, data, device = run.args, run.config, run.described["data"], run.device
     numbers = distributed.share(args.num_samples)
     shape = (config.in_channels, args.num_frames, config.input_size, config.input_size)
     latents, _ = samplers.generate(
         run.ema,
         normal(args.global_seed, "sample", 0, numbers, shape).to(device),
-        torch.tensor(numbers, dtype=torch.int64, device=device) % config.num_classes,
+        torch.tensor(numbers, dtype=torch.int64, device=device) % len(data["classes"]),
         torch.full((len(numbers),), data["frame_interval"][0] / data["fps"], device=device),
         null_label=config.num_classes,
         show=False,
         **distributed.sampling_settings(args),
     )
-    return distributed.collect(numbers, run.vae.decode(latents)).numpy()
+    return distributed.collect(numbers, run.vae.decode(latents))
 
 
 if __name__ == "__main__":

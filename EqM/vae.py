@@ -60,6 +60,9 @@ class VAE:
     @torch.no_grad()
     def decode(self, latents):
         """Scaled latents (B, C, T, h, w) -> uint8 (B, T, H, W, 3), clamped to the range of pixels."""
+        if len(latents) == 0:  # a rank without samples; not every layer takes an empty batch
+            B, _, T, h, w = latents.shape
+            return torch.empty(B, T, h * self.downsample, w * self.downsample, 3, dtype=torch.uint8)
         latents = latents.float() / self.scale + self.shift
         pixels = _by_frames(_to_uint8 if self.model is None else self._decode_frames, latents)
         return pixels.permute(0, 2, 3, 4, 1).contiguous()

@@ -306,18 +306,18 @@ def resize_and_crop(frames, image_size):
 class Clips(torch.utils.data.Dataset):
     """Sample `number` of a stream: a clip of one of `videos`, all of which have at least num_frames frames.
 
-    The stream is one permutation of the videos after another (shuffle=False: the videos in their order, again and
-    again); `stream` names it: the first step of a training phase, or a word. frame_interval is the smallest and the
+    The stream is one permutation of the videos after another; `stream` names it: the first step of a training phase,
+    or a word. frame_interval is the smallest and the
     largest step from frame to frame; each clip draws one, or takes the largest that fits its video if that is less.
     """
 
     def __init__(self, root, videos, classes, num_frames, image_size, frame_interval=(1, 1), flip=True, seed=0,
-                 stream=0, shuffle=True):
+                 stream=0):
         if any(video.num_frames < num_frames for video in videos):
             raise ValueError(f"a video has fewer than {num_frames} frames: leave it out with long_enough()")
         self.root, self.videos, self.classes = root, videos, classes
         self.num_frames, self.image_size, self.frame_interval = num_frames, image_size, frame_interval
-        self.flip, self.seed, self.stream, self.shuffle = flip, seed, stream, shuffle
+        self.flip, self.seed, self.stream = flip, seed, stream
         self._epoch, self._permutation = None, None
 
     def __len__(self):
@@ -357,8 +357,6 @@ class Clips(torch.utils.data.Dataset):
             others = [video for video in self.videos if video not in tried]
             return others[self._draw("replacement", len(others), number, len(tried))]
         epoch, position = divmod(number, len(self.videos))
-        if not self.shuffle:
-            return self.videos[position]
         if epoch != self._epoch:  # kept, for it costs O(videos) and serves a whole epoch
             order = generator(self.seed, "order", self.stream, epoch)
             self._epoch, self._permutation = epoch, torch.randperm(len(self.videos), generator=order)
@@ -408,3 +406,11 @@ def collate(items):
         "videos": [item["video"] for item in items],
         "bad": [path for item in items for path in item["bad"]],
     }
+
+
+def batches_of(loader):
+    """The batches of a DataLoader over Clips; a UserError out of a worker comes without the worker's traceback."""
+    try:
+        yield from loader
+    except UserError as error:
+        raise UserError(str(error).rsplit("UserError: ", 1)[-1]) from None

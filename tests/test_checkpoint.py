@@ -407,11 +407,13 @@ def test_run_folders_are_numbered_and_none_is_used_twice(tmp_path):
     assert checkpoint.make_run_folder(root, "x").name == "042-x"
 
 
-def test_the_newest_run_is_the_last_of_its_name_that_has_a_checkpoint(tmp_path):
+def test_the_newest_run_is_the_last_of_its_name_and_goes_on_only_if_it_has_a_checkpoint(tmp_path):
     assert checkpoint.newest_run(tmp_path / "missing", "a") is None
     folders = [checkpoint.make_run_folder(tmp_path, name) for name in ("a", "a", "a", "a-rope")]
     assert checkpoint.newest_run(tmp_path, "a") is None
     for folder in (folders[0], folders[1], folders[3]):
         (folder / "checkpoints" / "latest.pt").touch()
-    assert checkpoint.newest_run(tmp_path, "a") == folders[1]
+    assert checkpoint.newest_run(tmp_path, "a") is None  # the last one has none: an older run is not what was meant
+    (folders[2] / "checkpoints" / "latest.pt").touch()
+    assert checkpoint.newest_run(tmp_path, "a") == folders[2]
     assert checkpoint.newest_run(tmp_path, "a-rope") == folders[3]

@@ -12,6 +12,7 @@ import av
 import numpy as np
 import pytest
 import torch
+from diffusers import AutoencoderKL
 
 ROOT = Path(__file__).resolve().parent.parent
 TORCHRUN = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2"]
@@ -19,9 +20,9 @@ TINY = ["--model", "EqM-Ti/4", "--use-rope", "--vae", "none", "--image-size", "1
 FAST = ["--num-workers", "0", "--log-every", "1", "--val-clips", "4", "--sample-every", "0", "--global-batch-size", "4"]
 
 
-def launch(*command, status=0):
-    """Run a command in a folder-independent way; returns its (stdout, stderr)."""
-    environment = os.environ | {"OMP_NUM_THREADS": "1"}
+def launch(*command, status=0, environment=None):
+    """Run a command that is to end with `status`; returns its (stdout, stderr)."""
+    environment = os.environ | {"OMP_NUM_THREADS": "1"} | (environment or {})
     done = subprocess.run([str(part) for part in command], capture_output=True, text=True, env=environment, timeout=240)
     assert done.returncode == status, done.stdout + done.stderr
     return done.stdout, done.stderr
@@ -71,7 +72,11 @@ def test_three_phases_chain_by_the_globs_of_the_guide(phases):
 
 
 def test_one_checkpoint_samples_16_and_7_and_24_frames_alike_on_any_number_of_ranks(phases, tmp_path):
-    best = one(phases / "*f16*/checkpoints/best.pt")
+    best = tmp_path / "random.pt"
+    state = torch.load(one(phases / "*f16*/checkpoints/best.pt"), weights_only=True)
+    for weight in state["ema"].values():
+        weight.normal_(std=0.1, generator=torch.Generator().manual_seed(0))
+    torch.save(state, best)
     sampling = ["--video", "--ckpt", best, "--num-samples", 3, "--num-sampling-steps", 4, "--cfg-scale", 2]
     for frames in (16, 7, 24):
         folder = tmp_path / str(frames)
@@ -86,6 +91,7 @@ def test_one_checkpoint_samples_16_and_7_and_24_frames_alike_on_any_number_of_ra
     guide = ["--model", "EqM-Ti/4", "--use-rope", "--num-frames", 7, "--batch-size", 1, "--folder", tmp_path / "ranks"]
     launch(*TORCHRUN, ROOT / "EqM/sample_gd.py", *sampling, *guide)
     alone, shared = (np.load(tmp_path / name / "samples.npz")["arr_0"] for name in ("7", "ranks"))
+    assert alone.std() > 30  # the field did something
     # Batches of another size may round otherwise: one grey level.
     assert abs(alone.astype(int) - shared.astype(int)).max() <= 1
 
@@ -100,28 +106,54 @@ def test_a_wrong_flag_is_one_line_from_one_rank_and_nothing_is_written(phases, s
     lines = [line for line in stderr.splitlines() if line.startswith("train.py: error:")]
     assert len(lines) == 1, stderr
     assert "--use-rope" in lines[0]
-    assert "Traceback (most recent call last):\n  File \"" + str(ROOT / "EqM/train.py") not in stderr
+    assert "Traceback" not in stderr.split("ChildFailedError")[0].split("torch/distributed/elastic")[0]
     assert not (tmp_path / "new").exists()
 
 
-def test_resuming_gives_the_same_weights_as_never_stopping(shapes, tmp_path):
-    shared = [sys.executable, ROOT / "EqM/train.py", "--video", *TINY, *FAST, "--num-frames", 4, "--data-path", shapes]
+@pytest.mark.parametrize("optimizer", ["adamw", "muon"])
+def test_resuming_gives_the_same_weights_as_never_stopping(shapes, tmp_path, optimizer):
+    shared = [
+        sys.executable, ROOT / "EqM/train.py", "--video", *TINY, *FAST, "--num-frames", 4, "--data-path", shapes,
+        "--optimizer", optimizer, "--val-every", 1, "--lr", 1e-2,
+    ]  # fmt: skip
     launch(*shared, "--results-dir", tmp_path / "whole", "--max-steps", 4)
     launch(*shared, "--results-dir", tmp_path / "parts", "--max-steps", 2, "--resume")
-    launch(*shared, "--results-dir", tmp_path / "parts", "--max-steps", 4, "--resume")
+    restarted = {"TORCHELASTIC_RESTART_COUNT": "1"}  # what torchrun --max-restarts sets
+    launch(*shared, "--results-dir", tmp_path / "parts", "--max-steps", 4, environment=restarted)
     whole, parts = (
         torch.load(one(tmp_path / name / "*/checkpoints/0000004.pt"), weights_only=True) for name in ("whole", "parts")
     )
     for part in ("model", "ema"):
         assert all(torch.equal(whole[part][name], parts[part][name]) for name in whole[part])
     assert whole["best_loss"] == parts["best_loss"]
+    rows = [json.loads(line) for line in Path(one(tmp_path / "parts/*/metrics.jsonl")).read_text().splitlines()]
+    assert [row["step"] for row in rows] == [1, 2, 3, 4]
     stdout, _ = launch(*shared, "--results-dir", tmp_path / "parts", "--max-steps", 4, "--resume")
     assert "is finished" in stdout
     assert len(list((tmp_path / "parts").iterdir())) == 1
 
 
+def test_a_vae_from_disk_trains_and_samples_on_two_ranks_of_which_one_has_nothing_to_sample(shapes, tmp_path):
+    vae = AutoencoderKL(
+        down_block_types=["DownEncoderBlock2D"] * 2, up_block_types=["UpDecoderBlock2D"] * 2,
+        block_out_channels=(8, 8), norm_num_groups=4, latent_channels=4, sample_size=16,
+    )  # fmt: skip
+    vae.save_pretrained(tmp_path / "vae")
+    launch(
+        *TORCHRUN, ROOT / "EqM/train.py", "--video", *TINY, *FAST, "--vae", tmp_path / "vae", "--num-frames", 5,
+        "--data-path", shapes, "--max-steps", 2, "--sample-every", 2, "--num-samples", 1, "--num-sampling-steps", 3,
+        "--results-dir", tmp_path / "results",
+    )  # fmt: skip
+    assert Path(one(tmp_path / "results/*/samples/0000002.png")).stat().st_size > 0
+    best = one(tmp_path / "results/*/checkpoints/best.pt")
+    flags = ["--num-samples", 1, "--num-sampling-steps", 3, "--num-frames", 9, "--folder", tmp_path / "s"]
+    launch(*TORCHRUN, ROOT / "EqM/sample_gd.py", "--video", "--ckpt", best, *flags)
+    assert np.load(tmp_path / "s" / "samples.npz")["arr_0"].shape == (1, 9, 16, 16, 3)
+
+
 def test_two_ranks_learn_what_one_learns(shapes, tmp_path):
-    shared = ["--video", *TINY, *FAST, "--num-frames", 5, "--data-path", shapes, "--max-steps", 2, "--num-workers", 1]
+    steps = ["--max-steps", 3, "--lr", 1e-2, "--num-workers", 1]
+    shared = ["--video", *TINY, *FAST, "--num-frames", 5, "--data-path", shapes, *steps]
     launch(sys.executable, ROOT / "EqM/train.py", *shared, "--results-dir", tmp_path / "one", "--grad-accum", 2)
     launch(*TORCHRUN, ROOT / "EqM/train.py", *shared, "--results-dir", tmp_path / "two")
     one_rank, two_ranks = (

@@ -1,5 +1,6 @@
 """The pieces of train.py, and all that a user can get wrong before anything is touched (in this process, for speed)."""
 
+import shutil
 import sys
 from types import SimpleNamespace
 
@@ -11,6 +12,7 @@ from torch.utils.data import DataLoader
 
 import checkpoint
 import distributed
+import metrics
 import sample_gd
 import train
 from models import EqM, model_config
@@ -45,9 +47,10 @@ def save_checkpoint(path, step=10, **settings):
     config = model_config("EqM-Ti/4", **({"input_size": 16, "in_channels": 3, "num_classes": 2, "depth": 6} | settings))
     weights = EqM(config).state_dict()
     data = {"vae": "none", "image_size": 16, "fps": 25.0, "frame_interval": [1], "classes": ["A", "B"]}
+    training = {"model": "EqM-Ti/4", "num_frames": config.num_frames}
     state = {
         "version": checkpoint.VERSION,
-        "config": {"model": vars(config), "data": data, "training": {"num_frames": config.num_frames}},
+        "config": {"model": vars(config), "data": data, "training": training},
         "model": weights,
         "ema": weights,
         "optimizer": {"kind": "adamw", "states": []},
@@ -216,13 +219,22 @@ def test_the_average_of_the_weights_follows_them_by_its_decay():
     assert torch.allclose(ema.weight, 0.9 * before + 0.1 * model.weight)
 
 
+def test_validation_covers_the_classes_also_when_there_are_more_videos_than_it_takes(videos, monkeypatch):
+    for name in ("A", "B"):
+        for number in range(40):
+            shutil.copy(videos / "A/a.avi", videos / name / f"{number:02d}.avi")
+    scan = scan_videos(videos)
+    clips = Clips(videos, scan.videos, scan.classes, 4, 16, flip=False, stream="validation")
+    labels = [clips[number]["label"] for number in range(32)]
+    assert 8 < sum(labels) < 24
+
+
 @pytest.mark.parametrize(
     ("max_steps", "epochs", "expected"), [(70, None, 70), (None, 3, 50 + 8), (55, 3, 55), (None, None, 50 + 3500)]
 )
 def test_a_run_ends_by_global_steps_or_by_its_own_epochs(max_steps, epochs, expected):
-    progress = train.Progress(step=50, first_step=50)
-    args = SimpleNamespace(max_steps=max_steps, epochs=epochs, global_batch_size=4)
-    assert progress.last_step(args, num_train=10) == expected
+    progress = checkpoint.Progress(step=50, first_step=50)
+    assert progress.last_step(max_steps, epochs, num_videos=10, batch_size=4) == expected
 
 
 def make_runs(monkeypatch, videos, chunks, world):
@@ -232,7 +244,7 @@ def make_runs(monkeypatch, videos, chunks, world):
     for parameter in model.parameters():
         parameter.data.normal_(std=0.1)
     scan = scan_videos(videos)
-    clips = Clips(videos, scan.videos, scan.classes, 4, 16, flip=False, stream="validation", shuffle=False)
+    clips = Clips(videos, scan.videos, scan.classes, 4, 16, flip=False, stream="validation")
     loaders = [DataLoader(clips, batch_sampler=chunks[rank::world], collate_fn=collate) for rank in range(world)]
     args, device = SimpleNamespace(precision="fp32"), torch.device("cpu")
     shared = {"ema": model, "vae": VAE("none"), "args": args, "device": device}
@@ -253,9 +265,21 @@ def test_validation_gives_the_same_number_bit_for_bit_on_any_number_of_ranks(vid
     assert train.validate(runs[1]) == expected
 
 
-def test_a_loss_that_is_not_finite_stops_the_run_and_names_its_step():
-    window = train.Window()
-    for loss in (1.0, 2.0, float("nan"), 3.0):
-        window.add(torch.tensor(loss), torch.tensor(1.0), torch.tensor(1.0))
-    with pytest.raises(distributed.UserError, match="loss of step 103 is not finite"):
+@pytest.mark.parametrize("name", ["loss", "gradient"])
+def test_a_loss_or_gradient_that_is_not_finite_stops_the_run_and_names_its_step(name):
+    window = metrics.Window()
+    for value in (1.0, 2.0, float("nan"), 3.0):
+        loss, norm = (value, 1.0) if name == "loss" else (1.0, value)
+        window.add(torch.tensor(loss), torch.tensor(1.0), torch.tensor(norm))
+    with pytest.raises(distributed.UserError, match=f"the {name} of step 103 is not finite"):
         window.summary(step=104, global_batch=8)
+
+
+def test_more_processes_than_gpus_is_one_line(videos, monkeypatch, capsys):
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
+    monkeypatch.setenv("LOCAL_RANK", "2")
+    monkeypatch.setenv("LOCAL_WORLD_SIZE", "8")
+    line = refuse(monkeypatch, capsys, train, *TRAIN, "--data-path", videos)
+    assert "--nproc_per_node=8" in line
+    assert "2 GPUs" in line

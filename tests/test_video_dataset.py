@@ -350,16 +350,10 @@ def test_an_epoch_shows_every_video_once_and_streams_and_seeds_differ(shared_roo
 
 def test_each_stream_draws_its_own_starts_intervals_and_flips(shared_root):
     def draws(stream):
-        clips = make_clips(shared_root, frame_interval=(1, 3), shuffle=False, stream=stream)
+        clips = make_clips(shared_root, frame_interval=(1, 3), stream=stream)
         return [clips._frame_numbers(clips.videos[2], number, 0) for number in range(20)]
 
     assert draws(0) == draws(0) != draws(50000) != draws("validation")
-
-
-def test_without_shuffling_the_videos_come_in_their_order_again_and_again(shared_root):
-    clips = make_clips(shared_root, shuffle=False, stream="validation")
-    videos = [video.path for video in clips.videos]
-    assert [clips[number]["video"] for number in range(7)] == videos + videos[:2]
 
 
 def test_an_item_does_not_depend_on_what_was_read_before(shared_root):
