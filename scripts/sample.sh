@@ -2,6 +2,8 @@
 # Sample the newest model of an experiment.
 #
 #   EXP=quickstart FRAMES="16 7 24" bash scripts/sample.sh [more flags of EqM/sample_gd.py]
+#
+# Paths are relative to the repository.
 set -euo pipefail
 cd "$(dirname "$0")/.."
 [[ -d .venv ]] && source .venv/bin/activate
@@ -15,6 +17,6 @@ CKPT=${CKPT:-$(ls -t results/"$EXP"/*/checkpoints/best.pt | head -n 1)}
 
 for frames in $FRAMES; do
   torchrun --standalone --nproc_per_node="$GPUS" EqM/sample_gd.py \
-    --video --num-frames "$frames" --use-rope --ckpt "$CKPT" \
+    --video --num-frames "$frames" --ckpt "$CKPT" \
     --num-samples "$SAMPLES" --folder "$OUT-f$frames" "$@"
 done

@@ -3,6 +3,8 @@
 # interruption: a finished phase is not run again, an unfinished one goes on where it was saved last.
 #
 #   DATA=datasets/ucf-101 GPUS=8 bash scripts/train_progressive.sh [more flags of EqM/train.py]
+#
+# Paths are relative to the repository.
 set -euo pipefail
 cd "$(dirname "$0")/.."
 [[ -d .venv ]] && source .venv/bin/activate
@@ -13,17 +15,17 @@ DATA=${DATA:-datasets/ucf-101}
 EXP=${EXP:-progressive_rope_training} # everything goes to results/$EXP
 FRAMES_1=${FRAMES_1:-4} STEPS_1=${STEPS_1:-50000} BATCH_1=${BATCH_1:-256}
 FRAMES_2=${FRAMES_2:-8} STEPS_2=${STEPS_2:-100000} BATCH_2=${BATCH_2:-128}
-FRAMES_3=${FRAMES_3:-16} STEPS_3=${STEPS_3:-150000} BATCH_3=${BATCH_3:-64} # steps are global
-LR_DECAY=${LR_DECAY:-0}                                                    # of the last phase
+FRAMES_3=${FRAMES_3:-16} STEPS_3=${STEPS_3:-} BATCH_3=${BATCH_3:-64} # steps are global; none = see EPOCHS_3
+EPOCHS_3=${EPOCHS_3:-100} LR_DECAY=${LR_DECAY:-0}                     # of the last phase
 
-# phase FRAMES STEPS BATCH [flags]
+# phase FRAMES BATCH [flags]
 phase() {
-  local frames=$1 steps=$2 batch=$3
-  shift 3
+  local frames=$1 batch=$2
+  shift 2
   torchrun --standalone --nproc_per_node="$GPUS" EqM/train.py \
     --video --num-frames "$frames" --use-rope \
     --model "$MODEL" --data-path "$DATA" --results-dir "results/$EXP" \
-    --max-steps "$steps" --global-batch-size "$batch" --resume "$@"
+    --global-batch-size "$batch" --resume "$@"
 }
 
 # checkpoint STEP: the file that the phase ending at STEP has left
@@ -36,8 +38,9 @@ checkpoint() {
   echo "${files[0]}"
 }
 
-phase "$FRAMES_1" "$STEPS_1" "$BATCH_1" "$@"
+phase "$FRAMES_1" "$BATCH_1" --max-steps "$STEPS_1" "$@"
 CKPT=$(checkpoint "$STEPS_1")
-phase "$FRAMES_2" "$STEPS_2" "$BATCH_2" --ckpt "$CKPT" "$@"
+phase "$FRAMES_2" "$BATCH_2" --max-steps "$STEPS_2" --ckpt "$CKPT" "$@"
 CKPT=$(checkpoint "$STEPS_2")
-phase "$FRAMES_3" "$STEPS_3" "$BATCH_3" --ckpt "$CKPT" --lr-decay "$LR_DECAY" "$@"
+if [[ -n $STEPS_3 ]]; then END=(--max-steps "$STEPS_3"); else END=(--epochs "$EPOCHS_3"); fi
+phase "$FRAMES_3" "$BATCH_3" "${END[@]}" --ckpt "$CKPT" --lr-decay "$LR_DECAY" "$@"
