@@ -73,7 +73,7 @@ def generate(
     batches = list(zip(*(part.split(batch_size) for part in (noise, labels, time_scale)), strict=True))
     total, results = len(batches) * (settings["num_steps"] - 1), []
     with (
-        tqdm(total=total, desc="sampling", unit="step", disable=not show) as progress,
+        tqdm(total=total, desc="sampling", unit="step", leave=False, disable=not show) as progress,
         torch.autocast(noise.device.type, torch.bfloat16, enabled=precision == "bf16"),
     ):
         for x, y, scale in batches:

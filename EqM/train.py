@@ -390,7 +390,7 @@ def look(run):
         names.insert(0, f"{step:07d}.pt")
     if names and rank() == 0:
         save(run, [*names, "latest.pt"])
-    if args.sample_every and is_due(run, args.sample_every):
+    if args.sample_every and step % args.sample_every == 0:
         videos = draw_samples(run)
         if rank() == 0:
             write_sheet(run.folder / "samples" / f"{step:07d}.png", videos.numpy())
@@ -539,7 +539,7 @@ def draw_samples(run):
         torch.tensor(numbers, dtype=torch.int64, device=device) % len(data["classes"]),
         torch.full((len(numbers),), data["frame_interval"][0] / data["fps"], device=device),
         null_label=config.num_classes,
-        show=False,
+        show=rank() == 0,
         **distributed.sampling_settings(args),
     )
     return distributed.collect(numbers, run.vae.decode(latents))
