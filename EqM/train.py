@@ -167,20 +167,16 @@ def find_data(args, index_folder):
     """Open every video once (or read the index) and split them; for one rank only."""
     scan = scan_videos(args.data_path, index_folder)
     train, val = split_videos(args.data_path, scan.videos, args.val_fraction)
-    (train, short), (val, short_too) = long_enough(train, args.num_frames), long_enough(val, args.num_frames)
+    train, short = long_enough(train, args.num_frames, "training ")
+    val, short_too = long_enough(val, args.num_frames, "validation ")
     return Data(scan, train, val, short + short_too)
 
 
-def make_config(args, vae, state, num_classes=None):
-    """The EqMConfig of this run: from the flags, or from the checkpoint that it starts with and agrees with.
-
-    num_classes is what the data has; before that is known, None checks all the rest.
-    """
+def make_config(args, vae, state):
+    """The EqMConfig of this run, its classes apart: from the flags, or from a checkpoint that they agree with."""
     cell = vae.downsample * int(args.model.split("/")[1]) if args.model else vae.downsample
     if args.image_size % cell:
         raise UserError(f"--image-size {args.image_size} is not a multiple of {cell} (VAE's downsampling x patch)")
-    if num_classes and num_classes > (args.num_classes or num_classes):
-        raise UserError(f"--num-classes {args.num_classes}: wanted at least the {num_classes} of --data-path")
     settings = {
         "input_size": args.image_size // vae.downsample,
         "in_channels": vae.channels,
@@ -189,8 +185,6 @@ def make_config(args, vae, state, num_classes=None):
     }
     optional = ("depth", "hidden_size", "num_heads", "temporal_patch_size", "rope_theta", "qk_norm", "num_classes")
     settings |= {name: getattr(args, name) for name in optional if getattr(args, name) is not None}
-    if num_classes:
-        settings.setdefault("num_classes", num_classes)
     try:
         if state is None:
             config = model_config(args.model, **settings)
@@ -200,8 +194,21 @@ def make_config(args, vae, state, num_classes=None):
             config = replace(saved, num_frames=args.num_frames)
         config.check_num_frames(args.num_frames)
     except ValueError as error:
-        raise UserError(f"--model {args.model} --num-frames {args.num_frames}: {error}") from error
+        raise UserError(f"--num-frames {args.num_frames}, model {args.model or args.ckpt}: {error}") from error
     return config
+
+
+def fit_classes(args, config, state, classes):
+    """The config with the classes of the data, which a checkpoint must have had as well."""
+    num_classes = args.num_classes or len(classes)
+    if num_classes < len(classes):
+        raise UserError(f"--num-classes {num_classes}: wanted at least the {len(classes)} of --data-path")
+    if state is not None:
+        checkpoint.check(args.ckpt, config, num_classes=num_classes)
+        before = state["config"]["data"]["classes"]
+        if before != classes:
+            say(f"note: the classes were {', '.join(before[:3])} ...; now they are {', '.join(classes[:3])} ...")
+    return replace(config, num_classes=num_classes)
 
 
 def run_name(args):
@@ -236,10 +243,12 @@ def main():
         check_data_path(args.data_path)
         vae = load_vae(args.vae)
         state, progress, folder = checkpoint.find_start(args, run_name(args))
-        args.model = args.model or (state["config"]["training"]["model"] if state else "EqM-S/4")
-        make_config(args, vae, state)
-        data = find_data(args, folder) if rank() == 0 else None  # the other ranks wait for rank 0 in start()
-        config = make_config(args, vae, state, len(data.scan.classes)) if rank() == 0 else None
+        args.model = args.model or (None if state else "EqM-S/4")
+        config, data = make_config(args, vae, state), None
+        args.model = args.model or state["config"]["training"]["model"]
+        if rank() == 0:  # the others wait for it in start()
+            data = find_data(args, folder)
+            config = fit_classes(args, config, state, data.scan.classes)
     except UserError as error:
         fail(error)
     device = distributed.start()

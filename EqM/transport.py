@@ -43,7 +43,10 @@ def loss(network, x, noise, gamma):
 
 
 def zero_loss(mean_square):
-    """The expected loss of a network that says zero, for uniform gamma: E[c^2] (1 + E[x^2])."""
+    """The expected loss of a network that says zero, for uniform gamma: E[c^2] (1 + E[x^2]).
+
+    As a yardstick it is right for validation; training losses under another gamma-shift compare with each other only.
+    """
     return MEAN_SQUARED_DECAY * (1 + mean_square)
 
 

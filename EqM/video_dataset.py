@@ -201,12 +201,12 @@ def _ucf_keys(file):
     return {str(PurePosixPath(name).with_suffix("")) for name in names}  # "Archery/v_Archery_g08_c01.avi 3"
 
 
-def long_enough(videos, num_frames):
+def long_enough(videos, num_frames, kind=""):
     """(videos with at least num_frames frames, number of the others); raises UserError if none is left."""
     kept = [video for video in videos if video.num_frames >= num_frames]
     if not kept:
         longest = max((video.num_frames for video in videos), default=0)
-        raise UserError(f"--num-frames {num_frames}: the longest video of --data-path has {longest} frames")
+        raise UserError(f"--num-frames {num_frames}: the longest {kind}video of --data-path has {longest} frames")
     return kept, len(videos) - len(kept)
 
 

@@ -139,6 +139,10 @@ def test_train_refuses_a_checkpoint_that_does_not_fit(
     assert "EqM-S/4" in line(*TRAIN, "--model", "EqM-S/4", "--ckpt", rope_checkpoint)
     assert "EqM-Ti/2" in line(*TRAIN, "--model", "EqM-Ti/2", "--temporal-patch-size", 4, "--ckpt", rope_checkpoint)
     assert "--num-classes" in line(*TRAIN, "--num-classes", 7, "--ckpt", rope_checkpoint)
+    odd = save_checkpoint(tmp_path / "odd.pt", use_rope=True, num_frames=4, depth=2)
+    assert "depth 2" in line(*TRAIN, "--ckpt", odd)
+    no_model = [flag for flag in TRAIN if flag not in ("--model", "EqM-Ti/4")]
+    assert "--max-steps 9" in line(*no_model, "--ckpt", odd, "--max-steps", 9)
     assert "--image-size" in line(*TRAIN, "--image-size", 32, "--ckpt", rope_checkpoint)
     assert "--temporal-patch-size" in line(*TRAIN, "--temporal-patch-size", 2, "--ckpt", rope_checkpoint)
     assert "--rope-theta" in line(*TRAIN, "--rope-theta", 50, "--ckpt", rope_checkpoint)
