@@ -298,7 +298,9 @@ def set_up(args, device, config, data, vae, state, progress, folder):
         checkpoint.load_weights(args.ckpt, model, state["model"])
         checkpoint.load_weights(args.ckpt, ema, state["ema"])
         for optimizer, saved in zip(optimizers, state["optimizer"]["states"], strict=True):
-            optimizer.load_state_dict(saved)  # the learning rates are set anew each step
+            optimizer.load_state_dict(saved)
+            for group in optimizer.param_groups:  # the flags win; learning rates are set at each step
+                group["weight_decay"] = args.weight_decay
         state.clear()  # or it would stay in memory for as long as we train
     resumed_at = progress.step if folder else None
     if folder is None:
