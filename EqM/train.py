@@ -108,7 +108,8 @@ def add_model_and_data_flags(parser):
     add("--no-flip", action="store_true", help="never mirror a clip (for classes that have a left and a right)")
     add("--val-fraction", type=SHARE, default=0.05, metavar="F", help="of the videos, where no split files are found")
     add("--max-bad-fraction", type=SHARE, default=0.01, metavar="F", help="of the videos that may be broken")
-    add("--num-workers", type=NATURAL, default=min(4, os.cpu_count()), help="loader processes per rank; 0 = none")
+    workers = min(4, os.cpu_count())
+    add("--num-workers", type=NATURAL, default=workers, metavar="N", help="loader processes per rank; 0 = none")
 
 
 def add_optimisation_flags(parser):
