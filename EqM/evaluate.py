@@ -45,7 +45,7 @@ def load_samples(folder):
     except (OSError, ValueError, KeyError) as error:
         raise UserError(f"--samples {folder}: no samples.npz and samples.json of sample_gd.py ({error})") from error
     if videos.ndim != 5 or videos.shape[1] < 2:
-        raise UserError(f"--samples {folder}: holds images, --metric {'motion'} wants videos of at least 2 frames")
+        raise UserError(f"--samples {folder}: holds images, --metric motion wants videos of at least 2 frames")
     return videos, labels, about
 
 
