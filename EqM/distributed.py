@@ -5,6 +5,7 @@ process group). Nothing here touches the process group or a GPU before `start()`
 """
 
 import argparse
+import gc
 import hashlib
 import os
 import sys
@@ -143,7 +144,12 @@ def is_started():
 
 
 def stop():
+    """Leave the process group, once all ranks are done."""
     if is_started():
+        dist.barrier()
+        # DDP sits in reference cycles and holds the group. Unless its threads end here, they now and then meet an
+        # interpreter that is going away, and gloo aborts the process ("terminate called without an active exception").
+        gc.collect()
         dist.destroy_process_group()
 
 
