@@ -14,7 +14,7 @@ import numpy as np
 from tqdm import tqdm
 
 import motion
-from distributed import ArgumentParser, UserError, check_writable, fail, number, say
+from distributed import COUNT, ArgumentParser, UserError, check_writable, fail, say
 from video_dataset import Clips, check_data_path, long_enough, scan_videos, split_videos
 
 ROWS = {  # what people read, of motion.summarize
@@ -30,7 +30,7 @@ def parse_args():
     parser.add_argument("--metric", choices=["motion"], default="motion", help="motion: of Moving Shapes")
     parser.add_argument("--samples", required=True, metavar="DIR", help="a folder that sample_gd.py has written")
     parser.add_argument("--data-path", required=True, metavar="DIR", help="the data set that the model was trained on")
-    parser.add_argument("--num-real", type=number(int, least=1), default=96, metavar="N", help="real clips beside them")
+    parser.add_argument("--num-real", type=COUNT, default=96, metavar="N", help="real clips beside them")
     parser.add_argument("--out", required=True, metavar="FILE.json", help="where the numbers go")
     return parser.parse_args()
 
@@ -52,8 +52,8 @@ def load_samples(folder):
 def real_clips(args, num_frames, size):
     """(clip uint8 (T, H, W, 3), class name, seconds per frame) of videos that did not train, in turn."""
     scan = scan_videos(args.data_path)
-    videos, _ = long_enough(scan.videos, num_frames)
-    _, val = split_videos(args.data_path, videos, val_fraction=0.05)
+    _, val = split_videos(args.data_path, scan.videos, val_fraction=0.05)  # split first, as train.py does
+    val, _ = long_enough(val, num_frames, "validation ")
     clips = Clips(args.data_path, val, scan.classes, num_frames, size, flip=False, stream="real")
     for index in tqdm(range(args.num_real), desc="real clips", leave=False):
         item = clips[index]

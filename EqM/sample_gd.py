@@ -15,7 +15,7 @@ import torch
 import checkpoint
 import distributed
 import samplers
-from distributed import ArgumentParser, UserError, check_writable, fail, normal, number, rank, say
+from distributed import COUNT, NATURAL, POSITIVE, ArgumentParser, UserError, check_writable, fail, normal, rank, say
 from models import NAMES
 from vae import load_vae
 from video_io import write_samples
@@ -23,29 +23,28 @@ from video_io import write_samples
 
 def parse_args():
     parser = ArgumentParser(description="Sample videos from a checkpoint by gradient descent.")
-    count, positive = number(int, least=1), number(float, above=0)
     add = parser.add_argument_group("what").add_argument
     add("--ckpt", required=True, metavar="FILE", help="a checkpoint of train.py")
     add("--video", action="store_true", help="sample videos, which is all there is so far")
-    add("--num-frames", type=count, metavar="N", help="any number with rotary positions; none = as trained last")
-    add("--fps", type=positive, metavar="X", help="frames per second that the clips show; none = as trained")
-    add("--time-scale", type=positive, metavar="X", help="the same in seconds per frame")
+    add("--num-frames", type=COUNT, metavar="N", help="any number with rotary positions; none = as trained last")
+    add("--fps", type=POSITIVE, metavar="X", help="frames per second that the clips show; none = as trained")
+    add("--time-scale", type=POSITIVE, metavar="X", help="the same in seconds per frame")
     add("--classes", nargs="+", metavar="C", help="names or numbers, taken in turn; none = all")
-    add("--num-samples", "--num-fid-samples", type=count, default=16, metavar="N", help="number of videos")
-    add("--seed", "--global-seed", type=number(int, least=0), default=0, metavar="N", help="decides the noise")
+    add("--num-samples", "--num-fid-samples", type=COUNT, default=16, metavar="N", help="number of videos")
+    add("--seed", "--global-seed", type=NATURAL, default=0, metavar="N", help="decides the noise")
     add("--no-ema", action="store_true", help="use the weights as trained, not their average")
 
     add = parser.add_argument_group("how").add_argument
     add("--folder", default="samples", metavar="DIR", help="where the videos go")
-    add("--batch-size", type=count, default=16, metavar="N", help="videos per rank at a time")
+    add("--batch-size", type=COUNT, default=16, metavar="N", help="videos per rank at a time")
     add("--precision", choices=["fp32", "bf16"], default="fp32", help="bf16 is mixed precision")
 
     add = parser.add_argument_group("checked against the checkpoint, if given").add_argument
     add("--model", choices=NAMES, metavar="NAME", help="EqM-S/4 ...")
     add("--use-rope", action="store_true", default=None, help="the checkpoint has 3D rotary positions")
-    add("--temporal-patch-size", type=count, metavar="N", help="frames per patch")
-    add("--image-size", type=count, metavar="PX", help="height and width of the frames")
-    add("--num-classes", type=count, metavar="N", help="classes of the model")
+    add("--temporal-patch-size", type=COUNT, metavar="N", help="frames per patch")
+    add("--image-size", type=COUNT, metavar="PX", help="height and width of the frames")
+    add("--num-classes", type=COUNT, metavar="N", help="classes of the model")
     add("--vae", metavar="VAE", help="may name another place for the checkpoint's VAE")
     distributed.add_sampling_flags(parser)
     return parser.parse_args()
@@ -105,14 +104,23 @@ def choose_labels(args, names):
 def main():
     args = parse_args()
     try:
+        distributed.check_devices()
         check_writable("--folder", args.folder)
         model, data, vae = load_checkpoint(args)
         time_scale = seconds_per_frame(args, data)
         labels = choose_labels(args, data["classes"])
     except UserError as error:
         fail(error)
-    device = distributed.start()
+    try:
+        sample(args, model, data, vae, time_scale, labels)
+    except (UserError, OSError, torch.OutOfMemoryError) as error:  # a disk that is full, memory that is not enough
+        fail(error, status=1)
+    distributed.stop()
 
+
+def sample(args, model, data, vae, time_scale, labels):
+    """The ranks share the samples; rank 0 writes them."""
+    device = distributed.start()
     config, numbers = model.config, distributed.share(args.num_samples)
     shape = (config.in_channels, args.num_frames, config.input_size, config.input_size)
     latents, _ = samplers.generate(
@@ -132,7 +140,6 @@ def main():
         about = {"classes": data["classes"], "time_scale": time_scale, "flags": vars(args)}
         (Path(args.folder) / "samples.json").write_text(json.dumps(about, indent=2))
         say(f"{args.folder}: {len(videos)} videos of {args.num_frames} frames, sheet.png and samples.npz")
-    distributed.stop()
 
 
 if __name__ == "__main__":
