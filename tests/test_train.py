@@ -183,6 +183,21 @@ def test_sampling_refuses_rope_for_a_fixed_checkpoint_and_other_frames(fixed_che
     assert "tied to 8 frames" in refuse(monkeypatch, capsys, sample_gd, *shared, "--num-frames", 16)
 
 
+def test_a_disk_that_fills_while_samples_are_written_is_one_line_and_status_1(
+    rope_checkpoint, tmp_path, monkeypatch, capsys
+):
+    def full(*_):
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(sample_gd, "write_samples", full)
+    flags = ["--ckpt", rope_checkpoint, "--folder", tmp_path, "--num-samples", 1, "--num-sampling-steps", 2]
+    monkeypatch.setattr(sys, "argv", ["sample_gd.py", *map(str, flags)])
+    with pytest.raises(SystemExit) as ended:
+        sample_gd.main()
+    assert ended.value.code == 1
+    assert "sample_gd.py: error: [Errno 28] No space left on device" in capsys.readouterr().err
+
+
 def test_another_rank_leaves_rank_0_the_time_to_speak_first(monkeypatch, capsys):
     slept = []
     monkeypatch.setattr(distributed.time, "sleep", slept.append)
