@@ -1,16 +1,22 @@
 """Checkpoints: written so that no crash spoils one, read so that none can run code.
 
+--ckpt names a file of train.py, a folder of scripts/export.py or a file of the published image models; `load` makes
+the first of all three.
+
 A file holds a dict of tensors and plain Python values:
     version    format of the file
     config     {"model": fields of EqMConfig, "data": vae, image_size, fps, ..., "training": the flags}
     model, ema flat state dicts
-    optimizer  {"kind": "adamw" or "muon", "states": [state dicts]}
+    optimizer  {"kind": "adamw" or "muon", "states": [state dicts]}; None in what others left: it starts afresh
     step       global step, over all phases
-    phase      {"first_step": where the phase began, "position": samples taken from its stream}
+    phase      {"first_step": where the phase began, "position": samples taken from its stream,
+                "pretrained": whether step 0 was a model from elsewhere}
     best_loss  lowest validation loss of the phase
 """
 
+import argparse
 import errno
+import json
 import math
 import os
 import pickle
@@ -19,10 +25,11 @@ import warnings
 from dataclasses import asdict, dataclass, fields
 from pathlib import Path
 
+import safetensors.torch
 import torch
 
 from distributed import UserError
-from models import SIZES, EqM, EqMConfig, model_config
+from models import SIZES, EqM, EqMConfig, model_config, position_table
 
 VERSION = 1
 FLAGS = {  # what a user types for a field of EqMConfig
@@ -33,7 +40,13 @@ FLAGS = {  # what a user types for a field of EqMConfig
     "qk_norm": "--qk-norm",
     "input_size": "--image-size",
     "in_channels": "--vae",
+    "ebm": "--ebm",
 }
+EXPORT = ("model.safetensors", "config.json")
+DTYPES = {"fp32": torch.float32, "fp16": torch.float16}
+PARTS = ("model", "data", "training")  # of a checkpoint's config
+SHAPE = ("depth", "hidden_size", "num_heads", "patch_size")  # the fields of EqMConfig that --model decides
+LOCAL_FLAGS = {"data_path", "results_dir", "ckpt"}  # mean nothing on another machine
 
 
 def save(path, state):
@@ -80,16 +93,33 @@ def sync_folder(folder):
         os.close(descriptor)
 
 
-def load(path):
-    """The dict of a checkpoint file, on the CPU. Raises UserError if it is not a whole checkpoint of ours."""
+def load(path, **asked):
+    """The dict of a checkpoint, on the CPU; asked are the fields of EqMConfig that --model and --ebm give.
+
+    Raises UserError if it is not whole or none of ours, or a published file that does not have what was asked.
+    """
+    state = read_export(path) if os.path.isdir(path) else read_file(path)
+    if (parts := published_parts(state)) is not None:
+        return load_published(path, *parts, asked)
+    wanted = {"version", "config", "model", "ema", "optimizer", "step", "phase", "best_loss"}
+    if not isinstance(state, dict) or not wanted <= state.keys() or set(state["config"]) != set(PARTS):
+        names = ", ".join(sorted(wanted))
+        raise UserError(f"--ckpt {path}: not a checkpoint of this project; wanted a dict with {names}")
+    if state["version"] != VERSION:
+        raise UserError(f"--ckpt {path}: has format version {state['version']}, this code reads version {VERSION}")
+    return state
+
+
+def read_file(path):
+    """What a file of torch.save holds. Raises UserError."""
     flag = f"--ckpt {path}"
     try:
-        with warnings.catch_warnings():
+        with warnings.catch_warnings(), torch.serialization.safe_globals([argparse.Namespace]):  # as published files do
             warnings.simplefilter("ignore")  # torch's hints on foreign pickles; the refusal says enough
-            state = torch.load(path, map_location="cpu", weights_only=True)
+            return torch.load(path, map_location="cpu", weights_only=True)
     except FileNotFoundError:
         raise UserError(f"{flag}: no such file; wanted a checkpoint, for example RUN/checkpoints/best.pt") from None
-    except (IsADirectoryError, PermissionError) as error:
+    except PermissionError as error:
         raise UserError(f"{flag}: can't be read ({error.strerror}); wanted a checkpoint file") from error
     except pickle.UnpicklingError as error:
         raise UserError(
@@ -98,13 +128,135 @@ def load(path):
     except (OSError, RuntimeError, EOFError, ValueError, LookupError, TypeError, AttributeError) as error:
         # What torch.load raises on damaged files depends on where the damage is.
         raise UserError(f"{flag}: damaged or cut short; use another checkpoint, or copy it again") from error
-    wanted = {"version", "config", "model", "ema", "optimizer", "step", "phase", "best_loss"}
-    parts = {"model", "data", "training"}
-    if not isinstance(state, dict) or not wanted <= state.keys() or set(state["config"]) != parts:
-        raise UserError(f"{flag}: not a checkpoint of this project; wanted a dict with {', '.join(sorted(wanted))}")
-    if state["version"] != VERSION:
-        raise UserError(f"{flag}: has format version {state['version']}, this code reads version {VERSION}")
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# Exported folders: the averaged weights and what they are, to share
+
+
+def write_export(folder, state, dtype="fp32"):
+    """Write model.safetensors (the EMA) and config.json into a folder. Raises OSError."""
+    folder, parts = Path(folder), dict(state["config"])
+    parts["training"] = {name: value for name, value in parts["training"].items() if name not in LOCAL_FLAGS}
+    about = {"version": VERSION, "step": state["step"], "dtype": dtype, **parts}
+    weights = {name: value.to(DTYPES[dtype]).contiguous() for name, value in state["ema"].items()}
+    folder.mkdir(parents=True, exist_ok=True)
+    safetensors.torch.save_file(weights, folder / EXPORT[0], metadata={"format": "pt"})
+    (folder / EXPORT[1]).write_text(json.dumps(about, indent=2) + "\n")
+
+
+def read_export(folder):
+    """The dict of a checkpoint whose weights and average are those of an exported folder. Raises UserError."""
+    flag, (weights, about) = f"--ckpt {folder}", (Path(folder, name) for name in EXPORT)
+    if missing := [path.name for path in (weights, about) if not path.is_file()]:
+        wanted = "a checkpoint file or what scripts/export.py wrote"
+        raise UserError(f"{flag}: a folder without {missing[0]}; wanted {wanted}")
+    try:
+        about = json.loads(about.read_text())
+        weights = {name: value.float() for name, value in safetensors.torch.load_file(weights).items()}
+        version, step, config = about["version"], about["step"], {part: about[part] for part in PARTS}
+    except (OSError, ValueError, KeyError, TypeError, safetensors.SafetensorError) as error:
+        raise UserError(f"{flag}: damaged ({error}); copy or export it again") from error
+    return foreign(config, weights, weights, step) | {"version": version}
+
+
+def foreign(config, model, ema, step):
+    """The dict of a checkpoint that train.py has not written: no optimizer, no phase."""
+    phase = {"first_step": step, "position": 0, "pretrained": True}
+    return {
+        "version": VERSION, "config": config, "model": model, "ema": ema, "optimizer": None, "step": step,
+        "phase": phase, "best_loss": math.inf,
+    }  # fmt: skip
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# Files of the published image models: a state dict, or a dict with "model", "ema", "opt" and "args"
+
+
+def published_parts(state):
+    """(weights, averaged weights, args or None) of a published file; None if it is something else."""
+
+    def is_network(part):
+        return isinstance(part, dict) and {"x_embedder.proj.weight", "y_embedder.embedding_table.weight"} <= part.keys()
+
+    if is_network(state):
+        return state, state, None
+    if not isinstance(state, dict) or {"version", "config"} & state.keys():
+        return None
+    found = [state[name] for name in ("model", "ema") if is_network(state.get(name))]
+    return (found[0], found[-1], state.get("args")) if found else None
+
+
+def load_published(path, model, ema, args, asked):
+    """A published file as a checkpoint of ours, at step 0. Raises UserError."""
+    flag = f"--ckpt {path}"
+    asked = {name: value for name, value in asked.items() if value is not None}
+    if not set(SHAPE) <= asked.keys():
+        raise UserError(f"{flag}: a published file does not say which model it holds: give --model, such as EqM-XL/2")
+    try:
+        config = published_config(model, asked, getattr(args, "ebm", None))
+        model, ema = (convert_published(part, config) for part in (model, ema))
+    except ValueError as error:
+        raise UserError(f"{flag}: {error}") from error
+    data = {
+        "vae": getattr(args, "vae", "ema") if config.in_channels == 4 else "none",
+        "image_size": None,  # whatever the VAE makes of input_size
+        "fps": 25.0,
+        "frame_interval": [1],
+        "classes": [str(label) for label in range(config.num_classes)],
+    }
+    training = {"model": model_name(**asdict(config)), "num_frames": 1, "video": False}
+    return foreign({"model": asdict(config), "data": data, "training": training}, model, ema, step=0)
+
+
+def published_config(state, asked, ebm=None):
+    """The EqMConfig of published weights; asked has what they can't tell, and what they must have: SHAPE.
+
+    Raises ValueError that names the first thing that is not as asked.
+    """
+    if "pos_embed" not in state or state["x_embedder.proj.weight"].dim() != 4:
+        raise ValueError("not a published image model: wanted pos_embed and 2D patches")
+    width, channels, patch_size, _ = state["x_embedder.proj.weight"].shape
+    depth = len({name.split(".")[1] for name in state if name.startswith("blocks.")})
+    for name, found in (("depth", depth), ("hidden_size", width), ("patch_size", patch_size)):
+        if found != asked[name]:
+            words = name.replace("_", " ")
+            other = model_name(**asked)
+            raise ValueError(f"has {words} {found}, {other} has {words} {asked[name]}: give another --model")
+    if ebm is not None and ebm != asked.get("ebm", ebm):
+        raise ValueError(f"was trained with --ebm {ebm}, found --ebm {asked['ebm']}: leave the flag out")
+    return EqMConfig(
+        input_size=math.isqrt(state["pos_embed"].shape[1]) * patch_size,
+        temporal_patch_size=1,
+        in_channels=channels,
+        num_classes=len(state["y_embedder.embedding_table.weight"]) - 1,
+        **{name: asked[name] for name in SHAPE},
+        ebm=ebm or asked.get("ebm", "none"),
+    )
+
+
+def convert_published(state, config):
+    """Published image names and shapes to ours: a new state dict; raises ValueError if it does not fit the config.
+
+    Their pos_embed must be our table, which is not saved. Their output has a second half, sigma, that is not used.
+    """
+    state = dict(state)
+    table, found = position_table(config), state.pop("pos_embed")
+    if found.shape != table.shape or not torch.allclose(found.float(), table, atol=1e-5):
+        raise ValueError(
+            f"its pos_embed is not our table for {config.input_size} x {config.input_size} in patches of "
+            f"{config.patch_size}: it was trained with other positions and can't be used"
+        )
+    state["x_embedder.proj.weight"] = state["x_embedder.proj.weight"].unsqueeze(2)  # (D, C, 1, p, p)
+    values, C = config.values_per_token, config.in_channels
+    for name in ("final_layer.linear.weight", "final_layer.linear.bias"):
+        if name in state and len(state[name]) == 2 * values:
+            state[name] = state[name].unflatten(0, (-1, 2 * C))[:, :C].flatten(0, 1)
     return state
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# What a checkpoint holds, and whether it is what was asked for
 
 
 def config_of(path, state):
@@ -116,11 +268,8 @@ def config_of(path, state):
     return EqMConfig(**saved)
 
 
-SHAPE = ("depth", "hidden_size", "num_heads", "patch_size")  # the fields of EqMConfig that --model decides
-
-
 def shape_of(name):
-    """What --model NAME says of the configuration, for `check`: nothing if there is no name."""
+    """What --model NAME says of the configuration: nothing if there is no name."""
     config = model_config(name) if name else None
     return {field: getattr(config, field) for field in SHAPE if config}
 
@@ -161,14 +310,26 @@ def check(path, saved, **wanted):
             )
 
 
-def load_model(path, use_ema=True, **checks):
+def check_kind(path, state, video):
+    """Raise UserError unless a checkpoint is of videos, or of images, as --video says."""
+    if state["config"]["training"]["video"] != video:
+        raise UserError(
+            f"--ckpt {path}: holds an image model, --video asks for videos: leave it out"
+            if video
+            else f"--ckpt {path}: holds a video model: add --video"
+        )
+
+
+def load_model(path, use_ema=True, model=None, video=None, **checks):
     """Rebuild the network of a checkpoint: (model in eval mode on the CPU, config of the file, step).
 
-    checks are fields of EqMConfig that must agree, such as use_rope=True; None is not checked.
-    Raises UserError.
+    checks are fields of EqMConfig that must agree, such as use_rope=True, and video says whether it is to be a model
+    of videos; None is not checked. Only published files need `model`, the --model they hold. Raises UserError.
     """
-    state = load(path)
+    state = load(path, **shape_of(model), ebm=checks.get("ebm"))
     config = config_of(path, state)
+    if video is not None:
+        check_kind(path, state, video)
     check(path, config, **checks)
     model = EqM(config)
     load_weights(path, model, state["ema" if use_ema else "model"])
@@ -214,6 +375,7 @@ class Progress:
     first_step: int = 0  # of the phase; it also names the phase's stream of samples
     position: int = 0  # samples taken from that stream
     best_loss: float = math.inf  # lowest validation loss of the phase
+    pretrained: bool = False  # step 0 was a model from elsewhere, whose average is not to be forgotten
 
     def last_step(self, max_steps, epochs, num_videos, batch_size):
         """The step to end at: max_steps or `epochs` of this phase, whichever comes first; without both, 1400 epochs."""
@@ -235,8 +397,9 @@ def find_start(args, name):
     path = folder / "checkpoints" / "latest.pt" if folder else args.ckpt
     if not path:
         return None, Progress(), None
-    args.ckpt, state = path, load(path)
-    step, kind = state["step"], state["optimizer"]["kind"]
+    given = {name: value for name in SHAPE if (value := getattr(args, name, None)) is not None}
+    args.ckpt, state = path, load(path, **(shape_of(args.model) | given), ebm=args.ebm)
+    step, kind = state["step"], state["optimizer"]["kind"] if state["optimizer"] else args.optimizer
     if kind != args.optimizer:
         raise UserError(f"--ckpt {path}: trained with --optimizer {kind}, found {args.optimizer}: give the same")
     if folder:
@@ -246,4 +409,4 @@ def find_start(args, name):
             f"--max-steps {args.max_steps}: the checkpoint has {step} steps already, and steps are counted over all "
             "phases; give a larger number"
         )
-    return state, Progress(step, first_step=step), None
+    return state, Progress(step, first_step=step, pretrained=state["phase"].get("pretrained", False)), None

@@ -60,6 +60,7 @@ def check_writable(flag, folder):
         raise UserError(f"{flag} {folder}: {place} is not a folder that can be written to; name another")
 
 
+STOP_BELOW = 1.0  # TODO from the study
 COUNT, NATURAL = number(int, least=1), number(int, least=0)
 POSITIVE, NON_NEGATIVE, SHARE = number(float, above=0), number(float, least=0), number(float, least=0, most=1)
 
@@ -67,11 +68,20 @@ POSITIVE, NON_NEGATIVE, SHARE = number(float, above=0), number(float, least=0), 
 def add_sampling_flags(parser):
     """The flags of every script that samples; `sampling_settings` turns them into arguments of samplers.generate."""
     add = parser.add_argument_group("sampling").add_argument
-    add("--sampler", choices=["gd", "ngd"], default="gd", help="gradient descent, or with Nesterov's momentum")
-    add("--num-sampling-steps", type=number(int, least=2), default=250, metavar="N", help="points; one evaluation less")
-    add("--stepsize", type=POSITIVE, default=0.0017, metavar="X", help="of the descent, eta")
+    samplers = "gradient descent, plain or Nesterov's; or the ODE in gamma, for comparison"
+    add("--sampler", choices=["gd", "ngd", "euler", "heun"], default="gd", help=samplers)
+    add("--num-sampling-steps", type=number(int, least=2), default=250, metavar="N", help="points; one step less")
+    add("--stepsize", type=POSITIVE, default=0.0017, metavar="X", help="of gd and ngd, eta")
     add("--mu", type=NON_NEGATIVE, default=0.3, metavar="X", help="momentum of ngd")
+    adaptive = f"gd and ngd stop a sample whose field has a root mean square below R, {STOP_BELOW} if none is named"
+    add("--stop-below", type=POSITIVE, nargs="?", const=STOP_BELOW, metavar="R", help=adaptive + "; not given = off")
     add("--cfg-scale", type=NON_NEGATIVE, default=4.0, metavar="X", help="classifier-free guidance; 1 = off")
+
+
+def check_sampling_flags(args):
+    """Raise UserError for sampling flags that contradict each other."""
+    if args.stop_below is not None and args.sampler in ("euler", "heun"):
+        raise UserError(f"--stop-below {args.stop_below}: {args.sampler} has a fixed number of steps; use gd or ngd")
 
 
 def sampling_settings(args):
@@ -80,6 +90,7 @@ def sampling_settings(args):
         "num_steps": args.num_sampling_steps,
         "step_size": args.stepsize,
         "momentum": args.mu,
+        "stop_below": args.stop_below,
         "guidance": args.cfg_scale,
         "precision": args.precision,
     }

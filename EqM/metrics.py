@@ -7,6 +7,7 @@ import time
 import uuid
 from pathlib import Path
 
+import numpy as np
 import torch
 
 import distributed
@@ -78,9 +79,13 @@ class Metrics:
             self.wandb.log(scalars, step=step)
 
     def video(self, step, name, clips):
-        """Show clips uint8 (N, T, H, W, 3) as one picture: a row per clip, a column per frame."""
+        """Show clips uint8 (N, T, H, W, 3) as one picture: a row per clip, a column per frame; images 8 in a row."""
         if self.file is None:
             return
+        if clips.shape[1] == 1:  # a row of images is laid out as the frames of a clip are
+            columns = min(len(clips), 8)
+            blank = np.full_like(clips[:1], 255).repeat(-len(clips) % columns, axis=0)
+            clips = np.concatenate([clips, blank]).reshape(-1, columns, *clips.shape[2:])
         N, T, H, W, _ = clips.shape
         sheet = clips.transpose(0, 2, 1, 3, 4).reshape(N * H, T * W, 3)
         self.board.add_image(name, sheet, step, dataformats="HWC")
@@ -125,24 +130,23 @@ class Window:
     def __init__(self):
         self.rows, self.bad, self.waited, self.began = [], [], 0.0, time.monotonic()
 
-    def add(self, loss, square, norm):
-        """Mean loss, E[x^2] of the clips and norm of the gradient of a step, as scalars on the device."""
-        self.rows.append(torch.stack([loss, square, norm]).float())
+    def add(self, **scalars):
+        """What a step found, as scalars on the device: the same names at each step."""
+        self.rows.append(torch.stack(list(scalars.values())).float())
+        self.names = list(scalars)
 
     def summary(self, step, global_batch):
-        """Means over the window and all ranks; raises UserError if a loss or gradient was not finite."""
-        losses, squares, norms = distributed.average(torch.stack(self.rows)).double().cpu().unbind(1)
-        for name, values in (("loss", losses), ("gradient", norms)):
+        """Means over the window and all ranks; raises UserError if one of the scalars was not finite."""
+        columns = distributed.average(torch.stack(self.rows)).double().cpu().unbind(1)
+        for name, values in zip(self.names, columns, strict=True):
             if not values.isfinite().all():
                 first = step - len(values) + 1 + values.isfinite().logical_not().nonzero()[0].item()
                 raise UserError(
                     f"the {name} of step {first} is not finite; the last checkpoint is intact: try a lower --lr"
                 )
         seconds = time.monotonic() - self.began
-        return {
-            "train_loss": losses.mean().item(),
-            "mean_square": squares.mean().item(),
-            "grad_norm": norms.mean().item(),
-            "clips_per_s": len(losses) * global_batch / seconds,
+        means = {name: values.mean().item() for name, values in zip(self.names, columns, strict=True)}
+        return means | {
+            "clips_per_s": len(self.rows) * global_batch / seconds,
             "wait_frac": self.waited / seconds,
         }

@@ -2,11 +2,13 @@
 
 Fixed sinusoidal positions are added once, after the patches are embedded; with `use_rope` there are
 none, and a 3D rotary embedding turns queries and keys inside attention instead (rope.py).
+With `ebm` the field is minus the true gradient of a scalar energy that the same network defines (EqM-E).
 Parameter names and shapes are those of the published image models.
 """
 
 import math
 import warnings
+from contextlib import nullcontext
 from dataclasses import dataclass
 from functools import partial
 
@@ -14,8 +16,11 @@ import torch
 import torch.nn.functional as F
 from einops import rearrange
 from torch import nn
+from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from rope import REFERENCE_FPS, RotaryEmbedding3D, apply_rotary
+
+EBMS = ("none", "dot", "l2")
 
 
 @dataclass(frozen=True)
@@ -34,7 +39,7 @@ class EqMConfig:
     use_rope: bool = False
     rope_theta: float = 10_000.0
     qk_norm: bool = False
-    ebm: str = "none"
+    ebm: str = "none"  # the energy that the field descends, "dot" or "l2" (see EqM.energy); "none" = no energy
     class_dropout_prob: float = 0.1  # share of training labels replaced by the null label, num_classes
 
     def __post_init__(self):
@@ -46,12 +51,17 @@ class EqMConfig:
             raise ValueError(f"3D rotary positions need a head_dim of at least 6, found {self.head_dim}")
         if not self.use_rope:
             self.check_num_frames(self.num_frames)
-        if self.ebm != "none":
-            raise ValueError(f"ebm must be 'none', found {self.ebm!r}")
+        if self.ebm not in EBMS:
+            raise ValueError(f"ebm must be one of {', '.join(EBMS)}, found {self.ebm!r}")
 
     @property
     def head_dim(self):
         return self.hidden_size // self.num_heads
+
+    @property
+    def is_video(self):
+        """False for a model of images: one frame, temporal patches of one frame."""
+        return max(self.num_frames, self.temporal_patch_size) > 1
 
     @property
     def values_per_token(self):
@@ -228,16 +238,49 @@ class EqM(nn.Module):
         for opening in (*modulations, self.final_layer.linear):
             nn.init.zeros_(opening.weight)
             nn.init.zeros_(opening.bias)
+        if self.config.ebm == "l2":  # where the output is zero, its square and the gradient of that do not move at all
+            nn.init.xavier_uniform_(self.final_layer.linear.weight)
 
     def forward(self, x, y, time_scale=None, return_features=False):
-        """Returns f, and with return_features also the last block's activations (B, N, D).
+        """The field f, and with return_features also the last block's activations (B, N, D).
 
         x, f: (B, C, T, H, W); images have T = 1. y: (B,) int64, num_classes = no label.
         time_scale: (B,) float32 seconds per frame, None = 1/25. T may be anything from the temporal
         patch up; a last patch that is not full is padded with copies of the last frame and the
-        field is cropped back. Raises ValueError if T is too small, or not the one that fixed
-        positions are tied to.
+        field is cropped back. With `ebm`, f is minus the gradient of the energy in x, also under
+        torch.no_grad. Raises ValueError if T is too small, or not the one that fixed positions are
+        tied to.
         """
+        if self.config.ebm == "none":
+            f, features = self.predict(x, y, time_scale)
+        else:
+            training = torch.is_grad_enabled()
+            # No other backend has the second derivative that training needs.
+            with torch.enable_grad(), sdpa_kernel(SDPBackend.MATH) if training else nullcontext():
+                x = x if x.requires_grad else x.detach().requires_grad_()
+                energy, features = self.energy_and_features(x, y, time_scale)
+                (f,) = torch.autograd.grad(-energy.sum(), x, create_graph=training)
+            features = features if training else features.detach()
+        return (f, features) if return_features else f
+
+    def energy(self, x, y, time_scale=None):
+        """E (B,), which falls along the field f = -dE/dx; arguments as in `forward`.
+
+        With the network's output g, "dot" is -sum(g * x) and "l2" is sum(g^2) / 2 (EqM-E of arXiv
+        2510.02300; the sign is that of the published code). Raises ValueError if the model has none.
+        """
+        if self.config.ebm == "none":
+            raise ValueError("the model has no energy: it was made with ebm='none'")
+        return self.energy_and_features(x, y, time_scale)[0]
+
+    def energy_and_features(self, x, y, time_scale):
+        output, features = self.predict(x, y, time_scale)
+        output = output.to(x.dtype)  # sums over a whole clip need more than bf16
+        terms = -output * x if self.config.ebm == "dot" else output.square() / 2
+        return terms.flatten(1).sum(dim=1), features
+
+    def predict(self, x, y, time_scale):
+        """What the network says of x, (B, C, T, H, W), and the last block's activations (B, N, D)."""
         T = x.shape[2]
         self.config.check_num_frames(T)
         if time_scale is None:
@@ -255,8 +298,7 @@ class EqM(nn.Module):
             rotary, tokens = None, tokens + self.pos_embed
         for block in self.blocks:
             tokens = block(tokens, condition, rotary)
-        f = self.unpatchify(self.final_layer(tokens, condition), grid)[:, :, :T]
-        return (f, tokens) if return_features else f
+        return self.unpatchify(self.final_layer(tokens, condition), grid)[:, :, :T], tokens
 
     def unpatchify(self, tokens, grid):
         t, h, w = grid

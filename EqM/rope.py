@@ -56,7 +56,8 @@ def apply_rotary(x, cos, sin):
     """Turn the adjacent channel pairs (2j, 2j + 1) of queries or keys by their angles.
 
     x: (B, h, N, d); cos, sin: (B, 1, N, d/2) float32. The result has the dtype of x; the product is
-    float32. As one complex multiplication it is a single pass over memory, forward and backward.
+    at least float32. As one complex multiplication it is a single pass over memory, forward and backward.
     """
-    pairs = torch.view_as_complex(x.float().unflatten(-1, (-1, 2)))  # (B, h, N, d/2)
+    precise = x.to(torch.promote_types(x.dtype, torch.float32))
+    pairs = torch.view_as_complex(precise.unflatten(-1, (-1, 2)))  # (B, h, N, d/2)
     return torch.view_as_real(pairs * torch.complex(cos, sin)).flatten(-2).to(x.dtype)

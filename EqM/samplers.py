@@ -6,30 +6,46 @@ Everything here takes the network as a callable, so it is tested on fields whose
 import torch
 from tqdm import tqdm
 
-METHODS = ("gd", "ngd")
+from transport import decay
+
+DESCENTS = ("gd", "ngd")
+SOLVERS = ("euler", "heun")
 
 
-def sample(field, x, method="gd", num_steps=250, step_size=0.0017, momentum=0.3, stop_below=None, progress=None):
-    """Descend from x (B, ...) along a field; returns the end points and the evaluations spent.
+def sample(
+    field, x, method="gd", num_steps=250, step_size=0.0017, momentum=0.3, stop_below=None,
+    start_gamma=0.0, observe=None,
+):  # fmt: skip
+    """Follow a field from x (B, ...); returns the end points and the evaluations spent on each.
 
     field(x, keep) is the field of the samples that are still running; keep (b,) int64 are their
-    indices in the batch. method: "gd", x <- x + eta f(x), or "ngd" (Nesterov), x <- x + eta f(x +
-    eta mu m) where m is the last f. num_steps counts the points, so there are num_steps - 1
-    evaluations. With stop_below, a sample whose f has a root mean square below it stays where it is
-    and leaves the batch. progress: a tqdm bar that is moved by one per evaluation of the batch.
+    indices in the batch. num_steps counts the points. method: "gd" or "ngd" (see `descend`),
+    "euler" or "heun" (`integrate`), of which only the first two use step_size, momentum and
+    stop_below, and only the last two start_gamma. observe(x, keep), if given, is called at each
+    point that the running samples have reached, the first and the last included.
 
     Returns x (B, ...) and evaluations (B,) int64.
     """
-    assert method in METHODS, method
-    momentum = momentum if method == "ngd" else 0.0
+    observe = observe or (lambda x, keep: None)
+    if method in SOLVERS:
+        assert stop_below is None, f"{method} has a fixed number of steps"
+        return integrate(field, x, method, num_steps, start_gamma, observe)
+    assert method in DESCENTS, method
+    return descend(field, x, num_steps, step_size, momentum if method == "ngd" else 0.0, stop_below, observe)
+
+
+def descend(field, x, num_steps, step_size, momentum, stop_below, observe):
+    """Gradient descent, x <- x + eta f(x + eta mu m), where m is the last f: Nesterov's; plain without momentum mu.
+
+    With stop_below, a sample whose f has a root mean square below it stays where it is and leaves the batch.
+    """
     x, last_f = x.clone(), torch.zeros_like(x)
     keep = torch.arange(len(x), device=x.device)
     evaluations = torch.zeros_like(keep)
+    observe(x, keep)
     for _ in range(num_steps - 1):
         f = field(x[keep] + step_size * momentum * last_f[keep], keep)
         evaluations[keep] += 1
-        if progress is not None:
-            progress.update()
         if stop_below is not None:
             moving = f.square().flatten(1).mean(dim=1).sqrt() >= stop_below
             keep, f = keep[moving], f[moving]
@@ -37,22 +53,50 @@ def sample(field, x, method="gd", num_steps=250, step_size=0.0017, momentum=0.3,
                 break
         x[keep] += step_size * f
         last_f[keep] = f
+        observe(x[keep], keep)
     return x, evaluations
 
 
-def guided(network, labels, time_scale, guidance, null_label):
-    """The field with classifier-free guidance, f_null + s (f_class - f_null), on all channels.
+def integrate(field, x, method, num_steps, start_gamma, observe):
+    """Solve dx/dgamma = f(x) / c(gamma) from start_gamma to 1 in equal steps, by Euler's or Heun's method.
 
-    network(x, y, time_scale) -> f; labels (B,) int64, time_scale (B,) seconds per frame. Both halves
-    go through the network as one batch; guidance 1 needs, and evaluates, the class half only.
+    It assumes that x at time gamma is as noisy as training's x_gamma was. Nothing keeps it so: the
+    network is not told gamma, and an error in x is not seen as noise that is left, as in descent, but
+    divided by the wrong c. At gamma = 1 the velocity is 0 / 0, so Heun's last step is one of Euler.
+    """
+    gammas = torch.linspace(start_gamma, 1, num_steps, dtype=torch.float64)
+    keep = torch.arange(len(x), device=x.device)
+    evaluations = torch.zeros_like(keep)
+
+    def velocity(x, gamma):
+        evaluations.add_(1)
+        return field(x, keep) / decay(gamma).item()
+
+    observe(x, keep)
+    for gamma, following in zip(gammas[:-1], gammas[1:], strict=True):
+        step = (following - gamma).item()
+        v = velocity(x, gamma)
+        if method == "heun" and following < 1:
+            v = (v + velocity(x + step * v, following)) / 2
+        x = x + step * v
+        observe(x, keep)
+    return x, evaluations
+
+
+def guided(function, labels, time_scale, guidance, null_label):
+    """A field with classifier-free guidance, f_null + s (f_class - f_null), on all channels.
+
+    function(x, y, time_scale) is a network, (B, C, T, H, W), or an energy, (B,): the gradient of the guided
+    energy is the guided field. labels (B,) int64, time_scale (B,) seconds per frame. Both halves are
+    evaluated as one batch; guidance 1 needs, and evaluates, the class half only.
     """
 
     def field(x, keep):
         y, scale = labels[keep], time_scale[keep]
         if guidance == 1:
-            return network(x, y, scale).float()
+            return function(x, y, scale).float()
         null = torch.full_like(y, null_label)
-        f_null, f_class = network(x.repeat(2, 1, 1, 1, 1), torch.cat([null, y]), scale.repeat(2)).float().chunk(2)
+        f_null, f_class = function(x.repeat(2, 1, 1, 1, 1), torch.cat([null, y]), scale.repeat(2)).float().chunk(2)
         return f_null + guidance * (f_class - f_null)
 
     return field
@@ -60,24 +104,45 @@ def guided(network, labels, time_scale, guidance, null_label):
 
 @torch.no_grad()
 def generate(
-    network, noise, labels, time_scale, null_label, guidance, precision="fp32", batch_size=16, show=True, **settings
-):
+    network, start, labels, time_scale, null_label, guidance, precision="fp32", batch_size=16, show=True, energy=None,
+    **settings,
+):  # fmt: skip
     """Turn noise into samples, batch by batch, with one progress bar for all of them.
 
-    noise (N, C, T, H, W) float32, labels (N,), time_scale (N,); settings are those of `sample`.
+    start (N, C, T, H, W) float32, labels (N,), time_scale (N,); settings are those of `sample`.
     precision "bf16" is for the network only, positions of the descent stay float32.
-    Returns samples (N, C, T, H, W) and evaluations (N,).
+    energy(x, y, time_scale) -> (N,), if given, is evaluated at every point on the way.
+    Returns samples (N, C, T, H, W), evaluations (N,) and energies (N, num_steps): NaN behind the point
+    where a sample stopped, None without `energy`.
     """
-    if len(noise) == 0:  # more ranks than samples
-        return noise, labels
-    batches = list(zip(*(part.split(batch_size) for part in (noise, labels, time_scale)), strict=True))
-    total, results = len(batches) * (settings["num_steps"] - 1), []
+    device, num_steps, results = start.device, settings["num_steps"], []
+    if len(start) == 0:  # more ranks than samples
+        return start, labels, None if energy is None else start.new_empty(0, num_steps)
+    batches = list(zip(*(part.split(batch_size) for part in (start, labels, time_scale)), strict=True))
     with (
-        tqdm(total=total, desc="sampling", unit="step", leave=False, disable=not show) as progress,
-        torch.autocast(noise.device.type, torch.bfloat16, enabled=precision == "bf16"),
+        tqdm(total=len(batches) * num_steps, desc="sampling", unit="point", leave=False, disable=not show) as progress,
+        torch.autocast(device.type, torch.bfloat16, enabled=precision == "bf16"),
     ):
-        for x, y, scale in batches:
+        for number, (x, y, scale) in enumerate(batches):
             field = guided(network, y, scale, guidance, null_label)
-            results.append(sample(field, x, progress=progress, **settings))
-    samples, evaluations = zip(*results, strict=True)
-    return torch.cat(samples), torch.cat(evaluations)
+            guided_energy = energy and guided(energy, y, scale, guidance, null_label)
+            watch = Watch(guided_energy, len(x), num_steps, device, progress)
+            results.append((*sample(field, x, observe=watch, **settings), watch.energies))
+            progress.update((number + 1) * num_steps - progress.n)  # if all stopped early
+    samples, evaluations, energies = zip(*results, strict=True)
+    return torch.cat(samples), torch.cat(evaluations), None if energy is None else torch.cat(energies)
+
+
+class Watch:
+    """What `sample` calls at each point: moves the bar and, given a guided energy, keeps it, (B, num_steps)."""
+
+    def __init__(self, energy, batch_size, num_steps, device, progress):
+        self.energy, self.progress, self.point = energy, progress, 0
+        self.energies = torch.full((batch_size, num_steps), torch.nan, device=device)
+
+    def __call__(self, x, keep):
+        if self.energy is not None:
+            self.energies[keep, self.point] = self.energy(x, keep)
+        self.point += 1
+        self.progress.set_postfix_str(f"{len(keep)} running", refresh=False)
+        self.progress.update()

@@ -1,4 +1,4 @@
-"""Train Equilibrium Matching on videos.
+"""Train Equilibrium Matching on videos, or without --video on images.
 
 A first phase on 4 frames, then one that goes on with 8; steps are counted over all phases:
 
@@ -14,6 +14,7 @@ import math
 import os
 import statistics
 import time
+from collections import Counter
 from contextlib import nullcontext
 from copy import deepcopy
 from dataclasses import asdict, dataclass, replace
@@ -46,7 +47,7 @@ from distributed import (
     world_size,
 )
 from metrics import Metrics, Window, import_wandb
-from models import NAMES, EqM, EqMConfig, model_config
+from models import EBMS, NAMES, EqM, EqMConfig, model_config
 from vae import load_vae
 from video_dataset import (
     BadVideos,
@@ -68,7 +69,7 @@ GOLDEN_RATIO = (math.sqrt(5) - 1) / 2
 
 
 def parse_args():
-    parser = ArgumentParser(description="Train Equilibrium Matching on videos.")
+    parser = ArgumentParser(description="Train Equilibrium Matching on videos, or without --video on images.")
     add_model_and_data_flags(parser)
     add_optimisation_flags(parser)
     add = parser.add_argument_group("run").add_argument
@@ -88,21 +89,25 @@ def parse_args():
 
 def add_model_and_data_flags(parser):
     add = parser.add_argument_group("model").add_argument
-    add("--video", action="store_true", help="train on videos")
+    add("--video", action="store_true", help="train on videos; off = on images")
     add("--model", choices=NAMES, metavar="NAME", help="EqM-S/4 ...; none = that of --ckpt, else EqM-S/4")
     add("--depth", type=COUNT, metavar="N", help="blocks; none = those of --model")
     add("--hidden-size", type=COUNT, metavar="N", help="width; none = that of --model")
     add("--num-heads", type=COUNT, metavar="N", help="attention heads; none = those of --model")
-    add("--num-frames", type=COUNT, default=16, metavar="N", help="frames per clip")
+    add("--num-frames", type=COUNT, metavar="N", help="frames per clip; none = 16, images have 1")
     add("--use-rope", action="store_true", help="3D rotary positions, for any number of frames; off = fixed positions")
-    add("--temporal-patch-size", type=COUNT, metavar="N", help="frames per patch; none = like the spatial patch")
+    patch = "frames per patch; none = like the spatial patch, images have 1"
+    add("--temporal-patch-size", type=COUNT, metavar="N", help=patch)
     add("--rope-theta", type=POSITIVE, metavar="X", help="base of the frequencies; none = 10000")
     add("--qk-norm", action="store_true", default=None, help="normalise queries and keys; none = off")
+    energy = "what energy the field descends (EqM-E); not given = that of --ckpt, else none"
+    energy = "energy that the field descends (EqM-E); not given = that of --ckpt, else none"
+    add("--ebm", choices=EBMS, help=energy)
     add("--num-classes", type=COUNT, metavar="N", help="none = the class folders found")
 
     add = parser.add_argument_group("data").add_argument
-    add("--data-path", required=True, metavar="DIR", help="holds <class>/<video>, or videos without classes")
-    add("--image-size", type=COUNT, default=256, metavar="PX", help="height and width of the frames")
+    add("--data-path", required=True, metavar="DIR", help="holds <class>/<video or image>, or those without classes")
+    add("--image-size", type=COUNT, default=256, metavar="PX", help="height and width of what is trained on")
     add("--vae", default="ema", metavar="VAE", help="ema, mse or a directory of an AutoencoderKL; none = pixels")
     add("--frame-interval", type=COUNT, nargs="+", default=[1], metavar="N", help="between frames; two: drawn per clip")
     add("--no-flip", action="store_true", help="never mirror a clip (for classes that have a left and a right)")
@@ -127,6 +132,7 @@ def add_optimisation_flags(parser):
     add("--clip-grad", type=NON_NEGATIVE, default=1.0, metavar="X", help="largest norm of the gradient; 0 = off")
     add("--ema-decay", type=SHARE, default=0.9999, metavar="X", help="of the averaged weights; less at first")
     add("--gamma-shift", type=POSITIVE, default=1.0, metavar="S", help="above 1 trains nearer to noise; 1 = uniform")
+    add("--disp", action="store_true", help="add the dispersive loss of the last activations; off = do not")
     add("--precision", choices=["fp32", "bf16"], default="fp32", help="bf16 is mixed precision")
     add("--global-seed", type=NATURAL, default=0, metavar="N", help="decides every random draw")
 
@@ -136,10 +142,16 @@ def add_optimisation_flags(parser):
 
 
 def check_flags(args):
-    """Raise UserError for flags that contradict each other, the machine or the file system."""
+    """Raise UserError for flags that contradict each other, the machine or the file system; settle those of images."""
     if not args.video:
-        raise UserError("--video is missing: this trains on folders of videos, add it")
+        for name in ("num_frames", "temporal_patch_size", "frame_interval"):
+            if (value := getattr(args, name)) not in (None, 1, [1]):
+                flag = f"--{name.replace('_', '-')} {value}"
+                raise UserError(f"{flag} without --video: images have one frame; add --video or leave it out")
+        args.num_frames = args.temporal_patch_size = 1
+    args.num_frames = args.num_frames or 16
     distributed.check_devices()
+    distributed.check_sampling_flags(args)
     if len(args.frame_interval) > 2 or args.frame_interval[0] > args.frame_interval[-1]:
         found = " ".join(map(str, args.frame_interval))
         raise UserError(f"--frame-interval {found}: wanted one number, or two of which the second is not smaller")
@@ -149,6 +161,8 @@ def check_flags(args):
             f"--global-batch-size {args.global_batch_size} is not a multiple of {world_size()} ranks x "
             f"--grad-accum {args.grad_accum}: take one of {parts}"
         )
+    if args.disp and args.global_batch_size == parts:
+        raise UserError(f"--disp compares clips, --global-batch-size {parts} leaves each rank one at a time: raise it")
     check_writable("--results-dir", args.results_dir)
     if args.wandb:
         import_wandb()
@@ -156,7 +170,7 @@ def check_flags(args):
 
 @dataclass(frozen=True)
 class Data:
-    """What rank 0 found in --data-path, all that the other ranks need."""
+    """What rank 0 found in --data-path, all that the other ranks need; an image is a video of one frame."""
 
     scan: Scan
     train: list  # of Video
@@ -166,7 +180,7 @@ class Data:
 
 def find_data(args, index_folder):
     """Open every video once (or read the index) and split them; for one rank only."""
-    scan = scan_videos(args.data_path, index_folder)
+    scan = scan_videos(args.data_path, index_folder, images=not args.video)
     train, val = split_videos(args.data_path, scan.videos, args.val_fraction)
     train, short = long_enough(train, args.num_frames, "training ")
     val, short_too = long_enough(val, args.num_frames, "validation ")
@@ -184,12 +198,13 @@ def make_config(args, vae, state):
         "num_frames": args.num_frames,
         "use_rope": args.use_rope,
     }
-    optional = ("depth", "hidden_size", "num_heads", "temporal_patch_size", "rope_theta", "qk_norm", "num_classes")
-    settings |= {name: getattr(args, name) for name in optional if getattr(args, name) is not None}
+    optional = ("depth", "hidden_size", "num_heads", "temporal_patch_size", "rope_theta", "qk_norm", "ebm")
+    settings |= {name: getattr(args, name) for name in (*optional, "num_classes") if getattr(args, name) is not None}
     try:
         if state is None:
             config = model_config(args.model, **settings)
         else:
+            checkpoint.check_kind(args.ckpt, state, args.video)
             saved = checkpoint.config_of(args.ckpt, state)
             checkpoint.check(args.ckpt, saved, **(checkpoint.shape_of(args.model) | settings))
             config = replace(saved, num_frames=args.num_frames)
@@ -241,7 +256,7 @@ def main():
     args = parse_args()
     try:
         check_flags(args)
-        check_data_path(args.data_path)
+        check_data_path(args.data_path, images=not args.video)
         vae = load_vae(args.vae)
         state, progress, folder = checkpoint.find_start(args, run_name(args))
         args.model = args.model or (None if state else "EqM-S/4")
@@ -298,10 +313,11 @@ def set_up(args, device, config, data, vae, state, progress, folder):
     if state is not None:
         checkpoint.load_weights(args.ckpt, model, state["model"])
         checkpoint.load_weights(args.ckpt, ema, state["ema"])
-        for optimizer, saved in zip(optimizers, state["optimizer"]["states"], strict=True):
-            optimizer.load_state_dict(saved)
-            for group in optimizer.param_groups:  # the flags win; learning rates are set at each step
-                group["weight_decay"] = args.weight_decay
+        if state["optimizer"]:  # exported and published models come without
+            for optimizer, saved in zip(optimizers, state["optimizer"]["states"], strict=True):
+                optimizer.load_state_dict(saved)
+                for group in optimizer.param_groups:  # the flags win; learning rates are set at each step
+                    group["weight_decay"] = args.weight_decay
         state.clear()  # or it would stay in memory for as long as we train
     resumed_at = progress.step if folder else None
     if folder is None:
@@ -334,8 +350,9 @@ def tell_start(run, data):
         f"a clip; {world_size()} x {run.device.type}, steps {run.progress.step} to {run.last_step}"
     )
     run.say(
-        f"{len(data.train)} videos of {len(data.scan.classes)} classes train, {len(data.val)} validate; "
-        f"{data.num_short} have fewer than {args.num_frames} frames, {len(data.scan.unreadable)} can't be opened"
+        f"{len(data.train)} {'videos' if args.video else 'images'} of {len(data.scan.classes)} classes train, "
+        f"{len(data.val)} validate; {data.num_short} have fewer than {args.num_frames} frames, "
+        f"{len(data.scan.unreadable)} can't be opened"
     )
     note_bad(run, data.scan.unreadable)
 
@@ -369,8 +386,8 @@ def train(run):
     for step in range(progress.step + 1, run.last_step + 1):
         rate = set_learning_rates(args, run.optimizers, step, run.last_step)
         train_step(run, window)
-        update_ema(run.ema, run.model, min(args.ema_decay, (1 + step) / (10 + step)))
         progress.step, progress.position = step, progress.position + args.global_batch_size
+        update_ema(run.ema, run.model, ema_decay(args, progress))
         bar.update()
         if any(is_due(run, period) for period in (args.log_every, args.val_every, args.ckpt_every, args.sample_every)):
             numbers = window.summary(step, args.global_batch_size)
@@ -423,7 +440,7 @@ def save(run, names):
             "states": [optimizer.state_dict() for optimizer in run.optimizers],
         },
         "step": progress.step,
-        "phase": {"first_step": progress.first_step, "position": progress.position},
+        "phase": {name: getattr(progress, name) for name in ("first_step", "position", "pretrained")},
         "best_loss": progress.best_loss,
     }
     first, *others = names
@@ -469,8 +486,7 @@ def set_learning_rates(args, optimizers, step, last_step):
 
 def train_step(run, window):
     """One step of the optimizers, over all micro-batches."""
-    args, network = run.args, run.network
-    total, squares = 0.0, 0.0
+    args, network, sums = run.args, run.network, Counter()
     for micro in range(args.grad_accum):
         asked = time.monotonic()
         batch = next(run.batches)
@@ -478,27 +494,32 @@ def train_step(run, window):
         window.bad += batch["bad"]
         is_last = micro == args.grad_accum - 1
         with network.no_sync() if distributed.is_started() and not is_last else nullcontext():
-            losses, square = train_losses(run, batch)
-            (losses.mean() / args.grad_accum).backward()
-        total, squares = total + losses.detach().mean(), squares + square.mean()
+            parts, mean_square = train_losses(run, batch)
+            (sum(parts.values()) / args.grad_accum).backward()
+        for name, value in (parts | {"mean_square": mean_square}).items():
+            sums[name] += value.detach() / args.grad_accum
     norm = torch.nn.utils.clip_grad_norm_(run.model.parameters(), args.clip_grad or math.inf)
-    window.add(total / args.grad_accum, squares / args.grad_accum, norm)
+    window.add(**sums, grad_norm=norm)
     for optimizer in run.optimizers:
         optimizer.step()
         optimizer.zero_grad()
 
 
 def train_losses(run, batch):
-    """The losses of a micro-batch, with drawn gammas and some labels dropped, and E[x^2] of its clips."""
+    """({name: loss} of a micro-batch with drawn gammas and some labels dropped, to be added; E[x^2] of its clips)."""
     args, stream, numbers = run.args, run.progress.first_step, batch["numbers"].tolist()
     gamma = transport.shift_gamma(uniform(args.global_seed, "gamma", stream, numbers), args.gamma_shift)
     dropped = uniform(args.global_seed, "label drop", stream, numbers) < run.config.class_dropout_prob
     labels = torch.where(dropped, run.config.num_classes, batch["labels"])
-    return clip_losses(run, run.network, batch, labels, gamma, args.global_seed, stream)
+    losses, squares, features = clip_losses(run, run.network, batch, labels, gamma, args.global_seed, stream)
+    parts = {"train_loss": losses.mean()}
+    if args.disp:
+        parts["disp_loss"] = transport.dispersive_loss(features)
+    return parts, squares.mean()
 
 
 def clip_losses(run, network, batch, labels, gamma, seed, stream):
-    """The losses (B,) and E[x^2] (B,) of clips whose noise is a function of (seed, stream, number of the clip)."""
+    """Losses (B,), E[x^2] (B,) and features (B, N, D) of clips; their noise follows from (seed, stream, number)."""
     vae, device, numbers = run.vae, run.device, batch["numbers"].tolist()
     clips, labels, time_scales, gamma = (
         part.to(device, non_blocking=True) for part in (batch["clips"], labels, batch["time_scales"], gamma)
@@ -508,8 +529,16 @@ def clip_losses(run, network, batch, labels, gamma, seed, stream):
     x = vae.sample(mean, std, None if std is None else normal(seed, "posterior", stream, numbers, shape, device))
     noise = normal(seed, "noise", stream, numbers, shape, device)
     with torch.autocast(device.type, torch.bfloat16, enabled=run.args.precision == "bf16"):
-        losses = transport.loss(lambda x_gamma: network(x_gamma, labels, time_scales), x, noise, gamma)
-    return losses, x.square().flatten(1).mean(dim=1)
+        x_gamma = transport.interpolate(x, noise, gamma)
+        f, features = network(x_gamma, labels, time_scales, return_features=True)
+        losses = transport.loss(f, x, noise, gamma)
+    return losses, x.square().flatten(1).mean(dim=1), features
+
+
+def ema_decay(args, progress):
+    """--ema-decay; in the first steps of a fresh model, which is not worth remembering, less."""
+    step = progress.step
+    return args.ema_decay if progress.pretrained else min(args.ema_decay, (1 + step) / (10 + step))
 
 
 @torch.no_grad()
@@ -532,7 +561,7 @@ def validate(run):
     for batch in batches_of(run.val_loader):
         bad += batch["bad"]
         gamma = (batch["numbers"].double() * GOLDEN_RATIO % 1).float()
-        losses, squares = clip_losses(run, run.ema, batch, batch["labels"], gamma, seed=0, stream="validation")
+        losses, squares, _ = clip_losses(run, run.ema, batch, batch["labels"], gamma, seed=0, stream="validation")
         rows += zip(batch["numbers"].tolist(), losses.tolist(), squares.tolist(), strict=True)
     note_bad(run, bad)
     rows = sorted(row for part in distributed.gather(rows) for row in part)
@@ -545,7 +574,7 @@ def draw_samples(run):
     args, config, data, device = run.args, run.config, run.described["data"], run.device
     numbers = distributed.share(args.num_samples)
     shape = (config.in_channels, args.num_frames, config.input_size, config.input_size)
-    latents, _ = samplers.generate(
+    latents, _, _ = samplers.generate(
         run.ema,
         normal(args.global_seed, "sample", 0, numbers, shape).to(device),
         torch.tensor(numbers, dtype=torch.int64, device=device) % len(data["classes"]),

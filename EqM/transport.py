@@ -6,6 +6,11 @@ vanishes at the data, so data are its equilibria and sampling is gradient descen
 All functions broadcast gamma (B,) over x and noise (B, ...).
 """
 
+import math
+
+import torch
+import torch.nn.functional as F
+
 DECAY_START = 0.8  # a: the field's size is constant up to here, then falls linearly to zero
 FIELD_SCALE = 4.0  # lambda
 MEAN_SQUARED_DECAY = FIELD_SCALE**2 * (DECAY_START + (1 - DECAY_START) / 3)  # E[c^2], gamma uniform: 13.867
@@ -36,9 +41,8 @@ def shift_gamma(u, shift):
     return u / (u + shift * (1 - u))
 
 
-def loss(network, x, noise, gamma):
-    """Mean squared error of each sample, (B,) float32; network maps x_gamma to f."""
-    f = network(interpolate(x, noise, gamma))
+def loss(f, x, noise, gamma):
+    """Mean squared error of each sample, (B,) float32, of what a network says at x_gamma: f."""
     return (f.float() - target(x, noise, gamma)).square().flatten(1).mean(dim=1)
 
 
@@ -48,6 +52,19 @@ def zero_loss(mean_square):
     As a yardstick it is right for validation; training losses under another gamma-shift compare with each other only.
     """
     return MEAN_SQUARED_DECAY * (1 + mean_square)
+
+
+def dispersive_loss(features):
+    """0.5 log mean exp(-||z_i - z_j||^2 / dim) over all pairs of a batch, i = j included: a float32 scalar.
+
+    features (B, ...) are activations, flattened to dim values each. It is 0 where all samples look alike and falls as
+    they spread, to -0.5 log B ("Diffuse and Disperse", arXiv 2506.09027, with the l2 distance).
+    """
+    z = features.float().flatten(1)
+    B, dim = z.shape
+    distances = F.pdist(z).square() / dim  # each pair once; its gradient is sound where two samples are one
+    diagonal = distances.new_zeros(B)
+    return 0.5 * (torch.logsumexp(torch.cat([-distances, -distances, diagonal]), dim=0) - 2 * math.log(B))
 
 
 def _broadcast(gamma, x):

@@ -1,12 +1,14 @@
-"""Clips and labels from a folder of videos, `ROOT/<Class>/<video>.avi`; videos directly in ROOT are one class, "all".
+"""Clips and labels from a folder of videos, `ROOT/<Class>/<video>.avi`, or of images, which are clips of one frame.
 
+Files directly in ROOT are one class, "all". Where images take the same way as videos, the code says video for both.
 An item is a function of the data set's arguments and the number of the sample in the stream, so workers, ranks and
-interruptions change nothing. Each item opens its own decord reader, with one decoding thread, where it is read.
+interruptions change nothing. Each item opens its own file, a video with one decoding thread, where it is read.
 """
 
 import hashlib
 import json
 import os
+import warnings
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from pathlib import Path, PurePosixPath
@@ -15,32 +17,41 @@ import decord
 import numpy as np
 import torch
 import torch.nn.functional as F
+from PIL import ExifTags, Image
 from tqdm import tqdm
 
 from distributed import UserError, generator, say
 
-SUFFIXES = {".avi", ".mp4", ".mkv", ".mov", ".webm"}
-UNLABELLED = "all"  # the class of videos that lie directly in ROOT
+KINDS = "video", "image"  # KINDS[images] is the kind of file that is wanted
+SUFFIXES = {"video": (".avi", ".mkv", ".mov", ".mp4", ".webm"), "image": (".jpeg", ".jpg", ".png", ".webp")}
+IMAGE_FORMATS = "JPEG", "PNG", "WEBP"  # whatever the suffix says: many a .jpg is a PNG
+IMAGE_FPS = 25.0  # makes time_scale 1/25 s, at which the model sees what the published image models see
+TURNS = {  # EXIF orientation -> what makes the image upright
+    2: "FLIP_LEFT_RIGHT", 3: "ROTATE_180", 4: "FLIP_TOP_BOTTOM",
+    5: "TRANSPOSE", 6: "ROTATE_270", 7: "TRANSVERSE", 8: "ROTATE_90",
+}  # fmt: skip
+UNLABELLED = "all"  # the class of files that lie directly in ROOT
 UCF_LISTS = "ucfTrainTestlist"
 INDEX = "video_index.json"  # hidden in ROOT, in plain sight in a run folder
 INDEX_FORMAT = 2
 ATTEMPTS = 100  # videos tried for one sample before giving up
 
 decord.logging.set_level(decord.logging.QUIET)  # what matters becomes an UnreadableError
+warnings.filterwarnings("ignore", module="PIL")  # and so here
 
 
 class UnreadableError(Exception):
-    """A video that can't be opened, or a frame of it that can't be decoded."""
+    """A file that can't be opened, or a frame of it that can't be decoded."""
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, slots=True)  # slots: an image set has millions
 class Video:
     path: str  # below ROOT, with forward slashes
     class_name: str
     num_frames: int
     fps: float  # average over the file
-    height: int  # upright
-    width: int
+    height: int | None  # upright; None for images, which the scan does not open
+    width: int | None
 
     @property
     def key(self):
@@ -57,37 +68,54 @@ class Scan:
     is_saved: bool  # the index lies where the next scan will find it
 
 
-def check_data_path(root):
+def check_data_path(root, images=False):
     """The part of the scan that opens no file; raises UserError."""
-    _find_videos(root)
+    _find(root, images)
 
 
-def _list(folder):
-    """Folders and video files right in `folder`, hidden ones left out, as two sorted lists of names."""
-    with os.scandir(folder) as entries:
-        entries = sorted((entry.name, entry.is_dir()) for entry in entries if not entry.name.startswith("."))
+def _is_a(kind, path):
+    return str(path).lower().endswith(SUFFIXES[kind])
+
+
+def _list(here, folder, kind):
+    """Folders and files of a kind right in `folder`, hidden ones left out, as two sorted lists of names.
+
+    Raises UserError, which begins with `here`, if the folder can't be read.
+    """
+    try:
+        with os.scandir(folder) as entries:
+            entries = sorted((entry.name, entry.is_dir()) for entry in entries if not entry.name.startswith("."))
+    except OSError as error:
+        raise UserError(f"{here}: {folder} can't be read ({error.strerror})") from error
     folders = [name for name, is_dir in entries if is_dir and name != UCF_LISTS]
-    return folders, [name for name, is_dir in entries if not is_dir and Path(name).suffix.lower() in SUFFIXES]
+    return folders, [name for name, is_dir in entries if not is_dir and _is_a(kind, name)]
 
 
-def _find_videos(root):
-    """(class name, path below root) of every video, sorted, going by the names; raises UserError."""
-    here = f"--data-path {root}"
+def _list_classes(here, root, kind):
+    """(class name, path below root) of the files of a kind: a list of those in class folders, one of those beside."""
+    classes, unlabelled = _list(here, root, kind)
+    labelled = [(name, f"{name}/{file}") for name in classes for file in _list(here, os.path.join(root, name), kind)[1]]
+    return labelled, [(UNLABELLED, file) for file in unlabelled]
+
+
+def _find(root, images):
+    """(class name, path below root) of every video or image, sorted, going by the names; raises UserError."""
+    here, kind = f"--data-path {root}", KINDS[images]
     if not os.path.exists(root):
         raise UserError(f"{here}: no such folder")
     if not os.path.isdir(root):
-        raise UserError(f"{here}: a file, wanted a folder of class folders with videos")
-    try:
-        classes, unlabelled = _list(root)
-        labelled = [(name, f"{name}/{file}") for name in classes for file in _list(os.path.join(root, name))[1]]
-    except OSError as error:
-        raise UserError(f"{here}: {error.filename} can't be read ({error.strerror})") from error
+        raise UserError(f"{here}: a file, wanted a folder of class folders with {kind}s")
+    labelled, unlabelled = _list_classes(here, root, kind)
     if labelled and unlabelled:
-        raise UserError(f"{here}: videos in class folders ({labelled[0][1]}) and beside them ({unlabelled[0]}): "
+        raise UserError(f"{here}: {kind}s in class folders ({labelled[0][1]}) and beside them ({unlabelled[0][1]}): "
                         "move these into a class folder")
-    found = labelled or [(UNLABELLED, file) for file in unlabelled]
+    found = labelled or unlabelled
     if not found:
-        raise UserError(f"{here}: no video found, wanted <class>/<video> with one of {' '.join(sorted(SUFFIXES))}")
+        other = KINDS[not images]
+        if any(_list_classes(here, root, other)):
+            advice = "add --video" if images else "leave out --video"
+            raise UserError(f"{here}: no {kind} found, but {other}s: {advice} to use them")
+        raise UserError(f"{here}: no {kind} found, wanted <class>/<{kind}> with one of {' '.join(SUFFIXES[kind])}")
     seen = {}
     for class_name, path in found:
         other = seen.setdefault((class_name, PurePosixPath(path).stem), path)
@@ -96,13 +124,16 @@ def _find_videos(root):
     return found
 
 
-def scan_videos(root, index_folder=None):
-    """Open every video once and remember what was found; only one rank should do this.
+def scan_videos(root, index_folder=None, images=False):
+    """Open every video once and remember what was found; only one rank should do this. Images are not even opened.
 
     The index lies in ROOT (.video_index.json) or, where that can't be written, in `index_folder`. What it says of
     a file holds as long as the file's size and time of change do. Raises UserError.
     """
-    found = _find_videos(root)
+    found = _find(root, images)
+    classes = sorted({class_name for class_name, _ in found})
+    if images:
+        return Scan([_probe(root, class_name, path) for class_name, path in found], classes, [], {}, True)
     places = [Path(root, "." + INDEX)] + ([Path(index_folder, INDEX)] if index_folder else [])
     indices = [_read_index(place) for place in places]
     known = {path: entry for index in indices for path, entry in index.items()}
@@ -119,7 +150,7 @@ def scan_videos(root, index_folder=None):
         raise UserError(f"--data-path {root}: none of its {len(found)} videos can be opened")
     is_saved = entries in indices or _write_index(places, entries)
     videos = [entries[path][1] for _, path in found if path in entries]
-    return Scan(videos, sorted({class_name for class_name, _ in found}), unreadable, entries, is_saved)
+    return Scan(videos, classes, unreadable, entries, is_saved)
 
 
 def save_index(scan, folder):
@@ -176,7 +207,7 @@ def split_videos(root, videos, val_fraction):
     validates), else a hash of Class/stem: adding, removing or converting videos moves no other one.
     """
     if len(videos) < 2:
-        raise UserError(f"--data-path {root}: {len(videos)} usable video, wanted at least 2: one trains, one validates")
+        raise UserError(f"--data-path {root}: {len(videos)} usable file, wanted at least 2: one trains, one validates")
     for folder in (Path(root), Path(os.path.abspath(root)).parent):
         listed = _ucf_keys(folder / UCF_LISTS / "trainlist01.txt")
         train = [video for video in videos if video.key in listed]
@@ -226,7 +257,7 @@ class BadVideos:
         new = [path for path in dict.fromkeys(paths) if path not in self.paths]
         self.paths.update(dict.fromkeys(new))
         if new and self.count > max(1, self.max_fraction * self.total):
-            raise UserError(f"{self.count} of {self.total} videos are bad, {', '.join(new[:3])} the newest: more than "
+            raise UserError(f"{self.count} of {self.total} files are bad, {', '.join(new[:3])} the newest: more than "
                             f"--max-bad-fraction {self.max_fraction} allows; repair or remove them, or raise it")
         return new
 
@@ -243,7 +274,9 @@ def _reader(path):
 
 
 def _probe(root, class_name, path):
-    """What a file says of itself; nothing is decoded for that."""
+    """What a file says of itself; nothing is decoded for that, and an image not even opened."""
+    if _is_a("image", path):
+        return Video(path, class_name, num_frames=1, fps=IMAGE_FPS, height=None, width=None)
     with _reader(os.path.join(root, path)) as reader:
         _, height, width, _ = reader.get_batch([]).shape
         num_frames, fps = _timing(reader)
@@ -283,13 +316,70 @@ def read_frames(root, video, numbers):
     AVIs from their second keyframe on and, with B-frames, at the end; around the keyframes of open GOPs anywhere.
     UCF-101's clips, with hardly a keyframe but the first, cost the same either way.
     """
-    wanted, frames = set(numbers), []
-    with _reader(os.path.join(root, video.path)) as reader:
+    path, wanted, frames = os.path.join(root, video.path), set(numbers), []
+    if _is_a("image", path):
+        return _read_image(path)
+    with _reader(path) as reader:
         for number in range(numbers[-1] + 1):
             frame = reader.next()
             if number in wanted:
                 frames.append(_pixels(frame))
     return np.stack(frames)
+
+
+def _read_image(path):
+    """The image, of an animation the first, upright and without its alpha channel: uint8 (1, H, W, 3)."""
+    try:
+        with Image.open(path, formats=IMAGE_FORMATS) as image:
+            turn = TURNS.get(image.getexif().get(ExifTags.Base.Orientation))
+            if image.mode == "I;16":  # convert() would make everything from 255 on white
+                image = Image.fromarray((np.asarray(image) >> 8).astype(np.uint8))
+            image = image.convert("RGB")
+            return np.array(image if turn is None else image.transpose(Image.Transpose[turn]))[None]
+    # No image, truncated or gone; broken PNG or EXIF; broken header; far too many pixels; lost palette (the last two).
+    except (OSError, SyntaxError, ValueError, Image.DecompressionBombError, AssertionError, TypeError) as error:
+        raise UnreadableError(f"{path}: {error}") from error
+
+
+def start_files(place, images):
+    """What --init names: [place] if it is a file, else the paths of the videos (images) right in this folder, sorted.
+
+    Raises UserError if there is none.
+    """
+    if os.path.isfile(place):
+        return [place]
+    here, kind = f"--init {place}", KINDS[images]
+    files = _list(here, place, kind)[1]
+    if not files:
+        raise UserError(f"{here}: no {kind} right in this folder, wanted one of {' '.join(SUFFIXES[kind])}")
+    return [os.path.join(place, file) for file in files]
+
+
+def read_start(path, num_frames, seconds_per_frame, image_size, images):
+    """What sampling starts from (--init): uint8 (T, H, W, 3) with T = num_frames and H = W = image_size, not resized.
+
+    A video gives its first frame and those behind it that are the whole number of frames apart that comes closest to
+    seconds_per_frame; an image gives itself. Raises UserError.
+    """
+    here, kind = f"--init {path}", KINDS[images]
+    if not os.path.isfile(path):
+        raise UserError(f"{here}: no such file")
+    if not _is_a(kind, path):
+        raise UserError(f"{here}: by its name no {kind}, wanted one of {' '.join(SUFFIXES[kind])}")
+    try:
+        video = _probe("", "", path)
+        interval = max(1, round(seconds_per_frame * video.fps))
+        numbers = range(0, num_frames * interval, interval)
+        if numbers[-1] >= video.num_frames:
+            raise UserError(f"{here}: has {video.num_frames} frames, but {num_frames} that are {interval} apart take "
+                            f"{numbers[-1] + 1}; name a longer video")
+        frames = read_frames("", video, numbers)
+    except UnreadableError as error:
+        raise UserError(f"{here}: can't be decoded; name another file") from error
+    height, width = frames.shape[1:3]
+    if (height, width) != (image_size, image_size):
+        raise UserError(f"{here}: {width} x {height} pixels, wanted {image_size} x {image_size}: resize it first")
+    return frames
 
 
 def resize_and_crop(frames, image_size):
@@ -307,8 +397,8 @@ class Clips(torch.utils.data.Dataset):
     """Sample `number` of a stream: a clip of one of `videos`, all of which have at least num_frames frames.
 
     The stream is one permutation of the videos after another; `stream` names it: the first step of a training phase,
-    or a word. frame_interval is the smallest and the
-    largest step from frame to frame; each clip draws one, or takes the largest that fits its video if that is less.
+    or a word. frame_interval is the smallest and the largest step from frame to frame; each clip draws one, or takes
+    the largest that fits its video if that is less.
     """
 
     def __init__(self, root, videos, classes, num_frames, image_size, frame_interval=(1, 1), flip=True, seed=0,
@@ -346,7 +436,7 @@ class Clips(torch.utils.data.Dataset):
                 "video": video.path,
                 "bad": [video.path for video in tried],
             }
-        raise UserError(f"--data-path {self.root}: {len(tried)} videos in a row are bad, {tried[0].path} the first")
+        raise UserError(f"--data-path {self.root}: {len(tried)} files in a row are bad, {tried[0].path} the first")
 
     def _draw(self, purpose, below, *numbers):
         """A number from 0 to below - 1."""

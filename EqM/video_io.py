@@ -1,4 +1,4 @@
-"""Videos on disk for people (mp4, GIF, one PNG sheet) and for programs (npz).
+"""Videos on disk for people (mp4, GIF, one PNG sheet) and for programs (npz); images, T = 1, as PNG and one grid.
 
 Everywhere a video is a uint8 NumPy array (T, H, W, 3), RGB; several are (N, T, H, W, 3). What people look
 at is enlarged by a whole factor without smoothing, so that each pixel of the model stays visible;
@@ -16,17 +16,21 @@ from PIL import Image, ImageDraw, ImageFont
 SHORT_SIDE = 128  # px, the least that pictures for people have
 MAX_ROWS, MAX_COLUMNS = 16, 32  # of a sheet
 GRID = 3, 8  # rows and columns of videos that play together, at most
+IMAGE_GRID = 8, 8  # and of images
 GAP = 2  # px of white between the frames of a sheet
 
 
 def write_samples(folder, videos, labels, fps, names=None):
-    """Write everything that one call of sample_gd.py leaves: videos, sheet.png and samples.npz.
+    """Write all that one call of sample_gd.py leaves: videos, grid.gif and sheet.png (images: grid.png), samples.npz.
 
     videos: uint8 (N, T, H, W, 3); labels: (N,) integers; fps: frames per second; names: N texts for the sheet.
     """
     write_videos(folder, videos, fps)
-    write_gif(Path(folder) / "grid.gif", tile(videos), fps)
-    write_sheet(Path(folder) / "sheet.png", videos, names)
+    if videos.shape[1] == 1:
+        write_sheet(Path(folder) / "grid.png", videos)
+    else:
+        write_gif(Path(folder) / "grid.gif", tile(videos), fps)
+        write_sheet(Path(folder) / "sheet.png", videos, names)
     write_npz(Path(folder) / "samples.npz", videos, labels)
 
 
@@ -76,11 +80,11 @@ def write_gif(path, video, fps):
     first.save(path, format="GIF", save_all=True, append_images=others, duration=delays.tolist(), loop=0)
 
 
-def tile(videos):
-    """The first 24 videos side by side, playing together: (N, T, H, W, 3) -> one (T, h, w, 3)."""
-    videos = enlarge(videos[: GRID[0] * GRID[1]], to=SHORT_SIDE // 2)
+def tile(videos, grid=GRID, to=SHORT_SIDE // 2):
+    """The first rows x columns videos side by side, playing together: (N, T, H, W, 3) -> one (T, h, w, 3)."""
+    videos = enlarge(videos[: grid[0] * grid[1]], to)
     N, T, H, W, _ = videos.shape
-    columns = min(N, GRID[1])
+    columns = min(N, grid[1])
     rows = -(-N // columns)
     cells = np.full((rows * columns, T, H + GAP, W + GAP, 3), 255, np.uint8)
     cells[:N, :, :H, :W] = videos
@@ -91,9 +95,13 @@ def tile(videos):
 def write_sheet(path, videos, names=None):
     """Write (N, T, H, W, 3) as one PNG: a row per video, a column per frame, `names` (N texts) at the left.
 
-    At most the first 16 videos, and 32 frames spread evenly from the first to the last.
+    At most the first 16 videos, and 32 frames spread evenly from the first to the last. Images (T = 1) come without
+    names, the first 64 of them, 8 in a row.
     """
     T = videos.shape[1]
+    if T == 1:
+        Image.fromarray(tile(videos, IMAGE_GRID, SHORT_SIDE)[0]).save(path)
+        return
     columns = np.linspace(0, T - 1, min(T, MAX_COLUMNS)).round().astype(int)
     frames = enlarge(videos[:MAX_ROWS, columns])  # (rows, columns, h, w, 3)
     rows, columns, h, w = frames.shape[:4]

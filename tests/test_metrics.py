@@ -65,6 +65,26 @@ def test_clips_reach_tensorboard_as_a_row_per_clip_and_a_column_per_frame(tmp_pa
     assert np.array_equal(sheet, np.concatenate([np.concatenate(clip, axis=1) for clip in clips]))
 
 
+@pytest.mark.parametrize(("number", "rows", "columns"), [(3, 1, 3), (8, 1, 8), (19, 3, 8)])
+def test_images_reach_tensorboard_and_wandb_as_a_grid_of_8_in_a_row(tmp_path, monkeypatch, number, rows, columns):
+    fake = FakeWandb()
+    fake.Image = lambda pixels: ("Image", pixels)
+    monkeypatch.setitem(sys.modules, "wandb", fake)
+    images = np.random.default_rng(0).integers(0, 255, (number, 1, 4, 5, 3), dtype=np.uint8)
+    metrics = Metrics(tmp_path, wandb=True)
+    metrics.video(7, "samples", images)
+    metrics.close()
+    (event,) = board(tmp_path).Images("samples")
+    ((step, row),) = fake.runs[0].rows
+    kind, pixels = row["samples"]
+    assert (event.step, step, kind) == (7, 7, "Image")
+    for grid in (np.asarray(Image.open(BytesIO(event.encoded_image_string))), pixels):
+        assert grid.shape == (rows * 4, columns * 5, 3)
+        cells = grid.reshape(rows, 4, columns, 5, 3).swapaxes(1, 2).reshape(-1, 4, 5, 3)
+        assert np.array_equal(cells[:number], images[:, 0])
+        assert (cells[number:] == 255).all()
+
+
 def test_other_ranks_write_nothing(tmp_path, monkeypatch):
     monkeypatch.setenv("RANK", "1")
     metrics = Metrics(tmp_path, resume_step=3, wandb=True)

@@ -1,16 +1,13 @@
 import dataclasses
 import itertools
-import json
 import math
 import warnings
-from pathlib import Path
 
 import pytest
 import torch
-from safetensors import safe_open
+import torch.nn.functional as F
+from torch.nn.attention import SDPBackend, sdpa_kernel
 
-import samplers
-import transport
 from models import EqM, EqM_models, EqMConfig, TimeScaleEmbedder, model_config, position_table
 from rope import apply_rotary
 
@@ -397,7 +394,7 @@ def test_the_temporal_patch_is_the_spatial_one_unless_told_otherwise():
         ({"hidden_size": 66, "num_heads": 2}, "does not give 2 heads of an even size"),
         ({"hidden_size": 8}, "head_dim of at least 6, found 4"),
         ({"use_rope": False, "num_frames": 3}, "3 frames are fewer than the temporal patch has, 4"),
-        ({"ebm": "energy"}, "ebm must be .*'energy'"),
+        ({"ebm": "energy"}, "ebm must be one of none, dot, l2, found 'energy'"),
     ],
 )
 def test_a_configuration_that_is_inconsistent_is_refused(changes, message):
@@ -517,75 +514,116 @@ def test_images_are_clips_of_one_frame():
     assert model(x, labels(2)).shape == x.shape
 
 
-# The published image model, tiny (its outputs were made by the published code) ---------------------------------------
+# Energies -----------------------------------------------------------------------------------------------------------
+
+ENERGIES = [(ebm, use_rope, num_frames) for ebm in ("dot", "l2") for use_rope in (True, False) for num_frames in (8, 6)]
 
 
-@pytest.fixture(scope="module")
-def published():
-    with safe_open(Path(__file__).parent / "eqm_image_tiny.safetensors", "pt") as file:
-        tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 - not a dict
-        settings = json.loads(file.metadata()["config"])
-    state = {name.removeprefix("state."): value for name, value in tensors.items() if name.startswith("state.")}
-    return state, tensors, settings
+def energy_by_definition(model, x, y, time_scale):
+    """EqM-E's energies, lower near data, from the output of the same network without an energy."""
+    plain = EqM(dataclasses.replace(model.config, ebm="none")).to(x.dtype)
+    plain.load_state_dict(model.state_dict())
+    g = plain(x, y, time_scale)
+    return {"dot": -(g * x).sum(dim=(1, 2, 3, 4)), "l2": (g * g).sum(dim=(1, 2, 3, 4)) / 2}[model.config.ebm]
 
 
-@pytest.fixture(scope="module")
-def published_model(published):
-    """Their parameters in our network: one frame per patch, without the half that would be sigma."""
-    state, _, settings = published
-    names = {field.name for field in dataclasses.fields(EqMConfig)}
-    config = EqMConfig(temporal_patch_size=1, **{name: value for name, value in settings.items() if name in names})
-    state = {name: value for name, value in state.items() if name != "pos_embed"}
-    state["x_embedder.proj.weight"] = state["x_embedder.proj.weight"].unsqueeze(2)
-    for name in ("final_layer.linear.weight", "final_layer.linear.bias"):
-        state[name] = state[name].unflatten(0, (4, 8))[:, :4].flatten(0, 1)  # 2 x 2 pixels of 4 + 4 channels
-    model = EqM(config).eval()
-    model.load_state_dict(state)
-    return model
+@pytest.mark.parametrize(("ebm", "use_rope", "num_frames"), ENERGIES)
+def test_the_field_of_an_energy_is_minus_its_slope_by_finite_differences(ebm, use_rope, num_frames):
+    model = tiny(ebm=ebm, use_rope=use_rope, num_frames=num_frames).double()
+    x, y, scale = clip(num_frames, batch=2).double(), labels(2), torch.tensor([0.04, 0.1])
+    f = model(x, y, scale).detach()
+    assert f.shape == x.shape
+    for seed in range(4):
+        direction, h = clip(num_frames, batch=2, seed=10 + seed).double(), 1e-5
+        with torch.no_grad():
+            up, down = (model.energy(x + sign * h * direction, y, scale) for sign in (1, -1))
+        along = (f * direction).sum(dim=(1, 2, 3, 4))
+        torch.testing.assert_close(along, -(up - down) / (2 * h), rtol=1e-5, atol=1e-6)
 
 
-def test_the_published_image_model_has_our_fixed_positions(published, published_model):
-    assert torch.equal(published[0]["pos_embed"], published_model.pos_embed)
-
-
+@pytest.mark.parametrize(("ebm", "use_rope", "num_frames"), ENERGIES)
 @torch.no_grad()
-def test_the_published_image_model_gives_its_published_output(published, published_model):
-    _, tensors, _ = published
-    f = published_model(tensors["x"].unsqueeze(2), tensors["y"])
-    assert distance(f.squeeze(2), tensors["output"]) < 1e-5
+def test_the_energies_are_those_of_their_definition(ebm, use_rope, num_frames):
+    model = tiny(ebm=ebm, use_rope=use_rope, num_frames=num_frames)
+    x, y, scale = clip(num_frames, batch=2), labels(2), torch.tensor([0.04, 0.1])
+    torch.testing.assert_close(model.energy(x, y, scale), energy_by_definition(model, x, y, scale))
 
 
-@torch.no_grad()
-def test_the_published_image_model_gives_its_published_guided_output(published, published_model):
-    _, tensors, settings = published
-    field = samplers.guided(published_model, tensors["y"], torch.full((3,), 0.04), settings["cfg_scale"], 10)
-    f = field(tensors["x"].unsqueeze(2), torch.arange(3))
-    assert distance(f.squeeze(2), tensors["cfg4.output"]) < 1e-5
+@pytest.mark.parametrize(("ebm", "use_rope", "num_frames"), ENERGIES)
+def test_training_differentiates_through_the_gradient_by_finite_differences(ebm, use_rope, num_frames):
+    model = tiny(ebm=ebm, use_rope=use_rope, num_frames=num_frames, qk_norm=True).double()
+    x, y, goal = clip(num_frames, batch=2).double(), labels(2), clip(num_frames, batch=2, seed=3).double()
+
+    def loss():
+        return (model(x, y) - goal).square().mean()
+
+    loss().backward()
+    names = ("blocks.0.attn.qkv.weight", "blocks.1.mlp.fc1.weight", "x_embedder.proj.weight", "final_layer.linear.bias")
+    for name in names:
+        weight, h = model.get_parameter(name), 1e-5
+        direction = torch.randn(weight.shape, generator=torch.Generator().manual_seed(4), dtype=torch.float64)
+        values = []
+        for sign in (1, -1):
+            weight.data += sign * h * direction
+            values.append(loss().item())
+            weight.data -= sign * h * direction
+        slope = (values[0] - values[1]) / (2 * h)
+        assert (weight.grad * direction).sum().item() == pytest.approx(slope, rel=1e-4), name
 
 
-@torch.no_grad()
-def test_the_published_image_model_has_its_published_loss(published, published_model):
-    _, tensors, _ = published
-    x, noise, gamma = tensors["x"], tensors["loss.noise"], tensors["loss.gamma"]
-    assert distance(transport.decay(gamma), tensors["loss.c"]) < 1e-5
-    assert distance(transport.interpolate(x, noise, gamma), tensors["loss.x_gamma"]) < 1e-5
-    assert distance(transport.target(x, noise, gamma), tensors["loss.target"]) < 1e-5
-    losses = transport.loss(lambda z: published_model(z, tensors["y"]), x.unsqueeze(2), noise.unsqueeze(2), gamma)
-    assert distance(losses, tensors["loss.per_sample"]) < 1e-5
+@pytest.mark.parametrize("ebm", ["dot", "l2"])
+def test_the_field_of_an_energy_is_the_same_without_grad_and_leaves_no_graph(ebm):
+    model, x, y = tiny(ebm=ebm), clip(7, batch=2), labels(2)
+    expected = model(x, y)
+    with torch.no_grad():
+        f, features = model(x, y, return_features=True)
+        energy = model.energy(x, y)
+    assert distance(f, expected.detach()) < 1e-4  # the attention of training is another one
+    assert expected.requires_grad
+    assert not any(part.requires_grad for part in (f, features, energy, x))
+    assert all(parameter.grad is None for parameter in model.parameters())
+    before = f.clone()
+    with torch.autocast("cpu", torch.bfloat16), torch.no_grad():
+        assert model.energy(x, y).dtype == torch.float32
+        assert distance(model(x, y), before) < 0.1
 
 
-@pytest.mark.parametrize("method", ["gd", "ngd"])
-@torch.no_grad()
-def test_the_published_image_model_descends_as_published(published, published_model, method):
-    _, tensors, settings = published
-    field = samplers.guided(published_model, tensors["y"], torch.full((3,), 0.04), 1.0, 10)
-    x, evaluations = samplers.sample(
-        field,
-        tensors["x"].unsqueeze(2),
-        method,
-        num_steps=settings["sampler_evaluations"] + 1,
-        step_size=settings["sampler_eta"],
-        momentum=settings["sampler_mu"],
-    )
-    assert evaluations.tolist() == [settings["sampler_evaluations"]] * 3
-    assert distance(x.squeeze(2), tensors[f"sampler_{method}.final"]) < 1e-5
+def test_training_on_an_energy_names_the_math_attention_because_no_other_has_a_second_derivative(monkeypatch):
+    seen, attention = [], F.scaled_dot_product_attention
+
+    def noted(*args):
+        seen.append(torch.backends.cuda.flash_sdp_enabled())
+        return attention(*args)
+
+    monkeypatch.setattr(F, "scaled_dot_product_attention", noted)
+    model, x, y = tiny(ebm="dot"), clip(8), labels(1)
+    model(x, y)
+    with torch.no_grad():
+        model(x, y)
+    tiny()(x, y)
+    assert seen == [False, False, True, True, True, True]  # two blocks each
+    with sdpa_kernel(SDPBackend.FLASH_ATTENTION), pytest.raises(RuntimeError, match="derivative"):
+        q = torch.randn(1, 2, 4, 8, requires_grad=True)
+        (first,) = torch.autograd.grad(attention(q, q, q).square().sum(), q, create_graph=True)
+        first.sum().backward()
+
+
+@pytest.mark.parametrize("ebm", ["none", "dot", "l2"])
+@pytest.mark.parametrize("use_rope", [True, False])
+def test_a_fresh_model_learns_whatever_its_energy(ebm, use_rope):
+    torch.manual_seed(0)
+    model = EqM(dataclasses.replace(TINY, ebm=ebm, use_rope=use_rope))
+    x, y, goal = clip(8, batch=4), labels(4), clip(8, batch=4, seed=2)
+    optimizer, losses = torch.optim.AdamW(model.parameters(), lr=1e-2), []
+    for _ in range(30):
+        loss = (model(x, y) - goal).square().mean()
+        loss.backward()
+        optimizer.step()
+        optimizer.zero_grad()
+        losses.append(loss.item())
+    assert losses[-1] < 0.9 * losses[0]
+
+
+def test_a_model_without_an_energy_has_none():
+    with pytest.raises(ValueError, match="no energy"):
+        tiny().energy(clip(8), labels(1))

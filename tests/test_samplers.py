@@ -241,8 +241,15 @@ class Bar:
         self.total, self.done = total, 0
         Bar.made.append(self)
 
+    @property
+    def n(self):
+        return self.done
+
     def update(self, n=1):
         self.done += n
+
+    def set_postfix_str(self, text, refresh):
+        pass
 
     def __enter__(self):
         return self
@@ -265,30 +272,30 @@ def run_generate(network=wavy, count=5, **settings):
 @pytest.mark.parametrize("batch_size", [1, 2, 3, 100])
 @pytest.mark.parametrize("stop_below", [None, 0.3])
 def test_samples_do_not_depend_on_the_batch_size(batch_size, stop_below):
-    samples, evaluations = run_generate(batch_size=batch_size, stop_below=stop_below)
-    expected, spent = run_generate(batch_size=5, stop_below=stop_below)
+    samples, evaluations, _ = run_generate(batch_size=batch_size, stop_below=stop_below)
+    expected, spent, _ = run_generate(batch_size=5, stop_below=stop_below)
     assert samples.shape == (5, 2, 3, 4, 4)
     assert torch.equal(samples, expected)
     assert torch.equal(evaluations, spent)
 
 
 def test_samples_come_in_the_order_of_their_noise():
-    samples, _ = run_generate(batch_size=2, step_size=1e-6)
+    samples, _, _ = run_generate(batch_size=2, step_size=1e-6)
     torch.testing.assert_close(samples, normal(5, 2, 3, 4, 4), atol=1e-4, rtol=0)
 
 
 def test_no_noise_gives_no_samples():
-    samples, evaluations = run_generate(count=0)
+    samples, evaluations, _ = run_generate(count=0)
     assert samples.shape == (0, 2, 3, 4, 4)
     assert evaluations.shape == (0,)
     assert evaluations.dtype == torch.int64
 
 
-def test_one_progress_bar_counts_the_evaluations_of_all_batches(monkeypatch):
+def test_one_progress_bar_counts_the_points_of_all_batches(monkeypatch):
     monkeypatch.setattr(samplers, "tqdm", Bar)
     Bar.made.clear()
     run_generate(batch_size=2)
-    assert [(bar.total, bar.done) for bar in Bar.made] == [(15, 15)]  # 3 batches x 5 evaluations
+    assert [(bar.total, bar.done) for bar in Bar.made] == [(18, 18)]  # 3 batches x 6 points
 
 
 @pytest.mark.parametrize(("precision", "dtype"), [("fp32", torch.float32), ("bf16", torch.bfloat16)])
@@ -300,12 +307,113 @@ def test_precision_is_that_of_the_network_and_the_descent_stays_float32(precisio
         seen.append((x.dtype, f.dtype))
         return f
 
-    samples, _ = run_generate(network, precision=precision)
+    samples, _, _ = run_generate(network, precision=precision)
     assert set(seen) == {(torch.float32, dtype)}
     assert samples.dtype == torch.float32
 
 
 def test_sampling_builds_no_graph():
     weight = torch.ones(1, requires_grad=True)
-    samples, _ = run_generate(lambda x, y, time_scale: weight * x)
+    samples, _, _ = run_generate(lambda x, y, time_scale: weight * x)
     assert not samples.requires_grad
+
+
+# The ODE in gamma ---------------------------------------------------------------------------------------------------
+
+
+def straight_field(noise, data):
+    """The field of a single datum seen from a known start: it reads gamma off how far along the line x is."""
+    way = data - noise
+
+    def field(x, keep):
+        gamma = ((x - noise) * way).sum(dim=1) / way.square().sum(dim=1)
+        return transport.decay(gamma)[:, None] * way
+
+    return field
+
+
+@pytest.mark.parametrize("method", ["euler", "heun"])
+@pytest.mark.parametrize("num_steps", [2, 3, 10, 101])
+@pytest.mark.parametrize("start_gamma", [0.0, 0.3, 0.9])
+def test_where_its_assumption_holds_the_ode_leads_straight_to_the_data(method, num_steps, start_gamma):
+    noise, data = normal(3, 5, dtype=torch.float64), normal(3, 5, seed=1, dtype=torch.float64)
+    start = transport.interpolate(data, noise, torch.full((3,), start_gamma, dtype=torch.float64))
+    x, _ = sample(straight_field(noise, data), start, method, num_steps, start_gamma=start_gamma)
+    torch.testing.assert_close(x, data)
+
+
+@pytest.mark.parametrize(("method", "order"), [("euler", 1), ("heun", 2)])
+def test_the_error_of_a_solver_falls_by_its_order(method, order, monkeypatch):
+    monkeypatch.setattr(samplers, "decay", torch.ones_like)  # dx/dgamma = -x, whose solution is known
+    start, errors = normal(2, 3, dtype=torch.float64), []
+    for num_steps in (41, 81):
+        x, _ = sample(lambda x, keep: -x, start, method, num_steps)
+        errors.append((x - start * torch.tensor(-1.0, dtype=torch.float64).exp()).norm())
+    assert torch.log2(errors[0] / errors[1]).item() == pytest.approx(order, abs=0.1)
+
+
+@pytest.mark.parametrize(("method", "spent"), [("euler", 6), ("heun", 11)])
+def test_a_solver_takes_even_steps_up_to_one_where_it_never_asks(method, spent, monkeypatch):
+    asked = []
+    monkeypatch.setattr(samplers, "decay", lambda gamma: asked.append(gamma.item()) or transport.decay(gamma))
+    x, evaluations = sample(lambda x, keep: torch.ones_like(x), normal(2, 3), method, num_steps=7, start_gamma=0.4)
+    assert evaluations.tolist() == [spent] * 2
+    assert len(asked) == spent
+    assert sorted(set(asked)) == pytest.approx([0.4, 0.5, 0.6, 0.7, 0.8, 0.9])
+    assert x.isfinite().all()
+
+
+# Watching -----------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("method", ["gd", "ngd", "euler", "heun"])
+def test_an_observer_sees_every_point_from_the_first_to_the_last(method):
+    seen, start = [], normal(3, 4)
+    x, _ = sample(lambda x, keep: -x, start, method, 5, 0.1, observe=lambda x, keep: seen.append((x.clone(), keep)))
+    assert len(seen) == 5
+    assert torch.equal(seen[0][0], start)
+    assert torch.equal(seen[-1][0], x)
+    assert all(keep.tolist() == [0, 1, 2] for _, keep in seen)
+
+
+def quadratic(x, y, time_scale):
+    """An energy whose field is -(1 + y) x."""
+    return (1 + y) * x.square().flatten(1).sum(dim=1) / 2
+
+
+def quadratic_field(x, y, time_scale):
+    return -(1 + y).reshape(-1, 1, 1, 1, 1) * x
+
+
+@pytest.mark.parametrize("guidance", [1.0, 4.0])
+def test_energies_are_those_of_the_points_on_the_way(guidance):
+    step = 0.01
+    _, evaluations, energies = run_generate(
+        quadratic_field, energy=quadratic, num_steps=9, step_size=step, guidance=guidance, method="gd", batch_size=2
+    )
+    rate = (1 + NULL) + guidance * (torch.arange(5) - NULL)  # of the guided field, per label
+    start = normal(5, 2, 3, 4, 4).square().flatten(1).sum(dim=1)
+    expected = (rate / 2 * start)[:, None] * (1 - step * rate)[:, None] ** (2 * torch.arange(9))
+    torch.testing.assert_close(energies, expected, rtol=1e-4, atol=1e-4)
+    assert evaluations.tolist() == [8] * 5
+
+
+def test_the_energies_of_a_sample_end_where_it_stops():
+    settings = {"num_steps": 60, "step_size": 0.1, "guidance": 1.0, "method": "gd", "stop_below": 0.05, "batch_size": 2}
+    samples, evaluations, energies = run_generate(quadratic_field, energy=quadratic, **settings)
+    assert len(set(evaluations.tolist())) == 5  # the steeper the sooner
+    known = ~energies.isnan()
+    assert known.sum(dim=1).tolist() == evaluations.tolist()  # one point per evaluation; the last moved nothing
+    last = energies[torch.arange(5), evaluations - 1]
+    torch.testing.assert_close(last, quadratic(samples, torch.arange(5), None))
+    assert (energies.diff(dim=1)[known[:, 1:]] < 0).all()
+
+
+@pytest.mark.parametrize("stop_below", [None, 0.05])
+def test_energies_change_no_sample(stop_below):
+    settings = {"num_steps": 20, "step_size": 0.1, "guidance": 1.0, "stop_below": stop_below}
+    plain, _, nothing = run_generate(quadratic_field, **settings)
+    watched, _, _ = run_generate(quadratic_field, energy=quadratic, **settings)
+    assert torch.equal(plain, watched)
+    assert nothing is None
+    assert run_generate(quadratic_field, energy=quadratic, count=0, **settings)[2].shape == (0, 20)

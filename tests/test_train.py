@@ -8,6 +8,7 @@ import av
 import numpy as np
 import pytest
 import torch
+from PIL import Image
 from torch.utils.data import DataLoader
 
 import checkpoint
@@ -15,6 +16,7 @@ import distributed
 import metrics
 import sample_gd
 import train
+import transport
 from models import EqM, model_config
 from vae import VAE
 from video_dataset import Clips, collate, scan_videos
@@ -42,12 +44,22 @@ def videos(tmp_path_factory):
     return root
 
 
+@pytest.fixture(scope="module")
+def images(tmp_path_factory):
+    root = tmp_path_factory.mktemp("images") / "data"
+    for number in range(8):
+        (root / "AB"[number % 2]).mkdir(parents=True, exist_ok=True)
+        pixels = np.random.default_rng(number).integers(0, 256, (16, 20, 3), dtype=np.uint8)
+        Image.fromarray(pixels).save(root / "AB"[number % 2] / f"{number}.png")
+    return root
+
+
 def save_checkpoint(path, step=10, **settings):
     """A checkpoint as train.py writes it, of a named model so that --model can be checked."""
     config = model_config("EqM-Ti/4", **({"input_size": 16, "in_channels": 3, "num_classes": 2, "depth": 6} | settings))
     weights = EqM(config).state_dict()
     data = {"vae": "none", "image_size": 16, "fps": 25.0, "frame_interval": [1], "classes": ["A", "B"]}
-    training = {"model": "EqM-Ti/4", "num_frames": config.num_frames}
+    training = {"model": "EqM-Ti/4", "num_frames": config.num_frames, "video": config.num_frames > 1}
     state = {
         "version": checkpoint.VERSION,
         "config": {"model": vars(config), "data": data, "training": training},
@@ -103,6 +115,9 @@ BAD_TRAINING = {  # flags -> words that the line must have
     "a negative rate": (["--lr", -1], ["--lr", "above 0"]),
     "results in a file": (["--results-dir", "/dev/null/x"], ["--results-dir", "/dev/null"]),
     "an unknown flag": (["--num-frame", 3], ["--num-frame"]),
+    "an unknown energy": (["--ebm", "l3"], ["--ebm", "l3"]),
+    "dispersion of single clips": (["--disp", "--grad-accum", 4], ["--disp", "--global-batch-size 4"]),
+    "a threshold for a solver": (["--stop-below", 0.5, "--sampler", "euler"], ["--stop-below 0.5", "euler"]),
     "Weights & Biases that is not installed": (["--wandb"], ["--wandb", "pip install wandb"]),
 }
 
@@ -119,9 +134,39 @@ def test_train_refuses_in_one_line(case, videos, tmp_path, monkeypatch, capsys):
     assert not results.exists()
 
 
-def test_train_without_video_says_what_is_missing(videos, tmp_path, monkeypatch, capsys):
-    flags = [flag for flag in TRAIN if flag != "--video"]
-    assert "--video" in refuse(monkeypatch, capsys, train, *flags, "--data-path", videos)
+IMAGES = ["--model", "EqM-Ti/4", "--vae", "none", "--image-size", 16]
+
+
+def test_train_without_video_wants_images_and_says_so(videos, images, tmp_path, monkeypatch, capsys):
+    def line(*flags):
+        return refuse(monkeypatch, capsys, train, *flags, "--results-dir", tmp_path / "results", "--max-steps", 20)
+
+    without = [flag for flag in TRAIN if flag != "--video"]
+    assert "--num-frames 8 without --video" in line(*without, "--data-path", videos)
+    assert "--temporal-patch-size 4 without --video" in line(*IMAGES, "--temporal-patch-size", 4, "--data-path", images)
+    assert "--frame-interval" in line(*IMAGES, "--frame-interval", 2, "--data-path", images)
+    assert "--video" in line(*IMAGES, "--data-path", videos)
+    assert "--video" in line(*TRAIN, "--data-path", images)
+    assert not (tmp_path / "results").exists()
+
+
+def test_a_model_of_images_and_one_of_videos_are_not_taken_for_each_other(
+    videos, images, rope_checkpoint, tmp_path, monkeypatch, capsys
+):
+    picture = save_checkpoint(tmp_path / "image.pt", use_rope=True, num_frames=1, temporal_patch_size=1)
+    train_images = [*IMAGES, "--use-rope", "--data-path", images, "--ckpt", rope_checkpoint]
+    assert "holds a video model: add --video" in refuse(monkeypatch, capsys, train, *train_images)
+    train_videos = [*TRAIN, "--data-path", videos, "--ckpt", picture]
+    assert "holds an image model, --video asks" in refuse(monkeypatch, capsys, train, *train_videos)
+    assert "holds a video model: add --video" in refuse(monkeypatch, capsys, sample_gd, "--ckpt", rope_checkpoint)
+    assert "holds an image model" in refuse(monkeypatch, capsys, sample_gd, "--video", "--ckpt", picture)
+
+
+def test_a_checkpoint_of_another_energy_is_refused(videos, rope_checkpoint, monkeypatch, capsys):
+    flags = ["--ckpt", rope_checkpoint, "--ebm", "dot"]
+    for script, rest in ((train, [*TRAIN, "--data-path", videos]), (sample_gd, ["--video"])):
+        line = refuse(monkeypatch, capsys, script, *rest, *flags)
+        assert "has ebm none, --ebm gives dot" in line
 
 
 def test_train_refuses_a_checkpoint_that_does_not_fit(
@@ -164,6 +209,14 @@ BAD_SAMPLING = {
     "no samples": (["--num-samples", 0], ["--num-samples"]),
     "one point, so no step": (["--num-sampling-steps", 1], ["--num-sampling-steps", "at least 2"]),
     "no such checkpoint": (["--ckpt", "no/such.pt"], ["--ckpt no/such.pt"]),
+    "a threshold of zero": (["--stop-below", 0], ["--stop-below", "found 0", "above 0"]),
+    "a threshold below zero": (["--stop-below", -0.5], ["--stop-below", "found -0.5", "above 0"]),
+    "a threshold for a solver": (["--stop-below", "--sampler", "heun"], ["--stop-below", "heun"]),
+    "the energy of a model that has none": (["--report-energy"], ["--report-energy", "without an energy"]),
+    "no start": (["--init", "no/such.mp4"], ["--init no/such.mp4"]),
+    "a share of nothing": (["--init-gamma", 0.5], ["--init-gamma 0.5", "--init"]),
+    "a share above one": (["--init", "x.mp4", "--init-gamma", 1.5], ["--init-gamma", "at most 1"]),
+    "no way to go": (["--init", "x", "--init-gamma", 1, "--sampler", "heun"], ["--init-gamma 1", "heun"]),
 }
 
 
@@ -190,7 +243,7 @@ def test_a_disk_that_fills_while_samples_are_written_is_one_line_and_status_1(
         raise OSError(28, "No space left on device")
 
     monkeypatch.setattr(sample_gd, "write_samples", full)
-    flags = ["--ckpt", rope_checkpoint, "--folder", tmp_path, "--num-samples", 1, "--num-sampling-steps", 2]
+    flags = ["--video", "--ckpt", rope_checkpoint, "--folder", tmp_path, "--num-samples", 1, "--num-sampling-steps", 2]
     monkeypatch.setattr(sys, "argv", ["sample_gd.py", *map(str, flags)])
     with pytest.raises(SystemExit) as ended:
         sample_gd.main()
@@ -284,12 +337,12 @@ def test_validation_gives_the_same_number_bit_for_bit_on_any_number_of_ranks(vid
     assert train.validate(runs[1]) == expected
 
 
-@pytest.mark.parametrize("name", ["loss", "gradient"])
+@pytest.mark.parametrize("name", ["train_loss", "grad_norm"])
 def test_a_loss_or_gradient_that_is_not_finite_stops_the_run_and_names_its_step(name):
     window = metrics.Window()
     for value in (1.0, 2.0, float("nan"), 3.0):
-        loss, norm = (value, 1.0) if name == "loss" else (1.0, value)
-        window.add(torch.tensor(loss), torch.tensor(1.0), torch.tensor(norm))
+        scalars = {"train_loss": 1.0, "grad_norm": 1.0} | {name: value}
+        window.add(**{name: torch.tensor(number) for name, number in scalars.items()})
     with pytest.raises(distributed.UserError, match=f"the {name} of step 103 is not finite"):
         window.summary(step=104, global_batch=8)
 
@@ -302,3 +355,76 @@ def test_more_processes_than_gpus_is_one_line(videos, monkeypatch, capsys):
     line = refuse(monkeypatch, capsys, train, *TRAIN, "--data-path", videos)
     assert "--nproc_per_node=8" in line
     assert "2 GPUs" in line
+
+
+# A step of every kind -----------------------------------------------------------------------------------------------
+
+
+def run_training(monkeypatch, results, *flags):
+    """The metrics rows and the last checkpoint of a short run in this process."""
+    flags = [*flags, "--results-dir", results, "--num-workers", 0, "--log-every", 1, "--sample-every", 0, "--depth", 1]
+    monkeypatch.setattr(sys, "argv", ["train.py", *map(str, flags)])
+    train.main()
+    (folder,) = results.iterdir()
+    rows, torn = metrics.read_metrics(folder / "metrics.jsonl")
+    assert torn == 0
+    return rows, checkpoint.load(folder / "checkpoints/latest.pt")
+
+
+KINDS = {
+    "images": [],
+    "images with rotary positions": ["--use-rope"],
+    "images with an energy": ["--ebm", "dot"],
+    "images with the other energy": ["--ebm", "l2", "--precision", "bf16"],
+    "images that are dispersed": ["--disp", "--grad-accum", 2],
+    "videos with all of it": ["--video", "--num-frames", 6, "--use-rope", "--ebm", "dot", "--disp", "--qk-norm"],
+}
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_every_kind_of_training_learns(kind, images, videos, tmp_path, monkeypatch):
+    flags = KINDS[kind]
+    data = videos if "--video" in flags else images
+    shared = [*IMAGES, "--data-path", data, "--global-batch-size", 8, "--lr", 3e-3, *flags]
+    rows, state = run_training(monkeypatch, tmp_path / "r", *shared, "--max-steps", 40, "--val-every", 1)
+    first, last = (sum(row["val_loss"] for row in part) for part in (rows[:3], rows[-3:]))
+    assert last < 0.97 * first
+    assert all("disp_loss" in row for row in rows) == ("--disp" in flags)
+    assert state["config"]["model"]["ebm"] == (flags[flags.index("--ebm") + 1] if "--ebm" in flags else "none")
+    assert state["config"]["model"]["temporal_patch_size"] == (4 if "--video" in flags else 1)
+    assert state["config"]["training"]["video"] == ("--video" in flags)
+
+
+def test_the_dispersive_loss_is_logged_apart_and_drives_the_activations_apart(images, tmp_path, monkeypatch):
+    shared = [*IMAGES, "--data-path", images, "--global-batch-size", 8, "--lr", 1e-3, "--max-steps", 30]
+    rows, _ = run_training(monkeypatch, tmp_path / "with", *shared, "--disp")
+    plain, _ = run_training(monkeypatch, tmp_path / "without", *shared)
+    assert rows[0]["train_loss"] == plain[0]["train_loss"]  # of the field alone
+    dispersions = [row["disp_loss"] for row in rows]
+    assert dispersions[-1] < dispersions[0] <= 0
+
+
+def test_the_network_is_told_the_point_on_the_path_the_label_and_the_frame_rate_and_nothing_else(videos):
+    seen = []
+
+    def network(*args, **flags):
+        seen.append((args, flags))
+        return torch.zeros_like(args[0]), None
+
+    scan = scan_videos(videos)
+    clips = Clips(videos, scan.videos, scan.classes, 4, 16, frame_interval=(2, 2))
+    batch, gamma = collate([clips[number] for number in range(3)]), torch.tensor([0.1, 0.5, 0.9])
+    run = SimpleNamespace(vae=VAE("none"), args=SimpleNamespace(precision="fp32"), device=torch.device("cpu"))
+    labels = torch.tensor([2, 0, 1])
+    losses, squares, _ = train.clip_losses(run, network, batch, labels, gamma, seed=3, stream=5)
+    x = batch["clips"].float() / 127.5 - 1
+    noise = distributed.normal(3, "noise", 5, [0, 1, 2], (3, 4, 16, 16))
+    ((args, flags),) = seen
+    assert torch.equal(args[0], transport.interpolate(x, noise, gamma))
+    assert torch.equal(args[1], labels)
+    assert args[2].tolist() == pytest.approx([0.08] * 3)
+    assert len(args) == 3
+    assert flags == {"return_features": True}
+    expected = transport.target(x, noise, gamma).square().flatten(1).mean(dim=1)
+    torch.testing.assert_close(losses, expected)
+    torch.testing.assert_close(squares, x.square().flatten(1).mean(dim=1))

@@ -1,11 +1,13 @@
+import math
+
 import pytest
 import torch
 
 import transport
 
 
-def normal(*shape, seed=0):
-    return torch.randn(*shape, generator=torch.Generator().manual_seed(seed))
+def normal(*shape, seed=0, dtype=torch.float32):
+    return torch.randn(*shape, generator=torch.Generator().manual_seed(seed), dtype=dtype)
 
 
 def test_the_decay_is_four_up_to_four_fifths_then_falls_linearly_to_zero():
@@ -52,7 +54,7 @@ def test_the_mean_square_of_the_decay_is_its_integral():
 def test_a_network_that_says_zero_has_the_loss_that_is_expected_of_it(mean_square):
     x = normal(20_000, 1, 1, 4, 4) * mean_square**0.5
     noise, gamma = normal(20_000, 1, 1, 4, 4, seed=1), torch.rand(20_000, generator=torch.Generator().manual_seed(2))
-    losses = transport.loss(torch.zeros_like, x, noise, gamma)
+    losses = transport.loss(torch.zeros_like(x), x, noise, gamma)
     assert losses.shape == (20_000,)
     assert losses.mean().item() == pytest.approx(transport.zero_loss(mean_square), rel=0.02)  # 4 standard errors
 
@@ -60,23 +62,14 @@ def test_a_network_that_says_zero_has_the_loss_that_is_expected_of_it(mean_squar
 def test_the_loss_of_the_true_target_is_zero_and_of_an_offset_its_square():
     x, noise, gamma = normal(4, 2, 3, 4, 4), normal(4, 2, 3, 4, 4, seed=1), torch.tensor([0.0, 0.5, 0.9, 1.0])
     truth = transport.target(x, noise, gamma)
-    assert torch.equal(transport.loss(lambda z: truth, x, noise, gamma), torch.zeros(4))
+    assert torch.equal(transport.loss(truth, x, noise, gamma), torch.zeros(4))
     offsets = torch.tensor([0.0, 1.0, 2.0, 3.0])
-    losses = transport.loss(lambda z: truth + offsets.reshape(4, 1, 1, 1, 1), x, noise, gamma)
+    losses = transport.loss(truth + offsets.reshape(4, 1, 1, 1, 1), x, noise, gamma)
     torch.testing.assert_close(losses, offsets.square(), atol=1e-5, rtol=1e-5)
 
 
-def test_the_network_sees_the_point_on_the_path_and_nothing_else():
-    x, noise, gamma = normal(3, 4), normal(3, 4, seed=1), torch.tensor([0.1, 0.5, 0.9])
-    seen = []
-    transport.loss(lambda *args: seen.append(args) or torch.zeros(3, 4), x, noise, gamma)
-    assert len(seen) == 1
-    assert len(seen[0]) == 1
-    assert torch.equal(seen[0][0], transport.interpolate(x, noise, gamma))
-
-
 def test_the_loss_of_a_network_in_bfloat16_is_float32():
-    losses = transport.loss(lambda z: z.bfloat16(), normal(3, 4), normal(3, 4, seed=1), torch.rand(3))
+    losses = transport.loss(normal(3, 4).bfloat16(), normal(3, 4), normal(3, 4, seed=1), torch.rand(3))
     assert losses.dtype == torch.float32
 
 
@@ -109,3 +102,40 @@ def test_shifted_gamma_has_the_density_of_its_closed_form():
     middle = (gamma[1:] + gamma[:-1]) / 2
     density = shift / (1 + (shift - 1) * middle).square()
     torch.testing.assert_close(u.diff() / gamma.diff(), density, atol=0, rtol=1e-5)
+
+
+def naive_dispersion(z):
+    """The definition, pair by pair."""
+    pairs = [(-((a - b) ** 2).sum() / a.numel()).exp() for a in z for b in z]
+    return 0.5 * torch.stack(pairs).mean().log()
+
+
+@pytest.mark.parametrize("shape", [(2, 3), (5, 4, 6), (16, 7)])
+def test_the_dispersive_loss_and_its_gradient_are_those_of_the_sum_over_all_pairs(shape):
+    z = normal(*shape, dtype=torch.float64).requires_grad_()
+    (expected,) = torch.autograd.grad(naive_dispersion(z), z)
+    loss = transport.dispersive_loss(z)
+    assert loss.item() == pytest.approx(naive_dispersion(z).item(), rel=1e-5)
+    torch.testing.assert_close(torch.autograd.grad(loss, z)[0], expected, rtol=1e-4, atol=1e-7)
+
+
+def test_the_dispersive_loss_is_zero_where_all_are_alike_and_falls_to_its_floor_as_they_part():
+    alike = torch.ones(8, 5, requires_grad=True)
+    loss = transport.dispersive_loss(alike)
+    loss.backward()
+    assert loss.item() == pytest.approx(0, abs=1e-6)
+    assert torch.equal(alike.grad, torch.zeros(8, 5))  # not NaN
+    z = normal(8, 5)
+    losses = [transport.dispersive_loss(scale * z).item() for scale in (0.1, 1, 10, 1000)]
+    assert losses == sorted(losses, reverse=True)
+    assert losses[-1] == pytest.approx(-0.5 * math.log(8), rel=1e-5)  # only i = j is left
+    assert transport.dispersive_loss(z[:1]).item() == 0
+
+
+def test_dispersion_makes_samples_part():
+    z = (1e-2 * normal(6, 4)).requires_grad_()
+    before = torch.pdist(z.detach()).min()
+    for _ in range(50):
+        (gradient,) = torch.autograd.grad(transport.dispersive_loss(z), z)
+        z = (z - 5 * gradient).detach().requires_grad_()
+    assert torch.pdist(z.detach()).min() > 10 * before

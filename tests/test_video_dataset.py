@@ -3,7 +3,11 @@
 import json
 import os
 import struct
+import subprocess
+import sys
+import zlib
 from fractions import Fraction
+from itertools import product
 from pathlib import Path
 
 import av
@@ -11,10 +15,22 @@ import decord
 import numpy as np
 import pytest
 import torch
+from PIL import ExifTags, Image
 
 import video_dataset
 from distributed import UserError
-from video_dataset import BadVideos, Batches, Clips, Video, collate, long_enough, scan_videos, split_videos
+from video_dataset import (
+    BadVideos,
+    Batches,
+    Clips,
+    Video,
+    collate,
+    long_enough,
+    read_start,
+    scan_videos,
+    split_videos,
+    start_files,
+)
 
 SIZE = 32  # of the clips; videos are 64 x 48
 
@@ -554,7 +570,7 @@ def test_a_data_set_of_bad_videos_is_an_error(root):
     clips = make_clips(root)
     for video in clips.videos:
         (root / video.path).unlink()
-    with pytest.raises(UserError, match="4 videos in a row are bad"):
+    with pytest.raises(UserError, match="4 files in a row are bad"):
         clips[0]
 
 
@@ -562,7 +578,7 @@ def test_bad_videos_are_named_once_and_too_many_are_an_error():
     books = BadVideos(300, 0.01)
     assert books.add(["a", "b", "a"]) == ["a", "b"]
     assert books.add(["b", "c"]) == ["c"] and books.add([]) == [] and books.count == 3
-    with pytest.raises(UserError, match="4 of 300 videos are bad, d"):
+    with pytest.raises(UserError, match="4 of 300 files are bad, d"):
         books.add(["d"])
 
 
@@ -611,7 +627,7 @@ def test_every_mistake_in_the_data_path_is_one_line_that_says_what_to_do(tmp_pat
     (tmp_path / "file.avi").write_text("")
     assert "wanted a folder" in message(tmp_path / "file.avi")
     (tmp_path / "empty" / "A").mkdir(parents=True)
-    (tmp_path / "empty" / "A" / "x.jpg").write_text("")
+    (tmp_path / "empty" / "A" / "x.txt").write_text("")
     assert "no video found" in message(tmp_path / "empty")
     (tmp_path / "twins" / "A").mkdir(parents=True)
     for name in ("A/x.avi", "A/x.mp4"):
@@ -637,3 +653,283 @@ def test_videos_that_are_all_unreadable_too_short_or_too_few_are_an_error(tmp_pa
         long_enough([fake("A/x", 8), fake("A/y", 4)], 16)
     with pytest.raises(UserError, match="wanted at least 2"):
         split_videos(tmp_path, [fake("A/x")], 0.05)
+
+
+# Images.
+
+
+def picture(height=40, width=56, seed=0):
+    """uint8 (height, width, 3): smooth, so that JPEG keeps it, and like none of its mirror images."""
+    colours = np.random.default_rng(seed).integers(0, 256, (3, 4, 3), dtype=np.uint8)
+    return np.asarray(Image.fromarray(colours).resize((width, height), Image.Resampling.BICUBIC))
+
+
+def save(path, image, **options):
+    path.parent.mkdir(parents=True, exist_ok=True)
+    (image if isinstance(image, Image.Image) else Image.fromarray(image)).save(path, **options)
+
+
+def read_image(path):
+    """uint8 (H, W, 3)"""
+    (image,) = video_dataset.read_frames(path.parent, video_dataset._probe(path.parent, "all", path.name), [0])
+    return image
+
+
+def image_clips(root, num_frames=1, **kwargs):
+    scan = scan_videos(root, images=True)
+    return Clips(root, scan.videos, scan.classes, num_frames, SIZE, **kwargs)
+
+
+@pytest.fixture
+def image_root(tmp_path):
+    """Two classes, five images of every suffix."""
+    root = tmp_path / "images"
+    for seed, name in enumerate(("A/a.jpg", "A/b.jpeg", "A/c.png", "B/d.webp", "B/e.PNG")):
+        save(root / name, picture(seed=seed))
+    return root
+
+
+def test_a_scan_of_images_opens_none_of_them_and_leaves_no_index(image_root, tmp_path, monkeypatch):
+    (image_root / "B" / "f.jpg").write_text("not an image, which only reading it will tell")
+    (image_root / "B" / "thumbnails.db").write_text("")
+    write_video(image_root / "B" / "video.mp4")
+    monkeypatch.setattr(Image, "open", lambda *args, **kwargs: pytest.fail("opened an image"))
+    scan = scan_videos(image_root, tmp_path, images=True)
+    assert [video.path for video in scan.videos] == ["A/a.jpg", "A/b.jpeg", "A/c.png", "B/d.webp", "B/e.PNG", "B/f.jpg"]
+    assert scan.videos[0] == Video("A/a.jpg", "A", num_frames=1, fps=25.0, height=None, width=None)
+    assert scan.classes == ["A", "B"] and scan.unreadable == [] and scan.is_saved
+    video_dataset.save_index(scan, tmp_path)
+    assert not list(tmp_path.rglob("*index*"))
+
+
+def test_images_directly_in_root_are_one_class(tmp_path):
+    save(tmp_path / "a.png", picture())
+    assert [video.key for video in scan_videos(tmp_path, images=True).videos] == ["all/a"]
+
+
+def test_an_image_is_a_clip_of_one_frame_the_centre_crop_of_the_resized_image(tmp_path):
+    save(tmp_path / "wide.png", picture(64, 96, seed=1))
+    save(tmp_path / "high.png", picture(90, 45, seed=2))
+    clips = image_clips(tmp_path, flip=False)
+    for number in range(2):
+        item = clips[number]
+        assert item["clip"].dtype == torch.uint8 and item["clip"].shape == (3, 1, SIZE, SIZE)
+        assert (item["label"], item["time_scale"], item["bad"]) == (0, 0.04, [])
+        with Image.open(tmp_path / item["video"]) as image:
+            size = {"wide.png": (48, SIZE), "high.png": (SIZE, 64)}[item["video"]]
+            resized = np.asarray(image.resize(size, Image.Resampling.BILINEAR)).astype(int)
+        expected = resized[:, 8:40] if item["video"] == "wide.png" else resized[16:48]
+        assert np.abs(item["clip"][:, 0].permute(1, 2, 0).numpy() - expected).max() <= 1
+
+
+def test_images_are_split_streamed_and_batched_as_videos_are(tmp_path):
+    for number in range(40):
+        save(tmp_path / f"C{number % 4}" / f"{number}.png", picture(seed=number))
+    scan = scan_videos(tmp_path, images=True)
+    train, val = split_videos(tmp_path, scan.videos, 0.2)
+    assert sorted(video.key for video in train + val) == sorted(video.key for video in scan.videos)
+    as_videos = split_videos(tmp_path, [fake(video.key) for video in scan.videos], 0.2)[1]
+    assert [video.key for video in val] == [video.key for video in as_videos]
+    assert long_enough(train, 1) == (train, 0)
+    clips = Clips(tmp_path, train, scan.classes, 1, SIZE)
+    steps = len(train)  # of 2: two epochs
+    loader = torch.utils.data.DataLoader(clips, batch_sampler=Batches(0, steps, 2, 0, 1), collate_fn=collate)
+    batches = list(loader)
+    seen = [path for batch in batches for path in batch["videos"]]
+    assert sorted(seen) == sorted(2 * [video.path for video in train])
+    assert {batch["clips"].shape for batch in batches} == {(2, 3, 1, SIZE, SIZE)}
+    labels = [label for batch in batches for label in batch["labels"].tolist()]
+    assert labels == [scan.classes.index(path.split("/")[0]) for path in seen]
+
+
+@pytest.mark.parametrize("suffix", ["jpg", "png", "webp"])
+@pytest.mark.parametrize("orientation", range(1, 9))
+def test_an_image_comes_upright(tmp_path, suffix, orientation):
+    upright = picture()
+    stored = {  # what a camera that is held like this stores
+        1: upright, 2: upright[:, ::-1], 3: upright[::-1, ::-1], 4: upright[::-1],
+        5: upright.swapaxes(0, 1), 6: np.rot90(upright), 7: np.rot90(upright, 2).swapaxes(0, 1),
+        8: np.rot90(upright, -1),
+    }[orientation]  # fmt: skip
+    exif = Image.Exif()
+    exif[ExifTags.Base.Orientation] = orientation
+    save(tmp_path / f"image.{suffix}", np.ascontiguousarray(stored), exif=exif, quality=95)
+    image = read_image(tmp_path / f"image.{suffix}")
+    assert image.shape == upright.shape
+    assert np.abs(image.astype(int) - upright).mean() < 6
+
+
+def test_every_kind_of_pixel_becomes_rgb(tmp_path):
+    colours, grey = picture(), picture()[..., 0]
+    three = np.repeat(grey[..., None], 3, axis=2)
+    sixteen = np.random.default_rng(0).integers(0, 256, grey.shape)  # the low bytes
+    transparent = np.dstack([colours, grey])
+    palette = Image.fromarray(grey // 64 * 64).quantize(4)
+    kinds = {
+        "rgb": (Image.fromarray(colours), colours),
+        "grey": (Image.fromarray(grey), three),
+        "grey16": (Image.fromarray((grey.astype(np.int32) * 256 + sixteen).astype(np.uint16)), three),
+        "bilevel": (Image.fromarray(grey > 100), np.where(three > 100, 255, 0)),
+        "greyalpha": (Image.fromarray(np.dstack([grey, 255 - grey])), three),
+        "rgba": (Image.fromarray(transparent), colours),
+        "palette": (palette, np.asarray(palette.convert("RGB"))),
+    }
+    for name, (image, expected) in kinds.items():
+        save(tmp_path / f"{name}.png", image)
+        found = read_image(tmp_path / f"{name}.png")
+        assert found.dtype == np.uint8 and np.array_equal(found, expected), name
+    assert Image.open(tmp_path / "grey16.png").mode == "I;16"
+    save(tmp_path / "cmyk.jpg", Image.fromarray(colours).convert("CMYK"), quality=95)
+    assert np.abs(read_image(tmp_path / "cmyk.jpg").astype(int) - colours).mean() < 6
+
+
+@pytest.mark.parametrize("suffix", ["png", "webp"])
+def test_an_animated_image_gives_its_first_frame(tmp_path, suffix):
+    others = [Image.fromarray(picture(seed=seed)) for seed in (1, 2)]
+    save(tmp_path / f"a.{suffix}", picture(), save_all=True, append_images=others, lossless=True, duration=40)
+    assert Image.open(tmp_path / f"a.{suffix}").n_frames == 3
+    assert np.array_equal(read_image(tmp_path / f"a.{suffix}"), picture())
+
+
+def test_a_suffix_that_names_another_image_format_does_no_harm(tmp_path):
+    save(tmp_path / "a.jpg", picture(), format="PNG")
+    assert np.array_equal(read_image(tmp_path / "a.jpg"), picture())
+
+
+def cut(path):
+    path.write_bytes(path.read_bytes()[: path.stat().st_size * 9 // 10])
+
+
+def bomb(path):
+    Image.new("1", (20000, 10000)).save(path, format="PNG")
+
+
+def lose_size(path):
+    """A PNG whose first chunk is too short."""
+    header = struct.pack(">I", 4) + b"IHDR" + bytes(4)
+    path.write_bytes(b"\x89PNG\r\n\x1a\n" + header + struct.pack(">I", zlib.crc32(header[4:])))
+
+
+def lose_palette(path):
+    """A PNG with a palette that is not there, though parts of it are transparent."""
+    Image.fromarray(picture()).quantize(4).save(path, format="PNG", transparency=1)
+    data = path.read_bytes()
+    start = data.index(b"PLTE") - 4
+    path.write_bytes(data[:start] + data[start + 12 + struct.unpack(">I", data[start : start + 4])[0] :])
+
+
+def scramble_exif(path):
+    Image.fromarray(picture()).save(path, format="PNG", exif=b"Exif\x00\x00no TIFF header")
+
+
+WAYS = {"truncated": cut, "vanished": Path.unlink, "text": lambda path: path.write_text("hello"),
+        "empty": lambda path: path.write_bytes(b"")}
+PNG_WAYS = {"bomb": bomb, "size": lose_size, "palette": lose_palette, "exif": scramble_exif}
+
+
+@pytest.mark.parametrize(
+    ("way", "suffix"), [*product(WAYS, ("jpg", "png", "webp")), *product(PNG_WAYS, ("png",))]
+)
+def test_a_bad_image_is_named_replaced_and_counted(image_root, way, suffix):
+    name = f"bad.{suffix}"
+    save(image_root / "A" / name, picture(seed=9))
+    clips = image_clips(image_root)
+    (WAYS | PNG_WAYS)[way](image_root / "A" / name)
+    items = [clips[number] for number in range(12)]
+    bad = [item for item in items if item["bad"]]
+    assert len(bad) == 2  # it comes once in each epoch
+    for item in bad:
+        assert item["bad"] == [f"A/{name}"] != [item["video"]]
+        assert item["label"] == clips.classes.index(item["video"].split("/")[0])
+    books = BadVideos(len(clips), 0.0)
+    assert books.add([path for item in items for path in item["bad"]]) == [f"A/{name}"]
+
+
+def test_what_pillow_finds_odd_about_an_image_is_not_printed(tmp_path):
+    save(tmp_path / "large.png", Image.new("1", (10000, 9000)))
+    save(tmp_path / "exif.jpg", picture(), exif=b"Exif\x00\x00MM\x00*\x00\x00\x00\x08\x00\x09")
+    code = "import sys, video_dataset as v; [print(v._read_image(path).shape) for path in sys.argv[1:]]"
+    paths = [str(tmp_path / "large.png"), str(tmp_path / "exif.jpg")]
+    folder = Path(video_dataset.__file__).parent
+    done = subprocess.run([sys.executable, "-c", code, *paths], cwd=folder, capture_output=True, text=True, check=True)
+    assert done.stdout.split("\n")[:2] == ["(1, 9000, 10000, 3)", "(1, 40, 56, 3)"]
+    assert done.stderr == ""
+
+
+def test_a_folder_of_the_other_kind_is_one_line_that_says_what_to_do_about_video(tmp_path):
+    save(tmp_path / "images" / "A" / "a.jpg", picture())
+    write_video(tmp_path / "videos" / "a.avi")
+    (tmp_path / "empty").mkdir()
+
+    def message(folder, images):
+        with pytest.raises(UserError) as error:
+            scan_videos(tmp_path / folder, images=images)
+        assert str(error.value).startswith(f"--data-path {tmp_path / folder}: ") and "\n" not in str(error.value)
+        return str(error.value)
+
+    assert "no video found, but images: leave out --video" in message("images", images=False)
+    assert "no image found, but videos: add --video" in message("videos", images=True)
+    nothing = message("empty", images=True)
+    assert "no image found, wanted <class>/<image> with one of" in nothing and "--video" not in nothing
+    save(tmp_path / "images" / "b.png", picture())
+    assert "images in class folders (A/a.jpg) and beside them (b.png)" in message("images", images=True)
+
+
+# Where sampling starts from.
+
+
+def starts_wrong(path, *arguments):
+    with pytest.raises(UserError) as error:
+        read_start(path, *arguments)
+    assert str(error.value).startswith(f"--init {path}: ") and "\n" not in str(error.value)
+    return str(error.value)
+
+
+@pytest.mark.parametrize(
+    ("rate", "seconds", "interval"), [(25, 1 / 25, 1), (25, 0.09, 2), (25, 0.15, 4), (10, 0.01, 1), (30, 0.1, 3)]
+)
+def test_a_start_is_the_first_frames_of_a_video_as_far_apart_as_comes_closest(tmp_path, rate, seconds, interval):
+    write_video(tmp_path / "v.mp4", 20, rate=rate, codec="libx264", size=(48, 48))
+    frames = read_start(tmp_path / "v.mp4", 4, seconds, 48, images=False)
+    assert frames.dtype == np.uint8 and frames.shape == (4, 48, 48, 3)
+    assert (halves(frames[..., 0])[0] / 4).round().int().tolist() == [0, interval, 2 * interval, 3 * interval]
+
+
+def test_a_start_may_use_a_video_up_to_its_last_frame_and_no_further(tmp_path):
+    write_video(tmp_path / "v.avi", 10, size=(48, 48))
+    write_video(tmp_path / "w.avi", 9, size=(48, 48))
+    assert len(read_start(str(tmp_path / "v.avi"), 4, 3 / 25, 48, False)) == 4  # frames 0, 3, 6, 9
+    assert "has 9 frames, but 4 that are 3 apart take 10" in starts_wrong(tmp_path / "w.avi", 4, 3 / 25, 48, False)
+
+
+def test_an_image_to_start_from_comes_as_it_is(tmp_path):
+    save(tmp_path / "a.png", picture(48, 48))
+    assert np.array_equal(read_start(tmp_path / "a.png", 1, 1 / 25, 48, images=True), picture(48, 48)[None])
+
+
+def test_every_mistake_in_what_to_start_from_is_one_line_that_says_what_to_do(tmp_path):
+    save(tmp_path / "a.png", picture(48, 56))
+    write_video(tmp_path / "v.avi", 10)
+    (tmp_path / "text.avi").write_text("hello")
+    (tmp_path / "text.png").write_text("hello")
+    assert "no such file" in starts_wrong(tmp_path / "b.png", 1, 1 / 25, 48, True)
+    assert "no video, wanted one of .avi" in starts_wrong(tmp_path / "a.png", 4, 1 / 25, 48, False)
+    assert "no image, wanted one of .jpeg" in starts_wrong(tmp_path / "v.avi", 1, 1 / 25, 48, True)
+    assert "can't be decoded" in starts_wrong(tmp_path / "text.avi", 4, 1 / 25, 48, False)
+    assert "can't be decoded" in starts_wrong(tmp_path / "text.png", 1, 1 / 25, 48, True)
+    resize = "pixels, wanted 48 x 48: resize it first"
+    assert f"56 x 48 {resize}" in starts_wrong(tmp_path / "a.png", 1, 1 / 25, 48, True)
+    assert f"64 x 48 {resize}" in starts_wrong(tmp_path / "v.avi", 4, 1 / 25, 48, False)
+
+
+def test_a_folder_to_start_from_stands_for_its_files_of_the_kind_in_the_order_of_their_names(tmp_path):
+    for name in ("2.png", "10.JPG", ".hidden.png", "v.mp4", "notes.txt", "inner/3.png"):
+        (tmp_path / name).parent.mkdir(exist_ok=True)
+        (tmp_path / name).write_text("")
+    assert start_files(tmp_path, images=True) == [str(tmp_path / "10.JPG"), str(tmp_path / "2.png")]
+    assert start_files(tmp_path, images=False) == [str(tmp_path / "v.mp4")]
+    assert start_files(tmp_path / "2.png", images=True) == [tmp_path / "2.png"]
+    for place, images, words in ((tmp_path / "gone", True, "No such file"), (tmp_path / "inner", False, "no video")):
+        with pytest.raises(UserError, match=words) as error:
+            start_files(place, images)
+        assert str(error.value).startswith(f"--init {place}: ") and "\n" not in str(error.value)

@@ -197,3 +197,49 @@ def test_the_grid_plays_all_videos_together_row_by_row():
         assert (cell[0] == 10 * number).all()
         assert (cell[1] == 10 * number + 1).all()
     assert (grid[:, side:, 3 * side :] == 255).all()  # cells without a video
+
+
+def grey_images(number, size=16):
+    """uint8 (number, 1, size, size, 3): image n is grey n."""
+    return np.broadcast_to(np.arange(number, dtype=np.uint8)[:, None, None, None, None], (number, 1, size, size, 3))
+
+
+def test_write_samples_leaves_a_png_per_image_one_grid_and_an_npz(tmp_path):
+    images = np.random.default_rng(0).integers(0, 256, (2, 1, 16, 20, 3), dtype=np.uint8)
+    write_samples(tmp_path, images, [3, 1], fps=25, names=["a", "b"])
+    names = sorted(file.name for file in tmp_path.iterdir())
+    assert names == ["000000.png", "000001.png", "grid.png", "samples.npz"]
+    for number in range(2):
+        assert np.array_equal(np.asarray(Image.open(tmp_path / names[number])), images[number, 0])
+    with np.load(tmp_path / "samples.npz") as stored:
+        assert stored["arr_0"].dtype == np.uint8 and np.array_equal(stored["arr_0"], images[:, 0])
+        assert stored["labels"].dtype == np.int64 and stored["labels"].tolist() == [3, 1]
+
+
+def test_a_sheet_of_images_is_a_grid_of_8_in_a_row_and_64_at_most(tmp_path):
+    write_sheet(tmp_path / "grid.png", grey_images(70), names=["a name"] * 70)
+    grid = np.asarray(Image.open(tmp_path / "grid.png"))
+    side = 128 + GAP
+    assert grid.shape == (8 * side, 8 * side, 3)
+    for number in range(64):
+        y, x = number // 8 * side, number % 8 * side
+        assert (grid[y : y + 128, x : x + 128] == number).all()
+        assert (grid[y + 128 : y + side, x : x + side] == 255).all()
+        assert (grid[y : y + side, x + 128 : x + side] == 255).all()
+
+
+@pytest.mark.parametrize(("number", "rows", "columns"), [(1, 1, 1), (5, 1, 5), (8, 1, 8), (11, 2, 8)])
+def test_a_grid_of_few_images_is_no_larger_than_it_must_be(tmp_path, number, rows, columns):
+    write_sheet(tmp_path / "grid.png", grey_images(number))
+    grid = np.asarray(Image.open(tmp_path / "grid.png"))
+    side = 128 + GAP
+    assert grid.shape == (rows * side, columns * side, 3)
+    cells = grid[::side, ::side, 0].flatten().tolist()
+    assert cells == list(range(number)) + [255] * (rows * columns - number)
+
+
+def test_images_in_a_grid_are_enlarged_without_smoothing(tmp_path):
+    image = np.random.default_rng(0).integers(0, 256, (1, 1, 32, 48, 3), dtype=np.uint8)
+    write_sheet(tmp_path / "grid.png", image)
+    grid = np.asarray(Image.open(tmp_path / "grid.png"))
+    assert np.array_equal(grid[:-GAP, :-GAP], np.kron(image[0, 0], np.ones((4, 4, 1), np.uint8)))

@@ -1,0 +1,38 @@
+"""Figures of a sampling run: PNG files, readable at half size."""
+
+import matplotlib
+import numpy as np
+
+matplotlib.use("Agg")  # no window, no display
+from matplotlib import pyplot as plt  # noqa: E402
+
+plt.rcParams.update({"font.size": 14, "axes.grid": True, "grid.alpha": 0.3, "savefig.dpi": 100})
+MAX_LINES = 32  # samples drawn one by one
+
+
+def plot_evaluations(path, evaluations, budget):
+    """Histogram of the evaluations (N,) that samples took, of at most `budget`."""
+    figure, axes = plt.subplots(figsize=(8, 5), layout="constrained")
+    edges = np.unique(np.linspace(0, budget + 1, min(budget + 2, 51)).round())
+    axes.hist(evaluations, edges)
+    axes.axvline(evaluations.mean(), color="black", linestyle="--", label=f"mean {evaluations.mean():.1f}")
+    axes.set(xlabel="evaluations of the field", ylabel="samples", xlim=(0, budget + 1))
+    axes.legend()
+    save(figure, path)
+
+
+def plot_energies(path, energies, sampler):
+    """Energies (N, num_steps), NaN where a sample has stopped: a line per sample, and their mean."""
+    figure, axes = plt.subplots(figsize=(8, 5), layout="constrained")
+    steps = np.arange(energies.shape[1])
+    axes.plot(steps, energies[:MAX_LINES].T, color="tab:blue", alpha=0.3, linewidth=1)
+    running = ~np.isnan(energies).all(axis=0)
+    axes.plot(steps[running], np.nanmean(energies[:, running], axis=0), color="black", label="mean of those running")
+    axes.set(xlabel=f"step of {sampler}", ylabel="energy")
+    axes.legend()
+    save(figure, path)
+
+
+def save(figure, path):
+    figure.savefig(path)
+    plt.close(figure)

@@ -1,0 +1,49 @@
+"""Make a folder to share from a checkpoint: model.safetensors (the averaged weights) and config.json (what they are).
+
+    python scripts/export.py results/EXP/002-EqM-S-4-f16-rope/checkpoints/best.pt exported --dtype fp16
+
+The folder is a --ckpt for sample_gd.py and train.py. In fp32 it samples bit for bit what the checkpoint samples.
+"""
+
+import os
+import sys
+from pathlib import Path
+
+from safetensors import SafetensorError
+
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent / "EqM"))
+import checkpoint
+from distributed import ArgumentParser, UserError, check_writable, fail, say
+from models import EBMS, NAMES
+
+
+def parse_args():
+    parser = ArgumentParser(description="Make a folder to share from a checkpoint: weights and what they are.")
+    parser.add_argument("ckpt", metavar="CKPT", help="a checkpoint of train.py or a published image model")
+    parser.add_argument("folder", metavar="DIR", help="made if it is not there; must be empty")
+    parser.add_argument("--dtype", choices=checkpoint.DTYPES, default="fp32", help="of the weights; fp16 halves them")
+    parser.add_argument("--model", choices=NAMES, metavar="NAME", help="which model a published file holds")
+    parser.add_argument("--ebm", choices=EBMS, help="energy of a published model")
+    return parser.parse_args()
+
+
+def main():
+    args = parse_args()
+    try:
+        check_writable("DIR", args.folder)
+        if os.path.isdir(args.folder) and os.listdir(args.folder):
+            raise UserError(f"DIR {args.folder}: exists and is not empty; name a new folder")
+        state = checkpoint.load(args.ckpt, **checkpoint.shape_of(args.model), ebm=args.ebm)
+        checkpoint.config_of(args.ckpt, state)
+    except UserError as error:
+        fail(error)
+    try:
+        checkpoint.write_export(args.folder, state, args.dtype)
+    except (OSError, SafetensorError) as error:  # a full disk is either
+        fail(error, status=1)
+    size = sum(file.stat().st_size for file in Path(args.folder).iterdir()) / 1e6
+    say(f"{args.folder}: {', '.join(checkpoint.EXPORT)}, {size:.1f} MB; use it as --ckpt {args.folder}")
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,155 @@
+import json
+import sys
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+from safetensors.torch import load_file
+
+import checkpoint
+import export
+import sample_gd
+import train
+from distributed import UserError
+from models import EqM, model_config
+
+
+def make_checkpoint(path, video=True, **settings):
+    """A checkpoint as train.py writes it, whose weights and their average differ and matter."""
+    shape = {"temporal_patch_size": 4, "num_frames": 4} if video else {"temporal_patch_size": 1, "num_frames": 1}
+    config = model_config("EqM-Ti/4", input_size=8, in_channels=3, num_classes=2, depth=1, **shape, **settings)
+    state = {"version": checkpoint.VERSION, "optimizer": {"kind": "adamw", "states": []}, "best_loss": 1.0}
+    for seed, part in enumerate(("model", "ema")):
+        torch.manual_seed(seed)
+        state[part] = {name: torch.randn_like(value) / 5 for name, value in EqM(config).state_dict().items()}
+    data = {"vae": "none", "image_size": 8, "fps": 12.5, "frame_interval": [2], "classes": ["left", "right"]}
+    training = {"model": "EqM-Ti/4", "depth": 1, "num_frames": shape["num_frames"], "video": video, "lr": 1e-4}
+    local = {"data_path": "/home/somebody/videos", "results_dir": "results", "ckpt": None}
+    state["config"] = {"model": vars(config), "data": data, "training": training | local}
+    state |= {"step": 70, "phase": {"first_step": 50, "position": 640}}
+    checkpoint.save(path, state)
+    return path
+
+
+def run(monkeypatch, script, *flags):
+    monkeypatch.setattr(sys, "argv", [script.__file__, *map(str, flags)])
+    script.main()
+
+
+def sample(monkeypatch, ckpt, folder, *flags):
+    flags = ["--num-samples", 3, "--num-sampling-steps", 4, "--stepsize", 0.05, *flags]
+    run(monkeypatch, sample_gd, "--ckpt", ckpt, "--folder", folder, *flags)
+    return np.load(folder / "samples.npz")["arr_0"]
+
+
+@pytest.mark.parametrize(
+    ("video", "settings"),
+    [(True, {"use_rope": True}), (True, {}), (False, {}), (False, {"use_rope": True, "ebm": "dot"})],
+)
+def test_an_exported_model_samples_bit_for_bit_what_its_checkpoint_samples(tmp_path, monkeypatch, video, settings):
+    path = make_checkpoint(tmp_path / "best.pt", video, **settings)
+    run(monkeypatch, export, path, tmp_path / "shared")
+    assert sorted(file.name for file in (tmp_path / "shared").iterdir()) == ["config.json", "model.safetensors"]
+    kind = ["--video"] if video else []
+    before = sample(monkeypatch, path, tmp_path / "a", *kind)
+    assert np.array_equal(before, sample(monkeypatch, tmp_path / "shared", tmp_path / "b", *kind))
+    assert before.std() > 30  # the field did something
+    raw = sample(monkeypatch, path, tmp_path / "c", *kind, "--no-ema")
+    assert not np.array_equal(before, raw)  # it is the average that is shared
+
+    model, config, step = checkpoint.load_model(tmp_path / "shared")
+    original, _, _ = checkpoint.load_model(path)
+    assert all(torch.equal(value, original.state_dict()[name]) for name, value in model.state_dict().items())
+    assert model.config == original.config
+    assert step == 70
+
+
+def test_half_precision_is_half_as_large_and_close(tmp_path, monkeypatch):
+    path = make_checkpoint(tmp_path / "best.pt", use_rope=True)
+    for dtype in ("fp32", "fp16"):
+        run(monkeypatch, export, path, tmp_path / dtype, "--dtype", dtype)
+    sizes = [(tmp_path / dtype / "model.safetensors").stat().st_size for dtype in ("fp32", "fp16")]
+    assert sizes[0] / sizes[1] == pytest.approx(2, rel=0.01)
+    assert {value.dtype for value in load_file(tmp_path / "fp16/model.safetensors").values()} == {torch.float16}
+    a, b = (sample(monkeypatch, tmp_path / dtype, tmp_path / f"of {dtype}", "--video") for dtype in ("fp32", "fp16"))
+    assert np.abs(a.astype(int) - b.astype(int)).mean() < 1
+
+
+def test_config_json_says_all_that_a_reader_wants_and_nothing_of_the_machine(tmp_path, monkeypatch):
+    run(monkeypatch, export, make_checkpoint(tmp_path / "best.pt", use_rope=True), tmp_path / "shared")
+    text = (tmp_path / "shared/config.json").read_text()
+    about = json.loads(text)
+    assert about["step"] == 70
+    assert about["dtype"] == "fp32"
+    assert about["model"]["hidden_size"] == 192
+    assert about["model"]["use_rope"] is True
+    assert about["data"] == {
+        "vae": "none", "image_size": 8, "fps": 12.5, "frame_interval": [2], "classes": ["left", "right"]
+    }  # fmt: skip
+    assert about["training"]["lr"] == 1e-4
+    assert "somebody" not in text
+    assert text.count("\n") > 20  # for eyes
+
+
+def test_a_folder_with_something_in_it_is_left_alone(tmp_path, monkeypatch, capsys):
+    path = make_checkpoint(tmp_path / "best.pt", use_rope=True)
+    (tmp_path / "full").mkdir()
+    (tmp_path / "full/notes.txt").write_text("mine")
+    for arguments, words in (
+        ((path, tmp_path / "full"), "exists and is not empty"),
+        ((path, tmp_path / "full/notes.txt"), "not a folder"),
+        ((tmp_path / "no.pt", tmp_path / "new"), "no such file"),
+        ((path, tmp_path / "new", "--dtype", "int8"), "--dtype"),
+    ):
+        with pytest.raises(SystemExit) as ended:
+            run(monkeypatch, export, *arguments)
+        assert ended.value.code == 2
+        (line,) = capsys.readouterr().err.splitlines()
+        assert line.startswith("export.py: error: ")
+        assert words in line
+    assert (tmp_path / "full/notes.txt").read_text() == "mine"
+    assert not (tmp_path / "new").exists()
+    (tmp_path / "empty").mkdir()
+    run(monkeypatch, export, path, tmp_path / "empty")
+    assert (tmp_path / "empty/model.safetensors").exists()
+
+
+@pytest.mark.parametrize("damage", ["no config", "no weights", "cut weights", "cut config", "other weights", "no step"])
+def test_a_damaged_export_is_one_line(tmp_path, monkeypatch, damage):
+    folder = tmp_path / "shared"
+    run(monkeypatch, export, make_checkpoint(tmp_path / "best.pt", use_rope=True), folder)
+    weights, config = folder / "model.safetensors", folder / "config.json"
+    if damage == "no config":
+        config.unlink()
+    elif damage == "no weights":
+        weights.unlink()
+    elif damage == "cut weights":
+        weights.write_bytes(weights.read_bytes()[:-100])
+    elif damage == "cut config":
+        config.write_text(config.read_text()[:-20])
+    elif damage == "no step":
+        config.write_text(config.read_text().replace('"step"', '"steps"'))
+    else:
+        config.write_text(config.read_text().replace('"hidden_size": 192', '"hidden_size": 96'))
+    with pytest.raises(UserError) as error:
+        checkpoint.load_model(folder)
+    assert str(error.value).startswith(f"--ckpt {folder}: ")
+    assert "\n" not in str(error.value)
+
+
+def test_training_goes_on_from_an_exported_model_with_a_fresh_optimizer(tmp_path, monkeypatch):
+    run(monkeypatch, export, make_checkpoint(tmp_path / "best.pt", video=False), tmp_path / "shared")
+    for name in ("left", "right"):
+        (tmp_path / "data" / name).mkdir(parents=True)
+        for number in range(2):
+            Image.new("RGB", (8, 8), (90 * number, 0, 0)).save(tmp_path / "data" / name / f"{number}.png")
+    flags = ["--data-path", tmp_path / "data", "--results-dir", tmp_path / "results", "--image-size", 8]
+    flags += ["--vae", "none"]
+    flags += ["--max-steps", 72, "--global-batch-size", 2, "--num-workers", 0, "--lr", 1e-9, "--optimizer", "muon"]
+    run(monkeypatch, train, "--ckpt", tmp_path / "shared", *flags, "--muon-lr", 1e-9)
+    (folder,) = (tmp_path / "results").iterdir()
+    trained = checkpoint.load(folder / "checkpoints/0000072.pt")
+    shared = load_file(tmp_path / "shared/model.safetensors")
+    assert all((value - shared[name]).abs().max() < 1e-6 for name, value in trained["model"].items())
+    assert trained["phase"] == {"first_step": 70, "position": 4, "pretrained": True}

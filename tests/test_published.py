@@ -1,0 +1,339 @@
+"""A tiny model in the published format, and what the published code computed with it (float32)."""
+
+import argparse
+import json
+import sys
+from dataclasses import fields, replace
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from diffusers import AutoencoderKL
+from PIL import Image
+from safetensors import safe_open
+
+import checkpoint
+import models
+import sample_gd
+import samplers
+import train
+import transport
+from distributed import UserError
+from models import EqM, EqMConfig
+
+
+def distance(a, b):
+    """How different two tensors are, as a share of their size."""
+    return ((a - b).norm() / b.norm()).item()
+
+
+@pytest.fixture(scope="module")
+def published():
+    with safe_open(Path(__file__).parent / "eqm_image_tiny.safetensors", "pt") as file:
+        tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 - not a dict
+        settings = json.loads(file.metadata()["config"])
+    state = {name.removeprefix("state."): value for name, value in tensors.items() if name.startswith("state.")}
+    return state, tensors, settings
+
+
+@pytest.fixture(scope="module")
+def published_config(published):
+    _, _, settings = published
+    names = {field.name for field in fields(EqMConfig)}
+    return EqMConfig(temporal_patch_size=1, **{name: value for name, value in settings.items() if name in names})
+
+
+def make_model(state, config):
+    model = EqM(config).eval()
+    model.load_state_dict(checkpoint.convert_published(state, config))
+    return model
+
+
+@pytest.fixture(scope="module")
+def published_model(published, published_config):
+    return make_model(published[0], published_config)
+
+
+def test_the_published_image_model_has_our_fixed_positions(published, published_model):
+    assert torch.equal(published[0]["pos_embed"], published_model.pos_embed)
+
+
+@torch.no_grad()
+def test_the_published_image_model_gives_its_published_output(published, published_model):
+    _, tensors, _ = published
+    f = published_model(tensors["x"].unsqueeze(2), tensors["y"])
+    assert distance(f.squeeze(2), tensors["output"]) < 1e-5
+
+
+@torch.no_grad()
+def test_the_published_image_model_gives_its_published_guided_output(published, published_model):
+    _, tensors, settings = published
+    field = samplers.guided(published_model, tensors["y"], torch.full((3,), 0.04), settings["cfg_scale"], 10)
+    f = field(tensors["x"].unsqueeze(2), torch.arange(3))
+    assert distance(f.squeeze(2), tensors["cfg4.output"]) < 1e-5
+
+
+@torch.no_grad()
+def test_the_published_image_model_has_its_published_loss(published, published_model):
+    _, tensors, _ = published
+    x, noise, gamma = tensors["x"], tensors["loss.noise"], tensors["loss.gamma"]
+    assert distance(transport.decay(gamma), tensors["loss.c"]) < 1e-5
+    assert distance(transport.interpolate(x, noise, gamma), tensors["loss.x_gamma"]) < 1e-5
+    assert distance(transport.target(x, noise, gamma), tensors["loss.target"]) < 1e-5
+    f = published_model(tensors["loss.x_gamma"].unsqueeze(2), tensors["y"])
+    losses = transport.loss(f, x.unsqueeze(2), noise.unsqueeze(2), gamma)
+    assert distance(losses, tensors["loss.per_sample"]) < 1e-5
+
+
+@pytest.mark.parametrize("method", ["gd", "ngd"])
+@torch.no_grad()
+def test_the_published_image_model_descends_as_published(published, published_model, method):
+    _, tensors, settings = published
+    field = samplers.guided(published_model, tensors["y"], torch.full((3,), 0.04), 1.0, 10)
+    x, evaluations = samplers.sample(
+        field,
+        tensors["x"].unsqueeze(2),
+        method,
+        num_steps=settings["sampler_evaluations"] + 1,
+        step_size=settings["sampler_eta"],
+        momentum=settings["sampler_mu"],
+    )
+    assert evaluations.tolist() == [settings["sampler_evaluations"]] * 3
+    assert distance(x.squeeze(2), tensors[f"sampler_{method}.final"]) < 1e-5
+
+
+@pytest.mark.parametrize("ebm", ["dot", "l2"])
+def test_the_published_image_model_has_its_published_energies_and_their_gradients(published, published_config, ebm):
+    state, tensors, _ = published
+    model, x = make_model(state, replace(published_config, ebm=ebm)), tensors["x"].unsqueeze(2)
+    with torch.no_grad():
+        assert distance(model.energy(x, tensors["y"]), tensors[f"energy_{ebm}.energy"]) < 1e-5
+        assert distance(model(x, tensors["y"]).squeeze(2), tensors[f"energy_{ebm}.gradient"]) < 1e-5
+    assert distance(model(x, tensors["y"]).squeeze(2), tensors[f"energy_{ebm}.gradient"]) < 1e-5
+
+
+def test_the_published_guided_energy_has_the_guided_field_as_its_slope(published, published_config):
+    state, tensors, settings = published
+    model, x, y = make_model(state, replace(published_config, ebm="dot")), tensors["x"].unsqueeze(2), tensors["y"]
+    args = y, torch.full((3,), 0.04), settings["cfg_scale"], 10
+    x.requires_grad_()
+    energy = samplers.guided(model.energy, *args)(x, torch.arange(3))
+    (gradient,) = torch.autograd.grad(energy.sum(), x)
+    with torch.no_grad():
+        f = samplers.guided(model, *args)(x.detach(), torch.arange(3))
+    assert distance(f, -gradient) < 1e-5
+
+
+# Files --------------------------------------------------------------------------------------------------------------
+
+SHAPE = {"depth": 2, "hidden_size": 48, "num_heads": 2, "patch_size": 2}
+
+
+@pytest.fixture
+def tiny_name(monkeypatch):
+    """A --model for the tiny model."""
+    monkeypatch.setitem(models.SIZES, "Tiny", (2, 48, 2))
+    for script in (train, sample_gd):
+        monkeypatch.setattr(script, "NAMES", [*models.NAMES, "EqM-Tiny/2"])
+    return "EqM-Tiny/2"
+
+
+def write_file(path, state, kind):
+    """As the published training script leaves it, or its network alone."""
+    ema = {name: value.clone() for name, value in state.items()}
+    ema["final_layer.linear.bias"] += 1  # so that the average can be told from the weights
+    opt = {"state": {0: {"step": torch.tensor(7.0)}}, "param_groups": [{"lr": 1e-4, "params": [0]}]}
+    contents = {
+        "bare": ema,
+        "whole": {"model": state, "ema": ema, "opt": opt, "args": argparse.Namespace(model="EqM-Tiny/2", vae="mse")},
+        "of energies": {"model": state, "ema": ema, "opt": opt, "args": argparse.Namespace(vae="mse", ebm="l2")},
+    }
+    torch.save(contents[kind], path)
+    return path
+
+
+@pytest.mark.parametrize("kind", ["bare", "whole", "of energies"])
+def test_a_published_file_loads_with_its_average(published, published_config, tmp_path, tiny_name, kind):
+    state, tensors, _ = published
+    path = write_file(tmp_path / "0080000.pt", state, kind)
+    model, config, step = checkpoint.load_model(path, model=tiny_name, video=False)
+    expected = make_model(state, model.config)
+    expected.final_layer.linear.bias.data += 1
+    with torch.no_grad():
+        f, wanted = (network(tensors["x"].unsqueeze(2), tensors["y"]) for network in (model, expected))
+    assert torch.equal(f, wanted)
+    assert model.config == replace(published_config, ebm="l2" if kind == "of energies" else "none")
+    assert config["data"]["vae"] == ("ema" if kind == "bare" else "mse")
+    assert config["data"]["classes"] == [str(label) for label in range(10)]
+    assert step == 0
+    raw, _, _ = checkpoint.load_model(path, use_ema=False, model=tiny_name)
+    assert torch.equal(raw.final_layer.linear.bias, model.final_layer.linear.bias) == (kind == "bare")
+
+
+def test_the_energy_of_a_bare_file_is_the_one_that_is_asked_for(published, tmp_path, tiny_name):
+    path = write_file(tmp_path / "bare.pt", published[0], "bare")
+    assert checkpoint.load_model(path, model=tiny_name, ebm="dot")[0].config.ebm == "dot"
+    path = write_file(tmp_path / "l2.pt", published[0], "of energies")
+    with pytest.raises(UserError, match="was trained with --ebm l2, found --ebm dot"):
+        checkpoint.load_model(path, model=tiny_name, ebm="dot")
+
+
+def test_a_conversion_leaves_the_published_state_as_it_is(published, published_config):
+    state = {name: value.clone() for name, value in published[0].items()}
+    converted = checkpoint.convert_published(state, published_config)
+    assert state.keys() == published[0].keys()
+    assert all(torch.equal(state[name], value) for name, value in published[0].items())
+    assert "pos_embed" not in converted
+
+
+def refusal(path, **asked):
+    with pytest.raises(UserError) as error:
+        checkpoint.load(path, **asked)
+    message = str(error.value)
+    assert message.startswith(f"--ckpt {path}: ")
+    assert "\n" not in message
+    return message
+
+
+@pytest.mark.parametrize("kind", ["bare", "whole"])
+def test_what_does_not_fit_a_published_file_is_named_in_words(published, tmp_path, kind):
+    path = write_file(tmp_path / "a.pt", published[0], kind)
+    assert "give --model, such as EqM-XL/2" in refusal(path)
+    xl = checkpoint.shape_of("EqM-XL/2")
+    assert "has depth 2, EqM-XL/2 has depth 28: give another --model" in refusal(path, **xl)
+    assert "has hidden size 48, EqM-(depth 2, width 96, heads 2)/2" in refusal(path, **SHAPE | {"hidden_size": 96})
+    assert "has patch size 2" in refusal(path, **SHAPE | {"patch_size": 4})
+
+
+def moved(table):
+    return table.roll(1, dims=1)
+
+
+def height_first(table):
+    """The other order of the two halves, as DiT forks that use a plain meshgrid have it."""
+    return table.roll(table.shape[-1] // 2, dims=-1)
+
+
+def cut(table):
+    return table[:, :9]
+
+
+def repeated(table):
+    return table.repeat(1, 4, 1)
+
+
+@pytest.mark.parametrize("change", [moved, height_first, cut, repeated])
+def test_positions_that_are_not_ours_are_refused(published, tmp_path, change):
+    state = published[0] | {"pos_embed": change(published[0]["pos_embed"])}
+    message = refusal(write_file(tmp_path / "a.pt", state, "bare"), **SHAPE)
+    assert "pos_embed is not our table" in message
+
+
+def test_a_published_file_that_lacks_a_tensor_or_its_positions_is_refused(published, tmp_path, tiny_name):
+    for name in ("pos_embed", "blocks.1.mlp.fc1.weight", "final_layer.linear.bias"):
+        state = {key: value for key, value in published[0].items() if key != name}
+        path = write_file(tmp_path / "a.pt", published[0], "bare")
+        torch.save(state, path)
+        with pytest.raises(UserError) as error:
+            checkpoint.load_model(path, model=tiny_name)
+        assert name in str(error.value)
+        assert "\n" not in str(error.value)
+
+
+class Hostile:
+    """Runs a command when it is unpickled by anyone who trusts it."""
+
+    def __init__(self, victim):
+        self.victim = victim
+
+    def __reduce__(self):
+        return Path.touch, (self.victim,)
+
+
+@pytest.mark.parametrize("place", ["args", "inside args", "opt", "ema", "alone"])
+def test_a_hostile_published_file_is_refused_and_runs_nothing(published, tmp_path, place):
+    victim = tmp_path / "touched"
+    hostile = Hostile(victim)
+    state = {"model": published[0], "ema": published[0], "opt": {}, "args": argparse.Namespace(vae="ema")}
+    state = {
+        "args": state | {"args": hostile},
+        "inside args": state | {"args": argparse.Namespace(vae=hostile)},
+        "opt": state | {"opt": {"state": hostile}},
+        "ema": state | {"ema": hostile},
+        "alone": hostile,
+    }[place]
+    path = tmp_path / "a.pt"
+    torch.save(state, path)
+    assert "holds code" in refusal(path, **SHAPE)
+    assert not victim.exists()
+    torch.load(path, weights_only=False)  # what the refusal has kept from happening
+    assert victim.exists()
+
+
+def make_vae(folder):
+    vae = AutoencoderKL(
+        down_block_types=["DownEncoderBlock2D"] * 2, up_block_types=["UpDecoderBlock2D"] * 2,
+        block_out_channels=(8, 8), norm_num_groups=4, latent_channels=4, sample_size=16,
+    )  # fmt: skip
+    vae.save_pretrained(folder)
+    return folder
+
+
+def run(monkeypatch, script, *flags):
+    monkeypatch.setattr(sys, "argv", [script.__file__, *map(str, flags)])
+    script.main()
+
+
+def test_a_published_file_samples_images_and_starts_a_training_run(published, tmp_path, tiny_name, monkeypatch):
+    path, vae = write_file(tmp_path / "a.pt", published[0], "whole"), make_vae(tmp_path / "vae")
+    shared = ["--ckpt", path, "--model", tiny_name, "--vae", vae, "--num-sampling-steps", 3]
+    run(monkeypatch, sample_gd, *shared, "--num-samples", 3, "--folder", tmp_path / "s", "--classes", 7)
+    samples = np.load(tmp_path / "s/samples.npz")
+    assert samples["arr_0"].shape == (3, 16, 16, 3)
+    assert samples["labels"].tolist() == [7, 7, 7]
+
+    for number in range(4):
+        folder = tmp_path / "data" / f"class {number % 2}"
+        folder.mkdir(parents=True, exist_ok=True)
+        Image.fromarray(np.full((20, 24, 3), 60 * number, np.uint8)).save(folder / f"{number}.png")
+    monkeypatch.setattr(train, "VAL_CHUNK", 2)
+    run(
+        monkeypatch, train, *shared, "--data-path", tmp_path / "data", "--image-size", 16, "--num-classes", 10,
+        "--results-dir", tmp_path / "results", "--max-steps", 2, "--global-batch-size", 2, "--num-workers", 0,
+        "--lr", 1e-9, "--log-every", 1, "--sample-every", 2, "--num-samples", 2,
+    )  # fmt: skip
+    (folder,) = (tmp_path / "results").iterdir()
+    trained = checkpoint.load(folder / "checkpoints/0000002.pt")
+    started = checkpoint.load(path, **SHAPE)
+    assert all((value - started["model"][name]).abs().max() < 1e-6 for name, value in trained["model"].items())
+    assert (trained["ema"]["final_layer.linear.bias"] - started["model"]["final_layer.linear.bias"]).min() > 0.4
+    assert (folder / "samples/0000002.png").exists()
+
+
+def test_scripts_refuse_what_a_published_file_is_not(published, tmp_path, tiny_name, monkeypatch, capsys):
+    path, vae = write_file(tmp_path / "a.pt", published[0], "bare"), make_vae(tmp_path / "vae")
+    (tmp_path / "data").mkdir()
+    for name in "ab":
+        Image.new("RGB", (16, 16)).save(tmp_path / "data" / f"{name}.png")
+    training = [train, "--data-path", tmp_path / "data", "--results-dir", tmp_path / "r", "--image-size", 16]
+    sampling = [sample_gd, "--folder", tmp_path / "s"]
+
+    def line(script, *flags):
+        with pytest.raises(SystemExit) as ended:
+            run(monkeypatch, script, "--ckpt", path, "--vae", vae, *flags)
+        assert ended.value.code == 2
+        lines = capsys.readouterr().err.splitlines()
+        assert len(lines) == 1, lines
+        return lines[0]
+
+    for script, *flags in (training, sampling):
+        assert "give --model" in line(script, *flags)
+        assert "has depth 2, EqM-B/2 has depth 12" in line(script, *flags, "--model", "EqM-B/2")
+        assert "cannot be converted" in line(script, *flags, "--model", tiny_name, "--use-rope")
+    assert "holds an image model" in line(*sampling, "--model", tiny_name, "--video")
+    assert "--report-energy" in line(*sampling, "--model", tiny_name, "--report-energy")
+    assert "--image-size 32" in line(*sampling, "--model", tiny_name, "--image-size", 32)
+    assert "--num-classes gives 1" in line(*training, "--model", tiny_name)  # 10 classes cannot become 1
+    assert not (tmp_path / "r").exists()
+    assert not (tmp_path / "s").exists()
