@@ -171,7 +171,7 @@ def main():
 def sample(args, model, data, vae, time_scale, labels, numbers, starts):
     """The ranks share the samples; rank 0 writes them."""
     device = distributed.start()
-    model, vae, config = model.to(device), vae.to(device), model.config
+    model, vae, config = model.to(device).requires_grad_(False), vae.to(device), model.config
     shape = (config.in_channels, args.num_frames, config.input_size, config.input_size)
     start = normal(args.seed, "sample", 0, numbers, shape).to(device)
     if starts is not None:

@@ -74,7 +74,8 @@ def parse_args():
     add_optimisation_flags(parser)
     add = parser.add_argument_group("run").add_argument
     add("--results-dir", default="results", metavar="DIR", help="the run folder is made in here")
-    add("--ckpt", metavar="FILE", help="start a new phase from this checkpoint; none = from scratch")
+    start = "start a new phase from this checkpoint, exported folder or published image model; none = from scratch"
+    add("--ckpt", metavar="FILE", help=start)
     add("--resume", action="store_true", help="go on with the newest run of this model, frames and positions")
     add("--log-every", type=COUNT, default=100, metavar="N", help="steps")
     add("--ckpt-every", type=COUNT, default=50_000, metavar="N", help="steps; the last step always saves")

@@ -29,9 +29,9 @@ from matplotlib import pyplot as plt  # noqa: E402
 
 POINTS, STEP_SIZE, LARGE_STEP_SIZE = 250, 0.002, 0.008
 GUIDANCE, MOMENTUM = 1.5, 0.3  # ngd in bf16, as in the quickstart
-CUT_SHORT = (110, 120, 130, 140, 150, 175, 249)  # evaluations
-LARGER_STEPS = (8, 15, 30, 45, 60, 90, 150)  # evaluations, that share a way of 249 * STEP_SIZE
-THRESHOLDS = (3.0, 2.0, 1.5, 1.0, 0.7, 0.5, 0.3)
+CUT_SHORT = (120, 130, 140, 150, 249)  # evaluations
+LARGER_STEPS = (15, 30, 45, 60, 90)  # evaluations, that share a way of 249 * STEP_SIZE
+THRESHOLDS = (2.0, 1.5, 1.0, 0.7, 0.5)
 GOAL = 0.6  # of the evaluations of 250 points
 
 

@@ -1,6 +1,7 @@
 """How much a training step costs, side by side in one process: ratios, with their spread.
 
-    python scripts/benchmark.py                 EqM-S/4, 4 clips of 16 x 32 x 32 latents, 2 minutes
+    python scripts/benchmark.py                 RoPE / fixed: EqM-S/4, 4 clips of 16 x 32 x 32 latents, 2 minutes
+    python scripts/benchmark.py --compare dot   an energy (EqM-E) / none, both with RoPE
     python scripts/benchmark.py --precision bf16 --pairs 30
 
 Seconds on a shared machine say little, so the two sides take turns and each pair gives one ratio.
@@ -17,10 +18,17 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent / "EqM"))
 from distributed import ArgumentParser, number
 from models import NAMES, EqM_models
 
+PAIRS = {  # what is compared: (with it, without it)
+    "rope": ({"use_rope": True}, {"use_rope": False}),
+    "dot": ({"use_rope": True, "ebm": "dot"}, {"use_rope": True}),
+    "l2": ({"use_rope": True, "ebm": "l2"}, {"use_rope": True}),
+}
+
 
 def parse_args():
-    parser = ArgumentParser(description="The cost of rotary positions: RoPE step / fixed step.")
+    parser = ArgumentParser(description="The cost of a training step with something / without it.")
     count = number(int, least=1)
+    parser.add_argument("--compare", choices=PAIRS, default="rope", help="rope / fixed positions, or an energy / none")
     parser.add_argument("--model", choices=NAMES, default="EqM-S/4", metavar="NAME", help="EqM-S/4 ...")
     parser.add_argument("--num-frames", type=count, default=16, metavar="N", help="frames per clip")
     parser.add_argument("--batch-size", type=count, default=4, metavar="N", help="clips per step")
@@ -29,10 +37,10 @@ def parse_args():
     return parser.parse_args()
 
 
-def make_step(args, device, use_rope):
+def make_step(args, device, settings):
     """A function that runs forward and backward of one batch and returns the seconds it took."""
     torch.manual_seed(0)
-    model = EqM_models[args.model](num_classes=101, num_frames=args.num_frames, use_rope=use_rope).to(device)
+    model = EqM_models[args.model](num_classes=101, num_frames=args.num_frames, **settings).to(device)
     with torch.no_grad():
         for parameter in model.parameters():  # zero-initialised layers would make some products free of work
             parameter.normal_(std=0.02)
@@ -74,12 +82,12 @@ def main():
     machine = torch.cuda.get_device_name() if device.type == "cuda" else f"{torch.get_num_threads()} CPU threads"
     print(f"{platform.machine()}, {machine}, torch {torch.__version__}, {args.precision}")
     print(f"{args.model}, {args.batch_size} x {args.num_frames} frames, forward and backward, {args.pairs} pairs")
-    ratios, seconds = compare(make_step(args, device, True), make_step(args, device, False), args.pairs)
+    ratios, seconds = compare(*(make_step(args, device, settings) for settings in PAIRS[args.compare]), args.pairs)
     low, middle, high = ratios.quantile(torch.tensor([0.25, 0.5, 0.75])).tolist()
     # The median has about 1.25 x the standard error of the mean; the quartiles stand for the noise of one pair.
     error = 1.25 * (high - low) / 1.35 / len(ratios) ** 0.5
-    print(f"fixed step {seconds.median():.3f} s")
-    print(f"RoPE step / fixed step {middle:.3f} +- {error:.3f} (quartiles {low:.3f} to {high:.3f})")
+    print(f"a step without {args.compare} {seconds.median():.3f} s")
+    print(f"a step with {args.compare} / without {middle:.3f} +- {error:.3f} (quartiles {low:.3f} to {high:.3f})")
 
 
 if __name__ == "__main__":

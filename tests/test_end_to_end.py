@@ -1,5 +1,6 @@
 """Real processes, as a user starts them: torchrun with two ranks on the CPU, the guide's three phases and its globs."""
 
+import csv
 import json
 import os
 import shutil
@@ -13,6 +14,7 @@ import numpy as np
 import pytest
 import torch
 from diffusers import AutoencoderKL
+from PIL import Image
 
 ROOT = Path(__file__).resolve().parent.parent
 TORCHRUN = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2"]
@@ -199,3 +201,92 @@ def test_a_broken_video_is_named_once_and_counted_and_too_many_end_the_run(shape
     assert "--max-bad-fraction" in lines[0]
     assert "Traceback" not in stderr
     launch(*train, tmp_path / "three", "--max-bad-fraction", 0.2)
+
+
+@pytest.fixture(scope="module")
+def images(tmp_path_factory):
+    root = tmp_path_factory.mktemp("images") / "data"
+    for number in range(12):
+        (root / "AB"[number % 2]).mkdir(parents=True, exist_ok=True)
+        pixels = np.random.default_rng(number).integers(0, 256, (16, 20, 3), dtype=np.uint8)
+        Image.fromarray(pixels).save(root / "AB"[number % 2] / f"{number}.webp", lossless=True)
+    return root
+
+
+def test_two_ranks_train_an_energy_with_dispersion_on_images_and_an_export_samples_as_its_checkpoint(images, tmp_path):
+    launch(
+        *TORCHRUN, ROOT / "EqM/train.py", *TINY, *FAST, "--ebm", "dot", "--disp", "--data-path", images,
+        "--max-steps", 3, "--lr", 1e-2, "--results-dir", tmp_path / "results",
+    )  # fmt: skip
+    rows = [json.loads(line) for line in Path(one(tmp_path / "results/*/metrics.jsonl")).read_text().splitlines()]
+    assert all(row["disp_loss"] <= 0 for row in rows)
+    best = one(tmp_path / "results/*-EqM-Ti-4-f1-rope/checkpoints/best.pt")
+    launch(sys.executable, ROOT / "scripts/export.py", best, tmp_path / "shared")
+    sampling = ["--num-samples", 5, "--num-sampling-steps", 6, "--stepsize", 0.01, "--sampler", "ngd"]
+    sampling += ["--report-energy"]
+    for ckpt, folder in ((best, "a"), (tmp_path / "shared", "b")):
+        launch(sys.executable, ROOT / "EqM/sample_gd.py", "--ckpt", ckpt, *sampling, "--folder", tmp_path / folder)
+    for name in ("samples.npz", "energy.csv", *(f"{number:06d}.png" for number in range(5))):
+        assert (tmp_path / "a" / name).read_bytes() == (tmp_path / "b" / name).read_bytes(), name
+    assert np.load(tmp_path / "a/samples.npz")["arr_0"].shape == (5, 16, 16, 3)
+    with open(tmp_path / "a/energy.csv") as file:
+        energies = {(int(row["sample"]), int(row["step"])): float(row["energy"]) for row in csv.DictReader(file)}
+    assert set(energies) == {(sample, step) for sample in range(5) for step in range(6)}
+    assert all(energies[sample, 5] < energies[sample, 0] for sample in range(5))
+    assert (tmp_path / "a/energy.png").stat().st_size > 0
+    launch(
+        *TORCHRUN, ROOT / "EqM/sample_gd.py", "--ckpt", best, *sampling, "--folder", tmp_path / "c", "--batch-size", 2
+    )
+    with open(tmp_path / "c/energy.csv") as file:
+        shared = [float(row["energy"]) for row in csv.DictReader(file)]
+    assert shared == pytest.approx(list(energies.values()), rel=1e-4, abs=1e-3)
+
+
+def test_adaptive_sampling_reports_what_each_sample_took_on_any_number_of_ranks(phases, tmp_path):
+    random = tmp_path / "random.pt"
+    state = torch.load(one(phases / "*f16*/checkpoints/best.pt"), weights_only=True)
+    for weight in state["ema"].values():
+        weight.normal_(std=0.1, generator=torch.Generator().manual_seed(0))
+    torch.save(state, random)
+    sampling = ["--video", "--ckpt", random, "--num-frames", 6, "--num-samples", 4, "--num-sampling-steps", 40]
+    sampling += ["--stepsize", 0.05, "--cfg-scale", 1]
+    reports = []
+    for command, folder in (([sys.executable], "alone"), (TORCHRUN, "ranks")):
+        stdout, _ = launch(
+            *command, ROOT / "EqM/sample_gd.py", *sampling, "--stop-below", 1.96, "--folder", tmp_path / folder
+        )
+        with open(tmp_path / folder / "evaluations.csv") as file:
+            rows = list(csv.DictReader(file))
+        reports.append([int(row["evaluations"]) for row in rows])
+        assert [row["sample"] for row in rows] == ["0", "1", "2", "3"]
+        mean = sum(reports[-1]) / 4
+        assert f"mean {mean:.1f} of 39" in stdout
+        assert json.loads((tmp_path / folder / "samples.json").read_text())["mean_evaluations"] == mean
+        assert (tmp_path / folder / "evaluations.png").stat().st_size > 0
+    assert reports[0] == reports[1]
+    assert len(set(reports[0])) > 1
+
+
+def test_a_start_of_pure_noise_is_no_start_and_one_without_noise_is_kept(phases, shapes, tmp_path):
+    best = one(phases / "*f16*/checkpoints/best.pt")
+    launch(
+        sys.executable, ROOT / "datasets/make_moving_shapes.py", "--out", tmp_path / "small", "--size", 16,
+        "--videos-per-class", 2,
+    )  # fmt: skip
+    video = one(tmp_path / "small/CircleDown/*g01_c01.avi")
+    sampling = [sys.executable, ROOT / "EqM/sample_gd.py", "--video", "--ckpt", best, "--num-samples", 2]
+    sampling += ["--num-frames", 5, "--num-sampling-steps", 3, "--stepsize", 1e-9]
+    starts = {"none": [], "noise": ["--init", video, "--init-gamma", 0], "kept": ["--init", video, "--init-gamma", 1]}
+    made = {}
+    for name, flags in starts.items():
+        launch(*sampling, *flags, "--folder", tmp_path / name)
+        made[name] = np.load(tmp_path / name / "samples.npz")["arr_0"]
+    assert np.array_equal(made["none"], made["noise"])
+    with av.open(video) as file:
+        frames = [frame.to_ndarray(format="rgb24") for frame in file.decode(video=0)][:5]
+    assert np.abs(made["kept"] - np.stack(frames).astype(int)).max() <= 2  # decoders may round otherwise
+    assert not np.array_equal(made["kept"], made["none"])
+    large = one(shapes / "CircleDown/*g01_c01.avi")
+    _, stderr = launch(*sampling, "--init", large, "--folder", tmp_path / "x", status=2)
+    assert "64 x 64 pixels, wanted 16 x 16" in stderr
+    assert not (tmp_path / "x").exists()

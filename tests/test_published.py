@@ -14,6 +14,7 @@ from PIL import Image
 from safetensors import safe_open
 
 import checkpoint
+import export
 import models
 import sample_gd
 import samplers
@@ -177,6 +178,16 @@ def test_the_energy_of_a_bare_file_is_the_one_that_is_asked_for(published, tmp_p
     path = write_file(tmp_path / "l2.pt", published[0], "of energies")
     with pytest.raises(UserError, match="was trained with --ebm l2, found --ebm dot"):
         checkpoint.load_model(path, model=tiny_name, ebm="dot")
+
+
+def test_a_published_file_can_be_exported(published, tmp_path, tiny_name, monkeypatch):
+    monkeypatch.setattr(export, "NAMES", [tiny_name])
+    path = write_file(tmp_path / "a.pt", published[0], "whole")
+    run(monkeypatch, export, path, tmp_path / "shared", "--model", tiny_name)
+    expected, config, _ = checkpoint.load_model(path, model=tiny_name)
+    model, exported_config, _ = checkpoint.load_model(tmp_path / "shared")  # which knows its model
+    assert all(torch.equal(value, expected.state_dict()[name]) for name, value in model.state_dict().items())
+    assert exported_config == config
 
 
 def test_a_conversion_leaves_the_published_state_as_it_is(published, published_config):
