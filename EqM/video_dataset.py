@@ -1,6 +1,7 @@
 """Clips and labels from a folder of videos, `ROOT/<Class>/<video>.avi`, or of images, which are clips of one frame.
 
 Files directly in ROOT are one class, "all". Where images take the same way as videos, the code says video for both.
+ROOT may also be a latent cache of cache_latents.py: the same clips, as the VAE's posterior of their frames.
 An item is a function of the data set's arguments and the number of the sample in the stream, so workers, ranks and
 interruptions change nothing. Each item opens its own file, a video with one decoding thread, where it is read.
 """
@@ -18,6 +19,7 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 from PIL import ExifTags, Image
+from safetensors import SafetensorError, safe_open
 from tqdm import tqdm
 
 from distributed import UserError, generator, say
@@ -34,6 +36,9 @@ UNLABELLED = "all"  # the class of files that lie directly in ROOT
 UCF_LISTS = "ucfTrainTestlist"
 INDEX = "video_index.json"  # hidden in ROOT, in plain sight in a run folder
 INDEX_FORMAT = 2
+LATENTS, PARTIAL = "latents.json", "latents.partial.json"  # of a latent cache: complete, not yet
+LATENTS_FORMAT = 1
+LATENTS_SUFFIX = ".safetensors"
 ATTEMPTS = 100  # videos tried for one sample before giving up
 
 decord.logging.set_level(decord.logging.QUIET)  # what matters becomes an UnreadableError
@@ -61,7 +66,7 @@ class Video:
 
 @dataclass(frozen=True)
 class Scan:
-    videos: list  # of Video, sorted by path
+    videos: list  # of Video, sorted by path; of a cache: in the order of the videos that it was made of
     classes: list  # their class names, sorted; a label is a position in it
     unreadable: list  # paths of the files that could not even be opened
     entries: dict  # path -> (size and time of change of the file, Video): the index
@@ -69,12 +74,45 @@ class Scan:
 
 
 def check_data_path(root, images=False):
-    """The part of the scan that opens no file; raises UserError."""
-    _find(root, images)
+    """The part of the scan that opens no video; raises UserError."""
+    if latents_settings(root, images) is None:
+        _find(root, images)
+
+
+def latents_settings(root, images=False):
+    """What latents.json of a latent cache says, None if root is no cache; raises UserError if it can't be used."""
+    here, place = f"--data-path {root}", Path(root, LATENTS)
+    if not place.exists():
+        if Path(root, PARTIAL).exists():
+            raise UserError(f"{here}: a latent cache that is not complete: run cache_latents.py again, it will go on")
+        return None
+    try:
+        about = json.loads(place.read_text())
+        found = about["format"]
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        raise UserError(f"{here}: its {LATENTS} is damaged ({error}): make the latent cache anew") from error
+    if found != LATENTS_FORMAT:
+        raise UserError(f"{here}: a latent cache of format {found}, this code reads {LATENTS_FORMAT}: make it anew")
+    if images:
+        raise UserError(f"{here}: latents of videos, wanted images: add --video to use them")
+    return about
+
+
+def _scan_latents(root, about):
+    """The scan of a cache, going by its latents.json; raises UserError if a file is missing."""
+    videos = [Video(**fields) for fields in about["videos"]]
+    for video in videos:
+        if not os.path.isfile(os.path.join(root, video.path)):
+            raise UserError(f"--data-path {root}: a latent cache without its {video.path}: run cache_latents.py again")
+    return Scan(videos, about["classes"], about["unreadable"], entries={}, is_saved=True)
 
 
 def _is_a(kind, path):
     return str(path).lower().endswith(SUFFIXES[kind])
+
+
+def _is_cached(video):
+    return video.path.endswith(LATENTS_SUFFIX)
 
 
 def _list(here, folder, kind):
@@ -125,11 +163,14 @@ def _find(root, images):
 
 
 def scan_videos(root, index_folder=None, images=False):
-    """Open every video once and remember what was found; only one rank should do this. Images are not even opened.
+    """Open every video once and remember what was found; only one rank should do this. Images and latents are not
+    even opened.
 
     The index lies in ROOT (.video_index.json) or, where that can't be written, in `index_folder`. What it says of
     a file holds as long as the file's size and time of change do. Raises UserError.
     """
+    if (about := latents_settings(root, images)) is not None:
+        return _scan_latents(root, about)
     found = _find(root, images)
     classes = sorted({class_name for class_name, _ in found})
     if images:
@@ -208,11 +249,10 @@ def split_videos(root, videos, val_fraction):
     """
     if len(videos) < 2:
         raise UserError(f"--data-path {root}: {len(videos)} usable file, wanted at least 2: one trains, one validates")
-    for folder in (Path(root), Path(os.path.abspath(root)).parent):
-        listed = _ucf_keys(folder / UCF_LISTS / "trainlist01.txt")
+    _, listed = find_ucf_lists(root, videos)
+    if listed:
         train = [video for video in videos if video.key in listed]
-        if 0 < len(train) < len(videos):
-            return train, [video for video in videos if video.key not in listed]
+        return train, [video for video in videos if video.key not in listed]
     ranked = sorted(videos, key=_share)
     num_val = sum(_share(video) < val_fraction for video in videos)
     val = set(ranked[: min(max(num_val, 1), len(videos) - 1)])
@@ -222,6 +262,15 @@ def split_videos(root, videos, val_fraction):
 def _share(video):
     """A number in [0, 1) that only the video's class and stem decide."""
     return int.from_bytes(hashlib.blake2b(os.fsencode(video.key), digest_size=6).digest(), "big") / 2**48
+
+
+def find_ucf_lists(root, videos):
+    """(folder with the UCF lists that decide the split of these videos, the keys that train); (None, set()) if none."""
+    for folder in (Path(root, UCF_LISTS), Path(os.path.abspath(root)).parent / UCF_LISTS):
+        listed = _ucf_keys(folder / "trainlist01.txt")
+        if 0 < sum(video.key in listed for video in videos) < len(videos):
+            return folder, listed
+    return None, set()
 
 
 def _ucf_keys(file):
@@ -327,6 +376,30 @@ def read_frames(root, video, numbers):
     return np.stack(frames)
 
 
+def read_all_frames(root, video, piece):
+    """All frames of a video in order, as those of read_frames, in pieces of at most `piece`."""
+    with _reader(os.path.join(root, video.path)) as reader:
+        for first in range(0, video.num_frames, piece):
+            yield np.stack([_pixels(reader.next()) for _ in range(min(piece, video.num_frames - first))])
+
+
+def read_latents(root, video, numbers, flipped=False):
+    """Mean and standard deviation of the frames `numbers` (ascending) of a video in a cache: float16 (2, C, T, h, w).
+
+    The file is mapped into memory: of what lies between these frames, nothing is read. Raises UnreadableError.
+    """
+    path, first, parts = os.path.join(root, video.path), numbers[0], []
+    try:
+        with safe_open(path, "pt") as file:
+            for name in ("mean_flipped", "std_flipped") if flipped else ("mean", "std"):
+                frames = file.get_slice(name)[first : numbers[-1] + 1]
+                parts.append(frames[[number - first for number in numbers]].transpose(0, 1))
+    # No such file; truncated or something else; without flips; fewer frames than latents.json says.
+    except (OSError, SafetensorError, IndexError) as error:
+        raise UnreadableError(f"{path}: {error}") from error
+    return torch.stack(parts)
+
+
 def _read_image(path):
     """The image, of an animation the first, upright and without its alpha channel: uint8 (1, H, W, 3)."""
     try:
@@ -398,13 +471,15 @@ class Clips(torch.utils.data.Dataset):
 
     The stream is one permutation of the videos after another; `stream` names it: the first step of a training phase,
     or a word. frame_interval is the smallest and the largest step from frame to frame; each clip draws one, or takes
-    the largest that fits its video if that is less.
+    the largest that fits its video if that is less. Videos of a latent cache have their image size already.
     """
 
     def __init__(self, root, videos, classes, num_frames, image_size, frame_interval=(1, 1), flip=True, seed=0,
                  stream=0):
         if any(video.num_frames < num_frames for video in videos):
             raise ValueError(f"a video has fewer than {num_frames} frames: leave it out with long_enough()")
+        if flip and any(map(_is_cached, videos)) and not latents_settings(root)["flips"]:
+            raise ValueError(f"{root} holds no mirrored latents: take flip=False")
         self.root, self.videos, self.classes = root, videos, classes
         self.num_frames, self.image_size, self.frame_interval = num_frames, image_size, frame_interval
         self.flip, self.seed, self.stream = flip, seed, stream
@@ -414,22 +489,21 @@ class Clips(torch.utils.data.Dataset):
         return len(self.videos)
 
     def __getitem__(self, number):
-        """clip: uint8 (C, T, H, W); label; time_scale: seconds per frame; number; video: its path; bad: the paths of
-        the videos that should have been here but can't be decoded. Raises UserError if too many can't."""
+        """clip: uint8 (C, T, H, W), or from a cache float16 (2, C, T, h, w); label; time_scale: seconds per frame;
+        number; video: its path; bad: the paths of the videos that should have been here but can't be decoded. Raises
+        UserError if too many can't."""
+        flipped = self.flip and self._draw("flip", 2, number) == 1
         tried = []
         while len(tried) < min(ATTEMPTS, len(self.videos)):
             video = self._video(number, tried)
             numbers, time_scale = self._frame_numbers(video, number, len(tried))
             try:
-                frames = read_frames(self.root, video, numbers)
+                clip = self._read(video, numbers, flipped)
             except UnreadableError:
                 tried.append(video)
                 continue
-            clip = resize_and_crop(torch.from_numpy(frames).permute(0, 3, 1, 2), self.image_size)
-            if self.flip and self._draw("flip", 2, number):
-                clip = clip.flip(-1)
             return {
-                "clip": clip.transpose(0, 1).contiguous(),  # (C, T, H, W)
+                "clip": clip,
                 "label": self.classes.index(video.class_name),
                 "time_scale": time_scale,
                 "number": number,
@@ -437,6 +511,13 @@ class Clips(torch.utils.data.Dataset):
                 "bad": [video.path for video in tried],
             }
         raise UserError(f"--data-path {self.root}: {len(tried)} files in a row are bad, {tried[0].path} the first")
+
+    def _read(self, video, numbers, flipped):
+        if _is_cached(video):
+            return read_latents(self.root, video, numbers, flipped)
+        clip = torch.from_numpy(read_frames(self.root, video, numbers)).permute(0, 3, 1, 2)
+        clip = resize_and_crop(clip, self.image_size)
+        return (clip.flip(-1) if flipped else clip).transpose(0, 1).contiguous()  # (C, T, H, W)
 
     def _draw(self, purpose, below, *numbers):
         """A number from 0 to below - 1."""
@@ -487,7 +568,7 @@ class Batches:
 
 
 def collate(items):
-    """clips uint8 (B, C, T, H, W), labels (B,), time_scales float32 (B,), numbers (B,); lists: videos, bad."""
+    """clips as the items', with B in front; labels (B,), time_scales float32 (B,), numbers (B,); lists: videos, bad."""
     return {
         "clips": torch.stack([item["clip"] for item in items]),
         "labels": torch.tensor([item["label"] for item in items]),
