@@ -8,6 +8,7 @@ import argparse
 import gc
 import hashlib
 import os
+import shutil
 import sys
 import time
 from datetime import timedelta
@@ -63,6 +64,28 @@ def check_writable(flag, folder):
 STOP_BELOW = 1.0  # TODO from the study
 COUNT, NATURAL = number(int, least=1), number(int, least=0)
 POSITIVE, NON_NEGATIVE, SHARE = number(float, above=0), number(float, least=0), number(float, least=0, most=1)
+
+
+def add_speed_flags(parser):
+    """The flags of every script that runs a network for long; `check_speed_flags` and `set_precision` go with them."""
+    add = parser.add_argument_group("speed").add_argument
+    precision = "bf16 and fp16 are mixed precision, tf32 rounds within matrix products; tf32 and fp16 want a GPU"
+    add("--precision", choices=["fp32", "tf32", "bf16", "fp16"], default="fp32", help=precision)
+    add("--compile", action="store_true", help="let torch compile the blocks; off = do not")
+    return add
+
+
+def check_speed_flags(args):
+    """Raise UserError if this machine can't do what --precision and --compile ask for."""
+    if args.precision in ("tf32", "fp16") and not torch.cuda.is_available():
+        raise UserError(f"--precision {args.precision} wants a GPU, there is none: take bf16 or fp32")
+    if args.compile and not any(map(shutil.which, (os.environ.get("CXX") or "g++", "clang++"))):
+        raise UserError("--compile needs a C++ compiler, there is none: install the package g++, or leave it out")
+
+
+def set_precision(precision):
+    """What is not a matter of autocast: whether matrix products of float32 may be TF32."""
+    torch.backends.cuda.matmul.fp32_precision = "tf32" if precision == "tf32" else "ieee"
 
 
 def add_sampling_flags(parser):

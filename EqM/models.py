@@ -17,6 +17,7 @@ import torch.nn.functional as F
 from einops import rearrange
 from torch import nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
+from torch.utils.checkpoint import checkpoint
 
 from rope import REFERENCE_FPS, RotaryEmbedding3D, apply_rotary
 
@@ -165,6 +166,25 @@ class Mlp(nn.Module):
         return self.fc2(F.gelu(self.fc1(x), approximate="tanh"))
 
 
+def math_attention():
+    """The context of the only attention with a second derivative, which training on an energy needs."""
+    return sdpa_kernel(SDPBackend.MATH)
+
+
+def with_math_attention(block, *args):
+    """A block that remembers its attention, for when it is computed again."""
+    with math_attention():
+        return block(*args)
+
+
+def mark_sizes(tokens, condition, rotary):
+    """Tell torch.compile which sizes vary: B and N."""
+    torch._dynamo.maybe_mark_dynamic(tokens, (0, 1))
+    torch._dynamo.maybe_mark_dynamic(condition, 0)
+    for part in rotary or ():
+        torch._dynamo.maybe_mark_dynamic(part, (0, 2))
+
+
 def modulate(x, shift, scale):
     return torch.addcmul(shift[:, None], x, 1 + scale[:, None])
 
@@ -206,6 +226,8 @@ class EqM(nn.Module):
     def __init__(self, config):
         super().__init__()
         self.config = config
+        self.is_compiled = False
+        self.grad_checkpoint = False  # set it to keep one activation per block and compute the others twice
         if config.values_per_token > config.hidden_size:
             warnings.warn(
                 f"a token holds {config.values_per_token} values (temporal patch {config.temporal_patch_size} x "
@@ -255,8 +277,7 @@ class EqM(nn.Module):
             f, features = self.predict(x, y, time_scale)
         else:
             training = torch.is_grad_enabled()
-            # No other backend has the second derivative that training needs.
-            with torch.enable_grad(), sdpa_kernel(SDPBackend.MATH) if training else nullcontext():
+            with torch.enable_grad(), math_attention() if training else nullcontext():
                 x = x if x.requires_grad else x.detach().requires_grad_()
                 energy, features = self.energy_and_features(x, y, time_scale)
                 (f,) = torch.autograd.grad(-energy.sum(), x, create_graph=training)
@@ -297,8 +318,20 @@ class EqM(nn.Module):
         else:
             rotary, tokens = None, tokens + self.pos_embed
         for block in self.blocks:
-            tokens = block(tokens, condition, rotary)
+            if self.is_compiled:  # or each new size would be compiled
+                mark_sizes(tokens, condition, rotary)
+            if self.grad_checkpoint and torch.is_grad_enabled():
+                function = block if self.config.ebm == "none" else partial(with_math_attention, block)
+                tokens = checkpoint(function, tokens, condition, rotary, use_reentrant=False)
+            else:
+                tokens = block(tokens, condition, rotary)
         return self.unpatchify(self.final_layer(tokens, condition), grid)[:, :, :T], tokens
+
+    def compile_blocks(self):
+        """Let torch compile the blocks: one graph serves all of them, any batch and any number of tokens."""
+        self.is_compiled = True
+        for block in self.blocks:
+            block.compile()
 
     def unpatchify(self, tokens, grid):
         t, h, w = grid

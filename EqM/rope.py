@@ -58,6 +58,9 @@ def apply_rotary(x, cos, sin):
     x: (B, h, N, d); cos, sin: (B, 1, N, d/2) float32. The result has the dtype of x; the product is
     at least float32. As one complex multiplication it is a single pass over memory, forward and backward.
     """
-    precise = x.to(torch.promote_types(x.dtype, torch.float32))
-    pairs = torch.view_as_complex(precise.unflatten(-1, (-1, 2)))  # (B, h, N, d/2)
+    precise = x.to(torch.promote_types(x.dtype, torch.float32)).unflatten(-1, (-1, 2))  # (B, h, N, d/2, 2)
+    if torch.compiler.is_compiling():  # which knows no complex numbers, and makes one pass of these
+        a, b = precise.unbind(-1)
+        return torch.stack([a * cos - b * sin, a * sin + b * cos], dim=-1).flatten(-2).to(x.dtype)
+    pairs = torch.view_as_complex(precise)  # (B, h, N, d/2)
     return torch.view_as_real(pairs * torch.complex(cos, sin)).flatten(-2).to(x.dtype)

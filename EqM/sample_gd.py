@@ -57,7 +57,6 @@ def parse_args():
     add = parser.add_argument_group("how").add_argument
     add("--folder", default="samples", metavar="DIR", help="where the samples go")
     add("--batch-size", type=COUNT, default=16, metavar="N", help="samples per rank at a time")
-    add("--precision", choices=["fp32", "bf16"], default="fp32", help="bf16 is mixed precision")
     add("--report-energy", action="store_true", help="write how the energy of each sample fell; for --ebm models")
 
     add = parser.add_argument_group("checked against the checkpoint, if given").add_argument
@@ -68,6 +67,7 @@ def parse_args():
     add("--image-size", type=COUNT, metavar="PX", help="height and width of the samples")
     add("--num-classes", type=COUNT, metavar="N", help="classes of the model")
     add("--vae", metavar="VAE", help="may name another place for the checkpoint's VAE")
+    distributed.add_speed_flags(parser)
     distributed.add_sampling_flags(parser)
     return parser.parse_args()
 
@@ -129,6 +129,7 @@ def choose_labels(args, names):
 def check_flags(args):
     """Raise UserError for flags that contradict each other, the machine or the file system."""
     distributed.check_devices()
+    distributed.check_speed_flags(args)
     distributed.check_sampling_flags(args)
     check_writable("--folder", args.folder)
     if args.init_gamma is None:
@@ -172,6 +173,9 @@ def sample(args, model, data, vae, time_scale, labels, numbers, starts):
     """The ranks share the samples; rank 0 writes them."""
     device = distributed.start()
     model, vae, config = model.to(device).requires_grad_(False), vae.to(device), model.config
+    distributed.set_precision(args.precision)
+    if args.compile:
+        model.compile_blocks()
     shape = (config.in_channels, args.num_frames, config.input_size, config.input_size)
     start = normal(args.seed, "sample", 0, numbers, shape).to(device)
     if starts is not None:

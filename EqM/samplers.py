@@ -102,6 +102,14 @@ def guided(function, labels, time_scale, guidance, null_label):
     return field
 
 
+HALF = {"bf16": torch.bfloat16, "fp16": torch.float16}
+
+
+def autocast(device, precision):
+    """The context in which a network runs in that precision: "bf16" and "fp16" are mixed, others change nothing."""
+    return torch.autocast(device.type, HALF.get(precision), enabled=precision in HALF)
+
+
 @torch.no_grad()
 def generate(
     network, start, labels, time_scale, null_label, guidance, precision="fp32", batch_size=16, show=True, energy=None,
@@ -110,7 +118,7 @@ def generate(
     """Turn noise into samples, batch by batch, with one progress bar for all of them.
 
     start (N, C, T, H, W) float32, labels (N,), time_scale (N,); settings are those of `sample`.
-    precision "bf16" is for the network only, positions of the descent stay float32.
+    precision is that of the network only, positions of the descent stay float32.
     energy(x, y, time_scale) -> (N,), if given, is evaluated at every point on the way.
     Returns samples (N, C, T, H, W), evaluations (N,) and energies (N, num_steps): NaN behind the point
     where a sample stopped, None without `energy`.
@@ -121,7 +129,7 @@ def generate(
     batches = list(zip(*(part.split(batch_size) for part in (start, labels, time_scale)), strict=True))
     with (
         tqdm(total=len(batches) * num_steps, desc="sampling", unit="point", leave=False, disable=not show) as progress,
-        torch.autocast(device.type, torch.bfloat16, enabled=precision == "bf16"),
+        autocast(device, precision),
     ):
         for number, (x, y, scale) in enumerate(batches):
             field = guided(network, y, scale, guidance, null_label)

@@ -72,6 +72,8 @@ def parse_args():
     parser = ArgumentParser(description="Train Equilibrium Matching on videos, or without --video on images.")
     add_model_and_data_flags(parser)
     add_optimisation_flags(parser)
+    add = distributed.add_speed_flags(parser)
+    add("--grad-checkpoint", action="store_true", help="compute activations twice instead of keeping them; off = keep")
     add = parser.add_argument_group("run").add_argument
     add("--results-dir", default="results", metavar="DIR", help="the run folder is made in here")
     start = "start a new phase from this checkpoint, exported folder or published image model; none = from scratch"
@@ -134,7 +136,6 @@ def add_optimisation_flags(parser):
     add("--ema-decay", type=SHARE, default=0.9999, metavar="X", help="of the averaged weights; less at first")
     add("--gamma-shift", type=POSITIVE, default=1.0, metavar="S", help="above 1 trains nearer to noise; 1 = uniform")
     add("--disp", action="store_true", help="add the dispersive loss of the last activations; off = do not")
-    add("--precision", choices=["fp32", "bf16"], default="fp32", help="bf16 is mixed precision")
     add("--global-seed", type=NATURAL, default=0, metavar="N", help="decides every random draw")
 
 
@@ -152,6 +153,7 @@ def check_flags(args):
         args.num_frames = args.temporal_patch_size = 1
     args.num_frames = args.num_frames or 16
     distributed.check_devices()
+    distributed.check_speed_flags(args)
     distributed.check_sampling_flags(args)
     if len(args.frame_interval) > 2 or args.frame_interval[0] > args.frame_interval[-1]:
         found = " ".join(map(str, args.frame_interval))
@@ -210,6 +212,8 @@ def make_config(args, vae, state):
             checkpoint.check(args.ckpt, saved, **(checkpoint.shape_of(args.model) | settings))
             config = replace(saved, num_frames=args.num_frames)
         config.check_num_frames(args.num_frames)
+        if args.compile and config.ebm != "none":
+            raise UserError(f"--compile can't train --ebm {config.ebm}: it has no second derivative; leave it out")
     except ValueError as error:
         raise UserError(f"--num-frames {args.num_frames}, model {args.model or args.ckpt}: {error}") from error
     return config
@@ -292,6 +296,7 @@ class Run:
     network: torch.nn.Module  # the model, or DDP around it
     ema: EqM
     optimizers: list
+    scaler: torch.amp.GradScaler  # does nothing unless --precision is fp16
     progress: Progress
     last_step: int
     folder: Path
@@ -308,9 +313,15 @@ class Run:
 def set_up(args, device, config, data, vae, state, progress, folder):
     """From here on the run folder and the device are in use."""
     torch.manual_seed(args.global_seed)
+    distributed.set_precision(args.precision)
     model = EqM(config).to(device)
     ema = deepcopy(model).eval().requires_grad_(False)
+    model.grad_checkpoint = args.grad_checkpoint
+    if args.compile:
+        model.compile_blocks()
+        ema.compile_blocks()
     optimizers = make_optimizers(args, model)
+    scaler = torch.amp.GradScaler(device.type, enabled=args.precision == "fp16")
     if state is not None:
         checkpoint.load_weights(args.ckpt, model, state["model"])
         checkpoint.load_weights(args.ckpt, ema, state["ema"])
@@ -319,6 +330,8 @@ def set_up(args, device, config, data, vae, state, progress, folder):
                 optimizer.load_state_dict(saved)
                 for group in optimizer.param_groups:  # the flags win; learning rates are set at each step
                     group["weight_decay"] = args.weight_decay
+            if scaler.is_enabled() and state["optimizer"]["scaler"]:  # the last phase may have been in bf16
+                scaler.load_state_dict(state["optimizer"]["scaler"])
         state.clear()  # or it would stay in memory for as long as we train
     resumed_at = progress.step if folder else None
     if folder is None:
@@ -335,7 +348,7 @@ def set_up(args, device, config, data, vae, state, progress, folder):
     num_videos = len(data.train) + len(data.val) + len(data.scan.unreadable)
     bad_videos = BadVideos(num_videos, args.max_bad_fraction)
     run = Run(
-        args, device, config, vae.to(device), model, network, ema, optimizers, progress, last_step,
+        args, device, config, vae.to(device), model, network, ema, optimizers, scaler, progress, last_step,
         folder, described, metrics, bad_videos, batches, val_loader,
     )  # fmt: skip
     tell_start(run, data)
@@ -439,6 +452,7 @@ def save(run, names):
         "optimizer": {
             "kind": run.args.optimizer,
             "states": [optimizer.state_dict() for optimizer in run.optimizers],
+            "scaler": run.scaler.state_dict(),
         },
         "step": progress.step,
         "phase": {name: getattr(progress, name) for name in ("first_step", "position", "pretrained")},
@@ -496,14 +510,19 @@ def train_step(run, window):
         is_last = micro == args.grad_accum - 1
         with network.no_sync() if distributed.is_started() and not is_last else nullcontext():
             parts, mean_square = train_losses(run, batch)
-            (sum(parts.values()) / args.grad_accum).backward()
+            run.scaler.scale(sum(parts.values()) / args.grad_accum).backward()
         for name, value in (parts | {"mean_square": mean_square}).items():
             sums[name] += value.detach() / args.grad_accum
+    for optimizer in run.optimizers:
+        run.scaler.unscale_(optimizer)
     norm = torch.nn.utils.clip_grad_norm_(run.model.parameters(), args.clip_grad or math.inf)
+    if run.scaler.is_enabled():  # it skips a step whose gradients overflow, and scales by less from then on
+        sums["skipped"], norm = (~norm.isfinite()).float(), norm.nan_to_num(0, 0, 0)
     window.add(**sums, grad_norm=norm)
     for optimizer in run.optimizers:
-        optimizer.step()
+        run.scaler.step(optimizer)
         optimizer.zero_grad()
+    run.scaler.update()
 
 
 def train_losses(run, batch):
@@ -529,7 +548,7 @@ def clip_losses(run, network, batch, labels, gamma, seed, stream):
     shape = mean.shape[1:]  # (C, T, H, W)
     x = vae.sample(mean, std, None if std is None else normal(seed, "posterior", stream, numbers, shape, device))
     noise = normal(seed, "noise", stream, numbers, shape, device)
-    with torch.autocast(device.type, torch.bfloat16, enabled=run.args.precision == "bf16"):
+    with samplers.autocast(device, run.args.precision):
         x_gamma = transport.interpolate(x, noise, gamma)
         f, features = network(x_gamma, labels, time_scales, return_features=True)
         losses = transport.loss(f, x, noise, gamma)

@@ -1,11 +1,14 @@
+import copy
 import dataclasses
 import itertools
 import math
+import shutil
 import warnings
 
 import pytest
 import torch
 import torch.nn.functional as F
+from torch._dynamo.utils import counters
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from models import EqM, EqM_models, EqMConfig, TimeScaleEmbedder, model_config, position_table
@@ -627,3 +630,81 @@ def test_a_fresh_model_learns_whatever_its_energy(ebm, use_rope):
 def test_a_model_without_an_energy_has_none():
     with pytest.raises(ValueError, match="no energy"):
         tiny().energy(clip(8), labels(1))
+
+
+# Faster, and the same ------------------------------------------------------------------------------------------------
+
+
+def loss_and_gradients(model, x, y):
+    loss = model(x, y).square().mean()
+    gradients = torch.autograd.grad(loss, list(model.parameters()))
+    return loss.item(), gradients
+
+
+@pytest.mark.parametrize("ebm", ["none", "dot"])
+@pytest.mark.parametrize("use_rope", [True, False])
+def test_activations_computed_twice_change_no_loss_and_no_gradient(ebm, use_rope):
+    model, x, y = tiny(ebm=ebm, use_rope=use_rope), clip(8, batch=2), labels(2)
+    loss, gradients = loss_and_gradients(model, x, y)
+    calls = []
+    model.blocks[0].register_forward_pre_hook(lambda *_: calls.append(1))
+    model.grad_checkpoint = True
+    again, same = loss_and_gradients(model, x, y)
+    assert again == loss
+    assert all(torch.equal(a, b) for a, b in zip(gradients, same, strict=True))
+    assert len(calls) == (2 if ebm == "none" else 3)  # forward, once for the field, once for the loss
+    with torch.no_grad():
+        calls.clear()
+        tiny_f = model(x, y)
+    if ebm == "none":
+        assert len(calls) == 1
+    assert tiny_f.shape == x.shape
+
+
+def test_activations_computed_twice_need_less_memory():
+    """What autograd keeps, counted by its own hooks."""
+    kept = {}
+    for grad_checkpoint in (False, True):
+        model, bytes_kept = tiny(depth=8), 0
+        model.grad_checkpoint = grad_checkpoint
+
+        def count(tensor):
+            nonlocal bytes_kept
+            if tensor.grad_fn is not None or not tensor.requires_grad:
+                bytes_kept += tensor.numel() * tensor.element_size()
+            return tensor
+
+        with torch.autograd.graph.saved_tensors_hooks(count, lambda tensor: tensor):
+            model(clip(32, batch=4), labels(4))
+        kept[grad_checkpoint] = bytes_kept
+    assert kept[True] < 0.3 * kept[False]
+
+
+@pytest.mark.skipif(shutil.which("g++") is None, reason="torch.compile needs a C++ compiler on the CPU")
+@pytest.mark.parametrize("use_rope", [True, False])
+def test_a_compiled_model_gives_the_same_loss_and_gradients(use_rope):
+    torch._dynamo.reset()
+    model, compiled = (tiny(use_rope=use_rope) for _ in range(2))
+    compiled.compile_blocks()
+    assert compiled.state_dict().keys() == model.state_dict().keys()
+    x, y = clip(8, batch=3), labels(3)
+    (loss, gradients), (again, same) = (loss_and_gradients(network, x, y) for network in (model, compiled))
+    assert again == pytest.approx(loss, rel=1e-5)
+    assert all(distance(a, b) < 1e-4 for a, b in zip(same, gradients, strict=True))
+    with torch.no_grad():
+        assert distance(compiled(x, y), model(x, y)) < 1e-5
+
+
+@pytest.mark.skipif(shutil.which("g++") is None, reason="torch.compile needs a C++ compiler on the CPU")
+def test_two_graphs_serve_all_blocks_frame_counts_batches_training_and_validation():
+    torch._dynamo.reset()
+    counters.clear()
+    model = tiny(depth=3)
+    ema = copy.deepcopy(model).requires_grad_(False)
+    for network in (model, ema):
+        network.compile_blocks()
+    for num_frames, batch in ((16, 5), (4, 5), (9, 5), (64, 5), (16, 3)):  # 64 frames have as many tokens as D
+        loss_and_gradients(model, clip(num_frames, batch=batch), labels(batch))
+        with torch.no_grad():
+            ema(clip(num_frames, batch=batch - 1), labels(batch - 1))
+    assert counters["stats"]["unique_graphs"] == 2
