@@ -45,6 +45,10 @@ FLAGS = {  # what a user types for a field of EqMConfig
 EXPORT = ("model.safetensors", "config.json")
 DTYPES = {"fp32": torch.float32, "fp16": torch.float16}
 PARTS = ("model", "data", "training")  # of a checkpoint's config
+NEEDED = {  # of those parts, to sample
+    "data": {"vae", "image_size", "fps", "frame_interval", "classes"},
+    "training": {"model", "num_frames", "video"},
+}
 SHAPE = ("depth", "hidden_size", "num_heads", "patch_size")  # the fields of EqMConfig that --model decides
 LOCAL_FLAGS = {"data_path", "results_dir", "ckpt"}  # mean nothing on another machine
 
@@ -105,9 +109,13 @@ def load(path, **asked):
     if not isinstance(state, dict) or not wanted <= state.keys() or set(state["config"]) != set(PARTS):
         names = ", ".join(sorted(wanted))
         raise UserError(f"--ckpt {path}: not a checkpoint of this project; wanted a dict with {names}")
-    if state["version"] != VERSION:
-        raise UserError(f"--ckpt {path}: has format version {state['version']}, this code reads version {VERSION}")
+    check_version(path, state["version"])
     return state
+
+
+def check_version(path, version):
+    if version != VERSION:
+        raise UserError(f"--ckpt {path}: has format version {version}, this code reads version {VERSION}")
 
 
 def read_file(path):
@@ -135,14 +143,20 @@ def read_file(path):
 
 
 def write_export(folder, state, dtype="fp32"):
-    """Write model.safetensors (the EMA) and config.json into a folder. Raises OSError."""
+    """Write model.safetensors (the EMA) and config.json into a new or empty folder, all or nothing. Raises OSError."""
     folder, parts = Path(folder), dict(state["config"])
+    temporary = folder.with_name(folder.name + ".tmp")
     parts["training"] = {name: value for name, value in parts["training"].items() if name not in LOCAL_FLAGS}
     about = {"version": VERSION, "step": state["step"], "dtype": dtype, **parts}
     weights = {name: value.to(DTYPES[dtype]).contiguous() for name, value in state["ema"].items()}
-    folder.mkdir(parents=True, exist_ok=True)
-    safetensors.torch.save_file(weights, folder / EXPORT[0], metadata={"format": "pt"})
-    (folder / EXPORT[1]).write_text(json.dumps(about, indent=2) + "\n")
+    temporary.mkdir(parents=True)
+    try:
+        safetensors.torch.save_file(weights, temporary / EXPORT[0], metadata={"format": "pt"})
+        (temporary / EXPORT[1]).write_text(json.dumps(about, indent=2) + "\n")
+        os.replace(temporary, folder)
+    except (OSError, safetensors.SafetensorError):  # a full disk is either
+        shutil.rmtree(temporary)
+        raise
 
 
 def read_export(folder):
@@ -153,11 +167,14 @@ def read_export(folder):
         raise UserError(f"{flag}: a folder without {missing[0]}; wanted {wanted}")
     try:
         about = json.loads(about.read_text())
+        check_version(folder, about["version"])
+        for part, needed in NEEDED.items():
+            if missing := needed - about[part].keys():
+                raise KeyError(f"no {part}.{min(missing)}")
         weights = {name: value.float() for name, value in safetensors.torch.load_file(weights).items()}
-        version, step, config = about["version"], about["step"], {part: about[part] for part in PARTS}
-    except (OSError, ValueError, KeyError, TypeError, safetensors.SafetensorError) as error:
+        return foreign({part: about[part] for part in PARTS}, weights, weights, about["step"])
+    except (OSError, ValueError, KeyError, TypeError, AttributeError, safetensors.SafetensorError) as error:
         raise UserError(f"{flag}: damaged ({error}); copy or export it again") from error
-    return foreign(config, weights, weights, step) | {"version": version}
 
 
 def foreign(config, model, ema, step):
@@ -174,17 +191,19 @@ def foreign(config, model, ema, step):
 
 
 def published_parts(state):
-    """(weights, averaged weights, args or None) of a published file; None if it is something else."""
+    """(weights, averaged weights, args as a dict) of a published file; None if it is something else."""
 
     def is_network(part):
-        return isinstance(part, dict) and {"x_embedder.proj.weight", "y_embedder.embedding_table.weight"} <= part.keys()
+        ends = ("x_embedder.proj.weight", "y_embedder.embedding_table.weight")
+        return isinstance(part, dict) and all(torch.is_tensor(part.get(name)) for name in ends)
 
     if is_network(state):
-        return state, state, None
+        return state, state, {}
     if not isinstance(state, dict) or {"version", "config"} & state.keys():
         return None
     found = [state[name] for name in ("model", "ema") if is_network(state.get(name))]
-    return (found[0], found[-1], state.get("args")) if found else None
+    args = state.get("args") or {}
+    return (found[0], found[-1], args if isinstance(args, dict) else vars(args)) if found else None
 
 
 def load_published(path, model, ema, args, asked):
@@ -194,19 +213,20 @@ def load_published(path, model, ema, args, asked):
     if not set(SHAPE) <= asked.keys():
         raise UserError(f"{flag}: a published file does not say which model it holds: give --model, such as EqM-XL/2")
     try:
-        config = published_config(model, asked, getattr(args, "ebm", None))
-        model, ema = (convert_published(part, config) for part in (model, ema))
+        config = published_config(model, asked, args.get("ebm"))
+        weights = convert_published(model, config)
+        average = weights if ema is model else convert_published(ema, config)
     except ValueError as error:
         raise UserError(f"{flag}: {error}") from error
     data = {
-        "vae": getattr(args, "vae", "ema") if config.in_channels == 4 else "none",
+        "vae": args.get("vae", "ema") if config.in_channels == 4 else "none",
         "image_size": None,  # whatever the VAE makes of input_size
         "fps": 25.0,
         "frame_interval": [1],
         "classes": [str(label) for label in range(config.num_classes)],
     }
     training = {"model": model_name(**asdict(config)), "num_frames": 1, "video": False}
-    return foreign({"model": asdict(config), "data": data, "training": training}, model, ema, step=0)
+    return foreign({"model": asdict(config), "data": data, "training": training}, weights, average, step=0)
 
 
 def published_config(state, asked, ebm=None):
@@ -242,7 +262,8 @@ def convert_published(state, config):
     """
     state = dict(state)
     table, found = position_table(config), state.pop("pos_embed")
-    if found.shape != table.shape or not torch.allclose(found.float(), table, atol=1e-5):
+    rounded = table.to(found.dtype).float()  # as theirs, if their file is in half precision
+    if found.shape != table.shape or not torch.allclose(found.float(), rounded, atol=1e-5):
         raise ValueError(
             f"its pos_embed is not our table for {config.input_size} x {config.input_size} in patches of "
             f"{config.patch_size}: it was trained with other positions and can't be used"
@@ -265,7 +286,13 @@ def config_of(path, state):
     known = {field.name for field in fields(EqMConfig)}
     if set(saved) != known:
         raise UserError(f"--ckpt {path}: its model has other settings ({', '.join(sorted(set(saved) ^ known))})")
-    return EqMConfig(**saved)
+    try:
+        for field in fields(EqMConfig):
+            if not isinstance(saved[field.name], (int, float) if field.type is float else field.type):
+                raise ValueError(f"{field.name} is {saved[field.name]!r}")
+        return EqMConfig(**saved)
+    except (ValueError, TypeError) as error:
+        raise UserError(f"--ckpt {path}: damaged: the settings of its model make none ({error})") from error
 
 
 def shape_of(name):
@@ -310,6 +337,12 @@ def check(path, saved, **wanted):
             )
 
 
+def check_name(path, state, name):
+    """Raise UserError unless a checkpoint holds what was trained as --model NAME; None is not checked."""
+    if name and name != (trained := state["config"]["training"]["model"]):
+        raise UserError(f"--model {name}: --ckpt {path} has {trained}: leave the flag out")
+
+
 def check_kind(path, state, video):
     """Raise UserError unless a checkpoint is of videos, or of images, as --video says."""
     if state["config"]["training"]["video"] != video:
@@ -328,6 +361,9 @@ def load_model(path, use_ema=True, model=None, video=None, **checks):
     """
     state = load(path, **shape_of(model), ebm=checks.get("ebm"))
     config = config_of(path, state)
+    check_name(path, state, model)
+    if not use_ema and state["model"] is state["ema"]:
+        raise UserError(f"--no-ema: --ckpt {path} holds the averaged weights only: leave the flag out")
     if video is not None:
         check_kind(path, state, video)
     check(path, config, **checks)

@@ -18,6 +18,8 @@ import torch
 import torch.distributed as dist
 from tqdm import tqdm
 
+from samplers import DESCENTS, SOLVERS
+
 SCAN_TIME = timedelta(hours=1)  # the others wait for rank 0 to open every video of a large set for the first time
 PATIENCE = 10  # seconds another rank leaves rank 0 to name an error that all ranks see
 
@@ -92,7 +94,7 @@ def add_sampling_flags(parser):
     """The flags of every script that samples; `sampling_settings` turns them into arguments of samplers.generate."""
     add = parser.add_argument_group("sampling").add_argument
     samplers = "gradient descent, plain or Nesterov's; or the ODE in gamma, for comparison"
-    add("--sampler", choices=["gd", "ngd", "euler", "heun"], default="gd", help=samplers)
+    add("--sampler", choices=[*DESCENTS, *SOLVERS], default="gd", help=samplers)
     add("--num-sampling-steps", type=number(int, least=2), default=250, metavar="N", help="points; one step less")
     add("--stepsize", type=POSITIVE, default=0.0017, metavar="X", help="of gd and ngd, eta")
     add("--mu", type=NON_NEGATIVE, default=0.3, metavar="X", help="momentum of ngd")
@@ -103,7 +105,7 @@ def add_sampling_flags(parser):
 
 def check_sampling_flags(args):
     """Raise UserError for sampling flags that contradict each other."""
-    if args.stop_below is not None and args.sampler in ("euler", "heun"):
+    if args.stop_below is not None and args.sampler in SOLVERS:
         raise UserError(f"--stop-below {args.stop_below}: {args.sampler} has a fixed number of steps; use gd or ngd")
 
 
@@ -222,8 +224,10 @@ def collect(numbers, items):
         parts = [(numbers, items.cpu())]
     if rank() != 0:
         return None
-    order = torch.tensor([number for numbers, _ in parts for number in numbers]).argsort()
-    return torch.cat([items for _, items in parts])[order]
+    ordered = items.new_empty(sum(len(numbers) for numbers, _ in parts), *items.shape[1:], device="cpu")
+    for numbers, part in parts:
+        ordered[numbers] = part
+    return ordered
 
 
 def average(tensor):

@@ -60,11 +60,6 @@ class EqMConfig:
         return self.hidden_size // self.num_heads
 
     @property
-    def is_video(self):
-        """False for a model of images: one frame, temporal patches of one frame."""
-        return max(self.num_frames, self.temporal_patch_size) > 1
-
-    @property
     def values_per_token(self):
         """Numbers that one token has to carry from the noise to the output."""
         return self.temporal_patch_size * self.patch_size**2 * self.in_channels

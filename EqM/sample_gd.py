@@ -57,7 +57,7 @@ def parse_args():
     add = parser.add_argument_group("how").add_argument
     add("--folder", default="samples", metavar="DIR", help="where the samples go")
     add("--batch-size", type=COUNT, default=16, metavar="N", help="samples per rank at a time")
-    add("--report-energy", action="store_true", help="write how the energy of each sample fell; for --ebm models")
+    add("--report-energy", action="store_true", help="write how the (guided) energy of each sample fell")
 
     add = parser.add_argument_group("checked against the checkpoint, if given").add_argument
     add("--model", choices=NAMES, metavar="NAME", help="EqM-S/4 ...; published models need it")
@@ -85,8 +85,6 @@ def load_checkpoint(args):
         num_classes=args.num_classes,
     )
     data, training = config["data"], config["training"]
-    if args.model not in (None, training["model"]):
-        raise UserError(f"--model {args.model}: the checkpoint has {training['model']}: leave the flag out")
     if args.report_energy and model.config.ebm == "none":
         raise UserError(f"--report-energy: {args.ckpt} was trained without an energy (--ebm dot or l2): leave it out")
     vae = load_vae(args.vae or data["vae"])
@@ -131,6 +129,9 @@ def check_flags(args):
     distributed.check_devices()
     distributed.check_speed_flags(args)
     distributed.check_sampling_flags(args)
+    for flag, value in (("--num-frames", args.num_frames), ("--fps", args.fps), ("--time-scale", args.time_scale)):
+        if value not in (None, 1) and not args.video:
+            raise UserError(f"{flag} {value} without --video: images have no frames; add --video or leave it out")
     check_writable("--folder", args.folder)
     if args.init_gamma is None:
         args.init_gamma = 0.5 if args.init else 0.0
@@ -202,6 +203,7 @@ def sample(args, model, data, vae, time_scale, labels, numbers, starts):
 def write(args, data, time_scale, labels, videos, evaluations, energies):
     """Everything that --folder gets."""
     folder, names = Path(args.folder), [data["classes"][label] for label in labels.tolist()]
+    forget(folder)
     write_samples(folder, videos.numpy(), labels, 1 / time_scale, names)
     spent = evaluations.double()
     about = {"classes": data["classes"], "time_scale": time_scale, "mean_evaluations": spent.mean().item()}
@@ -223,6 +225,15 @@ def write(args, data, time_scale, labels, videos, evaluations, energies):
         write_csv(folder / "energy.csv", ["sample", "step", "energy"], rows)
         plots.plot_energies(folder / "energy.png", energies.numpy(), args.sampler)
         say(f"energy of each sample over the steps: {folder / 'energy.csv'}, energy.png")
+
+
+def forget(folder):
+    """Remove what an earlier run has sampled into a folder, so that all that lies there is of one run."""
+    if (folder / "samples.json").exists():
+        numbered = [path for path in folder.glob("[0-9]" * 6 + ".*") if path.suffix in (".mp4", ".gif", ".png")]
+        reports = [folder / f"{name}.{kind}" for name in ("evaluations", "energy") for kind in ("csv", "png")]
+        for path in (*numbered, *reports, folder / "grid.gif", folder / "grid.png", folder / "sheet.png"):
+            path.unlink(missing_ok=True)
 
 
 def write_csv(path, header, rows):

@@ -47,7 +47,7 @@ def descend(field, x, num_steps, step_size, momentum, stop_below, observe):
         f = field(x[keep] + step_size * momentum * last_f[keep], keep)
         evaluations[keep] += 1
         if stop_below is not None:
-            moving = f.square().flatten(1).mean(dim=1).sqrt() >= stop_below
+            moving = ~(f.square().flatten(1).mean(dim=1).sqrt() < stop_below)  # NaN is no equilibrium
             keep, f = keep[moving], f[moving]
             if len(keep) == 0:
                 break

@@ -103,7 +103,6 @@ def add_model_and_data_flags(parser):
     add("--temporal-patch-size", type=COUNT, metavar="N", help=patch)
     add("--rope-theta", type=POSITIVE, metavar="X", help="base of the frequencies; none = 10000")
     add("--qk-norm", action="store_true", default=None, help="normalise queries and keys; none = off")
-    energy = "what energy the field descends (EqM-E); not given = that of --ckpt, else none"
     energy = "energy that the field descends (EqM-E); not given = that of --ckpt, else none"
     add("--ebm", choices=EBMS, help=energy)
     add("--num-classes", type=COUNT, metavar="N", help="none = the class folders found")

@@ -9,7 +9,6 @@ All functions broadcast gamma (B,) over x and noise (B, ...).
 import math
 
 import torch
-import torch.nn.functional as F
 
 DECAY_START = 0.8  # a: the field's size is constant up to here, then falls linearly to zero
 FIELD_SCALE = 4.0  # lambda
@@ -62,9 +61,11 @@ def dispersive_loss(features):
     """
     z = features.float().flatten(1)
     B, dim = z.shape
-    distances = F.pdist(z).square() / dim  # each pair once; its gradient is sound where two samples are one
-    diagonal = distances.new_zeros(B)
-    return 0.5 * (torch.logsumexp(torch.cat([-distances, -distances, diagonal]), dim=0) - 2 * math.log(B))
+    z = z - z.mean(dim=0).detach()  # distances stay, but no digits are lost in the difference of large squares
+    squares = z.square().sum(dim=1)
+    distances = (squares[:, None] + squares - 2 * z @ z.T).clamp(min=0) / dim  # (B, B)
+    distances = distances.masked_fill(torch.eye(B, dtype=torch.bool, device=z.device), 0)
+    return 0.5 * (distances.neg().flatten().logsumexp(dim=0) - 2 * math.log(B))
 
 
 def _broadcast(gamma, x):

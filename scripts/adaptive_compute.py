@@ -51,6 +51,10 @@ class Study:
     def __init__(self, args):
         self.model, config, _ = checkpoint.load_model(args.ckpt, video=True)
         self.data, self.num_samples, self.num_frames = config["data"], args.num_samples, args.num_frames
+        try:
+            self.model.config.check_num_frames(args.num_frames)
+        except ValueError as error:
+            raise UserError(f"--num-frames {args.num_frames}: {error}") from error
         self.vae = load_vae(self.data["vae"])
         self.labels = torch.arange(args.num_samples) % len(self.data["classes"])
         self.time_scale = self.data["frame_interval"][0] / self.data["fps"]
@@ -119,13 +123,17 @@ def measure(study):
         for limit in THRESHOLDS:
             rows.append(study.row("threshold", 0, reference, POINTS, step_size, limit)[0])
     chosen = choose(rows, full)
+    if chosen is None:
+        return rows, None, []
     again, reference = study.row("cut short", 1, None, POINTS, STEP_SIZE)
-    held_out = [again, study.row("threshold", 1, reference, POINTS, STEP_SIZE, chosen["stop_below"])[0]]
-    return rows, chosen, held_out
+    return rows, chosen, [again, study.row("threshold", 1, reference, POINTS, STEP_SIZE, chosen)[0]]
 
 
 def choose(rows, full):
-    """The threshold (small steps) of the least distance from 250 points, within the goal and no less accurate."""
+    """The threshold (small steps) of the least distance from 250 points, within the goal and no less accurate.
+
+    None if there is no such threshold.
+    """
     fit = [
         row
         for row in rows
@@ -134,7 +142,7 @@ def choose(rows, full):
         and row["mean_evaluations"] <= GOAL * full["mean_evaluations"]
         and row["direction_accuracy"] >= full["direction_accuracy"]
     ]
-    return min(fit, key=lambda row: row["distance"]) if fit else full
+    return min(fit, key=lambda row: row["distance"])["stop_below"] if fit else None
 
 
 def table(rows):
@@ -192,10 +200,13 @@ def main():
     rows, chosen, held_out = measure(study)
     out = Path(args.out)
     (out / "figures").mkdir(parents=True, exist_ok=True)
-    result = {"rows": rows, "chosen": chosen["stop_below"], "held_out": held_out}
+    result = {"rows": rows, "chosen": chosen, "held_out": held_out}
     (out / "adaptive_compute.json").write_text(json.dumps(result, indent=1) + "\n")
     text = f"Seed 0, {args.num_samples} clips a row:\n\n{table(rows)}\n\n"
-    text += f"R = {chosen['stop_below']:g}, chosen on seed 0, on seed 1:\n\n{table(held_out)}\n"
+    if chosen is None:
+        text += f"No R is as accurate as 250 points with at most {GOAL:.0%} of the evaluations.\n"
+    else:
+        text += f"R = {chosen:g}, chosen on seed 0, on seed 1:\n\n{table(held_out)}\n"
     (out / "adaptive_compute.md").write_text(text)
     draw(out / "figures" / "adaptive_compute.png", rows)
     say(text)

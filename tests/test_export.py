@@ -115,7 +115,18 @@ def test_a_folder_with_something_in_it_is_left_alone(tmp_path, monkeypatch, caps
     assert (tmp_path / "empty/model.safetensors").exists()
 
 
-@pytest.mark.parametrize("damage", ["no config", "no weights", "cut weights", "cut config", "other weights", "no step"])
+EDITS = {
+    "other weights": ('"hidden_size": 192', '"hidden_size": 96'),
+    "no step": ('"step"', '"steps"'),
+    "no kind": ('"video"', '"film"'),
+    "no frame rate": ('"fps"', '"rate"'),
+    "a word for a number": ('"depth": 1', '"depth": "x"'),
+    "an impossible model": ('"num_heads": 3', '"num_heads": 5'),
+    "another version": ('"version": 1', '"version": 2'),
+}
+
+
+@pytest.mark.parametrize("damage", ["no config", "no weights", "cut weights", "cut config", *EDITS])
 def test_a_damaged_export_is_one_line(tmp_path, monkeypatch, damage):
     folder = tmp_path / "shared"
     run(monkeypatch, export, make_checkpoint(tmp_path / "best.pt", use_rope=True), folder)
@@ -128,14 +139,55 @@ def test_a_damaged_export_is_one_line(tmp_path, monkeypatch, damage):
         weights.write_bytes(weights.read_bytes()[:-100])
     elif damage == "cut config":
         config.write_text(config.read_text()[:-20])
-    elif damage == "no step":
-        config.write_text(config.read_text().replace('"step"', '"steps"'))
     else:
-        config.write_text(config.read_text().replace('"hidden_size": 192', '"hidden_size": 96'))
+        assert EDITS[damage][0] in config.read_text()
+        config.write_text(config.read_text().replace(*EDITS[damage]))
     with pytest.raises(UserError) as error:
         checkpoint.load_model(folder)
     assert str(error.value).startswith(f"--ckpt {folder}: ")
     assert "\n" not in str(error.value)
+    assert ("format version 2" in str(error.value)) == (damage == "another version")
+
+
+def fail_on_config(path, text):
+    raise OSError(28, "No space left on device")
+
+
+def test_a_disk_that_fills_leaves_no_half_export(tmp_path, monkeypatch, capsys):
+    path = make_checkpoint(tmp_path / "best.pt", use_rope=True)
+    with monkeypatch.context() as full, pytest.raises(SystemExit) as ended:
+        full.setattr("pathlib.Path.write_text", fail_on_config)
+        run(full, export, path, tmp_path / "new/shared")
+    assert ended.value.code == 1
+    assert "No space left on device" in capsys.readouterr().err
+    assert list((tmp_path / "new").iterdir()) == []
+    run(monkeypatch, export, path, tmp_path / "new/shared")  # and again
+    assert sorted(file.name for file in (tmp_path / "new/shared").iterdir()) == ["config.json", "model.safetensors"]
+
+
+def test_flags_that_are_not_what_a_checkpoint_is_are_refused(tmp_path, monkeypatch, capsys):
+    path = make_checkpoint(tmp_path / "best.pt", use_rope=True)
+    run(monkeypatch, export, path, tmp_path / "shared")
+    for script, arguments, words in (
+        (export, (path, tmp_path / "new", "--model", "EqM-XL/2"), "--model EqM-XL/2"),
+        (export, (path, tmp_path / "new", "--ebm", "dot"), "--ebm gives dot"),
+        (sample_gd, ("--video", "--ckpt", tmp_path / "shared", "--model", "EqM-XL/2"), "--model EqM-XL/2"),
+        (sample_gd, ("--video", "--ckpt", tmp_path / "shared", "--no-ema"), "--no-ema"),
+    ):
+        with pytest.raises(SystemExit) as ended:
+            run(monkeypatch, script, *arguments)
+        assert ended.value.code == 2
+        assert words in capsys.readouterr().err.splitlines()[-1]
+    assert not (tmp_path / "new").exists()
+
+
+def test_sampling_again_leaves_nothing_of_the_run_before(tmp_path, monkeypatch):
+    path, folder = make_checkpoint(tmp_path / "best.pt", video=False, ebm="dot"), tmp_path / "s"
+    sample(monkeypatch, path, folder, "--report-energy", "--stop-below", 1e-9)
+    (folder / "notes.txt").write_text("mine")
+    sample(monkeypatch, path, folder, "--num-samples", 1)
+    names = {file.name for file in folder.iterdir()}
+    assert names == {"000000.png", "grid.png", "samples.npz", "samples.json", "notes.txt"}
 
 
 def test_training_goes_on_from_an_exported_model_with_a_fresh_optimizer(tmp_path, monkeypatch):

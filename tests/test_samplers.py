@@ -318,6 +318,15 @@ def test_sampling_builds_no_graph():
     assert not samples.requires_grad
 
 
+def test_a_sample_that_diverges_is_not_taken_for_one_that_has_arrived():
+    def field(x, keep):
+        return torch.where(keep[:, None] == 0, torch.inf * x - torch.inf * x, -x)
+
+    _, evaluations = sample(field, normal(2, 3), "gd", 50, 0.5, stop_below=0.01)
+    assert evaluations[0] == 49
+    assert evaluations[1] < 20
+
+
 # The ODE in gamma ---------------------------------------------------------------------------------------------------
 
 

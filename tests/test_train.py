@@ -213,6 +213,8 @@ BAD_SAMPLING = {
     "a threshold below zero": (["--stop-below", -0.5], ["--stop-below", "found -0.5", "above 0"]),
     "a threshold for a solver": (["--stop-below", "--sampler", "heun"], ["--stop-below", "heun"]),
     "the energy of a model that has none": (["--report-energy"], ["--report-energy", "without an energy"]),
+    "frames of images": (["--num-frames", 4], ["--num-frames 4 without --video"]),
+    "a frame rate of images": (["--fps", 4], ["--fps 4.0 without --video"]),
     "no start": (["--init", "no/such.mp4"], ["--init no/such.mp4"]),
     "a share of nothing": (["--init-gamma", 0.5], ["--init-gamma 0.5", "--init"]),
     "a share above one": (["--init", "x.mp4", "--init-gamma", 1.5], ["--init-gamma", "at most 1"]),
@@ -223,9 +225,9 @@ BAD_SAMPLING = {
 @pytest.mark.parametrize("case", BAD_SAMPLING)
 def test_sampling_refuses_in_one_line(case, rope_checkpoint, tmp_path, monkeypatch, capsys):
     flags, words = BAD_SAMPLING[case]
-    line = refuse(
-        monkeypatch, capsys, sample_gd, "--video", "--ckpt", rope_checkpoint, "--folder", tmp_path / "out", *flags
-    )
+    kind = [] if "of images" in case else ["--video"]
+    shared = [*kind, "--ckpt", rope_checkpoint, "--folder", tmp_path / "out"]
+    line = refuse(monkeypatch, capsys, sample_gd, *shared, *flags)
     assert all(word in line for word in words), line
     assert not (tmp_path / "out").exists()
 
