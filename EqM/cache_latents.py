@@ -27,26 +27,11 @@ from safetensors import SafetensorError, safe_open
 from tqdm import tqdm
 
 import distributed
+import video_dataset
 from checkpoint import sync_folder
 from distributed import COUNT, SHARE, ArgumentParser, UserError, check_writable, fail, rank, say, world_size
 from vae import load_vae
-from video_dataset import (
-    INDEX,
-    LATENTS,
-    LATENTS_FORMAT,
-    LATENTS_SUFFIX,
-    PARTIAL,
-    UCF_LISTS,
-    BadVideos,
-    UnreadableError,
-    check_data_path,
-    find_ucf_lists,
-    latents_settings,
-    read_all_frames,
-    resize_and_crop,
-    save_index,
-    scan_videos,
-)
+from video_dataset import LATENTS, PARTIAL, UCF_LISTS, UnreadableError, latents_settings
 
 PIECE = 16  # frames that are decoded together: an hour of 1080p would not fit the memory
 ROUND = 16  # videos per rank between two looks at how far the others are
@@ -73,7 +58,7 @@ def check_flags(args):
     if args.vae == "none":
         raise UserError("--vae none: pixels need no cache, train.py reads them from the videos; name a VAE")
     check_writable("--out", args.out)
-    check_data_path(args.data_path)
+    video_dataset.check_data_path(args.data_path)
     if latents_settings(args.data_path) is not None:
         raise UserError(f"--data-path {args.data_path}: a latent cache; name the folder of its videos")
 
@@ -83,7 +68,7 @@ def describe(args, vae):
     if args.image_size % vae.downsample:
         raise UserError(f"--image-size {args.image_size} is not a multiple of {vae.downsample} (VAE's downsampling)")
     return {
-        "format": LATENTS_FORMAT,
+        "format": video_dataset.LATENTS_FORMAT,
         "vae": os.path.abspath(vae.name) if os.path.isdir(vae.name) else vae.name,
         "image_size": args.image_size,
         "channels": vae.channels,
@@ -96,35 +81,32 @@ def describe(args, vae):
 
 def check_out(out, settings):
     """Raise UserError unless `out` is new, empty or a cache of the same settings, complete or not."""
-    for place in (Path(out, LATENTS), Path(out, PARTIAL)):
-        if place.exists():
-            try:
-                found = json.loads(place.read_text())
-                other = next((name for name in settings if found[name] != settings[name]), None)
-            except (OSError, ValueError, KeyError, TypeError) as error:
-                raise UserError(f"--out {out}: its {place.name} is damaged ({error}): name another folder") from error
-            if other:
-                raise UserError(f"--out {out}: a latent cache with {other} {found[other]}, found {settings[other]}: "
-                                "give the same flags or name another folder")
-            return
     names = os.listdir(out) if os.path.exists(out) else []
-    foreign = sorted(name for name in names if name[0] != "." and name != PARTIAL + ".tmp")
-    if foreign:
+    if marks := [name for name in (LATENTS, PARTIAL) if name in names]:
+        try:
+            found = json.loads(Path(out, marks[0]).read_text())
+            other = next((name for name in settings if found[name] != settings[name]), None)
+        except (OSError, ValueError, KeyError, TypeError) as error:
+            raise UserError(f"--out {out}: its {marks[0]} is damaged ({error}): name another folder") from error
+        if other:
+            raise UserError(f"--out {out}: a latent cache with {other} {found[other]}, found {settings[other]}: "
+                            "give the same flags or name another folder")
+    elif foreign := sorted(name for name in names if name[0] != "." and name != PARTIAL + ".tmp"):
         raise UserError(f"--out {out}: holds {foreign[0]} but no latent cache: name a new or an empty folder")
 
 
 def survey(args):
     """(scan, videos that are still to be encoded, books on the bad ones); for one rank only. Raises UserError."""
-    is_cache = any(Path(args.out, name).exists() for name in (LATENTS, PARTIAL))
-    scan = scan_videos(args.data_path, index_folder=args.out if is_cache else None)
-    bad_videos = BadVideos(len(scan.videos) + len(scan.unreadable), args.max_bad_fraction)
+    has_index = os.path.exists(os.path.join(args.out, video_dataset.INDEX))
+    scan = video_dataset.scan_videos(args.data_path, index_folder=args.out if has_index else None)
+    bad_videos = video_dataset.BadVideos(len(scan.videos) + len(scan.unreadable), args.max_bad_fraction)
     for path in bad_videos.add(scan.unreadable):
         say(f"{path} can't be opened; it is left out")
     return scan, [video for video in scan.videos if not is_done(args.out, video, scan)], bad_videos
 
 
 def latents_path(video):
-    return str(PurePosixPath(video.path).with_suffix(LATENTS_SUFFIX))
+    return str(PurePosixPath(video.path).with_suffix(video_dataset.LATENTS_SUFFIX))
 
 
 def source(video, scan):
@@ -176,9 +158,9 @@ def prepare(out, settings, scan):
     os.makedirs(out, exist_ok=True)
     if not Path(out, LATENTS).exists():
         write(Path(out, PARTIAL), json.dumps(settings, indent=1).encode())
-    for left in (*Path(out).rglob("*.tmp"), *Path(out).glob(f"{INDEX}.*")):
+    for left in (*Path(out).rglob("*.tmp"), *Path(out).glob(f"{video_dataset.INDEX}.*")):
         left.unlink()
-    save_index(scan, out)
+    video_dataset.save_index(scan, out)
 
 
 def encode_videos(args, vae, device, scan, todo, bad_videos):
@@ -213,8 +195,8 @@ def share(videos):
 def encode(vae, device, decoder, args, video):
     """The tensors of a video's file, each float16 (T, C, h, w); raises UnreadableError."""
     pieces = (
-        resize_and_crop(torch.from_numpy(frames).permute(0, 3, 1, 2), args.image_size)
-        for frames in read_all_frames(args.data_path, video, PIECE)
+        video_dataset.resize_and_crop(torch.from_numpy(frames).permute(0, 3, 1, 2), args.image_size)
+        for frames in video_dataset.read_all_frames(args.data_path, video, PIECE)
     )
     parts = defaultdict(list)
     for piece in ahead(decoder, pieces):
@@ -222,7 +204,7 @@ def encode(vae, device, decoder, args, video):
         for suffix, view in (("", clip), ("_flipped", clip.flip(-1)))[: 1 + args.with_flips]:
             for name, latents in zip(("mean", "std"), vae.posterior(view), strict=True):
                 parts[name + suffix].append(latents[0].transpose(0, 1).half().cpu())
-    return {name: torch.cat(latents) for name, latents in parts.items()}
+    return {name: torch.cat(latents).contiguous() for name, latents in parts.items()}
 
 
 def ahead(executor, items):
@@ -238,7 +220,7 @@ def finish(args, settings, scan, bad_videos):
     videos = [replace(video, path=latents_path(video)) for video in scan.videos if video.path not in bad_videos.paths]
     if not videos:
         raise UserError(f"--data-path {args.data_path}: none of its videos can be decoded")
-    lists, _ = find_ucf_lists(args.data_path, scan.videos)
+    lists, _ = video_dataset.find_ucf_lists(args.data_path, scan.videos)
     for file in lists.glob("*.txt") if lists else ():
         Path(args.out, UCF_LISTS).mkdir(exist_ok=True)
         shutil.copyfile(file, Path(args.out, UCF_LISTS, file.name))

@@ -1,0 +1,529 @@
+"""Latents of a tiny VAE; where a crash or ranks are the matter, real processes."""
+
+import json
+import os
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from safetensors import safe_open
+from safetensors.torch import load_file, save_file
+from test_vae import save_tiny
+from test_video_dataset import scribble, write_ucf_list, write_video
+
+import cache_latents
+import video_dataset
+from distributed import UserError
+from vae import load_vae
+from video_dataset import (
+    BadVideos,
+    Clips,
+    UnreadableError,
+    Video,
+    check_data_path,
+    collate,
+    latents_settings,
+    scan_videos,
+    split_videos,
+)
+
+SOURCE = Path(cache_latents.__file__).parent
+SIZE = 16
+NAMES = {"Run/a.avi": 40, "Run/b.c.mp4": 21, "Run/b.mkv": 30, "Jump/d.avi": 20, "Jump/e.avi": 16}  # frames
+
+
+@pytest.fixture(scope="module")
+def vae(tmp_path_factory):
+    return save_tiny(tmp_path_factory.mktemp("vae"))
+
+
+@pytest.fixture(scope="module")
+def root(tmp_path_factory):
+    """Two classes, five videos, two rates; tests only read it."""
+    root = tmp_path_factory.mktemp("data") / "videos"
+    for number, (name, frames) in enumerate(NAMES.items()):
+        codec = "libx264" if name.endswith("mp4") else "mpeg4"
+        write_video(root / name, frames, rate=25 + 5 * (number % 2), codec=codec)
+    return root
+
+
+@pytest.fixture(scope="module")
+def cache(root, vae, tmp_path_factory):
+    """A cache of `root` with flips; tests only read it."""
+    out = tmp_path_factory.mktemp("cache") / "latents"
+    with pytest.MonkeyPatch.context() as monkeypatch:
+        run(monkeypatch, root, vae, out, "--with-flips")
+    return out
+
+
+@pytest.fixture
+def own(root, tmp_path):
+    """A copy of `root` to change, alone in its folder."""
+    return Path(shutil.copytree(root, tmp_path / "videos"))
+
+
+def flags(root, vae, out, *more):
+    return [str(part) for part in ("--data-path", root, "--vae", vae, "--image-size", SIZE, "--out", out, *more)]
+
+
+def run(monkeypatch, *arguments):
+    monkeypatch.setattr(sys, "argv", ["cache_latents.py", *flags(*arguments)])
+    cache_latents.main()
+
+
+def refused(monkeypatch, capsys, *arguments, status=2):
+    """The line with which it ends."""
+    capsys.readouterr()
+    with pytest.raises(SystemExit) as ended:
+        run(monkeypatch, *arguments)
+    lines = [line for line in capsys.readouterr().err.splitlines() if "error:" in line]
+    assert ended.value.code == status and len(lines) == 1, lines
+    return lines[0]
+
+
+def content(folder):
+    return {str(path.relative_to(folder)): path.read_bytes() for path in Path(folder).rglob("*") if path.is_file()}
+
+
+def launch(command, *arguments):
+    environment = os.environ | {"OMP_NUM_THREADS": "1", "PYTHONPATH": str(SOURCE)}
+    command = [sys.executable, *map(str, command), *flags(*arguments)]
+    return subprocess.Popen(command, env=environment, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+
+
+def clips_of(folder, num_frames=4, **kwargs):
+    scan = scan_videos(folder)
+    return Clips(folder, scan.videos, scan.classes, num_frames, SIZE, **kwargs)
+
+
+def split_keys(folder, fraction=0.05):
+    parts = split_videos(folder, scan_videos(folder).videos, fraction)
+    return tuple([video.key for video in part] for part in parts)
+
+
+# What it holds.
+
+
+@pytest.mark.parametrize("mirrored", [False, True])
+def test_a_file_holds_the_posterior_of_every_frame_of_its_video(root, vae, cache, mirrored):
+    model, suffix = load_vae(vae), "_flipped" if mirrored else ""
+    for video in scan_videos(root).videos:
+        frames = video_dataset.read_frames(root, video, range(video.num_frames))
+        clip = video_dataset.resize_and_crop(torch.from_numpy(frames).permute(0, 3, 1, 2), SIZE).transpose(0, 1)
+        expected = model.posterior((clip.flip(-1) if mirrored else clip)[None])
+        found = load_file(cache / cache_latents.latents_path(video))
+        assert found.keys() == {"mean", "std", "mean_flipped", "std_flipped"}
+        for name, latents in zip(("mean", "std"), expected, strict=True):
+            tensor = found[name + suffix]
+            assert tensor.dtype == torch.float16 and tensor.shape == (video.num_frames, 4, SIZE // 2, SIZE // 2)
+            torch.testing.assert_close(tensor.float(), latents[0].transpose(0, 1), rtol=1e-3, atol=1e-4)
+
+
+def test_latents_json_says_what_the_cache_is_and_what_it_holds(root, vae, cache):
+    about = latents_settings(cache)
+    videos = about.pop("videos")
+    assert about == {
+        "format": 1, "vae": vae, "image_size": SIZE, "channels": 4, "downsample": 2, "scale": 0.7, "shift": 0.0,
+        "flips": True, "num_videos": 5, "num_frames": sum(NAMES.values()), "classes": ["Jump", "Run"],
+        "unreadable": [],
+    }  # fmt: skip
+    names = ["Jump/d", "Jump/e", "Run/a", "Run/b.c", "Run/b"]  # in the order of the videos
+    assert [video["path"] for video in videos] == [f"{name}.safetensors" for name in names]
+    assert videos[3] == {"path": "Run/b.c.safetensors", "class_name": "Run", "num_frames": 21, "fps": 30.0,
+                         "height": 48, "width": 64}
+    assert {path.name for path in cache.iterdir()} == {"latents.json", "Jump", "Run"}
+    assert latents_settings(root) is None and latents_settings(root / "missing") is None
+
+
+def test_a_scan_of_a_cache_is_that_of_its_videos_and_opens_nothing(root, cache, monkeypatch):
+    monkeypatch.setattr(video_dataset, "safe_open", lambda *_: pytest.fail("opened a file"))
+    videos, cached = scan_videos(root), scan_videos(cache)
+    assert [video.key for video in cached.videos] == [video.key for video in videos.videos]
+    for name in ("class_name", "num_frames", "fps", "height", "width"):
+        assert [getattr(video, name) for video in cached.videos] == [getattr(video, name) for video in videos.videos]
+    assert (cached.classes, cached.unreadable, cached.is_saved) == (videos.classes, [], True)
+    check_data_path(cache)
+
+
+@pytest.mark.parametrize(("interval", "flip"), [((1, 1), False), ((1, 1), True), ((1, 4), True)])
+def test_clips_from_a_cache_are_the_clips_that_the_videos_give(root, vae, cache, interval, flip):
+    model = load_vae(vae)
+    videos, cached = (clips_of(place, frame_interval=interval, flip=flip, seed=3) for place in (root, cache))
+    for number in range(12):
+        item, other = videos[number], cached[number]
+        assert other["clip"].dtype == torch.float16 and other["clip"].shape == (2, 4, 4, SIZE // 2, SIZE // 2)
+        assert other["clip"].is_contiguous()
+        expected = torch.cat(model.posterior(item["clip"][None]))
+        torch.testing.assert_close(other["clip"].float(), expected, rtol=1e-3, atol=1e-4)
+        assert Path(other.pop("video")).stem == Path(item.pop("video")).stem
+        del item["clip"], other["clip"]
+        assert item == other
+    batch = collate([cached[0], cached[1]])
+    assert batch["clips"].shape == (2, 2, 4, 4, SIZE // 2, SIZE // 2) and batch["clips"].dtype == torch.float16
+
+
+def test_a_cache_without_flips_refuses_to_flip(root, vae, tmp_path, monkeypatch):
+    run(monkeypatch, root, vae, tmp_path / "out")
+    assert clips_of(tmp_path / "out", flip=False)[0]["clip"].shape == (2, 4, 4, SIZE // 2, SIZE // 2)
+    with pytest.raises(ValueError, match="flip=False"):
+        clips_of(tmp_path / "out", flip=True)
+
+
+@pytest.mark.parametrize("place", ["in the videos' folder", "beside it"])
+def test_a_cache_is_split_by_the_ucf_lists_of_its_videos(own, vae, tmp_path, monkeypatch, place):
+    out = tmp_path / "elsewhere" / "deep"
+    write_ucf_list(own if place == "in the videos' folder" else own.parent, ["Jump/d", "Run/a", "Run/b.c"])
+    run(monkeypatch, own, vae, out)
+    assert split_keys(out) == split_keys(own) == (["Jump/d", "Run/a", "Run/b.c"], ["Jump/e", "Run/b"])
+
+
+@pytest.mark.parametrize("fraction", [0.0, 0.2, 0.5, 1.0])
+def test_a_cache_is_split_by_the_hash_as_its_videos_are(root, cache, fraction):
+    assert split_keys(cache, fraction) == split_keys(root, fraction)
+    assert not list(cache.rglob("ucf*"))
+
+
+@pytest.mark.skipif(not Path("/proc/self/smaps").exists(), reason="only Linux says what a process has mapped")
+@pytest.mark.parametrize("numbers", [list(range(10_000, 10_016)), list(range(0, 32_000, 2000))])
+def test_of_a_long_video_only_what_is_around_the_frames_of_the_clip_is_read(tmp_path, monkeypatch, numbers):
+    place, shape, frame = tmp_path / "v.safetensors", (32_768, 4, 32, 32), 8192
+    parts = {name: [k * 2**28, (k + 1) * 2**28] for k, name in enumerate(("mean", "std"))}
+    header = {name: {"dtype": "F16", "shape": shape, "data_offsets": offsets} for name, offsets in parts.items()}
+    header = json.dumps(header).encode()
+    with open(place, "wb") as file:  # 512 MB, nearly all of it a hole
+        file.write(len(header).to_bytes(8, "little") + header)
+        for k, number in enumerate(numbers):
+            for name, (start, _) in parts.items():
+                file.seek(8 + len(header) + start + frame * number)
+                file.write(torch.full(shape[1:], k if name == "mean" else k + 0.5).half().numpy().tobytes())
+        file.truncate(8 + len(header) + 2**29)
+    resident = []
+
+    class Watched:
+        def __init__(self, *args):
+            self.file = safe_open(*args)
+
+        def __enter__(self):
+            return self.file
+
+        def __exit__(self, *_):  # the clip is read and the file still mapped
+            maps = Path("/proc/self/smaps").read_text().split("VmFlags")
+            (lines,) = [part.splitlines() for part in maps if str(place) in part]
+            resident.extend(int(line.split()[1]) for line in lines if line.startswith("Rss:"))
+
+    monkeypatch.setattr(video_dataset, "safe_open", Watched)
+    clip = video_dataset.read_latents(tmp_path, Video(place.name, "all", shape[0], 25.0, 48, 64), numbers)
+    expected = torch.arange(16.0).half().view(16, 1, 1).expand(4, 16, 32, 32)
+    assert torch.equal(clip, torch.stack([expected, expected + 0.5]))
+    assert 0 < resident[0] < 2**19 / 8, "KB; the rest is the kernel's reading ahead"
+
+
+# Crashes, ranks, changes.
+
+
+DIE_IN_RENAME = """
+import os, signal, cache_latents
+replace, renamed = os.replace, []
+def replace_or_die(source, target):
+    renamed.append(target)
+    if len(renamed) == {}:
+        os.kill(os.getpid(), signal.SIGKILL)
+    replace(source, target)
+os.replace = replace_or_die
+cache_latents.main()
+"""
+
+
+@pytest.mark.parametrize("rename", [1, 4, 7])  # of latents.partial.json, of the third video, of latents.json
+def test_killed_while_a_temporary_file_exists_and_started_again_it_makes_the_same_bytes(
+    root, vae, cache, tmp_path, monkeypatch, rename
+):
+    out, finished = tmp_path / "out", max(0, rename - 2)
+    process = launch(["-c", DIE_IN_RENAME.format(rename)], root, vae, out, "--with-flips")
+    _, stderr = process.communicate(timeout=60)
+    assert process.returncode == -signal.SIGKILL, stderr
+    assert len(list(out.rglob("*.tmp"))) == 1
+    assert len(list(out.rglob("*.safetensors"))) == finished
+    with pytest.raises(UserError, match="no video found" if rename == 1 else "not complete: run cache_latents.py"):
+        check_data_path(out)
+    encoded = spy_on_encode(monkeypatch)
+    run(monkeypatch, root, vae, out, "--with-flips")
+    assert content(out) == content(cache)
+    assert len(encoded) == 5 - finished
+
+
+def spy_on_encode(monkeypatch):
+    """The paths of the videos that are encoded from here on."""
+    encoded, encode = [], cache_latents.encode
+    monkeypatch.setattr(cache_latents, "encode", lambda *args: encoded.append(args[-1].path) or encode(*args))
+    return encoded
+
+
+def test_killed_from_outside_half_way_and_started_again_it_makes_the_same_bytes(tmp_path, vae, monkeypatch):
+    root = tmp_path / "videos"
+    for number in range(24):
+        write_video(root / f"{number}.avi", 60, size=(320, 240))
+    process = launch([SOURCE / "cache_latents.py"], root, vae, tmp_path / "out")
+    while len(list((tmp_path / "out").glob("*.safetensors"))) < 4:
+        assert process.poll() is None, process.communicate()
+        time.sleep(0.001)
+    process.kill()
+    process.communicate()
+    finished = len(list((tmp_path / "out").glob("*.safetensors")))
+    assert 4 <= finished < 24
+    encoded = spy_on_encode(monkeypatch)
+    run(monkeypatch, root, vae, tmp_path / "out")
+    assert len(encoded) == 24 - finished
+    run(monkeypatch, root, vae, tmp_path / "whole")
+    assert content(tmp_path / "out") == content(tmp_path / "whole")
+    assert len(content(tmp_path / "whole")) == 25
+    scan = scan_videos(tmp_path / "whole")  # unlabelled
+    assert scan.classes == ["all"] and scan.videos[0].key == "all/0"
+
+
+def test_two_ranks_make_the_bytes_of_one_and_encode_nothing_twice(root, vae, cache, tmp_path):
+    count = """
+import cache_latents, distributed
+encode = cache_latents.encode
+def spy(*args):
+    print("rank", distributed.rank(), "encodes", args[-1].path, flush=True)
+    return encode(*args)
+cache_latents.encode, cache_latents.ROUND = spy, 1
+cache_latents.main()
+"""
+    (tmp_path / "count.py").write_text(count)
+    torchrun = ["-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2", tmp_path / "count.py"]
+    process = launch(torchrun, root, vae, tmp_path / "out", "--with-flips")
+    stdout, stderr = process.communicate(timeout=120)
+    assert process.returncode == 0, stderr
+    lines = [line.split() for line in stdout.splitlines() if line.startswith("rank")]
+    assert sorted(line[-1] for line in lines) == sorted(NAMES)
+    assert {line[1] for line in lines} == {"0", "1"}
+    assert content(tmp_path / "out") == content(cache)
+    assert "127/127" in stderr  # the bar counts the frames of both
+
+
+def test_ranks_get_about_equally_many_frames(monkeypatch):
+    monkeypatch.setattr(cache_latents, "world_size", lambda: 4)
+    frames = np.random.default_rng(0).integers(29, 400, 64)
+    videos = [Video(f"{number}.avi", "all", int(count), 25.0, 48, 64) for number, count in enumerate(frames)]
+    shares = cache_latents.share(videos)
+    assert sorted((video for part in shares for video in part), key=videos.index) == videos
+    sums = [sum(video.num_frames for video in part) for part in shares]
+    assert max(sums) - min(sums) <= 30
+
+
+def test_a_finished_cache_says_so_and_is_left_as_it_is(root, vae, cache, monkeypatch, capsys):
+    encoded, before = spy_on_encode(monkeypatch), content(cache)
+    times = {path: path.stat().st_mtime_ns for path in cache.rglob("*")}
+    run(monkeypatch, root, vae, cache, "--with-flips")
+    assert "is finished: it holds 5 videos, 127 frames" in capsys.readouterr().out
+    assert encoded == [] and content(cache) == before
+    assert {path: path.stat().st_mtime_ns for path in cache.rglob("*.*")}.items() <= times.items()
+
+
+def test_started_again_it_takes_in_what_is_new_changed_damaged_or_lost_and_leaves_out_what_is_gone(
+    own, vae, tmp_path, monkeypatch, capsys
+):
+    out = tmp_path / "out"
+    run(monkeypatch, own, vae, out)
+    write_video(own / "Swim" / "f.avi", 18)
+    write_video(own / "Jump" / "d.avi", 25)
+    (own / "Jump" / "e.avi").unlink()
+    (out / "Run" / "a.safetensors").unlink()
+    truncate(out / "Run" / "b.safetensors")
+    encoded = spy_on_encode(monkeypatch)
+    run(monkeypatch, own, vae, out)
+    assert encoded == ["Run/a.avi", "Run/b.mkv", "Jump/d.avi", "Swim/f.avi"]  # a round's longest first
+    assert "1 videos are gone, Jump/e.safetensors first" in capsys.readouterr().out
+    run(monkeypatch, own, vae, tmp_path / "fresh")
+    (out / "Jump" / "e.safetensors").unlink()
+    assert content(out) == content(tmp_path / "fresh")
+    assert latents_settings(out)["classes"] == ["Jump", "Run", "Swim"]
+
+
+def test_while_a_finished_cache_is_brought_up_to_date_it_can_be_used(own, vae, tmp_path, monkeypatch):
+    run(monkeypatch, own, vae, tmp_path / "out")
+    write_video(own / "Run" / "new.avi")
+    monkeypatch.setattr(cache_latents, "encode", lambda *_: check_data_path(tmp_path / "out") or 1 / 0)
+    with pytest.raises(ZeroDivisionError):
+        run(monkeypatch, own, vae, tmp_path / "out")
+    assert len(scan_videos(tmp_path / "out").videos) == 5
+
+
+def test_an_index_that_the_videos_folder_does_not_take_lies_in_the_cache(own, vae, tmp_path, monkeypatch):
+    (own / ".video_index.json").unlink(missing_ok=True)
+    access = os.access
+    monkeypatch.setattr(os, "access", lambda path, mode: Path(path) != own and access(path, mode))
+    run(monkeypatch, own, vae, tmp_path / "out")
+    assert not (own / ".video_index.json").exists()
+    monkeypatch.setattr(video_dataset, "_probe", lambda *_: pytest.fail("opened a video again"))
+    run(monkeypatch, own, vae, tmp_path / "out")
+
+
+# Bad videos and bad files.
+
+
+def truncate(path):
+    path.write_bytes(path.read_bytes()[: path.stat().st_size // 2])
+
+
+def test_a_video_that_cannot_be_decoded_is_named_once_listed_and_left_out(own, vae, tmp_path, monkeypatch, capsys):
+    scribble(own / "Run" / "a.avi")
+    run(monkeypatch, own, vae, tmp_path / "out")
+    assert capsys.readouterr().out.count("Run/a.avi can't be decoded") == 1
+    about = latents_settings(tmp_path / "out")
+    assert about["unreadable"] == ["Run/a.avi"] and about["num_videos"] == 4
+    assert not list((tmp_path / "out").rglob("a.*"))
+    scan = scan_videos(tmp_path / "out")
+    assert scan.unreadable == ["Run/a.avi"] and len(scan.videos) == 4
+    write_video(own / "Run" / "a.avi", 40)  # repaired
+    run(monkeypatch, own, vae, tmp_path / "out")
+    assert latents_settings(tmp_path / "out")["unreadable"] == []
+    assert latents_settings(tmp_path / "out")["num_videos"] == 5
+
+
+def test_too_many_bad_videos_are_an_error_unless_they_are_allowed(own, vae, tmp_path, monkeypatch, capsys):
+    scribble(own / "Run" / "a.avi")
+    (own / "Run" / "text.avi").write_text("no video")
+    line = refused(monkeypatch, capsys, own, vae, tmp_path / "out", status=1)
+    assert "2 of 6 files are bad, Run/a.avi" in line and "--max-bad-fraction" in line
+    assert not (tmp_path / "out" / "latents.json").exists()
+    run(monkeypatch, own, vae, tmp_path / "out", "--max-bad-fraction", 0.4)
+    assert latents_settings(tmp_path / "out")["unreadable"] == ["Run/a.avi", "Run/text.avi"]
+    (own / "Run" / "more.avi").write_text("nor this")
+    assert "2 of 7" in refused(monkeypatch, capsys, own, vae, tmp_path / "new")  # seen before anything is decoded
+    assert not (tmp_path / "new").exists()
+
+
+DAMAGES = {
+    "truncated": truncate,
+    "vanished": Path.unlink,
+    "empty": lambda path: path.write_bytes(b""),
+    "text": lambda path: path.write_text("hello" * 1000),
+    "of another video": lambda path: save_file({"mean": torch.zeros(2, 4, 8, 8), "std": torch.zeros(2, 4, 8, 8)}, path),
+    "without std": lambda path: save_file({"mean": torch.zeros(40, 4, 8, 8).half()}, path),
+}
+
+
+@pytest.mark.parametrize("damage", DAMAGES)
+def test_a_bad_latents_file_is_named_replaced_and_counted_like_a_bad_video(cache, tmp_path, damage):
+    folder = Path(shutil.copytree(cache, tmp_path / "cache"))
+    clips = clips_of(folder, num_frames=16)
+    DAMAGES[damage](folder / "Run" / "a.safetensors")
+    items = [clips[number] for number in range(10)]
+    bad = [item for item in items if item["bad"]]
+    assert len(bad) == 2  # it comes once in each epoch
+    assert all(item["bad"] == ["Run/a.safetensors"] != [item["video"]] for item in bad)
+    books = BadVideos(len(clips), 0.0)
+    assert books.add([path for item in items for path in item["bad"]]) == ["Run/a.safetensors"]
+    with pytest.raises(UnreadableError, match="a.safetensors"):
+        video_dataset.read_latents(folder, clips.videos[2], [20, 21])
+
+
+def test_a_cache_that_cannot_be_used_is_one_line_that_says_what_to_do(cache, tmp_path):
+    folder = Path(shutil.copytree(cache, tmp_path / "cache"))
+
+    def message(function, *args, **kwargs):
+        with pytest.raises(UserError) as error:
+            function(*args, **kwargs)
+        assert str(error.value).startswith(f"--data-path {folder}: ") and "\n" not in str(error.value)
+        return str(error.value)
+
+    assert "leave out --video" not in message(scan_videos, folder, images=True)
+    assert "add --video" in message(check_data_path, folder, images=True)
+    (folder / "Jump" / "e.safetensors").unlink()
+    (folder / "Run" / "a.safetensors").unlink()
+    missing = message(scan_videos, folder)
+    assert "Jump/e.safetensors" in missing and "run cache_latents.py again" in missing
+    about = json.loads((folder / "latents.json").read_text())
+    for text, words in ((json.dumps(about | {"format": 2}), "format 2, this code reads 1"), ("[", "damaged"),
+                        ("[]", "damaged")):
+        (folder / "latents.json").write_text(text)
+        assert words in message(check_data_path, folder) and words in message(latents_settings, folder)
+    (folder / "latents.json").rename(folder / "latents.partial.json")
+    for function in (check_data_path, scan_videos, latents_settings):
+        assert "not complete: run cache_latents.py again" in message(function, folder)
+
+
+# Errors of the user.
+
+
+def test_every_mistake_is_one_line_and_status_2_before_anything_is_touched(
+    root, vae, cache, tmp_path, monkeypatch, capsys
+):
+    out = tmp_path / "out"
+
+    def message(*arguments):
+        line = refused(monkeypatch, capsys, *arguments)
+        assert not out.exists()
+        return line
+
+    assert "pixels need no cache" in message(root, "none", out)
+    assert "--vae emma" in message(root, "emma", out)
+    assert "--image-size 33 is not a multiple of 2" in message(root, vae, out, "--image-size", 33)
+    assert "no such folder" in message(tmp_path / "missing", vae, out)
+    assert "a latent cache; name the folder of its videos" in message(cache, vae, out)
+    assert "holds Jump but no latent cache" in message(root, vae, root)
+    (tmp_path / "file").write_text("")
+    assert "not a folder" in message(root, vae, tmp_path / "file")
+
+
+def test_a_cache_of_other_settings_is_refused_whether_it_is_complete_or_not(
+    root, vae, cache, tmp_path, monkeypatch, capsys
+):
+    folder = Path(shutil.copytree(cache, tmp_path / "cache"))
+    for name in ("latents.json", "latents.partial.json"):
+        (folder / "latents.json").rename(folder / name)
+        before = content(folder)
+        assert "flips True, found False" in refused(monkeypatch, capsys, root, vae, folder)
+        other = refused(monkeypatch, capsys, root, vae, folder, "--with-flips", "--image-size", 32)
+        assert "image_size 16, found 32" in other and "name another folder" in other
+        moved = shutil.copytree(vae, tmp_path / "vae", dirs_exist_ok=True)
+        assert f"vae {vae}, found {moved}" in refused(monkeypatch, capsys, root, moved, folder, "--with-flips")
+        assert content(folder) == before
+
+
+def test_a_folder_without_anything_of_its_own_is_taken(root, vae, tmp_path, monkeypatch):
+    (tmp_path / "out").mkdir()
+    (tmp_path / "out" / ".nfs01").write_text("")
+    run(monkeypatch, root, vae, tmp_path / "out")
+    check_data_path(tmp_path / "out")
+
+
+@pytest.mark.parametrize("call", [1, 3, 7])  # latents.partial.json, the second video, latents.json
+def test_a_disk_that_fills_is_one_line_and_status_1_and_leaves_no_half_file(
+    root, vae, cache, tmp_path, monkeypatch, capsys, call
+):
+    out, fsync, calls = tmp_path / "out", os.fsync, []
+
+    def full(descriptor):
+        if not os.path.isdir(f"/proc/self/fd/{descriptor}"):
+            calls.append(descriptor)
+        if len(calls) >= call:
+            raise OSError(28, "No space left on device")
+        fsync(descriptor)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(os, "fsync", full)
+        line = refused(patch, capsys, root, vae, out, "--with-flips", status=1)
+    assert "can't be written (No space left on device)" in line and "the same command goes on" in line
+    files = content(out)
+    assert len(files) == call - 1 and files.items() <= (content(cache) | files).items()
+    run(monkeypatch, root, vae, out, "--with-flips")
+    assert content(out) == content(cache)
+
+
+def test_a_file_that_the_disk_cuts_short_is_one_line_and_status_1_and_leaves_nothing_behind(root, vae, tmp_path):
+    limit = "import resource; resource.setrlimit(resource.RLIMIT_FSIZE, (30_000, 30_000)); "  # Run/a takes more
+    process = launch(["-c", limit + "import cache_latents; cache_latents.main()"], root, vae, tmp_path / "out")
+    _, stderr = process.communicate(timeout=60)
+    (line,) = [line for line in stderr.splitlines() if "error:" in line]
+    assert process.returncode == 1 and "a.safetensors can't be written (File too large)" in line
+    assert content(tmp_path / "out").keys() == {"latents.partial.json"}
