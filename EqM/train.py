@@ -57,6 +57,7 @@ from video_dataset import (
     batches_of,
     check_data_path,
     collate,
+    latents_settings,
     long_enough,
     save_index,
     scan_videos,
@@ -108,9 +109,10 @@ def add_model_and_data_flags(parser):
     add("--num-classes", type=COUNT, metavar="N", help="none = the class folders found")
 
     add = parser.add_argument_group("data").add_argument
-    add("--data-path", required=True, metavar="DIR", help="holds <class>/<video or image>, or those without classes")
-    add("--image-size", type=COUNT, default=256, metavar="PX", help="height and width of what is trained on")
-    add("--vae", default="ema", metavar="VAE", help="ema, mse or a directory of an AutoencoderKL; none = pixels")
+    add("--data-path", required=True, metavar="DIR", help="holds <class>/<video or image>; or a latent cache")
+    add("--image-size", type=COUNT, metavar="PX", help="height and width; not given = that of the cache, else 256")
+    vae = "ema, mse or a directory of an AutoencoderKL, none = pixels; not given = that of the cache, else ema"
+    add("--vae", metavar="VAE", help=vae)
     add("--frame-interval", type=COUNT, nargs="+", default=[1], metavar="N", help="between frames; two: drawn per clip")
     add("--no-flip", action="store_true", help="never mirror a clip (for classes that have a left and a right)")
     add("--val-fraction", type=SHARE, default=0.05, metavar="F", help="of the videos, where no split files are found")
@@ -189,6 +191,31 @@ def find_data(args, index_folder):
     return Data(scan, train, val, short + short_too)
 
 
+def load_latents_vae(args):
+    """The VAE of --vae or, for a latent cache, of the cache; settles --vae, --image-size and --no-flip."""
+    cache = latents_settings(args.data_path, images=not args.video)
+    if cache is None:
+        args.vae, args.image_size = args.vae or "ema", args.image_size or 256
+        return load_vae(args.vae)
+    if args.image_size not in (None, cache["image_size"]):
+        found = cache["image_size"]
+        raise UserError(f"--image-size {args.image_size}: the cache --data-path has {found}: leave it out")
+    if args.vae not in (None, cache["vae"]) and not os.path.isdir(args.vae):
+        raise UserError(f"--vae {args.vae}: the cache --data-path was made with {cache['vae']}: leave it out")
+    args.vae, args.image_size = args.vae or cache["vae"], cache["image_size"]
+    vae = load_vae(args.vae)  # samples are decoded with it
+    for name in ("channels", "downsample", "scale", "shift"):
+        if getattr(vae, name) != cache[name]:
+            raise UserError(
+                f"--vae {args.vae}: has {name} {getattr(vae, name)}, the cache --data-path, made with {cache['vae']}, "
+                f"{cache[name]}: name a place of that VAE"
+            )
+    if not (args.no_flip or cache["flips"]):
+        say("note: the cache has no mirrored latents (--with-flips), so no clip is mirrored")
+        args.no_flip = True
+    return vae
+
+
 def make_config(args, vae, state):
     """The EqMConfig of this run, its classes apart: from the flags, or from a checkpoint that they agree with."""
     cell = vae.downsample * int(args.model.split("/")[1]) if args.model else vae.downsample
@@ -261,7 +288,7 @@ def main():
     try:
         check_flags(args)
         check_data_path(args.data_path, images=not args.video)
-        vae = load_vae(args.vae)
+        vae = load_latents_vae(args)
         state, progress, folder = checkpoint.find_start(args, run_name(args))
         args.model = args.model or (None if state else "EqM-S/4")
         config, data = make_config(args, vae, state), None
@@ -385,10 +412,26 @@ def make_loaders(args, data, progress, last_step, device):
     num_val = min(args.val_clips, 4 * len(data.val))
     chunks = [list(range(first, min(first + VAL_CHUNK, num_val))) for first in range(0, num_val, VAL_CHUNK)]
     settings = {"num_workers": args.num_workers, "collate_fn": collate, "pin_memory": device.type == "cuda"}
+    if args.num_workers:
+        settings |= {"persistent_workers": True, "prefetch_factor": 4}
     return (
-        batches_of(DataLoader(train, batch_sampler=numbers, **settings)),
+        on_device(batches_of(DataLoader(train, batch_sampler=numbers, **settings)), device),
         DataLoader(val, batch_sampler=chunks[rank() :: world_size()], **settings),
     )
+
+
+def on_device(batches, device):
+    """The batches with their clips on the device. A GPU copies them while it still computes the step before."""
+    if device.type != "cuda":
+        yield from batches
+        return
+    copies, compute = torch.cuda.Stream(), torch.cuda.current_stream()
+    for batch in batches:
+        with torch.cuda.stream(copies):
+            clips = batch["clips"].to(device, non_blocking=True)
+        compute.wait_stream(copies)
+        clips.record_stream(compute)  # or its memory could be given away while it is in use
+        yield batch | {"clips": clips}
 
 
 def train(run):
@@ -543,7 +586,7 @@ def clip_losses(run, network, batch, labels, gamma, seed, stream):
     clips, labels, time_scales, gamma = (
         part.to(device, non_blocking=True) for part in (batch["clips"], labels, batch["time_scales"], gamma)
     )
-    mean, std = vae.posterior(clips)
+    mean, std = vae.posterior(clips) if clips.dtype == torch.uint8 else clips.float().unbind(1)  # from a cache
     shape = mean.shape[1:]  # (C, T, H, W)
     x = vae.sample(mean, std, None if std is None else normal(seed, "posterior", stream, numbers, shape, device))
     noise = normal(seed, "noise", stream, numbers, shape, device)

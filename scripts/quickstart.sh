@@ -11,6 +11,7 @@ export GPUS=${GPUS:-1} MODEL=${MODEL:-EqM-Ti/2}
 export STEPS_1=${STEPS_1:-200} STEPS_2=${STEPS_2:-1000} STEPS_3=${STEPS_3:-4000} # global steps
 export BATCH_1=${BATCH_1:-32} BATCH_2=${BATCH_2:-16} BATCH_3=${BATCH_3:-8}      # 2,048 tokens a step
 export LR_DECAY=${LR_DECAY:-0.4}
+export CACHE=0 # pixels need no encoding
 VIDEOS=${VIDEOS:-60} # per class
 SAMPLES=${SAMPLES:-48} SAMPLING_STEPS=${SAMPLING_STEPS:-60} FRAMES=${FRAMES:-16 7 24}
 PRECISION=${PRECISION:-bf16} WORKERS=${WORKERS:-1}

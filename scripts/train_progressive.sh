@@ -1,6 +1,6 @@
 #!/usr/bin/env bash
-# Train on 4 frames, go on with 8, then with 16: three phases of one model. Run the same command again after an
-# interruption: a finished phase is not run again, an unfinished one goes on where it was saved last.
+# Encode all videos once, then train on 4 frames, go on with 8, then with 16: three phases of one model. Run the same
+# command again after an interruption: what is finished is not run again, what is not goes on where it was saved last.
 #
 #   DATA=datasets/ucf-101 GPUS=8 bash scripts/train_progressive.sh [more flags of EqM/train.py]
 #
@@ -17,6 +17,21 @@ FRAMES_1=${FRAMES_1:-4} STEPS_1=${STEPS_1:-50000} BATCH_1=${BATCH_1:-256}
 FRAMES_2=${FRAMES_2:-8} STEPS_2=${STEPS_2:-100000} BATCH_2=${BATCH_2:-128}
 FRAMES_3=${FRAMES_3:-16} STEPS_3=${STEPS_3:-} BATCH_3=${BATCH_3:-64} # steps are global; none = see EPOCHS_3
 EPOCHS_3=${EPOCHS_3:-100} LR_DECAY=${LR_DECAY:-0}                     # of the last phase
+CACHE=${CACHE:-1} # 1: the videos are encoded once, into $LATENTS; 0: at every step, or never (--vae none)
+LATENTS=${LATENTS:-$DATA-latents} VAE=${VAE:-ema} IMAGE_SIZE=${IMAGE_SIZE:-256}
+FLIPS=${FLIPS:-1} # 1: mirrored frames are encoded, too, which doubles the cache
+
+if [[ $CACHE == 1 && ! -f $DATA/latents.json ]]; then
+  if [[ " $* " == *" --vae "* || " $* " == *" --image-size "* ]]; then
+    echo "train_progressive.sh: error: the cache is made with VAE and IMAGE_SIZE, not --vae and --image-size; set" \
+      "these, or CACHE=0 to train without a cache" >&2
+    exit 2
+  fi
+  [[ $FLIPS == 1 ]] && MIRRORED=--with-flips || MIRRORED=
+  torchrun --standalone --nproc_per_node="$GPUS" EqM/cache_latents.py --data-path "$DATA" --out "$LATENTS" \
+    --vae "$VAE" --image-size "$IMAGE_SIZE" $MIRRORED
+  DATA=$LATENTS
+fi
 
 # phase FRAMES BATCH [flags]
 phase() {

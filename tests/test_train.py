@@ -8,9 +8,11 @@ import av
 import numpy as np
 import pytest
 import torch
+from diffusers import AutoencoderKL
 from PIL import Image
 from torch.utils.data import DataLoader
 
+import cache_latents
 import checkpoint
 import distributed
 import metrics
@@ -18,8 +20,8 @@ import sample_gd
 import train
 import transport
 from models import EqM, model_config
-from vae import VAE
-from video_dataset import Clips, collate, scan_videos
+from vae import VAE, load_vae
+from video_dataset import Clips, collate, latents_settings, scan_videos
 
 SMALL = {"input_size": 16, "in_channels": 3, "hidden_size": 192, "depth": 1, "num_heads": 3, "num_classes": 2}
 
@@ -116,6 +118,10 @@ BAD_TRAINING = {  # flags -> words that the line must have
     "results in a file": (["--results-dir", "/dev/null/x"], ["--results-dir", "/dev/null"]),
     "an unknown flag": (["--num-frame", 3], ["--num-frame"]),
     "an unknown energy": (["--ebm", "l3"], ["--ebm", "l3"]),
+    "half precision without a GPU": (["--precision", "fp16"], ["--precision fp16", "GPU", "bf16"]),
+    "TF32 without a GPU": (["--precision", "tf32"], ["--precision tf32", "GPU"]),
+    "a compiled energy": (["--compile", "--ebm", "dot"], ["--compile", "--ebm dot"]),
+    "compiling without a compiler": (["--compile"], ["--compile", "g++"]),
     "dispersion of single clips": (["--disp", "--grad-accum", 4], ["--disp", "--global-batch-size 4"]),
     "a threshold for a solver": (["--stop-below", 0.5, "--sampler", "euler"], ["--stop-below 0.5", "euler"]),
     "Weights & Biases that is not installed": (["--wandb"], ["--wandb", "pip install wandb"]),
@@ -126,6 +132,9 @@ BAD_TRAINING = {  # flags -> words that the line must have
 def test_train_refuses_in_one_line(case, videos, tmp_path, monkeypatch, capsys):
     if case.startswith("Weights"):
         monkeypatch.setitem(sys.modules, "wandb", None)
+    if case == "compiling without a compiler":
+        monkeypatch.setenv("PATH", str(tmp_path))
+        monkeypatch.delenv("CXX", raising=False)
     flags, words = BAD_TRAINING[case]
     results = tmp_path / "results"
     defaults = ["--data-path", videos, "--results-dir", results, "--global-batch-size", 4, "--max-steps", 20]
@@ -397,6 +406,40 @@ def test_every_kind_of_training_learns(kind, images, videos, tmp_path, monkeypat
     assert state["config"]["training"]["video"] == ("--video" in flags)
 
 
+FAST_WAYS = {
+    "compiled": (["--compile"], 1e-4),
+    "activations twice": (["--grad-checkpoint"], 1e-6),
+    "in parts": (["--grad-accum", 4], 1e-4),
+    "in bf16": (["--precision", "bf16"], 3e-2),
+}
+
+
+@pytest.mark.parametrize("way", FAST_WAYS)
+def test_a_faster_way_learns_what_the_plain_one_learns(way, videos, tmp_path, monkeypatch):
+    if way == "compiled" and shutil.which("g++") is None:
+        pytest.skip("torch.compile needs a C++ compiler on the CPU")
+    flags, tolerance = FAST_WAYS[way]
+    shared = [*TRAIN, "--data-path", videos, "--global-batch-size", 8, "--lr", 3e-3, "--max-steps", 12]
+    plain, state = run_training(monkeypatch, tmp_path / "plain", *shared, "--val-every", 4)
+    rows, fast_state = run_training(monkeypatch, tmp_path / "fast", *shared, "--val-every", 4, *flags)
+    for key in ("train_loss", "grad_norm"):
+        assert [row[key] for row in rows] == pytest.approx([row[key] for row in plain], rel=tolerance)
+    assert rows[-1]["val_loss"] == pytest.approx(plain[-1]["val_loss"], rel=tolerance)
+    assert fast_state["model"].keys() == state["model"].keys()
+
+
+def test_fp16_scales_its_loss_skips_what_overflows_and_keeps_its_scale(videos, tmp_path, monkeypatch):
+    monkeypatch.setattr(distributed, "check_speed_flags", lambda args: None)  # the CPU can do it, slowly
+    shared = [*TRAIN, "--data-path", videos, "--global-batch-size", 4, "--precision", "fp16"]
+    rows, state = run_training(monkeypatch, tmp_path / "r", *shared, "--max-steps", 12)
+    assert all(np.isfinite([row["train_loss"], row["grad_norm"]]).all() for row in rows)
+    scale = state["optimizer"]["scaler"]["scale"]
+    assert scale == 65536 * 0.5 ** sum(row["skipped"] for row in rows)
+    best = tmp_path / "r/000-EqM-Ti-4-f8-rope/checkpoints/latest.pt"
+    more, state = run_training(monkeypatch, tmp_path / "s", *shared, "--max-steps", 13, "--ckpt", best)
+    assert state["optimizer"]["scaler"]["scale"] == scale * 0.5 ** more[0]["skipped"]
+
+
 def test_the_dispersive_loss_is_logged_apart_and_drives_the_activations_apart(images, tmp_path, monkeypatch):
     shared = [*IMAGES, "--data-path", images, "--global-batch-size", 8, "--lr", 1e-3, "--max-steps", 30]
     rows, _ = run_training(monkeypatch, tmp_path / "with", *shared, "--disp")
@@ -430,3 +473,95 @@ def test_the_network_is_told_the_point_on_the_path_the_label_and_the_frame_rate_
     expected = transport.target(x, noise, gamma).square().flatten(1).mean(dim=1)
     torch.testing.assert_close(losses, expected)
     torch.testing.assert_close(squares, x.square().flatten(1).mean(dim=1))
+
+
+# From a latent cache ------------------------------------------------------------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def tiny_vae(tmp_path_factory):
+    torch.manual_seed(0)
+    vae = AutoencoderKL(
+        down_block_types=["DownEncoderBlock2D"] * 2, up_block_types=["UpDecoderBlock2D"] * 2,
+        block_out_channels=(8, 8), norm_num_groups=4, latent_channels=4, sample_size=16,
+    )  # fmt: skip
+    folder = tmp_path_factory.mktemp("vae") / "tiny"
+    vae.save_pretrained(folder)
+    return folder
+
+
+@pytest.fixture(scope="module")
+def cache(videos, tiny_vae, tmp_path_factory):
+    """The latents of `videos`, mirrored ones included."""
+    out = tmp_path_factory.mktemp("cache") / "latents"
+    flags = ["--data-path", videos, "--vae", tiny_vae, "--image-size", 16, "--out", out, "--with-flips"]
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(sys, "argv", ["cache_latents.py", *map(str, flags)])
+        cache_latents.main()
+    return out
+
+
+FROM_LATENTS = ["--video", "--model", "EqM-Ti/4", "--num-frames", 8, "--use-rope", "--frame-interval", 1, 2]
+
+
+def test_a_cache_trains_as_encoding_on_the_fly_does(videos, cache, tiny_vae, tmp_path, monkeypatch):
+    shared = [*FROM_LATENTS, "--global-batch-size", 4, "--lr", 1e-3, "--max-steps", 6, "--val-every", 1]
+    slow, _ = run_training(
+        monkeypatch, tmp_path / "slow", *shared, "--data-path", videos, "--vae", tiny_vae, "--image-size", 16
+    )
+    fast, state = run_training(monkeypatch, tmp_path / "fast", *shared, "--data-path", cache)
+    for key in ("train_loss", "grad_norm", "val_loss"):
+        assert [row[key] for row in fast] == pytest.approx([row[key] for row in slow], rel=1e-3)
+    data = state["config"]["data"]
+    assert (data["vae"], data["image_size"], data["classes"]) == (str(tiny_vae), 16, ["A", "B"])
+
+
+def test_the_posterior_is_drawn_afresh_each_time_a_clip_comes(cache):
+    scan = scan_videos(cache)
+    clips = Clips(cache, scan.videos[:1], scan.classes, 10, 16, flip=False)  # one video, all of its frames
+    batch = collate([clips[0], clips[1]])
+    assert torch.equal(batch["clips"][0], batch["clips"][1])
+    vae = load_vae(latents_settings(cache)["vae"])
+    run = SimpleNamespace(vae=vae, args=SimpleNamespace(precision="fp32"), device=torch.device("cpu"))
+    gamma, labels, seen = torch.ones(2), torch.zeros(2, dtype=torch.int64), []
+
+    def network(x, *_, **__):
+        seen.append(x)  # at gamma 1 the clip itself
+        return torch.zeros_like(x), None
+
+    train.clip_losses(run, network, batch, labels, gamma, seed=0, stream=0)
+    mean, std = batch["clips"][0].float()
+    drawn = (seen[0] / vae.scale - mean) / std
+    assert not torch.allclose(drawn[0], drawn[1])
+    assert drawn.std().item() == pytest.approx(1, abs=0.05)
+
+
+def test_train_refuses_what_contradicts_its_cache(cache, tiny_vae, tmp_path, monkeypatch, capsys):
+    def line(*flags):
+        shared = [*FROM_LATENTS, "--data-path", cache, "--results-dir", tmp_path / "results", "--max-steps", 9]
+        return refuse(monkeypatch, capsys, train, *shared, "--global-batch-size", 4, *flags)
+
+    assert "--image-size 32" in line("--image-size", 32)
+    assert "--vae mse" in line("--vae", "mse")
+    assert "--vae none" in line("--vae", "none")
+    other = shutil.copytree(tiny_vae, tmp_path / "other")
+    config = (other / "config.json").read_text()
+    (other / "config.json").write_text(config.replace('"scaling_factor": 0.18215', '"scaling_factor": 0.5'))
+    assert "has scale 0.5" in line("--vae", other)
+    assert "add --video" in refuse(monkeypatch, capsys, train, "--data-path", cache, "--use-rope")
+    broken = shutil.copytree(cache, tmp_path / "broken")
+    next(broken.glob("A/*.safetensors")).unlink()
+    assert "run cache_latents.py again" in line("--data-path", broken)
+    (broken / "latents.json").rename(broken / "latents.partial.json")
+    assert "not complete" in line("--data-path", broken)
+    assert not (tmp_path / "results").exists()
+
+
+def test_without_mirrored_latents_no_clip_is_mirrored_and_a_note_says_so(cache, tmp_path, monkeypatch, capsys):
+    plain = shutil.copytree(cache, tmp_path / "plain")
+    about = (plain / "latents.json").read_text()
+    (plain / "latents.json").write_text(about.replace('"flips": true', '"flips": false'))
+    shared = [*FROM_LATENTS, "--data-path", plain, "--global-batch-size", 4, "--max-steps", 1]
+    _, state = run_training(monkeypatch, tmp_path / "r", *shared)
+    assert state["config"]["training"]["no_flip"] is True
+    assert "no clip is mirrored" in capsys.readouterr().out
