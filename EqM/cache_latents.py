@@ -143,8 +143,9 @@ def main():
         if rank() == 0:
             prepare(args.out, settings, plan[0])
         scan, todo, bad_videos = distributed.broadcast(plan)
-        say(f"{args.out}: {len(todo)} of {len(scan.videos)} videos to encode, {size(todo, settings)}; "
-            f"{world_size()} x {device.type}")
+        if todo:
+            say(f"{args.out}: {len(todo)} of {len(scan.videos)} videos to encode, {size(todo, settings)}; "
+                f"{world_size()} x {device.type}")
         encode_videos(args, vae.to(device), device, scan, todo, bad_videos)
         if rank() == 0:
             finish(args, settings, scan, bad_videos)
@@ -193,7 +194,10 @@ def share(videos):
 
 
 def encode(vae, device, decoder, args, video):
-    """The tensors of a video's file, each float16 (T, C, h, w); raises UnreadableError."""
+    """The tensors of a video's file, each float16 (T, C, h, w); raises UnreadableError.
+
+    Pixels are held for two pieces at a time, latents for the whole video.
+    """
     pieces = (
         video_dataset.resize_and_crop(torch.from_numpy(frames).permute(0, 3, 1, 2), args.image_size)
         for frames in video_dataset.read_all_frames(args.data_path, video, PIECE)
