@@ -15,7 +15,7 @@ from tqdm import tqdm
 
 import motion
 from distributed import COUNT, ArgumentParser, UserError, check_writable, fail, say
-from video_dataset import Clips, check_data_path, long_enough, scan_videos, split_videos
+from video_dataset import Clips, check_data_path, latents_settings, long_enough, scan_videos, split_videos
 
 ROWS = {  # what people read, of motion.summarize
     "direction_accuracy": "direction right",
@@ -74,6 +74,8 @@ def main():
     try:
         check_writable("--out", os.path.dirname(args.out) or ".")
         check_data_path(args.data_path)
+        if latents_settings(args.data_path) is not None:
+            raise UserError(f"--data-path {args.data_path}: a latent cache; name the folder of its videos")
         videos, labels, about = load_samples(args.samples)
         shapes_json = Path(args.data_path) / "shapes.json"
         names = [about["classes"][label] for label in labels]
