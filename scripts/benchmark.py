@@ -34,7 +34,7 @@ import cache_latents
 import samplers
 import train
 from distributed import COUNT, ArgumentParser, UserError, check_speed_flags, fail, number, set_precision
-from models import NAMES, EqM_models
+from models import NAMES, EqM_models, math_attention
 from rope import RotaryEmbedding3D, apply_rotary
 from vae import VAE
 from video_dataset import LATENTS, LATENTS_FORMAT, Batches, Clips, collate, read_frames, scan_videos
@@ -152,7 +152,7 @@ class Step:
 
     def flops(self):
         """FLOPs of forward and backward, of which nearly all are in matrix products and attention."""
-        with FlopCounterMode(display=False) as counter:
+        with FlopCounterMode(display=False) as counter, math_attention():  # it does not know the CPU's flash attention
             self.gradients()
         self.optimizer.zero_grad()
         return counter.get_total_flops()

@@ -37,6 +37,14 @@ def one(pattern):
     return found[0]
 
 
+def make_vae(folder):
+    vae = AutoencoderKL(
+        down_block_types=["DownEncoderBlock2D"] * 2, up_block_types=["UpDecoderBlock2D"] * 2,
+        block_out_channels=(8, 8), norm_num_groups=4, latent_channels=4, sample_size=16,
+    )  # fmt: skip
+    vae.save_pretrained(folder)
+
+
 @pytest.fixture(scope="module")
 def shapes(tmp_path_factory):
     out = tmp_path_factory.mktemp("data") / "moving-shapes"
@@ -136,11 +144,7 @@ def test_resuming_gives_the_same_weights_as_never_stopping(shapes, tmp_path, opt
 
 
 def test_a_vae_from_disk_trains_and_samples_on_two_ranks_of_which_one_has_nothing_to_sample(shapes, tmp_path):
-    vae = AutoencoderKL(
-        down_block_types=["DownEncoderBlock2D"] * 2, up_block_types=["UpDecoderBlock2D"] * 2,
-        block_out_channels=(8, 8), norm_num_groups=4, latent_channels=4, sample_size=16,
-    )  # fmt: skip
-    vae.save_pretrained(tmp_path / "vae")
+    make_vae(tmp_path / "vae")
     launch(
         *TORCHRUN, ROOT / "EqM/train.py", "--video", *TINY, *FAST, "--vae", tmp_path / "vae", "--num-frames", 5,
         "--data-path", shapes, "--max-steps", 2, "--sample-every", 2, "--num-samples", 1, "--num-sampling-steps", 3,
@@ -290,3 +294,25 @@ def test_a_start_of_pure_noise_is_no_start_and_one_without_noise_is_kept(phases,
     _, stderr = launch(*sampling, "--init", large, "--folder", tmp_path / "x", status=2)
     assert "64 x 64 pixels, wanted 16 x 16" in stderr
     assert not (tmp_path / "x").exists()
+
+
+def test_the_progressive_script_encodes_the_videos_once_and_trains_three_phases_from_that(shapes, tmp_path):
+    for folder in ("EqM", "scripts"):
+        shutil.copytree(ROOT / folder, tmp_path / folder)
+    make_vae(tmp_path / "vae")
+    settings = {
+        "PATH": f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}",
+        "DATA": shapes, "LATENTS": "latents", "VAE": "vae", "IMAGE_SIZE": 16, "GPUS": 1, "MODEL": "EqM-Ti/4",
+        "EXP": "E", "STEPS_1": 1, "STEPS_2": 2, "STEPS_3": 3, "BATCH_1": 4, "BATCH_2": 4, "BATCH_3": 4,
+    }  # fmt: skip
+    environment = {name: str(value) for name, value in settings.items()}
+    command = ["bash", tmp_path / "scripts/train_progressive.sh", *FAST[:-2], "--depth", 1]
+    launch(*command, environment=environment)
+    for frames, step in ((4, 1), (8, 2), (16, 3)):
+        state = torch.load(one(tmp_path / f"results/E/*-f{frames}-rope/checkpoints/{step:07d}.pt"), weights_only=True)
+        assert state["config"]["training"]["data_path"] == "latents"
+        assert state["config"]["training"]["no_flip"] is False  # the cache has mirrored latents
+    stdout, _ = launch(*command, environment=environment)
+    assert stdout.count("is finished") == 4
+    _, stderr = launch(*command, "--vae", "none", environment=environment, status=2)
+    assert "CACHE=0" in stderr

@@ -1,0 +1,79 @@
+import argparse
+import itertools
+
+import numpy as np
+import pytest
+import torch
+
+import benchmark
+from rope import RotaryEmbedding3D, apply_rotary
+
+ARGS = argparse.Namespace(
+    model="EqM-Ti/4", num_frames=8, batch_size=2, precision="fp32", compile=False, pairs=3, grad_checkpoint=False
+)
+
+
+def test_the_rotation_that_ours_is_measured_against_is_the_same_rotation():
+    grid, head_dim = (2, 3, 4), 18
+    q = torch.randn(2, 3, 24, head_dim, generator=torch.Generator().manual_seed(0))
+    n = head_dim // 3
+    # It pairs channel j of an axis with j + n/2, ours with its neighbour: reorder, turn, reorder back.
+    pairs = itertools.product(range(3), range(n // 2), range(2))
+    order = torch.tensor([axis * n + half * n // 2 + j for axis, j, half in pairs])
+    cos, sin = RotaryEmbedding3D(head_dim)(grid, torch.full((2,), 0.04))
+    ours = apply_rotary(q[..., order], cos, sin)
+    torch.testing.assert_close(benchmark.per_axis(q, grid)[..., order], ours, atol=1e-5, rtol=1e-5)
+
+
+def test_the_sides_take_turns_and_the_ratios_are_of_their_seconds(monkeypatch):
+    time, turns = itertools.count(), []
+    monkeypatch.setattr(benchmark, "clock", lambda side: side() or {"a": 3.0, "b": 2.0}[turns[-1]] + 0 * next(time))
+    values, of_a, of_b = benchmark.ratios(lambda: turns.append("a"), lambda: turns.append("b"), 4, warm_up=1)
+    assert turns == list("ab") + list("abbaabba")
+    assert values.tolist() == [1.5] * 4
+    assert (of_a, of_b) == (3.0, 2.0)
+
+
+def test_the_flops_of_a_step_are_those_of_its_layers_and_its_attention_forward_and_twice_that_backward():
+    step = benchmark.Step(ARGS)
+    D, depth, tokens = 192, 6, 2 * 2 * 8 * 8
+    product_flops, run = step.products()
+    assert product_flops == 3 * 2 * tokens * 12 * D * D
+    run()
+    conditions = 3 * 2 * 2 * (6 * depth + 2) * D * D  # adaLN, of 2 clips
+    patches = (3 + 2) * 2 * tokens * 256 * D  # out of and into 4 x 4 x 4 x 4 values; no gradient of the clip itself
+    layers = depth * product_flops + conditions + patches
+    attention = depth * 2 * 2 * 128 * 128 * D * 2  # q k^T and its product with v, of 2 clips
+    others = 3 * 2 * 2 * (256 + D) * D + 3 * 2 * 2 * 2 * D  # the embedder of the time scale
+    assert step.flops() == pytest.approx(layers + 3 * attention + others, rel=1e-3)
+
+
+def test_a_report_has_medians_quartiles_and_goals(capsys):
+    report = benchmark.Report()
+    report.add("a / b", np.array([1.0, 2.0, 3.0, 4.0, 10.0]), "<= 3", "note")
+    report.add("c / d", 2.0)
+    assert report.rows[0]["median"] == 3
+    assert report.rows[0]["quartiles"] == [2, 4]
+    assert report.markdown().splitlines()[2:] == ["| a / b | 3 | 2 - 4 | <= 3 | note |", "| c / d | 2 | 2 - 2 |  |  |"]
+
+
+@pytest.mark.parametrize("part", ["step", "positions", "energy", "sampling"])
+def test_every_part_measures_something(part):
+    report = benchmark.Report()
+    benchmark.PARTS[part](ARGS, report)
+    assert len(report.rows) >= 1
+    assert all(0 < row["median"] < 100 for row in report.rows)
+
+
+def test_a_cache_of_random_latents_has_the_frames_of_its_videos(tmp_path, monkeypatch):
+    import make_moving_shapes
+
+    flags = ["--out", tmp_path / "videos", "--videos-per-class", 2, "--size", 16]
+    monkeypatch.setattr("sys.argv", ["make_moving_shapes.py", *map(str, flags)])
+    make_moving_shapes.main()
+    (tmp_path / "latents").mkdir()
+    benchmark.write_random_cache(tmp_path / "videos", tmp_path / "latents")
+    scan = benchmark.scan_videos(tmp_path / "latents")
+    clips = benchmark.Clips(tmp_path / "latents", scan.videos, scan.classes, 16, 256, flip=False)
+    assert clips[0]["clip"].shape == (2, 4, 16, 32, 32)
+    assert len(clips) == 24
