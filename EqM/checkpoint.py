@@ -144,8 +144,9 @@ def read_file(path):
 
 def write_export(folder, state, dtype="fp32"):
     """Write model.safetensors (the EMA) and config.json into a new or empty folder, all or nothing. Raises OSError."""
-    folder, parts = Path(folder), dict(state["config"])
+    folder, parts = Path(folder).absolute(), dict(state["config"])
     temporary = folder.with_name(folder.name + ".tmp")
+    shutil.rmtree(temporary, ignore_errors=True)  # of a crash
     parts["training"] = {name: value for name, value in parts["training"].items() if name not in LOCAL_FLAGS}
     about = {"version": VERSION, "step": state["step"], "dtype": dtype, **parts}
     weights = {name: value.to(DTYPES[dtype]).contiguous() for name, value in state["ema"].items()}
@@ -261,6 +262,8 @@ def convert_published(state, config):
     Their pos_embed must be our table, which is not saved. Their output has a second half, sigma, that is not used.
     """
     state = dict(state)
+    if "pos_embed" not in state:
+        raise ValueError("not a published image model: it has no pos_embed")
     table, found = position_table(config), state.pop("pos_embed")
     rounded = table.to(found.dtype).float()  # as theirs, if their file is in half precision
     if found.shape != table.shape or not torch.allclose(found.float(), rounded, atol=1e-5):

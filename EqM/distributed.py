@@ -63,7 +63,7 @@ def check_writable(flag, folder):
         raise UserError(f"{flag} {folder}: {place} is not a folder that can be written to; name another")
 
 
-STOP_BELOW = 1.0  # TODO from the study
+STOP_BELOW = 1.0  # as accurate as 250 points with 57% of their evaluations: scripts/adaptive_compute.py
 COUNT, NATURAL = number(int, least=1), number(int, least=0)
 POSITIVE, NON_NEGATIVE, SHARE = number(float, above=0), number(float, least=0), number(float, least=0, most=1)
 

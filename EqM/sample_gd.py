@@ -129,8 +129,9 @@ def check_flags(args):
     distributed.check_devices()
     distributed.check_speed_flags(args)
     distributed.check_sampling_flags(args)
-    for flag, value in (("--num-frames", args.num_frames), ("--fps", args.fps), ("--time-scale", args.time_scale)):
-        if value not in (None, 1) and not args.video:
+    frames = args.num_frames if args.num_frames != 1 else None
+    for flag, value in (("--num-frames", frames), ("--fps", args.fps), ("--time-scale", args.time_scale)):
+        if value is not None and not args.video:
             raise UserError(f"{flag} {value} without --video: images have no frames; add --video or leave it out")
     check_writable("--folder", args.folder)
     if args.init_gamma is None:

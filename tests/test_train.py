@@ -223,7 +223,7 @@ BAD_SAMPLING = {
     "a threshold for a solver": (["--stop-below", "--sampler", "heun"], ["--stop-below", "heun"]),
     "the energy of a model that has none": (["--report-energy"], ["--report-energy", "without an energy"]),
     "frames of images": (["--num-frames", 4], ["--num-frames 4 without --video"]),
-    "a frame rate of images": (["--fps", 4], ["--fps 4.0 without --video"]),
+    "a frame rate of images": (["--fps", 1], ["--fps 1.0 without --video"]),
     "no start": (["--init", "no/such.mp4"], ["--init no/such.mp4"]),
     "a share of nothing": (["--init-gamma", 0.5], ["--init-gamma 0.5", "--init"]),
     "a share above one": (["--init", "x.mp4", "--init-gamma", 1.5], ["--init-gamma", "at most 1"]),
