@@ -5,6 +5,7 @@ process group). Nothing here touches the process group or a GPU before `start()`
 """
 
 import argparse
+import ctypes
 import gc
 import hashlib
 import os
@@ -162,6 +163,18 @@ def check_devices():
         raise UserError(f"--nproc_per_node={found}: this machine has {torch.cuda.device_count()} GPUs; start as many")
 
 
+def keep_freed_memory():
+    """Let the C library (glibc) keep memory that is freed, instead of giving it back to the system.
+
+    On the CPU a training step allocates and frees the same gigabytes each time; to get them anew, page by page, takes
+    a tenth of it.
+    """
+    library = ctypes.CDLL(None)
+    if hasattr(library, "mallopt"):
+        library.mallopt(-4, 0)  # M_MMAP_MAX: no block comes directly from the system
+        library.mallopt(-1, -1)  # M_TRIM_THRESHOLD: nothing goes back to it
+
+
 def start():
     """Join the process group if torchrun started us; returns the device of this rank."""
     if torch.cuda.is_available():
@@ -169,6 +182,7 @@ def start():
         torch.cuda.set_device(device)
     else:
         device = torch.device("cpu")
+        keep_freed_memory()
     if "RANK" in os.environ:
         backend = "nccl" if device.type == "cuda" else "gloo"
         dist.init_process_group(backend, timeout=SCAN_TIME)
