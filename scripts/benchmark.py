@@ -196,6 +196,9 @@ def step(args, report):
     floor, rate = scale * of_products, product_flops / of_products / 1e9
     note = f"{seconds:.3f} s; floor {floor:.3f} s at {rate:.0f} GFLOP/s"
     report.add(f"{args.precision} step / floor of its matrix products", values / scale, "<= 1.15", note)
+    inner = Step(args)
+    values, seconds, _ = ratios(lambda: (inner.gradients(), inner.optimizer.zero_grad()), products, args.pairs)
+    report.add("its forward and backward / the same floor", values / scale, None, f"{seconds:.3f} s")
     if torch.cuda.is_available():
         report.add("model FLOPs utilisation", [1 / (value / scale) for value in values], ">= 0.45", "of the rate above")
 
