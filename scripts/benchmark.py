@@ -312,6 +312,9 @@ def draw_growth(path, args, counts, seconds):
     axes.plot(counts, line, color="black", linestyle=":", label="in step with the frames")
     axes.set(xscale="log", yscale="log", xlabel="frames per clip", ylabel="seconds per training step")
     axes.set_xticks(counts, [str(count) for count in counts])
+    ticks = 2.0 ** np.arange(np.floor(np.log2(middle[0])), np.ceil(np.log2(middle[-1])) + 1)
+    axes.set_yticks(ticks, [f"{tick:g}" for tick in ticks])
+    axes.minorticks_off()
     axes.legend()
     figure.savefig(path, dpi=100)
 
@@ -453,7 +456,9 @@ def main():
         results = Path(__file__).resolve().parent.parent / "results"
         draw_growth(results / "figures/growth.png", args, *report.growth)
         (results / "benchmark.md").write_text(f"{title}\n\n{report.markdown()}\n")
-        (results / "benchmark.json").write_text(json.dumps({"title": title, "rows": report.rows}, indent=1) + "\n")
+        frames, seconds = report.growth
+        result = {"title": title, "rows": report.rows, "frames": frames, "seconds_per_step": seconds.tolist()}
+        (results / "benchmark.json").write_text(json.dumps(result, indent=1) + "\n")
 
 
 def processor():
