@@ -4,7 +4,8 @@
         --out datasets/ucf-101-latents
 
 Then train with --data-path datasets/ucf-101-latents. Interrupted at any moment, the same command goes on; started
-again when videos have come, gone or changed, it brings the cache up to date.
+again when videos have come, gone or changed, it brings the cache up to date. The bytes do not depend on interruptions
+or on the number of ranks; on the CPU the last bits do on that of threads (OMP_NUM_THREADS).
 
     OUT/<Class>/<stem>.safetensors   mean and std, with --with-flips mean_flipped and std_flipped, of the posterior of
                                      every frame: float16 (T, C, h, w)

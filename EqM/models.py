@@ -312,6 +312,8 @@ class EqM(nn.Module):
             rotary = self.rope(grid, time_scale)
         else:
             rotary, tokens = None, tokens + self.pos_embed
+        if self.is_compiled:
+            tokens = tokens.clone()  # a view, which no other block gets, would have a graph of its own
         for block in self.blocks:
             if self.is_compiled:  # or each new size would be compiled
                 mark_sizes(tokens, condition, rotary)

@@ -224,7 +224,15 @@ def test_of_a_long_video_only_what_is_around_the_frames_of_the_clip_is_read(tmp_
     assert 0 < resident[0] < 2**19 / 8, "KB; the rest is the kernel's reading ahead"
 
 
-# Crashes, ranks, changes.
+# Crashes, ranks, changes. On the CPU the last bits depend on the number of threads; processes started here have one.
+
+
+@pytest.fixture(autouse=True, scope="module")
+def one_thread():
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(before)
 
 
 DIE_IN_RENAME = """
