@@ -14,12 +14,12 @@ import pytest
 import torch
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
-from test_vae import save_tiny
-from test_video_dataset import scribble, write_ucf_list, write_video
 
 import cache_latents
 import video_dataset
 from distributed import UserError
+from test_vae import save_tiny
+from test_video_dataset import scribble, write_ucf_list, write_video
 from vae import load_vae
 from video_dataset import (
     BadVideos,

@@ -13,8 +13,8 @@ import av
 import numpy as np
 import pytest
 import torch
-from diffusers import AutoencoderKL
-from PIL import Image
+
+from tiny_data import make_images, make_vae
 
 ROOT = Path(__file__).resolve().parent.parent
 TORCHRUN = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2"]
@@ -35,14 +35,6 @@ def one(pattern):
     found = glob(str(pattern))
     assert len(found) == 1, (pattern, found)
     return found[0]
-
-
-def make_vae(folder):
-    vae = AutoencoderKL(
-        down_block_types=["DownEncoderBlock2D"] * 2, up_block_types=["UpDecoderBlock2D"] * 2,
-        block_out_channels=(8, 8), norm_num_groups=4, latent_channels=4, sample_size=16,
-    )  # fmt: skip
-    vae.save_pretrained(folder)
 
 
 @pytest.fixture(scope="module")
@@ -209,12 +201,7 @@ def test_a_broken_video_is_named_once_and_counted_and_too_many_end_the_run(shape
 
 @pytest.fixture(scope="module")
 def images(tmp_path_factory):
-    root = tmp_path_factory.mktemp("images") / "data"
-    for number in range(12):
-        (root / "AB"[number % 2]).mkdir(parents=True, exist_ok=True)
-        pixels = np.random.default_rng(number).integers(0, 256, (16, 20, 3), dtype=np.uint8)
-        Image.fromarray(pixels).save(root / "AB"[number % 2] / f"{number}.webp", lossless=True)
-    return root
+    return make_images(tmp_path_factory.mktemp("images") / "data", 12, ".webp")
 
 
 def test_two_ranks_train_an_energy_with_dispersion_on_images_and_an_export_samples_as_its_checkpoint(images, tmp_path):

@@ -9,7 +9,6 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from diffusers import AutoencoderKL
 from PIL import Image
 from safetensors import safe_open
 
@@ -22,6 +21,7 @@ import train
 import transport
 from distributed import UserError
 from models import EqM, EqMConfig
+from tiny_data import make_vae
 
 
 def distance(a, b):
@@ -292,15 +292,6 @@ def test_a_hostile_published_file_is_refused_and_runs_nothing(published, tmp_pat
     assert not victim.exists()
     torch.load(path, weights_only=False)  # what the refusal has kept from happening
     assert victim.exists()
-
-
-def make_vae(folder):
-    vae = AutoencoderKL(
-        down_block_types=["DownEncoderBlock2D"] * 2, up_block_types=["UpDecoderBlock2D"] * 2,
-        block_out_channels=(8, 8), norm_num_groups=4, latent_channels=4, sample_size=16,
-    )  # fmt: skip
-    vae.save_pretrained(folder)
-    return folder
 
 
 def run(monkeypatch, script, *flags):

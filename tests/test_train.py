@@ -8,8 +8,6 @@ import av
 import numpy as np
 import pytest
 import torch
-from diffusers import AutoencoderKL
-from PIL import Image
 from torch.utils.data import DataLoader
 
 import cache_latents
@@ -20,6 +18,7 @@ import sample_gd
 import train
 import transport
 from models import EqM, model_config
+from tiny_data import make_images, make_vae
 from vae import VAE, load_vae
 from video_dataset import Clips, collate, latents_settings, scan_videos
 
@@ -48,12 +47,7 @@ def videos(tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def images(tmp_path_factory):
-    root = tmp_path_factory.mktemp("images") / "data"
-    for number in range(8):
-        (root / "AB"[number % 2]).mkdir(parents=True, exist_ok=True)
-        pixels = np.random.default_rng(number).integers(0, 256, (16, 20, 3), dtype=np.uint8)
-        Image.fromarray(pixels).save(root / "AB"[number % 2] / f"{number}.png")
-    return root
+    return make_images(tmp_path_factory.mktemp("images") / "data", 8)
 
 
 def save_checkpoint(path, step=10, **settings):
@@ -480,14 +474,7 @@ def test_the_network_is_told_the_point_on_the_path_the_label_and_the_frame_rate_
 
 @pytest.fixture(scope="module")
 def tiny_vae(tmp_path_factory):
-    torch.manual_seed(0)
-    vae = AutoencoderKL(
-        down_block_types=["DownEncoderBlock2D"] * 2, up_block_types=["UpDecoderBlock2D"] * 2,
-        block_out_channels=(8, 8), norm_num_groups=4, latent_channels=4, sample_size=16,
-    )  # fmt: skip
-    folder = tmp_path_factory.mktemp("vae") / "tiny"
-    vae.save_pretrained(folder)
-    return folder
+    return make_vae(tmp_path_factory.mktemp("vae") / "tiny")
 
 
 @pytest.fixture(scope="module")
