@@ -18,7 +18,6 @@ import os
 import shutil
 from collections import defaultdict
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import suppress
 from dataclasses import asdict, replace
 from pathlib import Path, PurePosixPath
 
@@ -29,7 +28,7 @@ from tqdm import tqdm
 
 import distributed
 import video_dataset
-from checkpoint import sync_folder
+from checkpoint import whole_file
 from distributed import COUNT, SHARE, ArgumentParser, UserError, check_writable, fail, rank, say, world_size
 from vae import load_vae
 from video_dataset import LATENTS, PARTIAL, UCF_LISTS, UnreadableError, latents_settings
@@ -70,7 +69,7 @@ def describe(args, vae):
         raise UserError(f"--image-size {args.image_size} is not a multiple of {vae.downsample} (VAE's downsampling)")
     return {
         "format": video_dataset.LATENTS_FORMAT,
-        "vae": os.path.abspath(vae.name) if os.path.isdir(vae.name) else vae.name,
+        "vae": vae.place,
         "image_size": args.image_size,
         "channels": vae.channels,
         "downsample": vae.downsample,
@@ -255,18 +254,11 @@ def size(videos, settings):
 
 def write(path, data):
     """A file that is there whole or not at all, whatever happens. Raises UserError if the disk is full or refuses."""
-    temporary = path.with_name(path.name + ".tmp")
     try:
         path.parent.mkdir(exist_ok=True)
-        with open(temporary, "wb") as file:
+        with whole_file(path) as file:
             file.write(data)
-            file.flush()
-            os.fsync(file.fileno())
-        os.replace(temporary, path)
-        sync_folder(path.parent)
     except OSError as error:
-        with suppress(OSError):
-            temporary.unlink(missing_ok=True)
         raise UserError(f"{path} can't be written ({error.strerror}); what is there stays: with that put right, the "
                         "same command goes on") from error
 

@@ -22,6 +22,7 @@ import os
 import pickle
 import shutil
 import warnings
+from contextlib import contextmanager, suppress
 from dataclasses import asdict, dataclass, fields
 from pathlib import Path
 
@@ -59,20 +60,31 @@ def save(path, state):
     Whatever goes wrong, `path` holds either its old content or all of the new. Raises UserError if
     the disk is full or refuses.
     """
+    try:
+        with whole_file(path) as file:
+            torch.save(state, file)
+    except (OSError, RuntimeError) as error:  # torch wraps a full disk in a RuntimeError
+        reason = getattr(error, "strerror", None) or str(error).splitlines()[0]
+        advice = "free some space: " if getattr(error, "errno", None) == errno.ENOSPC else ""
+        raise UserError(f"{path} can't be written ({reason}); {advice}older checkpoints are intact") from error
+
+
+@contextmanager
+def whole_file(path):
+    """A file to write to that is there under its name whole, and on the disk, or not at all."""
     path = Path(path)
     temporary = path.with_name(path.name + ".tmp")
     try:
         with open(temporary, "wb") as file:
-            torch.save(state, file)
+            yield file
             file.flush()
             os.fsync(file.fileno())
         os.replace(temporary, path)
         sync_folder(path.parent)
-    except (OSError, RuntimeError) as error:  # torch wraps a full disk in a RuntimeError
-        temporary.unlink(missing_ok=True)
-        reason = getattr(error, "strerror", None) or str(error).splitlines()[0]
-        advice = "free some space: " if getattr(error, "errno", None) == errno.ENOSPC else ""
-        raise UserError(f"{path} can't be written ({reason}); {advice}older checkpoints are intact") from error
+    except (OSError, RuntimeError):
+        with suppress(OSError):
+            temporary.unlink(missing_ok=True)
+        raise
 
 
 def link(path, name):

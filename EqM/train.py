@@ -269,7 +269,7 @@ def describe(args, config, data, vae):
     return {
         "model": asdict(config),
         "data": {
-            "vae": os.path.abspath(vae.name) if os.path.isdir(vae.name) else vae.name,
+            "vae": vae.place,
             "image_size": args.image_size,
             "fps": fps,
             "frame_interval": args.frame_interval,

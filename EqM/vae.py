@@ -31,6 +31,11 @@ class VAE:
             self.scale = model.config.scaling_factor
             self.shift = model.config.shift_factor or 0.0
 
+    @property
+    def place(self):
+        """The name as others may keep it: a directory's is absolute."""
+        return os.path.abspath(self.name) if os.path.isdir(self.name) else self.name
+
     def to(self, device):
         if self.model is not None:
             self.model.to(device)
