@@ -9,9 +9,9 @@ A file holds a dict of tensors and plain Python values:
     model, ema flat state dicts
     optimizer  {"kind": "adamw" or "muon", "states": [state dicts]}; None in what others left: it starts afresh
     step       global step, over all phases
-    phase      {"first_step": where the phase began, "position": samples taken from its stream,
-                "pretrained": whether step 0 was a model from elsewhere}
+    phase      the other fields of Progress
     best_loss  lowest validation loss of the phase
+    run        {"window": what was measured since the last line of metrics, "bad_videos": their paths}
 """
 
 import argparse
@@ -29,7 +29,8 @@ from pathlib import Path
 import safetensors.torch
 import torch
 
-from distributed import UserError
+from distributed import UserError, rank, say
+from interruption import is_of_this_job, lock
 from models import SIZES, EqM, EqMConfig, model_config, position_table
 
 VERSION = 1
@@ -64,6 +65,8 @@ def save(path, state):
         with whole_file(path) as file:
             torch.save(state, file)
     except (OSError, RuntimeError) as error:  # torch wraps a full disk in a RuntimeError
+        if "DataLoader" in str(error):  # a loader process that died says so anywhere
+            raise
         reason = getattr(error, "strerror", None) or str(error).splitlines()[0]
         advice = "free some space: " if getattr(error, "errno", None) == errno.ENOSPC else ""
         raise UserError(f"{path} can't be written ({reason}); {advice}older checkpoints are intact") from error
@@ -88,8 +91,10 @@ def whole_file(path):
 
 
 def link(path, name):
-    """Give a checkpoint a second name beside it (latest.pt), replacing the old bearer of that name at once."""
+    """Give a checkpoint a second name beside it (best.pt), replacing the old bearer of that name at once."""
     path = Path(path)
+    if path.with_name(name).exists() and path.samefile(path.with_name(name)):  # renaming would leave both
+        return
     temporary = path.with_name(name + ".tmp")
     temporary.unlink(missing_ok=True)
     try:
@@ -406,16 +411,51 @@ def make_run_folder(results_dir, name):
     """A new run folder, results_dir/NNN-name, with its subfolders."""
     root = Path(results_dir)
     root.mkdir(parents=True, exist_ok=True)
-    folder = root / f"{max(map(run_number, root.iterdir()), default=-1) + 1:03d}-{name}"
-    (folder / "checkpoints").mkdir(parents=True)
+    while True:
+        folder = root / f"{max(map(run_number, root.iterdir()), default=-1) + 1:03d}-{name}"
+        with suppress(FileExistsError):  # two runs that start at once
+            folder.mkdir()
+            break
+    (folder / "checkpoints").mkdir()
     (folder / "samples").mkdir()
     return folder
 
 
 def newest_run(results_dir, name):
-    """The newest run folder of that name, or None if there is none or it never came to a checkpoint."""
-    newest = max(Path(results_dir).glob(f"[0-9]*-{name}"), key=run_number, default=None)
-    return newest if newest and (newest / "checkpoints" / "latest.pt").exists() else None
+    """The newest run folder of that name, or None if there is none."""
+    return max(Path(results_dir).glob(f"[0-9]*-{name}"), key=run_number, default=None)
+
+
+def newest_checkpoint(folder, **asked):
+    """(path, dict as of `load`) of the newest checkpoint of a run that is whole; (None, None) without any.
+
+    Those that are damaged are named. latest.pt is always the newest; only without it are the others looked through.
+    """
+    whole = {}
+    latest = Path(folder, "checkpoints", "latest.pt")
+    for path in sorted(latest.parent.glob("*.pt"), key=lambda path: (path != latest, path)):
+        try:
+            state = load(path, **asked)
+        except UserError as error:
+            say(f"note: {error}")
+            continue
+        if path == latest:
+            return path, state
+        whole[path] = state["step"]
+    newest = max(whole, key=whole.get, default=None)
+    return newest, newest and load(newest, **asked)
+
+
+def clean(folder):
+    """Remove what a process that was killed was writing. Only for who holds the lock of the folder."""
+    for path in Path(folder).rglob("*.tmp"):
+        path.unlink()
+
+
+def keep_last(folder, count):
+    """Of a run's numbered checkpoints, remove all but the `count` last."""
+    for path in sorted(Path(folder, "checkpoints").glob("[0-9]*.pt"))[:-count]:
+        path.unlink()
 
 
 @dataclass
@@ -426,7 +466,13 @@ class Progress:
     first_step: int = 0  # of the phase; it also names the phase's stream of samples
     position: int = 0  # samples taken from that stream
     best_loss: float = math.inf  # lowest validation loss of the phase
+    best_step: int = -1  # and its step
+    skipped: int = 0  # steps in a row whose gradient was not finite
     pretrained: bool = False  # step 0 was a model from elsewhere, whose average is not to be forgotten
+
+    def phase(self):
+        """What a checkpoint says beside the step and the best loss."""
+        return {name: value for name, value in asdict(self).items() if name not in ("step", "best_loss")}
 
     def last_step(self, max_steps, epochs, num_videos, batch_size):
         """The step to end at: max_steps or `epochs` of this phase, whichever comes first; without both, 1400 epochs."""
@@ -439,25 +485,35 @@ class Progress:
 def find_start(args, name):
     """(checkpoint to start from or None, Progress, folder of the run to go on with or None).
 
-    args are the flags of train.py; with --resume, or restarted by torchrun, the newest run of that name goes on.
-    Raises UserError.
+    args are the flags of train.py; with --resume, or restarted by torchrun, the newest run of that name goes on, from
+    its beginning if it has no whole checkpoint. Its folder is locked from here on. Raises UserError.
     """
-    folder = None
-    if args.resume or int(os.environ.get("TORCHELASTIC_RESTART_COUNT", 0)) > 0:
-        folder = newest_run(args.results_dir, name)
-    path = folder / "checkpoints" / "latest.pt" if folder else args.ckpt
-    if not path:
-        return None, Progress(), None
+    folder = newest_run(args.results_dir, name)
+    restarted = int(os.environ.get("TORCHELASTIC_RESTART_COUNT", 0)) > 0
+    if folder and not args.resume and not (restarted and is_of_this_job(folder)):
+        folder = None
     given = {name: value for name in SHAPE if (value := getattr(args, name, None)) is not None}
-    args.ckpt, state = path, load(path, **(shape_of(args.model) | given), ebm=args.ebm)
+    asked = shape_of(args.model) | given | {"ebm": args.ebm}
+    path = state = None
+    if folder:
+        if rank() == 0:
+            lock(folder)
+            clean(folder)
+        path, state = newest_checkpoint(folder, **asked)
+    goes_on = path is not None
+    if not goes_on and args.ckpt:
+        path, state = args.ckpt, load(args.ckpt, **asked)
+    args.ckpt = path
+    if path is None:
+        return None, Progress(), folder
     step, kind = state["step"], state["optimizer"]["kind"] if state["optimizer"] else args.optimizer
     if kind != args.optimizer:
         raise UserError(f"--ckpt {path}: trained with --optimizer {kind}, found {args.optimizer}: give the same")
-    if folder:
-        return state, Progress(step, **state["phase"], best_loss=state["best_loss"]), folder
+    if goes_on:
+        return state, Progress(step, best_loss=state["best_loss"], **state["phase"]), folder
     if args.max_steps and args.max_steps <= step:
         raise UserError(
             f"--max-steps {args.max_steps}: the checkpoint has {step} steps already, and steps are counted over all "
             "phases; give a larger number"
         )
-    return state, Progress(step, first_step=step, pretrained=state["phase"].get("pretrained", False)), None
+    return state, Progress(step, first_step=step, pretrained=state["phase"].get("pretrained", False)), folder

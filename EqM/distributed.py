@@ -8,8 +8,10 @@ import argparse
 import ctypes
 import gc
 import hashlib
+import multiprocessing
 import os
 import shutil
+import signal
 import sys
 import time
 from datetime import timedelta
@@ -143,14 +145,16 @@ def say(message, log=None):
                 file.write(message + "\n")
 
 
-def fail(message, status=2):
+def fail(message, status=2, patience=PATIENCE):
     """End this process with one line on stderr; status 2 = wrong input, 1 = went wrong while running.
 
     torchrun kills all ranks as soon as one exits, so the others give rank 0 time to speak first;
     they speak themselves only if rank 0 is still fine by then (an error on one node only).
     """
     if rank() != 0:
-        time.sleep(PATIENCE)
+        time.sleep(patience)
+    for child in multiprocessing.active_children():  # loader processes; Python would wait for one that hangs
+        child.kill()
     text = " ".join(str(message).split())
     tqdm.write(f"{os.path.basename(sys.argv[0])}: error: {text}", file=sys.stderr)  # not into a progress bar
     sys.exit(status)
@@ -175,8 +179,16 @@ def keep_freed_memory():
         library.mallopt(-1, -1)  # M_TRIM_THRESHOLD: nothing goes back to it
 
 
+def die_with_parent(number):
+    """Have the system send this process a signal when the one that started it dies. On Linux only."""
+    if sys.platform == "linux":
+        ctypes.CDLL(None).prctl(1, int(number))  # PR_SET_PDEATHSIG
+
+
 def start():
     """Join the process group if torchrun started us; returns the device of this rank."""
+    if "TORCHELASTIC_RUN_ID" in os.environ:  # a session of its own hides the death of torchrun from it
+        die_with_parent(signal.SIGTERM)
     if torch.cuda.is_available():
         device = torch.device("cuda", local_rank())
         torch.cuda.set_device(device)

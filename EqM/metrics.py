@@ -78,6 +78,11 @@ class Metrics:
         if self.wandb:
             self.wandb.log(scalars, step=step)
 
+    def sync(self):
+        """See to it that what was logged outlasts a power cut, as checkpoints do."""
+        if self.file is not None:
+            os.fsync(self.file.fileno())
+
     def video(self, step, name, clips):
         """Show clips uint8 (N, T, H, W, 3) as one picture: a row per clip, a column per frame; images 8 in a row."""
         if self.file is None:
@@ -125,27 +130,75 @@ def _start_wandb(folder, config):
 
 
 class Window:
-    """What happened since the last line of metrics; it stays on the device until then, so no step waits for it."""
+    """What happened since the last line of metrics; it stays on the device until then, so no step waits for it.
 
-    def __init__(self):
-        self.rows, self.bad, self.waited, self.began = [], [], 0.0, time.monotonic()
+    earlier is what `averaged` gave when the run was interrupted within the window, {"names": [...], "rows": (n, k)}.
+    """
 
-    def add(self, **scalars):
-        """What a step found, as scalars on the device: the same names at each step."""
+    def __init__(self, earlier=None):
+        self.names = earlier["names"] if earlier else []
+        self.earlier = earlier["rows"] if earlier else torch.empty(0, 0)
+        self.rows, self.files, self.bad, self.waited, self.began = [], [], [], 0.0, time.monotonic()
+
+    def __len__(self):
+        return len(self.earlier) + len(self.rows)
+
+    def add(self, files, **scalars):
+        """What a step found, as scalars on the device: the same names at each step; the videos it was fed with.
+
+        A step with "skipped" 1 changed no weights: it counts, but its other numbers do not, and may be anything.
+        """
         self.rows.append(torch.stack(list(scalars.values())).float())
+        self.files.append(files)
         self.names = list(scalars)
 
+    def averaged(self, step):
+        """Means over all ranks for each step up to `step`: {"names": [...], "rows": float32 (n, k)}, on the CPU.
+
+        Raises UserError, on all ranks, at the first number that is not finite.
+        """
+        if not self.rows:
+            return {"names": self.names, "rows": self.earlier}
+        own = torch.stack(self.rows)
+        rows = distributed.average(own.clone()).cpu()
+        wrong = ~rows.isfinite()
+        if "skipped" in self.names:
+            wrong &= rows[:, self.names.index("skipped"), None] == 0
+        if wrong.any():
+            self.complain(step, wrong.any(1).nonzero()[0].item())
+        return {"names": self.names, "rows": torch.cat([self.earlier.reshape(-1, rows.shape[1]), rows])}
+
+    def complain(self, step, index):
+        """Raise UserError, on all ranks, that says all that is known of row `index`, which is not finite.
+
+        `step` is that of the last row; the rows of before an interruption do not count.
+        """
+        own = torch.stack(self.rows)
+        rows = distributed.average(own.clone()).cpu()
+        index %= len(rows)
+        name = self.names[(~rows[index].isfinite()).nonzero()[0].item()]
+        norm = self.names.index("grad_norm")  # one over all ranks: says nothing of where it began
+        is_finite = own[index].isfinite().cpu()
+        is_finite[norm] = True
+        parts = distributed.gather((is_finite.all().item(), self.files[index]))
+        guilty = [rank for rank, (is_fine, _) in enumerate(parts) if not is_fine] or list(range(len(parts)))
+        files = list(dict.fromkeys(file for rank in guilty for file in parts[rank][1]))
+        norms = rows[: index + 1, norm].tolist()[-8:]
+        raise UserError(
+            f"the {name} of step {step - len(rows) + 1 + index} is not finite, on rank {', '.join(map(str, guilty))}, "
+            f"of {', '.join(files)}; gradient norms up to it: {', '.join(f'{norm:.3g}' for norm in norms)}; the last "
+            "checkpoint is intact: try a lower --lr or, if it is rare, --skip-nonfinite 3"
+        )
+
     def summary(self, step, global_batch):
-        """Means over the window and all ranks; raises UserError if one of the scalars was not finite."""
-        columns = distributed.average(torch.stack(self.rows)).double().cpu().unbind(1)
-        for name, values in zip(self.names, columns, strict=True):
-            if not values.isfinite().all():
-                first = step - len(values) + 1 + values.isfinite().logical_not().nonzero()[0].item()
-                raise UserError(
-                    f"the {name} of step {first} is not finite; the last checkpoint is intact: try a lower --lr"
-                )
+        """Means over the window and all ranks; raises UserError if one of the numbers was not finite."""
+        columns = dict(zip(self.names, self.averaged(step)["rows"].double().unbind(1), strict=True))
+        skipped = columns.pop("skipped", None)
+        counted = slice(None) if skipped is None else skipped == 0
+        means = {name: values[counted].mean().item() for name, values in columns.items()}
+        if skipped is not None:
+            means["skipped"] = int(skipped.sum())
         seconds = time.monotonic() - self.began
-        means = {name: values.mean().item() for name, values in zip(self.names, columns, strict=True)}
         return means | {
             "clips_per_s": len(self.rows) * global_batch / seconds,
             "wait_frac": self.waited / seconds,

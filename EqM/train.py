@@ -15,7 +15,7 @@ import os
 import statistics
 import time
 from collections import Counter
-from contextlib import nullcontext
+from contextlib import nullcontext, suppress
 from copy import deepcopy
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
@@ -27,6 +27,7 @@ from tqdm import tqdm
 
 import checkpoint
 import distributed
+import interruption
 import samplers
 import transport
 from checkpoint import Progress
@@ -46,6 +47,7 @@ from distributed import (
     uniform,
     world_size,
 )
+from interruption import Interrupted, LoaderWatch, StopSignal
 from metrics import Metrics, Window, import_wandb
 from models import EBMS, NAMES, EqM, EqMConfig, model_config
 from vae import load_vae
@@ -79,9 +81,12 @@ def parse_args():
     add("--results-dir", default="results", metavar="DIR", help="the run folder is made in here")
     start = "start a new phase from this checkpoint, exported folder or published image model; none = from scratch"
     add("--ckpt", metavar="FILE", help=start)
-    add("--resume", action="store_true", help="go on with the newest run of this model, frames and positions")
+    resume = "go on with the newest run of this model, frames and positions, if there is one; off = start a new one"
+    add("--resume", action="store_true", help=resume)
     add("--log-every", type=COUNT, default=100, metavar="N", help="steps")
     add("--ckpt-every", type=COUNT, default=50_000, metavar="N", help="steps; the last step always saves")
+    keep = "numbered checkpoints that stay, the last ones; best.pt always does; none = all stay"
+    add("--keep-last", type=COUNT, metavar="N", help=keep)
     add("--val-every", type=COUNT, default=2_500, metavar="N", help="steps; the last step always validates")
     add("--val-clips", type=COUNT, default=256, metavar="N", help="clips that validate, at most 4 per video")
     add("--sample-every", type=NATURAL, default=10_000, metavar="N", help="steps; 0 = off")
@@ -119,6 +124,8 @@ def add_model_and_data_flags(parser):
     add("--max-bad-fraction", type=SHARE, default=0.01, metavar="F", help="of the videos that may be broken")
     workers = min(4, os.cpu_count())
     add("--num-workers", type=NATURAL, default=workers, metavar="N", help="loader processes per rank; 0 = none")
+    hang = "seconds a batch of the loader processes may take before the run ends; 0 = any number"
+    add("--loader-timeout", type=NON_NEGATIVE, default=600.0, metavar="S", help=hang)
 
 
 def add_optimisation_flags(parser):
@@ -134,6 +141,8 @@ def add_optimisation_flags(parser):
     add("--warmup-steps", type=NATURAL, default=0, metavar="N", help="global steps up to the full rate; 0 = off")
     add("--weight-decay", type=NON_NEGATIVE, default=0.0, metavar="X", help="0 = off")
     add("--clip-grad", type=NON_NEGATIVE, default=1.0, metavar="X", help="largest norm of the gradient; 0 = off")
+    nonfinite = "steps in a row that may be left out for a gradient that is not finite; 0 = off, the first ends the run"
+    add("--skip-nonfinite", type=NATURAL, default=0, metavar="N", help=nonfinite)
     add("--ema-decay", type=SHARE, default=0.9999, metavar="X", help="of the averaged weights; less at first")
     add("--gamma-shift", type=POSITIVE, default=1.0, metavar="S", help="above 1 trains nearer to noise; 1 = uniform")
     add("--disp", action="store_true", help="add the dispersive loss of the last activations; off = do not")
@@ -301,13 +310,28 @@ def main():
     device = distributed.start()
     try:
         data, config = distributed.broadcast((data, config))
-        if progress.step >= progress.last_step(args.max_steps, args.epochs, len(data.train), args.global_batch_size):
+        check_alike(args, progress)
+        last_step = progress.last_step(args.max_steps, args.epochs, len(data.train), args.global_batch_size)
+        if progress.step >= last_step and not is_pending(state):
+            name_checkpoint(args, progress, last_step, folder)
             say(f"{folder} is finished: it has its {progress.step} steps")
         else:
             train(set_up(args, device, config, data, vae, state, progress, folder))
     except (UserError, OSError, torch.OutOfMemoryError) as error:  # a disk that is full, memory that is not enough
         fail(error, status=1)
+    except RuntimeError as error:
+        if (line := interruption.explain(error)) is None:
+            raise
+        fail(line, status=1, patience=0)
     distributed.stop()
+
+
+def check_alike(args, progress):
+    """Raise UserError unless all ranks start from the same checkpoint."""
+    starts = distributed.gather((str(args.ckpt), progress.step))
+    if len(set(starts)) > 1:
+        found = ", ".join(f"{path} (step {step})" for path, step in sorted(set(starts)))
+        raise UserError(f"the ranks start from different checkpoints, {found}: all machines need the same files")
 
 
 @dataclass
@@ -331,6 +355,8 @@ class Run:
     bad_videos: BadVideos
     batches: object  # iterator over this rank's micro-batches
     val_loader: object
+    window: Window
+    stop: StopSignal
 
     def say(self, message):
         say(message, self.folder / "log.txt")
@@ -348,37 +374,49 @@ def set_up(args, device, config, data, vae, state, progress, folder):
         ema.compile_blocks()
     optimizers = make_optimizers(args, model)
     scaler = torch.amp.GradScaler(device.type, enabled=args.precision == "fp16")
+    before = {"window": None, "bad_videos": []}
     if state is not None:
-        checkpoint.load_weights(args.ckpt, model, state["model"])
-        checkpoint.load_weights(args.ckpt, ema, state["ema"])
-        if state["optimizer"]:  # exported and published models come without
-            for optimizer, saved in zip(optimizers, state["optimizer"]["states"], strict=True):
-                optimizer.load_state_dict(saved)
-                for group in optimizer.param_groups:  # the flags win; learning rates are set at each step
-                    group["weight_decay"] = args.weight_decay
-            if scaler.is_enabled() and state["optimizer"]["scaler"]:  # the last phase may have been in bf16
-                scaler.load_state_dict(state["optimizer"]["scaler"])
+        load_state(args, state, model, ema, optimizers, scaler)
+        if goes_on(args, folder):
+            before = state.get("run", before)
         state.clear()  # or it would stay in memory for as long as we train
-    resumed_at = progress.step if folder else None
+    last_step = progress.last_step(args.max_steps, args.epochs, len(data.train), args.global_batch_size)
     if folder is None:
         made = checkpoint.make_run_folder(args.results_dir, run_name(args)) if rank() == 0 else None
         folder = distributed.broadcast(made)
+        if rank() == 0:
+            interruption.lock(folder)
     described = describe(args, config, data, vae)
     if rank() == 0:
         (folder / "config.json").write_text(json.dumps(described, indent=2))
         save_index(data.scan, folder)
-    last_step = progress.last_step(args.max_steps, args.epochs, len(data.train), args.global_batch_size)
+        if not before["window"]:
+            name_checkpoint(args, progress, last_step, folder)
     batches, val_loader = make_loaders(args, data, progress, last_step, device)
     network = DistributedDataParallel(model, broadcast_buffers=False) if distributed.is_started() else model
-    metrics = Metrics(folder, resume_step=resumed_at, wandb=args.wandb, config=described)
+    metrics = Metrics(folder, resume_step=progress.step, wandb=args.wandb, config=described)
     num_videos = len(data.train) + len(data.val) + len(data.scan.unreadable)
     bad_videos = BadVideos(num_videos, args.max_bad_fraction)
+    bad_videos.paths.update(dict.fromkeys(before["bad_videos"]))
     run = Run(
         args, device, config, vae.to(device), model, network, ema, optimizers, scaler, progress, last_step,
-        folder, described, metrics, bad_videos, batches, val_loader,
+        folder, described, metrics, bad_videos, batches, val_loader, Window(before["window"]), StopSignal(),
     )  # fmt: skip
     tell_start(run, data)
     return run
+
+
+def load_state(args, state, model, ema, optimizers, scaler):
+    """Fill all that is trained from the dict of a checkpoint."""
+    checkpoint.load_weights(args.ckpt, model, state["model"])
+    checkpoint.load_weights(args.ckpt, ema, state["ema"])
+    if state["optimizer"]:  # exported and published models come without
+        for optimizer, saved in zip(optimizers, state["optimizer"]["states"], strict=True):
+            optimizer.load_state_dict(saved)
+            for group in optimizer.param_groups:  # the flags win; learning rates are set at each step
+                group["weight_decay"] = args.weight_decay
+        if scaler.is_enabled() and state["optimizer"]["scaler"]:  # the last phase may have been in bf16
+            scaler.load_state_dict(state["optimizer"]["scaler"])
 
 
 def tell_start(run, data):
@@ -413,7 +451,10 @@ def make_loaders(args, data, progress, last_step, device):
     chunks = [list(range(first, min(first + VAL_CHUNK, num_val))) for first in range(0, num_val, VAL_CHUNK)]
     settings = {"num_workers": args.num_workers, "collate_fn": collate, "pin_memory": device.type == "cuda"}
     if args.num_workers:
-        settings |= {"persistent_workers": True, "prefetch_factor": 4}
+        settings |= {"persistent_workers": True, "prefetch_factor": 4, "worker_init_fn": interruption.start_worker}
+        settings |= {"timeout": args.loader_timeout}
+        for clips in (train, val):
+            clips.watch = LoaderWatch(args.num_workers)
     return (
         on_device(batches_of(DataLoader(train, batch_sampler=numbers, **settings)), device),
         DataLoader(val, batch_sampler=chunks[rank() :: world_size()], **settings),
@@ -435,57 +476,100 @@ def on_device(batches, device):
 
 
 def train(run):
-    """The loop: a step, and now and then a look."""
-    args, progress = run.args, run.progress
+    """The loop: a step, and now and then a look; up to the last step, or until a signal asks to stop."""
+    progress, stop = run.progress, run.stop
     bar = tqdm(initial=progress.step, total=run.last_step, desc=run.folder.name, unit="step", disable=rank() != 0)
-    window = Window()
-    for step in range(progress.step + 1, run.last_step + 1):
-        rate = set_learning_rates(args, run.optimizers, step, run.last_step)
-        train_step(run, window)
-        progress.step, progress.position = step, progress.position + args.global_batch_size
-        update_ema(run.ema, run.model, ema_decay(args, progress))
-        bar.update()
-        if any(is_due(run, period) for period in (args.log_every, args.val_every, args.ckpt_every, args.sample_every)):
-            numbers = window.summary(step, args.global_batch_size)
-            numbers["train_loss_rel"] = numbers["train_loss"] / transport.zero_loss(numbers.pop("mean_square"))
-            bar.set_postfix_str(f"loss {numbers['train_loss']:.3f}, {numbers['clips_per_s']:.1f} clips/s")
-            note_bad(run, window.bad)
-            numbers |= look(run)
-            run.metrics.log(step, **numbers, lr=rate, bad_videos=run.bad_videos.count)
-            window = Window()
+    stopped = False
+    while not stopped and (progress.step < run.last_step or len(run.window)):
+        if len(run.window) and is_time_to_look(run):
+            stopped = not look(run, bar)
+        else:
+            stop.ask()
+            step(run)
+            bar.update()
+            stopped = stop.agreed()
     bar.close()
+    if stopped:
+        save(run, [])
+        sender = stop.name or "a signal to another rank"
+        run.say(f"stopped by {sender} and saved at step {progress.step}: the same command with --resume goes on")
+    else:
+        run.say(f"done: {run.folder / 'checkpoints'} holds {run.last_step:07d}.pt and best.pt")
     run.metrics.close()
-    run.say(f"done: {run.folder / 'checkpoints'} holds {run.last_step:07d}.pt and best.pt")
 
 
-def is_due(run, period):
-    return run.progress.step == run.last_step or (period > 0 and run.progress.step % period == 0)
+def is_due(step, last_step, period):
+    return step == last_step or (period > 0 and step % period == 0)
 
 
-def look(run):
-    """Validate, sample and save, where it is time; returns the numbers to log."""
-    args, step, numbers, names = run.args, run.progress.step, {}, []
-    if is_due(run, args.val_every):
-        numbers["val_loss"], numbers["val_loss_rel"] = validate(run)
+def is_time_to_look(run):
+    args = run.args
+    periods = args.log_every, args.val_every, args.ckpt_every, args.sample_every
+    return any(is_due(run.progress.step, run.last_step, period) for period in periods)
+
+
+def look(run, bar):
+    """Log, and where it is time validate, sample and save. Returns False, nothing done, if a signal came before."""
+    args, progress, step, videos = run.args, run.progress, run.progress.step, None
+    numbers = run.window.summary(step, args.global_batch_size)
+    numbers["train_loss_rel"] = numbers["train_loss"] / transport.zero_loss(numbers.pop("mean_square"))
+    bar.set_postfix_str(f"loss {numbers['train_loss']:.3f}, {numbers['clips_per_s']:.1f} clips/s")
+    note_bad(run, run.window.bad)
+    try:
+        if is_due(step, run.last_step, args.val_every):
+            numbers["val_loss"], numbers["val_loss_rel"] = validate(run)
+        if args.sample_every and step % args.sample_every == 0:
+            videos = draw_samples(run)
+    except Interrupted:
+        return False
+    if "val_loss" in numbers:
         run.say(f"step {step}: validation loss {numbers['val_loss']:.4f}")
-        if numbers["val_loss"] < run.progress.best_loss:
-            run.progress.best_loss = numbers["val_loss"]
-            names.append("best.pt")
-    if is_due(run, args.ckpt_every):
-        names.insert(0, f"{step:07d}.pt")
-    if names and rank() == 0:
-        save(run, [*names, "latest.pt"])
-    if args.sample_every and step % args.sample_every == 0:
-        videos = draw_samples(run)
-        if rank() == 0:
-            write_sheet(run.folder / "samples" / f"{step:07d}.png", videos.numpy())
-            run.metrics.video(step, "samples", videos.numpy())
-    return numbers
+    if numbers.get("val_loss", math.inf) < progress.best_loss:
+        progress.best_loss, progress.best_step = numbers["val_loss"], step
+    if rank() == 0 and videos is not None:
+        write_sheet(run.folder / "samples" / f"{step:07d}.png", videos.numpy())
+        run.metrics.video(step, "samples", videos.numpy())
+    # Logged first: what a checkpoint goes on from has to be in the metrics, what comes after it is logged again.
+    numbers |= {"lr": run.optimizers[0].param_groups[0]["lr"], "bad_videos": run.bad_videos.count}
+    run.metrics.log(step, **numbers)
+    run.window = Window()
+    if names := checkpoint_names(args, progress, run.last_step):
+        save(run, names)
+    return True
+
+
+def is_pending(state):
+    """Whether the run of a checkpoint was stopped before it could log its last steps."""
+    return bool(state and state.get("run") and state["run"]["window"])
+
+
+def goes_on(args, folder):
+    """Whether --ckpt is the run's own checkpoint, found by --resume."""
+    return folder is not None and args.ckpt is not None and Path(args.ckpt).parent == folder / "checkpoints"
+
+
+def checkpoint_names(args, progress, last_step):
+    """What the checkpoint of this step is called beside latest.pt."""
+    names = [f"{progress.step:07d}.pt"] if is_due(progress.step, last_step, args.ckpt_every) else []
+    return names + (["best.pt"] if progress.best_step == progress.step else [])
+
+
+def name_checkpoint(args, progress, last_step, folder):
+    """Give the checkpoint that a run goes on from all its names: it may have been killed while it did that."""
+    if rank() == 0 and goes_on(args, folder):
+        for name in ["latest.pt", *checkpoint_names(args, progress, last_step)]:
+            if name != Path(args.ckpt).name:
+                checkpoint.link(args.ckpt, name)
 
 
 def save(run, names):
-    """Write the checkpoint under its first name and link the others to it."""
-    progress = run.progress
+    """Write the checkpoint as latest.pt and give it its other names."""
+    progress, path = run.progress, run.folder / "checkpoints" / "latest.pt"
+    window = run.window.averaged(progress.step) if len(run.window) else None
+    note_bad(run, run.window.bad)
+    if rank() != 0:
+        return
+    run.metrics.sync()
     state = {
         "version": checkpoint.VERSION,
         "config": run.described,
@@ -497,13 +581,15 @@ def save(run, names):
             "scaler": run.scaler.state_dict(),
         },
         "step": progress.step,
-        "phase": {name: getattr(progress, name) for name in ("first_step", "position", "pretrained")},
+        "phase": progress.phase(),
         "best_loss": progress.best_loss,
+        "run": {"window": window, "bad_videos": list(run.bad_videos.paths)},
     }
-    first, *others = names
-    checkpoint.save(run.folder / "checkpoints" / first, state)
-    for name in others:
-        checkpoint.link(run.folder / "checkpoints" / first, name)
+    checkpoint.save(path, state)
+    for name in names:
+        checkpoint.link(path, name)
+    if run.args.keep_last:
+        checkpoint.keep_last(run.folder, run.args.keep_last)
 
 
 def note_bad(run, paths):
@@ -531,38 +617,64 @@ def make_optimizers(args, model):
 
 
 def set_learning_rates(args, optimizers, step, last_step):
-    """Warm up over the first steps, stay, decay to zero over the last share of them; returns that of AdamW."""
+    """Warm up over the first steps, stay, decay to zero over the last share of them."""
     factor = min(1, step / max(args.warmup_steps, 1))
     if args.lr_decay:
         factor *= min(1, (last_step - step + 1) / (args.lr_decay * last_step))
     for optimizer, rate in zip(optimizers, (args.lr, args.muon_lr), strict=False):
         for group in optimizer.param_groups:
             group["lr"] = rate * factor
-    return args.lr * factor
 
 
-def train_step(run, window):
-    """One step of the optimizers, over all micro-batches."""
-    args, network, sums = run.args, run.network, Counter()
+def step(run):
+    """One step of the run: of the optimizers, of the average and of the books."""
+    args, progress = run.args, run.progress
+    set_learning_rates(args, run.optimizers, progress.step + 1, run.last_step)
+    sums, files = gradients(run)
+    update_weights(run, sums)
+    run.window.add(files, **sums)
+    progress.step, progress.position = progress.step + 1, progress.position + args.global_batch_size
+    if progress.skipped > args.skip_nonfinite:
+        run.window.complain(progress.step, -1)
+    update_ema(run.ema, run.model, ema_decay(args, progress))
+
+
+def gradients(run):
+    """Those of one step, over all micro-batches; returns ({name: number on the device}, files that were read)."""
+    args, network, sums, files = run.args, run.network, Counter(), []
     for micro in range(args.grad_accum):
         asked = time.monotonic()
         batch = next(run.batches)
-        window.waited += time.monotonic() - asked
-        window.bad += batch["bad"]
+        run.window.waited += time.monotonic() - asked
+        run.window.bad += batch["bad"]
+        files += batch["videos"]
         is_last = micro == args.grad_accum - 1
         with network.no_sync() if distributed.is_started() and not is_last else nullcontext():
             parts, mean_square = train_losses(run, batch)
             run.scaler.scale(sum(parts.values()) / args.grad_accum).backward()
         for name, value in (parts | {"mean_square": mean_square}).items():
             sums[name] += value.detach() / args.grad_accum
-    for optimizer in run.optimizers:
+    return sums, files
+
+
+def update_weights(run, sums):
+    """Clip and step, unless the gradient is not finite and that is tolerated; adds to the numbers of the step.
+
+    The ranks have the same gradient, so they decide alike. To look at it costs a GPU the lead it has on the CPU,
+    hence only where --skip-nonfinite asks for that.
+    """
+    args, optimizers = run.args, run.optimizers
+    for optimizer in optimizers:
         run.scaler.unscale_(optimizer)
-    norm = torch.nn.utils.clip_grad_norm_(run.model.parameters(), args.clip_grad or math.inf)
+    norm = sums["grad_norm"] = torch.nn.utils.clip_grad_norm_(run.model.parameters(), args.clip_grad or math.inf)
     if run.scaler.is_enabled():  # it skips a step whose gradients overflow, and scales by less from then on
-        sums["skipped"], norm = (~norm.isfinite()).float(), norm.nan_to_num(0, 0, 0)
-    window.add(**sums, grad_norm=norm)
-    for optimizer in run.optimizers:
-        run.scaler.step(optimizer)
+        sums["skipped"] = (~norm.isfinite()).float()
+    elif args.skip_nonfinite:
+        sums["skipped"] = (~norm.isfinite()).float()
+        run.progress.skipped = run.progress.skipped + 1 if sums["skipped"] else 0
+    for optimizer in optimizers:
+        if not run.progress.skipped:
+            run.scaler.step(optimizer)
         optimizer.zero_grad()
     run.scaler.update()
 
@@ -617,14 +729,18 @@ def validate(run):
     """(loss of the averaged weights, the same as a share of a zero predictor's), equal on all ranks.
 
     Clips, noise and gammas (uniform: multiples of the golden ratio) are the same each time, and so is what is
-    computed together; so the numbers depend on the weights alone, not on how many ranks share the work.
+    computed together; so the numbers depend on the weights alone, not on how many ranks share the work. Raises
+    Interrupted.
     """
     rows, bad = [], []
-    for batch in batches_of(run.val_loader):
-        bad += batch["bad"]
-        gamma = (batch["numbers"].double() * GOLDEN_RATIO % 1).float()
-        losses, squares, _ = clip_losses(run, run.ema, batch, batch["labels"], gamma, seed=0, stream="validation")
-        rows += zip(batch["numbers"].tolist(), losses.tolist(), squares.tolist(), strict=True)
+    with suppress(Interrupted):
+        for batch in batches_of(run.val_loader):
+            run.stop.check()
+            bad += batch["bad"]
+            gamma = (batch["numbers"].double() * GOLDEN_RATIO % 1).float()
+            losses, squares, _ = clip_losses(run, run.ema, batch, batch["labels"], gamma, seed=0, stream="validation")
+            rows += zip(batch["numbers"].tolist(), losses.tolist(), squares.tolist(), strict=True)
+    run.stop.settle()
     note_bad(run, bad)
     rows = sorted(row for part in distributed.gather(rows) for row in part)
     _, loss, square = torch.tensor(rows, dtype=torch.float64).mean(dim=0)
@@ -632,20 +748,32 @@ def validate(run):
 
 
 def draw_samples(run):
-    """uint8 (N, T, H, W, 3) of the averaged weights, on rank 0, the classes in turn; the ranks share the work."""
+    """uint8 (N, T, H, W, 3) of the averaged weights, on rank 0, the classes in turn; the ranks share the work.
+
+    Raises Interrupted.
+    """
+
+    def network(*inputs):
+        run.stop.check()
+        return run.ema(*inputs)
+
     args, config, data, device = run.args, run.config, run.described["data"], run.device
     numbers = distributed.share(args.num_samples)
     shape = (config.in_channels, args.num_frames, config.input_size, config.input_size)
-    latents, _, _ = samplers.generate(
-        run.ema,
-        normal(args.global_seed, "sample", 0, numbers, shape).to(device),
-        torch.tensor(numbers, dtype=torch.int64, device=device) % len(data["classes"]),
-        torch.full((len(numbers),), data["frame_interval"][0] / data["fps"], device=device),
-        null_label=config.num_classes,
-        show=rank() == 0,
-        **distributed.sampling_settings(args),
-    )
-    return distributed.collect(numbers, run.vae.decode(latents))
+    videos = None
+    with suppress(Interrupted):
+        latents, _, _ = samplers.generate(
+            network,
+            normal(args.global_seed, "sample", 0, numbers, shape).to(device),
+            torch.tensor(numbers, dtype=torch.int64, device=device) % len(data["classes"]),
+            torch.full((len(numbers),), data["frame_interval"][0] / data["fps"], device=device),
+            null_label=config.num_classes,
+            show=rank() == 0,
+            **distributed.sampling_settings(args),
+        )
+        videos = run.vae.decode(latents)
+    run.stop.settle()
+    return distributed.collect(numbers, videos)
 
 
 if __name__ == "__main__":

@@ -483,6 +483,7 @@ class Clips(torch.utils.data.Dataset):
         self.root, self.videos, self.classes = root, videos, classes
         self.num_frames, self.image_size, self.frame_interval = num_frames, image_size, frame_interval
         self.flip, self.seed, self.stream = flip, seed, stream
+        self.watch = None  # an interruption.LoaderWatch that is told what is being read
         self._epoch, self._permutation = None, None
 
     def __len__(self):
@@ -498,10 +499,13 @@ class Clips(torch.utils.data.Dataset):
             video = self._video(number, tried)
             numbers, time_scale = self._frame_numbers(video, number, len(tried))
             try:
+                self._tell(video.path)
                 clip = self._read(video, numbers, flipped)
             except UnreadableError:
                 tried.append(video)
                 continue
+            finally:
+                self._tell("")
             return {
                 "clip": clip,
                 "label": self.classes.index(video.class_name),
@@ -518,6 +522,10 @@ class Clips(torch.utils.data.Dataset):
         clip = torch.from_numpy(read_frames(self.root, video, numbers)).permute(0, 3, 1, 2)
         clip = resize_and_crop(clip, self.image_size)
         return (clip.flip(-1) if flipped else clip).transpose(0, 1).contiguous()  # (C, T, H, W)
+
+    def _tell(self, path):
+        if self.watch is not None:
+            self.watch.note(path)
 
     def _draw(self, purpose, below, *numbers):
         """A number from 0 to below - 1."""
@@ -580,8 +588,17 @@ def collate(items):
 
 
 def batches_of(loader):
-    """The batches of a DataLoader over Clips; a UserError out of a worker comes without the worker's traceback."""
+    """The batches of a DataLoader over Clips; a UserError out of a worker comes without the worker's traceback.
+
+    A worker that does not come back in time is a UserError, too, which names what it was reading.
+    """
     try:
         yield from loader
     except UserError as error:
         raise UserError(str(error).rsplit("UserError: ", 1)[-1]) from None
+    except RuntimeError as error:
+        if "timed out" not in str(error):
+            raise
+        files = ", ".join(loader.dataset.watch.reading()) or "no file"
+        raise UserError(f"--loader-timeout {loader.timeout:g}: no batch within this many seconds, the loader processes "
+                        f"are reading {files}: remove or repair what hangs, or raise it") from None

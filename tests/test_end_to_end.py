@@ -68,7 +68,8 @@ def test_three_phases_chain_by_the_globs_of_the_guide(phases):
         assert rows[-1]["val_loss"] > 0
         state = torch.load(folder / "checkpoints/best.pt", weights_only=True)
         assert state["step"] == step
-        assert state["phase"] == {"first_step": step - 2, "position": 2 * 4, "pretrained": False}
+        expected = {"first_step": step - 2, "position": 2 * 4, "best_step": step, "skipped": 0, "pretrained": False}
+        assert state["phase"] == expected
         assert (folder / "config.json").exists()
         assert (folder / "log.txt").exists()
 

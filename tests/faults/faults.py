@@ -1,0 +1,229 @@
+"""Runs that are stopped, killed and started again, in real processes: what scripts/faults.sh counts, the tests check."""
+
+import json
+import os
+import random
+import signal
+import subprocess
+import sys
+import time
+from contextlib import suppress
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import torch
+
+ROOT = Path(__file__).resolve().parents[2]
+PYTHON = [sys.executable]
+TORCHRUN = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2"]
+TINY = [
+    "--video", "--model", "EqM-Ti/4", "--depth", "1", "--hidden-size", "96", "--num-heads", "2", "--use-rope",
+    "--num-frames", "4", "--vae", "none", "--image-size", "16", "--no-flip", "--frame-interval", "1", "3",
+    "--global-batch-size", "4", "--num-workers", "1", "--val-clips", "4", "--lr", "1e-3",
+]  # fmt: skip
+MEASURED = {"clips_per_s", "wait_frac", "seconds"}  # of the metrics: times, which no two runs share
+GONE_WITHIN = 45  # seconds; torchrun gives ranks 30 s to end
+
+
+def make_data(folder):
+    """Moving Shapes, 12 classes of 2 small videos."""
+    command = [*PYTHON, ROOT / "datasets/make_moving_shapes.py", "--out", folder, "--videos-per-class", 2, "--size", 16]
+    subprocess.run([str(part) for part in command], check=True, capture_output=True)
+    return folder
+
+
+@dataclass
+class Training:
+    """One training run, to be started as often as it takes to finish it."""
+
+    data: Path
+    results: Path
+    steps: int
+    launcher: list = field(default_factory=lambda: PYTHON)
+    flags: list = field(default_factory=list)
+    base: list = field(default_factory=lambda: TINY)
+    environment: dict = field(default_factory=dict)
+
+    def command_flags(self, *flags):
+        paths = ["--data-path", self.data, "--results-dir", self.results]
+        return [*self.base, *paths, "--max-steps", self.steps, *self.flags, *flags]
+
+    def start(self, *flags):
+        """The process of the launcher, in a session of its own as a shell's job would be."""
+        command = [*self.launcher, ROOT / "EqM/train.py", *self.command_flags(*flags)]
+        environment = os.environ | {"OMP_NUM_THREADS": "1", "PYTHONUNBUFFERED": "1"} | self.environment
+        return subprocess.Popen(
+            [str(part) for part in command], stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True,
+            env=environment, start_new_session=True,
+        )  # fmt: skip
+
+    def run(self, *flags, status=0, timeout=240):
+        """Start, wait for the end, which has to have this status; returns what was printed."""
+        process = self.start(*flags)
+        output, _ = process.communicate(timeout=timeout)
+        assert process.returncode == status, f"status {process.returncode}\n{output}"
+        return output
+
+    @property
+    def folder(self):
+        (folder,) = self.results.iterdir()
+        return folder
+
+    def rows(self):
+        """The metrics, without what was measured with a clock."""
+        lines = (self.folder / "metrics.jsonl").read_text().splitlines()
+        return [{name: value for name, value in json.loads(line).items() if name not in MEASURED} for line in lines]
+
+    def wait_for(self, step, process, timeout=120):
+        """Wait until a running process has logged a step; returns False if it ended before."""
+        until = time.monotonic() + timeout
+        while time.monotonic() < until:
+            if process.poll() is not None:
+                return False
+            for file in self.results.glob("*/metrics.jsonl"):
+                lines = file.read_text().splitlines()
+                if lines and lines[-1].endswith("}") and json.loads(lines[-1])["step"] >= step:
+                    return True
+            time.sleep(0.02)
+        raise AssertionError(f"step {step} did not come within {timeout} s")
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# Are two runs the same?
+
+
+def differences(a, b, place="state"):
+    """Where two states of plain values and tensors differ: a list of their places."""
+    if torch.is_tensor(a) and torch.is_tensor(b):
+        return [] if a.dtype == b.dtype and torch.equal(a, b) else [place]
+    if type(a) is not type(b):
+        return [place]
+    if isinstance(a, dict):
+        if a.keys() != b.keys():
+            return [f"{place}: {sorted(map(str, a.keys() ^ b.keys()))}"]
+        return [line for key in a for line in differences(a[key], b[key], f"{place}.{key}")]
+    if isinstance(a, (list, tuple)):
+        if len(a) != len(b):
+            return [place]
+        pairs = enumerate(zip(a, b, strict=True))
+        return [line for key, pair in pairs for line in differences(*pair, f"{place}.{key}")]
+    return [] if a == b else [place]
+
+
+def compare(one, other):
+    """Where two finished runs differ: weights, average, optimizer, best loss, metrics, the set of checkpoints."""
+    files = [sorted(path.name for path in (run.folder / "checkpoints").iterdir()) for run in (one, other)]
+    found = [] if files[0] == files[1] else [f"checkpoints {files}"]
+    found += [] if one.rows() == other.rows() else ["metrics"]
+    for name in set(files[0]) & set(files[1]):
+        states = [torch.load(run.folder / "checkpoints" / name, weights_only=True) for run in (one, other)]
+        for state in states:
+            state.pop("config")  # holds the flags, --resume among them
+        found += differences(*states, name)
+    found += [f"left behind: {path}" for run in (one, other) for path in run.folder.rglob("*.tmp")]
+    return found
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# Processes
+
+
+def table():
+    """{pid: parent's pid} of all processes that live (a zombie does not)."""
+    parents = {}
+    for place in Path("/proc").iterdir():
+        if place.name.isdecimal():
+            try:
+                state, parent = (place / "stat").read_text().rsplit(")", 1)[1].split()[:2]
+            except (OSError, IndexError):
+                continue
+            if state not in "ZX":
+                parents[int(place.name)] = int(parent)
+    return parents
+
+
+def descendants(pid):
+    """Children, their children and so on, in this order."""
+    parents, found = table(), [pid]
+    for one in found:
+        found += [child for child, parent in parents.items() if parent == one]
+    return found[1:]
+
+
+def ranks(launcher):
+    """The processes that a torchrun has started, its ranks."""
+    parents = table()
+    return [pid for pid in descendants(launcher.pid) if parents.get(pid) == launcher.pid]
+
+
+def wait_gone(pids, timeout=GONE_WITHIN):
+    """Seconds until none of the processes lives; fails after the timeout."""
+    began = time.monotonic()
+    while alive := set(pids) & table().keys():
+        assert time.monotonic() - began < timeout, f"{alive} still live after {timeout} s"
+        time.sleep(0.05)
+    return time.monotonic() - began
+
+
+def kill(pid, number=signal.SIGKILL):
+    with suppress(ProcessLookupError):
+        os.kill(pid, number)
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# Storms
+
+
+def storm(training, count, hit, seed=0, report=print):
+    """Start the run again and again, hit it `count` times at random moments, then let it finish.
+
+    hit(process, rng) does the damage and returns how it is called; half of the moments are anywhere from the start of
+    the launcher on, half within a second and a half after a first new step. Returns what was observed, a dict each.
+    """
+    rng, seen, last_step = random.Random(seed), [], 0
+    while len(seen) < count:
+        process = training.start("--resume")
+        if rng.random() < 0.5:
+            time.sleep(rng.uniform(0, 6))
+        elif training.wait_for(last_step + 1, process):
+            time.sleep(rng.uniform(0, 1.5))
+        if process.poll() is not None:
+            output, _ = process.communicate()
+            assert process.returncode == 0, output
+            report(f"the run was finished after {len(seen)} of {count} hits: more steps are needed")
+            break
+        pids = [process.pid, *descendants(process.pid)]
+        name = hit(process, rng)
+        output, _ = process.communicate(timeout=GONE_WITHIN)
+        seconds = wait_gone(pids)
+        rows = training.rows() if list(training.results.glob("*/metrics.jsonl")) else []
+        last_step = rows[-1]["step"] if rows else 0
+        seen.append({"hit": name, "status": process.returncode, "gone_s": seconds, "step": last_step})
+        seen[-1] |= {"traceback": "Traceback" in without_torchrun(output), "output": output}
+        report(f"{len(seen)}/{count}: {name}, status {process.returncode}, step {last_step}, gone in {seconds:.1f} s")
+    training.run("--resume", timeout=1800)
+    return seen
+
+
+def without_torchrun(output):
+    """What the ranks said: torchrun's own report, a traceback of its own included, comes after them."""
+    for mark in ("torch/distributed/elastic", "torch/distributed/run.py", "torch.distributed.elastic"):
+        output = output.split(mark)[0]
+    return output.rsplit("Traceback", 1)[0] if output.rstrip().endswith('File "<frozen runpy>"') else output
+
+
+def kill_something(process, rng):
+    """SIGKILL for torchrun alone, for one rank or for all at once."""
+    what = rng.choice(["torchrun", "a rank", "all"])
+    victims = {"torchrun": [process.pid], "a rank": rng.sample(ranks(process), min(1, len(ranks(process))))}
+    for pid in victims.get(what, [process.pid, *descendants(process.pid)]):
+        kill(pid)
+    if not victims.get(what, True):  # no rank was there yet
+        kill(process.pid)
+    return f"SIGKILL of {what}"
+
+
+def stop_launcher(process, rng):
+    """SIGTERM, as a cluster sends it."""
+    kill(process.pid, signal.SIGTERM)
+    return "SIGTERM"

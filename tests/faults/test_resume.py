@@ -1,0 +1,210 @@
+"""A run that is interrupted anywhere and resumed ends as one that was not, bit for bit."""
+
+import os
+import signal
+import sys
+from dataclasses import replace
+
+import pytest
+
+import cache_latents
+import checkpoint
+import interruption
+import train
+from faults import TORCHRUN, Training, compare, make_data
+from tiny_data import make_images, make_vae
+
+STEPS = 7
+OFTEN = ["--log-every", 3, "--val-every", 2, "--ckpt-every", 4, "--sample-every", 5]
+OFTEN += ["--num-samples", 1, "--num-sampling-steps", 3, "--keep-last", 2]
+
+
+@pytest.fixture(autouse=True)
+def signals():
+    """A training run takes over these signals; the tests want them back."""
+    handlers = {number: signal.getsignal(number) for number in interruption.STOP_SIGNALS}
+    yield
+    for number, handler in handlers.items():
+        signal.signal(number, handler)
+
+
+@pytest.fixture(scope="module")
+def shapes(tmp_path_factory):
+    return make_data(tmp_path_factory.mktemp("data") / "shapes")
+
+
+@pytest.fixture(scope="module")
+def latents(shapes, tmp_path_factory):
+    """A cache of the shapes, and the VAE it was made with."""
+    root = tmp_path_factory.mktemp("latents")
+    make_vae(root / "vae")
+    flags = ["--data-path", shapes, "--out", root / "cache", "--vae", root / "vae", "--image-size", 16]
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(sys, "argv", ["cache_latents.py", *map(str, flags)])
+        cache_latents.main()
+    return root / "cache", root / "vae"
+
+
+def run_here(training, *flags, stop_after=None, stop_in=None):
+    """The training run in this process, for speed; SIGTERM comes after so many steps, or in the first call of a
+    function of train.py, of which only the first half is done then."""
+    steps = []
+
+    def step(run):
+        train_step(run)
+        steps.append(run.progress.step)
+        if len(steps) == stop_after:
+            os.kill(os.getpid(), signal.SIGTERM)
+
+    def looking(run, *arguments, **keywords):
+        if keywords.get("stream") == "validation" or stop_in != "clip_losses":
+            os.kill(os.getpid(), signal.SIGTERM)
+        return look(run, *arguments, **keywords)
+
+    train_step = train.step
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(sys, "argv", ["train.py", *map(str, training.command_flags(*OFTEN, *flags))])
+        patch.setattr(train, "step", step)
+        if stop_in:
+            look = getattr(train, stop_in)
+            patch.setattr(train, stop_in, looking)
+        try:
+            train.main()
+        finally:
+            while interruption._locks:  # the end of a process would do that
+                interruption._locks.pop().close()
+    return len(steps)
+
+
+KINDS = {
+    "fp32": [],
+    "bf16": ["--precision", "bf16"],
+    "muon, decay and warm-up": ["--optimizer", "muon", "--lr-decay", 0.5, "--warmup-steps", 3],
+    "accumulation": ["--grad-accum", 2, "--disp"],
+    "fixed frame interval": ["--frame-interval", 1],
+    "an energy": ["--ebm", "dot"],
+}
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_a_run_stopped_after_every_single_step_ends_as_one_that_was_not(kind, shapes, tmp_path):
+    whole = Training(shapes, tmp_path / "whole", STEPS, flags=[*KINDS[kind], "--num-workers", 0])
+    assert run_here(whole) == STEPS
+    parts = replace(whole, results=tmp_path / "parts")
+    for number in range(STEPS):
+        workers = ["--num-workers", 1] if number == 4 else []
+        assert run_here(parts, "--resume", *workers, stop_after=1) == 1
+    assert run_here(parts, "--resume") == 0
+    assert compare(whole, parts) == []
+
+
+def test_training_from_a_cache_resumes_bit_for_bit(latents, tmp_path):
+    cache, vae = latents
+    flags = ["--vae", vae, "--num-workers", 0]
+    whole = Training(cache, tmp_path / "whole", STEPS, flags=flags)
+    run_here(whole)
+    parts = replace(whole, results=tmp_path / "parts")
+    for steps in (2, 3, None):
+        run_here(parts, "--resume", stop_after=steps)
+    assert compare(whole, parts) == []
+
+
+def test_images_resume_bit_for_bit(tmp_path):
+    flags = ["--model", "EqM-Ti/4", "--depth", 1, "--vae", "none", "--image-size", 16, "--global-batch-size", 4]
+    flags += ["--num-workers", 0]
+    data = make_images(tmp_path / "images", 8)
+    whole = Training(data, tmp_path / "whole", STEPS, base=flags)
+    run_here(whole)
+    parts = replace(whole, results=tmp_path / "parts")
+    for steps in (1, 4, None):
+        run_here(parts, "--resume", stop_after=steps)
+    assert compare(whole, parts) == []
+
+
+@pytest.mark.parametrize("where", ["clip_losses", "draw_samples", "validate"])
+def test_a_signal_while_the_run_looks_at_the_model_leaves_that_for_later(where, shapes, tmp_path):
+    whole = Training(shapes, tmp_path / "whole", STEPS, flags=["--num-workers", 0])
+    run_here(whole)
+    parts = replace(whole, results=tmp_path / "parts")
+    steps = run_here(parts, "--resume", stop_in=where)
+    assert steps == (5 if where == "draw_samples" else 2)
+    state = checkpoint.load(parts.folder / "checkpoints/latest.pt")
+    assert state["step"] == steps
+    assert parts.rows() == whole.rows()[: len(parts.rows())]
+    assert all(row["step"] < steps for row in parts.rows())
+    run_here(parts, "--resume")
+    assert compare(whole, parts) == []
+
+
+def test_a_signal_at_the_last_look_leaves_a_run_that_is_not_finished(shapes, tmp_path):
+    whole = Training(shapes, tmp_path / "whole", 1, flags=["--num-workers", 0])
+    run_here(whole)
+    parts = replace(whole, results=tmp_path / "parts")
+    run_here(parts, stop_in="validate")
+    assert sorted(path.name for path in (parts.folder / "checkpoints").iterdir()) == ["latest.pt"]
+    run_here(parts, "--resume")
+    assert compare(whole, parts) == []
+
+
+def test_chained_phases_that_are_interrupted_end_as_those_that_are_not(shapes, tmp_path):
+    ends = []
+    for name, stops in (("whole", [None]), ("parts", [2, 1, None])):
+        ckpt = []
+        for frames, steps in ((4, 4), (8, STEPS)):
+            phase = Training(shapes, tmp_path / name / str(frames), steps, flags=["--num-workers", 0])
+            for stop in stops:
+                run_here(phase, "--num-frames", frames, "--resume", *ckpt, stop_after=stop)
+            ckpt = ["--ckpt", phase.folder / f"checkpoints/{steps:07d}.pt"]
+        ends.append(phase)
+    assert compare(*ends) == []
+
+
+def test_a_checkpoint_that_was_not_given_all_its_names_gets_them(shapes, tmp_path):
+    whole = Training(shapes, tmp_path / "whole", STEPS, flags=["--num-workers", 0])
+    run_here(whole)
+    names = {path.name: path.read_bytes() for path in (whole.folder / "checkpoints").iterdir()}
+    for name in (f"{STEPS:07d}.pt", "latest.pt"):
+        (whole.folder / "checkpoints" / name).unlink()
+        run_here(whole, "--resume")
+        assert {path.name: path.read_bytes() for path in (whole.folder / "checkpoints").iterdir()} == names
+
+
+def test_a_damaged_checkpoint_is_named_and_the_one_before_it_goes_on(shapes, tmp_path, capsys):
+    whole = Training(shapes, tmp_path / "whole", STEPS, flags=["--num-workers", 0])
+    run_here(whole)
+    parts = replace(whole, results=tmp_path / "parts")
+    run_here(parts, stop_after=5)
+    latest = parts.folder / "checkpoints/latest.pt"
+    latest.write_bytes(latest.read_bytes()[:-1000])
+    capsys.readouterr()
+    run_here(parts, "--resume")
+    assert "latest.pt: damaged" in capsys.readouterr().out
+    assert compare(whole, parts) == []
+    for path in (parts.folder / "checkpoints").iterdir():
+        path.write_bytes(b"nothing")
+    run_here(parts, "--resume")  # from the beginning, in the same folder
+    assert compare(whole, parts) == []
+
+
+@pytest.mark.parametrize("precision", ["fp32", "bf16"])
+def test_two_ranks_resume_bit_for_bit_also_with_other_workers(precision, shapes, tmp_path):
+    flags = [*OFTEN, "--precision", precision]
+    whole = Training(shapes, tmp_path / "whole", STEPS, TORCHRUN, flags)
+    whole.run()
+    parts = replace(whole, results=tmp_path / "parts")
+    process = parts.start("--resume", "--num-workers", 2)
+    parts.wait_for(2, process)
+    process.terminate()
+    assert "stopped by SIGTERM and saved" in process.communicate()[0]
+    parts.run("--resume", "--num-workers", 0)
+    assert compare(whole, parts) == []
+
+
+def test_a_run_goes_on_with_another_number_of_ranks_up_to_rounding(shapes, tmp_path):
+    whole = Training(shapes, tmp_path / "whole", STEPS, flags=[*OFTEN, "--num-workers", 0])
+    run_here(whole)
+    parts = replace(whole, results=tmp_path / "parts", launcher=TORCHRUN)
+    run_here(parts, stop_after=2)
+    parts.run("--resume")
+    for one, other in zip(whole.rows(), parts.rows(), strict=True):
+        assert one == pytest.approx(other, rel=1e-3)
