@@ -30,7 +30,7 @@ import safetensors.torch
 import torch
 
 from distributed import UserError, rank, say
-from interruption import is_of_this_job, lock
+from interruption import is_restarted, lock
 from models import SIZES, EqM, EqMConfig, model_config, position_table
 
 VERSION = 1
@@ -489,8 +489,7 @@ def find_start(args, name):
     its beginning if it has no whole checkpoint. Its folder is locked from here on. Raises UserError.
     """
     folder = newest_run(args.results_dir, name)
-    restarted = int(os.environ.get("TORCHELASTIC_RESTART_COUNT", 0)) > 0
-    if folder and not args.resume and not (restarted and is_of_this_job(folder)):
+    if folder and not args.resume and not is_restarted(folder):
         folder = None
     given = {name: value for name in SHAPE if (value := getattr(args, name, None)) is not None}
     asked = shape_of(args.model) | given | {"ebm": args.ebm}

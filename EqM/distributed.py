@@ -14,11 +14,14 @@ import shutil
 import signal
 import sys
 import time
+import uuid
+import warnings
 from datetime import timedelta
 from pathlib import Path
 
 import torch
 import torch.distributed as dist
+from torch.nn.parallel import DistributedDataParallel
 from tqdm import tqdm
 
 from samplers import DESCENTS, SOLVERS
@@ -151,9 +154,11 @@ def fail(message, status=2, patience=PATIENCE):
     torchrun kills all ranks as soon as one exits, so the others give rank 0 time to speak first;
     they speak themselves only if rank 0 is still fine by then (an error on one node only).
     """
+    signal.signal(signal.SIGTERM, signal.SIG_DFL)  # torchrun may end this rank before it speaks
+    signal.signal(signal.SIGCHLD, signal.SIG_DFL)  # torch would complain of the loader processes that are ended here
     if rank() != 0:
         time.sleep(patience)
-    for child in multiprocessing.active_children():  # loader processes; Python would wait for one that hangs
+    for child in multiprocessing.active_children():  # Python would wait for one that hangs
         child.kill()
     text = " ".join(str(message).split())
     tqdm.write(f"{os.path.basename(sys.argv[0])}: error: {text}", file=sys.stderr)  # not into a progress bar
@@ -197,8 +202,40 @@ def start():
         keep_freed_memory()
     if "RANK" in os.environ:
         backend = "nccl" if device.type == "cuda" else "gloo"
-        dist.init_process_group(backend, timeout=SCAN_TIME)
+        store = attempt_store()
+        dist.init_process_group(backend, store=store, rank=rank(), world_size=world_size(), timeout=SCAN_TIME)
     return device
+
+
+def attempt_store():
+    """The store through which the ranks find each other, under a name that only the ranks of this attempt have.
+
+    When torchrun restarts its ranks, its store still holds the addresses of those that died (torch 2.13). So rank 0
+    makes up a name, and the others go on once rank 0 has answered them by theirs.
+    """
+    store, _, _ = next(dist.rendezvous("env://", timeout=SCAN_TIME))
+    mine = uuid.uuid4().hex
+    if rank() == 0:
+        store.set("attempt", mine)
+        for other in range(1, world_size()):
+            store.set(f"{mine}/{other}/answer", store.get(f"{mine}/{other}"))
+        return dist.PrefixStore(mine, store)
+    while True:
+        attempt = store.get("attempt").decode()  # may be that of an earlier attempt, for a while
+        store.set(f"{attempt}/{rank()}", mine)
+        answer = f"{attempt}/{rank()}/answer"
+        if store.check([answer]) and store.get(answer).decode() == mine:
+            return dist.PrefixStore(attempt, store)
+        time.sleep(0.05)
+
+
+def parallel(model):
+    """The model that averages its gradients over the ranks; the model itself in a single process."""
+    if not is_started():
+        return model
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", FutureWarning)  # torch 2.13 has a new name for it that 2.9 does not know
+        return DistributedDataParallel(model, broadcast_buffers=False)
 
 
 def is_started():

@@ -104,8 +104,13 @@ def lock(folder):
     _locks.append(file)
 
 
-def is_of_this_job(folder):
-    """Whether the process that last wrote to a run folder was started by the same command as this one."""
+def is_restarted(folder):
+    """Whether torchrun has started this process in place of one that wrote to the run folder.
+
+    Between machines its count of restarts tells nothing: only the machine of the process that died has counted.
+    """
+    if int(os.environ.get("TORCHELASTIC_RESTART_COUNT", 0)) == 0 and os.environ.get("GROUP_WORLD_SIZE", "1") == "1":
+        return False
     try:
         return json.loads(Path(folder, "lock").read_text())["job"] == job()
     except (OSError, ValueError, KeyError, TypeError):

@@ -21,7 +21,6 @@ from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 
 import torch
-from torch.nn.parallel import DistributedDataParallel
 from torch.utils.data import DataLoader
 from tqdm import tqdm
 
@@ -393,7 +392,7 @@ def set_up(args, device, config, data, vae, state, progress, folder):
         if not before["window"]:
             name_checkpoint(args, progress, last_step, folder)
     batches, val_loader = make_loaders(args, data, progress, last_step, device)
-    network = DistributedDataParallel(model, broadcast_buffers=False) if distributed.is_started() else model
+    network = distributed.parallel(model)
     metrics = Metrics(folder, resume_step=progress.step, wandb=args.wandb, config=described)
     num_videos = len(data.train) + len(data.val) + len(data.scan.unreadable)
     bad_videos = BadVideos(num_videos, args.max_bad_fraction)

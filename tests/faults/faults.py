@@ -1,4 +1,4 @@
-"""Runs that are stopped, killed and started again, in real processes: what scripts/faults.sh counts, the tests check."""
+"""Runs that are stopped, killed and started again, in real processes: what scripts/faults.sh counts."""
 
 import json
 import os

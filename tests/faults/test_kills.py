@@ -1,0 +1,278 @@
+"""Real processes that are stopped and killed for real: nothing is lost, nothing hangs, everything says one line."""
+
+import os
+import resource
+import shutil
+import signal
+import socket
+import sys
+import time
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+import torch
+
+from faults import (
+    GONE_WITHIN,
+    PYTHON,
+    TORCHRUN,
+    Training,
+    compare,
+    descendants,
+    kill,
+    kill_something,
+    make_data,
+    ranks,
+    stop_launcher,
+    storm,
+    wait_gone,
+)
+
+OFTEN = ["--log-every", 1, "--val-every", 5, "--ckpt-every", 10, "--sample-every", 0]
+SABOTAGE = [*PYTHON, Path(__file__).with_name("sabotage.py")]
+
+
+@pytest.fixture(scope="module")
+def shapes(tmp_path_factory):
+    return make_data(tmp_path_factory.mktemp("data") / "shapes")
+
+
+@pytest.fixture(scope="module")
+def whole(shapes, tmp_path_factory):
+    """A run of two ranks that nothing has disturbed."""
+    training = Training(shapes, tmp_path_factory.mktemp("whole") / "r", 60, TORCHRUN, OFTEN)
+    training.run()
+    return training
+
+
+def errors(output):
+    return [line for line in output.splitlines() if "train.py: error:" in line]
+
+
+def last_saved(training):
+    return torch.load(training.folder / "checkpoints/latest.pt", weights_only=True)["step"]
+
+
+# Signals --------------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT, signal.SIGUSR1])
+def test_a_signal_saves_and_ends_a_single_process_with_status_0(number, shapes, tmp_path):
+    training = Training(shapes, tmp_path / "r", 10_000, PYTHON, OFTEN)
+    process = training.start()
+    training.wait_for(3, process)
+    os.killpg(process.pid, number)  # the loader's processes get it, too, as from a terminal or a cluster
+    output, _ = process.communicate(timeout=GONE_WITHIN)
+    assert process.returncode == 0, output
+    assert f"stopped by {number.name} and saved at step {last_saved(training)}" in output
+    assert "--resume goes on" in output
+    assert "Traceback" not in output
+    assert last_saved(training) >= training.rows()[-1]["step"]
+
+
+def test_a_second_interrupt_ends_the_process_at_once(shapes, tmp_path):
+    training = Training(shapes, tmp_path / "r", 10_000, PYTHON, [*OFTEN, "--global-batch-size", 512])  # slow steps
+    process = training.start()
+    training.wait_for(1, process)
+    process.send_signal(signal.SIGINT)
+    time.sleep(0.3)
+    process.send_signal(signal.SIGINT)
+    output, _ = process.communicate(timeout=GONE_WITHIN)
+    assert process.returncode == -signal.SIGINT
+    assert "stopped by" not in output
+
+
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGUSR1])
+def test_torchrun_passes_signals_on_and_no_step_is_lost(number, shapes, tmp_path):
+    environment = {"TORCHELASTIC_SIGNALS_TO_HANDLE": "SIGTERM,SIGINT,SIGHUP,SIGQUIT,SIGUSR1"}
+    training = Training(shapes, tmp_path / "r", 10_000, TORCHRUN, OFTEN, environment=environment)
+    process = training.start()
+    training.wait_for(3, process)
+    process.send_signal(number)
+    output, _ = process.communicate(timeout=GONE_WITHIN)
+    # torchrun does not handle SIGUSR1, whatever the variable says, before torch 2.13: it dies, and its ranks stop.
+    assert "and saved at step" in output
+    assert last_saved(training) >= training.rows()[-1]["step"]
+
+
+def test_the_ranks_of_a_torchrun_that_is_killed_save_and_end(shapes, tmp_path):
+    training = Training(shapes, tmp_path / "r", 10_000, TORCHRUN, OFTEN)
+    process = training.start()
+    training.wait_for(3, process)
+    left = descendants(process.pid)
+    kill(process.pid)
+    wait_gone(left)
+    assert "stopped by SIGTERM and saved" in process.communicate()[0]
+    assert last_saved(training) >= training.rows()[-1]["step"]
+
+
+# Kills ----------------------------------------------------------------------------------------------------------------
+
+
+def test_sigkills_and_sigterms_at_random_moments_change_nothing(whole, tmp_path):
+    training = replace(whole, results=tmp_path / "r")
+    seen = storm(training, 3, kill_something, seed=1) + storm(training, 2, stop_launcher, seed=2)
+    assert compare(whole, training) == [], seen
+
+
+@pytest.mark.parametrize("rank", [0, 1])
+def test_torchrun_restarts_the_ranks_and_they_go_on_by_themselves(rank, whole, tmp_path):
+    launcher = [*TORCHRUN, "--max-restarts=2"]
+    training = replace(whole, results=tmp_path / "r", launcher=launcher)
+    process = training.start()
+    training.wait_for(7, process)
+    kill(ranks(process)[rank])
+    output, _ = process.communicate(timeout=120)
+    assert process.returncode == 0, output
+    assert compare(whole, training) == []
+
+
+def test_a_kill_in_the_middle_of_a_save_leaves_the_checkpoint_before_it(shapes, tmp_path):
+    whole = Training(shapes, tmp_path / "whole", 20, PYTHON, OFTEN)
+    whole.run()
+    training = replace(whole, results=tmp_path / "r", launcher=[*SABOTAGE, "killed_in_save"])
+    training.run(status=-signal.SIGKILL)
+    assert [path.name for path in training.folder.rglob("*.tmp")] == ["latest.pt.tmp"]
+    assert last_saved(training) == 5
+    replace(training, launcher=PYTHON).run("--resume")
+    assert compare(whole, training) == []
+
+
+def test_readers_can_open_latest_and_best_at_any_time(shapes, tmp_path):
+    flags = ["--log-every", 1, "--val-every", 1, "--ckpt-every", 1, "--sample-every", 0, "--keep-last", 2]
+    training = Training(shapes, tmp_path / "r", 60, PYTHON, flags)
+    process, loaded = training.start(), []
+    training.wait_for(2, process)
+    while process.poll() is None:
+        for name in ("latest.pt", "best.pt"):
+            loaded.append(torch.load(training.folder / "checkpoints" / name, weights_only=True)["step"])
+    assert process.communicate()[0] and process.returncode == 0
+    assert len(set(loaded)) > 5
+
+
+def test_a_second_writer_is_refused_and_the_first_goes_on(shapes, tmp_path):
+    training = Training(shapes, tmp_path / "r", 10_000, PYTHON, OFTEN)
+    process = training.start()
+    training.wait_for(3, process)
+    output = training.run("--resume", status=2)
+    assert len(errors(output)) == 1 and "another process writes to it" in errors(output)[0]
+    assert "Traceback" not in output
+    assert process.poll() is None
+    process.send_signal(signal.SIGTERM)
+    process.communicate(timeout=GONE_WITHIN)
+    assert process.returncode == 0
+    assert len(list(training.results.iterdir())) == 1
+
+
+def test_a_full_disk_is_one_line_and_the_last_checkpoint_stays(shapes, tmp_path):
+    small = Training(shapes, tmp_path / "r", 10, PYTHON, OFTEN)
+    small.run()
+    size = (small.folder / "checkpoints/latest.pt").stat().st_size
+    soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (size // 2, hard))  # no file may be larger; children inherit it
+    try:
+        output = replace(small, steps=20).run("--resume", status=1)
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
+    assert len(errors(output)) == 1 and "can't be written" in errors(output)[0]
+    assert "Traceback" not in output
+    assert last_saved(small) == 10
+    assert not list(small.folder.rglob("*.tmp"))
+
+
+# Data under fire ------------------------------------------------------------------------------------------------------
+
+
+def test_a_loader_process_that_is_killed_is_one_line_that_speaks_of_memory(shapes, tmp_path):
+    training = Training(shapes, tmp_path / "r", 10_000, PYTHON, OFTEN)
+    process = training.start()
+    training.wait_for(2, process)
+    kill(descendants(process.pid)[0])
+    output, _ = process.communicate(timeout=GONE_WITHIN)
+    assert process.returncode == 1, output
+    assert len(errors(output)) == 1 and "ran out of memory" in errors(output)[0]
+    assert "Traceback" not in output
+
+
+def test_a_decoder_that_hangs_is_named(shapes, tmp_path):
+    data = shutil.copytree(shapes, tmp_path / "data")
+    training = Training(data, tmp_path / "r", 10_000, PYTHON, [*OFTEN, "--loader-timeout", 3])
+    process = training.start()
+    training.wait_for(2, process)
+    for video in data.glob("*/*.avi"):
+        video.unlink()
+        os.mkfifo(video)  # whoever opens it waits for ever
+    output, _ = process.communicate(timeout=GONE_WITHIN)
+    assert process.returncode == 1, output
+    (line,) = errors(output)
+    assert "--loader-timeout 3" in line and ".avi" in line
+    assert "Traceback" not in output
+
+
+def test_files_that_vanish_while_training_are_counted_like_corrupt_ones(shapes, tmp_path):
+    data = shutil.copytree(shapes, tmp_path / "data")
+    flags = [*OFTEN, "--max-bad-fraction", 0.5]
+    training = Training(data, tmp_path / "r", 10_000, PYTHON, flags)
+    process = training.start()
+    training.wait_for(2, process)
+    for video in sorted(data.glob("*/*.avi"))[:6]:
+        video.unlink()
+    until = time.monotonic() + 60
+    while not (bad := training.rows()[-1]["bad_videos"]) and time.monotonic() < until:
+        time.sleep(0.1)
+    process.send_signal(signal.SIGTERM)
+    output, _ = process.communicate(timeout=GONE_WITHIN)
+    assert process.returncode == 0 and 0 < bad <= 6, output
+    assert "can't be decoded; other clips take its place" in output
+
+
+def test_a_loss_that_is_not_finite_names_step_rank_files_and_the_norms_before(shapes, tmp_path):
+    launcher = [*TORCHRUN, *SABOTAGE[1:], "nan_on_rank_1"]
+    training = Training(shapes, tmp_path / "r", 20, launcher, [*OFTEN, "--log-every", 4, "--val-every", 100])
+    output = training.run(status=1)
+    (line,) = errors(output)
+    assert "train_loss of step 3 is not finite, on rank 1, of " in line
+    files = line.split(", of ")[1].split("; ")[0].split(", ")
+    assert 0 < len(files) <= 2 and all((shapes / file).exists() for file in files)
+    norms = line.split("gradient norms up to it: ")[1].split("; ")[0].split(", ")
+    assert len(norms) == 3 and norms[2] == "nan" and all(float(norm) > 0 for norm in norms[:2])
+    assert "Traceback" not in output.split("torch.distributed.elastic")[0].split("ChildFailedError")[0][:-200]
+    assert training.run("--skip-nonfinite", 2, status=1).count("is not finite") == 1
+
+
+# More than one machine ------------------------------------------------------------------------------------------------
+
+
+def agents(training, *flags):
+    """Two torchrun agents of one rank each, which meet on the loopback address."""
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    launcher = [
+        sys.executable, "-m", "torch.distributed.run", "--nnodes=2", "--nproc_per_node=1", "--max-restarts=2",
+        "--rdzv-backend=c10d", f"--rdzv-endpoint=127.0.0.1:{port}", "--rdzv-id=job", "--local-addr=127.0.0.1",
+    ]  # fmt: skip
+    return [replace(training, launcher=launcher).start(*flags) for _ in range(2)]
+
+
+def finish(processes):
+    for process in processes:
+        output, _ = process.communicate(timeout=240)
+        assert process.returncode == 0, output
+
+
+def test_two_nodes_of_one_rank_equal_one_node_of_two_bit_for_bit(whole, tmp_path):
+    training = replace(whole, results=tmp_path / "r")
+    finish(agents(training))
+    assert compare(whole, training) == []
+
+
+@pytest.mark.parametrize("victim", [0, 1])
+def test_two_nodes_survive_the_kill_of_the_rank_of_one(victim, whole, tmp_path):
+    training = replace(whole, results=tmp_path / "r")
+    processes = agents(training)
+    training.wait_for(7, processes[0])
+    kill(ranks(processes[victim])[0])
+    finish(processes)
+    assert compare(whole, training) == []
