@@ -1,14 +1,16 @@
 """Runs that are stopped, killed and started again, in real processes: what scripts/faults.sh counts."""
 
+import argparse
 import json
 import os
 import random
 import signal
 import subprocess
 import sys
+import tempfile
 import time
 from contextlib import suppress
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 import torch
@@ -22,6 +24,7 @@ TINY = [
     "--global-batch-size", "4", "--num-workers", "1", "--val-clips", "4", "--lr", "1e-3",
 ]  # fmt: skip
 MEASURED = {"clips_per_s", "wait_frac", "seconds"}  # of the metrics: times, which no two runs share
+EVERY = 10  # steps from one checkpoint of a storm to the next
 GONE_WITHIN = 45  # seconds; torchrun gives ranks 30 s to end
 
 
@@ -69,9 +72,10 @@ class Training:
         (folder,) = self.results.iterdir()
         return folder
 
-    def rows(self):
-        """The metrics, without what was measured with a clock."""
+    def rows(self, whole=True):
+        """The metrics, without what was measured with a clock; those of a killed run may end in half a line."""
         lines = (self.folder / "metrics.jsonl").read_text().splitlines()
+        lines = lines if whole else [line for line in lines if line.endswith("}")]
         return [{name: value for name, value in json.loads(line).items() if name not in MEASURED} for line in lines]
 
     def wait_for(self, step, process, timeout=120):
@@ -177,53 +181,90 @@ def kill(pid, number=signal.SIGKILL):
 def storm(training, count, hit, seed=0, report=print):
     """Start the run again and again, hit it `count` times at random moments, then let it finish.
 
-    hit(process, rng) does the damage and returns how it is called; half of the moments are anywhere from the start of
-    the launcher on, half within a second and a half after a first new step. Returns what was observed, a dict each.
+    hit(process, rng) does the damage and says what it was; half of the moments are anywhere within six seconds of the
+    start of the launcher, half within a second and a half of the first new step. Returns what was seen, a dict each:
+    hit, gone_s (seconds until all processes were gone), lost (steps that were logged and have to be done again).
     """
-    rng, seen, last_step = random.Random(seed), [], 0
+    rng, seen, step = random.Random(seed), [], 0
     while len(seen) < count:
         process = training.start("--resume")
         if rng.random() < 0.5:
             time.sleep(rng.uniform(0, 6))
-        elif training.wait_for(last_step + 1, process):
+        elif training.wait_for(step + 1, process):
             time.sleep(rng.uniform(0, 1.5))
         if process.poll() is not None:
             output, _ = process.communicate()
             assert process.returncode == 0, output
-            report(f"the run was finished after {len(seen)} of {count} hits: more steps are needed")
-            break
+            raise AssertionError(f"the run was finished after {len(seen)} of {count} hits: give it more steps")
         pids = [process.pid, *descendants(process.pid)]
         name = hit(process, rng)
         output, _ = process.communicate(timeout=GONE_WITHIN)
-        seconds = wait_gone(pids)
-        rows = training.rows() if list(training.results.glob("*/metrics.jsonl")) else []
-        last_step = rows[-1]["step"] if rows else 0
-        seen.append({"hit": name, "status": process.returncode, "gone_s": seconds, "step": last_step})
-        seen[-1] |= {"traceback": "Traceback" in without_torchrun(output), "output": output}
-        report(f"{len(seen)}/{count}: {name}, status {process.returncode}, step {last_step}, gone in {seconds:.1f} s")
+        assert 'train.py", line' not in output, output  # a traceback of ours
+        gone = wait_gone(pids)
+        rows = training.rows(whole=False) if list(training.results.glob("*/metrics.jsonl")) else []
+        step, saved = rows[-1]["step"] if rows else 0, newest_step(training)
+        seen.append({"hit": name, "gone_s": gone, "lost": max(0, step - saved)})
+        report(f"{len(seen)}/{count}: {name} at step {step}, {seen[-1]['lost']} to do again, gone in {gone:.1f} s")
     training.run("--resume", timeout=1800)
     return seen
 
 
-def without_torchrun(output):
-    """What the ranks said: torchrun's own report, a traceback of its own included, comes after them."""
-    for mark in ("torch/distributed/elastic", "torch/distributed/run.py", "torch.distributed.elastic"):
-        output = output.split(mark)[0]
-    return output.rsplit("Traceback", 1)[0] if output.rstrip().endswith('File "<frozen runpy>"') else output
+def newest_step(training):
+    """The step of the newest checkpoint, each of which must be whole; 0 without any."""
+    steps = [0]
+    for path in training.results.glob("*/checkpoints/*.pt"):
+        steps.append(torch.load(path, weights_only=True)["step"])
+    return max(steps)
 
 
 def kill_something(process, rng):
-    """SIGKILL for torchrun alone, for one rank or for all at once."""
-    what = rng.choice(["torchrun", "a rank", "all"])
-    victims = {"torchrun": [process.pid], "a rank": rng.sample(ranks(process), min(1, len(ranks(process))))}
-    for pid in victims.get(what, [process.pid, *descendants(process.pid)]):
-        kill(pid)
-    if not victims.get(what, True):  # no rank was there yet
+    """SIGKILL for torchrun alone, for one rank, or for all at once."""
+    what, started = rng.choice(["torchrun", "a rank", "all processes"]), ranks(process)
+    if what == "a rank" and started:
+        kill(rng.choice(started))
+    elif what == "all processes":
+        for pid in [process.pid, *descendants(process.pid)]:
+            kill(pid)
+    else:
         kill(process.pid)
     return f"SIGKILL of {what}"
 
 
 def stop_launcher(process, rng):
-    """SIGTERM, as a cluster sends it."""
+    """SIGTERM for torchrun, as a cluster sends it."""
     kill(process.pid, signal.SIGTERM)
-    return "SIGTERM"
+    return "SIGTERM of torchrun"
+
+
+def main():
+    parser = argparse.ArgumentParser(description="Hit a run of two ranks at random moments and see what is lost.")
+    parser.add_argument("--kills", type=int, default=20, help="SIGKILLs of torchrun, a rank or all")
+    parser.add_argument("--stops", type=int, default=10, help="SIGTERMs of torchrun")
+    parser.add_argument("--steps-per-hit", type=int, default=25, help="length of the run; more on a faster machine")
+    parser.add_argument("--seed", type=int, default=0, help="of the moments")
+    parser.add_argument("--out", default="results/faults.md", help="where the table goes")
+    args = parser.parse_args()
+    lines = ["| what | hits | differences at the end | steps to do again, at most | processes gone after, at most |"]
+    lines += ["|---|---|---|---|---|"]
+    with tempfile.TemporaryDirectory() as root:
+        data = make_data(Path(root, "shapes"))
+        flags = ["--log-every", 1, "--val-every", 50, "--sample-every", 0, "--ckpt-every", EVERY, "--keep-last", 3]
+        for name, count, hit in (("SIGKILL", args.kills, kill_something), ("SIGTERM", args.stops, stop_launcher)):
+            steps = max(100, args.steps_per_hit * count)
+            whole = Training(data, Path(root, name, "whole"), steps, TORCHRUN, flags)
+            whole.run(timeout=1800)
+            stormy = replace(whole, results=Path(root, name, "stormy"))
+            seen = storm(stormy, count, hit, args.seed, lambda line: print(line, flush=True))
+            found = compare(whole, stormy)
+            print(*found, sep="\n")
+            for what in sorted({one["hit"] for one in seen}):
+                some = [one for one in seen if one["hit"] == what]
+                lost, gone = (max(one[key] for one in some) for key in ("lost", "gone_s"))
+                lines.append(f"| {what} | {len(some)} | {len(found)} | {lost} of {EVERY} | {gone:.1f} s |")
+    table = "\n".join(lines)
+    print(table)
+    Path(args.out).write_text(f"# Runs that were hit at random moments\n\n{table}\n")
+
+
+if __name__ == "__main__":
+    main()

@@ -85,14 +85,13 @@ def test_a_second_interrupt_ends_the_process_at_once(shapes, tmp_path):
 
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGUSR1])
 def test_torchrun_passes_signals_on_and_no_step_is_lost(number, shapes, tmp_path):
-    environment = {"TORCHELASTIC_SIGNALS_TO_HANDLE": "SIGTERM,SIGINT,SIGHUP,SIGQUIT,SIGUSR1"}
-    training = Training(shapes, tmp_path / "r", 10_000, TORCHRUN, OFTEN, environment=environment)
+    training = Training(shapes, tmp_path / "r", 10_000, TORCHRUN, OFTEN)
     process = training.start()
     training.wait_for(3, process)
     process.send_signal(number)
     output, _ = process.communicate(timeout=GONE_WITHIN)
-    # torchrun does not handle SIGUSR1, whatever the variable says, before torch 2.13: it dies, and its ranks stop.
-    assert "and saved at step" in output
+    assert "and saved at step" in output  # also when torchrun itself dies of it, as of SIGUSR1
+    assert process.returncode != 0
     assert last_saved(training) >= training.rows()[-1]["step"]
 
 
@@ -112,8 +111,12 @@ def test_the_ranks_of_a_torchrun_that_is_killed_save_and_end(shapes, tmp_path):
 
 def test_sigkills_and_sigterms_at_random_moments_change_nothing(whole, tmp_path):
     training = replace(whole, results=tmp_path / "r")
-    seen = storm(training, 3, kill_something, seed=1) + storm(training, 2, stop_launcher, seed=2)
+    seen = storm(training, 3, kill_something, seed=1)
     assert compare(whole, training) == [], seen
+    shutil.rmtree(training.results)
+    seen = storm(training, 2, stop_launcher, seed=2)
+    assert compare(whole, training) == [], seen
+    assert not any(one["lost"] for one in seen)
 
 
 @pytest.mark.parametrize("rank", [0, 1])
@@ -237,7 +240,7 @@ def test_a_loss_that_is_not_finite_names_step_rank_files_and_the_norms_before(sh
     assert 0 < len(files) <= 2 and all((shapes / file).exists() for file in files)
     norms = line.split("gradient norms up to it: ")[1].split("; ")[0].split(", ")
     assert len(norms) == 3 and norms[2] == "nan" and all(float(norm) > 0 for norm in norms[:2])
-    assert "Traceback" not in output.split("torch.distributed.elastic")[0].split("ChildFailedError")[0][:-200]
+    assert 'train.py", line' not in output  # the only traceback is torchrun's own
     assert training.run("--skip-nonfinite", 2, status=1).count("is not finite") == 1
 
 
