@@ -101,12 +101,15 @@ def repeat(args, given):
         raise UserError(f"{flag}: --manifest {args.manifest} decides it: leave it out; only places may be given")
     if not isinstance(old["flags"], dict) or old["flags"].keys() != vars(args).keys():
         raise UserError(f"--manifest {args.manifest}: its flags are not those of this code: repeat it with its own")
+    for name in ("ckpt", "samples", "detector"):
+        if name in given and old["flags"][name] is None:
+            raise UserError(f"--{name}: --manifest {args.manifest} was made without it: leave it out")
     places = {name: getattr(args, name) for name in given}
     return Namespace(**old["flags"] | {"manifest": args.manifest} | places), old
 
 
 def check_flags(args, given):
-    """Raise UserError for flags that contradict each other, the machine or the file system."""
+    """Settle what depends on the metric; raise UserError for flags that contradict each other or the machine."""
     distributed.check_devices()
     distributed.check_speed_flags(args)
     distributed.check_sampling_flags(args)
@@ -128,6 +131,8 @@ def check_flags(args, given):
     for flag, count in (("--num-real", args.num_real), ("--num-samples", args.num_samples)):
         if count == 1 and args.metric != "motion":
             raise UserError(f"{flag} 1: --metric {args.metric} wants at least 2 clips")
+    args.num_real = args.num_real or CLIPS[args.metric]
+    args.split = args.split or SPLITS[args.metric]
     if os.path.isdir(args.out):
         raise UserError(f"--out {args.out}: a folder; wanted the name of a JSON file")
     check_writable("--out", os.path.dirname(args.out) or ".")
@@ -339,14 +344,15 @@ def main():
         fail(error)
     device = distributed.start()
     try:
+        Path(args.out).parent.mkdir(parents=True, exist_ok=True)
         values, result, bad = score(args, made, *distributed.broadcast(real), detector, width, device)
         evaluations = list(itertools.chain(*distributed.gather(made.evaluations)))
         if rank() == 0:
             pinned["real"] |= {"bad_videos": bad}
             pinned["generated"] |= {"mean_evaluations": sum(evaluations) / len(evaluations)} if evaluations else {}
             repeats = old and manifest.compare(args.manifest, old, values, args.tolerance)
-            found = {"values": values, "result": result, "machine": manifest.machine(device), "repeats": repeats}
-            manifest.write(args.out, pinned | found)
+            pinned |= {"values": values, "result": result, "machine": manifest.machine(device), "repeats": repeats}
+            manifest.write(args.out, pinned)
             for path in bad:
                 say(f"{path} can't be decoded; another clip took its place")
             say(f"{pinned['protocol']}: {args.out}")

@@ -19,10 +19,10 @@ from checkpoint import whole_file
 from distributed import UserError
 
 FORMAT = 1
-KEYS = {
+KEYS = (
     "format", "metric", "protocol", "values", "result", "generated", "real", "detector", "code", "packages", "machine",
     "flags", "repeats",
-}  # fmt: skip
+)  # fmt: skip
 PACKAGES = "torch", "numpy", "decord2", "safetensors", "diffusers", "pillow"
 PINNED = (  # (flag, part, key): what must be the same for the values to be
     ("--ckpt", "generated", "checkpoint_sha256"),
@@ -34,9 +34,9 @@ PINNED = (  # (flag, part, key): what must be the same for the values to be
 
 def write(path, manifest):
     """All or nothing. Raises OSError."""
-    assert manifest.keys() == KEYS, manifest.keys() ^ KEYS
+    text = json.dumps({key: manifest[key] for key in KEYS}, indent=2, allow_nan=False)
     with whole_file(path) as file:
-        file.write(json.dumps(manifest, indent=2, allow_nan=False).encode() + b"\n")
+        file.write(text.encode() + b"\n")
 
 
 def read(path):
@@ -53,7 +53,7 @@ def read(path):
     if manifest["format"] != FORMAT:
         found = manifest["format"]
         raise UserError(f"{flag}: has format {found}, this code reads {FORMAT}: repeat it with the code that wrote it")
-    if missing := KEYS - manifest.keys():
+    if missing := set(KEYS) - manifest.keys():
         raise UserError(f"{flag}: damaged: has no {', '.join(sorted(missing))}")
     return manifest
 
@@ -92,7 +92,7 @@ def compare(path, old, values, tolerance):
 def report(repeats, old, new):
     """One line: whether the values of a repetition agree, and what was not as before."""
     largest = max(repeats["differences"].items(), key=lambda item: abs(item[1]), default=None)
-    others = [part for part in ("code", "packages", "machine") if part in new and old[part] != new[part]]
+    others = [part for part in ("code", "packages", "machine") if old[part] != new[part]]
     changed = f"; not as before: {', '.join(others)}" if others else ""
     if repeats["bit_equal"]:
         return f"the values are those of {repeats['manifest']}, bit for bit{changed}"

@@ -53,7 +53,7 @@ def plot_consistency(path, by_position, patch):
             axes.axvline(frame, color="tab:red", linestyle=":", label=label)
         axes.set(ylabel=f"{title}\n(grey levels, rms)")
         axes.set_ylim(bottom=0)
-    panels[0].legend()
+    figure.legend(*panels[0].get_legend_handles_labels(), loc="outside upper center", ncols=3)
     panels[1].set(xlabel="frame")
     save(figure, path)
 
