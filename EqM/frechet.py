@@ -183,7 +183,7 @@ def extract(detector, clips, metric, batch_size):
     parts = []
     with full_precision():
         for part in inputs.flatten(0, 1).split(batch_size):
-            features = detector(part.float(), **CALLS[metric])
+            features = detector(part.float().contiguous(), **CALLS[metric])  # TorchScript may use view()
             if not torch.is_tensor(features) or features.dim() != 2 or len(features) != len(part):
                 shape = list(features.shape) if torch.is_tensor(features) else type(features).__name__
                 raise ValueError(f"found {shape}, wanted features [{len(part)}, D]")

@@ -105,13 +105,13 @@ class Channels(torch.nn.Module):
 
     def forward(self, x, rescale: bool = False, resize: bool = False, return_features: bool = False):
         assert rescale and resize and return_features
-        assert x.dim() == 5
+        assert x.dim() == 5 and x.is_contiguous()
         return torch.cat([x[:, :, 0].mean((2, 3)), x[:, :, -1].mean((2, 3))], dim=1)
 
 
 class Images(torch.nn.Module):
     def forward(self, x, return_features: bool = False):
-        assert return_features
+        assert return_features and x.is_contiguous()
         return x[:, :, 0].mean(2)  # of the first row
 
 
