@@ -215,9 +215,7 @@ def test_a_manifest_repeats_bit_for_bit_and_says_so_when_it_does_not(
     assert "--data-path" in capsys.readouterr().err
 
 
-def test_motion_of_real_clips_is_right_and_its_confusion_is_a_diagonal(
-    shapes, samples, tmp_path, monkeypatch, capsys
-):
+def test_motion_of_real_clips_is_right_and_its_confusion_is_a_diagonal(shapes, samples, tmp_path, monkeypatch, capsys):
     flags = ["--samples", samples, "--data-path", shapes, "--num-real", 12]
     found = run(monkeypatch, "--out", tmp_path / "m.json", *flags, *FEW)
     assert found["metric"] == "motion" and found["protocol"] == "motion12_8f"
@@ -308,9 +306,7 @@ BAD_SAMPLES = {
 
 
 @pytest.mark.parametrize("kind", BAD_SAMPLES)
-def test_a_sample_folder_that_is_no_good_is_refused(
-    kind, shapes, samples, detector, tmp_path, monkeypatch, capsys
-):
+def test_a_sample_folder_that_is_no_good_is_refused(kind, shapes, samples, detector, tmp_path, monkeypatch, capsys):
     flags = ["--metric", "fvd", "--samples", spoil(kind, tmp_path, samples), "--data-path", shapes]
     run(monkeypatch, "--out", tmp_path / "out" / "a.json", *flags, "--detector", detector, status=2)
     lines = capsys.readouterr().err.splitlines()
@@ -338,9 +334,7 @@ BAD_FLAGS = {  # of --metric fvd --samples S --data-path D --detector F; None ta
 
 
 @pytest.mark.parametrize("case", BAD_FLAGS)
-def test_bad_flags_are_one_line_and_nothing_is_written(
-    case, shapes, samples, detector, tmp_path, monkeypatch, capsys
-):
+def test_bad_flags_are_one_line_and_nothing_is_written(case, shapes, samples, detector, tmp_path, monkeypatch, capsys):
     changes, words = BAD_FLAGS[case]
     flags = {"--out": tmp_path / "out" / "a.json", "--metric": "fvd", "--samples": samples, "--data-path": shapes}
     flags = flags | {"--detector": detector} | changes
