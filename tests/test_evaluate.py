@@ -329,6 +329,8 @@ BAD_FLAGS = {  # of --metric fvd --samples S --data-path D --detector F; None ta
     "out in a file": ({"--out": "/dev/null/a.json"}, ["--out /dev/null"]),
     "out is a folder": ({"--out": "/"}, ["--out /", "a folder"]),
     "a cache in a file": ({"--cache": "/dev/null/a"}, ["--cache /dev/null/a"]),
+    "one draw": ({"--resamples": 1}, ["--resamples 1", "at least 2"]),
+    "a folder without videos": ({"--data-path": ROOT / "scripts"}, ["--data-path", "no video found"]),
     "no split": ({"--split": "test"}, ["--split"]),
 }
 
