@@ -242,6 +242,10 @@ def summarize(tracks, expected):
     shapes = sum(found.shape == true.shape for found, true in pairs)
     speed, speed_error = mean_and_error([found.speed / true.speed for found, true in right])
     area, area_error = mean_and_error([found.area / true.area for found, true in right])
+
+    def interval(value, error):
+        return None if error is None else [value - 1.96 * error, value + 1.96 * error]
+
     return {
         "clips": len(pairs),
         "right": len(right),
@@ -251,6 +255,54 @@ def summarize(tracks, expected):
         "shape_interval95": wilson(shapes, len(pairs)),
         "speed_ratio": speed,
         "speed_ratio_standard_error": speed_error,
+        "speed_ratio_interval95": interval(speed, speed_error),
         "area_ratio": area,
         "area_ratio_standard_error": area_error,
+        "area_ratio_interval95": interval(area, area_error),
     }
+
+
+def confusion(tracks, expected):
+    """What was found for what was asked: {"direction" | "shape": {asked: {found or "none": clips}}}, and why clips
+    have no direction, {"refused": {reason: clips}}; a plain dict for JSON.
+    """
+    directions, counted = [name for axis in DIRECTIONS for name in axis], {}
+    for what, names in (("direction", directions), ("shape", list(SHAPES))):
+        counts = {asked: dict.fromkeys([*names, "none"], 0) for asked in names}
+        for found, true in zip(tracks, expected, strict=True):
+            counts[getattr(true, what)][getattr(found, what) or "none"] += 1
+        counted[what] = {asked: row for asked, row in counts.items() if any(row.values())}
+    reasons = [found.reason for found in tracks if found.direction is None]
+    return counted | {"refused": {reason: reasons.count(reason) for reason in sorted(set(reasons))}}
+
+
+ROWS = {  # what people read, of `summarize`
+    "direction_accuracy": ("direction right", "direction_interval95"),
+    "shape_accuracy": ("shape right", "shape_interval95"),
+    "speed_ratio": ("speed / true speed", "speed_ratio_interval95"),
+    "area_ratio": ("area / true area", "area_ratio_interval95"),
+}
+
+
+def report(generated, real):
+    """What people read of two summaries that hold their confusion as well."""
+
+    def cell(part, key, interval):
+        if part[key] is None:
+            return "-"
+        low, high = part[interval] or (math.nan, math.nan)
+        return f"{part[key]:.3f} ({low:.3f} to {high:.3f})"
+
+    lines = [f"{'':<20} {'generated, 95%':>24} {'real, 95%':>24}"]
+    lines.append(f"{'clips':<20} {generated['clips']:>24} {real['clips']:>24}")
+    for key, (title, interval) in ROWS.items():
+        cells = [cell(part, key, interval) for part in (generated, real)]
+        lines.append(f"{title:<20} {cells[0]:>24} {cells[1]:>24}")
+    for what in ("direction", "shape"):
+        rows = generated["confusion"][what]
+        names = list(next(iter(rows.values())))
+        lines.append(f"{'asked, found:':<20} " + " ".join(f"{name:>8}" for name in names))
+        lines += [f"{asked:<20} " + " ".join(f"{row[name]:>8}" for name in names) for asked, row in rows.items()]
+    refused = sorted(generated["confusion"]["refused"].items(), key=lambda item: -item[1])
+    lines += [f"no direction: {reason}, {clips} clips" for reason, clips in refused]
+    return "\n".join("  " + line for line in lines)

@@ -1,4 +1,4 @@
-"""Figures of a sampling run: PNG files, readable at half size."""
+"""Figures of samples: PNG files, readable at half size."""
 
 import matplotlib
 import numpy as np
@@ -30,6 +30,31 @@ def plot_energies(path, energies, sampler):
     axes.plot(steps[running], np.nanmean(energies[:, running], axis=0), color="black", label="mean of those running")
     axes.set(xlabel=f"step of {sampler}", ylabel="energy")
     axes.legend()
+    save(figure, path)
+
+
+def plot_consistency(path, by_position, patch):
+    """Change and sharpness by position in the clip, generated and real, with the 95% intervals of their means.
+
+    by_position is that of consistency.summarize; dotted lines mark where a temporal patch of `patch` frames begins.
+    """
+    figure, panels = plt.subplots(2, 1, figsize=(9, 8), layout="constrained", sharex=True)
+    titles = {"change": "change from the frame before", "sharpness": "sharpness"}
+    for axes, (name, title) in zip(panels, titles.items(), strict=True):
+        for kind, color in (("real", "black"), ("generated", "tab:blue")):
+            values = by_position[kind][name]
+            first = 1 if name == "change" else 0  # a change belongs to the later of its frames
+            frames = np.arange(first, first + len(values["mean"]))
+            axes.plot(frames, values["mean"], color=color, marker="o", markersize=4, label=kind)
+            axes.fill_between(frames, values["low"], values["high"], color=color, alpha=0.2, linewidth=0)
+        num_frames = len(by_position["real"]["sharpness"]["mean"])
+        for number, frame in enumerate(range(patch, num_frames, patch)):
+            label = "first frame of a temporal patch" if number == 0 else None
+            axes.axvline(frame, color="tab:red", linestyle=":", label=label)
+        axes.set(ylabel=f"{title}\n(grey levels, rms)")
+        axes.set_ylim(bottom=0)
+    figure.legend(*panels[0].get_legend_handles_labels(), loc="outside upper center", ncols=3)
+    panels[1].set(xlabel="frame")
     save(figure, path)
 
 

@@ -172,7 +172,7 @@ def test_the_tracker_scores_a_sample_folder_beside_real_clips(phases, shapes, tm
         sys.executable, ROOT / "EqM/evaluate.py", "--metric", "motion", "--samples", tmp_path / "s",
         "--data-path", shapes, "--num-real", 12, "--out", tmp_path / "motion.json",
     )  # fmt: skip
-    result = json.loads((tmp_path / "motion.json").read_text())
+    result = json.loads((tmp_path / "motion.json").read_text())["result"]
     assert result["real"]["direction_accuracy"] == 1
     assert result["generated"]["direction_accuracy"] == 0  # two training steps teach nothing
 

@@ -270,3 +270,34 @@ def test_the_interval_holds_the_shares_that_a_95_percent_test_keeps(hits, count)
     for share in motion.wilson(hits, count):
         distance = abs(hits / count - share)  # a bound is where the share is 1.96 of its own deviations away
         assert distance == pytest.approx(1.96 * math.sqrt(max(0, share * (1 - share)) / count), abs=1e-9)
+
+
+def test_the_confusion_says_what_was_found_for_what_was_asked_and_why_not():
+    up, left = Truth("Up", "Circle", 0.5, 20), Truth("Left", "Square", 0.5, 20)
+    tracks = [
+        Track("Up", "Circle", 0.5, 20),
+        Track("Down", "Square", 0.5, 20),
+        Track(reason="nothing stands out"),
+        Track("Left", "Square", 0.5, 20),
+        Track(None, "Square", reason="the object stands still"),
+    ]
+    found = motion.confusion(tracks, [up, up, up, left, left])
+    assert list(found["direction"]) == ["Left", "Up"]  # what was asked, no more
+    assert found["direction"]["Up"] == {"Left": 0, "Right": 0, "Up": 1, "Down": 1, "none": 1}
+    assert found["direction"]["Left"] == {"Left": 1, "Right": 0, "Up": 0, "Down": 0, "none": 1}
+    assert found["shape"]["Circle"] == {"Circle": 1, "Square": 1, "Triangle": 0, "none": 1}
+    assert found["shape"]["Square"] == {"Circle": 0, "Square": 2, "Triangle": 0, "none": 0}
+    assert found["refused"] == {"nothing stands out": 1, "the object stands still": 1}
+    assert json.loads(json.dumps(found)) == found
+
+
+def test_the_report_shows_the_confusion_in_rows_and_columns():
+    truth = Truth("Up", "Circle", 0.5, 20)
+    tracks = [Track("Up", "Circle", 0.5, 20)] * 7 + [Track("Down", "Circle", 0.5, 20)] * 2
+    summary = motion.summarize(tracks, [truth] * 9) | {"confusion": motion.confusion(tracks, [truth] * 9)}
+    nothing = [Track(reason="x")], [truth]
+    nothing = motion.summarize(*nothing) | {"confusion": motion.confusion(*nothing)}
+    lines = [line.split() for line in motion.report(summary, nothing).splitlines()]
+    assert ["asked,", "found:", "Left", "Right", "Up", "Down", "none"] in lines
+    assert ["Up", "0", "0", "7", "2", "0"] in lines
+    assert ["speed", "/", "true", "speed", "1.000", "(1.000", "to", "1.000)", "-"] in lines

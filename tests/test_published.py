@@ -17,6 +17,7 @@ import export
 import models
 import sample_gd
 import samplers
+import sampling
 import train
 import transport
 from distributed import UserError
@@ -135,7 +136,7 @@ SHAPE = {"depth": 2, "hidden_size": 48, "num_heads": 2, "patch_size": 2}
 def tiny_name(monkeypatch):
     """A --model for the tiny model."""
     monkeypatch.setitem(models.SIZES, "Tiny", (2, 48, 2))
-    for script in (train, sample_gd):
+    for script in (train, sampling):
         monkeypatch.setattr(script, "NAMES", [*models.NAMES, "EqM-Tiny/2"])
     return "EqM-Tiny/2"
 

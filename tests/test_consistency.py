@@ -1,0 +1,135 @@
+"""Seams and drifts of clips that were made to have them, against what they must be."""
+
+import json
+
+import pytest
+import torch
+
+import consistency
+import plots
+from consistency import NAMES
+
+
+def random(*shape, seed=0):
+    return torch.rand(*shape, generator=torch.Generator().manual_seed(seed), dtype=torch.float64)
+
+
+def flat(levels):
+    """Clips uint8 (N, T, 4, 4, 3) whose frames are all of one grey level (N, T)."""
+    return torch.as_tensor(levels).byte()[:, :, None, None, None].expand(-1, -1, 4, 4, 3)
+
+
+def look(clips):
+    """(statistics (N, T, 7), change (N, T - 1)) as evaluate.py collects them."""
+    return tuple(torch.stack(parts) for parts in zip(*map(consistency.measure, clips), strict=True))
+
+
+def walk(steps):
+    """Grey levels (N, T) that change by `steps` (N, T - 1), always towards the middle grey."""
+    levels = [torch.full((len(steps),), 100.0)]
+    for step in steps.unbind(dim=1):
+        levels.append(levels[-1] + torch.where(levels[-1] < 128, step, -step))
+    return torch.stack(levels, dim=1)
+
+
+def test_the_statistics_of_a_frame_are_mean_contrast_and_sharpness():
+    clip = torch.zeros(2, 4, 4, 3, dtype=torch.uint8)
+    clip[0, :, ::2, 0] = 100  # red stripes
+    clip[1] = 7
+    statistics, change = consistency.measure(clip)
+    assert statistics[0].tolist() == pytest.approx([50, 0, 0, 50, 0, 0, (100**2 / 3 / 2) ** 0.5])  # red, across only
+    assert statistics[1].tolist() == pytest.approx([7, 7, 7, 0, 0, 0, 0])
+    assert change.tolist() == pytest.approx([((93**2 + 7**2) / 2 / 3 + 7**2 * 2 / 3) ** 0.5])
+
+
+@pytest.mark.parametrize("patch", [2, 3, 4])
+def test_a_jump_at_every_border_is_the_seam_score(patch):
+    steps = torch.full((5, 23), 2.0)
+    jumps = torch.where((torch.arange(23) + 1) % patch == 0, 12.0, 2.0).expand(5, -1)
+    real, generated = look(flat(walk(steps))), look(flat(walk(jumps)))
+    score, interval = consistency.seam_score(generated[1], real[1], patch)
+    assert score == pytest.approx(6) and interval == pytest.approx([6, 6])
+    assert consistency.seam_score(real[1], generated[1], patch)[0] == pytest.approx(1 / 6)
+
+
+def test_real_clips_against_real_clips_have_no_seam_and_no_drift():
+    sets = [look((random(200, 12, 6, 6, 3, seed=seed) * 255).byte()) for seed in (0, 1)]
+    found = consistency.summarize(*sets, patch=4)
+    assert found["seam_score"] == pytest.approx(1, abs=0.01)
+    assert found["seam_score_interval95"][0] < 1 < found["seam_score_interval95"][1]
+    assert found["change_ratio"] == pytest.approx(1, abs=0.01)
+    assert abs(found["largest_drift"]) < 0.4
+    assert sum(low <= 0 <= high for low, high in (entry["interval95"] for entry in found["drift"].values())) >= 5
+    assert json.loads(json.dumps(found)) == found
+
+
+def test_jumps_between_the_borders_are_no_seam():
+    steps = torch.where((torch.arange(15) + 1) % 4 == 2, 12.0, 2.0).expand(5, -1)
+    jumpy, even = look(flat(walk(steps)))[1], look(flat(walk(torch.full((5, 15), 2.0))))[1]
+    assert consistency.seam_score(jumpy, even, 4)[0] < 0.5
+
+
+def test_the_interval_of_the_seam_score_grows_with_the_spread_of_the_clips_and_holds_the_score():
+    sizes = 1 + 9 * random(80, 1)  # clips that move little and much
+    steps = sizes * torch.where((torch.arange(15) + 1) % 4 == 0, 3.0, 1.0) * (0.5 + random(80, 15, seed=1))
+    even = torch.ones(2, 15)
+    score, (low, high) = consistency.seam_score(steps, even, patch=4)
+    assert low < 3 < high and low < score < high
+    few = consistency.seam_score(steps[:10], even, patch=4)[1]
+    assert few[1] - few[0] > 1.5 * (high - low)
+
+
+@pytest.mark.parametrize(("frames", "patch"), [(4, 4), (3, 4), (8, 1)])
+def test_without_a_border_or_without_anything_between_there_is_no_score(frames, patch):
+    change = random(5, frames - 1)
+    assert consistency.seam_score(change, change, patch) == (None, None)
+
+
+def test_clips_that_stand_still_have_no_score():
+    assert consistency.seam_score(torch.zeros(3, 7), torch.ones(3, 7), 4) == (None, None)
+    assert consistency.seam_score(torch.ones(3, 7), torch.zeros(3, 7), 4) == (None, None)
+
+
+def test_a_rising_brightness_is_the_drift_in_deviations_of_real_frames():
+    real = torch.tensor([[90.0] * 9, [110.0] * 9])
+    generated = 100 + torch.arange(9.0) * 5 + torch.tensor([[0.0], [8], [16]])  # up by 40 from first to last
+    found = consistency.drifts(look(flat(generated))[0], look(flat(real))[0])
+    spread = torch.tensor([90.0, 110] * 9).std().item()
+    for name in NAMES[:3]:
+        assert found[name]["drift"] == pytest.approx(40 / spread)
+        assert found[name]["interval95"] == pytest.approx([40 / spread] * 2)
+    assert found["sharpness"] == {"drift": None, "interval95": None}  # flat frames all have none
+    back = consistency.drifts(look(flat(generated.flip(1)))[0], look(flat(real))[0])
+    assert back["mean red"]["drift"] == pytest.approx(-40 / spread)
+
+
+def test_what_drifts_in_real_clips_as_well_is_no_drift():
+    rising = 60 + torch.arange(8.0) * 4 + torch.tensor([[0.0], [30], [60]])
+    found = consistency.drifts(look(flat(rising + 20))[0], look(flat(rising))[0])
+    assert found["mean green"]["drift"] == pytest.approx(0, abs=1e-9)
+
+
+def test_blur_that_grows_is_a_drift_of_sharpness():
+    real = (random(20, 8, 8, 8, 3) * 255).byte()
+    fading = real.double() * torch.linspace(1, 0.5, 8)[:, None, None, None]
+    found = consistency.summarize(look(fading.byte()), look(real), patch=4)
+    assert found["drift"]["sharpness"]["drift"] < -2
+    low, high = found["drift"]["sharpness"]["interval95"]
+    assert low < found["drift"]["sharpness"]["drift"] < high < 0
+
+
+def test_the_profile_is_the_mean_by_position_with_its_interval():
+    values = torch.tensor([[1.0, 10], [3, 10], [5, 10]]).double()
+    found = consistency.profile(values)
+    assert found["mean"] == [3, 10]
+    half = 1.96 * 2 / 3**0.5
+    assert found["low"] == pytest.approx([3 - half, 10]) and found["high"] == pytest.approx([3 + half, 10])
+
+
+def test_the_report_and_the_plot_take_what_the_summary_leaves_out(tmp_path):
+    still = look(flat(torch.full((3, 4), 9.0)))
+    found = consistency.summarize(still, still, patch=4)
+    assert found["seam_score"] is None and found["largest_drift"] is None and found["change_ratio"] is None
+    assert "seam score" in consistency.report(found)
+    plots.plot_consistency(tmp_path / "a.png", found["by_position"], patch=4)
+    assert (tmp_path / "a.png").read_bytes()[1:4] == b"PNG"

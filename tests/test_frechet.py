@@ -1,0 +1,205 @@
+"""Distances against closed forms and SciPy; the detector is called as published code calls it."""
+
+import os
+import pickle
+import warnings
+
+import numpy as np
+import pytest
+import scipy.linalg
+import torch
+
+import frechet
+from distributed import UserError
+from frechet import Moments, frechet_distance
+
+
+def normal(*shape, seed=0):
+    return torch.randn(*shape, generator=torch.Generator().manual_seed(seed), dtype=torch.float64)
+
+
+def covariance(width, rank, seed):
+    factor = normal(width, rank, seed=seed)
+    return factor @ factor.T / rank
+
+
+def by_scipy(mean_a, cov_a, mean_b, cov_b):
+    root = scipy.linalg.sqrtm((cov_a @ cov_b).numpy())
+    return float((mean_a - mean_b).square().sum() + cov_a.trace() + cov_b.trace() - 2 * np.trace(root).real)
+
+
+def test_equal_covariances_leave_the_distance_of_the_means():
+    cov, mean_a, mean_b = covariance(6, 9, 0), normal(6), normal(6, seed=1)
+    expected = (mean_a - mean_b).square().sum().item()
+    assert frechet_distance(mean_a, cov, mean_b, cov) == pytest.approx(expected, rel=1e-12)
+    assert frechet_distance(mean_a, cov, mean_a, cov) == pytest.approx(0, abs=1e-12)
+
+
+def test_in_one_dimension_it_is_the_distance_of_means_and_deviations():
+    one = torch.ones(1, dtype=torch.float64)
+    assert frechet_distance(3 * one, 4 * one[None], one, 25 * one[None]) == pytest.approx((3 - 1) ** 2 + (2 - 5) ** 2)
+
+
+def test_diagonal_covariances_add_up():
+    a, b = normal(5).square(), normal(5, seed=1).square()
+    a[2] = 0  # a dimension in which nothing varies
+    found = frechet_distance(normal(5), torch.diag(a), normal(5), torch.diag(b))
+    assert found == pytest.approx((a.sqrt() - b.sqrt()).square().sum().item(), rel=1e-12)
+
+
+@pytest.mark.parametrize(("rank_a", "rank_b"), [(40, 50), (40, 7), (5, 7)])
+def test_scipys_matrix_square_root_gives_the_same_of_full_rank_and_of_less(rank_a, rank_b):
+    parts = normal(30), covariance(30, rank_a, 2), normal(30, seed=1), covariance(30, rank_b, 3)
+    with np.errstate(all="ignore"):
+        expected = by_scipy(*parts)
+    assert frechet_distance(*parts) == pytest.approx(expected, rel=1e-6)  # SciPy's own error where rank is missing
+    assert frechet_distance(*parts[2:], *parts[:2]) == pytest.approx(frechet_distance(*parts), rel=1e-9)
+
+
+def test_a_rotation_of_both_changes_nothing():
+    parts = normal(8), covariance(8, 20, 0), normal(8, seed=1), covariance(8, 3, 1)
+    turn, _ = torch.linalg.qr(normal(8, 8, seed=2))
+    turned = [turn @ part if part.dim() == 1 else turn @ part @ turn.T for part in parts]
+    assert frechet_distance(*turned) == pytest.approx(frechet_distance(*parts), rel=1e-9)
+
+
+def test_covariances_without_overlap_leave_their_traces():
+    a, b = torch.diag(torch.tensor([2.0, 3, 0, 0])).double(), torch.diag(torch.tensor([0, 0, 5.0, 7])).double()
+    zero = torch.zeros(4, dtype=torch.float64)
+    assert frechet_distance(zero, a, zero, b) == pytest.approx(17, rel=1e-12)
+
+
+@pytest.mark.parametrize("sizes", [[50], [1] * 50, [7, 30, 13]])
+def test_moments_are_those_of_the_whole_however_it_was_split(sizes):
+    features = 1000 + normal(50, 4)  # far from zero, where sums of squares would lose digits
+    merged = Moments.empty(4)
+    for part in features.split(sizes):
+        merged = merged.merge(Moments.empty(4)).merge(Moments.of(part))
+    assert merged.count == 50
+    torch.testing.assert_close(merged.mean, features.mean(dim=0), rtol=1e-14, atol=0)
+    torch.testing.assert_close(merged.covariance, torch.cov(features.T), rtol=1e-9, atol=1e-12)
+
+
+def test_the_bootstrap_finds_the_error_that_repeated_sets_have():
+    reference = Moments.of(normal(100_000, 1))
+    sets = [2 + normal(200, 1, seed=seed) for seed in range(400)]
+    distances = [
+        frechet_distance(reference.mean, reference.covariance, part.mean, part.covariance)
+        for part in map(Moments.of, sets)
+    ]
+    found = frechet.bootstrap_error(reference, sets[0][:, None], 400, seed=0)
+    assert found == pytest.approx(np.std(distances), rel=0.15)
+    assert found == pytest.approx(2 * 2 / 200**0.5, rel=0.15)  # of (mean - 0)^2 at 2, to first order
+
+
+def test_the_bootstrap_takes_the_frames_of_a_clip_together():
+    reference, clips = Moments.of(normal(500, 3)), 1 + normal(60, 1, 3, seed=1)
+    alone = frechet.bootstrap_error(reference, clips, 100, seed=0)
+    copies = frechet.bootstrap_error(reference, clips.repeat(1, 8, 1), 100, seed=0)  # as if frames stood still
+    assert copies == pytest.approx(alone, rel=0.02)
+    assert frechet.bootstrap_error(reference, clips.repeat(8, 1, 1), 100, seed=0) < 0.5 * alone
+
+
+class Channels(torch.nn.Module):
+    """Features that tell the layout and the range of what came in."""
+
+    def forward(self, x, rescale: bool = False, resize: bool = False, return_features: bool = False):
+        assert rescale and resize and return_features
+        assert x.dim() == 5 and x.is_contiguous()
+        return torch.cat([x[:, :, 0].mean((2, 3)), x[:, :, -1].mean((2, 3))], dim=1)
+
+
+class Images(torch.nn.Module):
+    def forward(self, x, return_features: bool = False):
+        assert return_features and x.is_contiguous()
+        return x[:, :, 0].mean(2)  # of the first row
+
+
+class Broken(torch.nn.Module):
+    def __init__(self, how: str):
+        super().__init__()
+        self.how = how
+
+    def forward(self, x, return_features: bool = False):
+        if self.how == "not 2-D":
+            return x
+        return torch.full((len(x), 4), float("nan")) if self.how == "NaN" else x[:1].flatten(1)
+
+
+@pytest.fixture
+def save(tmp_path):
+    def save(module):
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # TorchScript is deprecated
+            torch.jit.script(module).save(tmp_path / "detector.pt")
+        return tmp_path / "detector.pt"
+
+    return save
+
+
+def test_clips_reach_the_detector_from_0_to_255_as_channels_time_height_width(save):
+    detector = frechet.load_detector(save(Channels()))
+    clips = torch.zeros(5, 4, 6, 8, 3, dtype=torch.uint8)
+    clips[:, 0, ..., 0], clips[:, -1, ..., 2], clips[3, -1, ..., 2] = 255, 10, 20
+    features = frechet.extract(detector, clips, "fvd", batch_size=2)
+    assert features.shape == (5, 1, 6)
+    assert features[0, 0].tolist() == [255, 0, 0, 0, 0, 10]
+    assert features[3, 0].tolist() == [255, 0, 0, 0, 0, 20]
+    assert frechet.check_detector("x", detector, "fvd", 4, 8) == 6
+
+
+def test_frames_reach_the_detector_of_images_in_their_order(save):
+    detector = frechet.load_detector(save(Images()))
+    clips = torch.randint(0, 256, (3, 4, 6, 8, 3), dtype=torch.uint8, generator=torch.Generator().manual_seed(0))
+    features = frechet.extract(detector, clips, "fid", batch_size=5)
+    torch.testing.assert_close(features, clips[:, :, 0].float().mean(dim=2))  # (B, T, C)
+
+
+@pytest.mark.parametrize("how", ["not 2-D", "NaN", "another number"])
+def test_a_detector_that_returns_something_else_is_refused(how, save):
+    path = save(Broken(how))
+    with pytest.raises(UserError, match="--detector .*: does not work as --metric fid calls it"):
+        frechet.check_detector(path, frechet.load_detector(path), "fid", 4, 8)
+
+
+def test_a_detector_that_is_called_otherwise_is_refused(save):
+    path = save(Images())
+    with pytest.raises(UserError, match="--metric fvd"):
+        frechet.check_detector(path, frechet.load_detector(path), "fvd", 4, 8)
+
+
+class Hostile:
+    def __init__(self, victim):
+        self.victim = victim
+
+    def __reduce__(self):
+        return os.mkdir, (str(self.victim),)
+
+
+@pytest.mark.parametrize("kind", ["zip", "legacy", "pickle", "empty", "folder", "nothing"])
+def test_what_is_no_torchscript_is_refused_and_runs_no_code(kind, tmp_path):
+    path, victim = tmp_path / "detector.pt", tmp_path / "victim"
+    if kind in ("zip", "legacy"):
+        torch.save(Hostile(victim), path, _use_new_zipfile_serialization=kind == "zip")
+    elif kind == "pickle":
+        path.write_bytes(pickle.dumps(Hostile(victim)))
+    elif kind == "empty":
+        path.touch()
+    elif kind == "folder":
+        path.mkdir()
+    with pytest.raises(UserError, match="--detector .*wanted i3d_torchscript.pt"):
+        frechet.load_detector(path)
+    assert not victim.exists()
+
+
+def test_tf32_is_off_while_features_are_made_and_as_before_after_it():
+    before = torch.backends.cuda.matmul.fp32_precision, torch.backends.cudnn.conv.fp32_precision
+    seen = []
+
+    def detector(x, return_features):
+        seen.append((torch.backends.cuda.matmul.fp32_precision, torch.backends.cudnn.conv.fp32_precision))
+        return x.mean((2, 3))
+
+    frechet.extract(detector, torch.zeros(2, 1, 4, 4, 3, dtype=torch.uint8), "fid", 2)
+    assert seen == [("ieee", "ieee")]
+    assert (torch.backends.cuda.matmul.fp32_precision, torch.backends.cudnn.conv.fp32_precision) == before
