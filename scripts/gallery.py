@@ -155,7 +155,7 @@ def make_page(samples, numbers, real):
         "title": escape(samples.folder.resolve().name),
         "what": escape(describe(samples, numbers, fps)),
         "ckpt": escape(flags["ckpt"]),
-        "flags": "".join(f"<tr><td>{escape(name)}<td>{escape(value)}" for name, value in flags.items()),
+        "flags": "".join(f"<tr><td>{escape(flag)}<td>{escape(value)}" for flag, value in map(spell, flags.items())),
         "options": f'<option value="">all classes ({len(numbers)})' + "".join(options),
         "cards": "\n".join(make_card(samples, number, real) for number in numbers),
         "frames": samples.num_frames,
@@ -166,6 +166,13 @@ def make_page(samples, numbers, real):
         "rendering": "pixelated" if samples.size < SMALL else "auto",
     }
     return re.sub(r"\{\{(\w+)\}\}", lambda match: str(parts[match[1]]), TEMPLATE.read_text(encoding="utf-8"))
+
+
+def spell(item):
+    """A flag as a user types it, and its value in the words of --help."""
+    name, value = item
+    words = {"None": "none", "False": "off", "True": "on"}
+    return f"--{name.replace('_', '-')}", words.get(str(value), value)
 
 
 def describe(samples, numbers, fps):

@@ -108,7 +108,7 @@ def test_the_page_holds_the_folders_own_videos_and_names_class_sample_seed_check
     assert [attributes["data-label"] for attributes in page.named("figure")] == [str(label) for label in LABELS]
     text = "|".join(page.texts)
     for words in ("my & samples", "6 videos of 8 frames, 16 x 16 px, 8 frames per second; ngd, 40 points, guidance 1.5",
-                  "results/<E>/best.pt", "num_sampling_steps", "sample 5, seed 3", "CircleLeft (2)"):  # fmt: skip
+                  "results/<E>/best.pt", "--num-sampling-steps|40", "--stop-below|none", "--video|on", "sample 5, seed 3", "CircleLeft (2)"):  # fmt: skip
         assert words in text, words
     assert "real" not in page.texts
     assert list(tmp_path.iterdir()) == [folder]
