@@ -1,0 +1,268 @@
+"""Make one HTML page of a folder of samples, with real clips beside them, that needs no other file and no network.
+
+    python scripts/gallery.py samples --data-path datasets/ucf-101
+
+The page is FOLDER/gallery.html: the videos play together, frame by frame if you like, and can be filtered by class.
+Its frame is gallery.html beside this script.
+"""
+
+import base64
+import html
+import io
+import json
+import os
+import re
+import statistics
+import sys
+import tempfile
+import zipfile
+from collections import Counter
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+from PIL import Image
+
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent / "EqM"))
+from distributed import COUNT, SHARE, ArgumentParser, UserError, check_writable, fail, say
+from video_dataset import Clips, check_data_path, latents_settings, scan_videos, split_videos
+from video_io import write_mp4
+
+TEMPLATE = Path(__file__).with_suffix(".html")
+SMALL = 128  # px, below which pixels are shown as they are instead of smoothed
+
+
+def parse_args():
+    parser = ArgumentParser(description="Make one HTML page of a folder of samples, with real clips beside them.")
+    parser.add_argument("folder", metavar="FOLDER", help="a folder that sample_gd.py has written")
+    real = "data set with real clips of the same classes, from videos that validate; none = samples only"
+    parser.add_argument("--data-path", metavar="DIR", help=real)
+    parser.add_argument("--out", metavar="FILE.html", help="the page; none = FOLDER/gallery.html")
+    parser.add_argument("--num-samples", type=COUNT, default=64, metavar="N", help="at most, the first ones")
+    split = "of the videos validate, as told to train.py; where the data has no split files"
+    parser.add_argument("--val-fraction", type=SHARE, default=0.05, metavar="F", help=split)
+    return parser.parse_args()
+
+
+@dataclass
+class Samples:
+    """A folder that sample_gd.py has written."""
+
+    folder: Path
+    labels: list  # of all samples
+    num_frames: int
+    size: int  # px
+    about: dict  # samples.json
+
+    @property
+    def are_images(self):
+        return self.num_frames == 1
+
+    def name(self, number):
+        return self.about["classes"][self.labels[number]]
+
+
+def load_samples(folder):
+    """The samples without their pixels; raises UserError."""
+    here, folder = f"FOLDER {folder}", Path(folder)
+    if not folder.is_dir():
+        raise UserError(f"{here}: {'not a folder' if folder.exists() else 'no such folder'}")
+    for name in ("samples.json", "samples.npz"):
+        if not (folder / name).is_file():
+            raise UserError(f"{here}: no {name} in it; wanted a folder that sample_gd.py has written")
+    try:
+        about = json.loads((folder / "samples.json").read_text())
+        shape, labels = read_shape(folder / "samples.npz"), np.load(folder / "samples.npz")["labels"].tolist()
+        count, *frames, size, _, _ = shape
+        samples = Samples(folder, labels, frames[0] if frames else 1, size, about)
+        names = [samples.name(number) for number in range(count)]
+        if len(labels) != count or not all(isinstance(name, str) for name in names) or not about["time_scale"] > 0:
+            raise ValueError("samples.json and samples.npz do not fit together")
+        about["flags"]["ckpt"], about["flags"]["video"]  # what else is used
+    except (OSError, ValueError, LookupError, TypeError, EOFError, zipfile.BadZipFile) as error:
+        raise UserError(f"{here}: its samples can't be read ({error or type(error).__name__}); sample again") from error
+    return samples
+
+
+def read_shape(npz):
+    """Shape of `arr_0`, of which only the header is read: of 50,000 images it has gigabytes."""
+    with zipfile.ZipFile(npz) as archive, archive.open("arr_0.npy") as file:
+        np.lib.format.read_magic(file)
+        return np.lib.format.read_array_header_1_0(file)[0]
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# Real clips
+
+
+class RealClips:
+    """Real clips like the samples, for each class one after another."""
+
+    def __init__(self, root, samples, val_fraction):
+        self.root, self.samples = root, samples
+        images = not samples.about["flags"]["video"]
+        check_data_path(root, images)
+        if latents_settings(root, images) is not None:
+            raise UserError(f"--data-path {root}: a latent cache; name the folder of its videos")
+        self.scan = scan_videos(root, images=images)
+        self.train, self.val = split_videos(root, self.scan.videos, val_fraction)
+        self.of_class, self.taken = {}, {}
+
+    def next(self, name):
+        """(clip uint8 (T, H, W, 3), what it is) of a class; raises UserError if it has none."""
+        if name not in self.of_class:
+            self.of_class[name], self.taken[name] = self._open(name), 0
+        clips, title = self.of_class[name]
+        item = clips[self.taken[name]]
+        self.taken[name] += 1
+        rate = item["time_scale"] / self.samples.about["time_scale"]
+        if not self.samples.are_images and abs(rate - 1) > 0.05:
+            title += f", {1 / item['time_scale']:.3g} fps"  # it has no frames at the rate of the samples
+        return item["clip"].permute(1, 2, 3, 0).numpy(), title
+
+    def _open(self, name):
+        """The clips of a class, and what to call them."""
+        here, samples = f"--data-path {self.root}: ", self.samples
+        if name not in self.scan.classes:
+            raise UserError(f"{here}no class {name!r}, of which there are samples; name the data they were trained on")
+        val, train = (
+            [video for video in part if video.class_name == name and video.num_frames >= samples.num_frames]
+            for part in (self.val, self.train)
+        )
+        videos = val or train  # in a small data set, a class may have none that validates
+        if not videos:
+            raise UserError(f"{here}no video of class {name!r} has {samples.num_frames} frames, as the samples have")
+        interval = max(1, round(samples.about["time_scale"] * statistics.median(video.fps for video in videos)))
+        clips = Clips(
+            self.root, videos, self.scan.classes, samples.num_frames, samples.size, (interval, interval), flip=False,
+            stream="real",
+        )  # fmt: skip
+        return clips, "real" if val else "real, from training"
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# The page
+
+
+def make_page(samples, numbers, real):
+    """The HTML of the samples `numbers`; `real` is a RealClips or None."""
+    classes, flags = samples.about["classes"], samples.about["flags"]
+    fps = 1 / samples.about["time_scale"]
+    counts = Counter(samples.labels[number] for number in numbers)
+    options = [f'<option value="{label}">{escape(classes[label])} ({counts[label]})' for label in sorted(counts)]
+    columns = 2 if real else 1
+    parts = {
+        "title": escape(samples.folder.resolve().name),
+        "what": escape(describe(samples, numbers, fps)),
+        "ckpt": escape(flags["ckpt"]),
+        "flags": "".join(f"<tr><td>{escape(flag)}<td>{escape(value)}" for flag, value in map(spell, flags.items())),
+        "options": f'<option value="">all classes ({len(numbers)})' + "".join(options),
+        "cards": "\n".join(make_card(samples, number, real) for number in numbers),
+        "frames": samples.num_frames,
+        "last": samples.num_frames - 1,
+        "fps": fps,
+        "columns": columns,
+        "width": 180 * columns,
+        "rendering": "pixelated" if samples.size < SMALL else "auto",
+    }
+    return re.sub(r"\{\{(\w+)\}\}", lambda match: str(parts[match[1]]), TEMPLATE.read_text(encoding="utf-8"))
+
+
+def spell(item):
+    """A flag as a user types it, and its value in the words of --help."""
+    name, value = item
+    words = {"None": "none", "False": "off", "True": "on"}
+    return f"--{name.replace('_', '-')}", words.get(str(value), value)
+
+
+def describe(samples, numbers, fps):
+    """What there is to see, in a line."""
+    kind = "images" if samples.are_images else f"videos of {samples.num_frames} frames"
+    total = len(samples.labels)
+    count = f"{total}" if len(numbers) == total else f"The first {len(numbers)} of {total}"
+    rate = "" if samples.are_images else f", {fps:.4g} frames per second"
+    flags = samples.about["flags"]
+    known = {"sampler": "{}", "num_sampling_steps": "{} points", "cfg_scale": "guidance {}", "seed": "seed {}"}
+    made = ", ".join(text.format(flags[name]) for name, text in known.items() if name in flags)
+    return f"{count} {kind}, {samples.size} x {samples.size} px{rate}" + (f"; {made}" if made else "")
+
+
+def make_card(samples, number, real):
+    """A sample, with a real clip beside it."""
+    name, label, flags = samples.name(number), samples.labels[number], samples.about["flags"]
+    path = samples.folder / f"{number:06d}{'.png' if samples.are_images else '.mp4'}"
+    try:
+        shown = [("generated", path.read_bytes())]
+    except OSError as error:
+        raise UserError(f"FOLDER {path.parent}: no {path.name} ({error.strerror}); sample again") from error
+    if real:
+        clip, title = real.next(name)
+        shown.append((title, encode(clip, 1 / samples.about["time_scale"])))
+    pair = "".join(make_picture(samples, data, f"{title}, {name}", title) for title, data in shown)
+    numbers = f"sample {number}" + (f", seed {flags['seed']}" if "seed" in flags else "")
+    caption = f"<figcaption>{escape(name)}<span>{escape(numbers)}</span></figcaption>"
+    return f'<figure class="card" data-label="{label}"><div class="pair">{pair}</div>{caption}</figure>'
+
+
+def make_picture(samples, data, label, title):
+    """A video or an image, within the page, and what it is."""
+    text, size = base64.b64encode(data).decode(), f'width="{samples.size}" height="{samples.size}"'
+    if samples.are_images:
+        tag = f'<img {size} alt="{escape(label)}" src="data:image/png;base64,{text}">'
+    else:
+        source = f'data-src="data:video/mp4;base64,{text}"'
+        tag = f'<video {size} muted playsinline preload="auto" aria-label="{escape(label)}" {source}></video>'
+    return f"<div>{tag}<span>{escape(title)}</span></div>"
+
+
+def encode(clip, fps):
+    """uint8 (T, H, W, 3) as the bytes of a file of the samples' kind: mp4, or PNG for T = 1."""
+    if len(clip) == 1:
+        file = io.BytesIO()
+        Image.fromarray(clip[0]).save(file, "PNG")
+        return file.getvalue()
+    with tempfile.TemporaryDirectory() as folder:
+        path = Path(folder, "clip.mp4")
+        write_mp4(path, clip, fps)
+        return path.read_bytes()
+
+
+def escape(value):
+    return html.escape(str(value))
+
+
+def write_page(path, page):
+    """All or nothing. What UTF-8 lacks (file names may hold any bytes) becomes a question mark."""
+    temporary = path.with_name(f"{path.name}.tmp")
+    try:
+        temporary.write_text(page, encoding="utf-8", errors="replace")
+        os.replace(temporary, path)
+    finally:
+        temporary.unlink(missing_ok=True)
+
+
+def main():
+    args = parse_args()
+    out = Path(args.out or Path(args.folder, "gallery.html"))
+    try:
+        samples = load_samples(args.folder)
+        if out.is_dir():
+            raise UserError(f"--out {out}: a folder, wanted a file")
+        check_writable("--out", out.parent)
+        numbers = range(min(args.num_samples, len(samples.labels)))
+        real = RealClips(args.data_path, samples, args.val_fraction) if args.data_path else None
+        page = make_page(samples, numbers, real)
+    except UserError as error:
+        fail(error)
+    try:
+        out.parent.mkdir(parents=True, exist_ok=True)
+        write_page(out, page)
+    except OSError as error:  # a disk that is full
+        fail(error, status=1)
+    hidden = len(samples.labels) - len(numbers)
+    more = f" ({hidden} more: --num-samples {len(samples.labels)})" if hidden else ""
+    say(f"{out}: {len(numbers)} samples{more}, {out.stat().st_size / 1e6:.1f} MB; open it in a browser")
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,529 @@
+import base64
+import io
+import json
+import os
+import select
+import shutil
+import subprocess
+import sys
+import time
+from html.parser import HTMLParser
+from types import SimpleNamespace
+
+import av
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+
+import gallery
+import sample_gd
+from tiny_data import make_images
+from video_dataset import scan_videos, split_videos
+from video_io import write_mp4
+
+FRAMES, SIZE, FPS = 8, 16, 8
+CLASSES = ["CircleDown", "CircleLeft", 'a "quoted" class', "<img src=x onerror=alert(1)>\n& ünï→{{cards}}'</script>"]
+LABELS = 0, 1, 2, 3, 0, 1
+
+
+def make_samples(folder, labels=LABELS, classes=CLASSES, num_frames=FRAMES, size=SIZE):
+    """A folder as sample_gd.py leaves it; frame f of sample n has the grey level 20 f + 10 n. Returns the folder."""
+    levels = 20 * np.arange(num_frames) + 10 * np.arange(len(labels))[:, None]  # (N, T)
+    videos = np.broadcast_to(levels[..., None, None, None], (*levels.shape, size, size, 3)).astype(np.uint8)
+    args = SimpleNamespace(
+        folder=str(folder), ckpt="results/<E>/best.pt", video=num_frames > 1, num_frames=num_frames, seed=3,
+        sampler="ngd", num_sampling_steps=40, cfg_scale=1.5, stop_below=None,
+    )  # fmt: skip
+    data, evaluations = {"classes": list(classes)}, torch.full((len(labels),), 39)
+    sample_gd.write(args, data, 1 / FPS, torch.tensor(labels), torch.from_numpy(videos.copy()), evaluations, None)
+    return folder
+
+
+@pytest.fixture(scope="module")
+def real(tmp_path_factory):
+    """Videos of 30 frames at 25 fps, 6 per class; frame f of video v has the color (4 f, 40 v, 100 left, 200 right)."""
+    root = tmp_path_factory.mktemp("real")
+    for name in CLASSES[:2]:
+        (root / name).mkdir()
+        for number in range(6):
+            frames = np.full((30, 32, 40, 3), 100, np.uint8)
+            frames[..., 0] = 4 * np.arange(30)[:, None, None]
+            frames[..., 1] = 40 * number
+            frames[..., 20:, 2] = 200
+            write_mp4(root / name / f"{number}.mp4", frames, 25)
+    return root
+
+
+def run(monkeypatch, *flags):
+    monkeypatch.setattr(sys, "argv", ["gallery.py", *map(str, flags)])
+    gallery.main()
+
+
+class Page(HTMLParser):
+    """What a page holds: tags as (name, attributes), all text outside of script and style."""
+
+    def __init__(self, path):
+        super().__init__()
+        self.tags, self.texts, self.within = [], [], None
+        self.source = path.read_text(encoding="utf-8")
+        self.feed(self.source)
+
+    def handle_starttag(self, tag, attributes):
+        self.tags.append((tag, dict(attributes)))
+        self.within = tag
+
+    def handle_data(self, text):
+        if self.within not in ("script", "style"):
+            self.texts.append(text)
+
+    def named(self, tag):
+        return [attributes for name, attributes in self.tags if name == tag]
+
+    def files(self, tag, attribute, kind):
+        """The files that are in the page, as bytes."""
+        sources = [attributes[attribute] for attributes in self.named(tag)]
+        assert all(source.startswith(f"data:{kind};base64,") for source in sources)
+        return [base64.b64decode(source.partition(",")[2], validate=True) for source in sources]
+
+
+def decode(data):
+    """(frames uint8 (T, H, W, 3), frames per second) of an mp4."""
+    with av.open(io.BytesIO(data)) as file:
+        rate = float(file.streams.video[0].average_rate)
+        return np.stack([frame.to_ndarray(format="rgb24") for frame in file.decode(video=0)]), rate
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# The page as a file
+
+
+def test_the_page_holds_the_folders_own_videos_and_names_class_sample_seed_checkpoint_and_flags(
+    tmp_path, monkeypatch, capsys
+):
+    folder = make_samples(tmp_path / "my & samples")
+    run(monkeypatch, folder)
+    page = Page(folder / "gallery.html")
+    assert str(folder / "gallery.html") in capsys.readouterr().out
+    assert page.files("video", "data-src", "video/mp4") == [path.read_bytes() for path in sorted(folder.glob("*.mp4"))]
+    assert [attributes["data-label"] for attributes in page.named("figure")] == [str(label) for label in LABELS]
+    text = "|".join(page.texts)
+    for words in (
+        "my & samples", "6 videos of 8 frames, 16 x 16 px, 8 frames per second; ngd, 40 points, guidance 1.5",
+        "results/<E>/best.pt", "--num-sampling-steps|40", "--stop-below|none", "--video|on", "sample 5, seed 3",
+        "CircleLeft (2)",
+    ):  # fmt: skip
+        assert words in text, words
+    assert "real" not in page.texts
+    assert list(tmp_path.iterdir()) == [folder]
+
+
+def test_names_are_text_whatever_is_in_them(tmp_path, monkeypatch):
+    folder = make_samples(tmp_path / "samples")
+    run(monkeypatch, folder)
+    page = Page(folder / "gallery.html")
+    for name in CLASSES:
+        assert page.texts.count(name) == LABELS.count(CLASSES.index(name))  # captions
+        assert any(text.startswith(f"{name} (") for text in page.texts)  # the choice of classes
+        assert any(attributes["aria-label"] == f"generated, {name}" for attributes in page.named("video"))
+    assert not page.named("img")
+    assert len(page.named("script")) == page.source.count("</script>") == 1
+
+
+def test_a_class_whose_name_is_no_text_in_utf_8_does_not_matter(tmp_path, monkeypatch):
+    folder = make_samples(tmp_path / "samples", [0], [os.fsdecode(b"caf\xe9")])
+    run(monkeypatch, folder)
+    assert "caf?" in Page(folder / "gallery.html").texts
+
+
+def test_nothing_in_the_page_comes_from_elsewhere(tmp_path, monkeypatch):
+    folder = make_samples(tmp_path / "samples")
+    run(monkeypatch, folder)
+    page = Page(folder / "gallery.html")
+    links = [value for _, attributes in page.tags for name, value in attributes.items() if name in ("src", "href")]
+    assert all(link.startswith("data:") for link in links)
+    assert "://" not in page.source
+    (policy,) = [attributes["content"] for attributes in page.named("meta") if "http-equiv" in attributes]
+    assert "default-src 'none'" in policy
+
+
+def test_beside_each_sample_plays_a_clip_of_its_class_that_did_not_train_at_the_same_rate_size_and_length(
+    tmp_path, real, monkeypatch
+):
+    folder = make_samples(tmp_path / "samples", [0, 1, 0, 1, 1])
+    run(monkeypatch, folder, "--data-path", real, "--val-fraction", 0.5, "--out", tmp_path / "new/page.html")
+    page = Page(tmp_path / "new/page.html")
+    assert [text for text in page.texts if text in ("generated", "real")] == ["generated", "real"] * 5
+    _, val = split_videos(real, scan_videos(real).videos, 0.5)
+    for number, data in enumerate(page.files("video", "data-src", "video/mp4")[1::2]):
+        frames, rate = decode(data)
+        assert frames.shape[0] == FRAMES
+        assert rate == FPS
+        red, green, _ = frames.reshape(FRAMES, -1, 3).mean(axis=1).T
+        left, right = (half[..., 2].mean() for half in np.array_split(frames, 2, axis=2))
+        assert right > left + 80  # not mirrored
+        assert np.allclose(np.diff(red), 12, atol=4)  # every third of 25 frames per second
+        name = CLASSES[[0, 1, 0, 1, 1][number]]
+        assert f"{name}/{round(green.mean() / 40)}" in {video.key for video in val}
+
+
+def test_real_clips_of_a_class_come_in_turn_and_from_training_where_none_validates(tmp_path, real):
+    samples = gallery.load_samples(make_samples(tmp_path / "samples", [0, 1]))
+    clips = gallery.RealClips(real, samples, 0.5)
+    _, val = split_videos(real, scan_videos(real).videos, 0.5)
+    mine = {int(video.key[-1]) for video in val if video.class_name == CLASSES[0]}
+    assert len(mine) > 1
+    seen = [clips.next(CLASSES[0]) for _ in mine]
+    assert {round(clip[..., 1].mean() / 40) for clip, _ in seen} == mine
+    assert {title for _, title in seen} == {"real"}
+    clips = gallery.RealClips(real, samples, 0)  # one video validates
+    assert {clips.next(name)[1] for name in CLASSES[:2]} == {"real", "real, from training"}
+
+
+def test_a_real_clip_at_another_rate_says_so(tmp_path, real):
+    samples = gallery.load_samples(make_samples(tmp_path / "samples", [0]))
+    samples.about["time_scale"] = 1 / 60
+    clip, title = gallery.RealClips(real, samples, 0.5).next(CLASSES[0])
+    assert title == "real, 25 fps"
+    assert np.allclose(np.diff(clip[..., 0].mean(axis=(1, 2))), 4, atol=3)
+
+
+def test_images_are_images(tmp_path, monkeypatch):
+    folder = make_samples(tmp_path / "samples", [0, 1, 0], ["A", "B"], num_frames=1)
+    run(monkeypatch, folder, "--data-path", make_images(tmp_path / "data", 8), "--val-fraction", 0.5)
+    page = Page(folder / "gallery.html")
+    files = page.files("img", "src", "image/png")
+    assert files[::2] == [path.read_bytes() for path in sorted(folder.glob("0*.png"))]
+    assert {Image.open(io.BytesIO(data)).size for data in files} == {(SIZE, SIZE)}
+    assert not page.named("video")
+
+
+def test_a_large_folder_shows_its_first_samples_and_says_so(tmp_path, monkeypatch, capsys):
+    folder = make_samples(tmp_path / "samples")
+    run(monkeypatch, folder, "--num-samples", 4)
+    assert len(Page(folder / "gallery.html").named("figure")) == 4
+    assert "The first 4 of 6 videos" in (folder / "gallery.html").read_text(encoding="utf-8")
+    assert "4 samples (2 more: --num-samples 6)" in capsys.readouterr().out
+
+
+def spoil(folder, damage):
+    """Damage a sample folder; returns the words of the error."""
+    npz, about = folder / "samples.npz", folder / "samples.json"
+    if damage == "no json":
+        about.unlink()
+        return "no samples.json"
+    if damage == "no npz":
+        npz.unlink()
+        return "no samples.npz"
+    if damage == "no video":
+        (folder / "000001.mp4").unlink()
+        return "no 000001.mp4"
+    if damage == "cut npz":
+        npz.write_bytes(npz.read_bytes()[:-200])
+    if damage == "cut json":
+        about.write_text(about.read_text()[:-20])
+    if damage == "other json":
+        about.write_text("[1, 2]")
+    if damage == "fewer classes":
+        about.write_text(json.dumps(json.loads(about.read_text()) | {"classes": CLASSES[:2]}))
+    if damage == "no labels":
+        np.savez(npz, arr_0=np.zeros((6, FRAMES, SIZE, SIZE, 3), np.uint8))
+    return "samples can't be read"
+
+
+@pytest.mark.parametrize(
+    "damage", ["no json", "no npz", "no video", "cut npz", "cut json", "other json", "fewer classes", "no labels"]
+)
+def test_a_damaged_folder_is_one_line(tmp_path, monkeypatch, capsys, damage):
+    folder = make_samples(tmp_path / "samples")
+    words = spoil(folder, damage)
+    with pytest.raises(SystemExit) as ended:
+        run(monkeypatch, folder)
+    assert ended.value.code == 2
+    (line,) = capsys.readouterr().err.splitlines()
+    assert line.startswith(f"gallery.py: error: FOLDER {folder}: ")
+    assert words in line
+    assert not (folder / "gallery.html").exists()
+
+
+def test_bad_input_is_one_line_and_status_2(tmp_path, real, monkeypatch, capsys):
+    good = make_samples(tmp_path / "good", [0, 1])
+    other = make_samples(tmp_path / "other", [0, 1], ["CircleDown", "Cirque\ndu \"soleil\""])
+    long = make_samples(tmp_path / "long", [0, 1], num_frames=31)
+    (tmp_path / "cache").mkdir()
+    (tmp_path / "cache/latents.json").write_text('{"format": 1}')
+    for words, *flags in (
+        ("no such folder", tmp_path / "nowhere"),
+        ("not a folder", good / "samples.json"),
+        ("--out", good, "--out", tmp_path),
+        ("--out", good, "--out", good / "samples.json/page.html"),
+        ("no such folder", good, "--data-path", tmp_path / "nowhere"),
+        ("no class 'Cirque\\ndu \"soleil\"'", other, "--data-path", real),
+        ("no video of class 'CircleDown' has 31 frames", long, "--data-path", real),
+        ("a latent cache", good, "--data-path", tmp_path / "cache"),
+        ("--num-samples", good, "--num-samples", 0),
+    ):
+        with pytest.raises(SystemExit) as ended:
+            run(monkeypatch, *flags)
+        assert ended.value.code == 2
+        (line,) = [line for line in capsys.readouterr().err.splitlines() if "error" in line]
+        assert line.startswith("gallery.py: error: ")
+        assert words in line, line
+    assert not list(tmp_path.rglob("*.html*"))
+
+
+def test_a_disk_that_fills_leaves_no_half_page(tmp_path, monkeypatch, capsys):
+    folder = make_samples(tmp_path / "samples")
+
+    def fail(path, page, **_):
+        path.write_bytes(b"half")
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr("pathlib.Path.write_text", fail)
+    with pytest.raises(SystemExit) as ended:
+        run(monkeypatch, folder)
+    assert ended.value.code == 1
+    assert "No space left on device" in capsys.readouterr().err
+    assert not list(folder.glob("gallery*"))
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# The page in a browser
+
+CHROMIUM = next(filter(None, map(shutil.which, ("chromium", "chromium-browser", "google-chrome"))), None)
+PATIENCE = 60  # seconds until what is waited for counts as never to come
+
+
+class Browser:
+    """A page in a headless Chromium, which listens to its DevTools protocol on a pipe: JSON that ends with a 0."""
+
+    def __init__(self, profile):
+        commands, write = os.pipe()
+        read, answers = os.pipe()
+        flags = ["--headless", "--no-sandbox", "--disable-gpu", "--disable-dev-shm-usage", "--mute-audio"]
+        command = [CHROMIUM, *flags, "--remote-debugging-pipe", f"--user-data-dir={profile}", "about:blank"]
+        self.process = subprocess.Popen(
+            ["bash", "-c", f'exec "$@" 3<&{commands} 4>&{answers}', "bash", *command],
+            pass_fds=(commands, answers), stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL,
+        )  # fmt: skip
+        os.close(commands)
+        os.close(answers)
+        self.write, self.read, self.rest, self.number, self.session, self.events = write, read, b"", 0, {}, []
+        target = self.call("Target.createTarget", url="about:blank")["targetId"]
+        self.session = {"sessionId": self.call("Target.attachToTarget", targetId=target, flatten=True)["sessionId"]}
+        for domain in ("Page", "Runtime", "Log", "Network"):
+            self.call(f"{domain}.enable")
+
+    def call(self, method, **params):
+        """The result of a command; events that come meanwhile are kept."""
+        self.number += 1
+        message = {"id": self.number, "method": method, "params": params} | self.session
+        os.write(self.write, json.dumps(message).encode() + b"\0")
+        while (answer := self.receive()).get("id") != self.number:
+            self.events.append(answer)
+        assert "error" not in answer, answer
+        return answer["result"]
+
+    def receive(self):
+        while b"\0" not in self.rest:
+            ready, _, _ = select.select([self.read], [], [], PATIENCE)
+            assert ready, "the browser does not answer"
+            data = os.read(self.read, 1 << 20)
+            assert data, "the browser has ended"
+            self.rest += data
+        message, _, self.rest = self.rest.partition(b"\0")
+        return json.loads(message)
+
+    def open(self, path, width=1000, height=800, **media):
+        """Show a file; media: features such as prefers_color_scheme="dark"."""
+        screen = {"width": width, "height": height, "deviceScaleFactor": 1, "mobile": width < 600}
+        self.call("Emulation.setDeviceMetricsOverride", **screen)
+        features = [{"name": name.replace("_", "-"), "value": value} for name, value in media.items()]
+        self.call("Emulation.setEmulatedMedia", features=features)
+        self.events.clear()
+        self.call("Page.navigate", url=path.as_uri())
+        self.wait("document.readyState === 'complete' && location.protocol === 'file:'")
+
+    def ask(self, expression):
+        answer = self.call("Runtime.evaluate", expression=expression, awaitPromise=True, returnByValue=True)
+        assert "exceptionDetails" not in answer, answer
+        return answer["result"].get("value")
+
+    def wait(self, condition):
+        deadline = time.monotonic() + PATIENCE
+        while not self.ask(condition):
+            assert time.monotonic() < deadline, f"{condition} is still not true: {self.complaints()}"
+            time.sleep(0.02)
+
+    def press(self, key):
+        for kind in ("keyDown", "keyUp"):
+            self.call("Input.dispatchKeyEvent", type=kind, key=key, text=key if len(key) == 1 else "")
+
+    def complaints(self):
+        """Errors in the console, of scripts and of the security policy, since the page was opened."""
+        self.ask("0")  # gets what has come meanwhile
+        errors = [event for event in self.events if event["method"] == "Runtime.exceptionThrown"]
+        errors += [event for event in self.events if event["method"] in ("Log.entryAdded", "Runtime.consoleAPICalled")]
+        return errors
+
+    def requests(self):
+        self.ask("0")
+        sent = [event for event in self.events if event["method"] == "Network.requestWillBeSent"]
+        return [event["params"]["request"]["url"] for event in sent]
+
+    def close(self):
+        self.call("Browser.close")
+        self.process.wait(PATIENCE)
+        os.close(self.write)
+        os.close(self.read)
+
+
+@pytest.fixture(scope="module")
+def browser(tmp_path_factory):
+    if CHROMIUM is None:
+        assert os.environ.get("CI") != "true", "no Chromium found: install the package chromium"
+        pytest.skip("no Chromium found: install the package chromium")
+    browser = Browser(tmp_path_factory.mktemp("profile"))
+    yield browser
+    browser.close()
+
+
+@pytest.fixture(scope="module")
+def page(tmp_path_factory, real):
+    """The path of a page with 6 samples of which 4 have a real clip beside them."""
+    folder = make_samples(tmp_path_factory.mktemp("page") / "samples", [0, 1, 0, 1, 0, 1])
+    with pytest.MonkeyPatch.context() as patch:
+        run(patch, folder, "--data-path", real, "--val-fraction", 0.5)
+    return folder / "gallery.html"
+
+
+READY = "videos.every(video => video.ready && !video.seeking)"
+TIMES = "videos.map(video => video.currentTime)"
+
+
+def test_all_videos_play_in_step_and_begin_anew_together_and_no_request_leaves_the_page(browser, page):
+    browser.open(page)
+    browser.wait(READY)
+    assert browser.ask("videos.length") == 12
+    assert browser.ask(f"videos.every(video => Math.abs(video.duration - {FRAMES / FPS}) < 0.01)")
+    times = browser.ask(
+        """new Promise(done => {
+          const rows = [];
+          let rounds = 0;
+          (function look() {
+            rows.push(videos.map(video => video.currentTime));
+            if (rows.length > 1 && rows.at(-1)[0] < rows.at(-2)[0]) rounds += 1;
+            rounds < 3 ? requestAnimationFrame(look) : done(rows);
+          })();
+        })"""
+    )
+    times = np.array(times)  # (moments, videos), over two whole rounds
+    assert (times.max(axis=0) > (FRAMES - 1) / FPS).all()  # each reaches its last frame
+    spread = np.ptp(times, axis=1)
+    assert np.quantile(spread, 0.95) < 1 / FPS
+    assert all(url.startswith(("file:", "data:", "blob:")) for url in browser.requests())
+    assert any(url.startswith("file:") for url in browser.requests())
+    assert not browser.complaints()
+
+
+def test_a_video_that_falls_behind_or_stops_gets_into_step_again(browser, page):
+    browser.open(page)
+    browser.wait(READY)
+    browser.ask(f"videos[3].currentTime = (now + 0.5) % {FRAMES / FPS}")
+    browser.ask("videos[4].pause()")
+    in_step = f"videos.every(video => !video.paused) && Math.max(...{TIMES}) - Math.min(...{TIMES}) < {0.5 / FPS}"
+    browser.wait(in_step)
+    browser.ask("setPlaying(false); show(1); speed.value = 0.25; setPlaying(true)")  # a round takes 4 s
+    browser.wait(f"now > {2 / FPS} && now < {4 / FPS}")
+    browser.ask("videos[4].pause()")
+    same_round = f"""new Promise(done => {{
+      const before = now;
+      (function look() {{ {in_step} || now < before ? done(now >= before) : requestAnimationFrame(look); }})();
+    }})"""
+    assert browser.ask(same_round)  # without waiting for all to begin anew
+
+
+def test_a_pause_stops_all_on_one_frame_and_the_slider_and_keys_step_through_the_right_frames(browser, page):
+    browser.open(page)
+    browser.wait(READY + " && playing && now > 0")
+    browser.press(" ")
+    browser.wait(f"!playing && videos.every(video => video.paused) && {READY}")
+    assert browser.ask(f"new Set({TIMES}).size") == 1
+    before = browser.ask(TIMES)
+    browser.ask("new Promise(done => setTimeout(done, 300))")
+    assert browser.ask(TIMES) == before
+    assert browser.ask("play.textContent") == "Play"
+
+    pixels = """videos.map(video => {
+      const canvas = document.createElement("canvas"), context = canvas.getContext("2d");
+      context.drawImage(video, 0, 0, 8, 8);
+      return [...context.getImageData(4, 4, 1, 1).data].slice(0, 3);
+    })"""
+    number, reds = np.arange(6), {}
+    for frame in (0, 5, 7, 6):
+        if frame == 6:
+            browser.press("ArrowLeft")
+        else:
+            browser.ask(f"slider.value = {frame}; slider.dispatchEvent(new Event('input'))")
+        browser.wait(f"{READY} && +slider.value === {frame}")
+        seen = np.array(browser.ask(pixels))
+        assert np.abs(seen[::2] - (20 * frame + 10 * number)[:, None]).max() <= 6  # generated
+        reds[frame] = seen[1::2, 0]
+    for frame, red in reds.items():
+        assert np.abs(red - reds[0] - 12 * frame).max() <= 6  # of the real ones
+    assert browser.ask("count.textContent") == "frame 7 of 8"
+    browser.ask("play.click()")
+    browser.wait("playing && videos.every(video => !video.paused)")
+    assert not browser.complaints()
+
+
+def test_the_choice_of_a_class_shows_its_samples_only_and_what_is_hidden_is_not_loaded(browser, tmp_path, monkeypatch):
+    folder = make_samples(tmp_path / "samples")
+    run(monkeypatch, folder)
+    browser.open(folder / "gallery.html")
+    browser.wait(READY)
+    names = "cards.filter(card => card.offsetParent).map(card => card.querySelector('figcaption').firstChild.data)"
+    assert browser.ask(names) == [CLASSES[label] for label in LABELS]
+    for label, name in enumerate(CLASSES):
+        browser.ask(f"filter.value = '{label}'; filter.dispatchEvent(new Event('change'))")
+        assert browser.ask(names) == [name] * LABELS.count(label)
+        browser.wait(f"videos.filter(video => video.ready).length === {LABELS.count(label)}")
+        browser.wait("videos.filter(video => video.ready).every(video => !video.paused)")
+    browser.ask("filter.value = ''; filter.dispatchEvent(new Event('change'))")
+    browser.wait(READY + " && videos.every(video => !video.paused)")
+    assert not browser.complaints()  # nor did a name become an element or a script
+
+
+def test_on_a_phone_all_fits_the_width_and_what_comes_onto_the_screen_plays_with_the_rest(browser, page):
+    browser.open(page, width=360, height=500)
+    browser.wait("videos.some(video => video.ready)")
+    assert browser.ask("document.documentElement.scrollWidth") <= 360
+    assert not browser.ask("videos.at(-1).ready")
+    browser.ask("scrollTo(0, document.body.scrollHeight)")
+    browser.wait("videos.at(-1).ready && !videos.at(-1).paused && videos.at(-1).currentTime > 0")
+    browser.wait("!videos[0].ready")
+    assert not browser.complaints()
+
+
+def test_light_and_dark_are_those_of_the_system_and_who_wants_less_motion_starts_with_a_pause(browser, page):
+    lightness = "getComputedStyle(document.body)[%r].match(/\\d+/g).slice(0, 3).reduce((a, b) => a + +b, 0) / 3"
+    for scheme, dark in (("light", False), ("dark", True)):
+        browser.open(page, prefers_color_scheme=scheme)
+        ground, text = (browser.ask(lightness % name) for name in ("backgroundColor", "color"))
+        assert (ground < text) == dark
+        assert abs(ground - text) > 150
+    browser.open(page, prefers_reduced_motion="reduce")
+    browser.wait(READY)
+    assert not browser.ask("playing")
+    assert browser.ask("videos.every(video => video.paused)")
+
+
+def test_a_page_of_images_has_nothing_to_play(browser, tmp_path, monkeypatch):
+    folder = make_samples(tmp_path / "samples", [0, 1, 0], ["A", "B"], num_frames=1)
+    run(monkeypatch, folder)
+    browser.open(folder / "gallery.html")
+    assert browser.ask(f"[...document.images].every(image => image.naturalWidth === {SIZE})")
+    assert browser.ask("[play, slider, speed].every(part => !part.offsetParent)")
+    browser.ask("filter.value = '0'; filter.dispatchEvent(new Event('change'))")
+    assert browser.ask("cards.filter(card => card.offsetParent).length") == 2
+    assert not browser.complaints()
