@@ -12,6 +12,7 @@ import multiprocessing
 import os
 import shutil
 import signal
+import socket
 import sys
 import time
 import uuid
@@ -27,7 +28,18 @@ from tqdm import tqdm
 from samplers import DESCENTS, SOLVERS
 
 SCAN_TIME = timedelta(hours=1)  # the others wait for rank 0 to open every video of a large set for the first time
+STORE_TIME = 30  # seconds for torchrun to answer
 PATIENCE = 10  # seconds another rank leaves rank 0 to name an error that all ranks see
+
+
+def die_with_parent(number):
+    """Have the system send this process a signal when the one that started it dies. On Linux only."""
+    if sys.platform == "linux":
+        ctypes.CDLL(None).prctl(1, int(number))  # PR_SET_PDEATHSIG
+
+
+if "TORCHELASTIC_RUN_ID" in os.environ:  # ranks have sessions of their own and would outlive a torchrun that is killed
+    die_with_parent(signal.SIGTERM)
 
 
 class UserError(Exception):
@@ -184,16 +196,8 @@ def keep_freed_memory():
         library.mallopt(-1, -1)  # M_TRIM_THRESHOLD: nothing goes back to it
 
 
-def die_with_parent(number):
-    """Have the system send this process a signal when the one that started it dies. On Linux only."""
-    if sys.platform == "linux":
-        ctypes.CDLL(None).prctl(1, int(number))  # PR_SET_PDEATHSIG
-
-
 def start():
     """Join the process group if torchrun started us; returns the device of this rank."""
-    if "TORCHELASTIC_RUN_ID" in os.environ:  # a session of its own hides the death of torchrun from it
-        die_with_parent(signal.SIGTERM)
     if torch.cuda.is_available():
         device = torch.device("cuda", local_rank())
         torch.cuda.set_device(device)
@@ -213,6 +217,12 @@ def attempt_store():
     When torchrun restarts its ranks, its store still holds the addresses of those that died (torch 2.13). So rank 0
     makes up a name, and the others go on once rank 0 has answered them by theirs.
     """
+    if os.environ.get("TORCHELASTIC_USE_AGENT_STORE") == "True":  # it is torchrun's and was there before this process
+        try:
+            place = os.environ["MASTER_ADDR"], int(os.environ["MASTER_PORT"])
+            socket.create_connection(place, STORE_TIME).close()
+        except OSError as error:
+            fail(f"torchrun does not answer ({error}): it may have been killed; start it again", status=1, patience=0)
     store, _, _ = next(dist.rendezvous("env://", timeout=SCAN_TIME))
     mine = uuid.uuid4().hex
     if rank() == 0:

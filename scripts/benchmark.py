@@ -11,6 +11,7 @@ the rate that this machine reaches in matrix products of the model's own shapes.
 
 import argparse
 import json
+import os
 import platform
 import subprocess
 import sys
@@ -42,6 +43,7 @@ from distributed import (
     number,
     set_precision,
 )
+from interruption import StopSignal
 from models import NAMES, EqM_models, math_attention
 from rope import RotaryEmbedding3D, apply_rotary
 from vae import VAE
@@ -323,6 +325,36 @@ def draw_growth(path, args, counts, seconds):
 # Sampling
 
 
+def stopping(args, report):
+    """What it costs two ranks to agree at each step whether a signal asked them to stop; training hides most of it."""
+    step = Step(args)
+    step()
+    with tempfile.TemporaryDirectory() as folder:
+        torch.multiprocessing.spawn(agree, (folder, args.pairs), nprocs=2)
+        seconds = torch.load(Path(folder, "seconds.pt"), weights_only=True).numpy()
+    values = np.array([of_agreeing / clock(step) for of_agreeing in seconds])
+    note = f"{1e3 * np.median(seconds):.2g} ms, not overlapped"
+    report.add("agreeing on a stop, 2 processes / step", values, "<= 0.005", note)
+
+
+def agree(rank, folder, count, calls=50):
+    """One of the processes; the first writes the seconds of an agreement, (count,)."""
+    os.environ |= {"RANK": str(rank), "WORLD_SIZE": "2"}
+    torch.set_num_threads(1)  # as torchrun does
+    torch.distributed.init_process_group("gloo", init_method=f"file://{folder}/store", rank=rank, world_size=2)
+    stop = StopSignal()
+
+    def many():
+        for _ in range(calls):
+            stop.ask()
+            stop.agreed()
+
+    seconds = torch.tensor([clock(many) / calls for _ in range(count + 1)][1:])
+    if rank == 0:
+        torch.save(seconds, Path(folder, "seconds.pt"))
+    torch.distributed.destroy_process_group()
+
+
 def sampling(args, report):
     """Guided sampling against as many evaluations of the network on both halves as one batch."""
     trained, evaluations = Step(args), 4
@@ -427,7 +459,7 @@ def loader_and_encoding(args, report, cache):
     report.add("clips/s from a cache / on the fly", gained, ">= 50", note)
 
 
-PARTS = {part.__name__: part for part in (step, positions, energy, memory, growth, sampling, data)}
+PARTS = {part.__name__: part for part in (step, positions, energy, memory, growth, sampling, data, stopping)}
 
 
 def main():

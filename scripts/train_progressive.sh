@@ -21,6 +21,24 @@ CACHE=${CACHE:-1} # 1: the videos are encoded once, into $LATENTS; 0: at every s
 LATENTS=${LATENTS:-$DATA-latents} VAE=${VAE:-ema} IMAGE_SIZE=${IMAGE_SIZE:-256}
 FLIPS=${FLIPS:-1} # 1: mirrored frames are encoded, too, which doubles the cache
 
+# run COMMAND: torchrun hears of a signal to this script, and its ranks save and end before the script does
+run() {
+  local status=0 signalled=0
+  "$@" &
+  local child=$!
+  trap 'signalled=1; kill -TERM "$child"' TERM INT USR1
+  while kill -0 "$child" 2>/dev/null; do # a signal ends the wait, not the child
+    status=0
+    wait "$child" || status=$?
+  done
+  trap - TERM INT USR1
+  if [[ $signalled == 1 ]]; then
+    echo "train_progressive.sh: interrupted; the same command goes on"
+    exit 143
+  fi
+  return "$status"
+}
+
 if [[ $CACHE == 1 && ! -f $DATA/latents.json ]]; then
   if [[ " $* " == *" --vae "* || " $* " == *" --image-size "* ]]; then
     echo "train_progressive.sh: error: the cache is made with VAE and IMAGE_SIZE, not --vae and --image-size; set" \
@@ -28,7 +46,7 @@ if [[ $CACHE == 1 && ! -f $DATA/latents.json ]]; then
     exit 2
   fi
   [[ $FLIPS == 1 ]] && MIRRORED=--with-flips || MIRRORED=
-  torchrun --standalone --nproc_per_node="$GPUS" EqM/cache_latents.py --data-path "$DATA" --out "$LATENTS" \
+  run torchrun --standalone --nproc_per_node="$GPUS" EqM/cache_latents.py --data-path "$DATA" --out "$LATENTS" \
     --vae "$VAE" --image-size "$IMAGE_SIZE" $MIRRORED
   DATA=$LATENTS
 fi
@@ -37,7 +55,7 @@ fi
 phase() {
   local frames=$1 batch=$2
   shift 2
-  torchrun --standalone --nproc_per_node="$GPUS" EqM/train.py \
+  run torchrun --standalone --nproc_per_node="$GPUS" EqM/train.py \
     --video --num-frames "$frames" --use-rope \
     --model "$MODEL" --data-path "$DATA" --results-dir "results/$EXP" \
     --global-batch-size "$batch" --resume "$@"

@@ -5,6 +5,7 @@ import resource
 import shutil
 import signal
 import socket
+import subprocess
 import sys
 import time
 from dataclasses import replace
@@ -16,6 +17,7 @@ import torch
 from faults import (
     GONE_WITHIN,
     PYTHON,
+    ROOT,
     TORCHRUN,
     Training,
     compare,
@@ -279,3 +281,83 @@ def test_two_nodes_survive_the_kill_of_the_rank_of_one(victim, whole, tmp_path):
     kill(ranks(processes[victim])[0])
     finish(processes)
     assert compare(whole, training) == []
+
+
+# Scripts --------------------------------------------------------------------------------------------------------------
+
+
+def wait_until(condition, process, timeout=120):
+    until = time.monotonic() + timeout
+    while not condition():
+        assert process.poll() is None and time.monotonic() < until, process.communicate()[0]
+        time.sleep(0.05)
+
+
+def start_script(name, tree, settings, *flags):
+    environment = os.environ | {key: str(value) for key, value in settings.items()} | {"OMP_NUM_THREADS": "1"}
+    return subprocess.Popen(
+        ["bash", str(tree / "scripts" / name), *map(str, flags)], env=environment, text=True,
+        stdout=subprocess.PIPE, stderr=subprocess.STDOUT, start_new_session=True,
+    )  # fmt: skip
+
+
+@pytest.fixture
+def tree(tmp_path):
+    """A copy of what the scripts run, so that results stay here."""
+    for folder in ("EqM", "scripts"):
+        shutil.copytree(ROOT / folder, tmp_path / folder)
+    return tmp_path
+
+
+PATH = f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}"
+
+
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGUSR1])
+def test_the_progressive_script_saves_on_a_signal_and_the_same_command_goes_on(number, shapes, tree):
+    settings = {
+        "PATH": PATH, "DATA": shapes, "GPUS": 2, "MODEL": "EqM-Ti/4", "EXP": "E", "CACHE": 0, "STEPS_1": 4,
+        "STEPS_2": 2000, "STEPS_3": 2001, "BATCH_1": 4, "BATCH_2": 4, "BATCH_3": 4,
+    }  # fmt: skip
+    flags = ["--depth", 1, "--vae", "none", "--image-size", 16, "--num-workers", 0, "--log-every", 1, "--val-clips", 4]
+    process = start_script("train_progressive.sh", tree, settings, *flags)
+    second = tree / "results/E/001-EqM-Ti-4-f8-rope"
+    wait_until(lambda: (second / "metrics.jsonl").exists() and (second / "metrics.jsonl").read_text(), process)
+    left = descendants(process.pid)
+    process.send_signal(number)
+    output, _ = process.communicate(timeout=GONE_WITHIN)
+    assert process.returncode == 143
+    assert "and saved at step" in output and output.rstrip().endswith("interrupted; the same command goes on")
+    assert wait_gone(left) < 1
+    step = torch.load(second / "checkpoints/latest.pt", weights_only=True)["step"]
+    process = start_script("train_progressive.sh", tree, settings | {"STEPS_2": step + 1, "STEPS_3": step + 2}, *flags)
+    output, _ = process.communicate(timeout=120)
+    assert process.returncode == 0, output
+    names = ["000-EqM-Ti-4-f4-rope", "001-EqM-Ti-4-f8-rope", "002-EqM-Ti-4-f16-rope"]
+    assert sorted(path.name for path in (tree / "results/E").iterdir()) == names
+
+
+def test_the_script_for_slurm_saves_before_the_time_is_up_and_queues_the_job_again(shapes, tree):
+    """With stand-ins for srun, which runs its command here and passes signals on, and scontrol."""
+    tools = {"srun": 'exec "$@"', "scontrol": 'if [[ $1 == show ]]; then echo 127.0.0.1; else echo "scontrol: $*"; fi'}
+    for name, body in tools.items():
+        (tree / name).write_text(f"#!/usr/bin/env bash\n{body}\n")
+        (tree / name).chmod(0o755)
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    settings = {
+        "PATH": f"{tree}{os.pathsep}{PATH}", "SLURM_JOB_NODELIST": "node1", "SLURM_NNODES": 1, "SLURM_JOB_ID": 7,
+        "SLURM_SUBMIT_DIR": tree, "GPUS": 2, "PORT": port,
+    }  # fmt: skip
+    training = Training(shapes, tree / "results", 10_000, flags=OFTEN)
+    process = start_script("train_slurm.sh", tree, settings, *training.command_flags())
+    training.wait_for(3, process)
+    process.send_signal(signal.SIGUSR1)
+    output, _ = process.communicate(timeout=GONE_WITHIN)
+    assert process.returncode == 0, output
+    assert "stopped by SIGTERM and saved" in output and "scontrol: requeue 7" in output
+    saved = last_saved(training)
+    again = replace(training, steps=saved + 2)
+    output, _ = start_script("train_slurm.sh", tree, settings, *again.command_flags()).communicate(timeout=120)
+    assert f"steps {saved} to {saved + 2}" in output
+    assert again.rows()[-1]["step"] == saved + 2

@@ -1,0 +1,36 @@
+#!/usr/bin/env bash
+# Train on several machines of a Slurm cluster, one torchrun each. Two minutes before the time is up the run is saved and
+# the job queued again, under the same number, which is how it knows its own run.
+#
+#   sbatch --nodes=4 scripts/train_slurm.sh --video --num-frames 4 --use-rope --model EqM-S/4 \
+#     --data-path datasets/ucf-101-latents --results-dir results/EXP --max-steps 50000
+#
+# All machines need the same repository, data and results, so these lie on a shared disk.
+#SBATCH --job-name=eqm-video
+#SBATCH --nodes=2
+#SBATCH --ntasks-per-node=1
+#SBATCH --gpus-per-node=8
+#SBATCH --cpus-per-task=64
+#SBATCH --time=24:00:00
+#SBATCH --signal=B:USR1@120
+#SBATCH --requeue
+set -euo pipefail
+cd "${SLURM_SUBMIT_DIR:-$(dirname "$0")/..}" # Slurm runs a copy of this script, elsewhere
+[[ -d .venv ]] && source .venv/bin/activate
+
+GPUS=${GPUS:-8} PORT=${PORT:-29500}
+HEAD=$(scontrol show hostnames "$SLURM_JOB_NODELIST" | head -n 1)
+
+srun torchrun --nnodes="$SLURM_NNODES" --nproc_per_node="$GPUS" --max-restarts=3 \
+  --rdzv-backend=c10d --rdzv-id="$SLURM_JOB_ID" --rdzv-endpoint="$HEAD:$PORT" \
+  EqM/train.py --resume "$@" &
+STEP=$!
+
+requeue() {
+  kill -TERM "$STEP" # srun passes it on to torchrun, torchrun to its ranks, which save
+  wait "$STEP" || true
+  scontrol requeue "$SLURM_JOB_ID"
+  exit 0
+}
+trap requeue USR1
+wait "$STEP"
