@@ -468,6 +468,7 @@ class Progress:
     best_loss: float = math.inf  # lowest validation loss of the phase
     best_step: int = -1  # and its step
     skipped: int = 0  # steps in a row whose gradient was not finite
+    seconds: float = 0.0  # of the phase, interruptions left out
     pretrained: bool = False  # step 0 was a model from elsewhere, whose average is not to be forgotten
 
     def phase(self):
@@ -482,37 +483,60 @@ class Progress:
         return min(by_epochs, max_steps or by_epochs)
 
 
-def find_start(args, name):
-    """(checkpoint to start from or None, Progress, folder of the run to go on with or None).
+@dataclass
+class Start:
+    """Where training starts: afresh, from --ckpt, or where a run was interrupted."""
 
-    args are the flags of train.py; with --resume, or restarted by torchrun, the newest run of that name goes on, from
-    its beginning if it has no whole checkpoint. Its folder is locked from here on. Raises UserError.
+    progress: Progress
+    path: Path | None = None  # of the checkpoint
+    state: dict | None = None  # and what it holds
+    folder: Path | None = None  # of the run that goes on, also if it has no checkpoint yet
+
+    @property
+    def goes_on(self):
+        """Whether the checkpoint is the run's own."""
+        return self.folder is not None and self.path is not None and self.path.parent.parent == self.folder
+
+    @property
+    def window(self):
+        """What the run had measured when it was stopped before it could log that; None in any other case."""
+        return self.state["run"]["window"] if self.goes_on else None
+
+
+def find_start(args, name):
+    """The Start that the flags of train.py ask for.
+
+    With --resume, or restarted by torchrun, the newest run of that name goes on, from its beginning if it has no whole
+    checkpoint. Its folder is locked from here on. Raises UserError.
     """
     folder = newest_run(args.results_dir, name)
     if folder and not args.resume and not is_restarted(folder):
         folder = None
     given = {name: value for name in SHAPE if (value := getattr(args, name, None)) is not None}
     asked = shape_of(args.model) | given | {"ebm": args.ebm}
-    path = state = None
+    start = Start(Progress(), folder=folder)
     if folder:
         if rank() == 0:
             lock(folder)
             clean(folder)
-        path, state = newest_checkpoint(folder, **asked)
-    goes_on = path is not None
-    if not goes_on and args.ckpt:
-        path, state = args.ckpt, load(args.ckpt, **asked)
-    args.ckpt = path
-    if path is None:
-        return None, Progress(), folder
-    step, kind = state["step"], state["optimizer"]["kind"] if state["optimizer"] else args.optimizer
+        start.path, start.state = newest_checkpoint(folder, **asked)
+    if start.path is None and args.ckpt:
+        start.path, start.state = Path(args.ckpt), load(args.ckpt, **asked)
+    if start.path is None:
+        return start
+    state, step = start.state, start.state["step"]
+    kind = state["optimizer"]["kind"] if state["optimizer"] else args.optimizer
     if kind != args.optimizer:
-        raise UserError(f"--ckpt {path}: trained with --optimizer {kind}, found {args.optimizer}: give the same")
-    if goes_on:
-        return state, Progress(step, best_loss=state["best_loss"], **state["phase"]), folder
-    if args.max_steps and args.max_steps <= step:
+        raise UserError(f"--ckpt {start.path}: trained with --optimizer {kind}, found {args.optimizer}: give the same")
+    if start.goes_on:
+        start.progress = Progress(step, best_loss=state["best_loss"], **state["phase"])
+        args.ckpt = state["config"]["training"]["ckpt"]  # where the phase started, for the record
+    elif args.max_steps and args.max_steps <= step:
         raise UserError(
             f"--max-steps {args.max_steps}: the checkpoint has {step} steps already, and steps are counted over all "
             "phases; give a larger number"
         )
-    return state, Progress(step, first_step=step, pretrained=state["phase"].get("pretrained", False)), folder
+    else:
+        pretrained = state["phase"].get("pretrained", False)
+        start.progress = Progress(step, first_step=step, pretrained=pretrained)
+    return start

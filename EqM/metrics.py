@@ -83,8 +83,11 @@ class Metrics:
         if self.file is not None:
             os.fsync(self.file.fileno())
 
-    def video(self, step, name, clips):
-        """Show clips uint8 (N, T, H, W, 3) as one picture: a row per clip, a column per frame; images 8 in a row."""
+    def video(self, step, name, clips, gif=None, mp4=None):
+        """Show clips uint8 (N, T, H, W, 3) as one picture: a row per clip, a column per frame; images 8 in a row.
+
+        gif (bytes) goes to TensorBoard, which plays it, and mp4 (a path) to wandb, as name_moving.
+        """
         if self.file is None:
             return
         if clips.shape[1] == 1:  # a row of images is laid out as the frames of a clip are
@@ -94,8 +97,16 @@ class Metrics:
         N, T, H, W, _ = clips.shape
         sheet = clips.transpose(0, 2, 1, 3, 4).reshape(N * H, T * W, 3)
         self.board.add_image(name, sheet, step, dataformats="HWC")
+        if gif is not None:  # add_video would want moviepy, to make such a GIF
+            from tensorboard.compat.proto.summary_pb2 import Summary
+
+            image = Summary.Image(encoded_image_string=gif)
+            value = Summary.Value(tag=f"{name}_moving", image=image)
+            self.board.file_writer.add_summary(Summary(value=[value]), step)
         if self.wandb:
-            self.wandb.log({name: import_wandb().Image(sheet)}, step=step)
+            wandb = import_wandb()
+            moving = {f"{name}_moving": wandb.Video(str(mp4), format="mp4")} if mp4 else {}
+            self.wandb.log({name: wandb.Image(sheet)} | moving, step=step)
 
     def close(self):
         if self.file is not None:

@@ -22,6 +22,7 @@ from torch.utils.checkpoint import checkpoint
 from rope import REFERENCE_FPS, RotaryEmbedding3D, apply_rotary
 
 EBMS = ("none", "dot", "l2")
+TIME_FEATURES = 256  # sines and cosines that TimeScaleEmbedder starts from
 
 
 @dataclass(frozen=True)
@@ -76,6 +77,23 @@ class EqMConfig:
         side = self.input_size // self.patch_size
         return math.ceil(num_frames / self.temporal_patch_size), side, side
 
+    def flops(self, num_frames):
+        """Floating point operations of the matrix products and of attention, for one clip forward."""
+        N, D = math.prod(self.grid(num_frames)), self.hidden_size
+        embedders = 2 * (TIME_FEATURES * D + D * D)
+        ends = 2 * N * D * self.values_per_token * 2 + 2 * D * 2 * D  # patches in and out, adaLN of the last layer
+        block = 2 * N * D * (3 + 1 + 4 + 4) * D + 2 * N * N * D * 2 + 2 * D * 6 * D  # products, attention, adaLN
+        return embedders + ends + self.depth * block
+
+    def training_flops(self, num_frames, grad_checkpoint=False):
+        """The same for one clip of a training step.
+
+        Backward takes twice what forward does. An energy's field takes a forward pass and a backward one to the input,
+        which then are one forward pass of the loss.
+        """
+        passes = 3 + grad_checkpoint if self.ebm == "none" else 2 * 3
+        return passes * self.flops(num_frames)
+
 
 class PatchEmbed(nn.Module):
     """Linear embedding of the non-overlapping patches of a clip."""
@@ -98,20 +116,20 @@ class TimeScaleEmbedder(nn.Module):
     s is 0 at 25 frames per second, so such clips, and images, see what published EqM sees.
     """
 
-    def __init__(self, hidden_size, num_frequencies=128):
+    def __init__(self, hidden_size):
         super().__init__()
-        self.num_frequencies = num_frequencies
         self.mlp = nn.Sequential(
-            nn.Linear(2 * num_frequencies, hidden_size),
+            nn.Linear(TIME_FEATURES, hidden_size),
             nn.SiLU(),
             nn.Linear(hidden_size, hidden_size),
         )
 
     def forward(self, time_scale):
         s = torch.log2(REFERENCE_FPS * time_scale.float())  # (B,)
-        exponents = torch.arange(self.num_frequencies, device=s.device, dtype=torch.float32) / self.num_frequencies
+        num_frequencies = TIME_FEATURES // 2
+        exponents = torch.arange(num_frequencies, device=s.device, dtype=torch.float32) / num_frequencies
         angles = s[:, None] * 10_000.0**-exponents
-        features = torch.cat([angles.cos(), angles.sin()], dim=-1)  # (B, 2 * num_frequencies)
+        features = torch.cat([angles.cos(), angles.sin()], dim=-1)  # (B, TIME_FEATURES)
         return self.mlp(features.to(self.mlp[0].weight.dtype))
 
 

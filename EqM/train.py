@@ -9,6 +9,7 @@ A first phase on 4 frames, then one that goes on with 8; steps are counted over 
         --ckpt results/EXP/*/checkpoints/0050000.pt
 """
 
+import io
 import json
 import math
 import os
@@ -17,7 +18,7 @@ import time
 from collections import Counter
 from contextlib import nullcontext, suppress
 from copy import deepcopy
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 
 import torch
@@ -54,6 +55,7 @@ from video_dataset import (
     BadVideos,
     Batches,
     Clips,
+    ClipsByFrames,
     Scan,
     batches_of,
     check_data_path,
@@ -64,7 +66,7 @@ from video_dataset import (
     scan_videos,
     split_videos,
 )
-from video_io import write_sheet
+from video_io import tile, write_gif, write_mp4, write_sheet
 
 VAL_CHUNK = 8  # clips that are validated together; fixed, so that the sums do not depend on the ranks
 GOLDEN_RATIO = (math.sqrt(5) - 1) / 2
@@ -87,6 +89,8 @@ def parse_args():
     keep = "numbered checkpoints that stay, the last ones; best.pt always does; none = all stay"
     add("--keep-last", type=COUNT, metavar="N", help=keep)
     add("--val-every", type=COUNT, default=2_500, metavar="N", help="steps; the last step always validates")
+    lengths = "frames of the clips that validate; their own number always does; none = only that"
+    add("--val-frames", type=COUNT, nargs="+", default=[], metavar="N", help=lengths)
     add("--val-clips", type=COUNT, default=256, metavar="N", help="clips that validate, at most 4 per video")
     add("--sample-every", type=NATURAL, default=10_000, metavar="N", help="steps; 0 = off")
     add("--num-samples", type=COUNT, default=8, metavar="N", help="clips sampled while training")
@@ -186,7 +190,8 @@ class Data:
 
     scan: Scan
     train: list  # of Video
-    val: list
+    val: dict  # the videos that validate, by number of frames
+    num_val: int  # of --num-frames
     num_short: int  # videos left out
 
 
@@ -195,8 +200,9 @@ def find_data(args, index_folder):
     scan = scan_videos(args.data_path, index_folder, images=not args.video)
     train, val = split_videos(args.data_path, scan.videos, args.val_fraction)
     train, short = long_enough(train, args.num_frames, "training ")
-    val, short_too = long_enough(val, args.num_frames, "validation ")
-    return Data(scan, train, val, short + short_too)
+    own, short_too = long_enough(val, args.num_frames, "validation ")
+    others = {n: long_enough(val, n, "validation ", "--val-frames")[0] for n in args.val_frames}
+    return Data(scan, train, dict(sorted((others | {args.num_frames: own}).items())), len(own), short + short_too)
 
 
 def load_latents_vae(args):
@@ -224,7 +230,7 @@ def load_latents_vae(args):
     return vae
 
 
-def make_config(args, vae, state):
+def make_config(args, vae, start):
     """The EqMConfig of this run, its classes apart: from the flags, or from a checkpoint that they agree with."""
     cell = vae.downsample * int(args.model.split("/")[1]) if args.model else vae.downsample
     if args.image_size % cell:
@@ -238,29 +244,38 @@ def make_config(args, vae, state):
     optional = ("depth", "hidden_size", "num_heads", "temporal_patch_size", "rope_theta", "qk_norm", "ebm")
     settings |= {name: getattr(args, name) for name in (*optional, "num_classes") if getattr(args, name) is not None}
     try:
-        if state is None:
+        if start.state is None:
             config = model_config(args.model, **settings)
         else:
-            checkpoint.check_kind(args.ckpt, state, args.video)
-            saved = checkpoint.config_of(args.ckpt, state)
-            checkpoint.check(args.ckpt, saved, **(checkpoint.shape_of(args.model) | settings))
+            checkpoint.check_kind(start.path, start.state, args.video)
+            saved = checkpoint.config_of(start.path, start.state)
+            checkpoint.check(start.path, saved, **(checkpoint.shape_of(args.model) | settings))
             config = replace(saved, num_frames=args.num_frames)
         config.check_num_frames(args.num_frames)
+        for frames in args.val_frames:
+            check_val_frames(config, frames)
         if args.compile and config.ebm != "none":
             raise UserError(f"--compile can't train --ebm {config.ebm}: it has no second derivative; leave it out")
     except ValueError as error:
-        raise UserError(f"--num-frames {args.num_frames}, model {args.model or args.ckpt}: {error}") from error
+        raise UserError(f"--num-frames {args.num_frames}, model {args.model or start.path}: {error}") from error
     return config
 
 
-def fit_classes(args, config, state, classes):
+def check_val_frames(config, frames):
+    try:
+        config.check_num_frames(frames)
+    except ValueError as error:
+        raise UserError(f"--val-frames {frames}: {error}") from error
+
+
+def fit_classes(args, config, start, classes):
     """The config with the classes of the data, which a checkpoint must have had as well."""
     num_classes = args.num_classes or len(classes)
     if num_classes < len(classes):
         raise UserError(f"--num-classes {num_classes}: wanted at least the {len(classes)} of --data-path")
-    if state is not None:
-        checkpoint.check(args.ckpt, config, num_classes=num_classes)
-        before = state["config"]["data"]["classes"]
+    if start.state is not None:
+        checkpoint.check(start.path, config, num_classes=num_classes)
+        before = start.state["config"]["data"]["classes"]
         if before != classes:
             say(f"note: the classes were {', '.join(before[:3])} ...; now they are {', '.join(classes[:3])} ...")
     return replace(config, num_classes=num_classes)
@@ -297,25 +312,26 @@ def main():
         check_flags(args)
         check_data_path(args.data_path, images=not args.video)
         vae = load_latents_vae(args)
-        state, progress, folder = checkpoint.find_start(args, run_name(args))
-        args.model = args.model or (None if state else "EqM-S/4")
-        config, data = make_config(args, vae, state), None
-        args.model = args.model or state["config"]["training"]["model"]
+        start = checkpoint.find_start(args, run_name(args))
+        args.model = args.model or (None if start.state else "EqM-S/4")
+        config, data = make_config(args, vae, start), None
+        args.model = args.model or start.state["config"]["training"]["model"]
         if rank() == 0:  # the others wait for it in start()
-            data = find_data(args, folder)
-            config = fit_classes(args, config, state, data.scan.classes)
+            data = find_data(args, start.folder)
+            config = fit_classes(args, config, start, data.scan.classes)
     except UserError as error:
         fail(error)
     device = distributed.start()
     try:
         data, config = distributed.broadcast((data, config))
-        check_alike(args, progress)
+        check_alike(start)
+        progress = start.progress
         last_step = progress.last_step(args.max_steps, args.epochs, len(data.train), args.global_batch_size)
-        if progress.step >= last_step and not is_pending(state):
-            name_checkpoint(args, progress, last_step, folder)
-            say(f"{folder} is finished: it has its {progress.step} steps")
+        if progress.step >= last_step and not start.window:
+            name_checkpoint(args, start, last_step)
+            say(f"{start.folder} is finished: it has its {progress.step} steps")
         else:
-            train(set_up(args, device, config, data, vae, state, progress, folder))
+            train(set_up(args, device, config, data, vae, start, last_step))
     except (UserError, OSError, torch.OutOfMemoryError) as error:  # a disk that is full, memory that is not enough
         fail(error, status=1)
     except RuntimeError as error:
@@ -325,11 +341,11 @@ def main():
     distributed.stop()
 
 
-def check_alike(args, progress):
+def check_alike(start):
     """Raise UserError unless all ranks start from the same checkpoint."""
-    starts = distributed.gather((str(args.ckpt), progress.step))
-    if len(set(starts)) > 1:
-        found = ", ".join(f"{path} (step {step})" for path, step in sorted(set(starts)))
+    starts = set(distributed.gather((str(start.path), start.progress.step)))
+    if len(starts) > 1:
+        found = ", ".join(f"{path} (step {step})" for path, step in sorted(starts))
         raise UserError(f"the ranks start from different checkpoints, {found}: all machines need the same files")
 
 
@@ -353,15 +369,16 @@ class Run:
     metrics: Metrics
     bad_videos: BadVideos
     batches: object  # iterator over this rank's micro-batches
-    val_loader: object
+    val_loader: object  # of this rank's chunks of clips, for all of --val-frames
     window: Window
     stop: StopSignal
+    since: float = field(default_factory=time.monotonic)  # until then, progress.seconds is complete
 
     def say(self, message):
         say(message, self.folder / "log.txt")
 
 
-def set_up(args, device, config, data, vae, state, progress, folder):
+def set_up(args, device, config, data, vae, start, last_step):
     """From here on the run folder and the device are in use."""
     torch.manual_seed(args.global_seed)
     distributed.set_precision(args.precision)
@@ -373,42 +390,40 @@ def set_up(args, device, config, data, vae, state, progress, folder):
         ema.compile_blocks()
     optimizers = make_optimizers(args, model)
     scaler = torch.amp.GradScaler(device.type, enabled=args.precision == "fp16")
-    before = {"window": None, "bad_videos": []}
-    if state is not None:
-        load_state(args, state, model, ema, optimizers, scaler)
-        if goes_on(args, folder):
-            before = state.get("run", before)
-        state.clear()  # or it would stay in memory for as long as we train
-    last_step = progress.last_step(args.max_steps, args.epochs, len(data.train), args.global_batch_size)
-    if folder is None:
-        made = checkpoint.make_run_folder(args.results_dir, run_name(args)) if rank() == 0 else None
-        folder = distributed.broadcast(made)
-        if rank() == 0:
-            interruption.lock(folder)
+    if start.state is not None:
+        load_state(args, start, model, ema, optimizers, scaler)
+    folder, progress = start.folder or new_folder(args), start.progress
     described = describe(args, config, data, vae)
     if rank() == 0:
         (folder / "config.json").write_text(json.dumps(described, indent=2))
         save_index(data.scan, folder)
-        if not before["window"]:
-            name_checkpoint(args, progress, last_step, folder)
+        name_checkpoint(args, start, last_step)
     batches, val_loader = make_loaders(args, data, progress, last_step, device)
-    network = distributed.parallel(model)
     metrics = Metrics(folder, resume_step=progress.step, wandb=args.wandb, config=described)
-    num_videos = len(data.train) + len(data.val) + len(data.scan.unreadable)
-    bad_videos = BadVideos(num_videos, args.max_bad_fraction)
-    bad_videos.paths.update(dict.fromkeys(before["bad_videos"]))
+    num_videos = len(data.train) + data.num_val + len(data.scan.unreadable)
+    bad_videos = BadVideos(num_videos, args.max_bad_fraction, start.state["run"]["bad_videos"] if start.goes_on else [])
     run = Run(
-        args, device, config, vae.to(device), model, network, ema, optimizers, scaler, progress, last_step,
-        folder, described, metrics, bad_videos, batches, val_loader, Window(before["window"]), StopSignal(),
+        args, device, config, vae.to(device), model, distributed.parallel(model), ema, optimizers, scaler, progress,
+        last_step, folder, described, metrics, bad_videos, batches, val_loader, Window(start.window), StopSignal(),
     )  # fmt: skip
+    start.state = None  # or it would stay in memory for as long as we train
     tell_start(run, data)
     return run
 
 
-def load_state(args, state, model, ema, optimizers, scaler):
-    """Fill all that is trained from the dict of a checkpoint."""
-    checkpoint.load_weights(args.ckpt, model, state["model"])
-    checkpoint.load_weights(args.ckpt, ema, state["ema"])
+def new_folder(args):
+    """The run folder that rank 0 makes and locks, on all ranks."""
+    folder = checkpoint.make_run_folder(args.results_dir, run_name(args)) if rank() == 0 else None
+    if folder:
+        interruption.lock(folder)
+    return distributed.broadcast(folder)
+
+
+def load_state(args, start, model, ema, optimizers, scaler):
+    """Fill all that is trained from the checkpoint."""
+    state = start.state
+    checkpoint.load_weights(start.path, model, state["model"])
+    checkpoint.load_weights(start.path, ema, state["ema"])
     if state["optimizer"]:  # exported and published models come without
         for optimizer, saved in zip(optimizers, state["optimizer"]["states"], strict=True):
             optimizer.load_state_dict(saved)
@@ -428,7 +443,7 @@ def tell_start(run, data):
     )
     run.say(
         f"{len(data.train)} {'videos' if args.video else 'images'} of {len(data.scan.classes)} classes train, "
-        f"{len(data.val)} validate; {data.num_short} have fewer than {args.num_frames} frames, "
+        f"{data.num_val} validate; {data.num_short} have fewer than {args.num_frames} frames, "
         f"{len(data.scan.unreadable)} can't be opened"
     )
     note_bad(run, data.scan.unreadable)
@@ -436,27 +451,27 @@ def tell_start(run, data):
 
 def make_loaders(args, data, progress, last_step, device):
     """(iterator over this rank's micro-batches from where the run stands, loader of its validation chunks)."""
-    clip = {
-        "num_frames": args.num_frames,
-        "image_size": args.image_size,
-        "frame_interval": (args.frame_interval[0], args.frame_interval[-1]),
-    }
-    root, classes, stream = args.data_path, data.scan.classes, progress.first_step
-    train = Clips(root, data.train, classes, **clip, flip=not args.no_flip, seed=args.global_seed, stream=stream)
-    val = Clips(root, data.val, classes, **clip, flip=False, seed=0, stream="validation")
+    watch = LoaderWatch(args.num_workers)
+    clip = {"image_size": args.image_size, "frame_interval": (args.frame_interval[0], args.frame_interval[-1])}
+    place = {"root": args.data_path, "classes": data.scan.classes}
+    drawn = {"flip": not args.no_flip, "seed": args.global_seed, "stream": progress.first_step}
+    train = Clips(videos=data.train, num_frames=args.num_frames, **place, **clip, **drawn)
+    train.watch = watch
+    fixed = {"flip": False, "seed": 0, "stream": "validation"}
+    lengths = {n: Clips(videos=videos, num_frames=n, **place, **clip, **fixed) for n, videos in data.val.items()}
+    chunks = []
+    for frames, videos in data.val.items():
+        keys = [(frames, number) for number in range(min(args.val_clips, 4 * len(videos)))]
+        chunks += [keys[first : first + VAL_CHUNK] for first in range(0, len(keys), VAL_CHUNK)]
     steps = last_step - progress.step
     numbers = Batches(progress.position, steps, args.global_batch_size, rank(), world_size(), args.grad_accum)
-    num_val = min(args.val_clips, 4 * len(data.val))
-    chunks = [list(range(first, min(first + VAL_CHUNK, num_val))) for first in range(0, num_val, VAL_CHUNK)]
     settings = {"num_workers": args.num_workers, "collate_fn": collate, "pin_memory": device.type == "cuda"}
     if args.num_workers:
         settings |= {"persistent_workers": True, "prefetch_factor": 4, "worker_init_fn": interruption.start_worker}
         settings |= {"timeout": args.loader_timeout}
-        for clips in (train, val):
-            clips.watch = LoaderWatch(args.num_workers)
     return (
         on_device(batches_of(DataLoader(train, batch_sampler=numbers, **settings)), device),
-        DataLoader(val, batch_sampler=chunks[rank() :: world_size()], **settings),
+        DataLoader(ClipsByFrames(lengths, watch), batch_sampler=chunks[rank() :: world_size()], **settings),
     )
 
 
@@ -516,7 +531,9 @@ def look(run, bar):
     note_bad(run, run.window.bad)
     try:
         if is_due(step, run.last_step, args.val_every):
-            numbers["val_loss"], numbers["val_loss_rel"] = validate(run)
+            began = time.monotonic()
+            numbers |= validate(run)
+            numbers["val_seconds"] = time.monotonic() - began
         if args.sample_every and step % args.sample_every == 0:
             videos = draw_samples(run)
     except Interrupted:
@@ -525,26 +542,24 @@ def look(run, bar):
         run.say(f"step {step}: validation loss {numbers['val_loss']:.4f}")
     if numbers.get("val_loss", math.inf) < progress.best_loss:
         progress.best_loss, progress.best_step = numbers["val_loss"], step
-    if rank() == 0 and videos is not None:
-        write_sheet(run.folder / "samples" / f"{step:07d}.png", videos.numpy())
-        run.metrics.video(step, "samples", videos.numpy())
+    if videos is not None:
+        show_samples(run, videos.numpy())
     # Logged first: what a checkpoint goes on from has to be in the metrics, what comes after it is logged again.
     numbers |= {"lr": run.optimizers[0].param_groups[0]["lr"], "bad_videos": run.bad_videos.count}
-    run.metrics.log(step, **numbers)
+    flops = run.config.training_flops(args.num_frames, args.grad_checkpoint) * progress.position
+    run.metrics.log(step, **numbers, seconds=seconds_spent(run), flops=flops)
     run.window = Window()
     if names := checkpoint_names(args, progress, run.last_step):
         save(run, names)
     return True
 
 
-def is_pending(state):
-    """Whether the run of a checkpoint was stopped before it could log its last steps."""
-    return bool(state and state.get("run") and state["run"]["window"])
-
-
-def goes_on(args, folder):
-    """Whether --ckpt is the run's own checkpoint, found by --resume."""
-    return folder is not None and args.ckpt is not None and Path(args.ckpt).parent == folder / "checkpoints"
+def seconds_spent(run):
+    """On the phase so far, interruptions left out."""
+    now = time.monotonic()
+    run.progress.seconds += now - run.since
+    run.since = now
+    return run.progress.seconds
 
 
 def checkpoint_names(args, progress, last_step):
@@ -553,12 +568,11 @@ def checkpoint_names(args, progress, last_step):
     return names + (["best.pt"] if progress.best_step == progress.step else [])
 
 
-def name_checkpoint(args, progress, last_step, folder):
+def name_checkpoint(args, start, last_step):
     """Give the checkpoint that a run goes on from all its names: it may have been killed while it did that."""
-    if rank() == 0 and goes_on(args, folder):
-        for name in ["latest.pt", *checkpoint_names(args, progress, last_step)]:
-            if name != Path(args.ckpt).name:
-                checkpoint.link(args.ckpt, name)
+    if rank() == 0 and start.goes_on and not start.window:
+        for name in ["latest.pt", *checkpoint_names(args, start.progress, last_step)]:
+            checkpoint.link(start.path, name)
 
 
 def save(run, names):
@@ -568,6 +582,7 @@ def save(run, names):
     note_bad(run, run.window.bad)
     if rank() != 0:
         return
+    seconds_spent(run)
     run.metrics.sync()
     state = {
         "version": checkpoint.VERSION,
@@ -684,28 +699,30 @@ def train_losses(run, batch):
     gamma = transport.shift_gamma(uniform(args.global_seed, "gamma", stream, numbers), args.gamma_shift)
     dropped = uniform(args.global_seed, "label drop", stream, numbers) < run.config.class_dropout_prob
     labels = torch.where(dropped, run.config.num_classes, batch["labels"])
-    losses, squares, features = clip_losses(run, run.network, batch, labels, gamma, args.global_seed, stream)
+    x, noise = draw(run, batch, args.global_seed, stream)
+    losses, features = clip_losses(run, run.network, x, noise, labels, batch["time_scales"], gamma)
     parts = {"train_loss": losses.mean()}
     if args.disp:
         parts["disp_loss"] = transport.dispersive_loss(features)
-    return parts, squares.mean()
+    return parts, x.square().mean()
 
 
-def clip_losses(run, network, batch, labels, gamma, seed, stream):
-    """Losses (B,), E[x^2] (B,) and features (B, N, D) of clips; their noise follows from (seed, stream, number)."""
-    vae, device, numbers = run.vae, run.device, batch["numbers"].tolist()
-    clips, labels, time_scales, gamma = (
-        part.to(device, non_blocking=True) for part in (batch["clips"], labels, batch["time_scales"], gamma)
-    )
+def draw(run, batch, seed, stream):
+    """The clips of a batch as latents and their noise, (B, C, T, H, W) each, a function of (seed, stream, number)."""
+    vae, clips, numbers = run.vae, batch["clips"].to(run.device, non_blocking=True), batch["numbers"].tolist()
     mean, std = vae.posterior(clips) if clips.dtype == torch.uint8 else clips.float().unbind(1)  # from a cache
     shape = mean.shape[1:]  # (C, T, H, W)
-    x = vae.sample(mean, std, None if std is None else normal(seed, "posterior", stream, numbers, shape, device))
-    noise = normal(seed, "noise", stream, numbers, shape, device)
-    with samplers.autocast(device, run.args.precision):
+    z = None if std is None else normal(seed, "posterior", stream, numbers, shape, run.device)
+    return vae.sample(mean, std, z), normal(seed, "noise", stream, numbers, shape, run.device)
+
+
+def clip_losses(run, network, x, noise, labels, time_scales, gamma):
+    """Losses (B,) and features (B, N, D) of clips x (B, C, T, H, W) with their noise, at their gammas (B,)."""
+    labels, time_scales, gamma = (part.to(run.device, non_blocking=True) for part in (labels, time_scales, gamma))
+    with samplers.autocast(run.device, run.args.precision):
         x_gamma = transport.interpolate(x, noise, gamma)
         f, features = network(x_gamma, labels, time_scales, return_features=True)
-        losses = transport.loss(f, x, noise, gamma)
-    return losses, x.square().flatten(1).mean(dim=1), features
+        return transport.loss(f, x, noise, gamma), features
 
 
 def ema_decay(args, progress):
@@ -725,11 +742,10 @@ def update_ema(ema, model, decay):
 
 @torch.no_grad()
 def validate(run):
-    """(loss of the averaged weights, the same as a share of a zero predictor's), equal on all ranks.
+    """{name: number}, equal on all ranks, of clips that did not train. Raises Interrupted.
 
     Clips, noise and gammas (uniform: multiples of the golden ratio) are the same each time, and so is what is
-    computed together; so the numbers depend on the weights alone, not on how many ranks share the work. Raises
-    Interrupted.
+    computed together; so the numbers depend on the weights alone, not on how many ranks share the work.
     """
     rows, bad = [], []
     with suppress(Interrupted):
@@ -737,13 +753,41 @@ def validate(run):
             run.stop.check()
             bad += batch["bad"]
             gamma = (batch["numbers"].double() * GOLDEN_RATIO % 1).float()
-            losses, squares, _ = clip_losses(run, run.ema, batch, batch["labels"], gamma, seed=0, stream="validation")
-            rows += zip(batch["numbers"].tolist(), losses.tolist(), squares.tolist(), strict=True)
+            x, noise = draw(run, batch, seed=0, stream="validation")
+            shared = x, noise, batch["labels"], batch["time_scales"], gamma
+            losses = [clip_losses(run, network, *shared)[0] for network in (run.ema, run.model)]
+            frames = torch.full_like(gamma, batch["clips"].shape[-3])
+            columns = frames, batch["numbers"], gamma, *losses, x.square().flatten(1).mean(1)
+            rows.append(torch.stack([column.double().cpu() for column in columns], dim=1))
     run.stop.settle()
     note_bad(run, bad)
-    rows = sorted(row for part in distributed.gather(rows) for row in part)
-    _, loss, square = torch.tensor(rows, dtype=torch.float64).mean(dim=0)
-    return loss.item(), (loss / transport.zero_loss(square)).item()
+    rows = torch.cat([row for part in distributed.gather(rows) for row in part])
+    rows = torch.tensor(sorted(rows.tolist()), dtype=torch.float64)  # in the order of frames and numbers
+    return summarize_validation(rows, run.args.num_frames)
+
+
+def summarize_validation(rows, num_frames):
+    """{name: number} of float64 rows: frames, number, gamma, loss of the averaged and of the raw weights, E[x^2].
+
+    val_loss is that of the averaged weights at num_frames, val_loss_raw that of the raw ones, val_loss_gamma_0.2 that
+    of gammas from 0.2 on (in fifths), val_loss_f8 that of 8 frames; "rel": as a share of a zero predictor's.
+    """
+
+    def relative(part):
+        _, _, _, loss, _, square = part.mean(dim=0)
+        return loss.item(), (loss / transport.zero_loss(square)).item()
+
+    own, numbers = rows[rows[:, 0] == num_frames], {}
+    numbers["val_loss"], numbers["val_loss_rel"] = relative(own)
+    numbers["val_loss_raw"] = own[:, 4].mean().item()
+    for fifth in range(5):
+        part = own[(own[:, 2] * 5).long() == fifth]
+        if len(part):
+            numbers[f"val_loss_gamma_{fifth / 5}"] = part[:, 3].mean().item()
+    all_frames = rows[:, 0].unique().int().tolist()
+    for frames in all_frames if len(all_frames) > 1 else []:
+        numbers[f"val_loss_f{frames}"], numbers[f"val_loss_rel_f{frames}"] = relative(rows[rows[:, 0] == frames])
+    return numbers
 
 
 def draw_samples(run):
@@ -773,6 +817,19 @@ def draw_samples(run):
         videos = run.vae.decode(latents)
     run.stop.settle()
     return distributed.collect(numbers, videos)
+
+
+def show_samples(run, videos):
+    """Samples uint8 (N, T, H, W, 3) as files of the run and on its boards: a picture of all frames, and moving."""
+    data, path = run.described["data"], run.folder / "samples" / f"{run.progress.step:07d}"
+    fps, gif, mp4 = data["fps"] / data["frame_interval"][0], None, None
+    names = [data["classes"][number % len(data["classes"])] for number in range(len(videos))]
+    write_sheet(path.with_suffix(".png"), videos, names)
+    if videos.shape[1] > 1:
+        gif, mp4 = io.BytesIO(), path.with_suffix(".mp4")
+        write_mp4(mp4, tile(videos), fps)
+        write_gif(gif, tile(videos), fps)
+    run.metrics.video(run.progress.step, "samples", videos, gif and gif.getvalue(), mp4)
 
 
 if __name__ == "__main__":

@@ -281,21 +281,21 @@ def _ucf_keys(file):
     return {str(PurePosixPath(name).with_suffix("")) for name in names}  # "Archery/v_Archery_g08_c01.avi 3"
 
 
-def long_enough(videos, num_frames, kind=""):
+def long_enough(videos, num_frames, kind="", flag="--num-frames"):
     """(videos with at least num_frames frames, number of the others); raises UserError if none is left."""
     kept = [video for video in videos if video.num_frames >= num_frames]
     if not kept:
         longest = max((video.num_frames for video in videos), default=0)
-        raise UserError(f"--num-frames {num_frames}: the longest {kind}video of --data-path has {longest} frames")
+        raise UserError(f"{flag} {num_frames}: the longest {kind}video of --data-path has {longest} frames")
     return kept, len(videos) - len(kept)
 
 
 class BadVideos:
     """The books on bad videos: who was named already, and when there are too many."""
 
-    def __init__(self, total, max_fraction):
+    def __init__(self, total, max_fraction, known=()):
         self.total, self.max_fraction = total, max_fraction
-        self.paths = {}
+        self.paths = dict.fromkeys(known)
 
     @property
     def count(self):
@@ -550,6 +550,19 @@ class Clips(torch.utils.data.Dataset):
             interval = min(interval, (video.num_frames - 1) // gaps)
         start = self._draw("start", video.num_frames - gaps * interval, number, attempt)
         return [start + index * interval for index in range(self.num_frames)], interval / video.fps
+
+
+class ClipsByFrames(torch.utils.data.Dataset):
+    """Several Clips, one for each number of frames; an item is asked for as (num_frames, number)."""
+
+    def __init__(self, clips, watch=None):
+        self.clips, self.watch = clips, watch
+        for one in clips.values():
+            one.watch = watch
+
+    def __getitem__(self, key):
+        num_frames, number = key
+        return self.clips[num_frames][number]
 
 
 class Batches:

@@ -10,7 +10,8 @@ from PIL import Image
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
 from distributed import UserError
-from metrics import Metrics, import_wandb, read_metrics
+from metrics import Metrics, Window, import_wandb, read_metrics
+from video_io import write_gif
 
 
 def lines(folder):
@@ -63,6 +64,23 @@ def test_clips_reach_tensorboard_as_a_row_per_clip_and_a_column_per_frame(tmp_pa
     assert event.step == 7
     sheet = np.asarray(Image.open(BytesIO(event.encoded_image_string)))
     assert np.array_equal(sheet, np.concatenate([np.concatenate(clip, axis=1) for clip in clips]))
+
+
+def test_moving_clips_reach_tensorboard_as_a_gif_and_wandb_as_a_video(tmp_path, monkeypatch):
+    fake = FakeWandb()
+    fake.Image, fake.Video = (lambda pixels: "image"), (lambda path, format: (path, format))
+    monkeypatch.setitem(sys.modules, "wandb", fake)
+    clips = np.random.default_rng(0).integers(0, 256, (2, 3, 4, 5, 3), dtype=np.uint8)
+    gif = BytesIO()
+    write_gif(gif, clips[0], fps=10)
+    metrics = Metrics(tmp_path, wandb=True)
+    metrics.video(7, "samples", clips, gif.getvalue(), tmp_path / "a.mp4")
+    metrics.close()
+    (event,) = board(tmp_path).Images("samples_moving")
+    assert event.step == 7
+    assert Image.open(BytesIO(event.encoded_image_string)).n_frames == 3
+    ((step, row),) = fake.runs[0].rows
+    assert (step, row["samples_moving"]) == (7, (str(tmp_path / "a.mp4"), "mp4"))
 
 
 @pytest.mark.parametrize(("number", "rows", "columns"), [(3, 1, 3), (8, 1, 8), (19, 3, 8)])
@@ -188,3 +206,49 @@ def test_a_wandb_run_that_cannot_start_is_one_line(tmp_path, monkeypatch):
     monkeypatch.setattr(fake, "init", init)
     with pytest.raises(UserError, match="--wandb: api_key not configured.*wandb login"):
         Metrics(tmp_path, wandb=True)
+
+
+# The window between two lines ---------------------------------------------------------------------------------------
+
+
+def fill(window, values, skipped=None):
+    for number, value in enumerate(values):
+        scalars = {"train_loss": torch.tensor(value), "grad_norm": torch.tensor(2 * value)}
+        if skipped:
+            scalars["skipped"] = torch.tensor(float(skipped[number]))
+        window.add([f"{number}.avi"], **scalars)
+    return window
+
+
+def test_a_window_gives_means():
+    summary = fill(Window(), [1.0, 2.0, 6.0]).summary(step=3, global_batch=8)
+    assert (summary["train_loss"], summary["grad_norm"]) == (3.0, 6.0)
+    assert summary["clips_per_s"] > 0
+
+
+def test_a_window_that_was_interrupted_gives_the_same_means_bit_for_bit():
+    values = torch.rand(7, generator=torch.Generator().manual_seed(0)).tolist()
+    whole = fill(Window(), values).summary(step=7, global_batch=8)
+    first = fill(Window(), values[:3])
+    second = Window(first.averaged(step=3))
+    assert len(second) == 3
+    parts = fill(second, values[3:]).summary(step=7, global_batch=8)
+    assert (whole["train_loss"], whole["grad_norm"]) == (parts["train_loss"], parts["grad_norm"])
+    assert Window(second.averaged(step=7)).summary(7, 8)["train_loss"] == whole["train_loss"]  # at the very end
+
+
+@pytest.mark.parametrize("value", [float("nan"), float("inf"), -float("inf")])
+def test_a_number_that_is_not_finite_names_its_step_files_and_the_norms_before(value):
+    window = fill(Window(), [1.0, 2.0, value, 3.0])
+    words = "the train_loss of step 103 is not finite, on rank 0, of 2.avi; gradient norms up to it: 2, 4, "
+    with pytest.raises(UserError, match=words):
+        window.summary(step=104, global_batch=8)
+
+
+def test_steps_that_were_skipped_are_counted_and_their_numbers_are_not():
+    window = fill(Window(), [1.0, float("nan"), 3.0], skipped=[0, 1, 0])
+    summary = window.summary(step=3, global_batch=8)
+    assert (summary["train_loss"], summary["skipped"]) == (2.0, 1)
+    assert np.isnan(fill(Window(), [float("inf")], skipped=[1]).summary(1, 8)["train_loss"])  # nothing to tell
+    with pytest.raises(UserError, match="step 2 is not finite"):
+        fill(Window(), [float("nan"), float("nan")], skipped=[1, 0]).summary(step=2, global_batch=8)

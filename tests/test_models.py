@@ -4,14 +4,16 @@ import itertools
 import math
 import shutil
 import warnings
+from contextlib import nullcontext
 
 import pytest
 import torch
 import torch.nn.functional as F
 from torch._dynamo.utils import counters
 from torch.nn.attention import SDPBackend, sdpa_kernel
+from torch.utils.flop_counter import FlopCounterMode
 
-from models import EqM, EqM_models, EqMConfig, TimeScaleEmbedder, model_config, position_table
+from models import EqM, EqM_models, EqMConfig, TimeScaleEmbedder, math_attention, model_config, position_table
 from rope import apply_rotary
 
 SIZES = {"Ti": (6, 192, 3), "S": (12, 384, 6), "B": (12, 768, 12), "L": (24, 1024, 16), "XL": (28, 1152, 16)}
@@ -708,3 +710,41 @@ def test_two_graphs_serve_all_blocks_frame_counts_batches_training_and_validatio
         with torch.no_grad():
             ema(clip(num_frames, batch=batch - 1), labels(batch - 1))
     assert counters["stats"]["unique_graphs"] == 2
+
+
+# What it costs --------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("num_frames", [4, 7, 16])
+@pytest.mark.parametrize("name", ["EqM-Ti/4", "EqM-S/2"])
+def test_the_flops_are_those_that_torch_counts(name, num_frames):
+    model = EqM(model_config(name, input_size=8, in_channels=4, num_classes=3, use_rope=True, depth=2))
+    x, y = torch.randn(2, 4, num_frames, 8, 8), torch.tensor([0, 1])
+    with FlopCounterMode(display=False) as counter, math_attention():
+        f = model(x, y)
+    assert counter.get_total_flops() == 2 * model.config.flops(num_frames)
+    with FlopCounterMode(display=False) as counter, math_attention():
+        f = model(x, y)
+        f.square().mean().backward()
+    assert counter.get_total_flops() == pytest.approx(2 * model.config.training_flops(num_frames), rel=0.02)
+
+
+class NoTracker(nullcontext):
+    """In place of the counter's own, which fails where a gradient is part of the forward pass."""
+
+    parents = ("Global",)
+
+
+def test_the_flops_of_training_an_energy_and_of_activations_that_are_computed_twice():
+    settings = {"input_size": 8, "in_channels": 4, "num_classes": 3, "use_rope": True, "depth": 2}
+    x, y = torch.randn(2, 4, 8, 8, 8), torch.tensor([0, 1])
+    for ebm, twice in (("dot", False), ("none", True)):
+        model = EqM(model_config("EqM-Ti/4", **settings, ebm=ebm))
+        for parameter in model.parameters():  # zeros would leave out parts
+            parameter.data.normal_(std=0.1)
+        model.grad_checkpoint = twice
+        counter = FlopCounterMode(display=False)
+        counter.mod_tracker = NoTracker()
+        with counter, math_attention():
+            model.train()(x, y).square().mean().backward()
+        assert counter.get_total_flops() == pytest.approx(2 * model.config.training_flops(8, twice), rel=0.1)

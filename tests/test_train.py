@@ -22,7 +22,7 @@ import transport
 from models import EqM, model_config
 from tiny_data import make_images, make_vae
 from vae import VAE, load_vae
-from video_dataset import Clips, collate, latents_settings, scan_videos
+from video_dataset import Clips, ClipsByFrames, collate, latents_settings, scan_videos
 
 SMALL = {"input_size": 16, "in_channels": 3, "hidden_size": 192, "depth": 1, "num_heads": 3, "num_classes": 2}
 
@@ -111,6 +111,8 @@ BAD_TRAINING = {  # flags -> words that the line must have
     "a word for a number": (["--num-frames", "many"], ["--num-frames", "many"]),
     "an image size that the patches do not divide": (["--image-size", 18], ["--image-size 18", "4"]),
     "a batch that the parts do not divide": (["--global-batch-size", 6, "--grad-accum", 4], ["6", "--grad-accum 4"]),
+    "validation of fewer frames than a patch": (["--val-frames", 4, 2], ["--val-frames 2", "4"]),
+    "validation of too many frames": (["--val-frames", 4, 400], ["--val-frames 400", "10"]),
     "no such folder": (["--data-path", "no/such"], ["--data-path no/such"]),
     "no such model": (["--model", "EqM-Q/4"], ["--model", "EqM-Q/4"]),
     "videos that are too short": (["--num-frames", 400], ["--num-frames 400", "10"]),
@@ -329,31 +331,59 @@ def test_a_run_ends_by_global_steps_or_by_its_own_epochs(max_steps, epochs, expe
 
 
 def make_runs(monkeypatch, videos, chunks, world):
-    """What train.validate needs, for `world` ranks that share the chunks."""
+    """What train.validate needs, for `world` ranks that share the chunks; the raw weights are not their average."""
     torch.manual_seed(0)
-    model = EqM(model_config("EqM-Ti/4", **SMALL, num_frames=4))
-    for parameter in model.parameters():
-        parameter.data.normal_(std=0.1)
+    models = [EqM(model_config("EqM-Ti/4", **SMALL, num_frames=4, use_rope=True)) for _ in range(2)]
+    for model in models:
+        for parameter in model.parameters():
+            parameter.data.normal_(std=0.1)
     scan = scan_videos(videos)
-    clips = Clips(videos, scan.videos, scan.classes, 4, 16, flip=False, stream="validation")
-    loaders = [DataLoader(clips, batch_sampler=chunks[rank::world], collate_fn=collate) for rank in range(world)]
-    args, device = SimpleNamespace(precision="fp32"), torch.device("cpu")
-    shared = {"ema": model, "vae": VAE("none"), "args": args, "device": device, "stop": interruption.StopSignal()}
+    clips = {n: Clips(videos, scan.videos, scan.classes, n, 16, flip=False, stream="validation") for n in (4, 8)}
+    dataset = ClipsByFrames(clips)
+    loaders = [DataLoader(dataset, batch_sampler=chunks[rank::world], collate_fn=collate) for rank in range(world)]
+    args, device = SimpleNamespace(precision="fp32", num_frames=4), torch.device("cpu")
+    shared = {"ema": models[0], "model": models[1], "vae": VAE("none"), "args": args, "device": device}
     monkeypatch.setattr(train, "note_bad", lambda run, paths: None)
-    return [SimpleNamespace(val_loader=loader, **shared) for loader in loaders]
+    return [SimpleNamespace(val_loader=loader, stop=interruption.StopSignal(), **shared) for loader in loaders]
 
 
-def test_validation_gives_the_same_number_bit_for_bit_on_any_number_of_ranks(videos, monkeypatch):
-    chunks = [[0, 1, 2], [3, 4, 5], [6, 7]]
-    (alone,) = make_runs(monkeypatch, videos, chunks, world=1)
+CHUNKS = [[(4, 0), (4, 1), (4, 2)], [(4, 3), (4, 4), (4, 5)], [(4, 6), (4, 7)], [(8, 0), (8, 1)], [(8, 2)]]
+
+
+def test_validation_gives_the_same_numbers_bit_for_bit_on_any_number_of_ranks(videos, monkeypatch):
+    (alone,) = make_runs(monkeypatch, videos, CHUNKS, world=1)
     expected = train.validate(alone)
     assert train.validate(alone) == expected  # and every time
-    runs, rows = make_runs(monkeypatch, videos, chunks, world=2), []
+    runs, rows = make_runs(monkeypatch, videos, CHUNKS, world=2), []
     monkeypatch.setattr(distributed, "gather", lambda mine: rows.append(mine) or [mine])
     for run in runs:
         train.validate(run)
     monkeypatch.setattr(distributed, "gather", lambda mine: rows)
     assert train.validate(runs[1]) == expected
+
+
+def test_validation_sees_the_average_the_raw_weights_and_every_number_of_frames(videos, monkeypatch):
+    (run,) = make_runs(monkeypatch, videos, CHUNKS, world=1)
+    both = train.validate(run)
+    own = {name for name in both if name in ("val_loss", "val_loss_rel", "val_loss_raw") or "gamma" in name}
+    assert both.keys() - own == {"val_loss_f4", "val_loss_rel_f4", "val_loss_f8", "val_loss_rel_f8"}
+    assert both["val_loss"] == both["val_loss_f4"] != both["val_loss_f8"]
+    run.ema, run.model = run.model, run.ema
+    assert train.validate(run)["val_loss"] == both["val_loss_raw"]
+    run.args.num_frames = 8
+    assert train.validate(run)["val_loss_raw"] == both["val_loss_f8"]
+
+
+def test_validation_tells_the_gammas_apart():
+    rows = torch.zeros(10, 6, dtype=torch.float64)  # frames, number, gamma, averaged, raw, E[x^2]
+    rows[:, 0], rows[:, 1], rows[:, 2] = 4, torch.arange(10), torch.arange(10) / 10
+    rows[:, 3], rows[:, 4], rows[:, 5] = torch.arange(10), 7, 0.5
+    numbers = train.summarize_validation(rows, 4)
+    assert numbers["val_loss"] == 4.5 and numbers["val_loss_raw"] == 7
+    assert numbers["val_loss_rel"] == pytest.approx(4.5 / (13.867 * 1.5), rel=1e-3)
+    fifths = {name: value for name, value in numbers.items() if "gamma" in name}
+    assert fifths == {f"val_loss_gamma_{n / 5}": 2 * n + 0.5 for n in range(5)}
+    assert not any("_f4" in name for name in numbers)  # the only number of frames has no name of its own
 
 
 def test_more_processes_than_gpus_is_one_line(videos, monkeypatch, capsys):
@@ -459,9 +489,10 @@ def test_the_network_is_told_the_point_on_the_path_the_label_and_the_frame_rate_
     batch, gamma = collate([clips[number] for number in range(3)]), torch.tensor([0.1, 0.5, 0.9])
     run = SimpleNamespace(vae=VAE("none"), args=SimpleNamespace(precision="fp32"), device=torch.device("cpu"))
     labels = torch.tensor([2, 0, 1])
-    losses, squares, _ = train.clip_losses(run, network, batch, labels, gamma, seed=3, stream=5)
-    x = batch["clips"].float() / 127.5 - 1
-    noise = distributed.normal(3, "noise", 5, [0, 1, 2], (3, 4, 16, 16))
+    x, noise = train.draw(run, batch, seed=3, stream=5)
+    assert torch.equal(x, batch["clips"].float() / 127.5 - 1)
+    assert torch.equal(noise, distributed.normal(3, "noise", 5, [0, 1, 2], (3, 4, 16, 16)))
+    losses, _ = train.clip_losses(run, network, x, noise, labels, batch["time_scales"], gamma)
     ((args, flags),) = seen
     assert torch.equal(args[0], transport.interpolate(x, noise, gamma))
     assert torch.equal(args[1], labels)
@@ -470,7 +501,6 @@ def test_the_network_is_told_the_point_on_the_path_the_label_and_the_frame_rate_
     assert flags == {"return_features": True}
     expected = transport.target(x, noise, gamma).square().flatten(1).mean(dim=1)
     torch.testing.assert_close(losses, expected)
-    torch.testing.assert_close(squares, x.square().flatten(1).mean(dim=1))
 
 
 # From a latent cache ------------------------------------------------------------------------------------------------
@@ -513,16 +543,9 @@ def test_the_posterior_is_drawn_afresh_each_time_a_clip_comes(cache):
     batch = collate([clips[0], clips[1]])
     assert torch.equal(batch["clips"][0], batch["clips"][1])
     vae = load_vae(latents_settings(cache)["vae"])
-    run = SimpleNamespace(vae=vae, args=SimpleNamespace(precision="fp32"), device=torch.device("cpu"))
-    gamma, labels, seen = torch.ones(2), torch.zeros(2, dtype=torch.int64), []
-
-    def network(x, *_, **__):
-        seen.append(x)  # at gamma 1 the clip itself
-        return torch.zeros_like(x), None
-
-    train.clip_losses(run, network, batch, labels, gamma, seed=0, stream=0)
+    x, _ = train.draw(SimpleNamespace(vae=vae, device=torch.device("cpu")), batch, seed=0, stream=0)
     mean, std = batch["clips"][0].float()
-    drawn = (seen[0] / vae.scale - mean) / std
+    drawn = (x / vae.scale - mean) / std
     assert not torch.allclose(drawn[0], drawn[1])
     assert drawn.std().item() == pytest.approx(1, abs=0.05)
 

@@ -57,7 +57,7 @@ def run_here(training, *flags, stop_after=None, stop_in=None):
             os.kill(os.getpid(), signal.SIGTERM)
 
     def looking(run, *arguments, **keywords):
-        if keywords.get("stream") == "validation" or stop_in != "clip_losses":
+        if keywords.get("stream") == "validation" or stop_in != "draw":
             os.kill(os.getpid(), signal.SIGTERM)
         return look(run, *arguments, **keywords)
 
@@ -121,7 +121,7 @@ def test_images_resume_bit_for_bit(tmp_path):
     assert compare(whole, parts) == []
 
 
-@pytest.mark.parametrize("where", ["clip_losses", "draw_samples", "validate"])
+@pytest.mark.parametrize("where", ["draw", "draw_samples", "validate"])
 def test_a_signal_while_the_run_looks_at_the_model_leaves_that_for_later(where, shapes, tmp_path):
     whole = Training(shapes, tmp_path / "whole", STEPS, flags=["--num-workers", 0])
     run_here(whole)
