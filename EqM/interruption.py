@@ -16,7 +16,7 @@ from torch.utils.data import get_worker_info
 
 from distributed import UserError, die_with_parent, is_started, say
 
-STOP_SIGNALS = signal.SIGTERM, signal.SIGINT, signal.SIGUSR1
+STOP_SIGNALS = signal.SIGTERM, signal.SIGINT, signal.SIGUSR1, signal.SIGHUP
 LOCK_PATIENCE = 10  # seconds; within them the processes of a run that was killed are gone
 PATH_BYTES = 4096
 
@@ -28,7 +28,7 @@ class Interrupted(Exception):  # noqa: N818 (nothing went wrong)
 
 
 class StopSignal:
-    """SIGTERM, SIGINT or SIGUSR1, sent to any rank, asks all of them to stop at the same step.
+    """SIGTERM, SIGINT, SIGUSR1 or SIGHUP, sent to any rank, asks all of them to stop at the same step.
 
     The ranks agree by a sum over a group of its own, on the CPU: `ask` starts it before a step and `agreed` reads it
     after the step, so nobody waits. A second SIGINT ends the process at once.
@@ -38,7 +38,8 @@ class StopSignal:
         self.name, self.pending = None, None
         self.group = dist.new_group(backend="gloo") if is_started() else None
         for number in STOP_SIGNALS:
-            signal.signal(number, self._note)
+            if signal.getsignal(number) != signal.SIG_IGN:  # as SIGHUP is under nohup
+                signal.signal(number, self._note)
 
     def _note(self, number, frame):
         self.name = self.name or signal.Signals(number).name

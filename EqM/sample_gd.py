@@ -141,7 +141,8 @@ def forget(folder):
     if (folder / "samples.json").exists():
         numbered = [path for path in folder.glob("[0-9]" * 6 + ".*") if path.suffix in (".mp4", ".gif", ".png")]
         reports = [folder / f"{name}.{kind}" for name in ("evaluations", "energy") for kind in ("csv", "png")]
-        for path in (*numbered, *reports, folder / "grid.gif", folder / "grid.png", folder / "sheet.png"):
+        pages = [folder / name for name in ("grid.gif", "grid.png", "sheet.png", "gallery.html")]
+        for path in (*numbered, *reports, *pages):
             path.unlink(missing_ok=True)
 
 

@@ -399,7 +399,8 @@ def set_up(args, device, config, data, vae, start, last_step):
         save_index(data.scan, folder)
         name_checkpoint(args, start, last_step)
     batches, val_loader = make_loaders(args, data, progress, last_step, device)
-    metrics = Metrics(folder, resume_step=progress.step, wandb=args.wandb, config=described)
+    logged = progress.step - 1 if start.window else progress.step
+    metrics = Metrics(folder, resume_step=logged, wandb=args.wandb, config=described)
     num_videos = len(data.train) + data.num_val + len(data.scan.unreadable)
     bad_videos = BadVideos(num_videos, args.max_bad_fraction, start.state["run"]["bad_videos"] if start.goes_on else [])
     run = Run(

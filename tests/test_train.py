@@ -1,5 +1,6 @@
 """The pieces of train.py, and all that a user can get wrong before anything is touched (in this process, for speed)."""
 
+import itertools
 import shutil
 import signal
 import sys
@@ -432,6 +433,28 @@ def test_every_kind_of_training_learns(kind, images, videos, tmp_path, monkeypat
     assert state["config"]["model"]["ebm"] == (flags[flags.index("--ebm") + 1] if "--ebm" in flags else "none")
     assert state["config"]["model"]["temporal_patch_size"] == (4 if "--video" in flags else 1)
     assert state["config"]["training"]["video"] == ("--video" in flags)
+
+
+@pytest.mark.parametrize(("tolerated", "ends"), [(0, True), (1, True), (2, False)])
+def test_steps_whose_gradient_is_not_finite_are_left_out_as_long_as_they_are_tolerated(
+    tolerated, ends, videos, tmp_path, monkeypatch, capsys
+):
+    """Steps 3 and 4 give NaN."""
+    loss, calls = transport.loss, itertools.count(1)
+    monkeypatch.setattr(transport, "loss", lambda *args: loss(*args) * (torch.nan if next(calls) in (3, 4) else 1))
+    monkeypatch.setattr(train, "validate", lambda run: {"val_loss": 1.0})
+    flags = [*TRAIN, "--data-path", videos, "--global-batch-size", 4, "--max-steps", 6, "--skip-nonfinite", tolerated]
+    if ends:
+        with pytest.raises(SystemExit) as ended:
+            run_training(monkeypatch, tmp_path / "r", *flags)
+        assert ended.value.code == 1
+        assert f"of step {3 + tolerated} is not finite" in capsys.readouterr().err
+        return
+    rows, state = run_training(monkeypatch, tmp_path / "r", *flags)
+    assert [row["skipped"] for row in rows] == [0, 0, 1, 1, 0, 0]
+    assert [row["train_loss"] is None for row in rows] == [False, False, True, True, False, False]
+    assert all(value.isfinite().all() for value in state["model"].values())
+    assert state["phase"]["skipped"] == 0
 
 
 FAST_WAYS = {

@@ -59,7 +59,7 @@ def last_saved(training):
 # Signals --------------------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT, signal.SIGUSR1])
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT, signal.SIGUSR1, signal.SIGHUP])
 def test_a_signal_saves_and_ends_a_single_process_with_status_0(number, shapes, tmp_path):
     training = Training(shapes, tmp_path / "r", 10_000, PYTHON, OFTEN)
     process = training.start()

@@ -146,6 +146,22 @@ def test_a_signal_at_the_last_look_leaves_a_run_that_is_not_finished(shapes, tmp
     assert compare(whole, parts) == []
 
 
+def test_no_step_is_logged_twice_when_a_run_that_was_stopped_is_then_killed(shapes, tmp_path):
+    whole = Training(shapes, tmp_path / "whole", STEPS, flags=["--num-workers", 0, "--log-every", 1])
+    run_here(whole, "--log-every", 1)
+    parts = replace(whole, results=tmp_path / "parts")
+    run_here(parts, "--log-every", 1, stop_after=3)  # step 3 is not logged yet
+    latest = parts.folder / "checkpoints/latest.pt"
+    saved = latest.read_bytes()
+    run_here(parts, "--resume", "--log-every", 1)
+    for path in latest.parent.glob("*.pt"):
+        path.unlink()
+    latest.write_bytes(saved)  # as if that had been killed before it saved
+    run_here(parts, "--resume", "--log-every", 1)
+    assert [row["step"] for row in parts.rows()] == list(range(1, STEPS + 1))
+    assert parts.rows() == whole.rows()
+
+
 def test_chained_phases_that_are_interrupted_end_as_those_that_are_not(shapes, tmp_path):
     ends = []
     for name, stops in (("whole", [None]), ("parts", [2, 1, None])):
