@@ -15,22 +15,28 @@ A file holds a dict of tensors and plain Python values:
 """
 
 import argparse
+import copy
 import errno
 import json
 import math
 import os
 import pickle
+import pickletools
+import re
 import shutil
 import warnings
+import zipfile
 from contextlib import contextmanager, suppress
 from dataclasses import asdict, dataclass, fields
 from pathlib import Path
 
 import safetensors.torch
 import torch
+from safetensors import SafetensorError
 
 from distributed import UserError
 from models import SIZES, EqM, EqMConfig, model_config, position_table
+from safe_read import ARCHIVE_ERRORS, FPS, check_archive, check_regular, read_json
 
 VERSION = 1
 FLAGS = {  # what a user types for a field of EqMConfig
@@ -50,6 +56,12 @@ NEEDED = {  # of those parts, to sample
     "data": {"vae", "image_size", "fps", "frame_interval", "classes"},
     "training": {"model", "num_frames", "video"},
 }
+GLOBALS = re.compile(  # what torch.save writes of tensors and plain values; torch.load would also take what allocates
+    r"torch (BFloat16|Bool|Byte|Char|Double|Float|Half|Int|Long|Short)Storage|collections OrderedDict|"
+    r"torch\._utils _rebuild_(tensor_v2|parameter)|argparse Namespace"  # the last as published files have it
+)
+CONFIG_BYTES = 2**24  # of an exported config.json
+LARGEST_TABLE = 2**22  # values of fixed positions that any file may ask for; more weights may ask for more
 SHAPE = ("depth", "hidden_size", "num_heads", "patch_size")  # the fields of EqMConfig that --model decides
 LOCAL_FLAGS = {"data_path", "results_dir", "ckpt"}  # mean nothing on another machine
 
@@ -118,36 +130,137 @@ def load(path, **asked):
     if (parts := published_parts(state)) is not None:
         return load_published(path, *parts, asked)
     wanted = {"version", "config", "model", "ema", "optimizer", "step", "phase", "best_loss"}
-    if not isinstance(state, dict) or not wanted <= state.keys() or set(state["config"]) != set(PARTS):
+    if not isinstance(state, dict) or not wanted <= state.keys():
         names = ", ".join(sorted(wanted))
         raise UserError(f"--ckpt {path}: not a checkpoint of this project; wanted a dict with {names}")
     check_version(path, state["version"])
+    if odd := odd_part(state):
+        raise UserError(f"--ckpt {path}: damaged: its {odd} is not what train.py writes; use another checkpoint")
     return state
 
 
 def check_version(path, version):
-    if version != VERSION:
-        raise UserError(f"--ckpt {path}: has format version {version}, this code reads version {VERSION}")
+    if not isinstance(version, int) or version != VERSION:
+        found = str(version)[:20] if isinstance(version, (int, str)) else type(version).__name__
+        raise UserError(f"--ckpt {path}: has format version {found}, this code reads version {VERSION}")
 
 
 def read_file(path):
-    """What a file of torch.save holds. Raises UserError."""
+    """What a file of torch.save holds. Raises UserError.
+
+    torch.load maps the file into memory, so that nothing in it can claim more than it has; the copy is of what it has.
+    """
     flag = f"--ckpt {path}"
     try:
-        with warnings.catch_warnings(), torch.serialization.safe_globals([argparse.Namespace]):  # as published files do
-            warnings.simplefilter("ignore")  # torch's hints on foreign pickles; the refusal says enough
-            return torch.load(path, map_location="cpu", weights_only=True)
+        check_regular(path)
+        with open(path, "rb") as file:
+            if file.read(4) != b"PK\3\4":  # an archive; before torch 1.6 all was one pickle
+                raise pickle.UnpicklingError("no archive")
+            check_pickles(file, check_archive(file))
+            with warnings.catch_warnings(), torch.serialization.safe_globals([argparse.Namespace]):
+                warnings.simplefilter("ignore")  # torch's hints on foreign pickles; the refusal says enough
+                place = f"/dev/fd/{file.fileno()}" if is_odd(path) else path
+                return copy.deepcopy(torch.load(place, map_location="cpu", weights_only=True, mmap=True))
     except FileNotFoundError:
         raise UserError(f"{flag}: no such file; wanted a checkpoint, for example RUN/checkpoints/best.pt") from None
-    except PermissionError as error:
-        raise UserError(f"{flag}: can't be read ({error.strerror}); wanted a checkpoint file") from error
     except pickle.UnpicklingError as error:
         raise UserError(
             f"{flag}: not a checkpoint, or one that holds code (only tensors and plain values are loaded)"
         ) from error
-    except (OSError, RuntimeError, EOFError, ValueError, LookupError, TypeError, AttributeError) as error:
+    except OSError as error:
+        raise UserError(f"{flag}: can't be read ({error.strerror or error}); wanted a checkpoint file") from error
+    except (*ARCHIVE_ERRORS, TypeError, AttributeError) as error:
         # What torch.load raises on damaged files depends on where the damage is.
         raise UserError(f"{flag}: damaged or cut short; use another checkpoint, or copy it again") from error
+
+
+def is_odd(path):
+    """Whether torch can't take a path: one whose bytes are no UTF-8."""
+    return any("\ud800" <= letter <= "\udfff" for letter in os.fspath(path))
+
+
+def check_pickles(file, names):
+    """Raise UnpicklingError if an archive of torch.save names anything but tensors and plain values."""
+    with zipfile.ZipFile(file) as archive:
+        for name in names:
+            if name.endswith(".pkl"):
+                for opcode, value, _ in pickletools.genops(archive.read(name)):
+                    if opcode.name == "GLOBAL" and not GLOBALS.fullmatch(value):
+                        raise pickle.UnpicklingError(f"holds {value}")
+
+
+def odd_part(state):
+    """The name of the first part of a checkpoint that has not the kind of value it should have; None if all have."""
+    kinds = {
+        "config": is_config, "model": is_weights, "ema": is_weights, "optimizer": is_optimizer, "step": is_count,
+        "phase": is_phase, "best_loss": lambda value: isinstance(value, (int, float)),
+    }  # fmt: skip
+    return next((name for name, is_right in kinds.items() if not is_right(state[name])), None)
+
+
+def is_count(value, least=0):
+    return isinstance(value, int) and least <= value < 2**53
+
+
+def is_weights(value):
+    """Whether value is a dict of names and floating-point tensors in which each number has a place of its own.
+
+    One that is repeated without end, or shared by many tensors, takes no place in a file but all of it in a model.
+    """
+    if not is_dict_of_names(value):
+        return False
+    tensors = list(value.values())
+    if not all(torch.is_tensor(tensor) and tensor.is_floating_point() for tensor in tensors):
+        return False
+    places = {storage.data_ptr(): storage.nbytes() for storage in (tensor.untyped_storage() for tensor in tensors)}
+    return sum(tensor.nbytes for tensor in tensors) <= sum(places.values())
+
+
+def is_phase(value):
+    names = {"first_step", "position"}
+    if not isinstance(value, dict) or not names <= value.keys() <= names | {"pretrained"}:
+        return False
+    return all(map(is_count, value.values()))
+
+
+def is_optimizer(value):
+    if value is None:
+        return True
+    if not isinstance(value, dict) or value.get("kind") not in ("adamw", "muon"):
+        return False
+    states = value.get("states")
+    return isinstance(states, list) and all(isinstance(state, dict) for state in states)
+
+
+def is_plain(value):
+    """Whether value is what a flag can be: a number, a text, nothing, or a list of these."""
+    parts = value if isinstance(value, (list, tuple)) else [value]
+    return all(part is None or isinstance(part, (str, int, float)) for part in parts)
+
+
+def is_config(config):
+    """Whether config has its three parts, and in them the values that sampling and training take from there."""
+    if not isinstance(config, dict) or config.keys() != set(PARTS) or not all(map(is_dict_of_names, config.values())):
+        return False
+    if any(needed - config[part].keys() for part, needed in NEEDED.items()):
+        return False
+    data, training = config["data"], config["training"]
+    interval, fps, classes = data["frame_interval"], data["fps"], data["classes"]
+    return (
+        isinstance(data["vae"], str)
+        and (data["image_size"] is None or is_count(data["image_size"], 1))
+        and isinstance(fps, (int, float)) and FPS[0] <= fps <= FPS[1]
+        and isinstance(interval, list) and len(interval) in (1, 2) and all(is_count(part, 1) for part in interval)
+        and isinstance(classes, list) and classes != [] and all(isinstance(name, str) for name in classes)
+        and isinstance(training["model"], str)
+        and is_count(training["num_frames"], 1)
+        and isinstance(training["video"], bool)
+        and all(map(is_plain, training.values()))
+    )  # fmt: skip
+
+
+def is_dict_of_names(value):
+    return isinstance(value, dict) and all(isinstance(name, str) for name in value)
 
 
 # ----------------------------------------------------------------------------------------------------------------------
@@ -167,7 +280,7 @@ def write_export(folder, state, dtype="fp32"):
         safetensors.torch.save_file(weights, temporary / EXPORT[0], metadata={"format": "pt"})
         (temporary / EXPORT[1]).write_text(json.dumps(about, indent=2) + "\n")
         os.replace(temporary, folder)
-    except (OSError, safetensors.SafetensorError):  # a full disk is either
+    except (OSError, SafetensorError):  # a full disk is either
         shutil.rmtree(temporary)
         raise
 
@@ -179,15 +292,16 @@ def read_export(folder):
         wanted = "a checkpoint file or what scripts/export.py wrote"
         raise UserError(f"{flag}: a folder without {missing[0]}; wanted {wanted}")
     try:
-        about = json.loads(about.read_text())
+        about = read_json(about, CONFIG_BYTES)
         check_version(folder, about["version"])
         for part, needed in NEEDED.items():
             if missing := needed - about[part].keys():
                 raise KeyError(f"no {part}.{min(missing)}")
         weights = {name: value.float() for name, value in safetensors.torch.load_file(weights).items()}
         return foreign({part: about[part] for part in PARTS}, weights, weights, about["step"])
-    except (OSError, ValueError, KeyError, TypeError, AttributeError, safetensors.SafetensorError) as error:
-        raise UserError(f"{flag}: damaged ({error}); copy or export it again") from error
+    except (OSError, ValueError, KeyError, TypeError, AttributeError, RuntimeError, SafetensorError) as error:
+        reason = f"{error or type(error).__name__!r}"[:200]
+        raise UserError(f"{flag}: damaged ({reason}); copy or export it again") from error
 
 
 def foreign(config, model, ema, step):
@@ -207,16 +321,17 @@ def published_parts(state):
     """(weights, averaged weights, args as a dict) of a published file; None if it is something else."""
 
     def is_network(part):
-        ends = ("x_embedder.proj.weight", "y_embedder.embedding_table.weight")
-        return isinstance(part, dict) and all(torch.is_tensor(part.get(name)) for name in ends)
+        ranks = {"x_embedder.proj.weight": 4, "y_embedder.embedding_table.weight": 2}
+        return is_weights(part) and all(name in part and part[name].dim() == rank for name, rank in ranks.items())
 
     if is_network(state):
         return state, state, {}
     if not isinstance(state, dict) or {"version", "config"} & state.keys():
         return None
     found = [state[name] for name in ("model", "ema") if is_network(state.get(name))]
-    args = state.get("args") or {}
-    return (found[0], found[-1], args if isinstance(args, dict) else vars(args)) if found else None
+    args = state.get("args")
+    args = vars(args) if isinstance(args, argparse.Namespace) else args
+    return (found[0], found[-1], args if isinstance(args, dict) else {}) if found else None
 
 
 def load_published(path, model, ema, args, asked):
@@ -232,7 +347,7 @@ def load_published(path, model, ema, args, asked):
     except ValueError as error:
         raise UserError(f"{flag}: {error}") from error
     data = {
-        "vae": args.get("vae", "ema") if config.in_channels == 4 else "none",
+        "vae": str(args.get("vae", "ema")) if config.in_channels == 4 else "none",
         "image_size": None,  # whatever the VAE makes of input_size
         "fps": 25.0,
         "frame_interval": [1],
@@ -247,10 +362,10 @@ def published_config(state, asked, ebm=None):
 
     Raises ValueError that names the first thing that is not as asked.
     """
-    if "pos_embed" not in state or state["x_embedder.proj.weight"].dim() != 4:
-        raise ValueError("not a published image model: wanted pos_embed and 2D patches")
+    if "pos_embed" not in state or state["pos_embed"].dim() != 3:
+        raise ValueError("not a published image model: it has no pos_embed")
     width, channels, patch_size, _ = state["x_embedder.proj.weight"].shape
-    depth = len({name.split(".")[1] for name in state if name.startswith("blocks.")})
+    depth = num_blocks(state)
     for name, found in (("depth", depth), ("hidden_size", width), ("patch_size", patch_size)):
         if found != asked[name]:
             words = name.replace("_", " ")
@@ -276,9 +391,12 @@ def convert_published(state, config):
     state = dict(state)
     if "pos_embed" not in state:
         raise ValueError("not a published image model: it has no pos_embed")
-    table, found = position_table(config), state.pop("pos_embed")
-    rounded = table.to(found.dtype).float()  # as theirs, if their file is in half precision
-    if found.shape != table.shape or not torch.allclose(found.float(), rounded, atol=1e-5):
+    found = state.pop("pos_embed")
+    fits = found.shape == (1, math.prod(config.grid(1)), config.hidden_size)
+    if fits:
+        rounded = position_table(config).to(found.dtype).float()  # as theirs, if their file is in half precision
+        fits = torch.allclose(found.float(), rounded, atol=1e-5)
+    if not fits:
         raise ValueError(
             f"its pos_embed is not our table for {config.input_size} x {config.input_size} in patches of "
             f"{config.patch_size}: it was trained with other positions and can't be used"
@@ -296,7 +414,7 @@ def convert_published(state, config):
 
 
 def config_of(path, state):
-    """The EqMConfig that a loaded checkpoint was made with."""
+    """The EqMConfig that a loaded checkpoint was made with and that its weights fit. Raises UserError."""
     saved = state["config"]["model"]
     known = {field.name for field in fields(EqMConfig)}
     if set(saved) != known:
@@ -305,9 +423,38 @@ def config_of(path, state):
         for field in fields(EqMConfig):
             if not isinstance(saved[field.name], (int, float) if field.type is float else field.type):
                 raise ValueError(f"{field.name} is {saved[field.name]!r}")
-        return EqMConfig(**saved)
+        config = EqMConfig(**saved)
+        if len(state["config"]["data"]["classes"]) > config.num_classes:
+            raise ValueError(f"num_classes is {config.num_classes} and more are named")
     except (ValueError, TypeError) as error:
         raise UserError(f"--ckpt {path}: damaged: the settings of its model make none ({error})") from error
+    for part in ("model", "ema"):
+        check_weights(path, config, state[part])
+    return config
+
+
+def num_blocks(weights):
+    return len({name.split(".")[1] for name in weights if name.startswith("blocks.")})
+
+
+def check_weights(path, config, weights):
+    """Raise UserError, naming the first mismatch, unless weights are those of EqM(config); takes no memory for that."""
+    mismatch, total = None, sum(value.numel() for value in weights.values())
+    if num_blocks(weights) != config.depth:
+        mismatch = f"{num_blocks(weights)} blocks, wanted {config.depth}"
+    elif config.num_positions * config.hidden_size > LARGEST_TABLE + 16 * total:
+        mismatch = f"{total} weights are too few for {config.num_positions} fixed positions"
+    else:
+        with torch.device("meta"), warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # on narrow models; the real one is going to say it
+            wanted = {name: tuple(value.shape) for name, value in EqM(config).state_dict().items()}
+        found = {name: tuple(value.shape) for name, value in weights.items()}
+        for name in sorted(wanted.keys() | found.keys()):
+            if found.get(name) != wanted.get(name):
+                mismatch = f"{name} is {found.get(name, 'missing')}, wanted {wanted.get(name, 'none')}"
+                break
+    if mismatch:
+        raise UserError(f"--ckpt {path}: its weights are not those of its config: {mismatch}")
 
 
 def shape_of(name):

@@ -26,6 +26,9 @@ CONFIG = EqMConfig(
     use_rope=True,
 )
 
+DATA = {"vae": "none", "image_size": 4, "fps": 25.0, "frame_interval": [1], "classes": ["A", "B"]}
+TRAINING = {"model": "EqM-S/2", "num_frames": 4, "video": True, "lr": 1e-4}
+
 
 def random_weights(model, seed):
     generator = torch.Generator().manual_seed(seed)
@@ -36,7 +39,7 @@ def make_state(config=CONFIG, **changes):
     model = EqM(config)
     state = {
         "version": checkpoint.VERSION,
-        "config": {"model": asdict(config), "data": {"vae": "none"}, "training": {"lr": 1e-4}},
+        "config": {"model": asdict(config), "data": DATA, "training": TRAINING},
         "model": random_weights(model, 1),
         "ema": random_weights(model, 2),
         "optimizer": {"kind": "adamw", "states": []},
