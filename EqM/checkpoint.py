@@ -27,7 +27,7 @@ import shutil
 import warnings
 import zipfile
 from contextlib import contextmanager, suppress
-from dataclasses import asdict, dataclass, fields
+from dataclasses import asdict, dataclass, fields, replace
 from pathlib import Path
 
 import safetensors.torch
@@ -428,8 +428,7 @@ def config_of(path, state):
             raise ValueError(f"num_classes is {config.num_classes} and more are named")
     except (ValueError, TypeError) as error:
         raise UserError(f"--ckpt {path}: damaged: the settings of its model make none ({error})") from error
-    for part in ("model", "ema"):
-        check_weights(path, config, state[part])
+    check_weights(path, config, state["model"], state["ema"])
     return config
 
 
@@ -437,24 +436,52 @@ def num_blocks(weights):
     return len({name.split(".")[1] for name in weights if name.startswith("blocks.")})
 
 
-def check_weights(path, config, weights):
-    """Raise UserError, naming the first mismatch, unless weights are those of EqM(config); takes no memory for that."""
-    mismatch, total = None, sum(value.numel() for value in weights.values())
-    if num_blocks(weights) != config.depth:
-        mismatch = f"{num_blocks(weights)} blocks, wanted {config.depth}"
-    elif config.num_positions * config.hidden_size > LARGEST_TABLE + 16 * total:
-        mismatch = f"{total} weights are too few for {config.num_positions} fixed positions"
-    else:
-        with torch.device("meta"), warnings.catch_warnings():
-            warnings.simplefilter("ignore")  # on narrow models; the real one is going to say it
-            wanted = {name: tuple(value.shape) for name, value in EqM(config).state_dict().items()}
-        found = {name: tuple(value.shape) for name, value in weights.items()}
-        for name in sorted(wanted.keys() | found.keys()):
-            if found.get(name) != wanted.get(name):
-                mismatch = f"{name} is {found.get(name, 'missing')}, wanted {wanted.get(name, 'none')}"
-                break
+def check_weights(path, config, *parts):
+    """Raise UserError, naming the first mismatch, unless each of the parts (state dicts) holds the weights of
+    EqM(config). That is not made: only once a file is known to hold as much, one block of it is, which stands for all.
+    """
+    mismatch = next(filter(None, (too_few(config, weights) for weights in parts)), None)
+    if mismatch is None:
+        shapes = weight_shapes(config)
+        mismatch = next(filter(None, (first_mismatch(weights, shapes) for weights in parts)), None)
     if mismatch:
         raise UserError(f"--ckpt {path}: its weights are not those of its config: {mismatch}")
+
+
+def too_few(config, weights):
+    """What says that weights are fewer than EqM(config) has; None if they may be as many."""
+    total, depth, D = sum(value.numel() for value in weights.values()), config.depth, config.hidden_size
+    sizes = {
+        "x_embedder.proj.weight": D * config.values_per_token,
+        "y_embedder.embedding_table.weight": (config.num_classes + 1) * D,
+    }
+    for name, size in sizes.items():
+        if (found := weights[name].numel() if name in weights else 0) < size:
+            return f"{name} has {found} numbers, wanted {size}"
+    if num_blocks(weights) != depth or total < 18 * depth * D**2:  # the matrices of the blocks
+        return f"{num_blocks(weights)} blocks and {total} numbers, wanted {depth} blocks of {18 * D**2} and more"
+    if config.num_positions * D > LARGEST_TABLE + 16 * total:  # a table that is in no file
+        return f"{total} numbers are too few for {config.num_positions} fixed positions"
+    return None
+
+
+def weight_shapes(config):
+    """name -> shape of the weights of EqM(config)."""
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # of narrow models: the whole one is going to say it
+        small = EqM(replace(config, depth=1)).state_dict()
+    shapes = {name: tuple(value.shape) for name, value in small.items()}
+    blocks = {name.removeprefix("blocks.0."): shapes.pop(name) for name in small if name.startswith("blocks.0.")}
+    return shapes | {f"blocks.{n}.{name}": shape for n in range(config.depth) for name, shape in blocks.items()}
+
+
+def first_mismatch(weights, shapes):
+    """What is wrong with the first tensor that is missing, one too many or of another shape; None if all are right."""
+    for name in sorted(weights.keys() | shapes.keys()):
+        found = tuple(weights[name].shape) if name in weights else "missing"
+        if found != shapes.get(name):
+            return f"{name} is {found}, wanted {shapes.get(name, 'no such')}"
+    return None
 
 
 def shape_of(name):
