@@ -570,6 +570,26 @@ def load_weights(path, model, weights):
         raise UserError(f"--ckpt {path}: its weights are not those of its config: {mismatch[0].strip()}") from error
 
 
+def load_optimizers(path, optimizers, saved):
+    """What the optimizers remember of each weight, from the list of their state dicts; their settings are the flags'.
+
+    Raises UserError if it is not of these weights.
+    """
+    wanted = f"--ckpt {path}: damaged: its optimizer is not of these weights; use another checkpoint"
+    if len(saved) != len(optimizers):
+        raise UserError(wanted)
+    for optimizer, state in zip(optimizers, saved, strict=True):
+        groups, memory = optimizer.state_dict()["param_groups"], state.get("state")
+        weights = [weight for group in optimizer.param_groups for weight in group["params"]]
+        if not isinstance(memory, dict) or not memory.keys() <= set(range(len(weights))):
+            raise UserError(wanted)
+        for number, values in memory.items():
+            shapes = torch.Size([]), weights[number].shape
+            if not is_weights(values) or any(value.shape not in shapes for value in values.values()):
+                raise UserError(wanted)
+        optimizer.load_state_dict({"state": memory, "param_groups": groups})
+
+
 def run_number(folder):
     """7 of .../007-EqM-S-4-f4-rope; -1 for what is no run folder."""
     number = folder.name.split("-")[0]
