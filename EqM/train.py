@@ -352,7 +352,10 @@ def set_up(args, device, config, data, vae, state, progress, folder):
         checkpoint.load_weights(args.ckpt, model, state["model"])
         checkpoint.load_weights(args.ckpt, ema, state["ema"])
         if state["optimizer"]:  # exported and published models come without
-            checkpoint.load_optimizers(args.ckpt, optimizers, state["optimizer"]["states"])
+            for optimizer, saved in zip(optimizers, state["optimizer"]["states"], strict=True):
+                optimizer.load_state_dict(saved)
+                for group in optimizer.param_groups:  # the flags win; learning rates are set at each step
+                    group["weight_decay"] = args.weight_decay
             if scaler.is_enabled() and state["optimizer"]["scaler"]:  # the last phase may have been in bf16
                 scaler.load_state_dict(state["optimizer"]["scaler"])
         state.clear()  # or it would stay in memory for as long as we train
