@@ -193,9 +193,9 @@ def odd_part(state):
     """The name of the first part of a checkpoint that has not the kind of value it should have; None if all have."""
     kinds = {
         "config": is_config, "model": is_weights, "ema": is_weights, "optimizer": is_optimizer, "step": is_count,
-        "phase": is_phase, "best_loss": lambda value: isinstance(value, (int, float)),
+        "phase": is_phase, "best_loss": lambda value: isinstance(value, (int, float)), "run": is_run,
     }  # fmt: skip
-    return next((name for name, is_right in kinds.items() if not is_right(state[name])), None)
+    return next((name for name, is_right in kinds.items() if not is_right(state.get(name))), None)
 
 
 def is_count(value, least=0):
@@ -217,10 +217,29 @@ def is_weights(value):
 
 
 def is_phase(value):
-    names = {"first_step", "position"}
-    if not isinstance(value, dict) or not names <= value.keys() <= names | {"pretrained"}:
+    """Whether value holds fields of Progress, at least those that no run is without."""
+    names = {field.name for field in fields(Progress)} - {"step", "best_loss"}
+    if not isinstance(value, dict) or not {"first_step", "position"} <= value.keys() <= names:
         return False
-    return all(map(is_count, value.values()))
+    return all(is_count(number, least=-1) for number in value.values())
+
+
+def is_run(value):
+    """Whether value is what a run that was interrupted has left of its window and its bad videos; None is nothing."""
+    if value is None:
+        return True
+    if not isinstance(value, dict) or not is_texts(value.get("bad_videos")) or "window" not in value:
+        return False
+    window = value["window"]
+    if window is None:
+        return True
+    if not isinstance(window, dict) or not is_texts(window.get("names")) or not torch.is_tensor(window.get("rows")):
+        return False
+    return window["rows"].shape[1:] == (len(window["names"]),) and is_weights({"rows": window["rows"]})
+
+
+def is_texts(value):
+    return isinstance(value, list) and all(isinstance(part, str) for part in value)
 
 
 def is_optimizer(value):
@@ -251,7 +270,7 @@ def is_config(config):
         and (data["image_size"] is None or is_count(data["image_size"], 1))
         and isinstance(fps, (int, float)) and FPS[0] <= fps <= FPS[1]
         and isinstance(interval, list) and len(interval) in (1, 2) and all(is_count(part, 1) for part in interval)
-        and isinstance(classes, list) and classes != [] and all(isinstance(name, str) for name in classes)
+        and is_texts(classes) and classes != []
         and isinstance(training["model"], str)
         and is_count(training["num_frames"], 1)
         and isinstance(training["video"], bool)
