@@ -90,8 +90,9 @@ def check_out(out, settings):
         except (OSError, ValueError, KeyError, TypeError) as error:
             raise UserError(f"--out {out}: its {marks[0]} is damaged ({error}): name another folder") from error
         if other:
-            raise UserError(f"--out {out}: a latent cache with {other} {str(found[other])[:99]}, found {settings[other]}: "
-                            "give the same flags or name another folder")
+            has = str(found[other])[:200]
+            raise UserError(f"--out {out}: a latent cache with {other} {has}, found {settings[other]}: give the same "
+                            "flags or name another folder")
     elif foreign := sorted(name for name in names if name[0] != "." and name != PARTIAL + ".tmp"):
         raise UserError(f"--out {out}: holds {foreign[0]} but no latent cache: name a new or an empty folder")
 

@@ -288,8 +288,8 @@ def is_dict_of_names(value):
 
 def write_export(folder, state, dtype="fp32"):
     """Write model.safetensors (the EMA) and config.json into a new or empty folder, all or nothing. Raises OSError."""
-    folder, parts = Path(folder).absolute(), dict(state["config"])
-    temporary = folder.with_name(folder.name + ".tmp")
+    folder, parts = Path(os.path.abspath(folder)), dict(state["config"])
+    temporary = folder.with_name(f".{folder.name}.tmp")
     shutil.rmtree(temporary, ignore_errors=True)  # of a crash
     parts["training"] = {name: value for name, value in parts["training"].items() if name not in LOCAL_FLAGS}
     about = {"version": VERSION, "step": state["step"], "dtype": dtype, **parts}
