@@ -60,7 +60,8 @@ GLOBALS = re.compile(  # what torch.save writes of tensors and plain values; tor
     r"torch (BFloat16|Bool|Byte|Char|Double|Float|Half|Int|Long|Short)Storage|collections OrderedDict|"
     r"torch\._utils _rebuild_(tensor_v2|parameter)|argparse Namespace"  # the last as published files have it
 )
-CONFIG_BYTES = 2**24  # of an exported config.json
+MEMORY = {torch.optim.AdamW: ("step", "exp_avg", "exp_avg_sq"), torch.optim.Muon: ("momentum_buffer",)}  # of a weight
+CONFIG_BYTES = 2**24  # of what is said of a model, config.json
 LARGEST_TABLE = 2**22  # values of fixed positions that any file may ask for; more weights may ask for more
 SHAPE = ("depth", "hidden_size", "num_heads", "patch_size")  # the fields of EqMConfig that --model decides
 LOCAL_FLAGS = {"data_path", "results_dir", "ckpt"}  # mean nothing on another machine
@@ -169,7 +170,7 @@ def read_file(path):
         ) from error
     except OSError as error:
         raise UserError(f"{flag}: can't be read ({error.strerror or error}); wanted a checkpoint file") from error
-    except (*ARCHIVE_ERRORS, TypeError, AttributeError) as error:
+    except (*ARCHIVE_ERRORS, TypeError, AttributeError, AssertionError) as error:
         # What torch.load raises on damaged files depends on where the damage is.
         raise UserError(f"{flag}: damaged or cut short; use another checkpoint, or copy it again") from error
 
@@ -253,7 +254,7 @@ def is_optimizer(value):
 
 def is_plain(value):
     """Whether value is what a flag can be: a number, a text, nothing, or a list of these."""
-    parts = value if isinstance(value, (list, tuple)) else [value]
+    parts = value if isinstance(value, list) else [value]
     return all(part is None or isinstance(part, (str, int, float)) for part in parts)
 
 
@@ -275,7 +276,13 @@ def is_config(config):
         and is_count(training["num_frames"], 1)
         and isinstance(training["video"], bool)
         and all(map(is_plain, training.values()))
+        and sum(map(text_size, (*data.values(), *training.values()))) < CONFIG_BYTES
     )  # fmt: skip
+
+
+def text_size(value):
+    """How many letters a plain value has: a text that comes a million times is in a pickle only once."""
+    return sum(len(part) if isinstance(part, str) else 8 for part in (value if isinstance(value, list) else [value]))
 
 
 def is_dict_of_names(value):
@@ -319,7 +326,7 @@ def read_export(folder):
         weights = {name: value.float() for name, value in safetensors.torch.load_file(weights).items()}
         return foreign({part: about[part] for part in PARTS}, weights, weights, about["step"])
     except (OSError, ValueError, KeyError, TypeError, AttributeError, RuntimeError, SafetensorError) as error:
-        reason = f"{error or type(error).__name__!r}"[:200]
+        reason = (str(error) or type(error).__name__)[:200]
         raise UserError(f"{flag}: damaged ({reason}); copy or export it again") from error
 
 
@@ -603,8 +610,9 @@ def load_optimizers(path, optimizers, saved):
         if not isinstance(memory, dict) or not memory.keys() <= set(range(len(weights))):
             raise UserError(wanted)
         for number, values in memory.items():
-            shapes = torch.Size([]), weights[number].shape
-            if not is_weights(values) or any(value.shape not in shapes for value in values.values()):
+            shapes = {name: weights[number].shape for name in MEMORY[type(optimizer)]}
+            shapes |= {"step": torch.Size([])} if "step" in shapes else {}
+            if not is_weights(values) or {name: value.shape for name, value in values.items()} != shapes:
                 raise UserError(wanted)
         optimizer.load_state_dict({"state": memory, "param_groups": groups})
 

@@ -33,10 +33,10 @@ def check_regular(path):
 def read_json(path, most=JSON_BYTES):
     """What a JSON file of at most `most` bytes says. Raises OSError or ValueError."""
     check_regular(path)
-    with open(path, "rb") as file:
-        text = file.read(most + 1)
-    if len(text) > most:
+    if os.path.getsize(path) > most:
         raise ValueError(f"more than {most} bytes")
+    with open(path, "rb") as file:
+        text = file.read(most)
     try:
         return json.loads(text)
     except RecursionError as error:

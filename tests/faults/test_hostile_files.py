@@ -10,9 +10,11 @@ hangs is caught and the file that made it do so is kept.
 import argparse
 import contextlib
 import copy
+import io
 import json
 import math
 import os
+import pickle
 import random
 import re
 import resource
@@ -24,6 +26,8 @@ import sys
 import tempfile
 import traceback
 import zipfile
+import zlib
+from collections import OrderedDict
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
@@ -34,8 +38,7 @@ import torch
 from PIL import Image
 from safetensors.torch import load_file, save_file
 
-TESTS = Path(__file__).resolve().parent.parent
-sys.path += [str(TESTS), str(TESTS.parent / "EqM")]
+sys.path += [str(Path(__file__).resolve().parents[2] / part) for part in ("EqM", "tests")]
 import cache_latents
 import checkpoint
 import metrics
@@ -48,6 +51,7 @@ from tiny_data import make_vae
 from vae import load_vae
 from video_dataset import Clips, UnreadableError
 
+TESTS = Path(__file__).resolve().parents[1]
 COUNT = 25  # files of each kind in the tests
 SECONDS = 20  # one file may take; most take a millisecond
 MEGABYTES = 400  # that reading all files of a kind may add to what the process holds
@@ -470,6 +474,257 @@ KINDS = {
 
 
 # ----------------------------------------------------------------------------------------------------------------------
+# Small files that claim much. Each writes a folder as those above do, to be read as that kind.
+
+
+class Storage:
+    """Stands in a pickle for the numbers of a member of the archive."""
+
+    def __init__(self, kind, key, numel):
+        self.place = ("storage", kind, key, "cpu", numel)
+
+
+class Tensor:
+    """A tensor in a pickle that may claim anything."""
+
+    def __init__(self, numel, size, stride, key="0"):
+        self.args = Storage(torch.FloatStorage, key, numel), 0, size, stride, False, OrderedDict()
+
+    def __reduce__(self):
+        return torch._utils._rebuild_tensor_v2, self.args
+
+
+class Call:
+    """Calls something when it is unpickled."""
+
+    def __init__(self, function, *args):
+        self.call = function, args
+
+    def __reduce__(self):
+        return self.call
+
+
+class Pickler(pickle.Pickler):
+    def persistent_id(self, value):
+        return value.place if isinstance(value, Storage) else None
+
+
+def forge(folder, compression=zipfile.ZIP_STORED, member=bytes(12), **changes):
+    """A checkpoint with the given parts, whose tensors are placeholders; `member` is all the numbers there are."""
+    rope = asdict(CONFIG)
+    weights = {"x_embedder.proj.weight": Tensor(3, (3,), (1,))}
+    state = make_state() | {"model": weights, "ema": weights, "optimizer": None} | changes
+    state["config"]["model"] = changes.pop("settings", rope)
+    state.pop("settings", None)
+    buffer = io.BytesIO()
+    Pickler(buffer, 2).dump(state)
+    with zipfile.ZipFile(folder / "best.pt", "w", compression) as archive:
+        for name, content in (("data.pkl", buffer.getvalue()), ("version", b"3"), ("data/0", member)):
+            archive.writestr(f"best/{name}", content)
+
+
+def forge_weights(folder, *args):
+    tensor = Tensor(*args)
+    forge(folder, model={"x_embedder.proj.weight": tensor}, ema={"x_embedder.proj.weight": tensor})
+
+
+def forge_settings(folder, **settings):
+    """A checkpoint that is sound but for the settings of its model."""
+    state = make_state()
+    state["config"]["model"] |= settings
+    torch.save(state, folder / "best.pt")
+
+
+def forge_text(folder):
+    state = make_state()
+    state["config"]["training"]["note"] = ["x" * 10**6] * 10**5
+    torch.save(state, folder / "best.pt")
+
+
+def forge_member_size(folder):
+    """An archive whose directory says that a member has 4 GB."""
+    forge(folder)
+    data = bytearray((folder / "best.pt").read_bytes())
+    struct.pack_into("<II", data, data.rindex(b"PK\1\2") + 20, 2**32 - 2, 2**32 - 2)
+    (folder / "best.pt").write_bytes(data)
+
+
+def forge_export(folder, header, **about):
+    make_export(folder)
+    if header is not None:
+        (folder / "shared/model.safetensors").write_bytes(header + bytes(100))
+    path = folder / "shared/config.json"
+    config = json.loads(path.read_text())
+    config["model"] |= about
+    path.write_text(json.dumps(config))
+
+
+def header(**tensors):
+    text = json.dumps(tensors).encode()
+    return len(text).to_bytes(8, "little") + text
+
+
+def forge_hole(folder, name, make):
+    """A file of which a terabyte is not there."""
+    make(folder)
+    os.truncate(folder / name, 2**40)
+
+
+def forge_latents(folder, header=None, **about):
+    make_latents(folder)
+    if header is not None:
+        for name in "abc":
+            (folder / f"A/{name}.safetensors").write_bytes(header + bytes(100))
+    path = folder / "latents.json"
+    path.write_text(json.dumps(json.loads(path.read_text()) | about))
+
+
+def forge_latent_video(folder, **fields):
+    make_latents(folder)
+    about = json.loads((folder / "latents.json").read_text())
+    about["videos"][0] |= fields
+    (folder / "latents.json").write_text(json.dumps(about))
+
+
+def forge_npz(folder):
+    make_samples(folder)
+    text = "{'descr': '<f8', 'fortran_order': False, 'shape': (1000000000000000,), }".ljust(117) + "\n"
+    with zipfile.ZipFile(folder / "samples.npz", "w") as archive:
+        archive.writestr("arr_0.npy", b"\x93NUMPY\1\0" + len(text).to_bytes(2, "little") + text.encode() + bytes(8))
+
+
+def deflate_npz(folder):
+    make_samples(folder)
+    np.savez_compressed(folder / "samples.npz", arr_0=np.zeros(300 * 2**20, np.uint8), labels=np.zeros(2, np.int64))
+
+
+def chunk(kind, data):
+    return len(data).to_bytes(4, "big") + kind + data + zlib.crc32(kind + data).to_bytes(4, "big")
+
+
+def forge_png(folder, side):
+    (folder / "A").mkdir()
+    head = chunk(b"IHDR", struct.pack(">IIBBBBB", side, side, 8, 2, 0, 0, 0))
+    data = b"\x89PNG\r\n\x1a\n" + head + chunk(b"IDAT", zlib.compress(bytes(10**6))) + chunk(b"IEND", b"")
+    for name in "ab":
+        (folder / f"A/{name}.png").write_bytes(data)
+
+
+def forge_jpeg(folder):
+    (folder / "A").mkdir()
+    buffer = io.BytesIO()
+    Image.new("RGB", (16, 16)).save(buffer, "JPEG")
+    data = bytearray(buffer.getvalue())
+    struct.pack_into(">HH", data, data.index(b"\xff\xc0") + 5, 60_000, 60_000)
+    (folder / "A/a.jpg").write_bytes(data)
+
+
+def forge_webp(folder):
+    (folder / "A").mkdir()
+    buffer = io.BytesIO()
+    Image.new("RGBA", (16, 16), (1, 2, 3, 4)).save(buffer, "WEBP", exif=b"Exif\0\0MM\0*\0\0\0\x08\0\0\0\0\0\0")
+    data = bytearray(buffer.getvalue())
+    at = data.index(b"VP8X") + 12
+    data[at : at + 6] = (39_999).to_bytes(3, "little") * 2
+    (folder / "A/a.webp").write_bytes(data)
+
+
+def forge_video(folder, codec, side, pix_fmt="yuv420p"):
+    write_video(folder / "A/a.avi", codec, pix_fmt)
+    data = bytearray((folder / "A/a.avi").read_bytes())
+    struct.pack_into("<II", data, data.index(b"avih") + 40, side, side)
+    struct.pack_into("<ii", data, data.index(b"strf") + 12, side, side)
+    (folder / "A/a.avi").write_bytes(data)
+
+
+def forge_vae(folder, **settings):
+    make_tiny_vae(folder)
+    path = folder / "vae/config.json"
+    path.write_text(json.dumps(json.loads(path.read_text()) | settings))
+
+
+HUGE = 2**40
+FORGED = {  # what it claims -> (how to write it, how to read it)
+    "a storage of terabytes": (lambda at: forge_weights(at, HUGE, (HUGE,), (1,)), read_checkpoint),
+    "a tensor beyond its storage": (lambda at: forge_weights(at, 3, (HUGE,), (1,)), read_checkpoint),
+    "a storage beyond its member": (lambda at: forge_weights(at, 100, (100,), (1,)), read_checkpoint),
+    "one number a trillion times": (lambda at: forge_weights(at, 1, (HUGE,), (0,)), read_checkpoint),
+    "a member that is not there": (lambda at: forge_weights(at, 3, (3,), (1,), "7"), read_checkpoint),
+    "an archive that inflates": (lambda at: forge(at, zipfile.ZIP_DEFLATED, bytes(300 * 2**20)), read_checkpoint),
+    "a member of 4 GB": (forge_member_size, read_checkpoint),
+    "an array by its constructor": (lambda at: forge(at, best_loss=Call(bytearray, 2**36)), read_checkpoint),
+    "a tensor by its constructor": (lambda at: forge(at, best_loss=Call(torch.FloatTensor, 2**34)), read_checkpoint),
+    "a text a hundred thousand times": (forge_text, read_checkpoint),
+    "a billion blocks": (lambda at: forge_settings(at, depth=10**9), read_checkpoint),
+    "a thousand blocks": (lambda at: forge_settings(at, depth=1000), read_checkpoint),
+    "a billion channels": (lambda at: forge_settings(at, hidden_size=10**9, num_heads=1), read_checkpoint),
+    "a million channels": (lambda at: forge_settings(at, hidden_size=2**20), read_checkpoint),
+    "a trillion classes": (lambda at: forge_settings(at, num_classes=10**12), read_checkpoint),
+    "a million classes": (lambda at: forge_settings(at, num_classes=10**6), read_checkpoint),
+    "a patch of a million pixels": (lambda at: forge_settings(at, patch_size=1024, input_size=1024), read_checkpoint),
+    "positions by the billion": (lambda at: forge_settings(at, use_rope=False, input_size=2**16), read_checkpoint),
+    "an hour of positions": (lambda at: forge_settings(at, use_rope=False, num_frames=10**7), read_checkpoint),
+    "a checkpoint of a terabyte": (lambda at: forge_hole(at, "best.pt", make_checkpoint), read_checkpoint),
+    "a header of exabytes": (lambda at: forge_export(at, (2**62).to_bytes(8, "little")), read_export),
+    "an exported tensor of terabytes": (
+        lambda at: forge_export(at, header(x={"dtype": "F32", "shape": [HUGE], "data_offsets": [0, 4 * HUGE]})),
+        read_export,
+    ),
+    "an exported tensor beyond its bytes": (
+        lambda at: forge_export(at, header(x={"dtype": "F32", "shape": [HUGE], "data_offsets": [0, 100]})), read_export
+    ),
+    "an exported model of a billion blocks": (lambda at: forge_export(at, None, depth=10**9), read_export),
+    "an exported model of a million classes": (lambda at: forge_export(at, None, num_classes=10**6), read_export),
+    "a config of a terabyte": (lambda at: forge_hole(at, "shared/config.json", make_export), read_export),
+    "latents of terabytes": (
+        lambda at: forge_latents(at, header(mean={"dtype": "F16", "shape": [HUGE], "data_offsets": [0, 2 * HUGE]})),
+        read_latents,
+    ),
+    "latents of another shape": (
+        lambda at: forge_latents(at, header(mean={"dtype": "F16", "shape": [1, 1, 10, 5], "data_offsets": [0, 100]})),
+        read_latents,
+    ),
+    "a cache of a terabyte": (lambda at: forge_hole(at, "latents.json", make_latents), read_latents),
+    "a cache of a billion channels": (lambda at: forge_latents(at, channels=10**9), read_latents),
+    "a cache of gigapixels": (lambda at: forge_latents(at, image_size=10**9), read_latents),
+    "latents of 10^30 frames": (lambda at: forge_latent_video(at, num_frames=10**30), read_latents),
+    "latents that lie elsewhere": (lambda at: forge_latent_video(at, path="../../x.safetensors"), read_latents),
+    "latents that lie anywhere": (lambda at: forge_latent_video(at, path="/etc/x.safetensors"), read_latents),
+    "latents of an unknown class": (lambda at: forge_latent_video(at, class_name=".."), read_latents),
+    "an array of petabytes": (forge_npz, read_samples),
+    "an array that inflates": (deflate_npz, read_samples),
+    "a PNG of 100,000 x 100,000": (lambda at: forge_png(at, 100_000), read_images),
+    "a PNG of 13,000 x 13,000": (lambda at: forge_png(at, 13_000), read_images),
+    "a JPEG of 60,000 x 60,000": (forge_jpeg, read_images),
+    "a WebP of 40,000 x 40,000": (forge_webp, read_images),
+    "a video of 100,000 x 100,000": (lambda at: forge_video(at, "rawvideo", 100_000), read_videos),
+    "a video of 13,000 x 13,000": (lambda at: forge_video(at, "rawvideo", 13_000), read_videos),
+    "a coded video of 100,000 x 100,000": (lambda at: forge_video(at, "ffv1", 100_000), read_videos),
+    "a VAE of a billion channels": (lambda at: forge_vae(at, block_out_channels=[10**9, 10**9]), read_vae),
+    "a VAE of a billion layers": (lambda at: forge_vae(at, layers_per_block=10**9), read_vae),
+    "a VAE of a million latents": (lambda at: forge_vae(at, latent_channels=10**6), read_vae),
+}  # fmt: skip
+
+
+def read_forged(name, place):
+    """Read a forged file; its log says in how many lines it was refused and what memory that took."""
+    make, read = FORGED[name]
+    make(place / "sound")
+    before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    sys.addaudithook(watch)
+    signal.setitimer(signal.ITIMER_REAL, SECONDS)
+    try:
+        read(place / "sound")
+        said = "TROUBLE: was taken\n"
+    except (UserError, UnreadableError) as error:
+        said = f"0 {str(error)!r}\n"
+    except BaseException:
+        said = "TROUBLE " + traceback.format_exc()
+    grown = (resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before) // 1024
+    (place / "log").write_text(f"{said}END 1 refused of 1, {grown} MB more\n")
+
+
+# ----------------------------------------------------------------------------------------------------------------------
 # A process per kind
 
 
@@ -529,16 +784,16 @@ def keep(place, folder, number):
 
 def run_kind(name, place, count, seed):
     """{"refused", "megabytes", "troubles"} of one kind, read in a process that is forked from this one."""
-    kind = KINDS[name]
     (place / "sound").mkdir(parents=True)
-    kind.make(place / "sound")
+    if name in KINDS:
+        KINDS[name].make(place / "sound")
     child = os.fork()
     if child == 0:
         try:
             sink = os.open(os.devnull, os.O_WRONLY)
             os.dup2(sink, 1)
             os.dup2(sink, 2)  # decoders write there
-            read_damaged(name, kind, place, count, seed)
+            read_damaged(name, KINDS[name], place, count, seed) if name in KINDS else read_forged(name, place)
         except BaseException:
             (place / "log").open("a").write("TROUBLE " + traceback.format_exc())
         os._exit(0)
@@ -559,14 +814,15 @@ def main():
     parser = argparse.ArgumentParser(description="Read damaged files of every kind, as long as you like.")
     parser.add_argument("--count", type=int, default=COUNT, help="files of each kind")
     parser.add_argument("--seed", default="0", help="other seeds do other damage")
-    parser.add_argument("--kinds", nargs="+", default=list(KINDS), choices=KINDS, metavar="KIND")
+    parser.add_argument("--kinds", nargs="+", default=list(KINDS), choices=[*KINDS, *FORGED], metavar="KIND")
+    parser.add_argument("--forged", action="store_true", help="the forged files, too")
     parser.add_argument("--folder", type=Path, help="where they lie; none = a temporary one, kept if there is trouble")
     parser.add_argument("--out", type=Path, help="a JSON file for the results")
     args = parser.parse_args()
     models.SIZES["Tiny"] = (2, 48, 2)
     torch.set_num_threads(1)
     folder, results = args.folder or Path(tempfile.mkdtemp(prefix="hostile-")), {}
-    for number, name in enumerate(args.kinds):
+    for number, name in enumerate([*args.kinds, *FORGED] if args.forged else args.kinds):
         results[name] = run_kind(name, folder / str(number), args.count, args.seed)
         found = results[name]
         troubles = found["troubles"]
@@ -585,7 +841,7 @@ def main():
 @pytest.fixture(scope="module")
 def results(tmp_path_factory):
     folder = tmp_path_factory.mktemp("hostile")
-    command = [sys.executable, __file__, "--folder", folder / "files", "--out", folder / "results.json"]
+    command = [sys.executable, __file__, "--forged", "--folder", folder / "files", "--out", folder / "results.json"]
     subprocess.run([*map(str, command)], check=True, env=os.environ | {"OMP_NUM_THREADS": "1"}, timeout=600)
     return json.loads((folder / "results.json").read_text())
 
@@ -595,6 +851,14 @@ def test_a_damaged_file_is_read_or_refused_and_nothing_worse(kind, results):
     found = results[kind]
     assert not found["troubles"], "\n".join(found["troubles"])
     assert found["megabytes"] < MEGABYTES
+
+
+@pytest.mark.parametrize("claim", FORGED)
+def test_a_file_that_claims_more_than_it_has_is_refused_before_memory_is_taken(claim, results):
+    found = results[claim]
+    assert not found["troubles"], "\n".join(found["troubles"])
+    assert found["refused"] == 1
+    assert found["megabytes"] < 100
 
 
 if __name__ == "__main__":
