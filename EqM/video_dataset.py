@@ -15,6 +15,7 @@ from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from pathlib import Path, PurePosixPath
 
+import av
 import decord
 import numpy as np
 import torch
@@ -427,12 +428,28 @@ def _probe(root, class_name, path):
     """What a file says of itself; nothing is decoded for that, and an image not even opened."""
     if _is_a("image", path):
         return Video(path, class_name, num_frames=1, fps=IMAGE_FPS, height=None, width=None)
+    _check_claims(os.path.join(root, path))
     with _reader(os.path.join(root, path)) as reader:
         _, height, width, _ = reader.get_batch([]).shape
         num_frames, fps = _timing(reader)
     if not FPS[0] <= fps <= FPS[1]:
         raise UnreadableError(f"{path}: no frame rate")
     return Video(path, class_name, num_frames, fps, height, width)
+
+
+def _check_claims(path):
+    """Raise UnreadableError if a video claims more frames than it has bytes, or frames that are too large.
+
+    decord makes room for as many frames as the header says, and aborts the process where there is none.
+    """
+    try:
+        _check_video(path)
+        with av.open(os.path.abspath(path)) as file:
+            for stream in file.streams.video:
+                if stream.frames > os.path.getsize(path) or stream.width * stream.height > MOST_PIXELS:
+                    raise OSError(f"claims {stream.frames} frames of {stream.width} x {stream.height} pixels")
+    except (OSError, av.FFmpegError) as error:
+        raise UnreadableError(f"{path}: {error}") from error
 
 
 def _timing(reader):
