@@ -22,8 +22,8 @@ from torch.utils.checkpoint import checkpoint
 from rope import REFERENCE_FPS, RotaryEmbedding3D, apply_rotary
 
 EBMS = ("none", "dot", "l2")
-LARGEST = 2**24  # of the whole numbers that make a model
-MOST_BLOCKS, MOST_WEIGHTS = 2**10, 2**36  # a thousand times EqM-XL; beyond them it is a slip, or a forged file
+LARGEST = {"depth": 2**10, "input_size": 2**13}  # beyond these it is a slip of the pen, or a forged file;
+LARGEST_OTHER, MOST_WEIGHTS = 2**24, 2**36  # so with any other number; a hundred times EqM-XL
 
 
 @dataclass(frozen=True)
@@ -48,7 +48,7 @@ class EqMConfig:
     def __post_init__(self):
         counts = ("input_size", "patch_size", "temporal_patch_size", "in_channels", "hidden_size", "depth", "num_heads")
         for name in (*counts, "num_classes", "num_frames"):
-            most = MOST_BLOCKS if name == "depth" else LARGEST
+            most = LARGEST.get(name, LARGEST_OTHER)
             if not 1 <= getattr(self, name) <= most:
                 raise ValueError(f"{name} must be from 1 to {most}, found {getattr(self, name)}")
         if not (0 < self.rope_theta < math.inf and 0 <= self.class_dropout_prob <= 1):

@@ -66,6 +66,7 @@ from video_dataset import (
 from video_io import write_sheet
 
 VAL_CHUNK = 8  # clips that are validated together; fixed, so that the sums do not depend on the ranks
+MOST = {"num_workers": 1024, "global_batch_size": 2**20, "num_samples": 4096}  # more would fill any machine
 GOLDEN_RATIO = (math.sqrt(5) - 1) / 2
 
 
@@ -159,6 +160,11 @@ def check_flags(args):
     if len(args.frame_interval) > 2 or args.frame_interval[0] > args.frame_interval[-1]:
         found = " ".join(map(str, args.frame_interval))
         raise UserError(f"--frame-interval {found}: wanted one number, or two of which the second is not smaller")
+    for name, most in MOST.items():
+        if (value := getattr(args, name)) > most:
+            raise UserError(f"--{name.replace('_', '-')} {value}: wanted at most {most}")
+    if args.ckpt == "":
+        raise UserError("--ckpt '': an empty name; name a checkpoint, or leave the flag out to start from scratch")
     parts = world_size() * args.grad_accum
     if args.global_batch_size % parts:
         raise UserError(

@@ -92,8 +92,8 @@ def check_data_path(root, images=False):
 def latents_settings(root, images=False):
     """What latents.json of a latent cache says, None if root is no cache; raises UserError if it can't be used."""
     here, place = f"--data-path {root}", Path(root, LATENTS)
-    if not place.exists():
-        if Path(root, PARTIAL).exists():
+    if not os.path.exists(place):
+        if os.path.exists(os.path.join(root, PARTIAL)):
             raise UserError(f"{here}: a latent cache that is not complete: run cache_latents.py again, it will go on")
         return None
     try:
@@ -444,10 +444,11 @@ def _check_claims(path):
     """
     try:
         _check_video(path)
-        with av.open(os.path.abspath(path)) as file:
+        with av.open(os.path.abspath(path), metadata_errors="ignore") as file:
             for stream in file.streams.video:
-                if stream.frames > os.path.getsize(path) or stream.width * stream.height > MOST_PIXELS:
-                    raise OSError(f"claims {stream.frames} frames of {stream.width} x {stream.height} pixels")
+                height, width = (getattr(stream, side, 0) for side in ("height", "width"))  # none of an unknown codec
+                if stream.frames > os.path.getsize(path) or height * width > MOST_PIXELS:
+                    raise OSError(f"claims {stream.frames} frames of {width} x {height} pixels")
     except (OSError, av.FFmpegError) as error:
         raise UnreadableError(f"{path}: {error}") from error
 

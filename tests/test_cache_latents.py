@@ -463,26 +463,6 @@ def test_a_cache_that_cannot_be_used_is_one_line_that_says_what_to_do(cache, tmp
 # Errors of the user.
 
 
-def test_every_mistake_is_one_line_and_status_2_before_anything_is_touched(
-    root, vae, cache, tmp_path, monkeypatch, capsys
-):
-    out = tmp_path / "out"
-
-    def message(*arguments):
-        line = refused(monkeypatch, capsys, *arguments)
-        assert not out.exists()
-        return line
-
-    assert "pixels need no cache" in message(root, "none", out)
-    assert "--vae emma" in message(root, "emma", out)
-    assert "--image-size 33 is not a multiple of 2" in message(root, vae, out, "--image-size", 33)
-    assert "no such folder" in message(tmp_path / "missing", vae, out)
-    assert "a latent cache; name the folder of its videos" in message(cache, vae, out)
-    assert "holds Jump but no latent cache" in message(root, vae, root)
-    (tmp_path / "file").write_text("")
-    assert "not a folder" in message(root, vae, tmp_path / "file")
-
-
 def test_a_cache_of_other_settings_is_refused_whether_it_is_complete_or_not(
     root, vae, cache, tmp_path, monkeypatch, capsys
 ):
