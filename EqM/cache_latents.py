@@ -30,7 +30,7 @@ import distributed
 import video_dataset
 from checkpoint import whole_file
 from distributed import COUNT, SHARE, ArgumentParser, UserError, check_writable, fail, rank, say, world_size
-from safe_read import check_regular, read_json
+from safe_read import check_regular, plain_name, read_json
 from vae import load_vae
 from video_dataset import LATENTS, PARTIAL, UCF_LISTS, UnreadableError, latents_settings
 
@@ -127,7 +127,7 @@ def is_done(out, video, scan):
     path = os.path.join(out, latents_path(video))
     try:
         check_regular(path)
-        with safe_open(path, "pt") as file:
+        with plain_name(path) as plain, safe_open(plain, "pt") as file:
             return file.metadata() == source(video, scan)
     except (OSError, SafetensorError):
         return False

@@ -36,7 +36,7 @@ from safetensors import SafetensorError
 
 from distributed import UserError
 from models import SIZES, EqM, EqMConfig, model_config, position_table
-from safe_read import ARCHIVE_ERRORS, FPS, check_archive, check_regular, read_json
+from safe_read import ARCHIVE_ERRORS, FPS, check_archive, check_regular, plain_name, read_json
 
 VERSION = 1
 FLAGS = {  # what a user types for a field of EqMConfig
@@ -160,8 +160,8 @@ def read_file(path):
             check_pickles(file, check_archive(file))
             with warnings.catch_warnings(), torch.serialization.safe_globals([argparse.Namespace]):
                 warnings.simplefilter("ignore")  # torch's hints on foreign pickles; the refusal says enough
-                place = f"/dev/fd/{file.fileno()}" if is_odd(path) else path
-                return copy.deepcopy(torch.load(place, map_location="cpu", weights_only=True, mmap=True))
+                with plain_name(path) as name:
+                    return copy.deepcopy(torch.load(name, map_location="cpu", weights_only=True, mmap=True))
     except FileNotFoundError:
         raise UserError(f"{flag}: no such file; wanted a checkpoint, for example RUN/checkpoints/best.pt") from None
     except pickle.UnpicklingError as error:
@@ -173,11 +173,6 @@ def read_file(path):
     except (*ARCHIVE_ERRORS, TypeError, AttributeError, AssertionError) as error:
         # What torch.load raises on damaged files depends on where the damage is.
         raise UserError(f"{flag}: damaged or cut short; use another checkpoint, or copy it again") from error
-
-
-def is_odd(path):
-    """Whether torch can't take a path: one whose bytes are no UTF-8."""
-    return any("\ud800" <= letter <= "\udfff" for letter in os.fspath(path))
 
 
 def check_pickles(file, names):
@@ -303,10 +298,10 @@ def write_export(folder, state, dtype="fp32"):
     weights = {name: value.to(DTYPES[dtype]).contiguous() for name, value in state["ema"].items()}
     temporary.mkdir(parents=True)
     try:
-        safetensors.torch.save_file(weights, temporary / EXPORT[0], metadata={"format": "pt"})
+        (temporary / EXPORT[0]).write_bytes(safetensors.torch.save(weights, metadata={"format": "pt"}))
         (temporary / EXPORT[1]).write_text(json.dumps(about, indent=2) + "\n")
         os.replace(temporary, folder)
-    except (OSError, SafetensorError):  # a full disk is either
+    except OSError:
         shutil.rmtree(temporary)
         raise
 
@@ -323,7 +318,8 @@ def read_export(folder):
         for part, needed in NEEDED.items():
             if missing := needed - about[part].keys():
                 raise KeyError(f"no {part}.{min(missing)}")
-        weights = {name: value.float() for name, value in safetensors.torch.load_file(weights).items()}
+        with plain_name(weights) as name:
+            weights = {name: value.float() for name, value in safetensors.torch.load_file(name).items()}
         return foreign({part: about[part] for part in PARTS}, weights, weights, about["step"])
     except (OSError, ValueError, KeyError, TypeError, AttributeError, RuntimeError, SafetensorError) as error:
         reason = (str(error) or type(error).__name__)[:200]

@@ -11,6 +11,7 @@ import os
 import re
 import stat
 import zipfile
+from contextlib import contextmanager
 
 import numpy as np
 
@@ -28,6 +29,22 @@ def check_regular(path):
     """Raise OSError unless `path` is a plain file, or a link to one: a pipe, a device or a socket may never end."""
     if not stat.S_ISREG(os.stat(path).st_mode):
         raise OSError(f"{'a folder' if os.path.isdir(path) else 'a pipe or a device'}, wanted a plain file")
+
+
+def is_text(path):
+    """Whether the bytes of a path are UTF-8."""
+    return not any("\ud800" <= letter <= "\udfff" for letter in os.fspath(path))
+
+
+@contextmanager
+def plain_name(path):
+    """A name by which libraries in C++ and Rust can open a file: absolute, as FFmpeg takes some (`concat:...`) for what
+    they say; and UTF-8, in place of a path that is not. Raises OSError."""
+    if is_text(path):
+        yield os.path.abspath(path)
+    else:
+        with open(path, "rb") as file:
+            yield f"/dev/fd/{file.fileno()}"
 
 
 def read_json(path, most=JSON_BYTES):

@@ -48,6 +48,7 @@ from distributed import (
 )
 from metrics import Metrics, Window, import_wandb
 from models import EBMS, NAMES, EqM, EqMConfig, model_config
+from safe_read import is_text
 from vae import load_vae
 from video_dataset import (
     BadVideos,
@@ -174,6 +175,8 @@ def check_flags(args):
     if args.disp and args.global_batch_size == parts:
         raise UserError(f"--disp compares clips, --global-batch-size {parts} leaves each rank one at a time: raise it")
     check_writable("--results-dir", args.results_dir)
+    if not is_text(args.results_dir):
+        raise UserError(f"--results-dir {args.results_dir}: is no UTF-8, which TensorBoard can't take; name another")
     if args.wandb:
         import_wandb()
 

@@ -25,7 +25,7 @@ from safetensors import SafetensorError, safe_open
 from tqdm import tqdm
 
 from distributed import UserError, generator, say
-from safe_read import FPS, check_regular, read_json
+from safe_read import FPS, check_regular, plain_name, read_json
 
 KINDS = "video", "image"  # KINDS[images] is the kind of file that is wanted
 SUFFIXES = {"video": (".avi", ".mkv", ".mov", ".mp4", ".webm"), "image": (".jpeg", ".jpg", ".png", ".webp")}
@@ -387,7 +387,7 @@ def _reader(path):
     UnreadableError."""
     try:
         _check_video(path)
-        with _decord_name(path) as name:
+        with plain_name(path) as name:
             # decord repeats frames in place of lost ones up to this share of the video, but as often as it likes at 0.
             reader = decord.VideoReader(name, ctx=decord.cpu(0), num_threads=1, fault_tol=1e-6)
         _, height, width, _ = reader.get_batch([]).shape
@@ -408,20 +408,6 @@ def _check_video(path):
         head = file.read(8)
     if not any(head[at : at + 4] in starts for at, starts in VIDEO_STARTS):
         raise OSError("neither AVI, Matroska, WebM, MP4 nor QuickTime")
-
-
-@contextmanager
-def _decord_name(path):
-    """A name for a file that decord can pass on: FFmpeg takes some (`concat:...`) for what they say, and decord none
-    whose bytes are not UTF-8."""
-    path = os.path.abspath(path)
-    try:
-        path.encode()
-    except UnicodeEncodeError:
-        with open(path, "rb") as file:
-            yield f"/dev/fd/{file.fileno()}"
-    else:
-        yield path
 
 
 def _probe(root, class_name, path):
@@ -511,7 +497,7 @@ def read_latents(root, video, numbers, flipped=False, shape=None):
     path, first, parts = os.path.join(root, video.path), numbers[0], []
     try:
         check_regular(path)
-        with safe_open(path, "pt") as file:
+        with plain_name(path) as plain, safe_open(plain, "pt") as file:
             for name in ("mean_flipped", "std_flipped") if flipped else ("mean", "std"):
                 part = file.get_slice(name)
                 dtype, found = part.get_dtype(), tuple(part.get_shape()[1:])

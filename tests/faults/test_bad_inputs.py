@@ -164,6 +164,7 @@ CASES = {
     "results of no name": case("train", ["--results-dir", ""], "--results-dir", "empty"),
     "results in a link to itself": case("train", "--results-dir loop/x", "--results-dir loop"),
     "results in a link to nowhere": case("train", "--results-dir nowhere", "--results-dir nowhere"),
+    "results in what is no text": case("train", ["--results-dir", "x\udcff"], "--results-dir", "UTF-8"),
     "results of 300 letters": case("train", f"--results-dir {LONG}", "--results-dir", "255 bytes"),
     # Checkpoints.
     "no such checkpoint": case("train", "--ckpt no/such.pt", "--ckpt no/such.pt", "no such file"),
