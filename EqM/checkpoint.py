@@ -189,13 +189,17 @@ def odd_part(state):
     """The name of the first part of a checkpoint that has not the kind of value it should have; None if all have."""
     kinds = {
         "config": is_config, "model": is_weights, "ema": is_weights, "optimizer": is_optimizer, "step": is_count,
-        "phase": is_phase, "best_loss": lambda value: isinstance(value, (int, float)), "run": is_run,
+        "phase": is_phase, "best_loss": is_loss, "run": is_run,
     }  # fmt: skip
     return next((name for name, is_right in kinds.items() if not is_right(state.get(name))), None)
 
 
 def is_count(value, least=0):
     return isinstance(value, int) and least <= value < 2**53
+
+
+def is_loss(value):
+    return isinstance(value, (int, float)) and not math.isnan(value)
 
 
 def is_weights(value):
@@ -444,7 +448,7 @@ def config_of(path, state):
     try:
         for field in fields(EqMConfig):
             if not isinstance(saved[field.name], (int, float) if field.type is float else field.type):
-                raise ValueError(f"{field.name} is {saved[field.name]!r}")
+                raise ValueError(f"{field.name} is no {field.type.__name__}")
         config = EqMConfig(**saved)
         if len(state["config"]["data"]["classes"]) > config.num_classes:
             raise ValueError(f"num_classes is {config.num_classes} and more are named")
@@ -459,8 +463,9 @@ def num_blocks(weights):
 
 
 def check_weights(path, config, *parts):
-    """Raise UserError, naming the first mismatch, unless each of the parts (state dicts) holds the weights of
-    EqM(config). That is not made: only once a file is known to hold as much, one block of it is, which stands for all.
+    """Raise UserError, naming the first mismatch, unless each of the parts (state dicts) is one of EqM(config).
+
+    That is not made for it: only once a file is known to hold as much, one block of it is, which stands for all.
     """
     mismatch = next(filter(None, (too_few(config, weights) for weights in parts)), None)
     if mismatch is None:

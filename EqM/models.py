@@ -51,7 +51,7 @@ class EqMConfig:
             most = LARGEST.get(name, LARGEST_OTHER)
             if not 1 <= getattr(self, name) <= most:
                 raise ValueError(f"{name} must be from 1 to {most}, found {getattr(self, name)}")
-        if not (0 < self.rope_theta < math.inf and 0 <= self.class_dropout_prob <= 1):
+        if not (0 < self.rope_theta <= 1e12 and 0 <= self.class_dropout_prob <= 1):
             raise ValueError(f"rope_theta {self.rope_theta} or class_dropout_prob {self.class_dropout_prob} is no such")
         if self.input_size % self.patch_size:
             raise ValueError(f"input_size {self.input_size} is not a multiple of patch_size {self.patch_size}")

@@ -38,8 +38,10 @@ def is_text(path):
 
 @contextmanager
 def plain_name(path):
-    """A name by which libraries in C++ and Rust can open a file: absolute, as FFmpeg takes some (`concat:...`) for what
-    they say; and UTF-8, in place of a path that is not. Raises OSError."""
+    """A name by which libraries in C++ and Rust can open a file. Raises OSError.
+
+    It is absolute, as FFmpeg takes some (`concat:...`) for what they say; and UTF-8, in place of a path that is not.
+    """
     if is_text(path):
         yield os.path.abspath(path)
     else:

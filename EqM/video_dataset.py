@@ -383,8 +383,7 @@ class BadVideos:
 
 @contextmanager
 def _reader(path):
-    """A reader at the first frame; whatever is wrong with the file, and what decord says of it, becomes
-    UnreadableError."""
+    """A reader at the first frame; whatever is wrong with the file, or decord says against it, is UnreadableError."""
     try:
         _check_video(path)
         with plain_name(path) as name:
@@ -396,7 +395,8 @@ def _reader(path):
         yield reader
     # No file, or none of a video; no frame in it; fewer frames than asked for; the others: a frame can't be decoded.
     except (
-        OSError, RuntimeError, AssertionError, StopIteration, decord.DECORDError, decord.DECORDLimitReachedError
+        OSError, RuntimeError, AssertionError, IndexError, StopIteration, decord.DECORDError,
+        decord.DECORDLimitReachedError,
     ) as error:  # fmt: skip
         raise UnreadableError(f"{path}: {str(error) or 'ends too early'}") from error
 

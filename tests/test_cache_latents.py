@@ -416,6 +416,13 @@ DAMAGES = {
     "empty": lambda path: path.write_bytes(b""),
     "text": lambda path: path.write_text("hello" * 1000),
     "of another video": lambda path: save_file({"mean": torch.zeros(2, 4, 8, 8), "std": torch.zeros(2, 4, 8, 8)}, path),
+    "of no numbers": lambda path: save_file(
+        {part: torch.full((40, 4, 8, 8), float("nan")).half() for part in ("mean", "std")}, path
+    ),
+    "of another size": lambda path: save_file(
+        {part: torch.zeros(40, 4, 16, 16).half() for part in ("mean", "std")}, path
+    ),
+    "a pipe": lambda path: (path.unlink(), os.mkfifo(path)),
     "without std": lambda path: save_file({"mean": torch.zeros(40, 4, 8, 8).half()}, path),
 }
 
@@ -432,7 +439,7 @@ def test_a_bad_latents_file_is_named_replaced_and_counted_like_a_bad_video(cache
     books = BadVideos(len(clips), 0.0)
     assert books.add([path for item in items for path in item["bad"]]) == ["Run/a.safetensors"]
     with pytest.raises(UnreadableError, match="a.safetensors"):
-        video_dataset.read_latents(folder, clips.videos[2], [20, 21])
+        video_dataset.read_latents(folder, clips.videos[2], [20, 21], shape=clips.latent_shape)
 
 
 def test_a_cache_that_cannot_be_used_is_one_line_that_says_what_to_do(cache, tmp_path):
