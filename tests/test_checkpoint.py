@@ -319,7 +319,8 @@ def test_a_file_that_is_replaced_while_it_is_in_use_does_not_change_what_was_loa
     [
         ("step", -1), ("step", "7"), ("best_loss", math.nan), ("phase", {"first_step": 0}), ("ema", []),
         ("phase", {"first_step": 0, "position": 0, "other": 1}), ("optimizer", {"kind": "x"}),
-        ("config", None), ("model", {"a": 1}), ("run", {"window": 3, "bad_videos": []}), ("model", {"a": torch.zeros(1).expand(9)}),
+        ("config", None), ("model", {"a": 1}), ("run", {"window": 3, "bad_videos": []}),
+        ("model", {"a": torch.zeros(1).expand(9)}),
     ],
 )  # fmt: skip
 def test_a_part_that_is_not_what_training_writes_is_named(part, value):
