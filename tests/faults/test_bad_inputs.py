@@ -25,7 +25,7 @@ import export
 import make_moving_shapes
 import sample_gd
 import train
-from test_hostile_files import make_latents
+from test_hostile_files import make_latents, make_samples
 from test_train import save_checkpoint, write_video
 from tiny_data import make_images, make_vae
 from video_dataset import scan_videos
@@ -328,9 +328,9 @@ def world(tmp_path_factory):
         (root / folder).mkdir()
     for folder in ("cache", "partial", "lost", "elsewhere"):
         make_latents(root / folder)
-    for folder in ("lost",):
-        text = (root / folder / "latents.json").read_text()
-        (root / folder / "latents.json").write_text(text.replace('"ema"', '"vae"'))
+    text = (root / "lost/latents.json").read_text()
+    (root / "lost/latents.json").write_text(text.replace('"ema"', '"vae"'))
+    make_samples(root / "samples")
     (root / "partial/latents.json").rename(root / "partial/latents.partial.json")
     (root / "lost/A/a.safetensors").unlink()
     text = (root / "elsewhere/latents.json").read_text()
