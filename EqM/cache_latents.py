@@ -30,6 +30,7 @@ import distributed
 import video_dataset
 from checkpoint import whole_file
 from distributed import COUNT, SHARE, ArgumentParser, UserError, check_writable, fail, rank, say, world_size
+from safe_read import check_regular, plain_name, read_json
 from vae import load_vae
 from video_dataset import LATENTS, PARTIAL, UCF_LISTS, UnreadableError, latents_settings
 
@@ -84,13 +85,14 @@ def check_out(out, settings):
     names = os.listdir(out) if os.path.exists(out) else []
     if marks := [name for name in (LATENTS, PARTIAL) if name in names]:
         try:
-            found = json.loads(Path(out, marks[0]).read_text())
+            found = read_json(Path(out, marks[0]))
             other = next((name for name in settings if found[name] != settings[name]), None)
         except (OSError, ValueError, KeyError, TypeError) as error:
             raise UserError(f"--out {out}: its {marks[0]} is damaged ({error}): name another folder") from error
         if other:
-            raise UserError(f"--out {out}: a latent cache with {other} {found[other]}, found {settings[other]}: "
-                            "give the same flags or name another folder")
+            has = str(found[other])[:200]
+            raise UserError(f"--out {out}: a latent cache with {other} {has}, found {settings[other]}: give the same "
+                            "flags or name another folder")
     elif foreign := sorted(name for name in names if name[0] != "." and name != PARTIAL + ".tmp"):
         raise UserError(f"--out {out}: holds {foreign[0]} but no latent cache: name a new or an empty folder")
 
@@ -102,6 +104,11 @@ def survey(args):
     bad_videos = video_dataset.BadVideos(len(scan.videos) + len(scan.unreadable), args.max_bad_fraction)
     for path in bad_videos.add(scan.unreadable):
         say(f"{path} can't be opened; it is left out")
+    for video in scan.videos:
+        name = PurePosixPath(latents_path(video)).name + ".tmp"  # as it is called while it is written
+        if len(os.fsencode(name)) > 255:
+            raise UserError(f"--data-path {args.data_path}: {video.path[:60]}... has too long a name for its latents: "
+                            f"shorten it by {len(os.fsencode(name)) - 255} bytes")
     return scan, [video for video in scan.videos if not is_done(args.out, video, scan)], bad_videos
 
 
@@ -117,8 +124,10 @@ def source(video, scan):
 
 def is_done(out, video, scan):
     """Whether the latents of this very video are there, whole."""
+    path = os.path.join(out, latents_path(video))
     try:
-        with safe_open(os.path.join(out, latents_path(video)), "pt") as file:
+        check_regular(path)
+        with plain_name(path) as plain, safe_open(plain, "pt") as file:
             return file.metadata() == source(video, scan)
     except (OSError, SafetensorError):
         return False
@@ -160,7 +169,8 @@ def prepare(out, settings, scan):
     if not Path(out, LATENTS).exists():
         write(Path(out, PARTIAL), json.dumps(settings, indent=1).encode())
     for left in (*Path(out).rglob("*.tmp"), *Path(out).glob(f"{video_dataset.INDEX}.*")):
-        left.unlink()
+        if not left.is_dir():  # a class may have any name
+            left.unlink()
     video_dataset.save_index(scan, out)
 
 

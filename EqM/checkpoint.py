@@ -15,23 +15,29 @@ A file holds a dict of tensors and plain Python values:
 """
 
 import argparse
+import copy
 import errno
 import json
 import math
 import os
 import pickle
+import pickletools
+import re
 import shutil
 import warnings
+import zipfile
 from contextlib import contextmanager, suppress
-from dataclasses import asdict, dataclass, fields
+from dataclasses import asdict, dataclass, fields, replace
 from pathlib import Path
 
 import safetensors.torch
 import torch
+from safetensors import SafetensorError
 
 from distributed import UserError, rank, say
 from interruption import is_restarted, lock
 from models import SIZES, EqM, EqMConfig, model_config, position_table
+from safe_read import ARCHIVE_ERRORS, FPS, check_archive, check_regular, plain_name, read_json
 
 VERSION = 1
 FLAGS = {  # what a user types for a field of EqMConfig
@@ -51,6 +57,13 @@ NEEDED = {  # of those parts, to sample
     "data": {"vae", "image_size", "fps", "frame_interval", "classes"},
     "training": {"model", "num_frames", "video"},
 }
+GLOBALS = re.compile(  # what torch.save writes of tensors and plain values; torch.load would also take what allocates
+    r"torch (BFloat16|Bool|Byte|Char|Double|Float|Half|Int|Long|Short)Storage|collections OrderedDict|"
+    r"torch\._utils _rebuild_(tensor_v2|parameter)|argparse Namespace"  # the last as published files have it
+)
+MEMORY = {torch.optim.AdamW: ("step", "exp_avg", "exp_avg_sq"), torch.optim.Muon: ("momentum_buffer",)}  # of a weight
+CONFIG_BYTES = 2**24  # of what is said of a model, config.json
+LARGEST_TABLE = 2**22  # values of fixed positions that any file may ask for; more weights may ask for more
 SHAPE = ("depth", "hidden_size", "num_heads", "patch_size")  # the fields of EqMConfig that --model decides
 LOCAL_FLAGS = {"data_path", "results_dir", "ckpt"}  # mean nothing on another machine
 
@@ -123,36 +136,163 @@ def load(path, **asked):
     if (parts := published_parts(state)) is not None:
         return load_published(path, *parts, asked)
     wanted = {"version", "config", "model", "ema", "optimizer", "step", "phase", "best_loss"}
-    if not isinstance(state, dict) or not wanted <= state.keys() or set(state["config"]) != set(PARTS):
+    if not isinstance(state, dict) or not wanted <= state.keys():
         names = ", ".join(sorted(wanted))
         raise UserError(f"--ckpt {path}: not a checkpoint of this project; wanted a dict with {names}")
     check_version(path, state["version"])
+    if odd := odd_part(state):
+        raise UserError(f"--ckpt {path}: damaged: its {odd} is not what train.py writes; use another checkpoint")
     return state
 
 
 def check_version(path, version):
-    if version != VERSION:
-        raise UserError(f"--ckpt {path}: has format version {version}, this code reads version {VERSION}")
+    if not isinstance(version, int) or version != VERSION:
+        found = str(version)[:20] if isinstance(version, (int, str)) else type(version).__name__
+        raise UserError(f"--ckpt {path}: has format version {found}, this code reads version {VERSION}")
 
 
 def read_file(path):
-    """What a file of torch.save holds. Raises UserError."""
+    """What a file of torch.save holds. Raises UserError.
+
+    torch.load maps the file into memory, so that nothing in it can claim more than it has; the copy is of what it has.
+    """
     flag = f"--ckpt {path}"
     try:
-        with warnings.catch_warnings(), torch.serialization.safe_globals([argparse.Namespace]):  # as published files do
-            warnings.simplefilter("ignore")  # torch's hints on foreign pickles; the refusal says enough
-            return torch.load(path, map_location="cpu", weights_only=True)
+        check_regular(path)
+        with open(path, "rb") as file:
+            if file.read(4) != b"PK\3\4":  # an archive; before torch 1.6 all was one pickle
+                raise pickle.UnpicklingError("no archive")
+            check_pickles(file, check_archive(file))
+            with warnings.catch_warnings(), torch.serialization.safe_globals([argparse.Namespace]):
+                warnings.simplefilter("ignore")  # torch's hints on foreign pickles; the refusal says enough
+                with plain_name(path) as name:
+                    return copy.deepcopy(torch.load(name, map_location="cpu", weights_only=True, mmap=True))
     except FileNotFoundError:
         raise UserError(f"{flag}: no such file; wanted a checkpoint, for example RUN/checkpoints/best.pt") from None
-    except PermissionError as error:
-        raise UserError(f"{flag}: can't be read ({error.strerror}); wanted a checkpoint file") from error
     except pickle.UnpicklingError as error:
         raise UserError(
             f"{flag}: not a checkpoint, or one that holds code (only tensors and plain values are loaded)"
         ) from error
-    except (OSError, RuntimeError, EOFError, ValueError, LookupError, TypeError, AttributeError) as error:
+    except OSError as error:
+        raise UserError(f"{flag}: can't be read ({error.strerror or error}); wanted a checkpoint file") from error
+    except (*ARCHIVE_ERRORS, TypeError, AttributeError, AssertionError) as error:
         # What torch.load raises on damaged files depends on where the damage is.
         raise UserError(f"{flag}: damaged or cut short; use another checkpoint, or copy it again") from error
+
+
+def check_pickles(file, names):
+    """Raise UnpicklingError if an archive of torch.save names anything but tensors and plain values."""
+    with zipfile.ZipFile(file) as archive:
+        for name in names:
+            if name.endswith(".pkl"):
+                for opcode, value, _ in pickletools.genops(archive.read(name)):
+                    if opcode.name == "GLOBAL" and not GLOBALS.fullmatch(value):
+                        raise pickle.UnpicklingError(f"holds {value}")
+
+
+def odd_part(state):
+    """The name of the first part of a checkpoint that has not the kind of value it should have; None if all have."""
+    kinds = {
+        "config": is_config, "model": is_weights, "ema": is_weights, "optimizer": is_optimizer, "step": is_count,
+        "phase": is_phase, "best_loss": is_loss, "run": is_run,
+    }  # fmt: skip
+    return next((name for name, is_right in kinds.items() if not is_right(state.get(name))), None)
+
+
+def is_count(value, least=0):
+    return isinstance(value, int) and least <= value < 2**53
+
+
+def is_loss(value):
+    return isinstance(value, (int, float)) and not math.isnan(value)
+
+
+def is_weights(value):
+    """Whether value is a dict of names and floating-point tensors in which each number has a place of its own.
+
+    One that is repeated without end, or shared by many tensors, takes no place in a file but all of it in a model.
+    """
+    if not is_dict_of_names(value):
+        return False
+    tensors = list(value.values())
+    if not all(torch.is_tensor(tensor) and tensor.is_floating_point() for tensor in tensors):
+        return False
+    places = {storage.data_ptr(): storage.nbytes() for storage in (tensor.untyped_storage() for tensor in tensors)}
+    return sum(tensor.nbytes for tensor in tensors) <= sum(places.values())
+
+
+def is_phase(value):
+    """Whether value holds fields of Progress, at least those that no run is without."""
+    names = {field.name for field in fields(Progress)} - {"step", "best_loss"}
+    if not isinstance(value, dict) or not {"first_step", "position"} <= value.keys() <= names:
+        return False
+    seconds = value.get("seconds", 0.0)
+    counts = [number for name, number in value.items() if name != "seconds"]
+    return isinstance(seconds, (int, float)) and seconds >= 0 and all(is_count(number, least=-1) for number in counts)
+
+
+def is_run(value):
+    """Whether value is what a run that was interrupted has left of its window and its bad videos; None is nothing."""
+    if value is None:
+        return True
+    if not isinstance(value, dict) or not is_texts(value.get("bad_videos")) or "window" not in value:
+        return False
+    window = value["window"]
+    if window is None:
+        return True
+    if not isinstance(window, dict) or not is_texts(window.get("names")) or not torch.is_tensor(window.get("rows")):
+        return False
+    return window["rows"].shape[1:] == (len(window["names"]),) and is_weights({"rows": window["rows"]})
+
+
+def is_texts(value):
+    return isinstance(value, list) and all(isinstance(part, str) for part in value)
+
+
+def is_optimizer(value):
+    if value is None:
+        return True
+    if not isinstance(value, dict) or value.get("kind") not in ("adamw", "muon"):
+        return False
+    states = value.get("states")
+    return isinstance(states, list) and all(isinstance(state, dict) for state in states)
+
+
+def is_plain(value):
+    """Whether value is what a flag can be: a number, a text, nothing, or a list of these."""
+    parts = value if isinstance(value, list) else [value]
+    return all(part is None or isinstance(part, (str, int, float)) for part in parts)
+
+
+def is_config(config):
+    """Whether config has its three parts, and in them the values that sampling and training take from there."""
+    if not isinstance(config, dict) or config.keys() != set(PARTS) or not all(map(is_dict_of_names, config.values())):
+        return False
+    if any(needed - config[part].keys() for part, needed in NEEDED.items()):
+        return False
+    data, training = config["data"], config["training"]
+    interval, fps, classes = data["frame_interval"], data["fps"], data["classes"]
+    return (
+        isinstance(data["vae"], str)
+        and (data["image_size"] is None or is_count(data["image_size"], 1))
+        and isinstance(fps, (int, float)) and FPS[0] <= fps <= FPS[1]
+        and isinstance(interval, list) and len(interval) in (1, 2) and all(is_count(part, 1) for part in interval)
+        and is_texts(classes) and classes != []
+        and isinstance(training["model"], str)
+        and is_count(training["num_frames"], 1)
+        and isinstance(training["video"], bool)
+        and all(map(is_plain, training.values()))
+        and sum(map(text_size, (*data.values(), *training.values()))) < CONFIG_BYTES
+    )  # fmt: skip
+
+
+def text_size(value):
+    """How many letters a plain value has: a text that comes a million times is in a pickle only once."""
+    return sum(len(part) if isinstance(part, str) else 8 for part in (value if isinstance(value, list) else [value]))
+
+
+def is_dict_of_names(value):
+    return isinstance(value, dict) and all(isinstance(name, str) for name in value)
 
 
 # ----------------------------------------------------------------------------------------------------------------------
@@ -161,18 +301,18 @@ def read_file(path):
 
 def write_export(folder, state, dtype="fp32"):
     """Write model.safetensors (the EMA) and config.json into a new or empty folder, all or nothing. Raises OSError."""
-    folder, parts = Path(folder).absolute(), dict(state["config"])
-    temporary = folder.with_name(folder.name + ".tmp")
+    folder, parts = Path(os.path.abspath(folder)), dict(state["config"])
+    temporary = folder.with_name(f".{folder.name}.tmp")
     shutil.rmtree(temporary, ignore_errors=True)  # of a crash
     parts["training"] = {name: value for name, value in parts["training"].items() if name not in LOCAL_FLAGS}
     about = {"version": VERSION, "step": state["step"], "dtype": dtype, **parts}
     weights = {name: value.to(DTYPES[dtype]).contiguous() for name, value in state["ema"].items()}
     temporary.mkdir(parents=True)
     try:
-        safetensors.torch.save_file(weights, temporary / EXPORT[0], metadata={"format": "pt"})
+        (temporary / EXPORT[0]).write_bytes(safetensors.torch.save(weights, metadata={"format": "pt"}))
         (temporary / EXPORT[1]).write_text(json.dumps(about, indent=2) + "\n")
         os.replace(temporary, folder)
-    except (OSError, safetensors.SafetensorError):  # a full disk is either
+    except OSError:
         shutil.rmtree(temporary)
         raise
 
@@ -184,15 +324,17 @@ def read_export(folder):
         wanted = "a checkpoint file or what scripts/export.py wrote"
         raise UserError(f"{flag}: a folder without {missing[0]}; wanted {wanted}")
     try:
-        about = json.loads(about.read_text())
+        about = read_json(about, CONFIG_BYTES)
         check_version(folder, about["version"])
         for part, needed in NEEDED.items():
             if missing := needed - about[part].keys():
                 raise KeyError(f"no {part}.{min(missing)}")
-        weights = {name: value.float() for name, value in safetensors.torch.load_file(weights).items()}
+        with plain_name(weights) as name:
+            weights = {name: value.float() for name, value in safetensors.torch.load_file(name).items()}
         return foreign({part: about[part] for part in PARTS}, weights, weights, about["step"])
-    except (OSError, ValueError, KeyError, TypeError, AttributeError, safetensors.SafetensorError) as error:
-        raise UserError(f"{flag}: damaged ({error}); copy or export it again") from error
+    except (OSError, ValueError, KeyError, TypeError, AttributeError, RuntimeError, SafetensorError) as error:
+        reason = (str(error) or type(error).__name__)[:200]
+        raise UserError(f"{flag}: damaged ({reason}); copy or export it again") from error
 
 
 def foreign(config, model, ema, step):
@@ -212,16 +354,17 @@ def published_parts(state):
     """(weights, averaged weights, args as a dict) of a published file; None if it is something else."""
 
     def is_network(part):
-        ends = ("x_embedder.proj.weight", "y_embedder.embedding_table.weight")
-        return isinstance(part, dict) and all(torch.is_tensor(part.get(name)) for name in ends)
+        ranks = {"x_embedder.proj.weight": 4, "y_embedder.embedding_table.weight": 2}
+        return is_weights(part) and all(name in part and part[name].dim() == rank for name, rank in ranks.items())
 
     if is_network(state):
         return state, state, {}
     if not isinstance(state, dict) or {"version", "config"} & state.keys():
         return None
     found = [state[name] for name in ("model", "ema") if is_network(state.get(name))]
-    args = state.get("args") or {}
-    return (found[0], found[-1], args if isinstance(args, dict) else vars(args)) if found else None
+    args = state.get("args")
+    args = vars(args) if isinstance(args, argparse.Namespace) else args
+    return (found[0], found[-1], args if isinstance(args, dict) else {}) if found else None
 
 
 def load_published(path, model, ema, args, asked):
@@ -237,7 +380,7 @@ def load_published(path, model, ema, args, asked):
     except ValueError as error:
         raise UserError(f"{flag}: {error}") from error
     data = {
-        "vae": args.get("vae", "ema") if config.in_channels == 4 else "none",
+        "vae": str(args.get("vae", "ema")) if config.in_channels == 4 else "none",
         "image_size": None,  # whatever the VAE makes of input_size
         "fps": 25.0,
         "frame_interval": [1],
@@ -252,10 +395,10 @@ def published_config(state, asked, ebm=None):
 
     Raises ValueError that names the first thing that is not as asked.
     """
-    if "pos_embed" not in state or state["x_embedder.proj.weight"].dim() != 4:
-        raise ValueError("not a published image model: wanted pos_embed and 2D patches")
+    if "pos_embed" not in state or state["pos_embed"].dim() != 3:
+        raise ValueError("not a published image model: it has no pos_embed")
     width, channels, patch_size, _ = state["x_embedder.proj.weight"].shape
-    depth = len({name.split(".")[1] for name in state if name.startswith("blocks.")})
+    depth = num_blocks(state)
     for name, found in (("depth", depth), ("hidden_size", width), ("patch_size", patch_size)):
         if found != asked[name]:
             words = name.replace("_", " ")
@@ -281,9 +424,12 @@ def convert_published(state, config):
     state = dict(state)
     if "pos_embed" not in state:
         raise ValueError("not a published image model: it has no pos_embed")
-    table, found = position_table(config), state.pop("pos_embed")
-    rounded = table.to(found.dtype).float()  # as theirs, if their file is in half precision
-    if found.shape != table.shape or not torch.allclose(found.float(), rounded, atol=1e-5):
+    found = state.pop("pos_embed")
+    fits = found.shape == (1, math.prod(config.grid(1)), config.hidden_size)
+    if fits:
+        rounded = position_table(config).to(found.dtype).float()  # as theirs, if their file is in half precision
+        fits = torch.allclose(found.float(), rounded, atol=1e-5)
+    if not fits:
         raise ValueError(
             f"its pos_embed is not our table for {config.input_size} x {config.input_size} in patches of "
             f"{config.patch_size}: it was trained with other positions and can't be used"
@@ -301,7 +447,7 @@ def convert_published(state, config):
 
 
 def config_of(path, state):
-    """The EqMConfig that a loaded checkpoint was made with."""
+    """The EqMConfig that a loaded checkpoint was made with and that its weights fit. Raises UserError."""
     saved = state["config"]["model"]
     known = {field.name for field in fields(EqMConfig)}
     if set(saved) != known:
@@ -309,10 +455,67 @@ def config_of(path, state):
     try:
         for field in fields(EqMConfig):
             if not isinstance(saved[field.name], (int, float) if field.type is float else field.type):
-                raise ValueError(f"{field.name} is {saved[field.name]!r}")
-        return EqMConfig(**saved)
+                raise ValueError(f"{field.name} is no {field.type.__name__}")
+        config = EqMConfig(**saved)
+        if len(state["config"]["data"]["classes"]) > config.num_classes:
+            raise ValueError(f"num_classes is {config.num_classes} and more are named")
     except (ValueError, TypeError) as error:
         raise UserError(f"--ckpt {path}: damaged: the settings of its model make none ({error})") from error
+    check_weights(path, config, state["model"], state["ema"])
+    return config
+
+
+def num_blocks(weights):
+    return len({name.split(".")[1] for name in weights if name.startswith("blocks.")})
+
+
+def check_weights(path, config, *parts):
+    """Raise UserError, naming the first mismatch, unless each of the parts (state dicts) is one of EqM(config).
+
+    That is not made for it: only once a file is known to hold as much, one block of it is, which stands for all.
+    """
+    mismatch = next(filter(None, (too_few(config, weights) for weights in parts)), None)
+    if mismatch is None:
+        shapes = weight_shapes(config)
+        mismatch = next(filter(None, (first_mismatch(weights, shapes) for weights in parts)), None)
+    if mismatch:
+        raise UserError(f"--ckpt {path}: its weights are not those of its config: {mismatch}")
+
+
+def too_few(config, weights):
+    """What says that weights are fewer than EqM(config) has; None if they may be as many."""
+    total, depth, D = sum(value.numel() for value in weights.values()), config.depth, config.hidden_size
+    sizes = {
+        "x_embedder.proj.weight": D * config.values_per_token,
+        "y_embedder.embedding_table.weight": (config.num_classes + 1) * D,
+    }
+    for name, size in sizes.items():
+        if (found := weights[name].numel() if name in weights else 0) < size:
+            return f"{name} has {found} numbers, wanted {size}"
+    if num_blocks(weights) != depth or total < 18 * depth * D**2:  # the matrices of the blocks
+        return f"{num_blocks(weights)} blocks and {total} numbers, wanted {depth} blocks of {18 * D**2} and more"
+    if config.num_positions * D > LARGEST_TABLE + 16 * total:  # a table that is in no file
+        return f"{total} numbers are too few for {config.num_positions} fixed positions"
+    return None
+
+
+def weight_shapes(config):
+    """name -> shape of the weights of EqM(config)."""
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # of narrow models: the whole one is going to say it
+        small = EqM(replace(config, depth=1)).state_dict()
+    shapes = {name: tuple(value.shape) for name, value in small.items()}
+    blocks = {name.removeprefix("blocks.0."): shapes.pop(name) for name in small if name.startswith("blocks.0.")}
+    return shapes | {f"blocks.{n}.{name}": shape for n in range(config.depth) for name, shape in blocks.items()}
+
+
+def first_mismatch(weights, shapes):
+    """What is wrong with the first tensor that is missing, one too many or of another shape; None if all are right."""
+    for name in sorted(weights.keys() | shapes.keys()):
+        found = tuple(weights[name].shape) if name in weights else "missing"
+        if found != shapes.get(name):
+            return f"{name} is {found}, wanted {shapes.get(name, 'no such')}"
+    return None
 
 
 def shape_of(name):
@@ -399,6 +602,27 @@ def load_weights(path, model, weights):
     except RuntimeError as error:
         mismatch = str(error).splitlines()[1:2] or [str(error)]
         raise UserError(f"--ckpt {path}: its weights are not those of its config: {mismatch[0].strip()}") from error
+
+
+def load_optimizers(path, optimizers, saved):
+    """What the optimizers remember of each weight, from the list of their state dicts; their settings are the flags'.
+
+    Raises UserError if it is not of these weights.
+    """
+    wanted = f"--ckpt {path}: damaged: its optimizer is not of these weights; use another checkpoint"
+    if len(saved) != len(optimizers):
+        raise UserError(wanted)
+    for optimizer, state in zip(optimizers, saved, strict=True):
+        groups, memory = optimizer.state_dict()["param_groups"], state.get("state")
+        weights = [weight for group in optimizer.param_groups for weight in group["params"]]
+        if not isinstance(memory, dict) or not memory.keys() <= set(range(len(weights))):
+            raise UserError(wanted)
+        for number, values in memory.items():
+            shapes = {name: weights[number].shape for name in MEMORY[type(optimizer)]}
+            shapes |= {"step": torch.Size([])} if "step" in shapes else {}
+            if not is_weights(values) or {name: value.shape for name, value in values.items()} != shapes:
+                raise UserError(wanted)
+        optimizer.load_state_dict({"state": memory, "param_groups": groups})
 
 
 def run_number(folder):

@@ -8,6 +8,7 @@ import argparse
 import ctypes
 import gc
 import hashlib
+import math
 import multiprocessing
 import os
 import shutil
@@ -57,14 +58,14 @@ class ArgumentParser(argparse.ArgumentParser):
 
 
 def number(kind, above=None, least=None, most=None):
-    """A `type=` for argparse: an int or a float within bounds (above is exclusive)."""
+    """A `type=` for argparse: an int or a finite float within bounds (above is exclusive)."""
     bounds = {"above": above, "at least": least, "at most": most}
     wanted = " and ".join(f"{word} {bound}" for word, bound in bounds.items() if bound is not None)
 
     def parse(text):
         value = kind(text)
         too_small = (above is not None and not value > above) or (least is not None and not value >= least)
-        if too_small or (most is not None and not value <= most):
+        if too_small or (most is not None and not value <= most) or not math.isfinite(value):
             raise argparse.ArgumentTypeError(f"found {text}, wanted a number {wanted}")
         return value
 
@@ -74,15 +75,19 @@ def number(kind, above=None, least=None, most=None):
 
 def check_writable(flag, folder):
     """Raise UserError unless `folder` can be made or written to; touches nothing."""
+    if not str(folder):
+        raise UserError(f"{flag} '': an empty name; name a folder")
     place = Path(folder).absolute()
-    while not os.path.exists(place):
+    if long := [part for part in place.parts if len(os.fsencode(part)) > 255]:
+        raise UserError(f"{flag} {folder}: {long[0][:20]}... is longer than 255 bytes; name a shorter one")
+    while not os.path.lexists(place):  # a link that leads nowhere stands in the way as a file does
         place = place.parent
     if not place.is_dir() or not os.access(place, os.W_OK):
         raise UserError(f"{flag} {folder}: {place} is not a folder that can be written to; name another")
 
 
 STOP_BELOW = 1.0  # as accurate as 250 points with 57% of their evaluations: scripts/adaptive_compute.py
-COUNT, NATURAL = number(int, least=1), number(int, least=0)
+COUNT, NATURAL = number(int, least=1, most=2**31 - 1), number(int, least=0, most=2**63 - 1)
 POSITIVE, NON_NEGATIVE, SHARE = number(float, above=0), number(float, least=0), number(float, least=0, most=1)
 
 
@@ -151,10 +156,20 @@ def world_size():
     return int(os.environ.get("WORLD_SIZE", 1))
 
 
+def one_line(text, encoding="utf-8"):
+    """Text as one line that a terminal or log of an encoding takes.
+
+    Names of files may hold line ends, escape sequences and bytes that are no text: these are spelled out.
+    """
+    line = "".join(letter if letter.isprintable() else ascii(letter)[1:-1] for letter in text)
+    return line.encode(encoding, "backslashreplace").decode(encoding)
+
+
 def say(message, log=None):
     """Print a line once, from rank 0, without tearing a progress bar; `log` is a file that gets it too."""
+    message = one_line(message)
     if rank() == 0:
-        tqdm.write(message)
+        tqdm.write(one_line(message, sys.stdout.encoding or "utf-8"))
         if log is not None:
             with open(log, "a", encoding="utf-8") as file:
                 file.write(message + "\n")
@@ -172,7 +187,7 @@ def fail(message, status=2, patience=PATIENCE):
         time.sleep(patience)
     for child in multiprocessing.active_children():  # Python would wait for one that hangs
         child.kill()
-    text = " ".join(str(message).split())
+    text = one_line(" ".join(str(message).split()), sys.stderr.encoding or "utf-8")
     tqdm.write(f"{os.path.basename(sys.argv[0])}: error: {text}", file=sys.stderr)  # not into a progress bar
     sys.exit(status)
 

@@ -25,8 +25,12 @@ def read_metrics(path):
     with open(path, encoding="utf-8", errors="replace") as file:
         for line in file:
             try:
-                rows.append(json.loads(line))
-            except json.JSONDecodeError:
+                row = json.loads(line)
+            except (ValueError, RecursionError):
+                row = None
+            if isinstance(row, dict) and isinstance(row.get("step"), int):
+                rows.append(row)
+            else:
                 torn += 1
     return rows, torn
 

@@ -23,6 +23,8 @@ from rope import REFERENCE_FPS, RotaryEmbedding3D, apply_rotary
 
 EBMS = ("none", "dot", "l2")
 TIME_FEATURES = 256  # sines and cosines that TimeScaleEmbedder starts from
+LARGEST = {"depth": 2**10, "input_size": 2**13}  # beyond these it is a slip of the pen, or a forged file;
+LARGEST_OTHER, MOST_WEIGHTS = 2**24, 2**36  # so with any other number; a hundred times EqM-XL
 
 
 @dataclass(frozen=True)
@@ -45,6 +47,13 @@ class EqMConfig:
     class_dropout_prob: float = 0.1  # share of training labels replaced by the null label, num_classes
 
     def __post_init__(self):
+        counts = ("input_size", "patch_size", "temporal_patch_size", "in_channels", "hidden_size", "depth", "num_heads")
+        for name in (*counts, "num_classes", "num_frames"):
+            most = LARGEST.get(name, LARGEST_OTHER)
+            if not 1 <= getattr(self, name) <= most:
+                raise ValueError(f"{name} must be from 1 to {most}, found {getattr(self, name)}")
+        if not (0 < self.rope_theta <= 1e12 and 0 <= self.class_dropout_prob <= 1):
+            raise ValueError(f"rope_theta {self.rope_theta} or class_dropout_prob {self.class_dropout_prob} is no such")
         if self.input_size % self.patch_size:
             raise ValueError(f"input_size {self.input_size} is not a multiple of patch_size {self.patch_size}")
         if self.hidden_size % (2 * self.num_heads):
@@ -55,10 +64,19 @@ class EqMConfig:
             self.check_num_frames(self.num_frames)
         if self.ebm not in EBMS:
             raise ValueError(f"ebm must be one of {', '.join(EBMS)}, found {self.ebm!r}")
+        rows = 18 * self.depth * self.hidden_size + self.num_classes + 2 * self.values_per_token + self.num_positions
+        if rows * self.hidden_size > MOST_WEIGHTS:
+            raise ValueError(f"depth {self.depth}, hidden_size {self.hidden_size}, {self.num_classes} classes and "
+                             f"{self.num_positions} fixed positions make more than {MOST_WEIGHTS} weights")
 
     @property
     def head_dim(self):
         return self.hidden_size // self.num_heads
+
+    @property
+    def num_positions(self):
+        """Rows of the table of fixed positions; 0 with rotary ones."""
+        return 0 if self.use_rope else math.prod(self.grid(self.num_frames))
 
     @property
     def values_per_token(self):

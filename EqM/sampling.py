@@ -11,18 +11,24 @@ import checkpoint
 import distributed
 import samplers
 import transport
-from distributed import COUNT, NATURAL, POSITIVE, UserError, normal, say
+from distributed import COUNT, NATURAL, UserError, normal, number, say
 from models import EBMS, NAMES, EqM
+from safe_read import FPS
 from vae import VAE, load_vae
+
+MOST_FRAMES, MOST_SAMPLES = 2**16, 2**24  # more is a slip of the pen
 
 
 def add_what_flags(add, num_samples, default_samples="number of samples"):
     """What is sampled; `add` is the add_argument of a group."""
-    add("--num-frames", type=COUNT, metavar="N", help="any number with rotary positions; none = as trained last")
-    add("--fps", type=POSITIVE, metavar="X", help="frames per second that the clips show; none = as trained")
-    add("--time-scale", type=POSITIVE, metavar="X", help="the same in seconds per frame")
+    frames = number(int, least=1, most=MOST_FRAMES)
+    rate, scale = number(float, least=FPS[0], most=FPS[1]), number(float, least=1 / FPS[1], most=1 / FPS[0])
+    add("--num-frames", type=frames, metavar="N", help="any number with rotary positions; none = as trained last")
+    add("--fps", type=rate, metavar="X", help="frames per second that the clips show; none = as trained")
+    add("--time-scale", type=scale, metavar="X", help="the same in seconds per frame")
     add("--classes", nargs="+", metavar="C", help="names or numbers, taken in turn; none = all")
-    add("--num-samples", "--num-fid-samples", type=COUNT, default=num_samples, metavar="N", help=default_samples)
+    count = number(int, least=1, most=MOST_SAMPLES)
+    add("--num-samples", "--num-fid-samples", type=count, default=num_samples, metavar="N", help=default_samples)
     add("--seed", "--global-seed", type=NATURAL, default=0, metavar="N", help="decides the noise")
     add("--no-ema", action="store_true", help="use the weights as trained, not their average")
 

@@ -50,6 +50,7 @@ from distributed import (
 from interruption import Interrupted, LoaderWatch, StopSignal
 from metrics import Metrics, Window, import_wandb
 from models import EBMS, NAMES, EqM, EqMConfig, model_config
+from safe_read import is_text
 from vae import load_vae
 from video_dataset import (
     BadVideos,
@@ -69,6 +70,7 @@ from video_dataset import (
 from video_io import tile, write_gif, write_mp4, write_sheet
 
 VAL_CHUNK = 8  # clips that are validated together; fixed, so that the sums do not depend on the ranks
+MOST = {"num_workers": 1024, "global_batch_size": 2**20, "num_samples": 4096}  # more would fill any machine
 GOLDEN_RATIO = (math.sqrt(5) - 1) / 2
 
 
@@ -171,6 +173,11 @@ def check_flags(args):
     if len(args.frame_interval) > 2 or args.frame_interval[0] > args.frame_interval[-1]:
         found = " ".join(map(str, args.frame_interval))
         raise UserError(f"--frame-interval {found}: wanted one number, or two of which the second is not smaller")
+    for name, most in MOST.items():
+        if (value := getattr(args, name)) > most:
+            raise UserError(f"--{name.replace('_', '-')} {value}: wanted at most {most}")
+    if args.ckpt == "":
+        raise UserError("--ckpt '': an empty name; name a checkpoint, or leave the flag out to start from scratch")
     parts = world_size() * args.grad_accum
     if args.global_batch_size % parts:
         raise UserError(
@@ -180,6 +187,8 @@ def check_flags(args):
     if args.disp and args.global_batch_size == parts:
         raise UserError(f"--disp compares clips, --global-batch-size {parts} leaves each rank one at a time: raise it")
     check_writable("--results-dir", args.results_dir)
+    if not is_text(args.results_dir):
+        raise UserError(f"--results-dir {args.results_dir}: is no UTF-8, which TensorBoard can't take; name another")
     if args.wandb:
         import_wandb()
 
@@ -392,6 +401,7 @@ def set_up(args, device, config, data, vae, start, last_step):
     scaler = torch.amp.GradScaler(device.type, enabled=args.precision == "fp16")
     if start.state is not None:
         load_state(args, start, model, ema, optimizers, scaler)
+        set_learning_rates(args, optimizers, start.progress.step, last_step)  # as the metrics of that step have them
     folder, progress = start.folder or new_folder(args), start.progress
     described = describe(args, config, data, vae)
     if rank() == 0:
@@ -426,11 +436,10 @@ def load_state(args, start, model, ema, optimizers, scaler):
     checkpoint.load_weights(start.path, model, state["model"])
     checkpoint.load_weights(start.path, ema, state["ema"])
     if state["optimizer"]:  # exported and published models come without
-        for optimizer, saved in zip(optimizers, state["optimizer"]["states"], strict=True):
-            optimizer.load_state_dict(saved)
-            for group in optimizer.param_groups:  # the flags win; learning rates are set at each step
-                group["weight_decay"] = args.weight_decay
-        if scaler.is_enabled() and state["optimizer"]["scaler"]:  # the last phase may have been in bf16
+        checkpoint.load_optimizers(start.path, optimizers, state["optimizer"]["states"])
+        for group in (group for optimizer in optimizers for group in optimizer.param_groups):
+            group["weight_decay"] = args.weight_decay  # the flags win; learning rates are set at each step
+        if scaler.is_enabled() and state["optimizer"].get("scaler"):  # the last phase may have been in bf16
             scaler.load_state_dict(state["optimizer"]["scaler"])
 
 

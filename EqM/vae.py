@@ -8,8 +8,10 @@ import os
 import textwrap
 
 import torch
+from safetensors import SafetensorError, safe_open
 
 from distributed import UserError, rank, say
+from safe_read import check_regular, read_json
 
 PUBLISHED = {"ema": "stabilityai/sd-vae-ft-ema", "mse": "stabilityai/sd-vae-ft-mse"}
 FILES = ["config.json", "diffusion_pytorch_model.safetensors"]
@@ -83,19 +85,49 @@ def load_vae(name):
     if name not in PUBLISHED and not os.path.isdir(name):
         raise UserError(f"--vae {name}: neither none, ema or mse nor a directory; give one of these")
     directory = _download(name) if name in PUBLISHED else name
+    try:
+        _check_files(directory)
+    except ValueError as error:
+        raise UserError(f"--vae {name}: {error}; give the directory of a diffusers AutoencoderKL") from error
 
     from diffusers import AutoencoderKL  # takes seconds to import
     from diffusers.utils import logging
 
     logging.set_verbosity_error()
     try:
-        model, info = AutoencoderKL.from_pretrained(directory, low_cpu_mem_usage=False, output_loading_info=True)
-    except (OSError, ValueError, RuntimeError) as error:  # missing or damaged file, wrong config, wrong shapes
+        model, info = AutoencoderKL.from_pretrained(
+            directory, low_cpu_mem_usage=False, output_loading_info=True, use_safetensors=True  # no pickle
+        )
+    # A missing or damaged file, a wrong config, wrong shapes; whatever a config of wrong types makes fail.
+    except (OSError, ValueError, RuntimeError, TypeError, ArithmeticError, LookupError, AttributeError) as error:
         found = textwrap.shorten(str(error), 300)
         raise UserError(f"--vae {name}: {found} Give the directory of a diffusers AutoencoderKL") from error
     if missing := info["missing_keys"]:  # diffusers would leave them random
         raise UserError(f"--vae {name}: the weights lack {len(missing)} tensors of its config.json, {missing[0]} first")
     return VAE(name, model.requires_grad_(False).eval())
+
+
+def _check_files(directory):
+    """Raise ValueError unless the VAE that the config describes has no more layers, and none wider, than the weights.
+
+    A config is believed before any weights are looked at, and could ask for any amount of memory.
+    """
+    try:
+        file = FILES[0]
+        settings = read_json(os.path.join(directory, file), most=2**20)
+        file = FILES[1]
+        check_regular(os.path.join(directory, file))
+        with safe_open(os.path.join(directory, file), "pt") as weights:
+            shapes = [weights.get_slice(name).get_shape() for name in weights.keys()]  # noqa: SIM118
+    except (OSError, ValueError, SafetensorError) as error:
+        raise ValueError(f"its {file} can't be read ({error})") from error
+    widest = max((size for shape in shapes for size in shape), default=0)
+    for name in ("block_out_channels", "layers_per_block", "latent_channels", "in_channels", "out_channels"):
+        values = settings.get(name, 1) if isinstance(settings, dict) else None
+        values = values if isinstance(values, list) else [values]
+        most = len(shapes) if name == "layers_per_block" else widest
+        if len(values) > len(shapes) or not all(isinstance(value, int) and 0 < value <= most for value in values):
+            raise ValueError(f"its {FILES[0]} has {name} {str(values)[:50]}, which its {FILES[1]} has not")
 
 
 def _download(name):

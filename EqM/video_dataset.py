@@ -9,11 +9,13 @@ interruptions change nothing. Each item opens its own file, a video with one dec
 import hashlib
 import json
 import os
+import re
 import warnings
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from pathlib import Path, PurePosixPath
 
+import av
 import decord
 import numpy as np
 import torch
@@ -23,6 +25,7 @@ from safetensors import SafetensorError, safe_open
 from tqdm import tqdm
 
 from distributed import UserError, generator, say
+from safe_read import FPS, check_regular, plain_name, read_json
 
 KINDS = "video", "image"  # KINDS[images] is the kind of file that is wanted
 SUFFIXES = {"video": (".avi", ".mkv", ".mov", ".mp4", ".webm"), "image": (".jpeg", ".jpg", ".png", ".webp")}
@@ -39,6 +42,13 @@ INDEX_FORMAT = 2
 LATENTS, PARTIAL = "latents.json", "latents.partial.json"  # of a latent cache: complete, not yet
 LATENTS_FORMAT = 1
 LATENTS_SUFFIX = ".safetensors"
+MOST_PIXELS = 2**27  # of a frame: four times 8K; decoding takes ten bytes and more of memory for each
+MOST_FRAMES = 2**31  # of a video: two years
+VIDEO_STARTS = (  # of AVI, Matroska and WebM, MP4 and QuickTime; FFmpeg would also follow playlists to other files
+    (0, (b"RIFF",)),
+    (0, (b"\x1a\x45\xdf\xa3",)),
+    (4, (b"ftyp", b"moov", b"mdat", b"free", b"skip", b"wide", b"pnot", b"styp", b"moof", b"sidx", b"uuid")),
+)
 ATTEMPTS = 100  # videos tried for one sample before giving up
 
 decord.logging.set_level(decord.logging.QUIET)  # what matters becomes an UnreadableError
@@ -82,20 +92,73 @@ def check_data_path(root, images=False):
 def latents_settings(root, images=False):
     """What latents.json of a latent cache says, None if root is no cache; raises UserError if it can't be used."""
     here, place = f"--data-path {root}", Path(root, LATENTS)
-    if not place.exists():
-        if Path(root, PARTIAL).exists():
+    if not os.path.exists(place):
+        if os.path.exists(os.path.join(root, PARTIAL)):
             raise UserError(f"{here}: a latent cache that is not complete: run cache_latents.py again, it will go on")
         return None
     try:
-        about = json.loads(place.read_text())
+        about = read_json(place)
         found = about["format"]
     except (OSError, ValueError, KeyError, TypeError) as error:
         raise UserError(f"{here}: its {LATENTS} is damaged ({error}): make the latent cache anew") from error
     if found != LATENTS_FORMAT:
-        raise UserError(f"{here}: a latent cache of format {found}, this code reads {LATENTS_FORMAT}: make it anew")
+        raise UserError(f"{here}: a latent cache of format {str(found)[:20]}, this code reads {LATENTS_FORMAT}: "
+                        "make it anew")
     if images:
         raise UserError(f"{here}: latents of videos, wanted images: add --video to use them")
+    if odd := _odd_setting(about):
+        raise UserError(f"{here}: its {LATENTS} is damaged ({odd}): make the latent cache anew")
     return about
+
+
+def _odd_setting(about):
+    """What is wrong in a latents.json, in a word or two; None if all is of the right kind and no path leaves ROOT."""
+    counts = {"image_size": 2**16, "channels": 2**10, "downsample": 2**10}
+    wrong = [name for name, most in counts.items() if not _is_number(about.get(name), int, 1, most)]
+    wrong += [name for name in ("scale", "shift") if not _is_number(about.get(name), (int, float), -1e6, 1e6)]
+    wrong += [name for name in ("classes", "unreadable") if not _is_names(about.get(name))]
+    if not isinstance(about.get("flips"), bool):
+        wrong.append("flips")
+    if not isinstance(about.get("vae"), str):
+        wrong.append("vae")
+    if wrong:
+        return wrong[0]
+    videos = about.get("videos")
+    if not isinstance(videos, list) or not videos:
+        return "videos"
+    classes = set(about["classes"])
+    for fields in videos:
+        video = _video_of(fields)
+        if video is None or not _is_cached(video):
+            return f"the video {str(fields)[:100]}"
+        if video.class_name not in classes:
+            return f"the class of {video.path[:100]}"
+    return None
+
+
+def _video_of(fields):
+    """The Video of a line of an index or a cache; None if it is not one, or its path leads out of ROOT."""
+    if not isinstance(fields, dict) or fields.keys() != Video.__dataclass_fields__.keys():
+        return None
+    video = Video(**fields)
+    sides = [side for side in (video.height, video.width) if side is not None]
+    is_right = (
+        _is_names([video.path, video.class_name])
+        and not os.path.isabs(video.path) and ".." not in PurePosixPath(video.path).parts
+        and _is_number(video.num_frames, int, 1, MOST_FRAMES)
+        and _is_number(video.fps, (int, float), *FPS)
+        and all(_is_number(side, int, 1, MOST_PIXELS) for side in sides)
+    )  # fmt: skip
+    return video if is_right else None
+
+
+def _is_number(value, kind, least, most):
+    return isinstance(value, kind) and not isinstance(value, bool) and least <= value <= most
+
+
+def _is_names(value):
+    """Whether value is a list of texts that may be names of files."""
+    return isinstance(value, list) and all(isinstance(name, str) and "\0" not in name for name in value)
 
 
 def _scan_latents(root, about):
@@ -179,7 +242,10 @@ def scan_videos(root, index_folder=None, images=False):
     indices = [_read_index(place) for place in places]
     known = {path: entry for index in indices for path, entry in index.items()}
     stamps = {path: _stamp(root, path) for _, path in found}
-    entries = {path: known[path] for _, path in found if path in known and known[path][0] == stamps[path]}
+    entries = {
+        path: known[path] for class_name, path in found
+        if path in known and (known[path][0], known[path][1].class_name) == (stamps[path], class_name)
+    }  # fmt: skip
     new = [(class_name, path) for class_name, path in found if path not in entries]
     unreadable = []
     for class_name, path in tqdm(new, desc="opening videos", unit="video", disable=not new):
@@ -212,10 +278,13 @@ def _stamp(root, path):
 def _read_index(place):
     """path -> (stamp, Video); empty where no sound index is."""
     try:
-        index = json.loads(place.read_text())
+        index = read_json(place)
         if index["format"] != INDEX_FORMAT:
             raise ValueError("another format")
-        return {fields["path"]: (stamp, Video(**fields)) for stamp, fields in index["videos"]}
+        entries = [(stamp, _video_of(fields)) for stamp, fields in index["videos"]]
+        if any(video is None for _, video in entries):
+            raise ValueError("a line that is no video")
+        return {video.path: (stamp, video) for stamp, video in entries}
     except FileNotFoundError:
         return {}
     except (OSError, ValueError, KeyError, TypeError) as error:
@@ -277,8 +346,9 @@ def _ucf_keys(file):
     """What a list names, as Class/stem; nothing if there is no such file."""
     if not file.is_file():
         return set()
-    names = [line.split()[0] for line in file.read_text().splitlines() if line.strip()]
-    return {str(PurePosixPath(name).with_suffix("")) for name in names}  # "Archery/v_Archery_g08_c01.avi 3"
+    text = file.read_text(encoding="utf-8", errors="surrogateescape")  # as names of files come
+    names = (re.sub(r"\s+\d+$", "", line.strip()) for line in text.splitlines())  # "Archery/v_Archery_g08_c01.avi 3"
+    return {str(PurePosixPath(name).with_suffix("")) for name in names if PurePosixPath(name).name}
 
 
 def long_enough(videos, num_frames, kind="", flag="--num-frames"):
@@ -313,25 +383,60 @@ class BadVideos:
 
 @contextmanager
 def _reader(path):
-    """A reader at the first frame; whatever decord says against the file becomes UnreadableError."""
+    """A reader at the first frame; whatever is wrong with the file, or decord says against it, is UnreadableError."""
     try:
-        # decord repeats frames in place of lost ones up to this share of the video, but as often as it likes at 0.
-        yield decord.VideoReader(path, ctx=decord.cpu(0), num_threads=1, fault_tol=1e-6)
-    # No video file; no frame in it; fewer frames than asked for; the others: a frame can't be decoded.
-    except (RuntimeError, AssertionError, StopIteration, decord.DECORDError, decord.DECORDLimitReachedError) as error:
+        _check_video(path)
+        with plain_name(path) as name:
+            # decord repeats frames in place of lost ones up to this share of the video, but as often as it likes at 0.
+            reader = decord.VideoReader(name, ctx=decord.cpu(0), num_threads=1, fault_tol=1e-6)
+        _, height, width, _ = reader.get_batch([]).shape
+        if height * width > MOST_PIXELS:
+            raise OSError(f"{width} x {height} pixels")
+        yield reader
+    # No file, or none of a video; no frame in it; fewer frames than asked for; the others: a frame can't be decoded.
+    except (
+        OSError, RuntimeError, AssertionError, IndexError, StopIteration, decord.DECORDError,
+        decord.DECORDLimitReachedError,
+    ) as error:  # fmt: skip
         raise UnreadableError(f"{path}: {str(error) or 'ends too early'}") from error
+
+
+def _check_video(path):
+    """Raise OSError unless a file begins as a video of SUFFIXES does."""
+    check_regular(path)
+    with open(path, "rb") as file:
+        head = file.read(8)
+    if not any(head[at : at + 4] in starts for at, starts in VIDEO_STARTS):
+        raise OSError("neither AVI, Matroska, WebM, MP4 nor QuickTime")
 
 
 def _probe(root, class_name, path):
     """What a file says of itself; nothing is decoded for that, and an image not even opened."""
     if _is_a("image", path):
         return Video(path, class_name, num_frames=1, fps=IMAGE_FPS, height=None, width=None)
+    _check_claims(os.path.join(root, path))
     with _reader(os.path.join(root, path)) as reader:
         _, height, width, _ = reader.get_batch([]).shape
         num_frames, fps = _timing(reader)
-    if not 0 < fps < float("inf"):
+    if not FPS[0] <= fps <= FPS[1]:
         raise UnreadableError(f"{path}: no frame rate")
     return Video(path, class_name, num_frames, fps, height, width)
+
+
+def _check_claims(path):
+    """Raise UnreadableError if a video claims more frames than it has bytes, or frames that are too large.
+
+    decord makes room for as many frames as the header says, and aborts the process where there is none.
+    """
+    try:
+        _check_video(path)
+        with av.open(os.path.abspath(path), metadata_errors="ignore") as file:
+            for stream in file.streams.video:
+                height, width = (getattr(stream, side, 0) for side in ("height", "width"))  # none of an unknown codec
+                if stream.frames > os.path.getsize(path) or height * width > MOST_PIXELS:
+                    raise OSError(f"claims {stream.frames} frames of {width} x {height} pixels")
+    except (OSError, av.FFmpegError) as error:
+        raise UnreadableError(f"{path}: {error}") from error
 
 
 def _timing(reader):
@@ -383,27 +488,39 @@ def read_all_frames(root, video, piece):
             yield np.stack([_pixels(reader.next()) for _ in range(min(piece, video.num_frames - first))])
 
 
-def read_latents(root, video, numbers, flipped=False):
+def read_latents(root, video, numbers, flipped=False, shape=None):
     """Mean and standard deviation of the frames `numbers` (ascending) of a video in a cache: float16 (2, C, T, h, w).
 
-    The file is mapped into memory: of what lies between these frames, nothing is read. Raises UnreadableError.
+    The file is mapped into memory: of what lies between these frames, nothing is read. Raises UnreadableError, also
+    unless a frame has `shape`, (C, h, w); None is not checked.
     """
     path, first, parts = os.path.join(root, video.path), numbers[0], []
     try:
-        with safe_open(path, "pt") as file:
+        check_regular(path)
+        with plain_name(path) as plain, safe_open(plain, "pt") as file:
             for name in ("mean_flipped", "std_flipped") if flipped else ("mean", "std"):
-                frames = file.get_slice(name)[first : numbers[-1] + 1]
+                part = file.get_slice(name)
+                dtype, found = part.get_dtype(), tuple(part.get_shape()[1:])
+                if dtype != "F16" or found != (shape or found):
+                    raise OSError(f"the {name} of a frame is {dtype} {found}, wanted F16 {shape}")
+                frames = part[first : numbers[-1] + 1]
                 parts.append(frames[[number - first for number in numbers]].transpose(0, 1))
-    # No such file; truncated or something else; without flips; fewer frames than latents.json says.
-    except (OSError, SafetensorError, IndexError) as error:
+        latents = torch.stack(parts)
+    # No such file; truncated or something else; without flips; fewer frames than latents.json says; other shapes.
+    except (OSError, SafetensorError, IndexError, RuntimeError) as error:
         raise UnreadableError(f"{path}: {error}") from error
-    return torch.stack(parts)
+    if not latents.isfinite().all():
+        raise UnreadableError(f"{path}: holds numbers that are not finite")
+    return latents
 
 
 def _read_image(path):
     """The image, of an animation the first, upright and without its alpha channel: uint8 (1, H, W, 3)."""
     try:
+        check_regular(path)
         with Image.open(path, formats=IMAGE_FORMATS) as image:
+            if image.width * image.height > MOST_PIXELS:
+                raise OSError(f"{image.width} x {image.height} pixels")
             turn = TURNS.get(image.getexif().get(ExifTags.Base.Orientation))
             if image.mode == "I;16":  # convert() would make everything from 255 on white
                 image = Image.fromarray((np.asarray(image) >> 8).astype(np.uint8))
@@ -478,8 +595,13 @@ class Clips(torch.utils.data.Dataset):
                  stream=0):
         if any(video.num_frames < num_frames for video in videos):
             raise ValueError(f"a video has fewer than {num_frames} frames: leave it out with long_enough()")
-        if flip and any(map(_is_cached, videos)) and not latents_settings(root)["flips"]:
-            raise ValueError(f"{root} holds no mirrored latents: take flip=False")
+        self.latent_shape = None  # (C, h, w) of a cache
+        if any(map(_is_cached, videos)):
+            about = latents_settings(root)
+            side = about["image_size"] // about["downsample"]
+            self.latent_shape = about["channels"], side, side
+            if flip and not about["flips"]:
+                raise ValueError(f"{root} holds no mirrored latents: take flip=False")
         self.root, self.videos, self.classes = root, videos, classes
         self.num_frames, self.image_size, self.frame_interval = num_frames, image_size, frame_interval
         self.flip, self.seed, self.stream = flip, seed, stream
@@ -518,7 +640,7 @@ class Clips(torch.utils.data.Dataset):
 
     def _read(self, video, numbers, flipped):
         if _is_cached(video):
-            return read_latents(self.root, video, numbers, flipped)
+            return read_latents(self.root, video, numbers, flipped, self.latent_shape)
         clip = torch.from_numpy(read_frames(self.root, video, numbers)).permute(0, 3, 1, 2)
         clip = resize_and_crop(clip, self.image_size)
         return (clip.flip(-1) if flipped else clip).transpose(0, 1).contiguous()  # (C, T, H, W)

@@ -13,10 +13,13 @@ import av
 import numpy as np
 from PIL import Image, ImageDraw, ImageFont
 
+from distributed import one_line
+
 SHORT_SIDE = 128  # px, the least that pictures for people have
 MAX_ROWS, MAX_COLUMNS = 16, 32  # of a sheet
 GRID = 3, 8  # rows and columns of videos that play together, at most
 IMAGE_GRID = 8, 8  # and of images
+NAME = 60  # letters of a name on a sheet, at most
 GAP = 2  # px of white between the frames of a sheet
 
 
@@ -105,7 +108,7 @@ def write_sheet(path, videos, names=None):
     columns = np.linspace(0, T - 1, min(T, MAX_COLUMNS)).round().astype(int)
     frames = enlarge(videos[:MAX_ROWS, columns])  # (rows, columns, h, w, 3)
     rows, columns, h, w = frames.shape[:4]
-    names = [str(name) for name in names[:rows]] if names is not None else []
+    names = [one_line(str(name)[:NAME]) for name in names[:rows]] if names is not None else []
     font = ImageFont.load_default(size=16)
     left = max((round(font.getlength(name)) + 4 * GAP for name in names), default=0)  # px
 

@@ -21,6 +21,7 @@ from tqdm import tqdm
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent / "EqM"))
 from distributed import ArgumentParser, UserError, fail, generator, say
+from safe_read import read_json
 
 VERSION = 1  # of the drawing and of shapes.json
 FPS = 25
@@ -165,7 +166,7 @@ def already_made(out, settings):
         return False
     advice = f"expected nothing or the same data set: choose another --out or delete {out}"
     try:
-        found = json.loads((out / "shapes.json").read_text())
+        found = read_json(out / "shapes.json")
         same, videos = found["settings"] == settings, found["videos"]
     except (OSError, ValueError, KeyError, TypeError):
         raise UserError(f"--out {out} holds something that is not Moving Shapes; {advice}") from None
@@ -196,10 +197,11 @@ def make(out, settings, args):
 
 def check(args):
     """Raises UserError where a flag asks for what can't be drawn; sets args.frames."""
-    if args.videos_per_class < 2:
-        raise UserError(f"--videos-per-class {args.videos_per_class} must be at least 2: one trains, one tests")
-    if args.size < 16 or args.size % 2:
-        raise UserError(f"--size {args.size} must be an even number of px, at least 16")
+    if not 2 <= args.videos_per_class <= 100_000:
+        raise UserError(f"--videos-per-class {args.videos_per_class} must be at least 2: one trains, one tests; "
+                        "and at most 100000")  # fmt: skip
+    if not 16 <= args.size <= 4096 or args.size % 2:
+        raise UserError(f"--size {args.size} must be an even number of px, at least 16, at most 4096")
     if not 0.08 <= args.seconds <= 3600:
         raise UserError(f"--seconds {args.seconds:g} must be between 0.08 (2 frames) and 3600")
     args.frames = round(args.seconds * FPS)

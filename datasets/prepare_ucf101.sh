@@ -9,6 +9,7 @@ set -euo pipefail
 
 DIR=${1:-$(dirname "$0")/ucf-101}
 DIR=${DIR%/}
+[[ $DIR == -* ]] && DIR=./$DIR # not a flag
 SPLITS=$(dirname "$DIR")/ucfTrainTestlist
 UNPACKED=$DIR.unpacking
 URL=https://www.crcv.ucf.edu/data/UCF101

@@ -9,8 +9,6 @@ import os
 import sys
 from pathlib import Path
 
-from safetensors import SafetensorError
-
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent / "EqM"))
 import checkpoint
 from distributed import ArgumentParser, UserError, check_writable, fail, say
@@ -40,7 +38,7 @@ def main():
         fail(error)
     try:
         checkpoint.write_export(args.folder, state, args.dtype)
-    except (OSError, SafetensorError) as error:
+    except OSError as error:
         fail(error, status=1)
     size = sum(file.stat().st_size for file in Path(args.folder).iterdir()) / 1e6
     say(f"{args.folder}: {', '.join(checkpoint.EXPORT)}, {size:.1f} MB; use it as --ckpt {args.folder}")

@@ -17,19 +17,19 @@ SAMPLES=${SAMPLES:-48} SAMPLING_STEPS=${SAMPLING_STEPS:-60} FRAMES=${FRAMES:-16 
 PRECISION=${PRECISION:-bf16} WORKERS=${WORKERS:-1}
 
 bash scripts/setup.sh
-.venv/bin/python datasets/make_moving_shapes.py --out "$DATA" --videos-per-class "$VIDEOS"
+.venv/bin/python datasets/make_moving_shapes.py --out="$DATA" --videos-per-class="$VIDEOS"
 
 bash scripts/train_progressive.sh \
   --depth 4 --hidden-size 128 --num-heads 4 --rope-theta 100 \
-  --temporal-patch-size 4 --image-size 16 --vae none --no-flip --num-workers "$WORKERS" --precision "$PRECISION" \
+  --temporal-patch-size 4 --image-size 16 --vae none --no-flip --num-workers="$WORKERS" --precision="$PRECISION" \
   --optimizer muon --muon-lr 0.01 --lr 2e-3 --warmup-steps 20 --ema-decay 0.99 --gamma-shift 3 \
   --log-every 50 --val-every 1000 --sample-every 0
 
 OUT=samples/$EXP CKPT= FRAMES=$FRAMES SAMPLES=$SAMPLES bash scripts/sample.sh \
-  --precision "$PRECISION" --sampler ngd --num-sampling-steps "$SAMPLING_STEPS" --stepsize 0.008 --cfg-scale 1.5
+  --precision="$PRECISION" --sampler ngd --num-sampling-steps="$SAMPLING_STEPS" --stepsize 0.008 --cfg-scale 1.5
 
 for frames in $FRAMES; do
-  .venv/bin/python EqM/evaluate.py --metric motion --samples "samples/$EXP-f$frames" --data-path "$DATA" \
-    --out "samples/$EXP-f$frames/motion.json"
+  .venv/bin/python EqM/evaluate.py --metric motion --samples="samples/$EXP-f$frames" --data-path="$DATA" \
+    --out="samples/$EXP-f$frames/motion.json"
 done
 echo "$((SECONDS - BEGAN)) s; look at samples/$EXP-f16/sheet.png and the GIFs beside it"

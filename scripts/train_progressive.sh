@@ -40,14 +40,14 @@ run() {
 }
 
 if [[ $CACHE == 1 && ! -f $DATA/latents.json ]]; then
-  if [[ " $* " == *" --vae "* || " $* " == *" --image-size "* ]]; then
+  if [[ " $* " == *" --vae"[\ =]* || " $* " == *" --image-size"[\ =]* ]]; then
     echo "train_progressive.sh: error: the cache is made with VAE and IMAGE_SIZE, not --vae and --image-size; set" \
       "these, or CACHE=0 to train without a cache" >&2
     exit 2
   fi
   [[ $FLIPS == 1 ]] && MIRRORED=--with-flips || MIRRORED=
-  run torchrun --standalone --nproc_per_node="$GPUS" EqM/cache_latents.py --data-path "$DATA" --out "$LATENTS" \
-    --vae "$VAE" --image-size "$IMAGE_SIZE" $MIRRORED
+  run torchrun --standalone --nproc_per_node="$GPUS" EqM/cache_latents.py --data-path="$DATA" --out="$LATENTS" \
+    --vae="$VAE" --image-size="$IMAGE_SIZE" $MIRRORED
   DATA=$LATENTS
 fi
 
@@ -56,24 +56,28 @@ phase() {
   local frames=$1 batch=$2
   shift 2
   run torchrun --standalone --nproc_per_node="$GPUS" EqM/train.py \
-    --video --num-frames "$frames" --use-rope \
-    --model "$MODEL" --data-path "$DATA" --results-dir "results/$EXP" \
-    --global-batch-size "$batch" --resume "$@"
+    --video --num-frames="$frames" --use-rope \
+    --model="$MODEL" --data-path="$DATA" --results-dir="results/$EXP" \
+    --global-batch-size="$batch" --resume "$@"
 }
 
 # checkpoint STEP: the file that the phase ending at STEP has left
 checkpoint() {
-  local files=("results/$EXP"/*/checkpoints/"$(printf %07d "$1")".pt)
+  if [[ ! $1 =~ ^[0-9]+$ ]]; then
+    printf 'train_progressive.sh: error: a phase ends at step %q; STEPS_1 and STEPS_2 are to be numbers\n' "$1" >&2
+    exit 2
+  fi
+  local files=("results/$EXP"/*/checkpoints/"$(printf %07d "$((10#$1))")".pt)
   if [[ ${#files[@]} -ne 1 || ! -f ${files[0]} ]]; then
-    echo "train_progressive.sh: error: wanted one file ${files[*]}" >&2
+    printf 'train_progressive.sh: error: wanted one file %q\n' "${files[*]}" >&2
     exit 2
   fi
   echo "${files[0]}"
 }
 
-phase "$FRAMES_1" "$BATCH_1" --max-steps "$STEPS_1" "$@"
+phase "$FRAMES_1" "$BATCH_1" --max-steps="$STEPS_1" "$@"
 CKPT=$(checkpoint "$STEPS_1")
-phase "$FRAMES_2" "$BATCH_2" --max-steps "$STEPS_2" --ckpt "$CKPT" "$@"
+phase "$FRAMES_2" "$BATCH_2" --max-steps="$STEPS_2" --ckpt="$CKPT" "$@"
 CKPT=$(checkpoint "$STEPS_2")
-if [[ -n $STEPS_3 ]]; then END=(--max-steps "$STEPS_3"); else END=(--epochs "$EPOCHS_3"); fi
-phase "$FRAMES_3" "$BATCH_3" "${END[@]}" --ckpt "$CKPT" --lr-decay "$LR_DECAY" "$@"
+if [[ -n $STEPS_3 ]]; then END=(--max-steps="$STEPS_3"); else END=(--epochs="$EPOCHS_3"); fi
+phase "$FRAMES_3" "$BATCH_3" "${END[@]}" --ckpt="$CKPT" --lr-decay="$LR_DECAY" "$@"

@@ -416,6 +416,13 @@ DAMAGES = {
     "empty": lambda path: path.write_bytes(b""),
     "text": lambda path: path.write_text("hello" * 1000),
     "of another video": lambda path: save_file({"mean": torch.zeros(2, 4, 8, 8), "std": torch.zeros(2, 4, 8, 8)}, path),
+    "of no numbers": lambda path: save_file(
+        {part: torch.full((40, 4, 8, 8), float("nan")).half() for part in ("mean", "std")}, path
+    ),
+    "of another size": lambda path: save_file(
+        {part: torch.zeros(40, 4, 16, 16).half() for part in ("mean", "std")}, path
+    ),
+    "a pipe": lambda path: (path.unlink(), os.mkfifo(path)),
     "without std": lambda path: save_file({"mean": torch.zeros(40, 4, 8, 8).half()}, path),
 }
 
@@ -432,7 +439,7 @@ def test_a_bad_latents_file_is_named_replaced_and_counted_like_a_bad_video(cache
     books = BadVideos(len(clips), 0.0)
     assert books.add([path for item in items for path in item["bad"]]) == ["Run/a.safetensors"]
     with pytest.raises(UnreadableError, match="a.safetensors"):
-        video_dataset.read_latents(folder, clips.videos[2], [20, 21])
+        video_dataset.read_latents(folder, clips.videos[2], [20, 21], shape=clips.latent_shape)
 
 
 def test_a_cache_that_cannot_be_used_is_one_line_that_says_what_to_do(cache, tmp_path):
@@ -461,26 +468,6 @@ def test_a_cache_that_cannot_be_used_is_one_line_that_says_what_to_do(cache, tmp
 
 
 # Errors of the user.
-
-
-def test_every_mistake_is_one_line_and_status_2_before_anything_is_touched(
-    root, vae, cache, tmp_path, monkeypatch, capsys
-):
-    out = tmp_path / "out"
-
-    def message(*arguments):
-        line = refused(monkeypatch, capsys, *arguments)
-        assert not out.exists()
-        return line
-
-    assert "pixels need no cache" in message(root, "none", out)
-    assert "--vae emma" in message(root, "emma", out)
-    assert "--image-size 33 is not a multiple of 2" in message(root, vae, out, "--image-size", 33)
-    assert "no such folder" in message(tmp_path / "missing", vae, out)
-    assert "a latent cache; name the folder of its videos" in message(cache, vae, out)
-    assert "holds Jump but no latent cache" in message(root, vae, root)
-    (tmp_path / "file").write_text("")
-    assert "not a folder" in message(root, vae, tmp_path / "file")
 
 
 def test_a_cache_of_other_settings_is_refused_whether_it_is_complete_or_not(

@@ -1,4 +1,5 @@
 import errno
+import math
 import os
 import pickle
 import warnings
@@ -26,6 +27,9 @@ CONFIG = EqMConfig(
     use_rope=True,
 )
 
+DATA = {"vae": "none", "image_size": 4, "fps": 25.0, "frame_interval": [1], "classes": ["A", "B"]}
+TRAINING = {"model": "EqM-S/2", "num_frames": 4, "video": True, "lr": 1e-4}
+
 
 def random_weights(model, seed):
     generator = torch.Generator().manual_seed(seed)
@@ -36,7 +40,7 @@ def make_state(config=CONFIG, **changes):
     model = EqM(config)
     state = {
         "version": checkpoint.VERSION,
-        "config": {"model": asdict(config), "data": {"vae": "none"}, "training": {"lr": 1e-4}},
+        "config": {"model": asdict(config), "data": DATA, "training": TRAINING},
         "model": random_weights(model, 1),
         "ema": random_weights(model, 2),
         "optimizer": {"kind": "adamw", "states": []},
@@ -284,6 +288,72 @@ def test_files_of_other_projects_are_refused(tmp_path, state):
 def test_another_format_version_is_refused(tmp_path, version):
     torch.save(make_state(version=version), tmp_path / "best.pt")
     assert f"format version {version}, this code reads version 1" in load_refusal(tmp_path / "best.pt")
+
+
+def test_a_file_in_whose_numbers_one_bit_is_flipped_is_refused(tmp_path):
+    path = tmp_path / "best.pt"
+    checkpoint.save(path, make_state())
+    content = bytearray(path.read_bytes())
+    weight = make_state()["ema"]["blocks.1.mlp.fc1.weight"].numpy().tobytes()
+    content[content.index(weight) + 1000] ^= 4
+    path.write_bytes(content)
+    assert "damaged" in load_refusal(path)
+
+
+def test_a_path_that_is_no_text_is_loaded(tmp_path):
+    path = tmp_path / os.fsdecode(b"\xff 'best.pt")
+    checkpoint.save(path, make_state())
+    assert checkpoint.load(path)["step"] == 70
+
+
+def test_a_file_that_is_replaced_while_it_is_in_use_does_not_change_what_was_loaded(tmp_path):
+    path, state = tmp_path / "best.pt", make_state()
+    checkpoint.save(path, state)
+    loaded = checkpoint.load(path)
+    path.write_bytes(bytes(path.stat().st_size))  # in place
+    assert all(torch.equal(loaded["ema"][name], state["ema"][name]) for name in state["ema"])
+
+
+@pytest.mark.parametrize(
+    ("part", "value"),
+    [
+        ("step", -1), ("step", "7"), ("best_loss", math.nan), ("phase", {"first_step": 0}), ("ema", []),
+        ("phase", {"first_step": 0, "position": 0, "other": 1}), ("optimizer", {"kind": "x"}),
+        ("config", None), ("model", {"a": 1}), ("run", {"window": 3, "bad_videos": []}),
+        ("model", {"a": torch.zeros(1).expand(9)}),
+    ],
+)  # fmt: skip
+def test_a_part_that_is_not_what_training_writes_is_named(part, value):
+    assert checkpoint.odd_part(make_state()) is None
+    assert checkpoint.odd_part(make_state() | {part: value}) == part
+
+
+def optimizers_of(model, kind):
+    matrices = [weight for weight in model.blocks.parameters() if weight.dim() == 2]
+    others = [weight for weight in model.parameters() if all(weight is not matrix for matrix in matrices)]
+    if kind == "adamw":
+        return [torch.optim.AdamW(model.parameters(), lr=1.0)]
+    return [torch.optim.AdamW(others, lr=1.0), torch.optim.Muon(matrices, lr=1.0)]
+
+
+@pytest.mark.parametrize("kind", ["adamw", "muon"])
+def test_optimizers_remember_what_was_saved_of_the_same_weights_only(kind):
+    model = EqM(CONFIG)
+    before, after = (optimizers_of(model, kind) for _ in range(2))
+    sum(weight.square().sum() for weight in model.parameters()).backward()
+    for optimizer in before:
+        optimizer.step()
+    saved = [optimizer.state_dict() for optimizer in before]
+    for state in saved:
+        state["param_groups"][0]["lr"] = "of another run"
+    checkpoint.load_optimizers("best.pt", after, saved)
+    for old, new in zip(before, after, strict=True):
+        assert new.param_groups[0]["lr"] == 1.0
+        for weight, memory in old.state.items():
+            assert all(torch.equal(new.state[weight][name], value) for name, value in memory.items())
+    wider = optimizers_of(EqM(replace(CONFIG, hidden_size=48)), kind)
+    for wrong, found in ((wider, saved), (after, saved[:-1]), (after, [{"state": {0: {}}}] * len(saved))):
+        assert "its optimizer is not of these weights" in refusal(checkpoint.load_optimizers, "best.pt", wrong, found)
 
 
 # The model ----------------------------------------------------------------------------------------------------------

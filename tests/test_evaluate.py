@@ -20,7 +20,7 @@ import make_moving_shapes
 import manifest
 import sources
 from models import EqM, model_config
-from tiny_data import make_images
+from tiny_data import make_images, make_latents
 from video_dataset import Clips, scan_videos, split_videos
 from video_io import write_npz
 
@@ -349,8 +349,7 @@ def test_bad_flags_are_one_line_and_nothing_is_written(case, shapes, samples, de
 def test_a_latent_cache_and_videos_that_are_too_short_are_refused(
     shapes, samples, detector, ckpt, tmp_path, monkeypatch, capsys
 ):
-    (tmp_path / "latents").mkdir()
-    (tmp_path / "latents" / "latents.json").write_text('{"format": 1}')
+    make_latents(tmp_path / "latents")
     shared = ["--out", tmp_path / "a.json", "--metric", "fvd", "--detector", detector]
     run(monkeypatch, *shared, "--samples", samples, "--data-path", tmp_path / "latents", status=2)
     assert "a latent cache; wanted the folder of its videos" in capsys.readouterr().err

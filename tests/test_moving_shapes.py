@@ -218,18 +218,6 @@ def test_an_interrupted_run_leaves_nothing(tmp_path, monkeypatch):
     assert len(written) == 5 and list(tmp_path.iterdir()) == []
 
 
-@pytest.mark.parametrize(
-    "flags",
-    ["--size 8", "--size 63", "--size big", "--seconds 0", "--seconds -1", "--seconds nan", "--videos-per-class 1",
-     "--radius 0.2 0.1", "--radius 0.1 0.3", "--colors pink", "--sizes 64"],
-)  # fmt: skip
-def test_a_bad_flag_is_one_line_that_names_it(tmp_path, flags, capsys):
-    with pytest.raises((UserError, SystemExit)) as caught:
-        make(tmp_path / "set", *flags.split())
-    line = str(caught.value) if caught.type is UserError else capsys.readouterr().err.strip()
-    assert "\n" not in line and flags.split()[0] in line and list(tmp_path.iterdir()) == []
-
-
 def test_as_a_script_it_exits_2_with_one_line_and_needs_no_python_path(tmp_path):
     command = [sys.executable, str(SCRIPTS / "make_moving_shapes.py"), "--out", str(tmp_path / "set"), "--size", "7"]
     done = subprocess.run(command, capture_output=True, text=True, cwd=tmp_path)

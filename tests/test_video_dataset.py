@@ -933,3 +933,48 @@ def test_a_folder_to_start_from_stands_for_its_files_of_the_kind_in_the_order_of
         with pytest.raises(UserError, match=words) as error:
             start_files(place, images)
         assert str(error.value).startswith(f"--init {place}: ") and "\n" not in str(error.value)
+
+
+# Files and indices that others have made.
+
+
+@pytest.mark.parametrize("text", ["ffconcat version 1.0\nfile one.avi\n", "#EXTM3U\n#EXTINF:1,\none.avi\n", "RIFF", ""])
+def test_a_playlist_or_a_stub_is_a_bad_video_whatever_it_is_called(root, text):
+    (root / "A" / "list.mp4").write_text(text)
+    assert scan_videos(root).unreadable == ["A/list.mp4"]
+
+
+def test_a_pipe_is_a_bad_video_and_nobody_waits_for_it(root):
+    os.mkfifo(root / "A" / "pipe.avi")
+    assert scan_videos(root).unreadable == ["A/pipe.avi"]
+
+
+def test_a_video_that_claims_more_frames_than_it_has_bytes_is_bad(root):
+    path = root / "A" / "one.avi"
+    data = bytearray(path.read_bytes())
+    struct.pack_into("<I", data, data.index(b"strh") + 8 + 32, 2**32 - 1)  # decord would abort the process
+    path.write_bytes(data)
+    assert scan_videos(root).unreadable == ["A/one.avi"]
+
+
+@pytest.mark.parametrize(
+    "change",
+    [{"class_name": "Z"}, {"num_frames": 10**30}, {"num_frames": "9"}, {"fps": 0}, {"fps": float("nan")},
+     {"path": "../A/one.avi"}, {"width": -1}, {"more": 1}],
+)  # fmt: skip
+def test_an_index_that_says_what_can_not_be_is_not_believed(root, change):
+    expected = scan_videos(root)
+    index = json.loads((root / ".video_index.json").read_text())
+    index["videos"][0][1] |= change
+    (root / ".video_index.json").write_text(json.dumps(index))
+    assert scan_videos(root).videos == expected.videos
+
+
+def test_a_list_may_name_videos_with_spaces_and_bytes_that_are_no_text(tmp_path):
+    names = ["A b/c d", os.fsdecode(b"A b/\xff"), "A b/9"]
+    lines = b"A b/c d.avi 1\r\n\n" + os.fsencode(names[1]) + b".avi 1\n/ 1\n.. 2\n"
+    (tmp_path / "ucfTrainTestlist").mkdir()
+    (tmp_path / "ucfTrainTestlist/trainlist01.txt").write_bytes(lines)
+    train, val = split_videos(tmp_path, [fake(name) for name in names], 0.5)
+    assert [video.key for video in train] == names[:2]
+    assert [video.key for video in val] == names[2:]

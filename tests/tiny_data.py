@@ -1,9 +1,14 @@
-"""What several tests train on: a tiny VAE and a folder of images, made on the spot."""
+"""What several tests train on, made on the spot: a tiny VAE, a folder of images, a cache of latents."""
+
+import json
 
 import numpy as np
 import torch
 from diffusers import AutoencoderKL
 from PIL import Image
+from safetensors.torch import save_file
+
+from video_dataset import LATENTS_FORMAT
 
 
 def make_vae(folder):
@@ -24,3 +29,22 @@ def make_images(root, count, suffix=".png"):
         pixels = np.random.default_rng(number).integers(0, 256, (16, 20, 3), dtype=np.uint8)
         Image.fromarray(pixels).save(root / "AB"[number % 2] / f"{number}{suffix}")
     return root
+
+
+LATENTS_SETTINGS = {  # of a cache
+    "format": LATENTS_FORMAT, "vae": "ema", "image_size": 16, "channels": 4, "downsample": 2,
+    "scale": 0.18215, "shift": 0.0, "flips": True,
+}  # fmt: skip
+
+
+def make_latents(folder):
+    """A latent cache of three videos of one class, random."""
+    videos = []
+    for number, name in enumerate("abc"):
+        (folder / "A").mkdir(parents=True, exist_ok=True)
+        parts = {part: torch.rand(6, 4, 8, 8).half() for part in ("mean", "std", "mean_flipped", "std_flipped")}
+        save_file(parts, folder / f"A/{name}.safetensors", metadata={"source_bytes": str(number)})
+        videos.append({"path": f"A/{name}.safetensors", "class_name": "A", "num_frames": 6, "fps": 25.0, "height": 16,
+                       "width": 16})  # fmt: skip
+    about = LATENTS_SETTINGS | {"num_videos": 3, "num_frames": 18, "classes": ["A"], "videos": videos, "unreadable": []}
+    (folder / "latents.json").write_text(json.dumps(about, indent=1))

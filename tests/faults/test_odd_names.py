@@ -1,0 +1,183 @@
+"""Names with spaces, quotes, line ends, bytes that are no text, and what a shell would run: they work everywhere, reach
+no shell and forge no line of a log."""
+
+import json
+import os
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+import cache_latents
+import checkpoint
+import export
+import metrics
+import sample_gd
+import train
+from distributed import one_line
+from test_train import write_video
+from tiny_data import make_vae
+from video_dataset import scan_videos
+
+ROOT = Path(train.__file__).resolve().parents[1]
+FORGED = "\nstep 9: validation loss 0.0000\n"
+ODD = "-o  'd\"d`touch hacked`$(touch hacked);[x]* %s {0} ü😀\udcff\x1b[31m" + FORGED
+CLASSES = ["-A" + ODD, "B '" + FORGED + "x" * 150]
+
+
+@pytest.fixture
+def data(tmp_path):
+    root = tmp_path / f"data{ODD}"
+    for class_name in CLASSES:
+        for number in range(2):
+            write_video(root / class_name / f"--{number}{ODD}.avi")
+    return root
+
+
+def run(monkeypatch, script, *flags):
+    monkeypatch.setattr(sys, "argv", [script.__file__, *map(str, flags)])
+    script.main()
+
+
+def lines_of(text):
+    """Lines as any reader of a log splits them."""
+    return text.splitlines()
+
+
+def test_everything_works_with_odd_names_and_no_line_is_forged(data, tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    results = tmp_path / f"results{ODD}".replace("\udcff", "")  # TensorBoard and diffusers want text
+    vae = make_vae(str(tmp_path / f"vae{ODD}").replace("\udcff", ""))
+    (data / CLASSES[0] / f"broken{ODD}.avi").write_bytes(b"RIFF and no more")
+    (data / CLASSES[0] / f"bad{ODD}.avi").write_bytes((data / CLASSES[0] / f"--0{ODD}.avi").read_bytes()[:3000])
+    cache = tmp_path / f"cache{ODD}"
+    run(monkeypatch, cache_latents, f"--data-path={data}", f"--out={cache}", f"--vae={vae}", "--image-size=16",
+        "--max-bad-fraction=1")  # fmt: skip
+    assert json.loads((cache / "latents.json").read_text())["classes"] == sorted(CLASSES)
+    shared = ["--video", "--model=EqM-Ti/4", "--num-frames=4", "--use-rope", "--depth=1", "--global-batch-size=4",
+              "--num-workers=0", "--log-every=1", "--max-bad-fraction=1"]  # fmt: skip
+    shared += [f"--results-dir={results}", "--sample-every=1", "--num-samples=2", "--num-sampling-steps=2"]
+    pixels = [*shared, f"--data-path={data}", "--vae=none", "--image-size=16"]
+    command = [sys.executable, train.__file__, *pixels, "--max-steps=1"]
+    said = subprocess.run(command, check=True, capture_output=True, text=True, errors="replace").stdout
+    run(monkeypatch, train, *pixels, "--max-steps=2", "--resume")
+    run(monkeypatch, train, *shared, f"--data-path={cache}", "--max-steps=1")
+    first, second = sorted(results.iterdir())
+    ckpt = results / f"ckpt{ODD}.pt"
+    shutil.copy(first / "checkpoints/latest.pt", ckpt)
+    run(monkeypatch, train, *pixels, "--max-steps=3", f"--ckpt={ckpt}")
+
+    exported, samples = tmp_path / f"exported{ODD}", tmp_path / f"samples{ODD}"
+    run(monkeypatch, export, "--", ckpt, exported)
+    for path in (ckpt, exported):
+        run(monkeypatch, sample_gd, "--video", f"--ckpt={path}", f"--folder={samples}", "--num-samples=2",
+            "--num-sampling-steps=2", f"--classes={CLASSES[1]}")  # fmt: skip
+        assert np.load(samples / "samples.npz")["labels"].tolist() == [1, 1]
+    assert json.loads((samples / "samples.json").read_text())["classes"] == sorted(CLASSES)
+
+    said += capsys.readouterr().out
+    logs = [path.read_text(encoding="utf-8") for path in results.rglob("log.txt")]
+    assert len(logs) == 3
+    assert any("broken-o" in log for log in logs)
+    for text in (said, *logs):
+        assert not any(line.startswith("step 9:") for line in lines_of(text))
+        assert "\x1b" not in text
+    for folder in results.glob("[0-9]*"):
+        rows, torn = metrics.read_metrics(folder / "metrics.jsonl")
+        assert rows and torn == 0
+        config = json.loads((folder / "config.json").read_text())
+        assert config["data"]["classes"] == sorted(CLASSES)
+    assert checkpoint.load(ckpt)["config"]["data"]["classes"] == sorted(CLASSES)
+    assert not list(tmp_path.rglob("hacked"))
+    before = {path.name for path in tmp_path.iterdir()}
+    assert all("data" in name or ODD[:5] in name for name in before), before  # nothing lies outside its folder
+
+
+def test_an_index_of_odd_names_is_found_again(data, monkeypatch):
+    scan = scan_videos(data)
+    assert scan.classes == sorted(CLASSES)
+    monkeypatch.setattr("video_dataset._probe", lambda *_: pytest.fail("was opened again"))
+    assert scan_videos(data) == scan
+
+
+@pytest.mark.parametrize(
+    ("text", "shown"),
+    [
+        ("plain, ünïcode 😀", "plain, ünïcode 😀"),
+        ("two\nlines\r\t", r"two\nlines\r\t"),
+        ("\x1b[2J\x00\x7f", r"\x1b[2J\x00\x7f"),
+        ("a\u2028b\x85c", r"a\u2028b\x85c"),  # line ends, for str.splitlines
+        ("no text \udcff", r"no text \udcff"),
+        ("\u202egnp.exe", r"\u202egnp.exe"),  # written from right to left
+    ],
+)
+def test_a_line_shows_what_can_be_shown_and_spells_out_the_rest(text, shown):
+    assert one_line(text) == shown
+    assert one_line(text, "ascii").isascii()
+
+
+# The shell scripts, with a torchrun that only notes its arguments.
+
+
+@pytest.fixture
+def house(tmp_path):
+    """A function that runs a script in a copy of the house and returns what each torchrun was given."""
+    shutil.copytree(ROOT / "scripts", tmp_path / "scripts")
+    (tmp_path / "bin").mkdir()
+    torchrun = tmp_path / "bin/torchrun"
+    torchrun.write_text('#!/bin/bash\nprintf "%s\\0" "$@" >>"$NOTES"; printf "\\1\\0" >>"$NOTES"\n')
+    torchrun.chmod(0o755)
+
+    def run(script, *arguments, **environment):
+        notes = tmp_path / "notes"
+        notes.unlink(missing_ok=True)
+        environment |= {"PATH": f"{tmp_path}/bin:{os.environ['PATH']}", "NOTES": str(notes)}
+        command = ["bash", str(tmp_path / "scripts" / script), *arguments]
+        done = subprocess.run(command, env=os.environ | environment, capture_output=True)
+        calls = os.fsdecode(notes.read_bytes()).removesuffix("\1\0").split("\1\0") if notes.exists() else []
+        return done, [call.removesuffix("\0").split("\0") for call in calls]
+
+    return run
+
+
+def test_train_progressive_passes_odd_names_as_they_are(house, tmp_path):
+    for step in (50, 90):
+        path = tmp_path / f"results/{ODD}/00-a/checkpoints/{step:07d}.pt"
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.touch()
+    names = {"EXP": ODD, "DATA": f"{ODD}data", "LATENTS": f"{ODD}latents", "VAE": f"{ODD}vae"}
+    done, calls = house("train_progressive.sh", f"--rest={ODD}", **names, STEPS_1="050", STEPS_2="90")
+    assert done.returncode == 0, done.stderr
+    assert [call[2] for call in calls] == ["EqM/cache_latents.py"] + 3 * ["EqM/train.py"]
+    assert {f"--data-path={ODD}data", f"--out={ODD}latents", f"--vae={ODD}vae"} <= set(calls[0])
+    for call, step in zip(calls[1:], (None, 50, 90), strict=True):
+        assert {f"--data-path={ODD}latents", f"--results-dir=results/{ODD}", f"--rest={ODD}"} <= set(call)
+        ckpt = f"--ckpt=results/{ODD}/00-a/checkpoints/{step or 0:07d}.pt"
+        assert (ckpt in call) == (step is not None)
+    assert not list(tmp_path.rglob("hacked"))
+
+
+def test_sample_passes_odd_names_as_they_are_and_takes_the_newest_model(house, tmp_path):
+    for time, run in ((1, "a"), (3, "b"), (2, "c")):
+        path = tmp_path / f"results/{ODD}/{run}\nx/checkpoints/best.pt"
+        path.parent.mkdir(parents=True)
+        path.touch()
+        os.utime(path, (time, time))
+    done, (call,) = house("sample.sh", f"--rest={ODD}", EXP=ODD)
+    assert done.returncode == 0, done.stderr
+    wanted = {f"--ckpt=results/{ODD}/b\nx/checkpoints/best.pt", f"--folder=samples/{ODD}-f16", f"--rest={ODD}"}
+    assert wanted <= set(call)
+    _, (call,) = house("sample.sh", EXP="x", CKPT=f"-{ODD}", OUT=f"-{ODD}")
+    assert {f"--ckpt=-{ODD}", f"--folder=-{ODD}-f16"} <= set(call)
+    assert not list(tmp_path.rglob("hacked"))
+
+
+@pytest.mark.parametrize("step", ["", "x", "1 2", "a[$(touch hacked)]"])
+def test_a_phase_that_ends_at_no_number_is_named(house, tmp_path, step):
+    done, _ = house("train_progressive.sh", CACHE="0", STEPS_1=step or "\n", STEPS_2="9")
+    assert done.returncode == 2
+    assert b"STEPS_1" in done.stderr
+    assert not list(tmp_path.rglob("hacked"))
