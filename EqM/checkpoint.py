@@ -726,6 +726,10 @@ class Start:
         """What the run had measured when it was stopped before it could log that; None in any other case."""
         return self.state["run"]["window"] if self.goes_on else None
 
+    @property
+    def bad_videos(self):
+        return self.state["run"]["bad_videos"] if self.goes_on else []
+
 
 def find_start(args, name):
     """The Start that the flags of train.py ask for.
@@ -744,6 +748,8 @@ def find_start(args, name):
             lock(folder)
             clean(folder)
         start.path, start.state = newest_checkpoint(folder, **asked)
+        if start.state:
+            start.state.setdefault("run", {"window": None, "bad_videos": []})
     if start.path is None and args.ckpt:
         start.path, start.state = Path(args.ckpt), load(args.ckpt, **asked)
     if start.path is None:

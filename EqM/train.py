@@ -412,7 +412,7 @@ def set_up(args, device, config, data, vae, start, last_step):
     logged = progress.step - 1 if start.window else progress.step
     metrics = Metrics(folder, resume_step=logged, wandb=args.wandb, config=described)
     num_videos = len(data.train) + data.num_val + len(data.scan.unreadable)
-    bad_videos = BadVideos(num_videos, args.max_bad_fraction, start.state["run"]["bad_videos"] if start.goes_on else [])
+    bad_videos = BadVideos(num_videos, args.max_bad_fraction, start.bad_videos)
     run = Run(
         args, device, config, vae.to(device), model, distributed.parallel(model), ema, optimizers, scaler, progress,
         last_step, folder, described, metrics, bad_videos, batches, val_loader, Window(start.window), StopSignal(),
