@@ -124,7 +124,7 @@ def summarize(generated, real, patch):
 
 
 def report(result):
-    """What people read of a summary."""
+    """What people read of a summary: lines."""
 
     def cell(value, interval):
         return "-" if value is None else f"{value:.3f} ({interval[0]:.3f} to {interval[1]:.3f})"
@@ -133,4 +133,4 @@ def report(result):
     lines += [f"{'drift of ' + name:<24} {cell(*entry.values())}" for name, entry in result["drift"].items()]
     if result["change_ratio"] is not None:
         lines.append(f"{'change / real change':<24} {result['change_ratio']:.3f}")
-    return "\n".join("  " + line for line in lines)
+    return ["  " + line for line in lines]

@@ -204,9 +204,14 @@ def score_motion(args, made, real):
     result = {"generated": look(made), "real": look(real)}
     if rank() != 0:
         return None, None
-    say(motion.report(result["generated"], result["real"]))
+    say_all(motion.report(result["generated"], result["real"]))
     names = "direction_accuracy", "shape_accuracy", "speed_ratio", "area_ratio"
     return {name: result["generated"][name] for name in names}, result
+
+
+def say_all(lines):
+    for line in lines:
+        say(line)
 
 
 def score_consistency(args, made, real, patch):
@@ -226,7 +231,7 @@ def score_consistency(args, made, real, patch):
 
     picture = Path(args.out).with_suffix(".png")
     plots.plot_consistency(picture, result["by_position"], patch)
-    say(consistency.report(result) + f"\n  by position in the clip: {picture}")
+    say_all([*consistency.report(result), f"  by position in the clip: {picture}"])
     return {name: result[name] for name in ("seam_score", "change_ratio", "largest_drift")}, result
 
 
@@ -266,7 +271,7 @@ def score_frechet(args, made, real, detector, width, cached, device):
     if args.resamples:
         error = frechet.bootstrap_error(reference.to(device), kept.to(device), args.resamples, args.seed)
         result |= {"standard_error": error, "interval95": [max(0.0, value - 1.96 * error), value + 1.96 * error]}
-    say(frechet.report(args.metric, value, result))
+    say_all(frechet.report(args.metric, value, result))
     return {args.metric: value}, result
 
 

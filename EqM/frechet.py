@@ -123,7 +123,7 @@ def bootstrap_error(reference, features, resamples, seed):
 
 
 def report(metric, value, result):
-    """What people read of a result; with a warning where a covariance must be singular."""
+    """What people read of a result: lines, with a warning where a covariance must be singular."""
     lines = [f"{metric} {value:.4f}"]
     if result["interval95"]:
         low, high = result["interval95"]
@@ -135,7 +135,7 @@ def report(metric, value, result):
                 f"warning: {members} {kind} members for {width} features: their covariance is singular, and the "
                 "distance much too large; compare it with others of the same counts only"
             )
-    return "\n".join(lines)
+    return lines
 
 
 # ----------------------------------------------------------------------------------------------------------------------

@@ -285,13 +285,12 @@ ROWS = {  # what people read, of `summarize`
 
 
 def report(generated, real):
-    """What people read of two summaries that hold their confusion as well."""
+    """What people read of two summaries that hold their confusion as well: lines."""
 
     def cell(part, key, interval):
         if part[key] is None:
             return "-"
-        low, high = part[interval] or (math.nan, math.nan)
-        return f"{part[key]:.3f} ({low:.3f} to {high:.3f})"
+        return f"{part[key]:.3f}" + (" ({:.3f} to {:.3f})".format(*part[interval]) if part[interval] else "")
 
     lines = [f"{'':<20} {'generated, 95%':>24} {'real, 95%':>24}"]
     lines.append(f"{'clips':<20} {generated['clips']:>24} {real['clips']:>24}")
@@ -305,4 +304,4 @@ def report(generated, real):
         lines += [f"{asked:<20} " + " ".join(f"{row[name]:>8}" for name in names) for asked, row in rows.items()]
     refused = sorted(generated["confusion"]["refused"].items(), key=lambda item: -item[1])
     lines += [f"no direction: {reason}, {clips} clips" for reason, clips in refused]
-    return "\n".join("  " + line for line in lines)
+    return ["  " + line for line in lines]

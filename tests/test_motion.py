@@ -297,7 +297,7 @@ def test_the_report_shows_the_confusion_in_rows_and_columns():
     summary = motion.summarize(tracks, [truth] * 9) | {"confusion": motion.confusion(tracks, [truth] * 9)}
     nothing = [Track(reason="x")], [truth]
     nothing = motion.summarize(*nothing) | {"confusion": motion.confusion(*nothing)}
-    lines = [line.split() for line in motion.report(summary, nothing).splitlines()]
+    lines = [line.split() for line in motion.report(summary, nothing)]
     assert ["asked,", "found:", "Left", "Right", "Up", "Down", "none"] in lines
     assert ["Up", "0", "0", "7", "2", "0"] in lines
     assert ["speed", "/", "true", "speed", "1.000", "(1.000", "to", "1.000)", "-"] in lines
