@@ -691,13 +691,15 @@ def update_weights(run, sums):
     for optimizer in optimizers:
         run.scaler.unscale_(optimizer)
     norm = sums["grad_norm"] = torch.nn.utils.clip_grad_norm_(run.model.parameters(), args.clip_grad or math.inf)
+    skip = False
     if run.scaler.is_enabled():  # it skips a step whose gradients overflow, and scales by less from then on
         sums["skipped"] = (~norm.isfinite()).float()
     elif args.skip_nonfinite:
         sums["skipped"] = (~norm.isfinite()).float()
-        run.progress.skipped = run.progress.skipped + 1 if sums["skipped"] else 0
+        skip = bool(sums["skipped"])
+    run.progress.skipped = run.progress.skipped + 1 if skip else 0
     for optimizer in optimizers:
-        if not run.progress.skipped:
+        if not skip:
             run.scaler.step(optimizer)
         optimizer.zero_grad()
     run.scaler.update()
