@@ -3,10 +3,12 @@
     python scripts/plot_metrics.py results/EXP --out loss.png
     python scripts/plot_metrics.py results/A/000-EqM-S-4-f4-rope results/B --out compare.png
 
-A run folder is one phase. Where it started from a checkpoint of another run that is given, it goes on with that one's
-curve: steps are global anyway, and its FLOPs and seconds are added to those which that checkpoint had taken.
+A run folder is one phase, or those of its --frames-schedule. Where it started from a checkpoint of another run that is
+given, it goes on with that one's curve: steps are global anyway, and its FLOPs and seconds are added to those which that
+checkpoint had taken.
 """
 
+import itertools
 import json
 import re
 import sys
@@ -34,6 +36,7 @@ X_AXES = {  # what metrics.jsonl calls it -> name, units with their size in what
 COLORS = "#0072B2", "#D55E00", "#009E73", "#CC79A7", "#000000", "#56B4E9"  # Okabe and Ito: for colour-blind eyes, too
 STYLES = "-", "--", ":"  # once the colours are used up
 MARKERS = "o", "s", "^", "D", "v", "P", "X"  # of frame counts
+AMOUNTS = "flops", "seconds"  # that rise over a run
 SMOOTH_SHARE = 20  # a mean is over this part of the lines of the longest curve
 LOG_RATIO = 3  # highest loss / lowest, from which on the axis is logarithmic
 
@@ -69,7 +72,7 @@ class Run:
     @property
     def frames(self):
         """f16, from the name of the folder; all of the name where it does not say."""
-        found = re.search(r"-(f\d+)(-rope)?$", self.folder.name)
+        found = re.search(r"-(f\d+(?:-\d+)*)(-rope)?$", self.folder.name)
         return found[1] if found else self.folder.name
 
 
@@ -90,20 +93,18 @@ def load_runs(places):
         if not folders:
             raise UserError(f"RUN {place}: no {METRICS}, nor folders with one; name a run folder of train.py")
         if not any(run.rows for run in found):
-            raise UserError(f"RUN {place}: its {METRICS} is empty; wait until something is logged (--log-every)")
+            raise UserError(f"RUN {place}: its {METRICS} has no line of a step yet; wait for one (--log-every)")
         runs |= {run.folder: run for run in found if run.rows}
     return list(runs.values())
 
 
 def read_rows(folder):
-    """The rows of a run's metrics.jsonl; raises UserError if they are something else."""
+    """The rows of a run's metrics.jsonl; raises UserError if it can't be read."""
     path = folder / METRICS
     try:
         rows, torn = read_metrics(path)
     except OSError as error:
         raise UserError(f"RUN {folder}: its {METRICS} can't be read ({error.strerror})") from error
-    if not all(isinstance(row, dict) and isinstance(row.get("step"), int) for row in rows):
-        raise UserError(f'RUN {folder}: its {METRICS} has lines without a "step"; wanted those of train.py')
     if torn:
         say(f"{path}: {torn} torn {'line' if torn == 1 else 'lines'} left out")
     return rows
@@ -153,12 +154,23 @@ def make_curves(runs):
     return [make_curve(run, starts) for run in runs if run.folder not in passed]
 
 
+def split_phases(run, rows):
+    """The phases (frames, rows) of a run: several if it had a schedule, each with its own seconds and FLOPs."""
+    phases, before = [], {}
+    for num_frames, group in itertools.groupby(rows, key=lambda row: row.get("num_frames")):
+        own = [row | {name: row[name] - before.get(name, 0) for name in AMOUNTS if name in row} for row in group]
+        phases.append((f"f{num_frames}" if num_frames else run.frames, own))
+        before = {name: before.get(name, 0) + own[-1].get(name, 0) for name in AMOUNTS}
+    return phases
+
+
 def make_curve(run, starts):
-    phases, place = [(run.frames, run.rows)], run.folder
+    phases, names, place = split_phases(run, run.rows), [], run.folder
     while starts[run.folder] is not None:
         run, step = starts[run.folder]
-        phases.insert(0, (run.frames, [row for row in run.rows if row["step"] <= step]))
-    before = ", ".join(frames for frames, _ in phases[:-1])
+        phases = split_phases(run, [row for row in run.rows if row["step"] <= step]) + phases
+        names.insert(0, run.frames)
+    before = ", ".join(names)
     return Curve(f"{place.parent.name}/{place.name}" + (f" after {before}" if before else ""), phases)
 
 

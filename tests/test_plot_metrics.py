@@ -46,6 +46,18 @@ def make_phases(root):
     return root
 
 
+def test_a_run_with_a_schedule_has_its_phases_and_counts_nothing_twice(tmp_path):
+    frames = {"num_frames": lambda step: 4 if step <= 40 else 16}
+    run = make_run(tmp_path / "EXP/000-EqM-S-4-f4-16-rope", 0, 100, **costs(0, 2, 1e15), **frames)
+    (curve,) = curves_of(run)
+    assert [frames for frames, _ in curve.phases] == ["f4", "f16"]
+    assert steps(curve) == [list(range(10, 41, 10)), list(range(50, 101, 10))]
+    assert curve.label == "EXP/000-EqM-S-4-f4-16-rope"
+    _, by_flops, by_seconds = draw([curve], window=1).axes
+    assert np.allclose(by_seconds.lines[0].get_xdata(), np.arange(10, 101, 10) * 2 / 60)
+    assert np.allclose(by_flops.lines[0].get_xdata(), np.arange(10, 101, 10))
+
+
 def curves_of(*places):
     return make_curves(load_runs(places))
 
@@ -241,8 +253,8 @@ def test_bad_input_is_one_line_and_status_2(tmp_path, monkeypatch, capsys):
         ("no such folder", tmp_path / "nowhere", "--out", out),
         ("not a folder", good / "metrics.jsonl", "--out", out),
         ("no metrics.jsonl", tmp_path / "none", "--out", out),
-        ("metrics.jsonl is empty", empty, "--out", out),
-        ("without a", odd, "--out", out),
+        ("no line of a step", empty, "--out", out),
+        ("no line of a step", odd, "--out", out),
         ("no train_loss", other, "--out", out),
         ("no train_loss_rel", good, "--out", out, "--relative"),
         (".png", good, "--out", tmp_path / "x/loss.pdf"),

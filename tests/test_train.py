@@ -2,7 +2,6 @@
 
 import itertools
 import shutil
-import signal
 import sys
 from types import SimpleNamespace
 
@@ -20,6 +19,7 @@ import metrics
 import sample_gd
 import train
 import transport
+from here import signals  # noqa: F401 (a fixture)
 from models import EqM, model_config
 from schedule import Phase
 from tiny_data import make_images, make_vae
@@ -39,15 +39,6 @@ def write_video(path, num_frames=10, size=16):
             frame = np.full((size, size, 3), 20 * number % 256, np.uint8)
             file.mux(stream.encode(av.VideoFrame.from_ndarray(frame, format="rgb24")))
         file.mux(stream.encode())
-
-
-@pytest.fixture(autouse=True)
-def signals():
-    """A training run takes over these signals; the tests want them back."""
-    handlers = {number: signal.getsignal(number) for number in interruption.STOP_SIGNALS}
-    yield
-    for number, handler in handlers.items():
-        signal.signal(number, handler)
 
 
 @pytest.fixture(scope="module")
