@@ -3,9 +3,9 @@
     python scripts/plot_metrics.py results/EXP --out loss.png
     python scripts/plot_metrics.py results/A/000-EqM-S-4-f4-rope results/B --out compare.png
 
-A run folder is one phase, or those of its --frames-schedule. Where it started from a checkpoint of another run that is
-given, it goes on with that one's curve: steps are global anyway, and its FLOPs and seconds are added to those which that
-checkpoint had taken.
+A run folder is one phase, or those of its --frames-schedule. Where it started from a checkpoint of another run that
+is given, it goes on with that one's curve: steps are global anyway, and its FLOPs and seconds are added to those which
+that checkpoint had taken.
 """
 
 import itertools
