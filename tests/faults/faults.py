@@ -200,10 +200,11 @@ def storm(training, count, hit, seed=0, report=print):
             assert process.returncode == 0, output
             raise AssertionError(f"the run was finished after {len(seen)} of {count} hits: give it more steps")
         pids = [process.pid, *descendants(process.pid)]
-        name = hit(process, rng)
+        name, began = hit(process, rng), time.monotonic()
         output, _ = process.communicate(timeout=GONE_WITHIN)
         assert 'train.py", line' not in output, output  # a traceback of ours
-        gone = wait_gone(pids)
+        wait_gone(pids)
+        gone = time.monotonic() - began
         rows = training.rows(whole=False) if list(training.results.glob("*/metrics.jsonl")) else []
         step, saved = rows[-1]["step"] if rows else 0, newest_step(training)
         seen.append({"hit": name, "gone_s": gone, "lost": max(0, step - saved)})
@@ -243,7 +244,7 @@ def main():
     parser = argparse.ArgumentParser(description="Hit a run of two ranks at random moments and see what is lost.")
     parser.add_argument("--kills", type=int, default=20, help="SIGKILLs of torchrun, a rank or all")
     parser.add_argument("--stops", type=int, default=10, help="SIGTERMs of torchrun")
-    parser.add_argument("--steps-per-hit", type=int, default=25, help="length of the run; more on a faster machine")
+    parser.add_argument("--steps-per-hit", type=int, default=45, help="length of the run; more on a faster machine")
     parser.add_argument("--seed", type=int, default=0, help="of the moments")
     parser.add_argument("--out", default="results/faults.md", help="where the table goes")
     args = parser.parse_args()
