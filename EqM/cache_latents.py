@@ -30,6 +30,7 @@ import distributed
 import video_dataset
 from checkpoint import whole_file
 from distributed import COUNT, SHARE, ArgumentParser, UserError, check_writable, fail, rank, say, world_size
+from interruption import one_line_errors
 from safe_read import check_regular, plain_name, read_json
 from vae import load_vae
 from video_dataset import LATENTS, PARTIAL, UCF_LISTS, UnreadableError, latents_settings
@@ -148,7 +149,7 @@ def main():
     except UserError as error:
         fail(error)
     device = distributed.start()
-    try:
+    with one_line_errors():
         if rank() == 0:
             prepare(args.out, settings, plan[0])
         scan, todo, bad_videos = distributed.broadcast(plan)
@@ -158,8 +159,6 @@ def main():
         encode_videos(args, vae.to(device), device, scan, todo, bad_videos)
         if rank() == 0:
             finish(args, settings, scan, bad_videos)
-    except (UserError, OSError, torch.OutOfMemoryError) as error:  # a disk that is full, memory that is not enough
-        fail(error, status=1)
     distributed.stop()
 
 

@@ -96,7 +96,7 @@ def whole_file(path):
             file.flush()
             os.fsync(file.fileno())
         os.replace(temporary, path)
-        sync_folder(path.parent)
+        sync(path.parent)
     except (OSError, RuntimeError):
         with suppress(OSError):
             temporary.unlink(missing_ok=True)
@@ -114,13 +114,14 @@ def link(path, name):
         os.link(path, temporary)
     except OSError:  # a file system without hard links
         shutil.copyfile(path, temporary)
+        sync(temporary)
     os.replace(temporary, path.with_name(name))
-    sync_folder(path.parent)
+    sync(path.parent)
 
 
-def sync_folder(folder):
-    """Make renames in a folder survive a power cut."""
-    descriptor = os.open(folder, os.O_RDONLY)
+def sync(path):
+    """Make the bytes of a file, or the names in a folder, survive a power cut."""
+    descriptor = os.open(path, os.O_RDONLY)
     try:
         os.fsync(descriptor)
     finally:
@@ -673,12 +674,14 @@ def newest_checkpoint(folder, **asked):
 def clean(folder):
     """Remove what a process that was killed was writing. Only for who holds the lock of the folder."""
     for path in Path(folder).rglob("*.tmp"):
-        path.unlink()
+        if path.is_file():
+            path.unlink()
 
 
 def keep_last(folder, count, always=()):
     """Of a run's numbered checkpoints, remove all but the `count` last and those of the steps `always`."""
-    for path in sorted(Path(folder, "checkpoints").glob("[0-9]*.pt"))[:-count]:
+    numbered = [path for path in Path(folder, "checkpoints").glob("*.pt") if path.stem.isdecimal()]
+    for path in sorted(numbered, key=lambda path: int(path.stem))[:-count]:
         if int(path.stem) not in always:
             path.unlink()
 

@@ -9,7 +9,6 @@ import ctypes
 import gc
 import hashlib
 import math
-import multiprocessing
 import os
 import shutil
 import signal
@@ -182,11 +181,8 @@ def fail(message, status=2, patience=PATIENCE):
     they speak themselves only if rank 0 is still fine by then (an error on one node only).
     """
     signal.signal(signal.SIGTERM, signal.SIG_DFL)  # torchrun may end this rank before it speaks
-    signal.signal(signal.SIGCHLD, signal.SIG_DFL)  # torch would complain of the loader processes that are ended here
     if rank() != 0:
         time.sleep(patience)
-    for child in multiprocessing.active_children():  # Python would wait for one that hangs
-        child.kill()
     text = one_line(" ".join(str(message).split()), sys.stderr.encoding or "utf-8")
     tqdm.write(f"{os.path.basename(sys.argv[0])}: error: {text}", file=sys.stderr)  # not into a progress bar
     sys.exit(status)

@@ -34,6 +34,7 @@ import sampling
 import sources
 from checkpoint import whole_file
 from distributed import COUNT, NATURAL, NON_NEGATIVE, SHARE, ArgumentParser, UserError, check_writable, fail, rank, say
+from interruption import one_line_errors
 from sampling import sha256
 from video_dataset import check_data_path, latents_settings
 
@@ -356,7 +357,7 @@ def main():
     except UserError as error:
         fail(error)
     device = distributed.start()
-    try:
+    with one_line_errors(ValueError):  # features that are not finite
         Path(args.out).parent.mkdir(parents=True, exist_ok=True)
         values, result, bad = score(args, made, *distributed.broadcast(real), detector, width, device)
         evaluations = list(itertools.chain(*distributed.gather(made.evaluations)))
@@ -369,8 +370,6 @@ def main():
             for path in bad:
                 say(f"{path} can't be decoded; another clip took its place")
             say(f"{pinned['protocol']}: {args.out}")
-    except (UserError, OSError, ValueError, torch.OutOfMemoryError) as error:  # full disk, features that are not finite
-        fail(error, status=1)
     distributed.stop()
     if repeats:
         line = manifest.report(repeats, old, pinned)

@@ -1,5 +1,6 @@
 """What may befall a long run from outside: signals that ask it to stop, a second writer, processes that are lost."""
 
+import atexit
 import fcntl
 import json
 import multiprocessing
@@ -8,13 +9,14 @@ import re
 import signal
 import socket
 import time
+from contextlib import contextmanager
 from pathlib import Path
 
 import torch
 import torch.distributed as dist
 from torch.utils.data import get_worker_info
 
-from distributed import UserError, die_with_parent, is_started, say
+from distributed import UserError, die_with_parent, fail, is_started, say
 
 STOP_SIGNALS = signal.SIGTERM, signal.SIGINT, signal.SIGUSR1, signal.SIGHUP
 LOCK_PATIENCE = 10  # seconds; within them the processes of a run that was killed are gone
@@ -82,9 +84,19 @@ def job():
     return f"{socket.gethostname()}/{os.getppid()}" if run_id == "none" else run_id
 
 
+def check_job():
+    """Raise UserError where ranks that torchrun starts again could not know the run that they belong to."""
+    machines = os.environ.get("GROUP_WORLD_SIZE", "1")
+    if machines != "1" and os.environ.get("TORCHELASTIC_RUN_ID", "none") == "none":
+        raise UserError(f"torchrun --nnodes={machines} without --rdzv-id, which names the run for restarts: give one")
+
+
 def lock(folder):
     """Keep a run folder to this process for as long as that lives. Raises UserError if another one has it."""
-    file = open(Path(folder, "lock"), "a+")  # noqa: SIM115 (open for the whole run)
+    try:
+        file = open(Path(folder, "lock"), "a+")  # noqa: SIM115 (open for the whole run)
+    except OSError as error:
+        raise UserError(f"{folder} can't be written to ({error.strerror}): name another --results-dir") from error
     until = time.monotonic() + LOCK_PATIENCE
     while True:
         try:
@@ -98,7 +110,7 @@ def lock(folder):
             time.sleep(0.1)
         except OSError as error:
             say(f"note: {folder} can't be locked ({error.strerror}): take care that only one run writes to it")
-            return
+            break
     file.truncate(0)
     file.write(json.dumps({"job": job(), "host": socket.gethostname(), "pid": os.getpid()}))
     file.flush()
@@ -149,13 +161,44 @@ class LoaderWatch:
         return [os.fsdecode(slot.value) for slot in self.slots if slot.value]
 
 
+@atexit.register
+def end_children():
+    """Loader processes ignore the signal that Python ends them with: it would wait for one that is busy or hangs."""
+    signal.signal(signal.SIGCHLD, signal.SIG_DFL)  # torch would complain of their end
+    for child in multiprocessing.active_children():
+        child.kill()
+
+
+@contextmanager
+def one_line_errors(*others):
+    """What goes wrong while running ends the process with status 1 and one line, if it is known what it means.
+
+    That is UserError, what a disk or a memory that is not enough raises, the loss of a process, and `others`.
+    """
+    try:
+        yield
+    except (UserError, OSError, torch.OutOfMemoryError, *others) as error:
+        fail(error, status=1)
+    except RuntimeError as error:
+        if (line := explain(error)) is None:
+            raise
+        fail(line, status=1, patience=0)
+
+
 def explain(error):
     """One line for an error that comes from a process that is gone, None for any other."""
     text = str(error)
     if killed := re.search(r"DataLoader worker \(pid.*?\) (exited unexpectedly|is killed by signal: [\w ]+)", text):
         return (
             f"a loader process {killed[1]}: most likely the machine ran out of memory (or /dev/shm is too small): "
-            "lower --num-workers; the last checkpoint is intact, --resume goes on"
+            "lower --num-workers; what is saved is intact, the same command with --resume goes on"
         )
-    lost = isinstance(error, dist.DistError) or re.search(r"gloo|Connection (closed|reset) by peer|Broken pipe", text)
-    return "another rank has ended: its own message says why; the last checkpoint is intact" if lost else None
+    first, safe = text.partition("\n")[0], "what is saved is intact"
+    if re.search(r"Connection (closed|reset) by peer|Broken pipe|remote process exited", text):
+        return f"another rank has ended, its own message says why ({first}); {safe}"
+    if isinstance(error, dist.DistError) or "gloo" in text.lower():
+        return (
+            f"the ranks can't talk to each other ({first}); {safe}; where there are several networks, "
+            "GLOO_SOCKET_IFNAME and NCCL_SOCKET_IFNAME choose one"
+        )
+    return None

@@ -17,6 +17,7 @@ import torch
 import distributed
 from checkpoint import whole_file
 from distributed import UserError
+from safe_read import read_json
 
 FORMAT = 1
 KEYS = (
@@ -43,9 +44,10 @@ def read(path):
     """A manifest as a dict; raises UserError."""
     flag = f"--manifest {path}"
     try:
-        manifest = json.loads(Path(path).read_text())
+        manifest = read_json(path)
     except OSError as error:
-        raise UserError(f"{flag}: can't be read ({error.strerror}); wanted what --out of evaluate.py wrote") from error
+        reason = error.strerror or error
+        raise UserError(f"{flag}: can't be read ({reason}); wanted what --out of evaluate.py wrote") from error
     except ValueError as error:  # no JSON, no UTF-8
         raise UserError(f"{flag}: damaged or no JSON ({error}); wanted what --out of evaluate.py wrote") from error
     if not isinstance(manifest, dict) or "format" not in manifest:

@@ -126,6 +126,8 @@ def _drop_after(step, path):
     temporary = f"{path}.tmp"
     with open(temporary, "w", encoding="utf-8") as file:
         file.writelines(json.dumps(row) + "\n" for row in rows if row["step"] <= step)
+        file.flush()
+        os.fsync(file.fileno())
     os.replace(temporary, path)
     return torn
 

@@ -17,6 +17,7 @@ import distributed
 import samplers
 import sampling
 from distributed import COUNT, SHARE, ArgumentParser, UserError, check_writable, fail, rank, say
+from interruption import one_line_errors
 from video_dataset import read_start, start_files
 from video_io import write_samples
 
@@ -88,10 +89,8 @@ def main():
         starts = read_starts(args, source, numbers)
     except UserError as error:
         fail(error)
-    try:
+    with one_line_errors():
         sample(args, source, numbers, starts)
-    except (UserError, OSError, torch.OutOfMemoryError) as error:  # a disk that is full, memory that is not enough
-        fail(error, status=1)
     distributed.stop()
 
 

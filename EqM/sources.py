@@ -20,6 +20,7 @@ from tqdm import tqdm
 import distributed
 import sampling
 from distributed import UserError, rank, say
+from safe_read import FPS, check_regular, read_json
 from sampling import sha256
 from video_dataset import Clips, batches_of, collate, scan_videos, split_videos
 
@@ -57,26 +58,14 @@ class FromFolder:
 
     def __init__(self, args):
         self.folder, here = Path(args.samples), f"--samples {args.samples}"
-        try:
-            self.clips = map_npz(self.folder / "samples.npz", "arr_0")
-            labels = map_npz(self.folder / "samples.npz", "labels")
-            self.about = json.loads((self.folder / "samples.json").read_text())
-            self.classes, self.time_scale = self.about["classes"], self.about["time_scale"]
-        except (OSError, ValueError, KeyError, TypeError, zipfile.BadZipFile) as error:
-            raise UserError(f"{here}: no samples.npz and samples.json of sample_gd.py ({error})") from error
-        if self.clips.dtype != np.uint8 or self.clips.ndim not in (4, 5) or len(labels) != len(self.clips):
-            found = f"{self.clips.dtype} {list(self.clips.shape)} with {len(labels)} labels"
-            raise UserError(f"{here}: found {found}, wanted uint8 [N, T, H, W, 3] with N labels")
-        if len(labels) and labels.max() >= len(self.classes):
-            raise UserError(f"{here}: label {labels.max()}, but samples.json names {len(self.classes)} classes")
-        if self.clips.ndim == 4:
-            self.clips = self.clips[:, None]
+        self.about, self.clips, labels = read_samples(here, self.folder)
+        self.classes, self.time_scale = self.about["classes"], self.about["time_scale"]
         if args.num_samples and args.num_samples > len(labels):
             raise UserError(f"--num-samples {args.num_samples}: {here} has {len(labels)}: leave the flag out")
         self.labels = torch.from_numpy(np.array(labels))[: args.num_samples]
         self.num_frames, self.image_size = self.clips.shape[1:3]
         self.images = self.num_frames == 1
-        self.patch = args.temporal_patch_size or self.about.get("source", {}).get("temporal_patch_size")
+        self.patch = args.temporal_patch_size or self.about["source"].get("temporal_patch_size")
         self.evaluations = []
 
     def prepare(self, device):
@@ -88,6 +77,34 @@ class FromFolder:
     def describe(self):
         about = {name: value for name, value in self.about.items() if name != "classes"}
         return {"samples": str(self.folder), "samples_sha256": sha256(self.folder / "samples.npz")} | about
+
+
+def read_samples(here, folder):
+    """(what samples.json says, clips uint8 (N, T, H, W, 3) mapped into memory, labels int64 (N,)) of a sample folder.
+
+    Raises UserError, which begins with `here`.
+    """
+    try:
+        about = read_json(Path(folder, "samples.json"))
+        check_regular(Path(folder, "samples.npz"))
+        clips, labels = (map_npz(Path(folder, "samples.npz"), name) for name in ("arr_0", "labels"))
+        if clips.dtype != np.uint8 or clips.ndim not in (4, 5) or len(labels) != len(clips):
+            found = f"{clips.dtype} {list(clips.shape)} with {len(labels)} labels"
+            raise ValueError(f"found {found}, wanted uint8 [N, T, H, W, 3] with N labels")
+        classes, scale = about["classes"], about["time_scale"]
+        if not isinstance(classes, list) or not all(isinstance(name, str) for name in classes):
+            raise ValueError("its classes are no names")
+        if not isinstance(scale, (int, float)) or not FPS[0] <= 1 / scale <= FPS[1]:
+            raise ValueError(f"{scale!r} seconds per frame")
+        if labels.dtype != np.int64 or (len(labels) and labels.min() < 0):
+            raise ValueError("its labels are no classes")
+        if len(labels) and labels.max() >= len(classes):
+            raise ValueError(f"label {labels.max()}, but samples.json names {len(classes)} classes")
+        if not all(isinstance(about.setdefault(part, {}), dict) for part in ("source", "flags")):
+            raise ValueError("its source or its flags are no names with values")
+    except (OSError, ValueError, LookupError, TypeError, ArithmeticError, zipfile.BadZipFile) as error:
+        raise UserError(f"{here}: no samples.npz and samples.json of sample_gd.py ({error})") from error
+    return about, clips if clips.ndim == 5 else clips[:, None], labels
 
 
 def map_npz(path, name):

@@ -180,8 +180,11 @@ def check_flags(args):
         raise UserError(f"--mix {args.mix} is of the earlier phases of --frames-schedule: give that, or leave it out")
     args.num_frames = args.num_frames or 16
     distributed.check_devices()
+    interruption.check_job()
     distributed.check_speed_flags(args)
     distributed.check_sampling_flags(args)
+    if args.skip_nonfinite and args.precision == "fp16":
+        raise UserError("--skip-nonfinite: --precision fp16 leaves out steps that overflow by itself: leave it out")
     if len(args.frame_interval) > 2 or args.frame_interval[0] > args.frame_interval[-1]:
         found = " ".join(map(str, args.frame_interval))
         raise UserError(f"--frame-interval {found}: wanted one number, or two of which the second is not smaller")
@@ -380,7 +383,7 @@ def main():
     except UserError as error:
         fail(error)
     device = distributed.start()
-    try:
+    with interruption.one_line_errors():
         data, config = distributed.broadcast((data, config))
         check_alike(start)
         phases = phases or [only_phase(args, start.progress, data)]
@@ -389,12 +392,6 @@ def main():
             say(f"{start.folder} is finished: it has its {start.progress.step} steps")
         else:
             train(set_up(args, device, config, data, vae, start, phases))
-    except (UserError, OSError, torch.OutOfMemoryError) as error:  # a disk that is full, memory that is not enough
-        fail(error, status=1)
-    except RuntimeError as error:
-        if (line := interruption.explain(error)) is None:
-            raise
-        fail(line, status=1, patience=0)
     distributed.stop()
 
 
@@ -405,11 +402,14 @@ def only_phase(args, progress, data):
 
 
 def check_alike(start):
-    """Raise UserError unless all ranks start from the same checkpoint."""
-    starts = set(distributed.gather((str(start.path), start.progress.step)))
+    """Raise UserError unless all ranks start from the same checkpoint, and in the same folder."""
+    starts = set(distributed.gather((str(start.path), start.progress.step, str(start.folder))))
     if len(starts) > 1:
-        found = ", ".join(f"{path} (step {step})" for path, step in sorted(starts))
-        raise UserError(f"the ranks start from different checkpoints, {found}: all machines need the same files")
+        found = ", ".join(f"{path} (step {step})" for path, step, _ in sorted(starts))
+        raise UserError(
+            f"the ranks start from different checkpoints, {found}: if an earlier run was still saving, start again; "
+            "else all machines need the same files"
+        )
 
 
 @dataclass
@@ -495,8 +495,6 @@ def load_state(args, start, model, ema, optimizers, scaler):
     checkpoint.load_weights(start.path, ema, state["ema"])
     if state["optimizer"]:  # exported and published models come without
         checkpoint.load_optimizers(start.path, optimizers, state["optimizer"]["states"])
-        for group in (group for optimizer in optimizers for group in optimizer.param_groups):
-            group["weight_decay"] = args.weight_decay  # the flags win; learning rates are set at each step
         if scaler.is_enabled() and state["optimizer"].get("scaler"):  # the last phase may have been in bf16
             scaler.load_state_dict(state["optimizer"]["scaler"])
 
@@ -531,7 +529,7 @@ def enter(run, phase):
 
 def make_loaders(run):
     """(iterator over this rank's micro-batches from where the run stands, loader of its validation chunks)."""
-    args, data, phase, watch = run.args, run.data, run.phase, LoaderWatch(run.args.num_workers)
+    args, data, phase = run.args, run.data, run.phase
     shared = {"root": args.data_path, "classes": data.scan.classes, "image_size": args.image_size}
     shared["frame_interval"] = args.frame_interval[0], args.frame_interval[-1]
     drawn = {"flip": not args.no_flip, "seed": args.global_seed, "stream": run.progress.first_step}
@@ -551,8 +549,9 @@ def make_loaders(run):
     if args.num_workers:
         settings |= {"persistent_workers": True, "prefetch_factor": 4, "worker_init_fn": interruption.start_worker}
         settings |= {"timeout": args.loader_timeout}
-    train_loader = DataLoader(ClipsByFrames(train, watch), batch_sampler=batches, **settings)
-    val_loader = DataLoader(ClipsByFrames(val, watch), batch_sampler=chunks[rank() :: world_size()], **settings)
+    train, val = (ClipsByFrames(clips, LoaderWatch(args.num_workers)) for clips in (train, val))
+    train_loader = DataLoader(train, batch_sampler=batches, **settings)
+    val_loader = DataLoader(val, batch_sampler=chunks[rank() :: world_size()], **settings)
     return on_device(batches_of(train_loader), run.device), val_loader
 
 
@@ -645,6 +644,8 @@ def look(run, bar):
         return False
     if "val_loss" in numbers:
         run.say(f"step {step}: validation loss {numbers['val_loss']:.4f}")
+        if not math.isfinite(numbers["val_loss"]):
+            run.say(f"step {step}: note: a validation loss that is not finite is never the best, so best.pt stays")
     if numbers.get("val_loss", math.inf) < progress.best_loss:
         progress.best_loss, progress.best_step = numbers["val_loss"], step
     if videos is not None:
@@ -792,20 +793,20 @@ def gradients(run):
 def update_weights(run, sums):
     """Clip and step, unless the gradient is not finite and that is tolerated; adds to the numbers of the step.
 
-    The ranks have the same gradient, so they decide alike. To look at it costs a GPU the lead it has on the CPU,
-    hence only where --skip-nonfinite asks for that.
+    The ranks have the same gradient, so they decide alike. To look at it costs the CPU the lead it has over a GPU,
+    hence only in fp16 and where --skip-nonfinite asks for that.
     """
     args, optimizers = run.args, run.optimizers
     for optimizer in optimizers:
         run.scaler.unscale_(optimizer)
     norm = sums["grad_norm"] = torch.nn.utils.clip_grad_norm_(run.model.parameters(), args.clip_grad or math.inf)
-    skip = False
-    if run.scaler.is_enabled():  # it skips a step whose gradients overflow, and scales by less from then on
-        sums["skipped"] = (~norm.isfinite()).float()
-    elif args.skip_nonfinite:
-        sums["skipped"] = (~norm.isfinite()).float()
-        skip = bool(sums["skipped"])
-    run.progress.skipped = run.progress.skipped + 1 if skip else 0
+    skip, by_scaler = False, run.scaler.is_enabled()  # fp16: gradients that overflow are usual, and scaled by less then
+    if by_scaler or args.skip_nonfinite:
+        skip = not norm.isfinite()
+        losses = [value for name, value in sums.items() if name != "grad_norm"]
+        tolerated = skip and (not by_scaler or all(value.isfinite() for value in losses))
+        sums["skipped"] = torch.tensor(float(tolerated), device=norm.device)
+    run.progress.skipped = run.progress.skipped + 1 if skip and not by_scaler else 0
     for optimizer in optimizers:
         if not skip:
             run.scaler.step(optimizer)

@@ -9,22 +9,20 @@ Its frame is gallery.html beside this script.
 import base64
 import html
 import io
-import json
 import os
 import re
 import statistics
 import sys
 import tempfile
-import zipfile
 from collections import Counter
 from dataclasses import dataclass
 from pathlib import Path
 
-import numpy as np
 from PIL import Image
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent / "EqM"))
 from distributed import COUNT, SHARE, ArgumentParser, UserError, check_writable, fail, say
+from sources import read_samples
 from video_dataset import Clips, check_data_path, latents_settings, scan_videos, split_videos
 from video_io import write_mp4
 
@@ -63,32 +61,17 @@ class Samples:
 
 
 def load_samples(folder):
-    """The samples without their pixels; raises UserError."""
+    """The samples but for their pixels; raises UserError."""
     here, folder = f"FOLDER {folder}", Path(folder)
     if not folder.is_dir():
         raise UserError(f"{here}: {'not a folder' if folder.exists() else 'no such folder'}")
     for name in ("samples.json", "samples.npz"):
         if not (folder / name).is_file():
             raise UserError(f"{here}: no {name} in it; wanted a folder that sample_gd.py has written")
-    try:
-        about = json.loads((folder / "samples.json").read_text())
-        shape, labels = read_shape(folder / "samples.npz"), np.load(folder / "samples.npz")["labels"].tolist()
-        count, *frames, size, _, _ = shape
-        samples = Samples(folder, labels, frames[0] if frames else 1, size, about)
-        names = [samples.name(number) for number in range(count)]
-        if len(labels) != count or not all(isinstance(name, str) for name in names) or not about["time_scale"] > 0:
-            raise ValueError("samples.json and samples.npz do not fit together")
-        about["flags"]["ckpt"], about["flags"]["video"]  # what else is used
-    except (OSError, ValueError, LookupError, TypeError, EOFError, zipfile.BadZipFile) as error:
-        raise UserError(f"{here}: its samples can't be read ({error or type(error).__name__}); sample again") from error
-    return samples
-
-
-def read_shape(npz):
-    """Shape of `arr_0`, of which only the header is read: of 50,000 images it has gigabytes."""
-    with zipfile.ZipFile(npz) as archive, archive.open("arr_0.npy") as file:
-        np.lib.format.read_magic(file)
-        return np.lib.format.read_array_header_1_0(file)[0]
+    about, clips, labels = read_samples(here, folder)
+    if missing := {"ckpt", "video"} - about["flags"].keys():
+        raise UserError(f"{here}: samples.json does not say --{min(missing)}; sample again")
+    return Samples(folder, labels.tolist(), *clips.shape[1:3], about)
 
 
 # ----------------------------------------------------------------------------------------------------------------------

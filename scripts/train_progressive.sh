@@ -26,7 +26,9 @@ run() {
   local status=0 signalled=0
   "$@" &
   local child=$!
-  trap 'signalled=1; kill -TERM "$child"' TERM INT USR1
+  trap 'signalled=1; kill -TERM "$child"' TERM USR1
+  trap 'signalled=1' INT # a terminal sends it to torchrun as well
+  wait "$child" || status=$?
   while kill -0 "$child" 2>/dev/null; do # a signal ends the wait, not the child
     status=0
     wait "$child" || status=$?

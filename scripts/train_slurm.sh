@@ -21,13 +21,13 @@ cd "${SLURM_SUBMIT_DIR:-$(dirname "$0")/..}" # Slurm runs a copy of this script,
 GPUS=${GPUS:-8} PORT=${PORT:-29500}
 HEAD=$(scontrol show hostnames "$SLURM_JOB_NODELIST" | head -n 1)
 
-srun torchrun --nnodes="$SLURM_NNODES" --nproc_per_node="$GPUS" --max-restarts=3 \
+srun --cpus-per-task="${SLURM_CPUS_PER_TASK:-1}" torchrun --nnodes="$SLURM_NNODES" --nproc_per_node="$GPUS" --max-restarts=3 \
   --rdzv-backend=c10d --rdzv-id="$SLURM_JOB_ID" --rdzv-endpoint="$HEAD:$PORT" \
   EqM/train.py --resume "$@" &
 STEP=$!
 
 requeue() {
-  kill -TERM "$STEP" # srun passes it on to torchrun, torchrun to its ranks, which save
+  scancel --signal=TERM "$SLURM_JOB_ID" # to the step, not to this script (and not through srun, which would kill it)
   wait "$STEP" || true
   scontrol requeue "$SLURM_JOB_ID"
   exit 0

@@ -92,13 +92,19 @@ def chain(shapes, tmp_path_factory):
     return phases
 
 
+def without_flops(rows):
+    """They count from the beginning of a run folder."""
+    return [{name: value for name, value in row.items() if name != "flops"} for row in rows]
+
+
 @pytest.mark.parametrize("stops", [(None,), (1, 1, 1, 1, 1, 1, 1, None), (3, 2, None)])
 def test_a_schedule_equals_the_chain_of_its_phases_bit_for_bit_also_when_it_is_interrupted(
     stops, chain, shapes, tmp_path
 ):
     training = run_schedule(shapes, tmp_path / "r", stops=stops)
     assert training.folder.name == "000-EqM-Ti-4-f4-8-16-rope"
-    assert training.rows() == [row for phase in chain for row in phase.rows()]
+    expected = [row for phase in chain for row in phase.rows()]
+    assert without_flops(training.rows()) == without_flops(expected)
     for phase in chain:
         name = f"{phase.steps:07d}.pt"
         states = [checkpoint.load(run.folder / "checkpoints" / name) for run in (phase, training)]

@@ -4,6 +4,7 @@ import os
 import runpy
 import signal
 import sys
+import time
 
 import torch
 
@@ -34,6 +35,35 @@ def nan_on_rank_1():
         return loss(*arguments) * (float("nan") if len(calls) > 2 and os.environ.get("RANK") == "1" else 1)
 
     transport.loss = spoiled
+
+
+def hanging_decoder():
+    """A video beside which a file .hang lies is never decoded."""
+    import video_dataset
+
+    read = video_dataset.read_frames
+
+    def read_frames(root, video, numbers):
+        while os.path.exists(os.path.join(root, video.path + ".hang")):
+            time.sleep(1)
+        return read(root, video, numbers)
+
+    video_dataset.read_frames = read_frames
+
+
+def bug_in_a_step():
+    """An error that nobody expects, at the third step, while the loader's processes are at work."""
+    import transport
+
+    loss, calls = transport.loss, []
+
+    def failing(*arguments):
+        calls.append(1)
+        if len(calls) == 3:
+            raise RuntimeError("a bug")
+        return loss(*arguments)
+
+    transport.loss = failing
 
 
 if __name__ == "__main__":
