@@ -226,9 +226,9 @@ def is_phase(value):
     names = {field.name for field in fields(Progress)} - {"step", "best_loss"}
     if not isinstance(value, dict) or not {"first_step", "position"} <= value.keys() <= names:
         return False
-    seconds = value.get("seconds", 0.0)
-    counts = [number for name, number in value.items() if name != "seconds"]
-    return isinstance(seconds, (int, float)) and seconds >= 0 and all(is_count(number, least=-1) for number in counts)
+    amounts = [value.get(name, 0.0) for name in ("seconds", "flops")]
+    counts = [number for name, number in value.items() if name not in ("seconds", "flops")]
+    return all(is_loss(amount) and amount >= 0 for amount in amounts) and all(is_count(number, -1) for number in counts)
 
 
 def is_run(value):
@@ -676,10 +676,11 @@ def clean(folder):
         path.unlink()
 
 
-def keep_last(folder, count):
-    """Of a run's numbered checkpoints, remove all but the `count` last."""
+def keep_last(folder, count, always=()):
+    """Of a run's numbered checkpoints, remove all but the `count` last and those of the steps `always`."""
     for path in sorted(Path(folder, "checkpoints").glob("[0-9]*.pt"))[:-count]:
-        path.unlink()
+        if int(path.stem) not in always:
+            path.unlink()
 
 
 @dataclass
@@ -692,8 +693,13 @@ class Progress:
     best_loss: float = math.inf  # lowest validation loss of the phase
     best_step: int = -1  # and its step
     skipped: int = 0  # steps in a row whose gradient was not finite
-    seconds: float = 0.0  # of the phase, interruptions left out
+    seconds: float = 0.0  # of the run, interruptions left out
+    flops: float = 0.0  # of the run's training steps
     pretrained: bool = False  # step 0 was a model from elsewhere, whose average is not to be forgotten
+
+    def begin_phase(self):
+        """From here on another phase: with a stream of its own, and its own best loss."""
+        self.first_step, self.position, self.best_loss, self.best_step = self.step, 0, math.inf, -1
 
     def phase(self):
         """What a checkpoint says beside the step and the best loss."""

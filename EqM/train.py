@@ -51,6 +51,7 @@ from interruption import Interrupted, LoaderWatch, StopSignal
 from metrics import Metrics, Window, import_wandb
 from models import EBMS, NAMES, EqM, EqMConfig, model_config
 from safe_read import is_text
+from schedule import Phase, current_phase, fill_batches, parse_schedule
 from vae import load_vae
 from video_dataset import (
     BadVideos,
@@ -71,6 +72,7 @@ from video_io import tile, write_gif, write_mp4, write_sheet
 
 VAL_CHUNK = 8  # clips that are validated together; fixed, so that the sums do not depend on the ranks
 MOST = {"num_workers": 1024, "global_batch_size": 2**20, "num_samples": 4096}  # more would fill any machine
+KINDS = "training ", "validation "  # of videos
 GOLDEN_RATIO = (math.sqrt(5) - 1) / 2
 
 
@@ -109,6 +111,10 @@ def add_model_and_data_flags(parser):
     add("--hidden-size", type=COUNT, metavar="N", help="width; none = that of --model")
     add("--num-heads", type=COUNT, metavar="N", help="attention heads; none = those of --model")
     add("--num-frames", type=COUNT, metavar="N", help="frames per clip; none = 16, images have 1")
+    schedule = "4:20000:256,8:30000:128: frames, global step of the end, batch (none = as many tokens); off = one phase"
+    add("--frames-schedule", type=parse_schedule, metavar="F:STEP[:BATCH],...", help=schedule)
+    mix = "share of the steps of a schedule's later phases with the frames of an earlier one; 0 = off"
+    add("--mix", type=SHARE, default=0.0, metavar="P", help=mix)
     add("--use-rope", action="store_true", help="3D rotary positions, for any number of frames; off = fixed positions")
     patch = "frames per patch; none = like the spatial patch, images have 1"
     add("--temporal-patch-size", type=COUNT, metavar="N", help=patch)
@@ -144,6 +150,8 @@ def add_optimisation_flags(parser):
     add("--muon-lr", type=POSITIVE, default=0.02, metavar="X", help="learning rate of Muon")
     add("--lr-decay", type=SHARE, default=0.0, metavar="F", help="share of the global steps that decays to 0; 0 = off")
     add("--warmup-steps", type=NATURAL, default=0, metavar="N", help="global steps up to the full rate; 0 = off")
+    rewarmup = "steps up to the full rate after the start of a phase from a checkpoint or in a schedule; 0 = off"
+    add("--rewarmup", type=NATURAL, default=0, metavar="N", help=rewarmup)
     add("--weight-decay", type=NON_NEGATIVE, default=0.0, metavar="X", help="0 = off")
     add("--clip-grad", type=NON_NEGATIVE, default=1.0, metavar="X", help="largest norm of the gradient; 0 = off")
     nonfinite = "steps in a row that may be left out for a gradient that is not finite; 0 = off, the first ends the run"
@@ -166,6 +174,10 @@ def check_flags(args):
                 flag = f"--{name.replace('_', '-')} {value}"
                 raise UserError(f"{flag} without --video: images have one frame; add --video or leave it out")
         args.num_frames = args.temporal_patch_size = 1
+    if args.frames_schedule:
+        settle_schedule(args)
+    elif args.mix:
+        raise UserError(f"--mix {args.mix} is of the earlier phases of --frames-schedule: give that, or leave it out")
     args.num_frames = args.num_frames or 16
     distributed.check_devices()
     distributed.check_speed_flags(args)
@@ -179,7 +191,7 @@ def check_flags(args):
     if args.ckpt == "":
         raise UserError("--ckpt '': an empty name; name a checkpoint, or leave the flag out to start from scratch")
     parts = world_size() * args.grad_accum
-    if args.global_batch_size % parts:
+    if args.global_batch_size % parts and not args.frames_schedule:
         raise UserError(
             f"--global-batch-size {args.global_batch_size} is not a multiple of {world_size()} ranks x "
             f"--grad-accum {args.grad_accum}: take one of {parts}"
@@ -193,25 +205,55 @@ def check_flags(args):
         import_wandb()
 
 
+def settle_schedule(args):
+    """--num-frames and --max-steps are those of the schedule: of its first phase, and of its last."""
+    if not args.video:
+        raise UserError("--frames-schedule without --video: images have one frame; add --video or leave it out")
+    for name in ("num_frames", "max_steps", "epochs"):
+        if (value := getattr(args, name)) is not None:
+            flag = f"--{name.replace('_', '-')} {value}"
+            raise UserError(f"{flag} beside --frames-schedule, which says that for each phase: leave one of them out")
+    args.num_frames, args.max_steps = args.frames_schedule[0].num_frames, args.frames_schedule[-1].last_step
+
+
+def plan_phases(args, config):
+    """The phases of --frames-schedule with their batches; of a run without one, nothing. Raises UserError."""
+    if not args.frames_schedule:
+        return []
+    for phase in args.frames_schedule:
+        check_frames(config, "--frames-schedule", phase.num_frames)
+
+    def tokens(num_frames):
+        return math.prod(config.grid(num_frames))
+
+    return fill_batches(args.frames_schedule, args.global_batch_size, tokens, world_size() * args.grad_accum)
+
+
 @dataclass(frozen=True)
 class Data:
-    """What rank 0 found in --data-path, all that the other ranks need; an image is a video of one frame."""
+    """What rank 0 found in --data-path, all that the other ranks need; an image is a video of one frame.
+
+    The videos with enough frames for a clip, by number of frames.
+    """
 
     scan: Scan
-    train: list  # of Video
-    val: dict  # the videos that validate, by number of frames
-    num_val: int  # of --num-frames
-    num_short: int  # videos left out
+    train: dict
+    val: dict
+    num_short: int  # videos left out of the longest clips
 
 
-def find_data(args, index_folder):
+def find_data(args, phases, index_folder):
     """Open every video once (or read the index) and split them; for one rank only."""
     scan = scan_videos(args.data_path, index_folder, images=not args.video)
-    train, val = split_videos(args.data_path, scan.videos, args.val_fraction)
-    train, short = long_enough(train, args.num_frames, "training ")
-    own, short_too = long_enough(val, args.num_frames, "validation ")
-    others = {n: long_enough(val, n, "validation ", "--val-frames")[0] for n in args.val_frames}
-    return Data(scan, train, dict(sorted((others | {args.num_frames: own}).items())), len(own), short + short_too)
+    parts = split_videos(args.data_path, scan.videos, args.val_fraction)
+    flag, lengths = "--num-frames", {args.num_frames}
+    if phases:
+        flag, lengths = "--frames-schedule", {phase.num_frames for phase in phases}
+    kept = [{n: long_enough(part, n, kind, flag) for n in lengths} for part, kind in zip(parts, KINDS, strict=True)]
+    num_short = sum(lists[max(lengths)][1] for lists in kept)
+    train, val = ({n: videos for n, (videos, _) in lists.items()} for lists in kept)
+    val |= {n: long_enough(parts[1], n, KINDS[1], "--val-frames")[0] for n in args.val_frames}
+    return Data(scan, train, dict(sorted(val.items())), num_short)
 
 
 def load_latents_vae(args):
@@ -262,19 +304,20 @@ def make_config(args, vae, start):
             config = replace(saved, num_frames=args.num_frames)
         config.check_num_frames(args.num_frames)
         for frames in args.val_frames:
-            check_val_frames(config, frames)
+            check_frames(config, "--val-frames", frames)
         if args.compile and config.ebm != "none":
             raise UserError(f"--compile can't train --ebm {config.ebm}: it has no second derivative; leave it out")
     except ValueError as error:
-        raise UserError(f"--num-frames {args.num_frames}, model {args.model or start.path}: {error}") from error
+        flag = "--frames-schedule" if args.frames_schedule else "--num-frames"
+        raise UserError(f"{flag} {args.num_frames}, model {args.model or start.path}: {error}") from error
     return config
 
 
-def check_val_frames(config, frames):
+def check_frames(config, flag, num_frames):
     try:
-        config.check_num_frames(frames)
+        config.check_num_frames(num_frames)
     except ValueError as error:
-        raise UserError(f"--val-frames {frames}: {error}") from error
+        raise UserError(f"{flag} {num_frames}: {error}") from error
 
 
 def fit_classes(args, config, start, classes):
@@ -291,15 +334,20 @@ def fit_classes(args, config, start, classes):
 
 
 def run_name(args):
-    """EqM-S-4-f4-rope; a pattern if the model is not known yet."""
-    return f"{args.model or 'EqM-*'}-f{args.num_frames}{'-rope' if args.use_rope else ''}".replace("/", "-")
+    """EqM-S-4-f4-rope, with a schedule EqM-S-4-f4-8-16-rope; a pattern if the model is not known yet."""
+    frames = [phase.num_frames for phase in args.frames_schedule or []] or [args.num_frames]
+    positions = "-rope" if args.use_rope else ""
+    return f"{args.model or 'EqM-*'}-f{'-'.join(map(str, frames))}{positions}".replace("/", "-")
 
 
-def describe(args, config, data, vae):
+def describe(args, config, phase, data, vae):
     """The `config` of the checkpoint: plain values that say all about how it was trained."""
-    fps = statistics.median(video.fps for video in data.train)
+    fps = statistics.median(video.fps for video in data.train[phase.num_frames])
+    flags = {name: str(value) if isinstance(value, Path) else value for name, value in vars(args).items()}
+    if args.frames_schedule:
+        flags["frames_schedule"] = ",".join(map(str, args.frames_schedule))
     return {
-        "model": asdict(config),
+        "model": asdict(config) | {"num_frames": phase.num_frames},
         "data": {
             "vae": vae.place,
             "image_size": args.image_size,
@@ -307,7 +355,7 @@ def describe(args, config, data, vae):
             "frame_interval": args.frame_interval,
             "classes": data.scan.classes,
         },
-        "training": {name: str(value) if isinstance(value, Path) else value for name, value in vars(args).items()},
+        "training": flags | {"num_frames": phase.num_frames, "global_batch_size": phase.batch_size},
     }
 
 
@@ -324,9 +372,10 @@ def main():
         start = checkpoint.find_start(args, run_name(args))
         args.model = args.model or (None if start.state else "EqM-S/4")
         config, data = make_config(args, vae, start), None
+        phases = plan_phases(args, config)
         args.model = args.model or start.state["config"]["training"]["model"]
         if rank() == 0:  # the others wait for it in start()
-            data = find_data(args, start.folder)
+            data = find_data(args, phases, start.folder)
             config = fit_classes(args, config, start, data.scan.classes)
     except UserError as error:
         fail(error)
@@ -334,13 +383,12 @@ def main():
     try:
         data, config = distributed.broadcast((data, config))
         check_alike(start)
-        progress = start.progress
-        last_step = progress.last_step(args.max_steps, args.epochs, len(data.train), args.global_batch_size)
-        if progress.step >= last_step and not start.window:
-            name_checkpoint(args, start, last_step)
-            say(f"{start.folder} is finished: it has its {progress.step} steps")
+        phases = phases or [only_phase(args, start.progress, data)]
+        if start.progress.step >= phases[-1].last_step and not start.window:
+            name_checkpoint(args, start, phases)
+            say(f"{start.folder} is finished: it has its {start.progress.step} steps")
         else:
-            train(set_up(args, device, config, data, vae, start, last_step))
+            train(set_up(args, device, config, data, vae, start, phases))
     except (UserError, OSError, torch.OutOfMemoryError) as error:  # a disk that is full, memory that is not enough
         fail(error, status=1)
     except RuntimeError as error:
@@ -348,6 +396,12 @@ def main():
             raise
         fail(line, status=1, patience=0)
     distributed.stop()
+
+
+def only_phase(args, progress, data):
+    num_videos = len(data.train[args.num_frames])
+    last_step = progress.last_step(args.max_steps, args.epochs, num_videos, args.global_batch_size)
+    return Phase(args.num_frames, last_step, args.global_batch_size)
 
 
 def check_alike(start):
@@ -365,6 +419,7 @@ class Run:
     args: object
     device: torch.device
     config: EqMConfig
+    data: Data
     vae: object
     model: EqM
     network: torch.nn.Module  # the model, or DDP around it
@@ -372,22 +427,28 @@ class Run:
     optimizers: list
     scaler: torch.amp.GradScaler  # does nothing unless --precision is fp16
     progress: Progress
-    last_step: int
+    phases: list
     folder: Path
-    described: dict  # what checkpoints say of the run
     metrics: Metrics
     bad_videos: BadVideos
-    batches: object  # iterator over this rank's micro-batches
-    val_loader: object  # of this rank's chunks of clips, for all of --val-frames
     window: Window
     stop: StopSignal
     since: float = field(default_factory=time.monotonic)  # until then, progress.seconds is complete
+    # Of the phase, set by `enter`:
+    phase: Phase = None
+    described: dict = None  # what checkpoints say of the run
+    batches: object = None  # iterator over this rank's micro-batches
+    val_loader: object = None  # of this rank's chunks of clips, for all of --val-frames
+
+    @property
+    def last_step(self):
+        return self.phases[-1].last_step
 
     def say(self, message):
         say(message, self.folder / "log.txt")
 
 
-def set_up(args, device, config, data, vae, start, last_step):
+def set_up(args, device, config, data, vae, start, phases):
     """From here on the run folder and the device are in use."""
     torch.manual_seed(args.global_seed)
     distributed.set_precision(args.precision)
@@ -401,21 +462,18 @@ def set_up(args, device, config, data, vae, start, last_step):
     scaler = torch.amp.GradScaler(device.type, enabled=args.precision == "fp16")
     if start.state is not None:
         load_state(args, start, model, ema, optimizers, scaler)
-        set_learning_rates(args, optimizers, start.progress.step, last_step)  # as the metrics of that step have them
     folder, progress = start.folder or new_folder(args), start.progress
-    described = describe(args, config, data, vae)
     if rank() == 0:
-        (folder / "config.json").write_text(json.dumps(described, indent=2))
         save_index(data.scan, folder)
-        name_checkpoint(args, start, last_step)
-    batches, val_loader = make_loaders(args, data, progress, last_step, device)
+        name_checkpoint(args, start, phases)
+    described = describe(args, config, current_phase(phases, progress.first_step), data, vae)
     logged = progress.step - 1 if start.window else progress.step
     metrics = Metrics(folder, resume_step=logged, wandb=args.wandb, config=described)
-    num_videos = len(data.train) + data.num_val + len(data.scan.unreadable)
+    num_videos = len(data.scan.videos) + len(data.scan.unreadable)
     bad_videos = BadVideos(num_videos, args.max_bad_fraction, start.bad_videos)
     run = Run(
-        args, device, config, vae.to(device), model, distributed.parallel(model), ema, optimizers, scaler, progress,
-        last_step, folder, described, metrics, bad_videos, batches, val_loader, Window(start.window), StopSignal(),
+        args, device, config, data, vae.to(device), model, distributed.parallel(model), ema, optimizers, scaler,
+        progress, phases, folder, metrics, bad_videos, Window(start.window), StopSignal(),
     )  # fmt: skip
     start.state = None  # or it would stay in memory for as long as we train
     tell_start(run, data)
@@ -444,45 +502,69 @@ def load_state(args, start, model, ema, optimizers, scaler):
 
 
 def tell_start(run, data):
-    args, config = run.args, run.config
+    args, config, frames = run.args, run.config, max(data.train)
     size = sum(parameter.numel() for parameter in run.model.parameters())
     run.say(
         f"{run.folder}: {checkpoint.model_name(**asdict(config))}, {size / 1e6:.1f} M parameters, "
-        f"{'rotary' if config.use_rope else 'fixed'} positions, {math.prod(config.grid(args.num_frames))} tokens "
-        f"a clip; {world_size()} x {run.device.type}, steps {run.progress.step} to {run.last_step}"
+        f"{'rotary' if config.use_rope else 'fixed'} positions; {world_size()} x {run.device.type}, steps "
+        f"{run.progress.step} to {run.last_step}"
     )
     run.say(
-        f"{len(data.train)} {'videos' if args.video else 'images'} of {len(data.scan.classes)} classes train, "
-        f"{data.num_val} validate; {data.num_short} have fewer than {args.num_frames} frames, "
+        f"{len(data.train[frames])} {'videos' if args.video else 'images'} of {len(data.scan.classes)} classes train, "
+        f"{len(data.val[frames])} validate; {data.num_short} have fewer than {frames} frames, "
         f"{len(data.scan.unreadable)} can't be opened"
     )
     note_bad(run, data.scan.unreadable)
 
 
-def make_loaders(args, data, progress, last_step, device):
+def enter(run, phase):
+    """Begin or go on with a phase."""
+    run.phase = phase
+    run.described = describe(run.args, run.config, phase, run.data, run.vae)
+    run.batches, run.val_loader = make_loaders(run)
+    if rank() == 0:
+        (run.folder / "config.json").write_text(json.dumps(run.described, indent=2))
+    set_learning_rates(run, run.progress.step)  # as the metrics of that step have them
+    tokens = math.prod(run.config.grid(phase.num_frames))
+    run.say(f"to step {phase.last_step}: {phase.batch_size} clips a step of {phase.num_frames} frames, {tokens} tokens")
+
+
+def make_loaders(run):
     """(iterator over this rank's micro-batches from where the run stands, loader of its validation chunks)."""
-    watch = LoaderWatch(args.num_workers)
-    clip = {"image_size": args.image_size, "frame_interval": (args.frame_interval[0], args.frame_interval[-1])}
-    place = {"root": args.data_path, "classes": data.scan.classes}
-    drawn = {"flip": not args.no_flip, "seed": args.global_seed, "stream": progress.first_step}
-    train = Clips(videos=data.train, num_frames=args.num_frames, **place, **clip, **drawn)
-    train.watch = watch
+    args, data, phase, watch = run.args, run.data, run.phase, LoaderWatch(run.args.num_workers)
+    shared = {"root": args.data_path, "classes": data.scan.classes, "image_size": args.image_size}
+    shared["frame_interval"] = args.frame_interval[0], args.frame_interval[-1]
+    drawn = {"flip": not args.no_flip, "seed": args.global_seed, "stream": run.progress.first_step}
     fixed = {"flip": False, "seed": 0, "stream": "validation"}
-    lengths = {n: Clips(videos=videos, num_frames=n, **place, **clip, **fixed) for n, videos in data.val.items()}
+    train = {n: Clips(videos=videos, num_frames=n, **shared, **drawn) for n, videos in data.train.items()}
+    lengths = sorted({phase.num_frames, *args.val_frames})
+    val = {n: Clips(videos=data.val[n], num_frames=n, **shared, **fixed) for n in lengths}
     chunks = []
-    for frames, videos in data.val.items():
-        keys = [(frames, number) for number in range(min(args.val_clips, 4 * len(videos)))]
+    for frames in lengths:
+        keys = [(frames, number) for number in range(min(args.val_clips, 4 * len(data.val[frames])))]
         chunks += [keys[first : first + VAL_CHUNK] for first in range(0, len(keys), VAL_CHUNK)]
-    steps = last_step - progress.step
-    numbers = Batches(progress.position, steps, args.global_batch_size, rank(), world_size(), args.grad_accum)
-    settings = {"num_workers": args.num_workers, "collate_fn": collate, "pin_memory": device.type == "cuda"}
+    frames = frames_of_steps(args, run.phases, phase, run.progress)
+    place = rank(), world_size(), args.grad_accum
+    numbers = Batches(run.progress.position, len(frames), phase.batch_size, *place)
+    batches = ([(frames[n // args.grad_accum], number) for number in batch] for n, batch in enumerate(numbers))
+    settings = {"num_workers": args.num_workers, "collate_fn": collate, "pin_memory": run.device.type == "cuda"}
     if args.num_workers:
         settings |= {"persistent_workers": True, "prefetch_factor": 4, "worker_init_fn": interruption.start_worker}
         settings |= {"timeout": args.loader_timeout}
-    return (
-        on_device(batches_of(DataLoader(train, batch_sampler=numbers, **settings)), device),
-        DataLoader(ClipsByFrames(lengths, watch), batch_sampler=chunks[rank() :: world_size()], **settings),
-    )
+    train_loader = DataLoader(ClipsByFrames(train, watch), batch_sampler=batches, **settings)
+    val_loader = DataLoader(ClipsByFrames(val, watch), batch_sampler=chunks[rank() :: world_size()], **settings)
+    return on_device(batches_of(train_loader), run.device), val_loader
+
+
+def frames_of_steps(args, phases, phase, progress):
+    """The number of frames of each step that is left of the phase: its own or, for a share --mix of them, an earlier
+    phase's; which, follows from the seed and the step."""
+    steps = range(progress.step + 1, phase.last_step + 1)
+    earlier = [one.num_frames for one in phases if one.last_step <= progress.first_step]
+    if not (args.mix and earlier):
+        return [phase.num_frames] * len(steps)
+    chances = (uniform(args.global_seed, "mix", progress.first_step, [step]).item() / args.mix for step in steps)
+    return [earlier[int(chance * len(earlier))] if chance < 1 else phase.num_frames for chance in chances]
 
 
 def on_device(batches, device):
@@ -500,47 +582,60 @@ def on_device(batches, device):
 
 
 def train(run):
-    """The loop: a step, and now and then a look; up to the last step, or until a signal asks to stop."""
-    progress, stop = run.progress, run.stop
+    """Phase by phase, up to the last step or until a signal asks to stop."""
+    progress, stopped = run.progress, False
     bar = tqdm(initial=progress.step, total=run.last_step, desc=run.folder.name, unit="step", disable=rank() != 0)
-    stopped = False
-    while not stopped and (progress.step < run.last_step or len(run.window)):
-        if len(run.window) and is_time_to_look(run):
-            stopped = not look(run, bar)
-        else:
-            stop.ask()
-            step(run)
-            bar.update()
-            stopped = stop.agreed()
+    for phase in run.phases:
+        if phase.last_step > progress.first_step and not stopped:
+            enter(run, phase)
+            stopped = not train_phase(run, bar)
+            if not stopped and phase.last_step < run.last_step:
+                progress.begin_phase()
     bar.close()
     if stopped:
         save(run, [])
-        sender = stop.name or "a signal to another rank"
+        sender = run.stop.name or "a signal to another rank"
         run.say(f"stopped by {sender} and saved at step {progress.step}: the same command with --resume goes on")
     else:
         run.say(f"done: {run.folder / 'checkpoints'} holds {run.last_step:07d}.pt and best.pt")
     run.metrics.close()
 
 
+def train_phase(run, bar):
+    """The loop: a step, and now and then a look. Returns False if a signal asked to stop."""
+    while run.progress.step < run.phase.last_step or len(run.window):
+        if len(run.window) and is_time_to_look(run):
+            if not look(run, bar):
+                return False
+        else:
+            run.stop.ask()
+            step(run)
+            bar.update()
+            if run.stop.agreed():
+                return False
+    return True
+
+
 def is_due(step, last_step, period):
+    """Whether something is to be done at a step: every `period` steps, and at the last one of a phase; 0 = never."""
     return step == last_step or (period > 0 and step % period == 0)
 
 
 def is_time_to_look(run):
     args = run.args
     periods = args.log_every, args.val_every, args.ckpt_every, args.sample_every
-    return any(is_due(run.progress.step, run.last_step, period) for period in periods)
+    return any(is_due(run.progress.step, run.phase.last_step, period) for period in periods)
 
 
 def look(run, bar):
     """Log, and where it is time validate, sample and save. Returns False, nothing done, if a signal came before."""
     args, progress, step, videos = run.args, run.progress, run.progress.step, None
-    numbers = run.window.summary(step, args.global_batch_size)
+    numbers = run.window.summary(step, run.phase.batch_size)
     numbers["train_loss_rel"] = numbers["train_loss"] / transport.zero_loss(numbers.pop("mean_square"))
     bar.set_postfix_str(f"loss {numbers['train_loss']:.3f}, {numbers['clips_per_s']:.1f} clips/s")
     note_bad(run, run.window.bad)
     try:
-        if is_due(step, run.last_step, args.val_every):
+        if is_due(step, run.phase.last_step, args.val_every):
             began = time.monotonic()
             numbers |= validate(run)
             numbers["val_seconds"] = time.monotonic() - began
@@ -556,16 +651,16 @@ def look(run, bar):
         show_samples(run, videos.numpy())
     # Logged first: what a checkpoint goes on from has to be in the metrics, what comes after it is logged again.
     numbers |= {"lr": run.optimizers[0].param_groups[0]["lr"], "bad_videos": run.bad_videos.count}
-    flops = run.config.training_flops(args.num_frames, args.grad_checkpoint) * progress.position
-    run.metrics.log(step, **numbers, seconds=seconds_spent(run), flops=flops)
+    numbers |= {"num_frames": run.phase.num_frames, "seconds": seconds_spent(run), "flops": progress.flops}
+    run.metrics.log(step, **numbers)
     run.window = Window()
-    if names := checkpoint_names(args, progress, run.last_step):
+    if names := checkpoint_names(args, progress, run.phase.last_step):
         save(run, names)
     return True
 
 
 def seconds_spent(run):
-    """On the phase so far, interruptions left out."""
+    """On the run so far, interruptions left out."""
     now = time.monotonic()
     run.progress.seconds += now - run.since
     run.since = now
@@ -578,9 +673,10 @@ def checkpoint_names(args, progress, last_step):
     return names + (["best.pt"] if progress.best_step == progress.step else [])
 
 
-def name_checkpoint(args, start, last_step):
+def name_checkpoint(args, start, phases):
     """Give the checkpoint that a run goes on from all its names: it may have been killed while it did that."""
     if rank() == 0 and start.goes_on and not start.window:
+        last_step = current_phase(phases, start.progress.first_step).last_step
         for name in ["latest.pt", *checkpoint_names(args, start.progress, last_step)]:
             checkpoint.link(start.path, name)
 
@@ -613,7 +709,7 @@ def save(run, names):
     for name in names:
         checkpoint.link(path, name)
     if run.args.keep_last:
-        checkpoint.keep_last(run.folder, run.args.keep_last)
+        checkpoint.keep_last(run.folder, run.args.keep_last, {phase.last_step for phase in run.phases})
 
 
 def note_bad(run, paths):
@@ -640,12 +736,23 @@ def make_optimizers(args, model):
     return optimizers
 
 
-def set_learning_rates(args, optimizers, step, last_step):
-    """Warm up over the first steps, stay, decay to zero over the last share of them."""
+def rate_factor(args, step, first_step, last_step):
+    """The share of the full learning rate that a step of the phase from first_step on has, in a run up to last_step.
+
+    It rises over the first steps of all and, with --rewarmup, of later phases, and falls to zero over the last share.
+    """
     factor = min(1, step / max(args.warmup_steps, 1))
+    if first_step:
+        factor *= min(1, (step - first_step) / max(args.rewarmup, 1))
     if args.lr_decay:
         factor *= min(1, (last_step - step + 1) / (args.lr_decay * last_step))
-    for optimizer, rate in zip(optimizers, (args.lr, args.muon_lr), strict=False):
+    return factor
+
+
+def set_learning_rates(run, step):
+    args = run.args
+    factor = rate_factor(args, step, run.progress.first_step, run.last_step)
+    for optimizer, rate in zip(run.optimizers, (args.lr, args.muon_lr), strict=False):
         for group in optimizer.param_groups:
             group["lr"] = rate * factor
 
@@ -653,18 +760,19 @@ def set_learning_rates(args, optimizers, step, last_step):
 def step(run):
     """One step of the run: of the optimizers, of the average and of the books."""
     args, progress = run.args, run.progress
-    set_learning_rates(args, run.optimizers, progress.step + 1, run.last_step)
-    sums, files = gradients(run)
+    set_learning_rates(run, progress.step + 1)
+    sums, files, num_frames = gradients(run)
     update_weights(run, sums)
     run.window.add(files, **sums)
-    progress.step, progress.position = progress.step + 1, progress.position + args.global_batch_size
+    progress.step, progress.position = progress.step + 1, progress.position + run.phase.batch_size
+    progress.flops += run.phase.batch_size * run.config.training_flops(num_frames, args.grad_checkpoint)
     if progress.skipped > args.skip_nonfinite:
         run.window.complain(progress.step, -1)
     update_ema(run.ema, run.model, ema_decay(args, progress))
 
 
 def gradients(run):
-    """Those of one step, over all micro-batches; returns ({name: number on the device}, files that were read)."""
+    """Those of one step, over all micro-batches: ({name: number on the device}, files that were read, num_frames)."""
     args, network, sums, files = run.args, run.network, Counter(), []
     for micro in range(args.grad_accum):
         asked = time.monotonic()
@@ -678,7 +786,7 @@ def gradients(run):
             run.scaler.scale(sum(parts.values()) / args.grad_accum).backward()
         for name, value in (parts | {"mean_square": mean_square}).items():
             sums[name] += value.detach() / args.grad_accum
-    return sums, files
+    return sums, files, batch["clips"].shape[-3]
 
 
 def update_weights(run, sums):
@@ -773,7 +881,7 @@ def validate(run):
     note_bad(run, bad)
     rows = torch.cat([row for part in distributed.gather(rows) for row in part])
     rows = torch.tensor(sorted(rows.tolist()), dtype=torch.float64)  # in the order of frames and numbers
-    return summarize_validation(rows, run.args.num_frames)
+    return summarize_validation(rows, run.phase.num_frames)
 
 
 def summarize_validation(rows, num_frames):
@@ -812,7 +920,7 @@ def draw_samples(run):
 
     args, config, data, device = run.args, run.config, run.described["data"], run.device
     numbers = distributed.share(args.num_samples)
-    shape = (config.in_channels, args.num_frames, config.input_size, config.input_size)
+    shape = (config.in_channels, run.phase.num_frames, config.input_size, config.input_size)
     videos = None
     with suppress(Interrupted):
         latents, _, _ = samplers.generate(

@@ -21,6 +21,7 @@ import sample_gd
 import train
 import transport
 from models import EqM, model_config
+from schedule import Phase
 from tiny_data import make_images, make_vae
 from vae import VAE, load_vae
 from video_dataset import Clips, ClipsByFrames, collate, latents_settings, scan_videos
@@ -135,17 +136,26 @@ def test_another_rank_leaves_rank_0_the_time_to_speak_first(monkeypatch, capsys)
 
 
 def test_the_learning_rate_warms_up_stays_and_decays_to_zero():
-    args = SimpleNamespace(warmup_steps=10, lr_decay=0.4, lr=1e-3, muon_lr=2e-2)
+    args = SimpleNamespace(warmup_steps=10, lr_decay=0.4, rewarmup=0)
+    rates = [train.rate_factor(args, step, 0, last_step=100) for step in range(1, 101)]
+    assert rates[:10] == pytest.approx([0.1 * step for step in range(1, 11)])
+    assert rates[10:61] == pytest.approx([1] * 51)
+    assert rates[60:] == pytest.approx([(100 - step + 1) / 40 for step in range(61, 101)])
+
+
+def test_the_learning_rate_rises_again_at_the_start_of_a_later_phase():
+    args = SimpleNamespace(warmup_steps=0, lr_decay=0, rewarmup=4)
+    assert [train.rate_factor(args, step, 0, 100) for step in (1, 2, 50)] == [1, 1, 1]  # the first has --warmup-steps
+    assert [train.rate_factor(args, step, 50, 100) for step in range(51, 57)] == [0.25, 0.5, 0.75, 1, 1, 1]
+
+
+def test_each_optimizer_has_its_own_rate():
     weights = [torch.nn.Parameter(torch.zeros(2, 2)) for _ in range(2)]
     optimizers = [torch.optim.AdamW(weights[:1]), torch.optim.Muon(weights[1:])]
-    rates = []
-    for step in range(1, 101):
-        train.set_learning_rates(args, optimizers, step, last_step=100)
-        rates.append(optimizers[0].param_groups[0]["lr"])
-    assert rates[:10] == pytest.approx([1e-4 * step for step in range(1, 11)])
-    assert rates[10:61] == pytest.approx([1e-3] * 51)
-    assert rates[60:] == pytest.approx([1e-3 * (100 - step + 1) / 40 for step in range(61, 101)])
-    assert optimizers[1].param_groups[0]["lr"] == pytest.approx(20 * optimizers[0].param_groups[0]["lr"])
+    args = SimpleNamespace(warmup_steps=10, lr_decay=0, rewarmup=0, lr=1e-3, muon_lr=2e-2)
+    run = SimpleNamespace(args=args, optimizers=optimizers, progress=checkpoint.Progress(), last_step=100)
+    train.set_learning_rates(run, 5)
+    assert [optimizer.param_groups[0]["lr"] for optimizer in optimizers] == pytest.approx([5e-4, 1e-2])
 
 
 def test_muon_gets_the_matrices_of_the_blocks_and_adamw_all_the_rest():
@@ -196,8 +206,9 @@ def make_runs(monkeypatch, videos, chunks, world):
     clips = {n: Clips(videos, scan.videos, scan.classes, n, 16, flip=False, stream="validation") for n in (4, 8)}
     dataset = ClipsByFrames(clips)
     loaders = [DataLoader(dataset, batch_sampler=chunks[rank::world], collate_fn=collate) for rank in range(world)]
-    args, device = SimpleNamespace(precision="fp32", num_frames=4), torch.device("cpu")
+    args, device = SimpleNamespace(precision="fp32"), torch.device("cpu")
     shared = {"ema": models[0], "model": models[1], "vae": VAE("none"), "args": args, "device": device}
+    shared["phase"] = Phase(4, 10, 1)
     monkeypatch.setattr(train, "note_bad", lambda run, paths: None)
     return [SimpleNamespace(val_loader=loader, stop=interruption.StopSignal(), **shared) for loader in loaders]
 
@@ -225,7 +236,7 @@ def test_validation_sees_the_average_the_raw_weights_and_every_number_of_frames(
     assert both["val_loss"] == both["val_loss_f4"] != both["val_loss_f8"]
     run.ema, run.model = run.model, run.ema
     assert train.validate(run)["val_loss"] == both["val_loss_raw"]
-    run.args.num_frames = 8
+    run.phase = Phase(8, 10, 1)
     assert train.validate(run)["val_loss_raw"] == both["val_loss_f8"]
 
 

@@ -23,7 +23,7 @@ TINY = [
     "--num-frames", "4", "--vae", "none", "--image-size", "16", "--no-flip", "--frame-interval", "1", "3",
     "--global-batch-size", "4", "--num-workers", "1", "--val-clips", "4", "--lr", "1e-3",
 ]  # fmt: skip
-MEASURED = {"clips_per_s", "wait_frac", "seconds", "val_seconds"}  # of the metrics: times, which no two runs share
+MEASURED = {"clips_per_s", "wait_frac", "seconds", "val_seconds", "flops"}  # of metrics: what the folder decides, too
 EVERY = 10  # steps from one checkpoint of a storm to the next
 GONE_WITHIN = 45  # seconds; torchrun gives ranks 30 s to end
 
@@ -49,7 +49,8 @@ class Training:
 
     def command_flags(self, *flags):
         paths = ["--data-path", self.data, "--results-dir", self.results]
-        return [*self.base, *paths, "--max-steps", self.steps, *self.flags, *flags]
+        end = ["--max-steps", self.steps] if self.steps else []  # or a schedule says so
+        return [*self.base, *paths, *end, *self.flags, *flags]
 
     def start(self, *flags):
         """The process of the launcher, in a session of its own as a shell's job would be."""
@@ -123,7 +124,8 @@ def compare(one, other):
         states = [torch.load(run.folder / "checkpoints" / name, weights_only=True) for run in (one, other)]
         for state in states:
             state.pop("config")  # holds the flags, --resume among them
-            state["phase"].pop("seconds")
+            for name in ("seconds", "flops"):  # of the run folder, so not the same in a chain
+                state["phase"].pop(name)
         found += differences(*states, name)
     found += [f"left behind: {path}" for run in (one, other) for path in run.folder.rglob("*.tmp")]
     return found

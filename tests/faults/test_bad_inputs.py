@@ -46,6 +46,8 @@ COMMANDS = {  # what is right; a case adds to it what is wrong
     "train without a model": ["train", *VIDEOS[:1], *VIDEOS[3:], *STEPS, "--data-path", "videos"],
     "train fixed": ["train", *VIDEOS[:-1], *STEPS, "--data-path", "videos"],
     "train images": ["train", *VIDEOS[1:7], *STEPS, "--data-path", "images"],
+    "schedule": ["train", *VIDEOS[:7], "--use-rope", "--global-batch-size", "4", "--data-path", "videos"],
+    "schedule fixed": ["train", *VIDEOS[:7], "--data-path", "videos"],
     "train latents": ["train", *VIDEOS[:3], *VIDEOS[7:], *STEPS, "--data-path", "cache", "--no-flip"],
     "sample": ["sample_gd", "--video", "--ckpt", "rope.pt", "--folder", "new"],
     "sample fixed": ["sample_gd", "--video", "--ckpt", "fixed.pt", "--folder", "new"],
@@ -118,6 +120,22 @@ CASES = {
     "validation of fewer frames than a patch": case("train", "--val-frames 4 2", "--val-frames 2", "4"),
     "validation of too many frames": case("train", "--val-frames 4 400", "--val-frames 400", "10"),
     "validation of other frames with fixed positions": case("train fixed", "--val-frames 4", "--val-frames 4", "tied"),
+    "a schedule that goes back": case("schedule", "--frames-schedule 4:10,8:5", "--frames-schedule", "8:5", "rise"),
+    "a schedule of words": case("schedule", "--frames-schedule four", "--frames-schedule", "'four'"),
+    "a schedule below the patch": case("schedule", "--frames-schedule 2:10,8:20", "--frames-schedule 2", "4"),
+    "a schedule of frames that no video has": case(
+        "schedule", "--frames-schedule 4:10,400:20:4", "--frames-schedule 400", "10"
+    ),
+    "a schedule whose batches do not divide": case(
+        "schedule", "--frames-schedule 4:10,12:20 --global-batch-size 4", "12 frames", "--global-batch-size"
+    ),
+    "a schedule beside frames": case(
+        "schedule", "--frames-schedule 4:10 --num-frames 4", "--num-frames 4 beside --frames-schedule"
+    ),
+    "a schedule beside steps": case("schedule", "--frames-schedule 4:10 --max-steps 20", "--max-steps 20 beside"),
+    "a schedule beside epochs": case("schedule", "--frames-schedule 4:10 --epochs 2", "--epochs 2 beside"),
+    "a schedule with fixed positions": case("schedule fixed", "--frames-schedule 4:10,8:20", "tied to 4"),
+    "a mix of nothing": case("train", "--mix 0.2", "--mix 0.2", "--frames-schedule"),
     "no checkpoints kept": case("train", "--keep-last 0", "--keep-last", "at least 1"),
     "a tolerance below zero": case("train", "--skip-nonfinite=-1", "--skip-nonfinite", "at least 0"),
     "a patience that is no number": case("train", "--loader-timeout nan", "--loader-timeout", "nan"),

@@ -1,7 +1,5 @@
 """A run that is interrupted anywhere and resumed ends as one that was not, bit for bit."""
 
-import os
-import signal
 import sys
 from dataclasses import replace
 
@@ -9,23 +7,11 @@ import pytest
 
 import cache_latents
 import checkpoint
-import interruption
-import train
 from faults import TORCHRUN, Training, compare, make_data
+from here import OFTEN, run_here, signals  # noqa: F401 (a fixture)
 from tiny_data import make_images, make_vae
 
 STEPS = 7
-OFTEN = ["--log-every", 3, "--val-every", 2, "--ckpt-every", 4, "--sample-every", 5]
-OFTEN += ["--num-samples", 1, "--num-sampling-steps", 3, "--keep-last", 2]
-
-
-@pytest.fixture(autouse=True)
-def signals():
-    """A training run takes over these signals; the tests want them back."""
-    handlers = {number: signal.getsignal(number) for number in interruption.STOP_SIGNALS}
-    yield
-    for number, handler in handlers.items():
-        signal.signal(number, handler)
 
 
 @pytest.fixture(scope="module")
@@ -43,37 +29,6 @@ def latents(shapes, tmp_path_factory):
         patch.setattr(sys, "argv", ["cache_latents.py", *map(str, flags)])
         cache_latents.main()
     return root / "cache", root / "vae"
-
-
-def run_here(training, *flags, stop_after=None, stop_in=None):
-    """The training run in this process, for speed; SIGTERM comes after so many steps, or in the first call of a
-    function of train.py, of which only the first half is done then."""
-    steps = []
-
-    def step(run):
-        train_step(run)
-        steps.append(run.progress.step)
-        if len(steps) == stop_after:
-            os.kill(os.getpid(), signal.SIGTERM)
-
-    def looking(run, *arguments, **keywords):
-        if keywords.get("stream") == "validation" or stop_in != "draw":
-            os.kill(os.getpid(), signal.SIGTERM)
-        return look(run, *arguments, **keywords)
-
-    train_step = train.step
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(sys, "argv", ["train.py", *map(str, training.command_flags(*OFTEN, *flags))])
-        patch.setattr(train, "step", step)
-        if stop_in:
-            look = getattr(train, stop_in)
-            patch.setattr(train, stop_in, looking)
-        try:
-            train.main()
-        finally:
-            while interruption._locks:  # the end of a process would do that
-                interruption._locks.pop().close()
-    return len(steps)
 
 
 KINDS = {
