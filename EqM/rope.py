@@ -6,9 +6,12 @@ three coordinates, and each of them turns its own channels. Nothing is tied to a
 of weights works on any number of frames.
 """
 
+import math
+
 import torch
 from torch import nn
 
+ROPE_SCALES = ("none", "linear", "ntk", "riflex")
 REFERENCE_FPS = 25  # adjacent temporal patches of a 25 fps clip are 1 apart
 
 
@@ -27,6 +30,7 @@ class RotaryEmbedding3D(nn.Module):
             raise ValueError(f"3D rotary positions need an even head_dim of at least 6, found {head_dim}")
         self.head_dim = head_dim
         self.theta = theta
+        self.scale = "none", 1.0, 1.0  # of the time axis, see `scale_frequencies`; changed for sampling only
 
     def forward(self, grid, time_scale):
         """Returns cos and sin of the angles, both (B, 1, N, head_dim / 2) float32.
@@ -41,7 +45,9 @@ class RotaryEmbedding3D(nn.Module):
         # in which positions above 256 are no longer whole numbers.
         exponents = torch.arange(num_pairs, device=device, dtype=torch.float32) / num_pairs
         frequencies = self.theta**-exponents
-        time, height, width = (torch.arange(n, device=device, dtype=torch.float32)[:, None] * frequencies for n in grid)
+        steps = [torch.arange(n, device=device, dtype=torch.float32)[:, None] for n in grid]
+        height, width = (step * frequencies for step in steps[1:])
+        time = steps[0] * scale_frequencies(frequencies, *self.scale)
         time = time * (REFERENCE_FPS * time_scale.float())[:, None, None]  # (B, T, n/2)
 
         B, (T, H, W) = len(time_scale), grid
@@ -50,6 +56,29 @@ class RotaryEmbedding3D(nn.Module):
         angles = torch.cat([axis.expand(B, T, H, W, num_pairs) for axis in axes] + [rest], dim=-1)
         angles = angles.flatten(1, 3)[:, None]  # (B, 1, N, d/2)
         return angles.cos(), angles.sin()
+
+
+def scale_frequencies(frequencies, method, trained, wanted):
+    """Frequencies (n/2,), highest first, for clips of length `wanted` from a model that was trained up to `trained`.
+
+    Lengths are in units of the positions. Shorter clips, and method "none", change nothing. With s = wanted / trained:
+    "linear" (position interpolation, arXiv 2306.15595) divides all by s; "ntk" (NTK-aware, as in YaRN, 2309.00071: theta grows by
+    s ** (n / (n - 2))) leaves the highest and divides the lowest by s, geometrically between; "riflex" (2502.15894)
+    slows only the one whose period is nearest to the trained length, so that it turns once in the wanted one.
+    """
+    s = wanted / trained
+    if method == "none" or s <= 1:
+        return frequencies
+    if method == "linear":
+        return frequencies / s
+    if method == "ntk":
+        last = max(len(frequencies) - 1, 1)
+        return frequencies * s ** -(torch.arange(len(frequencies), device=frequencies.device) / last)
+    assert method == "riflex", method
+    once = 2 * math.pi / wanted
+    intrinsic = (2 * math.pi / frequencies - trained).abs().argmin()
+    return torch.where(torch.arange(len(frequencies), device=frequencies.device) == intrinsic,
+                       frequencies.clamp(max=once), frequencies)
 
 
 def apply_rotary(x, cos, sin):

@@ -13,6 +13,7 @@ import samplers
 import transport
 from distributed import COUNT, NATURAL, UserError, normal, number, say
 from models import EBMS, NAMES, EqM
+from rope import REFERENCE_FPS, ROPE_SCALES
 from safe_read import FPS
 from vae import VAE, load_vae
 
@@ -30,6 +31,8 @@ def add_what_flags(add, num_samples, default_samples="number of samples"):
     count = number(int, least=1, most=MOST_SAMPLES)
     add("--num-samples", "--num-fid-samples", type=count, default=num_samples, metavar="N", help=default_samples)
     add("--seed", "--global-seed", type=NATURAL, default=0, metavar="N", help="decides the noise")
+    scale = "rotary time positions beyond the trained length: position interpolation, NTK or RIFLEx; none = as trained"
+    add("--rope-scale", choices=ROPE_SCALES, default="none", help=scale)
     add("--no-ema", action="store_true", help="use the weights as trained, not their average")
 
 
@@ -92,9 +95,24 @@ def open_checkpoint(args):
     if not training["video"] and num_frames != 1:
         raise UserError(f"--num-frames {num_frames}: --ckpt {args.ckpt} holds an image model: leave the flag out")
     time_scale, labels = seconds_per_frame(args, data), choose_labels(args, data["classes"])
+    scale_rope(args, model, data, training["num_frames"], num_frames, time_scale)
     name = checkpoint.model_name(**asdict(model.config))
     say(f"{args.ckpt}: {name}, step {step}, trained on {training['num_frames']} frames")
     return Source(model, vae, data, training["video"], step, num_frames, time_scale, labels)
+
+
+def scale_rope(args, model, data, trained_frames, num_frames, time_scale):
+    """Fit the rotary time positions of a model to longer clips, as --rope-scale says. Raises UserError."""
+    if args.rope_scale == "none":
+        return
+    if not model.config.use_rope:
+        raise UserError(f"--rope-scale {args.rope_scale}: {args.ckpt} has fixed positions: leave the flag out")
+    seconds = data["frame_interval"][0] / data["fps"], time_scale  # per frame, in training and now
+    trained, wanted = (
+        model.config.grid(frames)[0] * REFERENCE_FPS * scale
+        for frames, scale in zip((trained_frames, num_frames), seconds, strict=True)
+    )
+    model.rope.scale = args.rope_scale, trained, wanted
 
 
 def seconds_per_frame(args, data):
@@ -166,6 +184,7 @@ def describe(source, args):
         "image_size": source.image_size,
         "num_frames": source.num_frames,
         "time_scale": source.time_scale,
+        "rope_scale": args.rope_scale,
         "seed": args.seed,
         "batch_size": args.batch_size,
         "compile": args.compile,

@@ -1,10 +1,11 @@
 import cmath
+import math
 
 import pytest
 import torch
 from torch.autograd import gradcheck, gradgradcheck
 
-from rope import RotaryEmbedding3D, apply_rotary
+from rope import ROPE_SCALES, RotaryEmbedding3D, apply_rotary, scale_frequencies
 
 FPS_25 = torch.tensor([1 / 25])
 GRID = (3, 4, 5)
@@ -187,3 +188,48 @@ def test_first_and_second_derivatives_agree_with_finite_differences():
     # The product is float32, so the step has to be large and the tolerance with it.
     assert gradcheck(cubed, x, eps=1e-2, atol=5e-3, rtol=5e-3)
     assert gradgradcheck(cubed, x, eps=1e-2, atol=5e-3, rtol=5e-3)
+
+
+# Beyond the trained length ------------------------------------------------------------------------------------------
+
+FREQUENCIES = 10_000.0 ** -(torch.arange(10) / 10)
+
+
+@pytest.mark.parametrize("method", ROPE_SCALES)
+def test_shorter_clips_keep_their_frequencies(method):
+    for wanted in (1.0, 4.0):
+        assert torch.equal(scale_frequencies(FREQUENCIES, method, 4.0, wanted), FREQUENCIES)
+
+
+def test_linear_scaling_puts_longer_clips_where_trained_ones_were():
+    rope, time_scale = RotaryEmbedding3D(64), torch.tensor([0.04])
+    cos, _ = rope((4, 1, 1), time_scale)
+    rope.scale = "linear", 4.0, 8.0
+    longer, _ = rope((8, 1, 1), time_scale)
+    torch.testing.assert_close(longer[:, :, ::2], cos)
+
+
+def test_ntk_scaling_is_a_larger_theta_whose_lowest_frequency_is_that_of_linear_scaling():
+    s, n = 3.0, 20
+    theta = 10_000.0 * s ** (n / (n - 2))
+    expected = theta ** -(torch.arange(10) / 10)
+    scaled = scale_frequencies(FREQUENCIES, "ntk", 4.0, 12.0)
+    torch.testing.assert_close(scaled, expected)
+    assert scaled[0] == 1
+    torch.testing.assert_close(scaled[-1], FREQUENCIES[-1] / s)
+
+
+def test_riflex_slows_the_frequency_that_repeats_within_the_trained_length_and_no_other():
+    trained, wanted = 16.0, 40.0  # periods: 6.3, 15.8, 39.6, ...
+    scaled = scale_frequencies(FREQUENCIES, "riflex", trained, wanted)
+    assert scaled[1] == pytest.approx(2 * math.pi / wanted)
+    assert torch.equal(scaled[[0, 2, 3, 4, 5, 6, 7, 8, 9]], FREQUENCIES[[0, 2, 3, 4, 5, 6, 7, 8, 9]])
+    slow = 2 * math.pi / torch.tensor([1.0, 100.0])  # the nearest turns less than once in the wanted length already
+    assert torch.equal(scale_frequencies(slow, "riflex", 60.0, 80.0), slow)
+
+
+def test_only_the_time_axis_is_scaled():
+    rope, time_scale = RotaryEmbedding3D(64), torch.tensor([0.04])
+    before, _ = rope((1, 5, 5), time_scale)
+    rope.scale = "linear", 1.0, 4.0
+    assert torch.equal(rope((1, 5, 5), time_scale)[0], before)

@@ -240,6 +240,8 @@ CASES = {
     "a cache that lost a file": case("train latents", "--data-path lost --vae vae", "run cache_latents.py again"),
     "a cache that leads elsewhere": case("train latents", "--data-path elsewhere", "latents.json is damaged"),
     # sample_gd.py.
+    "a scale of fixed positions": case("sample fixed", "--rope-scale ntk", "--rope-scale ntk", "fixed positions"),
+    "an unknown scale": case("sample", "--rope-scale yarn", "--rope-scale", "yarn"),
     "samples by the billion": case("sample", "--num-samples 2000000000", "--num-samples", "at most"),
     "sampling a billion frames": case("sample", "--num-frames 1000000000", "--num-frames", "at most"),
     "a frame rate beyond all players": case("sample", "--fps 1e300", "--fps", "at most"),
