@@ -62,9 +62,9 @@ def scale_frequencies(frequencies, method, trained, wanted):
     """Frequencies (n/2,), highest first, for clips of length `wanted` from a model that was trained up to `trained`.
 
     Lengths are in units of the positions. Shorter clips, and method "none", change nothing. With s = wanted / trained:
-    "linear" (position interpolation, arXiv 2306.15595) divides all by s; "ntk" (NTK-aware, as in YaRN, 2309.00071: theta grows by
-    s ** (n / (n - 2))) leaves the highest and divides the lowest by s, geometrically between; "riflex" (2502.15894)
-    slows only the one whose period is nearest to the trained length, so that it turns once in the wanted one.
+    "linear" (position interpolation, arXiv 2306.15595) divides all by s; "ntk" (NTK-aware, as in YaRN, 2309.00071:
+    theta grows by s ** (n / (n - 2))) leaves the highest and divides the lowest by s, geometrically between; "riflex"
+    (2502.15894) slows only the one whose period is nearest to the trained length, to one turn in the wanted length.
     """
     s = wanted / trained
     if method == "none" or s <= 1:
