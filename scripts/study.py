@@ -276,8 +276,9 @@ def read_rows(path):
     """The rows of a csv, numbers as numbers, an empty cell as None. Raises UserError."""
     try:
         with open(path, newline="") as file:
-            lines = list(csv.DictReader(file))
-        if lines and list(lines[0]) != COLUMNS:
+            reader = csv.DictReader(file)
+            lines = list(reader)
+        if reader.fieldnames != COLUMNS:
             raise UserError(f"{path}: its columns are not those of version {VERSION} of the study: move it away")
         return [{name: parse(name, text) for name, text in line.items()} for line in lines]
     except FileNotFoundError:
@@ -439,11 +440,13 @@ def choose_arms(words):
     """The names of the arms of some questions or of that name; raises UserError."""
     chosen = set()
     for word in words or QUESTIONS:
-        found = {word} & BY_NAME.keys() or {name for name, arm in BY_NAME.items() if word in arm.questions}
-        if len(word) > 1 and word not in BY_NAME or not found:
+        if word in BY_NAME:
+            chosen.add(word)
+        elif word in tuple(QUESTIONS):
+            chosen |= {name for name, arm in BY_NAME.items() if word in arm.questions}
+        else:
             known = ", ".join(repr(name) for name in BY_NAME)
             raise UserError(f"--only {word}: wanted questions ({', '.join(QUESTIONS)}) or arms ({known})")
-        chosen |= found
     return chosen
 
 
@@ -542,7 +545,7 @@ def train_row(row):
 
 def sampling_flops(arm, frames, size):
     """Of the guided descents of a row's clips."""
-    return size.clips * (size.points - 1) * 2 * config_of(arm, size).flops(frames)
+    return float(size.clips * (size.points - 1) * 2 * config_of(arm, size).flops(frames))
 
 
 class Sampler:
@@ -1220,7 +1223,8 @@ def tuning_lines(study):
             edges.append(name)
     lines = ["## Learning rates", "",
              f"Factors of Muon {MUON_LR:g} and AdamW {LR:g}; one run each of {TUNE_SHARE:.0%} compute, seed "
-             f"{TUNE_SEED}; validation loss at the frames trained last. Arms that are not here take the rate of their base.", "",
+             f"{TUNE_SEED}; validation loss at the frames trained last. Arms that are not here take the rate of their "
+             "base.", "",
              *table(["arm", *(f"x {factor:g}" for factor in study.size.factors), "taken"], cells)]  # fmt: skip
     if edges:
         lines += [f"At the edge of the grid, so a better one may lie outside: {', '.join(edges)}.", ""]

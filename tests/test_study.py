@@ -1,4 +1,4 @@
-"""The study of frame curricula: its bookkeeping on a miniature, equal compute, and a report that computes what it says."""
+"""The study of frame curricula: its bookkeeping on a miniature, equal compute, a report that computes what it says."""
 
 import argparse
 import csv
