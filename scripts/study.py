@@ -78,7 +78,7 @@ class Arm:
     frames: tuple = ()  # sampled beside those trained last, full compute only
     scaled: tuple = ()  # frames that are sampled with every --rope-scale as well, seeds 0 and 1
     time_scales: tuple = (None,)  # sampled, seconds per frame; None = as trained
-    looks: int = 20  # validations along a run
+    looks: int = 20  # validations along a run of all the compute
 
     @property
     def last_frames(self):
@@ -98,7 +98,7 @@ ARMS = [  # in the order in which they run, seed by seed within a block
     [
         Arm("fixed-16", "A", "--fixed"),
         Arm("16", "ABCE", shares=BOTH, frames=LENGTHS, scaled=(24, 32)),
-        Arm("4-8-16 even", "BC", phases=EVEN, shares=BOTH, frames=LENGTHS),
+        Arm("4-8-16 even", "BC", phases=EVEN, shares=BOTH, frames=LENGTHS, looks=200),
         Arm("4-8-16 short", "B", phases=((4, 0.05), (8, 0.2), (16, 0.75)), shares=BOTH),
         Arm("4-8-16 long", "B", phases=((4, 0.43), (8, 0.43), (16, 0.14)), shares=BOTH),  # as UCF-101's in the README
         Arm("8-16", "B", phases=SKIP, shares=BOTH),
@@ -114,9 +114,8 @@ ARMS = [  # in the order in which they run, seed by seed within a block
     [
         Arm("4", "CE", phases=((4, 1.0),), frames=LENGTHS, scaled=(16, 24, 32)),
         Arm("8", "CE", phases=((8, 1.0),), frames=LENGTHS, scaled=(16, 24, 32)),
-        Arm("bump", "B", phases=EVEN, rate="4-8-16 even", looks=200),  # the even schedule, looked at more often
-        Arm("bump, rewarmup", "B", "--rewarmup 20", phases=EVEN, rate="4-8-16 even", looks=200),
-        Arm("bump, mix", "B", phases=EVEN, mix=0.2, rate="4-8-16 even", looks=200),
+        Arm("4-8-16 rewarmup", "B", "--rewarmup 20", phases=EVEN, rate="4-8-16 even", looks=200),
+        Arm("4-8-16 mix", "B", phases=EVEN, mix=0.2, rate="4-8-16 even", looks=200),
         Arm("intervals 1-3", "D", "--frame-interval 1 3", ((8, 1.0),), rate="8", time_scales=(0.04, 0.06, 0.08, 0.12)),
     ],
     [
@@ -133,7 +132,7 @@ ARMS = [  # in the order in which they run, seed by seed within a block
 ]  # fmt: skip
 BY_NAME = {arm.name: arm for block in ARMS for arm in block}
 SCHEDULES = "16", "8-16", "4-8-16 short", "4-8-16 even", "4-8-16 long"
-BUMPS = "bump", "bump, rewarmup", "bump, mix"
+BUMPS = "4-8-16 even", "4-8-16 rewarmup", "4-8-16 mix"
 
 
 @dataclass(frozen=True)
@@ -172,7 +171,7 @@ class Job:
     @property
     def name(self):
         words = f"{self.arm.name}-seed{self.seed}-rate{self.factor:g}-compute{self.share:g}"
-        return words.replace(", ", "-").replace(": ", "-").replace(" ", "-")
+        return words.replace(": ", "-").replace(" ", "-")
 
     @property
     def key(self):
@@ -181,6 +180,11 @@ class Job:
     @property
     def tunes(self):
         return self.seed == TUNE_SEED
+
+    @property
+    def looks(self):
+        """Validations along the run."""
+        return self.arm.looks if self.share == 1 else 20
 
     def cells(self, size):
         """What is sampled: (frames, seconds per frame, --rope-scale)."""
@@ -242,14 +246,22 @@ def recipe_flags(job, size):
         flags += ["--num-frames", frames, "--max-steps", last_step, "--global-batch-size", batch]
     else:
         flags += ["--frames-schedule", ",".join(f"{a}:{b}:{c}" for a, b, c in phases), "--mix", arm.mix]
-    if arm.flags == "--fixed":
-        lengths = [16]
-    else:
+    if arm.flags != "--fixed":
         flags += ["--use-rope", "--rope-theta", 100, *arm.flags.split()]  # the last one counts
-        lengths = sorted({16, *(frames for frames, _, _ in phases)})
-    looks = max(1, phases[-1][1] // (6 if job.tunes else arm.looks))
-    flags += ["--val-frames", *lengths, "--val-clips", size.val_clips, "--val-every", looks]
+    period = max(1, phases[-1][1] // job.looks)
+    flags += ["--val-frames", *val_frames(arm), "--val-clips", size.val_clips, "--val-every", period]
     return [str(flag) for flag in flags]
+
+
+def val_frames(arm):
+    """The lengths at which an arm validates, 16 among them."""
+    return sorted({16, *(frames for frames, _ in arm.phases)})
+
+
+def training_work(job, size):
+    """FLOPs of a run with its validations, of which those of the average and of the raw weights are one each."""
+    look = sum(config_of(job.arm, size).flops(frames) for frames in val_frames(job.arm)) * 2 * size.val_clips
+    return phases_of(job.arm, job.share, size)[1] + job.looks * look
 
 
 def fingerprint(job, size):
@@ -312,8 +324,7 @@ def check_rows(path, rows, size):
             raise UserError(f"{place} is of version {row['version']} of the study, this is {VERSION}: move it away")
         if row["arm"] not in BY_NAME:
             raise UserError(f"{place}, which this code does not have: move the csv away, or remove those rows")
-        job = Job(BY_NAME[row["arm"]], row["seed"], row["factor"], row["share"])
-        if row["recipe"] != fingerprint(job, size):
+        if row["recipe"] != fingerprint(job_of(row), size):
             raise UserError(f"{place} is of another recipe (flags, sizes): move the csv away, or remove those rows")
 
 
@@ -418,22 +429,26 @@ class Study:
         """Seconds that what is missing of a job will take, from the rows of this machine, else from a first guess."""
         seconds = 0.0
         if job.factor is None or not self.is_trained(job):
-            flops = phases_of(job.arm, job.share, self.size)[1]
-            seconds += START + flops * self.pace("train", job.arm.name)
+            seconds += START + training_work(job, self.size) * self.training_pace(job.arm.name)
         for frames, _, _ in job.cells(self.size) if job.factor is None else self.missing_cells(job):
             flops = sampling_flops(job.arm, frames, self.size)
-            seconds += LOOK * self.size.clips * frames + flops * self.pace("sample", job.arm.name)
+            seconds += LOOK * self.size.clips * frames + flops * self.sampling_pace
         return seconds
 
-    def pace(self, kind, name):
-        """Seconds per FLOP: the median of the arm's rows on this machine, of all rows, or a guess."""
-        rows = [row for row in self.rows if row["kind"] == kind and row["machine"] == self.machine and row["flops"]]
-        own = [row["seconds"] / row["flops"] for row in rows if row["arm"] == name]
-        found = own or [row["seconds"] / row["flops"] for row in rows]
-        return float(np.median(found)) if found else PACE
+    def training_pace(self, name):
+        """Seconds per FLOP of runs: the median of the arm's on this machine, else of all, else a guess."""
+        rows = [row for row in last_rows(self.rows) if row["kind"] == "train" and row["machine"] == self.machine]
+        paces = [row["seconds"] / training_work(job_of(row), self.size) for row in rows]
+        own = [pace for pace, row in zip(paces, rows, strict=True) if row["arm"] == name]
+        return float(np.median(own or paces or [PACE]))
+
+    @property
+    def sampling_pace(self):
+        rows = [row for row in self.rows if row["kind"] == "sample" and row["machine"] == self.machine]
+        return float(np.median([row["seconds"] / row["flops"] for row in rows] or [PACE]))
 
 
-START, LOOK, PACE = 8.0, 5e-4, 8e-12  # s per run; s per frame that is tracked; s per FLOP on 2 cores (AVX-512, bf16)
+START, LOOK, PACE = 8.0, 5e-4, 7e-12  # s per run; s per frame that is tracked; s per FLOP on 2 cores (AVX-512, bf16)
 
 
 def choose_arms(words):
@@ -448,6 +463,10 @@ def choose_arms(words):
             known = ", ".join(repr(name) for name in BY_NAME)
             raise UserError(f"--only {word}: wanted questions ({', '.join(QUESTIONS)}) or arms ({known})")
     return chosen
+
+
+def job_of(row):
+    return Job(BY_NAME[row["arm"]], row["seed"], row["factor"], row["share"])
 
 
 def job_key(row):
@@ -860,7 +879,7 @@ def answer_b(study):
     lines = []
     for patch, base in ((4, "16"), (2, "patch 2: 16"), (1, "patch 1: 16")):
         for name in [arm.name for arm in BY_NAME.values() if "B" in arm.questions and arm.patch == patch]:
-            if name == base or name in BUMPS:
+            if name == base:
                 continue
             lines += [compare(name, base, f"Loss at 16 frames, {100:.0f}% compute each", losses(study, name),
                               losses(study, base))]  # fmt: skip
@@ -869,7 +888,7 @@ def answer_b(study):
         even, skip = ("4-8-16 even", "8-16") if patch == 4 else (f"patch {patch}: 4-8-16", f"patch {patch}: 8-16")
         what = f"What the 4-frame phase is worth at temporal patch {patch}, loss"
         lines += [compare(even, skip, what, losses(study, even), losses(study, skip)), ""]
-    arms = [arm for arm in BY_NAME.values() if "B" in arm.questions and arm.name not in BUMPS]
+    arms = [arm for arm in BY_NAME.values() if "B" in arm.questions]
     lines = ["- " + line if line else "" for line in lines]
     lines += table(ARM_TITLES, [arm_row(study.rows, arm.name, share, 16) for arm in arms for share in arm.shares])
     panels = {"temporal patch 4": SCHEDULES}

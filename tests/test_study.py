@@ -170,18 +170,18 @@ def test_a_run_that_diverged_is_done(tmp_path):
 
 
 def test_a_bump_is_gone_at_the_first_validation_that_is_no_higher_than_the_one_before():
-    phases, _ = study.phases_of(study.BY_NAME["bump"], 1.0, study.FULL)
+    phases, _ = study.phases_of(study.BY_NAME["4-8-16 even"], 1.0, study.FULL)
     before, after = phases[:2]
     length = after[1] - before[1]
-    rows = [train_row(job_of("bump"), step=before[1], loss_rel=0.1)]
+    rows = [train_row(job_of("4-8-16 even"), step=before[1], loss_rel=0.1)]
     for share, loss in ((0.1, 0.15), (0.25, 0.1), (0.5, 0.08)):
-        rows.append(train_row(job_of("bump"), step=before[1] + round(share * length), loss_rel=loss))
-    found = study.bump(rows, "bump", 0, before, after)
+        rows.append(train_row(job_of("4-8-16 even"), step=before[1] + round(share * length), loss_rel=loss))
+    found = study.bump(rows, "4-8-16 even", 0, before, after)
     assert found["highest"] == pytest.approx(1.5)
     assert found["gone"] == pytest.approx(0.25, abs=1 / length)
-    assert study.bump(rows, "bump", 1, before, after) is None
-    assert study.bump(rows[:3], "bump", 0, before, after)["gone"] == pytest.approx(0.25, abs=1 / length)
-    assert study.bump(rows[:2], "bump", 0, before, after)["gone"] == math.inf
+    assert study.bump(rows, "4-8-16 even", 1, before, after) is None
+    assert study.bump(rows[:3], "4-8-16 even", 0, before, after)["gone"] == pytest.approx(0.25, abs=1 / length)
+    assert study.bump(rows[:2], "4-8-16 even", 0, before, after)["gone"] == math.inf
 
 
 def test_a_difference_is_paired_by_seed_and_says_whether_its_interval_holds_zero():
