@@ -184,7 +184,7 @@ class Job:
     @property
     def looks(self):
         """Validations along the run."""
-        return self.arm.looks if self.share == 1 else 20
+        return 6 if self.tunes else self.arm.looks if self.share == 1 else 20
 
     def cells(self, size):
         """What is sampled: (frames, seconds per frame, --rope-scale)."""
@@ -881,8 +881,8 @@ def answer_b(study):
         for name in [arm.name for arm in BY_NAME.values() if "B" in arm.questions and arm.patch == patch]:
             if name == base:
                 continue
-            lines += [compare(name, base, f"Loss at 16 frames, {100:.0f}% compute each", losses(study, name),
-                              losses(study, base))]  # fmt: skip
+            lines.append(compare(name, base, "Loss at 16 frames", losses(study, name), losses(study, base)))
+            lines.append(compare(name, base, "Directions right", directions(study, name), directions(study, base)))
             if 0.6 in BY_NAME[name].shares:
                 lines += [reaches(study, name, base)]
         even, skip = ("4-8-16 even", "8-16") if patch == 4 else (f"patch {patch}: 4-8-16", f"patch {patch}: 8-16")
@@ -923,8 +923,9 @@ def answer_bump(study):
             cells.append([name, f"{before[0]} to {after[0]}", *bump_cells(found)])
             for seed, one in enumerate(found):
                 label = name if seed == 0 else None
-                axes.plot(100 * one["places"], one["ratios"], color=COLORS[number], marker=MARKERS[number], label=label,
-                          markersize=4, alpha=0.7)  # fmt: skip
+                early = one["places"] <= 0.2
+                axes.plot(100 * one["places"][early], one["ratios"][early], color=COLORS[number], label=label,
+                          marker=MARKERS[number], markersize=4, alpha=0.7)  # fmt: skip
             drawn |= bool(found)
             axes.set(title=f"{before[0]} to {after[0]} frames", xlabel="share of the new phase, %", xlim=(-0.5, 20))
             axes.axvline(2, color="gray", linestyle=":")
@@ -936,8 +937,9 @@ def answer_bump(study):
 
 def bump(rows, name, seed, before, after):
     """Places in the new phase (shares of it) and loss there over the loss before the switch; None if not known."""
-    run = [row for row in rows if row["arm"] == name and row["seed"] == seed and row["kind"] == "train"]
-    run = sorted((row for row in run if row["loss_rel"] is not None), key=lambda row: row["step"])
+    wanted = {"arm": name, "seed": seed, "share": 1.0, "kind": "train"}
+    run = [row for row in rows if wanted.items() <= row.items() and row["loss_rel"] is not None]
+    run.sort(key=lambda row: row["step"])
     start, length = before[1], after[1] - before[1]
     old = [row["loss_rel"] for row in run if row["step"] == start]
     new = [row for row in run if start < row["step"] <= after[1]]
@@ -971,8 +973,8 @@ def answer_c(study):
             continue
         held = [n for n, part in found.items() if part and part[1][1] >= own[1][0]]  # the intervals meet
         lost = [n for n, part in found.items() if part and n not in held]
-        lines.append(f"- Trained last on {trained} frames ({name}), {own[0]:.0%} of the directions right there: as "
-                     f"good, within the intervals, at {listed(held)} frames, worse at {listed(lost)}.")  # fmt: skip
+        lines.append(f"- Trained last on {trained} frames ({name}), {own[0]:.0%} of the directions right there: no "
+                     f"worse, within the intervals, at {listed(held)} frames, worse at {listed(lost)}.")  # fmt: skip
     lines += ["", *table(["arm", "sampled frames", "direction right (95%)", "speed / true", "seam score (1 = none)",
                           "largest drift"],
                          [c_row(study, name, frames, "none") for name in names for frames in LENGTHS])]  # fmt: skip
@@ -1127,14 +1129,15 @@ UCF_PHASES = ((4, 50_000, 256), (8, 50_000, 128), (16, 100 * UCF_CLIPS // 64, 64
 def answer_f(study):
     """Counted FLOPs of the README's schedule, and what they take on 8 GPUs."""
     settings = {"input_size": 32, "in_channels": 4, "num_classes": 101, "use_rope": True}
-    cells = []
+    cells, hours_at = [], [f"hours (GPU hours) at {share:.0%}" for share in UTILISATIONS]
     for model in ("EqM-S/4", "EqM-B/2", "EqM-XL/2"):
         config = model_config(model, num_frames=16, **settings)
         spent = [steps * clips * config.training_flops(frames) for frames, steps, clips in UCF_PHASES]
         alone = sum(spent) / (64 * config.training_flops(16))
-        hours = [f"{sum(spent) / (8 * PEAK * share) / 3600:.1f}" for share in UTILISATIONS]
+        hours = [sum(spent) / (8 * PEAK * share) / 3600 for share in UTILISATIONS]
         split = " / ".join(f"{part / sum(spent):.0%}" for part in spent)
-        cells.append([model, f"{sum(spent) / 1e18:.2f}", split, *hours, f"{alone:,.0f}"])
+        cells.append([model, f"{sum(spent) / 1e18:.2f}", split, *(f"{hour:.2g} ({8 * hour:.2g})" for hour in hours),
+                      f"{alone:,.0f}"])  # fmt: skip
     schedule, last = [], 0
     for frames, steps, clips in UCF_PHASES:
         last += steps
@@ -1142,7 +1145,7 @@ def answer_f(study):
     lines = [f"Latents of 32 x 32, the README's phases of 50,000 steps and 100 epochs of {UCF_CLIPS:,} clips; 8 GPUs "
              f"of {PEAK / 1e12:.0f} TFLOP/s (H100, bf16, dense). Not run: hours follow from the counted FLOPs and the "
              "utilisation alone.", "",
-             *table(["model", "EFLOP", "4 / 8 / 16 frames", *(f"hours at {share:.0%}" for share in UTILISATIONS),
+             *table(["model", "EFLOP", "4 / 8 / 16 frames", *hours_at,
                      "steps of 64 clips of 16 frames for the same"], cells),
              "```bash", 'torchrun --nproc_per_node=8 EqM/train.py --video --use-rope --model "EqM-S/4" \\',
              "  --data-path datasets/ucf-101-latents --results-dir results/ucf --precision bf16 --resume \\",
