@@ -32,6 +32,10 @@ from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
 
+# Threads that wait sleep instead of spinning, here and in what is started from here: beside other work on the machine a
+# step of two spinning threads takes many times as long. To be said before torch is loaded.
+os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
+
 import matplotlib
 import numpy as np
 import torch
