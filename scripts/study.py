@@ -1,7 +1,7 @@
 """Does a frame curriculum with rotary positions pay? Equal compute, several seeds, Moving Shapes with a known truth.
 
     python scripts/study.py --list                  what is done, what is missing, hours
-    python scripts/study.py --minutes 140           go on, and start no run that would not fit
+    python scripts/study.py --minutes 140           go on, start no run that would not fit (all: 8 hours on 2 cores)
     python scripts/study.py --only A B              some questions (A to E), or arms by their names
     python scripts/study.py --report                tables and figures again, from the csv alone
 
@@ -108,11 +108,11 @@ ARMS = [  # in the order in which they run, seed by seed within a block
         Arm("8-16", "B", phases=SKIP, shares=BOTH),
     ],
     [
-        Arm("patch 2: 16", "BE", patch=2, shares=BOTH),
-        Arm("patch 2: 4-8-16", "B", phases=EVEN, patch=2, shares=BOTH),
+        Arm("patch 2: 16", "BE", patch=2),
+        Arm("patch 2: 4-8-16", "B", phases=EVEN, patch=2),
         Arm("patch 2: 8-16", "B", phases=SKIP, patch=2, rate="patch 2: 4-8-16"),
-        Arm("patch 1: 16", "BE", patch=1, shares=BOTH),
-        Arm("patch 1: 4-8-16", "B", phases=EVEN, patch=1, shares=BOTH),
+        Arm("patch 1: 16", "BE", patch=1),
+        Arm("patch 1: 4-8-16", "B", phases=EVEN, patch=1),
         Arm("patch 1: 8-16", "B", phases=SKIP, patch=1, rate="patch 1: 4-8-16"),
     ],
     [
