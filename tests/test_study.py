@@ -1,0 +1,299 @@
+"""The study of frame curricula: its bookkeeping on a miniature, equal compute, a report that computes what it says."""
+
+import argparse
+import csv
+import json
+import math
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+
+import checkpoint
+import motion
+import study
+import train
+from schedule import Phase
+
+SCRIPT = Path(study.__file__)
+ARMS = "fixed-16", "patch 2: 8-16"  # of one run each in the miniature
+
+
+def run_here(monkeypatch, *flags):
+    monkeypatch.setattr(sys, "argv", ["study.py", *map(str, flags)])
+    study.main()
+
+
+def a_study(out, **flags):
+    args = {"out": out, "data_path": None, "only": None, "miniature": False} | flags
+    return study.Study(argparse.Namespace(**args))
+
+
+def train_row(job, size=study.FULL, **numbers):
+    """A row of the last step of a run, as the csv has it."""
+    phases, flops = study.phases_of(job.arm, job.share, size)
+    row = dict.fromkeys(study.COLUMNS) | {"version": study.VERSION, "recipe": study.fingerprint(job, size)}
+    row |= {"arm": job.arm.name, "seed": job.seed, "factor": job.factor, "share": job.share, "kind": "train"}
+    row |= {"step": phases[-1][1], "frames": phases[-1][0], "flops": float(flops), "seconds": 100.0, "code": "c"}
+    return row | {"rope_scale": "", "val_seconds": 1.0, "machine": "m"} | numbers
+
+
+def sample_row(job, right, clips=96, frames=16, rope_scale="none", size=study.FULL):
+    row = train_row(job, size, kind="sample", frames=frames, rope_scale=rope_scale, val_seconds=None)
+    low, high = motion.wilson(right, clips)
+    row |= {"clips": clips, "right": right, "direction": right / clips, "direction_low": low, "direction_high": high}
+    return row | {"speed": 1.0, "area": 1.0, "true_speed": 0.25, "real_direction": 1.0}
+
+
+def job_of(name, seed=0, factor=1.0, share=1.0):
+    return study.Job(study.BY_NAME[name], seed, factor, share)
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# The miniature, for real
+
+
+def start(out):
+    flags = ["--miniature", "--out", out, "--only", *ARMS]
+    environment = os.environ | {"OMP_NUM_THREADS": "1"}
+    return subprocess.Popen(
+        [sys.executable, SCRIPT, *map(str, flags)], stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True,
+        env=environment,
+    )  # fmt: skip
+
+
+def wait_for(process, pattern, out):
+    until = time.monotonic() + 120
+    while not list(out.glob(pattern)):
+        assert process.poll() is None, process.communicate()[0]
+        assert time.monotonic() < until, f"{pattern} did not come"
+        time.sleep(0.02)
+
+
+def lines_of(path):
+    with open(path, newline="") as file:
+        return list(csv.DictReader(file))
+
+
+def test_a_study_that_is_killed_goes_on_and_runs_nothing_twice(tmp_path, monkeypatch, capsys):
+    process = start(tmp_path)
+    wait_for(process, "study/patch-2*/*/log.txt", tmp_path)  # the second run has begun
+    process.send_signal(signal.SIGKILL)
+    process.communicate()
+    first = lines_of(tmp_path / "study.csv")
+    assert {row["arm"] for row in first} == {ARMS[0]}
+    (log,) = tmp_path.glob("study/fixed-16*/train.log")
+    before = log.stat().st_mtime_ns
+    process = start(tmp_path)
+    output, _ = process.communicate(timeout=240)
+    assert process.returncode == 0, output
+    rows = lines_of(tmp_path / "study.csv")
+    assert rows[: len(first)] == first and log.stat().st_mtime_ns == before
+    keys = [tuple(row[name] for name in ("arm", "kind", "step", "frames", "rope_scale")) for row in rows]
+    assert len(set(keys)) == len(keys)
+    assert [key[:1] + key[3:] for key in keys if key[1] == "sample"] == [(name, "16", "none") for name in ARMS]
+    assert len(list(tmp_path.glob("study/patch-2*/*/metrics.jsonl"))) == 1  # the same run went on
+    flops = [float(row["flops"]) for row in rows if row["kind"] == "train"]
+    last = [max(value for row, value in zip(rows, flops, strict=False) if row["arm"] == name) for name in ARMS]
+    assert last[0] == pytest.approx(study.phases_of(study.BY_NAME[ARMS[0]], 1.0, study.MINIATURE)[1], rel=1e-4)
+    assert (tmp_path / "study.md").exists() and (tmp_path / "figures/study-A.png").exists()
+
+    written = (tmp_path / "study.csv").stat().st_mtime_ns
+    run_here(monkeypatch, "--miniature", "--out", tmp_path, "--only", *ARMS)
+    assert "all is done" in capsys.readouterr().out
+    assert (tmp_path / "study.csv").stat().st_mtime_ns == written
+    run_here(monkeypatch, "--miniature", "--out", tmp_path, "--only", *ARMS, "--list")
+    assert "2 runs, 0.0 hours left" in capsys.readouterr().out
+
+
+def test_no_run_is_started_that_does_not_fit(tmp_path, monkeypatch, capsys):
+    run_here(monkeypatch, "--out", tmp_path, "--minutes", 0.01)
+    assert "run again to go on" in capsys.readouterr().out
+    assert not list(tmp_path.glob("study/*/train.log"))
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# Equal compute
+
+
+def counted(arm, share, size):
+    """The FLOPs that train.py counts for a run, step by step."""
+    config, spent, first_step = study.config_of(arm, size), 0, 0
+    phases = [Phase(*phase) for phase in study.phases_of(arm, share, size)[0]]
+    for phase in phases:
+        args = argparse.Namespace(mix=arm.mix, global_seed=0)
+        progress = checkpoint.Progress(step=first_step, first_step=first_step)
+        frames = train.frames_of_steps(args, phases, phase, progress)
+        spent += sum(phase.batch_size * config.training_flops(number) for number in frames)
+        first_step = phase.last_step
+    return spent
+
+
+@pytest.mark.parametrize("share", [0.3, 0.6, 1.0])
+def test_all_arms_take_the_same_compute_and_as_many_tokens_a_step(share):
+    whole = study.FULL.steps * 8 * study.config_of(study.BY_NAME["16"], study.FULL).training_flops(16)
+    for arm in study.BY_NAME.values():
+        assert counted(arm, share, study.FULL) == pytest.approx(share * whole, rel=0.02), arm.name
+        for frames, _, batch in study.phases_of(arm, share, study.FULL)[0]:
+            assert batch * math.prod(study.config_of(arm, study.FULL).grid(frames)) == study.TOKENS
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# Learning rates
+
+
+def test_the_tuned_rate_is_the_best_of_the_grid_once_all_of_it_has_run(tmp_path):
+    mine = a_study(tmp_path, only=["theta 1000"])
+    jobs = mine.jobs()
+    assert [(job.arm.name, job.factor) for job in jobs if job.tunes] == [("16", x) for x in study.FULL.factors]
+    assert {job.factor for job in jobs if not job.tunes} == {None}
+    for factor, loss in zip(study.FULL.factors, (0.9, math.inf, 0.7), strict=True):
+        assert mine.factor("16") is None
+        mine.rows.append(train_row(job_of("16", study.TUNE_SEED, factor, study.TUNE_SHARE), loss=loss))
+    assert mine.factor("16") == study.FULL.factors[2]
+    assert {(job.arm.name, job.factor) for job in mine.jobs() if not job.tunes} == {("theta 1000", 2.0)}
+
+
+def test_a_run_that_diverged_is_done(tmp_path):
+    mine, job = a_study(tmp_path), job_of("16")
+    assert not mine.is_done(job)
+    mine.rows.append(train_row(job, step=7, loss=math.inf))
+    assert mine.is_done(job)
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# The report
+
+
+def test_a_bump_is_gone_at_the_first_validation_that_is_no_higher_than_the_one_before():
+    phases, _ = study.phases_of(study.BY_NAME["4-8-16 even"], 1.0, study.FULL)
+    before, after = phases[:2]
+    length = after[1] - before[1]
+    rows = [train_row(job_of("4-8-16 even"), step=before[1], loss_rel=0.1)]
+    for share, loss in ((0.1, 0.15), (0.25, 0.1), (0.5, 0.08)):
+        rows.append(train_row(job_of("4-8-16 even"), step=before[1] + round(share * length), loss_rel=loss))
+    found = study.bump(rows, "4-8-16 even", 0, before, after)
+    assert found["highest"] == pytest.approx(1.5)
+    assert found["gone"] == pytest.approx(0.25, abs=1 / length)
+    assert study.bump(rows, "4-8-16 even", 1, before, after) is None
+    assert study.bump(rows[:3], "4-8-16 even", 0, before, after)["gone"] == pytest.approx(0.25, abs=1 / length)
+    assert study.bump(rows[:2], "4-8-16 even", 0, before, after)["gone"] == math.inf
+
+
+def test_a_difference_is_paired_by_seed_and_says_whether_its_interval_holds_zero():
+    text = study.compare("a", "b", "Loss", {0: 1.0, 1: 2.0, 2: 3.1}, {0: 0.5, 1: 1.5, 2: 2.5, 3: 9.0})
+    # differences 0.5, 0.5, 0.6: mean 0.5333, standard error 0.0333, times 4.30
+    assert text == "Loss: a minus b is +0.533 (95% +0.390 to +0.677, 3 seeds): higher."
+    assert "not told apart" in study.compare("a", "b", "Loss", {0: 1.0, 1: -1.0}, {0: 0.0, 1: 0.0})
+    assert "one seed" in study.compare("a", "b", "Loss", {0: 1.0}, {0: 0.0})
+    assert study.compare("a", "b", "Loss", {0: 1.0}, {1: 0.0}) == "Loss, a against b: not run yet."
+
+
+@pytest.fixture
+def made_up(tmp_path):
+    """A csv of some seeds of some arms: rotary positions are better by 0.1, the even schedule no worse at 60%."""
+    rows = []
+    for seed in range(3):
+        for name, share, loss, right in (
+            ("16", 1.0, 0.6, 80), ("fixed-16", 1.0, 0.7, 60), ("4-8-16 even", 0.6, 0.6 - 0.01 * seed, 81),
+        ):  # fmt: skip
+            job = job_of(name, seed, share=share)
+            rows += [train_row(job, loss=loss, loss_16=loss + 0.001 * seed), sample_row(job, right)]
+    rows += [sample_row(job_of("16", seed=0), 10, frames=24), sample_row(job_of("16", seed=0), 70, 96, 24, "ntk")]
+    study.write_rows(tmp_path / "study.csv", rows)
+    return tmp_path
+
+
+def test_a_report_of_missing_rows_says_what_was_found_and_what_was_not_run(made_up, monkeypatch):
+    run_here(monkeypatch, "--report", "--out", made_up)
+    text = (made_up / "study.md").read_text()
+    assert "Validation loss at 16 frames: rotary minus fixed is -0.100 (95% -0.100 to -0.100, 3 seeds): lower." in text
+    low, high = motion.wilson(240, 288)
+    assert f"83.3% ({100 * low:.1f} - {100 * high:.1f}; 288 clips)" in text
+    assert "The goal is met in the mean." in text
+    assert "Goal (at most 0), 8-16 at 60% against 16 at 100%: not run yet." in text
+    assert "Trained on 16, sampled at 24 frames: best is ntk with 72.9% right, none has 10.4%" in text
+    assert "Trained on 4, sampled at 24 frames: not run yet." in text
+    assert "At 0.12 s per frame: not run yet." in text
+    assert "Gamma shift at 16 frames: not run yet (1 of 4)." in text
+    figures = {path.name for path in (made_up / "figures").iterdir()}
+    assert figures == {f"study-{name}.png" for name in ("A", "B", "C", "C-scale", "E")}
+    for name in figures:
+        assert f"(figures/{name})" in text
+
+
+def test_rows_come_back_from_the_csv_as_they_were(made_up):
+    rows = study.read_rows(made_up / "study.csv")
+    study.write_rows(made_up / "again.csv", rows)
+    assert (made_up / "again.csv").read_bytes() == (made_up / "study.csv").read_bytes()
+    assert (rows[0]["arm"], rows[0]["seed"], rows[0]["loss"], rows[0]["time_scale"]) == ("16", 0, 0.6, None)
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# Bad input
+
+
+def refused(monkeypatch, capsys, *flags):
+    """The one line on stderr of a command that ends with status 2."""
+    with pytest.raises(SystemExit) as end:
+        run_here(monkeypatch, *flags)
+    (line,) = capsys.readouterr().err.splitlines()
+    assert end.value.code == 2
+    return line
+
+
+@pytest.mark.parametrize("word", ["F", "X", "AB", "17", ""])
+def test_an_unknown_question_is_refused(word, tmp_path, monkeypatch, capsys):
+    line = refused(monkeypatch, capsys, "--only", "A", word, "--out", tmp_path / "new")
+    assert f"--only {word}: wanted questions (A, B, C, D, E) or arms ('fixed-16', " in line
+    assert not (tmp_path / "new").exists()
+
+
+BAD_CELLS = {"version": ("2", "is of version 2"), "recipe": ("0", "is of another recipe"), "arm": ("x", "arm 'x'")}
+
+
+@pytest.mark.parametrize("name", BAD_CELLS)
+def test_a_csv_of_another_version_recipe_or_arm_is_refused(name, made_up, monkeypatch, capsys):
+    value, words = BAD_CELLS[name]
+    rows = study.read_rows(made_up / "study.csv")
+    rows[3][name] = study.parse(name, value)
+    study.write_rows(made_up / "study.csv", rows)
+    before = sorted(made_up.rglob("*"))
+    for flag in ("--report", "--list"):
+        assert words in refused(monkeypatch, capsys, flag, "--out", made_up)
+    assert words in refused(monkeypatch, capsys, "--out", made_up)
+    assert sorted(made_up.rglob("*")) == before
+
+
+@pytest.mark.parametrize("text", ["a,b\n1,2\n", "\0\n", "version\n"])
+def test_what_is_no_csv_of_the_study_is_refused(text, tmp_path, monkeypatch, capsys):
+    (tmp_path / "study.csv").write_text(text)
+    assert "move it away" in refused(monkeypatch, capsys, "--report", "--out", tmp_path)
+
+
+def test_a_torn_row_is_refused(made_up, monkeypatch, capsys):
+    path = made_up / "study.csv"
+    path.write_text(path.read_text()[:-40])
+    assert "move it away" in refused(monkeypatch, capsys, "--report", "--out", made_up)
+
+
+def test_a_study_folder_of_another_version_is_refused(tmp_path, monkeypatch, capsys):
+    (tmp_path / "study").mkdir()
+    about = tmp_path / "study/study.json"
+    about.write_text(json.dumps({"version": 1, "size": "miniature"}))
+    assert "'miniature'" in refused(monkeypatch, capsys, "--out", tmp_path)
+    about.write_text("{")
+    assert "damaged" in refused(monkeypatch, capsys, "--out", tmp_path)
+
+
+def test_places_and_flags_that_do_not_fit_are_refused(tmp_path, monkeypatch, capsys):
+    (tmp_path / "file").write_text("")
+    assert "--out" in refused(monkeypatch, capsys, "--out", tmp_path / "file")
+    assert "--out" in refused(monkeypatch, capsys, "--report", "--out", tmp_path / "file" / "deeper")
+    assert "give one of them" in refused(monkeypatch, capsys, "--list", "--report", "--out", tmp_path)
+    assert "is not there" in refused(monkeypatch, capsys, "--report", "--out", tmp_path)
+    assert "--minutes" in refused(monkeypatch, capsys, "--minutes", "0", "--out", tmp_path)
