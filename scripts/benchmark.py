@@ -422,7 +422,8 @@ def write_random_cache(videos, cache, side=32):
         shape = (video.num_frames, 4, side, side)
         safetensors.torch.save_file({name: torch.rand(shape).half() for name in ("mean", "std")}, path)
     cached = [asdict(replace(video, path=cache_latents.latents_path(video))) for video in scan.videos]
-    settings = {"format": LATENTS_FORMAT, "image_size": 256, "flips": False, "unreadable": []}
+    vae = {"vae": "ema", "image_size": 8 * side, "channels": 4, "downsample": 8, "scale": 0.18215, "shift": 0.0}
+    settings = {"format": LATENTS_FORMAT, **vae, "flips": False, "unreadable": []}
     (cache / LATENTS).write_text(json.dumps(settings | {"classes": scan.classes, "videos": cached}))
 
 

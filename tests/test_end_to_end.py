@@ -69,7 +69,7 @@ def test_three_phases_chain_by_the_globs_of_the_guide(phases):
         state = torch.load(folder / "checkpoints/best.pt", weights_only=True)
         assert state["step"] == step
         expected = {"first_step": step - 2, "position": 2 * 4, "best_step": step, "skipped": 0, "pretrained": False}
-        assert state["phase"] == expected | {"seconds": state["phase"]["seconds"]}
+        assert state["phase"].items() >= expected.items()
         assert (folder / "config.json").exists()
         assert (folder / "log.txt").exists()
 
