@@ -180,20 +180,20 @@ def kill(pid, number=signal.SIGKILL):
 # Storms
 
 
-def storm(training, count, hit, seed=0, report=print):
+def storm(training, count, hit, seed=0, report=print, from_start=6.0, from_step=1.5):
     """Start the run again and again, hit it `count` times at random moments, then let it finish.
 
-    hit(process, rng) does the damage and says what it was; half of the moments are anywhere within six seconds of the
-    start of the launcher, half within a second and a half of the first new step. Returns what was seen, a dict each:
+    hit(process, rng) does the damage and says what it was; half of the moments are anywhere within `from_start` seconds
+    of the start of the launcher, half within `from_step` seconds of the first new step. Returns what was seen, dicts of
     hit, gone_s (seconds until all processes were gone), lost (steps that were logged and have to be done again).
     """
     rng, seen, step = random.Random(seed), [], 0
     while len(seen) < count:
         process = training.start("--resume")
         if rng.random() < 0.5:
-            time.sleep(rng.uniform(0, 6))
+            time.sleep(rng.uniform(0, from_start))
         elif training.wait_for(step + 1, process):
-            time.sleep(rng.uniform(0, 1.5))
+            time.sleep(rng.uniform(0, from_step))
         if process.poll() is not None:
             output, _ = process.communicate()
             assert process.returncode == 0, output

@@ -112,12 +112,15 @@ def test_the_ranks_of_a_torchrun_that_is_killed_save_and_end(shapes, tmp_path):
 
 
 def test_sigkills_and_sigterms_at_random_moments_change_nothing(whole, tmp_path):
-    training = replace(whole, results=tmp_path / "r")
-    seen = storm(training, 3, kill_something, seed=1)
-    assert seen and compare(whole, training) == [], seen
-    shutil.rmtree(training.results)
-    seen = storm(training, 2, stop_launcher, seed=2)
-    assert seen and compare(whole, training) == [], seen
+    whole = replace(whole, results=tmp_path / "whole", steps=250, flags=[*OFTEN[:2], *OFTEN[4:], "--val-every", 50])
+    whole.run()
+    moments = {"from_start": 4, "from_step": 0.5}
+    killed = replace(whole, results=tmp_path / "killed")
+    seen = storm(killed, 3, kill_something, seed=1, **moments)
+    assert seen and compare(whole, killed) == [], seen
+    stopped = replace(whole, results=tmp_path / "stopped")
+    seen = storm(stopped, 2, stop_launcher, seed=2, **moments)
+    assert seen and compare(whole, stopped) == [], seen
     assert not any(one["lost"] for one in seen)
 
 
