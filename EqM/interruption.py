@@ -134,13 +134,15 @@ def is_restarted(folder):
 # Processes that are lost
 
 
-def start_worker(_):
-    """The start of a loader process: it ends with its rank, and by nothing else.
+def start_worker(parent, _):
+    """The start of a loader process: it ends with its rank, the process `parent`, and by nothing else.
 
     Whoever signals a whole process group (torchrun, a terminal, a cluster) means the rank, which still needs it for
     the step under way.
     """
     die_with_parent(signal.SIGKILL)
+    if os.getppid() != parent:  # it died before that
+        os._exit(1)
     for number in STOP_SIGNALS:
         signal.signal(number, signal.SIG_IGN)
     for file in _locks:  # or the worker would hold the lock after the death of its rank

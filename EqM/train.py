@@ -9,6 +9,7 @@ A first phase on 4 frames, then one that goes on with 8; steps are counted over 
         --ckpt results/EXP/*/checkpoints/0050000.pt
 """
 
+import functools
 import io
 import json
 import math
@@ -547,7 +548,8 @@ def make_loaders(run):
     batches = ([(frames[n // args.grad_accum], number) for number in batch] for n, batch in enumerate(numbers))
     settings = {"num_workers": args.num_workers, "collate_fn": collate, "pin_memory": run.device.type == "cuda"}
     if args.num_workers:
-        settings |= {"persistent_workers": True, "prefetch_factor": 4, "worker_init_fn": interruption.start_worker}
+        start = functools.partial(interruption.start_worker, os.getpid())
+        settings |= {"persistent_workers": True, "prefetch_factor": 4, "worker_init_fn": start}
         settings |= {"timeout": args.loader_timeout}
     train, val = (ClipsByFrames(clips, LoaderWatch(args.num_workers)) for clips in (train, val))
     train_loader = DataLoader(train, batch_sampler=batches, **settings)

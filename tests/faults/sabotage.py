@@ -51,6 +51,20 @@ def hanging_decoder():
     video_dataset.read_frames = read_frames
 
 
+def killed_while_it_starts_a_loader():
+    """SIGKILL when a loader process has been forked and has not come to anything yet."""
+    import interruption
+
+    start_worker = interruption.start_worker
+
+    def late(parent, worker):
+        os.kill(parent, signal.SIGKILL)
+        time.sleep(0.5)
+        start_worker(parent, worker)
+
+    interruption.start_worker = late
+
+
 def bug_in_a_step():
     """An error that nobody expects, at the third step, while the loader's processes are at work."""
     import transport

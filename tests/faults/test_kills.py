@@ -147,6 +147,13 @@ def test_a_kill_in_the_middle_of_a_save_leaves_the_checkpoint_before_it(shapes, 
     assert compare(whole, training) == []
 
 
+def test_a_loader_process_whose_rank_is_killed_before_it_begins_ends_as_well(shapes, tmp_path):
+    launcher = [*SABOTAGE, "killed_while_it_starts_a_loader"]
+    process = Training(shapes, tmp_path / "r", 10, launcher, OFTEN).start()
+    process.communicate(timeout=GONE_WITHIN)  # until nobody holds the other end of the pipe
+    assert process.returncode == -signal.SIGKILL
+
+
 def test_readers_can_open_latest_and_best_at_any_time(shapes, tmp_path):
     flags = ["--log-every", 1, "--val-every", 1, "--ckpt-every", 1, "--sample-every", 0, "--keep-last", 2]
     training = Training(shapes, tmp_path / "r", 60, PYTHON, flags)
