@@ -554,7 +554,7 @@ def make_loaders(run):
     train, val = (ClipsByFrames(clips, LoaderWatch(args.num_workers)) for clips in (train, val))
     train_loader = DataLoader(train, batch_sampler=batches, **settings)
     val_loader = DataLoader(val, batch_sampler=chunks[rank() :: world_size()], **settings)
-    return on_device(batches_of(train_loader), run.device), val_loader
+    return on_device(batches_of(train_loader), run.device), val_loader  # before anything is sent between the ranks
 
 
 def frames_of_steps(args, phases, phase, progress):

@@ -725,10 +725,15 @@ def collate(items):
 def batches_of(loader):
     """The batches of a DataLoader over Clips; a UserError out of a worker comes without the worker's traceback.
 
-    A worker that does not come back in time is a UserError, too, which names what it was reading.
+    A worker that does not come back in time is a UserError, too, which names what it was reading. The workers are
+    forked here and now, not at the first batch, when threads of the process may hold locks that no fork lets go of.
     """
+    return _batches(loader, iter(loader))
+
+
+def _batches(loader, iterator):
     try:
-        yield from loader
+        yield from iterator
     except UserError as error:
         raise UserError(str(error).rsplit("UserError: ", 1)[-1]) from None
     except RuntimeError as error:
