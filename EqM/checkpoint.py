@@ -758,7 +758,7 @@ def find_start(args, name):
             clean(folder)
         start.path, start.state = newest_checkpoint(folder, **asked)
         if start.state:
-            start.state.setdefault("run", {"window": None, "bad_videos": []})
+            start.state["run"] = start.state.get("run") or {"window": None, "bad_videos": []}
     if start.path is None and args.ckpt:
         start.path, start.state = Path(args.ckpt), load(args.ckpt, **asked)
     if start.path is None:
@@ -769,7 +769,7 @@ def find_start(args, name):
         raise UserError(f"--ckpt {start.path}: trained with --optimizer {kind}, found {args.optimizer}: give the same")
     if start.goes_on:
         start.progress = Progress(step, best_loss=state["best_loss"], **state["phase"])
-        args.ckpt = state["config"]["training"]["ckpt"]  # where the phase started, for the record
+        args.ckpt = state["config"]["training"].get("ckpt")  # where the phase started, for the record
     elif args.max_steps and args.max_steps <= step:
         raise UserError(
             f"--max-steps {args.max_steps}: the checkpoint has {step} steps already, and steps are counted over all "
