@@ -27,17 +27,17 @@ import shutil
 import warnings
 import zipfile
 from contextlib import contextmanager, suppress
-from dataclasses import asdict, dataclass, fields, replace
+from dataclasses import asdict, fields, replace
 from pathlib import Path
 
 import safetensors.torch
 import torch
 from safetensors import SafetensorError
 
-from distributed import UserError, rank, say
-from interruption import is_restarted, lock
+from checkpoint_parts import CONFIG_BYTES, NEEDED, PARTS, is_weights, odd_part
+from distributed import UserError
 from models import SIZES, EqM, EqMConfig, model_config, position_table
-from safe_read import ARCHIVE_ERRORS, FPS, check_archive, check_regular, plain_name, read_json
+from safe_read import ARCHIVE_ERRORS, check_archive, check_regular, plain_name, read_json
 
 VERSION = 1
 FLAGS = {  # what a user types for a field of EqMConfig
@@ -52,17 +52,11 @@ FLAGS = {  # what a user types for a field of EqMConfig
 }
 EXPORT = ("model.safetensors", "config.json")
 DTYPES = {"fp32": torch.float32, "fp16": torch.float16}
-PARTS = ("model", "data", "training")  # of a checkpoint's config
-NEEDED = {  # of those parts, to sample
-    "data": {"vae", "image_size", "fps", "frame_interval", "classes"},
-    "training": {"model", "num_frames", "video"},
-}
 GLOBALS = re.compile(  # what torch.save writes of tensors and plain values; torch.load would also take what allocates
     r"torch (BFloat16|Bool|Byte|Char|Double|Float|Half|Int|Long|Short)Storage|collections OrderedDict|"
     r"torch\._utils _rebuild_(tensor_v2|parameter)|argparse Namespace"  # the last as published files have it
 )
 MEMORY = {torch.optim.AdamW: ("step", "exp_avg", "exp_avg_sq"), torch.optim.Muon: ("momentum_buffer",)}  # of a weight
-CONFIG_BYTES = 2**24  # of what is said of a model, config.json
 LARGEST_TABLE = 2**22  # values of fixed positions that any file may ask for; more weights may ask for more
 SHAPE = ("depth", "hidden_size", "num_heads", "patch_size")  # the fields of EqMConfig that --model decides
 LOCAL_FLAGS = {"data_path", "results_dir", "ckpt"}  # mean nothing on another machine
@@ -189,111 +183,6 @@ def check_pickles(file, names):
                 for opcode, value, _ in pickletools.genops(archive.read(name)):
                     if opcode.name == "GLOBAL" and not GLOBALS.fullmatch(value):
                         raise pickle.UnpicklingError(f"holds {value}")
-
-
-def odd_part(state):
-    """The name of the first part of a checkpoint that has not the kind of value it should have; None if all have."""
-    kinds = {
-        "config": is_config, "model": is_weights, "ema": is_weights, "optimizer": is_optimizer, "step": is_count,
-        "phase": is_phase, "best_loss": is_loss, "run": is_run,
-    }  # fmt: skip
-    return next((name for name, is_right in kinds.items() if not is_right(state.get(name))), None)
-
-
-def is_count(value, least=0):
-    return isinstance(value, int) and least <= value < 2**53
-
-
-def is_loss(value):
-    return isinstance(value, (int, float)) and not math.isnan(value)
-
-
-def is_weights(value):
-    """Whether value is a dict of names and floating-point tensors in which each number has a place of its own.
-
-    One that is repeated without end, or shared by many tensors, takes no place in a file but all of it in a model.
-    """
-    if not is_dict_of_names(value):
-        return False
-    tensors = list(value.values())
-    if not all(torch.is_tensor(tensor) and tensor.is_floating_point() for tensor in tensors):
-        return False
-    places = {storage.data_ptr(): storage.nbytes() for storage in (tensor.untyped_storage() for tensor in tensors)}
-    return sum(tensor.nbytes for tensor in tensors) <= sum(places.values())
-
-
-def is_phase(value):
-    """Whether value holds fields of Progress, at least those that no run is without."""
-    names = {field.name for field in fields(Progress)} - {"step", "best_loss"}
-    if not isinstance(value, dict) or not {"first_step", "position"} <= value.keys() <= names:
-        return False
-    amounts = [value.get(name, 0.0) for name in ("seconds", "flops")]
-    counts = [number for name, number in value.items() if name not in ("seconds", "flops")]
-    return all(is_loss(amount) and amount >= 0 for amount in amounts) and all(is_count(number, -1) for number in counts)
-
-
-def is_run(value):
-    """Whether value is what a run that was interrupted has left of its window and its bad videos; None is nothing."""
-    if value is None:
-        return True
-    if not isinstance(value, dict) or not is_texts(value.get("bad_videos")) or "window" not in value:
-        return False
-    window = value["window"]
-    if window is None:
-        return True
-    if not isinstance(window, dict) or not is_texts(window.get("names")) or not torch.is_tensor(window.get("rows")):
-        return False
-    return window["rows"].shape[1:] == (len(window["names"]),) and is_weights({"rows": window["rows"]})
-
-
-def is_texts(value):
-    return isinstance(value, list) and all(isinstance(part, str) for part in value)
-
-
-def is_optimizer(value):
-    if value is None:
-        return True
-    if not isinstance(value, dict) or value.get("kind") not in ("adamw", "muon"):
-        return False
-    states = value.get("states")
-    return isinstance(states, list) and all(isinstance(state, dict) for state in states)
-
-
-def is_plain(value):
-    """Whether value is what a flag can be: a number, a text, nothing, or a list of these."""
-    parts = value if isinstance(value, list) else [value]
-    return all(part is None or isinstance(part, (str, int, float)) for part in parts)
-
-
-def is_config(config):
-    """Whether config has its three parts, and in them the values that sampling and training take from there."""
-    if not isinstance(config, dict) or config.keys() != set(PARTS) or not all(map(is_dict_of_names, config.values())):
-        return False
-    if any(needed - config[part].keys() for part, needed in NEEDED.items()):
-        return False
-    data, training = config["data"], config["training"]
-    interval, fps, classes = data["frame_interval"], data["fps"], data["classes"]
-    return (
-        isinstance(data["vae"], str)
-        and (data["image_size"] is None or is_count(data["image_size"], 1))
-        and isinstance(fps, (int, float)) and FPS[0] <= fps <= FPS[1]
-        and isinstance(interval, list) and len(interval) in (1, 2) and all(is_count(part, 1) for part in interval)
-        and is_texts(classes) and classes != []
-        and isinstance(training["model"], str)
-        and is_count(training["num_frames"], 1)
-        and isinstance(training["video"], bool)
-        and all(map(is_plain, training.values()))
-        and sum(map(text_size, (*data.values(), *training.values()))) < CONFIG_BYTES
-    )  # fmt: skip
-
-
-def text_size(value):
-    """How many letters a plain value has: a text that comes a million times is in a pickle only once."""
-    return sum(len(part) if isinstance(part, str) else 8 for part in (value if isinstance(value, list) else [value]))
-
-
-def is_dict_of_names(value):
-    return isinstance(value, dict) and all(isinstance(name, str) for name in value)
 
 
 # ----------------------------------------------------------------------------------------------------------------------
@@ -624,158 +513,3 @@ def load_optimizers(path, optimizers, saved):
             if not is_weights(values) or {name: value.shape for name, value in values.items()} != shapes:
                 raise UserError(wanted)
         optimizer.load_state_dict({"state": memory, "param_groups": groups})
-
-
-def run_number(folder):
-    """7 of .../007-EqM-S-4-f4-rope; -1 for what is no run folder."""
-    number = folder.name.split("-")[0]
-    return int(number) if number.isdecimal() else -1
-
-
-def make_run_folder(results_dir, name):
-    """A new run folder, results_dir/NNN-name, with its subfolders."""
-    root = Path(results_dir)
-    root.mkdir(parents=True, exist_ok=True)
-    while True:
-        folder = root / f"{max(map(run_number, root.iterdir()), default=-1) + 1:03d}-{name}"
-        with suppress(FileExistsError):  # two runs that start at once
-            folder.mkdir()
-            break
-    (folder / "checkpoints").mkdir()
-    (folder / "samples").mkdir()
-    return folder
-
-
-def newest_run(results_dir, name):
-    """The newest run folder of that name, or None if there is none."""
-    return max(Path(results_dir).glob(f"[0-9]*-{name}"), key=run_number, default=None)
-
-
-def newest_checkpoint(folder, **asked):
-    """(path, dict as of `load`) of the newest checkpoint of a run that is whole; (None, None) without any.
-
-    Those that are damaged are named. latest.pt is always the newest; only without it are the others looked through.
-    """
-    whole = {}
-    latest = Path(folder, "checkpoints", "latest.pt")
-    for path in sorted(latest.parent.glob("*.pt"), key=lambda path: (path != latest, path)):
-        try:
-            state = load(path, **asked)
-        except UserError as error:
-            say(f"note: {error}")
-            continue
-        if path == latest:
-            return path, state
-        whole[path] = state["step"]
-    newest = max(whole, key=whole.get, default=None)
-    return newest, newest and load(newest, **asked)
-
-
-def clean(folder):
-    """Remove what a process that was killed was writing. Only for who holds the lock of the folder."""
-    for path in Path(folder).rglob("*.tmp"):
-        if path.is_file():
-            path.unlink()
-
-
-def keep_last(folder, count, always=()):
-    """Of a run's numbered checkpoints, remove all but the `count` last and those of the steps `always`."""
-    numbered = [path for path in Path(folder, "checkpoints").glob("*.pt") if path.stem.isdecimal()]
-    for path in sorted(numbered, key=lambda path: int(path.stem))[:-count]:
-        if int(path.stem) not in always:
-            path.unlink()
-
-
-@dataclass
-class Progress:
-    """Where a run stands. Steps are global: a phase that starts from a checkpoint goes on counting."""
-
-    step: int = 0
-    first_step: int = 0  # of the phase; it also names the phase's stream of samples
-    position: int = 0  # samples taken from that stream
-    best_loss: float = math.inf  # lowest validation loss of the phase
-    best_step: int = -1  # and its step
-    skipped: int = 0  # steps in a row whose gradient was not finite
-    seconds: float = 0.0  # of the run, interruptions left out
-    flops: float = 0.0  # of the run's training steps
-    pretrained: bool = False  # step 0 was a model from elsewhere, whose average is not to be forgotten
-
-    def begin_phase(self):
-        """From here on another phase: with a stream of its own, and its own best loss."""
-        self.first_step, self.position, self.best_loss, self.best_step = self.step, 0, math.inf, -1
-
-    def phase(self):
-        """What a checkpoint says beside the step and the best loss."""
-        return {name: value for name, value in asdict(self).items() if name not in ("step", "best_loss")}
-
-    def last_step(self, max_steps, epochs, num_videos, batch_size):
-        """The step to end at: max_steps or `epochs` of this phase, whichever comes first; without both, 1400 epochs."""
-        if max_steps and not epochs:
-            return max_steps
-        by_epochs = self.first_step + math.ceil((epochs or 1400) * num_videos / batch_size)
-        return min(by_epochs, max_steps or by_epochs)
-
-
-@dataclass
-class Start:
-    """Where training starts: afresh, from --ckpt, or where a run was interrupted."""
-
-    progress: Progress
-    path: Path | None = None  # of the checkpoint
-    state: dict | None = None  # and what it holds
-    folder: Path | None = None  # of the run that goes on, also if it has no checkpoint yet
-
-    @property
-    def goes_on(self):
-        """Whether the checkpoint is the run's own."""
-        return self.folder is not None and self.path is not None and self.path.parent.parent == self.folder
-
-    @property
-    def window(self):
-        """What the run had measured when it was stopped before it could log that; None in any other case."""
-        return self.state["run"]["window"] if self.goes_on else None
-
-    @property
-    def bad_videos(self):
-        return self.state["run"]["bad_videos"] if self.goes_on else []
-
-
-def find_start(args, name):
-    """The Start that the flags of train.py ask for.
-
-    With --resume, or restarted by torchrun, the newest run of that name goes on, from its beginning if it has no whole
-    checkpoint. Its folder is locked from here on. Raises UserError.
-    """
-    folder = newest_run(args.results_dir, name)
-    if folder and not args.resume and not is_restarted(folder):
-        folder = None
-    given = {name: value for name in SHAPE if (value := getattr(args, name, None)) is not None}
-    asked = shape_of(args.model) | given | {"ebm": args.ebm}
-    start = Start(Progress(), folder=folder)
-    if folder:
-        if rank() == 0:
-            lock(folder)
-            clean(folder)
-        start.path, start.state = newest_checkpoint(folder, **asked)
-        if start.state:
-            start.state["run"] = start.state.get("run") or {"window": None, "bad_videos": []}
-    if start.path is None and args.ckpt:
-        start.path, start.state = Path(args.ckpt), load(args.ckpt, **asked)
-    if start.path is None:
-        return start
-    state, step = start.state, start.state["step"]
-    kind = state["optimizer"]["kind"] if state["optimizer"] else args.optimizer
-    if kind != args.optimizer:
-        raise UserError(f"--ckpt {start.path}: trained with --optimizer {kind}, found {args.optimizer}: give the same")
-    if start.goes_on:
-        start.progress = Progress(step, best_loss=state["best_loss"], **state["phase"])
-        args.ckpt = state["config"]["training"].get("ckpt")  # where the phase started, for the record
-    elif args.max_steps and args.max_steps <= step:
-        raise UserError(
-            f"--max-steps {args.max_steps}: the checkpoint has {step} steps already, and steps are counted over all "
-            "phases; give a larger number"
-        )
-    else:
-        pretrained = state["phase"].get("pretrained", False)
-        start.progress = Progress(step, first_step=step, pretrained=pretrained)
-    return start

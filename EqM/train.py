@@ -29,9 +29,10 @@ from tqdm import tqdm
 import checkpoint
 import distributed
 import interruption
+import runs
 import samplers
 import transport
-from checkpoint import Progress
+from checkpoint_parts import Progress
 from distributed import (
     COUNT,
     NATURAL,
@@ -373,7 +374,7 @@ def main():
         check_flags(args)
         check_data_path(args.data_path, images=not args.video)
         vae = load_latents_vae(args)
-        start = checkpoint.find_start(args, run_name(args))
+        start = runs.find_start(args, run_name(args))
         args.model = args.model or (None if start.state else "EqM-S/4")
         config, data = make_config(args, vae, start), None
         phases = plan_phases(args, config)
@@ -483,7 +484,7 @@ def set_up(args, device, config, data, vae, start, phases):
 
 def new_folder(args):
     """The run folder that rank 0 makes and locks, on all ranks."""
-    folder = checkpoint.make_run_folder(args.results_dir, run_name(args)) if rank() == 0 else None
+    folder = runs.make_run_folder(args.results_dir, run_name(args)) if rank() == 0 else None
     if folder:
         interruption.lock(folder)
     return distributed.broadcast(folder)
@@ -712,7 +713,7 @@ def save(run, names):
     for name in names:
         checkpoint.link(path, name)
     if run.args.keep_last:
-        checkpoint.keep_last(run.folder, run.args.keep_last, {phase.last_step for phase in run.phases})
+        runs.keep_last(run.folder, run.args.keep_last, {phase.last_step for phase in run.phases})
 
 
 def note_bad(run, paths):

@@ -11,6 +11,8 @@ import pytest
 import torch
 
 import checkpoint
+import runs
+from checkpoint_parts import odd_part
 from distributed import UserError
 from models import EqM, EqMConfig, model_config
 
@@ -324,8 +326,8 @@ def test_a_file_that_is_replaced_while_it_is_in_use_does_not_change_what_was_loa
     ],
 )  # fmt: skip
 def test_a_part_that_is_not_what_training_writes_is_named(part, value):
-    assert checkpoint.odd_part(make_state()) is None
-    assert checkpoint.odd_part(make_state() | {part: value}) == part
+    assert odd_part(make_state()) is None
+    assert odd_part(make_state() | {part: value}) == part
 
 
 def optimizers_of(model, kind):
@@ -469,50 +471,50 @@ def test_a_named_model_knows_its_name(name):
 
 def test_run_folders_are_numbered_and_none_is_used_twice(tmp_path):
     root = tmp_path / "results" / "exp"
-    first, second = (checkpoint.make_run_folder(root, name) for name in ("EqM-S-4-f4-rope", "EqM-B-2-f8"))
+    first, second = (runs.make_run_folder(root, name) for name in ("EqM-S-4-f4-rope", "EqM-B-2-f8"))
     assert [first.name, second.name] == ["000-EqM-S-4-f4-rope", "001-EqM-B-2-f8"]
     assert names(first) == ["checkpoints", "samples"]
     (root / "notes.txt").write_text("")
     (root / "041-EqM-S-4-f4-rope").mkdir()
-    assert checkpoint.make_run_folder(root, "x").name == "042-x"
+    assert runs.make_run_folder(root, "x").name == "042-x"
 
 
 def test_the_newest_run_is_the_last_of_its_name(tmp_path):
-    assert checkpoint.newest_run(tmp_path / "missing", "a") is None
-    folders = [checkpoint.make_run_folder(tmp_path, name) for name in ("a", "a", "a", "a-rope")]
+    assert runs.newest_run(tmp_path / "missing", "a") is None
+    folders = [runs.make_run_folder(tmp_path, name) for name in ("a", "a", "a", "a-rope")]
     assert [folder.name for folder in folders] == ["000-a", "001-a", "002-a", "003-a-rope"]
-    assert checkpoint.newest_run(tmp_path, "a") == folders[2]
+    assert runs.newest_run(tmp_path, "a") == folders[2]
 
 
 def test_the_newest_checkpoint_is_the_newest_that_is_whole_and_damaged_ones_are_named(tmp_path, capsys):
-    folder = checkpoint.make_run_folder(tmp_path, "a") / "checkpoints"
-    assert checkpoint.newest_checkpoint(folder.parent) == (None, None)
+    folder = runs.make_run_folder(tmp_path, "a") / "checkpoints"
+    assert runs.newest_checkpoint(folder.parent) == (None, None)
     for step, name in ((10, "0000010.pt"), (20, "0000020.pt"), (15, "best.pt"), (25, "latest.pt")):
         checkpoint.save(folder / name, make_state(step=step))
-    path, state = checkpoint.newest_checkpoint(folder.parent)
+    path, state = runs.newest_checkpoint(folder.parent)
     assert (path.name, state["step"]) == ("latest.pt", 25)
     assert capsys.readouterr().out == ""
     for damaged, expected in (("latest.pt", "0000020.pt"), ("0000020.pt", "best.pt"), ("best.pt", "0000010.pt")):
         content = (folder / damaged).read_bytes()
         (folder / damaged).write_bytes(content[: len(content) // 2])
-        path, state = checkpoint.newest_checkpoint(folder.parent)
+        path, state = runs.newest_checkpoint(folder.parent)
         assert path.name == expected
         assert f"{damaged}: damaged" in capsys.readouterr().out
     (folder / "latest.pt").unlink()
-    assert checkpoint.newest_checkpoint(folder.parent)[0].name == "0000010.pt"
+    assert runs.newest_checkpoint(folder.parent)[0].name == "0000010.pt"
 
 
 def test_the_last_checkpoints_are_kept_with_best_and_latest(tmp_path):
-    folder = checkpoint.make_run_folder(tmp_path, "a") / "checkpoints"
+    folder = runs.make_run_folder(tmp_path, "a") / "checkpoints"
     for name in ("0000010.pt", "0000020.pt", "0000030.pt", "9999999.pt", "best.pt", "latest.pt"):
         (folder / name).touch()
-    checkpoint.keep_last(folder.parent, 2)
+    runs.keep_last(folder.parent, 2)
     assert {path.name for path in folder.iterdir()} == {"0000030.pt", "9999999.pt", "best.pt", "latest.pt"}
 
 
 def test_what_a_killed_process_was_writing_is_cleaned_up(tmp_path):
-    folder = checkpoint.make_run_folder(tmp_path, "a")
+    folder = runs.make_run_folder(tmp_path, "a")
     for name in ("checkpoints/latest.pt.tmp", "metrics.jsonl.tmp", "checkpoints/latest.pt"):
         (folder / name).touch()
-    checkpoint.clean(folder)
+    runs.clean(folder)
     assert [path.name for path in folder.rglob("*") if path.is_file()] == ["latest.pt"]

@@ -8,6 +8,7 @@ import torch
 
 import checkpoint
 import train
+from checkpoint_parts import Progress
 from distributed import UserError
 from faults import TINY, Training, differences, make_data
 from here import run_here, signals  # noqa: F401 (a fixture)
@@ -54,8 +55,8 @@ def test_a_checkpoint_goes_on_in_the_phase_that_holds_its_step():
 
 def test_a_share_of_the_later_steps_has_the_frames_of_an_earlier_phase():
     args, phases = argparse.Namespace(mix=0.3, global_seed=0), parse_schedule("4:1000,8:2000,16:5000")
-    assert train.frames_of_steps(args, phases, phases[0], checkpoint.Progress()) == [4] * 1000
-    progress = checkpoint.Progress(step=2000, first_step=2000)
+    assert train.frames_of_steps(args, phases, phases[0], Progress()) == [4] * 1000
+    progress = Progress(step=2000, first_step=2000)
     frames = train.frames_of_steps(args, phases, phases[2], progress)
     assert len(frames) == 3000
     for earlier in (4, 8):

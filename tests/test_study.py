@@ -13,10 +13,10 @@ from pathlib import Path
 
 import pytest
 
-import checkpoint
 import motion
 import study
 import train
+from checkpoint_parts import Progress
 from schedule import Phase
 
 SCRIPT = Path(study.__file__)
@@ -126,7 +126,7 @@ def counted(arm, share, size):
     phases = [Phase(*phase) for phase in study.phases_of(arm, share, size)[0]]
     for phase in phases:
         args = argparse.Namespace(mix=arm.mix, global_seed=0)
-        progress = checkpoint.Progress(step=first_step, first_step=first_step)
+        progress = Progress(step=first_step, first_step=first_step)
         frames = train.frames_of_steps(args, phases, phase, progress)
         spent += sum(phase.batch_size * config.training_flops(number) for number in frames)
         first_step = phase.last_step

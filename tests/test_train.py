@@ -19,6 +19,7 @@ import metrics
 import sample_gd
 import train
 import transport
+from checkpoint_parts import Progress
 from here import signals  # noqa: F401 (a fixture)
 from models import EqM, model_config
 from schedule import Phase
@@ -144,7 +145,7 @@ def test_each_optimizer_has_its_own_rate():
     weights = [torch.nn.Parameter(torch.zeros(2, 2)) for _ in range(2)]
     optimizers = [torch.optim.AdamW(weights[:1]), torch.optim.Muon(weights[1:])]
     args = SimpleNamespace(warmup_steps=10, lr_decay=0, rewarmup=0, lr=1e-3, muon_lr=2e-2)
-    run = SimpleNamespace(args=args, optimizers=optimizers, progress=checkpoint.Progress(), last_step=100)
+    run = SimpleNamespace(args=args, optimizers=optimizers, progress=Progress(), last_step=100)
     train.set_learning_rates(run, 5)
     assert [optimizer.param_groups[0]["lr"] for optimizer in optimizers] == pytest.approx([5e-4, 1e-2])
 
@@ -182,7 +183,7 @@ def test_validation_covers_the_classes_also_when_there_are_more_videos_than_it_t
     ("max_steps", "epochs", "expected"), [(70, None, 70), (None, 3, 50 + 8), (55, 3, 55), (None, None, 50 + 3500)]
 )
 def test_a_run_ends_by_global_steps_or_by_its_own_epochs(max_steps, epochs, expected):
-    progress = checkpoint.Progress(step=50, first_step=50)
+    progress = Progress(step=50, first_step=50)
     assert progress.last_step(max_steps, epochs, num_videos=10, batch_size=4) == expected
 
 

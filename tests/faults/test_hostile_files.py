@@ -45,6 +45,7 @@ import metrics
 import models
 import safe_read
 import video_dataset
+from checkpoint_parts import Progress
 from distributed import UserError
 from models import EqM, EqMConfig
 from tiny_data import LATENTS_SETTINGS, make_latents, make_vae
@@ -176,7 +177,7 @@ def read_checkpoint(folder):
         checkpoint.load_optimizers(path, optimizers, state["optimizer"]["states"])
         sum(weight.sum() for weight in model.parameters()).backward()
         optimizers[0].step()
-    checkpoint.Progress(state["step"], **state["phase"], best_loss=state["best_loss"])
+    Progress(state["step"], **state["phase"], best_loss=state["best_loss"])
     checkpoint.load_model(path, use_ema=False, video=True)
     json.dumps(state["config"])
     return [value.clone() for part in ("model", "ema") for value in state[part].values()]

@@ -53,27 +53,26 @@ def test_a_run_stopped_after_every_single_step_ends_as_one_that_was_not(kind, sh
     assert compare(whole, parts) == []
 
 
-def test_training_from_a_cache_resumes_bit_for_bit(latents, tmp_path):
-    cache, vae = latents
-    flags = ["--vae", vae, "--num-workers", 0]
-    whole = Training(cache, tmp_path / "whole", STEPS, flags=flags)
+def check_in_parts(whole, results, stops):
+    """Run it whole, and in parts that are stopped after so many steps (None = not at all): the ends are the same."""
     run_here(whole)
-    parts = replace(whole, results=tmp_path / "parts")
-    for steps in (2, 3, None):
+    parts = replace(whole, results=results)
+    for steps in stops:
         run_here(parts, "--resume", stop_after=steps)
     assert compare(whole, parts) == []
+
+
+def test_training_from_a_cache_resumes_bit_for_bit(latents, tmp_path):
+    cache, vae = latents
+    whole = Training(cache, tmp_path / "whole", STEPS, flags=["--vae", vae, "--num-workers", 0])
+    check_in_parts(whole, tmp_path / "parts", (2, 3, None))
 
 
 def test_images_resume_bit_for_bit(tmp_path):
     flags = ["--model", "EqM-Ti/4", "--depth", 1, "--vae", "none", "--image-size", 16, "--global-batch-size", 4]
-    flags += ["--num-workers", 0]
     data = make_images(tmp_path / "images", 8)
-    whole = Training(data, tmp_path / "whole", STEPS, base=flags)
-    run_here(whole)
-    parts = replace(whole, results=tmp_path / "parts")
-    for steps in (1, 4, None):
-        run_here(parts, "--resume", stop_after=steps)
-    assert compare(whole, parts) == []
+    whole = Training(data, tmp_path / "whole", STEPS, base=[*flags, "--num-workers", 0])
+    check_in_parts(whole, tmp_path / "parts", (1, 4, None))
 
 
 @pytest.mark.parametrize("where", ["draw", "draw_samples", "validate"])
