@@ -28,12 +28,12 @@ from tqdm import tqdm
 
 import distributed
 import video_dataset
-from checkpoint import whole_file
 from distributed import COUNT, SHARE, ArgumentParser, UserError, check_writable, fail, rank, say, world_size
 from interruption import one_line_errors
 from safe_read import check_regular, plain_name, read_json
 from vae import load_vae
 from video_dataset import LATENTS, PARTIAL, UCF_LISTS, UnreadableError, latents_settings
+from whole_file import whole_file
 
 PIECE = 16  # frames that are decoded together: an hour of 1080p would not fit the memory
 ROUND = 16  # videos per rank between two looks at how far the others are

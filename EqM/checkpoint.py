@@ -26,7 +26,6 @@ import re
 import shutil
 import warnings
 import zipfile
-from contextlib import contextmanager, suppress
 from dataclasses import asdict, fields, replace
 from pathlib import Path
 
@@ -38,6 +37,7 @@ from checkpoint_parts import CONFIG_BYTES, NEEDED, PARTS, is_weights, odd_part
 from distributed import UserError
 from models import SIZES, EqM, EqMConfig, model_config, position_table
 from safe_read import ARCHIVE_ERRORS, check_archive, check_regular, plain_name, read_json
+from whole_file import sync, whole_file
 
 VERSION = 1
 FLAGS = {  # what a user types for a field of EqMConfig
@@ -79,24 +79,6 @@ def save(path, state):
         raise UserError(f"{path} can't be written ({reason}); {advice}older checkpoints are intact") from error
 
 
-@contextmanager
-def whole_file(path):
-    """A file to write to that is there under its name whole, and on the disk, or not at all."""
-    path = Path(path)
-    temporary = path.with_name(path.name + ".tmp")
-    try:
-        with open(temporary, "wb") as file:
-            yield file
-            file.flush()
-            os.fsync(file.fileno())
-        os.replace(temporary, path)
-        sync(path.parent)
-    except (OSError, RuntimeError):
-        with suppress(OSError):
-            temporary.unlink(missing_ok=True)
-        raise
-
-
 def link(path, name):
     """Give a checkpoint a second name beside it (best.pt), replacing the old bearer of that name at once."""
     path = Path(path)
@@ -111,15 +93,6 @@ def link(path, name):
         sync(temporary)
     os.replace(temporary, path.with_name(name))
     sync(path.parent)
-
-
-def sync(path):
-    """Make the bytes of a file, or the names in a folder, survive a power cut."""
-    descriptor = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)
 
 
 def load(path, **asked):

@@ -32,11 +32,11 @@ import manifest
 import motion
 import sampling
 import sources
-from checkpoint import whole_file
 from distributed import COUNT, NATURAL, NON_NEGATIVE, SHARE, ArgumentParser, UserError, check_writable, fail, rank, say
 from interruption import one_line_errors
 from sampling import sha256
 from video_dataset import check_data_path, latents_settings
+from whole_file import whole_file
 
 CLIPS = {"fvd": 2048, "fid": 2048, "motion": 96, "consistency": 256}  # of either kind
 SPLITS = {"fvd": "train", "fid": "train", "motion": "val", "consistency": "val"}

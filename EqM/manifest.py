@@ -15,9 +15,9 @@ from pathlib import Path
 import torch
 
 import distributed
-from checkpoint import whole_file
 from distributed import UserError
 from safe_read import read_json
+from whole_file import whole_file
 
 FORMAT = 1
 KEYS = (

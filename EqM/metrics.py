@@ -12,6 +12,7 @@ import torch
 
 import distributed
 from distributed import UserError
+from whole_file import whole_file
 
 
 def read_metrics(path):
@@ -123,12 +124,8 @@ class Metrics:
 def _drop_after(step, path):
     """Rewrite the file, all or nothing, without the rows after `step`; returns the number of torn lines."""
     rows, torn = read_metrics(path)
-    temporary = f"{path}.tmp"
-    with open(temporary, "w", encoding="utf-8") as file:
-        file.writelines(json.dumps(row) + "\n" for row in rows if row["step"] <= step)
-        file.flush()
-        os.fsync(file.fileno())
-    os.replace(temporary, path)
+    with whole_file(path) as file:
+        file.writelines(json.dumps(row).encode() + b"\n" for row in rows if row["step"] <= step)
     return torn
 
 

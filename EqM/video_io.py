@@ -5,7 +5,6 @@ at is enlarged by a whole factor without smoothing, so that each pixel of the mo
 samples.npz holds the pixels as they are.
 """
 
-import os
 from fractions import Fraction
 from pathlib import Path
 
@@ -14,6 +13,7 @@ import numpy as np
 from PIL import Image, ImageDraw, ImageFont
 
 from distributed import one_line
+from whole_file import whole_file
 
 SHORT_SIDE = 128  # px, the least that pictures for people have
 MAX_ROWS, MAX_COLUMNS = 16, 32  # of a sheet
@@ -125,7 +125,5 @@ def write_sheet(path, videos, names=None):
 def write_npz(path, videos, labels):
     """Write `arr_0` uint8 (N, T, H, W, 3), images (T = 1) as (N, H, W, 3), and `labels` int64 (N,), all or nothing."""
     pixels = videos[:, 0] if videos.shape[1] == 1 else videos
-    temporary = f"{path}.tmp"
-    with open(temporary, "wb") as file:
+    with whole_file(path) as file:
         np.savez(file, arr_0=pixels, labels=np.asarray(labels, dtype=np.int64))
-    os.replace(temporary, path)

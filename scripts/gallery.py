@@ -9,7 +9,6 @@ Its frame is gallery.html beside this script.
 import base64
 import html
 import io
-import os
 import re
 import statistics
 import sys
@@ -25,6 +24,7 @@ from distributed import COUNT, SHARE, ArgumentParser, UserError, check_writable,
 from sources import read_samples
 from video_dataset import Clips, check_data_path, latents_settings, scan_videos, split_videos
 from video_io import write_mp4
+from whole_file import whole_file
 
 TEMPLATE = Path(__file__).with_suffix(".html")
 SMALL = 128  # px, below which pixels are shown as they are instead of smoothed
@@ -216,12 +216,8 @@ def escape(value):
 
 def write_page(path, page):
     """All or nothing. What UTF-8 lacks (file names may hold any bytes) becomes a question mark."""
-    temporary = path.with_name(f"{path.name}.tmp")
-    try:
-        temporary.write_text(page, encoding="utf-8", errors="replace")
-        os.replace(temporary, path)
-    finally:
-        temporary.unlink(missing_ok=True)
+    with whole_file(path) as file:
+        file.write(page.encode("utf-8", "replace"))
 
 
 def main():

@@ -48,11 +48,11 @@ import interruption
 import manifest
 import motion
 import sources
-from checkpoint import whole_file
 from distributed import POSITIVE, ArgumentParser, UserError, check_writable, fail, say
 from metrics import read_metrics
 from models import model_config
 from rope import ROPE_SCALES
+from whole_file import whole_file
 
 matplotlib.use("Agg")  # no window, no display
 from matplotlib import pyplot as plt  # noqa: E402

@@ -272,11 +272,10 @@ def test_bad_input_is_one_line_and_status_2(tmp_path, real, monkeypatch, capsys)
 def test_a_disk_that_fills_leaves_no_half_page(tmp_path, monkeypatch, capsys):
     folder = make_samples(tmp_path / "samples")
 
-    def fail(path, page, **_):
-        path.write_bytes(b"half")
+    def fail(descriptor):  # what was written lies in a temporary file then
         raise OSError(28, "No space left on device")
 
-    monkeypatch.setattr("pathlib.Path.write_text", fail)
+    monkeypatch.setattr(os, "fsync", fail)
     with pytest.raises(SystemExit) as ended:
         run(monkeypatch, folder)
     assert ended.value.code == 1
