@@ -48,6 +48,11 @@ class Progress:
         return min(by_epochs, max_steps or by_epochs)
 
 
+def trained_time_scale(data):
+    """Seconds per frame of the clips that a model was trained on, from the data part of its config."""
+    return data["frame_interval"][0] / data["fps"]
+
+
 def odd_part(state):
     """The name of the first part of a checkpoint that has not the kind of value it should have; None if all have."""
     kinds = {

@@ -11,6 +11,7 @@ import checkpoint
 import distributed
 import samplers
 import transport
+from checkpoint_parts import trained_time_scale
 from distributed import COUNT, NATURAL, UserError, normal, number, say
 from models import EBMS, NAMES, EqM
 from rope import REFERENCE_FPS, ROPE_SCALES
@@ -107,7 +108,7 @@ def scale_rope(args, model, data, trained_frames, num_frames, time_scale):
         return
     if not model.config.use_rope:
         raise UserError(f"--rope-scale {args.rope_scale}: {args.ckpt} has fixed positions: leave the flag out")
-    seconds = data["frame_interval"][0] / data["fps"], time_scale  # per frame, in training and now
+    seconds = trained_time_scale(data), time_scale  # per frame, in training and now
     trained, wanted = (
         model.config.grid(frames)[0] * REFERENCE_FPS * scale
         for frames, scale in zip((trained_frames, num_frames), seconds, strict=True)
@@ -118,7 +119,7 @@ def scale_rope(args, model, data, trained_frames, num_frames, time_scale):
 def seconds_per_frame(args, data):
     if args.fps and args.time_scale:
         raise UserError("--fps and --time-scale say the same: give one of them")
-    return args.time_scale or (1 / args.fps if args.fps else data["frame_interval"][0] / data["fps"])
+    return args.time_scale or (1 / args.fps if args.fps else trained_time_scale(data))
 
 
 def choose_labels(args, names):

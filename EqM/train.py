@@ -32,7 +32,7 @@ import interruption
 import runs
 import samplers
 import transport
-from checkpoint_parts import Progress
+from checkpoint_parts import Progress, trained_time_scale
 from distributed import (
     COUNT,
     NATURAL,
@@ -933,7 +933,7 @@ def draw_samples(run):
             network,
             normal(args.global_seed, "sample", 0, numbers, shape).to(device),
             torch.tensor(numbers, dtype=torch.int64, device=device) % len(data["classes"]),
-            torch.full((len(numbers),), data["frame_interval"][0] / data["fps"], device=device),
+            torch.full((len(numbers),), trained_time_scale(data), device=device),
             null_label=config.num_classes,
             show=rank() == 0,
             **distributed.sampling_settings(args),
@@ -946,7 +946,7 @@ def draw_samples(run):
 def show_samples(run, videos):
     """Samples uint8 (N, T, H, W, 3) as files of the run and on its boards: a picture of all frames, and moving."""
     data, path = run.described["data"], run.folder / "samples" / f"{run.progress.step:07d}"
-    fps, gif, mp4 = data["fps"] / data["frame_interval"][0], None, None
+    fps, gif, mp4 = 1 / trained_time_scale(data), None, None
     names = [data["classes"][number % len(data["classes"])] for number in range(len(videos))]
     write_sheet(path.with_suffix(".png"), videos, names)
     if videos.shape[1] > 1:

@@ -21,6 +21,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent / "EqM"))
 import checkpoint
 import motion
 import samplers
+from checkpoint_parts import trained_time_scale
 from distributed import COUNT, ArgumentParser, UserError, check_writable, fail, normal, say
 from vae import load_vae
 
@@ -57,7 +58,7 @@ class Study:
             raise UserError(f"--num-frames {args.num_frames}: {error}") from error
         self.vae = load_vae(self.data["vae"])
         self.labels = torch.arange(args.num_samples) % len(self.data["classes"])
-        self.time_scale = self.data["frame_interval"][0] / self.data["fps"]
+        self.time_scale = trained_time_scale(self.data)
         self.truths = [
             motion.truths(Path(args.data_path) / "shapes.json", self.data["classes"][label], self.data["image_size"],
                           self.time_scale)
