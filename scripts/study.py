@@ -14,9 +14,12 @@ the same counted FLOPs, so phases have the steps that follow from EqMConfig.trai
 learning rate to zero by its own end: a run of 60% is one of its own, not the middle of a longer one. The rate of an arm
 is tuned first, on the same three factors and another seed, with runs of 30%. Interrupted anywhere, the same command
 goes on: what results/study.csv holds is done; run folders, in results/study, are needed only for an interrupted run.
+The command may run several times at once, each with its own runs: two with OMP_NUM_THREADS=1 do on 2 cores 1.6 times
+what one with two threads does.
 """
 
 import csv
+import fcntl
 import hashlib
 import io
 import json
@@ -28,6 +31,7 @@ import subprocess
 import sys
 import time
 from argparse import Namespace
+from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
@@ -44,7 +48,6 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent / "EqM"))
 import consistency
 import distributed
 import evaluate
-import interruption
 import manifest
 import motion
 import sources
@@ -108,19 +111,19 @@ ARMS = [  # in the order in which they run, seed by seed within a block
         Arm("8-16", "B", phases=SKIP, shares=BOTH),
     ],
     [
+        Arm("4", "CE", phases=((4, 1.0),), frames=LENGTHS, scaled=(8, 16)),
+        Arm("8", "CE", phases=((8, 1.0),), frames=LENGTHS, scaled=(16, 32)),
+        Arm("4-8-16 rewarmup", "B", "--rewarmup 20", phases=EVEN, rate="4-8-16 even", seeds=2, looks=200),
+        Arm("4-8-16 mix", "B", phases=EVEN, mix=0.2, rate="4-8-16 even", seeds=2, looks=200),
+        Arm("intervals 1-3", "D", "--frame-interval 1 3", ((8, 1.0),), rate="8", time_scales=(0.04, 0.06, 0.08, 0.12)),
+    ],
+    [
         Arm("patch 2: 16", "BE", patch=2),
         Arm("patch 2: 4-8-16", "B", phases=EVEN, patch=2),
         Arm("patch 2: 8-16", "B", phases=SKIP, patch=2, rate="patch 2: 4-8-16"),
         Arm("patch 1: 16", "BE", patch=1),
         Arm("patch 1: 4-8-16", "B", phases=EVEN, patch=1),
         Arm("patch 1: 8-16", "B", phases=SKIP, patch=1, rate="patch 1: 4-8-16"),
-    ],
-    [
-        Arm("4", "CE", phases=((4, 1.0),), frames=LENGTHS, scaled=(8, 16)),
-        Arm("8", "CE", phases=((8, 1.0),), frames=LENGTHS, scaled=(16, 32)),
-        Arm("4-8-16 rewarmup", "B", "--rewarmup 20", phases=EVEN, rate="4-8-16 even", seeds=2, looks=200),
-        Arm("4-8-16 mix", "B", phases=EVEN, mix=0.2, rate="4-8-16 even", seeds=2, looks=200),
-        Arm("intervals 1-3", "D", "--frame-interval 1 3", ((8, 1.0),), rate="8", time_scales=(0.04, 0.06, 0.08, 0.12)),
     ],
     [
         Arm("theta 1000", "E", "--rope-theta 1000", rate="16", seeds=2),
@@ -370,8 +373,9 @@ class Study:
         common |= {"arm": job.arm.name, "seed": job.seed, "factor": job.factor, "share": job.share}
         rows = [dict.fromkeys(COLUMNS) | common | row for row in rows]
         taken = {row_key(row) for row in rows}
-        self.rows = [row for row in self.rows if row_key(row) not in taken] + rows
-        write_rows(self.csv, self.rows)
+        with held(self.folder / "lock"):
+            self.rows = [row for row in read_rows(self.csv) if row_key(row) not in taken] + rows
+            write_rows(self.csv, self.rows)
 
     @cached_property
     def code(self):
@@ -455,6 +459,18 @@ class Study:
 START, LOOK, PACE = 8.0, 5e-4, 7e-12  # s per run; s per frame that is tracked; s per FLOP on 2 cores (AVX-512, bf16)
 
 
+@contextmanager
+def held(path, wait=True):
+    """Hold a lock file against other processes, which end with it if they die. Yields whether it is held."""
+    with open(path, "a") as file:
+        try:
+            fcntl.flock(file, fcntl.LOCK_EX | (0 if wait else fcntl.LOCK_NB))
+        except BlockingIOError:
+            yield False
+        else:
+            yield True
+
+
 def choose_arms(words):
     """The names of the arms of some questions or of that name; raises UserError."""
     chosen = set()
@@ -499,7 +515,8 @@ def machine_name():
 def make_data(study):
     """Moving Shapes; 1.4 s long, so that the shapes of 32 frames stay in the picture."""
     flags = ["--out", study.data, "--videos-per-class", study.size.videos, "--seconds", 1.4]
-    run_script(["datasets/make_moving_shapes.py", *flags])
+    with held(study.folder / "lock"):
+        run_script(["datasets/make_moving_shapes.py", *flags])
 
 
 def run_script(words, log=None):
@@ -645,31 +662,53 @@ def do(study, job, sampler):
 
 
 def go_on(study, minutes):
-    """Job after job until all is done or nothing more fits."""
+    """Job after job until all is done or nothing more fits; what another process has at hand is left to it."""
     make_folders(study)
     sampler, began = None, time.monotonic()
     while missing := [job for job in study.jobs() if not study.is_done(job)]:
-        job, needs = missing[0], study.estimate(missing[0])
-        left = math.inf if minutes is None else 60 * minutes - (time.monotonic() - began)
-        if needs > left:
-            say(f"{job.name} takes about {needs / 60:.1f} min, {max(0, left) / 60:.1f} are left: run again to go on")
-            return
-        say(f"{len(missing)} runs to do; {job.name}, about {needs / 60:.1f} min")
-        if sampler is None:
-            make_data(study)
-            sampler = Sampler(study)
-        if not do(study, job, sampler):
-            say(f"stopped in {job.name}: run again to go on")
-            return
+        left = math.inf if minutes is None else max(0, 60 * minutes - (time.monotonic() - began))
+        with claimed(study, missing) as job:
+            needs = study.estimate(job) if job else 0
+            if needs >= left:
+                what = f"{job.name} takes about {needs / 60:.1f} min" if job else "others are at work"
+                say(f"{what}, {left / 60:.1f} are left: run again to go on")
+                return
+            if job:
+                say(f"{len(missing)} runs to do; {job.name}, about {needs / 60:.1f} min")
+                if sampler is None:
+                    make_data(study)
+                    sampler = Sampler(study)
+                if not do(study, job, sampler):
+                    say(f"stopped in {job.name}: run again to go on")
+                    return
+        if not job:
+            time.sleep(WAIT)
+        study.rows = read_rows(study.csv)
     say("all is done")
+
+
+WAIT = 2.0  # s
+
+
+@contextmanager
+def claimed(study, jobs):
+    """Hold the first job that no other process has at hand. Yields it, or None if all are, or wait for their tuning."""
+    for job in jobs:
+        if job.factor is not None:
+            study.place(job).mkdir(parents=True, exist_ok=True)
+            with held(study.place(job) / "lock", wait=False) as mine:
+                study.rows = read_rows(study.csv)
+                if mine and not study.is_done(job):
+                    yield job
+                    return
+    yield None
 
 
 def make_folders(study):
     study.folder.mkdir(parents=True, exist_ok=True)
-    interruption.lock(study.folder)
     about = study.folder / "study.json"
-    if not about.exists():
-        about.write_text(json.dumps({"version": VERSION, "size": study.size.name}) + "\n")
+    with held(study.folder / "lock"), whole_file(about) as file:
+        file.write((json.dumps({"version": VERSION, "size": study.size.name}) + "\n").encode())
 
 
 def tell(study):

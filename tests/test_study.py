@@ -110,6 +110,18 @@ def test_a_study_that_is_killed_goes_on_and_runs_nothing_twice(tmp_path, monkeyp
     assert "2 runs, 0.0 hours left" in capsys.readouterr().out
 
 
+def test_two_at_once_share_the_runs_and_lose_no_row(tmp_path):
+    processes = [start(tmp_path) for _ in range(2)]
+    outputs = [process.communicate(timeout=240)[0] for process in processes]
+    assert [process.returncode for process in processes] == [0, 0], outputs
+    assert all("all is done" in output for output in outputs)
+    begun = [line for output in outputs for line in output.splitlines() if " runs to do; " in line]
+    assert len(begun) == len(ARMS)  # none of them twice
+    rows = lines_of(tmp_path / "study.csv")
+    assert {row["arm"] for row in rows if row["kind"] == "sample"} == set(ARMS)
+    assert len({tuple(row[name] for name in ("arm", "kind", "step", "frames")) for row in rows}) == len(rows)
+
+
 def test_no_run_is_started_that_does_not_fit(tmp_path, monkeypatch, capsys):
     run_here(monkeypatch, "--out", tmp_path, "--minutes", 0.01)
     assert "run again to go on" in capsys.readouterr().out
