@@ -45,6 +45,7 @@ FLAGS = {  # what a user types for a field of EqMConfig
     "num_frames": "--num-frames",
     "temporal_patch_size": "--temporal-patch-size",
     "rope_theta": "--rope-theta",
+    "rope_split": "--rope-split",
     "qk_norm": "--qk-norm",
     "input_size": "--image-size",
     "in_channels": "--vae",

@@ -19,7 +19,7 @@ from torch import nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.checkpoint import checkpoint
 
-from rope import REFERENCE_FPS, RotaryEmbedding3D, apply_rotary
+from rope import REFERENCE_FPS, RotaryEmbedding3D, apply_rotary, split_head
 
 EBMS = ("none", "dot", "l2")
 TIME_FEATURES = 256  # sines and cosines that TimeScaleEmbedder starts from
@@ -42,6 +42,7 @@ class EqMConfig:
     num_frames: int = 1  # fixed positions are tied to it; with use_rope it is only a record
     use_rope: bool = False
     rope_theta: float = 10_000.0
+    rope_split: str = ""  # channels of a head for time, height, width, such as "16,8,8"; "" = as many for each
     qk_norm: bool = False
     ebm: str = "none"  # the energy that the field descends, "dot" or "l2" (see EqM.energy); "none" = no energy
     class_dropout_prob: float = 0.1  # share of training labels replaced by the null label, num_classes
@@ -58,8 +59,8 @@ class EqMConfig:
             raise ValueError(f"input_size {self.input_size} is not a multiple of patch_size {self.patch_size}")
         if self.hidden_size % (2 * self.num_heads):
             raise ValueError(f"hidden_size {self.hidden_size} does not give {self.num_heads} heads of an even size")
-        if self.use_rope and self.head_dim < 6:
-            raise ValueError(f"3D rotary positions need a head_dim of at least 6, found {self.head_dim}")
+        if self.use_rope:
+            split_head(self.head_dim, self.rope_split)
         if not self.use_rope:
             self.check_num_frames(self.num_frames)
         if self.ebm not in EBMS:
@@ -272,7 +273,7 @@ class EqM(nn.Module):
         self.blocks = nn.ModuleList(Block(config) for _ in range(config.depth))
         self.final_layer = FinalLayer(config)
         if config.use_rope:
-            self.rope = RotaryEmbedding3D(config.head_dim, config.rope_theta)
+            self.rope = RotaryEmbedding3D(config.head_dim, config.rope_theta, config.rope_split)
         else:
             self.register_buffer("pos_embed", position_table(config), persistent=False)
         self.initialize_weights()

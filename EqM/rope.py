@@ -1,4 +1,4 @@
-"""3D rotary position embedding: time, height and width, one third of each attention head.
+"""3D rotary position embedding: time, height and width, by default one third of each attention head.
 
 RoFormer (arXiv 2104.09864, section 3.4.2) turns pairs of channels of q and k by angles that grow
 with the position, so attention scores depend on differences of positions only. Here a position has
@@ -7,6 +7,7 @@ of weights works on any number of frames.
 """
 
 import math
+import re
 
 import torch
 from torch import nn
@@ -18,16 +19,15 @@ REFERENCE_FPS = 25  # adjacent temporal patches of a 25 fps clip are 1 apart
 class RotaryEmbedding3D(nn.Module):
     """Angles of all tokens of a (time, height, width) grid; has no parameters and no buffers.
 
-    A head gives n = 2 * floor(head_dim / 6) channels to each axis, in this order: time, height,
-    width, then the channels that are left over and stay as they are (head_dim 64: 20 + 20 + 20 + 4).
-    Pair j of an axis turns with frequency theta ** (-2j / n).
+    A head gives the axes the channels of `split_head`, in this order: time, height, width, then those
+    that are left over and stay as they are (head_dim 64: 20 + 20 + 20 + 4). Pair j of an axis with n
+    channels turns with frequency theta ** (-2j / n).
     """
 
-    def __init__(self, head_dim, theta=10_000.0):
-        """Raises ValueError if head_dim is odd or gives an axis no channels."""
+    def __init__(self, head_dim, theta=10_000.0, split=""):
+        """Raises ValueError as `split_head` does."""
         super().__init__()
-        if head_dim < 6 or head_dim % 2:
-            raise ValueError(f"3D rotary positions need an even head_dim of at least 6, found {head_dim}")
+        self.split = split_head(head_dim, split)
         self.head_dim = head_dim
         self.theta = theta
         self.scale = "none", 1.0, 1.0  # of the time axis, see `scale_frequencies`; changed for sampling only
@@ -40,22 +40,39 @@ class RotaryEmbedding3D(nn.Module):
         time_scale), height and width positions are patch indices.
         """
         device = time_scale.device
-        num_pairs = self.head_dim // 6
         # Built anew in float32 each time (a few hundred numbers): a buffer would follow model.to(bfloat16),
         # in which positions above 256 are no longer whole numbers.
-        exponents = torch.arange(num_pairs, device=device, dtype=torch.float32) / num_pairs
-        frequencies = self.theta**-exponents
+        ladders = [torch.arange(n // 2, device=device, dtype=torch.float32) / (n // 2) for n in self.split]
+        frequencies = [self.theta**-ladder for ladder in ladders]
+        frequencies[0] = scale_frequencies(frequencies[0], *self.scale)
         steps = [torch.arange(n, device=device, dtype=torch.float32)[:, None] for n in grid]
-        height, width = (step * frequencies for step in steps[1:])
-        time = steps[0] * scale_frequencies(frequencies, *self.scale)
+        time, height, width = (step * ladder for step, ladder in zip(steps, frequencies, strict=True))
         time = time * (REFERENCE_FPS * time_scale.float())[:, None, None]  # (B, T, n/2)
 
         B, (T, H, W) = len(time_scale), grid
-        rest = torch.zeros(1, device=device).expand(B, T, H, W, self.head_dim // 2 - 3 * num_pairs)
-        axes = time[:, :, None, None], height[None, None, :, None], width[None, None, None]
-        angles = torch.cat([axis.expand(B, T, H, W, num_pairs) for axis in axes] + [rest], dim=-1)
+        rest = torch.zeros(self.head_dim // 2 - sum(self.split) // 2, device=device)
+        axes = time[:, :, None, None], height[None, None, :, None], width[None, None, None], rest
+        angles = torch.cat([axis.expand(B, T, H, W, -1) for axis in axes], dim=-1)
         angles = angles.flatten(1, 3)[:, None]  # (B, 1, N, d/2)
         return angles.cos(), angles.sin()
+
+
+def split_head(head_dim, split=""):
+    """Channels of a head that turn with time, height and width: those of a split such as "16,8,8".
+
+    "" = 2 * floor(head_dim / 6) each. Raises ValueError if head_dim is odd or below 6, or if the split is not three
+    even numbers above 0 that fit it.
+    """
+    if head_dim < 6 or head_dim % 2:
+        raise ValueError(f"3D rotary positions need an even head_dim of at least 6, found {head_dim}")
+    if not split:
+        return (2 * (head_dim // 6),) * 3
+    channels = tuple(int(word) for word in split.split(",") if re.fullmatch("[0-9]{1,6}", word))
+    if len(channels) != 3 or split.count(",") != 2 or not all(channels) or any(n % 2 for n in channels):
+        raise ValueError(f"rope_split {split!r} is not three even numbers above 0, such as 16,8,8")
+    if sum(channels) > head_dim:
+        raise ValueError(f"rope_split {split} has {sum(channels)} channels, a head has {head_dim}")
+    return channels
 
 
 def scale_frequencies(frequencies, method, trained, wanted):

@@ -121,6 +121,8 @@ def add_model_and_data_flags(parser):
     patch = "frames per patch; none = like the spatial patch, images have 1"
     add("--temporal-patch-size", type=COUNT, metavar="N", help=patch)
     add("--rope-theta", type=POSITIVE, metavar="X", help="base of the frequencies; none = 10000")
+    split = "channels of a head for time, height and width, such as 16,8,8; none = as many for each"
+    add("--rope-split", metavar="T,H,W", help=split)
     add("--qk-norm", action="store_true", default=None, help="normalise queries and keys; none = off")
     energy = "energy that the field descends (EqM-E); not given = that of --ckpt, else none"
     add("--ebm", choices=EBMS, help=energy)
@@ -176,6 +178,10 @@ def check_flags(args):
                 flag = f"--{name.replace('_', '-')} {value}"
                 raise UserError(f"{flag} without --video: images have one frame; add --video or leave it out")
         args.num_frames = args.temporal_patch_size = 1
+    for name in ("rope_theta", "rope_split"):
+        if (value := getattr(args, name)) is not None and not args.use_rope:
+            flag = f"--{name.replace('_', '-')} {value}"
+            raise UserError(f"{flag} is of rotary positions: add --use-rope, or leave it out")
     if args.frames_schedule:
         settle_schedule(args)
     elif args.mix:
@@ -297,7 +303,8 @@ def make_config(args, vae, start):
         "num_frames": args.num_frames,
         "use_rope": args.use_rope,
     }
-    optional = ("depth", "hidden_size", "num_heads", "temporal_patch_size", "rope_theta", "qk_norm", "ebm")
+    optional = ("depth", "hidden_size", "num_heads", "temporal_patch_size")
+    optional += ("rope_theta", "rope_split", "qk_norm", "ebm")
     settings |= {name: getattr(args, name) for name in (*optional, "num_classes") if getattr(args, name) is not None}
     try:
         if start.state is None:
@@ -313,8 +320,10 @@ def make_config(args, vae, start):
         if args.compile and config.ebm != "none":
             raise UserError(f"--compile can't train --ebm {config.ebm}: it has no second derivative; leave it out")
     except ValueError as error:
-        flag = "--frames-schedule" if args.frames_schedule else "--num-frames"
-        raise UserError(f"{flag} {args.num_frames}, model {args.model or start.path}: {error}") from error
+        asked = f"{'--frames-schedule' if args.frames_schedule else '--num-frames'} {args.num_frames}"
+        if str(error).startswith("rope_split"):
+            asked = f"--rope-split {args.rope_split}"
+        raise UserError(f"{asked}, model {args.model or start.path}: {error}") from error
     return config
 
 

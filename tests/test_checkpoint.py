@@ -423,6 +423,7 @@ FIXED = replace(ROPE, use_rope=False)
         (ROPE, {"num_classes": 10}, ["--num-classes", "101", "10"]),
         (ROPE, {"temporal_patch_size": 2}, ["--temporal-patch-size", "4", "2"]),
         (ROPE, {"rope_theta": 100.0}, ["--rope-theta", "10000.0", "100.0"]),
+        (ROPE, {"rope_split": "24,20,20"}, ["--rope-split", "24,20,20"]),
         (ROPE, {"qk_norm": True}, ["--qk-norm", "False", "True"]),
         (ROPE, {"input_size": 16}, ["--image-size", "32", "16"]),
         (ROPE, {"in_channels": 3}, ["--vae", "4", "3"]),

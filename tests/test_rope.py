@@ -13,15 +13,16 @@ NUM_TOKENS = 3 * 4 * 5
 
 
 def naive_rotation(x, grid, time_scale, channels, theta):
-    """Turn x (B, h, N, d) pair by pair with Python's complex numbers; channels per axis."""
+    """Turn x (B, h, N, d) pair by pair with Python's complex numbers; channels per axis, or those of each."""
+    split = channels if isinstance(channels, tuple) else (channels,) * 3
     out = x.double().clone()
     T, H, W = grid
     for b, seconds in enumerate(time_scale.tolist()):
         for n, (t, h, w) in enumerate((t, h, w) for t in range(T) for h in range(H) for w in range(W)):
             for axis, position in enumerate((t * seconds * 25, h, w)):
-                for j in range(channels // 2):
-                    turn = cmath.exp(1j * position * theta ** (-2 * j / channels))
-                    first = axis * channels + 2 * j
+                for j in range(split[axis] // 2):
+                    turn = cmath.exp(1j * position * theta ** (-2 * j / split[axis]))
+                    first = sum(split[:axis]) + 2 * j
                     for head in range(x.shape[1]):
                         z = complex(*out[b, head, n, first : first + 2].tolist()) * turn
                         out[b, head, n, first], out[b, head, n, first + 1] = z.real, z.imag
@@ -44,6 +45,22 @@ def test_every_pair_turns_as_a_complex_number(head_dim, channels, theta):
     x = torch.randn(2, 1, 12, head_dim)
     turned = apply_rotary(x, *RotaryEmbedding3D(head_dim, theta)(grid, time_scale))
     torch.testing.assert_close(turned.double(), naive_rotation(x, grid, time_scale, channels, theta), atol=1e-5, rtol=0)
+
+
+@pytest.mark.parametrize(("split", "channels"), [("16,8,8", (16, 8, 8)), ("2,14,4", (2, 14, 4)), ("", (10, 10, 10))])
+def test_a_split_of_the_head_gives_each_axis_its_channels(split, channels):
+    time_scale = torch.tensor([1 / 25, 0.1])
+    x = torch.randn(2, 1, 12, 32)
+    turned = apply_rotary(x, *RotaryEmbedding3D(32, 100.0, split)((2, 2, 3), time_scale))
+    wanted = naive_rotation(x, (2, 2, 3), time_scale, channels, 100)
+    torch.testing.assert_close(turned.double(), wanted, atol=1e-5, rtol=0)
+    assert torch.equal(turned[..., sum(channels) :], x[..., sum(channels) :])
+
+
+@pytest.mark.parametrize("split", ["16,8", "8,8,8,2", "16,8,7", "16,16,0", "-2,8,8", "16;8;8", "8,8,8,", "x", "9,9,9"])
+def test_a_split_that_does_not_fit_the_head_is_refused(split):
+    with pytest.raises(ValueError, match=f"rope_split '?{split}'?"):
+        RotaryEmbedding3D(32, 100.0, split)
 
 
 @pytest.mark.parametrize(("head_dim", "untouched"), [(64, 4), (72, 0), (48, 0), (10, 4)])
