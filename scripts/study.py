@@ -1122,8 +1122,8 @@ def answer_e(study):
         lines.append("- " + compare(name, "16", "Loss at 16 frames", losses(study, name), losses(study, "16")))
     for frames in (4, 8, 16):
         lines.append("- " + best_shift(study, frames))
-    lines += ["", "The base, 16, has theta 100, channels 10, 10, 10 of a head of 32, temporal patch 4, no QK norm, Muon, "
-              "gamma shift 3.", ""]  # fmt: skip
+    lines += ["", "The base, 16, has theta 100, channels 10, 10, 10 of a head of 32, temporal patch 4, no QK norm, "
+              "Muon, gamma shift 3.", ""]  # fmt: skip
     lines += table(ARM_TITLES, [arm_row(study.rows, name, 1.0, 16) for name in names])
     cells = []
     for frames in (4, 8, 16):
