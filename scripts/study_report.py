@@ -1,0 +1,596 @@
+"""From the csv of study.py to results/study.md and its figures."""
+
+import math
+
+import matplotlib
+import numpy as np
+
+import motion
+from distributed import say
+from models import model_config
+from rope import ROPE_SCALES
+from study_arms import (
+    BOTH,
+    BY_NAME,
+    GUIDANCE,
+    LENGTHS,
+    LR,
+    MUON_LR,
+    QUESTIONS,
+    TOKENS,
+    TUNE_SEED,
+    TUNE_SHARE,
+    VERSION,
+    last_rows,
+    phases_of,
+)  # fmt: skip
+from whole_file import whole_file
+
+matplotlib.use("Agg")  # no window, no display
+from matplotlib import pyplot as plt  # noqa: E402
+
+SCHEDULES = "16", "8-16", "4-8-16 short", "4-8-16 even", "4-8-16 long"
+BUMPS = "4-8-16 even", "4-8-16 rewarmup", "4-8-16 mix"
+
+# ----------------------------------------------------------------------------------------------------------------------
+# From rows to numbers
+
+T95 = {2: 12.71, 3: 4.30, 4: 3.18, 5: 2.78}  # 97.5% quantiles of Student's t, by the number of values
+
+
+def finals(rows, name, share=1.0):
+    """{seed: the row of the last step} of an arm's runs, the tuning ones apart."""
+    wanted = {"arm": name, "share": share, "kind": "train"}
+    own = [row for row in rows if wanted.items() <= row.items() and row["seed"] != TUNE_SEED]
+    return {row["seed"]: row for row in sorted(own, key=lambda row: row["step"])}
+
+
+def samples(rows, name, frames, share=1.0, time_scale=None, rope_scale="none"):
+    """{seed: the row of the samples} of an arm's runs."""
+    wanted = {"arm": name, "kind": "sample", "frames": frames, "share": share}
+    wanted |= {"time_scale": time_scale, "rope_scale": rope_scale}
+    return {row["seed"]: row for row in rows if wanted.items() <= row.items()}
+
+
+def column(by_seed, name):
+    """{seed: value} where there is one."""
+    return {seed: row[name] for seed, row in sorted(by_seed.items()) if row[name] is not None}
+
+
+def half_width(values):
+    """Of the 95% interval of their mean (Student's t); None below two values."""
+    _, error = motion.mean_and_error(values)
+    return None if error is None else T95.get(len(values), 2.57) * error
+
+
+def pooled(by_seed):
+    """(share of clips with the right direction over all seeds, its Wilson interval, clips), or None without clips."""
+    clips = sum(row["clips"] for row in by_seed.values())
+    right = sum(row["right"] for row in by_seed.values())
+    return (right / clips, motion.wilson(right, clips), clips) if clips else None
+
+
+def compare(first, second, what, values, others):
+    """A sentence about the paired difference of {seed: value} of two arms."""
+    seeds = sorted(values.keys() & others.keys())
+    if not seeds:
+        return f"{what}, {first} against {second}: not run yet."
+    gaps = [values[seed] - others[seed] for seed in seeds]
+    mean, half = float(np.mean(gaps)), half_width(gaps)
+    if half is None:
+        return f"{what}: {first} minus {second} is {mean:+.3f} (one seed, so no interval)."
+    verdict = "the interval holds 0: not told apart" if abs(mean) <= half else "higher" if mean > 0 else "lower"
+    ends = f"95% {mean - half:+.3f} to {mean + half:+.3f}"
+    return f"{what}: {first} minus {second} is {mean:+.3f} ({ends}, {len(seeds)} seeds): {verdict}."
+
+
+def mean_cell(values, digits=3):
+    """Mean and standard error of {seed: value}, and how many."""
+    mean, error = motion.mean_and_error(list(values.values()))
+    if mean is None:
+        return "not run"
+    spread = "" if error is None else f" ± {error:.{digits}f}"
+    return f"{mean:.{digits}f}{spread} ({len(values)})"
+
+
+def share_cell(by_seed):
+    found = pooled(by_seed)
+    if found is None:
+        return "not run"
+    share, (low, high), clips = found
+    return f"{share:.1%} ({100 * low:.1f} - {100 * high:.1f}; {clips} clips)"
+
+
+def table(titles, rows):
+    return [f"| {' | '.join(titles)} |", "|---" * len(titles) + "|", *(f"| {' | '.join(row)} |" for row in rows), ""]
+
+
+def arm_row(rows, name, share, frames):
+    """Cells: what a run of an arm has taken, and what came of it at `frames` frames."""
+    ends, made = finals(rows, name, share), samples(rows, name, frames, share)
+    flops, seconds, looks = (column(ends, key) for key in ("flops", "seconds", "val_seconds"))
+    times = {seed: (seconds[seed] - looks[seed]) / 60 for seed in seconds.keys() & looks.keys()}
+    spent = f"{np.mean(list(flops.values())) / 1e12:.1f}" if flops else "-"
+    cells = [name, f"{share:.0%}", spent, mean_cell(times, 1), mean_cell(column(ends, f"loss_{frames}"))]
+    return [*cells, share_cell(made), mean_cell(column(made, "speed"), 2), mean_cell(column(made, "area"), 2)]
+
+
+ARM_TITLES = ["arm", "compute", "TFLOP", "minutes without validation", "validation loss", "direction right (95%)",
+              "speed / true", "area / true"]  # fmt: skip
+
+# ----------------------------------------------------------------------------------------------------------------------
+# Figures
+
+COLORS = "#0072B2", "#D55E00", "#009E73", "#CC79A7", "#000000", "#56B4E9"  # Okabe and Ito: for colour-blind eyes, too
+MARKERS = "o", "s", "^", "D", "v", "P"
+plt.rcParams.update({"font.size": 15, "axes.grid": True, "grid.alpha": 0.3, "lines.linewidth": 2, "savefig.dpi": 80})
+
+
+def look_of(number):
+    return {"color": COLORS[number % len(COLORS)], "marker": MARKERS[number % len(MARKERS)], "markersize": 8}
+
+
+def draw_shares(axes, xs, by_seeds, **look):
+    """Direction right in percent over x, with Wilson's interval over all seeds; a dot for each seed. Returns if any."""
+    points = [(x, by_seed, pooled(by_seed)) for x, by_seed in zip(xs, by_seeds, strict=True) if by_seed]
+    if points:
+        shares = np.array([[share, share - low, high - share] for _, _, (share, (low, high), _) in points]).T * 100
+        axes.errorbar([x for x, _, _ in points], shares[0], np.clip(shares[1:], 0, None), capsize=4, **look)
+        for x, by_seed, _ in points:
+            dots = [100 * row["direction"] for row in by_seed.values()]
+            axes.scatter([x] * len(dots), dots, color=look["color"], alpha=0.4, s=20)
+    return bool(points)
+
+
+def draw_means(axes, xs, by_seeds, name, **look):
+    """Means of a column over x, with the 95% interval of the mean where there are two seeds. Returns if any."""
+    points = [(x, list(column(by_seed, name).values())) for x, by_seed in zip(xs, by_seeds, strict=True)]
+    points = [(x, values) for x, values in points if values]
+    if points:
+        means = [np.mean(values) for _, values in points]
+        halves = [half_width(values) or 0 for _, values in points]
+        axes.errorbar([x for x, _ in points], means, halves, capsize=4, **look)
+    return bool(points)
+
+
+def draw_curve(axes, rows, name, share, number):
+    """Validation loss at 16 frames along the runs of an arm, a thin line a seed."""
+    for seed in finals(rows, name, share):
+        wanted = {"arm": name, "share": share, "seed": seed, "kind": "train"}
+        run = sorted((row for row in rows if wanted.items() <= row.items()), key=lambda row: row["step"])
+        run = [row for row in run if row["loss_16"] is not None and row["loss_16"] < math.inf]
+        places = [row["flops"] / 1e12 for row in run]
+        axes.plot(places, [row["loss_16"] for row in run], color=COLORS[number % len(COLORS)], alpha=0.35, linewidth=1)
+
+
+def save(study, name, figure, drawn):
+    """Write a figure in which something is drawn; returns the line that shows it."""
+    path = study.out / "figures" / f"study-{name}.png"
+    if drawn:
+        for axes in figure.axes:
+            handles, labels = axes.get_legend_handles_labels()
+            if handles:
+                axes.legend(handles, labels, fontsize=12)
+        path.parent.mkdir(parents=True, exist_ok=True)
+        figure.savefig(path)
+    else:
+        path.unlink(missing_ok=True)
+    plt.close(figure)
+    return [f"![{name}](figures/{path.name})", ""] if drawn else []
+
+
+def draw_compute(study, name, panels):
+    """A column of panels {title: arm names}: above the loss at 16 frames, below the direction, over the compute."""
+    figure, grid = plt.subplots(2, len(panels), figsize=(1 + 6 * len(panels), 9), layout="constrained", squeeze=False)
+    drawn = False
+    for (title, names), (top, bottom) in zip(panels.items(), grid.T, strict=True):
+        for number, arm in enumerate(names):
+            shares = [share for share in BOTH if share in BY_NAME[arm].shares]
+            ends = [finals(study.rows, arm, share) for share in shares]
+            made = [samples(study.rows, arm, 16, share) for share in shares]
+            places = [phases_of(BY_NAME[arm], share, study.size)[1] / 1e12 for share in shares]
+            drawn |= draw_means(top, places, ends, "loss_16", label=arm, **look_of(number))
+            draw_curve(top, study.rows, arm, 1.0, number)
+            drawn |= draw_shares(bottom, places, made, label=arm, **look_of(number))
+        top.set(title=title, ylabel="validation loss, 16 frames")
+        bottom.set(xlabel="training compute, TFLOP", ylabel="direction right, %", ylim=(-3, 103))
+        ends = [loss for arm in names for loss in losses(study, arm).values()]
+        if ends:
+            top.set_ylim(0.9 * min(ends), 4 * min(ends))  # the first steps are far above
+        bottom.axhline(25, color="gray", linestyle=":", label="chance")
+        bottom.set_xlim(top.get_xlim())
+    return save(study, name, figure, drawn)
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# The questions: lines of markdown each
+
+
+def losses(study, name, share=1.0, frames=16):
+    return column(finals(study.rows, name, share), f"loss_{frames}")
+
+
+def directions(study, name, share=1.0, frames=16):
+    return column(samples(study.rows, name, frames, share), "direction")
+
+
+def answer_a(study):
+    names = "16", "fixed-16"
+    found = {"Validation loss at 16 frames": losses, "Share of right directions": directions}
+    lines = [
+        "- " + compare("rotary", "fixed", what, *(values(study, name) for name in names))
+        for what, values in found.items()
+    ]
+    lines.append("")
+    lines += table(ARM_TITLES, [arm_row(study.rows, name, 1.0, 16) for name in names])
+    return lines + draw_compute(study, "A", {"rotary (16) and fixed positions": names})
+
+
+def answer_b(study):
+    lines = []
+    for patch, base in ((4, "16"), (2, "patch 2: 16"), (1, "patch 1: 16")):
+        for name in [arm.name for arm in BY_NAME.values() if "B" in arm.questions and arm.patch == patch]:
+            if name == base:
+                continue
+            lines.append(compare(name, base, "Loss at 16 frames", losses(study, name), losses(study, base)))
+            lines.append(compare(name, base, "Directions right", directions(study, name), directions(study, base)))
+            if 0.6 in BY_NAME[name].shares:
+                lines += [reaches(study, name, base)]
+        even, skip = ("4-8-16 even", "8-16") if patch == 4 else (f"patch {patch}: 4-8-16", f"patch {patch}: 8-16")
+        what = f"What the 4-frame phase is worth at temporal patch {patch}, loss"
+        lines += [compare(even, skip, what, losses(study, even), losses(study, skip)), ""]
+    arms = [arm for arm in BY_NAME.values() if "B" in arm.questions]
+    lines = ["- " + line if line else "" for line in lines]
+    lines += table(ARM_TITLES, [arm_row(study.rows, arm.name, share, 16) for arm in arms for share in arm.shares])
+    panels = {"temporal patch 4": SCHEDULES}
+    panels |= {f"temporal patch {n}": [f"patch {n}: {word}" for word in ("16", "8-16", "4-8-16")] for n in (2, 1)}
+    return lines + draw_compute(study, "B", panels) + answer_bump(study)
+
+
+def reaches(study, name, base):
+    """The goal: as low a loss with 60% of the compute as 16 frames from the start with all of it."""
+    early, whole = losses(study, name, 0.6), losses(study, base)
+    line = compare(f"{name} at 60%", f"{base} at 100%", "Goal (at most 0)", early, whole)
+    seeds = early.keys() & whole.keys()
+    if not seeds:
+        return line
+    met = np.mean([early[seed] - whole[seed] for seed in seeds]) <= 0
+    return f"{line} The goal is {'met' if met else 'missed'} in the mean."
+
+
+def answer_bump(study):
+    """Does the loss rise where the number of frames changes, and for how long?"""
+    lines = ["### The bump at a switch", ""]
+    lines += ["Validation loss as a share of a zero predictor's, at the frames of the phase: before a switch those of "
+              "the phase that ends, after it those of the new one. Gone: the first validation that is no higher than "
+              "the one before the switch.", ""]  # fmt: skip
+    cells, drawn = [], False
+    figure, panels = plt.subplots(1, 2, figsize=(13, 5.5), layout="constrained", sharey=True)
+    for number, name in enumerate(BUMPS):
+        phases, _ = phases_of(BY_NAME[name], 1.0, study.size)
+        for axes, (before, after) in zip(panels, zip(phases, phases[1:], strict=False), strict=True):
+            found = [bump(study.rows, name, seed, before, after) for seed in finals(study.rows, name)]
+            found = [one for one in found if one]
+            cells.append([name, f"{before[0]} to {after[0]}", *bump_cells(found)])
+            for seed, one in enumerate(found):
+                label = name if seed == 0 else None
+                early = one["places"] <= 0.2
+                axes.plot(100 * one["places"][early], one["ratios"][early], color=COLORS[number], label=label,
+                          marker=MARKERS[number], markersize=4, alpha=0.7)  # fmt: skip
+            drawn |= bool(found)
+            axes.set(title=f"{before[0]} to {after[0]} frames", xlabel="share of the new phase, %", xlim=(-0.5, 20))
+            axes.axvline(2, color="gray", linestyle=":")
+            axes.axhline(1, color="gray", linestyle="--")
+    panels[0].set(ylabel="loss / loss before the switch")
+    titles = ["arm", "switch", "highest loss / before", "gone after, share of the phase", "goal of 2%"]
+    return lines + table(titles, cells) + save(study, "B-bump", figure, drawn)
+
+
+def bump(rows, name, seed, before, after):
+    """Places in the new phase (shares of it) and loss there over the loss before the switch; None if not known."""
+    wanted = {"arm": name, "seed": seed, "share": 1.0, "kind": "train"}
+    run = [row for row in rows if wanted.items() <= row.items() and row["loss_rel"] is not None]
+    run.sort(key=lambda row: row["step"])
+    start, length = before[1], after[1] - before[1]
+    old = [row["loss_rel"] for row in run if row["step"] == start]
+    new = [row for row in run if start < row["step"] <= after[1]]
+    if not (old and new):
+        return None
+    places = np.array([(row["step"] - start) / length for row in new])
+    ratios = np.array([row["loss_rel"] / old[0] for row in new])
+    gone = places[ratios <= 1]
+    return {"places": places, "ratios": ratios, "gone": gone[0] if len(gone) else math.inf, "highest": ratios.max()}
+
+
+def bump_cells(found):
+    if not found:
+        return ["not run"] * 3
+    gone = [one["gone"] for one in found]
+    shown = ", ".join("never" if share == math.inf else f"{share:.1%}" for share in gone)
+    highest = dict(enumerate(one["highest"] for one in found))
+    return [mean_cell(highest, 2), shown, f"{sum(share <= 0.02 for share in gone)} of {len(gone)} seeds"]
+
+
+def answer_c(study):
+    names = {"4": 4, "8": 8, "16": 16, "4-8-16 even": 16}
+    lines = []
+    for name, trained in names.items():
+        other = [frames for frames in LENGTHS if frames != trained]
+        own, found = pooled(samples(study.rows, name, trained)), {}
+        for frames in other:
+            found[frames] = pooled(samples(study.rows, name, frames))
+        if own is None or not any(found.values()):
+            lines.append(f"- Trained last on {trained} frames ({name}): not run yet.")
+            continue
+        held = [n for n, part in found.items() if part and part[1][1] >= own[1][0]]  # the intervals meet
+        lost = [n for n, part in found.items() if part and n not in held]
+        lines.append(f"- Trained last on {trained} frames ({name}), {own[0]:.0%} of the directions right there: no "
+                     f"worse, within the intervals, at {listed(held)} frames, worse at {listed(lost)}.")  # fmt: skip
+    lines += ["", *table(["arm", "sampled frames", "direction right (95%)", "speed / true", "seam score (1 = none)",
+                          "largest drift"],
+                         [c_row(study, name, frames, "none") for name in names for frames in LENGTHS])]  # fmt: skip
+    figure, panels = plt.subplots(1, 2, figsize=(14, 6), layout="constrained")
+    drawn = False
+    for number, (name, trained) in enumerate(names.items()):
+        made = [samples(study.rows, name, frames) for frames in LENGTHS]
+        label = f"trained on {trained}" if name.isdecimal() else f"trained on {name}"
+        drawn |= draw_shares(panels[0], LENGTHS, made, label=label, **look_of(number))
+        draw_means(panels[1], LENGTHS, made, "seam", label=label, **look_of(number))
+    panels[0].set(ylabel="direction right, %", ylim=(-3, 103))
+    panels[1].set(ylabel="seam score (1 = no seam)")
+    for axes in panels:
+        axes.set(xlabel="sampled frames", xticks=[4, 8, 12, 16, 24, 32])
+    return lines + save(study, "C", figure, drawn) + answer_scale(study)
+
+
+def listed(numbers):
+    return ", ".join(map(str, numbers)) or "none"
+
+
+def c_row(study, name, frames, method):
+    made = samples(study.rows, name, frames, rope_scale=method)
+    cells = [mean_cell(column(made, key), 2) for key in ("speed", "seam", "drift")]
+    return [name, str(frames) + ("" if method == "none" else f", {method}"), share_cell(made), *cells]
+
+
+def answer_scale(study):
+    """Rotary time positions beyond the trained length."""
+    lines, cells, drawn = ["### --rope-scale when sampling", ""], [], False
+    figure, panels = plt.subplots(1, 3, figsize=(16, 5.5), layout="constrained", sharey=True)
+    for axes, name in zip(panels, ("4", "8", "16"), strict=True):
+        lengths = BY_NAME[name].scaled
+        for number, method in enumerate(ROPE_SCALES):
+            made = [samples(study.rows, name, frames, rope_scale=method) for frames in lengths]
+            drawn |= draw_shares(axes, lengths, made, label=method, **look_of(number))
+            cells += [c_row(study, name, frames, method) for frames in lengths]
+        for frames in lengths:
+            lines.append(best_scale(study, name, frames))
+        axes.set(title=f"trained on {name} frames", xlabel="sampled frames", xticks=lengths)
+    panels[0].set(ylabel="direction right, %", ylim=(-3, 103))
+    titles = ["arm", "sampled frames", "direction right (95%)", "speed / true", "seam score", "largest drift"]
+    return lines + [""] + table(titles, cells) + save(study, "C-scale", figure, drawn)
+
+
+def best_scale(study, name, frames):
+    """A sentence: does a method beat none, on the seeds that both have?"""
+    place = f"- Trained on {name}, sampled at {frames} frames"
+    plain = directions(study, name, 1.0, frames)
+    found = {}
+    for method in ROPE_SCALES[1:]:
+        made = samples(study.rows, name, frames, rope_scale=method)
+        if seeds := made.keys() & plain.keys():
+            none = {seed: samples(study.rows, name, frames)[seed] for seed in seeds}
+            found[method] = pooled({seed: made[seed] for seed in seeds}), pooled(none)
+    if not found:
+        return f"{place}: not run yet."
+    best = max(found, key=lambda method: found[method][0][0])
+    (share, (low, high), clips), (none, (none_low, none_high), _) = found[best]
+    verdict = "the intervals are apart" if low > none_high or high < none_low else "the intervals meet: not told apart"
+    return f"{place}: best is {best} with {share:.1%} right, none has {none:.1%} ({clips} clips each): {verdict}."
+
+
+def answer_d(study):
+    arm, lines, cells = BY_NAME["intervals 1-3"], [], []
+    figure, axes = plt.subplots(figsize=(8, 6), layout="constrained")
+    places, truths, found, halves = [], [], [], []
+    for scale in arm.time_scales:
+        made = samples(study.rows, arm.name, 8, time_scale=scale)
+        speeds = column(made, "speed")
+        cells.append([f"{scale:g}", share_cell(made), mean_cell(speeds, 3)])
+        if speeds:
+            true = next(iter(column(made, "true_speed").values()))
+            mean, half = np.mean(list(speeds.values())), half_width(list(speeds.values()))
+            places, truths = [*places, scale], [*truths, true]
+            found, halves = [*found, mean * true], [*halves, (half or 0) * true]
+            held = "within" if abs(mean - 1) <= 0.1 else "not within"
+            ends = "" if half is None else f", 95% {mean - half:.3f} to {mean + half:.3f}"
+            lines.append(f"- At {scale:g} s per frame the displacement is {mean:.3f} of the true one ({len(speeds)} "
+                         f"seeds{ends}): {held} 10%.")  # fmt: skip
+        else:
+            lines.append(f"- At {scale:g} s per frame: not run yet.")
+    axes.plot(places, truths, color="black", linestyle="--", label="true")
+    axes.fill_between(places, [0.9 * x for x in truths], [1.1 * x for x in truths], color="gray", alpha=0.2)
+    axes.errorbar(places, found, halves, capsize=4, label="generated (95%)", **look_of(0))
+    axes.set(xlabel="time scale, seconds per frame", ylabel="displacement, px per frame", ylim=(0, None))
+    lines += ["", *table(["seconds per frame", "direction right (95%)", "displacement / true"], cells)]
+    return lines + save(study, "D", figure, bool(places))
+
+
+FACTORS = (
+    "theta 1000", "theta 10000", "split 16,8,8", "split 4,14,14", "QK norm", "AdamW", "patch 2: 16", "patch 1: 16",
+)  # fmt: skip
+SHIFTS = 1, 2, 3, 5
+
+
+def answer_e(study):
+    lines, names = [], ["16", *FACTORS]
+    for name in FACTORS:
+        lines.append("- " + compare(name, "16", "Loss at 16 frames", losses(study, name), losses(study, "16")))
+    for frames in (4, 8, 16):
+        lines.append("- " + best_shift(study, frames))
+    lines += ["", "The base, 16, has theta 100, channels 10, 10, 10 of a head of 32, temporal patch 4, no QK norm, "
+              "Muon, gamma shift 3.", ""]  # fmt: skip
+    lines += table(ARM_TITLES, [arm_row(study.rows, name, 1.0, 16) for name in names])
+    cells = []
+    for frames in (4, 8, 16):
+        cells += [[str(frames), str(shift), *arm_row(study.rows, shifted(frames, shift), 1.0, frames)[4:]]
+                  for shift in SHIFTS]  # fmt: skip
+    lines += table(["frames", "gamma shift", *ARM_TITLES[4:]], cells)
+    figure, panels = plt.subplots(1, 2, figsize=(15, 6.5), layout="constrained")
+    drawn = False
+    for place, name in enumerate(FACTORS):
+        own, base = losses(study, name), losses(study, "16")
+        gaps = {seed: {"gap": own[seed] - base[seed]} for seed in own.keys() & base.keys()}
+        values = [row["gap"] for row in gaps.values()]
+        if values:
+            panels[0].errorbar(np.mean(values), place, xerr=half_width(values) or 0, capsize=4, **look_of(0))
+            panels[0].scatter(values, [place] * len(values), color="black", s=20, zorder=3)
+            drawn = True
+    panels[0].set_yticks(range(len(FACTORS)), FACTORS)
+    panels[0].axvline(0, color="gray", linestyle="--")
+    panels[0].set(xlabel='validation loss minus that of "16" (95%)')
+    for number, frames in enumerate((4, 8, 16)):
+        made = [samples(study.rows, shifted(frames, shift), frames) for shift in SHIFTS]
+        drawn |= draw_shares(panels[1], SHIFTS, made, label=f"{frames} frames", **look_of(number))
+    panels[1].set(xlabel="gamma shift", ylabel="direction right, %", xticks=SHIFTS, ylim=(-3, 103))
+    return lines + save(study, "E", figure, drawn)
+
+
+def shifted(frames, shift):
+    return str(frames) if shift == 3 else f"{frames} frames, gamma shift {shift}"
+
+
+def best_shift(study, frames):
+    found = {shift: pooled(samples(study.rows, shifted(frames, shift), frames)) for shift in SHIFTS}
+    found = {shift: part for shift, part in found.items() if part}
+    if len(found) < len(SHIFTS):
+        return f"Gamma shift at {frames} frames: not run yet ({len(found)} of {len(SHIFTS)})."
+    best = max(found, key=lambda shift: found[shift][0])
+    alike = [shift for shift in found if shift != best and found[shift][1][1] >= found[best][1][0]]
+    return (f"Gamma shift at {frames} frames: most directions are right with {best} ({found[best][0]:.1%}); within the "
+            f"intervals as good: {listed(alike)}.")  # fmt: skip
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# UCF-101, on paper
+
+UCF_CLIPS = 9537  # videos of the first training list
+PEAK, UTILISATIONS = 989e12, (0.2, 0.4)  # FLOP/s of an H100 in bf16, dense; shares of it that training reaches
+UCF_PHASES = ((4, 50_000, 256), (8, 50_000, 128), (16, 100 * UCF_CLIPS // 64, 64))  # frames, steps, clips
+
+
+def answer_f(study):
+    """Counted FLOPs of the README's schedule, and what they take on 8 GPUs."""
+    settings = {"input_size": 32, "in_channels": 4, "num_classes": 101, "use_rope": True}
+    cells, hours_at = [], [f"hours (GPU hours) at {share:.0%}" for share in UTILISATIONS]
+    for model in ("EqM-S/4", "EqM-B/2", "EqM-XL/2"):
+        config = model_config(model, num_frames=16, **settings)
+        spent = [steps * clips * config.training_flops(frames) for frames, steps, clips in UCF_PHASES]
+        alone = sum(spent) / (64 * config.training_flops(16))
+        hours = [sum(spent) / (8 * PEAK * share) / 3600 for share in UTILISATIONS]
+        split = " / ".join(f"{part / sum(spent):.0%}" for part in spent)
+        cells.append([model, f"{sum(spent) / 1e18:.2f}", split, *(f"{hour:.2g} ({8 * hour:.2g})" for hour in hours),
+                      f"{alone:,.0f}"])  # fmt: skip
+    schedule, last = [], 0
+    for frames, steps, clips in UCF_PHASES:
+        last += steps
+        schedule.append(f"{frames}:{last}:{clips}")
+    lines = [f"Latents of 32 x 32, the README's phases of 50,000 steps and 100 epochs of {UCF_CLIPS:,} clips; 8 GPUs "
+             f"of {PEAK / 1e12:.0f} TFLOP/s (H100, bf16, dense). Not run: hours follow from the counted FLOPs and the "
+             "utilisation alone.", "",
+             *table(["model", "EFLOP", "4 / 8 / 16 frames", *hours_at,
+                     "steps of 64 clips of 16 frames for the same"], cells),
+             "```bash", 'torchrun --nproc_per_node=8 EqM/train.py --video --use-rope --model "EqM-S/4" \\',
+             "  --data-path datasets/ucf-101-latents --results-dir results/ucf --precision bf16 --resume \\",
+             f"  --frames-schedule {','.join(schedule)}", "```", ""]  # fmt: skip
+    for name in ("4-8-16 even", "4-8-16 long"):
+        lines.append(f"- On Moving Shapes: {reaches(study, name, '16')}")
+        lines.append(f"- {pace_of(study.rows, name)}")
+    lines.append("- Nothing here says that a result on Moving Shapes carries over to UCF-101.")
+    return [*lines, ""]
+
+
+def pace_of(rows, name):
+    """A sentence: seconds per FLOP of an arm over those of 16 frames from the start, on one machine."""
+    ratios = {}
+    for seed, row in finals(rows, name).items():
+        other = finals(rows, "16").get(seed)
+        if other and None not in (row["seconds"], other["seconds"]) and row["machine"] == other["machine"]:
+            paces = [(one["seconds"] - one["val_seconds"]) / one["flops"] for one in (row, other)]
+            ratios[seed] = paces[0] / paces[1]
+    return f"Seconds per counted FLOP, {name} / 16: {mean_cell(ratios, 2)}."
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# The report
+
+ANSWERS = {
+    "A": ("Rotary or fixed positions, 16 frames, equal steps", answer_a),
+    "B": ("4, 8, then 16 frames, or 16 from the start, at equal compute", answer_b),
+    "C": ("Trained at 4, 8, 16 frames, sampled at 4 to 32", answer_c),
+    "D": ("Does the displacement per frame follow the time scale?", answer_d),
+    "E": ("One factor at a time", answer_e),
+    "F": ("What it would take on UCF-101, on paper", answer_f),
+}
+
+
+def report(study):
+    """Write the tables and figures from the rows."""
+    spent = sum(row["seconds"] for row in last_rows(study.rows)) / 3600
+    versions, machines = ({row[name] or "unknown" for row in study.rows} for name in ("code", "machine"))
+    lines = ["# Does a frame curriculum with rotary positions pay?", "",
+             f"Written by `python scripts/study.py --report` from `study.csv` ({len(study.rows)} rows, version "
+             f"{VERSION}, size {study.size.name}), which `python scripts/study.py` measures. {spent:.1f} hours of "
+             f"training and sampling so far, on {listed(sorted(machines))}; code "
+             f"{listed(sorted(v[:10] for v in versions))}.", "",
+             *about(study), *tuning_lines(study)]  # fmt: skip
+    for letter, (title, answer) in ANSWERS.items():
+        command = f"`python scripts/study.py --only {letter}`" if letter in QUESTIONS else "No run."
+        lines += [f"## {letter}. {title}", "", command, "", *answer(study)]
+    path = study.out / "study.md"
+    with whole_file(path) as file:
+        file.write("\n".join(lines).encode())
+    say(f"{path}; figures in {study.out / 'figures'}")
+
+
+def about(study):
+    """What all arms share."""
+    size = study.size
+    flops = phases_of(BY_NAME["16"], 1.0, size)[1] / 1e12
+    return [
+        f"Moving Shapes, 16 x 16 px, 1.4 s; depth {size.depth}, width {size.width}, {size.heads} heads, spatial patch "
+        f"2; {TOKENS} tokens a step for every arm. 100% compute is {flops:.3g} TFLOP: {size.steps} steps of 8 clips of "
+        f"16 frames at temporal patch 4. Runs of 60% decay their learning rate by their own end. Samples: {size.clips} "
+        f"clips a run, `ngd`, {size.points - 1} evaluations, guidance {GUIDANCE:g}, averaged weights of the last step. "
+        "A share of directions is over the clips of all seeds, with Wilson's 95% interval, which takes clips for "
+        "independent; other numbers are mean ± standard error over seeds, in brackets how many; differences are paired "
+        "by seed, with Student's 95% interval. Chance is 25% for a direction; real clips have "
+        f"{share_text(study.rows)} right.",
+        "",
+    ]
+
+
+def share_text(rows):
+    values = [row["real_direction"] for row in rows if row["real_direction"] is not None]
+    return f"{min(values):.1%} or more" if values else "not been looked at yet"
+
+
+def tuning_lines(study):
+    """The learning rates that were tried, and which was taken."""
+    if len(study.size.factors) == 1:
+        return []
+    cells, edges = [], []
+    for name in dict.fromkeys(arm.tuned_as for arm in BY_NAME.values()):
+        found, taken = study.tuning(name), study.factor(name)
+        shown = ["not run" if factor not in found else f"{found[factor]:.4f}" for factor in study.size.factors]
+        cells.append([name, *shown, "not run" if taken is None else f"{taken:g}"])
+        if taken in (min(study.size.factors), max(study.size.factors)):
+            edges.append(name)
+    lines = ["## Learning rates", "",
+             f"Factors of Muon {MUON_LR:g} and AdamW {LR:g}; one run each of {TUNE_SHARE:.0%} compute, seed "
+             f"{TUNE_SEED}; validation loss at the frames trained last. Arms that are not here take the rate of their "
+             "base.", "",
+             *table(["arm", *(f"x {factor:g}" for factor in study.size.factors), "taken"], cells)]  # fmt: skip
+    if edges:
+        lines += [f"At the edge of the grid, so a better one may lie outside: {', '.join(edges)}.", ""]
+    return lines
