@@ -419,20 +419,20 @@ def answer_d(study):
 FACTORS = (
     "theta 1000", "theta 10000", "split 16,8,8", "split 4,14,14", "QK norm", "AdamW", "patch 2: 16", "patch 1: 16",
 )  # fmt: skip
-SHIFTS = 1, 2, 3, 5
+SHIFTS, SHIFTED = (1, 2, 3, 5), (4, 16)  # gamma shifts, of these frames
 
 
 def answer_e(study):
     lines, names = [], ["16", *FACTORS]
     for name in FACTORS:
         lines.append("- " + compare(name, "16", "Loss at 16 frames", losses(study, name), losses(study, "16")))
-    for frames in (4, 8, 16):
+    for frames in SHIFTED:
         lines.append("- " + best_shift(study, frames))
     lines += ["", "The base, 16, has theta 100, channels 10, 10, 10 of a head of 32, temporal patch 4, no QK norm, "
               "Muon, gamma shift 3.", ""]  # fmt: skip
     lines += table(ARM_TITLES, [arm_row(study.rows, name, 1.0, 16) for name in names])
     cells = []
-    for frames in (4, 8, 16):
+    for frames in SHIFTED:
         cells += [[str(frames), str(shift), *arm_row(study.rows, shifted(frames, shift), 1.0, frames)[4:]]
                   for shift in SHIFTS]  # fmt: skip
     lines += table(["frames", "gamma shift", *ARM_TITLES[4:]], cells)
@@ -449,7 +449,7 @@ def answer_e(study):
     panels[0].set_yticks(range(len(FACTORS)), FACTORS)
     panels[0].axvline(0, color="gray", linestyle="--")
     panels[0].set(xlabel='validation loss minus that of "16" (95%)')
-    for number, frames in enumerate((4, 8, 16)):
+    for number, frames in enumerate(SHIFTED):
         made = [samples(study.rows, shifted(frames, shift), frames) for shift in SHIFTS]
         drawn |= draw_shares(panels[1], SHIFTS, made, label=f"{frames} frames", **look_of(number))
     panels[1].set(xlabel="gamma shift", ylabel="direction right, %", xticks=SHIFTS, ylim=(-3, 103))
