@@ -236,7 +236,7 @@ def test_a_report_of_missing_rows_says_what_was_found_and_what_was_not_run(made_
     low, high = motion.wilson(240, 288)
     assert f"83.3% ({100 * low:.1f} - {100 * high:.1f}; 288 clips)" in text
     assert "The goal is met in the mean." in text
-    assert "Goal (at most 0), 8-16 at 60% against 16 at 100%: not run yet." in text
+    assert "Goal (at most 0), 4-8-16 long at 60% against 16 at 100%: not run yet." in text
     assert "Trained on 16, sampled at 24 frames: best is ntk with 72.9% right, none has 10.4%" in text
     assert "Trained on 4, sampled at 16 frames: not run yet." in text
     assert "At 0.12 s per frame: not run yet." in text
