@@ -194,15 +194,18 @@ def test_a_bump_is_gone_at_the_first_validation_that_is_no_higher_than_the_one_b
     phases, _ = study_arms.phases_of(study_arms.BY_NAME["4-8-16 even"], 1.0, study_arms.FULL)
     before, after = phases[:2]
     length = after[1] - before[1]
-    rows = [train_row(job_of("4-8-16 even"), step=before[1], loss_rel=0.1)]
-    for share, loss in ((0.1, 0.15), (0.25, 0.1), (0.5, 0.08)):
-        rows.append(train_row(job_of("4-8-16 even"), step=before[1] + round(share * length), loss_rel=loss))
-    found = study_report.bump(rows, "4-8-16 even", 0, before, after)
+    rows = [train_row(job_of("4-8-16 even"), step=before[1], loss=2.0, loss_rel=0.1, loss_raw=4.0)]
+    for share, loss in ((0.1, 0.15), (0.25, 0.1), (0.5, 0.08)):  # twice as large clips: a zero predictor's loss is, too
+        step = before[1] + round(share * length)
+        rows.append(train_row(job_of("4-8-16 even"), step=step, loss=40 * loss, loss_rel=loss, loss_raw=7.0))
+    found = study_report.bump(rows, "4-8-16 even", before, after)
     assert found["highest"] == pytest.approx(1.5)
     assert found["gone"] == pytest.approx(0.25, abs=1 / length)
-    assert study_report.bump(rows, "4-8-16 even", 1, before, after) is None
-    assert study_report.bump(rows[:3], "4-8-16 even", 0, before, after)["gone"] == pytest.approx(0.25, abs=1 / length)
-    assert study_report.bump(rows[:2], "4-8-16 even", 0, before, after)["gone"] == math.inf
+    raw = study_report.bump(rows, "4-8-16 even", before, after, "loss_raw")
+    assert (raw["highest"], raw["gone"]) == (pytest.approx(7 / 8), pytest.approx(0.1, abs=1 / length))
+    assert study_report.bump(rows, "4-8-16 mix", before, after) is None
+    assert study_report.bump(rows[:3], "4-8-16 even", before, after)["gone"] == pytest.approx(0.25, abs=1 / length)
+    assert study_report.bump(rows[:2], "4-8-16 even", before, after)["gone"] == math.inf
 
 
 def test_a_difference_is_paired_by_seed_and_says_whether_its_interval_holds_zero():
