@@ -344,8 +344,8 @@ def answer_c(study):
 
 def answer_intervals(study):
     """Times that were trained by frames further apart: does that carry to more frames, without any scaling?"""
-    lines = ["Trained on 8 frames that are 1 to 3 apart, so on times of up to 24 frames (intervals 1-3), sampled at 0.04 "
-             "s per frame, beside those trained on 8 that are 1 apart:", ""]  # fmt: skip
+    lines = ["Trained on 8 frames that are 1 to 3 apart, so on times of up to 24 frames (intervals 1-3), sampled at "
+             "0.04 s per frame, beside those trained on 8 that are 1 apart:", ""]  # fmt: skip
     cells = []
     for frames in BY_NAME["intervals 1-3"].frames:
         for name, scale in (("8", None), ("intervals 1-3", 0.04)):
