@@ -35,7 +35,7 @@ class Arm:
     rate: str = ""  # the arm whose tuned learning rate it takes; "" = its own
     frames: tuple = ()  # sampled beside those trained last, full compute only
     scaled: tuple = ()  # frames that are sampled with every --rope-scale as well, seed 0
-    time_scales: tuple = (None,)  # sampled, seconds per frame; None = as trained
+    time_scales: tuple = (None,)  # sampled, seconds per frame, the first one for all `frames`; None = as trained
     looks: int = 12  # validations along the run of seed 0 and all the compute; along others 12
 
     @property
@@ -58,7 +58,7 @@ ARMS = [  # in the order in which they run, seed by seed within a block
         Arm("16", "ABCE", shares=BOTH, frames=LENGTHS, scaled=(24, 32)),
         Arm("4-8-16 even", "BC", phases=EVEN, shares=BOTH, frames=LENGTHS, looks=200),
         Arm("4-8-16 short", "B", phases=((4, 0.05), (8, 0.2), (16, 0.75))),
-        Arm("4-8-16 long", "B", phases=((4, 0.43), (8, 0.43), (16, 0.14)), shares=BOTH),  # as UCF-101's in the README
+        Arm("4-8-16 long", "B", phases=((4, 0.43), (8, 0.43), (16, 0.14)), shares=BOTH),
         Arm("8-16", "B", phases=SKIP),
     ],
     [
@@ -69,6 +69,10 @@ ARMS = [  # in the order in which they run, seed by seed within a block
         Arm(
             "intervals 1-3", "CD", "--frame-interval 1 3", ((8, 1.0),), rate="16", seeds=2, frames=(16, 24),
             time_scales=(0.04, 0.06, 0.08, 0.12),
+        ),
+        Arm(
+            "4-8-16 intervals", "C", "--frame-interval 1 2", EVEN, rate="4-8-16 even", seeds=2, frames=LENGTHS,
+            time_scales=(0.04,),
         ),
     ],
     [
@@ -154,7 +158,8 @@ class Job:
         arm, lengths = self.arm, {self.arm.last_frames}
         if self.share == 1:
             lengths |= set(arm.frames) & set(size.lengths)
-        cells = [(frames, scale, "none") for frames in sorted(lengths) for scale in arm.time_scales]
+        cells = [(arm.last_frames, scale, "none") for scale in arm.time_scales]
+        cells += [(frames, arm.time_scales[0], "none") for frames in sorted(lengths - {arm.last_frames})]
         if self.share == 1 and self.seed == 0:
             scaled = sorted(set(arm.scaled) & set(size.lengths))
             cells += [(frames, None, method) for frames in scaled for method in ROPE_SCALES[1:]]
