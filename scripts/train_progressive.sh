@@ -13,10 +13,11 @@ GPUS=${GPUS:-8} # processes; on a machine without GPUs, of the CPU
 MODEL=${MODEL:-EqM-S/4}
 DATA=${DATA:-datasets/ucf-101}
 EXP=${EXP:-progressive_rope_training} # everything goes to results/$EXP
+# Steps are global. Phases of equal compute did best of the schedules tried (results/study.md, B).
 FRAMES_1=${FRAMES_1:-4} STEPS_1=${STEPS_1:-50000} BATCH_1=${BATCH_1:-256}
 FRAMES_2=${FRAMES_2:-8} STEPS_2=${STEPS_2:-100000} BATCH_2=${BATCH_2:-128}
-FRAMES_3=${FRAMES_3:-16} STEPS_3=${STEPS_3:-} BATCH_3=${BATCH_3:-64} # steps are global; none = see EPOCHS_3
-EPOCHS_3=${EPOCHS_3:-100} LR_DECAY=${LR_DECAY:-0}                     # of the last phase
+FRAMES_3=${FRAMES_3:-16} STEPS_3=${STEPS_3:-150000} BATCH_3=${BATCH_3:-64}
+LR_DECAY=${LR_DECAY:-0} # of the last phase
 CACHE=${CACHE:-1} # 1: the videos are encoded once, into $LATENTS; 0: at every step, or never (--vae none)
 LATENTS=${LATENTS:-$DATA-latents} VAE=${VAE:-ema} IMAGE_SIZE=${IMAGE_SIZE:-256}
 FLIPS=${FLIPS:-1} # 1: mirrored frames are encoded, too, which doubles the cache
@@ -81,5 +82,4 @@ phase "$FRAMES_1" "$BATCH_1" --max-steps="$STEPS_1" "$@"
 CKPT=$(checkpoint "$STEPS_1")
 phase "$FRAMES_2" "$BATCH_2" --max-steps="$STEPS_2" --ckpt="$CKPT" "$@"
 CKPT=$(checkpoint "$STEPS_2")
-if [[ -n $STEPS_3 ]]; then END=(--max-steps="$STEPS_3"); else END=(--epochs="$EPOCHS_3"); fi
-phase "$FRAMES_3" "$BATCH_3" "${END[@]}" --ckpt="$CKPT" --lr-decay="$LR_DECAY" "$@"
+phase "$FRAMES_3" "$BATCH_3" --max-steps="$STEPS_3" --ckpt="$CKPT" --lr-decay="$LR_DECAY" "$@"
