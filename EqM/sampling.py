@@ -194,9 +194,9 @@ def describe(source, args):
 
 
 def sha256(path):
-    """Of the bytes of a file; of a folder (an exported model): of its files, in the order of their names."""
+    """Of the bytes of a file; of a folder: of the exported model in it, whatever else may lie there."""
     if os.path.isdir(path):
-        parts = [sha256(file) for file in sorted(Path(path).iterdir()) if file.is_file()]
+        parts = [sha256(Path(path, name)) for name in checkpoint.EXPORT]
         return hashlib.sha256(" ".join(parts).encode()).hexdigest()
     with open(path, "rb") as file:
         return hashlib.file_digest(file, "sha256").hexdigest()

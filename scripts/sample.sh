@@ -1,7 +1,9 @@
 #!/usr/bin/env bash
-# Sample the newest model of an experiment.
+# Sample the demo model that comes with the repository, or the newest model of an experiment, or a checkpoint.
 #
+#   bash scripts/sample.sh                                  results/demo -> samples/demo-f16; seconds on a CPU
 #   EXP=quickstart FRAMES="16 7 24" bash scripts/sample.sh [more flags of EqM/sample_gd.py]
+#   CKPT=results/EXP/002-EqM-S-4-f16-rope/checkpoints/best.pt bash scripts/sample.sh
 #
 # Paths are relative to the repository.
 set -euo pipefail
@@ -9,11 +11,13 @@ cd "$(dirname "$0")/.."
 [[ -d .venv ]] && source .venv/bin/activate
 
 GPUS=${GPUS:-1}
-EXP=${EXP:-progressive_rope_training}
+EXP=${EXP:-} CKPT=${CKPT:-}
 FRAMES=${FRAMES:-16} # one or more frame counts
 SAMPLES=${SAMPLES:-16}
-OUT=${OUT:-samples/$EXP} # videos go to $OUT-f16 and so on
-CKPT=${CKPT:-}
+if [[ -z $EXP && -z $CKPT ]]; then
+  EXP=demo CKPT=results/demo
+  set -- --sampler ngd --num-sampling-steps 60 --stepsize 0.008 --cfg-scale 1.5 "$@" # as results/demo/README.md says
+fi
 if [[ -z $CKPT ]]; then
   for file in results/"$EXP"/*/checkpoints/best.pt; do
     if [[ -f $file && (-z $CKPT || $file -nt $CKPT) ]]; then CKPT=$file; fi
@@ -23,6 +27,7 @@ if [[ -z $CKPT ]]; then
   printf 'sample.sh: error: no results/%q/*/checkpoints/best.pt; set EXP or CKPT\n' "$EXP" >&2
   exit 2
 fi
+OUT=${OUT:-samples/${EXP:-model}} # videos go to $OUT-f16 and so on
 
 for frames in $FRAMES; do
   torchrun --standalone --nproc_per_node="$GPUS" EqM/sample_gd.py \
