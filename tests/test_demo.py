@@ -1,0 +1,35 @@
+"""The model that comes with the repository is the one that its scores are of, and does what they say."""
+
+import json
+import sys
+from pathlib import Path
+
+import evaluate
+import make_moving_shapes
+import manifest
+import sampling
+
+DEMO = Path(evaluate.__file__).resolve().parents[1] / "results/demo"
+
+
+def test_the_demo_is_small_and_its_scores_are_of_this_file():
+    assert sum(file.stat().st_size for file in DEMO.iterdir()) <= 5e6
+    scores = sorted(DEMO.glob("*.json"))
+    scores = [path for path in scores if path.name != "config.json"]
+    assert len(scores) >= 3
+    text = (DEMO / "README.md").read_text()
+    for path in scores:
+        found = manifest.read(path)
+        assert found["generated"]["checkpoint_sha256"] == sampling.sha256(DEMO)
+        assert f"{found['values']['direction_accuracy']:.1%}" in text  # the table says what was measured
+
+
+def test_the_demo_moves_its_shapes_as_their_classes_say(tmp_path, monkeypatch):
+    data, out = tmp_path / "shapes", tmp_path / "motion.json"
+    make_moving_shapes.main(["--out", str(data), "--videos-per-class", "2"])
+    words = ["--ckpt", DEMO, "--data-path", data, "--num-samples", 24, "--num-real", 24, "--num-workers", 0]
+    words += ["--out", out]
+    words += ["--sampler", "ngd", "--num-sampling-steps", 16, "--stepsize", 0.0332, "--cfg-scale", 1.5]
+    monkeypatch.setattr(sys, "argv", ["evaluate.py", *map(str, words)])
+    evaluate.main()
+    assert json.loads(out.read_text())["values"]["direction_accuracy"] >= 20 / 24
