@@ -1,4 +1,4 @@
-"""Tests run as in a terminal, also under nohup or in the background, where signals are ignored, which children inherit."""
+"""Tests run as in a terminal, also under nohup or in the background: ignored signals would be ignored by children."""
 
 import signal
 
