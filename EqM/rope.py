@@ -42,11 +42,11 @@ class RotaryEmbedding3D(nn.Module):
         device = time_scale.device
         # Built anew in float32 each time (a few hundred numbers): a buffer would follow model.to(bfloat16),
         # in which positions above 256 are no longer whole numbers.
-        ladders = [torch.arange(n // 2, device=device, dtype=torch.float32) / (n // 2) for n in self.split]
-        frequencies = [self.theta**-ladder for ladder in ladders]
+        exponents = [torch.arange(n // 2, device=device, dtype=torch.float32) / (n // 2) for n in self.split]
+        frequencies = [self.theta**-part for part in exponents]  # of time, height and width
         frequencies[0] = scale_frequencies(frequencies[0], *self.scale)
         steps = [torch.arange(n, device=device, dtype=torch.float32)[:, None] for n in grid]
-        time, height, width = (step * ladder for step, ladder in zip(steps, frequencies, strict=True))
+        time, height, width = (step * part for step, part in zip(steps, frequencies, strict=True))
         time = time * (REFERENCE_FPS * time_scale.float())[:, None, None]  # (B, T, n/2)
 
         B, (T, H, W) = len(time_scale), grid

@@ -1,7 +1,7 @@
 """Does a frame curriculum with rotary positions pay? Equal compute, several seeds, Moving Shapes with a known truth.
 
     python scripts/study.py --list                  what is done, what is missing, hours
-    python scripts/study.py --minutes 140           go on, start no run that would not fit (all: 8 hours on 2 cores)
+    python scripts/study.py --minutes 140           go on, start no run that would not fit (all: 4 hours on 2 cores)
     python scripts/study.py --only A B              some questions (A to E), or arms by their names
     python scripts/study.py --report                tables and figures again, from the csv alone
 
@@ -11,8 +11,8 @@ paper.
 
 An arm is a recipe; a run is an arm with a seed, a learning rate and a share of the compute. All runs of a share have
 the same counted FLOPs, so phases have the steps that follow from EqMConfig.training_flops, and each decays its
-learning rate to zero by its own end: a run of 60% is one of its own, not the middle of a longer one. The rate of an arm
-is tuned first, on the same three factors and another seed, with runs of 30%. Interrupted anywhere, the same command
+learning rate to zero by its own end: a run of 60% is one of its own, not the middle of a longer one. The rate of a main
+arm is tuned first, on the same three factors and another seed, with runs of 30%. Interrupted anywhere, the same command
 goes on: what results/study.csv holds is done; run folders, in results/study, are needed only for an interrupted run.
 The command may run several times at once, each with its own runs: two with OMP_NUM_THREADS=1 do on 2 cores 1.6 times
 what one with two threads does.
