@@ -32,7 +32,8 @@ from distributed import COUNT, SHARE, ArgumentParser, UserError, check_writable,
 from interruption import one_line_errors
 from safe_read import check_regular, plain_name, read_json
 from vae import load_vae
-from video_dataset import LATENTS, PARTIAL, UCF_LISTS, UnreadableError, latents_settings
+from video_dataset import LATENTS, PARTIAL, UCF_LISTS, latents_settings
+from video_files import LATENTS_SUFFIX, UnreadableError, read_all_frames, resize_and_crop
 from whole_file import whole_file
 
 PIECE = 16  # frames that are decoded together: an hour of 1080p would not fit the memory
@@ -114,7 +115,7 @@ def survey(args):
 
 
 def latents_path(video):
-    return str(PurePosixPath(video.path).with_suffix(video_dataset.LATENTS_SUFFIX))
+    return str(PurePosixPath(video.path).with_suffix(LATENTS_SUFFIX))
 
 
 def source(video, scan):
@@ -208,8 +209,8 @@ def encode(vae, device, decoder, args, video):
     Pixels are held for two pieces at a time, latents for the whole video.
     """
     pieces = (
-        video_dataset.resize_and_crop(torch.from_numpy(frames).permute(0, 3, 1, 2), args.image_size)
-        for frames in video_dataset.read_all_frames(args.data_path, video, PIECE)
+        resize_and_crop(torch.from_numpy(frames).permute(0, 3, 1, 2), args.image_size)
+        for frames in read_all_frames(args.data_path, video, PIECE)
     )
     parts = defaultdict(list)
     for piece in ahead(decoder, pieces):

@@ -47,7 +47,8 @@ from interruption import StopSignal
 from models import NAMES, EqM_models, math_attention
 from rope import RotaryEmbedding3D, apply_rotary
 from vae import VAE
-from video_dataset import LATENTS, LATENTS_FORMAT, Batches, Clips, collate, read_frames, read_latents, scan_videos
+from video_dataset import LATENTS, LATENTS_FORMAT, Batches, Clips, collate, scan_videos
+from video_files import read_frames, read_latents
 
 CLASSES = 101
 warnings.filterwarnings("ignore", message="a token holds")

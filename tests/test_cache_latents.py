@@ -17,6 +17,7 @@ from safetensors.torch import load_file, save_file
 
 import cache_latents
 import video_dataset
+import video_files
 from distributed import UserError
 from test_vae import save_tiny
 from test_video_dataset import scribble, write_ucf_list, write_video
@@ -24,14 +25,13 @@ from vae import load_vae
 from video_dataset import (
     BadVideos,
     Clips,
-    UnreadableError,
-    Video,
     check_data_path,
     collate,
     latents_settings,
     scan_videos,
     split_videos,
 )
+from video_files import UnreadableError, Video, read_frames, read_latents, resize_and_crop
 
 SOURCE = Path(cache_latents.__file__).parent
 SIZE = 16
@@ -114,8 +114,8 @@ def split_keys(folder, fraction=0.05):
 def test_a_file_holds_the_posterior_of_every_frame_of_its_video(root, vae, cache, mirrored):
     model, suffix = load_vae(vae), "_flipped" if mirrored else ""
     for video in scan_videos(root).videos:
-        frames = video_dataset.read_frames(root, video, range(video.num_frames))
-        clip = video_dataset.resize_and_crop(torch.from_numpy(frames).permute(0, 3, 1, 2), SIZE).transpose(0, 1)
+        frames = read_frames(root, video, range(video.num_frames))
+        clip = resize_and_crop(torch.from_numpy(frames).permute(0, 3, 1, 2), SIZE).transpose(0, 1)
         expected = model.posterior((clip.flip(-1) if mirrored else clip)[None])
         found = load_file(cache / cache_latents.latents_path(video))
         assert found.keys() == {"mean", "std", "mean_flipped", "std_flipped"}
@@ -142,7 +142,7 @@ def test_latents_json_says_what_the_cache_is_and_what_it_holds(root, vae, cache)
 
 
 def test_a_scan_of_a_cache_is_that_of_its_videos_and_opens_nothing(root, cache, monkeypatch):
-    monkeypatch.setattr(video_dataset, "safe_open", lambda *_: pytest.fail("opened a file"))
+    monkeypatch.setattr(video_files, "safe_open", lambda *_: pytest.fail("opened a file"))
     videos, cached = scan_videos(root), scan_videos(cache)
     assert [video.key for video in cached.videos] == [video.key for video in videos.videos]
     for name in ("class_name", "num_frames", "fps", "height", "width"):
@@ -217,8 +217,8 @@ def test_of_a_long_video_only_what_is_around_the_frames_of_the_clip_is_read(tmp_
             (lines,) = [part.splitlines() for part in maps if str(place) in part]
             resident.extend(int(line.split()[1]) for line in lines if line.startswith("Rss:"))
 
-    monkeypatch.setattr(video_dataset, "safe_open", Watched)
-    clip = video_dataset.read_latents(tmp_path, Video(place.name, "all", shape[0], 25.0, 48, 64), numbers)
+    monkeypatch.setattr(video_files, "safe_open", Watched)
+    clip = read_latents(tmp_path, Video(place.name, "all", shape[0], 25.0, 48, 64), numbers)
     expected = torch.arange(16.0).half().view(16, 1, 1).expand(4, 16, 32, 32)
     assert torch.equal(clip, torch.stack([expected, expected + 0.5]))
     assert 0 < resident[0] < 2**19 / 8, "KB; the rest is the kernel's reading ahead"
@@ -371,7 +371,7 @@ def test_an_index_that_the_videos_folder_does_not_take_lies_in_the_cache(own, va
     monkeypatch.setattr(os, "access", lambda path, mode: Path(path) != own and access(path, mode))
     run(monkeypatch, own, vae, tmp_path / "out")
     assert not (own / ".video_index.json").exists()
-    monkeypatch.setattr(video_dataset, "_probe", lambda *_: pytest.fail("opened a video again"))
+    monkeypatch.setattr(video_dataset, "probe", lambda *_: pytest.fail("opened a video again"))
     run(monkeypatch, own, vae, tmp_path / "out")
 
 
@@ -439,7 +439,7 @@ def test_a_bad_latents_file_is_named_replaced_and_counted_like_a_bad_video(cache
     books = BadVideos(len(clips), 0.0)
     assert books.add([path for item in items for path in item["bad"]]) == ["Run/a.safetensors"]
     with pytest.raises(UnreadableError, match="a.safetensors"):
-        video_dataset.read_latents(folder, clips.videos[2], [20, 21], shape=clips.latent_shape)
+        read_latents(folder, clips.videos[2], [20, 21], shape=clips.latent_shape)
 
 
 def test_a_cache_that_cannot_be_used_is_one_line_that_says_what_to_do(cache, tmp_path):

@@ -50,7 +50,8 @@ from distributed import UserError
 from models import EqM, EqMConfig
 from tiny_data import LATENTS_SETTINGS, make_latents, make_vae
 from vae import load_vae
-from video_dataset import Clips, UnreadableError
+from video_dataset import Clips
+from video_files import UnreadableError, Video, read_all_frames
 
 TESTS = Path(__file__).resolve().parents[1]
 COUNT = 25  # files of each kind in the tests
@@ -219,7 +220,7 @@ def read_videos(folder, images=False):
             video_dataset.read_start(folder / video.path, num_frames, 0.04, 48, images)
         if not images:
             with contextlib.suppress(UnreadableError):
-                list(video_dataset.read_all_frames(folder, video, 5))
+                list(read_all_frames(folder, video, 5))
 
 
 def read_images(folder):
@@ -227,7 +228,7 @@ def read_images(folder):
 
 
 def read_lists(folder):
-    videos = [video_dataset.Video(f"A/{name}.avi", "A", 9, 25.0, 8, 8) for name in "abc"]
+    videos = [Video(f"A/{name}.avi", "A", 9, 25.0, 8, 8) for name in "abc"]
     video_dataset.split_videos(folder, videos, 0.3)
 
 

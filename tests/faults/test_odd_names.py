@@ -99,7 +99,7 @@ def test_everything_works_with_odd_names_and_no_line_is_forged(data, tmp_path, m
 def test_an_index_of_odd_names_is_found_again(data, monkeypatch):
     scan = scan_videos(data)
     assert scan.classes == sorted(CLASSES)
-    monkeypatch.setattr("video_dataset._probe", lambda *_: pytest.fail("was opened again"))
+    monkeypatch.setattr("video_dataset.probe", lambda *_: pytest.fail("was opened again"))
     assert scan_videos(data) == scan
 
 

@@ -1,0 +1,186 @@
+"""Every frame of every container, upright and in order; the videos are those of test_video_dataset.py."""
+
+import struct
+import subprocess
+import sys
+from pathlib import Path
+
+import av
+import numpy as np
+import pytest
+import torch
+from PIL import ExifTags, Image
+
+import video_files
+from test_video_dataset import halves, picture, read_numbers, save, write_video
+from video_dataset import scan_videos
+from video_files import UnreadableError, probe, read_frames, resize_and_crop
+
+FORMATS = [
+    ("v.avi", "mpeg4", {}),
+    ("v.avi", "mpeg4", {"bf": "2"}),  # as UCF-101, but with a keyframe every 10 frames
+    ("v.avi", "libx264", {"bf": "3"}),
+    ("v.mov", "mpeg4", {"bf": "2"}),
+    ("v.mkv", "mpeg4", {"bf": "2"}),
+    ("v.mp4", "libx264", {"bf": "3"}),
+    ("v.mkv", "libx264", {"x264-params": "open-gop=1:bframes=3"}),
+    ("v.webm", "libvpx", {"deadline": "realtime"}),
+]
+
+
+@pytest.mark.parametrize(("name", "codec", "options"), FORMATS)
+def test_frame_k_is_frame_k_in_every_container_up_to_the_last(tmp_path, name, codec, options):
+    write_video(tmp_path / name, 45, codec=codec, **options)
+    video = scan_videos(tmp_path).videos[0]
+    assert video.num_frames == 45
+    whole = read_frames(tmp_path, video, range(45))
+    assert (halves(whole[..., 0])[0] / 4).round().int().tolist() == list(range(45))
+    for numbers in ([0], [9, 10], [11, 12, 13], [28, 31, 34], [8, 19, 30, 41], [43], [44], [40, 42, 44]):
+        assert np.array_equal(read_frames(tmp_path, video, numbers), whole[numbers])
+
+
+def test_reading_a_clip_again_gives_the_same_bytes(tmp_path):
+    write_video(tmp_path / "v.avi", 45, bf="2")
+    video = scan_videos(tmp_path).videos[0]
+    first = read_frames(tmp_path, video, [20, 32, 44])
+    for _ in range(50):
+        assert np.array_equal(read_frames(tmp_path, video, [20, 32, 44]), first)
+
+
+@pytest.mark.parametrize("name", ["v.mkv", "v.mp4"])
+def test_variable_frame_rates_keep_every_frame_and_give_the_average_rate(tmp_path, name):
+    times = [40 * number for number in range(10)] + [400 + 80 * number for number in range(10)]
+    write_video(tmp_path / name, codec="libx264", times=times)
+    video = scan_videos(tmp_path).videos[0]
+    assert video.fps == pytest.approx(19 / 1.12)
+    assert read_numbers(tmp_path, video, range(20)) == list(range(20))
+
+
+@pytest.mark.parametrize("b_frames", ["0", "2"])
+def test_frames_that_an_edit_list_cuts_off_do_not_count(tmp_path, b_frames):
+    write_video(tmp_path / "whole" / "v.mp4", 30, codec="libx264", bf=b_frames)
+    (tmp_path / "cut").mkdir()
+    with (
+        av.open(str(tmp_path / "whole" / "v.mp4")) as whole,
+        av.open(str(tmp_path / "cut" / "v.mp4"), "w", options={"avoid_negative_ts": "disabled"}) as cut,
+    ):
+        stream = cut.add_stream_from_template(whole.streams.video[0])
+        for packet in whole.demux(video=0):
+            if packet.size:
+                packet.pts -= 5 * packet.duration
+                packet.dts -= 5 * packet.duration
+                packet.stream = stream
+                cut.mux(packet)
+    video = scan_videos(tmp_path / "cut").videos[0]
+    assert (video.num_frames, video.fps) == (25, 25)
+    assert read_numbers(tmp_path / "cut", video, range(25)) == list(range(5, 30))
+    with pytest.raises(UnreadableError, match="duplicate"):  # not the last frame once more
+        read_frames(tmp_path / "cut", video, [25])
+
+
+def test_a_video_that_was_filmed_upright_comes_upright(tmp_path):
+    write_video(tmp_path / "v.mp4", codec="libx264")
+    data = bytearray((tmp_path / "v.mp4").read_bytes())
+    matrix = data.index(b"tkhd") + 44  # a quarter turn clockwise, in the track's header
+    one = 0x10000
+    data[matrix : matrix + 36] = struct.pack(">9i", 0, one, 0, -one, 0, 0, 0, 0, 0x40000000)
+    (tmp_path / "v.mp4").write_bytes(data)
+    frames = read_frames(tmp_path, scan_videos(tmp_path).videos[0], [0, 1])
+    assert frames.shape == (2, 64, 48, 3)
+    assert frames[:, :24].mean() < 20 and frames[:, 40:].mean() > 240  # what was left is on top
+
+
+@pytest.mark.parametrize("size", [(16, 16), (24, 30), (32, 32), (48, 64), (66, 50), (96, 48)])
+def test_videos_of_any_width_come_as_they_are(tmp_path, size):
+    write_video(tmp_path / "v.avi", size=size)
+    video = scan_videos(tmp_path).videos[0]
+    frames = read_frames(tmp_path, video, [3, 7])
+    assert (video.width, video.height) == size and frames.shape == (2, size[1], size[0], 3)
+    with av.open(str(tmp_path / "v.avi")) as file:
+        decoded = [frame.to_ndarray(format="rgb24") for frame in file.decode(video=0)]
+    assert np.abs(frames.astype(int) - np.stack([decoded[3], decoded[7]])).max() <= 1
+
+
+def test_resizing_is_antialiased_and_keeps_the_middle():
+    stripes = torch.zeros(1, 3, 72, 144, dtype=torch.uint8)
+    stripes[..., 1::3] = 240  # a pixel wide: gone at a third of the size
+    clip = resize_and_crop(stripes, 24)
+    assert clip.shape == (1, 3, 24, 24)
+    assert (clip.float() - 80).abs().max() < 30
+    columns = torch.arange(96, dtype=torch.uint8).expand(1, 3, 48, 96)
+    assert torch.equal(resize_and_crop(columns, 48), columns[..., 24:72])
+    assert resize_and_crop(columns, 64).shape == (1, 3, 64, 64)
+
+
+# Images.
+
+
+def read_image(path):
+    """uint8 (H, W, 3)"""
+    (image,) = read_frames(path.parent, probe(path.parent, "all", path.name), [0])
+    return image
+
+
+@pytest.mark.parametrize("suffix", ["jpg", "png", "webp"])
+@pytest.mark.parametrize("orientation", range(1, 9))
+def test_an_image_comes_upright(tmp_path, suffix, orientation):
+    upright = picture()
+    stored = {  # what a camera that is held like this stores
+        1: upright, 2: upright[:, ::-1], 3: upright[::-1, ::-1], 4: upright[::-1],
+        5: upright.swapaxes(0, 1), 6: np.rot90(upright), 7: np.rot90(upright, 2).swapaxes(0, 1),
+        8: np.rot90(upright, -1),
+    }[orientation]  # fmt: skip
+    exif = Image.Exif()
+    exif[ExifTags.Base.Orientation] = orientation
+    save(tmp_path / f"image.{suffix}", np.ascontiguousarray(stored), exif=exif, quality=95)
+    image = read_image(tmp_path / f"image.{suffix}")
+    assert image.shape == upright.shape
+    assert np.abs(image.astype(int) - upright).mean() < 6
+
+
+def test_every_kind_of_pixel_becomes_rgb(tmp_path):
+    colours, grey = picture(), picture()[..., 0]
+    three = np.repeat(grey[..., None], 3, axis=2)
+    sixteen = np.random.default_rng(0).integers(0, 256, grey.shape)  # the low bytes
+    transparent = np.dstack([colours, grey])
+    palette = Image.fromarray(grey // 64 * 64).quantize(4)
+    kinds = {
+        "rgb": (Image.fromarray(colours), colours),
+        "grey": (Image.fromarray(grey), three),
+        "grey16": (Image.fromarray((grey.astype(np.int32) * 256 + sixteen).astype(np.uint16)), three),
+        "bilevel": (Image.fromarray(grey > 100), np.where(three > 100, 255, 0)),
+        "greyalpha": (Image.fromarray(np.dstack([grey, 255 - grey])), three),
+        "rgba": (Image.fromarray(transparent), colours),
+        "palette": (palette, np.asarray(palette.convert("RGB"))),
+    }
+    for name, (image, expected) in kinds.items():
+        save(tmp_path / f"{name}.png", image)
+        found = read_image(tmp_path / f"{name}.png")
+        assert found.dtype == np.uint8 and np.array_equal(found, expected), name
+    assert Image.open(tmp_path / "grey16.png").mode == "I;16"
+    save(tmp_path / "cmyk.jpg", Image.fromarray(colours).convert("CMYK"), quality=95)
+    assert np.abs(read_image(tmp_path / "cmyk.jpg").astype(int) - colours).mean() < 6
+
+
+@pytest.mark.parametrize("suffix", ["png", "webp"])
+def test_an_animated_image_gives_its_first_frame(tmp_path, suffix):
+    others = [Image.fromarray(picture(seed=seed)) for seed in (1, 2)]
+    save(tmp_path / f"a.{suffix}", picture(), save_all=True, append_images=others, lossless=True, duration=40)
+    assert Image.open(tmp_path / f"a.{suffix}").n_frames == 3
+    assert np.array_equal(read_image(tmp_path / f"a.{suffix}"), picture())
+
+
+def test_a_suffix_that_names_another_image_format_does_no_harm(tmp_path):
+    save(tmp_path / "a.jpg", picture(), format="PNG")
+    assert np.array_equal(read_image(tmp_path / "a.jpg"), picture())
+
+
+def test_what_pillow_finds_odd_about_an_image_is_not_printed(tmp_path):
+    save(tmp_path / "large.png", Image.new("1", (10000, 9000)))
+    save(tmp_path / "exif.jpg", picture(), exif=b"Exif\x00\x00MM\x00*\x00\x00\x00\x08\x00\x09")
+    code = "import sys, video_files as v; [print(v._read_image(path).shape) for path in sys.argv[1:]]"
+    paths = [str(tmp_path / "large.png"), str(tmp_path / "exif.jpg")]
+    folder = Path(video_files.__file__).parent
+    done = subprocess.run([sys.executable, "-c", code, *paths], cwd=folder, capture_output=True, text=True, check=True)
+    assert done.stdout.split("\n")[:2] == ["(1, 9000, 10000, 3)", "(1, 40, 56, 3)"]
+    assert done.stderr == ""
