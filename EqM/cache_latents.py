@@ -93,8 +93,10 @@ def check_out(out, settings):
             raise UserError(f"--out {out}: its {marks[0]} is damaged ({error}): name another folder") from error
         if other:
             has = str(found[other])[:200]
-            raise UserError(f"--out {out}: a latent cache with {other} {has}, found {settings[other]}: give the same "
-                            "flags or name another folder")
+            raise UserError(
+                f"--out {out}: a latent cache with {other} {has}, found {settings[other]}: give the same "
+                "flags or name another folder"
+            )
     elif foreign := sorted(name for name in names if name[0] != "." and name != PARTIAL + ".tmp"):
         raise UserError(f"--out {out}: holds {foreign[0]} but no latent cache: name a new or an empty folder")
 
@@ -109,8 +111,10 @@ def survey(args):
     for video in scan.videos:
         name = PurePosixPath(latents_path(video)).name + ".tmp"  # as it is called while it is written
         if len(os.fsencode(name)) > 255:
-            raise UserError(f"--data-path {args.data_path}: {video.path[:60]}... has too long a name for its latents: "
-                            f"shorten it by {len(os.fsencode(name)) - 255} bytes")
+            raise UserError(
+                f"--data-path {args.data_path}: {video.path[:60]}... has too long a name for its latents: "
+                f"shorten it by {len(os.fsencode(name)) - 255} bytes"
+            )
     return scan, [video for video in scan.videos if not is_done(args.out, video, scan)], bad_videos
 
 
@@ -155,8 +159,10 @@ def main():
             prepare(args.out, settings, plan[0])
         scan, todo, bad_videos = distributed.broadcast(plan)
         if todo:
-            say(f"{args.out}: {len(todo)} of {len(scan.videos)} videos to encode, {size(todo, settings)}; "
-                f"{world_size()} x {device.type}")
+            say(
+                f"{args.out}: {len(todo)} of {len(scan.videos)} videos to encode, {size(todo, settings)}; "
+                f"{world_size()} x {device.type}"
+            )
         encode_videos(args, vae.to(device), device, scan, todo, bad_videos)
         if rank() == 0:
             finish(args, settings, scan, bad_videos)
@@ -269,8 +275,10 @@ def write(path, data):
         with whole_file(path) as file:
             file.write(data)
     except OSError as error:
-        raise UserError(f"{path} can't be written ({error.strerror}); what is there stays: with that put right, the "
-                        "same command goes on") from error
+        raise UserError(
+            f"{path} can't be written ({error.strerror}); what is there stays: with that put right, the "
+            "same command goes on"
+        ) from error
 
 
 if __name__ == "__main__":

@@ -67,8 +67,10 @@ class EqMConfig:
             raise ValueError(f"ebm must be one of {', '.join(EBMS)}, found {self.ebm!r}")
         rows = 18 * self.depth * self.hidden_size + self.num_classes + 2 * self.values_per_token + self.num_positions
         if rows * self.hidden_size > MOST_WEIGHTS:
-            raise ValueError(f"depth {self.depth}, hidden_size {self.hidden_size}, {self.num_classes} classes and "
-                             f"{self.num_positions} fixed positions make more than {MOST_WEIGHTS} weights")
+            raise ValueError(
+                f"depth {self.depth}, hidden_size {self.hidden_size}, {self.num_classes} classes and "
+                f"{self.num_positions} fixed positions make more than {MOST_WEIGHTS} weights"
+            )
 
     @property
     def head_dim(self):

@@ -94,8 +94,9 @@ def scale_frequencies(frequencies, method, trained, wanted):
     assert method == "riflex", method
     once = 2 * math.pi / wanted
     intrinsic = (2 * math.pi / frequencies - trained).abs().argmin()
-    return torch.where(torch.arange(len(frequencies), device=frequencies.device) == intrinsic,
-                       frequencies.clamp(max=once), frequencies)
+    return torch.where(
+        torch.arange(len(frequencies), device=frequencies.device) == intrinsic, frequencies.clamp(max=once), frequencies
+    )
 
 
 def apply_rotary(x, cos, sin):

@@ -122,11 +122,16 @@ def write(args, source, videos, evaluations, energies):
         import plots  # matplotlib takes a while to load
 
     if args.stop_below is not None:
-        write_csv(folder / "evaluations.csv", ["sample", "class", "evaluations"],
-                  zip(range(len(names)), names, evaluations.tolist(), strict=True))
+        write_csv(
+            folder / "evaluations.csv",
+            ["sample", "class", "evaluations"],
+            zip(range(len(names)), names, evaluations.tolist(), strict=True),
+        )
         plots.plot_evaluations(folder / "evaluations.png", evaluations.numpy(), args.num_sampling_steps - 1)
-        say(f"evaluations per sample: mean {spent.mean():.1f} of {args.num_sampling_steps - 1}, "
-            f"{evaluations.min()} to {evaluations.max()}; each in evaluations.csv, histogram in evaluations.png")
+        say(
+            f"evaluations per sample: mean {spent.mean():.1f} of {args.num_sampling_steps - 1}, "
+            f"{evaluations.min()} to {evaluations.max()}; each in evaluations.csv, histogram in evaluations.png"
+        )
     if energies is not None:
         known = (~energies.isnan()).nonzero().tolist()
         rows = ((sample, step, energies[sample, step].item()) for sample, step in known)

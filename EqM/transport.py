@@ -70,5 +70,3 @@ def dispersive_loss(features):
 
 def _broadcast(gamma, x):
     return gamma.reshape(-1, *[1] * (x.dim() - 1))
-
-

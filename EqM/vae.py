@@ -96,7 +96,10 @@ def load_vae(name):
     logging.set_verbosity_error()
     try:
         model, info = AutoencoderKL.from_pretrained(
-            directory, low_cpu_mem_usage=False, output_loading_info=True, use_safetensors=True  # no pickle
+            directory,
+            low_cpu_mem_usage=False,
+            output_loading_info=True,
+            use_safetensors=True,  # no pickle
         )
     # A missing or damaged file, a wrong config, wrong shapes; whatever a config of wrong types makes fail.
     except (OSError, ValueError, RuntimeError, TypeError, ArithmeticError, LookupError, AttributeError) as error:

@@ -70,8 +70,9 @@ def latents_settings(root, images=False):
     except (OSError, ValueError, KeyError, TypeError) as error:
         raise UserError(f"{here}: its {LATENTS} is damaged ({error}): make the latent cache anew") from error
     if found != LATENTS_FORMAT:
-        raise UserError(f"{here}: a latent cache of format {str(found)[:20]}, this code reads {LATENTS_FORMAT}: "
-                        "make it anew")
+        raise UserError(
+            f"{here}: a latent cache of format {str(found)[:20]}, this code reads {LATENTS_FORMAT}: make it anew"
+        )
     if images:
         raise UserError(f"{here}: latents of videos, wanted images: add --video to use them")
     if odd := _odd_setting(about):
@@ -168,8 +169,10 @@ def _find(root, images):
         raise UserError(f"{here}: a file, wanted a folder of class folders with {kind}s")
     labelled, unlabelled = _list_classes(here, root, kind)
     if labelled and unlabelled:
-        raise UserError(f"{here}: {kind}s in class folders ({labelled[0][1]}) and beside them ({unlabelled[0][1]}): "
-                        "move these into a class folder")
+        raise UserError(
+            f"{here}: {kind}s in class folders ({labelled[0][1]}) and beside them ({unlabelled[0][1]}): "
+            "move these into a class folder"
+        )
     found = labelled or unlabelled
     if not found:
         other = KINDS[not images]
@@ -336,8 +339,10 @@ class BadVideos:
         new = [path for path in dict.fromkeys(paths) if path not in self.paths]
         self.paths.update(dict.fromkeys(new))
         if new and self.count > max(1, self.max_fraction * self.total):
-            raise UserError(f"{self.count} of {self.total} files are bad, {', '.join(new[:3])} the newest: more than "
-                            f"--max-bad-fraction {self.max_fraction} allows; repair or remove them, or raise it")
+            raise UserError(
+                f"{self.count} of {self.total} files are bad, {', '.join(new[:3])} the newest: more than "
+                f"--max-bad-fraction {self.max_fraction} allows; repair or remove them, or raise it"
+            )
         return new
 
 
@@ -371,8 +376,10 @@ def read_start(path, num_frames, seconds_per_frame, image_size, images):
         interval = max(1, round(seconds_per_frame * video.fps))
         numbers = range(0, num_frames * interval, interval)
         if numbers[-1] >= video.num_frames:
-            raise UserError(f"{here}: has {video.num_frames} frames, but {num_frames} that are {interval} apart take "
-                            f"{numbers[-1] + 1}; name a longer video")
+            raise UserError(
+                f"{here}: has {video.num_frames} frames, but {num_frames} that are {interval} apart take "
+                f"{numbers[-1] + 1}; name a longer video"
+            )
         frames = read_frames("", video, numbers)
     except UnreadableError as error:
         raise UserError(f"{here}: can't be decoded; name another file") from error
@@ -390,8 +397,9 @@ class Clips(torch.utils.data.Dataset):
     the largest that fits its video if that is less. Videos of a latent cache have their image size already.
     """
 
-    def __init__(self, root, videos, classes, num_frames, image_size, frame_interval=(1, 1), flip=True, seed=0,
-                 stream=0):
+    def __init__(
+        self, root, videos, classes, num_frames, image_size, frame_interval=(1, 1), flip=True, seed=0, stream=0
+    ):
         if any(video.num_frames < num_frames for video in videos):
             raise ValueError(f"a video has fewer than {num_frames} frames: leave it out with long_enough()")
         self.latent_shape = None  # (C, h, w) of a cache
@@ -539,5 +547,7 @@ def _batches(loader, iterator):
         if "timed out" not in str(error):
             raise
         files = ", ".join(loader.dataset.watch.reading()) or "no file"
-        raise UserError(f"--loader-timeout {loader.timeout:g}: no batch within this many seconds, the loader processes "
-                        f"are reading {files}: remove or repair what hangs, or raise it") from None
+        raise UserError(
+            f"--loader-timeout {loader.timeout:g}: no batch within this many seconds, the loader processes "
+            f"are reading {files}: remove or repair what hangs, or raise it"
+        ) from None

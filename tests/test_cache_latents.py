@@ -135,8 +135,14 @@ def test_latents_json_says_what_the_cache_is_and_what_it_holds(root, vae, cache)
     }  # fmt: skip
     names = ["Jump/d", "Jump/e", "Run/a", "Run/b.c", "Run/b"]  # in the order of the videos
     assert [video["path"] for video in videos] == [f"{name}.safetensors" for name in names]
-    assert videos[3] == {"path": "Run/b.c.safetensors", "class_name": "Run", "num_frames": 21, "fps": 30.0,
-                         "height": 48, "width": 64}
+    assert videos[3] == {
+        "path": "Run/b.c.safetensors",
+        "class_name": "Run",
+        "num_frames": 21,
+        "fps": 30.0,
+        "height": 48,
+        "width": 64,
+    }
     assert {path.name for path in cache.iterdir()} == {"latents.json", "Jump", "Run"}
     assert latents_settings(root) is None and latents_settings(root / "missing") is None
 
@@ -458,8 +464,11 @@ def test_a_cache_that_cannot_be_used_is_one_line_that_says_what_to_do(cache, tmp
     missing = message(scan_videos, folder)
     assert "Jump/e.safetensors" in missing and "run cache_latents.py again" in missing
     about = json.loads((folder / "latents.json").read_text())
-    for text, words in ((json.dumps(about | {"format": 2}), "format 2, this code reads 1"), ("[", "damaged"),
-                        ("[]", "damaged")):
+    for text, words in (
+        (json.dumps(about | {"format": 2}), "format 2, this code reads 1"),
+        ("[", "damaged"),
+        ("[]", "damaged"),
+    ):
         (folder / "latents.json").write_text(text)
         assert words in message(check_data_path, folder) and words in message(latents_settings, folder)
     (folder / "latents.json").rename(folder / "latents.partial.json")

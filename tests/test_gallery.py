@@ -246,7 +246,7 @@ def test_a_damaged_folder_is_one_line(tmp_path, monkeypatch, capsys, damage):
 
 def test_bad_input_is_one_line_and_status_2(tmp_path, real, monkeypatch, capsys):
     good = make_samples(tmp_path / "good", [0, 1])
-    other = make_samples(tmp_path / "other", [0, 1], ["CircleDown", "Cirque\ndu \"soleil\""])
+    other = make_samples(tmp_path / "other", [0, 1], ["CircleDown", 'Cirque\ndu "soleil"'])
     long = make_samples(tmp_path / "long", [0, 1], num_frames=31)
     make_latents(tmp_path / "cache")
     for words, *flags in (

@@ -178,8 +178,12 @@ def test_only_new_and_changed_files_are_opened_and_lost_ones_forgotten(root, mon
     )
     scan = scan_videos(root)
     assert opened == [str(root / "A" / "one.avi"), str(root / "B" / "five.avi")]
-    assert {video.key: video.num_frames for video in scan.videos} == {"A/one": 30, "B/five": 20, "B/four": 20,
-                                                                      "B/three": 20}
+    assert {video.key: video.num_frames for video in scan.videos} == {
+        "A/one": 30,
+        "B/five": 20,
+        "B/four": 20,
+        "B/three": 20,
+    }
     assert "two" not in (root / ".video_index.json").read_text()
 
 
@@ -664,14 +668,16 @@ def scramble_exif(path):
     Image.fromarray(picture()).save(path, format="PNG", exif=b"Exif\x00\x00no TIFF header")
 
 
-WAYS = {"truncated": cut, "vanished": Path.unlink, "text": lambda path: path.write_text("hello"),
-        "empty": lambda path: path.write_bytes(b"")}
+WAYS = {
+    "truncated": cut,
+    "vanished": Path.unlink,
+    "text": lambda path: path.write_text("hello"),
+    "empty": lambda path: path.write_bytes(b""),
+}
 PNG_WAYS = {"bomb": bomb, "size": lose_size, "palette": lose_palette, "exif": scramble_exif}
 
 
-@pytest.mark.parametrize(
-    ("way", "suffix"), [*product(WAYS, ("jpg", "png", "webp")), *product(PNG_WAYS, ("png",))]
-)
+@pytest.mark.parametrize(("way", "suffix"), [*product(WAYS, ("jpg", "png", "webp")), *product(PNG_WAYS, ("png",))])
 def test_a_bad_image_is_named_replaced_and_counted(image_root, way, suffix):
     name = f"bad.{suffix}"
     save(image_root / "A" / name, picture(seed=9))
