@@ -222,7 +222,7 @@ def wilson(hits, count):
     z = 1.96
     middle = (hits + z**2 / 2) / (count + z**2)
     half = z / (count + z**2) * math.sqrt(hits * (count - hits) / count + z**2 / 4)
-    return [middle - half, middle + half]
+    return [max(0.0, middle - half), min(1.0, middle + half)]  # rounding may lead out
 
 
 def mean_and_error(values):

@@ -65,7 +65,7 @@ ARMS = [  # in the order in which they run, seed by seed within a block
         Arm("4", "CE", phases=((4, 1.0),), rate="16", seeds=2, frames=LENGTHS, scaled=(8, 16)),
         Arm("8", "C", phases=((8, 1.0),), rate="16", seeds=2, frames=LENGTHS, scaled=(16, 32)),
         Arm("4-8-16 rewarmup", "B", "--rewarmup 20", phases=EVEN, rate="4-8-16 even", seeds=2, looks=200),
-        Arm("4-8-16 mix", "B", phases=EVEN, mix=0.2, rate="4-8-16 even", seeds=2, looks=200),
+        Arm("4-8-16 mix", "B", phases=EVEN, mix=0.2, rate="4-8-16 even", seeds=2, shares=BOTH, looks=200),
         Arm(
             "intervals 1-3", "CD", "--frame-interval 1 3", ((8, 1.0),), rate="16", seeds=2, frames=(16, 24),
             time_scales=(0.04, 0.06, 0.08, 0.12),
@@ -73,6 +73,10 @@ ARMS = [  # in the order in which they run, seed by seed within a block
         Arm(
             "4-8-16 intervals", "C", "--frame-interval 1 2", EVEN, rate="4-8-16 even", seeds=2, frames=LENGTHS,
             time_scales=(0.04,),
+        ),
+        Arm(
+            "4-8-16 mix, intervals", "C", "--frame-interval 1 2", EVEN, 0.2, rate="4-8-16 even", seeds=2,
+            frames=LENGTHS, time_scales=(0.04,),
         ),
     ],
     [
