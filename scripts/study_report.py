@@ -93,6 +93,12 @@ def mean_cell(values, digits=3):
     return f"{mean:.{digits}f}{spread} ({len(values)})"
 
 
+def value_cell(by_seed, name):
+    """The same of a column; a dash where no row has a value, as the speed of clips of which none is right."""
+    values = column(by_seed, name)
+    return "-" if by_seed and not values else mean_cell(values, 2)
+
+
 def share_cell(by_seed):
     found = pooled(by_seed)
     if found is None:
@@ -109,10 +115,11 @@ def arm_row(rows, name, share, frames):
     """Cells: what a run of an arm has taken, and what came of it at `frames` frames."""
     ends, made = finals(rows, name, share), samples(rows, name, frames, share)
     flops, seconds, looks = (column(ends, key) for key in ("flops", "seconds", "val_seconds"))
-    times = {seed: (seconds[seed] - looks[seed]) / 60 for seed in seconds.keys() & looks.keys()}
+    times = [(seconds[seed] - looks[seed]) / 60 for seed in seconds.keys() & looks.keys()]
+    minutes = f"{np.median(times):.1f} ({len(times)})" if times else "not run"
     spent = f"{np.mean(list(flops.values())) / 1e12:.1f}" if flops else "-"
-    cells = [name, f"{share:.0%}", spent, mean_cell(times, 1), mean_cell(column(ends, f"loss_{frames}"))]
-    return [*cells, share_cell(made), mean_cell(column(made, "speed"), 2), mean_cell(column(made, "area"), 2)]
+    cells = [name, f"{share:.0%}", spent, minutes, mean_cell(column(ends, f"loss_{frames}"))]
+    return [*cells, share_cell(made), value_cell(made, "speed"), value_cell(made, "area")]
 
 
 ARM_TITLES = ["arm", "compute", "TFLOP", "minutes without validation", "validation loss", "direction right (95%)",
@@ -348,17 +355,15 @@ def answer_c(study):
 def answer_intervals(study):
     """Distances in time that were trained by frames further apart: do they carry to more frames, without scaling?"""
     lines = ["Trained on frames that are 1 to 3 apart (intervals 1-3: its 2 temporal patches are as far apart as any "
-             "of the 4 of 16 frames) or 1 to 2 (the other two: as any of the 7 of 28 frames), beside those trained "
+             "of the 4 of 16 frames) or 1 to 2 (4-8-16 intervals: as any of the 7 of 28 frames), beside those trained "
              "on frames that are 1 apart; all are sampled at 0.04 s per frame, without scaling:", ""]  # fmt: skip
-    groups = {("8", "intervals 1-3"): (8, 16, 24)}
-    groups |= {("4-8-16 even", "4-8-16 intervals", "4-8-16 mix, intervals"): (16, 24, 32)}
-    cells = []
+    groups, cells = {("8", "intervals 1-3"): (8, 16, 24), ("4-8-16 even", "4-8-16 intervals"): (16, 24, 32)}, []
     for arms, lengths in groups.items():
         for frames in lengths:
             for arm in arms:
                 scale = BY_NAME[arm].time_scales[0]  # None: as trained, which is 0.04 s for the plain ones
                 made = samples(study.rows, arm, frames, time_scale=scale)
-                cells.append([arm, str(frames), share_cell(made), mean_cell(column(made, "speed"), 2)])
+                cells.append([arm, str(frames), share_cell(made), value_cell(made, "speed")])
     return lines + table(["arm", "sampled frames", "direction right (95%)", "speed / true"], cells)
 
 
@@ -368,7 +373,7 @@ def listed(numbers):
 
 def c_row(study, name, frames, method):
     made = samples(study.rows, name, frames, rope_scale=method)
-    cells = [mean_cell(column(made, key), 2) for key in ("speed", "seam", "drift")]
+    cells = [value_cell(made, key) for key in ("speed", "seam", "drift")]
     return [name, str(frames) + ("" if method == "none" else f", {method}"), share_cell(made), *cells]
 
 
@@ -582,7 +587,8 @@ def about(study):
         f"clips a run, `ngd`, {size.points - 1} evaluations, guidance {GUIDANCE:g}, averaged weights of the last step. "
         "A share of directions is over the clips of all seeds, with Wilson's 95% interval, which takes clips for "
         "independent; other numbers are mean ± standard error over seeds, in brackets how many; differences are paired "
-        "by seed, with Student's 95% interval. Chance is 25% for a direction; real clips have "
+        "by seed, with Student's 95% interval. Minutes are medians over seeds, of a shared machine at different hours, "
+        "so they are no comparison; compute is. Chance is 25% for a direction; real clips have "
         f"{share_text(study.rows)} right.",
         "",
     ]
