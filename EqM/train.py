@@ -151,7 +151,7 @@ def add_optimisation_flags(parser):
     add("--grad-accum", type=COUNT, default=1, metavar="N", help="micro-batches per step; 1 = off")
     add("--optimizer", choices=["adamw", "muon"], default="adamw", help="muon is for the blocks' matrices only")
     add("--lr", type=POSITIVE, default=1e-4, metavar="X", help="learning rate of AdamW")
-    add("--muon-lr", type=POSITIVE, default=0.02, metavar="X", help="learning rate of Muon")
+    add("--muon-lr", type=POSITIVE, default=0.01, metavar="X", help="learning rate of Muon")
     add("--lr-decay", type=SHARE, default=0.0, metavar="F", help="share of the global steps that decays to 0; 0 = off")
     add("--warmup-steps", type=NATURAL, default=0, metavar="N", help="global steps up to the full rate; 0 = off")
     rewarmup = "steps up to the full rate after the start of a phase from a checkpoint or in a schedule; 0 = off"

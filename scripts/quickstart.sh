@@ -22,9 +22,9 @@ bash scripts/setup.sh
 
 bash scripts/train_progressive.sh \
   --depth 4 --hidden-size 128 --num-heads 4 --rope-theta 100 \
-  --temporal-patch-size 4 --image-size 16 --vae none --frame-interval 1 2 --no-flip \
+  --temporal-patch-size 4 --image-size 16 --vae none --no-flip \
   --num-workers="$WORKERS" --precision="$PRECISION" \
-  --optimizer muon --muon-lr 0.01 --lr 2e-3 --warmup-steps 20 --ema-decay 0.99 --gamma-shift 3 \
+  --lr 2e-3 --warmup-steps 20 --ema-decay 0.99 \
   --log-every 50 --val-every 1000 --sample-every 0
 
 OUT=samples/$EXP CKPT= FRAMES=$FRAMES SAMPLES=$SAMPLES bash scripts/sample.sh \

@@ -528,7 +528,7 @@ def answer_f(study):
              f"  --frames-schedule {','.join(schedule)}", "```", ""]  # fmt: skip
     for name in ("4-8-16 even", "4-8-16 long"):
         lines.append(f"- On Moving Shapes: {reaches(study, name, '16')}")
-        lines.append(f"- {pace_of(study.rows, name)}")
+    lines.append(f"- {pace_of(study.rows, '4-8-16 even')}")
     lines.append("- Nothing here says that a result on Moving Shapes carries over to UCF-101.")
     return [*lines, ""]
 
@@ -596,7 +596,7 @@ def about(study):
 
 def share_text(rows):
     values = [row["real_direction"] for row in rows if row["real_direction"] is not None]
-    return f"{min(values):.1%} or more" if values else "not been looked at yet"
+    return f"at least {min(values):.1%}" if values else "not yet known how many"
 
 
 def tuning_lines(study):
