@@ -1,7 +1,7 @@
 """Does a frame curriculum with rotary positions pay? Equal compute, several seeds, Moving Shapes with a known truth.
 
     python scripts/study.py --list                  what is done, what is missing, hours
-    python scripts/study.py --minutes 140           go on, start no run that would not fit (all: 4 hours on 2 cores)
+    python scripts/study.py --minutes 140           go on, start no run that would not fit (all: 4.5 hours on 2 cores)
     python scripts/study.py --only A B              some questions (A to E), or arms by their names
     python scripts/study.py --report                tables and figures again, from the csv alone
 
