@@ -10,6 +10,7 @@ import hashlib
 import json
 import os
 import re
+import time
 from dataclasses import asdict, dataclass
 from pathlib import Path, PurePosixPath
 
@@ -40,6 +41,9 @@ LATENTS, PARTIAL = "latents.json", "latents.partial.json"  # of a latent cache: 
 LATENTS_FORMAT = 1
 MOST_FRAMES = 2**31  # of a video: two years
 ATTEMPTS = 100  # videos tried for one sample before giving up
+# Seconds of rest before processes are forked: gloo's threads tidy up after what was sent last, and a fork in the midst
+# of that deadlocks the child, which in Python 3.11 waits for the lock on the list of threads that one of them held.
+QUIET = 0.1
 
 
 @dataclass(frozen=True)
@@ -535,6 +539,8 @@ def batches_of(loader):
     A worker that does not come back in time is a UserError, too, which names what it was reading. The workers are
     forked here and now, not at the first batch, when threads of the process may hold locks that no fork lets go of.
     """
+    if loader.num_workers:
+        time.sleep(QUIET)
     return _batches(loader, iter(loader))
 
 
