@@ -45,6 +45,8 @@ class UnreadableError(Exception):
 
 @dataclass(frozen=True, slots=True)  # slots: an image set has millions
 class Video:
+    """What a scan finds out about a file of a data set."""
+
     path: str  # below ROOT, with forward slashes
     class_name: str
     num_frames: int
@@ -59,10 +61,12 @@ class Video:
 
 
 def is_a(kind, path):
+    """Whether a path ends as files of that kind do, "video" or "image"."""
     return str(path).lower().endswith(SUFFIXES[kind])
 
 
 def is_cached(video):
+    """Whether a Video is one of a latent cache."""
     return video.path.endswith(LATENTS_SUFFIX)
 
 
