@@ -55,6 +55,10 @@ class Scan:
     is_saved: bool  # the index lies where the next scan will find it
 
 
+# ----------------------------------------------------------------------------------------------------------------------
+# What lies in ROOT: a latent cache, or files that are opened once and remembered
+
+
 def check_data_path(root, images=False):
     """The part of the scan that opens no video; raises UserError."""
     if latents_settings(root, images) is None:
@@ -277,6 +281,10 @@ def _write_index(places, entries):
     return False
 
 
+# ----------------------------------------------------------------------------------------------------------------------
+# Which of the videos train, which validate, which can't be used
+
+
 def split_videos(root, videos, val_fraction):
     """(training, validation) videos, at least one each; raises UserError if there are not two.
 
@@ -350,6 +358,10 @@ class BadVideos:
         return new
 
 
+# ----------------------------------------------------------------------------------------------------------------------
+# What sampling starts from in place of noise (--init)
+
+
 def start_files(place, images):
     """What --init names: [place] if it is a file, else the paths of the videos (images) right in this folder, sorted.
 
@@ -391,6 +403,10 @@ def read_start(path, num_frames, seconds_per_frame, image_size, images):
     if (height, width) != (image_size, image_size):
         raise UserError(f"{here}: {width} x {height} pixels, wanted {image_size} x {image_size}: resize it first")
     return frames
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# The stream of samples
 
 
 class Clips(torch.utils.data.Dataset):
