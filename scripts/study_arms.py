@@ -71,7 +71,7 @@ ARMS = [  # in the order in which they run, seed by seed within a block
             time_scales=(0.04, 0.06, 0.08, 0.12),
         ),
         Arm(
-            "4-8-16 intervals", "C", "--frame-interval 1 2", EVEN, rate="4-8-16 even", seeds=2, frames=LENGTHS,
+            "4-8-16 intervals", "BC", "--frame-interval 1 2", EVEN, rate="4-8-16 even", seeds=2, frames=LENGTHS,
             time_scales=(0.04,),
         ),
     ],

@@ -113,7 +113,7 @@ def table(titles, rows):
 
 def arm_row(rows, name, share, frames):
     """Cells: what a run of an arm has taken, and what came of it at `frames` frames."""
-    ends, made = finals(rows, name, share), samples(rows, name, frames, share)
+    ends, made = finals(rows, name, share), samples(rows, name, frames, share, BY_NAME[name].time_scales[0])
     flops, seconds, looks = (column(ends, key) for key in ("flops", "seconds", "val_seconds"))
     times = [(seconds[seed] - looks[seed]) / 60 for seed in seconds.keys() & looks.keys()]
     minutes = f"{np.median(times):.1f} ({len(times)})" if times else "not run"
@@ -221,7 +221,7 @@ def losses(study, name, share=1.0, frames=16):
 
 
 def directions(study, name, share=1.0, frames=16):
-    return column(samples(study.rows, name, frames, share), "direction")
+    return column(samples(study.rows, name, frames, share, BY_NAME[name].time_scales[0]), "direction")
 
 
 def answer_a(study):
