@@ -489,7 +489,8 @@ def main():
             report(study)
         else:
             go_on(study, args.minutes)
-            report(study)
+            with held(study.folder / "lock"):  # another process may come to its end at the same moment
+                report(study)
     except (UserError, OSError) as error:
         fail(error, status=1)
     except KeyboardInterrupt:
