@@ -26,15 +26,15 @@ import torch
 from safetensors import SafetensorError, safe_open
 from tqdm import tqdm
 
-import distributed
-import video_dataset
-from distributed import COUNT, SHARE, ArgumentParser, UserError, check_writable, fail, rank, say, world_size
-from interruption import one_line_errors
-from safe_read import check_regular, plain_name, read_json
+from runtime import distributed
+from runtime.atomic import whole_file
+from runtime.distributed import COUNT, SHARE, ArgumentParser, UserError, check_writable, fail, rank, say, world_size
+from runtime.signals import one_line_errors
+from runtime.untrusted import check_regular, plain_name, read_json
 from vae import load_vae
-from video_dataset import LATENTS, PARTIAL, UCF_LISTS, latents_settings
-from video_files import LATENTS_SUFFIX, UnreadableError, read_all_frames, resize_and_crop
-from whole_file import whole_file
+from video import index
+from video.files import LATENTS_SUFFIX, UnreadableError, read_all_frames, resize_and_crop
+from video.index import LATENTS, PARTIAL, UCF_LISTS, latents_settings
 
 PIECE = 16  # frames that are decoded together: an hour of 1080p would not fit the memory
 ROUND = 16  # videos per rank between two looks at how far the others are
@@ -61,7 +61,7 @@ def check_flags(args):
     if args.vae == "none":
         raise UserError("--vae none: pixels need no cache, train.py reads them from the videos; name a VAE")
     check_writable("--out", args.out)
-    video_dataset.check_data_path(args.data_path)
+    index.check_data_path(args.data_path)
     if latents_settings(args.data_path) is not None:
         raise UserError(f"--data-path {args.data_path}: a latent cache; name the folder of its videos")
 
@@ -71,7 +71,7 @@ def describe(args, vae):
     if args.image_size % vae.downsample:
         raise UserError(f"--image-size {args.image_size} is not a multiple of {vae.downsample} (VAE's downsampling)")
     return {
-        "format": video_dataset.LATENTS_FORMAT,
+        "format": index.LATENTS_FORMAT,
         "vae": vae.place,
         "image_size": args.image_size,
         "channels": vae.channels,
@@ -103,9 +103,9 @@ def check_out(out, settings):
 
 def survey(args):
     """(scan, videos that are still to be encoded, books on the bad ones); for one rank only. Raises UserError."""
-    has_index = os.path.exists(os.path.join(args.out, video_dataset.INDEX))
-    scan = video_dataset.scan_videos(args.data_path, index_folder=args.out if has_index else None)
-    bad_videos = video_dataset.BadVideos(len(scan.videos) + len(scan.unreadable), args.max_bad_fraction)
+    has_index = os.path.exists(os.path.join(args.out, index.INDEX))
+    scan = index.scan_videos(args.data_path, index_folder=args.out if has_index else None)
+    bad_videos = index.BadVideos(len(scan.videos) + len(scan.unreadable), args.max_bad_fraction)
     for path in bad_videos.add(scan.unreadable):
         say(f"{path} can't be opened; it is left out")
     for video in scan.videos:
@@ -174,10 +174,10 @@ def prepare(out, settings, scan):
     os.makedirs(out, exist_ok=True)
     if not Path(out, LATENTS).exists():
         write(Path(out, PARTIAL), json.dumps(settings, indent=1).encode())
-    for left in (*Path(out).rglob("*.tmp"), *Path(out).glob(f"{video_dataset.INDEX}.*")):
+    for left in (*Path(out).rglob("*.tmp"), *Path(out).glob(f"{index.INDEX}.*")):
         if not left.is_dir():  # a class may have any name
             left.unlink()
-    video_dataset.save_index(scan, out)
+    index.save_index(scan, out)
 
 
 def encode_videos(args, vae, device, scan, todo, bad_videos):
@@ -240,7 +240,7 @@ def finish(args, settings, scan, bad_videos):
     videos = [replace(video, path=latents_path(video)) for video in scan.videos if video.path not in bad_videos.paths]
     if not videos:
         raise UserError(f"--data-path {args.data_path}: none of its videos can be decoded")
-    lists, _ = video_dataset.find_ucf_lists(args.data_path, scan.videos)
+    lists, _ = index.find_ucf_lists(args.data_path, scan.videos)
     for file in lists.glob("*.txt") if lists else ():
         Path(args.out, UCF_LISTS).mkdir(exist_ok=True)
         shutil.copyfile(file, Path(args.out, UCF_LISTS, file.name))

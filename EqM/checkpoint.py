@@ -34,10 +34,10 @@ import torch
 from safetensors import SafetensorError
 
 from checkpoint_parts import CONFIG_BYTES, NEEDED, PARTS, is_weights, odd_part
-from distributed import UserError
 from models import SIZES, EqM, EqMConfig, model_config, position_table
-from safe_read import ARCHIVE_ERRORS, check_archive, check_regular, plain_name, read_json
-from whole_file import sync, whole_file
+from runtime.atomic import sync, whole_file
+from runtime.distributed import UserError
+from runtime.untrusted import ARCHIVE_ERRORS, check_archive, check_regular, plain_name, read_json
 
 VERSION = 1
 FLAGS = {  # what a user types for a field of EqMConfig

@@ -8,7 +8,7 @@ from dataclasses import asdict, dataclass, fields
 
 import torch
 
-from safe_read import FPS
+from runtime.untrusted import FPS
 
 PARTS = ("model", "data", "training")  # of a checkpoint's config
 NEEDED = {  # of those parts, to sample

@@ -25,18 +25,25 @@ import safetensors.torch
 import torch
 from safetensors import SafetensorError
 
-import consistency
-import distributed
-import frechet
-import manifest
-import motion
-import sampling
-import sources
-from distributed import COUNT, NATURAL, NON_NEGATIVE, SHARE, ArgumentParser, UserError, check_writable, fail, rank, say
-from interruption import one_line_errors
-from sampling import sha256
-from video_dataset import check_data_path, latents_settings
-from whole_file import whole_file
+import generation
+from generation import sha256
+from runtime import distributed
+from runtime.atomic import whole_file
+from runtime.distributed import (
+    COUNT,
+    NATURAL,
+    NON_NEGATIVE,
+    SHARE,
+    ArgumentParser,
+    UserError,
+    check_writable,
+    fail,
+    rank,
+    say,
+)
+from runtime.signals import one_line_errors
+from scoring import consistency, frechet, manifest, motion, sources
+from video.index import check_data_path, latents_settings
 
 CLIPS = {"fvd": 2048, "fid": 2048, "motion": 96, "consistency": 256}  # of either kind
 SPLITS = {"fvd": "train", "fid": "train", "motion": "val", "consistency": "val"}
@@ -85,8 +92,8 @@ def add_sampling_flags(parser):
     """Flags that --ckpt alone uses, but for those that FromFolder reads."""
     add = parser.add_argument_group("sampling from --ckpt").add_argument
     add("--video", action="store_true", default=None, help="the checkpoint has videos; none = not checked")
-    sampling.add_what_flags(add, None, "generated clips; none = as --num-real, or all of --samples")
-    sampling.add_checked_flags(parser)
+    generation.add_what_flags(add, None, "generated clips; none = as --num-real, or all of --samples")
+    generation.add_checked_flags(parser)
     distributed.add_speed_flags(parser)
     distributed.add_sampling_flags(parser)
 
@@ -228,7 +235,7 @@ def score_consistency(args, made, real, patch):
     if rank() != 0:
         return None, None
     result = consistency.summarize(*found, patch)
-    import plots  # matplotlib takes a while to load
+    from scoring import plots  # matplotlib takes a while to load
 
     picture = Path(args.out).with_suffix(".png")
     plots.plot_consistency(picture, result["by_position"], patch)

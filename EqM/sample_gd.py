@@ -13,13 +13,13 @@ from pathlib import Path
 
 import torch
 
-import distributed
+import generation
 import samplers
-import sampling
-from distributed import COUNT, SHARE, ArgumentParser, UserError, check_writable, fail, rank, say
-from interruption import one_line_errors
-from video_dataset import read_start, start_files
-from video_io import write_samples
+from runtime import distributed
+from runtime.distributed import COUNT, SHARE, ArgumentParser, UserError, check_writable, fail, rank, say
+from runtime.signals import one_line_errors
+from video.index import read_start, start_files
+from video.writers import write_samples
 
 
 def parse_args():
@@ -28,7 +28,7 @@ def parse_args():
     ckpt = "a checkpoint of train.py, a folder of scripts/export.py or a published image model"
     add("--ckpt", required=True, metavar="FILE", help=ckpt)
     add("--video", action="store_true", help="sample videos; off = images")
-    sampling.add_what_flags(add, num_samples=16)
+    generation.add_what_flags(add, num_samples=16)
     init = "start from this video or image, or from those of a folder in turn; none = from noise"
     add("--init", metavar="FILE_OR_FOLDER", help=init)
     add("--init-gamma", type=SHARE, metavar="G", help="share of --init in the start, the rest is noise; none = 0.5")
@@ -38,7 +38,7 @@ def parse_args():
     add("--batch-size", type=COUNT, default=16, metavar="N", help="samples per rank at a time")
     add("--report-energy", action="store_true", help="write how the (guided) energy of each sample fell")
 
-    sampling.add_checked_flags(parser)
+    generation.add_checked_flags(parser)
     distributed.add_speed_flags(parser)
     distributed.add_sampling_flags(parser)
     return parser.parse_args()
@@ -80,7 +80,7 @@ def main():
     args = parse_args()
     try:
         check_flags(args)
-        source = sampling.open_checkpoint(args)
+        source = generation.open_checkpoint(args)
         if args.report_energy and source.model.config.ebm == "none":
             wanted = "trained without an energy (--ebm dot or l2)"
             raise UserError(f"--report-energy: {args.ckpt} was {wanted}: leave it out")
@@ -97,8 +97,8 @@ def main():
 def sample(args, source, numbers, starts):
     """The ranks share the samples; rank 0 writes them."""
     device = distributed.start()
-    sampling.prepare(source, args, device)
-    videos, evaluations, energies = sampling.draw(
+    generation.prepare(source, args, device)
+    videos, evaluations, energies = generation.draw(
         source, args, numbers, device, starts, args.init_gamma, energy=args.report_energy, show=rank() == 0
     )
     results = [distributed.collect(numbers, part) for part in (videos, evaluations)]
@@ -114,12 +114,12 @@ def write(args, source, videos, evaluations, energies):
     forget(folder)
     write_samples(folder, videos.numpy(), source.labels, 1 / source.time_scale, names)
     about = {"classes": classes, "time_scale": source.time_scale, "mean_evaluations": spent.mean().item()}
-    about |= {"source": sampling.describe(source, args), "flags": vars(args)}
+    about |= {"source": generation.describe(source, args), "flags": vars(args)}
     (folder / "samples.json").write_text(json.dumps(about, indent=2))
     what = f"videos of {args.num_frames} frames" if args.video else "images"
     say(f"{folder}: {len(videos)} {what}, pictures for the eye and samples.npz")
     if args.stop_below is not None or energies is not None:
-        import plots  # matplotlib takes a while to load
+        from scoring import plots  # matplotlib takes a while to load
 
     if args.stop_below is not None:
         write_csv(

@@ -4,7 +4,7 @@ import argparse
 import re
 from dataclasses import dataclass, replace
 
-from distributed import UserError
+from runtime.distributed import UserError
 
 
 @dataclass(frozen=True)

@@ -27,13 +27,12 @@ from torch.utils.data import DataLoader
 from tqdm import tqdm
 
 import checkpoint
-import distributed
-import interruption
-import runs
 import samplers
 import transport
 from checkpoint_parts import Progress, trained_time_scale
-from distributed import (
+from models import EBMS, NAMES, EqM, EqMConfig, model_config
+from runtime import distributed, runs, signals
+from runtime.distributed import (
     COUNT,
     NATURAL,
     NON_NEGATIVE,
@@ -49,13 +48,12 @@ from distributed import (
     uniform,
     world_size,
 )
-from interruption import Interrupted, LoaderWatch, StopSignal
-from metrics import Metrics, Window, import_wandb
-from models import EBMS, NAMES, EqM, EqMConfig, model_config
-from safe_read import is_text
+from runtime.metrics import Metrics, Window, import_wandb
+from runtime.signals import Interrupted, LoaderWatch, StopSignal
+from runtime.untrusted import is_text
 from schedule import Phase, current_phase, fill_batches, parse_schedule
 from vae import load_vae
-from video_dataset import (
+from video.index import (
     BadVideos,
     Batches,
     Clips,
@@ -70,7 +68,7 @@ from video_dataset import (
     scan_videos,
     split_videos,
 )
-from video_io import tile, write_gif, write_mp4, write_sheet
+from video.writers import tile, write_gif, write_mp4, write_sheet
 
 VAL_CHUNK = 8  # clips that are validated together; fixed, so that the sums do not depend on the ranks
 MOST = {"num_workers": 1024, "global_batch_size": 2**20, "num_samples": 4096}  # more would fill any machine
@@ -188,7 +186,7 @@ def check_flags(args):
         raise UserError(f"--mix {args.mix} is of the earlier phases of --frames-schedule: give that, or leave it out")
     args.num_frames = args.num_frames or 16
     distributed.check_devices()
-    interruption.check_job()
+    signals.check_job()
     distributed.check_speed_flags(args)
     distributed.check_sampling_flags(args)
     if args.skip_nonfinite and args.precision == "fp16":
@@ -394,7 +392,7 @@ def main():
     except UserError as error:
         fail(error)
     device = distributed.start()
-    with interruption.one_line_errors():
+    with signals.one_line_errors():
         data, config = distributed.broadcast((data, config))
         check_alike(start)
         phases = phases or [only_phase(args, start.progress, data)]
@@ -495,7 +493,7 @@ def new_folder(args):
     """The run folder that rank 0 makes and locks, on all ranks."""
     folder = runs.make_run_folder(args.results_dir, run_name(args)) if rank() == 0 else None
     if folder:
-        interruption.lock(folder)
+        signals.lock(folder)
     return distributed.broadcast(folder)
 
 
@@ -558,7 +556,7 @@ def make_loaders(run):
     batches = ([(frames[n // args.grad_accum], number) for number in batch] for n, batch in enumerate(numbers))
     settings = {"num_workers": args.num_workers, "collate_fn": collate, "pin_memory": run.device.type == "cuda"}
     if args.num_workers:
-        start = functools.partial(interruption.start_worker, os.getpid())
+        start = functools.partial(signals.start_worker, os.getpid())
         settings |= {"persistent_workers": True, "prefetch_factor": 4, "worker_init_fn": start}
         settings |= {"timeout": args.loader_timeout}
     train, val = (ClipsByFrames(clips, LoaderWatch(args.num_workers)) for clips in (train, val))

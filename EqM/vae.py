@@ -10,8 +10,8 @@ import textwrap
 import torch
 from safetensors import SafetensorError, safe_open
 
-from distributed import UserError, rank, say
-from safe_read import check_regular, read_json
+from runtime.distributed import UserError, rank, say
+from runtime.untrusted import check_regular, read_json
 
 PUBLISHED = {"ema": "stabilityai/sd-vae-ft-ema", "mse": "stabilityai/sd-vae-ft-mse"}
 FILES = ["config.json", "diffusion_pytorch_model.safetensors"]

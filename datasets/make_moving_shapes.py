@@ -20,8 +20,8 @@ import torch
 from tqdm import tqdm
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent / "EqM"))
-from distributed import ArgumentParser, UserError, fail, generator, say
-from safe_read import read_json
+from runtime.distributed import ArgumentParser, UserError, fail, generator, say
+from runtime.untrusted import read_json
 
 VERSION = 1  # of the drawing and of shapes.json
 FPS = 25

@@ -19,10 +19,10 @@ import torch
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent / "EqM"))
 import checkpoint
-import motion
 import samplers
 from checkpoint_parts import trained_time_scale
-from distributed import COUNT, ArgumentParser, UserError, check_writable, fail, normal, say
+from runtime.distributed import COUNT, ArgumentParser, UserError, check_writable, fail, normal, say
+from scoring import motion
 from vae import load_vae
 
 matplotlib.use("Agg")

@@ -33,7 +33,9 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent / "EqM"))
 import cache_latents
 import samplers
 import train
-from distributed import (
+from models import NAMES, EqM_models, math_attention
+from rope import RotaryEmbedding3D, apply_rotary
+from runtime.distributed import (
     COUNT,
     ArgumentParser,
     UserError,
@@ -43,12 +45,10 @@ from distributed import (
     number,
     set_precision,
 )
-from interruption import StopSignal
-from models import NAMES, EqM_models, math_attention
-from rope import RotaryEmbedding3D, apply_rotary
+from runtime.signals import StopSignal
 from vae import VAE
-from video_dataset import LATENTS, LATENTS_FORMAT, Batches, Clips, collate, scan_videos
-from video_files import read_frames, read_latents
+from video.files import read_frames, read_latents
+from video.index import LATENTS, LATENTS_FORMAT, Batches, Clips, collate, scan_videos
 
 CLASSES = 101
 warnings.filterwarnings("ignore", message="a token holds")

@@ -11,8 +11,8 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent / "EqM"))
 import checkpoint
-from distributed import ArgumentParser, UserError, check_writable, fail, say
 from models import EBMS, NAMES
+from runtime.distributed import ArgumentParser, UserError, check_writable, fail, say
 
 
 def parse_args():

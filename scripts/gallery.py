@@ -20,11 +20,11 @@ from pathlib import Path
 from PIL import Image
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent / "EqM"))
-from distributed import COUNT, SHARE, ArgumentParser, UserError, check_writable, fail, say
-from sources import read_samples
-from video_dataset import Clips, check_data_path, latents_settings, scan_videos, split_videos
-from video_io import write_mp4
-from whole_file import whole_file
+from runtime.atomic import whole_file
+from runtime.distributed import COUNT, SHARE, ArgumentParser, UserError, check_writable, fail, say
+from scoring.sources import read_samples
+from video.index import Clips, check_data_path, latents_settings, scan_videos, split_videos
+from video.writers import write_mp4
 
 TEMPLATE = Path(__file__).with_suffix(".html")
 SMALL = 128  # px, below which pixels are shown as they are instead of smoothed

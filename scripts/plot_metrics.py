@@ -19,8 +19,8 @@ import matplotlib
 import numpy as np
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent / "EqM"))
-from distributed import COUNT, ArgumentParser, UserError, check_writable, fail, say
-from metrics import read_metrics
+from runtime.distributed import COUNT, ArgumentParser, UserError, check_writable, fail, say
+from runtime.metrics import read_metrics
 
 matplotlib.use("Agg")  # no window, no display
 from matplotlib import pyplot as plt  # noqa: E402

@@ -16,22 +16,13 @@ from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 
 import cache_latents
-import video_dataset
-import video_files
-from distributed import UserError
+from runtime.distributed import UserError
 from test_vae import save_tiny
-from test_video_dataset import scribble, write_ucf_list, write_video
+from test_video_clips import scribble, write_ucf_list, write_video
 from vae import load_vae
-from video_dataset import (
-    BadVideos,
-    Clips,
-    check_data_path,
-    collate,
-    latents_settings,
-    scan_videos,
-    split_videos,
-)
-from video_files import UnreadableError, Video, read_frames, read_latents, resize_and_crop
+from video import files, index
+from video.files import UnreadableError, Video, read_frames, read_latents, resize_and_crop
+from video.index import BadVideos, Clips, check_data_path, collate, latents_settings, scan_videos, split_videos
 
 SOURCE = Path(cache_latents.__file__).parent
 SIZE = 16
@@ -148,7 +139,7 @@ def test_latents_json_says_what_the_cache_is_and_what_it_holds(root, vae, cache)
 
 
 def test_a_scan_of_a_cache_is_that_of_its_videos_and_opens_nothing(root, cache, monkeypatch):
-    monkeypatch.setattr(video_files, "safe_open", lambda *_: pytest.fail("opened a file"))
+    monkeypatch.setattr(files, "safe_open", lambda *_: pytest.fail("opened a file"))
     videos, cached = scan_videos(root), scan_videos(cache)
     assert [video.key for video in cached.videos] == [video.key for video in videos.videos]
     for name in ("class_name", "num_frames", "fps", "height", "width"):
@@ -223,7 +214,7 @@ def test_of_a_long_video_only_what_is_around_the_frames_of_the_clip_is_read(tmp_
             (lines,) = [part.splitlines() for part in maps if str(place) in part]
             resident.extend(int(line.split()[1]) for line in lines if line.startswith("Rss:"))
 
-    monkeypatch.setattr(video_files, "safe_open", Watched)
+    monkeypatch.setattr(files, "safe_open", Watched)
     clip = read_latents(tmp_path, Video(place.name, "all", shape[0], 25.0, 48, 64), numbers)
     expected = torch.arange(16.0).half().view(16, 1, 1).expand(4, 16, 32, 32)
     assert torch.equal(clip, torch.stack([expected, expected + 0.5]))
@@ -303,7 +294,8 @@ def test_killed_from_outside_half_way_and_started_again_it_makes_the_same_bytes(
 
 def test_two_ranks_make_the_bytes_of_one_and_encode_nothing_twice(root, vae, cache, tmp_path):
     count = """
-import cache_latents, distributed
+import cache_latents
+from runtime import distributed
 encode = cache_latents.encode
 def spy(*args):
     with open(f"{__file__}.{distributed.rank()}", "a") as file:
@@ -377,7 +369,7 @@ def test_an_index_that_the_videos_folder_does_not_take_lies_in_the_cache(own, va
     monkeypatch.setattr(os, "access", lambda path, mode: Path(path) != own and access(path, mode))
     run(monkeypatch, own, vae, tmp_path / "out")
     assert not (own / ".video_index.json").exists()
-    monkeypatch.setattr(video_dataset, "probe", lambda *_: pytest.fail("opened a video again"))
+    monkeypatch.setattr(index, "probe", lambda *_: pytest.fail("opened a video again"))
     run(monkeypatch, own, vae, tmp_path / "out")
 
 

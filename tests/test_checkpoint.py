@@ -11,10 +11,10 @@ import pytest
 import torch
 
 import checkpoint
-import runs
 from checkpoint_parts import odd_part
-from distributed import UserError
 from models import EqM, EqMConfig, model_config
+from runtime import runs
+from runtime.distributed import UserError
 
 CONFIG = EqMConfig(
     input_size=4,

@@ -5,9 +5,8 @@ import json
 import pytest
 import torch
 
-import consistency
-import plots
-from consistency import NAMES
+from scoring import consistency, plots
+from scoring.consistency import NAMES
 
 
 def random(*shape, seed=0):

@@ -5,9 +5,9 @@ import sys
 from pathlib import Path
 
 import evaluate
+import generation
 import make_moving_shapes
-import manifest
-import sampling
+from scoring import manifest
 
 DEMO = Path(evaluate.__file__).resolve().parents[1] / "results/demo"
 
@@ -19,7 +19,7 @@ def test_the_demo_is_small_and_its_scores_are_of_this_file():
     text = (DEMO / "README.md").read_text()
     for path in scores:
         found = manifest.read(path)
-        assert found["generated"]["checkpoint_sha256"] == sampling.sha256(DEMO)
+        assert found["generated"]["checkpoint_sha256"] == generation.sha256(DEMO)
         assert f"{found['values']['direction_accuracy']:.1%}" in text  # the table says what was measured
 
 

@@ -8,10 +8,10 @@ from pathlib import Path
 import pytest
 import torch
 
-import distributed
-from distributed import UserError, generator, normal, number, uniform
+from runtime import distributed
+from runtime.distributed import UserError, generator, normal, number, uniform
 
-ENGINE = Path(distributed.__file__).parent
+ENGINE = Path(distributed.__file__).parents[1]
 
 
 def draw(*key):
@@ -51,7 +51,7 @@ def test_a_draw_leaves_the_global_generator_alone():
 
 
 def test_draws_are_the_same_in_another_process():
-    code = "import torch, distributed\nprint(torch.rand(4, generator=distributed.generator(0, 'noise', 3)).tolist())"
+    code = "import torch\nfrom runtime import distributed\nprint(torch.rand(4, generator=distributed.generator(0, 'noise', 3)).tolist())"
     out, err = python(code, PYTHONHASHSEED="123").communicate()
     assert out.strip() == str(draw(0, "noise", 3)), err
 
@@ -145,7 +145,7 @@ def test_a_place_that_is_a_file_cannot_be_written(tmp_path):
 
 
 def test_an_error_is_one_line_on_stderr_and_an_exit_status():
-    process = python("import distributed\ndistributed.fail('--num-frames 2:\\n  too few')\nprint('alive')")
+    process = python("from runtime import distributed\ndistributed.fail('--num-frames 2:\\n  too few')\nprint('alive')")
     out, err = process.communicate()
     assert process.returncode == 2
     assert out == ""
@@ -184,7 +184,7 @@ def test_another_rank_leaves_rank_0_ten_seconds_before_it_speaks(monkeypatch, ca
 
 
 def test_of_two_ranks_that_fail_only_rank_0_is_heard():
-    code = "import distributed\ndistributed.PATIENCE = 3600\ndistributed.fail(f'wrong on {distributed.rank()}')"
+    code = "from runtime import distributed as d\nd.PATIENCE = 3600\nd.fail(f'wrong on {d.rank()}')"
     ranks = [python(code, RANK=str(rank), WORLD_SIZE="2") for rank in (0, 1)]
     _, err = ranks[0].communicate()
     assert err == "train.py: error: wrong on 0\n"
@@ -231,8 +231,8 @@ def test_only_rank_0_says_and_logs(monkeypatch, capsys, tmp_path):
 
 
 TWO_RANKS = """
-import torch, distributed
-from distributed import *
+import torch
+from runtime.distributed import *
 start()
 mine = share(3)
 print([

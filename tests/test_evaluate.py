@@ -15,14 +15,12 @@ import torch
 
 import checkpoint
 import evaluate
-import frechet
 import make_moving_shapes
-import manifest
-import sources
 from models import EqM, model_config
+from scoring import frechet, manifest, sources
 from tiny_data import make_images, make_latents
-from video_dataset import Clips, scan_videos, split_videos
-from video_io import write_npz
+from video.index import Clips, scan_videos, split_videos
+from video.writers import write_npz
 
 SIZE, FRAMES = 16, 8
 ROOT = Path(__file__).resolve().parent.parent

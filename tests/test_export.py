@@ -11,8 +11,8 @@ import checkpoint
 import export
 import sample_gd
 import train
-from distributed import UserError
 from models import EqM, model_config
+from runtime.distributed import UserError
 
 
 def make_checkpoint(path, video=True, **settings):

@@ -9,9 +9,9 @@ import pytest
 import scipy.linalg
 import torch
 
-import frechet
-from distributed import UserError
-from frechet import Moments, frechet_distance
+from runtime.distributed import UserError
+from scoring import frechet
+from scoring.frechet import Moments, frechet_distance
 
 
 def normal(*shape, seed=0):

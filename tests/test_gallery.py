@@ -16,8 +16,8 @@ from PIL import Image
 
 import gallery
 from tiny_data import make_images, make_latents
-from video_dataset import scan_videos, split_videos
-from video_io import write_mp4, write_samples
+from video.index import scan_videos, split_videos
+from video.writers import write_mp4, write_samples
 
 FRAMES, SIZE, FPS = 8, 16, 8
 CLASSES = ["CircleDown", "CircleLeft", 'a "quoted" class', "<img src=x onerror=alert(1)>\n& ünï→{{cards}}'</script>"]

@@ -9,9 +9,9 @@ import torch
 from PIL import Image
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
-from distributed import UserError
-from metrics import Metrics, Window, import_wandb, read_metrics
-from video_io import write_gif
+from runtime.distributed import UserError
+from runtime.metrics import Metrics, Window, import_wandb, read_metrics
+from video.writers import write_gif
 
 
 def lines(folder):

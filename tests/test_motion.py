@@ -11,9 +11,9 @@ import torch
 import torch.nn.functional as F
 
 import make_moving_shapes as shapes
-import motion
-from distributed import UserError
-from motion import Track, Truth
+from runtime.distributed import UserError
+from scoring import motion
+from scoring.motion import Track, Truth
 
 RED, GREEN, BLUE = (shapes.COLORS[name] for name in ("red", "green", "blue"))
 EVERY = list(itertools.product(shapes.SHAPES, shapes.DIRECTIONS))

@@ -12,7 +12,7 @@ import numpy as np
 import pytest
 
 import make_moving_shapes as shapes
-from distributed import UserError
+from runtime.distributed import UserError
 
 SCRIPTS = Path(shapes.__file__).parent
 

@@ -14,14 +14,14 @@ from safetensors import safe_open
 
 import checkpoint
 import export
+import generation
 import models
 import sample_gd
 import samplers
-import sampling
 import train
 import transport
-from distributed import UserError
 from models import EqM, EqMConfig
+from runtime.distributed import UserError
 from tiny_data import make_vae
 
 
@@ -136,7 +136,7 @@ SHAPE = {"depth": 2, "hidden_size": 48, "num_heads": 2, "patch_size": 2}
 def tiny_name(monkeypatch):
     """A --model for the tiny model."""
     monkeypatch.setitem(models.SIZES, "Tiny", (2, 48, 2))
-    for script in (train, sampling):
+    for script in (train, generation):
         monkeypatch.setattr(script, "NAMES", [*models.NAMES, "EqM-Tiny/2"])
     return "EqM-Tiny/2"
 
@@ -332,7 +332,7 @@ def test_scripts_refuse_what_a_published_file_is_not(published, tmp_path, tiny_n
     for name in "ab":
         Image.new("RGB", (16, 16)).save(tmp_path / "data" / f"{name}.png")
     training = [train, "--data-path", tmp_path / "data", "--results-dir", tmp_path / "r", "--image-size", 16]
-    sampling = [sample_gd, "--folder", tmp_path / "s"]
+    generation = [sample_gd, "--folder", tmp_path / "s"]
 
     def line(script, *flags):
         with pytest.raises(SystemExit) as ended:
@@ -342,13 +342,13 @@ def test_scripts_refuse_what_a_published_file_is_not(published, tmp_path, tiny_n
         assert len(lines) == 1, lines
         return lines[0]
 
-    for script, *flags in (training, sampling):
+    for script, *flags in (training, generation):
         assert "give --model" in line(script, *flags)
         assert "has depth 2, EqM-B/2 has depth 12" in line(script, *flags, "--model", "EqM-B/2")
         assert "cannot be converted" in line(script, *flags, "--model", tiny_name, "--use-rope")
-    assert "holds an image model" in line(*sampling, "--model", tiny_name, "--video")
-    assert "--report-energy" in line(*sampling, "--model", tiny_name, "--report-energy")
-    assert "--image-size 32" in line(*sampling, "--model", tiny_name, "--image-size", 32)
+    assert "holds an image model" in line(*generation, "--model", tiny_name, "--video")
+    assert "--report-energy" in line(*generation, "--model", tiny_name, "--report-energy")
+    assert "--image-size 32" in line(*generation, "--model", tiny_name, "--image-size", 32)
     assert "--num-classes gives 1" in line(*training, "--model", tiny_name)  # 10 classes cannot become 1
     assert not (tmp_path / "r").exists()
     assert not (tmp_path / "s").exists()

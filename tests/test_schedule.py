@@ -9,9 +9,9 @@ import torch
 import checkpoint
 import train
 from checkpoint_parts import Progress
-from distributed import UserError
 from faults import TINY, Training, differences, make_data
-from here import run_here, signals  # noqa: F401 (a fixture)
+from here import run_here, usual_signals  # noqa: F401 (a fixture)
+from runtime.distributed import UserError
 from schedule import Phase, current_phase, fill_batches, parse_schedule
 
 

@@ -13,13 +13,13 @@ from pathlib import Path
 
 import pytest
 
-import motion
+import arms
+import report
 import study
-import study_arms
-import study_report
 import train
 from checkpoint_parts import Progress
 from schedule import Phase
+from scoring import motion
 
 SCRIPT = Path(study.__file__)
 ARMS = "fixed-16", "patch 2: 8-16"  # of one run each in the miniature
@@ -35,19 +35,19 @@ def a_study(out, **flags):
     return study.Study(argparse.Namespace(**args))
 
 
-def train_row(job, size=study_arms.FULL, **numbers):
+def train_row(job, size=arms.FULL, **numbers):
     """A row of the last step of a run, as the csv has it."""
-    phases, flops = study_arms.phases_of(job.arm, job.share, size)
-    row = dict.fromkeys(study_arms.COLUMNS) | {
-        "version": study_arms.VERSION,
-        "recipe": study_arms.fingerprint(job, size),
+    phases, flops = arms.phases_of(job.arm, job.share, size)
+    row = dict.fromkeys(arms.COLUMNS) | {
+        "version": arms.VERSION,
+        "recipe": arms.fingerprint(job, size),
     }
     row |= {"arm": job.arm.name, "seed": job.seed, "factor": job.factor, "share": job.share, "kind": "train"}
     row |= {"step": phases[-1][1], "frames": phases[-1][0], "flops": float(flops), "seconds": 100.0, "code": "c"}
     return row | {"rope_scale": "", "val_seconds": 1.0, "machine": "m"} | numbers
 
 
-def sample_row(job, right, clips=96, frames=16, rope_scale="none", size=study_arms.FULL):
+def sample_row(job, right, clips=96, frames=16, rope_scale="none", size=arms.FULL):
     row = train_row(job, size, kind="sample", frames=frames, rope_scale=rope_scale, val_seconds=None)
     low, high = motion.wilson(right, clips)
     row |= {"clips": clips, "right": right, "direction": right / clips, "direction_low": low, "direction_high": high}
@@ -55,7 +55,7 @@ def sample_row(job, right, clips=96, frames=16, rope_scale="none", size=study_ar
 
 
 def job_of(name, seed=0, factor=1.0, share=1.0):
-    return study_arms.Job(study_arms.BY_NAME[name], seed, factor, share)
+    return arms.Job(arms.BY_NAME[name], seed, factor, share)
 
 
 # ----------------------------------------------------------------------------------------------------------------------
@@ -104,9 +104,7 @@ def test_a_study_that_is_killed_goes_on_and_runs_nothing_twice(tmp_path, monkeyp
     assert len(list(tmp_path.glob("study/patch-2*/*/metrics.jsonl"))) == 1  # the same run went on
     flops = [float(row["flops"]) for row in rows if row["kind"] == "train"]
     last = [max(value for row, value in zip(rows, flops, strict=False) if row["arm"] == name) for name in ARMS]
-    assert last[0] == pytest.approx(
-        study_arms.phases_of(study_arms.BY_NAME[ARMS[0]], 1.0, study_arms.MINIATURE)[1], rel=1e-4
-    )
+    assert last[0] == pytest.approx(arms.phases_of(arms.BY_NAME[ARMS[0]], 1.0, arms.MINIATURE)[1], rel=1e-4)
     assert (tmp_path / "study.md").exists() and (tmp_path / "figures/study-A.png").exists()
 
     written = (tmp_path / "study.csv").stat().st_mtime_ns
@@ -141,8 +139,8 @@ def test_no_run_is_started_that_does_not_fit(tmp_path, monkeypatch, capsys):
 
 def counted(arm, share, size):
     """The FLOPs that train.py counts for a run, step by step."""
-    config, spent, first_step = study_arms.config_of(arm, size), 0, 0
-    phases = [Phase(*phase) for phase in study_arms.phases_of(arm, share, size)[0]]
+    config, spent, first_step = arms.config_of(arm, size), 0, 0
+    phases = [Phase(*phase) for phase in arms.phases_of(arm, share, size)[0]]
     for phase in phases:
         args = argparse.Namespace(mix=arm.mix, global_seed=0)
         progress = Progress(step=first_step, first_step=first_step)
@@ -154,13 +152,11 @@ def counted(arm, share, size):
 
 @pytest.mark.parametrize("share", [0.3, 0.6, 1.0])
 def test_all_arms_take_the_same_compute_and_as_many_tokens_a_step(share):
-    whole = (
-        study_arms.FULL.steps * 8 * study_arms.config_of(study_arms.BY_NAME["16"], study_arms.FULL).training_flops(16)
-    )
-    for arm in study_arms.BY_NAME.values():
-        assert counted(arm, share, study_arms.FULL) == pytest.approx(share * whole, rel=0.02), arm.name
-        for frames, _, batch in study_arms.phases_of(arm, share, study_arms.FULL)[0]:
-            assert batch * math.prod(study_arms.config_of(arm, study_arms.FULL).grid(frames)) == study_arms.TOKENS
+    whole = arms.FULL.steps * 8 * arms.config_of(arms.BY_NAME["16"], arms.FULL).training_flops(16)
+    for arm in arms.BY_NAME.values():
+        assert counted(arm, share, arms.FULL) == pytest.approx(share * whole, rel=0.02), arm.name
+        for frames, _, batch in arms.phases_of(arm, share, arms.FULL)[0]:
+            assert batch * math.prod(arms.config_of(arm, arms.FULL).grid(frames)) == arms.TOKENS
 
 
 # ----------------------------------------------------------------------------------------------------------------------
@@ -170,12 +166,12 @@ def test_all_arms_take_the_same_compute_and_as_many_tokens_a_step(share):
 def test_the_tuned_rate_is_the_best_of_the_grid_once_all_of_it_has_run(tmp_path):
     mine = a_study(tmp_path, only=["theta 1000"])
     jobs = mine.jobs()
-    assert [(job.arm.name, job.factor) for job in jobs if job.tunes] == [("16", x) for x in study_arms.FULL.factors]
+    assert [(job.arm.name, job.factor) for job in jobs if job.tunes] == [("16", x) for x in arms.FULL.factors]
     assert {job.factor for job in jobs if not job.tunes} == {None}
-    for factor, loss in zip(study_arms.FULL.factors, (0.9, math.inf, 0.7), strict=True):
+    for factor, loss in zip(arms.FULL.factors, (0.9, math.inf, 0.7), strict=True):
         assert mine.factor("16") is None
-        mine.rows.append(train_row(job_of("16", study_arms.TUNE_SEED, factor, study_arms.TUNE_SHARE), loss=loss))
-    assert mine.factor("16") == study_arms.FULL.factors[2]
+        mine.rows.append(train_row(job_of("16", arms.TUNE_SEED, factor, arms.TUNE_SHARE), loss=loss))
+    assert mine.factor("16") == arms.FULL.factors[2]
     assert {(job.arm.name, job.factor) for job in mine.jobs() if not job.tunes} == {("theta 1000", 2.0)}
 
 
@@ -191,30 +187,30 @@ def test_a_run_that_diverged_is_done(tmp_path):
 
 
 def test_a_bump_is_gone_at_the_first_validation_that_is_no_higher_than_the_one_before():
-    phases, _ = study_arms.phases_of(study_arms.BY_NAME["4-8-16 even"], 1.0, study_arms.FULL)
+    phases, _ = arms.phases_of(arms.BY_NAME["4-8-16 even"], 1.0, arms.FULL)
     before, after = phases[:2]
     length = after[1] - before[1]
     rows = [train_row(job_of("4-8-16 even"), step=before[1], loss=2.0, loss_rel=0.1, loss_raw=4.0)]
     for share, loss in ((0.1, 0.15), (0.25, 0.1), (0.5, 0.08)):  # twice as large clips: a zero predictor's loss is, too
         step = before[1] + round(share * length)
         rows.append(train_row(job_of("4-8-16 even"), step=step, loss=40 * loss, loss_rel=loss, loss_raw=7.0))
-    found = study_report.bump(rows, "4-8-16 even", before, after)
+    found = report.bump(rows, "4-8-16 even", before, after)
     assert found["highest"] == pytest.approx(1.5)
     assert found["gone"] == pytest.approx(0.25, abs=1 / length)
-    raw = study_report.bump(rows, "4-8-16 even", before, after, "loss_raw")
+    raw = report.bump(rows, "4-8-16 even", before, after, "loss_raw")
     assert (raw["highest"], raw["gone"]) == (pytest.approx(7 / 8), pytest.approx(0.1, abs=1 / length))
-    assert study_report.bump(rows, "4-8-16 mix", before, after) is None
-    assert study_report.bump(rows[:3], "4-8-16 even", before, after)["gone"] == pytest.approx(0.25, abs=1 / length)
-    assert study_report.bump(rows[:2], "4-8-16 even", before, after)["gone"] == math.inf
+    assert report.bump(rows, "4-8-16 mix", before, after) is None
+    assert report.bump(rows[:3], "4-8-16 even", before, after)["gone"] == pytest.approx(0.25, abs=1 / length)
+    assert report.bump(rows[:2], "4-8-16 even", before, after)["gone"] == math.inf
 
 
 def test_a_difference_is_paired_by_seed_and_says_whether_its_interval_holds_zero():
-    text = study_report.compare("a", "b", "Loss", {0: 1.0, 1: 2.0, 2: 3.1}, {0: 0.5, 1: 1.5, 2: 2.5, 3: 9.0})
+    text = report.compare("a", "b", "Loss", {0: 1.0, 1: 2.0, 2: 3.1}, {0: 0.5, 1: 1.5, 2: 2.5, 3: 9.0})
     # differences 0.5, 0.5, 0.6: mean 0.5333, standard error 0.0333, times 4.30
     assert text == "Loss: a minus b is +0.533 (95% +0.390 to +0.677, 3 seeds): higher."
-    assert "not told apart" in study_report.compare("a", "b", "Loss", {0: 1.0, 1: -1.0}, {0: 0.0, 1: 0.0})
-    assert "one seed" in study_report.compare("a", "b", "Loss", {0: 1.0}, {0: 0.0})
-    assert study_report.compare("a", "b", "Loss", {0: 1.0}, {1: 0.0}) == "Loss, a against b: not run yet."
+    assert "not told apart" in report.compare("a", "b", "Loss", {0: 1.0, 1: -1.0}, {0: 0.0, 1: 0.0})
+    assert "one seed" in report.compare("a", "b", "Loss", {0: 1.0}, {0: 0.0})
+    assert report.compare("a", "b", "Loss", {0: 1.0}, {1: 0.0}) == "Loss, a against b: not run yet."
 
 
 @pytest.fixture
@@ -228,7 +224,7 @@ def made_up(tmp_path):
             job = job_of(name, seed, share=share)
             rows += [train_row(job, loss=loss, loss_16=loss + 0.001 * seed), sample_row(job, right)]
     rows += [sample_row(job_of("16", seed=0), 10, frames=24), sample_row(job_of("16", seed=0), 70, 96, 24, "ntk")]
-    study_arms.write_rows(tmp_path / "study.csv", rows)
+    arms.write_rows(tmp_path / "study.csv", rows)
     return tmp_path
 
 
@@ -251,8 +247,8 @@ def test_a_report_of_missing_rows_says_what_was_found_and_what_was_not_run(made_
 
 
 def test_rows_come_back_from_the_csv_as_they_were(made_up):
-    rows = study_arms.read_rows(made_up / "study.csv")
-    study_arms.write_rows(made_up / "again.csv", rows)
+    rows = arms.read_rows(made_up / "study.csv")
+    arms.write_rows(made_up / "again.csv", rows)
     assert (made_up / "again.csv").read_bytes() == (made_up / "study.csv").read_bytes()
     assert (rows[0]["arm"], rows[0]["seed"], rows[0]["loss"], rows[0]["time_scale"]) == ("16", 0, 0.6, None)
 
@@ -283,9 +279,9 @@ BAD_CELLS = {"version": ("2", "is of version 2"), "recipe": ("0", "is of another
 @pytest.mark.parametrize("name", BAD_CELLS)
 def test_a_csv_of_another_version_recipe_or_arm_is_refused(name, made_up, monkeypatch, capsys):
     value, words = BAD_CELLS[name]
-    rows = study_arms.read_rows(made_up / "study.csv")
-    rows[3][name] = study_arms.parse(name, value)
-    study_arms.write_rows(made_up / "study.csv", rows)
+    rows = arms.read_rows(made_up / "study.csv")
+    rows[3][name] = arms.parse(name, value)
+    arms.write_rows(made_up / "study.csv", rows)
     before = sorted(made_up.rglob("*"))
     for flag in ("--report", "--list"):
         assert words in refused(monkeypatch, capsys, flag, "--out", made_up)

@@ -13,19 +13,17 @@ from torch.utils.data import DataLoader
 
 import cache_latents
 import checkpoint
-import distributed
-import interruption
-import metrics
 import sample_gd
 import train
 import transport
 from checkpoint_parts import Progress
-from here import signals  # noqa: F401 (a fixture)
+from here import usual_signals  # noqa: F401 (a fixture)
 from models import EqM, model_config
+from runtime import distributed, metrics, signals
 from schedule import Phase
 from tiny_data import make_images, make_vae
 from vae import VAE, load_vae
-from video_dataset import Clips, ClipsByFrames, collate, latents_settings, scan_videos
+from video.index import Clips, ClipsByFrames, collate, latents_settings, scan_videos
 
 SMALL = {"input_size": 16, "in_channels": 3, "hidden_size": 192, "depth": 1, "num_heads": 3, "num_classes": 2}
 
@@ -202,7 +200,7 @@ def make_runs(monkeypatch, videos, chunks, world):
     shared = {"ema": models[0], "model": models[1], "vae": VAE("none"), "args": args, "device": device}
     shared["phase"] = Phase(4, 10, 1)
     monkeypatch.setattr(train, "note_bad", lambda run, paths: None)
-    return [SimpleNamespace(val_loader=loader, stop=interruption.StopSignal(), **shared) for loader in loaders]
+    return [SimpleNamespace(val_loader=loader, stop=signals.StopSignal(), **shared) for loader in loaders]
 
 
 CHUNKS = [[(4, 0), (4, 1), (4, 2)], [(4, 3), (4, 4), (4, 5)], [(4, 6), (4, 7)], [(8, 0), (8, 1)], [(8, 2)]]

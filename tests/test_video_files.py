@@ -1,4 +1,4 @@
-"""Every frame of every container, upright and in order; the videos are those of test_video_dataset.py."""
+"""Every frame of every container, upright and in order; the videos are those of test_video_clips.py."""
 
 import struct
 import subprocess
@@ -11,10 +11,10 @@ import pytest
 import torch
 from PIL import ExifTags, Image
 
-import video_files
-from test_video_dataset import halves, picture, read_numbers, save, write_video
-from video_dataset import scan_videos
-from video_files import UnreadableError, probe, read_frames, resize_and_crop
+from test_video_clips import halves, picture, read_numbers, save, write_video
+from video import files
+from video.files import UnreadableError, probe, read_frames, resize_and_crop
+from video.index import scan_videos
 
 FORMATS = [
     ("v.avi", "mpeg4", {}),
@@ -178,9 +178,9 @@ def test_a_suffix_that_names_another_image_format_does_no_harm(tmp_path):
 def test_what_pillow_finds_odd_about_an_image_is_not_printed(tmp_path):
     save(tmp_path / "large.png", Image.new("1", (10000, 9000)))
     save(tmp_path / "exif.jpg", picture(), exif=b"Exif\x00\x00MM\x00*\x00\x00\x00\x08\x00\x09")
-    code = "import sys, video_files as v; [print(v._read_image(path).shape) for path in sys.argv[1:]]"
+    code = "import sys; from video import files as v; [print(v._read_image(path).shape) for path in sys.argv[1:]]"
     paths = [str(tmp_path / "large.png"), str(tmp_path / "exif.jpg")]
-    folder = Path(video_files.__file__).parent
+    folder = Path(files.__file__).parents[1]
     done = subprocess.run([sys.executable, "-c", code, *paths], cwd=folder, capture_output=True, text=True, check=True)
     assert done.stdout.split("\n")[:2] == ["(1, 9000, 10000, 3)", "(1, 40, 56, 3)"]
     assert done.stderr == ""

@@ -8,7 +8,7 @@ from diffusers import AutoencoderKL
 from PIL import Image
 from safetensors.torch import save_file
 
-from video_dataset import LATENTS_FORMAT
+from video.index import LATENTS_FORMAT
 
 
 def make_vae(folder):

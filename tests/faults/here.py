@@ -6,17 +6,17 @@ import sys
 
 import pytest
 
-import interruption
 import train
+from runtime import signals
 
 OFTEN = ["--log-every", 3, "--val-every", 2, "--ckpt-every", 4, "--sample-every", 5]
 OFTEN += ["--num-samples", 1, "--num-sampling-steps", 3, "--keep-last", 2]
 
 
 @pytest.fixture(autouse=True)
-def signals():
+def usual_signals():
     """A training run takes over these signals; the tests want them back."""
-    handlers = {number: signal.getsignal(number) for number in interruption.STOP_SIGNALS}
+    handlers = {number: signal.getsignal(number) for number in signals.STOP_SIGNALS}
     yield
     for number, handler in handlers.items():
         signal.signal(number, handler)
@@ -48,6 +48,6 @@ def run_here(training, *flags, stop_after=None, stop_in=None):
         try:
             train.main()
         finally:
-            while interruption._locks:  # the end of a process would do that
-                interruption._locks.pop().close()
+            while signals._locks:  # the end of a process would do that
+                signals._locks.pop().close()
     return len(steps)

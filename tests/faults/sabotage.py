@@ -39,30 +39,30 @@ def nan_on_rank_1():
 
 def hanging_decoder():
     """A video beside which a file .hang lies is never decoded."""
-    import video_dataset
+    from video import index
 
-    read = video_dataset.read_frames
+    read = index.read_frames
 
     def read_frames(root, video, numbers):
         while os.path.exists(os.path.join(root, video.path + ".hang")):
             time.sleep(1)
         return read(root, video, numbers)
 
-    video_dataset.read_frames = read_frames
+    index.read_frames = read_frames
 
 
 def killed_while_it_starts_a_loader():
     """SIGKILL when a loader process has been forked and has not come to anything yet."""
-    import interruption
+    from runtime import signals
 
-    start_worker = interruption.start_worker
+    start_worker = signals.start_worker
 
     def late(parent, worker):
         os.kill(parent, signal.SIGKILL)
         time.sleep(0.5)
         start_worker(parent, worker)
 
-    interruption.start_worker = late
+    signals.start_worker = late
 
 
 def bug_in_a_step():

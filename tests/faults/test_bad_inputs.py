@@ -19,16 +19,16 @@ import torch
 
 import cache_latents
 import checkpoint
-import distributed
 import evaluate
 import export
 import make_moving_shapes
 import sample_gd
 import train
+from runtime import distributed
 from test_hostile_files import make_latents, make_samples
 from test_train import save_checkpoint, write_video
 from tiny_data import make_images, make_vae
-from video_dataset import scan_videos
+from video.index import scan_videos
 
 ROOT = Path(train.__file__).resolve().parents[1]
 SCRIPTS = {

@@ -41,17 +41,16 @@ from safetensors.torch import load_file
 sys.path += [str(Path(__file__).resolve().parents[2] / part) for part in ("EqM", "tests")]
 import cache_latents
 import checkpoint
-import metrics
 import models
-import safe_read
-import video_dataset
 from checkpoint_parts import Progress
-from distributed import UserError
 from models import EqM, EqMConfig
+from runtime import metrics, untrusted
+from runtime.distributed import UserError
 from tiny_data import LATENTS_SETTINGS, make_latents, make_vae
 from vae import load_vae
-from video_dataset import Clips
-from video_files import UnreadableError, Video, read_all_frames
+from video import index
+from video.files import UnreadableError, Video, read_all_frames
+from video.index import Clips
 
 TESTS = Path(__file__).resolve().parents[1]
 COUNT = 25  # files of each kind in the tests
@@ -139,7 +138,7 @@ def make_index(folder):
     make_videos(folder)
     (folder / "A/b.mp4").unlink()
     (folder / "A/d.webm").unlink()
-    video_dataset.scan_videos(folder)
+    index.scan_videos(folder)
 
 
 def make_lists(folder):
@@ -196,12 +195,12 @@ def read_export(folder):
 
 
 def read_latents(folder):
-    video_dataset.check_data_path(folder)
-    scan = video_dataset.scan_videos(folder)
-    videos, _ = video_dataset.long_enough(scan.videos, 2)
-    train, val = video_dataset.split_videos(folder, videos, 0.3)
+    index.check_data_path(folder)
+    scan = index.scan_videos(folder)
+    videos, _ = index.long_enough(scan.videos, 2)
+    train, val = index.split_videos(folder, videos, 0.3)
     clips = Clips(folder, train + val, scan.classes, 2, 16, frame_interval=(1, 2))
-    video_dataset.collate([clips[number] for number in range(6)])
+    index.collate([clips[number] for number in range(6)])
 
 
 def read_partial(folder):
@@ -209,15 +208,15 @@ def read_partial(folder):
 
 
 def read_videos(folder, images=False):
-    video_dataset.check_data_path(folder, images)
-    scan = video_dataset.scan_videos(folder, images=images)
+    index.check_data_path(folder, images)
+    scan = index.scan_videos(folder, images=images)
     num_frames = 1 if images else 3
-    videos, _ = video_dataset.long_enough(scan.videos, num_frames)
+    videos, _ = index.long_enough(scan.videos, num_frames)
     clips = Clips(folder, videos, scan.classes, num_frames, 16, frame_interval=(1, 2))
-    video_dataset.collate([clips[number] for number in range(len(videos))])
+    index.collate([clips[number] for number in range(len(videos))])
     for video in videos:
         with contextlib.suppress(UserError):
-            video_dataset.read_start(folder / video.path, num_frames, 0.04, 48, images)
+            index.read_start(folder / video.path, num_frames, 0.04, 48, images)
         if not images:
             with contextlib.suppress(UnreadableError):
                 list(read_all_frames(folder, video, 5))
@@ -229,7 +228,7 @@ def read_images(folder):
 
 def read_lists(folder):
     videos = [Video(f"A/{name}.avi", "A", 9, 25.0, 8, 8) for name in "abc"]
-    video_dataset.split_videos(folder, videos, 0.3)
+    index.split_videos(folder, videos, 0.3)
 
 
 def read_metrics(folder):
@@ -240,8 +239,8 @@ def read_metrics(folder):
 
 def read_samples(folder):
     try:
-        safe_read.read_npz(folder / "samples.npz")
-        safe_read.read_json(folder / "samples.json", 2**20)
+        untrusted.read_npz(folder / "samples.npz")
+        untrusted.read_json(folder / "samples.json", 2**20)
     except (OSError, ValueError) as error:
         raise UserError(str(error)) from error
 

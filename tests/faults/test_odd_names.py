@@ -14,13 +14,13 @@ import pytest
 import cache_latents
 import checkpoint
 import export
-import metrics
 import sample_gd
 import train
-from distributed import one_line
+from runtime import metrics
+from runtime.distributed import one_line
 from test_train import write_video
 from tiny_data import make_vae
-from video_dataset import scan_videos
+from video.index import scan_videos
 
 ROOT = Path(train.__file__).resolve().parents[1]
 FORGED = "\nstep 9: validation loss 0.0000\n"

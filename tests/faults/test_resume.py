@@ -8,7 +8,7 @@ import pytest
 import cache_latents
 import checkpoint
 from faults import TORCHRUN, Training, compare, make_data
-from here import OFTEN, run_here, signals  # noqa: F401 (a fixture)
+from here import OFTEN, run_here, usual_signals  # noqa: F401 (a fixture)
 from tiny_data import make_images, make_vae
 
 STEPS = 7

@@ -10,9 +10,9 @@ from pathlib import Path
 import numpy as np
 import torch
 
-import distributed
-from distributed import UserError
-from whole_file import whole_file
+from runtime import distributed
+from runtime.atomic import whole_file
+from runtime.distributed import UserError
 
 
 def read_metrics(path):

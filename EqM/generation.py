@@ -8,14 +8,14 @@ from pathlib import Path
 import torch
 
 import checkpoint
-import distributed
 import samplers
 import transport
 from checkpoint_parts import trained_time_scale
-from distributed import COUNT, NATURAL, UserError, normal, number, say
 from models import EBMS, NAMES, EqM
 from rope import REFERENCE_FPS, ROPE_SCALES
-from safe_read import FPS
+from runtime import distributed
+from runtime.distributed import COUNT, NATURAL, UserError, normal, number, say
+from runtime.untrusted import FPS
 from vae import VAE, load_vae
 
 MOST_FRAMES, MOST_SAMPLES = 2**16, 2**24  # more is a slip of the pen

@@ -17,12 +17,12 @@ import torch
 from torch.utils.data import DataLoader
 from tqdm import tqdm
 
-import distributed
-import sampling
-from distributed import UserError, rank, say
-from safe_read import FPS, check_regular, read_json
-from sampling import sha256
-from video_dataset import Clips, batches_of, collate, scan_videos, split_videos
+import generation
+from generation import sha256
+from runtime import distributed
+from runtime.distributed import UserError, rank, say
+from runtime.untrusted import FPS, check_regular, read_json
+from video.index import Clips, batches_of, collate, scan_videos, split_videos
 
 REAL_SEED = 0  # of the real clips' starts; --seed is that of the generated ones
 RESIZE = "short side to image_size (bilinear, antialiased), center crop; a detector resizes further by itself"
@@ -32,7 +32,7 @@ class FromCheckpoint:
     """Clips that are sampled when they are needed. Raises UserError for flags and checkpoints that do not fit."""
 
     def __init__(self, args):
-        self.args, self.source = args, sampling.open_checkpoint(args)
+        self.args, self.source = args, generation.open_checkpoint(args)
         self.classes, self.labels = self.source.data["classes"], self.source.labels
         self.num_frames, self.time_scale = self.source.num_frames, self.source.time_scale
         self.image_size, self.images = self.source.image_size, not self.source.video
@@ -41,16 +41,16 @@ class FromCheckpoint:
 
     def prepare(self, device):
         self.device = device
-        sampling.prepare(self.source, self.args, device)
+        generation.prepare(self.source, self.args, device)
 
     def read(self, numbers):
         """uint8 (n, T, H, W, 3) of the samples `numbers`."""
-        clips, evaluations, _ = sampling.draw(self.source, self.args, numbers, self.device, show=False)
+        clips, evaluations, _ = generation.draw(self.source, self.args, numbers, self.device, show=False)
         self.evaluations += evaluations.tolist()
         return clips
 
     def describe(self):
-        return sampling.describe(self.source, self.args) | {"classes": self.args.classes or "all"}
+        return generation.describe(self.source, self.args) | {"classes": self.args.classes or "all"}
 
 
 class FromFolder:

@@ -17,9 +17,9 @@ from pathlib import Path, PurePosixPath
 import torch
 from tqdm import tqdm
 
-from distributed import UserError, generator, say
-from safe_read import FPS, read_json
-from video_files import (
+from runtime.distributed import UserError, generator, say
+from runtime.untrusted import FPS, read_json
+from video.files import (
     KINDS,
     MOST_PIXELS,
     SUFFIXES,

@@ -15,9 +15,10 @@ import pytest
 import torch
 from PIL import Image
 
-import video_dataset
-from distributed import UserError
-from video_dataset import (
+from runtime.distributed import UserError
+from video import index
+from video.files import UnreadableError, Video, read_frames
+from video.index import (
     BadVideos,
     Batches,
     Clips,
@@ -28,7 +29,6 @@ from video_dataset import (
     split_videos,
     start_files,
 )
-from video_files import UnreadableError, Video, read_frames
 
 SIZE = 32  # of the clips; videos are 64 x 48
 
@@ -208,7 +208,7 @@ def test_an_index_that_no_folder_took_is_saved_in_the_run_folder_once_there_is_o
     monkeypatch.setattr(os, "access", lambda path, mode: Path(path) != root)
     scan = scan_videos(root)
     assert not scan.is_saved
-    video_dataset.save_index(scan, tmp_path)
+    index.save_index(scan, tmp_path)
     monkeypatch.setattr(decord, "VideoReader", lambda *args, **kwargs: pytest.fail("opened a video"))
     again = scan_videos(root, tmp_path)
     assert again.videos == scan.videos
@@ -525,7 +525,7 @@ def test_a_batch_that_cannot_be_shared_is_refused():
 def test_every_mistake_in_the_data_path_is_one_line_that_says_what_to_do(tmp_path):
     def message(path):
         with pytest.raises(UserError) as error:
-            video_dataset.check_data_path(path)
+            index.check_data_path(path)
         assert f"--data-path {path}" in str(error.value) and "\n" not in str(error.value)
         return str(error.value)
 
@@ -547,7 +547,7 @@ def test_every_mistake_in_the_data_path_is_one_line_that_says_what_to_do(tmp_pat
 
 def test_a_quick_check_opens_no_file(root, monkeypatch):
     monkeypatch.setattr(decord, "VideoReader", lambda *args, **kwargs: pytest.fail("opened a video"))
-    video_dataset.check_data_path(root)
+    index.check_data_path(root)
 
 
 def test_videos_that_are_all_unreadable_too_short_or_too_few_are_an_error(tmp_path):
@@ -598,7 +598,7 @@ def test_a_scan_of_images_opens_none_of_them_and_leaves_no_index(image_root, tmp
     assert [video.path for video in scan.videos] == ["A/a.jpg", "A/b.jpeg", "A/c.png", "B/d.webp", "B/e.PNG", "B/f.jpg"]
     assert scan.videos[0] == Video("A/a.jpg", "A", num_frames=1, fps=25.0, height=None, width=None)
     assert scan.classes == ["A", "B"] and scan.unreadable == [] and scan.is_saved
-    video_dataset.save_index(scan, tmp_path)
+    index.save_index(scan, tmp_path)
     assert not list(tmp_path.rglob("*index*"))
 
 

@@ -7,10 +7,10 @@ import json
 import math
 from dataclasses import dataclass
 
-from distributed import UserError
 from models import model_config
 from rope import ROPE_SCALES
-from whole_file import whole_file
+from runtime.atomic import whole_file
+from runtime.distributed import UserError
 
 VERSION = 1  # of what the arms and the columns of the csv mean; rows of another one are refused
 QUESTIONS = "ABCDE"  # that take runs

@@ -3,8 +3,8 @@ import numpy as np
 import pytest
 from PIL import Image
 
-import video_io
-from video_io import GAP, enlarge, write_gif, write_mp4, write_npz, write_samples, write_sheet, write_videos
+from video import writers
+from video.writers import GAP, enlarge, write_gif, write_mp4, write_npz, write_samples, write_sheet, write_videos
 
 
 def colour_bars(frames=6, height=16, width=20):
@@ -160,7 +160,7 @@ def test_an_npz_that_fails_half_way_leaves_the_old_one_intact(tmp_path, monkeypa
         file.write(b"half")
         raise OSError("No space left on device")
 
-    monkeypatch.setattr(video_io.np, "savez", disk_full)
+    monkeypatch.setattr(writers.np, "savez", disk_full)
     with pytest.raises(OSError, match="No space"):
         write_npz(tmp_path / "samples.npz", videos, [6])
     assert np.load(tmp_path / "samples.npz")["labels"].tolist() == [5]
@@ -188,7 +188,7 @@ def test_an_image_is_written_as_a_png_pixel_by_pixel(tmp_path):
 def test_the_grid_plays_all_videos_together_row_by_row():
     videos = np.stack([np.full((3, 16, 16, 3), 10 * number, np.uint8) for number in range(11)])
     videos[:, 1] += 1  # the second frame differs
-    grid = video_io.tile(videos)
+    grid = writers.tile(videos)
     side = 64 + GAP
     assert grid.shape == (3, 2 * side, 8 * side, 3)
     for number in range(11):

@@ -18,7 +18,7 @@ from dataclasses import dataclass
 
 import torch
 
-from distributed import UserError, generator
+from runtime.distributed import UserError, generator
 
 CALLS = {  # how the detector of a metric is called
     "fvd": {"rescale": True, "resize": True, "return_features": True},

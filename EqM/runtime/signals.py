@@ -16,7 +16,7 @@ import torch
 import torch.distributed as dist
 from torch.utils.data import get_worker_info
 
-from distributed import UserError, die_with_parent, fail, is_started, say
+from runtime.distributed import UserError, die_with_parent, fail, is_started, say
 
 STOP_SIGNALS = signal.SIGTERM, signal.SIGINT, signal.SIGUSR1, signal.SIGHUP
 LOCK_PATIENCE = 10  # seconds; within them the processes of a run that was killed are gone

@@ -17,7 +17,7 @@ import torch.nn.functional as F
 from PIL import ExifTags, Image
 from safetensors import SafetensorError, safe_open
 
-from safe_read import FPS, check_regular, plain_name
+from runtime.untrusted import FPS, check_regular, plain_name
 
 KINDS = "video", "image"  # KINDS[images] is the kind of file that is wanted
 SUFFIXES = {"video": (".avi", ".mkv", ".mov", ".mp4", ".webm"), "image": (".jpeg", ".jpg", ".png", ".webp")}

@@ -12,8 +12,8 @@ import av
 import numpy as np
 from PIL import Image, ImageDraw, ImageFont
 
-from distributed import one_line
-from whole_file import whole_file
+from runtime.atomic import whole_file
+from runtime.distributed import one_line
 
 SHORT_SIDE = 128  # px, the least that pictures for people have
 MAX_ROWS, MAX_COLUMNS = 16, 32  # of a sheet

@@ -6,8 +6,8 @@ from pathlib import Path
 
 from checkpoint import SHAPE, load, shape_of
 from checkpoint_parts import Progress
-from distributed import UserError, rank, say
-from interruption import is_restarted, lock
+from runtime.distributed import UserError, rank, say
+from runtime.signals import is_restarted, lock
 
 
 def run_number(folder):

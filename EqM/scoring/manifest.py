@@ -14,10 +14,10 @@ from pathlib import Path
 
 import torch
 
-import distributed
-from distributed import UserError
-from safe_read import read_json
-from whole_file import whole_file
+from runtime import distributed
+from runtime.atomic import whole_file
+from runtime.distributed import UserError
+from runtime.untrusted import read_json
 
 FORMAT = 1
 KEYS = (

@@ -5,11 +5,7 @@ import math
 import matplotlib
 import numpy as np
 
-import motion
-from distributed import say
-from models import model_config
-from rope import ROPE_SCALES
-from study_arms import (
+from arms import (  # fmt: skip
     BOTH,
     BY_NAME,
     GUIDANCE,
@@ -23,8 +19,12 @@ from study_arms import (
     VERSION,
     last_rows,
     phases_of,
-)  # fmt: skip
-from whole_file import whole_file
+)
+from models import model_config
+from rope import ROPE_SCALES
+from runtime.atomic import whole_file
+from runtime.distributed import say
+from scoring import motion
 
 matplotlib.use("Agg")  # no window, no display
 from matplotlib import pyplot as plt  # noqa: E402
@@ -562,13 +562,13 @@ def report(study):
     spent = sum(row["seconds"] for row in last_rows(study.rows)) / 3600
     versions, machines = ({row[name] or "unknown" for row in study.rows} for name in ("code", "machine"))
     lines = ["# Does a frame curriculum with rotary positions pay?", "",
-             f"Written by `python scripts/study.py --report` from `study.csv` ({len(study.rows)} rows, version "
-             f"{VERSION}, size {study.size.name}), which `python scripts/study.py` measures. {spent:.1f} hours of "
-             f"training and sampling so far, on {listed(sorted(machines))}; code "
+             f"Written by `python scripts/study/study.py --report` from `study.csv` ({len(study.rows)} rows, version "
+             f"{VERSION}, size {study.size.name}), which `python scripts/study/study.py` measures. {spent:.1f} "
+             f"hours of training and sampling so far, on {listed(sorted(machines))}; code "
              f"{listed(sorted(v[:10] for v in versions))}.", "",
              *about(study), *tuning_lines(study)]  # fmt: skip
     for letter, (title, answer) in ANSWERS.items():
-        command = f"`python scripts/study.py --only {letter}`" if letter in QUESTIONS else "No run."
+        command = f"`python scripts/study/study.py --only {letter}`" if letter in QUESTIONS else "No run."
         lines += [f"## {letter}. {title}", "", command, "", *answer(study)]
     path = study.out / "study.md"
     with whole_file(path) as file:

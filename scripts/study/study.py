@@ -1,9 +1,9 @@
 """Does a frame curriculum with rotary positions pay? Equal compute, several seeds, Moving Shapes with a known truth.
 
-    python scripts/study.py --list                  what is done, what is missing, hours
-    python scripts/study.py --minutes 140           go on, start no run that would not fit (all: 4.5 hours on 2 cores)
-    python scripts/study.py --only A B              some questions (A to E), or arms by their names
-    python scripts/study.py --report                tables and figures again, from the csv alone
+    python scripts/study/study.py --list                  what is done, what is missing, hours
+    python scripts/study/study.py --minutes 140           go on, start no run that would not fit (all: 9 core-hours)
+    python scripts/study/study.py --only A B              some questions (A to E), or arms by their names
+    python scripts/study/study.py --report                tables and figures again, from the csv alone
 
 A: rotary or fixed positions. B: 4, 8, then 16 frames, or 16 from the start, at equal compute. C: other numbers of
 frames than were trained. D: does the motion follow the time between frames? E: one factor at a time. F: UCF-101, on
@@ -39,16 +39,9 @@ os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
 import numpy as np
 import torch
 
-sys.path.insert(0, str(Path(__file__).resolve().parent.parent / "EqM"))
-import consistency
-import distributed
+sys.path.insert(0, str(Path(__file__).resolve().parents[2] / "EqM"))
 import evaluate
-import manifest
-import motion
-import sources
-from distributed import POSITIVE, ArgumentParser, UserError, check_writable, fail, say
-from metrics import read_metrics
-from study_arms import (
+from arms import (  # fmt: skip
     ARMS,
     BY_NAME,
     COLUMNS,
@@ -74,11 +67,15 @@ from study_arms import (
     sampling_flops,
     training_work,
     write_rows,
-)  # fmt: skip
-from study_report import report
-from whole_file import whole_file
+)
+from report import report
+from runtime import distributed
+from runtime.atomic import whole_file
+from runtime.distributed import POSITIVE, ArgumentParser, UserError, check_writable, fail, say
+from runtime.metrics import read_metrics
+from scoring import consistency, manifest, motion, sources
 
-ROOT = Path(__file__).resolve().parent.parent
+ROOT = Path(__file__).resolve().parents[2]
 
 
 # ----------------------------------------------------------------------------------------------------------------------

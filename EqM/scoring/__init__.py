@@ -1,0 +1,1 @@
+"""Scores of generated clips against real ones, and the manifest of all that they depend on."""
