@@ -26,10 +26,10 @@ import torch
 from safetensors import SafetensorError, safe_open
 from tqdm import tqdm
 
-from runtime import distributed
-from runtime.atomic import whole_file
-from runtime.distributed import COUNT, SHARE, ArgumentParser, UserError, check_writable, fail, rank, say, world_size
-from runtime.signals import one_line_errors
+from runtime import cli, distributed
+from runtime.atomic import atomic_write
+from runtime.cli import COUNT, SHARE, ArgumentParser, UserError, check_writable, fail, one_line_errors, say
+from runtime.distributed import rank, world_size
 from runtime.untrusted import check_regular, plain_name, read_json
 from vae import load_vae
 from video import index
@@ -57,7 +57,7 @@ def parse_args():
 
 
 def check_flags(args):
-    distributed.check_devices()
+    cli.check_devices()
     if args.vae == "none":
         raise UserError("--vae none: pixels need no cache, train.py reads them from the videos; name a VAE")
     check_writable("--out", args.out)
@@ -156,7 +156,7 @@ def main():
     device = distributed.start()
     with one_line_errors():
         if rank() == 0:
-            prepare(args.out, settings, plan[0])
+            begin_cache(args.out, settings, plan[0])
         scan, todo, bad_videos = distributed.broadcast(plan)
         if todo:
             say(
@@ -169,7 +169,7 @@ def main():
     distributed.stop()
 
 
-def prepare(out, settings, scan):
+def begin_cache(out, settings, scan):
     """Mark `out` as a cache that is being made, unless it is complete; sweep out what a crash has left."""
     os.makedirs(out, exist_ok=True)
     if not Path(out, LATENTS).exists():
@@ -186,7 +186,7 @@ def encode_videos(args, vae, device, scan, todo, bad_videos):
     bar = tqdm(total=frames, desc="encoding", unit="frame", smoothing=0, disable=rank() != 0 or not todo)
     with ThreadPoolExecutor(1) as decoder:
         for first in range(0, len(todo), ROUND * world_size()):
-            shares, bad = share(todo[first : first + ROUND * world_size()]), []
+            shares, bad = split_evenly(todo[first : first + ROUND * world_size()]), []
             for video in shares[rank()]:
                 try:
                     latents = encode(vae, device, decoder, args, video)
@@ -201,7 +201,7 @@ def encode_videos(args, vae, device, scan, todo, bad_videos):
     bar.close()
 
 
-def share(videos):
+def split_evenly(videos):
     """A list of videos for each rank, of about equally many frames."""
     shares = [[] for _ in range(world_size())]
     for video in sorted(videos, key=lambda video: -video.num_frames):
@@ -272,7 +272,7 @@ def write(path, data):
     """A file that is there whole or not at all, whatever happens. Raises UserError if the disk is full or refuses."""
     try:
         path.parent.mkdir(exist_ok=True)
-        with whole_file(path) as file:
+        with atomic_write(path) as file:
             file.write(data)
     except OSError as error:
         raise UserError(

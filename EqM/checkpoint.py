@@ -1,46 +1,58 @@
-"""Checkpoints: written so that no crash spoils one, read so that none can run code.
+"""Checkpoints: written so that no crash damages one, read so that none can run code.
 
---ckpt names a file of train.py, a folder of scripts/export.py or a file of the published image models; `load` makes
-the first of all three.
+--ckpt names a file of train.py, a folder of scripts/export.py or a file of the published image models; `load` returns
+the dict of a train.py file for all three.
 
 A file holds a dict of tensors and plain Python values:
     version    format of the file
     config     {"model": fields of EqMConfig, "data": vae, image_size, fps, ..., "training": the flags}
     model, ema flat state dicts
-    optimizer  {"kind": "adamw" or "muon", "states": [state dicts]}; None in what others left: it starts afresh
+    optimizer  {"kind": "adamw" or "muon", "states": [state dicts]}; None in files of others: it starts afresh
     step       global step, over all phases
     phase      the other fields of Progress
     best_loss  lowest validation loss of the phase
-    run        {"window": what was measured since the last line of metrics, "bad_videos": their paths}
+    run        {"window": StepStats that were not logged yet, "bad_videos": their paths}
 """
 
-import argparse
-import copy
 import errno
-import json
 import math
 import os
 import pickle
-import pickletools
-import re
 import shutil
 import warnings
-import zipfile
-from dataclasses import asdict, fields, replace
+from dataclasses import asdict, dataclass, fields, replace
 from pathlib import Path
 
-import safetensors.torch
 import torch
-from safetensors import SafetensorError
 
-from checkpoint_parts import CONFIG_BYTES, NEEDED, PARTS, is_weights, odd_part
-from models import SIZES, EqM, EqMConfig, model_config, position_table
-from runtime.atomic import sync, whole_file
-from runtime.distributed import UserError
-from runtime.untrusted import ARCHIVE_ERRORS, check_archive, check_regular, plain_name, read_json
+from models import SHAPE, EqM, EqMConfig, model_name, model_shape, num_blocks
+from published import load_published, published_parts, read_export
+from runtime.atomic import atomic_write, sync
+from runtime.cli import UserError, say
+from runtime.distributed import rank
+from runtime.runs import clean, is_restarted, lock, newest_run
+from runtime.untrusted import (
+    ARCHIVE_ERRORS,
+    CONFIG_BYTES,
+    FPS,
+    is_count,
+    is_named,
+    is_number,
+    is_plain,
+    is_strings,
+    is_weights,
+    read_torch,
+    text_size,
+)
+from schedule import current_phase, is_due
 
 VERSION = 1
-FLAGS = {  # what a user types for a field of EqMConfig
+PARTS = ("model", "data", "training")  # of a config
+NEEDED = {  # of these parts, to sample
+    "data": {"vae", "image_size", "fps", "frame_interval", "classes"},
+    "training": {"model", "num_frames", "video"},
+}
+FLAGS = {  # the flag of a field of EqMConfig
     "num_classes": "--num-classes",
     "num_frames": "--num-frames",
     "temporal_patch_size": "--temporal-patch-size",
@@ -51,37 +63,91 @@ FLAGS = {  # what a user types for a field of EqMConfig
     "in_channels": "--vae",
     "ebm": "--ebm",
 }
-EXPORT = ("model.safetensors", "config.json")
-DTYPES = {"fp32": torch.float32, "fp16": torch.float16}
-GLOBALS = re.compile(  # what torch.save writes of tensors and plain values; torch.load would also take what allocates
-    r"torch (BFloat16|Bool|Byte|Char|Double|Float|Half|Int|Long|Short)Storage|collections OrderedDict|"
-    r"torch\._utils _rebuild_(tensor_v2|parameter)|argparse Namespace"  # the last as published files have it
-)
 MEMORY = {torch.optim.AdamW: ("step", "exp_avg", "exp_avg_sq"), torch.optim.Muon: ("momentum_buffer",)}  # of a weight
-LARGEST_TABLE = 2**22  # values of fixed positions that any file may ask for; more weights may ask for more
-SHAPE = ("depth", "hidden_size", "num_heads", "patch_size")  # the fields of EqMConfig that --model decides
-LOCAL_FLAGS = {"data_path", "results_dir", "ckpt"}  # mean nothing on another machine
+LARGEST_TABLE = 2**22  # values of fixed positions that any file may ask for; files with more weights may ask for more
+
+
+@dataclass
+class Progress:
+    """Where a run stands. Steps are global: a phase that starts from a checkpoint continues the count."""
+
+    step: int = 0
+    first_step: int = 0  # of the phase; it also names the phase's stream of samples
+    position: int = 0  # samples taken from that stream
+    best_loss: float = math.inf  # lowest validation loss of the phase
+    best_step: int = -1  # and its step
+    skipped: int = 0  # steps in a row whose gradient was not finite
+    seconds: float = 0.0  # of the run, without interruptions
+    flops: float = 0.0  # of the run's training steps
+    pretrained: bool = False  # step 0 was a model from elsewhere, whose EMA is worth keeping
+
+    def begin_phase(self):
+        """Start another phase here, with its own stream and its own best loss."""
+        self.first_step, self.position, self.best_loss, self.best_step = self.step, 0, math.inf, -1
+
+    def phase(self):
+        """What a checkpoint holds besides the step and the best loss."""
+        return {name: value for name, value in asdict(self).items() if name not in ("step", "best_loss")}
+
+    def last_step(self, max_steps, epochs, num_videos, batch_size):
+        """The step to end at: max_steps or `epochs` of this phase, whichever comes first; without both, 1400 epochs."""
+        if max_steps and not epochs:
+            return max_steps
+        by_epochs = self.first_step + math.ceil((epochs or 1400) * num_videos / batch_size)
+        return min(by_epochs, max_steps or by_epochs)
+
+
+def trained_time_scale(data):
+    """Seconds per frame of the clips that a model was trained on, from config["data"]."""
+    return data["frame_interval"][0] / data["fps"]
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# Saving
 
 
 def save(path, state):
-    """Write a checkpoint: to a temporary file, flushed to the disk, then renamed over `path`.
+    """Write a checkpoint: to a temporary file, flushed to the disk, then renamed to `path`.
 
-    Whatever goes wrong, `path` holds either its old content or all of the new. Raises UserError if
-    the disk is full or refuses.
+    Whatever goes wrong, `path` holds either its old content or all of the new. Raises UserError if the disk is full or
+    refuses.
     """
     try:
-        with whole_file(path) as file:
+        with atomic_write(path) as file:
             torch.save(state, file)
     except (OSError, RuntimeError) as error:  # torch wraps a full disk in a RuntimeError
-        if "DataLoader" in str(error):  # a loader process that died says so anywhere
+        if "DataLoader" in str(error):  # the death of a loader process can surface anywhere
             raise
         reason = getattr(error, "strerror", None) or str(error).splitlines()[0]
         advice = "free some space: " if getattr(error, "errno", None) == errno.ENOSPC else ""
         raise UserError(f"{path} can't be written ({reason}); {advice}older checkpoints are intact") from error
 
 
+def save_run(folder, names, config, model, ema, optimizers, scaler, progress, unlogged, bad_videos):
+    """Save a run as latest.pt and under its other names; on rank 0 only. unlogged: StepStats.averaged, or None."""
+    state = {
+        "version": VERSION,
+        "config": config,
+        "model": model.state_dict(),
+        "ema": ema.state_dict(),
+        "optimizer": {
+            "kind": config["training"]["optimizer"],
+            "states": [optimizer.state_dict() for optimizer in optimizers],
+            "scaler": scaler.state_dict(),
+        },
+        "step": progress.step,
+        "phase": progress.phase(),
+        "best_loss": progress.best_loss,
+        "run": {"window": unlogged, "bad_videos": list(bad_videos)},
+    }
+    path = Path(folder, "checkpoints", "latest.pt")
+    save(path, state)
+    for name in names:
+        link(path, name)
+
+
 def link(path, name):
-    """Give a checkpoint a second name beside it (best.pt), replacing the old bearer of that name at once."""
+    """Give a checkpoint a second name beside it (best.pt), which replaces an older file of that name at once."""
     path = Path(path)
     if path.with_name(name).exists() and path.samefile(path.with_name(name)):  # renaming would leave both
         return
@@ -96,21 +162,44 @@ def link(path, name):
     sync(path.parent)
 
 
+def names_at(progress, last_step, every):
+    """The names of this step's checkpoint besides latest.pt."""
+    names = [f"{progress.step:07d}.pt"] if is_due(progress.step, last_step, every) else []
+    return names + (["best.pt"] if progress.best_step == progress.step else [])
+
+
+def complete_names(start, phases, every):
+    """Give the checkpoint that a run resumes from all its names: the run may have been killed while it did that."""
+    if rank() == 0 and start.resumes and not start.unlogged:
+        last_step = current_phase(phases, start.progress.first_step).last_step
+        for name in ["latest.pt", *names_at(start.progress, last_step, every)]:
+            link(start.path, name)
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# Loading
+
+
 def load(path, **asked):
     """The dict of a checkpoint, on the CPU; asked are the fields of EqMConfig that --model and --ebm give.
 
-    Raises UserError if it is not whole or none of ours, or a published file that does not have what was asked.
+    Raises UserError if it is damaged or not a checkpoint, or a published file that does not hold what was asked for.
     """
-    state = read_export(path) if os.path.isdir(path) else read_file(path)
-    if (parts := published_parts(state)) is not None:
-        return load_published(path, *parts, asked)
+    if os.path.isdir(path):
+        about, weights = read_export(path)
+        check_version(path, about["version"])
+        state = from_elsewhere({part: about[part] for part in PARTS}, weights, weights, about["step"])
+    else:
+        state = read_file(path)
+        if (parts := published_parts(state)) is not None:
+            return from_elsewhere(*load_published(path, *parts, asked))
     wanted = {"version", "config", "model", "ema", "optimizer", "step", "phase", "best_loss"}
     if not isinstance(state, dict) or not wanted <= state.keys():
         names = ", ".join(sorted(wanted))
         raise UserError(f"--ckpt {path}: not a checkpoint of this project; wanted a dict with {names}")
     check_version(path, state["version"])
-    if odd := odd_part(state):
-        raise UserError(f"--ckpt {path}: damaged: its {odd} is not what train.py writes; use another checkpoint")
+    if field := invalid_field(state):
+        raise UserError(f"--ckpt {path}: damaged: its {field} is not what train.py writes; use another checkpoint")
     return state
 
 
@@ -121,21 +210,10 @@ def check_version(path, version):
 
 
 def read_file(path):
-    """What a file of torch.save holds. Raises UserError.
-
-    torch.load maps the file into memory, so that nothing in it can claim more than it has; the copy is of what it has.
-    """
+    """The content of a file of torch.save. Raises UserError."""
     flag = f"--ckpt {path}"
     try:
-        check_regular(path)
-        with open(path, "rb") as file:
-            if file.read(4) != b"PK\3\4":  # an archive; before torch 1.6 all was one pickle
-                raise pickle.UnpicklingError("no archive")
-            check_pickles(file, check_archive(file))
-            with warnings.catch_warnings(), torch.serialization.safe_globals([argparse.Namespace]):
-                warnings.simplefilter("ignore")  # torch's hints on foreign pickles; the refusal says enough
-                with plain_name(path) as name:
-                    return copy.deepcopy(torch.load(name, map_location="cpu", weights_only=True, mmap=True))
+        return read_torch(path)
     except FileNotFoundError:
         raise UserError(f"{flag}: no such file; wanted a checkpoint, for example RUN/checkpoints/best.pt") from None
     except pickle.UnpicklingError as error:
@@ -145,63 +223,10 @@ def read_file(path):
     except OSError as error:
         raise UserError(f"{flag}: can't be read ({error.strerror or error}); wanted a checkpoint file") from error
     except (*ARCHIVE_ERRORS, TypeError, AttributeError, AssertionError) as error:
-        # What torch.load raises on damaged files depends on where the damage is.
         raise UserError(f"{flag}: damaged or cut short; use another checkpoint, or copy it again") from error
 
 
-def check_pickles(file, names):
-    """Raise UnpicklingError if an archive of torch.save names anything but tensors and plain values."""
-    with zipfile.ZipFile(file) as archive:
-        for name in names:
-            if name.endswith(".pkl"):
-                for opcode, value, _ in pickletools.genops(archive.read(name)):
-                    if opcode.name == "GLOBAL" and not GLOBALS.fullmatch(value):
-                        raise pickle.UnpicklingError(f"holds {value}")
-
-
-# ----------------------------------------------------------------------------------------------------------------------
-# Exported folders: the averaged weights and what they are, to share
-
-
-def write_export(folder, state, dtype="fp32"):
-    """Write model.safetensors (the EMA) and config.json into a new or empty folder, all or nothing. Raises OSError."""
-    folder, parts = Path(os.path.abspath(folder)), dict(state["config"])
-    temporary = folder.with_name(f".{folder.name}.tmp")
-    shutil.rmtree(temporary, ignore_errors=True)  # of a crash
-    parts["training"] = {name: value for name, value in parts["training"].items() if name not in LOCAL_FLAGS}
-    about = {"version": VERSION, "step": state["step"], "dtype": dtype, **parts}
-    weights = {name: value.to(DTYPES[dtype]).contiguous() for name, value in state["ema"].items()}
-    temporary.mkdir(parents=True)
-    try:
-        (temporary / EXPORT[0]).write_bytes(safetensors.torch.save(weights, metadata={"format": "pt"}))
-        (temporary / EXPORT[1]).write_text(json.dumps(about, indent=2) + "\n")
-        os.replace(temporary, folder)
-    except OSError:
-        shutil.rmtree(temporary)
-        raise
-
-
-def read_export(folder):
-    """The dict of a checkpoint whose weights and average are those of an exported folder. Raises UserError."""
-    flag, (weights, about) = f"--ckpt {folder}", (Path(folder, name) for name in EXPORT)
-    if missing := [path.name for path in (weights, about) if not path.is_file()]:
-        wanted = "a checkpoint file or what scripts/export.py wrote"
-        raise UserError(f"{flag}: a folder without {missing[0]}; wanted {wanted}")
-    try:
-        about = read_json(about, CONFIG_BYTES)
-        check_version(folder, about["version"])
-        for part, needed in NEEDED.items():
-            if missing := needed - about[part].keys():
-                raise KeyError(f"no {part}.{min(missing)}")
-        with plain_name(weights) as name:
-            weights = {name: value.float() for name, value in safetensors.torch.load_file(name).items()}
-        return foreign({part: about[part] for part in PARTS}, weights, weights, about["step"])
-    except (OSError, ValueError, KeyError, TypeError, AttributeError, RuntimeError, SafetensorError) as error:
-        reason = (str(error) or type(error).__name__)[:200]
-        raise UserError(f"{flag}: damaged ({reason}); copy or export it again") from error
-
-
-def foreign(config, model, ema, step):
+def from_elsewhere(config, model, ema, step):
     """The dict of a checkpoint that train.py has not written: no optimizer, no phase."""
     phase = {"first_step": step, "position": 0, "pretrained": True}
     return {
@@ -210,108 +235,136 @@ def foreign(config, model, ema, step):
     }  # fmt: skip
 
 
-# ----------------------------------------------------------------------------------------------------------------------
-# Files of the published image models: a state dict, or a dict with "model", "ema", "opt" and "args"
+def load_model(path, use_ema=True, model=None, video=None, **checks):
+    """Rebuild the network of a checkpoint: (model in eval mode on the CPU, config of the file, step).
+
+    checks are fields of EqMConfig that must agree, such as use_rope=True, and video says whether it must be a model of
+    videos or of images; None is not checked. Only published files need `model`, their --model. Raises UserError.
+    """
+    state = load(path, **model_shape(model), ebm=checks.get("ebm"))
+    config = config_of(path, state)
+    check_name(path, state, model)
+    if not use_ema and state["model"] is state["ema"]:
+        raise UserError(f"--no-ema: --ckpt {path} holds EMA weights only: leave the flag out")
+    if video is not None:
+        check_kind(path, state, video)
+    check(path, config, **checks)
+    model = EqM(config)
+    load_weights(path, model, state["ema" if use_ema else "model"])
+    return model.eval(), state["config"], state["step"]
 
 
-def published_parts(state):
-    """(weights, averaged weights, args as a dict) of a published file; None if it is something else."""
-
-    def is_network(part):
-        ranks = {"x_embedder.proj.weight": 4, "y_embedder.embedding_table.weight": 2}
-        return is_weights(part) and all(name in part and part[name].dim() == rank for name, rank in ranks.items())
-
-    if is_network(state):
-        return state, state, {}
-    if not isinstance(state, dict) or {"version", "config"} & state.keys():
-        return None
-    found = [state[name] for name in ("model", "ema") if is_network(state.get(name))]
-    args = state.get("args")
-    args = vars(args) if isinstance(args, argparse.Namespace) else args
-    return (found[0], found[-1], args if isinstance(args, dict) else {}) if found else None
+def load_run(start, model, ema, optimizers, scaler):
+    """Restore everything that is trained from the checkpoint of a Start. Raises UserError."""
+    state = start.state
+    load_weights(start.path, model, state["model"])
+    load_weights(start.path, ema, state["ema"])
+    if state["optimizer"]:  # exported and published models have none
+        load_optimizers(start.path, optimizers, state["optimizer"]["states"])
+        if scaler.is_enabled() and state["optimizer"].get("scaler"):  # the last phase may have been in bf16
+            scaler.load_state_dict(state["optimizer"]["scaler"])
 
 
-def load_published(path, model, ema, args, asked):
-    """A published file as a checkpoint of ours, at step 0. Raises UserError."""
-    flag = f"--ckpt {path}"
-    asked = {name: value for name, value in asked.items() if value is not None}
-    if not set(SHAPE) <= asked.keys():
-        raise UserError(f"{flag}: a published file does not say which model it holds: give --model, such as EqM-XL/2")
+def load_weights(path, model, weights):
+    """load_state_dict, with one line that names the first mismatch."""
     try:
-        config = published_config(model, asked, args.get("ebm"))
-        weights = convert_published(model, config)
-        average = weights if ema is model else convert_published(ema, config)
-    except ValueError as error:
-        raise UserError(f"{flag}: {error}") from error
-    data = {
-        "vae": str(args.get("vae", "ema")) if config.in_channels == 4 else "none",
-        "image_size": None,  # whatever the VAE makes of input_size
-        "fps": 25.0,
-        "frame_interval": [1],
-        "classes": [str(label) for label in range(config.num_classes)],
-    }
-    training = {"model": model_name(**asdict(config)), "num_frames": 1, "video": False}
-    return foreign({"model": asdict(config), "data": data, "training": training}, weights, average, step=0)
+        model.load_state_dict(weights)
+    except RuntimeError as error:
+        mismatch = str(error).splitlines()[1:2] or [str(error)]
+        raise UserError(f"--ckpt {path}: its weights do not match its config: {mismatch[0].strip()}") from error
 
 
-def published_config(state, asked, ebm=None):
-    """The EqMConfig of published weights; asked has what they can't tell, and what they must have: SHAPE.
+def load_optimizers(path, optimizers, saved):
+    """Restore the optimizers' memory of each weight from their state dicts; their settings stay those of the flags.
 
-    Raises ValueError that names the first thing that is not as asked.
+    Raises UserError if it does not fit these weights.
     """
-    if "pos_embed" not in state or state["pos_embed"].dim() != 3:
-        raise ValueError("not a published image model: it has no pos_embed")
-    width, channels, patch_size, _ = state["x_embedder.proj.weight"].shape
-    depth = num_blocks(state)
-    for name, found in (("depth", depth), ("hidden_size", width), ("patch_size", patch_size)):
-        if found != asked[name]:
-            words = name.replace("_", " ")
-            other = model_name(**asked)
-            raise ValueError(f"has {words} {found}, {other} has {words} {asked[name]}: give another --model")
-    if ebm is not None and ebm != asked.get("ebm", ebm):
-        raise ValueError(f"was trained with --ebm {ebm}, found --ebm {asked['ebm']}: leave the flag out")
-    return EqMConfig(
-        input_size=math.isqrt(state["pos_embed"].shape[1]) * patch_size,
-        temporal_patch_size=1,
-        in_channels=channels,
-        num_classes=len(state["y_embedder.embedding_table.weight"]) - 1,
-        **{name: asked[name] for name in SHAPE},
-        ebm=ebm or asked.get("ebm", "none"),
-    )
-
-
-def convert_published(state, config):
-    """Published image names and shapes to ours: a new state dict; raises ValueError if it does not fit the config.
-
-    Their pos_embed must be our table, which is not saved. Their output has a second half, sigma, that is not used.
-    """
-    state = dict(state)
-    if "pos_embed" not in state:
-        raise ValueError("not a published image model: it has no pos_embed")
-    found = state.pop("pos_embed")
-    fits = found.shape == (1, math.prod(config.grid(1)), config.hidden_size)
-    if fits:
-        rounded = position_table(config).to(found.dtype).float()  # as theirs, if their file is in half precision
-        fits = torch.allclose(found.float(), rounded, atol=1e-5)
-    if not fits:
-        raise ValueError(
-            f"its pos_embed is not our table for {config.input_size} x {config.input_size} in patches of "
-            f"{config.patch_size}: it was trained with other positions and can't be used"
-        )
-    state["x_embedder.proj.weight"] = state["x_embedder.proj.weight"].unsqueeze(2)  # (D, C, 1, p, p)
-    values, C = config.values_per_token, config.in_channels
-    for name in ("final_layer.linear.weight", "final_layer.linear.bias"):
-        if name in state and len(state[name]) == 2 * values:
-            state[name] = state[name].unflatten(0, (-1, 2 * C))[:, :C].flatten(0, 1)
-    return state
+    damaged = f"--ckpt {path}: damaged: its optimizer does not match its weights; use another checkpoint"
+    if len(saved) != len(optimizers):
+        raise UserError(damaged)
+    for optimizer, state in zip(optimizers, saved, strict=True):
+        groups, memory = optimizer.state_dict()["param_groups"], state.get("state")
+        weights = [weight for group in optimizer.param_groups for weight in group["params"]]
+        if not isinstance(memory, dict) or not memory.keys() <= set(range(len(weights))):
+            raise UserError(damaged)
+        for index, values in memory.items():
+            shapes = {name: weights[index].shape for name in MEMORY[type(optimizer)]}
+            shapes |= {"step": torch.Size([])} if "step" in shapes else {}
+            if not is_weights(values) or {name: value.shape for name, value in values.items()} != shapes:
+                raise UserError(damaged)
+        optimizer.load_state_dict({"state": memory, "param_groups": groups})
 
 
 # ----------------------------------------------------------------------------------------------------------------------
-# What a checkpoint holds, and whether it is what was asked for
+# Whether the values in a file are such as train.py writes
+
+
+def invalid_field(state):
+    """The name of the first part of a checkpoint with the wrong kind of value; None if all are valid."""
+    valid = {
+        "config": is_config, "model": is_weights, "ema": is_weights, "optimizer": is_optimizer, "step": is_count,
+        "phase": is_phase, "best_loss": is_number, "run": is_run,
+    }  # fmt: skip
+    return next((name for name, is_valid in valid.items() if not is_valid(state.get(name))), None)
+
+
+def is_config(config):
+    """Whether config has its three parts, with the values that sampling and training take from them."""
+    if not isinstance(config, dict) or config.keys() != set(PARTS) or not all(map(is_named, config.values())):
+        return False
+    if any(needed - config[part].keys() for part, needed in NEEDED.items()):
+        return False
+    data, training = config["data"], config["training"]
+    interval, fps, classes = data["frame_interval"], data["fps"], data["classes"]
+    return (
+        isinstance(data["vae"], str)
+        and (data["image_size"] is None or is_count(data["image_size"], 1))
+        and isinstance(fps, (int, float)) and FPS[0] <= fps <= FPS[1]
+        and isinstance(interval, list) and len(interval) in (1, 2) and all(is_count(part, 1) for part in interval)
+        and is_strings(classes) and classes != []
+        and isinstance(training["model"], str)
+        and is_count(training["num_frames"], 1)
+        and isinstance(training["video"], bool)
+        and all(map(is_plain, training.values()))
+        and sum(map(text_size, (*data.values(), *training.values()))) < CONFIG_BYTES
+    )  # fmt: skip
+
+
+def is_optimizer(value):
+    if value is None:
+        return True
+    if not isinstance(value, dict) or value.get("kind") not in ("adamw", "muon"):
+        return False
+    states = value.get("states")
+    return isinstance(states, list) and all(isinstance(state, dict) for state in states)
+
+
+def is_phase(value):
+    """Whether value holds fields of Progress, at least those that every run has."""
+    names = {field.name for field in fields(Progress)} - {"step", "best_loss"}
+    if not isinstance(value, dict) or not {"first_step", "position"} <= value.keys() <= names:
+        return False
+    amounts = [value.get(name, 0.0) for name in ("seconds", "flops")]
+    counts = [count for name, count in value.items() if name not in ("seconds", "flops")]
+    return all(is_number(amount) and amount >= 0 for amount in amounts) and all(is_count(count, -1) for count in counts)
+
+
+def is_run(value):
+    """Whether value is what an interrupted run keeps: unlogged StepStats and bad videos; None means nothing."""
+    if value is None:
+        return True
+    if not isinstance(value, dict) or not is_strings(value.get("bad_videos")) or "window" not in value:
+        return False
+    window = value["window"]
+    if window is None:
+        return True
+    if not isinstance(window, dict) or not is_strings(window.get("names")) or not torch.is_tensor(window.get("rows")):
+        return False
+    return window["rows"].shape[1:] == (len(window["names"]),) and is_weights({"rows": window["rows"]})
 
 
 def config_of(path, state):
-    """The EqMConfig that a loaded checkpoint was made with and that its weights fit. Raises UserError."""
+    """The EqMConfig of a loaded checkpoint, which its weights match. Raises UserError."""
     saved = state["config"]["model"]
     known = {field.name for field in fields(EqMConfig)}
     if set(saved) != known:
@@ -319,35 +372,31 @@ def config_of(path, state):
     try:
         for field in fields(EqMConfig):
             if not isinstance(saved[field.name], (int, float) if field.type is float else field.type):
-                raise ValueError(f"{field.name} is no {field.type.__name__}")
+                raise ValueError(f"{field.name} is not of type {field.type.__name__}")
         config = EqMConfig(**saved)
         if len(state["config"]["data"]["classes"]) > config.num_classes:
             raise ValueError(f"num_classes is {config.num_classes} and more are named")
     except (ValueError, TypeError) as error:
-        raise UserError(f"--ckpt {path}: damaged: the settings of its model make none ({error})") from error
+        raise UserError(f"--ckpt {path}: damaged: the settings of its model are invalid ({error})") from error
     check_weights(path, config, state["model"], state["ema"])
     return config
 
 
-def num_blocks(weights):
-    return len({name.split(".")[1] for name in weights if name.startswith("blocks.")})
-
-
 def check_weights(path, config, *parts):
-    """Raise UserError, naming the first mismatch, unless each of the parts (state dicts) is one of EqM(config).
+    """Raise UserError, naming the first mismatch, unless each of the parts (state dicts) fits EqM(config).
 
-    That is not made for it: only once a file is known to hold as much, one block of it is, which stands for all.
+    No such model is made for that: only once a file is known to be large enough, one block is, which stands for all.
     """
     mismatch = next(filter(None, (too_few(config, weights) for weights in parts)), None)
     if mismatch is None:
         shapes = weight_shapes(config)
         mismatch = next(filter(None, (first_mismatch(weights, shapes) for weights in parts)), None)
     if mismatch:
-        raise UserError(f"--ckpt {path}: its weights are not those of its config: {mismatch}")
+        raise UserError(f"--ckpt {path}: its weights do not match its config: {mismatch}")
 
 
 def too_few(config, weights):
-    """What says that weights are fewer than EqM(config) has; None if they may be as many."""
+    """How weights are fewer than EqM(config) has, in words; None if they may be enough."""
     total, depth, D = sum(value.numel() for value in weights.values()), config.depth, config.hidden_size
     sizes = {
         "x_embedder.proj.weight": D * config.values_per_token,
@@ -355,18 +404,18 @@ def too_few(config, weights):
     }
     for name, size in sizes.items():
         if (found := weights[name].numel() if name in weights else 0) < size:
-            return f"{name} has {found} numbers, wanted {size}"
+            return f"{name} has {found} values, wanted {size}"
     if num_blocks(weights) != depth or total < 18 * depth * D**2:  # the matrices of the blocks
-        return f"{num_blocks(weights)} blocks and {total} numbers, wanted {depth} blocks of {18 * D**2} and more"
-    if config.num_positions * D > LARGEST_TABLE + 16 * total:  # a table that is in no file
-        return f"{total} numbers are too few for {config.num_positions} fixed positions"
+        return f"{num_blocks(weights)} blocks and {total} values, wanted {depth} blocks of {18 * D**2} and more"
+    if config.num_positions * D > LARGEST_TABLE + 16 * total:  # of a table that no file holds
+        return f"{total} values are too few for {config.num_positions} fixed positions"
     return None
 
 
 def weight_shapes(config):
     """name -> shape of the weights of EqM(config)."""
     with warnings.catch_warnings():
-        warnings.simplefilter("ignore")  # of narrow models: the whole one is going to say it
+        warnings.simplefilter("ignore")  # about narrow models: the whole one will warn
         small = EqM(replace(config, depth=1)).state_dict()
     shapes = {name: tuple(value.shape) for name, value in small.items()}
     blocks = {name.removeprefix("blocks.0."): shapes.pop(name) for name in small if name.startswith("blocks.0.")}
@@ -374,32 +423,22 @@ def weight_shapes(config):
 
 
 def first_mismatch(weights, shapes):
-    """What is wrong with the first tensor that is missing, one too many or of another shape; None if all are right."""
+    """The first tensor that is missing, unknown or of another shape, in words; None if all match."""
     for name in sorted(weights.keys() | shapes.keys()):
         found = tuple(weights[name].shape) if name in weights else "missing"
         if found != shapes.get(name):
-            return f"{name} is {found}, wanted {shapes.get(name, 'no such')}"
+            return f"{name} is {found}, wanted {shapes.get(name, 'no such tensor')}"
     return None
 
 
-def shape_of(name):
-    """What --model NAME says of the configuration: nothing if there is no name."""
-    config = model_config(name) if name else None
-    return {field: getattr(config, field) for field in SHAPE if config}
-
-
-def model_name(depth, hidden_size, num_heads, patch_size, **_):
-    """The --model of a configuration, given its fields."""
-    names = {shape: name for name, shape in SIZES.items()}
-    odd = f"(depth {depth}, width {hidden_size}, heads {num_heads})"
-    return f"EqM-{names.get((depth, hidden_size, num_heads), odd)}/{patch_size}"
+# ----------------------------------------------------------------------------------------------------------------------
+# Whether a checkpoint is what was asked for
 
 
 def check(path, saved, **wanted):
-    """Raise UserError, naming the flag, unless the checkpoint's EqMConfig has the wanted values.
+    """Raise UserError, naming the flag, unless the checkpoint's EqMConfig has the wanted values; None is not checked.
 
-    A wanted value of None is not checked. What the positions allow is checked as well: with rotary
-    positions num_frames and rope_theta, which are no shapes, may differ.
+    The kind of positions is checked too: with rotary ones num_frames, which no weight depends on, may differ.
     """
     wanted = {name: value for name, value in wanted.items() if value is not None}
     flag = f"--ckpt {path}"
@@ -412,9 +451,9 @@ def check(path, saved, **wanted):
         )
     if saved.use_rope:
         wanted.pop("num_frames", None)
-    mine, asked = model_name(**asdict(saved)), model_name(**asdict(saved) | wanted)
-    if mine != asked:
-        raise UserError(f"{flag}: holds {mine}, --model asks for {asked}: give one that fits")
+    found, asked = model_name(**asdict(saved)), model_name(**asdict(saved) | wanted)
+    if found != asked:
+        raise UserError(f"{flag}: holds {found}, --model asks for {asked}: give one that fits")
     for name in wanted.keys() - set(SHAPE):
         if getattr(saved, name) != wanted[name]:
             raise UserError(
@@ -425,13 +464,13 @@ def check(path, saved, **wanted):
 
 
 def check_name(path, state, name):
-    """Raise UserError unless a checkpoint holds what was trained as --model NAME; None is not checked."""
+    """Raise UserError unless a checkpoint was trained as --model NAME; None is not checked."""
     if name and name != (trained := state["config"]["training"]["model"]):
         raise UserError(f"--model {name}: --ckpt {path} has {trained}: leave the flag out")
 
 
 def check_kind(path, state, video):
-    """Raise UserError unless a checkpoint is of videos, or of images, as --video says."""
+    """Raise UserError unless a checkpoint is a model of videos, or of images, as --video says."""
     if state["config"]["training"]["video"] != video:
         raise UserError(
             f"--ckpt {path}: holds an image model, --video asks for videos: leave it out"
@@ -440,50 +479,90 @@ def check_kind(path, state, video):
         )
 
 
-def load_model(path, use_ema=True, model=None, video=None, **checks):
-    """Rebuild the network of a checkpoint: (model in eval mode on the CPU, config of the file, step).
+# ----------------------------------------------------------------------------------------------------------------------
+# Where training starts
 
-    checks are fields of EqMConfig that must agree, such as use_rope=True, and video says whether it is to be a model
-    of videos; None is not checked. Only published files need `model`, the --model they hold. Raises UserError.
+
+@dataclass
+class Start:
+    """Where training starts: from scratch, from --ckpt, or where a run was interrupted."""
+
+    progress: Progress
+    path: Path | None = None  # of the checkpoint
+    state: dict | None = None  # and its content
+    folder: Path | None = None  # of the run to resume, also if it has no checkpoint yet
+
+    @property
+    def resumes(self):
+        """Whether the checkpoint is one of the run itself."""
+        return self.folder is not None and self.path is not None and self.path.parent.parent == self.folder
+
+    @property
+    def unlogged(self):
+        """The StepStats of a run that was stopped before it could log them; None in any other case."""
+        return self.state["run"]["window"] if self.resumes else None
+
+    @property
+    def bad_videos(self):
+        return self.state["run"]["bad_videos"] if self.resumes else []
+
+
+def find_start(args, name):
+    """The Start that the flags of train.py ask for.
+
+    With --resume, or restarted by torchrun, the newest run of that name is resumed, from its beginning if it has no
+    intact checkpoint; its folder is locked from here on. Raises UserError.
     """
-    state = load(path, **shape_of(model), ebm=checks.get("ebm"))
-    config = config_of(path, state)
-    check_name(path, state, model)
-    if not use_ema and state["model"] is state["ema"]:
-        raise UserError(f"--no-ema: --ckpt {path} holds the averaged weights only: leave the flag out")
-    if video is not None:
-        check_kind(path, state, video)
-    check(path, config, **checks)
-    model = EqM(config)
-    load_weights(path, model, state["ema" if use_ema else "model"])
-    return model.eval(), state["config"], state["step"]
+    folder = newest_run(args.results_dir, name)
+    if folder and not args.resume and not is_restarted(folder):
+        folder = None
+    given = {name: value for name in SHAPE if (value := getattr(args, name, None)) is not None}
+    asked = model_shape(args.model) | given | {"ebm": args.ebm}
+    start = Start(Progress(), folder=folder)
+    if folder:
+        if rank() == 0:
+            lock(folder)
+            clean(folder)
+        start.path, start.state = newest_checkpoint(folder, **asked)
+        if start.state:
+            start.state["run"] = start.state.get("run") or {"window": None, "bad_videos": []}
+    if start.path is None and args.ckpt:
+        start.path, start.state = Path(args.ckpt), load(args.ckpt, **asked)
+    if start.path is None:
+        return start
+    state, step = start.state, start.state["step"]
+    kind = state["optimizer"]["kind"] if state["optimizer"] else args.optimizer
+    if kind != args.optimizer:
+        raise UserError(f"--ckpt {start.path}: trained with --optimizer {kind}, found {args.optimizer}: give the same")
+    if start.resumes:
+        start.progress = Progress(step, best_loss=state["best_loss"], **state["phase"])
+        args.ckpt = state["config"]["training"].get("ckpt")  # where the phase started, for the record
+    elif args.max_steps and args.max_steps <= step:
+        raise UserError(
+            f"--max-steps {args.max_steps}: the checkpoint has {step} steps already, and steps are counted over all "
+            "phases; give a larger number"
+        )
+    else:
+        pretrained = state["phase"].get("pretrained", False)
+        start.progress = Progress(step, first_step=step, pretrained=pretrained)
+    return start
 
 
-def load_weights(path, model, weights):
-    """load_state_dict, with one line that names the first mismatch."""
-    try:
-        model.load_state_dict(weights)
-    except RuntimeError as error:
-        mismatch = str(error).splitlines()[1:2] or [str(error)]
-        raise UserError(f"--ckpt {path}: its weights are not those of its config: {mismatch[0].strip()}") from error
+def newest_checkpoint(folder, **asked):
+    """(path, dict as of `load`) of the newest intact checkpoint of a run; (None, None) if it has none.
 
-
-def load_optimizers(path, optimizers, saved):
-    """What the optimizers remember of each weight, from the list of their state dicts; their settings are the flags'.
-
-    Raises UserError if it is not of these weights.
+    Damaged ones are named. latest.pt is always the newest; only without it are the others read.
     """
-    wanted = f"--ckpt {path}: damaged: its optimizer is not of these weights; use another checkpoint"
-    if len(saved) != len(optimizers):
-        raise UserError(wanted)
-    for optimizer, state in zip(optimizers, saved, strict=True):
-        groups, memory = optimizer.state_dict()["param_groups"], state.get("state")
-        weights = [weight for group in optimizer.param_groups for weight in group["params"]]
-        if not isinstance(memory, dict) or not memory.keys() <= set(range(len(weights))):
-            raise UserError(wanted)
-        for number, values in memory.items():
-            shapes = {name: weights[number].shape for name in MEMORY[type(optimizer)]}
-            shapes |= {"step": torch.Size([])} if "step" in shapes else {}
-            if not is_weights(values) or {name: value.shape for name, value in values.items()} != shapes:
-                raise UserError(wanted)
-        optimizer.load_state_dict({"state": memory, "param_groups": groups})
+    steps = {}
+    latest = Path(folder, "checkpoints", "latest.pt")
+    for path in sorted(latest.parent.glob("*.pt"), key=lambda path: (path != latest, path)):
+        try:
+            state = load(path, **asked)
+        except UserError as error:
+            say(f"note: {error}")
+            continue
+        if path == latest:
+            return path, state
+        steps[path] = state["step"]
+    newest = max(steps, key=steps.get, default=None)
+    return newest, newest and load(newest, **asked)

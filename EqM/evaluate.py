@@ -27,9 +27,9 @@ from safetensors import SafetensorError
 
 import generation
 from generation import sha256
-from runtime import distributed
-from runtime.atomic import whole_file
-from runtime.distributed import (
+from runtime import cli, distributed
+from runtime.atomic import atomic_write
+from runtime.cli import (
     COUNT,
     NATURAL,
     NON_NEGATIVE,
@@ -38,10 +38,10 @@ from runtime.distributed import (
     UserError,
     check_writable,
     fail,
-    rank,
+    one_line_errors,
     say,
 )
-from runtime.signals import one_line_errors
+from runtime.distributed import rank
 from scoring import consistency, frechet, manifest, motion, sources
 from video.index import check_data_path, latents_settings
 
@@ -94,8 +94,8 @@ def add_sampling_flags(parser):
     add("--video", action="store_true", default=None, help="the checkpoint has videos; none = not checked")
     generation.add_what_flags(add, None, "generated clips; none = as --num-real, or all of --samples")
     generation.add_checked_flags(parser)
-    distributed.add_speed_flags(parser)
-    distributed.add_sampling_flags(parser)
+    cli.add_speed_flags(parser)
+    generation.add_sampling_flags(parser)
 
 
 # ----------------------------------------------------------------------------------------------------------------------
@@ -119,9 +119,9 @@ def repeat(args, given):
 
 def check_flags(args, given):
     """Settle what depends on the metric; raise UserError for flags that contradict each other or the machine."""
-    distributed.check_devices()
-    distributed.check_speed_flags(args)
-    distributed.check_sampling_flags(args)
+    cli.check_devices()
+    cli.check_speed_flags(args)
+    generation.check_sampling_flags(args)
     if (args.ckpt is None) == (args.samples is None):
         raise UserError("--ckpt and --samples say where generated clips come from: give one of them")
     if args.samples is not None:
@@ -299,7 +299,7 @@ def read_moments(path, width):
 def write_moments(path, moments):
     path.parent.mkdir(parents=True, exist_ok=True)
     tensors = {"count": torch.tensor(moments.count), "mean": moments.mean, "scatter": moments.scatter}
-    with whole_file(path) as file:
+    with atomic_write(path) as file:
         file.write(safetensors.torch.save(tensors))
 
 
@@ -320,7 +320,7 @@ def pin(args, made, real, width):
         "format": manifest.FORMAT,
         "metric": args.metric,
         "protocol": protocol(args, made.num_frames),
-        "generated": made.describe() | shared,
+        "generated": made.provenance() | shared,
         "real": real,
         "detector": detector,
         "code": manifest.code_commit(),
@@ -332,7 +332,7 @@ def pin(args, made, real, width):
 def score(args, made, clips, decides, detector, width, device):
     """(values, result, real videos that could not be decoded); the first two None but on rank 0."""
     bad = []
-    made.prepare(device)
+    made.to(device)
     streams = sources.generated_stream(args, made), sources.real_stream(args, clips, device, bad)
     if args.metric == "motion":
         scores = score_motion(args, *streams)

@@ -1,4 +1,4 @@
-"""From a checkpoint to videos or images: flags, checks and steps that sample_gd.py and evaluate.py share."""
+"""From a model to samples: flags, checks and steps that train.py, sample_gd.py and evaluate.py share."""
 
 import hashlib
 import os
@@ -6,66 +6,121 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 
 import torch
+from tqdm import tqdm
 
 import checkpoint
-import samplers
+import published
 import transport
-from checkpoint_parts import trained_time_scale
-from models import EBMS, NAMES, EqM
+from models import EBMS, NAMES, EqM, model_name
 from rope import REFERENCE_FPS, ROPE_SCALES
 from runtime import distributed
-from runtime.distributed import COUNT, NATURAL, UserError, normal, number, say
+from runtime.cli import COUNT, NATURAL, NON_NEGATIVE, POSITIVE, UserError, number, say
+from runtime.rng import normal
 from runtime.untrusted import FPS
+from samplers import DESCENTS, SOLVERS, guided, sample
 from vae import VAE, load_vae
 
-MOST_FRAMES, MOST_SAMPLES = 2**16, 2**24  # more is a slip of the pen
+MOST_FRAMES, MOST_SAMPLES = 2**16, 2**24  # more is a typing error
+STOP_BELOW = 1.0  # as accurate as 250 points with 57% of their evaluations: scripts/adaptive_compute.py
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# Flags
 
 
 def add_what_flags(add, num_samples, default_samples="number of samples"):
     """What is sampled; `add` is the add_argument of a group."""
     frames = number(int, least=1, most=MOST_FRAMES)
     rate, scale = number(float, least=FPS[0], most=FPS[1]), number(float, least=1 / FPS[1], most=1 / FPS[0])
-    add("--num-frames", type=frames, metavar="N", help="any number with rotary positions; none = as trained last")
-    add("--fps", type=rate, metavar="X", help="frames per second that the clips show; none = as trained")
-    add("--time-scale", type=scale, metavar="X", help="the same in seconds per frame")
-    add("--classes", nargs="+", metavar="C", help="names or numbers, taken in turn; none = all")
+    trained = "default: as trained"
+    add("--num-frames", type=frames, metavar="N", help="frames per video, any number with rotary positions; " + trained)
+    add("--fps", type=rate, metavar="X", help="frames per second of the samples; " + trained)
+    add("--time-scale", type=scale, metavar="X", help="the same as seconds per frame; give one of the two")
+    add("--classes", nargs="+", metavar="C", help="names or numbers of classes, taken in turn; default: all")
     count = number(int, least=1, most=MOST_SAMPLES)
     add("--num-samples", "--num-fid-samples", type=count, default=num_samples, metavar="N", help=default_samples)
-    add("--seed", "--global-seed", type=NATURAL, default=0, metavar="N", help="decides the noise")
-    scale = "rotary time positions beyond the trained length: position interpolation, NTK or RIFLEx; none = as trained"
-    add("--rope-scale", choices=ROPE_SCALES, default="none", help=scale)
-    add("--no-ema", action="store_true", help="use the weights as trained, not their average")
+    add("--seed", "--global-seed", type=NATURAL, default=0, metavar="N", help="seed of the noise")
+    scale = (
+        "how rotary time positions beyond the trained length are placed: unchanged, position interpolation, NTK-aware "
+    )
+    add("--rope-scale", choices=ROPE_SCALES, default="none", help=scale + "or RIFLEx")
+    add("--no-ema", action="store_true", help="use the raw weights instead of the EMA weights")
 
 
 def add_checked_flags(parser):
     """What the checkpoint knows; returns the add_argument of the group."""
     add = parser.add_argument_group("checked against the checkpoint, if given").add_argument
-    add("--model", choices=NAMES, metavar="NAME", help="EqM-S/4 ...; published models need it")
-    add("--use-rope", action="store_true", default=None, help="the checkpoint has 3D rotary positions")
+    add("--model", choices=NAMES, metavar="NAME", help="EqM-{Ti,S,B,L,XL}/{2,4,8}; published models need it")
+    add("--use-rope", action="store_true", default=None, help="the model has 3D rotary positions")
     add("--ebm", choices=EBMS, help="energy of the model; published models may need it")
     add("--temporal-patch-size", type=COUNT, metavar="N", help="frames per patch")
-    add("--image-size", type=COUNT, metavar="PX", help="height and width of the samples")
-    add("--num-classes", type=COUNT, metavar="N", help="classes of the model")
-    add("--vae", metavar="VAE", help="may name another place for the checkpoint's VAE")
+    add("--image-size", type=COUNT, metavar="PX", help="height and width of the samples in pixels")
+    add("--num-classes", type=COUNT, metavar="N", help="number of classes of the model")
+    add("--vae", metavar="VAE", help="may name another place of the checkpoint's VAE")
     return add
+
+
+def add_sampling_flags(parser):
+    """The flags of every script that samples; `sampling_settings` turns them into arguments of `generate`."""
+    add = parser.add_argument_group("sampling").add_argument
+    samplers = "gd: gradient descent; ngd: with Nesterov momentum; euler, heun: the ODE in gamma, for comparison"
+    add("--sampler", choices=[*DESCENTS, *SOLVERS], default="gd", help=samplers)
+    points = "number of points; takes N - 1 evaluations"
+    add("--num-sampling-steps", type=number(int, least=2), default=250, metavar="N", help=points)
+    add("--stepsize", type=POSITIVE, default=0.0017, metavar="X", help="step size eta of gd and ngd")
+    add("--mu", type=NON_NEGATIVE, default=0.3, metavar="X", help="momentum of ngd")
+    adaptive = "gd and ngd: stop a sample when the root mean square of its field falls below R "
+    adaptive += f"(just --stop-below: {STOP_BELOW}); default: off"
+    add("--stop-below", type=POSITIVE, nargs="?", const=STOP_BELOW, metavar="R", help=adaptive)
+    add("--cfg-scale", type=NON_NEGATIVE, default=4.0, metavar="X", help="classifier-free guidance scale; 1 = off")
+
+
+def check_sampling_flags(args):
+    """Raise UserError for sampling flags that contradict each other."""
+    if args.stop_below is not None and args.sampler in SOLVERS:
+        raise UserError(f"--stop-below {args.stop_below}: {args.sampler} has a fixed number of steps; use gd or ngd")
+
+
+def sampling_settings(args):
+    return {
+        "method": args.sampler,
+        "num_steps": args.num_sampling_steps,
+        "step_size": args.stepsize,
+        "momentum": args.mu,
+        "stop_below": args.stop_below,
+        "guidance": args.cfg_scale,
+        "precision": args.precision,
+    }
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# A model that is ready to sample
 
 
 @dataclass
 class Source:
-    """A checkpoint, ready to sample."""
+    """A model and what is sampled from it."""
 
     model: EqM
     vae: VAE
-    data: dict  # that part of the checkpoint's config
-    video: bool  # or images
-    step: int
+    classes: list  # their names
+    labels: torch.Tensor  # (num_samples,) int64
     num_frames: int
     time_scale: float  # seconds per frame
-    labels: torch.Tensor  # (num_samples,) int64: the classes in turn
+    video: bool = True  # or images
+    step: int = 0  # of training
 
     @property
     def image_size(self):
         return self.model.config.input_size * self.vae.downsample
+
+    def to(self, device, args):
+        """Move the networks to the device and into the precision that the flags ask for."""
+        self.model.to(device).requires_grad_(False)
+        self.vae.to(device)
+        distributed.set_precision(args.precision)
+        if args.compile:
+            self.model.compile_blocks()
 
 
 def open_checkpoint(args):
@@ -81,13 +136,7 @@ def open_checkpoint(args):
         num_classes=args.num_classes,
     )
     data, training = config["data"], config["training"]
-    vae = load_vae(args.vae or data["vae"])
-    size = model.config.input_size * vae.downsample
-    same_kind = (vae.name == "none") == (data["vae"] == "none")
-    if not same_kind or (vae.channels, size) != (model.config.in_channels, data["image_size"] or size):
-        raise UserError(f"--vae {vae.name}: the checkpoint was trained with {data['vae']}: name a place of that one")
-    if args.image_size not in (None, size):
-        raise UserError(f"--image-size {args.image_size}: the checkpoint has {size}: leave the flag out")
+    vae = open_vae(args, model.config, data)
     num_frames = args.num_frames or training["num_frames"]
     try:
         model.config.check_num_frames(num_frames)
@@ -97,9 +146,21 @@ def open_checkpoint(args):
         raise UserError(f"--num-frames {num_frames}: --ckpt {args.ckpt} holds an image model: leave the flag out")
     time_scale, labels = seconds_per_frame(args, data), choose_labels(args, data["classes"])
     scale_rope(args, model, data, training["num_frames"], num_frames, time_scale)
-    name = checkpoint.model_name(**asdict(model.config))
+    name = model_name(**asdict(model.config))
     say(f"{args.ckpt}: {name}, step {step}, trained on {training['num_frames']} frames")
-    return Source(model, vae, data, training["video"], step, num_frames, time_scale, labels)
+    return Source(model, vae, data["classes"], labels, num_frames, time_scale, training["video"], step)
+
+
+def open_vae(args, config, data):
+    """The VAE that a checkpoint was trained with, at its place or at that of --vae. Raises UserError."""
+    vae = load_vae(args.vae or data["vae"])
+    size = config.input_size * vae.downsample
+    same_kind = (vae.name == "none") == (data["vae"] == "none")
+    if not same_kind or (vae.channels, size) != (config.in_channels, data["image_size"] or size):
+        raise UserError(f"--vae {vae.name}: the checkpoint was trained with {data['vae']}: name a place of that one")
+    if args.image_size not in (None, size):
+        raise UserError(f"--image-size {args.image_size}: the checkpoint has {size}: leave the flag out")
+    return vae
 
 
 def scale_rope(args, model, data, trained_frames, num_frames, time_scale):
@@ -108,7 +169,7 @@ def scale_rope(args, model, data, trained_frames, num_frames, time_scale):
         return
     if not model.config.use_rope:
         raise UserError(f"--rope-scale {args.rope_scale}: {args.ckpt} has fixed positions: leave the flag out")
-    seconds = trained_time_scale(data), time_scale  # per frame, in training and now
+    seconds = checkpoint.trained_time_scale(data), time_scale  # per frame, in training and now
     trained, wanted = (
         model.config.grid(frames)[0] * REFERENCE_FPS * scale
         for frames, scale in zip((trained_frames, num_frames), seconds, strict=True)
@@ -118,8 +179,8 @@ def scale_rope(args, model, data, trained_frames, num_frames, time_scale):
 
 def seconds_per_frame(args, data):
     if args.fps and args.time_scale:
-        raise UserError("--fps and --time-scale say the same: give one of them")
-    return args.time_scale or (1 / args.fps if args.fps else trained_time_scale(data))
+        raise UserError("--fps and --time-scale set the same thing: give one of them")
+    return args.time_scale or (1 / args.fps if args.fps else checkpoint.trained_time_scale(data))
 
 
 def choose_labels(args, names):
@@ -136,50 +197,14 @@ def choose_labels(args, names):
     return torch.tensor(labels)[torch.arange(args.num_samples) % len(labels)]
 
 
-def prepare(source, args, device):
-    """Move the networks of a Source to the device and into the precision that the flags ask for."""
-    source.model.to(device).requires_grad_(False)
-    source.vae.to(device)
-    distributed.set_precision(args.precision)
-    if args.compile:
-        source.model.compile_blocks()
-
-
-def draw(source, args, numbers, device, starts=None, start_gamma=0.0, energy=False, show=True):
-    """The samples `numbers`; each is a function of its number, --seed and the network, whoever else is in its batch.
-
-    starts, if given, are clips uint8 (n, 3, T, H, W), of which the start has the share start_gamma; the rest is noise.
-    Returns videos uint8 (n, T, H, W, 3), evaluations (n,) and, with `energy`, energies (n, num_steps), else None.
-    """
-    config, n = source.model.config, len(numbers)
-    shape = (config.in_channels, source.num_frames, config.input_size, config.input_size)
-    start = normal(args.seed, "sample", 0, numbers, shape).to(device)
-    if starts is not None:
-        encoded = torch.cat([source.vae.encode(clips.to(device)) for clips in starts.split(args.batch_size)])
-        start = transport.interpolate(encoded, start, torch.full((n,), start_gamma, device=device))
-    latents, evaluations, energies = samplers.generate(
-        source.model,
-        start,
-        source.labels[numbers].to(device),
-        torch.full((n,), source.time_scale, device=device),
-        null_label=config.num_classes,
-        batch_size=args.batch_size,
-        show=show,
-        energy=source.model.energy if energy else None,
-        start_gamma=start_gamma,
-        **distributed.sampling_settings(args),
-    )
-    return source.vae.decode(latents), evaluations, energies
-
-
-def describe(source, args):
-    """All that decides the samples of a Source, plain values for JSON."""
+def provenance(source, args):
+    """Everything that determines the samples of a checkpoint: plain values for JSON."""
     return {
         "checkpoint": str(args.ckpt),
         "checkpoint_sha256": sha256(args.ckpt),
         "step": source.step,
         "averaged_weights": not args.no_ema,
-        "model": checkpoint.model_name(**asdict(source.model.config)),
+        "model": model_name(**asdict(source.model.config)),
         "temporal_patch_size": source.model.config.temporal_patch_size,
         "vae": source.vae.place,
         "image_size": source.image_size,
@@ -189,14 +214,101 @@ def describe(source, args):
         "seed": args.seed,
         "batch_size": args.batch_size,
         "compile": args.compile,
-        **distributed.sampling_settings(args),
+        **sampling_settings(args),
     }
 
 
 def sha256(path):
-    """Of the bytes of a file; of a folder: of the exported model in it, whatever else may lie there."""
+    """The SHA-256 of a file; for a folder, that of the exported model in it, whatever else the folder holds."""
     if os.path.isdir(path):
-        parts = [sha256(Path(path, name)) for name in checkpoint.EXPORT]
+        parts = [sha256(Path(path, name)) for name in published.EXPORT]
         return hashlib.sha256(" ".join(parts).encode()).hexdigest()
     with open(path, "rb") as file:
         return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# Noise -> latents -> videos
+
+
+def generate_clips(
+    source, indices, seed, device, settings, batch_size=16, init=None, init_gamma=0.0, energy=False, show=True,
+    before_evaluation=None,
+):  # fmt: skip
+    """The samples `indices` of a Source; each depends on its index, the seed and the network, not on its batch.
+
+    init, if given, are clips uint8 (n, 3, T, H, W) that have the share init_gamma in the start; the rest is noise.
+    before_evaluation(), if given, is called before each evaluation of the network, and may raise.
+    Returns videos uint8 (n, T, H, W, 3), evaluations (n,) and, with `energy`, energies (n, num_steps), else None.
+    """
+    config, n = source.model.config, len(indices)
+
+    def network(*inputs):
+        if before_evaluation is not None:
+            before_evaluation()
+        return source.model(*inputs)
+
+    shape = (config.in_channels, source.num_frames, config.input_size, config.input_size)
+    start = normal(seed, "sample", 0, indices, shape).to(device)
+    if init is not None:
+        encoded = torch.cat([source.vae.encode(clips.to(device)) for clips in init.split(batch_size)])
+        start = transport.interpolate(encoded, start, torch.full((n,), init_gamma, device=device))
+    latents, evaluations, energies = generate(
+        network,
+        start,
+        source.labels[indices].to(device),
+        torch.full((n,), source.time_scale, device=device),
+        null_label=config.num_classes,
+        batch_size=batch_size,
+        show=show,
+        energy=source.model.energy if energy else None,
+        start_gamma=init_gamma,
+        **settings,
+    )
+    return source.vae.decode(latents), evaluations, energies
+
+
+@torch.no_grad()
+def generate(
+    network, start, labels, time_scale, null_label, guidance, precision="fp32", batch_size=16, show=True, energy=None,
+    **settings,
+):  # fmt: skip
+    """Turn noise into samples, batch by batch, with one progress bar for all of them.
+
+    start (N, C, T, H, W) float32, labels (N,), time_scale (N,); settings are those of `samplers.sample`. precision is
+    that of the network only: positions of the descent stay float32. energy(x, y, time_scale) -> (N,), if given, is
+    evaluated at every point on the way.
+    Returns samples (N, C, T, H, W), evaluations (N,) and energies (N, num_steps): NaN after the point where a sample
+    stopped, None without `energy`.
+    """
+    device, num_steps, results = start.device, settings["num_steps"], []
+    if len(start) == 0:  # more ranks than samples
+        return start, labels, None if energy is None else start.new_empty(0, num_steps)
+    batches = list(zip(*(part.split(batch_size) for part in (start, labels, time_scale)), strict=True))
+    with (
+        tqdm(total=len(batches) * num_steps, desc="sampling", unit="point", leave=False, disable=not show) as progress,
+        distributed.autocast(device, precision),
+    ):
+        for done, (x, y, scale) in enumerate(batches, start=1):
+            field = guided(network, y, scale, guidance, null_label)
+            guided_energy = energy and guided(energy, y, scale, guidance, null_label)
+            observer = Observer(guided_energy, len(x), num_steps, device, progress)
+            results.append((*sample(field, x, observe=observer, **settings), observer.energies))
+            progress.update(done * num_steps - progress.n)  # if all stopped early
+    samples, evaluations, energies = zip(*results, strict=True)
+    return torch.cat(samples), torch.cat(evaluations), None if energy is None else torch.cat(energies)
+
+
+class Observer:
+    """Called by `sample` at each point: moves the bar and, given a guided energy, records it, (B, num_steps)."""
+
+    def __init__(self, energy, batch_size, num_steps, device, progress):
+        self.energy, self.progress, self.point = energy, progress, 0
+        self.energies = torch.full((batch_size, num_steps), torch.nan, device=device)
+
+    def __call__(self, x, keep):
+        if self.energy is not None:
+            self.energies[keep, self.point] = self.energy(x, keep)
+        self.point += 1
+        self.progress.set_postfix_str(f"{len(keep)} running", refresh=False)
+        self.progress.update()

@@ -433,3 +433,24 @@ def build(name, **overrides):
 
 NAMES = [f"EqM-{size}/{patch_size}" for size in SIZES for patch_size in (2, 4, 8)]
 EqM_models = {name: partial(build, name) for name in NAMES}  # EqM_models["EqM-S/4"](num_classes=101, use_rope=True)
+
+
+SHAPE = ("depth", "hidden_size", "num_heads", "patch_size")  # the fields of EqMConfig that --model decides
+
+
+def model_shape(name):
+    """The SHAPE fields of a named model; nothing without a name."""
+    config = model_config(name) if name else None
+    return {field: getattr(config, field) for field in SHAPE if config}
+
+
+def model_name(depth, hidden_size, num_heads, patch_size, **_):
+    """The name of a model, given the fields of its EqMConfig."""
+    names = {shape: name for name, shape in SIZES.items()}
+    unnamed = f"(depth {depth}, width {hidden_size}, heads {num_heads})"
+    return f"EqM-{names.get((depth, hidden_size, num_heads), unnamed)}/{patch_size}"
+
+
+def num_blocks(weights):
+    """The number of blocks in a state dict."""
+    return len({name.split(".")[1] for name in weights if name.startswith("blocks.")})

@@ -4,7 +4,6 @@ Everything here takes the network as a callable, so it is tested on fields whose
 """
 
 import torch
-from tqdm import tqdm
 
 from transport import decay
 
@@ -100,57 +99,3 @@ def guided(function, labels, time_scale, guidance, null_label):
         return f_null + guidance * (f_class - f_null)
 
     return field
-
-
-HALF = {"bf16": torch.bfloat16, "fp16": torch.float16}
-
-
-def autocast(device, precision):
-    """The context in which a network runs in that precision: "bf16" and "fp16" are mixed, others change nothing."""
-    return torch.autocast(device.type, HALF.get(precision), enabled=precision in HALF)
-
-
-@torch.no_grad()
-def generate(
-    network, start, labels, time_scale, null_label, guidance, precision="fp32", batch_size=16, show=True, energy=None,
-    **settings,
-):  # fmt: skip
-    """Turn noise into samples, batch by batch, with one progress bar for all of them.
-
-    start (N, C, T, H, W) float32, labels (N,), time_scale (N,); settings are those of `sample`.
-    precision is that of the network only, positions of the descent stay float32.
-    energy(x, y, time_scale) -> (N,), if given, is evaluated at every point on the way.
-    Returns samples (N, C, T, H, W), evaluations (N,) and energies (N, num_steps): NaN behind the point
-    where a sample stopped, None without `energy`.
-    """
-    device, num_steps, results = start.device, settings["num_steps"], []
-    if len(start) == 0:  # more ranks than samples
-        return start, labels, None if energy is None else start.new_empty(0, num_steps)
-    batches = list(zip(*(part.split(batch_size) for part in (start, labels, time_scale)), strict=True))
-    with (
-        tqdm(total=len(batches) * num_steps, desc="sampling", unit="point", leave=False, disable=not show) as progress,
-        autocast(device, precision),
-    ):
-        for number, (x, y, scale) in enumerate(batches):
-            field = guided(network, y, scale, guidance, null_label)
-            guided_energy = energy and guided(energy, y, scale, guidance, null_label)
-            watch = Watch(guided_energy, len(x), num_steps, device, progress)
-            results.append((*sample(field, x, observe=watch, **settings), watch.energies))
-            progress.update((number + 1) * num_steps - progress.n)  # if all stopped early
-    samples, evaluations, energies = zip(*results, strict=True)
-    return torch.cat(samples), torch.cat(evaluations), None if energy is None else torch.cat(energies)
-
-
-class Watch:
-    """What `sample` calls at each point: moves the bar and, given a guided energy, keeps it, (B, num_steps)."""
-
-    def __init__(self, energy, batch_size, num_steps, device, progress):
-        self.energy, self.progress, self.point = energy, progress, 0
-        self.energies = torch.full((batch_size, num_steps), torch.nan, device=device)
-
-    def __call__(self, x, keep):
-        if self.energy is not None:
-            self.energies[keep, self.point] = self.energy(x, keep)
-        self.point += 1
-        self.progress.set_postfix_str(f"{len(keep)} running", refresh=False)
-        self.progress.update()

@@ -1,17 +1,18 @@
-"""The phases of a run: how many frames a clip has, up to which global step, and how many clips a step takes."""
+"""The phases of a run: frames per clip, the global step at which the phase ends, clips per step."""
 
 import argparse
 import re
 from dataclasses import dataclass, replace
 
-from runtime.distributed import UserError
+from runtime.cli import UserError
+from runtime.rng import uniform
 
 
 @dataclass(frozen=True)
 class Phase:
     num_frames: int
     last_step: int  # global
-    batch_size: int | None  # clips per step, over all ranks; None = as many tokens as the first phase has
+    batch_size: int | None  # clips per step, over all ranks; None = as many tokens per step as in the first phase
 
     def __str__(self):
         return f"{self.num_frames}:{self.last_step}:{self.batch_size}"
@@ -28,17 +29,19 @@ def parse_schedule(text):
         fields = part.split(":")
         if len(fields) not in (2, 3) or not all(re.fullmatch("[0-9]{1,11}", field) for field in fields):
             raise argparse.ArgumentTypeError(f"found {part!r}, {wanted}")
-        frames, last_step, batch = (*map(int, fields), None)[:3]
-        if 0 in (frames, last_step, batch):
+        num_frames, last_step, batch_size = (*map(int, fields), None)[:3]
+        if 0 in (num_frames, last_step, batch_size):
             raise argparse.ArgumentTypeError(f"found {part!r}, wanted numbers of at least 1")
         if phases and last_step <= phases[-1].last_step:
-            raise argparse.ArgumentTypeError(f"{part} ends before the phase before it: steps are global and rise")
-        phases.append(Phase(frames, last_step, batch))
+            raise argparse.ArgumentTypeError(
+                f"{part} ends before the phase before it: steps are global and must increase"
+            )
+        phases.append(Phase(num_frames, last_step, batch_size))
     return phases
 
 
 def fill_batches(phases, batch_size, tokens, parts):
-    """The phases with a batch size each; those without get as many tokens per step as batch_size clips of the first.
+    """The phases, each with a batch size; those without one get as many tokens per step as the first phase has.
 
     tokens(num_frames) is the number of tokens of a clip. Raises UserError unless each batch is a multiple of `parts`
     (ranks x micro-batches).
@@ -49,13 +52,32 @@ def fill_batches(phases, batch_size, tokens, parts):
         size = phase.batch_size or per_step / tokens(phase.num_frames)
         if size % parts:
             raise UserError(
-                f"--frames-schedule: the phase of {phase.num_frames} frames has {size:g} clips a step, which is no "
-                f"multiple of {parts} (ranks x --grad-accum): give it a batch, or change --global-batch-size"
+                f"--frames-schedule: the phase of {phase.num_frames} frames has {size:g} clips a step, which is not "
+                f"a multiple of {parts} (ranks x --grad-accum): give it a batch, or change --global-batch-size"
             )
         filled.append(replace(phase, batch_size=int(size)))
     return filled
 
 
+def is_due(step, last_step, *periods):
+    """Whether something is to be done at a step: every so many steps, and at the last one of a phase; 0 = never."""
+    return step == last_step or any(period and step % period == 0 for period in periods)
+
+
 def current_phase(phases, first_step):
-    """The phase that began at first_step, or that a checkpoint of that step goes on with."""
+    """The phase that began at first_step, or that a checkpoint of that step continues with."""
     return next(phase for phase in phases if phase.last_step > first_step)
+
+
+def frames_of_steps(phases, phase, step, first_step, mix, seed):
+    """The number of frames of each step after `step` up to the end of a phase that began at first_step.
+
+    They are the phase's own or, for a share `mix` of the steps, those of an earlier phase. Which ones, follows from the
+    seed and the step alone.
+    """
+    steps = range(step + 1, phase.last_step + 1)
+    earlier = [one.num_frames for one in phases if one.last_step <= first_step]
+    if not (mix and earlier):
+        return [phase.num_frames] * len(steps)
+    chances = (uniform(seed, "mix", first_step, [step]).item() / mix for step in steps)
+    return [earlier[int(chance * len(earlier))] if chance < 1 else phase.num_frames for chance in chances]

@@ -10,7 +10,9 @@ import textwrap
 import torch
 from safetensors import SafetensorError, safe_open
 
-from runtime.distributed import UserError, rank, say
+from runtime.cli import UserError, say
+from runtime.distributed import rank
+from runtime.rng import normal
 from runtime.untrusted import check_regular, read_json
 
 PUBLISHED = {"ema": "stabilityai/sd-vae-ft-ema", "mse": "stabilityai/sd-vae-ft-mse"}
@@ -63,6 +65,15 @@ class VAE:
     def encode(self, clips, noise=None):
         """uint8 (B, 3, T, H, W) -> scaled latents (B, C, T, H/f, W/f); noise as in `sample`."""
         return self.sample(*self.posterior(clips), noise)
+
+    def latents_of(self, clips, seed, stream, indices):
+        """Scaled latents (B, C, T, h, w) of a batch of clips, posterior noise a function of (seed, stream, index).
+
+        clips: uint8 (B, 3, T, H, W), or from a latent cache mean and standard deviation, float16 (B, 2, C, T, h, w).
+        """
+        mean, std = self.posterior(clips) if clips.dtype == torch.uint8 else clips.float().unbind(1)
+        noise = None if std is None else normal(seed, "posterior", stream, indices, mean.shape[1:], mean.device)
+        return self.sample(mean, std, noise)
 
     @torch.no_grad()
     def decode(self, latents):

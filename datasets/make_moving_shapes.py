@@ -20,7 +20,8 @@ import torch
 from tqdm import tqdm
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent / "EqM"))
-from runtime.distributed import ArgumentParser, UserError, fail, generator, say
+from runtime.cli import ArgumentParser, UserError, fail, say
+from runtime.rng import generator
 from runtime.untrusted import read_json
 
 VERSION = 1  # of the drawing and of shapes.json

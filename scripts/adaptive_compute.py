@@ -19,9 +19,10 @@ import torch
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent / "EqM"))
 import checkpoint
-import samplers
-from checkpoint_parts import trained_time_scale
-from runtime.distributed import COUNT, ArgumentParser, UserError, check_writable, fail, normal, say
+import generation
+from checkpoint import trained_time_scale
+from runtime.cli import COUNT, ArgumentParser, UserError, check_writable, fail, say
+from runtime.rng import normal
 from scoring import motion
 from vae import load_vae
 
@@ -69,7 +70,7 @@ class Study:
         """(videos uint8 (N, T, H, W, 3), evaluations (N,)) of the noise of a seed."""
         config = self.model.config
         shape = (config.in_channels, self.num_frames, config.input_size, config.input_size)
-        latents, evaluations, _ = samplers.generate(
+        latents, evaluations, _ = generation.generate(
             self.model,
             normal(seed, "sample", 0, range(self.num_samples), shape),
             self.labels,

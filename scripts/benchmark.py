@@ -31,24 +31,18 @@ from torch.utils.flop_counter import FlopCounterMode
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent / "EqM"))
 import cache_latents
-import samplers
-import train
+import generation
+import optim
 from models import NAMES, EqM_models, math_attention
 from rope import RotaryEmbedding3D, apply_rotary
-from runtime.distributed import (
-    COUNT,
-    ArgumentParser,
-    UserError,
-    check_speed_flags,
-    fail,
-    keep_freed_memory,
-    number,
-    set_precision,
-)
+from runtime import distributed
+from runtime.cli import COUNT, ArgumentParser, UserError, check_speed_flags, fail, number
+from runtime.distributed import keep_freed_memory, set_precision
 from runtime.signals import StopSignal
 from vae import VAE
+from video.clips import Batches, Clips, collate
 from video.files import read_frames, read_latents
-from video.index import LATENTS, LATENTS_FORMAT, Batches, Clips, collate, scan_videos
+from video.index import LATENTS, LATENTS_FORMAT, scan_videos
 
 CLASSES = 101
 warnings.filterwarnings("ignore", message="a token holds")
@@ -147,14 +141,14 @@ class Step:
         self.y = torch.randint(CLASSES, (args.batch_size,), device=self.device)
 
     def gradients(self):
-        with samplers.autocast(self.device, self.precision):
+        with distributed.autocast(self.device, self.precision):
             loss = self.model(self.x, self.y).float().square().mean()
         loss.backward()
 
     def update(self):
         torch.nn.utils.clip_grad_norm_(self.model.parameters(), 1.0)
         self.optimizer.step()
-        train.update_ema(self.ema, self.model, 0.9999)
+        optim.update_ema(self.ema, self.model, 0.9999)
 
     def __call__(self):
         self.gradients()
@@ -173,7 +167,7 @@ class Step:
         config, D = self.model.config, self.model.config.hidden_size
         t, h, w = config.grid(self.x.shape[2])
         tokens = len(self.x) * t * h * w
-        dtype = samplers.HALF.get(self.precision, torch.float32)
+        dtype = distributed.HALF.get(self.precision, torch.float32)
 
         def random(*shape):
             return torch.randn(*shape, device=self.device, dtype=dtype)
@@ -365,12 +359,12 @@ def sampling(args, report):
 
     @torch.no_grad()
     def forward():
-        with samplers.autocast(device, args.precision):
+        with distributed.autocast(device, args.precision):
             for _ in range(evaluations):
                 model(*both)
 
     def sample():
-        samplers.generate(
+        generation.generate(
             model, x, trained.y, scale, CLASSES, guidance=4.0, precision=args.precision, show=False,
             method="ngd", num_steps=evaluations + 1, step_size=0.0017, momentum=0.3,
         )  # fmt: skip

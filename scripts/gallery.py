@@ -20,10 +20,11 @@ from pathlib import Path
 from PIL import Image
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent / "EqM"))
-from runtime.atomic import whole_file
-from runtime.distributed import COUNT, SHARE, ArgumentParser, UserError, check_writable, fail, say
+from runtime.atomic import atomic_write
+from runtime.cli import COUNT, SHARE, ArgumentParser, UserError, check_writable, fail, say
 from scoring.sources import read_samples
-from video.index import Clips, check_data_path, latents_settings, scan_videos, split_videos
+from video.clips import Clips
+from video.index import check_data_path, latents_settings, scan_videos, split_videos
 from video.writers import write_mp4
 
 TEMPLATE = Path(__file__).with_suffix(".html")
@@ -216,7 +217,7 @@ def escape(value):
 
 def write_page(path, page):
     """All or nothing. What UTF-8 lacks (file names may hold any bytes) becomes a question mark."""
-    with whole_file(path) as file:
+    with atomic_write(path) as file:
         file.write(page.encode("utf-8", "replace"))
 
 

@@ -19,7 +19,7 @@ import matplotlib
 import numpy as np
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent / "EqM"))
-from runtime.distributed import COUNT, ArgumentParser, UserError, check_writable, fail, say
+from runtime.cli import COUNT, ArgumentParser, UserError, check_writable, fail, say
 from runtime.metrics import read_metrics
 
 matplotlib.use("Agg")  # no window, no display

@@ -16,13 +16,14 @@ from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 
 import cache_latents
-from runtime.distributed import UserError
+from runtime.cli import UserError
 from test_vae import save_tiny
 from test_video_clips import scribble, write_ucf_list, write_video
 from vae import load_vae
 from video import files, index
+from video.clips import Clips, collate
 from video.files import UnreadableError, Video, read_frames, read_latents, resize_and_crop
-from video.index import BadVideos, Clips, check_data_path, collate, latents_settings, scan_videos, split_videos
+from video.index import BadVideos, check_data_path, latents_settings, scan_videos, split_videos
 
 SOURCE = Path(cache_latents.__file__).parent
 SIZE = 16

@@ -11,10 +11,11 @@ import pytest
 import torch
 
 import checkpoint
-from checkpoint_parts import odd_part
+import models
+from checkpoint import invalid_field
 from models import EqM, EqMConfig, model_config
 from runtime import runs
-from runtime.distributed import UserError
+from runtime.cli import UserError
 
 CONFIG = EqMConfig(
     input_size=4,
@@ -326,8 +327,8 @@ def test_a_file_that_is_replaced_while_it_is_in_use_does_not_change_what_was_loa
     ],
 )  # fmt: skip
 def test_a_part_that_is_not_what_training_writes_is_named(part, value):
-    assert odd_part(make_state()) is None
-    assert odd_part(make_state() | {part: value}) == part
+    assert invalid_field(make_state()) is None
+    assert invalid_field(make_state() | {part: value}) == part
 
 
 def optimizers_of(model, kind):
@@ -430,11 +431,11 @@ FIXED = replace(ROPE, use_rope=False)
         (ROPE, {"use_rope": False}, ["--use-rope", "add it"]),
         (FIXED, {"use_rope": True}, ["--use-rope", "cannot be converted: retrain with --use-rope"]),
         (FIXED, {"num_frames": 16}, ["--num-frames", "8", "16", "fixed positions are tied to it"]),
-        (ROPE, checkpoint.shape_of("EqM-B/4"), ["--model", "EqM-S/4", "EqM-B/4"]),
-        (ROPE, checkpoint.shape_of("EqM-S/8"), ["--model", "EqM-S/4", "EqM-S/8"]),
-        (FIXED, checkpoint.shape_of("EqM-XL/2"), ["--model", "EqM-S/4", "EqM-XL/2"]),
-        (CONFIG, checkpoint.shape_of("EqM-S/4"), ["--model", "depth 2, width 24, heads 2", "EqM-S/4"]),
-        (replace(ROPE, input_size=12), checkpoint.shape_of("EqM-S/8"), ["--model", "EqM-S/4", "EqM-S/8"]),
+        (ROPE, models.shape_of("EqM-B/4"), ["--model", "EqM-S/4", "EqM-B/4"]),
+        (ROPE, models.shape_of("EqM-S/8"), ["--model", "EqM-S/4", "EqM-S/8"]),
+        (FIXED, models.shape_of("EqM-XL/2"), ["--model", "EqM-S/4", "EqM-XL/2"]),
+        (CONFIG, models.shape_of("EqM-S/4"), ["--model", "depth 2, width 24, heads 2", "EqM-S/4"]),
+        (replace(ROPE, input_size=12), models.shape_of("EqM-S/8"), ["--model", "EqM-S/4", "EqM-S/8"]),
     ],
 )
 def test_a_mismatch_names_the_flag_and_both_values(saved, wanted, words):
@@ -448,8 +449,8 @@ def test_what_agrees_or_is_not_given_passes(saved):
     checkpoint.check("best.pt", saved)
     checkpoint.check("best.pt", saved, **asdict(saved))
     checkpoint.check("best.pt", saved, **dict.fromkeys(asdict(saved)))  # all None
-    checkpoint.check("best.pt", saved, **checkpoint.shape_of("EqM-S/4"), num_classes=101)
-    checkpoint.check("best.pt", saved, **checkpoint.shape_of(None))
+    checkpoint.check("best.pt", saved, **models.shape_of("EqM-S/4"), num_classes=101)
+    checkpoint.check("best.pt", saved, **models.shape_of(None))
 
 
 def test_rotary_positions_go_with_another_number_of_frames():
@@ -464,7 +465,7 @@ def test_loading_a_model_checks_it(tmp_path):
 
 @pytest.mark.parametrize("name", ["EqM-Ti/2", "EqM-S/4", "EqM-B/8", "EqM-L/2", "EqM-XL/4"])
 def test_a_named_model_knows_its_name(name):
-    assert checkpoint.model_name(**asdict(model_config(name))) == name
+    assert models.model_name(**asdict(model_config(name))) == name
 
 
 # Run folders ---------------------------------------------------------------------------------------------------------
@@ -489,20 +490,20 @@ def test_the_newest_run_is_the_last_of_its_name(tmp_path):
 
 def test_the_newest_checkpoint_is_the_newest_that_is_whole_and_damaged_ones_are_named(tmp_path, capsys):
     folder = runs.make_run_folder(tmp_path, "a") / "checkpoints"
-    assert runs.newest_checkpoint(folder.parent) == (None, None)
+    assert checkpoint.newest_checkpoint(folder.parent) == (None, None)
     for step, name in ((10, "0000010.pt"), (20, "0000020.pt"), (15, "best.pt"), (25, "latest.pt")):
         checkpoint.save(folder / name, make_state(step=step))
-    path, state = runs.newest_checkpoint(folder.parent)
+    path, state = checkpoint.newest_checkpoint(folder.parent)
     assert (path.name, state["step"]) == ("latest.pt", 25)
     assert capsys.readouterr().out == ""
     for damaged, expected in (("latest.pt", "0000020.pt"), ("0000020.pt", "best.pt"), ("best.pt", "0000010.pt")):
         content = (folder / damaged).read_bytes()
         (folder / damaged).write_bytes(content[: len(content) // 2])
-        path, state = runs.newest_checkpoint(folder.parent)
+        path, state = checkpoint.newest_checkpoint(folder.parent)
         assert path.name == expected
         assert f"{damaged}: damaged" in capsys.readouterr().out
     (folder / "latest.pt").unlink()
-    assert runs.newest_checkpoint(folder.parent)[0].name == "0000010.pt"
+    assert checkpoint.newest_checkpoint(folder.parent)[0].name == "0000010.pt"
 
 
 def test_the_last_checkpoints_are_kept_with_best_and_latest(tmp_path):

@@ -8,8 +8,9 @@ from pathlib import Path
 import pytest
 import torch
 
-from runtime import distributed
-from runtime.distributed import UserError, generator, normal, number, uniform
+from runtime import cli, distributed
+from runtime.cli import UserError, number
+from runtime.rng import generator, normal, uniform
 
 ENGINE = Path(distributed.__file__).parents[1]
 
@@ -51,7 +52,8 @@ def test_a_draw_leaves_the_global_generator_alone():
 
 
 def test_draws_are_the_same_in_another_process():
-    code = "import torch\nfrom runtime import distributed\nprint(torch.rand(4, generator=distributed.generator(0, 'noise', 3)).tolist())"
+    code = "import torch\nfrom runtime.rng import generator\n"
+    code += "print(torch.rand(4, generator=generator(0, 'noise', 3)).tolist())"
     out, err = python(code, PYTHONHASHSEED="123").communicate()
     assert out.strip() == str(draw(0, "noise", 3)), err
 
@@ -118,7 +120,7 @@ def test_a_number_keeps_within_its_bounds(kind, bounds, good, bad):
     ],
 )
 def test_a_wrong_flag_is_one_line_that_names_it(arguments, words, capsys):
-    parser = distributed.ArgumentParser()
+    parser = cli.ArgumentParser()
     parser.add_argument("--steps", type=number(int, least=1))
     with pytest.raises(SystemExit) as exit_:
         parser.parse_args(arguments)
@@ -130,7 +132,7 @@ def test_a_wrong_flag_is_one_line_that_names_it(arguments, words, capsys):
 
 
 def test_a_folder_that_can_be_written_is_found_without_making_it(tmp_path):
-    distributed.check_writable("--folder", tmp_path / "new" / "deep")
+    cli.check_writable("--folder", tmp_path / "new" / "deep")
     assert list(tmp_path.iterdir()) == []
 
 
@@ -138,7 +140,7 @@ def test_a_place_that_is_a_file_cannot_be_written(tmp_path):
     (tmp_path / "file").write_text("")
     for folder in (tmp_path / "file", tmp_path / "file" / "below"):
         with pytest.raises(UserError, match=r"--folder .*file is not a folder"):
-            distributed.check_writable("--folder", folder)
+            cli.check_writable("--folder", folder)
 
 
 # Errors -------------------------------------------------------------------------------------------------------------
@@ -155,7 +157,7 @@ def test_an_error_is_one_line_on_stderr_and_an_exit_status():
 def test_what_goes_wrong_while_running_has_another_status(monkeypatch):
     monkeypatch.setenv("RANK", "0")
     with pytest.raises(SystemExit) as exit_:
-        distributed.fail("disk full", status=1)
+        cli.fail("disk full", status=1)
     assert exit_.value.code == 1
 
 
@@ -165,7 +167,7 @@ def noted_failure(monkeypatch, capsys, rank):
     monkeypatch.setenv("RANK", rank)
     monkeypatch.setattr(distributed.time, "sleep", lambda s: events.append(("sleep", s, capsys.readouterr().err)))
     with pytest.raises(SystemExit) as exit_:
-        distributed.fail("wrong")
+        cli.fail("wrong")
     return events, capsys.readouterr().err, exit_.value.code
 
 
@@ -202,7 +204,7 @@ def test_alone_there_is_one_rank_and_nothing_to_exchange(monkeypatch):
     assert (distributed.rank(), distributed.local_rank(), distributed.world_size()) == (0, 0, 1)
     assert distributed.broadcast({"a": 1}) == {"a": 1}
     assert distributed.gather("x") == ["x"]
-    assert distributed.share(4) == [0, 1, 2, 3]
+    assert distributed.own_indices(4) == [0, 1, 2, 3]
     assert distributed.average(torch.tensor(3.0)) == 3
     assert distributed.collect([2, 0, 1], torch.tensor([20, 0, 10])).tolist() == [0, 10, 20]
     distributed.stop()
@@ -215,7 +217,7 @@ def test_the_shares_of_all_ranks_are_the_whole(count, world_size, monkeypatch):
     shares = []
     for rank in range(world_size):
         monkeypatch.setenv("RANK", str(rank))
-        shares.append(distributed.share(count))
+        shares.append(distributed.own_indices(count))
     assert sorted(sum(shares, [])) == list(range(count))
     assert max(map(len, shares)) - min(map(len, shares)) <= 1
 
@@ -224,8 +226,8 @@ def test_only_rank_0_says_and_logs(monkeypatch, capsys, tmp_path):
     log = tmp_path / "log.txt"
     for rank in ("1", "0", "2"):
         monkeypatch.setenv("RANK", rank)
-        distributed.say(f"hello from {rank}", log)
-        distributed.say("not for the log")
+        cli.say(f"hello from {rank}", log)
+        cli.say("not for the log")
     assert log.read_text() == "hello from 0\n"
     assert capsys.readouterr().out == "hello from 0\nnot for the log\n"
 

@@ -19,7 +19,8 @@ import make_moving_shapes
 from models import EqM, model_config
 from scoring import frechet, manifest, sources
 from tiny_data import make_images, make_latents
-from video.index import Clips, scan_videos, split_videos
+from video.clips import Clips
+from video.index import scan_videos, split_videos
 from video.writers import write_npz
 
 SIZE, FRAMES = 16, 8

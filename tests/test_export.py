@@ -12,7 +12,7 @@ import export
 import sample_gd
 import train
 from models import EqM, model_config
-from runtime.distributed import UserError
+from runtime.cli import UserError
 
 
 def make_checkpoint(path, video=True, **settings):

@@ -9,7 +9,7 @@ import pytest
 import scipy.linalg
 import torch
 
-from runtime.distributed import UserError
+from runtime.cli import UserError
 from scoring import frechet
 from scoring.frechet import Moments, frechet_distance
 

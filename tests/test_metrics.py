@@ -9,8 +9,8 @@ import torch
 from PIL import Image
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
-from runtime.distributed import UserError
-from runtime.metrics import Metrics, Window, import_wandb, read_metrics
+from runtime.cli import UserError
+from runtime.metrics import Metrics, StepStats, import_wandb, read_metrics
 from video.writers import write_gif
 
 
@@ -221,34 +221,34 @@ def fill(window, values, skipped=None):
 
 
 def test_a_window_gives_means():
-    summary = fill(Window(), [1.0, 2.0, 6.0]).summary(step=3, global_batch=8)
+    summary = fill(StepStats(), [1.0, 2.0, 6.0]).summary(step=3, global_batch=8)
     assert (summary["train_loss"], summary["grad_norm"]) == (3.0, 6.0)
     assert summary["clips_per_s"] > 0
 
 
 def test_a_window_that_was_interrupted_gives_the_same_means_bit_for_bit():
     values = torch.rand(7, generator=torch.Generator().manual_seed(0)).tolist()
-    whole = fill(Window(), values).summary(step=7, global_batch=8)
-    first = fill(Window(), values[:3])
-    second = Window(first.averaged(step=3))
+    whole = fill(StepStats(), values).summary(step=7, global_batch=8)
+    first = fill(StepStats(), values[:3])
+    second = StepStats(first.averaged(step=3))
     assert len(second) == 3
     parts = fill(second, values[3:]).summary(step=7, global_batch=8)
     assert (whole["train_loss"], whole["grad_norm"]) == (parts["train_loss"], parts["grad_norm"])
-    assert Window(second.averaged(step=7)).summary(7, 8)["train_loss"] == whole["train_loss"]  # at the very end
+    assert StepStats(second.averaged(step=7)).summary(7, 8)["train_loss"] == whole["train_loss"]  # at the very end
 
 
 @pytest.mark.parametrize("value", [float("nan"), float("inf"), -float("inf")])
 def test_a_number_that_is_not_finite_names_its_step_files_and_the_norms_before(value):
-    window = fill(Window(), [1.0, 2.0, value, 3.0])
+    window = fill(StepStats(), [1.0, 2.0, value, 3.0])
     words = "the train_loss of step 103 is not finite, on rank 0, of 2.avi; gradient norms up to it: 2, 4, "
     with pytest.raises(UserError, match=words):
         window.summary(step=104, global_batch=8)
 
 
 def test_steps_that_were_skipped_are_counted_and_their_numbers_are_not():
-    window = fill(Window(), [1.0, float("nan"), 3.0], skipped=[0, 1, 0])
+    window = fill(StepStats(), [1.0, float("nan"), 3.0], skipped=[0, 1, 0])
     summary = window.summary(step=3, global_batch=8)
     assert (summary["train_loss"], summary["skipped"]) == (2.0, 1)
-    assert np.isnan(fill(Window(), [float("inf")], skipped=[1]).summary(1, 8)["train_loss"])  # nothing to tell
+    assert np.isnan(fill(StepStats(), [float("inf")], skipped=[1]).summary(1, 8)["train_loss"])  # nothing to tell
     with pytest.raises(UserError, match="step 2 is not finite"):
-        fill(Window(), [float("nan"), float("nan")], skipped=[1, 0]).summary(step=2, global_batch=8)
+        fill(StepStats(), [float("nan"), float("nan")], skipped=[1, 0]).summary(step=2, global_batch=8)

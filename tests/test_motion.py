@@ -11,7 +11,7 @@ import torch
 import torch.nn.functional as F
 
 import make_moving_shapes as shapes
-from runtime.distributed import UserError
+from runtime.cli import UserError
 from scoring import motion
 from scoring.motion import Track, Truth
 

@@ -12,7 +12,7 @@ import numpy as np
 import pytest
 
 import make_moving_shapes as shapes
-from runtime.distributed import UserError
+from runtime.cli import UserError
 
 SCRIPTS = Path(shapes.__file__).parent
 

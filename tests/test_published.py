@@ -16,12 +16,14 @@ import checkpoint
 import export
 import generation
 import models
+import published
 import sample_gd
 import samplers
 import train
 import transport
+import validation
 from models import EqM, EqMConfig
-from runtime.distributed import UserError
+from runtime.cli import UserError
 from tiny_data import make_vae
 
 
@@ -48,7 +50,7 @@ def published_config(published):
 
 def make_model(state, config):
     model = EqM(config).eval()
-    model.load_state_dict(checkpoint.convert_published(state, config))
+    model.load_state_dict(published.convert_published(state, config))
     return model
 
 
@@ -205,7 +207,7 @@ def test_a_published_file_can_be_exported(published, tmp_path, tiny_name, monkey
 
 def test_a_conversion_leaves_the_published_state_as_it_is(published, published_config):
     state = {name: value.clone() for name, value in published[0].items()}
-    converted = checkpoint.convert_published(state, published_config)
+    converted = published.convert_published(state, published_config)
     assert state.keys() == published[0].keys()
     assert all(torch.equal(state[name], value) for name, value in published[0].items())
     assert "pos_embed" not in converted
@@ -224,7 +226,7 @@ def refusal(path, **asked):
 def test_what_does_not_fit_a_published_file_is_named_in_words(published, tmp_path, kind):
     path = write_file(tmp_path / "a.pt", published[0], kind)
     assert "give --model, such as EqM-XL/2" in refusal(path)
-    xl = checkpoint.shape_of("EqM-XL/2")
+    xl = models.shape_of("EqM-XL/2")
     assert "has depth 2, EqM-XL/2 has depth 28: give another --model" in refusal(path, **xl)
     assert "has hidden size 48, EqM-(depth 2, width 96, heads 2)/2" in refusal(path, **SHAPE | {"hidden_size": 96})
     assert "has patch size 2" in refusal(path, **SHAPE | {"patch_size": 4})
@@ -312,7 +314,7 @@ def test_a_published_file_samples_images_and_starts_a_training_run(published, tm
         folder = tmp_path / "data" / f"class {number % 2}"
         folder.mkdir(parents=True, exist_ok=True)
         Image.fromarray(np.full((20, 24, 3), 60 * number, np.uint8)).save(folder / f"{number}.png")
-    monkeypatch.setattr(train, "VAL_CHUNK", 2)
+    monkeypatch.setattr(validation, "VAL_CHUNK", 2)
     run(
         monkeypatch, train, *shared, "--data-path", tmp_path / "data", "--image-size", 16, "--num-classes", 10,
         "--results-dir", tmp_path / "results", "--max-steps", 2, "--global-batch-size", 2, "--num-workers", 0,

@@ -3,7 +3,8 @@ import torch
 
 import samplers
 import transport
-from samplers import generate, guided, sample
+from generation import generate
+from samplers import guided, sample
 
 METHODS = ["gd", "ngd"]
 

@@ -7,11 +7,13 @@ import pytest
 import torch
 
 import checkpoint
+import schedule
 import train
-from checkpoint_parts import Progress
+import validation
+from checkpoint import Progress
 from faults import TINY, Training, differences, make_data
 from here import run_here, usual_signals  # noqa: F401 (a fixture)
-from runtime.distributed import UserError
+from runtime.cli import UserError
 from schedule import Phase, current_phase, fill_batches, parse_schedule
 
 
@@ -55,14 +57,14 @@ def test_a_checkpoint_goes_on_in_the_phase_that_holds_its_step():
 
 def test_a_share_of_the_later_steps_has_the_frames_of_an_earlier_phase():
     args, phases = argparse.Namespace(mix=0.3, global_seed=0), parse_schedule("4:1000,8:2000,16:5000")
-    assert train.frames_of_steps(args, phases, phases[0], Progress()) == [4] * 1000
+    assert schedule.frames_of_steps(args, phases, phases[0], Progress()) == [4] * 1000
     progress = Progress(step=2000, first_step=2000)
-    frames = train.frames_of_steps(args, phases, phases[2], progress)
+    frames = schedule.frames_of_steps(args, phases, phases[2], progress)
     assert len(frames) == 3000
     for earlier in (4, 8):
         assert frames.count(earlier) / 3000 == pytest.approx(0.15, abs=0.03)
     later = replace(progress, step=2500)
-    assert train.frames_of_steps(args, phases, phases[2], later) == frames[500:]  # wherever it was interrupted
+    assert schedule.frames_of_steps(args, phases, phases[2], later) == frames[500:]  # wherever it was interrupted
 
 
 SCHEDULE = "4:3:8,8:5,16:7:2"
@@ -127,7 +129,7 @@ def test_phases_that_end_are_kept_and_mixing_trains_on_shorter_clips_too(shapes,
         return clip_losses(run, network, x, *rest)
 
     monkeypatch.setattr(train, "clip_losses", noting)
-    monkeypatch.setattr(train, "validate", lambda run: {"val_loss": 1.0})
+    monkeypatch.setattr(validation, "validate", lambda run: {"val_loss": 1.0})
     training = run_schedule(shapes, tmp_path / "r", "--keep-last", 1, "--ckpt-every", 1, "--mix", 0.6)
     names = {path.name for path in (training.folder / "checkpoints").iterdir()}
     assert {"0000003.pt", "0000005.pt", "0000007.pt"} <= names

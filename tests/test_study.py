@@ -15,9 +15,9 @@ import pytest
 
 import arms
 import report
+import schedule
 import study
-import train
-from checkpoint_parts import Progress
+from checkpoint import Progress
 from schedule import Phase
 from scoring import motion
 
@@ -144,7 +144,7 @@ def counted(arm, share, size):
     for phase in phases:
         args = argparse.Namespace(mix=arm.mix, global_seed=0)
         progress = Progress(step=first_step, first_step=first_step)
-        frames = train.frames_of_steps(args, phases, phase, progress)
+        frames = schedule.frames_of_steps(args, phases, phase, progress)
         spent += sum(phase.batch_size * config.training_flops(number) for number in frames)
         first_step = phase.last_step
     return spent

@@ -13,17 +13,20 @@ from torch.utils.data import DataLoader
 
 import cache_latents
 import checkpoint
+import optim
 import sample_gd
 import train
 import transport
-from checkpoint_parts import Progress
+import validation
+from checkpoint import Progress
 from here import usual_signals  # noqa: F401 (a fixture)
 from models import EqM, model_config
-from runtime import distributed, metrics, signals
+from runtime import cli, distributed, metrics, rng, signals
 from schedule import Phase
 from tiny_data import make_images, make_vae
 from vae import VAE, load_vae
-from video.index import Clips, ClipsByFrames, collate, latents_settings, scan_videos
+from video.clips import Clips, ClipsByFrames, collate
+from video.index import latents_settings, scan_videos
 
 SMALL = {"input_size": 16, "in_channels": 3, "hidden_size": 192, "depth": 1, "num_heads": 3, "num_classes": 2}
 
@@ -120,14 +123,14 @@ def test_another_rank_leaves_rank_0_the_time_to_speak_first(monkeypatch, capsys)
     monkeypatch.setattr(distributed.time, "sleep", slept.append)
     monkeypatch.setenv("RANK", "1")
     with pytest.raises(SystemExit):
-        distributed.fail("the data is not on this node")
+        cli.fail("the data is not on this node")
     assert slept == [10]
     assert capsys.readouterr().err.count("\n") == 1
 
 
 def test_the_learning_rate_warms_up_stays_and_decays_to_zero():
     args = SimpleNamespace(warmup_steps=10, lr_decay=0.4, rewarmup=0)
-    rates = [train.rate_factor(args, step, 0, last_step=100) for step in range(1, 101)]
+    rates = [optim.lr_multiplier(args, step, 0, last_step=100) for step in range(1, 101)]
     assert rates[:10] == pytest.approx([0.1 * step for step in range(1, 11)])
     assert rates[10:61] == pytest.approx([1] * 51)
     assert rates[60:] == pytest.approx([(100 - step + 1) / 40 for step in range(61, 101)])
@@ -135,8 +138,8 @@ def test_the_learning_rate_warms_up_stays_and_decays_to_zero():
 
 def test_the_learning_rate_rises_again_at_the_start_of_a_later_phase():
     args = SimpleNamespace(warmup_steps=0, lr_decay=0, rewarmup=4)
-    assert [train.rate_factor(args, step, 0, 100) for step in (1, 2, 50)] == [1, 1, 1]  # the first has --warmup-steps
-    assert [train.rate_factor(args, step, 50, 100) for step in range(51, 57)] == [0.25, 0.5, 0.75, 1, 1, 1]
+    assert [optim.lr_multiplier(args, step, 0, 100) for step in (1, 2, 50)] == [1, 1, 1]  # the first has --warmup-steps
+    assert [optim.lr_multiplier(args, step, 50, 100) for step in range(51, 57)] == [0.25, 0.5, 0.75, 1, 1, 1]
 
 
 def test_each_optimizer_has_its_own_rate():
@@ -144,14 +147,14 @@ def test_each_optimizer_has_its_own_rate():
     optimizers = [torch.optim.AdamW(weights[:1]), torch.optim.Muon(weights[1:])]
     args = SimpleNamespace(warmup_steps=10, lr_decay=0, rewarmup=0, lr=1e-3, muon_lr=2e-2)
     run = SimpleNamespace(args=args, optimizers=optimizers, progress=Progress(), last_step=100)
-    train.set_learning_rates(run, 5)
+    optim.set_learning_rates(run, 5)
     assert [optimizer.param_groups[0]["lr"] for optimizer in optimizers] == pytest.approx([5e-4, 1e-2])
 
 
 def test_muon_gets_the_matrices_of_the_blocks_and_adamw_all_the_rest():
     model = EqM(model_config("EqM-Ti/4", **SMALL))
     args = SimpleNamespace(optimizer="muon", lr=1.0, muon_lr=1.0, weight_decay=0.0)
-    adamw, muon = train.make_optimizers(args, model)
+    adamw, muon = optim.make_optimizers(args, model)
     names = {id(weight): name for name, weight in model.named_parameters()}
     by_muon = {names[id(weight)] for weight in muon.param_groups[0]["params"]}
     by_adamw = {names[id(weight)] for weight in adamw.param_groups[0]["params"]}
@@ -163,7 +166,7 @@ def test_muon_gets_the_matrices_of_the_blocks_and_adamw_all_the_rest():
 def test_the_average_of_the_weights_follows_them_by_its_decay():
     model, ema = (torch.nn.Linear(2, 2) for _ in range(2))
     before = ema.weight.clone()
-    train.update_ema(ema, model, 0.9)
+    optim.update_ema(ema, model, 0.9)
     assert torch.allclose(ema.weight, 0.9 * before + 0.1 * model.weight)
 
 
@@ -208,33 +211,33 @@ CHUNKS = [[(4, 0), (4, 1), (4, 2)], [(4, 3), (4, 4), (4, 5)], [(4, 6), (4, 7)], 
 
 def test_validation_gives_the_same_numbers_bit_for_bit_on_any_number_of_ranks(videos, monkeypatch):
     (alone,) = make_runs(monkeypatch, videos, CHUNKS, world=1)
-    expected = train.validate(alone)
-    assert train.validate(alone) == expected  # and every time
+    expected = validation.validate(alone)
+    assert validation.validate(alone) == expected  # and every time
     runs, rows = make_runs(monkeypatch, videos, CHUNKS, world=2), []
     monkeypatch.setattr(distributed, "gather", lambda mine: rows.append(mine) or [mine])
     for run in runs:
-        train.validate(run)
+        validation.validate(run)
     monkeypatch.setattr(distributed, "gather", lambda mine: rows)
-    assert train.validate(runs[1]) == expected
+    assert validation.validate(runs[1]) == expected
 
 
 def test_validation_sees_the_average_the_raw_weights_and_every_number_of_frames(videos, monkeypatch):
     (run,) = make_runs(monkeypatch, videos, CHUNKS, world=1)
-    both = train.validate(run)
+    both = validation.validate(run)
     own = {name for name in both if name in ("val_loss", "val_loss_rel", "val_loss_raw") or "gamma" in name}
     assert both.keys() - own == {"val_loss_f4", "val_loss_rel_f4", "val_loss_f8", "val_loss_rel_f8"}
     assert both["val_loss"] == both["val_loss_f4"] != both["val_loss_f8"]
     run.ema, run.model = run.model, run.ema
-    assert train.validate(run)["val_loss"] == both["val_loss_raw"]
+    assert validation.validate(run)["val_loss"] == both["val_loss_raw"]
     run.phase = Phase(8, 10, 1)
-    assert train.validate(run)["val_loss_raw"] == both["val_loss_f8"]
+    assert validation.validate(run)["val_loss_raw"] == both["val_loss_f8"]
 
 
 def test_validation_tells_the_gammas_apart():
     rows = torch.zeros(10, 6, dtype=torch.float64)  # frames, number, gamma, averaged, raw, E[x^2]
     rows[:, 0], rows[:, 1], rows[:, 2] = 4, torch.arange(10), torch.arange(10) / 10
     rows[:, 3], rows[:, 4], rows[:, 5] = torch.arange(10), 7, 0.5
-    numbers = train.summarize_validation(rows, 4)
+    numbers = validation.summarize_validation(rows, 4)
     assert numbers["val_loss"] == 4.5 and numbers["val_loss_raw"] == 7
     assert numbers["val_loss_rel"] == pytest.approx(4.5 / (13.867 * 1.5), rel=1e-3)
     fifths = {name: value for name, value in numbers.items() if "gamma" in name}
@@ -297,7 +300,7 @@ def test_steps_whose_gradient_is_not_finite_are_left_out_as_long_as_they_are_tol
     """Steps 3 and 4 give NaN."""
     loss, calls = transport.loss, itertools.count(1)
     monkeypatch.setattr(transport, "loss", lambda *args: loss(*args) * (torch.nan if next(calls) in (3, 4) else 1))
-    monkeypatch.setattr(train, "validate", lambda run: {"val_loss": 1.0})
+    monkeypatch.setattr(validation, "validate", lambda run: {"val_loss": 1.0})
     flags = [*TRAIN, "--data-path", videos, "--global-batch-size", 4, "--max-steps", 6, "--skip-nonfinite", tolerated]
     if ends:
         with pytest.raises(SystemExit) as ended:
@@ -335,7 +338,7 @@ def test_a_faster_way_learns_what_the_plain_one_learns(way, videos, tmp_path, mo
 
 
 def test_fp16_scales_its_loss_skips_what_overflows_and_keeps_its_scale(videos, tmp_path, monkeypatch):
-    monkeypatch.setattr(distributed, "check_speed_flags", lambda args: None)  # the CPU can do it, slowly
+    monkeypatch.setattr(cli, "check_speed_flags", lambda args: None)  # the CPU can do it, slowly
     shared = [*TRAIN, "--data-path", videos, "--global-batch-size", 4, "--precision", "fp16"]
     rows, state = run_training(monkeypatch, tmp_path / "r", *shared, "--max-steps", 12)
     assert all(np.isfinite([row["train_loss"], row["grad_norm"]]).all() for row in rows)
@@ -369,7 +372,7 @@ def test_the_network_is_told_the_point_on_the_path_the_label_and_the_frame_rate_
     labels = torch.tensor([2, 0, 1])
     x, noise = train.draw(run, batch, seed=3, stream=5)
     assert torch.equal(x, batch["clips"].float() / 127.5 - 1)
-    assert torch.equal(noise, distributed.normal(3, "noise", 5, [0, 1, 2], (3, 4, 16, 16)))
+    assert torch.equal(noise, rng.normal(3, "noise", 5, [0, 1, 2], (3, 4, 16, 16)))
     losses, _ = train.clip_losses(run, network, x, noise, labels, batch["time_scales"], gamma)
     ((args, flags),) = seen
     assert torch.equal(args[0], transport.interpolate(x, noise, gamma))

@@ -7,7 +7,7 @@ import pytest
 import torch
 
 import vae as vae_module
-from runtime.distributed import UserError
+from runtime.cli import UserError
 from vae import load_vae
 
 SCALE = 0.7

@@ -15,20 +15,11 @@ import pytest
 import torch
 from PIL import Image
 
-from runtime.distributed import UserError
+from runtime.cli import UserError
 from video import index
+from video.clips import Batches, Clips, collate, read_start, start_files
 from video.files import UnreadableError, Video, read_frames
-from video.index import (
-    BadVideos,
-    Batches,
-    Clips,
-    collate,
-    long_enough,
-    read_start,
-    scan_videos,
-    split_videos,
-    start_files,
-)
+from video.index import BadVideos, long_enough, scan_videos, split_videos
 
 SIZE = 32  # of the clips; videos are 64 x 48
 

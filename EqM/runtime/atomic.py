@@ -1,4 +1,4 @@
-"""Writing so that neither a kill nor a power cut leaves half a file."""
+"""Files that are written whole or not at all, also across a kill or a power cut."""
 
 import os
 from contextlib import contextmanager, suppress
@@ -6,8 +6,8 @@ from pathlib import Path
 
 
 @contextmanager
-def whole_file(path):
-    """A file to write to that is there under its name whole, and on the disk, or not at all."""
+def atomic_write(path):
+    """A binary file to write to. `path` holds its old content until the new one is complete and on the disk."""
     path = Path(path)
     temporary = path.with_name(path.name + ".tmp")
     try:
@@ -24,7 +24,7 @@ def whole_file(path):
 
 
 def sync(path):
-    """Make the bytes of a file, or the names in a folder, survive a power cut."""
+    """fsync: make the bytes of a file, or the names in a folder, survive a power cut."""
     descriptor = os.open(path, os.O_RDONLY)
     try:
         os.fsync(descriptor)

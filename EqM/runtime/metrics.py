@@ -11,8 +11,8 @@ import numpy as np
 import torch
 
 from runtime import distributed
-from runtime.atomic import whole_file
-from runtime.distributed import UserError
+from runtime.atomic import atomic_write
+from runtime.cli import UserError
 
 
 def read_metrics(path):
@@ -124,7 +124,7 @@ class Metrics:
 def _drop_after(step, path):
     """Rewrite the file, all or nothing, without the rows after `step`; returns the number of torn lines."""
     rows, torn = read_metrics(path)
-    with whole_file(path) as file:
+    with atomic_write(path) as file:
         file.writelines(json.dumps(row).encode() + b"\n" for row in rows if row["step"] <= step)
     return torn
 
@@ -143,7 +143,7 @@ def _start_wandb(folder, config):
         raise UserError(f"--wandb: {error}; run `wandb login`, or set WANDB_MODE=offline") from error
 
 
-class Window:
+class StepStats:
     """What happened since the last line of metrics; it stays on the device until then, so no step waits for it.
 
     earlier is what `averaged` gave when the run was interrupted within the window, {"names": [...], "rows": (n, k)}.
@@ -166,6 +166,14 @@ class Window:
         self.files.append(files)
         self.names = list(scalars)
 
+    def next_batch(self, batches):
+        """The next batch of an iterator; counts the time spent waiting for it and its bad videos."""
+        asked = time.monotonic()
+        batch = next(batches)
+        self.waited += time.monotonic() - asked
+        self.bad += batch["bad"]
+        return batch
+
     def averaged(self, step):
         """Means over all ranks for each step up to `step`: {"names": [...], "rows": float32 (n, k)}, on the CPU.
 
@@ -179,10 +187,10 @@ class Window:
         if "skipped" in self.names:
             wrong &= rows[:, self.names.index("skipped"), None] == 0
         if wrong.any():
-            self.complain(step, wrong.any(1).nonzero()[0].item())
+            self.raise_nonfinite(step, wrong.any(1).nonzero()[0].item())
         return {"names": self.names, "rows": torch.cat([self.earlier.reshape(-1, rows.shape[1]), rows])}
 
-    def complain(self, step, index):
+    def raise_nonfinite(self, step, index):
         """Raise UserError, on all ranks, that says all that is known of row `index`, which is not finite.
 
         `step` is that of the last row; the rows of before an interruption do not count.

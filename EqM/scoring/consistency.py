@@ -12,7 +12,7 @@ drift        how much more a statistic rises over the clip (a straight line thro
 
 import torch
 
-from runtime.distributed import generator
+from runtime.rng import generator
 
 NAMES = (
     "mean red", "mean green", "mean blue", "contrast red", "contrast green", "contrast blue", "sharpness",

@@ -18,7 +18,8 @@ from dataclasses import dataclass
 
 import torch
 
-from runtime.distributed import UserError, generator
+from runtime.cli import UserError
+from runtime.rng import generator
 
 CALLS = {  # how the detector of a metric is called
     "fvd": {"rescale": True, "resize": True, "return_features": True},

@@ -15,8 +15,8 @@ from pathlib import Path
 import torch
 
 from runtime import distributed
-from runtime.atomic import whole_file
-from runtime.distributed import UserError
+from runtime.atomic import atomic_write
+from runtime.cli import UserError
 from runtime.untrusted import read_json
 
 FORMAT = 1
@@ -36,7 +36,7 @@ PINNED = (  # (flag, part, key): what must be the same for the values to be
 def write(path, manifest):
     """All or nothing. Raises OSError."""
     text = json.dumps({key: manifest[key] for key in KEYS}, indent=2, allow_nan=False)
-    with whole_file(path) as file:
+    with atomic_write(path) as file:
         file.write(text.encode() + b"\n")
 
 

@@ -17,7 +17,7 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 
-from runtime.distributed import UserError
+from runtime.cli import UserError
 
 # Lengths are in px of a picture 16 px high and grow with it; shares are of the object's brightness or area.
 # They grant a generated clip noise (8 gray levels), blur (1 px) and some jitter, and no more.

@@ -1,7 +1,7 @@
 """Where the clips that evaluate.py scores come from: a checkpoint, a folder of sample_gd.py, a data set.
 
 The first two look the same: classes (names), labels (num_samples,), num_frames, image_size, time_scale (seconds per
-frame), images (T = 1), patch (frames per temporal patch, None if not known), and read(numbers) after prepare(device).
+frame), images (T = 1), patch (frames per temporal patch, None if not known), and read(numbers) after to(device).
 """
 
 import hashlib
@@ -20,9 +20,12 @@ from tqdm import tqdm
 import generation
 from generation import sha256
 from runtime import distributed
-from runtime.distributed import UserError, rank, say
+from runtime.cli import UserError, say
+from runtime.distributed import rank
 from runtime.untrusted import FPS, check_regular, read_json
-from video.index import Clips, batches_of, collate, scan_videos, split_videos
+from video.clips import Clips, collate
+from video.index import scan_videos, split_videos
+from video.loader import batches_of
 
 REAL_SEED = 0  # of the real clips' starts; --seed is that of the generated ones
 RESIZE = "short side to image_size (bilinear, antialiased), center crop; a detector resizes further by itself"
@@ -33,24 +36,27 @@ class FromCheckpoint:
 
     def __init__(self, args):
         self.args, self.source = args, generation.open_checkpoint(args)
-        self.classes, self.labels = self.source.data["classes"], self.source.labels
+        self.classes, self.labels = self.source.classes, self.source.labels
         self.num_frames, self.time_scale = self.source.num_frames, self.source.time_scale
         self.image_size, self.images = self.source.image_size, not self.source.video
         self.patch = self.source.model.config.temporal_patch_size
         self.evaluations = []  # of this rank's samples
 
-    def prepare(self, device):
+    def to(self, device):
         self.device = device
-        generation.prepare(self.source, self.args, device)
+        self.source.to(device, self.args)
 
     def read(self, numbers):
         """uint8 (n, T, H, W, 3) of the samples `numbers`."""
-        clips, evaluations, _ = generation.draw(self.source, self.args, numbers, self.device, show=False)
+        settings = generation.sampling_settings(self.args)
+        clips, evaluations, _ = generation.generate_clips(
+            self.source, numbers, self.args.seed, self.device, settings, self.args.batch_size, show=False
+        )
         self.evaluations += evaluations.tolist()
         return clips
 
-    def describe(self):
-        return generation.describe(self.source, self.args) | {"classes": self.args.classes or "all"}
+    def provenance(self):
+        return generation.provenance(self.source, self.args) | {"classes": self.args.classes or "all"}
 
 
 class FromFolder:
@@ -68,13 +74,13 @@ class FromFolder:
         self.patch = args.temporal_patch_size or self.about["source"].get("temporal_patch_size")
         self.evaluations = []
 
-    def prepare(self, device):
+    def to(self, device):
         self.device = device
 
     def read(self, numbers):
         return torch.from_numpy(self.clips[numbers]).to(self.device)
 
-    def describe(self):
+    def provenance(self):
         about = {name: value for name, value in self.about.items() if name != "classes"}
         return {"samples": str(self.folder), "samples_sha256": sha256(self.folder / "samples.npz")} | about
 
@@ -188,7 +194,7 @@ def split_up(numbers, size):
 
 
 def generated_stream(args, made):
-    numbers = distributed.share(args.num_samples)
+    numbers = distributed.own_indices(args.num_samples)
     with bar("generated clips", numbers) as progress:
         for part in split_up(numbers, args.batch_size):
             names = [made.classes[label] for label in made.labels[part]]
@@ -198,13 +204,13 @@ def generated_stream(args, made):
 
 def real_stream(args, clips, device, bad):
     """Paths of videos that can't be decoded go to `bad`."""
-    numbers = distributed.share(args.num_real)
+    numbers = distributed.own_indices(args.num_real)
     chunks = split_up(numbers, args.batch_size)
     loader = DataLoader(clips, batch_sampler=chunks, num_workers=args.num_workers, collate_fn=collate)
     with bar("real clips", numbers) as progress:
         for batch in batches_of(loader):
             names = [clips.classes[label] for label in batch["labels"]]
             videos = batch["clips"].permute(0, 2, 3, 4, 1).to(device)
-            yield batch["numbers"].tolist(), videos, names, batch["time_scales"].tolist()
+            yield batch["indices"].tolist(), videos, names, batch["time_scales"].tolist()
             bad += batch["bad"]
             progress.update(len(names))

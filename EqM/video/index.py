@@ -10,14 +10,12 @@ import hashlib
 import json
 import os
 import re
-import time
 from dataclasses import asdict, dataclass
 from pathlib import Path, PurePosixPath
 
-import torch
 from tqdm import tqdm
 
-from runtime.distributed import UserError, generator, say
+from runtime.cli import UserError, say
 from runtime.untrusted import FPS, read_json
 from video.files import (
     KINDS,
@@ -28,9 +26,6 @@ from video.files import (
     is_a,
     is_cached,
     probe,
-    read_frames,
-    read_latents,
-    resize_and_crop,
 )
 
 UNLABELLED = "all"  # the class of files that lie directly in ROOT
@@ -40,10 +35,6 @@ INDEX_FORMAT = 2
 LATENTS, PARTIAL = "latents.json", "latents.partial.json"  # of a latent cache: complete, not yet
 LATENTS_FORMAT = 1
 MOST_FRAMES = 2**31  # of a video: two years
-ATTEMPTS = 100  # videos tried for one sample before giving up
-# Seconds of rest before processes are forked: gloo's threads tidy up after what was sent last, and a fork in the midst
-# of that deadlocks the child, which in Python 3.11 waits for the lock on the list of threads that one of them held.
-QUIET = 0.1
 
 
 @dataclass(frozen=True)
@@ -147,7 +138,7 @@ def _scan_latents(root, about):
     return Scan(videos, about["classes"], about["unreadable"], entries={}, is_saved=True)
 
 
-def _list(here, folder, kind):
+def list_folder(here, folder, kind):
     """Folders and files of a kind right in `folder`, hidden ones left out, as two sorted lists of names.
 
     Raises UserError, which begins with `here`, if the folder can't be read.
@@ -163,8 +154,10 @@ def _list(here, folder, kind):
 
 def _list_classes(here, root, kind):
     """(class name, path below root) of the files of a kind: a list of those in class folders, one of those beside."""
-    classes, unlabelled = _list(here, root, kind)
-    labelled = [(name, f"{name}/{file}") for name in classes for file in _list(here, os.path.join(root, name), kind)[1]]
+    classes, unlabelled = list_folder(here, root, kind)
+    labelled = [
+        (name, f"{name}/{file}") for name in classes for file in list_folder(here, os.path.join(root, name), kind)[1]
+    ]
     return labelled, [(UNLABELLED, file) for file in unlabelled]
 
 
@@ -297,13 +290,13 @@ def split_videos(root, videos, val_fraction):
     if listed:
         train = [video for video in videos if video.key in listed]
         return train, [video for video in videos if video.key not in listed]
-    ranked = sorted(videos, key=_share)
-    num_val = sum(_share(video) < val_fraction for video in videos)
+    ranked = sorted(videos, key=hash_fraction)
+    num_val = sum(hash_fraction(video) < val_fraction for video in videos)
     val = set(ranked[: min(max(num_val, 1), len(videos) - 1)])
     return [video for video in videos if video not in val], [video for video in videos if video in val]
 
 
-def _share(video):
+def hash_fraction(video):
     """A number in [0, 1) that only the video's class and stem decide."""
     return int.from_bytes(hashlib.blake2b(os.fsencode(video.key), digest_size=6).digest(), "big") / 2**48
 
@@ -335,6 +328,38 @@ def long_enough(videos, num_frames, kind="", flag="--num-frames"):
     return kept, len(videos) - len(kept)
 
 
+@dataclass(frozen=True)
+class Data:
+    """What the scan of --data-path found for training: all that the other ranks need to know of it.
+
+    train and val hold lists of Video by num_frames: those long enough for a clip of that many frames.
+    """
+
+    scan: Scan
+    train: dict
+    val: dict
+    num_short: int  # videos too short for the longest clips
+
+
+def find_data(root, images, val_fraction, lengths, val_lengths, flag, index_folder):
+    """The Data for training clips of `lengths` frames (given by the flag) and validating `val_lengths` as well.
+
+    Opens every video once (or reads the index); for one rank only. Raises UserError.
+    """
+    scan = scan_videos(root, index_folder, images=images)
+    train, val = split_videos(root, scan.videos, val_fraction)
+    of_train = {n: long_enough(train, n, "training ", flag) for n in set(lengths)}
+    of_val = {n: long_enough(val, n, "validation ", flag) for n in set(lengths)}
+    num_short = of_train[max(lengths)][1] + of_val[max(lengths)][1]
+    of_val |= {n: long_enough(val, n, "validation ", "--val-frames") for n in val_lengths}
+    return Data(
+        scan,
+        {n: videos for n, (videos, _) in of_train.items()},
+        {n: videos for n, (videos, _) in sorted(of_val.items())},
+        num_short,
+    )
+
+
 class BadVideos:
     """The books on bad videos: who was named already, and when there are too many."""
 
@@ -356,220 +381,3 @@ class BadVideos:
                 f"--max-bad-fraction {self.max_fraction} allows; repair or remove them, or raise it"
             )
         return new
-
-
-# ----------------------------------------------------------------------------------------------------------------------
-# What sampling starts from in place of noise (--init)
-
-
-def start_files(place, images):
-    """What --init names: [place] if it is a file, else the paths of the videos (images) right in this folder, sorted.
-
-    Raises UserError if there is none.
-    """
-    if os.path.isfile(place):
-        return [place]
-    here, kind = f"--init {place}", KINDS[images]
-    files = _list(here, place, kind)[1]
-    if not files:
-        raise UserError(f"{here}: no {kind} right in this folder, wanted one of {' '.join(SUFFIXES[kind])}")
-    return [os.path.join(place, file) for file in files]
-
-
-def read_start(path, num_frames, seconds_per_frame, image_size, images):
-    """What sampling starts from (--init): uint8 (T, H, W, 3) with T = num_frames and H = W = image_size, not resized.
-
-    A video gives its first frame and those behind it that are the whole number of frames apart that comes closest to
-    seconds_per_frame; an image gives itself. Raises UserError.
-    """
-    here, kind = f"--init {path}", KINDS[images]
-    if not os.path.isfile(path):
-        raise UserError(f"{here}: no such file")
-    if not is_a(kind, path):
-        raise UserError(f"{here}: by its name no {kind}, wanted one of {' '.join(SUFFIXES[kind])}")
-    try:
-        video = probe("", "", path)
-        interval = max(1, round(seconds_per_frame * video.fps))
-        numbers = range(0, num_frames * interval, interval)
-        if numbers[-1] >= video.num_frames:
-            raise UserError(
-                f"{here}: has {video.num_frames} frames, but {num_frames} that are {interval} apart take "
-                f"{numbers[-1] + 1}; name a longer video"
-            )
-        frames = read_frames("", video, numbers)
-    except UnreadableError as error:
-        raise UserError(f"{here}: can't be decoded; name another file") from error
-    height, width = frames.shape[1:3]
-    if (height, width) != (image_size, image_size):
-        raise UserError(f"{here}: {width} x {height} pixels, wanted {image_size} x {image_size}: resize it first")
-    return frames
-
-
-# ----------------------------------------------------------------------------------------------------------------------
-# The stream of samples
-
-
-class Clips(torch.utils.data.Dataset):
-    """Sample `number` of a stream: a clip of one of `videos`, all of which have at least num_frames frames.
-
-    The stream is one permutation of the videos after another; `stream` names it: the first step of a training phase,
-    or a word. frame_interval is the smallest and the largest step from frame to frame; each clip draws one, or takes
-    the largest that fits its video if that is less. Videos of a latent cache have their image size already.
-    """
-
-    def __init__(
-        self, root, videos, classes, num_frames, image_size, frame_interval=(1, 1), flip=True, seed=0, stream=0
-    ):
-        if any(video.num_frames < num_frames for video in videos):
-            raise ValueError(f"a video has fewer than {num_frames} frames: leave it out with long_enough()")
-        self.latent_shape = None  # (C, h, w) of a cache
-        if any(map(is_cached, videos)):
-            about = latents_settings(root)
-            side = about["image_size"] // about["downsample"]
-            self.latent_shape = about["channels"], side, side
-            if flip and not about["flips"]:
-                raise ValueError(f"{root} holds no mirrored latents: take flip=False")
-        self.root, self.videos, self.classes = root, videos, classes
-        self.num_frames, self.image_size, self.frame_interval = num_frames, image_size, frame_interval
-        self.flip, self.seed, self.stream = flip, seed, stream
-        self.watch = None  # an interruption.LoaderWatch that is told what is being read
-        self._epoch, self._permutation = None, None
-
-    def __len__(self):
-        return len(self.videos)
-
-    def __getitem__(self, number):
-        """clip: uint8 (C, T, H, W), or from a cache float16 (2, C, T, h, w); label; time_scale: seconds per frame;
-        number; video: its path; bad: the paths of the videos that should have been here but can't be decoded. Raises
-        UserError if too many can't."""
-        flipped = self.flip and self._draw("flip", 2, number) == 1
-        tried = []
-        while len(tried) < min(ATTEMPTS, len(self.videos)):
-            video = self._video(number, tried)
-            numbers, time_scale = self._frame_numbers(video, number, len(tried))
-            try:
-                self._tell(video.path)
-                clip = self._read(video, numbers, flipped)
-            except UnreadableError:
-                tried.append(video)
-                continue
-            finally:
-                self._tell("")
-            return {
-                "clip": clip,
-                "label": self.classes.index(video.class_name),
-                "time_scale": time_scale,
-                "number": number,
-                "video": video.path,
-                "bad": [video.path for video in tried],
-            }
-        raise UserError(f"--data-path {self.root}: {len(tried)} files in a row are bad, {tried[0].path} the first")
-
-    def _read(self, video, numbers, flipped):
-        if is_cached(video):
-            return read_latents(self.root, video, numbers, flipped, self.latent_shape)
-        clip = torch.from_numpy(read_frames(self.root, video, numbers)).permute(0, 3, 1, 2)
-        clip = resize_and_crop(clip, self.image_size)
-        return (clip.flip(-1) if flipped else clip).transpose(0, 1).contiguous()  # (C, T, H, W)
-
-    def _tell(self, path):
-        if self.watch is not None:
-            self.watch.note(path)
-
-    def _draw(self, purpose, below, *numbers):
-        """A number from 0 to below - 1."""
-        return int(torch.randint(below, (), generator=generator(self.seed, purpose, self.stream, *numbers)))
-
-    def _video(self, number, tried):
-        if tried:
-            others = [video for video in self.videos if video not in tried]
-            return others[self._draw("replacement", len(others), number, len(tried))]
-        epoch, position = divmod(number, len(self.videos))
-        if epoch != self._epoch:  # kept, for it costs O(videos) and serves a whole epoch
-            order = generator(self.seed, "order", self.stream, epoch)
-            self._epoch, self._permutation = epoch, torch.randperm(len(self.videos), generator=order)
-        return self.videos[self._permutation[position]]
-
-    def _frame_numbers(self, video, number, attempt):
-        """Which frames to read, and the seconds from one to the next."""
-        smallest, largest = self.frame_interval
-        interval = smallest + self._draw("interval", largest - smallest + 1, number, attempt)
-        gaps = self.num_frames - 1
-        if gaps:
-            interval = min(interval, (video.num_frames - 1) // gaps)
-        start = self._draw("start", video.num_frames - gaps * interval, number, attempt)
-        return [start + index * interval for index in range(self.num_frames)], interval / video.fps
-
-
-class ClipsByFrames(torch.utils.data.Dataset):
-    """Several Clips, one for each number of frames; an item is asked for as (num_frames, number)."""
-
-    def __init__(self, clips, watch=None):
-        self.clips, self.watch = clips, watch
-        for one in clips.values():
-            one.watch = watch
-
-    def __getitem__(self, key):
-        num_frames, number = key
-        return self.clips[num_frames][number]
-
-
-class Batches:
-    """A batch sampler: for each of `steps` steps the numbers of this rank's samples, as `micro_batches` lists.
-
-    Step s takes the global_batch numbers from first + s * global_batch on; every rank takes its slice of them.
-    """
-
-    def __init__(self, first, steps, global_batch, rank, world_size, micro_batches=1):
-        self.size, rest = divmod(global_batch, world_size * micro_batches)
-        if rest or not self.size:
-            raise ValueError(f"a global batch of {global_batch} for {world_size} ranks x {micro_batches} micro-batches")
-        self.first, self.steps, self.global_batch = first, steps, global_batch
-        self.offset, self.micro_batches = rank * self.size * micro_batches, micro_batches
-
-    def __len__(self):
-        return self.steps * self.micro_batches
-
-    def __iter__(self):
-        for step in range(self.steps):
-            for micro in range(self.micro_batches):
-                start = self.first + step * self.global_batch + self.offset + micro * self.size
-                yield list(range(start, start + self.size))
-
-
-def collate(items):
-    """clips as the items', with B in front; labels (B,), time_scales float32 (B,), numbers (B,); lists: videos, bad."""
-    return {
-        "clips": torch.stack([item["clip"] for item in items]),
-        "labels": torch.tensor([item["label"] for item in items]),
-        "time_scales": torch.tensor([item["time_scale"] for item in items], dtype=torch.float32),
-        "numbers": torch.tensor([item["number"] for item in items]),
-        "videos": [item["video"] for item in items],
-        "bad": [path for item in items for path in item["bad"]],
-    }
-
-
-def batches_of(loader):
-    """The batches of a DataLoader over Clips; a UserError out of a worker comes without the worker's traceback.
-
-    A worker that does not come back in time is a UserError, too, which names what it was reading. The workers are
-    forked here and now, not at the first batch, when threads of the process may hold locks that no fork lets go of.
-    """
-    if loader.num_workers:
-        time.sleep(QUIET)
-    return _batches(loader, iter(loader))
-
-
-def _batches(loader, iterator):
-    try:
-        yield from iterator
-    except UserError as error:
-        raise UserError(str(error).rsplit("UserError: ", 1)[-1]) from None
-    except RuntimeError as error:
-        if "timed out" not in str(error):
-            raise
-        files = ", ".join(loader.dataset.watch.reading()) or "no file"
-        raise UserError(
-            f"--loader-timeout {loader.timeout:g}: no batch within this many seconds, the loader processes "
-            f"are reading {files}: remove or repair what hangs, or raise it"
-        ) from None

@@ -12,8 +12,8 @@ import av
 import numpy as np
 from PIL import Image, ImageDraw, ImageFont
 
-from runtime.atomic import whole_file
-from runtime.distributed import one_line
+from runtime.atomic import atomic_write
+from runtime.cli import one_line
 
 SHORT_SIDE = 128  # px, the least that pictures for people have
 MAX_ROWS, MAX_COLUMNS = 16, 32  # of a sheet
@@ -125,5 +125,5 @@ def write_sheet(path, videos, names=None):
 def write_npz(path, videos, labels):
     """Write `arr_0` uint8 (N, T, H, W, 3), images (T = 1) as (N, H, W, 3), and `labels` int64 (N,), all or nothing."""
     pixels = videos[:, 0] if videos.shape[1] == 1 else videos
-    with whole_file(path) as file:
+    with atomic_write(path) as file:
         np.savez(file, arr_0=pixels, labels=np.asarray(labels, dtype=np.int64))

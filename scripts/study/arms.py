@@ -9,8 +9,8 @@ from dataclasses import dataclass
 
 from models import model_config
 from rope import ROPE_SCALES
-from runtime.atomic import whole_file
-from runtime.distributed import UserError
+from runtime.atomic import atomic_write
+from runtime.cli import UserError
 
 VERSION = 1  # of what the arms and the columns of the csv mean; rows of another one are refused
 QUESTIONS = "ABCDE"  # that take runs
@@ -283,7 +283,7 @@ def write_rows(path, rows):
     writer.writeheader()
     for row in rows:
         writer.writerow({name: f"{value:.6g}" if isinstance(value, float) else value for name, value in row.items()})
-    with whole_file(path) as file:
+    with atomic_write(path) as file:
         file.write(text.getvalue().encode())
 
 

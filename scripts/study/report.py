@@ -22,8 +22,8 @@ from arms import (  # fmt: skip
 )
 from models import model_config
 from rope import ROPE_SCALES
-from runtime.atomic import whole_file
-from runtime.distributed import say
+from runtime.atomic import atomic_write
+from runtime.cli import say
 from scoring import motion
 
 matplotlib.use("Agg")  # no window, no display
@@ -571,7 +571,7 @@ def report(study):
         command = f"`python scripts/study/study.py --only {letter}`" if letter in QUESTIONS else "No run."
         lines += [f"## {letter}. {title}", "", command, "", *answer(study)]
     path = study.out / "study.md"
-    with whole_file(path) as file:
+    with atomic_write(path) as file:
         file.write("\n".join(lines).encode())
     say(f"{path}; figures in {study.out / 'figures'}")
 

@@ -70,8 +70,8 @@ from arms import (  # fmt: skip
 )
 from report import report
 from runtime import distributed
-from runtime.atomic import whole_file
-from runtime.distributed import POSITIVE, ArgumentParser, UserError, check_writable, fail, say
+from runtime.atomic import atomic_write
+from runtime.cli import POSITIVE, ArgumentParser, UserError, check_writable, fail, say
 from runtime.metrics import read_metrics
 from scoring import consistency, manifest, motion, sources
 
@@ -433,7 +433,7 @@ def claimed(study, jobs):
 def make_folders(study):
     study.folder.mkdir(parents=True, exist_ok=True)
     about = study.folder / "study.json"
-    with held(study.folder / "lock"), whole_file(about) as file:
+    with held(study.folder / "lock"), atomic_write(about) as file:
         file.write((json.dumps({"version": VERSION, "size": study.size.name}) + "\n").encode())
 
 

@@ -7,7 +7,7 @@ import sys
 import pytest
 
 import train
-from runtime import signals
+from runtime import runs, signals
 
 OFTEN = ["--log-every", 3, "--val-every", 2, "--ckpt-every", 4, "--sample-every", 5]
 OFTEN += ["--num-samples", 1, "--num-sampling-steps", 3, "--keep-last", 2]
@@ -48,6 +48,6 @@ def run_here(training, *flags, stop_after=None, stop_in=None):
         try:
             train.main()
         finally:
-            while signals._locks:  # the end of a process would do that
-                signals._locks.pop().close()
+            while runs._locks:  # the end of a process would do that
+                runs._locks.pop().close()
     return len(steps)

@@ -53,16 +53,16 @@ def hanging_decoder():
 
 def killed_while_it_starts_a_loader():
     """SIGKILL when a loader process has been forked and has not come to anything yet."""
-    from runtime import signals
+    from video import loader
 
-    start_worker = signals.start_worker
+    start_worker = loader.start_worker
 
     def late(parent, worker):
         os.kill(parent, signal.SIGKILL)
         time.sleep(0.5)
         start_worker(parent, worker)
 
-    signals.start_worker = late
+    loader.start_worker = late
 
 
 def bug_in_a_step():

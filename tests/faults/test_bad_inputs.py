@@ -22,9 +22,10 @@ import checkpoint
 import evaluate
 import export
 import make_moving_shapes
+import published
 import sample_gd
 import train
-from runtime import distributed
+from runtime import cli, distributed
 from test_hostile_files import make_latents, make_samples
 from test_train import save_checkpoint, write_video
 from tiny_data import make_images, make_vae
@@ -394,7 +395,7 @@ def make_checkpoints(root):
     torch.save({"model": Code()}, root / "code.pt")
     torch.save({"state_dict": {}}, root / "other.pt")
     (root / "pointer.pt").write_text("version https://git-lfs.github.com/spec/v1\noid sha256:0\nsize 12\n")
-    checkpoint.write_export(root / "cut-export", checkpoint.load(rope))
+    published.write_export(root / "cut-export", checkpoint.load(rope))
     os.truncate(root / "cut-export/model.safetensors", 1000)
 
 
@@ -430,8 +431,8 @@ def run(script, flags):
     sys.argv = [script.__file__, *flags]
     try:
         script.main()
-    except distributed.UserError as error:  # make_moving_shapes.py catches it outside
-        distributed.fail(error)
+    except cli.UserError as error:  # make_moving_shapes.py catches it outside
+        cli.fail(error)
 
 
 def the_line(stderr, script):

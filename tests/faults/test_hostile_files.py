@@ -42,15 +42,16 @@ sys.path += [str(Path(__file__).resolve().parents[2] / part) for part in ("EqM",
 import cache_latents
 import checkpoint
 import models
-from checkpoint_parts import Progress
+import published
+from checkpoint import Progress
 from models import EqM, EqMConfig
 from runtime import metrics, untrusted
-from runtime.distributed import UserError
+from runtime.cli import UserError
 from tiny_data import LATENTS_SETTINGS, make_latents, make_vae
 from vae import load_vae
 from video import index
+from video.clips import Clips
 from video.files import UnreadableError, Video, read_all_frames
-from video.index import Clips
 
 TESTS = Path(__file__).resolve().parents[1]
 COUNT = 25  # files of each kind in the tests
@@ -99,7 +100,7 @@ def make_published(folder):
 
 
 def make_export(folder):
-    checkpoint.write_export(folder / "shared", make_state())
+    published.write_export(folder / "shared", make_state())
 
 
 def make_partial(folder):
@@ -200,7 +201,7 @@ def read_latents(folder):
     videos, _ = index.long_enough(scan.videos, 2)
     train, val = index.split_videos(folder, videos, 0.3)
     clips = Clips(folder, train + val, scan.classes, 2, 16, frame_interval=(1, 2))
-    index.collate([clips[number] for number in range(6)])
+    clips.collate([clips[number] for number in range(6)])
 
 
 def read_partial(folder):
@@ -213,10 +214,10 @@ def read_videos(folder, images=False):
     num_frames = 1 if images else 3
     videos, _ = index.long_enough(scan.videos, num_frames)
     clips = Clips(folder, videos, scan.classes, num_frames, 16, frame_interval=(1, 2))
-    index.collate([clips[number] for number in range(len(videos))])
+    clips.collate([clips[number] for number in range(len(videos))])
     for video in videos:
         with contextlib.suppress(UserError):
-            index.read_start(folder / video.path, num_frames, 0.04, 48, images)
+            clips.read_start(folder / video.path, num_frames, 0.04, 48, images)
         if not images:
             with contextlib.suppress(UnreadableError):
                 list(read_all_frames(folder, video, 5))

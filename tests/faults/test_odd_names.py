@@ -17,7 +17,7 @@ import export
 import sample_gd
 import train
 from runtime import metrics
-from runtime.distributed import one_line
+from runtime.cli import one_line
 from test_train import write_video
 from tiny_data import make_vae
 from video.index import scan_videos

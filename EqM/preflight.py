@@ -1,0 +1,245 @@
+"""All that can be wrong with a training run before a GPU or a results folder is touched.
+
+Flags, data, checkpoint and model are checked in this order. What a user can put right raises UserError.
+"""
+
+import math
+import os
+import statistics
+from dataclasses import asdict, replace
+from pathlib import Path
+
+import checkpoint
+from generation import check_sampling_flags
+from models import model_config, model_shape
+from runtime import distributed
+from runtime.cli import UserError, check_devices, check_speed_flags, check_writable, say
+from runtime.distributed import rank, world_size
+from runtime.metrics import import_wandb
+from runtime.runs import check_job
+from runtime.untrusted import is_text
+from schedule import Phase, fill_batches
+from vae import load_vae
+from video.index import check_data_path, find_data, latents_settings
+
+DEFAULT_MODEL = "EqM-S/4"
+LARGEST = {"num_workers": 1024, "global_batch_size": 2**20, "num_samples": 4096}  # more would fill any machine
+MODEL_FLAGS = ("depth", "hidden_size", "num_heads", "temporal_patch_size", "rope_theta", "rope_split", "qk_norm", "ebm")
+
+
+def check_run(args):
+    """(start, vae, config, data, phases) of the run that the flags of train.py ask for. Raises UserError.
+
+    data, and the number of classes in config, are known on rank 0 only: the others wait for it in distributed.start().
+    phases is empty without --frames-schedule. Flags that were left out are filled in.
+    """
+    check_flags(args)
+    check_data_path(args.data_path, images=not args.video)
+    vae = load_run_vae(args)
+    start = checkpoint.find_start(args, run_name(args))
+    args.model = args.model or (None if start.state else DEFAULT_MODEL)
+    config, data = make_config(args, vae, start), None
+    phases = plan_phases(args, config)
+    args.model = args.model or start.state["config"]["training"]["model"]
+    if rank() == 0:
+        lengths = [phase.num_frames for phase in phases] or [args.num_frames]
+        flag = "--frames-schedule" if phases else "--num-frames"
+        data = find_data(
+            args.data_path, not args.video, args.val_fraction, lengths, args.val_frames, flag, start.folder
+        )
+        config = fit_classes(args, config, start, data.scan.classes)
+    return start, vae, config, data, phases
+
+
+def check_flags(args):
+    """Raise UserError for flags that contradict each other, the machine or the file system; settle those of images."""
+    settle_frames(args)
+    check_devices()
+    check_job()
+    check_speed_flags(args)
+    check_sampling_flags(args)
+    for name in ("rope_theta", "rope_split"):
+        if (value := getattr(args, name)) is not None and not args.use_rope:
+            flag = f"--{name.replace('_', '-')} {value}"
+            raise UserError(f"{flag} needs rotary positions: add --use-rope, or leave it out")
+    if args.skip_nonfinite and args.precision == "fp16":
+        raise UserError("--skip-nonfinite: --precision fp16 skips steps that overflow by itself: leave it out")
+    if len(args.frame_interval) > 2 or args.frame_interval[0] > args.frame_interval[-1]:
+        found = " ".join(map(str, args.frame_interval))
+        raise UserError(f"--frame-interval {found}: wanted one number, or two of which the second is not smaller")
+    for name, most in LARGEST.items():
+        if (value := getattr(args, name)) > most:
+            raise UserError(f"--{name.replace('_', '-')} {value}: wanted at most {most}")
+    if args.ckpt == "":
+        raise UserError("--ckpt '': an empty name; name a checkpoint, or leave the flag out to start from scratch")
+    parts = world_size() * args.grad_accum
+    if args.global_batch_size % parts and not args.frames_schedule:
+        raise UserError(
+            f"--global-batch-size {args.global_batch_size} is not a multiple of {world_size()} ranks x "
+            f"--grad-accum {args.grad_accum}: use a multiple of {parts}"
+        )
+    if args.disp and args.global_batch_size == parts:
+        raise UserError(f"--disp compares clips, --global-batch-size {parts} leaves each rank one at a time: raise it")
+    check_writable("--results-dir", args.results_dir)
+    if not is_text(args.results_dir):
+        raise UserError(f"--results-dir {args.results_dir}: not UTF-8, which TensorBoard needs; name another")
+    if args.wandb:
+        import_wandb()
+
+
+def settle_frames(args):
+    """Fill in --num-frames, which images have 1 of, and which a schedule gives together with --max-steps."""
+    if not args.video:
+        if args.frames_schedule:
+            raise UserError("--frames-schedule without --video: images have one frame; add --video or leave it out")
+        for name in ("num_frames", "temporal_patch_size", "frame_interval"):
+            if (value := getattr(args, name)) not in (None, 1, [1]):
+                flag = f"--{name.replace('_', '-')} {value}"
+                raise UserError(f"{flag} without --video: images have one frame; add --video or leave it out")
+        args.num_frames = args.temporal_patch_size = 1
+    if args.frames_schedule:
+        for name in ("num_frames", "max_steps", "epochs"):
+            if (value := getattr(args, name)) is not None:
+                flag = f"--{name.replace('_', '-')} {value}"
+                raise UserError(
+                    f"{flag} contradicts --frames-schedule, which gives it per phase: leave one of them out"
+                )
+        args.num_frames, args.max_steps = args.frames_schedule[0].num_frames, args.frames_schedule[-1].last_step
+    elif args.mix:
+        raise UserError(f"--mix {args.mix} needs the earlier phases of --frames-schedule: add that, or leave it out")
+    args.num_frames = args.num_frames or 16
+
+
+def load_run_vae(args):
+    """The VAE of --vae or, for a latent cache, of the cache; settles --vae, --image-size and --no-flip."""
+    cache = latents_settings(args.data_path, images=not args.video)
+    if cache is None:
+        args.vae, args.image_size = args.vae or "ema", args.image_size or 256
+        return load_vae(args.vae)
+    if args.image_size not in (None, cache["image_size"]):
+        found = cache["image_size"]
+        raise UserError(f"--image-size {args.image_size}: the cache --data-path has {found}: leave it out")
+    if args.vae not in (None, cache["vae"]) and not os.path.isdir(args.vae):
+        raise UserError(f"--vae {args.vae}: the cache --data-path was made with {cache['vae']}: leave it out")
+    args.vae, args.image_size = args.vae or cache["vae"], cache["image_size"]
+    vae = load_vae(args.vae)  # samples are decoded with it
+    for name in ("channels", "downsample", "scale", "shift"):
+        if getattr(vae, name) != cache[name]:
+            raise UserError(
+                f"--vae {args.vae}: has {name} {getattr(vae, name)}, the cache --data-path, made with {cache['vae']}, "
+                f"{cache[name]}: give the path of that VAE"
+            )
+    if not (args.no_flip or cache["flips"]):
+        say("note: the cache has no mirrored latents (--with-flips), so no clip is mirrored")
+        args.no_flip = True
+    return vae
+
+
+def make_config(args, vae, start):
+    """The EqMConfig of this run, except for its classes: from the flags, or from a checkpoint that they agree with."""
+    unit = vae.downsample * int(args.model.split("/")[1]) if args.model else vae.downsample
+    if args.image_size % unit:
+        raise UserError(f"--image-size {args.image_size} is not a multiple of {unit} (VAE's downsampling x patch)")
+    settings = {
+        "input_size": args.image_size // vae.downsample,
+        "in_channels": vae.channels,
+        "num_frames": args.num_frames,
+        "use_rope": args.use_rope,
+    }
+    given = {name: getattr(args, name) for name in (*MODEL_FLAGS, "num_classes") if getattr(args, name) is not None}
+    settings |= given
+    try:
+        if start.state is None:
+            config = model_config(args.model, **settings)
+        else:
+            checkpoint.check_kind(start.path, start.state, args.video)
+            saved = checkpoint.config_of(start.path, start.state)
+            checkpoint.check(start.path, saved, **(model_shape(args.model) | settings))
+            config = replace(saved, num_frames=args.num_frames)
+        config.check_num_frames(args.num_frames)
+        for num_frames in args.val_frames:
+            check_frames(config, "--val-frames", num_frames)
+        if args.compile and config.ebm != "none":
+            raise UserError(f"--compile can't train --ebm {config.ebm}: it has no second derivative; leave it out")
+    except ValueError as error:
+        flag = f"{'--frames-schedule' if args.frames_schedule else '--num-frames'} {args.num_frames}"
+        if str(error).startswith("rope_split"):
+            flag = f"--rope-split {args.rope_split}"
+        raise UserError(f"{flag}, model {args.model or start.path}: {error}") from error
+    return config
+
+
+def plan_phases(args, config):
+    """The phases of --frames-schedule with their batch sizes; an empty list without one."""
+    if not args.frames_schedule:
+        return []
+    for phase in args.frames_schedule:
+        check_frames(config, "--frames-schedule", phase.num_frames)
+
+    def tokens(num_frames):
+        return math.prod(config.grid(num_frames))
+
+    return fill_batches(args.frames_schedule, args.global_batch_size, tokens, world_size() * args.grad_accum)
+
+
+def only_phase(args, progress, data):
+    """The phase of a run without --frames-schedule."""
+    num_videos = len(data.train[args.num_frames])
+    last_step = progress.last_step(args.max_steps, args.epochs, num_videos, args.global_batch_size)
+    return Phase(args.num_frames, last_step, args.global_batch_size)
+
+
+def check_frames(config, flag, num_frames):
+    try:
+        config.check_num_frames(num_frames)
+    except ValueError as error:
+        raise UserError(f"{flag} {num_frames}: {error}") from error
+
+
+def fit_classes(args, config, start, classes):
+    """The config with the classes of the data, which a checkpoint must have had as well."""
+    num_classes = args.num_classes or len(classes)
+    if num_classes < len(classes):
+        raise UserError(f"--num-classes {num_classes}: wanted at least the {len(classes)} of --data-path")
+    if start.state is not None:
+        checkpoint.check(start.path, config, num_classes=num_classes)
+        before = start.state["config"]["data"]["classes"]
+        if before != classes:
+            say(f"note: the classes were {', '.join(before[:3])} ...; now they are {', '.join(classes[:3])} ...")
+    return replace(config, num_classes=num_classes)
+
+
+def check_alike(start):
+    """Raise UserError unless all ranks start from the same checkpoint, and in the same folder."""
+    starts = set(distributed.gather((str(start.path), start.progress.step, str(start.folder))))
+    if len(starts) > 1:
+        found = ", ".join(f"{path} (step {step})" for path, step, _ in sorted(starts))
+        raise UserError(
+            f"the ranks start from different checkpoints, {found}: if an earlier run was still saving, start again; "
+            "otherwise all machines need the same files"
+        )
+
+
+def run_name(args):
+    """EqM-S-4-f4-rope, with a schedule EqM-S-4-f4-8-16-rope; a glob pattern if the model is not known yet."""
+    lengths = [phase.num_frames for phase in args.frames_schedule or []] or [args.num_frames]
+    positions = "-rope" if args.use_rope else ""
+    return f"{args.model or 'EqM-*'}-f{'-'.join(map(str, lengths))}{positions}".replace("/", "-")
+
+
+def run_config(args, config, phase, data, vae):
+    """The `config` of the checkpoints of a phase: plain values that say how it was trained."""
+    flags = {name: str(value) if isinstance(value, Path) else value for name, value in vars(args).items()}
+    if args.frames_schedule:
+        flags["frames_schedule"] = ",".join(map(str, args.frames_schedule))
+    return {
+        "model": asdict(config) | {"num_frames": phase.num_frames},
+        "data": {
+            "vae": vae.place,
+            "image_size": args.image_size,
+            "fps": statistics.median(video.fps for video in data.train[phase.num_frames]),
+            "frame_interval": args.frame_interval,
+            "classes": data.scan.classes,
+        },
+        "training": flags | {"num_frames": phase.num_frames, "global_batch_size": phase.batch_size},
+    }

@@ -1,0 +1,161 @@
+"""Models from elsewhere: exported folders, and files of the published image models.
+
+Both become (config, weights, EMA weights, step), of which checkpoint.py makes the dict of a checkpoint.
+"""
+
+import argparse
+import json
+import math
+import os
+import shutil
+from dataclasses import asdict
+from pathlib import Path
+
+import safetensors.torch
+import torch
+from safetensors import SafetensorError
+
+from models import SHAPE, EqMConfig, model_name, num_blocks, position_table
+from runtime.cli import UserError
+from runtime.untrusted import CONFIG_BYTES, is_weights, plain_name, read_json
+
+EXPORT = ("model.safetensors", "config.json")
+DTYPES = {"fp32": torch.float32, "fp16": torch.float16}
+LOCAL_FLAGS = {"data_path", "results_dir", "ckpt"}  # mean nothing on another machine
+
+# ----------------------------------------------------------------------------------------------------------------------
+# Exported folders: the EMA weights and their configuration, to share
+
+
+def write_export(folder, state, dtype="fp32"):
+    """Write model.safetensors (the EMA weights) and config.json into a new or empty folder, all or nothing.
+
+    Raises OSError.
+    """
+    folder, parts = Path(os.path.abspath(folder)), dict(state["config"])
+    temporary = folder.with_name(f".{folder.name}.tmp")
+    shutil.rmtree(temporary, ignore_errors=True)  # of a crash
+    parts["training"] = {name: value for name, value in parts["training"].items() if name not in LOCAL_FLAGS}
+    about = {"version": state["version"], "step": state["step"], "dtype": dtype, **parts}
+    weights = {name: value.to(DTYPES[dtype]).contiguous() for name, value in state["ema"].items()}
+    temporary.mkdir(parents=True)
+    try:
+        (temporary / EXPORT[0]).write_bytes(safetensors.torch.save(weights, metadata={"format": "pt"}))
+        (temporary / EXPORT[1]).write_text(json.dumps(about, indent=2) + "\n")
+        os.replace(temporary, folder)
+    except OSError:
+        shutil.rmtree(temporary)
+        raise
+
+
+def read_export(folder):
+    """(config.json of an exported folder as a dict, its weights in float32). Raises UserError."""
+    flag, (weights, about) = f"--ckpt {folder}", (Path(folder, name) for name in EXPORT)
+    if missing := [path.name for path in (weights, about) if not path.is_file()]:
+        wanted = "a checkpoint file or what scripts/export.py wrote"
+        raise UserError(f"{flag}: a folder without {missing[0]}; wanted {wanted}")
+    try:
+        about = read_json(about, CONFIG_BYTES)
+        if missing := {"version", "step", "model", "data", "training"} - about.keys():
+            raise KeyError(f"no {min(missing)}")
+        with plain_name(weights) as name:
+            return about, {name: value.float() for name, value in safetensors.torch.load_file(name).items()}
+    except (OSError, ValueError, KeyError, TypeError, AttributeError, RuntimeError, SafetensorError) as error:
+        reason = (str(error) or type(error).__name__)[:200]
+        raise UserError(f"{flag}: damaged ({reason}); copy or export it again") from error
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# Published image models: a state dict, or a dict with "model", "ema", "opt" and "args"
+
+
+def published_parts(state):
+    """(weights, EMA weights, args as a dict) of a published file; None if it is something else."""
+
+    def is_network(part):
+        dims = {"x_embedder.proj.weight": 4, "y_embedder.embedding_table.weight": 2}
+        return is_weights(part) and all(name in part and part[name].dim() == dim for name, dim in dims.items())
+
+    if is_network(state):
+        return state, state, {}
+    if not isinstance(state, dict) or {"version", "config"} & state.keys():
+        return None
+    found = [state[name] for name in ("model", "ema") if is_network(state.get(name))]
+    args = state.get("args")
+    args = vars(args) if isinstance(args, argparse.Namespace) else args
+    return (found[0], found[-1], args if isinstance(args, dict) else {}) if found else None
+
+
+def load_published(path, model, ema, args, asked):
+    """(config, weights, EMA weights, step 0) of a published file as our checkpoints have them. Raises UserError."""
+    flag = f"--ckpt {path}"
+    asked = {name: value for name, value in asked.items() if value is not None}
+    if not set(SHAPE) <= asked.keys():
+        raise UserError(f"{flag}: a published file does not say which model it holds: give --model, such as EqM-XL/2")
+    try:
+        config = published_config(model, asked, args.get("ebm"))
+        weights = convert_published(model, config)
+        ema_weights = weights if ema is model else convert_published(ema, config)
+    except ValueError as error:
+        raise UserError(f"{flag}: {error}") from error
+    data = {
+        "vae": str(args.get("vae", "ema")) if config.in_channels == 4 else "none",
+        "image_size": None,  # follows from the VAE and input_size
+        "fps": 25.0,
+        "frame_interval": [1],
+        "classes": [str(label) for label in range(config.num_classes)],
+    }
+    training = {"model": model_name(**asdict(config)), "num_frames": 1, "video": False}
+    return {"model": asdict(config), "data": data, "training": training}, weights, ema_weights, 0
+
+
+def published_config(state, asked, ebm=None):
+    """The EqMConfig of published weights. asked holds what they can't tell, and SHAPE, which they must match.
+
+    Raises ValueError that names the first mismatch.
+    """
+    if "pos_embed" not in state or state["pos_embed"].dim() != 3:
+        raise ValueError("not a published image model: it has no pos_embed")
+    width, channels, patch_size, _ = state["x_embedder.proj.weight"].shape
+    depth = num_blocks(state)
+    for name, found in (("depth", depth), ("hidden_size", width), ("patch_size", patch_size)):
+        if found != asked[name]:
+            words = name.replace("_", " ")
+            other = model_name(**asked)
+            raise ValueError(f"has {words} {found}, {other} has {words} {asked[name]}: give another --model")
+    if ebm is not None and ebm != asked.get("ebm", ebm):
+        raise ValueError(f"was trained with --ebm {ebm}, found --ebm {asked['ebm']}: leave the flag out")
+    return EqMConfig(
+        input_size=math.isqrt(state["pos_embed"].shape[1]) * patch_size,
+        temporal_patch_size=1,
+        in_channels=channels,
+        num_classes=len(state["y_embedder.embedding_table.weight"]) - 1,
+        **{name: asked[name] for name in SHAPE},
+        ebm=ebm or asked.get("ebm", "none"),
+    )
+
+
+def convert_published(state, config):
+    """Published image names and shapes to ours: a new state dict. Raises ValueError if it does not fit the config.
+
+    Their pos_embed must be our table, which we do not save. Their output has a second half, sigma, which is unused.
+    """
+    state = dict(state)
+    if "pos_embed" not in state:
+        raise ValueError("not a published image model: it has no pos_embed")
+    found = state.pop("pos_embed")
+    fits = found.shape == (1, math.prod(config.grid(1)), config.hidden_size)
+    if fits:
+        rounded = position_table(config).to(found.dtype).float()  # as theirs, if their file is in half precision
+        fits = torch.allclose(found.float(), rounded, atol=1e-5)
+    if not fits:
+        raise ValueError(
+            f"its pos_embed is not our table for {config.input_size} x {config.input_size} in patches of "
+            f"{config.patch_size}: it was trained with other positions and can't be used"
+        )
+    state["x_embedder.proj.weight"] = state["x_embedder.proj.weight"].unsqueeze(2)  # (D, C, 1, p, p)
+    values, C = config.values_per_token, config.in_channels
+    for name in ("final_layer.linear.weight", "final_layer.linear.bias"):
+        if name in state and len(state[name]) == 2 * values:
+            state[name] = state[name].unflatten(0, (-1, 2 * C))[:, :C].flatten(0, 1)
+    return state

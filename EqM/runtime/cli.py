@@ -1,0 +1,178 @@
+"""Flags, and messages of one line: how a script speaks, and how it ends when something is wrong."""
+
+import argparse
+import math
+import os
+import re
+import shutil
+import signal
+import sys
+import time
+from contextlib import contextmanager
+from pathlib import Path
+
+import torch
+import torch.distributed as dist
+from tqdm import tqdm
+
+from runtime.distributed import local_rank, rank
+
+RANK_0_SPEAKS_FIRST = 10  # seconds that the other ranks leave rank 0 to report an error that all ranks see
+
+
+class UserError(Exception):
+    """Something the user can put right; its text is one line: what was found, what is wanted, what to do."""
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# Flags
+
+
+class HelpFormatter(argparse.ArgumentDefaultsHelpFormatter):
+    """Adds the default to the help of a flag, unless it is off, or the help says it in words."""
+
+    def _get_help_string(self, action):
+        if action.default in (None, False) or "default" in action.help:
+            return action.help
+        return super()._get_help_string(action)
+
+
+class ArgumentParser(argparse.ArgumentParser):
+    """argparse, with errors of one line (no usage dump) that come once under torchrun."""
+
+    def __init__(self, **kwargs):
+        super().__init__(formatter_class=HelpFormatter, allow_abbrev=False, **kwargs)
+
+    def error(self, message):
+        fail(message)
+
+
+def number(kind, above=None, least=None, most=None):
+    """A `type=` for argparse: an int or a finite float within bounds (above is exclusive)."""
+    bounds = {"above": above, "at least": least, "at most": most}
+    wanted = " and ".join(f"{word} {bound}" for word, bound in bounds.items() if bound is not None)
+
+    def parse(text):
+        value = kind(text)
+        too_small = (above is not None and not value > above) or (least is not None and not value >= least)
+        if too_small or (most is not None and not value <= most) or not math.isfinite(value):
+            raise argparse.ArgumentTypeError(f"found {text}, wanted a number {wanted}")
+        return value
+
+    parse.__name__ = kind.__name__  # argparse names it where the text is no number at all
+    return parse
+
+
+COUNT, NATURAL = number(int, least=1, most=2**31 - 1), number(int, least=0, most=2**63 - 1)
+POSITIVE, NON_NEGATIVE, SHARE = number(float, above=0), number(float, least=0), number(float, least=0, most=1)
+
+
+def add_speed_flags(parser):
+    """The flags of every script that runs a network for long. Returns the add_argument of their group."""
+    add = parser.add_argument_group("speed").add_argument
+    precision = "bf16 and fp16 are mixed precision, tf32 rounds inside matrix products; tf32 and fp16 need a GPU"
+    add("--precision", choices=["fp32", "tf32", "bf16", "fp16"], default="fp32", help=precision)
+    add("--compile", action="store_true", help="compile the transformer blocks with torch.compile")
+    return add
+
+
+def check_speed_flags(args):
+    """Raise UserError if this machine can't do what --precision and --compile ask for."""
+    if args.precision in ("tf32", "fp16") and not torch.cuda.is_available():
+        raise UserError(f"--precision {args.precision} needs a GPU and none was found: use bf16 or fp32")
+    if args.compile and not any(map(shutil.which, (os.environ.get("CXX") or "g++", "clang++"))):
+        raise UserError("--compile needs a C++ compiler and none was found: install the package g++, or leave it out")
+
+
+def check_devices():
+    """Raise UserError if torchrun started more processes than this machine has GPUs (a machine without one: any)."""
+    if torch.cuda.is_available() and local_rank() >= torch.cuda.device_count():
+        found = os.environ.get("LOCAL_WORLD_SIZE", local_rank() + 1)
+        raise UserError(f"--nproc_per_node={found}: this machine has {torch.cuda.device_count()} GPUs; start as many")
+
+
+def check_writable(flag, folder):
+    """Raise UserError unless `folder` can be made or written to; touches nothing."""
+    if not str(folder):
+        raise UserError(f"{flag} '': an empty name; name a folder")
+    place = Path(folder).absolute()
+    if long := [part for part in place.parts if len(os.fsencode(part)) > 255]:
+        raise UserError(f"{flag} {folder}: {long[0][:20]}... is longer than 255 bytes; use a shorter name")
+    while not os.path.lexists(place):  # a broken link is in the way, as a file would be
+        place = place.parent
+    if not place.is_dir() or not os.access(place, os.W_OK):
+        raise UserError(f"{flag} {folder}: {place} is not a writable folder; name another")
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# Messages
+
+
+def one_line(text, encoding="utf-8"):
+    """Text as one line that a terminal or log with this encoding can show.
+
+    File names may hold line breaks, escape sequences and bytes that are no text: these are escaped.
+    """
+    line = "".join(letter if letter.isprintable() else ascii(letter)[1:-1] for letter in text)
+    return line.encode(encoding, "backslashreplace").decode(encoding)
+
+
+def say(message, log=None):
+    """Print a line once, from rank 0, without tearing a progress bar; `log` is a file that gets it too."""
+    message = one_line(message)
+    if rank() == 0:
+        tqdm.write(one_line(message, sys.stdout.encoding or "utf-8"))
+        if log is not None:
+            with open(log, "a", encoding="utf-8") as file:
+                file.write(message + "\n")
+
+
+def fail(message, status=2, patience=None):
+    """End this process with one line on stderr; status 2 = wrong input, 1 = went wrong while running.
+
+    torchrun kills all ranks as soon as one exits, so the others wait `patience` seconds (RANK_0_SPEAKS_FIRST) for rank
+    0 to speak; they speak themselves only if rank 0 is still fine by then (an error on one node only).
+    """
+    signal.signal(signal.SIGTERM, signal.SIG_DFL)  # torchrun may end this rank before it speaks
+    if rank() != 0:
+        time.sleep(RANK_0_SPEAKS_FIRST if patience is None else patience)
+    text = one_line(" ".join(str(message).split()), sys.stderr.encoding or "utf-8")
+    tqdm.write(f"{os.path.basename(sys.argv[0])}: error: {text}", file=sys.stderr)  # not into a progress bar
+    sys.exit(status)
+
+
+@contextmanager
+def one_line_errors(*others):
+    """Errors while running end the process with status 1 and one line, if it is known what they mean.
+
+    These are UserError, what a full disk or too little memory raises, the loss of a process, and `others`.
+    """
+    try:
+        yield
+    except ConnectionError as error:  # of this rank to the rest: each rank has its own to report
+        fail(error, status=1, patience=0)
+    except (UserError, OSError, torch.OutOfMemoryError, *others) as error:
+        fail(error, status=1)
+    except RuntimeError as error:
+        if (line := explain(error)) is None:
+            raise
+        fail(line, status=1, patience=0)
+
+
+def explain(error):
+    """One line for an error that comes from a lost process, None for any other."""
+    text = str(error)
+    if killed := re.search(r"DataLoader worker \(pid.*?\) (exited unexpectedly|is killed by signal: [\w ]+)", text):
+        return (
+            f"a loader process {killed[1]}: most likely the machine ran out of memory (or /dev/shm is too small): "
+            "lower --num-workers; all checkpoints are intact, the same command with --resume continues"
+        )
+    first, safe = text.partition("\n")[0], "all checkpoints are intact"
+    if re.search(r"Connection (closed|reset) by peer|Broken pipe|remote process exited", text):
+        return f"another rank has ended, its own message says why ({first}); {safe}"
+    if isinstance(error, dist.DistError) or "gloo" in text.lower():
+        return (
+            f"the ranks can't reach each other ({first}); {safe}; on machines with several networks, "
+            "GLOO_SOCKET_IFNAME and NCCL_SOCKET_IFNAME choose one"
+        )
+    return None

@@ -1,0 +1,33 @@
+"""Random draws that depend on (seed, purpose, stream, index of the sample) and on nothing else.
+
+So they do not change with the number of workers or ranks, nor with where a run was interrupted.
+"""
+
+import hashlib
+
+import torch
+
+
+def generator(seed, purpose, *key, device="cpu"):
+    """A torch.Generator that is a function of its arguments alone.
+
+    `purpose` is a word ("noise", "flip"), `key` says which draw: the stream (first step of the phase) and the index of
+    the sample in it. torch's CPU generator keeps 32 bits of the seed: two of 65,000 samples may well share their
+    noise, which does no harm.
+    """
+    words = " ".join(str(part) for part in (seed, purpose, *key))
+    digest = hashlib.blake2b(words.encode(), digest_size=8).digest()
+    return torch.Generator(device).manual_seed(int.from_bytes(digest, "little") >> 1)
+
+
+def uniform(seed, purpose, stream, indices):
+    """A number in [0, 1) for each sample of a stream, (len(indices),) float32 on the CPU."""
+    return torch.stack([torch.rand((), generator=generator(seed, purpose, stream, index)) for index in indices])
+
+
+def normal(seed, purpose, stream, indices, shape, device="cpu"):
+    """Standard normal noise for each sample of a stream, (len(indices), *shape) float32."""
+    noise = torch.empty(len(indices), *shape, device=device)
+    for row, index in zip(noise, indices, strict=True):
+        row.normal_(generator=generator(seed, purpose, stream, index, device=device))
+    return noise
