@@ -69,8 +69,8 @@ def add_sampling_flags(parser):
     add("--num-sampling-steps", type=number(int, least=2), default=250, metavar="N", help=points)
     add("--stepsize", type=POSITIVE, default=0.0017, metavar="X", help="step size eta of gd and ngd")
     add("--mu", type=NON_NEGATIVE, default=0.3, metavar="X", help="momentum of ngd")
-    adaptive = "gd and ngd: stop a sample when the root mean square of its field falls below R "
-    adaptive += f"(just --stop-below: {STOP_BELOW}); default: off"
+    adaptive = "gd and ngd: stop a sample when the root mean square of its field falls below R; without a number R is "
+    adaptive += f"{STOP_BELOW}; default: off"
     add("--stop-below", type=POSITIVE, nargs="?", const=STOP_BELOW, metavar="R", help=adaptive)
     add("--cfg-scale", type=NON_NEGATIVE, default=4.0, metavar="X", help="classifier-free guidance scale; 1 = off")
 

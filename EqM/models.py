@@ -1,9 +1,8 @@
-"""The network: a DiT (arXiv 2212.09748) with 3D patches that is not told the noise level.
+"""The network: a DiT (arXiv 2212.09748) with 3D patches, without conditioning on the noise level.
 
-Fixed sinusoidal positions are added once, after the patches are embedded; with `use_rope` there are
-none, and a 3D rotary embedding turns queries and keys inside attention instead (rope.py).
-With `ebm` the field is minus the true gradient of a scalar energy that the same network defines (EqM-E).
-Parameter names and shapes are those of the published image models.
+Fixed sinusoidal positions are added once, after the patch embedding. With `use_rope` a 3D rotary embedding of queries
+and keys replaces them (rope.py). With `ebm` the field is minus the gradient of a scalar energy that the same network
+defines (EqM-E). Parameter names are those of the published image models.
 """
 
 import math
@@ -22,14 +21,15 @@ from torch.utils.checkpoint import checkpoint
 from rope import REFERENCE_FPS, RotaryEmbedding3D, apply_rotary, split_head
 
 EBMS = ("none", "dot", "l2")
-TIME_FEATURES = 256  # sines and cosines that TimeScaleEmbedder starts from
-LARGEST = {"depth": 2**10, "input_size": 2**13}  # beyond these it is a slip of the pen, or a forged file;
-LARGEST_OTHER, MOST_WEIGHTS = 2**24, 2**36  # so with any other number; a hundred times EqM-XL
+TIME_FEATURES = 256  # sinusoidal features of the time scale, see TimeScaleEmbedder
+LARGEST = {"depth": 2**10, "input_size": 2**13}  # larger values are a typing error or come from a forged file
+LARGEST_OTHER = 2**24  # for the other counts
+MOST_WEIGHTS = 2**36  # a hundred times EqM-XL
 
 
 @dataclass(frozen=True)
 class EqMConfig:
-    """Everything that decides the parameters and what they mean; raises ValueError if inconsistent."""
+    """Everything that determines the parameters and their meaning. Raises ValueError if it is inconsistent."""
 
     input_size: int  # height and width of the latents (of the pixels without a VAE)
     patch_size: int
@@ -39,13 +39,13 @@ class EqMConfig:
     depth: int
     num_heads: int
     num_classes: int
-    num_frames: int = 1  # fixed positions are tied to it; with use_rope it is only a record
+    num_frames: int = 1  # of the fixed positions; with use_rope only a record of what was trained
     use_rope: bool = False
     rope_theta: float = 10_000.0
-    rope_split: str = ""  # channels of a head for time, height, width, such as "16,8,8"; "" = as many for each
+    rope_split: str = ""  # channels of a head for time, height and width, such as "16,8,8"; "" = a third each
     qk_norm: bool = False
-    ebm: str = "none"  # the energy that the field descends, "dot" or "l2" (see EqM.energy); "none" = no energy
-    class_dropout_prob: float = 0.1  # share of training labels replaced by the null label, num_classes
+    ebm: str = "none"  # energy whose negative gradient is the field: "dot" or "l2" (see EqM.energy); "none" = no energy
+    class_dropout_prob: float = 0.1  # probability that training replaces a label by the null label, num_classes
 
     def __post_init__(self):
         counts = ("input_size", "patch_size", "temporal_patch_size", "in_channels", "hidden_size", "depth", "num_heads")
@@ -53,15 +53,17 @@ class EqMConfig:
             most = LARGEST.get(name, LARGEST_OTHER)
             if not 1 <= getattr(self, name) <= most:
                 raise ValueError(f"{name} must be from 1 to {most}, found {getattr(self, name)}")
-        if not (0 < self.rope_theta <= 1e12 and 0 <= self.class_dropout_prob <= 1):
-            raise ValueError(f"rope_theta {self.rope_theta} or class_dropout_prob {self.class_dropout_prob} is no such")
+        if not 0 < self.rope_theta <= 1e12:
+            raise ValueError(f"rope_theta must be in (0, 1e12], found {self.rope_theta}")
+        if not 0 <= self.class_dropout_prob <= 1:
+            raise ValueError(f"class_dropout_prob must be in [0, 1], found {self.class_dropout_prob}")
         if self.input_size % self.patch_size:
             raise ValueError(f"input_size {self.input_size} is not a multiple of patch_size {self.patch_size}")
         if self.hidden_size % (2 * self.num_heads):
-            raise ValueError(f"hidden_size {self.hidden_size} does not give {self.num_heads} heads of an even size")
+            raise ValueError(f"hidden_size must be a multiple of 2 x {self.num_heads} heads, found {self.hidden_size}")
         if self.use_rope:
             split_head(self.head_dim, self.rope_split)
-        if not self.use_rope:
+        else:
             self.check_num_frames(self.num_frames)
         if self.ebm not in EBMS:
             raise ValueError(f"ebm must be one of {', '.join(EBMS)}, found {self.ebm!r}")
@@ -69,7 +71,7 @@ class EqMConfig:
         if rows * self.hidden_size > MOST_WEIGHTS:
             raise ValueError(
                 f"depth {self.depth}, hidden_size {self.hidden_size}, {self.num_classes} classes and "
-                f"{self.num_positions} fixed positions make more than {MOST_WEIGHTS} weights"
+                f"{self.num_positions} fixed positions need more than {MOST_WEIGHTS} weights"
             )
 
     @property
@@ -78,39 +80,39 @@ class EqMConfig:
 
     @property
     def num_positions(self):
-        """Rows of the table of fixed positions; 0 with rotary ones."""
+        """The number of fixed positions; 0 with use_rope."""
         return 0 if self.use_rope else math.prod(self.grid(self.num_frames))
 
     @property
     def values_per_token(self):
-        """Numbers that one token has to carry from the noise to the output."""
+        """The number of values in the patch of one token."""
         return self.temporal_patch_size * self.patch_size**2 * self.in_channels
 
     def check_num_frames(self, num_frames):
-        """Raise ValueError unless a clip of that many frames fits the patches and the positions."""
+        """Raise ValueError unless a clip of that many frames fits the temporal patch and the fixed positions."""
         if num_frames < self.temporal_patch_size:
-            raise ValueError(f"{num_frames} frames are fewer than the temporal patch has, {self.temporal_patch_size}")
+            raise ValueError(f"a temporal patch needs at least {self.temporal_patch_size} frames, found {num_frames}")
         if not self.use_rope and num_frames != self.num_frames:
             raise ValueError(f"fixed positions are tied to {self.num_frames} frames, found {num_frames}")
 
     def grid(self, num_frames):
-        """Numbers of patches (time, height, width) of a clip; the last temporal patch may be padded."""
+        """The number of patches in (time, height, width) of a clip; the last temporal patch may be padded."""
         side = self.input_size // self.patch_size
         return math.ceil(num_frames / self.temporal_patch_size), side, side
 
     def flops(self, num_frames):
-        """Floating point operations of the matrix products and of attention, for one clip forward."""
+        """FLOPs of one forward pass of one clip: matrix products and attention, 2 per multiply-add."""
         N, D = math.prod(self.grid(num_frames)), self.hidden_size
         embedders = 2 * (TIME_FEATURES * D + D * D)
         ends = 2 * N * D * self.values_per_token * 2 + 2 * D * 2 * D  # patches in and out, adaLN of the last layer
-        block = 2 * N * D * (3 + 1 + 4 + 4) * D + 2 * N * N * D * 2 + 2 * D * 6 * D  # products, attention, adaLN
+        block = 2 * N * D * (3 + 1 + 4 + 4) * D + 2 * N * N * D * 2 + 2 * D * 6 * D  # linear maps, attention, adaLN
         return embedders + ends + self.depth * block
 
     def training_flops(self, num_frames, grad_checkpoint=False):
-        """The same for one clip of a training step.
+        """FLOPs of one training step per clip; a backward pass counts as two forward passes.
 
-        Backward takes twice what forward does. An energy's field takes a forward pass and a backward one to the input,
-        which then are one forward pass of the loss.
+        With an energy, the forward pass of the loss is a forward pass of the network and its gradient in the input,
+        together two forward passes.
         """
         passes = 3 + grad_checkpoint if self.ebm == "none" else 2 * 3
         return passes * self.flops(num_frames)
@@ -122,7 +124,7 @@ class PatchEmbed(nn.Module):
     def __init__(self, config):
         super().__init__()
         kernel = (config.temporal_patch_size, config.patch_size, config.patch_size)
-        # A convolution in the weight's shape and name only: as one matrix product it is faster.
+        # Only the names and shapes of its parameters are those of a convolution: one matrix product is faster.
         self.proj = nn.Conv3d(config.in_channels, config.hidden_size, kernel, stride=kernel)
 
     def forward(self, x):
@@ -132,9 +134,9 @@ class PatchEmbed(nn.Module):
 
 
 class TimeScaleEmbedder(nn.Module):
-    """Embeds s = log2(25 * time_scale) where DiT embeds the noise level, which EqM does not use.
+    """Embeds s = log2(25 * time_scale) in place of DiT's noise level, which EqM does not use.
 
-    s is 0 at 25 frames per second, so such clips, and images, see what published EqM sees.
+    time_scale (B,) in seconds per frame -> (B, D). s is 0 at 25 frames per second and for images, as in published EqM.
     """
 
     def __init__(self, hidden_size):
@@ -155,7 +157,7 @@ class TimeScaleEmbedder(nn.Module):
 
 
 class LabelEmbedder(nn.Module):
-    """A vector per class and one, the last, for "no label". Training drops labels before they get here."""
+    """An embedding per class and a last one for the null label. Labels are dropped by the training loop."""
 
     def __init__(self, num_classes, hidden_size):
         super().__init__()
@@ -166,7 +168,7 @@ class LabelEmbedder(nn.Module):
 
 
 class HeadNorm(nn.RMSNorm):
-    """RMSNorm in the dtype of its input, which under autocast is not that of its weight (slow if left to torch)."""
+    """RMSNorm in the dtype of its input: under autocast the weight has another dtype, for which torch is slow."""
 
     def forward(self, x):
         return F.rms_norm(x, self.normalized_shape, self.weight.to(x.dtype), self.eps)
@@ -201,18 +203,18 @@ class Mlp(nn.Module):
 
 
 def math_attention():
-    """The context of the only attention with a second derivative, which training on an energy needs."""
+    """Context for training on an energy: torch's math attention is the only one with a second derivative."""
     return sdpa_kernel(SDPBackend.MATH)
 
 
 def with_math_attention(block, *args):
-    """A block that remembers its attention, for when it is computed again."""
+    """Run a block with math attention: checkpointing runs it again outside the context of the first pass."""
     with math_attention():
         return block(*args)
 
 
 def mark_sizes(tokens, condition, rotary):
-    """Tell torch.compile which sizes vary: B and N."""
+    """Tell torch.compile that B and N vary."""
     torch._dynamo.maybe_mark_dynamic(tokens, (0, 1))
     torch._dynamo.maybe_mark_dynamic(condition, 0)
     for part in rotary or ():
@@ -224,7 +226,7 @@ def modulate(x, shift, scale):
 
 
 class Block(nn.Module):
-    """Attention and MLP with adaLN-Zero: the condition gives shift, scale and gate of each branch."""
+    """Attention and MLP with adaLN-Zero: shift, scale and gate of each branch depend on the condition (B, D)."""
 
     def __init__(self, config):
         super().__init__()
@@ -255,18 +257,18 @@ class FinalLayer(nn.Module):
 
 
 class EqM(nn.Module):
-    """The gradient field f(x) of clips x, given their class and frame rate but not their noise level."""
+    """The field f(x) of clips x, given their class and time scale but not their noise level."""
 
     def __init__(self, config):
         super().__init__()
         self.config = config
         self.is_compiled = False
-        self.grad_checkpoint = False  # set it to keep one activation per block and compute the others twice
+        self.grad_checkpoint = False  # if set, only the input of each block is kept, the rest is recomputed
         if config.values_per_token > config.hidden_size:
             warnings.warn(
-                f"a token holds {config.values_per_token} values (temporal patch {config.temporal_patch_size} x "
-                f"{config.patch_size} x {config.patch_size} x {config.in_channels} channels) but the model is only "
-                f"{config.hidden_size} wide: it cannot carry the noise to its output; use smaller patches",
+                f"a token holds {config.values_per_token} values (patch {config.temporal_patch_size} x "
+                f"{config.patch_size} x {config.patch_size} x {config.in_channels} channels), but hidden_size is only "
+                f"{config.hidden_size}, too small to predict them all; use smaller patches",
                 stacklevel=2,
             )
         self.x_embedder = PatchEmbed(config)
@@ -281,7 +283,7 @@ class EqM(nn.Module):
         self.initialize_weights()
 
     def initialize_weights(self):
-        """DiT's: Xavier for the linear maps, and zero for what opens a branch, so f starts as zero."""
+        """As DiT: Xavier for linear layers, zero for adaLN and for the output layer, so f is zero at first."""
         for module in self.modules():
             if isinstance(module, nn.Linear):
                 nn.init.xavier_uniform_(module.weight)
@@ -291,21 +293,19 @@ class EqM(nn.Module):
         for embedder in (self.y_embedder.embedding_table, self.t_embedder.mlp[0], self.t_embedder.mlp[2]):
             nn.init.normal_(embedder.weight, std=0.02)
         modulations = [layer.adaLN_modulation[1] for layer in (*self.blocks, self.final_layer)]
-        for opening in (*modulations, self.final_layer.linear):
-            nn.init.zeros_(opening.weight)
-            nn.init.zeros_(opening.bias)
-        if self.config.ebm == "l2":  # where the output is zero, its square and the gradient of that do not move at all
+        for layer in (*modulations, self.final_layer.linear):
+            nn.init.zeros_(layer.weight)
+            nn.init.zeros_(layer.bias)
+        if self.config.ebm == "l2":  # the square of a zero output has a zero gradient: nothing would be learned
             nn.init.xavier_uniform_(self.final_layer.linear.weight)
 
     def forward(self, x, y, time_scale=None, return_features=False):
         """The field f, and with return_features also the last block's activations (B, N, D).
 
-        x, f: (B, C, T, H, W); images have T = 1. y: (B,) int64, num_classes = no label.
-        time_scale: (B,) float32 seconds per frame, None = 1/25. T may be anything from the temporal
-        patch up; a last patch that is not full is padded with copies of the last frame and the
-        field is cropped back. With `ebm`, f is minus the gradient of the energy in x, also under
-        torch.no_grad. Raises ValueError if T is too small, or not the one that fixed positions are
-        tied to.
+        x, f: (B, C, T, H, W); images have T = 1. y: (B,) int64, num_classes = no label. time_scale: (B,) float32,
+        seconds per frame, None = 1/25. If T does not fill the last temporal patch, x is padded with its last frame and
+        f is cropped. With `ebm`, f is minus the gradient of the energy in x, also under torch.no_grad. Raises
+        ValueError if T is less than a temporal patch, or not num_frames where positions are fixed.
         """
         if self.config.ebm == "none":
             f, features = self.predict(x, y, time_scale)
@@ -319,10 +319,10 @@ class EqM(nn.Module):
         return (f, features) if return_features else f
 
     def energy(self, x, y, time_scale=None):
-        """E (B,), which falls along the field f = -dE/dx; arguments as in `forward`.
+        """The energy E (B,) of the field f = -dE/dx; arguments as in `forward`.
 
-        With the network's output g, "dot" is -sum(g * x) and "l2" is sum(g^2) / 2 (EqM-E of arXiv
-        2510.02300; the sign is that of the published code). Raises ValueError if the model has none.
+        With the network's output g, "dot" is -sum(g * x) and "l2" is sum(g^2) / 2 (EqM-E of arXiv 2510.02300; the sign
+        is that of the published code). Raises ValueError if ebm is "none".
         """
         if self.config.ebm == "none":
             raise ValueError("the model has no energy: it was made with ebm='none'")
@@ -335,7 +335,7 @@ class EqM(nn.Module):
         return terms.flatten(1).sum(dim=1), features
 
     def predict(self, x, y, time_scale):
-        """What the network says of x, (B, C, T, H, W), and the last block's activations (B, N, D)."""
+        """The network's output (B, C, T, H, W) and the last block's activations (B, N, D)."""
         T = x.shape[2]
         self.config.check_num_frames(T)
         if time_scale is None:
@@ -352,9 +352,9 @@ class EqM(nn.Module):
         else:
             rotary, tokens = None, tokens + self.pos_embed
         if self.is_compiled:
-            tokens = tokens.clone()  # a view, which no other block gets, would have a graph of its own
+            tokens = tokens.clone()  # as a view, the input of the first block would need a graph of its own
         for block in self.blocks:
-            if self.is_compiled:  # or each new size would be compiled
+            if self.is_compiled:  # or each new size would be compiled again
                 mark_sizes(tokens, condition, rotary)
             if self.grad_checkpoint and torch.is_grad_enabled():
                 function = block if self.config.ebm == "none" else partial(with_math_attention, block)
@@ -364,24 +364,23 @@ class EqM(nn.Module):
         return self.unpatchify(self.final_layer(tokens, condition), grid)[:, :, :T], tokens
 
     def compile_blocks(self):
-        """Let torch compile the blocks: one graph serves all of them, any batch and any number of tokens."""
+        """Compile the blocks with torch.compile; one graph serves all blocks, batch sizes and numbers of tokens."""
         self.is_compiled = True
         for block in self.blocks:
             block.compile()
 
     def unpatchify(self, tokens, grid):
+        """(B, N, values_per_token) -> (B, C, T, H, W)."""
         t, h, w = grid
         pt, p = self.config.temporal_patch_size, self.config.patch_size
-        return rearrange(
-            tokens, "b (t h w) (pt p q c) -> b c (t pt) (h p) (w q)", t=t, h=h, w=w, pt=pt, p=p, q=p
-        )  # (B, C, T, H, W)
+        return rearrange(tokens, "b (t h w) (pt p q c) -> b c (t pt) (h p) (w q)", t=t, h=h, w=w, pt=pt, p=p, q=p)
 
 
 def position_table(config):
     """The fixed positions of the training grid, (1, N, D) float32.
 
-    Video: 2 * floor(D / 6) channels for each of time, height and width, the rest zero. Images: the
-    published 2D table (MAE's), in which the width coordinate fills the first half.
+    Videos: 2 * floor(D / 6) channels for each of time, height and width, the rest zero. Images: the 2D table of MAE and
+    of the published models, in which the width coordinate has the first half of the channels.
     """
     grid, D = config.grid(config.num_frames), config.hidden_size
     time, height, width = torch.meshgrid(*(torch.arange(n, dtype=torch.float64) for n in grid), indexing="ij")
@@ -394,13 +393,13 @@ def position_table(config):
 
 
 def sinusoid(positions, channels, theta=10_000.0):
-    """sin in the first half of the channels, cos in the second: (N,) -> (N, channels)."""
+    """Sinusoidal embedding, sines first: (N,) -> (N, channels)."""
     frequencies = theta ** -(torch.arange(channels // 2, dtype=torch.float64) / (channels // 2))
     angles = positions[:, None] * frequencies
     return torch.cat([angles.sin(), angles.cos()], dim=1)
 
 
-SIZES = {  # depth, width, heads
+SIZES = {  # depth, hidden_size, num_heads
     "Ti": (6, 192, 3),
     "S": (12, 384, 6),
     "B": (12, 768, 12),
@@ -410,7 +409,7 @@ SIZES = {  # depth, width, heads
 
 
 def model_config(name, **overrides):
-    """The EqMConfig of a name such as "EqM-S/4": spatial patch 4 and, unless overridden, temporal patch 4."""
+    """The EqMConfig of a name such as "EqM-S/4": size S, patch_size 4 and, unless overridden, temporal_patch_size 4."""
     size, patch_size = name.removeprefix("EqM-").split("/")
     depth, hidden_size, num_heads = SIZES[size]
     settings = {
@@ -427,25 +426,24 @@ def model_config(name, **overrides):
     return EqMConfig(**settings)
 
 
-def build(name, **overrides):
+def build_model(name, **overrides):
     return EqM(model_config(name, **overrides))
 
 
 NAMES = [f"EqM-{size}/{patch_size}" for size in SIZES for patch_size in (2, 4, 8)]
-EqM_models = {name: partial(build, name) for name in NAMES}  # EqM_models["EqM-S/4"](num_classes=101, use_rope=True)
-
+EqM_models = {name: partial(build_model, name) for name in NAMES}
 
 SHAPE = ("depth", "hidden_size", "num_heads", "patch_size")  # the fields of EqMConfig that --model decides
 
 
 def model_shape(name):
-    """The SHAPE fields of a named model; nothing without a name."""
+    """{field: value} of the SHAPE fields of a named model; empty for None."""
     config = model_config(name) if name else None
     return {field: getattr(config, field) for field in SHAPE if config}
 
 
 def model_name(depth, hidden_size, num_heads, patch_size, **_):
-    """The name of a model, given the fields of its EqMConfig."""
+    """The name of a model with these fields of EqMConfig, such as "EqM-S/4"; other fields are ignored."""
     names = {shape: name for name, shape in SIZES.items()}
     unnamed = f"(depth {depth}, width {hidden_size}, heads {num_heads})"
     return f"EqM-{names.get((depth, hidden_size, num_heads), unnamed)}/{patch_size}"

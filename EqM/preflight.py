@@ -163,8 +163,9 @@ def make_config(args, vae, start):
             raise UserError(f"--compile can't train --ebm {config.ebm}: it has no second derivative; leave it out")
     except ValueError as error:
         flag = f"{'--frames-schedule' if args.frames_schedule else '--num-frames'} {args.num_frames}"
-        if str(error).startswith("rope_split"):
-            flag = f"--rope-split {args.rope_split}"
+        field = str(error).split()[0]  # EqMConfig names the field that is wrong first
+        if field in given:
+            flag = f"--{field.replace('_', '-')} {given[field]}"
         raise UserError(f"{flag}, model {args.model or start.path}: {error}") from error
     return config
 

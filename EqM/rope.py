@@ -1,9 +1,8 @@
-"""3D rotary position embedding: time, height and width, by default one third of each attention head.
+"""3D rotary position embedding: time, height and width, by default with a third of each attention head.
 
-RoFormer (arXiv 2104.09864, section 3.4.2) turns pairs of channels of q and k by angles that grow
-with the position, so attention scores depend on differences of positions only. Here a position has
-three coordinates, and each of them turns its own channels. Nothing is tied to a grid size: one set
-of weights works on any number of frames.
+RoFormer (arXiv 2104.09864, section 3.4.2) rotates pairs of channels of q and k by angles proportional to the position,
+so attention scores depend on relative positions only. Here a position has three coordinates, and each rotates its own
+channels. No grid size is fixed: the same weights work for any number of frames.
 """
 
 import math
@@ -13,15 +12,14 @@ import torch
 from torch import nn
 
 ROPE_SCALES = ("none", "linear", "ntk", "riflex")
-REFERENCE_FPS = 25  # adjacent temporal patches of a 25 fps clip are 1 apart
+REFERENCE_FPS = 25  # temporal positions of adjacent patches of a 25 fps clip differ by 1
 
 
 class RotaryEmbedding3D(nn.Module):
-    """Angles of all tokens of a (time, height, width) grid; has no parameters and no buffers.
+    """Rotation angles of the tokens of a (time, height, width) grid; has no parameters and no buffers.
 
-    A head gives the axes the channels of `split_head`, in this order: time, height, width, then those
-    that are left over and stay as they are (head_dim 64: 20 + 20 + 20 + 4). Pair j of an axis with n
-    channels turns with frequency theta ** (-2j / n).
+    The channels of a head are, in this order, those of time, height and width as in `split_head`, then the rest, which
+    is not rotated (head_dim 64: 20 + 20 + 20 + 4). Pair j of an axis with n channels has frequency theta ** (-2j / n).
     """
 
     def __init__(self, head_dim, theta=10_000.0, split=""):
@@ -30,23 +28,23 @@ class RotaryEmbedding3D(nn.Module):
         self.split = split_head(head_dim, split)
         self.head_dim = head_dim
         self.theta = theta
-        self.scale = "none", 1.0, 1.0  # of the time axis, see `scale_frequencies`; changed for sampling only
+        self.scale = "none", 1.0, 1.0  # scaling of the time axis, see `scale_frequencies`; set for sampling only
 
     def forward(self, grid, time_scale):
         """Returns cos and sin of the angles, both (B, 1, N, head_dim / 2) float32.
 
-        grid: numbers of patches (T, H, W), N = T * H * W, width fastest.
-        time_scale: (B,) seconds per frame. Time positions are in real time (patch index * 25 *
-        time_scale), height and width positions are patch indices.
+        grid: number of patches in (time, height, width), (T, H, W); N = T * H * W, width fastest.
+        time_scale: (B,) seconds per frame. The position in time is patch index * 25 * time_scale; positions in height
+        and width are patch indices.
         """
         device = time_scale.device
-        # Built anew in float32 each time (a few hundred numbers): a buffer would follow model.to(bfloat16),
-        # in which positions above 256 are no longer whole numbers.
+        # Recomputed in float32 in each call (a few hundred values): a buffer would follow model.to(bfloat16), which
+        # can't represent all integers above 256.
         exponents = [torch.arange(n // 2, device=device, dtype=torch.float32) / (n // 2) for n in self.split]
         frequencies = [self.theta**-part for part in exponents]  # of time, height and width
         frequencies[0] = scale_frequencies(frequencies[0], *self.scale)
-        steps = [torch.arange(n, device=device, dtype=torch.float32)[:, None] for n in grid]
-        time, height, width = (step * part for step, part in zip(steps, frequencies, strict=True))
+        positions = [torch.arange(n, device=device, dtype=torch.float32)[:, None] for n in grid]
+        time, height, width = (position * part for position, part in zip(positions, frequencies, strict=True))
         time = time * (REFERENCE_FPS * time_scale.float())[:, None, None]  # (B, T, n/2)
 
         B, (T, H, W) = len(time_scale), grid
@@ -58,30 +56,31 @@ class RotaryEmbedding3D(nn.Module):
 
 
 def split_head(head_dim, split=""):
-    """Channels of a head that turn with time, height and width: those of a split such as "16,8,8".
+    """The number of channels of a head for (time, height, width), from a split such as "16,8,8".
 
     "" = 2 * floor(head_dim / 6) each. Raises ValueError if head_dim is odd or below 6, or if the split is not three
-    even numbers above 0 that fit it.
+    even numbers above 0 whose sum is at most head_dim.
     """
     if head_dim < 6 or head_dim % 2:
-        raise ValueError(f"3D rotary positions need an even head_dim of at least 6, found {head_dim}")
+        raise ValueError(f"use_rope needs an even head_dim of at least 6, found {head_dim}")
     if not split:
         return (2 * (head_dim // 6),) * 3
     channels = tuple(int(word) for word in split.split(",") if re.fullmatch("[0-9]{1,6}", word))
     if len(channels) != 3 or split.count(",") != 2 or not all(channels) or any(n % 2 for n in channels):
-        raise ValueError(f"rope_split {split!r} is not three even numbers above 0, such as 16,8,8")
+        raise ValueError(f"rope_split must be three even numbers above 0, such as 16,8,8, found {split!r}")
     if sum(channels) > head_dim:
-        raise ValueError(f"rope_split {split} has {sum(channels)} channels, a head has {head_dim}")
+        raise ValueError(f"rope_split {split} has {sum(channels)} channels, but head_dim is {head_dim}")
     return channels
 
 
 def scale_frequencies(frequencies, method, trained, wanted):
     """Frequencies (n/2,), highest first, for clips of length `wanted` from a model that was trained up to `trained`.
 
-    Lengths are in units of the positions. Shorter clips, and method "none", change nothing. With s = wanted / trained:
-    "linear" (position interpolation, arXiv 2306.15595) divides all by s; "ntk" (NTK-aware, as in YaRN, 2309.00071:
-    theta grows by s ** (n / (n - 2))) leaves the highest and divides the lowest by s, geometrically between; "riflex"
-    (2502.15894) slows only the one whose period is nearest to the trained length, to one turn in the wanted length.
+    Lengths are in units of the positions. Nothing changes for method "none" or if s = wanted / trained is at most 1.
+    "linear" (position interpolation, arXiv 2306.15595) divides all frequencies by s. "ntk" (NTK-aware scaling, as in
+    YaRN, 2309.00071: theta is multiplied by s ** (n / (n - 2))) keeps the highest, divides the lowest by s and
+    interpolates geometrically between. "riflex" (2502.15894) lowers only the frequency whose period is closest to the
+    trained length, to at most one period in the wanted length.
     """
     s = wanted / trained
     if method == "none" or s <= 1:
@@ -92,21 +91,19 @@ def scale_frequencies(frequencies, method, trained, wanted):
         last = max(len(frequencies) - 1, 1)
         return frequencies * s ** -(torch.arange(len(frequencies), device=frequencies.device) / last)
     assert method == "riflex", method
-    once = 2 * math.pi / wanted
     intrinsic = (2 * math.pi / frequencies - trained).abs().argmin()
-    return torch.where(
-        torch.arange(len(frequencies), device=frequencies.device) == intrinsic, frequencies.clamp(max=once), frequencies
-    )
+    is_intrinsic = torch.arange(len(frequencies), device=frequencies.device) == intrinsic
+    return torch.where(is_intrinsic, frequencies.clamp(max=2 * math.pi / wanted), frequencies)
 
 
 def apply_rotary(x, cos, sin):
-    """Turn the adjacent channel pairs (2j, 2j + 1) of queries or keys by their angles.
+    """Rotate the adjacent channel pairs (2j, 2j + 1) of queries or keys by their angles.
 
-    x: (B, h, N, d); cos, sin: (B, 1, N, d/2) float32. The result has the dtype of x; the product is
-    at least float32. As one complex multiplication it is a single pass over memory, forward and backward.
+    x: (B, h, N, d); cos, sin: (B, 1, N, d/2) float32. Computed in float32 or better, returned in the dtype of x. One
+    complex multiplication is a single pass over memory, forward and backward.
     """
     precise = x.to(torch.promote_types(x.dtype, torch.float32)).unflatten(-1, (-1, 2))  # (B, h, N, d/2, 2)
-    if torch.compiler.is_compiling():  # which knows no complex numbers, and makes one pass of these
+    if torch.compiler.is_compiling():  # does not support complex numbers, but fuses these operations
         a, b = precise.unbind(-1)
         return torch.stack([a * cos - b * sin, a * sin + b * cos], dim=-1).flatten(-2).to(x.dtype)
     pairs = torch.view_as_complex(precise)  # (B, h, N, d/2)

@@ -1,6 +1,6 @@
-"""Sampling is gradient descent on the learned field (arXiv 2510.02300, section 3.3).
+"""Sampling: gradient descent along the learned field (arXiv 2510.02300, section 3.3), or an ODE for comparison.
 
-Everything here takes the network as a callable, so it is tested on fields whose answer is known.
+All functions take the network as a callable, so they can be tested on fields with known solutions.
 """
 
 import torch
@@ -15,15 +15,18 @@ def sample(
     field, x, method="gd", num_steps=250, step_size=0.0017, momentum=0.3, stop_below=None,
     start_gamma=0.0, observe=None,
 ):  # fmt: skip
-    """Follow a field from x (B, ...); returns the end points and the evaluations spent on each.
+    """Follow a field from x (B, ...).
 
-    field(x, keep) is the field of the samples that are still running; keep (b,) int64 are their
-    indices in the batch. num_steps counts the points. method: "gd" or "ngd" (see `descend`),
-    "euler" or "heun" (`integrate`), of which only the first two use step_size, momentum and
-    stop_below, and only the last two start_gamma. observe(x, keep), if given, is called at each
-    point that the running samples have reached, the first and the last included.
+    Args:
+        field: field(x, keep) is the field of the samples that are still running, (b, ...); keep (b,) int64 are their
+            indices in the batch.
+        method: "gd" or "ngd" (see `descend`), which use step_size, momentum ("ngd" only) and stop_below; "euler" or
+            "heun" (see `integrate`), which use start_gamma.
+        num_steps: the number of points, the start included.
+        observe: observe(x, keep), if given, is called at each point of the running samples, first and last included.
 
-    Returns x (B, ...) and evaluations (B,) int64.
+    Returns:
+        the final x (B, ...) and the number of evaluations of the field for each sample, (B,) int64.
     """
     observe = observe or (lambda x, keep: None)
     if method in SOLVERS:
@@ -34,9 +37,9 @@ def sample(
 
 
 def descend(field, x, num_steps, step_size, momentum, stop_below, observe):
-    """Gradient descent, x <- x + eta f(x + eta mu m), where m is the last f: Nesterov's; plain without momentum mu.
+    """Nesterov's gradient descent, x <- x + eta f(x + eta mu m) with the previous f as m; plain if momentum mu = 0.
 
-    With stop_below, a sample whose f has a root mean square below it stays where it is and leaves the batch.
+    With stop_below, a sample stops, without a further step, once the root mean square of its f is below it.
     """
     x, last_f = x.clone(), torch.zeros_like(x)
     keep = torch.arange(len(x), device=x.device)
@@ -46,7 +49,7 @@ def descend(field, x, num_steps, step_size, momentum, stop_below, observe):
         f = field(x[keep] + step_size * momentum * last_f[keep], keep)
         evaluations[keep] += 1
         if stop_below is not None:
-            moving = ~(f.square().flatten(1).mean(dim=1).sqrt() < stop_below)  # NaN is no equilibrium
+            moving = ~(f.square().flatten(1).mean(dim=1).sqrt() < stop_below)  # NaN is not an equilibrium
             keep, f = keep[moving], f[moving]
             if len(keep) == 0:
                 break
@@ -59,9 +62,9 @@ def descend(field, x, num_steps, step_size, momentum, stop_below, observe):
 def integrate(field, x, method, num_steps, start_gamma, observe):
     """Solve dx/dgamma = f(x) / c(gamma) from start_gamma to 1 in equal steps, by Euler's or Heun's method.
 
-    It assumes that x at time gamma is as noisy as training's x_gamma was. Nothing keeps it so: the
-    network is not told gamma, and an error in x is not seen as noise that is left, as in descent, but
-    divided by the wrong c. At gamma = 1 the velocity is 0 / 0, so Heun's last step is one of Euler.
+    This assumes that x at time gamma is as noisy as x_gamma in training. Nothing enforces that: the network is not
+    given gamma, so errors in x are not corrected as remaining noise, as in gradient descent, but f is divided by the
+    wrong c. At gamma = 1 the velocity is 0 / 0, so the last step of Heun's method is an Euler step.
     """
     gammas = torch.linspace(start_gamma, 1, num_steps, dtype=torch.float64)
     keep = torch.arange(len(x), device=x.device)
@@ -72,22 +75,22 @@ def integrate(field, x, method, num_steps, start_gamma, observe):
         return field(x, keep) / decay(gamma).item()
 
     observe(x, keep)
-    for gamma, following in zip(gammas[:-1], gammas[1:], strict=True):
-        step = (following - gamma).item()
+    for gamma, next_gamma in zip(gammas[:-1], gammas[1:], strict=True):
+        step = (next_gamma - gamma).item()
         v = velocity(x, gamma)
-        if method == "heun" and following < 1:
-            v = (v + velocity(x + step * v, following)) / 2
+        if method == "heun" and next_gamma < 1:
+            v = (v + velocity(x + step * v, next_gamma)) / 2
         x = x + step * v
         observe(x, keep)
     return x, evaluations
 
 
 def guided(function, labels, time_scale, guidance, null_label):
-    """A field with classifier-free guidance, f_null + s (f_class - f_null), on all channels.
+    """The field with classifier-free guidance, f_null + guidance (f_class - f_null), on all channels.
 
-    function(x, y, time_scale) is a network, (B, C, T, H, W), or an energy, (B,): the gradient of the guided
-    energy is the guided field. labels (B,) int64, time_scale (B,) seconds per frame. Both halves are
-    evaluated as one batch; guidance 1 needs, and evaluates, the class half only.
+    function(x, y, time_scale) is a network, (B, C, T, H, W), or an energy, (B,): the guided field is minus the gradient
+    of the guided energy. labels: (B,) int64; time_scale: (B,) seconds per frame. Both terms are evaluated as one batch;
+    guidance 1 evaluates f_class only. The result is float32.
     """
 
     def field(x, keep):

@@ -23,6 +23,7 @@ from copy import deepcopy
 from dataclasses import asdict
 
 import torch
+from torch.nn.utils import clip_grad_norm_
 from tqdm import tqdm
 
 import checkpoint
@@ -119,7 +120,7 @@ def add_model_and_data_flags(parser):
     add("--image-size", type=COUNT, metavar="PX", help=size)
     vae = "ema, mse, or a directory of an AutoencoderKL; none: pixels; default: that of the latent cache, else ema"
     add("--vae", metavar="VAE", help=vae)
-    interval = "frames of the video from one frame of a clip to the next; two numbers: drawn per clip"
+    interval = "video frames from one frame of a clip to the next; two numbers: drawn per clip between them; default: 1"
     add("--frame-interval", type=COUNT, nargs="+", default=[1], metavar="N", help=interval)
     add("--no-flip", action="store_true", help="never mirror a clip, for classes that have a left and a right")
     fraction = "share of the videos that validate, where no split files are found"
@@ -151,7 +152,7 @@ def add_optimisation_flags(parser):
     add("--warmup-steps", type=NATURAL, default=0, metavar="N", help="steps up to the full learning rate; 0 = off")
     rewarmup = "steps up to the full learning rate in each later phase; 0 = off"
     add("--rewarmup", type=NATURAL, default=0, metavar="N", help=rewarmup)
-    add("--weight-decay", type=NON_NEGATIVE, default=0.0, metavar="X", help="0 = off")
+    add("--weight-decay", type=NON_NEGATIVE, default=0.0, metavar="X", help="decoupled weight decay; 0 = off")
     add("--clip-grad", type=NON_NEGATIVE, default=1.0, metavar="X", help="largest norm of the gradient; 0 = off")
     nonfinite = "steps in a row that may be skipped for a gradient that is not finite; 0: the first ends the run"
     add("--skip-nonfinite", type=NATURAL, default=0, metavar="N", help=nonfinite)
@@ -235,91 +236,88 @@ def main():
 
     began = time.monotonic() - progress.seconds
     bar = tqdm(initial=progress.step, total=last_step, desc=folder.name, unit="step", disable=rank() != 0)
+    periods = args.log_every, args.val_every, args.ckpt_every, args.sample_every
     try:
         for phase in [phase for phase in phases if phase.last_step > progress.first_step]:
-            batches, val_loader = start_phase(args, data, phases, phase, progress, device)
             stream = progress.first_step  # of the phase's samples: names their random draws
+            batches, val_loader = start_phase(args, data, phases, phase, progress, device)
             about = preflight.run_config(args, config, phase, data, vae)
+            previews = preview_source(args, ema, vae, about)
             if rank() == 0:
                 (folder / "config.json").write_text(json.dumps(about, indent=2))
-            labels = torch.arange(args.num_samples) % len(data.scan.classes)
-            time_scale = checkpoint.trained_time_scale(about["data"])
-            source = Source(ema, vae, data.scan.classes, labels, phase.num_frames, time_scale)
             set_learning_rates(optimizers, args, lr_multiplier(args, progress.step, stream, last_step))
             clips, tokens = f"{phase.batch_size} clips", math.prod(config.grid(phase.num_frames))
             log(f"to step {phase.last_step}: {clips} per step, {phase.num_frames} frames = {tokens} tokens each")
 
-            while progress.step < phase.last_step or len(stats):
-                periods = args.log_every, args.val_every, args.ckpt_every, args.sample_every
-                # A run that was stopped between a step and its line of metrics has that line to write first.
-                if not (len(stats) and is_due(progress.step, phase.last_step, *periods)):
-                    stop.ask()
-                    set_learning_rates(optimizers, args, lr_multiplier(args, progress.step + 1, stream, last_step))
-                    sums, files = Counter(), []
-                    for micro_batch in range(1, args.grad_accum + 1):
-                        batch = stats.next_batch(batches)
-                        files += batch["videos"]
-                        sync = micro_batch == args.grad_accum or not distributed.is_started()
-                        with nullcontext() if sync else network.no_sync():
-                            losses, mean_square = training_losses(network, vae, batch, config, args, stream, device)
-                            scaler.scale(sum(losses.values()) / args.grad_accum).backward()
-                        for name, value in (losses | {"mean_square": mean_square}).items():
-                            sums[name] += value.detach() / args.grad_accum
-                    for optimizer in optimizers:
-                        scaler.unscale_(optimizer)
-                    skip, losses = False, list(sums.values())
-                    norm = torch.nn.utils.clip_grad_norm_(model.parameters(), args.clip_grad or math.inf)
-                    sums["grad_norm"] = norm
-                    if scaler.is_enabled() or args.skip_nonfinite:  # this check costs the CPU its lead over a GPU
-                        skip, sums["skipped"] = check_gradient(norm, losses, scaler)
-                    progress.skipped = progress.skipped + 1 if skip and not scaler.is_enabled() else 0
-                    for optimizer in optimizers:
-                        if not skip:
-                            scaler.step(optimizer)
-                        optimizer.zero_grad()
-                    scaler.update()
-                    progress.step, progress.position = progress.step + 1, progress.position + phase.batch_size
-                    flops = config.training_flops(batch["clips"].shape[-3], args.grad_checkpoint)
-                    progress.flops += phase.batch_size * flops
-                    stats.add(files, **sums)
-                    if progress.skipped > args.skip_nonfinite:
-                        stats.raise_nonfinite(progress.step, -1)
-                    update_ema(ema, model, ema_decay(args, progress.step, progress.pretrained))
-                    bar.update()
-                    stop.settle()
+            while True:
+                # Every so often, and at the end of a phase: log, validate, sample, save
+                if len(stats) and is_due(progress.step, phase.last_step, *periods):
+                    step, videos = progress.step, None
+                    row = stats.summary(step, phase.batch_size)
+                    row["train_loss_rel"] = row["train_loss"] / transport.zero_loss(row.pop("mean_square"))
+                    bar.set_postfix_str(f"loss {row['train_loss']:.3f}, {row['clips_per_s']:.1f} clips/s")
+                    report_bad(bad_videos, stats.bad, step, log)
+                    if is_due(step, phase.last_step, args.val_every):
+                        asked, num_frames = time.monotonic(), phase.num_frames
+                        losses, bad = validate(ema, model, vae, val_loader, num_frames, args.precision, device, stop)
+                        report_bad(bad_videos, bad, step, log)
+                        row |= losses | {"val_seconds": time.monotonic() - asked}
+                    if args.sample_every and step % args.sample_every == 0:
+                        videos = sample_ema(previews, args, device, stop)
+                    # What a signal interrupts up to here is done again after the resume.
+                    if "val_loss" in row:
+                        is_finite = math.isfinite(row["val_loss"])
+                        note = "" if is_finite else "; not finite, so it is never the best: best.pt stays"
+                        log(f"step {step}: validation loss {row['val_loss']:.4f}{note}")
+                        if row["val_loss"] < progress.best_loss:
+                            progress.best_loss, progress.best_step = row["val_loss"], step
+                    if videos is not None:
+                        write_previews(folder, step, metrics, previews, videos.numpy())
+                    # Logged first: a checkpoint must not be ahead of the metrics; what comes after it is logged again.
+                    progress.seconds = time.monotonic() - began
+                    row |= {"lr": optimizers[0].param_groups[0]["lr"], "bad_videos": bad_videos.count}
+                    row |= {"num_frames": phase.num_frames, "seconds": progress.seconds, "flops": progress.flops}
+                    metrics.log(step, **row)
+                    stats = StepStats()
+                    if names := checkpoint.names_at(progress, phase.last_step, args.ckpt_every):
+                        save(names)
+                if progress.step == phase.last_step:
+                    break
 
-                step = progress.step
-                if not is_due(step, phase.last_step, *periods):
-                    continue
-                row = stats.summary(step, phase.batch_size)
-                row["train_loss_rel"] = row["train_loss"] / transport.zero_loss(row.pop("mean_square"))
-                bar.set_postfix_str(f"loss {row['train_loss']:.3f}, {row['clips_per_s']:.1f} clips/s")
-                report_bad(bad_videos, stats.bad, step, log)
-                if is_due(step, phase.last_step, args.val_every):
-                    asked = time.monotonic()
-                    numbers, bad = validate(ema, model, vae, val_loader, phase.num_frames, args.precision, device, stop)
-                    report_bad(bad_videos, bad, step, log)
-                    row |= numbers | {"val_seconds": time.monotonic() - asked}
-                videos = None
-                if args.sample_every and step % args.sample_every == 0:
-                    videos = sample_ema(source, args, device, stop)
-                # Whatever a signal interrupts up to here is done again after the resume.
-                if "val_loss" in row:
-                    log(f"step {step}: validation loss {row['val_loss']:.4f}")
-                    if not math.isfinite(row["val_loss"]):
-                        log(f"step {step}: note: a validation loss that is not finite is never the best: best.pt stays")
-                    if row["val_loss"] < progress.best_loss:
-                        progress.best_loss, progress.best_step = row["val_loss"], step
-                if videos is not None:
-                    write_previews(folder, step, metrics, source, videos.numpy())
-                # Logged first: a checkpoint must not be ahead of the metrics; what comes after it is logged again.
-                progress.seconds = time.monotonic() - began
-                row |= {"lr": optimizers[0].param_groups[0]["lr"], "bad_videos": bad_videos.count}
-                row |= {"num_frames": phase.num_frames, "seconds": progress.seconds, "flops": progress.flops}
-                metrics.log(step, **row)
-                stats = StepStats()
-                if names := checkpoint.names_at(progress, phase.last_step, args.ckpt_every):
-                    save(names)
+                # One optimisation step
+                stop.ask()
+                set_learning_rates(optimizers, args, lr_multiplier(args, progress.step + 1, stream, last_step))
+                sums, files = Counter(), []
+                for micro_batch in range(1, args.grad_accum + 1):
+                    batch = stats.next_batch(batches)
+                    files += batch["videos"]
+                    sync = micro_batch == args.grad_accum or not distributed.is_started()
+                    with nullcontext() if sync else network.no_sync():
+                        losses, mean_square = training_losses(network, vae, batch, config, args, stream, device)
+                        scaler.scale(sum(losses.values()) / args.grad_accum).backward()
+                    for name, value in (losses | {"mean_square": mean_square}).items():
+                        sums[name] += value.detach() / args.grad_accum
+                for optimizer in optimizers:
+                    scaler.unscale_(optimizer)
+                skip, losses = False, list(sums.values())
+                norm = sums["grad_norm"] = clip_grad_norm_(model.parameters(), args.clip_grad or math.inf)
+                if scaler.is_enabled() or args.skip_nonfinite:  # this check costs the CPU its lead over a GPU
+                    skip, sums["skipped"] = check_gradient(norm, losses, scaler)
+                progress.skipped = progress.skipped + 1 if skip and not scaler.is_enabled() else 0
+                for optimizer in optimizers:
+                    if not skip:
+                        scaler.step(optimizer)
+                    optimizer.zero_grad()
+                scaler.update()
+                progress.step, progress.position = progress.step + 1, progress.position + phase.batch_size
+                flops = config.training_flops(batch["clips"].shape[-3], args.grad_checkpoint)
+                progress.flops += phase.batch_size * flops
+                stats.add(files, **sums)
+                if progress.skipped > args.skip_nonfinite:
+                    stats.raise_nonfinite(progress.step, -1)
+                update_ema(ema, model, ema_decay(args, progress.step, progress.pretrained))
+                bar.update()
+                stop.settle()  # raises Interrupted, on all ranks, if any was asked to stop
             if phase.last_step < last_step:
                 progress.begin_phase()
         bar.close()
@@ -372,6 +370,13 @@ def start_phase(args, data, phases, phase, progress, device):
     settings = args.num_workers, args.loader_timeout, device
     train_loader, val_loader = make_loader(train_clips, batches, *settings), make_loader(val_clips, chunks, *settings)
     return on_device(batches_of(train_loader), device), val_loader  # before anything is sent between the ranks
+
+
+def preview_source(args, ema, vae, about):
+    """What the previews of a phase are sampled from: its frames and frame rate, the classes in turn."""
+    data, num_frames = about["data"], about["training"]["num_frames"]
+    labels = torch.arange(args.num_samples) % len(data["classes"])
+    return Source(ema, vae, data["classes"], labels, num_frames, checkpoint.trained_time_scale(data))
 
 
 def report_bad(bad_videos, paths, step, log):

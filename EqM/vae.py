@@ -1,43 +1,42 @@
-"""Pixels <-> latents. The only place that knows a scale factor.
+"""Pixels <-> latents. The only module that applies the VAE's scale factor.
 
-`none` models pixels in [-1, 1]; `ema` and `mse` are Stability's fine-tuned VAEs of Stable Diffusion; a directory
-holds any diffusers AutoencoderKL. Frames are encoded one by one, so time is never compressed here.
+--vae none means pixels in [-1, 1]; ema and mse are Stability AI's fine-tuned VAEs of Stable Diffusion; a directory
+holds any AutoencoderKL of diffusers. Frames are encoded one by one, so time is not compressed here.
 """
 
 import os
 import textwrap
 
 import torch
-from safetensors import SafetensorError, safe_open
 
 from runtime.cli import UserError, say
 from runtime.distributed import rank
 from runtime.rng import normal
-from runtime.untrusted import check_regular, read_json
+from runtime.untrusted import check_vae_files
 
-PUBLISHED = {"ema": "stabilityai/sd-vae-ft-ema", "mse": "stabilityai/sd-vae-ft-mse"}
-FILES = ["config.json", "diffusion_pytorch_model.safetensors"]
-CHUNK = 8  # frames that go through the VAE at once: a clip of 64 frames of 256 px would not fit many GPUs
+REPOSITORIES = {"ema": "stabilityai/sd-vae-ft-ema", "mse": "stabilityai/sd-vae-ft-mse"}
+CONFIG, WEIGHTS = "config.json", "diffusion_pytorch_model.safetensors"
+CHUNK = 8  # frames per call of the model: a clip of 64 frames of 256 px would not fit many GPUs
 
 
 class VAE:
-    """Between clips uint8 (B, 3, T, H, W) and latents float32 (B, C, T, H/f, W/f).
+    """Converts between clips uint8 (B, 3, T, H, W) and latents float32 (B, C, T, h, w); h = H / downsample.
 
-    `channels` is C (3 for pixels), `downsample` is f (1 for pixels), `name` is what --vae said. Starts on the CPU.
+    name is the value of --vae. Without a model, latents are pixels. Starts on the CPU.
     """
+
+    channels, downsample, scale, shift = 3, 1, 1.0, 0.0  # of pixels
 
     def __init__(self, name, model=None):
         self.name, self.model = name, model
-        self.channels, self.downsample, self.scale, self.shift = 3, 1, 1.0, 0.0
         if model is not None:
             self.channels = model.config.latent_channels
             self.downsample = 2 ** (len(model.config.block_out_channels) - 1)
-            self.scale = model.config.scaling_factor
-            self.shift = model.config.shift_factor or 0.0
+            self.scale, self.shift = model.config.scaling_factor, model.config.shift_factor or 0.0
 
     @property
     def place(self):
-        """The name as others may keep it: a directory's is absolute."""
+        """The name to store in files: of a directory, its absolute path."""
         return os.path.abspath(self.name) if os.path.isdir(self.name) else self.name
 
     def to(self, device):
@@ -47,7 +46,7 @@ class VAE:
 
     @torch.no_grad()
     def posterior(self, clips):
-        """Mean and standard deviation of the latents of uint8 (B, 3, T, H, W), unscaled; pixels have no std (None)."""
+        """(mean, std) of the latents of uint8 (B, 3, T, H, W), unscaled; the std of pixels is None."""
         if self.model is None:
             return _to_float(clips), None
 
@@ -55,51 +54,51 @@ class VAE:
             distribution = self.model.encode(_to_float(frames)).latent_dist
             return torch.cat([distribution.mean, distribution.std], dim=1)
 
-        return _by_frames(encode, clips).float().chunk(2, dim=1)  # 2 x (B, C, T, H/f, W/f)
+        return _by_frames(encode, clips).float().chunk(2, dim=1)  # 2 x (B, C, T, h, w)
 
-    def sample(self, mean, std, noise=None):
-        """Scaled latents (B, C, T, h, w) = mean + std * noise; noise is standard normal, None takes the mean."""
+    def scaled(self, mean, std, noise):
+        """Scaled latents (B, C, T, h, w) of a posterior; noise is standard normal, None gives the mean."""
         latents = mean if noise is None or std is None else mean + std * noise
         return (latents - self.shift) * self.scale
 
     def encode(self, clips, noise=None):
-        """uint8 (B, 3, T, H, W) -> scaled latents (B, C, T, H/f, W/f); noise as in `sample`."""
-        return self.sample(*self.posterior(clips), noise)
+        """uint8 (B, 3, T, H, W) -> scaled latents (B, C, T, h, w); noise as in `scaled`."""
+        return self.scaled(*self.posterior(clips), noise)
 
     def latents_of(self, clips, seed, stream, indices):
-        """Scaled latents (B, C, T, h, w) of a batch of clips, posterior noise a function of (seed, stream, index).
+        """Scaled latents (B, C, T, h, w) of a batch; the posterior noise depends only on seed, stream and index.
 
-        clips: uint8 (B, 3, T, H, W), or from a latent cache mean and standard deviation, float16 (B, 2, C, T, h, w).
+        clips: uint8 (B, 3, T, H, W), or mean and std from a latent cache, float16 (B, 2, C, T, h, w).
         """
         mean, std = self.posterior(clips) if clips.dtype == torch.uint8 else clips.float().unbind(1)
         noise = None if std is None else normal(seed, "posterior", stream, indices, mean.shape[1:], mean.device)
-        return self.sample(mean, std, noise)
+        return self.scaled(mean, std, noise)
 
     @torch.no_grad()
     def decode(self, latents):
         """Scaled latents (B, C, T, h, w) -> uint8 (B, T, H, W, 3), clamped to the range of pixels."""
-        if len(latents) == 0:  # a rank without samples; not every layer takes an empty batch
+        if len(latents) == 0:  # a rank without samples; not every layer accepts an empty batch
             B, _, T, h, w = latents.shape
             return torch.empty(B, T, h * self.downsample, w * self.downsample, 3, dtype=torch.uint8)
-        latents = latents.float() / self.scale + self.shift
-        pixels = _by_frames(_to_uint8 if self.model is None else self._decode_frames, latents)
-        return pixels.permute(0, 2, 3, 4, 1).contiguous()
 
-    def _decode_frames(self, latents):
-        return _to_uint8(self.model.decode(latents).sample)
+        def decode(frames):
+            return _to_uint8(frames if self.model is None else self.model.decode(frames).sample)
+
+        return _by_frames(decode, latents.float() / self.scale + self.shift).permute(0, 2, 3, 4, 1).contiguous()
 
 
 def load_vae(name):
-    """The VAE that --vae names: 'none', 'ema', 'mse' or a directory; frozen. Raises UserError if it can't be loaded."""
+    """The frozen VAE that --vae names: none, ema, mse or a directory. Raises UserError if it can't be loaded."""
     if name == "none":
         return VAE(name)
-    if name not in PUBLISHED and not os.path.isdir(name):
-        raise UserError(f"--vae {name}: neither none, ema or mse nor a directory; give one of these")
-    directory = _download(name) if name in PUBLISHED else name
+    if name not in REPOSITORIES and not os.path.isdir(name):
+        raise UserError(f"--vae {name}: wanted none, ema or mse, or the directory of a diffusers AutoencoderKL")
+    directory = _download(name) if name in REPOSITORIES else name
+    advice = "give the directory of a diffusers AutoencoderKL"
     try:
-        _check_files(directory)
+        check_vae_files(os.path.join(directory, CONFIG), os.path.join(directory, WEIGHTS))
     except ValueError as error:
-        raise UserError(f"--vae {name}: {error}; give the directory of a diffusers AutoencoderKL") from error
+        raise UserError(f"--vae {name}: {error}: {advice}") from error
 
     from diffusers import AutoencoderKL  # takes seconds to import
     from diffusers.utils import logging
@@ -107,67 +106,40 @@ def load_vae(name):
     logging.set_verbosity_error()
     try:
         model, info = AutoencoderKL.from_pretrained(
-            directory,
-            low_cpu_mem_usage=False,
-            output_loading_info=True,
-            use_safetensors=True,  # no pickle
+            directory, low_cpu_mem_usage=False, output_loading_info=True, use_safetensors=True
         )
-    # A missing or damaged file, a wrong config, wrong shapes; whatever a config of wrong types makes fail.
+    # A missing or damaged file, an invalid config, other shapes; and whatever a config with wrong types raises.
     except (OSError, ValueError, RuntimeError, TypeError, ArithmeticError, LookupError, AttributeError) as error:
-        found = textwrap.shorten(str(error), 300)
-        raise UserError(f"--vae {name}: {found} Give the directory of a diffusers AutoencoderKL") from error
-    if missing := info["missing_keys"]:  # diffusers would leave them random
-        raise UserError(f"--vae {name}: the weights lack {len(missing)} tensors of its config.json, {missing[0]} first")
+        raise UserError(f"--vae {name}: {textwrap.shorten(str(error), 300)}: {advice}") from error
+    if missing := info["missing_keys"]:  # diffusers would initialize them at random
+        raise UserError(f"--vae {name}: the weights lack {len(missing)} tensors of its {CONFIG}, {missing[0]} first")
     return VAE(name, model.requires_grad_(False).eval())
 
 
-def _check_files(directory):
-    """Raise ValueError unless the VAE that the config describes has no more layers, and none wider, than the weights.
-
-    A config is believed before any weights are looked at, and could ask for any amount of memory.
-    """
-    try:
-        file = FILES[0]
-        settings = read_json(os.path.join(directory, file), most=2**20)
-        file = FILES[1]
-        check_regular(os.path.join(directory, file))
-        with safe_open(os.path.join(directory, file), "pt") as weights:
-            shapes = [weights.get_slice(name).get_shape() for name in weights.keys()]  # noqa: SIM118
-    except (OSError, ValueError, SafetensorError) as error:
-        raise ValueError(f"its {file} can't be read ({error})") from error
-    widest = max((size for shape in shapes for size in shape), default=0)
-    for name in ("block_out_channels", "layers_per_block", "latent_channels", "in_channels", "out_channels"):
-        values = settings.get(name, 1) if isinstance(settings, dict) else None
-        values = values if isinstance(values, list) else [values]
-        most = len(shapes) if name == "layers_per_block" else widest
-        if len(values) > len(shapes) or not all(isinstance(value, int) and 0 < value <= most for value in values):
-            raise ValueError(f"its {FILES[0]} has {name} {str(values)[:50]}, which its {FILES[1]} has not")
-
-
 def _download(name):
-    """The directory of a published VAE in Hugging Face's cache; the network is asked only when it is not there yet."""
+    """The local directory of a published VAE, downloaded if it is not in Hugging Face's cache. Raises UserError."""
     from huggingface_hub import hf_hub_download, snapshot_download
     from huggingface_hub.errors import LocalEntryNotFoundError
     from huggingface_hub.utils import disable_progress_bars
 
-    repo = PUBLISHED[name]
+    repo = REPOSITORIES[name]
     try:
-        return os.path.dirname([hf_hub_download(repo, file, local_files_only=True) for file in FILES][0])
+        return os.path.dirname([hf_hub_download(repo, file, local_files_only=True) for file in (CONFIG, WEIGHTS)][0])
     except LocalEntryNotFoundError:
         say(f"--vae {name}: downloading {repo} (335 MB, once; without internet, give --vae a directory that holds it)")
     if rank() != 0:
         disable_progress_bars()
     try:
-        return snapshot_download(repo, allow_patterns=FILES)
+        return snapshot_download(repo, allow_patterns=[CONFIG, WEIGHTS])
     except OSError as error:  # huggingface_hub's errors: no connection, HTTP status, disk full
         raise UserError(
-            f"--vae {name}: can't download {repo} ({type(error).__name__}); copy it to this machine and give "
-            "--vae its directory, or use --vae none"
+            f"--vae {name}: can't download {repo} ({type(error).__name__}): copy it to this machine and give its "
+            "directory, or use --vae none"
         ) from error
 
 
 def _by_frames(function, clips):
-    """Apply a function of frames (n, C, H, W) to (B, C, T, H, W), CHUNK frames at a time."""
+    """Apply a function of frames (n, C, H, W) to clips (B, C, T, H, W), CHUNK frames at a time."""
     frames = clips.transpose(1, 2).flatten(0, 1)  # (B T, C, H, W)
     frames = torch.cat([function(part) for part in frames.split(CHUNK)])
     return frames.unflatten(0, (clips.shape[0], clips.shape[2])).transpose(1, 2)

@@ -1,10 +1,10 @@
-"""Write Moving Shapes: small videos of one shape that crosses a dark picture, in UCF-101's layout.
+"""Write Moving Shapes: small videos of one shape that crosses a dark frame, in UCF-101's layout.
 
     python datasets/make_moving_shapes.py --out datasets/moving-shapes
 
-12 classes, shape x direction (`CircleLeft` ... `TriangleDown`), so whether a generated clip shows what its
-label says can be measured. The same flags give the same bytes (with the same FFmpeg build).
-Positions are in px from the top left corner of the picture, y downwards; a pixel's centre is at + 0.5.
+12 classes, shape x direction (`CircleLeft` ... `TriangleDown`), so it can be measured whether a generated clip shows
+its label. The same flags give the same bytes (with the same FFmpeg build).
+Positions are (x, y) in px from the top left corner of the frame, y downwards; pixel centers are at + 0.5.
 """
 
 import json
@@ -26,9 +26,9 @@ from runtime.untrusted import read_json
 
 VERSION = 1  # of the drawing and of shapes.json
 FPS = 25
-TRAVEL = 9 / 16  # of the picture's width, in the whole video
-GROUPS = 8  # per class; group 1 is the test list, as whole groups are in UCF-101
-SUBROWS = 8  # sample lines per pixel row
+TRAVEL = 9 / 16  # distance over the whole video, as a fraction of the frame's width
+GROUPS = 8  # per class; group 1 is the test list, as UCF-101's lists are made of whole groups
+SUBROWS = 8  # scan lines per pixel row
 
 SHAPES = ("Circle", "Square", "Triangle")
 DIRECTIONS = {"Left": (-1, 0), "Right": (1, 0), "Up": (0, -1), "Down": (0, 1)}
@@ -44,13 +44,13 @@ COLORS = {
 }
 BACKGROUNDS = {"black": (0, 0, 0), "gray": (40, 40, 40), "navy": (10, 20, 50), "brown": (45, 25, 10)}
 
-# In units of the radius. The square has the circle's area; the triangle, which points up, 84% of it, as a
-# larger one could not travel as far.
+# In units of the radius. The square has the circle's area, the triangle, which points up, 84% of it: a larger one
+# could not travel as far.
 HALF_SIDE = math.sqrt(math.pi) / 2
 BASE = HEIGHT = 2.3
 AREAS = {"Circle": math.pi, "Square": 4 * HALF_SIDE**2, "Triangle": BASE * HEIGHT / 2}
-# How far a shape reaches from its centroid: left, up, right, down.
-REACHES = {
+# Distance from the centroid to the left, upper, right and lower edge.
+EXTENTS = {
     "Circle": (1, 1, 1, 1),
     "Square": (HALF_SIDE,) * 4,
     "Triangle": (BASE / 2, HEIGHT * 2 / 3, BASE / 2, HEIGHT / 3),
@@ -58,7 +58,7 @@ REACHES = {
 
 
 def half_width(shape, y):
-    """Half the shape's width on the line y below its centroid, both in radii."""
+    """Half the shape's width at y below its centroid, both in radii."""
     if shape == "Circle":
         return np.sqrt(np.maximum(0, 1 - y**2))
     if shape == "Square":
@@ -67,13 +67,13 @@ def half_width(shape, y):
 
 
 def coverage(shape, center, radius, size):
-    """The share of each pixel that the shape covers, float64 (size, size).
+    """The fraction of each pixel that the shape covers, float64 (size, size).
 
-    Each pixel row is cut to the shape's height and sampled on SUBROWS lines, and a line's overlap with the
-    pixels is exact. So squares are exact and the others nearly so, wherever the centre lies between pixels.
+    Each pixel row is clipped to the shape's height and sampled on SUBROWS lines, whose overlap with the pixels is
+    exact. So squares are exact and the others nearly so, also for centers at fractions of a pixel.
     """
     x, y = center
-    _, up, _, down = REACHES[shape]
+    _, up, _, down = EXTENTS[shape]
     edges = np.clip(np.arange(size + 1), y - up * radius, y + down * radius)
     heights = np.diff(edges)  # (H,)
     lines = edges[:-1, None] + heights[:, None] * (np.arange(SUBROWS) + 0.5) / SUBROWS  # (H, SUBROWS)
@@ -82,36 +82,36 @@ def coverage(shape, center, radius, size):
     return np.diff(columns).mean(1) * heights[:, None]
 
 
-def draw(shape, center, radius, size, color, background=(0, 0, 0)):
-    """One antialiased picture, uint8 (size, size, 3); center = (x, y) of the shape's centroid in px."""
-    share = coverage(shape, center, radius, size)[..., None]
-    return np.rint(share * np.array(color) + (1 - share) * np.array(background)).astype(np.uint8)
+def draw_frame(shape, center, radius, size, color, background=(0, 0, 0)):
+    """An antialiased frame, uint8 (size, size, 3); center = (x, y) of the shape's centroid, px."""
+    alpha = coverage(shape, center, radius, size)[..., None]
+    return np.rint(alpha * np.array(color) + (1 - alpha) * np.array(background)).astype(np.uint8)
 
 
 def draw_clip(video, size, frames, fps=FPS):
-    """The frames of one entry of shapes.json's `videos`, uint8 (frames, size, size, 3)."""
+    """The frames of an entry of `videos` in shapes.json, uint8 (frames, size, size, 3)."""
     step = np.array(DIRECTIONS[video["direction"]]) * video["speed"] / fps
     centers = np.array(video["start"]) + np.arange(frames)[:, None] * step
-    look = video["radius"], size, video["rgb"], video["background_rgb"]
-    return np.stack([draw(video["shape"], center, *look) for center in centers])
+    appearance = video["radius"], size, video["rgb"], video["background_rgb"]
+    return np.stack([draw_frame(video["shape"], center, *appearance) for center in centers])
 
 
 def plan_video(shape, direction, index, args):
-    """What the side file says about one video: everything that is drawn by chance is drawn here."""
+    """The entry of one video in shapes.json. All that is random about a video is decided here."""
     rng = generator(args.seed, "moving-shapes", shape, direction, index)
-    chance = torch.rand(5, generator=rng, dtype=torch.float64).tolist()
+    random = torch.rand(5, generator=rng, dtype=torch.float64).tolist()
     small, large = args.radius
-    radius = args.size * (small + (large - small) * chance[0])
-    color = args.colors[int(chance[1] * len(args.colors))]
-    background = args.backgrounds[int(chance[2] * len(args.backgrounds))]
+    radius = args.size * (small + (large - small) * random[0])
+    color = args.colors[int(random[1] * len(args.colors))]
+    background = args.backgrounds[int(random[2] * len(args.backgrounds))]
     speed = TRAVEL * args.size * FPS / args.frames
-    path = speed * (args.frames - 1) / FPS
+    distance = speed * (args.frames - 1) / FPS
     start = []
     for axis in range(2):
-        move = DIRECTIONS[direction][axis]  # the range of starts from which the shape stays whole in all frames:
-        first = radius * REACHES[shape][axis] + path * (move < 0)
-        last = args.size - radius * REACHES[shape][axis + 2] - path * (move > 0)
-        start.append(round(first + (last - first) * chance[3 + axis], 6))
+        move = DIRECTIONS[direction][axis]  # from a start between first and last, the shape is never cut off
+        first = radius * EXTENTS[shape][axis] + distance * (move < 0)
+        last = args.size - radius * EXTENTS[shape][axis + 2] - distance * (move > 0)
+        start.append(round(first + (last - first) * random[3 + axis], 6))
     return {
         "class": f"{shape}{direction}", "shape": shape, "direction": direction, "start": start,
         "speed": speed, "radius": radius, "area": AREAS[shape] * radius**2, "color": color, "rgb": COLORS[color],
@@ -119,8 +119,8 @@ def plan_video(shape, direction, index, args):
     }  # fmt: skip
 
 
-def plan(args):
-    """All videos by `Class/stem`, and which of them the test list names."""
+def plan_videos(args):
+    """(entries of all videos by `Class/stem`, the keys of those in the test list)."""
     videos, test = {}, set()
     groups = min(GROUPS, args.videos_per_class)
     for shape in SHAPES:
@@ -135,13 +135,13 @@ def plan(args):
 
 
 def write_video(path, frames):
-    """Write uint8 (T, H, W, 3) as MPEG-4 part 2 in .avi, near exact, with no date or version in the file."""
+    """Write uint8 (T, H, W, 3) as an AVI of MPEG-4 part 2, nearly lossless, without date or encoder version."""
     with av.open(str(path), "w", options={"fflags": "+bitexact"}) as container:
         stream = container.add_stream("mpeg4", rate=FPS)
         stream.height, stream.width = frames.shape[1:3]
         stream.pix_fmt = "yuv420p"
         stream.codec_context.thread_count = 1
-        stream.options = {"flags": "+bitexact+qscale", "qmin": "1", "qmax": "1"}  # fixed, the finest
+        stream.options = {"flags": "+bitexact+qscale", "qmin": "1", "qmax": "1"}  # constant, the best quality
         for frame in frames:
             container.mux(stream.encode(av.VideoFrame.from_ndarray(frame, format="rgb24")))
         container.mux(stream.encode())
@@ -150,22 +150,22 @@ def write_video(path, frames):
 def write_splits(folder, videos, test):
     """classInd.txt, trainlist01.txt and testlist01.txt, as UCF-101 has them."""
     folder.mkdir()
-    number = {name: i + 1 for i, name in enumerate(sorted(CLASSES))}
-    lines = [f"{i} {name}\n" for name, i in number.items()]
+    class_ids = {name: i + 1 for i, name in enumerate(sorted(CLASSES))}
+    lines = [f"{i} {name}\n" for name, i in class_ids.items()]
     (folder / "classInd.txt").write_text("".join(lines))
-    train = [f"{key}.avi {number[video['class']]}\n" for key, video in videos.items() if key not in test]
+    train = [f"{key}.avi {class_ids[video['class']]}\n" for key, video in videos.items() if key not in test]
     (folder / "trainlist01.txt").write_text("".join(train))
     (folder / "testlist01.txt").write_text("".join(f"{key}.avi\n" for key in videos if key in test))
 
 
 def already_made(out, settings):
-    """True if OUT holds the data set of these settings, False if there is nothing.
+    """True if `out` holds the data set of these settings, False if it does not exist or is empty.
 
-    Raises UserError if OUT holds anything else.
+    Raises UserError if it holds anything else.
     """
     if not out.exists() or (out.is_dir() and not any(out.iterdir())):
         return False
-    advice = f"expected nothing or the same data set: choose another --out or delete {out}"
+    advice = f"wanted a new or empty folder or the same data set: name another folder or delete {out}"
     try:
         found = read_json(out / "shapes.json")
         same, videos = found["settings"] == settings, found["videos"]
@@ -179,9 +179,9 @@ def already_made(out, settings):
     return True
 
 
-def make(out, settings, args):
-    """Write the data set beside `out` and move it there once it is complete."""
-    videos, test = plan(args)
+def write_data_set(out, settings, args):
+    """Write the data set to a temporary folder beside `out`, which is renamed when it is complete."""
+    videos, test = plan_videos(args)
     out.parent.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(prefix=f".{out.name}-", dir=out.parent) as temporary:
         folder = Path(temporary, out.name)
@@ -196,11 +196,11 @@ def make(out, settings, args):
         os.replace(folder, out)
 
 
-def check(args):
-    """Raises UserError where a flag asks for what can't be drawn; sets args.frames."""
+def check_flags(args):
+    """Raise UserError for values that can't be drawn; sets args.frames."""
     if not 2 <= args.videos_per_class <= 100_000:
-        raise UserError(f"--videos-per-class {args.videos_per_class} must be at least 2: one trains, one tests; "
-                        "and at most 100000")  # fmt: skip
+        raise UserError(f"--videos-per-class {args.videos_per_class} must be at least 2 (one trains, one "
+                        "tests) and at most 100000")  # fmt: skip
     if not 16 <= args.size <= 4096 or args.size % 2:
         raise UserError(f"--size {args.size} must be an even number of px, at least 16, at most 4096")
     if not 0.08 <= args.seconds <= 3600:
@@ -210,37 +210,37 @@ def check(args):
     most = math.floor(1000 * (1 - TRAVEL) / max(BASE, HEIGHT, 2)) / 1000
     if not 0.05 <= small <= large <= most:
         raise UserError(f"--radius {small:g} {large:g} must be MIN <= MAX, both between 0.05 and {most:g} of --size, "
-                        "or a shape is too small to tell or leaves the picture")  # fmt: skip
+                        "or shapes are too small to recognize or leave the frame")  # fmt: skip
 
 
-def parse(argv=None):
+def parse_args(argv=None):
     parser = ArgumentParser(description=__doc__.split("\n")[0])
-    parser.add_argument("--out", type=Path, required=True, help="folder to make")
-    parser.add_argument("--videos-per-class", type=int, default=60, help="videos of each of the 12 classes")
-    parser.add_argument("--size", type=int, default=64, help="height and width, px")
-    parser.add_argument("--seconds", type=float, default=1.0, help="length of a video; a crossing takes all of it")
-    parser.add_argument("--seed", type=int, default=0, help="other seeds give other videos")
+    parser.add_argument("--out", type=Path, required=True, help="folder of the data set, a new one")
+    parser.add_argument("--videos-per-class", type=int, default=60, help="videos in each of the 12 classes")
+    parser.add_argument("--size", type=int, default=64, help="height and width of a frame, px")
+    parser.add_argument("--seconds", type=float, default=1.0, help="length of a video, s; a crossing takes all of it")
+    parser.add_argument("--seed", type=int, default=0, help="seed of the random choices; default: 0")
     parser.add_argument("--radius", type=float, nargs=2, default=[0.18, 0.18], metavar=("MIN", "MAX"),
-                        help="share of --size; drawn per video between the two")  # fmt: skip
+                        help="range of the radius, as a fraction of --size; random per video")  # fmt: skip
     parser.add_argument("--colors", nargs="+", choices=COLORS, default=["red", "green", "blue"],
-                        help="colors to draw from")  # fmt: skip
+                        help="colors of the shapes; random per video")  # fmt: skip
     parser.add_argument("--backgrounds", nargs="+", choices=BACKGROUNDS, default=["black"],
-                        help="dark backgrounds to draw from")  # fmt: skip
+                        help="background colors; random per video")  # fmt: skip
     return parser.parse_args(argv)
 
 
 def main(argv=None):
-    args = parse(argv)
-    check(args)
+    args = parse_args(argv)
+    check_flags(args)
     settings = {name: value for name, value in vars(args).items() if name not in ("out", "frames")}
     settings["version"] = VERSION
     try:
         if already_made(args.out, settings):
-            say(f"{args.out} is there already, made with the same flags")
+            say(f"{args.out} already exists, made with the same flags")
             return
-        make(args.out, settings, args)
+        write_data_set(args.out, settings, args)
     except OSError as error:
-        raise UserError(f"--out {args.out} can't be written ({error}); choose a folder you can write to") from None
+        raise UserError(f"--out {args.out} can't be written ({error}): name a writable folder") from None
     say(f"{args.out}: {len(CLASSES)} classes of {args.videos_per_class} videos")
 
 

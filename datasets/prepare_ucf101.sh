@@ -1,15 +1,15 @@
 #!/usr/bin/env bash
-# Arrange UCF-101 as the training script reads it; run it as often as you like, it does what is still to do.
+# Arrange UCF-101 in the layout that train.py reads. Safe to run again: it does only what is missing.
 #
-#   datasets/prepare_ucf101.sh [DIR]        DIR is datasets/ucf-101 unless given
+#   datasets/prepare_ucf101.sh [DIR]        default: datasets/ucf-101
 #
-# makes DIR/<Class>/*.avi and ucfTrainTestlist/*.txt beside DIR from two archives, which you download into DIR
-# or beside it. Nothing is downloaded here. Exit status 2: there is something for you to do first.
+# makes DIR/<Class>/*.avi and ucfTrainTestlist/*.txt beside DIR from two archives. It downloads nothing: download the
+# archives into DIR or beside it first. Exit status 2: something is missing or wrong, see the message.
 set -euo pipefail
 
 DIR=${1:-$(dirname "$0")/ucf-101}
 DIR=${DIR%/}
-[[ $DIR == -* ]] && DIR=./$DIR # not a flag
+[[ $DIR == -* ]] && DIR=./$DIR # else find and mkdir would read it as a flag
 SPLITS=$(dirname "$DIR")/ucfTrainTestlist
 UNPACKED=$DIR.unpacking
 URL=https://www.crcv.ucf.edu/data/UCF101
@@ -38,7 +38,7 @@ find_archive() {
   fail "$1 is neither in $DIR nor beside it: download $URL/$1 (see $URL.php) into $(dirname "$DIR") and run this again"
 }
 
-# unpack ARCHIVE FOLDER TOOL...: with the first of the tools that is installed
+# unpack ARCHIVE FOLDER TOOL...: unpacks with the first of the tools that is installed
 unpack() {
   local archive=$1 folder=$2 tool
   shift 2
@@ -50,19 +50,19 @@ unpack() {
       unzip) unzip -q -o "$archive" -d "$folder" ;;
       bsdtar) bsdtar -xf "$archive" -C "$folder" ;;
       7z | 7zz) "$tool" x -y -bd "-o$folder" "$archive" >/dev/null ;;
-    esac || fail "$tool could not unpack $archive: download it again, or install another of: $*"
+    esac || fail "$tool can't unpack $archive: download it again, or install another tool: $*"
     return
   done
-  fail "nothing installed unpacks $archive: install one of: $*"
+  fail "no tool to unpack $archive: install one of: $*"
 }
 
-# Both archives are asked for before the long work starts.
+# Check for both archives before the long work starts.
 VIDEOS_READY=no
 if [[ $(found_in "$DIR") == "$EXPECTED" ]]; then VIDEOS_READY=yes; fi
 if [[ $VIDEOS_READY == no ]]; then RAR=$(find_archive UCF101.rar); fi
 if [[ ! -f $SPLITS/trainlist01.txt ]]; then ZIP=$(find_archive UCF101TrainTestSplits-RecognitionTask.zip); fi
 
-rm -rf "$UNPACKED"  # of an interrupted run
+rm -rf "$UNPACKED"  # left by an interrupted run
 trap 'rm -rf "$UNPACKED"' EXIT
 
 if [[ -n ${ZIP:-} ]]; then
@@ -84,11 +84,11 @@ if [[ $VIDEOS_READY == no ]]; then
     if [[ ! -e $there ]]; then
       mv "$class" "$there"
     elif [[ $(ls "$there") != "$(ls "$class")" ]]; then
-      fail "$there is there already and holds other files: move it away and run this again"
+      fail "$there exists and holds other files: move it away and run this again"
     fi
   done
   [[ $(found_in "$DIR") == "$EXPECTED" ]] ||
-    fail "$DIR holds $(found_in "$DIR"), expected $EXPECTED: move what is not UCF-101 out of it"
+    fail "$DIR holds $(found_in "$DIR"), expected $EXPECTED: move other videos out of it"
 fi
 
 echo "$DIR: $EXPECTED, splits in $SPLITS"

@@ -1,12 +1,12 @@
 """How close is each part to its own limit? Ratios, measured side by side in one process, with their spread.
 
-    python scripts/benchmark.py                      everything, 10 minutes on 2 cores; writes results/benchmark.*
-    python scripts/benchmark.py --only step growth   some of it (see PARTS), printed only
+    python scripts/benchmark.py                      all parts, 10 minutes on 2 cores; writes results/benchmark.*
+    python scripts/benchmark.py --only step growth   some parts (see PARTS), printed only
     python scripts/benchmark.py --model EqM-XL/2 --batch-size 8 --precision bf16 --compile --only step
 
-Seconds on a shared machine say little, so two sides take turns, and each pair of turns gives one ratio: a row is the
-median of them, with the quartiles. The floor of a training step is the time that its FLOPs (torch's counter) take at
-the rate that this machine reaches in matrix products of the model's own shapes.
+Absolute times on a shared machine are unreliable, so the two sides of a ratio alternate and each pair of calls gives
+one ratio; a row has their median and quartiles. The floor of a training step is the time that its FLOPs (torch's
+counter) take at the rate that this machine reaches in matrix products of the model's own shapes.
 """
 
 import argparse
@@ -26,11 +26,9 @@ import numpy as np
 import safetensors.torch
 import torch
 from diffusers import AutoencoderKL
-from torch.utils.data import DataLoader
 from torch.utils.flop_counter import FlopCounterMode
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent / "EqM"))
-import cache_latents
 import generation
 import optim
 from models import NAMES, EqM_models, math_attention
@@ -40,63 +38,70 @@ from runtime.cli import COUNT, ArgumentParser, UserError, check_speed_flags, fai
 from runtime.distributed import keep_freed_memory, set_precision
 from runtime.signals import StopSignal
 from vae import VAE
-from video.clips import Batches, Clips, collate
+from video.clips import Batches, Clips
 from video.files import read_frames, read_latents
-from video.index import LATENTS, LATENTS_FORMAT, scan_videos
+from video.index import LATENTS_FILE, LATENTS_FORMAT, latents_path, scan_videos
+from video.loader import batches_of, make_loader, on_device
 
-CLASSES = 101
+NUM_CLASSES = 101
 warnings.filterwarnings("ignore", message="a token holds")
 
 
 def parse_args():
     parser = ArgumentParser(description="How close is each part of training and sampling to its own limit?")
-    parser.add_argument("--only", nargs="+", choices=PARTS, metavar="PART", help=f"some of {', '.join(PARTS)}")
-    parser.add_argument("--model", choices=NAMES, default="EqM-S/4", metavar="NAME", help="EqM-S/4 ...")
+    parser.add_argument(
+        "--only", nargs="+", choices=PARTS, metavar="PART", help=f"some of {', '.join(PARTS)}; default: all"
+    )
+    parser.add_argument("--model", choices=NAMES, default="EqM-S/4", metavar="NAME", help="EqM-{Ti,S,B,L,XL}/{2,4,8}")
     parser.add_argument("--num-frames", type=COUNT, default=16, metavar="N", help="frames per clip")
     parser.add_argument("--batch-size", type=COUNT, default=4, metavar="N", help="clips per step")
-    parser.add_argument("--precision", choices=["fp32", "tf32", "bf16", "fp16"], default="fp32", help="of the step")
-    parser.add_argument("--compile", action="store_true", help="let torch compile the blocks")
-    parser.add_argument("--pairs", type=number(int, least=3), default=12, metavar="N", help="pairs of turns per row")
-    parser.add_argument("--peak-memory", action="store_true", help="print the peak memory of two steps, in MB, and end")
-    parser.add_argument("--grad-checkpoint", action="store_true", help="in --peak-memory")
+    parser.add_argument("--precision", choices=["fp32", "tf32", "bf16", "fp16"], default="fp32", help="of the network")
+    parser.add_argument("--compile", action="store_true", help="compile the transformer blocks with torch.compile")
+    parser.add_argument("--pairs", type=number(int, least=3), default=12, metavar="N", help="pairs of calls per row")
+    peak = "only print the peak memory of two training steps, in MB"
+    parser.add_argument("--peak-memory", action="store_true", help=peak)
+    parser.add_argument("--grad-checkpoint", action="store_true", help="recompute activations in --peak-memory")
     return parser.parse_args()
 
 
 # ----------------------------------------------------------------------------------------------------------------------
-# Taking turns
+# Ratios
 
 
-def wait():
+def synchronize():
     if torch.cuda.is_available():
         torch.cuda.synchronize()
 
 
-def clock(function):
+def seconds_of(function):
     """Seconds that a call takes."""
-    wait()
+    synchronize()
     began = time.perf_counter()
     function()
-    wait()
+    synchronize()
     return time.perf_counter() - began
 
 
-def ratios(a, b, pairs, warm_up=2):
-    """The ratio of the seconds of a and of b for each pair of turns, and all seconds; who goes first alternates."""
+def measure_ratios(a, b, pairs, warm_up=2):
+    """Time a and b in pairs of calls; they alternate in who is first.
+
+    Returns the ratio of a's seconds to b's for each pair, (pairs,), and the median seconds of a and of b.
+    """
     for _ in range(warm_up):
         a(), b()
     seconds = []
     for pair in range(pairs):
         if pair % 2:
-            of_b = clock(b)
-            seconds.append((clock(a), of_b))
+            seconds_b = seconds_of(b)
+            seconds.append((seconds_of(a), seconds_b))
         else:
-            seconds.append((clock(a), clock(b)))
-    of_a, of_b = np.array(seconds).T
-    return of_a / of_b, np.median(of_a), np.median(of_b)
+            seconds.append((seconds_of(a), seconds_of(b)))
+    seconds_a, seconds_b = np.array(seconds).T
+    return seconds_a / seconds_b, np.median(seconds_a), np.median(seconds_b)
 
 
 class Report:
-    """The rows, printed as they come."""
+    """Collects the rows and prints each as it is added."""
 
     def __init__(self):
         self.rows = []
@@ -117,57 +122,60 @@ class Report:
 
 
 # ----------------------------------------------------------------------------------------------------------------------
-# A training step, without its data
+# A training step, without loading data
 
 
 class Step:
-    """Forward, backward, clipping, optimizer and EMA of train.py on a batch that is there already."""
+    """A training step as in train.py (forward, backward, clipping, optimizer, EMA) on a fixed random batch."""
 
     def __init__(self, args, precision=None, **settings):
         self.precision = precision or args.precision
         self.device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
         torch.manual_seed(0)
-        settings = {"num_classes": CLASSES, "num_frames": args.num_frames, "use_rope": True} | settings
+        settings = {"num_classes": NUM_CLASSES, "num_frames": args.num_frames, "use_rope": True} | settings
         self.model = EqM_models[args.model](**settings).to(self.device)
         with torch.no_grad():
-            for parameter in self.model.parameters():  # zero-initialised layers would make some products free of work
+            for parameter in self.model.parameters():  # some layers are zero at first, which may be faster
                 parameter.normal_(std=0.02)
         self.ema = deepcopy(self.model).requires_grad_(False)
         if args.compile:
             self.model.compile_blocks()
-        self.optimizer = torch.optim.AdamW(self.model.parameters(), lr=1e-9, fused=True)
+        flags = argparse.Namespace(optimizer="adamw", lr=1e-9, weight_decay=0.0)
+        (self.optimizer,) = optim.make_optimizers(self.model, flags)
         side, channels = self.model.config.input_size, self.model.config.in_channels
         self.x = torch.randn(args.batch_size, channels, args.num_frames, side, side, device=self.device)
-        self.y = torch.randint(CLASSES, (args.batch_size,), device=self.device)
+        self.y = torch.randint(NUM_CLASSES, (args.batch_size,), device=self.device)
 
-    def gradients(self):
+    def backward(self):
+        """Forward and backward."""
         with distributed.autocast(self.device, self.precision):
             loss = self.model(self.x, self.y).float().square().mean()
         loss.backward()
 
     def update(self):
+        """Clipping, optimizer and EMA."""
         torch.nn.utils.clip_grad_norm_(self.model.parameters(), 1.0)
         self.optimizer.step()
         optim.update_ema(self.ema, self.model, 0.9999)
 
     def __call__(self):
-        self.gradients()
+        self.backward()
         self.update()
         self.optimizer.zero_grad()
 
     def flops(self):
-        """FLOPs of forward and backward, of which nearly all are in matrix products and attention."""
-        with FlopCounterMode(display=False) as counter, math_attention():  # it does not know the CPU's flash attention
-            self.gradients()
+        """FLOPs of forward and backward: matrix products and attention."""
+        with FlopCounterMode(display=False) as counter, math_attention():  # it does not count the CPU's flash attention
+            self.backward()
         self.optimizer.zero_grad()
         return counter.get_total_flops()
 
     def products(self):
-        """(FLOPs, function) of the matrix products of one block, forward and backward, as F.linear does them."""
+        """(FLOPs, function to run) of one block's matrix products, forward and backward, as F.linear computes them."""
         config, D = self.model.config, self.model.config.hidden_size
         t, h, w = config.grid(self.x.shape[2])
         tokens = len(self.x) * t * h * w
-        dtype = distributed.HALF.get(self.precision, torch.float32)
+        dtype = distributed.MIXED.get(self.precision, torch.float32)
 
         def random(*shape):
             return torch.randn(*shape, device=self.device, dtype=dtype)
@@ -184,117 +192,120 @@ class Step:
         return sum(3 * 2 * tokens * fan_in * fan_out for fan_in, fan_out in sizes), run
 
 
-def step(args, report):
-    """The whole step against its floor; what is around forward and backward; bf16 and rotary positions."""
+def measure_step(args, report):
+    """The whole step and its parts against the floor of its matrix products; bf16 against fp32."""
     ours = Step(args)
     product_flops, products = ours.products()
     scale = ours.flops() / product_flops
-    values, seconds, of_products = ratios(ours, products, args.pairs)
-    floor, rate = scale * of_products, product_flops / of_products / 1e9
+    values, seconds, product_seconds = measure_ratios(ours, products, args.pairs)
+    floor, rate = scale * product_seconds, product_flops / product_seconds / 1e9
     note = f"{seconds:.3f} s; floor {floor:.3f} s at {rate:.0f} GFLOP/s"
     report.add(f"{args.precision} step / floor of its matrix products", values / scale, "<= 1.15", note)
     inner = Step(args)
-    values, seconds, _ = ratios(lambda: (inner.gradients(), inner.optimizer.zero_grad()), products, args.pairs)
+    values, seconds, _ = measure_ratios(lambda: (inner.backward(), inner.optimizer.zero_grad()), products, args.pairs)
     report.add("its forward and backward / the same floor", values / scale, None, f"{seconds:.3f} s")
     if torch.cuda.is_available():
         report.add("model FLOPs utilisation", [1 / (value / scale) for value in values], ">= 0.45", "of the rate above")
 
     updated = Step(args)
-    updated.gradients()
-    values, update, _ = ratios(updated.update, ours, args.pairs)
-    report.add("EMA + optimizer + clipping / step", values, "<= 0.08", f"{update:.3f} s")
+    updated.backward()
+    values, seconds, _ = measure_ratios(updated.update, ours, args.pairs)
+    report.add("EMA + optimizer + clipping / step", values, "<= 0.08", f"{seconds:.3f} s")
     if args.precision == "fp32":
-        values, half, whole = ratios(Step(args, "bf16"), ours, args.pairs)
-        report.add("bf16 step / fp32 step", values, "<= 0.65", f"{half:.3f} and {whole:.3f} s")
+        values, bf16, fp32 = measure_ratios(Step(args, "bf16"), ours, args.pairs)
+        report.add("bf16 step / fp32 step", values, "<= 0.65", f"{bf16:.3f} and {fp32:.3f} s")
 
 
-def positions(args, report):
-    """Rotary positions against fixed ones, and our rotation against the usual way to write it."""
-    values, rotary, fixed = ratios(Step(args), Step(args, use_rope=False), 2 * args.pairs)
+def measure_positions(args, report):
+    """Rotary against fixed positions, and our rotation against the common implementation."""
+    values, rotary, fixed = measure_ratios(Step(args), Step(args, use_rope=False), 2 * args.pairs)
     report.add("RoPE step / fixed step", values, "<= 1.01", f"{rotary:.3f} and {fixed:.3f} s")
     model = Step(args).model
     grid, head_dim = model.config.grid(args.num_frames), model.config.head_dim
     shape = (args.batch_size, model.config.num_heads, int(np.prod(grid)), head_dim)
     q = torch.randn(shape, requires_grad=True)
     cos, sin = RotaryEmbedding3D(head_dim, 10_000.0)(grid, torch.full((args.batch_size,), 0.04))
-    values, ours, theirs = ratios(
-        lambda: apply_rotary(q, cos, sin).sum().backward(), lambda: per_axis(q, grid).sum().backward(), args.pairs
+    values, ours, theirs = measure_ratios(
+        lambda: apply_rotary(q, cos, sin).sum().backward(),
+        lambda: rotate_per_axis(q, grid).sum().backward(),
+        args.pairs,
     )
     note = f"{1000 * ours:.1f} and {1000 * theirs:.1f} ms, forward and backward"
     report.add("our rotation / a loop over axes that concatenates", values, "<= 0.25", note)
 
 
-def energy(args, report):
-    """What the second derivative of EqM-E costs."""
-    values, ours, plain = ratios(Step(args, ebm="dot"), Step(args), args.pairs)
+def measure_energy(args, report):
+    """The cost of the second derivative of EqM-E."""
+    values, ours, plain = measure_ratios(Step(args, ebm="dot"), Step(args), args.pairs)
     report.add("step with --ebm dot / without", values, None, f"{ours:.3f} and {plain:.3f} s")
 
 
-def per_axis(q, grid, theta=10_000.0):
-    """The usual way: for each axis its angles, its channels split in halves, turned, and all concatenated again."""
-    B, h, N, d = q.shape
-    n, parts = 2 * (d // 6), []
-    places = torch.meshgrid(*(torch.arange(size, dtype=torch.float32) for size in grid), indexing="ij")
-    for axis, place in enumerate(places):
+def rotate_per_axis(q, grid, theta=10_000.0):
+    """The common implementation: rotate the two halves of each axis' channels in a loop, then concatenate."""
+    n, parts = 2 * (q.shape[-1] // 6), []
+    positions = torch.meshgrid(*(torch.arange(size, dtype=torch.float32) for size in grid), indexing="ij")
+    for axis, position in enumerate(positions):
         part = q[..., axis * n : (axis + 1) * n]
-        angles = place.flatten()[:, None] * theta ** -(torch.arange(n // 2) / (n // 2))
+        angles = position.flatten()[:, None] * theta ** -(torch.arange(n // 2) / (n // 2))
         angles = torch.cat([angles, angles], dim=-1)
-        turned = torch.cat([-part[..., n // 2 :], part[..., : n // 2]], dim=-1)
-        parts.append(part * angles.cos() + turned * angles.sin())
+        swapped = torch.cat([-part[..., n // 2 :], part[..., : n // 2]], dim=-1)
+        parts.append(part * angles.cos() + swapped * angles.sin())
     return torch.cat([*parts, q[..., 3 * n :]], dim=-1)
 
 
 # ----------------------------------------------------------------------------------------------------------------------
-# Memory and growth
+# Memory and time over the number of frames
 
 
 def peak_memory(args):
-    """MB that model, optimizer, EMA and two steps need at their peak, on the GPU or in this process."""
-    before = resident()
-    trained = Step(args)
-    trained.model.grad_checkpoint = args.grad_checkpoint
-    trained(), trained()
-    return torch.cuda.max_memory_allocated() / 1e6 if torch.cuda.is_available() else resident("VmHWM") - before
+    """Peak memory of model, optimizer, EMA and two steps in MB, on the GPU or else of this process."""
+    before = resident_memory()
+    step = Step(args)
+    step.model.grad_checkpoint = args.grad_checkpoint
+    step(), step()
+    return torch.cuda.max_memory_allocated() / 1e6 if torch.cuda.is_available() else resident_memory("VmHWM") - before
 
 
-def resident(which="VmRSS"):
-    """MB of this process that are in memory, or with "VmHWM" were at most (Linux)."""
+def resident_memory(field="VmRSS"):
+    """Memory of this process in MB: now, or with "VmHWM" the peak. Linux only."""
     lines = Path("/proc/self/status").read_text().splitlines()
-    return next(int(line.split()[1]) for line in lines if line.startswith(which)) / 1e3
+    return next(int(line.split()[1]) for line in lines if line.startswith(field)) / 1e3
 
 
-def memory(args, report):
-    """Peak memory over the frames, each in a process of its own."""
+def measure_memory(args, report):
+    """Peak memory over the number of frames; each measurement has its own process."""
     for flags, goals in ((), ("<= 2.0", "<= 4.0")), (("--grad-checkpoint",), ("<= 1.5", "<= 2.5")):
         command = [sys.executable, __file__, "--peak-memory", "--model", args.model, "--precision", args.precision]
         command += ["--batch-size", str(args.batch_size), *flags]
         peaks = []
-        for frames in (4, 8, 16):
-            done = subprocess.run([*command, "--num-frames", str(frames)], capture_output=True, text=True, check=True)
-            peaks.append(float(done.stdout.split()[-1]))
-        for frames, peak, goal in zip((8, 16), peaks[1:], goals, strict=True):
-            name = f"peak memory at {frames} frames / at 4{', --grad-checkpoint' if flags else ''}"
+        for num_frames in (4, 8, 16):
+            words = [*command, "--num-frames", str(num_frames)]
+            printed = subprocess.run(words, capture_output=True, text=True, check=True).stdout
+            peaks.append(float(printed.split()[-1]))
+        for num_frames, peak, goal in zip((8, 16), peaks[1:], goals, strict=True):
+            name = f"peak memory at {num_frames} frames / at 4{', --grad-checkpoint' if flags else ''}"
             report.add(name, peak / peaks[0], goal, f"{peak:.0f} and {peaks[0]:.0f} MB, with model, optimizer and EMA")
 
 
-def growth(args, report):
-    """The time of a step over the frames, and its exponent."""
-    counts = (4, 8, 16, 32, 64)
-    steps = {frames: Step(argparse.Namespace(**vars(args) | {"num_frames": frames})) for frames in counts}
+def measure_growth(args, report):
+    """The time of a step over the number of frames, and the exponent of its growth."""
+    frames = (4, 8, 16, 32, 64)
+    steps = [Step(argparse.Namespace(**vars(args) | {"num_frames": num_frames})) for num_frames in frames]
     rounds = []
-    for step in steps.values():
+    for step in steps:
         step()
     for _ in range(max(3, args.pairs // 3)):
-        rounds.append([clock(step) for step in steps.values()])
-    seconds = np.array(rounds)  # (rounds, counts)
+        rounds.append([seconds_of(step) for step in steps])
+    seconds = np.array(rounds)  # (rounds, len(frames))
     for last, goal in ((3, "<= 1.3"), (5, None)):
-        exponents = np.polyfit(np.log(counts[:last]), np.log(seconds[:, :last]).T, 1)[0]
-        middle = ", ".join(f"{value:.2f}" for value in np.median(seconds[:, :last], axis=0))
-        report.add(f"exponent of the step time up to {counts[last - 1]} frames", exponents, goal, f"{middle} s")
-    report.growth = counts, seconds
+        exponents = np.polyfit(np.log(frames[:last]), np.log(seconds[:, :last]).T, 1)[0]
+        medians = ", ".join(f"{value:.2f}" for value in np.median(seconds[:, :last], axis=0))
+        report.add(f"exponent of the step time up to {frames[last - 1]} frames", exponents, goal, f"{medians} s")
+    report.growth = frames, seconds
 
 
-def draw_growth(path, args, counts, seconds):
+def plot_growth(path, args, frames, seconds):
+    """Write a figure of seconds (rounds, len(frames)) over frames."""
     import matplotlib
 
     matplotlib.use("Agg")
@@ -302,14 +313,14 @@ def draw_growth(path, args, counts, seconds):
 
     plt.rcParams.update({"font.size": 14, "axes.grid": True, "grid.alpha": 0.3})
     figure, axes = plt.subplots(figsize=(8, 5), layout="constrained")
-    middle = np.median(seconds, axis=0)
+    median = np.median(seconds, axis=0)
     low, high = np.quantile(seconds, [0.25, 0.75], axis=0)
-    axes.errorbar(counts, middle, [middle - low, high - middle], marker="o", capsize=3, label=args.model)
-    line = middle[0] * np.array(counts) / counts[0]
-    axes.plot(counts, line, color="black", linestyle=":", label="in step with the frames")
+    axes.errorbar(frames, median, [median - low, high - median], marker="o", capsize=3, label=args.model)
+    line = median[0] * np.array(frames) / frames[0]
+    axes.plot(frames, line, color="black", linestyle=":", label="linear in the number of frames")
     axes.set(xscale="log", yscale="log", xlabel="frames per clip", ylabel="seconds per training step")
-    axes.set_xticks(counts, [str(count) for count in counts])
-    ticks = 2.0 ** np.arange(np.floor(np.log2(middle[0])), np.ceil(np.log2(middle[-1])) + 1)
+    axes.set_xticks(frames, [str(num_frames) for num_frames in frames])
+    ticks = 2.0 ** np.arange(np.floor(np.log2(median[0])), np.ceil(np.log2(median[-1])) + 1)
     axes.set_yticks(ticks, [f"{tick:g}" for tick in ticks])
     axes.minorticks_off()
     axes.legend()
@@ -317,45 +328,45 @@ def draw_growth(path, args, counts, seconds):
 
 
 # ----------------------------------------------------------------------------------------------------------------------
-# Sampling
+# Stopping, sampling
 
 
-def stopping(args, report):
-    """What it costs two ranks to agree at each step whether a signal asked them to stop; training hides most of it."""
+def measure_stopping(args, report):
+    """The time in which two ranks agree, at each step, whether to stop for a signal; training overlaps most of it."""
     step = Step(args)
     step()
     with tempfile.TemporaryDirectory() as folder:
-        torch.multiprocessing.spawn(agree, (folder, args.pairs), nprocs=2)
+        torch.multiprocessing.spawn(time_agreement, (folder, args.pairs), nprocs=2)
         seconds = torch.load(Path(folder, "seconds.pt"), weights_only=True).numpy()
-    values = np.array([of_agreeing / clock(step) for of_agreeing in seconds])
+    values = np.array([agreement / seconds_of(step) for agreement in seconds])
     note = f"{1e3 * np.median(seconds):.2g} ms, not overlapped"
     report.add("agreeing on a stop, 2 processes / step", values, "<= 0.005", note)
 
 
-def agree(rank, folder, count, calls=50):
-    """One of the processes; the first writes the seconds of an agreement, (count,)."""
+def time_agreement(rank, folder, count, calls=50):
+    """Run as one of two processes; rank 0 writes the seconds per agreement, (count,)."""
     os.environ |= {"RANK": str(rank), "WORLD_SIZE": "2"}
     torch.set_num_threads(1)  # as torchrun does
     torch.distributed.init_process_group("gloo", init_method=f"file://{folder}/store", rank=rank, world_size=2)
     stop = StopSignal()
 
-    def many():
+    def agree():
         for _ in range(calls):
             stop.ask()
             stop.agreed()
 
-    seconds = torch.tensor([clock(many) / calls for _ in range(count + 1)][1:])
+    seconds = torch.tensor([seconds_of(agree) / calls for _ in range(count + 1)][1:])
     if rank == 0:
         torch.save(seconds, Path(folder, "seconds.pt"))
     torch.distributed.destroy_process_group()
 
 
-def sampling(args, report):
-    """Guided sampling against as many evaluations of the network on both halves as one batch."""
-    trained, evaluations = Step(args), 4
-    model, x, device = trained.model.requires_grad_(False), trained.x, trained.device
-    scale = torch.full((len(x),), 0.04, device=device)
-    both = torch.cat([x, x]), torch.cat([trained.y, trained.y]), torch.cat([scale, scale])
+def measure_sampling(args, report):
+    """Guided sampling against the same number of evaluations of the network, with and without class as one batch."""
+    step, evaluations = Step(args), 4
+    model, x, y, device = step.model.requires_grad_(False), step.x, step.y, step.device
+    time_scale = torch.full((len(x),), 0.04, device=device)
+    both = torch.cat([x, x]), torch.cat([y, y]), torch.cat([time_scale, time_scale])
 
     @torch.no_grad()
     def forward():
@@ -365,11 +376,11 @@ def sampling(args, report):
 
     def sample():
         generation.generate(
-            model, x, trained.y, scale, CLASSES, guidance=4.0, precision=args.precision, show=False,
+            model, x, y, time_scale, NUM_CLASSES, guidance=4.0, precision=args.precision, show=False,
             method="ngd", num_steps=evaluations + 1, step_size=0.0017, momentum=0.3,
         )  # fmt: skip
 
-    values, ours, floor = ratios(sample, forward, args.pairs, warm_up=1)
+    values, ours, floor = measure_ratios(sample, forward, args.pairs, warm_up=1)
     note = f"{ours:.2f} and {floor:.2f} s for {evaluations} evaluations"
     report.add("guided sampling / its evaluations alone", values, "<= 1.05", note)
 
@@ -378,84 +389,94 @@ def sampling(args, report):
 # Data: latents against videos
 
 
-def data(args, report):
-    """Encoding on the fly against a cache, waiting for the loader, reading a few frames of a video."""
+def measure_data(args, report):
+    """Reading some frames against all, waiting for the loader, encoding on the fly against a latent cache."""
     with tempfile.TemporaryDirectory() as folder:
         videos, cache = Path(folder, "videos"), Path(folder, "latents")
         make = [sys.executable, Path(__file__).parent.parent / "datasets/make_moving_shapes.py", "--out", videos]
         of_164_frames = ["--videos-per-class", "2", "--size", "256", "--seconds", "6.56"]
         subprocess.run([*make, *of_164_frames], check=True, capture_output=True)
-        few_frames(args, report, "of a video", videos, read_frames)
+        measure_reading(args, report, "of a video", videos, read_frames)
         write_random_cache(videos, cache)
-        few_frames(args, report, "of latents", cache, read_latents)
-        loader_and_encoding(args, report, cache)
+        measure_reading(args, report, "of latents", cache, read_latents)
+        measure_loading(args, report, cache)
 
 
-def few_frames(args, report, what, root, function):
-    """As training reads them, from a random start: in a video they have to be decoded up to there (read_frames)."""
+def measure_reading(args, report, what, root, function):
+    """Reading a clip from a random start, as in training, against reading all frames."""
     scan = scan_videos(root)
     starts = iter(np.random.default_rng(0).permutation(164 - args.num_frames).tolist() * 100)
 
-    def read(numbers):
-        return function(root, scan.videos[0], numbers)
+    def read(frames):
+        return function(root, scan.videos[0], frames)
 
-    def some():
+    def read_clip():
         start = next(starts)
         read(range(start, start + args.num_frames))
 
-    values, ours, whole = ratios(some, lambda: read(range(164)), 4 * args.pairs)
-    note = f"{1000 * ours:.2g} and {1000 * whole:.2g} ms, 256 px"
+    values, clip, whole = measure_ratios(read_clip, lambda: read(range(164)), 4 * args.pairs)
+    note = f"{1000 * clip:.2g} and {1000 * whole:.2g} ms, 256 px"
     report.add(f"read {args.num_frames} of 164 frames {what} / all", values, "<= 0.3", note)
 
 
 def write_random_cache(videos, cache, side=32):
-    """A latent cache of those videos that nobody has encoded: only its sizes are true."""
+    """Write a latent cache of the videos with random latents of 4 channels and side x side."""
     scan = scan_videos(videos)
     for video in scan.videos:
-        path = cache / cache_latents.latents_path(video)
+        path = cache / latents_path(video)
         path.parent.mkdir(parents=True, exist_ok=True)
         shape = (video.num_frames, 4, side, side)
         safetensors.torch.save_file({name: torch.rand(shape).half() for name in ("mean", "std")}, path)
-    cached = [asdict(replace(video, path=cache_latents.latents_path(video))) for video in scan.videos]
+    cached = [asdict(replace(video, path=latents_path(video))) for video in scan.videos]
     vae = {"vae": "ema", "image_size": 8 * side, "channels": 4, "downsample": 8, "scale": 0.18215, "shift": 0.0}
     settings = {"format": LATENTS_FORMAT, **vae, "flips": False, "unreadable": []}
-    (cache / LATENTS).write_text(json.dumps(settings | {"classes": scan.classes, "videos": cached}))
+    (cache / LATENTS_FILE).write_text(json.dumps(settings | {"classes": scan.classes, "videos": cached}))
 
 
-def loader_and_encoding(args, report, cache):
-    """A loop of loader and step as in train.py; and what the VAE would add to it."""
-    scan, trained, steps = scan_videos(cache), Step(args), 4 * args.pairs
-    clips = Clips(cache, scan.videos, scan.classes, args.num_frames, 256, flip=False)
-    numbers = Batches(0, steps + 4, args.batch_size, 0, 1)
-    batches = iter(DataLoader(clips, batch_sampler=numbers, collate_fn=collate, num_workers=2))
+def measure_loading(args, report, cache):
+    """The loop of loader and step of train.py on a latent cache, and the time that encoding with the VAE would add."""
+    scan, step, num_steps, warm_up = scan_videos(cache), Step(args), 4 * args.pairs, 4
+    clips = {args.num_frames: Clips(cache, scan.videos, scan.classes, args.num_frames, 256, flip=False)}
+    indices = Batches(0, warm_up + num_steps, args.batch_size, 0, 1)
+    keys = [[(args.num_frames, index) for index in batch] for batch in indices]
+    loader = make_loader(clips, keys, 2, 0, step.device)
     waited, took = [], []
-    for index in range(steps + 4):
+    batches = on_device(batches_of(loader), step.device)
+    for _ in keys:
         began = time.perf_counter()
         batch = next(batches)
-        between = time.perf_counter()
-        mean, std = batch["clips"].to(trained.device).float().unbind(1)
-        trained.x = mean + std * torch.randn_like(mean)
-        trained()
-        wait()
-        if index >= 4:  # the workers have started
-            waited.append(between - began)
-            took.append(time.perf_counter() - began)
-    waited, took = np.array(waited), np.array(took)
+        received = time.perf_counter()
+        mean, std = batch["clips"].float().unbind(1)
+        step.x = mean + std * torch.randn_like(mean)
+        step()
+        synchronize()
+        waited.append(received - began)
+        took.append(time.perf_counter() - began)
+    waited, took = np.array(waited[warm_up:]), np.array(took[warm_up:])
     report.add("loader wait / step, cached, 2 workers", waited / took, "<= 0.05", f"{1000 * np.median(waited):.1f} ms")
 
     vae = VAE("random weights", AutoencoderKL(
         down_block_types=["DownEncoderBlock2D"] * 4, up_block_types=["UpDecoderBlock2D"] * 4,
         block_out_channels=(128, 256, 512, 512), layers_per_block=2, latent_channels=4,
-    ).requires_grad_(False)).to(trained.device)  # fmt: skip
-    pixels = torch.randint(256, (1, 3, 2, 256, 256), dtype=torch.uint8, device=trained.device)
-    values, of_two, of_step = ratios(lambda: vae.posterior(pixels), trained, 3, warm_up=1)
+    ).requires_grad_(False)).to(step.device)  # fmt: skip
+    two_frames = torch.randint(256, (1, 3, 2, 256, 256), dtype=torch.uint8, device=step.device)
+    values, encoding, training = measure_ratios(lambda: vae.posterior(two_frames), step, 3, warm_up=1)
     frames = args.batch_size * args.num_frames
-    note = f"a frame takes {of_two / 2:.2f} s to encode, a step has {frames}; SD's VAE with random weights"
-    gained = 1 + values / 2 * frames * of_step / np.median(took)
-    report.add("clips/s from a cache / on the fly", gained, ">= 50", note)
+    note = f"a frame takes {encoding / 2:.2f} s to encode, a step has {frames}; SD's VAE with random weights"
+    speedup = 1 + values / 2 * frames * training / np.median(took)
+    report.add("clips/s from a cache / on the fly", speedup, ">= 50", note)
 
 
-PARTS = {part.__name__: part for part in (step, positions, energy, memory, growth, sampling, data, stopping)}
+PARTS = {
+    "step": measure_step,
+    "positions": measure_positions,
+    "energy": measure_energy,
+    "memory": measure_memory,
+    "growth": measure_growth,
+    "sampling": measure_sampling,
+    "data": measure_data,
+    "stopping": measure_stopping,
+}
 
 
 def main():
@@ -469,8 +490,8 @@ def main():
     if args.peak_memory:
         print(peak_memory(args))
         return
-    gpu = torch.cuda.is_available()
-    machine = torch.cuda.get_device_name() if gpu else f"{torch.get_num_threads()} threads of {processor()}"
+    on_gpu = torch.cuda.is_available()
+    machine = torch.cuda.get_device_name() if on_gpu else f"{torch.get_num_threads()} threads of {processor_name()}"
     title = (
         f"{machine}, torch {torch.__version__}, {args.precision}{', compiled' if args.compile else ''}: {args.model}, "
         f"{args.batch_size} clips of {args.num_frames} x 32 x 32 latents"
@@ -482,15 +503,14 @@ def main():
     print(f"{time.monotonic() - began:.0f} s")
     if not args.only:
         results = Path(__file__).resolve().parent.parent / "results"
-        draw_growth(results / "figures/growth.png", args, *report.growth)
+        plot_growth(results / "figures/growth.png", args, *report.growth)
         (results / "benchmark.md").write_text(f"{title}\n\n{report.markdown()}\n")
         frames, seconds = report.growth
         result = {"title": title, "rows": report.rows, "frames": frames, "seconds_per_step": seconds.tolist()}
         (results / "benchmark.json").write_text(json.dumps(result, indent=1) + "\n")
 
 
-def processor():
-    """Its name as Linux knows it."""
+def processor_name():
     try:
         lines = Path("/proc/cpuinfo").read_text().splitlines()
     except OSError:

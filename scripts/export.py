@@ -1,8 +1,9 @@
-"""Make a folder to share from a checkpoint: model.safetensors (the averaged weights) and config.json (what they are).
+"""Export a checkpoint to a folder to share: model.safetensors (the EMA weights) and config.json (their configuration).
 
     python scripts/export.py results/EXP/002-EqM-S-4-f16-rope/checkpoints/best.pt exported --dtype fp16
 
-The folder is a --ckpt for sample_gd.py and train.py. In fp32 it samples bit for bit what the checkpoint samples.
+sample_gd.py, evaluate.py and train.py take the folder as --ckpt. In fp32 its samples are bit for bit those of the
+checkpoint.
 """
 
 import os
@@ -18,11 +19,13 @@ from runtime.cli import ArgumentParser, UserError, check_writable, fail, say
 
 
 def parse_args():
-    parser = ArgumentParser(description="Make a folder to share from a checkpoint: weights and what they are.")
+    parser = ArgumentParser(description="Export a checkpoint to a folder to share: EMA weights and configuration.")
     parser.add_argument("ckpt", metavar="CKPT", help="a checkpoint of train.py or a published image model")
-    parser.add_argument("folder", metavar="DIR", help="made if it is not there; must be empty")
-    parser.add_argument("--dtype", choices=published.DTYPES, default="fp32", help="of the weights; fp16 halves them")
-    parser.add_argument("--model", choices=NAMES, metavar="NAME", help="EqM-S/4 ...; published models need it")
+    parser.add_argument("folder", metavar="DIR", help="folder to write; must be new or empty")
+    dtype = "precision of the weights; fp16 halves the size"
+    parser.add_argument("--dtype", choices=published.DTYPES, default="fp32", help=dtype)
+    name = "EqM-{Ti,S,B,L,XL}/{2,4,8}; published models need it"
+    parser.add_argument("--model", choices=NAMES, metavar="NAME", help=name)
     parser.add_argument("--ebm", choices=EBMS, help="energy of the model; published models may need it")
     return parser.parse_args()
 
@@ -33,7 +36,7 @@ def main():
         check_writable("DIR", args.folder)
         if os.path.isdir(args.folder) and os.listdir(args.folder):
             raise UserError(f"DIR {args.folder}: exists and is not empty; name a new folder")
-        state = checkpoint.load(args.ckpt, **models.shape_of(args.model), ebm=args.ebm)
+        state = checkpoint.load(args.ckpt, **models.model_shape(args.model), ebm=args.ebm)
         checkpoint.check_name(args.ckpt, state, args.model)
         checkpoint.check(args.ckpt, checkpoint.config_of(args.ckpt, state), ebm=args.ebm)
     except UserError as error:

@@ -1,9 +1,9 @@
-"""Make one HTML page of a folder of samples, with real clips beside them, that needs no other file and no network.
+"""Make an HTML page of a sample folder, with real clips beside the samples. It needs no other file and no network.
 
     python scripts/gallery.py samples --data-path datasets/ucf-101
 
-The page is FOLDER/gallery.html: the videos play together, frame by frame if you like, and can be filtered by class.
-Its frame is gallery.html beside this script.
+The page is FOLDER/gallery.html: all videos play in step, can be paused and stepped by frame, and filtered by class.
+Its template is gallery.html beside this script.
 """
 
 import base64
@@ -28,17 +28,17 @@ from video.index import check_data_path, latents_settings, scan_videos, split_vi
 from video.writers import write_mp4
 
 TEMPLATE = Path(__file__).with_suffix(".html")
-SMALL = 128  # px, below which pixels are shown as they are instead of smoothed
+SMALL = 128  # px; smaller samples are shown with sharp pixels instead of smoothed
 
 
 def parse_args():
-    parser = ArgumentParser(description="Make one HTML page of a folder of samples, with real clips beside them.")
+    parser = ArgumentParser(description="Make an HTML page of a sample folder, with real clips beside the samples.")
     parser.add_argument("folder", metavar="FOLDER", help="a folder that sample_gd.py has written")
-    real = "data set with real clips of the same classes, from videos that validate; none = samples only"
+    real = "data set of the real clips, taken from validation videos of the same classes; default: samples only"
     parser.add_argument("--data-path", metavar="DIR", help=real)
-    parser.add_argument("--out", metavar="FILE.html", help="the page; none = FOLDER/gallery.html")
-    parser.add_argument("--num-samples", type=COUNT, default=64, metavar="N", help="at most, the first ones")
-    split = "of the videos validate, as told to train.py; where the data has no split files"
+    parser.add_argument("--out", metavar="FILE.html", help="the page; default: FOLDER/gallery.html")
+    parser.add_argument("--num-samples", type=COUNT, default=64, metavar="N", help="show at most the first N samples")
+    split = "share of validation videos, as given to train.py, if the data set has no split files"
     parser.add_argument("--val-fraction", type=SHARE, default=0.05, metavar="F", help=split)
     return parser.parse_args()
 
@@ -50,19 +50,19 @@ class Samples:
     folder: Path
     labels: list  # of all samples
     num_frames: int
-    size: int  # px
-    about: dict  # samples.json
+    image_size: int  # px
+    about: dict  # content of samples.json
 
     @property
     def are_images(self):
         return self.num_frames == 1
 
-    def name(self, number):
-        return self.about["classes"][self.labels[number]]
+    def class_name(self, index):
+        return self.about["classes"][self.labels[index]]
 
 
 def load_samples(folder):
-    """The samples but for their pixels; raises UserError."""
+    """A sample folder as Samples, without the pixels. Raises UserError."""
     here, folder = f"FOLDER {folder}", Path(folder)
     if not folder.is_dir():
         raise UserError(f"{here}: {'not a folder' if folder.exists() else 'no such folder'}")
@@ -71,7 +71,7 @@ def load_samples(folder):
             raise UserError(f"{here}: no {name} in it; wanted a folder that sample_gd.py has written")
     about, clips, labels = read_samples(here, folder)
     if missing := {"ckpt", "video"} - about["flags"].keys():
-        raise UserError(f"{here}: samples.json does not say --{min(missing)}; sample again")
+        raise UserError(f"{here}: samples.json has no flag {min(missing)}; sample again")
     return Samples(folder, labels.tolist(), *clips.shape[1:3], about)
 
 
@@ -80,7 +80,7 @@ def load_samples(folder):
 
 
 class RealClips:
-    """Real clips like the samples, for each class one after another."""
+    """Real clips with the size, the number of frames and, if possible, the frame rate of the samples, by class."""
 
     def __init__(self, root, samples, val_fraction):
         self.root, self.samples = root, samples
@@ -92,34 +92,37 @@ class RealClips:
         self.train, self.val = split_videos(root, self.scan.videos, val_fraction)
         self.of_class, self.taken = {}, {}
 
-    def next(self, name):
-        """(clip uint8 (T, H, W, 3), what it is) of a class; raises UserError if it has none."""
-        if name not in self.of_class:
-            self.of_class[name], self.taken[name] = self._open(name), 0
-        clips, title = self.of_class[name]
-        item = clips[self.taken[name]]
-        self.taken[name] += 1
+    def next(self, class_name):
+        """(clip uint8 (T, H, W, 3), its title) of a class. Raises UserError if the class has none."""
+        if class_name not in self.of_class:
+            self.of_class[class_name], self.taken[class_name] = self._open(class_name), 0
+        clips, title = self.of_class[class_name]
+        item = clips[self.taken[class_name]]
+        self.taken[class_name] += 1
         rate = item["time_scale"] / self.samples.about["time_scale"]
         if not self.samples.are_images and abs(rate - 1) > 0.05:
-            title += f", {1 / item['time_scale']:.3g} fps"  # it has no frames at the rate of the samples
+            title += f", {1 / item['time_scale']:.3g} fps"  # the video has no frames at the rate of the samples
         return item["clip"].permute(1, 2, 3, 0).numpy(), title
 
-    def _open(self, name):
-        """The clips of a class, and what to call them."""
-        here, samples = f"--data-path {self.root}: ", self.samples
-        if name not in self.scan.classes:
-            raise UserError(f"{here}no class {name!r}, of which there are samples; name the data they were trained on")
+    def _open(self, class_name):
+        """The Clips of a class, and their title."""
+        here, samples = f"--data-path {self.root}", self.samples
+        if class_name not in self.scan.classes:
+            raise UserError(f"{here}: no class {class_name!r}, which samples have; name the data set of training")
         val, train = (
-            [video for video in part if video.class_name == name and video.num_frames >= samples.num_frames]
+            [video for video in part if video.class_name == class_name and video.num_frames >= samples.num_frames]
             for part in (self.val, self.train)
         )
-        videos = val or train  # in a small data set, a class may have none that validates
+        videos = val or train  # in a small data set, a class may have no validation video
         if not videos:
-            raise UserError(f"{here}no video of class {name!r} has {samples.num_frames} frames, as the samples have")
+            raise UserError(
+                f"{here}: no video of class {class_name!r} has {samples.num_frames} frames, as the samples have; leave "
+                "the flag out"
+            )
         interval = max(1, round(samples.about["time_scale"] * statistics.median(video.fps for video in videos)))
         clips = Clips(
-            self.root, videos, self.scan.classes, samples.num_frames, samples.size, (interval, interval), flip=False,
-            stream="real",
+            self.root, videos, self.scan.classes, samples.num_frames, samples.image_size, (interval, interval),
+            flip=False, stream="real",
         )  # fmt: skip
         return clips, "real" if val else "real, from training"
 
@@ -128,69 +131,70 @@ class RealClips:
 # The page
 
 
-def make_page(samples, numbers, real):
-    """The HTML of the samples `numbers`; `real` is a RealClips or None."""
+def make_page(samples, indices, real):
+    """The HTML of the samples `indices`; `real` is a RealClips or None."""
     classes, flags = samples.about["classes"], samples.about["flags"]
     fps = 1 / samples.about["time_scale"]
-    counts = Counter(samples.labels[number] for number in numbers)
+    counts = Counter(samples.labels[index] for index in indices)
     options = [f'<option value="{label}">{escape(classes[label])} ({counts[label]})' for label in sorted(counts)]
     columns = 2 if real else 1
     parts = {
         "title": escape(samples.folder.resolve().name),
-        "what": escape(describe(samples, numbers, fps)),
+        "what": escape(summary_line(samples, indices, fps)),
         "ckpt": escape(flags["ckpt"]),
-        "flags": "".join(f"<tr><td>{escape(flag)}<td>{escape(value)}" for flag, value in map(spell, flags.items())),
-        "options": f'<option value="">all classes ({len(numbers)})' + "".join(options),
-        "cards": "\n".join(make_card(samples, number, real) for number in numbers),
+        "flags": "".join(f"<tr><td>{escape(flag)}<td>{escape(value)}" for flag, value in map(as_typed, flags.items())),
+        "options": f'<option value="">all classes ({len(indices)})' + "".join(options),
+        "cards": "\n".join(make_card(samples, index, real) for index in indices),
         "frames": samples.num_frames,
         "last": samples.num_frames - 1,
         "fps": fps,
         "columns": columns,
         "width": 180 * columns,
-        "rendering": "pixelated" if samples.size < SMALL else "auto",
+        "rendering": "pixelated" if samples.image_size < SMALL else "auto",
     }
     return re.sub(r"\{\{(\w+)\}\}", lambda match: str(parts[match[1]]), TEMPLATE.read_text(encoding="utf-8"))
 
 
-def spell(item):
-    """A flag as a user types it, and its value in the words of --help."""
+def as_typed(item):
+    """(flag as a user types it, its value as text) of a name and a value in samples.json."""
     name, value = item
     words = {"None": "none", "False": "off", "True": "on"}
     return f"--{name.replace('_', '-')}", words.get(str(value), value)
 
 
-def describe(samples, numbers, fps):
-    """What there is to see, in a line."""
+def summary_line(samples, indices, fps):
+    """Number, kind, size and frame rate of the samples, and how they were sampled."""
     kind = "images" if samples.are_images else f"videos of {samples.num_frames} frames"
     total = len(samples.labels)
-    count = f"{total}" if len(numbers) == total else f"The first {len(numbers)} of {total}"
+    count = f"{total}" if len(indices) == total else f"The first {len(indices)} of {total}"
     rate = "" if samples.are_images else f", {fps:.4g} frames per second"
     flags = samples.about["flags"]
     known = {"sampler": "{}", "num_sampling_steps": "{} points", "cfg_scale": "guidance {}", "seed": "seed {}"}
-    made = ", ".join(text.format(flags[name]) for name, text in known.items() if name in flags)
-    return f"{count} {kind}, {samples.size} x {samples.size} px{rate}" + (f"; {made}" if made else "")
+    sampled = ", ".join(text.format(flags[name]) for name, text in known.items() if name in flags)
+    size = f"{samples.image_size} x {samples.image_size} px"
+    return f"{count} {kind}, {size}{rate}" + (f"; {sampled}" if sampled else "")
 
 
-def make_card(samples, number, real):
-    """A sample, with a real clip beside it."""
-    name, label, flags = samples.name(number), samples.labels[number], samples.about["flags"]
-    path = samples.folder / f"{number:06d}{'.png' if samples.are_images else '.mp4'}"
+def make_card(samples, index, real):
+    """The HTML of a sample, with a real clip beside it."""
+    name, label, flags = samples.class_name(index), samples.labels[index], samples.about["flags"]
+    path = samples.folder / f"{index:06d}{'.png' if samples.are_images else '.mp4'}"
     try:
         shown = [("generated", path.read_bytes())]
     except OSError as error:
         raise UserError(f"FOLDER {path.parent}: no {path.name} ({error.strerror}); sample again") from error
     if real:
         clip, title = real.next(name)
-        shown.append((title, encode(clip, 1 / samples.about["time_scale"])))
-    pair = "".join(make_picture(samples, data, f"{title}, {name}", title) for title, data in shown)
-    numbers = f"sample {number}" + (f", seed {flags['seed']}" if "seed" in flags else "")
-    caption = f"<figcaption>{escape(name)}<span>{escape(numbers)}</span></figcaption>"
+        shown.append((title, clip_file(clip, 1 / samples.about["time_scale"])))
+    pair = "".join(make_media(samples, data, f"{title}, {name}", title) for title, data in shown)
+    origin = f"sample {index}" + (f", seed {flags['seed']}" if "seed" in flags else "")
+    caption = f"<figcaption>{escape(name)}<span>{escape(origin)}</span></figcaption>"
     return f'<figure class="card" data-label="{label}"><div class="pair">{pair}</div>{caption}</figure>'
 
 
-def make_picture(samples, data, label, title):
-    """A video or an image, within the page, and what it is."""
-    text, size = base64.b64encode(data).decode(), f'width="{samples.size}" height="{samples.size}"'
+def make_media(samples, data, label, title):
+    """The HTML of a video or an image, embedded in the page, and its title."""
+    text, size = base64.b64encode(data).decode(), f'width="{samples.image_size}" height="{samples.image_size}"'
     if samples.are_images:
         tag = f'<img {size} alt="{escape(label)}" src="data:image/png;base64,{text}">'
     else:
@@ -199,8 +203,8 @@ def make_picture(samples, data, label, title):
     return f"<div>{tag}<span>{escape(title)}</span></div>"
 
 
-def encode(clip, fps):
-    """uint8 (T, H, W, 3) as the bytes of a file of the samples' kind: mp4, or PNG for T = 1."""
+def clip_file(clip, fps):
+    """A clip uint8 (T, H, W, 3) as the bytes of an mp4 file, or of a PNG file if T = 1."""
     if len(clip) == 1:
         file = io.BytesIO()
         Image.fromarray(clip[0]).save(file, "PNG")
@@ -216,7 +220,7 @@ def escape(value):
 
 
 def write_page(path, page):
-    """All or nothing. What UTF-8 lacks (file names may hold any bytes) becomes a question mark."""
+    """Write the page whole or not at all. Bytes of file names that are not UTF-8 become question marks."""
     with atomic_write(path) as file:
         file.write(page.encode("utf-8", "replace"))
 
@@ -227,21 +231,21 @@ def main():
     try:
         samples = load_samples(args.folder)
         if out.is_dir():
-            raise UserError(f"--out {out}: a folder, wanted a file")
+            raise UserError(f"--out {out}: a folder; wanted the name of an HTML file")
         check_writable("--out", out.parent)
-        numbers = range(min(args.num_samples, len(samples.labels)))
+        indices = range(min(args.num_samples, len(samples.labels)))
         real = RealClips(args.data_path, samples, args.val_fraction) if args.data_path else None
-        page = make_page(samples, numbers, real)
+        page = make_page(samples, indices, real)
     except UserError as error:
         fail(error)
     try:
         out.parent.mkdir(parents=True, exist_ok=True)
         write_page(out, page)
-    except OSError as error:  # a disk that is full
+    except OSError as error:  # such as a full disk
         fail(error, status=1)
-    hidden = len(samples.labels) - len(numbers)
+    hidden = len(samples.labels) - len(indices)
     more = f" ({hidden} more: --num-samples {len(samples.labels)})" if hidden else ""
-    say(f"{out}: {len(numbers)} samples{more}, {out.stat().st_size / 1e6:.1f} MB; open it in a browser")
+    say(f"{out}: {len(indices)} samples{more}, {out.stat().st_size / 1e6:.1f} MB; open it in a browser")
 
 
 if __name__ == "__main__":

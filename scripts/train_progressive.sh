@@ -1,6 +1,6 @@
 #!/usr/bin/env bash
-# Encode all videos once, then train on 4 frames, go on with 8, then with 16: three phases of one model. Run the same
-# command again after an interruption: what is finished is not run again, what is not goes on where it was saved last.
+# Encode all videos once, then train on 4 frames, continue with 8, then with 16: three phases of one model. Run the same
+# command again after an interruption: finished phases are skipped, the other continues from its last checkpoint.
 #
 #   DATA=datasets/ucf-101 GPUS=8 bash scripts/train_progressive.sh [more flags of EqM/train.py]
 #
@@ -23,9 +23,9 @@ LR_DECAY=${LR_DECAY:-0} # of the last phase
 RECIPE=(--frame-interval 1 2 --optimizer muon --gamma-shift 3)
 CACHE=${CACHE:-1} # 1: the videos are encoded once, into $LATENTS; 0: at every step, or never (--vae none)
 LATENTS=${LATENTS:-$DATA-latents} VAE=${VAE:-ema} IMAGE_SIZE=${IMAGE_SIZE:-256}
-FLIPS=${FLIPS:-1} # 1: mirrored frames are encoded, too, which doubles the cache
+FLIPS=${FLIPS:-1} # 1: mirrored frames are encoded as well, which doubles the cache
 
-# run COMMAND: torchrun hears of a signal to this script, and its ranks save and end before the script does
+# run COMMAND: passes a signal to this script on to torchrun, whose ranks save and end before the script does
 run() {
   local status=0 signalled=0
   "$@" &
@@ -39,7 +39,7 @@ run() {
   done
   trap - TERM INT USR1
   if [[ $signalled == 1 ]]; then
-    echo "train_progressive.sh: interrupted; the same command goes on"
+    echo "train_progressive.sh: interrupted; the same command continues"
     exit 143
   fi
   return "$status"
@@ -67,15 +67,15 @@ phase() {
     --global-batch-size="$batch" --resume "${RECIPE[@]}" "$@"
 }
 
-# checkpoint STEP: the file that the phase ending at STEP has left
+# checkpoint STEP: the file that the phase ending at STEP wrote
 checkpoint() {
   if [[ ! $1 =~ ^[0-9]+$ ]]; then
-    printf 'train_progressive.sh: error: a phase ends at step %q; STEPS_1 and STEPS_2 are to be numbers\n' "$1" >&2
+    printf 'train_progressive.sh: error: a phase ends at step %q; STEPS_1 and STEPS_2 must be numbers\n' "$1" >&2
     exit 2
   fi
   local files=("results/$EXP"/*/checkpoints/"$(printf %07d "$((10#$1))")".pt)
   if [[ ${#files[@]} -ne 1 || ! -f ${files[0]} ]]; then
-    printf 'train_progressive.sh: error: wanted one file %q\n' "${files[*]}" >&2
+    printf 'train_progressive.sh: error: wanted one file, found %q\n' "${files[*]}" >&2
     exit 2
   fi
   echo "${files[0]}"

@@ -1,6 +1,6 @@
 #!/usr/bin/env bash
-# Train on several machines of a Slurm cluster, one torchrun each. Two minutes before the time is up the run is saved and
-# the job queued again, under the same number, which is how it knows its own run.
+# Train on several machines of a Slurm cluster, one torchrun each. Two minutes before the time limit the run is saved
+# and the job queued again under the same job id, by which it finds its run.
 #
 #   sbatch --nodes=4 scripts/train_slurm.sh --video --num-frames 4 --use-rope --model EqM-S/4 \
 #     --data-path datasets/ucf-101-latents --results-dir results/EXP --max-steps 50000

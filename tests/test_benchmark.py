@@ -13,38 +13,40 @@ ARGS = argparse.Namespace(
 )
 
 
-def test_the_rotation_that_ours_is_measured_against_is_the_same_rotation():
+def test_our_rotation_and_the_one_it_is_measured_against_agree():
     grid, head_dim = (2, 3, 4), 18
     q = torch.randn(2, 3, 24, head_dim, generator=torch.Generator().manual_seed(0))
     n = head_dim // 3
-    # It pairs channel j of an axis with j + n/2, ours with its neighbour: reorder, turn, reorder back.
+    # It pairs channel j of an axis with j + n/2, ours pairs neighbours: reorder, rotate, reorder back.
     pairs = itertools.product(range(3), range(n // 2), range(2))
     order = torch.tensor([axis * n + half * n // 2 + j for axis, j, half in pairs])
     cos, sin = RotaryEmbedding3D(head_dim)(grid, torch.full((2,), 0.04))
     ours = apply_rotary(q[..., order], cos, sin)
-    torch.testing.assert_close(benchmark.per_axis(q, grid)[..., order], ours, atol=1e-5, rtol=1e-5)
+    torch.testing.assert_close(benchmark.rotate_per_axis(q, grid)[..., order], ours, atol=1e-5, rtol=1e-5)
 
 
-def test_the_sides_take_turns_and_the_ratios_are_of_their_seconds(monkeypatch):
-    time, turns = itertools.count(), []
-    monkeypatch.setattr(benchmark, "clock", lambda side: side() or {"a": 3.0, "b": 2.0}[turns[-1]] + 0 * next(time))
-    values, of_a, of_b = benchmark.ratios(lambda: turns.append("a"), lambda: turns.append("b"), 4, warm_up=1)
-    assert turns == list("ab") + list("abbaabba")
+def test_the_two_sides_alternate_and_the_ratios_are_those_of_their_seconds(monkeypatch):
+    calls = []
+    monkeypatch.setattr(benchmark, "seconds_of", lambda side: side() or {"a": 3.0, "b": 2.0}[calls[-1]])
+    values, seconds_a, seconds_b = benchmark.measure_ratios(
+        lambda: calls.append("a"), lambda: calls.append("b"), 4, warm_up=1
+    )
+    assert calls == list("ab") + list("abbaabba")
     assert values.tolist() == [1.5] * 4
-    assert (of_a, of_b) == (3.0, 2.0)
+    assert (seconds_a, seconds_b) == (3.0, 2.0)
 
 
-def test_the_flops_of_a_step_are_those_of_its_layers_and_its_attention_forward_and_twice_that_backward():
+def test_the_flops_of_a_step_are_those_of_its_layers_and_attention_with_a_backward_pass_of_twice_the_forward_pass():
     step = benchmark.Step(ARGS)
     D, depth, tokens = 192, 6, 2 * 2 * 8 * 8
     product_flops, run = step.products()
     assert product_flops == 3 * 2 * tokens * 12 * D * D
     run()
     conditions = 3 * 2 * 2 * (6 * depth + 2) * D * D  # adaLN, of 2 clips
-    patches = (3 + 2) * 2 * tokens * 256 * D  # out of and into 4 x 4 x 4 x 4 values; no gradient of the clip itself
+    patches = (3 + 2) * 2 * tokens * 256 * D  # output and input of 4 x 4 x 4 x 4 values; the clip needs no gradient
     layers = depth * product_flops + conditions + patches
-    attention = depth * 2 * 2 * 128 * 128 * D * 2  # q k^T and its product with v, of 2 clips
-    others = 3 * 2 * 2 * (256 + D) * D + 3 * 2 * 2 * 2 * D  # the embedder of the time scale
+    attention = depth * 2 * 2 * 128 * 128 * D * 2  # q k^T and the product with v, of 2 clips
+    others = 3 * 2 * 2 * (256 + D) * D + 3 * 2 * 2 * 2 * D  # TimeScaleEmbedder
     assert step.flops() == pytest.approx(layers + 3 * attention + others, rel=1e-3)
 
 

@@ -1,4 +1,4 @@
-"""Latents of a tiny VAE; where a crash or ranks are the matter, real processes."""
+"""Latent caches of a tiny VAE; tests of crashes and ranks start real processes."""
 
 import json
 import os
@@ -18,12 +18,12 @@ from safetensors.torch import load_file, save_file
 import cache_latents
 from runtime.cli import UserError
 from test_vae import save_tiny
-from test_video_clips import scribble, write_ucf_list, write_video
+from tiny_videos import scribble, write_ucf_list, write_video
 from vae import load_vae
 from video import files, index
 from video.clips import Clips, collate
 from video.files import UnreadableError, Video, read_frames, read_latents, resize_and_crop
-from video.index import BadVideos, check_data_path, latents_settings, scan_videos, split_videos
+from video.index import BadVideos, check_data_path, latents_path, latents_settings, scan_videos, split_videos
 
 SOURCE = Path(cache_latents.__file__).parent
 SIZE = 16
@@ -39,9 +39,9 @@ def vae(tmp_path_factory):
 def root(tmp_path_factory):
     """Two classes, five videos, two rates; tests only read it."""
     root = tmp_path_factory.mktemp("data") / "videos"
-    for number, (name, frames) in enumerate(NAMES.items()):
+    for k, (name, num_frames) in enumerate(NAMES.items()):
         codec = "libx264" if name.endswith("mp4") else "mpeg4"
-        write_video(root / name, frames, rate=25 + 5 * (number % 2), codec=codec)
+        write_video(root / name, num_frames, rate=25 + 5 * (k % 2), codec=codec)
     return root
 
 
@@ -70,7 +70,7 @@ def run(monkeypatch, *arguments):
 
 
 def refused(monkeypatch, capsys, *arguments, status=2):
-    """The line with which it ends."""
+    """Runs it with wrong input and returns the error line."""
     capsys.readouterr()
     with pytest.raises(SystemExit) as ended:
         run(monkeypatch, *arguments)
@@ -99,7 +99,7 @@ def split_keys(folder, fraction=0.05):
     return tuple([video.key for video in part] for part in parts)
 
 
-# What it holds.
+# Content.
 
 
 @pytest.mark.parametrize("mirrored", [False, True])
@@ -109,7 +109,7 @@ def test_a_file_holds_the_posterior_of_every_frame_of_its_video(root, vae, cache
         frames = read_frames(root, video, range(video.num_frames))
         clip = resize_and_crop(torch.from_numpy(frames).permute(0, 3, 1, 2), SIZE).transpose(0, 1)
         expected = model.posterior((clip.flip(-1) if mirrored else clip)[None])
-        found = load_file(cache / cache_latents.latents_path(video))
+        found = load_file(cache / latents_path(video))
         assert found.keys() == {"mean", "std", "mean_flipped", "std_flipped"}
         for name, latents in zip(("mean", "std"), expected, strict=True):
             tensor = found[name + suffix]
@@ -117,10 +117,10 @@ def test_a_file_holds_the_posterior_of_every_frame_of_its_video(root, vae, cache
             torch.testing.assert_close(tensor.float(), latents[0].transpose(0, 1), rtol=1e-3, atol=1e-4)
 
 
-def test_latents_json_says_what_the_cache_is_and_what_it_holds(root, vae, cache):
-    about = latents_settings(cache)
-    videos = about.pop("videos")
-    assert about == {
+def test_latents_json_has_the_settings_and_the_videos(root, vae, cache):
+    settings = latents_settings(cache)
+    videos = settings.pop("videos")
+    assert settings == {
         "format": 1, "vae": vae, "image_size": SIZE, "channels": 4, "downsample": 2, "scale": 0.7, "shift": 0.0,
         "flips": True, "num_videos": 5, "num_frames": sum(NAMES.values()), "classes": ["Jump", "Run"],
         "unreadable": [],
@@ -139,7 +139,7 @@ def test_latents_json_says_what_the_cache_is_and_what_it_holds(root, vae, cache)
     assert latents_settings(root) is None and latents_settings(root / "missing") is None
 
 
-def test_a_scan_of_a_cache_is_that_of_its_videos_and_opens_nothing(root, cache, monkeypatch):
+def test_a_scan_of_a_cache_equals_that_of_its_videos_and_opens_no_file(root, cache, monkeypatch):
     monkeypatch.setattr(files, "safe_open", lambda *_: pytest.fail("opened a file"))
     videos, cached = scan_videos(root), scan_videos(cache)
     assert [video.key for video in cached.videos] == [video.key for video in videos.videos]
@@ -150,18 +150,18 @@ def test_a_scan_of_a_cache_is_that_of_its_videos_and_opens_nothing(root, cache, 
 
 
 @pytest.mark.parametrize(("interval", "flip"), [((1, 1), False), ((1, 1), True), ((1, 4), True)])
-def test_clips_from_a_cache_are_the_clips_that_the_videos_give(root, vae, cache, interval, flip):
+def test_clips_from_a_cache_are_those_from_its_videos(root, vae, cache, interval, flip):
     model = load_vae(vae)
     videos, cached = (clips_of(place, frame_interval=interval, flip=flip, seed=3) for place in (root, cache))
-    for number in range(12):
-        item, other = videos[number], cached[number]
+    for k in range(12):
+        sample, other = videos[k], cached[k]
         assert other["clip"].dtype == torch.float16 and other["clip"].shape == (2, 4, 4, SIZE // 2, SIZE // 2)
         assert other["clip"].is_contiguous()
-        expected = torch.cat(model.posterior(item["clip"][None]))
+        expected = torch.cat(model.posterior(sample["clip"][None]))
         torch.testing.assert_close(other["clip"].float(), expected, rtol=1e-3, atol=1e-4)
-        assert Path(other.pop("video")).stem == Path(item.pop("video")).stem
-        del item["clip"], other["clip"]
-        assert item == other
+        assert Path(other.pop("video")).stem == Path(sample.pop("video")).stem
+        del sample["clip"], other["clip"]
+        assert sample == other
     batch = collate([cached[0], cached[1]])
     assert batch["clips"].shape == (2, 2, 4, 4, SIZE // 2, SIZE // 2) and batch["clips"].dtype == torch.float16
 
@@ -187,18 +187,18 @@ def test_a_cache_is_split_by_the_hash_as_its_videos_are(root, cache, fraction):
     assert not list(cache.rglob("ucf*"))
 
 
-@pytest.mark.skipif(not Path("/proc/self/smaps").exists(), reason="only Linux says what a process has mapped")
-@pytest.mark.parametrize("numbers", [list(range(10_000, 10_016)), list(range(0, 32_000, 2000))])
-def test_of_a_long_video_only_what_is_around_the_frames_of_the_clip_is_read(tmp_path, monkeypatch, numbers):
-    place, shape, frame = tmp_path / "v.safetensors", (32_768, 4, 32, 32), 8192
+@pytest.mark.skipif(not Path("/proc/self/smaps").exists(), reason="only Linux shows what a process has mapped")
+@pytest.mark.parametrize("frame_indices", [list(range(10_000, 10_016)), list(range(0, 32_000, 2000))])
+def test_of_a_long_video_only_the_part_around_the_frames_of_the_clip_is_read(tmp_path, monkeypatch, frame_indices):
+    place, shape, frame_bytes = tmp_path / "v.safetensors", (32_768, 4, 32, 32), 8192
     parts = {name: [k * 2**28, (k + 1) * 2**28] for k, name in enumerate(("mean", "std"))}
     header = {name: {"dtype": "F16", "shape": shape, "data_offsets": offsets} for name, offsets in parts.items()}
     header = json.dumps(header).encode()
-    with open(place, "wb") as file:  # 512 MB, nearly all of it a hole
+    with open(place, "wb") as file:  # a sparse file of 512 MB
         file.write(len(header).to_bytes(8, "little") + header)
-        for k, number in enumerate(numbers):
+        for k, frame_index in enumerate(frame_indices):
             for name, (start, _) in parts.items():
-                file.seek(8 + len(header) + start + frame * number)
+                file.seek(8 + len(header) + start + frame_bytes * frame_index)
                 file.write(torch.full(shape[1:], k if name == "mean" else k + 0.5).half().numpy().tobytes())
         file.truncate(8 + len(header) + 2**29)
     resident = []
@@ -216,13 +216,13 @@ def test_of_a_long_video_only_what_is_around_the_frames_of_the_clip_is_read(tmp_
             resident.extend(int(line.split()[1]) for line in lines if line.startswith("Rss:"))
 
     monkeypatch.setattr(files, "safe_open", Watched)
-    clip = read_latents(tmp_path, Video(place.name, "all", shape[0], 25.0, 48, 64), numbers)
+    clip = read_latents(tmp_path, Video(place.name, "all", shape[0], 25.0, 48, 64), frame_indices)
     expected = torch.arange(16.0).half().view(16, 1, 1).expand(4, 16, 32, 32)
     assert torch.equal(clip, torch.stack([expected, expected + 0.5]))
-    assert 0 < resident[0] < 2**19 / 8, "KB; the rest is the kernel's reading ahead"
+    assert 0 < resident[0] < 2**19 / 8, "KB, including the read-ahead of the kernel"
 
 
-# Crashes, ranks, changes. On the CPU the last bits depend on the number of threads; processes started here have one.
+# Crashes, ranks, changes. On the CPU the last bits depend on the number of threads; the processes use one.
 
 
 @pytest.fixture(autouse=True, scope="module")
@@ -235,10 +235,10 @@ def one_thread():
 
 DIE_IN_RENAME = """
 import os, signal, cache_latents
-replace, renamed = os.replace, []
+replace, targets = os.replace, []
 def replace_or_die(source, target):
-    renamed.append(target)
-    if len(renamed) == {}:
+    targets.append(target)
+    if len(targets) == {}:
         os.kill(os.getpid(), signal.SIGKILL)
     replace(source, target)
 os.replace = replace_or_die
@@ -247,7 +247,7 @@ cache_latents.main()
 
 
 @pytest.mark.parametrize("rename", [1, 4, 7])  # of latents.partial.json, of the third video, of latents.json
-def test_killed_while_a_temporary_file_exists_and_started_again_it_makes_the_same_bytes(
+def test_killed_while_a_temporary_file_exists_and_run_again_it_writes_the_same_bytes(
     root, vae, cache, tmp_path, monkeypatch, rename
 ):
     out, finished = tmp_path / "out", max(0, rename - 2)
@@ -266,15 +266,20 @@ def test_killed_while_a_temporary_file_exists_and_started_again_it_makes_the_sam
 
 def spy_on_encode(monkeypatch):
     """The paths of the videos that are encoded from here on."""
-    encoded, encode = [], cache_latents.encode
-    monkeypatch.setattr(cache_latents, "encode", lambda *args: encoded.append(args[-1].path) or encode(*args))
+    encoded, encode_video = [], cache_latents.encode_video
+
+    def spy(*args):
+        encoded.append(args[-1].path)
+        return encode_video(*args)
+
+    monkeypatch.setattr(cache_latents, "encode_video", spy)
     return encoded
 
 
-def test_killed_from_outside_half_way_and_started_again_it_makes_the_same_bytes(tmp_path, vae, monkeypatch):
+def test_killed_from_outside_half_way_and_run_again_it_writes_the_same_bytes(tmp_path, vae, monkeypatch):
     root = tmp_path / "videos"
-    for number in range(24):
-        write_video(root / f"{number}.avi", 60, size=(320, 240))
+    for video_index in range(24):
+        write_video(root / f"{video_index}.avi", 60, size=(320, 240))
     process = launch([SOURCE / "cache_latents.py"], root, vae, tmp_path / "out")
     while len(list((tmp_path / "out").glob("*.safetensors"))) < 4:
         assert process.poll() is None, process.communicate()
@@ -293,16 +298,16 @@ def test_killed_from_outside_half_way_and_started_again_it_makes_the_same_bytes(
     assert scan.classes == ["all"] and scan.videos[0].key == "all/0"
 
 
-def test_two_ranks_make_the_bytes_of_one_and_encode_nothing_twice(root, vae, cache, tmp_path):
+def test_two_ranks_write_the_bytes_of_one_and_encode_nothing_twice(root, vae, cache, tmp_path):
     count = """
 import cache_latents
 from runtime import distributed
-encode = cache_latents.encode
+encode_video = cache_latents.encode_video
 def spy(*args):
     with open(f"{__file__}.{distributed.rank()}", "a") as file:
         print(args[-1].path, file=file)
-    return encode(*args)
-cache_latents.encode, cache_latents.ROUND = spy, 1
+    return encode_video(*args)
+cache_latents.encode_video, cache_latents.ROUND = spy, 1
 cache_latents.main()
 """
     (tmp_path / "count.py").write_text(count)
@@ -316,26 +321,26 @@ cache_latents.main()
     assert "127/127" in stderr  # the bar counts the frames of both
 
 
-def test_ranks_get_about_equally_many_frames(monkeypatch):
+def test_ranks_get_about_the_same_number_of_frames(monkeypatch):
     monkeypatch.setattr(cache_latents, "world_size", lambda: 4)
     frames = np.random.default_rng(0).integers(29, 400, 64)
-    videos = [Video(f"{number}.avi", "all", int(count), 25.0, 48, 64) for number, count in enumerate(frames)]
-    shares = cache_latents.share(videos)
-    assert sorted((video for part in shares for video in part), key=videos.index) == videos
-    sums = [sum(video.num_frames for video in part) for part in shares]
+    videos = [Video(f"{k}.avi", "all", int(num_frames), 25.0, 48, 64) for k, num_frames in enumerate(frames)]
+    parts = cache_latents.split_evenly(videos)
+    assert sorted((video for part in parts for video in part), key=videos.index) == videos
+    sums = [sum(video.num_frames for video in part) for part in parts]
     assert max(sums) - min(sums) <= 30
 
 
-def test_a_finished_cache_says_so_and_is_left_as_it_is(root, vae, cache, monkeypatch, capsys):
+def test_a_complete_cache_says_so_and_is_not_changed(root, vae, cache, monkeypatch, capsys):
     encoded, before = spy_on_encode(monkeypatch), content(cache)
     times = {path: path.stat().st_mtime_ns for path in cache.rglob("*")}
     run(monkeypatch, root, vae, cache, "--with-flips")
-    assert "is finished: it holds 5 videos, 127 frames" in capsys.readouterr().out
+    assert "is complete: 5 videos, 127 frames" in capsys.readouterr().out
     assert encoded == [] and content(cache) == before
     assert {path: path.stat().st_mtime_ns for path in cache.rglob("*.*")}.items() <= times.items()
 
 
-def test_started_again_it_takes_in_what_is_new_changed_damaged_or_lost_and_leaves_out_what_is_gone(
+def test_run_again_it_adds_new_changed_damaged_and_lost_videos_and_drops_removed_ones(
     own, vae, tmp_path, monkeypatch, capsys
 ):
     out = tmp_path / "out"
@@ -347,24 +352,24 @@ def test_started_again_it_takes_in_what_is_new_changed_damaged_or_lost_and_leave
     truncate(out / "Run" / "b.safetensors")
     encoded = spy_on_encode(monkeypatch)
     run(monkeypatch, own, vae, out)
-    assert encoded == ["Run/a.avi", "Run/b.mkv", "Jump/d.avi", "Swim/f.avi"]  # a round's longest first
-    assert "1 videos are gone, Jump/e.safetensors first" in capsys.readouterr().out
+    assert encoded == ["Run/a.avi", "Run/b.mkv", "Jump/d.avi", "Swim/f.avi"]  # the longest of a round first
+    assert "1 videos are gone, the first is Jump/e.safetensors" in capsys.readouterr().out
     run(monkeypatch, own, vae, tmp_path / "fresh")
     (out / "Jump" / "e.safetensors").unlink()
     assert content(out) == content(tmp_path / "fresh")
     assert latents_settings(out)["classes"] == ["Jump", "Run", "Swim"]
 
 
-def test_while_a_finished_cache_is_brought_up_to_date_it_can_be_used(own, vae, tmp_path, monkeypatch):
+def test_a_complete_cache_can_be_used_while_it_is_updated(own, vae, tmp_path, monkeypatch):
     run(monkeypatch, own, vae, tmp_path / "out")
     write_video(own / "Run" / "new.avi")
-    monkeypatch.setattr(cache_latents, "encode", lambda *_: check_data_path(tmp_path / "out") or 1 / 0)
+    monkeypatch.setattr(cache_latents, "encode_video", lambda *_: check_data_path(tmp_path / "out") or 1 / 0)
     with pytest.raises(ZeroDivisionError):
         run(monkeypatch, own, vae, tmp_path / "out")
     assert len(scan_videos(tmp_path / "out").videos) == 5
 
 
-def test_an_index_that_the_videos_folder_does_not_take_lies_in_the_cache(own, vae, tmp_path, monkeypatch):
+def test_if_the_videos_folder_is_read_only_the_index_is_in_the_cache(own, vae, tmp_path, monkeypatch):
     (own / ".video_index.json").unlink(missing_ok=True)
     access = os.access
     monkeypatch.setattr(os, "access", lambda path, mode: Path(path) != own and access(path, mode))
@@ -385,8 +390,8 @@ def test_a_video_that_cannot_be_decoded_is_named_once_listed_and_left_out(own, v
     scribble(own / "Run" / "a.avi")
     run(monkeypatch, own, vae, tmp_path / "out")
     assert capsys.readouterr().out.count("Run/a.avi can't be decoded") == 1
-    about = latents_settings(tmp_path / "out")
-    assert about["unreadable"] == ["Run/a.avi"] and about["num_videos"] == 4
+    settings = latents_settings(tmp_path / "out")
+    assert settings["unreadable"] == ["Run/a.avi"] and settings["num_videos"] == 4
     assert not list((tmp_path / "out").rglob("a.*"))
     scan = scan_videos(tmp_path / "out")
     assert scan.unreadable == ["Run/a.avi"] and len(scan.videos) == 4
@@ -398,14 +403,14 @@ def test_a_video_that_cannot_be_decoded_is_named_once_listed_and_left_out(own, v
 
 def test_too_many_bad_videos_are_an_error_unless_they_are_allowed(own, vae, tmp_path, monkeypatch, capsys):
     scribble(own / "Run" / "a.avi")
-    (own / "Run" / "text.avi").write_text("no video")
+    (own / "Run" / "text.avi").write_text("not a video")
     line = refused(monkeypatch, capsys, own, vae, tmp_path / "out", status=1)
-    assert "2 of 6 files are bad, Run/a.avi" in line and "--max-bad-fraction" in line
+    assert "2 of 6 files are bad (newest: Run/a.avi)" in line and "--max-bad-fraction" in line
     assert not (tmp_path / "out" / "latents.json").exists()
     run(monkeypatch, own, vae, tmp_path / "out", "--max-bad-fraction", 0.4)
     assert latents_settings(tmp_path / "out")["unreadable"] == ["Run/a.avi", "Run/text.avi"]
-    (own / "Run" / "more.avi").write_text("nor this")
-    assert "2 of 7" in refused(monkeypatch, capsys, own, vae, tmp_path / "new")  # seen before anything is decoded
+    (own / "Run" / "more.avi").write_text("not a video")
+    assert "2 of 7" in refused(monkeypatch, capsys, own, vae, tmp_path / "new")  # found before anything is decoded
     assert not (tmp_path / "new").exists()
 
 
@@ -415,7 +420,7 @@ DAMAGES = {
     "empty": lambda path: path.write_bytes(b""),
     "text": lambda path: path.write_text("hello" * 1000),
     "of another video": lambda path: save_file({"mean": torch.zeros(2, 4, 8, 8), "std": torch.zeros(2, 4, 8, 8)}, path),
-    "of no numbers": lambda path: save_file(
+    "of NaNs": lambda path: save_file(
         {part: torch.full((40, 4, 8, 8), float("nan")).half() for part in ("mean", "std")}, path
     ),
     "of another size": lambda path: save_file(
@@ -431,17 +436,17 @@ def test_a_bad_latents_file_is_named_replaced_and_counted_like_a_bad_video(cache
     folder = Path(shutil.copytree(cache, tmp_path / "cache"))
     clips = clips_of(folder, num_frames=16)
     DAMAGES[damage](folder / "Run" / "a.safetensors")
-    items = [clips[number] for number in range(10)]
-    bad = [item for item in items if item["bad"]]
+    samples = [clips[k] for k in range(10)]
+    bad = [sample for sample in samples if sample["bad"]]
     assert len(bad) == 2  # it comes once in each epoch
-    assert all(item["bad"] == ["Run/a.safetensors"] != [item["video"]] for item in bad)
-    books = BadVideos(len(clips), 0.0)
-    assert books.add([path for item in items for path in item["bad"]]) == ["Run/a.safetensors"]
+    assert all(sample["bad"] == ["Run/a.safetensors"] != [sample["video"]] for sample in bad)
+    bad_videos = BadVideos(len(clips), 0.0)
+    assert bad_videos.add([path for sample in samples for path in sample["bad"]]) == ["Run/a.safetensors"]
     with pytest.raises(UnreadableError, match="a.safetensors"):
         read_latents(folder, clips.videos[2], [20, 21], shape=clips.latent_shape)
 
 
-def test_a_cache_that_cannot_be_used_is_one_line_that_says_what_to_do(cache, tmp_path):
+def test_an_unusable_cache_is_one_line_that_says_what_to_do(cache, tmp_path):
     folder = Path(shutil.copytree(cache, tmp_path / "cache"))
 
     def message(function, *args, **kwargs):
@@ -456,9 +461,9 @@ def test_a_cache_that_cannot_be_used_is_one_line_that_says_what_to_do(cache, tmp
     (folder / "Run" / "a.safetensors").unlink()
     missing = message(scan_videos, folder)
     assert "Jump/e.safetensors" in missing and "run cache_latents.py again" in missing
-    about = json.loads((folder / "latents.json").read_text())
+    settings = json.loads((folder / "latents.json").read_text())
     for text, words in (
-        (json.dumps(about | {"format": 2}), "format 2, this code reads 1"),
+        (json.dumps(settings | {"format": 2}), "format 2, this code reads 1"),
         ("[", "damaged"),
         ("[]", "damaged"),
     ):
@@ -469,25 +474,23 @@ def test_a_cache_that_cannot_be_used_is_one_line_that_says_what_to_do(cache, tmp
         assert "not complete: run cache_latents.py again" in message(function, folder)
 
 
-# Errors of the user.
+# User errors.
 
 
-def test_a_cache_of_other_settings_is_refused_whether_it_is_complete_or_not(
-    root, vae, cache, tmp_path, monkeypatch, capsys
-):
+def test_a_cache_with_other_settings_is_refused_complete_or_not(root, vae, cache, tmp_path, monkeypatch, capsys):
     folder = Path(shutil.copytree(cache, tmp_path / "cache"))
     for name in ("latents.json", "latents.partial.json"):
         (folder / "latents.json").rename(folder / name)
         before = content(folder)
-        assert "flips True, found False" in refused(monkeypatch, capsys, root, vae, folder)
+        assert "flips True, not False" in refused(monkeypatch, capsys, root, vae, folder)
         other = refused(monkeypatch, capsys, root, vae, folder, "--with-flips", "--image-size", 32)
-        assert "image_size 16, found 32" in other and "name another folder" in other
+        assert "image_size 16, not 32" in other and "name another folder" in other
         moved = shutil.copytree(vae, tmp_path / "vae", dirs_exist_ok=True)
-        assert f"vae {vae}, found {moved}" in refused(monkeypatch, capsys, root, moved, folder, "--with-flips")
+        assert f"vae {vae}, not {moved}" in refused(monkeypatch, capsys, root, moved, folder, "--with-flips")
         assert content(folder) == before
 
 
-def test_a_folder_without_anything_of_its_own_is_taken(root, vae, tmp_path, monkeypatch):
+def test_an_empty_folder_with_hidden_files_is_accepted(root, vae, tmp_path, monkeypatch):
     (tmp_path / "out").mkdir()
     (tmp_path / "out" / ".nfs01").write_text("")
     run(monkeypatch, root, vae, tmp_path / "out")
@@ -495,7 +498,7 @@ def test_a_folder_without_anything_of_its_own_is_taken(root, vae, tmp_path, monk
 
 
 @pytest.mark.parametrize("call", [1, 3, 7])  # latents.partial.json, the second video, latents.json
-def test_a_disk_that_fills_is_one_line_and_status_1_and_leaves_no_half_file(
+def test_a_full_disk_is_one_line_and_status_1_and_leaves_no_partial_file(
     root, vae, cache, tmp_path, monkeypatch, capsys, call
 ):
     out, fsync, calls = tmp_path / "out", os.fsync, []
@@ -510,14 +513,14 @@ def test_a_disk_that_fills_is_one_line_and_status_1_and_leaves_no_half_file(
     with monkeypatch.context() as patch:
         patch.setattr(os, "fsync", full)
         line = refused(patch, capsys, root, vae, out, "--with-flips", status=1)
-    assert "can't be written (No space left on device)" in line and "the same command goes on" in line
+    assert "can't be written (No space left on device)" in line and "run the same command again to continue" in line
     files = content(out)
     assert len(files) == call - 1 and files.items() <= (content(cache) | files).items()
     run(monkeypatch, root, vae, out, "--with-flips")
     assert content(out) == content(cache)
 
 
-def test_a_file_that_the_disk_cuts_short_is_one_line_and_status_1_and_leaves_nothing_behind(root, vae, tmp_path):
+def test_a_write_that_is_cut_short_is_one_line_and_status_1_and_leaves_no_temporary_file(root, vae, tmp_path):
     limit = "import resource; resource.setrlimit(resource.RLIMIT_FSIZE, (30_000, 30_000)); "  # Run/a takes more
     process = launch(["-c", limit + "import cache_latents; cache_latents.main()"], root, vae, tmp_path / "out")
     _, stderr = process.communicate(timeout=60)

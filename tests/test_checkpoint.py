@@ -356,7 +356,9 @@ def test_optimizers_remember_what_was_saved_of_the_same_weights_only(kind):
             assert all(torch.equal(new.state[weight][name], value) for name, value in memory.items())
     wider = optimizers_of(EqM(replace(CONFIG, hidden_size=48)), kind)
     for wrong, found in ((wider, saved), (after, saved[:-1]), (after, [{"state": {0: {}}}] * len(saved))):
-        assert "its optimizer is not of these weights" in refusal(checkpoint.load_optimizers, "best.pt", wrong, found)
+        assert "its optimizer does not match its weights" in refusal(
+            checkpoint.load_optimizers, "best.pt", wrong, found
+        )
 
 
 # The model ----------------------------------------------------------------------------------------------------------
@@ -396,7 +398,7 @@ def test_weights_that_do_not_fit_their_config_are_one_line_that_names_one(tmp_pa
     state["ema"]["final_layer.linear.bias"] = torch.zeros(3)
     checkpoint.save(tmp_path / "best.pt", state)
     message = refusal(checkpoint.load_model, tmp_path / "best.pt")
-    assert "best.pt: its weights are not those of its config" in message
+    assert "best.pt: its weights do not match its config" in message
     assert "final_layer.linear.bias" in message
 
 
@@ -431,11 +433,11 @@ FIXED = replace(ROPE, use_rope=False)
         (ROPE, {"use_rope": False}, ["--use-rope", "add it"]),
         (FIXED, {"use_rope": True}, ["--use-rope", "cannot be converted: retrain with --use-rope"]),
         (FIXED, {"num_frames": 16}, ["--num-frames", "8", "16", "fixed positions are tied to it"]),
-        (ROPE, models.shape_of("EqM-B/4"), ["--model", "EqM-S/4", "EqM-B/4"]),
-        (ROPE, models.shape_of("EqM-S/8"), ["--model", "EqM-S/4", "EqM-S/8"]),
-        (FIXED, models.shape_of("EqM-XL/2"), ["--model", "EqM-S/4", "EqM-XL/2"]),
-        (CONFIG, models.shape_of("EqM-S/4"), ["--model", "depth 2, width 24, heads 2", "EqM-S/4"]),
-        (replace(ROPE, input_size=12), models.shape_of("EqM-S/8"), ["--model", "EqM-S/4", "EqM-S/8"]),
+        (ROPE, models.model_shape("EqM-B/4"), ["--model", "EqM-S/4", "EqM-B/4"]),
+        (ROPE, models.model_shape("EqM-S/8"), ["--model", "EqM-S/4", "EqM-S/8"]),
+        (FIXED, models.model_shape("EqM-XL/2"), ["--model", "EqM-S/4", "EqM-XL/2"]),
+        (CONFIG, models.model_shape("EqM-S/4"), ["--model", "depth 2, width 24, heads 2", "EqM-S/4"]),
+        (replace(ROPE, input_size=12), models.model_shape("EqM-S/8"), ["--model", "EqM-S/4", "EqM-S/8"]),
     ],
 )
 def test_a_mismatch_names_the_flag_and_both_values(saved, wanted, words):
@@ -449,8 +451,8 @@ def test_what_agrees_or_is_not_given_passes(saved):
     checkpoint.check("best.pt", saved)
     checkpoint.check("best.pt", saved, **asdict(saved))
     checkpoint.check("best.pt", saved, **dict.fromkeys(asdict(saved)))  # all None
-    checkpoint.check("best.pt", saved, **models.shape_of("EqM-S/4"), num_classes=101)
-    checkpoint.check("best.pt", saved, **models.shape_of(None))
+    checkpoint.check("best.pt", saved, **models.model_shape("EqM-S/4"), num_classes=101)
+    checkpoint.check("best.pt", saved, **models.model_shape(None))
 
 
 def test_rotary_positions_go_with_another_number_of_frames():
@@ -468,24 +470,7 @@ def test_a_named_model_knows_its_name(name):
     assert models.model_name(**asdict(model_config(name))) == name
 
 
-# Run folders ---------------------------------------------------------------------------------------------------------
-
-
-def test_run_folders_are_numbered_and_none_is_used_twice(tmp_path):
-    root = tmp_path / "results" / "exp"
-    first, second = (runs.make_run_folder(root, name) for name in ("EqM-S-4-f4-rope", "EqM-B-2-f8"))
-    assert [first.name, second.name] == ["000-EqM-S-4-f4-rope", "001-EqM-B-2-f8"]
-    assert names(first) == ["checkpoints", "samples"]
-    (root / "notes.txt").write_text("")
-    (root / "041-EqM-S-4-f4-rope").mkdir()
-    assert runs.make_run_folder(root, "x").name == "042-x"
-
-
-def test_the_newest_run_is_the_last_of_its_name(tmp_path):
-    assert runs.newest_run(tmp_path / "missing", "a") is None
-    folders = [runs.make_run_folder(tmp_path, name) for name in ("a", "a", "a", "a-rope")]
-    assert [folder.name for folder in folders] == ["000-a", "001-a", "002-a", "003-a-rope"]
-    assert runs.newest_run(tmp_path, "a") == folders[2]
+# Which checkpoint a run resumes from ----------------------------------------------------------------------------------
 
 
 def test_the_newest_checkpoint_is_the_newest_that_is_whole_and_damaged_ones_are_named(tmp_path, capsys):
@@ -504,19 +489,3 @@ def test_the_newest_checkpoint_is_the_newest_that_is_whole_and_damaged_ones_are_
         assert f"{damaged}: damaged" in capsys.readouterr().out
     (folder / "latest.pt").unlink()
     assert checkpoint.newest_checkpoint(folder.parent)[0].name == "0000010.pt"
-
-
-def test_the_last_checkpoints_are_kept_with_best_and_latest(tmp_path):
-    folder = runs.make_run_folder(tmp_path, "a") / "checkpoints"
-    for name in ("0000010.pt", "0000020.pt", "0000030.pt", "9999999.pt", "best.pt", "latest.pt"):
-        (folder / name).touch()
-    runs.keep_last(folder.parent, 2)
-    assert {path.name for path in folder.iterdir()} == {"0000030.pt", "9999999.pt", "best.pt", "latest.pt"}
-
-
-def test_what_a_killed_process_was_writing_is_cleaned_up(tmp_path):
-    folder = runs.make_run_folder(tmp_path, "a")
-    for name in ("checkpoints/latest.pt.tmp", "metrics.jsonl.tmp", "checkpoints/latest.pt"):
-        (folder / name).touch()
-    runs.clean(folder)
-    assert [path.name for path in folder.rglob("*") if path.is_file()] == ["latest.pt"]

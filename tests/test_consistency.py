@@ -1,4 +1,4 @@
-"""Seams and drifts of clips that were made to have them, against what they must be."""
+"""Seams and drifts of clips made to have them, against their known values."""
 
 import json
 
@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from scoring import consistency, plots
-from scoring.consistency import NAMES
+from scoring.consistency import STATISTICS
 
 
 def random(*shape, seed=0):
@@ -18,8 +18,8 @@ def flat(levels):
     return torch.as_tensor(levels).byte()[:, :, None, None, None].expand(-1, -1, 4, 4, 3)
 
 
-def look(clips):
-    """(statistics (N, T, 7), change (N, T - 1)) as evaluate.py collects them."""
+def measure_all(clips):
+    """(statistics (N, T, 7), change (N, T - 1)), as measure_stream collects them."""
     return tuple(torch.stack(parts) for parts in zip(*map(consistency.measure, clips), strict=True))
 
 
@@ -45,15 +45,15 @@ def test_the_statistics_of_a_frame_are_mean_contrast_and_sharpness():
 def test_a_jump_at_every_border_is_the_seam_score(patch):
     steps = torch.full((5, 23), 2.0)
     jumps = torch.where((torch.arange(23) + 1) % patch == 0, 12.0, 2.0).expand(5, -1)
-    real, generated = look(flat(walk(steps))), look(flat(walk(jumps)))
+    real, generated = measure_all(flat(walk(steps))), measure_all(flat(walk(jumps)))
     score, interval = consistency.seam_score(generated[1], real[1], patch)
     assert score == pytest.approx(6) and interval == pytest.approx([6, 6])
     assert consistency.seam_score(real[1], generated[1], patch)[0] == pytest.approx(1 / 6)
 
 
 def test_real_clips_against_real_clips_have_no_seam_and_no_drift():
-    sets = [look((random(200, 12, 6, 6, 3, seed=seed) * 255).byte()) for seed in (0, 1)]
-    found = consistency.summarize(*sets, patch=4)
+    sets = [measure_all((random(200, 12, 6, 6, 3, seed=seed) * 255).byte()) for seed in (0, 1)]
+    found = consistency.summarize(*sets, temporal_patch_size=4)
     assert found["seam_score"] == pytest.approx(1, abs=0.01)
     assert found["seam_score_interval95"][0] < 1 < found["seam_score_interval95"][1]
     assert found["change_ratio"] == pytest.approx(1, abs=0.01)
@@ -62,19 +62,19 @@ def test_real_clips_against_real_clips_have_no_seam_and_no_drift():
     assert json.loads(json.dumps(found)) == found
 
 
-def test_jumps_between_the_borders_are_no_seam():
+def test_jumps_between_the_borders_are_not_a_seam():
     steps = torch.where((torch.arange(15) + 1) % 4 == 2, 12.0, 2.0).expand(5, -1)
-    jumpy, even = look(flat(walk(steps)))[1], look(flat(walk(torch.full((5, 15), 2.0))))[1]
+    jumpy, even = measure_all(flat(walk(steps)))[1], measure_all(flat(walk(torch.full((5, 15), 2.0))))[1]
     assert consistency.seam_score(jumpy, even, 4)[0] < 0.5
 
 
-def test_the_interval_of_the_seam_score_grows_with_the_spread_of_the_clips_and_holds_the_score():
-    sizes = 1 + 9 * random(80, 1)  # clips that move little and much
+def test_the_interval_of_the_seam_score_holds_the_score_and_is_wider_for_fewer_clips():
+    sizes = 1 + 9 * random(80, 1)  # clips with little and with much motion
     steps = sizes * torch.where((torch.arange(15) + 1) % 4 == 0, 3.0, 1.0) * (0.5 + random(80, 15, seed=1))
     even = torch.ones(2, 15)
-    score, (low, high) = consistency.seam_score(steps, even, patch=4)
+    score, (low, high) = consistency.seam_score(steps, even, temporal_patch_size=4)
     assert low < 3 < high and low < score < high
-    few = consistency.seam_score(steps[:10], even, patch=4)[1]
+    few = consistency.seam_score(steps[:10], even, temporal_patch_size=4)[1]
     assert few[1] - few[0] > 1.5 * (high - low)
 
 
@@ -89,29 +89,29 @@ def test_clips_that_stand_still_have_no_score():
     assert consistency.seam_score(torch.ones(3, 7), torch.zeros(3, 7), 4) == (None, None)
 
 
-def test_a_rising_brightness_is_the_drift_in_deviations_of_real_frames():
+def test_a_rising_brightness_is_a_drift_in_standard_deviations_of_real_frames():
     real = torch.tensor([[90.0] * 9, [110.0] * 9])
     generated = 100 + torch.arange(9.0) * 5 + torch.tensor([[0.0], [8], [16]])  # up by 40 from first to last
-    found = consistency.drifts(look(flat(generated))[0], look(flat(real))[0])
+    found = consistency.drifts(measure_all(flat(generated))[0], measure_all(flat(real))[0])
     spread = torch.tensor([90.0, 110] * 9).std().item()
-    for name in NAMES[:3]:
+    for name in STATISTICS[:3]:
         assert found[name]["drift"] == pytest.approx(40 / spread)
         assert found[name]["interval95"] == pytest.approx([40 / spread] * 2)
-    assert found["sharpness"] == {"drift": None, "interval95": None}  # flat frames all have none
-    back = consistency.drifts(look(flat(generated.flip(1)))[0], look(flat(real))[0])
-    assert back["mean red"]["drift"] == pytest.approx(-40 / spread)
+    assert found["sharpness"] == {"drift": None, "interval95": None}  # flat frames all have 0
+    reverse = consistency.drifts(measure_all(flat(generated.flip(1)))[0], measure_all(flat(real))[0])
+    assert reverse["mean red"]["drift"] == pytest.approx(-40 / spread)
 
 
-def test_what_drifts_in_real_clips_as_well_is_no_drift():
+def test_a_rise_that_real_clips_have_as_well_is_not_a_drift():
     rising = 60 + torch.arange(8.0) * 4 + torch.tensor([[0.0], [30], [60]])
-    found = consistency.drifts(look(flat(rising + 20))[0], look(flat(rising))[0])
+    found = consistency.drifts(measure_all(flat(rising + 20))[0], measure_all(flat(rising))[0])
     assert found["mean green"]["drift"] == pytest.approx(0, abs=1e-9)
 
 
-def test_blur_that_grows_is_a_drift_of_sharpness():
+def test_growing_blur_is_a_drift_of_sharpness():
     real = (random(20, 8, 8, 8, 3) * 255).byte()
     fading = real.double() * torch.linspace(1, 0.5, 8)[:, None, None, None]
-    found = consistency.summarize(look(fading.byte()), look(real), patch=4)
+    found = consistency.summarize(measure_all(fading.byte()), measure_all(real), temporal_patch_size=4)
     assert found["drift"]["sharpness"]["drift"] < -2
     low, high = found["drift"]["sharpness"]["interval95"]
     assert low < found["drift"]["sharpness"]["drift"] < high < 0
@@ -125,10 +125,10 @@ def test_the_profile_is_the_mean_by_position_with_its_interval():
     assert found["low"] == pytest.approx([3 - half, 10]) and found["high"] == pytest.approx([3 + half, 10])
 
 
-def test_the_report_and_the_plot_take_what_the_summary_leaves_out(tmp_path):
-    still = look(flat(torch.full((3, 4), 9.0)))
-    found = consistency.summarize(still, still, patch=4)
+def test_the_lines_and_the_plot_take_a_summary_with_missing_values(tmp_path):
+    still = measure_all(flat(torch.full((3, 4), 9.0)))
+    found = consistency.summarize(still, still, temporal_patch_size=4)
     assert found["seam_score"] is None and found["largest_drift"] is None and found["change_ratio"] is None
-    assert any("seam score" in line for line in consistency.report(found))
-    plots.plot_consistency(tmp_path / "a.png", found["by_position"], patch=4)
+    assert any("seam score" in line for line in consistency.result_lines(found))
+    plots.plot_consistency(tmp_path / "a.png", found["by_position"], temporal_patch_size=4)
     assert (tmp_path / "a.png").read_bytes()[1:4] == b"PNG"

@@ -1,4 +1,4 @@
-"""The model that comes with the repository is the one that its scores are of, and does what they say."""
+"""The scores of the demo model are of this model, and it reaches them."""
 
 import json
 import sys
@@ -7,28 +7,28 @@ from pathlib import Path
 import evaluate
 import generation
 import make_moving_shapes
-from scoring import manifest
+from scoring.manifest import read_manifest
 
 DEMO = Path(evaluate.__file__).resolve().parents[1] / "results/demo"
 
 
-def test_the_demo_is_small_and_its_scores_are_of_this_file():
+def test_the_demo_is_small_and_its_scores_are_of_this_model():
     assert sum(file.stat().st_size for file in DEMO.iterdir()) <= 5e6
     scores = list(DEMO.glob("motion-*.json"))
     assert len(scores) >= 3
     text = (DEMO / "README.md").read_text()
     for path in scores:
-        found = manifest.read(path)
+        found = read_manifest(path)
         assert found["generated"]["checkpoint_sha256"] == generation.sha256(DEMO)
         assert f"{found['values']['direction_accuracy']:.1%}" in text  # the table says what was measured
 
 
-def test_the_demo_moves_its_shapes_as_their_classes_say(tmp_path, monkeypatch):
+def test_the_demo_moves_its_shapes_in_the_directions_of_their_classes(tmp_path, monkeypatch):
     data, out = tmp_path / "shapes", tmp_path / "motion.json"
     make_moving_shapes.main(["--out", str(data), "--videos-per-class", "2"])
-    words = ["--ckpt", DEMO, "--data-path", data, "--num-samples", 24, "--num-real", 24, "--num-workers", 0]
-    words += ["--out", out]
-    words += ["--sampler", "ngd", "--num-sampling-steps", 16, "--stepsize", 0.0332, "--cfg-scale", 1.5]
-    monkeypatch.setattr(sys, "argv", ["evaluate.py", *map(str, words)])
+    flags = ["--ckpt", DEMO, "--data-path", data, "--num-samples", 24, "--num-real", 24, "--num-workers", 0]
+    flags += ["--out", out]
+    flags += ["--sampler", "ngd", "--num-sampling-steps", 16, "--stepsize", 0.0332, "--cfg-scale", 1.5]
+    monkeypatch.setattr(sys, "argv", ["evaluate.py", *map(str, flags)])
     evaluate.main()
     assert json.loads(out.read_text())["values"]["direction_accuracy"] >= 20 / 24

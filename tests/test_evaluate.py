@@ -1,4 +1,4 @@
-"""Numbers as a user gets them: against naive versions, repeated from their manifests, on one rank and on two."""
+"""evaluate.py end to end: against naive versions, repeated from its manifests, on one rank and on two."""
 
 import json
 import os
@@ -16,6 +16,7 @@ import torch
 import checkpoint
 import evaluate
 import make_moving_shapes
+from generation import sha256
 from models import EqM, model_config
 from scoring import frechet, manifest, sources
 from tiny_data import make_images, make_latents
@@ -52,11 +53,11 @@ def shapes(tmp_path_factory):
 
 
 def read_clips(root, split, count, frames=FRAMES, stream="real"):
-    """(clips uint8 (N, T, H, W, 3), labels, classes), by hand."""
+    """(clips uint8 (N, T, H, W, 3), labels, classes) of a data set, read without sources.py."""
     scan = scan_videos(root)
     videos = split_videos(root, scan.videos, 0.05)[split == "val"]
     clips = Clips(root, videos, scan.classes, frames, SIZE, flip=False, stream=stream)
-    items = [clips[number] for number in range(count)]
+    items = [clips[index] for index in range(count)]
     pixels = torch.stack([item["clip"].permute(1, 2, 3, 0) for item in items]).numpy()
     return pixels, [item["label"] for item in items], scan.classes
 
@@ -70,13 +71,13 @@ def write_samples(folder, clips, labels, classes, **about):
 
 @pytest.fixture(scope="module")
 def samples(shapes, tmp_path_factory):
-    """Real clips in the clothes of generated ones."""
+    """A sample folder that holds real clips."""
     about = {"source": {"temporal_patch_size": 4}}
     return write_samples(tmp_path_factory.mktemp("samples") / "s", *read_clips(shapes, "val", 12, stream="a"), **about)
 
 
 def make_checkpoint(path, classes, video=True):
-    """A checkpoint as train.py writes it, with random weights."""
+    """Write a checkpoint as train.py does, with random weights."""
     shape = {"temporal_patch_size": 4, "num_frames": 4} if video else {"temporal_patch_size": 1, "num_frames": 1}
     config = model_config(
         "EqM-Ti/4", input_size=SIZE, in_channels=3, num_classes=len(classes), depth=1, use_rope=True, **shape
@@ -115,47 +116,47 @@ def run(monkeypatch, *flags, status=None):
 
 
 def by_scipy(a, b):
-    """The Fréchet distance of features (N, D), as papers write it."""
+    """The Fréchet distance of features (N, D), computed with SciPy as in the papers."""
     root = scipy.linalg.sqrtm(np.cov(a.T) @ np.cov(b.T))
     return ((a.mean(0) - b.mean(0)) ** 2).sum() + np.trace(np.cov(a.T) + np.cov(b.T) - 2 * root.real)
 
 
 def naive_features(clips):
-    """Of (N, T, H, W, 3) the detector's, in NumPy: of whole clips."""
+    """The features of Detector of whole clips (N, T, H, W, 3), in NumPy."""
     pixels = clips.astype(float).transpose(0, 4, 1, 2, 3).reshape(len(clips), 3, -1)
     return np.concatenate([pixels.mean(2), pixels.std(2, ddof=1)], axis=1)
 
 
 @pytest.mark.parametrize("metric", ["fvd", "fid"])
 def test_the_distance_is_that_of_all_features_at_once(metric, shapes, samples, detector, tmp_path, monkeypatch):
-    made, real = np.load(samples / "samples.npz")["arr_0"], read_clips(shapes, "train", 20)[0]
+    generated, real = np.load(samples / "samples.npz")["arr_0"], read_clips(shapes, "train", 20)[0]
     if metric == "fid":  # of frames
-        made, real = made.reshape(-1, 1, SIZE, SIZE, 3), real.reshape(-1, 1, SIZE, SIZE, 3)
+        generated, real = generated.reshape(-1, 1, SIZE, SIZE, 3), real.reshape(-1, 1, SIZE, SIZE, 3)
     flags = ["--metric", metric, "--samples", samples, "--data-path", shapes, "--detector", detector]
     batches, extract = [], frechet.extract
 
-    def watched(detector, clips, *rest, **others):
+    def record_batch(detector, clips, *rest, **others):
         batches.append(len(clips))
         return extract(detector, clips, *rest, **others)
 
-    monkeypatch.setattr(frechet, "extract", watched)
+    monkeypatch.setattr(frechet, "extract", record_batch)
     found = run(monkeypatch, "--out", tmp_path / "a" / "b.json", *flags, "--num-real", 20, "--batch-size", 5, *FEW)
-    assert found["values"][metric] == pytest.approx(by_scipy(naive_features(made), naive_features(real)), rel=1e-4)
+    assert found["values"][metric] == pytest.approx(by_scipy(naive_features(generated), naive_features(real)), rel=1e-4)
     low, high = found["result"]["interval95"]
     assert low < found["values"][metric] < high
     assert found["protocol"] == f"{metric}12_real20_8f"
     assert max(batches) == 5  # no more clips are held at once
     assert found["real"]["split"] == "train" and found["real"]["num_videos"] == len(list(shapes.glob("*/*g02*")))
-    assert found["detector"]["sha256"] == evaluate.sha256(detector)
+    assert found["detector"]["sha256"] == sha256(detector)
 
 
-def test_real_features_are_kept_and_computed_anew_where_the_file_or_the_data_changed(
+def test_real_features_are_cached_and_computed_again_if_the_cache_is_damaged_or_the_data_changed(
     shapes, samples, detector, tmp_path, monkeypatch, capsys
 ):
     data = shutil.copytree(shapes, tmp_path / "data")
     flags = ["--metric", "fvd", "--samples", samples, "--data-path", data, "--detector", detector, "--num-real", 8]
-    reads, read = [], sources.real_stream
-    monkeypatch.setattr(sources, "real_stream", lambda *args: (reads.append(part) or part for part in read(*args)))
+    reads, real_stream = [], sources.real_stream
+    monkeypatch.setattr(sources, "real_stream", lambda *args: (reads.append(1) or part for part in real_stream(*args)))
 
     def again():
         reads.clear()
@@ -164,14 +165,14 @@ def test_real_features_are_kept_and_computed_anew_where_the_file_or_the_data_cha
     first, has_read = again()
     assert has_read
     assert again() == (first, False)
-    (kept,) = (tmp_path / "evaluate-cache").iterdir()
-    whole = kept.read_bytes()
-    kept.write_bytes(whole[:100])
+    (cached,) = (tmp_path / "evaluate-cache").iterdir()
+    whole = cached.read_bytes()
+    cached.write_bytes(whole[:100])
     assert again() == (first, True)
     assert "is damaged" in capsys.readouterr().out
-    assert kept.read_bytes() == whole
+    assert cached.read_bytes() == whole
     for video in data.glob("*/*g02*"):
-        os.utime(video, (1, 1))  # as if it had changed
+        os.utime(video, (1, 1))  # as if they had changed
     assert again() == (first, True)
     flags += ["--cache", tmp_path / "cache"]
     assert again() == (first, True)
@@ -224,7 +225,7 @@ def test_motion_of_real_clips_is_right_and_its_confusion_is_a_diagonal(shapes, s
             assert all(count == 0 for asked, row in rows.items() for name, count in row.items() if name != asked)
             assert sum(row[asked] for asked, row in rows.items()) == 12
     assert "asked, found:" in capsys.readouterr().out
-    assert found["generated"]["samples_sha256"] == evaluate.sha256(samples / "samples.npz")
+    assert found["generated"]["samples_sha256"] == sha256(samples / "samples.npz")
 
 
 def test_consistency_finds_the_seams_that_a_sample_folder_has(shapes, tmp_path, monkeypatch):
@@ -239,7 +240,7 @@ def test_consistency_finds_the_seams_that_a_sample_folder_has(shapes, tmp_path, 
     assert (tmp_path / "c.png").read_bytes()[1:4] == b"PNG"
     assert len(found["result"]["by_position"]["generated"]["change"]["mean"]) == 11
     off = run(monkeypatch, "--out", tmp_path / "d.json", *flags, "--temporal-patch-size", 5)
-    assert off["values"]["seam_score"] < 1  # no seam is looked for where they are
+    assert off["values"]["seam_score"] < 1  # the seams are not at the borders of this patch size
     run(monkeypatch, "--out", tmp_path / "e.json", *flags, status=2)
 
 
@@ -259,7 +260,7 @@ def test_images_have_a_fid_from_a_checkpoint_and_from_its_samples(detector, tmp_
     assert again["generated"]["source"]["checkpoint_sha256"] == found["generated"]["checkpoint_sha256"]
 
 
-def test_two_ranks_find_what_one_finds_sampling_on_the_way(shapes, ckpt, detector, tmp_path, monkeypatch):
+def test_two_ranks_that_sample_find_what_one_finds(shapes, ckpt, detector, tmp_path, monkeypatch):
     flags = ["--metric", "fvd", "--ckpt", ckpt, "--data-path", shapes, "--detector", detector, "--num-real", 9]
     flags += ["--num-samples", 5, "--batch-size", 2, *FEW, *SHORT]
     alone = run(monkeypatch, "--out", tmp_path / "1.json", *flags)
@@ -274,8 +275,8 @@ def test_two_ranks_find_what_one_finds_sampling_on_the_way(shapes, ckpt, detecto
     assert shared["result"]["interval95"] == pytest.approx(alone["result"]["interval95"], rel=1e-2)
 
 
-def spoil(kind, tmp_path, samples):
-    """A sample folder that is no good."""
+def damaged_copy(kind, tmp_path, samples):
+    """A copy of a sample folder with this kind of damage."""
     folder = shutil.copytree(samples, tmp_path / "bad")
     clips = np.load(samples / "samples.npz")["arr_0"]
     if kind == "no json":
@@ -299,36 +300,36 @@ def spoil(kind, tmp_path, samples):
 
 
 BAD_SAMPLES = {
-    "no json": "no samples.npz and samples.json", "mixed sizes": "of one size", "cut short": "zip",
-    "one clip": "1 clips", "images": "holds images", "floats": "wanted uint8", "unknown class": "label 99",
+    "no json": "samples.json of sample_gd.py is missing or damaged", "mixed sizes": "of one size", "cut short": "zip",
+    "one clip": "has 1 clips", "images": "holds images", "floats": "wanted uint8", "unknown class": "label 99",
 }  # fmt: skip
 
 
 @pytest.mark.parametrize("kind", BAD_SAMPLES)
-def test_a_sample_folder_that_is_no_good_is_refused(kind, shapes, samples, detector, tmp_path, monkeypatch, capsys):
-    flags = ["--metric", "fvd", "--samples", spoil(kind, tmp_path, samples), "--data-path", shapes]
+def test_a_damaged_or_unfit_sample_folder_is_refused(kind, shapes, samples, detector, tmp_path, monkeypatch, capsys):
+    flags = ["--metric", "fvd", "--samples", damaged_copy(kind, tmp_path, samples), "--data-path", shapes]
     run(monkeypatch, "--out", tmp_path / "out" / "a.json", *flags, "--detector", detector, status=2)
     lines = capsys.readouterr().err.splitlines()
     assert len(lines) == 1 and "--samples" in lines[0] and BAD_SAMPLES[kind] in lines[0], lines
     assert not (tmp_path / "out").exists()
 
 
-BAD_FLAGS = {  # of --metric fvd --samples S --data-path D --detector F; None takes one away
+BAD_FLAGS = {  # changes to --metric fvd --samples S --data-path D --detector F; None removes a flag
     "no source": ({"--samples": None}, ["--ckpt and --samples"]),
     "two sources": ({"--ckpt": "x.pt"}, ["--ckpt and --samples"]),
     "no data": ({"--data-path": None}, ["--data-path", "not given"]),
     "data that are not there": ({"--data-path": "no/such"}, ["--data-path no/such"]),
     "no detector": ({"--detector": None}, ["--detector", "--metric fvd"]),
-    "a detector without use": ({"--metric": "motion"}, ["--detector", "no use for --metric motion"]),
+    "a detector that is not used": ({"--metric": "motion"}, ["--detector", "not used for --metric motion"]),
     "a detector that is not there": ({"--detector": "no/such.pt"}, ["--detector no/such.pt", "no such file"]),
     "one real clip": ({"--num-real": 1}, ["--num-real 1", "at least 2"]),
     "one generated clip": ({"--num-samples": 1}, ["--num-samples 1", "at least 2"]),
     "more clips than there are": ({"--num-samples": 13}, ["--num-samples 13", "has 12"]),
-    "sampling flags": ({"--cfg-scale": 4}, ["--cfg-scale", "made already"]),
+    "sampling flags": ({"--cfg-scale": 4}, ["--cfg-scale", "already sampled"]),
     "out in a file": ({"--out": "/dev/null/a.json"}, ["--out /dev/null"]),
     "out is a folder": ({"--out": "/"}, ["--out /", "a folder"]),
     "a cache in a file": ({"--cache": "/dev/null/a"}, ["--cache /dev/null/a"]),
-    "one draw": ({"--resamples": 1}, ["--resamples 1", "at least 2"]),
+    "one resample": ({"--resamples": 1}, ["--resamples 1", "at least 2"]),
     "a folder without videos": ({"--data-path": ROOT / "scripts"}, ["--data-path", "no video found"]),
     "no split": ({"--split": "test"}, ["--split"]),
 }
@@ -361,14 +362,14 @@ def test_a_latent_cache_and_videos_that_are_too_short_are_refused(
 @pytest.mark.parametrize(
     ("text", "words"),
     [
-        ('{"format": 1, "met', "damaged or no JSON"),
+        ('{"format": 1, "met', "damaged or not JSON"),
         ("[1, 2]", "not a manifest"),
         ('{"format": 2}', "has format 2, this code reads 1"),
         ('{"format": 1}', "damaged: has no code"),
         (None, "can't be read"),
     ],
 )
-def test_a_manifest_that_is_none_or_another_version_is_refused(text, words, tmp_path, monkeypatch, capsys):
+def test_a_file_that_is_not_a_manifest_or_of_another_version_is_refused(text, words, tmp_path, monkeypatch, capsys):
     if text is not None:
         (tmp_path / "m.json").write_text(text)
     run(monkeypatch, "--out", tmp_path / "a.json", "--manifest", tmp_path / "m.json", status=2)
@@ -376,7 +377,7 @@ def test_a_manifest_that_is_none_or_another_version_is_refused(text, words, tmp_
     assert len(lines) == 1 and "--manifest" in lines[0] and words in lines[0], lines
 
 
-def test_only_places_may_be_given_beside_a_manifest(shapes, samples, tmp_path, monkeypatch, capsys):
+def test_flags_that_change_the_values_are_refused_beside_a_manifest(shapes, samples, tmp_path, monkeypatch, capsys):
     run(monkeypatch, "--out", tmp_path / "a.json", "--samples", samples, "--data-path", shapes, "--num-real", 2, *FEW)
     repeat = ["--out", tmp_path / "b.json", "--manifest", tmp_path / "a.json"]
     for flags, words in (
@@ -389,7 +390,7 @@ def test_only_places_may_be_given_beside_a_manifest(shapes, samples, tmp_path, m
     assert run(monkeypatch, *repeat)["repeats"]["bit_equal"]
 
 
-def test_the_commit_of_the_code_is_that_of_its_repository_and_has_a_plus_if_files_differ(tmp_path, monkeypatch):
+def test_the_commit_of_the_code_is_that_of_its_repository_with_a_plus_if_files_differ(tmp_path, monkeypatch):
     if shutil.which("git") is None:
         pytest.skip("no git on this machine")
     home = tmp_path / "repository" / "EqM"
@@ -402,7 +403,7 @@ def test_the_commit_of_the_code_is_that_of_its_repository_and_has_a_plus_if_file
         return subprocess.run(["git", *identity, *words], cwd=home, capture_output=True, text=True, check=True).stdout
 
     git("init")
-    assert manifest.code_commit() is None  # in a repository, but not of it
+    assert manifest.code_commit() is None  # in a repository, but not tracked
     git("add", ".")
     git("commit", "-m", "first")
     commit = git("rev-parse", "HEAD").strip()

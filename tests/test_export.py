@@ -16,7 +16,7 @@ from runtime.cli import UserError
 
 
 def make_checkpoint(path, video=True, **settings):
-    """A checkpoint as train.py writes it, whose weights and their average differ and matter."""
+    """Write a checkpoint as train.py does, with EMA weights that differ from the raw weights."""
     shape = {"temporal_patch_size": 4, "num_frames": 4} if video else {"temporal_patch_size": 1, "num_frames": 1}
     config = model_config("EqM-Ti/4", input_size=8, in_channels=3, num_classes=2, depth=1, **shape, **settings)
     state = {"version": checkpoint.VERSION, "optimizer": {"kind": "adamw", "states": []}, "best_loss": 1.0}
@@ -54,9 +54,9 @@ def test_an_exported_model_samples_bit_for_bit_what_its_checkpoint_samples(tmp_p
     kind = ["--video"] if video else []
     before = sample(monkeypatch, path, tmp_path / "a", *kind)
     assert np.array_equal(before, sample(monkeypatch, tmp_path / "shared", tmp_path / "b", *kind))
-    assert before.std() > 30  # the field did something
+    assert before.std() > 30  # the network had an effect
     raw = sample(monkeypatch, path, tmp_path / "c", *kind, "--no-ema")
-    assert not np.array_equal(before, raw)  # it is the average that is shared
+    assert not np.array_equal(before, raw)  # the EMA weights are exported
 
     model, config, step = checkpoint.load_model(tmp_path / "shared")
     original, _, _ = checkpoint.load_model(path)
@@ -76,7 +76,7 @@ def test_half_precision_is_half_as_large_and_close(tmp_path, monkeypatch):
     assert np.abs(a.astype(int) - b.astype(int)).mean() < 1
 
 
-def test_config_json_says_all_that_a_reader_wants_and_nothing_of_the_machine(tmp_path, monkeypatch):
+def test_config_json_holds_all_that_sampling_needs_and_no_paths_of_the_machine(tmp_path, monkeypatch):
     run(monkeypatch, export, make_checkpoint(tmp_path / "best.pt", use_rope=True), tmp_path / "shared")
     text = (tmp_path / "shared/config.json").read_text()
     about = json.loads(text)
@@ -89,10 +89,10 @@ def test_config_json_says_all_that_a_reader_wants_and_nothing_of_the_machine(tmp
     }  # fmt: skip
     assert about["training"]["lr"] == 1e-4
     assert "somebody" not in text
-    assert text.count("\n") > 20  # for eyes
+    assert text.count("\n") > 20  # readable
 
 
-def test_a_folder_with_something_in_it_is_left_alone(tmp_path, monkeypatch, capsys):
+def test_a_folder_that_is_not_empty_is_left_as_it_is(tmp_path, monkeypatch, capsys):
     path = make_checkpoint(tmp_path / "best.pt", use_rope=True)
     (tmp_path / "full").mkdir()
     (tmp_path / "full/notes.txt").write_text("mine")
@@ -144,7 +144,7 @@ def fail_on_config(path, text):
     raise OSError(28, "No space left on device")
 
 
-def test_a_disk_that_fills_leaves_no_half_export(tmp_path, monkeypatch, capsys):
+def test_a_full_disk_leaves_no_partial_export(tmp_path, monkeypatch, capsys):
     path = make_checkpoint(tmp_path / "best.pt", use_rope=True)
     with monkeypatch.context() as full, pytest.raises(SystemExit) as ended:
         full.setattr("pathlib.Path.write_text", fail_on_config)
@@ -152,11 +152,11 @@ def test_a_disk_that_fills_leaves_no_half_export(tmp_path, monkeypatch, capsys):
     assert ended.value.code == 1
     assert "No space left on device" in capsys.readouterr().err
     assert list((tmp_path / "new").iterdir()) == []
-    run(monkeypatch, export, path, tmp_path / "new/shared")  # and again
+    run(monkeypatch, export, path, tmp_path / "new/shared")  # works now
     assert sorted(file.name for file in (tmp_path / "new/shared").iterdir()) == ["config.json", "model.safetensors"]
 
 
-def test_flags_that_are_not_what_a_checkpoint_is_are_refused(tmp_path, monkeypatch, capsys):
+def test_flags_that_contradict_the_checkpoint_are_refused(tmp_path, monkeypatch, capsys):
     path = make_checkpoint(tmp_path / "best.pt", use_rope=True)
     run(monkeypatch, export, path, tmp_path / "shared")
     for script, arguments, words in (
@@ -172,7 +172,7 @@ def test_flags_that_are_not_what_a_checkpoint_is_are_refused(tmp_path, monkeypat
     assert not (tmp_path / "new").exists()
 
 
-def test_sampling_again_leaves_nothing_of_the_run_before(tmp_path, monkeypatch):
+def test_sampling_again_removes_the_files_of_the_run_before(tmp_path, monkeypatch):
     path, folder = make_checkpoint(tmp_path / "best.pt", video=False, ebm="dot"), tmp_path / "s"
     sample(monkeypatch, path, folder, "--report-energy", "--stop-below", 1e-9)
     (folder / "notes.txt").write_text("mine")
@@ -181,12 +181,12 @@ def test_sampling_again_leaves_nothing_of_the_run_before(tmp_path, monkeypatch):
     assert names == {"000000.png", "grid.png", "samples.npz", "samples.json", "notes.txt"}
 
 
-def test_training_goes_on_from_an_exported_model_with_a_fresh_optimizer(tmp_path, monkeypatch):
+def test_training_continues_from_an_exported_model_with_a_fresh_optimizer(tmp_path, monkeypatch):
     run(monkeypatch, export, make_checkpoint(tmp_path / "best.pt", video=False), tmp_path / "shared")
     for name in ("left", "right"):
         (tmp_path / "data" / name).mkdir(parents=True)
-        for number in range(2):
-            Image.new("RGB", (8, 8), (90 * number, 0, 0)).save(tmp_path / "data" / name / f"{number}.png")
+        for index in range(2):
+            Image.new("RGB", (8, 8), (90 * index, 0, 0)).save(tmp_path / "data" / name / f"{index}.png")
     flags = ["--data-path", tmp_path / "data", "--results-dir", tmp_path / "results", "--image-size", 8]
     flags += ["--vae", "none"]
     flags += ["--max-steps", 72, "--global-batch-size", 2, "--num-workers", 0, "--lr", 1e-9, "--optimizer", "muon"]

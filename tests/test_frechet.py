@@ -1,4 +1,4 @@
-"""Distances against closed forms and SciPy; the detector is called as published code calls it."""
+"""Distances against closed forms and SciPy; detectors are called as in published code."""
 
 import os
 import pickle
@@ -48,7 +48,7 @@ def test_diagonal_covariances_add_up():
 
 
 @pytest.mark.parametrize(("rank_a", "rank_b"), [(40, 50), (40, 7), (5, 7)])
-def test_scipys_matrix_square_root_gives_the_same_of_full_rank_and_of_less(rank_a, rank_b):
+def test_the_distance_with_scipys_matrix_square_root_is_the_same_at_full_rank_and_below(rank_a, rank_b):
     parts = normal(30), covariance(30, rank_a, 2), normal(30, seed=1), covariance(30, rank_b, 3)
     with np.errstate(all="ignore"):
         expected = by_scipy(*parts)
@@ -56,21 +56,21 @@ def test_scipys_matrix_square_root_gives_the_same_of_full_rank_and_of_less(rank_
     assert frechet_distance(*parts[2:], *parts[:2]) == pytest.approx(frechet_distance(*parts), rel=1e-9)
 
 
-def test_a_rotation_of_both_changes_nothing():
+def test_a_rotation_of_both_sets_changes_nothing():
     parts = normal(8), covariance(8, 20, 0), normal(8, seed=1), covariance(8, 3, 1)
-    turn, _ = torch.linalg.qr(normal(8, 8, seed=2))
-    turned = [turn @ part if part.dim() == 1 else turn @ part @ turn.T for part in parts]
-    assert frechet_distance(*turned) == pytest.approx(frechet_distance(*parts), rel=1e-9)
+    rotation, _ = torch.linalg.qr(normal(8, 8, seed=2))
+    rotated = [rotation @ part if part.dim() == 1 else rotation @ part @ rotation.T for part in parts]
+    assert frechet_distance(*rotated) == pytest.approx(frechet_distance(*parts), rel=1e-9)
 
 
-def test_covariances_without_overlap_leave_their_traces():
+def test_covariances_without_overlap_leave_the_sum_of_their_traces():
     a, b = torch.diag(torch.tensor([2.0, 3, 0, 0])).double(), torch.diag(torch.tensor([0, 0, 5.0, 7])).double()
     zero = torch.zeros(4, dtype=torch.float64)
     assert frechet_distance(zero, a, zero, b) == pytest.approx(17, rel=1e-12)
 
 
 @pytest.mark.parametrize("sizes", [[50], [1] * 50, [7, 30, 13]])
-def test_moments_are_those_of_the_whole_however_it_was_split(sizes):
+def test_merged_moments_are_those_of_the_whole_set(sizes):
     features = 1000 + normal(50, 4)  # far from zero, where sums of squares would lose digits
     merged = Moments.empty(4)
     for part in features.split(sizes):
@@ -80,7 +80,7 @@ def test_moments_are_those_of_the_whole_however_it_was_split(sizes):
     torch.testing.assert_close(merged.covariance, torch.cov(features.T), rtol=1e-9, atol=1e-12)
 
 
-def test_the_bootstrap_finds_the_error_that_repeated_sets_have():
+def test_the_bootstrap_error_is_the_deviation_over_repeated_sets():
     reference = Moments.of(normal(100_000, 1))
     sets = [2 + normal(200, 1, seed=seed) for seed in range(400)]
     distances = [
@@ -92,7 +92,7 @@ def test_the_bootstrap_finds_the_error_that_repeated_sets_have():
     assert found == pytest.approx(2 * 2 / 200**0.5, rel=0.15)  # of (mean - 0)^2 at 2, to first order
 
 
-def test_the_bootstrap_takes_the_frames_of_a_clip_together():
+def test_the_bootstrap_resamples_whole_clips():
     reference, clips = Moments.of(normal(500, 3)), 1 + normal(60, 1, 3, seed=1)
     alone = frechet.bootstrap_error(reference, clips, 100, seed=0)
     copies = frechet.bootstrap_error(reference, clips.repeat(1, 8, 1), 100, seed=0)  # as if frames stood still
@@ -101,7 +101,7 @@ def test_the_bootstrap_takes_the_frames_of_a_clip_together():
 
 
 class Channels(torch.nn.Module):
-    """Features that tell the layout and the range of what came in."""
+    """Features that show the layout and the range of the input."""
 
     def forward(self, x, rescale: bool = False, resize: bool = False, return_features: bool = False):
         assert rescale and resize and return_features
@@ -116,14 +116,14 @@ class Images(torch.nn.Module):
 
 
 class Broken(torch.nn.Module):
-    def __init__(self, how: str):
+    def __init__(self, output: str):
         super().__init__()
-        self.how = how
+        self.output = output
 
     def forward(self, x, return_features: bool = False):
-        if self.how == "not 2-D":
+        if self.output == "not 2-D":
             return x
-        return torch.full((len(x), 4), float("nan")) if self.how == "NaN" else x[:1].flatten(1)
+        return torch.full((len(x), 4), float("nan")) if self.output == "NaN" else x[:1].flatten(1)
 
 
 @pytest.fixture
@@ -155,14 +155,14 @@ def test_frames_reach_the_detector_of_images_in_their_order(save):
     torch.testing.assert_close(features, clips[:, :, 0].float().mean(dim=2))  # (B, T, C)
 
 
-@pytest.mark.parametrize("how", ["not 2-D", "NaN", "another number"])
-def test_a_detector_that_returns_something_else_is_refused(how, save):
-    path = save(Broken(how))
-    with pytest.raises(UserError, match="--detector .*: does not work as --metric fid calls it"):
+@pytest.mark.parametrize("output", ["not 2-D", "NaN", "too few rows"])
+def test_a_detector_that_does_not_return_finite_features_is_refused(output, save):
+    path = save(Broken(output))
+    with pytest.raises(UserError, match="--detector .*: does not work when called for --metric fid"):
         frechet.check_detector(path, frechet.load_detector(path), "fid", 4, 8)
 
 
-def test_a_detector_that_is_called_otherwise_is_refused(save):
+def test_a_detector_of_another_metric_is_refused(save):
     path = save(Images())
     with pytest.raises(UserError, match="--metric fvd"):
         frechet.check_detector(path, frechet.load_detector(path), "fvd", 4, 8)
@@ -177,7 +177,7 @@ class Hostile:
 
 
 @pytest.mark.parametrize("kind", ["zip", "legacy", "pickle", "empty", "folder", "nothing"])
-def test_what_is_no_torchscript_is_refused_and_runs_no_code(kind, tmp_path):
+def test_a_file_that_is_not_torchscript_is_refused_and_runs_no_code(kind, tmp_path):
     path, victim = tmp_path / "detector.pt", tmp_path / "victim"
     if kind in ("zip", "legacy"):
         torch.save(Hostile(victim), path, _use_new_zipfile_serialization=kind == "zip")
@@ -192,7 +192,7 @@ def test_what_is_no_torchscript_is_refused_and_runs_no_code(kind, tmp_path):
     assert not victim.exists()
 
 
-def test_tf32_is_off_while_features_are_made_and_as_before_after_it():
+def test_tf32_is_off_while_features_are_computed_and_restored_afterwards():
     before = torch.backends.cuda.matmul.fp32_precision, torch.backends.cudnn.conv.fp32_precision
     seen = []
 

@@ -25,7 +25,7 @@ LABELS = 0, 1, 2, 3, 0, 1
 
 
 def make_samples(folder, labels=LABELS, classes=CLASSES, num_frames=FRAMES, size=SIZE):
-    """A folder as sample_gd.py leaves it; frame f of sample n has the grey level 20 f + 10 n. Returns the folder."""
+    """A folder as sample_gd.py writes it; frame f of sample n has the grey level 20 f + 10 n. Returns the folder."""
     levels = 20 * np.arange(num_frames) + 10 * np.arange(len(labels))[:, None]  # (N, T)
     videos = np.broadcast_to(levels[..., None, None, None], (*levels.shape, size, size, 3)).astype(np.uint8)
     write_samples(folder, videos, labels, FPS, [classes[label] for label in labels])
@@ -44,12 +44,12 @@ def real(tmp_path_factory):
     root = tmp_path_factory.mktemp("real")
     for name in CLASSES[:2]:
         (root / name).mkdir()
-        for number in range(6):
+        for index in range(6):
             frames = np.full((30, 32, 40, 3), 100, np.uint8)
             frames[..., 0] = 4 * np.arange(30)[:, None, None]
-            frames[..., 1] = 40 * number
+            frames[..., 1] = 40 * index
             frames[..., 20:, 2] = 200
-            write_mp4(root / name / f"{number}.mp4", frames, 25)
+            write_mp4(root / name / f"{index}.mp4", frames, 25)
     return root
 
 
@@ -59,7 +59,7 @@ def run(monkeypatch, *flags):
 
 
 class Page(HTMLParser):
-    """What a page holds: tags as (name, attributes), all text outside of script and style."""
+    """The content of a page: tags as (name, attributes), and all text outside of script and style."""
 
     def __init__(self, path):
         super().__init__()
@@ -79,7 +79,7 @@ class Page(HTMLParser):
         return [attributes for name, attributes in self.tags if name == tag]
 
     def files(self, tag, attribute, kind):
-        """The files that are in the page, as bytes."""
+        """The files embedded in the page, as bytes."""
         sources = [attributes[attribute] for attributes in self.named(tag)]
         assert all(source.startswith(f"data:{kind};base64,") for source in sources)
         return [base64.b64decode(source.partition(",")[2], validate=True) for source in sources]
@@ -116,25 +116,25 @@ def test_the_page_holds_the_folders_own_videos_and_names_class_sample_seed_check
     assert list(tmp_path.iterdir()) == [folder]
 
 
-def test_names_are_text_whatever_is_in_them(tmp_path, monkeypatch):
+def test_names_are_shown_as_text_whatever_they_contain(tmp_path, monkeypatch):
     folder = make_samples(tmp_path / "samples")
     run(monkeypatch, folder)
     page = Page(folder / "gallery.html")
     for name in CLASSES:
         assert page.texts.count(name) == LABELS.count(CLASSES.index(name))  # captions
-        assert any(text.startswith(f"{name} (") for text in page.texts)  # the choice of classes
+        assert any(text.startswith(f"{name} (") for text in page.texts)  # the filter
         assert any(attributes["aria-label"] == f"generated, {name}" for attributes in page.named("video"))
     assert not page.named("img")
     assert len(page.named("script")) == page.source.count("</script>") == 1
 
 
-def test_a_class_whose_name_is_no_text_in_utf_8_does_not_matter(tmp_path, monkeypatch):
+def test_bytes_of_a_class_name_that_are_not_utf_8_become_question_marks(tmp_path, monkeypatch):
     folder = make_samples(tmp_path / "samples", [0], [os.fsdecode(b"caf\xe9")])
     run(monkeypatch, folder)
     assert "caf?" in Page(folder / "gallery.html").texts
 
 
-def test_nothing_in_the_page_comes_from_elsewhere(tmp_path, monkeypatch):
+def test_the_page_loads_no_other_file(tmp_path, monkeypatch):
     folder = make_samples(tmp_path / "samples")
     run(monkeypatch, folder)
     page = Page(folder / "gallery.html")
@@ -145,7 +145,7 @@ def test_nothing_in_the_page_comes_from_elsewhere(tmp_path, monkeypatch):
     assert "default-src 'none'" in policy
 
 
-def test_beside_each_sample_plays_a_clip_of_its_class_that_did_not_train_at_the_same_rate_size_and_length(
+def test_beside_each_sample_is_a_validation_clip_of_its_class_with_the_same_rate_size_and_length(
     tmp_path, real, monkeypatch
 ):
     folder = make_samples(tmp_path / "samples", [0, 1, 0, 1, 1])
@@ -153,7 +153,7 @@ def test_beside_each_sample_plays_a_clip_of_its_class_that_did_not_train_at_the_
     page = Page(tmp_path / "new/page.html")
     assert [text for text in page.texts if text in ("generated", "real")] == ["generated", "real"] * 5
     _, val = split_videos(real, scan_videos(real).videos, 0.5)
-    for number, data in enumerate(page.files("video", "data-src", "video/mp4")[1::2]):
+    for index, data in enumerate(page.files("video", "data-src", "video/mp4")[1::2]):
         frames, rate = decode(data)
         assert frames.shape[0] == FRAMES
         assert rate == FPS
@@ -161,24 +161,24 @@ def test_beside_each_sample_plays_a_clip_of_its_class_that_did_not_train_at_the_
         left, right = (half[..., 2].mean() for half in np.array_split(frames, 2, axis=2))
         assert right > left + 80  # not mirrored
         assert np.allclose(np.diff(red), 12, atol=4)  # every third of 25 frames per second
-        name = CLASSES[[0, 1, 0, 1, 1][number]]
+        name = CLASSES[[0, 1, 0, 1, 1][index]]
         assert f"{name}/{round(green.mean() / 40)}" in {video.key for video in val}
 
 
-def test_real_clips_of_a_class_come_in_turn_and_from_training_where_none_validates(tmp_path, real):
+def test_real_clips_of_a_class_come_in_turn_and_from_training_if_it_has_no_validation_videos(tmp_path, real):
     samples = gallery.load_samples(make_samples(tmp_path / "samples", [0, 1]))
     clips = gallery.RealClips(real, samples, 0.5)
     _, val = split_videos(real, scan_videos(real).videos, 0.5)
-    mine = {int(video.key[-1]) for video in val if video.class_name == CLASSES[0]}
-    assert len(mine) > 1
-    seen = [clips.next(CLASSES[0]) for _ in mine]
-    assert {round(clip[..., 1].mean() / 40) for clip, _ in seen} == mine
+    expected = {int(video.key[-1]) for video in val if video.class_name == CLASSES[0]}
+    assert len(expected) > 1
+    seen = [clips.next(CLASSES[0]) for _ in expected]
+    assert {round(clip[..., 1].mean() / 40) for clip, _ in seen} == expected
     assert {title for _, title in seen} == {"real"}
     clips = gallery.RealClips(real, samples, 0)  # one video validates
     assert {clips.next(name)[1] for name in CLASSES[:2]} == {"real", "real, from training"}
 
 
-def test_a_real_clip_at_another_rate_says_so(tmp_path, real):
+def test_the_title_of_a_real_clip_at_another_rate_gives_the_rate(tmp_path, real):
     samples = gallery.load_samples(make_samples(tmp_path / "samples", [0]))
     samples.about["time_scale"] = 1 / 60
     clip, title = gallery.RealClips(real, samples, 0.5).next(CLASSES[0])
@@ -186,7 +186,7 @@ def test_a_real_clip_at_another_rate_says_so(tmp_path, real):
     assert np.allclose(np.diff(clip[..., 0].mean(axis=(1, 2))), 4, atol=3)
 
 
-def test_images_are_images(tmp_path, monkeypatch):
+def test_a_page_of_images_holds_png_files(tmp_path, monkeypatch):
     folder = make_samples(tmp_path / "samples", [0, 1, 0], ["A", "B"], num_frames=1)
     run(monkeypatch, folder, "--data-path", make_images(tmp_path / "data", 8), "--val-fraction", 0.5)
     page = Page(folder / "gallery.html")
@@ -204,8 +204,8 @@ def test_a_large_folder_shows_its_first_samples_and_says_so(tmp_path, monkeypatc
     assert "4 samples (2 more: --num-samples 6)" in capsys.readouterr().out
 
 
-def spoil(folder, damage):
-    """Damage a sample folder; returns the words of the error."""
+def apply_damage(folder, damage):
+    """Damage a sample folder; returns words of the expected error."""
     npz, about = folder / "samples.npz", folder / "samples.json"
     if damage == "no json":
         about.unlink()
@@ -226,7 +226,7 @@ def spoil(folder, damage):
         about.write_text(json.dumps(json.loads(about.read_text()) | {"classes": CLASSES[:2]}))
     if damage == "no labels":
         np.savez(npz, arr_0=np.zeros((6, FRAMES, SIZE, SIZE, 3), np.uint8))
-    return "no samples.npz and samples.json of sample_gd.py ("
+    return "samples.npz or samples.json of sample_gd.py is missing or damaged ("
 
 
 @pytest.mark.parametrize(
@@ -234,7 +234,7 @@ def spoil(folder, damage):
 )
 def test_a_damaged_folder_is_one_line(tmp_path, monkeypatch, capsys, damage):
     folder = make_samples(tmp_path / "samples")
-    words = spoil(folder, damage)
+    words = apply_damage(folder, damage)
     with pytest.raises(SystemExit) as ended:
         run(monkeypatch, folder)
     assert ended.value.code == 2
@@ -269,10 +269,10 @@ def test_bad_input_is_one_line_and_status_2(tmp_path, real, monkeypatch, capsys)
     assert not list(tmp_path.rglob("*.html*"))
 
 
-def test_a_disk_that_fills_leaves_no_half_page(tmp_path, monkeypatch, capsys):
+def test_a_full_disk_leaves_no_partial_page(tmp_path, monkeypatch, capsys):
     folder = make_samples(tmp_path / "samples")
 
-    def fail(descriptor):  # what was written lies in a temporary file then
+    def fail(descriptor):  # called before the temporary file replaces the page
         raise OSError(28, "No space left on device")
 
     monkeypatch.setattr(os, "fsync", fail)
@@ -287,11 +287,11 @@ def test_a_disk_that_fills_leaves_no_half_page(tmp_path, monkeypatch, capsys):
 # The page in a browser
 
 CHROMIUM = next(filter(None, map(shutil.which, ("chromium", "chromium-browser", "google-chrome"))), None)
-PATIENCE = 60  # seconds until what is waited for counts as never to come
+PATIENCE = 60  # seconds to wait before a test fails
 
 
 class Browser:
-    """A page in a headless Chromium, which listens to its DevTools protocol on a pipe: JSON that ends with a 0."""
+    """A page in a headless Chromium, controlled by its DevTools protocol over a pipe: JSON that ends with a 0 byte."""
 
     def __init__(self, profile):
         commands, write = os.pipe()
@@ -304,18 +304,18 @@ class Browser:
         )  # fmt: skip
         os.close(commands)
         os.close(answers)
-        self.write, self.read, self.rest, self.number, self.session, self.events = write, read, b"", 0, {}, []
+        self.write, self.read, self.rest, self.message_id, self.session, self.events = write, read, b"", 0, {}, []
         target = self.call("Target.createTarget", url="about:blank")["targetId"]
         self.session = {"sessionId": self.call("Target.attachToTarget", targetId=target, flatten=True)["sessionId"]}
         for domain in ("Page", "Runtime", "Log", "Network"):
             self.call(f"{domain}.enable")
 
     def call(self, method, **params):
-        """The result of a command; events that come meanwhile are kept."""
-        self.number += 1
-        message = {"id": self.number, "method": method, "params": params} | self.session
+        """The result of a command; events that arrive before it are kept."""
+        self.message_id += 1
+        message = {"id": self.message_id, "method": method, "params": params} | self.session
         os.write(self.write, json.dumps(message).encode() + b"\0")
-        while (answer := self.receive()).get("id") != self.number:
+        while (answer := self.receive()).get("id") != self.message_id:
             self.events.append(answer)
         assert "error" not in answer, answer
         return answer["result"]
@@ -348,16 +348,16 @@ class Browser:
     def wait(self, condition):
         deadline = time.monotonic() + PATIENCE
         while not self.ask(condition):
-            assert time.monotonic() < deadline, f"{condition} is still not true: {self.complaints()}"
+            assert time.monotonic() < deadline, f"{condition} is still not true: {self.errors()}"
             time.sleep(0.02)
 
     def press(self, key):
         for kind in ("keyDown", "keyUp"):
             self.call("Input.dispatchKeyEvent", type=kind, key=key, text=key if len(key) == 1 else "")
 
-    def complaints(self):
+    def errors(self):
         """Errors in the console, of scripts and of the security policy, since the page was opened."""
-        self.ask("0")  # gets what has come meanwhile
+        self.ask("0")  # receives pending events
         errors = [event for event in self.events if event["method"] == "Runtime.exceptionThrown"]
         errors += [event for event in self.events if event["method"] in ("Log.entryAdded", "Runtime.consoleAPICalled")]
         return errors
@@ -397,7 +397,7 @@ READY = "videos.every(video => video.ready && !video.seeking)"
 TIMES = "videos.map(video => video.currentTime)"
 
 
-def test_all_videos_play_in_step_and_begin_anew_together_and_no_request_leaves_the_page(browser, page):
+def test_all_videos_play_in_step_and_restart_together_and_no_request_leaves_the_page(browser, page):
     browser.open(page)
     browser.wait(READY)
     assert browser.ask("videos.length") == 12
@@ -406,10 +406,10 @@ def test_all_videos_play_in_step_and_begin_anew_together_and_no_request_leaves_t
         """new Promise(done => {
           const rows = [];
           let rounds = 0;
-          (function look() {
+          (function check() {
             rows.push(videos.map(video => video.currentTime));
             if (rows.length > 1 && rows.at(-1)[0] < rows.at(-2)[0]) rounds += 1;
-            rounds < 3 ? requestAnimationFrame(look) : done(rows);
+            rounds < 3 ? requestAnimationFrame(check) : done(rows);
           })();
         })"""
     )
@@ -419,10 +419,10 @@ def test_all_videos_play_in_step_and_begin_anew_together_and_no_request_leaves_t
     assert np.median(spread) < 1 / FPS  # a busy machine may stall now and then
     assert all(url.startswith(("file:", "data:", "blob:")) for url in browser.requests())
     assert any(url.startswith("file:") for url in browser.requests())
-    assert not browser.complaints()
+    assert not browser.errors()
 
 
-def test_a_video_that_falls_behind_or_stops_gets_into_step_again(browser, page):
+def test_a_video_that_falls_behind_or_stops_gets_back_into_step(browser, page):
     browser.open(page)
     browser.wait(READY)
     browser.ask(f"videos[3].currentTime = (now + 0.5) % {FRAMES / FPS}")
@@ -434,12 +434,12 @@ def test_a_video_that_falls_behind_or_stops_gets_into_step_again(browser, page):
     browser.ask("videos[4].pause()")
     same_round = f"""new Promise(done => {{
       const before = now;
-      (function look() {{ {in_step} || now < before ? done(now >= before) : requestAnimationFrame(look); }})();
+      (function check() {{ {in_step} || now < before ? done(now >= before) : requestAnimationFrame(check); }})();
     }})"""
-    assert browser.ask(same_round)  # without waiting for all to begin anew
+    assert browser.ask(same_round)  # without waiting for the next round
 
 
-def test_a_pause_stops_all_on_one_frame_and_the_slider_and_keys_step_through_the_right_frames(browser, page):
+def test_a_pause_stops_all_on_one_frame_and_slider_and_keys_show_the_right_frames(browser, page):
     browser.open(page)
     browser.wait(READY + " && playing && now > 0")
     browser.press(" ")
@@ -455,7 +455,7 @@ def test_a_pause_stops_all_on_one_frame_and_the_slider_and_keys_step_through_the
       context.drawImage(video, 0, 0, 8, 8);
       return [...context.getImageData(4, 4, 1, 1).data].slice(0, 3);
     })"""
-    number, reds = np.arange(6), {}
+    index, reds = np.arange(6), {}
     for frame in (0, 5, 7, 6):
         if frame == 6:
             browser.press("ArrowLeft")
@@ -463,17 +463,17 @@ def test_a_pause_stops_all_on_one_frame_and_the_slider_and_keys_step_through_the
             browser.ask(f"slider.value = {frame}; slider.dispatchEvent(new Event('input'))")
         browser.wait(f"{READY} && +slider.value === {frame}")
         seen = np.array(browser.ask(pixels))
-        assert np.abs(seen[::2] - (20 * frame + 10 * number)[:, None]).max() <= 6  # generated
+        assert np.abs(seen[::2] - (20 * frame + 10 * index)[:, None]).max() <= 6  # generated
         reds[frame] = seen[1::2, 0]
     for frame, red in reds.items():
         assert np.abs(red - reds[0] - 12 * frame).max() <= 6  # of the real ones
     assert browser.ask("count.textContent") == "frame 7 of 8"
     browser.ask("play.click()")
     browser.wait("playing && videos.every(video => !video.paused)")
-    assert not browser.complaints()
+    assert not browser.errors()
 
 
-def test_the_choice_of_a_class_shows_its_samples_only_and_what_is_hidden_is_not_loaded(browser, tmp_path, monkeypatch):
+def test_the_filter_shows_the_samples_of_a_class_only_and_hidden_videos_are_not_loaded(browser, tmp_path, monkeypatch):
     folder = make_samples(tmp_path / "samples")
     run(monkeypatch, folder)
     browser.open(folder / "gallery.html")
@@ -487,10 +487,10 @@ def test_the_choice_of_a_class_shows_its_samples_only_and_what_is_hidden_is_not_
         browser.wait("videos.filter(video => video.ready).every(video => !video.paused)")
     browser.ask("filter.value = ''; filter.dispatchEvent(new Event('change'))")
     browser.wait(READY + " && videos.every(video => !video.paused)")
-    assert not browser.complaints()  # nor did a name become an element or a script
+    assert not browser.errors()  # and no class name became an element or a script
 
 
-def test_on_a_phone_all_fits_the_width_and_what_comes_onto_the_screen_plays_with_the_rest(browser, page):
+def test_on_a_phone_the_page_fits_the_width_and_videos_scrolled_into_view_play(browser, page):
     browser.open(page, width=360, height=500)
     browser.wait("videos.some(video => video.ready)")
     assert browser.ask("document.documentElement.scrollWidth") <= 360
@@ -498,10 +498,10 @@ def test_on_a_phone_all_fits_the_width_and_what_comes_onto_the_screen_plays_with
     browser.ask("scrollTo(0, document.body.scrollHeight)")
     browser.wait("videos.at(-1).ready && !videos.at(-1).paused && videos.at(-1).currentTime > 0")
     browser.wait("!videos[0].ready")
-    assert not browser.complaints()
+    assert not browser.errors()
 
 
-def test_light_and_dark_are_those_of_the_system_and_who_wants_less_motion_starts_with_a_pause(browser, page):
+def test_colors_follow_the_dark_mode_of_the_system_and_reduced_motion_starts_paused(browser, page):
     lightness = "getComputedStyle(document.body)[%r].match(/\\d+/g).slice(0, 3).reduce((a, b) => a + +b, 0) / 3"
     for scheme, dark in (("light", False), ("dark", True)):
         browser.open(page, prefers_color_scheme=scheme)
@@ -522,4 +522,4 @@ def test_a_page_of_images_has_nothing_to_play(browser, tmp_path, monkeypatch):
     assert browser.ask("[play, slider, speed].every(part => !part.offsetParent)")
     browser.ask("filter.value = '0'; filter.dispatchEvent(new Event('change'))")
     assert browser.ask("cards.filter(card => card.offsetParent).length") == 2
-    assert not browser.complaints()
+    assert not browser.errors()

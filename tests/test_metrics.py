@@ -24,7 +24,7 @@ def board(folder):
     return events
 
 
-def test_each_call_appends_one_json_line_that_is_on_disk_at_once(tmp_path):
+def test_each_call_appends_a_json_line_at_once(tmp_path):
     metrics = Metrics(tmp_path)
     metrics.log(10, loss=0.5, clips=32)
     assert lines(tmp_path) == ['{"step": 10, "loss": 0.5, "clips": 32}']  # while the file is still open
@@ -112,7 +112,7 @@ def test_other_ranks_write_nothing(tmp_path, monkeypatch):
     assert not list(tmp_path.iterdir())
 
 
-def test_after_resuming_no_step_stands_twice(tmp_path):
+def test_after_a_resume_no_step_is_logged_twice(tmp_path):
     metrics = Metrics(tmp_path)
     for step in range(1, 8):
         metrics.log(step, loss=1.0)
@@ -130,7 +130,7 @@ def test_after_resuming_no_step_stands_twice(tmp_path):
     ]  # fmt: skip
 
 
-def test_resuming_drops_a_line_torn_by_a_crash_and_counts_it(tmp_path):
+def test_a_resume_drops_and_counts_a_line_torn_by_a_crash(tmp_path):
     (tmp_path / "metrics.jsonl").write_text('{"step": 1, "loss": 0.5}\n{"step": 2, "lo')
     metrics = Metrics(tmp_path, resume_step=2)
     metrics.log(3, loss=0.25)
@@ -139,14 +139,14 @@ def test_resuming_drops_a_line_torn_by_a_crash_and_counts_it(tmp_path):
     assert lines(tmp_path) == ['{"step": 1, "loss": 0.5}', '{"step": 3, "loss": 0.25}']
 
 
-def test_resuming_keeps_lines_as_they_were(tmp_path):
+def test_a_resume_does_not_change_earlier_lines(tmp_path):
     text = '{"step": 1, "loss": 0.1, "val/loss": null}\n{"step": 1, "note": 3}\n'
     (tmp_path / "metrics.jsonl").write_text(text)
     Metrics(tmp_path, resume_step=1).close()
     assert (tmp_path / "metrics.jsonl").read_text() == text
 
 
-def test_resuming_a_folder_without_metrics_starts_afresh(tmp_path):
+def test_a_resume_without_metrics_starts_a_new_file(tmp_path):
     metrics = Metrics(tmp_path, resume_step=100)
     metrics.log(101, loss=1.0)
     metrics.close()
@@ -154,12 +154,12 @@ def test_resuming_a_folder_without_metrics_starts_afresh(tmp_path):
 
 
 @pytest.mark.parametrize("torn_line", [b'{"step": 2, "loss": 0.', b"\xff\xfe{", b"\0\0\0\0"])
-def test_reading_leaves_torn_lines_out_and_counts_them(tmp_path, torn_line):
+def test_torn_lines_are_left_out_and_counted(tmp_path, torn_line):
     (tmp_path / "metrics.jsonl").write_bytes(b'{"step": 1, "loss": 0.5}\n' + torn_line)
     assert read_metrics(tmp_path / "metrics.jsonl") == ([{"step": 1, "loss": 0.5}], 1)
 
 
-def test_asking_for_wandb_without_the_package_is_one_line_that_says_how_to_get_it(tmp_path, monkeypatch):
+def test_wandb_without_the_package_is_an_error_that_says_how_to_install_it(tmp_path, monkeypatch):
     monkeypatch.setitem(sys.modules, "wandb", None)  # as if it were not installed
     with pytest.raises(UserError, match="--wandb.*pip install wandb"):
         import_wandb()
@@ -168,7 +168,7 @@ def test_asking_for_wandb_without_the_package_is_one_line_that_says_how_to_get_i
 
 
 class FakeWandb(SimpleNamespace):
-    """As much of the wandb package as is used; remembers what it was given."""
+    """The part of the wandb package that is used; records its arguments."""
 
     def __init__(self):
         super().__init__(Error=RuntimeError, runs=[])
@@ -181,7 +181,7 @@ class FakeWandb(SimpleNamespace):
         return run
 
 
-def test_wandb_gets_the_config_and_the_scalars_and_a_resumed_run_goes_on_under_its_id(tmp_path, monkeypatch):
+def test_wandb_gets_the_config_and_the_scalars_and_a_resumed_run_keeps_its_id(tmp_path, monkeypatch):
     fake = FakeWandb()
     monkeypatch.setitem(sys.modules, "wandb", fake)
     for resume_step in (None, 5):
@@ -196,7 +196,7 @@ def test_wandb_gets_the_config_and_the_scalars_and_a_resumed_run_goes_on_under_i
     assert second.arguments["resume"] == "allow"
 
 
-def test_a_wandb_run_that_cannot_start_is_one_line(tmp_path, monkeypatch):
+def test_a_wandb_run_that_cannot_start_is_a_user_error(tmp_path, monkeypatch):
     fake = FakeWandb()
     monkeypatch.setitem(sys.modules, "wandb", fake)
 
@@ -208,25 +208,25 @@ def test_a_wandb_run_that_cannot_start_is_one_line(tmp_path, monkeypatch):
         Metrics(tmp_path, wandb=True)
 
 
-# The window between two lines ---------------------------------------------------------------------------------------
+# StepStats ----------------------------------------------------------------------------------------------------------
 
 
-def fill(window, values, skipped=None):
+def fill(stats, values, skipped=None):
     for number, value in enumerate(values):
         scalars = {"train_loss": torch.tensor(value), "grad_norm": torch.tensor(2 * value)}
         if skipped:
             scalars["skipped"] = torch.tensor(float(skipped[number]))
-        window.add([f"{number}.avi"], **scalars)
-    return window
+        stats.add([f"{number}.avi"], **scalars)
+    return stats
 
 
-def test_a_window_gives_means():
+def test_the_summary_has_the_means_of_the_steps():
     summary = fill(StepStats(), [1.0, 2.0, 6.0]).summary(step=3, global_batch=8)
     assert (summary["train_loss"], summary["grad_norm"]) == (3.0, 6.0)
     assert summary["clips_per_s"] > 0
 
 
-def test_a_window_that_was_interrupted_gives_the_same_means_bit_for_bit():
+def test_an_interruption_changes_no_bit_of_the_means():
     values = torch.rand(7, generator=torch.Generator().manual_seed(0)).tolist()
     whole = fill(StepStats(), values).summary(step=7, global_batch=8)
     first = fill(StepStats(), values[:3])
@@ -238,17 +238,17 @@ def test_a_window_that_was_interrupted_gives_the_same_means_bit_for_bit():
 
 
 @pytest.mark.parametrize("value", [float("nan"), float("inf"), -float("inf")])
-def test_a_number_that_is_not_finite_names_its_step_files_and_the_norms_before(value):
-    window = fill(StepStats(), [1.0, 2.0, value, 3.0])
+def test_the_error_for_a_nonfinite_value_names_its_step_files_and_earlier_gradient_norms(value):
+    stats = fill(StepStats(), [1.0, 2.0, value, 3.0])
     words = "the train_loss of step 103 is not finite, on rank 0, of 2.avi; gradient norms up to it: 2, 4, "
     with pytest.raises(UserError, match=words):
-        window.summary(step=104, global_batch=8)
+        stats.summary(step=104, global_batch=8)
 
 
-def test_steps_that_were_skipped_are_counted_and_their_numbers_are_not():
-    window = fill(StepStats(), [1.0, float("nan"), 3.0], skipped=[0, 1, 0])
-    summary = window.summary(step=3, global_batch=8)
+def test_skipped_steps_are_counted_and_left_out_of_the_means():
+    stats = fill(StepStats(), [1.0, float("nan"), 3.0], skipped=[0, 1, 0])
+    summary = stats.summary(step=3, global_batch=8)
     assert (summary["train_loss"], summary["skipped"]) == (2.0, 1)
-    assert np.isnan(fill(StepStats(), [float("inf")], skipped=[1]).summary(1, 8)["train_loss"])  # nothing to tell
+    assert np.isnan(fill(StepStats(), [float("inf")], skipped=[1]).summary(1, 8)["train_loss"])  # no step left
     with pytest.raises(UserError, match="step 2 is not finite"):
         fill(StepStats(), [float("nan"), float("nan")], skipped=[1, 0]).summary(step=2, global_batch=8)

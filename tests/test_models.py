@@ -44,7 +44,7 @@ def tiny(**changes):
 
 @torch.no_grad()
 def randomised(model, seed=0):
-    """adaLN-Zero makes f = 0 at the start; give all parameters values, and attention enough contrast to matter."""
+    """Random parameters (f = 0 at initialisation), large enough that attention is not uniform."""
     generator = torch.Generator().manual_seed(seed)
     for parameter in model.parameters():
         std = 1.5 / math.sqrt(parameter[0].numel()) if parameter.dim() > 1 else 0.5
@@ -62,7 +62,7 @@ def labels(batch=1):
 
 
 def distance(a, b):
-    """How different two fields are, as a share of their size."""
+    """The relative distance of a from b."""
     return ((a - b).norm() / b.norm()).item()
 
 
@@ -71,7 +71,7 @@ def roll_patches(x, axis, p):
 
 
 def reverse_patches(x, pt):
-    """Reverse the order of the temporal patches, not of the frames within one."""
+    """Reverse the order of the temporal patches, not of the frames within a patch."""
     return x.unflatten(2, (-1, pt)).flip(2).flatten(2, 3)
 
 
@@ -152,7 +152,7 @@ def test_no_time_scale_is_25_frames_per_second(shallow):
 
 
 @torch.no_grad()
-def test_a_frame_changes_what_the_network_says_about_the_others(shallow):
+def test_a_frame_changes_the_field_of_the_other_frames(shallow):
     x, y = clip(8, shallow.config), labels()
     changed = x.clone()
     changed[:, :, 0] += 1
@@ -177,7 +177,7 @@ def test_the_fixed_table_of_videos_gives_a_third_of_the_channels_to_each_axis(si
     assert table.isfinite().all()
     assert table.shape == (1, 27, D)
     torch.testing.assert_close(table[0], torch.tensor(naive))
-    assert len(table[0].unique(dim=0)) == 27  # every place has its own
+    assert len(table[0].unique(dim=0)) == 27  # all positions differ
 
 
 def test_the_fixed_table_of_images_is_that_of_mae_with_the_width_first():
@@ -186,7 +186,7 @@ def test_the_fixed_table_of_images_is_that_of_mae_with_the_width_first():
     torch.testing.assert_close(position_table(config)[0], torch.tensor(naive))
 
 
-def test_the_fixed_table_is_what_is_added_to_the_tokens():
+def test_the_fixed_table_is_added_to_the_tokens():
     model = tiny(use_rope=False)
     seen = []
     model.blocks[0].register_forward_pre_hook(lambda block, args: seen.append(args[0]))
@@ -215,7 +215,7 @@ def test_a_batch_of_mixed_time_scales_equals_its_samples_alone(use_rope):
 
 @pytest.mark.parametrize("num_frames", [5, 6, 7, 9])
 @torch.no_grad()
-def test_a_clip_that_does_not_fill_its_last_patch_repeats_its_last_frame(num_frames):
+def test_a_clip_that_does_not_fill_its_last_patch_is_padded_with_its_last_frame(num_frames):
     model, x, y = tiny(), clip(num_frames, batch=2), labels(2)
     f = model(x, y)
     padded = torch.cat([x] + [x[:, :, -1:]] * (-num_frames % 4), dim=2)
@@ -231,7 +231,7 @@ def test_fixed_positions_pad_as_well():
 
 
 @torch.no_grad()
-def test_rotary_positions_take_every_number_of_frames_from_the_temporal_patch_up():
+def test_rotary_positions_work_for_every_number_of_frames_from_a_temporal_patch_up():
     model = tiny()
     for num_frames in range(4, 20):
         f = model(clip(num_frames), labels())
@@ -241,8 +241,8 @@ def test_rotary_positions_take_every_number_of_frames_from_the_temporal_patch_up
 
 @pytest.mark.parametrize("use_rope", [True, False])
 @pytest.mark.parametrize("num_frames", [1, 3])
-def test_fewer_frames_than_the_temporal_patch_are_refused(use_rope, num_frames):
-    with pytest.raises(ValueError, match=f"{num_frames} frames are fewer than the temporal patch has, 4"):
+def test_fewer_frames_than_a_temporal_patch_are_refused(use_rope, num_frames):
+    with pytest.raises(ValueError, match=f"needs at least 4 frames, found {num_frames}"):
         tiny(use_rope=use_rope)(clip(num_frames), labels())
 
 
@@ -289,7 +289,7 @@ def spied_rotary(model, monkeypatch, x, time_scale):
     return angles, dtypes
 
 
-def test_angles_are_computed_once_per_forward_and_turn_queries_and_keys_of_every_block(monkeypatch):
+def test_angles_are_computed_once_per_forward_and_rotate_queries_and_keys_of_every_block(monkeypatch):
     angles, dtypes = spied_rotary(tiny(), monkeypatch, clip(8), None)
     assert len(angles) == 1
     assert len(dtypes) == 2 * TINY.depth
@@ -337,7 +337,7 @@ def test_the_field_is_zero_at_initialisation(use_rope, qk_norm):
     assert torch.equal(f, torch.zeros_like(f))
 
 
-def test_the_first_gradient_goes_to_the_last_layer_and_opens_it():
+def test_the_first_gradient_reaches_the_last_layer():
     model = EqM(TINY)
     (model(clip(8), labels()) - 1).square().sum().backward()
     assert model.final_layer.linear.weight.grad.abs().sum() > 0
@@ -355,7 +355,7 @@ def test_parameter_names_and_shapes_are_the_published_ones():
         "t_embedder.mlp.2.weight": (D, D),
         "t_embedder.mlp.2.bias": (D,),
         "y_embedder.embedding_table.weight": (1001, D),
-        "final_layer.linear.weight": (2 * 2 * 4, D),  # published with a sigma half that is not used
+        "final_layer.linear.weight": (2 * 2 * 4, D),  # published with an unused second half, sigma
         "final_layer.linear.bias": (2 * 2 * 4,),
         "final_layer.adaLN_modulation.1.weight": (2 * D, D),
         "final_layer.adaLN_modulation.1.bias": (2 * D,),
@@ -395,11 +395,13 @@ def test_the_temporal_patch_is_the_spatial_one_unless_told_otherwise():
     ("changes", "message"),
     [
         ({"input_size": 5}, "input_size 5 is not a multiple of patch_size 2"),
-        ({"hidden_size": 65}, "does not give 2 heads of an even size"),
-        ({"hidden_size": 66, "num_heads": 2}, "does not give 2 heads of an even size"),
+        ({"hidden_size": 65}, "must be a multiple of 2 x 2 heads, found 65"),
+        ({"hidden_size": 66, "num_heads": 2}, "must be a multiple of 2 x 2 heads, found 66"),
         ({"hidden_size": 8}, "head_dim of at least 6, found 4"),
-        ({"use_rope": False, "num_frames": 3}, "3 frames are fewer than the temporal patch has, 4"),
+        ({"use_rope": False, "num_frames": 3}, "needs at least 4 frames, found 3"),
         ({"ebm": "energy"}, "ebm must be one of none, dot, l2, found 'energy'"),
+        ({"rope_theta": 0.0}, r"rope_theta must be in \(0, 1e12\], found 0.0"),
+        ({"class_dropout_prob": 1.5}, r"class_dropout_prob must be in \[0, 1\], found 1.5"),
     ],
 )
 def test_a_configuration_that_is_inconsistent_is_refused(changes, message):
@@ -421,15 +423,15 @@ def test_small_heads_are_fine_without_rotary_positions():
     assert model(clip(8), labels()).shape == (1, 3, 8, 4, 4)
 
 
-def test_a_model_that_is_narrower_than_what_its_token_holds_gets_a_warning():
-    with pytest.warns(UserWarning, match=r"a token holds 256 values .* only 192 wide"):
+def test_a_hidden_size_below_the_number_of_values_of_a_token_warns():
+    with pytest.warns(UserWarning, match=r"a token holds 256 values .* hidden_size is only 192"):
         EqM_models["EqM-Ti/4"](depth=1)
 
 
-def test_a_model_that_is_wide_enough_gets_none():
+def test_a_large_enough_hidden_size_does_not_warn():
     with warnings.catch_warnings():
         warnings.simplefilter("error")
-        EqM_models["EqM-Ti/4"](depth=1, in_channels=3)  # 192 values, 192 wide
+        EqM_models["EqM-Ti/4"](depth=1, in_channels=3)  # 192 values, hidden_size 192
         EqM_models["EqM-S/4"](depth=1)
 
 
@@ -438,7 +440,7 @@ def test_a_model_that_is_wide_enough_gets_none():
 
 @pytest.mark.parametrize("use_rope", [True, False])
 @torch.no_grad()
-def test_normalised_queries_and_keys_ignore_the_size_of_their_projection(use_rope):
+def test_normalised_queries_and_keys_ignore_the_scale_of_their_projection(use_rope):
     x, y = clip(8), labels()
 
     def change_of_larger_queries(model):
@@ -525,7 +527,7 @@ ENERGIES = [(ebm, use_rope, num_frames) for ebm in ("dot", "l2") for use_rope in
 
 
 def energy_by_definition(model, x, y, time_scale):
-    """EqM-E's energies, lower near data, from the output of the same network without an energy."""
+    """The energies of EqM-E, from the output of the same network without an energy."""
     plain = EqM(dataclasses.replace(model.config, ebm="none")).to(x.dtype)
     plain.load_state_dict(model.state_dict())
     g = plain(x, y, time_scale)
@@ -533,7 +535,7 @@ def energy_by_definition(model, x, y, time_scale):
 
 
 @pytest.mark.parametrize(("ebm", "use_rope", "num_frames"), ENERGIES)
-def test_the_field_of_an_energy_is_minus_its_slope_by_finite_differences(ebm, use_rope, num_frames):
+def test_the_field_of_an_energy_is_minus_its_gradient_by_finite_differences(ebm, use_rope, num_frames):
     model = tiny(ebm=ebm, use_rope=use_rope, num_frames=num_frames).double()
     x, y, scale = clip(num_frames, batch=2).double(), labels(2), torch.tensor([0.04, 0.1])
     f = model(x, y, scale).detach()
@@ -583,7 +585,7 @@ def test_the_field_of_an_energy_is_the_same_without_grad_and_leaves_no_graph(ebm
     with torch.no_grad():
         f, features = model(x, y, return_features=True)
         energy = model.energy(x, y)
-    assert distance(f, expected.detach()) < 1e-4  # the attention of training is another one
+    assert distance(f, expected.detach()) < 1e-4  # training uses another attention kernel
     assert expected.requires_grad
     assert not any(part.requires_grad for part in (f, features, energy, x))
     assert all(parameter.grad is None for parameter in model.parameters())
@@ -593,7 +595,7 @@ def test_the_field_of_an_energy_is_the_same_without_grad_and_leaves_no_graph(ebm
         assert distance(model(x, y), before) < 0.1
 
 
-def test_training_on_an_energy_names_the_math_attention_because_no_other_has_a_second_derivative(monkeypatch):
+def test_training_on_an_energy_uses_math_attention_as_no_other_has_a_second_derivative(monkeypatch):
     seen, attention = [], F.scaled_dot_product_attention
 
     def noted(*args):
@@ -615,7 +617,7 @@ def test_training_on_an_energy_names_the_math_attention_because_no_other_has_a_s
 
 @pytest.mark.parametrize("ebm", ["none", "dot", "l2"])
 @pytest.mark.parametrize("use_rope", [True, False])
-def test_a_fresh_model_learns_whatever_its_energy(ebm, use_rope):
+def test_a_new_model_learns_with_every_energy(ebm, use_rope):
     torch.manual_seed(0)
     model = EqM(dataclasses.replace(TINY, ebm=ebm, use_rope=use_rope))
     x, y, goal = clip(8, batch=4), labels(4), clip(8, batch=4, seed=2)
@@ -629,12 +631,12 @@ def test_a_fresh_model_learns_whatever_its_energy(ebm, use_rope):
     assert losses[-1] < 0.9 * losses[0]
 
 
-def test_a_model_without_an_energy_has_none():
+def test_the_energy_of_a_model_without_one_is_an_error():
     with pytest.raises(ValueError, match="no energy"):
         tiny().energy(clip(8), labels(1))
 
 
-# Faster, and the same ------------------------------------------------------------------------------------------------
+# Grad checkpointing and compilation change no result ----------------------------------------------------------------
 
 
 def loss_and_gradients(model, x, y):
@@ -645,7 +647,7 @@ def loss_and_gradients(model, x, y):
 
 @pytest.mark.parametrize("ebm", ["none", "dot"])
 @pytest.mark.parametrize("use_rope", [True, False])
-def test_activations_computed_twice_change_no_loss_and_no_gradient(ebm, use_rope):
+def test_grad_checkpointing_changes_no_loss_and_no_gradient(ebm, use_rope):
     model, x, y = tiny(ebm=ebm, use_rope=use_rope), clip(8, batch=2), labels(2)
     loss, gradients = loss_and_gradients(model, x, y)
     calls = []
@@ -663,8 +665,8 @@ def test_activations_computed_twice_change_no_loss_and_no_gradient(ebm, use_rope
     assert tiny_f.shape == x.shape
 
 
-def test_activations_computed_twice_need_less_memory():
-    """What autograd keeps, counted by its own hooks."""
+def test_grad_checkpointing_needs_less_memory():
+    """The memory is that of saved tensors, counted by autograd's hooks."""
     kept = {}
     for grad_checkpoint in (False, True):
         model, bytes_kept = tiny(depth=8), 0
@@ -712,7 +714,7 @@ def test_two_graphs_serve_all_blocks_frame_counts_batches_training_and_validatio
     assert counters["stats"]["unique_graphs"] == 2
 
 
-# What it costs --------------------------------------------------------------------------------------------------------
+# FLOPs --------------------------------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("num_frames", [4, 7, 16])
@@ -730,17 +732,17 @@ def test_the_flops_are_those_that_torch_counts(name, num_frames):
 
 
 class NoTracker(nullcontext):
-    """In place of the counter's own, which fails where a gradient is part of the forward pass."""
+    """In place of the counter's module tracker, which fails if a gradient is part of the forward pass."""
 
     parents = ("Global",)
 
 
-def test_the_flops_of_training_an_energy_and_of_activations_that_are_computed_twice():
+def test_the_flops_of_training_an_energy_and_of_grad_checkpointing():
     settings = {"input_size": 8, "in_channels": 4, "num_classes": 3, "use_rope": True, "depth": 2}
     x, y = torch.randn(2, 4, 8, 8, 8), torch.tensor([0, 1])
     for ebm, twice in (("dot", False), ("none", True)):
         model = EqM(model_config("EqM-Ti/4", **settings, ebm=ebm))
-        for parameter in model.parameters():  # zeros would leave out parts
+        for parameter in model.parameters():  # with a zero output layer some parts get no gradient
             parameter.data.normal_(std=0.1)
         model.grad_checkpoint = twice
         counter = FlopCounterMode(display=False)

@@ -1,4 +1,4 @@
-"""The tracker finds what a clip shows, and refuses what is not one object moving straight."""
+"""The tracker finds what a clip shows, and refuses anything but one object in straight, steady motion."""
 
 import itertools
 import json
@@ -16,16 +16,16 @@ from scoring import motion
 from scoring.motion import Track, Truth
 
 RED, GREEN, BLUE = (shapes.COLORS[name] for name in ("red", "green", "blue"))
-EVERY = list(itertools.product(shapes.SHAPES, shapes.DIRECTIONS))
+COMBINATIONS = list(itertools.product(shapes.SHAPES, shapes.DIRECTIONS))
 SIGN = {"Left": (-1, 0), "Right": (1, 0), "Up": (0, -1), "Down": (0, 1)}
 
 
 def clip_of(centers, shape="Circle", color=RED, size=16, radius=0.18 * 16, background=(0, 0, 0)):
-    return np.stack([shapes.draw(shape, center, radius, size, color, background) for center in centers])
+    return np.stack([shapes.draw_frame(shape, center, radius, size, color, background) for center in centers])
 
 
 def line(direction, frames=16, speed=0.36, middle=(8.1, 7.8)):
-    """Centers (T, 2) of a straight run through the middle."""
+    """Centers (T, 2) of straight motion through the middle."""
     time = np.arange(frames)[:, None] - (frames - 1) / 2
     return np.array(middle) + time * speed * np.array(SIGN[direction])
 
@@ -56,9 +56,9 @@ def refused(clip, reason):
     assert reason in found.reason, found
 
 
-@pytest.mark.parametrize(("shape", "direction"), EVERY)
+@pytest.mark.parametrize(("shape", "direction"), COMBINATIONS)
 @pytest.mark.parametrize(("frames", "speed"), [(25, 0.36), (16, 0.5), (7, 0.55), (4, 0.36), (2, 0.5)])
-def test_a_drawn_clip_is_measured_right(shape, direction, frames, speed):
+def test_a_drawn_clip_is_measured_correctly(shape, direction, frames, speed):
     found = motion.track(clip_of(line(direction, frames, speed), shape, BLUE))
     assert (found.direction, found.shape, found.reason) == (direction, shape, "")
     assert found.speed == pytest.approx(speed, abs=0.1 / frames)
@@ -66,9 +66,9 @@ def test_a_drawn_clip_is_measured_right(shape, direction, frames, speed):
     assert np.abs(np.subtract(found.color, BLUE)).max() <= 8
 
 
-@pytest.mark.parametrize(("shape", "direction"), EVERY)
+@pytest.mark.parametrize(("shape", "direction"), COMBINATIONS)
 @pytest.mark.parametrize(("deviation", "noise"), [(0.5, 4), (0.7, 6), (1.0, 0), (0, 10)])
-def test_blur_and_noise_of_a_generated_clip_do_no_harm(shape, direction, deviation, noise):
+def test_blur_and_noise_as_in_generated_clips_are_tolerated(shape, direction, deviation, noise):
     clip = clip_of(line(direction, 7, 0.55), shape, GREEN)
     found = motion.track(noisy(blur(clip, deviation) if deviation else clip, noise))
     assert (found.direction, found.shape) == (direction, shape), found.reason
@@ -97,16 +97,16 @@ def test_every_color_of_the_data_set_is_found_on_every_background(color, backgro
 
 
 @pytest.mark.parametrize("size", [64, 16])
-def test_real_decoded_videos_are_all_right_whole_and_short(tmp_path, size):
+def test_decoded_videos_are_all_tracked_correctly_whole_and_short(tmp_path, size):
     shapes.main(["--out", str(tmp_path / "set"), "--videos-per-class", "2", "--seed", "5"])
-    side = tmp_path / "set" / "shapes.json"
+    shapes_json = tmp_path / "set" / "shapes.json"
     for frames in (25, 4):
         tracks, expected = [], []
-        for key, video in json.loads(side.read_text())["videos"].items():
+        for key, video in json.loads(shapes_json.read_text())["videos"].items():
             reader = decord.VideoReader(str(tmp_path / "set" / f"{key}.avi"))
             clip = reader.get_batch(range(frames)).asnumpy()
             tracks.append(motion.track(clip if size == 64 else resize(clip, size)))
-            expected.append(motion.truths(side, video["class"], size, 1 / 25))
+            expected.append(motion.read_truth(shapes_json, video["class"], size, 1 / 25))
         score = motion.summarize(tracks, expected)
         assert (score["direction_accuracy"], score["shape_accuracy"], score["clips"]) == (1, 1, 24)
         assert score["speed_ratio"] == pytest.approx(1, abs=0.02)
@@ -139,7 +139,7 @@ def test_five_moving_objects_have_no_direction():
     refused(np.maximum.reduce(clips), "more than one object")
 
 
-def test_a_second_object_that_shows_up_in_one_frame_is_seen():
+def test_a_second_object_in_a_single_frame_is_found():
     clip = clip_of(line("Up"))
     clip[5] = np.maximum(clip[5], clip_of([(2.5, 2.5)], radius=1.5)[0])
     refused(clip, "more than one object")
@@ -160,9 +160,9 @@ def test_a_second_color_anywhere_has_no_direction():
 
 def test_an_object_that_vanishes_or_fades_has_no_direction():
     clip = clip_of(line("Down"))
-    gone = clip.copy()
-    gone[9] = 0
-    refused(gone, "vanishes")
+    missing = clip.copy()
+    missing[9] = 0
+    refused(missing, "vanishes")
     faded = clip.copy()
     faded[9:] = faded[9:] // 2
     refused(faded, "area changes")
@@ -226,20 +226,20 @@ def test_clips_without_an_object_have_no_direction():
         assert motion.track(rng.integers(0, 256, (4, 16, 16, 3), dtype=np.uint8)).direction is None
 
 
-def test_truth_is_the_side_files_scaled_to_the_clip(tmp_path):
+def test_the_truth_is_that_of_shapes_json_scaled_to_the_clip(tmp_path):
     shapes.main(["--out", str(tmp_path / "set"), "--videos-per-class", "2"])
-    truth = motion.truths(tmp_path / "set" / "shapes.json", "SquareUp", 16, 3 / 25)
+    truth = motion.read_truth(tmp_path / "set" / "shapes.json", "SquareUp", 16, 3 / 25)
     assert (truth.direction, truth.shape) == ("Up", "Square")
     assert truth.speed == pytest.approx(9 * 3 / 25)  # 9 px a second at 16 px
     assert truth.area == pytest.approx(math.pi * 2.88**2)
 
 
-def test_a_missing_side_file_or_class_is_the_users_error(tmp_path):
+def test_a_missing_shapes_json_or_class_is_a_user_error(tmp_path):
     with pytest.raises(UserError, match="shapes.json"):
-        motion.truths(tmp_path / "shapes.json", "SquareUp", 16, 1 / 25)
+        motion.read_truth(tmp_path / "shapes.json", "SquareUp", 16, 1 / 25)
     (tmp_path / "shapes.json").write_text('{"videos": {}, "size": 64}')
     with pytest.raises(UserError, match="no class SquareUp"):
-        motion.truths(tmp_path / "shapes.json", "SquareUp", 16, 1 / 25)
+        motion.read_truth(tmp_path / "shapes.json", "SquareUp", 16, 1 / 25)
 
 
 def test_the_summary_counts_refused_clips_as_wrong_and_measures_the_right_ones():
@@ -266,13 +266,13 @@ def test_a_summary_without_a_right_clip_has_no_ratios():
 
 
 @pytest.mark.parametrize(("hits", "count"), [(0, 7), (3, 7), (90, 100), (7, 7)])
-def test_the_interval_holds_the_shares_that_a_95_percent_test_keeps(hits, count):
+def test_the_interval_holds_the_shares_that_a_95_percent_test_does_not_reject(hits, count):
     for share in motion.wilson(hits, count):
-        distance = abs(hits / count - share)  # a bound is where the share is 1.96 of its own deviations away
+        distance = abs(hits / count - share)  # at a bound, 1.96 of the standard deviations of that share
         assert distance == pytest.approx(1.96 * math.sqrt(max(0, share * (1 - share)) / count), abs=1e-9)
 
 
-def test_the_confusion_says_what_was_found_for_what_was_asked_and_why_not():
+def test_the_confusion_counts_what_was_found_for_what_was_asked_and_the_reasons_for_refusal():
     up, left = Truth("Up", "Circle", 0.5, 20), Truth("Left", "Square", 0.5, 20)
     tracks = [
         Track("Up", "Circle", 0.5, 20),
@@ -282,7 +282,7 @@ def test_the_confusion_says_what_was_found_for_what_was_asked_and_why_not():
         Track(None, "Square", reason="the object stands still"),
     ]
     found = motion.confusion(tracks, [up, up, up, left, left])
-    assert list(found["direction"]) == ["Left", "Up"]  # what was asked, no more
+    assert list(found["direction"]) == ["Left", "Up"]  # only what was asked
     assert found["direction"]["Up"] == {"Left": 0, "Right": 0, "Up": 1, "Down": 1, "none": 1}
     assert found["direction"]["Left"] == {"Left": 1, "Right": 0, "Up": 0, "Down": 0, "none": 1}
     assert found["shape"]["Circle"] == {"Circle": 1, "Square": 1, "Triangle": 0, "none": 1}
@@ -291,13 +291,13 @@ def test_the_confusion_says_what_was_found_for_what_was_asked_and_why_not():
     assert json.loads(json.dumps(found)) == found
 
 
-def test_the_report_shows_the_confusion_in_rows_and_columns():
+def test_the_lines_show_the_confusion_in_rows_and_columns():
     truth = Truth("Up", "Circle", 0.5, 20)
     tracks = [Track("Up", "Circle", 0.5, 20)] * 7 + [Track("Down", "Circle", 0.5, 20)] * 2
     summary = motion.summarize(tracks, [truth] * 9) | {"confusion": motion.confusion(tracks, [truth] * 9)}
     nothing = [Track(reason="x")], [truth]
     nothing = motion.summarize(*nothing) | {"confusion": motion.confusion(*nothing)}
-    lines = [line.split() for line in motion.report(summary, nothing)]
+    lines = [line.split() for line in motion.result_lines(summary, nothing)]
     assert ["asked,", "found:", "Left", "Right", "Up", "Down", "none"] in lines
     assert ["Up", "0", "0", "7", "2", "0"] in lines
     assert ["speed", "/", "true", "speed", "1.000", "(1.000", "to", "1.000)", "-"] in lines

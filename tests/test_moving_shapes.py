@@ -1,4 +1,4 @@
-"""The embedded data set: what is written, that it can be trusted, and the script that arranges UCF-101."""
+"""Moving Shapes: what is written, and that it is exact. And the script that arranges UCF-101."""
 
 import json
 import os
@@ -31,9 +31,9 @@ def decode(path):
     return reader.get_batch(range(len(reader))).asnumpy(), reader.get_avg_fps()
 
 
-def centroid(picture):
-    """(x, y) of a bright thing on black, px."""
-    weight = picture.astype(float).sum(-1)
+def centroid(frame):
+    """(x, y) of a bright shape on black, px."""
+    weight = frame.astype(float).sum(-1)
     ys, xs = np.mgrid[: weight.shape[0], : weight.shape[1]] + 0.5
     return np.array([(weight * xs).sum(), (weight * ys).sum()]) / weight.sum()
 
@@ -64,15 +64,15 @@ def test_a_video_does_not_depend_on_how_many_others_there_are(tmp_path, made):
     assert (tmp_path / "few" / name).read_bytes() == (out / name).read_bytes()
 
 
-def test_the_layout_and_the_split_files_are_those_of_ucf101(made):
+def test_the_layout_and_the_lists_are_those_of_ucf101(made):
     out, side = made
     assert sorted(p.name for p in out.iterdir() if p.is_dir()) == sorted([*shapes.CLASSES, "ucfTrainTestlist"])
     splits = out / "ucfTrainTestlist"
-    index = dict(reversed(line.split()) for line in (splits / "classInd.txt").read_text().splitlines())
-    assert list(index) == sorted(shapes.CLASSES) and list(index.values()) == [str(i + 1) for i in range(12)]
+    class_ids = dict(reversed(line.split()) for line in (splits / "classInd.txt").read_text().splitlines())
+    assert list(class_ids) == sorted(shapes.CLASSES) and list(class_ids.values()) == [str(i + 1) for i in range(12)]
     train = dict(line.split() for line in (splits / "trainlist01.txt").read_text().splitlines())
     test = (splits / "testlist01.txt").read_text().splitlines()
-    assert all(number == index[name.split("/")[0]] for name, number in train.items())
+    assert all(class_id == class_ids[name.split("/")[0]] for name, class_id in train.items())
     listed = [*train, *test]
     assert sorted(listed) == sorted(str(p.relative_to(out)) for p in out.rglob("*.avi"))
     assert sorted(listed) == sorted(f"{key}.avi" for key in side["videos"])
@@ -81,16 +81,16 @@ def test_the_layout_and_the_split_files_are_those_of_ucf101(made):
     assert set(Counter(name.split("/")[0] for name in test).values()) == {2}  # of 9: group 1 holds clips 1 and 2
 
 
-def test_by_default_10_to_20_percent_of_the_videos_test(tmp_path):
-    args = shapes.parse(["--out", str(tmp_path)])
-    shapes.check(args)
-    videos, test = shapes.plan(args)
+def test_by_default_10_to_20_percent_of_the_videos_are_for_testing(tmp_path):
+    args = shapes.parse_args(["--out", str(tmp_path)])
+    shapes.check_flags(args)
+    videos, test = shapes.plan_videos(args)
     assert 0.1 <= len(test) / len(videos) <= 0.2
     assert {args.colors[i] for i in range(3)} == {video["color"] for video in videos.values()}
 
 
 @pytest.mark.parametrize("name", shapes.CLASSES)
-def test_decoded_motion_is_that_of_the_class_and_of_the_side_file(made, name):
+def test_decoded_motion_is_that_of_the_class_and_of_shapes_json(made, name):
     out, side = made
     key = f"{name}/v_{name}_g03_c01"
     video = side["videos"][key]
@@ -103,7 +103,7 @@ def test_decoded_motion_is_that_of_the_class_and_of_the_side_file(made, name):
     assert np.abs(centers - wanted).max() < 0.2
 
 
-def test_decoded_colors_are_the_palette_and_the_whole_video_is_what_was_drawn(made):
+def test_decoded_colors_are_the_palette_and_all_frames_are_as_drawn(made):
     out, side = made
     seen = set()
     for key in list(side["videos"])[::4]:
@@ -118,7 +118,7 @@ def test_decoded_colors_are_the_palette_and_the_whole_video_is_what_was_drawn(ma
 
 
 @pytest.mark.parametrize("shape", shapes.SHAPES)
-def test_coverage_adds_up_to_the_area_wherever_the_center_lies(shape):
+def test_coverage_adds_up_to_the_area_for_any_center(shape):
     for center in ((32, 32), (31.37, 30.61), (20.123, 40.5)):
         share = shapes.coverage(shape, center, 11.52, 64)
         assert share.min() >= 0 and share.max() <= 1 + 1e-12
@@ -127,7 +127,7 @@ def test_coverage_adds_up_to_the_area_wherever_the_center_lies(shape):
 
 
 @pytest.mark.parametrize("shape", shapes.SHAPES)
-def test_coverage_is_what_counting_points_inside_gives(shape):
+def test_coverage_equals_the_count_of_points_inside(shape):
     center, radius, size, sub = (8.3, 7.9), 4.2, 16, 32
     ys, xs = (np.mgrid[: size * sub, : size * sub] + 0.5) / sub
     x, y = (xs - center[0]) / radius, (ys - center[1]) / radius
@@ -141,19 +141,19 @@ def test_coverage_is_what_counting_points_inside_gives(shape):
 
 
 @pytest.mark.parametrize("flags", [(), ("--seconds", 3, "--size", 32), ("--radius", 0.05, 0.19)])
-def test_shapes_stay_whole_from_the_first_frame_to_the_last_and_cross_the_picture(tmp_path, flags):
-    args = shapes.parse(["--out", str(tmp_path), "--videos-per-class", "4", *map(str, flags)])
-    shapes.check(args)
-    for video in shapes.plan(args)[0].values():
-        path = video["speed"] * (args.frames - 1) / 25
+def test_shapes_are_never_cut_off_and_cross_the_frame(tmp_path, flags):
+    args = shapes.parse_args(["--out", str(tmp_path), "--videos-per-class", "4", *map(str, flags)])
+    shapes.check_flags(args)
+    for video in shapes.plan_videos(args)[0].values():
+        distance = video["speed"] * (args.frames - 1) / 25
         assert video["speed"] * args.frames / 25 == pytest.approx(args.size * 9 / 16)
-        for moved in (0, path):
+        for moved in (0, distance):
             center = np.array(video["start"]) + moved * np.array(shapes.DIRECTIONS[video["direction"]])
             share = shapes.coverage(video["shape"], center, video["radius"], args.size)
             assert share.sum() == pytest.approx(video["area"], rel=0.02)
 
 
-def test_sizes_colors_and_backgrounds_are_drawn_where_asked_for(tmp_path):
+def test_radii_colors_and_backgrounds_are_chosen_from_the_given_ones(tmp_path):
     flags = ("--radius", 0.1, 0.18, "--colors", "yellow", "cyan", "--backgrounds", "navy", "gray")
     side = make(tmp_path / "set", "--videos-per-class", 4, *flags)
     videos = side["videos"].values()
@@ -166,7 +166,7 @@ def test_sizes_colors_and_backgrounds_are_drawn_where_asked_for(tmp_path):
     assert np.abs(np.median(frames, axis=(0, 1, 2)) - video["background_rgb"]).max() <= 3
 
 
-def test_the_side_file_says_what_the_set_is(made):
+def test_shapes_json_describes_the_data_set(made):
     _, side = made
     assert {k: side[k] for k in ("version", "size", "fps", "seconds", "frames", "seed")} == {
         "version": shapes.VERSION, "size": 64, "fps": 25, "seconds": 1.0, "frames": 25, "seed": 0,
@@ -181,10 +181,10 @@ def test_a_second_run_with_the_same_flags_changes_nothing(made, capsys):
     before = {path: path.stat().st_mtime_ns for path in out.rglob("*")}
     make(out, "--videos-per-class", 9)
     assert {path: path.stat().st_mtime_ns for path in out.rglob("*")} == before
-    assert "there already" in capsys.readouterr().out
+    assert "already exists" in capsys.readouterr().out
 
 
-def test_other_flags_or_other_contents_are_refused_and_left_alone(tmp_path, made):
+def test_other_flags_or_other_contents_are_refused_and_not_changed(tmp_path, made):
     out, _ = made
     with pytest.raises(UserError, match="other flags"):
         make(out, "--videos-per-class", 10)
@@ -196,14 +196,14 @@ def test_other_flags_or_other_contents_are_refused_and_left_alone(tmp_path, made
         shapes.already_made(tmp_path / "notes.txt", {})
 
 
-def test_a_set_that_lost_a_video_is_refused(tmp_path):
+def test_a_data_set_that_lost_a_video_is_refused(tmp_path):
     make(tmp_path / "set", "--videos-per-class", 2, "--size", 16)
     (tmp_path / "set/CircleUp/v_CircleUp_g02_c01.avi").unlink()
     with pytest.raises(UserError, match="lacks 1 of its 24"):
         make(tmp_path / "set", "--videos-per-class", 2, "--size", 16)
 
 
-def test_an_interrupted_run_leaves_nothing(tmp_path, monkeypatch):
+def test_an_interrupted_run_leaves_no_files(tmp_path, monkeypatch):
     write, written = shapes.write_video, []
 
     def interrupt(path, frames):
@@ -218,18 +218,18 @@ def test_an_interrupted_run_leaves_nothing(tmp_path, monkeypatch):
     assert len(written) == 5 and list(tmp_path.iterdir()) == []
 
 
-def test_as_a_script_it_exits_2_with_one_line_and_needs_no_python_path(tmp_path):
+def test_as_a_script_it_exits_with_2_and_one_line_and_needs_no_pythonpath(tmp_path):
     command = [sys.executable, str(SCRIPTS / "make_moving_shapes.py"), "--out", str(tmp_path / "set"), "--size", "7"]
     done = subprocess.run(command, capture_output=True, text=True, cwd=tmp_path)
     assert done.returncode == 2 and len(done.stderr.splitlines()) == 1 and "--size 7" in done.stderr
 
 
-# prepare_ucf101.sh, with 3 videos in 2 classes and unpackers that copy a folder that stands for the archive.
+# prepare_ucf101.sh, with 3 videos in 2 classes and fake unpackers, which copy a folder instead of the archive.
 
 
 @pytest.fixture
 def ucf(tmp_path):
-    """A function that runs the script on tmp_path/data/ucf-101 with two fake archives' contents."""
+    """A function that runs the script on tmp_path/data/ucf-101 with the contents of two fake archives."""
     contents = tmp_path / "contents"
     for name in ("Archery/v_a_g01_c01", "Archery/v_a_g01_c02", "YoYo/v_y_g01_c01"):
         path = contents / "unrar" / "UCF-101" / f"{name}.avi"
@@ -259,7 +259,7 @@ def add_archives(folder):
         (folder / name).write_text("archive")
 
 
-def test_ucf101_without_its_archives_says_what_to_download(ucf):
+def test_ucf101_without_its_archives_names_the_downloads(ucf):
     done = ucf()
     assert done.returncode == 2 and len(done.stderr.splitlines()) == 1
     assert "UCF101.rar" in done.stderr and "https://www.crcv.ucf.edu/data/UCF101.php" in done.stderr
@@ -283,7 +283,7 @@ def test_ucf101_is_arranged_and_a_second_run_changes_nothing(ucf, where):
     assert again.returncode == 0 and "unpacking" not in again.stdout and files_of(ucf.data) == before
 
 
-def test_ucf101_goes_on_after_an_interruption(ucf):
+def test_ucf101_continues_after_an_interruption(ucf):
     add_archives(ucf.data)
     assert ucf().returncode == 0
     before = files_of(ucf.data)

@@ -7,7 +7,7 @@ from matplotlib import pyplot as plt
 from PIL import Image
 
 import plot_metrics
-from plot_metrics import COLORS, draw, load_runs, make_curves, smooth
+from plot_metrics import COLORS, load_runs, make_curves, plot_curves, smooth
 
 
 @pytest.fixture(autouse=True)
@@ -17,7 +17,7 @@ def close_figures():
 
 
 def make_run(folder, first, last, ckpt=None, every=10, torn="", **columns):
-    """A run folder that logged every 10 steps from `first` on; columns: name -> function of the step, None = no value.
+    """A run folder that logged every 10 steps from `first` on; columns: name -> function of the step.
 
     ckpt: what config.json says; "" = there is no config.json.
     """
@@ -34,26 +34,26 @@ def make_run(folder, first, last, ckpt=None, every=10, torn="", **columns):
 
 
 def costs(first, seconds, flops):
-    """As train.py logs them: since the beginning of the run."""
+    """seconds and FLOPs as train.py logs them: since the start of the run."""
     return {"seconds": lambda step: (step - first) * seconds, "flops": lambda step: (step - first) * flops}
 
 
 def make_phases(root):
-    """Three phases of 100, 50 and 50 steps, each from the last checkpoint before; returns the folder of them."""
+    """Three phases of 100, 50 and 50 steps, each from the last checkpoint of the one before. Returns their folder."""
     one = make_run(root / "000-EqM-S-4-f4-rope", 0, 100, **costs(0, 2, 1e15))
     two = make_run(root / "001-EqM-S-4-f8-rope", 100, 150, one / "checkpoints/0000100.pt", **costs(100, 4, 3e15))
     make_run(root / "002-EqM-S-4-f16-rope", 150, 200, two / "checkpoints/best.pt", **costs(150, 8, 9e15))
     return root
 
 
-def test_a_run_with_a_schedule_has_its_phases_and_counts_nothing_twice(tmp_path):
+def test_a_run_with_a_schedule_is_split_into_phases_and_counts_nothing_twice(tmp_path):
     frames = {"num_frames": lambda step: 4 if step <= 40 else 16}
     run = make_run(tmp_path / "EXP/000-EqM-S-4-f4-16-rope", 0, 100, **costs(0, 2, 1e15), **frames)
     (curve,) = curves_of(run)
     assert [frames for frames, _ in curve.phases] == ["f4", "f16"]
     assert steps(curve) == [list(range(10, 41, 10)), list(range(50, 101, 10))]
     assert curve.label == "EXP/000-EqM-S-4-f4-16-rope"
-    _, by_flops, by_seconds = draw([curve], window=1).axes
+    _, by_flops, by_seconds = plot_curves([curve], window=1).axes
     assert np.allclose(by_seconds.lines[0].get_xdata(), np.arange(10, 101, 10) * 2 / 60)
     assert np.allclose(by_flops.lines[0].get_xdata(), np.arange(10, 101, 10))
 
@@ -76,7 +76,7 @@ def test_a_folder_of_phases_is_one_curve_in_global_steps_whose_seconds_and_flops
     assert steps(curve) == [list(range(10, 101, 10)), list(range(110, 151, 10)), list(range(160, 201, 10))]
     assert curve.label == "EXP/002-EqM-S-4-f16-rope after f4, f8"
 
-    by_step, by_flops, by_seconds = draw([curve], window=1).axes
+    by_step, by_flops, by_seconds = plot_curves([curve], window=1).axes
     every = np.arange(10, 201, 10)
     assert np.allclose(data(by_step.lines[0]), np.column_stack([every, 100 / every]))
     took = np.r_[every[:10] * 2, 200 + (every[10:15] - 100) * 4, 400 + (every[15:] - 150) * 8]
@@ -88,7 +88,7 @@ def test_a_folder_of_phases_is_one_curve_in_global_steps_whose_seconds_and_flops
     assert all(np.allclose(axes.lines[0].get_ydata(), 100 / every) for axes in (by_flops, by_seconds))
 
 
-def test_folders_of_phases_named_one_by_one_and_twice_are_the_same_curve(tmp_path):
+def test_phases_given_one_by_one_or_twice_are_the_same_curve(tmp_path):
     root = make_phases(tmp_path / "EXP")
     folders = sorted(root.iterdir())
     (whole,) = curves_of(root)
@@ -99,36 +99,36 @@ def test_folders_of_phases_named_one_by_one_and_twice_are_the_same_curve(tmp_pat
 
 def test_phases_are_shaded_and_named_at_their_borders(tmp_path):
     (curve,) = curves_of(make_phases(tmp_path / "EXP"))
-    axes = draw([curve]).axes[0]
+    axes = plot_curves([curve]).axes[0]
     spans = [(patch.get_x(), patch.get_x() + patch.get_width()) for patch in axes.patches]
     assert spans == [(10, 100), (100, 150), (150, 200)]
     assert len({patch.get_alpha() for patch in axes.patches}) == 2
     assert [text.get_text() for text in axes.texts] == ["f4", "f8", "f16"]
 
 
-def test_a_phase_that_starts_in_the_middle_of_another_takes_over_there_and_its_sibling_is_a_curve_of_its_own(tmp_path):
+def test_a_phase_that_starts_in_the_middle_of_another_is_a_curve_that_branches_off_there(tmp_path):
     root = make_phases(tmp_path / "EXP")
-    start = "elsewhere/EXP/000-EqM-S-4-f4-rope/checkpoints/0000060.pt"  # the experiment has been moved since
+    start = "elsewhere/EXP/000-EqM-S-4-f4-rope/checkpoints/0000060.pt"  # the experiment has moved
     make_run(root / "003-EqM-S-4-f8-rope", 60, 90, start, **costs(60, 1, 1e15))
     whole, fork = curves_of(root)
     assert steps(whole)[0][-1] == 100
     assert steps(fork) == [list(range(10, 61, 10)), [70, 80, 90]]
-    seconds = draw([fork], window=1).axes[2].lines[0].get_xdata()
+    seconds = plot_curves([fork], window=1).axes[2].lines[0].get_xdata()
     assert np.allclose(seconds, np.r_[np.arange(20, 121, 20), 130, 140, 150] / 60)
 
 
-def test_runs_from_scratch_are_curves_of_their_own_in_colours_of_their_own(tmp_path):
-    for number in range(3):
-        make_run(tmp_path / f"results/00{number}-EqM-S-4-f4-rope", 0, 100 * (number + 1))
+def test_runs_from_scratch_are_separate_curves_in_separate_colours(tmp_path):
+    for index in range(3):
+        make_run(tmp_path / f"results/00{index}-EqM-S-4-f4-rope", 0, 100 * (index + 1))
     curves = curves_of(tmp_path / "results")
     assert [steps(curve)[0][-1] for curve in curves] == [100, 200, 300]
-    figure = draw(curves, window=1)
+    figure = plot_curves(curves, window=1)
     assert [line.get_color() for line in figure.axes[0].lines] == list(COLORS[:3])
     assert [text.get_text() for text in figure.legends[0].texts] == [curve.label for curve in curves]
 
 
 @pytest.mark.parametrize("ckpt", ["own", ""])
-def test_a_resumed_phase_and_one_without_config_follow_the_run_that_ended_last_before_them(tmp_path, ckpt):
+def test_a_resumed_phase_and_one_without_config_continue_the_run_that_ended_last_before_them(tmp_path, ckpt):
     root = make_phases(tmp_path / "EXP")
     make_run(root / "003-EqM-S-4-f16-rope", 0, 70)
     name = "004-EqM-S-4-f32-rope"
@@ -139,35 +139,35 @@ def test_a_resumed_phase_and_one_without_config_follow_the_run_that_ended_last_b
     assert frames == ["f16", "f4 f8 f16 f32", "f16"]
 
 
-def test_a_phase_whose_start_is_not_given_stands_alone_and_a_line_says_so(tmp_path, capsys):
+def test_a_phase_whose_start_is_not_given_is_a_curve_of_its_own_and_a_line_says_so(tmp_path, capsys):
     root = make_phases(tmp_path / "EXP")
     (curve,) = curves_of(root / "002-EqM-S-4-f16-rope")
     assert steps(curve) == [list(range(160, 201, 10))]
     (line,) = capsys.readouterr().out.splitlines()
     assert "001-EqM-S-4-f8-rope/checkpoints/best.pt is not of these runs" in line
-    assert not draw([curve]).axes[0].patches
+    assert not plot_curves([curve]).axes[0].patches
 
 
-def test_what_older_runs_did_not_log_is_left_out_and_a_line_says_so(tmp_path, capsys):
+def test_an_axis_that_a_run_did_not_log_has_no_curve_of_it_and_a_line_says_so(tmp_path, capsys):
     new = make_run(tmp_path / "a/000-EqM-S-4-f4-rope", 0, 100, **costs(0, 2, 1e15))
     old = make_run(tmp_path / "b/000-EqM-S-4-f4-rope", 0, 100)
     half = make_run(tmp_path / "a/001-EqM-S-4-f8-rope", 100, 200, new / "checkpoints/0000100.pt")  # phase 2 is older
     curves = curves_of(new, old)
-    plot_metrics.tell_missing(curves)
+    plot_metrics.say_missing(curves)
     assert capsys.readouterr().out.splitlines() == [
         "no flops logged, so no curve against training compute: b/000-EqM-S-4-f4-rope",
         "no seconds logged, so no curve against wall time: b/000-EqM-S-4-f4-rope",
     ]
-    assert [len(axes.lines) for axes in draw(curves, window=1).axes] == [2, 1, 1]
+    assert [len(axes.lines) for axes in plot_curves(curves, window=1).axes] == [2, 1, 1]
     for folders in ([old], [new, half]):
-        (axes,) = draw(curves_of(*folders), window=1).axes
+        (axes,) = plot_curves(curves_of(*folders), window=1).axes
         assert axes.get_xlabel() == "step"
 
 
-def test_the_thin_line_is_what_was_logged_and_the_thick_one_a_mean_that_stays_within_its_phase(tmp_path):
+def test_the_thin_line_is_as_logged_and_the_thick_one_a_mean_within_its_phase(tmp_path):
     one = make_run(tmp_path / "E/000-EqM-S-4-f4-rope", 0, 50, train_loss=lambda step: 5 + step % 20 / 10)
     make_run(tmp_path / "E/001-EqM-S-4-f8-rope", 50, 100, one / "checkpoints/0000050.pt", train_loss=lambda step: 1.0)
-    figure = draw(curves_of(tmp_path / "E"), window=3)
+    figure = plot_curves(curves_of(tmp_path / "E"), window=3)
     thin, thick = figure.axes[0].lines
     assert thin.get_linewidth() < thick.get_linewidth()
     assert np.allclose(thin.get_ydata(), [6, 5, 6, 5, 6, 1, 1, 1, 1, 1])
@@ -176,7 +176,7 @@ def test_the_thin_line_is_what_was_logged_and_the_thick_one_a_mean_that_stays_wi
 
 
 @pytest.mark.parametrize("window", [1, 2, 3, 4, 9, 100])
-def test_smoothing_is_the_mean_of_the_neighbours_that_are_finite(window):
+def test_smoothing_is_the_mean_of_the_finite_neighbours(window):
     y = np.random.default_rng(0).normal(size=20)
     y[[3, 4, 5, 17]] = np.nan
     before, after = window // 2, window - window // 2
@@ -185,7 +185,7 @@ def test_smoothing_is_the_mean_of_the_neighbours_that_are_finite(window):
     assert np.allclose(smooth(y, window), expected, equal_nan=True)
 
 
-def test_validation_has_a_row_with_a_line_for_its_own_frames_and_one_for_each_other_number(tmp_path):
+def test_validation_has_a_row_with_a_line_for_the_own_frames_and_one_for_each_frame_count(tmp_path):
     values = {
         "val_loss": lambda step: 50 / step,
         "val_loss_f4": lambda step: 40 / step,
@@ -197,7 +197,7 @@ def test_validation_has_a_row_with_a_line_for_its_own_frames_and_one_for_each_ot
     with open(folder / "metrics.jsonl", "a") as file:
         file.write('{"step": 60, "train_loss": 2.0, "train_loss_rel": 0.2}\n')  # a line without validation
     curves = curves_of(folder)
-    figure = draw(curves, window=1)
+    figure = plot_curves(curves, window=1)
     training, validation = figure.axes
     assert training.lines[0].get_xdata()[-1] == 60
     own, four, sixteen = map(data, validation.lines)
@@ -210,7 +210,7 @@ def test_validation_has_a_row_with_a_line_for_its_own_frames_and_one_for_each_ot
     assert [text.get_text() for text in validation.get_legend().texts] == ["4 frames", "16 frames"]
     assert training.get_yscale() == "log"
 
-    training, validation = draw(curves, relative=True, window=1).axes
+    training, validation = plot_curves(curves, relative=True, window=1).axes
     assert np.allclose(training.lines[0].get_ydata(), [*(10 / every), 0.2])
     assert np.allclose(validation.lines[0].get_ydata(), 5 / every)
     assert "of zero" in training.get_ylabel()
@@ -221,17 +221,17 @@ def run(monkeypatch, *flags):
     plot_metrics.main()
 
 
-def test_torn_lines_are_read_over_and_counted_and_odd_names_are_drawn_as_they_are(tmp_path, monkeypatch, capsys):
+def test_torn_lines_are_skipped_and_counted_and_odd_names_are_shown_as_they_are(tmp_path, monkeypatch, capsys):
     folder = make_run(tmp_path / "_a$b_{$/000-EqM-S-4-f4-rope", 0, 50, torn='{"step": 60, "train')
     out = tmp_path / "new/loss.png"
     run(monkeypatch, folder.parent, "--out", out)
     lines = capsys.readouterr().out.splitlines()
     assert lines[0] == f"{folder / 'metrics.jsonl'}: 1 torn line left out"
     assert lines[-1] == f"{out}: 1 curve"
-    with Image.open(out) as picture:
-        assert picture.format == "PNG"
-        assert picture.width > 500
-    (text,) = draw(curves_of(folder), window=1).legends[0].texts
+    with Image.open(out) as image:
+        assert image.format == "PNG"
+        assert image.width > 500
+    (text,) = plot_curves(curves_of(folder), window=1).legends[0].texts
     assert text.get_text() == r"_a\$b_{\$/000-EqM-S-4-f4-rope"
 
 
@@ -258,8 +258,8 @@ def test_bad_input_is_one_line_and_status_2(tmp_path, monkeypatch, capsys):
         ("no train_loss", other, "--out", out),
         ("no train_loss_rel", good, "--out", out, "--relative"),
         (".png", good, "--out", tmp_path / "x/loss.pdf"),
-        ("a folder, wanted a file", good, "--out", taken),
-        ("not a folder that can be written to", good, "--out", good / "metrics.jsonl/loss.png"),
+        ("a folder; wanted", good, "--out", taken),
+        ("is not a writable folder", good, "--out", good / "metrics.jsonl/loss.png"),
         ("--smooth", good, "--out", out, "--smooth", 0),
         ("--out", good),
     ):

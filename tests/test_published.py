@@ -1,4 +1,4 @@
-"""A tiny model in the published format, and what the published code computed with it (float32)."""
+"""A tiny model in the published format and the float32 results of the published code with it."""
 
 import argparse
 import json
@@ -28,12 +28,13 @@ from tiny_data import make_vae
 
 
 def distance(a, b):
-    """How different two tensors are, as a share of their size."""
+    """The relative distance of a from b."""
     return ((a - b).norm() / b.norm()).item()
 
 
 @pytest.fixture(scope="module")
-def published():
+def reference():
+    """(state dict, inputs and results of the published code, its settings)."""
     with safe_open(Path(__file__).parent / "eqm_image_tiny.safetensors", "pt") as file:
         tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 - not a dict
         settings = json.loads(file.metadata()["config"])
@@ -42,8 +43,8 @@ def published():
 
 
 @pytest.fixture(scope="module")
-def published_config(published):
-    _, _, settings = published
+def published_config(reference):
+    _, _, settings = reference
     names = {field.name for field in fields(EqMConfig)}
     return EqMConfig(temporal_patch_size=1, **{name: value for name, value in settings.items() if name in names})
 
@@ -55,32 +56,32 @@ def make_model(state, config):
 
 
 @pytest.fixture(scope="module")
-def published_model(published, published_config):
-    return make_model(published[0], published_config)
+def published_model(reference, published_config):
+    return make_model(reference[0], published_config)
 
 
-def test_the_published_image_model_has_our_fixed_positions(published, published_model):
-    assert torch.equal(published[0]["pos_embed"], published_model.pos_embed)
+def test_the_published_image_model_has_our_fixed_positions(reference, published_model):
+    assert torch.equal(reference[0]["pos_embed"], published_model.pos_embed)
 
 
 @torch.no_grad()
-def test_the_published_image_model_gives_its_published_output(published, published_model):
-    _, tensors, _ = published
+def test_the_published_image_model_gives_its_published_output(reference, published_model):
+    _, tensors, _ = reference
     f = published_model(tensors["x"].unsqueeze(2), tensors["y"])
     assert distance(f.squeeze(2), tensors["output"]) < 1e-5
 
 
 @torch.no_grad()
-def test_the_published_image_model_gives_its_published_guided_output(published, published_model):
-    _, tensors, settings = published
+def test_the_published_image_model_gives_its_published_guided_output(reference, published_model):
+    _, tensors, settings = reference
     field = samplers.guided(published_model, tensors["y"], torch.full((3,), 0.04), settings["cfg_scale"], 10)
     f = field(tensors["x"].unsqueeze(2), torch.arange(3))
     assert distance(f.squeeze(2), tensors["cfg4.output"]) < 1e-5
 
 
 @torch.no_grad()
-def test_the_published_image_model_has_its_published_loss(published, published_model):
-    _, tensors, _ = published
+def test_the_published_image_model_has_its_published_loss(reference, published_model):
+    _, tensors, _ = reference
     x, noise, gamma = tensors["x"], tensors["loss.noise"], tensors["loss.gamma"]
     assert distance(transport.decay(gamma), tensors["loss.c"]) < 1e-5
     assert distance(transport.interpolate(x, noise, gamma), tensors["loss.x_gamma"]) < 1e-5
@@ -92,8 +93,8 @@ def test_the_published_image_model_has_its_published_loss(published, published_m
 
 @pytest.mark.parametrize("method", ["gd", "ngd"])
 @torch.no_grad()
-def test_the_published_image_model_descends_as_published(published, published_model, method):
-    _, tensors, settings = published
+def test_the_published_image_model_descends_as_published(reference, published_model, method):
+    _, tensors, settings = reference
     field = samplers.guided(published_model, tensors["y"], torch.full((3,), 0.04), 1.0, 10)
     x, evaluations = samplers.sample(
         field,
@@ -108,8 +109,8 @@ def test_the_published_image_model_descends_as_published(published, published_mo
 
 
 @pytest.mark.parametrize("ebm", ["dot", "l2"])
-def test_the_published_image_model_has_its_published_energies_and_their_gradients(published, published_config, ebm):
-    state, tensors, _ = published
+def test_the_published_image_model_has_its_published_energies_and_their_gradients(reference, published_config, ebm):
+    state, tensors, _ = reference
     model, x = make_model(state, replace(published_config, ebm=ebm)), tensors["x"].unsqueeze(2)
     with torch.no_grad():
         assert distance(model.energy(x, tensors["y"]), tensors[f"energy_{ebm}.energy"]) < 1e-5
@@ -117,8 +118,8 @@ def test_the_published_image_model_has_its_published_energies_and_their_gradient
     assert distance(model(x, tensors["y"]).squeeze(2), tensors[f"energy_{ebm}.gradient"]) < 1e-5
 
 
-def test_the_published_guided_energy_has_the_guided_field_as_its_slope(published, published_config):
-    state, tensors, settings = published
+def test_the_published_guided_energy_has_the_guided_field_as_its_negative_gradient(reference, published_config):
+    state, tensors, settings = reference
     model, x, y = make_model(state, replace(published_config, ebm="dot")), tensors["x"].unsqueeze(2), tensors["y"]
     args = y, torch.full((3,), 0.04), settings["cfg_scale"], 10
     x.requires_grad_()
@@ -144,9 +145,9 @@ def tiny_name(monkeypatch):
 
 
 def write_file(path, state, kind):
-    """As the published training script leaves it, or its network alone."""
+    """Write a file as the published training script does, or only its network ("bare")."""
     ema = {name: value.clone() for name, value in state.items()}
-    ema["final_layer.linear.bias"] += 1  # so that the average can be told from the weights
+    ema["final_layer.linear.bias"] += 1  # so that the EMA weights differ from the raw ones
     opt = {"state": {0: {"step": torch.tensor(7.0)}}, "param_groups": [{"lr": 1e-4, "params": [0]}]}
     contents = {
         "bare": ema,
@@ -158,8 +159,8 @@ def write_file(path, state, kind):
 
 
 @pytest.mark.parametrize("kind", ["bare", "whole", "of energies"])
-def test_a_published_file_loads_with_its_average(published, published_config, tmp_path, tiny_name, kind):
-    state, tensors, _ = published
+def test_a_published_file_loads_with_its_ema_weights(reference, published_config, tmp_path, tiny_name, kind):
+    state, tensors, _ = reference
     path = write_file(tmp_path / "0080000.pt", state, kind)
     model, config, step = checkpoint.load_model(path, model=tiny_name, video=False)
     expected = make_model(state, model.config)
@@ -172,32 +173,32 @@ def test_a_published_file_loads_with_its_average(published, published_config, tm
     assert config["data"]["classes"] == [str(label) for label in range(10)]
     assert step == 0
     if kind == "bare":
-        with pytest.raises(UserError, match="--no-ema: .* holds the averaged weights only"):
+        with pytest.raises(UserError, match="--no-ema: .* holds EMA weights only"):
             checkpoint.load_model(path, use_ema=False, model=tiny_name)
     else:
         raw, _, _ = checkpoint.load_model(path, use_ema=False, model=tiny_name)
         torch.testing.assert_close(raw.final_layer.linear.bias + 1, model.final_layer.linear.bias)
 
 
-def test_a_published_file_in_half_precision_or_with_plain_args_loads(published, tmp_path):
-    half = {name: value.half() for name, value in published[0].items()}
+def test_a_published_file_in_half_precision_or_with_plain_args_loads(reference, tmp_path):
+    half = {name: value.half() for name, value in reference[0].items()}
     torch.save({"ema": half, "args": {"ebm": "dot", "vae": "mse"}}, tmp_path / "a.pt")
     state = checkpoint.load(tmp_path / "a.pt", **SHAPE)
     assert state["config"]["model"]["ebm"] == "dot"
     assert state["config"]["data"]["vae"] == "mse"
 
 
-def test_the_energy_of_a_bare_file_is_the_one_that_is_asked_for(published, tmp_path, tiny_name):
-    path = write_file(tmp_path / "bare.pt", published[0], "bare")
+def test_a_bare_file_has_the_energy_that_is_asked_for(reference, tmp_path, tiny_name):
+    path = write_file(tmp_path / "bare.pt", reference[0], "bare")
     assert checkpoint.load_model(path, model=tiny_name, ebm="dot")[0].config.ebm == "dot"
-    path = write_file(tmp_path / "l2.pt", published[0], "of energies")
+    path = write_file(tmp_path / "l2.pt", reference[0], "of energies")
     with pytest.raises(UserError, match="was trained with --ebm l2, found --ebm dot"):
         checkpoint.load_model(path, model=tiny_name, ebm="dot")
 
 
-def test_a_published_file_can_be_exported(published, tmp_path, tiny_name, monkeypatch):
+def test_a_published_file_can_be_exported(reference, tmp_path, tiny_name, monkeypatch):
     monkeypatch.setattr(export, "NAMES", [tiny_name])
-    path = write_file(tmp_path / "a.pt", published[0], "whole")
+    path = write_file(tmp_path / "a.pt", reference[0], "whole")
     run(monkeypatch, export, path, tmp_path / "shared", "--model", tiny_name)
     expected, config, _ = checkpoint.load_model(path, model=tiny_name)
     model, exported_config, _ = checkpoint.load_model(tmp_path / "shared")  # which knows its model
@@ -205,11 +206,11 @@ def test_a_published_file_can_be_exported(published, tmp_path, tiny_name, monkey
     assert exported_config == config
 
 
-def test_a_conversion_leaves_the_published_state_as_it_is(published, published_config):
-    state = {name: value.clone() for name, value in published[0].items()}
+def test_a_conversion_does_not_change_the_published_state(reference, published_config):
+    state = {name: value.clone() for name, value in reference[0].items()}
     converted = published.convert_published(state, published_config)
-    assert state.keys() == published[0].keys()
-    assert all(torch.equal(state[name], value) for name, value in published[0].items())
+    assert state.keys() == reference[0].keys()
+    assert all(torch.equal(state[name], value) for name, value in reference[0].items())
     assert "pos_embed" not in converted
 
 
@@ -223,10 +224,10 @@ def refusal(path, **asked):
 
 
 @pytest.mark.parametrize("kind", ["bare", "whole"])
-def test_what_does_not_fit_a_published_file_is_named_in_words(published, tmp_path, kind):
-    path = write_file(tmp_path / "a.pt", published[0], kind)
+def test_a_mismatch_with_a_published_file_is_named(reference, tmp_path, kind):
+    path = write_file(tmp_path / "a.pt", reference[0], kind)
     assert "give --model, such as EqM-XL/2" in refusal(path)
-    xl = models.shape_of("EqM-XL/2")
+    xl = models.model_shape("EqM-XL/2")
     assert "has depth 2, EqM-XL/2 has depth 28: give another --model" in refusal(path, **xl)
     assert "has hidden size 48, EqM-(depth 2, width 96, heads 2)/2" in refusal(path, **SHAPE | {"hidden_size": 96})
     assert "has patch size 2" in refusal(path, **SHAPE | {"patch_size": 4})
@@ -237,7 +238,7 @@ def moved(table):
 
 
 def height_first(table):
-    """The other order of the two halves, as DiT forks that use a plain meshgrid have it."""
+    """The two halves in the other order, as in DiT forks that use meshgrid with "ij" indexing."""
     return table.roll(table.shape[-1] // 2, dims=-1)
 
 
@@ -250,16 +251,16 @@ def repeated(table):
 
 
 @pytest.mark.parametrize("change", [moved, height_first, cut, repeated])
-def test_positions_that_are_not_ours_are_refused(published, tmp_path, change):
-    state = published[0] | {"pos_embed": change(published[0]["pos_embed"])}
+def test_positions_other_than_our_table_are_refused(reference, tmp_path, change):
+    state = reference[0] | {"pos_embed": change(reference[0]["pos_embed"])}
     message = refusal(write_file(tmp_path / "a.pt", state, "bare"), **SHAPE)
     assert "pos_embed is not our table" in message
 
 
-def test_a_published_file_that_lacks_a_tensor_or_its_positions_is_refused(published, tmp_path, tiny_name):
+def test_a_published_file_that_lacks_a_tensor_or_its_positions_is_refused(reference, tmp_path, tiny_name):
     for name in ("pos_embed", "blocks.1.mlp.fc1.weight", "final_layer.linear.bias"):
-        state = {key: value for key, value in published[0].items() if key != name}
-        path = write_file(tmp_path / "a.pt", published[0], "bare")
+        state = {key: value for key, value in reference[0].items() if key != name}
+        path = write_file(tmp_path / "a.pt", reference[0], "bare")
         torch.save(state, path)
         with pytest.raises(UserError) as error:
             checkpoint.load_model(path, model=tiny_name)
@@ -268,7 +269,7 @@ def test_a_published_file_that_lacks_a_tensor_or_its_positions_is_refused(publis
 
 
 class Hostile:
-    """Runs a command when it is unpickled by anyone who trusts it."""
+    """Creates a file if it is unpickled without restrictions."""
 
     def __init__(self, victim):
         self.victim = victim
@@ -278,10 +279,10 @@ class Hostile:
 
 
 @pytest.mark.parametrize("place", ["args", "inside args", "opt", "ema", "alone"])
-def test_a_hostile_published_file_is_refused_and_runs_nothing(published, tmp_path, place):
+def test_a_hostile_published_file_is_refused_and_runs_nothing(reference, tmp_path, place):
     victim = tmp_path / "touched"
     hostile = Hostile(victim)
-    state = {"model": published[0], "ema": published[0], "opt": {}, "args": argparse.Namespace(vae="ema")}
+    state = {"model": reference[0], "ema": reference[0], "opt": {}, "args": argparse.Namespace(vae="ema")}
     state = {
         "args": state | {"args": hostile},
         "inside args": state | {"args": argparse.Namespace(vae=hostile)},
@@ -293,7 +294,7 @@ def test_a_hostile_published_file_is_refused_and_runs_nothing(published, tmp_pat
     torch.save(state, path)
     assert "holds code" in refusal(path, **SHAPE)
     assert not victim.exists()
-    torch.load(path, weights_only=False)  # what the refusal has kept from happening
+    torch.load(path, weights_only=False)  # what the refusal has prevented
     assert victim.exists()
 
 
@@ -302,8 +303,8 @@ def run(monkeypatch, script, *flags):
     script.main()
 
 
-def test_a_published_file_samples_images_and_starts_a_training_run(published, tmp_path, tiny_name, monkeypatch):
-    path, vae = write_file(tmp_path / "a.pt", published[0], "whole"), make_vae(tmp_path / "vae")
+def test_a_published_file_samples_images_and_starts_a_training_run(reference, tmp_path, tiny_name, monkeypatch):
+    path, vae = write_file(tmp_path / "a.pt", reference[0], "whole"), make_vae(tmp_path / "vae")
     shared = ["--ckpt", path, "--model", tiny_name, "--vae", vae, "--num-sampling-steps", 3]
     run(monkeypatch, sample_gd, *shared, "--num-samples", 3, "--folder", tmp_path / "s", "--classes", 7)
     samples = np.load(tmp_path / "s/samples.npz")
@@ -314,7 +315,7 @@ def test_a_published_file_samples_images_and_starts_a_training_run(published, tm
         folder = tmp_path / "data" / f"class {number % 2}"
         folder.mkdir(parents=True, exist_ok=True)
         Image.fromarray(np.full((20, 24, 3), 60 * number, np.uint8)).save(folder / f"{number}.png")
-    monkeypatch.setattr(validation, "VAL_CHUNK", 2)
+    monkeypatch.setattr(validation, "CHUNK", 2)
     run(
         monkeypatch, train, *shared, "--data-path", tmp_path / "data", "--image-size", 16, "--num-classes", 10,
         "--results-dir", tmp_path / "results", "--max-steps", 2, "--global-batch-size", 2, "--num-workers", 0,
@@ -328,13 +329,13 @@ def test_a_published_file_samples_images_and_starts_a_training_run(published, tm
     assert (folder / "samples/0000002.png").exists()
 
 
-def test_scripts_refuse_what_a_published_file_is_not(published, tmp_path, tiny_name, monkeypatch, capsys):
-    path, vae = write_file(tmp_path / "a.pt", published[0], "bare"), make_vae(tmp_path / "vae")
+def test_scripts_refuse_flags_that_do_not_fit_a_published_file(reference, tmp_path, tiny_name, monkeypatch, capsys):
+    path, vae = write_file(tmp_path / "a.pt", reference[0], "bare"), make_vae(tmp_path / "vae")
     (tmp_path / "data").mkdir()
     for name in "ab":
         Image.new("RGB", (16, 16)).save(tmp_path / "data" / f"{name}.png")
     training = [train, "--data-path", tmp_path / "data", "--results-dir", tmp_path / "r", "--image-size", 16]
-    generation = [sample_gd, "--folder", tmp_path / "s"]
+    sampling = [sample_gd, "--folder", tmp_path / "s"]
 
     def line(script, *flags):
         with pytest.raises(SystemExit) as ended:
@@ -344,13 +345,13 @@ def test_scripts_refuse_what_a_published_file_is_not(published, tmp_path, tiny_n
         assert len(lines) == 1, lines
         return lines[0]
 
-    for script, *flags in (training, generation):
+    for script, *flags in (training, sampling):
         assert "give --model" in line(script, *flags)
         assert "has depth 2, EqM-B/2 has depth 12" in line(script, *flags, "--model", "EqM-B/2")
         assert "cannot be converted" in line(script, *flags, "--model", tiny_name, "--use-rope")
-    assert "holds an image model" in line(*generation, "--model", tiny_name, "--video")
-    assert "--report-energy" in line(*generation, "--model", tiny_name, "--report-energy")
-    assert "--image-size 32" in line(*generation, "--model", tiny_name, "--image-size", 32)
+    assert "holds an image model" in line(*sampling, "--model", tiny_name, "--video")
+    assert "--report-energy" in line(*sampling, "--model", tiny_name, "--report-energy")
+    assert "--image-size 32" in line(*sampling, "--model", tiny_name, "--image-size", 32)
     assert "--num-classes gives 1" in line(*training, "--model", tiny_name)  # 10 classes cannot become 1
     assert not (tmp_path / "r").exists()
     assert not (tmp_path / "s").exists()

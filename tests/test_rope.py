@@ -13,7 +13,7 @@ NUM_TOKENS = 3 * 4 * 5
 
 
 def naive_rotation(x, grid, time_scale, channels, theta):
-    """Turn x (B, h, N, d) pair by pair with Python's complex numbers; channels per axis, or those of each."""
+    """Rotate x (B, h, N, d) pair by pair with complex numbers; channels: the same for each axis, or a tuple."""
     split = channels if isinstance(channels, tuple) else (channels,) * 3
     out = x.double().clone()
     T, H, W = grid
@@ -39,41 +39,43 @@ def scores(q, k, cos, sin):
 
 @pytest.mark.parametrize(("head_dim", "channels"), [(64, 20), (72, 24), (6, 2), (16, 4)])
 @pytest.mark.parametrize("theta", [10_000.0, 100.0])
-def test_every_pair_turns_as_a_complex_number(head_dim, channels, theta):
+def test_every_pair_rotates_as_a_complex_number(head_dim, channels, theta):
     time_scale = torch.tensor([1 / 25, 0.1])
     grid = (2, 2, 3)
     x = torch.randn(2, 1, 12, head_dim)
-    turned = apply_rotary(x, *RotaryEmbedding3D(head_dim, theta)(grid, time_scale))
-    torch.testing.assert_close(turned.double(), naive_rotation(x, grid, time_scale, channels, theta), atol=1e-5, rtol=0)
+    rotated = apply_rotary(x, *RotaryEmbedding3D(head_dim, theta)(grid, time_scale))
+    torch.testing.assert_close(
+        rotated.double(), naive_rotation(x, grid, time_scale, channels, theta), atol=1e-5, rtol=0
+    )
 
 
 @pytest.mark.parametrize(("split", "channels"), [("16,8,8", (16, 8, 8)), ("2,14,4", (2, 14, 4)), ("", (10, 10, 10))])
 def test_a_split_of_the_head_gives_each_axis_its_channels(split, channels):
     time_scale = torch.tensor([1 / 25, 0.1])
     x = torch.randn(2, 1, 12, 32)
-    turned = apply_rotary(x, *RotaryEmbedding3D(32, 100.0, split)((2, 2, 3), time_scale))
+    rotated = apply_rotary(x, *RotaryEmbedding3D(32, 100.0, split)((2, 2, 3), time_scale))
     wanted = naive_rotation(x, (2, 2, 3), time_scale, channels, 100)
-    torch.testing.assert_close(turned.double(), wanted, atol=1e-5, rtol=0)
-    assert torch.equal(turned[..., sum(channels) :], x[..., sum(channels) :])
+    torch.testing.assert_close(rotated.double(), wanted, atol=1e-5, rtol=0)
+    assert torch.equal(rotated[..., sum(channels) :], x[..., sum(channels) :])
 
 
 @pytest.mark.parametrize("split", ["16,8", "8,8,8,2", "16,8,7", "16,16,0", "-2,8,8", "16;8;8", "8,8,8,", "x", "9,9,9"])
 def test_a_split_that_does_not_fit_the_head_is_refused(split):
-    with pytest.raises(ValueError, match=f"rope_split '?{split}'?"):
+    with pytest.raises(ValueError, match=f"rope_split .*{split}"):
         RotaryEmbedding3D(32, 100.0, split)
 
 
 @pytest.mark.parametrize(("head_dim", "untouched"), [(64, 4), (72, 0), (48, 0), (10, 4)])
-def test_channels_that_are_left_over_stay_as_they_are_and_all_others_turn(head_dim, untouched):
+def test_all_channels_rotate_except_the_rest(head_dim, untouched):
     x, _ = random_qk(head_dim)
-    turned = apply_rotary(x, *RotaryEmbedding3D(head_dim)(GRID, FPS_25))
+    rotated = apply_rotary(x, *RotaryEmbedding3D(head_dim)(GRID, FPS_25))
     last = -1  # token whose three coordinates are all above zero
-    changed = (turned != x)[0, 0, last]
+    changed = (rotated != x)[0, 0, last]
     assert changed[: head_dim - untouched].all()
     assert not changed[head_dim - untouched :].any()
 
 
-def test_each_axis_turns_its_own_channels_only():
+def test_each_axis_rotates_its_own_channels_only():
     rope = RotaryEmbedding3D(64)
     for axis in range(3):
         grid = [1, 1, 1]
@@ -84,16 +86,16 @@ def test_each_axis_turns_its_own_channels_only():
 
 
 @pytest.mark.parametrize("head_dim", [64, 72])
-def test_scores_depend_on_differences_of_positions_only(head_dim):
+def test_scores_depend_on_relative_positions_only(head_dim):
     cos, sin = RotaryEmbedding3D(head_dim)((6, 6, 6), FPS_25)
     q, k = torch.randn(2, 1, 1, 1, head_dim).expand(-1, -1, -1, 216, -1)  # the same content at every position
     table = scores(q, k, cos, sin).reshape(6, 6, 6, 6, 6, 6)  # of query (t, h, w) and key (t, h, w)
     near, far = table[:4, :4, :4, :4, :4, :4], table[2:, 1:5, 2:, 2:, 1:5, 2:]
     torch.testing.assert_close(near, far, atol=1e-4, rtol=1e-4)
-    assert not torch.allclose(near, table[:4, :4, :4, 1:5, :4, :4], atol=1e-2)  # another difference, another score
+    assert not torch.allclose(near, table[:4, :4, :4, 1:5, :4, :4], atol=1e-2)  # other relative positions
 
 
-def test_scores_do_tell_before_from_after():
+def test_scores_distinguish_before_from_after():
     cos, sin = RotaryEmbedding3D(64)((5, 1, 1), FPS_25)
     q, k = torch.randn(2, 1, 1, 1, 64).expand(-1, -1, -1, 5, -1)
     table = scores(q, k, cos, sin)[0, 0]
@@ -102,14 +104,14 @@ def test_scores_do_tell_before_from_after():
 
 def test_norms_are_preserved():
     q, _ = random_qk(72)
-    turned = apply_rotary(q, *RotaryEmbedding3D(72)(GRID, torch.tensor([0.3])))
-    torch.testing.assert_close(turned.norm(dim=-1), q.norm(dim=-1))
+    rotated = apply_rotary(q, *RotaryEmbedding3D(72)(GRID, torch.tensor([0.3])))
+    torch.testing.assert_close(rotated.norm(dim=-1), q.norm(dim=-1))
 
 
-def test_the_first_patch_stays_as_it_is():
+def test_the_first_patch_is_not_rotated():
     q, _ = random_qk(64)
-    turned = apply_rotary(q, *RotaryEmbedding3D(64)(GRID, FPS_25))
-    assert torch.equal(turned[:, :, 0], q[:, :, 0])
+    rotated = apply_rotary(q, *RotaryEmbedding3D(64)(GRID, FPS_25))
+    assert torch.equal(rotated[:, :, 0], q[:, :, 0])
 
 
 def test_twice_the_time_scale_is_twice_the_time_position():
@@ -158,20 +160,20 @@ def test_angles_stay_float32_under_autocast():
     expected = rope(GRID, FPS_25)
     with torch.autocast("cpu", torch.bfloat16):
         found = rope(GRID, FPS_25)
-        turned = apply_rotary(q, *found)
-        turned_low = apply_rotary(q.bfloat16(), *found)
+        rotated = apply_rotary(q, *found)
+        rotated_low = apply_rotary(q.bfloat16(), *found)
     assert torch.equal(torch.stack(found), torch.stack(expected))
-    assert torch.equal(turned, apply_rotary(q, *expected))
-    assert turned_low.dtype == torch.bfloat16
+    assert torch.equal(rotated, apply_rotary(q, *expected))
+    assert rotated_low.dtype == torch.bfloat16
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
-def test_the_result_has_the_dtype_of_the_queries_and_only_the_rounding_of_its_end(dtype):
+def test_the_result_has_the_dtype_of_the_queries_and_is_rounded_once(dtype):
     q = random_qk(64)[0].to(dtype)
     rotary = RotaryEmbedding3D(64)(GRID, FPS_25)
-    turned = apply_rotary(q, *rotary)
-    assert turned.dtype == dtype
-    assert torch.equal(turned, apply_rotary(q.float(), *rotary).to(dtype))
+    rotated = apply_rotary(q, *rotary)
+    assert rotated.dtype == dtype
+    assert torch.equal(rotated, apply_rotary(q.float(), *rotary).to(dtype))
 
 
 @pytest.mark.parametrize("head_dim", [0, 2, 4, 5, 7, 65])
@@ -180,14 +182,14 @@ def test_a_head_that_is_too_small_or_odd_is_refused(head_dim):
         RotaryEmbedding3D(head_dim)
 
 
-def test_there_is_nothing_to_learn_or_to_store():
+def test_there_are_no_parameters_and_no_buffers():
     rope = RotaryEmbedding3D(64)
     rope(GRID, FPS_25)
     assert not list(rope.parameters())
     assert not list(rope.buffers())
 
 
-def test_the_gradient_is_turned_back():
+def test_the_gradient_is_rotated_back():
     x, upstream = random_qk(64)
     x.requires_grad_()
     cos, sin = RotaryEmbedding3D(64)(GRID, FPS_25)
@@ -218,7 +220,7 @@ def test_shorter_clips_keep_their_frequencies(method):
         assert torch.equal(scale_frequencies(FREQUENCIES, method, 4.0, wanted), FREQUENCIES)
 
 
-def test_linear_scaling_puts_longer_clips_where_trained_ones_were():
+def test_linear_scaling_maps_longer_clips_to_the_trained_positions():
     rope, time_scale = RotaryEmbedding3D(64), torch.tensor([0.04])
     cos, _ = rope((4, 1, 1), time_scale)
     rope.scale = "linear", 4.0, 8.0
@@ -236,12 +238,12 @@ def test_ntk_scaling_is_a_larger_theta_whose_lowest_frequency_is_that_of_linear_
     torch.testing.assert_close(scaled[-1], FREQUENCIES[-1] / s)
 
 
-def test_riflex_slows_the_frequency_that_repeats_within_the_trained_length_and_no_other():
+def test_riflex_lowers_only_the_frequency_with_a_period_closest_to_the_trained_length():
     trained, wanted = 16.0, 40.0  # periods: 6.3, 15.8, 39.6, ...
     scaled = scale_frequencies(FREQUENCIES, "riflex", trained, wanted)
     assert scaled[1] == pytest.approx(2 * math.pi / wanted)
     assert torch.equal(scaled[[0, 2, 3, 4, 5, 6, 7, 8, 9]], FREQUENCIES[[0, 2, 3, 4, 5, 6, 7, 8, 9]])
-    slow = 2 * math.pi / torch.tensor([1.0, 100.0])  # the nearest turns less than once in the wanted length already
+    slow = 2 * math.pi / torch.tensor([1.0, 100.0])  # already less than a period in the wanted length
     assert torch.equal(scale_frequencies(slow, "riflex", 60.0, 80.0), slow)
 
 

@@ -1,6 +1,7 @@
 import pytest
 import torch
 
+import generation
 import samplers
 import transport
 from generation import generate
@@ -14,7 +15,7 @@ def normal(*shape, seed=0, dtype=torch.float32):
 
 
 def optimal_field(mean, std, num_gammas=300):
-    """The best field that does not see gamma, for data N(mean, std^2 I): f(z) = E[(x - eps) c(gamma) | z].
+    """The optimal field without gamma as an input, for data N(mean, std^2 I): f(z) = E[(x - eps) c(gamma) | z].
 
     Given gamma, x_gamma ~ N(gamma mean, v I) with v = gamma^2 std^2 + (1 - gamma)^2, and the mean of x - eps is
     mean + slope (z - gamma mean). The integral over p(gamma | z) is a sum of the midpoint rule.
@@ -33,7 +34,7 @@ def optimal_field(mean, std, num_gammas=300):
 
 
 def monte_carlo_field(z, mean, std, num_draws=40_000):
-    """The same for one z (D,) by brute force: draw gamma, weigh with the density of z, draw nothing else."""
+    """The same for one z (D,) by Monte Carlo over gamma, weighted with the density of z."""
     gamma = torch.rand(num_draws, 1, generator=torch.Generator().manual_seed(5), dtype=torch.float64)
     path = torch.distributions.Normal(gamma * mean, ((gamma * std) ** 2 + (1 - gamma) ** 2).sqrt())
     weights = path.log_prob(z).sum(dim=1).softmax(dim=0)[:, None]
@@ -44,15 +45,15 @@ def monte_carlo_field(z, mean, std, num_draws=40_000):
 
 def test_the_optimal_field_of_these_tests_is_the_conditional_mean():
     mean, z = normal(5, dtype=torch.float64), normal(3, 5, seed=1, dtype=torch.float64)
-    by_brute_force = torch.stack([monte_carlo_field(row, mean, 0.5) for row in z])
-    torch.testing.assert_close(optimal_field(mean, 0.5)(z, None), by_brute_force, atol=0.02, rtol=0.02)
+    expected = torch.stack([monte_carlo_field(row, mean, 0.5) for row in z])
+    torch.testing.assert_close(optimal_field(mean, 0.5)(z, None), expected, atol=0.02, rtol=0.02)
 
 
 @pytest.mark.parametrize("method", METHODS)
 @pytest.mark.parametrize("std", [0.5, 1.0])
 def test_the_published_settings_reach_the_mean_and_the_variance_of_gaussian_data(method, std):
-    # The mean is not zero, or else x_gamma of data with variance 1 would not tell gamma. The descent does not stop at
-    # the data for good: gamma can't be above 1, so near the data its mean is a little below and f a little above zero,
+    # The mean is not zero, as otherwise gamma and 1 - gamma would look the same for data with variance 1. The data are
+    # not quite an equilibrium: gamma is at most 1, so near the data its posterior mean is below 1 and f is not zero,
     # and 1,000 steps end 5 to 14% beyond the mean. Hence the published number of steps and these tolerances.
     mean, start = normal(1024, dtype=torch.float64), normal(64, 1024, seed=1, dtype=torch.float64)
     field = optimal_field(mean, std)
@@ -86,13 +87,13 @@ def test_nesterov_descent_on_a_quadratic_energy_contracts_at_its_rate(momentum):
         assert (x[:, i].abs() <= 2 * rate**100 * start[:, i].abs()).all()
 
 
-def test_without_momentum_both_methods_are_one():
+def test_without_momentum_both_methods_are_the_same():
     field, start = (lambda x, keep: torch.cos(3 * x)), normal(4, 5)
-    by_gd, _ = sample(field, start, "gd", num_steps=20, step_size=0.1, momentum=0.7)  # gd ignores it
-    by_ngd, _ = sample(field, start, "ngd", num_steps=20, step_size=0.1, momentum=0.0)
-    other, _ = sample(field, start, "ngd", num_steps=20, step_size=0.1, momentum=0.7)
-    assert torch.equal(by_gd, by_ngd)
-    assert not torch.allclose(by_gd, other)
+    gd, _ = sample(field, start, "gd", num_steps=20, step_size=0.1, momentum=0.7)  # gd ignores it
+    ngd, _ = sample(field, start, "ngd", num_steps=20, step_size=0.1, momentum=0.0)
+    with_momentum, _ = sample(field, start, "ngd", num_steps=20, step_size=0.1, momentum=0.7)
+    assert torch.equal(gd, ngd)
+    assert not torch.allclose(gd, with_momentum)
 
 
 @pytest.mark.parametrize("method", METHODS)
@@ -103,7 +104,7 @@ def test_a_constant_field_moves_by_its_size_per_evaluation(method):
 
 @pytest.mark.parametrize("method", METHODS)
 @pytest.mark.parametrize("num_steps", [1, 2, 7])
-def test_there_is_one_evaluation_less_than_there_are_points(method, num_steps):
+def test_n_points_take_n_minus_1_evaluations(method, num_steps):
     seen = []
     start = normal(3, 4)
     x, evaluations = sample(lambda x, keep: seen.append(keep) or torch.ones_like(x), start, method, num_steps, 0.1)
@@ -113,15 +114,15 @@ def test_there_is_one_evaluation_less_than_there_are_points(method, num_steps):
 
 
 @pytest.mark.parametrize("method", METHODS)
-def test_the_start_is_left_as_it_is(method):
+def test_the_start_is_not_changed(method):
     start = normal(3, 4)
     before = start.clone()
     sample(lambda x, keep: torch.ones_like(x), start, method, num_steps=3, step_size=0.1)
     assert torch.equal(start, before)
 
 
-def test_samples_that_have_stopped_leave_the_batch_and_cost_nothing_more():
-    # f = -x halves x with every step: from x = 2^n the root mean square is below 1 after n + 1 steps.
+def test_samples_that_have_stopped_are_not_evaluated_any_more():
+    # f = -x halves x in each step: from x = 2^n the root mean square is below 1 after n + 1 steps.
     start, seen = torch.tensor([8.0, 1.0, 0.5, 4.0])[:, None].expand(4, 6), []
 
     def field(x, keep):
@@ -131,12 +132,12 @@ def test_samples_that_have_stopped_leave_the_batch_and_cost_nothing_more():
 
     x, evaluations = sample(field, start, "gd", num_steps=100, step_size=0.5, stop_below=1.0)
     assert seen == [[0, 1, 2, 3], [0, 1, 3], [0, 3], [0, 3], [0]]
-    assert evaluations.tolist() == [5, 2, 1, 4]  # the one that finds f below the threshold counts
-    assert torch.equal(x, torch.full((4, 6), 0.5))  # where f was found below it, not a step further
+    assert evaluations.tolist() == [5, 2, 1, 4]  # including the one that finds f below the threshold
+    assert torch.equal(x, torch.full((4, 6), 0.5))  # without a further step
 
 
 @pytest.mark.parametrize("method", METHODS)
-def test_a_batch_ends_after_its_last_step_where_not_all_have_stopped(method):
+def test_a_batch_ends_after_num_steps_if_not_all_samples_have_stopped(method):
     x, evaluations = sample(lambda x, keep: -x, torch.tensor([[0.1], [1e6]]), method, 5, 0.1, stop_below=1.0)
     assert evaluations.tolist() == [1, 4]
     assert x[0] == 0.1
@@ -182,7 +183,7 @@ LABELS, TIME_SCALE = torch.tensor([3, 7, 1]), torch.tensor([0.04, 0.08, 0.1])
 
 
 class Recorder:
-    """A network whose field tells its input, label and time scale apart, and that notes its calls."""
+    """A network whose output depends on its input, label and time scale, and that records its calls."""
 
     def __init__(self):
         self.calls = []
@@ -193,7 +194,7 @@ class Recorder:
         return slope * x + offset
 
 
-def test_guidance_is_on_all_channels_and_both_halves_are_one_batch():
+def test_guidance_is_on_all_channels_and_evaluates_one_batch():
     network, x = Recorder(), normal(3, 4, 2, 3, 3)
     keep = torch.arange(3)
     f = guided(network, LABELS, TIME_SCALE, 4.0, NULL)(x, keep)
@@ -207,7 +208,7 @@ def test_guidance_is_on_all_channels_and_both_halves_are_one_batch():
     assert (f != f_class).all()  # every channel is guided
 
 
-def test_guidance_of_one_evaluates_the_class_half_only():
+def test_guidance_of_one_evaluates_the_field_of_the_class_only():
     network, x = Recorder(), normal(3, 4, 2, 3, 3)
     f = guided(network, LABELS, TIME_SCALE, 1.0, NULL)(x, torch.arange(3))
     assert [y.tolist() for _, y, _ in network.calls] == [LABELS.tolist()]
@@ -234,7 +235,7 @@ def test_the_guided_field_is_float32(guidance):
 
 
 class Bar:
-    """Stands in for tqdm and keeps what it was told."""
+    """In place of tqdm: records its progress."""
 
     made = []
 
@@ -260,7 +261,7 @@ class Bar:
 
 
 def wavy(x, y, time_scale):
-    """A network without a sum over samples, so that results can be compared bit by bit."""
+    """A network without sums, so that results do not depend on the batch bit by bit."""
     return torch.sin((1 + y).reshape(-1, 1, 1, 1, 1) * x) * time_scale.reshape(-1, 1, 1, 1, 1)
 
 
@@ -280,7 +281,7 @@ def test_samples_do_not_depend_on_the_batch_size(batch_size, stop_below):
     assert torch.equal(evaluations, spent)
 
 
-def test_samples_come_in_the_order_of_their_noise():
+def test_samples_are_in_the_order_of_their_noise():
     samples, _, _ = run_generate(batch_size=2, step_size=1e-6)
     torch.testing.assert_close(samples, normal(5, 2, 3, 4, 4), atol=1e-4, rtol=0)
 
@@ -293,14 +294,14 @@ def test_no_noise_gives_no_samples():
 
 
 def test_one_progress_bar_counts_the_points_of_all_batches(monkeypatch):
-    monkeypatch.setattr(samplers, "tqdm", Bar)
+    monkeypatch.setattr(generation, "tqdm", Bar)
     Bar.made.clear()
     run_generate(batch_size=2)
     assert [(bar.total, bar.done) for bar in Bar.made] == [(18, 18)]  # 3 batches x 6 points
 
 
 @pytest.mark.parametrize(("precision", "dtype"), [("fp32", torch.float32), ("bf16", torch.bfloat16)])
-def test_precision_is_that_of_the_network_and_the_descent_stays_float32(precision, dtype):
+def test_precision_is_that_of_the_network_and_samples_stay_float32(precision, dtype):
     weight, seen = torch.eye(4), []
 
     def network(x, y, time_scale):
@@ -319,7 +320,7 @@ def test_sampling_builds_no_graph():
     assert not samples.requires_grad
 
 
-def test_a_sample_that_diverges_is_not_taken_for_one_that_has_arrived():
+def test_a_sample_that_diverges_does_not_count_as_stopped():
     def field(x, keep):
         return torch.where(keep[:, None] == 0, torch.inf * x - torch.inf * x, -x)
 
@@ -332,12 +333,12 @@ def test_a_sample_that_diverges_is_not_taken_for_one_that_has_arrived():
 
 
 def straight_field(noise, data):
-    """The field of a single datum seen from a known start: it reads gamma off how far along the line x is."""
-    way = data - noise
+    """The field of a single data point and a known noise: the position of x on the line between them gives gamma."""
+    path = data - noise
 
     def field(x, keep):
-        gamma = ((x - noise) * way).sum(dim=1) / way.square().sum(dim=1)
-        return transport.decay(gamma)[:, None] * way
+        gamma = ((x - noise) * path).sum(dim=1) / path.square().sum(dim=1)
+        return transport.decay(gamma)[:, None] * path
 
     return field
 
@@ -345,7 +346,7 @@ def straight_field(noise, data):
 @pytest.mark.parametrize("method", ["euler", "heun"])
 @pytest.mark.parametrize("num_steps", [2, 3, 10, 101])
 @pytest.mark.parametrize("start_gamma", [0.0, 0.3, 0.9])
-def test_where_its_assumption_holds_the_ode_leads_straight_to_the_data(method, num_steps, start_gamma):
+def test_the_ode_leads_straight_to_the_data_if_its_assumption_holds(method, num_steps, start_gamma):
     noise, data = normal(3, 5, dtype=torch.float64), normal(3, 5, seed=1, dtype=torch.float64)
     start = transport.interpolate(data, noise, torch.full((3,), start_gamma, dtype=torch.float64))
     x, _ = sample(straight_field(noise, data), start, method, num_steps, start_gamma=start_gamma)
@@ -354,7 +355,7 @@ def test_where_its_assumption_holds_the_ode_leads_straight_to_the_data(method, n
 
 @pytest.mark.parametrize(("method", "order"), [("euler", 1), ("heun", 2)])
 def test_the_error_of_a_solver_falls_by_its_order(method, order, monkeypatch):
-    monkeypatch.setattr(samplers, "decay", torch.ones_like)  # dx/dgamma = -x, whose solution is known
+    monkeypatch.setattr(samplers, "decay", torch.ones_like)  # dx/dgamma = -x, with a known solution
     start, errors = normal(2, 3, dtype=torch.float64), []
     for num_steps in (41, 81):
         x, _ = sample(lambda x, keep: -x, start, method, num_steps)
@@ -363,17 +364,17 @@ def test_the_error_of_a_solver_falls_by_its_order(method, order, monkeypatch):
 
 
 @pytest.mark.parametrize(("method", "spent"), [("euler", 6), ("heun", 11)])
-def test_a_solver_takes_even_steps_up_to_one_where_it_never_asks(method, spent, monkeypatch):
-    asked = []
-    monkeypatch.setattr(samplers, "decay", lambda gamma: asked.append(gamma.item()) or transport.decay(gamma))
+def test_a_solver_takes_equal_steps_and_never_evaluates_at_gamma_1(method, spent, monkeypatch):
+    gammas = []
+    monkeypatch.setattr(samplers, "decay", lambda gamma: gammas.append(gamma.item()) or transport.decay(gamma))
     x, evaluations = sample(lambda x, keep: torch.ones_like(x), normal(2, 3), method, num_steps=7, start_gamma=0.4)
     assert evaluations.tolist() == [spent] * 2
-    assert len(asked) == spent
-    assert sorted(set(asked)) == pytest.approx([0.4, 0.5, 0.6, 0.7, 0.8, 0.9])
+    assert len(gammas) == spent
+    assert sorted(set(gammas)) == pytest.approx([0.4, 0.5, 0.6, 0.7, 0.8, 0.9])
     assert x.isfinite().all()
 
 
-# Watching -----------------------------------------------------------------------------------------------------------
+# Observers and energies ---------------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("method", ["gd", "ngd", "euler", "heun"])
@@ -396,7 +397,7 @@ def quadratic_field(x, y, time_scale):
 
 
 @pytest.mark.parametrize("guidance", [1.0, 4.0])
-def test_energies_are_those_of_the_points_on_the_way(guidance):
+def test_energies_are_those_of_the_points(guidance):
     step = 0.01
     _, evaluations, energies = run_generate(
         quadratic_field, energy=quadratic, num_steps=9, step_size=step, guidance=guidance, method="gd", batch_size=2
@@ -411,16 +412,16 @@ def test_energies_are_those_of_the_points_on_the_way(guidance):
 def test_the_energies_of_a_sample_end_where_it_stops():
     settings = {"num_steps": 60, "step_size": 0.1, "guidance": 1.0, "method": "gd", "stop_below": 0.05, "batch_size": 2}
     samples, evaluations, energies = run_generate(quadratic_field, energy=quadratic, **settings)
-    assert len(set(evaluations.tolist())) == 5  # the steeper the sooner
+    assert len(set(evaluations.tolist())) == 5  # they stop at different times
     known = ~energies.isnan()
-    assert known.sum(dim=1).tolist() == evaluations.tolist()  # one point per evaluation; the last moved nothing
+    assert known.sum(dim=1).tolist() == evaluations.tolist()  # a point per evaluation; the last one made no step
     last = energies[torch.arange(5), evaluations - 1]
     torch.testing.assert_close(last, quadratic(samples, torch.arange(5), None))
     assert (energies.diff(dim=1)[known[:, 1:]] < 0).all()
 
 
 @pytest.mark.parametrize("stop_below", [None, 0.05])
-def test_energies_change_no_sample(stop_below):
+def test_computing_energies_does_not_change_the_samples(stop_below):
     settings = {"num_steps": 20, "step_size": 0.1, "guidance": 1.0, "stop_below": stop_below}
     plain, _, nothing = run_generate(quadratic_field, **settings)
     watched, _, _ = run_generate(quadratic_field, energy=quadratic, **settings)

@@ -1,20 +1,16 @@
-"""A schedule of frames in one run: its words, its phases, and that it is the chain of its phases."""
+"""A schedule of frames in one run: how it is parsed, its phases, and that it equals the chain of its phases."""
 
 import argparse
-from dataclasses import replace
 
 import pytest
 import torch
 
 import checkpoint
-import schedule
 import train
-import validation
-from checkpoint import Progress
 from faults import TINY, Training, differences, make_data
 from here import run_here, usual_signals  # noqa: F401 (a fixture)
 from runtime.cli import UserError
-from schedule import Phase, current_phase, fill_batches, parse_schedule
+from schedule import Phase, current_phase, fill_batches, frames_of_steps, is_due, parse_schedule
 
 
 @pytest.fixture(scope="module")
@@ -32,7 +28,7 @@ BAD += ["4.5:10", "4:10:\u0664", "4:" + "9" * 12]
 
 
 @pytest.mark.parametrize("text", BAD)
-def test_what_is_no_schedule_is_refused(text):
+def test_what_is_not_a_schedule_is_refused(text):
     with pytest.raises(argparse.ArgumentTypeError):
         parse_schedule(text)
 
@@ -46,7 +42,7 @@ def test_phases_without_a_batch_have_as_many_tokens_a_step_as_the_first():
 
 @pytest.mark.parametrize("text", ["4:10,12:20", "4:10:3", "4:10,8:20,16:30:5"])
 def test_batches_that_do_not_divide_are_refused(text):
-    with pytest.raises(UserError, match="no multiple of 4"):
+    with pytest.raises(UserError, match="not a multiple of 4"):
         fill_batches(parse_schedule(text), 32, tokens=lambda n: n, parts=4)
 
 
@@ -56,15 +52,20 @@ def test_a_checkpoint_goes_on_in_the_phase_that_holds_its_step():
 
 
 def test_a_share_of_the_later_steps_has_the_frames_of_an_earlier_phase():
-    args, phases = argparse.Namespace(mix=0.3, global_seed=0), parse_schedule("4:1000,8:2000,16:5000")
-    assert schedule.frames_of_steps(args, phases, phases[0], Progress()) == [4] * 1000
-    progress = Progress(step=2000, first_step=2000)
-    frames = schedule.frames_of_steps(args, phases, phases[2], progress)
+    phases = parse_schedule("4:1000,8:2000,16:5000")
+    assert frames_of_steps(phases, phases[0], step=0, first_step=0, mix=0.3, seed=0) == [4] * 1000
+    frames = frames_of_steps(phases, phases[2], step=2000, first_step=2000, mix=0.3, seed=0)
     assert len(frames) == 3000
     for earlier in (4, 8):
         assert frames.count(earlier) / 3000 == pytest.approx(0.15, abs=0.03)
-    later = replace(progress, step=2500)
-    assert schedule.frames_of_steps(args, phases, phases[2], later) == frames[500:]  # wherever it was interrupted
+    later = frames_of_steps(phases, phases[2], step=2500, first_step=2000, mix=0.3, seed=0)
+    assert later == frames[500:]  # wherever it was interrupted
+
+
+def test_something_is_due_every_so_many_steps_and_at_the_end_of_a_phase():
+    assert [step for step in range(1, 12) if is_due(step, 11, 4)] == [4, 8, 11]
+    assert [step for step in range(1, 12) if is_due(step, 11, 4, 0, 6)] == [4, 6, 8, 11]
+    assert [step for step in range(1, 12) if is_due(step, 11, 0)] == [11]
 
 
 SCHEDULE = "4:3:8,8:5,16:7:2"
@@ -122,14 +123,14 @@ def test_a_schedule_equals_the_chain_of_its_phases_bit_for_bit_also_when_it_is_i
 
 
 def test_phases_that_end_are_kept_and_mixing_trains_on_shorter_clips_too(shapes, tmp_path, monkeypatch):
-    seen, clip_losses = [], train.clip_losses
+    seen, training_losses = [], train.training_losses
 
-    def noting(run, network, x, *rest):
-        seen.append(x.shape[2])
-        return clip_losses(run, network, x, *rest)
+    def noting(network, vae, batch, *rest):
+        seen.append(batch["clips"].shape[2])
+        return training_losses(network, vae, batch, *rest)
 
-    monkeypatch.setattr(train, "clip_losses", noting)
-    monkeypatch.setattr(validation, "validate", lambda run: {"val_loss": 1.0})
+    monkeypatch.setattr(train, "training_losses", noting)
+    monkeypatch.setattr(train, "validate", lambda *_: ({"val_loss": 1.0}, []))
     training = run_schedule(shapes, tmp_path / "r", "--keep-last", 1, "--ckpt-every", 1, "--mix", 0.6)
     names = {path.name for path in (training.folder / "checkpoints").iterdir()}
     assert {"0000003.pt", "0000005.pt", "0000007.pt"} <= names

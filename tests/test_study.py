@@ -1,4 +1,4 @@
-"""The study of frame curricula: its bookkeeping on a miniature, equal compute, a report that computes what it says."""
+"""The study of frame curricula: a miniature of it, equal compute, learning rates, the report, bad input."""
 
 import argparse
 import csv
@@ -17,7 +17,6 @@ import arms
 import report
 import schedule
 import study
-from checkpoint import Progress
 from schedule import Phase
 from scoring import motion
 
@@ -36,7 +35,7 @@ def a_study(out, **flags):
 
 
 def train_row(job, size=arms.FULL, **numbers):
-    """A row of the last step of a run, as the csv has it."""
+    """The row of the csv for the last step of a run."""
     phases, flops = arms.phases_of(job.arm, job.share, size)
     row = dict.fromkeys(arms.COLUMNS) | {
         "version": arms.VERSION,
@@ -59,7 +58,7 @@ def job_of(name, seed=0, factor=1.0, share=1.0):
 
 
 # ----------------------------------------------------------------------------------------------------------------------
-# The miniature, for real
+# A miniature that is really run
 
 
 def start(out):
@@ -84,7 +83,7 @@ def lines_of(path):
         return list(csv.DictReader(file))
 
 
-def test_a_study_that_is_killed_goes_on_and_runs_nothing_twice(tmp_path, monkeypatch, capsys):
+def test_a_study_that_is_killed_continues_and_runs_nothing_twice(tmp_path, monkeypatch, capsys):
     process = start(tmp_path)
     wait_for(process, "study/patch-2*/*/log.txt", tmp_path)  # the second run has begun
     process.send_signal(signal.SIGKILL)
@@ -101,7 +100,7 @@ def test_a_study_that_is_killed_goes_on_and_runs_nothing_twice(tmp_path, monkeyp
     keys = [tuple(row[name] for name in ("arm", "kind", "step", "frames", "rope_scale")) for row in rows]
     assert len(set(keys)) == len(keys)
     assert [key[:1] + key[3:] for key in keys if key[1] == "sample"] == [(name, "16", "none") for name in ARMS]
-    assert len(list(tmp_path.glob("study/patch-2*/*/metrics.jsonl"))) == 1  # the same run went on
+    assert len(list(tmp_path.glob("study/patch-2*/*/metrics.jsonl"))) == 1  # the same run continued
     flops = [float(row["flops"]) for row in rows if row["kind"] == "train"]
     last = [max(value for row, value in zip(rows, flops, strict=False) if row["arm"] == name) for name in ARMS]
     assert last[0] == pytest.approx(arms.phases_of(arms.BY_NAME[ARMS[0]], 1.0, arms.MINIATURE)[1], rel=1e-4)
@@ -115,13 +114,13 @@ def test_a_study_that_is_killed_goes_on_and_runs_nothing_twice(tmp_path, monkeyp
     assert "2 runs, 0.0 hours left" in capsys.readouterr().out
 
 
-def test_two_at_once_share_the_runs_and_lose_no_row(tmp_path):
+def test_two_processes_at_once_share_the_runs_and_lose_no_row(tmp_path):
     processes = [start(tmp_path) for _ in range(2)]
     outputs = [process.communicate(timeout=240)[0] for process in processes]
     assert [process.returncode for process in processes] == [0, 0], outputs
     assert all("all is done" in output for output in outputs)
-    begun = [line for output in outputs for line in output.splitlines() if " runs to do; " in line]
-    assert len(begun) == len(ARMS)  # none of them twice
+    started = [line for output in outputs for line in output.splitlines() if " runs to do; " in line]
+    assert len(started) == len(ARMS)  # none of them twice
     rows = lines_of(tmp_path / "study.csv")
     assert {row["arm"] for row in rows if row["kind"] == "sample"} == set(ARMS)
     assert len({tuple(row[name] for name in ("arm", "kind", "step", "frames")) for row in rows}) == len(rows)
@@ -129,7 +128,7 @@ def test_two_at_once_share_the_runs_and_lose_no_row(tmp_path):
 
 def test_no_run_is_started_that_does_not_fit(tmp_path, monkeypatch, capsys):
     run_here(monkeypatch, "--out", tmp_path, "--minutes", 0.01)
-    assert "run again to go on" in capsys.readouterr().out
+    assert "run again to continue" in capsys.readouterr().out
     assert not list(tmp_path.glob("study/*/train.log"))
 
 
@@ -139,24 +138,22 @@ def test_no_run_is_started_that_does_not_fit(tmp_path, monkeypatch, capsys):
 
 def counted(arm, share, size):
     """The FLOPs that train.py counts for a run, step by step."""
-    config, spent, first_step = arms.config_of(arm, size), 0, 0
+    config, flops, first_step = arms.config_of(arm, size), 0, 0
     phases = [Phase(*phase) for phase in arms.phases_of(arm, share, size)[0]]
     for phase in phases:
-        args = argparse.Namespace(mix=arm.mix, global_seed=0)
-        progress = Progress(step=first_step, first_step=first_step)
-        frames = schedule.frames_of_steps(args, phases, phase, progress)
-        spent += sum(phase.batch_size * config.training_flops(number) for number in frames)
+        frames = schedule.frames_of_steps(phases, phase, first_step, first_step, arm.mix, seed=0)
+        flops += sum(phase.batch_size * config.training_flops(num_frames) for num_frames in frames)
         first_step = phase.last_step
-    return spent
+    return flops
 
 
 @pytest.mark.parametrize("share", [0.3, 0.6, 1.0])
-def test_all_arms_take_the_same_compute_and_as_many_tokens_a_step(share):
+def test_all_arms_have_the_same_compute_and_number_of_tokens_per_step(share):
     whole = arms.FULL.steps * 8 * arms.config_of(arms.BY_NAME["16"], arms.FULL).training_flops(16)
     for arm in arms.BY_NAME.values():
         assert counted(arm, share, arms.FULL) == pytest.approx(share * whole, rel=0.02), arm.name
-        for frames, _, batch in arms.phases_of(arm, share, arms.FULL)[0]:
-            assert batch * math.prod(arms.config_of(arm, arms.FULL).grid(frames)) == arms.TOKENS
+        for num_frames, _, batch_size in arms.phases_of(arm, share, arms.FULL)[0]:
+            assert batch_size * math.prod(arms.config_of(arm, arms.FULL).grid(num_frames)) == arms.TOKENS
 
 
 # ----------------------------------------------------------------------------------------------------------------------
@@ -166,13 +163,13 @@ def test_all_arms_take_the_same_compute_and_as_many_tokens_a_step(share):
 def test_the_tuned_rate_is_the_best_of_the_grid_once_all_of_it_has_run(tmp_path):
     mine = a_study(tmp_path, only=["theta 1000"])
     jobs = mine.jobs()
-    assert [(job.arm.name, job.factor) for job in jobs if job.tunes] == [("16", x) for x in arms.FULL.factors]
-    assert {job.factor for job in jobs if not job.tunes} == {None}
+    assert [(job.arm.name, job.factor) for job in jobs if job.is_tuning] == [("16", x) for x in arms.FULL.factors]
+    assert {job.factor for job in jobs if not job.is_tuning} == {None}
     for factor, loss in zip(arms.FULL.factors, (0.9, math.inf, 0.7), strict=True):
         assert mine.factor("16") is None
         mine.rows.append(train_row(job_of("16", arms.TUNE_SEED, factor, arms.TUNE_SHARE), loss=loss))
     assert mine.factor("16") == arms.FULL.factors[2]
-    assert {(job.arm.name, job.factor) for job in mine.jobs() if not job.tunes} == {("theta 1000", 2.0)}
+    assert {(job.arm.name, job.factor) for job in mine.jobs() if not job.is_tuning} == {("theta 1000", 2.0)}
 
 
 def test_a_run_that_diverged_is_done(tmp_path):
@@ -191,7 +188,7 @@ def test_a_bump_is_gone_at_the_first_validation_that_is_no_higher_than_the_one_b
     before, after = phases[:2]
     length = after[1] - before[1]
     rows = [train_row(job_of("4-8-16 even"), step=before[1], loss=2.0, loss_rel=0.1, loss_raw=4.0)]
-    for share, loss in ((0.1, 0.15), (0.25, 0.1), (0.5, 0.08)):  # twice as large clips: a zero predictor's loss is, too
+    for share, loss in ((0.1, 0.15), (0.25, 0.1), (0.5, 0.08)):  # with a zero predictor's loss of 40 instead of 20
         step = before[1] + round(share * length)
         rows.append(train_row(job_of("4-8-16 even"), step=step, loss=40 * loss, loss_rel=loss, loss_raw=7.0))
     found = report.bump(rows, "4-8-16 even", before, after)
@@ -204,18 +201,18 @@ def test_a_bump_is_gone_at_the_first_validation_that_is_no_higher_than_the_one_b
     assert report.bump(rows[:2], "4-8-16 even", before, after)["gone"] == math.inf
 
 
-def test_a_difference_is_paired_by_seed_and_says_whether_its_interval_holds_zero():
-    text = report.compare("a", "b", "Loss", {0: 1.0, 1: 2.0, 2: 3.1}, {0: 0.5, 1: 1.5, 2: 2.5, 3: 9.0})
+def test_a_difference_is_paired_by_seed_and_says_whether_its_interval_contains_zero():
+    text = report.difference("a", "b", "Loss", {0: 1.0, 1: 2.0, 2: 3.1}, {0: 0.5, 1: 1.5, 2: 2.5, 3: 9.0})
     # differences 0.5, 0.5, 0.6: mean 0.5333, standard error 0.0333, times 4.30
     assert text == "Loss: a minus b is +0.533 (95% +0.390 to +0.677, 3 seeds): higher."
-    assert "not told apart" in report.compare("a", "b", "Loss", {0: 1.0, 1: -1.0}, {0: 0.0, 1: 0.0})
-    assert "one seed" in report.compare("a", "b", "Loss", {0: 1.0}, {0: 0.0})
-    assert report.compare("a", "b", "Loss", {0: 1.0}, {1: 0.0}) == "Loss, a against b: not run yet."
+    assert "not told apart" in report.difference("a", "b", "Loss", {0: 1.0, 1: -1.0}, {0: 0.0, 1: 0.0})
+    assert "one seed" in report.difference("a", "b", "Loss", {0: 1.0}, {0: 0.0})
+    assert report.difference("a", "b", "Loss", {0: 1.0}, {1: 0.0}) == "Loss, a against b: not run yet."
 
 
 @pytest.fixture
 def made_up(tmp_path):
-    """A csv of some seeds of some arms: rotary positions are better by 0.1, the even schedule no worse at 60%."""
+    """A csv with three arms: rotary positions are better by 0.1, the even schedule is no worse at 60%."""
     rows = []
     for seed in range(3):
         for name, share, loss, right in (
@@ -228,7 +225,7 @@ def made_up(tmp_path):
     return tmp_path
 
 
-def test_a_report_of_missing_rows_says_what_was_found_and_what_was_not_run(made_up, monkeypatch):
+def test_a_report_of_an_incomplete_csv_says_what_was_not_run(made_up, monkeypatch):
     run_here(monkeypatch, "--report", "--out", made_up)
     text = (made_up / "study.md").read_text()
     assert "Validation loss at 16 frames: rotary minus fixed is -0.100 (95% -0.100 to -0.100, 3 seeds): lower." in text
@@ -246,7 +243,7 @@ def test_a_report_of_missing_rows_says_what_was_found_and_what_was_not_run(made_
         assert f"(figures/{name})" in text
 
 
-def test_rows_come_back_from_the_csv_as_they_were(made_up):
+def test_rows_are_the_same_after_writing_and_reading_the_csv(made_up):
     rows = arms.read_rows(made_up / "study.csv")
     arms.write_rows(made_up / "again.csv", rows)
     assert (made_up / "again.csv").read_bytes() == (made_up / "study.csv").read_bytes()
@@ -258,7 +255,7 @@ def test_rows_come_back_from_the_csv_as_they_were(made_up):
 
 
 def refused(monkeypatch, capsys, *flags):
-    """The one line on stderr of a command that ends with status 2."""
+    """The line on stderr of a command that ends with status 2."""
     with pytest.raises(SystemExit) as end:
         run_here(monkeypatch, *flags)
     (line,) = capsys.readouterr().err.splitlines()
@@ -280,7 +277,7 @@ BAD_CELLS = {"version": ("2", "is of version 2"), "recipe": ("0", "is of another
 def test_a_csv_of_another_version_recipe_or_arm_is_refused(name, made_up, monkeypatch, capsys):
     value, words = BAD_CELLS[name]
     rows = arms.read_rows(made_up / "study.csv")
-    rows[3][name] = arms.parse(name, value)
+    rows[3][name] = arms.parse_cell(name, value)
     arms.write_rows(made_up / "study.csv", rows)
     before = sorted(made_up.rglob("*"))
     for flag in ("--report", "--list"):
@@ -290,12 +287,12 @@ def test_a_csv_of_another_version_recipe_or_arm_is_refused(name, made_up, monkey
 
 
 @pytest.mark.parametrize("text", ["a,b\n1,2\n", "\0\n", "version\n"])
-def test_what_is_no_csv_of_the_study_is_refused(text, tmp_path, monkeypatch, capsys):
+def test_a_file_that_is_not_a_csv_of_the_study_is_refused(text, tmp_path, monkeypatch, capsys):
     (tmp_path / "study.csv").write_text(text)
     assert "move it away" in refused(monkeypatch, capsys, "--report", "--out", tmp_path)
 
 
-def test_a_torn_row_is_refused(made_up, monkeypatch, capsys):
+def test_an_incomplete_row_is_refused(made_up, monkeypatch, capsys):
     path = made_up / "study.csv"
     path.write_text(path.read_text()[:-40])
     assert "move it away" in refused(monkeypatch, capsys, "--report", "--out", made_up)
@@ -310,10 +307,10 @@ def test_a_study_folder_of_another_version_is_refused(tmp_path, monkeypatch, cap
     assert "damaged" in refused(monkeypatch, capsys, "--out", tmp_path)
 
 
-def test_places_and_flags_that_do_not_fit_are_refused(tmp_path, monkeypatch, capsys):
+def test_bad_paths_and_flags_are_refused(tmp_path, monkeypatch, capsys):
     (tmp_path / "file").write_text("")
     assert "--out" in refused(monkeypatch, capsys, "--out", tmp_path / "file")
     assert "--out" in refused(monkeypatch, capsys, "--report", "--out", tmp_path / "file" / "deeper")
     assert "give one of them" in refused(monkeypatch, capsys, "--list", "--report", "--out", tmp_path)
-    assert "is not there" in refused(monkeypatch, capsys, "--report", "--out", tmp_path)
+    assert "does not exist" in refused(monkeypatch, capsys, "--report", "--out", tmp_path)
     assert "--minutes" in refused(monkeypatch, capsys, "--minutes", "0", "--out", tmp_path)

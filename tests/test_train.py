@@ -9,26 +9,22 @@ import av
 import numpy as np
 import pytest
 import torch
-from torch.utils.data import DataLoader
 
 import cache_latents
 import checkpoint
-import optim
+import preflight
 import sample_gd
 import train
 import transport
-import validation
 from checkpoint import Progress
 from here import usual_signals  # noqa: F401 (a fixture)
 from models import EqM, model_config
-from runtime import cli, distributed, metrics, rng, signals
-from schedule import Phase
+from runtime import distributed, metrics
+from runtime.rng import normal, uniform
 from tiny_data import make_images, make_vae
 from vae import VAE, load_vae
-from video.clips import Clips, ClipsByFrames, collate
+from video.clips import Clips, collate
 from video.index import latents_settings, scan_videos
-
-SMALL = {"input_size": 16, "in_channels": 3, "hidden_size": 192, "depth": 1, "num_heads": 3, "num_classes": 2}
 
 
 def write_video(path, num_frames=10, size=16):
@@ -118,131 +114,12 @@ def test_a_disk_that_fills_while_samples_are_written_is_one_line_and_status_1(
     assert "sample_gd.py: error: [Errno 28] No space left on device" in capsys.readouterr().err
 
 
-def test_another_rank_leaves_rank_0_the_time_to_speak_first(monkeypatch, capsys):
-    slept = []
-    monkeypatch.setattr(distributed.time, "sleep", slept.append)
-    monkeypatch.setenv("RANK", "1")
-    with pytest.raises(SystemExit):
-        cli.fail("the data is not on this node")
-    assert slept == [10]
-    assert capsys.readouterr().err.count("\n") == 1
-
-
-def test_the_learning_rate_warms_up_stays_and_decays_to_zero():
-    args = SimpleNamespace(warmup_steps=10, lr_decay=0.4, rewarmup=0)
-    rates = [optim.lr_multiplier(args, step, 0, last_step=100) for step in range(1, 101)]
-    assert rates[:10] == pytest.approx([0.1 * step for step in range(1, 11)])
-    assert rates[10:61] == pytest.approx([1] * 51)
-    assert rates[60:] == pytest.approx([(100 - step + 1) / 40 for step in range(61, 101)])
-
-
-def test_the_learning_rate_rises_again_at_the_start_of_a_later_phase():
-    args = SimpleNamespace(warmup_steps=0, lr_decay=0, rewarmup=4)
-    assert [optim.lr_multiplier(args, step, 0, 100) for step in (1, 2, 50)] == [1, 1, 1]  # the first has --warmup-steps
-    assert [optim.lr_multiplier(args, step, 50, 100) for step in range(51, 57)] == [0.25, 0.5, 0.75, 1, 1, 1]
-
-
-def test_each_optimizer_has_its_own_rate():
-    weights = [torch.nn.Parameter(torch.zeros(2, 2)) for _ in range(2)]
-    optimizers = [torch.optim.AdamW(weights[:1]), torch.optim.Muon(weights[1:])]
-    args = SimpleNamespace(warmup_steps=10, lr_decay=0, rewarmup=0, lr=1e-3, muon_lr=2e-2)
-    run = SimpleNamespace(args=args, optimizers=optimizers, progress=Progress(), last_step=100)
-    optim.set_learning_rates(run, 5)
-    assert [optimizer.param_groups[0]["lr"] for optimizer in optimizers] == pytest.approx([5e-4, 1e-2])
-
-
-def test_muon_gets_the_matrices_of_the_blocks_and_adamw_all_the_rest():
-    model = EqM(model_config("EqM-Ti/4", **SMALL))
-    args = SimpleNamespace(optimizer="muon", lr=1.0, muon_lr=1.0, weight_decay=0.0)
-    adamw, muon = optim.make_optimizers(args, model)
-    names = {id(weight): name for name, weight in model.named_parameters()}
-    by_muon = {names[id(weight)] for weight in muon.param_groups[0]["params"]}
-    by_adamw = {names[id(weight)] for weight in adamw.param_groups[0]["params"]}
-    assert by_muon == {f"blocks.0.{part}.weight" for part in ("attn.qkv", "attn.proj", "mlp.fc1", "mlp.fc2")}
-    assert by_muon.isdisjoint(by_adamw)
-    assert by_muon | by_adamw == set(names.values())
-
-
-def test_the_average_of_the_weights_follows_them_by_its_decay():
-    model, ema = (torch.nn.Linear(2, 2) for _ in range(2))
-    before = ema.weight.clone()
-    optim.update_ema(ema, model, 0.9)
-    assert torch.allclose(ema.weight, 0.9 * before + 0.1 * model.weight)
-
-
-def test_validation_covers_the_classes_also_when_there_are_more_videos_than_it_takes(videos, monkeypatch):
-    for name in ("A", "B"):
-        for number in range(40):
-            shutil.copy(videos / "A/a.avi", videos / name / f"{number:02d}.avi")
-    scan = scan_videos(videos)
-    clips = Clips(videos, scan.videos, scan.classes, 4, 16, flip=False, stream="validation")
-    labels = [clips[number]["label"] for number in range(32)]
-    assert 8 < sum(labels) < 24
-
-
 @pytest.mark.parametrize(
     ("max_steps", "epochs", "expected"), [(70, None, 70), (None, 3, 50 + 8), (55, 3, 55), (None, None, 50 + 3500)]
 )
 def test_a_run_ends_by_global_steps_or_by_its_own_epochs(max_steps, epochs, expected):
     progress = Progress(step=50, first_step=50)
     assert progress.last_step(max_steps, epochs, num_videos=10, batch_size=4) == expected
-
-
-def make_runs(monkeypatch, videos, chunks, world):
-    """What train.validate needs, for `world` ranks that share the chunks; the raw weights are not their average."""
-    torch.manual_seed(0)
-    models = [EqM(model_config("EqM-Ti/4", **SMALL, num_frames=4, use_rope=True)) for _ in range(2)]
-    for model in models:
-        for parameter in model.parameters():
-            parameter.data.normal_(std=0.1)
-    scan = scan_videos(videos)
-    clips = {n: Clips(videos, scan.videos, scan.classes, n, 16, flip=False, stream="validation") for n in (4, 8)}
-    dataset = ClipsByFrames(clips)
-    loaders = [DataLoader(dataset, batch_sampler=chunks[rank::world], collate_fn=collate) for rank in range(world)]
-    args, device = SimpleNamespace(precision="fp32"), torch.device("cpu")
-    shared = {"ema": models[0], "model": models[1], "vae": VAE("none"), "args": args, "device": device}
-    shared["phase"] = Phase(4, 10, 1)
-    monkeypatch.setattr(train, "note_bad", lambda run, paths: None)
-    return [SimpleNamespace(val_loader=loader, stop=signals.StopSignal(), **shared) for loader in loaders]
-
-
-CHUNKS = [[(4, 0), (4, 1), (4, 2)], [(4, 3), (4, 4), (4, 5)], [(4, 6), (4, 7)], [(8, 0), (8, 1)], [(8, 2)]]
-
-
-def test_validation_gives_the_same_numbers_bit_for_bit_on_any_number_of_ranks(videos, monkeypatch):
-    (alone,) = make_runs(monkeypatch, videos, CHUNKS, world=1)
-    expected = validation.validate(alone)
-    assert validation.validate(alone) == expected  # and every time
-    runs, rows = make_runs(monkeypatch, videos, CHUNKS, world=2), []
-    monkeypatch.setattr(distributed, "gather", lambda mine: rows.append(mine) or [mine])
-    for run in runs:
-        validation.validate(run)
-    monkeypatch.setattr(distributed, "gather", lambda mine: rows)
-    assert validation.validate(runs[1]) == expected
-
-
-def test_validation_sees_the_average_the_raw_weights_and_every_number_of_frames(videos, monkeypatch):
-    (run,) = make_runs(monkeypatch, videos, CHUNKS, world=1)
-    both = validation.validate(run)
-    own = {name for name in both if name in ("val_loss", "val_loss_rel", "val_loss_raw") or "gamma" in name}
-    assert both.keys() - own == {"val_loss_f4", "val_loss_rel_f4", "val_loss_f8", "val_loss_rel_f8"}
-    assert both["val_loss"] == both["val_loss_f4"] != both["val_loss_f8"]
-    run.ema, run.model = run.model, run.ema
-    assert validation.validate(run)["val_loss"] == both["val_loss_raw"]
-    run.phase = Phase(8, 10, 1)
-    assert validation.validate(run)["val_loss_raw"] == both["val_loss_f8"]
-
-
-def test_validation_tells_the_gammas_apart():
-    rows = torch.zeros(10, 6, dtype=torch.float64)  # frames, number, gamma, averaged, raw, E[x^2]
-    rows[:, 0], rows[:, 1], rows[:, 2] = 4, torch.arange(10), torch.arange(10) / 10
-    rows[:, 3], rows[:, 4], rows[:, 5] = torch.arange(10), 7, 0.5
-    numbers = validation.summarize_validation(rows, 4)
-    assert numbers["val_loss"] == 4.5 and numbers["val_loss_raw"] == 7
-    assert numbers["val_loss_rel"] == pytest.approx(4.5 / (13.867 * 1.5), rel=1e-3)
-    fifths = {name: value for name, value in numbers.items() if "gamma" in name}
-    assert fifths == {f"val_loss_gamma_{n / 5}": 2 * n + 0.5 for n in range(5)}
-    assert not any("_f4" in name for name in numbers)  # the only number of frames has no name of its own
 
 
 def test_more_processes_than_gpus_is_one_line(videos, monkeypatch, capsys):
@@ -300,7 +177,7 @@ def test_steps_whose_gradient_is_not_finite_are_left_out_as_long_as_they_are_tol
     """Steps 3 and 4 give NaN."""
     loss, calls = transport.loss, itertools.count(1)
     monkeypatch.setattr(transport, "loss", lambda *args: loss(*args) * (torch.nan if next(calls) in (3, 4) else 1))
-    monkeypatch.setattr(validation, "validate", lambda run: {"val_loss": 1.0})
+    monkeypatch.setattr(train, "validate", lambda *_: ({"val_loss": 1.0}, []))
     flags = [*TRAIN, "--data-path", videos, "--global-batch-size", 4, "--max-steps", 6, "--skip-nonfinite", tolerated]
     if ends:
         with pytest.raises(SystemExit) as ended:
@@ -338,7 +215,7 @@ def test_a_faster_way_learns_what_the_plain_one_learns(way, videos, tmp_path, mo
 
 
 def test_fp16_scales_its_loss_skips_what_overflows_and_keeps_its_scale(videos, tmp_path, monkeypatch):
-    monkeypatch.setattr(cli, "check_speed_flags", lambda args: None)  # the CPU can do it, slowly
+    monkeypatch.setattr(preflight, "check_speed_flags", lambda args: None)  # the CPU can do it, slowly
     shared = [*TRAIN, "--data-path", videos, "--global-batch-size", 4, "--precision", "fp16"]
     rows, state = run_training(monkeypatch, tmp_path / "r", *shared, "--max-steps", 12)
     assert all(np.isfinite([row["train_loss"], row["grad_norm"]]).all() for row in rows)
@@ -367,21 +244,23 @@ def test_the_network_is_told_the_point_on_the_path_the_label_and_the_frame_rate_
 
     scan = scan_videos(videos)
     clips = Clips(videos, scan.videos, scan.classes, 4, 16, frame_interval=(2, 2))
-    batch, gamma = collate([clips[number] for number in range(3)]), torch.tensor([0.1, 0.5, 0.9])
-    run = SimpleNamespace(vae=VAE("none"), args=SimpleNamespace(precision="fp32"), device=torch.device("cpu"))
-    labels = torch.tensor([2, 0, 1])
-    x, noise = train.draw(run, batch, seed=3, stream=5)
-    assert torch.equal(x, batch["clips"].float() / 127.5 - 1)
-    assert torch.equal(noise, rng.normal(3, "noise", 5, [0, 1, 2], (3, 4, 16, 16)))
-    losses, _ = train.clip_losses(run, network, x, noise, labels, batch["time_scales"], gamma)
-    ((args, flags),) = seen
-    assert torch.equal(args[0], transport.interpolate(x, noise, gamma))
-    assert torch.equal(args[1], labels)
-    assert args[2].tolist() == pytest.approx([0.08] * 3)
-    assert len(args) == 3
+    batch, device = collate([clips[index] for index in range(3)]), torch.device("cpu")
+    args = SimpleNamespace(global_seed=3, gamma_shift=2.0, precision="fp32", disp=False)
+    config = SimpleNamespace(class_dropout_prob=0.5, num_classes=2)
+    losses, mean_square = train.training_losses(network, VAE("none"), batch, config, args, stream=5, device=device)
+
+    x, noise = batch["clips"].float() / 127.5 - 1, normal(3, "noise", 5, [0, 1, 2], (3, 4, 16, 16))
+    gamma = transport.shift_gamma(uniform(3, "gamma", 5, [0, 1, 2]), 2.0)
+    is_dropped = uniform(3, "label drop", 5, [0, 1, 2]) < 0.5
+    ((inputs, flags),) = seen
+    assert torch.equal(inputs[0], transport.interpolate(x, noise, gamma))
+    assert torch.equal(inputs[1], torch.where(is_dropped, 2, batch["labels"]))
+    assert inputs[2].tolist() == pytest.approx([0.08] * 3)
+    assert len(inputs) == 3
     assert flags == {"return_features": True}
-    expected = transport.target(x, noise, gamma).square().flatten(1).mean(dim=1)
-    torch.testing.assert_close(losses, expected)
+    assert losses.keys() == {"train_loss"}
+    torch.testing.assert_close(losses["train_loss"], transport.target(x, noise, gamma).square().mean())
+    torch.testing.assert_close(mean_square, x.square().mean())
 
 
 # From a latent cache ------------------------------------------------------------------------------------------------
@@ -424,7 +303,7 @@ def test_the_posterior_is_drawn_afresh_each_time_a_clip_comes(cache):
     batch = collate([clips[0], clips[1]])
     assert torch.equal(batch["clips"][0], batch["clips"][1])
     vae = load_vae(latents_settings(cache)["vae"])
-    x, _ = train.draw(SimpleNamespace(vae=vae, device=torch.device("cpu")), batch, seed=0, stream=0)
+    x = vae.latents_of(batch["clips"], 0, 0, batch["indices"].tolist())
     mean, std = batch["clips"][0].float()
     drawn = (x / vae.scale - mean) / std
     assert not torch.allclose(drawn[0], drawn[1])

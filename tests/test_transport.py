@@ -51,7 +51,7 @@ def test_the_mean_square_of_the_decay_is_its_integral():
 
 
 @pytest.mark.parametrize("mean_square", [0.0, 0.3, 1.0, 4.0])
-def test_a_network_that_says_zero_has_the_loss_that_is_expected_of_it(mean_square):
+def test_a_network_that_predicts_zero_has_the_expected_loss(mean_square):
     x = normal(20_000, 1, 1, 4, 4) * mean_square**0.5
     noise, gamma = normal(20_000, 1, 1, 4, 4, seed=1), torch.rand(20_000, generator=torch.Generator().manual_seed(2))
     losses = transport.loss(torch.zeros_like(x), x, noise, gamma)
@@ -105,7 +105,7 @@ def test_shifted_gamma_has_the_density_of_its_closed_form():
 
 
 def naive_dispersion(z):
-    """The definition, pair by pair."""
+    """The definition, as a sum over pairs."""
     pairs = [(-((a - b) ** 2).sum() / a.numel()).exp() for a in z for b in z]
     return 0.5 * torch.stack(pairs).mean().log()
 
@@ -119,12 +119,12 @@ def test_the_dispersive_loss_and_its_gradient_are_those_of_the_sum_over_all_pair
     torch.testing.assert_close(torch.autograd.grad(loss, z)[0], expected, rtol=1e-4, atol=1e-7)
 
 
-def test_the_dispersive_loss_is_zero_where_all_are_alike_and_falls_to_its_floor_as_they_part():
-    alike = torch.ones(8, 5, requires_grad=True)
-    loss = transport.dispersive_loss(alike)
+def test_the_dispersive_loss_is_zero_for_equal_features_and_falls_to_its_minimum_as_they_disperse():
+    equal = torch.ones(8, 5, requires_grad=True)
+    loss = transport.dispersive_loss(equal)
     loss.backward()
     assert loss.item() == pytest.approx(0, abs=1e-6)
-    assert torch.equal(alike.grad, torch.zeros(8, 5))  # not NaN
+    assert torch.equal(equal.grad, torch.zeros(8, 5))  # not NaN
     z = normal(8, 5)
     losses = [transport.dispersive_loss(scale * z).item() for scale in (0.1, 1, 10, 1000)]
     assert losses == sorted(losses, reverse=True)
@@ -132,7 +132,7 @@ def test_the_dispersive_loss_is_zero_where_all_are_alike_and_falls_to_its_floor_
     assert transport.dispersive_loss(z[:1]).item() == 0
 
 
-def test_dispersion_makes_samples_part():
+def test_descent_on_the_dispersive_loss_disperses_the_features():
     z = (1e-2 * normal(6, 4)).requires_grad_()
     before = torch.pdist(z.detach()).min()
     for _ in range(50):

@@ -43,7 +43,7 @@ def random_clips(frames=3):
 
 
 def frame_of(clips, b, t):
-    """Frame t of clip b as diffusers wants it: (1, 3, H, W) in [-1, 1]."""
+    """Frame t of clip b as the input of diffusers: (1, 3, H, W) in [-1, 1]."""
     return clips[b, :, t][None].float() / 127.5 - 1
 
 
@@ -71,7 +71,7 @@ def test_decoded_pixels_are_clamped_and_rounded():
     assert load_vae("none").decode(latents)[0, 0, 0, :, 0].tolist() == [0, 0, 128, 255, 255]
 
 
-def test_a_directory_says_channels_downsample_and_scale_in_its_own_config(tiny, directory):
+def test_channels_downsample_and_scale_come_from_the_config_of_a_directory(tiny, directory):
     assert (tiny.name, tiny.channels, tiny.downsample, tiny.scale) == (directory, 4, 2, SCALE)
 
 
@@ -82,7 +82,7 @@ def test_the_model_is_frozen_and_in_eval_mode(tiny):
     assert not tiny.decode(tiny.encode(clips)).requires_grad
 
 
-def test_posterior_is_that_of_diffusers_frame_by_frame(tiny):
+def test_the_posterior_equals_that_of_diffusers_frame_by_frame(tiny):
     clips = random_clips()
     mean, std = tiny.posterior(clips)
     assert mean.shape == std.shape == (2, 4, 3, 4, 8)
@@ -103,7 +103,7 @@ def test_latents_are_mean_plus_std_times_noise_scaled_once(tiny):
     torch.testing.assert_close(tiny.encode(clips), mean * SCALE)
 
 
-def test_decoding_undoes_the_scale_and_is_that_of_diffusers(tiny):
+def test_decoding_undoes_the_scale_and_equals_that_of_diffusers(tiny):
     clips = random_clips()
     decoded = tiny.decode(tiny.encode(clips))
     assert decoded.shape == (2, 3, 8, 16, 3) and decoded.dtype == torch.uint8
@@ -111,10 +111,10 @@ def test_decoding_undoes_the_scale_and_is_that_of_diffusers(tiny):
         z = tiny.model.encode(frame_of(clips, 1, 2)).latent_dist.mean
         pixels = tiny.model.decode(z).sample[0].permute(1, 2, 0)
     expected = ((pixels.clamp(-1, 1) + 1) / 2 * 255).round()
-    assert (decoded[1, 2].float() - expected).abs().max() <= 1  # a level, where rounding falls the other way
+    assert (decoded[1, 2].float() - expected).abs().max() <= 1  # one level, where the rounding differs
 
 
-def test_a_shift_factor_is_taken_off_before_the_scale_and_put_back(tiny, tmp_path):
+def test_a_shift_factor_is_subtracted_before_the_scale_and_added_back(tiny, tmp_path):
     shifted = load_vae(save_tiny(tmp_path, shift_factor=0.3))  # same weights
     clips = random_clips()
     latents = shifted.encode(clips)
@@ -124,7 +124,7 @@ def test_a_shift_factor_is_taken_off_before_the_scale_and_put_back(tiny, tmp_pat
 
 
 @pytest.mark.parametrize("chunk", [1, 4, 100])
-def test_chunks_change_nothing(tiny, monkeypatch, chunk):
+def test_the_chunk_size_changes_nothing(tiny, monkeypatch, chunk):
     clips = random_clips(frames=5)
     expected = tiny.posterior(clips)
     pixels = tiny.decode(tiny.encode(clips))
@@ -133,7 +133,7 @@ def test_chunks_change_nothing(tiny, monkeypatch, chunk):
     assert (tiny.decode(tiny.encode(clips)).int() - pixels.int()).abs().max() <= 1
 
 
-def test_no_more_than_a_chunk_of_frames_goes_through_the_model_at_once(tiny, monkeypatch):
+def test_the_model_gets_at_most_a_chunk_of_frames_at_once(tiny, monkeypatch):
     sizes, encode = [], tiny.model.encode
 
     def count(frames):
@@ -146,7 +146,7 @@ def test_no_more_than_a_chunk_of_frames_goes_through_the_model_at_once(tiny, mon
 
 
 @pytest.mark.parametrize("word", ["emma", "stabilityai/sd-vae-ft-ema", "no/such/directory", ""])
-def test_a_word_that_is_neither_a_name_nor_a_directory_is_refused(word):
+def test_a_name_that_is_not_a_vae_or_a_directory_is_refused(word):
     with pytest.raises(UserError, match="--vae.*none, ema or mse.*directory"):
         load_vae(word)
 
@@ -170,7 +170,7 @@ def test_a_config_that_is_not_json_is_refused(tmp_path):
         load_vae(str(tmp_path))
 
 
-def test_weights_that_lack_a_tensor_are_refused_rather_than_left_random(tmp_path):
+def test_weights_that_lack_a_tensor_are_refused_and_not_initialized_at_random(tmp_path):
     from safetensors.torch import load_file, save_file
 
     file = Path(save_tiny(tmp_path)) / "diffusion_pytorch_model.safetensors"
@@ -200,7 +200,7 @@ def test_pixels_need_neither_diffusers_nor_the_network():
     assert run_python(code).stdout == "set()\n"
 
 
-def test_a_published_vae_that_is_not_there_offline_is_one_line_that_says_what_to_do(tmp_path):
+def test_a_published_vae_that_is_not_cached_offline_is_one_line_that_says_what_to_do(tmp_path):
     code = "import vae\ntry: vae.load_vae('mse')\nexcept vae.UserError as error: raise SystemExit(str(error))"
     result = run_python(code, HF_HUB_OFFLINE="1", HF_HOME=str(tmp_path))
     (line,) = result.stderr.splitlines()

@@ -1,4 +1,4 @@
-"""Every frame of every container, upright and in order; the videos are those of test_video_clips.py."""
+"""Frames of videos and images: exact, in order and upright, for every container and format."""
 
 import struct
 import subprocess
@@ -11,7 +11,7 @@ import pytest
 import torch
 from PIL import ExifTags, Image
 
-from test_video_clips import halves, picture, read_numbers, save, write_video
+from tiny_videos import halves, picture, read_frame_indices, save, write_video
 from video import files
 from video.files import UnreadableError, probe, read_frames, resize_and_crop
 from video.index import scan_videos
@@ -35,8 +35,8 @@ def test_frame_k_is_frame_k_in_every_container_up_to_the_last(tmp_path, name, co
     assert video.num_frames == 45
     whole = read_frames(tmp_path, video, range(45))
     assert (halves(whole[..., 0])[0] / 4).round().int().tolist() == list(range(45))
-    for numbers in ([0], [9, 10], [11, 12, 13], [28, 31, 34], [8, 19, 30, 41], [43], [44], [40, 42, 44]):
-        assert np.array_equal(read_frames(tmp_path, video, numbers), whole[numbers])
+    for frame_indices in ([0], [9, 10], [11, 12, 13], [28, 31, 34], [8, 19, 30, 41], [43], [44], [40, 42, 44]):
+        assert np.array_equal(read_frames(tmp_path, video, frame_indices), whole[frame_indices])
 
 
 def test_reading_a_clip_again_gives_the_same_bytes(tmp_path):
@@ -49,15 +49,15 @@ def test_reading_a_clip_again_gives_the_same_bytes(tmp_path):
 
 @pytest.mark.parametrize("name", ["v.mkv", "v.mp4"])
 def test_variable_frame_rates_keep_every_frame_and_give_the_average_rate(tmp_path, name):
-    times = [40 * number for number in range(10)] + [400 + 80 * number for number in range(10)]
+    times = [40 * index for index in range(10)] + [400 + 80 * index for index in range(10)]
     write_video(tmp_path / name, codec="libx264", times=times)
     video = scan_videos(tmp_path).videos[0]
     assert video.fps == pytest.approx(19 / 1.12)
-    assert read_numbers(tmp_path, video, range(20)) == list(range(20))
+    assert read_frame_indices(tmp_path, video, range(20)) == list(range(20))
 
 
 @pytest.mark.parametrize("b_frames", ["0", "2"])
-def test_frames_that_an_edit_list_cuts_off_do_not_count(tmp_path, b_frames):
+def test_frames_that_an_edit_list_removes_do_not_count(tmp_path, b_frames):
     write_video(tmp_path / "whole" / "v.mp4", 30, codec="libx264", bf=b_frames)
     (tmp_path / "cut").mkdir()
     with (
@@ -73,12 +73,12 @@ def test_frames_that_an_edit_list_cuts_off_do_not_count(tmp_path, b_frames):
                 cut.mux(packet)
     video = scan_videos(tmp_path / "cut").videos[0]
     assert (video.num_frames, video.fps) == (25, 25)
-    assert read_numbers(tmp_path / "cut", video, range(25)) == list(range(5, 30))
+    assert read_frame_indices(tmp_path / "cut", video, range(25)) == list(range(5, 30))
     with pytest.raises(UnreadableError, match="duplicate"):  # not the last frame once more
         read_frames(tmp_path / "cut", video, [25])
 
 
-def test_a_video_that_was_filmed_upright_comes_upright(tmp_path):
+def test_a_video_that_was_filmed_upright_is_read_upright(tmp_path):
     write_video(tmp_path / "v.mp4", codec="libx264")
     data = bytearray((tmp_path / "v.mp4").read_bytes())
     matrix = data.index(b"tkhd") + 44  # a quarter turn clockwise, in the track's header
@@ -87,11 +87,11 @@ def test_a_video_that_was_filmed_upright_comes_upright(tmp_path):
     (tmp_path / "v.mp4").write_bytes(data)
     frames = read_frames(tmp_path, scan_videos(tmp_path).videos[0], [0, 1])
     assert frames.shape == (2, 64, 48, 3)
-    assert frames[:, :24].mean() < 20 and frames[:, 40:].mean() > 240  # what was left is on top
+    assert frames[:, :24].mean() < 20 and frames[:, 40:].mean() > 240  # the left side is on top
 
 
 @pytest.mark.parametrize("size", [(16, 16), (24, 30), (32, 32), (48, 64), (66, 50), (96, 48)])
-def test_videos_of_any_width_come_as_they_are(tmp_path, size):
+def test_videos_of_any_width_are_not_changed(tmp_path, size):
     write_video(tmp_path / "v.avi", size=size)
     video = scan_videos(tmp_path).videos[0]
     frames = read_frames(tmp_path, video, [3, 7])
@@ -101,9 +101,9 @@ def test_videos_of_any_width_come_as_they_are(tmp_path, size):
     assert np.abs(frames.astype(int) - np.stack([decoded[3], decoded[7]])).max() <= 1
 
 
-def test_resizing_is_antialiased_and_keeps_the_middle():
+def test_resizing_is_antialiased_and_keeps_the_center():
     stripes = torch.zeros(1, 3, 72, 144, dtype=torch.uint8)
-    stripes[..., 1::3] = 240  # a pixel wide: gone at a third of the size
+    stripes[..., 1::3] = 240  # a pixel wide: invisible at a third of the size
     clip = resize_and_crop(stripes, 24)
     assert clip.shape == (1, 3, 24, 24)
     assert (clip.float() - 80).abs().max() < 30
@@ -123,9 +123,9 @@ def read_image(path):
 
 @pytest.mark.parametrize("suffix", ["jpg", "png", "webp"])
 @pytest.mark.parametrize("orientation", range(1, 9))
-def test_an_image_comes_upright(tmp_path, suffix, orientation):
+def test_an_image_is_read_upright(tmp_path, suffix, orientation):
     upright = picture()
-    stored = {  # what a camera that is held like this stores
+    stored = {  # what a camera in this orientation stores
         1: upright, 2: upright[:, ::-1], 3: upright[::-1, ::-1], 4: upright[::-1],
         5: upright.swapaxes(0, 1), 6: np.rot90(upright), 7: np.rot90(upright, 2).swapaxes(0, 1),
         8: np.rot90(upright, -1),
@@ -139,18 +139,18 @@ def test_an_image_comes_upright(tmp_path, suffix, orientation):
 
 
 def test_every_kind_of_pixel_becomes_rgb(tmp_path):
-    colours, grey = picture(), picture()[..., 0]
+    colors, grey = picture(), picture()[..., 0]
     three = np.repeat(grey[..., None], 3, axis=2)
     sixteen = np.random.default_rng(0).integers(0, 256, grey.shape)  # the low bytes
-    transparent = np.dstack([colours, grey])
+    transparent = np.dstack([colors, grey])
     palette = Image.fromarray(grey // 64 * 64).quantize(4)
     kinds = {
-        "rgb": (Image.fromarray(colours), colours),
+        "rgb": (Image.fromarray(colors), colors),
         "grey": (Image.fromarray(grey), three),
         "grey16": (Image.fromarray((grey.astype(np.int32) * 256 + sixteen).astype(np.uint16)), three),
         "bilevel": (Image.fromarray(grey > 100), np.where(three > 100, 255, 0)),
         "greyalpha": (Image.fromarray(np.dstack([grey, 255 - grey])), three),
-        "rgba": (Image.fromarray(transparent), colours),
+        "rgba": (Image.fromarray(transparent), colors),
         "palette": (palette, np.asarray(palette.convert("RGB"))),
     }
     for name, (image, expected) in kinds.items():
@@ -158,8 +158,8 @@ def test_every_kind_of_pixel_becomes_rgb(tmp_path):
         found = read_image(tmp_path / f"{name}.png")
         assert found.dtype == np.uint8 and np.array_equal(found, expected), name
     assert Image.open(tmp_path / "grey16.png").mode == "I;16"
-    save(tmp_path / "cmyk.jpg", Image.fromarray(colours).convert("CMYK"), quality=95)
-    assert np.abs(read_image(tmp_path / "cmyk.jpg").astype(int) - colours).mean() < 6
+    save(tmp_path / "cmyk.jpg", Image.fromarray(colors).convert("CMYK"), quality=95)
+    assert np.abs(read_image(tmp_path / "cmyk.jpg").astype(int) - colors).mean() < 6
 
 
 @pytest.mark.parametrize("suffix", ["png", "webp"])
@@ -170,15 +170,15 @@ def test_an_animated_image_gives_its_first_frame(tmp_path, suffix):
     assert np.array_equal(read_image(tmp_path / f"a.{suffix}"), picture())
 
 
-def test_a_suffix_that_names_another_image_format_does_no_harm(tmp_path):
+def test_an_image_may_have_the_suffix_of_another_format(tmp_path):
     save(tmp_path / "a.jpg", picture(), format="PNG")
     assert np.array_equal(read_image(tmp_path / "a.jpg"), picture())
 
 
-def test_what_pillow_finds_odd_about_an_image_is_not_printed(tmp_path):
+def test_warnings_of_pillow_about_an_image_are_not_printed(tmp_path):
     save(tmp_path / "large.png", Image.new("1", (10000, 9000)))
     save(tmp_path / "exif.jpg", picture(), exif=b"Exif\x00\x00MM\x00*\x00\x00\x00\x08\x00\x09")
-    code = "import sys; from video import files as v; [print(v._read_image(path).shape) for path in sys.argv[1:]]"
+    code = "import sys; from video import files; [print(files._read_image(path).shape) for path in sys.argv[1:]]"
     paths = [str(tmp_path / "large.png"), str(tmp_path / "exif.jpg")]
     folder = Path(files.__file__).parents[1]
     done = subprocess.run([sys.executable, "-c", code, *paths], cwd=folder, capture_output=True, text=True, check=True)

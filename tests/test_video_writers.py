@@ -7,11 +7,11 @@ from video import writers
 from video.writers import GAP, enlarge, write_gif, write_mp4, write_npz, write_samples, write_sheet, write_videos
 
 
-def colour_bars(frames=6, height=16, width=20):
+def color_bars(frames=6, height=16, width=20):
     """A uint8 video (frames, height, width, 3) whose frames all differ: bars of 4 px that move by a pixel per frame."""
-    colours = np.array([[230, 30, 30], [30, 200, 60], [40, 60, 220], [240, 220, 40], [10, 10, 10]], np.uint8)
-    columns = (np.arange(width) + np.arange(frames)[:, None]) // 4 % len(colours)  # (frames, width)
-    return np.repeat(colours[columns][:, None], height, axis=1)
+    colors = np.array([[230, 30, 30], [30, 200, 60], [40, 60, 220], [240, 220, 40], [10, 10, 10]], np.uint8)
+    columns = (np.arange(width) + np.arange(frames)[:, None]) // 4 % len(colors)  # (frames, width)
+    return np.repeat(colors[columns][:, None], height, axis=1)
 
 
 def read_mp4(path):
@@ -25,21 +25,21 @@ def read_gif(path):
     """Frames (T, H, W, 3) and their delays in ms."""
     frames, delays = [], []
     with Image.open(path) as image:
-        for number in range(image.n_frames):
-            image.seek(number)
+        for index in range(image.n_frames):
+            image.seek(index)
             frames.append(np.asarray(image.convert("RGB")))
             delays.append(image.info["duration"])
     return np.stack(frames), delays
 
 
-def distance(a, b):
+def mean_difference(a, b):
     return np.abs(a.astype(int) - b.astype(int)).mean()
 
 
 @pytest.mark.parametrize(
     ("size", "factor"), [((32, 32), 4), ((33, 47), 4), ((127, 200), 2), ((128, 128), 1), ((129, 128), 2), ((1, 2), 128)]
 )
-def test_enlarging_repeats_pixels_by_a_whole_factor_until_the_short_side_is_128_and_sides_are_even(size, factor):
+def test_enlarging_repeats_pixels_by_an_integer_factor_until_the_short_side_is_128_and_sides_are_even(size, factor):
     video = np.random.default_rng(0).integers(0, 256, (2, *size, 3), dtype=np.uint8)
     large = enlarge(video)
     assert np.array_equal(large, np.kron(video, np.ones((1, factor, factor, 1), np.uint8)))
@@ -48,44 +48,44 @@ def test_enlarging_repeats_pixels_by_a_whole_factor_until_the_short_side_is_128_
 
 
 @pytest.mark.parametrize(("height", "width"), [(16, 20), (15, 21), (131, 129), (2, 3)])
-def test_an_mp4_of_any_size_holds_every_frame_with_its_colours(tmp_path, height, width):
-    video = colour_bars(height=height, width=width)
+def test_an_mp4_of_any_size_holds_every_frame_with_its_colors(tmp_path, height, width):
+    video = color_bars(height=height, width=width)
     write_mp4(tmp_path / "v.mp4", video, fps=25)
     frames, rate = read_mp4(tmp_path / "v.mp4")
     assert rate == 25
     assert frames.shape == enlarge(video).shape
-    assert distance(frames, enlarge(video)) < 5  # of 255
+    assert mean_difference(frames, enlarge(video)) < 5  # of 255
 
 
 def test_an_mp4_keeps_the_order_of_the_frames(tmp_path):
-    video = colour_bars(frames=9)
+    video = color_bars(frames=9)
     write_mp4(tmp_path / "v.mp4", video, fps=8)
     frames, _ = read_mp4(tmp_path / "v.mp4")
-    nearest = [min(range(9), key=lambda n: distance(frame, enlarge(video)[n])) for frame in frames]
+    nearest = [min(range(9), key=lambda n: mean_difference(frame, enlarge(video)[n])) for frame in frames]
     assert nearest == list(range(9))
 
 
 @pytest.mark.parametrize("fps", [29.97, 30000 / 1001, 12.5, 25 / 3, 0.5, 60])
-def test_an_mp4_has_the_rate_that_was_asked_for_be_it_whole_or_not(tmp_path, fps):
-    write_mp4(tmp_path / "v.mp4", colour_bars(), fps)
+def test_an_mp4_has_the_given_frame_rate_integer_or_not(tmp_path, fps):
+    write_mp4(tmp_path / "v.mp4", color_bars(), fps)
     frames, rate = read_mp4(tmp_path / "v.mp4")
     assert float(rate) == pytest.approx(fps, rel=1e-6)
     assert len(frames) == 6
 
 
 @pytest.mark.parametrize("fps", [10, 12.5, 24, 29.97, 30, 50])
-def test_a_gif_loops_for_ever_and_lasts_as_long_as_the_video_to_half_a_hundredth_of_a_second(tmp_path, fps):
-    video = colour_bars(frames=16)
+def test_a_gif_loops_forever_and_lasts_as_long_as_the_video_to_5_ms(tmp_path, fps):
+    video = color_bars(frames=16)
     write_gif(tmp_path / "v.gif", video, fps)
     frames, delays = read_gif(tmp_path / "v.gif")
-    assert np.array_equal(frames, enlarge(video))  # 5 colours fit the palette
+    assert np.array_equal(frames, enlarge(video))  # 5 colors fit the palette
     assert sum(delays) == pytest.approx(1000 * 16 / fps, abs=5)
     assert max(delays) - min(delays) <= 10
     assert Image.open(tmp_path / "v.gif").info["loop"] == 0
 
 
-def test_a_gif_never_asks_for_delays_that_browsers_slow_down(tmp_path):
-    write_gif(tmp_path / "v.gif", colour_bars(), fps=100)
+def test_a_gif_never_has_delays_that_browsers_slow_down(tmp_path):
+    write_gif(tmp_path / "v.gif", color_bars(), fps=100)
     assert read_gif(tmp_path / "v.gif")[1] == [20] * 6
 
 
@@ -97,7 +97,7 @@ def test_a_gif_of_a_still_video_lasts_as_long_as_the_video(tmp_path):
 
 
 def test_a_sheet_has_a_row_per_video_and_a_column_per_frame(tmp_path):
-    videos = np.stack([colour_bars(frames=4), colour_bars(frames=4)[::-1], colour_bars(frames=4)[:, ::-1]])
+    videos = np.stack([color_bars(frames=4), color_bars(frames=4)[::-1], color_bars(frames=4)[:, ::-1]])
     write_sheet(tmp_path / "sheet.png", videos)
     sheet = np.asarray(Image.open(tmp_path / "sheet.png"))
     h, w = enlarge(videos).shape[2:4]
@@ -122,8 +122,8 @@ def test_a_sheet_of_many_long_videos_shows_the_first_16_and_32_frames_from_the_f
     assert set(np.diff(cells[0])) <= {3, 4}  # evenly
 
 
-def test_names_are_drawn_at_the_left_each_beside_its_row_and_leave_the_frames_alone(tmp_path):
-    videos = np.stack([colour_bars(frames=2)] * 3)
+def test_names_are_drawn_left_of_their_rows_and_do_not_change_the_frames(tmp_path):
+    videos = np.stack([color_bars(frames=2)] * 3)
     write_sheet(tmp_path / "plain.png", videos)
     write_sheet(tmp_path / "named.png", videos, names=["Archery", "", "a name that is much longer"])
     plain = np.asarray(Image.open(tmp_path / "plain.png"))
@@ -166,51 +166,51 @@ def test_an_npz_that_fails_half_way_leaves_the_old_one_intact(tmp_path, monkeypa
     assert np.load(tmp_path / "samples.npz")["labels"].tolist() == [5]
 
 
-def test_write_samples_leaves_an_mp4_and_a_gif_per_video_a_sheet_and_an_npz(tmp_path):
-    write_samples(tmp_path / "new" / "folder", np.stack([colour_bars()] * 2), [0, 1], fps=25, names=["a", "b"])
+def test_write_samples_writes_an_mp4_and_a_gif_per_video_a_grid_a_sheet_and_an_npz(tmp_path):
+    write_samples(tmp_path / "new" / "folder", np.stack([color_bars()] * 2), [0, 1], fps=25, names=["a", "b"])
     assert sorted(file.name for file in (tmp_path / "new" / "folder").iterdir()) == [
         "000000.gif", "000000.mp4", "000001.gif", "000001.mp4", "grid.gif", "samples.npz", "sheet.png",
     ]  # fmt: skip
 
 
 def test_videos_are_numbered_from_first(tmp_path):
-    write_videos(tmp_path, np.stack([colour_bars()] * 2), fps=25, first=7)
+    write_videos(tmp_path, np.stack([color_bars()] * 2), fps=25, first=7)
     assert sorted(file.stem for file in tmp_path.glob("*.mp4")) == ["000007", "000008"]
 
 
 def test_an_image_is_written_as_a_png_pixel_by_pixel(tmp_path):
-    image = colour_bars(frames=1)
+    image = color_bars(frames=1)
     write_videos(tmp_path, image[None], fps=25)
     assert [file.name for file in tmp_path.iterdir()] == ["000000.png"]
     assert np.array_equal(np.asarray(Image.open(tmp_path / "000000.png")), image[0])
 
 
-def test_the_grid_plays_all_videos_together_row_by_row():
-    videos = np.stack([np.full((3, 16, 16, 3), 10 * number, np.uint8) for number in range(11)])
+def test_the_grid_shows_all_videos_row_by_row():
+    videos = np.stack([np.full((3, 16, 16, 3), 10 * index, np.uint8) for index in range(11)])
     videos[:, 1] += 1  # the second frame differs
     grid = writers.tile(videos)
     side = 64 + GAP
     assert grid.shape == (3, 2 * side, 8 * side, 3)
-    for number in range(11):
-        row, column = divmod(number, 8)
+    for index in range(11):
+        row, column = divmod(index, 8)
         cell = grid[:, row * side : row * side + 64, column * side : column * side + 64]
-        assert (cell[0] == 10 * number).all()
-        assert (cell[1] == 10 * number + 1).all()
+        assert (cell[0] == 10 * index).all()
+        assert (cell[1] == 10 * index + 1).all()
     assert (grid[:, side:, 3 * side :] == 255).all()  # cells without a video
 
 
-def grey_images(number, size=16):
-    """uint8 (number, 1, size, size, 3): image n is grey n."""
-    return np.broadcast_to(np.arange(number, dtype=np.uint8)[:, None, None, None, None], (number, 1, size, size, 3))
+def grey_images(count, size=16):
+    """uint8 (count, 1, size, size, 3): image k is grey k."""
+    return np.broadcast_to(np.arange(count, dtype=np.uint8)[:, None, None, None, None], (count, 1, size, size, 3))
 
 
-def test_write_samples_leaves_a_png_per_image_one_grid_and_an_npz(tmp_path):
+def test_write_samples_writes_a_png_per_image_a_grid_and_an_npz(tmp_path):
     images = np.random.default_rng(0).integers(0, 256, (2, 1, 16, 20, 3), dtype=np.uint8)
     write_samples(tmp_path, images, [3, 1], fps=25, names=["a", "b"])
     names = sorted(file.name for file in tmp_path.iterdir())
     assert names == ["000000.png", "000001.png", "grid.png", "samples.npz"]
-    for number in range(2):
-        assert np.array_equal(np.asarray(Image.open(tmp_path / names[number])), images[number, 0])
+    for index in range(2):
+        assert np.array_equal(np.asarray(Image.open(tmp_path / names[index])), images[index, 0])
     with np.load(tmp_path / "samples.npz") as stored:
         assert stored["arr_0"].dtype == np.uint8 and np.array_equal(stored["arr_0"], images[:, 0])
         assert stored["labels"].dtype == np.int64 and stored["labels"].tolist() == [3, 1]
@@ -221,21 +221,21 @@ def test_a_sheet_of_images_is_a_grid_of_8_in_a_row_and_64_at_most(tmp_path):
     grid = np.asarray(Image.open(tmp_path / "grid.png"))
     side = 128 + GAP
     assert grid.shape == (8 * side, 8 * side, 3)
-    for number in range(64):
-        y, x = number // 8 * side, number % 8 * side
-        assert (grid[y : y + 128, x : x + 128] == number).all()
+    for index in range(64):
+        y, x = index // 8 * side, index % 8 * side
+        assert (grid[y : y + 128, x : x + 128] == index).all()
         assert (grid[y + 128 : y + side, x : x + side] == 255).all()
         assert (grid[y : y + side, x + 128 : x + side] == 255).all()
 
 
-@pytest.mark.parametrize(("number", "rows", "columns"), [(1, 1, 1), (5, 1, 5), (8, 1, 8), (11, 2, 8)])
-def test_a_grid_of_few_images_is_no_larger_than_it_must_be(tmp_path, number, rows, columns):
-    write_sheet(tmp_path / "grid.png", grey_images(number))
+@pytest.mark.parametrize(("count", "rows", "columns"), [(1, 1, 1), (5, 1, 5), (8, 1, 8), (11, 2, 8)])
+def test_a_grid_of_few_images_is_not_larger_than_necessary(tmp_path, count, rows, columns):
+    write_sheet(tmp_path / "grid.png", grey_images(count))
     grid = np.asarray(Image.open(tmp_path / "grid.png"))
     side = 128 + GAP
     assert grid.shape == (rows * side, columns * side, 3)
     cells = grid[::side, ::side, 0].flatten().tolist()
-    assert cells == list(range(number)) + [255] * (rows * columns - number)
+    assert cells == list(range(count)) + [255] * (rows * columns - count)
 
 
 def test_images_in_a_grid_are_enlarged_without_smoothing(tmp_path):

@@ -1,4 +1,4 @@
-"""What several tests train on, made on the spot: a tiny VAE, a folder of images, a cache of latents."""
+"""Tiny data that several tests train on: a VAE, a folder of images, a latent cache."""
 
 import json
 
@@ -23,28 +23,34 @@ def make_vae(folder):
 
 
 def make_images(root, count, suffix=".png"):
-    """`count` images of 20 x 16 px in the classes A and B in turn. Returns root."""
-    for number in range(count):
-        (root / "AB"[number % 2]).mkdir(parents=True, exist_ok=True)
-        pixels = np.random.default_rng(number).integers(0, 256, (16, 20, 3), dtype=np.uint8)
-        Image.fromarray(pixels).save(root / "AB"[number % 2] / f"{number}{suffix}")
+    """Write `count` random images, 20 x 16 px, alternating between the classes A and B. Returns root."""
+    for index in range(count):
+        (root / "AB"[index % 2]).mkdir(parents=True, exist_ok=True)
+        pixels = np.random.default_rng(index).integers(0, 256, (16, 20, 3), dtype=np.uint8)
+        Image.fromarray(pixels).save(root / "AB"[index % 2] / f"{index}{suffix}")
     return root
 
 
-LATENTS_SETTINGS = {  # of a cache
+LATENTS_SETTINGS = {  # of a latent cache
     "format": LATENTS_FORMAT, "vae": "ema", "image_size": 16, "channels": 4, "downsample": 2,
     "scale": 0.18215, "shift": 0.0, "flips": True,
 }  # fmt: skip
 
 
 def make_latents(folder):
-    """A latent cache of three videos of one class, random."""
+    """Write a latent cache of three videos of one class, with random latents."""
     videos = []
-    for number, name in enumerate("abc"):
+    for size, name in enumerate("abc"):
         (folder / "A").mkdir(parents=True, exist_ok=True)
         parts = {part: torch.rand(6, 4, 8, 8).half() for part in ("mean", "std", "mean_flipped", "std_flipped")}
-        save_file(parts, folder / f"A/{name}.safetensors", metadata={"source_bytes": str(number)})
+        save_file(parts, folder / f"A/{name}.safetensors", metadata={"source_bytes": str(size)})
         videos.append({"path": f"A/{name}.safetensors", "class_name": "A", "num_frames": 6, "fps": 25.0, "height": 16,
                        "width": 16})  # fmt: skip
-    about = LATENTS_SETTINGS | {"num_videos": 3, "num_frames": 18, "classes": ["A"], "videos": videos, "unreadable": []}
-    (folder / "latents.json").write_text(json.dumps(about, indent=1))
+    content = LATENTS_SETTINGS | {
+        "num_videos": 3,
+        "num_frames": 18,
+        "classes": ["A"],
+        "videos": videos,
+        "unreadable": [],
+    }
+    (folder / "latents.json").write_text(json.dumps(content, indent=1))

@@ -6,6 +6,7 @@ Nothing here touches the process group or a GPU before `start()`.
 
 import ctypes
 import gc
+import itertools
 import os
 import signal
 import socket
@@ -168,6 +169,12 @@ def gather(value):
     values = [None] * world_size()
     dist.all_gather_object(values, value)
     return values
+
+
+def gather_in_order(rows):
+    """The rows (index, ...) of all ranks, sorted by index, as columns without the index, on every rank."""
+    rows = sorted(itertools.chain(*gather(rows)), key=lambda row: row[0])
+    return list(zip(*rows, strict=True))[1:]
 
 
 def average(tensor):

@@ -1,4 +1,4 @@
-"""Numbers of a run: metrics.jsonl for programs, TensorBoard and (when asked) wandb for people."""
+"""Metrics of a run: metrics.jsonl, TensorBoard and, if asked for, Weights & Biases."""
 
 import json
 import math
@@ -19,8 +19,8 @@ def read_metrics(path):
     """Read a metrics.jsonl.
 
     Returns:
-        the rows, dicts with "step" and whatever was logged (None = was not finite), and the number of
-        lines that were torn by a crash and left out.
+        the rows, dicts with "step" and what was logged (None = was not finite), and the number of lines that are left
+        out because a crash tore them.
     """
     rows, torn = [], 0
     with open(path, encoding="utf-8", errors="replace") as file:
@@ -37,7 +37,7 @@ def read_metrics(path):
 
 
 def import_wandb():
-    """The wandb package; raises UserError if it is missing, so that --wandb can be checked before a run starts."""
+    """The wandb package. Raises UserError if it is not installed: --wandb is checked before a run starts."""
     try:
         import wandb
     except ModuleNotFoundError as error:
@@ -46,13 +46,13 @@ def import_wandb():
 
 
 class Metrics:
-    """Logs numbers on rank 0; on every other rank all methods do nothing.
+    """Logs metrics on rank 0; on all other ranks the methods do nothing.
 
     Args:
-        folder: the run folder; metrics.jsonl and the TensorBoard events go there.
-        resume_step: the step the run goes on from; what was logged after it is dropped, as it is going
-            to be logged again. `torn` then counts the broken lines that were dropped as well.
-        wandb: also send everything to wandb; raises UserError if that can't be.
+        folder: the run folder, for metrics.jsonl and the TensorBoard events.
+        resume_step: the step from which a run continues. Rows of later steps are removed, as they will be logged again;
+            `torn` counts the incomplete lines that are removed with them.
+        wandb: also log to wandb. Raises UserError if wandb is not installed or does not start.
         config: dict shown by wandb.
     """
 
@@ -61,17 +61,17 @@ class Metrics:
         self.file = self.board = self.wandb = None
         if distributed.rank() != 0:
             return
-        from torch.utils.tensorboard import SummaryWriter  # a second of start-up, spent on one rank
+        from torch.utils.tensorboard import SummaryWriter  # takes a second to load; needed on rank 0 only
 
         path = Path(folder) / "metrics.jsonl"
         if resume_step is not None and path.exists():
             self.torn = _drop_after(resume_step, path)
         self.wandb = _start_wandb(Path(folder), config) if wandb else None
         self.board = SummaryWriter(str(folder), purge_step=None if resume_step is None else resume_step + 1)
-        self.file = open(path, "a", encoding="utf-8")  # noqa: SIM115 (open for the whole run)
+        self.file = open(path, "a", encoding="utf-8")  # noqa: SIM115 (stays open for the whole run)
 
     def log(self, step, **scalars):
-        """Append one line {"step": step, name: number, ...}; NaN and infinity, which JSON lacks, become null."""
+        """Append one line {"step": step, name: value, ...}; NaN and infinity, which JSON lacks, become null."""
         if self.file is None:
             return
         scalars = {name: value.item() if hasattr(value, "item") else value for name, value in scalars.items()}
@@ -84,25 +84,25 @@ class Metrics:
             self.wandb.log(scalars, step=step)
 
     def sync(self):
-        """See to it that what was logged outlasts a power cut, as checkpoints do."""
+        """Write what was logged to the disk, so that it survives a power failure, as checkpoints do."""
         if self.file is not None:
             os.fsync(self.file.fileno())
 
     def video(self, step, name, clips, gif=None, mp4=None):
-        """Show clips uint8 (N, T, H, W, 3) as one picture: a row per clip, a column per frame; images 8 in a row.
+        """Log clips uint8 (N, T, H, W, 3) as one image: a row per clip, a column per frame; images (T = 1) 8 in a row.
 
-        gif (bytes) goes to TensorBoard, which plays it, and mp4 (a path) to wandb, as name_moving.
+        gif (bytes) is also logged to TensorBoard, and mp4 (a path) to wandb, as name_moving.
         """
         if self.file is None:
             return
-        if clips.shape[1] == 1:  # a row of images is laid out as the frames of a clip are
+        if clips.shape[1] == 1:  # 8 images become one row, like the frames of a clip
             columns = min(len(clips), 8)
             blank = np.full_like(clips[:1], 255).repeat(-len(clips) % columns, axis=0)
             clips = np.concatenate([clips, blank]).reshape(-1, columns, *clips.shape[2:])
         N, T, H, W, _ = clips.shape
         sheet = clips.transpose(0, 2, 1, 3, 4).reshape(N * H, T * W, 3)
         self.board.add_image(name, sheet, step, dataformats="HWC")
-        if gif is not None:  # add_video would want moviepy, to make such a GIF
+        if gif is not None:  # add_video would need moviepy, to make the same GIF
             from tensorboard.compat.proto.summary_pb2 import Summary
 
             image = Summary.Image(encoded_image_string=gif)
@@ -122,7 +122,7 @@ class Metrics:
 
 
 def _drop_after(step, path):
-    """Rewrite the file, all or nothing, without the rows after `step`; returns the number of torn lines."""
+    """Rewrite the file atomically without the rows after `step`; returns the number of torn lines."""
     rows, torn = read_metrics(path)
     with atomic_write(path) as file:
         file.writelines(json.dumps(row).encode() + b"\n" for row in rows if row["step"] <= step)
@@ -130,7 +130,7 @@ def _drop_after(step, path):
 
 
 def _start_wandb(folder, config):
-    """A wandb run that a resumed run continues: its id lies in the run folder."""
+    """Start the wandb run, or continue it after a resume: its id is in the run folder."""
     wandb = import_wandb()
     id_file = folder / "wandb_id.txt"
     if not id_file.exists():
@@ -139,81 +139,90 @@ def _start_wandb(folder, config):
         return wandb.init(
             project="EqM-Video", name=folder.name, dir=folder, config=config, id=id_file.read_text(), resume="allow"
         )
-    except wandb.Error as error:  # no account on this machine, no network
+    except wandb.Error as error:  # not logged in, no network
         raise UserError(f"--wandb: {error}; run `wandb login`, or set WANDB_MODE=offline") from error
 
 
 class StepStats:
-    """What happened since the last line of metrics; it stays on the device until then, so no step waits for it.
+    """Statistics of the training steps since the last line of metrics.
 
-    earlier is what `averaged` gave when the run was interrupted within the window, {"names": [...], "rows": (n, k)}.
+    They stay on the device until that line is due, so that no step waits for the device. earlier: what `averaged`
+    returned when the run was interrupted before that line was logged, {"names": [...], "rows": (n, k)}.
     """
 
     def __init__(self, earlier=None):
         self.names = earlier["names"] if earlier else []
         self.earlier = earlier["rows"] if earlier else torch.empty(0, 0)
-        self.rows, self.files, self.bad, self.waited, self.began = [], [], [], 0.0, time.monotonic()
+        self.rows, self.files = [], []  # of each step: (k,) on the device; paths of its videos
+        self.bad = []  # paths of videos that could not be decoded
+        self.waited, self.began = 0.0, time.monotonic()
 
     def __len__(self):
+        """The number of steps."""
         return len(self.earlier) + len(self.rows)
 
     def add(self, files, **scalars):
-        """What a step found, as scalars on the device: the same names at each step; the videos it was fed with.
+        """Add a step: the paths of its videos and its scalars, 0-dimensional tensors with the same names at each step.
 
-        A step with "skipped" 1 changed no weights: it counts, but its other numbers do not, and may be anything.
+        A step with "skipped" = 1 changed no weights: it is counted, but its other values are left out of the means and
+        need not be finite.
         """
         self.rows.append(torch.stack(list(scalars.values())).float())
         self.files.append(files)
         self.names = list(scalars)
 
     def next_batch(self, batches):
-        """The next batch of an iterator; counts the time spent waiting for it and its bad videos."""
-        asked = time.monotonic()
+        """The next batch of an iterator; adds the time spent waiting for it and its bad videos to the statistics."""
+        began = time.monotonic()
         batch = next(batches)
-        self.waited += time.monotonic() - asked
+        self.waited += time.monotonic() - began
         self.bad += batch["bad"]
         return batch
 
     def averaged(self, step):
-        """Means over all ranks for each step up to `step`: {"names": [...], "rows": float32 (n, k)}, on the CPU.
+        """The values of each step, averaged over all ranks: {"names": [...], "rows": (n, k) float32 on the CPU}.
 
-        Raises UserError, on all ranks, at the first number that is not finite.
+        `step` is the global step of the last row. All ranks call this. Raises UserError, on all ranks, if a value is
+        not finite, except in skipped steps.
         """
         if not self.rows:
             return {"names": self.names, "rows": self.earlier}
         own = torch.stack(self.rows)
         rows = distributed.average(own.clone()).cpu()
-        wrong = ~rows.isfinite()
+        nonfinite = ~rows.isfinite()
         if "skipped" in self.names:
-            wrong &= rows[:, self.names.index("skipped"), None] == 0
-        if wrong.any():
-            self.raise_nonfinite(step, wrong.any(1).nonzero()[0].item())
+            nonfinite &= rows[:, self.names.index("skipped"), None] == 0
+        if nonfinite.any():
+            self.raise_nonfinite(step, nonfinite.any(1).nonzero()[0].item())
         return {"names": self.names, "rows": torch.cat([self.earlier.reshape(-1, rows.shape[1]), rows])}
 
     def raise_nonfinite(self, step, index):
-        """Raise UserError, on all ranks, that says all that is known of row `index`, which is not finite.
+        """Raise UserError, on all ranks, for row `index` of `self.rows`, in which a value is not finite.
 
-        `step` is that of the last row; the rows of before an interruption do not count.
+        The message names the value, its step, the ranks and the videos. `step` is the global step of the last row.
         """
         own = torch.stack(self.rows)
         rows = distributed.average(own.clone()).cpu()
         index %= len(rows)
         name = self.names[(~rows[index].isfinite()).nonzero()[0].item()]
-        norm = self.names.index("grad_norm")  # one over all ranks: says nothing of where it began
+        norm = self.names.index("grad_norm")  # the same on all ranks, so it does not tell which rank is the cause
         is_finite = own[index].isfinite().cpu()
         is_finite[norm] = True
         parts = distributed.gather((is_finite.all().item(), self.files[index]))
-        guilty = [rank for rank, (is_fine, _) in enumerate(parts) if not is_fine] or list(range(len(parts)))
-        files = list(dict.fromkeys(file for rank in guilty for file in parts[rank][1]))
+        ranks = [rank for rank, (all_finite, _) in enumerate(parts) if not all_finite] or list(range(len(parts)))
+        files = list(dict.fromkeys(file for rank in ranks for file in parts[rank][1]))
         norms = rows[: index + 1, norm].tolist()[-8:]
         raise UserError(
-            f"the {name} of step {step - len(rows) + 1 + index} is not finite, on rank {', '.join(map(str, guilty))}, "
-            f"of {', '.join(files)}; gradient norms up to it: {', '.join(f'{norm:.3g}' for norm in norms)}; the last "
+            f"the {name} of step {step - len(rows) + 1 + index} is not finite, on rank {', '.join(map(str, ranks))}, "
+            f"of {', '.join(files)}; gradient norms up to it: {', '.join(f'{value:.3g}' for value in norms)}; the last "
             "checkpoint is intact: try a lower --lr or, if it is rare, --skip-nonfinite 3"
         )
 
     def summary(self, step, global_batch):
-        """Means over the window and all ranks; raises UserError if one of the numbers was not finite."""
+        """{name: mean over the steps and all ranks}, the number of skipped steps, clips_per_s and wait_frac.
+
+        `step` is the global step of the last row. Raises UserError as `averaged` does.
+        """
         columns = dict(zip(self.names, self.averaged(step)["rows"].double().unbind(1), strict=True))
         skipped = columns.pop("skipped", None)
         counted = slice(None) if skipped is None else skipped == 0

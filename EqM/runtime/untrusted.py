@@ -1,8 +1,7 @@
-"""Files that anybody may have made: nothing in them is run, and their claims are checked before memory is taken.
+"""Reads files from untrusted sources: runs no code in them, and checks the sizes they claim before it allocates memory.
 
-A small file can claim anything: an array of petabytes, an archive that inflates a million times, a JSON text that never
-ends; or it is a pipe, which keeps its reader waiting. What is refused here raises ValueError or OSError with the
-reason; the callers say which flag or file it was.
+A small file can claim an array of petabytes, an archive that inflates a million times or a JSON text that never ends,
+and a pipe blocks its reader. Refused files raise ValueError or OSError with the reason; callers add the flag or file.
 """
 
 import argparse
@@ -20,39 +19,40 @@ from contextlib import contextmanager
 
 import numpy as np
 import torch
+from safetensors import SafetensorError, safe_open
 
-FPS = 1e-3, 1e6  # the lowest and the highest frame rate that is accepted
-JSON_BYTES = 2**28  # of a file: an index of a million videos takes 150 MB
-CONFIG_BYTES = 2**24  # of the config of a model
+FPS = 1e-3, 1e6  # lowest and highest accepted frame rate
+JSON_BYTES = 2**28  # largest JSON file: an index of a million videos has 150 MB
+CONFIG_BYTES = 2**24  # largest model config
 ARCHIVE_ERRORS = (OSError, ValueError, EOFError, LookupError, RuntimeError, zipfile.BadZipFile)  # of reading a zip
-# What torch.save writes for tensors and plain values; torch.load would also accept names that allocate memory.
+# The globals that torch.save writes for tensors and plain values; torch.load also accepts some that allocate memory.
 GLOBALS = re.compile(
     r"torch (BFloat16|Bool|Byte|Char|Double|Float|Half|Int|Long|Short)Storage|collections OrderedDict|"
     r"torch\._utils _rebuild_(tensor_v2|parameter)|argparse Namespace"  # the last is in published files
 )
 
-HEADER = re.compile(  # of an .npy of plain numbers
+NPY_HEADER = re.compile(  # of an array of numbers
     r"\{'descr': '[<>|][biuf](?P<bytes>[1248])', 'fortran_order': (True|False), "
     r"'shape': \((?P<shape>(\d{1,18}, ?)*(\d{1,18})?)\), \} *\n"
 )
 
 
 def check_regular(path):
-    """Raise OSError unless `path` is a plain file, or a link to one: a pipe, a device or a socket may never end."""
+    """Raise OSError unless `path` is a regular file or a link to one: a pipe, device or socket may never end."""
     if not stat.S_ISREG(os.stat(path).st_mode):
-        raise OSError(f"{'a folder' if os.path.isdir(path) else 'a pipe or a device'}, wanted a plain file")
+        raise OSError(f"{'a folder' if os.path.isdir(path) else 'a pipe or a device'}, wanted a regular file")
 
 
 def is_text(path):
-    """Whether the bytes of a path are UTF-8."""
-    return not any("\ud800" <= letter <= "\udfff" for letter in os.fspath(path))
+    """Whether a path is valid UTF-8."""
+    return not any("\ud800" <= character <= "\udfff" for character in os.fspath(path))
 
 
 @contextmanager
 def plain_name(path):
-    """A name under which libraries in C++ and Rust can open a file. Raises OSError.
+    """A context with a path by which C++ and Rust libraries can open the file. Raises OSError.
 
-    It is absolute, as FFmpeg would interpret names such as `concat:...`; and it is UTF-8 even if the path is not.
+    It is absolute, as FFmpeg interprets names such as `concat:...`, and UTF-8 even if the given path is not.
     """
     if is_text(path):
         yield os.path.abspath(path)
@@ -61,13 +61,13 @@ def plain_name(path):
             yield f"/dev/fd/{file.fileno()}"
 
 
-def read_json(path, most=JSON_BYTES):
-    """The content of a JSON file of at most `most` bytes. Raises OSError or ValueError."""
+def read_json(path, max_bytes=JSON_BYTES):
+    """The content of a JSON file of at most max_bytes. Raises OSError or ValueError."""
     check_regular(path)
-    if os.path.getsize(path) > most:
-        raise ValueError(f"more than {most} bytes")
+    if os.path.getsize(path) > max_bytes:
+        raise ValueError(f"more than {max_bytes} bytes")
     with open(path, "rb") as file:
-        text = file.read(most)
+        text = file.read(max_bytes)
     try:
         return json.loads(text)
     except RecursionError as error:
@@ -75,17 +75,17 @@ def read_json(path, most=JSON_BYTES):
 
 
 def check_archive(file):
-    """Raise one of ARCHIVE_ERRORS unless an open zip file is whole; returns the names of its members.
+    """Raise one of ARCHIVE_ERRORS unless an open zip file is intact and uncompressed. Returns the names of its members.
 
-    torch and NumPy do not compress, so no member may take more memory than it has bytes in the file; each has a CRC-32,
-    which reveals damage that nothing else would notice.
+    torch and NumPy do not compress, so members never need more memory than the file has bytes. The CRC-32 of each is
+    checked, as it reveals damage that no later check would find.
     """
     with zipfile.ZipFile(file) as archive:
         members = archive.infolist()
         if any(member.compress_type != zipfile.ZIP_STORED for member in members):
             raise ValueError("holds compressed data")
         if sum(member.file_size for member in members) > os.fstat(file.fileno()).st_size:
-            raise ValueError("claims to hold more than it does")
+            raise ValueError("claims to hold more bytes than it has")
         if len(set(archive.namelist())) < len(members):
             raise ValueError("holds a name twice")
         if damaged := archive.testzip():
@@ -94,7 +94,7 @@ def check_archive(file):
 
 
 def read_npz(path):
-    """The arrays of an .npz of np.savez, by name. Raises OSError or ValueError."""
+    """A dict of the arrays in an .npz file of np.savez. Raises OSError or ValueError."""
     check_regular(path)
     try:
         with open(path, "rb") as file:
@@ -103,50 +103,74 @@ def read_npz(path):
             with zipfile.ZipFile(file) as archive:
                 for member in archive.infolist():
                     with archive.open(member) as part:
-                        check_header(part, member.file_size)
+                        check_npy_header(part, member.file_size)
             file.seek(0)
             with np.load(file, allow_pickle=False) as arrays:
                 return dict(arrays)
     except ARCHIVE_ERRORS as error:
-        raise ValueError(f"no sound .npz ({error})") from error
+        raise ValueError(f"not a valid .npz ({error})") from error
 
 
-def check_header(part, size):
-    """Raise ValueError unless an .npy of `size` bytes begins as np.save writes it and claims just what it has."""
+def check_npy_header(part, size):
+    """Raise ValueError unless an .npy of `size` bytes has a header of np.save and an array of exactly its size."""
     start = part.read(10)
     text = part.read(int.from_bytes(start[8:], "little")).decode("latin-1")
-    found = HEADER.fullmatch(text)
+    found = NPY_HEADER.fullmatch(text)
     if start[:8] != b"\x93NUMPY\x01\x00" or not found:
-        raise ValueError("an .npy that np.save has not written")
+        raise ValueError("an .npy that was not written by np.save")
     shape = [int(side) for side in re.findall(r"\d+", found["shape"])]
     if math.prod(shape) * int(found["bytes"]) != size - len(start) - len(text):
         raise ValueError(f"claims an array of {shape}"[:200])
 
 
+def check_vae_files(config, weights):
+    """Raise ValueError unless the config of an AutoencoderKL has no more layers than its weights, and none wider.
+
+    diffusers builds the model from the config before it reads the weights, so a config could claim any memory.
+    """
+    try:
+        path = config
+        settings = read_json(config, max_bytes=2**20)
+        path = weights
+        check_regular(weights)
+        with safe_open(weights, "pt") as file:
+            shapes = [file.get_slice(name).get_shape() for name in file.keys()]  # noqa: SIM118
+    except (OSError, ValueError, SafetensorError) as error:
+        raise ValueError(f"its {os.path.basename(path)} can't be read ({error})") from error
+    widest = max((size for shape in shapes for size in shape), default=0)
+    for name in ("block_out_channels", "layers_per_block", "latent_channels", "in_channels", "out_channels"):
+        values = settings.get(name, 1) if isinstance(settings, dict) else None
+        values = values if isinstance(values, list) else [values]
+        most = len(shapes) if name == "layers_per_block" else widest
+        if len(values) > len(shapes) or not all(isinstance(value, int) and 0 < value <= most for value in values):
+            found = f"its {os.path.basename(config)} has {name} {str(values)[:50]}"
+            raise ValueError(f"{found}, more than the tensors of its {os.path.basename(weights)}")
+
+
 # ----------------------------------------------------------------------------------------------------------------------
-# Files of torch.save, and what may stand in them
+# Files of torch.save, and the types and ranges of values in them
 
 
 def read_torch(path):
     """The content of a file of torch.save, on the CPU: tensors and plain values.
 
-    Raises pickle.UnpicklingError if it is no such file or holds code, OSError if it can't be read, and one of
-    ARCHIVE_ERRORS, TypeError, AttributeError or AssertionError if it is damaged: what torch.load raises depends on
-    where the damage is. The file is mapped into memory, so nothing in it can claim more than it has, and then copied.
+    Raises pickle.UnpicklingError if it is not such a file or holds code, OSError if it can't be read, and one of
+    ARCHIVE_ERRORS, TypeError, AttributeError or AssertionError if it is damaged: torch.load's error depends on where
+    the damage is. The file is mapped into memory, so it can't claim more than its size, and then copied.
     """
     check_regular(path)
     with open(path, "rb") as file:
-        if file.read(4) != b"PK\3\4":  # an archive; before torch 1.6 a file was a single pickle
-            raise pickle.UnpicklingError("no archive")
+        if file.read(4) != b"PK\3\4":  # a zip archive; before torch 1.6 the file was a single pickle
+            raise pickle.UnpicklingError("not an archive")
         check_pickles(file, check_archive(file))
         with warnings.catch_warnings(), torch.serialization.safe_globals([argparse.Namespace]):
-            warnings.simplefilter("ignore")  # torch's hints on foreign pickles; the refusal says enough
+            warnings.simplefilter("ignore")  # torch's warnings on foreign pickles; the error says enough
             with plain_name(path) as name:
                 return copy.deepcopy(torch.load(name, map_location="cpu", weights_only=True, mmap=True))
 
 
 def check_pickles(file, names):
-    """Raise UnpicklingError if an archive of torch.save names anything but tensors and plain values."""
+    """Raise UnpicklingError if a pickle in an archive of torch.save refers to anything but GLOBALS."""
     with zipfile.ZipFile(file) as archive:
         for name in names:
             if name.endswith(".pkl"):
@@ -156,32 +180,35 @@ def check_pickles(file, names):
 
 
 def is_count(value, least=0):
+    """Whether value is an integer of at least `least`, and small enough to be exact as a float."""
     return isinstance(value, int) and least <= value < 2**53
 
 
 def is_number(value):
+    """Whether value is an int or a float, not NaN."""
     return isinstance(value, (int, float)) and not math.isnan(value)
 
 
 def is_named(value):
-    """Whether value is a dict whose keys are all strings."""
+    """Whether value is a dict with string keys."""
     return isinstance(value, dict) and all(isinstance(name, str) for name in value)
 
 
 def is_strings(value):
+    """Whether value is a list of strings."""
     return isinstance(value, list) and all(isinstance(part, str) for part in value)
 
 
 def is_plain(value):
-    """Whether value can be the value of a flag: a number, a string, None, or a list of these."""
+    """Whether value can be that of a flag: a number, a string, None, or a list of these."""
     parts = value if isinstance(value, list) else [value]
     return all(part is None or isinstance(part, (str, int, float)) for part in parts)
 
 
 def is_weights(value):
-    """Whether value is a dict of names and floating-point tensors that do not share memory.
+    """Whether value is a state dict of floating-point tensors that do not share memory.
 
-    A tensor that repeats one number, or many tensors that share one, take no room in a file but all of it in a model.
+    A tensor that repeats one number, or tensors that share memory, are small in a file but full size in a model.
     """
     if not is_named(value):
         return False
@@ -193,5 +220,5 @@ def is_weights(value):
 
 
 def text_size(value):
-    """Characters of a plain value. A string that occurs a million times is stored in a pickle only once."""
+    """Characters of a plain value. A pickle stores a string that occurs a million times only once."""
     return sum(len(part) if isinstance(part, str) else 8 for part in (value if isinstance(value, list) else [value]))

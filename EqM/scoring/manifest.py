@@ -1,10 +1,10 @@
-"""What evaluate.py writes: a JSON file with the numbers and all that they depend on, from which they can be repeated.
+"""Manifests: the JSON file of evaluate.py with its values and all that they depend on, from which it can be repeated.
 
 format     of the file
-metric, protocol, values {name: number or None}, result (intervals, tables: what a person may want to know)
-generated, real, detector, code, packages, machine: what the numbers depend on
+metric, protocol, values {name: number or None}, result (intervals, tables)
+generated, real, detector, code, packages, machine: what the values depend on
 flags      of the command; --manifest takes them from here
-repeats    None, or the manifest that was repeated and how the values compare
+repeats    None, or which manifest was repeated and how the values compare
 """
 
 import json
@@ -25,7 +25,7 @@ KEYS = (
     "flags", "repeats",
 )  # fmt: skip
 PACKAGES = "torch", "numpy", "decord2", "safetensors", "diffusers", "pillow"
-PINNED = (  # (flag, part, key): what must be the same for the values to be
+PINNED = (  # (flag, part, key): hashes that must be the same in a repeated run
     ("--ckpt", "generated", "checkpoint_sha256"),
     ("--samples", "generated", "samples_sha256"),
     ("--detector", "detector", "sha256"),
@@ -33,45 +33,45 @@ PINNED = (  # (flag, part, key): what must be the same for the values to be
 )
 
 
-def write(path, manifest):
-    """All or nothing. Raises OSError."""
+def write_manifest(path, manifest):
+    """Write the file whole or not at all. Raises OSError."""
     text = json.dumps({key: manifest[key] for key in KEYS}, indent=2, allow_nan=False)
     with atomic_write(path) as file:
         file.write(text.encode() + b"\n")
 
 
-def read(path):
-    """A manifest as a dict; raises UserError."""
+def read_manifest(path):
+    """A manifest as a dict. Raises UserError."""
     flag = f"--manifest {path}"
     try:
         manifest = read_json(path)
     except OSError as error:
         reason = error.strerror or error
         raise UserError(f"{flag}: can't be read ({reason}); wanted what --out of evaluate.py wrote") from error
-    except ValueError as error:  # no JSON, no UTF-8
-        raise UserError(f"{flag}: damaged or no JSON ({error}); wanted what --out of evaluate.py wrote") from error
+    except ValueError as error:  # not JSON or not UTF-8
+        raise UserError(f"{flag}: damaged or not JSON ({error}); wanted what --out of evaluate.py wrote") from error
     if not isinstance(manifest, dict) or "format" not in manifest:
         raise UserError(f"{flag}: not a manifest; wanted what --out of evaluate.py wrote")
     if manifest["format"] != FORMAT:
         found = manifest["format"]
         raise UserError(f"{flag}: has format {found}, this code reads {FORMAT}: repeat it with the code that wrote it")
     if missing := set(KEYS) - manifest.keys():
-        raise UserError(f"{flag}: damaged: has no {', '.join(sorted(missing))}")
+        raise UserError(f"{flag}: damaged: has no {', '.join(sorted(missing))}; name another")
     return manifest
 
 
 def check_same(old, new):
-    """Raise UserError, naming the flag, unless the parts of a new manifest are about the files of an old one."""
+    """Raise UserError, naming the flag, unless a new manifest depends on the same files as an old one."""
     for flag, part, key in PINNED:
-        was, found = ((manifest[part] or {}).get(key) for manifest in (old, new))
-        if was != found:
-            raise UserError(f"{flag}: sha256 is {found}, the manifest was made with {was}: name the place of that one")
+        wanted, found = ((manifest[part] or {}).get(key) for manifest in (old, new))
+        if wanted != found:
+            raise UserError(f"{flag}: sha256 is {found}, in --manifest it is {wanted}: give the place of that one")
 
 
-def compare(path, old, values, tolerance):
-    """How new values compare to those of an old manifest: `repeats` of the new one.
+def compare_values(path, old, values, tolerance):
+    """How new values compare to those of the old manifest at `path`: `repeats` of the new one.
 
-    Two numbers agree if they differ by at most tolerance x max(1, the larger of their sizes).
+    Two numbers a and b agree if |a - b| <= tolerance * max(1, |a|, |b|).
     """
     differences, agrees = {}, values.keys() == old["values"].keys()
     for name, value in values.items():
@@ -91,41 +91,42 @@ def compare(path, old, values, tolerance):
     }
 
 
-def report(repeats, old, new):
-    """One line: whether the values of a repetition agree, and what was not as before."""
+def agreement_line(repeats, old, new):
+    """One line: whether the values of a repeated run agree, and what else differs."""
     largest = max(repeats["differences"].items(), key=lambda item: abs(item[1]), default=None)
     others = [part for part in ("code", "packages", "machine") if old[part] != new[part]]
-    changed = f"; not as before: {', '.join(others)}" if others else ""
+    changed = f"; changed since: {', '.join(others)}" if others else ""
     if repeats["bit_equal"]:
-        return f"the values are those of {repeats['manifest']}, bit for bit{changed}"
+        return f"the values equal those of {repeats['manifest']} bit for bit{changed}"
     by = f"{largest[0]} differs most, by {largest[1]:.3g}" if largest else "a value is missing"
     found = "agree with" if repeats["agrees"] else "do not agree with"
     return f"the values {found} those of {repeats['manifest']}: {by}, tolerance {repeats['tolerance']:g}{changed}"
 
 
 def code_commit():
-    """The commit of this code in git, "+" behind it if files differ from it; None outside of git."""
+    """The git commit of this code, with a "+" if files differ from it; None outside of git."""
     here = Path(__file__).resolve().parent
 
     def git(*words):
-        done = subprocess.run(["git", "-C", here, *words], capture_output=True, text=True, check=True)
-        return done.stdout.strip()
+        ended = subprocess.run(["git", "-C", here, *words], capture_output=True, text=True, check=True)
+        return ended.stdout.strip()
 
     try:
-        git("ls-files", "--error-unmatch", Path(__file__).name)  # the folder may lie in somebody else's repository
+        git("ls-files", "--error-unmatch", Path(__file__).name)  # the folder may lie in another repository
         return git("rev-parse", "HEAD") + ("+" if git("status", "--porcelain", "--", here) else "")
     except (OSError, subprocess.CalledProcessError):  # no git, no repository
         return None
 
 
 def packages():
-    found = {}
+    """{name: installed version, None if there is none}."""
+    versions = {}
     for name in PACKAGES:
         try:
-            found[name] = version(name)
+            versions[name] = version(name)
         except PackageNotFoundError:
-            found[name] = None
-    return found
+            versions[name] = None
+    return versions
 
 
 def machine(device):

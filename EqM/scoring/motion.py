@@ -1,14 +1,15 @@
-"""What moves where in a Moving Shapes clip: a strict centroid tracker, and its score against the truth.
+"""Direction, shape, speed and area in Moving Shapes clips: a strict centroid tracker, scored against the truth.
 
-Strict, because a lax tracker is satisfied by local motion and finds a direction in a clip of five objects.
-Here a clip has a direction only if *every* frame shows the same single compact object of one color and its
-centroid runs along a straight line at a steady pace. Anything else has none and counts as wrong.
+Strict, because a lax tracker follows local motion and finds a direction even in a clip of five objects. Here a clip
+has a direction only if *every* frame shows the same single compact object of one color, and its centroid moves along
+a straight line at a constant speed. Any other clip has none and counts as wrong.
 
-The truth is what the data set's side file says, scaled to the clip: never the tracker's own measurement. Score
-real clips beside generated ones: what they reach is the ceiling (16 px: all directions and shapes right,
-speed ratio 1.00, area ratio 1.02, as an object's brightest pixels still hold a little background).
+The truth comes from the shapes.json of the data set, scaled to the clip: never from the tracker's own measurement.
+Real clips are scored beside generated ones and show the ceiling (16 px: all directions and shapes right, speed ratio
+1.00, area ratio 1.02, as the brightest pixels of an object still hold a little background).
 """
 
+import functools
 import json
 import math
 from dataclasses import dataclass
@@ -17,19 +18,21 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 
-from runtime.cli import UserError
+from runtime import distributed
+from runtime.cli import UserError, say
+from runtime.distributed import rank
 
-# Lengths are in px of a picture 16 px high and grow with it; shares are of the object's brightness or area.
-# They grant a generated clip noise (8 gray levels), blur (1 px) and some jitter, and no more.
+# Lengths are in px of a frame 16 px high and grow with it; shares are of the object's brightness or area.
+# They tolerate noise (8 gray levels), blur (1 px) and some jitter in generated clips, and no more.
 MIN_CONTRAST = 60  # gray levels (Euclidean in RGB) from the background; the data set's colors have over 180
-FLOOR = 0.2  # of full brightness, about 50 levels: weaker things are noise, not objects
+FLOOR = 0.2  # of full brightness, about 50 gray levels: what is weaker is noise, not an object
 MAX_STRAY = 0.1  # of the brightness may lie outside a disc of 1.5 radii + 1 px: 2.6 px of 26, no second object
 MAX_SPREAD = 1.7  # second moment over that of a disc of equal area: a triangle has 1.3, blurred 1.5; two discs 2
 MIN_MATCH = 0.9  # correlation with the best shape: real clips 0.99, noisy ones 0.97; two shapes half overlapping 0.9
 MAX_ANGLE = 10  # degrees between a frame's color and the clip's; two of the default colors are at least 39 apart
 MAX_OFF_COLOR = 0.25  # of the brightness may be more than twice that off, as colors bleed at edges
-MAX_AREA_FACTOR = 1.5  # of a frame's area to the median, either way: objects that fade, split or merge exceed it
-MIN_TRAVEL = 0.25  # px from the first frame to the last, what 2 frames at 25 fps still show
+MAX_AREA_FACTOR = 1.5  # between a frame's area and the median: objects that fade, split or merge exceed it
+MIN_TRAVEL = 0.25  # px from the first frame to the last; 2 frames at 25 fps still exceed it
 MAX_OFF_LINE = 0.5  # px from steady straight motion, and at most a quarter of the travel: jumps, curves, stops
 MAX_SLANT = 0.25  # motion across the direction over motion along it: 14 degrees
 
@@ -37,9 +40,38 @@ SHAPES = ("Circle", "Square", "Triangle")
 DIRECTIONS = (("Left", "Right"), ("Up", "Down"))  # per axis; y goes down
 
 
+def score_motion(generated, real, shapes_json):
+    """Score two streams of clips (see sources.py) against the truth in the file shapes_json.
+
+    Returns (values, result), plain dicts for JSON, on rank 0 and (None, None) elsewhere.
+    """
+    truth_of = functools.cache(functools.partial(read_truth, shapes_json))
+    result = {"generated": score_stream(generated, truth_of), "real": score_stream(real, truth_of)}
+    if rank() != 0:
+        return None, None
+    for line in result_lines(result["generated"], result["real"]):
+        say(line)
+    names = "direction_accuracy", "shape_accuracy", "speed_ratio", "area_ratio"
+    return {name: result["generated"][name] for name in names}, result
+
+
+def score_stream(stream, truth_of):
+    """`summarize` and `confusion` of the clips of all ranks, on every rank."""
+    rows = []
+    for indices, clips, names, time_scales in stream:
+        for index, clip, name, time_scale in zip(indices, clips.cpu().numpy(), names, time_scales, strict=True):
+            rows.append((index, track(clip), truth_of(name, clip.shape[1], time_scale)))
+    tracks, expected = distributed.gather_in_order(rows)
+    return summarize(tracks, expected) | {"confusion": confusion(tracks, expected)}
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# The tracker
+
+
 @dataclass(frozen=True)
 class Track:
-    """What a clip shows; None where it shows no such thing, and `reason` says why it has no direction."""
+    """What a clip shows; None where nothing was found, and `reason` says why there is no direction."""
 
     direction: str | None = None
     shape: str | None = None
@@ -62,8 +94,8 @@ class Truth:
 def track(clip):
     """The Track of one clip, uint8 (T >= 2, H, W = H, 3).
 
-    From 32 px on it is averaged down to 16 ... 31 px first, so that the thresholds mean the same and the
-    colors that video codecs smear over neighboring pixels are back in their place.
+    A clip of 32 px or more is averaged down to 16 ... 31 px first, so that the thresholds mean the same, and colors
+    that a video codec smeared over neighboring pixels end up in one.
     """
     height = clip.shape[1]
     size = height // max(1, height // 16)
@@ -83,11 +115,11 @@ def track(clip):
 
 
 def separate(clip):
-    """Split clip, float (T, H, W, 3), into background and what stands out: (signal, bright, color (3,)).
+    """Split clip, float (T, H, W, 3), into background and object: (signal, bright, color (3,)).
 
-    signal (T, H, W) is 0 on the background and 1 on an object of the clip's color, partly covered pixels
-    between; bright (T, H, W) is the same for any color, but 0 where that is weak. Raises ValueError, saying
-    why, unless something stands out in every frame, all in one color.
+    signal (T, H, W) is 0 on the background, 1 on an object of the clip's color, and between on pixels that are partly
+    covered; bright (T, H, W) is the same for any color, but 0 below FLOOR. Raises ValueError with the reason unless
+    something stands out in every frame, all in one color.
     """
     background = np.median(clip, axis=(0, 1, 2))
     clip = clip - background
@@ -116,9 +148,9 @@ def separate(clip):
 
 
 def find_object(signal, bright, unit):
-    """(centers (T, 2) as x, y in px, area in px^2) of the one object; unit is the length of 1 px at 16 px.
+    """(centers (T, 2) as x, y in px, area in px^2) of the one object; unit is 1 px of a frame 16 px high.
 
-    Raises ValueError, saying why, unless every frame shows one compact object of about the same area.
+    Raises ValueError with the reason unless every frame shows one compact object of about the same area.
     """
     ys, xs = np.mgrid[: signal.shape[1], : signal.shape[2]] + 0.5
 
@@ -157,9 +189,9 @@ def inside(shape, x, y):
 
 
 def recognize(signal, centers, area):
-    """The shape whose drawing at the centers, sharp or blurred, correlates best with signal (T, H, W).
+    """The shape whose image at the centers, sharp or blurred, correlates best with signal (T, H, W).
 
-    Raises ValueError if none does well.
+    Raises ValueError if no correlation reaches MIN_MATCH.
     """
     sub = 8  # points per px and axis
     ys, xs = ((np.arange(n * sub) + 0.5) / sub for n in signal.shape[1:])
@@ -172,8 +204,8 @@ def recognize(signal, centers, area):
         fine = torch.from_numpy(inside(shape, x, y).astype(np.float32))[:, None]  # (T, 1, 8 H, 8 W)
         sharp = F.avg_pool2d(fine, sub)
         soft = F.conv2d(sharp, blur, padding=1)
-        drawings = sharp, soft, F.conv2d(soft, blur, padding=1)
-        return max(np.corrcoef(drawn.flatten().numpy(), signal.ravel())[0, 1] for drawn in drawings)
+        images = sharp, soft, F.conv2d(soft, blur, padding=1)
+        return max(np.corrcoef(image.flatten().numpy(), signal.ravel())[0, 1] for image in images)
 
     matches = {shape: match(shape) for shape in SHAPES}
     best = max(matches, key=matches.get)
@@ -183,7 +215,10 @@ def recognize(signal, centers, area):
 
 
 def fit_motion(centers, unit):
-    """(direction, px per frame) of centers (T, 2). Raises ValueError, saying why, unless straight and steady."""
+    """(direction, speed in px per frame) of centers (T, 2).
+
+    Raises ValueError with the reason unless the motion is straight and steady.
+    """
     time = np.arange(len(centers)) - (len(centers) - 1) / 2
     velocity = time @ centers / (time @ time)  # least squares
     axis = int(abs(velocity[1]) > abs(velocity[0]))
@@ -197,45 +232,48 @@ def fit_motion(centers, unit):
     return DIRECTIONS[axis][int(velocity[axis] > 0)], float(speed)
 
 
-def truths(path, name, height, seconds_per_frame):
-    """The Truth of class `name` for clips of this height in px, from shapes.json at path.
+# ----------------------------------------------------------------------------------------------------------------------
+# The truth, and the scores
 
-    Where the sizes of a class's videos were drawn, the area is their mean. Raises UserError if there is no
-    such file or class.
+
+def read_truth(path, class_name, height, time_scale):
+    """The Truth of a class in the shapes.json at `path`, for clips of this height in px and this time_scale.
+
+    Speed and area are means over the videos of the class. Raises UserError if there is no such file or class.
     """
     try:
         with open(path) as file:
-            side = json.load(file)
-        videos = [video for video in side["videos"].values() if video["class"] == name]
+            shapes = json.load(file)
+        videos = [video for video in shapes["videos"].values() if video["class"] == class_name]
     except (OSError, ValueError, KeyError, TypeError) as error:
-        raise UserError(f"{path} is not the shapes.json of a Moving Shapes data set ({error!r}); "
+        raise UserError(f"{path}: not the shapes.json of a Moving Shapes data set ({error!r}); "
                         "make one with datasets/make_moving_shapes.py") from None  # fmt: skip
     if not videos:
-        raise UserError(f"{path} has no class {name}; --data-path must be the data set that the model was trained on")
-    scale = height / side["size"]
+        raise UserError(f"{path}: no class {class_name}; --data-path must be the data set of the model's training")
+    scale = height / shapes["size"]
     speed, area = (float(np.mean([video[key] for video in videos])) for key in ("speed", "area"))
-    return Truth(videos[0]["direction"], videos[0]["shape"], speed * scale * seconds_per_frame, area * scale**2)
+    return Truth(videos[0]["direction"], videos[0]["shape"], speed * scale * time_scale, area * scale**2)
 
 
 def wilson(hits, count):
-    """The 95% confidence interval of a share, honest near 0 and 1 and for few clips too."""
+    """The 95% confidence interval [low, high] of a share (Wilson, 1927), valid near 0 and 1 and for few clips too."""
     z = 1.96
     middle = (hits + z**2 / 2) / (count + z**2)
     half = z / (count + z**2) * math.sqrt(hits * (count - hits) / count + z**2 / 4)
-    return [max(0.0, middle - half), min(1.0, middle + half)]  # rounding may lead out
+    return [max(0.0, middle - half), min(1.0, middle + half)]  # rounding may exceed 0 or 1
 
 
 def mean_and_error(values):
-    """The mean (None without values) and its standard error (None below 2)."""
+    """The mean of values (None if there are none) and its standard error (None for fewer than 2)."""
     mean = float(np.mean(values)) if len(values) else None
     return mean, float(np.std(values, ddof=1) / math.sqrt(len(values))) if len(values) > 1 else None
 
 
 def summarize(tracks, expected):
-    """Score tracks against their Truths, one each, at least one; a plain dict for JSON.
+    """Score at least one Track, each against its Truth; a plain dict for JSON.
 
-    Shares are of all clips. Speed and area ratios (found over true) are means over the clips whose
-    direction is right, `right` in number, and None if there are none.
+    Accuracies are shares of all clips. Speed and area ratios (found over true) are means over the `right` clips, those
+    whose direction is right, and None if there are none.
     """
     pairs = list(zip(tracks, expected, strict=True))
     right = [(found, true) for found, true in pairs if found.direction == true.direction]
@@ -263,8 +301,8 @@ def summarize(tracks, expected):
 
 
 def confusion(tracks, expected):
-    """What was found for what was asked: {"direction" | "shape": {asked: {found or "none": clips}}}, and why clips
-    have no direction, {"refused": {reason: clips}}; a plain dict for JSON.
+    """Confusion matrices, {"direction" or "shape": {asked: {found or "none": number of clips}}}, and why clips have no
+    direction, {"refused": {reason: number of clips}}; a plain dict for JSON.
     """
     directions, counted = [name for axis in DIRECTIONS for name in axis], {}
     for what, names in (("direction", directions), ("shape", list(SHAPES))):
@@ -276,7 +314,7 @@ def confusion(tracks, expected):
     return counted | {"refused": {reason: reasons.count(reason) for reason in sorted(set(reasons))}}
 
 
-ROWS = {  # what people read, of `summarize`
+ROWS = {  # of result_lines: value of `summarize` -> title, its interval
     "direction_accuracy": ("direction right", "direction_interval95"),
     "shape_accuracy": ("shape right", "shape_interval95"),
     "speed_ratio": ("speed / true speed", "speed_ratio_interval95"),
@@ -284,18 +322,19 @@ ROWS = {  # what people read, of `summarize`
 }
 
 
-def report(generated, real):
-    """What people read of two summaries that hold their confusion as well: lines."""
+def result_lines(generated, real):
+    """The main results of two summaries that include their confusion, to print."""
 
-    def cell(part, key, interval):
-        if part[key] is None:
+    def cell(summary, key, interval):
+        if summary[key] is None:
             return "-"
-        return f"{part[key]:.3f}" + (" ({:.3f} to {:.3f})".format(*part[interval]) if part[interval] else "")
+        ends = " ({:.3f} to {:.3f})".format(*summary[interval]) if summary[interval] else ""
+        return f"{summary[key]:.3f}{ends}"
 
     lines = [f"{'':<20} {'generated, 95%':>24} {'real, 95%':>24}"]
     lines.append(f"{'clips':<20} {generated['clips']:>24} {real['clips']:>24}")
     for key, (title, interval) in ROWS.items():
-        cells = [cell(part, key, interval) for part in (generated, real)]
+        cells = [cell(summary, key, interval) for summary in (generated, real)]
         lines.append(f"{title:<20} {cells[0]:>24} {cells[1]:>24}")
     for what in ("direction", "shape"):
         rows = generated["confusion"][what]

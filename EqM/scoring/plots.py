@@ -1,4 +1,4 @@
-"""Figures of samples: PNG files, readable at half size."""
+"""Plots of samples and their scores: PNG files, readable at half size."""
 
 import matplotlib
 import numpy as np
@@ -7,36 +7,36 @@ matplotlib.use("Agg")  # no window, no display
 from matplotlib import pyplot as plt  # noqa: E402
 
 plt.rcParams.update({"font.size": 14, "axes.grid": True, "grid.alpha": 0.3, "savefig.dpi": 100})
-MAX_LINES = 32  # samples drawn one by one
+MAX_LINES = 32  # samples with a line of their own
 
 
 def plot_evaluations(path, evaluations, budget):
-    """Histogram of the evaluations (N,) that samples took, of at most `budget`."""
+    """Histogram of the number of evaluations (N,) of each sample, at most `budget`."""
     figure, axes = plt.subplots(figsize=(8, 5), layout="constrained")
     edges = np.unique(np.linspace(0, budget + 1, min(budget + 2, 51)).round())
     axes.hist(evaluations, edges)
     axes.axvline(evaluations.mean(), color="black", linestyle="--", label=f"mean {evaluations.mean():.1f}")
-    axes.set(xlabel="evaluations of the field", ylabel="samples", xlim=(0, budget + 1))
+    axes.set(xlabel="evaluations of the network", ylabel="samples", xlim=(0, budget + 1))
     axes.legend()
-    save(figure, path)
+    save_figure(figure, path)
 
 
 def plot_energies(path, energies, sampler):
-    """Energies (N, num_steps), NaN where a sample has stopped: a line per sample, and their mean."""
+    """Energies (N, num_steps), NaN after a sample has stopped: a line per sample (at most MAX_LINES), and the mean."""
     figure, axes = plt.subplots(figsize=(8, 5), layout="constrained")
     steps = np.arange(energies.shape[1])
     axes.plot(steps, energies[:MAX_LINES].T, color="tab:blue", alpha=0.3, linewidth=1)
     running = ~np.isnan(energies).all(axis=0)
-    axes.plot(steps[running], np.nanmean(energies[:, running], axis=0), color="black", label="mean of those running")
+    axes.plot(steps[running], np.nanmean(energies[:, running], axis=0), color="black", label="mean of running samples")
     axes.set(xlabel=f"step of {sampler}", ylabel="energy")
     axes.legend()
-    save(figure, path)
+    save_figure(figure, path)
 
 
-def plot_consistency(path, by_position, patch):
+def plot_consistency(path, by_position, temporal_patch_size):
     """Change and sharpness by position in the clip, generated and real, with the 95% intervals of their means.
 
-    by_position is that of consistency.summarize; dotted lines mark where a temporal patch of `patch` frames begins.
+    by_position comes from consistency.summarize; dotted lines mark the first frames of temporal patches.
     """
     figure, panels = plt.subplots(2, 1, figsize=(9, 8), layout="constrained", sharex=True)
     titles = {"change": "change from the frame before", "sharpness": "sharpness"}
@@ -48,16 +48,16 @@ def plot_consistency(path, by_position, patch):
             axes.plot(frames, values["mean"], color=color, marker="o", markersize=4, label=kind)
             axes.fill_between(frames, values["low"], values["high"], color=color, alpha=0.2, linewidth=0)
         num_frames = len(by_position["real"]["sharpness"]["mean"])
-        for number, frame in enumerate(range(patch, num_frames, patch)):
-            label = "first frame of a temporal patch" if number == 0 else None
+        for frame in range(temporal_patch_size, num_frames, temporal_patch_size):
+            label = "first frame of a temporal patch" if frame == temporal_patch_size else None
             axes.axvline(frame, color="tab:red", linestyle=":", label=label)
         axes.set(ylabel=f"{title}\n(grey levels, rms)")
         axes.set_ylim(bottom=0)
     figure.legend(*panels[0].get_legend_handles_labels(), loc="outside upper center", ncols=3)
     panels[1].set(xlabel="frame")
-    save(figure, path)
+    save_figure(figure, path)
 
 
-def save(figure, path):
+def save_figure(figure, path):
     figure.savefig(path)
     plt.close(figure)

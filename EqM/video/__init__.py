@@ -1,1 +1,1 @@
-"""Videos on disk: the frames of a file, what a folder holds, the stream of clips, its loader, what is written."""
+"""Videos on disk: the frames of a file, the index of a folder, the stream of clips, its loader, the writers."""

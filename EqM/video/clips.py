@@ -1,7 +1,6 @@
-"""The stream of samples: clips with labels, and the batches that each rank takes from it.
+"""The stream of samples, clips with labels, and the batches that each rank takes from it.
 
-A sample is a function of the data set's arguments and its index in the stream, so workers, ranks and interruptions
-change nothing.
+A sample depends only on the arguments of Clips and its index in the stream, not on workers, ranks or interruptions.
 """
 
 import os
@@ -11,11 +10,11 @@ import torch
 from runtime.cli import UserError
 from runtime.rng import generator
 from video.files import (
-    KINDS,
     SUFFIXES,
     UnreadableError,
-    is_a,
+    has_suffix,
     is_cached,
+    media_kind,
     probe,
     read_frames,
     read_latents,
@@ -23,33 +22,34 @@ from video.files import (
 )
 from video.index import latents_settings, list_folder
 
-ATTEMPTS = 100  # videos tried for one sample before giving up
+MAX_ATTEMPTS = 100  # videos tried for one sample
 
 
 class Clips(torch.utils.data.Dataset):
-    """The sample at an index of a stream: a clip of one of `videos`, all of which have at least num_frames frames.
+    """Maps an index of a stream to a sample: a clip of one of `videos`, each of at least num_frames frames.
 
-    The stream is one permutation of the videos after another; `stream` names it: the first step of a training phase,
-    or a word. frame_interval is the smallest and the largest distance from frame to frame; each clip draws one, or
-    takes the largest that fits its video. Videos of a latent cache have their image size already.
+    A stream is a sequence of permutations of the videos. `stream` is its name, an int or a string, which seeds it: a
+    training phase uses its first step. frame_interval is the smallest and largest distance between the frames of a
+    clip, in frames of the video; each clip draws one, at most the largest that fits its video. image_size is in px;
+    videos of a latent cache are not resized. Raises ValueError.
     """
 
     def __init__(
         self, root, videos, classes, num_frames, image_size, frame_interval=(1, 1), flip=True, seed=0, stream=0
     ):
         if any(video.num_frames < num_frames for video in videos):
-            raise ValueError(f"a video has fewer than {num_frames} frames: leave it out with long_enough()")
-        self.latent_shape = None  # (C, h, w) of a cache
+            raise ValueError(f"a video has fewer than {num_frames} frames: filter the videos with long_enough()")
+        self.latent_shape = None  # (C, h, w), of a cache only
         if any(map(is_cached, videos)):
-            about = latents_settings(root)
-            side = about["image_size"] // about["downsample"]
-            self.latent_shape = about["channels"], side, side
-            if flip and not about["flips"]:
+            settings = latents_settings(root)
+            side = settings["image_size"] // settings["downsample"]
+            self.latent_shape = settings["channels"], side, side
+            if flip and not settings["flips"]:
                 raise ValueError(f"{root} holds no mirrored latents: pass flip=False")
         self.root, self.videos, self.classes = root, videos, classes
         self.num_frames, self.image_size, self.frame_interval = num_frames, image_size, frame_interval
         self.flip, self.seed, self.stream = flip, seed, stream
-        self.watch = None  # a LoaderWatch that is told what is being read
+        self.watch = None  # a LoaderWatch, which is told the file that is being read
         self._epoch, self._permutation = None, None
 
     def __len__(self):
@@ -57,18 +57,18 @@ class Clips(torch.utils.data.Dataset):
 
     def __getitem__(self, index):
         """A dict: clip, uint8 (C, T, H, W) or from a cache float16 (2, C, T, h, w); label; time_scale, seconds per
-        frame; index; video, its path; bad, the paths of the videos that should have been here but can't be decoded.
+        frame; index; video, its path; bad, the paths of videos that can't be decoded and that it replaces.
 
-        Raises UserError if too many can't.
+        Raises UserError if all videos tried for it are bad, MAX_ATTEMPTS of them at most.
         """
         flipped = self.flip and self._random_int("flip", 2, index) == 1
         tried = []
-        while len(tried) < min(ATTEMPTS, len(self.videos)):
-            video = self._video(index, tried)
-            frames, time_scale = self._frames(video, index, len(tried))
+        while len(tried) < min(MAX_ATTEMPTS, len(self.videos)):
+            video = self._choose_video(index, tried)
+            frame_indices, time_scale = self._choose_frames(video, index, len(tried))
             try:
                 self._note(video.path)
-                clip = self._read(video, frames, flipped)
+                clip = self._read_clip(video, frame_indices, flipped)
             except UnreadableError:
                 tried.append(video)
                 continue
@@ -82,13 +82,13 @@ class Clips(torch.utils.data.Dataset):
                 "video": video.path,
                 "bad": [video.path for video in tried],
             }
-        raise UserError(f"--data-path {self.root}: {len(tried)} files in a row are bad, {tried[0].path} the first")
+        raise UserError(f"--data-path {self.root}: {len(tried)} files in a row are bad, the first is {tried[0].path}")
 
-    def _read(self, video, frames, flipped):
+    def _read_clip(self, video, frame_indices, flipped):
         if is_cached(video):
-            return read_latents(self.root, video, frames, flipped, self.latent_shape)
-        clip = torch.from_numpy(read_frames(self.root, video, frames)).permute(0, 3, 1, 2)
-        clip = resize_and_crop(clip, self.image_size)
+            return read_latents(self.root, video, frame_indices, flipped, self.latent_shape)
+        clip = torch.from_numpy(read_frames(self.root, video, frame_indices)).permute(0, 3, 1, 2)
+        clip = resize_and_crop(clip, self.image_size)  # (T, C, H, W)
         return (clip.flip(-1) if flipped else clip).transpose(0, 1).contiguous()  # (C, T, H, W)
 
     def _note(self, path):
@@ -99,18 +99,19 @@ class Clips(torch.utils.data.Dataset):
         """An integer from 0 to below - 1."""
         return int(torch.randint(below, (), generator=generator(self.seed, purpose, self.stream, *key)))
 
-    def _video(self, index, tried):
+    def _choose_video(self, index, tried):
+        """The video at an index of the stream or, if some were tried already, a random one of the others."""
         if tried:
             others = [video for video in self.videos if video not in tried]
             return others[self._random_int("replacement", len(others), index, len(tried))]
         epoch, position = divmod(index, len(self.videos))
-        if epoch != self._epoch:  # kept, as it costs O(videos) and serves a whole epoch
+        if epoch != self._epoch:  # computed once per epoch, as it costs O(videos)
             order = generator(self.seed, "order", self.stream, epoch)
             self._epoch, self._permutation = epoch, torch.randperm(len(self.videos), generator=order)
         return self.videos[self._permutation[position]]
 
-    def _frames(self, video, index, attempt):
-        """The indices of the frames to read, and the seconds from one to the next."""
+    def _choose_frames(self, video, index, attempt):
+        """(indices of the frames to read, time_scale: seconds between them)."""
         smallest, largest = self.frame_interval
         interval = smallest + self._random_int("interval", largest - smallest + 1, index, attempt)
         gaps = self.num_frames - 1
@@ -121,12 +122,12 @@ class Clips(torch.utils.data.Dataset):
 
 
 class ClipsByFrames(torch.utils.data.Dataset):
-    """Several Clips, one per number of frames; a sample is asked for as (num_frames, index)."""
+    """A dict num_frames -> Clips as one data set, whose keys are (num_frames, index)."""
 
     def __init__(self, clips, watch=None):
         self.clips, self.watch = clips, watch
-        for one in clips.values():
-            one.watch = watch
+        for data_set in clips.values():
+            data_set.watch = watch
 
     def __getitem__(self, key):
         num_frames, index = key
@@ -134,15 +135,16 @@ class ClipsByFrames(torch.utils.data.Dataset):
 
 
 class Batches:
-    """A batch sampler: for each of `steps` steps the indices of this rank's samples, as `micro_batches` lists.
+    """A batch sampler: for each of `steps` steps, `micro_batches` lists of the indices of this rank's samples.
 
-    Step s takes the global_batch indices from first + s * global_batch on; every rank takes its slice of them.
+    Step s takes global_batch indices, from first + s * global_batch on; each rank takes its slice of them. Raises
+    ValueError if they can't be divided evenly.
     """
 
     def __init__(self, first, steps, global_batch, rank, world_size, micro_batches=1):
         self.size, rest = divmod(global_batch, world_size * micro_batches)
         if rest or not self.size:
-            raise ValueError(f"a global batch of {global_batch} for {world_size} ranks x {micro_batches} micro-batches")
+            raise ValueError(f"can't divide a global batch of {global_batch} for {world_size} ranks x {micro_batches}")
         self.first, self.steps, self.global_batch = first, steps, global_batch
         self.offset, self.micro_batches = rank * self.size * micro_batches, micro_batches
 
@@ -157,7 +159,9 @@ class Batches:
 
 
 def collate(samples):
-    """clips (B, ...); labels, indices (B,) int64; time_scales (B,) float32; lists: videos, bad."""
+    """Samples -> a batch, a dict: clips (B, ...); labels, indices int64 (B,); time_scales float32 (B,), s; videos, bad:
+    lists of paths.
+    """
     return {
         "clips": torch.stack([sample["clip"] for sample in samples]),
         "labels": torch.tensor([sample["label"] for sample in samples]),
@@ -169,47 +173,47 @@ def collate(samples):
 
 
 # ----------------------------------------------------------------------------------------------------------------------
-# What sampling starts from in place of noise (--init)
+# Clips that sampling starts from instead of noise (--init)
 
 
-def init_files(place, images):
-    """What --init names: [place] if it is a file, else the paths of the videos (images) right in this folder, sorted.
+def init_files(path, images):
+    """The files that --init names: [path] if it is a file, else the videos (images) directly in this folder, sorted.
 
     Raises UserError if there is none.
     """
-    if os.path.isfile(place):
-        return [place]
-    here, kind = f"--init {place}", KINDS[images]
-    files = list_folder(here, place, kind)[1]
+    if os.path.isfile(path):
+        return [path]
+    prefix, kind = f"--init {path}", media_kind(images)
+    files = list_folder(prefix, path, kind)[1]
     if not files:
-        raise UserError(f"{here}: no {kind} right in this folder, wanted one of {' '.join(SUFFIXES[kind])}")
-    return [os.path.join(place, file) for file in files]
+        raise UserError(f"{prefix}: no {kind} directly in this folder, wanted one of {' '.join(SUFFIXES[kind])}")
+    return [os.path.join(path, file) for file in files]
 
 
 def read_init(path, num_frames, seconds_per_frame, image_size, images):
-    """What sampling starts from (--init): uint8 (T, H, W, 3) with T = num_frames and H = W = image_size, not resized.
+    """The clip in a file of --init: uint8 (T, H, W, 3) with T = num_frames and H = W = image_size, not resized.
 
-    A video gives its first frame and those behind it that are the whole number of frames apart that comes closest to
-    seconds_per_frame; an image gives itself. Raises UserError.
+    Of a video, the first frame and every n-th after it, where n frames last as close to seconds_per_frame as possible.
+    Raises UserError.
     """
-    here, kind = f"--init {path}", KINDS[images]
+    prefix, kind = f"--init {path}", media_kind(images)
     if not os.path.isfile(path):
-        raise UserError(f"{here}: no such file")
-    if not is_a(kind, path):
-        raise UserError(f"{here}: by its name no {kind}, wanted one of {' '.join(SUFFIXES[kind])}")
+        raise UserError(f"{prefix}: no such file")
+    if not has_suffix(kind, path):
+        raise UserError(f"{prefix}: not a suffix of {kind}s, wanted one of {' '.join(SUFFIXES[kind])}")
     try:
         video = probe("", "", path)
         interval = max(1, round(seconds_per_frame * video.fps))
-        frames = range(0, num_frames * interval, interval)
-        if frames[-1] >= video.num_frames:
+        frame_indices = range(0, num_frames * interval, interval)
+        if frame_indices[-1] >= video.num_frames:
             raise UserError(
-                f"{here}: has {video.num_frames} frames, but {num_frames} that are {interval} apart take "
-                f"{frames[-1] + 1}; name a longer video"
+                f"{prefix}: has {video.num_frames} frames, but {num_frames} frames with interval {interval} need "
+                f"{frame_indices[-1] + 1}: name a longer video"
             )
-        pixels = read_frames("", video, frames)
+        pixels = read_frames("", video, frame_indices)
     except UnreadableError as error:
-        raise UserError(f"{here}: can't be decoded; name another file") from error
+        raise UserError(f"{prefix}: can't be decoded: name another file") from error
     height, width = pixels.shape[1:3]
     if (height, width) != (image_size, image_size):
-        raise UserError(f"{here}: {width} x {height} pixels, wanted {image_size} x {image_size}: resize it first")
+        raise UserError(f"{prefix}: {width} x {height} px, wanted {image_size} x {image_size}: resize it first")
     return pixels

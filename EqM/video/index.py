@@ -1,15 +1,14 @@
-"""Clips and labels from a folder of videos, `ROOT/<Class>/<video>.avi`, or of images, which are clips of one frame.
+"""What a data folder holds: `ROOT/<Class>/<video>.avi`, or images, which are clips of one frame. And its splits.
 
-Files directly in ROOT are one class, "all". Where images take the same way as videos, the code says video for both.
-ROOT may also be a latent cache of cache_latents.py: the same clips, as the VAE's posterior of their frames.
-An item is a function of the data set's arguments and the number of the sample in the stream, so workers, ranks and
-interruptions change nothing.
+Files directly in ROOT are one class, "all". Where videos and images are treated alike, the code says video for both.
+ROOT may also be a latent cache of cache_latents.py, which gives the same clips, as the VAE's posterior of their frames.
 """
 
 import hashlib
 import json
 import os
 import re
+import shutil
 from dataclasses import asdict, dataclass
 from pathlib import Path, PurePosixPath
 
@@ -18,85 +17,85 @@ from tqdm import tqdm
 from runtime.cli import UserError, say
 from runtime.untrusted import FPS, read_json
 from video.files import (
-    KINDS,
-    MOST_PIXELS,
+    LATENTS_SUFFIX,
+    MAX_PIXELS,
     SUFFIXES,
     UnreadableError,
     Video,
-    is_a,
+    has_suffix,
     is_cached,
+    media_kind,
     probe,
 )
 
-UNLABELLED = "all"  # the class of files that lie directly in ROOT
+UNLABELLED = "all"  # the class of files directly in ROOT
 UCF_LISTS = "ucfTrainTestlist"
-INDEX = "video_index.json"  # hidden in ROOT, in plain sight in a run folder
+INDEX_FILE = "video_index.json"  # a hidden file in ROOT, a visible one in a run folder
 INDEX_FORMAT = 2
-LATENTS, PARTIAL = "latents.json", "latents.partial.json"  # of a latent cache: complete, not yet
+LATENTS_FILE, PARTIAL_FILE = "latents.json", "latents.partial.json"  # of a complete, of an unfinished latent cache
 LATENTS_FORMAT = 1
-MOST_FRAMES = 2**31  # of a video: two years
+MAX_FRAMES = 2**31  # per video: more than two years
 
 
 @dataclass(frozen=True)
 class Scan:
-    videos: list  # of Video, sorted by path; of a cache: in the order of the videos that it was made of
-    classes: list  # their class names, sorted; a label is a position in it
-    unreadable: list  # paths of the files that could not even be opened
-    entries: dict  # path -> (size and time of change of the file, Video): the index
-    is_saved: bool  # the index lies where the next scan will find it
+    videos: list  # of Video, sorted by path; of a cache: in the order of the videos it was made from
+    classes: list  # class names, sorted; a label is an index into it
+    unreadable: list  # paths of the files that could not be opened
+    entries: dict  # path -> (size and modification time of the file, Video): the content of the index
+    is_saved: bool  # the next scan will find the index
 
 
 # ----------------------------------------------------------------------------------------------------------------------
-# What lies in ROOT: a latent cache, or files that are opened once and remembered
+# Latent caches: what latents.json says
 
 
-def check_data_path(root, images=False):
-    """The part of the scan that opens no video; raises UserError."""
-    if latents_settings(root, images) is None:
-        _find(root, images)
+def latents_path(video):
+    """The path of a video's latents in a cache, relative to the cache."""
+    return str(PurePosixPath(video.path).with_suffix(LATENTS_SUFFIX))
 
 
 def latents_settings(root, images=False):
-    """What latents.json of a latent cache says, None if root is no cache; raises UserError if it can't be used."""
-    here, place = f"--data-path {root}", Path(root, LATENTS)
-    if not os.path.exists(place):
-        if os.path.exists(os.path.join(root, PARTIAL)):
-            raise UserError(f"{here}: a latent cache that is not complete: run cache_latents.py again, it will go on")
+    """The content of a cache's latents.json, None if root is not a cache. Raises UserError if it can't be used."""
+    prefix, path = f"--data-path {root}", Path(root, LATENTS_FILE)
+    if not os.path.exists(path):
+        if os.path.exists(os.path.join(root, PARTIAL_FILE)):
+            raise UserError(f"{prefix}: a latent cache that is not complete: run cache_latents.py again to continue")
         return None
     try:
-        about = read_json(place)
-        found = about["format"]
+        settings = read_json(path)
+        found = settings["format"]
     except (OSError, ValueError, KeyError, TypeError) as error:
-        raise UserError(f"{here}: its {LATENTS} is damaged ({error}): make the latent cache anew") from error
+        raise UserError(f"{prefix}: its {LATENTS_FILE} is damaged ({error}): make the latent cache again") from error
     if found != LATENTS_FORMAT:
         raise UserError(
-            f"{here}: a latent cache of format {str(found)[:20]}, this code reads {LATENTS_FORMAT}: make it anew"
+            f"{prefix}: a latent cache of format {str(found)[:20]}, this code reads {LATENTS_FORMAT}: make it again"
         )
     if images:
-        raise UserError(f"{here}: latents of videos, wanted images: add --video to use them")
-    if odd := _odd_setting(about):
-        raise UserError(f"{here}: its {LATENTS} is damaged ({odd}): make the latent cache anew")
-    return about
+        raise UserError(f"{prefix}: latents of videos, wanted images: add --video to use them")
+    if invalid := _invalid_setting(settings):
+        raise UserError(f"{prefix}: its {LATENTS_FILE} is damaged ({invalid}): make the latent cache again")
+    return settings
 
 
-def _odd_setting(about):
-    """What is wrong in a latents.json, in a word or two; None if all is of the right kind and no path leaves ROOT."""
+def _invalid_setting(settings):
+    """The first invalid part of a latents.json, in a few words; None if all types, ranges and paths are valid."""
     counts = {"image_size": 2**16, "channels": 2**10, "downsample": 2**10}
-    wrong = [name for name, most in counts.items() if not _is_number(about.get(name), int, 1, most)]
-    wrong += [name for name in ("scale", "shift") if not _is_number(about.get(name), (int, float), -1e6, 1e6)]
-    wrong += [name for name in ("classes", "unreadable") if not _is_names(about.get(name))]
-    if not isinstance(about.get("flips"), bool):
+    wrong = [name for name, most in counts.items() if not _is_in_range(settings.get(name), int, 1, most)]
+    wrong += [name for name in ("scale", "shift") if not _is_in_range(settings.get(name), (int, float), -1e6, 1e6)]
+    wrong += [name for name in ("classes", "unreadable") if not _are_file_names(settings.get(name))]
+    if not isinstance(settings.get("flips"), bool):
         wrong.append("flips")
-    if not isinstance(about.get("vae"), str):
+    if not isinstance(settings.get("vae"), str):
         wrong.append("vae")
     if wrong:
         return wrong[0]
-    videos = about.get("videos")
+    videos = settings.get("videos")
     if not isinstance(videos, list) or not videos:
         return "videos"
-    classes = set(about["classes"])
+    classes = set(settings["classes"])
     for fields in videos:
-        video = _video_of(fields)
+        video = _parse_video(fields)
         if video is None or not is_cached(video):
             return f"the video {str(fields)[:100]}"
         if video.class_name not in classes:
@@ -104,108 +103,117 @@ def _odd_setting(about):
     return None
 
 
-def _video_of(fields):
-    """The Video of a line of an index or a cache; None if it is not one, or its path leads out of ROOT."""
+def _parse_video(fields):
+    """The Video with these fields of a JSON file; None if one is invalid, or the path leads out of ROOT."""
     if not isinstance(fields, dict) or fields.keys() != Video.__dataclass_fields__.keys():
         return None
     video = Video(**fields)
     sides = [side for side in (video.height, video.width) if side is not None]
-    is_right = (
-        _is_names([video.path, video.class_name])
+    is_valid = (
+        _are_file_names([video.path, video.class_name])
         and not os.path.isabs(video.path) and ".." not in PurePosixPath(video.path).parts
-        and _is_number(video.num_frames, int, 1, MOST_FRAMES)
-        and _is_number(video.fps, (int, float), *FPS)
-        and all(_is_number(side, int, 1, MOST_PIXELS) for side in sides)
+        and _is_in_range(video.num_frames, int, 1, MAX_FRAMES)
+        and _is_in_range(video.fps, (int, float), *FPS)
+        and all(_is_in_range(side, int, 1, MAX_PIXELS) for side in sides)
     )  # fmt: skip
-    return video if is_right else None
+    return video if is_valid else None
 
 
-def _is_number(value, kind, least, most):
+def _is_in_range(value, kind, least, most):
     return isinstance(value, kind) and not isinstance(value, bool) and least <= value <= most
 
 
-def _is_names(value):
-    """Whether value is a list of texts that may be names of files."""
+def _are_file_names(value):
+    """Whether value is a list of strings that can be file names."""
     return isinstance(value, list) and all(isinstance(name, str) and "\0" not in name for name in value)
 
 
-def _scan_latents(root, about):
-    """The scan of a cache, going by its latents.json; raises UserError if a file is missing."""
-    videos = [Video(**fields) for fields in about["videos"]]
+def _scan_latents(root, settings):
+    """The scan of a cache, from its latents.json. Raises UserError if a file is missing."""
+    videos = [Video(**fields) for fields in settings["videos"]]
     for video in videos:
         if not os.path.isfile(os.path.join(root, video.path)):
             raise UserError(f"--data-path {root}: a latent cache without its {video.path}: run cache_latents.py again")
-    return Scan(videos, about["classes"], about["unreadable"], entries={}, is_saved=True)
+    return Scan(videos, settings["classes"], settings["unreadable"], entries={}, is_saved=True)
 
 
-def list_folder(here, folder, kind):
-    """Folders and files of a kind right in `folder`, hidden ones left out, as two sorted lists of names.
+# ----------------------------------------------------------------------------------------------------------------------
+# Folders of videos or images: each video is opened once, then its metadata is read from the index
 
-    Raises UserError, which begins with `here`, if the folder can't be read.
+
+def check_data_path(root, images=False):
+    """The checks of scan_videos that open no video. Raises UserError."""
+    if latents_settings(root, images) is None:
+        _find_files(root, images)
+
+
+def list_folder(prefix, folder, kind):
+    """(names of subfolders, names of files of a kind) directly in `folder`, sorted, without hidden ones.
+
+    Raises UserError, with a text that begins with `prefix`, if the folder can't be read.
     """
     try:
         with os.scandir(folder) as entries:
             entries = sorted((entry.name, entry.is_dir()) for entry in entries if not entry.name.startswith("."))
     except OSError as error:
-        raise UserError(f"{here}: {folder} can't be read ({error.strerror})") from error
+        raise UserError(f"{prefix}: {folder} can't be read ({error.strerror})") from error
     folders = [name for name, is_dir in entries if is_dir and name != UCF_LISTS]
-    return folders, [name for name, is_dir in entries if not is_dir and is_a(kind, name)]
+    return folders, [name for name, is_dir in entries if not is_dir and has_suffix(kind, name)]
 
 
-def _list_classes(here, root, kind):
-    """(class name, path below root) of the files of a kind: a list of those in class folders, one of those beside."""
-    classes, unlabelled = list_folder(here, root, kind)
+def _list_classes(prefix, root, kind):
+    """Two lists of (class name, path relative to root): the files of a kind in class folders, those beside them."""
+    classes, unlabelled = list_folder(prefix, root, kind)
     labelled = [
-        (name, f"{name}/{file}") for name in classes for file in list_folder(here, os.path.join(root, name), kind)[1]
+        (name, f"{name}/{file}") for name in classes for file in list_folder(prefix, os.path.join(root, name), kind)[1]
     ]
     return labelled, [(UNLABELLED, file) for file in unlabelled]
 
 
-def _find(root, images):
-    """(class name, path below root) of every video or image, sorted, going by the names; raises UserError."""
-    here, kind = f"--data-path {root}", KINDS[images]
+def _find_files(root, images):
+    """(class name, path relative to root) of every video or image, sorted. Opens no file. Raises UserError."""
+    prefix, kind = f"--data-path {root}", media_kind(images)
     if not os.path.exists(root):
-        raise UserError(f"{here}: no such folder")
+        raise UserError(f"{prefix}: no such folder")
     if not os.path.isdir(root):
-        raise UserError(f"{here}: a file, wanted a folder of class folders with {kind}s")
-    labelled, unlabelled = _list_classes(here, root, kind)
+        raise UserError(f"{prefix}: a file, wanted a folder of class folders with {kind}s")
+    labelled, unlabelled = _list_classes(prefix, root, kind)
     if labelled and unlabelled:
         raise UserError(
-            f"{here}: {kind}s in class folders ({labelled[0][1]}) and beside them ({unlabelled[0][1]}): "
+            f"{prefix}: {kind}s in class folders ({labelled[0][1]}) and beside them ({unlabelled[0][1]}): "
             "move these into a class folder"
         )
     found = labelled or unlabelled
     if not found:
-        other = KINDS[not images]
-        if any(_list_classes(here, root, other)):
+        other = media_kind(not images)
+        if any(_list_classes(prefix, root, other)):
             advice = "add --video" if images else "leave out --video"
-            raise UserError(f"{here}: no {kind} found, but {other}s: {advice} to use them")
-        raise UserError(f"{here}: no {kind} found, wanted <class>/<{kind}> with one of {' '.join(SUFFIXES[kind])}")
+            raise UserError(f"{prefix}: no {kind} found, but {other}s: {advice} to use them")
+        raise UserError(f"{prefix}: no {kind} found, wanted <class>/<{kind}> with one of {' '.join(SUFFIXES[kind])}")
     seen = {}
     for class_name, path in found:
         other = seen.setdefault((class_name, PurePosixPath(path).stem), path)
         if other != path:
-            raise UserError(f"{here}: {other} and {path} differ only in their suffix: rename or remove one")
+            raise UserError(f"{prefix}: {other} and {path} differ only in their suffix: rename or remove one")
     return found
 
 
 def scan_videos(root, index_folder=None, images=False):
-    """Open every video once and remember what was found; only one rank should do this. Images and latents are not
-    even opened.
+    """The Scan of a data folder. Opens every video that the index does not know, and no images or latents.
 
-    The index lies in ROOT (.video_index.json) or, where that can't be written, in `index_folder`. What it says of
-    a file holds as long as the file's size and time of change do. Raises UserError.
+    Only one rank should call this. The index is written to ROOT (.video_index.json) or, if that is not writable, to
+    `index_folder`. An entry is valid as long as the file's size and modification time are the same. Raises UserError.
     """
-    if (about := latents_settings(root, images)) is not None:
-        return _scan_latents(root, about)
-    found = _find(root, images)
+    if (settings := latents_settings(root, images)) is not None:
+        return _scan_latents(root, settings)
+    found = _find_files(root, images)
     classes = sorted({class_name for class_name, _ in found})
     if images:
         return Scan([probe(root, class_name, path) for class_name, path in found], classes, [], {}, True)
-    places = [Path(root, "." + INDEX)] + ([Path(index_folder, INDEX)] if index_folder else [])
+    places = [Path(root, "." + INDEX_FILE)] + ([Path(index_folder, INDEX_FILE)] if index_folder else [])
     indices = [_read_index(place) for place in places]
     known = {path: entry for index in indices for path, entry in index.items()}
-    stamps = {path: _stamp(root, path) for _, path in found}
+    stamps = {path: _file_stamp(root, path) for _, path in found}
     entries = {
         path: known[path] for class_name, path in found
         if path in known and (known[path][0], known[path][1].class_name) == (stamps[path], class_name)
@@ -225,13 +233,13 @@ def scan_videos(root, index_folder=None, images=False):
 
 
 def save_index(scan, folder):
-    """Keep the index in a run folder, if ROOT did not take it when the videos were scanned."""
+    """Write the index to a run folder, unless the scan could save it."""
     if not scan.is_saved:
-        _write_index([Path(folder, INDEX)], scan.entries)
+        _write_index([Path(folder, INDEX_FILE)], scan.entries)
 
 
-def _stamp(root, path):
-    """Size and time of change of a file, None if it is gone."""
+def _file_stamp(root, path):
+    """[size in bytes, modification time in ns] of a file, None if it is gone."""
     try:
         stat = os.stat(os.path.join(root, path))
     except OSError:
@@ -240,24 +248,24 @@ def _stamp(root, path):
 
 
 def _read_index(place):
-    """path -> (stamp, Video); empty where no sound index is."""
+    """path -> (stamp, Video); empty if there is no valid index."""
     try:
         index = read_json(place)
         if index["format"] != INDEX_FORMAT:
             raise ValueError("another format")
-        entries = [(stamp, _video_of(fields)) for stamp, fields in index["videos"]]
+        entries = [(stamp, _parse_video(fields)) for stamp, fields in index["videos"]]
         if any(video is None for _, video in entries):
-            raise ValueError("a line that is no video")
+            raise ValueError("an invalid entry")
         return {video.path: (stamp, video) for stamp, video in entries}
     except FileNotFoundError:
         return {}
     except (OSError, ValueError, KeyError, TypeError) as error:
-        say(f"{place} is not a sound index ({error}): building it anew")
+        say(f"{place} is not a valid index ({error}): building it again")
         return {}
 
 
 def _write_index(places, entries):
-    """Into the first place that takes it, all or nothing; returns whether one did."""
+    """Write the index, whole or not at all, to the first place that is writable. Returns whether one was."""
     videos = [(stamp, asdict(video)) for stamp, video in entries.values()]
     text = json.dumps({"format": INDEX_FORMAT, "videos": videos})
     for place in places:
@@ -275,21 +283,21 @@ def _write_index(places, entries):
 
 
 # ----------------------------------------------------------------------------------------------------------------------
-# Which of the videos train, which validate, which can't be used
+# The split into training and validation, and videos that are too short or bad
 
 
 def split_videos(root, videos, val_fraction):
-    """(training, validation) videos, at least one each; raises UserError if there are not two.
+    """(training, validation) videos, at least one each. Raises UserError if there are fewer than two videos.
 
-    UCF-101's first list decides where it lies in or beside ROOT and knows these videos (what it does not list
-    validates), else a hash of Class/stem: adding, removing or converting videos moves no other one.
+    UCF-101's first list decides if it is in or beside ROOT and names some but not all of these videos (those it does
+    not name validate). Else a hash of Class/stem decides: adding, removing or converting videos moves no other one.
     """
     if len(videos) < 2:
         raise UserError(f"--data-path {root}: {len(videos)} usable file, wanted at least 2: one trains, one validates")
-    _, listed = find_ucf_lists(root, videos)
-    if listed:
-        train = [video for video in videos if video.key in listed]
-        return train, [video for video in videos if video.key not in listed]
+    _, train_keys = _find_ucf_lists(root, videos)
+    if train_keys:
+        train = [video for video in videos if video.key in train_keys]
+        return train, [video for video in videos if video.key not in train_keys]
     ranked = sorted(videos, key=hash_fraction)
     num_val = sum(hash_fraction(video) < val_fraction for video in videos)
     val = set(ranked[: min(max(num_val, 1), len(videos) - 1)])
@@ -297,30 +305,41 @@ def split_videos(root, videos, val_fraction):
 
 
 def hash_fraction(video):
-    """A number in [0, 1) that only the video's class and stem decide."""
+    """A hash of the video's class and stem as a number in [0, 1)."""
     return int.from_bytes(hashlib.blake2b(os.fsencode(video.key), digest_size=6).digest(), "big") / 2**48
 
 
-def find_ucf_lists(root, videos):
-    """(folder with the UCF lists that decide the split of these videos, the keys that train); (None, set()) if none."""
+def _find_ucf_lists(root, videos):
+    """(folder of the UCF lists that split these videos, keys of the training videos); (None, set()) if there are none.
+
+    Lists that name none or all of the videos do not count.
+    """
     for folder in (Path(root, UCF_LISTS), Path(os.path.abspath(root)).parent / UCF_LISTS):
-        listed = _ucf_keys(folder / "trainlist01.txt")
-        if 0 < sum(video.key in listed for video in videos) < len(videos):
-            return folder, listed
+        train_keys = _read_ucf_list(folder / "trainlist01.txt")
+        if 0 < sum(video.key in train_keys for video in videos) < len(videos):
+            return folder, train_keys
     return None, set()
 
 
-def _ucf_keys(file):
-    """What a list names, as Class/stem; nothing if there is no such file."""
+def copy_ucf_lists(root, videos, folder):
+    """Copy the UCF lists that split these videos, if any, to another data folder."""
+    lists, _ = _find_ucf_lists(root, videos)
+    for file in lists.glob("*.txt") if lists else ():
+        Path(folder, UCF_LISTS).mkdir(exist_ok=True)
+        shutil.copyfile(file, Path(folder, UCF_LISTS, file.name))
+
+
+def _read_ucf_list(file):
+    """The set of Class/stem that a list names; empty if there is no such file."""
     if not file.is_file():
         return set()
-    text = file.read_text(encoding="utf-8", errors="surrogateescape")  # as names of files come
+    text = file.read_text(encoding="utf-8", errors="surrogateescape")  # as Python decodes file names
     names = (re.sub(r"\s+\d+$", "", line.strip()) for line in text.splitlines())  # "Archery/v_Archery_g08_c01.avi 3"
     return {str(PurePosixPath(name).with_suffix("")) for name in names if PurePosixPath(name).name}
 
 
 def long_enough(videos, num_frames, kind="", flag="--num-frames"):
-    """(videos with at least num_frames frames, number of the others); raises UserError if none is left."""
+    """(videos with at least num_frames frames, number of shorter ones). Raises UserError if all are shorter."""
     kept = [video for video in videos if video.num_frames >= num_frames]
     if not kept:
         longest = max((video.num_frames for video in videos), default=0)
@@ -330,21 +349,21 @@ def long_enough(videos, num_frames, kind="", flag="--num-frames"):
 
 @dataclass(frozen=True)
 class Data:
-    """What the scan of --data-path found for training: all that the other ranks need to know of it.
+    """The result of the scan of --data-path for training, as sent to all ranks.
 
-    train and val hold lists of Video by num_frames: those long enough for a clip of that many frames.
+    train and val are dicts: num_frames -> list of Video that are long enough for clips of num_frames frames.
     """
 
     scan: Scan
     train: dict
     val: dict
-    num_short: int  # videos too short for the longest clips
+    num_short: int  # videos too short for the longest training clips
 
 
 def find_data(root, images, val_fraction, lengths, val_lengths, flag, index_folder):
-    """The Data for training clips of `lengths` frames (given by the flag) and validating `val_lengths` as well.
+    """The Data for training clips of `lengths` frames (set by `flag`) and validation clips of these and `val_lengths`.
 
-    Opens every video once (or reads the index); for one rank only. Raises UserError.
+    Opens videos as scan_videos does, so only one rank should call it. Raises UserError.
     """
     scan = scan_videos(root, index_folder, images=images)
     train, val = split_videos(root, scan.videos, val_fraction)
@@ -361,7 +380,7 @@ def find_data(root, images, val_fraction, lengths, val_lengths, flag, index_fold
 
 
 class BadVideos:
-    """The books on bad videos: who was named already, and when there are too many."""
+    """Counts bad videos, each once, and raises UserError when there are too many."""
 
     def __init__(self, total, max_fraction, known=()):
         self.total, self.max_fraction = total, max_fraction
@@ -372,12 +391,12 @@ class BadVideos:
         return len(self.paths)
 
     def add(self, paths):
-        """The paths that are new, each once; raises UserError beyond max(1, max_fraction * total) bad videos."""
+        """The paths that are new, each once. Raises UserError above max(1, max_fraction * total) bad videos."""
         new = [path for path in dict.fromkeys(paths) if path not in self.paths]
         self.paths.update(dict.fromkeys(new))
         if new and self.count > max(1, self.max_fraction * self.total):
             raise UserError(
-                f"{self.count} of {self.total} files are bad, {', '.join(new[:3])} the newest: more than "
-                f"--max-bad-fraction {self.max_fraction} allows; repair or remove them, or raise it"
+                f"{self.count} of {self.total} files are bad (newest: {', '.join(new[:3])}), more than "
+                f"--max-bad-fraction {self.max_fraction} allows: repair or remove them, or raise it"
             )
         return new

@@ -1,4 +1,4 @@
-"""Loader processes: their start and end, the batches they give, the copies to the device."""
+"""Loader processes: how they start and end, their batches, and the copies to the device."""
 
 import atexit
 import functools
@@ -16,16 +16,16 @@ from runtime.distributed import die_with_parent
 from runtime.signals import STOP_SIGNALS
 from video.clips import ClipsByFrames, collate
 
-# Seconds of rest before processes are forked: gloo's threads clean up after the last message, and a fork in the middle
-# of that deadlocks the child, which in Python 3.11 waits for the lock on the list of threads that one of them held.
-QUIET = 0.1
+# Seconds to wait before processes are forked. gloo's threads clean up after the last message; a fork during that
+# deadlocks the child, as in Python 3.11 it waits for a lock on the list of threads that one of them held.
+FORK_DELAY = 0.1
 PATH_BYTES = 4096
 
 
 def make_loader(clips, batches, num_workers, timeout, device):
-    """A DataLoader of {num_frames: Clips}; batches are lists of (num_frames, index).
+    """A DataLoader over clips, a dict num_frames -> Clips; batches yields lists of (num_frames, index).
 
-    timeout: seconds that loader processes may take for a batch, 0 = any number.
+    timeout: seconds to wait for a batch of the loader processes, 0 = no limit.
     """
     settings = {"num_workers": num_workers, "collate_fn": collate, "pin_memory": device.type == "cuda"}
     if num_workers:
@@ -35,54 +35,56 @@ def make_loader(clips, batches, num_workers, timeout, device):
 
 
 def start_worker(parent, _):
-    """The first call in a loader process: let it end with its rank, the process `parent`, and not before.
+    """Runs first in a loader process: it ends when its rank, the process `parent`, ends, and not before.
 
-    A signal to a whole process group (from torchrun, a terminal, a cluster) is for the rank, which still needs its
-    loader processes for the step under way.
+    It ignores signals that torchrun, a terminal or a cluster sends to the whole process group: the rank still needs
+    its loader processes for the current step.
     """
     die_with_parent(signal.SIGKILL)
-    if os.getppid() != parent:  # it died before that
+    if os.getppid() != parent:  # the rank ended before that
         os._exit(1)
     for number in STOP_SIGNALS:
         signal.signal(number, signal.SIG_IGN)
-    for file in runs._locks:  # or the worker would hold the run's lock after the death of its rank
+    for file in runs._locks:  # else this process would hold the run's lock after its rank has ended
         file.close()
 
 
 class LoaderWatch:
-    """Which file each loader process is reading, so that one that hangs can be named."""
+    """The file that each loader process is reading, so that an error can name one that hangs."""
 
     def __init__(self, num_workers):
         self.slots = [multiprocessing.RawArray("c", PATH_BYTES) for _ in range(num_workers)]  # shared memory
 
     def note(self, path):
+        """Called in a loader process: it is reading `path`; "" = none."""
         if (worker := get_worker_info()) is not None:
             self.slots[worker.id].value = os.fsencode(path)[: PATH_BYTES - 1]
 
     def reading(self):
+        """The paths that are being read."""
         return [os.fsdecode(slot.value) for slot in self.slots if slot.value]
 
 
 @atexit.register
 def end_children():
-    """Kill loader processes: they ignore SIGTERM, so Python would wait at exit for one that is busy or hangs."""
-    signal.signal(signal.SIGCHLD, signal.SIG_DFL)  # torch would report their end as an error
+    """Kill the loader processes. They ignore SIGTERM, so at exit Python would wait for one that is busy or hangs."""
+    signal.signal(signal.SIGCHLD, signal.SIG_DFL)  # else torch would report their end as an error
     for child in multiprocessing.active_children():
         child.kill()
 
 
 def batches_of(loader):
-    """An iterator over the batches of a DataLoader of Clips; a UserError in a loader process comes without traceback.
+    """An iterator over the batches of a DataLoader of Clips. UserErrors of its processes are raised without traceback.
 
     A timeout becomes a UserError that names the files being read. The processes are forked by this call, not at the
-    first batch, when threads of this process may hold locks that the fork would never release.
+    first batch: by then threads of this process may hold locks that are never released in a forked process.
     """
     if loader.num_workers:
-        time.sleep(QUIET)
-    return _batches(loader, iter(loader))
+        time.sleep(FORK_DELAY)
+    return _iterate(loader, iter(loader))
 
 
-def _batches(loader, iterator):
+def _iterate(loader, iterator):
     try:
         yield from iterator
     except UserError as error:
@@ -93,12 +95,12 @@ def _batches(loader, iterator):
         files = ", ".join(loader.dataset.watch.reading()) or "no file"
         raise UserError(
             f"--loader-timeout {loader.timeout:g}: no batch within this many seconds, the loader processes "
-            f"are reading {files}: remove or repair what hangs, or raise the limit"
+            f"are reading {files}: remove or repair the file that hangs, or raise the limit"
         ) from None
 
 
 def on_device(batches, device):
-    """The batches with their clips on the device. A GPU copies them while it computes the step before."""
+    """Yields the batches with their clips on the device. A GPU copies them while it computes the previous step."""
     if device.type != "cuda":
         yield from batches
         return
@@ -107,5 +109,5 @@ def on_device(batches, device):
         with torch.cuda.stream(copies):
             clips = batch["clips"].to(device, non_blocking=True)
         compute.wait_stream(copies)
-        clips.record_stream(compute)  # or its memory could be given away while it is in use
+        clips.record_stream(compute)  # else their memory could be reused while it is in use
         yield batch | {"clips": clips}

@@ -1,8 +1,7 @@
-"""Videos on disk for people (mp4, GIF, one PNG sheet) and for programs (npz); images, T = 1, as PNG and one grid.
+"""Writes videos as previews (mp4, GIF, one PNG sheet) and as data (npz); images, T = 1, as PNGs and one grid.
 
-Everywhere a video is a uint8 NumPy array (T, H, W, 3), RGB; several are (N, T, H, W, 3). What people look
-at is enlarged by a whole factor without smoothing, so that each pixel of the model stays visible;
-samples.npz holds the pixels as they are.
+A video is a uint8 NumPy array (T, H, W, 3), RGB; several are (N, T, H, W, 3). Previews are enlarged by an integer
+factor without smoothing, so that each pixel of the model is visible; PNGs of single images and samples.npz are not.
 """
 
 from fractions import Fraction
@@ -15,18 +14,17 @@ from PIL import Image, ImageDraw, ImageFont
 from runtime.atomic import atomic_write
 from runtime.cli import one_line
 
-SHORT_SIDE = 128  # px, the least that pictures for people have
+MIN_SIDE = 128  # px, of the short side of previews
 MAX_ROWS, MAX_COLUMNS = 16, 32  # of a sheet
-GRID = 3, 8  # rows and columns of videos that play together, at most
-IMAGE_GRID = 8, 8  # and of images
-NAME = 60  # letters of a name on a sheet, at most
+GRID, IMAGE_GRID = (3, 8), (8, 8)  # most rows and columns of a grid of videos, of images
+MAX_NAME_LENGTH = 60  # characters of a name on a sheet
 GAP = 2  # px of white between the frames of a sheet
 
 
 def write_samples(folder, videos, labels, fps, names=None):
-    """Write all that one call of sample_gd.py leaves: videos, grid.gif and sheet.png (images: grid.png), samples.npz.
+    """Write all samples of sample_gd.py: a file per video, grid.gif and sheet.png (images: grid.png), samples.npz.
 
-    videos: uint8 (N, T, H, W, 3); labels: (N,) integers; fps: frames per second; names: N texts for the sheet.
+    videos: uint8 (N, T, H, W, 3); labels: (N,) integers; fps: frames per second; names: N strings for the sheet.
     """
     write_videos(folder, videos, fps)
     if videos.shape[1] == 1:
@@ -41,41 +39,41 @@ def write_videos(folder, videos, fps, first=0):
     """Write 000000.mp4, 000000.gif, ... (images, T = 1: 000000.png), counting from `first`."""
     folder = Path(folder)
     folder.mkdir(parents=True, exist_ok=True)
-    for number, video in enumerate(videos, start=first):
+    for index, video in enumerate(videos, start=first):
         if len(video) == 1:
-            Image.fromarray(video[0]).save(folder / f"{number:06d}.png")
+            Image.fromarray(video[0]).save(folder / f"{index:06d}.png")
         else:
-            write_mp4(folder / f"{number:06d}.mp4", video, fps)
-            write_gif(folder / f"{number:06d}.gif", video, fps)
+            write_mp4(folder / f"{index:06d}.mp4", video, fps)
+            write_gif(folder / f"{index:06d}.gif", video, fps)
 
 
-def enlarge(video, to=SHORT_SIDE):
-    """Repeat the pixels of (..., H, W, 3) by the least whole factor that makes the short side >= `to` and both even."""
+def enlarge(video, min_side=MIN_SIDE):
+    """Repeat the pixels of (..., H, W, 3) by the least integer factor that gives even sides of at least min_side px."""
     H, W = video.shape[-3:-1]
-    factor = max(1, -(-to // min(H, W)))
-    if factor % 2 and (H % 2 or W % 2):  # H.264's 4:2:0 wants even sides
+    factor = max(1, -(-min_side // min(H, W)))
+    if factor % 2 and (H % 2 or W % 2):  # H.264's 4:2:0 needs even sides
         factor += 1
     return video.repeat(factor, axis=-3).repeat(factor, axis=-2)
 
 
 def write_mp4(path, video, fps):
-    """Write (T, H, W, 3) as H.264 that every player shows; any rate > 0 and any size work."""
+    """Write (T, H, W, 3) as H.264 in the pixel format that all players support; any fps > 0 and any size."""
     video = enlarge(video)
     with av.open(str(path), "w", format="mp4") as container:
         stream = container.add_stream("libx264", rate=Fraction(fps).limit_denominator(1001))  # 30000/1001 stays exact
         stream.height, stream.width = video.shape[1:3]
         stream.pix_fmt = "yuv420p"
-        stream.options = {"crf": "12"}  # close to lossless: people judge the model, not the codec
+        stream.options = {"crf": "12"}  # close to lossless: previews show the model, not the codec
         for frame in video:
             container.mux(stream.encode(av.VideoFrame.from_ndarray(frame, format="rgb24")))
         container.mux(stream.encode())
 
 
 def write_gif(path, video, fps):
-    """Write (T, H, W, 3) as a GIF that loops for ever and lasts T / fps seconds.
+    """Write (T, H, W, 3) as a GIF that loops forever and lasts T / fps seconds.
 
-    GIF counts in 1/100 s, so the delays of a 30 fps video alternate between 3 and 4; browsers slow down
-    delays below 2, so beyond 50 fps the GIF plays slower than the video.
+    GIF delays are in 1/100 s, so those of a 30 fps video alternate between 3 and 4. Browsers slow down delays below 2,
+    so above 50 fps the GIF plays slower than the video.
     """
     ends = np.round(np.arange(len(video) + 1) * 100 / fps)
     delays = np.maximum(np.diff(ends), 2).astype(int) * 10  # ms
@@ -83,9 +81,9 @@ def write_gif(path, video, fps):
     first.save(path, format="GIF", save_all=True, append_images=others, duration=delays.tolist(), loop=0)
 
 
-def tile(videos, grid=GRID, to=SHORT_SIDE // 2):
-    """The first rows x columns videos side by side, playing together: (N, T, H, W, 3) -> one (T, h, w, 3)."""
-    videos = enlarge(videos[: grid[0] * grid[1]], to)
+def tile(videos, grid=GRID, min_side=MIN_SIDE // 2):
+    """The first rows x columns videos in a grid: (N, T, H, W, 3) -> one video (T, h, w, 3)."""
+    videos = enlarge(videos[: grid[0] * grid[1]], min_side)
     N, T, H, W, _ = videos.shape
     columns = min(N, grid[1])
     rows = -(-N // columns)
@@ -96,19 +94,19 @@ def tile(videos, grid=GRID, to=SHORT_SIDE // 2):
 
 
 def write_sheet(path, videos, names=None):
-    """Write (N, T, H, W, 3) as one PNG: a row per video, a column per frame, `names` (N texts) at the left.
+    """Write (N, T, H, W, 3) as one PNG: a row per video, a column per frame, `names` (N strings) at the left.
 
-    At most the first 16 videos, and 32 frames spread evenly from the first to the last. Images (T = 1) come without
-    names, the first 64 of them, 8 in a row.
+    Shows at most the first 16 videos, and 32 frames, evenly spaced from the first to the last. Images (T = 1) are
+    shown without names, at most the first 64, in rows of 8.
     """
     T = videos.shape[1]
     if T == 1:
-        Image.fromarray(tile(videos, IMAGE_GRID, SHORT_SIDE)[0]).save(path)
+        Image.fromarray(tile(videos, IMAGE_GRID, MIN_SIDE)[0]).save(path)
         return
     columns = np.linspace(0, T - 1, min(T, MAX_COLUMNS)).round().astype(int)
     frames = enlarge(videos[:MAX_ROWS, columns])  # (rows, columns, h, w, 3)
     rows, columns, h, w = frames.shape[:4]
-    names = [one_line(str(name)[:NAME]) for name in names[:rows]] if names is not None else []
+    names = [one_line(str(name)[:MAX_NAME_LENGTH]) for name in names[:rows]] if names is not None else []
     font = ImageFont.load_default(size=16)
     left = max((round(font.getlength(name)) + 4 * GAP for name in names), default=0)  # px
 
@@ -123,7 +121,7 @@ def write_sheet(path, videos, names=None):
 
 
 def write_npz(path, videos, labels):
-    """Write `arr_0` uint8 (N, T, H, W, 3), images (T = 1) as (N, H, W, 3), and `labels` int64 (N,), all or nothing."""
+    """Write `arr_0` uint8 (N, T, H, W, 3), images (T = 1) as (N, H, W, 3), and `labels` int64 (N,). Atomic."""
     pixels = videos[:, 0] if videos.shape[1] == 1 else videos
     with atomic_write(path) as file:
         np.savez(file, arr_0=pixels, labels=np.asarray(labels, dtype=np.int64))

@@ -1,4 +1,4 @@
-"""The arms of study.py: what each trains, from an arm to a command of train.py, and the rows of its csv."""
+"""The arms of study.py: their table, their commands of train.py, and the rows of study.csv."""
 
 import csv
 import hashlib
@@ -12,10 +12,10 @@ from rope import ROPE_SCALES
 from runtime.atomic import atomic_write
 from runtime.cli import UserError
 
-VERSION = 1  # of what the arms and the columns of the csv mean; rows of another one are refused
-QUESTIONS = "ABCDE"  # that take runs
-TOKENS = 2048  # per step, whatever the arm
-TUNE_SEED, TUNE_SHARE = 100, 0.3
+VERSION = 1  # of the meaning of the arms and of the columns of the csv; rows of other versions are refused
+QUESTIONS = "ABCDE"  # those that need runs
+TOKENS = 2048  # per training step, for all arms
+TUNE_SEED, TUNE_SHARE = 100, 0.3  # seed and share of the compute of the runs that tune the learning rate
 
 
 # ----------------------------------------------------------------------------------------------------------------------
@@ -26,17 +26,17 @@ TUNE_SEED, TUNE_SHARE = 100, 0.3
 class Arm:
     name: str
     questions: str
-    flags: str = ""  # beside those that all have
-    phases: tuple = ((16, 1.0),)  # (frames, share of the compute)
-    mix: float = 0.0  # share of the later phases' steps with the frames of an earlier one
-    patch: int = 4  # temporal
-    seeds: int = 3
-    shares: tuple = (1.0,)  # of the full compute, a run each
-    rate: str = ""  # the arm whose tuned learning rate it takes; "" = its own
-    frames: tuple = ()  # sampled beside those trained last, full compute only
-    scaled: tuple = ()  # frames that are sampled with every --rope-scale as well, seed 0
-    time_scales: tuple = (None,)  # sampled, seconds per frame, the first one for all `frames`; None = as trained
-    looks: int = 12  # validations along the run of seed 0 and all the compute; along others 12
+    flags: str = ""  # of train.py, in addition to those of all arms; "--fixed" = no rotary positions
+    phases: tuple = ((16, 1.0),)  # (num_frames, share of the compute) of each phase
+    mix: float = 0.0  # --mix of train.py
+    patch: int = 4  # temporal_patch_size
+    seeds: int = 3  # number of seeds
+    shares: tuple = (1.0,)  # shares of the full compute; each is a run
+    rate: str = ""  # the arm whose tuned learning rate is used; "" = its own
+    frames: tuple = ()  # num_frames of samples beside that of the last phase, for full compute only
+    scaled: tuple = ()  # num_frames of samples with every --rope-scale as well, for seed 0 only
+    time_scales: tuple = (None,)  # of samples, seconds per frame; the first one for all `frames`; None = as trained
+    validations: int = 12  # number in the run of seed 0 with full compute; other runs have 12
 
     @property
     def last_frames(self):
@@ -49,14 +49,14 @@ class Arm:
 
 EVEN = ((4, 1 / 3), (8, 1 / 3), (16, 1 / 3))
 SKIP = ((8, 1 / 2), (16, 1 / 2))
-LENGTHS = (4, 7, 8, 12, 16, 24, 32)
+LENGTHS = (4, 7, 8, 12, 16, 24, 32)  # num_frames of samples
 BOTH = (0.6, 1.0)
 
-ARMS = [  # in the order in which they run, seed by seed within a block
+ARMS = [  # blocks, in the order in which they run; within a block seed by seed
     [
         Arm("fixed-16", "A", "--fixed"),
         Arm("16", "ABCE", shares=BOTH, frames=LENGTHS, scaled=(24, 32)),
-        Arm("4-8-16 even", "BC", phases=EVEN, shares=BOTH, frames=LENGTHS, looks=200),
+        Arm("4-8-16 even", "BC", phases=EVEN, shares=BOTH, frames=LENGTHS, validations=200),
         Arm("4-8-16 short", "B", phases=((4, 0.05), (8, 0.2), (16, 0.75))),
         Arm("4-8-16 long", "B", phases=((4, 0.43), (8, 0.43), (16, 0.14)), shares=BOTH),
         Arm("8-16", "B", phases=SKIP),
@@ -64,8 +64,8 @@ ARMS = [  # in the order in which they run, seed by seed within a block
     [
         Arm("4", "CE", phases=((4, 1.0),), rate="16", seeds=2, frames=LENGTHS, scaled=(8, 16)),
         Arm("8", "C", phases=((8, 1.0),), rate="16", seeds=2, frames=LENGTHS, scaled=(16, 32)),
-        Arm("4-8-16 rewarmup", "B", "--rewarmup 20", phases=EVEN, rate="4-8-16 even", seeds=2, looks=200),
-        Arm("4-8-16 mix", "B", phases=EVEN, mix=0.2, rate="4-8-16 even", seeds=2, shares=BOTH, looks=200),
+        Arm("4-8-16 rewarmup", "B", "--rewarmup 20", phases=EVEN, rate="4-8-16 even", seeds=2, validations=200),
+        Arm("4-8-16 mix", "B", phases=EVEN, mix=0.2, rate="4-8-16 even", seeds=2, shares=BOTH, validations=200),
         Arm(
             "intervals 1-3", "CD", "--frame-interval 1 3", ((8, 1.0),), rate="16", seeds=2, frames=(16, 24),
             time_scales=(0.04, 0.06, 0.08, 0.12),
@@ -102,7 +102,7 @@ BY_NAME = {arm.name: arm for block in ARMS for arm in block}
 
 @dataclass(frozen=True)
 class Size:
-    """How large everything is. A unit of compute is that of `steps` steps of the arm "16"."""
+    """The sizes of models, runs and samples. The full compute is that of `steps` steps of the arm "16"."""
 
     name: str
     steps: int
@@ -110,23 +110,23 @@ class Size:
     width: int
     heads: int
     videos: int  # per class
-    clips: int  # sampled for a row
+    clips: int  # number of samples for a row of the csv
     val_clips: int
-    points: int  # of a descent, each 0.5 / (points - 1) long
-    factors: tuple  # of the learning rates; one = no tuning
-    lengths: tuple  # of LENGTHS
+    points: int  # --num-sampling-steps
+    factors: tuple  # of the learning rates, to be tuned; a single one = no tuning
+    lengths: tuple  # those of LENGTHS that are sampled
     most_seeds: int
 
 
 FULL = Size("full", 2000, 4, 128, 4, 60, 96, 64, 16, (0.5, 1.0, 2.0), LENGTHS, 3)
 MINIATURE = Size("miniature", 6, 1, 48, 2, 2, 12, 4, 3, (1.0,), (4, 7, 24), 1)
-WAY, GUIDANCE = 0.498, 1.5  # of the descent: steps x their size
-LR, MUON_LR = 2e-3, 0.01  # times the factor
+PATH_LENGTH, GUIDANCE = 0.498, 1.5  # of sampling; path length = evaluations x step size
+LR, MUON_LR = 2e-3, 0.01  # to be multiplied by the factor
 
 
 @dataclass(frozen=True)
 class Job:
-    """One run and what is sampled from it; factor is None as long as the tuning runs are not done."""
+    """One run and its samples; factor is None as long as the tuning runs are not done."""
 
     arm: Arm
     seed: int
@@ -143,17 +143,17 @@ class Job:
         return self.arm.name, self.seed, self.factor, self.share
 
     @property
-    def tunes(self):
+    def is_tuning(self):
         return self.seed == TUNE_SEED
 
     @property
-    def looks(self):
-        """Validations along the run."""
-        return 3 if self.tunes else self.arm.looks if (self.seed, self.share) == (0, 1) else 12
+    def validations(self):
+        """The number of validations in the run."""
+        return 3 if self.is_tuning else self.arm.validations if (self.seed, self.share) == (0, 1) else 12
 
     def cells(self, size):
-        """What is sampled: (frames, seconds per frame, --rope-scale)."""
-        if self.tunes:
+        """The settings of its samples, a row of the csv each: (num_frames, seconds per frame, --rope-scale)."""
+        if self.is_tuning:
             return []
         arm, lengths = self.arm, {self.arm.last_frames}
         if self.share == 1:
@@ -171,28 +171,28 @@ class Job:
 
 
 def config_of(arm, size):
-    """The EqMConfig of an arm, for counting FLOPs: of what the flags change, only the patch and the positions count."""
+    """The EqMConfig of an arm, for counting FLOPs; flags that do not change them are left out."""
     settings = {"depth": size.depth, "hidden_size": size.width, "num_heads": size.heads, "input_size": 16}
     settings |= {"in_channels": 3, "temporal_patch_size": arm.patch, "num_classes": 12, "num_frames": arm.last_frames}
     return model_config("EqM-Ti/2", use_rope="--fixed" not in arm.flags, **settings)
 
 
 def phases_of(arm, share, size):
-    """[(frames, last step, clips per step)] of a run, and the FLOPs that they take, mixing at its mean."""
-    config, full = config_of(arm, size), config_of(BY_NAME["16"], size)
-    compute = share * size.steps * TOKENS // math.prod(full.grid(16)) * full.training_flops(16)
-    phases, step, spent, earlier = [], 0, 0, []
-    for frames, part in arm.phases:
-        batch = TOKENS // math.prod(config.grid(frames))
-        own = batch * config.training_flops(frames)
+    """[(num_frames, last step, clips per step)] of a run, and its FLOPs; those of --mix are their expectation."""
+    config, base = config_of(arm, size), config_of(BY_NAME["16"], size)
+    compute = share * size.steps * TOKENS // math.prod(base.grid(16)) * base.training_flops(16)
+    phases, last_step, flops, earlier = [], 0, 0, []
+    for num_frames, part in arm.phases:
+        batch_size = TOKENS // math.prod(config.grid(num_frames))
+        own = batch_size * config.training_flops(num_frames)
         per_step = own
         if earlier and arm.mix:
-            others = [batch * config.training_flops(other) for other in earlier]
+            others = [batch_size * config.training_flops(other) for other in earlier]
             per_step = (1 - arm.mix) * own + arm.mix * sum(others) / len(others)
         steps = max(1, round(part * compute / per_step))
-        step, spent, earlier = step + steps, spent + steps * per_step, [*earlier, frames]
-        phases.append((frames, step, batch))
-    return phases, spent
+        last_step, flops, earlier = last_step + steps, flops + steps * per_step, [*earlier, num_frames]
+        phases.append((num_frames, last_step, batch_size))
+    return phases, flops
 
 
 BASE = [
@@ -202,42 +202,42 @@ BASE = [
 
 
 def recipe_flags(job, size):
-    """The flags of train.py that decide a run; where its files lie is not among them."""
+    """The flags of train.py that determine a run, without the paths."""
     arm, (phases, _) = job.arm, phases_of(job.arm, job.share, size)
     flags = ["--video", *BASE, "--depth", size.depth, "--hidden-size", size.width, "--num-heads", size.heads]
     flags += ["--temporal-patch-size", arm.patch, "--global-seed", job.seed]
     flags += ["--lr", f"{LR * job.factor:g}", "--muon-lr", f"{MUON_LR * job.factor:g}"]
     if len(phases) == 1:
-        frames, last_step, batch = phases[0]
-        flags += ["--num-frames", frames, "--max-steps", last_step, "--global-batch-size", batch]
+        num_frames, last_step, batch_size = phases[0]
+        flags += ["--num-frames", num_frames, "--max-steps", last_step, "--global-batch-size", batch_size]
     else:
         flags += ["--frames-schedule", ",".join(f"{a}:{b}:{c}" for a, b, c in phases), "--mix", arm.mix]
     if arm.flags != "--fixed":
-        flags += ["--use-rope", "--rope-theta", 100, *arm.flags.split()]  # the last one counts
-    period = max(1, phases[-1][1] // job.looks)
+        flags += ["--use-rope", "--rope-theta", 100, *arm.flags.split()]  # of a repeated flag the last value counts
+    period = max(1, phases[-1][1] // job.validations)
     flags += ["--val-frames", *val_frames(arm), "--val-clips", size.val_clips, "--val-every", period]
     return [str(flag) for flag in flags]
 
 
 def val_frames(arm):
-    """The lengths at which an arm validates, 16 among them."""
+    """The numbers of frames at which an arm validates, always including 16."""
     return sorted({16, *(frames for frames, _ in arm.phases)})
 
 
-def training_work(job, size):
-    """FLOPs of a run with its validations, of which those of the average and of the raw weights are one each."""
-    look = sum(config_of(job.arm, size).flops(frames) for frames in val_frames(job.arm)) * 2 * size.val_clips
-    return phases_of(job.arm, job.share, size)[1] + job.looks * look
+def run_flops(job, size):
+    """FLOPs of a run with its validations, each with the EMA and with the raw weights."""
+    validation = sum(config_of(job.arm, size).flops(frames) for frames in val_frames(job.arm)) * 2 * size.val_clips
+    return phases_of(job.arm, job.share, size)[1] + job.validations * validation
 
 
-def sampling_flops(arm, frames, size):
-    """Of the guided descents of a row's clips."""
-    return float(size.clips * (size.points - 1) * 2 * config_of(arm, size).flops(frames))
+def sampling_flops(arm, num_frames, size):
+    """FLOPs of sampling the clips of a row, with guidance."""
+    return float(size.clips * (size.points - 1) * 2 * config_of(arm, size).flops(num_frames))
 
 
 def fingerprint(job, size):
-    """Of all that decides a row of the csv."""
-    about = [recipe_flags(job, size), size.videos, size.clips, size.points, WAY, GUIDANCE]
+    """A hash of all that determines the rows of a job."""
+    about = [recipe_flags(job, size), size.videos, size.clips, size.points, PATH_LENGTH, GUIDANCE]
     return hashlib.sha256(json.dumps(about).encode()).hexdigest()[:8]
 
 
@@ -262,22 +262,22 @@ def read_rows(path):
             reader = csv.DictReader(file)
             lines = list(reader)
         if reader.fieldnames != COLUMNS:
-            raise UserError(f"{path}: its columns are not those of version {VERSION} of the study: move it away")
-        return [{name: parse(name, text) for name, text in line.items()} for line in lines]
+            raise UserError(f"{path}: the columns are not those of version {VERSION} of the study: move it away")
+        return [{name: parse_cell(name, text) for name, text in line.items()} for line in lines]
     except FileNotFoundError:
         return []
     except (OSError, ValueError, TypeError, csv.Error) as error:
-        raise UserError(f"{path}: is no csv of the study ({error}): move it away") from error
+        raise UserError(f"{path}: is not a csv of the study ({error}): move it away") from error
 
 
-def parse(name, text):
+def parse_cell(name, text):
     if name in TEXTS:
         return text
     return None if text == "" else int(text) if name in WHOLE else float(text)
 
 
 def write_rows(path, rows):
-    """All or nothing."""
+    """Write a csv atomically."""
     text = io.StringIO(newline="")
     writer = csv.DictWriter(text, COLUMNS, lineterminator="\n")
     writer.writeheader()
@@ -288,15 +288,15 @@ def write_rows(path, rows):
 
 
 def check_rows(path, rows, size):
-    """Raise UserError for rows that this code would not have written."""
+    """Raise UserError for rows of another version, arm or recipe than this code has."""
     for row in rows:
-        place = f"{path}: a row of arm {row['arm']!r}"
+        found = f"{path}: a row of arm {row['arm']!r}"
         if row["version"] != VERSION:
-            raise UserError(f"{place} is of version {row['version']} of the study, this is {VERSION}: move it away")
+            raise UserError(f"{found} is of version {row['version']} of the study, this is {VERSION}: move it away")
         if row["arm"] not in BY_NAME:
-            raise UserError(f"{place}, which this code does not have: move the csv away, or remove those rows")
+            raise UserError(f"{found}, which is not in arms.py: move the csv away, or remove those rows")
         if row["recipe"] != fingerprint(job_of(row), size):
-            raise UserError(f"{place} is of another recipe (flags, sizes): move the csv away, or remove those rows")
+            raise UserError(f"{found} is of another recipe (flags, sizes): move the csv away, or remove those rows")
 
 
 def job_of(row):
@@ -312,10 +312,10 @@ def row_key(row):
 
 
 def last_rows(rows):
-    """Of each run the row of its last step, and all rows of samples: their seconds add up to all that were spent."""
+    """The row of the last step of each run and all rows of samples; their seconds add up to the time spent."""
     last = {}
     for row in rows:
         if row["kind"] == "train" and row["seconds"] is not None:
             key = job_key(row)
-            last[key] = max(row, last.get(key, row), key=lambda one: one["step"])
+            last[key] = max(row, last.get(key, row), key=lambda train_row: train_row["step"])
     return [*last.values(), *(row for row in rows if row["kind"] == "sample")]

@@ -1,4 +1,4 @@
-"""From the csv of study.py to results/study.md and its figures."""
+"""The report of study.py: from study.csv to results/study.md and its figures."""
 
 import math
 
@@ -35,42 +35,42 @@ BUMPS = "4-8-16 even", "4-8-16 rewarmup", "4-8-16 mix"
 # ----------------------------------------------------------------------------------------------------------------------
 # From rows to numbers
 
-T95 = {2: 12.71, 3: 4.30, 4: 3.18, 5: 2.78}  # 97.5% quantiles of Student's t, by the number of values
+T95 = {2: 12.71, 3: 4.30, 4: 3.18, 5: 2.78}  # number of values -> 97.5% quantile of Student's t
 
 
-def finals(rows, name, share=1.0):
-    """{seed: the row of the last step} of an arm's runs, the tuning ones apart."""
+def final_rows(rows, name, share=1.0):
+    """{seed: row of the last step} of an arm's runs, without those that tune the learning rate."""
     wanted = {"arm": name, "share": share, "kind": "train"}
     own = [row for row in rows if wanted.items() <= row.items() and row["seed"] != TUNE_SEED]
     return {row["seed"]: row for row in sorted(own, key=lambda row: row["step"])}
 
 
-def samples(rows, name, frames, share=1.0, time_scale=None, rope_scale="none"):
-    """{seed: the row of the samples} of an arm's runs."""
+def sample_rows(rows, name, frames, share=1.0, time_scale=None, rope_scale="none"):
+    """{seed: row of the samples} of an arm's runs."""
     wanted = {"arm": name, "kind": "sample", "frames": frames, "share": share}
     wanted |= {"time_scale": time_scale, "rope_scale": rope_scale}
     return {row["seed"]: row for row in rows if wanted.items() <= row.items()}
 
 
-def column(by_seed, name):
-    """{seed: value} where there is one."""
+def values_of(by_seed, name):
+    """{seed: value of a column}, without missing values."""
     return {seed: row[name] for seed, row in sorted(by_seed.items()) if row[name] is not None}
 
 
 def half_width(values):
-    """Of the 95% interval of their mean (Student's t); None below two values."""
+    """Half the width of the 95% interval of the mean (Student's t); None for fewer than two values."""
     _, error = motion.mean_and_error(values)
     return None if error is None else T95.get(len(values), 2.57) * error
 
 
 def pooled(by_seed):
-    """(share of clips with the right direction over all seeds, its Wilson interval, clips), or None without clips."""
+    """(share of right directions over all seeds, its Wilson interval, number of clips), or None without clips."""
     clips = sum(row["clips"] for row in by_seed.values())
     right = sum(row["right"] for row in by_seed.values())
     return (right / clips, motion.wilson(right, clips), clips) if clips else None
 
 
-def compare(first, second, what, values, others):
+def difference(first, second, what, values, others):
     """A sentence about the paired difference of {seed: value} of two arms."""
     seeds = sorted(values.keys() & others.keys())
     if not seeds:
@@ -85,7 +85,7 @@ def compare(first, second, what, values, others):
 
 
 def mean_cell(values, digits=3):
-    """Mean and standard error of {seed: value}, and how many."""
+    """Mean and standard error of {seed: value}, and the number of seeds."""
     mean, error = motion.mean_and_error(list(values.values()))
     if mean is None:
         return "not run"
@@ -94,8 +94,8 @@ def mean_cell(values, digits=3):
 
 
 def value_cell(by_seed, name):
-    """The same of a column; a dash where no row has a value, as the speed of clips of which none is right."""
-    values = column(by_seed, name)
+    """`mean_cell` of a column; a dash if no row has a value, such as the speed if no clip has the right direction."""
+    values = values_of(by_seed, name)
     return "-" if by_seed and not values else mean_cell(values, 2)
 
 
@@ -112,13 +112,13 @@ def table(titles, rows):
 
 
 def arm_row(rows, name, share, frames):
-    """Cells: what a run of an arm has taken, and what came of it at `frames` frames."""
-    ends, made = finals(rows, name, share), samples(rows, name, frames, share, BY_NAME[name].time_scales[0])
-    flops, seconds, looks = (column(ends, key) for key in ("flops", "seconds", "val_seconds"))
-    times = [(seconds[seed] - looks[seed]) / 60 for seed in seconds.keys() & looks.keys()]
+    """Table cells of an arm: its compute and time, its validation loss and samples at `frames` frames."""
+    ends, made = final_rows(rows, name, share), sample_rows(rows, name, frames, share, BY_NAME[name].time_scales[0])
+    flops, seconds, val_seconds = (values_of(ends, key) for key in ("flops", "seconds", "val_seconds"))
+    times = [(seconds[seed] - val_seconds[seed]) / 60 for seed in seconds.keys() & val_seconds.keys()]
     minutes = f"{np.median(times):.1f} ({len(times)})" if times else "not run"
     spent = f"{np.mean(list(flops.values())) / 1e12:.1f}" if flops else "-"
-    cells = [name, f"{share:.0%}", spent, minutes, mean_cell(column(ends, f"loss_{frames}"))]
+    cells = [name, f"{share:.0%}", spent, minutes, mean_cell(values_of(ends, f"loss_{frames}"))]
     return [*cells, share_cell(made), value_cell(made, "speed"), value_cell(made, "area")]
 
 
@@ -128,17 +128,20 @@ ARM_TITLES = ["arm", "compute", "TFLOP", "minutes without validation", "validati
 # ----------------------------------------------------------------------------------------------------------------------
 # Figures
 
-COLORS = "#0072B2", "#D55E00", "#009E73", "#CC79A7", "#000000", "#56B4E9"  # Okabe and Ito: for colour-blind eyes, too
+COLORS = "#0072B2", "#D55E00", "#009E73", "#CC79A7", "#000000", "#56B4E9"  # Okabe and Ito, safe for colour blindness
 MARKERS = "o", "s", "^", "D", "v", "P"
 plt.rcParams.update({"font.size": 15, "axes.grid": True, "grid.alpha": 0.3, "lines.linewidth": 2, "savefig.dpi": 80})
 
 
-def look_of(number):
+def line_style(number):
     return {"color": COLORS[number % len(COLORS)], "marker": MARKERS[number % len(MARKERS)], "markersize": 8}
 
 
 def draw_shares(axes, xs, by_seeds, **look):
-    """Direction right in percent over x, with Wilson's interval over all seeds; a dot for each seed. Returns if any."""
+    """Plot the share of right directions in percent over x: of all seeds with Wilson's interval, and of each seed.
+
+    Returns whether there was anything to plot.
+    """
     points = [(x, by_seed, pooled(by_seed)) for x, by_seed in zip(xs, by_seeds, strict=True) if by_seed]
     if points:
         shares = np.array([[share, share - low, high - share] for _, _, (share, (low, high), _) in points]).T * 100
@@ -150,8 +153,11 @@ def draw_shares(axes, xs, by_seeds, **look):
 
 
 def draw_means(axes, xs, by_seeds, name, **look):
-    """Means of a column over x, with the 95% interval of the mean where there are two seeds. Returns if any."""
-    points = [(x, list(column(by_seed, name).values())) for x, by_seed in zip(xs, by_seeds, strict=True)]
+    """Plot the means of a column over x, with the 95% interval of the mean for two or more seeds.
+
+    Returns whether there was anything to plot.
+    """
+    points = [(x, list(values_of(by_seed, name).values())) for x, by_seed in zip(xs, by_seeds, strict=True)]
     points = [(x, values) for x, values in points if values]
     if points:
         means = [np.mean(values) for _, values in points]
@@ -161,8 +167,8 @@ def draw_means(axes, xs, by_seeds, name, **look):
 
 
 def draw_curve(axes, rows, name, share, number):
-    """Validation loss at 16 frames along the runs of an arm, a thin line a seed."""
-    for seed in finals(rows, name, share):
+    """Plot the validation loss at 16 frames during the runs of an arm, a thin line per seed."""
+    for seed in final_rows(rows, name, share):
         wanted = {"arm": name, "share": share, "seed": seed, "kind": "train"}
         run = sorted((row for row in rows if wanted.items() <= row.items()), key=lambda row: row["step"])
         run = [row for row in run if row["loss_16"] is not None and row["loss_16"] < math.inf]
@@ -170,8 +176,8 @@ def draw_curve(axes, rows, name, share, number):
         axes.plot(places, [row["loss_16"] for row in run], color=COLORS[number % len(COLORS)], alpha=0.35, linewidth=1)
 
 
-def save(study, name, figure, drawn):
-    """Write a figure in which something is drawn; returns the line that shows it."""
+def save_figure(study, name, figure, drawn):
+    """Write a figure, or delete an older one if nothing is drawn. Returns the lines of markdown that show it."""
     path = study.out / "figures" / f"study-{name}.png"
     if drawn:
         for axes in figure.axes:
@@ -187,21 +193,24 @@ def save(study, name, figure, drawn):
 
 
 def draw_compute(study, name, panels):
-    """A column of panels {title: arm names}: above the loss at 16 frames, below the direction, over the compute."""
-    panels = {title: names for title, names in panels.items() if any(finals(study.rows, name) for name in names)}
+    """Plot the loss at 16 frames (top) and the right directions (bottom) over the compute.
+
+    panels: {title: names of arms}, a column of the figure each.
+    """
+    panels = {title: names for title, names in panels.items() if any(final_rows(study.rows, name) for name in names)}
     columns = max(1, len(panels))
     figure, grid = plt.subplots(2, columns, figsize=(1 + 6 * columns, 9), layout="constrained", squeeze=False)
     drawn = False
     for (title, names), (top, bottom) in zip(panels.items(), grid.T, strict=False):
         for number, arm in enumerate(names):
             shares = [share for share in BOTH if share in BY_NAME[arm].shares]
-            ends = [finals(study.rows, arm, share) for share in shares]
-            made = [samples(study.rows, arm, 16, share) for share in shares]
+            ends = [final_rows(study.rows, arm, share) for share in shares]
+            made = [sample_rows(study.rows, arm, 16, share) for share in shares]
             aside = 0.3 * (number - (len(names) - 1) / 2)  # or equal compute would hide one behind the other
             places = [phases_of(BY_NAME[arm], share, study.size)[1] / 1e12 + aside for share in shares]
-            drawn |= draw_means(top, places, ends, "loss_16", label=arm, **look_of(number))
+            drawn |= draw_means(top, places, ends, "loss_16", label=arm, **line_style(number))
             draw_curve(top, study.rows, arm, 1.0, number)
-            drawn |= draw_shares(bottom, places, made, label=arm, **look_of(number))
+            drawn |= draw_shares(bottom, places, made, label=arm, **line_style(number))
         top.set(title=title, ylabel="validation loss, 16 frames")
         bottom.set(xlabel="training compute, TFLOP", ylabel="direction right, %", ylim=(-3, 103))
         ends = [loss for arm in names for loss in losses(study, arm).values()]
@@ -209,7 +218,7 @@ def draw_compute(study, name, panels):
             top.set_ylim(0.9 * min(ends), 4 * min(ends))  # the first steps are far above
         bottom.axhline(25, color="gray", linestyle=":", label="chance")
         bottom.set_xlim(top.get_xlim())
-    return save(study, name, figure, drawn)
+    return save_figure(study, name, figure, drawn)
 
 
 # ----------------------------------------------------------------------------------------------------------------------
@@ -217,18 +226,18 @@ def draw_compute(study, name, panels):
 
 
 def losses(study, name, share=1.0, frames=16):
-    return column(finals(study.rows, name, share), f"loss_{frames}")
+    return values_of(final_rows(study.rows, name, share), f"loss_{frames}")
 
 
 def directions(study, name, share=1.0, frames=16):
-    return column(samples(study.rows, name, frames, share, BY_NAME[name].time_scales[0]), "direction")
+    return values_of(sample_rows(study.rows, name, frames, share, BY_NAME[name].time_scales[0]), "direction")
 
 
 def answer_a(study):
     names = "16", "fixed-16"
     found = {"Validation loss at 16 frames": losses, "Share of right directions": directions}
     lines = [
-        "- " + compare("rotary", "fixed", what, *(values(study, name) for name in names))
+        "- " + difference("rotary", "fixed", what, *(values(study, name) for name in names))
         for what, values in found.items()
     ]
     lines.append("")
@@ -242,13 +251,13 @@ def answer_b(study):
         for name in [arm.name for arm in BY_NAME.values() if "B" in arm.questions and arm.patch == patch]:
             if name == base:
                 continue
-            lines.append(compare(name, base, "Loss at 16 frames", losses(study, name), losses(study, base)))
-            lines.append(compare(name, base, "Directions right", directions(study, name), directions(study, base)))
+            lines.append(difference(name, base, "Loss at 16 frames", losses(study, name), losses(study, base)))
+            lines.append(difference(name, base, "Directions right", directions(study, name), directions(study, base)))
             if 0.6 in BY_NAME[name].shares:
-                lines += [reaches(study, name, base)]
+                lines += [goal_sentence(study, name, base)]
         even, skip = ("4-8-16 even", "8-16") if patch == 4 else (f"patch {patch}: 4-8-16", f"patch {patch}: 8-16")
         what = f"What the 4-frame phase is worth at temporal patch {patch}, loss"
-        lines += [compare(even, skip, what, losses(study, even), losses(study, skip)), ""]
+        lines += [difference(even, skip, what, losses(study, even), losses(study, skip)), ""]
     arms = [arm for arm in BY_NAME.values() if "B" in arm.questions]
     lines = ["- " + line if line else "" for line in lines]
     lines += table(ARM_TITLES, [arm_row(study.rows, arm.name, share, 16) for arm in arms for share in arm.shares])
@@ -257,10 +266,10 @@ def answer_b(study):
     return lines + draw_compute(study, "B", panels) + answer_bump(study)
 
 
-def reaches(study, name, base):
-    """The goal: as low a loss with 60% of the compute as 16 frames from the start with all of it."""
+def goal_sentence(study, name, base):
+    """A sentence about the goal: with 60% of the compute no higher a loss than the base with all of it."""
     early, whole = losses(study, name, 0.6), losses(study, base)
-    line = compare(f"{name} at 60%", f"{base} at 100%", "Goal (at most 0)", early, whole)
+    line = difference(f"{name} at 60%", f"{base} at 100%", "Goal (at most 0)", early, whole)
     seeds = early.keys() & whole.keys()
     if not seeds:
         return line
@@ -269,7 +278,7 @@ def reaches(study, name, base):
 
 
 def answer_bump(study):
-    """Does the loss rise where the number of frames changes, and for how long?"""
+    """Whether the loss rises when the number of frames changes, and for how long."""
     lines = ["### The bump at a switch", ""]
     lines += ["Validation loss as a share of a zero predictor's, at the frames of the phase: before a switch those of "
               "the phase that ends, after it those of the new one. Gone: the first validation that is no higher than "
@@ -293,11 +302,15 @@ def answer_bump(study):
             axes.axhline(1, color="gray", linestyle="--")
     panels[0].set(ylabel="loss / loss before the switch")
     titles = ["arm", "switch", "weights", "highest loss / before", "gone after, share of the phase", "goal of 2%"]
-    return lines + table(titles, cells) + save(study, "B-bump", figure, drawn)
+    return lines + table(titles, cells) + save_figure(study, "B-bump", figure, drawn)
 
 
 def bump(rows, name, before, after, key="loss"):
-    """Places in the new phase (shares of it) and loss there over the loss before the switch; None if not known."""
+    """The loss after a switch of phases, relative to that before it; None if it was not measured.
+
+    Returns a dict: "places" (n,), as shares of the new phase; "ratios" (n,), the relative loss there; "gone", the first
+    place where it is at most 1 (inf if none); "highest", the maximum of the ratios.
+    """
     wanted = {"arm": name, "seed": 0, "share": 1.0, "kind": "train"}
     run = [row for row in rows if wanted.items() <= row.items() and row["loss_rel"] is not None]
     shares = {row["step"]: row[key] / row["loss"] * row["loss_rel"] for row in run}  # of a zero predictor's loss
@@ -324,9 +337,9 @@ def answer_c(study):
     lines = []
     for name, trained in names.items():
         other = [frames for frames in LENGTHS if frames != trained]
-        own, found = pooled(samples(study.rows, name, trained)), {}
+        own, found = pooled(sample_rows(study.rows, name, trained)), {}
         for frames in other:
-            found[frames] = pooled(samples(study.rows, name, frames))
+            found[frames] = pooled(sample_rows(study.rows, name, frames))
         if own is None or not any(found.values()):
             lines.append(f"- Trained last on {trained} frames ({name}): not run yet.")
             continue
@@ -334,26 +347,27 @@ def answer_c(study):
         lost = [n for n, part in found.items() if part and n not in held]
         lines.append(f"- Trained last on {trained} frames ({name}), {own[0]:.0%} of the directions right there: no "
                      f"worse, within the intervals, at {listed(held)} frames, worse at {listed(lost)}.")  # fmt: skip
-    lines += ["", *table(["arm", "sampled frames", "direction right (95%)", "speed / true", "seam score (1 = none)",
-                          "largest drift"],
-                         [c_row(study, name, frames, "none") for name in names for frames in LENGTHS])]  # fmt: skip
+    titles = ["arm", "sampled frames", "direction right (95%)", "speed / true"]
+    titles += ["seam score (1 = none)", "largest drift"]
+    cells = [length_row(study, name, frames, "none") for name in names for frames in LENGTHS]
+    lines += ["", *table(titles, cells)]
     lines += answer_intervals(study)
     figure, panels = plt.subplots(1, 2, figsize=(14, 6), layout="constrained")
     drawn = False
     for number, (name, trained) in enumerate(names.items()):
-        made = [samples(study.rows, name, frames) for frames in LENGTHS]
+        made = [sample_rows(study.rows, name, frames) for frames in LENGTHS]
         label = f"trained on {trained}" if name.isdecimal() else f"trained on {name}"
-        drawn |= draw_shares(panels[0], LENGTHS, made, label=label, **look_of(number))
-        draw_means(panels[1], LENGTHS, made, "seam", label=label, **look_of(number))
+        drawn |= draw_shares(panels[0], LENGTHS, made, label=label, **line_style(number))
+        draw_means(panels[1], LENGTHS, made, "seam", label=label, **line_style(number))
     panels[0].set(ylabel="direction right, %", ylim=(-3, 103))
     panels[1].set(ylabel="seam score (1 = no seam)")
     for axes in panels:
         axes.set(xlabel="sampled frames", xticks=[4, 8, 12, 16, 24, 32])
-    return lines + save(study, "C", figure, drawn) + answer_scale(study)
+    return lines + save_figure(study, "C", figure, drawn) + answer_scale(study)
 
 
 def answer_intervals(study):
-    """Distances in time that were trained by frames further apart: do they carry to more frames, without scaling?"""
+    """Whether training on larger frame intervals helps with more frames, without --rope-scale."""
     lines = ["Trained on frames that are 1 to 3 apart (intervals 1-3: its 2 temporal patches are as far apart as any "
              "of the 4 of 16 frames) or 1 to 2 (4-8-16 intervals: as any of the 7 of 28 frames), beside those trained "
              "on frames that are 1 apart; all are sampled at 0.04 s per frame, without scaling:", ""]  # fmt: skip
@@ -362,17 +376,17 @@ def answer_intervals(study):
         for frames in lengths:
             for arm in arms:
                 scale = BY_NAME[arm].time_scales[0]  # None: as trained, which is 0.04 s for the plain ones
-                made = samples(study.rows, arm, frames, time_scale=scale)
+                made = sample_rows(study.rows, arm, frames, time_scale=scale)
                 cells.append([arm, str(frames), share_cell(made), value_cell(made, "speed")])
     return lines + table(["arm", "sampled frames", "direction right (95%)", "speed / true"], cells)
 
 
-def listed(numbers):
-    return ", ".join(map(str, numbers)) or "none"
+def listed(values):
+    return ", ".join(map(str, values)) or "none"
 
 
-def c_row(study, name, frames, method):
-    made = samples(study.rows, name, frames, rope_scale=method)
+def length_row(study, name, frames, method):
+    made = sample_rows(study.rows, name, frames, rope_scale=method)
     cells = [value_cell(made, key) for key in ("speed", "seam", "drift")]
     return [name, str(frames) + ("" if method == "none" else f", {method}"), share_cell(made), *cells]
 
@@ -384,26 +398,26 @@ def answer_scale(study):
     for axes, name in zip(panels, ("4", "8", "16"), strict=True):
         lengths = BY_NAME[name].scaled
         for number, method in enumerate(ROPE_SCALES):
-            made = [samples(study.rows, name, frames, rope_scale=method) for frames in lengths]
-            drawn |= draw_shares(axes, lengths, made, label=method, **look_of(number))
-            cells += [c_row(study, name, frames, method) for frames in lengths]
+            made = [sample_rows(study.rows, name, frames, rope_scale=method) for frames in lengths]
+            drawn |= draw_shares(axes, lengths, made, label=method, **line_style(number))
+            cells += [length_row(study, name, frames, method) for frames in lengths]
         for frames in lengths:
-            lines.append(best_scale(study, name, frames))
+            lines.append(best_scale_sentence(study, name, frames))
         axes.set(title=f"trained on {name} frames", xlabel="sampled frames", xticks=lengths)
     panels[0].set(ylabel="direction right, %", ylim=(-3, 103))
     titles = ["arm", "sampled frames", "direction right (95%)", "speed / true", "seam score", "largest drift"]
-    return lines + [""] + table(titles, cells) + save(study, "C-scale", figure, drawn)
+    return lines + [""] + table(titles, cells) + save_figure(study, "C-scale", figure, drawn)
 
 
-def best_scale(study, name, frames):
-    """A sentence: does a method beat none, on the seeds that both have?"""
+def best_scale_sentence(study, name, frames):
+    """A sentence: whether a --rope-scale is better than none, on the seeds that have both."""
     place = f"- Trained on {name}, sampled at {frames} frames"
     plain = directions(study, name, 1.0, frames)
     found = {}
     for method in ROPE_SCALES[1:]:
-        made = samples(study.rows, name, frames, rope_scale=method)
+        made = sample_rows(study.rows, name, frames, rope_scale=method)
         if seeds := made.keys() & plain.keys():
-            none = {seed: samples(study.rows, name, frames)[seed] for seed in seeds}
+            none = {seed: sample_rows(study.rows, name, frames)[seed] for seed in seeds}
             found[method] = pooled({seed: made[seed] for seed in seeds}), pooled(none)
     if not found:
         return f"{place}: not run yet."
@@ -418,11 +432,11 @@ def answer_d(study):
     figure, axes = plt.subplots(figsize=(8, 6), layout="constrained")
     places, truths, found, halves = [], [], [], []
     for scale in arm.time_scales:
-        made = samples(study.rows, arm.name, 8, time_scale=scale)
-        speeds = column(made, "speed")
+        made = sample_rows(study.rows, arm.name, 8, time_scale=scale)
+        speeds = values_of(made, "speed")
         cells.append([f"{scale:g}", share_cell(made), mean_cell(speeds, 3)])
         if speeds:
-            true = next(iter(column(made, "true_speed").values()))
+            true = next(iter(values_of(made, "true_speed").values()))
             mean, half = np.mean(list(speeds.values())), half_width(list(speeds.values()))
             places, truths = [*places, scale], [*truths, true]
             found, halves = [*found, mean * true], [*halves, (half or 0) * true]
@@ -434,10 +448,10 @@ def answer_d(study):
             lines.append(f"- At {scale:g} s per frame: not run yet.")
     axes.plot(places, truths, color="black", linestyle="--", label="true")
     axes.fill_between(places, [0.9 * x for x in truths], [1.1 * x for x in truths], color="gray", alpha=0.2)
-    axes.errorbar(places, found, halves, capsize=4, label="generated (95%)", **look_of(0))
+    axes.errorbar(places, found, halves, capsize=4, label="generated (95%)", **line_style(0))
     axes.set(xlabel="time scale, seconds per frame", ylabel="displacement, px per frame", ylim=(0, None))
     lines += ["", *table(["seconds per frame", "direction right (95%)", "displacement / true"], cells)]
-    return lines + save(study, "D", figure, bool(places))
+    return lines + save_figure(study, "D", figure, bool(places))
 
 
 FACTORS = (
@@ -449,9 +463,9 @@ SHIFTS, SHIFTED = (1, 2, 3, 5), (4, 16)  # gamma shifts, of these frames
 def answer_e(study):
     lines, names = [], ["16", *FACTORS]
     for name in FACTORS:
-        lines.append("- " + compare(name, "16", "Loss at 16 frames", losses(study, name), losses(study, "16")))
+        lines.append("- " + difference(name, "16", "Loss at 16 frames", losses(study, name), losses(study, "16")))
     for frames in SHIFTED:
-        lines.append("- " + best_shift(study, frames))
+        lines.append("- " + best_shift_sentence(study, frames))
     lines += ["", "The base, 16, has theta 100, channels 10, 10, 10 of a head of 32, temporal patch 4, no QK norm, "
               "Muon, gamma shift 3.", ""]  # fmt: skip
     lines += table(ARM_TITLES, [arm_row(study.rows, name, 1.0, 16) for name in names])
@@ -467,25 +481,25 @@ def answer_e(study):
         gaps = {seed: {"gap": own[seed] - base[seed]} for seed in own.keys() & base.keys()}
         values = [row["gap"] for row in gaps.values()]
         if values:
-            panels[0].errorbar(np.mean(values), place, xerr=half_width(values) or 0, capsize=4, **look_of(0))
+            panels[0].errorbar(np.mean(values), place, xerr=half_width(values) or 0, capsize=4, **line_style(0))
             panels[0].scatter(values, [place] * len(values), color="black", s=20, zorder=3)
             drawn = True
     panels[0].set_yticks(range(len(FACTORS)), FACTORS)
     panels[0].axvline(0, color="gray", linestyle="--")
     panels[0].set(xlabel='validation loss minus that of "16" (95%)')
     for number, frames in enumerate(SHIFTED):
-        made = [samples(study.rows, shifted(frames, shift), frames) for shift in SHIFTS]
-        drawn |= draw_shares(panels[1], SHIFTS, made, label=f"{frames} frames", **look_of(number))
+        made = [sample_rows(study.rows, shifted(frames, shift), frames) for shift in SHIFTS]
+        drawn |= draw_shares(panels[1], SHIFTS, made, label=f"{frames} frames", **line_style(number))
     panels[1].set(xlabel="gamma shift", ylabel="direction right, %", xticks=SHIFTS, ylim=(-3, 103))
-    return lines + save(study, "E", figure, drawn)
+    return lines + save_figure(study, "E", figure, drawn)
 
 
 def shifted(frames, shift):
     return str(frames) if shift == 3 else f"{frames} frames, gamma shift {shift}"
 
 
-def best_shift(study, frames):
-    found = {shift: pooled(samples(study.rows, shifted(frames, shift), frames)) for shift in SHIFTS}
+def best_shift_sentence(study, frames):
+    found = {shift: pooled(sample_rows(study.rows, shifted(frames, shift), frames)) for shift in SHIFTS}
     found = {shift: part for shift, part in found.items() if part}
     if len(found) < len(SHIFTS):
         return f"Gamma shift at {frames} frames: not run yet ({len(found)} of {len(SHIFTS)})."
@@ -496,14 +510,14 @@ def best_shift(study, frames):
 
 
 # ----------------------------------------------------------------------------------------------------------------------
-# UCF-101, on paper
+# UCF-101, estimated
 
 PEAK, UTILISATIONS = 989e12, (0.2, 0.4)  # FLOP/s of an H100 in bf16, dense; shares of it that training reaches
 UCF_PHASES = ((4, 50_000, 256), (8, 50_000, 128), (16, 50_000, 64))  # frames, steps, clips: those of the README
 
 
 def answer_f(study):
-    """Counted FLOPs of the README's schedule, and what they take on 8 GPUs."""
+    """FLOPs of the README's schedule, and the time that they take on 8 GPUs."""
     settings = {"input_size": 32, "in_channels": 4, "num_classes": 101, "use_rope": True}
     cells, hours_at = [], [f"hours (GPU hours) at {share:.0%}" for share in UTILISATIONS]
     for model in ("EqM-S/4", "EqM-B/2", "EqM-XL/2"):
@@ -527,17 +541,17 @@ def answer_f(study):
              "  --data-path datasets/ucf-101-latents --results-dir results/ucf --precision bf16 --resume \\",
              f"  --frames-schedule {','.join(schedule)}", "```", ""]  # fmt: skip
     for name in ("4-8-16 even", "4-8-16 long"):
-        lines.append(f"- On Moving Shapes: {reaches(study, name, '16')}")
-    lines.append(f"- {pace_of(study.rows, '4-8-16 even')}")
+        lines.append(f"- On Moving Shapes: {goal_sentence(study, name, '16')}")
+    lines.append(f"- {pace_sentence(study.rows, '4-8-16 even')}")
     lines.append("- Nothing here says that a result on Moving Shapes carries over to UCF-101.")
     return [*lines, ""]
 
 
-def pace_of(rows, name):
-    """A sentence: seconds per FLOP of an arm over those of 16 frames from the start, on one machine."""
+def pace_sentence(rows, name):
+    """A sentence: seconds per FLOP of an arm, relative to the arm "16" on the same machine."""
     ratios = {}
-    for seed, row in finals(rows, name).items():
-        other = finals(rows, "16").get(seed)
+    for seed, row in final_rows(rows, name).items():
+        other = final_rows(rows, "16").get(seed)
         if other and None not in (row["seconds"], other["seconds"]) and row["machine"] == other["machine"]:
             paces = [(one["seconds"] - one["val_seconds"]) / one["flops"] for one in (row, other)]
             ratios[seed] = paces[0] / paces[1]
@@ -557,8 +571,8 @@ ANSWERS = {
 }
 
 
-def report(study):
-    """Write the tables and figures from the rows."""
+def write_report(study):
+    """Write study.md and its figures from the rows of a study."""
     spent = sum(row["seconds"] for row in last_rows(study.rows)) / 3600
     versions, machines = ({row[name] or "unknown" for row in study.rows} for name in ("code", "machine"))
     lines = ["# Does a frame curriculum with rotary positions pay?", "",
@@ -566,7 +580,7 @@ def report(study):
              f"{VERSION}, size {study.size.name}), which `python scripts/study/study.py` measures. {spent:.1f} "
              f"hours of training and sampling so far, on {listed(sorted(machines))}; code "
              f"{listed(sorted(v[:10] for v in versions))}.", "",
-             *about(study), *tuning_lines(study)]  # fmt: skip
+             *about_lines(study), *tuning_lines(study)]  # fmt: skip
     for letter, (title, answer) in ANSWERS.items():
         command = f"`python scripts/study/study.py --only {letter}`" if letter in QUESTIONS else "No run."
         lines += [f"## {letter}. {title}", "", command, "", *answer(study)]
@@ -576,8 +590,8 @@ def report(study):
     say(f"{path}; figures in {study.out / 'figures'}")
 
 
-def about(study):
-    """What all arms share."""
+def about_lines(study):
+    """Lines of markdown: what all arms have in common, how the numbers are computed."""
     size = study.size
     flops = phases_of(BY_NAME["16"], 1.0, size)[1] / 1e12
     return [
@@ -600,7 +614,7 @@ def share_text(rows):
 
 
 def tuning_lines(study):
-    """The learning rates that were tried, and which was taken."""
+    """Lines of markdown: the learning rates that were tried, and which was chosen."""
     if len(study.size.factors) == 1:
         return []
     cells, edges = [], []

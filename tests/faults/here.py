@@ -8,6 +8,7 @@ import pytest
 
 import train
 from runtime import runs, signals
+from vae import VAE
 
 OFTEN = ["--log-every", 3, "--val-every", 2, "--ckpt-every", 4, "--sample-every", 5]
 OFTEN += ["--num-samples", 1, "--num-sampling-steps", 3, "--keep-last", 2]
@@ -23,28 +24,31 @@ def usual_signals():
 
 
 def run_here(training, *flags, stop_after=None, stop_in=None):
-    """The training run in this process, for speed; SIGTERM comes after so many steps, or in the first call of a
-    function of train.py, of which only the first half is done then."""
-    steps = []
+    """The training run in this process, for speed; returns its number of steps.
 
-    def step(run):
-        train_step(run)
-        steps.append(run.progress.step)
+    SIGTERM comes after so many steps, or in the first call of `validate` or `sample_ema` of train.py, or (latents_of)
+    in the middle of the first validation.
+    """
+    steps, update_ema = [], train.update_ema
+
+    def last_of_a_step(*arguments):
+        update_ema(*arguments)
+        steps.append(1)
         if len(steps) == stop_after:
             os.kill(os.getpid(), signal.SIGTERM)
 
-    def looking(run, *arguments, **keywords):
-        if keywords.get("stream") == "validation" or stop_in != "draw":
+    def interrupted(*arguments, **keywords):
+        if stop_in != "latents_of" or "validation" in arguments:
             os.kill(os.getpid(), signal.SIGTERM)
-        return look(run, *arguments, **keywords)
+        return function(*arguments, **keywords)
 
-    train_step = train.step
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(sys, "argv", ["train.py", *map(str, training.command_flags(*OFTEN, *flags))])
-        patch.setattr(train, "step", step)
+        patch.setattr(train, "update_ema", last_of_a_step)
         if stop_in:
-            look = getattr(train, stop_in)
-            patch.setattr(train, stop_in, looking)
+            owner = VAE if stop_in == "latents_of" else train
+            function = getattr(owner, stop_in)
+            patch.setattr(owner, stop_in, interrupted)
         try:
             train.main()
         finally:

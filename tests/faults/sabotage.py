@@ -38,17 +38,17 @@ def nan_on_rank_1():
 
 
 def hanging_decoder():
-    """A video beside which a file .hang lies is never decoded."""
-    from video import index
+    """A video with a file .hang beside it is never decoded."""
+    from video import clips
 
-    read = index.read_frames
+    read = clips.read_frames
 
-    def read_frames(root, video, numbers):
+    def read_frames(root, video, frames):
         while os.path.exists(os.path.join(root, video.path + ".hang")):
             time.sleep(1)
-        return read(root, video, numbers)
+        return read(root, video, frames)
 
-    index.read_frames = read_frames
+    clips.read_frames = read_frames
 
 
 def killed_while_it_starts_a_loader():

@@ -125,7 +125,7 @@ CASES = {
     "validation of fewer frames than a patch": case("train", "--val-frames 4 2", "--val-frames 2", "4"),
     "validation of too many frames": case("train", "--val-frames 4 400", "--val-frames 400", "10"),
     "validation of other frames with fixed positions": case("train fixed", "--val-frames 4", "--val-frames 4", "tied"),
-    "a schedule that goes back": case("schedule", "--frames-schedule 4:10,8:5", "--frames-schedule", "8:5", "rise"),
+    "a schedule that goes back": case("schedule", "--frames-schedule 4:10,8:5", "--frames-schedule", "8:5", "increase"),
     "a schedule of words": case("schedule", "--frames-schedule four", "--frames-schedule", "'four'"),
     "a schedule below the patch": case("schedule", "--frames-schedule 2:10,8:20", "--frames-schedule 2", "4"),
     "a schedule of frames that no video has": case(
@@ -135,10 +135,10 @@ CASES = {
         "schedule", "--frames-schedule 4:10,12:20 --global-batch-size 4", "12 frames", "--global-batch-size"
     ),
     "a schedule beside frames": case(
-        "schedule", "--frames-schedule 4:10 --num-frames 4", "--num-frames 4 beside --frames-schedule"
+        "schedule", "--frames-schedule 4:10 --num-frames 4", "--num-frames 4 contradicts --frames-schedule"
     ),
-    "a schedule beside steps": case("schedule", "--frames-schedule 4:10 --max-steps 20", "--max-steps 20 beside"),
-    "a schedule beside epochs": case("schedule", "--frames-schedule 4:10 --epochs 2", "--epochs 2 beside"),
+    "a schedule beside steps": case("schedule", "--frames-schedule 4:10 --max-steps 20", "--max-steps 20 contradicts"),
+    "a schedule beside epochs": case("schedule", "--frames-schedule 4:10 --epochs 2", "--epochs 2 contradicts"),
     "a schedule with fixed positions": case("schedule fixed", "--frames-schedule 4:10,8:20", "tied to 4"),
     "a mix of nothing": case("train", "--mix 0.2", "--mix 0.2", "--frames-schedule"),
     "no checkpoints kept": case("train", "--keep-last 0", "--keep-last", "at least 1"),
@@ -188,7 +188,7 @@ CASES = {
     "a VAE in an empty folder": case("train", "--vae empty", "--vae empty", "config.json"),
     "a VAE in a file": case("train", "--vae file", "--vae file"),
     # Results.
-    "results in a file": case("train", "--results-dir file", "--results-dir file", "not a folder"),
+    "results in a file": case("train", "--results-dir file", "--results-dir file", "not a writable folder"),
     "results below a file": case("train", "--results-dir /dev/null/x", "--results-dir", "/dev/null"),
     "results of no name": case("train", ["--results-dir", ""], "--results-dir", "empty"),
     "results in a link to itself": case("train", "--results-dir loop/x", "--results-dir loop"),
@@ -293,7 +293,7 @@ CASES = {
     "latents of nothing": case("cache", "--data-path no/such", "no such folder"),
     "latents of latents": case("cache", "--data-path cache", "a latent cache; name the folder of its videos"),
     "latents among videos": case("cache", "--out videos", "holds A but no latent cache"),
-    "latents in a file": case("cache", "--out file", "not a folder"),
+    "latents in a file": case("cache", "--out file", "not a writable folder"),
     "latents of no name": case("cache", ["--out", ""], "--out", "empty"),
     "latents beside others": case("cache", "--out cache", "--out cache: a latent cache with vae"),
     "latents of videos with long names": case("cache", "--data-path long", "--data-path long", "too long a name"),
@@ -309,7 +309,7 @@ CASES = {
     "an export without a place": case("export", "rope.pt", "DIR"),
     "an export of no name": case("export", ["rope.pt", ""], "DIR", "empty"),
     "an export among videos": case("export", "rope.pt videos", "DIR videos", "not empty"),
-    "an export in a file": case("export", "rope.pt file/x", "DIR file/x", "not a folder"),
+    "an export in a file": case("export", "rope.pt file/x", "DIR file/x", "not a writable folder"),
     "an export of code": case("export", "code.pt new", "holds code"),
     "an export of a device": case("export", "/dev/zero new", "a pipe or a device"),
     "an export of another model": case("export", "rope.pt new --model EqM-XL/2", "--model EqM-XL/2"),

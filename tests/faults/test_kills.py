@@ -68,7 +68,7 @@ def test_a_signal_saves_and_ends_a_single_process_with_status_0(number, shapes, 
     output, _ = process.communicate(timeout=GONE_WITHIN)
     assert process.returncode == 0, output
     assert f"stopped by {number.name} and saved at step {last_saved(training)}" in output
-    assert "--resume goes on" in output
+    assert "--resume continues" in output
     assert "Traceback" not in output
     assert last_saved(training) >= training.rows()[-1]["step"]
 
@@ -354,7 +354,7 @@ def test_the_progressive_script_saves_on_a_signal_and_the_same_command_goes_on(n
     process.send_signal(number)
     output, _ = process.communicate(timeout=GONE_WITHIN)
     assert process.returncode == 143
-    assert "and saved at step" in output and output.rstrip().endswith("interrupted; the same command goes on")
+    assert "and saved at step" in output and output.rstrip().endswith("interrupted; the same command continues")
     wait_gone(left)
     step = torch.load(second / "checkpoints/latest.pt", weights_only=True)["step"]
     process = start_script("train_progressive.sh", tree, settings | {"STEPS_2": step + 1, "STEPS_3": step + 2}, *flags)

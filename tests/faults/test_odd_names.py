@@ -1,5 +1,5 @@
-"""Names with spaces, quotes, line ends, bytes that are no text, and what a shell would run: they work everywhere, reach
-no shell and forge no line of a log."""
+"""Names with spaces, quotes, line breaks, shell code and bytes that are not UTF-8 work everywhere: no shell runs them
+and they forge no line of a log."""
 
 import json
 import os
@@ -32,8 +32,8 @@ CLASSES = ["-A" + ODD, "B '" + FORGED + "x" * 150]
 def data(tmp_path):
     root = tmp_path / f"data{ODD}"
     for class_name in CLASSES:
-        for number in range(2):
-            write_video(root / class_name / f"--{number}{ODD}.avi")
+        for index in range(2):
+            write_video(root / class_name / f"--{index}{ODD}.avi")
     return root
 
 
@@ -43,13 +43,13 @@ def run(monkeypatch, script, *flags):
 
 
 def lines_of(text):
-    """Lines as any reader of a log splits them."""
+    """The lines of a text, split at every kind of line break."""
     return text.splitlines()
 
 
 def test_everything_works_with_odd_names_and_no_line_is_forged(data, tmp_path, monkeypatch, capsys):
     monkeypatch.chdir(tmp_path)
-    results = tmp_path / f"results{ODD}".replace("\udcff", "")  # TensorBoard and diffusers want text
+    results = tmp_path / f"results{ODD}".replace("\udcff", "")  # TensorBoard and diffusers need UTF-8
     vae = make_vae(str(tmp_path / f"vae{ODD}").replace("\udcff", ""))
     (data / CLASSES[0] / f"broken{ODD}.avi").write_bytes(b"RIFF and no more")
     (data / CLASSES[0] / f"bad{ODD}.avi").write_bytes((data / CLASSES[0] / f"--0{ODD}.avi").read_bytes()[:3000])
@@ -62,7 +62,7 @@ def test_everything_works_with_odd_names_and_no_line_is_forged(data, tmp_path, m
     shared += [f"--results-dir={results}", "--sample-every=1", "--num-samples=2", "--num-sampling-steps=2"]
     pixels = [*shared, f"--data-path={data}", "--vae=none", "--image-size=16"]
     command = [sys.executable, train.__file__, *pixels, "--max-steps=1"]
-    said = subprocess.run(command, check=True, capture_output=True, text=True, errors="replace").stdout
+    output = subprocess.run(command, check=True, capture_output=True, text=True, errors="replace").stdout
     run(monkeypatch, train, *pixels, "--max-steps=2", "--resume")
     run(monkeypatch, train, *shared, f"--data-path={cache}", "--max-steps=1")
     first, second = sorted(results.iterdir())
@@ -78,11 +78,11 @@ def test_everything_works_with_odd_names_and_no_line_is_forged(data, tmp_path, m
         assert np.load(samples / "samples.npz")["labels"].tolist() == [1, 1]
     assert json.loads((samples / "samples.json").read_text())["classes"] == sorted(CLASSES)
 
-    said += capsys.readouterr().out
+    output += capsys.readouterr().out
     logs = [path.read_text(encoding="utf-8") for path in results.rglob("log.txt")]
     assert len(logs) == 3
     assert any("broken-o" in log for log in logs)
-    for text in (said, *logs):
+    for text in (output, *logs):
         assert not any(line.startswith("step 9:") for line in lines_of(text))
         assert "\x1b" not in text
     for folder in results.glob("[0-9]*"):
@@ -93,13 +93,13 @@ def test_everything_works_with_odd_names_and_no_line_is_forged(data, tmp_path, m
     assert checkpoint.load(ckpt)["config"]["data"]["classes"] == sorted(CLASSES)
     assert not list(tmp_path.rglob("hacked"))
     before = {path.name for path in tmp_path.iterdir()}
-    assert all("data" in name or ODD[:5] in name for name in before), before  # nothing lies outside its folder
+    assert all("data" in name or ODD[:5] in name for name in before), before  # all files are in their folders
 
 
-def test_an_index_of_odd_names_is_found_again(data, monkeypatch):
+def test_an_index_of_odd_names_is_valid(data, monkeypatch):
     scan = scan_videos(data)
     assert scan.classes == sorted(CLASSES)
-    monkeypatch.setattr("video_dataset.probe", lambda *_: pytest.fail("was opened again"))
+    monkeypatch.setattr("video.index.probe", lambda *_: pytest.fail("opened a video again"))
     assert scan_videos(data) == scan
 
 
@@ -109,47 +109,47 @@ def test_an_index_of_odd_names_is_found_again(data, monkeypatch):
         ("plain, ünïcode 😀", "plain, ünïcode 😀"),
         ("two\nlines\r\t", r"two\nlines\r\t"),
         ("\x1b[2J\x00\x7f", r"\x1b[2J\x00\x7f"),
-        ("a\u2028b\x85c", r"a\u2028b\x85c"),  # line ends, for str.splitlines
+        ("a\u2028b\x85c", r"a\u2028b\x85c"),  # line breaks, for str.splitlines
         ("no text \udcff", r"no text \udcff"),
         ("\u202egnp.exe", r"\u202egnp.exe"),  # written from right to left
     ],
 )
-def test_a_line_shows_what_can_be_shown_and_spells_out_the_rest(text, shown):
+def test_a_line_shows_printable_characters_and_escapes_the_rest(text, shown):
     assert one_line(text) == shown
     assert one_line(text, "ascii").isascii()
 
 
-# The shell scripts, with a torchrun that only notes its arguments.
+# The shell scripts, with a torchrun that only records its arguments.
 
 
 @pytest.fixture
-def house(tmp_path):
-    """A function that runs a script in a copy of the house and returns what each torchrun was given."""
+def run_copy(tmp_path):
+    """A function that runs a script in a copy of scripts/ and returns (the process, the arguments of each torchrun)."""
     shutil.copytree(ROOT / "scripts", tmp_path / "scripts")
     (tmp_path / "bin").mkdir()
     torchrun = tmp_path / "bin/torchrun"
-    torchrun.write_text('#!/bin/bash\nprintf "%s\\0" "$@" >>"$NOTES"; printf "\\1\\0" >>"$NOTES"\n')
+    torchrun.write_text('#!/bin/bash\nprintf "%s\\0" "$@" >>"$RECORD"; printf "\\1\\0" >>"$RECORD"\n')
     torchrun.chmod(0o755)
 
     def run(script, *arguments, **environment):
-        notes = tmp_path / "notes"
-        notes.unlink(missing_ok=True)
-        environment |= {"PATH": f"{tmp_path}/bin:{os.environ['PATH']}", "NOTES": str(notes)}
+        record = tmp_path / "record"
+        record.unlink(missing_ok=True)
+        environment |= {"PATH": f"{tmp_path}/bin:{os.environ['PATH']}", "RECORD": str(record)}
         command = ["bash", str(tmp_path / "scripts" / script), *arguments]
         done = subprocess.run(command, env=os.environ | environment, capture_output=True)
-        calls = os.fsdecode(notes.read_bytes()).removesuffix("\1\0").split("\1\0") if notes.exists() else []
+        calls = os.fsdecode(record.read_bytes()).removesuffix("\1\0").split("\1\0") if record.exists() else []
         return done, [call.removesuffix("\0").split("\0") for call in calls]
 
     return run
 
 
-def test_train_progressive_passes_odd_names_as_they_are(house, tmp_path):
+def test_train_progressive_passes_odd_names_unchanged(run_copy, tmp_path):
     for step in (50, 90):
         path = tmp_path / f"results/{ODD}/00-a/checkpoints/{step:07d}.pt"
         path.parent.mkdir(parents=True, exist_ok=True)
         path.touch()
     names = {"EXP": ODD, "DATA": f"{ODD}data", "LATENTS": f"{ODD}latents", "VAE": f"{ODD}vae"}
-    done, calls = house("train_progressive.sh", f"--rest={ODD}", **names, STEPS_1="050", STEPS_2="90")
+    done, calls = run_copy("train_progressive.sh", f"--rest={ODD}", **names, STEPS_1="050", STEPS_2="90")
     assert done.returncode == 0, done.stderr
     assert [call[2] for call in calls] == ["EqM/cache_latents.py"] + 3 * ["EqM/train.py"]
     assert {f"--data-path={ODD}data", f"--out={ODD}latents", f"--vae={ODD}vae"} <= set(calls[0])
@@ -160,24 +160,24 @@ def test_train_progressive_passes_odd_names_as_they_are(house, tmp_path):
     assert not list(tmp_path.rglob("hacked"))
 
 
-def test_sample_passes_odd_names_as_they_are_and_takes_the_newest_model(house, tmp_path):
+def test_sample_passes_odd_names_unchanged_and_uses_the_newest_model(run_copy, tmp_path):
     for time, run in ((1, "a"), (3, "b"), (2, "c")):
         path = tmp_path / f"results/{ODD}/{run}\nx/checkpoints/best.pt"
         path.parent.mkdir(parents=True)
         path.touch()
         os.utime(path, (time, time))
-    done, (call,) = house("sample.sh", f"--rest={ODD}", EXP=ODD)
+    done, (call,) = run_copy("sample.sh", f"--rest={ODD}", EXP=ODD)
     assert done.returncode == 0, done.stderr
     wanted = {f"--ckpt=results/{ODD}/b\nx/checkpoints/best.pt", f"--folder=samples/{ODD}-f16", f"--rest={ODD}"}
     assert wanted <= set(call)
-    _, (call,) = house("sample.sh", EXP="x", CKPT=f"-{ODD}", OUT=f"-{ODD}")
+    _, (call,) = run_copy("sample.sh", EXP="x", CKPT=f"-{ODD}", OUT=f"-{ODD}")
     assert {f"--ckpt=-{ODD}", f"--folder=-{ODD}-f16"} <= set(call)
     assert not list(tmp_path.rglob("hacked"))
 
 
 @pytest.mark.parametrize("step", ["", "x", "1 2", "a[$(touch hacked)]"])
-def test_a_phase_that_ends_at_no_number_is_named(house, tmp_path, step):
-    done, _ = house("train_progressive.sh", CACHE="0", STEPS_1=step or "\n", STEPS_2="9")
+def test_a_phase_whose_last_step_is_not_a_number_is_named(run_copy, tmp_path, step):
+    done, _ = run_copy("train_progressive.sh", CACHE="0", STEPS_1=step or "\n", STEPS_2="9")
     assert done.returncode == 2
     assert b"STEPS_1" in done.stderr
     assert not list(tmp_path.rglob("hacked"))

@@ -75,13 +75,13 @@ def test_images_resume_bit_for_bit(tmp_path):
     check_in_parts(whole, tmp_path / "parts", (1, 4, None))
 
 
-@pytest.mark.parametrize("where", ["draw", "draw_samples", "validate"])
-def test_a_signal_while_the_run_looks_at_the_model_leaves_that_for_later(where, shapes, tmp_path):
+@pytest.mark.parametrize("where", ["latents_of", "sample_ema", "validate"])
+def test_a_signal_during_validation_or_sampling_leaves_that_for_after_the_resume(where, shapes, tmp_path):
     whole = Training(shapes, tmp_path / "whole", STEPS, flags=["--num-workers", 0])
     run_here(whole)
     parts = replace(whole, results=tmp_path / "parts")
     steps = run_here(parts, "--resume", stop_in=where)
-    assert steps == (5 if where == "draw_samples" else 2)
+    assert steps == (5 if where == "sample_ema" else 2)
     state = checkpoint.load(parts.folder / "checkpoints/latest.pt")
     assert state["step"] == steps
     assert parts.rows() == whole.rows()[: len(parts.rows())]
@@ -90,7 +90,7 @@ def test_a_signal_while_the_run_looks_at_the_model_leaves_that_for_later(where, 
     assert compare(whole, parts) == []
 
 
-def test_a_signal_at_the_last_look_leaves_a_run_that_is_not_finished(shapes, tmp_path):
+def test_a_signal_during_the_last_validation_leaves_a_run_that_is_not_finished(shapes, tmp_path):
     whole = Training(shapes, tmp_path / "whole", 1, flags=["--num-workers", 0])
     run_here(whole)
     parts = replace(whole, results=tmp_path / "parts")

@@ -1,0 +1,102 @@
+"""Validation: the same numbers each time, on any number of ranks."""
+
+import shutil
+
+import pytest
+import torch
+from torch.utils.data import DataLoader
+
+import validation
+from models import EqM, model_config
+from runtime import distributed
+from runtime.signals import StopSignal
+from test_optim import SMALL
+from test_train import usual_signals, videos  # noqa: F401 (fixtures)
+from vae import VAE
+from validation import summarize, validate, validation_chunks
+from video.clips import Clips, ClipsByFrames, collate
+from video.index import scan_videos
+
+CHUNKS = [[(4, 0), (4, 1), (4, 2)], [(4, 3), (4, 4), (4, 5)], [(4, 6), (4, 7)], [(8, 0), (8, 1)], [(8, 2)]]
+
+
+@pytest.fixture
+def models():
+    """EMA and raw weights, which differ."""
+    torch.manual_seed(0)
+    models = [EqM(model_config("EqM-Ti/4", **SMALL, num_frames=4, use_rope=True)) for _ in range(2)]
+    for model in models:
+        for parameter in model.parameters():
+            parameter.data.normal_(std=0.1)
+    return models
+
+
+@pytest.fixture
+def loaders(videos):  # noqa: F811
+    """Makes the loaders of that many ranks, which share the chunks."""
+    scan = scan_videos(videos)
+    clips = {n: Clips(videos, scan.videos, scan.classes, n, 16, flip=False, stream="validation") for n in (4, 8)}
+    dataset = ClipsByFrames(clips)
+
+    def make(world_size):
+        parts = [CHUNKS[rank::world_size] for rank in range(world_size)]
+        return [DataLoader(dataset, batch_sampler=part, collate_fn=collate) for part in parts]
+
+    return make
+
+
+def run(models, loader, num_frames=4):
+    return validate(*models, VAE("none"), loader, num_frames, "fp32", torch.device("cpu"), StopSignal())[0]
+
+
+def test_validation_gives_the_same_numbers_bit_for_bit_on_any_number_of_ranks(models, loaders, monkeypatch):
+    (alone,) = loaders(1)
+    expected = run(models, alone)
+    assert run(models, alone) == expected  # and every time
+    both, rows = loaders(2), []
+    monkeypatch.setattr(distributed, "gather", lambda mine: rows.append(mine) or [mine])
+    for loader in both:
+        run(models, loader)
+    monkeypatch.setattr(distributed, "gather", lambda mine: rows)
+    assert run(models, both[1]) == expected
+
+
+def test_validation_sees_the_ema_the_raw_weights_and_every_number_of_frames(models, loaders):
+    (loader,) = loaders(1)
+    both = run(models, loader)
+    own = {name for name in both if name in ("val_loss", "val_loss_rel", "val_loss_raw") or "gamma" in name}
+    assert both.keys() - own == {"val_loss_f4", "val_loss_rel_f4", "val_loss_f8", "val_loss_rel_f8"}
+    assert both["val_loss"] == both["val_loss_f4"] != both["val_loss_f8"]
+    swapped = models[::-1]
+    assert run(swapped, loader)["val_loss"] == both["val_loss_raw"]
+    assert run(swapped, loader, num_frames=8)["val_loss_raw"] == both["val_loss_f8"]
+
+
+def test_validation_tells_the_gammas_apart():
+    rows = torch.zeros(10, 6, dtype=torch.float64)  # frames, index, gamma, EMA, raw, E[x^2]
+    rows[:, 0], rows[:, 1], rows[:, 2] = 4, torch.arange(10), torch.arange(10) / 10
+    rows[:, 3], rows[:, 4], rows[:, 5] = torch.arange(10), 7, 0.5
+    numbers = summarize(rows, 4)
+    assert numbers["val_loss"] == 4.5 and numbers["val_loss_raw"] == 7
+    assert numbers["val_loss_rel"] == pytest.approx(4.5 / (13.867 * 1.5), rel=1e-3)
+    fifths = {name: value for name, value in numbers.items() if "gamma" in name}
+    assert fifths == {f"val_loss_gamma_{n / 5}": 2 * n + 0.5 for n in range(5)}
+    assert not any("_f4" in name for name in numbers)  # the only number of frames has no name of its own
+
+
+def test_chunks_hold_clips_of_one_length_and_at_most_four_of_each_video():
+    chunks = validation_chunks({4: ["a", "b", "c", "d", "e"], 8: ["a"]}, [4, 8], num_clips=18)
+    assert [len(chunk) for chunk in chunks] == [validation.CHUNK, validation.CHUNK, 2, 4]
+    assert [key for chunk in chunks for key in chunk] == [(4, n) for n in range(18)] + [(8, n) for n in range(4)]
+
+
+def test_validation_covers_the_classes_also_when_there_are_more_videos_than_it_takes(videos, tmp_path):  # noqa: F811
+    root = tmp_path / "data"
+    for name in ("A", "B"):
+        (root / name).mkdir(parents=True)
+        for number in range(42):
+            shutil.copy(videos / "A/a.avi", root / name / f"{number:02d}.avi")
+    scan = scan_videos(root)
+    clips = Clips(root, scan.videos, scan.classes, 4, 16, flip=False, stream="validation")
+    labels = [clips[index]["label"] for index in range(32)]
+    assert 8 < sum(labels) < 24
