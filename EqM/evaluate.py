@@ -245,8 +245,8 @@ def main():
                 manifest.check_same(old, new)
     except UserError as error:
         fail(error)
-    device = distributed.start()
     with one_line_errors(ValueError):  # features that are not finite
+        device = distributed.start()
         Path(args.out).parent.mkdir(parents=True, exist_ok=True)
         values, result, bad = score(args, generated, *distributed.broadcast(real), detector, num_features, device)
         evaluations = list(itertools.chain(*distributed.gather(generated.evaluations)))
