@@ -345,7 +345,8 @@ class EqM(nn.Module):
         if padding:
             x = torch.cat([x, x[:, :, -1:].expand(-1, -1, padding, -1, -1)], dim=2)
 
-        tokens = self.x_embedder(x)  # (B, N, D)
+        # Under autocast the embedding is bf16. The residual stream is not: each of its 2 x depth sums would be rounded.
+        tokens = self.x_embedder(x).to(x.dtype)  # (B, N, D)
         condition = self.t_embedder(time_scale) + self.y_embedder(y)  # (B, D)
         if self.config.use_rope:
             rotary = self.rope(grid, time_scale)
