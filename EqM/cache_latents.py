@@ -221,7 +221,10 @@ def finish_cache(args, settings, scan, bad_videos):
     place = Path(args.out, index.LATENTS_FILE)
     old = index.latents_settings(args.out) if place.exists() else {"videos": []}
     if gone := sorted({video["path"] for video in old["videos"]} - {video.path for video in videos}):
-        say(f"{len(gone)} videos are gone, the first is {gone[0]}: removed from {place.name}, their files are kept")
+        say(
+            f"{len(gone)} videos are gone from --data-path, the first is {gone[0]}: removed from {place.name}, "
+            "their latents are kept"
+        )
     if content != old:
         write_file(place, json.dumps(content, indent=1).encode())
     Path(args.out, index.PARTIAL_FILE).unlink(missing_ok=True)

@@ -7,7 +7,7 @@ A file holds a dict of tensors and plain Python values:
     version    format of the file
     config     {"model": fields of EqMConfig, "data": vae, image_size, fps, ..., "training": the flags}
     model, ema flat state dicts
-    optimizer  {"kind": "adamw" or "muon", "states": [state dicts]}; None in files of others: it starts afresh
+    optimizer  {"kind": "adamw" or "muon", "states": [state dicts], "scaler": state dict}; None in files of others
     step       global step, over all phases
     phase      the other fields of Progress
     best_loss  lowest validation loss of the phase
@@ -30,7 +30,7 @@ from published import load_published, published_parts, read_export
 from runtime.atomic import atomic_write, sync
 from runtime.cli import UserError, say
 from runtime.distributed import rank
-from runtime.runs import clean, is_restarted, lock, newest_run
+from runtime.runs import is_restarted, lock, newest_run, remove_temporary_files
 from runtime.untrusted import (
     ARCHIVE_ERRORS,
     CONFIG_BYTES,
@@ -79,7 +79,7 @@ class Progress:
     skipped: int = 0  # steps in a row whose gradient was not finite
     seconds: float = 0.0  # of the run, without interruptions
     flops: float = 0.0  # of the run's training steps
-    pretrained: bool = False  # step 0 was a model from elsewhere, whose EMA is worth keeping
+    pretrained: bool = False  # the run began with a model from elsewhere: full --ema-decay at once
 
     def begin_phase(self):
         """Start another phase here, with its own stream and its own best loss."""
@@ -109,8 +109,8 @@ def trained_time_scale(data):
 def save(path, state):
     """Write a checkpoint: to a temporary file, flushed to the disk, then renamed to `path`.
 
-    Whatever goes wrong, `path` holds either its old content or all of the new. Raises UserError if the disk is full or
-    refuses.
+    Whatever goes wrong, `path` holds either its old content or all of the new. Raises UserError if it can't be
+    written.
     """
     try:
         with atomic_write(path) as file:
@@ -249,9 +249,9 @@ def load_model(path, use_ema=True, model=None, video=None, **checks):
     if video is not None:
         check_kind(path, state, video)
     check(path, config, **checks)
-    model = EqM(config)
-    load_weights(path, model, state["ema" if use_ema else "model"])
-    return model.eval(), state["config"], state["step"]
+    network = EqM(config)
+    load_weights(path, network, state["ema" if use_ema else "model"])
+    return network.eval(), state["config"], state["step"]
 
 
 def load_run(start, model, ema, optimizers, scaler):
@@ -275,7 +275,7 @@ def load_weights(path, model, weights):
 
 
 def load_optimizers(path, optimizers, saved):
-    """Restore the optimizers' memory of each weight from their state dicts; their settings stay those of the flags.
+    """Restore the optimizers' state of each weight; their settings, such as the learning rate, stay those of the flags.
 
     Raises UserError if it does not fit these weights.
     """
@@ -296,7 +296,7 @@ def load_optimizers(path, optimizers, saved):
 
 
 # ----------------------------------------------------------------------------------------------------------------------
-# Whether the values in a file are such as train.py writes
+# Whether the values in a file have the types and ranges that train.py writes
 
 
 def invalid_field(state):
@@ -385,9 +385,9 @@ def config_of(path, state):
 def check_weights(path, config, *parts):
     """Raise UserError, naming the first mismatch, unless each of the parts (state dicts) fits EqM(config).
 
-    No such model is made for that: only once a file is known to be large enough, one block is, which stands for all.
+    The full model is not built: once the file is known to be large enough, one block shows the shapes of all.
     """
-    mismatch = next(filter(None, (too_few(config, weights) for weights in parts)), None)
+    mismatch = next(filter(None, (size_mismatch(config, weights) for weights in parts)), None)
     if mismatch is None:
         shapes = weight_shapes(config)
         mismatch = next(filter(None, (first_mismatch(weights, shapes) for weights in parts)), None)
@@ -395,8 +395,8 @@ def check_weights(path, config, *parts):
         raise UserError(f"--ckpt {path}: its weights do not match its config: {mismatch}")
 
 
-def too_few(config, weights):
-    """How weights are fewer than EqM(config) has, in words; None if they may be enough."""
+def size_mismatch(config, weights):
+    """What says that the weights are too few for EqM(config); None if they may fit."""
     total, depth, D = sum(value.numel() for value in weights.values()), config.depth, config.hidden_size
     sizes = {
         "x_embedder.proj.weight": D * config.values_per_token,
@@ -415,7 +415,7 @@ def too_few(config, weights):
 def weight_shapes(config):
     """name -> shape of the weights of EqM(config)."""
     with warnings.catch_warnings():
-        warnings.simplefilter("ignore")  # about narrow models: the whole one will warn
+        warnings.simplefilter("ignore")  # about narrow models: the full model will warn
         small = EqM(replace(config, depth=1)).state_dict()
     shapes = {name: tuple(value.shape) for name, value in small.items()}
     blocks = {name.removeprefix("blocks.0."): shapes.pop(name) for name in small if name.startswith("blocks.0.")}
@@ -522,7 +522,7 @@ def find_start(args, name):
     if folder:
         if rank() == 0:
             lock(folder)
-            clean(folder)
+            remove_temporary_files(folder)
         start.path, start.state = newest_checkpoint(folder, **asked)
         if start.state:
             start.state["run"] = start.state.get("run") or {"window": None, "bad_videos": []}
@@ -551,7 +551,7 @@ def find_start(args, name):
 def newest_checkpoint(folder, **asked):
     """(path, dict as of `load`) of the newest intact checkpoint of a run; (None, None) if it has none.
 
-    Damaged ones are named. latest.pt is always the newest; only without it are the others read.
+    Damaged ones are named. latest.pt is always the newest; the others are read only if it is missing or damaged.
     """
     steps = {}
     latest = Path(folder, "checkpoints", "latest.pt")

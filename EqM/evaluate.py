@@ -52,7 +52,7 @@ MISSING = object()
 def parse_args():
     """(flags, names of those that were given)."""
     parser = ArgumentParser(description="Score generated clips against real ones.")
-    add = parser.add_argument_group("what").add_argument
+    add = parser.add_argument_group("clips and metric").add_argument
     add("--metric", choices=list(NUM_REAL), default="motion", help="motion is for Moving Shapes only")
     ckpt = "sample from this checkpoint of train.py, folder of scripts/export.py or published image model"
     add("--ckpt", metavar="FILE", help=ckpt + "; this or --samples")
@@ -70,7 +70,7 @@ def parse_args():
     resamples += "frames on one core); 0 = no interval"
     add("--resamples", type=NATURAL, default=frechet.RESAMPLES, metavar="N", help=resamples)
 
-    add = parser.add_argument_group("how").add_argument
+    add = parser.add_argument_group("run").add_argument
     add("--out", required=True, metavar="FILE.json", help="the manifest; consistency writes a plot beside it")
     repeat = "repeat the run of this manifest; other flags may only name files and folders, --num-workers, --tolerance"
     add("--manifest", metavar="FILE", help=repeat)

@@ -28,7 +28,7 @@ STOP_BELOW = 1.0  # as accurate as 250 points with 57% of their evaluations: scr
 # Flags
 
 
-def add_what_flags(add, num_samples, default_samples="number of samples"):
+def add_sample_flags(add, num_samples, num_samples_help="number of samples"):
     """What is sampled; `add` is the add_argument of a group."""
     frames = number(int, least=1, most=MOST_FRAMES)
     rate, scale = number(float, least=FPS[0], most=FPS[1]), number(float, least=1 / FPS[1], most=1 / FPS[0])
@@ -36,19 +36,17 @@ def add_what_flags(add, num_samples, default_samples="number of samples"):
     add("--num-frames", type=frames, metavar="N", help="frames per video, any number with rotary positions; " + trained)
     add("--fps", type=rate, metavar="X", help="frames per second of the samples; " + trained)
     add("--time-scale", type=scale, metavar="X", help="the same as seconds per frame; give one of the two")
-    add("--classes", nargs="+", metavar="C", help="names or numbers of classes, taken in turn; default: all")
+    add("--classes", nargs="+", metavar="C", help="names or indices of classes, taken in turn; default: all")
     count = number(int, least=1, most=MOST_SAMPLES)
-    add("--num-samples", "--num-fid-samples", type=count, default=num_samples, metavar="N", help=default_samples)
+    add("--num-samples", "--num-fid-samples", type=count, default=num_samples, metavar="N", help=num_samples_help)
     add("--seed", "--global-seed", type=NATURAL, default=0, metavar="N", help="seed of the noise")
-    scale = (
-        "how rotary time positions beyond the trained length are placed: unchanged, position interpolation, NTK-aware "
-    )
-    add("--rope-scale", choices=ROPE_SCALES, default="none", help=scale + "or RIFLEx")
+    beyond = "rotary time positions beyond the trained length: as they are, position interpolation, NTK-aware, RIFLEx"
+    add("--rope-scale", choices=ROPE_SCALES, default="none", help=beyond)
     add("--no-ema", action="store_true", help="use the raw weights instead of the EMA weights")
 
 
 def add_checked_flags(parser):
-    """What the checkpoint knows; returns the add_argument of the group."""
+    """Flags whose values are in the checkpoint; returns the add_argument of their group."""
     add = parser.add_argument_group("checked against the checkpoint, if given").add_argument
     add("--model", choices=NAMES, metavar="NAME", help="EqM-{Ti,S,B,L,XL}/{2,4,8}; published models need it")
     add("--use-rope", action="store_true", default=None, help="the model has 3D rotary positions")
@@ -107,7 +105,7 @@ class Source:
     labels: torch.Tensor  # (num_samples,) int64
     num_frames: int
     time_scale: float  # seconds per frame
-    video: bool = True  # or images
+    video: bool = True  # False: images
     step: int = 0  # of training
 
     @property
@@ -115,7 +113,7 @@ class Source:
         return self.model.config.input_size * self.vae.downsample
 
     def to(self, device, args):
-        """Move the networks to the device and into the precision that the flags ask for."""
+        """Move the networks to the device, and do what --precision and --compile ask for."""
         self.model.to(device).requires_grad_(False)
         self.vae.to(device)
         distributed.set_precision(args.precision)
@@ -193,7 +191,7 @@ def choose_labels(args, names):
             labels.append(int(word))
         else:
             known = ", ".join(names[:8]) + (", ..." if len(names) > 8 else "")
-            raise UserError(f"--classes {word}: no such class; wanted one of {known} or a number below {len(names)}")
+            raise UserError(f"--classes {word}: no such class; wanted one of {known} or an index below {len(names)}")
     return torch.tensor(labels)[torch.arange(args.num_samples) % len(labels)]
 
 
@@ -276,8 +274,8 @@ def generate(
     """Turn noise into samples, batch by batch, with one progress bar for all of them.
 
     start (N, C, T, H, W) float32, labels (N,), time_scale (N,); settings are those of `samplers.sample`. precision is
-    that of the network only: positions of the descent stay float32. energy(x, y, time_scale) -> (N,), if given, is
-    evaluated at every point on the way.
+    that of the network only: the samples stay float32. energy(x, y, time_scale) -> (N,), if given, is
+    evaluated at every point.
     Returns samples (N, C, T, H, W), evaluations (N,) and energies (N, num_steps): NaN after the point where a sample
     stopped, None without `energy`.
     """

@@ -38,10 +38,10 @@ def set_learning_rates(optimizers, args, multiplier):
 
 
 def check_gradient(grad_norm, losses, scaler):
-    """(skip, tolerated): whether to skip a step for its gradient, and whether the losses make that a usual overflow.
+    """(skip, tolerated): whether the gradient is not finite, and whether that is no error: 0. or 1., on the device.
 
-    The ranks have the same gradient, so they decide alike. In fp16 overflowing gradients are usual, and the scaler then
-    scales by less; they are tolerated unless a loss is not finite either. tolerated is a float scalar on the device.
+    Without fp16 it is left to --skip-nonfinite. In fp16 gradients overflow now and then, and the scaler then scales by
+    less: an error only if a loss is not finite either. All ranks have the same gradient, so they agree.
     """
     skip = not grad_norm.isfinite()
     tolerated = skip and (not scaler.is_enabled() or all(loss.isfinite() for loss in losses))
@@ -49,7 +49,7 @@ def check_gradient(grad_norm, losses, scaler):
 
 
 def ema_decay(args, step, pretrained):
-    """--ema-decay; less in the first steps of a model from scratch, whose first weights are not worth averaging."""
+    """--ema-decay; less in the first steps of a model from scratch, so that its random weights are soon forgotten."""
     return args.ema_decay if pretrained else min(args.ema_decay, (1 + step) / (10 + step))
 
 

@@ -1,4 +1,4 @@
-"""All that can be wrong with a training run before a GPU or a results folder is touched.
+"""All that can be wrong with a training run before a GPU is used or a run folder is made.
 
 Flags, data, checkpoint and model are checked in this order. What a user can put right raises UserError.
 """
@@ -23,7 +23,7 @@ from vae import load_vae
 from video.index import check_data_path, find_data, latents_settings
 
 DEFAULT_MODEL = "EqM-S/4"
-LARGEST = {"num_workers": 1024, "global_batch_size": 2**20, "num_samples": 4096}  # more would fill any machine
+LARGEST = {"num_workers": 1024, "global_batch_size": 2**20, "num_samples": 4096}  # larger values are typing errors
 MODEL_FLAGS = ("depth", "hidden_size", "num_heads", "temporal_patch_size", "rope_theta", "rope_split", "qk_norm", "ebm")
 
 
@@ -52,7 +52,7 @@ def check_run(args):
 
 
 def check_flags(args):
-    """Raise UserError for flags that contradict each other, the machine or the file system; settle those of images."""
+    """Raise UserError for flags that contradict each other, the machine or the file system; fill in those of images."""
     settle_frames(args)
     check_devices()
     check_job()
@@ -88,7 +88,7 @@ def check_flags(args):
 
 
 def settle_frames(args):
-    """Fill in --num-frames, which images have 1 of, and which a schedule gives together with --max-steps."""
+    """Fill in --num-frames: 1 for images; with a schedule that of its first phase, and --max-steps of its last."""
     if not args.video:
         if args.frames_schedule:
             raise UserError("--frames-schedule without --video: images have one frame; add --video or leave it out")

@@ -34,7 +34,7 @@ def write_export(folder, state, dtype="fp32"):
     """
     folder, parts = Path(os.path.abspath(folder)), dict(state["config"])
     temporary = folder.with_name(f".{folder.name}.tmp")
-    shutil.rmtree(temporary, ignore_errors=True)  # of a crash
+    shutil.rmtree(temporary, ignore_errors=True)  # left by a crash
     parts["training"] = {name: value for name, value in parts["training"].items() if name not in LOCAL_FLAGS}
     about = {"version": state["version"], "step": state["step"], "dtype": dtype, **parts}
     weights = {name: value.to(DTYPES[dtype]).contiguous() for name, value in state["ema"].items()}

@@ -3,8 +3,8 @@
     torchrun --nproc_per_node=1 EqM/sample_gd.py --video --num-frames 16 \
         --ckpt results/EXP/002-EqM-S-4-f16-rope/checkpoints/best.pt --num-samples 16 --folder samples
 
-The checkpoint knows its architecture, latents, classes and frame rate. A flag that repeats them is checked.
-Published image models do not know which --model they are.
+Architecture, latents, classes and frame rate come from the checkpoint; flags that repeat them are checked.
+Published image models need --model.
 """
 
 import csv
@@ -36,17 +36,17 @@ from video.writers import write_samples
 
 def parse_args():
     parser = ArgumentParser(description="Sample videos or images from a checkpoint by gradient descent.")
-    add = parser.add_argument_group("what").add_argument
+    add = parser.add_argument_group("samples").add_argument
     ckpt = "a checkpoint of train.py, a folder of scripts/export.py or a published image model"
     add("--ckpt", required=True, metavar="FILE", help=ckpt)
     add("--video", action="store_true", help="sample videos; without it images")
-    generation.add_what_flags(add, num_samples=16)
+    generation.add_sample_flags(add, num_samples=16)
     init = "start from this video or image, or from those of a folder in turn; default: from noise"
     add("--init", metavar="FILE_OR_FOLDER", help=init)
     share = "share of --init in the start, the rest is noise; default: 0.5 with --init"
     add("--init-gamma", type=SHARE, metavar="G", help=share)
 
-    add = parser.add_argument_group("how").add_argument
+    add = parser.add_argument_group("output").add_argument
     add("--folder", default="samples", metavar="DIR", help="folder for the samples")
     add("--batch-size", type=COUNT, default=16, metavar="N", help="samples per rank at a time")
     add("--report-energy", action="store_true", help="write the (guided) energy of each sample at each step")
@@ -84,7 +84,7 @@ def read_init_clips(args, source, indices):
     def read(file):
         return read_init(file, source.num_frames, source.time_scale, source.image_size, images)
 
-    clips = {number: read(files[number]) for number in {index % len(files) for index in indices}}
+    clips = {file: read(files[file]) for file in {index % len(files) for index in indices}}
     clips = [torch.from_numpy(clips[index % len(files)]).permute(3, 0, 1, 2) for index in indices]
     return torch.stack(clips) if clips else None
 

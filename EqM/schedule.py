@@ -34,7 +34,7 @@ def parse_schedule(text):
             raise argparse.ArgumentTypeError(f"found {part!r}, wanted numbers of at least 1")
         if phases and last_step <= phases[-1].last_step:
             raise argparse.ArgumentTypeError(
-                f"{part} ends before the phase before it: steps are global and must increase"
+                f"{part} does not end after the phase before it: steps are global and must increase"
             )
         phases.append(Phase(num_frames, last_step, batch_size))
     return phases
@@ -61,7 +61,7 @@ def fill_batches(phases, batch_size, tokens, parts):
 
 def is_due(step, last_step, *periods):
     """Whether something is to be done at a step: every so many steps, and at the last one of a phase; 0 = never."""
-    return step == last_step or any(period and step % period == 0 for period in periods)
+    return step >= last_step or any(period and step % period == 0 for period in periods)
 
 
 def current_phase(phases, first_step):
@@ -72,8 +72,8 @@ def current_phase(phases, first_step):
 def frames_of_steps(phases, phase, step, first_step, mix, seed):
     """The number of frames of each step after `step` up to the end of a phase that began at first_step.
 
-    They are the phase's own or, for a share `mix` of the steps, those of an earlier phase. Which ones, follows from the
-    seed and the step alone.
+    They are the phase's own or, for a share `mix` of the steps, those of an earlier phase. Which ones depends on the
+    seed, the phase and the step alone.
     """
     steps = range(step + 1, phase.last_step + 1)
     earlier = [one.num_frames for one in phases if one.last_step <= first_step]

@@ -71,7 +71,7 @@ def parse_args():
     add("--resume", action="store_true", help="continue the newest run of this model, frames and positions, if any")
     add("--log-every", type=COUNT, default=100, metavar="N", help="steps between two lines of metrics")
     add("--ckpt-every", type=COUNT, default=50_000, metavar="N", help="steps between checkpoints; the last step saves")
-    keep = "numbered checkpoints to keep, the newest ones; best.pt always stays; default: all"
+    keep = "numbered checkpoints to keep, the newest ones, besides best.pt and the last of each phase; default: all"
     add("--keep-last", type=COUNT, metavar="N", help=keep)
     add(
         "--val-every", type=COUNT, default=2_500, metavar="N", help="steps between validations; the last step validates"
@@ -93,9 +93,9 @@ def add_model_and_data_flags(parser):
         f"EqM-{{Ti,S,B,L,XL}}/{{2,4,8}}: size / spatial patch; default: that of --ckpt, else {preflight.DEFAULT_MODEL}"
     )
     add("--model", choices=NAMES, metavar="NAME", help=name)
-    add("--depth", type=COUNT, metavar="N", help="number of blocks; default: that of --model")
-    add("--hidden-size", type=COUNT, metavar="N", help="width; default: that of --model")
-    add("--num-heads", type=COUNT, metavar="N", help="attention heads; default: that of --model")
+    add("--depth", type=COUNT, metavar="N", help="number of blocks; default: that of --ckpt, else of --model")
+    add("--hidden-size", type=COUNT, metavar="N", help="width; default: that of --ckpt, else of --model")
+    add("--num-heads", type=COUNT, metavar="N", help="attention heads; default: that of --ckpt, else of --model")
     add("--num-frames", type=COUNT, metavar="N", help="frames per clip; default: 16, images have 1")
     schedule = "phases in one run, such as 4:20000:256,8:30000:128: frames, global step at which the phase ends, clips "
     schedule += "per step (default: as many tokens as in the first phase)"
@@ -103,12 +103,12 @@ def add_model_and_data_flags(parser):
     mix = "share of the steps in later phases of a schedule that train on an earlier phase's frames; 0 = off"
     add("--mix", type=SHARE, default=0.0, metavar="P", help=mix)
     add("--use-rope", action="store_true", help="3D rotary positions, for any number of frames; without it fixed ones")
-    patch = "frames per patch; default: the spatial patch size, images have 1"
+    patch = "frames per patch; default: that of --ckpt, else the spatial patch size; images have 1"
     add("--temporal-patch-size", type=COUNT, metavar="N", help=patch)
-    add("--rope-theta", type=POSITIVE, metavar="X", help="base of the rotary frequencies; default: 10000")
-    split = "channels of a head for time, height and width, such as 16,8,8; default: a third each"
+    add("--rope-theta", type=POSITIVE, metavar="X", help="base of the frequencies; default: that of --ckpt, else 10000")
+    split = "channels of a head for time, height and width, such as 16,8,8; default: that of --ckpt, else a third each"
     add("--rope-split", metavar="T,H,W", help=split)
-    add("--qk-norm", action="store_true", default=None, help="normalise queries and keys (RMSNorm)")
+    add("--qk-norm", action="store_true", default=None, help="normalise queries and keys (RMSNorm); default: as --ckpt")
     ebm = "energy whose negative gradient is the field (EqM-E); default: that of --ckpt, else none"
     add("--ebm", choices=EBMS, help=ebm)
     add("--num-classes", type=COUNT, metavar="N", help="number of classes; default: the class folders found")
@@ -125,7 +125,7 @@ def add_model_and_data_flags(parser):
     add("--no-flip", action="store_true", help="never mirror a clip, for classes that have a left and a right")
     fraction = "share of the videos that validate, where no split files are found"
     add("--val-fraction", type=SHARE, default=0.05, metavar="F", help=fraction)
-    add("--max-bad-fraction", type=SHARE, default=0.01, metavar="F", help="share of the videos that may be broken")
+    add("--max-bad-fraction", type=SHARE, default=0.01, metavar="F", help="share of the videos that may be bad")
     workers = min(4, os.cpu_count())
     add(
         "--num-workers",
@@ -173,7 +173,7 @@ def add_optimisation_flags(parser):
 def main():
     args = parse_args()
 
-    # What the user can put right ends here, with one line and status 2, before anything is touched.
+    # What the user can put right ends here, with one line and status 2, before a GPU is used or a run folder is made.
     try:
         start, vae, config, data, phases = preflight.check_run(args)
     except UserError as error:
@@ -186,7 +186,7 @@ def main():
     last_step = phases[-1].last_step
     if progress.step >= last_step and not start.unlogged:
         checkpoint.complete_names(start, phases, args.ckpt_every)
-        say(f"{start.folder} is finished: it has its {progress.step} steps")
+        say(f"{start.folder} is finished: all {progress.step} steps are done")
         distributed.stop()
         return
 
@@ -214,11 +214,12 @@ def main():
     metrics = Metrics(folder, resume_step=logged_step, wandb=args.wandb, config=about)
     num_videos = len(data.scan.videos) + len(data.scan.unreadable)
     bad_videos = BadVideos(num_videos, args.max_bad_fraction, start.bad_videos)
-    stats = StepStats(start.unlogged)
-    start.state = None  # or it would stay in memory during the whole run
     log = functools.partial(say, log=folder / "log.txt")
     vae.to(device)
     network, stop = distributed.parallel(model), StopSignal()
+    stats = StepStats(start.unlogged)
+    start.state = None  # or it would stay in memory during the whole run
+    began = time.monotonic() - progress.seconds  # as if the run had never been interrupted
     log_run_summary(log, args, folder, config, model, data, progress.step, last_step, device)
     report_bad(bad_videos, data.scan.unreadable, progress.step, log)
 
@@ -234,7 +235,6 @@ def main():
             if args.keep_last:
                 runs.keep_last(folder, args.keep_last, {phase.last_step for phase in phases})
 
-    began = time.monotonic() - progress.seconds
     bar = tqdm(initial=progress.step, total=last_step, desc=folder.name, unit="step", disable=rank() != 0)
     periods = args.log_every, args.val_every, args.ckpt_every, args.sample_every
     try:
@@ -250,7 +250,7 @@ def main():
             log(f"to step {phase.last_step}: {clips} per step, {phase.num_frames} frames = {tokens} tokens each")
 
             while True:
-                # Every so often, and at the end of a phase: log, validate, sample, save
+                # Periodically and at the end of a phase: log, validate, sample, save (not without new steps)
                 if len(stats) and is_due(progress.step, phase.last_step, *periods):
                     step, videos = progress.step, None
                     row = stats.summary(step, phase.batch_size)
@@ -258,16 +258,16 @@ def main():
                     bar.set_postfix_str(f"loss {row['train_loss']:.3f}, {row['clips_per_s']:.1f} clips/s")
                     report_bad(bad_videos, stats.bad, step, log)
                     if is_due(step, phase.last_step, args.val_every):
-                        asked, num_frames = time.monotonic(), phase.num_frames
-                        losses, bad = validate(ema, model, vae, val_loader, num_frames, args.precision, device, stop)
+                        val_began, setting = time.monotonic(), (phase.num_frames, args.precision, device)
+                        val_metrics, bad = validate(ema, model, vae, val_loader, *setting, stop)
                         report_bad(bad_videos, bad, step, log)
-                        row |= losses | {"val_seconds": time.monotonic() - asked}
+                        row |= val_metrics | {"val_seconds": time.monotonic() - val_began}
                     if args.sample_every and step % args.sample_every == 0:
                         videos = sample_ema(previews, args, device, stop)
                     # What a signal interrupts up to here is done again after the resume.
                     if "val_loss" in row:
                         is_finite = math.isfinite(row["val_loss"])
-                        note = "" if is_finite else "; not finite, so it is never the best: best.pt stays"
+                        note = "" if is_finite else "; not finite: best.pt is unchanged"
                         log(f"step {step}: validation loss {row['val_loss']:.4f}{note}")
                         if row["val_loss"] < progress.best_loss:
                             progress.best_loss, progress.best_step = row["val_loss"], step
@@ -281,11 +281,11 @@ def main():
                     stats = StepStats()
                     if names := checkpoint.names_at(progress, phase.last_step, args.ckpt_every):
                         save(names)
-                if progress.step == phase.last_step:
+                if progress.step >= phase.last_step:
                     break
 
                 # One optimisation step
-                stop.ask()
+                stop.ask()  # all ranks, whether one should stop; settle() reads the answer after the step
                 set_learning_rates(optimizers, args, lr_multiplier(args, progress.step + 1, stream, last_step))
                 sums, files = Counter(), []
                 for micro_batch in range(1, args.grad_accum + 1):
@@ -299,10 +299,10 @@ def main():
                         sums[name] += value.detach() / args.grad_accum
                 for optimizer in optimizers:
                     scaler.unscale_(optimizer)
-                skip, losses = False, list(sums.values())
-                norm = sums["grad_norm"] = clip_grad_norm_(model.parameters(), args.clip_grad or math.inf)
-                if scaler.is_enabled() or args.skip_nonfinite:  # this check costs the CPU its lead over a GPU
-                    skip, sums["skipped"] = check_gradient(norm, losses, scaler)
+                skip, loss_values = False, list(sums.values())
+                sums["grad_norm"] = clip_grad_norm_(model.parameters(), args.clip_grad or math.inf)
+                if scaler.is_enabled() or args.skip_nonfinite:  # this makes the CPU wait for the GPU
+                    skip, sums["skipped"] = check_gradient(sums["grad_norm"], loss_values, scaler)
                 progress.skipped = progress.skipped + 1 if skip and not scaler.is_enabled() else 0
                 for optimizer in optimizers:
                     if not skip:
@@ -317,7 +317,7 @@ def main():
                     stats.raise_nonfinite(progress.step, -1)
                 update_ema(ema, model, ema_decay(args, progress.step, progress.pretrained))
                 bar.update()
-                stop.settle()  # raises Interrupted, on all ranks, if any was asked to stop
+                stop.settle()  # raises Interrupted
             if phase.last_step < last_step:
                 progress.begin_phase()
         bar.close()
@@ -328,6 +328,7 @@ def main():
         sender = stop.name or "a signal to another rank"
         log(f"stopped by {sender} and saved at step {progress.step}: the same command with --resume continues")
     metrics.close()
+    del network  # DDP holds the process group
     distributed.stop()
 
 
@@ -369,7 +370,7 @@ def start_phase(args, data, phases, phase, progress, device):
     chunks = validation_chunks(data.val, val_lengths, args.val_clips)[rank() :: world_size()]
     settings = args.num_workers, args.loader_timeout, device
     train_loader, val_loader = make_loader(train_clips, batches, *settings), make_loader(val_clips, chunks, *settings)
-    return on_device(batches_of(train_loader), device), val_loader  # before anything is sent between the ranks
+    return on_device(batches_of(train_loader), device), val_loader  # forks the loader processes
 
 
 def preview_source(args, ema, vae, about):
@@ -380,7 +381,7 @@ def preview_source(args, ema, vae, about):
 
 
 def report_bad(bad_videos, paths, step, log):
-    """Name the broken videos that any rank has met, each once; raises UserError, on all ranks, if they are too many."""
+    """Name the bad videos that any rank has found, each once; raises UserError, on all ranks, if they are too many."""
     for path in bad_videos.add([path for part in distributed.gather(paths) for path in part]):
         log(f"step {step}: {path} can't be decoded; other clips take its place")
 
@@ -398,7 +399,7 @@ def sample_ema(source, args, device, stop):
 
 
 def write_previews(folder, step, metrics, source, videos):
-    """Samples uint8 (N, T, H, W, 3) as a sheet of frames and as moving pictures: in the run folder and TensorBoard."""
+    """Samples uint8 (N, T, H, W, 3) as a sheet of frames, mp4 and GIF: in the run folder and TensorBoard."""
     path, fps, gif, mp4 = folder / "samples" / f"{step:07d}", 1 / source.time_scale, None, None
     write_sheet(path.with_suffix(".png"), videos, [source.classes[label] for label in source.labels])
     if videos.shape[1] > 1:

@@ -1,4 +1,4 @@
-"""Validation: the same clips, noise and gammas each time, so that the numbers depend on the weights alone."""
+"""Validation: the same clips, noise and gammas each time, so that the losses depend on the weights alone."""
 
 import math
 from contextlib import suppress
@@ -28,10 +28,10 @@ def validation_chunks(val, lengths, num_clips):
 
 @torch.no_grad()
 def validate(ema, model, vae, loader, num_frames, precision, device, stop):
-    """({name: number}, equal on all ranks, of the EMA and of the raw weights; this rank's bad videos).
+    """({name: value}, equal on all ranks, of the EMA and of the raw weights; this rank's bad videos).
 
-    The loader gives this rank's validation chunks. Gammas are uniform: multiples of the golden ratio, modulo 1. What
-    is computed together is the same on any number of ranks. Raises Interrupted.
+    The loader gives this rank's validation chunks. Gammas are uniform: multiples of the golden ratio, modulo 1. The
+    chunks are the same on any number of ranks. Raises Interrupted.
     """
     rows, bad = [], []
     with suppress(Interrupted):
@@ -58,7 +58,7 @@ def validate(ema, model, vae, loader, num_frames, precision, device, stop):
 
 
 def summarize(rows, num_frames):
-    """{name: number} of float64 rows: frames, index, gamma, loss of the EMA and of the raw weights, E[x^2].
+    """{name: value} of float64 rows: frames, index, gamma, loss of the EMA and of the raw weights, E[x^2].
 
     val_loss is the EMA's at num_frames, val_loss_raw that of the raw weights, val_loss_gamma_0.2 the EMA's for gammas
     from 0.2 to 0.4 (and so on, in fifths), val_loss_f8 the EMA's at 8 frames; "rel" means relative to the loss of a
@@ -69,15 +69,15 @@ def summarize(rows, num_frames):
         _, _, _, loss, _, square = part.mean(dim=0)
         return loss.item(), (loss / transport.zero_loss(square)).item()
 
-    own, numbers = rows[rows[:, 0] == num_frames], {}
-    numbers["val_loss"], numbers["val_loss_rel"] = mean_loss(own)
-    numbers["val_loss_raw"] = own[:, 4].mean().item()
+    own, metrics = rows[rows[:, 0] == num_frames], {}
+    metrics["val_loss"], metrics["val_loss_rel"] = mean_loss(own)
+    metrics["val_loss_raw"] = own[:, 4].mean().item()
     for fifth in range(5):
         part = own[(own[:, 2] * 5).long() == fifth]
         if len(part):
-            numbers[f"val_loss_gamma_{fifth / 5}"] = part[:, 3].mean().item()
+            metrics[f"val_loss_gamma_{fifth / 5}"] = part[:, 3].mean().item()
     lengths = rows[:, 0].unique().int().tolist()
     for length in lengths if len(lengths) > 1 else []:
         part = rows[rows[:, 0] == length]
-        numbers[f"val_loss_f{length}"], numbers[f"val_loss_rel_f{length}"] = mean_loss(part)
-    return numbers
+        metrics[f"val_loss_f{length}"], metrics[f"val_loss_rel_f{length}"] = mean_loss(part)
+    return metrics

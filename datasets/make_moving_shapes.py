@@ -215,7 +215,7 @@ def check_flags(args):
 
 def parse_args(argv=None):
     parser = ArgumentParser(description=__doc__.split("\n")[0])
-    parser.add_argument("--out", type=Path, required=True, help="folder of the data set, a new one")
+    parser.add_argument("--out", type=Path, required=True, help="folder to write; must be new or empty")
     parser.add_argument("--videos-per-class", type=int, default=60, help="videos in each of the 12 classes")
     parser.add_argument("--size", type=int, default=64, help="height and width of a frame, px")
     parser.add_argument("--seconds", type=float, default=1.0, help="length of a video, s; a crossing takes all of it")

@@ -1,6 +1,6 @@
 #!/usr/bin/env bash
-# Hit a run of two ranks N times (20) with SIGKILL, half as often with SIGTERM, at random moments, and compare what it
-# ends with to a run that nothing has disturbed. 10 minutes on 2 CPU cores; the table goes to results/faults.md.
+# Kill a run of two ranks N times (20) with SIGKILL, stop it half as often with SIGTERM, at random moments, and compare
+# its end with that of an undisturbed run. 10 minutes on 2 CPU cores; the table goes to results/faults.md.
 #
 #   bash scripts/faults.sh [N]
 set -euo pipefail

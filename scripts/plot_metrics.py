@@ -36,7 +36,7 @@ COLORS = "#0072B2", "#D55E00", "#009E73", "#CC79A7", "#000000", "#56B4E9"  # Oka
 DASHES = "-", "--", ":"  # the next one once all colours are used
 MARKERS = "o", "s", "^", "D", "v", "P", "X"  # of frame counts
 CUMULATIVE = "flops", "seconds"  # counted from the start of a run
-SMOOTH_SHARE = 20  # a mean is over 1 / 20 of the lines of the longest curve
+SMOOTH_DIVISOR = 20  # a mean is over 1 / 20 of the lines of the longest curve
 LOG_RATIO = 3  # highest loss / lowest above which the axis is logarithmic
 
 
@@ -225,7 +225,7 @@ def choose_unit(units, xs):
 
 def plot_curves(curves, relative=False, window=None):
     """The figure: rows for training and validation losses, a column for each of X_AXES that some curve has."""
-    window = window or max(1, max(sum(len(rows) for _, rows in curve.phases) for curve in curves) // SMOOTH_SHARE)
+    window = window or max(1, max(sum(len(rows) for _, rows in curve.phases) for curve in curves) // SMOOTH_DIVISOR)
     ending = "_rel" if relative else ""
     counts = frame_counts(curves, f"val_loss{ending}_f")
     validated = any(f"val_loss{ending}" in row for curve in curves for _, rows in curve.phases for row in rows)

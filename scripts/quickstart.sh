@@ -1,5 +1,5 @@
 #!/usr/bin/env bash
-# From a fresh clone to moving pictures: environment, data, three RoPE phases (4, 8, 16 frames), samples of 16, 7 and
+# From a fresh clone to videos: environment, data, three RoPE phases (4, 8, 16 frames), samples of 16, 7 and
 # 24 frames, and their scores by a motion tracker. 8 to 9 minutes on 2 CPU cores. Run again, it continues from its last
 # checkpoint.
 set -euo pipefail
@@ -35,4 +35,4 @@ for frames in $FRAMES; do
   .venv/bin/python EqM/evaluate.py --metric motion --samples="samples/$EXP-f$frames" --data-path="$DATA" \
     --out="samples/$EXP-f$frames/motion.json"
 done
-echo "$((SECONDS - BEGAN)) s; look at samples/$EXP-f16/sheet.png and the GIFs beside it"
+echo "$((SECONDS - BEGAN)) s; see samples/$EXP-f16/sheet.png and the GIFs beside it"

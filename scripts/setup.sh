@@ -16,7 +16,7 @@ REQUIREMENTS=requirements.txt
 [[ ${1:-} == dev ]] && REQUIREMENTS=requirements-dev.txt
 
 "$PYTHON" -c 'import sys; sys.exit(sys.version_info < (3, 11))' || {
-  echo "setup.sh: error: $PYTHON is older than 3.11; set PYTHON to a newer one" >&2
+  echo "setup.sh: error: $PYTHON is missing or older than 3.11; set PYTHON to a newer one" >&2
   exit 2
 }
 [[ -x .venv/bin/python ]] || "$PYTHON" -m venv .venv

@@ -1,6 +1,6 @@
 #!/usr/bin/env bash
 # Encode all videos once, then train on 4 frames, continue with 8, then with 16: three phases of one model. Run the same
-# command again after an interruption: finished phases are skipped, the other continues from its last checkpoint.
+# command again after an interruption: finished phases are skipped, the unfinished one continues from its last checkpoint.
 #
 #   DATA=datasets/ucf-101 GPUS=8 bash scripts/train_progressive.sh [more flags of EqM/train.py]
 #
@@ -19,7 +19,7 @@ FRAMES_2=${FRAMES_2:-8} STEPS_2=${STEPS_2:-100000} BATCH_2=${BATCH_2:-128}
 FRAMES_3=${FRAMES_3:-16} STEPS_3=${STEPS_3:-150000} BATCH_3=${BATCH_3:-64}
 LR_DECAY=${LR_DECAY:-0} # of the last phase
 # What did best in results/study.md, on small models: distances in time of twice the clip, so that longer ones can be
-# sampled (C); Muon, and noise levels nearer to noise (E). Flags of yours come after these and win.
+# sampled (C); Muon, and noise levels nearer to noise (E). Your flags come after these and take precedence.
 RECIPE=(--frame-interval 1 2 --optimizer muon --gamma-shift 3)
 CACHE=${CACHE:-1} # 1: the videos are encoded once, into $LATENTS; 0: at every step, or never (--vae none)
 LATENTS=${LATENTS:-$DATA-latents} VAE=${VAE:-ema} IMAGE_SIZE=${IMAGE_SIZE:-256}

@@ -353,7 +353,7 @@ def test_run_again_it_adds_new_changed_damaged_and_lost_videos_and_drops_removed
     encoded = spy_on_encode(monkeypatch)
     run(monkeypatch, own, vae, out)
     assert encoded == ["Run/a.avi", "Run/b.mkv", "Jump/d.avi", "Swim/f.avi"]  # the longest of a round first
-    assert "1 videos are gone, the first is Jump/e.safetensors" in capsys.readouterr().out
+    assert "1 videos are gone from --data-path, the first is Jump/e.safetensors" in capsys.readouterr().out
     run(monkeypatch, own, vae, tmp_path / "fresh")
     (out / "Jump" / "e.safetensors").unlink()
     assert content(out) == content(tmp_path / "fresh")

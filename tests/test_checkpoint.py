@@ -340,7 +340,7 @@ def optimizers_of(model, kind):
 
 
 @pytest.mark.parametrize("kind", ["adamw", "muon"])
-def test_optimizers_remember_what_was_saved_of_the_same_weights_only(kind):
+def test_optimizers_load_the_state_of_the_same_weights_only(kind):
     model = EqM(CONFIG)
     before, after = (optimizers_of(model, kind) for _ in range(2))
     sum(weight.square().sum() for weight in model.parameters()).backward()
@@ -455,7 +455,7 @@ def test_what_agrees_or_is_not_given_passes(saved):
     checkpoint.check("best.pt", saved, **models.model_shape(None))
 
 
-def test_rotary_positions_go_with_another_number_of_frames():
+def test_rotary_positions_accept_another_number_of_frames():
     checkpoint.check("best.pt", ROPE, num_frames=16, use_rope=True)
 
 
@@ -473,7 +473,7 @@ def test_a_named_model_knows_its_name(name):
 # Which checkpoint a run resumes from ----------------------------------------------------------------------------------
 
 
-def test_the_newest_checkpoint_is_the_newest_that_is_whole_and_damaged_ones_are_named(tmp_path, capsys):
+def test_the_newest_checkpoint_is_the_newest_that_is_intact_and_damaged_ones_are_named(tmp_path, capsys):
     folder = runs.make_run_folder(tmp_path, "a") / "checkpoints"
     assert checkpoint.newest_checkpoint(folder.parent) == (None, None)
     for step, name in ((10, "0000010.pt"), (20, "0000020.pt"), (15, "best.pt"), (25, "latest.pt")):

@@ -92,26 +92,26 @@ def noted_failure(monkeypatch, capsys, rank):
     return events, capsys.readouterr().err, exit_.value.code
 
 
-def test_rank_0_speaks_at_once(monkeypatch, capsys):
+def test_rank_0_reports_at_once(monkeypatch, capsys):
     events, err, status = noted_failure(monkeypatch, capsys, "0")
     assert events == []
     assert err.endswith("error: wrong\n")
     assert status == 2
 
 
-def test_another_rank_leaves_rank_0_ten_seconds_before_it_speaks(monkeypatch, capsys):
+def test_another_rank_leaves_rank_0_ten_seconds_before_it_reports(monkeypatch, capsys):
     events, err, status = noted_failure(monkeypatch, capsys, "1")
     assert events == [("sleep", 10, "")]  # nothing was printed before
-    assert err.endswith("error: wrong\n")  # but if it still lives, it does speak
+    assert err.endswith("error: wrong\n")  # but if it still runs, it reports
     assert status == 2
 
 
-def test_of_two_ranks_that_fail_only_rank_0_is_heard():
+def test_of_two_ranks_that_fail_only_rank_0_reports():
     code = "from runtime import cli\ncli.RANK_0_SPEAKS_FIRST = 3600\ncli.fail(f'wrong on {cli.rank()}')"
     ranks = [python(code, RANK=str(rank), WORLD_SIZE="2") for rank in (0, 1)]
     _, err = ranks[0].communicate()
     assert err == "train.py: error: wrong on 0\n"
-    assert ranks[1].poll() is None  # still patient; torchrun ends it now
+    assert ranks[1].poll() is None  # still waiting; torchrun ends it now
     ranks[1].kill()
     assert ranks[1].communicate() == ("", "")
 

@@ -1,4 +1,4 @@
-"""Ranks: which of them does what, and what they tell each other."""
+"""Ranks: which of them does what, and what they exchange."""
 
 import socket
 
@@ -23,14 +23,14 @@ def test_alone_there_is_one_rank_and_nothing_to_exchange(monkeypatch):
 
 @pytest.mark.parametrize("count", [0, 1, 3, 8, 9])
 @pytest.mark.parametrize("world_size", [1, 2, 3, 8])
-def test_the_shares_of_all_ranks_are_the_whole(count, world_size, monkeypatch):
+def test_the_indices_of_all_ranks_are_all_indices(count, world_size, monkeypatch):
     monkeypatch.setenv("WORLD_SIZE", str(world_size))
-    shares = []
+    parts = []
     for rank in range(world_size):
         monkeypatch.setenv("RANK", str(rank))
-        shares.append(distributed.own_indices(count))
-    assert sorted(sum(shares, [])) == list(range(count))
-    assert max(map(len, shares)) - min(map(len, shares)) <= 1
+        parts.append(distributed.own_indices(count))
+    assert sorted(sum(parts, [])) == list(range(count))
+    assert max(map(len, parts)) - min(map(len, parts)) <= 1
 
 
 TWO_RANKS = """

@@ -259,7 +259,7 @@ def test_adaptive_sampling_reports_what_each_sample_took_on_any_number_of_ranks(
     assert len(set(reports[0])) > 1
 
 
-def test_a_start_of_pure_noise_is_no_start_and_one_without_noise_is_kept(phases, shapes, tmp_path):
+def test_init_gamma_0_equals_no_init_and_init_gamma_1_keeps_the_clip(phases, shapes, tmp_path):
     best = one(phases / "*f16*/checkpoints/best.pt")
     launch(
         sys.executable, ROOT / "datasets/make_moving_shapes.py", "--out", tmp_path / "small", "--size", 16,
@@ -280,7 +280,7 @@ def test_a_start_of_pure_noise_is_no_start_and_one_without_noise_is_kept(phases,
     assert not np.array_equal(made["kept"], made["none"])
     large = one(shapes / "CircleDown/*g01_c01.avi")
     _, stderr = launch(*sampling, "--init", large, "--folder", tmp_path / "x", status=2)
-    assert "64 x 64 pixels, wanted 16 x 16" in stderr
+    assert "64 x 64 px, wanted 16 x 16" in stderr
     assert not (tmp_path / "x").exists()
 
 

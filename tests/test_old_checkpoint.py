@@ -1,7 +1,7 @@
 """A checkpoint of format 1, written by earlier code, loads, resumes and samples.
 
 data/format1.pt is of a run of 6 steps (FLAGS) on the four videos of test_train.py, stopped after step 4. What the
-earlier code logged at step 6, when it was not stopped, stands in EXPECTED.
+earlier code logged at step 6, when it was not stopped, is in EXPECTED.
 """
 
 import shutil
@@ -44,7 +44,8 @@ def test_it_resumes_as_the_code_that_wrote_it_did(videos, tmp_path, monkeypatch)
     run(train, monkeypatch, *FLAGS, "--data-path", videos, "--results-dir", tmp_path, "--max-steps", 6, "--resume")
     ((row,), _) = read_metrics(folder / "metrics.jsonl")
     assert row["step"] == 6
-    assert {name: row[name] for name in EXPECTED} == pytest.approx(EXPECTED, rel=1e-3)  # step 4 is in the old file
+    # Means of steps 4 to 6, of which the file has the first
+    assert {name: row[name] for name in EXPECTED} == pytest.approx(EXPECTED, rel=1e-3)
 
 
 def test_it_starts_a_new_phase(videos, tmp_path, monkeypatch):  # noqa: F811
@@ -52,7 +53,7 @@ def test_it_starts_a_new_phase(videos, tmp_path, monkeypatch):  # noqa: F811
     run(train, monkeypatch, *FLAGS, *shared, "--num-frames", 6, "--max-steps", 5, "--ckpt", OLD)
     state = checkpoint.load(tmp_path / "000-EqM-Ti-2-f6-rope/checkpoints/0000005.pt")
     assert (state["step"], state["phase"]["first_step"]) == (5, 4)
-    assert state["optimizer"]["states"][0]["state"][0]["step"] == 5  # AdamW's memory came along
+    assert state["optimizer"]["states"][0]["state"][0]["step"] == 5  # AdamW's state was loaded
 
 
 def test_it_samples(tmp_path, monkeypatch):

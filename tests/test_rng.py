@@ -21,7 +21,7 @@ def test_a_draw_is_a_function_of_its_key_alone():
 @pytest.mark.parametrize(
     "other", [(1, "noise", 5, 17), (0, "flip", 5, 17), (0, "noise", 6, 17), (0, "noise", 5, 18), (0, "noise", 51, 7)]
 )
-def test_another_seed_purpose_or_index_is_another_random_numbers(other):
+def test_another_seed_purpose_or_index_gives_other_random_numbers(other):
     assert random_numbers(*other) != random_numbers(0, "noise", 5, 17)
 
 
@@ -39,7 +39,7 @@ def test_draws_are_the_same_in_another_process():
     assert out.strip() == str(random_numbers(0, "noise", 3)), err
 
 
-def test_noise_of_a_sample_does_not_depend_on_who_else_is_drawn():
+def test_noise_of_a_sample_does_not_depend_on_which_other_samples_are_drawn():
     together = normal(0, "noise", 7, [4, 9, 2], (3, 2, 5))
     assert together.shape == (3, 3, 2, 5)
     assert together.dtype == torch.float32

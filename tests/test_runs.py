@@ -36,5 +36,5 @@ def test_what_a_killed_process_was_writing_is_cleaned_up(tmp_path):
     folder = runs.make_run_folder(tmp_path, "a")
     for name in ("checkpoints/latest.pt.tmp", "metrics.jsonl.tmp", "checkpoints/latest.pt"):
         (folder / name).touch()
-    runs.clean(folder)
+    runs.remove_temporary_files(folder)
     assert [path.name for path in folder.rglob("*") if path.is_file()] == ["latest.pt"]

@@ -192,19 +192,19 @@ def test_steps_whose_gradient_is_not_finite_are_left_out_as_long_as_they_are_tol
     assert state["phase"]["skipped"] == 0
 
 
-FAST_WAYS = {
+VARIANTS = {
     "compiled": (["--compile"], 1e-4),
-    "activations twice": (["--grad-checkpoint"], 1e-6),
+    "grad checkpointing": (["--grad-checkpoint"], 1e-6),
     "in parts": (["--grad-accum", 4], 1e-4),
     "in bf16": (["--precision", "bf16"], 3e-2),
 }
 
 
-@pytest.mark.parametrize("way", FAST_WAYS)
-def test_a_faster_way_learns_what_the_plain_one_learns(way, videos, tmp_path, monkeypatch):
+@pytest.mark.parametrize("way", VARIANTS)
+def test_a_variant_learns_what_the_plain_run_learns(way, videos, tmp_path, monkeypatch):
     if way == "compiled" and shutil.which("g++") is None:
         pytest.skip("torch.compile needs a C++ compiler on the CPU")
-    flags, tolerance = FAST_WAYS[way]
+    flags, tolerance = VARIANTS[way]
     shared = [*TRAIN, "--data-path", videos, "--global-batch-size", 8, "--lr", 3e-3, "--max-steps", 12]
     plain, state = run_training(monkeypatch, tmp_path / "plain", *shared, "--val-every", 4)
     rows, fast_state = run_training(monkeypatch, tmp_path / "fast", *shared, "--val-every", 4, *flags)
@@ -297,7 +297,7 @@ def test_a_cache_trains_as_encoding_on_the_fly_does(videos, cache, tiny_vae, tmp
     assert (data["vae"], data["image_size"], data["classes"]) == (str(tiny_vae), 16, ["A", "B"])
 
 
-def test_the_posterior_is_drawn_afresh_each_time_a_clip_comes(cache):
+def test_the_posterior_is_drawn_anew_for_each_sample_of_a_clip(cache):
     scan = scan_videos(cache)
     clips = Clips(cache, scan.videos[:1], scan.classes, 10, 16, flip=False)  # one video, all of its frames
     batch = collate([clips[0], clips[1]])

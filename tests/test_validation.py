@@ -1,4 +1,4 @@
-"""Validation: the same numbers each time, on any number of ranks."""
+"""Validation: the same losses each time, on any number of ranks."""
 
 import shutil
 
@@ -49,7 +49,7 @@ def run(models, loader, num_frames=4):
     return validate(*models, VAE("none"), loader, num_frames, "fp32", torch.device("cpu"), StopSignal())[0]
 
 
-def test_validation_gives_the_same_numbers_bit_for_bit_on_any_number_of_ranks(models, loaders, monkeypatch):
+def test_validation_gives_the_same_losses_bit_for_bit_on_any_number_of_ranks(models, loaders, monkeypatch):
     (alone,) = loaders(1)
     expected = run(models, alone)
     assert run(models, alone) == expected  # and every time
@@ -76,12 +76,12 @@ def test_validation_tells_the_gammas_apart():
     rows = torch.zeros(10, 6, dtype=torch.float64)  # frames, index, gamma, EMA, raw, E[x^2]
     rows[:, 0], rows[:, 1], rows[:, 2] = 4, torch.arange(10), torch.arange(10) / 10
     rows[:, 3], rows[:, 4], rows[:, 5] = torch.arange(10), 7, 0.5
-    numbers = summarize(rows, 4)
-    assert numbers["val_loss"] == 4.5 and numbers["val_loss_raw"] == 7
-    assert numbers["val_loss_rel"] == pytest.approx(4.5 / (13.867 * 1.5), rel=1e-3)
-    fifths = {name: value for name, value in numbers.items() if "gamma" in name}
+    metrics = summarize(rows, 4)
+    assert metrics["val_loss"] == 4.5 and metrics["val_loss_raw"] == 7
+    assert metrics["val_loss_rel"] == pytest.approx(4.5 / (13.867 * 1.5), rel=1e-3)
+    fifths = {name: value for name, value in metrics.items() if "gamma" in name}
     assert fifths == {f"val_loss_gamma_{n / 5}": 2 * n + 0.5 for n in range(5)}
-    assert not any("_f4" in name for name in numbers)  # the only number of frames has no name of its own
+    assert not any("_f4" in name for name in metrics)  # the only number of frames has no name of its own
 
 
 def test_chunks_hold_clips_of_one_length_and_at_most_four_of_each_video():

@@ -1,1 +1,1 @@
-"""What every script needs around its story: flags and errors, ranks, random draws, signals, folders, metrics."""
+"""Shared by all scripts: flags and errors, ranks, random draws, signals, run folders, metrics, files."""

@@ -1,4 +1,4 @@
-"""Flags, and messages of one line: how a script speaks, and how it ends when something is wrong."""
+"""Flags, one-line messages and errors."""
 
 import argparse
 import math
@@ -29,7 +29,7 @@ class UserError(Exception):
 
 
 class HelpFormatter(argparse.ArgumentDefaultsHelpFormatter):
-    """Adds the default to the help of a flag, unless it is off, or the help says it in words."""
+    """Adds the default to the help of a flag, unless it is None or False, or the help mentions it."""
 
     def _get_help_string(self, action):
         if action.default is None or action.default is False or "default" in action.help:
@@ -59,7 +59,7 @@ def number(kind, above=None, least=None, most=None):
             raise argparse.ArgumentTypeError(f"found {text}, wanted a number {wanted}")
         return value
 
-    parse.__name__ = kind.__name__  # argparse names it where the text is no number at all
+    parse.__name__ = kind.__name__  # argparse names it where the text is not a number
     return parse
 
 
@@ -111,14 +111,14 @@ def check_writable(flag, folder):
 def one_line(text, encoding="utf-8"):
     """Text as one line that a terminal or log with this encoding can show.
 
-    File names may hold line breaks, escape sequences and bytes that are no text: these are escaped.
+    File names may hold line breaks, escape sequences and bytes that are not text: these are escaped.
     """
     line = "".join(letter if letter.isprintable() else ascii(letter)[1:-1] for letter in text)
     return line.encode(encoding, "backslashreplace").decode(encoding)
 
 
 def say(message, log=None):
-    """Print a line once, from rank 0, without tearing a progress bar; `log` is a file that gets it too."""
+    """Print a line once, from rank 0, without breaking a progress bar; `log` is a file that gets it too."""
     message = one_line(message)
     if rank() == 0:
         tqdm.write(one_line(message, sys.stdout.encoding or "utf-8"))
@@ -131,7 +131,7 @@ def fail(message, status=2, patience=None):
     """End this process with one line on stderr; status 2 = wrong input, 1 = went wrong while running.
 
     torchrun kills all ranks as soon as one exits, so the others wait `patience` seconds (RANK_0_SPEAKS_FIRST) for rank
-    0 to speak; they speak themselves only if rank 0 is still fine by then (an error on one node only).
+    0 to report; they report themselves only if they still run by then (an error on one node only).
     """
     signal.signal(signal.SIGTERM, signal.SIG_DFL)  # torchrun may end this rank before it speaks
     if rank() != 0:

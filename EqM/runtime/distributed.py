@@ -1,4 +1,4 @@
-"""Ranks and their device: start and stop, precision, what the ranks tell each other.
+"""Ranks and their device: start and stop, precision, communication between the ranks.
 
 The scripts run under torchrun (one process per device) and under plain `python` (one process, no process group).
 Nothing here touches the process group or a GPU before `start()`.
@@ -68,7 +68,7 @@ def start():
         keep_freed_memory()
     if "RANK" in os.environ:
         backend = "nccl" if device.type == "cuda" else "gloo"
-        store = attempt_store()
+        store = rendezvous_store()
         dist.init_process_group(backend, store=store, rank=rank(), world_size=world_size(), timeout=SCAN_TIME)
     return device
 
@@ -85,11 +85,11 @@ def keep_freed_memory():
         library.mallopt(-1, -1)  # M_TRIM_THRESHOLD: nothing goes back to it
 
 
-def attempt_store():
+def rendezvous_store():
     """The store through which the ranks find each other, under a prefix that only the ranks of this attempt have.
 
     When torchrun restarts its ranks, its store still holds the addresses of those that died (torch 2.13). So rank 0
-    makes up a prefix, and each other rank continues once rank 0 has answered it under that prefix.
+    chooses a random prefix, and each other rank continues once rank 0 has answered it under that prefix.
     """
     if os.environ.get("TORCHELASTIC_USE_AGENT_STORE") == "True":  # it is torchrun's and was there before this process
         try:
@@ -119,8 +119,8 @@ def stop():
     """Leave the process group, once all ranks are done."""
     if is_started():
         dist.barrier()
-        # DDP sits in reference cycles and holds the group. Unless its threads end here, they now and then meet an
-        # interpreter that is shutting down, and gloo aborts the process ("terminate called without an active
+        # DDP sits in reference cycles and holds the group. Unless its threads end here, they may still run while
+        # the interpreter shuts down, and gloo aborts the process ("terminate called without an active
         # exception").
         gc.collect()
         dist.destroy_process_group()
@@ -150,7 +150,7 @@ def parallel(model):
 
 
 # ----------------------------------------------------------------------------------------------------------------------
-# What the ranks tell each other
+# Communication between the ranks
 
 
 def broadcast(value):

@@ -49,7 +49,7 @@ def newest_run(results_dir, name):
     return max(Path(results_dir).glob(f"[0-9]*-{name}"), key=run_number, default=None)
 
 
-def clean(folder):
+def remove_temporary_files(folder):
     """Remove the half-written files of a killed process. Only for the holder of the folder's lock."""
     for path in Path(folder).rglob("*.tmp"):
         if path.is_file():
@@ -68,7 +68,7 @@ def keep_last(folder, count, always=()):
 # One writer
 
 
-def job():
+def job_name():
     """The name of what a user started: the same for all its processes, also for those that torchrun restarts."""
     run_id = os.environ.get("TORCHELASTIC_RUN_ID", "none")
     return f"{socket.gethostname()}/{os.getppid()}" if run_id == "none" else run_id
@@ -102,7 +102,7 @@ def lock(folder):
             say(f"note: {folder} can't be locked ({error.strerror}): make sure that only one run writes to it")
             break
     file.truncate(0)
-    file.write(json.dumps({"job": job(), "host": socket.gethostname(), "pid": os.getpid()}))
+    file.write(json.dumps({"job": job_name(), "host": socket.gethostname(), "pid": os.getpid()}))
     file.flush()
     _locks.append(file)
 
@@ -115,6 +115,6 @@ def is_restarted(folder):
     if int(os.environ.get("TORCHELASTIC_RESTART_COUNT", 0)) == 0 and os.environ.get("GROUP_WORLD_SIZE", "1") == "1":
         return False
     try:
-        return json.loads(Path(folder, "lock").read_text())["job"] == job()
+        return json.loads(Path(folder, "lock").read_text())["job"] == job_name()
     except (OSError, ValueError, KeyError, TypeError):
         return False

@@ -18,7 +18,7 @@ class StopSignal:
     """SIGTERM, SIGINT, SIGUSR1 or SIGHUP, sent to any rank, stops all of them at the same step.
 
     The ranks agree by a sum over a group of its own, on the CPU: `ask` starts it before a step and `settle` reads it
-    after the step, so nobody waits. A second SIGINT ends the process at once.
+    after the step, so no rank waits. A second SIGINT ends the process at once.
     """
 
     def __init__(self):
@@ -39,7 +39,7 @@ class StopSignal:
             self.pending = dist.all_reduce(self.flag, group=self.group, async_op=True)
 
     def agreed(self):
-        """Whether any rank had been asked to stop when it came to `ask` (or here, without `ask`): alike on all."""
+        """Whether any rank had been asked to stop when it came to `ask` (or here, without `ask`): the same on all."""
         if self.group is None:
             return self.name is not None
         if self.pending is None:

@@ -179,8 +179,9 @@ def frechet_distance(mean_a, cov_a, mean_b, cov_b):
 def bootstrap_error(reference, features, resamples, seed):
     """The bootstrap standard error of the distance between Moments and a set of features (N, G, D).
 
-    Whole clips are resampled: G = 1, or the number of frames of a clip, which are alike. Only the standard deviation
-    of the resampled distances is used, not their quantiles: a resample repeats clips, so its covariance has a lower
+    Whole clips are resampled: G = 1, or the number of frames of a clip, which are correlated. Only the standard
+    deviation of the resampled distances is used, not their quantiles: a resample repeats clips, so its covariance has a
+    lower
     rank than that of the set, and all of its distances are too large.
     """
     N, G, D = features.shape

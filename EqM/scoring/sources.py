@@ -36,7 +36,7 @@ def add_checkpoint_flags(parser):
     """The flags of FromCheckpoint, except --ckpt and --batch-size. FromFolder reads two of them."""
     add = parser.add_argument_group("sampling from --ckpt").add_argument
     add("--video", action="store_true", default=None, help="require a video model; default: not checked")
-    generation.add_what_flags(add, None, "number of generated clips; default: --num-real, or all of --samples")
+    generation.add_sample_flags(add, None, "number of generated clips; default: --num-real, or all of --samples")
     generation.add_checked_flags(parser)
     cli.add_speed_flags(parser)
     generation.add_sampling_flags(parser)
@@ -147,7 +147,7 @@ def map_npz(path, name):
 def find_real(args, generated):
     """(Clips of the real videos, their description for the manifest, a SHA-256 of all that determines them).
 
-    One rank only. The distance from frame to frame is the whole number that comes closest to the time_scale of the
+    One rank only. The distance from frame to frame is the integer closest to the time_scale of the
     generated clips. Raises UserError.
     """
     scan = scan_videos(args.data_path, images=generated.images)

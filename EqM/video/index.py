@@ -290,7 +290,7 @@ def split_videos(root, videos, val_fraction):
     """(training, validation) videos, at least one each. Raises UserError if there are fewer than two videos.
 
     UCF-101's first list decides if it is in or beside ROOT and names some but not all of these videos (those it does
-    not name validate). Else a hash of Class/stem decides: adding, removing or converting videos moves no other one.
+    not name validate). Else a hash of Class/stem decides: adding, removing or converting a video moves no other.
     """
     if len(videos) < 2:
         raise UserError(f"--data-path {root}: {len(videos)} usable file, wanted at least 2: one trains, one validates")

@@ -116,7 +116,7 @@ def differences(a, b, place="state"):
 
 
 def compare(one, other):
-    """Where two finished runs differ: weights, average, optimizer, best loss, metrics, the set of checkpoints."""
+    """Where two finished runs differ: weights, EMA weights, optimizer, best loss, metrics, the set of checkpoints."""
     files = [sorted(path.name for path in (run.folder / "checkpoints").iterdir()) for run in (one, other)]
     found = [] if files[0] == files[1] else [f"checkpoints {files}"]
     found += [] if one.rows() == other.rows() else ["metrics"]
@@ -214,7 +214,7 @@ def storm(training, count, hit, seed=0, report=print, from_start=6.0, from_step=
 
 
 def newest_step(training):
-    """The step of the newest checkpoint, each of which must be whole; 0 without any."""
+    """The step of the newest checkpoint, each of which must be intact; 0 without any."""
     steps = [0]
     for path in training.results.glob("*/checkpoints/*.pt"):
         steps.append(torch.load(path, weights_only=True)["step"])
@@ -259,7 +259,7 @@ def main():
             whole.run(timeout=1800)
             stormy = replace(whole, results=Path(root, name, "stormy"))
             seen = storm(stormy, count, hit, args.seed, lambda line: print(line, flush=True))
-            assert len(seen) == count, "give it more --steps-per-hit"
+            assert len(seen) == count, "the run ended too early: raise --steps-per-hit"
             found = compare(whole, stormy)
             print(*found, sep="\n")
             for what in sorted({one["hit"] for one in seen}):

@@ -16,7 +16,7 @@ OFTEN += ["--num-samples", 1, "--num-sampling-steps", 3, "--keep-last", 2]
 
 @pytest.fixture(autouse=True)
 def usual_signals():
-    """A training run takes over these signals; the tests want them back."""
+    """A training run installs handlers; this restores the ones before it."""
     handlers = {number: signal.getsignal(number) for number in signals.STOP_SIGNALS}
     yield
     for number, handler in handlers.items():

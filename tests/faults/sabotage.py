@@ -52,7 +52,7 @@ def hanging_decoder():
 
 
 def killed_while_it_starts_a_loader():
-    """SIGKILL when a loader process has been forked and has not come to anything yet."""
+    """SIGKILL when a loader process has been forked and has not run any code yet."""
     from video import loader
 
     start_worker = loader.start_worker
@@ -66,7 +66,7 @@ def killed_while_it_starts_a_loader():
 
 
 def bug_in_a_step():
-    """An error that nobody expects, at the third step, while the loader's processes are at work."""
+    """An unexpected error, at the third step, while the loader's processes are at work."""
     import transport
 
     loss, calls = transport.loss, []

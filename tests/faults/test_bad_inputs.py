@@ -85,14 +85,14 @@ CASES = {
     "a billion frames": case("train", "--num-frames 1000000000", "--num-frames 1000000000"),
     "an empty number": case("train", ["--num-frames", ""], "--num-frames"),
     "a number of 5,000 digits": case("train", "--num-frames " + "9" * 5000, "--num-frames"),
-    "a rate that is no number": case("train", "--lr nan", "--lr", "nan"),
+    "a learning rate that is NaN": case("train", "--lr nan", "--lr", "nan"),
     "an infinite rate": case("train", "--lr inf", "--lr", "inf"),
     "a rate beyond all numbers": case("train", "--lr 1e400", "--lr", "1e400"),
     "a negative rate": case("train", "--lr -1", "--lr", "above 0"),
     "a rate of zero": case("train", "--lr 0", "--lr", "above 0"),
     "an infinite weight decay": case("train", "--weight-decay inf", "--weight-decay", "inf"),
-    "an average that is no number": case("train", "--ema-decay nan", "--ema-decay", "nan"),
-    "an average above one": case("train", "--ema-decay 1.5", "--ema-decay", "at most 1"),
+    "an EMA decay that is NaN": case("train", "--ema-decay nan", "--ema-decay", "nan"),
+    "an EMA decay above 1": case("train", "--ema-decay 1.5", "--ema-decay", "at most 1"),
     "a share below zero": case("train", "--val-fraction=-0.1", "--val-fraction", "at least 0"),
     "a base that is infinite": case("train", "--rope-theta inf", "--rope-theta", "inf"),
     "a split of two": case("train", "--rope-split 8,8", "--rope-split 8,8, model", "three even numbers"),
@@ -140,10 +140,10 @@ CASES = {
     "a schedule beside steps": case("schedule", "--frames-schedule 4:10 --max-steps 20", "--max-steps 20 contradicts"),
     "a schedule beside epochs": case("schedule", "--frames-schedule 4:10 --epochs 2", "--epochs 2 contradicts"),
     "a schedule with fixed positions": case("schedule fixed", "--frames-schedule 4:10,8:20", "tied to 4"),
-    "a mix of nothing": case("train", "--mix 0.2", "--mix 0.2", "--frames-schedule"),
+    "a mix without a schedule": case("train", "--mix 0.2", "--mix 0.2", "--frames-schedule"),
     "no checkpoints kept": case("train", "--keep-last 0", "--keep-last", "at least 1"),
     "a tolerance below zero": case("train", "--skip-nonfinite=-1", "--skip-nonfinite", "at least 0"),
-    "a patience that is no number": case("train", "--loader-timeout nan", "--loader-timeout", "nan"),
+    "a loader timeout that is NaN": case("train", "--loader-timeout nan", "--loader-timeout", "nan"),
     "an unknown flag": case("train", "--num-frame 3", "--num-frame"),
     "a word too many": case("train", "please", "please"),
     "a flag without its value": case("train", "--ckpt", "--ckpt"),
@@ -200,7 +200,7 @@ CASES = {
     "a checkpoint of no name": case("train", ["--ckpt", ""], "--ckpt", "empty"),
     "an empty file": case("train", "--ckpt file", "--ckpt file", "not a checkpoint"),
     "a pipe": case("train", "--ckpt pipe", "--ckpt pipe", "a pipe or a device"),
-    "a device without end": case("train", "--ckpt /dev/zero", "--ckpt /dev/zero", "a pipe or a device"),
+    "an endless device": case("train", "--ckpt /dev/zero", "--ckpt /dev/zero", "a pipe or a device"),
     "a socket": case("train", "--ckpt socket", "--ckpt socket", "a pipe or a device"),
     "a link to itself": case("train", "--ckpt loop", "--ckpt loop", "symbolic links"),
     "a checkpoint of 300 letters": case("train", f"--ckpt {LONG}", "--ckpt", "too long"),
@@ -313,7 +313,7 @@ CASES = {
     "an export of code": case("export", "code.pt new", "holds code"),
     "an export of a device": case("export", "/dev/zero new", "a pipe or a device"),
     "an export of another model": case("export", "rope.pt new --model EqM-XL/2", "--model EqM-XL/2"),
-    "an export of whole numbers": case("export", "rope.pt new --dtype int8", "--dtype"),
+    "an export as int8": case("export", "rope.pt new --dtype int8", "--dtype"),
     # make_moving_shapes.py.
     "shapes in a file": case("shapes", "--out file", "--out file"),
     "shapes among videos": case("shapes", "--out videos", "--out videos", "not Moving Shapes"),
@@ -330,7 +330,7 @@ CASES = {
     "one shape of each class": case("shapes", "--videos-per-class 1", "--videos-per-class 1"),
     "radii in the wrong order": case("shapes", "--radius 0.2 0.1", "--radius 0.2 0.1"),
     "radii that leave the picture": case("shapes", "--radius 0.1 0.3", "--radius 0.1 0.3"),
-    "shapes by a flag that is none": case("shapes", "--sizes 64", "--sizes"),
+    "shapes by an unknown flag": case("shapes", "--sizes 64", "--sizes"),
     "shapes of a color that is none": case("shapes", "--colors mauve", "--colors", "mauve"),
 }
 
@@ -465,7 +465,7 @@ def test_bad_input_is_one_line_and_status_2_and_nothing_is_touched(name, world, 
 
 
 PROCESSES = [
-    "a pipe", "a device without end", "a checkpoint that runs code", "an infinite rate", "sampling from a pipe",
+    "a pipe", "an endless device", "a checkpoint that runs code", "an infinite rate", "sampling from a pipe",
     "latents of pixels", "scores of nothing", "an export of code", "shapes by the trillion",
 ]  # fmt: skip
 
@@ -478,7 +478,7 @@ def start(case, world):
     return subprocess.Popen(command, cwd=world, env=environment, stdout=-1, stderr=-1, text=True)
 
 
-def test_the_commands_that_a_user_types_end_so_as_well(world):
+def test_bad_input_is_one_line_in_real_processes_too(world):
     before = snapshot(world)
     for names in (PROCESSES[::2], PROCESSES[1::2]):
         processes = {name: start(CASES[name], world) for name in names}

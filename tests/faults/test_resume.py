@@ -54,7 +54,7 @@ def test_a_run_stopped_after_every_single_step_ends_as_one_that_was_not(kind, sh
 
 
 def check_in_parts(whole, results, stops):
-    """Run it whole, and in parts that are stopped after so many steps (None = not at all): the ends are the same."""
+    """An uninterrupted run, and one stopped after so many steps each time (None = not at all), end the same."""
     run_here(whole)
     parts = replace(whole, results=results)
     for steps in stops:
@@ -76,7 +76,7 @@ def test_images_resume_bit_for_bit(tmp_path):
 
 
 @pytest.mark.parametrize("where", ["latents_of", "sample_ema", "validate"])
-def test_a_signal_during_validation_or_sampling_leaves_that_for_after_the_resume(where, shapes, tmp_path):
+def test_what_a_signal_interrupts_is_done_again_after_the_resume(where, shapes, tmp_path):
     whole = Training(shapes, tmp_path / "whole", STEPS, flags=["--num-workers", 0])
     run_here(whole)
     parts = replace(whole, results=tmp_path / "parts")
@@ -139,7 +139,7 @@ def test_a_checkpoint_that_was_not_given_all_its_names_gets_them(shapes, tmp_pat
         assert {path.name: path.read_bytes() for path in (whole.folder / "checkpoints").iterdir()} == names
 
 
-def test_a_damaged_checkpoint_is_named_and_the_one_before_it_goes_on(shapes, tmp_path, capsys):
+def test_a_damaged_checkpoint_is_named_and_the_one_before_it_is_used(shapes, tmp_path, capsys):
     whole = Training(shapes, tmp_path / "whole", STEPS, flags=["--num-workers", 0])
     run_here(whole)
     parts = replace(whole, results=tmp_path / "parts")
@@ -170,7 +170,7 @@ def test_two_ranks_resume_bit_for_bit_also_with_other_workers(precision, shapes,
     assert compare(whole, parts) == []
 
 
-def test_a_run_goes_on_with_another_number_of_ranks_up_to_rounding(shapes, tmp_path):
+def test_a_run_continues_with_another_number_of_ranks_up_to_rounding(shapes, tmp_path):
     whole = Training(shapes, tmp_path / "whole", STEPS, flags=[*OFTEN, "--num-workers", 0])
     run_here(whole)
     parts = replace(whole, results=tmp_path / "parts", launcher=TORCHRUN)
