@@ -81,6 +81,10 @@ class Progress:
     flops: float = 0.0  # of the run's training steps
     pretrained: bool = False  # the run began with a model from elsewhere: full --ema-decay at once
 
+    def count_step(self, batch_size, flops_per_clip):
+        self.step, self.position = self.step + 1, self.position + batch_size
+        self.flops += batch_size * flops_per_clip
+
     def begin_phase(self):
         """Start another phase here, with its own stream and its own best loss."""
         self.first_step, self.position, self.best_loss, self.best_step = self.step, 0, math.inf, -1

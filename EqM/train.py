@@ -258,8 +258,10 @@ def main():
                     bar.set_postfix_str(f"loss {row['train_loss']:.3f}, {row['clips_per_s']:.1f} clips/s")
                     report_bad(bad_videos, stats.bad, step, log)
                     if is_due(step, phase.last_step, args.val_every):
-                        val_began, setting = time.monotonic(), (phase.num_frames, args.precision, device)
-                        val_metrics, bad = validate(ema, model, vae, val_loader, *setting, stop)
+                        val_began = time.monotonic()
+                        val_metrics, bad = validate(
+                            ema, model, vae, val_loader, phase.num_frames, args.precision, device, stop
+                        )
                         report_bad(bad_videos, bad, step, log)
                         row |= val_metrics | {"val_seconds": time.monotonic() - val_began}
                     if args.sample_every and step % args.sample_every == 0:
@@ -309,9 +311,8 @@ def main():
                         scaler.step(optimizer)
                     optimizer.zero_grad()
                 scaler.update()
-                progress.step, progress.position = progress.step + 1, progress.position + phase.batch_size
-                flops = config.training_flops(batch["clips"].shape[-3], args.grad_checkpoint)
-                progress.flops += phase.batch_size * flops
+                num_frames = batch["clips"].shape[-3]  # of the phase or, with --mix, of an earlier one
+                progress.count_step(phase.batch_size, config.training_flops(num_frames, args.grad_checkpoint))
                 stats.add(files, **sums)
                 if progress.skipped > args.skip_nonfinite:
                     stats.raise_nonfinite(progress.step, -1)
