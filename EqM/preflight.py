@@ -228,7 +228,7 @@ def run_name(args):
     return f"{args.model or 'EqM-*'}-f{'-'.join(map(str, lengths))}{positions}".replace("/", "-")
 
 
-def run_config(args, config, phase, data, vae):
+def make_run_config(args, config, phase, data, vae):
     """The `config` of the checkpoints of a phase: plain values that say how it was trained."""
     flags = {name: str(value) if isinstance(value, Path) else value for name, value in vars(args).items()}
     if args.frames_schedule:

@@ -209,9 +209,9 @@ def main():
     if rank() == 0:
         save_index(data.scan, folder)
     checkpoint.complete_names(start, phases, args.ckpt_every)
-    about = preflight.run_config(args, config, current_phase(phases, progress.first_step), data, vae)
+    run_config = preflight.make_run_config(args, config, current_phase(phases, progress.first_step), data, vae)
     logged_step = progress.step - 1 if start.unlogged else progress.step
-    metrics = Metrics(folder, resume_step=logged_step, wandb=args.wandb, config=about)
+    metrics = Metrics(folder, resume_step=logged_step, wandb=args.wandb, config=run_config)
     num_videos = len(data.scan.videos) + len(data.scan.unreadable)
     bad_videos = BadVideos(num_videos, args.max_bad_fraction, start.bad_videos)
     log = functools.partial(say, log=folder / "log.txt")
@@ -230,7 +230,7 @@ def main():
         if rank() == 0:
             progress.seconds = time.monotonic() - began
             metrics.sync()
-            trained = about, model, ema, optimizers, scaler
+            trained = run_config, model, ema, optimizers, scaler
             checkpoint.save_run(folder, names, *trained, progress, unlogged, bad_videos.paths)
             if args.keep_last:
                 runs.keep_last(folder, args.keep_last, {phase.last_step for phase in phases})
@@ -241,10 +241,10 @@ def main():
         for phase in [phase for phase in phases if phase.last_step > progress.first_step]:
             stream = progress.first_step  # of the phase's samples: names their random draws
             batches, val_loader = start_phase(args, data, phases, phase, progress, device)
-            about = preflight.run_config(args, config, phase, data, vae)
-            previews = preview_source(args, ema, vae, about)
+            run_config = preflight.make_run_config(args, config, phase, data, vae)
+            previews = preview_source(args, ema, vae, run_config)
             if rank() == 0:
-                (folder / "config.json").write_text(json.dumps(about, indent=2))
+                (folder / "config.json").write_text(json.dumps(run_config, indent=2))
             set_learning_rates(optimizers, args, lr_multiplier(args, progress.step, stream, last_step))
             clips, tokens = f"{phase.batch_size} clips", math.prod(config.grid(phase.num_frames))
             log(f"to step {phase.last_step}: {clips} per step, {phase.num_frames} frames = {tokens} tokens each")
@@ -374,9 +374,9 @@ def start_phase(args, data, phases, phase, progress, device):
     return on_device(batches_of(train_loader), device), val_loader  # forks the loader processes
 
 
-def preview_source(args, ema, vae, about):
+def preview_source(args, ema, vae, run_config):
     """What the previews of a phase are sampled from: its frames and frame rate, the classes in turn."""
-    data, num_frames = about["data"], about["training"]["num_frames"]
+    data, num_frames = run_config["data"], run_config["training"]["num_frames"]
     labels = torch.arange(args.num_samples) % len(data["classes"])
     return Source(ema, vae, data["classes"], labels, num_frames, checkpoint.trained_time_scale(data))
 
