@@ -245,6 +245,7 @@ def main():
             previews = preview_source(args, ema, vae, run_config)
             if rank() == 0:
                 (folder / "config.json").write_text(json.dumps(run_config, indent=2))
+            # For the metrics of a step that a resumed run has yet to log
             set_learning_rates(optimizers, args, lr_multiplier(args, progress.step, stream, last_step))
             clips, tokens = f"{phase.batch_size} clips", math.prod(config.grid(phase.num_frames))
             log(f"to step {phase.last_step}: {clips} per step, {phase.num_frames} frames = {tokens} tokens each")

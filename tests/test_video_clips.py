@@ -204,6 +204,16 @@ def truncate(path):
 DAMAGES = [scribble, truncate, Path.unlink, lambda path: path.write_text("hello")]
 
 
+def check_replacements(clips, samples, path):
+    """The samples of two epochs in which another file replaces the bad one, with that file's label."""
+    bad = [sample for sample in samples if sample["bad"]]
+    assert len(bad) == 2  # it comes once in each epoch
+    for sample in bad:
+        assert sample["bad"] == [path] != [sample["video"]]
+        assert sample["label"] == clips.classes.index(sample["video"].split("/")[0])
+    return bad
+
+
 @pytest.mark.parametrize("damage", DAMAGES, ids=["scribbled", "truncated", "vanished", "text"])
 @pytest.mark.parametrize(
     ("name", "codec"), [("bad.avi", "mpeg4"), ("bad.mp4", "mpeg4"), ("bad.mkv", "mpeg4"), ("bad.mov", "libx264")]
@@ -212,12 +222,7 @@ def test_a_bad_video_is_named_and_replaced_the_same_way_each_time(root, damage, 
     write_video(root / "A" / name, codec=codec)
     clips = make_clips(root, num_frames=16, seed=3)
     damage(root / "A" / name)
-    samples = [clips[index] for index in range(10)]
-    bad = [sample for sample in samples if sample["bad"]]
-    assert len(bad) == 2  # it comes once in each epoch
-    for sample in bad:
-        assert sample["bad"] == [f"A/{name}"] != [sample["video"]]
-        assert sample["label"] == clips.classes.index(sample["video"].split("/")[0])
+    for sample in check_replacements(clips, [clips[index] for index in range(10)], f"A/{name}"):
         assert np.diff(frame_indices_of(sample["clip"])).tolist() == [1] * 15
         again = Clips(root, clips.videos, clips.classes, 16, SIZE, seed=3)
         assert torch.equal(again[sample["index"]]["clip"], sample["clip"])
@@ -368,11 +373,7 @@ def test_a_bad_image_is_named_replaced_and_counted(image_root, damage, suffix):
     clips = image_clips(image_root)
     (IMAGE_DAMAGES | PNG_DAMAGES)[damage](image_root / "A" / name)
     samples = [clips[index] for index in range(12)]
-    bad = [sample for sample in samples if sample["bad"]]
-    assert len(bad) == 2  # it comes once in each epoch
-    for sample in bad:
-        assert sample["bad"] == [f"A/{name}"] != [sample["video"]]
-        assert sample["label"] == clips.classes.index(sample["video"].split("/")[0])
+    check_replacements(clips, samples, f"A/{name}")
     bad_videos = BadVideos(len(clips), 0.0)
     assert bad_videos.add([path for sample in samples for path in sample["bad"]]) == [f"A/{name}"]
 
