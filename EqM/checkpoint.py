@@ -20,37 +20,25 @@ import os
 import pickle
 import shutil
 import warnings
-from dataclasses import asdict, dataclass, fields, replace
+from dataclasses import asdict, dataclass, fields
 from pathlib import Path
 
 import torch
 
-from models import SHAPE, EqM, EqMConfig, model_name, model_shape, num_blocks
+from models import SHAPE, EqM, EqMConfig, model_name, model_shape
 from published import load_published, published_parts, read_export
 from runtime.atomic import atomic_write, sync
 from runtime.cli import UserError, say
 from runtime.distributed import rank
 from runtime.runs import is_restarted, lock, newest_run, remove_temporary_files
-from runtime.untrusted import (
-    ARCHIVE_ERRORS,
-    CONFIG_BYTES,
-    FPS,
-    is_count,
-    is_named,
-    is_number,
-    is_plain,
-    is_strings,
-    is_weights,
-    read_torch,
-    text_size,
-)
+from runtime.untrusted import check_types, read_torch
 from schedule import current_phase, is_due
 
 VERSION = 1
-PARTS = ("model", "data", "training")  # of a config
-NEEDED = {  # of these parts, to sample
-    "data": {"vae", "image_size", "fps", "frame_interval", "classes"},
-    "training": {"model", "num_frames", "video"},
+CONFIG_TYPES = {  # what sampling and training take from the parts of a config
+    "model": {},
+    "data": {"vae": str, "image_size": int | None, "fps": int | float, "frame_interval": list, "classes": list},
+    "training": {"model": str, "num_frames": int, "video": bool},
 }
 FLAGS = {  # the flag of a field of EqMConfig
     "num_classes": "--num-classes",
@@ -63,8 +51,6 @@ FLAGS = {  # the flag of a field of EqMConfig
     "in_channels": "--vae",
     "ebm": "--ebm",
 }
-MEMORY = {torch.optim.AdamW: ("step", "exp_avg", "exp_avg_sq"), torch.optim.Muon: ("momentum_buffer",)}  # of a weight
-LARGEST_TABLE = 2**22  # values of fixed positions that any file may ask for; files with more weights may ask for more
 
 
 @dataclass
@@ -192,7 +178,7 @@ def load(path, **asked):
     if os.path.isdir(path):
         about, weights = read_export(path)
         check_version(path, about["version"])
-        state = from_elsewhere({part: about[part] for part in PARTS}, weights, weights, about["step"])
+        state = from_elsewhere({part: about[part] for part in CONFIG_TYPES}, weights, weights, about["step"])
     else:
         state = read_file(path)
         if (parts := published_parts(state)) is not None:
@@ -202,8 +188,11 @@ def load(path, **asked):
         names = ", ".join(sorted(wanted))
         raise UserError(f"--ckpt {path}: not a checkpoint of this project; wanted a dict with {names}")
     check_version(path, state["version"])
-    if field := invalid_field(state):
-        raise UserError(f"--ckpt {path}: damaged: its {field} is not what train.py writes; use another checkpoint")
+    try:
+        for part, types in CONFIG_TYPES.items():
+            check_types(state["config"].get(part), types)
+    except (ValueError, AttributeError) as error:
+        raise UserError(f"--ckpt {path}: damaged: its {part} settings: {error}; use another checkpoint") from error
     return state
 
 
@@ -226,7 +215,7 @@ def read_file(path):
         ) from error
     except OSError as error:
         raise UserError(f"{flag}: can't be read ({error.strerror or error}); wanted a checkpoint file") from error
-    except (*ARCHIVE_ERRORS, TypeError, AttributeError, AssertionError) as error:
+    except Exception as error:
         raise UserError(f"{flag}: damaged or cut short; use another checkpoint, or copy it again") from error
 
 
@@ -264,7 +253,7 @@ def load_run(start, model, ema, optimizers, scaler):
     load_weights(start.path, model, state["model"])
     load_weights(start.path, ema, state["ema"])
     if state["optimizer"]:  # exported and published models have none
-        load_optimizers(start.path, optimizers, state["optimizer"]["states"])
+        load_optimizers(optimizers, state["optimizer"]["states"])
         if scaler.is_enabled() and state["optimizer"].get("scaler"):  # the last phase may have been in bf16
             scaler.load_state_dict(state["optimizer"]["scaler"])
 
@@ -278,93 +267,10 @@ def load_weights(path, model, weights):
         raise UserError(f"--ckpt {path}: its weights do not match its config: {mismatch[0].strip()}") from error
 
 
-def load_optimizers(path, optimizers, saved):
-    """Restore the optimizers' state of each weight; their settings, such as the learning rate, stay those of the flags.
-
-    Raises UserError if it does not fit these weights.
-    """
-    damaged = f"--ckpt {path}: damaged: its optimizer does not match its weights; use another checkpoint"
-    if len(saved) != len(optimizers):
-        raise UserError(damaged)
+def load_optimizers(optimizers, saved):
+    """Restore the optimizers' state of each weight; settings such as the learning rate stay those of the flags."""
     for optimizer, state in zip(optimizers, saved, strict=True):
-        groups, memory = optimizer.state_dict()["param_groups"], state.get("state")
-        weights = [weight for group in optimizer.param_groups for weight in group["params"]]
-        if not isinstance(memory, dict) or not memory.keys() <= set(range(len(weights))):
-            raise UserError(damaged)
-        for index, values in memory.items():
-            shapes = {name: weights[index].shape for name in MEMORY[type(optimizer)]}
-            shapes |= {"step": torch.Size([])} if "step" in shapes else {}
-            if not is_weights(values) or {name: value.shape for name, value in values.items()} != shapes:
-                raise UserError(damaged)
-        optimizer.load_state_dict({"state": memory, "param_groups": groups})
-
-
-# ----------------------------------------------------------------------------------------------------------------------
-# Whether the values in a file have the types and ranges that train.py writes
-
-
-def invalid_field(state):
-    """The name of the first part of a checkpoint with the wrong kind of value; None if all are valid."""
-    valid = {
-        "config": is_config, "model": is_weights, "ema": is_weights, "optimizer": is_optimizer, "step": is_count,
-        "phase": is_phase, "best_loss": is_number, "run": is_run,
-    }  # fmt: skip
-    return next((name for name, is_valid in valid.items() if not is_valid(state.get(name))), None)
-
-
-def is_config(config):
-    """Whether config has its three parts, with the values that sampling and training take from them."""
-    if not isinstance(config, dict) or config.keys() != set(PARTS) or not all(map(is_named, config.values())):
-        return False
-    if any(needed - config[part].keys() for part, needed in NEEDED.items()):
-        return False
-    data, training = config["data"], config["training"]
-    interval, fps, classes = data["frame_interval"], data["fps"], data["classes"]
-    return (
-        isinstance(data["vae"], str)
-        and (data["image_size"] is None or is_count(data["image_size"], 1))
-        and isinstance(fps, (int, float)) and FPS[0] <= fps <= FPS[1]
-        and isinstance(interval, list) and len(interval) in (1, 2) and all(is_count(part, 1) for part in interval)
-        and is_strings(classes) and classes != []
-        and isinstance(training["model"], str)
-        and is_count(training["num_frames"], 1)
-        and isinstance(training["video"], bool)
-        and all(map(is_plain, training.values()))
-        and sum(map(text_size, (*data.values(), *training.values()))) < CONFIG_BYTES
-    )  # fmt: skip
-
-
-def is_optimizer(value):
-    if value is None:
-        return True
-    if not isinstance(value, dict) or value.get("kind") not in ("adamw", "muon"):
-        return False
-    states = value.get("states")
-    return isinstance(states, list) and all(isinstance(state, dict) for state in states)
-
-
-def is_phase(value):
-    """Whether value holds fields of Progress, at least those that every run has."""
-    names = {field.name for field in fields(Progress)} - {"step", "best_loss"}
-    if not isinstance(value, dict) or not {"first_step", "position"} <= value.keys() <= names:
-        return False
-    amounts = [value.get(name, 0.0) for name in ("seconds", "flops")]
-    counts = [count for name, count in value.items() if name not in ("seconds", "flops")]
-    return all(is_number(amount) and amount >= 0 for amount in amounts) and all(is_count(count, -1) for count in counts)
-
-
-def is_run(value):
-    """Whether value is what an interrupted run keeps: unlogged StepStats and bad videos; None means nothing."""
-    if value is None:
-        return True
-    if not isinstance(value, dict) or not is_strings(value.get("bad_videos")) or "window" not in value:
-        return False
-    window = value["window"]
-    if window is None:
-        return True
-    if not isinstance(window, dict) or not is_strings(window.get("names")) or not torch.is_tensor(window.get("rows")):
-        return False
-    return window["rows"].shape[1:] == (len(window["names"]),) and is_weights({"rows": window["rows"]})
+        optimizer.load_state_dict(state | {"param_groups": optimizer.state_dict()["param_groups"]})
 
 
 def config_of(path, state):
@@ -374,65 +280,15 @@ def config_of(path, state):
     if set(saved) != known:
         raise UserError(f"--ckpt {path}: its model has other settings ({', '.join(sorted(set(saved) ^ known))})")
     try:
-        for field in fields(EqMConfig):
-            if not isinstance(saved[field.name], (int, float) if field.type is float else field.type):
-                raise ValueError(f"{field.name} is not of type {field.type.__name__}")
         config = EqMConfig(**saved)
-        if len(state["config"]["data"]["classes"]) > config.num_classes:
-            raise ValueError(f"num_classes is {config.num_classes} and more are named")
     except (ValueError, TypeError) as error:
         raise UserError(f"--ckpt {path}: damaged: the settings of its model are invalid ({error})") from error
-    check_weights(path, config, state["model"], state["ema"])
+    with warnings.catch_warnings(), torch.device("meta"):  # shapes only, without memory
+        warnings.simplefilter("ignore")  # about narrow models: the real one will warn
+        network = EqM(config)
+    for part in ("model", "ema"):
+        load_weights(path, network, state[part])
     return config
-
-
-def check_weights(path, config, *parts):
-    """Raise UserError, naming the first mismatch, unless each of the parts (state dicts) fits EqM(config).
-
-    The full model is not built: once the file is known to be large enough, one block shows the shapes of all.
-    """
-    mismatch = next(filter(None, (size_mismatch(config, weights) for weights in parts)), None)
-    if mismatch is None:
-        shapes = weight_shapes(config)
-        mismatch = next(filter(None, (first_mismatch(weights, shapes) for weights in parts)), None)
-    if mismatch:
-        raise UserError(f"--ckpt {path}: its weights do not match its config: {mismatch}")
-
-
-def size_mismatch(config, weights):
-    """What says that the weights are too few for EqM(config); None if they may fit."""
-    total, depth, D = sum(value.numel() for value in weights.values()), config.depth, config.hidden_size
-    sizes = {
-        "x_embedder.proj.weight": D * config.values_per_token,
-        "y_embedder.embedding_table.weight": (config.num_classes + 1) * D,
-    }
-    for name, size in sizes.items():
-        if (found := weights[name].numel() if name in weights else 0) < size:
-            return f"{name} has {found} values, wanted {size}"
-    if num_blocks(weights) != depth or total < 18 * depth * D**2:  # the matrices of the blocks
-        return f"{num_blocks(weights)} blocks and {total} values, wanted {depth} blocks of {18 * D**2} and more"
-    if config.num_positions * D > LARGEST_TABLE + 16 * total:  # of a table that no file holds
-        return f"{total} values are too few for {config.num_positions} fixed positions"
-    return None
-
-
-def weight_shapes(config):
-    """name -> shape of the weights of EqM(config)."""
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore")  # about narrow models: the full model will warn
-        small = EqM(replace(config, depth=1)).state_dict()
-    shapes = {name: tuple(value.shape) for name, value in small.items()}
-    blocks = {name.removeprefix("blocks.0."): shapes.pop(name) for name in small if name.startswith("blocks.0.")}
-    return shapes | {f"blocks.{n}.{name}": shape for n in range(config.depth) for name, shape in blocks.items()}
-
-
-def first_mismatch(weights, shapes):
-    """The first tensor that is missing, unknown or of another shape, in words; None if all match."""
-    for name in sorted(weights.keys() | shapes.keys()):
-        found = tuple(weights[name].shape) if name in weights else "missing"
-        if found != shapes.get(name):
-            return f"{name} is {found}, wanted {shapes.get(name, 'no such tensor')}"
-    return None
 
 
 # ----------------------------------------------------------------------------------------------------------------------

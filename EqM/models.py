@@ -22,9 +22,7 @@ from rope import REFERENCE_FPS, RotaryEmbedding3D, apply_rotary, split_head
 
 EBMS = ("none", "dot", "l2")
 TIME_FEATURES = 256  # sinusoidal features of the time scale, see TimeScaleEmbedder
-LARGEST = {"depth": 2**10, "input_size": 2**13}  # larger values are a typing error or come from a forged file
-LARGEST_OTHER = 2**24  # for the other counts
-MOST_WEIGHTS = 2**36  # a hundred times EqM-XL
+LARGEST, MOST_WEIGHTS = 2**20, 2**36  # of a count; a hundred times EqM-XL. More is a typing error
 
 
 @dataclass(frozen=True)
@@ -50,9 +48,8 @@ class EqMConfig:
     def __post_init__(self):
         counts = ("input_size", "patch_size", "temporal_patch_size", "in_channels", "hidden_size", "depth", "num_heads")
         for name in (*counts, "num_classes", "num_frames"):
-            most = LARGEST.get(name, LARGEST_OTHER)
-            if not 1 <= getattr(self, name) <= most:
-                raise ValueError(f"{name} must be from 1 to {most}, found {getattr(self, name)}")
+            if not 1 <= getattr(self, name) <= LARGEST:
+                raise ValueError(f"{name} must be from 1 to {LARGEST}, found {getattr(self, name)}")
         if not 0 < self.rope_theta <= 1e12:
             raise ValueError(f"rope_theta must be in (0, 1e12], found {self.rope_theta}")
         if not 0 <= self.class_dropout_prob <= 1:

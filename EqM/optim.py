@@ -17,15 +17,13 @@ def make_optimizers(model, args):
     return optimizers
 
 
-def lr_multiplier(args, step, first_step, last_step):
-    """The factor on the learning rate at a step of the phase that began at first_step, in a run up to last_step.
+def lr_multiplier(args, step, last_step):
+    """The factor on the learning rate at a step of a run up to last_step; both are global.
 
-    It rises over the first steps of the run (--warmup-steps) and of each later phase (--rewarmup), and falls linearly
-    to zero over the last share of the run (--lr-decay). All steps are global.
+    It rises over the first steps of the run (--warmup-steps) and falls linearly to zero over the last share of it
+    (--lr-decay).
     """
     factor = min(1, step / max(args.warmup_steps, 1))
-    if first_step:
-        factor *= min(1, (step - first_step) / max(args.rewarmup, 1))
     if args.lr_decay:
         factor *= min(1, (last_step - step + 1) / (args.lr_decay * last_step))
     return factor

@@ -17,9 +17,10 @@ from safetensors import SafetensorError
 
 from models import SHAPE, EqMConfig, model_name, num_blocks, position_table
 from runtime.cli import UserError
-from runtime.untrusted import CONFIG_BYTES, is_weights, plain_name, read_json
+from runtime.untrusted import check_types, read_json
 
 EXPORT = ("model.safetensors", "config.json")
+EXPORT_TYPES = {"version": int, "step": int, "model": dict, "data": dict, "training": dict}  # of config.json
 DTYPES = {"fp32": torch.float32, "fp16": torch.float16}
 LOCAL_FLAGS = {"data_path", "results_dir", "ckpt"}  # mean nothing on another machine
 
@@ -55,14 +56,11 @@ def read_export(folder):
         wanted = "a checkpoint file or what scripts/export.py wrote"
         raise UserError(f"{flag}: a folder without {missing[0]}; wanted {wanted}")
     try:
-        about = read_json(about, CONFIG_BYTES)
-        if missing := {"version", "step", "model", "data", "training"} - about.keys():
-            raise KeyError(f"no {min(missing)}")
-        with plain_name(weights) as name:
-            return about, {name: value.float() for name, value in safetensors.torch.load_file(name).items()}
-    except (OSError, ValueError, KeyError, TypeError, AttributeError, RuntimeError, SafetensorError) as error:
-        reason = (str(error) or type(error).__name__)[:200]
-        raise UserError(f"{flag}: damaged ({reason}); copy or export it again") from error
+        about = read_json(about)
+        check_types(about, EXPORT_TYPES)
+        return about, {name: value.float() for name, value in safetensors.torch.load_file(weights).items()}
+    except (OSError, ValueError, SafetensorError) as error:
+        raise UserError(f"{flag}: damaged ({str(error)[:200]}); copy or export it again") from error
 
 
 # ----------------------------------------------------------------------------------------------------------------------
@@ -74,7 +72,9 @@ def published_parts(state):
 
     def is_network(part):
         dims = {"x_embedder.proj.weight": 4, "y_embedder.embedding_table.weight": 2}
-        return is_weights(part) and all(name in part and part[name].dim() == dim for name, dim in dims.items())
+        if not isinstance(part, dict) or not all(map(torch.is_tensor, part.values())):
+            return False
+        return all(name in part and part[name].dim() == dim for name, dim in dims.items())
 
     if is_network(state):
         return state, state, {}

@@ -5,13 +5,11 @@ so attention scores depend on relative positions only. Here a position has three
 channels. No grid size is fixed: the same weights work for any number of frames.
 """
 
-import math
 import re
 
 import torch
 from torch import nn
 
-ROPE_SCALES = ("none", "linear", "ntk", "riflex")
 REFERENCE_FPS = 25  # temporal positions of adjacent patches of a 25 fps clip differ by 1
 
 
@@ -28,7 +26,9 @@ class RotaryEmbedding3D(nn.Module):
         self.split = split_head(head_dim, split)
         self.head_dim = head_dim
         self.theta = theta
-        self.scale = "none", 1.0, 1.0  # scaling of the time axis, see `scale_frequencies`; set for sampling only
+        # Divides the positions in time: position interpolation (arXiv 2306.15595), which squeezes longer clips into the
+        # trained span. Set for sampling only.
+        self.stretch = 1.0
 
     def forward(self, grid, time_scale):
         """Returns cos and sin of the angles, both (B, 1, N, head_dim / 2) float32.
@@ -42,7 +42,7 @@ class RotaryEmbedding3D(nn.Module):
         # can't represent all integers above 256.
         exponents = [torch.arange(n // 2, device=device, dtype=torch.float32) / (n // 2) for n in self.split]
         frequencies = [self.theta**-part for part in exponents]  # of time, height and width
-        frequencies[0] = scale_frequencies(frequencies[0], *self.scale)
+        frequencies[0] = frequencies[0] / self.stretch
         positions = [torch.arange(n, device=device, dtype=torch.float32)[:, None] for n in grid]
         time, height, width = (position * part for position, part in zip(positions, frequencies, strict=True))
         time = time * (REFERENCE_FPS * time_scale.float())[:, None, None]  # (B, T, n/2)
@@ -71,29 +71,6 @@ def split_head(head_dim, split=""):
     if sum(channels) > head_dim:
         raise ValueError(f"rope_split {split} has {sum(channels)} channels, but head_dim is {head_dim}")
     return channels
-
-
-def scale_frequencies(frequencies, method, trained, wanted):
-    """Frequencies (n/2,), highest first, for clips of length `wanted` from a model that was trained up to `trained`.
-
-    Lengths are in units of the positions. Nothing changes for method "none" or if s = wanted / trained is at most 1.
-    "linear" (position interpolation, arXiv 2306.15595) divides all frequencies by s. "ntk" (NTK-aware scaling, as in
-    YaRN, 2309.00071: theta is multiplied by s ** (n / (n - 2))) keeps the highest, divides the lowest by s and
-    interpolates geometrically between. "riflex" (2502.15894) lowers only the frequency whose period is closest to the
-    trained length, to at most one period in the wanted length.
-    """
-    s = wanted / trained
-    if method == "none" or s <= 1:
-        return frequencies
-    if method == "linear":
-        return frequencies / s
-    if method == "ntk":
-        last = max(len(frequencies) - 1, 1)
-        return frequencies * s ** -(torch.arange(len(frequencies), device=frequencies.device) / last)
-    assert method == "riflex", method
-    intrinsic = (2 * math.pi / frequencies - trained).abs().argmin()
-    is_intrinsic = torch.arange(len(frequencies), device=frequencies.device) == intrinsic
-    return torch.where(is_intrinsic, frequencies.clamp(max=2 * math.pi / wanted), frequencies)
 
 
 def apply_rotary(x, cos, sin):

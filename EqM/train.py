@@ -41,6 +41,7 @@ from runtime.cli import (
     SHARE,
     ArgumentParser,
     UserError,
+    add_removed,
     add_speed_flags,
     fail,
     one_line_errors,
@@ -150,8 +151,7 @@ def add_optimisation_flags(parser):
     decay = "share of the global steps over which the learning rate falls to 0, at the end; 0 = off"
     add("--lr-decay", type=SHARE, default=0.0, metavar="F", help=decay)
     add("--warmup-steps", type=NATURAL, default=0, metavar="N", help="steps up to the full learning rate; 0 = off")
-    rewarmup = "steps up to the full learning rate in each later phase; 0 = off"
-    add("--rewarmup", type=NATURAL, default=0, metavar="N", help=rewarmup)
+    add_removed(add, "--rewarmup", "it changed neither the loss nor the bump at a switch: leave it out")
     add("--weight-decay", type=NON_NEGATIVE, default=0.0, metavar="X", help="decoupled weight decay; 0 = off")
     add("--clip-grad", type=NON_NEGATIVE, default=1.0, metavar="X", help="largest norm of the gradient; 0 = off")
     nonfinite = "steps in a row that may be skipped for a gradient that is not finite; 0: the first ends the run"
@@ -246,7 +246,7 @@ def main():
             if rank() == 0:
                 (folder / "config.json").write_text(json.dumps(run_config, indent=2))
             # For the metrics of a step that a resumed run has yet to log
-            set_learning_rates(optimizers, args, lr_multiplier(args, progress.step, stream, last_step))
+            set_learning_rates(optimizers, args, lr_multiplier(args, progress.step, last_step))
             clips, tokens = f"{phase.batch_size} clips", math.prod(config.grid(phase.num_frames))
             log(f"to step {phase.last_step}: {clips} per step, {phase.num_frames} frames = {tokens} tokens each")
 
@@ -289,7 +289,7 @@ def main():
 
                 # One optimisation step
                 stop.ask()  # all ranks, whether one should stop; settle() reads the answer after the step
-                set_learning_rates(optimizers, args, lr_multiplier(args, progress.step + 1, stream, last_step))
+                set_learning_rates(optimizers, args, lr_multiplier(args, progress.step + 1, last_step))
                 sums, files = Counter(), []
                 for micro_batch in range(1, args.grad_accum + 1):
                     batch = stats.next_batch(batches)

@@ -14,7 +14,6 @@ import pytest
 import checkpoint
 import sample_gd
 import train
-from here import usual_signals  # noqa: F401 (a fixture)
 from runtime.metrics import read_metrics
 from test_train import videos  # noqa: F401 (a fixture)
 

@@ -7,15 +7,9 @@ import torch
 
 import checkpoint
 import train
-from faults import TINY, Training, differences, make_data
-from here import run_here, usual_signals  # noqa: F401 (a fixture)
 from runtime.cli import UserError
 from schedule import Phase, current_phase, fill_batches, frames_of_steps, is_due, parse_schedule
-
-
-@pytest.fixture(scope="module")
-def shapes(tmp_path_factory):
-    return make_data(tmp_path_factory.mktemp("data") / "shapes")
+from training import TINY, Training, differences, run_here
 
 
 def test_a_schedule_says_frames_the_last_step_and_the_batch_of_each_phase():

@@ -17,7 +17,6 @@ import sample_gd
 import train
 import transport
 from checkpoint import Progress
-from here import usual_signals  # noqa: F401 (a fixture)
 from models import EqM, model_config
 from runtime import distributed, metrics
 from runtime.rng import normal, uniform

@@ -15,7 +15,6 @@ from pathlib import Path
 
 import numpy as np
 import torch
-from torch.utils.data import DataLoader
 from tqdm import tqdm
 
 import generation
@@ -24,9 +23,9 @@ from runtime import cli, distributed
 from runtime.cli import UserError, say
 from runtime.distributed import rank
 from runtime.untrusted import FPS, check_regular, read_json
-from video.clips import Clips, collate
+from video.clips import Clips
 from video.index import scan_videos, split_videos
-from video.loader import batches_of
+from video.loader import batches_of, make_loader
 
 REAL_SEED = 0  # of the start frames of the real clips; --seed is for the generated ones
 RESIZE = "short side to image_size (bilinear, antialiased), center crop; a detector resizes further by itself"
@@ -221,8 +220,8 @@ def generated_stream(args, generated):
 def real_stream(args, clips, device, bad):
     """The stream of a Clips. Paths of videos that can't be decoded are added to the list `bad`."""
     own = distributed.own_indices(args.num_real)
-    batches = in_batches(own, args.batch_size)
-    loader = DataLoader(clips, batch_sampler=batches, num_workers=args.num_workers, collate_fn=collate)
+    batches = in_batches([(clips.num_frames, index) for index in own], args.batch_size)
+    loader = make_loader({clips.num_frames: clips}, batches, args.num_workers, timeout=0, device=device)
     with progress_bar("real clips", own) as progress:
         for batch in batches_of(loader):
             names = [clips.classes[label] for label in batch["labels"]]

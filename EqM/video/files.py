@@ -17,7 +17,7 @@ import torch.nn.functional as F
 from PIL import ExifTags, Image
 from safetensors import SafetensorError, safe_open
 
-from runtime.untrusted import FPS, check_regular, plain_name
+from runtime.untrusted import FPS, check_regular
 
 SUFFIXES = {"video": (".avi", ".mkv", ".mov", ".mp4", ".webm"), "image": (".jpeg", ".jpg", ".png", ".webp")}
 IMAGE_FORMATS = "JPEG", "PNG", "WEBP"  # checked by content, not by suffix: many .jpg files are PNGs
@@ -97,17 +97,16 @@ def _check_signature(path):
 
 
 def _check_header(path):
-    """Raise UnreadableError if a video claims more frames than it has bytes, or frames above MAX_PIXELS.
+    """Raise UnreadableError if a video claims more frames than it has bytes.
 
-    decord allocates memory for as many frames as the header claims, and aborts the process if that fails.
+    decord allocates memory for as many frames as a damaged header claims, and aborts the process if that fails.
     """
     try:
         _check_signature(path)
         with av.open(os.path.abspath(path), metadata_errors="ignore") as file:
             for stream in file.streams.video:
-                height, width = (getattr(stream, side, 0) for side in ("height", "width"))  # 0: unknown codec
-                if stream.frames > os.path.getsize(path) or height * width > MAX_PIXELS:
-                    raise OSError(f"claims {stream.frames} frames of {width} x {height} pixels")
+                if stream.frames > os.path.getsize(path):
+                    raise OSError(f"claims {stream.frames} frames")
     except (OSError, av.FFmpegError) as error:
         raise UnreadableError(f"{path}: {error}") from error
 
@@ -129,9 +128,9 @@ def _open_video(path):
     """A decord reader at the first frame. Errors of the file and of decord become UnreadableError, also in the body."""
     try:
         _check_signature(path)
-        with plain_name(path) as name:
-            # decord replaces lost frames by repeated ones up to this share of the video; 0 would mean without limit.
-            reader = decord.VideoReader(name, ctx=decord.cpu(0), num_threads=1, fault_tol=1e-6)
+        # FFmpeg would take a relative name such as concat:x for a command. decord replaces lost frames by repeated ones
+        # up to the share fault_tol of the video; 0 would mean without limit.
+        reader = decord.VideoReader(os.path.abspath(path), ctx=decord.cpu(0), num_threads=1, fault_tol=1e-6)
         _, height, width, _ = reader.get_batch([]).shape
         if height * width > MAX_PIXELS:
             raise OSError(f"{width} x {height} pixels")
@@ -207,7 +206,7 @@ def read_latents(root, video, frame_indices, flipped=False, shape=None):
     path, first, parts = os.path.join(root, video.path), frame_indices[0], []
     try:
         check_regular(path)
-        with plain_name(path) as plain, safe_open(plain, "pt") as file:
+        with safe_open(path, "pt") as file:
             for name in ("mean_flipped", "std_flipped") if flipped else ("mean", "std"):
                 part = file.get_slice(name)
                 dtype, found = part.get_dtype(), tuple(part.get_shape()[1:])
@@ -228,7 +227,7 @@ def latents_metadata(root, path):
     """The metadata of a latents file, a dict of strings; None if it is missing, damaged or has none."""
     try:
         check_regular(os.path.join(root, path))
-        with plain_name(os.path.join(root, path)) as plain, safe_open(plain, "pt") as file:
+        with safe_open(os.path.join(root, path), "pt") as file:
             return file.metadata()
     except (OSError, SafetensorError):
         return None

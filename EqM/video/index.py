@@ -15,15 +15,13 @@ from pathlib import Path, PurePosixPath
 from tqdm import tqdm
 
 from runtime.cli import UserError, say
-from runtime.untrusted import FPS, read_json
+from runtime.untrusted import check_types, read_json
 from video.files import (
     LATENTS_SUFFIX,
-    MAX_PIXELS,
     SUFFIXES,
     UnreadableError,
     Video,
     has_suffix,
-    is_cached,
     media_kind,
     probe,
 )
@@ -34,7 +32,10 @@ INDEX_FILE = "video_index.json"  # a hidden file in ROOT, a visible one in a run
 INDEX_FORMAT = 2
 LATENTS_FILE, PARTIAL_FILE = "latents.json", "latents.partial.json"  # of a complete, of an unfinished latent cache
 LATENTS_FORMAT = 1
-MAX_FRAMES = 2**31  # per video: more than two years
+LATENTS_TYPES = {  # of latents.json
+    "vae": str, "image_size": int, "channels": int, "downsample": int, "scale": int | float, "shift": int | float,
+    "flips": bool, "classes": list, "videos": list,
+}  # fmt: skip
 
 
 @dataclass(frozen=True)
@@ -73,59 +74,20 @@ def latents_settings(root, images=False):
         )
     if images:
         raise UserError(f"{prefix}: latents of videos, wanted images: add --video to use them")
-    if invalid := _invalid_setting(settings):
-        raise UserError(f"{prefix}: its {LATENTS_FILE} is damaged ({invalid}): make the latent cache again")
+    try:
+        check_types(settings, LATENTS_TYPES)
+        classes = {_parse_video(fields).class_name for fields in settings["videos"]}
+        if unknown := classes - set(settings["classes"]):
+            raise ValueError(f"no class {min(unknown)}")
+    except (ValueError, TypeError) as error:
+        raise UserError(f"{prefix}: its {LATENTS_FILE} is damaged ({error}): make the latent cache again") from error
     return settings
 
 
-def _invalid_setting(settings):
-    """The first invalid part of a latents.json, in a few words; None if all types, ranges and paths are valid."""
-    counts = {"image_size": 2**16, "channels": 2**10, "downsample": 2**10}
-    wrong = [name for name, most in counts.items() if not _is_in_range(settings.get(name), int, 1, most)]
-    wrong += [name for name in ("scale", "shift") if not _is_in_range(settings.get(name), (int, float), -1e6, 1e6)]
-    wrong += [name for name in ("classes", "unreadable") if not _are_file_names(settings.get(name))]
-    if not isinstance(settings.get("flips"), bool):
-        wrong.append("flips")
-    if not isinstance(settings.get("vae"), str):
-        wrong.append("vae")
-    if wrong:
-        return wrong[0]
-    videos = settings.get("videos")
-    if not isinstance(videos, list) or not videos:
-        return "videos"
-    classes = set(settings["classes"])
-    for fields in videos:
-        video = _parse_video(fields)
-        if video is None or not is_cached(video):
-            return f"the video {str(fields)[:100]}"
-        if video.class_name not in classes:
-            return f"the class of {video.path[:100]}"
-    return None
-
-
 def _parse_video(fields):
-    """The Video with these fields of a JSON file; None if one is invalid, or the path leads out of ROOT."""
-    if not isinstance(fields, dict) or fields.keys() != Video.__dataclass_fields__.keys():
-        return None
-    video = Video(**fields)
-    sides = [side for side in (video.height, video.width) if side is not None]
-    is_valid = (
-        _are_file_names([video.path, video.class_name])
-        and not os.path.isabs(video.path) and ".." not in PurePosixPath(video.path).parts
-        and _is_in_range(video.num_frames, int, 1, MAX_FRAMES)
-        and _is_in_range(video.fps, (int, float), *FPS)
-        and all(_is_in_range(side, int, 1, MAX_PIXELS) for side in sides)
-    )  # fmt: skip
-    return video if is_valid else None
-
-
-def _is_in_range(value, kind, least, most):
-    return isinstance(value, kind) and not isinstance(value, bool) and least <= value <= most
-
-
-def _are_file_names(value):
-    """Whether value is a list of strings that can be file names."""
-    return isinstance(value, list) and all(isinstance(name, str) and "\0" not in name for name in value)
+    """The Video with these fields of a JSON file. Raises ValueError or TypeError."""
+    check_types(fields, Video.__annotations__)
+    return Video(**fields)
 
 
 def _scan_latents(root, settings):
@@ -254,8 +216,6 @@ def _read_index(place):
         if index["format"] != INDEX_FORMAT:
             raise ValueError("another format")
         entries = [(stamp, _parse_video(fields)) for stamp, fields in index["videos"]]
-        if any(video is None for _, video in entries):
-            raise ValueError("an invalid entry")
         return {video.path: (stamp, video) for stamp, video in entries}
     except FileNotFoundError:
         return {}

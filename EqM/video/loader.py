@@ -2,23 +2,23 @@
 
 import atexit
 import functools
+import json
 import multiprocessing
 import os
 import signal
-import time
+from collections.abc import Sequence
+from contextlib import contextmanager
+from multiprocessing import resource_tracker
 
 import torch
 from torch.utils.data import DataLoader, get_worker_info
 
-from runtime import runs
 from runtime.cli import UserError
 from runtime.distributed import die_with_parent
 from runtime.signals import STOP_SIGNALS
 from video.clips import ClipsByFrames, collate
+from video.files import Video
 
-# Seconds to wait before processes are forked. gloo's threads clean up after the last message; a fork during that
-# deadlocks the child, as in Python 3.11 it waits for a lock on the list of threads that one of them held.
-FORK_DELAY = 0.1
 PATH_BYTES = 4096
 
 
@@ -29,24 +29,36 @@ def make_loader(clips, batches, num_workers, timeout, device):
     """
     settings = {"num_workers": num_workers, "collate_fn": collate, "pin_memory": device.type == "cuda"}
     if num_workers:
-        start = functools.partial(start_worker, os.getpid())
-        settings |= {"persistent_workers": True, "prefetch_factor": 4, "worker_init_fn": start, "timeout": timeout}
+        for data_set in clips.values():
+            data_set.videos = SharedVideos(data_set.videos)
+        settings |= {"multiprocessing_context": "spawn", "persistent_workers": True, "prefetch_factor": 4}
+        settings |= {"worker_init_fn": functools.partial(start_worker, os.getpid()), "timeout": timeout}
     return DataLoader(ClipsByFrames(clips, LoaderWatch(num_workers)), batch_sampler=batches, **settings)
 
 
 def start_worker(parent, _):
-    """Runs first in a loader process: it ends when its rank, the process `parent`, ends, and not before.
-
-    It ignores signals that torchrun, a terminal or a cluster sends to the whole process group: the rank still needs
-    its loader processes for the current step.
-    """
+    """Runs first in a loader process: it ends when its rank, the process `parent`, ends."""
     die_with_parent(signal.SIGKILL)
     if os.getppid() != parent:  # the rank ended before that
         os._exit(1)
-    for number in STOP_SIGNALS:
-        signal.signal(number, signal.SIG_IGN)
-    for file in runs._locks:  # else this process would hold the run's lock after its rank has ended
-        file.close()
+
+
+class SharedVideos(Sequence):
+    """A list of Video in shared memory: the loader processes read it there, in place of a copy each."""
+
+    def __init__(self, videos):
+        rows = [json.dumps([getattr(video, name) for name in Video.__slots__]).encode() for video in videos]
+        self.ends = torch.tensor([0, *map(len, rows)]).cumsum(0).share_memory_()
+        self.text = torch.frombuffer(bytearray(b"".join(rows)), dtype=torch.uint8).share_memory_()
+
+    def __len__(self):
+        return len(self.ends) - 1
+
+    def __getitem__(self, index):
+        if not 0 <= index < len(self):
+            raise IndexError(index)
+        first, end = self.ends[index : index + 2]
+        return Video(*json.loads(self.text[first:end].numpy().tobytes()))
 
 
 class LoaderWatch:
@@ -67,7 +79,7 @@ class LoaderWatch:
 
 @atexit.register
 def end_children():
-    """Kill the loader processes. They ignore SIGTERM, so at exit Python would wait for one that is busy or hangs."""
+    """Kill the loader processes. They block SIGTERM, so at exit Python would wait for one that is busy or hangs."""
     signal.signal(signal.SIGCHLD, signal.SIG_DFL)  # else torch would report their end as an error
     for child in multiprocessing.active_children():
         child.kill()
@@ -76,12 +88,26 @@ def end_children():
 def batches_of(loader):
     """An iterator over the batches of a DataLoader of Clips. UserErrors of its processes are raised without traceback.
 
-    A timeout becomes a UserError that names the files being read. The processes are forked by this call, not at the
-    first batch: by then threads of this process may hold locks that are never released in a forked process.
+    A timeout becomes a UserError that names the files being read. The processes are started by this call, as new
+    ones ("spawn"): one that is forked from this process could wait forever for a lock that a thread of gloo or
+    TensorBoard held at that moment. They inherit the blocked signals, which torchrun, a terminal or a cluster sends to
+    the whole process group: the rank still needs them for the current step.
     """
     if loader.num_workers:
-        time.sleep(FORK_DELAY)
-    return _iterate(loader, iter(loader))
+        resource_tracker.ensure_running()  # a helper of multiprocessing, whose start would unblock the signals
+    with blocked(STOP_SIGNALS):
+        iterator = iter(loader)
+    return _iterate(loader, iterator)
+
+
+@contextmanager
+def blocked(signals):
+    """Signals that come meanwhile are delivered afterwards."""
+    before = signal.pthread_sigmask(signal.SIG_BLOCK, signals)
+    try:
+        yield
+    finally:
+        signal.pthread_sigmask(signal.SIG_SETMASK, before)
 
 
 def _iterate(loader, iterator):

@@ -21,7 +21,6 @@ from arms import (  # fmt: skip
     phases_of,
 )
 from models import model_config
-from rope import ROPE_SCALES
 from runtime.atomic import atomic_write
 from runtime.cli import say
 from scoring import motion
@@ -30,6 +29,7 @@ matplotlib.use("Agg")  # no window, no display
 from matplotlib import pyplot as plt  # noqa: E402
 
 SCHEDULES = "16", "8-16", "4-8-16 short", "4-8-16 even", "4-8-16 mix", "4-8-16 long"
+SCALES = "none", "linear", "ntk", "riflex"  # --rope-scale; the last two are only reported, as it has lost them
 BUMPS = "4-8-16 even", "4-8-16 rewarmup", "4-8-16 mix"
 
 # ----------------------------------------------------------------------------------------------------------------------
@@ -397,7 +397,7 @@ def answer_scale(study):
     figure, panels = plt.subplots(1, 3, figsize=(16, 5.5), layout="constrained", sharey=True)
     for axes, name in zip(panels, ("4", "8", "16"), strict=True):
         lengths = BY_NAME[name].scaled
-        for number, method in enumerate(ROPE_SCALES):
+        for number, method in enumerate(SCALES):
             made = [sample_rows(study.rows, name, frames, rope_scale=method) for frames in lengths]
             drawn |= draw_shares(axes, lengths, made, label=method, **line_style(number))
             cells += [length_row(study, name, frames, method) for frames in lengths]
@@ -414,7 +414,7 @@ def best_scale_sentence(study, name, frames):
     place = f"- Trained on {name}, sampled at {frames} frames"
     plain = directions(study, name, 1.0, frames)
     found = {}
-    for method in ROPE_SCALES[1:]:
+    for method in SCALES[1:]:
         made = sample_rows(study.rows, name, frames, rope_scale=method)
         if seeds := made.keys() & plain.keys():
             none = {seed: sample_rows(study.rows, name, frames)[seed] for seed in seeds}

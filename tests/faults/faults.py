@@ -1,134 +1,21 @@
-"""Runs that are stopped, killed and started again, in real processes: what scripts/faults.sh counts."""
+"""Runs of two ranks, in real processes, that are killed and stopped at random moments."""
 
 import argparse
-import json
 import os
 import random
 import signal
-import subprocess
-import sys
 import tempfile
 import time
 from contextlib import suppress
-from dataclasses import dataclass, field, replace
+from dataclasses import replace
 from pathlib import Path
 
 import torch
 
-ROOT = Path(__file__).resolve().parents[2]
-PYTHON = [sys.executable]
-TORCHRUN = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2"]
-TINY = [
-    "--video", "--model", "EqM-Ti/4", "--depth", "1", "--hidden-size", "96", "--num-heads", "2", "--use-rope",
-    "--num-frames", "4", "--vae", "none", "--image-size", "16", "--no-flip", "--frame-interval", "1", "3",
-    "--global-batch-size", "4", "--num-workers", "1", "--val-clips", "4", "--lr", "1e-3",
-]  # fmt: skip
-MEASURED = {"clips_per_s", "wait_frac", "seconds", "val_seconds"}  # of the metrics: times, which no two runs share
+from training import TORCHRUN, Training, compare, make_data
+
 EVERY = 10  # steps from one checkpoint of a storm to the next
 GONE_WITHIN = 45  # seconds; torchrun gives ranks 30 s to end
-
-
-def make_data(folder):
-    """Moving Shapes, 12 classes of 2 small videos."""
-    command = [*PYTHON, ROOT / "datasets/make_moving_shapes.py", "--out", folder, "--videos-per-class", 2, "--size", 16]
-    subprocess.run([str(part) for part in command], check=True, capture_output=True)
-    return folder
-
-
-@dataclass
-class Training:
-    """One training run, to be started as often as it takes to finish it."""
-
-    data: Path
-    results: Path
-    steps: int
-    launcher: list = field(default_factory=lambda: PYTHON)
-    flags: list = field(default_factory=list)
-    base: list = field(default_factory=lambda: TINY)
-    environment: dict = field(default_factory=dict)
-
-    def command_flags(self, *flags):
-        paths = ["--data-path", self.data, "--results-dir", self.results]
-        end = ["--max-steps", self.steps] if self.steps else []  # or a schedule says so
-        return [*self.base, *paths, *end, *self.flags, *flags]
-
-    def start(self, *flags):
-        """The process of the launcher, in a session of its own as a shell's job would be."""
-        command = [*self.launcher, ROOT / "EqM/train.py", *self.command_flags(*flags)]
-        environment = os.environ | {"OMP_NUM_THREADS": "1", "PYTHONUNBUFFERED": "1"} | self.environment
-        return subprocess.Popen(
-            [str(part) for part in command], stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True,
-            env=environment, start_new_session=True,
-        )  # fmt: skip
-
-    def run(self, *flags, status=0, timeout=240):
-        """Start, wait for the end, which has to have this status; returns what was printed."""
-        process = self.start(*flags)
-        output, _ = process.communicate(timeout=timeout)
-        assert process.returncode == status, f"status {process.returncode}\n{output}"
-        return output
-
-    @property
-    def folder(self):
-        (folder,) = self.results.iterdir()
-        return folder
-
-    def rows(self, whole=True):
-        """The metrics, without what was measured with a clock; those of a killed run may end in half a line."""
-        lines = (self.folder / "metrics.jsonl").read_text().splitlines()
-        lines = lines if whole else [line for line in lines if line.endswith("}")]
-        return [{name: value for name, value in json.loads(line).items() if name not in MEASURED} for line in lines]
-
-    def wait_for(self, step, process, timeout=120):
-        """Wait until a running process has logged a step; returns False if it ended before."""
-        until = time.monotonic() + timeout
-        while time.monotonic() < until:
-            if process.poll() is not None:
-                return False
-            for file in self.results.glob("*/metrics.jsonl"):
-                lines = file.read_text().splitlines()
-                if lines and lines[-1].endswith("}") and json.loads(lines[-1])["step"] >= step:
-                    return True
-            time.sleep(0.02)
-        raise AssertionError(f"step {step} did not come within {timeout} s")
-
-
-# ----------------------------------------------------------------------------------------------------------------------
-# Are two runs the same?
-
-
-def differences(a, b, place="state"):
-    """Where two states of plain values and tensors differ: a list of their places."""
-    if torch.is_tensor(a) and torch.is_tensor(b):
-        return [] if a.dtype == b.dtype and torch.equal(a, b) else [place]
-    if type(a) is not type(b):
-        return [place]
-    if isinstance(a, dict):
-        if a.keys() != b.keys():
-            return [f"{place}: {sorted(map(str, a.keys() ^ b.keys()))}"]
-        return [line for key in a for line in differences(a[key], b[key], f"{place}.{key}")]
-    if isinstance(a, (list, tuple)):
-        if len(a) != len(b):
-            return [place]
-        pairs = enumerate(zip(a, b, strict=True))
-        return [line for key, pair in pairs for line in differences(*pair, f"{place}.{key}")]
-    return [] if a == b else [place]
-
-
-def compare(one, other):
-    """Where two finished runs differ: weights, EMA weights, optimizer, best loss, metrics, the set of checkpoints."""
-    files = [sorted(path.name for path in (run.folder / "checkpoints").iterdir()) for run in (one, other)]
-    found = [] if files[0] == files[1] else [f"checkpoints {files}"]
-    found += [] if one.rows() == other.rows() else ["metrics"]
-    for name in set(files[0]) & set(files[1]):
-        states = [torch.load(run.folder / "checkpoints" / name, weights_only=True) for run in (one, other)]
-        for state in states:
-            state.pop("config")  # holds the flags, --resume among them
-            state["phase"].pop("seconds")
-        found += differences(*states, name)
-    found += [f"left behind: {path}" for run in (one, other) for path in run.folder.rglob("*.tmp")]
-    return found
-
 
 # ----------------------------------------------------------------------------------------------------------------------
 # Processes

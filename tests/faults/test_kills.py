@@ -14,30 +14,11 @@ from pathlib import Path
 import pytest
 import torch
 
-from faults import (
-    GONE_WITHIN,
-    PYTHON,
-    ROOT,
-    TORCHRUN,
-    Training,
-    compare,
-    descendants,
-    kill,
-    kill_something,
-    make_data,
-    ranks,
-    stop_launcher,
-    storm,
-    wait_gone,
-)
+from faults import GONE_WITHIN, descendants, kill, kill_something, ranks, stop_launcher, storm, wait_gone
+from training import PYTHON, ROOT, TORCHRUN, Training, compare
 
 OFTEN = ["--log-every", 1, "--val-every", 5, "--ckpt-every", 10, "--sample-every", 0]
 SABOTAGE = [*PYTHON, Path(__file__).with_name("sabotage.py")]
-
-
-@pytest.fixture(scope="module")
-def shapes(tmp_path_factory):
-    return make_data(tmp_path_factory.mktemp("data") / "shapes")
 
 
 @pytest.fixture(scope="module")

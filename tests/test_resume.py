@@ -7,16 +7,10 @@ import pytest
 
 import cache_latents
 import checkpoint
-from faults import TORCHRUN, Training, compare, make_data
-from here import OFTEN, run_here, usual_signals  # noqa: F401 (a fixture)
 from tiny_data import make_images, make_vae
+from training import OFTEN, TORCHRUN, Training, compare, run_here
 
 STEPS = 7
-
-
-@pytest.fixture(scope="module")
-def shapes(tmp_path_factory):
-    return make_data(tmp_path_factory.mktemp("data") / "shapes")
 
 
 @pytest.fixture(scope="module")
