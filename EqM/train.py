@@ -372,7 +372,7 @@ def start_phase(args, data, phases, phase, progress, device):
     chunks = validation_chunks(data.val, val_lengths, args.val_clips)[rank() :: world_size()]
     settings = args.num_workers, args.loader_timeout, device
     train_loader, val_loader = make_loader(train_clips, batches, *settings), make_loader(val_clips, chunks, *settings)
-    return on_device(batches_of(train_loader), device), val_loader  # forks the loader processes
+    return on_device(batches_of(train_loader), device), val_loader  # starts the loader processes
 
 
 def preview_source(args, ema, vae, run_config):

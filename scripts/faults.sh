@@ -1,11 +1,14 @@
 #!/usr/bin/env bash
-# Kill a run of two ranks N times (20) with SIGKILL, stop it half as often with SIGTERM, at random moments, and compare
-# its end with that of an undisturbed run. 10 minutes on 2 CPU cores; the table goes to results/faults.md.
+# Runs that are killed, stopped and fed with damaged files, for real.
 #
-#   bash scripts/faults.sh [N]
+#   bash scripts/faults.sh       the tests in tests/faults
+#   bash scripts/faults.sh N     kill a run of two ranks N times with SIGKILL, stop it half as often with SIGTERM, at
+#                                random moments, and compare its end with that of an undisturbed run: results/faults.md
 set -euo pipefail
 cd "$(dirname "$0")/.."
-[[ -d .venv ]] && source .venv/bin/activate
-
-HITS=${1:-20}
-python tests/faults/faults.py --kills "$HITS" --stops "$((HITS / 2))" --out results/faults.md
+bash scripts/setup.sh dev
+if [[ $# == 0 ]]; then
+  .venv/bin/python -m pytest -n auto --maxprocesses 8 --dist worksteal tests/faults
+else
+  PYTHONPATH=EqM:tests .venv/bin/python tests/faults/faults.py --kills "$1" --stops "$(($1 / 2))" --out results/faults.md
+fi

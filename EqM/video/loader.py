@@ -93,9 +93,10 @@ def batches_of(loader):
     TensorBoard held at that moment. They inherit the blocked signals, which torchrun, a terminal or a cluster sends to
     the whole process group: the rank still needs them for the current step.
     """
-    if loader.num_workers:
-        resource_tracker.ensure_running()  # a helper of multiprocessing, whose start would unblock the signals
     with blocked(STOP_SIGNALS):
+        if loader.num_workers:
+            resource_tracker.ensure_running()  # a helper of multiprocessing, whose start unblocks some of the signals
+            signal.pthread_sigmask(signal.SIG_BLOCK, STOP_SIGNALS)
         iterator = iter(loader)
     return _iterate(loader, iterator)
 

@@ -49,6 +49,11 @@ def ranks(launcher):
     return [pid for pid in descendants(launcher.pid) if parents.get(pid) == launcher.pid]
 
 
+def loaders(pid):
+    """The loader processes among the descendants."""
+    return [child for child in descendants(pid) if b"spawn_main" in Path(f"/proc/{child}/cmdline").read_bytes()]
+
+
 def wait_gone(pids, timeout=GONE_WITHIN):
     """Seconds until none of the processes lives; fails after the timeout."""
     began = time.monotonic()
@@ -140,6 +145,7 @@ def main():
     with tempfile.TemporaryDirectory() as root:
         data = make_data(Path(root, "shapes"))
         flags = ["--log-every", 1, "--val-every", 50, "--sample-every", 0, "--ckpt-every", EVERY, "--keep-last", 3]
+        flags += ["--num-workers", 1]
         for name, count, hit in (("SIGKILL", args.kills, kill_something), ("SIGTERM", args.stops, stop_launcher)):
             steps = max(100, args.steps_per_hit * count)
             whole = Training(data, Path(root, name, "whole"), steps, TORCHRUN, flags)

@@ -1,7 +1,6 @@
-"""Runs a script in which one thing goes wrong: python sabotage.py WHAT SCRIPT [FLAGS]."""
+"""Runs train.py, in which one thing goes wrong: python sabotage.py WHAT EqM/train.py [FLAGS]."""
 
 import os
-import runpy
 import signal
 import sys
 import time
@@ -52,17 +51,10 @@ def hanging_decoder():
 
 
 def killed_while_it_starts_a_loader():
-    """SIGKILL when a loader process has been forked and has not run any code yet."""
-    from video import loader
-
-    start_worker = loader.start_worker
-
-    def late(parent, worker):
-        os.kill(parent, signal.SIGKILL)
+    """SIGKILL when a loader process has been started and has not come to its own code yet."""
+    if __name__ == "__mp_main__":
+        os.kill(os.getppid(), signal.SIGKILL)
         time.sleep(0.5)
-        start_worker(parent, worker)
-
-    loader.start_worker = late
 
 
 def bug_in_a_step():
@@ -80,9 +72,14 @@ def bug_in_a_step():
     transport.loss = failing
 
 
+if __name__ == "__mp_main__":  # in a loader process
+    globals()[os.environ["SABOTAGE"]]()
+
 if __name__ == "__main__":
-    _, what, script, *_ = sys.argv
+    _, os.environ["SABOTAGE"], script, *_ = sys.argv
     del sys.argv[:2]
     sys.path.insert(0, os.path.dirname(script))
-    globals()[what]()
-    runpy.run_path(script, run_name="__main__")
+    globals()[os.environ["SABOTAGE"]]()
+    import train
+
+    train.main()  # not by runpy: the loader processes have to find this file as their main module

@@ -14,10 +14,11 @@ from pathlib import Path
 import pytest
 import torch
 
-from faults import GONE_WITHIN, descendants, kill, kill_something, ranks, stop_launcher, storm, wait_gone
+from faults import GONE_WITHIN, descendants, kill, kill_something, loaders, ranks, stop_launcher, storm, wait_gone
 from training import PYTHON, ROOT, TORCHRUN, Training, compare
 
 OFTEN = ["--log-every", 1, "--val-every", 5, "--ckpt-every", 10, "--sample-every", 0]
+WORKERS = [*OFTEN, "--num-workers", 1]
 SABOTAGE = [*PYTHON, Path(__file__).with_name("sabotage.py")]
 
 
@@ -42,7 +43,7 @@ def last_saved(training):
 
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT, signal.SIGUSR1, signal.SIGHUP])
 def test_a_signal_saves_and_ends_a_single_process_with_status_0(number, shapes, tmp_path):
-    training = Training(shapes, tmp_path / "r", 10_000, PYTHON, OFTEN)
+    training = Training(shapes, tmp_path / "r", 10_000, PYTHON, WORKERS)
     process = training.start()
     training.wait_for(3, process)
     os.killpg(process.pid, number)  # the loader's processes get it, too, as from a terminal or a cluster
@@ -79,7 +80,7 @@ def test_torchrun_passes_signals_on_and_no_step_is_lost(number, shapes, tmp_path
 
 
 def test_the_ranks_of_a_torchrun_that_is_killed_save_and_end(shapes, tmp_path):
-    training = Training(shapes, tmp_path / "r", 10_000, TORCHRUN, OFTEN)
+    training = Training(shapes, tmp_path / "r", 10_000, TORCHRUN, WORKERS)
     process = training.start()
     training.wait_for(3, process)
     left = descendants(process.pid)
@@ -95,7 +96,8 @@ def test_the_ranks_of_a_torchrun_that_is_killed_save_and_end(shapes, tmp_path):
 def test_sigkills_and_sigterms_at_random_moments_change_nothing(whole, tmp_path):
     whole = replace(whole, results=tmp_path / "whole", steps=250, flags=[*OFTEN[:2], *OFTEN[4:], "--val-every", 50])
     whole.run()
-    moments = {"from_start": 4, "from_step": 0.5}
+    moments = {"from_start": 6, "from_step": 0.5}
+    whole.flags += ["--num-workers", 1]
     killed = replace(whole, results=tmp_path / "killed")
     seen = storm(killed, 3, kill_something, seed=1, **moments)
     assert seen and compare(whole, killed) == [], seen
@@ -130,7 +132,7 @@ def test_a_kill_in_the_middle_of_a_save_leaves_the_checkpoint_before_it(shapes, 
 
 def test_a_loader_process_whose_rank_is_killed_before_it_begins_ends_as_well(shapes, tmp_path):
     launcher = [*SABOTAGE, "killed_while_it_starts_a_loader"]
-    process = Training(shapes, tmp_path / "r", 10, launcher, OFTEN).start()
+    process = Training(shapes, tmp_path / "r", 10, launcher, WORKERS).start()
     process.communicate(timeout=GONE_WITHIN)  # until nobody holds the other end of the pipe
     assert process.returncode == -signal.SIGKILL
 
@@ -181,20 +183,26 @@ def test_a_full_disk_is_one_line_and_the_last_checkpoint_stays(shapes, tmp_path)
 
 
 def test_a_loader_process_that_is_killed_is_one_line_that_speaks_of_memory(shapes, tmp_path):
-    training = Training(shapes, tmp_path / "r", 10_000, PYTHON, OFTEN)
+    training = Training(shapes, tmp_path / "r", 10_000, PYTHON, WORKERS)
     process = training.start()
     training.wait_for(2, process)
-    kill(descendants(process.pid)[0])
+    kill(loaders(process.pid)[0])
     output, _ = process.communicate(timeout=GONE_WITHIN)
     assert process.returncode == 1, output
     assert len(errors(output)) == 1 and "ran out of memory" in errors(output)[0]
     assert "Traceback" not in output
 
 
+def test_loader_processes_that_start_right_after_a_collective_do_not_hang(shapes):
+    command = [*TORCHRUN, Path(__file__).with_name("starts.py"), "--data-path", shapes, "--rounds", 4]
+    done = subprocess.run([*map(str, command)], capture_output=True, text=True, timeout=400)
+    assert "16 loader processes started, none hung" in done.stdout, done.stderr
+
+
 def test_a_decoder_that_hangs_is_named(shapes, tmp_path):
     data = shutil.copytree(shapes, tmp_path / "data")
     launcher = [*SABOTAGE, "hanging_decoder"]
-    training = Training(data, tmp_path / "r", 100_000, launcher, [*OFTEN, "--loader-timeout", 3])
+    training = Training(data, tmp_path / "r", 100_000, launcher, [*WORKERS, "--loader-timeout", 10])
     process = training.start()
     training.wait_for(2, process)
     for video in data.glob("*/*.avi"):
@@ -202,7 +210,7 @@ def test_a_decoder_that_hangs_is_named(shapes, tmp_path):
     output, _ = process.communicate(timeout=GONE_WITHIN)
     assert process.returncode == 1, output
     (line,) = errors(output)
-    assert "--loader-timeout 3" in line and ".avi" in line
+    assert "--loader-timeout 10" in line and ".avi" in line
     assert "Traceback" not in output
 
 
