@@ -37,7 +37,7 @@ from schedule import current_phase, is_due
 VERSION = 1
 CONFIG_TYPES = {  # what sampling and training take from the parts of a config
     "model": {},
-    "data": {"vae": str, "image_size": int | None, "fps": int | float, "frame_interval": list, "classes": list},
+    "data": {"vae": str, "image_size": int | None, "fps": float, "frame_interval": list, "classes": list},
     "training": {"model": str, "num_frames": int, "video": bool},
 }
 FLAGS = {  # the flag of a field of EqMConfig
@@ -262,7 +262,7 @@ def load_weights(path, model, weights):
     """load_state_dict, with one line that names the first mismatch."""
     try:
         model.load_state_dict(weights)
-    except RuntimeError as error:
+    except (RuntimeError, TypeError) as error:  # the latter if they are no dict
         mismatch = str(error).splitlines()[1:2] or [str(error)]
         raise UserError(f"--ckpt {path}: its weights do not match its config: {mismatch[0].strip()}") from error
 
@@ -280,14 +280,15 @@ def config_of(path, state):
     if set(saved) != known:
         raise UserError(f"--ckpt {path}: its model has other settings ({', '.join(sorted(set(saved) ^ known))})")
     try:
+        check_types(saved, EqMConfig.__annotations__)
         config = EqMConfig(**saved)
     except (ValueError, TypeError) as error:
         raise UserError(f"--ckpt {path}: damaged: the settings of its model are invalid ({error})") from error
     with warnings.catch_warnings(), torch.device("meta"):  # shapes only, without memory
-        warnings.simplefilter("ignore")  # about narrow models: the real one will warn
+        warnings.simplefilter("ignore")  # about narrow models (the real one will warn), and that this copies no weights
         network = EqM(config)
-    for part in ("model", "ema"):
-        load_weights(path, network, state[part])
+        for part in ("model", "ema"):
+            load_weights(path, network, state[part])
     return config
 
 

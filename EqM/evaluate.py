@@ -17,7 +17,7 @@ The generated clips are sampled from a checkpoint (--ckpt), batch by batch, or r
 
 import itertools
 import os
-from argparse import Namespace
+from argparse import ArgumentTypeError, Namespace
 from pathlib import Path
 
 import generation
@@ -99,6 +99,10 @@ def repeat_flags(args, given):
         raise UserError(f"{flag}: --manifest {args.manifest} sets it: leave it out")
     if not isinstance(old["flags"], dict) or old["flags"].keys() != vars(args).keys():
         raise UserError(f"--manifest {args.manifest}: has the flags of another version: repeat it with that code")
+    try:
+        generation.rope_scale(old["flags"]["rope_scale"])
+    except ArgumentTypeError as error:
+        raise UserError(f"--manifest {args.manifest}: was made with --rope-scale {error}") from error
     for name in ("ckpt", "samples", "detector"):
         if name in given and old["flags"][name] is None:
             raise UserError(f"--{name}: --manifest {args.manifest} was made without it: leave it out")

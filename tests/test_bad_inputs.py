@@ -1,6 +1,6 @@
 """All that a user can get wrong, in one table: one line that says what, exit status 2, and nothing was touched.
 
-Most commands run in this process, for speed; one of each script, and the shell scripts, as a user runs them.
+Most commands run in this process, for speed; two of them, and the shell scripts, as a user runs them.
 """
 
 import contextlib
@@ -8,7 +8,6 @@ import os
 import pickle
 import shutil
 import signal
-import socket
 import subprocess
 import sys
 from dataclasses import dataclass, field
@@ -26,9 +25,8 @@ import published
 import sample_gd
 import train
 from runtime import cli, distributed
-from test_hostile_files import make_latents, make_samples
-from test_train import save_checkpoint, write_video
-from tiny_data import make_images, make_vae
+from tiny_data import make_images, make_latents, make_samples, make_vae, save_checkpoint
+from tiny_videos import write_video
 from video.index import scan_videos
 
 ROOT = Path(train.__file__).resolve().parents[1]
@@ -78,50 +76,32 @@ def case(command, flags, *words, **kwargs):
 CASES = {
     # Flags of train.py that are no numbers, or none that can be.
     "frames below the temporal patch": case("train", "--num-frames 3", "--num-frames 3", "4"),
-    "no frames": case("train", "--num-frames 0", "--num-frames", "at least 1"),
     "a word for a number": case("train", "--num-frames many", "--num-frames", "many"),
-    "a fraction for a number": case("train", "--num-frames 8.5", "--num-frames", "8.5"),
     "a trillion frames": case("train", "--num-frames 1000000000000", "--num-frames", "at most"),
     "a billion frames": case("train", "--num-frames 1000000000", "--num-frames 1000000000"),
     "an empty number": case("train", ["--num-frames", ""], "--num-frames"),
     "a number of 5,000 digits": case("train", "--num-frames " + "9" * 5000, "--num-frames"),
-    "a learning rate that is NaN": case("train", "--lr nan", "--lr", "nan"),
-    "an infinite rate": case("train", "--lr inf", "--lr", "inf"),
     "a rate beyond all numbers": case("train", "--lr 1e400", "--lr", "1e400"),
-    "a negative rate": case("train", "--lr -1", "--lr", "above 0"),
     "a rate of zero": case("train", "--lr 0", "--lr", "above 0"),
-    "an infinite weight decay": case("train", "--weight-decay inf", "--weight-decay", "inf"),
-    "an EMA decay that is NaN": case("train", "--ema-decay nan", "--ema-decay", "nan"),
     "an EMA decay above 1": case("train", "--ema-decay 1.5", "--ema-decay", "at most 1"),
     "a share below zero": case("train", "--val-fraction=-0.1", "--val-fraction", "at least 0"),
-    "a base that is infinite": case("train", "--rope-theta inf", "--rope-theta", "inf"),
     "a split of two": case("train", "--rope-split 8,8", "--rope-split 8,8, model", "three even numbers"),
     "a split beyond the head": case("train", "--rope-split 64,64,2", "--rope-split 64,64,2", "130 channels"),
     "a split of fixed positions": case("train fixed", "--rope-split 8,8,8", "--rope-split 8,8,8", "add --use-rope"),
     "a base of fixed positions": case("train fixed", "--rope-theta 100", "--rope-theta 100.0", "add --use-rope"),
     "no steps": case("train", "--max-steps 0", "--max-steps", "at least 1"),
-    "a negative number of steps": case("train", "--max-steps=-5", "--max-steps", "at least 1"),
     "a seed below zero": case("train", "--global-seed=-1", "--global-seed", "at least 0"),
     "a seed beyond 64 bits": case("train", "--global-seed 1" + "0" * 30, "--global-seed", "at most"),
     "a million loader processes": case("train", "--num-workers 1000000", "--num-workers 1000000", "at most"),
-    "a batch of a billion": case("train", "--global-batch-size 1000000000", "--global-batch-size", "at most"),
-    "a batch of nothing": case("train", "--global-batch-size 0", "--global-batch-size", "at least 1"),
     "pixels by the billion": case("train", "--image-size 1000000000", "input_size", "1000000000"),
-    "pixels by the billion, fixed": case("train fixed", "--image-size 1000000000", "input_size"),
     "an image size that the patches do not divide": case("train", "--image-size 18", "--image-size 18", "4"),
-    "an image size of zero": case("train", "--image-size 0", "--image-size", "at least 1"),
     "a million blocks": case("train", "--depth 1000000", "depth", "1000000"),
-    "a width beyond all memory": case("train", "--hidden-size 6000000 --depth 500", "hidden_size 6000000"),
+    "a width beyond all memory": case("train", "--hidden-size 600000 --depth 500", "hidden_size 600000", "weights"),
     "heads that do not divide the width": case("train", "--num-heads 7", "7 heads"),
-    "classes by the billion": case("train", "--num-classes 2000000000", "num_classes", "2000000000"),
-    "a temporal patch of a billion": case("train", "--temporal-patch-size 1000000000", "temporal"),
     "a batch that the parts do not divide": case(
         "train", "--global-batch-size 6 --grad-accum 4", "--global-batch-size 6", "--grad-accum 4"
     ),
-    "micro-batches of nothing": case("train", "--grad-accum 8", "--global-batch-size 4", "--grad-accum 8"),
     "intervals in the wrong order": case("train", "--frame-interval 4 2", "--frame-interval 4 2"),
-    "three intervals": case("train", "--frame-interval 1 2 3", "--frame-interval 1 2 3"),
-    "an interval of zero": case("train", "--frame-interval 0", "--frame-interval", "at least 1"),
     "validation of fewer frames than a patch": case("train", "--val-frames 4 2", "--val-frames 2", "4"),
     "validation of too many frames": case("train", "--val-frames 4 400", "--val-frames 400", "10"),
     "validation of other frames with fixed positions": case("train fixed", "--val-frames 4", "--val-frames 4", "tied"),
@@ -137,24 +117,18 @@ CASES = {
     "a schedule beside frames": case(
         "schedule", "--frames-schedule 4:10 --num-frames 4", "--num-frames 4 contradicts --frames-schedule"
     ),
-    "a schedule beside steps": case("schedule", "--frames-schedule 4:10 --max-steps 20", "--max-steps 20 contradicts"),
-    "a schedule beside epochs": case("schedule", "--frames-schedule 4:10 --epochs 2", "--epochs 2 contradicts"),
     "a schedule with fixed positions": case("schedule fixed", "--frames-schedule 4:10,8:20", "tied to 4"),
     "a mix without a schedule": case("train", "--mix 0.2", "--mix 0.2", "--frames-schedule"),
-    "no checkpoints kept": case("train", "--keep-last 0", "--keep-last", "at least 1"),
-    "a tolerance below zero": case("train", "--skip-nonfinite=-1", "--skip-nonfinite", "at least 0"),
     "a loader timeout that is NaN": case("train", "--loader-timeout nan", "--loader-timeout", "nan"),
     "an unknown flag": case("train", "--num-frame 3", "--num-frame"),
     "a word too many": case("train", "please", "please"),
     "a flag without its value": case("train", "--ckpt", "--ckpt"),
     "a value that looks like a flag": case("train", "--data-path -videos", "--data-path"),
+    "a flag of an earlier version": case("train", "--rewarmup 20", "--rewarmup: removed, because"),
     "no such model": case("train", "--model EqM-Q/4", "--model", "EqM-Q/4"),
-    "a model of another case": case("train", "--model eqm-s/4", "--model", "eqm-s/4"),
     "an unknown energy": case("train", "--ebm l3", "--ebm", "l3"),
-    "an unknown optimizer": case("train", "--optimizer sgd", "--optimizer", "sgd"),
     # Flags that contradict each other or the machine.
     "half precision without a GPU": case("train", "--precision fp16", "--precision fp16", "GPU", "bf16"),
-    "TF32 without a GPU": case("train", "--precision tf32", "--precision tf32", "GPU"),
     "a compiled energy": case("train", "--compile --ebm dot", "--compile", "--ebm dot"),
     "compiling without a compiler": case(
         "train", "--compile", "--compile", "g++", environment={"PATH": "empty", "CXX": None}
@@ -168,30 +142,23 @@ CASES = {
     "a temporal patch without videos": case(
         "train images", "--temporal-patch-size 4", "--temporal-patch-size 4 without --video"
     ),
-    "an interval without videos": case("train images", "--frame-interval 2", "--frame-interval"),
     # Data.
     "no such folder": case("train", "--data-path no/such", "--data-path no/such"),
     "data of no name": case("train", ["--data-path", ""], "--data-path"),
     "data in a file": case("train", "--data-path file", "--data-path file", "a file"),
     "data in a pipe": case("train", "--data-path pipe", "--data-path pipe"),
-    "data in a link to itself": case("train", "--data-path loop", "--data-path loop"),
     "an empty folder": case("train", "--data-path empty", "--data-path empty", "no video found"),
     "one video": case("train", "--data-path one", "--data-path one", "at least 2"),
     "videos that can't be opened": case("train", "--data-path broken", "--data-path broken", "none of its 2 videos"),
-    "pipes that are called videos": case("train", "--data-path pipes", "--data-path pipes", "none of its 2 videos"),
     "images for videos": case("train", "--data-path images", "--video"),
     "videos for images": case("train images", "--data-path videos", "--video"),
-    "a name of 300 letters": case("train", f"--data-path {LONG}", "--data-path"),
     "videos that are too short": case("train", "--num-frames 400", "--num-frames 400", "10"),
     "fewer classes than folders": case("train", "--num-classes 1", "--num-classes 1", "2"),
     "a VAE that is not there": case("train", "--vae no/such/vae", "--vae no/such/vae"),
     "a VAE in an empty folder": case("train", "--vae empty", "--vae empty", "config.json"),
-    "a VAE in a file": case("train", "--vae file", "--vae file"),
     # Results.
     "results in a file": case("train", "--results-dir file", "--results-dir file", "not a writable folder"),
-    "results below a file": case("train", "--results-dir /dev/null/x", "--results-dir", "/dev/null"),
     "results of no name": case("train", ["--results-dir", ""], "--results-dir", "empty"),
-    "results in a link to itself": case("train", "--results-dir loop/x", "--results-dir loop"),
     "results in a link to nowhere": case("train", "--results-dir nowhere", "--results-dir nowhere"),
     "results in what is no text": case("train", ["--results-dir", "x\udcff"], "--results-dir", "UTF-8"),
     "results of 300 letters": case("train", f"--results-dir {LONG}", "--results-dir", "255 bytes"),
@@ -201,31 +168,23 @@ CASES = {
     "an empty file": case("train", "--ckpt file", "--ckpt file", "not a checkpoint"),
     "a pipe": case("train", "--ckpt pipe", "--ckpt pipe", "a pipe or a device"),
     "an endless device": case("train", "--ckpt /dev/zero", "--ckpt /dev/zero", "a pipe or a device"),
-    "a socket": case("train", "--ckpt socket", "--ckpt socket", "a pipe or a device"),
     "a link to itself": case("train", "--ckpt loop", "--ckpt loop", "symbolic links"),
-    "a checkpoint of 300 letters": case("train", f"--ckpt {LONG}", "--ckpt", "too long"),
     "a folder that is no export": case("train", "--ckpt empty", "--ckpt empty", "a folder without"),
     "a checkpoint that is cut short": case("train", "--ckpt cut.pt", "--ckpt cut.pt", "cut short"),
     "a checkpoint with a flipped bit": case("train", "--ckpt flipped.pt", "--ckpt flipped.pt", "damaged"),
     "a pickle": case("train", "--ckpt pickle.pt", "--ckpt pickle.pt", "holds code"),
     "a checkpoint that runs code": case("train", "--ckpt code.pt", "--ckpt code.pt", "holds code"),
     "a checkpoint of another project": case("train", "--ckpt other.pt", "--ckpt other.pt", "not a checkpoint of this"),
-    "a file that was never fetched": case("train", "--ckpt pointer.pt", "--ckpt pointer.pt", "not a checkpoint"),
-    "a video for a checkpoint": case("train", "--ckpt videos/A/a.avi", "--ckpt videos/A/a.avi", "not a checkpoint"),
     "fixed positions for rotary ones": case("train", "--ckpt fixed.pt", "cannot be converted: retrain with --use-rope"),
     "rotary positions for fixed ones": case("train fixed", "--ckpt rope.pt", "trained with --use-rope"),
     "other frames for fixed positions": case("train fixed", "--num-frames 4 --ckpt fixed.pt", "--num-frames"),
     "a checkpoint of another model": case("train", "--model EqM-S/4 --ckpt rope.pt", "EqM-S/4"),
-    "a checkpoint of another patch": case(
-        "train", "--model EqM-Ti/2 --temporal-patch-size 4 --ckpt rope.pt", "EqM-Ti/2"
-    ),
     "a checkpoint of another depth": case("train", "--ckpt odd.pt", "depth 2"),
     "a checkpoint of other classes": case("train", "--num-classes 7 --ckpt rope.pt", "--num-classes"),
     "a checkpoint of another size": case("train", "--image-size 32 --ckpt rope.pt", "--image-size"),
     "a checkpoint of another temporal patch": case(
         "train", "--temporal-patch-size 2 --ckpt rope.pt", "--temporal-patch-size"
     ),
-    "a checkpoint of another base": case("train", "--rope-theta 50 --ckpt rope.pt", "--rope-theta"),
     "a checkpoint of another energy": case("train", "--ebm dot --ckpt rope.pt", "has ebm none, --ebm gives dot"),
     "a checkpoint of another optimizer": case("train", "--optimizer muon --ckpt rope.pt", "--optimizer adamw"),
     "a checkpoint that has its steps": case("train", "--max-steps 10 --ckpt rope.pt", "--max-steps 10"),
@@ -243,38 +202,28 @@ CASES = {
     "images from a cache": case("train images", "--data-path cache", "add --video"),
     "a cache that is not complete": case("train latents", "--data-path partial", "not complete"),
     "a cache that lost a file": case("train latents", "--data-path lost --vae vae", "run cache_latents.py again"),
-    "a cache that leads elsewhere": case("train latents", "--data-path elsewhere", "latents.json is damaged"),
     # sample_gd.py.
-    "a scale of fixed positions": case("sample fixed", "--rope-scale ntk", "--rope-scale ntk", "fixed positions"),
+    "a scale of fixed positions": case("sample fixed", "--rope-scale linear", "--rope-scale linear", "fixed positions"),
+    "a scale of an earlier version": case("sample", "--rope-scale ntk", "--rope-scale: ntk: removed, because"),
     "an unknown scale": case("sample", "--rope-scale yarn", "--rope-scale", "yarn"),
     "samples by the billion": case("sample", "--num-samples 2000000000", "--num-samples", "at most"),
     "sampling a billion frames": case("sample", "--num-frames 1000000000", "--num-frames", "at most"),
     "a frame rate beyond all players": case("sample", "--fps 1e300", "--fps", "at most"),
-    "a frame that lasts no time": case("sample", "--time-scale 1e-300", "--time-scale", "at least"),
-    "an empty folder name": case("sample", "--folder=", "--folder"),
     "sampling frames below the temporal patch": case("sample", "--num-frames 3", "--num-frames 3", "4"),
     "sampling another model": case("sample", "--model EqM-S/4", "EqM-S/4", "EqM-Ti/4"),
     "sampling another number of classes": case("sample", "--num-classes 101", "--num-classes", "101", "2"),
     "sampling another image size": case("sample", "--image-size 32", "--image-size 32", "16"),
-    "sampling another energy": case("sample", "--ebm dot", "has ebm none, --ebm gives dot"),
     "an unknown class": case("sample", "--classes A Kayaking", "--classes Kayaking", "A, B"),
     "a class number that is too large": case("sample", "--classes 2", "--classes 2"),
     "two frame rates": case("sample", "--fps 25 --time-scale 0.04", "--fps", "--time-scale"),
-    "an infinite frame rate": case("sample", "--fps inf", "--fps", "inf"),
     "a frame rate that is no number": case("sample", "--fps nan", "--fps", "nan"),
     "sampling with a VAE that is not there": case("sample", "--vae no/such/vae", "--vae no/such/vae"),
     "a folder in a file": case("sample", "--folder file/x", "--folder file"),
-    "a folder of no name": case("sample", ["--folder", ""], "--folder", "empty"),
-    "no samples": case("sample", "--num-samples 0", "--num-samples"),
     "one point, so no step": case("sample", "--num-sampling-steps 1", "--num-sampling-steps", "at least 2"),
-    "an infinite step": case("sample", "--stepsize inf", "--stepsize", "inf"),
-    "sampling from no such checkpoint": case("sample", "--ckpt no/such.pt", "--ckpt no/such.pt"),
     "sampling from a pipe": case("sample", "--ckpt pipe", "--ckpt pipe", "a pipe or a device"),
     "sampling from code": case("sample", "--ckpt code.pt", "holds code"),
     "sampling from an export that is damaged": case("sample", "--ckpt cut-export", "--ckpt cut-export", "damaged"),
     "a threshold of zero": case("sample", "--stop-below 0", "--stop-below", "found 0", "above 0"),
-    "a threshold below zero": case("sample", "--stop-below -0.5", "--stop-below", "found -0.5", "above 0"),
-    "a threshold while sampling for a solver": case("sample", "--stop-below --sampler heun", "--stop-below", "heun"),
     "the energy of a model that has none": case("sample", "--report-energy", "--report-energy", "without an energy"),
     "no start": case("sample", "--init no/such.mp4", "--init no/such.mp4"),
     "a share of nothing": case("sample", "--init-gamma 0.5", "--init-gamma 0.5", "--init"),
@@ -294,7 +243,6 @@ CASES = {
     "latents of latents": case("cache", "--data-path cache", "a latent cache; name the folder of its videos"),
     "latents among videos": case("cache", "--out videos", "holds A but no latent cache"),
     "latents in a file": case("cache", "--out file", "not a writable folder"),
-    "latents of no name": case("cache", ["--out", ""], "--out", "empty"),
     "latents beside others": case("cache", "--out cache", "--out cache: a latent cache with vae"),
     "latents of videos with long names": case("cache", "--data-path long", "--data-path long", "too long a name"),
     "latents where the cache is a pipe": case("cache", "--out piped", "--out piped", "latents.json is damaged"),
@@ -309,24 +257,19 @@ CASES = {
     "an export without a place": case("export", "rope.pt", "DIR"),
     "an export of no name": case("export", ["rope.pt", ""], "DIR", "empty"),
     "an export among videos": case("export", "rope.pt videos", "DIR videos", "not empty"),
-    "an export in a file": case("export", "rope.pt file/x", "DIR file/x", "not a writable folder"),
     "an export of code": case("export", "code.pt new", "holds code"),
-    "an export of a device": case("export", "/dev/zero new", "a pipe or a device"),
     "an export of another model": case("export", "rope.pt new --model EqM-XL/2", "--model EqM-XL/2"),
     "an export as int8": case("export", "rope.pt new --dtype int8", "--dtype"),
     # make_moving_shapes.py.
     "shapes in a file": case("shapes", "--out file", "--out file"),
     "shapes among videos": case("shapes", "--out videos", "--out videos", "not Moving Shapes"),
     "shapes that last for ever": case("shapes", "--seconds inf", "--seconds inf"),
-    "shapes that last no number": case("shapes", "--seconds nan", "--seconds nan"),
     "shapes by the trillion": case("shapes", "--videos-per-class 1000000000000", "--videos-per-class 1000000000000"),
-    "shapes of a billion pixels": case("shapes", "--size 1000000000", "--size 1000000000"),
     "shapes of no size": case("shapes", "--radius nan nan", "--radius nan nan"),
     "shapes that are too small": case("shapes", "--size 8", "--size 8"),
     "shapes of an odd size": case("shapes", "--size 63", "--size 63"),
     "shapes of a size in words": case("shapes", "--size big", "--size", "big"),
     "shapes that last no time": case("shapes", "--seconds 0", "--seconds 0"),
-    "shapes that end before they begin": case("shapes", "--seconds -1", "--seconds -1"),
     "one shape of each class": case("shapes", "--videos-per-class 1", "--videos-per-class 1"),
     "radii in the wrong order": case("shapes", "--radius 0.2 0.1", "--radius 0.2 0.1"),
     "radii that leave the picture": case("shapes", "--radius 0.1 0.3", "--radius 0.1 0.3"),
@@ -347,38 +290,32 @@ def world(tmp_path_factory):
     """A folder with all that the cases name; every test leaves it as it is."""
     root = tmp_path_factory.mktemp("world")
     for name in ("A/a.avi", "A/b.avi", "B/c.avi", "B/d.avi"):
-        write_video(root / "videos" / name)
-    write_video(root / "one/A/a.avi")
+        write_video(root / "videos" / name, 10, size=(16, 16))
+    write_video(root / "one/A/a.avi", 10, size=(16, 16))
     for name in ("a", "b"):
-        write_video(root / f"long/A/{name * 245}.avi")
+        write_video(root / f"long/A/{name * 245}.avi", 10, size=(16, 16))
     for folder in ("videos", "one", "long"):
         scan_videos(root / folder)  # leaves its index there
     (root / "broken").mkdir()
-    (root / "pipes").mkdir()
     for name in ("a.avi", "b.mp4"):
         (root / "broken" / name).write_bytes(b"RIFF and no more")
-        os.mkfifo(root / "pipes" / name)
     make_images(root / "images", 4)
     make_vae(root / "vae")
-    for folder in ("cache", "partial", "lost", "elsewhere", "piped", "empty", "samples"):
+    for folder in ("cache", "partial", "lost", "piped", "empty", "samples"):
         (root / folder).mkdir()
-    for folder in ("cache", "partial", "lost", "elsewhere"):
+    for folder in ("cache", "partial", "lost"):
         make_latents(root / folder)
-    text = (root / "lost/latents.json").read_text()
-    (root / "lost/latents.json").write_text(text.replace('"ema"', '"vae"'))
     make_samples(root / "samples")
     (root / "partial/latents.json").rename(root / "partial/latents.partial.json")
+    text = (root / "lost/latents.json").read_text()
+    (root / "lost/latents.json").write_text(text.replace('"ema"', '"vae"'))
     (root / "lost/A/a.safetensors").unlink()
-    text = (root / "elsewhere/latents.json").read_text()
-    (root / "elsewhere/latents.json").write_text(text.replace("A/a.safetensors", "../cache/A/a.safetensors"))
     os.mkfifo(root / "piped/latents.json")
     make_checkpoints(root)
     (root / "file").write_text("")
     os.mkfifo(root / "pipe")
     (root / "loop").symlink_to("loop")
     (root / "nowhere").symlink_to("no/such")
-    with contextlib.chdir(root), contextlib.closing(socket.socket(socket.AF_UNIX)) as server:
-        server.bind("socket")
     return root
 
 
@@ -394,7 +331,6 @@ def make_checkpoints(root):
     (root / "pickle.pt").write_bytes(pickle.dumps(Code()))
     torch.save({"model": Code()}, root / "code.pt")
     torch.save({"state_dict": {}}, root / "other.pt")
-    (root / "pointer.pt").write_text("version https://git-lfs.github.com/spec/v1\noid sha256:0\nsize 12\n")
     published.write_export(root / "cut-export", checkpoint.load(rope))
     os.truncate(root / "cut-export/model.safetensors", 1000)
 
@@ -464,29 +400,14 @@ def test_bad_input_is_one_line_and_status_2_and_nothing_is_touched(name, world, 
     assert snapshot(world) == before
 
 
-PROCESSES = [
-    "a pipe", "an endless device", "a checkpoint that runs code", "an infinite rate", "sampling from a pipe",
-    "latents of pixels", "scores of nothing", "an export of code", "shapes by the trillion",
-]  # fmt: skip
-
-
-def start(case, world):
-    script, *flags = COMMANDS[case.command]
-    path = SCRIPTS[script].__file__
-    command = [sys.executable, path, *flags, *case.flags]
-    environment = os.environ | {"OMP_NUM_THREADS": "1"}
-    return subprocess.Popen(command, cwd=world, env=environment, stdout=-1, stderr=-1, text=True)
-
-
-def test_bad_input_is_one_line_in_real_processes_too(world):
-    before = snapshot(world)
-    for names in (PROCESSES[::2], PROCESSES[1::2]):
-        processes = {name: start(CASES[name], world) for name in names}
-        for name, process in processes.items():
-            out, err = process.communicate(timeout=100)
-            line = the_line(err, COMMANDS[CASES[name].command][0])
-            assert all(word in line for word in CASES[name].words), line
-            assert (process.returncode, out) == (2, "")
+@pytest.mark.parametrize("name", ["a checkpoint that runs code", "shapes by the trillion"])
+def test_bad_input_is_one_line_in_a_real_process_too(name, world):
+    before, (script, *flags) = snapshot(world), COMMANDS[CASES[name].command]
+    command = [sys.executable, SCRIPTS[script].__file__, *flags, *CASES[name].flags]
+    ended = subprocess.run(command, cwd=world, capture_output=True, text=True, timeout=100)
+    line = the_line(ended.stderr, script)
+    assert all(word in line for word in CASES[name].words), line
+    assert (ended.returncode, ended.stdout) == (2, "")
     assert snapshot(world) == before
 
 

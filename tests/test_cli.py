@@ -38,18 +38,22 @@ def test_a_number_keeps_within_its_bounds(kind, bounds, good, bad):
         (["--steps"], ["--steps"]),
         (["--stpes", "3"], ["--stpes"]),
         (["--step", "3"], ["--step"]),  # no abbreviations
+        (["--old", "3"], ["--old", "removed, because it helped nobody: leave it out"]),
     ],
 )
-def test_a_wrong_flag_is_one_line_that_names_it(arguments, words, capsys):
+def test_a_wrong_or_removed_flag_is_one_line_that_names_it(arguments, words, capsys):
     parser = cli.ArgumentParser()
     parser.add_argument("--steps", type=number(int, least=1))
-    with pytest.raises(SystemExit) as exit_:
+    cli.add_removed(parser.add_argument, "--old", "it helped nobody: leave it out")
+    with pytest.raises(SystemExit) as ended:
         parser.parse_args(arguments)
-    assert exit_.value.code == 2
+    assert ended.value.code == 2
     out, err = capsys.readouterr()
     assert out == ""
     assert err.count("\n") == 1
     assert all(word in err for word in words)
+    assert "--old" not in parser.format_help()
+    assert vars(parser.parse_args(["--steps", "3"])) == {"steps": 3}
 
 
 def test_a_folder_that_can_be_written_is_found_without_making_it(tmp_path):
@@ -67,53 +71,31 @@ def test_a_place_that_is_a_file_cannot_be_written(tmp_path):
 # Messages -----------------------------------------------------------------------------------------------------------
 
 
-def test_an_error_is_one_line_on_stderr_and_an_exit_status():
-    process = python("from runtime import cli\ncli.fail('--num-frames 2:\\n  too few')\nprint('alive')")
-    out, err = process.communicate()
-    assert process.returncode == 2
-    assert out == ""
-    assert err == "train.py: error: --num-frames 2: too few\n"
-
-
-def test_what_goes_wrong_while_running_has_another_status(monkeypatch):
-    monkeypatch.setenv("RANK", "0")
-    with pytest.raises(SystemExit) as exit_:
-        cli.fail("disk full", status=1)
-    assert exit_.value.code == 1
-
-
-def noted_failure(monkeypatch, capsys, rank):
-    """What fail() does, in order: how long it sleeps, what it prints, how it exits."""
-    events = []
-    monkeypatch.setenv("RANK", rank)
-    monkeypatch.setattr(cli.time, "sleep", lambda s: events.append(("sleep", s, capsys.readouterr().err)))
-    with pytest.raises(SystemExit) as exit_:
-        cli.fail("wrong")
-    return events, capsys.readouterr().err, exit_.value.code
-
-
-def test_rank_0_reports_at_once(monkeypatch, capsys):
-    events, err, status = noted_failure(monkeypatch, capsys, "0")
-    assert events == []
-    assert err.endswith("error: wrong\n")
-    assert status == 2
-
-
-def test_another_rank_leaves_rank_0_ten_seconds_before_it_reports(monkeypatch, capsys):
-    events, err, status = noted_failure(monkeypatch, capsys, "1")
-    assert events == [("sleep", 10, "")]  # nothing was printed before
-    assert err.endswith("error: wrong\n")  # but if it still runs, it reports
-    assert status == 2
-
-
-def test_of_two_ranks_that_fail_only_rank_0_reports():
-    code = "from runtime import cli\ncli.RANK_0_SPEAKS_FIRST = 3600\ncli.fail(f'wrong on {cli.rank()}')"
+def test_an_error_is_one_line_on_stderr_and_an_exit_status_and_of_two_ranks_only_rank_0_reports_it():
+    code = "from runtime import cli\ncli.RANK_0_SPEAKS_FIRST = 3600\n"
+    code += "cli.fail(f'rank {cli.rank()} of 2:\\n  too few')\nprint('alive')"
     ranks = [python(code, RANK=str(rank), WORLD_SIZE="2") for rank in (0, 1)]
-    _, err = ranks[0].communicate()
-    assert err == "train.py: error: wrong on 0\n"
+    assert ranks[0].communicate() == ("", "train.py: error: rank 0 of 2: too few\n")
+    assert ranks[0].returncode == 2
     assert ranks[1].poll() is None  # still waiting; torchrun ends it now
     ranks[1].kill()
     assert ranks[1].communicate() == ("", "")
+
+
+@pytest.mark.parametrize("status", [1, 2])  # 1: went wrong while running
+@pytest.mark.parametrize(
+    ("rank", "expected"),
+    [("0", []), ("1", [("sleep", 10, "")])],  # nothing was printed before, but if it still runs, it reports
+)
+def test_rank_0_reports_at_once_and_another_leaves_it_ten_seconds(rank, expected, status, monkeypatch, capsys):
+    events = []
+    monkeypatch.setenv("RANK", rank)
+    monkeypatch.setattr(cli.time, "sleep", lambda s: events.append(("sleep", s, capsys.readouterr().err)))
+    with pytest.raises(SystemExit) as ended:
+        cli.fail("wrong", status)
+    assert events == expected
+    assert capsys.readouterr().err.endswith("error: wrong\n")
+    assert ended.value.code == status
 
 
 def test_only_rank_0_says_and_logs(monkeypatch, capsys, tmp_path):

@@ -41,14 +41,17 @@ def test_the_statistics_of_a_frame_are_mean_contrast_and_sharpness():
     assert change.tolist() == pytest.approx([((93**2 + 7**2) / 2 / 3 + 7**2 * 2 / 3) ** 0.5])
 
 
-@pytest.mark.parametrize("patch", [2, 3, 4])
-def test_a_jump_at_every_border_is_the_seam_score(patch):
-    steps = torch.full((5, 23), 2.0)
-    jumps = torch.where((torch.arange(23) + 1) % patch == 0, 12.0, 2.0).expand(5, -1)
-    real, generated = measure_all(flat(walk(steps))), measure_all(flat(walk(jumps)))
-    score, interval = consistency.seam_score(generated[1], real[1], patch)
+@pytest.mark.parametrize("patch", [2, 3])
+def test_a_jump_at_every_border_is_the_seam_score_and_jumps_elsewhere_are_no_seam(patch):
+    place = (torch.arange(23) + 1) % patch
+    even, seams, others = (
+        measure_all(flat(walk(steps.expand(5, -1))))[1]
+        for steps in (torch.full((23,), 2.0), torch.where(place == 0, 12.0, 2.0), torch.where(place == 1, 12.0, 2.0))
+    )
+    score, interval = consistency.seam_score(seams, even, patch)
     assert score == pytest.approx(6) and interval == pytest.approx([6, 6])
-    assert consistency.seam_score(real[1], generated[1], patch)[0] == pytest.approx(1 / 6)
+    assert consistency.seam_score(even, seams, patch)[0] == pytest.approx(1 / 6)
+    assert consistency.seam_score(others, even, patch)[0] < 0.5
 
 
 def test_real_clips_against_real_clips_have_no_seam_and_no_drift():
@@ -62,12 +65,6 @@ def test_real_clips_against_real_clips_have_no_seam_and_no_drift():
     assert json.loads(json.dumps(found)) == found
 
 
-def test_jumps_between_the_borders_are_not_a_seam():
-    steps = torch.where((torch.arange(15) + 1) % 4 == 2, 12.0, 2.0).expand(5, -1)
-    jumpy, even = measure_all(flat(walk(steps)))[1], measure_all(flat(walk(torch.full((5, 15), 2.0))))[1]
-    assert consistency.seam_score(jumpy, even, 4)[0] < 0.5
-
-
 def test_the_interval_of_the_seam_score_holds_the_score_and_is_wider_for_fewer_clips():
     sizes = 1 + 9 * random(80, 1)  # clips with little and with much motion
     steps = sizes * torch.where((torch.arange(15) + 1) % 4 == 0, 3.0, 1.0) * (0.5 + random(80, 15, seed=1))
@@ -78,15 +75,15 @@ def test_the_interval_of_the_seam_score_holds_the_score_and_is_wider_for_fewer_c
     assert few[1] - few[0] > 1.5 * (high - low)
 
 
-@pytest.mark.parametrize(("frames", "patch"), [(4, 4), (3, 4), (8, 1)])
+@pytest.mark.parametrize(("frames", "patch"), [(4, 4), (8, 1)])
 def test_without_a_border_or_without_anything_between_there_is_no_score(frames, patch):
     change = random(5, frames - 1)
     assert consistency.seam_score(change, change, patch) == (None, None)
 
 
 def test_clips_that_stand_still_have_no_score():
-    assert consistency.seam_score(torch.zeros(3, 7), torch.ones(3, 7), 4) == (None, None)
-    assert consistency.seam_score(torch.ones(3, 7), torch.zeros(3, 7), 4) == (None, None)
+    still, moving = torch.zeros(3, 7), torch.ones(3, 7)
+    assert consistency.seam_score(still, moving, 4) == consistency.seam_score(moving, still, 4) == (None, None)
 
 
 def test_a_rising_brightness_is_a_drift_in_standard_deviations_of_real_frames():

@@ -7,6 +7,7 @@ import torch
 
 from process import python
 from runtime import distributed
+from runtime.rng import generator
 
 
 def test_alone_there_is_one_rank_and_nothing_to_exchange(monkeypatch):
@@ -34,9 +35,10 @@ def test_the_indices_of_all_ranks_are_all_indices(count, world_size, monkeypatch
 
 
 TWO_RANKS = """
-import torch
+import sys, torch
 from runtime.distributed import *
-from runtime.rng import normal
+from runtime.rng import generator, normal
+from vae import load_vae
 start()
 mine = own_indices(3)
 print([
@@ -47,17 +49,24 @@ print([
     None if (first := collect(own_indices(1), normal(0, "noise", 0, own_indices(1), (2,)))) is None else first.shape[0],
 ])
 stop()
+print(torch.rand(4, generator=generator(0, "noise", 3)).tolist())
+load_vae("none")
+print({"diffusers", "huggingface_hub"} & set(sys.modules))
 """
 
 
-def test_two_ranks_exchange_what_they_hold():
+def test_two_ranks_exchange_what_they_hold_draw_the_same_as_this_process_and_need_no_diffusers_for_pixels():
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = str(free.getsockname()[1])
     place = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port, "WORLD_SIZE": "2", "CUDA_VISIBLE_DEVICES": ""}
-    ranks = [python(TWO_RANKS, RANK=str(rank), LOCAL_RANK=str(rank), **place) for rank in (0, 1)]
+    ranks = [
+        python(TWO_RANKS, RANK=str(rank), LOCAL_RANK=str(rank), PYTHONHASHSEED=str(rank + 1), **place)
+        for rank in (0, 1)
+    ]
     shared = "[['from', 0], [0, 10], [1.5, 4.5], "
+    drawn = torch.rand(4, generator=generator(0, "noise", 3)).tolist()
     for process, collected in zip(ranks, ("[0, 10, 20], 1]", "None, None]"), strict=True):
         out, err = process.communicate()
-        assert out.strip() == shared + collected, err
+        assert out.splitlines() == [shared + collected, str(drawn), "set()"], err
         assert process.returncode == 0

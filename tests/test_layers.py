@@ -1,6 +1,7 @@
 """Imports between the modules of EqM go down only, no module hides an installed package, functions stay short."""
 
 import ast
+import functools
 import importlib.metadata
 import sys
 from pathlib import Path
@@ -36,22 +37,17 @@ MODULES = modules()
 ROOMS = {name.split(".")[0] for name in MODULES}
 
 
-def imports(tree):
-    """The modules and names that a module imports, dotted, also those inside functions."""
-    found = set()
+@functools.cache
+def own_imports(tree):
+    """The modules of EqM that a module imports, also inside functions."""
+    targets, found = set(), set()
     for node in ast.walk(tree):
         if isinstance(node, ast.Import):
-            found |= {alias.name for alias in node.names}
+            targets |= {alias.name for alias in node.names}
         elif isinstance(node, ast.ImportFrom):
             assert node.level == 0, "relative imports have no room name"
-            found |= {f"{node.module}.{alias.name}" for alias in node.names}
-    return found
-
-
-def own_imports(name):
-    """The modules of EqM that one of them imports."""
-    found = set()
-    for target in imports(MODULES[name]):
+            targets |= {f"{node.module}.{alias.name}" for alias in node.names}
+    for target in targets:
         parts = target.split(".")
         found |= {dotted for dotted in (".".join(parts[:n]) for n in (1, 2)) if dotted in MODULES}
     return {one for one in found if not any(other.startswith(f"{one}.") for other in found)}  # the module, not its room
@@ -66,42 +62,36 @@ def test_every_module_has_its_layer():
     assert known >= ROOMS, f"say in LAYERS where {sorted(ROOMS - known)} belong"
 
 
-@pytest.mark.parametrize("name", MODULES)
-def test_imports_go_down(name):
-    up = {target for target in own_imports(name) if layer(target) < layer(name)}
-    assert not up, f"{name} imports {', '.join(sorted(up))} from above it"
+def test_imports_go_down():
+    for name, tree in MODULES.items():
+        up = {target for target in own_imports(tree) if layer(target) < layer(name)}
+        assert not up, f"{name} imports {', '.join(sorted(up))} from above it"
 
 
-@pytest.mark.parametrize("name", MODULES)
-def test_nothing_imports_an_entry_script(name):
-    assert not own_imports(name) & set(ENTRY)
+def test_an_import_that_points_up_is_named(monkeypatch):
+    monkeypatch.setitem(MODULES, "runtime.rng", ast.parse("def f():\n    from video import clips\n"))
+    with pytest.raises(AssertionError, match="runtime.rng imports video.clips from above it"):
+        test_imports_go_down()
 
 
-def test_scripts_import_no_entry_script_either():
-    for path in [*(ROOT / "scripts").rglob("*.py"), *(ROOT / "datasets").glob("*.py")]:
-        found = {target.split(".")[0] for target in imports(ast.parse(path.read_text()))} & set(ENTRY)
-        assert not found, f"{path.name} imports {', '.join(found)}"
+def test_nothing_imports_an_entry_script():
+    others = [*(ROOT / "scripts").rglob("*.py"), *(ROOT / "datasets").glob("*.py")]
+    for name, tree in MODULES.items() | {(path.name, ast.parse(path.read_text())) for path in others}:
+        found = own_imports(tree) & set(ENTRY)
+        assert not found, f"{name} imports {', '.join(found)}"
 
 
 def test_imports_form_no_cycle():
-    def reach(name, path=()):
-        assert name not in path, f"a cycle: {' -> '.join((*path, name))}"
-        for target in own_imports(name):
-            reach(target, (*path, name))
-
-    for name in MODULES:
-        reach(name)
+    left = {name: own_imports(tree) for name, tree in MODULES.items()}
+    while free := [name for name, targets in left.items() if not targets & left.keys()]:
+        for name in free:
+            del left[name]
+    assert not left, f"a cycle among {', '.join(left)}"
 
 
 @pytest.mark.parametrize("name", ["transport", "samplers"])
 def test_the_objective_and_the_samplers_stand_alone(name):
-    assert own_imports(name) <= {"transport", "samplers"}
-
-
-def test_runtime_imports_nothing_of_the_rooms_above_it():
-    for name in MODULES:
-        if name.startswith("runtime"):
-            assert all(target.startswith("runtime") for target in own_imports(name)), name
+    assert own_imports(MODULES[name]) <= {"transport", "samplers"}
 
 
 def test_no_module_hides_one_that_is_installed_or_in_the_standard_library():
@@ -109,19 +99,13 @@ def test_no_module_hides_one_that_is_installed_or_in_the_standard_library():
     assert not ROOMS & (installed | set(sys.stdlib_module_names))
 
 
-@pytest.mark.parametrize("name", MODULES)
-def test_functions_fit_on_a_screen(name):
-    for node in ast.walk(MODULES[name]):
-        if isinstance(node, ast.FunctionDef):
-            lines = node.end_lineno - node.lineno + 1
-            assert lines <= EXCEPTIONS.get((name, node.name), SHORT), f"{name}.{node.name} has {lines} lines"
+def test_functions_fit_on_a_screen():
+    for name, tree in MODULES.items():
+        for node in ast.walk(tree):
+            if isinstance(node, ast.FunctionDef):
+                lines = node.end_lineno - node.lineno + 1
+                assert lines <= EXCEPTIONS.get((name, node.name), SHORT), f"{name}.{node.name} has {lines} lines"
 
 
 def test_train_py_has_at_most_450_lines():
     assert len((ENGINE / "train.py").read_text().splitlines()) <= 450
-
-
-def test_an_import_that_points_up_is_named(monkeypatch):
-    monkeypatch.setitem(MODULES, "runtime.rng", ast.parse("def f():\n    from video import clips\n"))
-    with pytest.raises(AssertionError, match="runtime.rng imports video.clips from above it"):
-        test_imports_go_down("runtime.rng")

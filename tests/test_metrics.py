@@ -1,4 +1,5 @@
-import json
+"""What metrics.jsonl, TensorBoard and wandb get, also after a resume, and the statistics of the steps."""
+
 import sys
 from io import BytesIO
 from types import SimpleNamespace
@@ -14,89 +15,88 @@ from runtime.metrics import Metrics, StepStats, import_wandb, read_metrics
 from video.writers import write_gif
 
 
+class FakeWandb(SimpleNamespace):
+    """The part of the wandb package that is used; records its arguments."""
+
+    def __init__(self):
+        super().__init__(Error=RuntimeError, runs=[])
+
+    def init(self, **arguments):
+        run = SimpleNamespace(arguments=arguments, rows=[], finished=False)
+        run.log = lambda row, step: run.rows.append((step, row))
+        run.finish = lambda: setattr(run, "finished", True)
+        self.runs.append(run)
+        return run
+
+    def Image(self, pixels):  # noqa: N802 (its name in wandb)
+        return "Image", pixels
+
+    def Video(self, path, format):  # noqa: N802
+        return path, format
+
+
+@pytest.fixture
+def wandb(monkeypatch):
+    fake = FakeWandb()
+    monkeypatch.setitem(sys.modules, "wandb", fake)
+    return fake
+
+
 def lines(folder):
     return (folder / "metrics.jsonl").read_text().splitlines()
 
 
 def board(folder):
+    """What TensorBoard got."""
     events = EventAccumulator(str(folder))
-    events.Reload()
-    return events
+    return events.Reload()
 
 
-def test_each_call_appends_a_json_line_at_once(tmp_path):
+def image(folder, name):
+    """(step, PIL image) of the only image that TensorBoard got."""
+    (event,) = board(folder).Images(name)
+    return event.step, Image.open(BytesIO(event.encoded_image_string))
+
+
+def test_each_call_appends_a_json_line_at_once_in_which_numbers_that_are_not_finite_are_null(tmp_path):
     metrics = Metrics(tmp_path)
     metrics.log(10, loss=0.5, clips=32)
     assert lines(tmp_path) == ['{"step": 10, "loss": 0.5, "clips": 32}']  # while the file is still open
     metrics.log(20, **{"val/loss": torch.tensor(0.25)})
-    assert json.loads(lines(tmp_path)[1]) == {"step": 20, "val/loss": 0.25}
+    metrics.log(30, a=float("nan"), b=float("inf"), c=torch.tensor(-float("inf")), d=1.0)
     metrics.close()
+    assert lines(tmp_path)[1:] == [
+        '{"step": 20, "val/loss": 0.25}', '{"step": 30, "a": null, "b": null, "c": null, "d": 1.0}'
+    ]  # fmt: skip
 
 
-def test_numbers_that_are_not_finite_become_null(tmp_path):
-    metrics = Metrics(tmp_path)
-    metrics.log(1, a=float("nan"), b=float("inf"), c=torch.tensor(-float("inf")), d=1.0)
-    metrics.close()
-
-    def reject(constant):
-        raise AssertionError(f"{constant} is not JSON")
-
-    row = json.loads(lines(tmp_path)[0], parse_constant=reject)
-    assert row == {"step": 1, "a": None, "b": None, "c": None, "d": 1.0}
-
-
-def test_scalars_reach_tensorboard_with_their_steps(tmp_path):
-    metrics = Metrics(tmp_path)
-    for step in (1, 2, 3):
-        metrics.log(step, loss=1 / step)
-    metrics.close()
-    events = board(tmp_path).Scalars("loss")
-    assert [event.step for event in events] == [1, 2, 3]
-    assert [event.value for event in events] == pytest.approx([1, 1 / 2, 1 / 3])
-
-
-def test_clips_reach_tensorboard_as_a_row_per_clip_and_a_column_per_frame(tmp_path):
-    clips = np.random.default_rng(0).integers(0, 256, (2, 3, 4, 5, 3), dtype=np.uint8)
-    metrics = Metrics(tmp_path)
-    metrics.video(7, "samples", clips)
-    metrics.close()
-    (event,) = board(tmp_path).Images("samples")
-    assert event.step == 7
-    sheet = np.asarray(Image.open(BytesIO(event.encoded_image_string)))
-    assert np.array_equal(sheet, np.concatenate([np.concatenate(clip, axis=1) for clip in clips]))
-
-
-def test_moving_clips_reach_tensorboard_as_a_gif_and_wandb_as_a_video(tmp_path, monkeypatch):
-    fake = FakeWandb()
-    fake.Image, fake.Video = (lambda pixels: "image"), (lambda path, format: (path, format))
-    monkeypatch.setitem(sys.modules, "wandb", fake)
+def test_clips_reach_tensorboard_and_wandb_as_a_row_per_clip_and_a_column_per_frame_and_moving(tmp_path, wandb):
     clips = np.random.default_rng(0).integers(0, 256, (2, 3, 4, 5, 3), dtype=np.uint8)
     gif = BytesIO()
     write_gif(gif, clips[0], fps=10)
     metrics = Metrics(tmp_path, wandb=True)
     metrics.video(7, "samples", clips, gif.getvalue(), tmp_path / "a.mp4")
     metrics.close()
-    (event,) = board(tmp_path).Images("samples_moving")
-    assert event.step == 7
-    assert Image.open(BytesIO(event.encoded_image_string)).n_frames == 3
-    ((step, row),) = fake.runs[0].rows
-    assert (step, row["samples_moving"]) == (7, (str(tmp_path / "a.mp4"), "mp4"))
+    expected = np.concatenate([np.concatenate(clip, axis=1) for clip in clips])
+    step, sheet = image(tmp_path, "samples")
+    assert step == 7
+    assert np.array_equal(sheet, expected)
+    step, moving = image(tmp_path, "samples_moving")
+    assert (step, moving.n_frames) == (7, 3)
+    ((step, row),) = wandb.runs[0].rows
+    assert (step, row["samples"][0], row["samples_moving"]) == (7, "Image", (str(tmp_path / "a.mp4"), "mp4"))
+    assert np.array_equal(row["samples"][1], expected)
 
 
-@pytest.mark.parametrize(("number", "rows", "columns"), [(3, 1, 3), (8, 1, 8), (19, 3, 8)])
-def test_images_reach_tensorboard_and_wandb_as_a_grid_of_8_in_a_row(tmp_path, monkeypatch, number, rows, columns):
-    fake = FakeWandb()
-    fake.Image = lambda pixels: ("Image", pixels)
-    monkeypatch.setitem(sys.modules, "wandb", fake)
+@pytest.mark.parametrize(("number", "rows", "columns"), [(3, 1, 3), (19, 3, 8)])
+def test_images_reach_tensorboard_and_wandb_as_a_grid_of_8_in_a_row(tmp_path, wandb, number, rows, columns):
     images = np.random.default_rng(0).integers(0, 255, (number, 1, 4, 5, 3), dtype=np.uint8)
     metrics = Metrics(tmp_path, wandb=True)
     metrics.video(7, "samples", images)
     metrics.close()
-    (event,) = board(tmp_path).Images("samples")
-    ((step, row),) = fake.runs[0].rows
-    kind, pixels = row["samples"]
-    assert (event.step, step, kind) == (7, 7, "Image")
-    for grid in (np.asarray(Image.open(BytesIO(event.encoded_image_string))), pixels):
+    _, sheet = image(tmp_path, "samples")
+    ((_, row),) = wandb.runs[0].rows
+    for grid in (np.asarray(sheet), row["samples"][1]):
         assert grid.shape == (rows * 4, columns * 5, 3)
         cells = grid.reshape(rows, 4, columns, 5, 3).swapaxes(1, 2).reshape(-1, 4, 5, 3)
         assert np.array_equal(cells[:number], images[:, 0])
@@ -112,38 +112,27 @@ def test_other_ranks_write_nothing(tmp_path, monkeypatch):
     assert not list(tmp_path.iterdir())
 
 
-def test_after_a_resume_no_step_is_logged_twice(tmp_path):
-    metrics = Metrics(tmp_path)
-    for step in range(1, 8):
-        metrics.log(step, loss=1.0)
-    metrics.close()
-
-    metrics = Metrics(tmp_path, resume_step=4)
-    for step in range(5, 7):
-        metrics.log(step, loss=2.0)
-    metrics.close()
+def test_scalars_reach_tensorboard_and_after_a_resume_no_step_is_logged_twice(tmp_path):
+    for resume_step, steps, loss in ((None, range(1, 8), 1), (4, range(5, 7), 2)):
+        metrics = Metrics(tmp_path, resume_step)
+        for step in steps:
+            metrics.log(step, loss=loss)
+        metrics.close()
     rows, torn = read_metrics(tmp_path / "metrics.jsonl")
-    assert [(row["step"], row["loss"]) for row in rows] == [(1, 1), (2, 1), (3, 1), (4, 1), (5, 2), (6, 2)]
+    expected = [(1, 1), (2, 1), (3, 1), (4, 1), (5, 2), (6, 2)]
+    assert [(row["step"], row["loss"]) for row in rows] == expected
+    assert [(event.step, event.value) for event in board(tmp_path).Scalars("loss")] == expected
     assert torn == metrics.torn == 0
-    assert [(event.step, event.value) for event in board(tmp_path).Scalars("loss")] == [
-        (1, 1), (2, 1), (3, 1), (4, 1), (5, 2), (6, 2),
-    ]  # fmt: skip
 
 
-def test_a_resume_drops_and_counts_a_line_torn_by_a_crash(tmp_path):
-    (tmp_path / "metrics.jsonl").write_text('{"step": 1, "loss": 0.5}\n{"step": 2, "lo')
+def test_a_resume_drops_and_counts_a_line_torn_by_a_crash_and_does_not_change_earlier_ones(tmp_path):
+    earlier = ['{"step": 1, "loss": 0.1, "val/loss": null}', '{"step": 1, "note": 3}']
+    (tmp_path / "metrics.jsonl").write_text("\n".join([*earlier, '{"step": 2, "lo']))
     metrics = Metrics(tmp_path, resume_step=2)
     metrics.log(3, loss=0.25)
     metrics.close()
     assert metrics.torn == 1
-    assert lines(tmp_path) == ['{"step": 1, "loss": 0.5}', '{"step": 3, "loss": 0.25}']
-
-
-def test_a_resume_does_not_change_earlier_lines(tmp_path):
-    text = '{"step": 1, "loss": 0.1, "val/loss": null}\n{"step": 1, "note": 3}\n'
-    (tmp_path / "metrics.jsonl").write_text(text)
-    Metrics(tmp_path, resume_step=1).close()
-    assert (tmp_path / "metrics.jsonl").read_text() == text
+    assert lines(tmp_path) == [*earlier, '{"step": 3, "loss": 0.25}']
 
 
 def test_a_resume_without_metrics_starts_a_new_file(tmp_path):
@@ -167,28 +156,12 @@ def test_wandb_without_the_package_is_an_error_that_says_how_to_install_it(tmp_p
         Metrics(tmp_path, wandb=True)
 
 
-class FakeWandb(SimpleNamespace):
-    """The part of the wandb package that is used; records its arguments."""
-
-    def __init__(self):
-        super().__init__(Error=RuntimeError, runs=[])
-
-    def init(self, **arguments):
-        run = SimpleNamespace(arguments=arguments, rows=[], finished=False)
-        run.log = lambda row, step: run.rows.append((step, row))
-        run.finish = lambda: setattr(run, "finished", True)
-        self.runs.append(run)
-        return run
-
-
-def test_wandb_gets_the_config_and_the_scalars_and_a_resumed_run_keeps_its_id(tmp_path, monkeypatch):
-    fake = FakeWandb()
-    monkeypatch.setitem(sys.modules, "wandb", fake)
+def test_wandb_gets_the_config_and_the_scalars_and_a_resumed_run_keeps_its_id(tmp_path, wandb):
     for resume_step in (None, 5):
         metrics = Metrics(tmp_path, resume_step=resume_step, wandb=True, config={"lr": 1e-4})
         metrics.log(6, loss=0.5)
         metrics.close()
-    first, second = fake.runs
+    first, second = wandb.runs
     assert first.arguments["config"] == {"lr": 1e-4}
     assert first.rows == second.rows == [(6, {"loss": 0.5})]
     assert first.finished
@@ -196,14 +169,11 @@ def test_wandb_gets_the_config_and_the_scalars_and_a_resumed_run_keeps_its_id(tm
     assert second.arguments["resume"] == "allow"
 
 
-def test_a_wandb_run_that_cannot_start_is_a_user_error(tmp_path, monkeypatch):
-    fake = FakeWandb()
-    monkeypatch.setitem(sys.modules, "wandb", fake)
-
+def test_a_wandb_run_that_cannot_start_is_a_user_error(tmp_path, wandb, monkeypatch):
     def init(**arguments):
-        raise fake.Error("api_key not configured")
+        raise wandb.Error("api_key not configured")
 
-    monkeypatch.setattr(fake, "init", init)
+    monkeypatch.setattr(wandb, "init", init)
     with pytest.raises(UserError, match="--wandb: api_key not configured.*wandb login"):
         Metrics(tmp_path, wandb=True)
 
@@ -237,7 +207,7 @@ def test_an_interruption_changes_no_bit_of_the_means():
     assert StepStats(second.averaged(step=7)).summary(7, 8)["train_loss"] == whole["train_loss"]  # at the very end
 
 
-@pytest.mark.parametrize("value", [float("nan"), float("inf"), -float("inf")])
+@pytest.mark.parametrize("value", [float("nan"), -float("inf")])
 def test_the_error_for_a_nonfinite_value_names_its_step_files_and_earlier_gradient_norms(value):
     stats = fill(StepStats(), [1.0, 2.0, value, 3.0])
     words = "the train_loss of step 103 is not finite, on rank 0, of 2.avi; gradient norms up to it: 2, 4, "

@@ -5,7 +5,6 @@ earlier code logged at step 6, when it was not stopped, is in EXPECTED.
 """
 
 import shutil
-import sys
 from pathlib import Path
 
 import numpy as np
@@ -15,6 +14,7 @@ import checkpoint
 import sample_gd
 import train
 from runtime.metrics import read_metrics
+from test_export import run
 from test_train import videos  # noqa: F401 (a fixture)
 
 OLD = Path(__file__).parent / "data/format1.pt"
@@ -23,11 +23,6 @@ FLAGS += ["--temporal-patch-size", 1, "--num-frames", 4, "--vae", "none", "--ima
 FLAGS += ["--num-workers", 0, "--lr", 1e-3, "--log-every", 3, "--sample-every", 0, "--num-samples", 1]
 EXPECTED = {"train_loss": 15.455625216166178, "grad_norm": 1.9651103019714355, "val_loss": 14.827279806137085,
             "val_loss_raw": 14.814871072769165, "flops": 33364224.0}  # fmt: skip
-
-
-def run(script, monkeypatch, *flags):
-    monkeypatch.setattr(sys, "argv", [script.__file__, *map(str, flags)])
-    script.main()
 
 
 def test_it_loads():
@@ -40,7 +35,7 @@ def test_it_resumes_as_the_code_that_wrote_it_did(videos, tmp_path, monkeypatch)
     (folder / "checkpoints").mkdir(parents=True)
     (folder / "samples").mkdir()
     shutil.copy(OLD, folder / "checkpoints/latest.pt")
-    run(train, monkeypatch, *FLAGS, "--data-path", videos, "--results-dir", tmp_path, "--max-steps", 6, "--resume")
+    run(monkeypatch, train, *FLAGS, "--data-path", videos, "--results-dir", tmp_path, "--max-steps", 6, "--resume")
     ((row,), _) = read_metrics(folder / "metrics.jsonl")
     assert row["step"] == 6
     # Means of steps 4 to 6, of which the file has the first
@@ -49,7 +44,7 @@ def test_it_resumes_as_the_code_that_wrote_it_did(videos, tmp_path, monkeypatch)
 
 def test_it_starts_a_new_phase(videos, tmp_path, monkeypatch):  # noqa: F811
     shared = ["--data-path", videos, "--results-dir", tmp_path]
-    run(train, monkeypatch, *FLAGS, *shared, "--num-frames", 6, "--max-steps", 5, "--ckpt", OLD)
+    run(monkeypatch, train, *FLAGS, *shared, "--num-frames", 6, "--max-steps", 5, "--ckpt", OLD)
     state = checkpoint.load(tmp_path / "000-EqM-Ti-2-f6-rope/checkpoints/0000005.pt")
     assert (state["step"], state["phase"]["first_step"]) == (5, 4)
     assert state["optimizer"]["states"][0]["state"][0]["step"] == 5  # AdamW's state was loaded
@@ -57,5 +52,5 @@ def test_it_starts_a_new_phase(videos, tmp_path, monkeypatch):  # noqa: F811
 
 def test_it_samples(tmp_path, monkeypatch):
     flags = ["--video", "--ckpt", OLD, "--num-frames", 7, "--num-samples", 2, "--num-sampling-steps", 3]
-    run(sample_gd, monkeypatch, *flags, "--folder", tmp_path)
+    run(monkeypatch, sample_gd, *flags, "--folder", tmp_path)
     assert np.load(tmp_path / "samples.npz")["arr_0"].shape == (2, 7, 8, 8, 3)

@@ -12,17 +12,11 @@ SMALL = {"input_size": 16, "in_channels": 3, "hidden_size": 192, "depth": 1, "nu
 
 
 def test_the_learning_rate_warms_up_stays_and_decays_to_zero():
-    args = SimpleNamespace(warmup_steps=10, lr_decay=0.4, rewarmup=0)
-    factors = [lr_multiplier(args, step, 0, last_step=100) for step in range(1, 101)]
+    args = SimpleNamespace(warmup_steps=10, lr_decay=0.4)
+    factors = [lr_multiplier(args, step, last_step=100) for step in range(1, 101)]
     assert factors[:10] == pytest.approx([0.1 * step for step in range(1, 11)])
     assert factors[10:61] == pytest.approx([1] * 51)
     assert factors[60:] == pytest.approx([(100 - step + 1) / 40 for step in range(61, 101)])
-
-
-def test_the_learning_rate_rises_again_at_the_start_of_a_later_phase():
-    args = SimpleNamespace(warmup_steps=0, lr_decay=0, rewarmup=4)
-    assert [lr_multiplier(args, step, 0, 100) for step in (1, 2, 50)] == [1, 1, 1]  # the first has --warmup-steps
-    assert [lr_multiplier(args, step, 50, 100) for step in range(51, 57)] == [0.25, 0.5, 0.75, 1, 1, 1]
 
 
 def test_each_optimizer_has_its_own_learning_rate():

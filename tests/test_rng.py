@@ -1,9 +1,8 @@
-"""Random draws depend on (seed, purpose, stream, index) and on nothing else."""
+"""Random draws depend on (seed, purpose, stream, index) and on nothing else; test_distributed.py: on no process."""
 
 import pytest
 import torch
 
-from process import python
 from runtime.rng import generator, normal, uniform
 
 
@@ -30,13 +29,6 @@ def test_a_draw_leaves_the_global_generator_alone():
     uniform(0, "gamma", 0, range(3))
     normal(0, "noise", 0, range(3), (2, 2))
     assert torch.equal(torch.get_rng_state(), state)
-
-
-def test_draws_are_the_same_in_another_process():
-    code = "import torch\nfrom runtime.rng import generator\n"
-    code += "print(torch.rand(4, generator=generator(0, 'noise', 3)).tolist())"
-    out, err = python(code, PYTHONHASHSEED="123").communicate()
-    assert out.strip() == str(random_numbers(0, "noise", 3)), err
 
 
 def test_noise_of_a_sample_does_not_depend_on_which_other_samples_are_drawn():

@@ -1,62 +1,65 @@
+"""Rotary positions against complex numbers, their invariances, and clips beyond the trained length."""
+
 import cmath
-import math
+from types import SimpleNamespace
 
 import pytest
 import torch
 from torch.autograd import gradcheck, gradgradcheck
 
-from rope import ROPE_SCALES, RotaryEmbedding3D, apply_rotary, scale_frequencies
+import generation
+from models import EqM, model_config
+from rope import RotaryEmbedding3D, apply_rotary
+from runtime import cli
 
 FPS_25 = torch.tensor([1 / 25])
 GRID = (3, 4, 5)
-NUM_TOKENS = 3 * 4 * 5
 
 
 def naive_rotation(x, grid, time_scale, channels, theta):
-    """Rotate x (B, h, N, d) pair by pair with complex numbers; channels: the same for each axis, or a tuple."""
-    split = channels if isinstance(channels, tuple) else (channels,) * 3
+    """Rotate x (B, h, N, d) pair by pair with complex numbers; channels: those of (time, height, width)."""
     out = x.double().clone()
     T, H, W = grid
     for b, seconds in enumerate(time_scale.tolist()):
         for n, (t, h, w) in enumerate((t, h, w) for t in range(T) for h in range(H) for w in range(W)):
             for axis, position in enumerate((t * seconds * 25, h, w)):
-                for j in range(split[axis] // 2):
-                    turn = cmath.exp(1j * position * theta ** (-2 * j / split[axis]))
-                    first = sum(split[:axis]) + 2 * j
+                for j in range(channels[axis] // 2):
+                    turn = cmath.exp(1j * position * theta ** (-2 * j / channels[axis]))
+                    first = sum(channels[:axis]) + 2 * j
                     for head in range(x.shape[1]):
                         z = complex(*out[b, head, n, first : first + 2].tolist()) * turn
                         out[b, head, n, first], out[b, head, n, first + 1] = z.real, z.imag
     return out
 
 
-def random_qk(head_dim, batch=1, heads=2, seed=0, **kwargs):
-    return torch.randn(2, batch, heads, NUM_TOKENS, head_dim, generator=torch.Generator().manual_seed(seed), **kwargs)
+def random_qk(head_dim):
+    return torch.randn(2, 1, 2, 3 * 4 * 5, head_dim, generator=torch.Generator().manual_seed(0))
 
 
-def scores(q, k, cos, sin):
-    return apply_rotary(q, cos, sin) @ apply_rotary(k, cos, sin).mT
-
-
-@pytest.mark.parametrize(("head_dim", "channels"), [(64, 20), (72, 24), (6, 2), (16, 4)])
-@pytest.mark.parametrize("theta", [10_000.0, 100.0])
-def test_every_pair_rotates_as_a_complex_number(head_dim, channels, theta):
-    time_scale = torch.tensor([1 / 25, 0.1])
-    grid = (2, 2, 3)
+@pytest.mark.parametrize("stretch", [1.0, 2.5])
+@pytest.mark.parametrize(
+    ("head_dim", "split", "channels"),
+    [
+        (64, "", (20, 20, 20)), (72, "", (24, 24, 24)), (6, "", (2, 2, 2)), (10, "", (2, 2, 2)),
+        (32, "16,8,8", (16, 8, 8)), (32, "2,14,4", (2, 14, 4)),
+    ],
+)  # fmt: skip
+def test_pairs_rotate_as_complex_numbers_the_first_patch_and_the_rest_do_not(head_dim, split, channels, stretch):
+    time_scale, grid, theta = torch.tensor([1 / 25, 0.1]), (2, 2, 3), 100.0
     x = torch.randn(2, 1, 12, head_dim)
-    rotated = apply_rotary(x, *RotaryEmbedding3D(head_dim, theta)(grid, time_scale))
-    torch.testing.assert_close(
-        rotated.double(), naive_rotation(x, grid, time_scale, channels, theta), atol=1e-5, rtol=0
-    )
-
-
-@pytest.mark.parametrize(("split", "channels"), [("16,8,8", (16, 8, 8)), ("2,14,4", (2, 14, 4)), ("", (10, 10, 10))])
-def test_a_split_of_the_head_gives_each_axis_its_channels(split, channels):
-    time_scale = torch.tensor([1 / 25, 0.1])
-    x = torch.randn(2, 1, 12, 32)
-    rotated = apply_rotary(x, *RotaryEmbedding3D(32, 100.0, split)((2, 2, 3), time_scale))
-    wanted = naive_rotation(x, (2, 2, 3), time_scale, channels, 100)
+    rope = RotaryEmbedding3D(head_dim, theta, split)
+    rope.stretch = stretch  # divides the positions in time, and only those
+    rotated = apply_rotary(x, *rope(grid, time_scale))
+    wanted = naive_rotation(x, grid, time_scale / stretch, channels, theta)
     torch.testing.assert_close(rotated.double(), wanted, atol=1e-5, rtol=0)
+    assert torch.equal(rotated[:, :, 0], x[:, :, 0])
     assert torch.equal(rotated[..., sum(channels) :], x[..., sum(channels) :])
+
+
+def test_theta_is_10000_unless_told_otherwise():
+    x, _ = random_qk(10)
+    rotated = apply_rotary(x, *RotaryEmbedding3D(10, split="4,4,2")(GRID, FPS_25))
+    torch.testing.assert_close(rotated.double(), naive_rotation(x, GRID, FPS_25, (4, 4, 2), 1e4), atol=1e-5, rtol=0)
 
 
 @pytest.mark.parametrize("split", ["16,8", "8,8,8,2", "16,8,7", "16,16,0", "-2,8,8", "16;8;8", "8,8,8,", "x", "9,9,9"])
@@ -65,106 +68,48 @@ def test_a_split_that_does_not_fit_the_head_is_refused(split):
         RotaryEmbedding3D(32, 100.0, split)
 
 
-@pytest.mark.parametrize(("head_dim", "untouched"), [(64, 4), (72, 0), (48, 0), (10, 4)])
-def test_all_channels_rotate_except_the_rest(head_dim, untouched):
-    x, _ = random_qk(head_dim)
-    rotated = apply_rotary(x, *RotaryEmbedding3D(head_dim)(GRID, FPS_25))
-    last = -1  # token whose three coordinates are all above zero
-    changed = (rotated != x)[0, 0, last]
-    assert changed[: head_dim - untouched].all()
-    assert not changed[head_dim - untouched :].any()
+@pytest.mark.parametrize("head_dim", [0, 4, 5, 65])
+def test_a_head_that_is_too_small_or_odd_is_refused(head_dim):
+    with pytest.raises(ValueError, match=f"head_dim of at least 6, found {head_dim}"):
+        RotaryEmbedding3D(head_dim)
 
 
-def test_each_axis_rotates_its_own_channels_only():
-    rope = RotaryEmbedding3D(64)
-    for axis in range(3):
-        grid = [1, 1, 1]
-        grid[axis] = 4
-        _, sin = rope(grid, FPS_25)
-        turning = (sin[0, 0, -1] != 0).nonzero().flatten().tolist()
-        assert turning == list(range(10 * axis, 10 * axis + 10))
-
-
-@pytest.mark.parametrize("head_dim", [64, 72])
-def test_scores_depend_on_relative_positions_only(head_dim):
-    cos, sin = RotaryEmbedding3D(head_dim)((6, 6, 6), FPS_25)
-    q, k = torch.randn(2, 1, 1, 1, head_dim).expand(-1, -1, -1, 216, -1)  # the same content at every position
-    table = scores(q, k, cos, sin).reshape(6, 6, 6, 6, 6, 6)  # of query (t, h, w) and key (t, h, w)
+def test_scores_depend_on_relative_positions_only_and_distinguish_before_from_after():
+    rotary = RotaryEmbedding3D(64)((6, 6, 6), FPS_25)
+    q, k = random_qk(64)[:, :, :1, :1].expand(-1, -1, -1, 216, -1)  # the same content at every position
+    scores = apply_rotary(q, *rotary) @ apply_rotary(k, *rotary).mT
+    table = scores.reshape(6, 6, 6, 6, 6, 6)  # of query (t, h, w) and key (t, h, w)
     near, far = table[:4, :4, :4, :4, :4, :4], table[2:, 1:5, 2:, 2:, 1:5, 2:]
     torch.testing.assert_close(near, far, atol=1e-4, rtol=1e-4)
     assert not torch.allclose(near, table[:4, :4, :4, 1:5, :4, :4], atol=1e-2)  # other relative positions
-
-
-def test_scores_distinguish_before_from_after():
-    cos, sin = RotaryEmbedding3D(64)((5, 1, 1), FPS_25)
-    q, k = torch.randn(2, 1, 1, 1, 64).expand(-1, -1, -1, 5, -1)
-    table = scores(q, k, cos, sin)[0, 0]
-    assert (table[1, 3] - table[3, 1]).abs() > 0.01
-
-
-def test_norms_are_preserved():
-    q, _ = random_qk(72)
-    rotated = apply_rotary(q, *RotaryEmbedding3D(72)(GRID, torch.tensor([0.3])))
-    torch.testing.assert_close(rotated.norm(dim=-1), q.norm(dim=-1))
-
-
-def test_the_first_patch_is_not_rotated():
-    q, _ = random_qk(64)
-    rotated = apply_rotary(q, *RotaryEmbedding3D(64)(GRID, FPS_25))
-    assert torch.equal(rotated[:, :, 0], q[:, :, 0])
+    assert (table[1, 0, 0, 3, 0, 0] - table[3, 0, 0, 1, 0, 0]).abs() > 0.01
 
 
 def test_twice_the_time_scale_is_twice_the_time_position():
     rope = RotaryEmbedding3D(64)
-    cos, sin = (part.unflatten(2, (9, 2, 2)) for part in rope((9, 2, 2), FPS_25))
-    cos2, sin2 = (part.unflatten(2, (5, 2, 2)) for part in rope((5, 2, 2), 2 * FPS_25))
-    assert torch.equal(cos2, cos[:, :, ::2])
-    assert torch.equal(sin2, sin[:, :, ::2])
-
-
-def test_adjacent_patches_at_25_fps_are_one_radian_apart_in_the_fastest_pair():
-    cos, sin = RotaryEmbedding3D(64)((4, 1, 1), FPS_25)
-    torch.testing.assert_close(torch.atan2(sin, cos)[0, 0, :, 0], torch.tensor([0.0, 1.0, 2.0, 3.0]))
-
-
-def test_each_sample_has_its_own_time_scale():
-    rope = RotaryEmbedding3D(64)
-    time_scale = torch.tensor([0.04, 0.08, 0.1])
-    together = torch.stack(rope(GRID, time_scale))
-    alone = torch.cat([torch.stack(rope(GRID, scale[None])) for scale in time_scale], dim=1)
-    assert together.shape == (2, 3, 1, NUM_TOKENS, 32)
-    assert torch.equal(together, alone)
-    assert not torch.equal(together[:, 0], together[:, 1])
+    angles = torch.stack(rope((9, 2, 2), FPS_25)).unflatten(3, (9, 2, 2))
+    assert torch.equal(torch.stack(rope((5, 2, 2), 2 * FPS_25)).unflatten(3, (5, 2, 2)), angles[:, :, :, ::2])
 
 
 def test_a_longer_clip_begins_with_the_angles_of_a_shorter_one():
     rope = RotaryEmbedding3D(64)
-    for short, long in zip(rope((2, 3, 3), FPS_25), rope((8, 3, 3), FPS_25), strict=True):
-        assert torch.equal(short, long[:, :, : short.shape[2]])
+    short, long = (torch.stack(rope((frames, 3, 3), FPS_25)) for frames in (2, 8))
+    assert torch.equal(short, long[:, :, :, : short.shape[3]])
 
 
-@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
-def test_angles_stay_float32_in_a_module_of_low_precision(dtype):
-    rope = RotaryEmbedding3D(64)
-    grid, time_scale = (1000, 1, 1), torch.tensor([0.033])
-    expected = rope(grid, time_scale)
-    rope.to(dtype)
-    for found, wanted in zip(rope(grid, time_scale), expected, strict=True):
-        assert found.dtype == torch.float32
-        assert torch.equal(found, wanted)
-
-
-def test_angles_stay_float32_under_autocast():
-    rope = RotaryEmbedding3D(64)
-    q, _ = random_qk(64)
-    expected = rope(GRID, FPS_25)
+def test_angles_stay_float32_in_a_module_of_low_precision_and_under_autocast():
+    rope, grid, time_scale = RotaryEmbedding3D(64), (1000, 1, 1), torch.tensor([0.033])
+    x = torch.randn(1, 1, 1000, 64)
+    expected = torch.stack(rope(grid, time_scale))
+    exact = (25 * 0.033 * torch.arange(1000, dtype=torch.float64)).cos()  # of frequency 1
+    torch.testing.assert_close(expected[0, 0, 0, :, 0].double(), exact, atol=2e-4, rtol=0)
+    rotated = apply_rotary(x, *expected)
     with torch.autocast("cpu", torch.bfloat16):
-        found = rope(GRID, FPS_25)
-        rotated = apply_rotary(q, *found)
-        rotated_low = apply_rotary(q.bfloat16(), *found)
-    assert torch.equal(torch.stack(found), torch.stack(expected))
-    assert torch.equal(rotated, apply_rotary(q, *expected))
-    assert rotated_low.dtype == torch.bfloat16
+        assert torch.equal(torch.stack(rope(grid, time_scale)), expected)
+        assert torch.equal(apply_rotary(x, *expected), rotated)
+    found = torch.stack(rope.to(torch.bfloat16)(grid, time_scale))
+    assert found.dtype == torch.float32
+    assert torch.equal(found, expected)
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
@@ -174,12 +119,6 @@ def test_the_result_has_the_dtype_of_the_queries_and_is_rounded_once(dtype):
     rotated = apply_rotary(q, *rotary)
     assert rotated.dtype == dtype
     assert torch.equal(rotated, apply_rotary(q.float(), *rotary).to(dtype))
-
-
-@pytest.mark.parametrize("head_dim", [0, 2, 4, 5, 7, 65])
-def test_a_head_that_is_too_small_or_odd_is_refused(head_dim):
-    with pytest.raises(ValueError, match=f"head_dim of at least 6, found {head_dim}"):
-        RotaryEmbedding3D(head_dim)
 
 
 def test_there_are_no_parameters_and_no_buffers():
@@ -211,44 +150,32 @@ def test_first_and_second_derivatives_agree_with_finite_differences():
 
 # Beyond the trained length ------------------------------------------------------------------------------------------
 
-FREQUENCIES = 10_000.0 ** -(torch.arange(10) / 10)
+
+@pytest.mark.parametrize(
+    ("method", "num_frames", "time_scale", "positions"),
+    [
+        ("linear", 16, 1 / 25, [0, 0.5, 1, 1.5]),  # twice the trained length
+        ("linear", 8, 2 / 25, [0, 1]),  # the same in seconds
+        ("linear", 12, 1 / 50, [0, 0.5, 1]),  # shorter than in training: nothing to squeeze
+        ("none", 16, 1 / 25, [0, 1, 2, 3]),
+    ],
+)
+def test_linear_scaling_squeezes_longer_clips_into_the_trained_span(method, num_frames, time_scale, positions):
+    config = model_config("EqM-Ti/4", input_size=8, in_channels=3, depth=1, use_rope=True, num_frames=8)
+    model = EqM(config)  # trained on positions 0 and 1, of patches of 4 frames
+    data, args = {"fps": 25.0, "frame_interval": [1]}, SimpleNamespace(rope_scale=method, ckpt="x.pt")
+    generation.scale_rope(args, model, data, 8, num_frames, time_scale)
+    cos, sin = model.rope(config.grid(num_frames), torch.tensor([time_scale]))
+    angles = torch.atan2(sin, cos).unflatten(2, config.grid(num_frames))[0, 0, :, 0, 0]
+    torch.testing.assert_close(angles[:, 0], torch.tensor(positions, dtype=torch.float32))  # of frequency 1
 
 
-@pytest.mark.parametrize("method", ROPE_SCALES)
-def test_shorter_clips_keep_their_frequencies(method):
-    for wanted in (1.0, 4.0):
-        assert torch.equal(scale_frequencies(FREQUENCIES, method, 4.0, wanted), FREQUENCIES)
-
-
-def test_linear_scaling_maps_longer_clips_to_the_trained_positions():
-    rope, time_scale = RotaryEmbedding3D(64), torch.tensor([0.04])
-    cos, _ = rope((4, 1, 1), time_scale)
-    rope.scale = "linear", 4.0, 8.0
-    longer, _ = rope((8, 1, 1), time_scale)
-    torch.testing.assert_close(longer[:, :, ::2], cos)
-
-
-def test_ntk_scaling_is_a_larger_theta_whose_lowest_frequency_is_that_of_linear_scaling():
-    s, n = 3.0, 20
-    theta = 10_000.0 * s ** (n / (n - 2))
-    expected = theta ** -(torch.arange(10) / 10)
-    scaled = scale_frequencies(FREQUENCIES, "ntk", 4.0, 12.0)
-    torch.testing.assert_close(scaled, expected)
-    assert scaled[0] == 1
-    torch.testing.assert_close(scaled[-1], FREQUENCIES[-1] / s)
-
-
-def test_riflex_lowers_only_the_frequency_with_a_period_closest_to_the_trained_length():
-    trained, wanted = 16.0, 40.0  # periods: 6.3, 15.8, 39.6, ...
-    scaled = scale_frequencies(FREQUENCIES, "riflex", trained, wanted)
-    assert scaled[1] == pytest.approx(2 * math.pi / wanted)
-    assert torch.equal(scaled[[0, 2, 3, 4, 5, 6, 7, 8, 9]], FREQUENCIES[[0, 2, 3, 4, 5, 6, 7, 8, 9]])
-    slow = 2 * math.pi / torch.tensor([1.0, 100.0])  # already less than a period in the wanted length
-    assert torch.equal(scale_frequencies(slow, "riflex", 60.0, 80.0), slow)
-
-
-def test_only_the_time_axis_is_scaled():
-    rope, time_scale = RotaryEmbedding3D(64), torch.tensor([0.04])
-    before, _ = rope((1, 5, 5), time_scale)
-    rope.scale = "linear", 1.0, 4.0
-    assert torch.equal(rope((1, 5, 5), time_scale)[0], before)
+@pytest.mark.parametrize("method", ["ntk", "riflex"])
+def test_a_scaling_of_earlier_versions_is_refused_and_says_why(method, capsys):
+    parser = cli.ArgumentParser()
+    generation.add_sample_flags(parser.add_argument, num_samples=1)
+    with pytest.raises(SystemExit) as ended:
+        parser.parse_args(["--rope-scale", method])
+    assert ended.value.code == 2
+    (line,) = capsys.readouterr().err.splitlines()
+    assert f"--rope-scale: {method}: removed, because" in line

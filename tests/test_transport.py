@@ -1,3 +1,5 @@
+"""The objective against closed forms and naive sums."""
+
 import math
 
 import pytest
@@ -16,31 +18,15 @@ def test_the_decay_is_four_up_to_four_fifths_then_falls_linearly_to_zero():
     assert transport.decay(torch.tensor(1.0)) == 0
 
 
-def test_the_path_leads_from_noise_to_data():
-    x, noise = normal(3, 4, 2, 5, 5), normal(3, 4, 2, 5, 5, seed=1)
-    assert torch.equal(transport.interpolate(x, noise, torch.zeros(3)), noise)
-    assert torch.equal(transport.interpolate(x, noise, torch.ones(3)), x)
-    torch.testing.assert_close(transport.interpolate(x, noise, torch.full((3,), 0.5)), (x + noise) / 2)
-
-
-@pytest.mark.parametrize("shape", [(3,), (3, 7), (3, 4, 5, 5), (3, 4, 2, 5, 5)])
-def test_each_sample_has_its_own_gamma(shape):
-    x, noise, gamma = normal(*shape), normal(*shape, seed=1), torch.tensor([0.0, 0.5, 0.9])
-    for i, (weight, decay) in enumerate([(0.0, 4.0), (0.5, 4.0), (0.9, 2.0)]):
-        path, target = transport.interpolate(x, noise, gamma)[i], transport.target(x, noise, gamma)[i]
-        torch.testing.assert_close(path, weight * x[i] + (1 - weight) * noise[i])
-        torch.testing.assert_close(target, decay * (x[i] - noise[i]))
-
-
-def test_the_target_is_the_velocity_of_the_path_times_the_decay():
-    x, noise, gamma = normal(2, 6).double(), normal(2, 6, seed=1).double(), torch.tensor([0.3, 0.9]).double()
-    ahead, behind = (transport.interpolate(x, noise, gamma + step) for step in (0.01, -0.01))
-    velocity = (ahead - behind) / 0.02  # exact: the path is straight
-    torch.testing.assert_close(transport.target(x, noise, gamma), velocity * transport.decay(gamma)[:, None])
-
-
-def test_the_field_vanishes_at_the_data():
-    assert torch.equal(transport.target(normal(2, 6), normal(2, 6, seed=1), torch.ones(2)), torch.zeros(2, 6))
+@pytest.mark.parametrize("shape", [(4,), (4, 2, 3, 5, 5)])
+def test_the_path_leads_from_noise_to_data_where_the_field_vanishes_and_each_sample_has_its_own_gamma(shape):
+    x, noise, gamma = normal(*shape), normal(*shape, seed=1), torch.tensor([0.0, 0.5, 0.9, 1.0])
+    path, target = transport.interpolate(x, noise, gamma), transport.target(x, noise, gamma)
+    for i, (weight, decay) in enumerate([(0.0, 4.0), (0.5, 4.0), (0.9, 2.0), (1.0, 0.0)]):
+        torch.testing.assert_close(path[i], weight * x[i] + (1 - weight) * noise[i])
+        torch.testing.assert_close(target[i], decay * (x[i] - noise[i]))
+    assert torch.equal(path[0], noise[0]) and torch.equal(path[3], x[3])
+    assert not target[3].any()
 
 
 def test_the_mean_square_of_the_decay_is_its_integral():
@@ -50,7 +36,7 @@ def test_the_mean_square_of_the_decay_is_its_integral():
     assert pytest.approx(integral, rel=1e-8) == transport.MEAN_SQUARED_DECAY
 
 
-@pytest.mark.parametrize("mean_square", [0.0, 0.3, 1.0, 4.0])
+@pytest.mark.parametrize("mean_square", [0.0, 4.0])
 def test_a_network_that_predicts_zero_has_the_expected_loss(mean_square):
     x = normal(20_000, 1, 1, 4, 4) * mean_square**0.5
     noise, gamma = normal(20_000, 1, 1, 4, 4, seed=1), torch.rand(20_000, generator=torch.Generator().manual_seed(2))
@@ -73,35 +59,21 @@ def test_the_loss_of_a_network_in_bfloat16_is_float32():
     assert losses.dtype == torch.float32
 
 
-def test_a_shift_of_one_changes_nothing():
-    u = torch.linspace(0, 1, 101)
-    torch.testing.assert_close(transport.shift_gamma(u, 1.0), u, atol=1e-7, rtol=0)
-
-
-@pytest.mark.parametrize("shift", [0.25, 1.5, 3.0, 10.0])
-def test_a_shift_keeps_both_ends_and_the_order(shift):
-    gamma = transport.shift_gamma(torch.linspace(0, 1, 1001, dtype=torch.float64), shift)
-    assert gamma[0] == 0
-    assert gamma[-1] == 1
-    assert (gamma.diff() > 0).all()
-
-
-def test_a_shift_above_one_moves_towards_the_noise_and_its_inverse_back():
-    u = torch.linspace(0.01, 0.99, 99, dtype=torch.float64)
-    gamma = transport.shift_gamma(u, 3.0)
-    assert (gamma < u).all()
-    assert transport.shift_gamma(torch.tensor(0.5), 3.0) == 0.25  # 0.5 / (0.5 + 1.5)
-    torch.testing.assert_close(transport.shift_gamma(gamma, 1 / 3), u)
-
-
-def test_shifted_gamma_has_the_density_of_its_closed_form():
-    shift = 3.0
-    u = torch.linspace(0, 1, 1001, dtype=torch.float64)
+@pytest.mark.parametrize("shift", [0.25, 1.0, 3.0])
+def test_a_shift_keeps_both_ends_and_the_order_and_gives_the_density_of_its_closed_form(shift):
+    u = torch.linspace(0, 1, 10_001, dtype=torch.float64)
     gamma = transport.shift_gamma(u, shift)
+    assert (gamma[0], gamma[-1]) == (0, 1)
+    assert (gamma.diff() > 0).all()
     # du/dgamma of u = S gamma / (1 + (S - 1) gamma)
     middle = (gamma[1:] + gamma[:-1]) / 2
     density = shift / (1 + (shift - 1) * middle).square()
     torch.testing.assert_close(u.diff() / gamma.diff(), density, atol=0, rtol=1e-5)
+    torch.testing.assert_close(transport.shift_gamma(gamma, 1 / shift), u)  # its inverse
+
+
+def test_a_shift_above_one_moves_towards_the_noise():
+    assert transport.shift_gamma(torch.tensor(0.5), 3.0) == 0.25  # 0.5 / (0.5 + 1.5)
 
 
 def naive_dispersion(z):
@@ -110,7 +82,7 @@ def naive_dispersion(z):
     return 0.5 * torch.stack(pairs).mean().log()
 
 
-@pytest.mark.parametrize("shape", [(2, 3), (5, 4, 6), (16, 7)])
+@pytest.mark.parametrize("shape", [(2, 3), (5, 4, 6)])
 def test_the_dispersive_loss_and_its_gradient_are_those_of_the_sum_over_all_pairs(shape):
     z = normal(*shape, dtype=torch.float64).requires_grad_()
     (expected,) = torch.autograd.grad(naive_dispersion(z), z)
@@ -130,12 +102,3 @@ def test_the_dispersive_loss_is_zero_for_equal_features_and_falls_to_its_minimum
     assert losses == sorted(losses, reverse=True)
     assert losses[-1] == pytest.approx(-0.5 * math.log(8), rel=1e-5)  # only i = j is left
     assert transport.dispersive_loss(z[:1]).item() == 0
-
-
-def test_descent_on_the_dispersive_loss_disperses_the_features():
-    z = (1e-2 * normal(6, 4)).requires_grad_()
-    before = torch.pdist(z.detach()).min()
-    for _ in range(50):
-        (gradient,) = torch.autograd.grad(transport.dispersive_loss(z), z)
-        z = (z - 5 * gradient).detach().requires_grad_()
-    assert torch.pdist(z.detach()).min() > 10 * before

@@ -1,10 +1,9 @@
-import os
-import subprocess
-import sys
-from pathlib import Path
+import shutil
 
 import pytest
 import torch
+from huggingface_hub import constants
+from safetensors.torch import load, save
 
 import vae as vae_module
 from runtime.cli import UserError
@@ -58,28 +57,21 @@ def test_pixels_survive_the_round_trip_at_all_256_levels():
     assert torch.equal(decoded, levels.permute(0, 2, 3, 4, 1))
 
 
-def test_pixels_have_no_posterior_noise_and_no_scale():
+def test_pixels_have_no_posterior_noise_and_no_scale_and_are_clamped_and_rounded():
     vae, clips = load_vae("none"), random_clips()
     mean, std = vae.posterior(clips)
     assert std is None
     assert torch.equal(vae.encode(clips, noise=torch.randn(mean.shape)), mean)
     assert (vae.name, vae.channels, vae.downsample, vae.scale, vae.shift) == ("none", 3, 1, 1, 0)
-
-
-def test_decoded_pixels_are_clamped_and_rounded():
     latents = torch.tensor([-7.0, -1, 0.001, 1, 1.01]).view(1, 1, 1, 1, 5).expand(1, 3, 1, 1, 5)
-    assert load_vae("none").decode(latents)[0, 0, 0, :, 0].tolist() == [0, 0, 128, 255, 255]
+    assert vae.decode(latents)[0, 0, 0, :, 0].tolist() == [0, 0, 128, 255, 255]
 
 
-def test_channels_downsample_and_scale_come_from_the_config_of_a_directory(tiny, directory):
+def test_a_directory_gives_a_frozen_model_with_the_channels_downsampling_and_scale_of_its_config(tiny, directory):
     assert (tiny.name, tiny.channels, tiny.downsample, tiny.scale) == (directory, 4, 2, SCALE)
-
-
-def test_the_model_is_frozen_and_in_eval_mode(tiny):
     assert not tiny.model.training
     assert not any(parameter.requires_grad for parameter in tiny.model.parameters())
-    clips = random_clips()
-    assert not tiny.decode(tiny.encode(clips)).requires_grad
+    assert not tiny.decode(tiny.encode(random_clips())).requires_grad
 
 
 def test_the_posterior_equals_that_of_diffusers_frame_by_frame(tiny):
@@ -123,95 +115,75 @@ def test_a_shift_factor_is_subtracted_before_the_scale_and_added_back(tiny, tmp_
     assert difference.abs().max() <= 1
 
 
-@pytest.mark.parametrize("chunk", [1, 4, 100])
-def test_the_chunk_size_changes_nothing(tiny, monkeypatch, chunk):
-    clips = random_clips(frames=5)
+@pytest.mark.parametrize(("chunk", "sizes"), [(1, [1] * 10), (4, [4, 4, 2]), (8, [8, 2]), (100, [10])])
+def test_the_model_gets_at_most_a_chunk_of_frames_at_once_and_its_size_changes_nothing(tiny, monkeypatch, chunk, sizes):
+    assert vae_module.CHUNK == 8
+    clips, found, encode = random_clips(frames=5), [], tiny.model.encode
     expected = tiny.posterior(clips)
     pixels = tiny.decode(tiny.encode(clips))
     monkeypatch.setattr(vae_module, "CHUNK", chunk)
+    monkeypatch.setattr(tiny.model, "encode", lambda frames: found.append(len(frames)) or encode(frames))
     torch.testing.assert_close(tiny.posterior(clips), expected)
+    assert found == sizes
     assert (tiny.decode(tiny.encode(clips)).int() - pixels.int()).abs().max() <= 1
 
 
-def test_the_model_gets_at_most_a_chunk_of_frames_at_once(tiny, monkeypatch):
-    sizes, encode = [], tiny.model.encode
-
-    def count(frames):
-        sizes.append(len(frames))
-        return encode(frames)
-
-    monkeypatch.setattr(tiny.model, "encode", count)
-    tiny.encode(random_clips(frames=5))
-    assert sizes == [8, 2]
-
-
-@pytest.mark.parametrize("word", ["emma", "stabilityai/sd-vae-ft-ema", "no/such/directory", ""])
+@pytest.mark.parametrize("word", ["emma", "no/such/directory", ""])
 def test_a_name_that_is_not_a_vae_or_a_directory_is_refused(word):
     with pytest.raises(UserError, match="--vae.*none, ema or mse.*directory"):
         load_vae(word)
 
 
-def test_a_directory_without_a_model_is_refused(tmp_path):
-    with pytest.raises(UserError, match=r"--vae .*config\.json.*AutoencoderKL"):
-        load_vae(str(tmp_path))
-
-
-@pytest.mark.parametrize("damage", [lambda data: data[: len(data) // 2], lambda data: b"", lambda data: b"x" * 1000])
-def test_damaged_weights_are_refused(tmp_path, damage):
-    file = Path(save_tiny(tmp_path)) / "diffusion_pytorch_model.safetensors"
-    file.write_bytes(damage(file.read_bytes()))
-    with pytest.raises(UserError, match="--vae .*diffusion_pytorch_model"):
-        load_vae(str(tmp_path))
-
-
-def test_a_config_that_is_not_json_is_refused(tmp_path):
-    (Path(save_tiny(tmp_path)) / "config.json").write_text("{")
-    with pytest.raises(UserError, match=r"--vae .*config\.json"):
-        load_vae(str(tmp_path))
-
-
-def test_weights_that_lack_a_tensor_are_refused_and_not_initialized_at_random(tmp_path):
-    from safetensors.torch import load_file, save_file
-
-    file = Path(save_tiny(tmp_path)) / "diffusion_pytorch_model.safetensors"
-    state = load_file(file)
+def without_a_tensor(data):
+    state = load(data)
     del state["decoder.conv_out.bias"]
-    save_file(state, file)
-    with pytest.raises(UserError, match=r"--vae .*lack 1 .*decoder\.conv_out\.bias"):
-        load_vae(str(tmp_path))
+    return save(state)
 
 
-def test_weights_of_another_size_are_refused_in_a_short_line(tmp_path):
-    config = Path(save_tiny(tmp_path)) / "config.json"
-    config.write_text(config.read_text().replace('"latent_channels": 4', '"latent_channels": 8'))
-    with pytest.raises(UserError, match="--vae") as caught:
-        load_vae(str(tmp_path))
-    assert len(str(caught.value)) < 600
+WEIGHTS, CONFIG = vae_module.WEIGHTS, vae_module.CONFIG
+DAMAGES = {  # what: (file, the change of its bytes, words of the message)
+    "no config": (CONFIG, None, r"config\.json.*AutoencoderKL"),
+    "a config that is not JSON": (CONFIG, lambda data: b"{", r"config\.json"),
+    "weights that are cut": (WEIGHTS, lambda data: data[: len(data) // 2], "diffusion_pytorch_model"),
+    "no weights": (WEIGHTS, None, "diffusion_pytorch_model"),
+    "weights of something else": (WEIGHTS, lambda data: b"x" * 1000, "diffusion_pytorch_model"),
+    "a tensor less": (WEIGHTS, without_a_tensor, r"lack 1 .*decoder\.conv_out\.bias"),  # not initialized at random
+    "another size": (CONFIG, lambda data: data.replace(b'"latent_channels": 4', b'"latent_channels": 8'), ""),
+}
 
 
-def run_python(code, **environment):
-    source = str(Path(vae_module.__file__).parent)
-    environment = {**os.environ, "PYTHONPATH": source, **environment}
-    return subprocess.run([sys.executable, "-c", code], env=environment, capture_output=True, text=True)
+@pytest.mark.parametrize("damage", DAMAGES)
+def test_a_damaged_directory_is_refused_in_a_short_line(directory, tmp_path, damage):
+    folder = shutil.copytree(directory, tmp_path / "vae")
+    name, change, words = DAMAGES[damage]
+    data = (folder / name).read_bytes()
+    (folder / name).unlink()
+    if change:
+        assert change(data) != data
+        (folder / name).write_bytes(change(data))
+    with pytest.raises(UserError, match=f"--vae .*{words}") as error:
+        load_vae(str(folder))
+    assert len(str(error.value)) < 600 and "\n" not in str(error.value)
 
 
-def test_pixels_need_neither_diffusers_nor_the_network():
-    code = "import sys, vae; vae.load_vae('none'); print({'diffusers', 'huggingface_hub'} & set(sys.modules))"
-    assert run_python(code).stdout == "set()\n"
+@pytest.fixture
+def offline(tmp_path, monkeypatch):
+    """The folder of Hugging Face's cache, empty, without the network."""
+    monkeypatch.setattr(constants, "HF_HUB_CACHE", str(tmp_path / "hub"))
+    monkeypatch.setattr(constants, "HF_HUB_OFFLINE", True)
+    return tmp_path / "hub"
 
 
-def test_a_published_vae_that_is_not_cached_offline_is_one_line_that_says_what_to_do(tmp_path):
-    code = "import vae\ntry: vae.load_vae('mse')\nexcept vae.UserError as error: raise SystemExit(str(error))"
-    result = run_python(code, HF_HUB_OFFLINE="1", HF_HOME=str(tmp_path))
-    (line,) = result.stderr.splitlines()
-    assert "--vae mse" in line and "stabilityai/sd-vae-ft-mse" in line and "directory" in line
+def test_a_published_vae_that_is_not_cached_offline_is_one_line_that_says_what_to_do(offline):
+    with pytest.raises(UserError, match="--vae mse.*stabilityai/sd-vae-ft-mse.*directory") as error:
+        load_vae("mse")
+    assert "\n" not in str(error.value)
 
 
-def test_a_published_vae_in_the_cache_is_loaded_without_the_network(tmp_path):
-    repo = tmp_path / "hub" / "models--stabilityai--sd-vae-ft-ema"
-    save_tiny(repo / "snapshots" / "0123")
+def test_a_published_vae_in_the_cache_is_loaded_without_the_network(directory, offline, capfd):
+    repo = offline / "models--stabilityai--sd-vae-ft-ema"
+    shutil.copytree(directory, repo / "snapshots/0123")
     (repo / "refs").mkdir()
-    (repo / "refs" / "main").write_text("0123")
-    code = "import vae; print(vae.load_vae('ema').channels)"
-    result = run_python(code, HF_HUB_OFFLINE="1", HF_HOME=str(tmp_path))
-    assert (result.returncode, result.stdout, result.stderr) == (0, "4\n", "")
+    (repo / "refs/main").write_text("0123")
+    assert load_vae("ema").channels == 4
+    assert capfd.readouterr() == ("", "")

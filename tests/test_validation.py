@@ -11,13 +11,21 @@ from models import EqM, model_config
 from runtime import distributed
 from runtime.signals import StopSignal
 from test_optim import SMALL
-from test_train import usual_signals, videos  # noqa: F401 (fixtures)
+from tiny_videos import write_video
 from vae import VAE
 from validation import summarize, validate, validation_chunks
 from video.clips import Clips, ClipsByFrames, collate
 from video.index import scan_videos
 
 CHUNKS = [[(4, 0), (4, 1), (4, 2)], [(4, 3), (4, 4), (4, 5)], [(4, 6), (4, 7)], [(8, 0), (8, 1)], [(8, 2)]]
+
+
+@pytest.fixture(scope="module")
+def videos(tmp_path_factory):
+    root = tmp_path_factory.mktemp("videos")
+    for name in ("A/a", "A/b", "B/c", "B/d"):
+        write_video(root / f"{name}.avi", num_frames=10)
+    return root
 
 
 @pytest.fixture
@@ -32,7 +40,7 @@ def models():
 
 
 @pytest.fixture
-def loaders(videos):  # noqa: F811
+def loaders(videos):
     """Makes the loaders of that many ranks, which share the chunks."""
     scan = scan_videos(videos)
     clips = {n: Clips(videos, scan.videos, scan.classes, n, 16, flip=False, stream="validation") for n in (4, 8)}
@@ -90,12 +98,11 @@ def test_chunks_hold_clips_of_one_length_and_at_most_four_of_each_video():
     assert [key for chunk in chunks for key in chunk] == [(4, n) for n in range(18)] + [(8, n) for n in range(4)]
 
 
-def test_validation_covers_the_classes_also_when_there_are_more_videos_than_it_takes(videos, tmp_path):  # noqa: F811
+def test_validation_covers_the_classes_also_when_there_are_more_videos_than_it_takes(videos, tmp_path):
     root = tmp_path / "data"
-    for name in ("A", "B"):
-        (root / name).mkdir(parents=True)
-        for number in range(42):
-            shutil.copy(videos / "A/a.avi", root / name / f"{number:02d}.avi")
+    for number in range(84):
+        (root / "AB"[number % 2]).mkdir(parents=True, exist_ok=True)
+        shutil.copy(videos / "A/a.avi", root / "AB"[number % 2] / f"{number:02d}.avi")
     scan = scan_videos(root)
     clips = Clips(root, scan.videos, scan.classes, 4, 16, flip=False, stream="validation")
     labels = [clips[index]["label"] for index in range(32)]

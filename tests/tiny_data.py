@@ -1,4 +1,4 @@
-"""Tiny data that several tests train on: a VAE, a folder of images, a latent cache."""
+"""Tiny data that several tests train on or sample from: a VAE, images, a latent cache, a checkpoint, samples."""
 
 import json
 
@@ -8,6 +8,8 @@ from diffusers import AutoencoderKL
 from PIL import Image
 from safetensors.torch import save_file
 
+import checkpoint
+from models import EqM, model_config
 from video.index import LATENTS_FORMAT
 
 
@@ -54,3 +56,34 @@ def make_latents(folder):
         "unreadable": [],
     }
     (folder / "latents.json").write_text(json.dumps(content, indent=1))
+
+
+def make_state(step=10, **settings):
+    """The dict of a checkpoint as train.py writes it, of a named model so that --model can be checked."""
+    config = model_config("EqM-Ti/4", **({"input_size": 16, "in_channels": 3, "num_classes": 2, "depth": 6} | settings))
+    return {
+        "version": checkpoint.VERSION,
+        "config": {
+            "model": vars(config),
+            "data": {"vae": "none", "image_size": 16, "fps": 25.0, "frame_interval": [1], "classes": ["A", "B"]},
+            "training": {"model": "EqM-Ti/4", "num_frames": config.num_frames, "video": config.num_frames > 1},
+        },
+        "model": EqM(config).state_dict(),
+        "ema": EqM(config).state_dict(),
+        "optimizer": {"kind": "adamw", "states": []},
+        "step": step,
+        "phase": {"first_step": 0, "position": 40},
+        "best_loss": 1.0,
+    }
+
+
+def save_checkpoint(path, **settings):
+    """Write what make_state returns. Returns the path."""
+    checkpoint.save(path, make_state(**settings))
+    return path
+
+
+def make_samples(folder):
+    """Write a sample folder of two clips, as sample_gd.py does."""
+    np.savez(folder / "samples.npz", arr_0=np.zeros((2, 3, 8, 8, 3), np.uint8), labels=np.zeros(2, np.int64))
+    (folder / "samples.json").write_text(json.dumps({"classes": ["A"], "time_scale": 0.04, "flags": {"video": True}}))

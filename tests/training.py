@@ -128,6 +128,18 @@ def run_here(training, *flags, stop_after=None, stop_in=None):
     return len(steps)
 
 
+def run_main(script, *flags, status=0):
+    """Run main() of a script, a module, in this process with these flags; it has to end with this status."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(sys, "argv", [Path(script.__file__).name, *map(str, flags)])
+        if status == 0:
+            script.main()
+        else:
+            with pytest.raises(SystemExit) as ended:
+                script.main()
+            assert ended.value.code == status
+
+
 # ----------------------------------------------------------------------------------------------------------------------
 # Are two runs the same?
 

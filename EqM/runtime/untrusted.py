@@ -48,11 +48,14 @@ def read_json(path):
 
 
 def check_types(values, types):
-    """Raise ValueError, naming the first, unless `values` is a dict that has these names with values of these types."""
+    """Raise ValueError, naming the first, unless `values` is a dict that has these names with values of these types.
+
+    An int will do for a float.
+    """
     if not isinstance(values, dict):
         raise ValueError(f"found {type(values).__name__}, wanted names and values")
     for name, kind in types.items():
-        if not isinstance(values.get(name), kind):
+        if not isinstance(values.get(name), int | float if kind is float else kind):
             raise ValueError(f"{name} is {str(values.get(name))[:50]}, wanted {getattr(kind, '__name__', kind)}")
 
 

@@ -15,7 +15,7 @@ from pathlib import Path, PurePosixPath
 from tqdm import tqdm
 
 from runtime.cli import UserError, say
-from runtime.untrusted import check_types, read_json
+from runtime.untrusted import FPS, check_types, read_json
 from video.files import (
     LATENTS_SUFFIX,
     SUFFIXES,
@@ -33,8 +33,8 @@ INDEX_FORMAT = 2
 LATENTS_FILE, PARTIAL_FILE = "latents.json", "latents.partial.json"  # of a complete, of an unfinished latent cache
 LATENTS_FORMAT = 1
 LATENTS_TYPES = {  # of latents.json
-    "vae": str, "image_size": int, "channels": int, "downsample": int, "scale": int | float, "shift": int | float,
-    "flips": bool, "classes": list, "videos": list,
+    "vae": str, "image_size": int, "channels": int, "downsample": int, "scale": float, "shift": float,
+    "flips": bool, "classes": list, "unreadable": list, "videos": list,
 }  # fmt: skip
 
 
@@ -76,6 +76,8 @@ def latents_settings(root, images=False):
         raise UserError(f"{prefix}: latents of videos, wanted images: add --video to use them")
     try:
         check_types(settings, LATENTS_TYPES)
+        if min(settings[name] for name in ("image_size", "channels", "downsample")) < 1:
+            raise ValueError("a size below 1")
         classes = {_parse_video(fields).class_name for fields in settings["videos"]}
         if unknown := classes - set(settings["classes"]):
             raise ValueError(f"no class {min(unknown)}")
@@ -87,6 +89,8 @@ def latents_settings(root, images=False):
 def _parse_video(fields):
     """The Video with these fields of a JSON file. Raises ValueError or TypeError."""
     check_types(fields, Video.__annotations__)
+    if not 1 <= fields["num_frames"] < 2**31 or not FPS[0] <= fields["fps"] <= FPS[1]:
+        raise ValueError(f"a video of {str(fields['num_frames'])[:50]} frames at {fields['fps']} per second")
     return Video(**fields)
 
 

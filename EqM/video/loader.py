@@ -115,7 +115,7 @@ def _iterate(loader, iterator):
     try:
         yield from iterator
     except UserError as error:
-        raise UserError(str(error).rsplit("UserError: ", 1)[-1]) from None
+        raise UserError(str(error).rsplit("UserError: ", 1)[-1].strip()) from None
     except RuntimeError as error:
         if "timed out" not in str(error):
             raise
