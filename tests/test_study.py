@@ -4,29 +4,21 @@ import argparse
 import csv
 import json
 import math
-import os
-import signal
-import subprocess
-import sys
-import time
 from pathlib import Path
 
 import pytest
 
 import arms
+import make_moving_shapes
 import report
 import schedule
 import study
+import train
 from schedule import Phase
 from scoring import motion
+from training import run_main
 
-SCRIPT = Path(study.__file__)
-ARMS = "fixed-16", "patch 2: 8-16"  # of one run each in the miniature
-
-
-def run_here(monkeypatch, *flags):
-    monkeypatch.setattr(sys, "argv", ["study.py", *map(str, flags)])
-    study.main()
+MINIATURES = "fixed-16", "patch 2: 8-16"  # arms of one run each in the miniature
 
 
 def a_study(out, **flags):
@@ -37,10 +29,7 @@ def a_study(out, **flags):
 def train_row(job, size=arms.FULL, **numbers):
     """The row of the csv for the last step of a run."""
     phases, flops = arms.phases_of(job.arm, job.share, size)
-    row = dict.fromkeys(arms.COLUMNS) | {
-        "version": arms.VERSION,
-        "recipe": arms.fingerprint(job, size),
-    }
+    row = dict.fromkeys(arms.COLUMNS) | {"version": arms.VERSION, "recipe": arms.fingerprint(job, size)}
     row |= {"arm": job.arm.name, "seed": job.seed, "factor": job.factor, "share": job.share, "kind": "train"}
     row |= {"step": phases[-1][1], "frames": phases[-1][0], "flops": float(flops), "seconds": 100.0, "code": "c"}
     return row | {"rope_scale": "", "val_seconds": 1.0, "machine": "m"} | numbers
@@ -58,24 +47,7 @@ def job_of(name, seed=0, factor=1.0, share=1.0):
 
 
 # ----------------------------------------------------------------------------------------------------------------------
-# A miniature that is really run
-
-
-def start(out):
-    flags = ["--miniature", "--out", out, "--only", *ARMS]
-    environment = os.environ | {"OMP_NUM_THREADS": "1"}
-    return subprocess.Popen(
-        [sys.executable, SCRIPT, *map(str, flags)], stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True,
-        env=environment,
-    )  # fmt: skip
-
-
-def wait_for(process, pattern, out):
-    until = time.monotonic() + 120
-    while not list(out.glob(pattern)):
-        assert process.poll() is None, process.communicate()[0]
-        assert time.monotonic() < until, f"{pattern} did not come"
-        time.sleep(0.02)
+# A miniature that is really run (killed and by two processes at once: faults/test_study_kills.py)
 
 
 def lines_of(path):
@@ -83,51 +55,48 @@ def lines_of(path):
         return list(csv.DictReader(file))
 
 
-def test_a_study_that_is_killed_continues_and_runs_nothing_twice(tmp_path, monkeypatch, capsys):
-    process = start(tmp_path)
-    wait_for(process, "study/patch-2*/*/log.txt", tmp_path)  # the second run has begun
-    process.send_signal(signal.SIGKILL)
-    process.communicate()
-    first = lines_of(tmp_path / "study.csv")
-    assert {row["arm"] for row in first} == {ARMS[0]}
-    (log,) = tmp_path.glob("study/fixed-16*/train.log")
-    before = log.stat().st_mtime_ns
-    process = start(tmp_path)
-    output, _ = process.communicate(timeout=240)
-    assert process.returncode == 0, output
-    rows = lines_of(tmp_path / "study.csv")
-    assert rows[: len(first)] == first and log.stat().st_mtime_ns == before
-    keys = [tuple(row[name] for name in ("arm", "kind", "step", "frames", "rope_scale")) for row in rows]
-    assert len(set(keys)) == len(keys)
-    assert [key[:1] + key[3:] for key in keys if key[1] == "sample"] == [(name, "16", "none") for name in ARMS]
-    assert len(list(tmp_path.glob("study/patch-2*/*/metrics.jsonl"))) == 1  # the same run continued
-    flops = [float(row["flops"]) for row in rows if row["kind"] == "train"]
-    last = [max(value for row, value in zip(rows, flops, strict=False) if row["arm"] == name) for name in ARMS]
-    assert last[0] == pytest.approx(arms.phases_of(arms.BY_NAME[ARMS[0]], 1.0, arms.MINIATURE)[1], rel=1e-4)
-    assert (tmp_path / "study.md").exists() and (tmp_path / "figures/study-A.png").exists()
+@pytest.fixture(scope="module")
+def miniature(tmp_path_factory):
+    """The folder of a study of two runs that is done. Its scripts have run in this process."""
+    out = tmp_path_factory.mktemp("miniature")
 
-    written = (tmp_path / "study.csv").stat().st_mtime_ns
-    run_here(monkeypatch, "--miniature", "--out", tmp_path, "--only", *ARMS)
+    def run_script(words, log=None):
+        script, *flags = map(str, words)
+        if Path(script).name == "train.py":
+            run_main(train, *flags)
+        else:
+            make_moving_shapes.main(flags)
+        return ""
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(study, "run_script", run_script)
+        run_main(study, "--miniature", "--out", out, "--only", *MINIATURES)
+    return out
+
+
+def test_a_study_has_a_row_of_each_validation_and_of_the_samples_of_each_run_and_a_report(miniature):
+    rows = lines_of(miniature / "study.csv")
+    made = [(row["arm"], row["frames"], row["rope_scale"]) for row in rows if row["kind"] == "sample"]
+    assert made == [(name, "16", "none") for name in MINIATURES]
+    for name in MINIATURES:
+        phases, flops = arms.phases_of(arms.BY_NAME[name], 1.0, arms.MINIATURE)
+        trained = [row for row in rows if row["kind"] == "train" and row["arm"] == name]
+        assert [int(row["step"]) for row in trained] == list(range(1, phases[-1][1] + 1))
+        assert float(trained[-1]["flops"]) == pytest.approx(flops, rel=1e-4)
+    assert (miniature / "study.md").exists() and (miniature / "figures/study-A.png").exists()
+
+
+def test_a_study_that_is_done_runs_nothing_again(miniature, capsys):
+    written = (miniature / "study.csv").stat().st_mtime_ns
+    run_main(study, "--miniature", "--out", miniature, "--only", *MINIATURES)
     assert "all is done" in capsys.readouterr().out
-    assert (tmp_path / "study.csv").stat().st_mtime_ns == written
-    run_here(monkeypatch, "--miniature", "--out", tmp_path, "--only", *ARMS, "--list")
+    assert (miniature / "study.csv").stat().st_mtime_ns == written
+    run_main(study, "--miniature", "--out", miniature, "--only", *MINIATURES, "--list")
     assert "2 runs, 0.0 hours left" in capsys.readouterr().out
 
 
-def test_two_processes_at_once_share_the_runs_and_lose_no_row(tmp_path):
-    processes = [start(tmp_path) for _ in range(2)]
-    outputs = [process.communicate(timeout=240)[0] for process in processes]
-    assert [process.returncode for process in processes] == [0, 0], outputs
-    assert all("all is done" in output for output in outputs)
-    started = [line for output in outputs for line in output.splitlines() if " runs to do; " in line]
-    assert len(started) == len(ARMS)  # none of them twice
-    rows = lines_of(tmp_path / "study.csv")
-    assert {row["arm"] for row in rows if row["kind"] == "sample"} == set(ARMS)
-    assert len({tuple(row[name] for name in ("arm", "kind", "step", "frames")) for row in rows}) == len(rows)
-
-
-def test_no_run_is_started_that_does_not_fit(tmp_path, monkeypatch, capsys):
-    run_here(monkeypatch, "--out", tmp_path, "--minutes", 0.01)
+def test_no_run_is_started_that_does_not_fit(tmp_path, capsys):
+    run_main(study, "--out", tmp_path, "--minutes", 0.01)
     assert "run again to continue" in capsys.readouterr().out
     assert not list(tmp_path.glob("study/*/train.log"))
 
@@ -225,8 +194,8 @@ def made_up(tmp_path):
     return tmp_path
 
 
-def test_a_report_of_an_incomplete_csv_says_what_was_not_run(made_up, monkeypatch):
-    run_here(monkeypatch, "--report", "--out", made_up)
+def test_a_report_of_an_incomplete_csv_says_what_was_not_run(made_up):
+    run_main(study, "--report", "--out", made_up)
     text = (made_up / "study.md").read_text()
     assert "Validation loss at 16 frames: rotary minus fixed is -0.100 (95% -0.100 to -0.100, 3 seeds): lower." in text
     low, high = motion.wilson(240, 288)
@@ -254,18 +223,16 @@ def test_rows_are_the_same_after_writing_and_reading_the_csv(made_up):
 # Bad input
 
 
-def refused(monkeypatch, capsys, *flags):
+def refused(capsys, *flags):
     """The line on stderr of a command that ends with status 2."""
-    with pytest.raises(SystemExit) as end:
-        run_here(monkeypatch, *flags)
+    run_main(study, *flags, status=2)
     (line,) = capsys.readouterr().err.splitlines()
-    assert end.value.code == 2
     return line
 
 
 @pytest.mark.parametrize("word", ["F", "X", "AB", "17", ""])
-def test_an_unknown_question_is_refused(word, tmp_path, monkeypatch, capsys):
-    line = refused(monkeypatch, capsys, "--only", "A", word, "--out", tmp_path / "new")
+def test_an_unknown_question_is_refused(word, tmp_path, capsys):
+    line = refused(capsys, "--only", "A", word, "--out", tmp_path / "new")
     assert f"--only {word}: wanted questions (A, B, C, D, E) or arms ('fixed-16', " in line
     assert not (tmp_path / "new").exists()
 
@@ -274,43 +241,43 @@ BAD_CELLS = {"version": ("2", "is of version 2"), "recipe": ("0", "is of another
 
 
 @pytest.mark.parametrize("name", BAD_CELLS)
-def test_a_csv_of_another_version_recipe_or_arm_is_refused(name, made_up, monkeypatch, capsys):
+def test_a_csv_of_another_version_recipe_or_arm_is_refused(name, made_up, capsys):
     value, words = BAD_CELLS[name]
     rows = arms.read_rows(made_up / "study.csv")
     rows[3][name] = arms.parse_cell(name, value)
     arms.write_rows(made_up / "study.csv", rows)
     before = sorted(made_up.rglob("*"))
     for flag in ("--report", "--list"):
-        assert words in refused(monkeypatch, capsys, flag, "--out", made_up)
-    assert words in refused(monkeypatch, capsys, "--out", made_up)
+        assert words in refused(capsys, flag, "--out", made_up)
+    assert words in refused(capsys, "--out", made_up)
     assert sorted(made_up.rglob("*")) == before
 
 
 @pytest.mark.parametrize("text", ["a,b\n1,2\n", "\0\n", "version\n"])
-def test_a_file_that_is_not_a_csv_of_the_study_is_refused(text, tmp_path, monkeypatch, capsys):
+def test_a_file_that_is_not_a_csv_of_the_study_is_refused(text, tmp_path, capsys):
     (tmp_path / "study.csv").write_text(text)
-    assert "move it away" in refused(monkeypatch, capsys, "--report", "--out", tmp_path)
+    assert "move it away" in refused(capsys, "--report", "--out", tmp_path)
 
 
-def test_an_incomplete_row_is_refused(made_up, monkeypatch, capsys):
+def test_an_incomplete_row_is_refused(made_up, capsys):
     path = made_up / "study.csv"
     path.write_text(path.read_text()[:-40])
-    assert "move it away" in refused(monkeypatch, capsys, "--report", "--out", made_up)
+    assert "move it away" in refused(capsys, "--report", "--out", made_up)
 
 
-def test_a_study_folder_of_another_version_is_refused(tmp_path, monkeypatch, capsys):
+def test_a_study_folder_of_another_version_is_refused(tmp_path, capsys):
     (tmp_path / "study").mkdir()
     about = tmp_path / "study/study.json"
     about.write_text(json.dumps({"version": 1, "size": "miniature"}))
-    assert "'miniature'" in refused(monkeypatch, capsys, "--out", tmp_path)
+    assert "'miniature'" in refused(capsys, "--out", tmp_path)
     about.write_text("{")
-    assert "damaged" in refused(monkeypatch, capsys, "--out", tmp_path)
+    assert "damaged" in refused(capsys, "--out", tmp_path)
 
 
-def test_bad_paths_and_flags_are_refused(tmp_path, monkeypatch, capsys):
+def test_bad_paths_and_flags_are_refused(tmp_path, capsys):
     (tmp_path / "file").write_text("")
-    assert "--out" in refused(monkeypatch, capsys, "--out", tmp_path / "file")
-    assert "--out" in refused(monkeypatch, capsys, "--report", "--out", tmp_path / "file" / "deeper")
-    assert "give one of them" in refused(monkeypatch, capsys, "--list", "--report", "--out", tmp_path)
-    assert "does not exist" in refused(monkeypatch, capsys, "--report", "--out", tmp_path)
-    assert "--minutes" in refused(monkeypatch, capsys, "--minutes", "0", "--out", tmp_path)
+    assert "--out" in refused(capsys, "--out", tmp_path / "file")
+    assert "--out" in refused(capsys, "--report", "--out", tmp_path / "file" / "deeper")
+    assert "give one of them" in refused(capsys, "--list", "--report", "--out", tmp_path)
+    assert "does not exist" in refused(capsys, "--report", "--out", tmp_path)
+    assert "--minutes" in refused(capsys, "--minutes", "0", "--out", tmp_path)

@@ -1,0 +1,69 @@
+"""torch.compile changes no result. In one file, as the start of its compiler takes longest: a process pays it once."""
+
+import os
+import shutil
+
+os.environ.setdefault("TORCHINDUCTOR_COMPILE_THREADS", "1")  # no pool of processes; read when torch is imported
+
+import copy
+import json
+
+import pytest
+import torch
+from torch._dynamo.utils import counters
+
+import train
+from test_models import clip, distance, labels, loss_and_gradients, tiny
+from training import TINY, run_main
+
+pytestmark = pytest.mark.skipif(shutil.which("g++") is None, reason="torch.compile needs a C++ compiler on the CPU")
+
+
+@pytest.fixture(autouse=True)
+def nothing_compiled():
+    torch._dynamo.reset()
+    counters.clear()
+
+
+@pytest.mark.parametrize("use_rope", [True, False])
+def test_a_compiled_model_gives_the_same_loss_and_gradients(use_rope):
+    model, compiled = (tiny(use_rope=use_rope) for _ in range(2))
+    compiled.compile_blocks()
+    assert compiled.state_dict().keys() == model.state_dict().keys()
+    x, y = clip(8, batch=3), labels(3)
+    (loss, gradients), (again, same) = (loss_and_gradients(network, x, y) for network in (model, compiled))
+    assert again == pytest.approx(loss, rel=1e-5)
+    assert all(distance(a, b) < 1e-4 for a, b in zip(same, gradients, strict=True))
+    with torch.no_grad():
+        assert distance(compiled(x, y), model(x, y)) < 1e-5
+
+
+def test_two_graphs_serve_all_blocks_frame_counts_batches_training_and_validation():
+    model = tiny(depth=3)
+    ema = copy.deepcopy(model).requires_grad_(False)
+    for network in (model, ema):
+        network.compile_blocks()
+    for num_frames, batch in ((16, 5), (4, 5), (9, 5), (64, 5), (16, 3)):  # 64 frames have as many tokens as D
+        loss_and_gradients(model, clip(num_frames, batch=batch), labels(batch))
+        with torch.no_grad():
+            ema(clip(num_frames, batch=batch - 1), labels(batch - 1))
+    assert counters["stats"]["unique_graphs"] == 2
+
+
+def test_a_compiled_run_learns_what_the_plain_run_learns(shapes, tmp_path):
+    # Of the width and heads of the model above, whose compiled graphs it finds in the cache
+    shared = [*TINY, "--hidden-size", 64, "--num-heads", 2, "--data-path", shapes, "--max-steps", 12, "--lr", 3e-3]
+    shared += ["--global-batch-size", 8, "--log-every", 1, "--val-every", 4, "--sample-every", 0, "--results-dir"]
+    found = []
+    for name, flags in (("plain", []), ("compiled", ["--compile"])):
+        run_main(train, *shared, tmp_path / name, *flags)
+        (folder,) = (tmp_path / name).iterdir()
+        rows = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
+        state = torch.load(folder / "checkpoints/latest.pt", weights_only=True)
+        found.append((rows, state["model"].keys()))
+    (plain, names), (rows, same_names) = found
+    assert counters["stats"]["unique_graphs"] == 2
+    for key in ("train_loss", "grad_norm"):
+        assert [row[key] for row in rows] == pytest.approx([row[key] for row in plain], rel=1e-4)
+    assert rows[-1]["val_loss"] == pytest.approx(plain[-1]["val_loss"], rel=1e-4)
+    assert same_names == names
