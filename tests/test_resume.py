@@ -8,7 +8,7 @@ import pytest
 import cache_latents
 import checkpoint
 from tiny_data import make_images, make_vae
-from training import OFTEN, TORCHRUN, Training, compare, run_here
+from training import Training, compare, run_here
 
 STEPS = 7
 
@@ -37,7 +37,7 @@ KINDS = {
 
 @pytest.mark.parametrize("kind", KINDS)
 def test_a_run_stopped_after_every_single_step_ends_as_one_that_was_not(kind, shapes, tmp_path):
-    whole = Training(shapes, tmp_path / "whole", STEPS, flags=[*KINDS[kind], "--num-workers", 0])
+    whole = Training(shapes, tmp_path / "whole", STEPS, flags=KINDS[kind])
     assert run_here(whole) == STEPS
     parts = replace(whole, results=tmp_path / "parts")
     for number in range(STEPS):
@@ -71,7 +71,7 @@ def test_images_resume_bit_for_bit(tmp_path):
 
 @pytest.mark.parametrize("where", ["latents_of", "sample_ema", "validate"])
 def test_what_a_signal_interrupts_is_done_again_after_the_resume(where, shapes, tmp_path):
-    whole = Training(shapes, tmp_path / "whole", STEPS, flags=["--num-workers", 0])
+    whole = Training(shapes, tmp_path / "whole", STEPS)
     run_here(whole)
     parts = replace(whole, results=tmp_path / "parts")
     steps = run_here(parts, "--resume", stop_in=where)
@@ -85,7 +85,7 @@ def test_what_a_signal_interrupts_is_done_again_after_the_resume(where, shapes, 
 
 
 def test_a_signal_during_the_last_validation_leaves_a_run_that_is_not_finished(shapes, tmp_path):
-    whole = Training(shapes, tmp_path / "whole", 1, flags=["--num-workers", 0])
+    whole = Training(shapes, tmp_path / "whole", 1)
     run_here(whole)
     parts = replace(whole, results=tmp_path / "parts")
     run_here(parts, stop_in="validate")
@@ -115,7 +115,7 @@ def test_chained_phases_that_are_interrupted_end_as_those_that_are_not(shapes, t
     for name, stops in (("whole", [None]), ("parts", [2, 1, None])):
         ckpt = []
         for frames, steps in ((4, 4), (8, STEPS)):
-            phase = Training(shapes, tmp_path / name / str(frames), steps, flags=["--num-workers", 0])
+            phase = Training(shapes, tmp_path / name / str(frames), steps, )
             for stop in stops:
                 run_here(phase, "--num-frames", frames, "--resume", *ckpt, stop_after=stop)
             ckpt = ["--ckpt", phase.folder / f"checkpoints/{steps:07d}.pt"]
@@ -124,7 +124,7 @@ def test_chained_phases_that_are_interrupted_end_as_those_that_are_not(shapes, t
 
 
 def test_a_checkpoint_that_was_not_given_all_its_names_gets_them(shapes, tmp_path):
-    whole = Training(shapes, tmp_path / "whole", STEPS, flags=["--num-workers", 0])
+    whole = Training(shapes, tmp_path / "whole", STEPS)
     run_here(whole)
     names = {path.name: path.read_bytes() for path in (whole.folder / "checkpoints").iterdir()}
     for name in (f"{STEPS:07d}.pt", "latest.pt"):
@@ -134,7 +134,7 @@ def test_a_checkpoint_that_was_not_given_all_its_names_gets_them(shapes, tmp_pat
 
 
 def test_a_damaged_checkpoint_is_named_and_the_one_before_it_is_used(shapes, tmp_path, capsys):
-    whole = Training(shapes, tmp_path / "whole", STEPS, flags=["--num-workers", 0])
+    whole = Training(shapes, tmp_path / "whole", STEPS)
     run_here(whole)
     parts = replace(whole, results=tmp_path / "parts")
     run_here(parts, stop_after=5)
@@ -148,27 +148,3 @@ def test_a_damaged_checkpoint_is_named_and_the_one_before_it_is_used(shapes, tmp
         path.write_bytes(b"nothing")
     run_here(parts, "--resume")  # from the beginning, in the same folder
     assert compare(whole, parts) == []
-
-
-@pytest.mark.parametrize("precision", ["fp32", "bf16"])
-def test_two_ranks_resume_bit_for_bit_also_with_other_workers(precision, shapes, tmp_path):
-    flags = [*OFTEN, "--precision", precision]
-    whole = Training(shapes, tmp_path / "whole", STEPS, TORCHRUN, flags)
-    whole.run()
-    parts = replace(whole, results=tmp_path / "parts")
-    process = parts.start("--resume", "--num-workers", 2)
-    parts.wait_for(2, process)
-    process.terminate()
-    assert "stopped by SIGTERM and saved" in process.communicate()[0]
-    parts.run("--resume", "--num-workers", 0)
-    assert compare(whole, parts) == []
-
-
-def test_a_run_continues_with_another_number_of_ranks_up_to_rounding(shapes, tmp_path):
-    whole = Training(shapes, tmp_path / "whole", STEPS, flags=[*OFTEN, "--num-workers", 0])
-    run_here(whole)
-    parts = replace(whole, results=tmp_path / "parts", launcher=TORCHRUN)
-    run_here(parts, stop_after=2)
-    parts.run("--resume")
-    for one, other in zip(whole.rows(), parts.rows(), strict=True):
-        assert one == pytest.approx(other, rel=1e-3)

@@ -63,7 +63,7 @@ def test_something_is_due_every_so_many_steps_and_at_the_end_of_a_phase():
 
 
 SCHEDULE = "4:3:8,8:5,16:7:2"
-FLAGS = ["--num-workers", 0, "--lr-decay", 0.2, "--rewarmup", 2, "--val-frames", 4]
+FLAGS = ["--num-workers", 0, "--lr-decay", 0.2, "--warmup-steps", 2, "--val-frames", 4]
 
 
 def run_schedule(data, results, *flags, stops=(None,)):
