@@ -60,7 +60,6 @@ def test_a_compiled_run_learns_what_the_plain_run_learns(shapes, tmp_path):
         state = torch.load(folder / "checkpoints/latest.pt", weights_only=True)
         found.append((rows, state["model"].keys()))
     (plain, names), (rows, same_names) = found
-    print("GRAPHS", counters["stats"], counters["inductor"])
     for key in ("train_loss", "grad_norm"):
         assert [row[key] for row in rows] == pytest.approx([row[key] for row in plain], rel=1e-4)
     assert rows[-1]["val_loss"] == pytest.approx(plain[-1]["val_loss"], rel=1e-4)

@@ -1,13 +1,13 @@
 """The scores of the demo model are of this model, and it reaches them."""
 
 import json
-import sys
 from pathlib import Path
 
 import evaluate
 import generation
 import make_moving_shapes
 from scoring.manifest import read_manifest
+from training import run_main
 
 DEMO = Path(evaluate.__file__).resolve().parents[1] / "results/demo"
 
@@ -23,12 +23,10 @@ def test_the_demo_is_small_and_its_scores_are_of_this_model():
         assert f"{found['values']['direction_accuracy']:.1%}" in text  # the table says what was measured
 
 
-def test_the_demo_moves_its_shapes_in_the_directions_of_their_classes(tmp_path, monkeypatch):
+def test_the_demo_moves_its_shapes_in_the_directions_of_their_classes(tmp_path):
     data, out = tmp_path / "shapes", tmp_path / "motion.json"
     make_moving_shapes.main(["--out", str(data), "--videos-per-class", "2"])
-    flags = ["--ckpt", DEMO, "--data-path", data, "--num-samples", 24, "--num-real", 24, "--num-workers", 0]
-    flags += ["--out", out]
-    flags += ["--sampler", "ngd", "--num-sampling-steps", 16, "--stepsize", 0.0332, "--cfg-scale", 1.5]
-    monkeypatch.setattr(sys, "argv", ["evaluate.py", *map(str, flags)])
-    evaluate.main()
-    assert json.loads(out.read_text())["values"]["direction_accuracy"] >= 20 / 24
+    flags = ["--ckpt", DEMO, "--data-path", data, "--num-samples", 12, "--num-real", 12, "--num-workers", 0]
+    flags += ["--out", out, "--sampler", "ngd", "--num-sampling-steps", 16, "--stepsize", 0.0332, "--cfg-scale", 1.5]
+    run_main(evaluate, *flags)
+    assert json.loads(out.read_text())["values"]["direction_accuracy"] >= 10 / 12

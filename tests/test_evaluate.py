@@ -4,7 +4,6 @@ import json
 import os
 import shutil
 import subprocess
-import sys
 import warnings
 from pathlib import Path
 
@@ -15,17 +14,16 @@ import torch
 
 import checkpoint
 import evaluate
-import make_moving_shapes
+import sample_gd
 from generation import sha256
-from models import EqM, model_config
 from scoring import frechet, manifest, sources
-from tiny_data import make_images, make_latents
+from tiny_data import make_images, make_latents, make_state
+from training import ROOT, TORCHRUN, run_main
 from video.clips import Clips
 from video.index import scan_videos, split_videos
 from video.writers import write_npz
 
 SIZE, FRAMES = 16, 8
-ROOT = Path(__file__).resolve().parent.parent
 
 
 class Detector(torch.nn.Module):
@@ -43,13 +41,6 @@ def detector(tmp_path_factory):
         warnings.simplefilter("ignore")  # TorchScript is deprecated
         torch.jit.script(Detector()).save(path)
     return path
-
-
-@pytest.fixture(scope="module")
-def shapes(tmp_path_factory):
-    out = tmp_path_factory.mktemp("data") / "shapes"
-    make_moving_shapes.main(["--out", str(out), "--videos-per-class", "2", "--size", str(SIZE)])
-    return out
 
 
 def read_clips(root, split, count, frames=FRAMES, stream="real"):
@@ -79,16 +70,11 @@ def samples(shapes, tmp_path_factory):
 def make_checkpoint(path, classes, video=True):
     """Write a checkpoint as train.py does, with random weights."""
     shape = {"temporal_patch_size": 4, "num_frames": 4} if video else {"temporal_patch_size": 1, "num_frames": 1}
-    config = model_config(
-        "EqM-Ti/4", input_size=SIZE, in_channels=3, num_classes=len(classes), depth=1, use_rope=True, **shape
-    )
+    state = make_state(70, input_size=SIZE, num_classes=len(classes), depth=1, use_rope=True, **shape)
     torch.manual_seed(0)
-    weights = {name: torch.randn_like(value) / 5 for name, value in EqM(config).state_dict().items()}
-    data = {"vae": "none", "image_size": SIZE, "fps": 25.0, "frame_interval": [1], "classes": classes}
-    training = {"model": "EqM-Ti/4", "depth": 1, "num_frames": shape["num_frames"], "video": video}
-    state = {"version": checkpoint.VERSION, "config": {"model": vars(config), "data": data, "training": training}}
-    state |= {"model": weights, "ema": weights, "optimizer": {"kind": "adamw", "states": []}, "best_loss": 1.0}
-    checkpoint.save(path, state | {"step": 70, "phase": {"first_step": 50, "position": 640}})
+    state["ema"] = {name: torch.randn_like(value) / 5 for name, value in state["ema"].items()}
+    state["config"]["data"]["classes"] = classes
+    checkpoint.save(path, state)
     return path
 
 
@@ -102,15 +88,9 @@ FEW = ["--num-workers", 0, "--resamples", 4]
 SHORT = ["--num-sampling-steps", 4, "--stepsize", 0.05, "--cfg-scale", 1.5]
 
 
-def run(monkeypatch, *flags, status=None):
+def run(*flags, status=0):
     """The manifest that evaluate.py writes for these flags, which begin with --out."""
-    monkeypatch.setattr(sys, "argv", ["evaluate.py", *map(str, flags)])
-    if status is None:
-        evaluate.main()
-    else:
-        with pytest.raises(SystemExit) as ended:
-            evaluate.main()
-        assert ended.value.code == status
+    run_main(evaluate, *flags, status=status)
     path = Path(flags[1])
     return json.loads(path.read_text()) if path.is_file() else None
 
@@ -140,7 +120,7 @@ def test_the_distance_is_that_of_all_features_at_once(metric, shapes, samples, d
         return extract(detector, clips, *rest, **others)
 
     monkeypatch.setattr(frechet, "extract", record_batch)
-    found = run(monkeypatch, "--out", tmp_path / "a" / "b.json", *flags, "--num-real", 20, "--batch-size", 5, *FEW)
+    found = run("--out", tmp_path / "a" / "b.json", *flags, "--num-real", 20, "--batch-size", 5, *FEW)
     assert found["values"][metric] == pytest.approx(by_scipy(naive_features(generated), naive_features(real)), rel=1e-4)
     low, high = found["result"]["interval95"]
     assert low < found["values"][metric] < high
@@ -160,7 +140,7 @@ def test_real_features_are_cached_and_computed_again_if_the_cache_is_damaged_or_
 
     def again():
         reads.clear()
-        return run(monkeypatch, "--out", tmp_path / "a.json", *flags, *FEW)["values"], len(reads) > 0
+        return run("--out", tmp_path / "a.json", *flags, *FEW)["values"], len(reads) > 0
 
     first, has_read = again()
     assert has_read
@@ -180,44 +160,44 @@ def test_real_features_are_cached_and_computed_again_if_the_cache_is_damaged_or_
 
 
 def test_a_manifest_repeats_bit_for_bit_and_says_so_when_it_does_not(
-    shapes, ckpt, detector, tmp_path, monkeypatch, capsys
+    shapes, ckpt, detector, tmp_path, capsys
 ):
     flags = ["--metric", "fvd", "--ckpt", ckpt, "--data-path", shapes, "--detector", detector, "--num-real", 8]
-    old = run(monkeypatch, "--out", tmp_path / "a.json", *flags, "--num-frames", 5, "--seed", 3, *FEW, *SHORT)
+    old = run("--out", tmp_path / "a.json", *flags, "--num-frames", 5, "--seed", 3, *FEW, *SHORT)
     assert old["generated"]["num_clips"] == 8 and old["protocol"] == "fvd8_5f"
     assert (old["generated"]["seed"], old["generated"]["num_steps"], old["generated"]["step"]) == (3, 4, 70)
     repeat = ["--out", tmp_path / "b.json", "--manifest", tmp_path / "a.json"]
-    new = run(monkeypatch, *repeat)
+    new = run(*repeat)
     assert new["repeats"]["bit_equal"] and new["repeats"]["agrees"]
     assert new["values"] == old["values"] and new["result"]["interval95"] == old["result"]["interval95"]
     assert "bit for bit" in capsys.readouterr().out
 
     moved = [shutil.copytree(shapes, tmp_path / "moved"), shutil.copy(ckpt, tmp_path), shutil.copy(detector, tmp_path)]
     places = ["--data-path", moved[0], "--ckpt", moved[1], "--detector", moved[2]]
-    assert run(monkeypatch, *repeat, *places)["repeats"]["bit_equal"]
-    assert run(monkeypatch, "--out", tmp_path / "c.json", "--manifest", tmp_path / "b.json")["repeats"]["bit_equal"]
+    assert run(*repeat, *places)["repeats"]["bit_equal"]
+    assert run("--out", tmp_path / "c.json", "--manifest", tmp_path / "b.json")["repeats"]["bit_equal"]
 
     old["values"]["fvd"] += 0.01
     (tmp_path / "a.json").write_text(json.dumps(old))
-    new = run(monkeypatch, *repeat, "--tolerance", 1e-9, status=1)
+    new = run(*repeat, "--tolerance", 1e-9, status=1)
     assert "do not agree" in capsys.readouterr().err
     assert not new["repeats"]["agrees"] and new["repeats"]["differences"]["fvd"] == pytest.approx(-0.01)
-    assert run(monkeypatch, *repeat, "--tolerance", 0.02)["repeats"]["agrees"]
+    assert run(*repeat, "--tolerance", 0.02)["repeats"]["agrees"]
     assert "agree with" in capsys.readouterr().out
 
     weights = torch.load(moved[1], weights_only=True)
     weights["step"] = 71
     torch.save(weights, moved[1])
-    run(monkeypatch, *repeat, "--ckpt", moved[1], status=2)
+    run(*repeat, "--ckpt", moved[1], status=2)
     assert "--ckpt: sha256" in capsys.readouterr().err
     next(moved[0].glob("*/*g02*")).rename(next(moved[0].glob("*/*g02*")).with_name("another.avi"))
-    run(monkeypatch, *repeat, "--data-path", moved[0], status=2)
+    run(*repeat, "--data-path", moved[0], status=2)
     assert "--data-path" in capsys.readouterr().err
 
 
-def test_motion_of_real_clips_is_right_and_its_confusion_is_a_diagonal(shapes, samples, tmp_path, monkeypatch, capsys):
+def test_motion_of_real_clips_is_right_and_its_confusion_is_a_diagonal(shapes, samples, tmp_path, capsys):
     flags = ["--samples", samples, "--data-path", shapes, "--num-real", 12]
-    found = run(monkeypatch, "--out", tmp_path / "m.json", *flags, *FEW)
+    found = run("--out", tmp_path / "m.json", *flags, *FEW)
     assert found["metric"] == "motion" and found["protocol"] == "motion12_8f"
     assert found["values"]["direction_accuracy"] == found["values"]["shape_accuracy"] == 1
     for kind in ("generated", "real"):
@@ -228,44 +208,39 @@ def test_motion_of_real_clips_is_right_and_its_confusion_is_a_diagonal(shapes, s
     assert found["generated"]["samples_sha256"] == sha256(samples / "samples.npz")
 
 
-def test_consistency_finds_the_seams_that_a_sample_folder_has(shapes, tmp_path, monkeypatch):
+def test_consistency_finds_the_seams_that_a_sample_folder_has(shapes, tmp_path):
     clips, labels, classes = read_clips(shapes, "val", 12, frames=12)
     clips = clips.copy()
     for first in range(4, 12, 4):  # each temporal patch is a few px further along than it should be
         clips[:, first : first + 4] = np.roll(clips[:, first : first + 4], first, axis=(2, 3))
     folder = write_samples(tmp_path / "s", clips, labels, classes)
     flags = ["--metric", "consistency", "--samples", folder, "--data-path", shapes, "--num-real", 12, *FEW]
-    found = run(monkeypatch, "--out", tmp_path / "c.json", *flags, "--temporal-patch-size", 4)
+    found = run("--out", tmp_path / "c.json", *flags, "--temporal-patch-size", 4)
     assert found["values"]["seam_score"] > 1.5
     assert (tmp_path / "c.png").read_bytes()[1:4] == b"PNG"
     assert len(found["result"]["by_position"]["generated"]["change"]["mean"]) == 11
-    off = run(monkeypatch, "--out", tmp_path / "d.json", *flags, "--temporal-patch-size", 5)
+    off = run("--out", tmp_path / "d.json", *flags, "--temporal-patch-size", 5)
     assert off["values"]["seam_score"] < 1  # the seams are not at the borders of this patch size
-    run(monkeypatch, "--out", tmp_path / "e.json", *flags, status=2)
+    run("--out", tmp_path / "e.json", *flags, status=2)
 
 
 def test_images_have_a_fid_from_a_checkpoint_and_from_its_samples(detector, tmp_path, monkeypatch):
     data = make_images(tmp_path / "images", 40)
     path = make_checkpoint(tmp_path / "best.pt", ["A", "B"], video=False)
     shared = ["--metric", "fid", "--data-path", data, "--detector", detector, "--num-real", 10, *FEW]
-    found = run(monkeypatch, "--out", tmp_path / "a.json", *shared, "--ckpt", path, *SHORT)
+    found = run("--out", tmp_path / "a.json", *shared, "--ckpt", path, *SHORT)
     assert found["protocol"] == "fid10_1f" and found["values"]["fid"] > 0
-    monkeypatch.setattr(sys, "argv", ["sample_gd.py", "--ckpt", str(path), "--folder", str(tmp_path / "s"),
-                                      "--num-samples", "10", *map(str, SHORT)])  # fmt: skip
-    import sample_gd
-
-    sample_gd.main()
-    again = run(monkeypatch, "--out", tmp_path / "b.json", *shared, "--samples", tmp_path / "s")
+    run_main(sample_gd, "--ckpt", path, "--folder", tmp_path / "s", "--num-samples", 10, *SHORT)
+    again = run("--out", tmp_path / "b.json", *shared, "--samples", tmp_path / "s")
     assert again["values"]["fid"] == pytest.approx(found["values"]["fid"], rel=1e-6)
     assert again["generated"]["source"]["checkpoint_sha256"] == found["generated"]["checkpoint_sha256"]
 
 
-def test_two_ranks_that_sample_find_what_one_finds(shapes, ckpt, detector, tmp_path, monkeypatch):
+def test_two_ranks_that_sample_find_what_one_finds(shapes, ckpt, detector, tmp_path):
     flags = ["--metric", "fvd", "--ckpt", ckpt, "--data-path", shapes, "--detector", detector, "--num-real", 9]
     flags += ["--num-samples", 5, "--batch-size", 2, *FEW, *SHORT]
-    alone = run(monkeypatch, "--out", tmp_path / "1.json", *flags)
-    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2"]
-    command += [ROOT / "EqM/evaluate.py", "--out", tmp_path / "2.json", "--cache", tmp_path / "cache", *flags]
+    alone = run("--out", tmp_path / "1.json", *flags)
+    command = [*TORCHRUN, ROOT / "EqM/evaluate.py", "--out", tmp_path / "2.json", "--cache", tmp_path / "cache", *flags]
     environment = os.environ | {"OMP_NUM_THREADS": "1"}
     done = subprocess.run([*map(str, command)], capture_output=True, text=True, env=environment, timeout=240)
     assert done.returncode == 0, done.stderr
@@ -306,9 +281,9 @@ BAD_SAMPLES = {
 
 
 @pytest.mark.parametrize("kind", BAD_SAMPLES)
-def test_a_damaged_or_unfit_sample_folder_is_refused(kind, shapes, samples, detector, tmp_path, monkeypatch, capsys):
+def test_a_damaged_or_unfit_sample_folder_is_refused(kind, shapes, samples, detector, tmp_path, capsys):
     flags = ["--metric", "fvd", "--samples", damaged_copy(kind, tmp_path, samples), "--data-path", shapes]
-    run(monkeypatch, "--out", tmp_path / "out" / "a.json", *flags, "--detector", detector, status=2)
+    run("--out", tmp_path / "out" / "a.json", *flags, "--detector", detector, status=2)
     lines = capsys.readouterr().err.splitlines()
     assert len(lines) == 1 and "--samples" in lines[0] and BAD_SAMPLES[kind] in lines[0], lines
     assert not (tmp_path / "out").exists()
@@ -336,26 +311,26 @@ BAD_FLAGS = {  # changes to --metric fvd --samples S --data-path D --detector F;
 
 
 @pytest.mark.parametrize("case", BAD_FLAGS)
-def test_bad_flags_are_one_line_and_nothing_is_written(case, shapes, samples, detector, tmp_path, monkeypatch, capsys):
+def test_bad_flags_are_one_line_and_nothing_is_written(case, shapes, samples, detector, tmp_path, capsys):
     changes, words = BAD_FLAGS[case]
     flags = {"--out": tmp_path / "out" / "a.json", "--metric": "fvd", "--samples": samples, "--data-path": shapes}
     flags = flags | {"--detector": detector} | changes
-    run(monkeypatch, *(part for pair in flags.items() if pair[1] is not None for part in pair), status=2)
+    run(*(part for pair in flags.items() if pair[1] is not None for part in pair), status=2)
     lines = capsys.readouterr().err.splitlines()
     assert len(lines) == 1 and all(word in lines[0] for word in words), lines
     assert not (tmp_path / "out").exists()
 
 
 def test_a_latent_cache_and_videos_that_are_too_short_are_refused(
-    shapes, samples, detector, ckpt, tmp_path, monkeypatch, capsys
+    shapes, samples, detector, ckpt, tmp_path, capsys
 ):
     make_latents(tmp_path / "latents")
     shared = ["--out", tmp_path / "a.json", "--metric", "fvd", "--detector", detector]
-    run(monkeypatch, *shared, "--samples", samples, "--data-path", tmp_path / "latents", status=2)
+    run(*shared, "--samples", samples, "--data-path", tmp_path / "latents", status=2)
     assert "a latent cache; wanted the folder of its videos" in capsys.readouterr().err
-    run(monkeypatch, *shared, "--ckpt", ckpt, "--data-path", shapes, "--num-frames", 40, status=2)
+    run(*shared, "--ckpt", ckpt, "--data-path", shapes, "--num-frames", 40, status=2)
     assert "the longest video of --split train has 25 frames" in capsys.readouterr().err
-    run(monkeypatch, *shared, "--ckpt", ckpt, "--data-path", shapes, "--fps", 2, status=2)  # every twelfth frame
+    run(*shared, "--ckpt", ckpt, "--data-path", shapes, "--fps", 2, status=2)  # every twelfth frame
     assert "take 37" in capsys.readouterr().err
 
 
@@ -369,25 +344,25 @@ def test_a_latent_cache_and_videos_that_are_too_short_are_refused(
         (None, "can't be read"),
     ],
 )
-def test_a_file_that_is_not_a_manifest_or_of_another_version_is_refused(text, words, tmp_path, monkeypatch, capsys):
+def test_a_file_that_is_not_a_manifest_or_of_another_version_is_refused(text, words, tmp_path, capsys):
     if text is not None:
         (tmp_path / "m.json").write_text(text)
-    run(monkeypatch, "--out", tmp_path / "a.json", "--manifest", tmp_path / "m.json", status=2)
+    run("--out", tmp_path / "a.json", "--manifest", tmp_path / "m.json", status=2)
     lines = capsys.readouterr().err.splitlines()
     assert len(lines) == 1 and "--manifest" in lines[0] and words in lines[0], lines
 
 
-def test_flags_that_change_the_values_are_refused_beside_a_manifest(shapes, samples, tmp_path, monkeypatch, capsys):
-    run(monkeypatch, "--out", tmp_path / "a.json", "--samples", samples, "--data-path", shapes, "--num-real", 2, *FEW)
+def test_flags_that_change_the_values_are_refused_beside_a_manifest(shapes, samples, tmp_path, capsys):
+    run("--out", tmp_path / "a.json", "--samples", samples, "--data-path", shapes, "--num-real", 2, *FEW)
     repeat = ["--out", tmp_path / "b.json", "--manifest", tmp_path / "a.json"]
     for flags, words in (
         (["--num-real", 96], "--num-real: --manifest"),
         (["--ckpt", "x.pt"], "--ckpt: --manifest"),
         (["--seed", 0], "--seed: --manifest"),  # even where it is the default
     ):
-        run(monkeypatch, *repeat, *flags, status=2)
+        run(*repeat, *flags, status=2)
         assert words in capsys.readouterr().err
-    assert run(monkeypatch, *repeat)["repeats"]["bit_equal"]
+    assert run(*repeat)["repeats"]["bit_equal"]
 
 
 def test_the_commit_of_the_code_is_that_of_its_repository_with_a_plus_if_files_differ(tmp_path, monkeypatch):

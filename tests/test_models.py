@@ -1,15 +1,12 @@
-import copy
 import dataclasses
 import itertools
 import math
-import shutil
 import warnings
 from contextlib import nullcontext
 
 import pytest
 import torch
 import torch.nn.functional as F
-from torch._dynamo.utils import counters
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
 
@@ -18,17 +15,9 @@ from rope import apply_rotary
 
 SIZES = {"Ti": (6, 192, 3), "S": (12, 384, 6), "B": (12, 768, 12), "L": (24, 1024, 16), "XL": (28, 1152, 16)}
 TINY = EqMConfig(
-    input_size=4,
-    patch_size=2,
-    temporal_patch_size=4,
-    in_channels=3,
-    hidden_size=64,
-    depth=2,
-    num_heads=2,
-    num_classes=5,
-    num_frames=8,
-    use_rope=True,
-)
+    input_size=4, patch_size=2, temporal_patch_size=4, in_channels=3, hidden_size=64, depth=2, num_heads=2,
+    num_classes=5, num_frames=8, use_rope=True,
+)  # fmt: skip
 
 
 @pytest.fixture(autouse=True)
@@ -66,10 +55,6 @@ def distance(a, b):
     return ((a - b).norm() / b.norm()).item()
 
 
-def roll_patches(x, axis, p):
-    return x.roll(p, dims=axis)
-
-
 def reverse_patches(x, pt):
     """Reverse the order of the temporal patches, not of the frames within a patch."""
     return x.unflatten(2, (-1, pt)).flip(2).flatten(2, 3)
@@ -77,17 +62,17 @@ def reverse_patches(x, pt):
 
 MOVES = {
     "time reversed": lambda x: reverse_patches(x, 2),
-    "rows rolled": lambda x: roll_patches(x, 3, 2),
-    "columns rolled": lambda x: roll_patches(x, 4, 2),
+    "rows rolled": lambda x: x.roll(2, dims=3),
+    "columns rolled": lambda x: x.roll(2, dims=4),
 }
 
 
-# Positions, in every size -------------------------------------------------------------------------------------------
+# Positions ----------------------------------------------------------------------------------------------------------
 
 
-@pytest.fixture(scope="module", params=[(size, rope) for size in SIZES for rope in (True, False)], ids=str)
+@pytest.fixture(scope="module", params=[(size, rope) for size in ("Ti", "XL") for rope in (True, False)], ids=str)
 def shallow(request):
-    """Each size with rotary and with fixed positions: full width and heads, one block, 4 x 3 x 3 patches."""
+    """The smallest and the largest size, with rotary and fixed positions: full width, one block, 4 x 3 x 3 patches."""
     size, use_rope = request.param
     settings = dict(input_size=6, num_frames=8, in_channels=2, num_classes=3, depth=1, use_rope=use_rope)
     return randomised(EqM_models[f"EqM-{size}/2"](**settings))
@@ -122,27 +107,18 @@ def test_without_positions_a_moved_input_only_moves_the_output(shallow, move, mo
 
 
 @torch.no_grad()
-def test_the_time_scale_matters(shallow):
+def test_the_time_scale_matters_through_its_embedding_alone_and_through_rotary_positions_alone(shallow, monkeypatch):
     x, y = clip(8, shallow.config), labels()
-    assert distance(shallow(x, y, torch.tensor([0.08])), shallow(x, y, torch.tensor([0.04]))) > 0.05
 
+    def difference():
+        return distance(shallow(x, y, torch.tensor([0.12])), shallow(x, y, torch.tensor([0.04])))
 
-@torch.no_grad()
-def test_the_time_scale_matters_through_its_embedding_alone(shallow, monkeypatch):
-    without_positions(shallow, monkeypatch)
-    x, y = clip(8, shallow.config), labels()
-    assert distance(shallow(x, y, torch.tensor([0.08])), shallow(x, y, torch.tensor([0.04]))) > 0.05
-
-
-@torch.no_grad()
-def test_the_time_scale_matters_through_rotary_positions_alone(shallow, monkeypatch):
+    assert difference() > 0.05
+    with monkeypatch.context() as patch:
+        without_positions(shallow, patch)
+        assert difference() > 0.05
     monkeypatch.setattr(shallow.t_embedder, "forward", lambda time_scale: torch.zeros(1, shallow.config.hidden_size))
-    x, y = clip(8, shallow.config), labels()
-    difference = distance(shallow(x, y, torch.tensor([0.12])), shallow(x, y, torch.tensor([0.04])))
-    if shallow.config.use_rope:
-        assert difference > 0.05
-    else:
-        assert difference == 0
+    assert difference() > 0.05 if shallow.config.use_rope else difference() == 0
 
 
 @torch.no_grad()
@@ -167,7 +143,7 @@ def naive_axis(position, channels):
     return [math.sin(angle) for angle in angles] + [math.cos(angle) for angle in angles]
 
 
-@pytest.mark.parametrize("size", SIZES)
+@pytest.mark.parametrize("size", ["Ti", "L"])  # 1024 channels are no multiple of 6
 def test_the_fixed_table_of_videos_gives_a_third_of_the_channels_to_each_axis(size):
     config = model_config(f"EqM-{size}/4", input_size=12, num_frames=10, in_channels=3)
     table, D = position_table(config), config.hidden_size
@@ -195,7 +171,7 @@ def test_the_fixed_table_is_added_to_the_tokens():
     assert torch.equal(seen[0], model.x_embedder(x) + position_table(model.config))
 
 
-@pytest.mark.parametrize("num_frames", [4, 7, 9, 16])
+@pytest.mark.parametrize("num_frames", [7, 9])
 def test_fixed_positions_refuse_another_number_of_frames(num_frames):
     with pytest.raises(ValueError, match=f"tied to 8 frames, found {num_frames}"):
         tiny(use_rope=False)(clip(num_frames), labels())
@@ -213,7 +189,7 @@ def test_a_batch_of_mixed_time_scales_equals_its_samples_alone(use_rope):
     torch.testing.assert_close(model(x, y, time_scale), alone, atol=1e-5, rtol=1e-5)
 
 
-@pytest.mark.parametrize("num_frames", [5, 6, 7, 9])
+@pytest.mark.parametrize("num_frames", [5, 7])
 @torch.no_grad()
 def test_a_clip_that_does_not_fill_its_last_patch_is_padded_with_its_last_frame(num_frames):
     model, x, y = tiny(), clip(num_frames, batch=2), labels(2)
@@ -233,7 +209,7 @@ def test_fixed_positions_pad_as_well():
 @torch.no_grad()
 def test_rotary_positions_work_for_every_number_of_frames_from_a_temporal_patch_up():
     model = tiny()
-    for num_frames in range(4, 20):
+    for num_frames in (4, 5, 6, 7, 8, 19):
         f = model(clip(num_frames), labels())
         assert f.shape == (1, 3, num_frames, 4, 4)
         assert f.isfinite().all()
@@ -246,7 +222,7 @@ def test_fewer_frames_than_a_temporal_patch_are_refused(use_rope, num_frames):
         tiny(use_rope=use_rope)(clip(num_frames), labels())
 
 
-@pytest.mark.parametrize("num_frames", [4, 5, 7, 8])
+@pytest.mark.parametrize("num_frames", [5, 8])
 def test_the_gradient_reaches_every_frame_and_every_parameter(num_frames):
     model, x = tiny(), clip(num_frames).requires_grad_()
     model(x, labels()).square().sum().backward()
@@ -295,20 +271,13 @@ def test_angles_are_computed_once_per_forward_and_rotate_queries_and_keys_of_eve
     assert len(dtypes) == 2 * TINY.depth
 
 
-def test_angles_stay_float32_in_a_model_in_bfloat16(monkeypatch):
+@pytest.mark.parametrize("under_autocast", [True, False])
+def test_angles_stay_float32_in_a_model_in_bfloat16_and_under_autocast(under_autocast, monkeypatch):
     time_scale = torch.tensor([0.033])
     expected = torch.stack(tiny().rope((2, 2, 2), time_scale))
-    angles, dtypes = spied_rotary(tiny().bfloat16(), monkeypatch, clip(8).bfloat16(), time_scale)
-    assert torch.equal(angles[0], expected)
-    assert angles[0].dtype == torch.float32
-    assert set(dtypes) == {(torch.bfloat16, torch.bfloat16)}
-
-
-def test_angles_stay_float32_under_autocast(monkeypatch):
-    time_scale = torch.tensor([0.033])
-    expected = torch.stack(tiny().rope((2, 2, 2), time_scale))
-    with torch.autocast("cpu", torch.bfloat16):
-        angles, dtypes = spied_rotary(tiny(), monkeypatch, clip(8), time_scale)
+    model, x = (tiny(), clip(8)) if under_autocast else (tiny().bfloat16(), clip(8).bfloat16())
+    with torch.autocast("cpu", torch.bfloat16, enabled=under_autocast):
+        angles, dtypes = spied_rotary(model, monkeypatch, x, time_scale)
     assert torch.equal(angles[0], expected)
     assert angles[0].dtype == torch.float32
     assert set(dtypes) == {(torch.bfloat16, torch.bfloat16)}
@@ -366,12 +335,6 @@ def test_the_field_is_zero_at_initialisation(use_rope, qk_norm):
     model = EqM(dataclasses.replace(TINY, use_rope=use_rope, qk_norm=qk_norm))
     f = model(clip(8, batch=2), labels(2), torch.tensor([0.04, 0.1]))
     assert torch.equal(f, torch.zeros_like(f))
-
-
-def test_the_first_gradient_reaches_the_last_layer():
-    model = EqM(TINY)
-    (model(clip(8), labels()) - 1).square().sum().backward()
-    assert model.final_layer.linear.weight.grad.abs().sum() > 0
 
 
 def test_parameter_names_and_shapes_are_the_published_ones():
@@ -438,11 +401,6 @@ def test_the_temporal_patch_is_the_spatial_one_unless_told_otherwise():
 def test_a_configuration_that_is_inconsistent_is_refused(changes, message):
     with pytest.raises(ValueError, match=message):
         dataclasses.replace(TINY, **changes)
-
-
-def test_a_configuration_cannot_be_changed():
-    with pytest.raises(dataclasses.FrozenInstanceError):
-        TINY.depth = 3
 
 
 def test_with_rotary_positions_the_number_of_frames_is_a_record_only():
@@ -545,16 +503,9 @@ def test_features_are_the_activations_of_the_last_block():
     assert torch.equal(f, model(x, y))
 
 
-@torch.no_grad()
-def test_images_are_clips_of_one_frame():
-    model = randomised(EqM_models["EqM-Ti/2"](depth=1, temporal_patch_size=1, input_size=8, num_classes=3))
-    x = torch.randn(2, 4, 1, 8, 8)
-    assert model(x, labels(2)).shape == x.shape
-
-
 # Energies -----------------------------------------------------------------------------------------------------------
 
-ENERGIES = [(ebm, use_rope, num_frames) for ebm in ("dot", "l2") for use_rope in (True, False) for num_frames in (8, 6)]
+ENERGIES = [("dot", True, 6), ("dot", False, 8), ("l2", True, 8), ("l2", False, 6)]  # 6 frames are padded
 
 
 def energy_by_definition(model, x, y, time_scale):
@@ -646,8 +597,7 @@ def test_training_on_an_energy_uses_math_attention_as_no_other_has_a_second_deri
         first.sum().backward()
 
 
-@pytest.mark.parametrize("ebm", ["none", "dot", "l2"])
-@pytest.mark.parametrize("use_rope", [True, False])
+@pytest.mark.parametrize(("ebm", "use_rope"), [("none", False), ("dot", True), ("l2", False)])
 def test_a_new_model_learns_with_every_energy(ebm, use_rope):
     torch.manual_seed(0)
     model = EqM(dataclasses.replace(TINY, ebm=ebm, use_rope=use_rope))
@@ -667,7 +617,7 @@ def test_the_energy_of_a_model_without_one_is_an_error():
         tiny().energy(clip(8), labels(1))
 
 
-# Grad checkpointing and compilation change no result ----------------------------------------------------------------
+# Grad checkpointing changes no result (nor does compilation: test_compile.py) ---------------------------------------
 
 
 def loss_and_gradients(model, x, y):
@@ -715,50 +665,18 @@ def test_grad_checkpointing_needs_less_memory():
     assert kept[True] < 0.3 * kept[False]
 
 
-@pytest.mark.skipif(shutil.which("g++") is None, reason="torch.compile needs a C++ compiler on the CPU")
-@pytest.mark.parametrize("use_rope", [True, False])
-def test_a_compiled_model_gives_the_same_loss_and_gradients(use_rope):
-    torch._dynamo.reset()
-    model, compiled = (tiny(use_rope=use_rope) for _ in range(2))
-    compiled.compile_blocks()
-    assert compiled.state_dict().keys() == model.state_dict().keys()
-    x, y = clip(8, batch=3), labels(3)
-    (loss, gradients), (again, same) = (loss_and_gradients(network, x, y) for network in (model, compiled))
-    assert again == pytest.approx(loss, rel=1e-5)
-    assert all(distance(a, b) < 1e-4 for a, b in zip(same, gradients, strict=True))
-    with torch.no_grad():
-        assert distance(compiled(x, y), model(x, y)) < 1e-5
-
-
-@pytest.mark.skipif(shutil.which("g++") is None, reason="torch.compile needs a C++ compiler on the CPU")
-def test_two_graphs_serve_all_blocks_frame_counts_batches_training_and_validation():
-    torch._dynamo.reset()
-    counters.clear()
-    model = tiny(depth=3)
-    ema = copy.deepcopy(model).requires_grad_(False)
-    for network in (model, ema):
-        network.compile_blocks()
-    for num_frames, batch in ((16, 5), (4, 5), (9, 5), (64, 5), (16, 3)):  # 64 frames have as many tokens as D
-        loss_and_gradients(model, clip(num_frames, batch=batch), labels(batch))
-        with torch.no_grad():
-            ema(clip(num_frames, batch=batch - 1), labels(batch - 1))
-    assert counters["stats"]["unique_graphs"] == 2
-
-
 # FLOPs --------------------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("num_frames", [4, 7, 16])
-@pytest.mark.parametrize("name", ["EqM-Ti/4", "EqM-S/2"])
+@pytest.mark.parametrize(("name", "num_frames"), [("EqM-Ti/4", 7), ("EqM-Ti/4", 16), ("EqM-S/2", 4)])
 def test_the_flops_are_those_that_torch_counts(name, num_frames):
     model = EqM(model_config(name, input_size=8, in_channels=4, num_classes=3, use_rope=True, depth=2))
     x, y = torch.randn(2, 4, num_frames, 8, 8), torch.tensor([0, 1])
     with FlopCounterMode(display=False) as counter, math_attention():
-        f = model(x, y)
+        model(x, y)
     assert counter.get_total_flops() == 2 * model.config.flops(num_frames)
     with FlopCounterMode(display=False) as counter, math_attention():
-        f = model(x, y)
-        f.square().mean().backward()
+        model(x, y).square().mean().backward()
     assert counter.get_total_flops() == pytest.approx(2 * model.config.training_flops(num_frames), rel=0.02)
 
 
