@@ -1,12 +1,13 @@
 """A checkpoint of format 1, written by earlier code, loads, resumes and samples.
 
-data/format1.pt is of a run of 6 steps (FLAGS) on the four videos of test_train.py, stopped after step 4. What the
-earlier code logged at step 6, when it was not stopped, is in EXPECTED.
+data/format1.pt is of a run of 6 steps (FLAGS) on four videos, stopped after step 4. What the earlier code logged at
+step 6, when it was not stopped, is in EXPECTED.
 """
 
 import shutil
 from pathlib import Path
 
+import av
 import numpy as np
 import pytest
 
@@ -15,7 +16,6 @@ import sample_gd
 import train
 from runtime.metrics import read_metrics
 from test_export import run
-from test_train import videos  # noqa: F401 (a fixture)
 
 OLD = Path(__file__).parent / "data/format1.pt"
 FLAGS = ["--video", "--model", "EqM-Ti/2", "--depth", 1, "--hidden-size", 12, "--num-heads", 1, "--use-rope"]
@@ -25,12 +25,28 @@ EXPECTED = {"train_loss": 15.455625216166178, "grad_norm": 1.9651103019714355, "
             "val_loss_raw": 14.814871072769165, "flops": 33364224.0}  # fmt: skip
 
 
+@pytest.fixture(scope="module")
+def videos(tmp_path_factory):
+    """Four videos of 10 grey frames, 16 x 16 px, which become lighter."""
+    root = tmp_path_factory.mktemp("videos")
+    for name in ("A/a.avi", "A/b.avi", "B/c.avi", "B/d.avi"):
+        (root / name).parent.mkdir(exist_ok=True)
+        with av.open(str(root / name), "w") as file:
+            stream = file.add_stream("mpeg4", rate=25)
+            stream.width, stream.height, stream.pix_fmt = 16, 16, "yuv420p"
+            for grey in range(0, 200, 20):
+                pixels = np.full((16, 16, 3), grey, np.uint8)
+                file.mux(stream.encode(av.VideoFrame.from_ndarray(pixels, format="rgb24")))
+            file.mux(stream.encode())
+    return root
+
+
 def test_it_loads():
     model, config, step = checkpoint.load_model(OLD, use_rope=True, num_classes=2)
     assert (step, model.config.hidden_size, config["training"]["num_frames"]) == (4, 12, 4)
 
 
-def test_it_resumes_as_the_code_that_wrote_it_did(videos, tmp_path, monkeypatch):  # noqa: F811
+def test_it_resumes_as_the_code_that_wrote_it_did(videos, tmp_path, monkeypatch):
     folder = tmp_path / "000-EqM-Ti-2-f4-rope"
     (folder / "checkpoints").mkdir(parents=True)
     (folder / "samples").mkdir()
@@ -42,7 +58,7 @@ def test_it_resumes_as_the_code_that_wrote_it_did(videos, tmp_path, monkeypatch)
     assert {name: row[name] for name in EXPECTED} == pytest.approx(EXPECTED, rel=1e-3)
 
 
-def test_it_starts_a_new_phase(videos, tmp_path, monkeypatch):  # noqa: F811
+def test_it_starts_a_new_phase(videos, tmp_path, monkeypatch):
     shared = ["--data-path", videos, "--results-dir", tmp_path]
     run(monkeypatch, train, *FLAGS, *shared, "--num-frames", 6, "--max-steps", 5, "--ckpt", OLD)
     state = checkpoint.load(tmp_path / "000-EqM-Ti-2-f6-rope/checkpoints/0000005.pt")
