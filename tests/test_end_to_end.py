@@ -26,8 +26,6 @@ from training import ROOT, TORCHRUN, run_main
 TINY = ["--model", "EqM-Ti/4", "--depth", 1, "--use-rope", "--vae", "none", "--image-size", 16, "--lr", 1e-2]
 FAST = ["--num-workers", 0, "--log-every", 1, "--val-clips", 4, "--sample-every", 0, "--global-batch-size", 4]
 
-ENERGY = ["--video", "--ebm", "dot"]
-
 
 def on_two_ranks(script, *flags, status=0):
     """Start a script by torchrun; it has to end with this status. Returns its (stdout, stderr)."""
@@ -61,9 +59,9 @@ def energies_of(folder):
 
 @pytest.fixture(scope="module")
 def phases(shapes, tmp_path_factory):
-    """The folder of an experiment of three phases: an energy on 4, 8 and 16 frames on two ranks."""
+    """The folder of an experiment of three phases: 4, 8 and 16 frames on two ranks."""
     results = tmp_path_factory.mktemp("results") / "EXP"
-    shared = [*TINY, *FAST, *ENERGY, "--no-flip", "--data-path", shapes, "--results-dir", results]
+    shared = [*TINY, *FAST, "--video", "--no-flip", "--data-path", shapes, "--results-dir", results]
     ckpt = []
     for frames, steps in ((4, 3), (8, 5), (16, 7)):
         on_two_ranks("train.py", *shared, "--num-frames", frames, "--max-steps", steps, *ckpt)
@@ -73,8 +71,9 @@ def phases(shapes, tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def random(phases):
-    """The last checkpoint of the phases with random EMA weights, so that the field does something."""
+    """The last checkpoint of the phases as an energy with random EMA weights, so that the field does something."""
     state = torch.load(one(phases / "*f16*/checkpoints/best.pt"), weights_only=True)
+    state["config"]["model"]["ebm"] = "dot"
     for weight in state["ema"].values():
         weight.normal_(std=0.1, generator=torch.Generator().manual_seed(0))
     torch.save(state, phases.parent / "random.pt")
@@ -99,8 +98,8 @@ def test_three_phases_chain_by_the_globs_of_the_guide(phases):
 
 
 def test_two_ranks_learn_what_one_learns(phases, shapes, tmp_path):
-    flags = ["--no-flip", "--num-frames", 4, "--max-steps", 3, "--grad-accum", 2, "--data-path", shapes]
-    run_main(train, *TINY, *FAST, *ENERGY, *flags, "--results-dir", tmp_path)
+    flags = ["--video", "--no-flip", "--num-frames", 4, "--max-steps", 3, "--grad-accum", 2, "--data-path", shapes]
+    run_main(train, *TINY, *FAST, *flags, "--results-dir", tmp_path)
     one_rank, two_ranks = rows_of(tmp_path / "*/metrics.jsonl"), rows_of(phases / "000*/metrics.jsonl")
     for key in ("train_loss", "grad_norm"):
         assert [row[key] for row in one_rank] == pytest.approx([row[key] for row in two_ranks], rel=1e-4)
