@@ -133,9 +133,9 @@ def add_model_and_data_flags(parser):
         type=NATURAL,
         default=workers,
         metavar="N",
-        help="loader processes per rank; 0 = load in-process",
+        help="loader processes per rank, as many again for validation; 0 = load in-process",
     )
-    timeout = "seconds that the loader processes may take for a batch before the run ends; 0 = no limit"
+    timeout = "seconds for the loader processes to start, and to make a batch, before the run ends; 0 = no limit"
     add("--loader-timeout", type=NON_NEGATIVE, default=600.0, metavar="S", help=timeout)
 
 
