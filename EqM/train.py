@@ -13,6 +13,7 @@ All phases in one run: --frames-schedule 4:50000:256,8:100000:128. After an inte
 
 import functools
 import io
+import itertools
 import json
 import math
 import os
@@ -250,6 +251,9 @@ def main():
             clips, tokens = f"{phase.batch_size} clips", math.prod(config.grid(phase.num_frames))
             log(f"to step {phase.last_step}: {clips} per step, {phase.num_frames} frames = {tokens} tokens each")
 
+            with suppress(Interrupted):  # the loader processes take seconds to start
+                batches = itertools.chain([stop.wait(batches)], batches)
+            stop.settle()
             while True:
                 # Periodically and at the end of a phase: log, validate, sample, save (not without new steps)
                 if len(stats) and is_due(progress.step, phase.last_step, *periods):
@@ -326,7 +330,8 @@ def main():
         log(f"done: {folder / 'checkpoints'} holds {last_step:07d}.pt and best.pt")
     except Interrupted:
         bar.close()
-        save([])
+        if len(stats):  # else nothing is new since the last checkpoint
+            save([])
         sender = stop.name or "a signal to another rank"
         log(f"stopped by {sender} and saved at step {progress.step}: the same command with --resume continues")
     metrics.close()

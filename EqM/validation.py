@@ -33,10 +33,9 @@ def validate(ema, model, vae, loader, num_frames, precision, device, stop):
     The loader gives this rank's validation chunks. Gammas are uniform: multiples of the golden ratio, modulo 1. The
     chunks are the same on any number of ranks. Raises Interrupted.
     """
-    rows, bad = [], []
+    rows, bad, batches = [], [], batches_of(loader)
     with suppress(Interrupted):
-        for batch in batches_of(loader):
-            stop.check()
+        while (batch := stop.wait(batches)) is not None:
             indices, labels, time_scale = batch["indices"], batch["labels"].to(device), batch["time_scales"].to(device)
             gamma = (indices.double() * GOLDEN_RATIO % 1).float()
             x = vae.latents_of(batch["clips"].to(device), 0, "validation", indices.tolist())

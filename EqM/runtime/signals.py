@@ -22,7 +22,7 @@ class StopSignal:
     """
 
     def __init__(self):
-        self.name, self.pending = None, None
+        self.name, self.pending, self.is_waiting = None, None, False
         self.group = dist.new_group(backend="gloo") if is_started() else None
         for number in STOP_SIGNALS:
             if signal.getsignal(number) != signal.SIG_IGN:  # as SIGHUP is under nohup
@@ -32,6 +32,21 @@ class StopSignal:
         self.name = self.name or signal.Signals(number).name
         if number == signal.SIGINT:
             signal.signal(signal.SIGINT, signal.SIG_DFL)
+        if self.is_waiting:
+            self.is_waiting = False
+            raise Interrupted
+
+    def wait(self, batches):
+        """The next of an iterator of batches, None at its end. Raises Interrupted at once if this rank is to stop.
+
+        Others may not know: see `settle`. Loader processes take seconds to start, and a decoder may hang.
+        """
+        self.is_waiting = True
+        try:
+            self.check()
+            return next(batches, None)
+        finally:
+            self.is_waiting = False
 
     def ask(self):
         if self.group is not None:
