@@ -56,7 +56,7 @@ from schedule import current_phase, frames_of_steps, is_due, parse_schedule
 from validation import validate, validation_chunks
 from video.clips import Batches, Clips
 from video.index import BadVideos, save_index
-from video.loader import batches_of, make_loader, on_device
+from video.loader import batches_of, end_children, make_loader, on_device
 from video.writers import tile, write_gif, write_mp4, write_sheet
 
 
@@ -334,6 +334,7 @@ def main():
             save([])
         sender = stop.name or "a signal to another rank"
         log(f"stopped by {sender} and saved at step {progress.step}: the same command with --resume continues")
+    end_children()  # some may still be starting, and the end of their DataLoader would wait for that
     metrics.close()
     del network  # DDP holds the process group
     distributed.stop()
