@@ -333,7 +333,8 @@ def main():
         if len(stats):  # else nothing is new since the last checkpoint
             save([])
         sender = stop.name or "a signal to another rank"
-        log(f"stopped by {sender} and saved at step {progress.step}: the same command with --resume continues")
+        where = f"and saved at step {progress.step}" if progress.step else "before the first step"
+        log(f"stopped by {sender} {where}: the same command with --resume continues")
     end_children()  # some may still be starting, and the end of their DataLoader would wait for that
     metrics.close()
     del network  # DDP holds the process group
