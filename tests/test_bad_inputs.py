@@ -374,7 +374,7 @@ def run(script, flags):
 def the_line(stderr, script):
     """The only line of stderr but for progress bars, which stands on its own."""
     lines = [line.split("\r")[-1] for line in stderr.splitlines()]
-    lines = [line for line in lines if line and "video/s" not in line]
+    lines = [line for line in lines if line and "opening videos" not in line]
     assert len(lines) == 1, lines
     assert lines[0].startswith(f"{script}.py: error: ")
     return lines[0]

@@ -1,6 +1,5 @@
 import json
 import shutil
-import sys
 
 import numpy as np
 import pytest
@@ -14,6 +13,7 @@ import train
 from models import EqM, model_config
 from runtime.cli import UserError
 from tiny_data import make_images
+from training import run_main
 
 
 def make_checkpoint(path, video=True, **settings):
@@ -33,24 +33,18 @@ def make_checkpoint(path, video=True, **settings):
     return path
 
 
-def run(monkeypatch, script, *flags):
-    monkeypatch.setattr(sys, "argv", [script.__file__, *map(str, flags)])
-    script.main()
-
-
 @pytest.fixture(scope="module")
 def exported(tmp_path_factory):
     """(the checkpoint of a video model, the folder it was exported to); tests only read them."""
     folder = tmp_path_factory.mktemp("exported")
     path = make_checkpoint(folder / "best.pt", use_rope=True)
-    with pytest.MonkeyPatch.context() as monkeypatch:
-        run(monkeypatch, export, path, folder / "shared")
+    run_main(export, path, folder / "shared")
     return path, folder / "shared"
 
 
-def sample(monkeypatch, ckpt, folder, *flags):
+def sample(ckpt, folder, *flags):
     flags = ["--num-samples", 3, "--num-sampling-steps", 4, "--stepsize", 0.05, *flags]
-    run(monkeypatch, sample_gd, "--ckpt", ckpt, "--folder", folder, *flags)
+    run_main(sample_gd, "--ckpt", ckpt, "--folder", folder, *flags)
     return np.load(folder / "samples.npz")["arr_0"]
 
 
@@ -58,15 +52,15 @@ def sample(monkeypatch, ckpt, folder, *flags):
     ("video", "settings"),
     [(True, {"use_rope": True}), (True, {}), (False, {}), (False, {"use_rope": True, "ebm": "dot"})],
 )
-def test_an_exported_model_samples_bit_for_bit_what_its_checkpoint_samples(tmp_path, monkeypatch, video, settings):
+def test_an_exported_model_samples_bit_for_bit_what_its_checkpoint_samples(tmp_path, video, settings):
     path = make_checkpoint(tmp_path / "best.pt", video, **settings)
-    run(monkeypatch, export, path, tmp_path / "shared")
+    run_main(export, path, tmp_path / "shared")
     assert sorted(file.name for file in (tmp_path / "shared").iterdir()) == ["config.json", "model.safetensors"]
     kind = ["--video"] if video else []
-    before = sample(monkeypatch, path, tmp_path / "a", *kind)
-    assert np.array_equal(before, sample(monkeypatch, tmp_path / "shared", tmp_path / "b", *kind))
+    before = sample(path, tmp_path / "a", *kind)
+    assert np.array_equal(before, sample(tmp_path / "shared", tmp_path / "b", *kind))
     assert before.std() > 30  # the network had an effect
-    raw = sample(monkeypatch, path, tmp_path / "c", *kind, "--no-ema")
+    raw = sample(path, tmp_path / "c", *kind, "--no-ema")
     assert not np.array_equal(before, raw)  # the EMA weights are exported
 
     model, config, step = checkpoint.load_model(tmp_path / "shared")
@@ -76,14 +70,14 @@ def test_an_exported_model_samples_bit_for_bit_what_its_checkpoint_samples(tmp_p
     assert step == 70
 
 
-def test_half_precision_is_half_as_large_and_close(exported, tmp_path, monkeypatch):
+def test_half_precision_is_half_as_large_and_close(exported, tmp_path):
     path, whole = exported
     half = tmp_path / "half"
-    run(monkeypatch, export, path, half, "--dtype", "fp16")
+    run_main(export, path, half, "--dtype", "fp16")
     sizes = [(folder / "model.safetensors").stat().st_size for folder in (whole, half)]
     assert sizes[0] / sizes[1] == pytest.approx(2, rel=0.01)
     assert {value.dtype for value in load_file(half / "model.safetensors").values()} == {torch.float16}
-    a, b = (sample(monkeypatch, folder, tmp_path / f"of {folder.name}", "--video") for folder in (whole, half))
+    a, b = (sample(folder, tmp_path / f"of {folder.name}", "--video") for folder in (whole, half))
     assert np.abs(a.astype(int) - b.astype(int)).mean() < 1
 
 
@@ -99,16 +93,16 @@ def test_config_json_holds_all_that_sampling_needs_and_no_paths_of_the_machine(e
     assert text.count("\n") > 20  # readable
 
 
-def test_a_folder_that_is_not_empty_is_left_as_it_is(exported, tmp_path, monkeypatch, capsys):
+def test_a_folder_that_is_not_empty_is_left_as_it_is(exported, tmp_path, capsys):
     (tmp_path / "full").mkdir()
     (tmp_path / "full/notes.txt").write_text("mine")
     with pytest.raises(SystemExit) as ended:
-        run(monkeypatch, export, exported[0], tmp_path / "full")
+        run_main(export, exported[0], tmp_path / "full")
     assert ended.value.code == 2
     assert "exists and is not empty" in capsys.readouterr().err
     assert (tmp_path / "full/notes.txt").read_text() == "mine"
     (tmp_path / "empty").mkdir()
-    run(monkeypatch, export, exported[0], tmp_path / "empty")
+    run_main(export, exported[0], tmp_path / "empty")
     assert (tmp_path / "empty/model.safetensors").exists()
 
 
@@ -147,15 +141,15 @@ def fail_on_config(path, text):
 def test_a_full_disk_leaves_no_partial_export(exported, tmp_path, monkeypatch, capsys):
     with monkeypatch.context() as full, pytest.raises(SystemExit) as ended:
         full.setattr("pathlib.Path.write_text", fail_on_config)
-        run(full, export, exported[0], tmp_path / "new/shared")
+        run_main(export, exported[0], tmp_path / "new/shared")
     assert ended.value.code == 1
     assert "No space left on device" in capsys.readouterr().err
     assert list((tmp_path / "new").iterdir()) == []
-    run(monkeypatch, export, exported[0], tmp_path / "new/shared")  # works now
+    run_main(export, exported[0], tmp_path / "new/shared")  # works now
     assert sorted(file.name for file in (tmp_path / "new/shared").iterdir()) == ["config.json", "model.safetensors"]
 
 
-def test_flags_that_contradict_the_checkpoint_are_refused(exported, tmp_path, monkeypatch, capsys):
+def test_flags_that_contradict_the_checkpoint_are_refused(exported, tmp_path, capsys):
     path, shared = exported
     for script, arguments, words in (
         (export, (path, tmp_path / "new", "--model", "EqM-XL/2"), "--model EqM-XL/2"),
@@ -164,27 +158,27 @@ def test_flags_that_contradict_the_checkpoint_are_refused(exported, tmp_path, mo
         (sample_gd, ("--video", "--ckpt", shared, "--no-ema"), "--no-ema"),
     ):
         with pytest.raises(SystemExit) as ended:
-            run(monkeypatch, script, *arguments)
+            run_main(script, *arguments)
         assert ended.value.code == 2
         assert words in capsys.readouterr().err.splitlines()[-1]
     assert not (tmp_path / "new").exists()
 
 
-def test_sampling_again_removes_the_files_of_the_run_before(tmp_path, monkeypatch):
+def test_sampling_again_removes_the_files_of_the_run_before(tmp_path):
     path, folder = make_checkpoint(tmp_path / "best.pt", video=False, ebm="dot"), tmp_path / "s"
-    sample(monkeypatch, path, folder, "--report-energy", "--stop-below", 1e-9)
+    sample(path, folder, "--report-energy", "--stop-below", 1e-9)
     (folder / "notes.txt").write_text("mine")
-    sample(monkeypatch, path, folder, "--num-samples", 1)
+    sample(path, folder, "--num-samples", 1)
     names = {file.name for file in folder.iterdir()}
     assert names == {"000000.png", "grid.png", "samples.npz", "samples.json", "notes.txt"}
 
 
-def test_training_continues_from_an_exported_model_with_a_fresh_optimizer(tmp_path, monkeypatch):
-    run(monkeypatch, export, make_checkpoint(tmp_path / "best.pt", video=False), tmp_path / "shared")
+def test_training_continues_from_an_exported_model_with_a_fresh_optimizer(tmp_path):
+    run_main(export, make_checkpoint(tmp_path / "best.pt", video=False), tmp_path / "shared")
     flags = ["--data-path", make_images(tmp_path / "data", 4), "--results-dir", tmp_path / "results"]
     flags += ["--image-size", 8, "--vae", "none", "--max-steps", 72, "--global-batch-size", 2, "--num-workers", 0]
     flags += ["--lr", 1e-9, "--optimizer", "muon", "--muon-lr", 1e-9]
-    run(monkeypatch, train, "--ckpt", tmp_path / "shared", *flags)
+    run_main(train, "--ckpt", tmp_path / "shared", *flags)
     (folder,) = (tmp_path / "results").iterdir()
     trained = checkpoint.load(folder / "checkpoints/0000072.pt")
     shared = load_file(tmp_path / "shared/model.safetensors")

@@ -7,7 +7,6 @@ import os
 import select
 import shutil
 import subprocess
-import sys
 import time
 from html.parser import HTMLParser
 
@@ -18,6 +17,7 @@ from PIL import Image
 
 import gallery
 from tiny_data import make_images, make_latents
+from training import run_main
 from video.index import scan_videos, split_videos
 from video.writers import write_mp4, write_samples
 
@@ -55,18 +55,12 @@ def real(tmp_path_factory):
     return root
 
 
-def run(*flags):
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(sys, "argv", ["gallery.py", *map(str, flags)])
-        gallery.main()
-
-
 def failure(capsys, *flags, status=2):
     """The one line of an error."""
     with pytest.raises(SystemExit) as ended:
-        run(*flags)
+        run_main(gallery, *flags)
     assert ended.value.code == status
-    (line,) = [line for line in capsys.readouterr().err.splitlines() if "video/s" not in line]
+    (line,) = [line for line in capsys.readouterr().err.splitlines() if "opening videos" not in line]
     assert line.startswith("gallery.py: error: ")
     return line
 
@@ -75,7 +69,7 @@ def failure(capsys, *flags, status=2):
 def samples(tmp_path_factory):
     """A sample folder with its page."""
     folder = make_samples(tmp_path_factory.mktemp("samples") / "my & samples")
-    run(folder)
+    run_main(gallery, folder)
     return folder
 
 
@@ -153,14 +147,14 @@ def test_the_page_loads_no_other_file(samples):
 
 def test_bytes_of_a_class_name_that_are_not_utf_8_become_question_marks(tmp_path):
     folder = make_samples(tmp_path / "samples", [0], [os.fsdecode(b"caf\xe9")])
-    run(folder)
+    run_main(gallery, folder)
     assert "caf?" in Page(folder / "gallery.html").texts
 
 
 def test_beside_each_sample_is_a_validation_clip_of_its_class_with_the_same_rate_size_and_length(tmp_path, real):
     labels = 0, 1, 0, 1, 1
-    run(
-        make_samples(tmp_path / "samples", labels),
+    run_main(
+        gallery, make_samples(tmp_path / "samples", labels),
         "--data-path",
         real,
         "--val-fraction",
@@ -205,7 +199,7 @@ def images(tmp_path_factory):
     """A sample folder of images, with its page, which has a real image beside each."""
     root = tmp_path_factory.mktemp("images")
     folder = make_samples(root / "samples", [0, 1, 0], ["A", "B"], num_frames=1)
-    run(folder, "--data-path", make_images(root / "data", 8), "--val-fraction", 0.5)
+    run_main(gallery, folder, "--data-path", make_images(root / "data", 8), "--val-fraction", 0.5)
     return folder
 
 
@@ -219,7 +213,7 @@ def test_a_page_of_images_holds_png_files(images):
 
 def test_a_large_folder_shows_its_first_samples_and_says_so(samples, tmp_path, capsys):
     out = tmp_path / "page.html"
-    run(samples, "--num-samples", 4, "--out", out)
+    run_main(gallery, samples, "--num-samples", 4, "--out", out)
     assert len(Page(out).named("figure")) == 4
     assert "The first 4 of 6 videos" in out.read_text(encoding="utf-8")
     assert f"{out}: 4 samples (2 more: --num-samples 6)" in capsys.readouterr().out
@@ -388,7 +382,7 @@ def browser(chromium):
 def page(tmp_path_factory, real):
     """The path of a page with 6 samples, each with a real clip beside it."""
     folder = make_samples(tmp_path_factory.mktemp("page") / "samples", [0, 1, 0, 1, 0, 1])
-    run(folder, "--data-path", real, "--val-fraction", 0.5)
+    run_main(gallery, folder, "--data-path", real, "--val-fraction", 0.5)
     return folder / "gallery.html"
 
 

@@ -5,7 +5,6 @@ import json
 import os
 import shutil
 import subprocess
-import sys
 from pathlib import Path
 
 import numpy as np
@@ -20,6 +19,7 @@ from runtime import metrics, runs
 from runtime.cli import one_line
 from tiny_data import make_vae
 from tiny_videos import write_video
+from training import run_main
 from video.index import scan_videos
 
 ROOT = Path(train.__file__).resolve().parents[1]
@@ -37,36 +37,31 @@ def data(tmp_path):
     return root
 
 
-def run(monkeypatch, script, *flags):
-    monkeypatch.setattr(sys, "argv", [script.__file__, *map(str, flags)])
-    script.main()
-
-
 def test_everything_works_with_odd_names_and_no_line_is_forged(data, tmp_path, monkeypatch, capsys):
     monkeypatch.chdir(tmp_path)
     results, cache, vae = tmp_path / f"results{ODD}", tmp_path / f"cache{ODD}", make_vae(str(tmp_path / f"vae{ODD}"))
     (data / CLASSES[0] / f"broken{ODD}.avi").write_bytes(b"RIFF and no more")
     (data / CLASSES[0] / f"bad{ODD}.avi").write_bytes((data / CLASSES[0] / f"--0{ODD}.avi").read_bytes()[:3000])
-    run(monkeypatch, cache_latents, f"--data-path={data}", f"--out={cache}", f"--vae={vae}", "--image-size=16",
+    run_main(cache_latents, f"--data-path={data}", f"--out={cache}", f"--vae={vae}", "--image-size=16",
         "--max-bad-fraction=1")  # fmt: skip
     assert json.loads((cache / "latents.json").read_text())["classes"] == sorted(CLASSES)
     shared = ["--video", "--model=EqM-Ti/4", "--num-frames=4", "--use-rope", "--depth=1", "--global-batch-size=4",
               "--num-workers=0", "--log-every=1", "--max-bad-fraction=1"]  # fmt: skip
     shared += [f"--results-dir={results}", "--sample-every=1", "--num-samples=2", "--num-sampling-steps=2"]
     pixels = [*shared, f"--data-path={data}", "--vae=none", "--image-size=16"]
-    run(monkeypatch, train, *pixels, "--max-steps=1")
+    run_main(train, *pixels, "--max-steps=1")
     runs._locks.pop().close()  # the end of a process would do that
-    run(monkeypatch, train, *pixels, "--max-steps=2", "--resume")
-    run(monkeypatch, train, *shared, f"--data-path={cache}", "--max-steps=1")
+    run_main(train, *pixels, "--max-steps=2", "--resume")
+    run_main(train, *shared, f"--data-path={cache}", "--max-steps=1")
     first, second = sorted(results.iterdir())
     ckpt = results / f"ckpt{ODD}.pt"
     shutil.copy(first / "checkpoints/latest.pt", ckpt)
-    run(monkeypatch, train, *pixels, "--max-steps=3", f"--ckpt={ckpt}")
+    run_main(train, *pixels, "--max-steps=3", f"--ckpt={ckpt}")
 
     exported, samples = tmp_path / f"exported{ODD}", tmp_path / f"samples{ODD}"
-    run(monkeypatch, export, "--", ckpt, exported)
+    run_main(export, "--", ckpt, exported)
     for path in (ckpt, exported):
-        run(monkeypatch, sample_gd, "--video", f"--ckpt={path}", f"--folder={samples}", "--num-samples=2",
+        run_main(sample_gd, "--video", f"--ckpt={path}", f"--folder={samples}", "--num-samples=2",
             "--num-sampling-steps=2", f"--classes={CLASSES[1]}")  # fmt: skip
         assert np.load(samples / "samples.npz")["labels"].tolist() == [1, 1]
     assert json.loads((samples / "samples.json").read_text())["classes"] == sorted(CLASSES)

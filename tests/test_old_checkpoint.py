@@ -15,7 +15,7 @@ import checkpoint
 import sample_gd
 import train
 from runtime.metrics import read_metrics
-from test_export import run
+from training import run_main
 
 OLD = Path(__file__).parent / "data/format1.pt"
 FLAGS = ["--video", "--model", "EqM-Ti/2", "--depth", 1, "--hidden-size", 12, "--num-heads", 1, "--use-rope"]
@@ -46,27 +46,27 @@ def test_it_loads():
     assert (step, model.config.hidden_size, config["training"]["num_frames"]) == (4, 12, 4)
 
 
-def test_it_resumes_as_the_code_that_wrote_it_did(videos, tmp_path, monkeypatch):
+def test_it_resumes_as_the_code_that_wrote_it_did(videos, tmp_path):
     folder = tmp_path / "000-EqM-Ti-2-f4-rope"
     (folder / "checkpoints").mkdir(parents=True)
     (folder / "samples").mkdir()
     shutil.copy(OLD, folder / "checkpoints/latest.pt")
-    run(monkeypatch, train, *FLAGS, "--data-path", videos, "--results-dir", tmp_path, "--max-steps", 6, "--resume")
+    run_main(train, *FLAGS, "--data-path", videos, "--results-dir", tmp_path, "--max-steps", 6, "--resume")
     ((row,), _) = read_metrics(folder / "metrics.jsonl")
     assert row["step"] == 6
     # Means of steps 4 to 6, of which the file has the first
     assert {name: row[name] for name in EXPECTED} == pytest.approx(EXPECTED, rel=1e-3)
 
 
-def test_it_starts_a_new_phase(videos, tmp_path, monkeypatch):
+def test_it_starts_a_new_phase(videos, tmp_path):
     shared = ["--data-path", videos, "--results-dir", tmp_path]
-    run(monkeypatch, train, *FLAGS, *shared, "--num-frames", 6, "--max-steps", 5, "--ckpt", OLD)
+    run_main(train, *FLAGS, *shared, "--num-frames", 6, "--max-steps", 5, "--ckpt", OLD)
     state = checkpoint.load(tmp_path / "000-EqM-Ti-2-f6-rope/checkpoints/0000005.pt")
     assert (state["step"], state["phase"]["first_step"]) == (5, 4)
     assert state["optimizer"]["states"][0]["state"][0]["step"] == 5  # AdamW's state was loaded
 
 
-def test_it_samples(tmp_path, monkeypatch):
+def test_it_samples(tmp_path):
     flags = ["--video", "--ckpt", OLD, "--num-frames", 7, "--num-samples", 2, "--num-sampling-steps", 3]
-    run(monkeypatch, sample_gd, *flags, "--folder", tmp_path)
+    run_main(sample_gd, *flags, "--folder", tmp_path)
     assert np.load(tmp_path / "samples.npz")["arr_0"].shape == (2, 7, 8, 8, 3)

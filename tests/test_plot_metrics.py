@@ -1,7 +1,6 @@
 """Which run continues which, and what is drawn where."""
 
 import json
-import sys
 
 import numpy as np
 import pytest
@@ -10,6 +9,7 @@ from PIL import Image
 
 import plot_metrics
 from plot_metrics import COLORS, load_runs, make_curves, plot_curves, smooth
+from training import run_main
 
 
 @pytest.fixture(autouse=True)
@@ -215,15 +215,10 @@ def test_validation_has_a_row_with_a_line_for_the_own_frames_and_one_for_each_fr
     assert "of zero" in training.get_ylabel()
 
 
-def run(monkeypatch, *flags):
-    monkeypatch.setattr(sys, "argv", ["plot_metrics.py", *map(str, flags)])
-    plot_metrics.main()
-
-
-def test_torn_lines_are_skipped_and_counted_and_odd_names_are_shown_as_they_are(tmp_path, monkeypatch, capsys):
+def test_torn_lines_are_skipped_and_counted_and_odd_names_are_shown_as_they_are(tmp_path, capsys):
     folder = make_run(tmp_path / "_a$b_{$/000-EqM-S-4-f4-rope", 0, 50, torn='{"step": 60, "train')
     out = tmp_path / "new/loss.png"
-    run(monkeypatch, folder.parent, "--out", out)
+    run_main(plot_metrics, folder.parent, "--out", out)
     lines = capsys.readouterr().out.splitlines()
     assert lines[0] == f"{folder / 'metrics.jsonl'}: 1 torn line left out"
     assert lines[-1] == f"{out}: 1 curve"
@@ -233,7 +228,7 @@ def test_torn_lines_are_skipped_and_counted_and_odd_names_are_shown_as_they_are(
     assert texts(plot_curves(curves_of(folder), window=1).legends[0].texts) == [r"_a\$b_{\$/000-EqM-S-4-f4-rope"]
 
 
-def test_bad_input_is_one_line_and_status_2(tmp_path, monkeypatch, capsys):
+def test_bad_input_is_one_line_and_status_2(tmp_path, capsys):
     good = make_run(tmp_path / "E/000-EqM-S-4-f4-rope", 0, 50)
     empty = make_run(tmp_path / "empty", 0, 0)
     odd = make_run(tmp_path / "odd", 0, 0, torn='{"loss": 1}\n')
@@ -255,7 +250,7 @@ def test_bad_input_is_one_line_and_status_2(tmp_path, monkeypatch, capsys):
         ("--out", good),
     ):
         with pytest.raises(SystemExit) as ended:
-            run(monkeypatch, *flags)
+            run_main(plot_metrics, *flags)
         assert ended.value.code == 2
         (line,) = capsys.readouterr().err.splitlines()
         assert line.startswith("plot_metrics.py: error: ")

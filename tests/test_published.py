@@ -23,9 +23,8 @@ import validation
 from models import EqM, EqMConfig
 from runtime.cli import UserError
 from test_checkpoint import Code
-from test_export import run
 from tiny_data import make_images, make_vae
-from training import differences
+from training import differences, run_main
 
 
 def distance(a, b):
@@ -184,7 +183,7 @@ def test_a_bare_file_has_the_energy_that_is_asked_for(reference, tmp_path, tiny_
 def test_a_published_file_can_be_exported(reference, tmp_path, tiny_name, monkeypatch):
     monkeypatch.setattr(export, "NAMES", [tiny_name])
     path = write_file(tmp_path / "a.pt", reference[0], "whole")
-    run(monkeypatch, export, path, tmp_path / "shared", "--model", tiny_name)
+    run_main(export, path, tmp_path / "shared", "--model", tiny_name)
     expected, config, _ = checkpoint.load_model(path, model=tiny_name)
     model, exported_config, _ = checkpoint.load_model(tmp_path / "shared")  # which knows its model
     assert all(torch.equal(value, expected.state_dict()[name]) for name, value in model.state_dict().items())
@@ -261,15 +260,15 @@ def test_a_published_file_that_holds_code_is_refused_and_runs_nothing(reference,
 def test_a_published_file_samples_images_and_starts_a_training_run(reference, tmp_path, tiny_name, monkeypatch):
     path, vae = write_file(tmp_path / "a.pt", reference[0], "whole"), make_vae(tmp_path / "vae")
     shared = ["--ckpt", path, "--model", tiny_name, "--vae", vae, "--num-sampling-steps", 3]
-    run(monkeypatch, sample_gd, *shared, "--num-samples", 3, "--folder", tmp_path / "s", "--classes", 7)
+    run_main(sample_gd, *shared, "--num-samples", 3, "--folder", tmp_path / "s", "--classes", 7)
     samples = np.load(tmp_path / "s/samples.npz")
     assert samples["arr_0"].shape == (3, 16, 16, 3)
     assert samples["labels"].tolist() == [7, 7, 7]
 
     data = make_images(tmp_path / "data", 4)
     monkeypatch.setattr(validation, "CHUNK", 2)
-    run(
-        monkeypatch, train, *shared, "--data-path", data, "--image-size", 16, "--num-classes", 10,
+    run_main(
+        train, *shared, "--data-path", data, "--image-size", 16, "--num-classes", 10,
         "--results-dir", tmp_path / "results", "--max-steps", 2, "--global-batch-size", 2, "--num-workers", 0,
         "--lr", 1e-9, "--log-every", 1, "--sample-every", 2, "--num-samples", 2,
     )  # fmt: skip
@@ -281,7 +280,7 @@ def test_a_published_file_samples_images_and_starts_a_training_run(reference, tm
     assert (folder / "samples/0000002.png").exists()
 
 
-def test_scripts_refuse_flags_that_do_not_fit_a_published_file(reference, tmp_path, tiny_name, monkeypatch, capsys):
+def test_scripts_refuse_flags_that_do_not_fit_a_published_file(reference, tmp_path, tiny_name, capsys):
     path, vae = write_file(tmp_path / "a.pt", reference[0], "bare"), make_vae(tmp_path / "vae")
     data = make_images(tmp_path / "data", 4)
     training = [train, "--data-path", data, "--results-dir", tmp_path / "r", "--image-size", 16]
@@ -289,7 +288,7 @@ def test_scripts_refuse_flags_that_do_not_fit_a_published_file(reference, tmp_pa
 
     def line(script, *flags):
         with pytest.raises(SystemExit) as ended:
-            run(monkeypatch, script, "--ckpt", path, "--vae", vae, *flags)
+            run_main(script, "--ckpt", path, "--vae", vae, *flags)
         assert ended.value.code == 2
         lines = capsys.readouterr().err.splitlines()
         assert len(lines) == 1, lines

@@ -42,7 +42,7 @@ def refuse(monkeypatch, capsys, *flags):
     """The one line that train.py says before it ends with status 2."""
     monkeypatch.setattr(distributed, "start", lambda: pytest.fail("a device was touched"))
     run_main(train, *flags, status=2)
-    (line,) = [line for line in capsys.readouterr().err.splitlines() if line and "video/s" not in line]
+    (line,) = [line for line in capsys.readouterr().err.splitlines() if line and "opening videos" not in line]
     assert "error: " in line
     return line
 

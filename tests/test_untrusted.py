@@ -103,7 +103,7 @@ def test_a_bad_file_is_one_line_and_status_2_and_no_code_has_run(name, videos, t
     with pytest.raises(SystemExit) as ended:
         script.main()
     lines = [line.split("\r")[-1] for line in capsys.readouterr().err.splitlines()]
-    lines = [line for line in lines if "video/s" not in line]
+    lines = [line for line in lines if "opening videos" not in line]
     assert ended.value.code == 2
     assert len(lines) == 1 and words in lines[0], lines
     assert sorted(os.listdir()) == sorted(["videos", place])
