@@ -90,7 +90,7 @@ def batches_of(loader):
 
     A timeout becomes a UserError that names the files being read. The processes are started by this call, as new
     ones ("spawn"): one that is forked from this process could wait forever for a lock that a thread of gloo or
-    TensorBoard held at that moment. They inherit the blocked signals, which torchrun, a terminal or a cluster sends to
+    TensorBoard held at that moment. All inherit the blocked signals, which torchrun, a terminal or a cluster sends to
     the whole process group: the rank still needs them for the current step.
     """
     with blocked(STOP_SIGNALS):
