@@ -19,6 +19,7 @@ import math
 import os
 import pickle
 import shutil
+import threading
 import warnings
 from dataclasses import asdict, dataclass, fields
 from pathlib import Path
@@ -106,16 +107,14 @@ def save(path, state):
         with atomic_write(path) as file:
             torch.save(state, file)
     except (OSError, RuntimeError) as error:  # torch wraps a full disk in a RuntimeError
-        if "DataLoader" in str(error):  # the death of a loader process can surface anywhere
-            raise
         reason = getattr(error, "strerror", None) or str(error).splitlines()[0]
         advice = "free some space: " if getattr(error, "errno", None) == errno.ENOSPC else ""
         raise UserError(f"{path} can't be written ({reason}); {advice}older checkpoints are intact") from error
 
 
-def save_run(folder, names, config, model, ema, optimizers, scaler, progress, unlogged, bad_videos):
-    """Save a run as latest.pt and under its other names; on rank 0 only. unlogged: StepStats.averaged, or None."""
-    state = {
+def run_state(config, model, ema, optimizers, scaler, progress, unlogged, bad_videos):
+    """The content of a run's checkpoint. unlogged: StepStats.averaged, or None."""
+    return {
         "version": VERSION,
         "config": config,
         "model": model.state_dict(),
@@ -130,10 +129,64 @@ def save_run(folder, names, config, model, ema, optimizers, scaler, progress, un
         "best_loss": progress.best_loss,
         "run": {"window": unlogged, "bad_videos": list(bad_videos)},
     }
-    path = Path(folder, "checkpoints", "latest.pt")
-    save(path, state)
-    for name in names:
-        link(path, name)
+
+
+class Writer:
+    """Writes the checkpoints of a run, on rank 0 only: training stands still while the tensors are copied, no longer.
+
+    A thread writes the copy, one at a time. What it raises is raised by the next call of a method.
+    """
+
+    def __init__(self, folder):
+        self.path = Path(folder, "checkpoints", "latest.pt")
+        self.copies = {}  # {place in the state: tensor on the CPU}, for all checkpoints of the run
+        self.thread, self.error = None, None
+
+    def write(self, state, names, before, after):
+        """Save a state as latest.pt and under its other names; the thread calls before() first and after() last."""
+        self.wait()
+        state, copied = self.copy(state), None
+        if torch.cuda.is_available():
+            copied = torch.cuda.Event()
+            copied.record()  # the next step waits for the copies by itself, as it comes after them on the GPU
+
+        def run():
+            try:
+                if copied is not None:
+                    copied.synchronize()
+                before()
+                save(self.path, state)
+                for name in names:
+                    link(self.path, name)
+                after()
+            except BaseException as error:  # noqa: BLE001 (raised again by `check`)
+                self.error = error
+
+        self.thread = threading.Thread(target=run, name="checkpoint")
+        self.thread.start()
+
+    def copy(self, value, place=()):
+        """A state with its tensors copied into memory of the CPU, that of the copies before if the shapes agree."""
+        if isinstance(value, dict):
+            return {name: self.copy(part, (*place, name)) for name, part in value.items()}
+        if isinstance(value, list):
+            return [self.copy(part, (*place, index)) for index, part in enumerate(value)]
+        if not isinstance(value, torch.Tensor):
+            return value
+        if place not in self.copies or self.copies[place].shape != value.shape:
+            self.copies[place] = torch.empty_like(value, device="cpu", pin_memory=value.is_cuda)
+        return self.copies[place].copy_(value, non_blocking=True)
+
+    def check(self):
+        """Raise what went wrong in the thread, if anything did."""
+        if self.error is not None:
+            raise self.error
+
+    def wait(self):
+        """Return once nothing is being written."""
+        if self.thread is not None:
+            self.thread.join()
+        self.check()
 
 
 def link(path, name):
@@ -170,17 +223,18 @@ def complete_names(start, phases, every):
 # Loading
 
 
-def load(path, **asked):
-    """The dict of a checkpoint, on the CPU; asked are the fields of EqMConfig that --model and --ebm give.
+def load(path, check=True, **asked):
+    """The dict of a checkpoint; asked are the fields of EqMConfig that --model and --ebm give. check is `read_torch`'s.
 
-    Raises UserError if it is damaged or not a checkpoint, or a published file that does not hold what was asked for.
+    The tensors of a file stay there and are read when they are used, so that no rank needs a copy of its own. Raises
+    UserError if it is damaged or not a checkpoint, or a published file that does not hold what was asked for.
     """
     if os.path.isdir(path):
         about, weights = read_export(path)
         check_version(path, about["version"])
         state = from_elsewhere({part: about[part] for part in CONFIG_TYPES}, weights, weights, about["step"])
     else:
-        state = read_file(path)
+        state = read_file(path, check)
         if (parts := published_parts(state)) is not None:
             return from_elsewhere(*load_published(path, *parts, asked))
     wanted = {"version", "config", "model", "ema", "optimizer", "step", "phase", "best_loss"}
@@ -196,17 +250,32 @@ def load(path, **asked):
     return state
 
 
+def version_of(path):
+    """Size and time of last change of a file or folder, by which `check_unchanged` knows it; None if there is none."""
+    try:
+        stat = os.stat(path)
+    except OSError:
+        return None
+    return stat.st_size, stat.st_mtime_ns
+
+
+def check_unchanged(path, version):
+    """Raise UserError if a checkpoint was replaced since `version_of`, that is, while its tensors were read."""
+    if version_of(path) != version:
+        raise UserError(f"--ckpt {path}: was replaced while it was being read: start again")
+
+
 def check_version(path, version):
     if not isinstance(version, int) or version != VERSION:
         found = str(version)[:20] if isinstance(version, (int, str)) else type(version).__name__
         raise UserError(f"--ckpt {path}: has format version {found}, this code reads version {VERSION}")
 
 
-def read_file(path):
+def read_file(path, check):
     """The content of a file of torch.save. Raises UserError."""
     flag = f"--ckpt {path}"
     try:
-        return read_torch(path)
+        return read_torch(path, check)
     except FileNotFoundError:
         raise UserError(f"{flag}: no such file; wanted a checkpoint, for example RUN/checkpoints/best.pt") from None
     except pickle.UnpicklingError as error:
@@ -234,6 +303,7 @@ def load_model(path, use_ema=True, model=None, video=None, **checks):
     checks are fields of EqMConfig that must agree, such as use_rope=True, and video says whether it must be a model of
     videos or of images; None is not checked. Only published files need `model`, their --model. Raises UserError.
     """
+    version = version_of(path)
     state = load(path, **model_shape(model), ebm=checks.get("ebm"))
     config = config_of(path, state)
     check_name(path, state, model)
@@ -244,7 +314,21 @@ def load_model(path, use_ema=True, model=None, video=None, **checks):
     check(path, config, **checks)
     network = EqM(config)
     load_weights(path, network, state["ema" if use_ema else "model"])
+    check_unchanged(path, version)
     return network.eval(), state["config"], state["step"]
+
+
+def say_if_old(path, step):
+    """Say so if a best.pt is older than the latest.pt beside it by more than a fifth of the steps of its phase."""
+    latest = Path(path).with_name("latest.pt")
+    if Path(path).name != "best.pt" or not latest.is_file():
+        return
+    newest = load(latest, check=False)
+    if newest["step"] - step > (newest["step"] - newest["phase"].get("first_step", 0)) / 5:
+        say(
+            f"note: best.pt is of step {step}, latest.pt of step {newest['step']}, and the validation loss has not "
+            f"fallen since: --ckpt {latest} samples the newest weights"
+        )
 
 
 def load_run(start, model, ema, optimizers, scaler):
@@ -256,6 +340,7 @@ def load_run(start, model, ema, optimizers, scaler):
         load_optimizers(optimizers, state["optimizer"]["states"])
         if scaler.is_enabled() and state["optimizer"].get("scaler"):  # the last phase may have been in bf16
             scaler.load_state_dict(state["optimizer"]["scaler"])
+    check_unchanged(start.path, start.version)
 
 
 def load_weights(path, model, weights):
@@ -271,6 +356,8 @@ def load_optimizers(optimizers, saved):
     """Restore the optimizers' state of each weight; settings such as the learning rate stay those of the flags."""
     for optimizer, state in zip(optimizers, saved, strict=True):
         optimizer.load_state_dict(state | {"param_groups": optimizer.state_dict()["param_groups"]})
+        for values in optimizer.state.values():  # on the CPU they would still be those of the file
+            values |= {name: value.clone() for name, value in values.items() if isinstance(value, torch.Tensor)}
 
 
 def config_of(path, state):
@@ -350,6 +437,7 @@ class Start:
 
     progress: Progress
     path: Path | None = None  # of the checkpoint
+    version: tuple | None = None  # see `version_of`
     state: dict | None = None  # and its content
     folder: Path | None = None  # of the run to resume, also if it has no checkpoint yet
 
@@ -361,11 +449,25 @@ class Start:
     @property
     def unlogged(self):
         """The StepStats of a run that was stopped before it could log them; None in any other case."""
-        return self.state["run"]["window"] if self.resumes else None
+        return self.run.get("window")
+
+    @property
+    def run(self):
+        """What the checkpoint says of the run itself; empty unless the run is resumed."""
+        return (self.state.get("run") or {}) if self.resumes else {}
+
+    def describe(self):
+        """What must be the same on all machines."""
+        return str(self.path), self.progress.step, str(self.folder)
+
+    @property
+    def precision(self):
+        """--precision of the run; None unless it is resumed."""
+        return self.state["config"]["training"].get("precision") if self.resumes else None
 
     @property
     def bad_videos(self):
-        return self.state["run"]["bad_videos"] if self.resumes else []
+        return self.run.get("bad_videos", [])
 
 
 def find_start(args, name):
@@ -377,18 +479,15 @@ def find_start(args, name):
     folder = newest_run(args.results_dir, name)
     if folder and not args.resume and not is_restarted(folder):
         folder = None
-    given = {name: value for name in SHAPE if (value := getattr(args, name, None)) is not None}
-    asked = model_shape(args.model) | given | {"ebm": args.ebm}
+    asked = asked_shape(args)
     start = Start(Progress(), folder=folder)
     if folder:
         if rank() == 0:
             lock(folder)
             remove_temporary_files(folder)
-        start.path, start.state = newest_checkpoint(folder, **asked)
-        if start.state:
-            start.state["run"] = start.state.get("run") or {"window": None, "bad_videos": []}
+        start.path, start.version, start.state = newest_checkpoint(folder, **asked)
     if start.path is None and args.ckpt:
-        start.path, start.state = Path(args.ckpt), load(args.ckpt, **asked)
+        start.path, start.version, start.state = Path(args.ckpt), version_of(args.ckpt), load(args.ckpt, **asked)
     if start.path is None:
         return start
     state, step = start.state, start.state["step"]
@@ -409,21 +508,26 @@ def find_start(args, name):
     return start
 
 
+def asked_shape(args):
+    """What `load` needs to know of the flags of train.py."""
+    given = {name: value for name in SHAPE if (value := getattr(args, name, None)) is not None}
+    return model_shape(args.model) | given | {"ebm": args.ebm}
+
+
 def newest_checkpoint(folder, **asked):
-    """(path, dict as of `load`) of the newest intact checkpoint of a run; (None, None) if it has none.
+    """(path, `version_of` it, its dict as of `load`) of the newest intact checkpoint of a run; three None without any.
 
     Damaged ones are named. latest.pt is always the newest; the others are read only if it is missing or damaged.
     """
-    steps = {}
-    latest = Path(folder, "checkpoints", "latest.pt")
+    found, latest = [], Path(folder, "checkpoints", "latest.pt")
     for path in sorted(latest.parent.glob("*.pt"), key=lambda path: (path != latest, path)):
+        version = version_of(path)
         try:
             state = load(path, **asked)
         except UserError as error:
             say(f"note: {error}")
             continue
+        found.append((path, version, state))
         if path == latest:
-            return path, state
-        steps[path] = state["step"]
-    newest = max(steps, key=steps.get, default=None)
-    return newest, newest and load(newest, **asked)
+            break
+    return max(found, key=lambda one: one[2]["step"], default=(None, None, None))

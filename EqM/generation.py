@@ -2,11 +2,14 @@
 
 import argparse
 import hashlib
+import itertools
 import os
+from copy import deepcopy
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
 import torch
+from torch import nn
 from tqdm import tqdm
 
 import checkpoint
@@ -15,7 +18,7 @@ import transport
 from models import EBMS, NAMES, EqM, model_name
 from rope import REFERENCE_FPS
 from runtime import distributed
-from runtime.cli import COUNT, NATURAL, NON_NEGATIVE, POSITIVE, UserError, number, say
+from runtime.cli import COUNT, NATURAL, NON_NEGATIVE, POSITIVE, UserError, number, say, settle_precision
 from runtime.rng import normal
 from runtime.untrusted import FPS
 from samplers import DESCENTS, SOLVERS, guided, sample
@@ -125,11 +128,32 @@ class Source:
 
     def to(self, device, args):
         """Move the networks to the device, and do what --precision and --compile ask for."""
-        self.model.to(device).requires_grad_(False)
         self.vae.to(device)
         distributed.set_precision(args.precision)
+        self.model = cast_products(self.model.to(device).requires_grad_(False), args.precision)
         if args.compile:
             self.model.compile_blocks()
+
+
+def cast_products(model, precision):
+    """The model to sample from in that --precision; nothing is copied unless it is mixed.
+
+    Autocast casts a weight that needs no gradient anew in each call of the network. So this returns a copy in which the
+    weights of all matrix products are cast once; it shares the other weights with the model. Its outputs under autocast
+    are those of the model, bit for bit. It is compiled if the model is.
+    """
+    if precision not in distributed.MIXED:
+        return model
+    copies = {id(tensor): tensor for tensor in itertools.chain(model.parameters(), model.buffers())}
+    for module in model.modules():
+        if isinstance(module, (nn.Linear, nn.Conv3d)):  # the convolution of PatchEmbed is a matrix product, too
+            for weight in module.parameters():
+                cast = weight.detach().to(distributed.MIXED[precision])
+                copies[id(weight)] = nn.Parameter(cast, requires_grad=False)
+    copy = deepcopy(model, copies)  # takes the tensors from `copies`
+    if model.is_compiled:  # which deepcopy forgets
+        copy.compile_blocks()
+    return copy
 
 
 def open_checkpoint(args):
@@ -144,6 +168,8 @@ def open_checkpoint(args):
         temporal_patch_size=args.temporal_patch_size,
         num_classes=args.num_classes,
     )
+    settle_precision(args, energy=model.config.ebm != "none")
+    checkpoint.say_if_old(args.ckpt, step)
     data, training = config["data"], config["training"]
     vae = open_vae(args, model.config, data)
     num_frames = args.num_frames or training["num_frames"]
@@ -244,68 +270,89 @@ def generate_clips(
     source, indices, seed, device, settings, batch_size=16, init=None, init_gamma=0.0, energy=False, show=True,
     before_evaluation=None,
 ):  # fmt: skip
-    """The samples `indices` of a Source; each depends on its index, the seed and the network, not on its batch.
+    """Generate the samples `indices` of a Source, batch by batch, with one progress bar for all of them.
 
-    init, if given, are clips uint8 (n, 3, T, H, W) that have the share init_gamma in the start; the rest is noise.
-    before_evaluation(), if given, is called before each evaluation of the network, and may raise.
-    Returns videos uint8 (n, T, H, W, 3), evaluations (n,) and, with `energy`, energies (n, num_steps), else None.
+    Each sample depends on its index, the seed and the network; on the others of its batch by rounding only.
+    init(indices), if given, returns clips uint8 (n, 3, T, H, W) that have the share init_gamma in the start; the rest
+    is noise. before_evaluation(), if given, is called before each evaluation of the network, and may raise.
+    Yields of each batch: videos uint8 (n, T, H, W, 3), evaluations (n,) and energies (n, num_steps), None without
+    `energy`.
     """
-    config, n = source.model.config, len(indices)
 
     def network(*inputs):
         if before_evaluation is not None:
             before_evaluation()
         return source.model(*inputs)
 
+    batches = [indices[first : first + batch_size] for first in range(0, len(indices), batch_size)]
+    with sampling_bar(len(batches), settings["num_steps"], show) as progress:
+        for batch in batches:
+            latents, evaluations, energies = generate_batch(
+                network,
+                start_points(source, batch, seed, device, init, init_gamma),
+                source.labels[batch].to(device),
+                torch.full((len(batch),), source.time_scale, device=device),
+                progress,
+                null_label=source.model.config.num_classes,
+                energy=source.model.energy if energy else None,
+                start_gamma=init_gamma,
+                **settings,
+            )
+            yield source.vae.decode(latents), evaluations, energies
+
+
+def start_points(source, indices, seed, device, init, init_gamma):
+    """Where the samples `indices` start, (n, C, T, h, w): noise, or as `generate_clips` says of init."""
+    config = source.model.config
     shape = (config.in_channels, source.num_frames, config.input_size, config.input_size)
-    start = normal(seed, "sample", 0, indices, shape).to(device)
-    if init is not None:
-        encoded = torch.cat([source.vae.encode(clips.to(device)) for clips in init.split(batch_size)])
-        start = transport.interpolate(encoded, start, torch.full((n,), init_gamma, device=device))
-    latents, evaluations, energies = generate(
-        network,
-        start,
-        source.labels[indices].to(device),
-        torch.full((n,), source.time_scale, device=device),
-        null_label=config.num_classes,
-        batch_size=batch_size,
-        show=show,
-        energy=source.model.energy if energy else None,
-        start_gamma=init_gamma,
-        **settings,
-    )
-    return source.vae.decode(latents), evaluations, energies
+    noise = normal(seed, "sample", 0, indices, shape).to(device)
+    if init is None:
+        return noise
+    encoded = source.vae.encode(init(indices).to(device))
+    return transport.interpolate(encoded, noise, torch.full((len(indices),), init_gamma, device=device))
+
+
+def generate(network, start, labels, time_scale, null_label, batch_size=16, show=True, energy=None, **settings):
+    """Turn noise into samples, batch by batch, with one progress bar for all of them.
+
+    start (N, C, T, H, W) float32, labels (N,), time_scale (N,); the rest is as in `generate_batch`.
+    Returns samples (N, C, T, H, W), evaluations (N,) and energies (N, num_steps), None without `energy`.
+    """
+    num_steps, results = settings["num_steps"], []
+    if len(start) == 0:
+        return start, labels, None if energy is None else start.new_empty(0, num_steps)
+    batches = list(zip(*(part.split(batch_size) for part in (start, labels, time_scale)), strict=True))
+    with sampling_bar(len(batches), num_steps, show) as progress:
+        for batch in batches:
+            results.append(generate_batch(network, *batch, progress, null_label, energy=energy, **settings))
+    samples, evaluations, energies = zip(*results, strict=True)
+    return torch.cat(samples), torch.cat(evaluations), None if energy is None else torch.cat(energies)
+
+
+def sampling_bar(num_batches, num_steps, show):
+    return tqdm(total=num_batches * num_steps, desc="sampling", unit="point", leave=False, disable=not show)
 
 
 @torch.no_grad()
-def generate(
-    network, start, labels, time_scale, null_label, guidance, precision="fp32", batch_size=16, show=True, energy=None,
-    **settings,
-):  # fmt: skip
-    """Turn noise into samples, batch by batch, with one progress bar for all of them.
+def generate_batch(
+    network, x, labels, time_scale, progress, null_label, guidance, precision="fp32", energy=None, **settings
+):
+    """Turn the noise x (B, C, T, H, W) float32 into samples, and move the progress bar by num_steps.
 
-    start (N, C, T, H, W) float32, labels (N,), time_scale (N,); settings are those of `samplers.sample`. precision is
-    that of the network only: the samples stay float32. energy(x, y, time_scale) -> (N,), if given, is
-    evaluated at every point.
-    Returns samples (N, C, T, H, W), evaluations (N,) and energies (N, num_steps): NaN after the point where a sample
+    labels (B,), time_scale (B,); settings are those of `samplers.sample`. precision is that of the network only: the
+    samples stay float32. energy(x, y, time_scale) -> (B,), if given, is evaluated at every point.
+    Returns samples (B, C, T, H, W), evaluations (B,) and energies (B, num_steps): NaN after the point where a sample
     stopped, None without `energy`.
     """
-    device, num_steps, results = start.device, settings["num_steps"], []
-    if len(start) == 0:  # more ranks than samples
-        return start, labels, None if energy is None else start.new_empty(0, num_steps)
-    batches = list(zip(*(part.split(batch_size) for part in (start, labels, time_scale)), strict=True))
-    with (
-        tqdm(total=len(batches) * num_steps, desc="sampling", unit="point", leave=False, disable=not show) as progress,
-        distributed.autocast(device, precision),
-    ):
-        for done, (x, y, scale) in enumerate(batches, start=1):
-            field = guided(network, y, scale, guidance, null_label)
-            guided_energy = energy and guided(energy, y, scale, guidance, null_label)
-            observer = Observer(guided_energy, len(x), num_steps, device, progress)
-            results.append((*sample(field, x, observe=observer, **settings), observer.energies))
-            progress.update(done * num_steps - progress.n)  # if all stopped early
-    samples, evaluations, energies = zip(*results, strict=True)
-    return torch.cat(samples), torch.cat(evaluations), None if energy is None else torch.cat(energies)
+    num_steps = settings["num_steps"]
+    end = progress.n + num_steps
+    with distributed.autocast(x.device, precision):
+        field = guided(network, labels, time_scale, guidance, null_label)
+        guided_energy = energy and guided(energy, labels, time_scale, guidance, null_label)
+        observer = Observer(guided_energy, len(x), num_steps, x.device, progress)
+        samples, evaluations = sample(field, x, observe=observer, **settings)
+    progress.update(end - progress.n)  # if all stopped early
+    return samples, evaluations, None if energy is None else observer.energies
 
 
 class Observer:

@@ -364,6 +364,7 @@ class EqM(nn.Module):
     def compile_blocks(self):
         """Compile the blocks with torch.compile; one graph serves all blocks, batch sizes and numbers of tokens."""
         self.is_compiled = True
+        torch._dynamo.config.optimize_ddp = False  # or DDP would cut the graph of a block at the ends of its buckets
         for block in self.blocks:
             block.compile()
 

@@ -1,6 +1,7 @@
 """All that can be wrong with a training run before a GPU is used or a run folder is made.
 
-Flags, data, checkpoint and model are checked in this order. What a user can put right raises UserError.
+Flags, data, checkpoint and model are checked in this order. What a user can put right raises UserError. The first rank
+of each machine checks for the others there.
 """
 
 import math
@@ -12,9 +13,10 @@ from pathlib import Path
 import checkpoint
 from generation import check_sampling_flags
 from models import model_config, model_shape
+from optim import MUON_DECAY
 from runtime import distributed
-from runtime.cli import UserError, check_devices, check_speed_flags, check_writable, say
-from runtime.distributed import rank, world_size
+from runtime.cli import UserError, check_devices, check_speed_flags, check_writable, say, settle_precision
+from runtime.distributed import local_rank, rank, world_size
 from runtime.metrics import import_wandb
 from runtime.runs import check_job
 from runtime.untrusted import is_text
@@ -28,17 +30,23 @@ MODEL_FLAGS = ("depth", "hidden_size", "num_heads", "temporal_patch_size", "rope
 
 
 def check_run(args):
-    """(start, vae, config, data, phases) of the run that the flags of train.py ask for. Raises UserError.
+    """(start, vae, config, data, phases) of the run that the flags of train.py ask for; None if another rank finds it.
 
-    data, and the number of classes in config, are known on rank 0 only: the others wait for it in distributed.start().
-    phases is empty without --frames-schedule. Flags that were left out are filled in.
+    data, and the number of classes in config, are known on rank 0 only: see `share_run`. phases is empty without
+    --frames-schedule. Flags that were left out are filled in. Raises UserError.
     """
+    check_devices()
+    if local_rank() != 0:
+        return None
     check_flags(args)
     check_data_path(args.data_path, images=not args.video)
     vae = load_run_vae(args)
     start = checkpoint.find_start(args, run_name(args))
     args.model = args.model or (None if start.state else DEFAULT_MODEL)
     config, data = make_config(args, vae, start), None
+    settle_precision(args, config.ebm != "none", kept=start.precision)
+    if args.skip_nonfinite and args.precision == "fp16":
+        raise UserError("--skip-nonfinite: --precision fp16 skips steps that overflow by itself: leave it out")
     phases = plan_phases(args, config)
     args.model = args.model or start.state["config"]["training"]["model"]
     if rank() == 0:
@@ -51,10 +59,34 @@ def check_run(args):
     return start, vae, config, data, phases
 
 
+def share_run(args, run):
+    """(args, start, vae, config, data, phases) as `check_run` found them on rank 0, for all ranks of a started group.
+
+    Raises UserError unless all machines start from the same checkpoint and in the same folder.
+    """
+    start, vae, config, data, phases = run or [None] * 5
+    starts = {found for found in distributed.gather(start and start.describe()) if found}
+    if len(starts) > 1:
+        found = ", ".join(f"{path} (step {step})" for path, step, _ in sorted(starts))
+        raise UserError(
+            f"the ranks start from different checkpoints, {found}: if an earlier run was still saving, start again; "
+            "otherwise all machines need the same files"
+        )
+    state = start and start.state
+    shared = args, start and replace(start, state=None), config, data, phases
+    args, start, config, data, phases = distributed.broadcast(shared)
+    if run is None:
+        vae = load_vae(args.vae)
+        state = checkpoint.load(start.path, **checkpoint.asked_shape(args)) if start.path else None
+    start.state = state
+    return args, start, vae, config, data, phases
+
+
 def check_flags(args):
-    """Raise UserError for flags that contradict each other, the machine or the file system; fill in those of images."""
+    """Raise UserError for flags that contradict each other, the machine or the file system; fill in what follows."""
     settle_frames(args)
-    check_devices()
+    if args.weight_decay is None:
+        args.weight_decay = MUON_DECAY if args.optimizer == "muon" else 0.0
     check_job()
     check_speed_flags(args)
     check_sampling_flags(args)
@@ -62,8 +94,6 @@ def check_flags(args):
         if (value := getattr(args, name)) is not None and not args.use_rope:
             flag = f"--{name.replace('_', '-')} {value}"
             raise UserError(f"{flag} needs rotary positions: add --use-rope, or leave it out")
-    if args.skip_nonfinite and args.precision == "fp16":
-        raise UserError("--skip-nonfinite: --precision fp16 skips steps that overflow by itself: leave it out")
     if len(args.frame_interval) > 2 or args.frame_interval[0] > args.frame_interval[-1]:
         found = " ".join(map(str, args.frame_interval))
         raise UserError(f"--frame-interval {found}: wanted one number, or two of which the second is not smaller")
@@ -208,17 +238,6 @@ def fit_classes(args, config, start, classes):
         if before != classes:
             say(f"note: the classes were {', '.join(before[:3])} ...; now they are {', '.join(classes[:3])} ...")
     return replace(config, num_classes=num_classes)
-
-
-def check_alike(start):
-    """Raise UserError unless all ranks start from the same checkpoint, and in the same folder."""
-    starts = set(distributed.gather((str(start.path), start.progress.step, str(start.folder))))
-    if len(starts) > 1:
-        found = ", ".join(f"{path} (step {step})" for path, step, _ in sorted(starts))
-        raise UserError(
-            f"the ranks start from different checkpoints, {found}: if an earlier run was still saving, start again; "
-            "otherwise all machines need the same files"
-        )
 
 
 def run_name(args):

@@ -8,13 +8,17 @@ Published image models need --model.
 """
 
 import csv
+import functools
+import itertools
 import json
+import math
 from pathlib import Path
 
 import torch
 
 import generation
 from runtime import distributed
+from runtime.atomic import atomic_write
 from runtime.cli import (
     COUNT,
     SHARE,
@@ -28,10 +32,13 @@ from runtime.cli import (
     one_line_errors,
     say,
 )
-from runtime.distributed import collect, own_indices, rank
+from runtime.distributed import own_indices, rank, world_size
 from samplers import SOLVERS
 from video.clips import init_files, read_init
 from video.writers import write_samples
+
+UNFINISHED = "samples.unfinished"  # a file that is in the folder while samples are written
+KEPT_CLIPS = 32  # clips of --init that are kept in memory
 
 
 def parse_args():
@@ -75,18 +82,23 @@ def check_flags(args):
         raise UserError(f"--init-gamma 1 leaves --sampler {args.sampler} nothing to do: it integrates from there to 1")
 
 
-def read_init_clips(args, source, indices):
-    """The --init clips of the samples `indices`, uint8 (n, 3, T, H, W); None without --init. Raises UserError."""
+def init_reader(args, source, indices):
+    """A function that returns the --init clips of some samples, uint8 (n, 3, T, H, W); None without --init.
+
+    The files of the samples `indices` are read here once, to raise UserError if one is not as it should be.
+    """
     if args.init is None:
         return None
     images, files = not args.video, init_files(args.init, images=not args.video)
 
-    def read(file):
-        return read_init(file, source.num_frames, source.time_scale, source.image_size, images)
+    @functools.lru_cache(KEPT_CLIPS)
+    def read(number):
+        clip = read_init(files[number], source.num_frames, source.time_scale, source.image_size, images)
+        return torch.from_numpy(clip).permute(3, 0, 1, 2)
 
-    clips = {file: read(files[file]) for file in {index % len(files) for index in indices}}
-    clips = [torch.from_numpy(clips[index % len(files)]).permute(3, 0, 1, 2) for index in indices]
-    return torch.stack(clips) if clips else None
+    for number in sorted({index % len(files) for index in indices}):
+        read(number)
+    return lambda indices: torch.stack([read(index % len(files)) for index in indices])
 
 
 @one_line_errors()
@@ -99,48 +111,87 @@ def main():
             wanted = "trained without an energy (--ebm dot or l2)"
             raise UserError(f"--report-energy: {args.ckpt} was {wanted}: leave it out")
         args.num_frames = source.num_frames
-        indices = own_indices(args.num_samples)
-        init = read_init_clips(args, source, indices)
+        indices = own_indices(args.num_samples, block=args.batch_size)
+        init = init_reader(args, source, indices)
     except UserError as error:
         fail(error)
 
     device = distributed.start()
     source.to(device, args)
-    videos, evaluations, energies = generation.generate_clips(
+    idle = world_size() - math.ceil(args.num_samples / args.batch_size)
+    if idle > 0:
+        say(f"note: {idle} of {world_size()} ranks have nothing to do: a smaller --batch-size shares the work")
+    made = generation.generate_clips(
         source, indices, args.seed, device, generation.sampling_settings(args), args.batch_size, init, args.init_gamma,
         energy=args.report_energy, show=rank() == 0,
     )  # fmt: skip
-    videos, evaluations = collect(indices, videos), collect(indices, evaluations)  # on rank 0
-    energies = collect(indices, energies) if args.report_energy else None
+    batches = in_order(made, math.ceil(args.num_samples / (args.batch_size * world_size())))
     if rank() == 0:
-        write_folder(args, source, videos, evaluations)
-        if args.stop_below is not None:
-            write_evaluations(args, [source.classes[label] for label in source.labels], evaluations)
-        if energies is not None:
-            write_energies(args, energies)
+        write_folder(args, source, batches)
+    else:
+        list(batches)  # nothing comes out of it, but the ranks meet in each round
     distributed.stop()
 
 
-def write_folder(args, source, videos, evaluations):
-    """The videos or images, previews of them, samples.npz, and samples.json, which says how they were made."""
+def in_order(made, rounds):
+    """The batches (videos, evaluations, energies) of all ranks, in order and on the CPU, on rank 0.
+
+    made: iterator over those of this rank. All ranks run through this: each gives one batch per round, if it has one
+    left. A batch has the same samples on any number of ranks, so the samples have the same bytes.
+    """
+    for _ in range(rounds):
+        batch = next(made, None)
+        batch = batch and [None if part is None else part.cpu() for part in batch]
+        yield from filter(None, distributed.gather_on_first(batch) or [])
+
+
+def write_folder(args, source, batches):
+    """The videos or images, previews of them, samples.npz, reports, and last samples.json: how they were made.
+
+    batches: iterator of (videos, evaluations, energies). A folder without samples.json is not complete.
+    """
     folder, names = Path(args.folder), [source.classes[label] for label in source.labels]
-    remove_old_samples(folder)
-    write_samples(folder, videos.numpy(), source.labels, 1 / source.time_scale, names)
+    evaluations, energies = [], []
+
+    def videos_of(batches):
+        for videos, spent, energy in batches:
+            evaluations.append(spent)
+            energies.append(energy)
+            yield videos.numpy()
+
+    videos = videos_of(batches)
+    videos = itertools.chain([next(videos)], videos)  # if that fails, the samples of an earlier call stay
+    begin_folder(folder)
+    write_samples(folder, videos, source.labels, 1 / source.time_scale, names)
+    evaluations = torch.cat(evaluations)
+    if args.stop_below is not None:
+        write_evaluations(args, names, evaluations)
+    if args.report_energy:
+        write_energies(args, torch.cat(energies))
     about = {"classes": source.classes, "time_scale": source.time_scale}
     about |= {"mean_evaluations": evaluations.double().mean().item()}
     about |= {"source": generation.provenance(source, args), "flags": vars(args)}
-    (folder / "samples.json").write_text(json.dumps(about, indent=2))
+    with atomic_write(folder / "samples.json") as file:
+        file.write(json.dumps(about, indent=2).encode())
+    (folder / UNFINISHED).unlink()
     what = f"videos of {args.num_frames} frames" if args.video else "images"
-    say(f"{folder}: {len(videos)} {what}, previews and samples.npz")
+    say(f"{folder}: {len(names)} {what}, previews and samples.npz")
 
 
-def remove_old_samples(folder):
-    """Remove the samples of an earlier call from a folder, so that everything in it is from one call."""
-    if (folder / "samples.json").exists():
+def begin_folder(folder):
+    """Make the folder, or remove the samples of an earlier call from it, so that everything in it is from one call.
+
+    They are removed only where samples.json, or UNFINISHED of a call that did not end, says that they are samples.
+    """
+    is_old = (folder / "samples.json").exists() or (folder / UNFINISHED).exists()
+    folder.mkdir(parents=True, exist_ok=True)
+    (folder / UNFINISHED).touch()
+    if is_old:
+        (folder / "samples.json").unlink(missing_ok=True)  # first: without it, the rest is not taken for complete
         numbered = [path for path in folder.glob("[0-9]" * 6 + ".*") if path.suffix in (".mp4", ".gif", ".png")]
         reports = [folder / f"{name}.{kind}" for name in ("evaluations", "energy") for kind in ("csv", "png")]
-        pages = [folder / name for name in ("grid.gif", "grid.png", "sheet.png", "gallery.html")]
-        for path in (*numbered, *reports, *pages):
+        names = ("grid.gif", "grid.png", "sheet.png", "gallery.html", "samples.npz", "samples.npz.tmp")
+        for path in (*numbered, *reports, *(folder / name for name in names)):
             path.unlink(missing_ok=True)
 
 
@@ -162,8 +213,8 @@ def write_energies(args, energies):
     """The energy of each sample at each step: a table and a plot."""
     from scoring import plots  # matplotlib takes a while to load
 
-    folder, known = Path(args.folder), (~energies.isnan()).nonzero().tolist()
-    rows = ((sample, step, energies[sample, step].item()) for sample, step in known)
+    folder, each = Path(args.folder), enumerate(energies)
+    rows = ((sample, *point) for sample, row in each for point in enumerate(row.tolist()) if not math.isnan(point[1]))
     write_csv(folder / "energy.csv", ["sample", "step", "energy"], rows)
     plots.plot_energies(folder / "energy.png", energies.numpy(), args.sampler)
     say(f"energy of each sample over the steps: {folder / 'energy.csv'}, energy.png")

@@ -21,7 +21,7 @@ import time
 from collections import Counter
 from contextlib import nullcontext, suppress
 from copy import deepcopy
-from dataclasses import asdict
+from dataclasses import asdict, replace
 
 import torch
 from torch.nn.utils import clip_grad_norm_
@@ -30,9 +30,9 @@ from tqdm import tqdm
 import checkpoint
 import preflight
 import transport
-from generation import Source, add_sampling_flags, generate_clips, sampling_settings
+from generation import Source, add_sampling_flags, cast_products, generate_clips, sampling_settings
 from models import EBMS, NAMES, EqM, model_name
-from optim import check_gradient, ema_decay, lr_multiplier, make_optimizers, set_learning_rates, update_ema
+from optim import MUON_DECAY, check_gradient, ema_decay, lr_multiplier, make_optimizers, set_learning_rates, update_ema
 from runtime import distributed, runs
 from runtime.cli import (
     COUNT,
@@ -49,7 +49,7 @@ from runtime.cli import (
     say,
 )
 from runtime.distributed import rank, world_size
-from runtime.metrics import Metrics, StepStats
+from runtime.metrics import Metrics, StepStats, bar_text, device_stats
 from runtime.rng import normal, uniform
 from runtime.signals import Interrupted, StopSignal
 from schedule import current_phase, frames_of_steps, is_due, parse_schedule
@@ -73,6 +73,8 @@ def parse_args():
     add("--resume", action="store_true", help="continue the newest run of this model, frames and positions, if any")
     add("--log-every", type=COUNT, default=100, metavar="N", help="steps between two lines of metrics")
     add("--ckpt-every", type=COUNT, default=50_000, metavar="N", help="steps between checkpoints; the last step saves")
+    minutes = "minutes after which latest.pt is saved anew, if nothing else was saved meanwhile; 0 = off"
+    add("--save-minutes", type=NON_NEGATIVE, default=15.0, metavar="M", help=minutes)
     keep = "numbered checkpoints to keep, the newest ones, besides best.pt and the last of each phase; default: all"
     add("--keep-last", type=COUNT, metavar="N", help=keep)
     add(
@@ -137,7 +139,7 @@ def add_model_and_data_flags(parser):
         help="loader processes per rank, as many again for validation; 0 = load in-process",
     )
     timeout = "seconds for the loader processes to start, and to make a batch, before the run ends; 0 = no limit"
-    add("--loader-timeout", type=NON_NEGATIVE, default=600.0, metavar="S", help=timeout)
+    add("--loader-timeout", type=NON_NEGATIVE, default=300.0, metavar="S", help=timeout)
 
 
 def add_optimisation_flags(parser):
@@ -153,7 +155,8 @@ def add_optimisation_flags(parser):
     add("--lr-decay", type=SHARE, default=0.0, metavar="F", help=decay)
     add("--warmup-steps", type=NATURAL, default=0, metavar="N", help="steps up to the full learning rate; 0 = off")
     add_removed(add, "--rewarmup", "it changed neither the loss nor the bump at a switch: leave it out")
-    add("--weight-decay", type=NON_NEGATIVE, default=0.0, metavar="X", help="decoupled weight decay; 0 = off")
+    decay = f"decoupled weight decay; 0 = off; default: {MUON_DECAY} with --optimizer muon, else 0"
+    add("--weight-decay", type=NON_NEGATIVE, metavar="X", help=decay)
     add("--clip-grad", type=NON_NEGATIVE, default=1.0, metavar="X", help="largest norm of the gradient; 0 = off")
     nonfinite = "steps in a row that may be skipped for a gradient that is not finite; 0: the first ends the run"
     add("--skip-nonfinite", type=NATURAL, default=0, metavar="N", help=nonfinite)
@@ -176,12 +179,11 @@ def main():
 
     # What the user can put right ends here, with one line and status 2, before a GPU is used or a run folder is made.
     try:
-        start, vae, config, data, phases = preflight.check_run(args)
+        run = preflight.check_run(args)
     except UserError as error:
         fail(error)
-    device = distributed.start()
-    data, config = distributed.broadcast((data, config))
-    preflight.check_alike(start)
+    device = distributed.start(distributed.STEP_TIME)
+    args, start, vae, config, data, phases = preflight.share_run(args, run)
     progress = start.progress
     phases = phases or [preflight.only_phase(args, progress, data)]
     last_step = phases[-1].last_step
@@ -218,23 +220,27 @@ def main():
     log = functools.partial(say, log=folder / "log.txt")
     vae.to(device)
     network, stop = distributed.parallel(model), StopSignal()
+    writer, saved_at = checkpoint.Writer(folder), time.monotonic()
     stats = StepStats(start.unlogged)
-    start.state = None  # or it would stay in memory during the whole run
+    start.state = run = None  # or the file would stay open during the whole run
     began = time.monotonic() - progress.seconds  # as if the run had never been interrupted
     log_run_summary(log, args, folder, config, model, data, progress.step, last_step, device)
     report_bad(bad_videos, data.scan.unreadable, progress.step, log)
 
     def save(names):
         """Save the run as it stands; all ranks call it, rank 0 writes."""
+        nonlocal saved_at
+        saved_at = time.monotonic()
         unlogged = stats.averaged(progress.step) if len(stats) else None
         report_bad(bad_videos, stats.bad, progress.step, log)
         if rank() == 0:
-            progress.seconds = time.monotonic() - began
-            metrics.sync()
-            trained = run_config, model, ema, optimizers, scaler
-            checkpoint.save_run(folder, names, *trained, progress, unlogged, bad_videos.paths)
-            if args.keep_last:
-                runs.keep_last(folder, args.keep_last, {phase.last_step for phase in phases})
+            progress.seconds, trained = time.monotonic() - began, (run_config, model, ema, optimizers, scaler)
+            state = checkpoint.run_state(*trained, progress, unlogged, bad_videos.paths)
+            writer.write(state, names, before=metrics.sync, after=remove_old)
+
+    def remove_old():
+        if args.keep_last:
+            runs.keep_last(folder, args.keep_last, {phase.last_step for phase in phases})
 
     bar = tqdm(initial=progress.step, total=last_step, desc=folder.name, unit="step", disable=rank() != 0)
     periods = args.log_every, args.val_every, args.ckpt_every, args.sample_every
@@ -260,7 +266,8 @@ def main():
                     step, videos = progress.step, None
                     row = stats.summary(step, phase.batch_size)
                     row["train_loss_rel"] = row["train_loss"] / transport.zero_loss(row.pop("mean_square"))
-                    bar.set_postfix_str(f"loss {row['train_loss']:.3f}, {row['clips_per_s']:.1f} clips/s")
+                    row |= device_stats(device, args.precision, row["tflops_per_s"])
+                    bar.set_postfix_str(bar_text(row))
                     report_bad(bad_videos, stats.bad, step, log)
                     if is_due(step, phase.last_step, args.val_every):
                         val_began = time.monotonic()
@@ -292,7 +299,9 @@ def main():
                     break
 
                 # One optimisation step
-                stop.ask()  # all ranks, whether one should stop; settle() reads the answer after the step
+                writer.check()
+                # All ranks are asked whether to stop or to save; settle() reads the answer after the step.
+                stop.ask(save=0 < 60 * args.save_minutes <= time.monotonic() - saved_at)
                 set_learning_rates(optimizers, args, lr_multiplier(args, progress.step + 1, last_step))
                 sums, files = Counter(), []
                 for micro_batch in range(1, args.grad_accum + 1):
@@ -318,20 +327,23 @@ def main():
                 scaler.update()
                 num_frames = batch["clips"].shape[-3]  # of the phase or, with --mix, of an earlier one
                 progress.count_step(phase.batch_size, config.training_flops(num_frames, args.grad_checkpoint))
-                stats.add(files, **sums)
+                stats.add(files, phase.batch_size * config.training_flops(num_frames), **sums)
                 if progress.skipped > args.skip_nonfinite:
                     stats.raise_nonfinite(progress.step, -1)
                 update_ema(ema, model, ema_decay(args, progress.step, progress.pretrained))
                 bar.update()
-                stop.settle()  # raises Interrupted
+                if stop.settle():  # raises Interrupted
+                    save([])
             if phase.last_step < last_step:
                 progress.begin_phase()
         bar.close()
+        writer.wait()
         log(f"done: {folder / 'checkpoints'} holds {last_step:07d}.pt and best.pt")
     except Interrupted:
         bar.close()
         if len(stats):  # else nothing is new since the last checkpoint
             save([])
+        writer.wait()
         sender = stop.name or "a signal to another rank"
         where = f"and saved at step {progress.step}" if progress.step else "before the first step"
         log(f"stopped by {sender} {where}: the same command with --resume continues")
@@ -397,14 +409,16 @@ def report_bad(bad_videos, paths, step, log):
 
 def sample_ema(source, args, device, stop):
     """uint8 (N, T, H, W, 3) sampled from the EMA weights, on rank 0; the ranks share the work. Raises Interrupted."""
-    indices, videos = distributed.own_indices(args.num_samples), None
+    indices, videos = distributed.own_indices(args.num_samples), []
+    source = replace(source, model=cast_products(source.model, args.precision))  # the EMA itself stays float32
     with suppress(Interrupted):
-        settings = sampling_settings(args)
-        videos, _, _ = generate_clips(
-            source, indices, args.global_seed, device, settings, show=rank() == 0, before_evaluation=stop.check
-        )
+        settings, show = sampling_settings(args), rank() == 0
+        for clips, _, _ in generate_clips(
+            source, indices, args.global_seed, device, settings, show=show, before_evaluation=stop.check
+        ):
+            videos.append(clips.cpu())
     stop.settle()
-    return distributed.collect(indices, videos)
+    return distributed.collect(indices, torch.cat(videos) if videos else torch.empty(0))
 
 
 def write_previews(folder, step, metrics, source, videos):

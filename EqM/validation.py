@@ -40,15 +40,16 @@ def validate(ema, model, vae, loader, num_frames, precision, device, stop):
             gamma = (indices.double() * GOLDEN_RATIO % 1).float()
             x = vae.latents_of(batch["clips"].to(device), 0, "validation", indices.tolist())
             noise = normal(0, "noise", "validation", indices.tolist(), x.shape[1:], device)
-            x_gamma = transport.interpolate(x, noise, gamma.to(device))
+            gamma = gamma.to(device)
+            x_gamma = transport.interpolate(x, noise, gamma)
             losses = []
             for network in (ema, model):
                 with distributed.autocast(device, precision):
                     f = network(x_gamma, labels, time_scale)
-                losses.append(transport.loss(f, x, noise, gamma.to(device)))
+                losses.append(transport.loss(f, x, noise, gamma))
             frames = torch.full_like(gamma, batch["clips"].shape[-3])
-            columns = frames, indices, gamma, *losses, x.square().flatten(1).mean(1)
-            rows.append(torch.stack([column.double().cpu() for column in columns], dim=1))
+            columns = frames, indices.to(device), gamma, *losses, x.square().flatten(1).mean(1)
+            rows.append(torch.stack([column.double() for column in columns], dim=1).cpu())
             bad += batch["bad"]
     stop.settle()
     rows = torch.cat([row for part in distributed.gather(rows) for row in part])

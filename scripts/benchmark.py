@@ -1,7 +1,8 @@
 """How close is each part to its own limit? Ratios, measured side by side in one process, with their spread.
 
-    python scripts/benchmark.py                      all parts, 10 minutes on 2 cores; writes results/benchmark.*
+    python scripts/benchmark.py                      all ratios, 10 minutes on 2 cores; writes results/benchmark.*
     python scripts/benchmark.py --only step growth   some parts (see PARTS), printed only
+    python scripts/benchmark.py --only sizes --precision bf16 --compile   no ratios: clips/s and MFU of some models
     python scripts/benchmark.py --model EqM-XL/2 --batch-size 8 --precision bf16 --compile --only step
 
 Absolute times on a shared machine are unreliable, so the two sides of a ratio alternate and each pair of calls gives
@@ -10,7 +11,9 @@ counter) take at the rate that this machine reaches in matrix products of the mo
 """
 
 import argparse
+import gc
 import json
+import math
 import os
 import platform
 import subprocess
@@ -31,11 +34,12 @@ from torch.utils.flop_counter import FlopCounterMode
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent / "EqM"))
 import generation
 import optim
-from models import NAMES, EqM_models, math_attention
+from models import NAMES, EqM_models, math_attention, model_config
 from rope import RotaryEmbedding3D, apply_rotary
 from runtime import distributed
 from runtime.cli import COUNT, ArgumentParser, UserError, check_speed_flags, fail, number
 from runtime.distributed import keep_freed_memory, set_precision
+from runtime.metrics import peak_tflops
 from runtime.signals import StopSignal
 from vae import VAE
 from video.clips import Batches, Clips
@@ -44,13 +48,18 @@ from video.index import LATENTS_FILE, LATENTS_FORMAT, latents_path, scan_videos
 from video.loader import batches_of, make_loader, on_device
 
 NUM_CLASSES = 101
+FRAMES = 4, 8, 16  # of the parts memory and sizes
+# Tokens per step of the part sizes; on a GPU with about 60 KB of activations per token, block and 1,000 channels in
+# mind, for 80 GB. Fewer where they do not fit. A CPU only shows that the part works.
+GPU_SIZES = {"EqM-S/4": 65_536, "EqM-B/2": 65_536, "EqM-XL/2": 16_384}
+CPU_SIZES = {"EqM-Ti/4": 512}
 warnings.filterwarnings("ignore", message="a token holds")
 
 
 def parse_args():
     parser = ArgumentParser(description="How close is each part of training and sampling to its own limit?")
     parser.add_argument(
-        "--only", nargs="+", choices=PARTS, metavar="PART", help=f"some of {', '.join(PARTS)}; default: all"
+        "--only", nargs="+", choices=PARTS, metavar="PART", help=f"some of {', '.join(PARTS)}; default: all but sizes"
     )
     parser.add_argument("--model", choices=NAMES, default="EqM-S/4", metavar="NAME", help="EqM-{Ti,S,B,L,XL}/{2,4,8}")
     parser.add_argument("--num-frames", type=COUNT, default=16, metavar="N", help="frames per clip")
@@ -66,6 +75,10 @@ def parse_args():
 
 # ----------------------------------------------------------------------------------------------------------------------
 # Ratios
+
+
+def changed(args, **flags):
+    return argparse.Namespace(**vars(args) | flags)
 
 
 def synchronize():
@@ -128,7 +141,7 @@ class Report:
 class Step:
     """A training step as in train.py (forward, backward, clipping, optimizer, EMA) on a fixed random batch."""
 
-    def __init__(self, args, precision=None, **settings):
+    def __init__(self, args, precision=None, optimizer="adamw", **settings):
         self.precision = precision or args.precision
         self.device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
         torch.manual_seed(0)
@@ -140,8 +153,7 @@ class Step:
         self.ema = deepcopy(self.model).requires_grad_(False)
         if args.compile:
             self.model.compile_blocks()
-        flags = argparse.Namespace(optimizer="adamw", lr=1e-9, weight_decay=0.0)
-        (self.optimizer,) = optim.make_optimizers(self.model, flags)
+        self.optimizers = make_optimizers(self.model, optimizer)
         side, channels = self.model.config.input_size, self.model.config.in_channels
         self.x = torch.randn(args.batch_size, channels, args.num_frames, side, side, device=self.device)
         self.y = torch.randint(NUM_CLASSES, (args.batch_size,), device=self.device)
@@ -155,19 +167,25 @@ class Step:
     def update(self):
         """Clipping, optimizer and EMA."""
         torch.nn.utils.clip_grad_norm_(self.model.parameters(), 1.0)
-        self.optimizer.step()
+        for optimizer in self.optimizers:
+            optimizer.step()
         optim.update_ema(self.ema, self.model, 0.9999)
+
+    def zero_grad(self):
+        for optimizer in self.optimizers:
+            optimizer.zero_grad()
 
     def __call__(self):
         self.backward()
         self.update()
-        self.optimizer.zero_grad()
+        self.zero_grad()
 
     def flops(self):
         """FLOPs of forward and backward: matrix products and attention."""
-        with FlopCounterMode(display=False) as counter, math_attention():  # it does not count the CPU's flash attention
+        eager = torch.compiler.set_stance("force_eager")  # the counter does not see into compiled blocks
+        with eager, FlopCounterMode(display=False) as counter, math_attention():  # nor the CPU's flash attention
             self.backward()
-        self.optimizer.zero_grad()
+        self.zero_grad()
         return counter.get_total_flops()
 
     def products(self):
@@ -192,6 +210,11 @@ class Step:
         return sum(3 * 2 * tokens * fan_in * fan_out for fan_in, fan_out in sizes), run
 
 
+def make_optimizers(model, name):
+    """The optimizers of train.py, which change next to nothing."""
+    return optim.make_optimizers(model, argparse.Namespace(optimizer=name, lr=1e-9, muon_lr=1e-9, weight_decay=0.0))
+
+
 def measure_step(args, report):
     """The whole step and its parts against the floor of its matrix products; bf16 against fp32."""
     ours = Step(args)
@@ -202,10 +225,8 @@ def measure_step(args, report):
     note = f"{seconds:.3f} s; floor {floor:.3f} s at {rate:.0f} GFLOP/s"
     report.add(f"{args.precision} step / floor of its matrix products", values / scale, "<= 1.15", note)
     inner = Step(args)
-    values, seconds, _ = measure_ratios(lambda: (inner.backward(), inner.optimizer.zero_grad()), products, args.pairs)
+    values, seconds, _ = measure_ratios(lambda: (inner.backward(), inner.zero_grad()), products, args.pairs)
     report.add("its forward and backward / the same floor", values / scale, None, f"{seconds:.3f} s")
-    if torch.cuda.is_available():
-        report.add("model FLOPs utilisation", [1 / (value / scale) for value in values], ">= 0.45", "of the rate above")
 
     updated = Step(args)
     updated.backward()
@@ -220,11 +241,12 @@ def measure_positions(args, report):
     """Rotary against fixed positions, and our rotation against the common implementation."""
     values, rotary, fixed = measure_ratios(Step(args), Step(args, use_rope=False), 2 * args.pairs)
     report.add("RoPE step / fixed step", values, "<= 1.01", f"{rotary:.3f} and {fixed:.3f} s")
-    model = Step(args).model
-    grid, head_dim = model.config.grid(args.num_frames), model.config.head_dim
-    shape = (args.batch_size, model.config.num_heads, int(np.prod(grid)), head_dim)
-    q = torch.randn(shape, requires_grad=True)
-    cos, sin = RotaryEmbedding3D(head_dim, 10_000.0)(grid, torch.full((args.batch_size,), 0.04))
+    step = Step(args)
+    config, device = step.model.config, step.device
+    grid, head_dim = config.grid(args.num_frames), config.head_dim
+    q = torch.randn(args.batch_size, config.num_heads, math.prod(grid), head_dim, device=device, requires_grad=True)
+    time_scale = torch.full((args.batch_size,), 0.04, device=device)
+    cos, sin = RotaryEmbedding3D(head_dim, 10_000.0)(grid, time_scale)
     values, ours, theirs = measure_ratios(
         lambda: apply_rotary(q, cos, sin).sum().backward(),
         lambda: rotate_per_axis(q, grid).sum().backward(),
@@ -235,7 +257,8 @@ def measure_positions(args, report):
 
 
 def measure_energy(args, report):
-    """The cost of the second derivative of EqM-E."""
+    """The cost of the second derivative of EqM-E, which torch.compile does not have."""
+    args = changed(args, compile=False)
     values, ours, plain = measure_ratios(Step(args, ebm="dot"), Step(args), args.pairs)
     report.add("step with --ebm dot / without", values, None, f"{ours:.3f} and {plain:.3f} s")
 
@@ -243,10 +266,11 @@ def measure_energy(args, report):
 def rotate_per_axis(q, grid, theta=10_000.0):
     """The common implementation: rotate the two halves of each axis' channels in a loop, then concatenate."""
     n, parts = 2 * (q.shape[-1] // 6), []
-    positions = torch.meshgrid(*(torch.arange(size, dtype=torch.float32) for size in grid), indexing="ij")
+    axes = (torch.arange(size, dtype=torch.float32, device=q.device) for size in grid)
+    positions = torch.meshgrid(*axes, indexing="ij")
     for axis, position in enumerate(positions):
         part = q[..., axis * n : (axis + 1) * n]
-        angles = position.flatten()[:, None] * theta ** -(torch.arange(n // 2) / (n // 2))
+        angles = position.flatten()[:, None] * theta ** -(torch.arange(n // 2, device=q.device) / (n // 2))
         angles = torch.cat([angles, angles], dim=-1)
         swapped = torch.cat([-part[..., n // 2 :], part[..., : n // 2]], dim=-1)
         parts.append(part * angles.cos() + swapped * angles.sin())
@@ -276,9 +300,9 @@ def measure_memory(args, report):
     """Peak memory over the number of frames; each measurement has its own process."""
     for flags, goals in ((), ("<= 2.0", "<= 4.0")), (("--grad-checkpoint",), ("<= 1.5", "<= 2.5")):
         command = [sys.executable, __file__, "--peak-memory", "--model", args.model, "--precision", args.precision]
-        command += ["--batch-size", str(args.batch_size), *flags]
+        command += ["--batch-size", str(args.batch_size), *flags, *["--compile"] * args.compile]
         peaks = []
-        for num_frames in (4, 8, 16):
+        for num_frames in FRAMES:
             words = [*command, "--num-frames", str(num_frames)]
             printed = subprocess.run(words, capture_output=True, text=True, check=True).stdout
             peaks.append(float(printed.split()[-1]))
@@ -290,9 +314,9 @@ def measure_memory(args, report):
 def measure_growth(args, report):
     """The time of a step over the number of frames, and the exponent of its growth."""
     frames = (4, 8, 16, 32, 64)
-    steps = [Step(argparse.Namespace(**vars(args) | {"num_frames": num_frames})) for num_frames in frames]
+    steps = [Step(changed(args, num_frames=num_frames)) for num_frames in frames]
     rounds = []
-    for step in steps:
+    for step in 2 * steps:
         step()
     for _ in range(max(3, args.pairs // 3)):
         rounds.append([seconds_of(step) for step in steps])
@@ -302,6 +326,62 @@ def measure_growth(args, report):
         medians = ", ".join(f"{value:.2f}" for value in np.median(seconds[:, :last], axis=0))
         report.add(f"exponent of the step time up to {frames[last - 1]} frames", exponents, goal, f"{medians} s")
     report.growth = frames, seconds
+
+
+def measure_sizes(args, report):
+    """Clips per second, TFLOP/s and their share of the device's peak for some models and numbers of frames."""
+    report.sizes = []
+    for name, tokens in (GPU_SIZES if torch.cuda.is_available() else CPU_SIZES).items():
+        for num_frames in FRAMES:
+            report.sizes.append(time_size(changed(args, model=name, num_frames=num_frames), tokens))
+            print(sizes_table(report.sizes[-1:]).splitlines()[-1], flush=True)
+
+
+def time_size(args, tokens):
+    """A row of `sizes_table`: steps with about that many tokens, with half as many as long as they do not fit."""
+    batch_size = max(1, tokens // math.prod(model_config(args.model).grid(args.num_frames)))
+    row = {"model": args.model, "frames": args.num_frames, "clips": 0}
+    while batch_size and not row["clips"]:
+        try:
+            row |= time_step(changed(args, batch_size=batch_size))
+        except torch.OutOfMemoryError:
+            batch_size //= 2
+        gc.collect()  # not in the handler, where the error still holds what did not fit
+        torch.cuda.empty_cache()
+    return row
+
+
+def time_step(args):
+    """{clips, seconds, tflops: TFLOP/s, mfu: of the GPU's highest rate, memory: peak in GB} of a training step."""
+    torch.compiler.reset()  # torch compiles a function for a few models only
+    step = Step(args)
+    step(), step()
+    row = {"clips": args.batch_size, "mfu": None, "memory": None}
+    if torch.cuda.is_available():
+        torch.cuda.reset_peak_memory_stats()
+    row["seconds"] = float(np.median([seconds_of(step) for _ in range(args.pairs)]))
+    flops = args.batch_size * step.model.config.training_flops(args.num_frames)
+    row["tflops"] = flops / row["seconds"] / 1e12
+    if torch.cuda.is_available():
+        row["memory"] = torch.cuda.max_memory_allocated() / 1e9
+        if peak := peak_tflops(torch.cuda.get_device_name(), args.precision):
+            row["mfu"] = row["tflops"] / peak
+    return row
+
+
+def sizes_table(rows):
+    """The rows of `time_size` in Markdown; what is not known is "-"."""
+    names = ["model", "frames", "clips a step", "s a step", "clips/s", "TFLOP/s", "MFU", "peak memory, GB"]
+    lines = [f"| {' | '.join(names)} |", f"|{'---|' * len(names)}"]
+    for row in rows:
+        cells = [row["model"], str(row["frames"]), *["does not fit", *"-----"]]
+        if row["clips"]:
+            mfu = "-" if row["mfu"] is None else f"{row['mfu']:.1%}"
+            memory = "-" if row["memory"] is None else f"{row['memory']:.1f}"
+            speed = f"{row['seconds']:.3g}", f"{row['clips'] / row['seconds']:.4g}", f"{row['tflops']:.3g}"
+            cells[2:] = [str(row["clips"]), *speed, mfu, memory]
+        lines.append(f"| {' | '.join(cells)} |")
+    return "\n".join(lines)
 
 
 def plot_growth(path, args, frames, seconds):
@@ -328,7 +408,60 @@ def plot_growth(path, args, frames, seconds):
 
 
 # ----------------------------------------------------------------------------------------------------------------------
-# Stopping, sampling
+# Two ranks
+
+
+def measure_optimizer(args, report):
+    """Muon's step where two ranks share the matrices, against that of one rank for all of them."""
+    if torch.cuda.device_count() == 1:
+        print("optimizer: left out, it takes two GPUs (or none)")
+        return
+    with tempfile.TemporaryDirectory() as folder:
+        torch.multiprocessing.spawn(time_muon, (folder, args.model, args.pairs), nprocs=2)
+        shared, alone = torch.load(Path(folder, "seconds.pt"), weights_only=True).numpy().T
+    note = f"{np.median(shared):.3f} and {np.median(alone):.3f} s, matrices of {args.model}"
+    report.add("Muon's step on 2 ranks / on one", shared / alone, "<= 0.65", note)
+
+
+def time_muon(rank, folder, model, pairs):
+    """Run as one of two ranks; rank 0 writes the seconds of both kinds of steps, (pairs, 2): shared, alone.
+
+    While rank 0 steps alone, the other waits.
+    """
+    on_gpu = torch.cuda.is_available()
+    device = torch.device("cuda", rank) if on_gpu else torch.device("cpu")
+    if on_gpu:
+        torch.cuda.set_device(device)
+    torch.set_num_threads(1)  # as torchrun does
+    keep_freed_memory()  # as every run on the CPU does
+    alone = random_muon(model, device)  # for one rank, as it is made outside a process group
+    join(rank, folder, "nccl" if on_gpu else "gloo")
+    shared, seconds = random_muon(model, device), []
+    for pair in range(2 + pairs):
+        pair_seconds = {}
+        for muon in (shared, alone) if pair % 2 else (alone, shared):
+            torch.distributed.barrier()
+            pair_seconds[muon] = seconds_of(muon.step) if muon is shared or rank == 0 else 0.0
+        seconds.append((pair_seconds[shared], pair_seconds[alone]))
+    if rank == 0:
+        torch.save(torch.tensor(seconds[2:]), Path(folder, "seconds.pt"))
+    torch.distributed.destroy_process_group()
+
+
+def random_muon(model, device):
+    """Muon for the matrices of a model, which have random gradients."""
+    torch.manual_seed(0)
+    with warnings.catch_warnings(action="ignore"):
+        _, muon = make_optimizers(EqM_models[model](num_classes=1).to(device), "muon")
+    for weight in muon.param_groups[0]["params"]:
+        weight.grad = torch.randn_like(weight)
+    return muon
+
+
+def join(rank, folder, backend="gloo"):
+    """Join a process group of two, which meet in `folder`."""
+    os.environ |= {"RANK": str(rank), "WORLD_SIZE": "2"}
+    torch.distributed.init_process_group(backend, init_method=f"file://{folder}/store", rank=rank, world_size=2)
 
 
 def measure_stopping(args, report):
@@ -345,9 +478,8 @@ def measure_stopping(args, report):
 
 def time_agreement(rank, folder, count, calls=50):
     """Run as one of two processes; rank 0 writes the seconds per agreement, (count,)."""
-    os.environ |= {"RANK": str(rank), "WORLD_SIZE": "2"}
     torch.set_num_threads(1)  # as torchrun does
-    torch.distributed.init_process_group("gloo", init_method=f"file://{folder}/store", rank=rank, world_size=2)
+    join(rank, folder)
     stop = StopSignal()
 
     def agree():
@@ -359,6 +491,10 @@ def time_agreement(rank, folder, count, calls=50):
     if rank == 0:
         torch.save(seconds, Path(folder, "seconds.pt"))
     torch.distributed.destroy_process_group()
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# Sampling
 
 
 def measure_sampling(args, report):
@@ -471,11 +607,13 @@ PARTS = {
     "step": measure_step,
     "positions": measure_positions,
     "energy": measure_energy,
+    "optimizer": measure_optimizer,
     "memory": measure_memory,
     "growth": measure_growth,
     "sampling": measure_sampling,
     "data": measure_data,
     "stopping": measure_stopping,
+    "sizes": measure_sizes,
 }
 
 
@@ -498,7 +636,7 @@ def main():
     )
     print(title, flush=True)
     report, began = Report(), time.monotonic()
-    for name in args.only or PARTS:
+    for name in args.only or [name for name in PARTS if name != "sizes"]:
         PARTS[name](args, report)
     print(f"{time.monotonic() - began:.0f} s")
     if not args.only:

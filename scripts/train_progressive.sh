@@ -18,9 +18,20 @@ FRAMES_1=${FRAMES_1:-4} STEPS_1=${STEPS_1:-50000} BATCH_1=${BATCH_1:-256}
 FRAMES_2=${FRAMES_2:-8} STEPS_2=${STEPS_2:-100000} BATCH_2=${BATCH_2:-128}
 FRAMES_3=${FRAMES_3:-16} STEPS_3=${STEPS_3:-150000} BATCH_3=${BATCH_3:-64}
 LR_DECAY=${LR_DECAY:-0} # of the last phase
-# What did best in results/study.md, on small models: distances in time of twice the clip, so that longer ones can be
-# sampled (C); Muon, and noise levels nearer to noise (E). Your flags come after these and take precedence.
-RECIPE=(--frame-interval 1 2 --optimizer muon --gamma-shift 3)
+# published: AdamW at 1e-4, uniform gamma. small: what did best in results/study.md (E), with models of 1.3 M parameters.
+# Both show distances in time of twice the clip, so that longer ones can be sampled (C). Your flags come after these and
+# take precedence.
+RECIPE=${RECIPE:-published}
+case $RECIPE in
+  published) FLAGS=(--frame-interval 1 2) ;;
+  small) FLAGS=(--frame-interval 1 2 --optimizer muon --gamma-shift 3) ;;
+  *)
+    printf 'train_progressive.sh: error: RECIPE=%q; wanted published or small\n' "$RECIPE" >&2
+    exit 2
+    ;;
+esac
+command -v nvidia-smi >/dev/null && ON_GPU=1 || ON_GPU=0
+[[ ${COMPILE:-$ON_GPU} == 1 ]] && FLAGS+=(--compile) # COMPILE=0: without; on a CPU it gains nothing
 CACHE=${CACHE:-1} # 1: the videos are encoded once, into $LATENTS; 0: at every step, or never (--vae none)
 LATENTS=${LATENTS:-$DATA-latents} VAE=${VAE:-ema} IMAGE_SIZE=${IMAGE_SIZE:-256}
 FLIPS=${FLIPS:-1} # 1: mirrored frames are encoded as well, which doubles the cache
@@ -64,7 +75,7 @@ phase() {
   run torchrun --standalone --nproc_per_node="$GPUS" EqM/train.py \
     --video --num-frames="$frames" --use-rope \
     --model="$MODEL" --data-path="$DATA" --results-dir="results/$EXP" \
-    --global-batch-size="$batch" --resume "${RECIPE[@]}" "$@"
+    --global-batch-size="$batch" --resume "${FLAGS[@]}" "$@"
 }
 
 # checkpoint STEP: the file that the phase ending at STEP wrote

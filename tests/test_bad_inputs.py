@@ -128,6 +128,7 @@ CASES = {
     "no such model": case("train", "--model EqM-Q/4", "--model", "EqM-Q/4"),
     "an unknown energy": case("train", "--ebm l3", "--ebm", "l3"),
     # Flags that contradict each other or the machine.
+    "minutes below zero": case("train", "--save-minutes -1", "--save-minutes", "-1", "at least 0"),
     "half precision without a GPU": case("train", "--precision fp16", "--precision fp16", "GPU", "bf16"),
     "a compiled energy": case("train", "--compile --ebm dot", "--compile", "--ebm dot"),
     "compiling without a compiler": case(

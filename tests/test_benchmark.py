@@ -59,7 +59,7 @@ def test_a_report_has_medians_quartiles_and_goals(capsys):
     assert report.markdown().splitlines()[2:] == ["| a / b | 3 | 2 - 4 | <= 3 | note |", "| c / d | 2 | 2 - 2 |  |  |"]
 
 
-@pytest.mark.parametrize("part", ["step", "positions", "energy", "sampling"])
+@pytest.mark.parametrize("part", ["step", "positions", "energy", "optimizer", "sampling"])
 def test_every_part_measures_something(part):
     report = benchmark.Report()
     benchmark.PARTS[part](argparse.Namespace(**vars(ARGS) | {"num_frames": 4, "batch_size": 1}), report)
@@ -73,3 +73,42 @@ def test_a_cache_of_random_latents_has_the_frames_of_its_videos(shapes, tmp_path
     clips = benchmark.Clips(tmp_path, scan.videos, scan.classes, 16, 256, flip=False)
     assert clips[0]["clip"].shape == (2, 4, 16, 32, 32)
     assert len(clips) == 24
+
+
+def test_a_step_with_muon_changes_every_weight():
+    step = benchmark.Step(ARGS, optimizer="muon")
+    for optimizer in step.optimizers:
+        optimizer.param_groups[0]["lr"] = 0.1
+    before = [weight.clone() for weight in step.model.parameters()]
+    step()
+    assert len(step.optimizers) == 2
+    assert not any(torch.equal(a, b) for a, b in zip(before, step.model.parameters(), strict=True))
+    assert all(weight.grad is None for weight in step.model.parameters())
+
+
+def test_a_size_halves_its_clips_until_they_fit(monkeypatch):
+    tried = []
+
+    def time_step(args):
+        tried.append(args.batch_size)
+        if args.batch_size > fits:
+            raise torch.OutOfMemoryError("too much")
+        return {"clips": args.batch_size, "seconds": 0.5, "tflops": 3.0, "mfu": 0.25, "memory": None}
+
+    monkeypatch.setattr(benchmark, "time_step", time_step)
+    fits = 3
+    row = benchmark.time_size(ARGS, tokens=12 * 128)  # 8 frames are 2 x 8 x 8 tokens
+    assert tried == [12, 6, 3]
+    fits = 0
+    never = benchmark.time_size(ARGS, tokens=1)
+    lines = benchmark.sizes_table([row, never]).splitlines()
+    assert lines[2] == "| EqM-Ti/4 | 8 | 3 | 0.5 | 6 | 3 | 25.0% | - |"
+    assert lines[3].startswith("| EqM-Ti/4 | 8 | does not fit |")
+    assert {line.count("|") for line in lines} == {9}
+
+
+def test_a_timed_step_has_the_flops_of_its_clips():
+    row = benchmark.time_step(ARGS)
+    flops = 2 * benchmark.Step(ARGS).model.config.training_flops(8)
+    assert row["tflops"] * row["seconds"] == pytest.approx(flops / 1e12)
+    assert row["clips"] == 2

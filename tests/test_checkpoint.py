@@ -1,6 +1,9 @@
+import copy
 import errno
+import functools
 import os
 import pickle
+import threading
 import warnings
 from dataclasses import asdict, replace
 from pathlib import Path
@@ -102,6 +105,79 @@ def test_a_failing_write_leaves_the_old_file_and_nothing_else(tmp_path, monkeypa
         assert str(tmp_path / name) in message and reason in message
         assert names(tmp_path) == ["latest.pt"]
         assert (tmp_path / "latest.pt").read_bytes() == before
+
+
+# Saving in a thread ---------------------------------------------------------------------------------------------------
+
+
+def nothing():
+    pass
+
+
+@pytest.fixture
+def writer(tmp_path):
+    (tmp_path / "checkpoints").mkdir()
+    return checkpoint.Writer(tmp_path)
+
+
+@pytest.fixture
+def slow_disk(monkeypatch):
+    """An event without which torch.save does not begin."""
+    begin, save = threading.Event(), torch.save
+
+    def late(*arguments):
+        begin.wait(60)
+        save(*arguments)
+
+    monkeypatch.setattr(torch, "save", late)
+    return begin
+
+
+def test_a_checkpoint_holds_the_state_at_the_call_whatever_training_changes_while_it_is_written(writer, slow_disk):
+    state, before = make_state(step=7), copy.deepcopy(make_state(step=7))
+    writer.write(state, [], nothing, nothing)
+    for weight in state["model"].values():
+        weight.add_(1)
+    state["step"] = 8
+    assert not writer.path.exists()
+    slow_disk.set()
+    writer.wait()
+    assert differences(before, torch.load(writer.path, weights_only=True)) == []
+
+
+def test_checkpoints_are_written_one_at_a_time_with_their_names_and_in_order(writer, slow_disk):
+    done = []
+    slow_disk.set()
+    for step in (1, 2):
+        names = ["best.pt", f"{step:07d}.pt"]
+        begin, end = (functools.partial(done.append, f"{word} {step}") for word in ("begin", "end"))
+        writer.write(make_state(step=step), names, begin, end)
+    writer.wait()
+    assert done == ["begin 1", "end 1", "begin 2", "end 2"]
+    steps = {path.name: checkpoint.load(path)["step"] for path in writer.path.parent.iterdir()}
+    assert steps == {"latest.pt": 2, "best.pt": 2, "0000001.pt": 1, "0000002.pt": 2}
+
+
+def test_the_memory_of_a_copy_serves_all_checkpoints_of_a_run(writer):
+    places = []
+    for step in (1, 2):
+        writer.write(make_state(step=step), [], nothing, nothing)
+        writer.wait()
+        places.append({place: tensor.data_ptr() for place, tensor in writer.copies.items()})
+    assert places[0] == places[1]
+
+
+@pytest.mark.parametrize("method", ["check", "wait", "write"])
+def test_what_goes_wrong_in_the_thread_is_raised_by_the_next_call(method, writer, monkeypatch):
+    writer.write(make_state(step=1), [], nothing, nothing)
+    writer.wait()
+    monkeypatch.setattr(torch, "save", half_a_write(OSError(errno.ENOSPC, "No space left on device")))
+    writer.write(make_state(step=2), ["best.pt"], nothing, nothing)
+    writer.thread.join()
+    arguments = [make_state(step=3), [], nothing, nothing] if method == "write" else []
+    assert "No space left on device" in refusal(getattr(writer, method), *arguments)
+    assert names(writer.path.parent) == ["latest.pt"]
+    assert checkpoint.load(writer.path)["step"] == 1
 
 
 def test_the_file_is_on_the_disk_before_it_gets_its_name(tmp_path, monkeypatch):
@@ -245,12 +321,21 @@ def test_a_file_in_whose_numbers_one_bit_is_flipped_is_refused(tmp_path):
     assert "damaged" in load_refusal(path)
 
 
-def test_a_file_that_is_replaced_while_it_is_in_use_does_not_change_what_was_loaded(tmp_path):
-    path, state = tmp_path / "best.pt", make_state()
-    checkpoint.save(path, state)
-    loaded = checkpoint.load(path)
-    path.write_bytes(bytes(path.stat().st_size))  # in place
-    assert all(torch.equal(loaded["ema"][name], state["ema"][name]) for name in state["ema"])
+@pytest.mark.parametrize("how", ["in place", "by another file"])
+def test_a_checkpoint_that_is_replaced_while_it_is_being_read_is_refused(how, tmp_path, monkeypatch):
+    path, usual = tmp_path / "best.pt", checkpoint.config_of
+    checkpoint.save(path, make_state(step=1))
+
+    def replace(*args):
+        if how == "in place":
+            path.write_bytes(path.read_bytes())
+        else:
+            checkpoint.save(path, make_state(step=2))
+        return usual(*args)
+
+    checkpoint.load_model(path)
+    monkeypatch.setattr(checkpoint, "config_of", replace)
+    assert "replaced while it was being read" in refusal(checkpoint.load_model, path)
 
 
 def optimizers_of(model, kind):
@@ -388,17 +473,35 @@ def test_a_named_model_knows_its_name(name):
 
 def test_the_newest_checkpoint_is_the_newest_that_is_intact_and_damaged_ones_are_named(tmp_path, capsys):
     folder = runs.make_run_folder(tmp_path, "a") / "checkpoints"
-    assert checkpoint.newest_checkpoint(folder.parent) == (None, None)
+    assert checkpoint.newest_checkpoint(folder.parent) == (None, None, None)
     for step, name in ((10, "0000010.pt"), (20, "0000020.pt"), (15, "best.pt"), (25, "latest.pt")):
         checkpoint.save(folder / name, make_state(step=step))
-    path, state = checkpoint.newest_checkpoint(folder.parent)
+    path, _, state = checkpoint.newest_checkpoint(folder.parent)
     assert (path.name, state["step"]) == ("latest.pt", 25)
     assert capsys.readouterr().out == ""
     for damaged, expected in (("latest.pt", "0000020.pt"), ("0000020.pt", "best.pt"), ("best.pt", "0000010.pt")):
         content = (folder / damaged).read_bytes()
         (folder / damaged).write_bytes(content[: len(content) // 2])
-        path, state = checkpoint.newest_checkpoint(folder.parent)
+        path, _, state = checkpoint.newest_checkpoint(folder.parent)
         assert path.name == expected
         assert f"{damaged}: damaged" in capsys.readouterr().out
     (folder / "latest.pt").unlink()
     assert checkpoint.newest_checkpoint(folder.parent)[0].name == "0000010.pt"
+
+
+@pytest.mark.parametrize(
+    ("step", "latest", "first_step", "is_said"),
+    [(100, 120, 0, False), (100, 130, 0, True), (100, 112, 60, True), (100, 112, 50, False), (100, 100, 0, False)],
+)
+def test_a_best_checkpoint_that_is_older_than_the_latest_by_a_fifth_of_the_phase_is_noted(
+    step, latest, first_step, is_said, tmp_path, capsys
+):
+    path = tmp_path / "best.pt"
+    checkpoint.save(path, make_state(step=step))
+    checkpoint.say_if_old(path, step)  # without a latest.pt beside it
+    checkpoint.save(tmp_path / "latest.pt", make_state(step=latest, phase={"first_step": first_step}))
+    checkpoint.say_if_old(path, step)
+    checkpoint.say_if_old(tmp_path / "latest.pt", latest)
+    printed = capsys.readouterr().out
+    assert printed.count("note: ") == is_said
+    assert not is_said or f"step {step}" in printed and f"step {latest}" in printed and "latest.pt" in printed

@@ -1,8 +1,10 @@
 """Flags, and messages of one line."""
 
 import argparse
+from contextlib import nullcontext
 
 import pytest
+import torch
 
 from process import python
 from runtime import cli
@@ -66,6 +68,65 @@ def test_a_place_that_is_a_file_cannot_be_written(tmp_path):
     for folder in (tmp_path / "file", tmp_path / "file" / "below"):
         with pytest.raises(UserError, match=r"--folder .*file is not a writable folder"):
             cli.check_writable("--folder", folder)
+
+
+# Precision ------------------------------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def gpu(monkeypatch):
+    """A function that makes torch report a GPU with or without bf16, or none."""
+
+    def pretend(bf16=None):
+        monkeypatch.setattr(torch.cuda, "is_available", lambda: bf16 is not None)
+        monkeypatch.setattr(torch.cuda, "is_bf16_supported", lambda including_emulation: bf16 or including_emulation)
+        monkeypatch.setattr(torch.cuda, "get_device_name", lambda device: "Tesla T4")
+        monkeypatch.setattr(torch.cuda, "device", lambda device: nullcontext())
+
+    return pretend
+
+
+@pytest.mark.parametrize(
+    ("bf16", "energy", "kept", "given", "settled"),
+    [
+        (True, False, None, None, "bf16"),
+        (True, True, None, None, "fp32"),  # the gradient of an energy stays exact
+        (False, False, None, None, "fp32"),
+        (None, False, None, None, "fp32"),  # without a GPU
+        (True, False, "fp32", None, "fp32"),  # a resumed run keeps its own
+        (None, False, "bf16", None, "bf16"),
+        (True, False, "bf16", "tf32", "tf32"),  # what is given comes first
+        (True, True, None, "bf16", "bf16"),
+    ],
+)
+def test_the_precision_that_is_left_out_is_that_of_the_run_else_what_suits_device_and_model(
+    bf16, energy, kept, given, settled, gpu, capsys
+):
+    gpu(bf16)
+    args = argparse.Namespace(precision=given)
+    cli.settle_precision(args, energy, kept)
+    assert args.precision == settled
+    printed = capsys.readouterr().out
+    assert ("fp16 is faster" in printed) == (bf16 is False)  # a GPU without bf16
+    assert printed.count("\n") <= 1
+
+
+@pytest.mark.parametrize(
+    ("bf16", "precision", "words"),
+    [
+        (False, "bf16", ["--precision bf16", "Tesla T4", "fp16 or fp32"]),
+        (None, "fp16", ["--precision fp16", "needs a GPU"]),
+        (None, "tf32", ["--precision tf32", "needs a GPU"]),
+    ],
+)
+@pytest.mark.parametrize("source", ["given", "kept"])
+def test_a_precision_that_the_machine_lacks_is_one_line(source, bf16, precision, words, gpu):
+    gpu(bf16)
+    args = argparse.Namespace(precision=precision if source == "given" else None)
+    with pytest.raises(UserError) as error:
+        cli.settle_precision(args, energy=False, kept=precision)
+    assert all(word in str(error.value) for word in words)
+    assert "\n" not in str(error.value)
 
 
 # Messages -----------------------------------------------------------------------------------------------------------

@@ -10,6 +10,7 @@ from torch._dynamo.utils import counters
 from torch._inductor import config
 
 import train
+from runtime import distributed
 from test_models import clip, distance, labels, loss_and_gradients, tiny
 from training import TINY, run_main
 
@@ -34,6 +35,23 @@ def test_a_compiled_model_gives_the_same_loss_and_gradients(use_rope):
     assert all(distance(a, b) < 1e-4 for a, b in zip(same, gradients, strict=True))
     with torch.no_grad():
         assert distance(compiled(x, y), model(x, y)) < 1e-5
+
+
+def test_a_model_that_is_compiled_in_tf32_trains():
+    # What the compiler asks below raises where TF32 was allowed through torch's newer setting, fp32_precision
+    distributed.set_precision("tf32")
+    try:
+        compiled, model = tiny(), tiny()
+        compiled.compile_blocks()
+        x, y = clip(8, batch=3), labels(3)
+        loss, gradients = loss_and_gradients(compiled, x, y)
+        assert torch.backends.cuda.matmul.allow_tf32 and torch.backends.cudnn.allow_tf32
+    finally:
+        distributed.set_precision("fp32")
+    assert not torch.backends.cuda.matmul.allow_tf32 and not torch.backends.cudnn.allow_tf32
+    again, same = loss_and_gradients(model, x, y)
+    assert loss == pytest.approx(again, rel=1e-2)  # on a CPU with TF32 units it may differ
+    assert all(distance(a, b) < 1e-2 for a, b in zip(gradients, same, strict=True))
 
 
 def test_two_graphs_serve_all_blocks_frame_counts_batches_training_and_validation():

@@ -29,7 +29,12 @@ FAST = ["--num-workers", 0, "--log-every", 1, "--val-clips", 4, "--sample-every"
 
 def on_two_ranks(script, *flags, status=0):
     """Start a script by torchrun; it has to end with this status. Returns its (stdout, stderr)."""
-    command = [str(part) for part in (*TORCHRUN, ROOT / "EqM" / script, *flags)]
+    return on_ranks(2, script, *flags, status=status)
+
+
+def on_ranks(count, script, *flags, status=0):
+    torchrun = [*TORCHRUN[:-1], f"--nproc_per_node={count}"]
+    command = [str(part) for part in (*torchrun, ROOT / "EqM" / script, *flags)]
     environment = os.environ | {"OMP_NUM_THREADS": "1"}
     done = subprocess.run(command, capture_output=True, text=True, env=environment, timeout=240)
     assert done.returncode == status, done.stdout + done.stderr
@@ -122,30 +127,44 @@ def test_one_checkpoint_samples_16_and_24_frames_and_reports_their_energies(rand
         assert all(energies[sample, 5] < energies[sample, 0] for sample in range(3))
 
 
-def test_7_frames_their_energies_and_what_each_sample_took_are_alike_on_any_number_of_ranks(random, tmp_path, capsys):
+def test_a_sample_folder_with_energies_and_evaluations_has_the_same_bytes_on_any_number_of_ranks(random, tmp_path):
+    sampling = ["--video", "--ckpt", random, "--num-samples", 5, "--num-sampling-steps", 40, "--stepsize", 0.01]
+    sampling += ["--cfg-scale", 2, "--stop-below", 2.9, "--report-energy", "--batch-size", 2, "--num-frames", 7]
+    sampling += ["--model", "EqM-Ti/4", "--use-rope", "--folder"]
+    run_main(sample_gd, *sampling, tmp_path / "1")
+    files = {path.name: path.read_bytes() for path in (tmp_path / "1").iterdir()}
+    about = json.loads(files.pop("samples.json"))
+    assert np.load(tmp_path / "1/samples.npz")["arr_0"].std() > 30  # the field did something
+    assert {"000004.mp4", "000004.gif", "samples.npz", "energy.png", "evaluations.png"} <= files.keys()
+    for ranks in (2, 3):
+        on_ranks(ranks, "sample_gd.py", *sampling, tmp_path / str(ranks))
+        found = {path.name: path.read_bytes() for path in (tmp_path / str(ranks)).iterdir()}
+        about_found = json.loads(found.pop("samples.json"))
+        assert about_found.pop("flags") == about["flags"] | {"folder": str(tmp_path / str(ranks))}
+        assert about_found == {name: value for name, value in about.items() if name != "flags"}
+        assert found.keys() == files.keys()
+        assert [name for name in files if found[name] != files[name]] == []
+
+
+def test_energies_and_what_each_sample_took_are_alike_in_batches_of_any_size(random, tmp_path, capsys):
     sampling = ["--video", "--ckpt", random, "--num-samples", 3, "--num-sampling-steps", 40, "--stepsize", 0.01]
-    sampling += ["--cfg-scale", 2, "--stop-below", 2.9, "--report-energy"]
-    run_main(sample_gd, *sampling, "--num-frames", 7, "--folder", tmp_path / "alone")
-    printed = {"alone": capsys.readouterr().out}
-    guide = ["--model", "EqM-Ti/4", "--use-rope", "--num-frames", 7, "--batch-size", 1, "--folder", tmp_path / "ranks"]
-    printed["ranks"], _ = on_two_ranks("sample_gd.py", *sampling, *guide)
-    alone, shared = (np.load(tmp_path / name / "samples.npz")["arr_0"] for name in printed)
-    assert alone.shape == shared.shape == (3, 7, 16, 16, 3)
-    assert alone.std() > 30  # the field did something
-    # Batches of another size may round otherwise: one grey level.
-    assert abs(alone.astype(int) - shared.astype(int)).max() <= 1
-    assert energies_of(tmp_path / "alone") == pytest.approx(energies_of(tmp_path / "ranks"), rel=1e-4, abs=1e-3)
+    sampling += ["--cfg-scale", 2, "--stop-below", 2.9, "--report-energy", "--num-frames", 7]
     reports = []
-    for name, text in printed.items():
-        rows = read_csv(tmp_path / name / "evaluations.csv")
+    for size in (1, 16):
+        folder = tmp_path / str(size)
+        run_main(sample_gd, *sampling, "--batch-size", size, "--folder", folder)
+        rows = read_csv(folder / "evaluations.csv")
         reports.append([int(row["evaluations"]) for row in rows])
         assert [row["sample"] for row in rows] == ["0", "1", "2"]
         mean = sum(reports[-1]) / 3
-        assert f"mean {mean:.1f} of 39" in text
-        assert json.loads((tmp_path / name / "samples.json").read_text())["mean_evaluations"] == mean
-        assert (tmp_path / name / "evaluations.png").stat().st_size > 0
+        assert f"mean {mean:.1f} of 39" in capsys.readouterr().out
+        assert json.loads((folder / "samples.json").read_text())["mean_evaluations"] == mean
     assert reports[0] == reports[1]
     assert len(set(reports[0])) > 1
+    one, all_at_once = (np.load(tmp_path / size / "samples.npz")["arr_0"].astype(int) for size in ("1", "16"))
+    assert one.shape == (3, 7, 16, 16, 3)
+    assert abs(one - all_at_once).max() <= 1  # batches of another size may round otherwise: one grey level
+    assert energies_of(tmp_path / "1") == pytest.approx(energies_of(tmp_path / "16"), rel=1e-4, abs=1e-3)
 
 
 def test_a_wrong_flag_is_one_line_from_one_rank_and_nothing_is_written(phases, shapes, tmp_path):

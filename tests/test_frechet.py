@@ -9,6 +9,7 @@ import pytest
 import scipy.linalg
 import torch
 
+from runtime import distributed
 from runtime.cli import UserError
 from scoring import frechet
 from scoring.frechet import Moments, frechet_distance
@@ -182,8 +183,9 @@ def test_a_file_that_is_not_torchscript_is_refused_and_runs_no_code(kind, tmp_pa
 
 def test_tf32_is_off_while_features_are_computed_and_restored_afterwards():
     def precisions():
-        return torch.backends.cuda.matmul.fp32_precision, torch.backends.cudnn.conv.fp32_precision
+        return torch.get_float32_matmul_precision(), torch.backends.cudnn.allow_tf32
 
+    distributed.set_precision("tf32")
     before, seen = precisions(), []
 
     def detector(x, return_features):
@@ -191,5 +193,6 @@ def test_tf32_is_off_while_features_are_computed_and_restored_afterwards():
         return x.mean((2, 3))
 
     frechet.extract(detector, torch.zeros(2, 1, 4, 4, 3, dtype=torch.uint8), "fid", 2)
-    assert seen == [("ieee", "ieee")]
-    assert precisions() == before
+    assert seen == [("highest", False)]
+    assert precisions() == before == ("high", True)
+    distributed.set_precision("fp32")

@@ -1,6 +1,7 @@
 """What metrics.jsonl, TensorBoard and wandb get, also after a resume, and the statistics of the steps."""
 
 import sys
+import time
 from io import BytesIO
 from types import SimpleNamespace
 
@@ -11,7 +12,7 @@ from PIL import Image
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
 from runtime.cli import UserError
-from runtime.metrics import Metrics, StepStats, import_wandb, read_metrics
+from runtime.metrics import Metrics, StepStats, bar_text, device_stats, import_wandb, peak_tflops, read_metrics
 from video.writers import write_gif
 
 
@@ -194,6 +195,45 @@ def test_the_summary_has_the_means_of_the_steps():
     summary = fill(StepStats(), [1.0, 2.0, 6.0]).summary(step=3, global_batch=8)
     assert (summary["train_loss"], summary["grad_norm"]) == (3.0, 6.0)
     assert summary["clips_per_s"] > 0
+
+
+def test_the_rate_of_a_rank_is_the_flops_of_all_over_seconds_and_ranks(monkeypatch):
+    stats = StepStats()
+    for _ in range(3):
+        stats.add([], 5e12, train_loss=torch.tensor(1.0), grad_norm=torch.tensor(1.0))
+    monkeypatch.setenv("WORLD_SIZE", "4")
+    monkeypatch.setattr(time, "monotonic", lambda now=stats.began + 10: now)
+    assert stats.summary(3, 8)["tflops_per_s"] == pytest.approx(3 * 5 / 10 / 4)
+
+
+@pytest.mark.parametrize(
+    ("name", "precision", "peak"),
+    [
+        ("NVIDIA H100 80GB HBM3", "bf16", 989),
+        ("NVIDIA H100 PCIe", "bf16", 756),
+        ("NVIDIA A100-SXM4-80GB", "tf32", 156),
+        ("NVIDIA A10G", "bf16", 70),
+        ("NVIDIA L40S", "fp16", 362),
+        ("NVIDIA GB200", "bf16", 2500),
+        ("Tesla V100-SXM2-16GB", "fp16", 125),
+        ("NVIDIA H100 80GB HBM3", "fp32", None),  # no rate of matrix units to compare with
+        ("NVIDIA GeForce GTX 1080", "bf16", None),
+    ],
+)
+def test_the_peak_rate_of_a_gpu_is_found_by_its_name(name, precision, peak):
+    assert peak_tflops(name, precision) == peak
+
+
+def test_the_bar_shows_what_the_device_has_and_a_cpu_has_no_mfu(monkeypatch):
+    row = {"train_loss": 1.25, "clips_per_s": 80.0, "tflops_per_s": 400.0}
+    assert device_stats(torch.device("cpu"), "bf16", 400.0) == {}
+    assert bar_text(row) == "loss 1.250, 80.0 clips/s, 400 TFLOP/s"
+    monkeypatch.setattr(torch.cuda, "get_device_name", lambda device: "NVIDIA H100 80GB HBM3")
+    monkeypatch.setattr(torch.cuda, "max_memory_allocated", lambda device: 31_200_000_000)
+    stats = device_stats(torch.device("cuda", 0), "bf16", 400.0)
+    assert stats == {"mfu": 400 / 989, "gpu_memory_gb": 31.2}
+    assert bar_text(row | stats) == "loss 1.250, 80.0 clips/s, 400 TFLOP/s, 40% MFU, 31.2 GB"
+    assert device_stats(torch.device("cuda", 0), "fp32", 40.0) == {"gpu_memory_gb": 31.2}
 
 
 def test_an_interruption_changes_no_bit_of_the_means():

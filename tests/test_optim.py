@@ -1,12 +1,25 @@
 """Optimizers, learning rates, gradients that are not finite, EMA."""
 
+import socket
 from types import SimpleNamespace
 
 import pytest
 import torch
 
 from models import EqM, model_config
-from optim import check_gradient, ema_decay, lr_multiplier, make_optimizers, set_learning_rates, update_ema
+from optim import (
+    Muon,
+    check_gradient,
+    ema_decay,
+    lr_multiplier,
+    make_optimizers,
+    orthogonalize,
+    set_learning_rates,
+    share_out,
+    update_ema,
+)
+from process import python
+from training import differences
 
 SMALL = {"input_size": 16, "in_channels": 3, "hidden_size": 192, "depth": 1, "num_heads": 3, "num_classes": 2}
 
@@ -36,6 +49,95 @@ def test_muon_gets_the_matrices_of_the_blocks_and_adamw_all_the_rest():
     assert by_muon == {f"blocks.0.{part}.weight" for part in ("attn.qkv", "attn.proj", "mlp.fc1", "mlp.fc2")}
     assert by_muon.isdisjoint(by_adamw)
     assert by_muon | by_adamw == set(names.values())
+
+
+def test_orthogonalize_keeps_the_singular_vectors_and_brings_the_singular_values_close_to_1():
+    torch.manual_seed(0)
+    shapes = [(32, 96), (96, 32), (32, 32), (128, 32), (32, 128), (1, 5)]
+    matrices = [3.0 * torch.randn(shape) for shape in shapes]
+    for matrix, result in zip(matrices, orthogonalize(matrices), strict=True):
+        assert (result.shape, result.dtype) == (matrix.shape, torch.bfloat16)
+        u, _, v = torch.linalg.svd(matrix, full_matrices=False)
+        inner = u.T @ result.float() @ v.T
+        values = inner.diagonal()
+        assert values.min() > 0.5 and values.max() < 1.3
+        assert (inner - values.diag()).norm() < 0.1 * values.norm()
+
+
+def test_orthogonalize_does_not_depend_on_what_else_is_in_the_batch():
+    torch.manual_seed(0)
+    matrices = [torch.randn(shape) for shape in [(16, 48), (48, 16), (16, 48), (16, 16), (16, 48)]]
+    alone = [orthogonalize([matrix])[0] for matrix in matrices]
+    assert all(map(torch.equal, orthogonalize(matrices), alone))
+
+
+def test_muon_agrees_with_that_of_torch_up_to_the_rounding_of_its_bfloat16():
+    torch.manual_seed(0)
+    shapes = [(96, 32), (32, 32), (128, 32), (32, 128)]
+    ours, theirs = ([torch.nn.Parameter(torch.ones(shape)) for shape in shapes] for _ in range(2))
+    optimizers = Muon(ours, 0.02, 0.1), torch.optim.Muon(theirs, lr=0.02, weight_decay=0.1)
+    for _ in range(4):
+        for one, other in zip(ours, theirs, strict=True):
+            one.grad = torch.randn(one.shape)
+            other.grad = one.grad.clone()
+        for optimizer in optimizers:
+            optimizer.step()
+    for one, other in zip(ours, theirs, strict=True):
+        assert (one - other).norm() < 0.02 * (other - 1).norm()
+    momenta = [optimizer.state_dict()["state"] for optimizer in optimizers]  # so their checkpoints are the same
+    assert differences(*momenta) == []
+
+
+SHARED_MUON = """
+import os, torch
+from optim import Muon
+from runtime import distributed
+distributed.start()
+torch.manual_seed(0)
+weights = [torch.nn.Parameter(torch.randn(shape)) for shape in [(96, 32), (32, 32), (128, 32), (32, 128), (32, 32)]]
+muon = Muon(weights, 0.02, 0.1)
+for _ in range(3):
+    for weight in weights:
+        weight.grad = torch.randn(weight.shape)
+    muon.step()
+torch.save([weights, muon.state_dict()["state"], muon.owners], os.environ["OUT"])
+distributed.stop()
+"""
+
+
+@pytest.mark.parametrize("ranks", [2, 3, 4])
+def test_muon_gives_every_rank_the_weights_that_one_rank_alone_would_have(ranks, tmp_path):
+    found = run_ranks(SHARED_MUON, ranks, tmp_path)
+    (alone, momenta, _), *_ = run_ranks(SHARED_MUON, 1, tmp_path)
+    for weights, same_momenta, owners in found:
+        assert set(owners) == set(range(ranks))  # all have something to do
+        assert differences(momenta, same_momenta) == []
+        for weight, expected in zip(weights, alone, strict=True):
+            assert (weight - expected).abs().max() <= 1e-6
+
+
+def run_ranks(code, count, folder):
+    """What the ranks have written to their file OUT."""
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        place = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(free.getsockname()[1]), "WORLD_SIZE": str(count)}
+    files = [folder / f"{count}-{rank}.pt" for rank in range(count)]
+    ranks = [
+        python(code, RANK=str(rank), LOCAL_RANK=str(rank), OUT=str(file), **place) for rank, file in enumerate(files)
+    ]
+    for process in ranks:
+        _, err = process.communicate(timeout=120)
+        assert process.returncode == 0, err
+    return [torch.load(file, weights_only=True) for file in files]
+
+
+def test_the_matrices_are_shared_out_so_that_no_rank_does_much_more_than_another():
+    shapes = [(3456, 1152), (1152, 1152), (4608, 1152), (1152, 4608)] * 28  # of EqM-XL
+    for ranks in (1, 2, 3, 4, 7, 8):
+        work = [0] * ranks
+        for (rows, columns), owner in zip(shapes, share_out(shapes, ranks), strict=True):
+            work[owner] += min(rows, columns) ** 2 * (2 * max(rows, columns) + min(rows, columns))
+        assert max(work) < 1.06 * sum(work) / ranks
 
 
 @pytest.mark.parametrize(

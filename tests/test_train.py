@@ -15,7 +15,7 @@ import sample_gd
 import train
 import transport
 from checkpoint import Progress
-from runtime import distributed, metrics
+from runtime import cli, distributed, metrics
 from runtime.rng import normal, uniform
 from tiny_data import make_images, make_vae, save_checkpoint
 from tiny_videos import write_video
@@ -164,7 +164,7 @@ def test_a_variant_learns_what_the_plain_run_learns(way, plain, videos, tmp_path
 
 
 def test_fp16_scales_its_loss_skips_what_overflows_and_keeps_its_scale(videos, tmp_path, monkeypatch):
-    monkeypatch.setattr(preflight, "check_speed_flags", lambda args: None)  # the CPU can do it, slowly
+    monkeypatch.setattr(cli, "check_precision", lambda precision: None)  # the CPU can do it, slowly
     shared = [*TRAIN, "--data-path", videos, "--global-batch-size", 4, "--precision", "fp16"]
     rows, state = run_training(tmp_path / "r", *shared, "--max-steps", 12)
     assert all(np.isfinite([row["train_loss"], row["grad_norm"]]).all() for row in rows)
@@ -173,6 +173,30 @@ def test_fp16_scales_its_loss_skips_what_overflows_and_keeps_its_scale(videos, t
     best = tmp_path / "r/000-EqM-Ti-4-f8-rope/checkpoints/latest.pt"
     more, state = run_training(tmp_path / "s", *shared, "--max-steps", 13, "--ckpt", best)
     assert state["optimizer"]["scaler"]["scale"] == scale * 0.5 ** more[0]["skipped"]
+
+
+def test_a_run_keeps_its_precision_when_it_is_resumed_without_the_flag(videos, tmp_path):
+    shared = [*TRAIN, "--data-path", videos, "--global-batch-size", 4]
+    _, state = run_training(tmp_path / "r", *shared, "--max-steps", 2, "--precision", "bf16")
+    for flags, precision in (([], "bf16"), (["--precision", "fp32"], "fp32"), ([], "fp32")):
+        steps = state["step"] + 1
+        _, state = run_training(tmp_path / "r", *shared, "--max-steps", steps, "--resume", *flags)
+        assert (state["step"], state["config"]["training"]["precision"]) == (steps, precision)
+
+
+@pytest.mark.parametrize(
+    ("flags", "decay"), [([], 0.0), (["--optimizer", "muon"], 0.1), (["--optimizer", "muon", "--weight-decay", 0], 0.0)]
+)
+def test_muon_decays_its_weights_unless_told_otherwise(flags, decay, videos, tmp_path):
+    shared = [*TRAIN, "--data-path", videos, "--global-batch-size", 4, "--max-steps", 1]
+    _, state = run_training(tmp_path / "r", *shared, *flags)
+    groups = [saved["param_groups"][0] for saved in state["optimizer"]["states"]]
+    assert [group["weight_decay"] for group in groups] == [decay] * len(groups)
+
+
+def test_the_first_rank_of_a_machine_checks_for_all_of_them(monkeypatch):
+    monkeypatch.setenv("LOCAL_RANK", "1")
+    assert preflight.check_run(SimpleNamespace()) is None  # without a look at a flag, file or folder
 
 
 def test_the_dispersive_loss_is_logged_apart_and_drives_the_activations_apart(images, tmp_path):

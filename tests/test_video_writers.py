@@ -5,8 +5,19 @@ import numpy as np
 import pytest
 from PIL import Image
 
+from scoring.sources import read_samples
 from video import writers
-from video.writers import GAP, enlarge, write_gif, write_mp4, write_npz, write_samples, write_sheet, write_videos
+from video.writers import (
+    GAP,
+    enlarge,
+    npz_writer,
+    write_gif,
+    write_mp4,
+    write_npz,
+    write_samples,
+    write_sheet,
+    write_videos,
+)
 
 
 def color_bars(frames=6, height=16, width=20):
@@ -137,22 +148,50 @@ def test_an_npz_holds_the_pixels_and_labels_bit_for_bit_and_images_have_no_time_
     assert [file.name for file in tmp_path.iterdir()] == ["samples.npz"]
 
 
-def test_an_npz_that_fails_half_way_leaves_the_old_one_intact(tmp_path, monkeypatch):
+@pytest.mark.parametrize("shape", [(5, 4, 5, 6, 3), (5, 1, 5, 6, 3)])
+def test_an_npz_that_is_written_in_parts_has_the_bytes_of_numpys_and_is_mapped_into_memory(tmp_path, shape):
+    videos, labels = np.random.default_rng(0).integers(0, 256, shape, dtype=np.uint8), np.array([2, 0, 1, 1, 0])
+    with npz_writer(tmp_path / "samples.npz", labels.tolist()) as append:
+        for part in (videos[:2], videos[2:4].transpose(0, 1, 3, 2, 4).copy().transpose(0, 1, 3, 2, 4), videos[4:]):
+            append(part)
+    pixels = videos if shape[1] > 1 else videos[:, 0]
+    np.savez(tmp_path / "numpy.npz", arr_0=pixels, labels=labels)
+    assert (tmp_path / "samples.npz").read_bytes() == (tmp_path / "numpy.npz").read_bytes()
+    (tmp_path / "samples.json").write_text('{"classes": ["a", "b", "c"], "time_scale": 0.04}')
+    _, clips, found = read_samples("here", tmp_path)
+    assert isinstance(clips, np.memmap)
+    assert np.array_equal(clips, videos) and np.array_equal(found, labels)
+
+
+def test_an_npz_that_fails_half_way_leaves_the_old_one_intact(tmp_path):
     videos = np.zeros((1, 2, 4, 4, 3), np.uint8)
     write_npz(tmp_path / "samples.npz", videos, [5])
-
-    def disk_full(file, **arrays):
-        file.write(b"half")
+    with pytest.raises(OSError, match="No space"), npz_writer(tmp_path / "samples.npz", [6, 7]) as append:
+        append(videos)
         raise OSError("No space left on device")
-
-    monkeypatch.setattr(writers.np, "savez", disk_full)
-    with pytest.raises(OSError, match="No space"):
-        write_npz(tmp_path / "samples.npz", videos, [6])
     assert np.load(tmp_path / "samples.npz")["labels"].tolist() == [5]
+    assert [file.name for file in tmp_path.iterdir()] == ["samples.npz"]
+
+
+def test_an_npz_has_as_many_videos_as_labels(tmp_path):
+    with pytest.raises(AssertionError, match="1 videos, 2 labels"):
+        write_npz(tmp_path / "samples.npz", np.zeros((1, 2, 4, 4, 3), np.uint8), [5, 6])
+    assert not (tmp_path / "samples.npz").exists()
+
+
+@pytest.mark.parametrize("frames", [3, 1])
+def test_samples_in_batches_give_the_files_of_samples_at_once(tmp_path, frames):
+    videos = np.random.default_rng(0).integers(0, 256, (70, frames, 4, 4, 3), dtype=np.uint8)
+    names = [f"class {index}" for index in range(70)]
+    write_samples(tmp_path / "once", [videos], range(70), 25, names)
+    write_samples(tmp_path / "parts", iter(np.split(videos, [9, 10, 40])), range(70), 25, names)
+    once, parts = ({path.name: path.read_bytes() for path in folder.iterdir()} for folder in sorted(tmp_path.iterdir()))
+    assert once == parts
+    assert len(once) == (70 * 2 + 3 if frames > 1 else 70 + 2)
 
 
 def test_samples_are_an_mp4_and_a_gif_per_video_a_grid_a_sheet_and_an_npz(tmp_path):
-    write_samples(tmp_path / "new" / "folder", np.stack([color_bars()] * 2), [0, 1], fps=25, names=["a", "b"])
+    write_samples(tmp_path / "new" / "folder", [np.stack([color_bars()] * 2)], [0, 1], fps=25, names=["a", "b"])
     assert sorted(file.name for file in (tmp_path / "new" / "folder").iterdir()) == [
         "000000.gif", "000000.mp4", "000001.gif", "000001.mp4", "grid.gif", "samples.npz", "sheet.png",
     ]  # fmt: skip
@@ -160,7 +199,7 @@ def test_samples_are_an_mp4_and_a_gif_per_video_a_grid_a_sheet_and_an_npz(tmp_pa
 
 def test_samples_of_images_are_a_png_per_image_pixel_by_pixel_a_grid_and_an_npz(tmp_path):
     images = np.random.default_rng(0).integers(0, 256, (2, 1, 16, 20, 3), dtype=np.uint8)
-    write_samples(tmp_path, images, [3, 1], fps=25, names=["a", "b"])
+    write_samples(tmp_path, [images], [3, 1], fps=25, names=["a", "b"])
     names = sorted(file.name for file in tmp_path.iterdir())
     assert names == ["000000.png", "000001.png", "grid.png", "samples.npz"]
     for index in range(2):

@@ -6,6 +6,7 @@ import signal
 import subprocess
 import sys
 import time
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -24,7 +25,7 @@ TINY = [
     "--num-frames", "4", "--vae", "none", "--image-size", "16", "--no-flip", "--frame-interval", "1", "3",
     "--global-batch-size", "4", "--num-workers", "0", "--val-clips", "4", "--lr", "1e-3",
 ]  # fmt: skip
-MEASURED = {"clips_per_s", "wait_frac", "seconds", "val_seconds"}  # of the metrics: times, which no two runs share
+MEASURED = {"clips_per_s", "tflops_per_s", "wait_frac", "seconds", "val_seconds"}  # times, which no two runs share
 OFTEN = ["--log-every", 3, "--val-every", 2, "--ckpt-every", 4, "--sample-every", 5]
 OFTEN += ["--num-samples", 1, "--num-sampling-steps", 3, "--keep-last", 2]
 
@@ -113,24 +114,30 @@ def run_here(training, *flags, stop_after=None, stop_in=None):
             os.kill(os.getpid(), signal.SIGTERM)
         return function(*arguments, **keywords)
 
-    with pytest.MonkeyPatch.context() as patch:
+    with like_a_process(), pytest.MonkeyPatch.context() as patch:
         patch.setattr(sys, "argv", ["train.py", *map(str, training.command_flags(*OFTEN, *flags))])
         patch.setattr(train, "update_ema", last_of_a_step)
         if stop_in:
             owner = VAE if stop_in == "latents_of" else train
             function = getattr(owner, stop_in)
             patch.setattr(owner, stop_in, interrupted)
-        try:
-            train.main()
-        finally:
-            while runs._locks:  # the end of a process would do that
-                runs._locks.pop().close()
+        train.main()
     return len(steps)
+
+
+@contextmanager
+def like_a_process():
+    """Let go of the locks of run folders afterwards, as the end of a process would."""
+    try:
+        yield
+    finally:
+        while runs._locks:
+            runs._locks.pop().close()
 
 
 def run_main(script, *flags, status=0):
     """Run main() of a script, a module, in this process with these flags; it has to end with this status."""
-    with pytest.MonkeyPatch.context() as patch:
+    with like_a_process(), pytest.MonkeyPatch.context() as patch:
         patch.setattr(sys, "argv", [Path(script.__file__).name, *map(str, flags)])
         if status == 0:
             script.main()

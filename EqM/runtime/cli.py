@@ -79,18 +79,47 @@ def add_removed(add, flag, reason):
 def add_speed_flags(parser):
     """The flags of every script that runs a network for long. Returns the add_argument of their group."""
     add = parser.add_argument_group("speed").add_argument
-    precision = "bf16 and fp16 are mixed precision, tf32 rounds inside matrix products; tf32 and fp16 need a GPU"
-    add("--precision", choices=["fp32", "tf32", "bf16", "fp16"], default="fp32", help=precision)
+    precision = "bf16 and fp16 are mixed precision, tf32 rounds inside matrix products; tf32 and fp16 need a GPU; "
+    precision += "default: that of the resumed run, else bf16 on a GPU that has it, else fp32; fp32 with an energy"
+    add("--precision", choices=["fp32", "tf32", "bf16", "fp16"], help=precision)
     add("--compile", action="store_true", help="compile the transformer blocks with torch.compile")
     return add
 
 
 def check_speed_flags(args):
     """Raise UserError if this machine can't do what --precision and --compile ask for."""
-    if args.precision in ("tf32", "fp16") and not torch.cuda.is_available():
-        raise UserError(f"--precision {args.precision} needs a GPU and none was found: use bf16 or fp32")
+    check_precision(args.precision)
     if args.compile and not any(map(shutil.which, (os.environ.get("CXX") or "g++", "clang++"))):
         raise UserError("--compile needs a C++ compiler and none was found: install the package g++, or leave it out")
+
+
+def check_precision(precision):
+    """Raise UserError if this machine does not have that --precision; None is not checked."""
+    on_gpu = torch.cuda.is_available()
+    if precision in ("tf32", "fp16") and not on_gpu:
+        raise UserError(f"--precision {precision} needs a GPU and none was found: use bf16 or fp32")
+    if precision == "bf16" and on_gpu and not has_bf16():
+        raise UserError(f"--precision bf16: {torch.cuda.get_device_name(local_rank())} has none: use fp16 or fp32")
+
+
+def settle_precision(args, energy, kept=None):
+    """Fill in --precision where it was left out: that of the resumed run (`kept`), else what suits model and device.
+
+    energy says whether the model has one: its gradient, which is the field, stays exact. Raises UserError.
+    """
+    if args.precision is None:
+        args.precision = kept or ("bf16" if not energy and has_bf16() else "fp32")
+        if not (kept or energy) and torch.cuda.is_available() and args.precision == "fp32":
+            say("note: this GPU has no bf16, so --precision is fp32: fp16 is faster and takes less memory")
+    check_precision(args.precision)
+
+
+def has_bf16():
+    """Whether this rank's GPU computes in bf16; False without a GPU."""
+    if not torch.cuda.is_available():
+        return False
+    with torch.cuda.device(local_rank()):  # or every rank would take up memory on the first one
+        return torch.cuda.is_bf16_supported(including_emulation=False)
 
 
 def check_devices():

@@ -20,7 +20,8 @@ import torch
 import torch.distributed as dist
 from torch.nn.parallel import DistributedDataParallel
 
-SCAN_TIME = timedelta(hours=1)  # the other ranks wait for rank 0 to open every video of a large set once
+SHARE_TIME = timedelta(hours=1)  # ranks wait for one that has more to do: opens all videos, samples a last batch
+STEP_TIME = timedelta(minutes=10)  # in training, where all do the same
 STORE_TIME = 30  # seconds for torchrun to answer
 MIXED = {"bf16": torch.bfloat16, "fp16": torch.float16}  # --precision that needs autocast
 
@@ -55,10 +56,11 @@ if "TORCHELASTIC_RUN_ID" in os.environ:  # ranks have sessions of their own and 
     die_with_parent(signal.SIGTERM)
 
 
-def start():
+def start(patience=SHARE_TIME):
     """Join the process group if torchrun started us; returns the device of this rank.
 
-    Raises ConnectionError if torchrun does not answer.
+    patience is for how long a rank waits for the others in a collective. Raises ConnectionError if torchrun does not
+    answer.
     """
     if torch.cuda.is_available():
         device = torch.device("cuda", local_rank())
@@ -67,9 +69,9 @@ def start():
         device = torch.device("cpu")
         keep_freed_memory()
     if "RANK" in os.environ:
-        backend = "nccl" if device.type == "cuda" else "gloo"
-        store = rendezvous_store()
-        dist.init_process_group(backend, store=store, rank=rank(), world_size=world_size(), timeout=SCAN_TIME)
+        backend = "cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo"  # Python values need no GPU
+        ranks = {"rank": rank(), "world_size": world_size()}
+        dist.init_process_group(backend, store=rendezvous_store(), timeout=patience, **ranks)
     return device
 
 
@@ -99,7 +101,7 @@ def rendezvous_store():
             raise ConnectionError(
                 f"torchrun does not answer ({error}): it may have been killed; start it again"
             ) from error
-    store, _, _ = next(dist.rendezvous("env://", timeout=SCAN_TIME))
+    store, _, _ = next(dist.rendezvous("env://", timeout=SHARE_TIME))
     mine = uuid.uuid4().hex
     if rank() == 0:
         store.set("attempt", mine)
@@ -131,8 +133,12 @@ def stop():
 
 
 def set_precision(precision):
-    """The part of --precision that is not autocast: whether float32 matrix products may use TF32."""
-    torch.backends.cuda.matmul.fp32_precision = "tf32" if precision == "tf32" else "ieee"
+    """The part of --precision that is not autocast: whether products and convolutions in float32 may use TF32.
+
+    In mixed precision the VAE's convolutions may, too: they run in float32 beside the network.
+    """
+    torch.set_float32_matmul_precision("high" if precision == "tf32" else "highest")
+    torch.backends.cudnn.allow_tf32 = precision != "fp32"
 
 
 def autocast(device, precision):
@@ -146,7 +152,7 @@ def parallel(model):
         return model
     with warnings.catch_warnings():
         warnings.simplefilter("ignore", FutureWarning)  # torch 2.13 has a new name for it that 2.9 does not know
-        return DistributedDataParallel(model, broadcast_buffers=False)
+        return DistributedDataParallel(model, broadcast_buffers=False, gradient_as_bucket_view=True)
 
 
 # ----------------------------------------------------------------------------------------------------------------------
@@ -185,24 +191,30 @@ def average(tensor):
     return tensor
 
 
-def own_indices(count):
-    """Those of the indices 0 ... count - 1 that this rank works on."""
-    return list(range(rank(), count, world_size()))
+def own_indices(count, block=1):
+    """Those of the indices 0 ... count - 1 that this rank works on; the ranks take blocks of so many in turn."""
+    return [index for index in range(count) if index // block % world_size() == rank()]
+
+
+def gather_on_first(value):
+    """The Python values of all ranks, in the order of the ranks, on rank 0; None on the others."""
+    if not is_started():
+        return [value]
+    values = [None] * world_size() if rank() == 0 else None
+    dist.gather_object(value, values)
+    return values
 
 
 def collect(indices, items):
     """What the ranks computed for their indices, in order, on rank 0: items (len(indices), ...) -> (count, ...).
 
-    The other ranks get None.
+    The other ranks get None. A rank without indices may give any tensor, except rank 0.
     """
-    parts = [None] * world_size() if rank() == 0 else None
-    if is_started():
-        dist.gather_object((indices, items.cpu()), parts)
-    else:
-        parts = [(indices, items.cpu())]
-    if rank() != 0:
+    parts = gather_on_first((indices, items.cpu()))
+    if parts is None:
         return None
     ordered = items.new_empty(sum(len(indices) for indices, _ in parts), *items.shape[1:], device="cpu")
     for indices, part in parts:
-        ordered[indices] = part
+        if indices:
+            ordered[indices] = part
     return ordered

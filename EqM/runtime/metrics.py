@@ -3,6 +3,7 @@
 import json
 import math
 import os
+import re
 import time
 import uuid
 from pathlib import Path
@@ -13,6 +14,41 @@ import torch
 from runtime import distributed
 from runtime.atomic import atomic_write
 from runtime.cli import UserError
+
+PEAK_TFLOPS = {  # dense rate of matrix products in bf16 (V100, T4: fp16), from the data sheets; the first that fits
+    "B200": 2250, "GB200": 2500, "H100 PCIe": 756, "H100 NVL": 835, "H100": 989, "H200": 989, "GH200": 989, "H800": 989,
+    "H20": 148, "A100": 312, "A800": 312, "A10G": 70, "A10": 125, "A30": 165, "A40": 150, "L4": 121, "L40": 181,
+    "L40S": 362, "RTX 6000 Ada": 364, "RTX A6000": 155, "RTX 3090": 71, "RTX 4090": 165, "RTX 5090": 210, "V100": 125,
+    "T4": 65, "MI250X": 383, "MI300X": 1307,
+}  # fmt: skip
+
+
+def peak_tflops(name, precision):
+    """The highest rate of a GPU in TFLOP/s, by the name that torch gives it; None if it is not known.
+
+    tf32 has half the rate of bf16. In fp32 matrix products do not run on the same units: None.
+    """
+    for model, rate in PEAK_TFLOPS.items():
+        if re.search(rf"\b{model}\b", name):
+            return {"bf16": rate, "fp16": rate, "tf32": rate / 2}.get(precision)
+    return None
+
+
+def device_stats(device, precision, tflops_per_s):
+    """{name: value} of a GPU: mfu, the share of its highest rate (if that is known), and peak memory in GB."""
+    if device.type != "cuda":
+        return {}
+    peak = peak_tflops(torch.cuda.get_device_name(device), precision)
+    stats = {"mfu": tflops_per_s / peak} if peak else {}
+    return stats | {"gpu_memory_gb": torch.cuda.max_memory_allocated(device) / 1e9}
+
+
+def bar_text(row):
+    """What the progress bar shows of a row of metrics."""
+    parts = [f"loss {row['train_loss']:.3f}", f"{row['clips_per_s']:.1f} clips/s", f"{row['tflops_per_s']:.3g} TFLOP/s"]
+    parts += [f"{row['mfu']:.0%} MFU"] if "mfu" in row else []
+    parts += [f"{row['gpu_memory_gb']:.1f} GB"] if "gpu_memory_gb" in row else []
+    return ", ".join(parts)
 
 
 def read_metrics(path):
@@ -155,18 +191,19 @@ class StepStats:
         self.earlier = earlier["rows"] if earlier else torch.empty(0, 0)
         self.rows, self.files = [], []  # of each step: (k,) on the device; paths of its videos
         self.bad = []  # paths of videos that could not be decoded
-        self.waited, self.began = 0.0, time.monotonic()
+        self.flops, self.waited, self.began = 0.0, 0.0, time.monotonic()
 
     def __len__(self):
         """The number of steps."""
         return len(self.earlier) + len(self.rows)
 
-    def add(self, files, **scalars):
-        """Add a step: the paths of its videos and its scalars, 0-dimensional tensors with the same names at each step.
+    def add(self, files, flops=0.0, **scalars):
+        """Add a step: paths of its videos, FLOPs of all ranks, scalars (0-dimensional, named alike at each step).
 
         A step with "skipped" = 1 changed no weights: it is counted, but its other values are left out of the means and
         need not be finite.
         """
+        self.flops += flops
         self.rows.append(torch.stack(list(scalars.values())).float())
         self.files.append(files)
         self.names = list(scalars)
@@ -219,7 +256,9 @@ class StepStats:
         )
 
     def summary(self, step, global_batch):
-        """{name: mean over the steps and all ranks}, the number of skipped steps, clips_per_s and wait_frac.
+        """{name: mean over the steps and all ranks}, number of skipped steps, clips_per_s, tflops_per_s, wait_frac.
+
+        tflops_per_s is that of each rank, of the model alone: what --grad-checkpoint computes again does not count.
 
         `step` is the global step of the last row. Raises UserError as `averaged` does.
         """
@@ -232,5 +271,6 @@ class StepStats:
         seconds = time.monotonic() - self.began
         return means | {
             "clips_per_s": len(self.rows) * global_batch / seconds,
+            "tflops_per_s": self.flops / seconds / distributed.world_size() / 1e12,
             "wait_frac": self.waited / seconds,
         }

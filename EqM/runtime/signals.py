@@ -1,11 +1,11 @@
-"""Signals that stop a run: all ranks save at the same step and end."""
+"""What the ranks agree on at each step: signals stop a run at the same step on all, and all save at the same step."""
 
 import signal
 
 import torch
 import torch.distributed as dist
 
-from runtime.distributed import is_started
+from runtime.distributed import STEP_TIME, is_started
 
 STOP_SIGNALS = signal.SIGTERM, signal.SIGINT, signal.SIGUSR1, signal.SIGHUP
 
@@ -22,8 +22,8 @@ class StopSignal:
     """
 
     def __init__(self):
-        self.name, self.pending, self.is_waiting = None, None, False
-        self.group = dist.new_group(backend="gloo") if is_started() else None
+        self.name, self.flags, self.is_waiting = None, None, False
+        self.group = dist.new_group(backend="gloo", timeout=STEP_TIME) if is_started() else None
         for number in STOP_SIGNALS:
             if signal.getsignal(number) != signal.SIG_IGN:  # as SIGHUP is under nohup
                 signal.signal(number, self._note)
@@ -48,20 +48,24 @@ class StopSignal:
         finally:
             self.is_waiting = False
 
-    def ask(self):
+    def ask(self, save=False):
+        """Start to ask whether a rank is to stop, and whether one wants to save."""
+        self.flags = torch.tensor([float(self.name is not None), float(save)])
         if self.group is not None:
-            self.flag = torch.tensor([float(self.name is not None)])
-            self.pending = dist.all_reduce(self.flag, group=self.group, async_op=True)
+            self.pending = dist.all_reduce(self.flags, group=self.group, async_op=True)
 
     def agreed(self):
-        """Whether any rank had been asked to stop when it came to `ask` (or here, without `ask`): the same on all."""
-        if self.group is None:
-            return self.name is not None
-        if self.pending is None:
+        """(stop, save): whether any rank was to stop, or wanted to save, when it came to `ask`: the same on all.
+
+        Without `ask` before, they are asked here. A single process also stops for a signal that came since.
+        """
+        if self.flags is None:
             self.ask()
-        self.pending.wait()
-        self.pending = None
-        return self.flag.item() > 0
+        if self.group is not None:
+            self.pending.wait()
+        stop, save = (self.flags > 0).tolist()
+        self.flags = None
+        return stop or (self.group is None and self.name is not None), save
 
     def check(self):
         """Raise Interrupted if this rank was asked to stop; others may not know: see `settle`."""
@@ -69,6 +73,8 @@ class StopSignal:
             raise Interrupted
 
     def settle(self):
-        """Raise Interrupted, on all ranks, if any was asked to stop."""
-        if self.agreed():
+        """Raise Interrupted, on all ranks, if any was asked to stop. Returns whether any wants to save."""
+        stop, save = self.agreed()
+        if stop:
             raise Interrupted
+        return save

@@ -14,6 +14,8 @@ import zipfile
 
 import torch
 
+from runtime.distributed import local_rank
+
 FPS = 1e-3, 1e6  # lowest and highest accepted frame rate
 JSON_BYTES = 2**28  # largest JSON file: an index of a million videos has 150 MB
 
@@ -59,20 +61,21 @@ def check_types(values, types):
             raise ValueError(f"{name} is {str(values.get(name))[:50]}, wanted {getattr(kind, '__name__', kind)}")
 
 
-def read_torch(path):
-    """The content of a file of torch.save, on the CPU: tensors and plain values.
+def read_torch(path, check=True):
+    """The content of a file of torch.save: tensors, which are mapped into memory, and plain values.
 
-    Raises pickle.UnpicklingError if it is not such a file or holds code, OSError if it can't be read, and any other
-    Exception if it is damaged: torch.load's error depends on where the damage is.
+    With `check` the first rank of each machine reads all bytes and compares their CRCs, for the others too. Raises
+    pickle.UnpicklingError if it is not such a file or holds code, OSError if it can't be read, and any other Exception
+    if it is damaged: torch.load's error depends on where the damage is.
     """
     check_regular(path)
     with open(path, "rb") as file:
         if file.read(4) != b"PK\3\4":  # a zip archive; before torch 1.6 the file was a single pickle
             raise pickle.UnpicklingError("not an archive")
-        with zipfile.ZipFile(file) as archive:
-            if damaged := archive.testzip():  # checks each CRC-32, which torch does not
-                raise ValueError(f"{damaged} is damaged")
-        file.seek(0)
-        with warnings.catch_warnings(), torch.serialization.safe_globals([argparse.Namespace]):  # in published files
-            warnings.simplefilter("ignore")  # torch's warnings on foreign pickles; the error says enough
-            return torch.load(file, map_location="cpu", weights_only=True)
+        if check and local_rank() == 0:
+            with zipfile.ZipFile(file) as archive:
+                if damaged := archive.testzip():  # checks each CRC-32, which torch does not
+                    raise ValueError(f"{damaged} is damaged")
+    with warnings.catch_warnings(), torch.serialization.safe_globals([argparse.Namespace]):  # in published files
+        warnings.simplefilter("ignore")  # torch's warnings on foreign pickles; the error says enough
+        return torch.load(path, map_location="cpu", weights_only=True, mmap=True)

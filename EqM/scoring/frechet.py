@@ -272,12 +272,10 @@ def extract(detector, clips, metric, batch_size):
 @contextmanager
 def full_precision():
     """No TF32, which --precision may have allowed for sampling and cuDNN allows by default: it changes features."""
-    backends = torch.backends.cuda.matmul, torch.backends.cudnn.conv
-    before = [backend.fp32_precision for backend in backends]
-    for backend in backends:
-        backend.fp32_precision = "ieee"
+    before = torch.get_float32_matmul_precision(), torch.backends.cudnn.allow_tf32
+    distributed.set_precision("fp32")
     try:
         yield
     finally:
-        for backend, precision in zip(backends, before, strict=True):
-            backend.fp32_precision = precision
+        torch.set_float32_matmul_precision(before[0])
+        torch.backends.cudnn.allow_tf32 = before[1]

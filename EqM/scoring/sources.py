@@ -59,8 +59,8 @@ class FromCheckpoint:
     def read(self, indices):
         """The samples `indices`, uint8 (n, T, H, W, 3)."""
         settings = generation.sampling_settings(self.args)
-        clips, evaluations, _ = generation.generate_clips(
-            self.source, indices, self.args.seed, self.device, settings, self.args.batch_size, show=False
+        ((clips, evaluations, _),) = generation.generate_clips(
+            self.source, indices, self.args.seed, self.device, settings, len(indices), show=False
         )
         self.evaluations += evaluations.tolist()
         return clips

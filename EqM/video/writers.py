@@ -4,6 +4,9 @@ A video is a uint8 NumPy array (T, H, W, 3), RGB; several are (N, T, H, W, 3). P
 factor without smoothing, so that each pixel of the model is visible; PNGs of single images and samples.npz are not.
 """
 
+import math
+import zipfile
+from contextlib import contextmanager
 from fractions import Fraction
 from pathlib import Path
 
@@ -21,18 +24,27 @@ MAX_NAME_LENGTH = 60  # characters of a name on a sheet
 GAP = 2  # px of white between the frames of a sheet
 
 
-def write_samples(folder, videos, labels, fps, names=None):
+def write_samples(folder, batches, labels, fps, names=None):
     """Write all samples of sample_gd.py: a file per video, grid.gif and sheet.png (images: grid.png), samples.npz.
 
-    videos: uint8 (N, T, H, W, 3); labels: (N,) integers; fps: frames per second; names: N strings for the sheet.
+    batches: an iterator over the samples, in order, uint8 (n, T, H, W, 3) each; a batch is written before the next is
+    asked for. labels: (N,) integers; fps: frames per second; names: N strings for the sheet.
     """
-    write_videos(folder, videos, fps)
-    if videos.shape[1] == 1:
-        write_sheet(Path(folder) / "grid.png", videos)
+    folder, count, shown = Path(folder), 0, []
+    folder.mkdir(parents=True, exist_ok=True)
+    with npz_writer(folder / "samples.npz", labels) as append:
+        for videos in batches:
+            write_videos(folder, videos, fps, first=count)
+            append(videos)
+            count += len(videos)
+            most = math.prod(IMAGE_GRID) if videos.shape[1] == 1 else max(MAX_ROWS, math.prod(GRID))
+            shown += [video.copy() for video in videos[: most - len(shown)]]  # a view would keep its batch
+    shown = np.stack(shown)
+    if shown.shape[1] == 1:
+        write_sheet(folder / "grid.png", shown)
     else:
-        write_gif(Path(folder) / "grid.gif", tile(videos), fps)
-        write_sheet(Path(folder) / "sheet.png", videos, names)
-    write_npz(Path(folder) / "samples.npz", videos, labels)
+        write_gif(folder / "grid.gif", tile(shown), fps)
+        write_sheet(folder / "sheet.png", shown, names)
 
 
 def write_videos(folder, videos, fps, first=0):
@@ -122,6 +134,30 @@ def write_sheet(path, videos, names=None):
 
 def write_npz(path, videos, labels):
     """Write `arr_0` uint8 (N, T, H, W, 3), images (T = 1) as (N, H, W, 3), and `labels` int64 (N,). Atomic."""
-    pixels = videos[:, 0] if videos.shape[1] == 1 else videos
-    with atomic_write(path) as file:
-        np.savez(file, arr_0=pixels, labels=np.asarray(labels, dtype=np.int64))
+    with npz_writer(path, labels) as append:
+        append(videos)
+
+
+@contextmanager
+def npz_writer(path, labels):
+    """A function that appends videos (n, T, H, W, 3) to the array of an .npz, as many in the end as there are labels.
+
+    The bytes are those of np.savez, which takes all videos at once. Atomic.
+    """
+    labels, count = np.asarray(labels, dtype=np.int64), 0
+    with atomic_write(path) as file, zipfile.ZipFile(file, "w") as archive:
+        with archive.open("arr_0.npy", "w", force_zip64=True) as member:  # zip64: it may have more than 4 GB
+
+            def append(videos):
+                nonlocal count
+                pixels = np.ascontiguousarray(videos[:, 0] if videos.shape[1] == 1 else videos)
+                if count == 0:
+                    header = np.lib.format.header_data_from_array_1_0(pixels)
+                    np.lib.format.write_array_header_1_0(member, header | {"shape": (len(labels), *pixels.shape[1:])})
+                member.write(pixels)
+                count += len(pixels)
+
+            yield append
+            assert count == len(labels), f"{count} videos, {len(labels)} labels"
+        with archive.open("labels.npy", "w", force_zip64=True) as member:
+            np.lib.format.write_array(member, labels)

@@ -283,6 +283,7 @@ def train_job(study, job):
     paths = ["--data-path", study.data, "--results-dir", folder, "--resume"]
     last_step = phases_of(job.arm, job.share, study.size)[0][-1][1]
     quiet = ["--log-every", last_step, "--sample-every", 0, "--ckpt-every", 250, "--keep-last", 1]
+    quiet += ["--weight-decay", 0]  # as in the rows of the csv, whose fingerprints are older than the decay of Muon
     printed = run_script(["EqM/train.py", *recipe_flags(job, study.size), *paths, *quiet], folder / "train.log")
     (run,) = (path.parent for path in folder.glob("*/metrics.jsonl"))
     rows = [train_row(metrics) for metrics in read_validations(run / "metrics.jsonl")]

@@ -23,6 +23,17 @@ def killed_in_save(count=2):
     torch.save = half
 
 
+def slow_disk():
+    """It takes two seconds to write a checkpoint."""
+    save = torch.save
+
+    def late(*arguments):
+        time.sleep(2)
+        save(*arguments)
+
+    torch.save = late
+
+
 def nan_on_rank_1():
     """The second rank's loss is NaN from the third step on."""
     import transport

@@ -130,6 +130,35 @@ def test_a_kill_in_the_middle_of_a_save_leaves_the_checkpoint_before_it(shapes, 
     assert compare(whole, training) == []
 
 
+def test_a_signal_and_the_end_of_a_run_wait_for_the_checkpoint_that_is_being_written(shapes, tmp_path):
+    whole = Training(shapes, tmp_path / "whole", 300, PYTHON, OFTEN)
+    whole.run()
+    training = replace(whole, results=tmp_path / "r", launcher=[*SABOTAGE, "slow_disk"])
+    process = training.start()
+    training.wait_for(12, process)  # the save of step 10 goes on
+    process.send_signal(signal.SIGTERM)
+    output, _ = process.communicate(timeout=GONE_WITHIN)
+    assert process.returncode == 0, output
+    assert f"saved at step {last_saved(training)}" in output and last_saved(training) >= 12
+    training.run("--resume")
+    assert compare(whole, training) == []
+
+
+def test_a_run_that_saves_by_the_clock_loses_no_more_and_ends_as_one_that_does_not(shapes, tmp_path):
+    flags = ["--log-every", 7, "--val-every", 1000, "--ckpt-every", 1000, "--sample-every", 0]
+    whole = Training(shapes, tmp_path / "whole", 200, TORCHRUN, flags)
+    whole.run()
+    training = replace(whole, results=tmp_path / "r", flags=[*flags, "--save-minutes", 0.005])
+    process = training.start()
+    training.wait_for(100, process)
+    for pid in [process.pid, *descendants(process.pid)]:
+        kill(pid)
+    process.communicate()
+    assert last_saved(training) > 0  # there was no other reason to save
+    training.run("--resume")
+    assert compare(whole, training) == []
+
+
 def test_a_loader_process_whose_rank_is_killed_before_it_begins_ends_as_well(shapes, tmp_path):
     launcher = [*SABOTAGE, "killed_while_it_starts_a_loader"]
     process = Training(shapes, tmp_path / "r", 10, launcher, WORKERS).start()

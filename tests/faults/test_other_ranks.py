@@ -9,9 +9,9 @@ from training import OFTEN, TORCHRUN, Training, compare, run_here
 STEPS = 7
 
 
-@pytest.mark.parametrize("precision", ["fp32", "bf16"])
-def test_two_ranks_resume_bit_for_bit_also_with_other_workers(precision, shapes, tmp_path):
-    whole = Training(shapes, tmp_path / "whole", STEPS, TORCHRUN, [*OFTEN, "--precision", precision])
+@pytest.mark.parametrize("flags", [["--precision", "fp32"], ["--precision", "bf16"], ["--optimizer", "muon"]])
+def test_two_ranks_resume_bit_for_bit_also_with_other_workers(flags, shapes, tmp_path):
+    whole = Training(shapes, tmp_path / "whole", STEPS, TORCHRUN, [*OFTEN, *flags])
     whole.run()
     parts = replace(whole, results=tmp_path / "parts")
     process = parts.start("--resume", "--num-workers", 2)
