@@ -1,7 +1,6 @@
 """Optimizers, their learning rates, gradients that are not finite, and the EMA of the weights."""
 
 import math
-from itertools import groupby
 
 import torch
 import torch.distributed as dist
@@ -32,7 +31,7 @@ def make_optimizers(model, args):
 class Muon(torch.optim.Optimizer):
     """Descends along momenta that were made orthogonal (Jordan et al., kellerjordan.github.io/posts/muon, 2024).
 
-    That takes many matrix products. The ranks share the matrices out and give each other the results; weights and
+    That takes many matrix products. The ranks share the matrices out and send each other the results; weights and
     momenta are on all of them. lr and weight_decay are those of torch.optim.Muon.
     """
 
@@ -41,82 +40,64 @@ class Muon(torch.optim.Optimizer):
     def __init__(self, matrices, lr, weight_decay):
         super().__init__(matrices, {"lr": lr, "weight_decay": weight_decay})
         self.ranks = distributed.world_size() if distributed.is_started() else 1
-        self.rank = distributed.rank() if self.ranks > 1 else 0
-        self.owners = share_out([weight.shape for weight in matrices], self.ranks)
+        self.batches = share_out([weight.shape for weight in matrices], self.ranks)
 
     @torch.no_grad()
     def step(self):
         (group,) = self.param_groups
-        weights = group["params"]
+        weights, lr = group["params"], group["lr"]
         gradients = [weight.grad for weight in weights]
         for weight in weights:
             if not self.state[weight]:
                 self.state[weight]["momentum_buffer"] = torch.zeros_like(weight)
         momenta = [self.state[weight]["momentum_buffer"] for weight in weights]
         torch._foreach_lerp_(momenta, gradients, 1 - self.momentum)
-        own = [index for index, owner in enumerate(self.owners) if owner == self.rank]
-        directions = orthogonalize([gradients[index].lerp(momenta[index], self.momentum) for index in own])
-        torch._foreach_mul_(weights, 1 - group["lr"] * group["weight_decay"])
-        for weight, direction in zip(weights, self.gather(directions, weights), strict=True):
-            rows, columns = weight.shape
-            weight.add_(direction, alpha=-group["lr"] * math.sqrt(max(1, rows / columns)))
-
-    def gather(self, own, weights):
-        """The directions of all weights, in their order, from those that each rank has computed."""
-        if self.ranks == 1:
-            return own
-        sizes = [0] * self.ranks  # values per rank
-        for weight, owner in zip(weights, self.owners, strict=True):
-            sizes[owner] += weight.numel()
-        mine = torch.zeros(max(sizes), dtype=torch.bfloat16, device=weights[0].device)
-        if own:
-            torch.cat([direction.flatten() for direction in own], out=mine[: sizes[self.rank]])
-        parts = [torch.empty_like(mine) for _ in sizes]
-        # As bytes: not every backend has bfloat16
-        dist.all_gather([part.view(torch.uint8) for part in parts], mine.view(torch.uint8))
-        directions = []
-        for weight, owner in zip(weights, self.owners, strict=True):
-            directions.append(parts[owner][: weight.numel()].view_as(weight))
-            parts[owner] = parts[owner][weight.numel() :]
-        return directions
+        results, transfers = [], []
+        for owner, indices in self.batches:
+            if self.ranks == 1 or owner == distributed.rank():
+                steps = [gradients[index].lerp(momenta[index], self.momentum) for index in indices]
+                results.append(orthogonalize(torch.stack(steps)))
+            else:
+                shape = len(indices), *weights[indices[0]].shape
+                results.append(torch.empty(shape, dtype=torch.bfloat16, device=weights[0].device))
+            if self.ranks > 1:  # as bytes: not every backend has bfloat16
+                transfers.append(dist.broadcast(results[-1].view(torch.uint8), owner, async_op=True))
+        for transfer in transfers:
+            transfer.wait()
+        for (_, indices), directions in zip(self.batches, results, strict=True):
+            rows, columns = directions.shape[1:]
+            step_size = lr * math.sqrt(max(1, rows / columns))
+            for index, direction in zip(indices, directions, strict=True):
+                weights[index].mul_(1 - lr * group["weight_decay"]).add_(direction, alpha=-step_size)
 
 
 def share_out(shapes, ranks):
-    """The rank that orthogonalises each matrix: the largest comes first and goes where there is least to do yet."""
-    work, owners = [0] * ranks, [0] * len(shapes)
+    """[(rank, indices of the matrices of one shape that it orthogonalises)].
+
+    The largest matrix comes first, and each goes to the rank that has least to do so far.
+    """
+    work, batches = [0] * ranks, {}
     costs = [min(shape) ** 2 * (2 * max(shape) + min(shape)) for shape in shapes]
     for index in sorted(range(len(shapes)), key=costs.__getitem__, reverse=True):
-        owners[index] = work.index(min(work))
-        work[owners[index]] += costs[index]
-    return owners
+        owner = work.index(min(work))
+        work[owner] += costs[index]
+        batches.setdefault((owner, tuple(shapes[index])), []).append(index)
+    return [(owner, indices) for (owner, _), indices in batches.items()]
 
 
-def orthogonalize(matrices):
-    """U V^T for each matrix U S V^T, nearly: the singular values end between 0.7 and 1.2. bfloat16, shapes as given.
+def orthogonalize(x, steps=5, a=3.4445, b=-4.7750, c=2.0315):
+    """U V^T for each matrix U S V^T of x (k, rows, columns), nearly: a bfloat16 tensor of that shape.
 
-    Five quintic Newton-Schulz steps (Jordan et al.) in bfloat16, for all matrices of one shape at once.
+    Newton-Schulz steps (Jordan et al.) in bfloat16 take each singular value s to a s + b s^3 + c s^5. In the end
+    they are between 0.7 and 1.2, but for those that were close to zero.
     """
-    results = [None] * len(matrices)
-
-    def shape(index):
-        return sorted(matrices[index].shape)
-
-    for _, group in groupby(sorted(range(len(matrices)), key=shape), key=shape):
-        group = list(group)
-        is_tall = [matrices[index].shape[0] > matrices[index].shape[1] for index in group]
-        wide = [matrices[index].mT if tall else matrices[index] for index, tall in zip(group, is_tall, strict=True)]
-        for index, tall, result in zip(group, is_tall, newton_schulz(torch.stack(wide).bfloat16()), strict=True):
-            results[index] = result.mT if tall else result
-    return results
-
-
-def newton_schulz(x, steps=5, a=3.4445, b=-4.7750, c=2.0315):
-    """(k, rows, columns), rows <= columns, with norms of at most 1: each singular value s -> a s + b s^3 + c s^5."""
+    x, is_tall = x.bfloat16(), x.shape[1] > x.shape[2]
     norms = torch.linalg.vector_norm(x, dim=(1, 2), keepdim=True, dtype=torch.float32)
     x = x / norms.clamp(min=1e-7).bfloat16()
     for _ in range(steps):
-        gram = x @ x.mT  # (k, rows, rows)
-        x = torch.baddbmm(x, torch.baddbmm(gram, gram, gram, beta=b, alpha=c), x, beta=a)
+        gram = x.mT @ x if is_tall else x @ x.mT  # of the shorter side
+        factor = torch.baddbmm(gram, gram, gram, beta=b, alpha=c)
+        x = torch.baddbmm(x, x, factor, beta=a) if is_tall else torch.baddbmm(x, factor, x, beta=a)
     return x
 
 

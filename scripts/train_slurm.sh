@@ -2,7 +2,7 @@
 # Train on several machines of a Slurm cluster, one torchrun each. Two minutes before the time limit the run is saved
 # and the job queued again under the same job id, by which it finds its run.
 #
-#   sbatch --nodes=4 scripts/train_slurm.sh --video --num-frames 4 --use-rope --model EqM-S/4 \
+#   sbatch --nodes=4 scripts/train_slurm.sh --video --num-frames 4 --use-rope --model EqM-S/4 --compile \
 #     --data-path datasets/ucf-101-latents --results-dir results/EXP --max-steps 50000
 #
 # All machines need the same repository, data and results, so these lie on a shared disk.
