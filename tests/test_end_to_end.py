@@ -131,7 +131,7 @@ def test_a_sample_folder_with_energies_and_evaluations_has_the_same_bytes_on_any
     sampling = ["--video", "--ckpt", random, "--num-samples", 5, "--num-sampling-steps", 40, "--stepsize", 0.01]
     sampling += ["--cfg-scale", 2, "--stop-below", 2.9, "--report-energy", "--batch-size", 2, "--num-frames", 7]
     sampling += ["--model", "EqM-Ti/4", "--use-rope", "--folder"]
-    run_main(sample_gd, *sampling, tmp_path / "1")
+    on_ranks(1, "sample_gd.py", *sampling, tmp_path / "1")
     files = {path.name: path.read_bytes() for path in (tmp_path / "1").iterdir()}
     about = json.loads(files.pop("samples.json"))
     assert np.load(tmp_path / "1/samples.npz")["arr_0"].std() > 30  # the field did something
