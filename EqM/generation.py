@@ -318,11 +318,9 @@ def generate(network, start, labels, time_scale, null_label, batch_size=16, show
     start (N, C, T, H, W) float32, labels (N,), time_scale (N,); the rest is as in `generate_batch`.
     Returns samples (N, C, T, H, W), evaluations (N,) and energies (N, num_steps), None without `energy`.
     """
-    num_steps, results = settings["num_steps"], []
-    if len(start) == 0:
-        return start, labels, None if energy is None else start.new_empty(0, num_steps)
+    results = []
     batches = list(zip(*(part.split(batch_size) for part in (start, labels, time_scale)), strict=True))
-    with sampling_bar(len(batches), num_steps, show) as progress:
+    with sampling_bar(len(batches), settings["num_steps"], show) as progress:
         for batch in batches:
             results.append(generate_batch(network, *batch, progress, null_label, energy=energy, **settings))
     samples, evaluations, energies = zip(*results, strict=True)

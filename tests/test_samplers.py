@@ -217,13 +217,6 @@ def test_samples_are_in_the_order_of_their_noise():
     torch.testing.assert_close(samples, normal(5, 2, 3, 4, 4), atol=1e-4, rtol=0)
 
 
-def test_no_noise_gives_no_samples():
-    samples, evaluations, _ = run_generate(count=0)
-    assert samples.shape == (0, 2, 3, 4, 4)
-    assert evaluations.shape == (0,)
-    assert evaluations.dtype == torch.int64
-
-
 @pytest.mark.parametrize("stop_below", [None, 1e6])
 def test_one_progress_bar_counts_the_points_of_all_batches_also_if_they_stop_early(stop_below, monkeypatch):
     bars = []
@@ -350,4 +343,3 @@ def test_computing_energies_does_not_change_the_samples(stop_below):
     watched, _, _ = run_generate(quadratic_field, energy=quadratic, **settings)
     assert torch.equal(plain, watched)
     assert nothing is None
-    assert run_generate(quadratic_field, energy=quadratic, count=0, **settings)[2].shape == (0, 20)
