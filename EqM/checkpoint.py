@@ -323,7 +323,10 @@ def say_if_old(path, step):
     latest = Path(path).with_name("latest.pt")
     if Path(path).name != "best.pt" or not latest.is_file():
         return
-    newest = load(latest, check=False)
+    try:
+        newest = load(latest, check=False)
+    except UserError:  # of another checkpoint than the one that is asked for
+        return
     if newest["step"] - step > (newest["step"] - newest["phase"].get("first_step", 0)) / 5:
         say(
             f"note: best.pt is of step {step}, latest.pt of step {newest['step']}, and the validation loss has not "

@@ -30,7 +30,7 @@ MODEL_FLAGS = ("depth", "hidden_size", "num_heads", "temporal_patch_size", "rope
 
 
 def check_run(args):
-    """(start, vae, config, data, phases) of the run that the flags of train.py ask for; None if another rank finds it.
+    """(start, vae, config, data, phases) of the run that the flags of train.py ask for; None but on a first rank.
 
     data, and the number of classes in config, are known on rank 0 only: see `share_run`. phases is empty without
     --frames-schedule. Flags that were left out are filled in. Raises UserError.

@@ -502,6 +502,9 @@ def test_a_best_checkpoint_that_is_older_than_the_latest_by_a_fifth_of_the_phase
     checkpoint.save(tmp_path / "latest.pt", make_state(step=latest, phase={"first_step": first_step}))
     checkpoint.say_if_old(path, step)
     checkpoint.say_if_old(tmp_path / "latest.pt", latest)
+    whole = (tmp_path / "latest.pt").read_bytes()
+    (tmp_path / "latest.pt").write_bytes(whole[: len(whole) // 2])
+    checkpoint.say_if_old(path, step)  # that it is damaged is not for one who samples best.pt
     printed = capsys.readouterr().out
     assert printed.count("note: ") == is_said
     assert not is_said or f"step {step}" in printed and f"step {latest}" in printed and "latest.pt" in printed

@@ -147,6 +147,22 @@ def test_train_progressive_passes_odd_names_unchanged(run_copy, tmp_path):
     assert not list(tmp_path.rglob("hacked"))
 
 
+@pytest.mark.parametrize(
+    ("settings", "on_gpu", "flags"),
+    [
+        ({}, False, []),  # as published: the defaults of train.py
+        ({}, True, ["--compile"]),
+        ({"COMPILE": "0"}, True, []),
+        ({"RECIPE": "small"}, False, ["--optimizer", "muon", "--gamma-shift", "3"]),
+    ],
+)
+def test_train_progressive_takes_the_published_recipe_by_default(settings, on_gpu, flags, run_copy, tmp_path):
+    if on_gpu:
+        (tmp_path / "bin/nvidia-smi").touch(0o755)
+    _, (call,) = run_copy("train_progressive.sh", CACHE="0", **settings)  # ends after phase 1, which has saved nothing
+    assert call[call.index("--resume") + 1 : -1] == ["--frame-interval", "1", "2", *flags]
+
+
 def test_sample_passes_odd_names_unchanged_and_uses_the_newest_model(run_copy, tmp_path):
     for time, run in ((1, "a"), (3, "b"), (2, "c")):
         path = tmp_path / f"results/{ODD}/{run}\nx/checkpoints/best.pt"
