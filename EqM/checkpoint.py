@@ -147,7 +147,7 @@ class Writer:
         self.wait()
         state, copied = self.copy(state), None
         if torch.cuda.is_available():
-            copied = torch.cuda.Event()
+            copied = torch.cuda.Event(blocking=True)  # whoever waits for it sleeps
             copied.record()  # the next step waits for the copies by itself, as it comes after them on the GPU
 
         def run():
@@ -329,8 +329,8 @@ def say_if_old(path, step):
         return
     if newest["step"] - step > (newest["step"] - newest["phase"].get("first_step", 0)) / 5:
         say(
-            f"note: best.pt is of step {step}, latest.pt of step {newest['step']}, and the validation loss has not "
-            f"fallen since: --ckpt {latest} samples the newest weights"
+            f"note: best.pt is of step {step}, latest.pt of step {newest['step']}, and no lower validation loss was "
+            f"measured since: --ckpt {latest} samples the newest weights"
         )
 
 
@@ -463,10 +463,9 @@ class Start:
         """What must be the same on all machines."""
         return str(self.path), self.progress.step, str(self.folder)
 
-    @property
-    def precision(self):
-        """--precision of the run; None unless it is resumed."""
-        return self.state["config"]["training"].get("precision") if self.resumes else None
+    def kept(self, name):
+        """The value that the run had for a flag; None unless it is resumed."""
+        return self.state["config"]["training"].get(name) if self.resumes else None
 
     @property
     def bad_videos(self):
@@ -482,15 +481,14 @@ def find_start(args, name):
     folder = newest_run(args.results_dir, name)
     if folder and not args.resume and not is_restarted(folder):
         folder = None
-    asked = asked_shape(args)
     start = Start(Progress(), folder=folder)
     if folder:
         if rank() == 0:
             lock(folder)
             remove_temporary_files(folder)
-        start.path, start.version, start.state = newest_checkpoint(folder, **asked)
+        start.path, start.version, start.state = newest_checkpoint(folder, **asked_shape(args))
     if start.path is None and args.ckpt:
-        start.path, start.version, start.state = Path(args.ckpt), version_of(args.ckpt), load(args.ckpt, **asked)
+        start.path, (start.version, start.state) = Path(args.ckpt), read_start(args.ckpt, args)
     if start.path is None:
         return start
     state, step = start.state, start.state["step"]
@@ -515,6 +513,11 @@ def asked_shape(args):
     """What `load` needs to know of the flags of train.py."""
     given = {name: value for name in SHAPE if (value := getattr(args, name, None)) is not None}
     return model_shape(args.model) | given | {"ebm": args.ebm}
+
+
+def read_start(path, args):
+    """(`version_of` a checkpoint, its dict as of `load`) for the flags of train.py. Raises UserError."""
+    return version_of(path), load(path, **asked_shape(args))
 
 
 def newest_checkpoint(folder, **asked):

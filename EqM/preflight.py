@@ -15,7 +15,15 @@ from generation import check_sampling_flags
 from models import model_config, model_shape
 from optim import MUON_DECAY
 from runtime import distributed
-from runtime.cli import UserError, check_devices, check_speed_flags, check_writable, say, settle_precision
+from runtime.cli import (
+    UserError,
+    check_devices,
+    check_precision,
+    check_speed_flags,
+    check_writable,
+    say,
+    settle_precision,
+)
 from runtime.distributed import local_rank, rank, world_size
 from runtime.metrics import import_wandb
 from runtime.runs import check_job
@@ -44,7 +52,10 @@ def check_run(args):
     start = checkpoint.find_start(args, run_name(args))
     args.model = args.model or (None if start.state else DEFAULT_MODEL)
     config, data = make_config(args, vae, start), None
-    settle_precision(args, config.ebm != "none", kept=start.precision)
+    settle_precision(args, config.ebm != "none", kept=start.kept("precision"))
+    if args.weight_decay is None:
+        kept, usual = start.kept("weight_decay"), MUON_DECAY if args.optimizer == "muon" else 0.0
+        args.weight_decay = usual if kept is None else kept
     if args.skip_nonfinite and args.precision == "fp16":
         raise UserError("--skip-nonfinite: --precision fp16 skips steps that overflow by itself: leave it out")
     phases = plan_phases(args, config)
@@ -62,7 +73,7 @@ def check_run(args):
 def share_run(args, run):
     """(args, start, vae, config, data, phases) as `check_run` found them on rank 0, for all ranks of a started group.
 
-    Raises UserError unless all machines start from the same checkpoint and in the same folder.
+    Raises UserError unless all machines start from the same checkpoint, in the same folder, and have the --precision.
     """
     start, vae, config, data, phases = run or [None] * 5
     starts = {found for found in distributed.gather(start and start.describe()) if found}
@@ -72,21 +83,20 @@ def share_run(args, run):
             f"the ranks start from different checkpoints, {found}: if an earlier run was still saving, start again; "
             "otherwise all machines need the same files"
         )
-    state = start and start.state
+    own = start and (start.version, start.state)
     shared = args, start and replace(start, state=None), config, data, phases
     args, start, config, data, phases = distributed.broadcast(shared)
+    check_precision(args.precision)
     if run is None:
         vae = load_vae(args.vae)
-        state = checkpoint.load(start.path, **checkpoint.asked_shape(args)) if start.path else None
-    start.state = state
+        own = checkpoint.read_start(start.path, args) if start.path else (None, None)
+    start.version, start.state = own
     return args, start, vae, config, data, phases
 
 
 def check_flags(args):
-    """Raise UserError for flags that contradict each other, the machine or the file system; fill in what follows."""
+    """Raise UserError for flags that contradict each other, the machine or the file system; fill in those of images."""
     settle_frames(args)
-    if args.weight_decay is None:
-        args.weight_decay = MUON_DECAY if args.optimizer == "muon" else 0.0
     check_job()
     check_speed_flags(args)
     check_sampling_flags(args)

@@ -138,7 +138,7 @@ def add_model_and_data_flags(parser):
         metavar="N",
         help="loader processes per rank, as many again for validation; 0 = load in-process",
     )
-    timeout = "seconds for the loader processes to start, and to make a batch, before the run ends; 0 = no limit"
+    timeout = "seconds for loader processes to start and for a batch; 0 = no limit, but other ranks wait 600 s at most"
     add("--loader-timeout", type=NON_NEGATIVE, default=300.0, metavar="S", help=timeout)
 
 
@@ -177,7 +177,7 @@ def add_optimisation_flags(parser):
 def main():
     args = parse_args()
 
-    # What the user can put right ends here, with one line and status 2, before a GPU is used or a run folder is made.
+    # What the user can put right ends here, with one line and status 2, before a run folder is made.
     try:
         run = preflight.check_run(args)
     except UserError as error:
@@ -221,6 +221,7 @@ def main():
     vae.to(device)
     network, stop = distributed.parallel(model), StopSignal()
     writer, saved_at = checkpoint.Writer(folder), time.monotonic()
+    remove_old = functools.partial(runs.keep_last, folder, args.keep_last, {phase.last_step for phase in phases})
     stats = StepStats(start.unlogged)
     start.state = run = None  # or the file would stay open during the whole run
     began = time.monotonic() - progress.seconds  # as if the run had never been interrupted
@@ -230,6 +231,8 @@ def main():
     def save(names):
         """Save the run as it stands; all ranks call it, rank 0 writes."""
         nonlocal saved_at
+        writer.wait()
+        stop.meet()
         saved_at = time.monotonic()
         unlogged = stats.averaged(progress.step) if len(stats) else None
         report_bad(bad_videos, stats.bad, progress.step, log)
@@ -237,10 +240,6 @@ def main():
             progress.seconds, trained = time.monotonic() - began, (run_config, model, ema, optimizers, scaler)
             state = checkpoint.run_state(*trained, progress, unlogged, bad_videos.paths)
             writer.write(state, names, before=metrics.sync, after=remove_old)
-
-    def remove_old():
-        if args.keep_last:
-            runs.keep_last(folder, args.keep_last, {phase.last_step for phase in phases})
 
     bar = tqdm(initial=progress.step, total=last_step, desc=folder.name, unit="step", disable=rank() != 0)
     periods = args.log_every, args.val_every, args.ckpt_every, args.sample_every
@@ -347,6 +346,7 @@ def main():
         sender = stop.name or "a signal to another rank"
         where = f"and saved at step {progress.step}" if progress.step else "before the first step"
         log(f"stopped by {sender} {where}: the same command with --resume continues")
+    stop.meet()
     end_children()  # some may still be starting, and the end of their DataLoader would wait for that
     metrics.close()
     del network  # DDP holds the process group

@@ -172,7 +172,7 @@ def precisions():
     """Those that this machine has."""
     if not ON_GPU:
         return ["fp32", "bf16"]
-    return ["fp32", "tf32", *["bf16"] * has_bf16(), "fp16"]
+    return ["fp32", *["tf32", "bf16"] * has_bf16(), "fp16"]
 
 
 # ----------------------------------------------------------------------------------------------------------------------
@@ -401,10 +401,24 @@ def check_save(checks, args):
         Path(folder, "checkpoints").mkdir()
         writer = checkpoint.Writer(folder)
         first, *others = [time_save(writer, state) for _ in range(4)]
-        size = writer.path.stat().st_size / 1e6
+        size, wrong = writer.path.stat().st_size / 1e6, count_wrong(writer, step)
     stands, whole = (statistics.median(times) for times in zip(*others, strict=True))
     checks.show("training stands still", stands, f"for the first save {first[0]:.2g} s")
     checks.show("whole save", whole, f"{size:.0f} MB; the first {first[1]:.2g} s")
+    checks.part("What is saved", "The weights in the file against those at the call; they change right after it.")
+    checks.add("tensors that differ", wrong, 0)
+
+
+def count_wrong(writer, step):
+    """How many weights in a file are not those at the call of `write`, after which training has gone on at once."""
+    weights = step.model.state_dict()
+    expected = {name: weight.clone() for name, weight in weights.items()}
+    writer.write({"model": weights}, [], before=lambda: None, after=lambda: None)
+    with torch.no_grad():
+        torch._foreach_add_(list(step.model.parameters()), 1.0)
+    writer.wait()
+    saved = torch.load(writer.path, weights_only=True)["model"]
+    return sum(not torch.equal(saved[name], weight.cpu()) for name, weight in expected.items())
 
 
 def time_save(writer, state):

@@ -31,7 +31,10 @@ case $RECIPE in
     ;;
 esac
 command -v nvidia-smi >/dev/null && ON_GPU=1 || ON_GPU=0
-[[ ${COMPILE:-$ON_GPU} == 1 ]] && FLAGS+=(--compile) # COMPILE=0: without; on a CPU it gains nothing
+COMPILE=${COMPILE:-$ON_GPU} # 1: torch.compile, which gains nothing on a CPU and can't train an energy
+[[ $COMPILE == 1 && " $* " != *" --ebm"[\ =]* ]] && FLAGS+=(--compile)
+# When a signal stops the run, torchrun kills ranks that take longer: for a step and two saves, one of which may be going on
+export TORCH_ELASTIC_SHUTDOWN_TIMEOUT=${TORCH_ELASTIC_SHUTDOWN_TIMEOUT:-100}
 CACHE=${CACHE:-1} # 1: the videos are encoded once, into $LATENTS; 0: at every step, or never (--vae none)
 LATENTS=${LATENTS:-$DATA-latents} VAE=${VAE:-ema} IMAGE_SIZE=${IMAGE_SIZE:-256}
 FLIPS=${FLIPS:-1} # 1: mirrored frames are encoded as well, which doubles the cache

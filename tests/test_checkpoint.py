@@ -5,6 +5,7 @@ import os
 import pickle
 import threading
 import warnings
+import zipfile
 from dataclasses import asdict, replace
 from pathlib import Path
 
@@ -319,6 +320,15 @@ def test_a_file_in_whose_numbers_one_bit_is_flipped_is_refused(tmp_path):
     content[content.index(weight) + 1000] ^= 4
     path.write_bytes(content)
     assert "damaged" in load_refusal(path)
+
+
+def test_a_checkpoint_that_somebody_has_packed_anew_loads_as_well(tmp_path):
+    checkpoint.save(tmp_path / "plain.pt", make_state())
+    with zipfile.ZipFile(tmp_path / "plain.pt") as plain, zipfile.ZipFile(tmp_path / "packed.pt", "w") as packed:
+        for name in plain.namelist():
+            packed.writestr(name, plain.read(name), compress_type=zipfile.ZIP_DEFLATED)
+    states = [checkpoint.load(tmp_path / name) for name in ("plain.pt", "packed.pt")]
+    assert differences(*states) == []
 
 
 @pytest.mark.parametrize("how", ["in place", "by another file"])

@@ -115,6 +115,7 @@ def test_the_precision_that_is_left_out_is_that_of_the_run_else_what_suits_devic
     ("bf16", "precision", "words"),
     [
         (False, "bf16", ["--precision bf16", "Tesla T4", "fp16 or fp32"]),
+        (False, "tf32", ["--precision tf32", "Tesla T4", "fp16 or fp32"]),
         (None, "fp16", ["--precision fp16", "needs a GPU"]),
         (None, "tf32", ["--precision tf32", "needs a GPU"]),
     ],

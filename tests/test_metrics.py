@@ -211,6 +211,8 @@ def test_the_rate_of_a_rank_is_the_flops_of_all_over_seconds_and_ranks(monkeypat
     [
         ("NVIDIA H100 80GB HBM3", "bf16", 989),
         ("NVIDIA H100 PCIe", "bf16", 756),
+        ("NVIDIA H200 NVL", "bf16", 835),
+        ("NVIDIA GeForce RTX 4090 Laptop GPU", "bf16", None),
         ("NVIDIA A100-SXM4-80GB", "tf32", 156),
         ("NVIDIA A10G", "bf16", 70),
         ("NVIDIA L40S", "fp16", 362),

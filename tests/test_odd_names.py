@@ -160,6 +160,8 @@ def test_train_progressive_takes_the_published_recipe_by_default(settings, on_gp
     if on_gpu:
         (tmp_path / "bin/nvidia-smi").touch(0o755)
     _, (call,) = run_copy("train_progressive.sh", CACHE="0", **settings)  # ends after phase 1, which has saved nothing
+    _, (energy,) = run_copy("train_progressive.sh", "--ebm", "dot", CACHE="0", **settings)
+    assert "--compile" not in energy
     assert call[call.index("--resume") + 1 : -1] == ["--frame-interval", "1", "2", *flags]
 
 

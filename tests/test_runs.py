@@ -28,6 +28,9 @@ def test_the_last_checkpoints_are_kept_with_best_and_latest(tmp_path):
     folder = runs.make_run_folder(tmp_path, "a") / "checkpoints"
     for name in ("0000010.pt", "0000020.pt", "0000030.pt", "9999999.pt", "best.pt", "latest.pt"):
         (folder / name).touch()
+    before = sorted(folder.iterdir())
+    runs.keep_last(folder.parent, None)
+    assert sorted(folder.iterdir()) == before
     runs.keep_last(folder.parent, 2)
     assert {path.name for path in folder.iterdir()} == {"0000030.pt", "9999999.pt", "best.pt", "latest.pt"}
 

@@ -164,7 +164,8 @@ def test_a_variant_learns_what_the_plain_run_learns(way, plain, videos, tmp_path
 
 
 def test_fp16_scales_its_loss_skips_what_overflows_and_keeps_its_scale(videos, tmp_path, monkeypatch):
-    monkeypatch.setattr(cli, "check_precision", lambda precision: None)  # the CPU can do it, slowly
+    for module in (cli, preflight):
+        monkeypatch.setattr(module, "check_precision", lambda precision: None)  # the CPU can do it, slowly
     shared = [*TRAIN, "--data-path", videos, "--global-batch-size", 4, "--precision", "fp16"]
     rows, state = run_training(tmp_path / "r", *shared, "--max-steps", 12)
     assert all(np.isfinite([row["train_loss"], row["grad_norm"]]).all() for row in rows)
@@ -190,8 +191,14 @@ def test_a_run_keeps_its_precision_when_it_is_resumed_without_the_flag(videos, t
 def test_muon_decays_its_weights_unless_told_otherwise(flags, decay, videos, tmp_path):
     shared = [*TRAIN, "--data-path", videos, "--global-batch-size", 4, "--max-steps", 1]
     _, state = run_training(tmp_path / "r", *shared, *flags)
-    groups = [saved["param_groups"][0] for saved in state["optimizer"]["states"]]
-    assert [group["weight_decay"] for group in groups] == [decay] * len(groups)
+    assert weight_decays(state) == {decay}
+    shared[-1] = 2
+    _, state = run_training(tmp_path / "r", *shared, *flags[:2], "--resume")  # a run keeps its own
+    assert weight_decays(state) == {decay}
+
+
+def weight_decays(state):
+    return {saved["param_groups"][0]["weight_decay"] for saved in state["optimizer"]["states"]}
 
 
 def test_the_first_rank_of_a_machine_checks_for_all_of_them(monkeypatch):

@@ -98,8 +98,9 @@ def check_precision(precision):
     on_gpu = torch.cuda.is_available()
     if precision in ("tf32", "fp16") and not on_gpu:
         raise UserError(f"--precision {precision} needs a GPU and none was found: use bf16 or fp32")
-    if precision == "bf16" and on_gpu and not has_bf16():
-        raise UserError(f"--precision bf16: {torch.cuda.get_device_name(local_rank())} has none: use fp16 or fp32")
+    if precision in ("bf16", "tf32") and on_gpu and not has_bf16():  # they came together
+        name = torch.cuda.get_device_name(local_rank())
+        raise UserError(f"--precision {precision}: {name} has none: use fp16 or fp32")
 
 
 def settle_precision(args, energy, kept=None):

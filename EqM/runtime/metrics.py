@@ -16,8 +16,9 @@ from runtime.atomic import atomic_write
 from runtime.cli import UserError
 
 PEAK_TFLOPS = {  # dense rate of matrix products in bf16 (V100, T4: fp16), from the data sheets; the first that fits
-    "B200": 2250, "GB200": 2500, "H100 PCIe": 756, "H100 NVL": 835, "H100": 989, "H200": 989, "GH200": 989, "H800": 989,
-    "H20": 148, "A100": 312, "A800": 312, "A10G": 70, "A10": 125, "A30": 165, "A40": 150, "L4": 121, "L40": 181,
+    "B200": 2250, "GB200": 2500, "H100 PCIe": 756, "H800 PCIe": 756, "H100 NVL": 835, "H200 NVL": 835, "H100": 989,
+    "H200": 989, "GH200": 989, "H800": 989, "H20": 148, "A100": 312, "A800": 312, "A10G": 70, "A10": 125, "A30": 165,
+    "A40": 150, "L4": 121, "L40": 181,
     "L40S": 362, "RTX 6000 Ada": 364, "RTX A6000": 155, "RTX 3090": 71, "RTX 4090": 165, "RTX 5090": 210, "V100": 125,
     "T4": 65, "MI250X": 191, "MI300X": 1307,
 }  # fmt: skip
@@ -26,10 +27,11 @@ PEAK_TFLOPS = {  # dense rate of matrix products in bf16 (V100, T4: fp16), from 
 def peak_tflops(name, precision):
     """The highest rate of a GPU in TFLOP/s, by the name that torch gives it; None if it is not known.
 
-    tf32 has half the rate of bf16. In fp32 matrix products do not run on the same units: None.
+    tf32 has half the rate of bf16. In fp32 matrix products do not run on the same units: None. The chips of laptops
+    have the names of faster ones.
     """
     for model, rate in PEAK_TFLOPS.items():
-        if re.search(rf"\b{model}\b", name):
+        if re.search(rf"\b{model}\b", name) and "Laptop" not in name:
             return {"bf16": rate, "fp16": rate, "tf32": rate / 2}.get(precision)
     return None
 
@@ -188,7 +190,7 @@ class StepStats:
 
     def __init__(self, earlier=None):
         self.names = earlier["names"] if earlier else []
-        self.earlier = earlier["rows"] if earlier else torch.empty(0, 0)
+        self.earlier = earlier["rows"].clone() if earlier else torch.empty(0, 0)  # or the file would stay open
         self.rows, self.files = [], []  # of each step: (k,) on the device; paths of its videos
         self.bad = []  # paths of videos that could not be decoded
         self.flops, self.waited, self.began = 0.0, 0.0, time.monotonic()

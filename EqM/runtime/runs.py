@@ -57,7 +57,9 @@ def remove_temporary_files(folder):
 
 
 def keep_last(folder, count, always=()):
-    """Remove a run's numbered checkpoints, except the `count` last ones and those of the steps `always`."""
+    """Remove a run's numbered checkpoints, except the `count` last ones (None: all) and those of the steps `always`."""
+    if count is None:
+        return
     numbered = [path for path in Path(folder, "checkpoints").glob("*.pt") if path.stem.isdecimal()]
     for path in sorted(numbered, key=lambda path: int(path.stem))[:-count]:
         if int(path.stem) not in always:

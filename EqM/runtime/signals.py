@@ -5,7 +5,7 @@ import signal
 import torch
 import torch.distributed as dist
 
-from runtime.distributed import STEP_TIME, is_started
+from runtime.distributed import SHARE_TIME, is_started
 
 STOP_SIGNALS = signal.SIGTERM, signal.SIGINT, signal.SIGUSR1, signal.SIGHUP
 
@@ -23,7 +23,7 @@ class StopSignal:
 
     def __init__(self):
         self.name, self.flags, self.is_waiting = None, None, False
-        self.group = dist.new_group(backend="gloo", timeout=STEP_TIME) if is_started() else None
+        self.group = dist.new_group(backend="gloo", timeout=SHARE_TIME) if is_started() else None
         for number in STOP_SIGNALS:
             if signal.getsignal(number) != signal.SIG_IGN:  # as SIGHUP is under nohup
                 signal.signal(number, self._note)
@@ -66,6 +66,11 @@ class StopSignal:
         stop, save = (self.flags > 0).tolist()
         self.flags = None
         return stop or (self.group is None and self.name is not None), save
+
+    def meet(self):
+        """Wait for all ranks: one may write a large file to a slow disk, for longer than others wait in a step."""
+        if self.group is not None:
+            dist.barrier(group=self.group)
 
     def check(self):
         """Raise Interrupted if this rank was asked to stop; others may not know: see `settle`."""
