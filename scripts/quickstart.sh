@@ -33,7 +33,8 @@ bash scripts/train_progressive.sh \
   --log-every 50 --val-every 1000 --sample-every 0
 
 OUT=samples/$EXP CKPT= FRAMES=$FRAMES SAMPLES=$SAMPLES bash scripts/sample.sh \
-  ${PRECISION:+--precision="$PRECISION"} --sampler ngd --num-sampling-steps="$SAMPLING_STEPS" --stepsize 0.008 --cfg-scale 1.5
+  ${PRECISION:+--precision="$PRECISION"} --sampler ngd --num-sampling-steps="$SAMPLING_STEPS" --stepsize 0.008 --cfg-scale 1.5 \
+  --batch-size 8 # 48 samples: 3 batches for each of two ranks
 
 for frames in $FRAMES; do
   .venv/bin/python EqM/evaluate.py --metric motion --samples="samples/$EXP-f$frames" --data-path="$DATA" \
