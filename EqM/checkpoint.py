@@ -18,7 +18,6 @@ import errno
 import math
 import os
 import pickle
-import shutil
 import threading
 import warnings
 from dataclasses import asdict, dataclass, fields
@@ -28,7 +27,7 @@ import torch
 
 from models import SHAPE, EqM, EqMConfig, model_name, model_shape
 from published import load_published, published_parts, read_export
-from runtime.atomic import atomic_write, sync
+from runtime.atomic import atomic_write, link
 from runtime.cli import UserError, say
 from runtime.distributed import rank
 from runtime.runs import is_restarted, lock, newest_run, remove_temporary_files
@@ -189,22 +188,6 @@ class Writer:
         self.check()
 
 
-def link(path, name):
-    """Give a checkpoint a second name beside it (best.pt), which replaces an older file of that name at once."""
-    path = Path(path)
-    if path.with_name(name).exists() and path.samefile(path.with_name(name)):  # renaming would leave both
-        return
-    temporary = path.with_name(name + ".tmp")
-    temporary.unlink(missing_ok=True)
-    try:
-        os.link(path, temporary)
-    except OSError:  # a file system without hard links
-        shutil.copyfile(path, temporary)
-        sync(temporary)
-    os.replace(temporary, path.with_name(name))
-    sync(path.parent)
-
-
 def names_at(progress, last_step, every):
     """The names of this step's checkpoint besides latest.pt."""
     names = [f"{progress.step:07d}.pt"] if is_due(progress.step, last_step, every) else []
@@ -250,8 +233,13 @@ def load(path, check=True, **asked):
     return state
 
 
-def version_of(path):
-    """Size and time of last change of a file or folder, by which `check_unchanged` knows it; None if there is none."""
+def load_stamped(path, **asked):
+    """(`stamp_of` a checkpoint, its dict as of `load`): what `check_unchanged` needs once the tensors are read."""
+    return stamp_of(path), load(path, **asked)
+
+
+def stamp_of(path):
+    """Size and time of the last change of a file or folder; None if there is none."""
     try:
         stat = os.stat(path)
     except OSError:
@@ -259,9 +247,9 @@ def version_of(path):
     return stat.st_size, stat.st_mtime_ns
 
 
-def check_unchanged(path, version):
-    """Raise UserError if a checkpoint was replaced since `version_of`, that is, while its tensors were read."""
-    if version_of(path) != version:
+def check_unchanged(path, stamp):
+    """Raise UserError if a checkpoint was replaced since it had that stamp, that is, while its tensors were read."""
+    if stamp_of(path) != stamp:
         raise UserError(f"--ckpt {path}: was replaced while it was being read: start again")
 
 
@@ -303,8 +291,7 @@ def load_model(path, use_ema=True, model=None, video=None, **checks):
     checks are fields of EqMConfig that must agree, such as use_rope=True, and video says whether it must be a model of
     videos or of images; None is not checked. Only published files need `model`, their --model. Raises UserError.
     """
-    version = version_of(path)
-    state = load(path, **model_shape(model), ebm=checks.get("ebm"))
+    stamp, state = load_stamped(path, **model_shape(model), ebm=checks.get("ebm"))
     config = config_of(path, state)
     check_name(path, state, model)
     if not use_ema and state["model"] is state["ema"]:
@@ -314,7 +301,7 @@ def load_model(path, use_ema=True, model=None, video=None, **checks):
     check(path, config, **checks)
     network = EqM(config)
     load_weights(path, network, state["ema" if use_ema else "model"])
-    check_unchanged(path, version)
+    check_unchanged(path, stamp)
     return network.eval(), state["config"], state["step"]
 
 
@@ -343,7 +330,7 @@ def load_run(start, model, ema, optimizers, scaler):
         load_optimizers(optimizers, state["optimizer"]["states"])
         if scaler.is_enabled() and state["optimizer"].get("scaler"):  # the last phase may have been in bf16
             scaler.load_state_dict(state["optimizer"]["scaler"])
-    check_unchanged(start.path, start.version)
+    check_unchanged(start.path, start.stamp)
 
 
 def load_weights(path, model, weights):
@@ -440,7 +427,7 @@ class Start:
 
     progress: Progress
     path: Path | None = None  # of the checkpoint
-    version: tuple | None = None  # see `version_of`
+    stamp: tuple | None = None  # see `stamp_of`
     state: dict | None = None  # and its content
     folder: Path | None = None  # of the run to resume, also if it has no checkpoint yet
 
@@ -481,14 +468,14 @@ def find_start(args, name):
     folder = newest_run(args.results_dir, name)
     if folder and not args.resume and not is_restarted(folder):
         folder = None
-    start = Start(Progress(), folder=folder)
+    start, asked = Start(Progress(), folder=folder), asked_shape(args)
     if folder:
         if rank() == 0:
             lock(folder)
             remove_temporary_files(folder)
-        start.path, start.version, start.state = newest_checkpoint(folder, **asked_shape(args))
+        start.path, start.stamp, start.state = newest_checkpoint(folder, **asked)
     if start.path is None and args.ckpt:
-        start.path, (start.version, start.state) = Path(args.ckpt), read_start(args.ckpt, args)
+        start.path, (start.stamp, start.state) = Path(args.ckpt), load_stamped(args.ckpt, **asked)
     if start.path is None:
         return start
     state, step = start.state, start.state["step"]
@@ -515,25 +502,18 @@ def asked_shape(args):
     return model_shape(args.model) | given | {"ebm": args.ebm}
 
 
-def read_start(path, args):
-    """(`version_of` a checkpoint, its dict as of `load`) for the flags of train.py. Raises UserError."""
-    return version_of(path), load(path, **asked_shape(args))
-
-
 def newest_checkpoint(folder, **asked):
-    """(path, `version_of` it, its dict as of `load`) of the newest intact checkpoint of a run; three None without any.
+    """(path, stamp, dict as of `load_stamped`) of the newest intact checkpoint of a run; three None without any.
 
     Damaged ones are named. latest.pt is always the newest; the others are read only if it is missing or damaged.
     """
     found, latest = [], Path(folder, "checkpoints", "latest.pt")
     for path in sorted(latest.parent.glob("*.pt"), key=lambda path: (path != latest, path)):
-        version = version_of(path)
         try:
-            state = load(path, **asked)
+            found.append((path, *load_stamped(path, **asked)))
         except UserError as error:
             say(f"note: {error}")
             continue
-        found.append((path, version, state))
         if path == latest:
             break
     return max(found, key=lambda one: one[2]["step"], default=(None, None, None))

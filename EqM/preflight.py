@@ -83,14 +83,15 @@ def share_run(args, run):
             f"the ranks start from different checkpoints, {found}: if an earlier run was still saving, start again; "
             "otherwise all machines need the same files"
         )
-    own = start and (start.version, start.state)
+    own = start and (start.stamp, start.state)
     shared = args, start and replace(start, state=None), config, data, phases
     args, start, config, data, phases = distributed.broadcast(shared)
     check_precision(args.precision)
     if run is None:
         vae = load_vae(args.vae)
-        own = checkpoint.read_start(start.path, args) if start.path else (None, None)
-    start.version, start.state = own
+        asked = checkpoint.asked_shape(args)
+        own = checkpoint.load_stamped(start.path, **asked) if start.path else (None, None)
+    start.stamp, start.state = own
     return args, start, vae, config, data, phases
 
 

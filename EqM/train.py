@@ -232,7 +232,7 @@ def main():
         """Save the run as it stands; all ranks call it, rank 0 writes."""
         nonlocal saved_at
         writer.wait()
-        stop.meet()
+        stop.meet()  # or the others would wait in the next step, with less patience
         saved_at = time.monotonic()
         unlogged = stats.averaged(progress.step) if len(stats) else None
         report_bad(bad_videos, stats.bad, progress.step, log)

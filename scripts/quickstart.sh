@@ -1,6 +1,6 @@
 #!/usr/bin/env bash
 # From a fresh clone to videos: environment, data, three RoPE phases (4, 8, 16 frames), samples of 16, 7 and
-# 24 frames, and their scores by a motion tracker. 8 to 9 minutes on 2 CPU cores. Run again, it continues from its last
+# 24 frames, and their scores by a motion tracker. 8 to 14 minutes on 2 CPU cores. Run again, it continues from its last
 # checkpoint.
 set -euo pipefail
 cd "$(dirname "$0")/.."

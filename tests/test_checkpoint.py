@@ -17,6 +17,7 @@ import checkpoint
 import models
 from models import EqM, EqMConfig, model_config
 from runtime import runs
+from runtime.atomic import link
 from runtime.cli import UserError
 from training import differences
 
@@ -209,7 +210,7 @@ def test_a_link_is_the_newest_checkpoint_under_a_second_name(tmp_path, monkeypat
     (tmp_path / "latest.pt.tmp").write_bytes(b"left over")
     for step in (1, 2):
         checkpoint.save(tmp_path / f"{step:07d}.pt", make_state(step=step))
-        checkpoint.link(tmp_path / f"{step:07d}.pt", "latest.pt")
+        link(tmp_path / f"{step:07d}.pt", "latest.pt")
     assert names(tmp_path) == ["0000001.pt", "0000002.pt", "latest.pt"]
     assert checkpoint.load(tmp_path / "latest.pt")["step"] == 2
     assert checkpoint.load(tmp_path / "0000001.pt")["step"] == 1

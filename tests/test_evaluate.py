@@ -17,11 +17,10 @@ import evaluate
 import sample_gd
 from generation import sha256
 from scoring import frechet, manifest, sources
-from tiny_data import make_images, make_latents, make_state
+from tiny_data import make_images, make_latents, make_state, write_npz
 from training import ROOT, TORCHRUN, run_main
 from video.clips import Clips
 from video.index import scan_videos, split_videos
-from video.writers import write_npz
 
 SIZE, FRAMES = 16, 8
 

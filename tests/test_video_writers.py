@@ -6,6 +6,7 @@ import pytest
 from PIL import Image
 
 from scoring.sources import read_samples
+from tiny_data import write_npz
 from video import writers
 from video.writers import (
     GAP,
@@ -13,7 +14,6 @@ from video.writers import (
     npz_writer,
     write_gif,
     write_mp4,
-    write_npz,
     write_samples,
     write_sheet,
     write_videos,

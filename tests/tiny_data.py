@@ -11,6 +11,7 @@ from safetensors.torch import save_file
 import checkpoint
 from models import EqM, model_config
 from video.index import LATENTS_FORMAT
+from video.writers import npz_writer
 
 
 def make_vae(folder):
@@ -81,6 +82,12 @@ def save_checkpoint(path, **settings):
     """Write what make_state returns. Returns the path."""
     checkpoint.save(path, make_state(**settings))
     return path
+
+
+def write_npz(path, videos, labels):
+    """Write a samples.npz of videos (N, T, H, W, 3) at once."""
+    with npz_writer(path, labels) as append:
+        append(videos)
 
 
 def make_samples(folder):

@@ -1,6 +1,7 @@
 """Files that are written whole or not at all, also across a kill or a power cut."""
 
 import os
+import shutil
 from contextlib import contextmanager, suppress
 from pathlib import Path
 
@@ -21,6 +22,22 @@ def atomic_write(path):
         with suppress(OSError):
             temporary.unlink(missing_ok=True)
         raise
+
+
+def link(path, name):
+    """Give a file a second name beside it, which replaces an older file of that name at once."""
+    path = Path(path)
+    if path.with_name(name).exists() and path.samefile(path.with_name(name)):  # renaming would leave both
+        return
+    temporary = path.with_name(name + ".tmp")
+    temporary.unlink(missing_ok=True)
+    try:
+        os.link(path, temporary)
+    except OSError:  # a file system without hard links
+        shutil.copyfile(path, temporary)
+        sync(temporary)
+    os.replace(temporary, path.with_name(name))
+    sync(path.parent)
 
 
 def sync(path):

@@ -18,9 +18,8 @@ from runtime.cli import UserError
 PEAK_TFLOPS = {  # dense rate of matrix products in bf16 (V100, T4: fp16), from the data sheets; the first that fits
     "B200": 2250, "GB200": 2500, "H100 PCIe": 756, "H800 PCIe": 756, "H100 NVL": 835, "H200 NVL": 835, "H100": 989,
     "H200": 989, "GH200": 989, "H800": 989, "H20": 148, "A100": 312, "A800": 312, "A10G": 70, "A10": 125, "A30": 165,
-    "A40": 150, "L4": 121, "L40": 181,
-    "L40S": 362, "RTX 6000 Ada": 364, "RTX A6000": 155, "RTX 3090": 71, "RTX 4090": 165, "RTX 5090": 210, "V100": 125,
-    "T4": 65, "MI250X": 191, "MI300X": 1307,
+    "A40": 150, "L4": 121, "L40": 181, "L40S": 362, "RTX 6000 Ada": 364, "RTX A6000": 155, "RTX 3090": 71,
+    "RTX 4090": 165, "RTX 5090": 210, "V100": 125, "T4": 65, "MI250X": 191, "MI300X": 1307,
 }  # fmt: skip
 
 

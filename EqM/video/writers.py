@@ -132,17 +132,12 @@ def write_sheet(path, videos, names=None):
     sheet.save(path)
 
 
-def write_npz(path, videos, labels):
-    """Write `arr_0` uint8 (N, T, H, W, 3), images (T = 1) as (N, H, W, 3), and `labels` int64 (N,). Atomic."""
-    with npz_writer(path, labels) as append:
-        append(videos)
-
-
 @contextmanager
 def npz_writer(path, labels):
     """A function that appends videos (n, T, H, W, 3) to the array of an .npz, as many in the end as there are labels.
 
-    The bytes are those of np.savez, which takes all videos at once. Atomic.
+    The file has `arr_0` uint8 (N, T, H, W, 3), images (T = 1) as (N, H, W, 3), and `labels` int64 (N,). Its bytes are
+    those of np.savez, which takes all videos at once. Atomic.
     """
     labels, count = np.asarray(labels, dtype=np.int64), 0
     with atomic_write(path) as file, zipfile.ZipFile(file, "w") as archive:
