@@ -104,7 +104,8 @@ def test_a_failed_row_gives_status_1_and_is_named(value, monkeypatch, tmp_path, 
 @pytest.mark.skipif(sys.platform != "linux", reason="looks for processes in /proc")
 def test_a_kill_takes_the_children_in_sessions_of_their_own_as_well():
     child = "import time; print(1, flush=True); time.sleep(600)"
-    parent = f"import subprocess, sys; subprocess.run([sys.executable, '-c', {child!r}], start_new_session=True)"
+    parent = f"import subprocess, sys; subprocess.Popen([sys.executable, '-c', {child!r}], start_new_session=True); "
+    parent += "import time; time.sleep(600)"  # it does not end by itself when the child does
     command = [sys.executable, "-c", parent]
     process = subprocess.Popen(command, stdout=subprocess.PIPE, bufsize=0, start_new_session=True)
     assert process.stdout.readline() == b"1\n"  # the child has started, and holds the pipe as long as it lives
