@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from runtime.cli import UserError
+from runtime.cli import UserError, explain
 from runtime.signals import STOP_SIGNALS
 from tiny_videos import make_video, write_equal_videos
 from training import differences
@@ -84,3 +84,19 @@ def test_stop_signals_are_blocked_in_loader_processes_and_not_here(seen):
 def test_an_error_in_a_loader_process_is_one_line_without_its_traceback(seen):
     (line,) = seen["error"].splitlines()
     assert line.startswith(f"--data-path {seen['root']}: 4 files in a row are bad, the first is ")
+
+
+@pytest.mark.parametrize("error", [ConnectionResetError(104, "Connection reset by peer"), EOFError()])
+def test_a_loader_process_that_is_killed_while_it_hands_over_a_batch_is_named_as_such(error):
+    class Loader(list):
+        num_workers = 0
+
+        def __iter__(self):
+            yield "a batch"
+            raise error
+
+    batches = batches_of(Loader())
+    assert next(batches) == "a batch"
+    with pytest.raises(RuntimeError) as raised:
+        next(batches)
+    assert "a loader process exited unexpectedly" in explain(raised.value)

@@ -116,6 +116,8 @@ def _iterate(loader, iterator):
         yield from iterator
     except UserError as error:
         raise UserError(str(error).rsplit("UserError: ", 1)[-1].strip()) from None
+    except (ConnectionError, EOFError) as error:  # killed while it handed over a batch, before the DataLoader knows
+        raise RuntimeError("DataLoader worker (pid unknown) exited unexpectedly") from error
     except RuntimeError as error:
         if "timed out" not in str(error):
             raise
