@@ -40,12 +40,14 @@ CONFIG_TYPES = {  # what sampling and training take from the parts of a config
     "data": {"vae": str, "image_size": int | None, "fps": float, "frame_interval": list, "classes": list},
     "training": {"model": str, "num_frames": int, "video": bool},
 }
+ADDED = {"position_table": "none"}  # fields of EqMConfig that older files lack, and what they were then
 FLAGS = {  # the flag of a field of EqMConfig
     "num_classes": "--num-classes",
     "num_frames": "--num-frames",
     "temporal_patch_size": "--temporal-patch-size",
     "rope_theta": "--rope-theta",
     "rope_split": "--rope-split",
+    "position_table": "--position-table",
     "qk_norm": "--qk-norm",
     "input_size": "--image-size",
     "in_channels": "--vae",
@@ -352,7 +354,7 @@ def load_optimizers(optimizers, saved):
 
 def config_of(path, state):
     """The EqMConfig of a loaded checkpoint, which its weights match. Raises UserError."""
-    saved = state["config"]["model"]
+    saved = ADDED | state["config"]["model"]
     known = {field.name for field in fields(EqMConfig)}
     if set(saved) != known:
         raise UserError(f"--ckpt {path}: its model has other settings ({', '.join(sorted(set(saved) ^ known))})")
@@ -389,6 +391,12 @@ def check(path, saved, **wanted):
         )
     if saved.use_rope:
         wanted.pop("num_frames", None)
+    table = wanted.pop("position_table", saved.position_table)
+    if table != saved.position_table:
+        raise UserError(
+            f"{flag}: trained with --position-table {saved.position_table}, found {table}: its weights know no other "
+            "positions and cannot be converted; leave the flag out, or retrain"
+        )
     found, asked = model_name(**asdict(saved)), model_name(**asdict(saved) | wanted)
     if found != asked:
         raise UserError(f"{flag}: holds {found}, --model asks for {asked}: give one that fits")

@@ -1,8 +1,9 @@
 """The network: a DiT (arXiv 2212.09748) with 3D patches, without conditioning on the noise level.
 
 Fixed sinusoidal positions are added once, after the patch embedding. With `use_rope` a 3D rotary embedding of queries
-and keys replaces them (rope.py). With `ebm` the field is minus the gradient of a scalar energy that the same network
-defines (EqM-E). Parameter names are those of the published image models.
+and keys replaces them (rope.py); beside it, `position_table` keeps those of height and width. With `ebm` the field is
+minus the gradient of a scalar energy that the same network defines (EqM-E). Parameter names are those of the published
+image models.
 """
 
 import math
@@ -21,6 +22,7 @@ from torch.utils.checkpoint import checkpoint
 from rope import REFERENCE_FPS, RotaryEmbedding3D, apply_rotary, split_head
 
 EBMS = ("none", "dot", "l2")
+POSITION_TABLES = ("none", "space")
 TIME_FEATURES = 256  # sinusoidal features of the time scale, see TimeScaleEmbedder
 LARGEST, MOST_WEIGHTS = 2**20, 2**36  # of a count; a hundred times EqM-XL. More is a typing error
 
@@ -41,6 +43,7 @@ class EqMConfig:
     use_rope: bool = False
     rope_theta: float = 10_000.0
     rope_split: str = ""  # channels of a head for time, height and width, such as "16,8,8"; "" = a third each
+    position_table: str = "none"  # with use_rope: "space" adds the fixed positions of height and width to the tokens
     qk_norm: bool = False
     ebm: str = "none"  # energy whose negative gradient is the field: "dot" or "l2" (see EqM.energy); "none" = no energy
     class_dropout_prob: float = 0.1  # probability that training replaces a label by the null label, num_classes
@@ -62,6 +65,11 @@ class EqMConfig:
             split_head(self.head_dim, self.rope_split)
         else:
             self.check_num_frames(self.num_frames)
+        if self.position_table not in POSITION_TABLES:
+            choices = ", ".join(POSITION_TABLES)
+            raise ValueError(f"position_table must be one of {choices}, found {self.position_table!r}")
+        if self.position_table != "none" and not self.use_rope:
+            raise ValueError(f"position_table {self.position_table} needs use_rope: without it positions are a table")
         if self.ebm not in EBMS:
             raise ValueError(f"ebm must be one of {', '.join(EBMS)}, found {self.ebm!r}")
         rows = 18 * self.depth * self.hidden_size + self.num_classes + 2 * self.values_per_token + self.num_positions
@@ -77,8 +85,10 @@ class EqMConfig:
 
     @property
     def num_positions(self):
-        """The number of fixed positions; 0 with use_rope."""
-        return 0 if self.use_rope else math.prod(self.grid(self.num_frames))
+        """The number of rows of the position table; 0 without one."""
+        if self.use_rope and self.position_table == "none":
+            return 0
+        return math.prod(self.grid(self.num_frames)[1 if self.use_rope else 0 :])
 
     @property
     def values_per_token(self):
@@ -275,7 +285,7 @@ class EqM(nn.Module):
         self.final_layer = FinalLayer(config)
         if config.use_rope:
             self.rope = RotaryEmbedding3D(config.head_dim, config.rope_theta, config.rope_split)
-        else:
+        if config.num_positions:
             self.register_buffer("pos_embed", position_table(config), persistent=False)
         self.initialize_weights()
 
@@ -345,10 +355,9 @@ class EqM(nn.Module):
         # Under autocast the embedding is bf16. The residual stream is not: each of its 2 x depth sums would be rounded.
         tokens = self.x_embedder(x).to(x.dtype)  # (B, N, D)
         condition = self.t_embedder(time_scale) + self.y_embedder(y)  # (B, D)
-        if self.config.use_rope:
-            rotary = self.rope(grid, time_scale)
-        else:
-            rotary, tokens = None, tokens + self.pos_embed
+        rotary = self.rope(grid, time_scale) if self.config.use_rope else None
+        if self.config.num_positions:  # those of space are the same for every temporal patch
+            tokens = (tokens.unflatten(1, (-1, self.pos_embed.shape[1])) + self.pos_embed).flatten(1, 2)
         if self.is_compiled:
             tokens = tokens.clone()  # as a view, the input of the first block would need a graph of its own
         for block in self.blocks:
@@ -376,18 +385,19 @@ class EqM(nn.Module):
 
 
 def position_table(config):
-    """The fixed positions of the training grid, (1, N, D) float32.
+    """The fixed positions, (1, N, D) float32: of the training grid, or with use_rope of a single temporal patch.
 
-    Videos: 2 * floor(D / 6) channels for each of time, height and width, the rest zero. Images: the 2D table of MAE and
-    of the published models, in which the width coordinate has the first half of the channels.
+    Videos: 2 * floor(D / 6) channels for each of time, height and width, the rest zero. Images, and beside rotary
+    positions videos too: the 2D table of MAE and of the published models, in which the width coordinate has the first
+    half of the channels.
     """
-    grid, D = config.grid(config.num_frames), config.hidden_size
-    time, height, width = torch.meshgrid(*(torch.arange(n, dtype=torch.float64) for n in grid), indexing="ij")
-    if config.num_frames == config.temporal_patch_size == 1:
-        axes, channels = (width, height), D // 2
+    (time, height, width), D = config.grid(config.num_frames), config.hidden_size
+    if config.use_rope or config.num_frames == config.temporal_patch_size == 1:
+        sizes, axes, channels = (height, width), (1, 0), D // 2
     else:
-        axes, channels = (time, height, width), 2 * (D // 6)
-    table = torch.cat([sinusoid(axis.flatten(), channels) for axis in axes], dim=1)
+        sizes, axes, channels = (time, height, width), (0, 1, 2), 2 * (D // 6)
+    indices = torch.meshgrid(*(torch.arange(n, dtype=torch.float64) for n in sizes), indexing="ij")
+    table = torch.cat([sinusoid(indices[axis].flatten(), channels) for axis in axes], dim=1)
     return F.pad(table, (0, D - table.shape[1])).float()[None]
 
 

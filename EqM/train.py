@@ -31,7 +31,7 @@ import checkpoint
 import preflight
 import transport
 from generation import Source, add_sampling_flags, cast_products, generate_clips, sampling_settings
-from models import EBMS, NAMES, EqM, model_name
+from models import EBMS, NAMES, POSITION_TABLES, EqM, model_name
 from optim import MUON_DECAY, check_gradient, ema_decay, lr_multiplier, make_optimizers, set_learning_rates, update_ema
 from runtime import distributed, runs
 from runtime.cli import (
@@ -77,9 +77,8 @@ def parse_args():
     add("--save-minutes", type=NON_NEGATIVE, default=15.0, metavar="M", help=minutes)
     keep = "numbered checkpoints to keep, the newest ones, besides best.pt and the last of each phase; default: all"
     add("--keep-last", type=COUNT, metavar="N", help=keep)
-    add(
-        "--val-every", type=COUNT, default=2_500, metavar="N", help="steps between validations; the last step validates"
-    )
+    period = "steps between validations; the last step validates"
+    add("--val-every", type=COUNT, default=2_500, metavar="N", help=period)
     val_frames = "also validate clips of these numbers of frames; default: only those of the phase"
     add("--val-frames", type=COUNT, nargs="+", default=[], metavar="N", help=val_frames)
     add("--val-clips", type=COUNT, default=256, metavar="N", help="validation clips, at most 4 per video")
@@ -93,9 +92,7 @@ def parse_args():
 def add_model_and_data_flags(parser):
     add = parser.add_argument_group("model").add_argument
     add("--video", action="store_true", help="train on videos; without it on images")
-    name = (
-        f"EqM-{{Ti,S,B,L,XL}}/{{2,4,8}}: size / spatial patch; default: that of --ckpt, else {preflight.DEFAULT_MODEL}"
-    )
+    name = f"EqM-{{Ti,S,B,L,XL}}/{{2,4,8}}: size / patch; default: that of --ckpt, else {preflight.DEFAULT_MODEL}"
     add("--model", choices=NAMES, metavar="NAME", help=name)
     add("--depth", type=COUNT, metavar="N", help="number of blocks; default: that of --ckpt, else of --model")
     add("--hidden-size", type=COUNT, metavar="N", help="width; default: that of --ckpt, else of --model")
@@ -112,6 +109,8 @@ def add_model_and_data_flags(parser):
     add("--rope-theta", type=POSITIVE, metavar="X", help="base of the frequencies; default: that of --ckpt, else 10000")
     split = "channels of a head for time, height and width, such as 16,8,8; default: that of --ckpt, else a third each"
     add("--rope-split", metavar="T,H,W", help=split)
+    table = "space: fixed positions of height and width beside the rotary ones; default: that of --ckpt, else none"
+    add("--position-table", choices=POSITION_TABLES, help=table)
     add("--qk-norm", action="store_true", default=None, help="normalise queries and keys (RMSNorm); default: as --ckpt")
     ebm = "energy whose negative gradient is the field (EqM-E); default: that of --ckpt, else none"
     add("--ebm", choices=EBMS, help=ebm)
