@@ -181,6 +181,18 @@ class HeadNorm(nn.RMSNorm):
         return F.rms_norm(x, self.normalized_shape, self.weight.to(x.dtype), self.eps)
 
 
+def attend(q, k, v):
+    """Scaled dot-product attention, (B, h, N, d) each; on a CPU, training computes it in float32 or better.
+
+    There the bf16 kernel of torch 2.13 takes up to four times as long, most of it in its backward pass.
+    """
+    if q.device.type != "cpu" or not torch.is_grad_enabled():
+        return F.scaled_dot_product_attention(q, k, v)
+    with torch.autocast("cpu", enabled=False):
+        precise = (part.to(torch.promote_types(part.dtype, torch.float32)) for part in (q, k, v))
+        return F.scaled_dot_product_attention(*precise).to(v.dtype)
+
+
 class Attention(nn.Module):
     def __init__(self, config):
         super().__init__()
@@ -195,7 +207,7 @@ class Attention(nn.Module):
         q, k = self.q_norm(q), self.k_norm(k)
         if rotary is not None:
             q, k = apply_rotary(q, *rotary), apply_rotary(k, *rotary)
-        x = F.scaled_dot_product_attention(q, k, v)  # (B, h, N, d)
+        x = attend(q, k, v)  # (B, h, N, d)
         return self.proj(rearrange(x, "b h n d -> b n (h d)"))
 
 
