@@ -11,10 +11,10 @@ from models import model_config
 from runtime.atomic import atomic_write
 from runtime.cli import UserError
 
-VERSION = 1  # of the meaning of the arms and of the columns of the csv; rows of other versions are refused
-QUESTIONS = "ABCDE"  # those that need runs
+VERSION = 2  # of the meaning of the arms and of the columns of the csv; rows of other versions are refused
+QUESTIONS = "ABCD"
 TOKENS = 2048  # per training step, for all arms
-TUNE_SEED, TUNE_SHARE = 100, 0.3  # seed and share of the compute of the runs that tune the learning rate
+SECONDS_PER_FRAME = 0.04  # of the videos, and of all samples
 
 
 # ----------------------------------------------------------------------------------------------------------------------
@@ -25,83 +25,38 @@ TUNE_SEED, TUNE_SHARE = 100, 0.3  # seed and share of the compute of the runs th
 class Arm:
     name: str
     questions: str
-    flags: str = ""  # of train.py, in addition to those of all arms; "--fixed" = no rotary positions
+    flags: str = ""  # of train.py, in addition to those of all arms
     phases: tuple = ((16, 1.0),)  # (num_frames, share of the compute) of each phase
     mix: float = 0.0  # --mix of train.py
-    patch: int = 4  # temporal_patch_size
-    seeds: int = 3  # number of seeds; 0: only reported, as train.py has lost the flag
-    shares: tuple = (1.0,)  # shares of the full compute; each is a run
-    rate: str = ""  # the arm whose tuned learning rate is used; "" = its own
-    frames: tuple = ()  # num_frames of samples beside that of the last phase, for full compute only
-    scaled: tuple = ()  # num_frames of samples with --rope-scale linear as well, for seed 0 only
-    time_scales: tuple = (None,)  # of samples, seconds per frame; the first one for all `frames`; None = as trained
-    validations: int = 12  # number in the run of seed 0 with full compute; other runs have 12
-
-    @property
-    def last_frames(self):
-        return self.phases[-1][0]
-
-    @property
-    def tuned_as(self):
-        return self.rate or self.name
+    seeds: int = 3  # number of seeds with full compute
+    shares: tuple = ()  # other shares of the compute; each is a run of its own, for SHARE_SEEDS seeds
+    lengths: tuple = (16,)  # num_frames of samples of runs with full compute; others have 16
 
 
+ROTARY, TABLE = "--use-rope --rope-theta 100", "--use-rope --rope-theta 100 --position-table space"
+INTERVALS = " --frame-interval 1 2"
 EVEN = ((4, 1 / 3), (8, 1 / 3), (16, 1 / 3))
-SKIP = ((8, 1 / 2), (16, 1 / 2))
-LENGTHS = (4, 7, 8, 12, 16, 24, 32)  # num_frames of samples
-BOTH = (0.6, 1.0)
+LENGTHS = (16, 24, 32)
+SHARES = (0.4, 0.6, 1.6)
+SHARE_SEEDS = 3
 
-ARMS = [  # blocks, in the order in which they run; within a block seed by seed
-    [
-        Arm("fixed-16", "A", "--fixed"),
-        Arm("16", "ABCE", shares=BOTH, frames=LENGTHS, scaled=(24, 32)),
-        Arm("4-8-16 even", "BC", phases=EVEN, shares=BOTH, frames=LENGTHS, validations=200),
-        Arm("4-8-16 short", "B", phases=((4, 0.05), (8, 0.2), (16, 0.75))),
-        Arm("4-8-16 long", "B", phases=((4, 0.43), (8, 0.43), (16, 0.14)), shares=BOTH),
-        Arm("8-16", "B", phases=SKIP),
-    ],
-    [
-        Arm("4", "CE", phases=((4, 1.0),), rate="16", seeds=2, frames=LENGTHS, scaled=(8, 16)),
-        Arm("8", "C", phases=((8, 1.0),), rate="16", seeds=2, frames=LENGTHS, scaled=(16, 32)),
-        Arm("4-8-16 rewarmup", "B", "--rewarmup 20", phases=EVEN, rate="4-8-16 even", seeds=0, validations=200),
-        Arm("4-8-16 mix", "B", phases=EVEN, mix=0.2, rate="4-8-16 even", seeds=2, shares=BOTH, validations=200),
-        Arm(
-            "intervals 1-3", "CD", "--frame-interval 1 3", ((8, 1.0),), rate="16", seeds=2, frames=(16, 24),
-            time_scales=(0.04, 0.06, 0.08, 0.12),
-        ),
-        Arm(
-            "4-8-16 intervals", "BC", "--frame-interval 1 2", EVEN, rate="4-8-16 even", seeds=2, frames=LENGTHS,
-            time_scales=(0.04,),
-        ),
-    ],
-    [
-        Arm("patch 2: 16", "BE", patch=2, seeds=1),
-        Arm("patch 2: 4-8-16", "B", phases=EVEN, patch=2, rate="patch 2: 16", seeds=1),
-        Arm("patch 2: 8-16", "B", phases=SKIP, patch=2, rate="patch 2: 16", seeds=1),
-        Arm("patch 1: 16", "BE", patch=1, seeds=1),
-        Arm("patch 1: 4-8-16", "B", phases=EVEN, patch=1, rate="patch 1: 16", seeds=1),
-        Arm("patch 1: 8-16", "B", phases=SKIP, patch=1, rate="patch 1: 16", seeds=1),
-    ],
-    [
-        Arm("theta 1000", "E", "--rope-theta 1000", rate="16", seeds=1),
-        Arm("theta 10000", "E", "--rope-theta 10000", rate="16", seeds=1),
-        Arm("split 16,8,8", "E", "--rope-split 16,8,8", rate="16", seeds=1),
-        Arm("split 4,14,14", "E", "--rope-split 4,14,14", rate="16", seeds=1),
-        Arm("QK norm", "E", "--qk-norm", rate="16", seeds=1),
-        Arm("AdamW", "E", "--optimizer adamw", seeds=1),
-        *(
-            Arm(f"{frames} frames, gamma shift {shift}", "E", f"--gamma-shift {shift}", ((frames, 1.0),),
-                rate="16", seeds=1)
-            for frames in (16, 4) for shift in (1, 2, 5)
-        ),
-    ],
-]  # fmt: skip
-BY_NAME = {arm.name: arm for block in ARMS for arm in block}
+ARMS = [
+    Arm("16 fixed", "A", seeds=5),
+    Arm("16 rotary", "A", ROTARY, seeds=5),
+    Arm("16 table", "ACD", TABLE, seeds=5, shares=SHARES),
+    Arm("4-8-16", "B", ROTARY + INTERVALS, EVEN, lengths=LENGTHS),
+    Arm("4-8-16 table", "B", TABLE + INTERVALS, EVEN, lengths=LENGTHS),
+    Arm("4-8-16 mix", "B", ROTARY + INTERVALS, EVEN, mix=0.2, lengths=LENGTHS),
+    Arm("4-8-16 table mix", "BC", TABLE + INTERVALS, EVEN, mix=0.2, lengths=LENGTHS, shares=SHARES),
+    Arm("16 table, theta 1000", "D", TABLE + " --rope-theta 1000"),
+    Arm("16 table, split 8,4,4", "D", TABLE + " --rope-split 8,4,4"),
+]
+BY_NAME = {arm.name: arm for arm in ARMS}
 
 
 @dataclass(frozen=True)
 class Size:
-    """The sizes of models, runs and samples. The full compute is that of `steps` steps of the arm "16"."""
+    """The sizes of models, runs and samples. The full compute is that of `steps` steps of 16 frames."""
 
     name: str
     steps: int
@@ -112,57 +67,45 @@ class Size:
     clips: int  # number of samples for a row of the csv
     val_clips: int
     points: int  # --num-sampling-steps
-    factors: tuple  # of the learning rates, to be tuned; a single one = no tuning
-    lengths: tuple  # those of LENGTHS that are sampled
     most_seeds: int
 
 
-FULL = Size("full", 2000, 4, 128, 4, 60, 96, 64, 16, (0.5, 1.0, 2.0), LENGTHS, 3)
-MINIATURE = Size("miniature", 6, 1, 48, 2, 2, 12, 4, 3, (1.0,), (4, 7, 24), 1)
+FULL = Size("full", 2000, 4, 128, 4, 60, 96, 64, 16, 5)
+MINIATURE = Size("miniature", 6, 1, 48, 2, 2, 12, 4, 3, 1)
 PATH_LENGTH, GUIDANCE = 0.498, 1.5  # of sampling; path length = evaluations x step size
-LR, MUON_LR = 2e-3, 0.01  # to be multiplied by the factor
+VALIDATIONS = 8  # of a run
 
 
 @dataclass(frozen=True)
 class Job:
-    """One run and its samples; factor is None as long as the tuning runs are not done."""
+    """One run and its samples."""
 
     arm: Arm
     seed: int
-    factor: float | None
     share: float
 
     @property
     def name(self):
-        words = f"{self.arm.name}-seed{self.seed}-rate{self.factor:g}-compute{self.share:g}"
-        return words.replace(": ", "-").replace(" ", "-")
+        words = f"{self.arm.name}-seed{self.seed}-compute{self.share:g}"
+        return words.replace(", ", "-").replace(" ", "-")
 
     @property
     def key(self):
-        return self.arm.name, self.seed, self.factor, self.share
+        return self.arm.name, self.seed, self.share
 
     @property
-    def is_tuning(self):
-        return self.seed == TUNE_SEED
+    def lengths(self):
+        """The num_frames of its samples, a row of the csv each."""
+        return self.arm.lengths if self.share == 1 else (16,)
 
-    @property
-    def validations(self):
-        """The number of validations in the run."""
-        return 3 if self.is_tuning else self.arm.validations if (self.seed, self.share) == (0, 1) else 12
 
-    def cells(self, size):
-        """The settings of its samples, a row of the csv each: (num_frames, seconds per frame, --rope-scale)."""
-        if self.is_tuning:
-            return []
-        arm, lengths = self.arm, {self.arm.last_frames}
-        if self.share == 1:
-            lengths |= set(arm.frames) & set(size.lengths)
-        cells = [(arm.last_frames, scale, "none") for scale in arm.time_scales]
-        cells += [(frames, arm.time_scales[0], "none") for frames in sorted(lengths - {arm.last_frames})]
-        if self.share == 1 and self.seed == 0:
-            scaled = sorted(set(arm.scaled) & set(size.lengths))
-            cells += [(frames, None, "linear") for frames in scaled]
-        return cells
+def all_jobs(names, size):
+    """The jobs of the named arms, in the order in which they run."""
+    jobs = []
+    for arm in (BY_NAME[name] for name in names):
+        jobs += [Job(arm, seed, 1.0) for seed in range(min(arm.seeds, size.most_seeds))]
+        jobs += [Job(arm, seed, share) for share in arm.shares for seed in range(min(SHARE_SEEDS, size.most_seeds))]
+    return sorted(jobs, key=lambda job: (job.arm.questions == "D", job.seed >= SHARE_SEEDS, job.share != 1, job.seed))
 
 
 # ----------------------------------------------------------------------------------------------------------------------
@@ -172,14 +115,14 @@ class Job:
 def config_of(arm, size):
     """The EqMConfig of an arm, for counting FLOPs; flags that do not change them are left out."""
     settings = {"depth": size.depth, "hidden_size": size.width, "num_heads": size.heads, "input_size": 16}
-    settings |= {"in_channels": 3, "temporal_patch_size": arm.patch, "num_classes": 12, "num_frames": arm.last_frames}
-    return model_config("EqM-Ti/2", use_rope="--fixed" not in arm.flags, **settings)
+    settings |= {"in_channels": 3, "temporal_patch_size": 4, "num_classes": 12, "num_frames": arm.phases[-1][0]}
+    return model_config("EqM-Ti/2", use_rope="--use-rope" in arm.flags, **settings)
 
 
 def phases_of(arm, share, size):
     """[(num_frames, last step, clips per step)] of a run, and its FLOPs; those of --mix are their expectation."""
-    config, base = config_of(arm, size), config_of(BY_NAME["16"], size)
-    compute = share * size.steps * TOKENS // math.prod(base.grid(16)) * base.training_flops(16)
+    config = config_of(BY_NAME["16 rotary"], size)  # fixed positions cost as much
+    compute = share * size.steps * TOKENS // math.prod(config.grid(16)) * config.training_flops(16)
     phases, last_step, flops, earlier = [], 0, 0, []
     for num_frames, part in arm.phases:
         batch_size = TOKENS // math.prod(config.grid(num_frames))
@@ -195,8 +138,9 @@ def phases_of(arm, share, size):
 
 
 BASE = [
-    "--model", "EqM-Ti/2", "--image-size", 16, "--vae", "none", "--no-flip", "--num-workers", 0, "--precision", "bf16",
-    "--optimizer", "muon", "--warmup-steps", 20, "--lr-decay", 0.4, "--ema-decay", 0.99, "--gamma-shift", 3,
+    "--model", "EqM-Ti/2", "--image-size", 16, "--temporal-patch-size", 4, "--vae", "none", "--no-flip",
+    "--num-workers", 0, "--precision", "bf16", "--optimizer", "muon", "--lr", 2e-3, "--muon-lr", 0.01,
+    "--weight-decay", 0.1, "--warmup-steps", 20, "--lr-decay", 0.4, "--ema-decay", 0.99, "--gamma-shift", 3,
 ]  # fmt: skip
 
 
@@ -204,29 +148,22 @@ def recipe_flags(job, size):
     """The flags of train.py that determine a run, without the paths."""
     arm, (phases, _) = job.arm, phases_of(job.arm, job.share, size)
     flags = ["--video", *BASE, "--depth", size.depth, "--hidden-size", size.width, "--num-heads", size.heads]
-    flags += ["--temporal-patch-size", arm.patch, "--global-seed", job.seed]
-    flags += ["--lr", f"{LR * job.factor:g}", "--muon-lr", f"{MUON_LR * job.factor:g}"]
+    flags += ["--global-seed", job.seed]
     if len(phases) == 1:
         num_frames, last_step, batch_size = phases[0]
         flags += ["--num-frames", num_frames, "--max-steps", last_step, "--global-batch-size", batch_size]
     else:
         flags += ["--frames-schedule", ",".join(f"{a}:{b}:{c}" for a, b, c in phases), "--mix", arm.mix]
-    if arm.flags != "--fixed":
-        flags += ["--use-rope", "--rope-theta", 100, *arm.flags.split()]  # of a repeated flag the last value counts
-    period = max(1, phases[-1][1] // job.validations)
-    flags += ["--val-frames", *val_frames(arm), "--val-clips", size.val_clips, "--val-every", period]
+    flags += arm.flags.split()  # of a repeated flag the last value counts
+    period = max(1, phases[-1][1] // VALIDATIONS)
+    flags += ["--val-frames", 16, "--val-clips", size.val_clips, "--val-every", period]
     return [str(flag) for flag in flags]
 
 
-def val_frames(arm):
-    """The numbers of frames at which an arm validates, always including 16."""
-    return sorted({16, *(frames for frames, _ in arm.phases)})
-
-
 def run_flops(job, size):
-    """FLOPs of a run with its validations, each with the EMA and with the raw weights."""
-    validation = sum(config_of(job.arm, size).flops(frames) for frames in val_frames(job.arm)) * 2 * size.val_clips
-    return phases_of(job.arm, job.share, size)[1] + job.validations * validation
+    """FLOPs of a run with its validations at 16 frames, each with the EMA and with the raw weights."""
+    validation = config_of(job.arm, size).flops(16) * 2 * size.val_clips
+    return phases_of(job.arm, job.share, size)[1] + VALIDATIONS * validation
 
 
 def sampling_flops(arm, num_frames, size):
@@ -243,14 +180,14 @@ def fingerprint(job, size):
 # ----------------------------------------------------------------------------------------------------------------------
 # The csv
 
-SCORES = "direction", "shape", "speed", "area"
+SCORES = {  # column: its name in the summary of scoring/motion.py
+    "direction": "direction_accuracy", "shape": "shape_accuracy", "speed": "speed_ratio", "area": "area_ratio",
+}  # fmt: skip
 COLUMNS = [
-    "version", "recipe", "arm", "seed", "factor", "share", "kind", "step", "frames", "time_scale", "rope_scale",
-    "loss", "loss_rel", "loss_raw", "loss_4", "loss_8", "loss_16", "train_loss", "clips", "right",
-    *(name + end for name in SCORES for end in ("", "_low", "_high")), "true_speed", "real_direction",
-    "seam", "seam_low", "seam_high", "change", "drift", "flops", "seconds", "val_seconds", "code", "machine",
+    "version", "recipe", "arm", "seed", "share", "kind", "step", "frames", "loss", "loss_rel", "loss_16", "train_loss",
+    "clips", "right", *SCORES, "real_direction", "seam", "drift", "flops", "seconds", "val_seconds", "code", "machine",
 ]  # fmt: skip
-TEXTS = {"recipe", "arm", "kind", "rope_scale", "code", "machine"}
+TEXTS = {"recipe", "arm", "kind", "code", "machine"}
 WHOLE = {"version", "seed", "step", "frames", "clips", "right"}
 
 
@@ -299,15 +236,15 @@ def check_rows(path, rows, size):
 
 
 def job_of(row):
-    return Job(BY_NAME[row["arm"]], row["seed"], row["factor"], row["share"])
+    return Job(BY_NAME[row["arm"]], row["seed"], row["share"])
 
 
 def job_key(row):
-    return row["arm"], row["seed"], row["factor"], row["share"]
+    return row["arm"], row["seed"], row["share"]
 
 
 def row_key(row):
-    return *job_key(row), row["kind"], row["step"], row["frames"], row["time_scale"], row["rope_scale"]
+    return *job_key(row), row["kind"], row["step"], row["frames"]
 
 
 def last_rows(rows):

@@ -1,21 +1,19 @@
-"""Does a frame curriculum with rotary positions pay? Equal compute, several seeds, Moving Shapes with a known truth.
+"""What should positions be, and does a frame curriculum pay? Equal compute, several seeds, motion with a known truth.
 
     python scripts/study/study.py --list                  what is done, what is missing, hours
-    python scripts/study/study.py --minutes 140           continue; start no run that would not fit (all: 9 core-hours)
-    python scripts/study/study.py --only A B              some questions (A to E), or arms by name
+    python scripts/study/study.py --minutes 150           continue; start no run that would not fit
+    python scripts/study/study.py --only A B              some questions (A to D), or arms by name
     python scripts/study/study.py --report                only write tables and figures, from the csv
 
-A: rotary or fixed positions. B: 4, 8, then 16 frames, or 16 from the start, at equal compute. C: sampling other numbers
-of frames than were trained. D: whether the motion follows the time scale. E: one factor at a time. F: UCF-101,
-estimated.
+A: fixed positions, rotary ones, or rotary ones beside a table of height and width. B: which curriculum of 4, 8, then 16
+frames. C: the compute at which motion becomes right. D: other rotary positions.
 
-An arm is a recipe; a run is an arm with a seed, a learning rate and a share of the compute. All runs of a share have
-the same counted FLOPs: the steps of each phase follow from EqMConfig.training_flops. The learning rate decays to zero
-at the end of each run, so a run with 60% of the compute is a run of its own, not the first part of a longer one. The
-learning rate of a main arm is tuned first, with three factors, another seed and 30% of the compute. After an
-interruption the same command continues: rows in results/study.csv are done; the run folders in results/study are needed
-only for an interrupted run. Several processes may run at once and share the runs: on 2 cores, two with
-OMP_NUM_THREADS=1 are 1.6 times as fast as one with two threads.
+An arm is a recipe; a run is an arm with a seed and a share of the compute. All runs of a share have the same counted
+FLOPs: the steps of each phase follow from EqMConfig.training_flops. The learning rate decays to zero at the end of each
+run, so a run with 60% of the compute is a run of its own, not the first part of a longer one. After an interruption the
+same command continues: rows in results/study.csv are done; the run folders in results/study are needed only for an
+interrupted run. Several processes may run at once and share the runs: on 2 cores, two with OMP_NUM_THREADS=1 are much
+faster than one with two threads.
 """
 
 import fcntl
@@ -41,7 +39,6 @@ import torch
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[2] / "EqM"))
 from arms import (  # fmt: skip
-    ARMS,
     BY_NAME,
     COLUMNS,
     FULL,
@@ -50,10 +47,9 @@ from arms import (  # fmt: skip
     PATH_LENGTH,
     QUESTIONS,
     SCORES,
-    TUNE_SEED,
-    TUNE_SHARE,
+    SECONDS_PER_FRAME,
     VERSION,
-    Job,
+    all_jobs,
     check_rows,
     fingerprint,
     job_key,
@@ -91,7 +87,7 @@ class Study:
         self.size = MINIATURE if args.miniature else FULL
         self.out, self.folder, self.csv = Path(args.out), Path(args.out, "study"), Path(args.out, "study.csv")
         self.data = Path(args.data_path or self.folder / "moving-shapes")
-        self.names = choose_arms(args.only)
+        self.names, self.compile = choose_arms(args.only), args.compile
         self.rows = read_rows(self.csv)
         check_rows(self.csv, self.rows, self.size)
         self.check_folder()
@@ -115,7 +111,7 @@ class Study:
     def add(self, job, rows):
         """Add rows of a job to the csv; they replace rows with the same key."""
         common = {"version": VERSION, "recipe": fingerprint(job, self.size), "code": self.code, "machine": self.machine}
-        common |= {"arm": job.arm.name, "seed": job.seed, "factor": job.factor, "share": job.share}
+        common |= {"arm": job.arm.name, "seed": job.seed, "share": job.share}
         rows = [dict.fromkeys(COLUMNS) | common | row for row in rows]
         keys = {row_key(row) for row in rows}
         with file_lock(self.folder / "lock"):
@@ -138,52 +134,26 @@ class Study:
         last_step = phases_of(job.arm, job.share, self.size)[0][-1][1]
         return any(row["step"] == last_step or row["loss"] == math.inf for row in self.train_rows(job))
 
-    def missing_cells(self, job):
-        """The cells of a job without a row; none if the run diverged."""
+    def missing_lengths(self, job):
+        """The num_frames of the samples of a job without a row; none if the run diverged."""
         if any(row["loss"] == math.inf for row in self.train_rows(job)):
             return []
-        own = [row for row in self.rows if row["kind"] == "sample" and job_key(row) == job.key]
-        found = {(row["frames"], row["time_scale"], row["rope_scale"]) for row in own}
-        return [cell for cell in job.cells(self.size) if cell not in found]
+        found = [row["frames"] for row in self.rows if row["kind"] == "sample" and job_key(row) == job.key]
+        return [num_frames for num_frames in job.lengths if num_frames not in found]
 
     def is_done(self, job):
-        return job.factor is not None and self.is_trained(job) and not self.missing_cells(job)
-
-    def factor(self, name):
-        """The tuned factor of the learning rates of an arm, None as long as its tuning runs are not done."""
-        if len(self.size.factors) == 1:
-            return self.size.factors[0]
-        losses = self.tuning(name)
-        return min(losses, key=losses.get) if losses.keys() == set(self.size.factors) else None
-
-    def tuning(self, name):
-        """{factor: validation loss at the num_frames of the last phase} of the tuning runs that are done."""
-        found = {}
-        for factor in self.size.factors:
-            job = Job(BY_NAME[name], TUNE_SEED, factor, TUNE_SHARE)
-            if self.is_trained(job):
-                found[factor] = self.train_rows(job)[-1]["loss"]
-        return found
+        return self.is_trained(job) and not self.missing_lengths(job)
 
     def jobs(self):
-        """All jobs of the chosen arms, in the order in which they run; factor is None until tuning is done."""
-        jobs = []
-        for block in ARMS:
-            arms = [arm for arm in block if arm.name in self.names]
-            if len(self.size.factors) > 1:
-                tuned = [BY_NAME[name] for name in dict.fromkeys(arm.tuned_as for arm in arms)]
-                jobs += [Job(arm, TUNE_SEED, factor, TUNE_SHARE) for arm in tuned for factor in self.size.factors]
-            for seed in range(self.size.most_seeds):
-                some = [arm for arm in arms if seed < arm.seeds]
-                jobs += [Job(arm, seed, self.factor(arm.tuned_as), share) for arm in some for share in arm.shares]
-        return list({job.key: job for job in jobs}.values())
+        """All jobs of the chosen arms, in the order in which they run."""
+        return all_jobs(self.names, self.size)
 
     def estimate(self, job):
         """Seconds that the missing parts of a job will take, from the rows of this machine, else a rough guess."""
         seconds = 0.0
-        if job.factor is None or not self.is_trained(job):
+        if not self.is_trained(job):
             seconds += START_SECONDS + run_flops(job, self.size) * self.training_pace(job.arm.name)
-        for num_frames, _, _ in job.cells(self.size) if job.factor is None else self.missing_cells(job):
+        for num_frames in self.missing_lengths(job):
             flops = sampling_flops(job.arm, num_frames, self.size)
             seconds += TRACKING_SECONDS * self.size.clips * num_frames + flops * self.sampling_pace
         return seconds
@@ -214,7 +184,7 @@ def file_lock(path, wait=True):
 
 
 def choose_arms(words):
-    """The names of the arms that --only selects, by question or by name. Raises UserError."""
+    """The names of the arms that --only selects, by question or by name, in their order. Raises UserError."""
     chosen = set()
     for word in words or QUESTIONS:
         if word in BY_NAME:
@@ -224,7 +194,7 @@ def choose_arms(words):
         else:
             known = ", ".join(repr(name) for name in BY_NAME)
             raise UserError(f"--only {word}: wanted questions ({', '.join(QUESTIONS)}) or arms ({known})")
-    return chosen
+    return [name for name in BY_NAME if name in chosen]
 
 
 def machine_name():
@@ -283,7 +253,7 @@ def train_job(study, job):
     paths = ["--data-path", study.data, "--results-dir", folder, "--resume"]
     last_step = phases_of(job.arm, job.share, study.size)[0][-1][1]
     quiet = ["--log-every", last_step, "--sample-every", 0, "--ckpt-every", 250, "--keep-last", 1]
-    quiet += ["--weight-decay", 0]  # as in the rows of the csv, whose fingerprints are older than the decay of Muon
+    quiet += ["--compile"] if study.compile else []
     printed = run_script(["EqM/train.py", *recipe_flags(job, study.size), *paths, *quiet], folder / "train.log")
     (run,) = (path.parent for path in folder.glob("*/metrics.jsonl"))
     rows = [train_row(metrics) for metrics in read_validations(run / "metrics.jsonl")]
@@ -307,11 +277,11 @@ def read_validations(path):
 
 def train_row(metrics):
     """The row of the csv for a row of metrics.jsonl."""
-    names = {"loss": "val_loss", "loss_rel": "val_loss_rel", "loss_raw": "val_loss_raw", "frames": "num_frames"}
-    names |= {f"loss_{frames}": f"val_loss_f{frames}" for frames in (4, 8, 16)}
+    names = {"loss": "val_loss", "loss_rel": "val_loss_rel", "loss_16": "val_loss_f16", "frames": "num_frames"}
     names |= {name: name for name in ("step", "train_loss", "flops", "seconds", "val_seconds")}
     row = {"kind": "train"} | {column: metrics.get(name) for column, name in names.items()}
-    row[f"loss_{metrics['num_frames']}"] = metrics["val_loss"]  # metrics has no val_loss_f* if this is the only length
+    if metrics["num_frames"] == 16:
+        row["loss_16"] = metrics["val_loss"]  # metrics has no val_loss_f16 if this is the only length
     return row
 
 
@@ -319,48 +289,41 @@ class Sampler:
     """Samples clips and scores them as evaluate.py does; the scores of real clips are cached."""
 
     def __init__(self, study):
-        self.study, self.real = study, {}  # real: (num_frames, time_scale) -> scores
+        self.study, self.real = study, {}  # real: num_frames -> scores
         self.device = distributed.start()
 
-    def flags(self, job, path, num_frames, time_scale, rope_scale):
+    def flags(self, job, path, num_frames):
         """The flags of evaluate.py, as a namespace."""
         size = self.study.size
         parser = ArgumentParser()
         sources.add_checkpoint_flags(parser)
         words = ["--num-frames", num_frames, "--num-samples", size.clips, "--seed", job.seed]
-        words += ["--rope-scale", rope_scale, "--sampler", "ngd", "--num-sampling-steps", size.points]
+        words += ["--sampler", "ngd", "--num-sampling-steps", size.points, "--time-scale", SECONDS_PER_FRAME]
         words += ["--stepsize", f"{PATH_LENGTH / (size.points - 1):.4g}", "--cfg-scale", GUIDANCE]
         words += ["--precision", "bf16"]
-        words += ["--time-scale", time_scale] if time_scale else []
         settings = {"ckpt": path, "data_path": self.study.data, "batch_size": 16, "num_workers": 0}
         settings |= {"num_real": size.clips, "split": "val", "val_fraction": 0.05}
         return Namespace(**vars(parser.parse_args([str(word) for word in words])) | settings)
 
-    def row(self, job, path, cell):
-        """The row of the csv for samples of a checkpoint with the settings of one of Job.cells."""
-        num_frames, time_scale, rope_scale = cell
-        args = self.flags(job, path, *cell)
+    def row(self, job, path, num_frames):
+        """The row of the csv for samples of a checkpoint with that many frames."""
+        args = self.flags(job, path, num_frames)
         began = time.monotonic()
         generated = sources.FromCheckpoint(args)
         generated.to(self.device)
         measured, scores = self.score(sources.generated_stream(args, generated))
         seconds = time.monotonic() - began
-        if (num_frames, time_scale) not in self.real:
+        if num_frames not in self.real:
             clips, _, _ = sources.find_real(args, generated)
-            self.real[num_frames, time_scale] = self.score(sources.real_stream(args, clips, self.device, []))
-        real_measured, real_scores = self.real[num_frames, time_scale]
+            self.real[num_frames] = self.score(sources.real_stream(args, clips, self.device, []))
+        real_measured, real_scores = self.real[num_frames]
         drift = consistency.summarize(measured, real_measured, generated.temporal_patch_size)
-        row = {"kind": "sample", "step": generated.source.step, "frames": num_frames, "time_scale": time_scale}
-        row |= {"rope_scale": rope_scale, "clips": scores["clips"], "right": scores["right"]}
-        names = dict(zip(SCORES, ("direction_accuracy", "shape_accuracy", "speed_ratio", "area_ratio"), strict=True))
-        for column, name in names.items():
-            low, high = scores[f"{name.removesuffix('_accuracy')}_interval95"] or (None, None)
-            row |= {column: scores[name], f"{column}_low": low, f"{column}_high": high}
-        low, high = drift["seam_score_interval95"] or (None, None)
-        row |= {"seam": drift["seam_score"], "seam_low": low, "seam_high": high}
-        row |= {"change": drift["change_ratio"], "drift": drift["largest_drift"]}
-        row |= {"true_speed": scores["true_speed"], "real_direction": real_scores["direction_accuracy"]}
-        return row | {"flops": sampling_flops(job.arm, num_frames, self.study.size), "seconds": seconds}
+        row = {"kind": "sample", "step": generated.source.step, "frames": num_frames}
+        row |= {"clips": scores["clips"], "right": scores["right"]}
+        row |= {column: scores[name] for column, name in SCORES.items()}
+        row |= {"seam": drift["seam_score"], "drift": drift["largest_drift"]}
+        row |= {"real_direction": real_scores["direction_accuracy"], "seconds": seconds}
+        return row | {"flops": sampling_flops(job.arm, num_frames, self.study.size)}
 
     def score(self, stream):
         """(what consistency.measure gives, stacked over clips; the summary of motion.py) of a stream of sources.py."""
@@ -370,22 +333,21 @@ class Sampler:
                 tracks.append(motion.track(clip.numpy()))
                 truths.append(motion.read_truth(self.study.data / "shapes.json", name, clip.shape[1], time_scale))
                 measured.append(consistency.measure(clip))
-        summary = motion.summarize(tracks, truths) | {"true_speed": float(np.mean([true.speed for true in truths]))}
-        return [torch.stack(column) for column in zip(*measured, strict=True)], summary
+        return [torch.stack(column) for column in zip(*measured, strict=True)], motion.summarize(tracks, truths)
 
 
 def run_job(study, job, sampler):
     """Run the missing parts of a job. Returns whether it is done."""
     folder = study.job_folder(job)
     (latest,) = list(folder.glob("*/checkpoints/latest.pt")) or [None]
-    if not study.is_trained(job) or (study.missing_cells(job) and latest is None):
+    if not study.is_trained(job) or (study.missing_lengths(job) and latest is None):
         if not train_job(study, job):
             return False
         (latest,) = list(folder.glob("*/checkpoints/latest.pt")) or [None]
-    for cell in study.missing_cells(job):
-        study.add(job, [sampler.row(job, latest, cell)])
+    for num_frames in study.missing_lengths(job):
+        study.add(job, [sampler.row(job, latest, num_frames)])
     for path in folder.glob("*/checkpoints/*.pt"):
-        if job.is_tuning or job.seed or path.name != "latest.pt":
+        if job.seed or path.name != "latest.pt":
             path.unlink()
     return True
 
@@ -420,13 +382,12 @@ def run_jobs(study, minutes):
 def claim_job(study, jobs):
     """Lock the first job that can run and that no other process has locked. Yields it, or None if there is none."""
     for job in jobs:
-        if job.factor is not None:
-            study.job_folder(job).mkdir(parents=True, exist_ok=True)
-            with file_lock(study.job_folder(job) / "lock", wait=False) as is_locked:
-                study.rows = read_rows(study.csv)
-                if is_locked and not study.is_done(job):
-                    yield job
-                    return
+        study.job_folder(job).mkdir(parents=True, exist_ok=True)
+        with file_lock(study.job_folder(job) / "lock", wait=False) as is_locked:
+            study.rows = read_rows(study.csv)
+            if is_locked and not study.is_done(job):
+                yield job
+                return
     yield None
 
 
@@ -454,11 +415,12 @@ def print_status(study):
 
 
 def parse_args():
-    parser = ArgumentParser(description="Does a frame curriculum with rotary positions pay? Runs, tables, figures.")
+    parser = ArgumentParser(description="What should positions be, and does a curriculum pay? Runs, tables, figures.")
     add = parser.add_argument
-    only = "questions (A to E) or names of arms, with the tuning of their learning rates; default: all"
+    only = "questions (A to D) or names of arms; default: all"
     add("--only", nargs="+", metavar="WHAT", help=only)
     add("--minutes", type=POSITIVE, metavar="X", help="start no run that would end later than this; default: no limit")
+    add("--compile", action="store_true", help="train with torch.compile: faster, rounds differently")
     add("--list", action="store_true", help="only print what is done, what is missing and how long it takes")
     add("--report", action="store_true", help="only write the tables and figures of study.csv")
     add("--out", default="results", metavar="DIR", help="for study.csv, study.md, figures/ and the run folders study/")
