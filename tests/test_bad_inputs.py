@@ -88,6 +88,10 @@ CASES = {
     "a split of two": case("train", "--rope-split 8,8", "--rope-split 8,8, model", "three even numbers"),
     "a split beyond the head": case("train", "--rope-split 64,64,2", "--rope-split 64,64,2", "130 channels"),
     "a split of fixed positions": case("train fixed", "--rope-split 8,8,8", "--rope-split 8,8,8", "add --use-rope"),
+    "a table beside fixed positions": case(
+        "train fixed", "--position-table space", "--position-table space needs rotary positions: add --use-rope"
+    ),
+    "a table of time": case("train", "--position-table time", "--position-table", "invalid choice: 'time'"),
     "a base of fixed positions": case("train fixed", "--rope-theta 100", "--rope-theta 100.0", "add --use-rope"),
     "no steps": case("train", "--max-steps 0", "--max-steps", "at least 1"),
     "a seed below zero": case("train", "--global-seed=-1", "--global-seed", "at least 0"),
@@ -178,6 +182,12 @@ CASES = {
     "a checkpoint of another project": case("train", "--ckpt other.pt", "--ckpt other.pt", "not a checkpoint of this"),
     "fixed positions for rotary ones": case("train", "--ckpt fixed.pt", "cannot be converted: retrain with --use-rope"),
     "rotary positions for fixed ones": case("train fixed", "--ckpt rope.pt", "trained with --use-rope"),
+    "a table for a checkpoint without one": case(
+        "train", "--position-table space --ckpt rope.pt", "--position-table none, found space", "cannot be converted"
+    ),
+    "no table for a checkpoint with one": case(
+        "train", "--position-table none --ckpt table.pt", "--position-table space, found none", "cannot be converted"
+    ),
     "other frames for fixed positions": case("train fixed", "--num-frames 4 --ckpt fixed.pt", "--num-frames"),
     "a checkpoint of another model": case("train", "--model EqM-S/4 --ckpt rope.pt", "EqM-S/4"),
     "a checkpoint of another depth": case("train", "--ckpt odd.pt", "depth 2"),
@@ -322,6 +332,7 @@ def world(tmp_path_factory):
 
 def make_checkpoints(root):
     rope = save_checkpoint(root / "rope.pt", use_rope=True, num_frames=4)
+    save_checkpoint(root / "table.pt", use_rope=True, num_frames=4, position_table="space")
     save_checkpoint(root / "fixed.pt", num_frames=8)
     save_checkpoint(root / "odd.pt", use_rope=True, num_frames=4, depth=2)
     save_checkpoint(root / "image.pt", use_rope=True, num_frames=1, temporal_patch_size=1)

@@ -378,7 +378,11 @@ def test_optimizers_load_the_state_of_each_weight_and_keep_their_settings(kind):
 
 
 @pytest.mark.parametrize(("flags", "part"), [({}, "ema"), ({"use_ema": False}, "model")])
-@pytest.mark.parametrize("changes", [{}, {"use_rope": False}, {"qk_norm": True, "rope_theta": 500.0}], ids=str)
+@pytest.mark.parametrize(
+    "changes",
+    [{}, {"use_rope": False}, {"qk_norm": True, "rope_theta": 500.0}, {"position_table": "space"}],
+    ids=str,
+)
 def test_the_model_comes_back_bit_by_bit_with_its_ema_weights_unless_told_otherwise(tmp_path, flags, part, changes):
     config = replace(CONFIG, **changes)
     state = make_state(config)
@@ -426,6 +430,7 @@ def test_a_model_with_other_or_invalid_settings_is_refused(tmp_path, changes, wo
 # Compatibility ------------------------------------------------------------------------------------------------------
 
 ROPE = model_config("EqM-S/4", num_classes=101, num_frames=8, use_rope=True)
+TABLE = replace(ROPE, position_table="space")
 FIXED = replace(ROPE, use_rope=False)
 
 
@@ -436,6 +441,8 @@ FIXED = replace(ROPE, use_rope=False)
         (ROPE, {"temporal_patch_size": 2}, ["--temporal-patch-size", "4", "2"]),
         (ROPE, {"rope_theta": 100.0}, ["--rope-theta", "10000.0", "100.0"]),
         (ROPE, {"rope_split": "24,20,20"}, ["--rope-split", "24,20,20"]),
+        (ROPE, {"position_table": "space"}, ["--position-table none, found space", "cannot be converted"]),
+        (TABLE, {"position_table": "none"}, ["--position-table space, found none", "cannot be converted"]),
         (ROPE, {"qk_norm": True}, ["--qk-norm", "False", "True"]),
         (ROPE, {"input_size": 16}, ["--image-size", "32", "16"]),
         (ROPE, {"in_channels": 3}, ["--vae", "4", "3"]),
@@ -454,7 +461,7 @@ def test_a_mismatch_names_the_flag_and_both_values(saved, wanted, words):
     assert all(word in message for word in words), message
 
 
-@pytest.mark.parametrize("saved", [ROPE, FIXED])
+@pytest.mark.parametrize("saved", [ROPE, TABLE, FIXED])
 def test_what_agrees_or_is_not_given_passes(saved):
     checkpoint.check("best.pt", saved)
     checkpoint.check("best.pt", saved, **asdict(saved))

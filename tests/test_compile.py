@@ -24,9 +24,9 @@ def nothing_compiled():
     counters.clear()
 
 
-@pytest.mark.parametrize("use_rope", [True, False])
-def test_a_compiled_model_gives_the_same_loss_and_gradients(use_rope):
-    model, compiled = (tiny(use_rope=use_rope) for _ in range(2))
+@pytest.mark.parametrize("positions", [{"position_table": "space"}, {"use_rope": False}], ids=["table", "fixed"])
+def test_a_compiled_model_gives_the_same_loss_and_gradients(positions):
+    model, compiled = (tiny(**positions) for _ in range(2))
     compiled.compile_blocks()
     assert compiled.state_dict().keys() == model.state_dict().keys()
     x, y = clip(8, batch=3), labels(3)

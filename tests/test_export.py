@@ -50,7 +50,12 @@ def sample(ckpt, folder, *flags):
 
 @pytest.mark.parametrize(
     ("video", "settings"),
-    [(True, {"use_rope": True}), (True, {}), (False, {}), (False, {"use_rope": True, "ebm": "dot"})],
+    [
+        (True, {"use_rope": True, "position_table": "space"}),
+        (True, {}),
+        (False, {}),
+        (False, {"use_rope": True, "ebm": "dot"}),
+    ],
 )
 def test_an_exported_model_samples_bit_for_bit_what_its_checkpoint_samples(tmp_path, video, settings):
     path = make_checkpoint(tmp_path / "best.pt", video, **settings)

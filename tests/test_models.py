@@ -10,7 +10,17 @@ import torch.nn.functional as F
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
 
-from models import EqM, EqM_models, EqMConfig, TimeScaleEmbedder, math_attention, model_config, position_table
+from models import (
+    POSITION_TABLES,
+    EqM,
+    EqM_models,
+    EqMConfig,
+    TimeScaleEmbedder,
+    attend,
+    math_attention,
+    model_config,
+    position_table,
+)
 from rope import apply_rotary
 
 SIZES = {"Ti": (6, 192, 3), "S": (12, 384, 6), "B": (12, 768, 12), "L": (24, 1024, 16), "XL": (28, 1152, 16)}
@@ -78,15 +88,19 @@ def shallow(request):
     return randomised(EqM_models[f"EqM-{size}/2"](**settings))
 
 
+def without_rotary_angles(model, monkeypatch):
+    rotary = model.rope.forward
+
+    def no_angles(grid, time_scale):
+        cos, sin = rotary(grid, time_scale)
+        return torch.ones_like(cos), torch.zeros_like(sin)
+
+    monkeypatch.setattr(model.rope, "forward", no_angles)
+
+
 def without_positions(model, monkeypatch):
     if model.config.use_rope:
-        rotary = model.rope.forward
-
-        def no_angles(grid, time_scale):
-            cos, sin = rotary(grid, time_scale)
-            return torch.ones_like(cos), torch.zeros_like(sin)
-
-        monkeypatch.setattr(model.rope, "forward", no_angles)
+        without_rotary_angles(model, monkeypatch)
     else:
         monkeypatch.setitem(model._buffers, "pos_embed", torch.zeros_like(model.pos_embed))
 
@@ -104,6 +118,44 @@ def test_without_positions_a_moved_input_only_moves_the_output(shallow, move, mo
     without_positions(shallow, monkeypatch)
     x, y = clip(8, shallow.config), labels()
     assert distance(shallow(move(x), y), move(shallow(x, y))) < 1e-5
+
+
+def offset_of_space(model, offset, monkeypatch):
+    """Count all indices of height and width from an offset instead of 0, in the table and in the rotary angles."""
+    H, W = (side + offset for side in model.config.grid(4)[1:])
+    rotary = model.rope.forward
+
+    def from_offset(grid, time_scale):
+        parts = (part.unflatten(2, (-1, H, W)) for part in rotary((grid[0], H, W), time_scale))
+        return [part[..., offset:, offset:, :].flatten(2, 4) for part in parts]
+
+    monkeypatch.setattr(model.rope, "forward", from_offset)
+    if model.config.position_table == "space":
+        larger = dataclasses.replace(model.config, input_size=H * model.config.patch_size)
+        table = position_table(larger).unflatten(1, (H, W))[:, offset:, offset:].flatten(1, 2)
+        monkeypatch.setitem(model._buffers, "pos_embed", table)
+
+
+@pytest.mark.parametrize("offset", [1, 5])
+@torch.no_grad()
+def test_only_with_a_position_table_does_it_matter_from_where_height_and_width_are_counted(offset, monkeypatch):
+    changes = {}
+    for table in POSITION_TABLES:
+        model, x = tiny(position_table=table, input_size=8), clip(8, dataclasses.replace(TINY, input_size=8))
+        before = model(x, labels())
+        offset_of_space(model, offset, monkeypatch)
+        changes[table] = distance(model(x, labels()), before)
+    assert changes["none"] < 1e-5 and changes["space"] > 0.05
+
+
+@pytest.mark.parametrize("move", MOVES)
+@torch.no_grad()
+def test_the_position_table_alone_tells_height_and_width_but_not_time(move, monkeypatch):
+    model, x = tiny(position_table="space"), clip(16)
+    without_rotary_angles(model, monkeypatch)
+    moved = MOVES[move] if move != "time reversed" else lambda clip: reverse_patches(clip, 4)
+    change = distance(model(moved(x), labels()), moved(model(x, labels())))
+    assert change < 1e-5 if move == "time reversed" else change > 0.05
 
 
 @torch.no_grad()
@@ -162,13 +214,46 @@ def test_the_fixed_table_of_images_is_that_of_mae_with_the_width_first():
     torch.testing.assert_close(position_table(config)[0], torch.tensor(naive))
 
 
-def test_the_fixed_table_is_added_to_the_tokens():
-    model = tiny(use_rope=False)
+@pytest.mark.parametrize("num_frames", [1, 16])
+def test_the_table_beside_rotary_positions_is_that_of_images(num_frames):
+    patch = 4 if num_frames > 1 else 1
+    config = model_config("EqM-S/2", input_size=10, temporal_patch_size=patch, num_frames=num_frames)
+    images = dataclasses.replace(config, temporal_patch_size=1, num_frames=1)
+    beside = dataclasses.replace(config, use_rope=True, position_table="space")
+    assert torch.equal(position_table(beside), position_table(images))
+
+
+@pytest.mark.parametrize("size", ["Ti", "L"])
+def test_a_larger_picture_has_the_smaller_ones_positions_at_the_same_indices(size):
+    settings = dict(in_channels=3, num_frames=8, use_rope=True, position_table="space")
+    small, large = (
+        position_table(model_config(f"EqM-{size}/4", input_size=side, **settings))[0].unflatten(0, (side // 4, -1))
+        for side in (12, 20)
+    )
+    assert torch.equal(small, large[:3, :3])
+    assert len(large.flatten(0, 1).unique(dim=0)) == 25  # all positions differ
+
+
+def tokens_of(model, x):
+    """What the first block is given."""
     seen = []
-    model.blocks[0].register_forward_pre_hook(lambda block, args: seen.append(args[0]))
-    x = clip(8)
-    model(x, labels())
-    assert torch.equal(seen[0], model.x_embedder(x) + position_table(model.config))
+    handle = model.blocks[0].register_forward_pre_hook(lambda block, args: seen.append(args[0]))
+    model(x, labels(len(x)))
+    handle.remove()
+    return seen[0]
+
+
+def test_the_fixed_table_is_added_to_the_tokens():
+    model, x = tiny(use_rope=False), clip(8)
+    assert torch.equal(tokens_of(model, x), model.x_embedder(x) + position_table(model.config))
+
+
+def test_the_table_of_space_is_added_to_the_tokens_of_every_temporal_patch():
+    model, plain, x = tiny(position_table="space"), tiny(), clip(12, batch=2)
+    added = tokens_of(model, x) - tokens_of(plain, x)
+    table = position_table(model.config)[0]  # of the 2 x 2 patches of a frame
+    for patches in added.unflatten(1, (3, 4)).flatten(0, 1):
+        torch.testing.assert_close(patches, table, atol=1e-5, rtol=0)
 
 
 @pytest.mark.parametrize("num_frames", [7, 9])
@@ -180,19 +265,27 @@ def test_fixed_positions_refuse_another_number_of_frames(num_frames):
 # Frame rates and numbers of frames ----------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("use_rope", [True, False])
+KINDS = {  # of positions
+    "fixed": {"use_rope": False},
+    "rotary": {},
+    "rotary and table": {"position_table": "space"},
+}
+
+
+@pytest.mark.parametrize("kind", KINDS)
 @torch.no_grad()
-def test_a_batch_of_mixed_time_scales_equals_its_samples_alone(use_rope):
-    model, x, y = tiny(use_rope=use_rope), clip(8, batch=4), torch.tensor([0, 3, 5, 1])
+def test_a_batch_of_mixed_time_scales_equals_its_samples_alone(kind):
+    model, x, y = tiny(**KINDS[kind]), clip(8, batch=4), torch.tensor([0, 3, 5, 1])
     time_scale = torch.tensor([0.04, 0.08, 1 / 30, 0.5])
     alone = torch.cat([model(x[i : i + 1], y[i : i + 1], time_scale[i : i + 1]) for i in range(4)])
     torch.testing.assert_close(model(x, y, time_scale), alone, atol=1e-5, rtol=1e-5)
 
 
+@pytest.mark.parametrize("table", POSITION_TABLES)
 @pytest.mark.parametrize("num_frames", [5, 7])
 @torch.no_grad()
-def test_a_clip_that_does_not_fill_its_last_patch_is_padded_with_its_last_frame(num_frames):
-    model, x, y = tiny(), clip(num_frames, batch=2), labels(2)
+def test_a_clip_that_does_not_fill_its_last_patch_is_padded_with_its_last_frame(num_frames, table):
+    model, x, y = tiny(position_table=table), clip(num_frames, batch=2), labels(2)
     f = model(x, y)
     padded = torch.cat([x] + [x[:, :, -1:]] * (-num_frames % 4), dim=2)
     assert f.shape == x.shape
@@ -206,9 +299,10 @@ def test_fixed_positions_pad_as_well():
     assert model.pos_embed.shape == (1, 2 * 2 * 2, 64)
 
 
+@pytest.mark.parametrize("table", POSITION_TABLES)
 @torch.no_grad()
-def test_rotary_positions_work_for_every_number_of_frames_from_a_temporal_patch_up():
-    model = tiny()
+def test_rotary_positions_work_for_every_number_of_frames_from_a_temporal_patch_up(table):
+    model = tiny(position_table=table)
     for num_frames in (4, 5, 6, 7, 8, 19):
         f = model(clip(num_frames), labels())
         assert f.shape == (1, 3, num_frames, 4, 4)
@@ -239,9 +333,9 @@ def test_a_model_can_be_loaded_into_one_for_another_number_of_frames():
     assert torch.equal(other(x, labels()), model(x, labels()))
 
 
-@pytest.mark.parametrize("use_rope", [True, False])
-def test_positions_are_not_in_the_state_dict(use_rope):
-    model = tiny(use_rope=use_rope)
+@pytest.mark.parametrize("kind", KINDS)
+def test_positions_are_not_in_the_state_dict(kind):
+    model = tiny(**KINDS[kind])
     assert set(model.state_dict()) == {name for name, _ in model.named_parameters()}
     assert not any("rope" in name or "pos" in name for name in model.state_dict())
 
@@ -293,6 +387,19 @@ def test_bfloat16_changes_the_field_by_its_rounding_only(use_rope):
     low = model.bfloat16()(x.bfloat16(), y)
     assert low.dtype == torch.bfloat16
     assert distance(low.float(), f) < 0.05
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32, torch.float64])
+def test_attention_of_training_on_a_cpu_is_computed_in_float32_or_better(dtype):
+    q, k, v = (torch.randn(2, 3, 64, 16, dtype=dtype, requires_grad=True) for _ in range(3))
+    precise = [part.detach().to(torch.promote_types(dtype, torch.float32)) for part in (q, k, v)]
+    expected = F.scaled_dot_product_attention(*precise).to(dtype)
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        found = attend(q, k, v)
+        with torch.no_grad():
+            sampled = attend(q, k, v)
+    assert torch.equal(found, expected) and found.grad_fn is not None
+    assert distance(sampled.double(), expected.double()) < 1e-2
 
 
 @pytest.mark.parametrize("use_rope", [True, False])
@@ -393,6 +500,8 @@ def test_the_temporal_patch_is_the_spatial_one_unless_told_otherwise():
         ({"hidden_size": 66, "num_heads": 2}, "must be a multiple of 2 x 2 heads, found 66"),
         ({"hidden_size": 8}, "head_dim of at least 6, found 4"),
         ({"use_rope": False, "num_frames": 3}, "needs at least 4 frames, found 3"),
+        ({"position_table": "time"}, "must be one of none, space, found 'time'"),
+        ({"position_table": "space", "use_rope": False}, "position_table space needs use_rope"),
         ({"ebm": "energy"}, "ebm must be one of none, dot, l2, found 'energy'"),
         ({"rope_theta": 0.0}, r"rope_theta must be in \(0, 1e12\], found 0.0"),
         ({"class_dropout_prob": 1.5}, r"class_dropout_prob must be in \[0, 1\], found 1.5"),

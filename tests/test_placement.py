@@ -211,9 +211,9 @@ def test_training_on_an_energy_is_on_the_gpu(gpu, ebm):
     check_steps(gpu, replace(CONFIG, ebm=ebm))
 
 
-@pytest.mark.parametrize("use_rope", [False, True])
-def test_fixed_and_rotary_positions_of_padded_clips_are_on_the_gpu(gpu, use_rope):
-    check_steps(gpu, replace(CONFIG, use_rope=use_rope, num_frames=6), clip=pixels(6))
+@pytest.mark.parametrize("positions", [{"use_rope": False}, {}, {"position_table": "space"}], ids=str)
+def test_all_kinds_of_positions_of_padded_clips_are_on_the_gpu(gpu, positions):
+    check_steps(gpu, replace(CONFIG, **positions, num_frames=6), clip=pixels(6))
 
 
 def test_images_are_on_the_gpu(gpu):

@@ -99,7 +99,9 @@ KINDS = {
     "images": [],
     "images with an energy": ["--ebm", "l2", "--precision", "bf16"],
     "images with rotary positions that are dispersed": ["--use-rope", "--disp", "--grad-accum", 2],
+    "images with a position table": ["--use-rope", "--position-table", "space"],
     "videos with all of it": ["--video", "--num-frames", 6, "--use-rope", "--ebm", "dot", "--disp", "--qk-norm"],
+    "videos with a position table": ["--video", "--num-frames", 6, "--use-rope", "--position-table", "space"],
 }
 
 
@@ -115,6 +117,7 @@ def test_every_kind_of_training_learns(kind, images, videos, tmp_path):
     assert all("disp_loss" in row for row in rows) == ("--disp" in flags)
     assert state["config"]["model"]["ebm"] == (flags[flags.index("--ebm") + 1] if "--ebm" in flags else "none")
     assert state["config"]["model"]["temporal_patch_size"] == (4 if "--video" in flags else 1)
+    assert state["config"]["model"]["position_table"] == ("space" if "--position-table" in flags else "none")
     assert state["config"]["training"]["video"] == ("--video" in flags)
 
 
