@@ -238,7 +238,7 @@ def measure_step(args, report):
 
 
 def measure_positions(args, report):
-    """Rotary against fixed positions, with and without the position table, and our rotation against the common implementation."""
+    """Rotary against fixed positions, with the position table and without, and our rotation against the common one."""
     values, rotary, fixed = measure_ratios(Step(args), Step(args, use_rope=False), 2 * args.pairs)
     report.add("RoPE step / fixed step", values, "<= 1.01", f"{rotary:.3f} and {fixed:.3f} s")
     values, table, plain = measure_ratios(Step(args, position_table="space"), Step(args), 2 * args.pairs)

@@ -1,4 +1,4 @@
-"""The study of frame curricula: a miniature of it, equal compute, learning rates, the report, bad input."""
+"""The study of positions and curricula: a miniature of it, equal compute, the report, bad input."""
 
 import argparse
 import csv
@@ -15,14 +15,13 @@ import schedule
 import study
 import train
 from schedule import Phase
-from scoring import motion
 from training import run_main
 
-MINIATURES = "fixed-16", "patch 2: 8-16"  # arms of one run each in the miniature
+MINIATURES = "16 fixed", "4-8-16 table"  # arms of one run each in the miniature
 
 
 def a_study(out, **flags):
-    args = {"out": out, "data_path": None, "only": None, "miniature": False} | flags
+    args = {"out": out, "data_path": None, "only": None, "miniature": False, "compile": False} | flags
     return study.Study(argparse.Namespace(**args))
 
 
@@ -30,20 +29,19 @@ def train_row(job, size=arms.FULL, **numbers):
     """The row of the csv for the last step of a run."""
     phases, flops = arms.phases_of(job.arm, job.share, size)
     row = dict.fromkeys(arms.COLUMNS) | {"version": arms.VERSION, "recipe": arms.fingerprint(job, size)}
-    row |= {"arm": job.arm.name, "seed": job.seed, "factor": job.factor, "share": job.share, "kind": "train"}
+    row |= {"arm": job.arm.name, "seed": job.seed, "share": job.share, "kind": "train"}
     row |= {"step": phases[-1][1], "frames": phases[-1][0], "flops": float(flops), "seconds": 100.0, "code": "c"}
-    return row | {"rope_scale": "", "val_seconds": 1.0, "machine": "m"} | numbers
+    return row | {"val_seconds": 1.0, "machine": "m"} | numbers
 
 
-def sample_row(job, right, clips=96, frames=16, rope_scale="none", size=arms.FULL):
-    row = train_row(job, size, kind="sample", frames=frames, rope_scale=rope_scale, val_seconds=None)
-    low, high = motion.wilson(right, clips)
-    row |= {"clips": clips, "right": right, "direction": right / clips, "direction_low": low, "direction_high": high}
-    return row | {"speed": 1.0, "area": 1.0, "true_speed": 0.25, "real_direction": 1.0}
+def sample_row(job, direction, frames=16, size=arms.FULL):
+    row = train_row(job, size, kind="sample", frames=frames, val_seconds=None)
+    row |= {"clips": 100, "right": round(100 * direction), "direction": direction}
+    return row | {"speed": 1.0, "area": 1.0, "seam": 1.0, "real_direction": 1.0}
 
 
-def job_of(name, seed=0, factor=1.0, share=1.0):
-    return arms.Job(arms.BY_NAME[name], seed, factor, share)
+def job_of(name, seed=0, share=1.0):
+    return arms.Job(arms.BY_NAME[name], seed, share)
 
 
 # ----------------------------------------------------------------------------------------------------------------------
@@ -76,14 +74,16 @@ def miniature(tmp_path_factory):
 
 def test_a_study_has_a_row_of_each_validation_and_of_the_samples_of_each_run_and_a_report(miniature):
     rows = lines_of(miniature / "study.csv")
-    made = [(row["arm"], row["frames"], row["rope_scale"]) for row in rows if row["kind"] == "sample"]
-    assert made == [(name, "16", "none") for name in MINIATURES]
+    made = [(row["arm"], row["frames"]) for row in rows if row["kind"] == "sample"]
+    assert made == [(name, str(frames)) for name in MINIATURES for frames in arms.BY_NAME[name].lengths]
     for name in MINIATURES:
         phases, flops = arms.phases_of(arms.BY_NAME[name], 1.0, arms.MINIATURE)
         trained = [row for row in rows if row["kind"] == "train" and row["arm"] == name]
         assert [int(row["step"]) for row in trained] == list(range(1, phases[-1][1] + 1))
         assert float(trained[-1]["flops"]) == pytest.approx(flops, rel=1e-4)
-    assert (miniature / "study.md").exists() and (miniature / "figures/study-A.png").exists()
+        assert trained[-1]["frames"] == "16" and trained[-1]["loss_16"] == trained[-1]["loss"]
+        assert all(row["loss_16"] for row in trained)
+    assert "| 16 fixed | 100% |" in (miniature / "study.md").read_text()
 
 
 def test_a_study_that_is_done_runs_nothing_again(miniature, capsys):
@@ -116,33 +116,37 @@ def counted(arm, share, size):
     return flops
 
 
-@pytest.mark.parametrize("share", [0.3, 0.6, 1.0])
+@pytest.mark.parametrize("share", [0.4, 1.0, 1.6])
 def test_all_arms_have_the_same_compute_and_number_of_tokens_per_step(share):
-    whole = arms.FULL.steps * 8 * arms.config_of(arms.BY_NAME["16"], arms.FULL).training_flops(16)
-    for arm in arms.BY_NAME.values():
+    whole = arms.FULL.steps * 8 * arms.config_of(arms.BY_NAME["16 rotary"], arms.FULL).training_flops(16)
+    for arm in arms.ARMS:
         assert counted(arm, share, arms.FULL) == pytest.approx(share * whole, rel=0.02), arm.name
         for num_frames, _, batch_size in arms.phases_of(arm, share, arms.FULL)[0]:
             assert batch_size * math.prod(arms.config_of(arm, arms.FULL).grid(num_frames)) == arms.TOKENS
 
 
-# ----------------------------------------------------------------------------------------------------------------------
-# Learning rates
+def test_arms_differ_in_nothing_but_what_they_compare():
+    def flags(name):
+        return " ".join(arms.recipe_flags(job_of(name), arms.FULL))
+
+    assert flags("16 rotary") == flags("16 fixed").replace(" --val-frames", " --use-rope --rope-theta 100 --val-frames")
+    for name in ("16", "4-8-16"):
+        table = "16 table" if name == "16" else "4-8-16 table"
+        plain = "16 rotary" if name == "16" else "4-8-16"
+        assert flags(table).replace(" --position-table space", "") == flags(plain)
 
 
-def test_the_tuned_rate_is_the_best_of_the_grid_once_all_of_it_has_run(tmp_path):
-    mine = a_study(tmp_path, only=["theta 1000"])
-    jobs = mine.jobs()
-    assert [(job.arm.name, job.factor) for job in jobs if job.is_tuning] == [("16", x) for x in arms.FULL.factors]
-    assert {job.factor for job in jobs if not job.is_tuning} == {None}
-    for factor, loss in zip(arms.FULL.factors, (0.9, math.inf, 0.7), strict=True):
-        assert mine.factor("16") is None
-        mine.rows.append(train_row(job_of("16", arms.TUNE_SEED, factor, arms.TUNE_SHARE), loss=loss))
-    assert mine.factor("16") == arms.FULL.factors[2]
-    assert {(job.arm.name, job.factor) for job in mine.jobs() if not job.is_tuning} == {("theta 1000", 2.0)}
+def test_every_share_of_the_compute_is_a_run_of_its_own_and_the_extra_seeds_come_last():
+    jobs = arms.all_jobs(["16 fixed", "16 table"], arms.FULL)
+    assert {(job.share, job.seed) for job in jobs if job.arm.name == "16 table"} == {
+        *((1.0, seed) for seed in range(5)), *((share, seed) for share in (0.4, 0.6, 1.6) for seed in range(3))
+    }  # fmt: skip
+    assert len(jobs) == len({job.key for job in jobs}) == 5 + 5 + 9
+    assert [job.seed for job in jobs[-4:]] == [3, 3, 4, 4]
 
 
 def test_a_run_that_diverged_is_done(tmp_path):
-    mine, job = a_study(tmp_path), job_of("16")
+    mine, job = a_study(tmp_path), job_of("16 rotary")
     assert not mine.is_done(job)
     mine.rows.append(train_row(job, step=7, loss=math.inf))
     assert mine.is_done(job)
@@ -150,24 +154,6 @@ def test_a_run_that_diverged_is_done(tmp_path):
 
 # ----------------------------------------------------------------------------------------------------------------------
 # The report
-
-
-def test_a_bump_is_gone_at_the_first_validation_that_is_no_higher_than_the_one_before():
-    phases, _ = arms.phases_of(arms.BY_NAME["4-8-16 even"], 1.0, arms.FULL)
-    before, after = phases[:2]
-    length = after[1] - before[1]
-    rows = [train_row(job_of("4-8-16 even"), step=before[1], loss=2.0, loss_rel=0.1, loss_raw=4.0)]
-    for share, loss in ((0.1, 0.15), (0.25, 0.1), (0.5, 0.08)):  # with a zero predictor's loss of 40 instead of 20
-        step = before[1] + round(share * length)
-        rows.append(train_row(job_of("4-8-16 even"), step=step, loss=40 * loss, loss_rel=loss, loss_raw=7.0))
-    found = report.bump(rows, "4-8-16 even", before, after)
-    assert found["highest"] == pytest.approx(1.5)
-    assert found["gone"] == pytest.approx(0.25, abs=1 / length)
-    raw = report.bump(rows, "4-8-16 even", before, after, "loss_raw")
-    assert (raw["highest"], raw["gone"]) == (pytest.approx(7 / 8), pytest.approx(0.1, abs=1 / length))
-    assert report.bump(rows, "4-8-16 mix", before, after) is None
-    assert report.bump(rows[:3], "4-8-16 even", before, after)["gone"] == pytest.approx(0.25, abs=1 / length)
-    assert report.bump(rows[:2], "4-8-16 even", before, after)["gone"] == math.inf
 
 
 def test_a_difference_is_paired_by_seed_and_says_whether_its_interval_contains_zero():
@@ -179,35 +165,63 @@ def test_a_difference_is_paired_by_seed_and_says_whether_its_interval_contains_z
     assert report.difference("a", "b", "Loss", {0: 1.0}, {1: 0.0}) == "Loss, a against b: not run yet."
 
 
+def test_the_compute_to_a_goal_is_interpolated_and_a_bound_where_the_goal_is_not_crossed():
+    shares = [0.4, 0.6, 1.0, 1.6]
+    assert report.compute_to(0.9, shares, [0.0, 0.5, 1.0, 0.8]) == (pytest.approx(0.92), "=")
+    assert report.compute_to(0.9, shares, [0.0, 0.9, 0.95, 1.0]) == (pytest.approx(0.6), "=")
+    assert report.compute_to(0.9, shares, [0.95, 1.0, 1.0, 1.0]) == (0.4, "<")
+    assert report.compute_to(0.9, shares, [0.0, 0.1, 0.5, 0.89]) == (1.6, ">")
+
+
+@pytest.mark.parametrize(
+    ("first", "second", "text"),
+    [
+        ((0.6, "="), (1.2, "="), "0.50"),
+        ((0.6, "="), (1.5, ">"), "at most 0.40"),
+        ((0.4, "<"), (1.0, "="), "at most 0.40"),
+        ((1.6, ">"), (1.0, "="), "at least 1.60"),
+        ((1.6, ">"), (1.6, ">"), "both are bounds, so it is not known"),
+    ],
+)
+def test_a_ratio_of_bounds_is_a_bound_or_not_known(first, second, text):
+    assert report.ratio_text(first, second) == text
+
+
+def test_a_spread_is_over_seeds():
+    assert report.spread_cell({0: 0.4, 1: 0.5, 2: 0.6}, 0, 100) == "50 ± 6% (40, 50, 60)"
+    assert report.spread_cell({2: 0.381}) == "0.381 (0.381)"
+    assert report.spread_cell({}) == "-"
+
+
 @pytest.fixture
 def made_up(tmp_path):
-    """A csv with three arms: rotary positions are better by 0.1, the even schedule is no worse at 60%."""
+    """A csv with four arms: the table is better by 0.1, the curriculum has motion at half the compute."""
     rows = []
     for seed in range(3):
-        for name, share, loss, right in (
-            ("16", 1.0, 0.6, 80), ("fixed-16", 1.0, 0.7, 60), ("4-8-16 even", 0.6, 0.6 - 0.01 * seed, 81),
+        for name, share, loss, direction in (
+            ("16 fixed", 1.0, 0.7, 0.8), ("16 table", 1.0, 0.6, 0.75), ("16 table", 0.4, 0.9, 0.0),
+            ("16 table", 1.6, 0.5, 1.0), ("4-8-16 table mix", 1.0, 0.5, 0.95), ("4-8-16 table mix", 0.4, 0.7, 0.8),
+            ("4-8-16 table mix", 0.6, 0.65, 0.9),
         ):  # fmt: skip
             job = job_of(name, seed, share=share)
-            rows += [train_row(job, loss=loss, loss_16=loss + 0.001 * seed), sample_row(job, right)]
-    rows += [sample_row(job_of("16", seed=0), 10, frames=24), sample_row(job_of("16", seed=0), 70, 96, 24, "ntk")]
+            rows += [train_row(job, loss=loss, loss_16=loss), sample_row(job, direction)]
+        rows.append(sample_row(job_of("4-8-16 table mix", seed), 0.9 + 0.01 * seed, frames=24))
     arms.write_rows(tmp_path / "study.csv", rows)
     return tmp_path
 
 
-def test_a_report_of_an_incomplete_csv_says_what_was_not_run(made_up):
+def test_a_report_says_what_was_found_and_what_was_not_run(made_up):
     run_main(study, "--report", "--out", made_up)
     text = (made_up / "study.md").read_text()
-    assert "Validation loss at 16 frames: rotary minus fixed is -0.100 (95% -0.100 to -0.100, 3 seeds): lower." in text
-    low, high = motion.wilson(240, 288)
-    assert f"83.3% ({100 * low:.1f} - {100 * high:.1f}; 288 clips)" in text
-    assert "The goal is met in the mean." in text
-    assert "Goal (at most 0), 4-8-16 long at 60% against 16 at 100%: not run yet." in text
-    assert "Trained on 16, sampled at 24 frames: best is ntk with 72.9% right, none has 10.4%" in text
-    assert "Trained on 4, sampled at 16 frames: not run yet." in text
-    assert "At 0.12 s per frame: not run yet." in text
-    assert "Gamma shift at 16 frames: not run yet (1 of 4)." in text
+    assert "Loss: 16 table minus 16 fixed is -0.100 (95% -0.100 to -0.100, 3 seeds): lower." in text
+    assert "Directions right, 16 rotary against 16 fixed: not run yet." in text
+    assert "| 4-8-16 table mix | 24 | 91 ± 1% (90, 91, 92) | 1.00 ± 0.00 (1.00, 1.00, 1.00) |" in text
+    assert "16 table: 90% of the directions are right at 136% of the compute (seeds: 136%; 136%; 136%)." in text
+    assert "4-8-16 table mix: 90% of the directions are right at 60% of the compute (seeds: 60%; 60%; 60%)." in text
+    assert "Compute to motion, 4-8-16 table mix / 16 table: 0.44 (seeds: 0.44; 0.44; 0.44)." in text
+    assert "Loss: 4-8-16 table mix at 60% minus 16 table at 100% is +0.050" in text
     figures = {path.name for path in (made_up / "figures").iterdir()}
-    assert figures == {f"study-{name}.png" for name in ("A", "B", "C", "C-scale", "E")}
+    assert figures == {"study-B.png", "study-C.png"}  # A waits for the rotary arm
     for name in figures:
         assert f"(figures/{name})" in text
 
@@ -216,7 +230,7 @@ def test_rows_are_the_same_after_writing_and_reading_the_csv(made_up):
     rows = arms.read_rows(made_up / "study.csv")
     arms.write_rows(made_up / "again.csv", rows)
     assert (made_up / "again.csv").read_bytes() == (made_up / "study.csv").read_bytes()
-    assert (rows[0]["arm"], rows[0]["seed"], rows[0]["loss"], rows[0]["time_scale"]) == ("16", 0, 0.6, None)
+    assert (rows[0]["arm"], rows[0]["seed"], rows[0]["loss"], rows[0]["clips"]) == ("16 fixed", 0, 0.7, None)
 
 
 # ----------------------------------------------------------------------------------------------------------------------
@@ -230,14 +244,14 @@ def refused(capsys, *flags):
     return line
 
 
-@pytest.mark.parametrize("word", ["F", "X", "AB", "17", ""])
+@pytest.mark.parametrize("word", ["E", "X", "AB", "17", ""])
 def test_an_unknown_question_is_refused(word, tmp_path, capsys):
     line = refused(capsys, "--only", "A", word, "--out", tmp_path / "new")
-    assert f"--only {word}: wanted questions (A, B, C, D, E) or arms ('fixed-16', " in line
+    assert f"--only {word}: wanted questions (A, B, C, D) or arms ('16 fixed', " in line
     assert not (tmp_path / "new").exists()
 
 
-BAD_CELLS = {"version": ("2", "is of version 2"), "recipe": ("0", "is of another recipe"), "arm": ("x", "arm 'x'")}
+BAD_CELLS = {"version": ("1", "is of version 1"), "recipe": ("0", "is of another recipe"), "arm": ("x", "arm 'x'")}
 
 
 @pytest.mark.parametrize("name", BAD_CELLS)
@@ -268,7 +282,7 @@ def test_an_incomplete_row_is_refused(made_up, capsys):
 def test_a_study_folder_of_another_version_is_refused(tmp_path, capsys):
     (tmp_path / "study").mkdir()
     about = tmp_path / "study/study.json"
-    about.write_text(json.dumps({"version": 1, "size": "miniature"}))
+    about.write_text(json.dumps({"version": 2, "size": "miniature"}))
     assert "'miniature'" in refused(capsys, "--out", tmp_path)
     about.write_text("{")
     assert "damaged" in refused(capsys, "--out", tmp_path)

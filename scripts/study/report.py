@@ -1,15 +1,24 @@
-"""The report of study.py: from study.csv to results/study.md and its figures."""
-
+"""The report of study.py: from study.csv to results/study.md and its figures, whose titles say what they show."""
 
 import matplotlib
 import numpy as np
 
-from arms import ARMS, VERSION
+from arms import ARMS, BASE, BY_NAME, GUIDANCE, LENGTHS, TOKENS, VERSION, last_rows, phases_of
 from runtime.atomic import atomic_write
 from runtime.cli import say
 from scoring import motion
 
 matplotlib.use("Agg")  # no window, no display
+from matplotlib import pyplot as plt  # noqa: E402
+
+FIXED, ROTARY, TABLE = "16 fixed", "16 rotary", "16 table"
+CURRICULA = "4-8-16", "4-8-16 mix", "4-8-16 table", "4-8-16 table mix"
+PAIRS = [  # of which B reports the differences
+    ("4-8-16 table", "4-8-16"), ("4-8-16 table mix", "4-8-16 mix"), ("4-8-16 mix", "4-8-16"),
+    ("4-8-16 table mix", "4-8-16 table"), ("4-8-16", "16 rotary"), ("4-8-16 table mix", "16 table"),
+]  # fmt: skip
+CURRICULUM = "4-8-16 table mix"  # the recommended one, whose compute to motion C measures
+RIGHT = 0.9  # share of right directions at which motion counts as learned
 
 # ----------------------------------------------------------------------------------------------------------------------
 # From rows to numbers
@@ -17,35 +26,24 @@ matplotlib.use("Agg")  # no window, no display
 T95 = {2: 12.71, 3: 4.30, 4: 3.18, 5: 2.78}  # number of values -> 97.5% quantile of Student's t
 
 
-def final_rows(rows, name, share=1.0):
-    """{seed: row of the last step} of an arm's runs."""
+def losses(rows, name, share=1.0):
+    """{seed: validation loss at 16 frames at the end of the run} of an arm."""
     wanted = {"arm": name, "share": share, "kind": "train"}
-    own = [row for row in rows if wanted.items() <= row.items()]
-    return {row["seed"]: row for row in sorted(own, key=lambda row: row["step"])}
+    own = sorted((row for row in rows if wanted.items() <= row.items()), key=lambda row: row["step"])
+    return dict(sorted({row["seed"]: row["loss_16"] for row in own}.items()))
 
 
-def sample_rows(rows, name, frames=16, share=1.0):
-    """{seed: row of the samples} of an arm's runs."""
+def scores(rows, name, frames=16, share=1.0, column="direction"):
+    """{seed: value of a column of the samples} of an arm, without missing values."""
     wanted = {"arm": name, "kind": "sample", "frames": frames, "share": share}
-    return {row["seed"]: row for row in rows if wanted.items() <= row.items()}
-
-
-def values_of(by_seed, name):
-    """{seed: value of a column}, without missing values."""
-    return {seed: row[name] for seed, row in sorted(by_seed.items()) if row[name] is not None}
+    found = {row["seed"]: row[column] for row in rows if wanted.items() <= row.items()}
+    return {seed: value for seed, value in sorted(found.items()) if value is not None}
 
 
 def half_width(values):
     """Half the width of the 95% interval of the mean (Student's t); None for fewer than two values."""
     _, error = motion.mean_and_error(values)
-    return None if error is None else T95.get(len(values), 2.57) * error
-
-
-def pooled(by_seed):
-    """(share of right directions over all seeds, its Wilson interval, number of clips), or None without clips."""
-    clips = sum(row["clips"] for row in by_seed.values())
-    right = sum(row["right"] for row in by_seed.values())
-    return (right / clips, motion.wilson(right, clips), clips) if clips else None
+    return None if error is None else T95[len(values)] * error
 
 
 def difference(first, second, what, values, others):
@@ -62,56 +60,261 @@ def difference(first, second, what, values, others):
     return f"{what}: {first} minus {second} is {mean:+.3f} ({ends}, {len(seeds)} seeds): {verdict}."
 
 
-def mean_cell(values, digits=3):
-    """Mean and standard error of {seed: value}, and the number of seeds."""
-    mean, error = motion.mean_and_error(list(values.values()))
-    if mean is None:
-        return "not run"
+def differences(rows, pairs):
+    """Sentences about loss and directions of pairs of arms."""
+    lines = []
+    for first, second in pairs:
+        lines.append("- " + difference(first, second, "Loss", losses(rows, first), losses(rows, second)))
+        lines.append("- " + difference(first, second, "Directions right", scores(rows, first), scores(rows, second)))
+    return [*lines, ""]
+
+
+def compute_to(goal, shares, values):
+    """The share of the compute at which values first reach the goal, interpolated: (share, "=", "<" or ">").
+
+    "<": they are there at the smallest share already. ">": not even at the largest.
+    """
+    points = list(zip(shares, values, strict=True))
+    if points[0][1] >= goal:
+        return shares[0], "<"
+    for (before, low), (after, high) in zip(points, points[1:], strict=False):
+        if high >= goal:
+            return before + (after - before) * (goal - low) / (high - low), "="
+    return shares[-1], ">"
+
+
+def curve(rows, name):
+    """(shares of the compute that were run, {seed: its share of right directions at each}), of seeds that have all."""
+    found = {share: scores(rows, name, share=share) for share in sorted((1.0, *BY_NAME[name].shares))}
+    found = {share: values for share, values in found.items() if values}
+    seeds = set.intersection(*map(set, found.values())) if found else set()
+    return list(found), {seed: [values[seed] for values in found.values()] for seed in sorted(seeds)}
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# Tables
+
+
+def spread_cell(values, digits=3, unit=1):
+    """Mean and standard error over seeds, and the value of each seed, "-" without any; unit 100 for percent."""
+    if not values:
+        return "-"
+    mean, error = motion.mean_and_error([unit * value for value in values.values()])
     spread = "" if error is None else f" ± {error:.{digits}f}"
-    return f"{mean:.{digits}f}{spread} ({len(values)})"
-
-
-def value_cell(by_seed, name):
-    """`mean_cell` of a column; a dash if no row has a value, such as the speed if no clip has the right direction."""
-    values = values_of(by_seed, name)
-    return "-" if by_seed and not values else mean_cell(values, 2)
-
-
-def share_cell(by_seed):
-    found = pooled(by_seed)
-    if found is None:
-        return "not run"
-    share, (low, high), clips = found
-    return f"{share:.1%} ({100 * low:.1f} - {100 * high:.1f}; {clips} clips)"
+    each = ", ".join(f"{unit * value:.{digits}f}" for value in values.values())
+    return f"{mean:.{digits}f}{spread}{'%' if unit == 100 else ''} ({each})"
 
 
 def table(titles, rows):
     return [f"| {' | '.join(titles)} |", "|---" * len(titles) + "|", *(f"| {' | '.join(row)} |" for row in rows), ""]
 
 
-def arm_row(rows, name, share, frames):
-    """Table cells of an arm: its compute and time, its validation loss and samples at `frames` frames."""
-    ends, made = final_rows(rows, name, share), sample_rows(rows, name, frames, share)
-    flops, seconds, val_seconds = (values_of(ends, key) for key in ("flops", "seconds", "val_seconds"))
-    times = [(seconds[seed] - val_seconds[seed]) / 60 for seed in seconds.keys() & val_seconds.keys()]
-    minutes = f"{np.median(times):.1f} ({len(times)})" if times else "not run"
-    spent = f"{np.mean(list(flops.values())) / 1e12:.1f}" if flops else "-"
-    cells = [name, f"{share:.0%}", spent, minutes, mean_cell(values_of(ends, f"loss_{frames}"))]
-    return [*cells, share_cell(made), value_cell(made, "speed"), value_cell(made, "area")]
+def arm_table(rows, runs):
+    """Lines of markdown: loss, directions and speed of (arm, share of the compute) at 16 frames."""
+    cells = []
+    for name, share in runs:
+        speeds = scores(rows, name, share=share, column="speed")
+        cells.append(
+            [name, f"{share:.0%}", spread_cell(losses(rows, name, share)),
+             spread_cell(scores(rows, name, share=share), 0, 100), spread_cell(speeds, 2)]
+        )  # fmt: skip
+    return table(["arm", "compute", "validation loss", "directions right", "speed / true"], cells)
 
 
-ARM_TITLES = ["arm", "compute", "TFLOP", "minutes without validation", "validation loss", "direction right (95%)",
-              "speed / true", "area / true"]  # fmt: skip
+# ----------------------------------------------------------------------------------------------------------------------
+# Figures
+
+COLORS = "#0072B2", "#D55E00", "#009E73", "#CC79A7"  # Okabe and Ito, safe for colour blindness
+MARKERS = "o", "s", "^", "D"
+plt.rcParams.update({"font.size": 15, "axes.grid": True, "grid.alpha": 0.3, "lines.linewidth": 2, "savefig.dpi": 80})
+
+
+def style(number):
+    return {"color": COLORS[number % len(COLORS)], "marker": MARKERS[number % len(MARKERS)]}
+
+
+def draw_shares(axes, xs, by_x, label, number):
+    """Plot shares of right directions in percent over x: the mean over seeds as a line, each seed as a dot."""
+    points = [(x, [100 * value for value in values.values()]) for x, values in zip(xs, by_x, strict=True) if values]
+    axes.plot([x for x, _ in points], [np.mean(values) for _, values in points], label=label, markersize=9,
+              **style(number))  # fmt: skip
+    for x, values in points:
+        axes.scatter([x] * len(values), values, color=COLORS[number % len(COLORS)], alpha=0.45, s=30)
+
+
+def save_figure(study, name, figure, axes, message):
+    """Write a figure under its message. Returns the lines of markdown that show it."""
+    path = study.out / "figures" / f"study-{name}.png"
+    axes.set_title(message, fontsize=15, loc="left")
+    axes.legend(fontsize=13)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    figure.savefig(path)
+    plt.close(figure)
+    return [f"![{message}](figures/{path.name})", ""]
+
+
+def percent(values):
+    return f"{100 * np.mean(list(values.values())):.0f}%"
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# The questions: lines of markdown each
+
+
+def answer_a(study):
+    names = FIXED, ROTARY, TABLE
+    lines = differences(study.rows, [(TABLE, FIXED), (ROTARY, FIXED), (TABLE, ROTARY)])
+    lines += arm_table(study.rows, [(name, 1.0) for name in names])
+    ends = [(losses(study.rows, name), scores(study.rows, name)) for name in names]
+    if not all(right for _, right in ends):
+        return lines
+    figure, axes = plt.subplots(figsize=(9.5, 6.5), layout="constrained")
+    for number, (name, (loss, right)) in enumerate(zip(names, ends, strict=True)):
+        dots = [(loss[seed], 100 * right[seed]) for seed in right]
+        axes.scatter(*zip(*dots, strict=True), s=110, label=name, **style(number))
+    axes.set(xlabel="validation loss, 16 frames (left is better)", ylabel="directions right, %", ylim=(0, 103))
+    message = "16 frames from the start: "
+    message += ", ".join(f"{name.split()[1]} {percent(right)}" for name, (_, right) in zip(names, ends, strict=True))
+    message += " of the directions right,\nloss " + ", ".join(f"{np.mean(list(loss.values())):.3f}" for loss, _ in ends)
+    return lines + save_figure(study, "A", figure, axes, message + "; a dot is a seed")
+
+
+def answer_b(study):
+    rows = study.rows
+    lines = differences(rows, PAIRS)
+    lines += arm_table(rows, [(name, 1.0) for name in CURRICULA])
+    cells = []
+    for name in CURRICULA:
+        for frames in LENGTHS:
+            right, speed, seam = (scores(rows, name, frames, column=key) for key in ("direction", "speed", "seam"))
+            cells.append([name, str(frames), spread_cell(right, 0, 100), spread_cell(speed, 2), spread_cell(seam, 2)])
+    titles = ["arm", "sampled frames", "directions right", "speed / true", "seam score (1 = no seam)"]
+    lines += table(titles, cells)
+    if not scores(rows, CURRICULUM, 24):
+        return lines
+    figure, axes = plt.subplots(figsize=(9.5, 6.5), layout="constrained")
+    for number, name in enumerate(CURRICULA):
+        draw_shares(axes, LENGTHS, [scores(rows, name, frames) for frames in LENGTHS], name, number)
+    axes.axvspan(16, 33, color="gray", alpha=0.1, label="never trained")
+    axes.set(xlabel="sampled frames", ylabel="directions right, %", xticks=LENGTHS, ylim=(0, 103), xlim=(15, 33))
+    found = {name: scores(rows, name, 24) for name in CURRICULA}
+    message = "24 frames, never trained: " + ",\n".join(
+        ", ".join(f"{percent(found[name])} right ({name})" for name in pair if found[name])
+        for pair in (CURRICULA[:2], CURRICULA[2:])
+    )
+    return lines + save_figure(study, "B", figure, axes, message)
+
+
+def answer_c(study):
+    rows, names = study.rows, (TABLE, CURRICULUM)
+    lines, found = [], {}  # found: results of compute_to, of the mean over seeds and of each seed
+    for name in names:
+        shares, by_seed = curve(rows, name)
+        if not by_seed:
+            lines.append(f"- {name}: not run yet.")
+            continue
+        curves = {"mean": np.mean(list(by_seed.values()), axis=0)} | by_seed
+        found[name] = {seed: compute_to(RIGHT, shares, values) for seed, values in curves.items()}
+        mean, *each = map(crossing_text, found[name].values())
+        lines.append(f"- {name}: {RIGHT:.0%} of the directions are right at {mean} of the compute (seeds: "
+                     f"{'; '.join(each)}).")  # fmt: skip
+    if len(found) == 2:
+        both = [seed for seed in found[CURRICULUM] if seed in found[TABLE]]
+        mean, *each = (ratio_text(found[CURRICULUM][seed], found[TABLE][seed]) for seed in both)
+        lines.append(f"- Compute to motion, {CURRICULUM} / {TABLE}: {mean} (seeds: {'; '.join(each)}).")
+    early, whole = losses(rows, CURRICULUM, 0.6), losses(rows, TABLE)
+    lines.append("- " + difference(f"{CURRICULUM} at 60%", f"{TABLE} at 100%", "Loss", early, whole))
+    shares = sorted((1.0, *BY_NAME[TABLE].shares))
+    lines += ["", *arm_table(rows, [(name, share) for name in names for share in shares])]
+    if len(found) < 2:
+        return lines
+    figure, axes = plt.subplots(figsize=(9.5, 6.5), layout="constrained")
+    for number, name in enumerate(names):
+        places = [100 * share for share in shares]
+        draw_shares(axes, places, [scores(rows, name, share=share) for share in shares], name, number)
+    axes.axhline(100 * RIGHT, color="gray", linestyle="--", label=f"{RIGHT:.0%}")
+    axes.set(xlabel="compute of a complete run, % of 2,000 steps of 16 frames", ylabel="directions right, %")
+    axes.set(ylim=(0, 103))
+    texts = [crossing_text(found[name]["mean"]) for name in (CURRICULUM, TABLE)]
+    message = f"{RIGHT:.0%} of the directions are right at {texts[0]} of the compute ({CURRICULUM}),\n"
+    return lines + save_figure(study, "C", figure, axes, message + f"at {texts[1]} from the start ({TABLE})")
+
+
+def crossing_text(found):
+    share, kind = found
+    return {"=": "", "<": "at most ", ">": "more than "}[kind] + f"{share:.0%}"
+
+
+def ratio_text(first, second):
+    """The ratio of two results of `compute_to`, as a bound where one of them is a bound."""
+    (share, kind), (other, other_kind) = first, second
+    ratio = f"{share / other:.2f}"
+    if kind == other_kind == "=":
+        return ratio
+    if kind in "=<" and other_kind in "=>":
+        return f"at most {ratio}"
+    if kind in "=>" and other_kind in "=<":
+        return f"at least {ratio}"
+    return "both are bounds, so it is not known"
+
+
+def answer_d(study):
+    names = [arm.name for arm in ARMS if arm.questions == "D"]
+    lines = differences(study.rows, [(name, TABLE) for name in names])
+    return lines + arm_table(study.rows, [(name, 1.0) for name in (TABLE, *names)])
+
 
 # ----------------------------------------------------------------------------------------------------------------------
 # The report
 
+ANSWERS = {
+    "A": ("16 frames from the start, equal steps: fixed, rotary, rotary beside a table of height and width", answer_a),
+    "B": ("4, 8, then 16 frames: with and without the table, with and without earlier frames mixed in", answer_b),
+    "C": ("Compute to motion: complete runs of 40 to 160% of the compute", answer_c),
+    "D": ("Other rotary positions beside the table", answer_d),
+}
+
 
 def write_report(study):
-    """Write study.md from the rows of a study."""
-    cells = [arm_row(study.rows, arm.name, share, 16) for arm in ARMS for share in (1.0, *arm.shares)]
-    lines = [f"# Positions and curricula, version {VERSION}", "", *table(ARM_TITLES, cells)]
+    """Write study.md and its figures from the rows of a study."""
+    spent = sum(row["seconds"] for row in last_rows(study.rows)) / 3600
+    versions, machines = ({row[name] or "unknown" for row in study.rows} for name in ("code", "machine"))
+    lines = [
+        "# What should positions be, and does a frame curriculum pay?",
+        "",
+        f"Written by `python scripts/study/study.py --report` from `study.csv` ({len(study.rows)} rows, version "
+        f"{VERSION}, size {study.size.name}), which `python scripts/study/study.py` measures: {spent:.1f} hours of "
+        f"training and sampling on one core each, on {', '.join(sorted(machines))}; code "
+        f"{', '.join(sorted(v[:10] for v in versions))}. The first edition, of other questions and with earlier code, "
+        "is [study-first-edition.md](study-first-edition.md).",
+        "",
+        *about_lines(study),
+    ]
+    for letter, (title, answer) in ANSWERS.items():
+        lines += [f"## {letter}. {title}", "", f"`python scripts/study/study.py --only {letter}`", "", *answer(study)]
     path = study.out / "study.md"
     with atomic_write(path) as file:
-        file.write("\n".join(lines).encode())
-    say(f"{path}")
+        file.write(("\n".join(lines).rstrip() + "\n").encode())
+    say(f"{path}; figures in {study.out / 'figures'}")
+
+
+def about_lines(study):
+    """Lines of markdown: what all arms have in common, how the numbers are computed."""
+    size, rows = study.size, study.rows
+    flops = phases_of(BY_NAME[ROTARY], 1.0, size)[1] / 1e12
+    real = [row["real_direction"] for row in rows if row["real_direction"] is not None]
+    return [
+        f"Moving Shapes, 16 x 16 px, 1.4 s; depth {size.depth}, width {size.width}, {size.heads} heads, spatial patch "
+        f"2, temporal patch 4, bf16; {TOKENS} tokens a step for every arm. 100% compute is {flops:.3g} TFLOP: "
+        f"{size.steps} steps of 8 clips of 16 frames. 4-8-16 gives a third of the compute to each of 4, 8 and 16 "
+        "frames and draws the frame interval from 1 to 2; with mix a fifth of the later steps train on earlier frames. "
+        "The learning rate of every run decays to zero by its own end. Flags of all arms: "
+        f"`{' '.join(map(str, BASE))}`; rotary arms have `--rope-theta 100`.",
+        "",
+        f"Samples: {size.clips} clips a run and length, 0.04 s per frame, `ngd`, {size.points - 1} evaluations, "
+        f"guidance {GUIDANCE:g}, averaged weights of the last step. A direction is right if a tracker finds the motion "
+        f"that the class asks for; chance is 25%, real clips have at least {min(real, default=0):.0%} right. Numbers "
+        "are mean ± standard error over seeds, in brackets those of each seed; a dash is what was not run, and the "
+        "speed where no direction is right. Differences are paired by seed, with Student's 95% interval over seeds.",
+        "",
+    ]

@@ -1,4 +1,4 @@
-"""The study of frame curricula in real processes: it is killed and continues, and two of them share its runs."""
+"""The study in real processes: it is killed and continues, and two of them share its runs."""
 
 import os
 import signal
@@ -31,22 +31,23 @@ def wait_for(process, pattern, out):
 
 def test_a_study_that_is_killed_continues_and_runs_nothing_twice(tmp_path):
     process = start(tmp_path)
-    wait_for(process, "study/patch-2*/*/log.txt", tmp_path)  # the second run has begun
+    wait_for(process, "study/4-8-16*/*/log.txt", tmp_path)  # the second run has begun
     process.send_signal(signal.SIGKILL)
     process.communicate()
     first = lines_of(tmp_path / "study.csv")
     assert {row["arm"] for row in first} == {MINIATURES[0]}
-    (log,) = tmp_path.glob("study/fixed-16*/train.log")
+    (log,) = tmp_path.glob("study/16-fixed*/train.log")
     before = log.stat().st_mtime_ns
     process = start(tmp_path)
     output, _ = process.communicate(timeout=240)
     assert process.returncode == 0, output
     rows = lines_of(tmp_path / "study.csv")
     assert rows[: len(first)] == first and log.stat().st_mtime_ns == before
-    keys = [tuple(row[name] for name in ("arm", "kind", "step", "frames", "rope_scale")) for row in rows]
+    keys = [tuple(row[name] for name in ("arm", "kind", "step", "frames")) for row in rows]
     assert len(set(keys)) == len(keys)
-    assert [key[:1] + key[3:] for key in keys if key[1] == "sample"] == [(name, "16", "none") for name in MINIATURES]
-    assert len(list(tmp_path.glob("study/patch-2*/*/metrics.jsonl"))) == 1  # the same run continued
+    made = [(name, str(frames)) for name in MINIATURES for frames in arms.BY_NAME[name].lengths]
+    assert [(key[0], key[3]) for key in keys if key[1] == "sample"] == made
+    assert len(list(tmp_path.glob("study/4-8-16*/*/metrics.jsonl"))) == 1  # the same run continued
     flops = [float(row["flops"]) for row in rows if row["kind"] == "train" and row["arm"] == MINIATURES[0]]
     assert max(flops) == pytest.approx(arms.phases_of(arms.BY_NAME[MINIATURES[0]], 1.0, arms.MINIATURE)[1], rel=1e-4)
 
