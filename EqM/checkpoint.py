@@ -40,13 +40,14 @@ CONFIG_TYPES = {  # what sampling and training take from the parts of a config
     "data": {"vae": str, "image_size": int | None, "fps": float, "frame_interval": list, "classes": list},
     "training": {"model": str, "num_frames": int, "video": bool},
 }
-ADDED = {"position_table": "none"}  # fields of EqMConfig that older files lack, and what they were then
+ADDED = {"rope_speed": 0.0, "position_table": "none"}  # fields of EqMConfig that older files lack: what they meant
 FLAGS = {  # the flag of a field of EqMConfig
     "num_classes": "--num-classes",
     "num_frames": "--num-frames",
     "temporal_patch_size": "--temporal-patch-size",
     "rope_theta": "--rope-theta",
     "rope_split": "--rope-split",
+    "rope_speed": "--rope-speed",
     "position_table": "--position-table",
     "qk_norm": "--qk-norm",
     "input_size": "--image-size",

@@ -43,6 +43,7 @@ class EqMConfig:
     use_rope: bool = False
     rope_theta: float = 10_000.0
     rope_split: str = ""  # channels of a head for time, height and width, such as "16,8,8"; "" = a third each
+    rope_speed: float = 0.0  # patches by which the rotary positions of height and width move per unit of time
     position_table: str = "none"  # with use_rope: "space" adds the fixed positions of height and width to the tokens
     qk_norm: bool = False
     ebm: str = "none"  # energy whose negative gradient is the field: "dot" or "l2" (see EqM.energy); "none" = no energy
@@ -55,6 +56,8 @@ class EqMConfig:
                 raise ValueError(f"{name} must be from 1 to {LARGEST}, found {getattr(self, name)}")
         if not 0 < self.rope_theta <= 1e12:
             raise ValueError(f"rope_theta must be in (0, 1e12], found {self.rope_theta}")
+        if not 0 <= self.rope_speed <= 1e3:
+            raise ValueError(f"rope_speed must be in [0, 1000], found {self.rope_speed}")
         if not 0 <= self.class_dropout_prob <= 1:
             raise ValueError(f"class_dropout_prob must be in [0, 1], found {self.class_dropout_prob}")
         if self.input_size % self.patch_size:
@@ -296,7 +299,7 @@ class EqM(nn.Module):
         self.blocks = nn.ModuleList(Block(config) for _ in range(config.depth))
         self.final_layer = FinalLayer(config)
         if config.use_rope:
-            self.rope = RotaryEmbedding3D(config.head_dim, config.rope_theta, config.rope_split)
+            self.rope = RotaryEmbedding3D(config.head_dim, config.rope_theta, config.rope_split, config.rope_speed)
         if config.num_positions:
             self.register_buffer("pos_embed", position_table(config), persistent=False)
         self.initialize_weights()

@@ -35,8 +35,8 @@ from video.index import check_data_path, find_data, latents_settings
 DEFAULT_MODEL = "EqM-S/4"
 LARGEST = {"num_workers": 1024, "global_batch_size": 2**20, "num_samples": 4096}  # larger values are typing errors
 MODEL_FLAGS = (
-    "depth", "hidden_size", "num_heads", "temporal_patch_size", "rope_theta", "rope_split", "position_table", "qk_norm",
-    "ebm",
+    "depth", "hidden_size", "num_heads", "temporal_patch_size", "rope_theta", "rope_split", "rope_speed",
+    "position_table", "qk_norm", "ebm",
 )  # fmt: skip
 
 
@@ -104,7 +104,7 @@ def check_flags(args):
     check_job()
     check_speed_flags(args)
     check_sampling_flags(args)
-    for name in ("rope_theta", "rope_split", "position_table"):
+    for name in ("rope_theta", "rope_split", "rope_speed", "position_table"):
         if (value := getattr(args, name)) is not None and not args.use_rope:
             flag = f"--{name.replace('_', '-')} {value}"
             raise UserError(f"{flag} needs rotary positions: add --use-rope, or leave it out")

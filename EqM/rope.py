@@ -3,6 +3,10 @@
 RoFormer (arXiv 2104.09864, section 3.4.2) rotates pairs of channels of q and k by angles proportional to the position,
 so attention scores depend on relative positions only. Here a position has three coordinates, and each rotates its own
 channels. No grid size is fixed: the same weights work for any number of frames.
+
+With one coordinate to a channel, a score is a sum over the coordinates of what their distances give: it can't favour
+tokens whose distance in space grows with their distance in time, as that of a moving thing does. A `speed` allows it: a
+third of the positions in height and width then move forwards with time, and a third backwards.
 """
 
 import re
@@ -18,14 +22,18 @@ class RotaryEmbedding3D(nn.Module):
 
     The channels of a head are, in this order, those of time, height and width as in `split_head`, then the rest, which
     is not rotated (head_dim 64: 20 + 20 + 20 + 4). Pair j of an axis with n channels has frequency theta ** (-2j / n).
+
+    With a speed, three pairs of height and width share a frequency, the highest one first: their positions are index,
+    index + speed * time and index - speed * time. One or two pairs that are left stand still, at the next frequencies.
     """
 
-    def __init__(self, head_dim, theta=10_000.0, split=""):
-        """Raises ValueError as `split_head` does."""
+    def __init__(self, head_dim, theta=10_000.0, split="", speed=0.0):
+        """speed is in patches per unit of time. Raises ValueError as `split_head` does."""
         super().__init__()
         self.split = split_head(head_dim, split)
         self.head_dim = head_dim
         self.theta = theta
+        self.speed = speed
         # Divides the positions in time: position interpolation (arXiv 2306.15595), which squeezes longer clips into the
         # trained span. Set for sampling only.
         self.stretch = 1.0
@@ -37,22 +45,35 @@ class RotaryEmbedding3D(nn.Module):
         time_scale: (B,) seconds per frame. The position in time is patch index * 25 * time_scale; positions in height
         and width are patch indices.
         """
-        device = time_scale.device
         # Recomputed in float32 in each call (a few hundred values): a buffer would follow model.to(bfloat16), which
         # can't represent all integers above 256.
-        exponents = [torch.arange(n // 2, device=device, dtype=torch.float32) / (n // 2) for n in self.split]
-        frequencies = [self.theta**-part for part in exponents]  # of time, height and width
-        frequencies[0] = frequencies[0] / self.stretch
-        positions = [torch.arange(n, device=device, dtype=torch.float32)[:, None] for n in grid]
-        time, height, width = (position * part for position, part in zip(positions, frequencies, strict=True))
-        time = time * (REFERENCE_FPS * time_scale.float())[:, None, None]  # (B, T, n/2)
-
-        B, (T, H, W) = len(time_scale), grid
-        rest = torch.zeros(self.head_dim // 2 - sum(self.split) // 2, device=device)
-        axes = time[:, :, None, None], height[None, None, :, None], width[None, None, None], rest
-        angles = torch.cat([axis.expand(B, T, H, W, -1) for axis in axes], dim=-1)
+        B, (T, H, W), device = len(time_scale), grid, time_scale.device
+        time, height, width = (torch.arange(n, device=device, dtype=torch.float32) for n in grid)
+        time = time * (REFERENCE_FPS / self.stretch * time_scale.float())[:, None]  # (B, T)
+        time = time[:, :, None, None, None]  # (B, T, 1, 1, 1), as height (H, 1, 1) and width (1, 1)
+        angles = [time * self.frequencies(0, device)]  # (B, T, 1, 1, n/2)
+        for axis, index in ((1, height[:, None, None]), (2, width[:, None])):
+            moved = index + self.speeds(axis, device) * time if self.speed else index
+            angles.append(moved * self.frequencies(axis, device))  # broadcasts to (B, T, H, W, n/2)
+        angles.append(torch.zeros(self.head_dim // 2 - sum(self.split) // 2, device=device))
+        angles = torch.cat([part.expand(B, T, H, W, -1) for part in angles], dim=-1)
         angles = angles.flatten(1, 3)[:, None]  # (B, 1, N, d/2)
         return angles.cos(), angles.sin()
+
+    def frequencies(self, axis, device):
+        """The frequencies of the pairs of channels of an axis, (n/2,)."""
+        pairs = self.split[axis] // 2
+        index = torch.arange(pairs, device=device)
+        if axis and self.speed:
+            threes = pairs // 3
+            index = torch.where(index < 3 * threes, index // 3, index - 2 * threes)
+        return self.theta ** -(index.float() / pairs)
+
+    def speeds(self, axis, device):
+        """The speeds of the positions of the pairs of channels of height or width, (n/2,)."""
+        index = torch.arange(self.split[axis] // 2, device=device)
+        moves = index < len(index) // 3 * 3
+        return self.speed * moves * ((index % 3 == 1).float() - (index % 3 == 2).float())
 
 
 def split_head(head_dim, split=""):

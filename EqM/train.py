@@ -92,8 +92,8 @@ def parse_args():
 def add_model_and_data_flags(parser):
     add = parser.add_argument_group("model").add_argument
     add("--video", action="store_true", help="train on videos; without it on images")
-    name = f"EqM-{{Ti,S,B,L,XL}}/{{2,4,8}}: size / patch; default: that of --ckpt, else {preflight.DEFAULT_MODEL}"
-    add("--model", choices=NAMES, metavar="NAME", help=name)
+    default = f"default: that of --ckpt, else {preflight.DEFAULT_MODEL}"
+    add("--model", choices=NAMES, metavar="NAME", help="EqM-{Ti,S,B,L,XL}/{2,4,8}: size / patch; " + default)
     add("--depth", type=COUNT, metavar="N", help="number of blocks; default: that of --ckpt, else of --model")
     add("--hidden-size", type=COUNT, metavar="N", help="width; default: that of --ckpt, else of --model")
     add("--num-heads", type=COUNT, metavar="N", help="attention heads; default: that of --ckpt, else of --model")
@@ -109,6 +109,8 @@ def add_model_and_data_flags(parser):
     add("--rope-theta", type=POSITIVE, metavar="X", help="base of the frequencies; default: that of --ckpt, else 10000")
     split = "channels of a head for time, height and width, such as 16,8,8; default: that of --ckpt, else a third each"
     add("--rope-split", metavar="T,H,W", help=split)
+    speed = "patches by which the rotary positions of space move per unit of time; default: that of --ckpt, else 0"
+    add("--rope-speed", type=NON_NEGATIVE, metavar="X", help=speed)
     table = "space: fixed positions of height and width beside the rotary ones; default: that of --ckpt, else none"
     add("--position-table", choices=POSITION_TABLES, help=table)
     add("--qk-norm", action="store_true", default=None, help="normalise queries and keys (RMSNorm); default: as --ckpt")

@@ -154,7 +154,7 @@ def check_outputs(checks, args):
         "fixed positions": {},
         "rotary": {"use_rope": True},
         "rotary, qk_norm": {"use_rope": True, "qk_norm": True},
-        "rotary, position table": {"use_rope": True, "position_table": "space"},
+        "rotary, moving, position table": {"use_rope": True, "rope_speed": 0.5, "position_table": "space"},
     }
     generator = torch.Generator().manual_seed(1)
     for case, settings in cases.items():

@@ -18,9 +18,9 @@ FRAMES_1=${FRAMES_1:-4} STEPS_1=${STEPS_1:-50000} BATCH_1=${BATCH_1:-256}
 FRAMES_2=${FRAMES_2:-8} STEPS_2=${STEPS_2:-100000} BATCH_2=${BATCH_2:-128}
 FRAMES_3=${FRAMES_3:-16} STEPS_3=${STEPS_3:-150000} BATCH_3=${BATCH_3:-64}
 LR_DECAY=${LR_DECAY:-0} # of the last phase
-# published: AdamW at 1e-4, uniform gamma. small: what did best in results/study.md (E), with models of 1.3 M parameters.
-# Both show distances in time of twice the clip, so that longer ones can be sampled (C). Your flags come after these and
-# take precedence.
+# published: AdamW at 1e-4, uniform gamma. small: what did best with models of 1.3 M parameters (results/study.md). Both
+# show distances in time of twice the clip, so that longer ones can be sampled. Your flags come after these and take
+# precedence.
 RECIPE=${RECIPE:-published}
 case $RECIPE in
   published) FLAGS=(--frame-interval 1 2) ;;
@@ -76,7 +76,7 @@ phase() {
   local frames=$1 batch=$2
   shift 2
   run torchrun --standalone --nproc_per_node="$GPUS" EqM/train.py \
-    --video --num-frames="$frames" --use-rope \
+    --video --num-frames="$frames" --use-rope --position-table=space --rope-speed=0.5 \
     --model="$MODEL" --data-path="$DATA" --results-dir="results/$EXP" \
     --global-batch-size="$batch" --resume "${FLAGS[@]}" "$@"
 }

@@ -91,6 +91,9 @@ CASES = {
     "a table beside fixed positions": case(
         "train fixed", "--position-table space", "--position-table space needs rotary positions: add --use-rope"
     ),
+    "a speed of fixed positions": case("train fixed", "--rope-speed 0.5", "--rope-speed 0.5", "add --use-rope"),
+    "a speed below zero": case("train", "--rope-speed=-1", "--rope-speed", "at least 0"),
+    "a speed of light": case("train", "--rope-speed 1e9", "--rope-speed 1000000000.0", "[0, 1000]"),
     "a table of time": case("train", "--position-table time", "--position-table", "invalid choice: 'time'"),
     "a base of fixed positions": case("train fixed", "--rope-theta 100", "--rope-theta 100.0", "add --use-rope"),
     "no steps": case("train", "--max-steps 0", "--max-steps", "at least 1"),
@@ -185,6 +188,7 @@ CASES = {
     "a table for a checkpoint without one": case(
         "train", "--position-table space --ckpt rope.pt", "--position-table none, found space", "cannot be converted"
     ),
+    "a checkpoint of another speed": case("train", "--rope-speed 1 --ckpt rope.pt", "--rope-speed gives 1.0"),
     "no table for a checkpoint with one": case(
         "train", "--position-table none --ckpt table.pt", "--position-table space, found none", "cannot be converted"
     ),

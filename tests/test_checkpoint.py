@@ -380,7 +380,7 @@ def test_optimizers_load_the_state_of_each_weight_and_keep_their_settings(kind):
 @pytest.mark.parametrize(("flags", "part"), [({}, "ema"), ({"use_ema": False}, "model")])
 @pytest.mark.parametrize(
     "changes",
-    [{}, {"use_rope": False}, {"qk_norm": True, "rope_theta": 500.0}, {"position_table": "space"}],
+    [{}, {"use_rope": False}, {"qk_norm": True, "rope_theta": 500.0}, {"position_table": "space", "rope_speed": 0.5}],
     ids=str,
 )
 def test_the_model_comes_back_bit_by_bit_with_its_ema_weights_unless_told_otherwise(tmp_path, flags, part, changes):
@@ -441,6 +441,7 @@ FIXED = replace(ROPE, use_rope=False)
         (ROPE, {"temporal_patch_size": 2}, ["--temporal-patch-size", "4", "2"]),
         (ROPE, {"rope_theta": 100.0}, ["--rope-theta", "10000.0", "100.0"]),
         (ROPE, {"rope_split": "24,20,20"}, ["--rope-split", "24,20,20"]),
+        (ROPE, {"rope_speed": 0.5}, ["--rope-speed", "0.0", "0.5"]),
         (ROPE, {"position_table": "space"}, ["--position-table none, found space", "cannot be converted"]),
         (TABLE, {"position_table": "none"}, ["--position-table space, found none", "cannot be converted"]),
         (ROPE, {"qk_norm": True}, ["--qk-norm", "False", "True"]),

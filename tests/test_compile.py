@@ -24,7 +24,10 @@ def nothing_compiled():
     counters.clear()
 
 
-@pytest.mark.parametrize("positions", [{"position_table": "space"}, {"use_rope": False}], ids=["table", "fixed"])
+POSITIONS = {"moving": {"position_table": "space", "rope_speed": 0.5}, "fixed": {"use_rope": False}}
+
+
+@pytest.mark.parametrize("positions", POSITIONS.values(), ids=POSITIONS)
 def test_a_compiled_model_gives_the_same_loss_and_gradients(positions):
     model, compiled = (tiny(**positions) for _ in range(2))
     compiled.compile_blocks()

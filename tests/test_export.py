@@ -51,7 +51,7 @@ def sample(ckpt, folder, *flags):
 @pytest.mark.parametrize(
     ("video", "settings"),
     [
-        (True, {"use_rope": True, "position_table": "space"}),
+        (True, {"use_rope": True, "position_table": "space", "rope_speed": 0.5}),
         (True, {}),
         (False, {}),
         (False, {"use_rope": True, "ebm": "dot"}),

@@ -207,7 +207,7 @@ def test_images_to_start_from_are_taken_in_turn_however_many_are_kept(kept, tmp_
 
 MODELS = {
     "rope": {"use_rope": True, "qk_norm": True},
-    "table": {"use_rope": True, "position_table": "space"},
+    "table": {"use_rope": True, "position_table": "space", "rope_speed": 0.5},
     "fixed": {"use_rope": False},
     "energy": {"use_rope": True, "ebm": "dot"},
 }

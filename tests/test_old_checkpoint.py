@@ -44,7 +44,7 @@ def videos(tmp_path_factory):
 def test_it_loads():
     model, config, step = checkpoint.load_model(OLD, use_rope=True, num_classes=2)
     assert (step, model.config.hidden_size, config["training"]["num_frames"]) == (4, 12, 4)
-    assert model.config.position_table == "none"  # the file has no word of it
+    assert (model.config.position_table, model.config.rope_speed) == ("none", 0)  # the file has no word of them
 
 
 def test_it_resumes_as_the_code_that_wrote_it_did(videos, tmp_path):

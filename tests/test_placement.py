@@ -211,7 +211,10 @@ def test_training_on_an_energy_is_on_the_gpu(gpu, ebm):
     check_steps(gpu, replace(CONFIG, ebm=ebm))
 
 
-@pytest.mark.parametrize("positions", [{"use_rope": False}, {}, {"position_table": "space"}], ids=str)
+MOVING = {"position_table": "space", "rope_speed": 0.5}
+
+
+@pytest.mark.parametrize("positions", [{"use_rope": False}, {}, MOVING], ids=str)
 def test_all_kinds_of_positions_of_padded_clips_are_on_the_gpu(gpu, positions):
     check_steps(gpu, replace(CONFIG, **positions, num_frames=6), clip=pixels(6))
 

@@ -16,15 +16,22 @@ FPS_25 = torch.tensor([1 / 25])
 GRID = (3, 4, 5)
 
 
-def naive_rotation(x, grid, time_scale, channels, theta):
+def naive_rotation(x, grid, time_scale, channels, theta, speed=0.0):
     """Rotate x (B, h, N, d) pair by pair with complex numbers; channels: those of (time, height, width)."""
     out = x.double().clone()
     T, H, W = grid
     for b, seconds in enumerate(time_scale.tolist()):
         for n, (t, h, w) in enumerate((t, h, w) for t in range(T) for h in range(H) for w in range(W)):
-            for axis, position in enumerate((t * seconds * 25, h, w)):
-                for j in range(channels[axis] // 2):
-                    turn = cmath.exp(1j * position * theta ** (-2 * j / channels[axis]))
+            time = t * seconds * 25
+            for axis, position in enumerate((time, h, w)):
+                pairs = channels[axis] // 2
+                for j in range(pairs):
+                    exponent, place = j, position
+                    if axis > 0 and speed and j < pairs - pairs % 3:  # three of one frequency
+                        exponent, place = j // 3, position + (0, speed, -speed)[j % 3] * time
+                    elif axis > 0 and speed:  # those that are left stand still
+                        exponent = pairs // 3 + j - (pairs - pairs % 3)
+                    turn = cmath.exp(1j * place * theta ** (-2 * exponent / channels[axis]))
                     first = sum(channels[:axis]) + 2 * j
                     for head in range(x.shape[1]):
                         z = complex(*out[b, head, n, first : first + 2].tolist()) * turn
@@ -36,7 +43,7 @@ def random_qk(head_dim):
     return torch.randn(2, 1, 2, 3 * 4 * 5, head_dim, generator=torch.Generator().manual_seed(0))
 
 
-@pytest.mark.parametrize("stretch", [1.0, 2.5])
+@pytest.mark.parametrize(("stretch", "speed"), [(1.0, 0.0), (2.5, 0.0), (1.0, 0.5), (2.5, 2.0)])
 @pytest.mark.parametrize(
     ("head_dim", "split", "channels"),
     [
@@ -44,13 +51,15 @@ def random_qk(head_dim):
         (32, "16,8,8", (16, 8, 8)), (32, "2,14,4", (2, 14, 4)),
     ],
 )  # fmt: skip
-def test_pairs_rotate_as_complex_numbers_the_first_patch_and_the_rest_do_not(head_dim, split, channels, stretch):
+def test_pairs_rotate_as_complex_numbers_the_first_patch_and_the_rest_do_not(
+    head_dim, split, channels, stretch, speed
+):
     time_scale, grid, theta = torch.tensor([1 / 25, 0.1]), (2, 2, 3), 100.0
     x = torch.randn(2, 1, 12, head_dim)
-    rope = RotaryEmbedding3D(head_dim, theta, split)
+    rope = RotaryEmbedding3D(head_dim, theta, split, speed)
     rope.stretch = stretch  # divides the positions in time, and only those
     rotated = apply_rotary(x, *rope(grid, time_scale))
-    wanted = naive_rotation(x, grid, time_scale / stretch, channels, theta)
+    wanted = naive_rotation(x, grid, time_scale / stretch, channels, theta, speed)
     torch.testing.assert_close(rotated.double(), wanted, atol=1e-5, rtol=0)
     assert torch.equal(rotated[:, :, 0], x[:, :, 0])
     assert torch.equal(rotated[..., sum(channels) :], x[..., sum(channels) :])
@@ -74,8 +83,9 @@ def test_a_head_that_is_too_small_or_odd_is_refused(head_dim):
         RotaryEmbedding3D(head_dim)
 
 
-def test_scores_depend_on_relative_positions_only_and_distinguish_before_from_after():
-    rotary = RotaryEmbedding3D(64)((6, 6, 6), FPS_25)
+@pytest.mark.parametrize("speed", [0.0, 0.5])
+def test_scores_depend_on_relative_positions_only_and_distinguish_before_from_after(speed):
+    rotary = RotaryEmbedding3D(64, speed=speed)((6, 6, 6), FPS_25)
     q, k = random_qk(64)[:, :, :1, :1].expand(-1, -1, -1, 216, -1)  # the same content at every position
     scores = apply_rotary(q, *rotary) @ apply_rotary(k, *rotary).mT
     table = scores.reshape(6, 6, 6, 6, 6, 6)  # of query (t, h, w) and key (t, h, w)
@@ -85,14 +95,37 @@ def test_scores_depend_on_relative_positions_only_and_distinguish_before_from_af
     assert (table[1, 0, 0, 3, 0, 0] - table[3, 0, 0, 1, 0, 0]).abs() > 0.01
 
 
-def test_twice_the_time_scale_is_twice_the_time_position():
-    rope = RotaryEmbedding3D(64)
+def favoured_steps(rope, content, grid=(4, 1, 12)):
+    """For each later patch in time: how many patches to the right the key is that a query at (0, 0, 4) favours."""
+    cos, sin = rope(grid, FPS_25)
+    q = content.expand(1, 1, 48, -1)
+    scores = (apply_rotary(q, cos, sin) @ apply_rotary(q, cos, sin).mT).unflatten(3, (4, 12))[0, 0, 4]  # (T, W)
+    return (scores.argmax(dim=1) - 4).tolist()
+
+
+@pytest.mark.parametrize(("pair", "steps"), [(0, [0, 0, 0, 0]), (1, [0, -1, -2, -3]), (2, [0, 1, 2, 3])])
+def test_with_a_speed_the_scores_of_one_layer_follow_what_moves(pair, steps):
+    content = torch.zeros(24)
+    content[16 + 2 * pair] = 1.0  # in that pair of the width
+    assert favoured_steps(RotaryEmbedding3D(24, speed=1.0), content) == steps
+
+
+@pytest.mark.parametrize("seed", range(10))
+def test_without_a_speed_the_scores_of_one_layer_favour_the_same_step_at_any_distance_in_time(seed):
+    content = torch.randn(24, generator=torch.Generator().manual_seed(seed))
+    assert len(set(favoured_steps(RotaryEmbedding3D(24), content))) == 1  # a score is a sum over the axes
+
+
+@pytest.mark.parametrize("speed", [0.0, 0.5])
+def test_twice_the_time_scale_is_twice_the_time_position(speed):
+    rope = RotaryEmbedding3D(64, speed=speed)
     angles = torch.stack(rope((9, 2, 2), FPS_25)).unflatten(3, (9, 2, 2))
     assert torch.equal(torch.stack(rope((5, 2, 2), 2 * FPS_25)).unflatten(3, (5, 2, 2)), angles[:, :, :, ::2])
 
 
-def test_a_longer_clip_begins_with_the_angles_of_a_shorter_one():
-    rope = RotaryEmbedding3D(64)
+@pytest.mark.parametrize("speed", [0.0, 0.5])
+def test_a_longer_clip_begins_with_the_angles_of_a_shorter_one(speed):
+    rope = RotaryEmbedding3D(64, speed=speed)
     short, long = (torch.stack(rope((frames, 3, 3), FPS_25)) for frames in (2, 8))
     assert torch.equal(short, long[:, :, :, : short.shape[3]])
 

@@ -100,8 +100,10 @@ KINDS = {
     "images with an energy": ["--ebm", "l2", "--precision", "bf16"],
     "images with rotary positions that are dispersed": ["--use-rope", "--disp", "--grad-accum", 2],
     "images with a position table": ["--use-rope", "--position-table", "space"],
-    "videos with all of it": ["--video", "--num-frames", 6, "--use-rope", "--ebm", "dot", "--disp", "--qk-norm"],
-    "videos with a position table": ["--video", "--num-frames", 6, "--use-rope", "--position-table", "space"],
+    "videos with all of it": [
+        *("--video", "--num-frames", 6, "--use-rope", "--position-table", "space", "--rope-speed", 0.5),
+        *("--ebm", "dot", "--disp", "--qk-norm"),
+    ],
 }
 
 
