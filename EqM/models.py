@@ -43,7 +43,7 @@ class EqMConfig:
     use_rope: bool = False
     rope_theta: float = 10_000.0
     rope_split: str = ""  # channels of a head for time, height and width, such as "16,8,8"; "" = a third each
-    rope_speed: float = 0.0  # patches by which the rotary positions of height and width move per unit of time
+    rope_speed: float = 0.0  # patches by which rotary positions of height and width move per unit of time (rope.py)
     position_table: str = "none"  # with use_rope: "space" adds the fixed positions of height and width to the tokens
     qk_norm: bool = False
     ebm: str = "none"  # energy whose negative gradient is the field: "dot" or "l2" (see EqM.energy); "none" = no energy

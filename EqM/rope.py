@@ -28,7 +28,7 @@ class RotaryEmbedding3D(nn.Module):
     """
 
     def __init__(self, head_dim, theta=10_000.0, split="", speed=0.0):
-        """speed is in patches per unit of time. Raises ValueError as `split_head` does."""
+        """speed is in patches per unit of time, a temporal patch at 25 fps. Raises ValueError as `split_head` does."""
         super().__init__()
         self.split = split_head(head_dim, split)
         self.head_dim = head_dim

@@ -109,7 +109,7 @@ def add_model_and_data_flags(parser):
     add("--rope-theta", type=POSITIVE, metavar="X", help="base of the frequencies; default: that of --ckpt, else 10000")
     split = "channels of a head for time, height and width, such as 16,8,8; default: that of --ckpt, else a third each"
     add("--rope-split", metavar="T,H,W", help=split)
-    speed = "patches by which the rotary positions of space move per unit of time; default: that of --ckpt, else 0"
+    speed = "patches by which rotary positions of space move per temporal patch at 25 fps; default: that of --ckpt, else 0"
     add("--rope-speed", type=NON_NEGATIVE, metavar="X", help=speed)
     table = "space: fixed positions of height and width beside the rotary ones; default: that of --ckpt, else none"
     add("--position-table", choices=POSITION_TABLES, help=table)
@@ -131,14 +131,8 @@ def add_model_and_data_flags(parser):
     fraction = "share of the videos that validate, where no split files are found"
     add("--val-fraction", type=SHARE, default=0.05, metavar="F", help=fraction)
     add("--max-bad-fraction", type=SHARE, default=0.01, metavar="F", help="share of the videos that may be bad")
-    workers = min(4, os.cpu_count())
-    add(
-        "--num-workers",
-        type=NATURAL,
-        default=workers,
-        metavar="N",
-        help="loader processes per rank, as many again for validation; 0 = load in-process",
-    )
+    workers = "loader processes per rank, as many again for validation; 0 = load in-process"
+    add("--num-workers", type=NATURAL, default=min(4, os.cpu_count()), metavar="N", help=workers)
     timeout = "seconds for loader processes to start and for a batch; 0 = no limit, but other ranks wait 600 s at most"
     add("--loader-timeout", type=NON_NEGATIVE, default=300.0, metavar="S", help=timeout)
 
@@ -161,13 +155,8 @@ def add_optimisation_flags(parser):
     add("--clip-grad", type=NON_NEGATIVE, default=1.0, metavar="X", help="largest norm of the gradient; 0 = off")
     nonfinite = "steps in a row that may be skipped for a gradient that is not finite; 0: the first ends the run"
     add("--skip-nonfinite", type=NATURAL, default=0, metavar="N", help=nonfinite)
-    add(
-        "--ema-decay",
-        type=SHARE,
-        default=0.9999,
-        metavar="X",
-        help="decay of the EMA weights; lower in the first steps",
-    )
+    decay = "decay of the EMA weights; lower in the first steps"
+    add("--ema-decay", type=SHARE, default=0.9999, metavar="X", help=decay)
     shift = "above 1: train closer to the noise; 1: uniform gamma"
     add("--gamma-shift", type=POSITIVE, default=1.0, metavar="S", help=shift)
     add("--disp", action="store_true", help="add the dispersive loss of the last block's activations")
