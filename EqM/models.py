@@ -19,7 +19,7 @@ from torch import nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.checkpoint import checkpoint
 
-from rope import REFERENCE_FPS, RotaryEmbedding3D, apply_rotary, split_head
+from rope import REFERENCE_FPS, RotaryEmbedding3D, apply_rotary, check_speed, split_head
 
 EBMS = ("none", "dot", "l2")
 POSITION_TABLES = ("none", "space")
@@ -56,8 +56,6 @@ class EqMConfig:
                 raise ValueError(f"{name} must be from 1 to {LARGEST}, found {getattr(self, name)}")
         if not 0 < self.rope_theta <= 1e12:
             raise ValueError(f"rope_theta must be in (0, 1e12], found {self.rope_theta}")
-        if not 0 <= self.rope_speed <= 1e3:
-            raise ValueError(f"rope_speed must be in [0, 1000], found {self.rope_speed}")
         if not 0 <= self.class_dropout_prob <= 1:
             raise ValueError(f"class_dropout_prob must be in [0, 1], found {self.class_dropout_prob}")
         if self.input_size % self.patch_size:
@@ -65,14 +63,15 @@ class EqMConfig:
         if self.hidden_size % (2 * self.num_heads):
             raise ValueError(f"hidden_size must be a multiple of 2 x {self.num_heads} heads, found {self.hidden_size}")
         if self.use_rope:
-            split_head(self.head_dim, self.rope_split)
+            check_speed(self.rope_speed, split_head(self.head_dim, self.rope_split))
         else:
             self.check_num_frames(self.num_frames)
         if self.position_table not in POSITION_TABLES:
             choices = ", ".join(POSITION_TABLES)
             raise ValueError(f"position_table must be one of {choices}, found {self.position_table!r}")
-        if self.position_table != "none" and not self.use_rope:
-            raise ValueError(f"position_table {self.position_table} needs use_rope: without it positions are a table")
+        if not self.use_rope and (self.position_table != "none" or self.rope_speed):
+            name = "position_table" if self.position_table != "none" else "rope_speed"
+            raise ValueError(f"{name} {getattr(self, name)} needs use_rope: without it positions are fixed")
         if self.ebm not in EBMS:
             raise ValueError(f"ebm must be one of {', '.join(EBMS)}, found {self.ebm!r}")
         rows = 18 * self.depth * self.hidden_size + self.num_classes + 2 * self.values_per_token + self.num_positions

@@ -28,9 +28,13 @@ class RotaryEmbedding3D(nn.Module):
     """
 
     def __init__(self, head_dim, theta=10_000.0, split="", speed=0.0):
-        """speed is in patches per unit of time, a temporal patch at 25 fps. Raises ValueError as `split_head` does."""
+        """speed is in patches per unit of time, a temporal patch at 25 fps.
+
+        Raises ValueError as `split_head` and `check_speed` do.
+        """
         super().__init__()
         self.split = split_head(head_dim, split)
+        check_speed(speed, self.split)
         self.head_dim = head_dim
         self.theta = theta
         self.speed = speed
@@ -92,6 +96,15 @@ def split_head(head_dim, split=""):
     if sum(channels) > head_dim:
         raise ValueError(f"rope_split {split} has {sum(channels)} channels, but head_dim is {head_dim}")
     return channels
+
+
+def check_speed(speed, channels):
+    """Raise ValueError unless positions with these numbers of channels, as of `split_head`, can have that speed."""
+    if not 0 <= speed <= 1000:
+        raise ValueError(f"rope_speed must be in [0, 1000], found {speed}")
+    if speed and min(channels[1:]) < 6:
+        found = " and ".join(map(str, channels[1:]))
+        raise ValueError(f"rope_speed {speed} needs 6 channels of a head for height and for width, found {found}")
 
 
 def apply_rotary(x, cos, sin):

@@ -109,7 +109,7 @@ def add_model_and_data_flags(parser):
     add("--rope-theta", type=POSITIVE, metavar="X", help="base of the frequencies; default: that of --ckpt, else 10000")
     split = "channels of a head for time, height and width, such as 16,8,8; default: that of --ckpt, else a third each"
     add("--rope-split", metavar="T,H,W", help=split)
-    speed = "patches by which rotary positions of space move per temporal patch at 25 fps; default: that of --ckpt, else 0"
+    speed = "patches that rotary positions of space move per temporal patch at 25 fps; default: that of --ckpt, else 0"
     add("--rope-speed", type=NON_NEGATIVE, metavar="X", help=speed)
     table = "space: fixed positions of height and width beside the rotary ones; default: that of --ckpt, else none"
     add("--position-table", choices=POSITION_TABLES, help=table)

@@ -94,6 +94,9 @@ CASES = {
     "a speed of fixed positions": case("train fixed", "--rope-speed 0.5", "--rope-speed 0.5", "add --use-rope"),
     "a speed below zero": case("train", "--rope-speed=-1", "--rope-speed", "at least 0"),
     "a speed of light": case("train", "--rope-speed 1e9", "--rope-speed 1000000000.0", "[0, 1000]"),
+    "a speed that the heads have no room for": case(
+        "train", "--rope-speed 0.5 --num-heads 16", "--rope-speed 0.5", "6 channels of a head"
+    ),
     "a table of time": case("train", "--position-table time", "--position-table", "invalid choice: 'time'"),
     "a base of fixed positions": case("train fixed", "--rope-theta 100", "--rope-theta 100.0", "add --use-rope"),
     "no steps": case("train", "--max-steps 0", "--max-steps", "at least 1"),

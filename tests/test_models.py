@@ -502,6 +502,8 @@ def test_the_temporal_patch_is_the_spatial_one_unless_told_otherwise():
         ({"hidden_size": 8}, "head_dim of at least 6, found 4"),
         ({"use_rope": False, "num_frames": 3}, "needs at least 4 frames, found 3"),
         ({"rope_speed": -1.0}, "rope_speed must be in"),
+        ({"rope_speed": 0.5, "use_rope": False}, "rope_speed 0.5 needs use_rope"),
+        ({"rope_speed": 0.5, "num_heads": 4}, "rope_speed 0.5 needs 6 channels of a head"),
         ({"position_table": "time"}, "must be one of none, space, found 'time'"),
         ({"position_table": "space", "use_rope": False}, "position_table space needs use_rope"),
         ({"ebm": "energy"}, "ebm must be one of none, dot, l2, found 'energy'"),

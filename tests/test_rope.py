@@ -56,6 +56,7 @@ def test_pairs_rotate_as_complex_numbers_the_first_patch_and_the_rest_do_not(
 ):
     time_scale, grid, theta = torch.tensor([1 / 25, 0.1]), (2, 2, 3), 100.0
     x = torch.randn(2, 1, 12, head_dim)
+    speed = speed if min(channels[1:]) >= 6 else 0.0
     rope = RotaryEmbedding3D(head_dim, theta, split, speed)
     rope.stretch = stretch  # divides the positions in time, and only those
     rotated = apply_rotary(x, *rope(grid, time_scale))
@@ -75,6 +76,12 @@ def test_theta_is_10000_unless_told_otherwise():
 def test_a_split_that_does_not_fit_the_head_is_refused(split):
     with pytest.raises(ValueError, match=f"rope_split .*{split}"):
         RotaryEmbedding3D(32, 100.0, split)
+
+
+@pytest.mark.parametrize(("speed", "split"), [(-0.1, ""), (float("nan"), ""), (0.5, "16,12,4"), (0.5, "20,4,8")])
+def test_a_speed_that_is_none_or_that_has_too_few_channels_is_refused(speed, split):
+    with pytest.raises(ValueError, match="^rope_speed"):
+        RotaryEmbedding3D(32, 100.0, split, speed)
 
 
 @pytest.mark.parametrize("head_dim", [0, 4, 5, 65])
