@@ -20,7 +20,7 @@ FRAMES_3=${FRAMES_3:-16} STEPS_3=${STEPS_3:-150000} BATCH_3=${BATCH_3:-64}
 LR_DECAY=${LR_DECAY:-0} # of the last phase
 # published: AdamW at 1e-4, uniform gamma. small: what did best with models of 1.3 M parameters (results/study.md). Both
 # show distances in time of twice the clip, so that longer ones can be sampled. Your flags come after these and take
-# precedence.
+# precedence: --position-table none --rope-speed 0 continues what was begun without them.
 RECIPE=${RECIPE:-published}
 case $RECIPE in
   published) FLAGS=(--frame-interval 1 2) ;;

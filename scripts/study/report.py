@@ -175,10 +175,9 @@ def answer_a(study):
         dots = [(loss[seed], 100 * right[seed]) for seed in right]
         axes.scatter(*zip(*dots, strict=True), s=110, label=name, **style(number))
     axes.set(xlabel="validation loss, 16 frames (left is better)", ylabel="directions right, %", ylim=(0, 103))
-    message = "16 frames from the start: "
-    message += ", ".join(f"{name.split()[1]} {percent(right)}" for name, (_, right) in zip(names, ends, strict=True))
-    message += " of the directions right,\nloss " + ", ".join(f"{np.mean(list(loss.values())):.3f}" for loss, _ in ends)
-    return lines + save_figure(study, "A", figure, axes, message + "; a dot is a seed")
+    found = ", ".join(f"{percent(right)} ({name.split()[1]})" for name, (_, right) in zip(names, ends, strict=True))
+    message = f"16 frames from the start: of the directions are right\n{found}; a dot is a seed"
+    return lines + save_figure(study, "A", figure, axes, message)
 
 
 def answer_b(study):
@@ -199,11 +198,9 @@ def answer_b(study):
         draw_shares(axes, LENGTHS, [scores(rows, name, frames) for frames in LENGTHS], name, number)
     axes.axvspan(16, 33, color="gray", alpha=0.1, label="never trained")
     axes.set(xlabel="sampled frames", ylabel="directions right, %", xticks=LENGTHS, ylim=(0, 103), xlim=(15, 33))
-    found = {name: scores(rows, name, 24) for name in CURRICULA}
-    message = "24 frames, never trained: " + ",\n".join(
-        ", ".join(f"{percent(found[name])} right ({name})" for name in pair if found[name])
-        for pair in (CURRICULA[:2], CURRICULA[2:4], CURRICULA[4:])
-    )
+    others = [np.mean(list(right.values())) for name in CURRICULA[:-1] if (right := scores(rows, name, 24))]
+    message = f"24 frames, never trained: {percent(scores(rows, CURRICULUM, 24))} of the directions are right\n"
+    message += f"({CURRICULUM}), {min(others, default=0):.0%} to {max(others, default=0):.0%} with the others"
     return lines + save_figure(study, "B", figure, axes, message)
 
 
