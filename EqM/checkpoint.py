@@ -48,7 +48,6 @@ FLAGS = {  # the flag of a field of EqMConfig
     "rope_theta": "--rope-theta",
     "rope_split": "--rope-split",
     "rope_speed": "--rope-speed",
-    "position_table": "--position-table",
     "qk_norm": "--qk-norm",
     "input_size": "--image-size",
     "in_channels": "--vae",

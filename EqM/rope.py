@@ -5,8 +5,8 @@ so attention scores depend on relative positions only. Here a position has three
 channels. No grid size is fixed: the same weights work for any number of frames.
 
 With one coordinate to a channel, a score is a sum over the coordinates of what their distances give: it can't favour
-tokens whose distance in space grows with their distance in time, as that of a moving thing does. A `speed` allows it: a
-third of the positions in height and width then move forwards with time, and a third backwards.
+tokens whose distance in space grows with their distance in time, as that of a moving thing does. A `speed` allows it:
+of three pairs of height or width, the positions of one then move forwards with time, those of another backwards.
 """
 
 import re
@@ -39,7 +39,7 @@ class RotaryEmbedding3D(nn.Module):
         self.theta = theta
         self.speed = speed
         # Divides the positions in time: position interpolation (arXiv 2306.15595), which squeezes longer clips into the
-        # trained span. Set for sampling only.
+        # trained span. What moves with time slows down with it. Set for sampling only.
         self.stretch = 1.0
 
     def forward(self, grid, time_scale):
@@ -49,12 +49,12 @@ class RotaryEmbedding3D(nn.Module):
         time_scale: (B,) seconds per frame. The position in time is patch index * 25 * time_scale; positions in height
         and width are patch indices.
         """
-        # Recomputed in float32 in each call (a few hundred values): a buffer would follow model.to(bfloat16), which
-        # can't represent all integers above 256.
+        # Recomputed in float32 in each call: a buffer would follow model.to(bfloat16), which can't represent all
+        # integers above 256.
         B, (T, H, W), device = len(time_scale), grid, time_scale.device
         time, height, width = (torch.arange(n, device=device, dtype=torch.float32) for n in grid)
         time = time * (REFERENCE_FPS / self.stretch * time_scale.float())[:, None]  # (B, T)
-        time = time[:, :, None, None, None]  # (B, T, 1, 1, 1), as height (H, 1, 1) and width (1, 1)
+        time = time[:, :, None, None, None]  # (B, T, 1, 1, 1), beside height (H, 1, 1) and width (W, 1)
         angles = [time * self.frequencies(0, device)]  # (B, T, 1, 1, n/2)
         for axis, index in ((1, height[:, None, None]), (2, width[:, None])):
             moved = index + self.speeds(axis, device) * time if self.speed else index

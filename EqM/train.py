@@ -426,8 +426,7 @@ def log_run_summary(log, args, folder, config, model, data, step, last_step, dev
     size, num_frames = sum(parameter.numel() for parameter in model.parameters()), max(data.train)
     log(
         f"{folder}: {model_name(**asdict(config))}, {size / 1e6:.1f} M parameters, "
-        f"{'rotary' if config.use_rope else 'fixed'} positions; {world_size()} x {device.type}, steps "
-        f"{step} to {last_step}"
+        f"{config.positions}; {world_size()} x {device.type}, steps {step} to {last_step}"
     )
     log(
         f"{len(data.train[num_frames])} {'videos' if args.video else 'images'} of {len(data.scan.classes)} classes "

@@ -13,14 +13,13 @@ GPUS=${GPUS:-8} # processes; on a machine without GPUs, of the CPU
 MODEL=${MODEL:-EqM-S/4}
 DATA=${DATA:-datasets/ucf-101}
 EXP=${EXP:-progressive_rope_training} # everything goes to results/$EXP
-# Steps are global. Phases of equal compute did best of the schedules tried (results/study.md, B).
+# Steps are global. Phases of equal compute did best of the schedules tried (results/study-first-edition.md, B).
 FRAMES_1=${FRAMES_1:-4} STEPS_1=${STEPS_1:-50000} BATCH_1=${BATCH_1:-256}
 FRAMES_2=${FRAMES_2:-8} STEPS_2=${STEPS_2:-100000} BATCH_2=${BATCH_2:-128}
 FRAMES_3=${FRAMES_3:-16} STEPS_3=${STEPS_3:-150000} BATCH_3=${BATCH_3:-64}
 LR_DECAY=${LR_DECAY:-0} # of the last phase
-# published: AdamW at 1e-4, uniform gamma. small: what did best with models of 1.3 M parameters (results/study.md). Both
-# show distances in time of twice the clip, so that longer ones can be sampled. Your flags come after these and take
-# precedence: --position-table none --rope-speed 0 continues what was begun without them.
+# published: AdamW at 1e-4, uniform gamma. small: what did best with models of 1.3 M parameters (the same, E). Both show
+# distances in time of twice the clip, so that longer ones can be sampled. Your flags come after these and take precedence.
 RECIPE=${RECIPE:-published}
 case $RECIPE in
   published) FLAGS=(--frame-interval 1 2) ;;
@@ -30,6 +29,9 @@ case $RECIPE in
     exit 2
     ;;
 esac
+# A new model gets the positions that did best in results/study.md; one that has a checkpoint keeps its own
+CKPTS=("results/$EXP"/*/checkpoints/*.pt)
+[[ -f ${CKPTS[0]} ]] || FLAGS+=(--position-table space --rope-speed 0.5)
 command -v nvidia-smi >/dev/null && ON_GPU=1 || ON_GPU=0
 COMPILE=${COMPILE:-$ON_GPU} # 1: torch.compile, which gains nothing on a CPU and can't train an energy
 [[ $COMPILE == 1 && " $* " != *" --ebm"[\ =]* ]] && FLAGS+=(--compile)
@@ -76,7 +78,7 @@ phase() {
   local frames=$1 batch=$2
   shift 2
   run torchrun --standalone --nproc_per_node="$GPUS" EqM/train.py \
-    --video --num-frames="$frames" --use-rope --position-table=space --rope-speed=0.5 \
+    --video --num-frames="$frames" --use-rope \
     --model="$MODEL" --data-path="$DATA" --results-dir="results/$EXP" \
     --global-batch-size="$batch" --resume "${FLAGS[@]}" "$@"
 }

@@ -137,11 +137,12 @@ def offset_of_space(model, offset, monkeypatch):
 
 
 @pytest.mark.parametrize("offset", [1, 5])
+@pytest.mark.parametrize("speed", [0.0, 0.5])
 @torch.no_grad()
-def test_only_with_a_position_table_does_it_matter_from_where_height_and_width_are_counted(offset, monkeypatch):
-    changes = {}
+def test_only_with_a_position_table_does_it_matter_from_where_height_and_width_are_counted(offset, speed, monkeypatch):
+    changes, x = {}, clip(8, dataclasses.replace(TINY, input_size=8))
     for table in POSITION_TABLES:
-        model, x = tiny(position_table=table, input_size=8), clip(8, dataclasses.replace(TINY, input_size=8))
+        model = tiny(position_table=table, rope_speed=speed, input_size=8)
         before = model(x, labels())
         offset_of_space(model, offset, monkeypatch)
         changes[table] = distance(model(x, labels()), before)
@@ -392,15 +393,30 @@ def test_bfloat16_changes_the_field_by_its_rounding_only(use_rope):
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32, torch.float64])
 def test_attention_of_training_on_a_cpu_is_computed_in_float32_or_better(dtype):
-    q, k, v = (torch.randn(2, 3, 64, 16, dtype=dtype, requires_grad=True) for _ in range(3))
-    precise = [part.detach().to(torch.promote_types(dtype, torch.float32)) for part in (q, k, v)]
-    expected = F.scaled_dot_product_attention(*precise).to(dtype)
+    inputs = [torch.randn(2, 3, 64, 16, dtype=dtype, requires_grad=True) for _ in range(3)]
+    precise = [part.detach().to(torch.promote_types(dtype, torch.float32)).requires_grad_() for part in inputs]
+    expected = F.scaled_dot_product_attention(*precise)
+    expected.square().sum().backward()
     with torch.autocast("cpu", dtype=torch.bfloat16):
-        found = attend(q, k, v)
+        found = attend(*inputs)
+        found.to(expected.dtype).square().sum().backward()
         with torch.no_grad():
-            sampled = attend(q, k, v)
-    assert torch.equal(found, expected) and found.grad_fn is not None
-    assert distance(sampled.double(), expected.double()) < 1e-2
+            sampled, plain = attend(*inputs), F.scaled_dot_product_attention(*inputs)
+    assert torch.equal(found, expected.to(dtype))
+    for part, exact in zip(inputs, precise, strict=True):
+        assert distance(part.grad, exact.grad.to(dtype)) < {torch.bfloat16: 1e-2}.get(dtype, 1e-6)
+    assert torch.equal(sampled, plain)  # without a gradient as ever
+
+
+def test_the_network_attends_with_it():
+    seen = []
+    model = tiny().train()
+    with pytest.MonkeyPatch.context() as patch, torch.autocast("cpu", dtype=torch.bfloat16):
+        patch.setattr(F, "scaled_dot_product_attention", lambda q, k, v: seen.append(q.dtype) or v)
+        model(clip(8), labels())
+        with torch.no_grad():
+            model(clip(8), labels())
+    assert seen == [torch.float32] * 2 + [torch.bfloat16] * 2
 
 
 @pytest.mark.parametrize("use_rope", [True, False])

@@ -161,8 +161,26 @@ def test_train_progressive_takes_the_published_recipe_by_default(settings, on_gp
         (tmp_path / "bin/nvidia-smi").touch(0o755)
     _, (call,) = run_copy("train_progressive.sh", CACHE="0", **settings)  # ends after phase 1, which has saved nothing
     _, (energy,) = run_copy("train_progressive.sh", "--ebm", "dot", CACHE="0", **settings)
-    assert "--compile" not in energy
-    assert call[call.index("--resume") + 1 : -1] == ["--frame-interval", "1", "2", *flags]
+    assert "--compile" not in energy and energy[-2:] == ["--ebm", "dot"]
+    found = call[call.index("--resume") + 1 : -1]
+    assert found[:3] == ["--frame-interval", "1", "2"]
+    assert [flag for flag in found[3:] if flag not in POSITIONS] == flags
+
+
+POSITIONS = ["--position-table", "space", "--rope-speed", "0.5"]
+
+
+def test_train_progressive_gives_its_positions_to_a_new_model_and_leaves_those_of_a_checkpoint(run_copy, tmp_path):
+    def positions():
+        _, calls = run_copy("train_progressive.sh", CACHE="0", STEPS_1="50", STEPS_2="90", EXP=ODD)
+        return [[flag for flag in call if flag in POSITIONS] for call in calls]
+
+    assert positions() == [POSITIONS]  # ends after phase 1, which has saved nothing
+    for step in (50, 90):
+        path = tmp_path / f"results/{ODD}/00-a/checkpoints/{step:07d}.pt"
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.touch()
+    assert positions() == [[], [], []]
 
 
 def test_sample_passes_odd_names_unchanged_and_uses_the_newest_model(run_copy, tmp_path):

@@ -4,6 +4,7 @@ import argparse
 import csv
 import json
 import math
+import re
 from pathlib import Path
 
 import pytest
@@ -31,11 +32,11 @@ def train_row(job, size=arms.FULL, **numbers):
     row = dict.fromkeys(arms.COLUMNS) | {"version": arms.VERSION, "recipe": arms.fingerprint(job, size)}
     row |= {"arm": job.arm.name, "seed": job.seed, "share": job.share, "kind": "train"}
     row |= {"step": phases[-1][1], "frames": phases[-1][0], "flops": float(flops), "seconds": 100.0, "code": "c"}
-    return row | {"val_seconds": 1.0, "machine": "m"} | numbers
+    return row | {"compiled": 1, "machine": "m"} | numbers
 
 
 def sample_row(job, direction, frames=16, size=arms.FULL):
-    row = train_row(job, size, kind="sample", frames=frames, val_seconds=None)
+    row = train_row(job, size, kind="sample", frames=frames)
     row |= {"clips": 100, "right": round(100 * direction), "direction": direction}
     return row | {"speed": 1.0, "area": 1.0, "seam": 1.0, "real_direction": 1.0}
 
@@ -107,7 +108,7 @@ def test_no_run_is_started_that_does_not_fit(tmp_path, capsys):
 
 def counted(arm, share, size):
     """The FLOPs that train.py counts for a run, step by step."""
-    config, flops, first_step = arms.config_of(arm, size), 0, 0
+    config, flops, first_step = arms.config_of(size), 0, 0
     phases = [Phase(*phase) for phase in arms.phases_of(arm, share, size)[0]]
     for phase in phases:
         frames = schedule.frames_of_steps(phases, phase, first_step, first_step, arm.mix, seed=0)
@@ -118,11 +119,11 @@ def counted(arm, share, size):
 
 @pytest.mark.parametrize("share", [0.4, 1.0, 1.6])
 def test_all_arms_have_the_same_compute_and_number_of_tokens_per_step(share):
-    whole = arms.FULL.steps * 8 * arms.config_of(arms.BY_NAME["16 rotary"], arms.FULL).training_flops(16)
+    whole = arms.FULL.steps * 8 * arms.config_of(arms.FULL).training_flops(16)
     for arm in arms.ARMS:
         assert counted(arm, share, arms.FULL) == pytest.approx(share * whole, rel=0.02), arm.name
         for num_frames, _, batch_size in arms.phases_of(arm, share, arms.FULL)[0]:
-            assert batch_size * math.prod(arms.config_of(arm, arms.FULL).grid(num_frames)) == arms.TOKENS
+            assert batch_size * math.prod(arms.config_of(arms.FULL).grid(num_frames)) == arms.TOKENS
 
 
 def test_arms_differ_in_nothing_but_what_they_compare():
@@ -133,15 +134,21 @@ def test_arms_differ_in_nothing_but_what_they_compare():
     for plain, table, moving in (("16 rotary", "16 table", "16 moving"), ("4-8-16", "4-8-16 table", "4-8-16 moving")):
         assert flags(table).replace(" --position-table space", "") == flags(plain)
         assert flags(moving).replace(" --rope-speed 0.5", "") == flags(table)
+    for name in ("4-8-16 mix", "4-8-16 table mix"):
+        assert "--mix 0.2" in flags(name) and "--mix 0.0" in flags(name.removesuffix(" mix"))
+    # in these two, all but the schedule
+    schedule = re.compile("--(frames-schedule|mix|num-frames|max-steps|global-batch-size|val-every) [^ ]*")
+    one, other = (schedule.sub("", flags(name)).split() for name in ("16 moving intervals", "4-8-16 moving"))
+    assert one == other
 
 
 def test_every_share_of_the_compute_is_a_run_of_its_own_and_the_extra_seeds_come_last():
-    jobs = arms.all_jobs(["16 fixed", "16 moving"], arms.FULL)
-    assert {(job.share, job.seed) for job in jobs if job.arm.name == "16 moving"} == {
-        *((1.0, seed) for seed in range(5)), *((share, seed) for share in (0.4, 0.6, 1.6) for seed in range(3))
-    }  # fmt: skip
-    assert len(jobs) == len({job.key for job in jobs}) == 5 + 5 + 9
-    assert [job.seed for job in jobs[-4:]] == [3, 3, 4, 4]
+    jobs = arms.all_jobs(["16 fixed", "4-8-16 moving", "16 speed 1"], arms.FULL)
+    assert {(job.share, job.seed) for job in jobs if job.arm.name == "4-8-16 moving"} == {
+        (share, seed) for share in (0.4, 0.6, 1.0, 1.6) for seed in range(3)
+    }
+    assert len(jobs) == len({job.key for job in jobs}) == 5 + 12 + 2
+    assert [job.seed for job in jobs[-4:]] == [3, 4, 0, 1]
 
 
 def test_a_run_that_diverged_is_done(tmp_path):
@@ -198,9 +205,9 @@ def made_up(tmp_path):
     rows = []
     for seed in range(3):
         for name, share, loss, direction in (
-            ("16 fixed", 1.0, 0.7, 0.8), ("16 moving", 1.0, 0.6, 0.75), ("16 moving", 0.4, 0.9, 0.0),
-            ("16 moving", 1.6, 0.5, 1.0), ("4-8-16 moving", 1.0, 0.5, 0.95), ("4-8-16 moving", 0.4, 0.7, 0.8),
-            ("4-8-16 moving", 0.6, 0.65, 0.9),
+            ("16 fixed", 1.0, 0.7, 0.8), ("16 moving", 1.0, 0.6, 0.75), ("16 moving intervals", 0.4, 0.9, 0.0),
+            ("16 moving intervals", 1.0, 0.6, 0.75), ("16 moving intervals", 1.6, 0.5, 1.0),
+            ("4-8-16 moving", 1.0, 0.5, 0.95), ("4-8-16 moving", 0.4, 0.7, 0.8), ("4-8-16 moving", 0.6, 0.65, 0.9),
         ):  # fmt: skip
             job = job_of(name, seed, share=share)
             rows += [train_row(job, loss=loss, loss_16=loss), sample_row(job, direction)]
@@ -215,14 +222,25 @@ def test_a_report_says_what_was_found_and_what_was_not_run(made_up):
     assert "Loss: 16 moving minus 16 fixed is -0.100 (95% -0.100 to -0.100, 3 seeds): lower." in text
     assert "Directions right, 16 rotary against 16 fixed: not run yet." in text
     assert "| 4-8-16 moving | 24 | 91 ± 1% (90, 91, 92) | 1.00 ± 0.00 (1.00, 1.00, 1.00) |" in text
-    assert "16 moving: 90% of the directions are right at 136% of the compute (seeds: 136%; 136%; 136%)." in text
-    assert "4-8-16 moving: 90% of the directions are right at 60% of the compute (seeds: 60%; 60%; 60%)." in text
-    assert "Compute to motion, 4-8-16 moving / 16 moving: 0.44 (seeds: 0.44; 0.44; 0.44)." in text
-    assert "Loss: 4-8-16 moving at 60% minus 16 moving at 100% is +0.050" in text
+    assert "16 moving intervals: 90% of the directions, in the mean over seeds, are right at 136%" in text
+    assert "of the compute (each seed: 136%; 136%; 136%)." in text
+    assert "are right at 60% of the compute (each seed: 60%; 60%; 60%)." in text
+    assert "Compute to motion, 4-8-16 moving / 16 moving intervals: 0.44 (each seed: 0.44; 0.44; 0.44)." in text
+    assert "Loss: 4-8-16 moving at 60% minus 16 moving intervals at 100% is +0.050" in text
     figures = {path.name for path in (made_up / "figures").iterdir()}
     assert figures == {"study-B.png", "study-C.png"}  # A waits for the rotary arm
     for name in figures:
         assert f"(figures/{name})" in text
+
+
+def test_a_run_that_diverged_is_shown_and_left_out_of_the_means(made_up):
+    rows = [row for row in arms.read_rows(made_up / "study.csv") if (row["arm"], row["seed"]) != ("16 moving", 2)]
+    rows.append(train_row(job_of("16 moving", 2), step=7, loss=math.inf, loss_16=math.inf))
+    arms.write_rows(made_up / "study.csv", rows)
+    run_main(study, "--report", "--out", made_up)
+    text = (made_up / "study.md").read_text()
+    assert "| 16 moving | 100% | 0.600 ± 0.000 (0.600, 0.600, inf) |" in text
+    assert "Loss: 16 moving minus 16 fixed is -0.100 (95% -0.100 to -0.100, 2 seeds): lower." in text
 
 
 def test_rows_are_the_same_after_writing_and_reading_the_csv(made_up):
@@ -243,10 +261,10 @@ def refused(capsys, *flags):
     return line
 
 
-@pytest.mark.parametrize("word", ["D", "X", "AB", "17", ""])
+@pytest.mark.parametrize("word", ["E", "X", "AB", "17", ""])
 def test_an_unknown_question_is_refused(word, tmp_path, capsys):
     line = refused(capsys, "--only", "A", word, "--out", tmp_path / "new")
-    assert f"--only {word}: wanted questions (A, B, C) or arms ('16 fixed', " in line
+    assert f"--only {word}: wanted questions (A, B, C, D) or arms ('16 fixed', " in line
     assert not (tmp_path / "new").exists()
 
 

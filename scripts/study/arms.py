@@ -12,7 +12,7 @@ from runtime.atomic import atomic_write
 from runtime.cli import UserError
 
 VERSION = 2  # of the meaning of the arms and of the columns of the csv; rows of other versions are refused
-QUESTIONS = "ABC"
+QUESTIONS = "ABCD"
 TOKENS = 2048  # per training step, for all arms
 SECONDS_PER_FRAME = 0.04  # of the videos, and of all samples
 
@@ -45,13 +45,17 @@ SHARE_SEEDS = 3
 ARMS = [
     Arm("16 fixed", "A", seeds=5),
     Arm("16 rotary", "A", ROTARY, seeds=5),
-    Arm("16 table", "A", TABLE, seeds=5),
-    Arm("16 moving", "AC", MOVING, seeds=5, shares=SHARES),
+    Arm("16 table", "AD", TABLE, seeds=5),
+    Arm("16 moving", "AD", MOVING, seeds=5),
+    Arm("16 moving intervals", "BC", MOVING + INTERVALS, shares=SHARES),
     Arm("4-8-16", "B", ROTARY + INTERVALS, EVEN, lengths=LENGTHS),
     Arm("4-8-16 table", "B", TABLE + INTERVALS, EVEN, lengths=LENGTHS),
     Arm("4-8-16 mix", "B", ROTARY + INTERVALS, EVEN, mix=0.2, lengths=LENGTHS),
     Arm("4-8-16 table mix", "B", TABLE + INTERVALS, EVEN, mix=0.2, lengths=LENGTHS),
     Arm("4-8-16 moving", "BC", MOVING + INTERVALS, EVEN, lengths=LENGTHS, shares=SHARES),
+    Arm("16 speed 0.25", "D", TABLE + " --rope-speed 0.25", seeds=2),
+    Arm("16 speed 1", "D", TABLE + " --rope-speed 1", seeds=2),
+    Arm("16 speed 1e-9", "D", TABLE + " --rope-speed 1e-9", seeds=2),  # the frequencies of the others, without motion
 ]
 BY_NAME = {arm.name: arm for arm in ARMS}
 
@@ -75,7 +79,7 @@ class Size:
 FULL = Size("full", 2000, 4, 128, 4, 60, 96, 64, 16, 5)
 MINIATURE = Size("miniature", 6, 1, 48, 2, 2, 12, 4, 3, 1)
 PATH_LENGTH, GUIDANCE = 0.498, 1.5  # of sampling; path length = evaluations x step size
-VALIDATIONS = 8  # of a run
+VALIDATIONS = 8  # of a run, beside those at the ends of its phases
 
 
 @dataclass(frozen=True)
@@ -106,23 +110,24 @@ def all_jobs(names, size):
     for arm in (BY_NAME[name] for name in names):
         jobs += [Job(arm, seed, 1.0) for seed in range(min(arm.seeds, size.most_seeds))]
         jobs += [Job(arm, seed, share) for share in arm.shares for seed in range(min(SHARE_SEEDS, size.most_seeds))]
-    return sorted(jobs, key=lambda job: (job.seed >= SHARE_SEEDS, job.share != 1, job.seed))
+    return sorted(jobs, key=lambda job: (job.arm.questions == "D", job.seed >= SHARE_SEEDS, job.share != 1, job.seed))
 
 
 # ----------------------------------------------------------------------------------------------------------------------
 # From an arm to a command
 
 
-def config_of(arm, size):
-    """The EqMConfig of an arm, for counting FLOPs; flags that do not change them are left out."""
+def config_of(size):
+    """An EqMConfig for counting FLOPs, which do not depend on the positions."""
     settings = {"depth": size.depth, "hidden_size": size.width, "num_heads": size.heads, "input_size": 16}
-    settings |= {"in_channels": 3, "temporal_patch_size": 4, "num_classes": 12, "num_frames": arm.phases[-1][0]}
-    return model_config("EqM-Ti/2", use_rope="--use-rope" in arm.flags, **settings)
+    return model_config(
+        "EqM-Ti/2", use_rope=True, in_channels=3, temporal_patch_size=4, num_classes=12, num_frames=16, **settings
+    )
 
 
 def phases_of(arm, share, size):
     """[(num_frames, last step, clips per step)] of a run, and its FLOPs; those of --mix are their expectation."""
-    config = config_of(BY_NAME["16 rotary"], size)  # fixed positions cost as much
+    config = config_of(size)
     compute = share * size.steps * TOKENS // math.prod(config.grid(16)) * config.training_flops(16)
     phases, last_step, flops, earlier = [], 0, 0, []
     for num_frames, part in arm.phases:
@@ -155,21 +160,21 @@ def recipe_flags(job, size):
         flags += ["--num-frames", num_frames, "--max-steps", last_step, "--global-batch-size", batch_size]
     else:
         flags += ["--frames-schedule", ",".join(f"{a}:{b}:{c}" for a, b, c in phases), "--mix", arm.mix]
-    flags += arm.flags.split()  # of a repeated flag the last value counts
+    flags += arm.flags.split()
     period = max(1, phases[-1][1] // VALIDATIONS)
     flags += ["--val-frames", 16, "--val-clips", size.val_clips, "--val-every", period]
     return [str(flag) for flag in flags]
 
 
 def run_flops(job, size):
-    """FLOPs of a run with its validations at 16 frames, each with the EMA and with the raw weights."""
-    validation = config_of(job.arm, size).flops(16) * 2 * size.val_clips
+    """About the FLOPs of a run with its validations, each with the EMA and with the raw weights."""
+    validation = config_of(size).flops(16) * 2 * size.val_clips
     return phases_of(job.arm, job.share, size)[1] + VALIDATIONS * validation
 
 
-def sampling_flops(arm, num_frames, size):
+def sampling_flops(num_frames, size):
     """FLOPs of sampling the clips of a row, with guidance."""
-    return float(size.clips * (size.points - 1) * 2 * config_of(arm, size).flops(num_frames))
+    return float(size.clips * (size.points - 1) * 2 * config_of(size).flops(num_frames))
 
 
 def fingerprint(job, size):
@@ -186,10 +191,10 @@ SCORES = {  # column: its name in the summary of scoring/motion.py
 }  # fmt: skip
 COLUMNS = [
     "version", "recipe", "arm", "seed", "share", "kind", "step", "frames", "loss", "loss_rel", "loss_16", "train_loss",
-    "clips", "right", *SCORES, "real_direction", "seam", "drift", "flops", "seconds", "val_seconds", "code", "machine",
+    "clips", "right", *SCORES, "real_direction", "seam", "drift", "flops", "seconds", "compiled", "code", "machine",
 ]  # fmt: skip
 TEXTS = {"recipe", "arm", "kind", "code", "machine"}
-WHOLE = {"version", "seed", "step", "frames", "clips", "right"}
+WHOLE = {"version", "seed", "step", "frames", "clips", "right", "compiled"}
 
 
 def read_rows(path):

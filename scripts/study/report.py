@@ -1,9 +1,11 @@
 """The report of study.py: from study.csv to results/study.md and its figures, whose titles say what they show."""
 
+import math
+
 import matplotlib
 import numpy as np
 
-from arms import BASE, BY_NAME, GUIDANCE, LENGTHS, TOKENS, VERSION, last_rows, phases_of
+from arms import BASE, BY_NAME, GUIDANCE, LENGTHS, SHARES, TOKENS, VERSION, last_rows, phases_of
 from runtime.atomic import atomic_write
 from runtime.cli import say
 from scoring import motion
@@ -12,12 +14,13 @@ matplotlib.use("Agg")  # no window, no display
 from matplotlib import pyplot as plt  # noqa: E402
 
 FIXED, ROTARY, TABLE, MOVING = "16 fixed", "16 rotary", "16 table", "16 moving"
+SPEEDS = "16 table", "16 speed 1e-9", "16 speed 0.25", "16 moving", "16 speed 1"
 CURRICULA = "4-8-16", "4-8-16 mix", "4-8-16 table", "4-8-16 table mix", "4-8-16 moving"
 PAIRS = [  # of which B reports the differences
     ("4-8-16 table", "4-8-16"), ("4-8-16 table mix", "4-8-16 mix"), ("4-8-16 mix", "4-8-16"),
-    ("4-8-16 table mix", "4-8-16 table"), ("4-8-16 moving", "4-8-16 table"), ("4-8-16 moving", "16 moving"),
+    ("4-8-16 table mix", "4-8-16 table"), ("4-8-16 moving", "4-8-16 table"), ("4-8-16 moving", "16 moving intervals"),
 ]  # fmt: skip
-CURRICULUM = "4-8-16 moving"  # the recommended one, whose compute to motion C measures
+START, CURRICULUM = "16 moving intervals", "4-8-16 moving"  # whose compute to motion C compares
 RIGHT = 0.9  # share of right directions at which motion counts as learned
 
 # ----------------------------------------------------------------------------------------------------------------------
@@ -27,10 +30,15 @@ T95 = {2: 12.71, 3: 4.30, 4: 3.18, 5: 2.78}  # number of values -> 97.5% quantil
 
 
 def losses(rows, name, share=1.0):
-    """{seed: validation loss at 16 frames at the end of the run} of an arm."""
+    """{seed: validation loss at 16 frames at the end of the run} of an arm; infinite for a run that diverged."""
     wanted = {"arm": name, "share": share, "kind": "train"}
     own = sorted((row for row in rows if wanted.items() <= row.items()), key=lambda row: row["step"])
     return dict(sorted({row["seed"]: row["loss_16"] for row in own}.items()))
+
+
+def finite(values):
+    """{seed: value} without the seeds that diverged."""
+    return {seed: value for seed, value in values.items() if value < math.inf}
 
 
 def scores(rows, name, frames=16, share=1.0, column="direction"):
@@ -48,7 +56,7 @@ def half_width(values):
 
 def difference(first, second, what, values, others):
     """A sentence about the paired difference of {seed: value} of two arms."""
-    seeds = sorted(values.keys() & others.keys())
+    seeds = sorted(finite(values).keys() & finite(others).keys())
     if not seeds:
         return f"{what}, {first} against {second}: not run yet."
     gaps = [values[seed] - others[seed] for seed in seeds]
@@ -99,9 +107,11 @@ def spread_cell(values, digits=3, unit=1):
     """Mean and standard error over seeds, and the value of each seed, "-" without any; unit 100 for percent."""
     if not values:
         return "-"
-    mean, error = motion.mean_and_error([unit * value for value in values.values()])
-    spread = "" if error is None else f" ± {error:.{digits}f}"
     each = ", ".join(f"{unit * value:.{digits}f}" for value in values.values())
+    mean, error = motion.mean_and_error([unit * value for value in finite(values).values()])
+    if mean is None:
+        return f"({each})"
+    spread = "" if error is None else f" ± {error:.{digits}f}"
     return f"{mean:.{digits}f}{spread}{'%' if unit == 100 else ''} ({each})"
 
 
@@ -196,48 +206,47 @@ def answer_b(study):
     figure, axes = plt.subplots(figsize=(9.5, 6.5), layout="constrained")
     for number, name in enumerate(CURRICULA):
         draw_shares(axes, LENGTHS, [scores(rows, name, frames) for frames in LENGTHS], name, number)
-    axes.axvspan(16, 33, color="gray", alpha=0.1, label="never trained")
+    axes.axvspan(16.5, 33, color="gray", alpha=0.1, label="never trained")
     axes.set(xlabel="sampled frames", ylabel="directions right, %", xticks=LENGTHS, ylim=(0, 103), xlim=(15, 33))
-    others = [np.mean(list(right.values())) for name in CURRICULA[:-1] if (right := scores(rows, name, 24))]
     message = f"24 frames, never trained: {percent(scores(rows, CURRICULUM, 24))} of the directions are right\n"
-    message += f"({CURRICULUM}), {min(others, default=0):.0%} to {max(others, default=0):.0%} with the others"
+    others = [np.mean(list(right.values())) for name in CURRICULA[:-1] if (right := scores(rows, name, 24))]
+    message += f"({CURRICULUM})" + (f", {min(others):.0%} to {max(others):.0%} with the others" if others else "")
     return lines + save_figure(study, "B", figure, axes, message)
 
 
 def answer_c(study):
-    rows, names = study.rows, (MOVING, CURRICULUM)
+    rows, names = study.rows, (START, CURRICULUM)
+    curves = {name: curve(rows, name) for name in names}
     lines, found = [], {}  # found: results of compute_to, of the mean over seeds and of each seed
-    for name in names:
-        shares, by_seed = curve(rows, name)
+    for name, (shares, by_seed) in curves.items():
         if not by_seed:
             lines.append(f"- {name}: not run yet.")
             continue
-        curves = {"mean": np.mean(list(by_seed.values()), axis=0)} | by_seed
-        found[name] = {seed: compute_to(RIGHT, shares, values) for seed, values in curves.items()}
+        values = {"mean": np.mean(list(by_seed.values()), axis=0)} | by_seed
+        found[name] = {seed: compute_to(RIGHT, shares, points) for seed, points in values.items()}
         mean, *each = map(crossing_text, found[name].values())
-        lines.append(f"- {name}: {RIGHT:.0%} of the directions are right at {mean} of the compute (seeds: "
-                     f"{'; '.join(each)}).")  # fmt: skip
+        lines.append(f"- {name}: {RIGHT:.0%} of the directions, in the mean over seeds, are right at {mean} of the "
+                     f"compute (each seed: {'; '.join(each)}).")  # fmt: skip
     if len(found) == 2:
-        both = [seed for seed in found[CURRICULUM] if seed in found[MOVING]]
-        mean, *each = (ratio_text(found[CURRICULUM][seed], found[MOVING][seed]) for seed in both)
-        lines.append(f"- Compute to motion, {CURRICULUM} / {MOVING}: {mean} (seeds: {'; '.join(each)}).")
-    early = losses(rows, CURRICULUM, 0.6)
-    for whole in (TABLE, MOVING):
-        lines.append("- " + difference(f"{CURRICULUM} at 60%", f"{whole} at 100%", "Loss", early, losses(rows, whole)))
-    shares = sorted((1.0, *BY_NAME[MOVING].shares))
-    lines += ["", *arm_table(rows, [(name, share) for name in names for share in shares])]
+        both = [seed for seed in found[CURRICULUM] if seed in found[START]]
+        mean, *each = (ratio_text(found[CURRICULUM][seed], found[START][seed]) for seed in both)
+        lines.append(f"- Compute to motion, {CURRICULUM} / {START}: {mean} (each seed: {'; '.join(each)}).")
+    early, whole = losses(rows, CURRICULUM, 0.6), losses(rows, START)
+    lines.append("- " + difference(f"{CURRICULUM} at 60%", f"{START} at 100%", "Loss", early, whole))
+    lines += ["", *arm_table(rows, [(name, share) for name in names for share in sorted((1.0, *SHARES))])]
     if len(found) < 2:
         return lines
     figure, axes = plt.subplots(figsize=(9.5, 6.5), layout="constrained")
     for number, name in enumerate(names):
-        places = [100 * share for share in shares]
-        draw_shares(axes, places, [scores(rows, name, share=share) for share in shares], name, number)
+        shares, by_seed = curves[name]
+        points = [{seed: values[place] for seed, values in by_seed.items()} for place in range(len(shares))]
+        draw_shares(axes, [100 * share for share in shares], points, name, number)
     axes.axhline(100 * RIGHT, color="gray", linestyle="--", label=f"{RIGHT:.0%}")
-    axes.set(xlabel="compute of a complete run, % of 2,000 steps of 16 frames", ylabel="directions right, %")
-    axes.set(ylim=(0, 103))
+    axes.set(xlabel=f"compute of a complete run, % of {study.size.steps:,} steps of 16 frames")
+    axes.set(ylabel="directions right, %", ylim=(0, 103))
     texts = [crossing_text(found[name]["mean"]) for name in names[::-1]]
     message = f"{RIGHT:.0%} of the directions are right at {texts[0]} of the compute ({CURRICULUM}),\n"
-    return lines + save_figure(study, "C", figure, axes, message + f"at {texts[1]} from the start ({MOVING})")
+    return lines + save_figure(study, "C", figure, axes, message + f"at {texts[1]} from the start ({START})")
 
 
 def crossing_text(found):
@@ -258,6 +267,11 @@ def ratio_text(first, second):
     return "both are bounds, so it is not known"
 
 
+def answer_d(study):
+    lines = differences(study.rows, [(name, TABLE) for name in SPEEDS[1:]])
+    return lines + arm_table(study.rows, [(name, 1.0) for name in SPEEDS])
+
+
 # ----------------------------------------------------------------------------------------------------------------------
 # The report
 
@@ -265,6 +279,7 @@ ANSWERS = {
     "A": ("16 frames from the start, equal steps: which positions", answer_a),
     "B": ("4, 8, then 16 frames: which positions, with and without earlier frames mixed in", answer_b),
     "C": ("Compute to motion: complete runs of 40 to 160% of the compute", answer_c),
+    "D": ("Other speeds, and the frequencies of moving positions without motion (1e-9)", answer_d),
 }
 
 
@@ -277,7 +292,8 @@ def write_report(study):
         "",
         f"Written by `python scripts/study/study.py --report` from `study.csv` ({len(study.rows)} rows, version "
         f"{VERSION}, size {study.size.name}), which `python scripts/study/study.py` measures: {spent:.1f} hours of "
-        f"training and sampling on one core each, on {', '.join(sorted(machines))}; code "
+        f"training{' with --compile' if all(row['compiled'] for row in study.rows) else ''} and sampling, on "
+        f"{', '.join(sorted(machines))}; code "
         f"{', '.join(sorted(v[:10] for v in versions))}. The first edition, of other questions and with earlier code, "
         "is [study-first-edition.md](study-first-edition.md).",
         "",
@@ -303,12 +319,15 @@ def about_lines(study):
         "frames and draws the frame interval from 1 to 2; with mix a fifth of the later steps train on earlier frames. "
         "The learning rate of every run decays to zero by its own end. Flags of all arms: "
         f"`{' '.join(map(str, BASE))}`. Rotary arms have `--rope-theta 100`, those with a table `--position-table "
-        "space`, moving ones `--rope-speed 0.5` as well.",
+        "space`, moving ones `--rope-speed 0.5` as well: about the speed of all shapes, 0.51 patches per temporal "
+        "patch. 16 moving intervals differs from 4-8-16 moving in its schedule only. Arms whose frames are 1 to 2 "
+        "apart validate on such clips, so their losses compare with each other, not with those of A.",
         "",
         f"Samples: {size.clips} clips a run and length, 0.04 s per frame, `ngd`, {size.points - 1} evaluations, "
         f"guidance {GUIDANCE:g}, averaged weights of the last step. A direction is right if a tracker finds the motion "
-        f"that the class asks for; chance is 25%, real clips have at least {min(real, default=0):.0%} right. Numbers "
-        "are mean ± standard error over seeds, in brackets those of each seed; a dash is what was not run, and the "
-        "speed where no direction is right. Differences are paired by seed, with Student's 95% interval over seeds.",
+        f"that the class asks for; chance is 25%, of real clips at least {min(real, default=math.nan):.0%} are right. "
+        "Numbers are mean ± standard error over seeds, in brackets those of each seed; a dash is what was not run, "
+        "and the speed where no direction is right. Differences are paired by seed, with Student's 95% interval over "
+        "seeds.",
         "",
     ]

@@ -2,11 +2,11 @@
 
     python scripts/study/study.py --list                  what is done, what is missing, hours
     python scripts/study/study.py --minutes 150           continue; start no run that would not fit
-    python scripts/study/study.py --only A B              some questions (A to C), or arms by name
+    python scripts/study/study.py --only A B              some questions (A to D), or arms by name
     python scripts/study/study.py --report                only write tables and figures, from the csv
 
 A: fixed positions, rotary ones, rotary ones beside a table of height and width ("table"), those with --rope-speed
-("moving"). B: which curriculum of 4, 8, then 16 frames. C: the compute at which motion becomes right.
+("moving"). B: which curriculum of 4, 8, then 16 frames. C: the compute at which motion becomes right. D: other speeds.
 
 An arm is a recipe; a run is an arm with a seed and a share of the compute. All runs of a share have the same counted
 FLOPs: the steps of each phase follow from EqMConfig.training_flops. The learning rate decays to zero at the end of each
@@ -111,7 +111,7 @@ class Study:
     def add(self, job, rows):
         """Add rows of a job to the csv; they replace rows with the same key."""
         common = {"version": VERSION, "recipe": fingerprint(job, self.size), "code": self.code, "machine": self.machine}
-        common |= {"arm": job.arm.name, "seed": job.seed, "share": job.share}
+        common |= {"arm": job.arm.name, "seed": job.seed, "share": job.share, "compiled": int(self.compile)}
         rows = [dict.fromkeys(COLUMNS) | common | row for row in rows]
         keys = {row_key(row) for row in rows}
         with file_lock(self.folder / "lock"):
@@ -154,7 +154,7 @@ class Study:
         if not self.is_trained(job):
             seconds += START_SECONDS + run_flops(job, self.size) * self.training_pace(job.arm.name)
         for num_frames in self.missing_lengths(job):
-            flops = sampling_flops(job.arm, num_frames, self.size)
+            flops = sampling_flops(num_frames, self.size)
             seconds += TRACKING_SECONDS * self.size.clips * num_frames + flops * self.sampling_pace
         return seconds
 
@@ -258,7 +258,8 @@ def train_job(study, job):
     (run,) = (path.parent for path in folder.glob("*/metrics.jsonl"))
     rows = [train_row(metrics) for metrics in read_validations(run / "metrics.jsonl")]
     if "is not finite" in printed:  # diverged
-        rows.append({"kind": "train", "step": rows[-1]["step"] + 1 if rows else 1, "loss": math.inf})
+        step = rows[-1]["step"] + 1 if rows else 1
+        rows.append({"kind": "train", "step": step, "loss": math.inf, "loss_16": math.inf})
     elif not rows or rows[-1]["step"] < last_step:
         return False
     study.add(job, rows)
@@ -266,19 +267,15 @@ def train_job(study, job):
 
 
 def read_validations(path):
-    """The rows of a metrics.jsonl that have a validation, with the sum of val_seconds so far."""
-    found, seconds = [], 0.0
-    for metrics in read_metrics(path)[0] if path.exists() else []:
-        if metrics.get("val_loss") is not None:
-            seconds += metrics["val_seconds"]
-            found.append(metrics | {"val_seconds": seconds})
-    return found
+    """The rows of a metrics.jsonl that have a validation."""
+    rows = read_metrics(path)[0] if path.exists() else []
+    return [metrics for metrics in rows if metrics.get("val_loss") is not None]
 
 
 def train_row(metrics):
     """The row of the csv for a row of metrics.jsonl."""
     names = {"loss": "val_loss", "loss_rel": "val_loss_rel", "loss_16": "val_loss_f16", "frames": "num_frames"}
-    names |= {name: name for name in ("step", "train_loss", "flops", "seconds", "val_seconds")}
+    names |= {name: name for name in ("step", "train_loss", "flops", "seconds")}
     row = {"kind": "train"} | {column: metrics.get(name) for column, name in names.items()}
     if metrics["num_frames"] == 16:
         row["loss_16"] = metrics["val_loss"]  # metrics has no val_loss_f16 if this is the only length
@@ -323,7 +320,7 @@ class Sampler:
         row |= {column: scores[name] for column, name in SCORES.items()}
         row |= {"seam": drift["seam_score"], "drift": drift["largest_drift"]}
         row |= {"real_direction": real_scores["direction_accuracy"], "seconds": seconds}
-        return row | {"flops": sampling_flops(job.arm, num_frames, self.study.size)}
+        return row | {"flops": sampling_flops(num_frames, self.study.size)}
 
     def score(self, stream):
         """(what consistency.measure gives, stacked over clips; the summary of motion.py) of a stream of sources.py."""
@@ -417,10 +414,10 @@ def print_status(study):
 def parse_args():
     parser = ArgumentParser(description="What should positions be, and does a curriculum pay? Runs, tables, figures.")
     add = parser.add_argument
-    only = "questions (A to C) or names of arms; default: all"
+    only = "questions (A to D) or names of arms; default: all"
     add("--only", nargs="+", metavar="WHAT", help=only)
     add("--minutes", type=POSITIVE, metavar="X", help="start no run that would end later than this; default: no limit")
-    add("--compile", action="store_true", help="train with torch.compile: faster, rounds differently")
+    add("--compile", action="store_true", help="train with torch.compile; rounds differently")
     add("--list", action="store_true", help="only print what is done, what is missing and how long it takes")
     add("--report", action="store_true", help="only write the tables and figures of study.csv")
     add("--out", default="results", metavar="DIR", help="for study.csv, study.md, figures/ and the run folders study/")
