@@ -206,6 +206,24 @@ def weight_decays(state):
     return {saved["param_groups"][0]["weight_decay"] for saved in state["optimizer"]["states"]}
 
 
+def test_positions_are_kept_by_later_phases_and_other_ones_are_refused(videos, tmp_path, capsys):
+    flags = [*TRAIN, "--data-path", videos, "--global-batch-size", 4, "--position-table", "space", "--rope-speed", 0.5]
+    run_training(tmp_path, *flags, "--max-steps", 1)
+    plain = [*TRAIN, "--data-path", videos, "--global-batch-size", 4, "--depth", 1, "--num-workers", 0]
+    (ckpt,) = tmp_path.glob("000*/checkpoints/0000001.pt")
+    shared = [*plain, "--results-dir", tmp_path, "--max-steps", 2]
+    capsys.readouterr()
+    for start in (["--resume"], ["--ckpt", ckpt]):
+        for other in (["--position-table", "none"], ["--rope-speed", 0.25]):
+            run_main(train, *shared, *start, *other, status=2)
+            lines = [line for line in capsys.readouterr().err.splitlines() if "error: " in line]
+            assert len(lines) == 1 and other[0] in lines[0]
+    run_main(train, *shared, "--num-frames", 9, "--ckpt", ckpt)
+    state = checkpoint.load(next(tmp_path.glob("001*/checkpoints/latest.pt")))
+    assert (state["config"]["model"]["position_table"], state["config"]["model"]["rope_speed"]) == ("space", 0.5)
+    assert "rotary positions of speed 0.5 and a table of space" in capsys.readouterr().out
+
+
 def test_the_first_rank_of_a_machine_checks_for_all_of_them(monkeypatch):
     monkeypatch.setenv("LOCAL_RANK", "1")
     assert preflight.check_run(SimpleNamespace()) is None  # without a look at a flag, file or folder
