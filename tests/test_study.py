@@ -201,11 +201,12 @@ def test_a_spread_is_over_seeds():
 
 @pytest.fixture
 def made_up(tmp_path):
-    """A csv with three arms: loss lower by 0.1, the curriculum has motion at less than half of the compute."""
+    """A csv with some arms: loss lower by 0.1, the curriculum has motion at less than half of the compute."""
     rows = []
     for seed in range(3):
         for name, share, loss, direction in (
-            ("16 fixed", 1.0, 0.7, 0.8), ("16 moving", 1.0, 0.6, 0.75), ("16 moving intervals", 0.4, 0.9, 0.0),
+            ("16 fixed", 1.0, 0.7, 0.8), ("16 moving", 1.0, 0.6, 0.75), ("16 table", 1.0, 0.7, 0.7),
+            ("16 table", 1.6, 0.6, 0.8), ("16 moving intervals", 0.4, 0.9, 0.0),
             ("16 moving intervals", 1.0, 0.6, 0.75), ("16 moving intervals", 1.6, 0.5, 1.0),
             ("4-8-16 moving", 1.0, 0.5, 0.95), ("4-8-16 moving", 0.4, 0.7, 0.8), ("4-8-16 moving", 0.6, 0.65, 0.9),
         ):  # fmt: skip
@@ -226,6 +227,7 @@ def test_a_report_says_what_was_found_and_what_was_not_run(made_up):
     assert "of the compute (each seed: 136%; 136%; 136%)." in text
     assert "are right at 60% of the compute (each seed: 60%; 60%; 60%)." in text
     assert "Compute to motion, 4-8-16 moving / 16 moving intervals: 0.44 (each seed: 0.44; 0.44; 0.44)." in text
+    assert "Compute to motion, 4-8-16 moving / 16 table: at most 0.38 (each seed: at most 0.38;" in text
     assert "Loss: 4-8-16 moving at 60% minus 16 moving intervals at 100% is +0.050" in text
     figures = {path.name for path in (made_up / "figures").iterdir()}
     assert figures == {"study-B.png", "study-C.png"}  # A waits for the rotary arm

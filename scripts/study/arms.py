@@ -45,7 +45,7 @@ SHARE_SEEDS = 3
 ARMS = [
     Arm("16 fixed", "A", seeds=5),
     Arm("16 rotary", "A", ROTARY, seeds=5),
-    Arm("16 table", "AD", TABLE, seeds=5),
+    Arm("16 table", "ACD", TABLE, seeds=5, shares=(1.6,)),
     Arm("16 moving", "AD", MOVING, seeds=5),
     Arm("16 moving intervals", "BC", MOVING + INTERVALS, shares=SHARES),
     Arm("4-8-16", "B", ROTARY + INTERVALS, EVEN, lengths=LENGTHS),

@@ -5,7 +5,7 @@ import math
 import matplotlib
 import numpy as np
 
-from arms import BASE, BY_NAME, GUIDANCE, LENGTHS, SHARES, TOKENS, VERSION, last_rows, phases_of
+from arms import BASE, BY_NAME, GUIDANCE, LENGTHS, TOKENS, VERSION, last_rows, phases_of
 from runtime.atomic import atomic_write
 from runtime.cli import say
 from scoring import motion
@@ -215,7 +215,7 @@ def answer_b(study):
 
 
 def answer_c(study):
-    rows, names = study.rows, (START, CURRICULUM)
+    rows, names = study.rows, (TABLE, START, CURRICULUM)
     curves = {name: curve(rows, name) for name in names}
     lines, found = [], {}  # found: results of compute_to, of the mean over seeds and of each seed
     for name, (shares, by_seed) in curves.items():
@@ -227,26 +227,30 @@ def answer_c(study):
         mean, *each = map(crossing_text, found[name].values())
         lines.append(f"- {name}: {RIGHT:.0%} of the directions, in the mean over seeds, are right at {mean} of the "
                      f"compute (each seed: {'; '.join(each)}).")  # fmt: skip
-    if len(found) == 2:
-        both = [seed for seed in found[CURRICULUM] if seed in found[START]]
-        mean, *each = (ratio_text(found[CURRICULUM][seed], found[START][seed]) for seed in both)
-        lines.append(f"- Compute to motion, {CURRICULUM} / {START}: {mean} (each seed: {'; '.join(each)}).")
+    for base in (START, TABLE):
+        if both := [seed for seed in found.get(CURRICULUM, ()) if seed in found.get(base, ())]:
+            mean, *each = (ratio_text(found[CURRICULUM][seed], found[base][seed]) for seed in both)
+            lines.append(f"- Compute to motion, {CURRICULUM} / {base}: {mean} (each seed: {'; '.join(each)}).")
     early, whole = losses(rows, CURRICULUM, 0.6), losses(rows, START)
     lines.append("- " + difference(f"{CURRICULUM} at 60%", f"{START} at 100%", "Loss", early, whole))
-    lines += ["", *arm_table(rows, [(name, share) for name in names for share in sorted((1.0, *SHARES))])]
-    if len(found) < 2:
-        return lines
+    runs = [(name, share) for name in names for share in sorted((1.0, *BY_NAME[name].shares))]
+    lines += ["", *arm_table(rows, runs)]
+    return lines + draw_c(study, curves, found) if len(found) == len(names) else lines
+
+
+def draw_c(study, curves, found):
+    """The figure of C: curves are those of `curve`, found as in `answer_c`."""
     figure, axes = plt.subplots(figsize=(9.5, 6.5), layout="constrained")
-    for number, name in enumerate(names):
-        shares, by_seed = curves[name]
+    for number, (name, (shares, by_seed)) in enumerate(curves.items()):
         points = [{seed: values[place] for seed, values in by_seed.items()} for place in range(len(shares))]
         draw_shares(axes, [100 * share for share in shares], points, name, number)
     axes.axhline(100 * RIGHT, color="gray", linestyle="--", label=f"{RIGHT:.0%}")
     axes.set(xlabel=f"compute of a complete run, % of {study.size.steps:,} steps of 16 frames")
     axes.set(ylabel="directions right, %", ylim=(0, 103))
-    texts = [crossing_text(found[name]["mean"]) for name in names[::-1]]
-    message = f"{RIGHT:.0%} of the directions are right at {texts[0]} of the compute ({CURRICULUM}),\n"
-    return lines + save_figure(study, "C", figure, axes, message + f"at {texts[1]} from the start ({START})")
+    texts = {name: crossing_text(found[name]["mean"]) for name in found}
+    message = f"{RIGHT:.0%} of the directions are right at {texts[CURRICULUM]} of the compute ({CURRICULUM}),\n"
+    message += f"from the start at {texts[START]} ({START}), {texts[TABLE]} ({TABLE})"
+    return save_figure(study, "C", figure, axes, message)
 
 
 def crossing_text(found):
@@ -257,13 +261,13 @@ def crossing_text(found):
 def ratio_text(first, second):
     """The ratio of two results of `compute_to`, as a bound where one of them is a bound."""
     (share, kind), (other, other_kind) = first, second
-    ratio = f"{share / other:.2f}"
+    ratio = round(share / other, 6)
     if kind == other_kind == "=":
-        return ratio
+        return f"{ratio:.2f}"
     if kind in "=<" and other_kind in "=>":
-        return f"at most {ratio}"
+        return f"at most {math.ceil(100 * ratio) / 100:.2f}"
     if kind in "=>" and other_kind in "=<":
-        return f"at least {ratio}"
+        return f"at least {math.floor(100 * ratio) / 100:.2f}"
     return "both are bounds, so it is not known"
 
 
