@@ -160,7 +160,7 @@ def save_figure(study, name, figure, axes, message):
     path.parent.mkdir(parents=True, exist_ok=True)
     figure.savefig(path)
     plt.close(figure)
-    return [f"![{message}](figures/{path.name})", ""]
+    return [f"![{' '.join(message.split())}](figures/{path.name})", ""]
 
 
 def percent(values):
