@@ -380,7 +380,7 @@ def test_optimizers_load_the_state_of_each_weight_and_keep_their_settings(kind):
 @pytest.mark.parametrize(("flags", "part"), [({}, "ema"), ({"use_ema": False}, "model")])
 @pytest.mark.parametrize(
     "changes",
-    [{}, {"use_rope": False}, {"qk_norm": True, "rope_theta": 500.0}, {"position_table": "space", "rope_speed": 0.5}],
+    [{}, {"use_rope": False}, {"qk_norm": True, "rope_theta": 500.0}, {"position_table": "space"}],
     ids=str,
 )
 def test_the_model_comes_back_bit_by_bit_with_its_ema_weights_unless_told_otherwise(tmp_path, flags, part, changes):
