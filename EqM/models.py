@@ -69,9 +69,9 @@ class EqMConfig:
         if self.position_table not in POSITION_TABLES:
             choices = ", ".join(POSITION_TABLES)
             raise ValueError(f"position_table must be one of {choices}, found {self.position_table!r}")
-        if not self.use_rope and (self.position_table != "none" or self.rope_speed):
-            name = "position_table" if self.position_table != "none" else "rope_speed"
-            raise ValueError(f"{name} {getattr(self, name)} needs use_rope: without it positions are fixed")
+        for name, off in (("rope_speed", 0.0), ("position_table", "none")):
+            if not self.use_rope and getattr(self, name) != off:
+                raise ValueError(f"{name} {getattr(self, name)} needs use_rope: without it positions are fixed")
         if self.ebm not in EBMS:
             raise ValueError(f"ebm must be one of {', '.join(EBMS)}, found {self.ebm!r}")
         rows = 18 * self.depth * self.hidden_size + self.num_classes + 2 * self.values_per_token + self.num_positions
@@ -88,9 +88,10 @@ class EqMConfig:
     @property
     def num_positions(self):
         """The number of rows of the position table; 0 without one."""
-        if self.use_rope and self.position_table == "none":
-            return 0
-        return math.prod(self.grid(self.num_frames)[1 if self.use_rope else 0 :])
+        time, height, width = self.grid(self.num_frames)
+        if self.use_rope:
+            return height * width if self.position_table == "space" else 0
+        return time * height * width
 
     @property
     def positions(self):

@@ -33,10 +33,10 @@ class Arm:
     lengths: tuple = (16,)  # num_frames of samples of runs with full compute; others have 16
 
 
-ROTARY = "--use-rope --rope-theta 100"
-TABLE = ROTARY + " --position-table space"
-MOVING = TABLE + " --rope-speed 0.5"
-INTERVALS = " --frame-interval 1 2"
+ROTARY_FLAGS = "--use-rope --rope-theta 100"
+TABLE_FLAGS = ROTARY_FLAGS + " --position-table space"
+MOVING_FLAGS = TABLE_FLAGS + " --rope-speed 0.5"
+INTERVAL_FLAGS = " --frame-interval 1 2"
 EVEN = ((4, 1 / 3), (8, 1 / 3), (16, 1 / 3))
 LENGTHS = (16, 24, 32)
 SHARES = (0.4, 0.6, 1.6)
@@ -44,18 +44,18 @@ SHARE_SEEDS = 3
 
 ARMS = [
     Arm("16 fixed", "A", seeds=5),
-    Arm("16 rotary", "A", ROTARY, seeds=5),
-    Arm("16 table", "ACD", TABLE, seeds=5, shares=(1.6,)),
-    Arm("16 moving", "AD", MOVING, seeds=5),
-    Arm("16 moving intervals", "BC", MOVING + INTERVALS, shares=SHARES),
-    Arm("4-8-16", "B", ROTARY + INTERVALS, EVEN, lengths=LENGTHS),
-    Arm("4-8-16 table", "B", TABLE + INTERVALS, EVEN, lengths=LENGTHS),
-    Arm("4-8-16 mix", "B", ROTARY + INTERVALS, EVEN, mix=0.2, lengths=LENGTHS),
-    Arm("4-8-16 table mix", "B", TABLE + INTERVALS, EVEN, mix=0.2, lengths=LENGTHS),
-    Arm("4-8-16 moving", "BC", MOVING + INTERVALS, EVEN, lengths=LENGTHS, shares=SHARES),
-    Arm("16 speed 0.25", "D", TABLE + " --rope-speed 0.25", seeds=2),
-    Arm("16 speed 1", "D", TABLE + " --rope-speed 1", seeds=2),
-    Arm("16 speed 1e-9", "D", TABLE + " --rope-speed 1e-9", seeds=2),  # the frequencies of the others, without motion
+    Arm("16 rotary", "A", ROTARY_FLAGS, seeds=5),
+    Arm("16 table", "ACD", TABLE_FLAGS, seeds=5, shares=(1.6,)),
+    Arm("16 moving", "AD", MOVING_FLAGS, seeds=5),
+    Arm("16 moving intervals", "BC", MOVING_FLAGS + INTERVAL_FLAGS, shares=SHARES),
+    Arm("4-8-16", "B", ROTARY_FLAGS + INTERVAL_FLAGS, EVEN, lengths=LENGTHS),
+    Arm("4-8-16 table", "B", TABLE_FLAGS + INTERVAL_FLAGS, EVEN, lengths=LENGTHS),
+    Arm("4-8-16 mix", "B", ROTARY_FLAGS + INTERVAL_FLAGS, EVEN, mix=0.2, lengths=LENGTHS),
+    Arm("4-8-16 table mix", "B", TABLE_FLAGS + INTERVAL_FLAGS, EVEN, mix=0.2, lengths=LENGTHS),
+    Arm("4-8-16 moving", "BC", MOVING_FLAGS + INTERVAL_FLAGS, EVEN, lengths=LENGTHS, shares=SHARES),
+    Arm("16 speed 0.25", "D", TABLE_FLAGS + " --rope-speed 0.25", seeds=2),
+    Arm("16 speed 1", "D", TABLE_FLAGS + " --rope-speed 1", seeds=2),
+    Arm("16 speed 1e-9", "D", TABLE_FLAGS + " --rope-speed 1e-9", seeds=2),  # the same frequencies without motion
 ]
 BY_NAME = {arm.name: arm for arm in ARMS}
 
