@@ -25,6 +25,7 @@ from pathlib import Path
 
 import torch
 
+import transport
 from models import SHAPE, EqM, EqMConfig, model_name, model_shape
 from published import load_published, published_parts, read_export
 from runtime.atomic import atomic_write, link
@@ -447,7 +448,13 @@ class Start:
     @property
     def unlogged(self):
         """The StepStats of a run that was stopped before it could log them; None in any other case."""
-        return self.run.get("window")
+        window = self.run.get("window")
+        if window and "mean_square" in window["names"]:  # earlier versions had E[x^2] instead of the loss of zero
+            column, rows = window["names"].index("mean_square"), window["rows"].clone()
+            rows[:, column] = transport.zero_loss(rows[:, column])
+            names = ["target_square" if name == "mean_square" else name for name in window["names"]]
+            window = {"names": names, "rows": rows}
+        return window
 
     @property
     def run(self):

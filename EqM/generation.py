@@ -23,6 +23,7 @@ from runtime.rng import normal
 from runtime.untrusted import FPS
 from samplers import DESCENTS, SOLVERS, guided, sample
 from vae import VAE, load_vae
+from video.samples import NO_LABEL, class_name
 
 MOST_FRAMES, MOST_SAMPLES = 2**16, 2**24  # more is a typing error
 STOP_BELOW = 1.0  # as accurate as 250 points with 57% of their evaluations: scripts/adaptive_compute.py
@@ -40,7 +41,8 @@ def add_sample_flags(add, num_samples, num_samples_help="number of samples"):
     add("--num-frames", type=frames, metavar="N", help="frames per video, any number with rotary positions; " + trained)
     add("--fps", type=rate, metavar="X", help="frames per second of the samples; " + trained)
     add("--time-scale", type=scale, metavar="X", help="the same as seconds per frame; give one of the two")
-    add("--classes", nargs="+", metavar="C", help="names or indices of classes, taken in turn; default: all")
+    classes = "names or indices of classes, taken in turn; none: no label, so no guidance; default: all"
+    add("--classes", nargs="+", metavar="C", help=classes)
     count = number(int, least=1, most=MOST_SAMPLES)
     add("--num-samples", "--num-fid-samples", type=count, default=num_samples, metavar="N", help=num_samples_help)
     add("--seed", "--global-seed", type=NATURAL, default=0, metavar="N", help="seed of the noise")
@@ -117,11 +119,17 @@ class Source:
     model: EqM
     vae: VAE
     classes: list  # their names
-    labels: torch.Tensor  # (num_samples,) int64
+    labels: torch.Tensor  # (num_samples,) int64; NO_LABEL: no label
     num_frames: int
     time_scale: float  # seconds per frame
     video: bool = True  # False: images
     step: int = 0  # of training
+    forcing: float = 0.0  # --forcing of training
+
+    @property
+    def names(self):
+        """The name of the class of each sample."""
+        return [class_name(self.classes, label) for label in self.labels]
 
     @property
     def image_size(self):
@@ -184,7 +192,8 @@ def open_checkpoint(args):
     scale_rope(args, model, data, training["num_frames"], num_frames, time_scale)
     name = model_name(**asdict(model.config))
     say(f"{args.ckpt}: {name}, step {step}, trained on {training['num_frames']} frames")
-    return Source(model, vae, data["classes"], labels, num_frames, time_scale, training["video"], step)
+    about = training["video"], step, training.get("forcing", 0.0)  # older files have none
+    return Source(model, vae, data["classes"], labels, num_frames, time_scale, *about)
 
 
 def open_vae(args, config, data):
@@ -225,11 +234,14 @@ def choose_labels(args, names):
     for word in args.classes or range(len(names)):
         if word in names:
             labels.append(names.index(word))
+        elif word == "none":
+            labels.append(NO_LABEL)
         elif str(word).isdecimal() and int(word) < len(names):
             labels.append(int(word))
         else:
             known = ", ".join(names[:8]) + (", ..." if len(names) > 8 else "")
-            raise UserError(f"--classes {word}: no such class; wanted one of {known} or an index below {len(names)}")
+            wanted = f"wanted one of {known} or an index below {len(names)}, or none"
+            raise UserError(f"--classes {word}: no such class; {wanted}")
     return torch.tensor(labels)[torch.arange(args.num_samples) % len(labels)]
 
 
@@ -268,14 +280,15 @@ def sha256(path):
 
 
 def generate_clips(
-    source, indices, seed, device, settings, batch_size=16, init=None, init_gamma=0.0, energy=False, show=True,
-    before_evaluation=None,
+    source, indices, seed, device, settings, batch_size=16, init=None, init_gamma=0.0, given=None, energy=False,
+    show=True, before_evaluation=None,
 ):  # fmt: skip
     """Generate the samples `indices` of a Source, batch by batch, with one progress bar for all of them.
 
-    Each sample depends on its index, the seed and the network; on the others of its batch by rounding only.
-    init(indices), if given, returns clips uint8 (n, 3, T, H, W) that have the share init_gamma in the start; the rest
-    is noise. before_evaluation(), if given, is called before each evaluation of the network, and may raise.
+    The noise of a sample depends on seed and index alone. Clips are uint8 (n, 3, T, H, W). init(indices), if not None,
+    returns those that have the share init_gamma in the start; the rest is noise. given(indices) returns clips and a
+    mask (n, T), bool: where it is true, frames are kept as they are. before_evaluation(), if it is there, is called
+    before each evaluation of the network, and may raise.
     Yields of each batch: videos uint8 (n, T, H, W, 3), evaluations (n,) and energies (n, num_steps), None without
     `energy`.
     """
@@ -285,21 +298,29 @@ def generate_clips(
             before_evaluation()
         return source.model(*inputs)
 
+    null_label = source.model.config.num_classes
     batches = [indices[first : first + batch_size] for first in range(0, len(indices), batch_size)]
     with sampling_bar(len(batches), settings["num_steps"], show) as progress:
         for batch in batches:
+            labels = source.labels[batch].to(device)
+            clips, mask = (part.to(device) for part in given(batch)) if given else (None, None)
+            kept = {} if mask is None else {"given": source.vae.encode(clips), "mask": mask[:, None, :, None, None]}
             latents, evaluations, energies = generate_batch(
                 network,
                 start_points(source, batch, seed, device, init, init_gamma),
-                source.labels[batch].to(device),
+                torch.where(labels == NO_LABEL, null_label, labels),
                 torch.full((len(batch),), source.time_scale, device=device),
                 progress,
-                null_label=source.model.config.num_classes,
+                null_label=null_label,
                 energy=source.model.energy if energy else None,
                 start_gamma=init_gamma,
+                **kept,
                 **settings,
             )
-            yield source.vae.decode(latents), evaluations, energies
+            videos = source.vae.decode(latents)
+            if mask is not None:  # as they were read, not as the VAE decodes them
+                videos = torch.where(mask[:, :, None, None, None], clips.permute(0, 2, 3, 4, 1), videos)
+            yield videos, evaluations, energies
 
 
 def start_points(source, indices, seed, device, init, init_gamma):
@@ -338,12 +359,14 @@ def generate_batch(
 ):
     """Turn the noise x (B, C, T, H, W) float32 into samples, and move the progress bar by num_steps.
 
-    labels (B,), time_scale (B,); settings are those of `samplers.sample`. precision is that of the network only: the
-    samples stay float32. energy(x, y, time_scale) -> (B,), if given, is evaluated at every point.
+    labels (B,), time_scale (B,); settings are those of `samplers.sample`. No guidance if no sample has a label.
+    precision is that of the network only: the samples stay float32. energy(x, y, time_scale) -> (B,), if there is one,
+    is evaluated at every point.
     Returns samples (B, C, T, H, W), evaluations (B,) and energies (B, num_steps): NaN after the point where a sample
     stopped, None without `energy`.
     """
     num_steps = settings["num_steps"]
+    guidance = 1 if (labels == null_label).all() else guidance
     end = progress.n + num_steps
     with distributed.autocast(x.device, precision):
         field = guided(network, labels, time_scale, guidance, null_label)

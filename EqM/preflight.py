@@ -104,6 +104,8 @@ def check_flags(args):
     check_job()
     check_speed_flags(args)
     check_sampling_flags(args)
+    if args.forcing and not args.video:
+        raise UserError(f"--forcing {args.forcing} without --video: images have one frame; add --video or leave it out")
     for name in ("rope_theta", "rope_split", "rope_speed", "position_table"):
         if (value := getattr(args, name)) is not None and not args.use_rope:
             flag = f"--{name.replace('_', '-')} {value}"

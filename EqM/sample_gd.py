@@ -2,6 +2,7 @@
 
     torchrun --nproc_per_node=1 EqM/sample_gd.py --video --num-frames 16 \
         --ckpt results/EXP/002-EqM-S-4-f16-rope/checkpoints/best.pt --num-samples 16 --folder samples
+    python EqM/sample_gd.py --video --num-frames 16 --ckpt FILE --given clip.mp4 --given-frames 0-7
 
 Architecture, latents, classes and frame rate come from the checkpoint; flags that repeat them are checked.
 Published image models need --model.
@@ -34,11 +35,10 @@ from runtime.cli import (
 )
 from runtime.distributed import own_indices, rank, world_size
 from samplers import SOLVERS
-from video.clips import init_files, read_init
+from video.given import KEPT_CLIPS, Given, as_ranges, find_clips, frame_ranges
 from video.writers import write_samples
 
 UNFINISHED = "samples.unfinished"  # a file that is in the folder while samples are written
-KEPT_CLIPS = 32  # clips of --init that are kept in memory
 
 
 def parse_args():
@@ -48,6 +48,10 @@ def parse_args():
     add("--ckpt", required=True, metavar="FILE", help=ckpt)
     add("--video", action="store_true", help="sample videos; without it images")
     generation.add_sample_flags(add, num_samples=16)
+    given = "complete this video or picture, those of a folder in turn, or the samples of an earlier run"
+    add("--given", metavar="FILE_OR_FOLDER", help=given)
+    frames = "the frames of --given that are kept, such as 0-3,12-15; default: all it has, at most half of the sample"
+    add("--given-frames", type=frame_ranges, metavar="RANGES", help=frames)
     init = "start from this video or image, or from those of a folder in turn; default: from noise"
     add("--init", metavar="FILE_OR_FOLDER", help=init)
     share = "share of --init in the start, the rest is noise; default: 0.5 with --init"
@@ -74,6 +78,12 @@ def check_flags(args):
         if value is not None and not args.video:
             raise UserError(f"{flag} {value} without --video: images have no frames; add --video or leave it out")
     check_writable("--folder", args.folder)
+    if args.given_frames and not args.given:
+        raise UserError(f"--given-frames {as_ranges(args.given_frames)} are frames of --given: give that, too")
+    if args.given and args.init:
+        raise UserError("--given and --init: frames to keep or a start from which all change: give one of them")
+    if args.given and not args.video:
+        raise UserError(f"--given {args.given} without --video: images have no frames; add --video or leave it out")
     if args.init_gamma is None:
         args.init_gamma = 0.5 if args.init else 0.0
     elif args.init is None:
@@ -89,16 +99,15 @@ def init_reader(args, source, indices):
     """
     if args.init is None:
         return None
-    images, files = not args.video, init_files(args.init, images=not args.video)
+    clips, frames = find_clips("--init", args.init, images=not args.video), range(source.num_frames)
 
     @functools.lru_cache(KEPT_CLIPS)
     def read(number):
-        clip = read_init(files[number], source.num_frames, source.time_scale, source.image_size, images)
-        return torch.from_numpy(clip).permute(3, 0, 1, 2)
+        return clips[number].read(frames, source.time_scale, source.image_size)
 
-    for number in sorted({index % len(files) for index in indices}):
+    for number in sorted({index % len(clips) for index in indices}):
         read(number)
-    return lambda indices: torch.stack([read(index % len(files)) for index in indices])
+    return lambda indices: torch.stack([read(index % len(clips)) for index in indices])
 
 
 @one_line_errors()
@@ -113,6 +122,7 @@ def main():
         args.num_frames = source.num_frames
         indices = own_indices(args.num_samples, block=args.batch_size)
         init = init_reader(args, source, indices)
+        given = Given(args, source, indices) if args.given else None
     except UserError as error:
         fail(error)
 
@@ -123,11 +133,11 @@ def main():
         say(f"note: {idle} of {world_size()} ranks have nothing to do: a smaller --batch-size shares the work")
     made = generation.generate_clips(
         source, indices, args.seed, device, generation.sampling_settings(args), args.batch_size, init, args.init_gamma,
-        energy=args.report_energy, show=rank() == 0,
+        given, energy=args.report_energy, show=rank() == 0,
     )  # fmt: skip
     batches = in_order(made, math.ceil(args.num_samples / (args.batch_size * world_size())))
     if rank() == 0:
-        write_folder(args, source, batches)
+        write_folder(args, source, batches, given)
     else:
         list(batches)  # nothing comes out of it, but the ranks meet in each round
     distributed.stop()
@@ -145,12 +155,13 @@ def in_order(made, rounds):
         yield from filter(None, distributed.gather_on_first(batch) or [])
 
 
-def write_folder(args, source, batches):
+def write_folder(args, source, batches, given):
     """The videos or images, previews of them, samples.npz, reports, and last samples.json: how they were made.
 
-    batches: iterator of (videos, evaluations, energies). A folder without samples.json is not complete.
+    batches: iterator of (videos, evaluations, energies). given: a Given or None. A folder
+    without samples.json is not complete.
     """
-    folder, names = Path(args.folder), [source.classes[label] for label in source.labels]
+    folder, names = Path(args.folder), source.names
     evaluations, energies = [], []
 
     def videos_of(batches):
@@ -162,7 +173,8 @@ def write_folder(args, source, batches):
     videos = videos_of(batches)
     videos = itertools.chain([next(videos)], videos)  # if that fails, the samples of an earlier call stay
     begin_folder(folder)
-    write_samples(folder, videos, source.labels, 1 / source.time_scale, names)
+    marked = given and [given.frames_of(index) for index in range(len(names))]
+    write_samples(folder, videos, source.labels, 1 / source.time_scale, names, marked)
     evaluations = torch.cat(evaluations)
     if args.stop_below is not None:
         write_evaluations(args, names, evaluations)
@@ -171,6 +183,7 @@ def write_folder(args, source, batches):
     about = {"classes": source.classes, "time_scale": source.time_scale}
     about |= {"mean_evaluations": evaluations.double().mean().item()}
     about |= {"source": generation.provenance(source, args), "flags": vars(args)}
+    about |= {"given": given.about()} if given else {}
     with atomic_write(folder / "samples.json") as file:
         file.write(json.dumps(about, indent=2).encode())
     (folder / UNFINISHED).unlink()

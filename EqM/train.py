@@ -30,6 +30,7 @@ from tqdm import tqdm
 import checkpoint
 import preflight
 import transport
+from forcing import draw_gammas
 from generation import Source, add_sampling_flags, cast_products, generate_clips, sampling_settings
 from models import EBMS, NAMES, POSITION_TABLES, EqM, model_name
 from optim import MUON_DECAY, check_gradient, ema_decay, lr_multiplier, make_optimizers, set_learning_rates, update_ema
@@ -159,6 +160,9 @@ def add_optimisation_flags(parser):
     add("--ema-decay", type=SHARE, default=0.9999, metavar="X", help=decay)
     shift = "above 1: train closer to the noise; 1: uniform gamma"
     add("--gamma-shift", type=POSITIVE, default=1.0, metavar="S", help=shift)
+    forcing = "share of the clips with levels of noise of their own for given frames (clean) and the others, so that "
+    forcing += "the model can complete clips; 0 = off"
+    add("--forcing", type=SHARE, default=0.0, metavar="P", help=forcing)
     add("--disp", action="store_true", help="add the dispersive loss of the last block's activations")
     add("--global-seed", type=NATURAL, default=0, metavar="N", help="seed of every random draw")
 
@@ -254,15 +258,14 @@ def main():
                 if len(stats) and is_due(progress.step, phase.last_step, *periods):
                     step, videos = progress.step, None
                     row = stats.summary(step, phase.batch_size)
-                    row["train_loss_rel"] = row["train_loss"] / transport.zero_loss(row.pop("mean_square"))
+                    row["train_loss_rel"] = row["train_loss"] / row.pop("target_square")
                     row |= device_stats(device, args.precision, row["tflops_per_s"])
                     bar.set_postfix_str(bar_text(row))
                     report_bad(bad_videos, stats.bad, step, log)
                     if is_due(step, phase.last_step, args.val_every):
                         val_began = time.monotonic()
-                        val_metrics, bad = validate(
-                            ema, model, vae, val_loader, phase.num_frames, args.precision, device, stop
-                        )
+                        settings = phase.num_frames, args.precision, device, stop, args.forcing > 0
+                        val_metrics, bad = validate(ema, model, vae, val_loader, *settings)
                         report_bad(bad_videos, bad, step, log)
                         row |= val_metrics | {"val_seconds": time.monotonic() - val_began}
                     if args.sample_every and step % args.sample_every == 0:
@@ -298,9 +301,9 @@ def main():
                     files += batch["videos"]
                     sync = micro_batch == args.grad_accum or not distributed.is_started()
                     with nullcontext() if sync else network.no_sync():
-                        losses, mean_square = training_losses(network, vae, batch, config, args, stream, device)
+                        losses, target_square = training_losses(network, vae, batch, config, args, stream, device)
                         scaler.scale(sum(losses.values()) / args.grad_accum).backward()
-                    for name, value in (losses | {"mean_square": mean_square}).items():
+                    for name, value in (losses | {"target_square": target_square}).items():
                         sums[name] += value.detach() / args.grad_accum
                 for optimizer in optimizers:
                     scaler.unscale_(optimizer)
@@ -344,14 +347,15 @@ def main():
 
 
 def training_losses(network, vae, batch, config, args, stream, device):
-    """({name: loss} of a micro-batch, to be added up; E[x^2] of its clips).
+    """({name: loss} of a micro-batch, to be added up; the loss of a network that predicts zero).
 
     Noise, gamma and the labels to drop depend on the seed and on each sample's index in the stream alone.
     """
     seed, indices = args.global_seed, batch["indices"].tolist()
     x = vae.latents_of(batch["clips"].to(device, non_blocking=True), seed, stream, indices)  # (B, C, T, H, W)
     noise = normal(seed, "noise", stream, indices, x.shape[1:], device)
-    gamma = transport.shift_gamma(uniform(seed, "gamma", stream, indices), args.gamma_shift)  # (B,)
+    patch, levels = config.temporal_patch_size, (args.gamma_shift, args.forcing)
+    gamma = draw_gammas(seed, stream, indices, x.shape[2], patch, *levels)  # (B,), with --forcing (B, T)
     dropped = uniform(seed, "label drop", stream, indices) < config.class_dropout_prob
     labels = torch.where(dropped, config.num_classes, batch["labels"])
     labels, time_scale, gamma = (part.to(device, non_blocking=True) for part in (labels, batch["time_scales"], gamma))
@@ -361,7 +365,7 @@ def training_losses(network, vae, batch, config, args, stream, device):
         losses = {"train_loss": transport.loss(f, x, noise, gamma).mean()}
     if args.disp:
         losses["disp_loss"] = transport.dispersive_loss(features)
-    return losses, x.square().mean()
+    return losses, transport.target(x, noise, gamma).square().mean()
 
 
 def start_phase(args, data, phases, phase, progress, device):
@@ -414,7 +418,7 @@ def sample_ema(source, args, device, stop):
 def write_previews(folder, step, metrics, source, videos):
     """Samples uint8 (N, T, H, W, 3) as a sheet of frames, mp4 and GIF: in the run folder and TensorBoard."""
     path, fps, gif, mp4 = folder / "samples" / f"{step:07d}", 1 / source.time_scale, None, None
-    write_sheet(path.with_suffix(".png"), videos, [source.classes[label] for label in source.labels])
+    write_sheet(path.with_suffix(".png"), videos, source.names)
     if videos.shape[1] > 1:
         gif, mp4 = io.BytesIO(), path.with_suffix(".mp4")
         write_mp4(mp4, tile(videos), fps)

@@ -2,7 +2,8 @@
 
 Between noise eps and data x lies x_gamma = gamma x + (1 - gamma) eps. A network without gamma as an input learns the
 field f(x_gamma) = (x - eps) c(gamma). It points from noise to data and vanishes at the data, so data are its equilibria
-and sampling is gradient descent along it. All functions broadcast gamma (B,) over x and noise (B, ...).
+and sampling is gradient descent along it. gamma is (B,), one level per sample of x and noise (B, ...), or (B, T), one
+per frame of clips (B, C, T, H, W).
 """
 
 import math
@@ -41,13 +42,18 @@ def shift_gamma(u, shift):
 
 def loss(f, x, noise, gamma):
     """Mean squared error of a network's output f at x_gamma, for each sample: (B,) float32."""
-    return (f.float() - target(x, noise, gamma)).square().flatten(1).mean(dim=1)
+    return squared_error(f, x, noise, gamma).flatten(1).mean(dim=1)
+
+
+def squared_error(f, x, noise, gamma):
+    """The squared error of each value of a network's output f at x_gamma, (B, ...) float32."""
+    return (f.float() - target(x, noise, gamma)).square()
 
 
 def zero_loss(mean_square):
     """The expected loss of a network that predicts zero, for uniform gamma: E[c^2] (1 + E[x^2]).
 
-    Validation has uniform gamma. Training losses relative to it are comparable only at the same --gamma-shift.
+    For validation, whose gammas are uniform; a training step knows the mean square of its own targets.
     """
     return MEAN_SQUARED_DECAY * (1 + mean_square)
 
@@ -68,4 +74,7 @@ def dispersive_loss(features):
 
 
 def _broadcast(gamma, x):
+    """gamma in a shape that broadcasts over x: (B, 1, ...), of (B, T) gammas (B, 1, T, 1, 1)."""
+    if gamma.dim() == 2:
+        return gamma[:, None, :, None, None]
     return gamma.reshape(-1, *[1] * (x.dim() - 1))

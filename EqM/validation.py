@@ -2,10 +2,12 @@
 
 import math
 from contextlib import suppress
+from functools import partial
 
 import torch
 
 import transport
+from forcing import half_given
 from runtime import distributed
 from runtime.rng import normal
 from runtime.signals import Interrupted
@@ -27,11 +29,12 @@ def validation_chunks(val, lengths, num_clips):
 
 
 @torch.no_grad()
-def validate(ema, model, vae, loader, num_frames, precision, device, stop):
+def validate(ema, model, vae, loader, num_frames, precision, device, stop, given=False):
     """({name: value}, equal on all ranks, of the EMA and of the raw weights; this rank's bad videos).
 
     The loader gives this rank's validation chunks. Gammas are uniform: multiples of the golden ratio, modulo 1. The
-    chunks are the same on any number of ranks. Raises Interrupted.
+    chunks are the same on any number of ranks. given: the EMA also with the first half of the frames clean. Raises
+    Interrupted.
     """
     rows, bad, batches = [], [], batches_of(loader)
     with suppress(Interrupted):
@@ -40,15 +43,13 @@ def validate(ema, model, vae, loader, num_frames, precision, device, stop):
             gamma = (indices.double() * GOLDEN_RATIO % 1).float()
             x = vae.latents_of(batch["clips"].to(device), 0, "validation", indices.tolist())
             noise = normal(0, "noise", "validation", indices.tolist(), x.shape[1:], device)
-            gamma = gamma.to(device)
-            x_gamma = transport.interpolate(x, noise, gamma)
-            losses = []
-            for network in (ema, model):
-                with distributed.autocast(device, precision):
-                    f = network(x_gamma, labels, time_scale)
-                losses.append(transport.loss(f, x, noise, gamma))
-            frames = torch.full_like(gamma, batch["clips"].shape[-3])
-            columns = frames, indices.to(device), gamma, *losses, x.square().flatten(1).mean(1)
+            gamma, T = gamma.to(device), x.shape[2]
+            losses = partial(clip_losses, x, noise, labels, time_scale, precision)
+            columns = [torch.full_like(gamma, T), indices.to(device), gamma, losses(ema, gamma), losses(model, gamma)]
+            columns.append(x.square().flatten(1).mean(dim=1))
+            if given:
+                blank = torch.full_like(gamma, torch.nan)
+                columns.append(losses(ema, half_given(gamma, T), first=T // 2) if T > 1 else blank)
             rows.append(torch.stack([column.double() for column in columns], dim=1).cpu())
             bad += batch["bad"]
     stop.settle()
@@ -57,21 +58,31 @@ def validate(ema, model, vae, loader, num_frames, precision, device, stop):
     return summarize(rows, num_frames), bad
 
 
+def clip_losses(x, noise, labels, time_scale, precision, network, gamma, first=0):
+    """The losses of a network at the gammas, (B,) or (B, T), of the frames from `first` on: (B,) float32."""
+    with distributed.autocast(x.device, precision):
+        f = network(transport.interpolate(x, noise, gamma), labels, time_scale)
+    return transport.squared_error(f, x, noise, gamma)[:, :, first:].flatten(1).mean(dim=1)
+
+
 def summarize(rows, num_frames):
-    """{name: value} of float64 rows: frames, index, gamma, loss of the EMA and of the raw weights, E[x^2].
+    """{name: value} of float64 rows: frames, index, gamma, loss of the EMA and of the raw weights, E[x^2] and, with
+    given frames, the EMA's loss of the frames that are not given.
 
     val_loss is the EMA's at num_frames, val_loss_raw that of the raw weights, val_loss_gamma_0.2 the EMA's for gammas
     from 0.2 to 0.4 (and so on, in fifths), val_loss_f8 the EMA's at 8 frames; "rel" means relative to the loss of a
-    network that predicts zero.
+    network that predicts zero. val_loss_given is the EMA's at num_frames with given frames.
     """
 
     def mean_loss(part):
-        _, _, _, loss, _, square = part.mean(dim=0)
+        loss, square = part[:, 3].mean(), part[:, 5].mean()
         return loss.item(), (loss / transport.zero_loss(square)).item()
 
     own, metrics = rows[rows[:, 0] == num_frames], {}
     metrics["val_loss"], metrics["val_loss_rel"] = mean_loss(own)
     metrics["val_loss_raw"] = own[:, 4].mean().item()
+    if own.shape[1] > 6 and own[0, 0] > 1:
+        metrics["val_loss_given"] = own[:, 6].mean().item()
     for fifth in range(5):
         part = own[(own[:, 2] * 5).long() == fifth]
         if len(part):

@@ -22,9 +22,9 @@ from PIL import Image
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent / "EqM"))
 from runtime.atomic import atomic_write
 from runtime.cli import COUNT, SHARE, ArgumentParser, UserError, check_writable, fail, say
-from scoring.sources import read_samples
 from video.clips import Clips
 from video.index import check_data_path, latents_settings, scan_videos, split_videos
+from video.samples import read_samples
 from video.writers import write_mp4
 
 TEMPLATE = Path(__file__).with_suffix(".html")

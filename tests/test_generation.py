@@ -16,12 +16,13 @@ import train
 from generation import Source, cast_products, generate_clips
 from runtime import distributed
 from runtime.cli import UserError
-from scoring.sources import read_samples
 from test_models import clip, labels, tiny
 from tiny_data import make_images, make_state
 from training import run_main
 from vae import VAE
 from video import writers
+from video.given import GivenClip
+from video.samples import read_samples
 
 SETTINGS = {"method": "ngd", "num_steps": 4, "step_size": 0.05, "momentum": 0.3, "guidance": 2.0}
 
@@ -190,11 +191,11 @@ def test_images_to_start_from_are_taken_in_turn_however_many_are_kept(kept, tmp_
     files = sorted((tmp_path / "A").iterdir())
     source, seen = Namespace(num_frames=1, time_scale=0.04, image_size=16), []
 
-    def read_init(path, *_):
-        seen.append(path)
-        return np.full((1, 16, 16, 3), files.index(type(files[0])(path)), np.uint8)
+    def read(clip, frames, *_):
+        seen.append(clip.path)
+        return torch.full((3, 1, 16, 16), files.index(type(files[0])(clip.path)), dtype=torch.uint8)
 
-    monkeypatch.setattr(sample_gd, "read_init", read_init)
+    monkeypatch.setattr(GivenClip, "read", read)
     read = sample_gd.init_reader(args, source, range(5))
     assert seen == [str(path) for path in files]  # each once, before anything is sampled
     assert read([0, 1, 2, 3])[:, 0, 0, 0, 0].tolist() == [0, 1, 0, 1]

@@ -15,7 +15,7 @@ LAYERS = (  # from the top; a module may import from layers below, and from its 
     ENTRY,
     ("preflight", "scoring"),
     ("generation", "validation"),
-    ("checkpoint", "published", "optim", "schedule"),
+    ("checkpoint", "published", "optim", "schedule", "forcing"),
     ("models", "vae", "samplers"),
     ("rope", "transport", "video"),
     ("runtime",),

@@ -18,7 +18,8 @@ def normal(*shape, seed=0, dtype=torch.float32):
 
 
 def optimal_field(mean, std, num_gammas=300):
-    """The optimal field without gamma as an input, for data N(mean, std^2 I): f(z) = E[(x - eps) c(gamma) | z].
+    """The optimal field without gamma as an input, for data N(mean, std^2 I): f(z) = E[(x - eps) c(gamma) | z]. mean is
+    (D,), or (B, D) for a sample each.
 
     Given gamma, x_gamma ~ N(gamma mean, v I) with v = gamma^2 std^2 + (1 - gamma)^2, and the mean of x - eps is
     mean + slope (z - gamma mean). The integral over p(gamma | z) is a sum of the midpoint rule.
@@ -28,8 +29,9 @@ def optimal_field(mean, std, num_gammas=300):
     slope = (gamma * std**2 - (1 - gamma)) / v
 
     def field(z, keep):
-        distance = z.square().sum(1)[:, None] - 2 * gamma * (z @ mean)[:, None] + gamma**2 * mean.square().sum()
-        log_likelihood = -distance / (2 * v) - len(mean) / 2 * v.log()
+        square, product = mean.square().sum(-1, keepdim=True), (z * mean).sum(1)[:, None]
+        distance = z.square().sum(1)[:, None] - 2 * gamma * product + gamma**2 * square
+        log_likelihood = -distance / (2 * v) - z.shape[1] / 2 * v.log()
         weights = log_likelihood.softmax(dim=1) * transport.decay(gamma)  # (B, num_gammas)
         return (weights * (1 - slope * gamma)).sum(1)[:, None] * mean + (weights * slope).sum(1)[:, None] * z
 
@@ -288,6 +290,63 @@ def test_a_solver_takes_equal_steps_and_never_evaluates_at_gamma_1(method, spent
     assert len(gammas) == spent
     assert sorted(set(gammas)) == pytest.approx([0.4, 0.5, 0.6, 0.7, 0.8, 0.9])
     assert x.isfinite().all()
+
+
+# Given parts --------------------------------------------------------------------------------------------------------
+
+GIVEN = torch.arange(8) < 3  # of 8 values of a sample
+every_method = pytest.mark.parametrize("method", ["gd", "ngd", "euler", "heun"])
+
+
+def test_given_values_lead_the_rest_to_its_conditional_mean_and_variance():
+    # (a, b) is Gaussian, b given a has the mean R a and the variance std^2. A network that was trained with a clean a
+    # has for b the optimal field of that distribution; what it says of a must not matter.
+    std, rotation = 0.5, torch.linalg.qr(normal(512, 512, dtype=torch.float64))[0]
+    a, noise = normal(64, 512, dtype=torch.float64) + 1, normal(64, 512, seed=1, dtype=torch.float64)
+
+    def field(z, keep):
+        a, b = z.chunk(2, dim=1)
+        return torch.cat([7 * torch.ones_like(a), optimal_field(a @ rotation, std)(b, keep)], dim=1)
+
+    mask = torch.arange(1024) < 512
+    x, _ = sample(field, torch.cat([noise, noise], dim=1), given=torch.cat([a, a], dim=1), mask=mask)
+    found, b = x.chunk(2, dim=1)
+    mean = a @ rotation
+    assert torch.equal(found, a)
+    assert ((b * mean).sum() / mean.square().sum()).item() == pytest.approx(1, abs=0.03)
+    assert (b - mean).var().item() == pytest.approx(std**2, rel=0.05)
+
+
+@every_method
+def test_given_values_stay_bit_for_bit_and_the_field_sees_them_at_every_point(method):
+    start, given, seen = normal(3, 8), normal(3, 8, seed=1), []
+
+    def field(x, keep):
+        seen.append(x)
+        return (normal(8) - x) * torch.where(GIVEN, torch.nan, 1.0)  # what it says of them does not matter
+
+    x, _ = sample(field, start, method, 6, 0.1, observe=lambda x, keep: seen.append(x), given=given, mask=GIVEN)
+    for point in (x, *seen):
+        assert torch.equal(point[:, GIVEN], given[:, GIVEN])
+    assert (x[:, ~GIVEN] != start[:, ~GIVEN]).all()
+
+
+@every_method
+def test_a_mask_of_nothing_changes_nothing(method):
+    start, field = normal(3, 8), lambda x, keep: normal(8) - x
+    plain, _ = sample(field, start, method, 6, 0.1)
+    masked, _ = sample(field, start, method, 6, 0.1, given=normal(3, 8, seed=1), mask=torch.zeros(8, dtype=torch.bool))
+    assert torch.equal(plain, masked)
+
+
+def test_a_sample_stops_by_the_field_of_what_can_move_and_masks_differ_between_samples():
+    # f = -x of the rest, which halves in each step; its root mean square is that of 5, 8 and 2 values.
+    start, mask = torch.full((3, 8), 8.0), torch.stack([GIVEN, torch.zeros(8, dtype=torch.bool), torch.arange(8) < 6])
+    x, evaluations = sample(
+        lambda x, keep: -x, start, "gd", 100, 0.5, stop_below=1.0, given=torch.full((3, 8), 9.0), mask=mask
+    )
+    assert evaluations.tolist() == [5, 5, 5]
+    assert torch.equal(x, torch.where(mask, 9.0, 0.5))
 
 
 # Observers and energies ---------------------------------------------------------------------------------------------

@@ -59,6 +59,26 @@ def test_the_loss_of_a_network_in_bfloat16_is_float32():
     assert losses.dtype == torch.float32
 
 
+def test_a_gamma_per_frame_is_that_of_the_frame_and_equal_ones_are_one_per_clip_bit_for_bit():
+    x, noise, f = normal(4, 2, 3, 5, 5), normal(4, 2, 3, 5, 5, seed=1), normal(4, 2, 3, 5, 5, seed=2)
+    gamma, same = torch.tensor([0.0, 0.5, 0.9, 1.0]), torch.tensor([0.0, 0.5, 0.9, 1.0])[:, None].expand(4, 3)
+    for function in (transport.interpolate, transport.target):
+        assert torch.equal(function(x, noise, gamma), function(x, noise, same))
+    assert torch.equal(transport.loss(f, x, noise, gamma), transport.loss(f, x, noise, same))
+
+    own = torch.rand(4, 3, generator=torch.Generator().manual_seed(3))
+    for function in (transport.interpolate, transport.target):
+        frames = [function(x[:, :, t], noise[:, :, t], own[:, t]) for t in range(3)]
+        assert torch.equal(function(x, noise, own), torch.stack(frames, dim=2))
+
+
+def test_a_clean_frame_is_the_data_and_its_target_is_zero():
+    x, noise, gamma = normal(2, 2, 3, 4, 4), normal(2, 2, 3, 4, 4, seed=1), torch.tensor([[1.0, 0.3, 1.0]] * 2)
+    assert torch.equal(transport.interpolate(x, noise, gamma)[:, :, ::2], x[:, :, ::2])
+    target = transport.target(x, noise, gamma)
+    assert not target[:, :, ::2].any() and target[:, :, 1].all()
+
+
 @pytest.mark.parametrize("shift", [0.25, 1.0, 3.0])
 def test_a_shift_keeps_both_ends_and_the_order_and_gives_the_density_of_its_closed_form(shift):
     u = torch.linspace(0, 1, 10_001, dtype=torch.float64)

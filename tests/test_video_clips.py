@@ -1,4 +1,4 @@
-"""The stream of clips, its batches, bad videos in it, and clips to start sampling from."""
+"""The stream of clips, its batches, bad videos in it."""
 
 import struct
 import zlib
@@ -25,7 +25,7 @@ from tiny_videos import (
     write_mixed_videos,
     write_video,
 )
-from video.clips import Batches, Clips, collate, init_files, read_init
+from video.clips import Batches, Clips, collate
 from video.files import UnreadableError, read_frames
 from video.index import BadVideos, long_enough, scan_videos, split_videos
 
@@ -342,63 +342,3 @@ def test_a_bad_image_is_named_replaced_and_counted(image_root, damage, suffix):
     check_replacements(clips, samples, f"A/{name}")
     bad_videos = BadVideos(len(clips), 0.0)
     assert bad_videos.add([path for sample in samples for path in sample["bad"]]) == [f"A/{name}"]
-
-
-# Clips that sampling starts from.
-
-
-def init_error(path, *arguments):
-    with pytest.raises(UserError) as error:
-        read_init(path, *arguments)
-    assert str(error.value).startswith(f"--init {path}: ") and "\n" not in str(error.value)
-    return str(error.value)
-
-
-@pytest.mark.parametrize(
-    ("rate", "seconds", "interval"), [(25, 1 / 25, 1), (25, 0.09, 2), (25, 0.15, 4), (10, 0.01, 1), (30, 0.1, 3)]
-)
-def test_an_initial_clip_is_the_first_frames_of_a_video_at_the_closest_interval(tmp_path, rate, seconds, interval):
-    write_video(tmp_path / "v.mp4", 20, rate=rate, codec="libx264", size=(48, 48))
-    frames = read_init(tmp_path / "v.mp4", 4, seconds, 48, images=False)
-    assert frames.dtype == np.uint8 and frames.shape == (4, 48, 48, 3)
-    assert (halves(frames[..., 0])[0] / 4).round().int().tolist() == [0, interval, 2 * interval, 3 * interval]
-
-
-def test_an_initial_clip_may_use_a_video_up_to_its_last_frame_and_no_further_and_an_image_is_not_changed(tmp_path):
-    write_video(tmp_path / "v.avi", 10, size=(48, 48))
-    write_video(tmp_path / "w.avi", 9, size=(48, 48))
-    assert len(read_init(str(tmp_path / "v.avi"), 4, 3 / 25, 48, False)) == 4  # frames 0, 3, 6, 9
-    assert "has 9 frames, but 4 frames with interval 3 need 10" in init_error(tmp_path / "w.avi", 4, 3 / 25, 48, False)
-    save(tmp_path / "a.png", picture(48, 48))
-    assert np.array_equal(read_init(tmp_path / "a.png", 1, 1 / 25, 48, images=True), picture(48, 48)[None])
-
-
-def test_every_mistake_in_init_is_one_line_that_says_what_to_do(tmp_path):
-    save(tmp_path / "a.png", picture(48, 56))
-    write_video(tmp_path / "v.avi", 10)
-    (tmp_path / "text.avi").write_text("hello")
-    (tmp_path / "text.png").write_text("hello")
-    image, video, resize = (1, 1 / 25, 48, True), (4, 1 / 25, 48, False), "px, wanted 48 x 48: resize it first"
-    for name, arguments, words in (
-        ("b.png", image, "no such file"),
-        ("a.png", video, "not a suffix of videos, wanted one of .avi"),
-        ("v.avi", image, "not a suffix of images, wanted one of .jpeg"),
-        ("text.avi", video, "can't be decoded"),
-        ("text.png", image, "can't be decoded"),
-        ("a.png", image, f"56 x 48 {resize}"),
-        ("v.avi", video, f"64 x 48 {resize}"),
-    ):
-        assert words in init_error(tmp_path / name, *arguments)
-
-
-def test_a_folder_of_init_stands_for_its_files_of_the_kind_sorted_by_name(tmp_path):
-    for name in ("2.png", "10.JPG", ".hidden.png", "v.mp4", "notes.txt", "inner/3.png"):
-        (tmp_path / name).parent.mkdir(exist_ok=True)
-        (tmp_path / name).write_text("")
-    assert init_files(tmp_path, images=True) == [str(tmp_path / "10.JPG"), str(tmp_path / "2.png")]
-    assert init_files(tmp_path, images=False) == [str(tmp_path / "v.mp4")]
-    assert init_files(tmp_path / "2.png", images=True) == [tmp_path / "2.png"]
-    for place, images, words in ((tmp_path / "gone", True, "No such file"), (tmp_path / "inner", False, "no video")):
-        with pytest.raises(UserError, match=words) as error:
-            init_files(place, images)
-        assert str(error.value).startswith(f"--init {place}: ") and "\n" not in str(error.value)

@@ -5,9 +5,9 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from scoring.sources import read_samples
 from tiny_data import write_npz
 from video import writers
+from video.samples import read_samples
 from video.writers import (
     GAP,
     enlarge,

@@ -9,8 +9,6 @@ import hashlib
 import json
 import os
 import statistics
-import struct
-import zipfile
 from pathlib import Path
 
 import numpy as np
@@ -22,10 +20,10 @@ from generation import sha256
 from runtime import cli, distributed
 from runtime.cli import UserError, say
 from runtime.distributed import rank
-from runtime.untrusted import FPS, check_regular, read_json
 from video.clips import Clips
 from video.index import scan_videos, split_videos
 from video.loader import batches_of, make_loader
+from video.samples import class_name, read_samples
 
 REAL_SEED = 0  # of the start frames of the real clips; --seed is for the generated ones
 RESIZE = "short side to image_size (bilinear, antialiased), center crop; a detector resizes further by itself"
@@ -93,54 +91,6 @@ class FromFolder:
     def provenance(self):
         about = {name: value for name, value in self.about.items() if name != "classes"}
         return {"samples": str(self.folder), "samples_sha256": sha256(self.folder / "samples.npz")} | about
-
-
-def read_samples(here, folder):
-    """(content of samples.json, clips uint8 (N, T, H, W, 3) mapped into memory, labels (N,) int64) of a sample folder.
-
-    Raises UserError; its text begins with `here`.
-    """
-    try:
-        about = read_json(Path(folder, "samples.json"))
-        check_regular(Path(folder, "samples.npz"))
-        clips, labels = (map_npz(Path(folder, "samples.npz"), name) for name in ("arr_0", "labels"))
-        if clips.dtype != np.uint8 or clips.ndim not in (4, 5) or len(labels) != len(clips):
-            found = f"{clips.dtype} {list(clips.shape)} with {len(labels)} labels"
-            raise ValueError(f"found {found}, wanted uint8 [N, T, H, W, 3] with N labels")
-        classes, scale = about["classes"], about["time_scale"]
-        if not isinstance(classes, list) or not all(isinstance(name, str) for name in classes):
-            raise ValueError("classes must be a list of names")
-        if not isinstance(scale, (int, float)) or not FPS[0] <= 1 / scale <= FPS[1]:
-            raise ValueError(f"time_scale must be {1 / FPS[1]:g} to {1 / FPS[0]:g} seconds per frame, found {scale!r}")
-        if labels.dtype != np.int64 or (len(labels) and labels.min() < 0):
-            raise ValueError("labels must be int64 and not negative")
-        if len(labels) and labels.max() >= len(classes):
-            raise ValueError(f"label {labels.max()}, but samples.json names {len(classes)} classes")
-        if not all(isinstance(about.setdefault(part, {}), dict) for part in ("source", "flags")):
-            raise ValueError("source and flags must be JSON objects")
-    except Exception as error:  # numpy's and zipfile's depend on where the damage is
-        reason = f"samples.npz or samples.json of sample_gd.py is missing or damaged ({error})"
-        raise UserError(f"{here}: {reason}; sample again") from error
-    return about, clips if clips.ndim == 5 else clips[:, None], labels
-
-
-def map_npz(path, name):
-    """An array of an uncompressed .npz, mapped into memory. Raises OSError, BadZipFile, ValueError or KeyError."""
-    with zipfile.ZipFile(path) as archive:
-        member = archive.getinfo(f"{name}.npy")
-        if member.compress_type != zipfile.ZIP_STORED:
-            raise ValueError(f"{name} is compressed")
-        with archive.open(member) as file:
-            version = np.lib.format.read_magic(file)
-            header = {(1, 0): np.lib.format.read_array_header_1_0, (2, 0): np.lib.format.read_array_header_2_0}[version]
-            shape, fortran, dtype = header(file)
-            start = file.tell()
-    if dtype.hasobject or fortran:
-        raise ValueError(f"{name} is not a plain array: all clips must be of one size")
-    with open(path, "rb") as file:  # the data follow the header of the zip member and that of the array
-        file.seek(member.header_offset + 26)
-        start += member.header_offset + 30 + sum(struct.unpack("<HH", file.read(4)))
-    return np.memmap(path, dtype, "r", start, shape) if 0 not in shape else np.empty(shape, dtype)
 
 
 def find_real(args, generated):
@@ -212,7 +162,7 @@ def generated_stream(args, generated):
     own = distributed.own_indices(args.num_samples)
     with progress_bar("generated clips", own) as progress:
         for indices in in_batches(own, args.batch_size):
-            names = [generated.classes[label] for label in generated.labels[indices]]
+            names = [class_name(generated.classes, label) for label in generated.labels[indices]]
             yield indices, generated.read(indices), names, [generated.time_scale] * len(indices)
             progress.update(len(indices))
 

@@ -3,24 +3,12 @@
 A sample depends only on the arguments of Clips and its index in the stream, not on workers, ranks or interruptions.
 """
 
-import os
-
 import torch
 
 from runtime.cli import UserError
 from runtime.rng import generator
-from video.files import (
-    SUFFIXES,
-    UnreadableError,
-    has_suffix,
-    is_cached,
-    media_kind,
-    probe,
-    read_frames,
-    read_latents,
-    resize_and_crop,
-)
-from video.index import latents_settings, list_folder
+from video.files import UnreadableError, is_cached, read_frames, read_latents, resize_and_crop
+from video.index import latents_settings
 
 MAX_ATTEMPTS = 100  # videos tried for one sample
 
@@ -170,50 +158,3 @@ def collate(samples):
         "videos": [sample["video"] for sample in samples],
         "bad": [path for sample in samples for path in sample["bad"]],
     }
-
-
-# ----------------------------------------------------------------------------------------------------------------------
-# Clips that sampling starts from instead of noise (--init)
-
-
-def init_files(path, images):
-    """The files that --init names: [path] if it is a file, else the videos (images) directly in this folder, sorted.
-
-    Raises UserError if there is none.
-    """
-    if os.path.isfile(path):
-        return [path]
-    prefix, kind = f"--init {path}", media_kind(images)
-    files = list_folder(prefix, path, kind)[1]
-    if not files:
-        raise UserError(f"{prefix}: no {kind} directly in this folder, wanted one of {' '.join(SUFFIXES[kind])}")
-    return [os.path.join(path, file) for file in files]
-
-
-def read_init(path, num_frames, seconds_per_frame, image_size, images):
-    """The clip in a file of --init: uint8 (T, H, W, 3) with T = num_frames and H = W = image_size, not resized.
-
-    Of a video, the first frame and every n-th after it, where n frames last as close to seconds_per_frame as possible.
-    Raises UserError.
-    """
-    prefix, kind = f"--init {path}", media_kind(images)
-    if not os.path.isfile(path):
-        raise UserError(f"{prefix}: no such file")
-    if not has_suffix(kind, path):
-        raise UserError(f"{prefix}: not a suffix of {kind}s, wanted one of {' '.join(SUFFIXES[kind])}")
-    try:
-        video = probe("", "", path)
-        interval = max(1, round(seconds_per_frame * video.fps))
-        frame_indices = range(0, num_frames * interval, interval)
-        if frame_indices[-1] >= video.num_frames:
-            raise UserError(
-                f"{prefix}: has {video.num_frames} frames, but {num_frames} frames with interval {interval} need "
-                f"{frame_indices[-1] + 1}: name a longer video"
-            )
-        pixels = read_frames("", video, frame_indices)
-    except UnreadableError as error:
-        raise UserError(f"{prefix}: can't be decoded: name another file") from error
-    height, width = pixels.shape[1:3]
-    if (height, width) != (image_size, image_size):
-        raise UserError(f"{prefix}: {width} x {height} px, wanted {image_size} x {image_size}: resize it first")
-    return pixels

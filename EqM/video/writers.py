@@ -22,13 +22,15 @@ MAX_ROWS, MAX_COLUMNS = 16, 32  # of a sheet
 GRID, IMAGE_GRID = (3, 8), (8, 8)  # most rows and columns of a grid of videos, of images
 MAX_NAME_LENGTH = 60  # characters of a name on a sheet
 GAP = 2  # px of white between the frames of a sheet
+MARK = "#ff7f0e"  # orange: of frames that are marked
 
 
-def write_samples(folder, batches, labels, fps, names=None):
+def write_samples(folder, batches, labels, fps, names=None, marked=None):
     """Write all samples of sample_gd.py: a file per video, grid.gif and sheet.png (images: grid.png), samples.npz.
 
     batches: an iterator over the samples, in order, uint8 (n, T, H, W, 3) each; a batch is written before the next is
-    asked for. labels: (N,) integers; fps: frames per second; names: N strings for the sheet.
+    asked for. labels: (N,) integers; fps: frames per second; names: N strings for the sheet; marked: the
+    frames of each sample that the sheet marks.
     """
     folder, count, shown = Path(folder), 0, []
     folder.mkdir(parents=True, exist_ok=True)
@@ -44,7 +46,7 @@ def write_samples(folder, batches, labels, fps, names=None):
         write_sheet(folder / "grid.png", shown)
     else:
         write_gif(folder / "grid.gif", tile(shown), fps)
-        write_sheet(folder / "sheet.png", shown, names)
+        write_sheet(folder / "sheet.png", shown, names, marked)
 
 
 def write_videos(folder, videos, fps, first=0):
@@ -105,18 +107,19 @@ def tile(videos, grid=GRID, min_side=MIN_SIDE // 2):
     return cells.reshape(T, rows * (H + GAP), columns * (W + GAP), 3)
 
 
-def write_sheet(path, videos, names=None):
+def write_sheet(path, videos, names=None, marked=None):
     """Write (N, T, H, W, 3) as one PNG: a row per video, a column per frame, `names` (N strings) at the left.
 
     Shows at most the first 16 videos, and 32 frames, evenly spaced from the first to the last. Images (T = 1) are
-    shown without names, at most the first 64, in rows of 8.
+    shown without names, at most the first 64, in rows of 8. marked: the numbers of the frames of each video that get a
+    border of color, such as those that were given.
     """
     T = videos.shape[1]
     if T == 1:
         Image.fromarray(tile(videos, IMAGE_GRID, MIN_SIDE)[0]).save(path)
         return
-    columns = np.linspace(0, T - 1, min(T, MAX_COLUMNS)).round().astype(int)
-    frames = enlarge(videos[:MAX_ROWS, columns])  # (rows, columns, h, w, 3)
+    shown = np.linspace(0, T - 1, min(T, MAX_COLUMNS)).round().astype(int)
+    frames = enlarge(videos[:MAX_ROWS, shown])  # (rows, columns, h, w, 3)
     rows, columns, h, w = frames.shape[:4]
     names = [one_line(str(name)[:MAX_NAME_LENGTH]) for name in names[:rows]] if names is not None else []
     font = ImageFont.load_default(size=16)
@@ -127,8 +130,12 @@ def write_sheet(path, videos, names=None):
         y, x = row * (h + GAP), left + column * (w + GAP)
         sheet[y : y + h, x : x + w] = frames[row, column]
     sheet = Image.fromarray(sheet)
+    draw = ImageDraw.Draw(sheet)
+    for row, column in np.argwhere([np.isin(shown, numbers) for numbers in (marked or [])[:rows]]):
+        x, y = left + column * (w + GAP), row * (h + GAP)
+        draw.rectangle([x - 1, y - 1, x + w, y + h], outline=MARK, width=1 + GAP)
     for row, name in enumerate(names):
-        ImageDraw.Draw(sheet).text((2 * GAP, row * (h + GAP) + h // 2), name, fill="black", font=font, anchor="lm")
+        draw.text((2 * GAP, row * (h + GAP) + h // 2), name, fill="black", font=font, anchor="lm")
     sheet.save(path)
 
 

@@ -38,13 +38,14 @@ from models import EqM, EqMConfig
 from runtime import metrics
 from runtime.cli import UserError
 from scoring import manifest
-from scoring.sources import read_samples
 from tiny_videos import make_video, write_images, write_ucf_list, write_video
 from training import differences
 from vae import load_vae
-from video.clips import Clips, collate, read_init
+from video.clips import Clips, collate
 from video.files import UnreadableError, read_all_frames
+from video.given import find_clips
 from video.index import check_data_path, long_enough, scan_videos, split_videos
+from video.samples import read_samples
 
 TESTS = Path(__file__).resolve().parents[1]
 COUNT = 25  # files of each kind in the tests
@@ -109,7 +110,8 @@ def read_clips(folder, num_frames, images=False):
 def read_videos(folder, images=False):
     for video in read_clips(folder, 1 if images else 3, images):
         with contextlib.suppress(UserError):
-            read_init(folder / video.path, 1 if images else 3, 0.04, 48, images)
+            for clip in find_clips("--init", folder / video.path, images):
+                clip.read(range(1 if images else 3), 0.04, 48)
         with contextlib.suppress(UnreadableError):
             images or list(read_all_frames(folder, video, 5))
 

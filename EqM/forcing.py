@@ -1,0 +1,59 @@
+"""The noise levels of training clips: with --forcing each frame of some clips has its own.
+
+So the same network learns to complete a clip from any frames that are given: they are clean (gamma = 1), the others are
+not. After Diffusion Forcing (arXiv 2407.01392), without its level as an input: an EqM network sees from the frames
+themselves how noisy they are.
+"""
+
+import torch
+
+from runtime.rng import generator, uniform
+from transport import shift_gamma
+
+OWN_LEVELS = 0.5  # share of the forced clips whose temporal patches have a level each; the others have given frames
+
+
+def draw_gammas(seed, stream, indices, num_frames, patch, shift=1.0, share=0.0):
+    """The gammas of the samples `indices` of a stream, float32 on the CPU: (B,), with a `share` to force (B, T).
+
+    patch is the number of frames of a temporal patch, shift that of `shift_gamma`. The draws of a sample depend on
+    (seed, stream, index) alone; clips that are not forced have the gamma that they have without forcing.
+    """
+    gamma = shift_gamma(uniform(seed, "gamma", stream, indices), shift)  # (B,)
+    if share == 0 or num_frames == 1:
+        return gamma
+    rows = []
+    for level, index in zip(gamma.tolist(), indices, strict=True):
+        chance, kind, *draws = torch.rand(4 + num_frames, generator=generator(seed, "forcing", stream, index)).tolist()
+        if chance >= share:
+            rows.append([level] * num_frames)
+        elif kind < OWN_LEVELS:
+            rows.append([shift_gamma(draws[frame // patch], shift) for frame in range(num_frames)])
+        else:
+            given = given_frames(*draws[:3], num_frames)
+            rows.append([1.0 if frame in given else level for frame in range(num_frames)])
+    return torch.tensor(rows)
+
+
+def given_frames(kind, first, last, num_frames):
+    """The set of frames that are clean, from three uniform draws in [0, 1); never all, never none.
+
+    A half of the draws gives the first frames, a quarter the first and the last, an eighth the last, an eighth a single
+    one. Any number of them is as likely as any other, so a border may lie inside a temporal patch.
+    """
+    if kind < 1 / 2:
+        return set(range(1 + int(first * (num_frames - 1))))
+    if kind < 3 / 4 and num_frames > 2:
+        before = 1 + int(first * (num_frames - 2))
+        after = 1 + int(last * (num_frames - 1 - before))
+        return {*range(before), *range(num_frames - after, num_frames)}
+    if kind < 7 / 8:
+        return set(range(1 + int(last * (num_frames - 1)), num_frames))
+    return {int(first * num_frames)}
+
+
+def half_given(gamma, num_frames):
+    """gamma (B,) as (B, T) with the first half of the frames clean."""
+    levels = gamma[:, None].repeat(1, num_frames)
+    levels[:, : num_frames // 2] = 1
+    return levels
