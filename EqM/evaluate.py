@@ -9,6 +9,7 @@ fvd          Fréchet distance of the features of whole clips; fvd2048_16f is th
 fid          Fréchet distance of the features of all frames, or of images
 motion       Moving Shapes only, where the truth is known: direction, shape, speed and area of the moving object
 consistency  any videos: drift over the clip, seams at the borders of temporal patches
+prediction   real clips of which --given-frames are given: PSNR and SSIM of those that --ckpt predicts
 
 The generated clips are sampled from a checkpoint (--ckpt), batch by batch, or read from a folder of sample_gd.py
 (--samples). The ranks share all clips by index, so the number of ranks changes the values by rounding only.
@@ -40,10 +41,11 @@ from scoring import frechet, manifest, sources
 from scoring.consistency import score_consistency
 from scoring.frechet import score_frechet
 from scoring.motion import read_truth, score_motion
+from video.given import as_ranges, frame_ranges
 from video.index import check_data_path, latents_settings
 
-NUM_REAL = {"fvd": 2048, "fid": 2048, "motion": 96, "consistency": 256}  # default number of real and generated clips
-SPLITS = {"fvd": "train", "fid": "train", "motion": "val", "consistency": "val"}  # default split of the real clips
+NUM_REAL = {"fvd": 2048, "fid": 2048, "motion": 96, "consistency": 256, "prediction": 256}  # default number of clips
+SPLITS = {name: "train" if name in frechet.CALLS else "val" for name in NUM_REAL}  # default split of the real clips
 # Flags that may be given beside --manifest, as they do not change the values
 FREE_FLAGS = {"manifest", "out", "ckpt", "samples", "data_path", "detector", "vae", "cache", "num_workers", "tolerance"}
 MISSING = object()
@@ -62,7 +64,12 @@ def parse_args():
     detector += "code, or inception-2015-12-05.pt of StyleGAN2-ADA, or one that is called in the same way (see "
     detector += "scoring/frechet.py). TorchScript is a program: use a file from a source you trust"
     add("--detector", metavar="FILE", help=detector)
-    add("--split", choices=["train", "val"], help="split of the real clips; default: train for fvd and fid, else val")
+    split = "split of the real clips; default: train for fvd and fid, else val"
+    add("--split", choices=["train", "val", "all"], help=split)
+    given = "prediction: the frames that are given, such as 0-3,12-15; default: the first half"
+    add("--given-frames", type=frame_ranges, metavar="RANGES", help=given)
+    per_clip = "prediction: samples of each real clip; their mean and the best are scored"
+    add("--samples-per-clip", type=COUNT, default=1, metavar="N", help=per_clip)
     add("--val-fraction", type=SHARE, default=0.05, metavar="F", help="share of the videos in val, as in training")
     counts = ", ".join(f"{count} for {metric}" for metric, count in NUM_REAL.items())
     add("--num-real", type=COUNT, metavar="N", help=f"number of real clips; default: {counts}")
@@ -71,7 +78,7 @@ def parse_args():
     add("--resamples", type=NATURAL, default=frechet.RESAMPLES, metavar="N", help=resamples)
 
     add = parser.add_argument_group("run").add_argument
-    add("--out", required=True, metavar="FILE.json", help="the manifest; consistency writes a plot beside it")
+    add("--out", required=True, metavar="FILE.json", help="the manifest; some metrics write pictures beside it")
     repeat = "repeat the run of this manifest; other flags may only name files and folders, --num-workers, --tolerance"
     add("--manifest", metavar="FILE", help=repeat)
     tolerance = "values of --manifest agree if they differ by at most X, or X times the value where that is above 1"
@@ -117,6 +124,7 @@ def check_flags(args, given):
     generation.check_sampling_flags(args)
     if (args.ckpt is None) == (args.samples is None):
         raise UserError("--ckpt and --samples: give one of them, where the generated clips come from")
+    check_prediction_flags(args, given)
     if args.samples is not None:
         parser = ArgumentParser()
         sources.add_checkpoint_flags(parser)
@@ -131,7 +139,7 @@ def check_flags(args, given):
         found = "not given; wanted a TorchScript file (see --help)" if needs_detector else f"{args.detector}: not used"
         raise UserError(f"--detector: {found} for --metric {args.metric}")
     for flag, count in (("--num-real", args.num_real), ("--num-samples", args.num_samples)):
-        if count == 1 and args.metric != "motion":
+        if count == 1 and args.metric not in ("motion", "prediction"):
             raise UserError(f"{flag} 1: --metric {args.metric} needs at least 2 clips")
     if args.resamples == 1:
         raise UserError("--resamples 1: one resample has no spread; wanted 0 (no interval) or at least 2")
@@ -143,6 +151,20 @@ def check_flags(args, given):
     check_writable("--cache", cache_folder(args))
 
 
+def check_prediction_flags(args, given):
+    """Raise UserError for flags that only --metric prediction has, or that it has not."""
+    if args.metric != "prediction":
+        for name in sorted(given & {"given_frames", "samples_per_clip"}):
+            raise UserError(f"--{name.replace('_', '-')} is for --metric prediction: leave it out")
+        return
+    if args.samples is not None:
+        raise UserError(f"--samples {args.samples}: --metric prediction samples itself: give --ckpt")
+    if "num_samples" in given:
+        raise UserError(f"--num-samples {args.num_samples}: --metric prediction has --num-real and --samples-per-clip")
+    if args.classes not in (None, ["none"]):
+        raise UserError(f"--classes {args.classes[0]}: --metric prediction takes the class of each real clip, or none")
+
+
 def cache_folder(args):
     return Path(args.cache) if args.cache else Path(args.out).parent / "evaluate-cache"
 
@@ -151,14 +173,21 @@ def open_generated(args):
     """The source of the generated clips (see sources.py), checked against the metric. Raises UserError."""
     place = f"--ckpt {args.ckpt}" if args.ckpt else f"--samples {args.samples}"
     if args.ckpt and args.num_samples is None:
-        args.num_samples = args.num_real
+        args.num_samples = args.num_real * args.samples_per_clip
     generated = sources.FromCheckpoint(args) if args.ckpt else sources.FromFolder(args)
     args.num_samples = len(generated.labels)
-    least = 1 if args.metric == "motion" else 2
+    least = 1 if args.metric in ("motion", "prediction") else 2
     if args.num_samples < least:
         raise UserError(f"{place}: has {args.num_samples} clips, --metric {args.metric} needs at least {least}")
     if generated.num_frames == 1 and args.metric != "fid":
         raise UserError(f"{place}: holds images, --metric {args.metric} needs videos of at least 2 frames")
+    if args.metric == "prediction":
+        args.given_frames = args.given_frames or list(range(generated.num_frames // 2))
+        if args.given_frames[-1] >= generated.num_frames or len(args.given_frames) == generated.num_frames:
+            found = f"--given-frames {as_ranges(args.given_frames)}"
+            raise UserError(f"{found}: of the {generated.num_frames} frames one at least has to be predicted")
+    if args.metric == "motion" and (generated.labels < 0).any():
+        raise UserError(f"{place}: has samples without a class, --metric motion needs one")
     if args.metric == "consistency" and generated.temporal_patch_size is None:
         raise UserError(f"{place}: samples.json has no temporal_patch_size: give --temporal-patch-size")
     return generated
@@ -185,8 +214,11 @@ def shapes_json(args):
 
 def protocol(args, num_frames):
     """A name such as fvd2048_16f: metric, number of generated clips, frames; and what differs from the default."""
-    real = "" if args.num_real == args.num_samples else f"_real{args.num_real}"
     split = "" if args.split == SPLITS[args.metric] else f"_{args.split}"
+    if args.metric == "prediction":
+        best = "" if args.samples_per_clip == 1 else f"_best{args.samples_per_clip}"
+        return f"prediction{args.num_real}{best}{split}_{len(args.given_frames)}of{num_frames}f"
+    real = "" if args.num_real == args.num_samples else f"_real{args.num_real}"
     return f"{args.metric}{args.num_samples}{real}{split}_{num_frames}f"
 
 
@@ -222,6 +254,11 @@ def score(args, generated, clips, key, detector, num_features, device):
     elif args.metric == "consistency":
         plot = Path(args.out).with_suffix(".png")
         values, result = score_consistency(*streams, generated.temporal_patch_size, plot)
+    elif args.metric == "prediction":
+        from scoring.prediction import score_prediction  # scikit-image takes a second to load
+
+        stream, truth = sources.predicted_stream(args, generated, clips, device, bad), shapes_json(args)
+        values, result = score_prediction(stream, args.given_frames, args.out, truth if truth.exists() else None)
     else:
         cached = cache_folder(args) / f"{key}.safetensors"
         values, result = score_frechet(args, *streams, detector, num_features, cached, device)

@@ -13,6 +13,7 @@ import re
 import statistics
 import sys
 import tempfile
+from argparse import ArgumentTypeError
 from collections import Counter
 from dataclasses import dataclass
 from pathlib import Path
@@ -23,8 +24,9 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent / "EqM"))
 from runtime.atomic import atomic_write
 from runtime.cli import COUNT, SHARE, ArgumentParser, UserError, check_writable, fail, say
 from video.clips import Clips
+from video.given import frame_ranges
 from video.index import check_data_path, latents_settings, scan_videos, split_videos
-from video.samples import read_samples
+from video.samples import NO_LABEL, class_name, read_samples
 from video.writers import write_mp4
 
 TEMPLATE = Path(__file__).with_suffix(".html")
@@ -58,7 +60,11 @@ class Samples:
         return self.num_frames == 1
 
     def class_name(self, index):
-        return self.about["classes"][self.labels[index]]
+        return class_name(self.about["classes"], self.labels[index])
+
+    def given(self, index):
+        """What samples.json says of the given frames of a sample, {"source", "frames", "class"}; None without any."""
+        return self.about["given"][index] if "given" in self.about else None
 
 
 def load_samples(folder):
@@ -72,7 +78,19 @@ def load_samples(folder):
     about, clips, labels = read_samples(here, folder)
     if missing := {"ckpt", "video"} - about["flags"].keys():
         raise UserError(f"{here}: samples.json has no flag {min(missing)}; sample again")
+    if "given" in about:
+        check_given(here, about["given"], len(labels))
     return Samples(folder, labels.tolist(), *clips.shape[1:3], about)
+
+
+def check_given(here, given, count):
+    """Raise UserError unless `given` of a samples.json describes so many samples."""
+    try:
+        frames = [frame_ranges(entry["frames"]) for entry in given]
+        if len(frames) != count or not all(isinstance(entry["source"], str) for entry in given):
+            raise ValueError(f"wanted {count} entries with frames and source")
+    except (ArgumentTypeError, LookupError, TypeError, ValueError) as error:
+        raise UserError(f"{here}: samples.json is damaged (given: {error}); sample again") from error
 
 
 # ----------------------------------------------------------------------------------------------------------------------
@@ -136,7 +154,8 @@ def make_page(samples, indices, real):
     classes, flags = samples.about["classes"], samples.about["flags"]
     fps = 1 / samples.about["time_scale"]
     counts = Counter(samples.labels[index] for index in indices)
-    options = [f'<option value="{label}">{escape(classes[label])} ({counts[label]})' for label in sorted(counts)]
+    names = {label: escape(class_name(classes, label)) for label in sorted(counts)}
+    options = [f'<option value="{label}">{name} ({counts[label]})' for label, name in names.items()]
     columns = 2 if real else 1
     parts = {
         "title": escape(samples.folder.resolve().name),
@@ -183,13 +202,17 @@ def make_card(samples, index, real):
         shown = [("generated", path.read_bytes())]
     except OSError as error:
         raise UserError(f"FOLDER {path.parent}: no {path.name} ({error.strerror}); sample again") from error
-    if real:
+    if real and label != NO_LABEL:
         clip, title = real.next(name)
         shown.append((title, clip_file(clip, 1 / samples.about["time_scale"])))
     pair = "".join(make_media(samples, data, f"{title}, {name}", title) for title, data in shown)
     origin = f"sample {index}" + (f", seed {flags['seed']}" if "seed" in flags else "")
+    marks, given = "", samples.given(index)
+    if given:
+        origin += f"; frames {given['frames']} given: {Path(given['source']).name}"
+        marks = f' data-given="{" ".join(map(str, frame_ranges(given["frames"])))}"'
     caption = f"<figcaption>{escape(name)}<span>{escape(origin)}</span></figcaption>"
-    return f'<figure class="card" data-label="{label}"><div class="pair">{pair}</div>{caption}</figure>'
+    return f'<figure class="card" data-label="{label}"{marks}><div class="pair">{pair}</div>{caption}</figure>'
 
 
 def make_media(samples, data, label, title):

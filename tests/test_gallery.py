@@ -30,7 +30,7 @@ def make_samples(folder, labels=LABELS, classes=CLASSES, num_frames=FRAMES, size
     """A folder as sample_gd.py writes it; frame f of sample n has the grey level 20 f + 10 n. Returns the folder."""
     levels = 20 * np.arange(num_frames) + 10 * np.arange(len(labels))[:, None]  # (N, T)
     videos = np.broadcast_to(levels[..., None, None, None], (*levels.shape, size, size, 3)).astype(np.uint8)
-    write_samples(folder, [videos], labels, FPS, [classes[label] for label in labels])
+    write_samples(folder, [videos], labels, FPS, [classes[max(label, 0)] for label in labels])
     flags = {
         "ckpt": "results/<E>/best.pt", "video": num_frames > 1, "num_frames": num_frames, "seed": 3, "sampler": "ngd",
         "num_sampling_steps": 40, "cfg_scale": 1.5, "stop_below": None,
@@ -217,6 +217,28 @@ def test_a_large_folder_shows_its_first_samples_and_says_so(samples, tmp_path, c
     assert len(Page(out).named("figure")) == 4
     assert "The first 4 of 6 videos" in out.read_text(encoding="utf-8")
     assert f"{out}: 4 samples (2 more: --num-samples 6)" in capsys.readouterr().out
+
+
+def test_given_frames_are_marked_and_their_source_is_named(samples, real, tmp_path, capsys):
+    folder = shutil.copytree(samples, tmp_path / "samples")
+    about = json.loads((folder / "samples.json").read_text())
+    about["given"] = [{"source": f"clips/{n}.mp4", "frames": "0-2,7", "class": "A"} for n in range(len(LABELS))]
+    (folder / "samples.json").write_text(json.dumps(about))
+    run_main(gallery, folder)
+    page = Page(folder / "gallery.html")
+    assert [attributes["data-given"] for attributes in page.named("figure")] == ["0 1 2 7"] * len(LABELS)
+    assert "sample 4, seed 3; frames 0-2,7 given: 4.mp4" in page.texts
+    for given in (about["given"][:2], [{"frames": "x", "source": "y"}] * len(LABELS), 7, ["a"] * len(LABELS)):
+        (folder / "samples.json").write_text(json.dumps(about | {"given": given}))
+        assert "samples.json is damaged (given: " in failure(capsys, folder)
+
+
+def test_samples_without_a_label_are_shown_without_a_real_clip(tmp_path, real):
+    folder = make_samples(tmp_path / "samples", [0, -1], CLASSES[:2])
+    run_main(gallery, folder, "--data-path", real)
+    texts = Page(folder / "gallery.html").texts
+    assert [text for text in texts if text[:4] in ("gene", "real")] == ["generated", "real, from training", "generated"]
+    assert "none" in texts and "none (1)" in texts
 
 
 DAMAGED = "samples.npz or samples.json of sample_gd.py is missing or damaged ("

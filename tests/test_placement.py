@@ -345,7 +345,7 @@ FP32 = ["--precision", "fp32"]
 
 RUNS = {
     "adamw": ["--disp", "--grad-accum", 2, "--skip-nonfinite", 1],
-    "muon": ["--optimizer", "muon", "--num-frames", 6, "--val-frames", 4],
+    "muon": ["--optimizer", "muon", "--num-frames", 6, "--val-frames", 4, "--forcing", 0.5],
     "energy": ["--ebm", "dot", "--grad-checkpoint", "--sampler", "ngd", "--stop-below"],
 }
 

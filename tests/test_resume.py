@@ -31,7 +31,8 @@ KINDS = {
     "muon, decay and warm-up": ["--optimizer", "muon", "--lr-decay", 0.5, "--warmup-steps", 3],
     "accumulation": ["--grad-accum", 2, "--disp"],
     "fixed frame interval": ["--frame-interval", 1],
-    "an energy": ["--ebm", "dot"],
+    "an energy": ["--ebm", "dot", "--forcing", 0.5],
+    "forcing": ["--forcing", 0.5, "--precision", "bf16", "--gamma-shift", 3, "--temporal-patch-size", 3],
 }
 
 

@@ -58,6 +58,29 @@ def plot_consistency(path, by_position, temporal_patch_size):
     save_figure(figure, path)
 
 
+def plot_prediction(path, result, num_frames):
+    """PSNR and SSIM of each predicted frame, of the samples and of repeating a given frame; given frames are grey.
+
+    result comes from prediction.compare.
+    """
+    figure, panels = plt.subplots(2, 1, figsize=(9, 8), layout="constrained", sharex=True)
+    count, frames = result["samples_per_clip"], result["predicted_frames"]
+    own = f"mean of {count}" if count > 1 else "predicted"
+    kinds = {"": ("tab:blue", own), "_repeated": ("black", "given frame repeated")}
+    kinds |= {"_best": ("tab:green", f"best of {count}")} if count > 1 else {}
+    values = np.full(num_frames, np.nan)
+    for axes, (name, title) in zip(panels, {"psnr": "PSNR (dB)", "ssim": "SSIM"}.items(), strict=True):
+        for kind, (color, label) in kinds.items():
+            values[frames] = result[f"{name}{kind}_by_frame"]
+            axes.plot(np.arange(num_frames), values, color=color, marker="o", markersize=4, label=label)
+        for frame in sorted(set(range(num_frames)) - set(frames)):
+            axes.axvspan(frame - 0.5, frame + 0.5, color="lightgrey", label="given" if frame == 0 else None)
+        axes.set(ylabel=title)
+    figure.legend(*panels[0].get_legend_handles_labels(), loc="outside upper center", ncols=4)
+    panels[1].set(xlabel="frame")
+    save_figure(figure, path)
+
+
 def save_figure(figure, path):
     figure.savefig(path)
     plt.close(figure)

@@ -23,7 +23,7 @@ from runtime.distributed import rank
 from video.clips import Clips
 from video.index import scan_videos, split_videos
 from video.loader import batches_of, make_loader
-from video.samples import class_name, read_samples
+from video.samples import NO_LABEL, class_name, read_samples
 
 REAL_SEED = 0  # of the start frames of the real clips; --seed is for the generated ones
 RESIZE = "short side to image_size (bilinear, antialiased), center crop; a detector resizes further by itself"
@@ -54,11 +54,11 @@ class FromCheckpoint:
         self.device = device
         self.source.to(device, self.args)
 
-    def read(self, indices):
-        """The samples `indices`, uint8 (n, T, H, W, 3)."""
+    def read(self, indices, given=None):
+        """The samples `indices`, uint8 (n, T, H, W, 3); given is that of `generate_clips`."""
         settings = generation.sampling_settings(self.args)
         ((clips, evaluations, _),) = generation.generate_clips(
-            self.source, indices, self.args.seed, self.device, settings, len(indices), show=False
+            self.source, indices, self.args.seed, self.device, settings, len(indices), given=given, show=False
         )
         self.evaluations += evaluations.tolist()
         return clips
@@ -102,8 +102,8 @@ def find_real(args, generated):
     scan = scan_videos(args.data_path, images=generated.images)
     for path in scan.unreadable:
         say(f"{path} can't be opened, it is left out")
-    parts = split_videos(args.data_path, scan.videos, args.val_fraction)  # before any is left out, as in train.py
-    videos = parts[args.split == "val"]
+    train, val = split_videos(args.data_path, scan.videos, args.val_fraction)  # before any is left out, as in train.py
+    videos = {"train": train, "val": val, "all": [*train, *val]}[args.split]
     fps = statistics.median(video.fps for video in videos)
     interval = max(1, round(generated.time_scale * fps))
     span = (generated.num_frames - 1) * interval + 1
@@ -179,3 +179,23 @@ def real_stream(args, clips, device, bad):
             yield batch["indices"].tolist(), pixels, names, batch["time_scales"].tolist()
             bad += batch["bad"]
             progress.update(len(names))
+
+
+def predicted_stream(args, generated, clips, device, bad):
+    """The real stream with predictions (n, S, T, H, W, 3) after its clips, both as arrays.
+
+    Sample s of clip i is number i * S + s of a FromCheckpoint, with the class of the clip if the model knows it, or
+    without a label where --classes is none.
+    """
+    S, mask = args.samples_per_clip, torch.zeros(clips.num_frames, dtype=torch.bool)
+    mask[list(args.given_frames)] = True
+    for indices, real, names, time_scales in real_stream(args, clips, device, bad):
+        known = [generated.classes.index(name) if name in generated.classes else NO_LABEL for name in names]
+        labels = torch.full((len(names),), NO_LABEL) if args.classes else torch.tensor(known)
+        given = real.permute(0, 4, 1, 2, 3), mask.expand(len(names), -1)
+        predicted = []
+        for number in range(S):
+            own = [index * S + number for index in indices]
+            generated.labels[own] = labels
+            predicted.append(generated.read(own, lambda _: given).cpu())  # noqa: B023 (called at once)
+        yield indices, real.cpu().numpy(), torch.stack(predicted, dim=1).numpy(), names, time_scales
