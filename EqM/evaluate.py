@@ -23,6 +23,7 @@ from pathlib import Path
 
 import generation
 from generation import sha256
+from given import frame_ranges
 from runtime import cli, distributed
 from runtime.cli import (
     COUNT,
@@ -41,7 +42,7 @@ from scoring import frechet, manifest, sources
 from scoring.consistency import score_consistency
 from scoring.frechet import score_frechet
 from scoring.motion import read_truth, score_motion
-from video.given import as_ranges, frame_ranges
+from scoring.prediction import check_prediction, check_prediction_flags, score_prediction
 from video.index import check_data_path, latents_settings
 
 NUM_REAL = {"fvd": 2048, "fid": 2048, "motion": 96, "consistency": 256, "prediction": 256}  # default number of clips
@@ -104,6 +105,8 @@ def repeat_flags(args, given):
     if extra := sorted(given - FREE_FLAGS):
         flag = "--" + extra[0].replace("_", "-")
         raise UserError(f"{flag}: --manifest {args.manifest} sets it: leave it out")
+    if isinstance(old["flags"], dict):  # older manifests have no flags of --metric prediction
+        old["flags"] = {"given_frames": None, "samples_per_clip": 1} | old["flags"]
     if not isinstance(old["flags"], dict) or old["flags"].keys() != vars(args).keys():
         raise UserError(f"--manifest {args.manifest}: has the flags of another version: repeat it with that code")
     try:
@@ -151,20 +154,6 @@ def check_flags(args, given):
     check_writable("--cache", cache_folder(args))
 
 
-def check_prediction_flags(args, given):
-    """Raise UserError for flags that only --metric prediction has, or that it has not."""
-    if args.metric != "prediction":
-        for name in sorted(given & {"given_frames", "samples_per_clip"}):
-            raise UserError(f"--{name.replace('_', '-')} is for --metric prediction: leave it out")
-        return
-    if args.samples is not None:
-        raise UserError(f"--samples {args.samples}: --metric prediction samples itself: give --ckpt")
-    if "num_samples" in given:
-        raise UserError(f"--num-samples {args.num_samples}: --metric prediction has --num-real and --samples-per-clip")
-    if args.classes not in (None, ["none"]):
-        raise UserError(f"--classes {args.classes[0]}: --metric prediction takes the class of each real clip, or none")
-
-
 def cache_folder(args):
     return Path(args.cache) if args.cache else Path(args.out).parent / "evaluate-cache"
 
@@ -182,10 +171,7 @@ def open_generated(args):
     if generated.num_frames == 1 and args.metric != "fid":
         raise UserError(f"{place}: holds images, --metric {args.metric} needs videos of at least 2 frames")
     if args.metric == "prediction":
-        args.given_frames = args.given_frames or list(range(generated.num_frames // 2))
-        if args.given_frames[-1] >= generated.num_frames or len(args.given_frames) == generated.num_frames:
-            found = f"--given-frames {as_ranges(args.given_frames)}"
-            raise UserError(f"{found}: of the {generated.num_frames} frames one at least has to be predicted")
+        check_prediction(args, generated)
     if args.metric == "motion" and (generated.labels < 0).any():
         raise UserError(f"{place}: has samples without a class, --metric motion needs one")
     if args.metric == "consistency" and generated.temporal_patch_size is None:
@@ -199,13 +185,22 @@ def check_data(args, generated):
     if latents_settings(args.data_path, generated.images) is not None:
         raise UserError(f"--data-path {args.data_path}: a latent cache; wanted the folder of its videos")
     if args.metric == "motion":
-        for label in generated.labels.unique():
-            name = generated.classes[label]
-            read_truth(shapes_json(args), name, generated.image_size, generated.time_scale)
+        check_truth(args, generated, [generated.classes[label] for label in generated.labels.unique()])
+
+
+def check_truth(args, generated, names):
+    """Raise UserError unless the truth about the motion of some classes is known."""
+    for name in names:
+        read_truth(shapes_json(args), name, generated.image_size, generated.time_scale)
 
 
 def shapes_json(args):
     return Path(args.data_path) / "shapes.json"
+
+
+def truth_file(args):
+    """The shapes.json of Moving Shapes, None for other data."""
+    return shapes_json(args) if shapes_json(args).exists() else None
 
 
 # ----------------------------------------------------------------------------------------------------------------------
@@ -255,10 +250,8 @@ def score(args, generated, clips, key, detector, num_features, device):
         plot = Path(args.out).with_suffix(".png")
         values, result = score_consistency(*streams, generated.temporal_patch_size, plot)
     elif args.metric == "prediction":
-        from scoring.prediction import score_prediction  # scikit-image takes a second to load
-
-        stream, truth = sources.predicted_stream(args, generated, clips, device, bad), shapes_json(args)
-        values, result = score_prediction(stream, args.given_frames, args.out, truth if truth.exists() else None)
+        stream = sources.predicted_stream(args, generated, clips, device, bad)
+        values, result = score_prediction(stream, args.given_frames, args.out, truth_file(args))
     else:
         cached = cache_folder(args) / f"{key}.safetensors"
         values, result = score_frechet(args, *streams, detector, num_features, cached, device)
@@ -280,6 +273,8 @@ def main():
             num_features = frechet.check_detector(args.detector, detector, args.metric, num_frames, size)
         if rank() == 0:  # the others wait for it in start()
             clips, about, key = sources.find_real(args, generated)
+            if args.metric == "prediction" and truth_file(args):
+                check_truth(args, generated, clips.classes)
             new = start_manifest(args, generated, about, num_features)
             real = clips, sources.json_sha256([key, new["detector"], frechet.CACHE_FORMAT])
             if old:

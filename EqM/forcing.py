@@ -10,7 +10,7 @@ import torch
 from runtime.rng import generator, uniform
 from transport import shift_gamma
 
-OWN_LEVELS = 0.5  # share of the forced clips whose temporal patches have a level each; the others have given frames
+OWN_LEVELS = 0.5  # share of the forced clips whose temporal patches have a level each; the others have clean frames
 
 
 def draw_gammas(seed, stream, indices, num_frames, patch, shift=1.0, share=0.0):
@@ -27,29 +27,29 @@ def draw_gammas(seed, stream, indices, num_frames, patch, shift=1.0, share=0.0):
         chance, kind, *draws = torch.rand(4 + num_frames, generator=generator(seed, "forcing", stream, index)).tolist()
         if chance >= share:
             rows.append([level] * num_frames)
-        elif kind < OWN_LEVELS:
+        elif kind < OWN_LEVELS and num_frames > patch:
             rows.append([shift_gamma(draws[frame // patch], shift) for frame in range(num_frames)])
         else:
-            given = given_frames(*draws[:3], num_frames)
-            rows.append([1.0 if frame in given else level for frame in range(num_frames)])
+            clean = clean_frames(*draws[:3], num_frames)
+            rows.append([1.0 if frame in clean else level for frame in range(num_frames)])
     return torch.tensor(rows)
 
 
-def given_frames(kind, first, last, num_frames):
-    """The set of frames that are clean, from three uniform draws in [0, 1); never all, never none.
+def clean_frames(u_kind, u_first, u_last, num_frames):
+    """The set of frames that are given, from three uniform draws in [0, 1); never all, never none.
 
     A half of the draws gives the first frames, a quarter the first and the last, an eighth the last, an eighth a single
-    one. Any number of them is as likely as any other, so a border may lie inside a temporal patch.
+    one. Borders may lie at any frame, also inside a temporal patch.
     """
-    if kind < 1 / 2:
-        return set(range(1 + int(first * (num_frames - 1))))
-    if kind < 3 / 4 and num_frames > 2:
-        before = 1 + int(first * (num_frames - 2))
-        after = 1 + int(last * (num_frames - 1 - before))
+    if u_kind < 1 / 2:
+        return set(range(1 + int(u_first * (num_frames - 1))))
+    if u_kind < 3 / 4 and num_frames > 2:
+        before = 1 + int(u_first * (num_frames - 2))
+        after = 1 + int(u_last * (num_frames - 1 - before))
         return {*range(before), *range(num_frames - after, num_frames)}
-    if kind < 7 / 8:
-        return set(range(1 + int(last * (num_frames - 1)), num_frames))
-    return {int(first * num_frames)}
+    if u_kind < 7 / 8:
+        return set(range(1 + int(u_last * (num_frames - 1)), num_frames))
+    return {int(u_first * num_frames)}
 
 
 def half_given(gamma, num_frames):

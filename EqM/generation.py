@@ -121,15 +121,15 @@ class Source:
     classes: list  # their names
     labels: torch.Tensor  # (num_samples,) int64; NO_LABEL: no label
     num_frames: int
-    time_scale: float  # seconds per frame
+    time_scale: float  # seconds per frame; a tensor (n,) if the samples of a batch differ
     video: bool = True  # False: images
     step: int = 0  # of training
     forcing: float = 0.0  # --forcing of training
 
     @property
     def names(self):
-        """The name of the class of each sample."""
-        return [class_name(self.classes, label) for label in self.labels]
+        """The name of the class of each sample, "none" without one."""
+        return [class_name(self.classes, label) or "none" for label in self.labels.tolist()]
 
     @property
     def image_size(self):
@@ -232,10 +232,10 @@ def choose_labels(args, names):
     """The label of each sample, (num_samples,) int64: the classes in turn."""
     labels = []
     for word in args.classes or range(len(names)):
-        if word in names:
-            labels.append(names.index(word))
-        elif word == "none":
+        if word == "none":  # also for a model with a class of that name
             labels.append(NO_LABEL)
+        elif word in names:
+            labels.append(names.index(word))
         elif str(word).isdecimal() and int(word) < len(names):
             labels.append(int(word))
         else:
@@ -304,17 +304,17 @@ def generate_clips(
         for batch in batches:
             labels = source.labels[batch].to(device)
             clips, mask = (part.to(device) for part in given(batch)) if given else (None, None)
-            kept = {} if mask is None else {"given": source.vae.encode(clips), "mask": mask[:, None, :, None, None]}
+            given_latents = {} if mask is None else encode_given(source.vae, clips, mask)
             latents, evaluations, energies = generate_batch(
                 network,
                 start_points(source, batch, seed, device, init, init_gamma),
                 torch.where(labels == NO_LABEL, null_label, labels),
-                torch.full((len(batch),), source.time_scale, device=device),
+                torch.as_tensor(source.time_scale, dtype=torch.float32, device=device).expand(len(batch)),
                 progress,
                 null_label=null_label,
                 energy=source.model.energy if energy else None,
                 start_gamma=init_gamma,
-                **kept,
+                **given_latents,
                 **settings,
             )
             videos = source.vae.decode(latents)
@@ -332,6 +332,15 @@ def start_points(source, indices, seed, device, init, init_gamma):
         return noise
     encoded = source.vae.encode(init(indices).to(device))
     return transport.interpolate(encoded, noise, torch.full((len(indices),), init_gamma, device=device))
+
+
+def encode_given(vae, clips, mask):
+    """The arguments `given` and `mask` of `samplers.sample` for clips uint8 (n, 3, T, H, W) and a mask (n, T)."""
+    used = mask.any(dim=0)  # frames that no sample is given are not encoded
+    encoded = vae.encode(clips[:, :, used])
+    given = encoded.new_zeros(*encoded.shape[:2], mask.shape[1], *encoded.shape[3:])
+    given[:, :, used] = encoded
+    return {"given": given, "mask": mask[:, None, :, None, None]}
 
 
 def generate(network, start, labels, time_scale, null_label, batch_size=16, show=True, energy=None, **settings):

@@ -104,8 +104,9 @@ def check_flags(args):
     check_job()
     check_speed_flags(args)
     check_sampling_flags(args)
-    if args.forcing and not args.video:
-        raise UserError(f"--forcing {args.forcing} without --video: images have one frame; add --video or leave it out")
+    if args.forcing and {phase.num_frames for phase in args.frames_schedule or []} | {args.num_frames} == {1}:
+        advice = "leave it out" if args.video else "add --video, or leave it out"
+        raise UserError(f"--forcing {args.forcing}: clips of one frame leave nothing to complete: {advice}")
     for name in ("rope_theta", "rope_split", "rope_speed", "position_table"):
         if (value := getattr(args, name)) is not None and not args.use_rope:
             flag = f"--{name.replace('_', '-')} {value}"

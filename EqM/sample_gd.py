@@ -18,6 +18,7 @@ from pathlib import Path
 import torch
 
 import generation
+from given import KEPT_CLIPS, Given, as_ranges, frame_ranges
 from runtime import distributed
 from runtime.atomic import atomic_write
 from runtime.cli import (
@@ -35,7 +36,7 @@ from runtime.cli import (
 )
 from runtime.distributed import own_indices, rank, world_size
 from samplers import SOLVERS
-from video.given import KEPT_CLIPS, Given, as_ranges, find_clips, frame_ranges
+from video.inputs import check_apart, find_clips
 from video.writers import write_samples
 
 UNFINISHED = "samples.unfinished"  # a file that is in the folder while samples are written
@@ -52,7 +53,8 @@ def parse_args():
     add("--given", metavar="FILE_OR_FOLDER", help=given)
     frames = "the frames of --given that are kept, such as 0-3,12-15; default: all it has, at most half of the sample"
     add("--given-frames", type=frame_ranges, metavar="RANGES", help=frames)
-    init = "start from this video or image, or from those of a folder in turn; default: from noise"
+    init = "start from this video (image models: picture), from those of a folder in turn, or from the samples of an "
+    init += "earlier run; default: from noise"
     add("--init", metavar="FILE_OR_FOLDER", help=init)
     share = "share of --init in the start, the rest is noise; default: 0.5 with --init"
     add("--init-gamma", type=SHARE, metavar="G", help=share)
@@ -78,14 +80,14 @@ def check_flags(args):
         if value is not None and not args.video:
             raise UserError(f"{flag} {value} without --video: images have no frames; add --video or leave it out")
     check_writable("--folder", args.folder)
-    if args.given_frames and not args.given:
+    if args.given_frames and args.given is None:
         raise UserError(f"--given-frames {as_ranges(args.given_frames)} are frames of --given: give that, too")
-    if args.given and args.init:
+    if args.given is not None and args.init is not None:
         raise UserError("--given and --init: frames to keep or a start from which all change: give one of them")
-    if args.given and not args.video:
+    if args.given is not None and not args.video:
         raise UserError(f"--given {args.given} without --video: images have no frames; add --video or leave it out")
     if args.init_gamma is None:
-        args.init_gamma = 0.5 if args.init else 0.0
+        args.init_gamma = 0.0 if args.init is None else 0.5
     elif args.init is None:
         raise UserError(f"--init-gamma {args.init_gamma} is the share of --init in the start: give that, too")
     if args.init_gamma == 1 and args.sampler in SOLVERS:
@@ -99,7 +101,8 @@ def init_reader(args, source, indices):
     """
     if args.init is None:
         return None
-    clips, frames = find_clips("--init", args.init, images=not args.video), range(source.num_frames)
+    clips, frames = find_clips("--init", args.init, ("video" if args.video else "image",)), range(source.num_frames)
+    check_apart(clips, args.folder)
 
     @functools.lru_cache(KEPT_CLIPS)
     def read(number):
@@ -122,7 +125,7 @@ def main():
         args.num_frames = source.num_frames
         indices = own_indices(args.num_samples, block=args.batch_size)
         init = init_reader(args, source, indices)
-        given = Given(args, source, indices) if args.given else None
+        given = None if args.given is None else Given(args, source, indices)
     except UserError as error:
         fail(error)
 
@@ -182,7 +185,8 @@ def write_folder(args, source, batches, given):
         write_energies(args, torch.cat(energies))
     about = {"classes": source.classes, "time_scale": source.time_scale}
     about |= {"mean_evaluations": evaluations.double().mean().item()}
-    about |= {"source": generation.provenance(source, args), "flags": vars(args)}
+    flags = vars(args) | {"given_frames": args.given_frames and as_ranges(args.given_frames)}
+    about |= {"source": generation.provenance(source, args), "flags": flags}
     about |= {"given": given.about()} if given else {}
     with atomic_write(folder / "samples.json") as file:
         file.write(json.dumps(about, indent=2).encode())

@@ -24,26 +24,28 @@ def sample(
             "heun" (see `integrate`), which use start_gamma.
         num_steps: the number of points, the start included.
         observe: observe(x, keep), if any, is called at each point of the running samples, first and last included.
-        given, mask: where mask (bool, broadcasts over x) is true, x has the values of `given` (B, ...) from start to
-            end, bit for bit: the field moves only the rest, as a function of both.
+        given, mask: where mask (bool, B or 1 and of as many dimensions as x, over which it broadcasts) is true, x has
+            the values of `given` (B, ...) from start to end, bit for bit: the field moves only the rest.
 
     Returns:
         the final x (B, ...) and the number of evaluations of the field for each sample, (B,) int64.
     """
     observe = observe or (lambda x, keep: None)
+    assert (given is None) == (mask is None)
     if mask is not None:
-        x, field = torch.where(mask, given, x), of_the_rest(field, mask.expand_as(x))
+        mask = mask.expand(len(x), *mask.shape[1:])
+        x, field = torch.where(mask, given, x), of_the_rest(field, mask)
     if method in SOLVERS:
         assert stop_below is None, f"{method} has a fixed number of steps"
         return integrate(field, x, method, num_steps, start_gamma, observe)
     assert method in DESCENTS, method
-    free = None if mask is None else 1 - mask.expand_as(x).flatten(1).float().mean(dim=1)
+    free = None if mask is None else 1 - mask.flatten(1).float().mean(dim=1)
     momentum = momentum if method == "ngd" else 0.0
     return descend(field, x, num_steps, step_size, momentum, stop_below, observe, free)
 
 
 def of_the_rest(field, mask):
-    """A field that is zero where mask (B, ...) is true, so what is there never moves."""
+    """A field that is zero where mask, (B, ...), is true, so what is there never moves."""
     return lambda x, keep: field(x, keep).masked_fill(mask[keep], 0)
 
 

@@ -354,8 +354,8 @@ def training_losses(network, vae, batch, config, args, stream, device):
     seed, indices = args.global_seed, batch["indices"].tolist()
     x = vae.latents_of(batch["clips"].to(device, non_blocking=True), seed, stream, indices)  # (B, C, T, H, W)
     noise = normal(seed, "noise", stream, indices, x.shape[1:], device)
-    patch, levels = config.temporal_patch_size, (args.gamma_shift, args.forcing)
-    gamma = draw_gammas(seed, stream, indices, x.shape[2], patch, *levels)  # (B,), with --forcing (B, T)
+    num_frames, patch = x.shape[2], config.temporal_patch_size
+    gamma = draw_gammas(seed, stream, indices, num_frames, patch, args.gamma_shift, args.forcing)  # (B,) or (B, T)
     dropped = uniform(seed, "label drop", stream, indices) < config.class_dropout_prob
     labels = torch.where(dropped, config.num_classes, batch["labels"])
     labels, time_scale, gamma = (part.to(device, non_blocking=True) for part in (labels, batch["time_scales"], gamma))

@@ -21,10 +21,10 @@ from pathlib import Path
 from PIL import Image
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent / "EqM"))
+from given import frame_ranges
 from runtime.atomic import atomic_write
 from runtime.cli import COUNT, SHARE, ArgumentParser, UserError, check_writable, fail, say
 from video.clips import Clips
-from video.given import frame_ranges
 from video.index import check_data_path, latents_settings, scan_videos, split_videos
 from video.samples import NO_LABEL, class_name, read_samples
 from video.writers import write_mp4
@@ -60,7 +60,7 @@ class Samples:
         return self.num_frames == 1
 
     def class_name(self, index):
-        return class_name(self.about["classes"], self.labels[index])
+        return class_name(self.about["classes"], self.labels[index]) or "none"
 
     def given(self, index):
         """What samples.json says of the given frames of a sample, {"source", "frames", "class"}; None without any."""
@@ -86,9 +86,11 @@ def load_samples(folder):
 def check_given(here, given, count):
     """Raise UserError unless `given` of a samples.json describes so many samples."""
     try:
-        frames = [frame_ranges(entry["frames"]) for entry in given]
-        if len(frames) != count or not all(isinstance(entry["source"], str) for entry in given):
+        texts = [entry[name] for entry in given for name in ("frames", "source")]
+        if len(texts) != 2 * count or not all(isinstance(text, str) for text in texts):
             raise ValueError(f"wanted {count} entries with frames and source")
+        for text in texts[::2]:
+            frame_ranges(text)
     except (ArgumentTypeError, LookupError, TypeError, ValueError) as error:
         raise UserError(f"{here}: samples.json is damaged (given: {error}); sample again") from error
 
@@ -154,7 +156,7 @@ def make_page(samples, indices, real):
     classes, flags = samples.about["classes"], samples.about["flags"]
     fps = 1 / samples.about["time_scale"]
     counts = Counter(samples.labels[index] for index in indices)
-    names = {label: escape(class_name(classes, label)) for label in sorted(counts)}
+    names = {label: escape(class_name(classes, label) or "none") for label in sorted(counts)}
     options = [f'<option value="{label}">{name} ({counts[label]})' for label, name in names.items()]
     columns = 2 if real else 1
     parts = {

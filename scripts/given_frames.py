@@ -14,6 +14,8 @@ import statistics
 import sys
 from pathlib import Path
 
+from scipy import stats
+
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent / "EqM"))
 sys.path.insert(0, str(Path(__file__).resolve().parent / "study"))
 from arms import BY_NAME, FULL, GUIDANCE, MINIATURE, PATH_LENGTH, Job, recipe_flags
@@ -36,7 +38,7 @@ TASKS = {  # name in the table: flags of evaluate.py
 COLUMNS = {  # title: value of a manifest, factor, digits
     "direction right (%)": ("direction_accuracy", 100, 1),
     "PSNR above repeating (dB)": ("psnr_gain", 1, 1),
-    "color and shape kept (%)": ("kept", 100, 1),
+    "color and shape kept (%)": ("appearance_kept", 100, 1),
     "speed / true": ("speed_ratio", 1, 2),
 }
 
@@ -84,8 +86,10 @@ class Model:
                 run_script(["datasets/make_moving_shapes.py", "--out", path, *flags])
         flags = [*recipe_flags(self.job, self.size), "--forcing", self.share, "--data-path", self.videos[2]]
         flags += ["--results-dir", self.folder, "--resume", "--sample-every", 0, "--ckpt-every", 1000, "--keep-last", 1]
-        run_script(["EqM/train.py", *flags, *(["--compile"] if self.compile else [])], self.folder / "train.log")
-        (latest,) = self.folder.glob("*/checkpoints/latest.pt")
+        printed = run_script(["EqM/train.py", *flags, *(["--compile"] if self.compile else [])], self.folder / "train.log")
+        latest = next(self.folder.glob("*/checkpoints/latest.pt"), None)
+        if latest is None or "is not finite" in printed:
+            raise UserError(f"{self.folder}: the training did not end well; see train.log in it")
         for task, words in TASKS.items():
             if not self.manifest(task).exists():
                 self.score(latest, task, words)
@@ -109,8 +113,8 @@ class Model:
 
 def mean_and_interval(values):
     """(mean, half of its 95% interval by Student's t over the seeds; None for one value)."""
-    t = {2: 12.71, 3: 4.30, 4: 3.18, 5: 2.78}.get(len(values), 2.0)
-    half = t * statistics.stdev(values) / math.sqrt(len(values)) if len(values) > 1 else None
+    n = len(values)
+    half = stats.t.ppf(0.975, n - 1) * statistics.stdev(values) / math.sqrt(n) if n > 1 else None
     return statistics.mean(values), half
 
 
@@ -148,7 +152,7 @@ def difference_lines(rows):
     lines, title = [], "direction right (%)"
     for task, cells in rows.items():
         for share in cells if task.startswith("nothing") and "0" in cells else ():
-            pairs = list(zip(cells[share][title], cells["0"][title], strict=False))
+            pairs = list(zip(cells[share][title], cells["0"][title], strict=True))
             if share != "0":
                 mean, half = mean_and_interval([own - other for own, other in pairs])
                 spread = "" if half is None else f" ({mean - half:+.1f} to {mean + half:+.1f})"

@@ -128,7 +128,7 @@ CASES = {
         "schedule", "--frames-schedule 4:10 --num-frames 4", "--num-frames 4 contradicts --frames-schedule"
     ),
     "a schedule with fixed positions": case("schedule fixed", "--frames-schedule 4:10,8:20", "tied to 4"),
-    "forcing images": case("train images", "--forcing 0.5", "--forcing 0.5 without --video"),
+    "forcing images": case("train images", "--forcing 0.5", "--forcing 0.5: clips of one frame", "add --video"),
     "forcing more than all clips": case("train", "--forcing 1.5", "--forcing", "at most 1"),
     "a mix without a schedule": case("train", "--mix 0.2", "--mix 0.2", "--frames-schedule"),
     "a loader timeout that is NaN": case("train", "--loader-timeout nan", "--loader-timeout", "nan"),
@@ -250,6 +250,8 @@ CASES = {
     "frames of no clip": case("sample", "--given-frames 0-3", "--given-frames 0-3 are frames of --given"),
     "frames that are no numbers": case("sample", "--given-frames 3-1", "--given-frames", "such as 0-3,12-15"),
     "a clip for images": case("sample images", "--given videos", "--given videos without --video"),
+    "a clip of no name": case("sample", ["--given", ""], "--given ''"),
+    "a clip that would be removed": case("sample", "--given x --folder x", "--given x"),
     "a share of nothing": case("sample", "--init-gamma 0.5", "--init-gamma 0.5", "--init"),
     "a share above one": case("sample", "--init x.mp4 --init-gamma 1.5", "--init-gamma", "at most 1"),
     "no way to go": case("sample", "--init x --init-gamma 1 --sampler heun", "--init-gamma 1", "heun"),

@@ -1,6 +1,7 @@
 """The scores of the demo model are of this model, and it reaches them."""
 
 import json
+import sys
 from pathlib import Path
 
 import evaluate
@@ -21,6 +22,14 @@ def test_the_demo_is_small_and_its_scores_are_of_this_model():
         found = read_manifest(path)
         assert found["generated"]["checkpoint_sha256"] == generation.sha256(DEMO)
         assert f"{found['values']['direction_accuracy']:.1%}" in text  # the table says what was measured
+
+
+def test_the_scores_of_the_demo_can_be_repeated_though_evaluate_has_new_flags_since(monkeypatch):
+    for path in DEMO.glob("motion-*.json"):
+        monkeypatch.setattr(sys, "argv", ["evaluate.py", "--out", "x.json", "--manifest", str(path)])
+        args, old = evaluate.repeat_flags(*evaluate.parse_args())
+        assert (args.given_frames, args.samples_per_clip) == (None, 1)
+        assert args.num_frames == old["generated"]["num_frames"]
 
 
 def test_the_demo_moves_its_shapes_in_the_directions_of_their_classes(tmp_path):

@@ -21,7 +21,7 @@ from tiny_data import make_images, make_state
 from training import run_main
 from vae import VAE
 from video import writers
-from video.given import GivenClip
+from video.inputs import InputClip
 from video.samples import read_samples
 
 SETTINGS = {"method": "ngd", "num_steps": 4, "step_size": 0.05, "momentum": 0.3, "guidance": 2.0}
@@ -187,7 +187,7 @@ def test_ranks_without_a_batch_are_named_once(ckpt, tmp_path, monkeypatch, capsy
 def test_images_to_start_from_are_taken_in_turn_however_many_are_kept(kept, tmp_path, monkeypatch):
     monkeypatch.setattr(sample_gd, "KEPT_CLIPS", kept)
     make_images(tmp_path, 3)
-    args = Namespace(init=str(tmp_path / "A"), video=False)
+    args = Namespace(init=str(tmp_path / "A"), video=False, folder="elsewhere")
     files = sorted((tmp_path / "A").iterdir())
     source, seen = Namespace(num_frames=1, time_scale=0.04, image_size=16), []
 
@@ -195,7 +195,7 @@ def test_images_to_start_from_are_taken_in_turn_however_many_are_kept(kept, tmp_
         seen.append(clip.path)
         return torch.full((3, 1, 16, 16), files.index(type(files[0])(clip.path)), dtype=torch.uint8)
 
-    monkeypatch.setattr(GivenClip, "read", read)
+    monkeypatch.setattr(InputClip, "read", read)
     read = sample_gd.init_reader(args, source, range(5))
     assert seen == [str(path) for path in files]  # each once, before anything is sampled
     assert read([0, 1, 2, 3])[:, 0, 0, 0, 0].tolist() == [0, 1, 0, 1]

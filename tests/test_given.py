@@ -1,6 +1,7 @@
 """Clips that a user names: which files, which frames of them, their class, and what becomes of them in the samples."""
 
 import json
+import subprocess
 from argparse import ArgumentTypeError
 
 import numpy as np
@@ -10,17 +11,20 @@ from PIL import Image
 
 import checkpoint
 import sample_gd
+from given import as_ranges, frame_ranges
 from runtime.cli import UserError
 from tiny_data import make_samples, make_state, make_vae, write_npz
 from tiny_videos import halves, picture, save, write_video
-from training import run_main
+from training import ROOT, TORCHRUN, run_main
 from vae import load_vae
 from video.files import resize_and_crop
-from video.given import as_ranges, find_clips, frame_ranges
+from video.inputs import find_clips
+
+BOTH = ("video", "image")
 
 
-def only(path, images=False):
-    (clip,) = find_clips("--given", path, images)
+def only(path):
+    (clip,) = find_clips("--given", path, BOTH)
     return clip
 
 
@@ -67,7 +71,7 @@ def test_a_clip_has_as_many_frames_as_fit_into_it_and_more_are_refused(tmp_path)
     assert clip.read(range(4), 3 / 25, 48).shape[1] == 4
     assert "has 4 frames of 0.12 s, wanted 5" in error_of(clip.read, range(5), 3 / 25, 48)
     assert only(tmp_path / "a.png").count(0.04) == 1
-    assert "has 1 frames of 0.04 s, wanted 2" in error_of(only(tmp_path / "a.png").read, range(2), 0.04, 48)
+    assert "has 1 frame of 0.04 s, wanted 2" in error_of(only(tmp_path / "a.png").read, range(2), 0.04, 48)
 
 
 def test_a_folder_stands_for_its_files_sorted_by_name_then_for_those_of_its_class_folders(tmp_path):
@@ -75,13 +79,13 @@ def test_a_folder_stands_for_its_files_sorted_by_name_then_for_those_of_its_clas
         (tmp_path / name).parent.mkdir(exist_ok=True)
         (tmp_path / name).write_text("")
 
-    def names(images):
-        clips = find_clips("--given", tmp_path, images)
+    def names(*kinds):
+        clips = find_clips("--given", tmp_path, kinds)
         return [clip.path.removeprefix(f"{tmp_path}/") for clip in clips], [clip.class_name for clip in clips]
 
     own = tmp_path.name
-    assert names(True) == (["10.JPG", "2.png", "inner/3.png"], [own, own, "inner"])
-    assert names(False) == (["10.JPG", "2.png", "v.mp4", "inner/3.png"], [own, own, own, "inner"])
+    assert names("image") == (["10.JPG", "2.png", "inner/3.png"], [own, own, "inner"])
+    assert names(*BOTH) == (["10.JPG", "2.png", "v.mp4", "inner/3.png"], [own, own, own, "inner"])
 
 
 def test_the_samples_of_an_earlier_run_are_read_at_their_own_frame_rate_with_their_classes(tmp_path):
@@ -89,8 +93,8 @@ def test_the_samples_of_an_earlier_run_are_read_at_their_own_frame_rate_with_the
     write_npz(tmp_path / "samples.npz", clips, [1, -1, 0])
     (tmp_path / "samples.json").write_text(json.dumps({"classes": ["A", "B"], "time_scale": 0.04}))
     for place in (tmp_path, tmp_path / "samples.npz"):
-        found = find_clips("--given", place, images=False)
-        assert [clip.class_name for clip in found] == ["B", "none", "A"]
+        found = find_clips("--given", place, BOTH)
+        assert [clip.class_name for clip in found] == ["B", None, "A"]
         assert found[1].count(0.08) == 4
         assert found[1].read(range(4), 0.08, 16)[0, :, 0, 0].tolist() == [8, 10, 12, 14]
 
@@ -100,19 +104,26 @@ def test_every_mistake_in_a_file_is_one_line(tmp_path):
     for name in ("text.avi", "text.png", "notes.txt", "empty/notes.txt"):
         (tmp_path / name).parent.mkdir(exist_ok=True)
         (tmp_path / name).write_text("hello")
-    find = lambda name, images: find_clips("--given", tmp_path / name, images)  # noqa: E731
-    for name, images, words in (
-        ("b.png", True, "no such file or folder"),
-        ("notes.txt", False, "no video or image, wanted one of .avi"),
-        ("v.avi", True, "no image, wanted one of .jpeg"),
-        ("empty", False, "no video or image"),
+    find = lambda name, *kinds: find_clips("--given", tmp_path / name, kinds)  # noqa: E731
+    for words, name, *kinds in (
+        ("no such file or folder", "b.png", "image"),
+        ("no video or image, wanted one of .avi", "notes.txt", *BOTH),
+        ("no image, wanted one of .jpeg", "v.avi", "image"),
+        ("no video or image", "empty", *BOTH),
     ):
-        assert words in error_of(find, name, images)
+        assert words in error_of(find, name, *kinds)
     for name in ("text.avi", "text.png"):
         assert "can't be decoded" in error_of(only(tmp_path / name).read, [0], 0.04, 16)
     make_samples(tmp_path)
     (tmp_path / "samples.json").unlink()
-    assert "missing or damaged" in error_of(find, "samples.npz", False)
+    assert "missing or damaged" in error_of(find, "samples.npz", "video")
+
+
+@pytest.mark.parametrize("shape", [(0, 3, 8, 8, 3), (2, 0, 8, 8, 3), (2, 3, 0, 8, 3), (2, 3, 8, 8, 1), (2, 3, 8, 8, 4)])
+def test_a_sample_folder_without_pixels_is_one_line(tmp_path, shape):
+    make_samples(tmp_path)
+    np.savez(tmp_path / "samples.npz", arr_0=np.zeros(shape, np.uint8), labels=np.zeros(shape[0], np.int64))
+    assert "samples" in error_of(find_clips, "--given", tmp_path, ("video",))
 
 
 def test_ranges_are_numbers_of_frames():
@@ -185,10 +196,50 @@ def test_given_latents_are_kept_bit_for_bit_and_are_those_of_the_vae(places, tmp
     torch.testing.assert_close(given[0][:, [0, 6, 7]], load_vae(str(places / "vae")).encode(read[None])[0])
 
 
-def test_ranks_and_batches_do_not_matter(places, tmp_path):
+def test_the_size_of_a_batch_matters_by_rounding_only(places, tmp_path):
     together, _ = run(places, tmp_path / "s", "--given", places / "B")
     apart, _ = run(places, tmp_path / "t", "--given", places / "B", "--batch-size", 1)
-    np.testing.assert_allclose(together.astype(int), apart, atol=1)  # products of other sizes round otherwise
+    np.testing.assert_allclose(together.astype(int), apart, atol=1)
+
+
+def test_ranks_share_the_work_and_make_the_same_bytes(places, tmp_path):
+    flags = ["--given", places / "B", "--batch-size", 1]
+    alone, about = run(places, tmp_path / "s", *flags)
+    command = [*TORCHRUN, ROOT / "EqM/sample_gd.py", "--ckpt", places / "pixels.pt", "--video", "--num-samples", 2]
+    command += ["--num-sampling-steps", 4, "--stepsize", 0.05, "--folder", tmp_path / "t", *flags]
+    subprocess.run([str(word) for word in command], check=True, capture_output=True)
+    assert np.array_equal(np.load(tmp_path / "t/samples.npz")["arr_0"], alone)
+    assert json.loads((tmp_path / "t/samples.json").read_text())["given"] == about["given"]
+
+
+@pytest.mark.parametrize("kind", ["energy", "fixed"])
+def test_energies_and_fixed_positions_complete_clips_too(places, tmp_path, kind):
+    changes = {"energy": {"ebm": "dot", "use_rope": True}, "fixed": {"use_rope": False}}[kind]
+    state = make_state(depth=1, hidden_size=48, num_heads=2, num_frames=10, temporal_patch_size=4, **changes)
+    state["config"]["training"] |= {"forcing": 0.5}
+    checkpoint.save(places / f"{kind}.pt", state)
+    flags = ["--given", places / "B/b.mp4", "--stop-below", 1e9, *(["--report-energy"] if kind == "energy" else [])]
+    clips, _ = run(places, tmp_path / "s", *flags, model=kind)
+    read = only(places / "B/b.mp4").read(range(5), 0.04, 16)
+    assert np.array_equal(clips[0, :5], read.permute(1, 2, 3, 0))
+    rows = (tmp_path / "s/evaluations.csv").read_text().splitlines()
+    assert [row.split(",")[-1] for row in rows[1:]] == ["1", "1"]  # the field of what is free is below the threshold
+
+
+def test_samples_with_and_without_a_label_share_a_batch(places, tmp_path):
+    _, about = run(places, tmp_path / "s", "--given", places, "--num-samples", 4)
+    assert classes_of(about) == ["A", "B", "B", "none"]
+    labels = np.load(tmp_path / "s/samples.npz")["labels"].tolist()
+    assert labels == [0, 1, 1, -1]
+
+
+def test_samples_never_replace_the_clips_that_they_continue(places, tmp_path, capsys):
+    run(places, tmp_path / "s")
+    before = (tmp_path / "s/samples.npz").read_bytes()
+    for flag in ("--given", "--init"):
+        run(places, tmp_path / "s", flag, tmp_path / "s", status=2)
+        assert "lies in --folder" in capsys.readouterr().err
+    assert (tmp_path / "s/samples.npz").read_bytes() == before
 
 
 def classes_of(about):
@@ -205,8 +256,6 @@ def test_the_class_is_that_of_the_folder_else_that_of_the_flag_else_none(places,
     assert classes_of(about) == ["B", "B"] and "those keep it" in capsys.readouterr().out
     _, about = run(places, tmp_path / "d", "--given", places / "B", "--classes", "none")
     assert classes_of(about) == ["none", "none"] and "note" not in capsys.readouterr().out
-    again, about = run(places, tmp_path / "e", "--given", tmp_path / "b", "--given-frames", "0-9", status=2) or (0, 0)
-    assert "leaves none of the 10 frames" in capsys.readouterr().err
     _, about = run(places, tmp_path / "e", "--given", tmp_path / "b")
     assert classes_of(about) == ["A", "B"]
 
@@ -246,10 +295,10 @@ def test_a_model_trained_without_forcing_gets_a_note_and_given_frames_are_marked
     ("flags", "words"),
     [
         (["--given", "B", "--given-frames", "20"], "--given-frames 20: the samples have the frames 0 to 9"),
-        (["--given", "B", "--given-frames", "0-9"], "--given-frames 0-9: leaves none of the 10 frames to sample"),
+        (["--given", "B", "--given-frames", "0-9"], "--given-frames 0-9: are all frames of the samples"),
         (["--given", "B", "--given-frames", ""], "wanted numbers of frames such as"),
         (["--given", "B", "--given-frames", "0-3"], "c.mp4 has 3 frames of 0.04 s, wanted 4"),
-        (["--given", "A/a.png", "--given-frames", "0-1"], "a.png has 1 frames"),
+        (["--given", "A/a.png", "--given-frames", "0-1"], "a.png has 1 frame of"),
         (["--given-frames", "0-3"], "--given-frames 0-3 are frames of --given"),
         (["--given", "B", "--init", "B"], "--given and --init"),
         (["--given", "no/such"], "no such file or folder"),

@@ -14,7 +14,7 @@ ENTRY = ("train", "cache_latents", "sample_gd", "evaluate")
 LAYERS = (  # from the top; a module may import from layers below, and from its own as long as there is no cycle
     ENTRY,
     ("preflight", "scoring"),
-    ("generation", "validation"),
+    ("generation", "validation", "given"),
     ("checkpoint", "published", "optim", "schedule", "forcing"),
     ("models", "vae", "samplers"),
     ("rope", "transport", "video"),

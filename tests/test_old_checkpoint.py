@@ -4,6 +4,7 @@ data/format1.pt is of a run of 6 steps (FLAGS) on four videos, stopped after ste
 step 6, when it was not stopped, is in EXPECTED.
 """
 
+import copy
 import shutil
 from pathlib import Path
 
@@ -15,7 +16,7 @@ import checkpoint
 import sample_gd
 import train
 from runtime.metrics import read_metrics
-from training import run_main
+from training import differences, run_main
 
 OLD = Path(__file__).parent / "data/format1.pt"
 FLAGS = ["--video", "--model", "EqM-Ti/2", "--depth", 1, "--hidden-size", 12, "--num-heads", 1, "--use-rope"]
@@ -55,8 +56,18 @@ def test_it_resumes_as_the_code_that_wrote_it_did(videos, tmp_path):
     run_main(train, *FLAGS, "--data-path", videos, "--results-dir", tmp_path, "--max-steps", 6, "--resume")
     ((row,), _) = read_metrics(folder / "metrics.jsonl")
     assert row["step"] == 6
+    assert row["train_loss_rel"] == pytest.approx(1, abs=0.1)
     # Means of steps 4 to 6, of which the file has the first
     assert {name: row[name] for name in EXPECTED} == pytest.approx(EXPECTED, rel=1e-3)
+
+
+def test_the_mean_square_of_its_clips_becomes_the_expected_loss_of_zero(tmp_path):
+    state = checkpoint.load(OLD)
+    (loss, mean_square, norm), before = state["run"]["window"]["rows"][0].tolist(), copy.deepcopy(state["run"])
+    start = checkpoint.Start(None, tmp_path / "checkpoints/latest.pt", state=state, folder=tmp_path)
+    assert start.unlogged["names"] == ["train_loss", "target_square", "grad_norm"]
+    assert start.unlogged["rows"][0].tolist() == pytest.approx([loss, 13.867 * (1 + mean_square), norm], rel=1e-4)
+    assert differences(state["run"], before) == []
 
 
 def test_it_starts_a_new_phase(videos, tmp_path):

@@ -2,6 +2,7 @@
 
 import json
 import math
+import shutil
 
 import numpy as np
 import pytest
@@ -9,11 +10,12 @@ from PIL import Image
 from skimage.metrics import structural_similarity
 
 import evaluate
+from given import frame_ranges
 from make_moving_shapes import draw_clip
 from scoring import prediction
+from scoring.motion import Truth, track
 from test_evaluate import ckpt, make_checkpoint, read_clips  # noqa: F401 (a fixture)
 from training import run_main
-from video.given import frame_ranges
 
 FEW = ["--num-workers", 0, "--num-sampling-steps", 4, "--stepsize", 0.05, "--num-frames", 8]
 
@@ -36,7 +38,8 @@ def naive_psnr(a, b):
 def test_psnr_is_that_of_its_definition_and_equal_frames_have_the_most():
     real = gradient()
     samples = np.stack([noisy(real, 8, seed) for seed in range(3)])
-    scores, repeated = prediction.score_clip(real, samples, given=(0, 1, 5))
+    scores, baselines = prediction.score_clip(real, samples, given=(0, 1, 5))
+    repeated = baselines["repeated"]
     assert scores.shape == (2, 3, 3) and repeated.shape == (2, 3)
     expected = [[naive_psnr(sample[t], real[t]) for t in (2, 3, 4)] for sample in samples]
     assert np.allclose(scores[0], expected)
@@ -47,9 +50,29 @@ def test_psnr_is_that_of_its_definition_and_equal_frames_have_the_most():
 
 def test_the_repeated_frame_is_the_last_given_before_or_else_the_first_after():
     real = gradient()
-    _, repeated = prediction.score_clip(real, real[None], given=(2, 4))
+    _, baselines = prediction.score_clip(real, real[None], given=(2, 4))
     expected = [naive_psnr(real[shown], real[t]) for t, shown in ((0, 2), (1, 2), (3, 2), (5, 4))]
-    assert np.allclose(repeated[0], expected)
+    assert np.allclose(baselines["repeated"][0], expected)
+    assert baselines.keys() == {"repeated"}  # where the true motion is not known
+
+
+def moving(direction="Right", shape="Circle", rgb=(240, 70, 60), speed=12):
+    """A clip of 8 frames as the data set draws them; speed in px per second at 25 fps."""
+    video = {"shape": shape, "direction": direction, "start": [8, 8], "speed": speed, "radius": 3, "rgb": rgb}
+    return draw_clip(video | {"background_rgb": (0, 0, 0)}, 16, 8)
+
+
+@pytest.mark.parametrize("direction", ["Left", "Right", "Up", "Down"])
+def test_a_given_frame_moved_by_the_true_motion_is_the_later_frame(direction):
+    clip, truth = moving(direction, speed=25), Truth(direction, "Circle", 1.0, 28.0)
+    _, baselines = prediction.score_clip(clip, clip[None], (0, 1, 6, 7), truth)
+    assert (baselines["moved"][0] == prediction.MOST_PSNR).all()  # by whole pixels
+    assert (baselines["repeated"][0] < 21).all()
+    half = moving(direction, speed=12.5)
+    later = prediction.moved(half[0], 5, Truth(direction, "Circle", 0.5, 28.0))
+    assert prediction.frame_scores(later, half[5])[0] > prediction.frame_scores(half[0], half[5])[0] + 6
+    first = prediction.score_clip(clip, clip[None], (4, 5, 6, 7), truth)[1]
+    assert (first["moved"][0] == prediction.MOST_PSNR).all()  # backwards in time, too
 
 
 def test_ssim_has_gaussian_windows_per_color_channel():
@@ -64,10 +87,10 @@ def test_the_best_sample_is_chosen_for_each_metric_on_its_own_and_gains_have_an_
     scores[:, 0] = [[10, 20], [30, 10], [12, 12]]  # means 15, 20, 12
     scores[:, 1] = [[0.1, 0.2], [0.3, 0.4], [0.8, 0.7]]
     scores[:, 0] += np.arange(4)[:, None, None]
-    repeated = np.full((4, 2, 2), 10.0)
-    result = prediction.compare(scores, repeated)
+    result = prediction.compare(scores, {"repeated": np.full((4, 2, 2), 10.0)})
     assert result["psnr"] == pytest.approx((15 + 20 + 12) / 3 + 1.5)
-    assert result["psnr_best_by_frame"] == pytest.approx([31.5, 11.5])
+    assert result["psnr_best_by_frame"]["mean"] == pytest.approx([31.5, 11.5])
+    assert result["psnr_best_by_frame"]["half95"] == pytest.approx([1.96 * 1.118 / 2] * 2, rel=1e-3)
     assert result["ssim_best"] == pytest.approx(0.75)
     assert result["psnr_gain"] == pytest.approx(result["psnr"] - 10)
     low, high = result["psnr_gain_interval95"]
@@ -76,14 +99,9 @@ def test_the_best_sample_is_chosen_for_each_metric_on_its_own_and_gains_have_an_
 
 
 def test_a_clip_that_keeps_color_and_shape_is_told_from_one_that_does_not():
-    def clip(shape="Circle", rgb=(240, 70, 60)):
-        video = {"shape": shape, "direction": "Right", "start": [5, 8], "speed": 12, "radius": 3, "rgb": rgb}
-        return draw_clip(video | {"background_rgb": (0, 0, 0)}, 16, 8)
-
-    truth = prediction.read_truth.__globals__["Truth"]("Right", "Circle", 12 / 25, 28.0)
-    kept = [prediction.score_motion(sample, clip(), truth)[2] for sample in (
-        clip(), clip("Square"), clip(rgb=(80, 130, 250)), np.zeros_like(clip()))]  # fmt: skip
-    assert kept == [True, False, False, False]
+    real = track(moving())
+    others = moving(), moving(shape="Square"), moving(rgb=(80, 130, 250)), np.zeros_like(moving())
+    assert [prediction.keeps_appearance(track(clip), real) for clip in others] == [True, False, False, False]
 
 
 def run(tmp_path, *flags, status=0):
@@ -98,7 +116,7 @@ def test_predictions_continue_the_very_clips_they_are_compared_with(shapes, ckpt
     flags = ["--ckpt", ckpt, "--data-path", shapes, "--num-real", 3, "--samples-per-clip", 2, "--batch-size", 2]
     made = run(tmp_path, *flags, "--given-frames", "0-1,6")
     clips, _, _ = read_clips(shapes, "val", 3)
-    for (real, samples, given), clip in zip(seen, clips, strict=True):
+    for (real, samples, given, _), clip in zip(seen, clips, strict=True):
         assert tuple(given) == frame_ranges("0-1,6")
         assert np.array_equal(real, clip)
         assert samples.shape == (2, 8, 16, 16, 3)
@@ -108,6 +126,7 @@ def test_predictions_continue_the_very_clips_they_are_compared_with(shapes, ckpt
     assert made["result"]["predicted_frames"] == [2, 3, 4, 5, 7]
     assert made["values"]["psnr_best"] >= made["values"]["psnr"]
     assert made["values"]["direction_accuracy"] == 0
+    assert made["result"]["motion_real"]["direction_accuracy"] == 1
     assert Image.open(tmp_path / "p.sheet.png").size[1] > 6 * 128 and (tmp_path / "p.png").stat().st_size > 1000
     again = tmp_path / "again.json"
     run_main(evaluate, "--manifest", tmp_path / "p.json", "--out", again)
@@ -127,17 +146,39 @@ def test_without_a_label_and_with_all_videos(shapes, ckpt, tmp_path, monkeypatch
     assert labels == [12, 12]
 
 
+def test_the_time_between_frames_is_that_of_the_clip(shapes, ckpt, tmp_path, monkeypatch):  # noqa: F811
+    seen, generate = [], evaluate.generation.generate_batch
+
+    def watched(*args, **rest):
+        seen.append(args[3])
+        return generate(*args, **rest)
+
+    monkeypatch.setattr(evaluate.generation, "generate_batch", watched)
+    run(tmp_path, "--ckpt", ckpt, "--data-path", shapes, "--num-real", 2, "--fps", 12)
+    assert seen[0].tolist() == pytest.approx([0.08, 0.08])  # the data have 25: the closest
+
+
+def test_a_truth_that_lacks_a_class_is_found_before_anything_is_sampled(shapes, ckpt, tmp_path, capsys):  # noqa: F811
+    data = shutil.copytree(shapes, tmp_path / "data")
+    about = json.loads((data / "shapes.json").read_text())
+    about["videos"] = {key: video for key, video in about["videos"].items() if video["class"] != "SquareUp"}
+    (data / "shapes.json").write_text(json.dumps(about))
+    run(tmp_path, "--ckpt", ckpt, "--data-path", data, "--num-real", 2, status=2)
+    assert "no class SquareUp" in capsys.readouterr().err
+
+
 def test_every_mistake_is_one_line(shapes, ckpt, tmp_path, capsys):  # noqa: F811
     base = ["--data-path", shapes]
     for words, *flags in (
-        ("--given-frames 0-7: of the 8 frames", "--ckpt", ckpt, "--given-frames", "0-7"),
-        ("--given-frames 9: of the 8 frames", "--ckpt", ckpt, "--given-frames", "9"),
+        ("--given-frames 0-7: are all frames of the samples", "--ckpt", ckpt, "--given-frames", "0-7"),
+        ("--given-frames 9: the samples have the frames 0 to 7", "--ckpt", ckpt, "--given-frames", "9"),
         ("samples itself: give --ckpt", "--samples", tmp_path),
         ("has --num-real and --samples-per-clip", "--ckpt", ckpt, "--num-samples", 3),
         ("takes the class of each real clip, or none", "--ckpt", ckpt, "--classes", "CircleUp"),
+        ("wanted at most 16777216 samples in all", "--ckpt", ckpt, "--samples-per-clip", 10**8),
     ):
         run(tmp_path, *base, *flags, status=2)
-        (line,) = capsys.readouterr().err.splitlines()[-1:]
+        (line,) = capsys.readouterr().err.splitlines()
         assert words in line, line
     run_main(evaluate, "--metric", "motion", "--given-frames", "0", "--ckpt", ckpt, *base, "--out", tmp_path / "x.json",
              status=2)  # fmt: skip

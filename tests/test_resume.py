@@ -59,7 +59,8 @@ def check_in_parts(whole, results, stops):
 
 def test_training_from_a_cache_resumes_bit_for_bit(latents, tmp_path):
     cache, vae = latents
-    whole = Training(cache, tmp_path / "whole", STEPS, flags=["--vae", vae, "--num-workers", 0])
+    flags = ["--vae", vae, "--num-workers", 0, "--forcing", 0.5, "--disp"]
+    whole = Training(cache, tmp_path / "whole", STEPS, flags=flags)
     check_in_parts(whole, tmp_path / "parts", (2, 3, None))
 
 

@@ -308,7 +308,7 @@ def test_given_values_lead_the_rest_to_its_conditional_mean_and_variance():
         a, b = z.chunk(2, dim=1)
         return torch.cat([7 * torch.ones_like(a), optimal_field(a @ rotation, std)(b, keep)], dim=1)
 
-    mask = torch.arange(1024) < 512
+    mask = torch.arange(1024)[None] < 512
     x, _ = sample(field, torch.cat([noise, noise], dim=1), given=torch.cat([a, a], dim=1), mask=mask)
     found, b = x.chunk(2, dim=1)
     mean = a @ rotation
@@ -325,7 +325,7 @@ def test_given_values_stay_bit_for_bit_and_the_field_sees_them_at_every_point(me
         seen.append(x)
         return (normal(8) - x) * torch.where(GIVEN, torch.nan, 1.0)  # what it says of them does not matter
 
-    x, _ = sample(field, start, method, 6, 0.1, observe=lambda x, keep: seen.append(x), given=given, mask=GIVEN)
+    x, _ = sample(field, start, method, 6, 0.1, observe=lambda x, keep: seen.append(x), given=given, mask=GIVEN[None])
     for point in (x, *seen):
         assert torch.equal(point[:, GIVEN], given[:, GIVEN])
     assert (x[:, ~GIVEN] != start[:, ~GIVEN]).all()
@@ -335,7 +335,8 @@ def test_given_values_stay_bit_for_bit_and_the_field_sees_them_at_every_point(me
 def test_a_mask_of_nothing_changes_nothing(method):
     start, field = normal(3, 8), lambda x, keep: normal(8) - x
     plain, _ = sample(field, start, method, 6, 0.1)
-    masked, _ = sample(field, start, method, 6, 0.1, given=normal(3, 8, seed=1), mask=torch.zeros(8, dtype=torch.bool))
+    nothing = torch.zeros(1, 8, dtype=torch.bool)
+    masked, _ = sample(field, start, method, 6, 0.1, given=normal(3, 8, seed=1), mask=nothing)
     assert torch.equal(plain, masked)
 
 

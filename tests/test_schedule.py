@@ -140,7 +140,7 @@ def test_phases_that_end_are_kept_and_mixing_trains_on_shorter_clips_too(shapes,
 
     monkeypatch.setattr(train, "training_losses", noting)
     monkeypatch.setattr(train, "validate", lambda *_: ({"val_loss": 1.0}, []))
-    training = run_schedule(shapes, tmp_path / "r", "--keep-last", 1, "--ckpt-every", 1, "--mix", 0.6)
+    training = run_schedule(shapes, tmp_path / "r", "--keep-last", 1, "--ckpt-every", 1, "--mix", 0.6, "--forcing", 0.5)
     names = {path.name for path in (training.folder / "checkpoints").iterdir()}
     assert {"0000003.pt", "0000005.pt", "0000007.pt"} <= names
     assert seen[:3] == [4, 4, 4]

@@ -142,13 +142,16 @@ def test_arms_differ_in_nothing_but_what_they_compare():
     assert one == other
 
 
-def test_every_share_of_the_compute_is_a_run_of_its_own_and_the_extra_seeds_come_last():
+def test_every_share_of_the_compute_is_a_run_of_its_own_and_what_costs_most_and_says_least_comes_last():
     jobs = arms.all_jobs(["16 fixed", "4-8-16 moving", "16 speed 1"], arms.FULL)
     assert {(job.share, job.seed) for job in jobs if job.arm.name == "4-8-16 moving"} == {
         (share, seed) for share in (0.4, 0.6, 1.0, 1.6) for seed in range(3)
     }
     assert len(jobs) == len({job.key for job in jobs}) == 5 + 12 + 2
-    assert [job.seed for job in jobs[-4:]] == [3, 4, 0, 1]
+    rest = [(job.arm.name, job.share, job.seed) for job in jobs[-7:]]
+    assert rest[:2] == [("16 fixed", 1, 3), ("16 fixed", 1, 4)]
+    assert rest[2:5] == [("4-8-16 moving", 1.6, seed) for seed in range(3)]
+    assert rest[5:] == [("16 speed 1", 1, 0), ("16 speed 1", 1, 1)]
 
 
 def test_a_run_that_diverged_is_done(tmp_path):

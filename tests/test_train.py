@@ -15,6 +15,7 @@ import sample_gd
 import train
 import transport
 from checkpoint import Progress
+from forcing import draw_gammas
 from runtime import cli, distributed, metrics
 from runtime.rng import normal, uniform
 from tiny_data import make_images, make_vae, save_checkpoint
@@ -263,7 +264,27 @@ def test_the_network_is_told_the_point_on_the_path_the_label_and_the_frame_rate_
     assert flags == {"return_features": True}
     assert losses.keys() == {"train_loss"}
     torch.testing.assert_close(losses["train_loss"], transport.target(x, noise, gamma).square().mean())
-    assert torch.equal(target_square, losses["train_loss"])  # as the network predicts zero
+    torch.testing.assert_close(target_square, losses["train_loss"])  # as the network predicts zero
+
+
+def test_forced_clips_have_a_level_per_frame_and_clean_frames_add_nothing_to_the_target(videos):
+    scan = scan_videos(videos)
+    clips = Clips(videos, scan.videos, scan.classes, 6, 16)
+    batch, seen = collate([clips[index] for index in range(4)]), []
+    network = lambda x, *rest, **flags: (seen.append(x) or torch.zeros_like(x), None)  # noqa: E731
+    args = SimpleNamespace(global_seed=3, gamma_shift=2.0, precision="fp32", disp=False, forcing=1.0)
+    config = SimpleNamespace(class_dropout_prob=0.1, num_classes=2, temporal_patch_size=4)
+    device = torch.device("cpu")
+    losses, target_square = train.training_losses(network, VAE("none"), batch, config, args, stream=5, device=device)
+    gamma = draw_gammas(3, 5, range(4), 6, 4, 2.0, 1.0)
+    x, noise = batch["clips"].float() / 127.5 - 1, normal(3, "noise", 5, range(4), (3, 6, 16, 16))
+    assert gamma.shape == (4, 6) and (gamma == 1).any() and (gamma < 1).any()
+    for clip, frame in itertools.product(range(4), range(6)):
+        level = gamma[clip, frame]
+        expected = level * x[clip, :, frame] + (1 - level) * noise[clip, :, frame]
+        assert torch.equal(seen[0][clip, :, frame], expected)
+    torch.testing.assert_close(target_square, losses["train_loss"])
+    assert target_square < transport.zero_loss(x.square().mean())
 
 
 # From a latent cache ------------------------------------------------------------------------------------------------

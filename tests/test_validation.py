@@ -9,6 +9,7 @@ from torch.utils.data import DataLoader
 import validation
 from models import EqM, model_config
 from runtime import distributed
+from runtime.rng import generator
 from runtime.signals import StopSignal
 from test_optim import SMALL
 from tiny_videos import write_video
@@ -53,8 +54,8 @@ def loaders(videos):
     return make
 
 
-def run(models, loader, num_frames=4):
-    return validate(*models, VAE("none"), loader, num_frames, "fp32", torch.device("cpu"), StopSignal())[0]
+def run(models, loader, num_frames=4, given=False):
+    return validate(*models, VAE("none"), loader, num_frames, "fp32", torch.device("cpu"), StopSignal(), given)[0]
 
 
 def test_validation_gives_the_same_losses_bit_for_bit_on_any_number_of_ranks(models, loaders, monkeypatch):
@@ -78,6 +79,28 @@ def test_validation_sees_the_ema_the_raw_weights_and_every_number_of_frames(mode
     swapped = models[::-1]
     assert run(swapped, loader)["val_loss"] == both["val_loss_raw"]
     assert run(swapped, loader, num_frames=8)["val_loss_raw"] == both["val_loss_f8"]
+
+
+@pytest.mark.parametrize("num_frames", [4, 8])
+def test_with_given_frames_the_loss_is_that_of_the_others_beside_a_clean_first_half(models, loaders, num_frames):
+    (loader,) = loaders(1)
+    plain = run(models, loader, num_frames)
+    both = run(models, loader, num_frames, given=True)
+    found = both.pop("val_loss_given")
+    assert both == plain and "val_loss_given" not in plain
+
+    losses, names = [], ("clips", "labels", "time_scales", "indices")
+    for batch in [batch for batch in loader if batch["clips"].shape[2] == num_frames]:
+        for clip, label, scale, index in zip(*(batch[name] for name in names), strict=True):
+            x = (clip.float() / 127.5 - 1)[None]
+            noise = torch.empty(1, *x.shape[1:]).normal_(generator=generator(0, "noise", "validation", index.item()))
+            gamma, half = index.item() * validation.GOLDEN_RATIO % 1, num_frames // 2
+            x_gamma = torch.cat([x[:, :, :half], gamma * x[:, :, half:] + (1 - gamma) * noise[:, :, half:]], dim=2)
+            with torch.no_grad():
+                f = models[0](x_gamma, label[None], scale[None])[:, :, half:]
+            target = (x - noise)[:, :, half:] * min(4, 20 * (1 - gamma))
+            losses.append((f - target).square().mean().item())
+    assert found == pytest.approx(sum(losses) / len(losses), rel=1e-4)
 
 
 def test_validation_tells_the_gammas_apart():

@@ -24,7 +24,7 @@ KEYS = (
     "format", "metric", "protocol", "values", "result", "generated", "real", "detector", "code", "packages", "machine",
     "flags", "repeats",
 )  # fmt: skip
-PACKAGES = "torch", "numpy", "decord2", "safetensors", "diffusers", "pillow"
+PACKAGES = "torch", "numpy", "decord2", "safetensors", "diffusers", "pillow", "scikit-image"
 PINNED = (  # (flag, part, key): hashes that must be the same in a repeated run
     ("--ckpt", "generated", "checkpoint_sha256"),
     ("--samples", "generated", "samples_sha256"),

@@ -59,7 +59,7 @@ def plot_consistency(path, by_position, temporal_patch_size):
 
 
 def plot_prediction(path, result, num_frames):
-    """PSNR and SSIM of each predicted frame, of the samples and of repeating a given frame; given frames are grey.
+    """PSNR and SSIM of each predicted frame and of the baselines, with 95% intervals; given frames are grey.
 
     result comes from prediction.compare.
     """
@@ -68,13 +68,17 @@ def plot_prediction(path, result, num_frames):
     own = f"mean of {count}" if count > 1 else "predicted"
     kinds = {"": ("tab:blue", own), "_repeated": ("black", "given frame repeated")}
     kinds |= {"_best": ("tab:green", f"best of {count}")} if count > 1 else {}
-    values = np.full(num_frames, np.nan)
+    kinds |= {"_moved": ("tab:purple", "and moved truly")} if "psnr_moved" in result else {}
+    given = [frame for frame in range(num_frames) if frame not in frames]
     for axes, (name, title) in zip(panels, {"psnr": "PSNR (dB)", "ssim": "SSIM"}.items(), strict=True):
         for kind, (color, label) in kinds.items():
-            values[frames] = result[f"{name}{kind}_by_frame"]
-            axes.plot(np.arange(num_frames), values, color=color, marker="o", markersize=4, label=label)
-        for frame in sorted(set(range(num_frames)) - set(frames)):
-            axes.axvspan(frame - 0.5, frame + 0.5, color="lightgrey", label="given" if frame == 0 else None)
+            values = np.full((2, num_frames), np.nan)
+            values[:, frames] = [result[f"{name}{kind}_by_frame"][part] for part in ("mean", "half95")]
+            axes.plot(np.arange(num_frames), values[0], color=color, marker="o", markersize=4, label=label)
+            ends = values[0] - values[1], values[0] + values[1]
+            axes.fill_between(np.arange(num_frames), *ends, color=color, alpha=0.2, linewidth=0)
+        for frame in given:
+            axes.axvspan(frame - 0.5, frame + 0.5, color="lightgrey", label="given" if frame == given[0] else None)
         axes.set(ylabel=title)
     figure.legend(*panels[0].get_legend_handles_labels(), loc="outside upper center", ncols=4)
     panels[1].set(xlabel="frame")

@@ -6,25 +6,63 @@ MCVD (arXiv 2205.09853) does; on clips with one likely future the mean says more
 tracker of motion.py also says whether the whole clip, given and predicted frames, moves as it should.
 """
 
+import functools
 import itertools
 from pathlib import Path
 
 import numpy as np
 import torch
-from skimage.metrics import peak_signal_noise_ratio, structural_similarity
 
+from generation import MOST_SAMPLES
+from given import as_ranges, check_frames, note_forcing
 from runtime import distributed
-from runtime.cli import say
+from runtime.cli import UserError, say
 from runtime.distributed import rank
 from runtime.rng import generator
-from scoring.motion import MIN_CONTRAST, read_truth, summarize, track
-from video.given import as_ranges
+from scoring.motion import DIRECTIONS, MIN_CONTRAST, read_truth, summarize, track
 from video.writers import write_sheet
 
 RESAMPLES = 1000  # of the bootstrap over clips
 MOST_PSNR = 60.0  # dB, of equal frames: rounding to 8 bits alone gives 59
+MIN_SIDE = 11  # px, of SSIM's window
 SHOWN = 8  # clips on the sheet
 METRICS = ("psnr", "ssim")
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# Checks of evaluate.py
+
+
+def check_prediction_flags(args, given):
+    """Raise UserError for flags that only --metric prediction has, or that it has not; `given` names those given."""
+    if args.metric != "prediction":
+        for name in sorted(given & {"given_frames", "samples_per_clip"}):
+            raise UserError(f"--{name.replace('_', '-')} is for --metric prediction: leave it out")
+        return
+    if args.samples is not None:
+        raise UserError(f"--samples {args.samples}: --metric prediction samples itself: give --ckpt")
+    if "num_samples" in given:
+        raise UserError(f"--num-samples {args.num_samples}: --metric prediction has --num-real and --samples-per-clip")
+    if args.classes not in (None, ["none"]):
+        raise UserError(f"--classes {args.classes[0]}: --metric prediction takes the class of each real clip, or none")
+    if args.samples_per_clip * (args.num_real or 1) > MOST_SAMPLES:
+        raise UserError(f"--samples-per-clip {args.samples_per_clip}: wanted at most {MOST_SAMPLES} samples in all")
+
+
+def check_prediction(args, generated):
+    """Settle --given-frames: the first half where left out. Raises UserError."""
+    T = generated.num_frames
+    if args.given_frames is None:
+        args.given_frames = list(range(T // 2))
+    check_frames(args.given_frames, T)
+    if generated.image_size < MIN_SIDE:
+        found = f"--ckpt {args.ckpt}: makes clips of {generated.image_size} px"
+        raise UserError(f"{found}, SSIM needs at least {MIN_SIDE}: --metric prediction is not for them")
+    note_forcing(args.ckpt, generated.source)
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# From clips to scores
 
 
 def score_prediction(stream, given, out, shapes_json=None):
@@ -34,20 +72,21 @@ def score_prediction(stream, given, out, shapes_json=None):
     of the first sample of each clip is scored too. Returns (values, result), plain dicts for JSON, on rank 0 and (None,
     None) elsewhere.
     """
+    truth_of = shapes_json and functools.cache(functools.partial(read_truth, shapes_json))
     rows, shown = [], []
     for indices, real, predicted, names, time_scales in stream:
         for index, clip, samples, name, scale in zip(indices, real, predicted, names, time_scales, strict=True):
-            tracks = shapes_json and score_motion(samples[0], clip, read_truth(shapes_json, name, len(clip[0]), scale))
-            rows.append((index, *score_clip(clip, samples, given), tracks))
+            truth = truth_of and truth_of(name, clip.shape[1], scale)
+            tracks = truth and (track(samples[0]), track(clip), truth)
+            rows.append((index, *score_clip(clip, samples, given, truth), tracks))
             if index < SHOWN:
                 shown.append((index, samples[0], clip, name))
-    scores, repeated, tracks = distributed.gather_in_order(rows)
+    scores, baselines, tracks = distributed.gather_in_order(rows)
     shown = list(distributed.gather_in_order(shown))
     if rank() != 0:
         return None, None
-    result = compare(np.stack(scores), np.stack(repeated))
-    if shapes_json:
-        result |= {"motion": summarize_motion(tracks)}
+    result = compare(np.stack(scores), {kind: np.stack([row[kind] for row in baselines]) for kind in baselines[0]})
+    result |= summarize_motion(tracks) if shapes_json else {}
     T = len(shown[0][0])
     result |= {"given_frames": as_ranges(given), "predicted_frames": free_frames(given, T)}
     from scoring import plots  # matplotlib takes a while to load
@@ -63,23 +102,38 @@ def free_frames(given, num_frames):
     return [frame for frame in range(num_frames) if frame not in given]
 
 
-def score_clip(real, samples, given):
-    """(scores (2, S, F), scores (2, F) of repeating a given frame) of the F predicted frames; 2: PSNR in dB, SSIM.
+def score_clip(real, samples, given, truth=None):
+    """(scores (2, S, F), {baseline: scores (2, F)}) of the F predicted frames; 2: PSNR in dB, SSIM.
 
-    real (T, H, W, 3) and samples (S, T, H, W, 3) are uint8. The frame that is repeated is the last given one before or,
-    if there is none, the first one after.
+    real (T, H, W, 3) and samples (S, T, H, W, 3) are uint8. Baselines: "repeated", a given frame (the last one before
+    or, if there is none, the first one after); with a Truth "moved", the same frame, moved as the object truly moves.
     """
     free = free_frames(given, len(real))
-    last = [max((frame for frame in given if frame < t), default=min(given)) for t in free]
+    nearest = [max((frame for frame in given if frame < t), default=min(given)) for t in free]
     scores = np.array([[frame_scores(sample[t], real[t]) for t in free] for sample in samples])  # (S, F, 2)
-    repeated = np.array([frame_scores(real[before], real[t]) for before, t in zip(last, free, strict=True)])  # (F, 2)
-    return scores.transpose(2, 0, 1), repeated.T
+    made = {"repeated": [real[frame] for frame in nearest]}
+    if truth:
+        made["moved"] = [moved(real[frame], t - frame, truth) for frame, t in zip(nearest, free, strict=True)]
+    baselines = {kind: [frame_scores(one, real[t]) for one, t in zip(made[kind], free, strict=True)] for kind in made}
+    return scores.transpose(2, 0, 1), {kind: np.array(rows).T for kind, rows in baselines.items()}
+
+
+def moved(frame, num_frames, truth):
+    """A frame uint8 (H, W, 3) that many frames later, if all of it moves as a Truth says: interpolated linearly."""
+    from scipy.ndimage import shift  # takes a while to load
+
+    axis = next(axis for axis, names in enumerate(DIRECTIONS) if truth.direction in names)
+    distance = num_frames * truth.speed * (1 if truth.direction == DIRECTIONS[axis][1] else -1)  # px
+    offset = (0, distance, 0) if axis == 0 else (distance, 0, 0)
+    return np.rint(shift(frame.astype(float), offset, order=1, mode="nearest")).astype(np.uint8)
 
 
 def frame_scores(frame, real):
     """(PSNR in dB, SSIM) of a frame uint8 (H, W, 3). SSIM as published (Wang et al. 2004): Gaussian windows, sigma 1.5,
     the mean over the color channels.
     """
+    from skimage.metrics import peak_signal_noise_ratio, structural_similarity  # takes a second to load
+
     if np.array_equal(frame, real):
         return MOST_PSNR, 1.0
     psnr = peak_signal_noise_ratio(real, frame, data_range=255)
@@ -91,18 +145,20 @@ def frame_scores(frame, real):
 # From the scores of all clips to a result
 
 
-def compare(scores, repeated):
-    """A plain dict of scores (N, 2, S, F) and of those of repeating a given frame (N, 2, F)."""
+def compare(scores, baselines):
+    """A plain dict of scores (N, 2, S, F) and of those of baselines, {name: (N, 2, F)}."""
     result = {"clips": len(scores), "samples_per_clip": scores.shape[2]}
     for number, name in enumerate(METRICS):
-        own, other = scores[:, number], repeated[:, number]  # (N, S, F), (N, F)
+        own = scores[:, number]  # (N, S, F)
         best = own[np.arange(len(own)), own.mean(axis=2).argmax(axis=1)]  # (N, F)
-        columns = {"": own.mean(axis=1), "_best": best, "_repeated": other}
+        columns = {"": own.mean(axis=1), "_best": best}
+        columns |= {f"_{kind}": values[:, number] for kind, values in baselines.items()}
         for kind, values in columns.items():
             result[name + kind] = values.mean().item()
             result[f"{name}{kind}_interval95"] = bootstrap(values.mean(axis=1))
-            result[f"{name}{kind}_by_frame"] = values.mean(axis=0).tolist()
-        gain = own.mean(axis=(1, 2)) - other.mean(axis=1)
+            half = 1.96 * values.std(axis=0) / len(values) ** 0.5
+            result[f"{name}{kind}_by_frame"] = {"mean": values.mean(axis=0).tolist(), "half95": half.tolist()}
+        gain = own.mean(axis=(1, 2)) - baselines["repeated"][:, number].mean(axis=1)
         result[f"{name}_gain"], result[f"{name}_gain_interval95"] = gain.mean().item(), bootstrap(gain)
     return result
 
@@ -116,16 +172,19 @@ def bootstrap(values, seed=0):
     return means.quantile(torch.tensor([0.025, 0.975], dtype=means.dtype)).tolist()
 
 
-def score_motion(sample, real, truth):
-    """(Track of the sample, Truth, whether the shape and the color of the real clip are kept)."""
-    found, seen = track(sample), track(real)
-    kept = None not in (found.shape, found.color, seen.color) and found.shape == truth.shape
-    return found, truth, bool(kept and np.linalg.norm(np.subtract(found.color, seen.color)) < MIN_CONTRAST)
+def keeps_appearance(found, seen):
+    """Whether the Track of a predicted clip has the shape and the color of that of the real clip."""
+    if None in (found.shape, found.color, seen.color):
+        return False
+    return found.shape == seen.shape and bool(np.linalg.norm(np.subtract(found.color, seen.color)) < MIN_CONTRAST)
 
 
 def summarize_motion(tracks):
-    found, truths, kept = zip(*tracks, strict=True)
-    return summarize(found, truths) | {"kept": sum(kept) / len(kept)}
+    """{"motion": of the predicted clips, "motion_real": of the real ones} of (Track, Track of the real clip, Truth)."""
+    found, seen, truths = zip(*tracks, strict=True)
+    kept = [keeps_appearance(*pair) for pair in zip(found, seen, strict=True)]
+    motion = summarize(found, truths) | {"appearance_kept": sum(kept) / len(kept)}
+    return {"motion": motion, "motion_real": summarize(seen, truths)}
 
 
 def values_of(result):
@@ -133,7 +192,7 @@ def values_of(result):
     names = [name + kind for name in METRICS for kind in ("", "_best", "_repeated", "_gain")]
     motion = result.get("motion", {})
     return {name: result[name] for name in names} | {
-        name: motion[name] for name in ("direction_accuracy", "speed_ratio", "kept") if name in motion
+        name: motion[name] for name in ("direction_accuracy", "speed_ratio", "appearance_kept") if name in motion
     }
 
 
@@ -146,15 +205,18 @@ def result_lines(result):
         return f"{result[name]:.{digits}f}{interval}"
 
     S = result["samples_per_clip"]
-    lines = [f"{result['clips']} clips, frames {result['given_frames']} given; {'PSNR in dB':>24} {'SSIM':>24}"]
-    kinds = {"": f"mean of {S}", "_best": f"best of {S}", "_repeated": "a given frame repeated", "_gain": "gain"}
-    for kind, title in kinds.items():
-        lines.append(f"{title:<28} {cell('psnr' + kind, 2):>24} {cell('ssim' + kind, 4):>24}")
-    if motion := result.get("motion"):
-        share, (low, high) = motion["direction_accuracy"], motion["direction_interval95"]
-        speed = "-" if motion["speed_ratio"] is None else f"{motion['speed_ratio']:.3f}"
-        lines.append(f"direction right {share:.3f} ({low:.3f} to {high:.3f}), speed / true {speed}")
-        lines.append(f"color and shape kept {motion['kept']:.3f}, shape right {motion['shape_accuracy']:.3f}")
+    kinds = {"": f"mean of {S}", "_best": f"best of {S}", "_repeated": "a given frame repeated"}
+    kinds |= {"_moved": "and moved by the true motion"} if "psnr_moved" in result else {}
+    head = f"{result['clips']} clips, given {result['given_frames']}"
+    lines = [f"{head:<28} {'PSNR in dB, 95%':>24} {'SSIM, 95%':>26}"]
+    for kind, title in (kinds | {"_gain": "mean minus repeated"}).items():
+        lines.append(f"{title:<28} {cell('psnr' + kind, 2):>24} {cell('ssim' + kind, 4):>26}")
+    for name, title in (("motion", "predicted"), ("motion_real", "real")):
+        if motion := result.get(name):
+            share, (low, high) = motion["direction_accuracy"], motion["direction_interval95"]
+            speed = "-" if motion["speed_ratio"] is None else f"{motion['speed_ratio']:.3f}"
+            kept = f", shape and color kept {motion['appearance_kept']:.3f}" if "appearance_kept" in motion else ""
+            lines.append(f"{title}: direction right {share:.3f} ({low:.3f} to {high:.3f}), speed / true {speed}{kept}")
     return ["  " + line for line in lines]
 
 

@@ -9,6 +9,7 @@ import hashlib
 import json
 import os
 import statistics
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -54,17 +55,19 @@ class FromCheckpoint:
         self.device = device
         self.source.to(device, self.args)
 
-    def read(self, indices, given=None):
-        """The samples `indices`, uint8 (n, T, H, W, 3); given is that of `generate_clips`."""
+    def read(self, indices, given=None, time_scale=None):
+        """The samples `indices`, uint8 (n, T, H, W, 3); given is that of `generate_clips`, time_scale (n,) or None."""
         settings = generation.sampling_settings(self.args)
+        source = self.source if time_scale is None else replace(self.source, time_scale=time_scale)
         ((clips, evaluations, _),) = generation.generate_clips(
-            self.source, indices, self.args.seed, self.device, settings, len(indices), given=given, show=False
+            source, indices, self.args.seed, self.device, settings, len(indices), given=given, show=False
         )
         self.evaluations += evaluations.tolist()
         return clips
 
     def provenance(self):
-        return generation.provenance(self.source, self.args) | {"classes": self.args.classes or "all"}
+        every = "those of the real clips" if self.args.metric == "prediction" else "all"
+        return generation.provenance(self.source, self.args) | {"classes": self.args.classes or every}
 
 
 class FromFolder:
@@ -89,7 +92,7 @@ class FromFolder:
         return torch.from_numpy(self.clips[indices]).to(self.device)
 
     def provenance(self):
-        about = {name: value for name, value in self.about.items() if name != "classes"}
+        about = {name: value for name, value in self.about.items() if name not in ("classes", "given")}
         return {"samples": str(self.folder), "samples_sha256": sha256(self.folder / "samples.npz")} | about
 
 
@@ -162,7 +165,7 @@ def generated_stream(args, generated):
     own = distributed.own_indices(args.num_samples)
     with progress_bar("generated clips", own) as progress:
         for indices in in_batches(own, args.batch_size):
-            names = [class_name(generated.classes, label) for label in generated.labels[indices]]
+            names = [class_name(generated.classes, label) for label in generated.labels[indices].tolist()]
             yield indices, generated.read(indices), names, [generated.time_scale] * len(indices)
             progress.update(len(indices))
 
@@ -184,18 +187,18 @@ def real_stream(args, clips, device, bad):
 def predicted_stream(args, generated, clips, device, bad):
     """The real stream with predictions (n, S, T, H, W, 3) after its clips, both as arrays.
 
-    Sample s of clip i is number i * S + s of a FromCheckpoint, with the class of the clip if the model knows it, or
-    without a label where --classes is none.
+    Sample s of clip i is number i * S + s of a FromCheckpoint, whose labels are set here: the class of the clip, if the
+    model knows it, or no label where --classes is none. The time between its frames is that of the clip.
     """
     S, mask = args.samples_per_clip, torch.zeros(clips.num_frames, dtype=torch.bool)
     mask[list(args.given_frames)] = True
     for indices, real, names, time_scales in real_stream(args, clips, device, bad):
         known = [generated.classes.index(name) if name in generated.classes else NO_LABEL for name in names]
         labels = torch.full((len(names),), NO_LABEL) if args.classes else torch.tensor(known)
-        given = real.permute(0, 4, 1, 2, 3), mask.expand(len(names), -1)
+        given, scales = (real.permute(0, 4, 1, 2, 3), mask.expand(len(names), -1)), torch.tensor(time_scales)
         predicted = []
         for number in range(S):
             own = [index * S + number for index in indices]
             generated.labels[own] = labels
-            predicted.append(generated.read(own, lambda _: given).cpu())  # noqa: B023 (called at once)
+            predicted.append(generated.read(own, lambda _, given=given: given, scales).cpu())
         yield indices, real.cpu().numpy(), torch.stack(predicted, dim=1).numpy(), names, time_scales

@@ -13,8 +13,8 @@ NO_LABEL = -1  # in samples.npz, of a sample that was made without a label
 
 
 def class_name(classes, label):
-    """The name of the class with a label, "none" without one."""
-    return classes[label] if 0 <= label < len(classes) else "none"
+    """The name of the class with a label; None without one, for NO_LABEL."""
+    return classes[label] if label != NO_LABEL else None
 
 
 def read_samples(here, folder):
@@ -26,7 +26,8 @@ def read_samples(here, folder):
         about = read_json(Path(folder, "samples.json"))
         check_regular(Path(folder, "samples.npz"))
         clips, labels = (map_npz(Path(folder, "samples.npz"), name) for name in ("arr_0", "labels"))
-        if clips.dtype != np.uint8 or clips.ndim not in (4, 5) or len(labels) != len(clips):
+        is_rgb = clips.dtype == np.uint8 and clips.ndim in (4, 5) and clips.shape[-1] == 3 and 0 not in clips.shape[1:]
+        if not is_rgb or len(labels) != len(clips):
             found = f"{clips.dtype} {list(clips.shape)} with {len(labels)} labels"
             raise ValueError(f"found {found}, wanted uint8 [N, T, H, W, 3] with N labels")
         classes, scale = about["classes"], about["time_scale"]

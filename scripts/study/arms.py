@@ -110,7 +110,11 @@ def all_jobs(names, size):
     for arm in (BY_NAME[name] for name in names):
         jobs += [Job(arm, seed, 1.0) for seed in range(min(arm.seeds, size.most_seeds))]
         jobs += [Job(arm, seed, share) for share in arm.shares for seed in range(min(SHARE_SEEDS, size.most_seeds))]
-    return sorted(jobs, key=lambda job: (job.arm.questions == "D", job.seed >= SHARE_SEEDS, job.share != 1, job.seed))
+
+    def order(job):  # what is cut off by a lack of time comes last: other speeds, long runs, more seeds
+        return job.arm.questions == "D", job.share > 1, job.seed >= SHARE_SEEDS, job.share != 1, job.seed
+
+    return sorted(jobs, key=order)
 
 
 # ----------------------------------------------------------------------------------------------------------------------

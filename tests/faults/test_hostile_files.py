@@ -43,8 +43,8 @@ from training import differences
 from vae import load_vae
 from video.clips import Clips, collate
 from video.files import UnreadableError, read_all_frames
-from video.given import find_clips
 from video.index import check_data_path, long_enough, scan_videos, split_videos
+from video.inputs import find_clips
 from video.samples import read_samples
 
 TESTS = Path(__file__).resolve().parents[1]
@@ -110,7 +110,7 @@ def read_clips(folder, num_frames, images=False):
 def read_videos(folder, images=False):
     for video in read_clips(folder, 1 if images else 3, images):
         with contextlib.suppress(UserError):
-            for clip in find_clips("--init", folder / video.path, images):
+            for clip in find_clips("--init", folder / video.path, ("image" if images else "video",)):
                 clip.read(range(1 if images else 3), 0.04, 48)
         with contextlib.suppress(UnreadableError):
             images or list(read_all_frames(folder, video, 5))
@@ -125,6 +125,8 @@ def read_metrics(folder):
 def read_sample_folder(folder):
     _, clips, labels = read_samples("--samples", folder)
     assert len(clips) == len(labels) and clips.sum() >= 0
+    for clip in find_clips("--given", folder, ("video",)):
+        clip.read([0], 0.04, 16)
 
 
 # Damage.

@@ -1,0 +1,120 @@
+"""Clips that a user names for sampling: frames to complete (--given), or a start (--init).
+
+They may be videos, pictures, or the samples of an earlier run. Their frames are scaled and cropped as those of training
+clips are, and taken at the times that the frames of the model's clips have.
+"""
+
+import os
+from dataclasses import dataclass, field
+from functools import cached_property
+from pathlib import Path
+
+import numpy as np
+import torch
+
+from runtime.cli import UserError
+from video.files import SUFFIXES, UnreadableError, has_suffix, probe, read_frames, resize_and_crop
+from video.index import list_folder
+from video.samples import class_name, read_samples
+
+
+@dataclass
+class InputClip:
+    """A video, a picture, or a sample of an earlier run."""
+
+    flag: str  # how the user named it, for messages: "--given clip.mp4"
+    path: str
+    class_name: str | None  # of its folder, or of the sample
+    number: int | None = None  # of a sample in its samples.npz
+    pixels: np.ndarray | None = field(default=None, repr=False)  # of a sample, (T, H, W, 3), mapped into memory
+    seconds: float | None = None  # between the frames of a sample
+
+    def __str__(self):
+        return self.path if self.number is None else f"{self.path}, sample {self.number}"
+
+    def count(self, seconds_per_frame):
+        """How many frames it has at that rate; a picture has 1. Raises UserError."""
+        num_frames, seconds = self._timing
+        return 1 + int((num_frames - 1) * seconds / seconds_per_frame + 1e-3)
+
+    def read(self, frames, seconds_per_frame, image_size):
+        """The frames with these numbers (ascending) at that rate: uint8 (3, n, image_size, image_size).
+
+        Raises UserError.
+        """
+        num_frames, seconds = self._timing
+        closest = [round(frame * seconds_per_frame / seconds) for frame in frames]
+        if closest[-1] >= num_frames:
+            found, wanted = self.count(seconds_per_frame), frames[-1] + 1
+            what = f"{found} frame{'s' * (found > 1)} of {seconds_per_frame:.3g} s, wanted {wanted}"
+            raise UserError(f"{self.flag}: {self} has {what}: name a longer clip, or fewer frames")
+        pixels = torch.from_numpy(self._decode(sorted(set(closest)))).permute(0, 3, 1, 2)
+        pixels = resize_and_crop(pixels, image_size)  # (n, 3, H, W)
+        return pixels[np.unique(closest, return_inverse=True)[1]].transpose(0, 1)
+
+    @cached_property
+    def _video(self):
+        try:
+            return probe("", "", self.path)
+        except UnreadableError as error:
+            raise UserError(f"{self.flag}: {self} can't be decoded: name another file") from error
+
+    @property
+    def _timing(self):
+        """(number of frames, seconds between them)."""
+        if self.pixels is not None:
+            return len(self.pixels), self.seconds
+        return self._video.num_frames, 1 / self._video.fps
+
+    def _decode(self, frames):
+        """uint8 (n, H, W, 3)."""
+        if self.pixels is not None:
+            return self.pixels[frames]
+        try:
+            return read_frames("", self._video, frames)
+        except UnreadableError as error:
+            raise UserError(f"{self.flag}: {self} can't be decoded: name another file") from error
+
+
+def find_clips(flag, path, kinds):
+    """The clips that a flag such as "--given" names by the path of a file or folder, sorted. Raises UserError.
+
+    A folder holds files of some kinds ("video", "image"), class folders of them, or the samples of an earlier run.
+    """
+    name, path = f"{flag} {path or repr('')}", str(path)
+    samples = path if os.path.basename(path) == "samples.npz" else os.path.join(path, "samples.npz")
+    if path and os.path.isfile(samples):
+        return _find_samples(name, samples)
+    if os.path.isdir(path):
+        folders = [path, *(os.path.join(path, folder) for folder in list_folder(name, path, kinds[0])[0])]
+        files = [os.path.join(folder, file) for folder in folders for file in _files_in(name, folder, kinds)]
+    elif os.path.isfile(path):
+        files = [path] if any(has_suffix(kind, path) for kind in kinds) else []
+    else:
+        raise UserError(f"{name}: no such file or folder")
+    if not files:
+        suffixes = " ".join(suffix for kind in kinds for suffix in SUFFIXES[kind])
+        raise UserError(f"{name}: no {' or '.join(kinds)}, wanted one of {suffixes}, or a folder of sample_gd.py")
+    return [InputClip(name, file, Path(os.path.abspath(file)).parent.name) for file in files]
+
+
+def _find_samples(name, path):
+    about, clips, labels = read_samples(name, os.path.dirname(path))
+    if len(clips) == 0:
+        raise UserError(f"{name}: {path} holds no samples")
+    return [
+        InputClip(name, path, class_name(about["classes"], label), number, clips[number], about["time_scale"])
+        for number, label in enumerate(labels.tolist())
+    ]
+
+
+def _files_in(name, folder, kinds):
+    """The names of the files of some kinds directly in a folder, sorted."""
+    return sorted(file for kind in kinds for file in list_folder(name, folder, kind)[1])
+
+
+def check_apart(clips, folder):
+    """Raise UserError if clips lie in the folder that samples are written to, which removes earlier ones."""
+    for clip in clips:
+        if os.path.realpath(os.path.dirname(clip.path) or ".") == os.path.realpath(folder):
+            raise UserError(f"{clip.flag}: {clip.path} lies in --folder {folder}, for the samples: name another one")
