@@ -5,7 +5,7 @@ import math
 import matplotlib
 import numpy as np
 
-from arms import BASE, BY_NAME, GUIDANCE, LENGTHS, TOKENS, VERSION, last_rows, phases_of
+from arms import BASE, BY_NAME, GUIDANCE, LENGTHS, SHARE_SEEDS, TOKENS, VERSION, last_rows, phases_of
 from runtime.atomic import atomic_write
 from runtime.cli import say
 from scoring import motion
@@ -92,9 +92,14 @@ def compute_to(goal, shares, values):
 
 
 def curve(rows, name):
-    """(shares of the compute that were run, {seed: its share of right directions at each}), of seeds that have all."""
+    """(shares of the compute, {seed: its share of right directions at each}), of seeds that have all.
+
+    Shares that fewer seeds have than others are left out, while the study is running.
+    """
     found = {share: scores(rows, name, share=share) for share in sorted((1.0, *BY_NAME[name].shares))}
-    found = {share: values for share, values in found.items() if values}
+    found = {share: {seed: values[seed] for seed in values if seed < SHARE_SEEDS} for share, values in found.items()}
+    most = max(map(len, found.values()))
+    found = {share: values for share, values in found.items() if values and len(values) == most}
     seeds = set.intersection(*map(set, found.values())) if found else set()
     return list(found), {seed: [values[seed] for values in found.values()] for seed in sorted(seeds)}
 
@@ -255,7 +260,7 @@ def draw_c(study, curves, found):
 
 def crossing_text(found):
     share, kind = found
-    return {"=": "", "<": "at most ", ">": "more than "}[kind] + f"{share:.0%}"
+    return {"=": "{:.0%}", "<": "{:.0%} or less", ">": "more than {:.0%}"}[kind].format(share)
 
 
 def ratio_text(first, second):
