@@ -86,7 +86,8 @@ class Model:
                 run_script(["datasets/make_moving_shapes.py", "--out", path, *flags])
         flags = [*recipe_flags(self.job, self.size), "--forcing", self.share, "--data-path", self.videos[2]]
         flags += ["--results-dir", self.folder, "--resume", "--sample-every", 0, "--ckpt-every", 1000, "--keep-last", 1]
-        printed = run_script(["EqM/train.py", *flags, *(["--compile"] if self.compile else [])], self.folder / "train.log")
+        flags += ["--compile"] if self.compile else []
+        printed = run_script(["EqM/train.py", *flags], self.folder / "train.log")
         latest = next(self.folder.glob("*/checkpoints/latest.pt"), None)
         if latest is None or "is not finite" in printed:
             raise UserError(f"{self.folder}: the training did not end well; see train.log in it")
