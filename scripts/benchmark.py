@@ -34,12 +34,15 @@ from torch.utils.flop_counter import FlopCounterMode
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent / "EqM"))
 import generation
 import optim
+import transport
+from forcing import draw_gammas
 from models import NAMES, EqM_models, math_attention, model_config
 from rope import RotaryEmbedding3D, apply_rotary
 from runtime import distributed
 from runtime.cli import COUNT, ArgumentParser, UserError, check_speed_flags, fail, number
 from runtime.distributed import keep_freed_memory, set_precision
 from runtime.metrics import peak_tflops
+from runtime.rng import normal
 from runtime.signals import StopSignal
 from vae import VAE
 from video.clips import Batches, Clips
@@ -210,6 +213,25 @@ class Step:
         return sum(3 * 2 * tokens * fan_in * fan_out for fan_in, fan_out in sizes), run
 
 
+class ForcedStep(Step):
+    """A step with the objective of train.py, noise and levels drawn anew, and a share of forced clips."""
+
+    def __init__(self, args, share):
+        super().__init__(args)
+        self.share, self.count = share, 0
+
+    def backward(self):
+        B, _, T, _, _ = self.x.shape
+        indices, self.count = range(self.count, self.count + B), self.count + B
+        noise = normal(0, "noise", 0, indices, self.x.shape[1:], self.device)
+        patch = self.model.config.temporal_patch_size
+        gamma = draw_gammas(0, 0, indices, T, patch, share=self.share).to(self.device)
+        with distributed.autocast(self.device, self.precision):
+            f = self.model(transport.interpolate(self.x, noise, gamma), self.y)
+            loss = transport.loss(f, self.x, noise, gamma).mean()
+        loss.backward()
+
+
 def make_optimizers(model, name):
     """The optimizers of train.py, which change next to nothing."""
     return optim.make_optimizers(model, argparse.Namespace(optimizer=name, lr=1e-9, muon_lr=1e-9, weight_decay=0.0))
@@ -257,6 +279,12 @@ def measure_positions(args, report):
     )
     note = f"{1000 * ours:.1f} and {1000 * theirs:.1f} ms, forward and backward"
     report.add("our rotation / a loop over axes that concatenates", values, "<= 0.25", note)
+
+
+def measure_forcing(args, report):
+    """A step with noise levels per frame in half of the clips against one level for each clip."""
+    values, forced, plain = measure_ratios(ForcedStep(args, 0.5), ForcedStep(args, 0.0), 2 * args.pairs)
+    report.add("step with --forcing 0.5 / without", values, "<= 1.03", f"{forced:.3f} and {plain:.3f} s")
 
 
 def measure_energy(args, report):
@@ -609,6 +637,7 @@ def measure_loading(args, report, cache):
 PARTS = {
     "step": measure_step,
     "positions": measure_positions,
+    "forcing": measure_forcing,
     "energy": measure_energy,
     "optimizer": measure_optimizer,
     "memory": measure_memory,

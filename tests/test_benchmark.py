@@ -59,7 +59,7 @@ def test_a_report_has_medians_quartiles_and_goals(capsys):
     assert report.markdown().splitlines()[2:] == ["| a / b | 3 | 2 - 4 | <= 3 | note |", "| c / d | 2 | 2 - 2 |  |  |"]
 
 
-@pytest.mark.parametrize("part", ["step", "positions", "energy", "optimizer", "sampling"])
+@pytest.mark.parametrize("part", ["step", "positions", "forcing", "energy", "optimizer", "sampling"])
 def test_every_part_measures_something(part):
     report = benchmark.Report()
     benchmark.PARTS[part](argparse.Namespace(**vars(ARGS) | {"num_frames": 4, "batch_size": 1}), report)
