@@ -59,7 +59,7 @@ def plot_consistency(path, by_position, temporal_patch_size):
 
 
 def plot_prediction(path, result, num_frames):
-    """PSNR and SSIM of each predicted frame and of the baselines, with 95% intervals; given frames are grey.
+    """PSNR and SSIM of each predicted frame and of the baselines, with 95% intervals; given frames are shaded.
 
     result comes from prediction.compare.
     """
@@ -78,7 +78,7 @@ def plot_prediction(path, result, num_frames):
             ends = values[0] - values[1], values[0] + values[1]
             axes.fill_between(np.arange(num_frames), *ends, color=color, alpha=0.2, linewidth=0)
         for frame in given:
-            axes.axvspan(frame - 0.5, frame + 0.5, color="lightgrey", label="given" if frame == given[0] else None)
+            axes.axvspan(frame - 0.5, frame + 0.5, color="#ffe8d1", label="given" if frame == given[0] else None)
         axes.set(ylabel=title)
     figure.legend(*panels[0].get_legend_handles_labels(), loc="outside upper center", ncols=4)
     panels[1].set(xlabel="frame")
