@@ -287,7 +287,7 @@ def answer_d(study):
 ANSWERS = {
     "A": ("16 frames from the start, equal steps: which positions", answer_a),
     "B": ("4, 8, then 16 frames: which positions, with and without earlier frames mixed in", answer_b),
-    "C": ("Compute to motion: complete runs of 40 to 160% of the compute", answer_c),
+    "C": ("Compute to motion: complete runs with shares of the compute", answer_c),
     "D": ("Other speeds, and the frequencies of moving positions without motion (1e-9)", answer_d),
 }
 
