@@ -14,7 +14,6 @@ matplotlib.use("Agg")  # no window, no display
 from matplotlib import pyplot as plt  # noqa: E402
 
 FIXED, ROTARY, TABLE, MOVING = "16 fixed", "16 rotary", "16 table", "16 moving"
-SPEEDS = "16 table", "16 speed 1e-9", "16 speed 0.25", "16 moving", "16 speed 1"
 CURRICULA = "4-8-16", "4-8-16 mix", "4-8-16 table", "4-8-16 table mix", "4-8-16 moving"
 PAIRS = [  # of which B reports the differences
     ("4-8-16 table", "4-8-16"), ("4-8-16 table mix", "4-8-16 mix"), ("4-8-16 mix", "4-8-16"),
@@ -276,11 +275,6 @@ def ratio_text(first, second):
     return "both are bounds, so it is not known"
 
 
-def answer_d(study):
-    lines = differences(study.rows, [(name, TABLE) for name in SPEEDS[1:]])
-    return lines + arm_table(study.rows, [(name, 1.0) for name in SPEEDS])
-
-
 # ----------------------------------------------------------------------------------------------------------------------
 # The report
 
@@ -288,7 +282,6 @@ ANSWERS = {
     "A": ("16 frames from the start, equal steps: which positions", answer_a),
     "B": ("4, 8, then 16 frames: which positions, with and without earlier frames mixed in", answer_b),
     "C": ("Compute to motion: complete runs with shares of the compute", answer_c),
-    "D": ("Other speeds, and the frequencies of moving positions without motion (1e-9)", answer_d),
 }
 
 

@@ -2,11 +2,11 @@
 
     python scripts/study/study.py --list                  what is done, what is missing, hours
     python scripts/study/study.py --minutes 150           continue; start no run that would not fit
-    python scripts/study/study.py --only A B              some questions (A to D), or arms by name
+    python scripts/study/study.py --only A B              some questions (A to C), or arms by name
     python scripts/study/study.py --report                only write tables and figures, from the csv
 
 A: fixed positions, rotary ones, rotary ones beside a table of height and width ("table"), those with --rope-speed
-("moving"). B: which curriculum of 4, 8, then 16 frames. C: the compute at which motion becomes right. D: other speeds.
+("moving"). B: which curriculum of 4, 8, then 16 frames. C: the compute at which motion becomes right.
 
 An arm is a recipe; a run is an arm with a seed and a share of the compute. All runs of a share have the same counted
 FLOPs: the steps of each phase follow from EqMConfig.training_flops. The learning rate decays to zero at the end of each
@@ -414,7 +414,7 @@ def print_status(study):
 def parse_args():
     parser = ArgumentParser(description="What should positions be, and does a curriculum pay? Runs, tables, figures.")
     add = parser.add_argument
-    only = "questions (A to D) or names of arms; default: all"
+    only = "questions (A to C) or names of arms; default: all"
     add("--only", nargs="+", metavar="WHAT", help=only)
     add("--minutes", type=POSITIVE, metavar="X", help="start no run that would end later than this; default: no limit")
     add("--compile", action="store_true", help="train with torch.compile; rounds differently")
