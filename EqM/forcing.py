@@ -10,6 +10,7 @@ import torch
 from runtime.rng import generator, uniform
 from transport import shift_gamma
 
+LABEL_DROP = 0.5  # probability that a clip with clean frames has no label: they show much of what it would say
 OWN_LEVELS = 0.5  # share of the forced clips whose temporal patches have a level each; the others have clean frames
 
 
@@ -38,11 +39,11 @@ def draw_gammas(seed, stream, indices, num_frames, patch, shift=1.0, share=0.0):
 def clean_frames(u_kind, u_first, u_last, num_frames):
     """The set of frames that are given, from three uniform draws in [0, 1); never all, never none.
 
-    A half of the draws gives the first frames, a quarter the first and the last, an eighth the last, an eighth a single
-    one. Borders may lie at any frame, also inside a temporal patch.
+    A half of the draws gives the first frames (few more often than many, as a picture is one), a quarter the first and
+    the last, an eighth the last, an eighth a single one. Borders may lie at any frame, also inside a temporal patch.
     """
     if u_kind < 1 / 2:
-        return set(range(1 + int(u_first * (num_frames - 1))))
+        return set(range(1 + int(u_first**2 * (num_frames - 1))))
     if u_kind < 3 / 4 and num_frames > 2:
         before = 1 + int(u_first * (num_frames - 2))
         after = 1 + int(u_last * (num_frames - 1 - before))
@@ -50,6 +51,13 @@ def clean_frames(u_kind, u_first, u_last, num_frames):
     if u_kind < 7 / 8:
         return set(range(1 + int(u_last * (num_frames - 1)), num_frames))
     return {int(u_first * num_frames)}
+
+
+def label_dropout(gamma, usual):
+    """The probability (B,) that a clip with these gammas, (B,) or (B, T), has no label; `usual` is that of others."""
+    if gamma.dim() == 1:
+        return torch.full_like(gamma, usual)
+    return torch.where((gamma == 1).any(dim=1), LABEL_DROP, usual)
 
 
 def half_given(gamma, num_frames):

@@ -30,7 +30,7 @@ from tqdm import tqdm
 import checkpoint
 import preflight
 import transport
-from forcing import draw_gammas
+from forcing import draw_gammas, label_dropout
 from generation import Source, add_sampling_flags, cast_products, generate_clips, sampling_settings
 from models import EBMS, NAMES, POSITION_TABLES, EqM, model_name
 from optim import MUON_DECAY, check_gradient, ema_decay, lr_multiplier, make_optimizers, set_learning_rates, update_ema
@@ -356,7 +356,7 @@ def training_losses(network, vae, batch, config, args, stream, device):
     noise = normal(seed, "noise", stream, indices, x.shape[1:], device)
     num_frames, patch = x.shape[2], config.temporal_patch_size
     gamma = draw_gammas(seed, stream, indices, num_frames, patch, args.gamma_shift, args.forcing)  # (B,) or (B, T)
-    dropped = uniform(seed, "label drop", stream, indices) < config.class_dropout_prob
+    dropped = uniform(seed, "label drop", stream, indices) < label_dropout(gamma, config.class_dropout_prob)
     labels = torch.where(dropped, config.num_classes, batch["labels"])
     labels, time_scale, gamma = (part.to(device, non_blocking=True) for part in (labels, batch["time_scales"], gamma))
     with distributed.autocast(device, args.precision):

@@ -5,7 +5,7 @@ from collections import Counter
 import pytest
 import torch
 
-from forcing import clean_frames, draw_gammas, half_given
+from forcing import LABEL_DROP, clean_frames, draw_gammas, half_given, label_dropout
 from runtime.rng import uniform
 from transport import shift_gamma
 
@@ -63,6 +63,21 @@ def test_every_border_occurs_and_neither_all_nor_none_of_the_frames_are_given(nu
         assert (0, num_frames - 1) in masks
     first = sum(count for mask, count in masks.items() if mask == tuple(range(len(mask))))
     assert first / 4000 > 0.45
+
+
+def test_a_few_first_frames_are_given_more_often_than_many():
+    draws = torch.rand(8000, 3, generator=torch.Generator().manual_seed(1)).tolist()
+    counts = Counter(len(clean_frames(*row, 16)) for row in draws if row[0] < 1 / 2)
+    total = sum(counts.values())
+    for most in (1, 4, 8):
+        share = sum(count for length, count in counts.items() if length <= most) / total
+        assert share == pytest.approx((most / 15) ** 0.5, abs=0.04)
+
+
+def test_clips_with_clean_frames_have_no_label_more_often():
+    levels = torch.tensor([[0.2, 0.2, 0.2], [1.0, 0.2, 0.2], [0.3, 0.9, 0.5], [0.1, 1.0, 1.0]])
+    assert label_dropout(levels, 0.1).tolist() == pytest.approx([0.1, LABEL_DROP, 0.1, LABEL_DROP])
+    assert label_dropout(levels[:, 0], 0.1).tolist() == pytest.approx([0.1] * 4)
 
 
 def test_the_ends_of_the_draws_are_in_range():
