@@ -164,23 +164,33 @@ def test_train_progressive_takes_the_published_recipe_by_default(settings, on_gp
     assert "--compile" not in energy and energy[-2:] == ["--ebm", "dot"]
     found = call[call.index("--resume") + 1 : -1]
     assert found[:3] == ["--frame-interval", "1", "2"]
-    assert [flag for flag in found[3:] if flag not in POSITIONS] == flags
+    assert [flag for flag in found[3:] if flag not in (*POSITIONS, "--forcing")] == flags
 
 
 POSITIONS = ["--position-table", "space", "--rope-speed", "0.5"]
 
 
 def test_train_progressive_gives_its_positions_to_a_new_model_and_leaves_those_of_a_checkpoint(run_copy, tmp_path):
-    def positions():
-        _, calls = run_copy("train_progressive.sh", CACHE="0", STEPS_1="50", STEPS_2="90", EXP=ODD)
-        return [[flag for flag in call if flag in POSITIONS] for call in calls]
+    def choices(**environment):
+        """The flags of positions and the value of --forcing in each phase."""
+        settings = {"CACHE": "0", "STEPS_1": "50", "STEPS_2": "90", "EXP": ODD} | environment
+        _, calls = run_copy("train_progressive.sh", **settings)
+        places = [call.index("--forcing") + 1 for call in calls]
+        own = [[*call[: place - 1], *call[place + 1 :]] for call, place in zip(calls, places, strict=True)]
+        found = [[flag for flag in call if flag in POSITIONS] for call in own]
+        return found, [call[place] for call, place in zip(calls, places, strict=True)]
 
-    assert positions() == [POSITIONS]  # ends after phase 1, which has saved nothing
+    assert choices() == ([POSITIONS], ["0.5"])  # ends after phase 1, which has saved nothing
+    assert choices(FORCING="0.2")[1] == ["0.2"]
     for step in (50, 90):
         path = tmp_path / f"results/{ODD}/00-a/checkpoints/{step:07d}.pt"
         path.parent.mkdir(parents=True, exist_ok=True)
         path.touch()
-    assert positions() == [[], [], []]
+    config = tmp_path / f"results/{ODD}/00-a/config.json"
+    config.write_text('{"training": {"lr": 1}}')  # of code that had no such flag
+    assert choices() == ([[], [], []], ["0"] * 3)
+    config.write_text('{"training": {"forcing": 0.5}}')
+    assert choices() == ([[], [], []], ["0.5"] * 3)
 
 
 def test_sample_passes_odd_names_unchanged_and_uses_the_newest_model(run_copy, tmp_path):
