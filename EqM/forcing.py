@@ -11,7 +11,7 @@ from runtime.rng import generator, uniform
 from transport import shift_gamma
 
 LABEL_DROP = 0.5  # probability that a clip with clean frames has no label: they show much of what it would say
-OWN_LEVELS = 0.5  # share of the forced clips whose temporal patches have a level each; the others have clean frames
+OWN_LEVELS = 0.25  # share of the forced clips whose temporal patches have a level each; the others have clean frames
 
 
 def draw_gammas(seed, stream, indices, num_frames, patch, shift=1.0, share=0.0):

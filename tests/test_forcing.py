@@ -26,11 +26,11 @@ def test_clips_that_are_not_forced_have_the_gamma_that_they_have_without_forcing
     assert torch.equal(draw(0.5, num_frames=1), plain)  # a clip of one frame has nothing to complete
 
 
-def test_a_half_of_the_forced_clips_has_given_frames_and_the_rest_of_them_one_common_gamma():
+def test_three_quarters_of_the_forced_clips_have_given_frames_and_the_rest_of_them_one_common_gamma():
     plain, levels = draw(0.0), draw(1.0)
     is_given = levels == 1
     some = is_given.any(dim=1)
-    assert some.float().mean().item() == pytest.approx(0.5, abs=0.05)
+    assert some.float().mean().item() == pytest.approx(0.75, abs=0.04)
     assert torch.equal(levels[some][~is_given[some]], plain[some].repeat_interleave((~is_given[some]).sum(dim=1)))
 
 
@@ -39,15 +39,15 @@ def test_a_clip_of_one_temporal_patch_has_always_given_frames():
 
 
 @pytest.mark.parametrize("num_frames", [5, 10, 16])
-def test_the_other_half_has_a_level_per_temporal_patch_drawn_as_the_gamma_of_a_clip_is(num_frames):
+def test_the_other_quarter_has_a_level_per_temporal_patch_drawn_as_the_gamma_of_a_clip_is(num_frames):
     levels = draw(1.0, num_frames)
     own = levels[~(levels == 1).any(dim=1)]
     parts = own.split(4, dim=1)
     assert all((part == part[:, :1]).all() for part in parts)
     first, last = parts[0][:, 0], parts[-1][:, 0]
     u = shift_gamma(torch.cat([first, last]), 1 / 3)  # the inverse of the shift: uniform
-    assert u.mean().item() == pytest.approx(0.5, abs=0.03) and u.var().item() == pytest.approx(1 / 12, abs=0.006)
-    assert abs(torch.corrcoef(torch.stack([first, last]))[0, 1].item()) < 0.13
+    assert u.mean().item() == pytest.approx(0.5, abs=0.04) and u.var().item() == pytest.approx(1 / 12, abs=0.009)
+    assert abs(torch.corrcoef(torch.stack([first, last]))[0, 1].item()) < 0.18
 
 
 @pytest.mark.parametrize("num_frames", [2, 3, 4, 16])
