@@ -288,7 +288,7 @@ def generate_clips(
     The noise of a sample depends on seed and index alone. Clips are uint8 (n, 3, T, H, W). init(indices), if not None,
     returns those that have the share init_gamma in the start; the rest is noise. given(indices) returns clips and a
     mask (n, T), bool: where it is true, frames are kept as they are. before_evaluation(), if it is there, is called
-    before each evaluation of the network, and may raise.
+    before each evaluation of the network, and may raise. A batch in which no sample has a label has no guidance.
     Yields of each batch: videos uint8 (n, T, H, W, 3), evaluations (n,) and energies (n, num_steps), None without
     `energy`.
     """
@@ -302,20 +302,21 @@ def generate_clips(
     batches = [indices[first : first + batch_size] for first in range(0, len(indices), batch_size)]
     with sampling_bar(len(batches), settings["num_steps"], show) as progress:
         for batch in batches:
-            labels = source.labels[batch].to(device)
+            labels = source.labels[batch]
+            changes = {} if (labels != NO_LABEL).any() else {"guidance": 1.0}
             clips, mask = (part.to(device) for part in given(batch)) if given else (None, None)
             given_latents = {} if mask is None else encode_given(source.vae, clips, mask)
             latents, evaluations, energies = generate_batch(
                 network,
                 start_points(source, batch, seed, device, init, init_gamma),
-                torch.where(labels == NO_LABEL, null_label, labels),
+                torch.where(labels == NO_LABEL, null_label, labels).to(device),
                 torch.as_tensor(source.time_scale, dtype=torch.float32, device=device).expand(len(batch)),
                 progress,
                 null_label=null_label,
                 energy=source.model.energy if energy else None,
                 start_gamma=init_gamma,
                 **given_latents,
-                **settings,
+                **settings | changes,
             )
             videos = source.vae.decode(latents)
             if mask is not None:  # as they were read, not as the VAE decodes them
@@ -368,14 +369,12 @@ def generate_batch(
 ):
     """Turn the noise x (B, C, T, H, W) float32 into samples, and move the progress bar by num_steps.
 
-    labels (B,), time_scale (B,); settings are those of `samplers.sample`. No guidance if no sample has a label.
-    precision is that of the network only: the samples stay float32. energy(x, y, time_scale) -> (B,), if there is one,
-    is evaluated at every point.
+    labels (B,), time_scale (B,); settings are those of `samplers.sample`. precision is that of the network only: the
+    samples stay float32. energy(x, y, time_scale) -> (B,), if there is one, is evaluated at every point.
     Returns samples (B, C, T, H, W), evaluations (B,) and energies (B, num_steps): NaN after the point where a sample
     stopped, None without `energy`.
     """
     num_steps = settings["num_steps"]
-    guidance = 1 if (labels == null_label).all() else guidance
     end = progress.n + num_steps
     with distributed.autocast(x.device, precision):
         field = guided(network, labels, time_scale, guidance, null_label)

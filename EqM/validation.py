@@ -81,7 +81,7 @@ def summarize(rows, num_frames):
     own, metrics = rows[rows[:, 0] == num_frames], {}
     metrics["val_loss"], metrics["val_loss_rel"] = mean_loss(own)
     metrics["val_loss_raw"] = own[:, 4].mean().item()
-    if own.shape[1] > 6 and own[0, 0] > 1:
+    if own.shape[1] > 6 and num_frames > 1:
         metrics["val_loss_given"] = own[:, 6].mean().item()
     for fifth in range(5):
         part = own[(own[:, 2] * 5).long() == fifth]

@@ -53,7 +53,7 @@ CONFIG = EqMConfig(
 )  # fmt: skip
 ARGS = SimpleNamespace(
     global_seed=0, gamma_shift=2.0, precision="fp32", disp=False, optimizer="adamw", lr=1e-3, muon_lr=1e-2,
-    weight_decay=0.1,
+    weight_decay=0.1, forcing=0.5,
 )  # fmt: skip
 SCALER = torch.amp.GradScaler("cpu", enabled=False)
 
@@ -95,7 +95,7 @@ class OneDevice(TorchDispatchMode):
         device = torch.device(kwargs.get("device") or args[0].device)
         if on_gpu(source) and device != GPU:
             self.waits.append(function)
-            args = *args[:place], torch.zeros(source.shape, dtype=source.dtype), *args[place + 1 :]
+            args = *args[:place], torch.ones(source.shape, dtype=source.dtype), *args[place + 1 :]
         elif not on_gpu(source) and device == GPU and not non_blocking:
             self.waits.append(function)
         return function(*args, **kwargs)
