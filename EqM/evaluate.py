@@ -7,7 +7,8 @@
 
 fvd          Fréchet distance of the features of whole clips; fvd2048_16f is the protocol of 2,048 clips of 16 frames
 fid          Fréchet distance of the features of all frames, or of images
-motion       Moving Shapes only, where the truth is known: direction, shape, speed and area of the moving object
+motion       Moving Shapes only, where the truth is known: direction, shape, speed and area of the moving object; of
+             bouncing ones whether it stays one object, its speed, and whether it turns at the borders and only there
 consistency  any videos: drift over the clip, seams at the borders of temporal patches
 prediction   real clips of which --given-frames are given: PSNR and SSIM of those that --ckpt predicts
 
@@ -38,7 +39,8 @@ from runtime.cli import (
     say,
 )
 from runtime.distributed import rank
-from scoring import frechet, manifest, sources
+from scoring import bounce, frechet, manifest, sources
+from scoring.bounce import is_bouncing, read_bounce, score_bounce
 from scoring.consistency import score_consistency
 from scoring.frechet import score_frechet
 from scoring.motion import read_truth, score_motion
@@ -106,7 +108,7 @@ def repeat_flags(args, given):
         flag = "--" + extra[0].replace("_", "-")
         raise UserError(f"{flag}: --manifest {args.manifest} sets it: leave it out")
     if isinstance(old["flags"], dict):  # older manifests have no flags of --metric prediction
-        old["flags"] = {"given_frames": None, "samples_per_clip": 1} | old["flags"]
+        old["flags"] = {"given_frames": None, "samples_per_clip": 1, "window": None, "overlap": None} | old["flags"]
     if not isinstance(old["flags"], dict) or old["flags"].keys() != vars(args).keys():
         raise UserError(f"--manifest {args.manifest}: has the flags of another version: repeat it with that code")
     try:
@@ -190,8 +192,11 @@ def check_data(args, generated):
 
 def check_truth(args, generated, names):
     """Raise UserError unless the truth about the motion of some classes is known."""
+    bouncing = is_bouncing(shapes_json(args))
+    if bouncing and generated.num_frames < bounce.WINDOW:
+        raise UserError(f"--data-path {args.data_path}: the tracker of bouncing shapes needs {bounce.WINDOW} frames")
     for name in names:
-        read_truth(shapes_json(args), name, generated.image_size, generated.time_scale)
+        (read_bounce if bouncing else read_truth)(shapes_json(args), name, generated.image_size, generated.time_scale)
 
 
 def shapes_json(args):
@@ -199,8 +204,9 @@ def shapes_json(args):
 
 
 def truth_file(args):
-    """The shapes.json of Moving Shapes, None for other data."""
-    return shapes_json(args) if shapes_json(args).exists() else None
+    """The shapes.json of Moving Shapes that do not bounce, None for other data."""
+    path = shapes_json(args)
+    return path if path.exists() and not is_bouncing(path) else None
 
 
 # ----------------------------------------------------------------------------------------------------------------------
@@ -245,10 +251,12 @@ def score(args, generated, clips, key, detector, num_features, device):
     generated.to(device)
     streams = sources.generated_stream(args, generated), sources.real_stream(args, clips, device, bad)
     if args.metric == "motion":
-        values, result = score_motion(*streams, shapes_json(args))
+        score_shapes = score_bounce if is_bouncing(shapes_json(args)) else score_motion
+        values, result = score_shapes(*streams, shapes_json(args))
     elif args.metric == "consistency":
         plot = Path(args.out).with_suffix(".png")
-        values, result = score_consistency(*streams, generated.temporal_patch_size, plot)
+        windows = generated.window, generated.overlap
+        values, result = score_consistency(*streams, generated.temporal_patch_size, plot, *windows)
     elif args.metric == "prediction":
         stream = sources.predicted_stream(args, generated, clips, device, bad)
         values, result = score_prediction(stream, args.given_frames, args.out, truth_file(args))

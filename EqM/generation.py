@@ -39,6 +39,10 @@ def add_sample_flags(add, num_samples, num_samples_help="number of samples"):
     rate, scale = number(float, least=FPS[0], most=FPS[1]), number(float, least=1 / FPS[1], most=1 / FPS[0])
     trained = "default: as trained"
     add("--num-frames", type=frames, metavar="N", help="frames per video, any number with rotary positions; " + trained)
+    window = "longer videos are sampled in windows of N frames, each given the last ones of the one before; default: "
+    window += "all frames at a time"
+    add("--window", type=frames, metavar="N", help=window)
+    add("--overlap", type=COUNT, metavar="N", help="frames that a window has from the one before; default: half of it")
     add("--fps", type=rate, metavar="X", help="frames per second of the samples; " + trained)
     add("--time-scale", type=scale, metavar="X", help="the same as seconds per frame; give one of the two")
     classes = "names or indices of classes, taken in turn; none: no label, so no guidance; default: all"
@@ -125,6 +129,17 @@ class Source:
     video: bool = True  # False: images
     step: int = 0  # of training
     forcing: float = 0.0  # --forcing of training
+    window: int | None = None  # frames that are sampled at a time; None: all
+    overlap: int = 0  # of them, first ones that a window gets from the one before
+
+    def __post_init__(self):
+        self.window = self.window or self.num_frames
+
+    @property
+    def window_starts(self):
+        """The first frame of each window."""
+        step = self.window - self.overlap
+        return list(range(0, max(1, self.num_frames - self.overlap), step))
 
     @property
     def names(self):
@@ -181,19 +196,34 @@ def open_checkpoint(args):
     checkpoint.say_if_old(args.ckpt, step)
     data, training = config["data"], config["training"]
     vae = open_vae(args, model.config, data)
-    num_frames = args.num_frames or training["num_frames"]
-    try:
-        model.config.check_num_frames(num_frames)
-    except ValueError as error:
-        raise UserError(f"--num-frames {num_frames}: {error}") from error
+    num_frames, forcing = args.num_frames or training["num_frames"], training.get("forcing", 0.0)  # older files: none
+    window, overlap = choose_windows(args, model.config, num_frames)
     if not training["video"] and num_frames != 1:
         raise UserError(f"--num-frames {num_frames}: --ckpt {args.ckpt} holds an image model: leave the flag out")
     time_scale, labels = seconds_per_frame(args, data), choose_labels(args, data["classes"])
-    scale_rope(args, model, data, training["num_frames"], num_frames, time_scale)
+    scale_rope(args, model, data, training["num_frames"], window, time_scale)
     name = model_name(**asdict(model.config))
     say(f"{args.ckpt}: {name}, step {step}, trained on {training['num_frames']} frames")
-    about = training["video"], step, training.get("forcing", 0.0)  # older files have none
+    if window < num_frames and not forcing:
+        say(f"note: {args.ckpt} was trained without --forcing: its windows may not go on as those before end")
+    about = training["video"], step, forcing, window, overlap
     return Source(model, vae, data["classes"], labels, num_frames, time_scale, *about)
+
+
+def choose_windows(args, config, num_frames):
+    """(frames of a window, overlap of two) of videos of num_frames frames. Raises UserError."""
+    window = min(num_frames, args.window or num_frames)
+    try:
+        config.check_num_frames(window)
+    except ValueError as error:
+        flag = f"--window {window}" if args.window else f"--num-frames {num_frames}"
+        raise UserError(f"{flag}: {error}") from error
+    if window == num_frames:
+        return window, 0
+    overlap = max(1, window // 2) if args.overlap is None else args.overlap
+    if overlap >= window:
+        raise UserError(f"--overlap {overlap}: leaves no new frame in a window of {window}: give fewer")
+    return window, overlap
 
 
 def open_vae(args, config, data):
@@ -257,6 +287,8 @@ def provenance(source, args):
         "vae": source.vae.place,
         "image_size": source.image_size,
         "num_frames": source.num_frames,
+        "window": source.window,
+        "overlap": source.overlap,
         "time_scale": source.time_scale,
         "rope_scale": args.rope_scale,
         "seed": args.seed,
@@ -279,18 +311,34 @@ def sha256(path):
 # Noise -> latents -> videos
 
 
-def generate_clips(
+def generate_clips(source, indices, *args, **settings):
+    """Generate the samples `indices` of a Source: the parts of `generate_parts`, put together.
+
+    Yields of each batch: videos uint8 (n, T, H, W, 3), evaluations (n,), summed over the windows, and energies
+    (n, num_steps), None without `energy` or with several windows.
+    """
+    parts, count = generate_parts(source, indices, *args, **settings), len(source.window_starts)
+    while batch := list(itertools.islice(parts, count)):
+        _, _, videos, evaluations, energies = zip(*batch, strict=True)
+        if count == 1:
+            yield videos[0], evaluations[0], energies[0]
+        else:
+            yield torch.cat(videos, dim=1), sum(evaluations), None
+
+
+def generate_parts(
     source, indices, seed, device, settings, batch_size=16, init=None, init_gamma=0.0, given=None, energy=False,
     show=True, before_evaluation=None,
 ):  # fmt: skip
-    """Generate the samples `indices` of a Source, batch by batch, with one progress bar for all of them.
+    """Generate the samples `indices` of a Source, batch by batch and window by window, with one progress bar.
 
-    The noise of a sample depends on seed and index alone. Clips are uint8 (n, 3, T, H, W). init(indices), if not None,
-    returns those that have the share init_gamma in the start; the rest is noise. given(indices) returns clips and a
-    mask (n, T), bool: where it is true, frames are kept as they are. before_evaluation(), if it is there, is called
-    before each evaluation of the network, and may raise. A batch in which no sample has a label has no guidance.
-    Yields of each batch: videos uint8 (n, T, H, W, 3), evaluations (n,) and energies (n, num_steps), None without
-    `energy`.
+    The noise of a sample depends on seed, index and window alone. Each window is given the last frames of the one
+    before. Clips are uint8 (n, 3, T, H, W). init(indices), if not None, returns those that have the share init_gamma in
+    the start; the rest is noise. given(indices) returns clips and a mask (n, T): where it is true, frames are kept as
+    they are. before_evaluation(), if it is there, is called before each evaluation of the network, and may raise.
+    A batch in which no sample has a label has no guidance.
+    Yields of each window of each batch: the samples' indices, the number of its first new frame, its new frames uint8
+    (n, k, H, W, 3), evaluations (n,) and energies (n, num_steps), None without `energy`.
     """
 
     def network(*inputs):
@@ -298,50 +346,71 @@ def generate_clips(
             before_evaluation()
         return source.model(*inputs)
 
-    null_label = source.model.config.num_classes
+    null_label, starts = source.model.config.num_classes, source.window_starts
     batches = [indices[first : first + batch_size] for first in range(0, len(indices), batch_size)]
-    with sampling_bar(len(batches), settings["num_steps"], show) as progress:
+    with sampling_bar(len(batches) * len(starts), settings["num_steps"], show) as progress:
         for batch in batches:
-            labels = source.labels[batch]
+            labels, tail = source.labels[batch], None
             changes = {} if (labels != NO_LABEL).any() else {"guidance": 1.0}
             clips, mask = (part.to(device) for part in given(batch)) if given else (None, None)
-            given_latents = {} if mask is None else encode_given(source.vae, clips, mask)
-            latents, evaluations, energies = generate_batch(
-                network,
-                start_points(source, batch, seed, device, init, init_gamma),
-                torch.where(labels == NO_LABEL, null_label, labels).to(device),
-                torch.as_tensor(source.time_scale, dtype=torch.float32, device=device).expand(len(batch)),
-                progress,
-                null_label=null_label,
-                energy=source.model.energy if energy else None,
-                start_gamma=init_gamma,
-                **given_latents,
-                **settings | changes,
-            )
-            videos = source.vae.decode(latents)
-            if mask is not None:  # as they were read, not as the VAE decodes them
-                videos = torch.where(mask[:, :, None, None, None], clips.permute(0, 2, 3, 4, 1), videos)
-            yield videos, evaluations, energies
+            for number, start in enumerate(starts):
+                latents, evaluations, energies = generate_batch(
+                    network,
+                    start_points(source, batch, seed, device, init, init_gamma, number),
+                    torch.where(labels == NO_LABEL, null_label, labels).to(device),
+                    torch.as_tensor(source.time_scale, dtype=torch.float32, device=device).expand(len(batch)),
+                    progress,
+                    null_label=null_label,
+                    energy=source.model.energy if energy else None,
+                    start_gamma=init_gamma,
+                    **known_part(source, start, clips, mask, tail),
+                    **settings | changes,
+                )
+                tail, first = latents[:, :, -source.overlap :], source.overlap if number else 0
+                videos = source.vae.decode(latents[:, :, first : source.num_frames - start])
+                yield batch, start + first, as_read(videos, clips, mask, start + first), evaluations, energies
 
 
-def start_points(source, indices, seed, device, init, init_gamma):
-    """Where the samples `indices` start, (n, C, T, h, w): noise, or as `generate_clips` says of init."""
+def known_part(source, start, clips, mask, tail):
+    """The arguments `given` and `mask` of `samplers.sample` for the window that begins at a frame; {} for nothing.
+
+    Known are the frames of clips uint8 (n, 3, T, H, W) where mask (n, T) is true, and the first ones of the window:
+    tail, latents of the window before, None in the first one.
+    """
+    if mask is None and tail is None:
+        return {}
+    n, W, config = len(mask if tail is None else tail), source.window, source.model.config
+    device = (mask if tail is None else tail).device
+    given = torch.zeros(n, config.in_channels, W, config.input_size, config.input_size, device=device)
+    known = torch.zeros(n, W, dtype=torch.bool, device=device)
+    if mask is not None:
+        part = mask[:, start : start + W]
+        used = part.any(dim=0).nonzero()[:, 0]  # frames that no sample is given are not encoded
+        if len(used):
+            given[:, :, used] = source.vae.encode(clips[:, :, start + used])
+        known[:, : part.shape[1]] = part
+    if tail is not None:
+        given[:, :, : source.overlap], known[:, : source.overlap] = tail, True
+    return {"given": given, "mask": known[:, None, :, None, None]}
+
+
+def as_read(videos, clips, mask, first):
+    """Videos uint8 (n, k, H, W, 3) of the frames from `first` on, with given frames as they were read, not decoded."""
+    if mask is None:
+        return videos
+    frames = slice(first, first + videos.shape[1])
+    return torch.where(mask[:, frames, None, None, None], clips[:, :, frames].permute(0, 2, 3, 4, 1), videos)
+
+
+def start_points(source, indices, seed, device, init, init_gamma, window=0):
+    """Where a window of the samples `indices` starts, (n, C, T, h, w): noise, or as `generate_parts` says of init."""
     config = source.model.config
-    shape = (config.in_channels, source.num_frames, config.input_size, config.input_size)
-    noise = normal(seed, "sample", 0, indices, shape).to(device)
+    shape = (config.in_channels, source.window, config.input_size, config.input_size)
+    noise = normal(seed, "sample", window, indices, shape).to(device)
     if init is None:
         return noise
     encoded = source.vae.encode(init(indices).to(device))
     return transport.interpolate(encoded, noise, torch.full((len(indices),), init_gamma, device=device))
-
-
-def encode_given(vae, clips, mask):
-    """The arguments `given` and `mask` of `samplers.sample` for clips uint8 (n, 3, T, H, W) and a mask (n, T)."""
-    used = mask.any(dim=0)  # frames that no sample is given are not encoded
-    encoded = vae.encode(clips[:, :, used])
-    given = encoded.new_zeros(*encoded.shape[:2], mask.shape[1], *encoded.shape[3:])
-    given[:, :, used] = encoded
-    return {"given": given, "mask": mask[:, None, :, None, None]}
 
 
 def generate(network, start, labels, time_scale, null_label, batch_size=16, show=True, energy=None, **settings):

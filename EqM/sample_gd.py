@@ -113,6 +113,14 @@ def init_reader(args, source, indices):
     return lambda indices: torch.stack([read(index % len(clips)) for index in indices])
 
 
+def check_one_window(args, source):
+    """Raise UserError for flags that need all frames at once."""
+    for flag, is_given in (("--init", args.init is not None), ("--report-energy", args.report_energy)):
+        if is_given:
+            several = f"the {source.num_frames} frames come in windows of {source.window}"
+            raise UserError(f"{flag}: {several}: leave it out, or give --window {source.num_frames}")
+
+
 @one_line_errors()
 def main():
     args = parse_args()
@@ -123,6 +131,8 @@ def main():
             wanted = "trained without an energy (--ebm dot or l2)"
             raise UserError(f"--report-energy: {args.ckpt} was {wanted}: leave it out")
         args.num_frames = source.num_frames
+        if len(source.window_starts) > 1:
+            check_one_window(args, source)
         indices = own_indices(args.num_samples, block=args.batch_size)
         init = init_reader(args, source, indices)
         given = None if args.given is None else Given(args, source, indices)
@@ -134,53 +144,54 @@ def main():
     idle = world_size() - math.ceil(args.num_samples / args.batch_size)
     if idle > 0:
         say(f"note: {idle} of {world_size()} ranks have nothing to do: a smaller --batch-size shares the work")
-    made = generation.generate_clips(
+    made = generation.generate_parts(
         source, indices, args.seed, device, generation.sampling_settings(args), args.batch_size, init, args.init_gamma,
         given, energy=args.report_energy, show=rank() == 0,
     )  # fmt: skip
-    batches = in_order(made, math.ceil(args.num_samples / (args.batch_size * world_size())))
+    rounds = math.ceil(args.num_samples / (args.batch_size * world_size()))
+    parts = in_order(made, rounds * len(source.window_starts))
     if rank() == 0:
-        write_folder(args, source, batches, given)
+        write_folder(args, source, parts, given)
     else:
-        list(batches)  # nothing comes out of it, but the ranks meet in each round
+        list(parts)  # nothing comes out of it, but the ranks meet in each round
     distributed.stop()
 
 
 def in_order(made, rounds):
-    """The batches (videos, evaluations, energies) of all ranks, in order and on the CPU, on rank 0.
+    """The parts of `generate_parts` of all ranks, in order and on the CPU, on rank 0.
 
-    made: iterator over those of this rank. All ranks run through this: each gives one batch per round, if it has one
+    made: iterator over those of this rank. All ranks run through this: each gives one part per round, if it has one
     left. A batch has the same samples on any number of ranks, so the samples have the same bytes.
     """
     for _ in range(rounds):
-        batch = next(made, None)
-        batch = batch and [None if part is None else part.cpu() for part in batch]
-        yield from filter(None, distributed.gather_on_first(batch) or [])
+        part = next(made, None)
+        part = part and [value.cpu() if isinstance(value, torch.Tensor) else value for value in part]
+        yield from filter(None, distributed.gather_on_first(part) or [])
 
 
-def write_folder(args, source, batches, given):
+def write_folder(args, source, parts, given):
     """The videos or images, previews of them, samples.npz, reports, and last samples.json: how they were made.
 
-    batches: iterator of (videos, evaluations, energies). given: a Given or None. A folder
-    without samples.json is not complete.
+    parts: iterator over those of `generate_parts`. given: a Given or None. A folder without samples.json is
+    not complete.
     """
     folder, names = Path(args.folder), source.names
-    evaluations, energies = [], []
+    evaluations, energies = torch.zeros(len(names), dtype=torch.int64), []
 
-    def videos_of(batches):
-        for videos, spent, energy in batches:
-            evaluations.append(spent)
+    def videos_of(parts):
+        for indices, first, videos, spent, energy in parts:
+            evaluations[list(indices)] += spent
             energies.append(energy)
-            yield videos.numpy()
+            yield list(indices), first, videos.numpy()
 
-    videos = videos_of(batches)
+    videos = videos_of(parts)
     videos = itertools.chain([next(videos)], videos)  # if that fails, the samples of an earlier call stay
     begin_folder(folder)
     marked = given and [given.frames_of(index) for index in range(len(names))]
-    write_samples(folder, videos, source.labels, 1 / source.time_scale, names, marked)
-    evaluations = torch.cat(evaluations)
+    write_samples(folder, videos, source.num_frames, source.labels, 1 / source.time_scale, names, marked)
     if args.stop_below is not None:
-        write_evaluations(args, names, evaluations)
+        most = (args.num_sampling_steps - 1) * len(source.window_starts)
+        write_evaluations(args, names, evaluations, most)
     if args.report_energy:
         write_energies(args, torch.cat(energies))
     about = {"classes": source.classes, "time_scale": source.time_scale}
@@ -205,18 +216,18 @@ def begin_folder(folder):
     (folder / UNFINISHED).touch()
     if is_old:
         (folder / "samples.json").unlink(missing_ok=True)  # first: without it, the rest is not taken for complete
-        numbered = [path for path in folder.glob("[0-9]" * 6 + ".*") if path.suffix in (".mp4", ".gif", ".png")]
+        numbered = [path for path in folder.glob("[0-9]" * 6 + ".*") if path.suffix in (".mp4", ".gif", ".png", ".tmp")]
         reports = [folder / f"{name}.{kind}" for name in ("evaluations", "energy") for kind in ("csv", "png")]
         names = ("grid.gif", "grid.png", "sheet.png", "gallery.html", "samples.npz", "samples.npz.tmp")
         for path in (*numbered, *reports, *(folder / name for name in names)):
             path.unlink(missing_ok=True)
 
 
-def write_evaluations(args, names, evaluations):
+def write_evaluations(args, names, evaluations, most):
     """How many evaluations each sample took until it fell below --stop-below: a table and a histogram."""
     from scoring import plots  # matplotlib takes a while to load
 
-    folder, most = Path(args.folder), args.num_sampling_steps - 1
+    folder = Path(args.folder)
     rows = zip(range(len(names)), names, evaluations.tolist(), strict=True)
     write_csv(folder / "evaluations.csv", ["sample", "class", "evaluations"], rows)
     plots.plot_evaluations(folder / "evaluations.png", evaluations.numpy(), most)

@@ -1,9 +1,11 @@
 """Write Moving Shapes: small videos of one shape that crosses a dark frame, in UCF-101's layout.
 
     python datasets/make_moving_shapes.py --out datasets/moving-shapes
+    python datasets/make_moving_shapes.py --out datasets/bouncing-shapes --bounce --seconds 12
 
 12 classes, shape x direction (`CircleLeft` ... `TriangleDown`), so it can be measured whether a generated clip shows
-its label. The same flags give the same bytes (with the same FFmpeg build).
+its label. With --bounce 6 classes, shape x axis (`CircleHorizontal` ... `TriangleVertical`), of any length: the shape
+turns where it touches the border. The same flags give the same bytes (with the same FFmpeg build).
 Positions are (x, y) in px from the top left corner of the frame, y downwards; pixel centers are at + 0.5.
 """
 
@@ -32,7 +34,9 @@ SUBROWS = 8  # scan lines per pixel row
 
 SHAPES = ("Circle", "Square", "Triangle")
 DIRECTIONS = {"Left": (-1, 0), "Right": (1, 0), "Up": (0, -1), "Down": (0, 1)}
+AXES = {"Horizontal": ("Left", "Right"), "Vertical": ("Up", "Down")}  # of --bounce, with the directions along them
 CLASSES = tuple(f"{shape}{direction}" for shape in SHAPES for direction in DIRECTIONS)
+BOUNCING = tuple(f"{shape}{axis}" for shape in SHAPES for axis in AXES)
 COLORS = {
     "red": (240, 70, 60),
     "green": (60, 220, 90),
@@ -90,8 +94,11 @@ def draw_frame(shape, center, radius, size, color, background=(0, 0, 0)):
 
 def draw_clip(video, size, frames, fps=FPS):
     """The frames of an entry of `videos` in shapes.json, uint8 (frames, size, size, 3)."""
-    step = np.array(DIRECTIONS[video["direction"]]) * video["speed"] / fps
-    centers = np.array(video["start"]) + np.arange(frames)[:, None] * step
+    centers = np.array(video["start"]) + np.zeros((frames, 1))
+    if "path" in video:
+        centers[:, list(AXES).index(video["axis"])] = video["path"][:frames]
+    else:
+        centers += np.arange(frames)[:, None] * np.array(DIRECTIONS[video["direction"]]) * video["speed"] / fps
     appearance = video["radius"], size, video["rgb"], video["background_rgb"]
     return np.stack([draw_frame(video["shape"], center, *appearance) for center in centers])
 
@@ -119,16 +126,39 @@ def plan_video(shape, direction, index, args):
     }  # fmt: skip
 
 
+def plan_bouncing(shape, axis, index, args):
+    """The entry of one video of --bounce: `path` is the centroid's position along the axis in each frame, px."""
+    rng = generator(args.seed, "bouncing-shapes", shape, axis, index)
+    random = torch.rand(6, generator=rng, dtype=torch.float64).tolist()
+    small, large = args.radius
+    radius = args.size * (small + (large - small) * random[0])
+    color = args.colors[int(random[1] * len(args.colors))]
+    background = args.backgrounds[int(random[2] * len(args.backgrounds))]
+    ends = [(radius * EXTENTS[shape][n], args.size - radius * EXTENTS[shape][n + 2]) for n in range(2)]
+    start = [low + (high - low) * random[3 + n] for n, (low, high) in enumerate(ends)]
+    along, speed, forwards = list(AXES).index(axis), TRAVEL * args.size, random[5] < 0.5
+    low, high = ends[along]
+    position = start[along] + (1 if forwards else -1) * speed / FPS * np.arange(args.frames)
+    path = low + np.abs((position - high) % (2 * (high - low)) - (high - low))  # reflected at both ends
+    return {
+        "class": f"{shape}{axis}", "shape": shape, "axis": axis, "direction": AXES[axis][forwards],
+        "start": [round(value, 6) for value in start], "low": low, "high": high, "speed": speed, "radius": radius,
+        "area": AREAS[shape] * radius**2, "color": color, "rgb": COLORS[color], "background": background,
+        "background_rgb": BACKGROUNDS[background], "path": path.round(4).tolist(),
+    }  # fmt: skip
+
+
 def plan_videos(args):
     """(entries of all videos by `Class/stem`, the keys of those in the test list)."""
     videos, test = {}, set()
     groups = min(GROUPS, args.videos_per_class)
+    kinds, plan = (AXES, plan_bouncing) if args.bounce else (DIRECTIONS, plan_video)
     for shape in SHAPES:
-        for direction in DIRECTIONS:
+        for kind in kinds:
             for index in range(args.videos_per_class):
                 group, clip = index % groups + 1, index // groups + 1
-                key = f"{shape}{direction}/v_{shape}{direction}_g{group:02d}_c{clip:02d}"
-                videos[key] = plan_video(shape, direction, index, args)
+                key = f"{shape}{kind}/v_{shape}{kind}_g{group:02d}_c{clip:02d}"
+                videos[key] = plan(shape, kind, index, args)
                 if group == 1:
                     test.add(key)
     return videos, test
@@ -150,7 +180,8 @@ def write_video(path, frames):
 def write_splits(folder, videos, test):
     """classInd.txt, trainlist01.txt and testlist01.txt, as UCF-101 has them."""
     folder.mkdir()
-    class_ids = {name: i + 1 for i, name in enumerate(sorted(CLASSES))}
+    names = sorted({video["class"] for video in videos.values()})
+    class_ids = {name: i + 1 for i, name in enumerate(names)}
     lines = [f"{i} {name}\n" for name, i in class_ids.items()]
     (folder / "classInd.txt").write_text("".join(lines))
     train = [f"{key}.avi {class_ids[video['class']]}\n" for key, video in videos.items() if key not in test]
@@ -185,7 +216,7 @@ def write_data_set(out, settings, args):
     out.parent.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(prefix=f".{out.name}-", dir=out.parent) as temporary:
         folder = Path(temporary, out.name)
-        for name in CLASSES:
+        for name in BOUNCING if args.bounce else CLASSES:
             (folder / name).mkdir(parents=True)
         for key, video in tqdm(videos.items(), desc="Moving Shapes", unit="video"):
             write_video(folder / f"{key}.avi", draw_clip(video, args.size, args.frames))
@@ -216,9 +247,11 @@ def check_flags(args):
 def parse_args(argv=None):
     parser = ArgumentParser(description=__doc__.split("\n")[0])
     parser.add_argument("--out", type=Path, required=True, help="folder to write; must be new or empty")
-    parser.add_argument("--videos-per-class", type=int, default=60, help="videos in each of the 12 classes")
+    parser.add_argument("--videos-per-class", type=int, default=60, help="videos in each of the 12 classes (6)")
     parser.add_argument("--size", type=int, default=64, help="height and width of a frame, px")
-    parser.add_argument("--seconds", type=float, default=1.0, help="length of a video, s; a crossing takes all of it")
+    seconds = "length of a video, s; without --bounce a crossing takes all of it"
+    parser.add_argument("--seconds", type=float, default=1.0, help=seconds)
+    parser.add_argument("--bounce", action="store_true", help="shapes turn at the border; 6 classes, shape x axis")
     parser.add_argument("--seed", type=int, default=0, help="seed of the random choices; default: 0")
     parser.add_argument("--radius", type=float, nargs=2, default=[0.18, 0.18], metavar=("MIN", "MAX"),
                         help="range of the radius, as a fraction of --size; random per video")  # fmt: skip
@@ -233,6 +266,8 @@ def main(argv=None):
     args = parse_args(argv)
     check_flags(args)
     settings = {name: value for name, value in vars(args).items() if name not in ("out", "frames")}
+    if not args.bounce:
+        del settings["bounce"]  # which older data sets do not have
     settings["version"] = VERSION
     try:
         if already_made(args.out, settings):
@@ -241,7 +276,7 @@ def main(argv=None):
         write_data_set(args.out, settings, args)
     except OSError as error:
         raise UserError(f"--out {args.out} can't be written ({error}): name a writable folder") from None
-    say(f"{args.out}: {len(CLASSES)} classes of {args.videos_per_class} videos")
+    say(f"{args.out}: {len(BOUNCING if args.bounce else CLASSES)} classes of {args.videos_per_class} videos")
 
 
 if __name__ == "__main__":

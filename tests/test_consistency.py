@@ -23,6 +23,41 @@ def measure_all(clips):
     return tuple(torch.stack(parts) for parts in zip(*map(consistency.measure, clips), strict=True))
 
 
+def every(patch, frames=24):
+    """The borders of temporal patches in so many frames."""
+    return consistency.borders(frames, patch)[0]
+
+
+@pytest.mark.parametrize(
+    ("clip", "patches", "windows"),
+    [
+        ((12, 4), [4, 8], []),
+        ((10, 4), [4, 8], []),
+        ((24, 4, 16, 8), [4, 8, 12, 16, 20], [16]),
+        ((30, 4, 16, 6), [4, 8, 12, 18, 22, 28], [16, 26]),  # windows begin at 0, 10, 20
+        ((20, 4, 16, 13), [4, 8, 12], [16, 19]),  # windows begin at 0, 3, 6: new patches at 19 and 22 only
+    ],
+)  # fmt: skip
+def test_borders_are_the_first_frames_of_the_patches_and_of_the_new_parts_of_windows(clip, patches, windows):
+    assert consistency.borders(*clip) == (patches, windows)
+
+
+def test_a_jump_where_a_window_begins_is_the_seam_score_of_windows_and_a_fading_clip_shows_by_window():
+    place = torch.arange(31) + 1
+    steps = torch.where((place == 16) | (place == 24), 12.0, 2.0)
+    even, seams = (measure_all(flat(walk(part.expand(5, -1)))) for part in (torch.full((31,), 2.0), steps))
+    found = consistency.summarize(seams, even, 4, window=16, overlap=8)
+    assert found["window_seam_score"] == pytest.approx(6)
+    assert found["windows"] == [0, 16, 24]
+    assert "window_seam_score" not in consistency.summarize(seams, even, 4)
+    noise = random(4, 32, 6, 6, 3)
+    fading = noise * torch.linspace(1, 0.2, 32, dtype=torch.float64)[:, None, None, None]
+    both = [measure_all((255 * clips).byte()) for clips in (fading, noise)]
+    ratios = consistency.summarize(*both, 4, window=16, overlap=8)["by_window"]["sharpness"]
+    assert ratios == pytest.approx([0.81, 0.5, 0.3], abs=0.03)
+    assert json.loads(json.dumps(ratios)) == ratios
+
+
 def walk(steps):
     """Grey levels (N, T) that change by `steps` (N, T - 1), always towards the middle grey."""
     levels = [torch.full((len(steps),), 100.0)]
@@ -48,10 +83,10 @@ def test_a_jump_at_every_border_is_the_seam_score_and_jumps_elsewhere_are_no_sea
         measure_all(flat(walk(steps.expand(5, -1))))[1]
         for steps in (torch.full((23,), 2.0), torch.where(place == 0, 12.0, 2.0), torch.where(place == 1, 12.0, 2.0))
     )
-    score, interval = consistency.seam_score(seams, even, patch)
+    score, interval = consistency.seam_score(seams, even, every(patch))
     assert score == pytest.approx(6) and interval == pytest.approx([6, 6])
-    assert consistency.seam_score(even, seams, patch)[0] == pytest.approx(1 / 6)
-    assert consistency.seam_score(others, even, patch)[0] < 0.5
+    assert consistency.seam_score(even, seams, every(patch))[0] == pytest.approx(1 / 6)
+    assert consistency.seam_score(others, even, every(patch))[0] < 0.5
 
 
 def test_real_clips_against_real_clips_have_no_seam_and_no_drift():
@@ -69,21 +104,22 @@ def test_the_interval_of_the_seam_score_holds_the_score_and_is_wider_for_fewer_c
     sizes = 1 + 9 * random(80, 1)  # clips with little and with much motion
     steps = sizes * torch.where((torch.arange(15) + 1) % 4 == 0, 3.0, 1.0) * (0.5 + random(80, 15, seed=1))
     even = torch.ones(2, 15)
-    score, (low, high) = consistency.seam_score(steps, even, temporal_patch_size=4)
+    score, (low, high) = consistency.seam_score(steps, even, every(4))
     assert low < 3 < high and low < score < high
-    few = consistency.seam_score(steps[:10], even, temporal_patch_size=4)[1]
+    few = consistency.seam_score(steps[:10], even, every(4))[1]
     assert few[1] - few[0] > 1.5 * (high - low)
 
 
 @pytest.mark.parametrize(("frames", "patch"), [(4, 4), (8, 1)])
 def test_without_a_border_or_without_anything_between_there_is_no_score(frames, patch):
     change = random(5, frames - 1)
-    assert consistency.seam_score(change, change, patch) == (None, None)
+    assert consistency.seam_score(change, change, every(patch)) == (None, None)
 
 
 def test_clips_that_stand_still_have_no_score():
     still, moving = torch.zeros(3, 7), torch.ones(3, 7)
-    assert consistency.seam_score(still, moving, 4) == consistency.seam_score(moving, still, 4) == (None, None)
+    scores = (consistency.seam_score(*pair, every(4)) for pair in ((still, moving), (moving, still)))
+    assert list(scores) == [(None, None)] * 2
 
 
 def test_a_rising_brightness_is_a_drift_in_standard_deviations_of_real_frames():

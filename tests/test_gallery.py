@@ -30,7 +30,8 @@ def make_samples(folder, labels=LABELS, classes=CLASSES, num_frames=FRAMES, size
     """A folder as sample_gd.py writes it; frame f of sample n has the grey level 20 f + 10 n. Returns the folder."""
     levels = 20 * np.arange(num_frames) + 10 * np.arange(len(labels))[:, None]  # (N, T)
     videos = np.broadcast_to(levels[..., None, None, None], (*levels.shape, size, size, 3)).astype(np.uint8)
-    write_samples(folder, [videos], labels, FPS, [classes[max(label, 0)] for label in labels])
+    names = [classes[max(label, 0)] for label in labels]
+    write_samples(folder, [(range(len(labels)), 0, videos)], num_frames, labels, FPS, names)
     flags = {
         "ckpt": "results/<E>/best.pt", "video": num_frames > 1, "num_frames": num_frames, "seed": 3, "sampler": "ngd",
         "num_sampling_steps": 40, "cfg_scale": 1.5, "stop_below": None,

@@ -96,14 +96,14 @@ def names_of(count):
 
 def watch(monkeypatch, look):
     """Have sample_gd.py call look(number) when it asks for a batch, after this was made; look may raise."""
-    generate = generation.generate_clips
+    generate = generation.generate_parts
 
     def watched(*args, **kwargs):
         for number, batch in enumerate(generate(*args, **kwargs)):
             look(number)
             yield batch
 
-    monkeypatch.setattr(generation, "generate_clips", watched)
+    monkeypatch.setattr(generation, "generate_parts", watched)
 
 
 def test_a_batch_is_on_the_disk_before_the_next_is_made_and_few_are_in_memory(ckpt, tmp_path, monkeypatch):

@@ -151,7 +151,7 @@ def test_an_npz_holds_the_pixels_and_labels_bit_for_bit_and_images_have_no_time_
 @pytest.mark.parametrize("shape", [(5, 4, 5, 6, 3), (5, 1, 5, 6, 3)])
 def test_an_npz_that_is_written_in_parts_has_the_bytes_of_numpys_and_is_mapped_into_memory(tmp_path, shape):
     videos, labels = np.random.default_rng(0).integers(0, 256, shape, dtype=np.uint8), np.array([2, 0, 1, 1, 0])
-    with npz_writer(tmp_path / "samples.npz", labels.tolist()) as append:
+    with npz_writer(tmp_path / "samples.npz", labels.tolist(), shape[1]) as append:
         for part in (videos[:2], videos[2:4].transpose(0, 1, 3, 2, 4).copy().transpose(0, 1, 3, 2, 4), videos[4:]):
             append(part)
     pixels = videos if shape[1] > 1 else videos[:, 0]
@@ -166,7 +166,7 @@ def test_an_npz_that_is_written_in_parts_has_the_bytes_of_numpys_and_is_mapped_i
 def test_an_npz_that_fails_half_way_leaves_the_old_one_intact(tmp_path):
     videos = np.zeros((1, 2, 4, 4, 3), np.uint8)
     write_npz(tmp_path / "samples.npz", videos, [5])
-    with pytest.raises(OSError, match="No space"), npz_writer(tmp_path / "samples.npz", [6, 7]) as append:
+    with pytest.raises(OSError, match="No space"), npz_writer(tmp_path / "samples.npz", [6, 7], 2) as append:
         append(videos)
         raise OSError("No space left on device")
     assert np.load(tmp_path / "samples.npz")["labels"].tolist() == [5]
@@ -174,24 +174,31 @@ def test_an_npz_that_fails_half_way_leaves_the_old_one_intact(tmp_path):
 
 
 def test_an_npz_has_as_many_videos_as_labels(tmp_path):
-    with pytest.raises(AssertionError, match="1 videos, 2 labels"):
+    with pytest.raises(AssertionError, match="2 frames, 2 labels"):
         write_npz(tmp_path / "samples.npz", np.zeros((1, 2, 4, 4, 3), np.uint8), [5, 6])
     assert not (tmp_path / "samples.npz").exists()
+
+
+def whole(videos):
+    """All samples as one part."""
+    return [(range(len(videos)), 0, videos)]
 
 
 @pytest.mark.parametrize("frames", [3, 1])
 def test_samples_in_batches_give_the_files_of_samples_at_once(tmp_path, frames):
     videos = np.random.default_rng(0).integers(0, 256, (70, frames, 4, 4, 3), dtype=np.uint8)
     names = [f"class {index}" for index in range(70)]
-    write_samples(tmp_path / "once", [videos], range(70), 25, names)
-    write_samples(tmp_path / "parts", iter(np.split(videos, [9, 10, 40])), range(70), 25, names)
+    write_samples(tmp_path / "once", whole(videos), frames, range(70), 25, names)
+    parts = [(range(a, b), 0, videos[a:b]) for a, b in ((0, 9), (9, 10), (10, 40), (40, 70))]
+    write_samples(tmp_path / "parts", iter(parts), frames, range(70), 25, names)
     once, parts = ({path.name: path.read_bytes() for path in folder.iterdir()} for folder in sorted(tmp_path.iterdir()))
     assert once == parts
     assert len(once) == (70 * 2 + 3 if frames > 1 else 70 + 2)
 
 
 def test_samples_are_an_mp4_and_a_gif_per_video_a_grid_a_sheet_and_an_npz(tmp_path):
-    write_samples(tmp_path / "new" / "folder", [np.stack([color_bars()] * 2)], [0, 1], fps=25, names=["a", "b"])
+    videos = np.stack([color_bars()] * 2)
+    write_samples(tmp_path / "new" / "folder", whole(videos), 6, [0, 1], fps=25, names=["a", "b"])
     assert sorted(file.name for file in (tmp_path / "new" / "folder").iterdir()) == [
         "000000.gif", "000000.mp4", "000001.gif", "000001.mp4", "grid.gif", "samples.npz", "sheet.png",
     ]  # fmt: skip
@@ -199,7 +206,7 @@ def test_samples_are_an_mp4_and_a_gif_per_video_a_grid_a_sheet_and_an_npz(tmp_pa
 
 def test_samples_of_images_are_a_png_per_image_pixel_by_pixel_a_grid_and_an_npz(tmp_path):
     images = np.random.default_rng(0).integers(0, 256, (2, 1, 16, 20, 3), dtype=np.uint8)
-    write_samples(tmp_path, [images], [3, 1], fps=25, names=["a", "b"])
+    write_samples(tmp_path, whole(images), 1, [3, 1], fps=25, names=["a", "b"])
     names = sorted(file.name for file in tmp_path.iterdir())
     assert names == ["000000.png", "000001.png", "grid.png", "samples.npz"]
     for index in range(2):
@@ -207,6 +214,47 @@ def test_samples_of_images_are_a_png_per_image_pixel_by_pixel_a_grid_and_an_npz(
     with np.load(tmp_path / "samples.npz") as stored:
         assert np.array_equal(stored["arr_0"], images[:, 0])
         assert stored["labels"].tolist() == [3, 1]
+
+
+def in_windows(videos, ends, batches=((0, 2), (2, 3))):
+    """The parts of samples whose frames come up to one end after the other, for each batch of samples."""
+    for a, b in batches:
+        for first, end in zip([0, *ends], ends, strict=False):
+            yield range(a, b), first, videos[a:b, first:end]
+
+
+def test_videos_that_come_in_windows_have_the_files_of_whole_ones(tmp_path):
+    videos = np.stack([color_bars(frames=30)[shift:] [:20] for shift in range(3)])
+    names, marked = ["a", "b", "c"], [(0, 1), (), (19,)]
+    write_samples(tmp_path / "windows", in_windows(videos, (8, 14, 20)), 20, [0, 1, 2], 25, names, marked)
+    write_samples(tmp_path / "once", whole(videos), 20, [0, 1, 2], 25, names, marked)
+    once, parts = ({path.name: path.read_bytes() for path in folder.iterdir()} for folder in sorted(tmp_path.iterdir()))
+    assert once == parts
+
+
+def test_a_long_video_has_all_frames_and_a_thinned_gif_of_the_same_length(tmp_path, monkeypatch):
+    monkeypatch.setattr(writers, "GIF_FRAMES", 10)
+    videos = color_bars(frames=41)[None]
+    write_samples(tmp_path, in_windows(videos, (16, 32, 41), [(0, 1)]), 41, [0], 25, ["a"], [(0, 40)])
+    assert np.array_equal(np.load(tmp_path / "samples.npz")["arr_0"], videos)
+    assert len(read_mp4(tmp_path / "000000.mp4")[0]) == 41
+    frames, delays = read_gif(tmp_path / "000000.gif")
+    assert np.array_equal(frames, enlarge(videos[0][writers.thinned(41)]))
+    assert sum(delays) == pytest.approx(41 * 40, abs=10)
+    sheet = np.asarray(Image.open(tmp_path / "sheet.png"))
+    assert (sheet == (255, 127, 14)).all(axis=-1).any()
+
+
+def test_a_long_video_that_is_not_finished_has_temporary_names_only(tmp_path):
+    videos = np.stack([color_bars(frames=20)] * 3)
+    parts = in_windows(videos, (8, 14, 20))
+    with pytest.raises(OSError, match="killed"):
+        write_samples(tmp_path, (part if part[1] < 14 else fail() for part in parts), 20, [0, 1, 2], 25)
+    assert {path.suffix for path in tmp_path.iterdir()} <= {".tmp"}
+
+
+def fail():
+    raise OSError("killed")
 
 
 def test_videos_are_numbered_from_first(tmp_path):

@@ -86,7 +86,7 @@ def save_checkpoint(path, **settings):
 
 def write_npz(path, videos, labels):
     """Write a samples.npz of videos (N, T, H, W, 3) at once."""
-    with npz_writer(path, labels) as append:
+    with npz_writer(path, labels, videos.shape[1]) as append:
         append(videos)
 
 

@@ -97,21 +97,27 @@ def track(clip):
     A clip of 32 px or more is averaged down to 16 ... 31 px first, so that the thresholds mean the same, and colors
     that a video codec smeared over neighboring pixels end up in one.
     """
+    frames, factor = prepare(clip)
+    unit, found = frames.shape[1] / 16, {}
+    try:
+        signal, bright, color = separate(frames)
+        centers, area = find_object(signal, bright, unit)
+        shape = recognize(signal, centers, area)
+        rgb = tuple(color.round().astype(int).tolist())
+        found = {"shape": shape, "area": area * factor**2, "color": rgb}
+        direction, speed = fit_motion(centers, unit)
+    except ValueError as reason:
+        return Track(**found, reason=str(reason))
+    return Track(direction, speed=speed * factor, **found)
+
+
+def prepare(clip):
+    """(frames float64 (T, h, h, 3) of a clip uint8 (T, H, H, 3), averaged down to h = 16 ... 31 px; H / h)."""
     height = clip.shape[1]
     size = height // max(1, height // 16)
     frames = torch.from_numpy(np.array(clip)).permute(0, 3, 1, 2).float()  # (T, C, H, W)
     frames = F.interpolate(frames, size=(size, size), mode="area").permute(0, 2, 3, 1).double().numpy()
-    found = {}
-    try:
-        signal, bright, color = separate(frames)
-        centers, area = find_object(signal, bright, size / 16)
-        shape = recognize(signal, centers, area)
-        rgb = tuple(color.round().astype(int).tolist())
-        found = {"shape": shape, "area": area * (height / size) ** 2, "color": rgb}
-        direction, speed = fit_motion(centers, size / 16)
-    except ValueError as reason:
-        return Track(**found, reason=str(reason))
-    return Track(direction, speed=speed * height / size, **found)
+    return frames, height / size
 
 
 def separate(clip):

@@ -1,8 +1,9 @@
 """The clips that evaluate.py scores: generated ones from a checkpoint or a sample folder, real ones from a data set.
 
 FromCheckpoint and FromFolder share an interface: classes (names), labels (num_samples,) int64, num_frames, image_size,
-time_scale (seconds per frame), images (T = 1), temporal_patch_size (None if not known), evaluations (of the samples
-of this rank), provenance() (plain values for JSON), and read(indices) after to(device).
+time_scale (seconds per frame), images (T = 1), temporal_patch_size (None if not known), window and overlap (in frames;
+0 if not known), evaluations (of the samples of this rank), provenance() (plain values for JSON), and read(indices)
+after to(device).
 """
 
 import hashlib
@@ -49,6 +50,7 @@ class FromCheckpoint:
         self.num_frames, self.time_scale = self.source.num_frames, self.source.time_scale
         self.image_size, self.images = self.source.image_size, not self.source.video
         self.temporal_patch_size = self.source.model.config.temporal_patch_size
+        self.window, self.overlap = self.source.window, self.source.overlap
         self.evaluations = []
 
     def to(self, device):
@@ -83,6 +85,7 @@ class FromFolder:
         self.num_frames, self.image_size = self.clips.shape[1:3]
         self.images = self.num_frames == 1
         self.temporal_patch_size = args.temporal_patch_size or self.about["source"].get("temporal_patch_size")
+        self.window, self.overlap = (self.about["source"].get(name) or 0 for name in ("window", "overlap"))
         self.evaluations = []
 
     def to(self, device):

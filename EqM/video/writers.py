@@ -5,6 +5,7 @@ factor without smoothing, so that each pixel of the model is visible; PNGs of si
 """
 
 import math
+import os
 import zipfile
 from contextlib import contextmanager
 from fractions import Fraction
@@ -19,34 +20,83 @@ from runtime.cli import one_line
 
 MIN_SIDE = 128  # px, of the short side of previews
 MAX_ROWS, MAX_COLUMNS = 16, 32  # of a sheet
+GIF_FRAMES = 128  # of the GIF of a long video, at most
 GRID, IMAGE_GRID = (3, 8), (8, 8)  # most rows and columns of a grid of videos, of images
 MAX_NAME_LENGTH = 60  # characters of a name on a sheet
 GAP = 2  # px of white between the frames of a sheet
 MARK = "#ff7f0e"  # orange: of frames that are marked
 
 
-def write_samples(folder, batches, labels, fps, names=None, marked=None):
+def write_samples(folder, parts, num_frames, labels, fps, names=None, marked=None):
     """Write all samples of sample_gd.py: a file per video, grid.gif and sheet.png (images: grid.png), samples.npz.
 
-    batches: an iterator over the samples, in order, uint8 (n, T, H, W, 3) each; a batch is written before the next is
-    asked for. labels: (N,) integers; fps: frames per second; names: N strings for the sheet; marked: the
-    frames of each sample that the sheet marks.
+    parts: an iterator over (numbers of samples, first frame, their frames from there on, uint8 (n, k, H, W, 3)): the
+    parts of a sample in order, and the samples. A part is written before the next is asked for. labels: (N,) integers;
+    fps: frames per second; names: N strings for the sheet; marked: the frames of each sample that the sheet marks.
     """
-    folder, count, shown = Path(folder), 0, []
+    folder, shown, longs = Path(folder), [], {}
     folder.mkdir(parents=True, exist_ok=True)
-    with npz_writer(folder / "samples.npz", labels) as append:
-        for videos in batches:
-            write_videos(folder, videos, fps, first=count)
-            append(videos)
-            count += len(videos)
-            most = math.prod(IMAGE_GRID) if videos.shape[1] == 1 else max(MAX_ROWS, math.prod(GRID))
-            shown += [video.copy() for video in videos[: most - len(shown)]]  # a view would keep its batch
+    most = math.prod(IMAGE_GRID) if num_frames == 1 else max(MAX_ROWS, math.prod(GRID))
+    with npz_writer(folder / "samples.npz", labels, num_frames) as append:
+        for numbers, first, videos in parts:
+            if videos.shape[1] == num_frames:
+                write_videos(folder, videos, fps, first=numbers[0])
+                append(videos)
+                shown += [video[thinned(num_frames)].copy() for video in videos[: max(0, most - len(shown))]]
+                continue
+            for number, frames in zip(numbers, videos, strict=True):
+                if first == 0:
+                    longs[number] = LongVideo(folder / f"{number:06d}", num_frames, fps)
+                longs[number].add(frames, first)
+                if first + len(frames) == num_frames:
+                    shown += [longs.pop(number).finish(append)][: max(0, most - len(shown))]
     shown = np.stack(shown)
-    if shown.shape[1] == 1:
+    rate = fps * shown.shape[1] / num_frames
+    if num_frames == 1:
         write_sheet(folder / "grid.png", shown)
     else:
-        write_gif(folder / "grid.gif", tile(shown), fps)
+        write_gif(folder / "grid.gif", tile(shown), rate)
+        kept = thinned(num_frames).tolist()
+        marked = marked and [[kept.index(frame) for frame in frames if frame in kept] for frames in marked]
         write_sheet(folder / "sheet.png", shown, names, marked)
+
+
+def thinned(num_frames):
+    """The numbers of at most GIF_FRAMES frames, evenly spaced from the first to the last."""
+    return np.linspace(0, num_frames - 1, min(num_frames, GIF_FRAMES)).round().astype(int)
+
+
+class LongVideo:
+    """The files of a video that comes in parts: an mp4, and at the end a thinned GIF and the frames of samples.npz.
+
+    Until then they have temporary names, and the memory holds the frames of the GIF only.
+    """
+
+    def __init__(self, path, num_frames, fps):
+        self.path, self.num_frames, self.fps = path, num_frames, fps
+        self.mp4 = Mp4(path.with_suffix(".mp4.tmp"), fps)
+        self.pixels = open(path.with_suffix(".raw.tmp"), "w+b")  # noqa: SIM115 (until `finish`)
+        self.kept, self.frames = set(thinned(num_frames).tolist()), []
+
+    def add(self, frames, first):
+        self.mp4.add(frames)
+        self.pixels.write(np.ascontiguousarray(frames))
+        self.frames += [frame.copy() for number, frame in enumerate(frames, first) if number in self.kept]
+
+    def finish(self, append):
+        """Give the files their names; append the frames to samples.npz. Returns the frames of the GIF (t, H, W, 3)."""
+        self.mp4.close()
+        os.replace(self.path.with_suffix(".mp4.tmp"), self.path.with_suffix(".mp4"))
+        frames = np.stack(self.frames)
+        write_gif(self.path.with_suffix(".gif"), frames, self.fps * len(frames) / self.num_frames)
+        self.pixels.seek(0)
+        for first in range(0, self.num_frames, GIF_FRAMES):
+            count = min(GIF_FRAMES, self.num_frames - first)
+            part = np.frombuffer(self.pixels.read(count * frames[0].size), np.uint8)
+            append(part.reshape(1, count, *frames[0].shape))
+        self.pixels.close()
+        os.unlink(self.pixels.name)
+        return frames
 
 
 def write_videos(folder, videos, fps, first=0):
@@ -72,15 +122,32 @@ def enlarge(video, min_side=MIN_SIDE):
 
 def write_mp4(path, video, fps):
     """Write (T, H, W, 3) as H.264 in the pixel format that all players support; any fps > 0 and any size."""
-    video = enlarge(video)
-    with av.open(str(path), "w", format="mp4") as container:
-        stream = container.add_stream("libx264", rate=Fraction(fps).limit_denominator(1001))  # 30000/1001 stays exact
-        stream.height, stream.width = video.shape[1:3]
-        stream.pix_fmt = "yuv420p"
-        stream.options = {"crf": "12"}  # close to lossless: previews show the model, not the codec
-        for frame in video:
-            container.mux(stream.encode(av.VideoFrame.from_ndarray(frame, format="rgb24")))
-        container.mux(stream.encode())
+    file = Mp4(path, fps)
+    file.add(video)
+    file.close()
+
+
+class Mp4:
+    """An mp4 to which frames (k, H, W, 3) are added, as `write_mp4` writes it."""
+
+    def __init__(self, path, fps):
+        self.container = av.open(str(path), "w", format="mp4")
+        self.stream = self.container.add_stream("libx264", rate=Fraction(fps).limit_denominator(1001))  # 30000/1001
+        self.stream.pix_fmt = "yuv420p"
+        self.stream.options = {"crf": "12"}  # close to lossless: previews show the model, not the codec
+        self.is_sized = False
+
+    def add(self, frames):
+        frames = enlarge(frames)
+        if not self.is_sized:
+            self.stream.height, self.stream.width = frames.shape[1:3]
+            self.is_sized = True
+        for frame in frames:
+            self.container.mux(self.stream.encode(av.VideoFrame.from_ndarray(frame, format="rgb24")))
+
+    def close(self):
+        self.container.mux(self.stream.encode())
+        self.container.close()
 
 
 def write_gif(path, video, fps):
@@ -140,8 +207,9 @@ def write_sheet(path, videos, names=None, marked=None):
 
 
 @contextmanager
-def npz_writer(path, labels):
-    """A function that appends videos (n, T, H, W, 3) to the array of an .npz, as many in the end as there are labels.
+def npz_writer(path, labels, num_frames):
+    """A function that appends videos (n, k, H, W, 3), or one after the other parts of one (1, k, H, W, 3), to the array
+    of an .npz: in the end as many videos of num_frames frames as there are labels.
 
     The file has `arr_0` uint8 (N, T, H, W, 3), images (T = 1) as (N, H, W, 3), and `labels` int64 (N,). Its bytes are
     those of np.savez, which takes all videos at once. Atomic.
@@ -152,14 +220,16 @@ def npz_writer(path, labels):
 
             def append(videos):
                 nonlocal count
-                pixels = np.ascontiguousarray(videos[:, 0] if videos.shape[1] == 1 else videos)
+                pixels = np.ascontiguousarray(videos)
                 if count == 0:
                     header = np.lib.format.header_data_from_array_1_0(pixels)
-                    np.lib.format.write_array_header_1_0(member, header | {"shape": (len(labels), *pixels.shape[1:])})
+                    time = (num_frames,) if num_frames > 1 else ()  # images have no axis of time
+                    shape = len(labels), *time, *pixels.shape[2:]
+                    np.lib.format.write_array_header_1_0(member, header | {"shape": shape})
                 member.write(pixels)
-                count += len(pixels)
+                count += pixels.shape[0] * pixels.shape[1]
 
             yield append
-            assert count == len(labels), f"{count} videos, {len(labels)} labels"
+            assert count == len(labels) * num_frames, f"{count} frames, {len(labels)} labels"
         with archive.open("labels.npy", "w", force_zip64=True) as member:
             np.lib.format.write_array(member, labels)
