@@ -103,14 +103,24 @@ def draw_clip(video, size, frames, fps=FPS):
     return np.stack([draw_frame(video["shape"], center, *appearance) for center in centers])
 
 
-def plan_video(shape, direction, index, args):
-    """The entry of one video in shapes.json. All that is random about a video is decided here."""
-    rng = generator(args.seed, "moving-shapes", shape, direction, index)
-    random = torch.rand(5, generator=rng, dtype=torch.float64).tolist()
+def plan_appearance(shape, random, args):
+    """The part of an entry in shapes.json that says how a video looks, from three uniform draws."""
     small, large = args.radius
     radius = args.size * (small + (large - small) * random[0])
     color = args.colors[int(random[1] * len(args.colors))]
     background = args.backgrounds[int(random[2] * len(args.backgrounds))]
+    return {
+        "radius": radius, "area": AREAS[shape] * radius**2, "color": color, "rgb": COLORS[color],
+        "background": background, "background_rgb": BACKGROUNDS[background],
+    }  # fmt: skip
+
+
+def plan_video(shape, direction, index, args):
+    """The entry of one video in shapes.json. All that is random about a video is decided here."""
+    rng = generator(args.seed, "moving-shapes", shape, direction, index)
+    random = torch.rand(5, generator=rng, dtype=torch.float64).tolist()
+    appearance = plan_appearance(shape, random[:3], args)
+    radius = appearance["radius"]
     speed = TRAVEL * args.size * FPS / args.frames
     distance = speed * (args.frames - 1) / FPS
     start = []
@@ -120,9 +130,8 @@ def plan_video(shape, direction, index, args):
         last = args.size - radius * EXTENTS[shape][axis + 2] - distance * (move > 0)
         start.append(round(first + (last - first) * random[3 + axis], 6))
     return {
-        "class": f"{shape}{direction}", "shape": shape, "direction": direction, "start": start,
-        "speed": speed, "radius": radius, "area": AREAS[shape] * radius**2, "color": color, "rgb": COLORS[color],
-        "background": background, "background_rgb": BACKGROUNDS[background],
+        "class": f"{shape}{direction}", "shape": shape, "direction": direction, "start": start, "speed": speed,
+        **appearance,
     }  # fmt: skip
 
 
@@ -130,10 +139,8 @@ def plan_bouncing(shape, axis, index, args):
     """The entry of one video of --bounce: `path` is the centroid's position along the axis in each frame, px."""
     rng = generator(args.seed, "bouncing-shapes", shape, axis, index)
     random = torch.rand(6, generator=rng, dtype=torch.float64).tolist()
-    small, large = args.radius
-    radius = args.size * (small + (large - small) * random[0])
-    color = args.colors[int(random[1] * len(args.colors))]
-    background = args.backgrounds[int(random[2] * len(args.backgrounds))]
+    appearance = plan_appearance(shape, random[:3], args)
+    radius = appearance["radius"]
     ends = [(radius * EXTENTS[shape][n], args.size - radius * EXTENTS[shape][n + 2]) for n in range(2)]
     start = [low + (high - low) * random[3 + n] for n, (low, high) in enumerate(ends)]
     along, speed, forwards = list(AXES).index(axis), TRAVEL * args.size, random[5] < 0.5
@@ -142,9 +149,8 @@ def plan_bouncing(shape, axis, index, args):
     path = low + np.abs((position - high) % (2 * (high - low)) - (high - low))  # reflected at both ends
     return {
         "class": f"{shape}{axis}", "shape": shape, "axis": axis, "direction": AXES[axis][forwards],
-        "start": [round(value, 6) for value in start], "low": low, "high": high, "speed": speed, "radius": radius,
-        "area": AREAS[shape] * radius**2, "color": color, "rgb": COLORS[color], "background": background,
-        "background_rgb": BACKGROUNDS[background], "path": path.round(4).tolist(),
+        "start": [round(value, 6) for value in start], "low": low, "high": high, "speed": speed, **appearance,
+        "path": path.round(4).tolist(),
     }  # fmt: skip
 
 

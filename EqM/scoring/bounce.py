@@ -14,7 +14,7 @@ import numpy as np
 from runtime import distributed
 from runtime.cli import UserError, say
 from runtime.distributed import rank
-from scoring.motion import MIN_CONTRAST, find_object, prepare, recognize, separate, wilson
+from scoring.motion import MIN_CONTRAST, find_object, prepare, read_class, recognize, separate, wilson
 
 WINDOW = 16  # frames that are looked at together
 # Lengths are in px of a frame 16 px high and grow with it.
@@ -68,12 +68,8 @@ def is_bouncing(shapes_json):
 
 def read_bounce(path, class_name, height, time_scale):
     """The Bounce of a class in a shapes.json, for clips of this height in px and this time_scale. Raises UserError."""
-    with open(path) as file:
-        shapes = json.load(file)
-    videos = [video for video in shapes["videos"].values() if video["class"] == class_name]
-    if not videos:
-        raise UserError(f"{path}: no class {class_name}; --data-path must be the data set of the model's training")
-    scale = height / shapes["size"]
+    size, videos = read_class(path, class_name)
+    scale = height / size
     speed, low, high = (scale * float(np.mean([video[key] for video in videos])) for key in ("speed", "low", "high"))
     axis = ("Horizontal", "Vertical").index(videos[0]["axis"])
     return Bounce(videos[0]["shape"], axis, speed * time_scale, low, high)

@@ -242,10 +242,10 @@ def fit_motion(centers, unit):
 # The truth, and the scores
 
 
-def read_truth(path, class_name, height, time_scale):
-    """The Truth of a class in the shapes.json at `path`, for clips of this height in px and this time_scale.
+def read_class(path, class_name):
+    """(size of the frames in px, entries of the videos) of a class in the shapes.json at `path`.
 
-    Speed and area are means over the videos of the class. Raises UserError if there is no such file or class.
+    Raises UserError if there is no such file or class.
     """
     try:
         with open(path) as file:
@@ -256,7 +256,16 @@ def read_truth(path, class_name, height, time_scale):
                         "make one with datasets/make_moving_shapes.py") from None  # fmt: skip
     if not videos:
         raise UserError(f"{path}: no class {class_name}; --data-path must be the data set of the model's training")
-    scale = height / shapes["size"]
+    return shapes["size"], videos
+
+
+def read_truth(path, class_name, height, time_scale):
+    """The Truth of a class in the shapes.json at `path`, for clips of this height in px and this time_scale.
+
+    Speed and area are means over the videos of the class. Raises UserError if there is no such file or class.
+    """
+    size, videos = read_class(path, class_name)
+    scale = height / size
     speed, area = (float(np.mean([video[key] for video in videos])) for key in ("speed", "area"))
     return Truth(videos[0]["direction"], videos[0]["shape"], speed * scale * time_scale, area * scale**2)
 
