@@ -9,16 +9,14 @@ results/given_frames.md and .json; models and manifests: results/given-frames.
 """
 
 import json
-import math
 import statistics
 import sys
 from pathlib import Path
 
-from scipy import stats
-
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent / "EqM"))
 sys.path.insert(0, str(Path(__file__).resolve().parent / "study"))
 from arms import BY_NAME, FULL, GUIDANCE, MINIATURE, PATH_LENGTH, Job, recipe_flags
+from report import half_width
 from runtime.atomic import atomic_write
 from runtime.cli import NATURAL, SHARE, ArgumentParser, UserError, check_writable, fail, say
 from study import file_lock, run_script
@@ -112,13 +110,6 @@ class Model:
 # Tables
 
 
-def mean_and_interval(values):
-    """(mean, half of its 95% interval by Student's t over the seeds; None for one value)."""
-    n = len(values)
-    half = stats.t.ppf(0.975, n - 1) * statistics.stdev(values) / math.sqrt(n) if n > 1 else None
-    return statistics.mean(values), half
-
-
 def table(models):
     """{task: {share: {title: the values of its seeds}}}"""
     rows = {}
@@ -155,7 +146,8 @@ def difference_lines(rows):
         for share in cells if task.startswith("nothing") and "0" in cells else ():
             pairs = list(zip(cells[share][title], cells["0"][title], strict=True))
             if share != "0":
-                mean, half = mean_and_interval([own - other for own, other in pairs])
+                gaps = [own - other for own, other in pairs]
+                mean, half = statistics.mean(gaps), half_width(gaps)
                 spread = "" if half is None else f" ({mean - half:+.1f} to {mean + half:+.1f})"
                 lines.append(f"- {task}, --forcing {share} minus 0: {mean:+.1f} points{spread}")
     return ["", "95% intervals by Student's t over the seeds:", "", *lines] if lines else []

@@ -58,6 +58,5 @@ def test_it_trains_and_scores_each_model_once_and_writes_the_means_over_the_seed
 
 
 def test_the_interval_of_a_mean_is_students():
-    mean, half = given_frames.mean_and_interval([1.0, 2.0, 3.0])
-    assert mean == 2 and half == pytest.approx(4.303 / 3**0.5, rel=1e-3)
-    assert given_frames.mean_and_interval([7.0]) == (7, None)
+    assert given_frames.half_width([1.0, 2.0, 3.0]) == pytest.approx(4.303 / 3**0.5, rel=1e-3)
+    assert given_frames.half_width([7.0]) is None

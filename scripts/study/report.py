@@ -4,6 +4,7 @@ import math
 
 import matplotlib
 import numpy as np
+from scipy import stats
 
 from arms import BASE, BY_NAME, GUIDANCE, LENGTHS, SHARE_SEEDS, TOKENS, VERSION, last_rows, phases_of
 from runtime.atomic import atomic_write
@@ -24,9 +25,6 @@ RIGHT = 0.9  # share of right directions at which motion counts as learned
 
 # ----------------------------------------------------------------------------------------------------------------------
 # From rows to numbers
-
-T95 = {2: 12.71, 3: 4.30, 4: 3.18, 5: 2.78}  # number of values -> 97.5% quantile of Student's t
-
 
 def losses(rows, name, share=1.0):
     """{seed: validation loss at 16 frames at the end of the run} of an arm; infinite for a run that diverged."""
@@ -50,7 +48,7 @@ def scores(rows, name, frames=16, share=1.0, column="direction"):
 def half_width(values):
     """Half the width of the 95% interval of the mean (Student's t); None for fewer than two values."""
     _, error = motion.mean_and_error(values)
-    return None if error is None else T95[len(values)] * error
+    return None if error is None else float(stats.t.ppf(0.975, len(values) - 1)) * error
 
 
 def difference(first, second, what, values, others):
