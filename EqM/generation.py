@@ -40,7 +40,7 @@ def add_sample_flags(add, num_samples, num_samples_help="number of samples"):
     trained = "default: as trained"
     add("--num-frames", type=frames, metavar="N", help="frames per video, any number with rotary positions; " + trained)
     window = "longer videos are sampled in windows of N frames, each given the last ones of the one before; default: "
-    window += "all frames at a time"
+    window += "the longest trained length, or all frames if the model was trained without --forcing"
     add("--window", type=frames, metavar="N", help=window)
     add("--overlap", type=COUNT, metavar="N", help="frames that a window has from the one before; default: half of it")
     add("--fps", type=rate, metavar="X", help="frames per second of the samples; " + trained)
@@ -197,7 +197,7 @@ def open_checkpoint(args):
     data, training = config["data"], config["training"]
     vae = open_vae(args, model.config, data)
     num_frames, forcing = args.num_frames or training["num_frames"], training.get("forcing", 0.0)  # older files: none
-    window, overlap = choose_windows(args, model.config, num_frames)
+    window, overlap = choose_windows(args, model.config, num_frames, training["num_frames"] if forcing else num_frames)
     if not training["video"] and num_frames != 1:
         raise UserError(f"--num-frames {num_frames}: --ckpt {args.ckpt} holds an image model: leave the flag out")
     time_scale, labels = seconds_per_frame(args, data), choose_labels(args, data["classes"])
@@ -210,9 +210,12 @@ def open_checkpoint(args):
     return Source(model, vae, data["classes"], labels, num_frames, time_scale, *about)
 
 
-def choose_windows(args, config, num_frames):
-    """(frames of a window, overlap of two) of videos of num_frames frames. Raises UserError."""
-    window = min(num_frames, args.window or num_frames)
+def choose_windows(args, config, num_frames, usual):
+    """(frames of a window, overlap of two) of videos of num_frames frames; without --window it has the usual length.
+
+    Raises UserError.
+    """
+    window = min(num_frames, args.window or usual)
     try:
         config.check_num_frames(window)
     except ValueError as error:

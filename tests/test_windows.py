@@ -120,8 +120,8 @@ def run(places, folder, *flags, model="pixels", **kwargs):
 
 
 @pytest.mark.parametrize("model", ["pixels", "latents", "fixed"])
-def test_more_frames_than_a_window_come_window_by_window(places, tmp_path, model):
-    clips = run(places, tmp_path / "long", "--num-frames", 20, "--window", 8, model=model)
+def test_more_frames_than_were_trained_come_window_by_window(places, tmp_path, model):
+    clips = run(places, tmp_path / "long", "--num-frames", 20, model=model)
     assert clips.shape[:2] == (3, 20)
     assert np.array_equal(run(places, tmp_path / "short", "--num-frames", 8, model=model), clips[:, :8])
     about = json.loads((tmp_path / "long/samples.json").read_text())["source"]
@@ -132,7 +132,7 @@ def test_more_frames_than_a_window_come_window_by_window(places, tmp_path, model
     }  # fmt: skip
 
 
-def test_all_frames_are_sampled_at_once_unless_a_window_is_asked_for_and_without_forcing_a_note_says_so(
+def test_without_forcing_all_frames_are_sampled_at_once_and_a_window_that_is_asked_for_gets_a_note(
     places, tmp_path, capsys
 ):
     run(places, tmp_path / "a", "--num-frames", 20, model="plain")
