@@ -2,6 +2,7 @@
 
 import json
 import subprocess
+import time
 from dataclasses import replace
 
 import numpy as np
@@ -15,7 +16,7 @@ from runtime.rng import normal
 from test_models import tiny
 from tiny_data import make_state, make_vae
 from tiny_videos import write_video
-from training import ROOT, TORCHRUN, run_main
+from training import PYTHON, ROOT, TORCHRUN, run_main
 from vae import VAE
 from video.inputs import find_clips
 
@@ -159,6 +160,27 @@ def test_ranks_make_the_same_bytes(places, tmp_path):
     files = [{path.name: path.read_bytes() for path in (tmp_path / name).iterdir()} for name in "ab"]
     assert len(alone) == 3 and files[0].keys() == files[1].keys()
     assert all(files[0][name] == files[1][name] for name in files[0] if name != "samples.json")
+
+
+def test_killed_in_between_it_leaves_no_half_file_and_the_next_call_tidies_up(places, tmp_path):
+    flags = ["--ckpt", places / "pixels.pt", "--video", "--num-samples", 3, "--batch-size", 1, "--num-frames", 40]
+    flags += ["--num-sampling-steps", 4, "--stepsize", 0.05, "--folder", tmp_path / "s"]
+    endless = [*PYTHON, ROOT / "EqM/sample_gd.py", *flags, "--num-frames", 4000]
+    process = subprocess.Popen([str(word) for word in endless], stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+    try:
+        while process.poll() is None and not any(tmp_path.glob("s/*.mp4.tmp")):
+            time.sleep(0.05)
+        assert process.poll() is None, "it ended before it began to write"
+    finally:
+        process.kill()
+        process.wait()
+    left = {path.name for path in (tmp_path / "s").iterdir()}
+    assert "samples.unfinished" in left
+    assert not [name for name in left if name.endswith((".mp4", ".gif", ".npz", ".json"))]
+    run_main(sample_gd, *flags)
+    names = {path.name for path in (tmp_path / "s").iterdir()}
+    assert "samples.json" in names and not [name for name in names if name.endswith((".tmp", ".unfinished"))]
+    assert np.load(tmp_path / "s/samples.npz")["arr_0"].shape[:2] == (3, 40)
 
 
 @pytest.mark.parametrize(
