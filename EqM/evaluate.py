@@ -126,7 +126,6 @@ def check_flags(args, given):
     """Set defaults that depend on the metric; raise UserError for flags that contradict each other or the machine."""
     cli.check_devices()
     cli.check_speed_flags(args)
-    generation.check_sampling_flags(args)
     if (args.ckpt is None) == (args.samples is None):
         raise UserError("--ckpt and --samples: give one of them, where the generated clips come from")
     check_prediction_flags(args, given)

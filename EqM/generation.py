@@ -3,6 +3,7 @@
 import argparse
 import hashlib
 import itertools
+import math
 import os
 from copy import deepcopy
 from dataclasses import asdict, dataclass
@@ -20,12 +21,15 @@ from rope import REFERENCE_FPS
 from runtime import distributed
 from runtime.cli import COUNT, NATURAL, NON_NEGATIVE, POSITIVE, UserError, number, say, settle_precision
 from runtime.rng import normal
-from runtime.untrusted import FPS
+from runtime.untrusted import FPS, check_types
 from samplers import DESCENTS, SOLVERS, guided, sample
 from vae import VAE, load_vae
 from video.samples import NO_LABEL, class_name
 
 MOST_FRAMES, MOST_SAMPLES = 2**16, 2**24  # more is a typing error
+SAMPLER = {  # flags of the sampler: their defaults for a checkpoint that has none
+    "sampler": "gd", "num_sampling_steps": 250, "stepsize": 0.0017, "mu": 0.3, "stop_below": None, "cfg_scale": 4.0,
+}  # fmt: skip
 STOP_BELOW = 1.0  # as accurate as 250 points with 57% of their evaluations: scripts/adaptive_compute.py
 
 
@@ -80,24 +84,52 @@ def add_checked_flags(parser):
 
 
 def add_sampling_flags(parser):
-    """The flags of every script that samples; `sampling_settings` turns them into arguments of `generate`."""
-    add = parser.add_argument_group("sampling").add_argument
+    """The flags of every script that samples; `settle_sampler` fills in those that are left out."""
+    left_out = "left out: as the checkpoint was trained with, else the default"
+    add = parser.add_argument_group(f"sampling; {left_out}").add_argument
+    usual = {name: "" if value is None else f"; default: {value}" for name, value in SAMPLER.items()}
     samplers = "gd: gradient descent; ngd: with Nesterov momentum; euler, heun: the ODE in gamma, for comparison"
-    add("--sampler", choices=[*DESCENTS, *SOLVERS], default="gd", help=samplers)
-    points = "number of points; takes N - 1 evaluations"
-    add("--num-sampling-steps", type=number(int, least=2), default=250, metavar="N", help=points)
-    add("--stepsize", type=POSITIVE, default=0.0017, metavar="X", help="step size eta of gd and ngd")
-    add("--mu", type=NON_NEGATIVE, default=0.3, metavar="X", help="momentum of ngd")
+    add("--sampler", choices=[*DESCENTS, *SOLVERS], help=samplers + usual["sampler"])
+    points = "number of points; takes N - 1 evaluations" + usual["num_sampling_steps"]
+    add("--num-sampling-steps", type=number(int, least=2), metavar="N", help=points)
+    add("--stepsize", type=POSITIVE, metavar="X", help="step size eta of gd and ngd" + usual["stepsize"])
+    add("--mu", type=NON_NEGATIVE, metavar="X", help="momentum of ngd" + usual["mu"])
     adaptive = "gd and ngd: stop a sample when the root mean square of its field falls below R; without a number R is "
-    adaptive += f"{STOP_BELOW}; default: off"
-    add("--stop-below", type=POSITIVE, nargs="?", const=STOP_BELOW, metavar="R", help=adaptive)
-    add("--cfg-scale", type=NON_NEGATIVE, default=4.0, metavar="X", help="classifier-free guidance scale; 1 = off")
+    adaptive += f"{STOP_BELOW}; 0: off"
+    add("--stop-below", type=NON_NEGATIVE, nargs="?", const=STOP_BELOW, metavar="R", help=adaptive + "; default: off")
+    guidance = "classifier-free guidance scale; 1 = off" + usual["cfg_scale"]
+    add("--cfg-scale", type=NON_NEGATIVE, metavar="X", help=guidance)
 
 
-def check_sampling_flags(args):
-    """Raise UserError for sampling flags that contradict each other."""
-    if args.stop_below is not None and args.sampler in SOLVERS:
+def settle_sampler(args, path, training):
+    """Fill in the sampler's flags that were left out: from config["training"] of the checkpoint at path, else SAMPLER.
+
+    Raises UserError for flags that contradict each other, and for a checkpoint with settings that are none.
+    """
+    if args.stop_below and args.sampler in SOLVERS:
         raise UserError(f"--stop-below {args.stop_below}: {args.sampler} has a fixed number of steps; use gd or ngd")
+    try:
+        kept = SAMPLER | {name: training[name] for name in SAMPLER if name in training}
+        check_sampler(kept)
+    except ValueError as error:
+        raise UserError(f"--ckpt {path}: no settings of a sampler ({error}): name another checkpoint") from error
+    for name, value in kept.items():
+        if getattr(args, name) is None:
+            setattr(args, name, value)
+    if args.sampler in SOLVERS or args.stop_below == 0:
+        args.stop_below = None
+
+
+def check_sampler(values):
+    """Raise ValueError unless these are values that the flags of SAMPLER can have."""
+    kinds = {name: float | int | None if value is None else type(value) for name, value in SAMPLER.items()}
+    check_types(values, kinds)
+    if values["sampler"] not in (*DESCENTS, *SOLVERS):
+        raise ValueError(f"sampler is {values['sampler'][:50]}")
+    numbers = {name: value for name, value in values.items() if name != "sampler" and value is not None}
+    for name, value in numbers.items():
+        if not 0 <= value < math.inf or (name == "num_sampling_steps" and value < 2):
+            raise ValueError(f"{name} is {value}")
 
 
 def sampling_settings(args):
@@ -195,6 +227,7 @@ def open_checkpoint(args):
     settle_precision(args, energy=model.config.ebm != "none")
     checkpoint.say_if_old(args.ckpt, step)
     data, training = config["data"], config["training"]
+    settle_sampler(args, args.ckpt, training)
     vae = open_vae(args, model.config, data)
     num_frames, forcing = args.num_frames or training["num_frames"], training.get("forcing", 0.0)  # older files: none
     window, overlap = choose_windows(args, model.config, num_frames, training["num_frames"] if forcing else num_frames)
@@ -203,7 +236,8 @@ def open_checkpoint(args):
     time_scale, labels = seconds_per_frame(args, data), choose_labels(args, data["classes"])
     scale_rope(args, model, data, training["num_frames"], window, time_scale)
     name = model_name(**asdict(model.config))
-    say(f"{args.ckpt}: {name}, step {step}, trained on {training['num_frames']} frames")
+    sampler = f"{args.sampler} of {args.num_sampling_steps} points, guidance {args.cfg_scale:g}"
+    say(f"{args.ckpt}: {name}, step {step}, trained on {training['num_frames']} frames; {sampler}")
     if window < num_frames and not forcing:
         say(f"note: {args.ckpt} was trained without --forcing: its windows may not go on as those before end")
     about = training["video"], step, forcing, window, overlap

@@ -11,7 +11,7 @@ from dataclasses import asdict, replace
 from pathlib import Path
 
 import checkpoint
-from generation import check_sampling_flags
+from generation import settle_sampler
 from models import model_config, model_shape
 from optim import MUON_DECAY
 from runtime import distributed
@@ -56,6 +56,7 @@ def check_run(args):
     args.model = args.model or (None if start.state else DEFAULT_MODEL)
     config, data = make_config(args, vae, start), None
     settle_precision(args, config.ebm != "none", kept=start.kept("precision"))
+    settle_sampler(args, start.path, start.state["config"]["training"] if start.state else {})
     if args.weight_decay is None:
         kept, usual = start.kept("weight_decay"), MUON_DECAY if args.optimizer == "muon" else 0.0
         args.weight_decay = usual if kept is None else kept
@@ -103,7 +104,6 @@ def check_flags(args):
     settle_frames(args)
     check_job()
     check_speed_flags(args)
-    check_sampling_flags(args)
     if args.forcing and {phase.num_frames for phase in args.frames_schedule or []} | {args.num_frames} == {1}:
         advice = "leave it out" if args.video else "add --video, or leave it out"
         raise UserError(f"--forcing {args.forcing}: clips of one frame leave nothing to complete: {advice}")

@@ -74,7 +74,6 @@ def check_flags(args):
     """Raise UserError for flags that contradict each other, the machine or the file system."""
     check_devices()
     check_speed_flags(args)
-    generation.check_sampling_flags(args)
     num_frames = args.num_frames if args.num_frames != 1 else None
     for flag, value in (("--num-frames", num_frames), ("--fps", args.fps), ("--time-scale", args.time_scale)):
         if value is not None and not args.video:
@@ -90,8 +89,6 @@ def check_flags(args):
         args.init_gamma = 0.0 if args.init is None else 0.5
     elif args.init is None:
         raise UserError(f"--init-gamma {args.init_gamma} is the share of --init in the start: give that, too")
-    if args.init_gamma == 1 and args.sampler in SOLVERS:
-        raise UserError(f"--init-gamma 1 leaves --sampler {args.sampler} nothing to do: it integrates from there to 1")
 
 
 def init_reader(args, source, indices):
@@ -127,6 +124,9 @@ def main():
     try:
         check_flags(args)
         source = generation.open_checkpoint(args)
+        if args.init_gamma == 1 and args.sampler in SOLVERS:
+            nothing = f"leaves --sampler {args.sampler} nothing to do: it integrates from there to 1"
+            raise UserError(f"--init-gamma 1 {nothing}")
         if args.report_energy and source.model.config.ebm == "none":
             wanted = "trained without an energy (--ebm dot or l2)"
             raise UserError(f"--report-energy: {args.ckpt} was {wanted}: leave it out")

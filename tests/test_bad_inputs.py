@@ -243,7 +243,6 @@ CASES = {
     "sampling from a pipe": case("sample", "--ckpt pipe", "--ckpt pipe", "a pipe or a device"),
     "sampling from code": case("sample", "--ckpt code.pt", "holds code"),
     "sampling from an export that is damaged": case("sample", "--ckpt cut-export", "--ckpt cut-export", "damaged"),
-    "a threshold of zero": case("sample", "--stop-below 0", "--stop-below", "found 0", "above 0"),
     "the energy of a model that has none": case("sample", "--report-energy", "--report-energy", "without an energy"),
     "no start": case("sample", "--init no/such.mp4", "--init no/such.mp4"),
     "no clip to complete": case("sample", "--given no/such.mp4", "--given no/such.mp4"),

@@ -146,9 +146,9 @@ def test_a_sample_folder_with_energies_and_evaluations_has_the_same_bytes_on_any
 
 
 def test_energies_and_what_each_sample_took_are_alike_in_batches_of_any_size(random, tmp_path, capsys):
-    sampling = ["--video", "--ckpt", random, "--num-samples", 3, "--num-sampling-steps", 40, "--stepsize", 0.01]
+    sampling = ["--video", "--ckpt", random, "--num-samples", 3, "--num-sampling-steps", 12, "--stepsize", 0.01]
     sampling += ["--cfg-scale", 2, "--stop-below", 2.9, "--report-energy", "--num-frames", 7]
-    reports = []
+    reports = []  # of few steps: a field of random weights soon makes a difference in rounding a large one
     for size in (1, 16):
         folder = tmp_path / str(size)
         run_main(sample_gd, *sampling, "--batch-size", size, "--folder", folder)
@@ -156,7 +156,7 @@ def test_energies_and_what_each_sample_took_are_alike_in_batches_of_any_size(ran
         reports.append([int(row["evaluations"]) for row in rows])
         assert [row["sample"] for row in rows] == ["0", "1", "2"]
         mean = sum(reports[-1]) / 3
-        assert f"mean {mean:.1f} of 39" in capsys.readouterr().out
+        assert f"mean {mean:.1f} of 11" in capsys.readouterr().out
         assert json.loads((folder / "samples.json").read_text())["mean_evaluations"] == mean
     assert reports[0] == reports[1]
     assert len(set(reports[0])) > 1

@@ -1,0 +1,74 @@
+"""The settings of the sampler: a flag wins, then what the checkpoint was trained with, then the default."""
+
+import json
+
+import pytest
+
+import checkpoint
+import sample_gd
+from generation import SAMPLER
+from published import write_export
+from tiny_data import make_state
+from training import run_main
+
+TUNED = {"sampler": "ngd", "num_sampling_steps": 3, "stepsize": 0.05, "mu": 0.2, "stop_below": 0.5, "cfg_scale": 1.5}
+SHAPE = {"depth": 1, "hidden_size": 48, "num_heads": 2, "num_frames": 4, "temporal_patch_size": 4}
+
+
+@pytest.fixture
+def settings_of(tmp_path):
+    """settings_of(ckpt, flags): the settings with which sample_gd.py samples."""
+
+    def sample(ckpt, *flags, **expected):
+        shared = ["--video", "--num-samples", 1, "--folder", tmp_path / "s"]
+        run_main(sample_gd, "--ckpt", ckpt, *shared, *flags, **expected)
+        flags = {} if expected else json.loads((tmp_path / "s/samples.json").read_text())["flags"]
+        return {name: flags.get(name) for name in SAMPLER}
+
+    return sample
+
+
+def make_checkpoint(path, **settings):
+    state = make_state(**SHAPE)
+    state["config"]["training"] |= settings
+    checkpoint.save(path, state)
+    return state
+
+
+def test_a_checkpoint_and_its_export_sample_as_they_were_trained_with_unless_a_flag_says_otherwise(
+    tmp_path, settings_of, capsys
+):
+    state = make_checkpoint(tmp_path / "a.pt", **TUNED)
+    assert settings_of(tmp_path / "a.pt") == TUNED
+    assert "ngd of 3 points, guidance 1.5" in capsys.readouterr().out
+    write_export(tmp_path / "exported", state)
+    assert settings_of(tmp_path / "exported") == TUNED
+    changed = settings_of(tmp_path / "a.pt", "--cfg-scale", 2, "--num-sampling-steps", 2, "--stop-below", 0)
+    assert changed == TUNED | {"cfg_scale": 2.0, "num_sampling_steps": 2, "stop_below": None}
+    assert settings_of(tmp_path / "a.pt", "--sampler", "heun") == TUNED | {"sampler": "heun", "stop_below": None}
+
+
+def test_a_checkpoint_without_settings_samples_as_the_default_says(tmp_path, settings_of):
+    make_checkpoint(tmp_path / "old.pt")
+    expected = SAMPLER | {"num_sampling_steps": 2}
+    assert settings_of(tmp_path / "old.pt", "--num-sampling-steps", 2) == expected
+
+
+@pytest.mark.parametrize(
+    ("settings", "words"),
+    [
+        ({"sampler": "adam"}, "sampler is adam"),
+        ({"num_sampling_steps": 1}, "num_sampling_steps is 1"),
+        ({"num_sampling_steps": "9"}, "num_sampling_steps is 9, wanted int"),
+        ({"stepsize": float("nan")}, "stepsize is nan"),
+        ({"mu": None}, "mu is None, wanted float"),
+        ({"stop_below": -1.0}, "stop_below is -1.0"),
+        ({"cfg_scale": float("inf")}, "cfg_scale is inf"),
+    ],
+)
+def test_settings_that_no_sampler_has_are_one_line(tmp_path, settings_of, capsys, settings, words):
+    make_checkpoint(tmp_path / "a.pt", **settings)
+    settings_of(tmp_path / "a.pt", status=2)
+    (line,) = capsys.readouterr().err.splitlines()
+    assert "a.pt: no settings of a sampler" in line and words in line
+    assert not (tmp_path / "s").exists()
