@@ -4,6 +4,7 @@ Flags, data, checkpoint and model are checked in this order. What a user can put
 of each machine checks for the others there.
 """
 
+import functools
 import math
 import os
 import statistics
@@ -25,11 +26,13 @@ from runtime.cli import (
     settle_precision,
 )
 from runtime.distributed import local_rank, rank, world_size
+from runtime.memory import free_bytes
 from runtime.metrics import import_wandb
 from runtime.runs import check_job
 from runtime.untrusted import is_text
 from schedule import Phase, fill_batches
 from vae import load_vae
+from video.frame_cache import FrameCache
 from video.index import check_data_path, find_data, latents_settings
 
 DEFAULT_MODEL = "EqM-S/4"
@@ -71,6 +74,8 @@ def check_run(args):
             args.data_path, not args.video, args.val_fraction, lengths, args.val_frames, flag, start.folder
         )
         config = fit_classes(args, config, start, data.scan.classes)
+        if args.cache_frames:
+            check_frame_cache(args, data)
     return start, vae, config, data, phases
 
 
@@ -96,6 +101,8 @@ def share_run(args, run):
         asked = checkpoint.asked_shape(args)
         own = checkpoint.load_stamped(start.path, **asked) if start.path else (None, None)
     start.stamp, start.state = own
+    if args.cache_frames:
+        data = replace(data, frames=share_frame_cache(args, data))
     return args, start, vae, config, data, phases
 
 
@@ -180,6 +187,24 @@ def load_run_vae(args):
         say("note: the cache has no mirrored latents (--with-flips), so no clip is mirrored")
         args.no_flip = True
     return vae
+
+
+def check_frame_cache(args, data):
+    """Raise UserError unless this machine, and others as large, can hold the frames of all videos."""
+    if latents_settings(args.data_path, images=not args.video):
+        raise UserError("--cache-frames: --data-path is a latent cache, which needs no decoding: leave it out")
+    count, side, free = sum(video.num_frames for video in data.used), args.image_size, free_bytes()
+    if (needed := 3 * side**2 * count) > free:
+        numbers = f"{count:,} frames of {side} x {side} px take {needed / 1e9:.1f} GB, {free / 1e9:.1f} GB are free"
+        raise UserError(f"--cache-frames: {numbers}: leave it out")
+
+
+def share_frame_cache(args, data):
+    """The FrameCache of this machine, which its first rank makes."""
+    make = functools.partial(FrameCache, data.used, args.image_size)
+    own = make() if local_rank() == 0 else None
+    places = distributed.gather(own and own.place)
+    return own or make(places[rank() - local_rank()])
 
 
 def make_config(args, vae, start):

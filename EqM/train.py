@@ -134,6 +134,8 @@ def add_model_and_data_flags(parser):
     add("--max-bad-fraction", type=SHARE, default=0.01, metavar="F", help="share of the videos that may be bad")
     workers = "loader processes per rank, as many again for validation; 0 = load in-process"
     add("--num-workers", type=NATURAL, default=min(4, os.cpu_count()), metavar="N", help=workers)
+    cached = "decode each video once, into memory that the ranks of a machine share: for small data sets"
+    add("--cache-frames", action="store_true", help=cached)
     timeout = "seconds for loader processes to start and for a batch; 0 = no limit, but other ranks wait 600 s at most"
     add("--loader-timeout", type=NON_NEGATIVE, default=300.0, metavar="S", help=timeout)
 
@@ -371,6 +373,7 @@ def training_losses(network, vae, batch, config, args, stream, device):
 def start_phase(args, data, phases, phase, progress, device):
     """(iterator over this rank's micro-batches from where the run stands, loader of its validation clips)."""
     shared = {"root": args.data_path, "classes": data.scan.classes, "image_size": args.image_size}
+    shared["frames"] = data.frames
     shared["frame_interval"] = args.frame_interval[0], args.frame_interval[-1]
     train = {"flip": not args.no_flip, "seed": args.global_seed, "stream": progress.first_step}
     val = {"flip": False, "seed": 0, "stream": "validation"}

@@ -19,12 +19,13 @@ class Clips(torch.utils.data.Dataset):
     A stream is a sequence of permutations of the videos. `stream` is its name, an int or a string, which seeds it: a
     training phase uses its first step. frame_interval is the smallest and largest distance between the frames of a
     clip, in frames of the video; each clip draws one, at most the largest that fits its video. image_size is in px;
-    videos of a latent cache are not resized. Raises ValueError.
+    videos of a latent cache are not resized. frames is a FrameCache of the videos, if any. Raises ValueError.
     """
 
     def __init__(
-        self, root, videos, classes, num_frames, image_size, frame_interval=(1, 1), flip=True, seed=0, stream=0
-    ):
+        self, root, videos, classes, num_frames, image_size, frame_interval=(1, 1), flip=True, seed=0, stream=0,
+        frames=None,
+    ):  # fmt: skip
         if any(video.num_frames < num_frames for video in videos):
             raise ValueError(f"a video has fewer than {num_frames} frames: filter the videos with long_enough()")
         self.latent_shape = None  # (C, h, w), of a cache only
@@ -36,7 +37,7 @@ class Clips(torch.utils.data.Dataset):
                 raise ValueError(f"{root} holds no mirrored latents: pass flip=False")
         self.root, self.videos, self.classes = root, videos, classes
         self.num_frames, self.image_size, self.frame_interval = num_frames, image_size, frame_interval
-        self.flip, self.seed, self.stream = flip, seed, stream
+        self.flip, self.seed, self.stream, self.frames = flip, seed, stream, frames
         self.watch = None  # a LoaderWatch, which is told the file that is being read
         self._epoch, self._permutation = None, None
 
@@ -75,8 +76,10 @@ class Clips(torch.utils.data.Dataset):
     def _read_clip(self, video, frame_indices, flipped):
         if is_cached(video):
             return read_latents(self.root, video, frame_indices, flipped, self.latent_shape)
-        clip = torch.from_numpy(read_frames(self.root, video, frame_indices)).permute(0, 3, 1, 2)
-        clip = resize_and_crop(clip, self.image_size)  # (T, C, H, W)
+        clip = self.frames and self.frames.read(self.root, video, frame_indices)  # (T, C, H, W)
+        if clip is None:
+            clip = torch.from_numpy(read_frames(self.root, video, frame_indices)).permute(0, 3, 1, 2)
+            clip = resize_and_crop(clip, self.image_size)
         return (clip.flip(-1) if flipped else clip).transpose(0, 1).contiguous()  # (C, T, H, W)
 
     def _note(self, path):

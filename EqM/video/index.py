@@ -5,6 +5,7 @@ ROOT may also be a latent cache of cache_latents.py, which gives the same clips,
 """
 
 import hashlib
+import itertools
 import json
 import os
 import re
@@ -25,6 +26,7 @@ from video.files import (
     media_kind,
     probe,
 )
+from video.frame_cache import FrameCache
 
 UNLABELLED = "all"  # the class of files directly in ROOT
 UCF_LISTS = "ucfTrainTestlist"
@@ -322,6 +324,13 @@ class Data:
     train: dict
     val: dict
     num_short: int  # videos too short for the longest training clips
+    frames: FrameCache | None = None  # of all these videos, with --cache-frames
+
+    @property
+    def used(self):
+        """The videos of all lists, each once."""
+        lists = itertools.chain(self.train.values(), self.val.values())
+        return list({video.path: video for video in itertools.chain(*lists)}.values())
 
 
 def find_data(root, images, val_fraction, lengths, val_lengths, flag, index_folder):
