@@ -37,12 +37,14 @@ STOP_BELOW = 1.0  # as accurate as 250 points with 57% of their evaluations: scr
 # Flags
 
 
-def add_sample_flags(add, num_samples, num_samples_help="number of samples"):
-    """What is sampled; `add` is the add_argument of a group."""
+def add_sample_flags(add, num_samples, num_samples_help="number of samples", several=False):
+    """What is sampled; `add` is the add_argument of a group. several: --num-frames takes several numbers, as a list."""
     frames = number(int, least=1, most=MOST_FRAMES)
     rate, scale = number(float, least=FPS[0], most=FPS[1]), number(float, least=1 / FPS[1], most=1 / FPS[0])
     trained = "default: as trained"
-    add("--num-frames", type=frames, metavar="N", help="frames per video, any number with rotary positions; " + trained)
+    length = "frames per video, any number with rotary positions; " + trained
+    length += "; several numbers: samples of each, in folders DIR-fN" if several else ""
+    add("--num-frames", type=frames, nargs="+" if several else None, metavar="N", help=length)
     window = "longer videos are sampled in windows of N frames, each given the last ones of the one before; default: "
     window += "the longest trained length, or all frames if the model was trained without --forcing"
     add("--window", type=frames, metavar="N", help=window)
@@ -236,8 +238,8 @@ def open_checkpoint(args):
     time_scale, labels = seconds_per_frame(args, data), choose_labels(args, data["classes"])
     scale_rope(args, model, data, training["num_frames"], window, time_scale)
     name = model_name(**asdict(model.config))
-    sampler = f"{args.sampler} of {args.num_sampling_steps} points, guidance {args.cfg_scale:g}"
-    say(f"{args.ckpt}: {name}, step {step}, trained on {training['num_frames']} frames; {sampler}")
+    sampler = f"{num_frames} by {args.sampler} of {args.num_sampling_steps} points, guidance {args.cfg_scale:g}"
+    say(f"{args.ckpt}: {name}, step {step}, trained on {training['num_frames']} frames; samples of {sampler}")
     if window < num_frames and not forcing:
         say(f"note: {args.ckpt} was trained without --forcing: its windows may not go on as those before end")
     about = training["video"], step, forcing, window, overlap

@@ -13,6 +13,7 @@ import functools
 import itertools
 import json
 import math
+from argparse import Namespace
 from pathlib import Path
 
 import torch
@@ -48,7 +49,7 @@ def parse_args():
     ckpt = "a checkpoint of train.py, a folder of scripts/export.py or a published image model"
     add("--ckpt", required=True, metavar="FILE", help=ckpt)
     add("--video", action="store_true", help="sample videos; without it images")
-    generation.add_sample_flags(add, num_samples=16)
+    generation.add_sample_flags(add, num_samples=16, several=True)
     given = "complete this video or picture, those of a folder in turn, or the samples of an earlier run"
     add("--given", metavar="FILE_OR_FOLDER", help=given)
     frames = "the frames of --given that are kept, such as 0-3,12-15; default: all it has, at most half of the sample"
@@ -74,8 +75,8 @@ def check_flags(args):
     """Raise UserError for flags that contradict each other, the machine or the file system."""
     check_devices()
     check_speed_flags(args)
-    num_frames = args.num_frames if args.num_frames != 1 else None
-    for flag, value in (("--num-frames", num_frames), ("--fps", args.fps), ("--time-scale", args.time_scale)):
+    lengths = None if args.num_frames in (None, [1]) else " ".join(map(str, args.num_frames))
+    for flag, value in (("--num-frames", lengths), ("--fps", args.fps), ("--time-scale", args.time_scale)):
         if value is not None and not args.video:
             raise UserError(f"{flag} {value} without --video: images have no frames; add --video or leave it out")
     check_writable("--folder", args.folder)
@@ -123,23 +124,44 @@ def main():
     args = parse_args()
     try:
         check_flags(args)
-        source = generation.open_checkpoint(args)
-        if args.init_gamma == 1 and args.sampler in SOLVERS:
-            nothing = f"leaves --sampler {args.sampler} nothing to do: it integrates from there to 1"
-            raise UserError(f"--init-gamma 1 {nothing}")
-        if args.report_energy and source.model.config.ebm == "none":
-            wanted = "trained without an energy (--ebm dot or l2)"
-            raise UserError(f"--report-energy: {args.ckpt} was {wanted}: leave it out")
-        args.num_frames = source.num_frames
-        if len(source.window_starts) > 1:
-            check_one_window(args, source)
-        indices = own_indices(args.num_samples, block=args.batch_size)
-        init = init_reader(args, source, indices)
-        given = None if args.given is None else Given(args, source, indices)
+        runs = [prepare(own) for own in each_length(args)]
     except UserError as error:
         fail(error)
-
     device = distributed.start()
+    while runs:
+        sample_run(*runs.pop(0), device)  # a source is freed before the next is moved to the device
+    distributed.stop()
+
+
+def each_length(args):
+    """The flags for each of --num-frames; where there are several, each has a folder of its own."""
+    lengths = list(dict.fromkeys(args.num_frames or [None]))
+    for num_frames in lengths:
+        folder = args.folder if len(lengths) == 1 else f"{args.folder}-f{num_frames}"
+        yield Namespace(**vars(args) | {"num_frames": num_frames, "folder": folder})
+
+
+def prepare(args):
+    """(flags, Source, indices of this rank's samples, --init reader, Given) of samples of one length.
+
+    Raises UserError.
+    """
+    source = generation.open_checkpoint(args)
+    if args.init_gamma == 1 and args.sampler in SOLVERS:
+        raise UserError(f"--init-gamma 1 leaves --sampler {args.sampler} nothing to do: it integrates from there to 1")
+    if args.report_energy and source.model.config.ebm == "none":
+        wanted = "trained without an energy (--ebm dot or l2)"
+        raise UserError(f"--report-energy: {args.ckpt} was {wanted}: leave it out")
+    args.num_frames = source.num_frames
+    if len(source.window_starts) > 1:
+        check_one_window(args, source)
+    indices = own_indices(args.num_samples, block=args.batch_size)
+    given = None if args.given is None else Given(args, source, indices)
+    return args, source, indices, init_reader(args, source, indices), given
+
+
+def sample_run(args, source, indices, init, given, device):
+    """Sample what `prepare` has found, on all ranks, and write the folder."""
     source.to(device, args)
     idle = world_size() - math.ceil(args.num_samples / args.batch_size)
     if idle > 0:
@@ -154,7 +176,6 @@ def main():
         write_folder(args, source, parts, given)
     else:
         list(parts)  # nothing comes out of it, but the ranks meet in each round
-    distributed.stop()
 
 
 def in_order(made, rounds):

@@ -27,10 +27,10 @@ if [[ -z $CKPT ]]; then
   printf 'sample.sh: error: no results/%q/*/checkpoints/best.pt; set EXP or CKPT\n' "$EXP" >&2
   exit 2
 fi
-OUT=${OUT:-samples/${EXP:-model}} # videos go to $OUT-f16 and so on
+read -ra FRAMES <<<"$FRAMES"
+OUT=${OUT:-samples/${EXP:-model}} # videos go to $OUT-f16 and so on, as sample_gd.py names the folders of several lengths
+[[ ${#FRAMES[@]} == 1 ]] && OUT=$OUT-f${FRAMES[0]}
+[[ $GPUS == 1 ]] && RUN=(python) || RUN=(torchrun --standalone --nproc_per_node="$GPUS")
 
-for frames in $FRAMES; do
-  torchrun --standalone --nproc_per_node="$GPUS" EqM/sample_gd.py \
-    --video --num-frames="$frames" --ckpt="$CKPT" \
-    --num-samples="$SAMPLES" --folder="$OUT-f$frames" "$@"
-done
+"${RUN[@]}" EqM/sample_gd.py \
+  --video --num-frames "${FRAMES[@]}" --ckpt="$CKPT" --num-samples="$SAMPLES" --folder="$OUT" "$@"

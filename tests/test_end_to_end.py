@@ -112,9 +112,11 @@ def test_two_ranks_learn_what_one_learns(phases, shapes, tmp_path):
 
 def test_one_checkpoint_samples_16_and_24_frames_and_reports_their_energies(random, tmp_path):
     sampling = ["--video", "--ckpt", random, "--num-samples", 3, "--num-sampling-steps", 6, "--stepsize", 0.01]
+    run_main(sample_gd, *sampling, "--report-energy", "--num-frames", 16, 24, "--folder", tmp_path / "both")
+    run_main(sample_gd, *sampling, "--report-energy", "--num-frames", 24, "--folder", tmp_path / "alone")
+    assert (tmp_path / "alone/samples.npz").read_bytes() == (tmp_path / "both-f24/samples.npz").read_bytes()
     for frames in (16, 24):
-        folder = tmp_path / str(frames)
-        run_main(sample_gd, *sampling, "--report-energy", "--num-frames", frames, "--folder", folder)
+        folder = tmp_path / f"both-f{frames}"
         samples = np.load(folder / "samples.npz")
         assert samples["arr_0"].shape == (3, frames, 16, 16, 3) and samples["arr_0"].dtype == np.uint8
         assert samples["labels"].tolist() == [0, 1, 2]

@@ -106,17 +106,18 @@ def test_a_line_shows_printable_characters_and_escapes_the_rest(text, shown):
     assert one_line(text, "ascii").isascii()
 
 
-# The shell scripts, with a torchrun that only records its arguments.
+# The shell scripts, with a torchrun and a python that only record their arguments.
 
 
 @pytest.fixture
 def run_copy(tmp_path):
-    """A function that runs a script in a copy of scripts/ and returns (the process, the arguments of each torchrun)."""
+    """A function that runs a script in a copy of scripts/ and returns (the process, the arguments of each call)."""
     shutil.copytree(ROOT / "scripts", tmp_path / "scripts")
     (tmp_path / "bin").mkdir()
-    torchrun = tmp_path / "bin/torchrun"
-    torchrun.write_text('#!/bin/bash\nprintf "%s\\0" "$@" >>"$RECORD"; printf "\\1\\0" >>"$RECORD"\n')
-    torchrun.chmod(0o755)
+    for name in ("torchrun", "python"):
+        command = tmp_path / "bin" / name
+        command.write_text('#!/bin/bash\nprintf "%s\\0" "$@" >>"$RECORD"; printf "\\1\\0" >>"$RECORD"\n')
+        command.chmod(0o755)
 
     def run(script, *arguments, **environment):
         record = tmp_path / "record"
@@ -205,6 +206,8 @@ def test_sample_passes_odd_names_unchanged_and_uses_the_newest_model(run_copy, t
     assert wanted <= set(call)
     _, (call,) = run_copy("sample.sh", EXP="x", CKPT=f"-{ODD}", OUT=f"-{ODD}")
     assert {f"--ckpt=-{ODD}", f"--folder=-{ODD}-f16"} <= set(call)
+    _, (call,) = run_copy("sample.sh", EXP="x", CKPT="y", FRAMES="16 7", GPUS="2")
+    assert call[call.index("--num-frames") :][:3] == ["--num-frames", "16", "7"] and "--folder=samples/x" in call
     assert not list(tmp_path.rglob("hacked"))
 
 
