@@ -61,7 +61,8 @@ def parse_args():
     add("--metric", choices=list(NUM_REAL), default="motion", help="motion is for Moving Shapes only")
     ckpt = "sample from this checkpoint of train.py, folder of scripts/export.py or published image model"
     add("--ckpt", metavar="FILE", help=ckpt + "; this or --samples")
-    add("--samples", metavar="DIR", help="a folder that sample_gd.py has written; this or --ckpt")
+    samples = "a folder that sample_gd.py has written, or several: --out is then a file in each; this or --ckpt"
+    add("--samples", nargs="+", metavar="DIR", help=samples)
     add("--data-path", metavar="DIR", help="folder of the videos (images) of training, not a latent cache")
     detector = "TorchScript feature network, for fvd and fid only: i3d_torchscript.pt, as in StyleGAN-V and most FVD "
     detector += "code, or inception-2015-12-05.pt of StyleGAN2-ADA, or one that is called in the same way (see "
@@ -119,7 +120,8 @@ def repeat_flags(args, given):
         if name in given and old["flags"][name] is None:
             raise UserError(f"--{name}: --manifest {args.manifest} was made without it: leave it out")
     own = {name: getattr(args, name) for name in given}
-    return Namespace(**old["flags"] | {"manifest": args.manifest} | own), old
+    samples = old["flags"]["samples"] and [old["flags"]["samples"]]
+    return Namespace(**old["flags"] | {"manifest": args.manifest, "samples": samples} | own), old
 
 
 def check_flags(args, given):
@@ -267,47 +269,70 @@ def score(args, generated, clips, key, detector, num_features, device):
 
 def main():
     args, given = parse_args()
-    real = old = detector = num_features = new = repeats = None
     try:
-        if args.manifest:
-            args, old = repeat_flags(args, given)
-        check_flags(args, given)
-        generated = open_generated(args)
-        check_data(args, generated)
-        if args.detector:
-            detector = frechet.load_detector(args.detector)
-            num_frames, size = generated.num_frames, generated.image_size
-            num_features = frechet.check_detector(args.detector, detector, args.metric, num_frames, size)
-        if rank() == 0:  # the others wait for it in start()
-            clips, about, key = sources.find_real(args, generated)
-            if args.metric == "prediction" and truth_file(args):
-                check_truth(args, generated, clips.classes)
-            new = start_manifest(args, generated, about, num_features)
-            real = clips, sources.json_sha256([key, new["detector"], frechet.CACHE_FORMAT])
-            if old:
-                manifest.check_same(old, new)
+        args, old = repeat_flags(args, given) if args.manifest else (args, None)
+        runs = [prepare(own, given, old) for own in each_folder(args)]
     except UserError as error:
         fail(error)
     with one_line_errors(ValueError):  # features that are not finite
         device = distributed.start()
-        Path(args.out).parent.mkdir(parents=True, exist_ok=True)
-        values, result, bad = score(args, generated, *distributed.broadcast(real), detector, num_features, device)
-        evaluations = list(itertools.chain(*distributed.gather(generated.evaluations)))
-        if rank() == 0:
-            new["real"] |= {"bad_videos": bad}
-            new["generated"] |= {"mean_evaluations": sum(evaluations) / len(evaluations)} if evaluations else {}
-            repeats = old and manifest.compare_values(args.manifest, old, values, args.tolerance)
-            new |= {"values": values, "result": result, "machine": manifest.machine(device), "repeats": repeats}
-            manifest.write_manifest(args.out, new)
-            for path in bad:
-                say(f"{path} can't be decoded; another clip took its place")
-            say(f"{new['protocol']}: {args.out}")
+        differences = [line for found in runs if (line := run(*found, old, device))]
     distributed.stop()
-    if repeats:
-        line = manifest.agreement_line(repeats, old, new)
-        if not repeats["agrees"]:
-            fail(line, status=1)
+    if differences:
+        fail(differences[0], status=1)
+
+
+def each_folder(args):
+    """The flags for each of --samples; where there are several, --out is a file in each of these folders."""
+    folders = list(dict.fromkeys(args.samples or [None]))
+    if len(folders) > 1 and Path(args.out).name != args.out:
+        raise UserError(f"--out {args.out}: with several --samples the name of a file in each, such as motion.json")
+    for folder in folders:
+        out = args.out if len(folders) == 1 else str(Path(folder, args.out))
+        yield Namespace(**vars(args) | {"samples": folder, "out": out})
+
+
+def prepare(args, given, old):
+    """All that `run` needs, after the checks that need no GPU. old: a manifest to repeat or None. Raises UserError."""
+    real = detector = num_features = new = None
+    check_flags(args, given)
+    generated = open_generated(args)
+    check_data(args, generated)
+    if args.detector:
+        detector = frechet.load_detector(args.detector)
+        num_frames, size = generated.num_frames, generated.image_size
+        num_features = frechet.check_detector(args.detector, detector, args.metric, num_frames, size)
+    if rank() == 0:  # the others wait for it in start()
+        clips, about, key = sources.find_real(args, generated)
+        if args.metric == "prediction" and truth_file(args):
+            check_truth(args, generated, clips.classes)
+        new = start_manifest(args, generated, about, num_features)
+        real = clips, sources.json_sha256([key, new["detector"], frechet.CACHE_FORMAT])
+        if old:
+            manifest.check_same(old, new)
+    return args, generated, real, detector, num_features, new
+
+
+def run(args, generated, real, detector, num_features, new, old, device):
+    """Score what `prepare` has found and write the manifest. Returns a line if the values are not those of `old`."""
+    Path(args.out).parent.mkdir(parents=True, exist_ok=True)
+    values, result, bad = score(args, generated, *distributed.broadcast(real), detector, num_features, device)
+    evaluations = list(itertools.chain(*distributed.gather(generated.evaluations)))
+    if rank() != 0:
+        return None
+    new["real"] |= {"bad_videos": bad}
+    new["generated"] |= {"mean_evaluations": sum(evaluations) / len(evaluations)} if evaluations else {}
+    repeats = old and manifest.compare_values(args.manifest, old, values, args.tolerance)
+    new |= {"values": values, "result": result, "machine": manifest.machine(device), "repeats": repeats}
+    manifest.write_manifest(args.out, new)
+    for path in bad:
+        say(f"{path} can't be decoded; another clip took its place")
+    say(f"{new['protocol']}: {args.out}")
+    line = repeats and manifest.agreement_line(repeats, old, new)
+    if line and repeats["agrees"]:
         say(line)
+        return None
+    return line
 
 
 if __name__ == "__main__":

@@ -129,6 +129,19 @@ def test_the_distance_is_that_of_all_features_at_once(metric, shapes, samples, d
     assert found["detector"]["sha256"] == sha256(detector)
 
 
+def test_several_sample_folders_have_a_manifest_each_as_if_scored_alone(shapes, samples, tmp_path, capsys):
+    shutil.copytree(samples, tmp_path / "a")
+    write_samples(tmp_path / "b", *read_clips(shapes, "val", 5, stream="b"), source={"temporal_patch_size": 4})
+    flags = ["--metric", "consistency", "--data-path", shapes, "--num-real", 6, *FEW]
+    both = ["--samples", tmp_path / "a", tmp_path / "b"]
+    run("--out", "scores.json", *both, *flags)
+    for name in "ab":
+        alone = run("--out", tmp_path / "alone.json", "--samples", tmp_path / name, *flags)
+        assert json.loads((tmp_path / name / "scores.json").read_text())["values"] == alone["values"]
+    run("--out", tmp_path / "x.json", *both, *flags, status=2)
+    assert "x.json: with several --samples the name of a file in each" in capsys.readouterr().err
+
+
 def test_real_features_are_cached_and_computed_again_if_the_cache_is_damaged_or_the_data_changed(
     shapes, samples, detector, tmp_path, monkeypatch, capsys
 ):
