@@ -1,6 +1,6 @@
 """How well does --forcing teach a model to complete clips, and what does it cost? Moving Shapes, several seeds.
 
-    python scripts/given_frames.py --shares 0 0.5 --seeds 0 1 2         about 10 minutes of a core for each model
+    python scripts/given_frames.py --shares 0 0.75 --seeds 0 1 2         about 10 minutes of a core for each model
 
 Trains the curriculum that the study recommends with a share of forced clips, and scores it on a test set of its own,
 288 videos of another seed: completions of clips by evaluate.py --metric prediction, and clips of which nothing is given
@@ -43,7 +43,7 @@ COLUMNS = {  # title: value of a manifest, factor, digits
 def parse_args():
     parser = study_parser("How well does --forcing teach a model to complete clips? Runs and tables.", seeds=[0, 1, 2])
     shares = "values of --forcing"
-    parser.add_argument("--shares", type=SHARE, nargs="+", default=[0.0, 0.5], metavar="P", help=shares)
+    parser.add_argument("--shares", type=SHARE, nargs="+", default=[0.0, 0.75], metavar="P", help=shares)
     return parser.parse_args()
 
 

@@ -3,7 +3,7 @@
     python scripts/long_videos.py                                            the table of the default
     python scripts/long_videos.py --overlaps 4 8 12 --guidances 1 1.5 --clips 24 --seeds 0 1     what is best
 
-Trains the curriculum that the study recommends with half of the clips forced on videos of shapes that turn at the
+Trains the curriculum that the study recommends with three of four clips forced on videos of shapes that turn at the
 borders of the frame, makes long videos of every class by sample_gd.py and scores them by evaluate.py: one object to the
 end, its speed, its turns, and the seams of windows. Then it measures the memory of sample_gd.py for short and long
 videos. After an interruption the same command continues; several processes share the models. Tables:
@@ -24,7 +24,7 @@ from runtime.cli import NON_NEGATIVE, UserError, number, say
 from study import ROOT
 from trained import Trained, cell, run_all, study_parser
 
-SHARE = 0.5  # of the clips that are forced in training
+SHARE = 0.75  # of the clips that are forced in training
 CLASSES, WINDOW = 6, 16
 SECONDS = 12  # of a video
 TEST_SEED, TEST_VIDEOS = 1, 16  # of the real videos that scores are compared with; per class

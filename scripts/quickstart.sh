@@ -19,8 +19,7 @@ export BATCH_1=${BATCH_1:-32} BATCH_2=${BATCH_2:-16} BATCH_3=${BATCH_3:-8}      
 export LR_DECAY=${LR_DECAY:-0.4} RECIPE=small COMPILE=0 # which takes longer than it saves here
 export CACHE=0 # pixels need no encoding
 VIDEOS=${VIDEOS:-60} # per class
-SAMPLES=${SAMPLES:-48} SAMPLING_STEPS=${SAMPLING_STEPS:-60} FRAMES=${FRAMES:-16 7 24}
-WORKERS=${WORKERS:-1}
+SAMPLES=${SAMPLES:-48} FRAMES=${FRAMES:-16 7 24}
 
 bash scripts/setup.sh
 .venv/bin/python datasets/make_moving_shapes.py --out="$DATA" --videos-per-class="$VIDEOS" --seconds 1.4
@@ -28,16 +27,16 @@ bash scripts/setup.sh
 bash scripts/train_progressive.sh \
   --depth 4 --hidden-size 128 --num-heads 4 --rope-theta 100 \
   --temporal-patch-size 4 --image-size 16 --vae none --no-flip \
-  --num-workers="$WORKERS" ${PRECISION:+--precision="$PRECISION"} \
+  --cache-frames --num-workers 0 ${PRECISION:+--precision="$PRECISION"} \
   --lr 2e-3 --warmup-steps 20 --ema-decay 0.99 \
-  --log-every 50 --val-every 1000 --sample-every 0
+  --log-every 50 --val-every 100000 --val-clips 64 --sample-every 0 \
+  --sampler ngd --num-sampling-steps 16 --stepsize 0.0332 --cfg-scale 1.5
 
 OUT=samples/$EXP CKPT= FRAMES=$FRAMES SAMPLES=$SAMPLES bash scripts/sample.sh \
-  ${PRECISION:+--precision="$PRECISION"} --sampler ngd --num-sampling-steps="$SAMPLING_STEPS" --stepsize 0.008 --cfg-scale 1.5 \
-  --batch-size 8 # 48 samples: 3 batches for each of two ranks
+  ${PRECISION:+--precision="$PRECISION"} --batch-size 8 # 48 samples: 3 batches for each of two ranks
 
-for frames in $FRAMES; do
-  .venv/bin/python EqM/evaluate.py --metric motion --samples="samples/$EXP-f$frames" --data-path="$DATA" \
-    --out="samples/$EXP-f$frames/motion.json"
-done
+FOLDERS=()
+for frames in $FRAMES; do FOLDERS+=("samples/$EXP-f$frames"); done
+OUT=motion.json && [[ ${#FOLDERS[@]} == 1 ]] && OUT=${FOLDERS[0]}/motion.json
+.venv/bin/python EqM/evaluate.py --metric motion --samples "${FOLDERS[@]}" --data-path="$DATA" --out="$OUT"
 echo "$((SECONDS - BEGAN)) s; see samples/$EXP-f16/sheet.png and the GIFs beside it"

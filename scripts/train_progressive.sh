@@ -34,7 +34,7 @@ CKPTS=("results/$EXP"/*/checkpoints/*.pt)
 [[ -f ${CKPTS[0]} ]] || FLAGS+=(--position-table space --rope-speed 0.5)
 # FORCING: share of the clips that teach to complete given frames; 0 for an experiment that began before there was any
 [[ -f ${CKPTS[0]} ]] && ! grep -qs '"forcing"' "results/$EXP"/*/config.json && FORCING=${FORCING:-0}
-FLAGS+=(--forcing "${FORCING:-0.5}")
+FLAGS+=(--forcing "${FORCING:-0.75}")
 command -v nvidia-smi >/dev/null && ON_GPU=1 || ON_GPU=0
 COMPILE=${COMPILE:-$ON_GPU} # 1: torch.compile, which gains nothing on a CPU and can't train an energy
 [[ $COMPILE == 1 && " $* " != *" --ebm"[\ =]* ]] && FLAGS+=(--compile)

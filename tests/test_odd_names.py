@@ -181,7 +181,7 @@ def test_train_progressive_gives_its_positions_to_a_new_model_and_leaves_those_o
         found = [[flag for flag in call if flag in POSITIONS] for call in own]
         return found, [call[place] for call, place in zip(calls, places, strict=True)]
 
-    assert choices() == ([POSITIONS], ["0.5"])  # ends after phase 1, which has saved nothing
+    assert choices() == ([POSITIONS], ["0.75"])  # ends after phase 1, which has saved nothing
     assert choices(FORCING="0.2")[1] == ["0.2"]
     for step in (50, 90):
         path = tmp_path / f"results/{ODD}/00-a/checkpoints/{step:07d}.pt"
@@ -191,7 +191,7 @@ def test_train_progressive_gives_its_positions_to_a_new_model_and_leaves_those_o
     config.write_text('{"training": {"lr": 1}}')  # of code that had no such flag
     assert choices() == ([[], [], []], ["0"] * 3)
     config.write_text('{"training": {"forcing": 0.5}}')
-    assert choices() == ([[], [], []], ["0.5"] * 3)
+    assert choices() == ([[], [], []], ["0.75"] * 3)
 
 
 def test_sample_passes_odd_names_unchanged_and_uses_the_newest_model(run_copy, tmp_path):
