@@ -194,9 +194,11 @@ def check_frame_cache(args, data):
     if latents_settings(args.data_path, images=not args.video):
         raise UserError("--cache-frames: --data-path is a latent cache, which needs no decoding: leave it out")
     count, side, free = sum(video.num_frames for video in data.used), args.image_size, free_bytes()
-    if (needed := 3 * side**2 * count) > free:
-        numbers = f"{count:,} frames of {side} x {side} px take {needed / 1e9:.1f} GB, {free / 1e9:.1f} GB are free"
+    needed = 3 * side**2 * count
+    numbers = f"{count:,} frames of {side} x {side} px take {needed / 1e6:,.0f} MB, {free / 1e6:,.0f} MB are free"
+    if needed > free:
         raise UserError(f"--cache-frames: {numbers}: leave it out")
+    say(f"--cache-frames: {numbers}")
 
 
 def share_frame_cache(args, data):

@@ -97,8 +97,8 @@ def test_frames_that_do_not_fit_are_refused_with_the_numbers_before_anything_is_
 ):
     monkeypatch.setattr(preflight, "free_bytes", lambda: 400_000)
     run_main(train, *Training(shapes, tmp_path / "runs", STEPS).command_flags("--cache-frames"), status=2)
-    (line,) = capsys.readouterr().err.splitlines()
-    assert "--cache-frames: 600 frames of 16 x 16 px take 0.0 GB, 0.0 GB are free" in line
+    line = capsys.readouterr().err.splitlines()[-1]  # after the bar of the scan
+    assert "--cache-frames: 600 frames of 16 x 16 px take 0 MB, 0 MB are free" in line
     assert not (tmp_path / "runs").exists()
 
 
