@@ -99,6 +99,22 @@ def spoiled(video, kind):
     }[kind]()
 
 
+def test_turning_points_are_the_extremes_of_a_path_without_its_jitter():
+    path = np.array([3, 2.6, 3.1, 5, 8, 7.6, 8.2, 8.1, 6, 2, 2.5, 1.8, 2, 4.0])
+    assert bounce.turning_points(path, 1.0) == [(8.2, 1), (1.8, -1)]
+    assert bounce.turning_points(-path, 1.0) == [(-8.2, -1), (-1.8, 1)]
+    assert bounce.turning_points(np.arange(9.0), 1.0) == bounce.turning_points(np.zeros(5), 1.0) == []
+
+
+@pytest.mark.parametrize("size", [0.0, 0.2])
+def test_a_little_jitter_is_no_turn(videos, truth_file, size):
+    noise = np.random.default_rng(0).normal(0, size, 160)
+    for video in list(videos.values())[::3]:
+        path = np.clip(video["path"] + noise, video["low"], video["high"])
+        lost, _, turns = follow(shapes.draw_clip(video | {"path": path.tolist()}, 32, 160), video, truth_file)
+        assert lost is None and turns
+
+
 @pytest.mark.parametrize(
     ("kind", "window"),
     [("another color", 4), ("another shape", 6), ("two objects", 0), ("nothing", 2), ("stands still", None),

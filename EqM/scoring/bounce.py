@@ -18,7 +18,7 @@ from scoring.motion import MIN_CONTRAST, find_object, prepare, read_class, recog
 
 WINDOW = 16  # frames that are looked at together
 # Lengths are in px of a frame 16 px high and grow with it.
-NEAR = 1.0  # px between a turn and the border's turning point
+NEAR = 1.0  # px between a turn and the border's turning point; also the least way back that makes a turn
 ACROSS = 0.5  # px, standard deviation of the motion across the axis
 QUANTILES = (0.05, 0.5, 0.95)  # of the speeds of all windows
 
@@ -111,17 +111,27 @@ def turns_are_right(centers, truth, unit):
     path, near = centers[:, truth.axis], NEAR * unit
     if centers[:, 1 - truth.axis].std() > ACROSS * unit:
         return False
-    velocity = np.convolve(np.diff(path), np.ones(3) / 3, mode="valid")  # number n is that around frame n + 1.5
-    turns = np.flatnonzero(np.diff(velocity > 0))
-    for turn in turns:
-        around = path[turn : turn + 5]
-        off = around.max() - truth.high if velocity[turn] > 0 else around.min() - truth.low
-        if abs(off) > near:
-            return False
     if path.min() < truth.low - near or path.max() > truth.high + near:
         return False
-    crossings = np.abs(np.diff(path)).sum() / (truth.high - truth.low)
-    return abs(len(turns) - crossings) < 1.5  # the first and the last crossing are not whole
+    borders = {1: truth.high, -1: truth.low}
+    return all(abs(position - borders[direction]) <= near for position, direction in turning_points(path, near))
+
+
+def turning_points(path, least):
+    """[(position, 1 where it is a maximum, -1 a minimum)] of a path's extremes, between which it goes by `least` or
+    more; less is jitter.
+    """
+    low = high = path[0]
+    direction, found = 0, []
+    for position in path:
+        low, high = min(low, position), max(high, position)
+        if direction != 1 and position - low >= least:
+            found += [(low, -1)] if direction else []
+            direction, high = 1, position
+        elif direction != -1 and high - position >= least:
+            found += [(high, 1)] if direction else []
+            direction, low = -1, position
+    return found
 
 
 # ----------------------------------------------------------------------------------------------------------------------
