@@ -120,8 +120,14 @@ def repeat_flags(args, given):
         if name in given and old["flags"][name] is None:
             raise UserError(f"--{name}: --manifest {args.manifest} was made without it: leave it out")
     own = {name: getattr(args, name) for name in given}
-    samples = old["flags"]["samples"] and [old["flags"]["samples"]]
-    return Namespace(**old["flags"] | {"manifest": args.manifest, "samples": samples} | own), old
+    flags = old["flags"] | {"manifest": args.manifest, "samples": old["flags"]["samples"] and [old["flags"]["samples"]]}
+    if flags["ckpt"]:  # what was left out then is not filled in anew from the checkpoint
+        about = old["generated"]
+        flags |= {"window": about.get("window") or about["num_frames"], "stop_below": flags["stop_below"] or 0.0}
+    flags |= own
+    if len(flags["samples"] or []) > 1:
+        raise UserError(f"--samples: --manifest {args.manifest} is of one folder: give one")
+    return Namespace(**flags), old
 
 
 def check_flags(args, given):
@@ -276,17 +282,20 @@ def main():
         fail(error)
     with one_line_errors(ValueError):  # features that are not finite
         device = distributed.start()
-        differences = [line for found in runs if (line := run(*found, old, device))]
+        difference = None  # of --manifest, which has one run
+        while runs:
+            difference = run(*runs.pop(0), old, device)
     distributed.stop()
-    if differences:
-        fail(differences[0], status=1)
+    if difference:
+        fail(difference, status=1)
 
 
 def each_folder(args):
     """The flags for each of --samples; where there are several, --out is a file in each of these folders."""
     folders = list(dict.fromkeys(args.samples or [None]))
-    if len(folders) > 1 and Path(args.out).name != args.out:
-        raise UserError(f"--out {args.out}: with several --samples the name of a file in each, such as motion.json")
+    is_name = Path(args.out).name == args.out and Path(args.out).stem not in ("samples", "sheet", "grid")
+    if len(folders) > 1 and not is_name:
+        raise UserError(f"--out {args.out}: with several --samples the name of a new file in each, such as motion.json")
     for folder in folders:
         out = args.out if len(folders) == 1 else str(Path(folder, args.out))
         yield Namespace(**vars(args) | {"samples": folder, "out": out})

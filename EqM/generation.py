@@ -46,7 +46,7 @@ def add_sample_flags(add, num_samples, num_samples_help="number of samples", sev
     length += "; several numbers: samples of each, in folders DIR-fN" if several else ""
     add("--num-frames", type=frames, nargs="+" if several else None, metavar="N", help=length)
     window = "longer videos are sampled in windows of N frames, each given the last ones of the one before; default: "
-    window += "the longest trained length, or all frames if the model was trained without --forcing"
+    window += "the length trained on last, or all frames if the model was trained without --forcing"
     add("--window", type=frames, metavar="N", help=window)
     add("--overlap", type=COUNT, metavar="N", help="frames that a window has from the one before; default: half of it")
     add("--fps", type=rate, metavar="X", help="frames per second of the samples; " + trained)
@@ -108,16 +108,17 @@ def settle_sampler(args, path, training):
 
     Raises UserError for flags that contradict each other, and for a checkpoint with settings that are none.
     """
-    if args.stop_below and args.sampler in SOLVERS:
-        raise UserError(f"--stop-below {args.stop_below}: {args.sampler} has a fixed number of steps; use gd or ngd")
     try:
         kept = SAMPLER | {name: training[name] for name in SAMPLER if name in training}
         check_sampler(kept)
     except ValueError as error:
         raise UserError(f"--ckpt {path}: no settings of a sampler ({error}): name another checkpoint") from error
+    asked = args.stop_below
     for name, value in kept.items():
         if getattr(args, name) is None:
             setattr(args, name, value)
+    if asked and args.sampler in SOLVERS:
+        raise UserError(f"--stop-below {asked}: {args.sampler} has a fixed number of steps; use gd or ngd")
     if args.sampler in SOLVERS or args.stop_below == 0:
         args.stop_below = None
 
@@ -130,7 +131,8 @@ def check_sampler(values):
         raise ValueError(f"sampler is {values['sampler'][:50]}")
     numbers = {name: value for name, value in values.items() if name != "sampler" and value is not None}
     for name, value in numbers.items():
-        if not 0 <= value < math.inf or (name == "num_sampling_steps" and value < 2):
+        least = {"num_sampling_steps": 2, "stepsize": math.ulp(0.0)}.get(name, 0)
+        if not least <= value < math.inf:
             raise ValueError(f"{name} is {value}")
 
 
@@ -232,14 +234,18 @@ def open_checkpoint(args):
     settle_sampler(args, args.ckpt, training)
     vae = open_vae(args, model.config, data)
     num_frames, forcing = args.num_frames or training["num_frames"], training.get("forcing", 0.0)  # older files: none
-    window, overlap = choose_windows(args, model.config, num_frames, training["num_frames"] if forcing else num_frames)
+    by_windows = forcing and args.rope_scale == "none"  # which squeezes all frames into the trained span
+    usual = training["num_frames"] if by_windows else num_frames
+    window, overlap = choose_windows(args, model.config, num_frames, usual)
     if not training["video"] and num_frames != 1:
         raise UserError(f"--num-frames {num_frames}: --ckpt {args.ckpt} holds an image model: leave the flag out")
     time_scale, labels = seconds_per_frame(args, data), choose_labels(args, data["classes"])
     scale_rope(args, model, data, training["num_frames"], window, time_scale)
     name = model_name(**asdict(model.config))
-    sampler = f"{num_frames} by {args.sampler} of {args.num_sampling_steps} points, guidance {args.cfg_scale:g}"
-    say(f"{args.ckpt}: {name}, step {step}, trained on {training['num_frames']} frames; samples of {sampler}")
+    sampler = f"{args.sampler} of {args.num_sampling_steps} points, guidance {args.cfg_scale:g}"
+    windows = f" in windows of {window}" if window < num_frames else ""
+    trained = f"trained on {training['num_frames']} frames"
+    say(f"{args.ckpt}: {name}, step {step}, {trained}; samples of {num_frames}{windows} by {sampler}")
     if window < num_frames and not forcing:
         say(f"note: {args.ckpt} was trained without --forcing: its windows may not go on as those before end")
     about = training["video"], step, forcing, window, overlap

@@ -8,6 +8,7 @@ import functools
 import math
 import os
 import statistics
+import sys
 from dataclasses import asdict, replace
 from pathlib import Path
 
@@ -191,11 +192,13 @@ def load_run_vae(args):
 
 def check_frame_cache(args, data):
     """Raise UserError unless this machine, and others as large, can hold the frames of all videos."""
+    if sys.platform != "linux":
+        raise UserError(f"--cache-frames: needs Linux, this is {sys.platform}: leave it out")
     if latents_settings(args.data_path, images=not args.video):
         raise UserError("--cache-frames: --data-path is a latent cache, which needs no decoding: leave it out")
     count, side, free = sum(video.num_frames for video in data.used), args.image_size, free_bytes()
     needed = 3 * side**2 * count
-    numbers = f"{count:,} frames of {side} x {side} px take {needed / 1e6:,.0f} MB, {free / 1e6:,.0f} MB are free"
+    numbers = f"{count:,} frames of {side} x {side} px take {needed / 1e6:,.1f} MB, {free / 1e6:,.1f} MB are free"
     if needed > free:
         raise UserError(f"--cache-frames: {numbers}: leave it out")
     say(f"--cache-frames: {numbers}")

@@ -4,7 +4,8 @@
         --ckpt results/EXP/002-EqM-S-4-f16-rope/checkpoints/best.pt --num-samples 16 --folder samples
     python EqM/sample_gd.py --video --num-frames 16 --ckpt FILE --given clip.mp4 --given-frames 0-7
 
-Architecture, latents, classes and frame rate come from the checkpoint; flags that repeat them are checked.
+Architecture, latents, classes and frame rate come from the checkpoint; flags that repeat them are checked. So do the
+settings of the sampler, unless flags say otherwise.
 Published image models need --model.
 """
 
@@ -13,6 +14,7 @@ import functools
 import itertools
 import json
 import math
+import os
 from argparse import Namespace
 from pathlib import Path
 
@@ -79,7 +81,6 @@ def check_flags(args):
     for flag, value in (("--num-frames", lengths), ("--fps", args.fps), ("--time-scale", args.time_scale)):
         if value is not None and not args.video:
             raise UserError(f"{flag} {value} without --video: images have no frames; add --video or leave it out")
-    check_writable("--folder", args.folder)
     if args.given_frames and args.given is None:
         raise UserError(f"--given-frames {as_ranges(args.given_frames)} are frames of --given: give that, too")
     if args.given is not None and args.init is not None:
@@ -137,7 +138,7 @@ def each_length(args):
     """The flags for each of --num-frames; where there are several, each has a folder of its own."""
     lengths = list(dict.fromkeys(args.num_frames or [None]))
     for num_frames in lengths:
-        folder = args.folder if len(lengths) == 1 else f"{args.folder}-f{num_frames}"
+        folder = args.folder if len(lengths) == 1 else f"{os.path.normpath(args.folder)}-f{num_frames}"
         yield Namespace(**vars(args) | {"num_frames": num_frames, "folder": folder})
 
 
@@ -146,6 +147,7 @@ def prepare(args):
 
     Raises UserError.
     """
+    check_writable("--folder", args.folder)
     source = generation.open_checkpoint(args)
     if args.init_gamma == 1 and args.sampler in SOLVERS:
         raise UserError(f"--init-gamma 1 leaves --sampler {args.sampler} nothing to do: it integrates from there to 1")

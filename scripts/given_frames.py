@@ -30,7 +30,7 @@ TASKS = {  # name in the table: flags of evaluate.py
     "4 + 4 of 16 given, no label": "--metric prediction --num-frames 16 --given-frames 0-3,12-15 --classes none",
     "1 of 16 given": "--metric prediction --num-frames 16 --given-frames 0",
     "nothing given, 16 frames": "--metric motion --num-frames 16",
-    "nothing given, 24 frames": "--metric motion --num-frames 24 --window 24",
+    "nothing given, 24 frames at once": "--metric motion --num-frames 24 --window 24",
 }
 COLUMNS = {  # title: value of a manifest, factor, digits
     "direction right (%)": ("direction_accuracy", 100, 1),

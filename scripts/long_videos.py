@@ -21,12 +21,12 @@ sys.path.insert(0, str(Path(__file__).resolve().parent / "study"))
 from arms import GUIDANCE, MINIATURE
 from runtime.atomic import atomic_write
 from runtime.cli import NON_NEGATIVE, UserError, number, say
-from study import ROOT
+from study import ROOT, end_with_parent
 from trained import Trained, cell, run_all, study_parser
 
 SHARE = 0.75  # of the clips that are forced in training
-CLASSES, WINDOW = 6, 16
-SECONDS = 12  # of a video
+WINDOW = 16
+SECONDS = 12  # of a video, at 25 frames per second
 TEST_SEED, TEST_VIDEOS = 1, 16  # of the real videos that scores are compared with; per class
 SHORT = 32  # frames of the videos whose memory is compared with that of long ones
 COLUMNS = {  # title: value of a manifest, factor, digits
@@ -46,7 +46,8 @@ def parse_args():
     add("--overlaps", type=overlap, nargs="+", default=[8], metavar="N", help="values of --overlap of sample_gd.py")
     add("--guidances", type=NON_NEGATIVE, nargs="+", default=[GUIDANCE], metavar="X", help="values of --cfg-scale")
     add("--clips", type=number(int, least=2), default=96, metavar="N", help="videos that are made")
-    add("--num-frames", type=number(int, least=2 * WINDOW), default=256, metavar="N", help="their frames")
+    frames = number(int, least=2 * WINDOW, most=25 * SECONDS)
+    add("--num-frames", type=frames, default=256, metavar="N", help="their frames")
     return parser.parse_args()
 
 
@@ -58,7 +59,8 @@ class Model(Trained):
             for overlap in args.overlaps for guidance in args.guidances
         }  # fmt: skip
         tasks = [self.task(name, metric) for name in self.samplings for metric in ("motion", "consistency")]
-        super().__init__(args, self.root / f"seed{seed}", seed, SHARE, [*tasks, "memory"])
+        self.memory = f"memory of {SHORT} and {args.num_frames} frames"
+        super().__init__(args, self.root / f"seed{seed}", seed, SHARE, [*tasks, self.memory])
 
     def task(self, name, what):
         return f"{self.args.clips} clips of {self.args.num_frames}, {name}, {what}"
@@ -75,7 +77,7 @@ class Model(Trained):
             for metric in ("motion", "consistency"):
                 if not self.manifest(self.task(name, metric)).exists():
                     self.score(latest, test, name, flags, metric)
-        if not self.manifest("memory").exists():
+        if not self.manifest(self.memory).exists():
             self.measure_memory(latest)
 
     def score(self, latest, test, name, flags, metric):
@@ -94,14 +96,15 @@ class Model(Trained):
             words = ["--ckpt", latest, "--video", "--num-frames", num_frames, "--num-samples", 16]
             words += ["--num-sampling-steps", 3, "--folder", self.folder / "memory-samples"]
             values[num_frames] = peak_memory("EqM/sample_gd.py", *words)
-        with atomic_write(self.manifest("memory")) as file:
+        with atomic_write(self.manifest(self.memory)) as file:
             file.write(json.dumps({"values": values}).encode())
 
 
 def peak_memory(*words):
     """The largest resident memory, MiB, of a script of the repository. Raises UserError if it fails."""
     command = [sys.executable, *(str(word) for word in (ROOT / words[0], *words[1:]))]
-    process = subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+    quiet = {"stdout": subprocess.DEVNULL, "stderr": subprocess.DEVNULL}
+    process = subprocess.Popen(command, **quiet, preexec_fn=end_with_parent)
     _, status, usage = os.wait4(process.pid, 0)
     process.returncode = os.waitstatus_to_exitcode(status)
     if process.returncode:
@@ -141,7 +144,7 @@ def as_markdown(rows, memory, args):
 
 
 def write_tables(args, models):
-    rows, memory = table(models), [model.values("memory") for model in models]
+    rows, memory = table(models), [model.values(model.memory) for model in models]
     about = {"videos": args.clips, "num_frames": args.num_frames, "seeds": args.seeds, "memory": memory}
     with atomic_write(Path(args.out, "long_videos.json")) as file:
         file.write(json.dumps(about | {"samplings": rows}, indent=1).encode())

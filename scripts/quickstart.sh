@@ -19,6 +19,7 @@ export BATCH_1=${BATCH_1:-32} BATCH_2=${BATCH_2:-16} BATCH_3=${BATCH_3:-8}      
 export LR_DECAY=${LR_DECAY:-0.4} RECIPE=small COMPILE=0 # which takes longer than it saves here
 export CACHE=0 # pixels need no encoding
 VIDEOS=${VIDEOS:-60} # per class
+[[ $(uname) == Linux ]] && CACHED=(--cache-frames) || CACHED=()
 SAMPLES=${SAMPLES:-48} FRAMES=${FRAMES:-16 7 24}
 
 bash scripts/setup.sh
@@ -27,7 +28,7 @@ bash scripts/setup.sh
 bash scripts/train_progressive.sh \
   --depth 4 --hidden-size 128 --num-heads 4 --rope-theta 100 \
   --temporal-patch-size 4 --image-size 16 --vae none --no-flip \
-  --cache-frames --num-workers 0 ${PRECISION:+--precision="$PRECISION"} \
+  "${CACHED[@]}" --num-workers 0 ${PRECISION:+--precision="$PRECISION"} \
   --lr 2e-3 --warmup-steps 20 --ema-decay 0.99 \
   --log-every 50 --val-every 100000 --val-clips 64 --sample-every 0 \
   --sampler ngd --num-sampling-steps 16 --stepsize 0.0332 --cfg-scale 1.5

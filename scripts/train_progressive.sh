@@ -32,8 +32,11 @@ esac
 # A new model gets the positions that did best in results/study.md; one that has a checkpoint keeps its own
 CKPTS=("results/$EXP"/*/checkpoints/*.pt)
 [[ -f ${CKPTS[0]} ]] || FLAGS+=(--position-table space --rope-speed 0.5)
-# FORCING: share of the clips that teach to complete given frames; 0 for an experiment that began before there was any
-[[ -f ${CKPTS[0]} ]] && ! grep -qs '"forcing"' "results/$EXP"/*/config.json && FORCING=${FORCING:-0}
+# FORCING: share of the clips that teach to complete given frames; an experiment that has a checkpoint keeps its own
+if [[ -f ${CKPTS[0]} ]]; then
+  KEPT=$(grep -ohs '"forcing": [0-9.e-]*' "results/$EXP"/*/config.json | tail -n 1) || KEPT=0 # it began without
+  FORCING=${FORCING:-${KEPT##* }}
+fi
 FLAGS+=(--forcing "${FORCING:-0.75}")
 command -v nvidia-smi >/dev/null && ON_GPU=1 || ON_GPU=0
 COMPILE=${COMPILE:-$ON_GPU} # 1: torch.compile, which gains nothing on a CPU and can't train an energy

@@ -139,7 +139,23 @@ def test_several_sample_folders_have_a_manifest_each_as_if_scored_alone(shapes, 
         alone = run("--out", tmp_path / "alone.json", "--samples", tmp_path / name, *flags)
         assert json.loads((tmp_path / name / "scores.json").read_text())["values"] == alone["values"]
     run("--out", tmp_path / "x.json", *both, *flags, status=2)
-    assert "x.json: with several --samples the name of a file in each" in capsys.readouterr().err
+    assert "x.json: with several --samples the name of a new file in each" in capsys.readouterr().err
+
+
+def test_an_older_manifest_of_a_forced_model_is_repeated_without_windows_and_without_its_threshold(shapes, tmp_path):
+    path = make_checkpoint(tmp_path / "a.pt", scan_videos(shapes).classes)
+    state = checkpoint.load(path)
+    state["config"]["training"] |= {"forcing": 0.5, "stop_below": 1e9}
+    checkpoint.save(path, state)
+    flags = ["--metric", "consistency", "--ckpt", path, "--data-path", shapes, "--num-real", 4, "--num-frames", 8]
+    by_default = run("--out", tmp_path / "w.json", *flags, *FEW, *SHORT)
+    assert by_default["generated"]["window"] == 4 and by_default["generated"]["stop_below"] == 1e9
+    old = run("--out", tmp_path / "m.json", *flags, "--window", 8, "--stop-below", 0, *FEW, *SHORT)
+    old["flags"] |= {"window": None}
+    del old["generated"]["window"], old["generated"]["overlap"]  # as code wrote it that had no windows
+    (tmp_path / "m.json").write_text(json.dumps(old))
+    again = run("--out", tmp_path / "n.json", "--manifest", tmp_path / "m.json")
+    assert again["repeats"]["bit_equal"] and again["generated"]["window"] == 8
 
 
 def test_real_features_are_cached_and_computed_again_if_the_cache_is_damaged_or_the_data_changed(

@@ -1,15 +1,17 @@
 """The settings of the sampler: a flag wins, then what the checkpoint was trained with, then the default."""
 
 import json
+from dataclasses import replace
 
 import pytest
 
 import checkpoint
 import sample_gd
+import train
 from generation import SAMPLER
 from published import write_export
 from tiny_data import make_state
-from training import run_main
+from training import Training, run_main
 
 TUNED = {"sampler": "ngd", "num_sampling_steps": 3, "stepsize": 0.05, "mu": 0.2, "stop_below": 0.5, "cfg_scale": 1.5}
 SHAPE = {"depth": 1, "hidden_size": 48, "num_heads": 2, "num_frames": 4, "temporal_patch_size": 4}
@@ -64,6 +66,7 @@ def test_a_checkpoint_without_settings_samples_as_the_default_says(tmp_path, set
         ({"mu": None}, "mu is None, wanted float"),
         ({"stop_below": -1.0}, "stop_below is -1.0"),
         ({"cfg_scale": float("inf")}, "cfg_scale is inf"),
+        ({"stepsize": 0.0}, "stepsize is 0.0"),
     ],
 )
 def test_settings_that_no_sampler_has_are_one_line(tmp_path, settings_of, capsys, settings, words):
@@ -72,3 +75,27 @@ def test_settings_that_no_sampler_has_are_one_line(tmp_path, settings_of, capsys
     (line,) = capsys.readouterr().err.splitlines()
     assert "a.pt: no settings of a sampler" in line and words in line
     assert not (tmp_path / "s").exists()
+
+
+def test_a_threshold_that_the_sampler_of_the_checkpoint_can_not_have_is_one_line(tmp_path, settings_of, capsys):
+    make_checkpoint(tmp_path / "a.pt", **TUNED | {"sampler": "heun", "stop_below": None})
+    settings_of(tmp_path / "a.pt", "--stop-below", 0.5, status=2)
+    assert "--stop-below 0.5: heun has a fixed number of steps" in capsys.readouterr().err
+
+
+def test_training_keeps_the_settings_over_a_resume_and_gives_them_to_the_next_phase(shapes, tmp_path):
+    def settings_of(run):
+        training = json.loads((run.folder / "config.json").read_text())["training"]
+        return {name: training[name] for name in SAMPLER}
+
+    flags = [word for name, value in TUNED.items() for word in (f"--{name.replace('_', '-')}", value)]
+    first = Training(shapes, tmp_path / "first", 2)
+    shared = ["--sample-every", 9, "--num-workers", 0]
+    run_main(train, *first.command_flags(*shared, *flags))
+    assert settings_of(first) == TUNED
+    longer = replace(first, steps=3)
+    run_main(train, *longer.command_flags(*shared, "--resume"))
+    assert settings_of(first) == TUNED
+    second = Training(shapes, tmp_path / "second", 4, flags=["--ckpt", first.folder / "checkpoints/0000003.pt"])
+    run_main(train, *second.command_flags(*shared, "--cfg-scale", 3))
+    assert settings_of(second) == TUNED | {"cfg_scale": 3.0}

@@ -51,14 +51,14 @@ def commands(monkeypatch):
 def test_it_trains_and_scores_each_model_once_and_writes_the_means_over_the_seeds(commands, tmp_path, capsys):
     flags = ["--miniature", "--out", tmp_path, "--seeds", 0, 1, 2]
     run_main(given_frames, *flags)
-    trained = [flags for script, flags in commands if script == "EqM/train.py"]
-    assert [(flags[flags.index("--forcing") + 1], flags[flags.index("--global-seed") + 1]) for flags in trained] == [
+    runs = [flags for script, flags in commands if script == "EqM/train.py"]
+    assert [(flags[flags.index("--forcing") + 1], flags[flags.index("--global-seed") + 1]) for flags in runs] == [
         ("0.0", "0"), ("0.75", "0"), ("0.0", "1"), ("0.75", "1"), ("0.0", "2"), ("0.75", "2")
     ]  # fmt: skip
     assert sum(script == "EqM/evaluate.py" for script, _ in commands) == 6 * len(given_frames.TASKS)
     text = (tmp_path / "given_frames.md").read_text()
     assert "| 8 of 16 given | 81.0 (80.0 to 82.0) | 9.0 (9.0 to 9.0) |  |  |" in text
-    assert "nothing given, 24 frames, --forcing 0.75 minus 0: -5.0 points (-5.0 to -5.0)" in text
+    assert "nothing given, 24 frames at once, --forcing 0.75 minus 0: -5.0 points (-5.0 to -5.0)" in text
     commands.clear()
     (tmp_path / "given-frames/forcing0-seed1/1-of-16-given.json").unlink()
     run_main(given_frames, *flags)

@@ -183,6 +183,11 @@ def test_killed_in_between_it_leaves_no_half_file_and_the_next_call_tidies_up(pl
     assert np.load(tmp_path / "s/samples.npz")["arr_0"].shape[:2] == (3, 40)
 
 
+def test_squeezed_positions_take_all_frames_at_once(places, tmp_path):
+    run(places, tmp_path / "a", "--num-frames", 20, "--rope-scale", "linear")
+    assert json.loads((tmp_path / "a/samples.json").read_text())["source"]["window"] == 20
+
+
 @pytest.mark.parametrize(
     ("model", "flags", "words"),
     [

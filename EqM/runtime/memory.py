@@ -3,7 +3,7 @@
 from contextlib import suppress
 from pathlib import Path
 
-CGROUP = Path("/sys/fs/cgroup")  # of a container or a job with a limit of its own
+CGROUP = Path("/sys/fs/cgroup")  # of a container (cgroup v2); limits of jobs lie below and are not looked for
 
 
 def free_bytes():
@@ -12,5 +12,6 @@ def free_bytes():
     free = int(lines["MemAvailable"].split()[0]) * 1024
     with suppress(OSError, ValueError):  # no such limit: no such file, or "max" in it
         limit, used = (int((CGROUP / name).read_text()) for name in ("memory.max", "memory.current"))
-        free = min(free, limit - used)
+        stat = dict(line.split() for line in (CGROUP / "memory.stat").read_text().splitlines())
+        free = min(free, limit - used + int(stat["inactive_file"]))  # the cache of files that were read gives way
     return free

@@ -107,7 +107,7 @@ def look(window):
 
 
 def turns_are_right(centers, truth, unit):
-    """Whether an object with these centroids (T, 2) turns at both borders, whenever it is there, and nowhere else."""
+    """Whether an object with these centroids (T, 2) stays between the borders, on its axis, and turns only at them."""
     path, near = centers[:, truth.axis], NEAR * unit
     if centers[:, 1 - truth.axis].std() > ACROSS * unit:
         return False

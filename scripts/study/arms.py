@@ -167,6 +167,12 @@ def recipe_flags(job, size):
     return [str(flag) for flag in flags]
 
 
+def sampling_flags(size):
+    """How the study samples: flags of sample_gd.py and evaluate.py."""
+    flags = ["--sampler", "ngd", "--num-sampling-steps", size.points, "--cfg-scale", GUIDANCE]
+    return [*flags, "--stepsize", f"{PATH_LENGTH / (size.points - 1):.4g}", "--precision", "bf16"]
+
+
 def run_flops(job, size):
     """About the FLOPs of a run with its validations, each with the EMA and with the raw weights."""
     validation = config_of(size).flops(16) * 2 * size.val_clips

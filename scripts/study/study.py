@@ -42,9 +42,7 @@ from arms import (  # fmt: skip
     BY_NAME,
     COLUMNS,
     FULL,
-    GUIDANCE,
     MINIATURE,
-    PATH_LENGTH,
     QUESTIONS,
     SCORES,
     SECONDS_PER_FRAME,
@@ -60,6 +58,7 @@ from arms import (  # fmt: skip
     recipe_flags,
     row_key,
     run_flops,
+    sampling_flags,
     sampling_flops,
     write_rows,
 )
@@ -295,9 +294,7 @@ class Sampler:
         parser = ArgumentParser()
         sources.add_checkpoint_flags(parser)
         words = ["--num-frames", num_frames, "--num-samples", size.clips, "--seed", job.seed]
-        words += ["--sampler", "ngd", "--num-sampling-steps", size.points, "--time-scale", SECONDS_PER_FRAME]
-        words += ["--stepsize", f"{PATH_LENGTH / (size.points - 1):.4g}", "--cfg-scale", GUIDANCE]
-        words += ["--precision", "bf16"]
+        words += ["--time-scale", SECONDS_PER_FRAME, *sampling_flags(size)]
         settings = {"ckpt": path, "data_path": self.study.data, "batch_size": 16, "num_workers": 0}
         settings |= {"num_real": size.clips, "split": "val", "val_fraction": 0.05}
         return Namespace(**vars(parser.parse_args([str(word) for word in words])) | settings)

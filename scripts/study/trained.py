@@ -4,7 +4,7 @@ import json
 import statistics
 from pathlib import Path
 
-from arms import BY_NAME, FULL, GUIDANCE, MINIATURE, PATH_LENGTH, Job, recipe_flags
+from arms import BY_NAME, FULL, MINIATURE, Job, recipe_flags, sampling_flags
 from runtime.cli import NATURAL, ArgumentParser, UserError, check_writable, fail, say
 from study import file_lock, run_script
 
@@ -23,7 +23,10 @@ def study_parser(description, seeds):
 
 
 class Trained:
-    """One training run of the arm, and the manifests of its scores, all in one folder."""
+    """One training run of the arm with a share of forced clips, and the manifests of its scores, all in one folder.
+
+    tasks: what is scored, a manifest each.
+    """
 
     def __init__(self, args, folder, seed, share, tasks):
         self.size, self.compile = MINIATURE if args.miniature else FULL, args.compile
@@ -57,10 +60,7 @@ class Trained:
 
     @property
     def sampling_flags(self):
-        """How the study samples."""
-        points = self.size.points
-        flags = ["--sampler", "ngd", "--num-sampling-steps", points, "--cfg-scale", GUIDANCE, "--seed", self.seed]
-        return [*flags, "--stepsize", f"{PATH_LENGTH / (points - 1):.4g}", "--precision", "bf16"]
+        return [*sampling_flags(self.size), "--seed", self.seed]
 
     def run_script(self, *words):
         return run_script(words, self.folder / "score.log")
