@@ -173,9 +173,7 @@ class Source:
 
     @property
     def window_starts(self):
-        """The first frame of each window."""
-        step = self.window - self.overlap
-        return list(range(0, max(1, self.num_frames - self.overlap), step))
+        return window_starts(self.num_frames, self.window, self.overlap)
 
     @property
     def names(self):
@@ -250,6 +248,11 @@ def open_checkpoint(args):
         say(f"note: {args.ckpt} was trained without --forcing: its windows may not go on as those before end")
     about = training["video"], step, forcing, window, overlap
     return Source(model, vae, data["classes"], labels, num_frames, time_scale, *about)
+
+
+def window_starts(num_frames, window, overlap):
+    """The first frame of each window of a video."""
+    return list(range(0, max(1, num_frames - overlap), window - overlap))
 
 
 def choose_windows(args, config, num_frames, usual):

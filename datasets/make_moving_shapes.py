@@ -115,11 +115,16 @@ def plan_appearance(shape, random, args):
     }  # fmt: skip
 
 
+def draw_video(count, data_set, shape, kind, index, args):
+    """(`count` uniform draws, what the first three say of the appearance) of one video."""
+    rng = generator(args.seed, data_set, shape, kind, index)
+    random = torch.rand(count, generator=rng, dtype=torch.float64).tolist()
+    return random, plan_appearance(shape, random[:3], args)
+
+
 def plan_video(shape, direction, index, args):
     """The entry of one video in shapes.json. All that is random about a video is decided here."""
-    rng = generator(args.seed, "moving-shapes", shape, direction, index)
-    random = torch.rand(5, generator=rng, dtype=torch.float64).tolist()
-    appearance = plan_appearance(shape, random[:3], args)
+    random, appearance = draw_video(5, "moving-shapes", shape, direction, index, args)
     radius = appearance["radius"]
     speed = TRAVEL * args.size * FPS / args.frames
     distance = speed * (args.frames - 1) / FPS
@@ -137,9 +142,7 @@ def plan_video(shape, direction, index, args):
 
 def plan_bouncing(shape, axis, index, args):
     """The entry of one video of --bounce: `path` is the centroid's position along the axis in each frame, px."""
-    rng = generator(args.seed, "bouncing-shapes", shape, axis, index)
-    random = torch.rand(6, generator=rng, dtype=torch.float64).tolist()
-    appearance = plan_appearance(shape, random[:3], args)
+    random, appearance = draw_video(6, "bouncing-shapes", shape, axis, index, args)
     radius = appearance["radius"]
     ends = [(radius * EXTENTS[shape][n], args.size - radius * EXTENTS[shape][n + 2]) for n in range(2)]
     start = [low + (high - low) * random[3 + n] for n, (low, high) in enumerate(ends)]

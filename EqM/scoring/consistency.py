@@ -12,6 +12,7 @@ drift        rise of a statistic from the first frame to the last (least-squares
 
 import torch
 
+from generation import window_starts
 from runtime import distributed
 from runtime.cli import say
 from runtime.distributed import rank
@@ -67,7 +68,7 @@ def measure(clip):
 def borders(num_frames, temporal_patch_size, window=None, overlap=0):
     """The first frames of temporal patches and those of windows, two lists; without the first frame of the clip."""
     window = window or num_frames
-    starts = range(0, max(1, num_frames - overlap), window - overlap)
+    starts = window_starts(num_frames, window, overlap)
     new = [start + overlap for start in starts[1:]]  # of a window, frames that the one before does not have
     patches = []
     for start, first, end in zip(starts, [0, *new], [*new, num_frames], strict=True):
