@@ -4,6 +4,7 @@
 #
 #   DATA=datasets/ucf-101 GPUS=8 bash scripts/train_progressive.sh [more flags of EqM/train.py]
 #
+# ONE_RUN=1 trains all three in one run of train.py (--frames-schedule): no start and no scan of the data between them.
 # Paths are relative to the repository.
 set -euo pipefail
 cd "$(dirname "$0")/.."
@@ -79,14 +80,22 @@ if [[ $CACHE == 1 && ! -f $DATA/latents.json ]]; then
   DATA=$LATENTS
 fi
 
+train() {
+  run torchrun --standalone --nproc_per_node="$GPUS" EqM/train.py \
+    --video --use-rope --model="$MODEL" --data-path="$DATA" --results-dir="results/$EXP" --resume "${FLAGS[@]}" "$@"
+}
+
+if [[ ${ONE_RUN:-0} == 1 ]]; then
+  PHASES=$FRAMES_1:$STEPS_1:$BATCH_1,$FRAMES_2:$STEPS_2:$BATCH_2,$FRAMES_3:$STEPS_3:$BATCH_3
+  train --frames-schedule="$PHASES" --lr-decay="$LR_DECAY" "$@"
+  exit
+fi
+
 # phase FRAMES BATCH [flags]
 phase() {
   local frames=$1 batch=$2
   shift 2
-  run torchrun --standalone --nproc_per_node="$GPUS" EqM/train.py \
-    --video --num-frames="$frames" --use-rope \
-    --model="$MODEL" --data-path="$DATA" --results-dir="results/$EXP" \
-    --global-batch-size="$batch" --resume "${FLAGS[@]}" "$@"
+  train --num-frames="$frames" --global-batch-size="$batch" "$@"
 }
 
 # checkpoint STEP: the file that the phase ending at STEP wrote

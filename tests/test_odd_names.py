@@ -148,6 +148,13 @@ def test_train_progressive_passes_odd_names_unchanged(run_copy, tmp_path):
     assert not list(tmp_path.rglob("hacked"))
 
 
+def test_train_progressive_trains_all_phases_in_one_run_if_asked(run_copy):
+    settings = {f"{name}_{phase}": str(10 * phase) for name in ("STEPS", "BATCH") for phase in (1, 2, 3)}
+    _, (call,) = run_copy("train_progressive.sh", "--more", CACHE="0", ONE_RUN="1", LR_DECAY="0.4", **settings)
+    assert call[-3:] == ["--frames-schedule=4:10:10,8:20:20,16:30:30", "--lr-decay=0.4", "--more"]
+    assert "--resume" in call and not any(flag.startswith(("--num-frames", "--ckpt")) for flag in call)
+
+
 @pytest.mark.parametrize(
     ("settings", "on_gpu", "flags"),
     [
@@ -163,7 +170,7 @@ def test_train_progressive_takes_the_published_recipe_by_default(settings, on_gp
     _, (call,) = run_copy("train_progressive.sh", CACHE="0", **settings)  # ends after phase 1, which has saved nothing
     _, (energy,) = run_copy("train_progressive.sh", "--ebm", "dot", CACHE="0", **settings)
     assert "--compile" not in energy and energy[-2:] == ["--ebm", "dot"]
-    found = call[call.index("--resume") + 1 : -1]
+    found = call[call.index("--resume") + 1 : call.index("--num-frames=4")]
     assert found[:3] == ["--frame-interval", "1", "2"]
     assert [flag for flag in found[3:] if flag not in (*POSITIONS, "--forcing", "0.75")] == flags
 
