@@ -8,8 +8,6 @@ from arms import BY_NAME, FULL, MINIATURE, Job, recipe_flags, sampling_flags
 from runtime.cli import NATURAL, ArgumentParser, UserError, check_writable, fail, say
 from study import file_lock, run_script
 
-ARM = BY_NAME["4-8-16 moving"]
-
 
 def study_parser(description, seeds):
     """The flags that the scripts of such models share."""
@@ -27,6 +25,8 @@ class Trained:
 
     tasks: what is scored, a manifest each.
     """
+
+    arm, compute = BY_NAME["4-8-16 moving"], 1.0  # and the share of the study's compute
 
     def __init__(self, args, folder, seed, share, tasks):
         self.size, self.compile = MINIATURE if args.miniature else FULL, args.compile
@@ -49,7 +49,8 @@ class Trained:
 
     def train(self, data):
         """Train, or continue, to the last step. Returns the path of latest.pt; raises UserError."""
-        flags = [*recipe_flags(Job(ARM, self.seed, 1.0), self.size), "--forcing", self.share, "--data-path", data]
+        flags = recipe_flags(Job(self.arm, self.seed, self.compute), self.size)
+        flags += ["--forcing", self.share, "--data-path", data]
         flags += ["--results-dir", self.folder, "--resume", "--sample-every", 0, "--ckpt-every", 1000, "--keep-last", 1]
         flags += ["--compile"] if self.compile else []
         printed = run_script(["EqM/train.py", *flags], self.folder / "train.log")
