@@ -20,7 +20,7 @@ from runtime.cli import one_line
 
 MIN_SIDE = 128  # px, of the short side of previews
 MAX_ROWS, MAX_COLUMNS = 16, 32  # of a sheet
-GIF_FRAMES = 128  # of the GIF of a long video, at most
+GIF_FRAMES = 64  # of the GIF of a long video, at most
 GRID, IMAGE_GRID = (3, 8), (8, 8)  # most rows and columns of a grid of videos, of images
 MAX_NAME_LENGTH = 60  # characters of a name on a sheet
 GAP = 2  # px of white between the frames of a sheet
@@ -134,7 +134,10 @@ class Mp4:
         self.container = av.open(str(path), "w", format="mp4")
         self.stream = self.container.add_stream("libx264", rate=Fraction(fps).limit_denominator(1001))  # 30000/1001
         self.stream.pix_fmt = "yuv420p"
-        self.stream.options = {"crf": "12"}  # close to lossless: previews show the model, not the codec
+        # crf 12: close to lossless, so that previews show the model and not the codec. Few frames ahead: x264 would hold
+        # 40 and more of each of the videos that are written at the same time.
+        self.stream.options = {"crf": "12", "rc-lookahead": "8"}
+        self.stream.thread_count = 1
         self.is_sized = False
 
     def add(self, frames):
