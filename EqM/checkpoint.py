@@ -28,12 +28,15 @@ import torch
 import transport
 from models import SHAPE, EqM, EqMConfig, model_name, model_shape
 from published import load_published, published_parts, read_export
+from runtime import distributed
 from runtime.atomic import atomic_write, link
 from runtime.cli import UserError, say
 from runtime.distributed import rank
+from runtime.memory import free_bytes
 from runtime.runs import is_restarted, lock, newest_run, remove_temporary_files
 from runtime.untrusted import check_types, read_torch
 from schedule import current_phase, is_due
+from sharding import is_sharded, shard_like, whole
 
 VERSION = 1
 CONFIG_TYPES = {  # what sampling and training take from the parts of a config
@@ -136,7 +139,8 @@ def run_state(config, model, ema, optimizers, scaler, progress, unlogged, bad_vi
 class Writer:
     """Writes the checkpoints of a run, on rank 0 only: training stands still while the tensors are copied, no longer.
 
-    A thread writes the copy, one at a time. What it raises is raised by the next call of a method.
+    A thread writes the copy, one at a time. What it raises is raised by the next call of a method. Of a sharded state
+    the copy is whole: the ranks gather one tensor after another.
     """
 
     def __init__(self, folder):
@@ -145,9 +149,15 @@ class Writer:
         self.thread, self.error = None, None
 
     def write(self, state, names, before, after):
-        """Save a state as latest.pt and under its other names; the thread calls before() first and after() last."""
+        """Save a state as latest.pt and under its other names; the thread calls before() first and after() last.
+
+        All ranks call it. Raises UserError, on all ranks, if rank 0 lacks the memory for a whole copy of what is sharded.
+        """
         self.wait()
+        self.check_memory(state)
         state, copied = self.copy(state), None
+        if rank() != 0:
+            return
         if torch.cuda.is_available():
             copied = torch.cuda.Event(blocking=True)  # whoever waits for it sleeps
             copied.record()  # the next step waits for the copies by itself, as it comes after them on the GPU
@@ -175,9 +185,27 @@ class Writer:
             return [self.copy(part, (*place, index)) for index, part in enumerate(value)]
         if not isinstance(value, torch.Tensor):
             return value
+        value = whole(value)
+        if rank() != 0:
+            return None
         if place not in self.copies or self.copies[place].shape != value.shape:
             self.copies[place] = torch.empty_like(value, device="cpu", pin_memory=value.is_cuda)
         return self.copies[place].copy_(value, non_blocking=True)
+
+    def check_memory(self, state):
+        """Raise UserError, on all ranks, if the copy of a sharded state does not fit into the memory of rank 0's CPU."""
+        if not any(map(is_sharded, state["model"].values())):
+            return
+        parts = [*state["model"].values(), *state["ema"].values()]
+        for optimizer in state["optimizer"]["states"]:
+            parts += [value for values in optimizer["state"].values() for value in values.values()]
+        needed = 0 if self.copies else sum(part.numel() * part.element_size() for part in parts)
+        needed, free = distributed.broadcast((needed, free_bytes()))
+        if needed > free:
+            raise UserError(
+                f"--shard: to save, rank 0 needs {needed / 1e9:.3g} GB of host memory, {free / 1e9:.3g} GB are free: give "
+                "its machine more; earlier checkpoints are intact"
+            )
 
     def check(self):
         """Raise what went wrong in the thread, if anything did."""
@@ -337,10 +365,11 @@ def load_run(start, model, ema, optimizers, scaler):
 
 
 def load_weights(path, model, weights):
-    """load_state_dict, with one line that names the first mismatch."""
+    """load_state_dict, also of whole weights into a sharded model, with one line that names the first mismatch."""
     try:
-        model.load_state_dict(weights)
-    except (RuntimeError, TypeError) as error:  # the latter if they are no dict
+        own = model.state_dict()
+        model.load_state_dict({name: shard_like(value, own.get(name)) for name, value in weights.items()})
+    except (RuntimeError, AttributeError) as error:  # the latter if they are no dict
         mismatch = str(error).splitlines()[1:2] or [str(error)]
         raise UserError(f"--ckpt {path}: its weights do not match its config: {mismatch[0].strip()}") from error
 
@@ -348,7 +377,12 @@ def load_weights(path, model, weights):
 def load_optimizers(optimizers, saved):
     """Restore the optimizers' state of each weight; settings such as the learning rate stay those of the flags."""
     for optimizer, state in zip(optimizers, saved, strict=True):
-        optimizer.load_state_dict(state | {"param_groups": optimizer.state_dict()["param_groups"]})
+        weights = [weight for group in optimizer.param_groups for weight in group["params"]]
+        parts = {
+            index: {name: shard_like(value, weights[index]) if value.dim() else value for name, value in values.items()}
+            for index, values in state["state"].items()
+        }
+        optimizer.load_state_dict({"state": parts, "param_groups": optimizer.state_dict()["param_groups"]})
         for values in optimizer.state.values():  # on the CPU they would still be those of the file
             values |= {name: value.clone() for name, value in values.items() if isinstance(value, torch.Tensor)}
 

@@ -316,7 +316,8 @@ class EqM(nn.Module):
             self.rope = RotaryEmbedding3D(config.head_dim, config.rope_theta, config.rope_split, config.rope_speed)
         if config.num_positions:
             self.register_buffer("pos_embed", position_table(config), persistent=False)
-        self.initialize_weights()
+        if not self.x_embedder.proj.weight.is_meta:
+            self.initialize_weights()
 
     def initialize_weights(self):
         """As DiT: Xavier for linear layers, zero for adaLN and for the output layer, so f is zero at first."""
@@ -324,6 +325,8 @@ class EqM(nn.Module):
             if isinstance(module, nn.Linear):
                 nn.init.xavier_uniform_(module.weight)
                 nn.init.zeros_(module.bias)
+            elif isinstance(module, HeadNorm):
+                nn.init.ones_(module.weight)
         nn.init.xavier_uniform_(self.x_embedder.proj.weight.data.flatten(1))
         nn.init.zeros_(self.x_embedder.proj.bias)
         for embedder in (self.y_embedder.embedding_table, self.t_embedder.mlp[0], self.t_embedder.mlp[2]):

@@ -6,6 +6,7 @@ import torch
 import torch.distributed as dist
 
 from runtime import distributed
+from sharding import is_sharded, scatter, whole
 
 MUON_DECAY = 0.1  # weight decay; without any the weights grow as long as the learning rate does not fall
 
@@ -31,8 +32,8 @@ def make_optimizers(model, args):
 class Muon(torch.optim.Optimizer):
     """Descends along momenta that were made orthogonal (Jordan et al., kellerjordan.github.io/posts/muon, 2024).
 
-    That takes many matrix products. The ranks share the matrices out and send each other the results; weights and
-    momenta are on all of them. lr and weight_decay are those of torch.optim.Muon.
+    That takes many matrix products. The ranks share the matrices out and send each other the results. Weights and
+    momenta are on all of them, or sharded. lr and weight_decay are those of torch.optim.Muon.
     """
 
     momentum = 0.95  # Nesterov's
@@ -52,11 +53,18 @@ class Muon(torch.optim.Optimizer):
                 self.state[weight]["momentum_buffer"] = torch.zeros_like(weight)
         momenta = [self.state[weight]["momentum_buffer"] for weight in weights]
         torch._foreach_lerp_(momenta, gradients, 1 - self.momentum)
+        exchange = self.scattered if is_sharded(weights[0]) else self.broadcast
+        for index, direction in exchange(lambda index: gradients[index].lerp(momenta[index], self.momentum), weights):
+            rows, columns = weights[index].shape
+            step_size = lr * math.sqrt(max(1, rows / columns))
+            weights[index].mul_(1 - lr * group["weight_decay"]).add_(direction, alpha=-step_size)
+
+    def broadcast(self, step_of, weights):
+        """(index, step_of(index) made orthogonal) of each matrix."""
         results, transfers = [], []
         for owner, indices in self.batches:
             if self.ranks == 1 or owner == distributed.rank():
-                steps = [gradients[index].lerp(momenta[index], self.momentum) for index in indices]
-                results.append(orthogonalize(torch.stack(steps)))
+                results.append(orthogonalize(torch.stack([step_of(index) for index in indices])))
             else:
                 shape = len(indices), *weights[indices[0]].shape
                 results.append(torch.empty(shape, dtype=torch.bfloat16, device=weights[0].device))
@@ -65,10 +73,18 @@ class Muon(torch.optim.Optimizer):
         for transfer in transfers:
             transfer.wait()
         for (_, indices), directions in zip(self.batches, results, strict=True):
-            rows, columns = directions.shape[1:]
-            step_size = lr * math.sqrt(max(1, rows / columns))
-            for index, direction in zip(indices, directions, strict=True):
-                weights[index].mul_(1 - lr * group["weight_decay"]).add_(direction, alpha=-step_size)
+            yield from zip(indices, directions, strict=True)
+
+    def scattered(self, step_of, weights):
+        """The same, sharded: the ranks gather a matrix at a time, and nobody but its owner keeps it whole."""
+        own, rank = {}, distributed.rank()
+        for owner, indices in self.batches:
+            steps = [step.bfloat16() for step in map(whole, map(step_of, indices)) if owner == rank]
+            if steps:
+                own |= zip(indices, orthogonalize(torch.stack(steps)), strict=True)
+        for owner, indices in self.batches:
+            for index in indices:
+                yield index, scatter(own.pop(index, None), weights[index], owner)
 
 
 def share_out(shapes, ranks):

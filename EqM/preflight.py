@@ -110,6 +110,9 @@ def share_run(args, run):
 def check_flags(args):
     """Raise UserError for flags that contradict each other, the machine or the file system; fill in those of images."""
     settle_frames(args)
+    if args.shard and world_size() == 1:
+        say("note: --shard: there is one rank, so nothing is sharded")
+        args.shard = False
     check_job()
     check_speed_flags(args)
     if args.forcing and {phase.num_frames for phase in args.frames_schedule or []} | {args.num_frames} == {1}:

@@ -20,7 +20,6 @@ import os
 import time
 from collections import Counter
 from contextlib import nullcontext, suppress
-from copy import deepcopy
 from dataclasses import asdict, replace
 
 import torch
@@ -32,7 +31,7 @@ import preflight
 import transport
 from forcing import draw_gammas, label_dropout
 from generation import Source, add_sampling_flags, cast_products, generate_clips, sampling_settings
-from models import EBMS, NAMES, POSITION_TABLES, EqM, model_name
+from models import EBMS, NAMES, POSITION_TABLES, model_name
 from optim import MUON_DECAY, check_gradient, ema_decay, lr_multiplier, make_optimizers, set_learning_rates, update_ema
 from runtime import distributed, runs
 from runtime.cli import (
@@ -54,6 +53,7 @@ from runtime.metrics import Metrics, StepStats, bar_text, device_stats
 from runtime.rng import normal, uniform
 from runtime.signals import Interrupted, StopSignal
 from schedule import current_phase, frames_of_steps, is_due, parse_schedule
+from sharding import make_networks, whole
 from validation import validate, validation_chunks
 from video.clips import Batches, Clips
 from video.index import BadVideos, save_index
@@ -67,6 +67,8 @@ def parse_args():
     add_optimisation_flags(parser)
     add = add_speed_flags(parser)
     add("--grad-checkpoint", action="store_true", help="recompute activations in the backward pass to save memory")
+    shard = "spread weights, gradients, optimizer states and EMA over the ranks, for models larger than a GPU (FSDP)"
+    add("--shard", action="store_true", help=shard)
     add = parser.add_argument_group("run").add_argument
     add("--results-dir", default="results", metavar="DIR", help="the run folder is made in here")
     ckpt = "start a new phase from this checkpoint, exported folder or published image model; default: from scratch"
@@ -192,8 +194,7 @@ def main():
     # Everything that is trained
     torch.manual_seed(args.global_seed)
     distributed.set_precision(args.precision)
-    model = EqM(config).to(device)
-    ema = deepcopy(model).eval().requires_grad_(False)
+    model, ema = make_networks(config, device, args.shard)
     model.grad_checkpoint = args.grad_checkpoint
     if args.compile:
         model.compile_blocks()
@@ -215,7 +216,7 @@ def main():
     bad_videos = BadVideos(num_videos, args.max_bad_fraction, start.bad_videos)
     log = functools.partial(say, log=folder / "log.txt")
     vae.to(device)
-    network, stop = distributed.parallel(model), StopSignal()
+    network, stop = model if args.shard else distributed.parallel(model), StopSignal(together=args.shard)
     writer, saved_at = checkpoint.Writer(folder), time.monotonic()
     remove_old = functools.partial(runs.keep_last, folder, args.keep_last, {phase.last_step for phase in phases})
     stats = StepStats(start.unlogged)
@@ -232,10 +233,9 @@ def main():
         saved_at = time.monotonic()
         unlogged = stats.averaged(progress.step) if len(stats) else None
         report_bad(bad_videos, stats.bad, progress.step, log)
-        if rank() == 0:
-            progress.seconds, trained = time.monotonic() - began, (run_config, model, ema, optimizers, scaler)
-            state = checkpoint.run_state(*trained, progress, unlogged, bad_videos.paths)
-            writer.write(state, names, before=metrics.sync, after=remove_old)
+        progress.seconds, trained = time.monotonic() - began, (run_config, model, ema, optimizers, scaler)
+        state = checkpoint.run_state(*trained, progress, unlogged, bad_videos.paths)
+        writer.write(state, names, before=metrics.sync, after=remove_old)
 
     bar = tqdm(initial=progress.step, total=last_step, desc=folder.name, unit="step", disable=rank() != 0)
     periods = args.log_every, args.val_every, args.ckpt_every, args.sample_every
@@ -301,7 +301,7 @@ def main():
                 for micro_batch in range(1, args.grad_accum + 1):
                     batch = stats.next_batch(batches)
                     files += batch["videos"]
-                    sync = micro_batch == args.grad_accum or not distributed.is_started()
+                    sync = micro_batch == args.grad_accum or network is model  # whole gradients would not fit
                     with nullcontext() if sync else network.no_sync():
                         losses, target_square = training_losses(network, vae, batch, config, args, stream, device)
                         scaler.scale(sum(losses.values()) / args.grad_accum).backward()
@@ -310,7 +310,7 @@ def main():
                 for optimizer in optimizers:
                     scaler.unscale_(optimizer)
                 skip, loss_values = False, list(sums.values())
-                sums["grad_norm"] = clip_grad_norm_(model.parameters(), args.clip_grad or math.inf)
+                sums["grad_norm"] = whole(clip_grad_norm_(model.parameters(), args.clip_grad or math.inf))
                 if scaler.is_enabled() or args.skip_nonfinite:  # this makes the CPU wait for the GPU
                     skip, sums["skipped"] = check_gradient(sums["grad_norm"], loss_values, scaler)
                 progress.skipped = progress.skipped + 1 if skip and not scaler.is_enabled() else 0
@@ -344,7 +344,7 @@ def main():
     stop.meet()
     end_children()  # some may still be starting, and the end of their DataLoader would wait for that
     metrics.close()
-    del network  # DDP holds the process group
+    del network, model, ema, optimizers  # DDP and what is sharded hold the process group
     distributed.stop()
 
 
@@ -385,7 +385,8 @@ def start_phase(args, data, phases, phase, progress, device):
     split = rank(), world_size(), args.grad_accum
     indices = Batches(progress.position, len(frames), phase.batch_size, *split)
     batches = ([(frames[n // args.grad_accum], index) for index in batch] for n, batch in enumerate(indices))
-    chunks = validation_chunks(data.val, val_lengths, args.val_clips)[rank() :: world_size()]
+    chunks = validation_chunks(data.val, val_lengths, args.val_clips)
+    chunks = chunks if args.shard else chunks[rank() :: world_size()]
     settings = args.num_workers, args.loader_timeout, device
     train_loader, val_loader = make_loader(train_clips, batches, *settings), make_loader(val_clips, chunks, *settings)
     return on_device(batches_of(train_loader), device), val_loader  # starts the loader processes
@@ -406,8 +407,9 @@ def report_bad(bad_videos, paths, step, log):
 
 def sample_ema(source, args, device, stop):
     """uint8 (N, T, H, W, 3) sampled from the EMA weights, on rank 0; the ranks share the work. Raises Interrupted."""
-    indices, videos = distributed.own_indices(args.num_samples), []
-    source = replace(source, model=cast_products(source.model, args.precision))  # the EMA itself stays float32
+    indices, videos = list(range(args.num_samples)) if args.shard else distributed.own_indices(args.num_samples), []
+    if not args.shard:
+        source = replace(source, model=cast_products(source.model, args.precision))  # the EMA itself stays float32
     with suppress(Interrupted):
         settings, show = sampling_settings(args), rank() == 0
         for clips, _, _ in generate_clips(
@@ -415,6 +417,8 @@ def sample_ema(source, args, device, stop):
         ):
             videos.append(clips.cpu())
     stop.settle()
+    if args.shard and rank() != 0:  # which made the samples, too, as all have to take part
+        indices, videos = [], []
     return distributed.collect(indices, torch.cat(videos) if videos else torch.empty(0))
 
 

@@ -33,8 +33,8 @@ def validate(ema, model, vae, loader, num_frames, precision, device, stop, given
     """({name: value}, equal on all ranks, of the EMA and of the raw weights; this rank's bad videos).
 
     The loader gives this rank's validation chunks. Gammas are uniform: multiples of the golden ratio, modulo 1. The
-    chunks are the same on any number of ranks. given: the EMA also with the first half of the frames clean. Raises
-    Interrupted.
+    chunks are the same on any number of ranks; if the ranks have to stay together, each has all of them, and rank 0's
+    losses count. given: the EMA also with the first half of the frames clean. Raises Interrupted.
     """
     rows, bad, batches = [], [], batches_of(loader)
     with suppress(Interrupted):
@@ -53,7 +53,8 @@ def validate(ema, model, vae, loader, num_frames, precision, device, stop, given
             rows.append(torch.stack([column.double() for column in columns], dim=1).cpu())
             bad += batch["bad"]
     stop.settle()
-    rows = torch.cat([row for part in distributed.gather(rows) for row in part])
+    parts = distributed.gather(rows)
+    rows = torch.cat([row for part in (parts[:1] if stop.together else parts) for row in part])
     rows = torch.tensor(sorted(rows.tolist()), dtype=torch.float64)  # in the order of frames and indices
     return summarize(rows, num_frames), bad
 

@@ -15,7 +15,7 @@ LAYERS = (  # from the top; a module may import from layers below, and from its 
     ENTRY,
     ("preflight", "scoring"),
     ("generation", "validation", "given"),
-    ("checkpoint", "published", "optim", "schedule", "forcing"),
+    ("checkpoint", "published", "optim", "schedule", "forcing", "sharding"),
     ("models", "vae", "samplers"),
     ("rope", "transport", "video"),
     ("runtime",),

@@ -142,8 +142,11 @@ def set_precision(precision):
 
 
 def autocast(device, precision):
-    """The context in which a network runs in that --precision: mixed for bf16 and fp16, else unchanged."""
-    return torch.autocast(device.type, MIXED.get(precision), enabled=precision in MIXED)
+    """The context in which a network runs in that --precision: mixed for bf16 and fp16, else unchanged.
+
+    Casts are not kept until its end, as no weight is used twice: of a sharded network they would be all weights.
+    """
+    return torch.autocast(device.type, MIXED.get(precision), enabled=precision in MIXED, cache_enabled=False)
 
 
 def parallel(model):

@@ -1,5 +1,7 @@
 """The memory of this machine."""
 
+import math
+import sys
 from contextlib import suppress
 from pathlib import Path
 
@@ -7,7 +9,12 @@ CGROUP = Path("/sys/fs/cgroup")  # of a container (cgroup v2); limits of jobs li
 
 
 def free_bytes():
-    """Bytes that processes may still take: of the machine or, if that is less, of the limit of its container."""
+    """Bytes that processes may still take: of the machine or, if that is less, of the limit of its container.
+
+    Infinite where it is not known, that is, not on Linux.
+    """
+    if sys.platform != "linux":
+        return math.inf
     lines = dict(line.split(":") for line in Path("/proc/meminfo").read_text().splitlines())
     free = int(lines["MemAvailable"].split()[0]) * 1024
     with suppress(OSError, ValueError):  # no such limit: no such file, or "max" in it

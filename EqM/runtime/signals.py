@@ -18,11 +18,12 @@ class StopSignal:
     """SIGTERM, SIGINT, SIGUSR1 or SIGHUP, sent to any rank, stops all of them at the same step.
 
     The ranks agree by a sum over a group of its own, on the CPU: `ask` starts it before a step and `settle` reads it
-    after the step, so no rank waits. A second SIGINT ends the process at once.
+    after the step, so no rank waits. A second SIGINT ends the process at once. together: no rank may leave before the
+    others know, as each forward pass of a sharded network needs them all.
     """
 
-    def __init__(self):
-        self.name, self.flags, self.is_waiting = None, None, False
+    def __init__(self, together=False):
+        self.name, self.flags, self.is_waiting, self.together = None, None, False, together
         self.group = dist.new_group(backend="gloo", timeout=SHARE_TIME) if is_started() else None
         for number in STOP_SIGNALS:
             if signal.getsignal(number) != signal.SIG_IGN:  # as SIGHUP is under nohup
@@ -41,12 +42,19 @@ class StopSignal:
 
         Others may not know: see `settle`. Loader processes take seconds to start, and a decoder may hang.
         """
-        self.is_waiting = True
+        batch, self.is_waiting = None, True
         try:
-            self.check()
-            return next(batches, None)
+            if self.name is not None:
+                raise Interrupted
+            batch = next(batches, None)
+        except Interrupted:
+            if not self.together:
+                raise
         finally:
             self.is_waiting = False
+        if self.together:
+            self.settle()
+        return batch
 
     def ask(self, save=False):
         """Start to ask whether a rank is to stop, and whether one wants to save."""
@@ -73,8 +81,10 @@ class StopSignal:
             dist.barrier(group=self.group)
 
     def check(self):
-        """Raise Interrupted if this rank was asked to stop; others may not know: see `settle`."""
-        if self.name is not None:
+        """Raise Interrupted if this rank was asked to stop; others may not know, unless `together`: see `settle`."""
+        if self.together:
+            self.settle()
+        elif self.name is not None:
             raise Interrupted
 
     def settle(self):

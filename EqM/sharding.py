@@ -1,0 +1,99 @@
+"""Models larger than a GPU (--shard): weights, gradients, optimizer states and EMA are spread over the ranks by FSDP2.
+
+Each rank holds a share of the rows of every tensor, as a DTensor. Blocks are made whole one at a time, for as long as
+they compute, so all ranks have to make the same forward passes in the same order.
+"""
+
+import warnings
+from copy import deepcopy
+
+import torch
+import torch.distributed as dist
+from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
+from torch.distributed.tensor import DTensor, distribute_tensor
+from torch.utils._python_dispatch import TorchDispatchMode
+
+from models import EqM, position_table
+from runtime.distributed import world_size
+
+
+def make_networks(config, device, shard):
+    """(model, its EMA, which needs no gradient), with the same weights whether they are sharded or not."""
+    if not shard:
+        model = EqM(config).to(device)
+        return model, deepcopy(model).eval().requires_grad_(False)
+    warnings.filterwarnings("ignore", "FSDP2-wrapped module .* returned a view")  # nothing is done to it in place
+    mesh = init_device_mesh(device.type, (world_size(),))
+    with WholeDraws():  # also of the numbers that layers draw when they are made, which are not used
+        model = empty_network(config, mesh, device)
+        model.initialize_weights()
+    ema = empty_network(config, mesh, device).eval().requires_grad_(False)
+    ema.load_state_dict(model.state_dict())
+    ema.register_forward_hook(of_first_rank)
+    return model, ema
+
+
+def empty_network(config, mesh, device):
+    """A network of which each block is sharded, and the root with the rest. Its weights are not set yet.
+
+    With an energy the root alone: with sharded blocks the backward pass of the gradient fails (torch 2.13).
+    """
+    with torch.device("meta"):
+        network = EqM(config)
+    policy = MixedPrecisionPolicy(reduce_dtype=torch.float32, cast_forward_inputs=False)
+    for part in (*(network.blocks if config.ebm == "none" else ()), network):
+        fully_shard(part, mesh=mesh, reshard_after_forward=True, mp_policy=policy)
+    network.to_empty(device=device)
+    if config.num_positions:
+        network.pos_embed = position_table(config).to(device)
+    return network
+
+
+class WholeDraws(TorchDispatchMode):
+    """Random numbers are drawn for a whole tensor on the CPU, one tensor at a time; a DTensor keeps its rows of them.
+
+    So each weight gets the value that it has in a model that is not sharded. On the meta device nothing is kept.
+    """
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        if func not in (torch.ops.aten.uniform_.default, torch.ops.aten.normal_.default):
+            return func(*args, **(kwargs or {}))
+        target, *rest = args
+        drawn = func(torch.empty(target.shape, device="cpu"), *rest, **(kwargs or {}))
+        return target.copy_(shard_like(drawn, target)) if is_sharded(target) else target
+
+
+def is_sharded(tensor):
+    return isinstance(tensor, DTensor)
+
+
+def shard_like(whole, tensor):
+    """The rows of a whole tensor, which all ranks have, that this rank has of a DTensor; itself for any other tensor."""
+    if not is_sharded(tensor):
+        return whole
+    return distribute_tensor(whole.detach(), tensor.device_mesh, tensor.placements, src_data_rank=None)
+
+
+def whole(tensor):
+    """A DTensor with all its rows, as a usual tensor on every rank; all ranks have to ask. Any other tensor itself."""
+    return tensor.full_tensor() if is_sharded(tensor) else tensor
+
+
+def scatter(tensor, like, owner):
+    """A bfloat16 tensor that a rank holds whole, sharded as another; the others give None."""
+    if tensor is None:
+        tensor = torch.empty(like.shape, dtype=torch.bfloat16, device=like.device)
+    as_bytes = tensor.view(torch.uint8)  # not every backend has bfloat16
+    return distribute_tensor(as_bytes, like.device_mesh, like.placements, src_data_rank=owner).view(torch.bfloat16)
+
+
+def of_first_rank(network, inputs, output):
+    """A forward hook: the output of rank 0, on all ranks.
+
+    A sample stops by itself where its field is small. If ranks rounded differently and disagreed on that, some would
+    wait forever for the others' next forward pass.
+    """
+    output = output.contiguous()
+    dist.broadcast(output.view(torch.uint8), 0)  # as bytes: not every backend has bfloat16
+    return output
