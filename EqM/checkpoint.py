@@ -151,7 +151,7 @@ class Writer:
     def write(self, state, names, before, after):
         """Save a state as latest.pt and under its other names; the thread calls before() first and after() last.
 
-        All ranks call it. Raises UserError, on all ranks, if rank 0 lacks the memory for a whole copy of what is sharded.
+        All ranks call it. Raises UserError, as `check_memory` does.
         """
         self.wait()
         self.check_memory(state)
@@ -193,7 +193,7 @@ class Writer:
         return self.copies[place].copy_(value, non_blocking=True)
 
     def check_memory(self, state):
-        """Raise UserError, on all ranks, if the copy of a sharded state does not fit into the memory of rank 0's CPU."""
+        """Raise UserError, on all ranks, if the copy of a sharded state does not fit into rank 0's host memory."""
         if not any(map(is_sharded, state["model"].values())):
             return
         parts = [*state["model"].values(), *state["ema"].values()]
@@ -203,8 +203,8 @@ class Writer:
         needed, free = distributed.broadcast((needed, free_bytes()))
         if needed > free:
             raise UserError(
-                f"--shard: to save, rank 0 needs {needed / 1e9:.3g} GB of host memory, {free / 1e9:.3g} GB are free: give "
-                "its machine more; earlier checkpoints are intact"
+                f"--shard: a checkpoint takes {needed / 1e9:.3g} GB of host memory on the machine of rank 0, which has "
+                f"{free / 1e9:.3g} GB free: choose one with more; earlier checkpoints are intact"
             )
 
     def check(self):

@@ -23,6 +23,7 @@ from runtime.cli import COUNT, NATURAL, NON_NEGATIVE, POSITIVE, UserError, numbe
 from runtime.rng import normal
 from runtime.untrusted import FPS, check_types
 from samplers import DESCENTS, SOLVERS, guided, sample
+from sharding import is_sharded
 from vae import VAE, load_vae
 from video.samples import NO_LABEL, class_name
 
@@ -194,13 +195,13 @@ class Source:
 
 
 def cast_products(model, precision):
-    """The model to sample from in that --precision; nothing is copied unless it is mixed.
+    """The model to sample from in that --precision; nothing is copied unless it is mixed, nor of a sharded model.
 
     Autocast casts a weight that needs no gradient anew in each call of the network. So this returns a copy in which the
     weights of all matrix products are cast once; it shares the other weights with the model. Its outputs under autocast
     are those of the model, bit for bit. It is compiled if the model is.
     """
-    if precision not in distributed.MIXED:
+    if precision not in distributed.MIXED or any(map(is_sharded, model.parameters())):
         return model
     copies = {id(tensor): tensor for tensor in itertools.chain(model.parameters(), model.buffers())}
     for module in model.modules():

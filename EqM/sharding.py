@@ -1,7 +1,8 @@
 """Models larger than a GPU (--shard): weights, gradients, optimizer states and EMA are spread over the ranks by FSDP2.
 
 Each rank holds a share of the rows of every tensor, as a DTensor. Blocks are made whole one at a time, for as long as
-they compute, so all ranks have to make the same forward passes in the same order.
+they compute, so all ranks have to make the same forward passes in the same order. What this takes of torch is imported
+where it is used: that takes as long as a third of torch itself.
 """
 
 import warnings
@@ -9,9 +10,6 @@ from copy import deepcopy
 
 import torch
 import torch.distributed as dist
-from torch.distributed.device_mesh import init_device_mesh
-from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
-from torch.distributed.tensor import DTensor, distribute_tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from models import EqM, position_table
@@ -23,6 +21,8 @@ def make_networks(config, device, shard):
     if not shard:
         model = EqM(config).to(device)
         return model, deepcopy(model).eval().requires_grad_(False)
+    from torch.distributed.device_mesh import init_device_mesh
+
     warnings.filterwarnings("ignore", "FSDP2-wrapped module .* returned a view")  # nothing is done to it in place
     mesh = init_device_mesh(device.type, (world_size(),))
     with WholeDraws():  # also of the numbers that layers draw when they are made, which are not used
@@ -39,6 +39,8 @@ def empty_network(config, mesh, device):
 
     With an energy the root alone: with sharded blocks the backward pass of the gradient fails (torch 2.13).
     """
+    from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
+
     with torch.device("meta"):
         network = EqM(config)
     policy = MixedPrecisionPolicy(reduce_dtype=torch.float32, cast_forward_inputs=False)
@@ -65,13 +67,16 @@ class WholeDraws(TorchDispatchMode):
 
 
 def is_sharded(tensor):
-    return isinstance(tensor, DTensor)
+    """Whether a tensor is a DTensor."""
+    return hasattr(tensor, "full_tensor")
 
 
 def shard_like(whole, tensor):
-    """The rows of a whole tensor, which all ranks have, that this rank has of a DTensor; itself for any other tensor."""
+    """Of a tensor that all ranks have whole: the rows that this rank has of a DTensor; for any other tensor all."""
     if not is_sharded(tensor):
         return whole
+    from torch.distributed.tensor import distribute_tensor
+
     return distribute_tensor(whole.detach(), tensor.device_mesh, tensor.placements, src_data_rank=None)
 
 
@@ -82,6 +87,8 @@ def whole(tensor):
 
 def scatter(tensor, like, owner):
     """A bfloat16 tensor that a rank holds whole, sharded as another; the others give None."""
+    from torch.distributed.tensor import distribute_tensor
+
     if tensor is None:
         tensor = torch.empty(like.shape, dtype=torch.bfloat16, device=like.device)
     as_bytes = tensor.view(torch.uint8)  # not every backend has bfloat16

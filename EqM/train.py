@@ -344,7 +344,7 @@ def main():
     stop.meet()
     end_children()  # some may still be starting, and the end of their DataLoader would wait for that
     metrics.close()
-    del network, model, ema, optimizers  # DDP and what is sharded hold the process group
+    del network  # DDP holds the process group
     distributed.stop()
 
 
@@ -406,10 +406,12 @@ def report_bad(bad_videos, paths, step, log):
 
 
 def sample_ema(source, args, device, stop):
-    """uint8 (N, T, H, W, 3) sampled from the EMA weights, on rank 0; the ranks share the work. Raises Interrupted."""
+    """uint8 (N, T, H, W, 3) sampled from the EMA weights, on rank 0. Raises Interrupted.
+
+    The ranks share the work or, with --shard, make all samples together.
+    """
     indices, videos = list(range(args.num_samples)) if args.shard else distributed.own_indices(args.num_samples), []
-    if not args.shard:
-        source = replace(source, model=cast_products(source.model, args.precision))  # the EMA itself stays float32
+    source = replace(source, model=cast_products(source.model, args.precision))  # the EMA itself stays float32
     with suppress(Interrupted):
         settings, show = sampling_settings(args), rank() == 0
         for clips, _, _ in generate_clips(
@@ -417,7 +419,7 @@ def sample_ema(source, args, device, stop):
         ):
             videos.append(clips.cpu())
     stop.settle()
-    if args.shard and rank() != 0:  # which made the samples, too, as all have to take part
+    if args.shard and rank() != 0:
         indices, videos = [], []
     return distributed.collect(indices, torch.cat(videos) if videos else torch.empty(0))
 

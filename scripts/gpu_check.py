@@ -304,6 +304,9 @@ def check_ranks(checks, runs, ranks, plain):
         whole = plain
     names = ["train_loss", "grad_norm", "val_loss"]
     checks.add("largest relative difference of losses and gradient norm", distance(row, plain, names), 1e-3, note)
+    if ranks > 1 and ON_GPU:
+        row, note = runs.run("shard", ranks, "--precision", "fp32", "--shard")
+        checks.add("--shard: the same difference", distance(row, plain, names), 1e-3, note)
     return whole
 
 

@@ -1,6 +1,5 @@
 """Optimizers, learning rates, gradients that are not finite, EMA."""
 
-import socket
 from types import SimpleNamespace
 
 import pytest
@@ -18,7 +17,7 @@ from optim import (
     share_out,
     update_ema,
 )
-from process import python
+from process import run_ranks
 from training import differences
 
 SMALL = {"input_size": 16, "in_channels": 3, "hidden_size": 192, "depth": 1, "num_heads": 3, "num_classes": 2}
@@ -115,21 +114,6 @@ def test_muon_gives_every_rank_the_weights_that_one_rank_alone_would_have(ranks,
         assert differences(momenta, same_momenta) == []
         for weight, expected in zip(weights, alone, strict=True):
             assert (weight - expected).abs().max() <= 1e-6
-
-
-def run_ranks(code, count, folder):
-    """What the ranks have written to their file OUT."""
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        place = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(free.getsockname()[1]), "WORLD_SIZE": str(count)}
-    files = [folder / f"{count}-{rank}.pt" for rank in range(count)]
-    ranks = [
-        python(code, RANK=str(rank), LOCAL_RANK=str(rank), OUT=str(file), **place) for rank, file in enumerate(files)
-    ]
-    for process in ranks:
-        _, err = process.communicate(timeout=120)
-        assert process.returncode == 0, err
-    return [torch.load(file, weights_only=True) for file in files]
 
 
 def test_the_matrices_are_shared_out_so_that_no_rank_does_much_more_than_another():

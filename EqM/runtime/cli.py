@@ -207,6 +207,8 @@ def explain(error):
             "lower --num-workers; all checkpoints are intact, the same command with --resume continues"
         )
     first, safe = text.partition("\n")[0], "all checkpoints are intact"
+    if "can't allocate memory" in text:  # not a torch.OutOfMemoryError, as on a GPU
+        return f"too little memory ({first}); {safe}"
     if re.search(r"Connection (closed|reset) by peer|Broken pipe|remote process exited", text):
         return f"another rank has ended, its own message says why ({first}); {safe}"
     if isinstance(error, dist.DistError) or "gloo" in text.lower():

@@ -139,13 +139,14 @@ def main():
     parser.add_argument("--steps-per-hit", type=int, default=45, help="length of the run; more on a faster machine")
     parser.add_argument("--seed", type=int, default=0, help="of the moments")
     parser.add_argument("--out", default="results/faults.md", help="where the table goes")
+    parser.add_argument("flags", nargs="*", help="more flags of train.py, after --")
     args = parser.parse_args()
     lines = ["| what | hits | differences at the end | steps to do again, at most | processes gone after, at most |"]
     lines += ["|---|---|---|---|---|"]
     with tempfile.TemporaryDirectory() as root:
         data = make_data(Path(root, "shapes"))
         flags = ["--log-every", 1, "--val-every", 50, "--sample-every", 0, "--ckpt-every", EVERY, "--keep-last", 3]
-        flags += ["--num-workers", 1]
+        flags += ["--num-workers", 1, *args.flags]
         for name, count, hit in (("SIGKILL", args.kills, kill_something), ("SIGTERM", args.stops, stop_launcher)):
             steps = max(100, args.steps_per_hit * count)
             whole = Training(data, Path(root, name, "whole"), steps, TORCHRUN, flags)
@@ -161,7 +162,7 @@ def main():
                 lines.append(f"| {what} | {len(some)} | {len(found)} | {lost} of {EVERY} | {gone:.1f} s |")
     table = "\n".join(lines)
     print(table)
-    Path(args.out).write_text(f"# Runs that were hit at random moments\n\n{table}\n")
+    Path(args.out).write_text(f"# {' '.join(['Runs', *args.flags])} that were hit at random moments\n\n{table}\n")
 
 
 if __name__ == "__main__":

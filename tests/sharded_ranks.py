@@ -1,0 +1,144 @@
+"""What tests/test_sharding.py runs on each of several ranks."""
+
+import os
+from contextlib import nullcontext
+from pathlib import Path
+from types import SimpleNamespace
+
+import torch
+from torch.nn.utils import clip_grad_norm_
+
+import checkpoint
+from models import model_config
+from optim import make_optimizers, update_ema
+from runtime import distributed
+from runtime.cli import UserError
+from runtime.rng import normal
+from sharding import is_sharded, make_networks, whole
+
+SMALL = {"input_size": 8, "in_channels": 1, "hidden_size": 100, "depth": 2, "num_heads": 2, "num_classes": 3}
+KINDS = {
+    "accumulation": {"micro_batches": 2, "grad_checkpoint": True},
+    "muon": {"optimizer": "muon", "precision": "bf16", "qk_norm": True, "position_table": "space"},
+    "energy": {"ebm": "l2"},
+}
+LABELS = torch.tensor([0, 3])
+CPU = torch.device("cpu")
+
+
+class Run:
+    """A small model of a kind with all that is trained with it, sharded or not."""
+
+    def __init__(self, kind, shard):
+        self.kind, self.shard = KINDS[kind], shard
+        settings = {name: self.kind[name] for name in ("ebm", "qk_norm", "position_table") if name in self.kind}
+        self.config = model_config("EqM-Ti/4", num_frames=4, use_rope=True, **SMALL, **settings)
+        torch.manual_seed(0)
+        self.model, self.ema = make_networks(self.config, CPU, shard)
+        self.model.grad_checkpoint = self.kind.get("grad_checkpoint", False)
+        flags = {"optimizer": self.kind.get("optimizer", "adamw"), "lr": 1e-3, "muon_lr": 1e-3, "weight_decay": 0.1}
+        self.optimizers = make_optimizers(self.model, SimpleNamespace(**flags))
+
+    def train(self, steps=2):
+        """Returns (norm of the last gradient, bytes of all that this rank holds of it)."""
+        network = self.model if self.shard else distributed.parallel(self.model)
+        for step in range(steps):
+            self.backward(network, step)
+            gradients = [weight.grad for weight in self.model.parameters()]
+            grad_norm = whole(clip_grad_norm_(self.model.parameters(), 0.5))
+            for optimizer in self.optimizers:
+                optimizer.step()
+                optimizer.zero_grad()
+            update_ema(self.ema, self.model, 0.5)
+            for one in (self.model, self.ema):  # as validation does: this must not leave whole weights behind
+                with torch.no_grad():
+                    one(torch.zeros(2, 1, 4, 8, 8), LABELS)
+        states = [values for optimizer in self.optimizers for values in optimizer.state.values()]
+        held = [*self.model.parameters(), *self.ema.parameters(), *gradients]
+        held += [value for values in states for value in values.values() if value.dim()]
+        return grad_norm, sum(map(local_bytes, held))
+
+    def backward(self, network, step):
+        micro_batches = self.kind.get("micro_batches", 1)
+        for number in range(micro_batches):
+            x, target = (normal(step, name, number, [distributed.rank(), 9], (1, 4, 8, 8), CPU) for name in "xt")
+            with nullcontext() if self.shard or number == micro_batches - 1 else network.no_sync():
+                with distributed.autocast(CPU, self.kind.get("precision", "fp32")):
+                    f, features = network(x, LABELS, return_features=True)
+                loss = (f.float() - target).square().mean() + features.float().square().mean()  # as with --disp
+                (loss / micro_batches).backward()
+
+    def state(self):
+        about = {"model": vars(self.config), "training": {"optimizer": self.kind.get("optimizer", "adamw")}}
+        scaler = torch.amp.GradScaler("cpu", enabled=False)
+        return checkpoint.run_state(
+            about, self.model, self.ema, self.optimizers, scaler, checkpoint.Progress(), None, []
+        )
+
+    def weights(self):
+        """Whole copies of the weights and of the EMA weights."""
+        networks = self.model, self.ema
+        return [{name: whole(value).clone() for name, value in one.state_dict().items()} for one in networks]
+
+
+def local_bytes(tensor):
+    return (tensor.to_local() if is_sharded(tensor) else tensor).untyped_storage().nbytes()
+
+
+def train_both(kind):
+    """(what sharded training gives beside that of DDP, the two runs)."""
+    runs = Run(kind, False), Run(kind, True)
+    start = [run.weights() for run in runs]
+    (norm, _), (sharded_norm, held) = (run.train() for run in runs)
+    whole_bytes = sum(map(local_bytes, [*runs[0].model.parameters()]))
+    block = sum(map(local_bytes, runs[0].model.blocks[0].parameters()))
+    found = {"start": start, "end": [run.weights() for run in runs], "norms": (norm.item(), sharded_norm.item())}
+    return found | {"bytes": (held, whole_bytes, block)}, runs
+
+
+def save_and_load(folder, usual, run):
+    """Saves a sharded run, loads it, saves it again; the contents of these files and the state of the usual run."""
+    files = [Path(folder, name, "checkpoints/latest.pt") for name in ("first", "second")]
+    for path in files:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        writer = checkpoint.Writer(path.parent.parent)
+        writer.write(run.state(), [], before=lambda: None, after=lambda: None)
+        writer.wait()
+        distributed.average(torch.zeros(1))  # until rank 0 has written
+        start = checkpoint.Start(checkpoint.Progress(), path, checkpoint.stamp_of(path), torch.load(path, mmap=True))
+        run = Run("muon", True)
+        checkpoint.load_run(start, run.model, run.ema, run.optimizers, torch.amp.GradScaler("cpu", enabled=False))
+    return [*map(torch.load, files), usual.state()]
+
+
+def save_without_memory(folder, run):
+    checkpoint.free_bytes = lambda: 1000
+    try:
+        checkpoint.Writer(folder).write(run.state(), [], before=None, after=None)
+    except UserError as error:
+        return str(error)
+
+
+def overflow():
+    """(scale, whether a weight has changed) after a step in which the gradient overflows on rank 1 alone."""
+    run = Run("accumulation", True)
+    scaler, before = torch.amp.GradScaler("cpu", init_scale=1024.0), run.weights()[0]
+    loss = run.model(torch.ones(2, 1, 4, 8, 8), LABELS).sum() * (torch.inf if distributed.rank() == 1 else 1)
+    scaler.scale(loss).backward()
+    scaler.unscale_(run.optimizers[0])
+    scaler.step(run.optimizers[0])
+    scaler.update()
+    return scaler.get_scale(), any(not torch.equal(value, before[name]) for name, value in run.weights()[0].items())
+
+
+def main():
+    distributed.start()
+    folder = os.path.dirname(os.environ["OUT"])
+    found, runs = {}, {}
+    for kind in KINDS:
+        found[kind], runs[kind] = train_both(kind)
+    found["saved"] = save_and_load(folder, *runs["muon"])
+    found["refusal"] = save_without_memory(folder, runs["energy"][1])
+    found["overflow"] = overflow()
+    torch.save(found, os.environ["OUT"])
+    distributed.stop()
