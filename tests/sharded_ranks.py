@@ -56,7 +56,7 @@ class Run:
         states = [values for optimizer in self.optimizers for values in optimizer.state.values()]
         held = [*self.model.parameters(), *self.ema.parameters(), *gradients]
         held += [value for values in states for value in values.values() if value.dim()]
-        return grad_norm, sum(map(local_bytes, held))
+        return grad_norm, local_bytes(held)
 
     def backward(self, network, step):
         micro_batches = self.kind.get("micro_batches", 1)
@@ -81,8 +81,10 @@ class Run:
         return [{name: whole(value).clone() for name, value in one.state_dict().items()} for one in networks]
 
 
-def local_bytes(tensor):
-    return (tensor.to_local() if is_sharded(tensor) else tensor).untyped_storage().nbytes()
+def local_bytes(tensors):
+    """What this rank holds for these tensors; some share their memory."""
+    parts = [(tensor.to_local() if is_sharded(tensor) else tensor).untyped_storage() for tensor in tensors]
+    return sum({part.data_ptr(): part.nbytes() for part in parts}.values())
 
 
 def train_both(kind):
@@ -90,8 +92,7 @@ def train_both(kind):
     runs = Run(kind, False), Run(kind, True)
     start = [run.weights() for run in runs]
     (norm, _), (sharded_norm, held) = (run.train() for run in runs)
-    whole_bytes = sum(map(local_bytes, [*runs[0].model.parameters()]))
-    block = sum(map(local_bytes, runs[0].model.blocks[0].parameters()))
+    whole_bytes, block = (local_bytes(part.parameters()) for part in (runs[0].model, runs[0].model.blocks[0]))
     found = {"start": start, "end": [run.weights() for run in runs], "norms": (norm.item(), sharded_norm.item())}
     return found | {"bytes": (held, whole_bytes, block)}, runs
 

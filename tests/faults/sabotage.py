@@ -23,6 +23,25 @@ def killed_in_save(count=2):
     torch.save = half
 
 
+def killed_while_gathering():
+    """SIGKILL of the second rank in the middle of gathering the second checkpoint of a sharded run."""
+    import checkpoint
+
+    write, whole, saves, gathered = checkpoint.Writer.write, checkpoint.whole, [], []
+
+    def noted_write(*arguments, **keywords):
+        saves.append(1)
+        write(*arguments, **keywords)
+
+    def half(tensor):
+        gathered.extend([1] if len(saves) == 2 else [])
+        if len(gathered) == 20 and os.environ.get("RANK") == "1":
+            os.kill(os.getpid(), signal.SIGKILL)
+        return whole(tensor)
+
+    checkpoint.Writer.write, checkpoint.whole = noted_write, half
+
+
 def slow_disk():
     """It takes two seconds to write a checkpoint."""
     save = torch.save

@@ -93,8 +93,10 @@ def test_the_ranks_of_a_torchrun_that_is_killed_save_and_end(shapes, tmp_path):
 # Kills ----------------------------------------------------------------------------------------------------------------
 
 
-def test_sigkills_and_sigterms_at_random_moments_change_nothing(whole, tmp_path):
-    whole = replace(whole, results=tmp_path / "whole", steps=250, flags=[*OFTEN[:2], *OFTEN[4:], "--val-every", 50])
+@pytest.mark.parametrize("shard", [[], ["--shard"]])
+def test_sigkills_and_sigterms_at_random_moments_change_nothing(shard, whole, tmp_path):
+    flags = [*OFTEN[:2], *OFTEN[4:], "--val-every", 50, *shard]
+    whole = replace(whole, results=tmp_path / "whole", steps=250, flags=flags)
     whole.run()
     moments = {"from_start": 6, "from_step": 0.5}
     whole.flags += ["--num-workers", 1]
@@ -128,6 +130,32 @@ def test_a_kill_in_the_middle_of_a_save_leaves_the_checkpoint_before_it(shapes, 
     assert last_saved(training) == 5
     replace(training, launcher=PYTHON).run("--resume")
     assert compare(whole, training) == []
+
+
+def test_a_rank_that_is_killed_while_a_checkpoint_is_gathered_leaves_the_one_before_it(shapes, tmp_path):
+    whole = Training(shapes, tmp_path / "whole", 20, TORCHRUN, [*OFTEN, "--shard"])
+    whole.run()
+    launcher = [*TORCHRUN, *SABOTAGE[1:], "killed_while_gathering"]
+    training = replace(whole, results=tmp_path / "r", launcher=launcher)
+    (line,) = errors(training.run(status=1))
+    assert "another rank has ended" in line and "all checkpoints are intact" in line
+    assert last_saved(training) == 5
+    replace(training, launcher=TORCHRUN).run("--resume")
+    assert compare(whole, training) == []
+
+
+def test_a_signal_to_one_rank_of_a_sharded_run_ends_all_while_they_validate_and_sample(shapes, tmp_path):
+    flags = ["--log-every", 1, "--val-every", 1, "--sample-every", 1, "--num-samples", 2, "--shard"]
+    training = Training(shapes, tmp_path / "r", 10_000, TORCHRUN, [*flags, "--num-sampling-steps", 1000])
+    process = training.start()
+    while not list(training.results.glob("*/config.json")) and process.poll() is None:
+        time.sleep(0.1)
+    time.sleep(3)  # into the thousand points
+    kill(ranks(process)[1], signal.SIGTERM)
+    output, _ = process.communicate(timeout=GONE_WITHIN)
+    assert process.returncode == 0, output
+    assert "stopped by a signal to another rank and saved at step 1" in output
+    assert last_saved(training) == 1
 
 
 def test_a_signal_and_the_end_of_a_run_wait_for_the_checkpoint_that_is_being_written(shapes, tmp_path):
@@ -314,6 +342,14 @@ def test_two_nodes_of_one_rank_equal_one_node_of_two_bit_for_bit(whole, tmp_path
     training = replace(whole, results=tmp_path / "r")
     finish(agents(training))
     assert compare(whole, training) == []
+
+
+def test_two_nodes_that_shard_equal_one_node_that_does_bit_for_bit(whole, tmp_path):
+    one = replace(whole, results=tmp_path / "one", flags=[*whole.flags, "--shard"])
+    one.run()
+    two = replace(one, results=tmp_path / "two")
+    finish(agents(two))
+    assert compare(one, two) == []
 
 
 def test_two_nodes_without_a_name_for_the_run_are_refused(whole, tmp_path):
