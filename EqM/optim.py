@@ -77,11 +77,12 @@ class Muon(torch.optim.Optimizer):
 
     def scattered(self, step_of, weights):
         """The same, sharded: the ranks gather a matrix at a time, and nobody but its owner keeps it whole."""
-        own, rank = {}, distributed.rank()
+        gathered, own = [], {}
         for owner, indices in self.batches:
-            steps = [step.bfloat16() for step in map(whole, map(step_of, indices)) if owner == rank]
-            if steps:
-                own |= zip(indices, orthogonalize(torch.stack(steps)), strict=True)
+            steps = [step.bfloat16() for step in map(whole, map(step_of, indices)) if owner == distributed.rank()]
+            gathered += [(indices, steps)] if steps else []
+        for indices, steps in gathered:  # now that no other rank waits for this one
+            own |= zip(indices, orthogonalize(torch.stack(steps)), strict=True)
         for owner, indices in self.batches:
             for index in indices:
                 yield index, scatter(own.pop(index, None), weights[index], owner)
