@@ -406,7 +406,7 @@ def report_bad(bad_videos, paths, step, log):
 
 
 def sample_ema(source, args, device, stop):
-    """uint8 (N, T, H, W, 3) sampled from the EMA weights, on rank 0; sharded, all ranks make all. Raises Interrupted."""
+    """uint8 (N, T, H, W, 3) sampled from the EMA weights, on rank 0; sharded, all make all. Raises Interrupted."""
     indices, videos = list(range(args.num_samples)) if args.shard else distributed.own_indices(args.num_samples), []
     source = replace(source, model=cast_products(source.model, args.precision))  # the EMA itself stays float32
     with suppress(Interrupted):
