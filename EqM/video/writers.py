@@ -134,8 +134,8 @@ class Mp4:
         self.container = av.open(str(path), "w", format="mp4")
         self.stream = self.container.add_stream("libx264", rate=Fraction(fps).limit_denominator(1001))  # 30000/1001
         self.stream.pix_fmt = "yuv420p"
-        # crf 12: close to lossless, so that previews show the model and not the codec. Few frames ahead: x264 would hold
-        # 40 and more of each of the videos that are written at the same time.
+        # crf 12: close to lossless, so that previews show the model and not the codec. x264 looks few frames ahead: it
+        # would hold 40 and more of each of the videos that are written at the same time.
         self.stream.options = {"crf": "12", "rc-lookahead": "8"}
         self.stream.thread_count = 1
         self.is_sized = False
