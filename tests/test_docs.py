@@ -1,0 +1,265 @@
+"""What README.md and docs/ say: their size, links, commands, flags and numbers, and the Python in them."""
+
+import importlib
+import math
+import re
+import shlex
+import sys
+from itertools import chain, takewhile
+from pathlib import Path
+
+import pytest
+import torch
+from torch.distributed.run import get_args_parser
+
+from models import EqM_models
+
+ROOT = Path(__file__).resolve().parents[1]
+README = ROOT / "README.md"
+WRITTEN = [  # by hand; other pages of results/ are written by scripts
+    *ROOT.glob("*.md"), *ROOT.glob("docs/*.md"), ROOT / "datasets/README.md", ROOT / "results/README.md",
+    ROOT / "results/demo/README.md",
+]  # fmt: skip
+PAGES = {str(path.relative_to(ROOT)): path.read_text() for path in sorted(WRITTEN)}
+SHELL_WORDS = {"git", "cd", "source", "export", "tensorboard"}  # programs that are not ours
+FLAGS_OF_OTHERS = {"--logdir", "--nodes", "--signals-to-handle"}  # of tensorboard, sbatch and torchrun
+SCRIPT_FLAGS = {  # shell script: the Python script that gets the words after it, and flags that the shell script adds
+    "scripts/train_progressive.sh": ("EqM/train.py", ["--data-path", "DIR"]),
+    "scripts/train_slurm.sh": ("EqM/train.py", []),
+    "scripts/sample.sh": ("EqM/sample_gd.py", ["--ckpt", "FILE"]),
+}
+SCRIPT_WORDS = {"scripts/setup.sh": r"(dev)?", "scripts/faults.sh": r"\d*", "datasets/prepare_ucf101.sh": r"\S*"}
+
+
+def fences(text, *languages):
+    """The blocks of a page between ``` and ``` with one of these languages."""
+    return [body for language, body in re.findall(r"^ *```(\w*)\n(.*?)^ *```", text, re.M | re.S) if language in languages]
+
+
+def prose(text):
+    return re.sub(r"^ *```.*?^ *```", "", text, flags=re.M | re.S)
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# Sizes and links
+
+
+def test_the_readme_has_at_most_10_kb_and_other_pages_of_docs_8():
+    sizes = {path: path.stat().st_size for path in [README, *ROOT.glob("docs/*.md")]}
+    assert {path.name: size for path, size in sizes.items() if size > (10_000 if path == README else 8_000)} == {}
+
+
+def anchors(text):
+    """The names of a page's headings in links, as GitHub makes them."""
+    headings = re.findall(r"^#+ (.*)$", prose(text), re.M)
+    return {re.sub(r"[^\w\- ]", "", heading.lower()).replace(" ", "-") for heading in headings}
+
+
+@pytest.mark.parametrize("page", PAGES)
+def test_links_lead_to_files_and_headings_that_are_there(page):
+    for target in re.findall(r"\]\(([^)]+)\)", prose(PAGES[page])):
+        if target.startswith("https://"):
+            continue
+        name, _, heading = target.partition("#")
+        path = (ROOT / page).parent / name if name else ROOT / page
+        assert path.exists(), target
+        assert not heading or heading in anchors(path.read_text()), target
+    for script in re.findall(r"`(?:\w+/)+[\w.]+\.(?:py|sh)`", PAGES[page]):
+        assert (ROOT / script.strip("`")).is_file(), script
+
+
+def test_every_page_of_docs_is_linked_from_the_readme_and_every_module_is_in_the_design():
+    for path in ROOT.glob("docs/*.md"):
+        assert f"](docs/{path.name})" in PAGES["README.md"], path.name
+    for path in (ROOT / "EqM").rglob("*.py"):
+        assert path.name == "__init__.py" or re.search(rf"\b{path.name}\b", PAGES["docs/design.md"]), path.name
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# Commands and flags
+
+
+def commands(text):
+    """The commands of a page as lists of words, shell arrays filled in: of bash blocks and of code in the text."""
+    inline = re.findall(r"`((?:[A-Z_]+=\S+ )*(?:python|bash|torchrun|sbatch) [^`\n]+\n?[^`\n]*)`", prose(text))
+    blocks = fences(text, "bash") + [block for block in fences(text, "") if re.match(r"python |torchrun |bash ", block)]
+    for block in [*blocks, *inline]:
+        arrays = {}
+        for line in re.sub(r"\\\n|(?<=[^\n])\n$", " ", block).splitlines():
+            if array := re.match(r"(\w+)(\+?)=\(([^)]*)\)", line):
+                name, more, words = array.groups()
+                arrays[name] = (arrays[name] if more else []) + shlex.split(words)
+                continue
+            line = re.sub(r'"\$\{(\w+)\[@\]\}"', lambda found: shlex.join(arrays[found[1]]), line)
+            for command in re.split(r"&&", re.sub(r"\[(--[^\]]*)\]", r"\1", line)):
+                if words := shlex.split(command, comments=True):
+                    yield words
+
+
+def parse(script, words, monkeypatch):
+    """Have a Python script parse its command line."""
+    sys_path = [str((ROOT / script).parent), *sys.path]
+    monkeypatch.setattr(sys, "path", sys_path)
+    monkeypatch.setattr(sys, "argv", [script, *words])
+    importlib.import_module(Path(script).stem).parse_args()
+
+
+def check_command(words, monkeypatch):
+    """Raise, or exit, unless a command is one that its script takes."""
+    variables = list(takewhile(lambda word: re.match(r"[A-Z_0-9]+=", word), words))
+    program, *words = words[len(variables) :] or ["export"]
+    if program in SHELL_WORDS:
+        return
+    if program == "torchrun":
+        args = get_args_parser().parse_args(words)
+        program, words = "python", [args.training_script, *args.training_script_args]
+    if program == "sbatch":
+        words = list(chain(words[1:] if words[0].startswith("--nodes=") else words))
+    script, words = words[0], [re.sub(r"^N$", "1", word) for word in words[1:]]
+    if program == "python":
+        assert not variables or variables[0].startswith("OMP_NUM_THREADS=")
+        parse(script, words, monkeypatch)
+        return
+    assert program in ("bash", "sbatch"), program
+    source = (ROOT / script).read_text()
+    for variable in variables:
+        assert re.search(rf"\$\{{{variable.partition('=')[0]}:-", source), f"{script} has no {variable}"
+    if script in SCRIPT_FLAGS:
+        target, flags = SCRIPT_FLAGS[script]
+        parse(target, [*words, *flags], monkeypatch)
+    else:
+        assert re.fullmatch(SCRIPT_WORDS.get(script, ""), " ".join(words)), words
+
+
+@pytest.mark.parametrize("page", [page for page in PAGES if list(commands(PAGES[page]))])
+def test_the_commands_of_a_page_are_taken_by_their_scripts(page, monkeypatch, capsys):
+    for words in commands(PAGES[page]):
+        try:
+            check_command(words, monkeypatch)
+        except (SystemExit, AssertionError, OSError, ImportError) as error:
+            pytest.fail(f"{shlex.join(words)}: {error} {capsys.readouterr().err}")
+
+
+@pytest.mark.parametrize(
+    "command",
+    [
+        "python EqM/train.py --data-path x --nmu-frames 3", "bash scripts/no.sh", "FRAME=3 bash scripts/sample.sh",
+        "torchrun --nproc_per_nod=1 EqM/train.py", "bash scripts/setup.sh devv", "python EqM/evaluate.py --metric fvd",
+        "bash scripts/sample.sh --num-frames x", "pip3 install x",
+    ],
+)  # fmt: skip
+def test_a_command_that_its_script_does_not_take_is_found(command, monkeypatch, capsys):
+    (words,) = commands(f"```bash\n{command}\n```")
+    with pytest.raises((SystemExit, AssertionError, OSError)):
+        check_command(words, monkeypatch)
+
+
+def test_flags_that_the_pages_mention_exist(monkeypatch, capsys):
+    scripts = [*ROOT.glob("EqM/*.py"), *ROOT.glob("scripts/*.py"), *ROOT.glob("datasets/*.py"), *ROOT.glob("scripts/study/*.py")]
+    for script in scripts:
+        if "__main__" in script.read_text():
+            with pytest.raises(SystemExit):
+                parse(str(script.relative_to(ROOT)), ["--help"], monkeypatch)
+    known = set(re.findall(r"--[a-z][\w-]*", capsys.readouterr().out)) | FLAGS_OF_OTHERS
+    known |= {flag.replace("_", "-") for flag in get_args_parser()._option_string_actions}
+    for page, text in PAGES.items():
+        found = set(re.findall(r"`(--[a-z][\w-]*)", prose(text)))
+        assert found <= known, f"{page}: {sorted(found - known)}"
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# Numbers
+#
+# A comment before a table, a paragraph or a list says which files of results/ have its numbers:
+# "rows of": those of each row are in the rows of the file that have the same first cell
+# "numbers of": those with a decimal point, in percent or in points are in the files
+# A number is in a file if one there, or one of its numbers in percent, rounds to it.
+
+NUMBER = r"\d[\d,]*(?:\.\d+)?"
+
+
+def checked_blocks(text):
+    """(kind, files, block) of each comment and the block after it."""
+    for kind, files, block in re.findall(r"^<!-- (rows|numbers) of ([^>]*) -->\n(.*?)(?=\n\n|\Z)", text, re.M | re.S):
+        yield kind, [ROOT / file for file in files.split()], block
+
+
+def numbers(text):
+    return [float(number.replace(",", "")) for number in re.findall(r"(?<![\w.])" + NUMBER, text)]
+
+
+def is_in(number, source):
+    """Whether a number, as text, is one of `source`, rounded as it is."""
+    value, digits = float(number.replace(",", "")), len(number.partition(".")[2])
+    return any(math.isclose(value, scale * one, rel_tol=0, abs_tol=0.501 * 10**-digits) for one in source for scale in (1, 100))
+
+
+def cells(row):
+    return [cell.replace("*", "").replace("`", "").strip() for cell in row.strip().strip("|").split("|")]
+
+
+def missing_in_rows(block, sources):
+    """The cells of a table that no row of the sources with the same first cell has."""
+    rows = [cells(line) for source in sources for line in source.splitlines() if line.startswith("|")]
+    for line in block.splitlines()[2:]:
+        name, *values = cells(line)
+        found = [number for row in rows if row[0] == name for number in numbers(" ".join(row[1:]))]
+        for number in re.findall(r"(?<![\w.])" + NUMBER, " ".join(values)):
+            if not is_in(number, found):
+                yield f"{name}: {number}"
+
+
+def missing_numbers(block, sources):
+    """The numbers of a text that the sources do not have."""
+    found = [number for source in sources for number in numbers(source)]
+    for number in re.findall(rf"(?<![\w.])({NUMBER}(?=%| points)|\d+\.\d+)", block):
+        if not is_in(number, found):
+            yield number
+
+
+@pytest.mark.parametrize("page", [page for page in PAGES if list(checked_blocks(PAGES[page]))])
+def test_numbers_are_those_of_the_files_in_results(page):
+    for kind, files, block in checked_blocks(PAGES[page]):
+        missing = (missing_in_rows if kind == "rows" else missing_numbers)(block, [file.read_text() for file in files])
+        assert list(missing) == []
+
+
+def test_every_table_of_results_is_compared_with_the_pages():
+    compared = {file.relative_to(ROOT / "results") for text in PAGES.values() for _, files, _ in checked_blocks(text) for file in files}
+    written = {path.relative_to(ROOT / "results") for path in ROOT.glob("results/*.md")} - {Path("README.md"), Path("gpu.md")}
+    assert compared >= written | {Path("demo/README.md")}
+
+
+def test_a_number_that_changed_is_found():
+    source = "| a | 0.389 (0.4, 0.3) | 96.3% |\n| b | 7.0 | 0.5 |"
+    table = "| | |\n|---|---|\n"
+    assert list(missing_in_rows(f"{table}| a | 0.39 | 96% |\n| **b** | 7 | 50% |", [source])) == []
+    assert list(missing_in_rows(f"{table}| a | 0.38 | 7.0 |\n| c | 0.5 |", [source])) == ["a: 0.38", "a: 7.0", "c: 0.5"]
+    assert list(missing_numbers("0.39 of 12 clips, 96% and 30 points, 0.41 and 8%", [source])) == ["0.41", "8"]
+
+
+def test_the_table_of_models_has_their_parameters():
+    for name, build in EqM_models.items():
+        size, patch = name.split("/")
+        (row,) = [cells(line) for line in PAGES["README.md"].splitlines() if line.startswith(f"| {size} ")]
+        with torch.device("meta"):
+            model = build(input_size=32, in_channels=4, num_classes=101, use_rope=True)
+        config = model.config
+        assert row[1:4] == [str(config.depth), str(config.hidden_size), str(config.num_heads)]
+        millions = sum(parameter.numel() for parameter in model.parameters()) / 1e6
+        assert row[4 + ("2", "4", "8").index(patch)] == f"{millions:.1f}"
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# Python
+
+
+def test_the_python_of_the_readme_runs_and_writes_videos(tmp_path, monkeypatch):
+    (snippet,) = fences(PAGES["README.md"], "python")
+    assert len(snippet.splitlines()) == 10
+    for name in ("EqM", "results"):
+        (tmp_path / name).symlink_to(ROOT / name)
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(sys, "path", list(sys.path))
+    exec(compile(snippet, "README.md", "exec"), {})
+    assert len(list(tmp_path.glob("clips/*.mp4"))) == 12
