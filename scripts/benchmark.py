@@ -28,7 +28,6 @@ from pathlib import Path
 import numpy as np
 import safetensors.torch
 import torch
-from diffusers import AutoencoderKL
 from torch.utils.flop_counter import FlopCounterMode
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent / "EqM"))
@@ -621,6 +620,8 @@ def measure_loading(args, report, cache):
         took.append(time.perf_counter() - began)
     waited, took = np.array(waited[warm_up:]), np.array(took[warm_up:])
     report.add("loader wait / step, cached, 2 workers", waited / took, "<= 0.05", f"{1000 * np.median(waited):.1f} ms")
+
+    from diffusers import AutoencoderKL  # takes seconds to import
 
     vae = VAE("random weights", AutoencoderKL(
         down_block_types=["DownEncoderBlock2D"] * 4, up_block_types=["UpDecoderBlock2D"] * 4,

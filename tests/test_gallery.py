@@ -1,4 +1,4 @@
-"""The page of a sample folder, as a file and in a browser."""
+"""The page of a sample folder, as a file and in a browser, and the picture of several."""
 
 import base64
 import io
@@ -13,13 +13,14 @@ from html.parser import HTMLParser
 import av
 import numpy as np
 import pytest
-from PIL import Image
+from PIL import Image, ImageColor
 
 import gallery
+import picture
 from tiny_data import make_images, make_latents
 from training import run_main
 from video.index import scan_videos, split_videos
-from video.writers import write_mp4, write_samples
+from video.writers import MARK, write_mp4, write_samples
 
 FRAMES, SIZE, FPS = 8, 16, 8
 CLASSES = ["CircleDown", "CircleLeft", 'a "quoted" class', "<img src=x onerror=alert(1)>\n& ünï→{{cards}}'</script>"]
@@ -293,6 +294,37 @@ def test_a_full_disk_leaves_no_partial_page(samples, tmp_path, monkeypatch, caps
     monkeypatch.setattr(os, "fsync", fail)
     assert "No space left on device" in failure(capsys, samples, "--out", tmp_path / "page.html", status=1)
     assert not list(tmp_path.iterdir())
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# The picture
+
+
+def test_a_picture_has_a_row_per_sample_and_a_border_around_given_frames(tmp_path):
+    short, long = make_samples(tmp_path / "short"), make_samples(tmp_path / "long", num_frames=23, size=128)
+    about = json.loads((long / "samples.json").read_text())
+    about["given"] = [{"source": "clip.mp4", "frames": "0-3", "class": "A"}] * len(LABELS)
+    (long / "samples.json").write_text(json.dumps(about))
+    run_main(picture, short, long, "--rows", 2, "--out", tmp_path / "picture.png")
+
+    pixels = np.array(Image.open(tmp_path / "picture.png").convert("RGB")).astype(int)
+    step, half = picture.SIDE + picture.GAP, picture.SIDE // 2
+    tops = [picture.TITLE, picture.TITLE + step, 2 * (picture.TITLE + step), 2 * (picture.TITLE + step) + step]
+    assert pixels.shape == (tops[-1] + step, picture.LEFT + 12 * step, 3)
+    for row, top in enumerate(tops):
+        line = pixels[top + half, picture.LEFT + half :: step]  # the middle of each frame
+        shown = range(8) if row < 2 else range(0, 23, 2)  # 12 of the 23 frames
+        assert line[: len(shown)].tolist() == [[(20 * frame + 10 * (row % 2)) % 256] * 3 for frame in shown]
+        assert (line[len(shown) :] == 255).all()
+        marked = (pixels[top - 1, picture.LEFT + half :: step] == ImageColor.getrgb(MARK)).all(axis=-1)
+        assert marked.tolist() == [row >= 2 and frame in (0, 2) for frame in [*shown, *[-1] * (12 - len(shown))]]
+
+
+def test_a_folder_that_holds_no_samples_is_refused_before_anything_is_written(tmp_path, capsys):
+    (tmp_path / "empty").mkdir()
+    run_main(picture, tmp_path / "empty", "--out", tmp_path / "picture.png", status=2)
+    assert "no samples.json in it" in capsys.readouterr().err
+    assert not (tmp_path / "picture.png").exists()
 
 
 # ----------------------------------------------------------------------------------------------------------------------
