@@ -16,24 +16,27 @@ else
 fi
 export GPUS=${GPUS:-$RANKS} MODEL=${MODEL:-EqM-Ti/2}
 export ONE_RUN=${ONE_RUN:-1} # 0: a run for each phase, which starts from the checkpoint of the one before
-export STEPS_1=${STEPS_1:-800} STEPS_2=${STEPS_2:-1500} STEPS_3=${STEPS_3:-2100} # global; as much compute in each phase
+export STEPS_1=${STEPS_1:-840} STEPS_2=${STEPS_2:-1580} STEPS_3=${STEPS_3:-2200} # global; as much compute in each phase
 export BATCH_1=${BATCH_1:-32} BATCH_2=${BATCH_2:-16} BATCH_3=${BATCH_3:-8}      # 2,048 tokens a step
 export LR_DECAY=${LR_DECAY:-0.4} RECIPE=small COMPILE=0 # which takes longer than it saves here
+export FORCING=${FORCING:-0.5}
+MORE=(--num-workers 0)
+[[ $ONE_RUN == 1 ]] && MORE+=(--mix 0.1) # or 4 frames would be half forgotten
+[[ $(uname) == Linux ]] && MORE+=(--cache-frames)
 export CACHE=0 # pixels need no encoding
 VIDEOS=${VIDEOS:-60} # per class
-[[ $(uname) == Linux ]] && CACHED=(--cache-frames) || CACHED=()
 SAMPLES=${SAMPLES:-48} FRAMES=${FRAMES:-16 7 24}
 
 bash scripts/setup.sh
 .venv/bin/python datasets/make_moving_shapes.py --out="$DATA" --videos-per-class="$VIDEOS" --seconds 1.4
 
 bash scripts/train_progressive.sh \
-  --depth 4 --hidden-size 128 --num-heads 2 --rope-theta 100 \
+  --depth 4 --hidden-size 128 --num-heads 4 --rope-theta 100 \
   --temporal-patch-size 4 --image-size 16 --vae none --no-flip \
-  "${CACHED[@]}" --num-workers 0 ${PRECISION:+--precision="$PRECISION"} \
-  --lr 2e-3 --warmup-steps 20 --ema-decay 0.99 \
+  "${MORE[@]}" ${PRECISION:+--precision="$PRECISION"} \
+  --lr 2e-3 --warmup-steps 20 --ema-decay 0.99 --gamma-shift 2 \
   --log-every 50 --val-every 100000 --val-clips 64 --sample-every 0 \
-  --sampler ngd --num-sampling-steps 16 --stepsize 0.0332 --cfg-scale 1.5
+  --sampler ngd --num-sampling-steps 24 --stepsize 0.0217 --cfg-scale 1.5
 
 OUT=samples/$EXP CKPT= FRAMES=$FRAMES SAMPLES=$SAMPLES bash scripts/sample.sh \
   ${PRECISION:+--precision="$PRECISION"} --batch-size 8 # 48 samples: 3 batches for each of two ranks
