@@ -135,9 +135,10 @@ def table(models):
 
 def as_markdown(rows, memory, args):
     seeds = f"{len(args.seeds)} seeds" if len(args.seeds) > 1 else "1 seed"
-    lines = ["# Longer than any training clip", "", "Made by `scripts/long_videos.py`: the study's 4-8-16 recipe with"]
-    lines += [f"`--forcing {SHARE}` on bouncing shapes; {args.clips} videos of {args.num_frames} frames in windows of"]
-    lines += [f"{WINDOW}; {seeds}: mean (lowest to highest).", ""]
+    lines = ["# Longer than any training clip", ""]
+    lines += ["Made by `scripts/long_videos.py`: the study's recipe on 8 and 16 frames with"]
+    lines += [f"{Model.compute} times its compute and `--forcing {SHARE}`, bouncing shapes; {args.clips} videos of"]
+    lines += [f"{args.num_frames} frames in windows of {WINDOW}; {seeds}: mean (lowest to highest).", ""]
     lines += [f"| | {' | '.join(COLUMNS)} |", "|---" * (1 + len(COLUMNS)) + "|"]
     for name, found in rows.items():
         cells = [cell(found[title], digits) for title, (_, _, digits) in COLUMNS.items()]
