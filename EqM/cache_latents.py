@@ -22,11 +22,10 @@ from pathlib import Path, PurePosixPath
 
 import safetensors.torch
 import torch
-from tqdm import tqdm
 
 from runtime import cli, distributed
 from runtime.atomic import atomic_write
-from runtime.cli import COUNT, SHARE, ArgumentParser, UserError, fail, one_line_errors, say
+from runtime.cli import COUNT, SHARE, ArgumentParser, Bar, UserError, fail, one_line_errors, say
 from runtime.distributed import rank, world_size
 from runtime.untrusted import read_json
 from vae import load_vae
@@ -157,7 +156,7 @@ def begin_cache(out, settings, scan):
 def encode_videos(args, vae, device, scan, todo, bad_videos):
     """Encode and write the videos in `todo`, in rounds split over the ranks. Raises UserError if too many are bad."""
     num_frames = sum(video.num_frames for video in todo)
-    bar = tqdm(total=num_frames, desc="encoding", unit="frame", smoothing=0, disable=rank() != 0 or not todo)
+    bar = Bar(total=num_frames, desc="encoding", unit="frame", smoothing=0, disable=rank() != 0 or not todo)
     with ThreadPoolExecutor(1) as decoder:
         for first in range(0, len(todo), ROUND * world_size()):
             parts, bad = split_evenly(todo[first : first + ROUND * world_size()]), []

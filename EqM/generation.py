@@ -11,7 +11,6 @@ from pathlib import Path
 
 import torch
 from torch import nn
-from tqdm import tqdm
 
 import checkpoint
 import published
@@ -19,7 +18,7 @@ import transport
 from models import EBMS, NAMES, EqM, model_name
 from rope import REFERENCE_FPS
 from runtime import distributed
-from runtime.cli import COUNT, NATURAL, NON_NEGATIVE, POSITIVE, UserError, number, say, settle_precision
+from runtime.cli import COUNT, NATURAL, NON_NEGATIVE, POSITIVE, Bar, UserError, number, say, settle_precision
 from runtime.rng import normal
 from runtime.untrusted import FPS, check_types
 from samplers import DESCENTS, SOLVERS, guided, sample
@@ -478,7 +477,7 @@ def generate(network, start, labels, time_scale, null_label, batch_size=16, show
 
 
 def sampling_bar(num_batches, num_steps, show):
-    return tqdm(total=num_batches * num_steps, desc="sampling", unit="point", leave=False, disable=not show)
+    return Bar(total=num_batches * num_steps, desc="sampling", unit="point", leave=False, disable=not show)
 
 
 @torch.no_grad()

@@ -24,7 +24,6 @@ from dataclasses import asdict, replace
 
 import torch
 from torch.nn.utils import clip_grad_norm_
-from tqdm import tqdm
 
 import checkpoint
 import preflight
@@ -41,12 +40,14 @@ from runtime.cli import (
     POSITIVE,
     SHARE,
     ArgumentParser,
+    Bar,
     UserError,
     add_removed,
     add_speed_flags,
     fail,
     one_line_errors,
     say,
+    warnings_as_lines,
 )
 from runtime.distributed import rank, world_size
 from runtime.metrics import Metrics, StepStats, bar_text, device_stats
@@ -215,6 +216,7 @@ def main():
     num_videos = len(data.scan.videos) + len(data.scan.unreadable)
     bad_videos = BadVideos(num_videos, args.max_bad_fraction, start.bad_videos)
     log = functools.partial(say, log=folder / "log.txt")
+    warnings_as_lines(folder / "log.txt")
     vae.to(device)
     network, stop = model if args.shard else distributed.parallel(model), StopSignal(together=args.shard)
     writer, saved_at = checkpoint.Writer(folder), time.monotonic()
@@ -237,7 +239,7 @@ def main():
         state = checkpoint.run_state(*trained, progress, unlogged, bad_videos.paths)
         writer.write(state, names, before=metrics.sync, after=remove_old)
 
-    bar = tqdm(initial=progress.step, total=last_step, desc=folder.name, unit="step", disable=rank() != 0)
+    bar = Bar(initial=progress.step, total=last_step, desc=folder.name, unit="step", disable=rank() != 0)
     periods = args.log_every, args.val_every, args.ckpt_every, args.sample_every
     try:
         for phase in [phase for phase in phases if phase.last_step > progress.first_step]:

@@ -5,6 +5,7 @@ holds any AutoencoderKL of diffusers. Frames are encoded one by one, so time is 
 """
 
 import os
+import sys
 import textwrap
 
 import torch
@@ -118,7 +119,7 @@ def _download(name):
         return os.path.dirname([hf_hub_download(repo, file, local_files_only=True) for file in (CONFIG, WEIGHTS)][0])
     except LocalEntryNotFoundError:
         say(f"--vae {name}: downloading {repo} (335 MB, once; without internet, give --vae a directory that holds it)")
-    if rank() != 0:
+    if rank() != 0 or not sys.stderr.isatty():
         disable_progress_bars()
     try:
         return snapshot_download(repo, allow_patterns=[CONFIG, WEIGHTS])

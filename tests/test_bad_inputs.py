@@ -132,8 +132,13 @@ CASES = {
     "forcing more than all clips": case("train", "--forcing 1.5", "--forcing", "at most 1"),
     "a mix without a schedule": case("train", "--mix 0.2", "--mix 0.2", "--frames-schedule"),
     "a loader timeout that is NaN": case("train", "--loader-timeout nan", "--loader-timeout", "nan"),
-    "an unknown flag": case("train", "--num-frame 3", "--num-frame"),
-    "a word too many": case("train", "please", "please"),
+    "a mistyped flag": case("train", "--num-frame 3", "--num-frame: no such flag; did you mean --num-frames?"),
+    "an unknown flag": case("train", "--colour=red", "--colour: no such flag; see --help"),
+    "a word too many": case("train", "--qk-norm please", "please: a word too many"),
+    "a glob that matches several files": case(
+        "train", "--ckpt a.pt b.pt c.pt --qk-norm", "--ckpt takes one file, found 3: a.pt, b.pt, c.pt"
+    ),
+    "a glob after an equals sign": case("sample", "--folder=a b --video", "--folder takes one folder, found 2: a, b"),
     "a flag without its value": case("train", "--ckpt", "--ckpt"),
     "a value that looks like a flag": case("train", "--data-path -videos", "--data-path"),
     "a flag of an earlier version": case("train", "--rewarmup 20", "--rewarmup: removed, because"),
@@ -450,8 +455,7 @@ SHELL = {  # script -> (environment, arguments, words)
 @pytest.mark.parametrize("name", SHELL)
 def test_a_shell_script_says_what_is_wrong_in_one_line(name, tmp_path):
     script, environment, arguments, words = SHELL[name]
-    (tmp_path / "scripts").mkdir()
-    shutil.copy(ROOT / "scripts" / script, tmp_path / "scripts" / script)
+    shutil.copytree(ROOT / "scripts", tmp_path / "scripts")
     for file in ("requirements.txt", "requirements-dev.txt"):
         shutil.copy(ROOT / file, tmp_path / file)
     command = ["bash", f"scripts/{script}", *arguments]

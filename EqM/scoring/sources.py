@@ -15,12 +15,11 @@ from pathlib import Path
 
 import numpy as np
 import torch
-from tqdm import tqdm
 
 import generation
 from generation import sha256
 from runtime import cli, distributed
-from runtime.cli import UserError, say
+from runtime.cli import Bar, UserError, say
 from runtime.distributed import rank
 from video.clips import Clips
 from video.index import scan_videos, split_videos
@@ -156,7 +155,7 @@ def json_sha256(value):
 
 
 def progress_bar(title, indices):
-    return tqdm(total=len(indices), desc=title, unit="clip", leave=False, disable=rank() != 0)
+    return Bar(total=len(indices), desc=title, unit="clip", leave=False, disable=rank() != 0)
 
 
 def in_batches(indices, size):

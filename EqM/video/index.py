@@ -13,9 +13,7 @@ import shutil
 from dataclasses import asdict, dataclass
 from pathlib import Path, PurePosixPath
 
-from tqdm import tqdm
-
-from runtime.cli import UserError, say
+from runtime.cli import Bar, UserError, say
 from runtime.untrusted import FPS, check_types, read_json
 from video.files import (
     LATENTS_SUFFIX,
@@ -188,7 +186,7 @@ def scan_videos(root, index_folder=None, images=False):
     }  # fmt: skip
     new = [(class_name, path) for class_name, path in found if path not in entries]
     unreadable = []
-    for class_name, path in tqdm(new, desc="opening videos", unit="video", disable=not new):
+    for class_name, path in Bar(new, desc="opening videos", unit="video", disable=not new):
         try:
             entries[path] = stamps[path], probe(root, class_name, path)
         except UnreadableError:
