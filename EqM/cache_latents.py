@@ -91,8 +91,7 @@ def check_out(out, settings):
 
 def plan_encoding(args):
     """(scan, videos still to encode, BadVideos found so far); for one rank only. Raises UserError."""
-    has_index = os.path.exists(os.path.join(args.out, index.INDEX_FILE))
-    scan = index.scan_videos(args.data_path, index_folder=args.out if has_index else None)
+    scan = index.scan_videos(args.data_path, index_folder=args.out)
     bad_videos = index.BadVideos(len(scan.videos) + len(scan.unreadable), args.max_bad_fraction)
     for path in bad_videos.add(scan.unreadable):
         say(f"{path} can't be opened; it is left out")
@@ -131,7 +130,7 @@ def main():
 
     device = distributed.start()
     if rank() == 0:
-        begin_cache(args.out, settings, plan[0])
+        begin_cache(args, settings, plan[0])
     scan, todo, bad_videos = distributed.broadcast(plan)
     if todo:
         amount = f"{len(todo)} of {len(scan.videos)} videos to encode, {size_text(todo, settings)}"
@@ -142,15 +141,16 @@ def main():
     distributed.stop()
 
 
-def begin_cache(out, settings, scan):
-    """Mark `out` as an unfinished cache, unless it is complete; remove temporary files that a crash has left."""
+def begin_cache(args, settings, scan):
+    """Mark --out as an unfinished cache, unless it is complete; remove temporary files that a crash has left."""
+    out = args.out
     os.makedirs(out, exist_ok=True)
     if not Path(out, index.LATENTS_FILE).exists():
         write_file(Path(out, index.PARTIAL_FILE), json.dumps(settings, indent=1).encode())
-    for temporary in (*Path(out).rglob("*.tmp"), *Path(out).glob(f"{index.INDEX_FILE}.*")):
+    for temporary in (*Path(out).rglob("*.tmp"), *Path(out).glob(index.INDEX_FILE.format("*") + ".*")):
         if not temporary.is_dir():  # a class may have any name
             temporary.unlink()
-    index.save_index(scan, out)
+    index.save_index(scan, args.data_path, out)
 
 
 def encode_videos(args, vae, device, scan, todo, bad_videos):

@@ -72,7 +72,7 @@ def check_run(args):
         lengths = [phase.num_frames for phase in phases] or [args.num_frames]
         flag = "--frames-schedule" if phases else "--num-frames"
         data = find_data(
-            args.data_path, not args.video, args.val_fraction, lengths, args.val_frames, flag, start.folder
+            args.data_path, not args.video, args.val_fraction, lengths, args.val_frames, flag, args.results_dir
         )
         config = fit_classes(args, config, start, data.scan.classes)
         if args.cache_frames:

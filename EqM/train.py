@@ -208,7 +208,7 @@ def main():
     # The run folder, and what is written there
     folder = start.folder or runs.start_run_folder(args.results_dir, preflight.run_name(args))
     if rank() == 0:
-        save_index(data.scan, folder)
+        save_index(data.scan, args.data_path, args.results_dir)
     checkpoint.complete_names(start, phases, args.ckpt_every)
     run_config = preflight.make_run_config(args, config, current_phase(phases, progress.first_step), data, vae)
     logged_step = progress.step - 1 if start.unlogged else progress.step

@@ -90,7 +90,7 @@ def run_training(results, *flags, status=0):
     run_main(train, *flags, status=status)
     if status:
         return None
-    (folder,) = results.iterdir()
+    (folder,) = results.glob("[0-9]*")
     rows, torn = metrics.read_metrics(folder / "metrics.jsonl")
     assert torn == 0
     return rows, checkpoint.load(folder / "checkpoints/latest.pt")
