@@ -78,7 +78,7 @@ def refused(monkeypatch, capsys, *arguments, status=2):
 
 
 def content(folder):
-    return {str(path.relative_to(folder)): path.read_bytes() for path in Path(folder).rglob("*") if path.is_file()}
+    return {str(path.relative_to(folder)): path.read_bytes() for path in Path(folder).rglob("[!.]*") if path.is_file()}
 
 
 def clips_of(folder, num_frames=4, **kwargs):

@@ -109,8 +109,7 @@ def test_a_file_that_the_index_knows_is_not_opened_again_and_the_data_are_left_a
     first = scan_videos(root, runs)
     (place,) = runs.iterdir()
     no_video_may_be_opened()
-    again = scan_videos(root, runs)
-    assert again.videos == first.videos and again.is_saved
+    assert scan_videos(root, runs) == first and first.is_saved
     (root.parent / "link").symlink_to(root)
     monkeypatch.chdir(root.parent)
     for name in (root.parent / "link", "data"):  # by any of its names

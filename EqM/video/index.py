@@ -10,7 +10,7 @@ import json
 import os
 import re
 import shutil
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path, PurePosixPath
 
 from runtime.cli import Bar, UserError, say
@@ -196,6 +196,7 @@ def scan_videos(root, index_folder=None, images=False):
     scan = Scan(videos, classes, unreadable, entries, is_saved=entries == known)
     if index_folder and os.path.isdir(index_folder):
         save_index(scan, root, index_folder)
+        scan = replace(scan, is_saved=True)
     return scan
 
 
@@ -206,10 +207,10 @@ def index_place(root, folder):
 
 
 def save_index(scan, root, folder):
-    """Write the index of a data folder, whole or not at all, to a folder that is there, unless it is there already."""
-    place = index_place(root, folder)
-    if scan.is_saved or _read_index(place) == scan.entries:
+    """Write the index of a data folder, whole or not at all, to a folder that is there, unless it is saved already."""
+    if scan.is_saved:
         return
+    place = index_place(root, folder)
     videos = [(stamp, asdict(video)) for _, (stamp, video) in sorted(scan.entries.items())]
     temporary = place.with_name(f"{place.name}.{os.urandom(4).hex()}")  # several runs may start at once
     try:
