@@ -39,7 +39,7 @@ DIE_IN_RENAME = """
 import os, signal, cache_latents
 replace, targets = os.replace, []
 def replace_or_die(source, target):
-    targets.append(target)
+    targets.extend([target] * ("video_index" not in str(target)))
     if len(targets) == {}:
         os.kill(os.getpid(), signal.SIGKILL)
     replace(source, target)
