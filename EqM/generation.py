@@ -276,11 +276,12 @@ def choose_windows(args, config, num_frames, usual):
 
 def open_vae(args, config, data):
     """The VAE that a checkpoint was trained with, at its place or at that of --vae. Raises UserError."""
-    vae = load_vae(args.vae or data["vae"])
+    vae = load_vae(args.vae or data["vae"], None if args.vae else "the checkpoint")
     size = config.input_size * vae.downsample
     same_kind = (vae.name == "none") == (data["vae"] == "none")
     if not same_kind or (vae.channels, size) != (config.in_channels, data["image_size"] or size):
-        raise UserError(f"--vae {vae.name}: the checkpoint was trained with {data['vae']}: name a place of that one")
+        found = f"--vae {args.vae}" if args.vae else f"the checkpoint's VAE {vae.name} is another one by now"
+        raise UserError(f"{found}: the checkpoint was trained with {data['vae']}: name a place of that one with --vae")
     if args.image_size not in (None, size):
         raise UserError(f"--image-size {args.image_size}: the checkpoint has {size}: leave the flag out")
     return vae

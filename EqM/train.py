@@ -20,7 +20,7 @@ import os
 import time
 from collections import Counter
 from contextlib import nullcontext, suppress
-from dataclasses import asdict, replace
+from dataclasses import replace
 
 import torch
 from torch.nn.utils import clip_grad_norm_
@@ -30,7 +30,7 @@ import preflight
 import transport
 from forcing import draw_gammas, label_dropout
 from generation import Source, add_sampling_flags, cast_products, generate_clips, sampling_settings
-from models import EBMS, NAMES, POSITION_TABLES, model_name
+from models import EBMS, NAMES, POSITION_TABLES
 from optim import MUON_DECAY, check_gradient, ema_decay, lr_multiplier, make_optimizers, set_learning_rates, update_ema
 from runtime import distributed, runs
 from runtime.cli import (
@@ -74,6 +74,8 @@ def parse_args():
     add("--results-dir", default="results", metavar="DIR", help="the run folder is made in here")
     ckpt = "start a new phase from this checkpoint, exported folder or published image model; default: from scratch"
     add("--ckpt", metavar="FILE", help=ckpt)
+    new = "train --ckpt on with the classes of --data-path: those it knows by name keep what they learnt"
+    add("--new-classes", action="store_true", help=new)
     add("--resume", action="store_true", help="continue the newest run of this model, frames and positions, if any")
     add("--log-every", type=COUNT, default=100, metavar="N", help="steps between two lines of metrics")
     add("--ckpt-every", type=COUNT, default=50_000, metavar="N", help="steps between checkpoints; the last step saves")
@@ -125,9 +127,10 @@ def add_model_and_data_flags(parser):
     add = parser.add_argument_group("data").add_argument
     data = "folder with <class>/<video or image>, or a latent cache of cache_latents.py"
     add("--data-path", required=True, metavar="DIR", help=data)
-    size = "height and width in pixels; default: that of the latent cache, else 256"
+    size = "height and width in pixels; default: that of the latent cache, else of --ckpt, else 256"
     add("--image-size", type=COUNT, metavar="PX", help=size)
-    vae = "ema, mse, or a directory of an AutoencoderKL; none: pixels; default: that of the latent cache, else ema"
+    vae = "ema, mse, or a directory of an AutoencoderKL; none: pixels; default: that of the latent cache, else of "
+    vae += "--ckpt, else ema"
     add("--vae", metavar="VAE", help=vae)
     interval = "video frames from one frame of a clip to the next; two numbers: drawn per clip between them; default: 1"
     add("--frame-interval", type=COUNT, nargs="+", default=[1], metavar="N", help=interval)
@@ -222,9 +225,10 @@ def main():
     writer, saved_at = checkpoint.Writer(folder), time.monotonic()
     remove_old = functools.partial(runs.keep_last, folder, args.keep_last, {phase.last_step for phase in phases})
     stats = StepStats(start.unlogged)
+    preflight.note_changes(start, run_config, folder, log, metrics)
     start.state = run = None  # or the file would stay open during the whole run
     began = time.monotonic() - progress.seconds  # as if the run had never been interrupted
-    log_run_summary(log, args, folder, config, model, data, progress.step, last_step, device)
+    preflight.log_run(log, args, folder, config, model, data, (progress.step, last_step), device)
     report_bad(bad_videos, data.scan.unreadable, progress.step, log)
 
     def save(names):
@@ -432,19 +436,6 @@ def write_previews(folder, step, metrics, source, videos):
         write_mp4(mp4, tile(videos), fps)
         write_gif(gif, tile(videos), fps)
     metrics.video(step, "samples", videos, gif and gif.getvalue(), mp4)
-
-
-def log_run_summary(log, args, folder, config, model, data, step, last_step, device):
-    size, num_frames = sum(parameter.numel() for parameter in model.parameters()), max(data.train)
-    log(
-        f"{folder}: {model_name(**asdict(config))}, {size / 1e6:.1f} M parameters, "
-        f"{config.positions}; {world_size()} x {device.type}, steps {step} to {last_step}"
-    )
-    log(
-        f"{len(data.train[num_frames])} {'videos' if args.video else 'images'} of {len(data.scan.classes)} classes "
-        f"train, {len(data.val[num_frames])} validate; {data.num_short} have fewer than {num_frames} frames, "
-        f"{len(data.scan.unreadable)} can't be opened"
-    )
 
 
 if __name__ == "__main__":
