@@ -41,7 +41,8 @@ from sharding import is_sharded, shard_like, whole
 VERSION = 1
 CONFIG_TYPES = {  # what sampling and training take from the parts of a config
     "model": {},
-    "data": {"vae": str, "image_size": int | None, "fps": float, "frame_interval": list, "classes": list},
+    "data": {"vae": str, "image_size": int | None, "fps": float, "frame_interval": list, "classes": list,
+             "time_scale": float | int | None},
     "training": {"model": str, "num_frames": int, "video": bool},
 }
 ADDED = {"rope_speed": 0.0, "position_table": "none"}  # fields of EqMConfig that older files lack: what they meant
@@ -95,7 +96,7 @@ class Progress:
 
 def trained_time_scale(data):
     """Seconds per frame of the clips that a model was trained on, from config["data"]."""
-    return data["frame_interval"][0] / data["fps"]
+    return data.get("time_scale") or data["frame_interval"][0] / data["fps"]  # older files have no time_scale
 
 
 # ----------------------------------------------------------------------------------------------------------------------

@@ -35,7 +35,7 @@ from runtime.untrusted import is_text
 from schedule import Phase, fill_batches
 from vae import load_vae
 from video.frame_cache import FrameCache
-from video.index import check_data_path, find_data, latents_settings
+from video.index import check_data_path, find_data, fitting_interval, latents_settings
 
 DEFAULT_MODEL = "EqM-S/4"
 LARGEST = {"num_workers": 1024, "global_batch_size": 2**20, "num_samples": 4096}  # larger values are typing errors
@@ -349,6 +349,11 @@ def log_run(log, args, folder, config, model, data, steps, device):
         f"train, {len(data.val[num_frames])} validate; {data.num_short} have fewer than {num_frames} frames, "
         f"{len(data.scan.unreadable)} can't be opened"
     )
+    for num_frames, videos in data.train.items():
+        fits = [fitting_interval(video, num_frames, args.frame_interval[-1]) for video in videos]
+        if short := sum(fit < args.frame_interval[-1] for fit in fits):
+            found = f"{short} of {len(videos)} training videos are too short for {num_frames} frames that are"
+            log(f"note: {found} {args.frame_interval[-1]} apart: theirs are as far apart as fits, from {min(fits)} on")
 
 
 def run_name(args):
@@ -363,13 +368,16 @@ def make_run_config(args, config, phase, data, vae):
     flags = {name: str(value) if isinstance(value, Path) else value for name, value in vars(args).items()}
     if args.frames_schedule:
         flags["frames_schedule"] = ",".join(map(str, args.frames_schedule))
+    videos, interval = data.train[phase.num_frames], args.frame_interval[0]
+    scales = [fitting_interval(video, phase.num_frames, interval) / video.fps for video in videos]
     return {
         "model": asdict(config) | {"num_frames": phase.num_frames},
         "data": {
             "vae": vae.place,
             "image_size": args.image_size,
-            "fps": statistics.median(video.fps for video in data.train[phase.num_frames]),
+            "fps": statistics.median(video.fps for video in videos),
             "frame_interval": args.frame_interval,
+            "time_scale": statistics.median_low(scales),  # seconds between frames of the clips that were seen
             "classes": data.scan.classes,
         },
         "training": flags | {"num_frames": phase.num_frames, "global_batch_size": phase.batch_size},

@@ -31,7 +31,16 @@ import transport
 from forcing import draw_gammas, label_dropout
 from generation import Source, add_sampling_flags, cast_products, generate_clips, sampling_settings
 from models import EBMS, NAMES, POSITION_TABLES
-from optim import MUON_DECAY, check_gradient, ema_decay, lr_multiplier, make_optimizers, set_learning_rates, update_ema
+from optim import (
+    MUON_DECAY,
+    check_gradient,
+    ema_decay,
+    learning_rates,
+    lr_multiplier,
+    make_optimizers,
+    set_learning_rates,
+    update_ema,
+)
 from runtime import distributed, runs
 from runtime.cli import (
     COUNT,
@@ -137,7 +146,7 @@ def add_model_and_data_flags(parser):
     add("--no-flip", action="store_true", help="never mirror a clip, for classes that have a left and a right")
     fraction = "share of the videos that validate, where no split files are found"
     add("--val-fraction", type=SHARE, default=0.05, metavar="F", help=fraction)
-    add("--max-bad-fraction", type=SHARE, default=0.01, metavar="F", help="share of the videos that may be bad")
+    add("--max-bad-fraction", type=SHARE, default=0.1, metavar="F", help="share of the videos that may be bad")
     workers = "loader processes per rank, as many again for validation; 0 = load in-process"
     add("--num-workers", type=NATURAL, default=min(4, os.cpu_count()), metavar="N", help=workers)
     cached = "decode each video once, into memory that the ranks of a machine share: for small data sets"
@@ -289,7 +298,7 @@ def main():
                         write_previews(folder, step, metrics, previews, videos.numpy())
                     # Logged first: a checkpoint must not be ahead of the metrics; what comes after it is logged again.
                     progress.seconds = time.monotonic() - began
-                    row |= {"lr": optimizers[0].param_groups[0]["lr"], "bad_videos": bad_videos.count}
+                    row |= learning_rates(optimizers) | {"bad_videos": bad_videos.count}
                     row |= {"num_frames": phase.num_frames, "seconds": progress.seconds, "flops": progress.flops}
                     metrics.log(step, **row)
                     stats = StepStats()
@@ -385,7 +394,7 @@ def start_phase(args, data, phases, phase, progress, device):
     val = {"flip": False, "seed": 0, "stream": "validation"}
     train_clips = {n: Clips(videos=videos, num_frames=n, **shared, **train) for n, videos in data.train.items()}
     val_lengths = sorted({phase.num_frames, *args.val_frames})
-    val_clips = {n: Clips(videos=data.val[n], num_frames=n, **shared, **val) for n in val_lengths}
+    val_clips = {n: Clips(videos=data.val[n], num_frames=n, spare=data.spare(n), **shared, **val) for n in val_lengths}
 
     frames = frames_of_steps(phases, phase, progress.step, progress.first_step, args.mix, args.global_seed)
     split = rank(), world_size(), args.grad_accum
@@ -408,7 +417,7 @@ def preview_source(args, ema, vae, run_config):
 def report_bad(bad_videos, paths, step, log):
     """Name the bad videos that any rank has found, each once; raises UserError, on all ranks, if they are too many."""
     for path in bad_videos.add([path for part in distributed.gather(paths) for path in part]):
-        log(f"step {step}: {path} can't be decoded; other clips take its place")
+        log(f"step {step}: {path} can't be decoded; other clips take its place ({bad_videos})")
 
 
 def sample_ema(source, args, device, stop):
@@ -416,7 +425,7 @@ def sample_ema(source, args, device, stop):
     indices, videos = list(range(args.num_samples)) if args.shard else distributed.own_indices(args.num_samples), []
     source = replace(source, model=cast_products(source.model, args.precision))  # the EMA itself stays float32
     with suppress(Interrupted):
-        settings, show = sampling_settings(args), rank() == 0
+        settings, show = sampling_settings(args) | {"strict": False}, rank() == 0  # training goes on
         for clips, _, _ in generate_clips(
             source, indices, args.global_seed, device, settings, show=show, before_evaluation=stop.check
         ):

@@ -32,6 +32,7 @@ INDEX_FILE = ".video_index-{}.json"  # with a hash of the data's path; beside th
 INDEX_FORMAT = 2
 LATENTS_FILE, PARTIAL_FILE = "latents.json", "latents.partial.json"  # of a complete, of an unfinished latent cache
 LATENTS_FORMAT = 1
+SPARES = 100
 LATENTS_TYPES = {  # of latents.json
     "vae": str, "image_size": int, "channels": int, "downsample": int, "scale": float, "shift": float,
     "flips": bool, "classes": list, "unreadable": list, "videos": list,
@@ -301,6 +302,11 @@ def _read_ucf_list(file):
     return {str(PurePosixPath(name).with_suffix("")) for name in names if PurePosixPath(name).name}
 
 
+def fitting_interval(video, num_frames, interval):
+    """The largest distance between the frames of a clip, up to `interval`, that fits a video."""
+    return min(interval, (video.num_frames - 1) // (num_frames - 1)) if num_frames > 1 else interval
+
+
 def long_enough(videos, num_frames, kind="", flag="--num-frames"):
     """(videos with at least num_frames frames, number of shorter ones). Raises UserError if all are shorter."""
     kept = [video for video in videos if video.num_frames >= num_frames]
@@ -322,6 +328,10 @@ class Data:
     val: dict
     num_short: int  # videos too short for the longest training clips
     frames: FrameCache | None = None  # of all these videos, with --cache-frames
+
+    def spare(self, num_frames):
+        """Training videos that stand in for validation videos, should none of those be readable."""
+        return [video for video in self.train[min(self.train)] if video.num_frames >= num_frames][:SPARES]
 
     @property
     def used(self):
@@ -355,6 +365,9 @@ class BadVideos:
     def __init__(self, total, max_fraction, known=()):
         self.total, self.max_fraction = total, max_fraction
         self.paths = dict.fromkeys(known)
+
+    def __str__(self):
+        return f"bad so far: {self.count} of {self.total}"
 
     @property
     def count(self):
