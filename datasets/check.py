@@ -63,7 +63,7 @@ def main():
         config = make_config(args)
         scan = scan_videos(args.data_path)
         describe(scan)
-        bad = {} if args.quick else undecodable(args.data_path, scan.videos)
+        bad = [] if args.quick else undecodable(args.data_path, scan.videos)
         usable = describe_losses(args, scan, bad)
         train, val = split_videos(args.data_path, scan.videos, args.val_fraction)
     except UserError as error:
@@ -104,27 +104,27 @@ def describe(scan):
 
 
 def undecodable(root, videos):
-    """{path: reason} of the videos that can't be decoded to their end."""
+    """The paths of the videos that can't be decoded to their end."""
 
     def decode(video):
         try:
             with closing(read_all_frames(root, video, 16)) as chunks:
                 for _ in chunks:
                     pass
-        except UnreadableError as error:
-            return video.path, str(error).splitlines()[0]
+        except UnreadableError:
+            return video.path
         return None
 
     with ThreadPoolExecutor(os.cpu_count()) as pool:  # the decoder leaves Python's lock while it works
-        return dict(filter(None, Bar(pool.map(decode, videos), total=len(videos), desc="decoding", unit="video")))
+        return list(filter(None, Bar(pool.map(decode, videos), total=len(videos), desc="decoding", unit="video")))
 
 
 def describe_losses(args, scan, bad):
     """Say what training would leave out or change, and why. Returns the videos that can be used."""
     for path in scan.unreadable:
         say(f"left out: {path}: can't be opened: repair or remove it")
-    for path, reason in bad.items():
-        say(f"left out: {path}: can't be decoded to its end ({reason}): repair or remove it")
+    for path in bad:
+        say(f"left out: {path}: can't be decoded to its end: repair or remove it")
     found = {*(video.path for video in scan.videos), *scan.unreadable}
     for path in sorted(Path(args.data_path).rglob("[!.]*")):
         name = str(path.relative_to(args.data_path))
@@ -160,9 +160,11 @@ def make_config(args):
         raise UserError(f"--image-size {args.image_size} is not a multiple of {unit} (VAE's downsampling x patch)")
     shape = {"input_size": args.image_size // downsample, "in_channels": channels, "num_classes": 1}
     try:
-        return model_config(args.model, **shape, num_frames=args.num_frames, use_rope=True)
+        config = model_config(args.model, **shape, num_frames=args.num_frames, use_rope=True)
+        config.check_num_frames(args.num_frames)
     except ValueError as error:
         raise UserError(f"--num-frames {args.num_frames}, --model {args.model}: {error}") from error
+    return config
 
 
 def estimate(args, config):
