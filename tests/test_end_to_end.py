@@ -228,7 +228,7 @@ def test_a_broken_video_is_named_once_and_counted_and_too_many_end_the_run(shape
     assert rows_of(tmp_path / "one/*/metrics.jsonl")[-1]["bad_videos"] == 1
 
     videos[5].write_bytes(b"nor this one")
-    run_main(train, *flags, tmp_path / "two", status=1)
+    run_main(train, *flags, tmp_path / "two", "--max-bad-fraction", 0.05, status=1)
     stderr = capsys.readouterr().err
     (line,) = [line for line in stderr.splitlines() if line.startswith("train.py: error:")]
     assert "--max-bad-fraction" in line
