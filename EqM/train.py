@@ -138,8 +138,7 @@ def add_model_and_data_flags(parser):
     add("--data-path", required=True, metavar="DIR", help=data)
     size = "height and width in pixels; default: that of the latent cache, else of --ckpt, else 256"
     add("--image-size", type=COUNT, metavar="PX", help=size)
-    vae = "ema, mse, or a directory of an AutoencoderKL; none: pixels; default: that of the latent cache, else of "
-    vae += "--ckpt, else ema"
+    vae = "ema, mse, an AutoencoderKL's directory, none: pixels; default: of the latent cache, else of --ckpt, else ema"
     add("--vae", metavar="VAE", help=vae)
     interval = "video frames from one frame of a clip to the next; two numbers: drawn per clip between them; default: 1"
     add("--frame-interval", type=COUNT, nargs="+", default=[1], metavar="N", help=interval)
