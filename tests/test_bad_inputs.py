@@ -205,6 +205,11 @@ CASES = {
     "a checkpoint of another model": case("train", "--model EqM-S/4 --ckpt rope.pt", "EqM-S/4"),
     "a checkpoint of another depth": case("train", "--ckpt odd.pt", "depth 2"),
     "a checkpoint of other classes": case("train", "--num-classes 7 --ckpt rope.pt", "--num-classes"),
+    "a checkpoint of other class names": case(
+        "train", "--data-path long --ckpt rope.pt", "long: has the classes A (1), --ckpt rope.pt has A, B (2)",
+        "--new-classes",
+    ),
+    "new classes of no checkpoint": case("train", "--new-classes", "--new-classes is for a checkpoint", "--ckpt"),
     "a checkpoint of another size": case("train", "--image-size 32 --ckpt rope.pt", "--image-size"),
     "a checkpoint of another temporal patch": case(
         "train", "--temporal-patch-size 2 --ckpt rope.pt", "--temporal-patch-size"
