@@ -39,13 +39,14 @@ from video.index import check_data_path, find_data, fitting_interval, latents_se
 
 DEFAULT_MODEL = "EqM-S/4"
 LARGEST = {"num_workers": 1024, "global_batch_size": 2**20, "num_samples": 4096}  # larger values are typing errors
-NO_CHANGE = {  # flags that may differ in a resumed run and change nothing, or are the same by another name
-    "resume", "ckpt", "results_dir", "vae", "num_workers", "loader_timeout", "wandb", "save_minutes", "keep_last",
-}  # fmt: skip
 MODEL_FLAGS = (
     "depth", "hidden_size", "num_heads", "temporal_patch_size", "rope_theta", "rope_split", "rope_speed",
     "position_table", "qk_norm", "ebm",
 )  # fmt: skip
+NO_CHANGE = {  # flags that may differ in a resumed run: they change nothing, or are checked against the checkpoint
+    "resume", "ckpt", "new_classes", "num_classes", "results_dir", "vae", "num_workers", "loader_timeout", "wandb",
+    "save_minutes", "keep_last", *MODEL_FLAGS,
+}  # fmt: skip
 
 
 def check_run(args):

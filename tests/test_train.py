@@ -360,6 +360,7 @@ def test_a_first_run_and_its_resume_say_all_that_is_not_as_asked(tmp_path, capsy
     flags += ["--hidden-size", 48, "--num-heads", 2]
     shared = ["--data-path", data, "--global-batch-size", 2, "--resume", "--val-clips", 2]
     shared += ["--frame-interval", 4, "--optimizer", "muon"]
+    shared += ["--position-table", "space"]
     rows, state = run_training(results, *flags, *shared, "--vae", vae, "--image-size", 8, "--max-steps", 1)
     log = next(results.glob("*/log.txt")).read_text()
     printed = capsys.readouterr().out
@@ -371,6 +372,7 @@ def test_a_first_run_and_its_resume_say_all_that_is_not_as_asked(tmp_path, capsy
     assert (rows[-1]["lr"], rows[-1]["muon_lr"]) == (1e-4, 0.01)
 
     more = ["--lr", 1e-3, "--num-workers", 0, "--max-steps", 2]
+    shared = shared[:-2]
     run_training(results, *flags, *shared, *more)  # neither --vae nor --image-size again
     (run,) = results.glob("[0-9]*")
     changed = "resumed with other flags: max_steps 1 -> 2, lr 0.0001 -> 0.001"
