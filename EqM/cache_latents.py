@@ -22,11 +22,10 @@ from pathlib import Path, PurePosixPath
 
 import safetensors.torch
 import torch
-from tqdm import tqdm
 
 from runtime import cli, distributed
 from runtime.atomic import atomic_write
-from runtime.cli import COUNT, SHARE, ArgumentParser, UserError, fail, one_line_errors, say
+from runtime.cli import COUNT, SHARE, ArgumentParser, Bar, UserError, fail, one_line_errors, say
 from runtime.distributed import rank, world_size
 from runtime.untrusted import read_json
 from vae import load_vae
@@ -46,7 +45,7 @@ def parse_args():
     add("--vae", default="ema", metavar="VAE", help="ema, mse or the directory of a diffusers AutoencoderKL")
     add("--image-size", type=COUNT, default=256, metavar="PX", help="height and width of the training clips, px")
     add("--with-flips", action="store_true", help="also encode mirrored frames, to train with flips; doubles the size")
-    add("--max-bad-fraction", type=SHARE, default=0.01, metavar="F", help="share of the videos that may be bad")
+    add("--max-bad-fraction", type=SHARE, default=0.1, metavar="F", help="share of the videos that may be bad")
     return parser.parse_args()
 
 
@@ -92,8 +91,7 @@ def check_out(out, settings):
 
 def plan_encoding(args):
     """(scan, videos still to encode, BadVideos found so far); for one rank only. Raises UserError."""
-    has_index = os.path.exists(os.path.join(args.out, index.INDEX_FILE))
-    scan = index.scan_videos(args.data_path, index_folder=args.out if has_index else None)
+    scan = index.scan_videos(args.data_path, index_folder=args.out)
     bad_videos = index.BadVideos(len(scan.videos) + len(scan.unreadable), args.max_bad_fraction)
     for path in bad_videos.add(scan.unreadable):
         say(f"{path} can't be opened; it is left out")
@@ -132,7 +130,7 @@ def main():
 
     device = distributed.start()
     if rank() == 0:
-        begin_cache(args.out, settings, plan[0])
+        begin_cache(args, settings, plan[0])
     scan, todo, bad_videos = distributed.broadcast(plan)
     if todo:
         amount = f"{len(todo)} of {len(scan.videos)} videos to encode, {size_text(todo, settings)}"
@@ -143,21 +141,22 @@ def main():
     distributed.stop()
 
 
-def begin_cache(out, settings, scan):
-    """Mark `out` as an unfinished cache, unless it is complete; remove temporary files that a crash has left."""
+def begin_cache(args, settings, scan):
+    """Mark --out as an unfinished cache, unless it is complete; remove temporary files that a crash has left."""
+    out = args.out
     os.makedirs(out, exist_ok=True)
     if not Path(out, index.LATENTS_FILE).exists():
         write_file(Path(out, index.PARTIAL_FILE), json.dumps(settings, indent=1).encode())
-    for temporary in (*Path(out).rglob("*.tmp"), *Path(out).glob(f"{index.INDEX_FILE}.*")):
+    for temporary in (*Path(out).rglob("*.tmp"), *Path(out).glob(index.INDEX_FILE.format("*") + ".*")):
         if not temporary.is_dir():  # a class may have any name
             temporary.unlink()
-    index.save_index(scan, out)
+    index.save_index(scan, args.data_path, out)
 
 
 def encode_videos(args, vae, device, scan, todo, bad_videos):
     """Encode and write the videos in `todo`, in rounds split over the ranks. Raises UserError if too many are bad."""
     num_frames = sum(video.num_frames for video in todo)
-    bar = tqdm(total=num_frames, desc="encoding", unit="frame", smoothing=0, disable=rank() != 0 or not todo)
+    bar = Bar(total=num_frames, desc="encoding", unit="frame", smoothing=0, disable=rank() != 0 or not todo)
     with ThreadPoolExecutor(1) as decoder:
         for first in range(0, len(todo), ROUND * world_size()):
             parts, bad = split_evenly(todo[first : first + ROUND * world_size()]), []

@@ -41,7 +41,8 @@ from sharding import is_sharded, shard_like, whole
 VERSION = 1
 CONFIG_TYPES = {  # what sampling and training take from the parts of a config
     "model": {},
-    "data": {"vae": str, "image_size": int | None, "fps": float, "frame_interval": list, "classes": list},
+    "data": {"vae": str, "image_size": int | None, "fps": float, "frame_interval": list, "classes": list,
+             "time_scale": float | int | None},
     "training": {"model": str, "num_frames": int, "video": bool},
 }
 ADDED = {"rope_speed": 0.0, "position_table": "none"}  # fields of EqMConfig that older files lack: what they meant
@@ -95,7 +96,7 @@ class Progress:
 
 def trained_time_scale(data):
     """Seconds per frame of the clips that a model was trained on, from config["data"]."""
-    return data["frame_interval"][0] / data["fps"]
+    return data.get("time_scale") or data["frame_interval"][0] / data["fps"]  # older files have no time_scale
 
 
 # ----------------------------------------------------------------------------------------------------------------------
@@ -364,6 +365,19 @@ def load_run(start, model, ema, optimizers, scaler):
     check_unchanged(start.path, start.stamp)
 
 
+def with_classes(state, classes, num_classes):
+    """The dict of a checkpoint for other classes, for --new-classes.
+
+    A class that it knows by name keeps its embedding, others begin with that of no label. The optimizer starts afresh.
+    """
+    before, null = state["config"]["data"]["classes"], state["config"]["model"]["num_classes"]
+    rows = [before.index(name) if name in before else null for name in classes]
+    rows += [null] * (num_classes + 1 - len(rows))
+    table = "y_embedder.embedding_table.weight"
+    parts = {part: state[part] | {table: state[part][table][rows]} for part in ("model", "ema")}
+    return state | parts | {"optimizer": None}
+
+
 def load_weights(path, model, weights):
     """load_state_dict, also of whole weights into a sharded model, with one line that names the first mismatch."""
     try:
@@ -517,6 +531,9 @@ def find_start(args, name):
     folder = newest_run(args.results_dir, name)
     if folder and not args.resume and not is_restarted(folder):
         folder = None
+    if args.resume and folder is None:
+        where = Path(args.results_dir, f"[0-9]*-{name}")
+        say(f"--resume: nothing to resume in {where}: starting from {args.ckpt or 'the beginning'}")
     start, asked = Start(Progress(), folder=folder), asked_shape(args)
     if folder:
         if rank() == 0:
@@ -529,8 +546,9 @@ def find_start(args, name):
         return start
     state, step = start.state, start.state["step"]
     kind = state["optimizer"]["kind"] if state["optimizer"] else args.optimizer
-    if kind != args.optimizer:
-        raise UserError(f"--ckpt {start.path}: trained with --optimizer {kind}, found {args.optimizer}: give the same")
+    if kind != args.optimizer and not (args.new_classes and not start.resumes):
+        flag = "--resume," if start.resumes else "--ckpt"
+        raise UserError(f"{flag} {start.path}: trained with --optimizer {kind}, found {args.optimizer}: give the same")
     if start.resumes:
         start.progress = Progress(step, best_loss=state["best_loss"], **state["phase"])
         args.ckpt = state["config"]["training"].get("ckpt")  # where the phase started, for the record

@@ -273,6 +273,7 @@ def score(args, generated, clips, key, detector, num_features, device):
     return values, result, sorted({path for paths in distributed.gather(bad) for path in paths})
 
 
+@one_line_errors()
 def main():
     args, given = parse_args()
     try:

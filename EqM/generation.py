@@ -11,7 +11,6 @@ from pathlib import Path
 
 import torch
 from torch import nn
-from tqdm import tqdm
 
 import checkpoint
 import published
@@ -19,7 +18,7 @@ import transport
 from models import EBMS, NAMES, EqM, model_name
 from rope import REFERENCE_FPS
 from runtime import distributed
-from runtime.cli import COUNT, NATURAL, NON_NEGATIVE, POSITIVE, UserError, number, say, settle_precision
+from runtime.cli import COUNT, NATURAL, NON_NEGATIVE, POSITIVE, Bar, UserError, number, say, settle_precision
 from runtime.rng import normal
 from runtime.untrusted import FPS, check_types
 from samplers import DESCENTS, SOLVERS, guided, sample
@@ -277,11 +276,12 @@ def choose_windows(args, config, num_frames, usual):
 
 def open_vae(args, config, data):
     """The VAE that a checkpoint was trained with, at its place or at that of --vae. Raises UserError."""
-    vae = load_vae(args.vae or data["vae"])
+    vae = load_vae(args.vae or data["vae"], None if args.vae else "the checkpoint")
     size = config.input_size * vae.downsample
     same_kind = (vae.name == "none") == (data["vae"] == "none")
     if not same_kind or (vae.channels, size) != (config.in_channels, data["image_size"] or size):
-        raise UserError(f"--vae {vae.name}: the checkpoint was trained with {data['vae']}: name a place of that one")
+        found = f"--vae {args.vae}" if args.vae else f"the checkpoint's VAE {vae.name} is another one by now"
+        raise UserError(f"{found}: the checkpoint was trained with {data['vae']}: name a place of that one with --vae")
     if args.image_size not in (None, size):
         raise UserError(f"--image-size {args.image_size}: the checkpoint has {size}: leave the flag out")
     return vae
@@ -478,17 +478,19 @@ def generate(network, start, labels, time_scale, null_label, batch_size=16, show
 
 
 def sampling_bar(num_batches, num_steps, show):
-    return tqdm(total=num_batches * num_steps, desc="sampling", unit="point", leave=False, disable=not show)
+    return Bar(total=num_batches * num_steps, desc="sampling", unit="point", leave=False, disable=not show)
 
 
 @torch.no_grad()
 def generate_batch(
-    network, x, labels, time_scale, progress, null_label, guidance, precision="fp32", energy=None, **settings
-):
+    network, x, labels, time_scale, progress, null_label, guidance, precision="fp32", energy=None, strict=True,
+    **settings,
+):  # fmt: skip
     """Turn the noise x (B, C, T, H, W) float32 into samples, and move the progress bar by num_steps.
 
     labels (B,), time_scale (B,); settings are those of `samplers.sample`. precision is that of the network only: the
-    samples stay float32. energy(x, y, time_scale) -> (B,), if there is one, is evaluated at every point.
+    samples stay float32. energy(x, y, time_scale) -> (B,), if there is one, is evaluated at every point. Samples that
+    are not finite raise UserError or, unless `strict`, are noted.
     Returns samples (B, C, T, H, W), evaluations (B,) and energies (B, num_steps): NaN after the point where a sample
     stopped, None without `energy`.
     """
@@ -499,6 +501,7 @@ def generate_batch(
         guided_energy = energy and guided(energy, labels, time_scale, guidance, null_label)
         observer = Observer(guided_energy, len(x), num_steps, x.device, progress)
         samples, evaluations = sample(field, x, observe=observer, **settings)
+    observer.check(strict, settings)
     progress.update(end - progress.n)  # if all stopped early
     return samples, evaluations, None if energy is None else observer.energies
 
@@ -509,10 +512,23 @@ class Observer:
     def __init__(self, energy, batch_size, num_steps, device, progress):
         self.energy, self.progress, self.point = energy, progress, 0
         self.energies = torch.full((batch_size, num_steps), torch.nan, device=device)
+        self.finite = []  # of each point: whether all samples are, on the device
 
     def __call__(self, x, keep):
         if self.energy is not None:
             self.energies[keep, self.point] = self.energy(x, keep)
+        self.finite.append(x.isfinite().all())
         self.point += 1
         self.progress.set_postfix_str(f"{len(keep)} running", refresh=False)
         self.progress.update()
+
+    def check(self, strict, settings):
+        """Raise UserError, or unless `strict` say so, if samples are not finite: at which step that began."""
+        lost = (~torch.stack(self.finite)).nonzero()
+        if len(lost) == 0:
+            return
+        size = settings["method"] if settings.get("method") in SOLVERS else f"--stepsize {settings['step_size']:g}"
+        text = f"step {lost[0].item()} of {settings['num_steps'] - 1} made samples that are not finite ({size})"
+        if strict:
+            raise UserError(f"{text}: take smaller steps, or another checkpoint")
+        say(f"note: {text}")

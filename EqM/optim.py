@@ -140,6 +140,12 @@ def set_learning_rates(optimizers, args, multiplier):
             group["lr"] = lr * multiplier
 
 
+def learning_rates(optimizers):
+    """{"lr": that of AdamW} and, under Muon, "muon_lr"."""
+    pairs = zip(("lr", "muon_lr"), optimizers, strict=False)
+    return {name: optimizer.param_groups[0]["lr"] for name, optimizer in pairs}
+
+
 def check_gradient(grad_norm, losses, scaler):
     """(skip, tolerated): whether the gradient is not finite, and whether that is no error: 0. or 1., on the device.
 

@@ -5,6 +5,7 @@ of each machine checks for the others there.
 """
 
 import functools
+import json
 import math
 import os
 import statistics
@@ -14,7 +15,7 @@ from pathlib import Path
 
 import checkpoint
 from generation import settle_sampler
-from models import model_config, model_shape
+from models import model_config, model_name, model_shape
 from optim import MUON_DECAY
 from runtime import distributed
 from runtime.cli import (
@@ -34,7 +35,7 @@ from runtime.untrusted import is_text
 from schedule import Phase, fill_batches
 from vae import load_vae
 from video.frame_cache import FrameCache
-from video.index import check_data_path, find_data, latents_settings
+from video.index import check_data_path, find_data, fitting_interval, latents_settings
 
 DEFAULT_MODEL = "EqM-S/4"
 LARGEST = {"num_workers": 1024, "global_batch_size": 2**20, "num_samples": 4096}  # larger values are typing errors
@@ -42,6 +43,10 @@ MODEL_FLAGS = (
     "depth", "hidden_size", "num_heads", "temporal_patch_size", "rope_theta", "rope_split", "rope_speed",
     "position_table", "qk_norm", "ebm",
 )  # fmt: skip
+NO_CHANGE = {  # flags that may differ in a resumed run: they change nothing, or are checked against the checkpoint
+    "resume", "ckpt", "new_classes", "num_classes", "results_dir", "vae", "num_workers", "loader_timeout", "wandb",
+    "save_minutes", "keep_last", *MODEL_FLAGS,
+}  # fmt: skip
 
 
 def check_run(args):
@@ -55,8 +60,18 @@ def check_run(args):
         return None
     check_flags(args)
     check_data_path(args.data_path, images=not args.video)
-    vae = load_run_vae(args)
     start = checkpoint.find_start(args, run_name(args))
+    try:
+        return settle_run(args, start)
+    except UserError as error:
+        if not start.resumes:
+            raise
+        raise UserError(str(error).replace(f"--ckpt {start.path}", f"--resume, {start.path}")) from error
+
+
+def settle_run(args, start):
+    """What `check_run` returns, for a run from a Start."""
+    vae = load_run_vae(args, start)
     args.model = args.model or (None if start.state else DEFAULT_MODEL)
     config, data = make_config(args, vae, start), None
     settle_precision(args, config.ebm != "none", kept=start.kept("precision"))
@@ -72,7 +87,7 @@ def check_run(args):
         lengths = [phase.num_frames for phase in phases] or [args.num_frames]
         flag = "--frames-schedule" if phases else "--num-frames"
         data = find_data(
-            args.data_path, not args.video, args.val_fraction, lengths, args.val_frames, flag, start.folder
+            args.data_path, not args.video, args.val_fraction, lengths, args.val_frames, flag, args.results_dir
         )
         config = fit_classes(args, config, start, data.scan.classes)
         if args.cache_frames:
@@ -102,6 +117,8 @@ def share_run(args, run):
         asked = checkpoint.asked_shape(args)
         own = checkpoint.load_stamped(start.path, **asked) if start.path else (None, None)
     start.stamp, start.state = own
+    if args.new_classes and not start.resumes:
+        start.state = checkpoint.with_classes(start.state, data.scan.classes, config.num_classes)
     if args.cache_frames:
         data = replace(data, frames=share_frame_cache(args, data))
     return args, start, vae, config, data, phases
@@ -128,6 +145,8 @@ def check_flags(args):
     for name, most in LARGEST.items():
         if (value := getattr(args, name)) > most:
             raise UserError(f"--{name.replace('_', '-')} {value}: wanted at most {most}")
+    if args.new_classes and args.ckpt is None:
+        raise UserError("--new-classes is for a checkpoint of other classes: give --ckpt, too, or leave it out")
     if args.ckpt == "":
         raise UserError("--ckpt '': an empty name; name a checkpoint, or leave the flag out to start from scratch")
     parts = world_size() * args.grad_accum
@@ -168,19 +187,26 @@ def settle_frames(args):
     args.num_frames = args.num_frames or 16
 
 
-def load_run_vae(args):
-    """The VAE of --vae or, for a latent cache, of the cache; settles --vae, --image-size and --no-flip."""
-    cache = latents_settings(args.data_path, images=not args.video)
+def load_run_vae(args, start):
+    """The VAE of --vae, else of the latent cache or the checkpoint; settles --vae, --image-size and --no-flip."""
+    cache, owner = latents_settings(args.data_path, images=not args.video), None if args.vae else "the checkpoint"
+    kept = start.state["config"]["data"] if start.state else {"vae": "ema", "image_size": 256}
     if cache is None:
-        args.vae, args.image_size = args.vae or "ema", args.image_size or 256
-        return load_vae(args.vae)
+        args.vae = args.vae or kept["vae"]
+        vae = load_vae(args.vae, owner)
+        size = kept["image_size"] or start.state["config"]["model"]["input_size"] * vae.downsample  # published models
+        args.image_size = args.image_size or size
+        return vae
+    if start.state and kept["image_size"] not in (None, cache["image_size"]):
+        found = f"--data-path {args.data_path}: a latent cache of {cache['image_size']} px"
+        raise UserError(f"{found}, --ckpt {start.path} has {kept['image_size']} px: make a cache of that size")
     if args.image_size not in (None, cache["image_size"]):
         found = cache["image_size"]
         raise UserError(f"--image-size {args.image_size}: the cache --data-path has {found}: leave it out")
     if args.vae not in (None, cache["vae"]) and not os.path.isdir(args.vae):
         raise UserError(f"--vae {args.vae}: the cache --data-path was made with {cache['vae']}: leave it out")
     args.vae, args.image_size = args.vae or cache["vae"], cache["image_size"]
-    vae = load_vae(args.vae)  # samples are decoded with it
+    vae = load_vae(args.vae, owner and "the latent cache")  # samples are decoded with it
     for name in ("channels", "downsample", "scale", "shift"):
         if getattr(vae, name) != cache[name]:
             raise UserError(
@@ -234,6 +260,8 @@ def make_config(args, vae, start):
         else:
             checkpoint.check_kind(start.path, start.state, args.video)
             saved = checkpoint.config_of(start.path, start.state)
+            if args.new_classes and not start.resumes:
+                settings.pop("num_classes", None)
             checkpoint.check(start.path, saved, **(model_shape(args.model) | settings))
             config = replace(saved, num_frames=args.num_frames)
         config.check_num_frames(args.num_frames)
@@ -282,12 +310,51 @@ def fit_classes(args, config, start, classes):
     num_classes = args.num_classes or len(classes)
     if num_classes < len(classes):
         raise UserError(f"--num-classes {num_classes}: wanted at least the {len(classes)} of --data-path")
-    if start.state is not None:
+    before = start.state["config"]["data"]["classes"] if start.state else classes
+    if args.new_classes and not start.resumes:
+        known = len(set(before) & set(classes))
+        say(f"--new-classes: {known} of {len(classes)} are known to {start.path}, which has {len(before)}")
+    elif start.state is not None:
+        if before != classes and before != [str(label) for label in range(len(before))]:  # published: no names
+            found, wanted = (f"{', '.join(names[:3])} ({len(names)})" for names in (classes, before))
+            advice = "a run keeps its classes" if start.resumes else "--new-classes trains on with those of the data"
+            place = f"--data-path {args.data_path}"
+            raise UserError(f"{place}: has the classes {found}, --ckpt {start.path} has {wanted}: {advice}")
         checkpoint.check(start.path, config, num_classes=num_classes)
-        before = start.state["config"]["data"]["classes"]
-        if before != classes:
-            say(f"note: the classes were {', '.join(before[:3])} ...; now they are {', '.join(classes[:3])} ...")
     return replace(config, num_classes=num_classes)
+
+
+def note_changes(start, run_config, folder, log, metrics):
+    """Say in log and metrics which flags of a resumed run are not as they were, and keep its config up to here."""
+    if not start.resumes:
+        return
+    before, now = start.state["config"]["training"], run_config["training"]
+    names = [name for name in now if name not in NO_CHANGE and before.get(name, now[name]) != now[name]]
+    if names and rank() == 0:
+        text = "resumed with other flags: " + ", ".join(f"{name} {before[name]} -> {now[name]}" for name in names)
+        log(text)
+        metrics.note(start.progress.step, text)
+        old = folder / f"config-until-{start.progress.step:07d}.json"
+        old.write_text(json.dumps(start.state["config"], indent=2))
+
+
+def log_run(log, args, folder, config, model, data, steps, device):
+    """Say what is trained on what; steps are the first and the last one."""
+    size, num_frames = sum(parameter.numel() for parameter in model.parameters()), max(data.train)
+    log(
+        f"{folder}: {model_name(**asdict(config))}, {size / 1e6:.1f} M parameters, "
+        f"{config.positions}; {world_size()} x {device.type}, steps {steps[0]} to {steps[1]}"
+    )
+    log(
+        f"{len(data.train[num_frames])} {'videos' if args.video else 'images'} of {len(data.scan.classes)} classes "
+        f"train, {len(data.val[num_frames])} validate; {data.num_short} have fewer than {num_frames} frames, "
+        f"{len(data.scan.unreadable)} can't be opened"
+    )
+    for num_frames, videos in data.train.items():
+        fits = [fitting_interval(video, num_frames, args.frame_interval[-1]) for video in videos]
+        if short := sum(fit < args.frame_interval[-1] for fit in fits):
+            found = f"{short} of {len(videos)} training videos are too short for {num_frames} frames that are"
+            log(f"note: {found} {args.frame_interval[-1]} apart: theirs are as far apart as fits, from {min(fits)} on")
 
 
 def run_name(args):
@@ -302,13 +369,16 @@ def make_run_config(args, config, phase, data, vae):
     flags = {name: str(value) if isinstance(value, Path) else value for name, value in vars(args).items()}
     if args.frames_schedule:
         flags["frames_schedule"] = ",".join(map(str, args.frames_schedule))
+    videos, interval = data.train[phase.num_frames], args.frame_interval[0]
+    scales = [fitting_interval(video, phase.num_frames, interval) / video.fps for video in videos]
     return {
         "model": asdict(config) | {"num_frames": phase.num_frames},
         "data": {
             "vae": vae.place,
             "image_size": args.image_size,
-            "fps": statistics.median(video.fps for video in data.train[phase.num_frames]),
+            "fps": statistics.median(video.fps for video in videos),
             "frame_interval": args.frame_interval,
+            "time_scale": statistics.median_low(scales),  # seconds between frames of the clips that were seen
             "classes": data.scan.classes,
         },
         "training": flags | {"num_frames": phase.num_frames, "global_batch_size": phase.batch_size},

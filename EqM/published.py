@@ -20,6 +20,7 @@ from runtime.cli import UserError
 from runtime.untrusted import check_types, read_json
 
 EXPORT = ("model.safetensors", "config.json")
+CARD = "README.md"
 EXPORT_TYPES = {"version": int, "step": int, "model": dict, "data": dict, "training": dict}  # of config.json
 DTYPES = {"fp32": torch.float32, "fp16": torch.float16}
 LOCAL_FLAGS = {"data_path", "results_dir", "ckpt"}  # mean nothing on another machine
@@ -28,10 +29,10 @@ LOCAL_FLAGS = {"data_path", "results_dir", "ckpt"}  # mean nothing on another ma
 # Exported folders: the EMA weights and their configuration, to share
 
 
-def write_export(folder, state, dtype="fp32"):
+def write_export(folder, state, dtype="fp32", card=None):
     """Write model.safetensors (the EMA weights) and config.json into a new or empty folder, all or nothing.
 
-    Raises OSError.
+    card is a text for its README.md. Raises OSError.
     """
     folder, parts = Path(os.path.abspath(folder)), dict(state["config"])
     temporary = folder.with_name(f".{folder.name}.tmp")
@@ -43,6 +44,8 @@ def write_export(folder, state, dtype="fp32"):
     try:
         (temporary / EXPORT[0]).write_bytes(safetensors.torch.save(weights, metadata={"format": "pt"}))
         (temporary / EXPORT[1]).write_text(json.dumps(about, indent=2) + "\n")
+        if card is not None:
+            (temporary / CARD).write_text(card, encoding="utf-8")
         os.replace(temporary, folder)
     except OSError:
         shutil.rmtree(temporary)

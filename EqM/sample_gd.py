@@ -9,6 +9,7 @@ settings of the sampler, unless flags say otherwise.
 Published image models need --model.
 """
 
+import argparse
 import csv
 import functools
 import itertools
@@ -38,7 +39,9 @@ from runtime.cli import (
     say,
 )
 from runtime.distributed import own_indices, rank, world_size
+from runtime.untrusted import read_json
 from samplers import SOLVERS
+from scoring.manifest import is_manifest
 from video.inputs import check_apart, find_clips
 from video.writers import write_samples
 
@@ -64,6 +67,8 @@ def parse_args():
 
     add = parser.add_argument_group("output").add_argument
     add("--folder", default="samples", metavar="DIR", help="folder for the samples")
+    overwrite = "whether to replace the samples of another run (another training run or model) in --folder"
+    add("--overwrite", action=argparse.BooleanOptionalAction, default=True, help=overwrite)
     add("--batch-size", type=COUNT, default=16, metavar="N", help="samples per rank at a time")
     add("--report-energy", action="store_true", help="write the (guided) energy of each sample at each step")
 
@@ -148,6 +153,7 @@ def prepare(args):
     Raises UserError.
     """
     check_writable("--folder", args.folder)
+    check_not_of_another(args)
     source = generation.open_checkpoint(args)
     if args.init_gamma == 1 and args.sampler in SOLVERS:
         raise UserError(f"--init-gamma 1 leaves --sampler {args.sampler} nothing to do: it integrates from there to 1")
@@ -160,6 +166,24 @@ def prepare(args):
     indices = own_indices(args.num_samples, block=args.batch_size)
     given = None if args.given is None else Given(args, source, indices)
     return args, source, indices, init_reader(args, source, indices), given
+
+
+def check_not_of_another(args):
+    """Raise UserError if --folder holds samples of another run, unless --overwrite allows to replace them."""
+
+    def run_of(ckpt):
+        place = Path(ckpt).resolve()
+        return place.parent.parent if place.parent.name == "checkpoints" else place
+
+    place = Path(args.folder, "samples.json")
+    if args.overwrite or not place.exists():
+        return
+    try:
+        other = str(read_json(place)["flags"]["ckpt"])
+    except (OSError, ValueError, KeyError, TypeError):
+        other = "another model"
+    if run_of(other) != run_of(args.ckpt):
+        raise UserError(f"--folder {args.folder}: holds samples of {other}: name another folder, or add --overwrite")
 
 
 def sample_run(args, source, indices, init, given, device):
@@ -230,7 +254,7 @@ def write_folder(args, source, parts, given):
 
 
 def begin_folder(folder):
-    """Make the folder, or remove the samples of an earlier call from it, so that everything in it is from one call.
+    """Make the folder, or remove the samples of an earlier call and their scores, so that all in it is from one call.
 
     They are removed only where samples.json, or UNFINISHED of a call that did not end, says that they are samples.
     """
@@ -242,7 +266,9 @@ def begin_folder(folder):
         numbered = [path for path in folder.glob("[0-9]" * 6 + ".*") if path.suffix in (".mp4", ".gif", ".png", ".tmp")]
         reports = [folder / f"{name}.{kind}" for name in ("evaluations", "energy") for kind in ("csv", "png")]
         names = ("grid.gif", "grid.png", "sheet.png", "gallery.html", "samples.npz", "samples.npz.tmp")
-        for path in (*numbered, *reports, *(folder / name for name in names)):
+        scores = [path for path in folder.glob("*.json") if is_manifest(path)]
+        pictures = [path.with_suffix(suffix) for path in scores for suffix in (".png", ".sheet.png")]
+        for path in (*numbered, *reports, *(folder / name for name in names), *scores, *pictures):
             path.unlink(missing_ok=True)
 
 

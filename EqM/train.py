@@ -20,19 +20,27 @@ import os
 import time
 from collections import Counter
 from contextlib import nullcontext, suppress
-from dataclasses import asdict, replace
+from dataclasses import replace
 
 import torch
 from torch.nn.utils import clip_grad_norm_
-from tqdm import tqdm
 
 import checkpoint
 import preflight
 import transport
 from forcing import draw_gammas, label_dropout
 from generation import Source, add_sampling_flags, cast_products, generate_clips, sampling_settings
-from models import EBMS, NAMES, POSITION_TABLES, model_name
-from optim import MUON_DECAY, check_gradient, ema_decay, lr_multiplier, make_optimizers, set_learning_rates, update_ema
+from models import EBMS, NAMES, POSITION_TABLES
+from optim import (
+    MUON_DECAY,
+    check_gradient,
+    ema_decay,
+    learning_rates,
+    lr_multiplier,
+    make_optimizers,
+    set_learning_rates,
+    update_ema,
+)
 from runtime import distributed, runs
 from runtime.cli import (
     COUNT,
@@ -41,12 +49,14 @@ from runtime.cli import (
     POSITIVE,
     SHARE,
     ArgumentParser,
+    Bar,
     UserError,
     add_removed,
     add_speed_flags,
     fail,
     one_line_errors,
     say,
+    warnings_as_lines,
 )
 from runtime.distributed import rank, world_size
 from runtime.metrics import Metrics, StepStats, bar_text, device_stats
@@ -73,6 +83,8 @@ def parse_args():
     add("--results-dir", default="results", metavar="DIR", help="the run folder is made in here")
     ckpt = "start a new phase from this checkpoint, exported folder or published image model; default: from scratch"
     add("--ckpt", metavar="FILE", help=ckpt)
+    new = "train --ckpt on with the classes of --data-path: those it knows by name keep what they learnt"
+    add("--new-classes", action="store_true", help=new)
     add("--resume", action="store_true", help="continue the newest run of this model, frames and positions, if any")
     add("--log-every", type=COUNT, default=100, metavar="N", help="steps between two lines of metrics")
     add("--ckpt-every", type=COUNT, default=50_000, metavar="N", help="steps between checkpoints; the last step saves")
@@ -124,16 +136,16 @@ def add_model_and_data_flags(parser):
     add = parser.add_argument_group("data").add_argument
     data = "folder with <class>/<video or image>, or a latent cache of cache_latents.py"
     add("--data-path", required=True, metavar="DIR", help=data)
-    size = "height and width in pixels; default: that of the latent cache, else 256"
+    size = "height and width in pixels; default: that of the latent cache, else of --ckpt, else 256"
     add("--image-size", type=COUNT, metavar="PX", help=size)
-    vae = "ema, mse, or a directory of an AutoencoderKL; none: pixels; default: that of the latent cache, else ema"
+    vae = "ema, mse, an AutoencoderKL's directory, none: pixels; default: of the latent cache, else of --ckpt, else ema"
     add("--vae", metavar="VAE", help=vae)
     interval = "video frames from one frame of a clip to the next; two numbers: drawn per clip between them; default: 1"
     add("--frame-interval", type=COUNT, nargs="+", default=[1], metavar="N", help=interval)
     add("--no-flip", action="store_true", help="never mirror a clip, for classes that have a left and a right")
     fraction = "share of the videos that validate, where no split files are found"
     add("--val-fraction", type=SHARE, default=0.05, metavar="F", help=fraction)
-    add("--max-bad-fraction", type=SHARE, default=0.01, metavar="F", help="share of the videos that may be bad")
+    add("--max-bad-fraction", type=SHARE, default=0.1, metavar="F", help="share of the videos that may be bad")
     workers = "loader processes per rank, as many again for validation; 0 = load in-process"
     add("--num-workers", type=NATURAL, default=min(4, os.cpu_count()), metavar="N", help=workers)
     cached = "decode each video once, into memory that the ranks of a machine share: for small data sets"
@@ -207,7 +219,7 @@ def main():
     # The run folder, and what is written there
     folder = start.folder or runs.start_run_folder(args.results_dir, preflight.run_name(args))
     if rank() == 0:
-        save_index(data.scan, folder)
+        save_index(data.scan, args.data_path, args.results_dir)
     checkpoint.complete_names(start, phases, args.ckpt_every)
     run_config = preflight.make_run_config(args, config, current_phase(phases, progress.first_step), data, vae)
     logged_step = progress.step - 1 if start.unlogged else progress.step
@@ -215,14 +227,16 @@ def main():
     num_videos = len(data.scan.videos) + len(data.scan.unreadable)
     bad_videos = BadVideos(num_videos, args.max_bad_fraction, start.bad_videos)
     log = functools.partial(say, log=folder / "log.txt")
+    warnings_as_lines(folder / "log.txt")
     vae.to(device)
     network, stop = model if args.shard else distributed.parallel(model), StopSignal(together=args.shard)
     writer, saved_at = checkpoint.Writer(folder), time.monotonic()
     remove_old = functools.partial(runs.keep_last, folder, args.keep_last, {phase.last_step for phase in phases})
     stats = StepStats(start.unlogged)
+    preflight.note_changes(start, run_config, folder, log, metrics)
     start.state = run = None  # or the file would stay open during the whole run
     began = time.monotonic() - progress.seconds  # as if the run had never been interrupted
-    log_run_summary(log, args, folder, config, model, data, progress.step, last_step, device)
+    preflight.log_run(log, args, folder, config, model, data, (progress.step, last_step), device)
     report_bad(bad_videos, data.scan.unreadable, progress.step, log)
 
     def save(names):
@@ -237,7 +251,7 @@ def main():
         state = checkpoint.run_state(*trained, progress, unlogged, bad_videos.paths)
         writer.write(state, names, before=metrics.sync, after=remove_old)
 
-    bar = tqdm(initial=progress.step, total=last_step, desc=folder.name, unit="step", disable=rank() != 0)
+    bar = Bar(initial=progress.step, total=last_step, desc=folder.name, unit="step", disable=rank() != 0)
     periods = args.log_every, args.val_every, args.ckpt_every, args.sample_every
     try:
         for phase in [phase for phase in phases if phase.last_step > progress.first_step]:
@@ -283,7 +297,7 @@ def main():
                         write_previews(folder, step, metrics, previews, videos.numpy())
                     # Logged first: a checkpoint must not be ahead of the metrics; what comes after it is logged again.
                     progress.seconds = time.monotonic() - began
-                    row |= {"lr": optimizers[0].param_groups[0]["lr"], "bad_videos": bad_videos.count}
+                    row |= learning_rates(optimizers) | {"bad_videos": bad_videos.count}
                     row |= {"num_frames": phase.num_frames, "seconds": progress.seconds, "flops": progress.flops}
                     metrics.log(step, **row)
                     stats = StepStats()
@@ -379,7 +393,7 @@ def start_phase(args, data, phases, phase, progress, device):
     val = {"flip": False, "seed": 0, "stream": "validation"}
     train_clips = {n: Clips(videos=videos, num_frames=n, **shared, **train) for n, videos in data.train.items()}
     val_lengths = sorted({phase.num_frames, *args.val_frames})
-    val_clips = {n: Clips(videos=data.val[n], num_frames=n, **shared, **val) for n in val_lengths}
+    val_clips = {n: Clips(videos=data.val[n], num_frames=n, spare=data.spare(n), **shared, **val) for n in val_lengths}
 
     frames = frames_of_steps(phases, phase, progress.step, progress.first_step, args.mix, args.global_seed)
     split = rank(), world_size(), args.grad_accum
@@ -402,7 +416,7 @@ def preview_source(args, ema, vae, run_config):
 def report_bad(bad_videos, paths, step, log):
     """Name the bad videos that any rank has found, each once; raises UserError, on all ranks, if they are too many."""
     for path in bad_videos.add([path for part in distributed.gather(paths) for path in part]):
-        log(f"step {step}: {path} can't be decoded; other clips take its place")
+        log(f"step {step}: {path} can't be decoded; other clips take its place ({bad_videos})")
 
 
 def sample_ema(source, args, device, stop):
@@ -410,7 +424,7 @@ def sample_ema(source, args, device, stop):
     indices, videos = list(range(args.num_samples)) if args.shard else distributed.own_indices(args.num_samples), []
     source = replace(source, model=cast_products(source.model, args.precision))  # the EMA itself stays float32
     with suppress(Interrupted):
-        settings, show = sampling_settings(args), rank() == 0
+        settings, show = sampling_settings(args) | {"strict": False}, rank() == 0  # training goes on
         for clips, _, _ in generate_clips(
             source, indices, args.global_seed, device, settings, show=show, before_evaluation=stop.check
         ):
@@ -430,19 +444,6 @@ def write_previews(folder, step, metrics, source, videos):
         write_mp4(mp4, tile(videos), fps)
         write_gif(gif, tile(videos), fps)
     metrics.video(step, "samples", videos, gif and gif.getvalue(), mp4)
-
-
-def log_run_summary(log, args, folder, config, model, data, step, last_step, device):
-    size, num_frames = sum(parameter.numel() for parameter in model.parameters()), max(data.train)
-    log(
-        f"{folder}: {model_name(**asdict(config))}, {size / 1e6:.1f} M parameters, "
-        f"{config.positions}; {world_size()} x {device.type}, steps {step} to {last_step}"
-    )
-    log(
-        f"{len(data.train[num_frames])} {'videos' if args.video else 'images'} of {len(data.scan.classes)} classes "
-        f"train, {len(data.val[num_frames])} validate; {data.num_short} have fewer than {num_frames} frames, "
-        f"{len(data.scan.unreadable)} can't be opened"
-    )
 
 
 if __name__ == "__main__":

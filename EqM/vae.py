@@ -5,6 +5,7 @@ holds any AutoencoderKL of diffusers. Frames are encoded one by one, so time is 
 """
 
 import os
+import sys
 import textwrap
 
 import torch
@@ -82,11 +83,16 @@ class VAE:
         return _by_frames(decode, latents.float() / self.scale + self.shift).permute(0, 2, 3, 4, 1).contiguous()
 
 
-def load_vae(name):
-    """The frozen VAE that --vae names: none, ema, mse or a directory. Raises UserError if it can't be loaded."""
+def load_vae(name, owner=None):
+    """The frozen VAE that --vae names: none, ema, mse or a directory. Raises UserError if it can't be loaded.
+
+    owner says whose it is, such as "the checkpoint", if the user gave no --vae.
+    """
     if name == "none":
         return VAE(name)
     if name not in REPOSITORIES and not os.path.isdir(name):
+        if owner:
+            raise UserError(f"{owner}'s VAE {name} is not there: name its new place with --vae")
         raise UserError(f"--vae {name}: wanted none, ema or mse, or the directory of a diffusers AutoencoderKL")
     directory = _download(name) if name in REPOSITORIES else name
     advice = "give the directory of a diffusers AutoencoderKL"
@@ -118,7 +124,7 @@ def _download(name):
         return os.path.dirname([hf_hub_download(repo, file, local_files_only=True) for file in (CONFIG, WEIGHTS)][0])
     except LocalEntryNotFoundError:
         say(f"--vae {name}: downloading {repo} (335 MB, once; without internet, give --vae a directory that holds it)")
-    if rank() != 0:
+    if rank() != 0 or not sys.stderr.isatty():
         disable_progress_bars()
     try:
         return snapshot_download(repo, allow_patterns=[CONFIG, WEIGHTS])

@@ -19,10 +19,9 @@ from pathlib import Path
 import av
 import numpy as np
 import torch
-from tqdm import tqdm
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent / "EqM"))
-from runtime.cli import ArgumentParser, UserError, fail, say
+from runtime.cli import ArgumentParser, Bar, UserError, fail, say
 from runtime.rng import generator
 from runtime.untrusted import read_json
 
@@ -205,7 +204,7 @@ def already_made(out, settings):
     """
     if not out.exists() or (out.is_dir() and not any(out.iterdir())):
         return False
-    advice = f"wanted a new or empty folder or the same data set: name another folder or delete {out}"
+    advice = "wanted a new or empty folder or the same data set: name another folder"
     try:
         found = read_json(out / "shapes.json")
         same, videos = found["settings"] == settings, found["videos"]
@@ -227,7 +226,7 @@ def write_data_set(out, settings, args):
         folder = Path(temporary, out.name)
         for name in BOUNCING if args.bounce else CLASSES:
             (folder / name).mkdir(parents=True)
-        for key, video in tqdm(videos.items(), desc="Moving Shapes", unit="video"):
+        for key, video in Bar(videos.items(), desc="Moving Shapes", unit="video"):
             write_video(folder / f"{key}.avi", draw_clip(video, args.size, args.frames))
         write_splits(folder / "ucfTrainTestlist", videos, test)
         top = {"version": VERSION, "size": args.size, "fps": FPS, "seconds": args.frames / FPS, "seed": args.seed}

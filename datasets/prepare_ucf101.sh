@@ -5,8 +5,14 @@
 #
 # makes DIR/<Class>/*.avi and ucfTrainTestlist/*.txt beside DIR from two archives. It downloads nothing: download the
 # archives into DIR or beside it first. Exit status 2: something is missing or wrong, see the message.
+#
+#   EXPECT_VIDEOS=13320, EXPECT_CLASSES=101   what is expected, for a part of UCF-101
 set -euo pipefail
 
+if [[ ${1:-} == --help || ${1:-} == -h ]]; then
+  awk 'NR > 1 { if (!/^#/) exit; sub(/^# ?/, ""); print }' "$0"
+  exit
+fi
 DIR=${1:-$(dirname "$0")/ucf-101}
 DIR=${DIR%/}
 [[ $DIR == -* ]] && DIR=./$DIR # else find and mkdir would read it as a flag

@@ -1,21 +1,44 @@
-"""Export a checkpoint to a folder to share: model.safetensors (the EMA weights) and config.json (their configuration).
+"""Export a checkpoint to a folder to share: its EMA weights, their configuration, and a model card (README.md).
 
-    python scripts/export.py results/EXP/002-EqM-S-4-f16-rope/checkpoints/best.pt exported --dtype fp16
+    python scripts/export.py results/EXP/002-EqM-S-4-f16-rope/checkpoints/best.pt exported --dtype fp16 \
+        --scores motion.json
 
 sample_gd.py, evaluate.py and train.py take the folder as --ckpt. In fp32 its samples are bit for bit those of the
 checkpoint.
 """
 
+import math
 import os
 import sys
 from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent / "EqM"))
 import checkpoint
+import generation
 import models
 import published
 from models import EBMS, NAMES
-from runtime.cli import ArgumentParser, UserError, check_writable, fail, say
+from runtime.cli import ArgumentParser, UserError, check_writable, fail, one_line, say
+from scoring import manifest
+
+SHOWN = 20  # classes that the card names
+KEY = "checkpoint_sha256"
+CARD = """# {name}
+
+Trained with Equilibrium Matching (arXiv 2510.02300). `config.json` holds all settings; those of the sampler are used
+unless flags say otherwise. `FOLDER` is this folder, `DATA` a folder of videos or images of the same classes.
+
+| | |
+|---|---|
+{about}
+
+```bash
+{sample}
+{train}
+```
+
+## Scores
+{scores}"""
 
 
 def parse_args():
@@ -26,6 +49,8 @@ def parse_args():
     parser.add_argument("--dtype", choices=published.DTYPES, default="fp32", help=dtype)
     name = "EqM-{Ti,S,B,L,XL}/{2,4,8}; published models need it"
     parser.add_argument("--model", choices=NAMES, metavar="NAME", help=name)
+    scores = "manifests that evaluate.py has written for this checkpoint or its samples, to be shown on the card"
+    parser.add_argument("--scores", nargs="+", default=[], metavar="FILE", help=scores)
     parser.add_argument("--ebm", choices=EBMS, help="energy of the model; published models may need it")
     return parser.parse_args()
 
@@ -39,14 +64,67 @@ def main():
         state = checkpoint.load(args.ckpt, **models.model_shape(args.model), ebm=args.ebm)
         checkpoint.check_name(args.ckpt, state, args.model)
         checkpoint.check(args.ckpt, checkpoint.config_of(args.ckpt, state), ebm=args.ebm)
+        card = make_card(state, args.dtype, [read_scores(args.ckpt, path) for path in args.scores])
     except UserError as error:
         fail(error)
     try:
-        published.write_export(args.folder, state, args.dtype)
+        published.write_export(args.folder, state, args.dtype, card)
     except OSError as error:
         fail(error, status=1)
     size = sum(file.stat().st_size for file in Path(args.folder).iterdir()) / 1e6
-    say(f"{args.folder}: {', '.join(published.EXPORT)}, {size:.1f} MB; use it as --ckpt {args.folder}")
+    names = ", ".join((*published.EXPORT, published.CARD))
+    say(f"{args.folder}: {names}, {size:.1f} MB; use it as --ckpt {args.folder}")
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# The model card
+
+
+def read_scores(ckpt, path):
+    """The manifest at a path, if it is of this checkpoint or of its samples. Raises UserError."""
+    found = manifest.read_manifest(path)
+    about = found["generated"]
+    if generation.sha256(ckpt) not in (about.get(KEY), (about.get("source") or {}).get(KEY)):
+        raise UserError(f"--scores {path}: is not of {ckpt}: score that one with evaluate.py")
+    return found
+
+
+def make_card(state, dtype, scores):
+    """The README.md of an export."""
+    config, flags = state["config"], "--video " if state["config"]["training"]["video"] else ""
+    rope = "--use-rope " if config["model"]["use_rope"] else ""
+    return CARD.format(
+        name=models.model_name(**config["model"]),
+        about="\n".join(f"| {key} | {one_line(str(value)).replace('|', '/')} |" for key, value in facts(state, dtype)),
+        sample=f"python EqM/sample_gd.py {flags}--ckpt FOLDER --num-samples 16 --folder samples",
+        train=f"python EqM/train.py {flags}{rope}--ckpt FOLDER --data-path DATA --max-steps {state['step'] + 10_000}",
+        scores="".join(map(score_table, scores)) or "\nNone were given.\n",
+    )
+
+
+def facts(state, dtype):
+    """Pairs of words for the card."""
+    model, data, training = (state["config"][part] for part in ("model", "data", "training"))
+    size = sum(value.numel() for value in state["ema"].values()) / 1e6
+    yield "model", f"{size:.1f} M parameters, {dtype}, averaged weights of step {state['step']}"
+    names = data["classes"][:SHOWN] + ["..."] * (len(data["classes"]) > SHOWN)
+    yield "classes", f"{len(data['classes'])}: {', '.join(names)}"
+    yield "data", os.path.basename(str(training.get("data_path") or "")) or "not recorded"
+    if training["video"]:
+        apart, patch = checkpoint.trained_time_scale(data), model["temporal_patch_size"]
+        yield "clips", f"{training['num_frames']} frames, {apart:.4g} s apart; patches of {patch}"
+    yield "pictures", f"{data['image_size'] or 'see config.json'} px, VAE {os.path.basename(str(data['vae']))}"
+    sampler = generation.SAMPLER | {key: training[key] for key in generation.SAMPLER if key in training}
+    yield "sampler", ", ".join(f"{key} {value}" for key, value in sampler.items() if value is not None)
+    if math.isfinite(state["best_loss"]):
+        yield "validation loss", f"{state['best_loss']:.4f}, the lowest of the last phase"
+
+
+def score_table(found):
+    """A manifest's values as a table."""
+    head = ["", f"`{found['protocol']}`, code {found['code'] or 'unknown'}:", "", "| | |", "|---|---|"]
+    rows = [f"| {key} | {'-' if value is None else format(value, '.4g')} |" for key, value in found["values"].items()]
+    return "\n".join([*head, *rows, ""])
 
 
 if __name__ == "__main__":

@@ -6,8 +6,13 @@
 #                                kill a run of two ranks N times with SIGKILL, stop it half as often with SIGTERM, at
 #                                random moments, and compare its end with that of an undisturbed run: results/faults.md
 #                                (or faults-FLAGS.md). FLAGS are more flags of train.py, such as --shard
+#
+# It has no variables.
 set -euo pipefail
 cd "$(dirname "$0")/.."
+source scripts/common.sh
+if [[ ! ${1:-1} =~ ^[1-9][0-9]*$ ]]; then complain "found $*; wanted nothing or a number first, see --help"; fi
+flags_only "${@:2}"
 bash scripts/setup.sh dev
 if [[ $# == 0 ]]; then
   .venv/bin/python -m pytest -n auto --maxprocesses 8 --dist worksteal tests/faults

@@ -24,6 +24,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent / "EqM"))
 from given import frame_ranges
 from runtime.atomic import atomic_write
 from runtime.cli import COUNT, SHARE, ArgumentParser, UserError, check_writable, fail, say
+from runtime.runs import results_of
 from video.clips import Clips
 from video.index import check_data_path, latents_settings, scan_videos, split_videos
 from video.samples import NO_LABEL, class_name, read_samples
@@ -108,7 +109,7 @@ class RealClips:
         check_data_path(root, images)
         if latents_settings(root, images) is not None:
             raise UserError(f"--data-path {root}: a latent cache; name the folder of its videos")
-        self.scan = scan_videos(root, images=images)
+        self.scan = scan_videos(root, results_of(samples.about["flags"]["ckpt"]), images=images)
         self.train, self.val = split_videos(root, self.scan.videos, val_fraction)
         self.of_class, self.taken = {}, {}
 

@@ -7,8 +7,9 @@
 #   bash scripts/gpu_check.sh --out FILE  write elsewhere
 #
 # Without a GPU the same is done at tiny sizes, with 2 processes, in 2 minutes: this shows that the script works, no more.
-# Nothing is written then, unless --out is given. Paths are relative to the repository.
+# Nothing is written then, unless --out is given. Paths are relative to the repository. It has no variables.
 set -euo pipefail
 cd "$(dirname "$0")/.."
+source scripts/common.sh
 bash scripts/setup.sh
 .venv/bin/python scripts/gpu_check.py "$@"

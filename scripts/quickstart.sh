@@ -1,8 +1,20 @@
 #!/usr/bin/env bash
 # From a fresh clone to videos: environment, data, a RoPE model trained on 4, then 8, then 16 frames, samples of 16, 7 and
 # 24 frames, and their scores by a motion tracker. Run again, it continues from its last checkpoint.
+#
+#   EXP=quickstart                  results go to results/$EXP, samples to samples/$EXP-f16 and so on
+#   DATA=datasets/moving-shapes     made if it is not there, VIDEOS=60 of each class
+#   GPUS, MODEL=EqM-Ti/2, PRECISION processes, model, bf16 or fp32; left out: what suits the machine
+#   STEPS_1, STEPS_2, STEPS_3       global steps at which the phases end: 840, 1580, 2200
+#   BATCH_1, BATCH_2, BATCH_3       clips a step: 32, 16, 8
+#   ONE_RUN=1                       0: a run for each phase
+#   FORCING=0.5                     share of the clips that teach to complete given frames
+#   LR_DECAY=0.4                    share of the steps over which the learning rate falls to 0
+#   SAMPLES=48, FRAMES="16 7 24"    how many samples, of how many frames
 set -euo pipefail
 cd "$(dirname "$0")/.."
+source scripts/common.sh
+no_words "$@"
 BEGAN=$SECONDS
 
 export EXP=${EXP:-quickstart}
@@ -38,7 +50,7 @@ bash scripts/train_progressive.sh \
   --log-every 50 --val-every 100000 --val-clips 64 --sample-every 0 \
   --sampler ngd --num-sampling-steps 24 --stepsize 0.0217 --cfg-scale 1.5
 
-OUT=samples/$EXP CKPT= FRAMES=$FRAMES SAMPLES=$SAMPLES bash scripts/sample.sh \
+OUT=samples/$EXP CKPT= FRAMES=$FRAMES SAMPLES=$SAMPLES bash scripts/sample.sh --overwrite \
   ${PRECISION:+--precision="$PRECISION"} --batch-size 8 # 48 samples: 3 batches for each of two ranks
 
 FOLDERS=()

@@ -5,10 +5,21 @@
 #   EXP=quickstart FRAMES="16 7 24" bash scripts/sample.sh [more flags of EqM/sample_gd.py]
 #   CKPT=results/EXP/002-EqM-S-4-f16-rope/checkpoints/best.pt bash scripts/sample.sh
 #
-# Paths are relative to the repository.
+#   EXP, CKPT       an experiment in results/, or a checkpoint; left out: results/demo
+#   FRAMES=16       one or more numbers of frames
+#   SAMPLES=16      how many
+#   OUT             where to, with -f16 and so on after it; left out: samples/$EXP, or samples/model with CKPT alone
+#   GPUS=1          processes
+#
+# Samples of another run are not replaced unless --overwrite says so. Paths are relative to the repository.
 set -euo pipefail
 cd "$(dirname "$0")/.."
-[[ -d .venv ]] && source .venv/bin/activate
+source scripts/common.sh
+flags_only "$@"
+for name in FRAME NUM_FRAMES SAMPLE NUM_SAMPLES CLASS CLASSES CHECKPOINT FOLDER; do
+  [[ -z ${!name:-} ]] || complain "$name is none of its variables EXP CKPT FRAMES SAMPLES OUT GPUS (unset it);" \
+    "all else is a flag, such as --classes"
+done
 
 GPUS=${GPUS:-1}
 EXP=${EXP:-} CKPT=${CKPT:-}
@@ -24,13 +35,13 @@ if [[ -z $CKPT ]]; then
   done
 fi
 if [[ -z $CKPT ]]; then
-  printf 'sample.sh: error: no results/%q/*/checkpoints/best.pt; set EXP or CKPT\n' "$EXP" >&2
-  exit 2
+  complain "no results/$(printf %q "$EXP")/*/checkpoints/best.pt; set EXP or CKPT"
 fi
 read -ra FRAMES <<<"$FRAMES"
 OUT=${OUT:-samples/${EXP:-model}} # videos go to $OUT-f16 and so on, as sample_gd.py names the folders of several lengths
 [[ ${#FRAMES[@]} == 1 ]] && OUT=$OUT-f${FRAMES[0]}
-[[ $GPUS == 1 ]] && RUN=(python) || RUN=(torchrun --standalone --nproc_per_node="$GPUS")
+activate
+processes "$GPUS"
 
 "${RUN[@]}" EqM/sample_gd.py \
-  --video --num-frames "${FRAMES[@]}" --ckpt="$CKPT" --num-samples="$SAMPLES" --folder="$OUT" "$@"
+  --video --num-frames "${FRAMES[@]}" --ckpt="$CKPT" --num-samples="$SAMPLES" --folder="$OUT" --no-overwrite "$@"

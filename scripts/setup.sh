@@ -9,16 +9,19 @@
 #                                  CPU alone (small) and for each version of CUDA; see pytorch.org, "Get started"
 set -euo pipefail
 cd "$(dirname "$0")/.."
+source scripts/common.sh
 
 PYTHON=${PYTHON:-python3}
 TORCH_INDEX=${TORCH_INDEX:-}
 REQUIREMENTS=requirements.txt
-[[ ${1:-} == dev ]] && REQUIREMENTS=requirements-dev.txt
+if [[ $* == dev ]]; then
+  REQUIREMENTS=requirements-dev.txt
+elif [[ $# != 0 ]]; then
+  complain "unknown word $(printf %q "$*"); wanted dev or nothing"
+fi
 
-"$PYTHON" -c 'import sys; sys.exit(sys.version_info < (3, 11))' || {
-  echo "setup.sh: error: $PYTHON is missing or older than 3.11; set PYTHON to a newer one" >&2
-  exit 2
-}
+"$PYTHON" -c 'import sys; sys.exit(sys.version_info < (3, 11))' ||
+  complain "$PYTHON is missing or older than 3.11; set PYTHON to a newer one"
 [[ -x .venv/bin/python ]] || "$PYTHON" -m venv .venv
 
 # The stamp names what was installed, so that a second run takes no time.

@@ -4,11 +4,26 @@
 #
 #   DATA=datasets/ucf-101 GPUS=8 bash scripts/train_progressive.sh [more flags of EqM/train.py]
 #
-# ONE_RUN=1 trains all three in one run of train.py (--frames-schedule): no start and no scan of the data between them.
+#   EXP=progressive_rope_training    everything goes to results/$EXP
+#   GPUS=8                           processes; on a machine without GPUs, of the CPU
+#   MODEL=EqM-S/4
+#   FRAMES_1=4, FRAMES_2=8, FRAMES_3=16; STEPS_1=50000, STEPS_2=100000, STEPS_3=150000, which are global;
+#   BATCH_1=256, BATCH_2=128, BATCH_3=64 clips a step
+#   RECIPE=published, or small       AdamW at 1e-4 and uniform gamma, or Muon and gamma shift 3
+#   LR_DECAY=0                       share of the steps over which the learning rate falls to 0, at the end
+#   FORCING=0.75                     share of the clips that teach to complete given frames
+#   COMPILE                          1 or 0: torch.compile; left out: 1 on a GPU
+#   CACHE=1                          encode the videos once, into LATENTS=$DATA-latents; 0: at every step
+#   VAE=ema, IMAGE_SIZE=256, FLIPS=1 of the cache; FLIPS=1: mirrored frames as well
+#   TORCH_ELASTIC_SHUTDOWN_TIMEOUT=100   seconds that ranks have to save and end after a signal
+#   ONE_RUN=0                        1: all three in one run of train.py (--frames-schedule): no start and no scan of the
+#                                    data between them
+#
 # Paths are relative to the repository.
 set -euo pipefail
 cd "$(dirname "$0")/.."
-[[ -d .venv ]] && source .venv/bin/activate
+source scripts/common.sh
+flags_only "$@"
 
 GPUS=${GPUS:-8} # processes; on a machine without GPUs, of the CPU
 MODEL=${MODEL:-EqM-S/4}
@@ -25,10 +40,7 @@ RECIPE=${RECIPE:-published}
 case $RECIPE in
   published) FLAGS=(--frame-interval 1 2) ;;
   small) FLAGS=(--frame-interval 1 2 --optimizer muon --gamma-shift 3) ;;
-  *)
-    printf 'train_progressive.sh: error: RECIPE=%q; wanted published or small\n' "$RECIPE" >&2
-    exit 2
-    ;;
+  *) complain "RECIPE=$(printf %q "$RECIPE"); wanted published or small" ;;
 esac
 # A new model gets the positions that did best in results/study.md; one that has a checkpoint keeps its own
 CKPTS=("results/$EXP"/*/checkpoints/*.pt)
@@ -48,7 +60,7 @@ CACHE=${CACHE:-1} # 1: the videos are encoded once, into $LATENTS; 0: at every s
 LATENTS=${LATENTS:-$DATA-latents} VAE=${VAE:-ema} IMAGE_SIZE=${IMAGE_SIZE:-256}
 FLIPS=${FLIPS:-1} # 1: mirrored frames are encoded as well, which doubles the cache
 
-# run COMMAND: passes a signal to this script on to torchrun, whose ranks save and end before the script does
+# run COMMAND: passes a signal to this script on to the run, which saves and ends before the script does
 run() {
   local status=0 signalled=0
   "$@" &
@@ -68,20 +80,25 @@ run() {
   return "$status"
 }
 
+encode=0
 if [[ $CACHE == 1 && ! -f $DATA/latents.json ]]; then
   if [[ " $* " == *" --vae"[\ =]* || " $* " == *" --image-size"[\ =]* ]]; then
-    echo "train_progressive.sh: error: the cache is made with VAE and IMAGE_SIZE, not --vae and --image-size; set" \
-      "these, or CACHE=0 to train without a cache" >&2
-    exit 2
+    complain "the cache is made with VAE and IMAGE_SIZE, not --vae and --image-size; set these, or CACHE=0 to train" \
+      "without a cache"
   fi
+  encode=1
+fi
+activate
+processes "$GPUS"
+if [[ $encode == 1 ]]; then
   [[ $FLIPS == 1 ]] && MIRRORED=--with-flips || MIRRORED=
-  run torchrun --standalone --nproc_per_node="$GPUS" EqM/cache_latents.py --data-path="$DATA" --out="$LATENTS" \
+  run "${RUN[@]}" EqM/cache_latents.py --data-path="$DATA" --out="$LATENTS" \
     --vae="$VAE" --image-size="$IMAGE_SIZE" $MIRRORED
   DATA=$LATENTS
 fi
 
 train() {
-  run torchrun --standalone --nproc_per_node="$GPUS" EqM/train.py \
+  run "${RUN[@]}" EqM/train.py \
     --video --use-rope --model="$MODEL" --data-path="$DATA" --results-dir="results/$EXP" --resume "${FLAGS[@]}" "$@"
 }
 
@@ -101,13 +118,11 @@ phase() {
 # checkpoint STEP: the file that the phase ending at STEP wrote
 checkpoint() {
   if [[ ! $1 =~ ^[0-9]+$ ]]; then
-    printf 'train_progressive.sh: error: a phase ends at step %q; STEPS_1 and STEPS_2 must be numbers\n' "$1" >&2
-    exit 2
+    complain "a phase ends at step $(printf %q "$1"); STEPS_1 and STEPS_2 must be numbers"
   fi
   local files=("results/$EXP"/*/checkpoints/"$(printf %07d "$((10#$1))")".pt)
   if [[ ${#files[@]} -ne 1 || ! -f ${files[0]} ]]; then
-    printf 'train_progressive.sh: error: wanted one file, found %q\n' "${files[*]}" >&2
-    exit 2
+    complain "wanted one file, found $(printf %q "${files[*]}")"
   fi
   echo "${files[0]}"
 }

@@ -5,6 +5,10 @@
 #   sbatch --nodes=4 scripts/train_slurm.sh --video --num-frames 4 --use-rope --model EqM-S/4 --compile \
 #     --data-path datasets/ucf-101-latents --results-dir results/EXP --max-steps 50000
 #
+#   GPUS=8        processes per machine
+#   PORT=29500    on the first machine, at which the others find it
+#   TORCH_ELASTIC_SHUTDOWN_TIMEOUT=100   seconds that ranks have to save and end after a signal
+#
 # All machines need the same repository, data and results, so these lie on a shared disk.
 #SBATCH --job-name=eqm-video
 #SBATCH --nodes=2
@@ -16,7 +20,9 @@
 #SBATCH --requeue
 set -euo pipefail
 cd "${SLURM_SUBMIT_DIR:-$(dirname "$0")/..}" # Slurm runs a copy of this script, elsewhere
-[[ -d .venv ]] && source .venv/bin/activate
+source scripts/common.sh
+flags_only "$@"
+activate
 
 GPUS=${GPUS:-8} PORT=${PORT:-29500}
 export TORCH_ELASTIC_SHUTDOWN_TIMEOUT=${TORCH_ELASTIC_SHUTDOWN_TIMEOUT:-100} # seconds for a step and two saves

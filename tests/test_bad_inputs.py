@@ -27,7 +27,6 @@ import train
 from runtime import cli, distributed
 from tiny_data import make_images, make_latents, make_samples, make_vae, save_checkpoint
 from tiny_videos import write_video
-from video.index import scan_videos
 
 ROOT = Path(train.__file__).resolve().parents[1]
 SCRIPTS = {
@@ -132,8 +131,13 @@ CASES = {
     "forcing more than all clips": case("train", "--forcing 1.5", "--forcing", "at most 1"),
     "a mix without a schedule": case("train", "--mix 0.2", "--mix 0.2", "--frames-schedule"),
     "a loader timeout that is NaN": case("train", "--loader-timeout nan", "--loader-timeout", "nan"),
-    "an unknown flag": case("train", "--num-frame 3", "--num-frame"),
-    "a word too many": case("train", "please", "please"),
+    "a mistyped flag": case("train", "--num-frame 3", "--num-frame: no such flag; did you mean --num-frames?"),
+    "an unknown flag": case("train", "--colour=red", "--colour: no such flag; see --help"),
+    "a word too many": case("train", "--qk-norm please", "please: a word too many"),
+    "a glob that matches several files": case(
+        "train", "--ckpt a.pt b.pt c.pt --qk-norm", "--ckpt takes one file, found 3: a.pt, b.pt, c.pt"
+    ),
+    "a glob after an equals sign": case("sample", "--folder=a b --video", "--folder takes one folder, found 2: a, b"),
     "a flag without its value": case("train", "--ckpt", "--ckpt"),
     "a value that looks like a flag": case("train", "--data-path -videos", "--data-path"),
     "a flag of an earlier version": case("train", "--rewarmup 20", "--rewarmup: removed, because"),
@@ -201,6 +205,11 @@ CASES = {
     "a checkpoint of another model": case("train", "--model EqM-S/4 --ckpt rope.pt", "EqM-S/4"),
     "a checkpoint of another depth": case("train", "--ckpt odd.pt", "depth 2"),
     "a checkpoint of other classes": case("train", "--num-classes 7 --ckpt rope.pt", "--num-classes"),
+    "a checkpoint of other class names": case(
+        "train", "--data-path long --ckpt rope.pt", "long: has the classes A (1), --ckpt rope.pt has A, B (2)",
+        "--new-classes",
+    ),
+    "new classes of no checkpoint": case("train", "--new-classes", "--new-classes is for a checkpoint", "--ckpt"),
     "a checkpoint of another size": case("train", "--image-size 32 --ckpt rope.pt", "--image-size"),
     "a checkpoint of another temporal patch": case(
         "train", "--temporal-patch-size 2 --ckpt rope.pt", "--temporal-patch-size"
@@ -319,8 +328,6 @@ def world(tmp_path_factory):
     write_video(root / "one/A/a.avi", 10, size=(16, 16))
     for name in ("a", "b"):
         write_video(root / f"long/A/{name * 245}.avi", 10, size=(16, 16))
-    for folder in ("videos", "one", "long"):
-        scan_videos(root / folder)  # leaves its index there
     (root / "broken").mkdir()
     for name in ("a.avi", "b.mp4"):
         (root / "broken" / name).write_bytes(b"RIFF and no more")
@@ -450,8 +457,7 @@ SHELL = {  # script -> (environment, arguments, words)
 @pytest.mark.parametrize("name", SHELL)
 def test_a_shell_script_says_what_is_wrong_in_one_line(name, tmp_path):
     script, environment, arguments, words = SHELL[name]
-    (tmp_path / "scripts").mkdir()
-    shutil.copy(ROOT / "scripts" / script, tmp_path / "scripts" / script)
+    shutil.copytree(ROOT / "scripts", tmp_path / "scripts")
     for file in ("requirements.txt", "requirements-dev.txt"):
         shutil.copy(ROOT / file, tmp_path / file)
     command = ["bash", f"scripts/{script}", *arguments]

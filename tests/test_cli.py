@@ -1,6 +1,8 @@
 """Flags, and messages of one line."""
 
 import argparse
+import re
+import warnings
 from contextlib import nullcontext
 
 import pytest
@@ -168,3 +170,27 @@ def test_only_rank_0_says_and_logs(monkeypatch, capsys, tmp_path):
         cli.say("not for the log")
     assert log.read_text() == "hello from 0\n"
     assert capsys.readouterr().out == "hello from 0\nnot for the log\n"
+
+
+def test_warnings_are_lines_and_those_before_there_was_a_log_are_in_it_too(capsys, tmp_path):
+    with cli.one_line_errors():
+        warnings.warn("narrow\nmodel", stacklevel=1)
+        cli.warnings_as_lines(tmp_path / "log.txt")
+        warnings.warn("later", stacklevel=1)
+    assert capsys.readouterr() == ("note: narrow\\nmodel\nnote: later\n", "")
+    assert (tmp_path / "log.txt").read_text() == "note: narrow\\nmodel\nnote: later\n"
+
+
+def test_a_bar_in_a_file_is_a_line_a_minute_without_escape_codes(capfd, monkeypatch):
+    clock = iter(range(0, 10_000, 10))
+    monkeypatch.setattr(cli.time, "monotonic", lambda: next(clock))  # each look at it takes 10 s
+    with cli.Bar(total=20, desc="encoding", unit="frame") as bar:
+        for _ in range(20):
+            bar.set_postfix_str("loss 1.000")
+            cli.say("a line")
+            bar.update()
+    out, err = capfd.readouterr()
+    assert out == 20 * "a line\n"
+    lines = err.splitlines()
+    assert 3 <= len(lines) <= 8
+    assert all(re.fullmatch(r"encoding: \d+ of 20 frames after \S+, \S+ left, loss 1.000", line) for line in lines), err

@@ -10,10 +10,14 @@ import checkpoint
 import export
 import sample_gd
 import train
+from generation import sha256 as sha256_of
 from models import EqM, model_config
 from runtime.cli import UserError
+from scoring import manifest
 from tiny_data import make_images
 from training import run_main
+
+FILES = ["README.md", "config.json", "model.safetensors"]
 
 
 def make_checkpoint(path, video=True, **settings):
@@ -60,7 +64,7 @@ def sample(ckpt, folder, *flags):
 def test_an_exported_model_samples_bit_for_bit_what_its_checkpoint_samples(tmp_path, video, settings):
     path = make_checkpoint(tmp_path / "best.pt", video, **settings)
     run_main(export, path, tmp_path / "shared")
-    assert sorted(file.name for file in (tmp_path / "shared").iterdir()) == ["config.json", "model.safetensors"]
+    assert sorted(file.name for file in (tmp_path / "shared").iterdir()) == FILES
     kind = ["--video"] if video else []
     before = sample(path, tmp_path / "a", *kind)
     assert np.array_equal(before, sample(tmp_path / "shared", tmp_path / "b", *kind))
@@ -96,6 +100,26 @@ def test_config_json_holds_all_that_sampling_needs_and_no_paths_of_the_machine(e
     }  # fmt: skip
     assert "somebody" not in text
     assert text.count("\n") > 20  # readable
+
+
+def test_the_model_card_says_what_it_is_how_it_is_sampled_and_what_it_scores(exported, tmp_path, capsys):
+    ckpt, shared = exported
+    text = (shared / "README.md").read_text()
+    wanted = "EqM-(depth 1, width 192", "weights of step 70", "2: left, right", "0.16 s apart", "validation loss"
+    assert all(words in text for words in wanted) and "None were given." in text
+    assert "somebody" not in text  # of the place of the data, only the name of the folder
+    commands = [line for line in text.splitlines() if line.startswith("python EqM/")]
+    for line, script in zip(commands, (sample_gd, train), strict=True):
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setattr("sys.argv", line.split()[1:])
+            script.parse_args()
+    found = dict.fromkeys(manifest.KEYS, {}) | {"format": 1, "protocol": "motion8_4f", "values": {"speed": 0.98765}}
+    for sha256, status in (("0", 2), (sha256_of(ckpt), 0)):
+        manifest.write_manifest(tmp_path / "m.json", found | {"generated": {"checkpoint_sha256": sha256}})
+        run_main(export, ckpt, tmp_path / "scored", "--scores", tmp_path / "m.json", status=status)
+    assert "--scores" in capsys.readouterr().err
+    card = (tmp_path / "scored/README.md").read_text()
+    assert "`motion8_4f`" in card and "| speed | 0.9877 |" in card
 
 
 def test_a_folder_that_is_not_empty_is_left_as_it_is(exported, tmp_path, capsys):
@@ -151,7 +175,7 @@ def test_a_full_disk_leaves_no_partial_export(exported, tmp_path, monkeypatch, c
     assert "No space left on device" in capsys.readouterr().err
     assert list((tmp_path / "new").iterdir()) == []
     run_main(export, exported[0], tmp_path / "new/shared")  # works now
-    assert sorted(file.name for file in (tmp_path / "new/shared").iterdir()) == ["config.json", "model.safetensors"]
+    assert sorted(file.name for file in (tmp_path / "new/shared").iterdir()) == FILES
 
 
 def test_flags_that_contradict_the_checkpoint_are_refused(exported, tmp_path, capsys):
@@ -178,14 +202,22 @@ def test_sampling_again_removes_the_files_of_the_run_before(tmp_path):
     assert names == {"000000.png", "grid.png", "samples.npz", "samples.json", "notes.txt"}
 
 
-def test_training_continues_from_an_exported_model_with_a_fresh_optimizer(tmp_path):
+def test_training_continues_from_an_exported_model_on_new_classes_at_its_size_with_a_fresh_optimizer(tmp_path, capsys):
     run_main(export, make_checkpoint(tmp_path / "best.pt", video=False), tmp_path / "shared")
-    flags = ["--data-path", make_images(tmp_path / "data", 4), "--results-dir", tmp_path / "results"]
-    flags += ["--image-size", 8, "--vae", "none", "--max-steps", 72, "--global-batch-size", 2, "--num-workers", 0]
-    flags += ["--lr", 1e-9, "--optimizer", "muon", "--muon-lr", 1e-9]
-    run_main(train, "--ckpt", tmp_path / "shared", *flags)
+    data = make_images(tmp_path / "data", 4)  # of the classes A and B
+    (data / "B").rename(data / "right")
+    flags = ["--data-path", data, "--results-dir", tmp_path / "results", "--lr", 1e-9, "--muon-lr", 1e-9]
+    flags += ["--max-steps", 72, "--global-batch-size", 2, "--num-workers", 0, "--optimizer", "muon", "--log-every", 1]
+    run_main(train, "--ckpt", tmp_path / "shared", *flags, status=2)
+    assert "--new-classes trains on with those of the data" in capsys.readouterr().err
+    run_main(train, "--ckpt", tmp_path / "shared", *flags, "--new-classes")
+    assert "--new-classes: 1 of 2 are known" in capsys.readouterr().out
     (folder,) = (tmp_path / "results").iterdir()
     trained = checkpoint.load(folder / "checkpoints/0000072.pt")
-    shared = load_file(tmp_path / "shared/model.safetensors")
+    assert trained["config"]["data"].items() >= {"classes": ["A", "right"], "image_size": 8, "vae": "none"}.items()
+    shared, table = load_file(tmp_path / "shared/model.safetensors"), "y_embedder.embedding_table.weight"
+    shared[table] = shared[table][[2, 1, 2]]  # A begins with the embedding of no label
     assert all((value - shared[name]).abs().max() < 1e-6 for name, value in trained["model"].items())
+    row = json.loads((folder / "metrics.jsonl").read_text().splitlines()[-1])
+    assert (row["lr"], row["muon_lr"]) == (1e-9, 1e-9)
     assert trained["phase"].items() >= {"first_step": 70, "position": 4, "pretrained": True}.items()

@@ -1,6 +1,8 @@
 """Samples leave the device batch by batch, and matrix products have weights that are cast once."""
 
 import json
+import re
+import shutil
 import weakref
 from argparse import Namespace
 
@@ -16,6 +18,7 @@ import train
 from generation import Source, cast_products, generate_clips
 from runtime import distributed
 from runtime.cli import UserError
+from scoring import manifest
 from test_models import clip, labels, tiny
 from tiny_data import make_images, make_state
 from training import run_main
@@ -161,6 +164,34 @@ def test_numbered_images_of_the_user_stay_where_no_samples_were(ckpt, tmp_path):
     sample(ckpt, tmp_path, 3)
     assert (tmp_path / "000007.png").read_bytes() == b"of the user"
     assert {path.name for path in tmp_path.iterdir()} == names_of(3) | {"000007.png"}
+
+
+def test_samples_of_another_run_stay_unless_told_otherwise_and_no_score_stays_beside_new_ones(ckpt, tmp_path, capsys):
+    folder, other = tmp_path / "s", tmp_path / "other.pt"
+    shutil.copy(ckpt, other)
+    sample(ckpt, folder, 2)
+    manifest.write_manifest(folder / "motion.json", dict.fromkeys(manifest.KEYS) | {"format": manifest.FORMAT})
+    for name in ("motion.png", "mine.json", "mine.png"):
+        (folder / name).write_text("{}")
+    content = {path: path.read_bytes() for path in folder.iterdir()}
+    sample(other, folder, 2, "--no-overwrite", status=2)
+    line = capsys.readouterr().err
+    assert f"--folder {folder}: holds samples of {ckpt}: name another folder, or add --overwrite" in line
+    assert {path: path.read_bytes() for path in folder.iterdir()} == content
+    sample(ckpt, folder, 3, "--no-overwrite")  # of the same run
+    assert {path.name for path in folder.iterdir()} == names_of(3) | {"mine.json", "mine.png"}
+    sample(other, folder, 2, "--no-overwrite", "--overwrite")
+    assert json.loads((folder / "samples.json").read_text())["flags"]["ckpt"] == str(other)
+
+
+def test_samples_that_are_not_finite_are_one_line_that_names_the_step_and_in_training_a_note(ckpt, tmp_path, capsys):
+    sample(ckpt, tmp_path / "s", 2, "--stepsize", 1e30, "--num-sampling-steps", 6, status=1)
+    line = capsys.readouterr().err.splitlines()[-1]
+    assert re.search(r"error: step [1-5] of 5 made samples that are not finite \(--stepsize 1e\+30\)", line)
+    assert not (tmp_path / "s").exists()
+    settings = SETTINGS | {"step_size": 1e30, "num_steps": 6, "strict": False}
+    assert len(list(generate_clips(make_source(1), range(1), 0, "cpu", settings, show=False))) == 1
+    assert "note: step" in capsys.readouterr().out
 
 
 def test_samples_json_comes_last(ckpt, tmp_path, monkeypatch):

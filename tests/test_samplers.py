@@ -227,7 +227,7 @@ def test_one_progress_bar_counts_the_points_of_all_batches_also_if_they_stop_ear
         bars.append(tqdm(**settings | {"disable": False}))
         return bars[-1]
 
-    monkeypatch.setattr(generation, "tqdm", bar)
+    monkeypatch.setattr(generation, "Bar", bar)
     run_generate(batch_size=2, stop_below=stop_below)
     assert [(bar.total, bar.n) for bar in bars] == [(18, 18)]  # 3 batches x 6 points
 

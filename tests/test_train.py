@@ -19,11 +19,11 @@ from forcing import draw_gammas
 from runtime import cli, distributed, metrics
 from runtime.rng import normal, uniform
 from tiny_data import make_images, make_vae, save_checkpoint
-from tiny_videos import write_video
+from tiny_videos import scribble, write_video
 from training import run_main
 from vae import VAE, load_vae
 from video.clips import Clips, collate
-from video.index import latents_settings, scan_videos
+from video.index import latents_settings, scan_videos, split_videos
 
 
 @pytest.fixture(scope="module")
@@ -90,7 +90,7 @@ def run_training(results, *flags, status=0):
     run_main(train, *flags, status=status)
     if status:
         return None
-    (folder,) = results.iterdir()
+    (folder,) = results.glob("[0-9]*")
     rows, torn = metrics.read_metrics(folder / "metrics.jsonl")
     assert torn == 0
     return rows, checkpoint.load(folder / "checkpoints/latest.pt")
@@ -346,3 +346,66 @@ def test_without_mirrored_latents_no_clip_is_mirrored_and_a_note_says_so(cache, 
     _, state = run_training(tmp_path / "r", *shared)
     assert state["config"]["training"]["no_flip"] is True
     assert "no clip is mirrored" in capsys.readouterr().out
+
+
+# Messages, several to a run -------------------------------------------------------------------------------------------
+
+
+@pytest.mark.filterwarnings("default:a token holds")
+def test_a_first_run_and_its_resume_say_all_that_is_not_as_asked(tmp_path, capsys):
+    data, results, vae = tmp_path / "data", tmp_path / "results", make_vae(tmp_path / "vae")
+    for name in ("A/a", "A/b", "B/c", "B/d", "B/e", "B/f"):
+        write_video(data / f"{name}.avi", 20, size=(16, 16))
+    flags = ["--video", "--model", "EqM-Ti/2", "--temporal-patch-size", 4, "--use-rope", "--num-frames", 8]
+    flags += ["--hidden-size", 48, "--num-heads", 2]
+    shared = ["--data-path", data, "--global-batch-size", 2, "--resume", "--val-clips", 2]
+    shared += ["--frame-interval", 4, "--optimizer", "muon"]
+    shared += ["--position-table", "space"]
+    rows, state = run_training(results, *flags, *shared, "--vae", vae, "--image-size", 8, "--max-steps", 1)
+    log = next(results.glob("*/log.txt")).read_text()
+    printed = capsys.readouterr().out
+    assert f"--resume: nothing to resume in {results}/[0-9]*-EqM-Ti-2-f8-rope: starting from the beginning" in printed
+    (short,) = [line for line in log.splitlines() if "too short for 8 frames that are 4 apart" in line]
+    assert short.startswith("note: 5 of 5 training videos") and short.endswith("from 2 on")
+    assert log.count("note: a token holds 64 values") == 1  # a warning, as a line
+    assert checkpoint.trained_time_scale(state["config"]["data"]) == pytest.approx(2 / 25)  # as the clips were seen
+    assert (rows[-1]["lr"], rows[-1]["muon_lr"]) == (1e-4, 0.01)
+
+    more = ["--lr", 1e-3, "--num-workers", 0, "--max-steps", 2]
+    shared = shared[:-2]
+    run_training(results, *flags, *shared, *more)  # neither --vae nor --image-size again
+    (run,) = results.glob("[0-9]*")
+    changed = "resumed with other flags: max_steps 1 -> 2, lr 0.0001 -> 0.001"
+    assert (run / "log.txt").read_text().count(changed) == 1
+    rows, _ = metrics.read_metrics(run / "metrics.jsonl")
+    assert [row["note"] for row in rows if "note" in row] == [changed]
+    old, new = ((run / name).read_text() for name in ("config-until-0000001.json", "config.json"))
+    assert '"lr": 0.0001' in old and '"lr": 0.001' in new
+
+    (data / "B").rename(data / "C")
+    capsys.readouterr()
+    run_main(train, *flags, *shared, *more[:-1], 3, "--depth", 1, "--results-dir", results, status=2)
+    line = capsys.readouterr().err.splitlines()[-1]
+    assert f"has the classes A, C (2), --resume, {run}/checkpoints/latest.pt has A, B (2): a run keeps" in line
+    (data / "C").rename(data / "B")
+    shutil.move(tmp_path / "vae", tmp_path / "moved")
+    ckpt = run / "checkpoints/latest.pt"
+    new = [*flags, *shared, "--max-steps", 3, "--ckpt", ckpt, "--results-dir", tmp_path / "new"]
+    for script, own in ((train, new), (sample_gd, ["--video", "--ckpt", ckpt])):
+        run_main(script, *own, status=2)
+        line = capsys.readouterr().err.splitlines()[-1]
+        assert f"the checkpoint's VAE {tmp_path / 'vae'} is not there: name its new place with --vae" in line
+
+
+def test_one_unreadable_validation_video_does_not_stop_a_run_that_has_others(tmp_path, capsys):
+    data = tmp_path / "data"
+    for index in range(10):
+        write_video(data / "A" / f"{index}.mov", 20, codec="libx264", size=(16, 16))
+    _, (victim,) = split_videos(data, scan_videos(data).videos, 0.05)
+    scribble(data / victim.path)
+    assert scan_videos(data).unreadable == []  # it opens
+    flags = [*TRAIN, "--num-frames", 12, "--data-path", data, "--global-batch-size", 2, "--max-steps", 1]
+    rows, _ = run_training(tmp_path / "r", *flags)
+    assert rows[-1]["val_loss"] > 0 and rows[-1]["bad_videos"] == 1
+    line = f"{victim.path} can't be decoded; other clips take its place (bad so far: 1 of 10)"
+    assert line in capsys.readouterr().out

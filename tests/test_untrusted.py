@@ -23,7 +23,7 @@ from tiny_data import make_latents, make_samples, make_state, make_vae, save_che
 from tiny_videos import write_equal_videos, write_video
 from video import files
 from video.files import UnreadableError, Video, read_frames, read_latents
-from video.index import latents_settings, scan_videos
+from video.index import index_place, latents_settings, scan_videos
 
 ROOT = Path(train.__file__).resolve().parents[1]
 NOT_UTF8 = os.fsdecode(b"\xff")
@@ -87,9 +87,7 @@ REFUSED = {  # the last word of the command is the name of what the function wri
 
 @pytest.fixture(scope="module")
 def videos(tmp_path_factory):
-    root = write_equal_videos(tmp_path_factory.mktemp("data") / "videos")
-    scan_videos(root)  # leaves its index there
-    return root
+    return write_equal_videos(tmp_path_factory.mktemp("data") / "videos")
 
 
 @pytest.mark.parametrize("name", REFUSED)
@@ -124,12 +122,12 @@ def test_a_latents_json_that_someone_edited_is_one_line(tmp_path, changes, words
 
 
 @pytest.mark.parametrize("change", [{"num_frames": 0}, {"num_frames": 10**30}, {"fps": 0}, {"height": "x"}])
-def test_an_index_that_someone_edited_is_built_again_and_a_line_says_so(videos, capsys, change):
-    before, place = scan_videos(videos), videos / ".video_index.json"
+def test_an_index_that_someone_edited_is_built_again_and_a_line_says_so(videos, tmp_path, capsys, change):
+    before, place = scan_videos(videos, tmp_path), index_place(videos, tmp_path)
     index = json.loads(place.read_text())
     index["videos"][0][1] |= change
     place.write_text(json.dumps(index))
-    assert scan_videos(videos) == before
+    assert scan_videos(videos, tmp_path).videos == before.videos
     assert capsys.readouterr().out.count("building it again") == 1
 
 

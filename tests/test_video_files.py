@@ -12,7 +12,7 @@ from PIL import ExifTags, Image
 
 from tiny_videos import halves, picture, read_frame_indices, save, write_video
 from video import files
-from video.files import UnreadableError, probe, read_frames, resize_and_crop
+from video.files import UnreadableError, probe, read_all_frames, read_frames, resize_and_crop
 from video.index import scan_videos
 
 FORMATS = [
@@ -47,12 +47,35 @@ def test_reading_a_clip_again_gives_the_same_bytes(tmp_path):
 
 
 @pytest.mark.parametrize("name", ["v.mkv", "v.mp4"])
-def test_variable_frame_rates_keep_every_frame_and_give_the_average_rate(tmp_path, name):
+def test_frames_of_a_variable_rate_are_those_at_equal_distances_in_time(tmp_path, name):
     times = [40 * index for index in range(10)] + [400 + 80 * index for index in range(10)]
     write_video(tmp_path / name, codec="libx264", times=times)
     video = scan_videos(tmp_path).videos[0]
-    assert video.fps == pytest.approx(19 / 1.12)
-    assert read_frame_indices(tmp_path, video, range(20)) == list(range(20))
+    assert video.num_frames == 20 and video.fps == pytest.approx(19 / 1.12)
+    wanted = [min(range(20), key=lambda n: abs(times[n] - 1120 * index / 19)) for index in range(20)]
+    assert wanted[:3] == [0, 1, 3] and len(set(wanted)) < 20  # twice as fast at first, some twice at the end
+    assert read_frame_indices(tmp_path, video, range(20)) == wanted
+    assert read_frame_indices(tmp_path, video, [3, 17, 19]) == [wanted[index] for index in (3, 17, 19)]
+    chunks = np.concatenate(list(read_all_frames(tmp_path, video, 7)))
+    assert np.array_equal(chunks, read_frames(tmp_path, video, range(20)))
+
+
+def test_time_stamps_that_are_rounded_or_jitter_leave_every_frame_in_its_place(tmp_path):
+    jitter = np.random.default_rng(0).integers(-8, 9, 60)
+    times = [round(1000 * index / 29.97) + int(jitter[index]) for index in range(60)]
+    write_video(tmp_path / "v.mp4", 60, codec="libx264", times=times)
+    assert read_frame_indices(tmp_path, scan_videos(tmp_path).videos[0], range(60)) == list(range(60))
+
+
+def test_sound_is_not_read(tmp_path):
+    for name, sound in (("silent", False), ("loud", True)):
+        write_video(tmp_path / name / "v.mp4", 30, codec="libx264", sound=sound)
+    with av.open(str(tmp_path / "loud/v.mp4")) as file:
+        assert len(file.streams.audio) == 1
+    videos = [scan_videos(tmp_path / name).videos[0] for name in ("silent", "loud")]
+    assert videos[0] == videos[1]
+    frames = [read_frames(tmp_path / name, videos[0], range(30)) for name in ("silent", "loud")]
+    assert np.array_equal(*frames)
 
 
 @pytest.mark.parametrize("b_frames", ["0", "2"])
@@ -77,16 +100,21 @@ def test_frames_that_an_edit_list_removes_do_not_count(tmp_path, b_frames):
         read_frames(tmp_path / "cut", video, [25])
 
 
-def test_a_video_that_was_filmed_upright_is_read_upright(tmp_path):
-    write_video(tmp_path / "v.mp4", codec="libx264")
-    data = bytearray((tmp_path / "v.mp4").read_bytes())
-    matrix = data.index(b"tkhd") + 44  # a quarter turn clockwise, in the track's header
-    one = 0x10000
-    data[matrix : matrix + 36] = struct.pack(">9i", 0, one, 0, -one, 0, 0, 0, 0, 0x40000000)
-    (tmp_path / "v.mp4").write_bytes(data)
-    frames = read_frames(tmp_path, scan_videos(tmp_path).videos[0], [0, 1])
-    assert frames.shape == (2, 64, 48, 3)
-    assert frames[:, :24].mean() < 20 and frames[:, 40:].mean() > 240  # the left side is on top
+def test_a_video_is_read_upright_however_the_phone_was_held(tmp_path):
+    turns = {0: (1, 0, 0, 1), 90: (0, 1, -1, 0), 180: (-1, 0, 0, -1), 270: (0, -1, 1, 0)}  # clockwise
+    for turn, (a, b, c, d) in turns.items():
+        write_video(tmp_path / f"{turn}.mp4", codec="libx264")
+        data = bytearray((tmp_path / f"{turn}.mp4").read_bytes())
+        matrix, one = data.index(b"tkhd") + 44, 0x10000  # in the track's header
+        data[matrix : matrix + 36] = struct.pack(">9i", a * one, b * one, 0, c * one, d * one, 0, 0, 0, 0x40000000)
+        (tmp_path / f"{turn}.mp4").write_bytes(data)
+    found = {video.path: video for video in scan_videos(tmp_path).videos}
+    stored = read_frames(tmp_path, found["0.mp4"], [0, 1])
+    for turn in turns:
+        video = found[f"{turn}.mp4"]
+        frames = read_frames(tmp_path, video, [0, 1])
+        assert frames.shape[1:3] == (video.height, video.width)
+        assert np.array_equal(frames, np.rot90(stored, -turn // 90, axes=(1, 2))), turn
 
 
 @pytest.mark.parametrize("size", [(16, 16), (24, 30), (32, 32), (48, 64), (66, 50), (96, 48)])

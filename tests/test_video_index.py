@@ -5,7 +5,6 @@ import os
 import shutil
 import struct
 from itertools import product
-from pathlib import Path
 
 import decord
 import pytest
@@ -97,74 +96,83 @@ def test_a_video_that_claims_more_frames_than_it_has_bytes_is_bad(root):
 # Index.
 
 
-def test_a_file_that_the_index_knows_is_not_opened_again(root, no_video_may_be_opened):
-    first = scan_videos(root)
+@pytest.fixture
+def runs(tmp_path):
+    (tmp_path / "runs").mkdir()
+    return tmp_path / "runs"
+
+
+def test_a_file_that_the_index_knows_is_not_opened_again_and_the_data_are_left_as_they_are(
+    root, runs, monkeypatch, no_video_may_be_opened
+):
+    before = sorted(root.rglob("*"))
+    first = scan_videos(root, runs)
+    (place,) = runs.iterdir()
     no_video_may_be_opened()
-    assert scan_videos(root) == first
+    assert scan_videos(root, runs) == first and first.is_saved
+    (root.parent / "link").symlink_to(root)
+    monkeypatch.chdir(root.parent)
+    for name in (root.parent / "link", "data"):  # by any of its names
+        assert scan_videos(name, runs).videos == first.videos
+    assert list(runs.iterdir()) == [place] and sorted(root.rglob("*")) == before
 
 
-def test_only_new_and_changed_files_are_opened_and_missing_ones_dropped(root, monkeypatch):
-    scan_videos(root)
+def test_each_data_folder_has_its_own_index_in_a_folder_of_runs(root, runs, tmp_path):
+    other = write_equal_videos(tmp_path / "other")
+    (other / "A/one.avi").unlink()
+    counts = [len(scan_videos(folder, runs).videos) for folder in (root, other, root, other)]
+    assert counts == [4, 3, 4, 3] and len(list(runs.iterdir())) == 2
+
+
+def test_only_new_and_changed_files_are_opened_and_missing_ones_dropped(root, runs, monkeypatch):
+    scan_videos(root, runs)
     write_video(root / "A" / "one.avi", 30)
     write_video(root / "B" / "five.avi")
     (root / "A" / "two.avi").unlink()
     opened, really_open = [], decord.VideoReader
     spy = lambda path, **kwargs: opened.append(path) or really_open(path, **kwargs)  # noqa: E731
     monkeypatch.setattr(decord, "VideoReader", spy)
-    scan = scan_videos(root)
+    scan = scan_videos(root, runs)
     assert opened == [str(root / "A" / "one.avi"), str(root / "B" / "five.avi")]
     frames = {video.key: video.num_frames for video in scan.videos}
     assert frames == {"A/one": 30, "B/five": 20, "B/four": 20, "B/three": 20}
-    assert "two" not in (root / ".video_index.json").read_text()
+    assert "two" not in index.index_place(root, runs).read_text()
 
 
 @pytest.mark.parametrize("text", ["", '{"format": 1, "v', "[]", '{"format": 0}', '{"format": 2, "videos": [[1, {}]]}'])
-def test_a_torn_or_foreign_index_is_rebuilt_and_reported(root, capsys, text):
-    scan = scan_videos(root)
-    (root / ".video_index.json").write_text(text)
-    assert scan_videos(root) == scan
+def test_a_torn_or_foreign_index_is_rebuilt_and_reported(root, runs, capsys, text):
+    scan, place = scan_videos(root, runs), index.index_place(root, runs)
+    place.write_text(text)
+    assert scan_videos(root, runs).videos == scan.videos
     assert "building it again" in capsys.readouterr().out
-    json.loads((root / ".video_index.json").read_text())
+    json.loads(place.read_text())
 
 
 @pytest.mark.parametrize("change", [{"class_name": "Z"}, {"num_frames": "9"}, {"path": "../A/one.avi"}, {"more": 1}])
-def test_an_index_with_invalid_values_is_rebuilt(root, change):
-    expected = scan_videos(root)
-    content = json.loads((root / ".video_index.json").read_text())
+def test_an_index_with_invalid_values_is_rebuilt(root, runs, change):
+    expected, place = scan_videos(root, runs), index.index_place(root, runs)
+    content = json.loads(place.read_text())
     content["videos"][0][1] |= change
-    (root / ".video_index.json").write_text(json.dumps(content))
-    assert scan_videos(root).videos == expected.videos
+    place.write_text(json.dumps(content))
+    assert scan_videos(root, runs).videos == expected.videos
 
 
-def test_if_root_is_read_only_the_index_is_in_the_run_folder_once_there_is_one(
-    root, tmp_path, monkeypatch, no_video_may_be_opened
-):
-    monkeypatch.setattr(os, "access", lambda path, mode: Path(path) != root)
-    first, run_folder = scan_videos(root), tmp_path / "run"
-    assert not first.is_saved
-    run_folder.mkdir()
-    index.save_index(first, run_folder)
-    (tmp_path / "other").mkdir()
-    assert scan_videos(root, tmp_path / "other").is_saved
-    assert not (root / ".video_index.json").exists()
+def test_the_first_run_writes_the_index_once_its_folder_is_there(root, tmp_path, no_video_may_be_opened):
+    first = scan_videos(root, tmp_path / "new")
+    assert not first.is_saved and not (tmp_path / "new").exists()
+    (tmp_path / "new").mkdir()
+    index.save_index(first, root, tmp_path / "new")
     no_video_may_be_opened()
-    for folder in (run_folder, tmp_path / "other"):
-        again = scan_videos(root, folder)
-        assert again.videos == first.videos and again.is_saved
+    assert scan_videos(root, tmp_path / "new").videos == first.videos
 
 
-def test_a_root_that_refuses_the_index_has_no_partial_file(root, tmp_path, monkeypatch, capsys):
-    really_replace = os.replace
-
+def test_a_disk_that_refuses_the_index_is_a_line_and_has_no_partial_file(root, runs, monkeypatch, capsys):
     def full(source, target):
-        if Path(target).parent == root:
-            raise OSError(28, "No space left on device")
-        really_replace(source, target)
+        raise OSError(28, "No space left on device")
 
     monkeypatch.setattr(os, "replace", full)
-    scan_videos(root, tmp_path)
-    assert sorted(path.name for path in root.iterdir()) == ["A", "B"]
-    assert (tmp_path / "video_index.json").exists()
+    assert len(scan_videos(root, runs).videos) == 4
+    assert list(runs.iterdir()) == []
     assert "No space left" in capsys.readouterr().out
 
 
@@ -240,7 +248,7 @@ def test_a_scan_of_images_opens_none_of_them_and_leaves_no_index(tmp_path, monke
     assert [video.path for video in scan.videos] == ["A/a.jpg", "A/b.jpeg", "A/c.png", "B/d.webp", "B/e.PNG", "B/f.jpg"]
     assert scan.videos[0] == Video("A/a.jpg", "A", num_frames=1, fps=25.0, height=None, width=None)
     assert scan.classes == ["A", "B"] and scan.unreadable == [] and scan.is_saved
-    index.save_index(scan, tmp_path)
+    index.save_index(scan, image_root, tmp_path)
     assert not list(tmp_path.rglob("*index*"))
 
 

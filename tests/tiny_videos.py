@@ -13,13 +13,15 @@ from PIL import Image
 from video.files import Video, read_frames
 
 
-def write_video(path, num_frames=20, rate=25, codec="mpeg4", times=None, size=(64, 48), **options):
+def write_video(path, num_frames=20, rate=25, codec="mpeg4", times=None, size=(64, 48), sound=False, **options):
     """times: a time stamp in ms for each frame, for a variable frame rate; size: width, height in px."""
     path.parent.mkdir(parents=True, exist_ok=True)
     with av.open(str(path), "w") as file:
         stream = file.add_stream(codec, rate=Fraction(rate).limit_denominator(1001))
         (stream.width, stream.height), stream.pix_fmt, stream.gop_size = size, "yuv420p", 10
         stream.bit_rate, stream.options = 2_000_000, options
+        if sound:
+            add_sound(file)
         if times:
             stream.codec_context.time_base = Fraction(1, 1000)
         for index in range(num_frames):
@@ -34,11 +36,15 @@ def write_video(path, num_frames=20, rate=25, codec="mpeg4", times=None, size=(6
 
 def write_sound(path):
     with av.open(str(path), "w") as file:
-        stream = file.add_stream("aac", rate=16000)
-        frame = av.AudioFrame.from_ndarray(np.zeros((1, 16000), np.float32), format="fltp", layout="mono")
-        frame.sample_rate = 16000
-        file.mux(stream.encode(frame))
-        file.mux(stream.encode())
+        add_sound(file)
+
+
+def add_sound(file):
+    """A second of silence."""
+    stream = file.add_stream("aac", rate=16000)
+    frame = av.AudioFrame.from_ndarray(np.zeros((1, 16000), np.float32), format="fltp", layout="mono")
+    frame.sample_rate = 16000
+    file.mux([*stream.encode(frame), *stream.encode()])
 
 
 def scribble(path):

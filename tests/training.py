@@ -72,7 +72,7 @@ class Training:
 
     @property
     def folder(self):
-        (folder,) = self.results.iterdir()
+        (folder,) = self.results.glob("[0-9]*")
         return folder
 
     def rows(self, whole=True):

@@ -1,6 +1,9 @@
 """Flags, one-line messages and errors."""
 
 import argparse
+import difflib
+import io
+import itertools
 import math
 import os
 import re
@@ -8,6 +11,7 @@ import shutil
 import signal
 import sys
 import time
+import warnings
 from contextlib import contextmanager
 from pathlib import Path
 
@@ -17,7 +21,12 @@ from tqdm import tqdm
 
 from runtime.distributed import local_rank, rank
 
+LINE_SECONDS = 60  # between two lines of a Bar in a file
+LINE_FORMAT = "{desc}: {n_fmt} of {total_fmt} {unit}s after {elapsed}, {remaining} left{postfix}"
 RANK_0_SPEAKS_FIRST = 10  # seconds that the other ranks leave rank 0 to report an error that all ranks see
+
+
+_unlogged = []  # lines of warnings that came before there was a log
 
 
 class UserError(Exception):
@@ -45,6 +54,29 @@ class ArgumentParser(argparse.ArgumentParser):
 
     def error(self, message):
         fail(message)
+
+    def parse_args(self, args=None, namespace=None):
+        words = sys.argv[1:] if args is None else list(args)
+        args, rest = self.parse_known_args(words, namespace)
+        if rest:
+            self.error(self.explain(rest[0], words))
+        return args
+
+    def explain(self, word, words):
+        """Why a word of the command line is not understood: a mistyped flag, or a value too many."""
+        flags, name, place = self._option_string_actions, word.split("=")[0], words.index(word)
+        if word.startswith("-"):
+            close = difflib.get_close_matches(name, flags, n=1, cutoff=0.75)
+            return f"{name}: no such flag; " + (f"did you mean {close[0]}?" if close else "see --help")
+        place = next((place for place in reversed(range(place)) if words[place].startswith("--")), None)
+        flag, _, value = words[place].partition("=") if place is not None else ("", "", "")
+        if flag not in flags or flags[flag].nargs is not None:
+            return f"{word}: a word too many; see --help"
+        values = [value] if value else []
+        values += itertools.takewhile(lambda other: not other.startswith("-"), words[place + 1 :])
+        kind = {"FILE": "file", "DIR": "folder"}.get(flags[flag].metavar, "value")
+        shown = ", ".join(values[:3]) + (", ..." if len(values) > 3 else "")
+        return f"{flag} takes one {kind}, found {len(values)}: {shown}"
 
 
 def number(kind, above=None, least=None, most=None):
@@ -166,17 +198,53 @@ def say(message, log=None):
                 file.write(message + "\n")
 
 
+def warnings_as_lines(log=None):
+    """Have warnings printed as lines like all others; those that came before there was a log are added to it."""
+
+    def show(message, *_, **__):
+        say(f"note: {message}", log)
+        if log is None:
+            _unlogged.append(f"note: {one_line(str(message))}\n")
+
+    warnings.showwarning = show
+    if log is not None and rank() == 0:
+        with open(log, "a", encoding="utf-8") as file:
+            file.writelines(_unlogged)
+    _unlogged.clear()
+
+
+class Bar(tqdm):
+    """A progress bar on a terminal; in a file or a pipe a line a minute, without escape codes."""
+
+    def __init__(self, *args, **kwargs):
+        self.is_shown, self.said = sys.stderr.isatty(), time.monotonic()
+        super().__init__(*args, **kwargs, **({} if self.is_shown else {"file": io.StringIO(), "mininterval": 1}))
+
+    def display(self, msg=None, pos=None):
+        if self.is_shown:
+            super().display(msg, pos)
+        elif msg is None and time.monotonic() - self.said >= LINE_SECONDS:
+            self.said, values = time.monotonic(), self.format_dict | {"bar_format": LINE_FORMAT}
+            print(one_line(self.format_meter(**values)), file=sys.stderr, flush=True)
+
+
 def fail(message, status=2, patience=None):
     """End this process with one line on stderr; status 2 = wrong input, 1 = went wrong while running.
 
     torchrun kills all ranks as soon as one exits, so the others wait `patience` seconds (RANK_0_SPEAKS_FIRST) for rank
-    0 to report; they report themselves only if they still run by then (an error on one node only).
+    0 to report; they report themselves only if they still run by then (an error on one node only). A script that starts
+    torchrun names a file in EQM_ERROR_FILE, and shows the line after torchrun's own report.
     """
     signal.signal(signal.SIGTERM, signal.SIG_DFL)  # torchrun may end this rank before it speaks
     if rank() != 0:
         time.sleep(RANK_0_SPEAKS_FIRST if patience is None else patience)
     text = one_line(" ".join(str(message).split()), sys.stderr.encoding or "utf-8")
-    tqdm.write(f"{os.path.basename(sys.argv[0])}: error: {text}", file=sys.stderr)  # not into a progress bar
+    line = f"{os.path.basename(sys.argv[0])}: error: {text}"
+    if place := os.environ.get("EQM_ERROR_FILE"):
+        with open(place, "a", encoding="utf-8") as file:
+            file.write(line + "\n")
+    else:
+        tqdm.write(line, file=sys.stderr)  # not into a progress bar
     sys.exit(status)
 
 
@@ -184,10 +252,13 @@ def fail(message, status=2, patience=None):
 def one_line_errors(*others):
     """Errors while running end the process with status 1 and one line, if it is known what they mean.
 
-    These are UserError, what a full disk or too little memory raises, the loss of a process, and `others`.
+    These are UserError, what a full disk or too little memory raises, the loss of a process, and `others`. Warnings are
+    lines as well.
     """
     try:
-        yield
+        with warnings.catch_warnings():
+            warnings_as_lines()
+            yield
     except ConnectionError as error:  # of this rank to the rest: each rank has its own to report
         fail(error, status=1, patience=0)
     except (UserError, OSError, torch.OutOfMemoryError, *others) as error:

@@ -120,6 +120,12 @@ class Metrics:
         if self.wandb:
             self.wandb.log(scalars, step=step)
 
+    def note(self, step, text):
+        """Append one line {"step": step, "note": text}; on rank 0."""
+        self.file.write(json.dumps({"step": step, "note": text}) + "\n")
+        self.file.flush()
+        self.board.add_text("note", text, step)
+
     def sync(self):
         """Write what was logged to the disk, so that it survives a power failure, as checkpoints do."""
         if self.file is not None:

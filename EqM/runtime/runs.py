@@ -49,6 +49,12 @@ def newest_run(results_dir, name):
     return max(Path(results_dir).glob(f"[0-9]*-{name}"), key=run_number, default=None)
 
 
+def results_of(ckpt):
+    """The folder of the runs in one of which a checkpoint lies; None for any other file and for what is no path."""
+    place = Path(ckpt).parent if isinstance(ckpt, str) else Path()
+    return place.parent.parent if place.name == "checkpoints" and place.is_dir() else None
+
+
 def remove_temporary_files(folder):
     """Remove the half-written files of a killed process. Only for the holder of the folder's lock."""
     for path in Path(folder).rglob("*.tmp"):

@@ -60,6 +60,14 @@ def read_manifest(path):
     return manifest
 
 
+def is_manifest(path):
+    """Whether a file is a manifest, as far as this code knows."""
+    try:
+        return bool(read_manifest(path))
+    except UserError:
+        return False
+
+
 def check_same(old, new):
     """Raise UserError, naming the flag, unless a new manifest depends on the same files as an old one."""
     for flag, part, key in PINNED:

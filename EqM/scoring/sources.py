@@ -1,9 +1,9 @@
 """The clips that evaluate.py scores: generated ones from a checkpoint or a sample folder, real ones from a data set.
 
 FromCheckpoint and FromFolder share an interface: classes (names), labels (num_samples,) int64, num_frames, image_size,
-time_scale (seconds per frame), images (T = 1), temporal_patch_size (None if not known), window and overlap (in frames;
-0 if not known), evaluations (of the samples of this rank), provenance() (plain values for JSON), and read(indices)
-after to(device).
+time_scale (seconds per frame), ckpt (path of the model), images (T = 1), temporal_patch_size (None if not known),
+window and overlap (in frames; 0 if not known), evaluations (of the samples of this rank), provenance() (plain values
+for JSON), and read(indices) after to(device).
 """
 
 import hashlib
@@ -15,13 +15,13 @@ from pathlib import Path
 
 import numpy as np
 import torch
-from tqdm import tqdm
 
 import generation
 from generation import sha256
 from runtime import cli, distributed
-from runtime.cli import UserError, say
+from runtime.cli import Bar, UserError, say
 from runtime.distributed import rank
+from runtime.runs import results_of
 from video.clips import Clips
 from video.index import scan_videos, split_videos
 from video.loader import batches_of, make_loader
@@ -45,7 +45,7 @@ class FromCheckpoint:
     """Clips of --ckpt, sampled when they are read. Raises UserError for flags and checkpoints that do not fit."""
 
     def __init__(self, args):
-        self.args, self.source = args, generation.open_checkpoint(args)
+        self.args, self.source, self.ckpt = args, generation.open_checkpoint(args), args.ckpt
         self.classes, self.labels = self.source.classes, self.source.labels
         self.num_frames, self.time_scale = self.source.num_frames, self.source.time_scale
         self.image_size, self.images = self.source.image_size, not self.source.video
@@ -83,7 +83,7 @@ class FromFolder:
             raise UserError(f"--num-samples {args.num_samples}: {here} has {len(labels)}: leave the flag out")
         self.labels = torch.from_numpy(np.array(labels))[: args.num_samples]
         self.num_frames, self.image_size = self.clips.shape[1:3]
-        self.images = self.num_frames == 1
+        self.images, self.ckpt = self.num_frames == 1, self.about["flags"].get("ckpt")
         self.temporal_patch_size = args.temporal_patch_size or self.about["source"].get("temporal_patch_size")
         self.window, self.overlap = (self.about["source"].get(name) or 0 for name in ("window", "overlap"))
         self.evaluations = []
@@ -105,7 +105,7 @@ def find_real(args, generated):
     One rank only. The distance from frame to frame is the integer closest to the time_scale of the
     generated clips. Raises UserError.
     """
-    scan = scan_videos(args.data_path, images=generated.images)
+    scan = scan_videos(args.data_path, results_of(generated.ckpt), images=generated.images)
     for path in scan.unreadable:
         say(f"{path} can't be opened, it is left out")
     train, val = split_videos(args.data_path, scan.videos, args.val_fraction)  # before any is left out, as in train.py
@@ -156,7 +156,7 @@ def json_sha256(value):
 
 
 def progress_bar(title, indices):
-    return tqdm(total=len(indices), desc=title, unit="clip", leave=False, disable=rank() != 0)
+    return Bar(total=len(indices), desc=title, unit="clip", leave=False, disable=rank() != 0)
 
 
 def in_batches(indices, size):

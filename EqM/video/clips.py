@@ -8,7 +8,7 @@ import torch
 from runtime.cli import UserError
 from runtime.rng import generator
 from video.files import UnreadableError, is_cached, read_frames, read_latents, resize_and_crop
-from video.index import latents_settings
+from video.index import fitting_interval, latents_settings
 
 MAX_ATTEMPTS = 100  # videos tried for one sample
 
@@ -19,12 +19,13 @@ class Clips(torch.utils.data.Dataset):
     A stream is a sequence of permutations of the videos. `stream` is its name, an int or a string, which seeds it: a
     training phase uses its first step. frame_interval is the smallest and largest distance between the frames of a
     clip, in frames of the video; each clip draws one, at most the largest that fits its video. image_size is in px;
-    videos of a latent cache are not resized. frames is a FrameCache of the videos, if any. Raises ValueError.
+    videos of a latent cache are not resized. frames is a FrameCache of the videos, if any. Where all of `videos` are
+    bad, those of `spare` take their place. Raises ValueError.
     """
 
     def __init__(
         self, root, videos, classes, num_frames, image_size, frame_interval=(1, 1), flip=True, seed=0, stream=0,
-        frames=None,
+        frames=None, spare=(),
     ):  # fmt: skip
         if any(video.num_frames < num_frames for video in videos):
             raise ValueError(f"a video has fewer than {num_frames} frames: filter the videos with long_enough()")
@@ -35,7 +36,7 @@ class Clips(torch.utils.data.Dataset):
             self.latent_shape = settings["channels"], side, side
             if flip and not settings["flips"]:
                 raise ValueError(f"{root} holds no mirrored latents: pass flip=False")
-        self.root, self.videos, self.classes = root, videos, classes
+        self.root, self.videos, self.spare, self.classes = root, videos, spare, classes
         self.num_frames, self.image_size, self.frame_interval = num_frames, image_size, frame_interval
         self.flip, self.seed, self.stream, self.frames = flip, seed, stream, frames
         self.watch = None  # a LoaderWatch, which is told the file that is being read
@@ -52,7 +53,7 @@ class Clips(torch.utils.data.Dataset):
         """
         flipped = self.flip and self._random_int("flip", 2, index) == 1
         tried = []
-        while len(tried) < min(MAX_ATTEMPTS, len(self.videos)):
+        while len(tried) < min(MAX_ATTEMPTS, len(self.videos) + len(self.spare)):
             video = self._choose_video(index, tried)
             frame_indices, time_scale = self._choose_frames(video, index, len(tried))
             try:
@@ -94,6 +95,7 @@ class Clips(torch.utils.data.Dataset):
         """The video at an index of the stream or, if some were tried already, a random one of the others."""
         if tried:
             others = [video for video in self.videos if video not in tried]
+            others = others or [video for video in self.spare if video not in tried]
             return others[self._random_int("replacement", len(others), index, len(tried))]
         epoch, position = divmod(index, len(self.videos))
         if epoch != self._epoch:  # computed once per epoch, as it costs O(videos)
@@ -105,10 +107,8 @@ class Clips(torch.utils.data.Dataset):
         """(indices of the frames to read, time_scale: seconds between them)."""
         smallest, largest = self.frame_interval
         interval = smallest + self._random_int("interval", largest - smallest + 1, index, attempt)
-        gaps = self.num_frames - 1
-        if gaps:
-            interval = min(interval, (video.num_frames - 1) // gaps)
-        start = self._random_int("start", video.num_frames - gaps * interval, index, attempt)
+        interval = fitting_interval(video, self.num_frames, interval)
+        start = self._random_int("start", video.num_frames - (self.num_frames - 1) * interval, index, attempt)
         return [start + step * interval for step in range(self.num_frames)], interval / video.fps
 
 

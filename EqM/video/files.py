@@ -1,5 +1,8 @@
 """One file: a video, an image (a clip of one frame) or the cached latents of a video. Its metadata and its frames.
 
+Frames are upright, as the file says how it was filmed, and equally far apart in time: of a file with a variable frame
+rate frame k is the one whose time stamp is closest to k / fps. Sound is not read.
+
 A file is opened where it is read, a video with one decoding thread. Whatever is wrong with it raises UnreadableError.
 """
 
@@ -81,7 +84,7 @@ def probe(root, class_name, path):
     _check_header(os.path.join(root, path))
     with _open_video(os.path.join(root, path)) as reader:
         _, height, width, _ = reader.get_batch([]).shape
-        num_frames, fps = _read_timing(reader)
+        num_frames, fps, _ = _read_timing(reader)
     if not FPS[0] <= fps <= FPS[1]:
         raise UnreadableError(f"{path}: a frame rate of {fps}")
     return Video(path, class_name, num_frames, fps, height, width)
@@ -112,15 +115,38 @@ def _check_header(path):
 
 
 def _read_timing(reader):
-    """(number of frames, average frames per second): from the time stamps, or the header where there are none."""
+    """(number of frames, average frames per second, the stored frame for each of these frames; None: it is the same).
+
+    From the time stamps, or from the header where there are none.
+    """
     num_frames, fps = len(reader), reader.get_avg_fps()
-    times = reader.get_frame_timestamp(range(num_frames))[:, 0]
+    times = reader.get_frame_timestamp(range(num_frames))[:, 0].astype(np.float64)
     if num_frames == 1 or not (np.diff(times) > 0).all():  # AVIs have no usable ones
-        return num_frames, fps
+        return num_frames, fps, None
     times = times[times >= 0]  # an edit list removes the others
-    measured = float((len(times) - 1) / (times[-1] - times[0])) if len(times) > 1 else fps
+    if len(times) < 2:
+        return len(times), fps, None
+    measured = float((len(times) - 1) / (times[-1] - times[0]))
     varies = abs(measured - fps) > 0.01 * fps  # below that it is the rounding of the time stamps
-    return len(times), measured if varies else fps
+    equally_far = np.linspace(times[0], times[-1], len(times))
+    closest = np.searchsorted((times[1:] + times[:-1]) / 2, equally_far)
+    is_same = np.array_equal(closest, np.arange(len(times)))
+    return len(times), measured if varies else fps, None if is_same else closest.tolist()
+
+
+def _frame_decoder(reader):
+    """A function that decodes the frame with a number as a uint8 array (H, W, 3); the numbers must not fall."""
+    _, _, stored = _read_timing(reader)
+    number, frame = -1, None
+
+    def decode(index):
+        nonlocal number, frame
+        wanted = index if stored is None else stored[index]
+        while number < wanted:
+            number, frame = number + 1, reader.next()
+        return _to_array(frame)
+
+    return decode
 
 
 @contextmanager
@@ -162,22 +188,20 @@ def read_frames(root, video, frame_indices):
     AVIs from the second keyframe on and, with B-frames, at the end; in any container around keyframes of open GOPs.
     For UCF-101's clips, which have few keyframes after the first, decoding in order costs the same as seeking.
     """
-    path, wanted, frames = os.path.join(root, video.path), set(frame_indices), []
+    path = os.path.join(root, video.path)
     if has_suffix("image", path):
         return _read_image(path)
     with _open_video(path) as reader:
-        for frame_index in range(frame_indices[-1] + 1):
-            frame = reader.next()
-            if frame_index in wanted:
-                frames.append(_to_array(frame))
-    return np.stack(frames)
+        decode = _frame_decoder(reader)
+        return np.stack([decode(index) for index in frame_indices])
 
 
 def read_all_frames(root, video, chunk_size):
     """Yields all frames of a video in order, upright, in chunks uint8 (T, H, W, 3) with T <= chunk_size."""
     with _open_video(os.path.join(root, video.path)) as reader:
+        decode = _frame_decoder(reader)
         for first in range(0, video.num_frames, chunk_size):
-            yield np.stack([_to_array(reader.next()) for _ in range(min(chunk_size, video.num_frames - first))])
+            yield np.stack([decode(index) for index in range(first, min(first + chunk_size, video.num_frames))])
 
 
 def _read_image(path):

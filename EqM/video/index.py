@@ -10,12 +10,10 @@ import json
 import os
 import re
 import shutil
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path, PurePosixPath
 
-from tqdm import tqdm
-
-from runtime.cli import UserError, say
+from runtime.cli import Bar, UserError, say
 from runtime.untrusted import FPS, check_types, read_json
 from video.files import (
     LATENTS_SUFFIX,
@@ -30,10 +28,11 @@ from video.frame_cache import FrameCache
 
 UNLABELLED = "all"  # the class of files directly in ROOT
 UCF_LISTS = "ucfTrainTestlist"
-INDEX_FILE = "video_index.json"  # a hidden file in ROOT, a visible one in a run folder
+INDEX_FILE = ".video_index-{}.json"  # with a hash of the data's path; beside the runs
 INDEX_FORMAT = 2
 LATENTS_FILE, PARTIAL_FILE = "latents.json", "latents.partial.json"  # of a complete, of an unfinished latent cache
 LATENTS_FORMAT = 1
+SPARES = 100
 LATENTS_TYPES = {  # of latents.json
     "vae": str, "image_size": int, "channels": int, "downsample": int, "scale": float, "shift": float,
     "flips": bool, "classes": list, "unreadable": list, "videos": list,
@@ -46,7 +45,7 @@ class Scan:
     classes: list  # class names, sorted; a label is an index into it
     unreadable: list  # paths of the files that could not be opened
     entries: dict  # path -> (size and modification time of the file, Video): the content of the index
-    is_saved: bool  # the next scan will find the index
+    is_saved: bool  # the index says the same, or there is none
 
 
 # ----------------------------------------------------------------------------------------------------------------------
@@ -169,8 +168,9 @@ def _find_files(root, images):
 def scan_videos(root, index_folder=None, images=False):
     """The Scan of a data folder. Opens every video that the index does not know, and no images or latents.
 
-    Only one rank should call this. The index is written to ROOT (.video_index.json) or, if that is not writable, to
-    `index_folder`. An entry is valid as long as the file's size and modification time are the same. Raises UserError.
+    Only one rank should call this. The index lies in `index_folder`, beside the runs, None: nowhere; it is written here
+    if that folder is there, else by `save_index`. An entry is valid as long as the file's size and modification time
+    are the same. Raises UserError.
     """
     if (settings := latents_settings(root, images)) is not None:
         return _scan_latents(root, settings)
@@ -178,9 +178,7 @@ def scan_videos(root, index_folder=None, images=False):
     classes = sorted({class_name for class_name, _ in found})
     if images:
         return Scan([probe(root, class_name, path) for class_name, path in found], classes, [], {}, True)
-    places = [Path(root, "." + INDEX_FILE)] + ([Path(index_folder, INDEX_FILE)] if index_folder else [])
-    indices = [_read_index(place) for place in places]
-    known = {path: entry for index in indices for path, entry in index.items()}
+    known = _read_index(index_place(root, index_folder)) if index_folder else {}
     stamps = {path: _file_stamp(root, path) for _, path in found}
     entries = {
         path: known[path] for class_name, path in found
@@ -188,22 +186,40 @@ def scan_videos(root, index_folder=None, images=False):
     }  # fmt: skip
     new = [(class_name, path) for class_name, path in found if path not in entries]
     unreadable = []
-    for class_name, path in tqdm(new, desc="opening videos", unit="video", disable=not new):
+    for class_name, path in Bar(new, desc="opening videos", unit="video", disable=not new):
         try:
             entries[path] = stamps[path], probe(root, class_name, path)
         except UnreadableError:
             unreadable.append(path)
     if not entries:
         raise UserError(f"--data-path {root}: none of its {len(found)} videos can be opened")
-    is_saved = entries in indices or _write_index(places, entries)
     videos = [entries[path][1] for _, path in found if path in entries]
-    return Scan(videos, classes, unreadable, entries, is_saved)
+    scan = Scan(videos, classes, unreadable, entries, is_saved=entries == known)
+    if index_folder and os.path.isdir(index_folder):
+        save_index(scan, root, index_folder)
+        scan = replace(scan, is_saved=True)
+    return scan
 
 
-def save_index(scan, folder):
-    """Write the index to a run folder, unless the scan could save it."""
-    if not scan.is_saved:
-        _write_index([Path(folder, INDEX_FILE)], scan.entries)
+def index_place(root, folder):
+    """The path of the index of a data folder in the folder of the runs."""
+    key = hashlib.blake2b(os.fsencode(os.path.realpath(root)), digest_size=6)
+    return Path(folder, INDEX_FILE.format(key.hexdigest()))
+
+
+def save_index(scan, root, folder):
+    """Write the index of a data folder, whole or not at all, to a folder that is there, unless it is saved already."""
+    if scan.is_saved:
+        return
+    place = index_place(root, folder)
+    videos = [(stamp, asdict(video)) for _, (stamp, video) in sorted(scan.entries.items())]
+    temporary = place.with_name(f"{place.name}.{os.urandom(4).hex()}")  # several runs may start at once
+    try:
+        temporary.write_text(json.dumps({"format": INDEX_FORMAT, "videos": videos}))
+        os.replace(temporary, place)
+    except OSError as error:
+        temporary.unlink(missing_ok=True)
+        say(f"{place} could not be written ({error.strerror})")
 
 
 def _file_stamp(root, path):
@@ -228,24 +244,6 @@ def _read_index(place):
     except (OSError, ValueError, KeyError, TypeError) as error:
         say(f"{place} is not a valid index ({error}): building it again")
         return {}
-
-
-def _write_index(places, entries):
-    """Write the index, whole or not at all, to the first place that is writable. Returns whether one was."""
-    videos = [(stamp, asdict(video)) for stamp, video in entries.values()]
-    text = json.dumps({"format": INDEX_FORMAT, "videos": videos})
-    for place in places:
-        if not os.access(place.parent, os.W_OK):
-            continue
-        temporary = place.with_name(f"{place.name}.{os.urandom(4).hex()}")
-        try:
-            temporary.write_text(text)
-            os.replace(temporary, place)
-            return True
-        except OSError as error:
-            temporary.unlink(missing_ok=True)
-            say(f"{place} could not be written ({error.strerror})")
-    return False
 
 
 # ----------------------------------------------------------------------------------------------------------------------
@@ -304,6 +302,11 @@ def _read_ucf_list(file):
     return {str(PurePosixPath(name).with_suffix("")) for name in names if PurePosixPath(name).name}
 
 
+def fitting_interval(video, num_frames, interval):
+    """The largest distance between the frames of a clip, up to `interval`, that fits a video."""
+    return min(interval, (video.num_frames - 1) // (num_frames - 1)) if num_frames > 1 else interval
+
+
 def long_enough(videos, num_frames, kind="", flag="--num-frames"):
     """(videos with at least num_frames frames, number of shorter ones). Raises UserError if all are shorter."""
     kept = [video for video in videos if video.num_frames >= num_frames]
@@ -325,6 +328,10 @@ class Data:
     val: dict
     num_short: int  # videos too short for the longest training clips
     frames: FrameCache | None = None  # of all these videos, with --cache-frames
+
+    def spare(self, num_frames):
+        """Training videos that stand in for validation videos, should none of those be readable."""
+        return [video for video in self.train[min(self.train)] if video.num_frames >= num_frames][:SPARES]
 
     @property
     def used(self):
@@ -358,6 +365,9 @@ class BadVideos:
     def __init__(self, total, max_fraction, known=()):
         self.total, self.max_fraction = total, max_fraction
         self.paths = dict.fromkeys(known)
+
+    def __str__(self):
+        return f"bad so far: {self.count} of {self.total}"
 
     @property
     def count(self):

@@ -43,7 +43,7 @@ from training import differences
 from vae import load_vae
 from video.clips import Clips, collate
 from video.files import UnreadableError, read_all_frames
-from video.index import check_data_path, long_enough, scan_videos, split_videos
+from video.index import check_data_path, index_place, long_enough, scan_videos, split_videos
 from video.inputs import find_clips
 from video.samples import read_samples
 
@@ -96,10 +96,10 @@ def read_checkpoint(folder):
     return checkpoint.load(folder / "best.pt")
 
 
-def read_clips(folder, num_frames, images=False):
+def read_clips(folder, num_frames, images=False, index_folder=None):
     """The videos of a folder, after training and validation clips were read from them."""
     check_data_path(folder, images)
-    scan = scan_videos(folder, images=images)
+    scan = scan_videos(folder, index_folder, images=images)
     videos, _ = long_enough(scan.videos, num_frames)
     videos = [video for part in split_videos(folder, videos, 0.3) for video in part]
     clips = Clips(folder, videos, scan.classes, num_frames, 16, frame_interval=(1, 2))
@@ -114,6 +114,11 @@ def read_videos(folder, images=False):
                 clip.read(range(1 if images else 3), 0.04, 48)
         with contextlib.suppress(UnreadableError):
             images or list(read_all_frames(folder, video, 5))
+
+
+def read_index(folder):
+    (index,) = folder.glob(".video_index-*.json")
+    read_clips(folder, 3, index_folder=shutil.move(index, index_place(folder, folder)).parent)  # of another path
 
 
 def read_metrics(folder):
@@ -244,7 +249,7 @@ FILES = {
     ),
     "videos": (make_videos, read_videos),
     "images": (write_images, lambda at: read_videos(at, images=True)),
-    "index": (lambda at: make_videos(at) or scan_videos(at), read_videos),
+    "index": (lambda at: make_videos(at) or scan_videos(at, at), read_index),
     "split lists": (
         lambda at: write_ucf_list(at, ["A/a", "A/b"]),
         lambda at: split_videos(at, [make_video(f"A/{name}") for name in "abc"], 0.3),
@@ -263,8 +268,8 @@ DAMAGE = {  # another way, and names of files; without an entry it is (damage_by
     "published model, valid archive": (damage_member, "*"),
     "export, other values": (damage_json, "config.json"),
     "latents, other values": (damage_json, "latents.json"),
-    "index": (damage_bytes, ".video_index.json"),
-    "index, other values": (damage_json, ".video_index.json"),
+    "index": (damage_bytes, ".video_index-*.json"),
+    "index, other values": (damage_json, ".video_index-*.json"),
     "samples, valid archive": (damage_member, "samples.npz"),
     "samples, other values": (damage_json, "samples.json"),
     "VAE": (partial(damage_bytes, ways=BINARY), "*"),

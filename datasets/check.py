@@ -1,0 +1,205 @@
+"""Look at a folder of videos before training on it: what it holds, what would be left out and why, what it would cost.
+
+    python datasets/check.py datasets/my-videos --num-frames 16 --image-size 64 --vae none --model EqM-S/4
+
+Prints how many videos there are, how long, at which rates and sizes; the files that can't be read, by name; what
+training would leave out; the memory and the time of a step, measured here with a few clips of noise. Writes a sheet of
+clips as the model sees them. Every video is decoded to its end, unless --quick.
+"""
+
+import math
+import os
+import statistics
+import sys
+import time
+from collections import Counter
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import closing
+from pathlib import Path
+
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent / "EqM"))
+import torch
+
+import transport
+from models import NAMES, EqM, model_config
+from runtime import distributed
+from runtime.cli import COUNT, ArgumentParser, Bar, UserError, check_writable, fail, one_line_errors, say
+from vae import REPOSITORIES, load_vae
+from video.clips import Clips
+from video.files import UnreadableError, has_suffix, read_all_frames
+from video.index import check_data_path, fitting_interval, latents_settings, scan_videos, split_videos
+from video.writers import MAX_ROWS, write_sheet
+
+PUBLISHED_LATENTS = 4, 8  # channels and downsampling of --vae ema and mse, which need not be loaded for an estimate
+CLIPS_TIMED = 4  # of a step, at most
+BYTES = 16 + 4  # per parameter: float32 weight, gradient and AdamW's two averages; the averaged weights
+
+
+def parse_args():
+    parser = ArgumentParser(description="Look at a folder of videos before training on it.")
+    add = parser.add_argument
+    add("data_path", metavar="DIR", help="folder with <class>/<video>, or videos without classes")
+    add("--num-frames", type=COUNT, default=16, metavar="N", help="frames per clip")
+    add("--frame-interval", type=COUNT, default=1, metavar="N", help="video frames from frame to frame of a clip")
+    add("--image-size", type=COUNT, default=256, metavar="PX", help="height and width of the clips")
+    add("--vae", default="ema", metavar="VAE", help="ema, mse, a directory, or none: pixels")
+    add("--model", choices=NAMES, default="EqM-S/4", metavar="NAME", help="EqM-{Ti,S,B,L,XL}/{2,4,8}")
+    add("--global-batch-size", type=COUNT, default=256, metavar="N", help="clips per step")
+    add("--val-fraction", type=float, default=0.05, metavar="F", help="share of the videos that validate")
+    add("--quick", action="store_true", help="open the videos, but do not decode them")
+    add("--out", metavar="FILE.png", help="the sheet; default: check-NAME.png here, NAME is that of the folder")
+    return parser.parse_args()
+
+
+@one_line_errors()
+def main():
+    args = parse_args()
+    try:
+        args.out = args.out or f"check-{Path(args.data_path).resolve().name}.png"
+        check_writable("--out", os.path.dirname(args.out) or ".")
+        check_data_path(args.data_path)
+        if latents_settings(args.data_path) is not None:
+            raise UserError(f"DIR {args.data_path}: a latent cache; name the folder of its videos")
+        config = make_config(args)
+        scan = scan_videos(args.data_path)
+        describe(scan)
+        bad = [] if args.quick else undecodable(args.data_path, scan.videos)
+        usable = describe_losses(args, scan, bad)
+        train, val = split_videos(args.data_path, scan.videos, args.val_fraction)
+    except UserError as error:
+        fail(str(error).replace("--data-path", "DIR"))
+    say(f"split: {len(train)} videos train, {len(val)} validate")
+    for name in sorted({video.class_name for video in val} - {video.class_name for video in train}):
+        say(f"  class {name}: all its videos validate, so the model never sees it: add some")
+    if usable:
+        clips = Clips(args.data_path, usable[:MAX_ROWS], scan.classes, args.num_frames, args.image_size,
+                      (args.frame_interval, args.frame_interval), flip=False)  # fmt: skip
+        samples = [clips[index] for index in range(len(usable[:MAX_ROWS]))]
+        names = [scan.classes[sample["label"]] for sample in samples]
+        write_sheet(args.out, torch.stack([sample["clip"] for sample in samples]).permute(0, 2, 3, 4, 1).numpy(), names)
+        say(f"{args.out}: {len(samples)} clips as the model sees them")
+    estimate(args, config)
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# What is there, and what would be left out
+
+
+def describe(scan):
+    """Counts, lengths, rates and sizes."""
+    videos = scan.videos
+    say(f"{len(videos)} videos in {len(scan.classes)} classes; {len(scan.unreadable)} files can't be opened")
+    counts = Counter(video.class_name for video in videos)
+    for name in scan.classes:
+        own = [video.num_frames / video.fps for video in videos if video.class_name == name]
+        say(f"  {name}: {counts[name]} videos" + (f", {sum(own):.1f} s" if own else ""))
+    for what, values in (
+        ("frames", [video.num_frames for video in videos]),
+        ("seconds", [video.num_frames / video.fps for video in videos]),
+        ("frames per second", [video.fps for video in videos]),
+    ):
+        say(f"{what}: {min(values):.4g} to {max(values):.4g}, median {statistics.median(values):.4g}")
+    sizes = Counter(f"{video.width} x {video.height}" for video in videos)
+    say("sizes, upright: " + ", ".join(f"{count} of {size}" for size, count in sizes.most_common(8)))
+
+
+def undecodable(root, videos):
+    """The paths of the videos that can't be decoded to their end."""
+
+    def decode(video):
+        try:
+            with closing(read_all_frames(root, video, 16)) as chunks:
+                for _ in chunks:
+                    pass
+        except UnreadableError:
+            return video.path
+        return None
+
+    with ThreadPoolExecutor(os.cpu_count()) as pool:  # the decoder leaves Python's lock while it works
+        return list(filter(None, Bar(pool.map(decode, videos), total=len(videos), desc="decoding", unit="video")))
+
+
+def describe_losses(args, scan, bad):
+    """Say what training would leave out or change, and why. Returns the videos that can be used."""
+    for path in scan.unreadable:
+        say(f"left out: {path}: can't be opened: repair or remove it")
+    for path in bad:
+        say(f"left out: {path}: can't be decoded to its end: repair or remove it")
+    found = {*(video.path for video in scan.videos), *scan.unreadable}
+    for path in sorted(Path(args.data_path).rglob("[!.]*")):
+        name = str(path.relative_to(args.data_path))
+        if has_suffix("video", name) and name not in found and path.is_file():
+            say(f"left out: {name}: lies too deep, wanted DIR/<class>/<video>")
+        elif path.suffix.lower() in (".m4v", ".3gp", ".mpg", ".mpeg", ".mts", ".wmv", ".flv"):
+            say(f"left out: {name}: a video of another kind: convert it, such as by ffmpeg -i FILE FILE.mp4")
+    short = [video for video in scan.videos if video.num_frames < args.num_frames]
+    for video in short:
+        say(f"left out: {video.path}: {video.num_frames} frames, a clip has --num-frames {args.num_frames}")
+    usable = [video for video in scan.videos if video not in short and video.path not in bad]
+    interval, size = args.frame_interval, args.image_size
+    if near := sum(fitting_interval(video, args.num_frames, interval) < interval for video in usable):
+        say(f"{near} videos are too short for --frame-interval {interval}: theirs is as large as fits")
+    if small := sum(min(video.height, video.width) < size for video in usable):
+        say(f"{small} videos are smaller than --image-size {size} and get enlarged, which adds nothing but cost")
+    return usable
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# What a step costs
+
+
+def make_config(args):
+    """The EqMConfig of the model that would be trained. Raises UserError."""
+    if args.vae == "none" or args.vae not in REPOSITORIES:
+        vae = load_vae(args.vae)
+        channels, downsample = vae.channels, vae.downsample
+    else:
+        channels, downsample = PUBLISHED_LATENTS
+    unit = downsample * int(args.model.split("/")[1])
+    if args.image_size % unit:
+        raise UserError(f"--image-size {args.image_size} is not a multiple of {unit} (VAE's downsampling x patch)")
+    shape = {"input_size": args.image_size // downsample, "in_channels": channels, "num_classes": 1}
+    try:
+        config = model_config(args.model, **shape, num_frames=args.num_frames, use_rope=True)
+        config.check_num_frames(args.num_frames)
+    except ValueError as error:
+        raise UserError(f"--num-frames {args.num_frames}, --model {args.model}: {error}") from error
+    return config
+
+
+def estimate(args, config):
+    """Say what a step takes here: time and memory of forward and backward of a few clips, scaled to the batch."""
+    device = distributed.start()
+    model, count = EqM(config).to(device), min(CLIPS_TIMED, args.global_batch_size)
+    x = torch.randn(count, config.in_channels, args.num_frames, config.input_size, config.input_size, device=device)
+    labels, gamma = torch.zeros(count, dtype=torch.int64, device=device), torch.full((count,), 0.5, device=device)
+    seen = {}  # place of what the backward pass needs -> bytes
+
+    def remember(tensor):
+        seen[tensor.untyped_storage().data_ptr()] = tensor.untyped_storage().nbytes()
+        return tensor
+
+    for _ in range(2):  # the first one warms up
+        seen.clear()
+        began = time.monotonic()
+        with torch.autograd.graph.saved_tensors_hooks(remember, lambda tensor: tensor):
+            loss = transport.loss(model(x, labels), x, torch.randn_like(x), gamma).mean()
+        loss.backward()
+        if device.type == "cuda":
+            torch.cuda.synchronize()
+        seconds = time.monotonic() - began
+    weights = {parameter.untyped_storage().data_ptr() for parameter in model.parameters()}
+    activations = sum(size for place, size in seen.items() if place not in weights) / count
+    size, batch = sum(parameter.numel() for parameter in model.parameters()), args.global_batch_size
+    tokens = math.prod(config.grid(args.num_frames))
+    say(f"{args.model}: {size / 1e6:.1f} M parameters, {tokens} tokens a clip")
+    say(
+        f"memory, fp32: {size * BYTES / 1e9:.2g} GB for the model, {activations / 1e6:.3g} MB for each clip that a "
+        f"process has at once: {(size * BYTES + activations * batch) / 1e9:.3g} GB for {batch} clips"
+    )
+    each = seconds / count
+    say(f"time, fp32 on this {device.type}: about {each * batch:.3g} s a step ({each:.3g} s a clip), without the VAE")
+
+
+if __name__ == "__main__":
+    main()

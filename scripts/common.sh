@@ -1,0 +1,36 @@
+# What the scripts share; they source it from the repository's root with their own arguments.
+
+complain() { # MESSAGE: what the user can put right
+  printf '%s: error: %s\n' "$(basename "$0")" "$*" >&2
+  exit 2
+}
+
+for word in "$@"; do # --help: the comment at the head of the script, and nothing else is done
+  if [[ $word == --help || $word == -h ]]; then
+    awk 'NR > 1 { if (!/^#/) exit; if (!/^#SBATCH/) { sub(/^# ?/, ""); print } }' "scripts/$(basename "$0")"
+    exit
+  fi
+done
+
+flags_only() { # ARGUMENTS that are passed on: flags, not words
+  if [[ $# != 0 && $1 != -* ]]; then complain "unknown word $(printf %q "$1"); wanted flags, see --help"; fi
+}
+
+no_words() { # ARGUMENTS of a script that takes none
+  if [[ $# != 0 ]]; then complain "unknown word $(printf %q "$1"); it takes none, see --help for its variables"; fi
+}
+
+activate() { # the environment of setup.sh, or one that the user has activated
+  if [[ -d .venv ]]; then source .venv/bin/activate; fi
+  command -v torchrun >/dev/null || complain "no torch here: run scripts/setup.sh first"
+}
+
+processes() { # N: sets RUN to what starts a Python script in N processes
+  RUN=(python)
+  if [[ $1 != 1 ]]; then
+    RUN=(torchrun --standalone --nproc_per_node="$1")
+    EQM_ERROR_FILE=$(mktemp) # what is wrong goes there, to be shown after torchrun's own report
+    export EQM_ERROR_FILE
+    trap 'cat "$EQM_ERROR_FILE" >&2; rm -f "$EQM_ERROR_FILE"' EXIT
+  fi
+}

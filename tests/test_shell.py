@@ -1,0 +1,91 @@
+"""The shell scripts: --help, words and variables that they do not know, and whose line comes last."""
+
+import re
+import shutil
+import subprocess
+
+import pytest
+
+from training import ROOT
+
+SCRIPTS = sorted(path.relative_to(ROOT) for path in (*ROOT.glob("scripts/*.sh"), *ROOT.glob("datasets/*.sh")))
+SCRIPTS = [str(path) for path in SCRIPTS if path.name != "common.sh"]
+
+
+@pytest.fixture
+def bash(tmp_path):
+    """A function that runs a copy of a script, where only a few commands exist, and none that does anything."""
+    for folder in ("scripts", "datasets"):
+        (tmp_path / folder).mkdir()
+        for path in (ROOT / folder).glob("*.sh"):
+            shutil.copy(path, tmp_path / folder)
+    (tmp_path / "bin").mkdir()
+    for name in ("bash", "awk", "dirname", "basename", "cat", "rm", "mktemp", "ls", "env"):
+        (tmp_path / "bin" / name).symlink_to(shutil.which(name))
+
+    def run(script, *arguments, commands=(), **environment):
+        for name, code in dict(commands).items():
+            (tmp_path / "bin" / name).write_text(f"#!/usr/bin/env bash\n{code}\n")
+            (tmp_path / "bin" / name).chmod(0o755)
+        before = {path: path.stat().st_mtime_ns for path in tmp_path.rglob("*")}
+        command = [shutil.which("bash"), script, *arguments]
+        environment = {"PATH": str(tmp_path / "bin"), "TMPDIR": str(tmp_path)} | environment
+        done = subprocess.run(command, cwd=tmp_path, env=environment, capture_output=True, text=True, timeout=60)
+        assert {path: path.stat().st_mtime_ns for path in tmp_path.rglob("*")} == before
+        return done
+
+    return run
+
+
+@pytest.mark.parametrize("script", SCRIPTS)
+def test_a_script_answers_help_with_its_variables_and_does_nothing_else(script, bash):
+    done = bash(script, "--help", SLURM_SUBMIT_DIR=".")
+    assert (done.returncode, done.stderr) == (0, "")
+    assert len(done.stdout) > 100 and "#!" not in done.stdout and "set -e" not in done.stdout
+    for name in set(re.findall(r"\b([A-Z][A-Z0-9_]*)=\$\{\1:-", (ROOT / script).read_text())):
+        assert re.search(rf"\b{name}\b", done.stdout), name
+    if script.startswith("scripts/"):
+        assert bash(script, "--other", "-h", SLURM_SUBMIT_DIR=".").stdout == done.stdout
+
+
+@pytest.mark.parametrize(
+    ("script", "arguments", "words"),
+    [
+        ("setup.sh", ["devv"], ["devv", "wanted dev or nothing"]),
+        ("setup.sh", ["dev", "x"], ["wanted dev or nothing"]),
+        ("quickstart.sh", ["please"], ["please", "--help"]),
+        ("sample.sh", ["demo"], ["demo", "--help"]),
+        ("train_progressive.sh", ["ucf-101"], ["ucf-101", "--help"]),
+        ("train_slurm.sh", ["ucf-101"], ["ucf-101", "--help"]),
+        ("faults.sh", ["many"], ["many", "a number first"]),
+    ],
+)
+def test_a_word_that_a_script_does_not_know_is_one_line_and_status_2(script, arguments, words, bash):
+    done = bash(f"scripts/{script}", *arguments, SLURM_SUBMIT_DIR=".")
+    assert (done.returncode, done.stdout) == (2, "")
+    (line,) = done.stderr.splitlines()
+    assert line.startswith(f"{script}: error: ") and all(word in line for word in words)
+
+
+@pytest.mark.parametrize("name", ["FRAME", "CLASSES", "NUM_SAMPLES"])
+def test_sample_sh_says_which_variables_it_knows_when_one_is_nearly_right(name, bash):
+    done = bash("scripts/sample.sh", **{name: "3"})
+    assert done.returncode == 2
+    assert done.stderr.startswith(f"sample.sh: error: {name} is none of its variables EXP CKPT FRAMES SAMPLES OUT GPUS")
+
+
+def test_without_the_environment_a_script_says_what_to_run_first(bash):
+    for script in ("sample.sh", "train_progressive.sh"):
+        done = bash(f"scripts/{script}")
+        assert (done.returncode, done.stdout) == (2, "")
+        assert done.stderr == f"{script}: error: no torch here: run scripts/setup.sh first\n"
+
+
+def test_one_process_is_python_and_of_several_the_line_that_matters_comes_after_the_report_of_torchrun(bash):
+    wrong = '[[ -z ${EQM_ERROR_FILE:-} ]] || echo "wrong flag" >>"$EQM_ERROR_FILE"'
+    commands = {"python": 'echo "python $1"; exit 2', "torchrun": f'{wrong}\necho "a long report" >&2; exit 1'}
+    for script in ("sample.sh", "train_progressive.sh"):
+        done = bash(f"scripts/{script}", commands=commands, GPUS="1", CACHE="0")
+        assert (done.returncode, done.stderr) == (2, "") and done.stdout.startswith("python EqM/")
+        done = bash(f"scripts/{script}", commands=commands, GPUS="2", CACHE="0")
+        assert (done.returncode, done.stdout, done.stderr) == (1, "", "a long report\nwrong flag\n")
