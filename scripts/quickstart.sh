@@ -48,7 +48,7 @@ bash scripts/train_progressive.sh \
   "${MORE[@]}" ${PRECISION:+--precision="$PRECISION"} \
   --lr 2e-3 --warmup-steps 20 --ema-decay 0.99 --gamma-shift 2 \
   --log-every 50 --val-every 100000 --val-clips 64 --sample-every 0 \
-  --sampler ngd --num-sampling-steps 24 --stepsize 0.0217 --cfg-scale 1.5
+  --sampler ngd --num-sampling-steps 16 --stepsize 0.0332 --cfg-scale 1.5
 
 OUT=samples/$EXP CKPT= FRAMES=$FRAMES SAMPLES=$SAMPLES bash scripts/sample.sh --overwrite \
   ${PRECISION:+--precision="$PRECISION"} --batch-size 8 # 48 samples: 3 batches for each of two ranks
