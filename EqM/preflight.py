@@ -45,7 +45,7 @@ MODEL_FLAGS = (
 )  # fmt: skip
 NO_CHANGE = {  # flags that may differ in a resumed run: they change nothing, or are checked against the checkpoint
     "resume", "ckpt", "new_classes", "num_classes", "results_dir", "vae", "num_workers", "loader_timeout", "wandb",
-    "save_minutes", "keep_last", *MODEL_FLAGS,
+    "save_minutes", "keep_last", "shard", *MODEL_FLAGS,
 }  # fmt: skip
 
 

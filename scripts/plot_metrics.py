@@ -102,7 +102,6 @@ def read_run_metrics(folder):
     path = folder / METRICS
     try:
         rows, torn = read_metrics(path)
-        rows = [row for row in rows if "note" not in row]
     except OSError as error:
         raise UserError(f"RUN {folder}: {METRICS} can't be read ({error.strerror}); leave this run out") from error
     if torn:

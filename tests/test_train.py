@@ -377,8 +377,9 @@ def test_a_first_run_and_its_resume_say_all_that_is_not_as_asked(tmp_path, capsy
     (run,) = results.glob("[0-9]*")
     changed = "resumed with other flags: max_steps 1 -> 2, lr 0.0001 -> 0.001"
     assert (run / "log.txt").read_text().count(changed) == 1
-    rows, _ = metrics.read_metrics(run / "metrics.jsonl")
+    rows, _ = metrics.read_metrics(run / "metrics.jsonl", notes=True)
     assert [row["note"] for row in rows if "note" in row] == [changed]
+    assert "note" not in str(metrics.read_metrics(run / "metrics.jsonl"))
     old, new = ((run / name).read_text() for name in ("config-until-0000001.json", "config.json"))
     assert '"lr": 0.0001' in old and '"lr": 0.001' in new
 

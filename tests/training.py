@@ -78,7 +78,7 @@ class Training:
     def rows(self, whole=True):
         """The metrics, without what was measured with a clock; those of a killed run may end in half a line."""
         lines = (self.folder / "metrics.jsonl").read_text().splitlines()
-        lines = lines if whole else [line for line in lines if line.endswith("}")]
+        lines = [line for line in lines if (whole or line.endswith("}")) and '"note": ' not in line]
         return [{name: value for name, value in json.loads(line).items() if name not in MEASURED} for line in lines]
 
     def wait_for(self, step, process, timeout=120):

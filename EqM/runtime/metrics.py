@@ -52,8 +52,8 @@ def bar_text(row):
     return ", ".join(parts)
 
 
-def read_metrics(path):
-    """Read a metrics.jsonl.
+def read_metrics(path, notes=False):
+    """Read a metrics.jsonl, with or without its notes.
 
     Returns:
         the rows, dicts with "step" and what was logged (None = was not finite), and the number of lines that are left
@@ -67,7 +67,7 @@ def read_metrics(path):
             except (ValueError, RecursionError):
                 row = None
             if isinstance(row, dict) and isinstance(row.get("step"), int):
-                rows.append(row)
+                rows += [row] if notes or "note" not in row else []
             else:
                 torn += 1
     return rows, torn
@@ -166,7 +166,7 @@ class Metrics:
 
 def _drop_after(step, path):
     """Rewrite the file atomically without the rows after `step`; returns the number of torn lines."""
-    rows, torn = read_metrics(path)
+    rows, torn = read_metrics(path, notes=True)
     with atomic_write(path) as file:
         file.writelines(json.dumps(row).encode() + b"\n" for row in rows if row["step"] <= step)
     return torn
