@@ -28,7 +28,10 @@ TARGETS = {
     "scripts/sample.sh": ("EqM/sample_gd.py", ["--ckpt", "FILE"]),
     "scripts/gpu_check.sh": ("scripts/gpu_check.py", []),
 }
-WORDS = {"scripts/setup.sh": "(dev)?", "scripts/faults.sh": "([0-9]+( --.*)?)?", "datasets/prepare_ucf101.sh": "[^ ]*"}
+WORDS = {
+    "scripts/test.sh": ".*", "scripts/setup.sh": "(dev)?", "scripts/faults.sh": "([0-9]+( --.*)?)?",
+    "datasets/prepare_ucf101.sh": "[^ ]*",
+}  # fmt: skip
 FLAGS_OF_OTHERS = {"--logdir"}  # of tensorboard
 
 
