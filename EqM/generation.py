@@ -524,11 +524,12 @@ class Observer:
 
     def check(self, strict, settings):
         """Raise UserError, or unless `strict` say so, if samples are not finite: at which step that began."""
-        lost = (~torch.stack(self.finite)).nonzero()
-        if len(lost) == 0:
+        finite = torch.stack(self.finite).cpu()  # the only wait for a GPU, after the last step
+        if finite.all():
             return
         size = settings["method"] if settings.get("method") in SOLVERS else f"--stepsize {settings['step_size']:g}"
-        text = f"step {lost[0].item()} of {settings['num_steps'] - 1} made samples that are not finite ({size})"
+        step, steps = finite.tolist().index(False), settings["num_steps"] - 1
+        text = f"step {step} of {steps} made samples that are not finite ({size})"
         if strict:
             raise UserError(f"{text}: take smaller steps, or another checkpoint")
         say(f"note: {text}")

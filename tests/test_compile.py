@@ -76,7 +76,7 @@ def test_a_compiled_run_learns_what_the_plain_run_learns(shapes, tmp_path):
     found = []
     for name, flags in (("plain", []), ("compiled", ["--compile"])):
         run_main(train, *shared, tmp_path / name, *flags)
-        (folder,) = (tmp_path / name).iterdir()
+        (folder,) = (tmp_path / name).glob("[0-9]*")
         rows = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
         state = torch.load(folder / "checkpoints/latest.pt", weights_only=True)
         found.append((rows, state["model"].keys()))

@@ -318,7 +318,7 @@ def test_previews_in_bf16_are_those_of_autocast_alone_and_leave_the_averaged_wei
     source = make_source(3, use_rope=True)
     args = Namespace(
         num_samples=3, global_seed=0, sampler="ngd", num_sampling_steps=4, stepsize=0.05, mu=0.3, stop_below=None,
-        cfg_scale=2.0, precision="bf16",
+        cfg_scale=2.0, precision="bf16", shard=False,
     )  # fmt: skip
     before = {name: value.clone() for name, value in source.model.state_dict().items()}
     settings = SETTINGS | {"precision": "bf16"}
