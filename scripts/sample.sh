@@ -27,7 +27,6 @@ FRAMES=${FRAMES:-16} # one or more frame counts
 SAMPLES=${SAMPLES:-16}
 if [[ -z $EXP && -z $CKPT ]]; then
   EXP=demo CKPT=results/demo
-  set -- --sampler ngd --num-sampling-steps 60 --stepsize 0.008 --cfg-scale 1.5 "$@" # as results/demo/README.md says
 fi
 if [[ -z $CKPT ]]; then
   for file in results/"$EXP"/*/checkpoints/best.pt; do
