@@ -41,7 +41,7 @@ from runtime.cli import (
 from runtime.distributed import own_indices, rank, world_size
 from runtime.untrusted import read_json
 from samplers import SOLVERS
-from scoring.manifest import is_manifest
+from scoring.manifest import is_of_samples
 from video.inputs import check_apart, find_clips
 from video.writers import write_samples
 
@@ -266,7 +266,7 @@ def begin_folder(folder):
         numbered = [path for path in folder.glob("[0-9]" * 6 + ".*") if path.suffix in (".mp4", ".gif", ".png", ".tmp")]
         reports = [folder / f"{name}.{kind}" for name in ("evaluations", "energy") for kind in ("csv", "png")]
         names = ("grid.gif", "grid.png", "sheet.png", "gallery.html", "samples.npz", "samples.npz.tmp")
-        scores = [path for path in folder.glob("*.json") if is_manifest(path)]
+        scores = [path for path in folder.glob("*.json") if is_of_samples(path, folder)]
         pictures = [path.with_suffix(suffix) for path in scores for suffix in (".png", ".sheet.png")]
         for path in (*numbered, *reports, *(folder / name for name in names), *scores, *pictures):
             path.unlink(missing_ok=True)

@@ -1,13 +1,15 @@
 # What the scripts share; they source it from the repository's root with their own arguments.
 
+SCRIPT=${SCRIPT:-$(basename "$0")} # Slurm runs a copy of another name
+
 complain() { # MESSAGE: what the user can put right
-  printf '%s: error: %s\n' "$(basename "$0")" "$*" >&2
+  printf '%s: error: %s\n' "$SCRIPT" "$*" >&2
   exit 2
 }
 
 for word in "$@"; do # --help: the comment at the head of the script, and nothing else is done
   if [[ $word == --help || $word == -h ]]; then
-    awk 'NR > 1 { if (!/^#/) exit; if (!/^#SBATCH/) { sub(/^# ?/, ""); print } }' "scripts/$(basename "$0")"
+    awk 'NR > 1 { if (!/^#/) exit; if (!/^#SBATCH/) { sub(/^# ?/, ""); print } }' "scripts/$SCRIPT"
     exit
   fi
 done

@@ -64,7 +64,7 @@ class Model(Trained):
         }  # fmt: skip
         tasks = [self.task(name, metric) for name in self.samplings for metric in ("motion", "consistency")]
         self.memory = f"memory of {SHORT} and {args.num_frames} frames"
-        super().__init__(args, self.root / f"seed{seed}", seed, SHARE, [*tasks, self.memory])
+        super().__init__(args, self.root / f"seed{seed}-compute{self.compute:g}", seed, SHARE, [*tasks, self.memory])
 
     def task(self, name, what):
         return f"{self.args.clips} clips of {self.args.num_frames}, {name}, {what}"

@@ -43,9 +43,10 @@ case $RECIPE in
   *) complain "RECIPE=$(printf %q "$RECIPE"); wanted published or small" ;;
 esac
 # A new model gets the positions that did best in results/study.md; one that has a checkpoint keeps its own
-CKPTS=("results/$EXP"/*/checkpoints/*.pt)
+[[ ${ONE_RUN:-0} == 1 ]] && FIRST=f$FRAMES_1-$FRAMES_2-$FRAMES_3 || FIRST=f$FRAMES_1 # of the run that it began with
+CKPTS=("results/$EXP"/*-"${MODEL/\//-}-$FIRST-rope"/checkpoints/*.pt)
 [[ -f ${CKPTS[0]} ]] || FLAGS+=(--position-table space --rope-speed 0.5)
-# FORCING: share of the clips that teach to complete given frames; an experiment that has a checkpoint keeps its own
+# FORCING: share of the clips that teach to complete given frames; a model that has a checkpoint keeps its own
 if [[ -f ${CKPTS[0]} ]]; then
   KEPT=$(grep -ohs '"forcing": [0-9.e-]*' "results/$EXP"/*/config.json | tail -n 1) || KEPT=0 # it began without
   FORCING=${FORCING:-${KEPT##* }}
@@ -66,7 +67,8 @@ run() {
   "$@" &
   local child=$!
   trap 'signalled=1; kill -TERM "$child"' TERM USR1
-  trap 'signalled=1' INT # a terminal sends it to torchrun as well
+  # A terminal sends it to torchrun as well. Python does not hear it: bash lets what is in its background ignore it
+  trap 'signalled=1; [[ ${RUN[0]} != python ]] || kill -TERM "$child"' INT
   wait "$child" || status=$?
   while kill -0 "$child" 2>/dev/null; do # a signal ends the wait, not the child
     status=0

@@ -20,6 +20,7 @@
 #SBATCH --requeue
 set -euo pipefail
 cd "${SLURM_SUBMIT_DIR:-$(dirname "$0")/..}" # Slurm runs a copy of this script, elsewhere
+SCRIPT=train_slurm.sh
 source scripts/common.sh
 flags_only "$@"
 activate

@@ -170,7 +170,9 @@ def test_samples_of_another_run_stay_unless_told_otherwise_and_no_score_stays_be
     folder, other = tmp_path / "s", tmp_path / "other.pt"
     shutil.copy(ckpt, other)
     sample(ckpt, folder, 2)
-    manifest.write_manifest(folder / "motion.json", dict.fromkeys(manifest.KEYS) | {"format": manifest.FORMAT})
+    found = dict.fromkeys(manifest.KEYS) | {"format": manifest.FORMAT}
+    manifest.write_manifest(folder / "motion.json", found | {"generated": {"samples": str(folder)}})
+    manifest.write_manifest(folder / "fvd.json", found | {"generated": {"checkpoint_sha256": "of another model"}})
     for name in ("motion.png", "mine.json", "mine.png"):
         (folder / name).write_text("{}")
     content = {path: path.read_bytes() for path in folder.iterdir()}
@@ -179,7 +181,7 @@ def test_samples_of_another_run_stay_unless_told_otherwise_and_no_score_stays_be
     assert f"--folder {folder}: holds samples of {ckpt}: name another folder, or add --overwrite" in line
     assert {path: path.read_bytes() for path in folder.iterdir()} == content
     sample(ckpt, folder, 3, "--no-overwrite")  # of the same run
-    assert {path.name for path in folder.iterdir()} == names_of(3) | {"mine.json", "mine.png"}
+    assert {path.name for path in folder.iterdir()} == names_of(3) | {"mine.json", "mine.png", "fvd.json"}
     sample(other, folder, 2, "--no-overwrite", "--overwrite")
     assert json.loads((folder / "samples.json").read_text())["flags"]["ckpt"] == str(other)
 

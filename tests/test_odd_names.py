@@ -191,14 +191,15 @@ def test_train_progressive_gives_its_positions_to_a_new_model_and_leaves_those_o
     assert choices() == ([POSITIONS], ["0.75"])  # ends after phase 1, which has saved nothing
     assert choices(FORCING="0.2")[1] == ["0.2"]
     for step in (50, 90):
-        path = tmp_path / f"results/{ODD}/00-a/checkpoints/{step:07d}.pt"
+        path = tmp_path / f"results/{ODD}/00-EqM-S-4-f4-rope/checkpoints/{step:07d}.pt"
         path.parent.mkdir(parents=True, exist_ok=True)
         path.touch()
-    config = tmp_path / f"results/{ODD}/00-a/config.json"
+    config = tmp_path / f"results/{ODD}/00-EqM-S-4-f4-rope/config.json"
     config.write_text('{"training": {"lr": 1}}')  # of code that had no such flag
     assert choices() == ([[], [], []], ["0"] * 3)
     config.write_text('{"training": {"forcing": 0.5}}')
     assert choices() == ([[], [], []], ["0.5"] * 3)
+    assert choices(ONE_RUN="1") == ([POSITIONS], ["0.75"])  # which does not go on with that run
 
 
 def test_sample_passes_odd_names_unchanged_and_uses_the_newest_model(run_copy, tmp_path):

@@ -1,7 +1,9 @@
 """The shell scripts: --help, words and variables that they do not know, and whose line comes last."""
 
+import os
 import re
 import shutil
+import signal
 import subprocess
 
 import pytest
@@ -89,3 +91,26 @@ def test_one_process_is_python_and_of_several_the_line_that_matters_comes_after_
         assert (done.returncode, done.stderr) == (2, "") and done.stdout.startswith("python EqM/")
         done = bash(f"scripts/{script}", commands=commands, GPUS="2", CACHE="0")
         assert (done.returncode, done.stdout, done.stderr) == (1, "", "a long report\nwrong flag\n")
+
+
+def test_ctrl_c_reaches_a_run_of_one_process(tmp_path):
+    shutil.copytree(ROOT / "scripts", tmp_path / "scripts", ignore=shutil.ignore_patterns("*.py", "study"))
+    (tmp_path / "bin").mkdir()
+    code = "trap 'echo saved; exit' TERM; echo started; while true; do sleep 0.05; done"
+    for name, line in (("python", code), ("torchrun", "")):
+        (tmp_path / "bin" / name).write_text(f"#!/usr/bin/env bash\n{line}\n")
+        (tmp_path / "bin" / name).chmod(0o755)
+    path = f"{tmp_path / 'bin'}:{os.environ['PATH']}"
+    settings = os.environ | {"PATH": path, "GPUS": "1", "CACHE": "0", "EXP": "x"}
+    command = ["bash", "scripts/train_progressive.sh"]
+    pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.STDOUT, "text": True}
+    with subprocess.Popen(command, cwd=tmp_path, env=settings, start_new_session=True, **pipes) as process:
+        try:
+            assert process.stdout.readline() == "started\n"
+            os.killpg(process.pid, signal.SIGINT)  # as a terminal does
+            found, _ = process.communicate(timeout=20)
+        finally:
+            if process.poll() is None:
+                os.killpg(process.pid, signal.SIGKILL)
+    assert "saved" in found and "interrupted; the same command continues" in found
+    assert process.returncode == 143

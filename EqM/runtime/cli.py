@@ -240,10 +240,10 @@ def fail(message, status=2, patience=None):
         time.sleep(RANK_0_SPEAKS_FIRST if patience is None else patience)
     text = one_line(" ".join(str(message).split()), sys.stderr.encoding or "utf-8")
     line = f"{os.path.basename(sys.argv[0])}: error: {text}"
-    if place := os.environ.get("EQM_ERROR_FILE"):
-        with open(place, "a", encoding="utf-8") as file:
+    try:
+        with open(os.environ["EQM_ERROR_FILE"], "a", encoding="utf-8") as file:
             file.write(line + "\n")
-    else:
+    except (KeyError, OSError):  # the disk may be what is full
         tqdm.write(line, file=sys.stderr)  # not into a progress bar
     sys.exit(status)
 

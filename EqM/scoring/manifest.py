@@ -60,12 +60,13 @@ def read_manifest(path):
     return manifest
 
 
-def is_manifest(path):
-    """Whether a file is a manifest, as far as this code knows."""
+def is_of_samples(path, folder):
+    """Whether a file is a manifest of the samples that are in a folder, as far as this code knows."""
     try:
-        return bool(read_manifest(path))
+        generated = read_manifest(path)["generated"] or {}
     except UserError:
         return False
+    return "samples" in generated and Path(generated["samples"]).name == Path(folder).resolve().name
 
 
 def check_same(old, new):
