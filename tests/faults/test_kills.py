@@ -93,9 +93,8 @@ def test_the_ranks_of_a_torchrun_that_is_killed_save_and_end(shapes, tmp_path):
 # Kills ----------------------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("shard", [[], ["--shard"]])
-def test_sigkills_and_sigterms_at_random_moments_change_nothing(shard, whole, tmp_path):
-    flags = [*OFTEN[:2], *OFTEN[4:], "--val-every", 50, *shard]
+def test_sigkills_and_sigterms_at_random_moments_change_nothing(whole, tmp_path):
+    flags = [*OFTEN[:2], *OFTEN[4:], "--val-every", 50]
     whole = replace(whole, results=tmp_path / "whole", steps=250, flags=flags)
     whole.run()
     moments = {"from_start": 6, "from_step": 0.5}
