@@ -236,6 +236,7 @@ def fail(message, status=2, patience=None):
     torchrun names a file in EQM_ERROR_FILE, and shows the line after torchrun's own report.
     """
     signal.signal(signal.SIGTERM, signal.SIG_DFL)  # torchrun may end this rank before it speaks
+    signal.signal(signal.SIGCHLD, signal.SIG_DFL)  # torch's handler would raise again when the next loader process ends
     if rank() != 0:
         time.sleep(RANK_0_SPEAKS_FIRST if patience is None else patience)
     text = one_line(" ".join(str(message).split()), sys.stderr.encoding or "utf-8")
