@@ -189,11 +189,11 @@ def settle_frames(args):
 
 def load_run_vae(args, start):
     """The VAE of --vae, else of the latent cache or the checkpoint; settles --vae, --image-size and --no-flip."""
-    cache, owner = latents_settings(args.data_path, images=not args.video), None if args.vae else "the checkpoint"
+    cache, asked = latents_settings(args.data_path, images=not args.video), args.vae
     kept = start.state["config"]["data"] if start.state else {"vae": "ema", "image_size": 256}
     if cache is None:
         args.vae = args.vae or kept["vae"]
-        vae = load_vae(args.vae, owner)
+        vae = load_vae(args.vae, None if asked else "the checkpoint")
         size = kept["image_size"] or start.state["config"]["model"]["input_size"] * vae.downsample  # published models
         args.image_size = args.image_size or size
         return vae
@@ -206,7 +206,7 @@ def load_run_vae(args, start):
     if args.vae not in (None, cache["vae"]) and not os.path.isdir(args.vae):
         raise UserError(f"--vae {args.vae}: the cache --data-path was made with {cache['vae']}: leave it out")
     args.vae, args.image_size = args.vae or cache["vae"], cache["image_size"]
-    vae = load_vae(args.vae, owner and "the latent cache")  # samples are decoded with it
+    vae = load_vae(args.vae, None if asked else "the latent cache")  # samples are decoded with it
     for name in ("channels", "downsample", "scale", "shift"):
         if getattr(vae, name) != cache[name]:
             raise UserError(

@@ -1,6 +1,5 @@
 """--shard: what is spread over the ranks computes, saves and resumes as what is not."""
 
-from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -8,7 +7,7 @@ import torch
 
 from process import run_ranks
 from sharded_ranks import KINDS
-from training import OFTEN, TORCHRUN, Training, differences, run_here
+from training import differences
 
 RANKS = 3  # which divide few of the sizes, and whose sums depend on their order
 ROUNDING = {"accumulation": 1e-5, "muon": 1e-2, "energy": 1e-5}  # Muon computes in bf16
@@ -74,16 +73,3 @@ def test_a_machine_without_the_memory_for_the_whole_checkpoint_is_one_line_on_al
 
 def test_fp16_skips_a_step_on_all_ranks_if_the_gradient_of_one_overflows(found):
     assert {rank["overflow"] for rank in found} == {(512.0, False)}
-
-
-def test_a_run_goes_on_sharded_and_back_and_says_that_one_rank_shards_nothing(shapes, tmp_path, capsys):
-    whole = Training(shapes, tmp_path / "whole", 7, flags=OFTEN)
-    run_here(whole)
-    parts = replace(whole, results=tmp_path / "parts", launcher=TORCHRUN)
-    run_here(parts, stop_after=2)
-    replace(parts, steps=4).run("--shard", "--resume")
-    capsys.readouterr()
-    run_here(parts, "--resume", "--shard")
-    assert "note: --shard: there is one rank, so nothing is sharded" in capsys.readouterr().out
-    for one, other in zip(whole.rows(), parts.rows(), strict=True):
-        assert one == pytest.approx(other, rel=1e-3)

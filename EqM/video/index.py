@@ -32,7 +32,7 @@ INDEX_FILE = ".video_index-{}.json"  # with a hash of the data's path; beside th
 INDEX_FORMAT = 2
 LATENTS_FILE, PARTIAL_FILE = "latents.json", "latents.partial.json"  # of a complete, of an unfinished latent cache
 LATENTS_FORMAT = 1
-SPARES = 100
+SPARES = 100  # training videos that may stand in for validation videos, at most
 LATENTS_TYPES = {  # of latents.json
     "vae": str, "image_size": int, "channels": int, "downsample": int, "scale": float, "shift": float,
     "flips": bool, "classes": list, "unreadable": list, "videos": list,

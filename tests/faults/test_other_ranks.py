@@ -58,3 +58,16 @@ def test_two_machines_may_have_the_checkpoint_and_the_data_on_disks_of_their_own
         assert process.returncode == 0, err
     (saved,) = tmp_path.glob("machine-0/results/*/checkpoints/latest.pt")
     assert torch.load(saved, weights_only=True)["step"] == 4
+
+
+def test_a_run_goes_on_sharded_and_back_and_says_that_one_rank_shards_nothing(shapes, tmp_path, capsys):
+    whole = Training(shapes, tmp_path / "whole", 7, flags=OFTEN)
+    run_here(whole)
+    parts = replace(whole, results=tmp_path / "parts", launcher=TORCHRUN)
+    run_here(parts, stop_after=2)
+    replace(parts, steps=4).run("--shard", "--resume")
+    capsys.readouterr()
+    run_here(parts, "--resume", "--shard")
+    assert "note: --shard: there is one rank, so nothing is sharded" in capsys.readouterr().out
+    for one, other in zip(whole.rows(), parts.rows(), strict=True):
+        assert one == pytest.approx(other, rel=1e-3)
