@@ -68,7 +68,8 @@ def cache_settings(args, vae):
     """The settings in latents.json, the same for all videos. Raises UserError if --image-size does not fit the VAE."""
     if args.image_size % vae.downsample:
         raise UserError(f"--image-size {args.image_size} is not a multiple of {vae.downsample} (VAE's downsampling)")
-    settings = {"format": index.LATENTS_FORMAT, "vae": vae.place, "image_size": args.image_size}
+    settings = {"format": index.LATENTS_FORMAT, "vae": vae.place, "vae_sha256": vae.sha256}
+    settings |= {"image_size": args.image_size}
     settings |= {name: getattr(vae, name) for name in ("channels", "downsample", "scale", "shift")}
     return settings | {"flips": args.with_flips}
 
@@ -78,7 +79,7 @@ def check_out(out, settings):
     names = os.listdir(out) if os.path.exists(out) else []
     if present := [name for name in (index.LATENTS_FILE, index.PARTIAL_FILE) if name in names]:
         try:
-            found = read_json(Path(out, present[0]))
+            found = {"vae_sha256": settings["vae_sha256"]} | read_json(Path(out, present[0]))  # older caches have none
             other = next((name for name in settings if found[name] != settings[name]), None)
         except (OSError, ValueError, KeyError, TypeError) as error:
             raise UserError(f"--out {out}: its {present[0]} is damaged ({error}): name another folder") from error

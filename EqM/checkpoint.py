@@ -41,8 +41,8 @@ from sharding import is_sharded, shard_like, whole
 VERSION = 1
 CONFIG_TYPES = {  # what sampling and training take from the parts of a config
     "model": {},
-    "data": {"vae": str, "image_size": int | None, "fps": float, "frame_interval": list, "classes": list,
-             "time_scale": float | int | None},
+    "data": {"vae": str, "vae_sha256": str | None, "image_size": int | None, "fps": float, "frame_interval": list,
+             "classes": list, "time_scale": float | int | None},
     "training": {"model": str, "num_frames": int, "video": bool},
 }
 ADDED = {"rope_speed": 0.0, "position_table": "none"}  # fields of EqMConfig that older files lack: what they meant

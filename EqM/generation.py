@@ -23,7 +23,7 @@ from runtime.rng import normal
 from runtime.untrusted import FPS, check_types
 from samplers import DESCENTS, SOLVERS, guided, sample
 from sharding import is_sharded
-from vae import VAE, load_vae
+from vae import VAE, check_same, load_vae
 from video.samples import NO_LABEL, class_name
 
 MOST_FRAMES, MOST_SAMPLES = 2**16, 2**24  # more is a typing error
@@ -282,6 +282,7 @@ def open_vae(args, config, data):
     if not same_kind or (vae.channels, size) != (config.in_channels, data["image_size"] or size):
         found = f"--vae {args.vae}" if args.vae else f"the checkpoint's VAE {vae.name} is another one by now"
         raise UserError(f"{found}: the checkpoint was trained with {data['vae']}: name a place of that one with --vae")
+    check_same(vae, data.get("vae_sha256"), f"--ckpt {args.ckpt}")
     if args.image_size not in (None, size):
         raise UserError(f"--image-size {args.image_size}: the checkpoint has {size}: leave the flag out")
     return vae

@@ -33,7 +33,7 @@ from runtime.metrics import import_wandb
 from runtime.runs import check_job
 from runtime.untrusted import is_text
 from schedule import Phase, fill_batches
-from vae import load_vae
+from vae import check_same, load_vae
 from video.frame_cache import FrameCache
 from video.index import check_data_path, find_data, fitting_interval, latents_settings
 
@@ -196,6 +196,7 @@ def load_run_vae(args, start):
         vae = load_vae(args.vae, None if asked else "the checkpoint")
         size = kept["image_size"] or start.state["config"]["model"]["input_size"] * vae.downsample  # published models
         args.image_size = args.image_size or size
+        check_same(vae, kept.get("vae_sha256"), f"--ckpt {start.path}")
         return vae
     if start.state and kept["image_size"] not in (None, cache["image_size"]):
         found = f"--data-path {args.data_path}: a latent cache of {cache['image_size']} px"
@@ -213,6 +214,8 @@ def load_run_vae(args, start):
                 f"--vae {args.vae}: has {name} {getattr(vae, name)}, the cache --data-path, made with {cache['vae']}, "
                 f"{cache[name]}: give the path of that VAE"
             )
+    check_same(vae, cache.get("vae_sha256"), f"--data-path {args.data_path}")
+    check_same(vae, kept.get("vae_sha256"), f"--ckpt {start.path}")
     if not (args.no_flip or cache["flips"]):
         say("note: the cache has no mirrored latents (--with-flips), so no clip is mirrored")
         args.no_flip = True
@@ -375,6 +378,7 @@ def make_run_config(args, config, phase, data, vae):
         "model": asdict(config) | {"num_frames": phase.num_frames},
         "data": {
             "vae": vae.place,
+            "vae_sha256": vae.sha256,
             "image_size": args.image_size,
             "fps": statistics.median(video.fps for video in videos),
             "frame_interval": args.frame_interval,

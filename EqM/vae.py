@@ -4,9 +4,11 @@
 holds any AutoencoderKL of diffusers. Frames are encoded one by one, so time is not compressed here.
 """
 
+import hashlib
 import os
 import sys
 import textwrap
+from pathlib import Path
 
 import torch
 
@@ -22,13 +24,13 @@ CHUNK = 8  # frames per call of the model: a clip of 64 frames of 256 px would n
 class VAE:
     """Converts between clips uint8 (B, 3, T, H, W) and latents float32 (B, C, T, h, w); h = H / downsample.
 
-    name is the value of --vae. Without a model, latents are pixels. Starts on the CPU.
+    name is the value of --vae. Without a model, latents are pixels; sha256 is that of its weights. Starts on the CPU.
     """
 
     channels, downsample, scale, shift = 3, 1, 1.0, 0.0  # of pixels
 
-    def __init__(self, name, model=None):
-        self.name, self.model = name, model
+    def __init__(self, name, model=None, sha256=None):
+        self.name, self.model, self.sha256 = name, model, sha256
         if model is not None:
             self.channels = model.config.latent_channels
             self.downsample = 2 ** (len(model.config.block_out_channels) - 1)
@@ -110,7 +112,24 @@ def load_vae(name, owner=None):
         raise UserError(f"--vae {name}: {textwrap.shorten(str(error), 300)}: {advice}") from error
     if missing := info["missing_keys"]:  # diffusers would initialize them at random
         raise UserError(f"--vae {name}: the weights lack {len(missing)} tensors of its {CONFIG}, {missing[0]} first")
-    return VAE(name, model.requires_grad_(False).eval())
+    return VAE(name, model.requires_grad_(False).eval(), _sha256(directory))
+
+
+def _sha256(directory):
+    """The SHA-256 of the weights in a directory; of several files, that of theirs."""
+    files = sorted(Path(directory).glob("*.safetensors"))
+    parts = [hashlib.sha256(file.read_bytes()).hexdigest() for file in files]
+    return parts[0] if len(parts) == 1 else hashlib.sha256(" ".join(parts).encode()).hexdigest()
+
+
+def check_same(vae, sha256, place):
+    """Raise UserError unless a VAE has the weights with that SHA-256; None, of older files, is not checked.
+
+    place says what was made with these weights, such as "--ckpt FILE".
+    """
+    if sha256 not in (None, vae.sha256):
+        found = f"its weights have SHA-256 {str(vae.sha256)[:12]}..., {place} was made with {sha256[:12]}..."
+        raise UserError(f"--vae {vae.name}: another VAE: {found}: name a place of that one with --vae")
 
 
 def _download(name):

@@ -25,7 +25,12 @@ TINY = [
     "--num-frames", "4", "--vae", "none", "--image-size", "16", "--no-flip", "--frame-interval", "1", "3",
     "--global-batch-size", "4", "--num-workers", "0", "--val-clips", "4", "--lr", "1e-3",
 ]  # fmt: skip
-MEASURED = {"clips_per_s", "tflops_per_s", "wait_frac", "seconds", "val_seconds"}  # times, which no two runs share
+TINY_VAE = [
+    "--image-size", "16", "--downsample", "4", "--widths", "8", "8", "8", "--latent-channels", "2", "--log-every", "2",
+    "--global-batch-size", "4", "--num-workers", "0", "--val-frames", "20", "--val-every", "5",
+]  # fmt: skip
+# times, which no two runs share
+MEASURED = {"clips_per_s", "frames_per_s", "tflops_per_s", "wait_frac", "seconds", "val_seconds"}
 OFTEN = ["--log-every", 3, "--val-every", 2, "--ckpt-every", 4, "--sample-every", 5]
 OFTEN += ["--num-samples", 1, "--num-sampling-steps", 3, "--keep-last", 2]
 
@@ -48,6 +53,7 @@ class Training:
     flags: list = field(default_factory=list)
     base: list = field(default_factory=lambda: TINY)
     environment: dict = field(default_factory=dict)
+    script: str = "train.py"
 
     def command_flags(self, *flags):
         paths = ["--data-path", self.data, "--results-dir", self.results]
@@ -56,7 +62,7 @@ class Training:
 
     def start(self, *flags):
         """The process of the launcher, in a session of its own as a shell's job would be."""
-        command = [*self.launcher, ROOT / "EqM/train.py", *self.command_flags(*flags)]
+        command = [*self.launcher, ROOT / "EqM" / self.script, *self.command_flags(*flags)]
         environment = os.environ | {"OMP_NUM_THREADS": "1", "PYTHONUNBUFFERED": "1"} | self.environment
         return subprocess.Popen(
             [str(part) for part in command], stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True,

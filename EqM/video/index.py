@@ -34,8 +34,8 @@ LATENTS_FILE, PARTIAL_FILE = "latents.json", "latents.partial.json"  # of a comp
 LATENTS_FORMAT = 1
 SPARES = 100  # training videos that may stand in for validation videos, at most
 LATENTS_TYPES = {  # of latents.json
-    "vae": str, "image_size": int, "channels": int, "downsample": int, "scale": float, "shift": float,
-    "flips": bool, "classes": list, "unreadable": list, "videos": list,
+    "vae": str, "vae_sha256": str | None, "image_size": int, "channels": int, "downsample": int, "scale": float,
+    "shift": float, "flips": bool, "classes": list, "unreadable": list, "videos": list,
 }  # fmt: skip
 
 

@@ -1,0 +1,106 @@
+"""The small VAE of train_vae.py: its network, its losses, what it is worth, and the folder that --vae DIR takes."""
+
+import math
+import os
+import shutil
+from pathlib import Path
+
+import torch
+from torch import nn
+
+from runtime import distributed
+from vae import VAE
+from video.loader import batches_of
+
+GROUPS = 8  # of the group norms; widths are multiples of it
+KL_WEIGHT = 1e-4  # against the errors of pixels in [-1, 1]: keeps the latents close to normal, and costs few dB
+CHUNK = 16  # frames that are measured together; fixed, so that sums do not depend on the number of ranks
+
+
+def make_autoencoder(widths, latent_channels, image_size):
+    """An untrained diffusers AutoencoderKL: one width per resolution, from full size on, one residual block each.
+
+    Without attention: at these sizes convolutions see far enough.
+    """
+    from diffusers import AutoencoderKL  # takes seconds to import
+
+    return AutoencoderKL(
+        down_block_types=("DownEncoderBlock2D",) * len(widths), up_block_types=("UpDecoderBlock2D",) * len(widths),
+        block_out_channels=tuple(widths), layers_per_block=1, latent_channels=latent_channels, norm_num_groups=GROUPS,
+        mid_block_add_attention=False, sample_size=image_size,
+    )  # fmt: skip
+
+
+class Autoencoder(nn.Module):
+    """An AutoencoderKL whose forward pass is that of training."""
+
+    def __init__(self, model):
+        super().__init__()
+        self.model = model
+
+    def forward(self, x, noise):
+        """x (B, 3, H, W) in [-1, 1], noise (B, C, h, w) -> (reconstructions, mean and log variance of the latents)."""
+        posterior = self.model.encode(x).latent_dist
+        return self.model.decode(posterior.mean + posterior.std * noise).sample, posterior.mean, posterior.logvar
+
+
+def losses_of(x, reconstruction, mean, logvar):
+    """{name: loss}, to be added up: absolute errors of pixels, of their differences to the next pixel, and KL (Kingma,
+    Welling: arXiv 1312.6114, appendix B), per latent value.
+    """
+    error = reconstruction.float() - x
+    gradient = error.diff(dim=-1).abs().mean() + error.diff(dim=-2).abs().mean()
+    kl = 0.5 * (mean.float().square() + logvar.float().exp() - 1 - logvar.float()).mean()
+    return {"train_loss": error.abs().mean(), "gradient_loss": gradient, "kl_loss": KL_WEIGHT * kl}
+
+
+def psnr(real, found):
+    """Peak signal-to-noise ratio in dB of each of uint8 images (B, H, W, 3); 99 at most: for equal ones."""
+    error = (real.double() - found.double()).square().flatten(1).mean(dim=1)
+    return 10 * torch.log10(255**2 / error.clamp(min=255**2 / 10**9.9))
+
+
+@torch.no_grad()
+def measure(model, loader, device, precision):
+    """({"psnr", "latent_mean", "latent_std"}, this rank's bad videos) of the frames that the ranks' loaders give.
+
+    psnr is the mean over the frames, of reconstructions from the latents' means, in dB; the statistics are those of all
+    latent values. The results are the same on all ranks and with any number of them.
+    """
+    rows, bad, vae = [], [], VAE("measured", model)
+    vae.scale, vae.shift = 1.0, 0.0  # or the last bits would depend on those of an earlier export
+    for batch in batches_of(loader):
+        clips = batch["clips"].to(device)  # (B, 3, 1, H, W)
+        with distributed.autocast(device, precision):
+            mean, std = vae.posterior(clips)
+            found = vae.decode(mean)  # (B, 1, H, W, 3)
+        mean, std = mean.double().flatten(1), std.double().flatten(1)
+        second_moments = (mean.square() + std.square()).mean(dim=1)
+        columns = batch["indices"], psnr(clips[:, :, 0].movedim(1, -1), found[:, 0]), mean.mean(dim=1), second_moments
+        rows += torch.stack([column.double().cpu() for column in columns], dim=1).tolist()
+        bad += batch["bad"]
+    values, means, squares = (math.fsum(column) / len(column) for column in distributed.gather_in_order(rows))
+    return {"psnr": values, "latent_mean": means, "latent_std": math.sqrt(squares - means**2)}, bad
+
+
+def chunks_of(count):
+    """The (frames, index) of the frames 0 ... count - 1, in lists of CHUNK; a rank takes every n-th list."""
+    firsts = range(0, count, CHUNK)
+    return [[(1, index) for index in range(first, min(first + CHUNK, count))] for first in firsts]
+
+
+def export(model, folder, statistics):
+    """Write an AutoencoderKL as a folder that --vae DIR takes, whole or not at all.
+
+    Its scaling factor and shift make the latents that were measured have mean 0 and standard deviation 1.
+    """
+    folder = Path(folder)
+    temporary, old = folder.with_name(folder.name + ".new"), folder.with_name(folder.name + ".old")
+    for left in (temporary, old):
+        shutil.rmtree(left, ignore_errors=True)
+    model.register_to_config(scaling_factor=1 / statistics["latent_std"], shift_factor=statistics["latent_mean"])
+    model.save_pretrained(temporary)
+    if folder.exists():
+        os.rename(folder, old)
+    os.rename(temporary, folder)
+    shutil.rmtree(old, ignore_errors=True)

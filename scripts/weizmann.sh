@@ -1,0 +1,83 @@
+#!/usr/bin/env bash
+# Real people on a machine without a GPU: Weizmann's actions, a VAE trained on them, a latent cache, a model trained on 4,
+# then 8, then 16 frames, samples, clips that go on from given frames, and what they are worth. Run again, it goes on where
+# it stopped.
+#
+#   git clone https://github.com/sergeytulyakov/mocogan datasets/mocogan && bash scripts/weizmann.sh
+#
+#   HOURS=3                     about so long on 2 cores: scales the steps of VAE and model
+#   EXP=weizmann                results go to results/$EXP, samples to samples/$EXP-f16 and so on
+#   SOURCE=datasets/mocogan     the repository that holds the strips
+#   DATA=datasets/weizmann      the data set that is made of them; persons 7 and 8 are held out (HOLD_OUT="7 8")
+#   GPUS, PRECISION             processes, bf16 or fp32; left out: what suits the machine
+#   VAE_STEPS, STEPS_1, STEPS_2, STEPS_3   steps; left out: as HOURS says
+#   SAMPLES=96, LONG=16, REAL=64           samples of 16 frames, of 64 frames, held-out clips to go on from
+#   JUDGE_STEPS=600             training steps of the network that says which action a clip shows
+set -euo pipefail
+cd "$(dirname "$0")/.."
+source scripts/common.sh
+no_words "$@"
+BEGAN=$SECONDS
+
+HOURS=${HOURS:-3}
+[[ $HOURS =~ ^[0-9]*\.?[0-9]+$ ]] || complain "HOURS=$(printf %q "$HOURS"); wanted a number such as 0.5"
+steps() { awk -v hours="$HOURS" -v each="$1" 'BEGIN { steps = int(hours * each); print steps < 3 ? 3 : steps }'; }
+
+export EXP=${EXP:-weizmann}
+SOURCE=${SOURCE:-datasets/mocogan} DATA=${DATA:-datasets/weizmann} HOLD_OUT=${HOLD_OUT:-7 8}
+SAMPLES=${SAMPLES:-96} LONG=${LONG:-16} REAL=${REAL:-64} JUDGE_STEPS=${JUDGE_STEPS:-600}
+if command -v nvidia-smi >/dev/null; then
+  RANKS=1 PRECISION=${PRECISION:-} # what the GPU is best at
+else
+  RANKS=2 PRECISION=${PRECISION:-bf16}
+  export MALLOC_MMAP_THRESHOLD_=4000000000 MALLOC_TRIM_THRESHOLD_=4000000000 # as in quickstart.sh
+fi
+export GPUS=${GPUS:-$RANKS}
+MIXED=(${PRECISION:+--precision="$PRECISION"})
+CACHED=() && [[ $(uname) == Linux ]] && CACHED=(--cache-frames)
+
+bash scripts/setup.sh
+activate
+if [[ ! -f $DATA/ucfTrainTestlist/trainlist01.txt ]]; then
+  # shellcheck disable=SC2086 (several numbers)
+  python datasets/prepare_weizmann.py --source="$SOURCE" --out="$DATA" --hold-out $HOLD_OUT
+fi
+
+# The VAE: 16 x 16 latents of 64 x 64 px
+processes "$GPUS"
+"${RUN[@]}" EqM/train_vae.py --data-path="$DATA" --image-size 64 --downsample 4 --widths 16 32 64 \
+  --max-steps="${VAE_STEPS:-$(steps 4000)}" --results-dir="results/$EXP" --resume --num-workers 0 \
+  "${CACHED[@]}" "${MIXED[@]}"
+VAES=("results/$EXP"/*-VAE-64px-f4-c4/vae)
+export VAE=${VAES[${#VAES[@]} - 1]}
+
+# Its latents, and the model: 256 tokens for 16 frames, 12.5 of them a second
+export DATA LATENTS=results/$EXP/latents IMAGE_SIZE=64 MODEL=EqM-S/2 ONE_RUN=1 RECIPE=small FORCING=0.5 COMPILE=0
+export STEPS_1=${STEPS_1:-$(steps 1200)} STEPS_2=${STEPS_2:-$(steps 2400)} STEPS_3=${STEPS_3:-$(steps 4000)} LR_DECAY=0.4
+export BATCH_1=32 BATCH_2=16 BATCH_3=8 # 2,048 tokens a step
+bash scripts/train_progressive.sh \
+  --depth 6 --hidden-size 256 --num-heads 4 --rope-theta 100 --temporal-patch-size 4 --frame-interval 2 --mix 0.1 \
+  --lr 2e-3 --warmup-steps 50 --ema-decay 0.995 --gamma-shift 2 --num-workers 0 \
+  --log-every 50 --val-every 1000 --val-clips 32 --sample-every 0 --save-minutes 3 \
+  --sampler ngd --num-sampling-steps 24 --stepsize 0.0221 --cfg-scale 1.5 "${MIXED[@]}"
+
+# Samples of 16 frames, and of 64, made in windows
+export CKPT=
+for kind in "16 $SAMPLES" "64 $LONG"; do
+  read -r frames count <<<"$kind"
+  OUT=samples/$EXP FRAMES=$frames SAMPLES=$count bash scripts/sample.sh --overwrite --batch-size 8 "${MIXED[@]}"
+done
+
+# Held-out clips that go on from 8 frames, and from 4 (best of 10); is it remembered; does it show what was asked
+score() { "${RUN[@]}" EqM/evaluate.py --data-path="$DATA" --num-workers 0 "$@"; }
+MODELS=("results/$EXP"/*-EqM-S-2-*/checkpoints/best.pt)
+MODEL_FILE=${MODELS[${#MODELS[@]} - 1]}
+score --metric prediction --ckpt="$MODEL_FILE" --num-real="$REAL" --given-frames 0-7 --out="samples/$EXP-8of16.json" \
+  "${MIXED[@]}"
+score --metric prediction --ckpt="$MODEL_FILE" --num-real="$((REAL / 4))" --given-frames 0-3 --samples-per-clip 10 \
+  --out="samples/$EXP-4of16.json" "${MIXED[@]}"
+score --metric nearest --samples="samples/$EXP-f16" --out="samples/$EXP-nearest.json"
+python scripts/judge.py --data-path="$DATA" --samples="samples/$EXP-f16" --steps="$JUDGE_STEPS" --out="samples/$EXP-judge.json"
+python scripts/gallery.py "samples/$EXP-f16" --data-path="$DATA"
+python scripts/gallery.py "samples/$EXP-f64"
+echo "$((SECONDS - BEGAN)) s; see samples/$EXP-f16/sheet.png, samples/$EXP-f16/gallery.html and samples/$EXP-*.json"

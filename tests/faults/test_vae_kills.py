@@ -1,0 +1,49 @@
+"""train_vae.py in real processes that are killed and stopped for real."""
+
+import signal
+from dataclasses import replace
+
+import pytest
+import torch
+
+from faults import GONE_WITHIN, descendants, kill_something, storm, wait_gone
+from training import PYTHON, TINY_VAE, TORCHRUN, Training, compare
+
+STEPS = 40
+OFTEN = ["--log-every", 1, "--val-every", 10, "--save-minutes", 0.002]
+
+
+@pytest.fixture(scope="module")
+def whole(shapes, tmp_path_factory):
+    """A run of two ranks that nothing has disturbed."""
+    results = tmp_path_factory.mktemp("whole") / "r"
+    training = Training(shapes, results, STEPS, TORCHRUN, OFTEN, TINY_VAE, script="train_vae.py")
+    training.run()
+    return training
+
+
+def test_kills_lose_nothing_but_the_steps_since_the_last_checkpoint(whole, tmp_path):
+    killed = replace(whole, results=tmp_path / "killed")
+    storm(killed, 3, kill_something, seed=1)
+    assert compare(whole, killed) == []
+
+
+@pytest.mark.parametrize("launcher", [PYTHON, TORCHRUN])
+def test_a_signal_to_any_process_saves_and_ends_all_with_status_0(whole, tmp_path, launcher):
+    stopped = replace(whole, results=tmp_path / "stopped", launcher=launcher, steps=10_000)
+    process = stopped.start()
+    stopped.wait_for(3, process)
+    others = descendants(process.pid)
+    (process.terminate if launcher == PYTHON else lambda: process.send_signal(signal.SIGINT))()
+    output, _ = process.communicate(timeout=GONE_WITHIN)
+    saved = torch.load(stopped.folder / "checkpoints/latest.pt", weights_only=True)["step"]
+    assert f"and saved at step {saved}: the same command with --resume continues" in output
+    assert "Traceback" not in output.split("torch.distributed")[0] and saved >= stopped.rows()[-1]["step"]
+    wait_gone(others)
+
+
+def test_two_ranks_make_what_one_makes_up_to_rounding(whole, tmp_path):
+    one = replace(whole, results=tmp_path / "one", launcher=PYTHON)
+    one.run()
+    for alone, shared in zip(one.rows(), whole.rows(), strict=True):
+        assert alone == pytest.approx(shared, rel=2e-2)

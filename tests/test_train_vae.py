@@ -1,0 +1,165 @@
+"""train_vae.py: a small VAE of the frames of a data folder, that all other scripts take as --vae DIR."""
+
+import math
+import os
+import signal
+from dataclasses import replace
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+
+import train_vae
+from autoencoder import Autoencoder, losses_of, make_autoencoder, psnr
+from training import TINY_VAE, Training, compare, like_a_process, run_main
+from vae import load_vae
+from video.clips import Clips
+from video.index import find_data
+
+STEPS = 7
+
+
+def run(training, *flags, stop_after=None, status=0):
+    """The run in this process; SIGTERM comes after so many steps."""
+    steps, update_ema = [], train_vae.update_ema
+
+    def last_of_a_step(*arguments):
+        update_ema(*arguments)
+        steps.append(1)
+        if len(steps) == stop_after:
+            os.kill(os.getpid(), signal.SIGTERM)
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(train_vae, "update_ema", last_of_a_step)
+        run_main(train_vae, *training.command_flags(*flags), status=status)
+    return len(steps)
+
+
+@pytest.fixture(scope="module")
+def whole(shapes, tmp_path_factory):
+    """A run that nothing has disturbed."""
+    training = Training(shapes, tmp_path_factory.mktemp("vae") / "r", STEPS, base=TINY_VAE, script="train_vae.py")
+    assert run(training) == STEPS
+    return training
+
+
+def exported(training):
+    return {path.name: path.read_bytes() for path in (training.folder / "vae").iterdir()}
+
+
+def frames_of(training, part, stream, count=20):
+    """The frames that the run measures, uint8 (count, 3, 1, H, W)."""
+    data = find_data(training.data, False, 0.05, [1], [], "", None)
+    clips = Clips(training.data, getattr(data, part)[1], data.scan.classes, 1, 16, flip=False, stream=stream)
+    return torch.stack([clips[index]["clip"] for index in range(count)])
+
+
+# What is trained ------------------------------------------------------------------------------------------------------
+
+
+def test_equal_images_have_no_loss_and_errors_count_by_pixel_and_by_step_between_pixels():
+    x, standard = torch.rand(2, 3, 8, 8), (torch.zeros(2, 4, 2, 2), torch.zeros(2, 4, 2, 2))
+    assert all(loss == 0 for loss in losses_of(x, x, *standard).values())
+    found = losses_of(x, x + 0.25, *standard)
+    assert found["train_loss"].item() == pytest.approx(0.25) and found["gradient_loss"].item() < 1e-6
+    ramp = torch.arange(8.0).expand(2, 3, 8, 8)  # one more per column, as much in each row
+    assert losses_of(x, x + 0.5 * ramp, *standard)["gradient_loss"].item() == pytest.approx(0.5)
+
+
+def test_the_kl_loss_is_that_of_torch_in_nats_per_latent_value():
+    mean, logvar = torch.randn(2, 4, 3, 3), torch.randn(2, 4, 3, 3)
+    posterior = torch.distributions.Normal(mean, (logvar / 2).exp())
+    wanted = torch.distributions.kl_divergence(posterior, torch.distributions.Normal(0.0, 1.0)).mean()
+    x = torch.zeros(2, 3, 8, 8)
+    assert losses_of(x, x, mean, logvar)["kl_loss"].item() == pytest.approx(1e-4 * wanted.item(), rel=1e-5)
+
+
+@pytest.mark.parametrize("error", [1, 5, 255])
+def test_the_psnr_of_a_constant_error_is_known(error):
+    real = torch.zeros(3, 8, 8, 3, dtype=torch.uint8)
+    assert psnr(real, real + error).tolist() == pytest.approx([20 * math.log10(255 / error)] * 3)
+    assert psnr(real, real).tolist() == pytest.approx([99] * 3)
+
+
+def test_without_noise_the_reconstruction_is_that_of_the_mean():
+    torch.manual_seed(0)
+    network = Autoencoder(make_autoencoder([8, 16, 16], 4, 32))
+    x = torch.rand(2, 3, 32, 32) * 2 - 1
+    found, mean, logvar = network(x, torch.zeros(2, 4, 8, 8))
+    assert mean.shape == logvar.shape == (2, 4, 8, 8)
+    torch.testing.assert_close(found, network.model.decode(mean).sample)
+
+
+# What comes out -------------------------------------------------------------------------------------------------------
+
+
+def test_the_latents_of_training_frames_have_mean_0_and_deviation_1(whole):
+    vae = load_vae(str(whole.folder / "vae"))
+    assert (vae.channels, vae.downsample) == (2, 4)
+    frames = frames_of(whole, "train", "statistics")
+    mean, std = vae.posterior(frames)
+    noise = torch.randn(200, *mean.shape[1:], generator=torch.Generator().manual_seed(0))
+    latents = torch.cat([vae.scaled(mean, std, part) for part in noise.split(20)])
+    assert latents.mean().item() == pytest.approx(0, abs=0.02)
+    assert latents.std().item() == pytest.approx(1, abs=0.02)
+
+
+def test_the_validation_psnr_is_that_of_what_the_folder_makes_of_frames_of_held_out_videos(whole):
+    vae, frames = load_vae(str(whole.folder / "vae")), frames_of(whole, "val", "validation")
+    found = vae.decode(vae.encode(frames)).numpy().astype(float)  # (N, 1, H, W, 3)
+    errors = [((frame[:, 0].transpose(1, 2, 0) - own[0]) ** 2).mean() for frame, own in zip(frames.numpy(), found)]  # noqa: B905
+    wanted = np.mean([10 * np.log10(255**2 / error) for error in errors])
+    assert whole.rows()[-1]["val_psnr"] == pytest.approx(wanted, abs=0.02)
+
+
+def test_it_learns_and_shows_what_comes_back(whole):
+    scores = [row["val_psnr"] for row in whole.rows() if "val_psnr" in row]
+    assert len(scores) == 2 and scores[-1] > scores[0]
+    assert sorted(path.name for path in (whole.folder / "samples").iterdir()) == ["0000005.png", "0000007.png"]
+    with Image.open(whole.folder / "samples/0000007.png") as sheet:
+        assert sheet.width > 3 * sheet.height  # two rows of eight frames
+
+
+# Interruptions and bad input ------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("stop_after", [3, 5])  # the second: validation is due
+def test_an_interrupted_run_ends_bit_for_bit_as_one_that_was_not(whole, tmp_path, stop_after):
+    parts = replace(whole, results=tmp_path / "parts")
+    assert run(parts, stop_after=stop_after) == stop_after
+    assert run(parts, "--resume") == STEPS - stop_after
+    assert compare(whole, parts) == [] and exported(parts) == exported(whole)
+
+
+def test_a_finished_run_says_so_and_changes_nothing(whole, capsys):
+    before = exported(whole)
+    assert run(whole, "--resume") == 0
+    assert "is finished: all 7 steps are done" in capsys.readouterr().out and exported(whole) == before
+
+
+def test_frames_from_the_cache_give_the_same_run(whole, tmp_path):
+    cached = replace(whole, results=tmp_path / "cached")
+    run(cached, "--cache-frames")
+    assert cached.rows() == whole.rows()
+
+
+@pytest.mark.parametrize(("flags", "line"), [
+    (["--image-size", 18], "--image-size 18 is not a multiple of --downsample 4"),
+    (["--widths", 8, 8], "--widths 8 8: --downsample 4 wants 3 multiples of 8"),
+    (["--widths", 8, 8, 12], "--widths 8 8 12: --downsample 4 wants 3 multiples of 8"),
+    (["--data-path", "nowhere"], "--data-path nowhere: no such folder"),
+    (["--downsample", 2], "--downsample"),
+])  # fmt: skip
+def test_bad_flags_are_one_line_and_touch_nothing(shapes, tmp_path, capsys, flags, line):
+    training = Training(shapes, tmp_path / "r", STEPS, base=TINY_VAE)
+    run(training, *flags, status=2)
+    error = capsys.readouterr().err
+    assert line in error and error.count("\n") == 1 and not Path(training.results).exists()
+
+
+def test_a_resumed_run_keeps_its_widths(whole, capsys):
+    with like_a_process():
+        run(whole, "--resume", "--widths", 8, 8, 16, status=2)
+    assert "--widths 8 8 16: --resume" in capsys.readouterr().err
