@@ -9,6 +9,7 @@ import torch
 from torch import nn
 
 from runtime import distributed
+from runtime.rng import generator
 from vae import VAE
 from video.loader import batches_of
 
@@ -42,6 +43,21 @@ class Autoencoder(nn.Module):
         """x (B, 3, H, W) in [-1, 1], noise (B, C, h, w) -> (reconstructions, mean and log variance of the latents)."""
         posterior = self.model.encode(x).latent_dist
         return self.model.decode(posterior.mean + posterior.std * noise).sample, posterior.mean, posterior.logvar
+
+
+def jitter_colors(x, seed, indices, share):
+    """Frames (B, 3, H, W) in [-1, 1], a share of them with other colors: channels in any order, with gain and offset.
+
+    Few videos show few colors, and a VAE knows no others. Depends on the seed and each frame's index alone.
+    """
+    matrices, offsets = torch.eye(3).repeat(len(x), 1, 1), torch.zeros(len(x), 3, 1, 1)
+    for matrix, offset, index in zip(matrices, offsets, indices, strict=True):
+        random = generator(seed, "colors", 0, index)
+        if torch.rand((), generator=random) < share:
+            gain = torch.exp(torch.rand(3, 1, generator=random) - 0.5)
+            matrix.copy_(gain * matrix[torch.randperm(3, generator=random)])
+            offset.uniform_(-0.3, 0.3, generator=random)
+    return (torch.einsum("bij,bjhw->bihw", matrices.to(x.device), x) + offsets.to(x.device)).clamp(-1, 1)
 
 
 def losses_of(x, reconstruction, mean, logvar):

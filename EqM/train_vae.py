@@ -1,7 +1,7 @@
 """Train a small VAE on the frames of a data folder, for data that the published VAEs do not fit or can't be had for.
 
     torchrun --nproc_per_node=2 EqM/train_vae.py --data-path datasets/weizmann --image-size 64 --downsample 4 \
-        --widths 16 32 64 --max-steps 4000 --results-dir results/EXP
+        --widths 8 32 128 --max-steps 4000 --results-dir results/EXP
 
     RUN/vae/        the EMA weights as a diffusers AutoencoderKL: cache_latents.py, train.py take it as --vae RUN/vae
     RUN/samples/    sheets: frames of validation videos, above what comes back
@@ -20,7 +20,7 @@ from torch.nn.utils import clip_grad_norm_
 
 import checkpoint
 import preflight
-from autoencoder import GROUPS, Autoencoder, chunks_of, export, losses_of, make_autoencoder, measure
+from autoencoder import GROUPS, Autoencoder, chunks_of, export, jitter_colors, losses_of, make_autoencoder, measure
 from optim import ema_decay, lr_multiplier, update_ema
 from runtime import cli, distributed, runs
 from runtime.cli import COUNT, NATURAL, NON_NEGATIVE, POSITIVE, SHARE, ArgumentParser, Bar, UserError, fail, say
@@ -55,13 +55,15 @@ def parse_args():
     add("--val-fraction", type=SHARE, default=0.05, metavar="F", help=fraction)
     add("--max-bad-fraction", type=SHARE, default=0.1, metavar="F", help="share of the videos that may be bad")
     add("--no-flip", action="store_true", help="never mirror a frame")
+    colors = "share of the frames that get other colors, for videos that show few of them; 0 = off"
+    add("--color-jitter", type=SHARE, default=0.8, metavar="P", help=colors)
     add("--num-workers", type=NATURAL, default=2, metavar="N", help="loader processes per rank; 0 = load in-process")
     add("--cache-frames", action="store_true", help="decode each video once, into shared memory: for small data sets")
 
     add = parser.add_argument_group("optimisation").add_argument
     add("--max-steps", type=COUNT, default=20_000, metavar="N", help="step to end at")
     add("--global-batch-size", type=COUNT, default=32, metavar="N", help="frames per step, over all ranks")
-    add("--lr", type=POSITIVE, default=1e-3, metavar="X", help="learning rate of AdamW")
+    add("--lr", type=POSITIVE, default=2e-3, metavar="X", help="learning rate of AdamW")
     add("--warmup-steps", type=NATURAL, default=50, metavar="N", help="steps up to the full learning rate; 0 = off")
     decay = "share of the steps over which the learning rate falls to 0, at the end; 0 = off"
     add("--lr-decay", type=SHARE, default=0.5, metavar="F", help=decay)
@@ -270,9 +272,10 @@ def make_loaders(args, data, progress, device):
 
 def training_losses(network, batch, args, device):
     """{name: loss} of a batch, to be added up; the noise of the latents depends on seed and index of a frame alone."""
+    indices, side = batch["indices"].tolist(), args.image_size // args.downsample
     x = batch["clips"][:, :, 0].to(device).float() / 127.5 - 1  # (B, 3, H, W)
-    side = args.image_size // args.downsample
-    noise = normal(args.global_seed, "posterior", 0, batch["indices"].tolist(), (args.latent_channels, side, side))
+    x = jitter_colors(x, args.global_seed, indices, args.color_jitter)
+    noise = normal(args.global_seed, "posterior", 0, indices, (args.latent_channels, side, side))
     with distributed.autocast(device, args.precision):
         found = network(x, noise.to(device))
     return losses_of(x, *found)

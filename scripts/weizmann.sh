@@ -45,8 +45,8 @@ fi
 
 # The VAE: 16 x 16 latents of 64 x 64 px
 processes "$GPUS"
-"${RUN[@]}" EqM/train_vae.py --data-path="$DATA" --image-size 64 --downsample 4 --widths 16 32 64 \
-  --max-steps="${VAE_STEPS:-$(steps 4000)}" --results-dir="results/$EXP" --resume --num-workers 0 \
+"${RUN[@]}" EqM/train_vae.py --data-path="$DATA" --image-size 64 --downsample 4 --widths 8 32 128 \
+  --max-steps="${VAE_STEPS:-$(steps 3600)}" --global-batch-size 16 --lr 2e-3 --results-dir="results/$EXP" --resume --num-workers 0 \
   "${CACHED[@]}" "${MIXED[@]}"
 VAES=("results/$EXP"/*-VAE-64px-f4-c4/vae)
 export VAE=${VAES[${#VAES[@]} - 1]}
@@ -59,7 +59,7 @@ bash scripts/train_progressive.sh \
   --depth 6 --hidden-size 256 --num-heads 4 --rope-theta 100 --temporal-patch-size 4 --frame-interval 2 --mix 0.1 \
   --lr 2e-3 --warmup-steps 50 --ema-decay 0.995 --gamma-shift 2 --num-workers 0 \
   --log-every 50 --val-every 1000 --val-clips 32 --sample-every 0 --save-minutes 3 \
-  --sampler ngd --num-sampling-steps 24 --stepsize 0.0221 --cfg-scale 1.5 "${MIXED[@]}"
+  --sampler ngd --num-sampling-steps 24 --stepsize 0.0217 --cfg-scale 1.5 "${MIXED[@]}"
 
 # Samples of 16 frames, and of 64, made in windows
 export CKPT=

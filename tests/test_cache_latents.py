@@ -15,7 +15,7 @@ from safetensors.torch import load_file, save_file
 
 import cache_latents
 from runtime.cli import UserError
-from test_vae import save_tiny
+from test_vae import add_to_weights, save_tiny
 from test_video_clips import check_replacements
 from tiny_videos import scribble, write_ucf_list, write_video
 from vae import load_vae
@@ -111,6 +111,7 @@ def test_a_file_holds_the_posterior_of_every_frame_of_its_video(root, vae, cache
 def test_latents_json_has_the_settings_and_the_videos(root, vae, cache):
     settings = latents_settings(cache)
     videos = settings.pop("videos")
+    assert settings.pop("vae_sha256") == load_vae(vae).sha256
     assert settings == {
         "format": 1, "vae": vae, "image_size": SIZE, "channels": 4, "downsample": 2, "scale": 0.7, "shift": 0.0,
         "flips": True, "num_videos": 5, "num_frames": sum(NAMES.values()), "classes": ["Jump", "Run"],
@@ -394,6 +395,19 @@ def test_a_cache_with_other_settings_is_refused_complete_or_not(root, vae, cache
         moved = shutil.copytree(vae, tmp_path / "vae", dirs_exist_ok=True)
         assert f"vae {vae}, not {moved}" in refused(monkeypatch, capsys, root, moved, folder, "--with-flips")
         assert content(folder) == before
+
+
+def test_a_cache_of_other_weights_in_the_same_place_is_refused_and_one_that_does_not_say_is_kept(
+    own, vae, tmp_path, monkeypatch, capsys
+):
+    place, out = shutil.copytree(vae, tmp_path / "vae"), tmp_path / "cache"
+    run(monkeypatch, own, place, out)
+    add_to_weights(place, 0.1)
+    assert "a latent cache with vae_sha256" in refused(monkeypatch, capsys, own, place, out)
+    settings = json.loads((out / "latents.json").read_text())
+    del settings["vae_sha256"]  # as in earlier versions
+    (out / "latents.json").write_text(json.dumps(settings))
+    run(monkeypatch, own, place, out)
 
 
 @pytest.mark.parametrize("call", [1, 3, 7])  # latents.partial.json, the second video, latents.json

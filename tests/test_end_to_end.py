@@ -19,6 +19,7 @@ import torch
 import evaluate
 import sample_gd
 import train
+from test_vae import add_to_weights
 from tiny_data import make_images, make_vae
 from training import ROOT, TORCHRUN, run_main
 
@@ -196,14 +197,23 @@ def test_two_ranks_train_an_energy_with_dispersion_and_a_vae_from_disk_on_images
     assert {"000000.png", "000001.png"} <= {path.name for path in (tmp_path / "s").iterdir()}
 
 
-def test_a_vae_from_disk_trains_on_5_frames_and_samples_9(shapes, tmp_path):
+def test_a_vae_from_disk_trains_on_5_frames_and_samples_9_and_no_other_takes_its_place(shapes, tmp_path, capsys):
     flags = ["--video", "--vae", make_vae(tmp_path / "vae"), "--num-frames", 5, "--max-steps", 1, "--sample-every", 1]
     flags += ["--num-samples", 1, "--num-sampling-steps", 3, "--data-path", shapes, "--results-dir", tmp_path / "r"]
     run_main(train, *TINY, *FAST, *flags)
     assert Path(one(tmp_path / "r/*/samples/0000001.png")).stat().st_size > 0
     flags = ["--num-samples", 1, "--num-sampling-steps", 3, "--num-frames", 9, "--folder", tmp_path / "s"]
-    run_main(sample_gd, "--video", "--ckpt", one(tmp_path / "r/*/checkpoints/best.pt"), *flags)
+    best = one(tmp_path / "r/*/checkpoints/best.pt")
+    run_main(sample_gd, "--video", "--ckpt", best, *flags)
     assert np.load(tmp_path / "s/samples.npz")["arr_0"].shape == (1, 9, 16, 16, 3)
+
+    add_to_weights(tmp_path / "vae", 0.1)  # another VAE in its place
+    capsys.readouterr()
+    run_main(sample_gd, "--video", "--ckpt", best, *flags, status=2)
+    assert "another VAE: its weights have SHA-256" in capsys.readouterr().err
+    again = ["--data-path", shapes, "--ckpt", best, "--vae", tmp_path / "vae", "--max-steps", 2, "--num-frames", 5]
+    run_main(train, *TINY, *FAST, "--video", *again, status=2)
+    assert "another VAE" in capsys.readouterr().err
 
 
 def test_the_tracker_scores_a_sample_folder_beside_real_clips(phases, shapes, tmp_path):

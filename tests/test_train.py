@@ -18,6 +18,7 @@ from checkpoint import Progress
 from forcing import draw_gammas
 from runtime import cli, distributed, metrics
 from runtime.rng import normal, uniform
+from test_vae import add_to_weights
 from tiny_data import make_images, make_vae, save_checkpoint
 from tiny_videos import scribble, write_video
 from training import run_main
@@ -315,6 +316,7 @@ def test_a_cache_trains_as_encoding_on_the_fly_does(videos, cache, tiny_vae, tmp
         assert [row[key] for row in fast] == pytest.approx([row[key] for row in slow], rel=1e-3)
     data = state["config"]["data"]
     assert (data["vae"], data["image_size"], data["classes"]) == (str(tiny_vae), 16, ["A", "B"])
+    assert data["vae_sha256"] == load_vae(str(tiny_vae)).sha256
 
 
 def test_the_posterior_is_drawn_anew_for_each_sample_of_a_clip(cache):
@@ -336,6 +338,9 @@ def test_train_refuses_another_vae_than_that_of_its_cache(cache, tiny_vae, tmp_p
     (other / "config.json").write_text(config.replace('"scaling_factor": 0.18215', '"scaling_factor": 0.5'))
     flags = [*FROM_LATENTS, "--data-path", cache, "--results-dir", tmp_path / "results", "--vae", other]
     assert "has scale 0.5" in refuse(monkeypatch, capsys, *flags)
+    (other / "config.json").write_text(config)
+    add_to_weights(other, 0.1)
+    assert "another VAE: its weights have SHA-256" in refuse(monkeypatch, capsys, *flags)
 
 
 def test_without_mirrored_latents_no_clip_is_mirrored_and_a_note_says_so(cache, tmp_path, capsys):

@@ -12,7 +12,7 @@ import torch
 from PIL import Image
 
 import train_vae
-from autoencoder import Autoencoder, losses_of, make_autoencoder, psnr
+from autoencoder import Autoencoder, jitter_colors, losses_of, make_autoencoder, psnr
 from training import TINY_VAE, Training, compare, like_a_process, run_main
 from vae import load_vae
 from video.clips import Clips
@@ -81,6 +81,17 @@ def test_the_psnr_of_a_constant_error_is_known(error):
     real = torch.zeros(3, 8, 8, 3, dtype=torch.uint8)
     assert psnr(real, real + error).tolist() == pytest.approx([20 * math.log10(255 / error)] * 3)
     assert psnr(real, real).tolist() == pytest.approx([99] * 3)
+
+
+def test_other_colors_are_those_of_one_channel_with_gain_and_offset_and_depend_on_the_index_alone():
+    x = torch.rand(6, 3, 8, 8) * 0.4 - 0.2  # far from the ends, where colors are clamped
+    assert torch.equal(jitter_colors(x, 0, range(6), share=0), x)
+    found = jitter_colors(x, 0, range(6), share=1)
+    assert torch.equal(jitter_colors(x[3:], 0, range(3, 6), share=1), found[3:])
+    for before, after in zip(x.flatten(2), found.flatten(2), strict=True):
+        related = torch.corrcoef(torch.cat([before, after]))[:3, 3:] > 0.9999
+        assert (related.sum(0) == 1).all() and (related.sum(1) == 1).all()
+    assert found.min() >= -1 and found.max() <= 1
 
 
 def test_without_noise_the_reconstruction_is_that_of_the_mean():

@@ -1,4 +1,6 @@
+import hashlib
 import shutil
+from pathlib import Path
 
 import pytest
 import torch
@@ -7,7 +9,7 @@ from safetensors.torch import load, save
 
 import vae as vae_module
 from runtime.cli import UserError
-from vae import load_vae
+from vae import check_same, load_vae
 
 SCALE = 0.7
 
@@ -31,6 +33,12 @@ def save_tiny(path, **overrides):
     return str(path)
 
 
+def add_to_weights(directory, amount):
+    """Change the weights in the directory of a VAE."""
+    file = Path(directory, "diffusion_pytorch_model.safetensors")
+    file.write_bytes(save({name: tensor + amount for name, tensor in load(file.read_bytes()).items()}))
+
+
 @pytest.fixture(scope="module")
 def tiny(directory):
     return load_vae(directory)
@@ -44,6 +52,18 @@ def random_clips(frames=3):
 def frame_of(clips, b, t):
     """Frame t of clip b as the input of diffusers: (1, 3, H, W) in [-1, 1]."""
     return clips[b, :, t][None].float() / 127.5 - 1
+
+
+def test_a_vae_is_known_by_its_weights_and_not_by_its_place(directory, tmp_path):
+    vae, copy = load_vae(directory), load_vae(str(shutil.copytree(directory, tmp_path / "copy")))
+    (file,) = Path(directory).glob("*.safetensors")
+    assert vae.sha256 == copy.sha256 == hashlib.sha256(file.read_bytes()).hexdigest()
+    assert load_vae("none").sha256 is None
+    check_same(copy, vae.sha256, "it")
+    check_same(copy, None, "a file of an earlier version")
+    add_to_weights(tmp_path / "copy", 0.1)
+    with pytest.raises(UserError, match=r"--vae .*copy: another VAE: its weights have SHA-256 .* it was made with"):
+        check_same(load_vae(str(tmp_path / "copy")), vae.sha256, "it")
 
 
 def test_pixels_survive_the_round_trip_at_all_256_levels():
