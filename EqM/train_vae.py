@@ -1,7 +1,7 @@
 """Train a small VAE on the frames of a data folder, for data that the published VAEs do not fit or can't be had for.
 
     torchrun --nproc_per_node=2 EqM/train_vae.py --data-path datasets/weizmann --image-size 64 --downsample 4 \
-        --widths 8 32 128 --max-steps 4000 --results-dir results/EXP
+        --widths 8 32 128 --global-batch-size 16 --max-steps 4000 --results-dir results/EXP
 
     RUN/vae/        the EMA weights as a diffusers AutoencoderKL: cache_latents.py, train.py take it as --vae RUN/vae
     RUN/samples/    sheets: frames of validation videos, above what comes back

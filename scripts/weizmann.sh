@@ -46,7 +46,8 @@ fi
 # The VAE: 16 x 16 latents of 64 x 64 px
 processes "$GPUS"
 "${RUN[@]}" EqM/train_vae.py --data-path="$DATA" --image-size 64 --downsample 4 --widths 8 32 128 \
-  --max-steps="${VAE_STEPS:-$(steps 3600)}" --global-batch-size 16 --lr 2e-3 --results-dir="results/$EXP" --resume --num-workers 0 \
+  --max-steps="${VAE_STEPS:-$(steps 3600)}" --global-batch-size 16 \
+  --results-dir="results/$EXP" --resume --num-workers 0 \
   "${CACHED[@]}" "${MIXED[@]}"
 VAES=("results/$EXP"/*-VAE-64px-f4-c4/vae)
 export VAE=${VAES[${#VAES[@]} - 1]}
