@@ -22,6 +22,7 @@ KINDS = {
     "muon": {"optimizer": "muon", "precision": "bf16", "qk_norm": True, "position_table": "space"},
     "energy": {"ebm": "l2"},
 }
+PUBLISHED = {"depth": 2, "hidden_size": 48, "num_heads": 2, "patch_size": 2}  # shape of the tiny published model
 LABELS = torch.tensor([0, 3])
 CPU = torch.device("cpu")
 
@@ -112,6 +113,14 @@ def save_and_load(folder, usual, run):
     return [*map(torch.load, files), usual.state()]
 
 
+def start_from(path, shape):
+    """The whole weights and EMA weights of a sharded model that starts from a published file."""
+    start = checkpoint.Start(checkpoint.Progress(), path, *checkpoint.load_stamped(path, **shape))
+    model, ema = make_networks(checkpoint.config_of(path, start.state), CPU, shard=True)
+    checkpoint.load_run(start, model, ema, [], torch.amp.GradScaler("cpu", enabled=False))
+    return [{name: whole(value).clone() for name, value in one.state_dict().items()} for one in (model, ema)]
+
+
 def save_without_memory(folder, run):
     checkpoint.free_bytes = lambda: 1000
     try:
@@ -141,5 +150,6 @@ def main():
     found["saved"] = save_and_load(folder, *runs["muon"])
     found["refusal"] = save_without_memory(folder, runs["energy"][1])
     found["overflow"] = overflow()
+    found["published"] = start_from(Path(folder, "published.pt"), PUBLISHED)
     torch.save(found, os.environ["OUT"])
     distributed.stop()

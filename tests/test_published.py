@@ -32,14 +32,22 @@ def distance(a, b):
     return ((a - b).norm() / b.norm()).item()
 
 
+def read_reference():
+    """(inputs and results of the published code, the settings of its model)."""
+    with safe_open(Path(__file__).parent / "eqm_image_tiny.safetensors", "pt") as file:
+        tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 - not a dict
+        return tensors, json.loads(file.metadata()["config"])
+
+
+def published_state():
+    """The state dict of the published model."""
+    return {name.removeprefix("state."): value for name, value in read_reference()[0].items() if "state." in name}
+
+
 @pytest.fixture(scope="module")
 def reference():
     """(state dict, inputs and results of the published code, its settings)."""
-    with safe_open(Path(__file__).parent / "eqm_image_tiny.safetensors", "pt") as file:
-        tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 - not a dict
-        settings = json.loads(file.metadata()["config"])
-    state = {name.removeprefix("state."): value for name, value in tensors.items() if name.startswith("state.")}
-    return state, tensors, settings
+    return published_state(), *read_reference()
 
 
 @pytest.fixture(scope="module")

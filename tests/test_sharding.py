@@ -5,8 +5,10 @@ from pathlib import Path
 import pytest
 import torch
 
+import checkpoint
 from process import run_ranks
-from sharded_ranks import KINDS
+from sharded_ranks import KINDS, PUBLISHED
+from test_published import published_state, write_file
 from training import differences
 
 RANKS = 3  # which divide few of the sizes, and whose sums depend on their order
@@ -17,7 +19,9 @@ ROUNDING = {"accumulation": 1e-5, "muon": 1e-2, "energy": 1e-5}  # Muon computes
 def found(tmp_path_factory):
     """What each rank has found, see sharded_ranks.py."""
     code = f"sys.path.append({str(Path(__file__).parent)!r}); import sharded_ranks; sharded_ranks.main()"
-    return run_ranks(code, RANKS, tmp_path_factory.mktemp("sharded"))
+    folder = tmp_path_factory.mktemp("sharded")
+    write_file(folder / "published.pt", published_state(), "whole")
+    return run_ranks(code, RANKS, folder)
 
 
 def distance(one, other):
@@ -64,6 +68,11 @@ def places(value):
     if isinstance(value, list):
         return [places(part) for part in value]
     return (value.shape, value.dtype) if torch.is_tensor(value) else value
+
+
+def test_a_published_model_starts_a_sharded_run(found, tmp_path):
+    state = checkpoint.load(write_file(tmp_path / "published.pt", published_state(), "whole"), **PUBLISHED)
+    assert differences(found[0]["published"], [state["model"], state["ema"]]) == []
 
 
 def test_a_machine_without_the_memory_for_the_whole_checkpoint_is_one_line_on_all_ranks(found):
