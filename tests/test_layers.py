@@ -10,18 +10,18 @@ import pytest
 
 ROOT = Path(__file__).resolve().parent.parent
 ENGINE = ROOT / "EqM"
-ENTRY = ("train", "cache_latents", "sample_gd", "evaluate")
+ENTRY = ("train", "train_vae", "cache_latents", "sample_gd", "evaluate")
 LAYERS = (  # from the top; a module may import from layers below, and from its own as long as there is no cycle
     ENTRY,
     ("preflight", "scoring"),
     ("generation", "validation", "given"),
     ("checkpoint", "published", "optim", "schedule", "forcing", "sharding"),
-    ("models", "vae", "samplers"),
+    ("models", "vae", "autoencoder", "samplers"),
     ("rope", "transport", "video"),
     ("runtime",),
 )
 SHORT = 60  # lines of a function
-EXCEPTIONS = {("train", "main"): 200}  # the visible loop
+EXCEPTIONS = {("train", "main"): 200, ("train_vae", "main"): 120}  # the visible loops
 
 
 def modules():
