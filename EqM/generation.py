@@ -15,6 +15,7 @@ from torch import nn
 import checkpoint
 import published
 import transport
+from given import Details
 from models import EBMS, NAMES, EqM, model_name
 from rope import REFERENCE_FPS
 from runtime import distributed
@@ -403,6 +404,7 @@ def generate_parts(
             labels, tail = source.labels[batch], None
             changes = {} if (labels != NO_LABEL).any() else {"guidance": 1.0}
             clips, mask = (part.to(device) for part in given(batch)) if given else (None, None)
+            details = Details(clips, mask) if given else None
             for number, start in enumerate(starts):
                 latents, evaluations, energies = generate_batch(
                     network,
@@ -418,7 +420,8 @@ def generate_parts(
                 )
                 tail, first = latents[:, :, -source.overlap :], source.overlap if number else 0
                 videos = source.vae.decode(latents[:, :, first : source.num_frames - start])
-                yield batch, start + first, as_read(videos, clips, mask, start + first), evaluations, energies
+                videos = details.add(videos, start + first) if given else videos
+                yield batch, start + first, videos, evaluations, energies
 
 
 def known_part(source, start, clips, mask, tail):
@@ -442,14 +445,6 @@ def known_part(source, start, clips, mask, tail):
     if tail is not None:
         given[:, :, : source.overlap], known[:, : source.overlap] = tail, True
     return {"given": given, "mask": known[:, None, :, None, None]}
-
-
-def as_read(videos, clips, mask, first):
-    """Videos uint8 (n, k, H, W, 3) of the frames from `first` on, with given frames as they were read, not decoded."""
-    if mask is None:
-        return videos
-    frames = slice(first, first + videos.shape[1])
-    return torch.where(mask[:, frames, None, None, None], clips[:, :, frames].permute(0, 2, 3, 4, 1), videos)
 
 
 def start_points(source, indices, seed, device, init, init_gamma, window=0):

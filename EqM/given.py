@@ -11,6 +11,7 @@ from video.inputs import check_apart, find_clips
 from video.samples import NO_LABEL
 
 KEPT_CLIPS = 32  # that are kept in memory
+STILL = 16  # grey levels by which the decoded color of a pixel may change though nothing moves
 
 
 class Given:
@@ -84,6 +85,48 @@ class Given:
             {"source": str(self.clip_of(index)), "frames": as_ranges(self.frames_of(index)), "class": name}
             for index, name in enumerate(self.source.names)
         ]
+
+
+class Details:
+    """Shows given frames as they were read, and in the others, where nothing moves, what the VAE has lost of them.
+
+    A VAE blurs what it decodes, so a still background would jump where a sample goes on. What it lost of the last given
+    frame (before all of them: of the first) is added wherever a decoded frame looks as that one does when decoded.
+    clips uint8 (n, 3, T, H, W), mask (n, T): where it is true, a frame is given.
+    """
+
+    def __init__(self, clips, mask):
+        self.clips, self.mask = clips, mask
+        self.before = None  # (decoded, as read, whether it is given) of the last given frame so far, (n, 1, ...)
+
+    def add(self, videos, first):
+        """The decoded frames from `first` on, uint8 (n, k, H, W, 3), in order window by window, with details."""
+        part = slice(first, first + videos.shape[1])
+        own = videos, self.clips[:, :, part].permute(0, 2, 3, 4, 1), self.mask[:, part]
+        frames = own if self.before is None else [torch.cat(pair, dim=1) for pair in zip(self.before, own, strict=True)]
+        sources, rows = nearest_given(frames[2]), torch.arange(len(videos), device=videos.device)
+        decoded, real, given = frames
+        detailed = []
+        for t in range(decoded.shape[1] - videos.shape[1], decoded.shape[1]):
+            source = rows, sources[:, t]
+            before, frame = decoded[source].float(), decoded[:, t].float()  # (n, H, W, 3)
+            change = (frame - before).abs().amax(dim=-1, keepdim=True)
+            still = torch.exp(-((change / STILL) ** 2)) * given[source][:, None, None, None]  # 0 where none is given
+            detailed.append((frame + still * (real[source].float() - before)).round().clamp(0, 255).byte())
+        last = rows[:, None], sources[:, -1:]
+        self.before = decoded[last], real[last], given[last]
+        return torch.stack(detailed, dim=1)
+
+
+def nearest_given(given):
+    """For each frame the number of the last given one up to it or, if there is none, of the first one: (n, T) of a mask
+    (n, T). Any number if none is given.
+    """
+    T = given.shape[1]
+    numbers = torch.arange(T, device=given.device).expand_as(given)
+    last = torch.where(given, numbers, -1).cummax(dim=1).values
+    first = torch.where(given, numbers, T - 1).amin(dim=1, keepdim=True)
+    return torch.where(last >= 0, last, first)
 
 
 def note_forcing(ckpt, source):

@@ -11,7 +11,7 @@ from PIL import Image
 
 import checkpoint
 import sample_gd
-from given import as_ranges, frame_ranges
+from given import Details, as_ranges, frame_ranges, nearest_given
 from runtime.cli import UserError
 from tiny_data import make_samples, make_state, make_vae, write_npz
 from tiny_videos import halves, picture, save, write_video
@@ -310,3 +310,56 @@ def test_every_mistake_in_the_flags_is_one_line(places, tmp_path, monkeypatch, c
     (line,) = capsys.readouterr().err.splitlines()
     assert line.startswith("sample_gd.py: error: ") and words in line
     assert not (tmp_path / "s").exists()
+
+
+# What the VAE loses of given frames ----------------------------------------------------------------------------------
+
+
+def random_video(frames, seed=0):
+    """One sample, as read uint8 (1, 3, T, 4, 4) and decoded by a VAE that loses 10 levels, uint8 (1, T, 4, 4, 3)."""
+    pixels = torch.randint(50, 200, (1, 1, 4, 4, 3), generator=torch.Generator().manual_seed(seed))
+    pixels = pixels.expand(1, frames, 4, 4, 3)
+    return pixels.permute(0, 4, 1, 2, 3).byte(), (pixels - 10).byte()
+
+
+def test_where_nothing_moves_a_sample_goes_on_with_the_very_pixels_of_the_given_frames():
+    real, decoded = random_video(6)
+    found = Details(real, torch.arange(6)[None] < 2).add(decoded, 0)
+    assert torch.equal(found, real.permute(0, 2, 3, 4, 1))
+
+
+def test_what_moves_is_shown_as_it_was_decoded_and_given_frames_as_they_were_read():
+    real, decoded = random_video(4)
+    decoded[0, 2:, 1, 1] += 50  # something else is there
+    found = Details(real, torch.arange(4)[None] < 2).add(decoded, 0)
+    assert torch.equal(found[0, 2:, 1, 1], decoded[0, 2:, 1, 1])
+    assert torch.equal(found[0, :2], real.permute(0, 2, 3, 4, 1)[0, :2])
+
+
+def test_a_vae_that_loses_nothing_and_a_sample_that_is_given_nothing_are_shown_as_decoded():
+    noise = torch.randint(256, (2, 5, 4, 4, 3), generator=torch.Generator().manual_seed(1)).byte()
+    mask = torch.tensor([[False] * 5, [False, True, False, False, True]])
+    real = noise.permute(0, 4, 1, 2, 3).clone()
+    real[0] = 0  # read, but not given
+    assert torch.equal(Details(real, mask).add(noise, 0), noise)
+
+
+@pytest.mark.parametrize("given", [(0, 1), (3,), (0, 7), (5, 6), ()])
+def test_window_by_window_a_sample_is_shown_as_it_is_at_once_if_what_is_given_comes_first(given):
+    random = torch.Generator().manual_seed(2)
+    decoded = torch.randint(100, 120, (2, 8, 4, 4, 3), generator=random).byte()
+    real = torch.randint(100, 120, (2, 3, 8, 4, 4), generator=random).byte()
+    mask = torch.tensor([[frame in given for frame in range(8)], [frame == 0 for frame in range(8)]])
+    whole, parts = Details(real, mask).add(decoded, 0), Details(real, mask)
+    windows = torch.cat([parts.add(decoded[:, first : first + 2], first) for first in (0, 2, 4, 6)], dim=1)
+    known = min(given, default=0)
+    assert torch.equal(windows[0, known:], whole[0, known:]) and torch.equal(windows[1], whole[1])
+
+
+def test_the_nearest_given_frame_is_the_last_one_up_to_a_frame_or_else_the_first():
+    mask = torch.rand(50, 9, generator=torch.Generator().manual_seed(3)) < 0.3
+    for row, found in zip(mask.tolist(), nearest_given(mask).tolist(), strict=True):
+        for frame, source in enumerate(found):
+            given = [number for number, known in enumerate(row) if known]
+            if given:
+                assert source == max((number for number in given if number <= frame), default=given[0])
