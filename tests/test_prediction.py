@@ -40,12 +40,12 @@ def test_psnr_is_that_of_its_definition_and_equal_frames_have_the_most():
     samples = np.stack([noisy(real, 8, seed) for seed in range(3)])
     scores, baselines = prediction.score_clip(real, samples, given=(0, 1, 5))
     repeated = baselines["repeated"]
-    assert scores.shape == (2, 3, 3) and repeated.shape == (2, 3)
+    assert scores.shape == (3, 3, 3) and repeated.shape == (3, 3)
     expected = [[naive_psnr(sample[t], real[t]) for t in (2, 3, 4)] for sample in samples]
     assert np.allclose(scores[0], expected)
     assert np.allclose(repeated[0], [naive_psnr(real[1], real[t]) for t in (2, 3, 4)])  # the last one before
-    (psnr, ssim), _ = prediction.score_clip(real, real[None], given=(0,))
-    assert (psnr == prediction.MOST_PSNR).all() and (ssim == 1).all()
+    (psnr, ssim, moving), _ = prediction.score_clip(real, real[None], given=(0,))
+    assert (psnr == prediction.MOST_PSNR).all() and (ssim == 1).all() and (moving == prediction.MOST_PSNR).all()
 
 
 def test_the_repeated_frame_is_the_last_given_before_or_else_the_first_after():
@@ -70,7 +70,7 @@ def test_a_given_frame_moved_by_the_true_motion_is_the_later_frame(direction):
     assert (baselines["repeated"][0] < 21).all()
     half = moving(direction, speed=12.5)
     later = prediction.moved(half[0], 5, Truth(direction, "Circle", 0.5, 28.0))
-    assert prediction.frame_scores(later, half[5])[0] > prediction.frame_scores(half[0], half[5])[0] + 6
+    assert prediction.psnr(later, half[5]) > prediction.psnr(half[0], half[5]) + 6
     first = prediction.score_clip(clip, clip[None], (4, 5, 6, 7), truth)[1]
     assert (first["moved"][0] == prediction.MOST_PSNR).all()  # backwards in time, too
 
@@ -79,15 +79,16 @@ def test_ssim_has_gaussian_windows_per_color_channel():
     real, other = noisy(gradient()[0], 30), noisy(gradient()[0], 30, seed=1)
     settings = {"gaussian_weights": True, "sigma": 1.5, "use_sample_covariance": False, "data_range": 255}
     channels = [structural_similarity(real[..., c], other[..., c], **settings) for c in range(3)]
-    assert prediction.frame_scores(other, real)[1] == pytest.approx(np.mean(channels))
+    moving = np.ones((16, 16), dtype=bool)
+    assert prediction.frame_scores(other, real, moving)[1] == pytest.approx(np.mean(channels))
 
 
 def test_the_best_sample_is_chosen_for_each_metric_on_its_own_and_gains_have_an_interval_over_clips():
-    scores = np.zeros((4, 2, 3, 2))  # clips, metrics, samples, frames
+    scores = np.zeros((4, 3, 3, 2))  # clips, metrics, samples, frames
     scores[:, 0] = [[10, 20], [30, 10], [12, 12]]  # means 15, 20, 12
     scores[:, 1] = [[0.1, 0.2], [0.3, 0.4], [0.8, 0.7]]
     scores[:, 0] += np.arange(4)[:, None, None]
-    result = prediction.compare(scores, {"repeated": np.full((4, 2, 2), 10.0)})
+    result = prediction.compare(scores, {"repeated": np.full((4, 3, 2), 10.0)})
     assert result["psnr"] == pytest.approx((15 + 20 + 12) / 3 + 1.5)
     assert result["psnr_best_by_frame"]["mean"] == pytest.approx([31.5, 11.5])
     assert result["psnr_best_by_frame"]["half95"] == pytest.approx([1.96 * 1.118 / 2] * 2, rel=1e-3)
@@ -96,6 +97,38 @@ def test_the_best_sample_is_chosen_for_each_metric_on_its_own_and_gains_have_an_
     low, high = result["psnr_gain_interval95"]
     assert low < result["psnr_gain"] < high and high - low == pytest.approx(2.2, abs=0.5)  # 3.92 x 1.118 / 2
     assert prediction.bootstrap([3.0]) is None
+
+
+def test_psnr_of_moving_pixels_is_of_those_that_differ_from_the_given_frame_by_more_than_8_levels_in_a_channel():
+    real = np.full((4, 16, 16, 3), 100, np.uint8)
+    real[1:, :4, :, 1] = 108  # not more than 8: it stands still
+    real[2:, 8:12, :, 2] = 109  # 64 pixels move
+    sample = real.copy()
+    sample[:, :8] += 50  # of no interest
+    sample[:, 8:12, :, 0] += 6  # the mean of the channels' squared errors is 12
+    scores, baselines = prediction.score_clip(real, sample[None], given=(0,))
+    assert np.isnan(scores[2, 0, 0]) and np.isnan(baselines["repeated"][2, 0])
+    assert scores[2, 0, 1:] == pytest.approx([10 * math.log10(255**2 / 12)] * 2)
+    assert baselines["repeated"][2, 1:] == pytest.approx([10 * math.log10(255**2 / 27)] * 2)
+    assert scores[0, 0, 1:] == pytest.approx([naive_psnr(sample[t], real[t]) for t in (2, 3)])
+
+
+def test_the_mean_over_moving_pixels_is_one_of_clips_and_frames_in_which_something_moves():
+    scores, repeated = np.full((4, 3, 2, 3), 20.0), np.full((4, 3, 3), 20.0)
+    scores[:, 2] = np.array([30, 26, 27, np.nan])[:, None, None]  # in the last clip nothing moves
+    scores[0, 2, :, 0] = repeated[0, 2, 0] = scores[:, 2, :, 2] = repeated[:, 2, 2] = repeated[3, 2] = np.nan
+    result = prediction.compare(scores, {"repeated": repeated})
+    assert result["clips"] == 4 and result["clips_that_move"] == 3
+    assert result["psnr_moving"] == result["psnr_moving_best"] == pytest.approx(83 / 3)
+    assert result["psnr_moving_repeated"] == 20 and result["psnr_moving_gain"] == pytest.approx(23 / 3)
+    low, high = result["psnr_moving_gain_interval95"]
+    assert 6 <= low < 23 / 3 < high <= 10
+    assert result["psnr_moving_by_frame"]["mean"] == [26.5, pytest.approx(83 / 3), None]
+    scores[:, 2] = repeated[:, 2] = np.nan  # nothing moves at all
+    result = json.loads(json.dumps(prediction.compare(scores, {"repeated": repeated}), allow_nan=False))
+    assert result["psnr_moving"] is result["psnr_moving_gain"] is result["psnr_moving_gain_interval95"] is None
+    assert result["psnr"] == 20 and result["psnr_gain_interval95"] == [0, 0]
+    assert prediction.result_lines(result | {"given_frames": "0"})[1].endswith(" -")
 
 
 def test_a_clip_that_keeps_color_and_shape_is_told_from_one_that_does_not():
@@ -129,8 +162,12 @@ def test_predictions_continue_the_very_clips_they_are_compared_with(shapes, ckpt
     assert made["result"]["motion_real"]["direction_accuracy"] == 1
     assert Image.open(tmp_path / "p.sheet.png").size[1] > 6 * 128 and (tmp_path / "p.png").stat().st_size > 1000
     again = tmp_path / "again.json"
-    run_main(evaluate, "--manifest", tmp_path / "p.json", "--out", again)
-    assert json.loads(again.read_text())["repeats"]["agrees"]
+    older = made | {"values": {name: x for name, x in made["values"].items() if not name.startswith("psnr_moving")}}
+    for old in (made, older):  # that of code without the moving pixels
+        (tmp_path / "p.json").write_text(json.dumps(old))
+        run_main(evaluate, "--manifest", tmp_path / "p.json", "--out", again)
+        assert json.loads(again.read_text())["repeats"]["bit_equal"]
+    assert json.loads(again.read_text())["values"] == made["values"] and made["values"]["psnr_moving_repeated"] > 0
 
 
 def test_without_a_label_and_with_all_videos(shapes, ckpt, tmp_path, monkeypatch):  # noqa: F811

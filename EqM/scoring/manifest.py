@@ -80,8 +80,10 @@ def check_same(old, new):
 def compare_values(path, old, values, tolerance):
     """How new values compare to those of the old manifest at `path`: `repeats` of the new one.
 
-    Two numbers a and b agree if |a - b| <= tolerance * max(1, |a|, |b|).
+    Two numbers a and b agree if |a - b| <= tolerance * max(1, |a|, |b|). Values that the old code did not compute are
+    left out.
     """
+    values = {name: value for name, value in values.items() if name in old["values"]}
     differences, agrees = {}, values.keys() == old["values"].keys()
     for name, value in values.items():
         before = old["values"].get(name)

@@ -1,9 +1,11 @@
 """Prediction: real clips of which some frames are given, completed by a model and compared with what really came.
 
 PSNR and SSIM (scikit-image's) of each predicted frame, of the mean and of the best of several samples of a clip, beside
-repeating the last given frame. The best sample is chosen for each metric on its own, by its mean over the frames, as
-MCVD (arXiv 2205.09853) does; on clips with one likely future the mean says more. Where the data are Moving Shapes, the
-tracker of motion.py also says whether the whole clip, given and predicted frames, moves as it should.
+repeating the last given frame. Where little moves, most of a frame is background that stands still; so there is also
+the PSNR of the moving pixels alone, in which what really came differs from that given frame. The best sample is chosen
+for each metric on its own, by its mean over the frames, as MCVD (arXiv 2205.09853) does; on clips with one likely
+future the mean says more. Where the data are Moving Shapes, the tracker of motion.py also says whether the whole clip,
+given and predicted frames, moves as it should.
 """
 
 import functools
@@ -26,7 +28,8 @@ RESAMPLES = 1000  # of the bootstrap over clips
 MOST_PSNR = 60.0  # dB, of equal frames: rounding to 8 bits alone gives 59
 MIN_SIDE = 11  # px, of SSIM's window
 SHOWN = 8  # clips on the sheet
-METRICS = ("psnr", "ssim")
+MOVING = 8  # grey levels: a pixel moves if a channel differs by more from the given frame
+METRICS = ("psnr", "ssim", "psnr_moving")
 
 
 # ----------------------------------------------------------------------------------------------------------------------
@@ -103,19 +106,29 @@ def free_frames(given, num_frames):
 
 
 def score_clip(real, samples, given, truth=None):
-    """(scores (2, S, F), {baseline: scores (2, F)}) of the F predicted frames; 2: PSNR in dB, SSIM.
+    """(scores (3, S, F), {baseline: scores (3, F)}) of the F predicted frames; 3: the METRICS.
 
     real (T, H, W, 3) and samples (S, T, H, W, 3) are uint8. Baselines: "repeated", a given frame (the last one before
     or, if there is none, the first one after); with a Truth "moved", the same frame, moved as the object truly moves.
     """
     free = free_frames(given, len(real))
     nearest = [max((frame for frame in given if frame < t), default=min(given)) for t in free]
-    scores = np.array([[frame_scores(sample[t], real[t]) for t in free] for sample in samples])  # (S, F, 2)
-    made = {"repeated": [real[frame] for frame in nearest]}
+    moving = [moving_pixels(real[frame], real[t]) for frame, t in zip(nearest, free, strict=True)]
+
+    def scores_of(frames):
+        rows = [frame_scores(one, real[t], mask) for one, t, mask in zip(frames, free, moving, strict=True)]
+        return np.array(rows).T  # (3, F)
+
+    made = {"repeated": real[nearest]}
     if truth:
         made["moved"] = [moved(real[frame], t - frame, truth) for frame, t in zip(nearest, free, strict=True)]
-    baselines = {kind: [frame_scores(one, real[t]) for one, t in zip(made[kind], free, strict=True)] for kind in made}
-    return scores.transpose(2, 0, 1), {kind: np.array(rows).T for kind, rows in baselines.items()}
+    scores = np.stack([scores_of(sample[free]) for sample in samples], axis=1)
+    return scores, {kind: scores_of(frames) for kind, frames in made.items()}
+
+
+def moving_pixels(before, frame):
+    """Which pixels of a frame uint8 (H, W, 3) differ by more than MOVING in a channel: bool (H, W)."""
+    return (np.abs(frame.astype(int) - before) > MOVING).any(axis=-1)
 
 
 def moved(frame, num_frames, truth):
@@ -128,17 +141,25 @@ def moved(frame, num_frames, truth):
     return np.rint(shift(frame.astype(float), offset, order=1, mode="nearest")).astype(np.uint8)
 
 
-def frame_scores(frame, real):
-    """(PSNR in dB, SSIM) of a frame uint8 (H, W, 3). SSIM as published (Wang et al. 2004): Gaussian windows, sigma 1.5,
-    the mean over the color channels.
+def frame_scores(frame, real, moving):
+    """The METRICS of a frame uint8 (H, W, 3): PSNR in dB, SSIM, and PSNR of the pixels in `moving`, bool (H, W), NaN if
+    there are none. SSIM as published (Wang et al. 2004): Gaussian windows, sigma 1.5, the mean over the color channels.
     """
-    from skimage.metrics import peak_signal_noise_ratio, structural_similarity  # takes a second to load
+    from skimage.metrics import structural_similarity  # takes a second to load
 
+    whole, part = psnr(frame, real), psnr(frame[moving], real[moving])
     if np.array_equal(frame, real):
-        return MOST_PSNR, 1.0
-    psnr = peak_signal_noise_ratio(real, frame, data_range=255)
+        return whole, 1.0, part
     settings = {"gaussian_weights": True, "sigma": 1.5, "use_sample_covariance": False, "data_range": 255}
-    return min(psnr, MOST_PSNR), structural_similarity(real, frame, channel_axis=-1, **settings)
+    return whole, structural_similarity(real, frame, channel_axis=-1, **settings), part
+
+
+def psnr(found, real):
+    """PSNR in dB of arrays uint8 of one shape, at most MOST_PSNR; NaN of empty ones."""
+    if not real.size:
+        return np.nan
+    error = np.mean(np.square(real.astype(float) - found))
+    return min(10 * np.log10(255**2 / error), MOST_PSNR) if error else MOST_PSNR
 
 
 # ----------------------------------------------------------------------------------------------------------------------
@@ -146,28 +167,49 @@ def frame_scores(frame, real):
 
 
 def compare(scores, baselines):
-    """A plain dict of scores (N, 2, S, F) and of those of baselines, {name: (N, 2, F)}."""
-    result = {"clips": len(scores), "samples_per_clip": scores.shape[2]}
+    """A plain dict of scores (N, 3, S, F) and of those of baselines, {name: (N, 3, F)}.
+
+    Frames in which nothing moves have no PSNR of moving pixels (NaN), nor have clips without any other.
+    """
+    moves = ~np.isnan(scores[:, METRICS.index("psnr_moving"), 0]).all(axis=1)
+    result = {"clips": len(scores), "clips_that_move": int(moves.sum()), "samples_per_clip": scores.shape[2]}
     for number, name in enumerate(METRICS):
         own = scores[:, number]  # (N, S, F)
-        best = own[np.arange(len(own)), own.mean(axis=2).argmax(axis=1)]  # (N, F)
+        best = own[np.arange(len(own)), mean(own, axis=2).argmax(axis=1)]  # (N, F)
         columns = {"": own.mean(axis=1), "_best": best}
         columns |= {f"_{kind}": values[:, number] for kind, values in baselines.items()}
         for kind, values in columns.items():
-            result[name + kind] = values.mean().item()
-            result[f"{name}{kind}_interval95"] = bootstrap(values.mean(axis=1))
-            half = 1.96 * values.std(axis=0) / len(values) ** 0.5
-            result[f"{name}{kind}_by_frame"] = {"mean": values.mean(axis=0).tolist(), "half95": half.tolist()}
-        gain = own.mean(axis=(1, 2)) - baselines["repeated"][:, number].mean(axis=1)
-        result[f"{name}_gain"], result[f"{name}_gain_interval95"] = gain.mean().item(), bootstrap(gain)
+            by_clip = mean(values, axis=1)  # (N,)
+            result[name + kind] = or_none(mean(by_clip))
+            result[f"{name}{kind}_interval95"] = bootstrap(by_clip)
+            count = np.maximum((~np.isnan(values)).sum(axis=0), 1)
+            half = 1.96 * mean(np.square(values - mean(values)), axis=0) ** 0.5 / count**0.5
+            result[f"{name}{kind}_by_frame"] = {"mean": or_none(mean(values)), "half95": or_none(half)}
+        gain = mean(own, axis=(1, 2)) - mean(baselines["repeated"][:, number], axis=1)
+        result[f"{name}_gain"], result[f"{name}_gain_interval95"] = or_none(mean(gain)), bootstrap(gain)
     return result
 
 
+def mean(values, axis=0):
+    """The mean of those values that are not NaN; NaN where there are none."""
+    count = (~np.isnan(values)).sum(axis=axis)
+    return np.where(count, np.nansum(values, axis=axis) / np.maximum(count, 1), np.nan)
+
+
+def or_none(values):
+    """A number, or a list of numbers, for JSON: NaN becomes None."""
+    return np.where(np.isnan(values), None, values).tolist()
+
+
 def bootstrap(values, seed=0):
-    """[low, high] of the 95% interval of the mean of values (N,), from resamples of the clips; None for one clip."""
+    """[low, high] of the 95% interval of the mean of those values (N,) that are not NaN, from resamples of the clips;
+    None for fewer than two.
+    """
+    values = np.asarray(values)
+    values = torch.from_numpy(values[~np.isnan(values)])
     if len(values) < 2:
         return None
-    random, values = generator(seed, "bootstrap", "prediction"), torch.from_numpy(np.asarray(values))
+    random = generator(seed, "bootstrap", "prediction")
     means = values[torch.randint(len(values), (RESAMPLES, len(values)), generator=random)].mean(dim=1)
     return means.quantile(torch.tensor([0.025, 0.975], dtype=means.dtype)).tolist()
 
@@ -200,6 +242,8 @@ def result_lines(result):
     """The main results, to print."""
 
     def cell(name, digits):
+        if result[name] is None:
+            return "-"
         ends = result[f"{name}_interval95"]
         interval = f" ({ends[0]:.{digits}f} to {ends[1]:.{digits}f})" if ends else ""
         return f"{result[name]:.{digits}f}{interval}"
@@ -208,9 +252,10 @@ def result_lines(result):
     kinds = {"": f"mean of {S}", "_best": f"best of {S}", "_repeated": "a given frame repeated"}
     kinds |= {"_moved": "and moved by the true motion"} if "psnr_moved" in result else {}
     head = f"{result['clips']} clips, given {result['given_frames']}"
-    lines = [f"{head:<28} {'PSNR in dB, 95%':>24} {'SSIM, 95%':>26}"]
+    lines = [f"{head:<28} {'PSNR in dB, 95%':>24} {'SSIM, 95%':>26} {'PSNR of moving pixels':>24}"]
     for kind, title in (kinds | {"_gain": "mean minus repeated"}).items():
-        lines.append(f"{title:<28} {cell('psnr' + kind, 2):>24} {cell('ssim' + kind, 4):>26}")
+        cells = [cell(name + kind, digits) for name, digits in zip(METRICS, (2, 4, 2), strict=True)]
+        lines.append(f"{title:<28} {cells[0]:>24} {cells[1]:>26} {cells[2]:>24}")
     for name, title in (("motion", "predicted"), ("motion_real", "real")):
         if motion := result.get(name):
             share, (low, high) = motion["direction_accuracy"], motion["direction_interval95"]
