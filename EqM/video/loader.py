@@ -27,13 +27,20 @@ def make_loader(clips, batches, num_workers, timeout, device):
 
     timeout: seconds to wait for a batch of the loader processes, 0 = no limit.
     """
-    settings = {"num_workers": num_workers, "collate_fn": collate, "pin_memory": device.type == "cuda"}
     if num_workers:
         for data_set in clips.values():
             data_set.videos = SharedVideos(data_set.videos)
-        settings |= {"multiprocessing_context": "spawn", "persistent_workers": True, "prefetch_factor": 4}
-        settings |= {"worker_init_fn": functools.partial(start_worker, os.getpid()), "timeout": timeout}
+    settings = {"collate_fn": collate, "pin_memory": device.type == "cuda"} | worker_settings(num_workers, timeout)
     return DataLoader(ClipsByFrames(clips, LoaderWatch(num_workers)), batch_sampler=batches, **settings)
+
+
+def worker_settings(num_workers, timeout=0):
+    """The settings of a DataLoader with so many loader processes; 0: it reads in this one. timeout: see make_loader."""
+    if not num_workers:
+        return {"num_workers": 0}
+    settings = {"multiprocessing_context": "spawn", "persistent_workers": True, "prefetch_factor": 4}
+    settings |= {"worker_init_fn": functools.partial(start_worker, os.getpid()), "timeout": timeout}
+    return settings | {"num_workers": num_workers}
 
 
 def start_worker(parent, _):
