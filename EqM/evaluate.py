@@ -10,6 +10,7 @@ fid          Fréchet distance of the features of all frames, or of images
 motion       Moving Shapes only, where the truth is known: direction, shape, speed and area of the moving object; of
              bouncing ones whether it stays one object, its speed, and whether it turns at the borders and only there
 consistency  any videos: drift over the clip, seams at the borders of temporal patches
+nearest      any videos: how near to training clips they are, beside held-out real clips: does the model only remember?
 prediction   real clips of which --given-frames are given: PSNR and SSIM of those that --ckpt predicts
 
 The generated clips are sampled from a checkpoint (--ckpt), batch by batch, or read from a folder of sample_gd.py
@@ -44,10 +45,12 @@ from scoring.bounce import is_bouncing, read_bounce, score_bounce
 from scoring.consistency import score_consistency
 from scoring.frechet import score_frechet
 from scoring.motion import read_truth, score_motion
+from scoring.nearest import check_split, describe_training, score_nearest
 from scoring.prediction import check_prediction, check_prediction_flags, score_prediction
 from video.index import check_data_path, latents_settings
 
-NUM_REAL = {"fvd": 2048, "fid": 2048, "motion": 96, "consistency": 256, "prediction": 256}  # default number of clips
+# Default number of clips
+NUM_REAL = {"fvd": 2048, "fid": 2048, "motion": 96, "consistency": 256, "nearest": 256, "prediction": 256}
 SPLITS = {name: "train" if name in frechet.CALLS else "val" for name in NUM_REAL}  # default split of the real clips
 # Flags that may be given beside --manifest, as they do not change the values
 FREE_FLAGS = {"manifest", "out", "ckpt", "samples", "data_path", "detector", "vae", "cache", "num_workers", "tolerance"}
@@ -157,6 +160,8 @@ def check_flags(args, given):
         raise UserError("--resamples 1: one resample has no spread; wanted 0 (no interval) or at least 2")
     args.num_real = args.num_real or NUM_REAL[args.metric]
     args.split = args.split or SPLITS[args.metric]
+    if args.metric == "nearest":
+        check_split(args)
     if os.path.isdir(args.out):
         raise UserError(f"--out {args.out}: a folder; wanted the name of a JSON file")
     check_writable("--out", os.path.dirname(args.out) or ".")
@@ -252,7 +257,7 @@ def start_manifest(args, generated, real, num_features):
     }
 
 
-def score(args, generated, clips, key, detector, num_features, device):
+def score(args, generated, clips, training, key, detector, num_features, device):
     """(values, result, paths of real videos that could not be decoded); values and result are None except on rank 0."""
     bad = []
     generated.to(device)
@@ -264,6 +269,8 @@ def score(args, generated, clips, key, detector, num_features, device):
         plot = Path(args.out).with_suffix(".png")
         windows = generated.window, generated.overlap
         values, result = score_consistency(*streams, generated.temporal_patch_size, plot, *windows)
+    elif args.metric == "nearest":
+        values, result = score_nearest(*streams, args, training, generated.time_scale, device)
     elif args.metric == "prediction":
         stream = sources.predicted_stream(args, generated, clips, device, bad)
         values, result = score_prediction(stream, args.given_frames, args.out, truth_file(args))
@@ -313,11 +320,13 @@ def prepare(args, given, old):
         num_frames, size = generated.num_frames, generated.image_size
         num_features = frechet.check_detector(args.detector, detector, args.metric, num_frames, size)
     if rank() == 0:  # the others wait for it in start()
-        clips, about, key = sources.find_real(args, generated)
+        clips, training, about, key = sources.find_real(args, generated)
         if args.metric == "prediction" and truth_file(args):
             check_truth(args, generated, clips.classes)
+        if args.metric == "nearest":
+            about |= describe_training(args, training, generated.num_frames)
         new = start_manifest(args, generated, about, num_features)
-        real = clips, sources.json_sha256([key, new["detector"], frechet.CACHE_FORMAT])
+        real = clips, training, sources.json_sha256([key, new["detector"], frechet.CACHE_FORMAT])
         if old:
             manifest.check_same(old, new)
     return args, generated, real, detector, num_features, new

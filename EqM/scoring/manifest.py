@@ -30,6 +30,7 @@ PINNED = (  # (flag, part, key): hashes that must be the same in a repeated run
     ("--samples", "generated", "samples_sha256"),
     ("--detector", "detector", "sha256"),
     ("--data-path", "real", "videos_sha256"),
+    ("--data-path", "real", "training_sha256"),  # of --metric nearest
 )
 
 

@@ -100,7 +100,8 @@ class FromFolder:
 
 
 def find_real(args, generated):
-    """(Clips of the real videos, their description for the manifest, a SHA-256 of all that determines them).
+    """(Clips of the real videos, the training videos that are long enough, a description of the clips for the manifest,
+    a SHA-256 of all that determines them).
 
     One rank only. The distance from frame to frame is the integer closest to the time_scale of the
     generated clips. Raises UserError.
@@ -126,13 +127,12 @@ def find_real(args, generated):
         say(f"note: {args.num_real} clips from {len(usable)} videos of --split {args.split}: some give several")
     clips = Clips(args.data_path, usable, scan.classes, generated.num_frames, generated.image_size,
                   (interval, interval), flip=False, seed=REAL_SEED, stream="real")  # fmt: skip
-    stats = [os.stat(os.path.join(args.data_path, video.path)) for video in usable]
-    sizes = [(video.path, stat.st_size) for video, stat in zip(usable, stats, strict=True)]
+    stats = file_stats(args.data_path, usable)
     about = {
         "data_path": str(args.data_path),
         "split": args.split,
         "num_videos": len(usable),
-        "videos_sha256": json_sha256(sizes),  # of names and sizes
+        "videos_sha256": names_and_sizes(usable, stats),
         "num_clips": args.num_real,
         "num_frames": generated.num_frames,
         "frame_interval": interval,
@@ -143,7 +143,18 @@ def find_real(args, generated):
         "seed": REAL_SEED,
     }
     determines = {name: value for name, value in about.items() if name != "data_path"}
-    return clips, about, json_sha256([determines, [stat.st_mtime_ns for stat in stats]])
+    key = json_sha256([determines, [stat.st_mtime_ns for stat in stats]])
+    training = [video for video in train if video.num_frames >= generated.num_frames]
+    return clips, training, about, key
+
+
+def file_stats(root, videos):
+    return [os.stat(os.path.join(root, video.path)) for video in videos]
+
+
+def names_and_sizes(videos, stats):
+    """The SHA-256 of the names and sizes of files."""
+    return json_sha256([(video.path, stat.st_size) for video, stat in zip(videos, stats, strict=True)])
 
 
 def json_sha256(value):

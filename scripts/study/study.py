@@ -308,7 +308,7 @@ class Sampler:
         measured, scores = self.score(sources.generated_stream(args, generated))
         seconds = time.monotonic() - began
         if num_frames not in self.real:
-            clips, _, _ = sources.find_real(args, generated)
+            clips, _, _, _ = sources.find_real(args, generated)
             self.real[num_frames] = self.score(sources.real_stream(args, clips, self.device, []))
         real_measured, real_scores = self.real[num_frames]
         drift = consistency.summarize(measured, real_measured, generated.temporal_patch_size)
