@@ -13,7 +13,7 @@ from runtime.rng import generator
 from vae import VAE
 from video.loader import batches_of
 
-GROUPS = 8  # of the group norms; widths are multiples of it
+GROUPS = 1  # of the group norms: those of few channels each would take away the colors of a frame
 KL_WEIGHT = 1e-4  # against the errors of pixels in [-1, 1]: keeps the latents close to normal, and costs few dB
 CHUNK = 16  # frames that are measured together; fixed, so that sums do not depend on the number of ranks
 
@@ -46,17 +46,20 @@ class Autoencoder(nn.Module):
 
 
 def jitter_colors(x, seed, indices, share):
-    """Frames (B, 3, H, W) in [-1, 1], a share of them with other colors: channels in any order, with gain and offset.
+    """Frames (B, 3, H, W) in [-1, 1], a share of them with other colors: more or less saturated, channels in any order,
+    each with a gain and an offset. Depends on the seed and each frame's index alone.
 
-    Few videos show few colors, and a VAE knows no others. Depends on the seed and each frame's index alone.
+    Few videos show few colors, and a VAE knows no others.
     """
     matrices, offsets = torch.eye(3).repeat(len(x), 1, 1), torch.zeros(len(x), 3, 1, 1)
     for matrix, offset, index in zip(matrices, offsets, indices, strict=True):
         random = generator(seed, "colors", 0, index)
         if torch.rand((), generator=random) < share:
-            gain = torch.exp(torch.rand(3, 1, generator=random) - 0.5)
-            matrix.copy_(gain * matrix[torch.randperm(3, generator=random)])
-            offset.uniform_(-0.3, 0.3, generator=random)
+            saturation = 4 * torch.rand((), generator=random)  # 0: grey; pale videos become colorful
+            gain = torch.exp(0.4 * torch.rand(3, 1, generator=random) - 0.2)
+            colors = torch.lerp(torch.full((3, 3), 1 / 3), matrix, saturation)
+            matrix.copy_(gain * colors[torch.randperm(3, generator=random)])
+            offset.uniform_(-0.1, 0.1, generator=random)
     return (torch.einsum("bij,bjhw->bihw", matrices.to(x.device), x) + offsets.to(x.device)).clamp(-1, 1)
 
 

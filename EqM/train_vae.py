@@ -20,7 +20,7 @@ from torch.nn.utils import clip_grad_norm_
 
 import checkpoint
 import preflight
-from autoencoder import GROUPS, Autoencoder, chunks_of, export, jitter_colors, losses_of, make_autoencoder, measure
+from autoencoder import Autoencoder, chunks_of, export, jitter_colors, losses_of, make_autoencoder, measure
 from optim import ema_decay, lr_multiplier, update_ema
 from runtime import cli, distributed, runs
 from runtime.cli import COUNT, NATURAL, NON_NEGATIVE, POSITIVE, SHARE, ArgumentParser, Bar, UserError, fail, say
@@ -96,9 +96,9 @@ def check_run(args):
         raise UserError(f"--image-size {args.image_size} is not a multiple of --downsample {args.downsample}")
     count = int(math.log2(args.downsample)) + 1
     args.widths = args.widths or [32, 64, 128, 128][:count]
-    if len(args.widths) != count or any(width % GROUPS for width in args.widths):
+    if len(args.widths) != count:
         found = " ".join(map(str, args.widths))
-        raise UserError(f"--widths {found}: --downsample {args.downsample} wants {count} multiples of {GROUPS}")
+        raise UserError(f"--widths {found}: --downsample {args.downsample} wants {count} numbers")
     if args.global_batch_size % world_size():
         raise UserError(f"--global-batch-size {args.global_batch_size} is not a multiple of {world_size()} ranks")
     cli.check_writable("--results-dir", args.results_dir)

@@ -12,7 +12,7 @@
 #   GPUS, PRECISION             processes, bf16 or fp32; left out: what suits the machine
 #   VAE_STEPS, STEPS_1, STEPS_2, STEPS_3   steps; left out: as HOURS says
 #   SAMPLES=96, LONG=16, REAL=64           samples of 16 frames, of 64 frames, held-out clips to go on from
-#   JUDGE_STEPS=600             training steps of the network that says which action a clip shows
+#   JUDGE_STEPS=250             training steps of the network that says which action a clip shows
 set -euo pipefail
 cd "$(dirname "$0")/.."
 source scripts/common.sh
@@ -25,7 +25,7 @@ steps() { awk -v hours="$HOURS" -v each="$1" 'BEGIN { steps = int(hours * each);
 
 export EXP=${EXP:-weizmann}
 SOURCE=${SOURCE:-datasets/mocogan} DATA=${DATA:-datasets/weizmann} HOLD_OUT=${HOLD_OUT:-7 8}
-SAMPLES=${SAMPLES:-96} LONG=${LONG:-16} REAL=${REAL:-64} JUDGE_STEPS=${JUDGE_STEPS:-600}
+SAMPLES=${SAMPLES:-96} LONG=${LONG:-16} REAL=${REAL:-64} JUDGE_STEPS=${JUDGE_STEPS:-250}
 if command -v nvidia-smi >/dev/null; then
   RANKS=1 PRECISION=${PRECISION:-} # what the GPU is best at
 else
@@ -62,23 +62,27 @@ bash scripts/train_progressive.sh \
   --log-every 50 --val-every 1000 --val-clips 32 --sample-every 0 --save-minutes 3 \
   --sampler ngd --num-sampling-steps 24 --stepsize 0.0217 --cfg-scale 1.5 "${MIXED[@]}"
 
+# What was made of this model is not made again
+MODELS=("results/$EXP"/*-EqM-S-2-*/checkpoints/best.pt)
+BEST=${MODELS[${#MODELS[@]} - 1]}
+there() { [[ $1 -nt $BEST ]]; }
+
 # Samples of 16 frames, and of 64, made in windows
-export CKPT=
 for kind in "16 $SAMPLES" "64 $LONG"; do
   read -r frames count <<<"$kind"
-  OUT=samples/$EXP FRAMES=$frames SAMPLES=$count bash scripts/sample.sh --overwrite --batch-size 8 "${MIXED[@]}"
+  there "samples/$EXP-f$frames/samples.npz" || CKPT=$BEST OUT=samples/$EXP FRAMES=$frames SAMPLES=$count \
+    bash scripts/sample.sh --overwrite --batch-size 8 "${MIXED[@]}"
 done
 
 # Held-out clips that go on from 8 frames, and from 4 (best of 10); is it remembered; does it show what was asked
-score() { "${RUN[@]}" EqM/evaluate.py --data-path="$DATA" --num-workers 0 "$@"; }
-MODELS=("results/$EXP"/*-EqM-S-2-*/checkpoints/best.pt)
-MODEL_FILE=${MODELS[${#MODELS[@]} - 1]}
-score --metric prediction --ckpt="$MODEL_FILE" --num-real="$REAL" --given-frames 0-7 --out="samples/$EXP-8of16.json" \
-  "${MIXED[@]}"
-score --metric prediction --ckpt="$MODEL_FILE" --num-real="$((REAL / 4))" --given-frames 0-3 --samples-per-clip 10 \
-  --out="samples/$EXP-4of16.json" "${MIXED[@]}"
-score --metric nearest --samples="samples/$EXP-f16" --out="samples/$EXP-nearest.json"
-python scripts/judge.py --data-path="$DATA" --samples="samples/$EXP-f16" --steps="$JUDGE_STEPS" --out="samples/$EXP-judge.json"
-python scripts/gallery.py "samples/$EXP-f16" --data-path="$DATA"
-python scripts/gallery.py "samples/$EXP-f64"
+score() { # FILE FLAGS of evaluate.py
+  there "$1" || "${RUN[@]}" EqM/evaluate.py --data-path="$DATA" --num-workers 0 --out="$1" "${@:2}"
+}
+GOES_ON=(--metric prediction --ckpt="$BEST" "${MIXED[@]}")
+score "samples/$EXP-8of16.json" "${GOES_ON[@]}" --given-frames 0-7 --num-real="$REAL"
+score "samples/$EXP-4of16.json" "${GOES_ON[@]}" --given-frames 0-3 --num-real="$((REAL / 4))" --samples-per-clip 10
+score "samples/$EXP-nearest.json" --metric nearest --samples="samples/$EXP-f16"
+there "samples/$EXP-judge.json" ||
+  python scripts/judge.py --data-path="$DATA" --samples="samples/$EXP-f16" --steps="$JUDGE_STEPS" --out="samples/$EXP-judge.json"
+for frames in 16 64; do python scripts/gallery.py "samples/$EXP-f$frames" --data-path="$DATA"; done
 echo "$((SECONDS - BEGAN)) s; see samples/$EXP-f16/sheet.png, samples/$EXP-f16/gallery.html and samples/$EXP-*.json"
