@@ -121,6 +121,8 @@ def run_name(args):
 def find_start(args):
     """The Start of a new run or, with --resume or restarted by torchrun, of the newest one. Raises UserError."""
     folder = runs.newest_run(args.results_dir, run_name(args))
+    if args.resume and folder is None:
+        say(f"--resume: nothing to resume in {args.results_dir}/[0-9]*-{run_name(args)}: starting from the beginning")
     if folder is None or not (args.resume or runs.is_restarted(folder)):
         return checkpoint.Start(checkpoint.Progress())
     if rank() == 0:
@@ -196,8 +198,8 @@ def main():
     preflight.note_changes(start, run_config, folder, log, metrics)
     start.state = None  # or the file would stay open during the whole run
     size = sum(parameter.numel() for parameter in model.parameters())
-    log(f"{folder}: {size / 1e6:.2f} M parameters; {world_size()} x {device.type}, steps {progress.step} to "
-        f"{args.max_steps}; {len(data.train[1])} videos train, {len(data.val[1])} validate")  # fmt: skip
+    log(f"{folder}: {size / 1e6:.2f} M parameters; {world_size()} x {device.type}, to step {args.max_steps}")
+    log(f"{len(data.train[1])} videos train, {len(data.val[1])} validate")
     report_bad(data.scan.unreadable)
     batches, val_loader, train_loader = make_loaders(args, data, progress, device)
     bar = Bar(initial=progress.step, total=args.max_steps, desc=folder.name, unit="step", disable=rank() != 0)
@@ -245,8 +247,8 @@ def main():
         if len(stats):
             save()
         writer.wait()
-        log(f"stopped by {stop.name or 'a signal to another rank'} and saved at step {progress.step}: the same command "
-            "with --resume continues")  # fmt: skip
+        sender, where = stop.name or "a signal to another rank", f"and saved at step {progress.step}"
+        log(f"stopped by {sender} {where}: the same command with --resume continues")
     stop.meet()
     end_children()
     metrics.close()
