@@ -97,8 +97,7 @@ def check_run(args):
     count = int(math.log2(args.downsample)) + 1
     args.widths = args.widths or [32, 64, 128, 128][:count]
     if len(args.widths) != count:
-        found = " ".join(map(str, args.widths))
-        raise UserError(f"--widths {found}: --downsample {args.downsample} wants {count} numbers")
+        raise UserError(f"--widths: found {len(args.widths)}, --downsample {args.downsample} wants {count} numbers")
     if args.global_batch_size % world_size():
         raise UserError(f"--global-batch-size {args.global_batch_size} is not a multiple of {world_size()} ranks")
     cli.check_writable("--results-dir", args.results_dir)
