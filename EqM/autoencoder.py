@@ -9,6 +9,7 @@ import torch
 from torch import nn
 
 from runtime import distributed
+from runtime.atomic import sync
 from runtime.rng import generator
 from vae import VAE
 from video.loader import batches_of
@@ -70,7 +71,7 @@ def losses_of(x, reconstruction, mean, logvar):
     error = reconstruction.float() - x
     gradient = error.diff(dim=-1).abs().mean() + error.diff(dim=-2).abs().mean()
     kl = 0.5 * (mean.float().square() + logvar.float().exp() - 1 - logvar.float()).mean()
-    return {"train_loss": error.abs().mean(), "gradient_loss": gradient, "kl_loss": KL_WEIGHT * kl}
+    return {"pixel_loss": error.abs().mean(), "gradient_loss": gradient, "kl_loss": KL_WEIGHT * kl}
 
 
 def psnr(real, found):
@@ -80,7 +81,7 @@ def psnr(real, found):
 
 
 @torch.no_grad()
-def measure(model, loader, device, precision):
+def measure(model, loader, device):
     """({"psnr", "latent_mean", "latent_std"}, this rank's bad videos) of the frames that the ranks' loaders give.
 
     psnr is the mean over the frames, of reconstructions from the latents' means, in dB; the statistics are those of all
@@ -90,9 +91,8 @@ def measure(model, loader, device, precision):
     vae.scale, vae.shift = 1.0, 0.0  # or the last bits would depend on those of an earlier export
     for batch in batches_of(loader):
         clips = batch["clips"].to(device)  # (B, 3, 1, H, W)
-        with distributed.autocast(device, precision):
-            mean, std = vae.posterior(clips)
-            found = vae.decode(mean)  # (B, 1, H, W, 3)
+        mean, std = vae.posterior(clips)  # in float32, as caches and samples are made
+        found = vae.decode(mean)  # (B, 1, H, W, 3)
         mean, std = mean.double().flatten(1), std.double().flatten(1)
         second_moments = (mean.square() + std.square()).mean(dim=1)
         columns = batch["indices"], psnr(clips[:, :, 0].movedim(1, -1), found[:, 0]), mean.mean(dim=1), second_moments
@@ -109,7 +109,7 @@ def chunks_of(count):
 
 
 def export(model, folder, statistics):
-    """Write an AutoencoderKL as a folder that --vae DIR takes, whole or not at all.
+    """Write an AutoencoderKL as a folder that --vae DIR takes. Between two renames there is none, never half of one.
 
     Its scaling factor and shift make the latents that were measured have mean 0 and standard deviation 1.
     """
@@ -119,6 +119,8 @@ def export(model, folder, statistics):
         shutil.rmtree(left, ignore_errors=True)
     model.register_to_config(scaling_factor=1 / statistics["latent_std"], shift_factor=statistics["latent_mean"])
     model.save_pretrained(temporary)
+    for path in (*temporary.iterdir(), temporary):
+        sync(path)
     if folder.exists():
         os.rename(folder, old)
     os.rename(temporary, folder)

@@ -70,7 +70,7 @@ class EqMConfig:
         if self.position_table not in POSITION_TABLES:
             choices = ", ".join(POSITION_TABLES)
             raise ValueError(f"position_table must be one of {choices}, found {self.position_table!r}")
-        for name, off in (("rope_speed", 0.0), ("position_table", "none")):
+        for name, off in (("rope_split", ""), ("rope_speed", 0.0), ("position_table", "none")):
             if not self.use_rope and getattr(self, name) != off:
                 raise ValueError(f"{name} {getattr(self, name)} needs use_rope: without it positions are fixed")
         if self.ebm not in EBMS:
@@ -193,12 +193,12 @@ class HeadNorm(nn.RMSNorm):
 
 
 def attend(q, k, v):
-    """Scaled dot-product attention, (B, h, N, d) each; where a CPU takes gradients, not with torch's bf16 kernel.
+    """Scaled dot-product attention, (B, h, N, d) each. Not by torch's bf16 kernel on a CPU that takes gradients.
 
-    Its backward pass is slow there. Few tokens take plain products with a softmax in float32, of which memory holds N^2
-    weights; many take the kernel of float32. For 4 heads of 32 channels the kernel of bf16, that of float32 and plain
-    products take 10, 8 and 5 ms for 4 clips of 256 tokens, 7, 3 and 2 ms for 16 of 64 (forward and backward, one thread
-    of an AMD EPYC, torch 2.13).
+    The backward pass of that is slow. Few tokens take plain products with a softmax in float32, of which memory holds
+    N^2 weights; many take the kernel of float32. For 4 heads of 32 channels the kernel of bf16, that of float32 and
+    plain products take 10, 8 and 5 ms for 4 clips of 256 tokens, 7, 3 and 2 ms for 16 of 64 (forward and backward, one
+    thread of an AMD EPYC, torch 2.13).
     """
     if q.device.type != "cpu" or not torch.is_grad_enabled():
         return F.scaled_dot_product_attention(q, k, v)

@@ -101,13 +101,7 @@ def share_run(args, run):
     Raises UserError unless all machines start from the same checkpoint, in the same folder, and have the --precision.
     """
     start, vae, config, data, phases = run or [None] * 5
-    starts = {found for found in distributed.gather(start and start.describe()) if found}
-    if len(starts) > 1:
-        found = ", ".join(f"{path} (step {step})" for path, step, _ in sorted(starts))
-        raise UserError(
-            f"the ranks start from different checkpoints, {found}: if an earlier run was still saving, start again; "
-            "otherwise all machines need the same files"
-        )
+    check_same_start(start)
     own = start and (start.stamp, start.state)
     shared = args, start and replace(start, state=None), config, data, phases
     args, start, config, data, phases = distributed.broadcast(shared)
@@ -122,6 +116,17 @@ def share_run(args, run):
     if args.cache_frames:
         data = replace(data, frames=share_frame_cache(args, data))
     return args, start, vae, config, data, phases
+
+
+def check_same_start(start):
+    """Raise UserError, on all ranks, unless their Starts are the same; None, of a rank that has none, is left out."""
+    starts = {found for found in distributed.gather(start and start.describe()) if found}
+    if len(starts) > 1:
+        found = ", ".join(f"{path} (step {step})" for path, step, _ in sorted(starts))
+        raise UserError(
+            f"the ranks start from different checkpoints, {found}: if an earlier run was still saving, start again; "
+            "otherwise all machines need the same files"
+        )
 
 
 def check_flags(args):

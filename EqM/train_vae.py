@@ -11,6 +11,7 @@ command and --resume, which ends bit for bit as if there had been none.
 """
 
 import copy
+import functools
 import json
 import math
 import time
@@ -36,7 +37,6 @@ from video.loader import batches_of, end_children, make_loader, on_device
 from video.writers import write_sheet
 
 SHOWN = 8  # frames in a sheet
-CLIP_GRAD = 1.0
 
 
 def parse_args():
@@ -78,7 +78,7 @@ def parse_args():
     add("--resume", action="store_true", help="continue the newest run of this VAE, if any")
     add("--log-every", type=COUNT, default=50, metavar="N", help="steps between two lines of metrics")
     add("--val-every", type=COUNT, default=500, metavar="N", help="steps between validations; the last step validates")
-    add("--val-frames", type=COUNT, default=256, metavar="N", help="frames of validation videos")
+    add("--num-val-frames", type=COUNT, default=256, metavar="N", help="frames of validation videos")
     minutes = "minutes between checkpoints; the last step saves; 0 = off"
     add("--save-minutes", type=NON_NEGATIVE, default=5.0, metavar="M", help=minutes)
     return parser.parse_args()
@@ -114,28 +114,28 @@ def check_run(args):
 
 
 def run_name(args):
-    return f"VAE-{args.image_size}px-f{args.downsample}-c{args.latent_channels}"
+    widths = "-".join(map(str, args.widths))
+    return f"VAE-{args.image_size}px-f{args.downsample}-c{args.latent_channels}-{widths}"
 
 
 def find_start(args):
     """The Start of a new run or, with --resume or restarted by torchrun, of the newest one. Raises UserError."""
     folder = runs.newest_run(args.results_dir, run_name(args))
-    if args.resume and folder is None:
-        say(f"--resume: nothing to resume in {args.results_dir}/[0-9]*-{run_name(args)}: starting from the beginning")
     if folder is None or not (args.resume or runs.is_restarted(folder)):
+        if args.resume:
+            where = f"{args.results_dir}/[0-9]*-{run_name(args)}"
+            say(f"--resume: nothing to resume in {where}: starting from the beginning")
         return checkpoint.Start(checkpoint.Progress())
     if rank() == 0:
         runs.lock(folder)
         runs.remove_temporary_files(folder)
     path = folder / "checkpoints" / "latest.pt"
-    if not path.exists():
+    try:
+        stamp, state = checkpoint.stamp_of(path), checkpoint.read_file(path, check=True)
+    except UserError as error:  # nothing was saved, or it is damaged
+        say(f"note: {error}")
         return checkpoint.Start(checkpoint.Progress(), folder=folder)
-    stamp, state = checkpoint.stamp_of(path), checkpoint.read_file(path, check=True)
-    if (found := state["config"]["training"]["widths"]) != args.widths:
-        widths = " ".join(map(str, args.widths))
-        raise UserError(f"--widths {widths}: --resume, {path} has {found}: give the same")
-    progress = checkpoint.Progress(state["step"], **state["phase"])
-    return checkpoint.Start(progress, path, stamp, state, folder)
+    return checkpoint.Start(checkpoint.Progress(state["step"], **state["phase"]), path, stamp, state, folder)
 
 
 # ----------------------------------------------------------------------------------------------------------------------
@@ -151,7 +151,8 @@ def main():
         fail(error)
     device = distributed.start(distributed.STEP_TIME)
     data, progress = distributed.broadcast(data), start.progress
-    if progress.step >= args.max_steps:
+    preflight.check_same_start(start)
+    if progress.step >= args.max_steps and not start.unlogged:
         say(f"{start.folder} is finished: all {progress.step} steps are done")
         distributed.stop()
         return
@@ -161,7 +162,8 @@ def main():
     distributed.set_precision(args.precision)
     model = make_autoencoder(args.widths, args.latent_channels, args.image_size).to(device)
     ema = copy.deepcopy(model).requires_grad_(False)
-    optimizer = torch.optim.AdamW(model.parameters(), lr=args.lr, weight_decay=0.0, fused=True)
+    lr = args.lr * lr_multiplier(args, progress.step, args.max_steps)  # for metrics that a resumed run has yet to log
+    optimizer = torch.optim.AdamW(model.parameters(), lr=lr, weight_decay=0.0, fused=True)
     scaler = torch.amp.GradScaler(device.type, enabled=False)
     if start.state is not None:
         checkpoint.load_run(start, model, ema, [optimizer], scaler)
@@ -173,13 +175,11 @@ def main():
     logged_step = progress.step - 1 if start.unlogged else progress.step
     metrics = Metrics(folder, resume_step=logged_step, config=run_config)
     bad_videos = BadVideos(len(data.scan.videos) + len(data.scan.unreadable), args.max_bad_fraction, start.bad_videos)
+    log = functools.partial(say, log=folder / "log.txt")
     writer, saved_at, stats = checkpoint.Writer(folder), time.monotonic(), StepStats(start.unlogged)
     if rank() == 0:
         save_index(data.scan, args.data_path, args.results_dir)
         (folder / "config.json").write_text(json.dumps(run_config, indent=2))
-
-    def log(line):
-        say(line, log=folder / "log.txt")
 
     def report_bad(paths):
         for path in bad_videos.add([path for part in distributed.gather(paths) for path in part]):
@@ -215,7 +215,7 @@ def main():
                     report_bad(bad)
                     log(f"step {progress.step}: PSNR {values['val_psnr']:.2f} dB on validation videos")
                     row |= values
-                metrics.log(progress.step, **row, lr=args.lr * lr_multiplier(args, progress.step, args.max_steps))
+                metrics.log(progress.step, **row, lr=optimizer.param_groups[0]["lr"])
                 stats = StepStats()
             if progress.step >= args.max_steps:
                 save()
@@ -227,12 +227,13 @@ def main():
             optimizer.param_groups[0]["lr"] = args.lr * lr_multiplier(args, progress.step + 1, args.max_steps)
             batch = stats.next_batch(batches)
             losses = training_losses(network, batch, args, device)
-            sum(losses.values()).backward()
-            norm = clip_grad_norm_(model.parameters(), CLIP_GRAD)
+            loss = sum(losses.values())
+            loss.backward()
+            norm = clip_grad_norm_(model.parameters(), 1.0)
             optimizer.step()
             optimizer.zero_grad()
             progress.count_step(args.global_batch_size, 0)
-            values = {name: value.detach() for name, value in losses.items()}
+            values = {name: value.detach() for name, value in ({"train_loss": loss} | losses).items()}
             stats.add(batch["videos"], **values, grad_norm=norm)
             update_ema(ema, model, ema_decay(args, progress.step, pretrained=False))
             bar.update()
@@ -265,7 +266,7 @@ def make_loaders(args, data, progress, device):
     steps = args.max_steps - progress.step
     batches = Batches(progress.position, steps, args.global_batch_size, rank(), world_size())
     batches = ([(1, index) for index in batch] for batch in batches)
-    chunks = chunks_of(args.val_frames)[rank() :: world_size()]
+    chunks = chunks_of(args.num_val_frames)[rank() :: world_size()]
     train_loader = make_loader({1: train}, batches, args.num_workers, 0, device)
     others = [make_loader({1: clips}, chunks, 0, 0, device) for clips in (val, typical)]
     return on_device(batches_of(train_loader), device), *others
@@ -284,8 +285,7 @@ def training_losses(network, batch, args, device):
 
 def validate(args, ema, val_loader, train_loader, folder, step, device):
     """({"val_psnr", ...} of the EMA, on all ranks; this rank's bad videos); writes a sheet and the VAE's folder."""
-    values, bad = measure(ema, val_loader, device, args.precision)
-    statistics, more = measure(ema, train_loader, device, args.precision)
+    (values, bad), (statistics, more) = (measure(ema, loader, device) for loader in (val_loader, train_loader))
     if rank() == 0:
         export(ema, folder / "vae", statistics)
         vae, frames = VAE("shown", ema), next(batches_of(val_loader))["clips"][:SHOWN]  # (N, 3, 1, H, W)

@@ -99,7 +99,7 @@ def write_split(out, strips, held_out):
     folder, classes = Path(out, UCF_LISTS), sorted(CLASSES.values())
     folder.mkdir(exist_ok=True)
     lines = {"classInd.txt": [f"{label} {name}" for label, name in enumerate(classes, 1)]}
-    for file, tests in (("trainlist01.txt", False), ("testlist01.txt", True)):
+    for file, tests in (("testlist01.txt", True), ("trainlist01.txt", False)):  # the second says that all is there
         clips = sorted(clip for clip in strips if (clip[1] in held_out) == tests)
         lines[file] = [f"{name}/person{person}.mkv {classes.index(name) + 1}" for name, person in clips]
     for name, content in lines.items():

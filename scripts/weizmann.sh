@@ -36,6 +36,11 @@ export GPUS=${GPUS:-$RANKS}
 MIXED=(${PRECISION:+--precision="$PRECISION"})
 CACHED=() && [[ $(uname) == Linux ]] && CACHED=(--cache-frames)
 
+SETTINGS="HOURS=$HOURS HOLD_OUT=$HOLD_OUT"
+if [[ -f results/$EXP/settings && $(<"results/$EXP/settings") != "$SETTINGS" ]]; then
+  complain "results/$EXP was made with $(<"results/$EXP/settings"), found $SETTINGS: name another EXP"
+fi
+
 bash scripts/setup.sh
 activate
 if [[ ! -f $DATA/ucfTrainTestlist/trainlist01.txt ]]; then
@@ -43,18 +48,21 @@ if [[ ! -f $DATA/ucfTrainTestlist/trainlist01.txt ]]; then
   python datasets/prepare_weizmann.py --source="$SOURCE" --out="$DATA" --hold-out $HOLD_OUT
 fi
 
+mkdir -p "results/$EXP"
+echo "$SETTINGS" >"results/$EXP/settings"
+
 # The VAE: 16 x 16 latents of 64 x 64 px
 processes "$GPUS"
 "${RUN[@]}" EqM/train_vae.py --data-path="$DATA" --image-size 64 --downsample 4 --widths 8 32 128 \
   --max-steps="${VAE_STEPS:-$(steps 3600)}" --global-batch-size 16 \
   --results-dir="results/$EXP" --resume --num-workers 0 \
   "${CACHED[@]}" "${MIXED[@]}"
-VAES=("results/$EXP"/*-VAE-64px-f4-c4/vae)
+VAES=("results/$EXP"/*-VAE-64px-f4-c4-8-32-128/vae)
 export VAE=${VAES[${#VAES[@]} - 1]}
 
 # Its latents, and the model: 256 tokens for 16 frames, 12.5 of them a second
 export DATA LATENTS=results/$EXP/latents IMAGE_SIZE=64 MODEL=EqM-S/2 ONE_RUN=1 RECIPE=small FORCING=0.5 COMPILE=0
-export STEPS_1=${STEPS_1:-$(steps 1200)} STEPS_2=${STEPS_2:-$(steps 2400)} STEPS_3=${STEPS_3:-$(steps 4000)} LR_DECAY=0.4
+export STEPS_1=${STEPS_1:-$(steps 2400)} STEPS_2=${STEPS_2:-$(steps 4800)} STEPS_3=${STEPS_3:-$(steps 8000)} LR_DECAY=0.4
 export BATCH_1=32 BATCH_2=16 BATCH_3=8 # 2,048 tokens a step
 bash scripts/train_progressive.sh \
   --depth 6 --hidden-size 256 --num-heads 4 --rope-theta 100 --temporal-patch-size 4 --frame-interval 2 --mix 0.1 \
@@ -74,6 +82,16 @@ for kind in "16 $SAMPLES" "64 $LONG"; do
     bash scripts/sample.sh --overwrite --batch-size 8 "${MIXED[@]}"
 done
 
+# Clips of the people who are held out, continued
+if ! there "samples/$EXP-continued/samples.npz"; then
+  while read -r clip _; do
+    mkdir -p "results/$EXP/held-out/${clip%/*}"
+    cp "$DATA/$clip" "results/$EXP/held-out/$clip"
+  done <"$DATA/ucfTrainTestlist/testlist01.txt"
+  "${RUN[@]}" EqM/sample_gd.py --video --ckpt="$BEST" --num-frames 32 --given="results/$EXP/held-out" --given-frames 0-7 \
+    --num-samples "$(wc -l <"$DATA/ucfTrainTestlist/testlist01.txt")" --folder="samples/$EXP-continued" --batch-size 4 "${MIXED[@]}"
+fi
+
 # Held-out clips that go on from 8 frames, and from 4 (best of 10); is it remembered; does it show what was asked
 score() { # FILE FLAGS of evaluate.py
   there "$1" || "${RUN[@]}" EqM/evaluate.py --data-path="$DATA" --num-workers 0 --out="$1" "${@:2}"
@@ -84,5 +102,5 @@ score "samples/$EXP-4of16.json" "${GOES_ON[@]}" --given-frames 0-3 --num-real="$
 score "samples/$EXP-nearest.json" --metric nearest --samples="samples/$EXP-f16"
 there "samples/$EXP-judge.json" ||
   python scripts/judge.py --data-path="$DATA" --samples="samples/$EXP-f16" --steps="$JUDGE_STEPS" --out="samples/$EXP-judge.json"
-for frames in 16 64; do python scripts/gallery.py "samples/$EXP-f$frames" --data-path="$DATA"; done
+for kind in f16 f64 continued; do python scripts/gallery.py "samples/$EXP-$kind" --data-path="$DATA"; done
 echo "$((SECONDS - BEGAN)) s; see samples/$EXP-f16/sheet.png, samples/$EXP-f16/gallery.html and samples/$EXP-*.json"

@@ -13,7 +13,7 @@ from PIL import Image
 
 import train_vae
 from autoencoder import Autoencoder, jitter_colors, losses_of, make_autoencoder, psnr
-from training import TINY_VAE, Training, compare, like_a_process, run_main
+from training import TINY_VAE, Training, compare, run_main
 from vae import load_vae
 from video.clips import Clips
 from video.index import find_data
@@ -63,7 +63,7 @@ def test_equal_images_have_no_loss_and_errors_count_by_pixel_and_by_step_between
     x, standard = torch.rand(2, 3, 8, 8), (torch.zeros(2, 4, 2, 2), torch.zeros(2, 4, 2, 2))
     assert all(loss == 0 for loss in losses_of(x, x, *standard).values())
     found = losses_of(x, x + 0.25, *standard)
-    assert found["train_loss"].item() == pytest.approx(0.25) and found["gradient_loss"].item() < 1e-6
+    assert found["pixel_loss"].item() == pytest.approx(0.25) and found["gradient_loss"].item() < 1e-6
     ramp = torch.arange(8.0).expand(2, 3, 8, 8)  # one more per column, as much in each row
     assert losses_of(x, x + 0.5 * ramp, *standard)["gradient_loss"].item() == pytest.approx(0.5)
 
@@ -138,12 +138,20 @@ def test_it_learns_and_shows_what_comes_back(whole):
 # Interruptions and bad input ------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("stop_after", [3, 5])  # the second: validation is due
+@pytest.mark.parametrize("stop_after", [3, 5, STEPS])  # the second: validation is due; the last: all is done but that
 def test_an_interrupted_run_ends_bit_for_bit_as_one_that_was_not(whole, tmp_path, stop_after):
     parts = replace(whole, results=tmp_path / "parts")
     assert run(parts, stop_after=stop_after) == stop_after
     assert run(parts, "--resume") == STEPS - stop_after
     assert compare(whole, parts) == [] and exported(parts) == exported(whole)
+
+
+def test_a_damaged_checkpoint_is_named_and_the_run_begins_again(whole, tmp_path, capsys):
+    damaged = replace(whole, results=tmp_path / "damaged")
+    run(damaged, stop_after=2)
+    (damaged.folder / "checkpoints/latest.pt").write_bytes(b"half")
+    assert run(damaged, "--resume") == STEPS
+    assert "note: --ckpt" in capsys.readouterr().out and compare(whole, damaged) == []
 
 
 def test_a_finished_run_says_so_and_changes_nothing(whole, capsys):
@@ -171,7 +179,7 @@ def test_bad_flags_are_one_line_and_touch_nothing(shapes, tmp_path, capsys, flag
     assert line in error and error.count("\n") == 1 and not Path(training.results).exists()
 
 
-def test_a_resumed_run_keeps_its_widths(whole, capsys):
-    with like_a_process():
-        run(whole, "--resume", "--widths", 8, 8, 16, status=2)
-    assert "--widths 8 8 16: --resume" in capsys.readouterr().err
+def test_other_widths_are_another_run(whole, capsys):
+    run(whole, "--resume", "--widths", 8, 8, 16, "--max-steps", 1)
+    assert "--resume: nothing to resume in" in capsys.readouterr().out
+    assert len(list(whole.results.glob("[0-9]*"))) == 2

@@ -82,6 +82,19 @@ def test_each_window_is_given_the_last_frames_of_the_one_before_and_has_noise_of
             assert torch.equal(shown, ((given + 1) * 127.5).round().clamp(0, 255).to(torch.uint8))
 
 
+@pytest.mark.parametrize("stop_below", [None, 1e-9])
+def test_a_window_that_is_given_whole_costs_no_evaluation(stop_below):
+    source = make_source(14, 6, 2, count=2)  # windows begin at 0, 4, 8
+    clips = torch.randint(256, (2, 3, 14, *[source.image_size] * 2), generator=torch.Generator().manual_seed(0)).byte()
+    mask = torch.arange(14).expand(2, 14) < 10
+    settings = SETTINGS | {"stop_below": stop_below}
+    ((videos, evaluations, _),) = generate_clips(
+        source, range(2), 0, "cpu", settings, batch_size=2, show=False, given=lambda indices: (clips, mask)
+    )
+    assert evaluations.tolist() == [3, 3]  # of the last window alone
+    assert torch.equal(videos[:, :10], clips[:, :, :10].permute(0, 2, 3, 4, 1))
+
+
 def test_parts_come_window_by_window_and_hold_new_frames_only():
     source = make_source(14, 8, 5)
     parts = list(generate_parts(source, range(3), 0, "cpu", SETTINGS, batch_size=2, show=False))

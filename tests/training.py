@@ -27,7 +27,7 @@ TINY = [
 ]  # fmt: skip
 TINY_VAE = [
     "--image-size", "16", "--downsample", "4", "--widths", "8", "8", "8", "--latent-channels", "2", "--log-every", "2",
-    "--global-batch-size", "4", "--num-workers", "0", "--val-frames", "20", "--val-every", "5",
+    "--global-batch-size", "4", "--num-workers", "0", "--num-val-frames", "20", "--val-every", "5",
 ]  # fmt: skip
 # times, which no two runs share
 MEASURED = {"clips_per_s", "frames_per_s", "tflops_per_s", "wait_frac", "seconds", "val_seconds"}

@@ -6,7 +6,7 @@ of 255. Held-out real clips, compared in the same way, say how near a clip comes
 Blurred clips are near to everything, so look at the sheet of pairs too.
 
 A squared distance is |a|^2 + |b|^2 - 2 a.b, so a search is matrix products. They are exact: of levels from -128 to 127,
-sums of 1024 products are integers of at most 2^24, which float32 holds; the sums of these are float64.
+sums of 1024 products are integers of at most 2^24, which float32 holds; all else is float64.
 """
 
 import functools
@@ -166,7 +166,7 @@ def compare_frames(a, frames):
     b = blocks(torch.stack([frames, frames.flip(2)], dim=1).flatten(0, 1))
     terms = torch.zeros(len(a[0]), len(b[0]), dtype=torch.float64, device=frames.device)
     for part_a, part_b in zip(a, b, strict=True):
-        terms += part_b.square().sum(dim=1) - 2 * (part_a @ part_b.T)
+        terms += part_b.square().sum(dim=1).double() - 2 * (part_a @ part_b.T).double()
     return terms.unflatten(1, (len(frames), 2))
 
 
