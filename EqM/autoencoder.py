@@ -46,21 +46,28 @@ class Autoencoder(nn.Module):
         return self.model.decode(posterior.mean + posterior.std * noise).sample, posterior.mean, posterior.logvar
 
 
-def jitter_colors(x, seed, indices, share):
-    """Frames (B, 3, H, W) in [-1, 1], a share of them with other colors: more or less saturated, channels in any order,
-    each with a gain and an offset. Depends on the seed and each frame's index alone.
+def draw_colors(random, most):
+    """(matrix (3, 3), offset (3, 1, 1)) that change the colors of pixels in [-1, 1]: saturation times 0 to `most`,
+    then each channel with a gain and an offset.
+    """
+    saturation = most * torch.rand((), generator=random)  # 0: grey
+    gain = torch.exp(0.4 * torch.rand(3, 1, generator=random) - 0.2)
+    colors = torch.lerp(torch.full((3, 3), 1 / 3), torch.eye(3), saturation)
+    return gain * colors, 0.2 * torch.rand(3, 1, 1, generator=random) - 0.1
 
-    Few videos show few colors, and a VAE knows no others.
+
+def jitter_colors(x, seed, indices, share):
+    """Frames (B, 3, H, W) in [-1, 1], a share of them in other colors, whose channels come in any order.
+
+    Few videos show few colors, and a VAE knows no others. Depends on the seed and the frames' indices alone.
     """
     matrices, offsets = torch.eye(3).repeat(len(x), 1, 1), torch.zeros(len(x), 3, 1, 1)
     for matrix, offset, index in zip(matrices, offsets, indices, strict=True):
         random = generator(seed, "colors", 0, index)
         if torch.rand((), generator=random) < share:
-            saturation = 4 * torch.rand((), generator=random)  # 0: grey; pale videos become colorful
-            gain = torch.exp(0.4 * torch.rand(3, 1, generator=random) - 0.2)
-            colors = torch.lerp(torch.full((3, 3), 1 / 3), matrix, saturation)
-            matrix.copy_(gain * colors[torch.randperm(3, generator=random)])
-            offset.uniform_(-0.1, 0.1, generator=random)
+            colors, shift = draw_colors(random, most=4)  # pale videos become colorful
+            matrix.copy_(colors[torch.randperm(3, generator=random)])
+            offset.copy_(shift)
     return (torch.einsum("bij,bjhw->bihw", matrices.to(x.device), x) + offsets.to(x.device)).clamp(-1, 1)
 
 

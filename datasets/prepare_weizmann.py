@@ -18,13 +18,13 @@ import sys
 from collections import defaultdict
 from pathlib import Path
 
-import av
 import numpy as np
 from PIL import Image, UnidentifiedImageError
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent / "EqM"))
 from runtime.cli import COUNT, ArgumentParser, Bar, UserError, check_writable, fail, one_line_errors, say
 from video.index import UCF_LISTS
+from video.writers import write_lossless
 
 CLASSES = {0: "OneHandWave", 1: "TwoHandWave", 3: "JumpingJack", 4: "Bend"}  # by the number of their folder
 SIZE, FPS = 64, 25
@@ -82,18 +82,6 @@ def read_strip(path):
     return pixels.reshape(SIZE, -1, SIZE, 3).transpose(1, 0, 2, 3)
 
 
-def write_video(path, frames):
-    """Write frames uint8 (T, H, W, 3) without loss; the file has its name once it is whole."""
-    temporary = path.with_name(path.name + ".tmp")
-    with av.open(str(temporary), "w", format="matroska") as file:
-        stream = file.add_stream("ffv1", rate=FPS)
-        stream.height, stream.width, stream.pix_fmt = *frames.shape[1:3], "bgr0"  # RGB: conversion would round
-        for frame in frames:
-            file.mux(stream.encode(av.VideoFrame.from_ndarray(np.ascontiguousarray(frame), format="rgb24")))
-        file.mux(stream.encode())
-    temporary.rename(path)
-
-
 def write_split(out, strips, held_out):
     """Write UCF-101's three lists, in which the clips of `held_out` people are the test list."""
     folder, classes = Path(out, UCF_LISTS), sorted(CLASSES.values())
@@ -137,7 +125,7 @@ def main():
     for (name, person), frames in Bar(clips.items(), desc="writing", unit="video", disable=not clips):
         video = video_path(args.out, name, person)
         video.parent.mkdir(parents=True, exist_ok=True)
-        write_video(video, frames)
+        write_lossless(video, frames, FPS)
     write_split(args.out, strips, set(args.hold_out))
     people, held_out = {person for _, person in strips}, " and ".join(map(str, sorted(set(args.hold_out))))
     written = f"{len(clips)} videos written"

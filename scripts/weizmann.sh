@@ -36,7 +36,7 @@ export GPUS=${GPUS:-$RANKS}
 MIXED=(${PRECISION:+--precision="$PRECISION"})
 CACHED=() && [[ $(uname) == Linux ]] && CACHED=(--cache-frames)
 
-SETTINGS="HOURS=$HOURS HOLD_OUT=$HOLD_OUT"
+SETTINGS="HOURS=$HOURS DATA=$DATA HOLD_OUT=$HOLD_OUT"
 if [[ -f results/$EXP/settings && $(<"results/$EXP/settings") != "$SETTINGS" ]]; then
   complain "results/$EXP was made with $(<"results/$EXP/settings"), found $SETTINGS: name another EXP"
 fi
@@ -48,23 +48,27 @@ if [[ ! -f $DATA/ucfTrainTestlist/trainlist01.txt ]]; then
   python datasets/prepare_weizmann.py --source="$SOURCE" --out="$DATA" --hold-out $HOLD_OUT
 fi
 
+MORE=$DATA-more # seven copies of each training video, in other colors and places: for the model, not for the scores
+if [[ ! -f $MORE/ucfTrainTestlist/trainlist01.txt ]]; then
+  python datasets/augment.py --data-path="$DATA" --out="$MORE" --copies 7
+fi
 mkdir -p "results/$EXP"
 echo "$SETTINGS" >"results/$EXP/settings"
 
 # The VAE: 16 x 16 latents of 64 x 64 px
 processes "$GPUS"
 "${RUN[@]}" EqM/train_vae.py --data-path="$DATA" --image-size 64 --downsample 4 --widths 8 32 128 \
-  --max-steps="${VAE_STEPS:-$(steps 3600)}" --global-batch-size 16 \
+  --max-steps="${VAE_STEPS:-$(steps 2700)}" --global-batch-size 16 \
   --results-dir="results/$EXP" --resume --num-workers 0 \
   "${CACHED[@]}" "${MIXED[@]}"
 VAES=("results/$EXP"/*-VAE-64px-f4-c4-8-32-128/vae)
 export VAE=${VAES[${#VAES[@]} - 1]}
 
 # Its latents, and the model: 256 tokens for 16 frames, 12.5 of them a second
-export DATA LATENTS=results/$EXP/latents IMAGE_SIZE=64 MODEL=EqM-S/2 ONE_RUN=1 RECIPE=small FORCING=0.5 COMPILE=0
+export LATENTS=results/$EXP/latents IMAGE_SIZE=64 MODEL=EqM-S/2 ONE_RUN=1 RECIPE=small FORCING=0.75 COMPILE=0
 export STEPS_1=${STEPS_1:-$(steps 2400)} STEPS_2=${STEPS_2:-$(steps 4800)} STEPS_3=${STEPS_3:-$(steps 8000)} LR_DECAY=0.4
 export BATCH_1=32 BATCH_2=16 BATCH_3=8 # 2,048 tokens a step
-bash scripts/train_progressive.sh \
+DATA=$MORE bash scripts/train_progressive.sh \
   --depth 6 --hidden-size 256 --num-heads 4 --rope-theta 100 --temporal-patch-size 4 --frame-interval 2 --mix 0.1 \
   --lr 2e-3 --warmup-steps 50 --ema-decay 0.995 --gamma-shift 2 --num-workers 0 \
   --log-every 50 --val-every 1000 --val-clips 32 --sample-every 0 --save-minutes 3 \

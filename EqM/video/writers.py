@@ -153,6 +153,24 @@ class Mp4:
         self.container.close()
 
 
+def write_lossless(path, frames, fps):
+    """Write frames, uint8 (H, W, 3) each, as FFV1 in Matroska, a .mkv that decodes to the very same pixels.
+
+    The file has its name once it is whole.
+    """
+    temporary = Path(path).with_name(Path(path).name + ".tmp")
+    with av.open(str(temporary), "w", format="matroska") as file:
+        stream = file.add_stream("ffv1", rate=Fraction(fps).limit_denominator(1001))
+        stream.pix_fmt = "bgr0"  # RGB: any other would round
+        for number, frame in enumerate(frames):
+            if number == 0:
+                stream.height, stream.width = frame.shape[:2]
+            pixels = av.VideoFrame.from_ndarray(np.ascontiguousarray(frame), format="rgb24")
+            file.mux(stream.encode(pixels))
+        file.mux(stream.encode())
+    os.replace(temporary, path)
+
+
 def write_gif(path, video, fps):
     """Write (T, H, W, 3) as a GIF that loops forever and lasts T / fps seconds.
 
