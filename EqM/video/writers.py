@@ -159,7 +159,7 @@ def write_lossless(path, frames, fps):
     The file has its name once it is whole.
     """
     temporary = Path(path).with_name(Path(path).name + ".tmp")
-    with av.open(str(temporary), "w", format="matroska") as file:
+    with av.open(str(temporary), "w", format="matroska", options={"fflags": "bitexact"}) as file:  # no random numbers
         stream = file.add_stream("ffv1", rate=Fraction(fps).limit_denominator(1001))
         stream.pix_fmt = "bgr0"  # RGB: any other would round
         for number, frame in enumerate(frames):
