@@ -9,8 +9,8 @@ import torch
 from faults import GONE_WITHIN, descendants, kill_something, storm, wait_gone
 from training import PYTHON, TINY_VAE, TORCHRUN, Training, compare
 
-STEPS = 40
-OFTEN = ["--log-every", 1, "--val-every", 10, "--save-minutes", 0.002]
+STEPS = 20
+OFTEN = ["--log-every", 1, "--val-every", 10, "--save-minutes", 0.001]
 
 
 @pytest.fixture(scope="module")
@@ -24,7 +24,7 @@ def whole(shapes, tmp_path_factory):
 
 def test_kills_lose_nothing_but_the_steps_since_the_last_checkpoint(whole, tmp_path):
     killed = replace(whole, results=tmp_path / "killed")
-    storm(killed, 3, kill_something, seed=1)
+    storm(killed, 2, kill_something, seed=1)
     assert compare(whole, killed) == []
 
 
@@ -38,7 +38,8 @@ def test_a_signal_to_any_process_saves_and_ends_all_with_status_0(whole, tmp_pat
     output, _ = process.communicate(timeout=GONE_WITHIN)
     saved = torch.load(stopped.folder / "checkpoints/latest.pt", weights_only=True)["step"]
     assert f"and saved at step {saved}: the same command with --resume continues" in output
-    assert "Traceback" not in output.split("torch.distributed")[0] and saved >= stopped.rows()[-1]["step"]
+    assert 'train_vae.py", line' not in output  # torchrun has a traceback of its own
+    assert saved >= stopped.rows()[-1]["step"]
     wait_gone(others)
 
 
