@@ -28,13 +28,12 @@ def test_kills_lose_nothing_but_the_steps_since_the_last_checkpoint(whole, tmp_p
     assert compare(whole, killed) == []
 
 
-@pytest.mark.parametrize("launcher", [PYTHON, TORCHRUN])
-def test_a_signal_to_any_process_saves_and_ends_all_with_status_0(whole, tmp_path, launcher):
-    stopped = replace(whole, results=tmp_path / "stopped", launcher=launcher, steps=10_000)
+def test_a_signal_to_torchrun_saves_and_ends_all_processes(whole, tmp_path):
+    stopped = replace(whole, results=tmp_path / "stopped", steps=10_000)
     process = stopped.start()
     stopped.wait_for(3, process)
     others = descendants(process.pid)
-    (process.terminate if launcher == PYTHON else lambda: process.send_signal(signal.SIGINT))()
+    process.send_signal(signal.SIGINT)
     output, _ = process.communicate(timeout=GONE_WITHIN)
     saved = torch.load(stopped.folder / "checkpoints/latest.pt", weights_only=True)["step"]
     assert f"and saved at step {saved}: the same command with --resume continues" in output
