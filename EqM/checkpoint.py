@@ -331,7 +331,9 @@ def load_model(path, use_ema=True, model=None, video=None, **checks):
     if video is not None:
         check_kind(path, state, video)
     check(path, config, **checks)
-    network = EqM(config)
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # that it is narrow: training has said so
+        network = EqM(config)
     load_weights(path, network, state["ema" if use_ema else "model"])
     check_unchanged(path, stamp)
     return network.eval(), state["config"], state["step"]
@@ -448,7 +450,8 @@ def check(path, saved, **wanted):
         )
     found, asked = model_name(**asdict(saved)), model_name(**asdict(saved) | wanted)
     if found != asked:
-        raise UserError(f"{flag}: holds {found}, --model asks for {asked}: give one that fits")
+        advice = "leave out --model, --depth, --hidden-size and --num-heads: the checkpoint has them"
+        raise UserError(f"{flag}: holds {found}, --model asks for {asked}: {advice}")
     for name in wanted.keys() - set(SHAPE):
         if getattr(saved, name) != wanted[name]:
             raise UserError(

@@ -199,6 +199,9 @@ def check_data(args, generated):
     if latents_settings(args.data_path, generated.images) is not None:
         raise UserError(f"--data-path {args.data_path}: a latent cache; wanted the folder of its videos")
     if args.metric == "motion":
+        if not shapes_json(args).exists():
+            found = f"--data-path {args.data_path} has no shapes.json"
+            raise UserError(f"--metric motion is for Moving Shapes, {found}: take consistency, nearest or fvd")
         check_truth(args, generated, [generated.classes[label] for label in generated.labels.unique()])
 
 

@@ -81,6 +81,9 @@ def settle_run(args, start):
         args.weight_decay = usual if kept is None else kept
     if args.skip_nonfinite and args.precision == "fp16":
         raise UserError("--skip-nonfinite: --precision fp16 skips steps that overflow by itself: leave it out")
+    before = start.state["config"]["training"].get("forcing") if start.state and not start.resumes else None
+    if before and not args.forcing:
+        say(f"note: --ckpt was trained with --forcing {before}, this phase is without: it may forget given frames")
     phases = plan_phases(args, config)
     args.model = args.model or start.state["config"]["training"]["model"]
     if rank() == 0:

@@ -43,9 +43,8 @@ from runtime.untrusted import read_json
 from samplers import SOLVERS
 from scoring.manifest import is_of_samples
 from video.inputs import check_apart, find_clips
+from video.samples import UNFINISHED
 from video.writers import write_samples
-
-UNFINISHED = "samples.unfinished"  # a file that is in the folder while samples are written
 
 
 def parse_args():

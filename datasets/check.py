@@ -140,7 +140,8 @@ def describe_losses(args, scan, bad):
     if near := sum(fitting_interval(video, args.num_frames, interval) < interval for video in usable):
         say(f"{near} videos are too short for --frame-interval {interval}: theirs is as large as fits")
     if small := sum(min(video.height, video.width) < size for video in usable):
-        say(f"{small} videos are smaller than --image-size {size} and get enlarged, which adds nothing but cost")
+        least = min(min(video.height, video.width) for video in usable)
+        say(f"{small} videos are smaller than --image-size {size} and get enlarged, from {least} px on the short side")
     return usable
 
 

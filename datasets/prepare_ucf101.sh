@@ -37,11 +37,11 @@ find_archive() {
   local folder
   for folder in "$DIR" "$(dirname "$DIR")"; do
     if [[ -f $folder/$1 ]]; then
-      echo "$folder/$1"
+      printf -v "$2" %s "$folder/$1"
       return
     fi
   done
-  fail "$1 is neither in $DIR nor beside it: download $URL/$1 (see $URL.php) into $(dirname "$DIR") and run this again"
+  MISSING+=("$URL/$1")
 }
 
 # unpack ARCHIVE FOLDER TOOL...: unpacks with the first of the tools that is installed
@@ -63,10 +63,14 @@ unpack() {
 }
 
 # Check for both archives before the long work starts.
-VIDEOS_READY=no
+VIDEOS_READY=no MISSING=()
 if [[ $(found_in "$DIR") == "$EXPECTED" ]]; then VIDEOS_READY=yes; fi
-if [[ $VIDEOS_READY == no ]]; then RAR=$(find_archive UCF101.rar); fi
-if [[ ! -f $SPLITS/trainlist01.txt ]]; then ZIP=$(find_archive UCF101TrainTestSplits-RecognitionTask.zip); fi
+if [[ $VIDEOS_READY == no ]]; then find_archive UCF101.rar RAR; fi
+if [[ ! -f $SPLITS/trainlist01.txt ]]; then find_archive UCF101TrainTestSplits-RecognitionTask.zip ZIP; fi
+if [[ ${#MISSING[@]} != 0 ]]; then
+  fail "$DIR holds $(found_in "$DIR"), expected $EXPECTED, and neither there nor beside it is the archive: download" \
+    "${MISSING[*]} (see $URL.php) into $(dirname "$DIR") and run this again; for a part of the videos see --help"
+fi
 
 rm -rf "$UNPACKED"  # left by an interrupted run
 trap 'rm -rf "$UNPACKED"' EXIT

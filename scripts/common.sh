@@ -22,6 +22,13 @@ no_words() { # ARGUMENTS of a script that takes none
   if [[ $# != 0 ]]; then complain "unknown word $(printf %q "$1"); it takes none, see --help for its variables"; fi
 }
 
+nearly() { # KNOWN NAMES...: complains of a variable that is set and that is nearly one of the KNOWN ones
+  local name
+  for name in "${@:2}"; do
+    [[ -z ${!name:-} ]] || complain "$name is none of its variables $1 (unset it); all else is a flag, see --help"
+  done
+}
+
 activate() { # the environment of setup.sh, or one that the user has activated
   if [[ -d .venv ]]; then source .venv/bin/activate; fi
   command -v torchrun >/dev/null || complain "no torch here: run scripts/setup.sh first"

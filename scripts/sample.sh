@@ -16,10 +16,7 @@ set -euo pipefail
 cd "$(dirname "$0")/.."
 source scripts/common.sh
 flags_only "$@"
-for name in FRAME NUM_FRAMES SAMPLE NUM_SAMPLES CLASS CLASSES CHECKPOINT FOLDER; do
-  [[ -z ${!name:-} ]] || complain "$name is none of its variables EXP CKPT FRAMES SAMPLES OUT GPUS (unset it);" \
-    "all else is a flag, such as --classes"
-done
+nearly "EXP CKPT FRAMES SAMPLES OUT GPUS" FRAME NUM_FRAMES SAMPLE NUM_SAMPLES CLASS CLASSES CHECKPOINT FOLDER
 
 GPUS=${GPUS:-1}
 EXP=${EXP:-} CKPT=${CKPT:-}

@@ -25,6 +25,8 @@ cd "$(dirname "$0")/.."
 source scripts/common.sh
 flags_only "$@"
 
+nearly "DATA GPUS EXP MODEL FRAMES_1 STEPS_1 BATCH_1 ... RECIPE LR_DECAY FORCING COMPILE CACHE LATENTS VAE IMAGE_SIZE FLIPS" \
+  GPU NGPUS NUM_GPUS DATA_PATH EXPERIMENT STEPS STEP_1 STEP_2 STEP_3 BATCH BATCH_SIZE FRAME_1 LATENT
 GPUS=${GPUS:-8} # processes; on a machine without GPUs, of the CPU
 MODEL=${MODEL:-EqM-S/4}
 DATA=${DATA:-datasets/ucf-101}

@@ -181,6 +181,14 @@ def test_warnings_are_lines_and_those_before_there_was_a_log_are_in_it_too(capsy
     assert (tmp_path / "log.txt").read_text() == "note: narrow\\nmodel\nnote: later\n"
 
 
+def test_an_interrupt_before_training_has_begun_is_one_line_and_the_status_of_a_shell(capsys):
+    with pytest.raises(SystemExit) as ended, cli.one_line_errors():
+        raise KeyboardInterrupt
+    assert ended.value.code == 130
+    error = capsys.readouterr().err
+    assert "error: interrupted" in error and error.count("\n") == 1
+
+
 def test_a_bar_in_a_file_is_a_line_a_minute_without_escape_codes(capfd, monkeypatch):
     clock = iter(range(0, 10_000, 10))
     monkeypatch.setattr(cli.time, "monotonic", lambda: next(clock))  # each look at it takes 10 s

@@ -303,9 +303,15 @@ def damaged_copy(kind, tmp_path, samples):
 
 
 BAD_SAMPLES = {
-    "no json": "samples.json of sample_gd.py is missing or damaged", "mixed sizes": "of one size", "cut short": "zip",
+    "no json": "no samples.json in it; wanted a folder that", "mixed sizes": "of one size", "cut short": "zip",
     "one clip": "has 1 clips", "images": "holds images", "floats": "wanted uint8", "unknown class": "label 99",
 }  # fmt: skip
+
+
+def test_motion_without_the_truth_of_moving_shapes_names_other_metrics(shapes, samples, tmp_path, capsys):
+    data = shutil.copytree(shapes, tmp_path / "data", ignore=shutil.ignore_patterns("shapes.json"))
+    run("--metric", "motion", "--samples", samples, "--data-path", data, "--out", tmp_path / "a.json", status=2)
+    assert "--metric motion is for Moving Shapes" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize("kind", BAD_SAMPLES)

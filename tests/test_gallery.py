@@ -324,6 +324,11 @@ def test_a_folder_that_holds_no_samples_is_refused_before_anything_is_written(tm
     (tmp_path / "empty").mkdir()
     run_main(picture, tmp_path / "empty", "--out", tmp_path / "picture.png", status=2)
     assert "no samples.json in it" in capsys.readouterr().err
+    (tmp_path / "empty/samples.unfinished").touch()
+    run_main(picture, tmp_path / "empty", "--out", tmp_path / "picture.png", status=2)
+    assert "its samples are not finished: run sample_gd.py again" in capsys.readouterr().err
+    run_main(picture, tmp_path / "nowhere", "--out", tmp_path / "picture.png", status=2)
+    assert "nowhere: no such folder" in capsys.readouterr().err
     assert not (tmp_path / "picture.png").exists()
 
 

@@ -262,6 +262,7 @@ def test_ucf101_without_its_archives_names_the_downloads(ucf):
     done = ucf()
     assert done.returncode == 2 and len(done.stderr.splitlines()) == 1
     assert "UCF101.rar" in done.stderr and "https://www.crcv.ucf.edu/data/UCF101.php" in done.stderr
+    assert "UCF101TrainTestSplits-RecognitionTask.zip" in done.stderr and "holds 0 videos in 0 classes" in done.stderr
     (ucf.data / "UCF101.rar").write_text("archive")
     done = ucf()
     assert done.returncode == 2 and "UCF101TrainTestSplits-RecognitionTask.zip" in done.stderr

@@ -77,6 +77,13 @@ def test_sample_sh_says_which_variables_it_knows_when_one_is_nearly_right(name, 
     assert done.stderr.startswith(f"sample.sh: error: {name} is none of its variables EXP CKPT FRAMES SAMPLES OUT GPUS")
 
 
+@pytest.mark.parametrize("name", ["GPU", "STEP_1", "DATA_PATH"])
+def test_train_progressive_sh_does_too(name, bash):
+    done = bash("scripts/train_progressive.sh", **{name: "3"})
+    assert (done.returncode, done.stdout) == (2, "")
+    assert done.stderr.startswith(f"train_progressive.sh: error: {name} is none of its variables DATA GPUS")
+
+
 def test_without_the_environment_a_script_says_what_to_run_first(bash):
     for script in ("sample.sh", "train_progressive.sh"):
         done = bash(f"scripts/{script}")

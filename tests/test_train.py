@@ -210,6 +210,7 @@ def weight_decays(state):
 
 def test_positions_are_kept_by_later_phases_and_other_ones_are_refused(videos, tmp_path, capsys):
     flags = [*TRAIN, "--data-path", videos, "--global-batch-size", 4, "--position-table", "space", "--rope-speed", 0.5]
+    flags += ["--forcing", 0.5]
     run_training(tmp_path, *flags, "--max-steps", 1)
     plain = [*TRAIN, "--data-path", videos, "--global-batch-size", 4, "--depth", 1, "--num-workers", 0]
     (ckpt,) = tmp_path.glob("000*/checkpoints/0000001.pt")
@@ -223,7 +224,9 @@ def test_positions_are_kept_by_later_phases_and_other_ones_are_refused(videos, t
     run_main(train, *shared, "--num-frames", 9, "--ckpt", ckpt)
     state = checkpoint.load(next(tmp_path.glob("001*/checkpoints/latest.pt")))
     assert (state["config"]["model"]["position_table"], state["config"]["model"]["rope_speed"]) == ("space", 0.5)
-    assert "rotary positions of speed 0.5 and a table of space" in capsys.readouterr().out
+    printed = capsys.readouterr().out
+    assert "rotary positions of speed 0.5 and a table of space" in printed
+    assert "note: --ckpt was trained with --forcing 0.5, this phase is without" in printed
 
 
 def test_the_first_rank_of_a_machine_checks_for_all_of_them(monkeypatch):

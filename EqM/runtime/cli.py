@@ -260,6 +260,8 @@ def one_line_errors(*others):
         with warnings.catch_warnings():
             warnings_as_lines()
             yield
+    except KeyboardInterrupt:  # training saves before it ends, once it has begun
+        fail("interrupted: the same command starts again", status=130, patience=0)
     except ConnectionError as error:  # of this rank to the rest: each rank has its own to report
         fail(error, status=1, patience=0)
     except (UserError, OSError, torch.OutOfMemoryError, *others) as error:

@@ -1,5 +1,6 @@
 """The samples.json and samples.npz of a folder of sample_gd.py, read again."""
 
+import os
 import struct
 import zipfile
 from pathlib import Path
@@ -9,6 +10,7 @@ import numpy as np
 from runtime.cli import UserError
 from runtime.untrusted import FPS, check_regular, read_json
 
+UNFINISHED = "samples.unfinished"  # a file that is in the folder while samples are written
 NO_LABEL = -1  # in samples.npz, of a sample that was made without a label
 
 
@@ -41,6 +43,13 @@ def read_samples(here, folder):
             raise ValueError(f"label {labels.max()}, but samples.json names {len(classes)} classes")
         if not all(isinstance(about.setdefault(part, {}), dict) for part in ("source", "flags")):
             raise ValueError("source and flags must be JSON objects")
+    except FileNotFoundError as error:
+        if not os.path.isdir(folder):
+            raise UserError(f"{here}: no such folder; wanted one that sample_gd.py has written") from error
+        if os.path.exists(os.path.join(folder, UNFINISHED)):
+            raise UserError(f"{here}: its samples are not finished: run sample_gd.py again") from error
+        found = f"no {Path(error.filename).name} in it"
+        raise UserError(f"{here}: {found}; wanted a folder that sample_gd.py has written") from error
     except Exception as error:  # numpy's and zipfile's depend on where the damage is
         reason = f"samples.npz or samples.json of sample_gd.py is missing or damaged ({error})"
         raise UserError(f"{here}: {reason}; sample again") from error
