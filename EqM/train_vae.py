@@ -36,8 +36,6 @@ from video.index import BadVideos, check_data_path, find_data, latents_settings,
 from video.loader import batches_of, end_children, make_loader, on_device
 from video.writers import write_sheet
 
-SHOWN = 8  # frames in a sheet
-
 
 def parse_args():
     parser = ArgumentParser(description="Train a small VAE on the frames of videos, for --vae.")
@@ -58,6 +56,8 @@ def parse_args():
     colors = "share of the frames that get other colors, for videos that show few of them; 0 = off"
     add("--color-jitter", type=SHARE, default=0.8, metavar="P", help=colors)
     add("--num-workers", type=NATURAL, default=2, metavar="N", help="loader processes per rank; 0 = load in-process")
+    timeout = "seconds for loader processes to start and for a batch; 0 = no limit"
+    add("--loader-timeout", type=NON_NEGATIVE, default=300.0, metavar="S", help=timeout)
     add("--cache-frames", action="store_true", help="decode each video once, into shared memory: for small data sets")
 
     add = parser.add_argument_group("optimisation").add_argument
@@ -123,8 +123,7 @@ def find_start(args):
     folder = runs.newest_run(args.results_dir, run_name(args))
     if folder is None or not (args.resume or runs.is_restarted(folder)):
         if args.resume:
-            where = f"{args.results_dir}/[0-9]*-{run_name(args)}"
-            say(f"--resume: nothing to resume in {where}: starting from the beginning")
+            say(f"--resume: nothing to resume in {args.results_dir}/*-{run_name(args)}: starting from the beginning")
         return checkpoint.Start(checkpoint.Progress())
     if rank() == 0:
         runs.lock(folder)
@@ -196,9 +195,9 @@ def main():
 
     preflight.note_changes(start, run_config, folder, log, metrics)
     start.state = None  # or the file would stay open during the whole run
-    size = sum(parameter.numel() for parameter in model.parameters())
-    log(f"{folder}: {size / 1e6:.2f} M parameters; {world_size()} x {device.type}, to step {args.max_steps}")
-    log(f"{len(data.train[1])} videos train, {len(data.val[1])} validate")
+    size = sum(parameter.numel() for parameter in model.parameters()) / 1e6
+    log(f"{folder}: {size:.2f} M parameters; {world_size()} x {device.type}, to step {args.max_steps}; "
+        f"{len(data.train[1])} videos train, {len(data.val[1])} validate")  # fmt: skip
     report_bad(data.scan.unreadable)
     batches, val_loader, train_loader = make_loaders(args, data, progress, device)
     bar = Bar(initial=progress.step, total=args.max_steps, desc=folder.name, unit="step", disable=rank() != 0)
@@ -247,8 +246,8 @@ def main():
         if len(stats):
             save()
         writer.wait()
-        sender, where = stop.name or "a signal to another rank", f"and saved at step {progress.step}"
-        log(f"stopped by {sender} {where}: the same command with --resume continues")
+        sender = stop.name or "a signal to another rank"
+        log(f"stopped by {sender} and saved at step {progress.step}: the same command with --resume continues")
     stop.meet()
     end_children()
     metrics.close()
@@ -264,10 +263,10 @@ def make_loaders(args, data, progress, device):
     val = Clips(videos=data.val[1], spare=data.spare(1), flip=False, stream="validation", **shared)
     typical = Clips(videos=data.train[1], flip=False, stream="statistics", **shared)
     steps = args.max_steps - progress.step
-    batches = Batches(progress.position, steps, args.global_batch_size, rank(), world_size())
-    batches = ([(1, index) for index in batch] for batch in batches)
+    indices = Batches(progress.position, steps, args.global_batch_size, rank(), world_size())
+    batches = ([(1, index) for index in batch] for batch in indices)
     chunks = chunks_of(args.num_val_frames)[rank() :: world_size()]
-    train_loader = make_loader({1: train}, batches, args.num_workers, 0, device)
+    train_loader = make_loader({1: train}, batches, args.num_workers, args.loader_timeout, device)
     others = [make_loader({1: clips}, chunks, 0, 0, device) for clips in (val, typical)]
     return on_device(batches_of(train_loader), device), *others
 
@@ -288,7 +287,7 @@ def validate(args, ema, val_loader, train_loader, folder, step, device):
     (values, bad), (statistics, more) = (measure(ema, loader, device) for loader in (val_loader, train_loader))
     if rank() == 0:
         export(ema, folder / "vae", statistics)
-        vae, frames = VAE("shown", ema), next(batches_of(val_loader))["clips"][:SHOWN]  # (N, 3, 1, H, W)
+        vae, frames = VAE("shown", ema), next(batches_of(val_loader))["clips"][:8]  # (N, 3, 1, H, W)
         found = vae.decode(vae.encode(frames.to(device))).cpu()
         rows = torch.cat([frames.permute(2, 0, 3, 4, 1), found.transpose(0, 1)])  # (2, N, H, W, 3)
         write_sheet(folder / "samples" / f"{step:07d}.png", rows.numpy(), ["frames", "VAE"])
