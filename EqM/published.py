@@ -56,7 +56,9 @@ def read_export(folder):
     """(config.json of an exported folder as a dict, its weights in float32). Raises UserError."""
     flag, (weights, about) = f"--ckpt {folder}", (Path(folder, name) for name in EXPORT)
     if missing := [path.name for path in (weights, about) if not path.is_file()]:
-        wanted = "a checkpoint file or what scripts/export.py wrote"
+        files = [*Path(folder).glob("checkpoints/best.pt"), *Path(folder).glob("*/checkpoints/best.pt")]
+        best = max(files, key=os.path.getmtime, default=None)
+        wanted = f"a checkpoint file such as {best}" if best else "a checkpoint file or what scripts/export.py wrote"
         raise UserError(f"{flag}: a folder without {missing[0]}; wanted {wanted}")
     try:
         about = read_json(about)

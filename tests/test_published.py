@@ -2,6 +2,7 @@
 
 import argparse
 import json
+import os
 from dataclasses import fields, replace
 from pathlib import Path
 
@@ -312,3 +313,13 @@ def test_scripts_refuse_flags_that_do_not_fit_a_published_file(reference, tmp_pa
     assert "--num-classes gives 2" in line(*training, "--model", tiny_name)  # 10 classes cannot become 2
     assert not (tmp_path / "r").exists()
     assert not (tmp_path / "s").exists()
+
+
+def test_a_folder_of_runs_in_place_of_a_checkpoint_names_the_newest_one_in_it(tmp_path):
+    for number, name in enumerate(("000-a", "001-b")):
+        (tmp_path / name / "checkpoints").mkdir(parents=True)
+        (tmp_path / name / "checkpoints/best.pt").touch()
+        os.utime(tmp_path / name / "checkpoints/best.pt", (number, number))
+    newest = tmp_path / "001-b/checkpoints/best.pt"
+    assert f"wanted a checkpoint file such as {newest}" in refusal(tmp_path)
+    assert f"wanted a checkpoint file such as {newest}" in refusal(newest.parent.parent)
