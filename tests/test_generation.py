@@ -152,7 +152,7 @@ def test_samples_that_were_cut_short_are_not_taken_for_complete_and_the_next_cal
         sample(ckpt, folder, 9, "--seed", 1, status=1)
     assert (folder / "000005.png").exists() and (folder / "notes.txt").exists()
     assert not (folder / "samples.json").exists() and not (folder / "samples.npz").exists()
-    with pytest.raises(UserError, match="sample again"):
+    with pytest.raises(UserError, match="its samples are not finished: run sample_gd.py again"):
         read_samples("--samples s", folder)
     sample(ckpt, folder, 3)
     assert {path.name for path in folder.iterdir()} == names_of(3) | {"notes.txt"}
