@@ -13,7 +13,7 @@ import preflight
 import train
 from runtime import memory
 from tiny_videos import scribble, write_images, write_mixed_videos
-from training import TORCHRUN, Training, compare, run_here, run_main
+from training import Training, compare, run_here, run_main
 from video import frame_cache
 from video.clips import Clips
 from video.frame_cache import FrameCache
@@ -82,14 +82,6 @@ def test_one_rank_with_a_cache_trains_as_one_without_and_goes_on_after_a_stop(sh
     cached = replace(plain, results=tmp_path / "cached")
     run_here(cached, "--cache-frames", "--num-workers", 1, stop_after=2)
     run_here(cached, "--cache-frames", "--resume")
-    assert compare(plain, cached) == []
-
-
-def test_two_ranks_share_a_cache_and_train_as_two_without(shapes, tmp_path):
-    plain = Training(shapes, tmp_path / "plain", STEPS, launcher=TORCHRUN)
-    plain.run()
-    cached = replace(plain, results=tmp_path / "cached")
-    cached.run("--cache-frames", "--num-workers", 1)
     assert compare(plain, cached) == []
 
 

@@ -71,3 +71,11 @@ def test_a_run_goes_on_sharded_and_back_and_says_that_one_rank_shards_nothing(sh
     assert "note: --shard: there is one rank, so nothing is sharded" in capsys.readouterr().out
     for one, other in zip(whole.rows(), parts.rows(), strict=True):
         assert one == pytest.approx(other, rel=1e-3)
+
+
+def test_two_ranks_share_a_cache_and_train_as_two_without(shapes, tmp_path):
+    plain = Training(shapes, tmp_path / "plain", STEPS, TORCHRUN)
+    plain.run()
+    cached = replace(plain, results=tmp_path / "cached")
+    cached.run("--cache-frames", "--num-workers", 1)
+    assert compare(plain, cached) == []
