@@ -245,7 +245,7 @@ FILES = {
     "latents": (tiny_data.make_latents, lambda at: read_clips(at, 2)),
     "unfinished latents": (
         lambda at: (at / "latents.partial.json").write_text(json.dumps(tiny_data.LATENTS_SETTINGS)),
-        lambda at: cache_latents.check_out(at, tiny_data.LATENTS_SETTINGS),
+        lambda at: cache_latents.check_out(at, tiny_data.LATENTS_SETTINGS | {"vae_sha256": None}),
     ),
     "videos": (make_videos, read_videos),
     "images": (write_images, lambda at: read_videos(at, images=True)),
