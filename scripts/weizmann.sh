@@ -106,5 +106,6 @@ score "samples/$EXP-4of16.json" "${GOES_ON[@]}" --given-frames 0-3 --num-real="$
 score "samples/$EXP-nearest.json" --metric nearest --samples="samples/$EXP-f16"
 there "samples/$EXP-judge.json" ||
   python scripts/judge.py --data-path="$DATA" --samples="samples/$EXP-f16" --steps="$JUDGE_STEPS" --out="samples/$EXP-judge.json"
-for kind in f16 f64 continued; do python scripts/gallery.py "samples/$EXP-$kind" --data-path="$DATA"; done
+python scripts/gallery.py "samples/$EXP-f16" --data-path="$DATA"
+for kind in f64 continued; do python scripts/gallery.py "samples/$EXP-$kind"; done
 echo "$((SECONDS - BEGAN)) s; see samples/$EXP-f16/sheet.png, samples/$EXP-f16/gallery.html and samples/$EXP-*.json"
