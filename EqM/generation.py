@@ -21,7 +21,7 @@ from rope import REFERENCE_FPS
 from runtime import distributed
 from runtime.cli import COUNT, NATURAL, NON_NEGATIVE, POSITIVE, Bar, UserError, number, say, settle_precision
 from runtime.rng import normal
-from runtime.untrusted import FPS, check_types
+from runtime.untrusted import FPS, check_types, file_sha256
 from samplers import DESCENTS, SOLVERS, guided, sample
 from sharding import is_sharded
 from vae import VAE, check_same, load_vae
@@ -354,8 +354,7 @@ def sha256(path):
     if os.path.isdir(path):
         parts = [sha256(Path(path, name)) for name in published.EXPORT]
         return hashlib.sha256(" ".join(parts).encode()).hexdigest()
-    with open(path, "rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()
+    return file_sha256(path)
 
 
 # ----------------------------------------------------------------------------------------------------------------------

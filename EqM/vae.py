@@ -15,6 +15,7 @@ import torch
 from runtime.cli import UserError, say
 from runtime.distributed import rank
 from runtime.rng import normal
+from runtime.untrusted import file_sha256
 
 REPOSITORIES = {"ema": "stabilityai/sd-vae-ft-ema", "mse": "stabilityai/sd-vae-ft-mse"}
 CONFIG, WEIGHTS = "config.json", "diffusion_pytorch_model.safetensors"
@@ -117,8 +118,7 @@ def load_vae(name, owner=None):
 
 def _sha256(directory):
     """The SHA-256 of the weights in a directory; of several files, that of theirs."""
-    files = sorted(Path(directory).glob("*.safetensors"))
-    parts = [hashlib.sha256(file.read_bytes()).hexdigest() for file in files]
+    parts = [file_sha256(file) for file in sorted(Path(directory).glob("*.safetensors"))]
     return parts[0] if len(parts) == 1 else hashlib.sha256(" ".join(parts).encode()).hexdigest()
 
 

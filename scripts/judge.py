@@ -29,7 +29,7 @@ from runtime.rng import generator
 from scoring import manifest
 from scoring.motion import wilson
 from scoring.prediction import bootstrap
-from scoring.sources import FromFolder, json_sha256
+from scoring.sources import FromFolder, file_stats, names_and_sizes
 from video.files import UnreadableError, read_frames, resize_and_crop
 from video.index import check_data_path, latents_settings, scan_videos, split_videos
 
@@ -184,8 +184,6 @@ def in_words(found):
 
 def open_samples(folders, window, classes):
     """The FromFolder of each folder; their classes are among `classes`, sizes and rates the same. Raises UserError."""
-    if missing := [name for name in folders if not os.path.isdir(name)]:
-        raise UserError(f"--samples {missing[0]}: no such folder; wanted one that sample_gd.py has written")
     opened = [FromFolder(Namespace(samples=name, num_samples=None, temporal_patch_size=None)) for name in folders]
     for source in opened:
         here, first = f"--samples {source.folder}", opened[0]
@@ -264,9 +262,9 @@ def main():
         say(f"{source.folder}, judged as the class that was asked for: {in_words(found)}")
         values[f"asked_class {source.folder}"], result["samples"][str(source.folder)] = found["share"], found
 
-    files = [(video.path, os.path.getsize(Path(args.data_path, video.path))) for video in videos]
+    names = names_and_sizes(videos, file_stats(args.data_path, videos))
     about = {
-        "data_path": args.data_path, "videos_sha256": json_sha256(files), "num_videos": len(videos), "fps": fps,
+        "data_path": args.data_path, "videos_sha256": names, "num_videos": len(videos), "fps": fps,
         "num_training": len(training), "classes": classes, "groups": sorted(set(groups)), "image_size": size,
         "frame_interval": args.interval,
     }  # fmt: skip

@@ -1,8 +1,6 @@
 """train_vae.py: a small VAE of the frames of a data folder, that all other scripts take as --vae DIR."""
 
 import math
-import os
-import signal
 from dataclasses import replace
 from pathlib import Path
 
@@ -13,7 +11,7 @@ from PIL import Image
 
 import train_vae
 from autoencoder import Autoencoder, jitter_colors, losses_of, make_autoencoder, psnr
-from training import TINY_VAE, Training, compare, run_main
+from training import TINY_VAE, Training, compare, counted_steps, run_main
 from vae import load_vae
 from video.clips import Clips
 from video.index import find_data
@@ -23,16 +21,7 @@ STEPS = 7
 
 def run(training, *flags, stop_after=None, status=0):
     """The run in this process; SIGTERM comes after so many steps."""
-    steps, update_ema = [], train_vae.update_ema
-
-    def last_of_a_step(*arguments):
-        update_ema(*arguments)
-        steps.append(1)
-        if len(steps) == stop_after:
-            os.kill(os.getpid(), signal.SIGTERM)
-
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(train_vae, "update_ema", last_of_a_step)
+    with counted_steps(train_vae, stop_after) as steps:
         run_main(train_vae, *training.command_flags(*flags), status=status)
     return len(steps)
 

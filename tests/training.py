@@ -101,13 +101,10 @@ class Training:
         raise AssertionError(f"step {step} did not come within {timeout} s")
 
 
-def run_here(training, *flags, stop_after=None, stop_in=None):
-    """The training run in this process, for speed; returns its number of steps.
-
-    SIGTERM comes after so many steps, or in the first call of `validate` or `sample_ema` of train.py, or (latents_of)
-    in the middle of the first validation.
-    """
-    steps, update_ema = [], train.update_ema
+@contextmanager
+def counted_steps(script, stop_after=None):
+    """A list that grows by one at each step of a training script; SIGTERM comes after so many."""
+    steps, update_ema = [], script.update_ema
 
     def last_of_a_step(*arguments):
         update_ema(*arguments)
@@ -115,14 +112,25 @@ def run_here(training, *flags, stop_after=None, stop_in=None):
         if len(steps) == stop_after:
             os.kill(os.getpid(), signal.SIGTERM)
 
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(script, "update_ema", last_of_a_step)
+        yield steps
+
+
+def run_here(training, *flags, stop_after=None, stop_in=None):
+    """The training run in this process, for speed; returns its number of steps.
+
+    SIGTERM comes after so many steps, or in the first call of `validate` or `sample_ema` of train.py, or (latents_of)
+    in the middle of the first validation.
+    """
+
     def interrupted(*arguments, **keywords):
         if stop_in != "latents_of" or "validation" in arguments:
             os.kill(os.getpid(), signal.SIGTERM)
         return function(*arguments, **keywords)
 
-    with like_a_process(), pytest.MonkeyPatch.context() as patch:
+    with like_a_process(), pytest.MonkeyPatch.context() as patch, counted_steps(train, stop_after) as steps:
         patch.setattr(sys, "argv", ["train.py", *map(str, training.command_flags(*OFTEN, *flags))])
-        patch.setattr(train, "update_ema", last_of_a_step)
         if stop_in:
             owner = VAE if stop_in == "latents_of" else train
             function = getattr(owner, stop_in)

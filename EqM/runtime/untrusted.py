@@ -5,6 +5,7 @@ ValueError with the reason; callers add the flag or file.
 """
 
 import argparse
+import hashlib
 import json
 import os
 import pickle
@@ -47,6 +48,12 @@ def read_json(path):
         return json.loads(text)
     except RecursionError as error:
         raise ValueError("nested too deeply") from error
+
+
+def file_sha256(path):
+    """The SHA-256 of a file, which need not fit into memory. Raises OSError."""
+    with open(path, "rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
 
 
 def check_types(values, types):
