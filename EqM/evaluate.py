@@ -75,7 +75,7 @@ def parse_args():
     add("--split", choices=["train", "val", "all"], help=split)
     given = "prediction: the frames that are given, such as 0-3,12-15; default: the first half"
     add("--given-frames", type=frame_ranges, metavar="RANGES", help=given)
-    per_clip = "prediction: samples of each real clip; their mean and the best are scored"
+    per_clip = "prediction: samples of each real clip; mean and best score, and that of their average"
     add("--samples-per-clip", type=COUNT, default=1, metavar="N", help=per_clip)
     add("--val-fraction", type=SHARE, default=0.05, metavar="F", help="share of the videos in val, as in training")
     counts = ", ".join(f"{count} for {metric}" for metric, count in NUM_REAL.items())

@@ -96,12 +96,13 @@ if ! there "samples/$EXP-continued/samples.npz"; then
     --num-samples "$(wc -l <"$DATA/ucfTrainTestlist/testlist01.txt")" --folder="samples/$EXP-continued" --batch-size 4 "${MIXED[@]}"
 fi
 
-# Held-out clips that go on from 8 frames, and from 4 (best of 10); is it remembered; does it show what was asked
+# Held-out clips that go on from 8 frames (8 samples of each), and from 4 (10); is it remembered; does it show what was
+# asked
 score() { # FILE FLAGS of evaluate.py
   there "$1" || "${RUN[@]}" EqM/evaluate.py --data-path="$DATA" --num-workers 0 --out="$1" "${@:2}"
 }
 GOES_ON=(--metric prediction --ckpt="$BEST" "${MIXED[@]}")
-score "samples/$EXP-8of16.json" "${GOES_ON[@]}" --given-frames 0-7 --num-real="$REAL"
+score "samples/$EXP-8of16.json" "${GOES_ON[@]}" --given-frames 0-7 --num-real="$REAL" --samples-per-clip 8
 score "samples/$EXP-4of16.json" "${GOES_ON[@]}" --given-frames 0-3 --num-real="$((REAL / 4))" --samples-per-clip 10
 score "samples/$EXP-nearest.json" --metric nearest --samples="samples/$EXP-f16"
 there "samples/$EXP-judge.json" ||

@@ -99,6 +99,19 @@ def test_the_best_sample_is_chosen_for_each_metric_on_its_own_and_gains_have_an_
     assert prediction.bootstrap([3.0]) is None
 
 
+def test_the_average_of_samples_with_errors_of_their_own_has_less_of_them():
+    real = np.broadcast_to(np.arange(40, 200, 10, dtype=np.uint8)[:, None], (6, 16, 16, 3))
+    samples = np.stack([noisy(real, 8, seed) for seed in range(4)])
+    scores, baselines = prediction.score_clip(real, samples, given=(0, 1))
+    assert baselines["average"][0] == pytest.approx(scores[0].mean(axis=0) + 10 * math.log10(4), abs=0.5)  # a quarter
+    result = prediction.compare(scores[None], {kind: values[None] for kind, values in baselines.items()})
+    assert result["psnr_average_gain"] == pytest.approx(result["psnr_average"] - result["psnr_repeated"])
+    assert result["psnr_gain"] == pytest.approx(result["psnr"] - result["psnr_repeated"])
+    opposite = np.stack([real + 5, real - 5]).astype(np.uint8)
+    assert (prediction.score_clip(real, opposite, given=(0,))[1]["average"][0] == prediction.MOST_PSNR).all()
+    assert "average" not in prediction.score_clip(real, opposite[:1], given=(0,))[1]
+
+
 def test_psnr_of_moving_pixels_is_of_those_that_differ_from_the_given_frame_by_more_than_8_levels_in_a_channel():
     real = np.full((4, 16, 16, 3), 100, np.uint8)
     real[1:, :4, :, 1] = 108  # not more than 8: it stands still
@@ -158,6 +171,7 @@ def test_predictions_continue_the_very_clips_they_are_compared_with(shapes, ckpt
     assert made["protocol"] == "prediction3_best2_3of8f"
     assert made["result"]["predicted_frames"] == [2, 3, 4, 5, 7]
     assert made["values"]["psnr_best"] >= made["values"]["psnr"]
+    assert made["values"]["psnr_average"] == made["result"]["psnr_average"] > made["values"]["psnr"]
     assert made["values"]["direction_accuracy"] == 0
     assert made["result"]["motion_real"]["direction_accuracy"] == 1
     assert Image.open(tmp_path / "p.sheet.png").size[1] > 6 * 128 and (tmp_path / "p.png").stat().st_size > 1000

@@ -68,6 +68,7 @@ def plot_prediction(path, result, num_frames):
     own = f"mean of {count}" if count > 1 else "predicted"
     kinds = {"": ("tab:blue", own), "_repeated": ("black", "given frame repeated")}
     kinds |= {"_best": ("tab:green", f"best of {count}")} if count > 1 else {}
+    kinds |= {"_average": ("tab:orange", f"the average of {count}")} if "psnr_average" in result else {}
     kinds |= {"_moved": ("tab:purple", "and moved truly")} if "psnr_moved" in result else {}
     given = [frame for frame in range(num_frames) if frame not in frames]
     for axes, (name, title) in zip(panels, {"psnr": "PSNR (dB)", "ssim": "SSIM"}.items(), strict=True):

@@ -4,8 +4,10 @@ PSNR and SSIM (scikit-image's) of each predicted frame, of the mean and of the b
 repeating the last given frame. Where little moves, most of a frame is background that stands still; so there is also
 the PSNR of the moving pixels alone, in which what really came differs from that given frame. The best sample is chosen
 for each metric on its own, by its mean over the frames, as MCVD (arXiv 2205.09853) does; on clips with one likely
-future the mean says more. Where the data are Moving Shapes, the tracker of motion.py also says whether the whole clip,
-given and predicted frames, moves as it should.
+future the mean says more. Of several samples the average is scored as well: a sample is one of many futures, so even a
+perfect model's has twice the squared error of the average of many, which is blurred where they differ. Where the data
+are Moving Shapes, the tracker of motion.py also says whether the whole clip, given and predicted frames, moves as it
+should.
 """
 
 import functools
@@ -109,7 +111,8 @@ def score_clip(real, samples, given, truth=None):
     """(scores (3, S, F), {baseline: scores (3, F)}) of the F predicted frames; 3: the METRICS.
 
     real (T, H, W, 3) and samples (S, T, H, W, 3) are uint8. Baselines: "repeated", a given frame (the last one before
-    or, if there is none, the first one after); with a Truth "moved", the same frame, moved as the object truly moves.
+    or, if there is none, the first one after); with a Truth "moved", the same frame, moved as the object truly moves;
+    with several samples "average", that of the samples, pixel by pixel.
     """
     free = free_frames(given, len(real))
     nearest = [max((frame for frame in given if frame < t), default=min(given)) for t in free]
@@ -122,6 +125,8 @@ def score_clip(real, samples, given, truth=None):
     made = {"repeated": real[nearest]}
     if truth:
         made["moved"] = [moved(real[frame], t - frame, truth) for frame, t in zip(nearest, free, strict=True)]
+    if len(samples) > 1:
+        made["average"] = np.rint(samples[:, free].mean(axis=0)).astype(np.uint8)
     scores = np.stack([scores_of(sample[free]) for sample in samples], axis=1)
     return scores, {kind: scores_of(frames) for kind, frames in made.items()}
 
@@ -185,8 +190,9 @@ def compare(scores, baselines):
             count = np.maximum((~np.isnan(values)).sum(axis=0), 1)
             half = 1.96 * mean(np.square(values - mean(values)), axis=0) ** 0.5 / count**0.5
             result[f"{name}{kind}_by_frame"] = {"mean": or_none(mean(values)), "half95": or_none(half)}
-        gain = mean(own, axis=(1, 2)) - mean(baselines["repeated"][:, number], axis=1)
-        result[f"{name}_gain"], result[f"{name}_gain_interval95"] = or_none(mean(gain)), bootstrap(gain)
+        for kind in ("", "_average") if "_average" in columns else ("",):
+            gain = mean(columns[kind], axis=1) - mean(columns["_repeated"], axis=1)
+            result[f"{name}{kind}_gain"], result[f"{name}{kind}_gain_interval95"] = or_none(mean(gain)), bootstrap(gain)
     return result
 
 
@@ -231,7 +237,8 @@ def summarize_motion(tracks):
 
 def values_of(result):
     """The values of a manifest."""
-    names = [name + kind for name in METRICS for kind in ("", "_best", "_repeated", "_gain")]
+    kinds = ("", "_best", "_repeated", "_gain", "_average", "_average_gain")
+    names = [name + kind for name in METRICS for kind in kinds if name + kind in result]
     motion = result.get("motion", {})
     return {name: result[name] for name in names} | {
         name: motion[name] for name in ("direction_accuracy", "speed_ratio", "appearance_kept") if name in motion
@@ -248,12 +255,16 @@ def result_lines(result):
         interval = f" ({ends[0]:.{digits}f} to {ends[1]:.{digits}f})" if ends else ""
         return f"{result[name]:.{digits}f}{interval}"
 
-    S = result["samples_per_clip"]
-    kinds = {"": f"mean of {S}", "_best": f"best of {S}", "_repeated": "a given frame repeated"}
+    S, averaged = result["samples_per_clip"], "psnr_average" in result
+    kinds = {"": f"mean of {S}", "_best": f"best of {S}"}
+    kinds |= {"_average": f"the average of {S}"} if averaged else {}
+    kinds |= {"_repeated": "a given frame repeated"}
     kinds |= {"_moved": "and moved by the true motion"} if "psnr_moved" in result else {}
     head = f"{result['clips']} clips, given {result['given_frames']}"
     lines = [f"{head:<28} {'PSNR in dB, 95%':>24} {'SSIM, 95%':>26} {'PSNR of moving pixels':>24}"]
-    for kind, title in (kinds | {"_gain": "mean minus repeated"}).items():
+    kinds |= {"_gain": "mean minus repeated"}
+    kinds |= {"_average_gain": "average minus repeated"} if averaged else {}
+    for kind, title in kinds.items():
         cells = [cell(name + kind, digits) for name, digits in zip(METRICS, (2, 4, 2), strict=True)]
         lines.append(f"{title:<28} {cells[0]:>24} {cells[1]:>26} {cells[2]:>24}")
     for name, title in (("motion", "predicted"), ("motion_real", "real")):
