@@ -109,4 +109,5 @@ there "samples/$EXP-judge.json" ||
   python scripts/judge.py --data-path="$DATA" --samples="samples/$EXP-f16" --steps="$JUDGE_STEPS" --out="samples/$EXP-judge.json"
 python scripts/gallery.py "samples/$EXP-f16" --data-path="$DATA"
 for kind in f64 continued; do python scripts/gallery.py "samples/$EXP-$kind"; done
-echo "$((SECONDS - BEGAN)) s; see samples/$EXP-f16/sheet.png, samples/$EXP-f16/gallery.html and samples/$EXP-*.json"
+python scripts/people.py "$EXP" --out "samples/$EXP-scores"
+echo "$((SECONDS - BEGAN)) s; see samples/$EXP-f16/sheet.png, samples/$EXP-f16/gallery.html and samples/$EXP-scores/people.md"

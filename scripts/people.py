@@ -1,0 +1,174 @@
+"""What runs of scripts/weizmann.sh are worth: all their scores in one table, and a figure of them over the hours.
+
+    EXP=weizmann-1h HOURS=1 bash scripts/weizmann.sh && EXP=weizmann-3h HOURS=3 bash scripts/weizmann.sh
+    python scripts/people.py weizmann-1h weizmann-3h --out results
+
+Reads results/EXP and samples/EXP-*.json; writes people.md, people.json and figures/people-hours.png into --out.
+"""
+
+import json
+import re
+import sys
+from pathlib import Path
+
+import numpy as np
+
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent / "EqM"))
+from runtime.atomic import atomic_write
+from runtime.cli import ArgumentParser, UserError, check_writable, fail, one_line_errors, say
+from scoring.plots import plt, save_figure
+
+TASKS = ("8of16", "4of16", "nearest", "judge")
+GIVEN = {"psnr": "PSNR", "psnr_moving": "moving pixels"}  # of predictions: name of a value, in words
+
+
+def parse_args():
+    parser = ArgumentParser(description="The scores of runs of scripts/weizmann.sh: a table and a figure.")
+    parser.add_argument("runs", nargs="+", metavar="EXP", help="experiments that weizmann.sh has finished")
+    parser.add_argument("--out", default="results", metavar="DIR", help="folder for people.md, people.json and figures")
+    return parser.parse_args()
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# From the files of a run to its scores
+
+
+def read_run(name):
+    """The scores of an experiment, a plain dict. Raises UserError."""
+    settings, wanted = Path("results", name, "settings"), f"{name}: not a finished run of scripts/weizmann.sh"
+    try:
+        hours = float(re.match(r"HOURS=(\S+)", settings.read_text())[1])
+        vae, model = (read_metrics(name, kind) for kind in ("VAE", "EqM"))
+        made = {task: json.loads(Path("samples", f"{name}-{task}.json").read_text()) for task in TASKS}
+    except FileNotFoundError as error:
+        raise UserError(f"{wanted}: {error.filename} is missing; run it again with EXP={name}") from error
+    best = min((row for row in model if "val_loss" in row), key=lambda row: row["val_loss"])
+    result = {
+        "hours": hours,
+        "vae_steps": vae[-1]["step"],
+        "steps": model[-1]["step"],
+        "minutes_of_model": model[-1]["seconds"] / 60,
+        "vae_psnr": vae[-1]["val_psnr"],
+        "best_step": best["step"],
+        "val_loss": best["val_loss"],
+    }
+    for task in ("8of16", "4of16"):
+        found = made[task]["result"]
+        kept = ("samples_per_clip", "clips", *(name for name in found if re.match("psnr|ssim", name)))
+        result[task] = {name: found[name] for name in kept if not name.endswith("by_frame")}
+    judge, nearest = made["judge"]["result"], made["nearest"]
+    shares = ("clips", "right", "share", "interval95")
+    result["judge_real"] = {name: judge["real"][name] for name in shares}
+    (asked,) = judge["samples"].values()
+    result["judge_samples"] = {name: asked[name] for name in shares}
+    ratio = {"rmse_ratio_interval95": nearest["result"]["rmse_ratio_interval95"]}
+    return result | {"nearest": nearest["values"] | ratio}
+
+
+def read_metrics(name, kind):
+    """The rows of the newest VAE or model of an experiment. Raises FileNotFoundError."""
+    folders = sorted(Path("results", name).glob(f"[0-9][0-9][0-9]-{kind}-*"))
+    path = Path(folders[-1] if folders else Path("results", name, f"*-{kind}-*"), "metrics.jsonl")
+    return [json.loads(line) for line in path.read_text().splitlines()]
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# Table and figure
+
+
+def interval(scores, name, digits=2):
+    """A score with its 95% interval, as text; "-" where there is none."""
+    if scores.get(name) is None:
+        return "-"
+    ends = scores[f"{name}_interval95"]
+    return f"{scores[name]:.{digits}f}" + (f" ({ends[0]:.{digits}f} to {ends[1]:.{digits}f})" if ends else "")
+
+
+def share(part):
+    low, high = part["interval95"]
+    return f"{part['right']} of {part['clips']}, {part['share']:.1%} ({100 * low:.1f} - {100 * high:.1f})"
+
+
+def rows_of(run):
+    """{what: text} of a run, the rows of its column."""
+    eight, four, nearest = run["8of16"], run["4of16"], run["nearest"]
+    S, s = eight["samples_per_clip"], four["samples_per_clip"]
+    rows = {
+        "steps of the VAE; of the model": f"{run['vae_steps']}; {run['steps']}",
+        "VAE, PSNR of held-out people (dB)": f"{run['vae_psnr']:.2f}",
+        "lowest validation loss": f"{run['val_loss']:.3f} at step {run['best_step']}",
+    }
+    for value, words in GIVEN.items():
+        above = f"8 of 16 given, {words} above repeating (dB)"
+        rows[f"{above}: a sample"] = interval(eight, f"{value}_gain")
+        rows[f"{above}: the average of {S}"] = interval(eight, f"{value}_average_gain")
+        rows[f"8 of 16 given, {words} of repeating (dB)"] = interval(eight, f"{value}_repeated")
+    for value, words in GIVEN.items():
+        found = [interval(four, value + kind).split()[0] for kind in ("", "_best", "_average", "_repeated")]
+        rows[f"4 of 16 given, {words} (dB): mean, best, average of {s}; repeating"] = "{}, {}, {}; {}".format(*found)
+    return rows | {
+        "judge: real clips, one person left out": share(run["judge_real"]),
+        "judge: samples that show what was asked for": share(run["judge_samples"]),
+        "nearest training clip, RMSE: samples / held-out": interval(nearest, "rmse_ratio"),
+        "samples nearer than 19 of 20 held-out clips": f"{nearest['nearer_than_95_percent']:.1%}",
+    }
+
+
+def markdown(runs):
+    columns = [rows_of(run) for run in runs]
+    titles = [f"HOURS={run['hours']:g}" for run in runs]
+    lines = [f"| | {' | '.join(titles)} |", "|---" * (1 + len(runs)) + "|"]
+    for what in dict.fromkeys(what for column in columns for what in column):
+        lines.append(f"| {what} | {' | '.join(column.get(what, '-') for column in columns)} |")
+    about = "Made by `scripts/people.py` from runs of `scripts/weizmann.sh`. 95% intervals by clip."
+    return "\n".join(["# Real people", "", about, "", *lines]) + "\n"
+
+
+def plot_hours(path, runs):
+    """Predictions above repeating, and what the judge says, over the hours; bars are 95% intervals."""
+    figure, (top, bottom) = plt.subplots(2, 1, figsize=(9, 9), sharex=True, layout="constrained")
+    hours = np.array([run["hours"] for run in runs])
+
+    def draw(axes, values, intervals, **style):
+        low, high = np.array(intervals).T
+        axes.errorbar(hours, values, np.clip([values - low, high - values], 0, None), marker="o", capsize=4, **style)
+
+    for value, words, color in (("psnr", "whole picture", "tab:blue"), ("psnr_moving", "moving pixels", "tab:orange")):
+        for kind, line in (("", "--"), ("_average", "-")):
+            name = f"{value}{kind}_gain"
+            if all(run["8of16"].get(name) is not None for run in runs):
+                label = f"{words}, {'the average' if kind else 'one sample'}"
+                values = np.array([run["8of16"][name] for run in runs])
+                intervals = [run["8of16"][f"{name}_interval95"] for run in runs]
+                draw(top, values, intervals, label=label, color=color, linestyle=line)
+    top.axhline(0, color="black", linewidth=1)
+    top.set(ylabel="PSNR above repeating (dB),\n8 of 16 frames given")
+    for name, label, color in (("judge_samples", "samples", "tab:blue"), ("judge_real", "real clips", "black")):
+        values = 100 * np.array([run[name]["share"] for run in runs])
+        draw(bottom, values, [100 * np.array(run[name]["interval95"]) for run in runs], label=label, color=color)
+    bottom.set(ylabel="judged as the action asked for (%)", xlabel="HOURS of scripts/weizmann.sh")
+    for axes in (top, bottom):
+        axes.legend(fontsize=11)
+    save_figure(figure, path)
+
+
+@one_line_errors()
+def main():
+    args = parse_args()
+    try:
+        check_writable("--out", args.out)
+        runs = sorted(map(read_run, args.runs), key=lambda run: run["hours"])
+    except UserError as error:
+        fail(error)
+    out, text = Path(args.out), markdown(runs)
+    (out / "figures").mkdir(parents=True, exist_ok=True)
+    for name, content in (("people.md", text), ("people.json", json.dumps(runs, indent=1) + "\n")):
+        with atomic_write(out / name) as file:
+            file.write(content.encode())
+    plot_hours(out / "figures" / "people-hours.png", runs)
+    for line in text.splitlines()[4:]:
+        say(line)
+
+
+if __name__ == "__main__":
+    main()
