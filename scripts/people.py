@@ -42,7 +42,8 @@ def read_run(name):
         made = {task: json.loads(Path("samples", f"{name}-{task}.json").read_text()) for task in TASKS}
     except FileNotFoundError as error:
         raise UserError(f"{wanted}: {error.filename} is missing; run it again with EXP={name}") from error
-    best = min((row for row in model if "val_loss" in row), key=lambda row: row["val_loss"])
+    last_phase = [row for row in model if "val_loss" in row and row["num_frames"] == model[-1]["num_frames"]]
+    best = min(last_phase, key=lambda row: row["val_loss"])  # best.pt
     result = {
         "hours": hours,
         "vae_steps": vae[-1]["step"],
@@ -96,7 +97,7 @@ def rows_of(run):
     rows = {
         "steps of the VAE; of the model": f"{run['vae_steps']}; {run['steps']}",
         "VAE, PSNR of held-out people (dB)": f"{run['vae_psnr']:.2f}",
-        "lowest validation loss": f"{run['val_loss']:.3f} at step {run['best_step']}",
+        "step of the checkpoint that is scored, best.pt": f"{run['best_step']}",
     }
     for value, words in GIVEN.items():
         above = f"8 of 16 given, {words} above repeating (dB)"
