@@ -149,7 +149,7 @@ def plot_hours(path, runs):
         draw(bottom, values, [100 * np.array(run[name]["interval95"]) for run in runs], label=label, color=color)
     bottom.set(ylabel="judged as the action asked for (%)", xlabel="HOURS of scripts/weizmann.sh")
     for axes in (top, bottom):
-        axes.legend(fontsize=11)
+        axes.legend(fontsize=11, ncols=2, loc="lower center", bbox_to_anchor=(0.5, 1))
     save_figure(figure, path)
 
 
