@@ -17,6 +17,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent / "EqM"))
 from runtime.atomic import atomic_write
 from runtime.cli import ArgumentParser, UserError, check_writable, fail, one_line_errors, say
 from scoring.plots import plt, save_figure
+from scoring.prediction import with_interval
 
 TASKS = ("8of16", "4of16", "nearest", "judge")
 GIVEN = {"psnr": "PSNR", "psnr_moving": "moving pixels"}  # of predictions: name of a value, in words
@@ -77,14 +78,6 @@ def read_metrics(name, kind):
 # Table and figure
 
 
-def interval(scores, name, digits=2):
-    """A score with its 95% interval, as text; "-" where there is none."""
-    if scores.get(name) is None:
-        return "-"
-    ends = scores[f"{name}_interval95"]
-    return f"{scores[name]:.{digits}f}" + (f" ({ends[0]:.{digits}f} to {ends[1]:.{digits}f})" if ends else "")
-
-
 def share(part):
     low, high = part["interval95"]
     return f"{part['right']} of {part['clips']}, {part['share']:.1%} ({100 * low:.1f} - {100 * high:.1f})"
@@ -101,16 +94,16 @@ def rows_of(run):
     }
     for value, words in GIVEN.items():
         above = f"8 of 16 given, {words} above repeating (dB)"
-        rows[f"{above}: a sample"] = interval(eight, f"{value}_gain")
-        rows[f"{above}: the average of {S}"] = interval(eight, f"{value}_average_gain")
-        rows[f"8 of 16 given, {words} of repeating (dB)"] = interval(eight, f"{value}_repeated")
+        rows[f"{above}: a sample"] = with_interval(eight, f"{value}_gain", 2)
+        rows[f"{above}: the average of {S}"] = with_interval(eight, f"{value}_average_gain", 2)
+        rows[f"8 of 16 given, {words} of repeating (dB)"] = with_interval(eight, f"{value}_repeated", 2)
     for value, words in GIVEN.items():
-        found = [interval(four, value + kind).split()[0] for kind in ("", "_best", "_average", "_repeated")]
+        found = [with_interval(four, value + kind, 2).split()[0] for kind in ("", "_best", "_average", "_repeated")]
         rows[f"4 of 16 given, {words} (dB): mean, best, average of {s}; repeating"] = "{}, {}, {}; {}".format(*found)
     return rows | {
         "judge: real clips, one person left out": share(run["judge_real"]),
         "judge: samples that show what was asked for": share(run["judge_samples"]),
-        "nearest training clip, RMSE: samples / held-out": interval(nearest, "rmse_ratio"),
+        "nearest training clip, RMSE: samples / held-out": with_interval(nearest, "rmse_ratio", 2),
         "samples nearer than 19 of 20 held-out clips": f"{nearest['nearer_than_95_percent']:.1%}",
     }
 

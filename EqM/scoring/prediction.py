@@ -190,7 +190,7 @@ def compare(scores, baselines):
             count = np.maximum((~np.isnan(values)).sum(axis=0), 1)
             half = 1.96 * mean(np.square(values - mean(values)), axis=0) ** 0.5 / count**0.5
             result[f"{name}{kind}_by_frame"] = {"mean": or_none(mean(values)), "half95": or_none(half)}
-        for kind in ("", "_average") if "_average" in columns else ("",):
+        for kind in [kind for kind in ("", "_average") if kind in columns]:
             gain = mean(columns[kind], axis=1) - mean(columns["_repeated"], axis=1)
             result[f"{name}{kind}_gain"], result[f"{name}{kind}_gain_interval95"] = or_none(mean(gain)), bootstrap(gain)
     return result
@@ -245,28 +245,32 @@ def values_of(result):
     }
 
 
+def with_interval(result, name, digits):
+    """A result with its 95% interval as text; "-" where there is none."""
+    if result.get(name) is None:
+        return "-"
+    ends = result[f"{name}_interval95"]
+    interval = f" ({ends[0]:.{digits}f} to {ends[1]:.{digits}f})" if ends else ""
+    return f"{result[name]:.{digits}f}{interval}"
+
+
 def result_lines(result):
     """The main results, to print."""
-
-    def cell(name, digits):
-        if result[name] is None:
-            return "-"
-        ends = result[f"{name}_interval95"]
-        interval = f" ({ends[0]:.{digits}f} to {ends[1]:.{digits}f})" if ends else ""
-        return f"{result[name]:.{digits}f}{interval}"
-
-    S, averaged = result["samples_per_clip"], "psnr_average" in result
-    kinds = {"": f"mean of {S}", "_best": f"best of {S}"}
-    kinds |= {"_average": f"the average of {S}"} if averaged else {}
-    kinds |= {"_repeated": "a given frame repeated"}
-    kinds |= {"_moved": "and moved by the true motion"} if "psnr_moved" in result else {}
+    S = result["samples_per_clip"]
+    titles = {
+        "": f"mean of {S}",
+        "_best": f"best of {S}",
+        "_average": f"the average of {S}",
+        "_repeated": "a given frame repeated",
+        "_moved": "and moved by the true motion",
+        "_gain": "mean minus repeated",
+        "_average_gain": "average minus repeated",
+    }
     head = f"{result['clips']} clips, given {result['given_frames']}"
     lines = [f"{head:<28} {'PSNR in dB, 95%':>24} {'SSIM, 95%':>26} {'PSNR of moving pixels':>24}"]
-    kinds |= {"_gain": "mean minus repeated"}
-    kinds |= {"_average_gain": "average minus repeated"} if averaged else {}
-    for kind, title in kinds.items():
-        cells = [cell(name + kind, digits) for name, digits in zip(METRICS, (2, 4, 2), strict=True)]
-        lines.append(f"{title:<28} {cells[0]:>24} {cells[1]:>26} {cells[2]:>24}")
+    for kind in [kind for kind in titles if f"psnr{kind}" in result]:
+        cells = [with_interval(result, name + kind, digits) for name, digits in zip(METRICS, (2, 4, 2), strict=True)]
+        lines.append(f"{titles[kind]:<28} {cells[0]:>24} {cells[1]:>26} {cells[2]:>24}")
     for name, title in (("motion", "predicted"), ("motion_real", "real")):
         if motion := result.get(name):
             share, (low, high) = motion["direction_accuracy"], motion["direction_interval95"]
