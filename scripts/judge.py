@@ -8,6 +8,8 @@ group, a judge trained on all videos of the others is asked about the videos of 
 Then one trained on the training split alone is asked about the samples. A judge sees grey windows of --window frames,
 32 px, as far apart as those of the samples. Longer clips are judged by the mean of the logits of evenly spaced windows,
 each of which shares half of its time or more with the next. Intervals: 95%, by clip. Runs on the CPU.
+
+A judge knows no class for standing still, so samples that move less than any real clip of their class are counted too.
 """
 
 import math
@@ -34,6 +36,7 @@ from video.files import UnreadableError, read_frames, resize_and_crop
 from video.index import check_data_path, latents_settings, scan_videos, split_videos
 
 SIZE = 32  # px, of what the judge sees
+MOVES = 40  # of 255 levels: a pixel moves if its grey changes by more in a window; what a VAE lets flicker does not
 # Training: changes are the largest, in shares of size, side, contrast and of the range from black to white
 RECIPE = Namespace(batch=16, lr=3e-3, weight_decay=0.05, smoothing=0.1, zoom=0.1, shift=0.12, contrast=0.3, light=0.15)
 
@@ -97,6 +100,21 @@ def windows_of(clip, window, interval):
     rest = len(clip) - span
     starts = torch.linspace(0, rest, 1 + math.ceil(2 * rest / span)).round().int().tolist()
     return torch.stack([clip[start : start + span : interval] for start in starts])
+
+
+def motion_of(clip, window, interval):
+    """The share of pixels that move in each window of a clip, one frame after another: (n,)."""
+    windows = clip.unfold(0, span_of(window, interval), 1)[..., ::interval]  # (n, SIZE, SIZE, window)
+    return (windows.amax(dim=-1) - windows.amin(dim=-1) > MOVES).double().mean(dim=(1, 2))
+
+
+def find_still(samples, labels, clips, window, interval):
+    """Indices of samples of which a window moves less than every window of the real (clip, label) of its class."""
+    least = {}
+    for clip, label in clips:
+        least[label] = min(least.get(label, 1.0), motion_of(clip, window, interval).min().item())
+    moved = [motion_of(clip, window, 1).min().item() for clip in samples]
+    return [index for index, label in enumerate(labels) if moved[index] < least[label]]
 
 
 def random_windows(of_class, args, random):
@@ -257,9 +275,12 @@ def main():
         own = [clip for clip, video in zip(clips, videos, strict=True) if video in training]
         judge = train(own, len(classes), args, "of the training split")
     for source in opened:
-        logits = [logits_of(judge, look(clip, source.image_size), args.window, interval=1) for clip in source.clips]
-        found = summarize(logits, [classes.index(source.classes[label]) for label in source.labels.tolist()], classes)
+        asked = [classes.index(source.classes[label]) for label in source.labels.tolist()]
+        samples = [look(clip, source.image_size) for clip in source.clips]
+        found = summarize([logits_of(judge, clip, args.window, interval=1) for clip in samples], asked, classes)
+        found["still"] = find_still(samples, asked, clips, args.window, args.interval)
         say(f"{source.folder}, judged as the class that was asked for: {in_words(found)}")
+        say(f"{source.folder}, that move less than any real clip of their class: {len(found['still'])}")
         values[f"asked_class {source.folder}"], result["samples"][str(source.folder)] = found["share"], found
 
     names = names_and_sizes(videos, file_stats(args.data_path, videos))

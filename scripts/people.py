@@ -62,7 +62,7 @@ def read_run(name):
     shares = ("clips", "right", "share", "interval95")
     result["judge_real"] = {name: judge["real"][name] for name in shares}
     (asked,) = judge["samples"].values()
-    result["judge_samples"] = {name: asked[name] for name in shares}
+    result["judge_samples"] = {name: asked[name] for name in shares} | {"still": len(asked["still"])}
     ratio = {"rmse_ratio_interval95": nearest["result"]["rmse_ratio_interval95"]}
     return result | {"nearest": nearest["values"] | ratio}
 
@@ -103,6 +103,7 @@ def rows_of(run):
     return rows | {
         "judge: real clips, one person left out": share(run["judge_real"]),
         "judge: samples that show what was asked for": share(run["judge_samples"]),
+        "samples that move less than any real clip": "{still} of {clips}".format(**run["judge_samples"]),
         "nearest training clip, RMSE: samples / held-out": with_interval(nearest, "rmse_ratio", 2),
         "samples nearer than 19 of 20 held-out clips": f"{nearest['nearer_than_95_percent']:.1%}",
     }

@@ -144,6 +144,17 @@ def test_shares_intervals_and_confusion_are_those_of_the_clips():
     assert empty == {"clips": 0, "right": 0, "share": None, "interval95": None}
 
 
+def test_samples_that_stop_for_a_window_are_those_that_move_less_than_real_clips():
+    real = [(judge.look(bar(name, number), 32), label) for label, name in enumerate(CLASSES) for number in range(3)]
+    slow = [(torch.zeros(FRAMES, 32, 32).byte(), 2)]  # a class that stands still: nothing moves less
+    moves, length = judge.look(bar("Left", 4), 32), 3 * WINDOW
+    stops = torch.cat([moves[:WINDOW], moves[WINDOW : WINDOW + 1].expand(length - WINDOW, -1, -1)])
+    flickers = moves[:1].expand(length, -1, -1) + 30 * (torch.arange(length) % 2).byte().view(-1, 1, 1)
+    clips = [moves[:length], stops, flickers, 255 - moves[:length], flickers]
+    assert judge.find_still(clips, [0, 0, 1, 1, 2], real + slow, WINDOW, 1) == [1, 2]
+    assert judge.find_still([moves[:WINDOW]], [0], real, WINDOW, 3) == [0]  # real windows of three times as long
+
+
 def test_samples_are_judged_by_one_that_only_the_training_split_has_trained(data, tmp_path, monkeypatch, capsys):
     calls = spy_on_training(monkeypatch)
     short, long = make_samples(tmp_path / "short"), make_samples(tmp_path / "long", ["Right", "Left"], num_frames=9)
@@ -161,7 +172,8 @@ def test_samples_are_judged_by_one_that_only_the_training_split_has_trained(data
     assert found["result"]["samples"][str(long)]["windows"]["count"] == 4 * 4
     assert found["real"]["groups"] == ["person1", "person2", "person3"] and found["real"]["num_training"] == 4
     lines = capsys.readouterr().out.splitlines()
-    assert len(lines) == 4 and "6 of 6, 100.0% (61.0% to 100.0%)" in lines[0] and "3 of 4, 75.0%" in lines[2]
+    assert len(lines) == 6 and "6 of 6, 100.0% (61.0% to 100.0%)" in lines[0] and "3 of 4, 75.0%" in lines[2]
+    assert lines[3] == f"{short}, that move less than any real clip of their class: 0"
 
 
 def test_real_windows_are_spaced_as_the_samples_and_a_command_gives_one_result(data, tmp_path):

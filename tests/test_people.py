@@ -40,7 +40,7 @@ def write_run(name, hours, gain, kinds=("", "_best", "_average")):
     write_lines(Path("results", name, "001-EqM-S-2-f4-rope/metrics.jsonl"), model)
     Path("results", name, "settings").write_text(f"HOURS={hours} DATA=datasets/weizmann HOLD_OUT=7 8\n")
     judged = {"clips": 32, "right": 31, "share": 31 / 32, "interval95": [0.843, 0.994]}
-    asked = {"clips": 96, "right": 90, "share": 90 / 96, "interval95": [0.87, 0.97]}
+    asked = {"clips": 96, "right": 90, "share": 90 / 96, "interval95": [0.87, 0.97], "still": [3, 40]}
     files = {
         "8of16": {"result": predictions(8, gain, kinds)},
         "4of16": {"result": predictions(10, gain, kinds)},
@@ -79,6 +79,7 @@ def test_each_run_is_a_column_of_its_own_scores_in_the_order_of_the_hours(capsys
     four = table["4 of 16 given, moving pixels (dB): mean, best, average of 10; repeating"]
     assert four == ["20.25, 20.25, 20.25; 20.00", "22.50, 22.50, 22.50; 20.00"]
     assert table["judge: samples that show what was asked for"] == ["90 of 96, 93.8% (87.0 - 97.0)"] * 2
+    assert table["samples that move less than any real clip"] == ["2 of 96"] * 2
     assert table["nearest training clip, RMSE: samples / held-out"] == ["1.02 (0.98 to 1.07)"] * 2
     assert [run["hours"] for run in json.loads(Path("out/people.json").read_text())] == [0.5, 3]
     assert min(Image.open("out/figures/people-hours.png").size) > 500
