@@ -260,6 +260,7 @@ def main():
         opened, videos, training, classes, fps = find_clips(args)
     except UserError as error:
         cli.fail(error)
+    torch.set_num_threads(1)  # sums of another order would be another judge
     size = opened[0].image_size if opened else SIZE
     frames = (read_frames(args.data_path, video, range(video.num_frames)) for video in videos)
     clips = [(look(own, size), classes.index(video.class_name)) for own, video in zip(frames, videos, strict=True)]
