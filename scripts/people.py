@@ -62,7 +62,7 @@ def read_run(name):
     shares = ("clips", "right", "share", "interval95")
     result["judge_real"] = {name: judge["real"][name] for name in shares}
     (asked,) = judge["samples"].values()
-    result["judge_samples"] = {name: asked[name] for name in shares} | {"still": len(asked["still"])}
+    result["judge_samples"] = {name: asked[name] for name in shares} | {"still": asked.get("still")}
     ratio = {"rmse_ratio_interval95": nearest["result"]["rmse_ratio_interval95"]}
     return result | {"nearest": nearest["values"] | ratio}
 
@@ -87,6 +87,8 @@ def rows_of(run):
     """{what: text} of a run, the rows of its column."""
     eight, four, nearest = run["8of16"], run["4of16"], run["nearest"]
     S, s = eight["samples_per_clip"], four["samples_per_clip"]
+    asked = run["judge_samples"]
+    still = asked["still"]  # None: judged before they were counted
     rows = {
         "steps of the VAE; of the model": f"{run['vae_steps']}; {run['steps']}",
         "VAE, PSNR of held-out people (dB)": f"{run['vae_psnr']:.2f}",
@@ -102,8 +104,8 @@ def rows_of(run):
         rows[f"4 of 16 given, {words} (dB): mean, best, average of {s}; repeating"] = "{}, {}, {}; {}".format(*found)
     return rows | {
         "judge: real clips, one person left out": share(run["judge_real"]),
-        "judge: samples that show what was asked for": share(run["judge_samples"]),
-        "samples that move less than any real clip": "{still} of {clips}".format(**run["judge_samples"]),
+        "judge: samples that show what was asked for": share(asked),
+        "samples that move less than any real clip": "-" if still is None else f"{len(still)} of {asked['clips']}",
         "nearest training clip, RMSE: samples / held-out": with_interval(nearest, "rmse_ratio", 2),
         "samples nearer than 19 of 20 held-out clips": f"{nearest['nearer_than_95_percent']:.1%}",
     }

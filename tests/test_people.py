@@ -86,14 +86,17 @@ def test_each_run_is_a_column_of_its_own_scores_in_the_order_of_the_hours(capsys
     assert "| judge: real clips, one person left out | 31 of 32, 96.9% (84.3 - 99.4) |" in capsys.readouterr().out
 
 
-def test_scores_without_the_average_leave_its_cells_empty():
+def test_scores_of_earlier_versions_leave_cells_empty():
     write_run("old", 1, 0.5, kinds=("", "_best"))
     write_run("new", 2, 0.5)
+    judged = Path("samples/old-judge.json")
+    judged.write_text(judged.read_text().replace(', "still": [3, 40]', ""))
     run_main(people, "old", "new", "--out", "out")
     above = "8 of 16 given, PSNR above repeating (dB)"
     table = table_of(Path("out/people.md"))
     assert table[f"{above}: the average of 8"] == ["-", "0.50 (0.00 to 0.75)"]
     assert table[f"{above}: a sample"] == ["0.50 (0.00 to 0.75)"] * 2
+    assert table["samples that move less than any real clip"] == ["-", "2 of 96"]
 
 
 METRICS = "results/one/000-VAE-64px-f4/metrics.jsonl"
