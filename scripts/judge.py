@@ -103,7 +103,7 @@ def windows_of(clip, window, interval):
 
 
 def motion_of(clip, window, interval):
-    """The share of pixels that move in each window of a clip, one frame after another: (n,)."""
+    """The share of pixels that move in each window of a clip, one starting at every frame: (n,)."""
     windows = clip.unfold(0, span_of(window, interval), 1)[..., ::interval]  # (n, SIZE, SIZE, window)
     return (windows.amax(dim=-1) - windows.amin(dim=-1) > MOVES).double().mean(dim=(1, 2))
 
