@@ -17,17 +17,18 @@ def draw_gammas(seed, stream, indices, num_frames, patch, shift=1.0, share=0.0):
     """The gammas of the samples `indices` of a stream, float32 on the CPU: (B,), with a `share` to force (B, T).
 
     patch is the number of frames of a temporal patch, shift that of `shift_gamma`. The draws of a sample depend on
-    (seed, stream, index) alone; clips that are not forced have the gamma that they have without forcing.
+    (seed, stream, index) alone; clips that are not forced have the gamma that they have without forcing. A clip of one
+    temporal patch is never forced: its frames share all tokens, so given ones would show most of the others.
     """
     gamma = shift_gamma(uniform(seed, "gamma", stream, indices), shift)  # (B,)
-    if share == 0 or num_frames == 1:
+    if share == 0 or num_frames <= patch:
         return gamma
     rows = []
     for level, index in zip(gamma.tolist(), indices, strict=True):
         chance, kind, *draws = torch.rand(4 + num_frames, generator=generator(seed, "forcing", stream, index)).tolist()
         if chance >= share:
             rows.append([level] * num_frames)
-        elif kind < OWN_LEVELS and num_frames > patch:
+        elif kind < OWN_LEVELS:
             rows.append([shift_gamma(draws[frame // patch], shift) for frame in range(num_frames)])
         else:
             clean = clean_frames(*draws[:3], num_frames)

@@ -34,7 +34,8 @@ def validate(ema, model, vae, loader, num_frames, precision, device, stop, given
 
     The loader gives this rank's validation chunks. Gammas are uniform: multiples of the golden ratio, modulo 1. The
     chunks are the same on any number of ranks; if the ranks have to stay together, each has all of them, and rank 0's
-    losses count. given: the EMA also with the first half of the frames clean. Raises Interrupted.
+    losses count. given: the EMA also with the first half of the frames clean, if a clip has several temporal patches.
+    Raises Interrupted.
     """
     rows, bad, batches = [], [], batches_of(loader)
     with suppress(Interrupted):
@@ -43,13 +44,13 @@ def validate(ema, model, vae, loader, num_frames, precision, device, stop, given
             gamma = (indices.double() * GOLDEN_RATIO % 1).float()
             x = vae.latents_of(batch["clips"].to(device), 0, "validation", indices.tolist())
             noise = normal(0, "noise", "validation", indices.tolist(), x.shape[1:], device)
-            gamma, T = gamma.to(device), x.shape[2]
+            gamma, T, patch = gamma.to(device), x.shape[2], ema.config.temporal_patch_size
             losses = partial(clip_losses, x, noise, labels, time_scale, precision)
             columns = [torch.full_like(gamma, T), indices.to(device), gamma, losses(ema, gamma), losses(model, gamma)]
             columns.append(x.square().flatten(1).mean(dim=1))
             if given:
                 blank = torch.full_like(gamma, torch.nan)
-                columns.append(losses(ema, half_given(gamma, T), first=T // 2) if T > 1 else blank)
+                columns.append(losses(ema, half_given(gamma, T), first=T // 2) if patch < T else blank)
             rows.append(torch.stack([column.double() for column in columns], dim=1).cpu())
             bad += batch["bad"]
     stop.settle()
@@ -82,7 +83,7 @@ def summarize(rows, num_frames):
     own, metrics = rows[rows[:, 0] == num_frames], {}
     metrics["val_loss"], metrics["val_loss_rel"] = mean_loss(own)
     metrics["val_loss_raw"] = own[:, 4].mean().item()
-    if own.shape[1] > 6 and num_frames > 1:
+    if own.shape[1] > 6 and not own[:, 6].isnan().all():
         metrics["val_loss_given"] = own[:, 6].mean().item()
     for fifth in range(5):
         part = own[(own[:, 2] * 5).long() == fifth]

@@ -34,8 +34,15 @@ def test_half_of_the_forced_clips_have_given_frames_and_the_rest_of_them_one_com
     assert torch.equal(levels[some][~is_given[some]], plain[some].repeat_interleave((~is_given[some]).sum(dim=1)))
 
 
-def test_a_clip_of_one_temporal_patch_has_always_given_frames():
-    assert (draw(1.0, num_frames=4) == 1).any(dim=1).all()
+@pytest.mark.parametrize("num_frames", [2, 4])
+def test_a_clip_of_one_temporal_patch_has_no_given_frames_and_keeps_its_label(num_frames):
+    assert torch.equal(draw(1.0, num_frames), draw(0.0))
+    assert torch.equal(label_dropout(draw(0.75, num_frames), 0.1), torch.full((len(MANY),), 0.1))
+
+
+@pytest.mark.parametrize(("num_frames", "expected"), [(4, 0.10), (8, 0.30), (16, 0.29)])
+def test_the_share_of_clips_without_a_label_is_what_the_docs_say(num_frames, expected):
+    assert label_dropout(draw(0.75, num_frames), 0.1).mean().item() == pytest.approx(expected, abs=0.025)
 
 
 @pytest.mark.parametrize("num_frames", [5, 10, 16])
