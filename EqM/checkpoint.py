@@ -42,7 +42,7 @@ VERSION = 1
 CONFIG_TYPES = {  # what sampling and training take from the parts of a config
     "model": {},
     "data": {"vae": str, "vae_sha256": str | None, "image_size": int | None, "fps": float, "frame_interval": list,
-             "classes": list, "time_scale": float | int | None},
+             "classes": list, "time_scale": float | int | None, "longest_time_scale": float | int | None},
     "training": {"model": str, "num_frames": int, "video": bool},
 }
 ADDED = {"rope_speed": 0.0, "position_table": "none"}  # fields of EqMConfig that older files lack: what they meant
@@ -72,7 +72,7 @@ class Progress:
     skipped: int = 0  # steps in a row whose gradient was not finite
     seconds: float = 0.0  # of the run, without interruptions
     flops: float = 0.0  # of the run's training steps
-    pretrained: bool = False  # the run began with a model from elsewhere: full --ema-decay at once
+    ema_start: int = 0  # the step at which the average of the weights began: see optim.ema_decay
 
     def count_step(self, batch_size, flops_per_clip):
         self.step, self.position = self.step + 1, self.position + batch_size
@@ -97,6 +97,12 @@ class Progress:
 def trained_time_scale(data):
     """Seconds per frame of the clips that a model was trained on, from config["data"]."""
     return data.get("time_scale") or data["frame_interval"][0] / data["fps"]  # older files have no time_scale
+
+
+def longest_time_scale(data):
+    """Seconds per frame of the training clips whose frames are farthest apart, from config["data"]."""
+    nearest, farthest = data["frame_interval"][0], data["frame_interval"][-1]
+    return data.get("longest_time_scale") or trained_time_scale(data) * farthest / nearest  # older files: in theory
 
 
 # ----------------------------------------------------------------------------------------------------------------------
@@ -310,7 +316,7 @@ def read_file(path, check):
 
 def from_elsewhere(config, model, ema, step):
     """The dict of a checkpoint that train.py has not written: no optimizer, no phase."""
-    phase = {"first_step": step, "position": 0, "pretrained": True}
+    phase = {"first_step": step, "position": 0, "ema_start": step}
     return {
         "version": VERSION, "config": config, "model": model, "ema": ema, "optimizer": None, "step": step,
         "phase": phase, "best_loss": math.inf,
@@ -553,7 +559,8 @@ def find_start(args, name):
         flag = "--resume," if start.resumes else "--ckpt"
         raise UserError(f"{flag} {start.path}: trained with --optimizer {kind}, found {args.optimizer}: give the same")
     if start.resumes:
-        start.progress = Progress(step, best_loss=state["best_loss"], **state["phase"])
+        phase = {name: value for name, value in state["phase"].items() if name != "pretrained"}  # of earlier versions
+        start.progress = Progress(step, best_loss=state["best_loss"], **phase)
         args.ckpt = state["config"]["training"].get("ckpt")  # where the phase started, for the record
     elif args.max_steps and args.max_steps <= step:
         raise UserError(
@@ -561,8 +568,8 @@ def find_start(args, name):
             "phases; give a larger number"
         )
     else:
-        pretrained = state["phase"].get("pretrained", False)
-        start.progress = Progress(step, first_step=step, pretrained=pretrained)
+        ema_start = step if args.new_classes else state["phase"].get("ema_start", 0)
+        start.progress = Progress(step, first_step=step, ema_start=ema_start)
     return start
 
 

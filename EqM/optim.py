@@ -123,10 +123,9 @@ def orthogonalize(x, steps=5, a=3.4445, b=-4.7750, c=2.0315):
 
 
 def lr_multiplier(args, step, last_step):
-    """The factor on the learning rate at a step of a run up to last_step; both are global.
+    """The factor on the learning rate at a step of a training that ends at last_step; both are global.
 
-    It rises over the first steps of the run (--warmup-steps) and falls linearly to zero over the last share of it
-    (--lr-decay).
+    It rises over the first steps (--warmup-steps) and falls linearly to zero over the last share of all (--lr-decay).
     """
     factor = min(1, step / max(args.warmup_steps, 1))
     if args.lr_decay:
@@ -157,9 +156,9 @@ def check_gradient(grad_norm, losses, scaler):
     return skip, torch.full((), float(tolerated), device=grad_norm.device)
 
 
-def ema_decay(args, step, pretrained):
-    """--ema-decay; less in the first steps of a model from scratch, so that its random weights are soon forgotten."""
-    return args.ema_decay if pretrained else min(args.ema_decay, (1 + step) / (10 + step))
+def ema_decay(args, steps):
+    """--ema-decay, or less in the first steps since the average began, so that it soon forgets where it began."""
+    return min(args.ema_decay, (1 + steps) / (10 + steps))
 
 
 @torch.no_grad()

@@ -85,9 +85,11 @@ def settle_run(args, start):
     if before and not args.forcing:
         say(f"note: --ckpt was trained with --forcing {before}, this phase is without: it may forget given frames")
     phases = plan_phases(args, config)
+    lengths = [phase.num_frames for phase in phases] or [args.num_frames]
+    if args.forcing and (short := min(lengths)) <= config.temporal_patch_size:
+        say(f"note: --forcing {args.forcing}: clips of {short} frames are one temporal patch and are not forced")
     args.model = args.model or start.state["config"]["training"]["model"]
     if rank() == 0:
-        lengths = [phase.num_frames for phase in phases] or [args.num_frames]
         flag = "--frames-schedule" if phases else "--num-frames"
         data = find_data(
             args.data_path, not args.video, args.val_fraction, lengths, args.val_frames, flag, args.results_dir
@@ -153,6 +155,9 @@ def check_flags(args):
     for name, most in LARGEST.items():
         if (value := getattr(args, name)) > most:
             raise UserError(f"--{name.replace('_', '-')} {value}: wanted at most {most}")
+    if args.lr_decay_end and args.lr_decay_end < (args.max_steps or math.inf):
+        found = f"--max-steps {args.max_steps}" if args.max_steps else "a run without --max-steps"
+        raise UserError(f"--lr-decay-end {args.lr_decay_end}: {found} ends later; expected at least its last step")
     if args.new_classes and args.ckpt is None:
         raise UserError("--new-classes is for a checkpoint of other classes: give --ckpt, too, or leave it out")
     if args.ckpt == "":
@@ -380,18 +385,23 @@ def make_run_config(args, config, phase, data, vae):
     flags = {name: str(value) if isinstance(value, Path) else value for name, value in vars(args).items()}
     if args.frames_schedule:
         flags["frames_schedule"] = ",".join(map(str, args.frames_schedule))
-    videos, interval = data.train[phase.num_frames], args.frame_interval[0]
-    scales = [fitting_interval(video, phase.num_frames, interval) / video.fps for video in videos]
+    num_frames = phase.num_frames
+    videos = data.train[num_frames]
+    nearest, farthest = (
+        statistics.median_low(fitting_interval(video, num_frames, interval) / video.fps for video in videos)
+        for interval in (args.frame_interval[0], args.frame_interval[-1])
+    )
     return {
-        "model": asdict(config) | {"num_frames": phase.num_frames},
+        "model": asdict(config) | {"num_frames": num_frames},
         "data": {
             "vae": vae.place,
             "vae_sha256": vae.sha256,
             "image_size": args.image_size,
             "fps": statistics.median(video.fps for video in videos),
             "frame_interval": args.frame_interval,
-            "time_scale": statistics.median_low(scales),  # seconds between frames of the clips that were seen
+            "time_scale": nearest,  # seconds between frames of the clips that were seen
+            "longest_time_scale": farthest,
             "classes": data.scan.classes,
         },
-        "training": flags | {"num_frames": phase.num_frames, "global_batch_size": phase.batch_size},
+        "training": flags | {"num_frames": num_frames, "global_batch_size": phase.batch_size},
     }

@@ -165,6 +165,8 @@ def add_optimisation_flags(parser):
     add("--muon-lr", type=POSITIVE, default=0.01, metavar="X", help="learning rate of Muon")
     decay = "share of the global steps over which the learning rate falls to 0, at the end; 0 = off"
     add("--lr-decay", type=SHARE, default=0.0, metavar="F", help=decay)
+    end = "global step at which --lr-decay ends, for a run that is not the last of a chain; default: the run's own end"
+    add("--lr-decay-end", type=COUNT, metavar="N", help=end)
     add("--warmup-steps", type=NATURAL, default=0, metavar="N", help="steps up to the full learning rate; 0 = off")
     add_removed(add, "--rewarmup", "it changed neither the loss nor the bump at a switch: leave it out")
     decay = f"decoupled weight decay; 0 = off; default: {MUON_DECAY} with --optimizer muon, else 0"
@@ -197,6 +199,7 @@ def main():
     progress = start.progress
     phases = phases or [preflight.only_phase(args, progress, data)]
     last_step = phases[-1].last_step
+    lr_end = args.lr_decay_end or last_step
     if progress.step >= last_step and not start.unlogged:
         checkpoint.complete_names(start, phases, args.ckpt_every)
         say(f"{start.folder} is finished: all {progress.step} steps are done")
@@ -262,7 +265,7 @@ def main():
             if rank() == 0:
                 (folder / "config.json").write_text(json.dumps(run_config, indent=2))
             # For the metrics of a step that a resumed run has yet to log
-            set_learning_rates(optimizers, args, lr_multiplier(args, progress.step, last_step))
+            set_learning_rates(optimizers, args, lr_multiplier(args, progress.step, lr_end))
             clips, tokens = f"{phase.batch_size} clips", math.prod(config.grid(phase.num_frames))
             log(f"to step {phase.last_step}: {clips} per step, {phase.num_frames} frames = {tokens} tokens each")
 
@@ -310,7 +313,7 @@ def main():
                 writer.check()
                 # All ranks are asked whether to stop or to save; settle() reads the answer after the step.
                 stop.ask(save=0 < 60 * args.save_minutes <= time.monotonic() - saved_at)
-                set_learning_rates(optimizers, args, lr_multiplier(args, progress.step + 1, last_step))
+                set_learning_rates(optimizers, args, lr_multiplier(args, progress.step + 1, lr_end))
                 sums, files = Counter(), []
                 for micro_batch in range(1, args.grad_accum + 1):
                     batch = stats.next_batch(batches)
@@ -338,7 +341,7 @@ def main():
                 stats.add(files, phase.batch_size * config.training_flops(num_frames), **sums)
                 if progress.skipped > args.skip_nonfinite:
                     stats.raise_nonfinite(progress.step, -1)
-                update_ema(ema, model, ema_decay(args, progress.step, progress.pretrained))
+                update_ema(ema, model, ema_decay(args, progress.step - progress.ema_start))
                 bar.update()
                 if stop.settle():  # raises Interrupted
                     save([])

@@ -234,7 +234,7 @@ def main():
             progress.count_step(args.global_batch_size, 0)
             values = {name: value.detach() for name, value in ({"train_loss": loss} | losses).items()}
             stats.add(batch["videos"], **values, grad_norm=norm)
-            update_ema(ema, model, ema_decay(args, progress.step, pretrained=False))
+            update_ema(ema, model, ema_decay(args, progress.step))
             bar.update()
             if stop.settle():  # raises Interrupted
                 save()

@@ -97,7 +97,7 @@ def test_three_phases_chain_by_the_globs_of_the_guide(phases):
         assert rows[-1]["val_loss"] > 0
         state = torch.load(folder / "checkpoints/best.pt", weights_only=True)
         assert state["step"] == last
-        expected = {"first_step": first, "best_step": last, "skipped": 0, "pretrained": False}
+        expected = {"first_step": first, "best_step": last, "skipped": 0, "ema_start": 0}
         assert state["phase"].items() >= (expected | {"position": 4 * (last - first)}).items()
         assert (folder / "config.json").exists() and (folder / "log.txt").exists()
 

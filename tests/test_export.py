@@ -193,6 +193,42 @@ def test_flags_that_contradict_the_checkpoint_are_refused(exported, tmp_path, ca
     assert not (tmp_path / "new").exists()
 
 
+def test_fine_tuning_averages_from_its_own_start_and_a_chained_phase_goes_on_averaging(tmp_path):
+    run_main(export, make_checkpoint(tmp_path / "best.pt", video=False), tmp_path / "shared")
+    data = make_images(tmp_path / "data", 4)
+
+    def trained(name, ckpt, steps, *flags):
+        """[the start and the checkpoint of each step] of a run."""
+        flags = ["--data-path", data, "--results-dir", tmp_path / name, "--lr", 0.01, "--ckpt-every", 1, *flags]
+        flags += ["--global-batch-size", 2, "--num-workers", 0, "--max-steps", steps[-1]]
+        run_main(train, "--ckpt", ckpt, *flags)
+        (folder,) = (tmp_path / name).iterdir()
+        files = {step: folder / f"checkpoints/{step:07d}.pt" for step in steps}
+        return files, [checkpoint.load(file) for file in files.values()]
+
+    def follows(before, states, first):
+        """Whether the average is as if it had begun `first` steps before."""
+        for count, state in enumerate(states, first + 1):
+            decay = min(0.9999, (1 + count) / (10 + count))
+            for name, value in state["ema"].items():
+                expected = decay * before[name] + (1 - decay) * state["model"][name]
+                torch.testing.assert_close(value, expected, rtol=1e-4, atol=1e-6)
+            before = state["ema"]
+        return states[-1]["phase"]["ema_start"]
+
+    files, states = trained("a", tmp_path / "shared", (71, 72), "--new-classes")
+    shared = load_file(tmp_path / "shared/model.safetensors")
+    shared["y_embedder.embedding_table.weight"][:2] = shared["y_embedder.embedding_table.weight"][2]  # A and B are new
+    assert follows(shared, states, 0) == 70
+    assert all((state["ema"]["blocks.0.attn.qkv.weight"] - state["model"]["blocks.0.attn.qkv.weight"]).norm() > 0
+               for state in states)  # fmt: skip
+    _, chained = trained("b", files[72], (73,))
+    assert follows(states[-1]["ema"], chained, 2) == 70
+    (data / "B").rename(data / "C")
+    _, renamed = trained("c", files[72], (73,), "--new-classes")
+    assert renamed[0]["phase"]["ema_start"] == 72
+
+
 def test_sampling_again_removes_the_files_of_the_run_before(tmp_path):
     path, folder = make_checkpoint(tmp_path / "best.pt", video=False, ebm="dot"), tmp_path / "s"
     sample(path, folder, "--report-energy", "--stop-below", 1e-9)
@@ -220,4 +256,4 @@ def test_training_continues_from_an_exported_model_on_new_classes_at_its_size_wi
     assert all((value - shared[name]).abs().max() < 1e-6 for name, value in trained["model"].items())
     row = json.loads((folder / "metrics.jsonl").read_text().splitlines()[-1])
     assert (row["lr"], row["muon_lr"]) == (1e-9, 1e-9)
-    assert trained["phase"].items() >= {"first_step": 70, "position": 4, "pretrained": True}.items()
+    assert trained["phase"].items() >= {"first_step": 70, "position": 4, "ema_start": 70}.items()
