@@ -5,6 +5,7 @@ import json
 import os
 import shutil
 import subprocess
+import sys
 from pathlib import Path
 
 import numpy as np
@@ -15,6 +16,7 @@ import checkpoint
 import export
 import sample_gd
 import train
+from models import model_config
 from runtime import metrics
 from runtime.cli import one_line
 from tiny_data import make_vae
@@ -151,31 +153,43 @@ def test_train_progressive_passes_odd_names_unchanged(run_copy, tmp_path):
 def test_train_progressive_trains_all_phases_in_one_run_if_asked(run_copy):
     settings = {f"{name}_{phase}": str(10 * phase) for name in ("STEPS", "BATCH") for phase in (1, 2, 3)}
     _, (call,) = run_copy("train_progressive.sh", "--more", CACHE="0", ONE_RUN="1", LR_DECAY="0.4", **settings)
-    assert call[-3:] == ["--frames-schedule=4:10:10,8:20:20,16:30:30", "--lr-decay=0.4", "--more"]
-    assert "--resume" in call and not any(flag.startswith(("--num-frames", "--ckpt")) for flag in call)
+    assert call[-2:] == ["--frames-schedule=4:10:10,8:20:20,16:30:30", "--more"]
+    assert call[call.index("--lr-decay") + 1] == "0.4"
+    assert "--resume" in call and not any(flag.startswith(("--num-frames", "--ckpt", "--lr-decay-")) for flag in call)
+
+
+POSITIONS = ["--position-table", "space", "--rope-speed", "0.5"]
+INTERVALS = ["--frame-interval", "1", "2"]
 
 
 @pytest.mark.parametrize(
-    ("settings", "on_gpu", "flags"),
+    ("settings", "on_gpu", "flags", "share", "compiled"),
     [
-        ({}, False, []),  # as published: the defaults of train.py
-        ({}, True, ["--compile"]),
-        ({"COMPILE": "0"}, True, []),
-        ({"RECIPE": "small"}, False, ["--optimizer", "muon", "--gamma-shift", "3"]),
+        ({}, False, INTERVALS, "0.75", []),
+        ({"RECIPE": "ours"}, True, INTERVALS, "0.75", ["--compile"]),
+        ({"COMPILE": "0"}, True, INTERVALS, "0.75", []),
+        ({"RECIPE": "small"}, False, [*INTERVALS, "--optimizer", "muon", "--gamma-shift", "3"], "0.75", []),
+        ({"RECIPE": "published"}, False, ["--cfg-scale", "4"], "0", []),  # the rest are the defaults of train.py
+        ({"RECIPE": "published", "FORCING": "0.5"}, False, ["--cfg-scale", "4"], "0.5", []),
     ],
 )
-def test_train_progressive_takes_the_published_recipe_by_default(settings, on_gpu, flags, run_copy, tmp_path):
+def test_each_recipe_passes_its_flags_and_our_positions(settings, on_gpu, flags, share, compiled, run_copy, tmp_path):
     if on_gpu:
         (tmp_path / "bin/nvidia-smi").touch(0o755)
     _, (call,) = run_copy("train_progressive.sh", CACHE="0", **settings)  # ends after phase 1, which has saved nothing
     _, (energy,) = run_copy("train_progressive.sh", "--ebm", "dot", CACHE="0", **settings)
     assert "--compile" not in energy and energy[-2:] == ["--ebm", "dot"]
     found = call[call.index("--resume") + 1 : call.index("--num-frames=4")]
-    assert found[:3] == ["--frame-interval", "1", "2"]
-    assert [flag for flag in found[3:] if flag not in (*POSITIONS, "--forcing", "0.75")] == flags
+    assert found == [*flags, *POSITIONS, "--forcing", share, "--lr-decay", "0", *compiled]
 
 
-POSITIONS = ["--position-table", "space", "--rope-speed", "0.5"]
+def test_the_published_recipe_is_that_of_the_paper(monkeypatch):
+    """AdamW at 1e-4 without weight decay, uniform gamma, no forcing, label dropout 0.1."""
+    monkeypatch.setattr(sys, "argv", ["train.py", "--data-path", "x"])
+    args = train.parse_args()
+    assert (args.optimizer, args.lr, args.gamma_shift, args.forcing, args.lr_decay) == ("adamw", 1e-4, 1.0, 0.0, 0.0)
+    assert args.weight_decay is None  # which only --optimizer muon raises above 0
+    assert model_config("EqM-S/4", input_size=16, in_channels=3, num_classes=2).class_dropout_prob == 0.1
 
 
 def test_train_progressive_gives_its_positions_to_a_new_model_and_leaves_those_of_a_checkpoint(run_copy, tmp_path):
