@@ -5,7 +5,8 @@
     python EqM/evaluate.py --metric motion --samples samples --data-path datasets/moving-shapes --out motion.json
     python EqM/evaluate.py --manifest fvd.json --out again.json
 
-fvd          Fréchet distance of the features of whole clips; fvd2048_16f is the protocol of 2,048 clips of 16 frames
+fvd          Fréchet distance of the features of whole clips; fvd2048_16f_cfg1 is the protocol of 2,048 clips of 16
+             frames without guidance, which has to be chosen (--cfg-scale in training or sampling)
 fid          Fréchet distance of the features of all frames, or of images
 motion       Moving Shapes only, where the truth is known: direction, shape, speed and area of the moving object; of
              bouncing ones whether it stays one object, its speed, and whether it turns at the borders and only there
@@ -55,6 +56,11 @@ SPLITS = {name: "train" if name in frechet.CALLS else "val" for name in NUM_REAL
 # Flags that may be given beside --manifest, as they do not change the values
 FREE_FLAGS = {"manifest", "out", "ckpt", "samples", "data_path", "detector", "vae", "cache", "num_workers", "tolerance"}
 MISSING = object()
+# What earlier versions did, whose manifests lack these flags
+EARLIER_FLAGS = {
+    "given_frames": None, "samples_per_clip": 1, "window": None, "overlap": None, "guidance_chosen": None,
+    "keep_background": True,
+}  # fmt: skip
 
 
 def parse_args():
@@ -111,8 +117,8 @@ def repeat_flags(args, given):
     if extra := sorted(given - FREE_FLAGS):
         flag = "--" + extra[0].replace("_", "-")
         raise UserError(f"{flag}: --manifest {args.manifest} sets it: leave it out")
-    if isinstance(old["flags"], dict):  # older manifests have no flags of --metric prediction
-        old["flags"] = {"given_frames": None, "samples_per_clip": 1, "window": None, "overlap": None} | old["flags"]
+    if isinstance(old["flags"], dict):
+        old["flags"] = EARLIER_FLAGS | old["flags"]
     if not isinstance(old["flags"], dict) or old["flags"].keys() != vars(args).keys():
         raise UserError(f"--manifest {args.manifest}: has the flags of another version: repeat it with that code")
     try:
@@ -184,6 +190,12 @@ def open_generated(args):
         raise UserError(f"{place}: has {args.num_samples} clips, --metric {args.metric} needs at least {least}")
     if generated.num_frames == 1 and args.metric != "fid":
         raise UserError(f"{place}: holds images, --metric {args.metric} needs videos of at least 2 frames")
+    if args.metric in frechet.CALLS and generated.guidance is None:
+        advice = "give --cfg-scale" if args.ckpt else "sample again with --cfg-scale"
+        raise UserError(
+            f"{place}: nobody chose its guidance, on which --metric {args.metric} depends; expected --cfg-scale in "
+            f"training or sampling; {advice}, 1 for none"
+        )
     if args.metric == "prediction":
         check_prediction(args, generated)
     if args.metric == "motion" and (generated.labels < 0).any():
@@ -228,14 +240,17 @@ def truth_file(args):
 # The manifest and the values
 
 
-def protocol(args, num_frames):
-    """A name such as fvd2048_16f: metric, number of generated clips, frames; and what differs from the default."""
+def protocol(args, num_frames, guidance):
+    """A name such as fvd2048_16f_cfg1: metric, number of generated clips, frames, for fvd and fid the guidance; and
+    what differs from the default.
+    """
     split = "" if args.split == SPLITS[args.metric] else f"_{args.split}"
     if args.metric == "prediction":
         best = "" if args.samples_per_clip == 1 else f"_best{args.samples_per_clip}"
         return f"prediction{args.num_real}{best}{split}_{len(args.given_frames)}of{num_frames}f"
     real = "" if args.num_real == args.num_samples else f"_real{args.num_real}"
-    return f"{args.metric}{args.num_samples}{real}{split}_{num_frames}f"
+    chosen = f"_cfg{guidance:g}" if args.metric in frechet.CALLS else ""
+    return f"{args.metric}{args.num_samples}{real}{split}_{num_frames}f{chosen}"
 
 
 def start_manifest(args, generated, real, num_features):
@@ -250,7 +265,7 @@ def start_manifest(args, generated, real, num_features):
     return {
         "format": manifest.FORMAT,
         "metric": args.metric,
-        "protocol": protocol(args, generated.num_frames),
+        "protocol": protocol(args, generated.num_frames, generated.guidance),
         "generated": generated.provenance() | shared,
         "real": real,
         "detector": detector,

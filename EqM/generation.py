@@ -7,6 +7,7 @@ import math
 import os
 from copy import deepcopy
 from dataclasses import asdict, dataclass
+from functools import partial
 from pathlib import Path
 
 import torch
@@ -15,7 +16,7 @@ from torch import nn
 import checkpoint
 import published
 import transport
-from given import Details
+from given import Details, paste_given
 from models import EBMS, NAMES, EqM, model_name
 from rope import REFERENCE_FPS
 from runtime import distributed
@@ -27,7 +28,7 @@ from sharding import is_sharded
 from vae import VAE, check_same, load_vae
 from video.samples import NO_LABEL, class_name
 
-MOST_FRAMES, MOST_SAMPLES = 2**16, 2**24  # more is a typing error
+MOST_FRAMES, MOST_SAMPLES, MOST_EVALUATIONS = 2**16, 2**24, 100_000  # more is a typing error
 SAMPLER = {  # flags of the sampler: their defaults for a checkpoint that has none
     "sampler": "gd", "num_sampling_steps": 250, "stepsize": 0.0017, "mu": 0.3, "stop_below": None, "cfg_scale": 4.0,
 }  # fmt: skip
@@ -38,7 +39,9 @@ STOP_BELOW = 1.0  # as accurate as 250 points with 57% of their evaluations: scr
 # Flags
 
 
-def add_sample_flags(add, num_samples, num_samples_help="number of samples", several=False):
+def add_sample_flags(
+    add, num_samples, num_samples_help="number of samples", several=False, keep_background=True
+):  # fmt: skip
     """What is sampled; `add` is the add_argument of a group. several: --num-frames takes several numbers, as a list."""
     frames = number(int, least=1, most=MOST_FRAMES)
     rate, scale = number(float, least=FPS[0], most=FPS[1]), number(float, least=1 / FPS[1], most=1 / FPS[0])
@@ -47,7 +50,7 @@ def add_sample_flags(add, num_samples, num_samples_help="number of samples", sev
     length += "; several numbers: samples of each, in folders DIR-fN" if several else ""
     add("--num-frames", type=frames, nargs="+" if several else None, metavar="N", help=length)
     window = "longer videos are sampled in windows of N frames, each given the last ones of the one before; default: "
-    window += "the length trained on last, or all frames if the model was trained without --forcing"
+    window += "the longest time span of training, or all frames if the model was trained without --forcing"
     add("--window", type=frames, metavar="N", help=window)
     add("--overlap", type=COUNT, metavar="N", help="frames that a window has from the one before; default: half of it")
     add("--fps", type=rate, metavar="X", help="frames per second of the samples; " + trained)
@@ -64,6 +67,9 @@ def add_sample_flags(add, num_samples, num_samples_help="number of samples", sev
     beyond += "whole but slower motion"
     add("--rope-scale", type=rope_scale, choices=["none", "linear"], default="none", help=beyond)
     add("--no-ema", action="store_true", help="use the raw weights instead of the EMA weights")
+    background = "with given frames and a VAE, add the detail that it lost of the last given frame wherever nothing "
+    background += "moves: looks better, but is not made by the model"
+    add("--keep-background", action=argparse.BooleanOptionalAction, default=keep_background, help=background)
 
 
 def rope_scale(text):
@@ -93,15 +99,19 @@ def add_sampling_flags(parser):
     usual = {name: "" if value is None else f"; default: {value}" for name, value in SAMPLER.items()}
     samplers = "gd: gradient descent; ngd: with Nesterov momentum; euler, heun: the ODE in gamma, for comparison"
     add("--sampler", choices=[*DESCENTS, *SOLVERS], help=samplers + usual["sampler"])
-    points = "number of points; takes N - 1 evaluations" + usual["num_sampling_steps"]
+    follows = "; gd and ngd: if only one of {} and {} is given, the other follows so that steps x step size stays"
+    follows = follows.format("--num-sampling-steps", "--stepsize")
+    points = "number of points, one more than evaluations" + usual["num_sampling_steps"] + follows
     add("--num-sampling-steps", type=number(int, least=2), metavar="N", help=points)
-    add("--stepsize", type=POSITIVE, metavar="X", help="step size eta of gd and ngd" + usual["stepsize"])
+    size = "step size eta of gd and ngd; see --num-sampling-steps" + usual["stepsize"]
+    add("--stepsize", type=POSITIVE, metavar="X", help=size)
     add("--mu", type=NON_NEGATIVE, metavar="X", help="momentum of ngd" + usual["mu"])
     adaptive = "gd and ngd: stop a sample when the root mean square of its field falls below R; without a number R is "
     adaptive += f"{STOP_BELOW}; 0: off"
     add("--stop-below", type=NON_NEGATIVE, nargs="?", const=STOP_BELOW, metavar="R", help=adaptive + "; default: off")
     guidance = "classifier-free guidance scale; 1 = off" + usual["cfg_scale"]
     add("--cfg-scale", type=NON_NEGATIVE, metavar="X", help=guidance)
+    parser.set_defaults(guidance_chosen=None)  # whether somebody gave --cfg-scale, here or in training: settle_sampler
 
 
 def settle_sampler(args, path, training):
@@ -114,7 +124,9 @@ def settle_sampler(args, path, training):
         check_sampler(kept)
     except ValueError as error:
         raise UserError(f"--ckpt {path}: no settings of a sampler ({error}): name another checkpoint") from error
-    asked = args.stop_below
+    asked, is_default = args.stop_below, kept["cfg_scale"] == SAMPLER["cfg_scale"]  # as older files do not say it
+    args.guidance_chosen = args.cfg_scale is not None or bool(training.get("guidance_chosen", not is_default))
+    keep_path_length(args, kept)
     for name, value in kept.items():
         if getattr(args, name) is None:
             setattr(args, name, value)
@@ -122,6 +134,24 @@ def settle_sampler(args, path, training):
         raise UserError(f"--stop-below {asked}: {args.sampler} has a fixed number of steps; use gd or ngd")
     if args.sampler in SOLVERS or args.stop_below == 0:
         args.stop_below = None
+
+
+def keep_path_length(args, kept):
+    """Where only one of --num-sampling-steps and --stepsize is given, set the other one so that evaluations x step size
+    is what it was in the settings that are kept.
+
+    Raises UserError.
+    """
+    length, count, size = (kept["num_sampling_steps"] - 1) * kept["stepsize"], args.num_sampling_steps, args.stepsize
+    if (count is None) == (size is None) or (args.sampler or kept["sampler"]) in SOLVERS:
+        return
+    if size is None:
+        args.stepsize = length / (count - 1)
+    elif length / size < MOST_EVALUATIONS:
+        args.num_sampling_steps = max(1, round(length / size)) + 1
+    else:
+        found = f"--stepsize {size:g}: a path of length {length:g} takes {length / size:.3g} evaluations"
+        raise UserError(f"{found}; expected fewer than {MOST_EVALUATIONS}; take larger steps")
 
 
 def check_sampler(values):
@@ -232,18 +262,24 @@ def open_checkpoint(args):
     data, training = config["data"], config["training"]
     settle_sampler(args, args.ckpt, training)
     vae = open_vae(args, model.config, data)
-    num_frames, forcing = args.num_frames or training["num_frames"], training.get("forcing", 0.0)  # older files: none
+    trained_frames, time_scale = training["num_frames"], seconds_per_frame(args, data)
+    num_frames, forcing = args.num_frames or trained_frames, training.get("forcing", 0.0)  # older files: none
+    if trained_frames <= model.config.temporal_patch_size:
+        forcing = 0.0  # clips of one temporal patch are not forced
     by_windows = forcing and args.rope_scale == "none"  # which squeezes all frames into the trained span
-    usual = training["num_frames"] if by_windows else num_frames
+    stretch = checkpoint.longest_time_scale(data) / time_scale
+    usual = longest_window(model.config, trained_frames, stretch) if by_windows else num_frames
     window, overlap = choose_windows(args, model.config, num_frames, usual)
     if not training["video"] and num_frames != 1:
         raise UserError(f"--num-frames {num_frames}: --ckpt {args.ckpt} holds an image model: leave the flag out")
-    time_scale, labels = seconds_per_frame(args, data), choose_labels(args, data["classes"])
-    scale_rope(args, model, data, training["num_frames"], window, time_scale)
+    labels = choose_labels(args, data["classes"])
+    scale_rope(args, model, data, trained_frames, window, time_scale)
     name = model_name(**asdict(model.config))
-    sampler = f"{args.sampler} of {args.num_sampling_steps} points, guidance {args.cfg_scale:g}"
+    evaluations = (args.num_sampling_steps - 1) * (1 + (args.sampler == "heun")) - (args.sampler == "heun")
+    steps = f" of step size {args.stepsize:.3g}" if args.sampler in DESCENTS else ""
+    sampler = f"{args.sampler}, {evaluations} evaluations{steps}, guidance {args.cfg_scale:g}"
     windows = f" in windows of {window}" if window < num_frames else ""
-    trained = f"trained on {training['num_frames']} frames"
+    trained = f"trained on {trained_frames} frames"
     say(f"{args.ckpt}: {name}, step {step}, {trained}; samples of {num_frames}{windows} by {sampler}")
     if window < num_frames and not forcing:
         say(f"note: {args.ckpt} was trained without --forcing: its windows may not go on as those before end")
@@ -254,6 +290,19 @@ def open_checkpoint(args):
 def window_starts(num_frames, window, overlap):
     """The first frame of each window of a video."""
     return list(range(0, max(1, num_frames - overlap), window - overlap))
+
+
+def longest_window(config, num_frames, stretch):
+    """The number of frames that cover the longest time span of training, at least those of a training clip.
+
+    num_frames: of the clips that trained last; stretch: the longest time between two of their frames, relative to that
+    between two frames of the sample. Fixed positions are tied to num_frames. Rotary positions in time are those of
+    whole temporal patches, so the last patch of the window begins no later than the last one of a training clip did.
+    """
+    if not config.use_rope:
+        return num_frames
+    more = (config.grid(num_frames)[0] - 1) * (stretch - 1)
+    return num_frames + max(0, math.floor(more + 1e-6)) * config.temporal_patch_size
 
 
 def choose_windows(args, config, num_frames, usual):
@@ -342,6 +391,8 @@ def provenance(source, args):
         "overlap": source.overlap,
         "time_scale": source.time_scale,
         "rope_scale": args.rope_scale,
+        "keep_background": args.keep_background,
+        "guidance_chosen": args.guidance_chosen,
         "seed": args.seed,
         "batch_size": args.batch_size,
         "compile": args.compile,
@@ -377,15 +428,16 @@ def generate_clips(source, indices, *args, **settings):
 
 
 def generate_parts(
-    source, indices, seed, device, settings, batch_size=16, init=None, init_gamma=0.0, given=None, energy=False,
-    show=True, before_evaluation=None,
+    source, indices, seed, device, settings, batch_size=16, init=None, init_gamma=0.0, given=None,
+    keep_background=True, energy=False, show=True, before_evaluation=None,
 ):  # fmt: skip
     """Generate the samples `indices` of a Source, batch by batch and window by window, with one progress bar.
 
     The noise of a sample depends on seed, index and window alone. Each window is given the last frames of the one
     before. Clips are uint8 (n, 3, T, H, W). init(indices), if not None, returns those that have the share init_gamma in
     the start; the rest is noise. given(indices) returns clips and a mask (n, T): where it is true, frames are kept as
-    they are. before_evaluation(), if it is there, is called before each evaluation of the network, and may raise.
+    they are; with keep_background the others get their `Details`. before_evaluation(), if it is there, is called before
+    each evaluation of the network, and may raise.
     A batch in which no sample has a label has no guidance.
     Yields of each window of each batch: the samples' indices, the number of its first new frame, its new frames uint8
     (n, k, H, W, 3), evaluations (n,) and energies (n, num_steps), None without `energy`.
@@ -403,7 +455,7 @@ def generate_parts(
             labels, tail = source.labels[batch], None
             changes = {} if (labels != NO_LABEL).any() else {"guidance": 1.0}
             clips, mask = (part.to(device) for part in given(batch)) if given else (None, None)
-            details = Details(clips, mask) if given else None
+            show_given = given and (Details(clips, mask).add if keep_background else partial(paste_given, clips, mask))
             for number, start in enumerate(starts):
                 latents, evaluations, energies = generate_batch(
                     network,
@@ -419,7 +471,7 @@ def generate_parts(
                 )
                 tail, first = latents[:, :, -source.overlap :], source.overlap if number else 0
                 videos = source.vae.decode(latents[:, :, first : source.num_frames - start])
-                videos = details.add(videos, start + first) if given else videos
+                videos = show_given(videos, start + first) if given else videos
                 yield batch, start + first, videos, evaluations, energies
 
 

@@ -118,6 +118,15 @@ class Details:
         return torch.stack(detailed, dim=1)
 
 
+def paste_given(clips, mask, videos, first):
+    """Decoded frames from `first` on, uint8 (n, k, H, W, 3), with the given ones as they were read and no other change.
+
+    clips uint8 (n, 3, T, H, W), mask (n, T): where it is true, a frame is given.
+    """
+    part = slice(first, first + videos.shape[1])
+    return torch.where(mask[:, part, None, None, None], clips[:, :, part].permute(0, 2, 3, 4, 1), videos)
+
+
 def nearest_given(given):
     """For each frame the number of the last given one up to it or, if there is none, of the first one: (n, T) of a mask
     (n, T). Any number if none is given.

@@ -193,7 +193,7 @@ def sample_run(args, source, indices, init, given, device):
         say(f"note: {idle} of {world_size()} ranks have nothing to do: a smaller --batch-size shares the work")
     made = generation.generate_parts(
         source, indices, args.seed, device, generation.sampling_settings(args), args.batch_size, init, args.init_gamma,
-        given, energy=args.report_energy, show=rank() == 0,
+        given, args.keep_background, energy=args.report_energy, show=rank() == 0,
     )  # fmt: skip
     rounds = math.ceil(args.num_samples / (args.batch_size * world_size()))
     parts = in_order(made, rounds * len(source.window_starts))

@@ -88,6 +88,7 @@ class Model(Trained):
         samples, args = self.manifest(self.task(name, "samples")).with_suffix(""), self.args
         if not (samples / "samples.json").exists():
             words = ["--ckpt", latest, "--video", "--num-frames", args.num_frames, "--num-samples", args.clips]
+            words += ["--window", WINDOW]
             self.run_script("EqM/sample_gd.py", *words, *self.sampling_flags, *flags, "--folder", samples)
         words = ["--samples", samples, "--data-path", test, "--split", "all", "--num-real", args.clips]
         words += ["--num-workers", 0, "--out", self.manifest(self.task(name, metric))]
@@ -97,7 +98,7 @@ class Model(Trained):
         """The peak memory, MiB, of sample_gd.py for 16 short and 16 long videos, in a file like the manifests."""
         values = {}
         for num_frames in (SHORT, self.args.num_frames):
-            words = ["--ckpt", latest, "--video", "--num-frames", num_frames, "--num-samples", 16]
+            words = ["--ckpt", latest, "--video", "--num-frames", num_frames, "--window", WINDOW, "--num-samples", 16]
             words += ["--num-sampling-steps", 3, "--folder", self.folder / "memory-samples"]
             values[num_frames] = peak_memory("EqM/sample_gd.py", *words)
         with atomic_write(self.manifest(self.memory)) as file:

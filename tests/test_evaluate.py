@@ -62,7 +62,7 @@ def write_samples(folder, clips, labels, classes, **about):
 @pytest.fixture(scope="module")
 def samples(shapes, tmp_path_factory):
     """A sample folder that holds real clips."""
-    about = {"source": {"temporal_patch_size": 4}}
+    about = {"source": {"temporal_patch_size": 4}, "flags": {"cfg_scale": 1.0}}
     return write_samples(tmp_path_factory.mktemp("samples") / "s", *read_clips(shapes, "val", 12, stream="a"), **about)
 
 
@@ -123,10 +123,40 @@ def test_the_distance_is_that_of_all_features_at_once(metric, shapes, samples, d
     assert found["values"][metric] == pytest.approx(by_scipy(naive_features(generated), naive_features(real)), rel=1e-4)
     low, high = found["result"]["interval95"]
     assert low < found["values"][metric] < high
-    assert found["protocol"] == f"{metric}12_real20_8f"
+    assert found["protocol"] == f"{metric}12_real20_8f_cfg1"
     assert max(batches) == 5  # no more clips are held at once
     assert found["real"]["split"] == "train" and found["real"]["num_videos"] == len(list(shapes.glob("*/*g02*")))
     assert found["detector"]["sha256"] == sha256(detector)
+
+
+@pytest.mark.parametrize(
+    ("trained", "flags", "name"),
+    [
+        ({"cfg_scale": 4.0, "guidance_chosen": False}, [], None),
+        ({"cfg_scale": 4.0}, [], None),  # an older checkpoint, which does not say whether the default was chosen
+        ({}, [], None),
+        ({"cfg_scale": 4.0, "guidance_chosen": True}, [], "cfg4"),
+        ({"cfg_scale": 1.5}, [], "cfg1.5"),
+        ({"cfg_scale": 4.0, "guidance_chosen": False}, ["--cfg-scale", 1], "cfg1"),
+        ({"cfg_scale": 4.0, "guidance_chosen": False}, ["--classes", "none"], "cfg1"),
+    ],
+)
+def test_a_frechet_distance_needs_a_guidance_that_somebody_chose_and_names_it(
+    trained, flags, name, shapes, ckpt, detector, tmp_path, capsys
+):
+    state = checkpoint.load(ckpt)
+    state["config"]["training"] |= trained
+    checkpoint.save(tmp_path / "a.pt", state)
+    steps = ["--num-sampling-steps", 3, "--num-samples", 2]
+    run_main(sample_gd, "--video", "--ckpt", tmp_path / "a.pt", "--folder", tmp_path / "s", *steps, *flags)
+    places = ["--ckpt", tmp_path / "a.pt", *steps, *flags], ["--samples", tmp_path / "s"]
+    for place, advice in zip(places, ("give --cfg-scale, 1", "sample again with --cfg-scale, 1"), strict=True):
+        flags = ["--metric", "fvd", "--data-path", shapes, "--detector", detector, "--num-real", 2, *place, *FEW]
+        found = run("--out", tmp_path / "a.json", *flags, status=0 if name else 2)
+        if name:
+            assert found["protocol"] == f"fvd2_4f_{name}" and "guidance_chosen" in str(found["generated"])
+        else:
+            assert advice in capsys.readouterr().err
 
 
 def test_several_sample_folders_have_a_manifest_each_as_if_scored_alone(shapes, samples, tmp_path, capsys):
@@ -145,11 +175,11 @@ def test_several_sample_folders_have_a_manifest_each_as_if_scored_alone(shapes, 
 def test_an_older_manifest_of_a_forced_model_is_repeated_without_windows_and_without_its_threshold(shapes, tmp_path):
     path = make_checkpoint(tmp_path / "a.pt", scan_videos(shapes).classes)
     state = checkpoint.load(path)
-    state["config"]["training"] |= {"forcing": 0.5, "stop_below": 1e9}
+    state["config"]["training"] |= {"forcing": 0.5, "stop_below": 1e9, "num_frames": 5}
     checkpoint.save(path, state)
     flags = ["--metric", "consistency", "--ckpt", path, "--data-path", shapes, "--num-real", 4, "--num-frames", 8]
     by_default = run("--out", tmp_path / "w.json", *flags, *FEW, *SHORT)
-    assert by_default["generated"]["window"] == 4 and by_default["generated"]["stop_below"] == 1e9
+    assert by_default["generated"]["window"] == 5 and by_default["generated"]["stop_below"] == 1e9
     old = run("--out", tmp_path / "m.json", *flags, "--window", 8, "--stop-below", 0, *FEW, *SHORT)
     old["flags"] |= {"window": None}
     del old["generated"]["window"], old["generated"]["overlap"]  # as code wrote it that had no windows
@@ -192,7 +222,7 @@ def test_a_manifest_repeats_bit_for_bit_and_says_so_when_it_does_not(
 ):
     flags = ["--metric", "fvd", "--ckpt", ckpt, "--data-path", shapes, "--detector", detector, "--num-real", 8]
     old = run("--out", tmp_path / "a.json", *flags, "--num-frames", 5, "--seed", 3, *FEW, *SHORT)
-    assert old["generated"]["num_clips"] == 8 and old["protocol"] == "fvd8_5f"
+    assert old["generated"]["num_clips"] == 8 and old["protocol"] == "fvd8_5f_cfg1.5"
     assert (old["generated"]["seed"], old["generated"]["num_steps"], old["generated"]["step"]) == (3, 4, 70)
     repeat = ["--out", tmp_path / "b.json", "--manifest", tmp_path / "a.json"]
     new = run(*repeat)
@@ -257,7 +287,7 @@ def test_images_have_a_fid_from_a_checkpoint_and_from_its_samples(detector, tmp_
     path = make_checkpoint(tmp_path / "best.pt", ["A", "B"], video=False)
     shared = ["--metric", "fid", "--data-path", data, "--detector", detector, "--num-real", 10, *FEW]
     found = run("--out", tmp_path / "a.json", *shared, "--ckpt", path, *SHORT)
-    assert found["protocol"] == "fid10_1f" and found["values"]["fid"] > 0
+    assert found["protocol"] == "fid10_1f_cfg1.5" and found["values"]["fid"] > 0
     run_main(sample_gd, "--ckpt", path, "--folder", tmp_path / "s", "--num-samples", 10, *SHORT)
     again = run("--out", tmp_path / "b.json", *shared, "--samples", tmp_path / "s")
     assert again["values"]["fid"] == pytest.approx(found["values"]["fid"], rel=1e-6)

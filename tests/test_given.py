@@ -16,7 +16,7 @@ from runtime.cli import UserError
 from tiny_data import make_samples, make_state, make_vae, write_npz
 from tiny_videos import halves, picture, save, write_video
 from training import ROOT, TORCHRUN, run_main
-from vae import load_vae
+from vae import VAE, load_vae
 from video.files import resize_and_crop
 from video.inputs import find_clips
 
@@ -179,6 +179,20 @@ def test_given_frames_come_back_as_they_were_read_and_the_others_are_sampled(pla
         assert about["given"][number] == {
             "source": str(places / f"B/{name}.mp4"), "frames": f"0-{count - 1}", "class": "B"
         }  # fmt: skip
+
+
+def test_without_the_background_only_given_frames_are_not_what_the_vae_decodes(places, tmp_path, monkeypatch):
+    decoded, decode = [], VAE.decode
+    monkeypatch.setattr(VAE, "decode", lambda *args: decoded.append(decode(*args)) or decoded[-1])
+    flags = ["--given", places / "B/b.mp4", "--given-frames", "0-4", "--num-frames", 16, "--window", 10, "--overlap", 4]
+    clips, about = run(places, tmp_path / "s", *flags, "--no-keep-background", model="latents")
+    assert np.array_equal(clips[:, 5:], torch.cat(decoded, dim=1)[:, 5:])
+    read = only(places / "B/b.mp4").read(range(5), 0.04, 16)
+    assert all(np.array_equal(clip[:5], read.permute(1, 2, 3, 0)) for clip in clips)
+    assert about["source"]["keep_background"] is False
+    decoded.clear()
+    kept, about = run(places, tmp_path / "t", *flags, model="latents")
+    assert not np.array_equal(kept, clips) and about["source"]["keep_background"] is True
 
 
 def test_given_latents_are_kept_bit_for_bit_and_are_those_of_the_vae(places, tmp_path, monkeypatch):

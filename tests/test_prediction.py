@@ -9,13 +9,17 @@ import pytest
 from PIL import Image
 from skimage.metrics import structural_similarity
 
+import checkpoint
 import evaluate
 from given import frame_ranges
 from make_moving_shapes import draw_clip
 from scoring import prediction
 from scoring.motion import Truth, track
 from test_evaluate import ckpt, make_checkpoint, read_clips  # noqa: F401 (a fixture)
+from tiny_data import make_state, make_vae
 from training import run_main
+from vae import VAE
+from video.index import scan_videos
 
 FEW = ["--num-workers", 0, "--num-sampling-steps", 4, "--stepsize", 0.05, "--num-frames", 8]
 
@@ -182,6 +186,23 @@ def test_predictions_continue_the_very_clips_they_are_compared_with(shapes, ckpt
         run_main(evaluate, "--manifest", tmp_path / "p.json", "--out", again)
         assert json.loads(again.read_text())["repeats"]["bit_equal"]
     assert json.loads(again.read_text())["values"] == made["values"] and made["values"]["psnr_moving_repeated"] > 0
+
+
+@pytest.mark.parametrize(("flags", "pasted"), [([], False), (["--keep-background"], True)])
+def test_predictions_are_scored_as_the_vae_decodes_them_unless_told_otherwise(
+    shapes, tmp_path, monkeypatch, flags, pasted
+):  # noqa: F811
+    scored, decoded = [], []
+    score_clip, decode = prediction.score_clip, VAE.decode
+    monkeypatch.setattr(prediction, "score_clip", lambda *args: scored.append(args[1][0]) or score_clip(*args))
+    monkeypatch.setattr(VAE, "decode", lambda *args: decoded.append(decode(*args)) or decoded[-1])
+    state = make_state(input_size=8, in_channels=4, depth=1, num_classes=12, num_frames=8, use_rope=True)
+    state["config"]["data"] |= {"vae": str(make_vae(tmp_path / "vae")), "classes": scan_videos(shapes).classes}
+    checkpoint.save(tmp_path / "a.pt", state)
+    made = run(tmp_path, "--ckpt", tmp_path / "a.pt", "--data-path", shapes, "--num-real", 2, *flags)
+    assert made["generated"]["keep_background"] == pasted
+    for sample, frames in zip(scored, decoded[0].numpy(), strict=True):
+        assert np.array_equal(sample[4:], frames[4:]) != pasted
 
 
 def test_without_a_label_and_with_all_videos(shapes, ckpt, tmp_path, monkeypatch):  # noqa: F811

@@ -42,18 +42,47 @@ def test_a_checkpoint_and_its_export_sample_as_they_were_trained_with_unless_a_f
 ):
     state = make_checkpoint(tmp_path / "a.pt", **TUNED)
     assert settings_of(tmp_path / "a.pt") == TUNED
-    assert "ngd of 3 points, guidance 1.5" in capsys.readouterr().out
+    assert "ngd, 2 evaluations of step size 0.05, guidance 1.5" in capsys.readouterr().out
     write_export(tmp_path / "exported", state)
     assert settings_of(tmp_path / "exported") == TUNED
-    changed = settings_of(tmp_path / "a.pt", "--cfg-scale", 2, "--num-sampling-steps", 2, "--stop-below", 0)
-    assert changed == TUNED | {"cfg_scale": 2.0, "num_sampling_steps": 2, "stop_below": None}
+    changed = settings_of(tmp_path / "a.pt", "--cfg-scale", 2, "--mu", 0.1, "--stop-below", 0)
+    assert changed == TUNED | {"cfg_scale": 2.0, "mu": 0.1, "stop_below": None}
     assert settings_of(tmp_path / "a.pt", "--sampler", "heun") == TUNED | {"sampler": "heun", "stop_below": None}
 
 
 def test_a_checkpoint_without_settings_samples_as_the_default_says(tmp_path, settings_of):
     make_checkpoint(tmp_path / "old.pt")
-    expected = SAMPLER | {"num_sampling_steps": 2}
-    assert settings_of(tmp_path / "old.pt", "--num-sampling-steps", 2) == expected
+    assert settings_of(tmp_path / "old.pt", "--num-sampling-steps", 3, "--stepsize", 0.1) == SAMPLER | {
+        "num_sampling_steps": 3, "stepsize": 0.1
+    }  # fmt: skip
+
+
+@pytest.mark.parametrize(
+    ("flags", "points", "size"),
+    [
+        ({"--num-sampling-steps": 6}, 6, 0.02),  # of a path of 2 x 0.05
+        ({"--stepsize": 0.01}, 11, 0.01),
+        ({"--stepsize": 0.03}, 4, 0.03),  # as near as whole steps come
+        ({"--stepsize": 5.0}, 2, 5.0),  # one evaluation at least
+        ({"--stepsize": 0.01, "--num-sampling-steps": 4}, 4, 0.01),
+        ({"--num-sampling-steps": 6, "--sampler": "euler"}, 6, 0.05),  # has no step size
+        ({}, 3, 0.05),
+    ],
+)
+def test_the_length_of_the_path_stays_if_only_one_of_steps_and_step_size_is_given(
+    tmp_path, settings_of, capsys, flags, points, size
+):
+    make_checkpoint(tmp_path / "a.pt", **TUNED)
+    found = settings_of(tmp_path / "a.pt", *(word for pair in flags.items() for word in pair), "--stop-below", 0)
+    assert (found["num_sampling_steps"], found["stepsize"]) == (points, pytest.approx(size))
+    step = "" if "--sampler" in flags else f" of step size {size:g}"
+    assert f"{points - 1} evaluations{step}, guidance" in capsys.readouterr().out
+
+
+def test_a_step_size_that_would_take_forever_is_one_line(tmp_path, settings_of, capsys):
+    make_checkpoint(tmp_path / "a.pt", **TUNED)
+    settings_of(tmp_path / "a.pt", "--stepsize", 1e-9, status=2)
+    assert "--stepsize 1e-09: a path of length 0.1 takes 1e+08 evaluations" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize(

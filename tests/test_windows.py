@@ -11,13 +11,16 @@ import torch
 
 import checkpoint
 import sample_gd
-from generation import Source, generate_clips, generate_parts
+import train
+from checkpoint import longest_time_scale
+from generation import Source, generate_clips, generate_parts, longest_window
 from runtime.rng import normal
 from test_models import tiny
 from tiny_data import make_state, make_vae
 from tiny_videos import write_video
-from training import PYTHON, ROOT, TORCHRUN, run_main
+from training import PYTHON, ROOT, TORCHRUN, Training, run_main
 from vae import VAE
+from video.index import scan_videos
 from video.inputs import find_clips
 
 SETTINGS = {"method": "gd", "num_steps": 4, "step_size": 0.1, "momentum": 0.3, "stop_below": None, "guidance": 1.5,
@@ -144,6 +147,40 @@ def test_more_frames_than_were_trained_come_window_by_window(places, tmp_path, m
     assert names == {f"00000{n}.{kind}" for n in range(3) for kind in ("mp4", "gif")} | {
         "grid.gif", "sheet.png", "samples.npz", "samples.json"
     }  # fmt: skip
+
+
+@pytest.mark.parametrize(
+    ("trained", "intervals", "scale", "window"),
+    [
+        (16, [1], 0.04, 16),
+        (16, [1, 2], 0.04, 28),  # the last patch began at 3 x 2; that of 32 frames would begin at 7
+        (16, [1, 2], 0.08, 16),
+        (16, [1, 2], 0.02, 52),
+        (14, [1, 2], 0.04, 26),  # its last patch is padded
+        (8, [2, 3], 0.08, 8),  # one patch apart, 1.5 do not fit
+        (4, [1, 2], 0.04, 4),  # one patch shows no distance
+        (16, [1], 0.05, 16),  # a slower frame rate than training had: as many frames
+    ],
+)
+def test_the_usual_window_ends_where_the_longest_time_span_of_training_did(trained, intervals, scale, window):
+    config = tiny(in_channels=3, temporal_patch_size=4).config
+    data = {"fps": 25.0, "frame_interval": intervals, "time_scale": 0.04 * intervals[0]}
+    assert longest_window(config, trained, longest_time_scale(data) / scale) == window
+    assert longest_window(replace(config, use_rope=False, num_frames=trained), trained, 9.0) == trained
+
+
+def test_videos_too_short_for_the_largest_interval_shorten_the_usual_window(places, shapes, tmp_path):
+    """Of 20 frames, 8 fit at most 2 apart, though --frame-interval allows 4."""
+    training = Training(shapes, tmp_path / "r", 1, flags=["--frame-interval", 1, 4, "--forcing", 0.5])
+    run_main(train, *training.command_flags("--num-frames", 8))
+    ckpt = training.folder / "checkpoints/latest.pt"
+    longest = checkpoint.load(ckpt)["config"]["data"]["longest_time_scale"]
+    frames = scan_videos(shapes).videos[0].num_frames
+    assert longest == pytest.approx(0.04 * min(4, (frames - 1) // 7))
+    run_main(sample_gd, "--video", "--ckpt", ckpt, "--num-samples", 1, "--num-frames", 40, "--num-sampling-steps", 2,
+             "--folder", tmp_path / "s")  # fmt: skip
+    window = json.loads((tmp_path / "s/samples.json").read_text())["source"]["window"]
+    assert window == 8 + 4 * (round(longest / 0.04) - 1)
 
 
 def test_without_forcing_all_frames_are_sampled_at_once_and_a_window_that_is_asked_for_gets_a_note(

@@ -2,8 +2,8 @@
 
 FromCheckpoint and FromFolder share an interface: classes (names), labels (num_samples,) int64, num_frames, image_size,
 time_scale (seconds per frame), ckpt (path of the model), images (T = 1), temporal_patch_size (None if not known),
-window and overlap (in frames; 0 if not known), evaluations (of the samples of this rank), provenance() (plain values
-for JSON), and read(indices) after to(device).
+window and overlap (in frames; 0 if not known), guidance (None if nobody chose it), evaluations (of the samples of this
+rank), provenance() (plain values for JSON), and read(indices) after to(device).
 """
 
 import hashlib
@@ -35,7 +35,8 @@ def add_checkpoint_flags(parser):
     """The flags of FromCheckpoint, except --ckpt and --batch-size. FromFolder reads two of them."""
     add = parser.add_argument_group("sampling from --ckpt").add_argument
     add("--video", action="store_true", default=None, help="require a video model; default: not checked")
-    generation.add_sample_flags(add, None, "number of generated clips; default: --num-real, or all of --samples")
+    count = "number of generated clips; default: --num-real, or all of --samples"
+    generation.add_sample_flags(add, None, count, keep_background=False)  # scores are of what the model makes
     generation.add_checked_flags(parser)
     cli.add_speed_flags(parser)
     generation.add_sampling_flags(parser)
@@ -51,6 +52,7 @@ class FromCheckpoint:
         self.image_size, self.images = self.source.image_size, not self.source.video
         self.temporal_patch_size = self.source.model.config.temporal_patch_size
         self.window, self.overlap = self.source.window, self.source.overlap
+        self.guidance = chosen_guidance(self.labels, args.cfg_scale, args.guidance_chosen)
         self.evaluations = []
 
     def to(self, device):
@@ -62,8 +64,9 @@ class FromCheckpoint:
         settings = generation.sampling_settings(self.args)
         source = self.source if time_scale is None else replace(self.source, time_scale=time_scale)
         ((clips, evaluations, _),) = generation.generate_clips(
-            source, indices, self.args.seed, self.device, settings, len(indices), given=given, show=False
-        )
+            source, indices, self.args.seed, self.device, settings, len(indices), given=given,
+            keep_background=self.args.keep_background, show=False,
+        )  # fmt: skip
         self.evaluations += evaluations.tolist()
         return clips
 
@@ -86,6 +89,9 @@ class FromFolder:
         self.images, self.ckpt = self.num_frames == 1, self.about["flags"].get("ckpt")
         self.temporal_patch_size = args.temporal_patch_size or self.about["source"].get("temporal_patch_size")
         self.window, self.overlap = (self.about["source"].get(name) or 0 for name in ("window", "overlap"))
+        guidance = self.about["flags"].get("cfg_scale")
+        is_chosen = self.about["flags"].get("guidance_chosen", guidance != generation.SAMPLER["cfg_scale"])
+        self.guidance = chosen_guidance(self.labels, guidance, is_chosen)
         self.evaluations = []
 
     def to(self, device):
@@ -97,6 +103,11 @@ class FromFolder:
     def provenance(self):
         about = {name: value for name, value in self.about.items() if name not in ("classes", "given")}
         return {"samples": str(self.folder), "samples_sha256": sha256(self.folder / "samples.npz")} | about
+
+
+def chosen_guidance(labels, guidance, is_chosen):
+    """The guidance of samples, for the name of a protocol: 1 without labels, None if nobody chose it."""
+    return 1.0 if (labels == NO_LABEL).all() else guidance if is_chosen else None
 
 
 def find_real(args, generated):
