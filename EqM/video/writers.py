@@ -21,6 +21,7 @@ from runtime.cli import one_line
 MIN_SIDE = 128  # px, of the short side of previews
 MAX_ROWS, MAX_COLUMNS = 16, 32  # of a sheet
 GIF_FRAMES = 64  # of the GIF of a long video, at most
+PALETTE_PIXELS = 2**14  # random pixels of a video that its GIF's palette is made from
 GRID, IMAGE_GRID = (3, 8), (8, 8)  # most rows and columns of a grid of videos, of images
 MAX_NAME_LENGTH = 60  # characters of a name on a sheet
 GAP = 2  # px of white between the frames of a sheet
@@ -174,13 +175,25 @@ def write_lossless(path, frames, fps):
 def write_gif(path, video, fps):
     """Write (T, H, W, 3) as a GIF that loops forever and lasts T / fps seconds.
 
+    Colors are exact if no frame has more than 256. Otherwise all frames share a palette and are not dithered: faster
+    than a palette per frame, and a pixel whose color does not change does not flicker.
     GIF delays are in 1/100 s, so those of a 30 fps video alternate between 3 and 4. Browsers slow down delays below 2,
     so above 50 fps the GIF plays slower than the video.
     """
     ends = np.round(np.arange(len(video) + 1) * 100 / fps)
     delays = np.maximum(np.diff(ends), 2).astype(int) * 10  # ms
-    first, *others = [Image.fromarray(frame) for frame in enlarge(video)]
-    first.save(path, format="GIF", save_all=True, append_images=others, duration=delays.tolist(), loop=0)
+    frames = [Image.fromarray(frame) for frame in enlarge(video)]
+    if any(frame.getcolors(256) is None for frame in frames):  # None: it has more colors
+        palette = shared_palette(video)
+        frames = [frame.quantize(palette=palette, dither=Image.Dither.NONE) for frame in frames]
+    frames[0].save(path, "GIF", save_all=True, append_images=frames[1:], duration=delays.tolist(), loop=0)
+
+
+def shared_palette(video):
+    """The palette of 256 colors, as an image, of all frames of (T, H, W, 3)."""
+    pixels = video.reshape(-1, 3)
+    few = pixels[np.random.default_rng(0).integers(len(pixels), size=PALETTE_PIXELS)]
+    return Image.fromarray(few[None]).quantize(256, kmeans=PALETTE_PIXELS // 100)  # stops when 1% change their color
 
 
 def tile(videos, grid=GRID, min_side=MIN_SIDE // 2):
