@@ -10,6 +10,8 @@ import pytest
 import torch
 
 import checkpoint
+import gallery
+import picture
 import sample_gd
 from generation import Source, generate_clips, generate_parts
 from runtime.rng import normal
@@ -144,6 +146,22 @@ def test_more_frames_than_were_trained_come_window_by_window(places, tmp_path, m
     assert names == {f"00000{n}.{kind}" for n in range(3) for kind in ("mp4", "gif")} | {
         "grid.gif", "sheet.png", "samples.npz", "samples.json"
     }  # fmt: skip
+
+
+@pytest.mark.parametrize("num_frames", [8, 20])  # in one window, in several
+def test_without_previews_the_samples_are_the_same_and_previews_of_an_earlier_call_are_removed(
+    places, tmp_path, num_frames
+):
+    folder = tmp_path / "s"
+    run(places, folder, "--num-frames", num_frames)
+    before = {path.name: path.read_bytes() for path in folder.iterdir()}
+    run(places, folder, "--num-frames", num_frames, "--no-previews")
+    after = {path.name: path.read_bytes() for path in folder.iterdir()}
+    assert after.keys() == {"000000.mp4", "000001.mp4", "000002.mp4", "samples.npz", "samples.json"}
+    assert all(after[name] == before[name] for name in after if name != "samples.json")
+    run_main(gallery, folder)
+    run_main(picture, folder, "--out", tmp_path / "picture.png")
+    assert (folder / "gallery.html").exists() and (tmp_path / "picture.png").exists()
 
 
 def test_without_forcing_all_frames_are_sampled_at_once_and_a_window_that_is_asked_for_gets_a_note(
