@@ -68,6 +68,8 @@ def parse_args():
     add("--folder", default="samples", metavar="DIR", help="folder for the samples")
     overwrite = "whether to replace the samples of another run (another training run or model) in --folder"
     add("--overwrite", action=argparse.BooleanOptionalAction, default=True, help=overwrite)
+    previews = "skip the previews (GIFs, sheet.png, grid.gif, grid.png of images), which take time on rank 0"
+    add("--no-previews", action="store_true", help=previews)
     add("--batch-size", type=COUNT, default=16, metavar="N", help="samples per rank at a time")
     add("--report-energy", action="store_true", help="write the (guided) energy of each sample at each step")
 
@@ -234,7 +236,8 @@ def write_folder(args, source, parts, given):
     videos = itertools.chain([next(videos)], videos)  # if that fails, the samples of an earlier call stay
     begin_folder(folder)
     marked = given and [given.frames_of(index) for index in range(len(names))]
-    write_samples(folder, videos, source.num_frames, source.labels, 1 / source.time_scale, names, marked)
+    previews, fps = not args.no_previews, 1 / source.time_scale
+    write_samples(folder, videos, source.num_frames, source.labels, fps, names, marked, previews)
     if args.stop_below is not None:
         most = (args.num_sampling_steps - 1) * len(source.window_starts)
         write_evaluations(args, names, evaluations, most)
@@ -249,7 +252,7 @@ def write_folder(args, source, parts, given):
         file.write(json.dumps(about, indent=2).encode())
     (folder / UNFINISHED).unlink()
     what = f"videos of {args.num_frames} frames" if args.video else "images"
-    say(f"{folder}: {len(names)} {what}, previews and samples.npz")
+    say(f"{folder}: {len(names)} {what}{', previews' if previews else ''} and samples.npz")
 
 
 def begin_folder(folder):

@@ -392,6 +392,7 @@ def test_a_latent_cache_and_videos_that_are_too_short_are_refused(
     shared = ["--out", tmp_path / "a.json", "--metric", "fvd", "--detector", detector]
     run(*shared, "--samples", samples, "--data-path", tmp_path / "latents", status=2)
     assert "a latent cache; wanted the folder of its videos" in capsys.readouterr().err
+    shared += ["--cfg-scale", 1]
     run(*shared, "--ckpt", ckpt, "--data-path", shapes, "--num-frames", 40, status=2)
     assert "the longest video of --split train has 25 frames" in capsys.readouterr().err
     run(*shared, "--ckpt", ckpt, "--data-path", shapes, "--fps", 2, status=2)  # every twelfth frame

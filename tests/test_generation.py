@@ -159,6 +159,14 @@ def test_samples_that_were_cut_short_are_not_taken_for_complete_and_the_next_cal
     assert len(read_samples("--samples s", folder)[1]) == 3
 
 
+def test_without_previews_the_images_are_the_same_and_a_grid_of_an_earlier_call_is_removed(ckpt, tmp_path):
+    sample(ckpt, tmp_path, 3)
+    images = [(tmp_path / f"00000{index}.png").read_bytes() for index in range(3)]
+    sample(ckpt, tmp_path, 3, "--no-previews")
+    assert {path.name for path in tmp_path.iterdir()} == names_of(3) - {"grid.png"}
+    assert [(tmp_path / f"00000{index}.png").read_bytes() for index in range(3)] == images
+
+
 def test_numbered_images_of_the_user_stay_where_no_samples_were(ckpt, tmp_path):
     (tmp_path / "000007.png").write_bytes(b"of the user")
     sample(ckpt, tmp_path, 3)

@@ -4,6 +4,7 @@ import av
 import numpy as np
 import pytest
 from PIL import Image
+from skimage import data
 
 from tiny_data import write_npz
 from video import writers
@@ -94,6 +95,48 @@ def test_a_gif_of_a_still_video_lasts_as_long_as_the_video(tmp_path):
     frames, delays = read_gif(tmp_path / "v.gif")  # equal frames may be stored as one
     assert sum(delays) == 400
     assert (frames == 77).all()
+
+
+def real_video(frames=6, side=128):
+    """A view that moves over a photo of a cat and then, after a cut, over one of a cup (frames, side, side, 3)."""
+    photos = [data.chelsea()] * (frames // 2) + [data.coffee()] * (frames - frames // 2)
+    return np.stack([photo[20 + 9 * t :, 90 + 7 * t :][:side, :side] for t, photo in enumerate(photos)])
+
+
+def test_a_gif_is_exact_if_no_frame_has_more_than_256_colors(tmp_path):
+    video = np.random.default_rng(0).integers(0, 256, (6, 16, 16, 3), dtype=np.uint8)  # about 1,500 in all
+    alike = 100 + np.arange(256) // np.array([[1], [16], [256]]) % 16  # (3, 256), hard to tell apart
+    video[0] = alike.T.reshape(16, 16, 3)
+    write_gif(tmp_path / "v.gif", video, fps=25)
+    assert np.array_equal(read_gif(tmp_path / "v.gif")[0], enlarge(video))
+
+
+def error_of_a_regular_palette(video):
+    """Mean error of 16 x 4 x 4 colors that divide the range of its colors along their principal axes."""
+    pixels = video.reshape(-1, 3) - video.mean((0, 1, 2))
+    axes = np.linalg.svd(pixels.T @ pixels)[0]
+    places = pixels @ axes
+    low, step = places.min(0), np.ptp(places, axis=0) / (16, 4, 4)
+    centers = low + step * (np.floor((places - low) / step) + 0.5)
+    return np.abs((centers - places) @ axes.T).mean()
+
+
+def test_each_frame_of_the_gif_of_a_real_video_is_closer_to_it_than_256_regular_colors_are(tmp_path):
+    video = real_video()
+    write_gif(tmp_path / "v.gif", video, fps=25)
+    errors = list(map(mean_difference, read_gif(tmp_path / "v.gif")[0], video))
+    assert max(errors) < error_of_a_regular_palette(video)
+
+
+def test_what_stands_still_in_a_real_video_does_not_flicker_in_its_gif(tmp_path):
+    video = real_video()
+    still = np.broadcast_to(video[:1], video.shape).copy()
+    still[:, 40:90, 40:90] = video[:, 40:90, 40:90]  # it moves there alone
+    write_gif(tmp_path / "v.gif", still, fps=25)
+    changes = (np.diff(read_gif(tmp_path / "v.gif")[0].astype(int), axis=0) != 0).any(axis=(0, 3))
+    assert changes[40:90, 40:90].mean() > 0.5
+    changes[40:90, 40:90] = False
+    assert not changes.any()
 
 
 def test_a_sheet_has_a_row_per_video_and_a_column_per_frame(tmp_path):

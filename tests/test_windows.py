@@ -10,6 +10,8 @@ import pytest
 import torch
 
 import checkpoint
+import gallery
+import picture
 import sample_gd
 import train
 from checkpoint import longest_time_scale
@@ -169,18 +171,34 @@ def test_the_usual_window_ends_where_the_longest_time_span_of_training_did(train
     assert longest_window(replace(config, use_rope=False, num_frames=trained), trained, 9.0) == trained
 
 
-def test_videos_too_short_for_the_largest_interval_shorten_the_usual_window(places, shapes, tmp_path):
-    """Of 20 frames, 8 fit at most 2 apart, though --frame-interval allows 4."""
+def test_videos_too_short_for_the_largest_interval_shorten_the_usual_window(shapes, tmp_path):
+    """8 frames of the 25 of a video are at most 3 apart, though --frame-interval allows 4."""
     training = Training(shapes, tmp_path / "r", 1, flags=["--frame-interval", 1, 4, "--forcing", 0.5])
     run_main(train, *training.command_flags("--num-frames", 8))
     ckpt = training.folder / "checkpoints/latest.pt"
     longest = checkpoint.load(ckpt)["config"]["data"]["longest_time_scale"]
-    frames = scan_videos(shapes).videos[0].num_frames
-    assert longest == pytest.approx(0.04 * min(4, (frames - 1) // 7))
+    assert {video.num_frames for video in scan_videos(shapes).videos} == {25}
+    assert longest == pytest.approx(0.04 * 3)
     run_main(sample_gd, "--video", "--ckpt", ckpt, "--num-samples", 1, "--num-frames", 40, "--num-sampling-steps", 2,
              "--folder", tmp_path / "s")  # fmt: skip
     window = json.loads((tmp_path / "s/samples.json").read_text())["source"]["window"]
-    assert window == 8 + 4 * (round(longest / 0.04) - 1)
+    assert window == 16
+
+
+@pytest.mark.parametrize("num_frames", [8, 20])  # in one window, in several
+def test_without_previews_the_samples_are_the_same_and_previews_of_an_earlier_call_are_removed(
+    places, tmp_path, num_frames
+):
+    folder = tmp_path / "s"
+    run(places, folder, "--num-frames", num_frames)
+    before = {path.name: path.read_bytes() for path in folder.iterdir()}
+    run(places, folder, "--num-frames", num_frames, "--no-previews")
+    after = {path.name: path.read_bytes() for path in folder.iterdir()}
+    assert after.keys() == {"000000.mp4", "000001.mp4", "000002.mp4", "samples.npz", "samples.json"}
+    assert all(after[name] == before[name] for name in after if name != "samples.json")
+    run_main(gallery, folder)
+    run_main(picture, folder, "--out", tmp_path / "picture.png")
+    assert (folder / "gallery.html").exists() and (tmp_path / "picture.png").exists()
 
 
 def test_without_forcing_all_frames_are_sampled_at_once_and_a_window_that_is_asked_for_gets_a_note(

@@ -1,6 +1,6 @@
-"""Writes videos as previews (mp4, GIF, one PNG sheet) and as data (npz); images, T = 1, as PNGs and one grid.
+"""Writes videos to watch (mp4, GIF, one PNG sheet) and as data (npz); images, T = 1, as PNGs and one grid.
 
-A video is a uint8 NumPy array (T, H, W, 3), RGB; several are (N, T, H, W, 3). Previews are enlarged by an integer
+A video is a uint8 NumPy array (T, H, W, 3), RGB; several are (N, T, H, W, 3). Files to watch are enlarged by an integer
 factor without smoothing, so that each pixel of the model is visible; PNGs of single images and samples.npz are not.
 """
 
@@ -18,45 +18,45 @@ from PIL import Image, ImageDraw, ImageFont
 from runtime.atomic import atomic_write
 from runtime.cli import one_line
 
-MIN_SIDE = 128  # px, of the short side of previews
+MIN_SIDE = 128  # px, of the short side of a video to watch
 MAX_ROWS, MAX_COLUMNS = 16, 32  # of a sheet
 GIF_FRAMES = 64  # of the GIF of a long video, at most
+PALETTE_PIXELS = 2**14  # random pixels of a video that its GIF's palette is made from
 GRID, IMAGE_GRID = (3, 8), (8, 8)  # most rows and columns of a grid of videos, of images
 MAX_NAME_LENGTH = 60  # characters of a name on a sheet
 GAP = 2  # px of white between the frames of a sheet
 MARK = "#ff7f0e"  # orange: of frames that are marked
 
 
-def write_samples(folder, parts, num_frames, labels, fps, names=None, marked=None):
-    """Write all samples of sample_gd.py: a file per video, grid.gif and sheet.png (images: grid.png), samples.npz.
+def write_samples(folder, parts, num_frames, labels, fps, names=None, marked=None, previews=True):
+    """Write all samples of sample_gd.py: an mp4 per video (PNG per image), samples.npz, and previews of them.
 
     parts: an iterator over (numbers of samples, first frame, their frames from there on, uint8 (n, k, H, W, 3)): the
     parts of a sample in order, and the samples. A part is written before the next is asked for. labels: (N,) integers;
     fps: frames per second; names: N strings for the sheet; marked: the frames of each sample that the sheet marks.
+    previews: whether to write a GIF per video, grid.gif and sheet.png (images: grid.png).
     """
     folder, shown, longs = Path(folder), [], {}
     folder.mkdir(parents=True, exist_ok=True)
-    most = math.prod(IMAGE_GRID) if num_frames == 1 else max(MAX_ROWS, math.prod(GRID))
+    most = 0 if not previews else math.prod(IMAGE_GRID) if num_frames == 1 else max(MAX_ROWS, math.prod(GRID))
     with npz_writer(folder / "samples.npz", labels, num_frames) as append:
         for numbers, first, videos in parts:
             if videos.shape[1] == num_frames:
-                write_videos(folder, videos, fps, first=numbers[0])
+                write_videos(folder, videos, fps, first=numbers[0], gifs=previews)
                 append(videos)
                 shown += [video[thinned(num_frames)].copy() for video in videos[: max(0, most - len(shown))]]
                 continue
             for number, frames in zip(numbers, videos, strict=True):
                 if first == 0:
-                    longs[number] = LongVideo(folder / f"{number:06d}", num_frames, fps)
+                    longs[number] = LongVideo(folder / f"{number:06d}", num_frames, fps, previews)
                 longs[number].add(frames, first)
                 if first + len(frames) == num_frames:
                     shown += [longs.pop(number).finish(append)][: max(0, most - len(shown))]
-    shown = np.stack(shown)
-    rate = fps * shown.shape[1] / num_frames
-    if num_frames == 1:
-        write_sheet(folder / "grid.png", shown)
-    else:
-        write_gif(folder / "grid.gif", tile(shown), rate)
-        kept = thinned(num_frames).tolist()
+    if previews and num_frames == 1:
+        write_sheet(folder / "grid.png", np.stack(shown))
+    elif previews:
+        shown, kept = np.stack(shown), thinned(num_frames).tolist()
+        write_gif(folder / "grid.gif", tile(shown), fps * len(kept) / num_frames)
         marked = marked and [[kept.index(frame) for frame in frames if frame in kept] for frames in marked]
         write_sheet(folder / "sheet.png", shown, names, marked)
 
@@ -69,38 +69,38 @@ def thinned(num_frames):
 class LongVideo:
     """The files of a video that comes in parts: an mp4, and at the end a thinned GIF and the frames of samples.npz.
 
-    Until then they have temporary names, and the memory holds the frames of the GIF only.
+    Until then they have temporary names, and the memory holds the frames of the GIF only. gif: whether to write one.
     """
 
-    def __init__(self, path, num_frames, fps):
+    def __init__(self, path, num_frames, fps, gif):
         self.path, self.num_frames, self.fps = path, num_frames, fps
         self.mp4 = Mp4(path.with_suffix(".mp4.tmp"), fps)
         self.pixels = open(path.with_suffix(".raw.tmp"), "w+b")  # noqa: SIM115 (until `finish`)
-        self.kept, self.frames = set(thinned(num_frames).tolist()), []
+        self.kept, self.frames = set(thinned(num_frames).tolist()) if gif else (), []
 
     def add(self, frames, first):
         self.mp4.add(frames)
+        self.shape = frames.shape[1:]
         self.pixels.write(np.ascontiguousarray(frames))
         self.frames += [frame.copy() for number, frame in enumerate(frames, first) if number in self.kept]
 
     def finish(self, append):
-        """Give the files their names; append the frames to samples.npz. Returns the frames of the GIF (t, H, W, 3)."""
+        """Give the files their names; append the frames to samples.npz. Returns the GIF's, (H, W, 3) each."""
         self.mp4.close()
         os.replace(self.path.with_suffix(".mp4.tmp"), self.path.with_suffix(".mp4"))
-        frames = np.stack(self.frames)
-        write_gif(self.path.with_suffix(".gif"), frames, self.fps * len(frames) / self.num_frames)
+        if self.frames:
+            rate = self.fps * len(self.frames) / self.num_frames
+            write_gif(self.path.with_suffix(".gif"), np.stack(self.frames), rate)
         self.pixels.seek(0)
-        for first in range(0, self.num_frames, GIF_FRAMES):
-            count = min(GIF_FRAMES, self.num_frames - first)
-            part = np.frombuffer(self.pixels.read(count * frames[0].size), np.uint8)
-            append(part.reshape(1, count, *frames[0].shape))
+        while part := self.pixels.read(GIF_FRAMES * math.prod(self.shape)):
+            append(np.frombuffer(part, np.uint8).reshape(1, -1, *self.shape))
         self.pixels.close()
         os.unlink(self.pixels.name)
-        return frames
+        return self.frames
 
 
-def write_videos(folder, videos, fps, first=0):
-    """Write 000000.mp4, 000000.gif, ... (images, T = 1: 000000.png), counting from `first`."""
+def write_videos(folder, videos, fps, first=0, gifs=True):
+    """Write 000000.mp4 and, with `gifs`, 000000.gif, ... (images, T = 1: 000000.png), counting from `first`."""
     folder = Path(folder)
     folder.mkdir(parents=True, exist_ok=True)
     for index, video in enumerate(videos, start=first):
@@ -108,7 +108,8 @@ def write_videos(folder, videos, fps, first=0):
             Image.fromarray(video[0]).save(folder / f"{index:06d}.png")
         else:
             write_mp4(folder / f"{index:06d}.mp4", video, fps)
-            write_gif(folder / f"{index:06d}.gif", video, fps)
+            if gifs:
+                write_gif(folder / f"{index:06d}.gif", video, fps)
 
 
 def enlarge(video, min_side=MIN_SIDE):
@@ -174,13 +175,25 @@ def write_lossless(path, frames, fps):
 def write_gif(path, video, fps):
     """Write (T, H, W, 3) as a GIF that loops forever and lasts T / fps seconds.
 
+    Colors are exact if no frame has more than 256. Otherwise all frames share a palette and are not dithered: faster
+    than a palette per frame, and a pixel whose color does not change does not flicker.
     GIF delays are in 1/100 s, so those of a 30 fps video alternate between 3 and 4. Browsers slow down delays below 2,
     so above 50 fps the GIF plays slower than the video.
     """
     ends = np.round(np.arange(len(video) + 1) * 100 / fps)
     delays = np.maximum(np.diff(ends), 2).astype(int) * 10  # ms
-    first, *others = [Image.fromarray(frame) for frame in enlarge(video)]
-    first.save(path, format="GIF", save_all=True, append_images=others, duration=delays.tolist(), loop=0)
+    frames = [Image.fromarray(frame) for frame in enlarge(video)]
+    if any(frame.getcolors(256) is None for frame in frames):  # None: it has more colors
+        palette = shared_palette(video)
+        frames = [frame.quantize(palette=palette, dither=Image.Dither.NONE) for frame in frames]
+    frames[0].save(path, "GIF", save_all=True, append_images=frames[1:], duration=delays.tolist(), loop=0)
+
+
+def shared_palette(video):
+    """The palette of 256 colors, as an image, of all frames of (T, H, W, 3)."""
+    pixels = video.reshape(-1, 3)
+    few = pixels[np.random.default_rng(0).integers(len(pixels), size=PALETTE_PIXELS)]
+    return Image.fromarray(few[None]).quantize(256, kmeans=PALETTE_PIXELS // 100)  # stops when 1% change their color
 
 
 def tile(videos, grid=GRID, min_side=MIN_SIDE // 2):
