@@ -10,6 +10,7 @@
 #   ONE_RUN=1                       0: a run for each phase
 #   FORCING=0.5                     share of the clips that teach to complete given frames
 #   LR_DECAY=0.4                    share of the steps over which the learning rate falls to 0
+#   SEED=0                          of every random draw of the training
 #   SAMPLES=48, FRAMES="16 7 24"    how many samples, of how many frames
 set -euo pipefail
 cd "$(dirname "$0")/.."
@@ -46,7 +47,7 @@ bash scripts/train_progressive.sh \
   --depth 4 --hidden-size 128 --num-heads 4 --rope-theta 100 \
   --temporal-patch-size 4 --image-size 16 --vae none --no-flip \
   "${MORE[@]}" ${PRECISION:+--precision="$PRECISION"} \
-  --lr 2e-3 --warmup-steps 20 --ema-decay 0.99 --gamma-shift 2 \
+  --lr 2e-3 --warmup-steps 20 --ema-decay 0.99 --gamma-shift 2 --global-seed "${SEED:-0}" \
   --log-every 50 --val-every 100000 --val-clips 64 --sample-every 0 \
   --sampler ngd --num-sampling-steps 16 --stepsize 0.0332 --cfg-scale 1.5
 
