@@ -19,8 +19,10 @@ from runtime.cli import ArgumentParser, UserError, check_writable, fail, one_lin
 from scoring.plots import plt, save_figure
 from scoring.prediction import with_interval
 
-TASKS = ("8of16", "4of16", "nearest", "judge")
 GIVEN = {"psnr": "PSNR", "psnr_moving": "moving pixels"}  # of predictions: name of a value, in words
+KEPT = {"": "", "-background": ", background kept"}  # end of the name of a task, in words: see --keep-background
+PREDICTIONS = tuple(task + end for task in ("8of16", "4of16") for end in KEPT)
+TASKS = (*PREDICTIONS, "nearest", "judge")
 
 
 def parse_args():
@@ -54,7 +56,7 @@ def read_run(name):
         "best_step": best["step"],
         "val_loss": best["val_loss"],
     }
-    for task in ("8of16", "4of16"):
+    for task in PREDICTIONS:
         found = made[task]["result"]
         kept = ("samples_per_clip", "clips", *(name for name in found if re.match("psnr|ssim", name)))
         result[task] = {name: found[name] for name in kept if not name.endswith("by_frame")}
@@ -85,9 +87,7 @@ def share(part):
 
 def rows_of(run):
     """{what: text} of a run, the rows of its column."""
-    eight, four, nearest = run["8of16"], run["4of16"], run["nearest"]
-    S, s = eight["samples_per_clip"], four["samples_per_clip"]
-    asked = run["judge_samples"]
+    nearest, asked = run["nearest"], run["judge_samples"]
     still = asked["still"]  # None: judged before they were counted
     rows = {
         "steps of the VAE; of the model": f"{run['vae_steps']}; {run['steps']}",
@@ -95,13 +95,21 @@ def rows_of(run):
         "step of the checkpoint that is scored, best.pt": f"{run['best_step']}",
     }
     for value, words in GIVEN.items():
-        above = f"8 of 16 given, {words} above repeating (dB)"
-        rows[f"{above}: a sample"] = with_interval(eight, f"{value}_gain", 2)
-        rows[f"{above}: the average of {S}"] = with_interval(eight, f"{value}_average_gain", 2)
+        for end, kept in KEPT.items():
+            eight, above = run["8of16" + end], f"8 of 16 given, {words} above repeating (dB){kept}"
+            rows[f"{above}: a sample"] = with_interval(eight, f"{value}_gain", 2)
+            rows[f"{above}: the average of {eight['samples_per_clip']}"] = with_interval(
+                eight, f"{value}_average_gain", 2
+            )
         rows[f"8 of 16 given, {words} of repeating (dB)"] = with_interval(eight, f"{value}_repeated", 2)
+    kinds = {"": "mean of", "_best": "best of", "_average": "average of"}
     for value, words in GIVEN.items():
-        found = [with_interval(four, value + kind, 2).split()[0] for kind in ("", "_best", "_average", "_repeated")]
-        rows[f"4 of 16 given, {words} (dB): mean, best, average of {s}; repeating"] = "{}, {}, {}; {}".format(*found)
+        for end, kept in KEPT.items():
+            four = run["4of16" + end]
+            for kind, title in kinds.items():
+                what = f"4 of 16 given, {words} (dB){kept}: {title} {four['samples_per_clip']}"
+                rows[what] = with_interval(four, value + kind, 2).split()[0]
+        rows[f"4 of 16 given, {words} of repeating (dB)"] = with_interval(four, f"{value}_repeated", 2).split()[0]
     return rows | {
         "judge: real clips, one person left out": share(run["judge_real"]),
         "judge: samples that show what was asked for": share(asked),

@@ -4,8 +4,8 @@
     OMP_NUM_THREADS=1 GPUS=1 python scripts/seeds.py & OMP_NUM_THREADS=1 GPUS=1 python scripts/seeds.py
 
 Runs scripts/quickstart.sh, whose variables apply here, too; then samples --clips clips of each of --num-frames, and
-scores them against videos of another seed. After an interruption the same command continues; several processes share the
-seeds. Table: results/seeds.md and .json; models and scores: results/seeds.
+scores them against videos of another seed. After an interruption the same command continues; several processes share
+the seeds. Table: results/seeds.md and .json; models and scores: results/seeds.
 """
 
 import json
@@ -31,7 +31,7 @@ def parse_args():
     add = parser.add_argument
     add("--seeds", type=NATURAL, nargs="+", default=[0, 1, 2, 3, 4], metavar="N", help="values of SEED")
     add("--num-frames", type=COUNT, nargs="+", default=[4, 16, 24], metavar="N", help="frames of the clips")
-    add("--clips", type=number(int, least=2), default=288, metavar="N", help="clips of each length, the classes in turn")
+    add("--clips", type=number(int, least=2), default=288, metavar="N", help="clips of each length")
     add("--out", default="results", metavar="DIR", help="for seeds.md, seeds.json and the folder of the models")
     return parser.parse_args()
 
@@ -79,15 +79,17 @@ class Model:
                 command, env=os.environ | variables, stdout=log, stderr=log, preexec_fn=end_with_parent
             )  # fmt: skip
         if done.returncode:
-            raise UserError(f"scripts/quickstart.sh ended with status {done.returncode}; see {self.folder}/quickstart.log")
+            raise UserError(f"quickstart.sh ended with status {done.returncode}; see {self.folder}/quickstart.log")
 
 
 def write_table(args, models):
     rows = []
     for frames in args.num_frames:
         found = [json.loads(model.scores[frames].read_text())["values"] for model in models]
-        rows.append({"frames": frames} | {title: [100 * one[name] for one in found] for title, name in COLUMNS.items()})
-    head = [f"{title}: {what}" for title in COLUMNS for what in ("lowest", "median", *map("seed {}".format, args.seeds))]
+        values = {title: [100 * one[name] for one in found] for title, name in COLUMNS.items()}
+        rows.append({"frames": frames} | values)
+    parts = ["lowest", "median", *(f"seed {seed}" for seed in args.seeds)]
+    head = [f"{title}: {part}" for title in COLUMNS for part in parts]
     lines = ["# Seeds of the quickstart", "", f"Made by `scripts/seeds.py`: {args.clips} clips of each length.", ""]
     lines += [f"| frames | {' | '.join(head)} |", "|---" * (1 + len(head)) + "|"]
     for row in rows:

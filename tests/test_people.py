@@ -44,6 +44,8 @@ def write_run(name, hours, gain, kinds=("", "_best", "_average")):
     files = {
         "8of16": {"result": predictions(8, gain, kinds)},
         "4of16": {"result": predictions(10, gain, kinds)},
+        "8of16-background": {"result": predictions(8, gain + 2, kinds)},
+        "4of16-background": {"result": predictions(10, gain + 2, kinds)},
         "judge": {"result": {"real": judged, "samples": {f"samples/{name}-f16": asked}}},
         "nearest": {
             "values": {"rmse_ratio": 1.024, "nearer_than_95_percent": 0.052},
@@ -76,8 +78,11 @@ def test_each_run_is_a_column_of_its_own_scores_in_the_order_of_the_hours(capsys
     for kind in ("a sample", "the average of 8"):
         assert table[f"{whole}: {kind}"] == ["-0.75 (-1.25 to -0.50)", "1.50 (1.00 to 1.75)"]
         assert table[f"{moving}: {kind}"] == ["0.25 (-0.25 to 0.50)", "2.50 (2.00 to 2.75)"]
-    four = table["4 of 16 given, moving pixels (dB): mean, best, average of 10; repeating"]
-    assert four == ["20.25, 20.25, 20.25; 20.00", "22.50, 22.50, 22.50; 20.00"]
+        assert table[f"{moving}, background kept: {kind}"] == ["2.25 (1.75 to 2.50)", "4.50 (4.00 to 4.75)"]
+    for kind in ("mean", "best", "average"):
+        assert table[f"4 of 16 given, moving pixels (dB): {kind} of 10"] == ["20.25", "22.50"]
+        assert table[f"4 of 16 given, moving pixels (dB), background kept: {kind} of 10"] == ["22.25", "24.50"]
+    assert table["4 of 16 given, moving pixels of repeating (dB)"] == ["20.00"] * 2
     assert table["judge: samples that show what was asked for"] == ["90 of 96, 93.8% (87.0 - 97.0)"] * 2
     assert table["samples that move less than any real clip"] == ["2 of 96"] * 2
     assert table["nearest training clip, RMSE: samples / held-out"] == ["1.02 (0.98 to 1.07)"] * 2
