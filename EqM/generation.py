@@ -94,8 +94,8 @@ def add_checked_flags(parser):
 
 def add_sampling_flags(parser):
     """The flags of every script that samples; `settle_sampler` fills in those that are left out."""
-    left_out = "left out: as the checkpoint was trained with, else the default"
-    add = parser.add_argument_group(f"sampling; {left_out}").add_argument
+    title = "sampling (default: the settings of the checkpoint, else those named below)"
+    add = parser.add_argument_group(title).add_argument
     usual = {name: "" if value is None else f"; default: {value}" for name, value in SAMPLER.items()}
     samplers = "gd: gradient descent; ngd: with Nesterov momentum; euler, heun: the ODE in gamma, for comparison"
     add("--sampler", choices=[*DESCENTS, *SOLVERS], help=samplers + usual["sampler"])
