@@ -21,6 +21,7 @@ import pickle
 import threading
 import warnings
 from dataclasses import asdict, dataclass, fields
+from functools import partial
 from pathlib import Path
 
 import torch
@@ -39,6 +40,7 @@ from schedule import current_phase, is_due
 from sharding import is_sharded, shard_like, whole
 
 VERSION = 1
+PARTS = ("model", "ema", "optimizer", "run")  # those that hold tensors
 CONFIG_TYPES = {  # what sampling and training take from the parts of a config
     "model": {},
     "data": {"vae": str, "vae_sha256": str | None, "image_size": int | None, "fps": float, "frame_interval": list,
@@ -244,20 +246,21 @@ def complete_names(start, phases, every):
 # Loading
 
 
-def load(path, check=True, **asked):
-    """The dict of a checkpoint; asked are the fields of EqMConfig that --model and --ebm give. check is `read_torch`'s.
+def load(path, parts=PARTS, **asked):
+    """The dict of a checkpoint; asked are the fields of EqMConfig that --model and --ebm give.
 
-    The tensors of a file stay there and are read when they are used, so that no rank needs a copy of its own. Raises
-    UserError if it is damaged or not a checkpoint, or a published file that does not hold what was asked for.
+    The tensors of a file stay there and are read when they are used, so that no rank needs a copy of its own. `parts`
+    names the parts that the caller uses: damage in their tensors is found here, damage in other tensors is not. Raises
+    UserError if the file is damaged or not a checkpoint, or a published file that does not hold what was asked for.
     """
     if os.path.isdir(path):
         about, weights = read_export(path)
         check_version(path, about["version"])
         state = from_elsewhere({part: about[part] for part in CONFIG_TYPES}, weights, weights, about["step"])
     else:
-        state = read_file(path, check)
-        if (parts := published_parts(state)) is not None:
-            return from_elsewhere(*load_published(path, *parts, asked))
+        state = read_file(path, partial(used_parts, names=parts))
+        if (published := published_parts(state)) is not None:
+            return from_elsewhere(*load_published(path, *published, asked))
     wanted = {"version", "config", "model", "ema", "optimizer", "step", "phase", "best_loss"}
     if not isinstance(state, dict) or not wanted <= state.keys():
         names = ", ".join(sorted(wanted))
@@ -271,9 +274,16 @@ def load(path, check=True, **asked):
     return state
 
 
-def load_stamped(path, **asked):
+def used_parts(state, names):
+    """The parts with these names in the content of a checkpoint or a published file, whose optimizer nobody uses."""
+    published = published_parts(state)
+    state = {"model": published[0], "ema": published[1]} if published else state
+    return [state.get(name) for name in names] if isinstance(state, dict) else []
+
+
+def load_stamped(path, parts=PARTS, **asked):
     """(`stamp_of` a checkpoint, its dict as of `load`): what `check_unchanged` needs once the tensors are read."""
-    return stamp_of(path), load(path, **asked)
+    return stamp_of(path), load(path, parts, **asked)
 
 
 def stamp_of(path):
@@ -297,11 +307,11 @@ def check_version(path, version):
         raise UserError(f"--ckpt {path}: has format version {found}, this code reads version {VERSION}")
 
 
-def read_file(path, check):
-    """The content of a file of torch.save. Raises UserError."""
+def read_file(path, used=None):
+    """The content of a file of torch.save; `used` is an argument of `read_torch`. Raises UserError."""
     flag = f"--ckpt {path}"
     try:
-        return read_torch(path, check)
+        return read_torch(path, used)
     except FileNotFoundError:
         raise UserError(f"{flag}: no such file; wanted a checkpoint, for example RUN/checkpoints/best.pt") from None
     except pickle.UnpicklingError as error:
@@ -329,7 +339,8 @@ def load_model(path, use_ema=True, model=None, video=None, **checks):
     checks are fields of EqMConfig that must agree, such as use_rope=True, and video says whether it must be a model of
     videos or of images; None is not checked. Only published files need `model`, their --model. Raises UserError.
     """
-    stamp, state = load_stamped(path, **model_shape(model), ebm=checks.get("ebm"))
+    part = "ema" if use_ema else "model"
+    stamp, state = load_stamped(path, [part], **model_shape(model), ebm=checks.get("ebm"))
     config = config_of(path, state)
     check_name(path, state, model)
     if not use_ema and state["model"] is state["ema"]:
@@ -340,7 +351,7 @@ def load_model(path, use_ema=True, model=None, video=None, **checks):
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # that it is narrow: training has said so
         network = EqM(config)
-    load_weights(path, network, state["ema" if use_ema else "model"])
+    load_weights(path, network, state[part])
     check_unchanged(path, stamp)
     return network.eval(), state["config"], state["step"]
 
@@ -351,7 +362,7 @@ def say_if_old(path, step):
     if Path(path).name != "best.pt" or not latest.is_file():
         return
     try:
-        newest = load(latest, check=False)
+        newest = load(latest, parts=[])
     except UserError:  # of another checkpoint than the one that is asked for
         return
     if newest["step"] - step > (newest["step"] - newest["phase"].get("first_step", 0)) / 5:

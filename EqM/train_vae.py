@@ -130,7 +130,7 @@ def find_start(args):
         runs.remove_temporary_files(folder)
     path = folder / "checkpoints" / "latest.pt"
     try:
-        stamp, state = checkpoint.stamp_of(path), checkpoint.read_file(path, check=True)
+        stamp, state = checkpoint.stamp_of(path), checkpoint.read_file(path)
     except UserError as error:  # nothing was saved, or it is damaged
         say(f"note: {error}")
         return checkpoint.Start(checkpoint.Progress(), folder=folder)

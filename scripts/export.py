@@ -61,7 +61,7 @@ def main():
         check_writable("DIR", args.folder)
         if os.path.isdir(args.folder) and os.listdir(args.folder):
             raise UserError(f"DIR {args.folder}: exists and is not empty; name a new folder")
-        state = checkpoint.load(args.ckpt, **models.model_shape(args.model), ebm=args.ebm)
+        state = checkpoint.load(args.ckpt, ["ema"], **models.model_shape(args.model), ebm=args.ebm)
         checkpoint.check_name(args.ckpt, state, args.model)
         checkpoint.check(args.ckpt, checkpoint.config_of(args.ckpt, state), ebm=args.ebm)
         card = make_card(state, args.dtype, [read_scores(args.ckpt, path) for path in args.scores])

@@ -3,6 +3,7 @@ import errno
 import functools
 import os
 import pickle
+import re
 import threading
 import warnings
 import zipfile
@@ -313,14 +314,62 @@ def test_a_config_without_what_sampling_needs_is_refused(tmp_path, config, words
     assert "damaged: its " in message and words in message
 
 
-def test_a_file_in_whose_numbers_one_bit_is_flipped_is_refused(tmp_path):
+WEIGHT = "blocks.1.mlp.fc1.weight"
+
+
+def flip_bit(path, tensor):
+    """Flip one bit of a tensor in a file."""
+    content, weights = bytearray(path.read_bytes()), tensor.numpy().tobytes()
+    content[content.index(weights) + len(weights) // 2] ^= 4
+    path.write_bytes(content)
+
+
+def save_damaged(path, part, **changes):
+    """Save a checkpoint that has tensors in all its parts, and flip one bit of a tensor in this part."""
+    memory, window = torch.rand(1000), {"names": ["train_loss"], "rows": torch.rand(1000)}
+    optimizer = {"kind": "adamw", "states": [{"state": {0: {"exp_avg": memory}}}]}
+    state = make_state(optimizer=optimizer, run={"window": window}, **changes)
+    checkpoint.save(path, state)
+    tensors = {"optimizer": memory, "run": window["rows"]} | {name: state[name][WEIGHT] for name in ("model", "ema")}
+    flip_bit(path, tensors[part])
+
+
+@pytest.mark.parametrize("part", ["model", "ema", "optimizer", "run"])
+def test_a_file_in_whose_numbers_one_bit_is_flipped_is_refused(tmp_path, part):
+    save_damaged(tmp_path / "best.pt", part)
+    assert "damaged" in load_refusal(tmp_path / "best.pt")
+
+
+@pytest.mark.parametrize("part", ["model", "ema", "optimizer", "run"])
+def test_sampling_needs_the_weights_that_it_uses_and_no_other_part_of_the_file(tmp_path, part):
     path = tmp_path / "best.pt"
+    save_damaged(path, part)
+    for used in ("model", "ema"):
+        if used == part:
+            assert f"{path}: damaged" in refusal(checkpoint.load_model, path, use_ema=used == "ema")
+        else:
+            model, _, _ = checkpoint.load_model(path, use_ema=used == "ema")
+            assert torch.equal(model.state_dict()[WEIGHT], make_state()[used][WEIGHT])
+
+
+def test_a_file_that_gives_a_tensor_the_place_of_another_is_refused(tmp_path):
+    path, size = tmp_path / "best.pt", make_state()["ema"][WEIGHT].nbytes
     checkpoint.save(path, make_state())
+    with zipfile.ZipFile(path) as archive:
+        start, members = archive.start_dir, archive.infolist()
     content = bytearray(path.read_bytes())
-    weight = make_state()["ema"]["blocks.1.mlp.fc1.weight"].numpy().tobytes()
-    content[content.index(weight) + 1000] ^= 4
+    entries = [found.start() for found in re.finditer(b"PK\1\2", content) if found.start() >= start]
+    first, second = [at for at, member in zip(entries, members, strict=True) if member.file_size == size][:2]
+    content[first + 42 : first + 46] = content[second + 42 : second + 46]
     path.write_bytes(content)
     assert "damaged" in load_refusal(path)
+
+
+def test_a_file_in_whose_settings_one_bit_is_flipped_is_refused_by_sampling_too(tmp_path):
+    path = tmp_path / "best.pt"
+    checkpoint.save(path, make_state())
+    path.write_bytes(path.read_bytes().replace(b"EqM-S/2", b"EqM-S/4"))
+    assert f"{path}: damaged" in refusal(checkpoint.load_model, path)
 
 
 def test_a_checkpoint_that_somebody_has_packed_anew_loads_as_well(tmp_path):
@@ -506,6 +555,9 @@ def test_the_newest_checkpoint_is_the_newest_that_is_intact_and_damaged_ones_are
         assert f"{damaged}: damaged" in capsys.readouterr().out
     (folder / "latest.pt").unlink()
     assert checkpoint.newest_checkpoint(folder.parent)[0].name == "0000010.pt"
+    save_damaged(folder / "latest.pt", "optimizer", step=25)  # which sampling could use
+    assert checkpoint.newest_checkpoint(folder.parent)[0].name == "0000010.pt"
+    assert "latest.pt: damaged" in capsys.readouterr().out
 
 
 @pytest.mark.parametrize(

@@ -14,6 +14,7 @@ from generation import sha256 as sha256_of
 from models import EqM, model_config
 from runtime.cli import UserError
 from scoring import manifest
+from test_checkpoint import flip_bit
 from tiny_data import make_images
 from training import run_main
 
@@ -77,6 +78,15 @@ def test_an_exported_model_samples_bit_for_bit_what_its_checkpoint_samples(tmp_p
     assert all(torch.equal(value, original.state_dict()[name]) for name, value in model.state_dict().items())
     assert model.config == original.config
     assert step == 70
+
+
+@pytest.mark.parametrize(("part", "status"), [("ema", 2), ("model", 0)])
+def test_a_bit_that_is_flipped_in_a_checkpoint_stops_an_export_if_it_is_in_the_ema(tmp_path, capsys, part, status):
+    path = make_checkpoint(tmp_path / "best.pt")
+    flip_bit(path, checkpoint.load(path)[part]["blocks.0.mlp.fc1.weight"])
+    run_main(export, path, tmp_path / "shared", status=status)
+    assert (f"{path}: damaged" in capsys.readouterr().err) == (status == 2)
+    assert (tmp_path / "shared").exists() == (status == 0)
 
 
 def test_half_precision_is_half_as_large_and_close(exported, tmp_path):

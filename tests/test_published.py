@@ -1,8 +1,10 @@
 """A tiny model in the published format and the float32 results of the published code with it."""
 
 import argparse
+import functools
 import json
 import os
+from contextlib import nullcontext
 from dataclasses import fields, replace
 from pathlib import Path
 
@@ -23,7 +25,7 @@ import transport
 import validation
 from models import EqM, EqMConfig
 from runtime.cli import UserError
-from test_checkpoint import Code
+from test_checkpoint import Code, flip_bit
 from tiny_data import make_images, make_vae
 from training import differences, run_main
 
@@ -173,6 +175,22 @@ def test_a_published_file_loads_with_its_ema_weights(reference, published_config
     else:
         raw, _, _ = checkpoint.load_model(path, use_ema=False, model=tiny_name)
         torch.testing.assert_close(raw.final_layer.linear.bias + 1, model.final_layer.linear.bias)
+
+
+@pytest.mark.parametrize("part", ["model", "ema", "opt"])
+def test_a_bit_that_is_flipped_in_a_published_file_is_found_where_it_is_used(reference, tmp_path, tiny_name, part):
+    weight, path = "blocks.1.mlp.fc1.weight", tmp_path / "a.pt"
+    ema = {name: value + 1 if name == weight else value for name, value in reference[0].items()}
+    tensors = {"model": reference[0][weight], "ema": ema[weight], "opt": torch.rand(100)}
+    torch.save({"model": reference[0], "ema": ema, "opt": {"exp_avg": tensors["opt"]}}, path)
+    flip_bit(path, tensors[part])
+    for load, used in (
+        (checkpoint.load_model, {"ema"}),
+        (functools.partial(checkpoint.load_model, use_ema=False), {"model"}),
+        (lambda path, model: checkpoint.load(path, **SHAPE), {"model", "ema"}),  # as training does
+    ):
+        with pytest.raises(UserError, match="a.pt: damaged") if part in used else nullcontext():
+            load(path, model=tiny_name)
 
 
 def test_a_published_file_in_half_precision_or_with_plain_args_loads(reference, tmp_path):

@@ -162,6 +162,16 @@ def test_json_of_gigabytes_or_a_hundred_thousand_levels_is_not_read(tmp_path):
             untrusted.read_json(tmp_path / name)
 
 
+def test_the_tensors_of_a_file_that_repeats_its_parts_without_end_are_found_once(tmp_path):
+    tensor, value = torch.zeros(3), []
+    value.append({"tensor": tensor, "itself": value})
+    for _ in range(20):
+        value = [value, value]
+    torch.save(value, tmp_path / "a.pt")
+    (found,) = untrusted.tensors_in(untrusted.read_torch(tmp_path / "a.pt"))
+    assert torch.equal(found, tensor)
+
+
 def test_the_source_has_no_calls_that_could_run_code_from_a_file():
     forbidden = r"allow_pickle=True|weights_only=False|pickle\.loads?\(|yaml|\beval\(|\bexec\(|os\.system|shell=True"
     for path in (path for part in ("EqM", "scripts", "datasets") for path in (ROOT / part).rglob("*.py")):

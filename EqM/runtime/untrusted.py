@@ -12,6 +12,7 @@ import pickle
 import stat
 import warnings
 import zipfile
+import zlib
 
 import torch
 
@@ -68,22 +69,56 @@ def check_types(values, types):
             raise ValueError(f"{name} is {str(values.get(name))[:50]}, wanted {getattr(kind, '__name__', kind)}")
 
 
-def read_torch(path, check=True):
+def read_torch(path, used=None):
     """The content of a file of torch.save: tensors, which are mapped into memory, and plain values.
 
-    If someone shortens a mapped file, its reader dies of SIGBUS; our own files are replaced by renaming.
-    With `check` the first rank of each machine reads all bytes and compares their CRCs, for the others too. Raises
+    used(content) returns the parts that the caller needs; default: all. The first rank of each machine compares the
+    bytes of their tensors with the file's CRCs, for the other ranks too; nothing reads the other tensors. Raises
     pickle.UnpicklingError if it is not such a file or holds code, OSError if it can't be read, and any other Exception
-    if it is damaged: torch.load's error depends on where the damage is.
+    if it is damaged: torch.load's error depends on where the damage is. If someone shortens a mapped file, its reader
+    dies of SIGBUS; our own files are replaced by renaming.
     """
     check_regular(path)
     with open(path, "rb") as file:
         if file.read(4) != b"PK\3\4":  # a zip archive; before torch 1.6 the file was a single pickle
             raise pickle.UnpicklingError("not an archive")
         with zipfile.ZipFile(file) as archive:
-            is_stored = all(member.compress_type == zipfile.ZIP_STORED for member in archive.infolist())
-            if check and local_rank() == 0 and (damaged := archive.testzip()):  # by each CRC-32: torch ignores them
-                raise ValueError(f"{damaged} is damaged")
+            members = archive.infolist()
+            for member in members:
+                with archive.open(member) as part:  # raises an error unless it begins with its name; torch does not
+                    if member.filename.endswith("data.pkl"):
+                        part.read()  # raises an error if its CRC is wrong
+    is_stored = all(member.compress_type == zipfile.ZIP_STORED for member in members)
     with warnings.catch_warnings(), torch.serialization.safe_globals([argparse.Namespace]):  # in published files
         warnings.simplefilter("ignore")  # torch's warnings on foreign pickles; the error says enough
-        return torch.load(path, map_location="cpu", weights_only=True, mmap=is_stored)
+        content = torch.load(path, map_location="cpu", weights_only=True, mmap=is_stored)
+    if local_rank() == 0:
+        check_tensors(used(content) if used else content, {(member.file_size, member.CRC) for member in members})
+    return content
+
+
+def check_tensors(value, sums):
+    """Raise ValueError unless the memory of each tensor in `value` has one of the `sums`, pairs (size, CRC-32).
+
+    They are those of all members of an archive, as torch does not tell which member became which tensor.
+    """
+    storages = [tensor.untyped_storage() for tensor in tensors_in(value)]
+    places = {(storage.data_ptr(), len(storage)): storage for storage in storages}
+    for _, storage in sorted(places.items()):  # in the order of the file, as a disk reads ahead
+        data = torch.empty(0, dtype=torch.uint8).set_(storage).numpy()
+        if (data.nbytes, zlib.crc32(data)) not in sums:
+            raise ValueError("a tensor is damaged")
+
+
+def tensors_in(value):
+    """Yield each tensor in nested dicts, lists and tuples once, also if a file repeats its parts without end."""
+    seen, rest = set(), [value]
+    while rest:
+        value = rest.pop()
+        if id(value) in seen:
+            continue
+        seen.add(id(value))
+        if isinstance(value, torch.Tensor):
+            yield value
+        elif isinstance(value, dict | list | tuple):
+            rest += value.values() if isinstance(value, dict) else value

@@ -235,6 +235,10 @@ def damage_json(folder, rng, pattern):
 
 FILES = {
     "checkpoint": (lambda at: torch.save(make_state(), at / "best.pt"), read_checkpoint),
+    "checkpoint to sample": (
+        lambda at: torch.save(make_state(), at / "best.pt"),
+        lambda at: checkpoint.load_model(at / "best.pt")[0].state_dict(),
+    ),
     "published model": (
         make_published, lambda at: checkpoint.load_model(at / "a.pt", model=PUBLISHED)[0].state_dict()
     ),
@@ -276,7 +280,8 @@ DAMAGE = {  # another way, and names of files; without an entry it is (damage_by
     "VAE, other values": (damage_json, "config.json"),
 }
 KINDS = sorted(FILES | DAMAGE)
-SAME = "checkpoint", "published model"  # what is read of a damaged file of this kind equals what was saved
+# What is read of a damaged file of these kinds equals what was saved
+SAME = "checkpoint", "checkpoint to sample", "published model"
 
 
 # A process per kind.
