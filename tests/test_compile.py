@@ -85,3 +85,4 @@ def test_a_compiled_run_learns_what_the_plain_run_learns(shapes, tmp_path):
         assert [row[key] for row in rows] == pytest.approx([row[key] for row in plain], rel=1e-4)
     assert rows[-1]["val_loss"] == pytest.approx(plain[-1]["val_loss"], rel=1e-4)
     assert same_names == names
+    assert counters["stats"]["unique_graphs"] == 2  # one to train, one for the EMA

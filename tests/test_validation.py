@@ -1,13 +1,16 @@
 """Validation: the same losses each time, on any number of ranks."""
 
+import functools
 import shutil
 
 import pytest
 import torch
+from torch import nn
+from torch._dynamo.utils import counters
 from torch.utils.data import DataLoader
 
 import validation
-from models import EqM, model_config
+from models import Block, EqM, model_config
 from runtime import distributed
 from runtime.rng import generator
 from runtime.signals import StopSignal
@@ -47,8 +50,8 @@ def loaders(videos):
     clips = {n: Clips(videos, scan.videos, scan.classes, n, 16, flip=False, stream="validation") for n in (4, 8)}
     dataset = ClipsByFrames(clips)
 
-    def make(world_size):
-        parts = [CHUNKS[rank::world_size] for rank in range(world_size)]
+    def make(world_size, chunks=CHUNKS):
+        parts = [chunks[rank::world_size] for rank in range(world_size)]
         return [DataLoader(dataset, batch_sampler=part, collate_fn=collate) for part in parts]
 
     return make
@@ -79,6 +82,22 @@ def test_validation_sees_the_ema_the_raw_weights_and_every_number_of_frames(mode
     swapped = models[::-1]
     assert run(swapped, loader)["val_loss"] == both["val_loss_raw"]
     assert run(swapped, loader, num_frames=8)["val_loss_raw"] == both["val_loss_f8"]
+
+
+def test_validation_of_compiled_models_adds_one_graph_to_that_of_training(models, loaders, monkeypatch):
+    compile_eagerly = functools.partialmethod(nn.Module.compile, backend="eager")  # for machines without a compiler
+    monkeypatch.setattr(Block, "compile", compile_eagerly)
+    torch._dynamo.reset()
+    counters.clear()
+    (loader,), (ema, model) = loaders(1, CHUNKS[:-1]), models  # a batch of one clip would take a graph of its own
+    ema.eval().requires_grad_(False)
+    expected = run(models, loader, given=True)
+    for network in models:
+        network.compile_blocks()
+    for _ in range(2):
+        model(torch.randn(2, 3, 4, 16, 16), torch.zeros(2, dtype=torch.int64)).sum().backward()
+        assert run(models, loader, given=True) == pytest.approx(expected, rel=1e-5)
+    assert counters["stats"]["unique_graphs"] == 2
 
 
 def test_with_given_frames_the_loss_is_that_of_the_others_beside_a_clean_first_half(models, loaders, num_frames=8):
