@@ -46,7 +46,7 @@ def validate(ema, model, vae, loader, num_frames, precision, device, stop, given
             noise = normal(0, "noise", "validation", indices.tolist(), x.shape[1:], device)
             gamma, T, patch = gamma.to(device), x.shape[2], ema.config.temporal_patch_size
             losses = partial(clip_losses, x, noise, labels, time_scale, precision)
-            with torch.compiler.set_stance("force_eager"):  # compiled, they would need a graph that nothing else uses
+            with torch.compiler.set_stance("force_eager"):  # or it would make a graph that nothing else uses
                 raw = losses(model, gamma)
             columns = [torch.full_like(gamma, T), indices.to(device), gamma, losses(ema, gamma), raw]
             columns.append(x.square().flatten(1).mean(dim=1))
