@@ -51,7 +51,6 @@ from runtime.cli import (
     ArgumentParser,
     Bar,
     UserError,
-    add_removed,
     add_speed_flags,
     fail,
     one_line_errors,
@@ -168,7 +167,6 @@ def add_optimisation_flags(parser):
     end = "global step at which --lr-decay ends, for a run that is not the last of a chain; default: the run's own end"
     add("--lr-decay-end", type=COUNT, metavar="N", help=end)
     add("--warmup-steps", type=NATURAL, default=0, metavar="N", help="steps up to the full learning rate; 0 = off")
-    add_removed(add, "--rewarmup", "it changed neither the loss nor the bump at a switch: leave it out")
     decay = f"decoupled weight decay; 0 = off; default: {MUON_DECAY} with --optimizer muon, else 0"
     add("--weight-decay", type=NON_NEGATIVE, metavar="X", help=decay)
     add("--clip-grad", type=NON_NEGATIVE, default=1.0, metavar="X", help="largest norm of the gradient; 0 = off")
@@ -198,8 +196,7 @@ def main():
     args, start, vae, config, data, phases = preflight.share_run(args, run)
     progress = start.progress
     phases = phases or [preflight.only_phase(args, progress, data)]
-    last_step = phases[-1].last_step
-    lr_end = args.lr_decay_end or last_step
+    last_step, lr_end = phases[-1].last_step, args.lr_decay_end or phases[-1].last_step
     if progress.step >= last_step and not start.unlogged:
         checkpoint.complete_names(start, phases, args.ckpt_every)
         say(f"{start.folder} is finished: all {progress.step} steps are done")

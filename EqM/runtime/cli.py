@@ -99,15 +99,6 @@ COUNT, NATURAL = number(int, least=1, most=2**31 - 1), number(int, least=0, most
 POSITIVE, NON_NEGATIVE, SHARE = number(float, above=0), number(float, least=0), number(float, least=0, most=1)
 
 
-def add_removed(add, flag, reason):
-    """Have a flag of an earlier version say why it is gone; `add` is the add_argument of a parser or a group."""
-
-    def refuse(text):
-        raise argparse.ArgumentTypeError(f"removed, because {reason}")
-
-    add(flag, type=refuse, default=argparse.SUPPRESS, help=argparse.SUPPRESS)
-
-
 def add_speed_flags(parser):
     """The flags of every script that runs a network for long. Returns the add_argument of their group."""
     add = parser.add_argument_group("speed").add_argument
