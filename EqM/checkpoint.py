@@ -15,6 +15,7 @@ A file holds a dict of tensors and plain Python values:
 """
 
 import errno
+import hashlib
 import math
 import os
 import pickle
@@ -354,6 +355,15 @@ def load_model(path, use_ema=True, model=None, video=None, **checks):
     load_weights(path, network, state[part])
     check_unchanged(path, stamp)
     return network.eval(), state["config"], state["step"]
+
+
+def weights_sha256(weights):
+    """The SHA-256 of a flat state dict: of names, types, shapes and values."""
+    digest = hashlib.sha256()
+    for name, value in sorted(weights.items()):
+        digest.update(f"{name} {value.dtype} {tuple(value.shape)} ".encode())
+        digest.update(value.contiguous().view(-1).view(torch.uint8).numpy())
+    return digest.hexdigest()
 
 
 def say_if_old(path, step):

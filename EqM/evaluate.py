@@ -25,7 +25,6 @@ from argparse import ArgumentTypeError, Namespace
 from pathlib import Path
 
 import generation
-from generation import sha256
 from given import frame_ranges
 from runtime import cli, distributed
 from runtime.cli import (
@@ -41,6 +40,7 @@ from runtime.cli import (
     say,
 )
 from runtime.distributed import rank
+from runtime.untrusted import file_sha256
 from scoring import bounce, frechet, manifest, sources
 from scoring.bounce import is_bouncing, read_bounce, score_bounce
 from scoring.consistency import score_consistency
@@ -258,7 +258,7 @@ def start_manifest(args, generated, real, num_features):
     shared = {"num_clips": args.num_samples, "num_frames": generated.num_frames, "image_size": generated.image_size}
     detector = args.detector and {
         "path": str(args.detector),
-        "sha256": sha256(args.detector),
+        "sha256": file_sha256(args.detector),
         "num_features": num_features,
         "call": frechet.CALLS[args.metric],
     }

@@ -1,20 +1,16 @@
 """From a model to samples: flags, checks and steps that train.py, sample_gd.py and evaluate.py share."""
 
 import argparse
-import hashlib
 import itertools
 import math
-import os
 from copy import deepcopy
 from dataclasses import asdict, dataclass
 from functools import partial
-from pathlib import Path
 
 import torch
 from torch import nn
 
 import checkpoint
-import published
 import transport
 from given import Details, paste_given
 from models import EBMS, NAMES, EqM, model_name
@@ -22,7 +18,7 @@ from rope import REFERENCE_FPS
 from runtime import distributed
 from runtime.cli import COUNT, NATURAL, NON_NEGATIVE, POSITIVE, Bar, UserError, number, say, settle_precision
 from runtime.rng import normal
-from runtime.untrusted import FPS, check_types, file_sha256
+from runtime.untrusted import FPS, check_types
 from samplers import DESCENTS, SOLVERS, guided, sample
 from sharding import is_sharded
 from vae import VAE, check_same, load_vae
@@ -198,6 +194,7 @@ class Source:
     forcing: float = 0.0  # --forcing of training
     window: int | None = None  # frames that are sampled at a time; None: all
     overlap: int = 0  # of them, first ones that a window gets from the one before
+    weights_sha256: str = ""  # of the model as loaded, whatever its file
 
     def __post_init__(self):
         self.window = self.window or self.num_frames
@@ -283,7 +280,7 @@ def open_checkpoint(args):
     say(f"{args.ckpt}: {name}, step {step}, {trained}; samples of {num_frames}{windows} by {sampler}")
     if window < num_frames and not forcing:
         say(f"note: {args.ckpt} was trained without --forcing: its windows may not go on as those before end")
-    about = training["video"], step, forcing, window, overlap
+    about = training["video"], step, forcing, window, overlap, checkpoint.weights_sha256(model.state_dict())
     return Source(model, vae, data["classes"], labels, num_frames, time_scale, *about)
 
 
@@ -379,7 +376,7 @@ def provenance(source, args):
     """Everything that determines the samples of a checkpoint: plain values for JSON."""
     return {
         "checkpoint": str(args.ckpt),
-        "checkpoint_sha256": sha256(args.ckpt),
+        "weights_sha256": source.weights_sha256,
         "step": source.step,
         "averaged_weights": not args.no_ema,
         "model": model_name(**asdict(source.model.config)),
@@ -398,14 +395,6 @@ def provenance(source, args):
         "compile": args.compile,
         **sampling_settings(args),
     }
-
-
-def sha256(path):
-    """The SHA-256 of a file; for a folder, that of the exported model in it, whatever else the folder holds."""
-    if os.path.isdir(path):
-        parts = [sha256(Path(path, name)) for name in published.EXPORT]
-        return hashlib.sha256(" ".join(parts).encode()).hexdigest()
-    return file_sha256(path)
 
 
 # ----------------------------------------------------------------------------------------------------------------------

@@ -22,7 +22,7 @@ from runtime.cli import ArgumentParser, UserError, check_writable, fail, one_lin
 from scoring import manifest
 
 SHOWN = 20  # classes that the card names
-KEY = "checkpoint_sha256"
+KEY = "weights_sha256"
 CARD = """# {name}
 
 Trained with Equilibrium Matching (arXiv 2510.02300). `config.json` holds all settings; those of the sampler are used
@@ -64,7 +64,8 @@ def main():
         state = checkpoint.load(args.ckpt, ["ema"], **models.model_shape(args.model), ebm=args.ebm)
         checkpoint.check_name(args.ckpt, state, args.model)
         checkpoint.check(args.ckpt, checkpoint.config_of(args.ckpt, state), ebm=args.ebm)
-        card = make_card(state, args.dtype, [read_scores(args.ckpt, path) for path in args.scores])
+        sha256 = checkpoint.weights_sha256(state["ema"]) if args.scores else None
+        card = make_card(state, args.dtype, [read_scores(args.ckpt, sha256, path) for path in args.scores])
     except UserError as error:
         fail(error)
     try:
@@ -80,11 +81,14 @@ def main():
 # The model card
 
 
-def read_scores(ckpt, path):
-    """The manifest at a path, if it is of this checkpoint or of its samples. Raises UserError."""
+def read_scores(ckpt, sha256, path):
+    """The manifest at a path, if it is of the averaged weights with this SHA-256 or of their samples.
+
+    Raises UserError.
+    """
     found = manifest.read_manifest(path)
     about = found["generated"]
-    if generation.sha256(ckpt) not in (about.get(KEY), (about.get("source") or {}).get(KEY)):
+    if sha256 not in (about.get(KEY), (about.get("source") or {}).get(KEY)):
         raise UserError(f"--scores {path}: is not of {ckpt}: score that one with evaluate.py")
     return found
 

@@ -15,7 +15,7 @@ import torch
 import checkpoint
 import evaluate
 import sample_gd
-from generation import sha256
+from runtime.untrusted import file_sha256
 from scoring import frechet, manifest, sources
 from tiny_data import make_images, make_latents, make_state, write_npz
 from training import ROOT, TORCHRUN, run_main
@@ -126,7 +126,7 @@ def test_the_distance_is_that_of_all_features_at_once(metric, shapes, samples, d
     assert found["protocol"] == f"{metric}12_real20_8f_cfg1"
     assert max(batches) == 5  # no more clips are held at once
     assert found["real"]["split"] == "train" and found["real"]["num_videos"] == len(list(shapes.glob("*/*g02*")))
-    assert found["detector"]["sha256"] == sha256(detector)
+    assert found["detector"]["sha256"] == file_sha256(detector)
 
 
 @pytest.mark.parametrize(
@@ -244,7 +244,10 @@ def test_a_manifest_repeats_bit_for_bit_and_says_so_when_it_does_not(
     assert "agree with" in capsys.readouterr().out
 
     weights = torch.load(moved[1], weights_only=True)
-    weights["step"] = 71
+    weights |= {"step": 71, "best_loss": 0.5, "optimizer": None}
+    torch.save(weights, moved[1])
+    assert run(*repeat, "--ckpt", moved[1], "--tolerance", 0.02)["repeats"]["agrees"]  # the weights are the same
+    weights["ema"]["final_layer.linear.bias"] += 1
     torch.save(weights, moved[1])
     run(*repeat, "--ckpt", moved[1], status=2)
     assert "--ckpt: sha256" in capsys.readouterr().err
@@ -263,7 +266,7 @@ def test_motion_of_real_clips_is_right_and_its_confusion_is_a_diagonal(shapes, s
             assert all(count == 0 for asked, row in rows.items() for name, count in row.items() if name != asked)
             assert sum(row[asked] for asked, row in rows.items()) == 12
     assert "asked, found:" in capsys.readouterr().out
-    assert found["generated"]["samples_sha256"] == sha256(samples / "samples.npz")
+    assert found["generated"]["samples_sha256"] == file_sha256(samples / "samples.npz")
 
 
 def test_consistency_finds_the_seams_that_a_sample_folder_has(shapes, tmp_path):
@@ -291,7 +294,7 @@ def test_images_have_a_fid_from_a_checkpoint_and_from_its_samples(detector, tmp_
     run_main(sample_gd, "--ckpt", path, "--folder", tmp_path / "s", "--num-samples", 10, *SHORT)
     again = run("--out", tmp_path / "b.json", *shared, "--samples", tmp_path / "s")
     assert again["values"]["fid"] == pytest.approx(found["values"]["fid"], rel=1e-6)
-    assert again["generated"]["source"]["checkpoint_sha256"] == found["generated"]["checkpoint_sha256"]
+    assert again["generated"]["source"]["weights_sha256"] == found["generated"]["weights_sha256"]
 
 
 def test_two_ranks_that_sample_find_what_one_finds(shapes, ckpt, detector, tmp_path):

@@ -10,7 +10,6 @@ import checkpoint
 import export
 import sample_gd
 import train
-from generation import sha256 as sha256_of
 from models import EqM, model_config
 from runtime.cli import UserError
 from scoring import manifest
@@ -124,8 +123,10 @@ def test_the_model_card_says_what_it_is_how_it_is_sampled_and_what_it_scores(exp
             patch.setattr("sys.argv", line.split()[1:])
             script.parse_args()
     found = dict.fromkeys(manifest.KEYS, {}) | {"format": 1, "protocol": "motion8_4f", "values": {"speed": 0.98765}}
-    for sha256, status in (("0", 2), (sha256_of(ckpt), 0)):
-        manifest.write_manifest(tmp_path / "m.json", found | {"generated": {"checkpoint_sha256": sha256}})
+    own = checkpoint.weights_sha256(checkpoint.load(ckpt)["ema"])
+    assert own == checkpoint.weights_sha256(checkpoint.load_model(shared)[0].state_dict())  # the export's are the same
+    for sha256, status in (("0", 2), (own, 0)):
+        manifest.write_manifest(tmp_path / "m.json", found | {"generated": {"weights_sha256": sha256}})
         run_main(export, ckpt, tmp_path / "scored", "--scores", tmp_path / "m.json", status=status)
     assert "--scores" in capsys.readouterr().err
     card = (tmp_path / "scored/README.md").read_text()

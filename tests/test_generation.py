@@ -180,7 +180,7 @@ def test_samples_of_another_run_stay_unless_told_otherwise_and_no_score_stays_be
     sample(ckpt, folder, 2)
     found = dict.fromkeys(manifest.KEYS) | {"format": manifest.FORMAT}
     manifest.write_manifest(folder / "motion.json", found | {"generated": {"samples": str(folder)}})
-    manifest.write_manifest(folder / "fvd.json", found | {"generated": {"checkpoint_sha256": "of another model"}})
+    manifest.write_manifest(folder / "fvd.json", found | {"generated": {"weights_sha256": "of another model"}})
     for name in ("motion.png", "mine.json", "mine.png"):
         (folder / name).write_text("{}")
     content = {path: path.read_bytes() for path in folder.iterdir()}

@@ -16,7 +16,7 @@ import torch
 
 from runtime import distributed
 from runtime.atomic import atomic_write
-from runtime.cli import UserError
+from runtime.cli import UserError, say
 from runtime.untrusted import read_json
 
 FORMAT = 1
@@ -26,7 +26,7 @@ KEYS = (
 )  # fmt: skip
 PACKAGES = "torch", "numpy", "decord2", "safetensors", "diffusers", "pillow", "scikit-image"
 PINNED = (  # (flag, part, key): hashes that must be the same in a repeated run
-    ("--ckpt", "generated", "checkpoint_sha256"),
+    ("--ckpt", "generated", "weights_sha256"),
     ("--samples", "generated", "samples_sha256"),
     ("--detector", "detector", "sha256"),
     ("--data-path", "real", "videos_sha256"),
@@ -72,6 +72,9 @@ def is_of_samples(path, folder):
 
 def check_same(old, new):
     """Raise UserError, naming the flag, unless a new manifest depends on the same files as an old one."""
+    if "checkpoint_sha256" in (old["generated"] or {}):  # of the whole file, as earlier versions had it
+        say("note: --manifest is of an earlier version: nothing but its values shows whether --ckpt is the same")
+        old["generated"]["weights_sha256"] = new["generated"].get("weights_sha256")
     for flag, part, key in PINNED:
         wanted, found = ((manifest[part] or {}).get(key) for manifest in (old, new))
         if wanted != found:

@@ -17,11 +17,11 @@ import numpy as np
 import torch
 
 import generation
-from generation import sha256
 from runtime import cli, distributed
 from runtime.cli import Bar, UserError, say
 from runtime.distributed import rank
 from runtime.runs import results_of
+from runtime.untrusted import file_sha256
 from video.clips import Clips
 from video.index import scan_videos, split_videos
 from video.loader import batches_of, make_loader
@@ -102,7 +102,7 @@ class FromFolder:
 
     def provenance(self):
         about = {name: value for name, value in self.about.items() if name not in ("classes", "given")}
-        return {"samples": str(self.folder), "samples_sha256": sha256(self.folder / "samples.npz")} | about
+        return {"samples": str(self.folder), "samples_sha256": file_sha256(self.folder / "samples.npz")} | about
 
 
 def chosen_guidance(labels, guidance, is_chosen):
