@@ -97,6 +97,12 @@ class Progress:
         return min(by_epochs, max_steps or by_epochs)
 
 
+def progress_of(state):
+    """The Progress that the dict of a checkpoint holds."""
+    phase = {name: value for name, value in state["phase"].items() if name != "pretrained"}  # of earlier versions
+    return Progress(state["step"], best_loss=state.get("best_loss", math.inf), **phase)
+
+
 def trained_time_scale(data):
     """Seconds per frame of the clips that a model was trained on, from config["data"]."""
     return data.get("time_scale") or data["frame_interval"][0] / data["fps"]  # older files have no time_scale
@@ -270,6 +276,7 @@ def load(path, parts=PARTS, **asked):
     try:
         for part, types in CONFIG_TYPES.items():
             check_types(state["config"].get(part), types)
+        check_times(state["config"]["data"])
     except (ValueError, AttributeError) as error:
         raise UserError(f"--ckpt {path}: damaged: its {part} settings: {error}; use another checkpoint") from error
     return state
@@ -300,6 +307,15 @@ def check_unchanged(path, stamp):
     """Raise UserError if a checkpoint was replaced since it had that stamp, that is, while its tensors were read."""
     if stamp_of(path) != stamp:
         raise UserError(f"--ckpt {path}: was replaced while it was being read: start again")
+
+
+def check_times(data):
+    """Raise ValueError unless intervals and times of config["data"] are numbers that a training can have."""
+    intervals, times = data["frame_interval"], (data.get("time_scale"), data.get("longest_time_scale"))
+    if len(intervals) not in (1, 2) or not all(type(frames) is int and frames > 0 for frames in intervals):
+        raise ValueError(f"frame_interval is {str(intervals)[:50]}, expected one or two counts of frames")
+    if not all(time is None or 0 < time < math.inf for time in times):
+        raise ValueError(f"the times between frames are {times}, expected seconds above 0")
 
 
 def check_version(path, version):
@@ -358,11 +374,11 @@ def load_model(path, use_ema=True, model=None, video=None, **checks):
 
 
 def weights_sha256(weights):
-    """The SHA-256 of a flat state dict: of names, types, shapes and values."""
+    """The SHA-256 of a flat state dict: of names, shapes and values in float32."""
     digest = hashlib.sha256()
     for name, value in sorted(weights.items()):
-        digest.update(f"{name} {value.dtype} {tuple(value.shape)} ".encode())
-        digest.update(value.contiguous().view(-1).view(torch.uint8).numpy())
+        digest.update(f"{name} {tuple(value.shape)} ".encode())
+        digest.update(value.float().contiguous().view(-1).view(torch.uint8).numpy())
     return digest.hexdigest()
 
 
@@ -580,8 +596,7 @@ def find_start(args, name):
         flag = "--resume," if start.resumes else "--ckpt"
         raise UserError(f"{flag} {start.path}: trained with --optimizer {kind}, found {args.optimizer}: give the same")
     if start.resumes:
-        phase = {name: value for name, value in state["phase"].items() if name != "pretrained"}  # of earlier versions
-        start.progress = Progress(step, best_loss=state["best_loss"], **phase)
+        start.progress = progress_of(state)
         args.ckpt = state["config"]["training"].get("ckpt")  # where the phase started, for the record
     elif args.max_steps and args.max_steps <= step:
         raise UserError(

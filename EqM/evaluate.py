@@ -191,10 +191,10 @@ def open_generated(args):
     if generated.num_frames == 1 and args.metric != "fid":
         raise UserError(f"{place}: holds images, --metric {args.metric} needs videos of at least 2 frames")
     if args.metric in frechet.CALLS and generated.guidance is None:
-        advice = "give --cfg-scale" if args.ckpt else "sample again with --cfg-scale"
+        advice = "add it here" if args.ckpt else "sample again with it"
         raise UserError(
-            f"{place}: nobody chose its guidance, on which --metric {args.metric} depends; expected --cfg-scale in "
-            f"training or sampling; {advice}, 1 for none"
+            f"{place}: --metric {args.metric} depends on the guidance, which nobody has chosen; expected --cfg-scale "
+            f"in training or sampling; {advice} (1 turns guidance off)"
         )
     if args.metric == "prediction":
         check_prediction(args, generated)
@@ -241,9 +241,7 @@ def truth_file(args):
 
 
 def protocol(args, num_frames, guidance):
-    """A name such as fvd2048_16f_cfg1: metric, number of generated clips, frames, for fvd and fid the guidance; and
-    what differs from the default.
-    """
+    """A name such as fvd2048_16f_cfg1: metric, number of clips, frames, guidance (fvd and fid), and other choices."""
     split = "" if args.split == SPLITS[args.metric] else f"_{args.split}"
     if args.metric == "prediction":
         best = "" if args.samples_per_clip == 1 else f"_best{args.samples_per_clip}"

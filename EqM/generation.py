@@ -12,11 +12,12 @@ from torch import nn
 
 import checkpoint
 import transport
-from given import Details, paste_given
+from given import NOT_FORCED, Details, paste_given
 from models import EBMS, NAMES, EqM, model_name
 from rope import REFERENCE_FPS
 from runtime import distributed
 from runtime.cli import COUNT, NATURAL, NON_NEGATIVE, POSITIVE, Bar, UserError, number, say, settle_precision
+from runtime.distributed import rank
 from runtime.rng import normal
 from runtime.untrusted import FPS, check_types
 from samplers import DESCENTS, SOLVERS, guided, sample
@@ -95,11 +96,10 @@ def add_sampling_flags(parser):
     usual = {name: "" if value is None else f"; default: {value}" for name, value in SAMPLER.items()}
     samplers = "gd: gradient descent; ngd: with Nesterov momentum; euler, heun: the ODE in gamma, for comparison"
     add("--sampler", choices=[*DESCENTS, *SOLVERS], help=samplers + usual["sampler"])
-    follows = "; gd and ngd: if only one of {} and {} is given, the other follows so that steps x step size stays"
-    follows = follows.format("--num-sampling-steps", "--stepsize")
-    points = "number of points, one more than evaluations" + usual["num_sampling_steps"] + follows
+    points = "points of the path: gd, ngd and euler take N - 1 evaluations, heun 2 N - 3" + usual["num_sampling_steps"]
     add("--num-sampling-steps", type=number(int, least=2), metavar="N", help=points)
-    size = "step size eta of gd and ngd; see --num-sampling-steps" + usual["stepsize"]
+    size = "step size eta of gd and ngd; if you give only one of N and X, the other follows so that evaluations x step "
+    size += "size stays" + usual["stepsize"]
     add("--stepsize", type=POSITIVE, metavar="X", help=size)
     add("--mu", type=NON_NEGATIVE, metavar="X", help="momentum of ngd" + usual["mu"])
     adaptive = "gd and ngd: stop a sample when the root mean square of its field falls below R; without a number R is "
@@ -120,8 +120,11 @@ def settle_sampler(args, path, training):
         check_sampler(kept)
     except ValueError as error:
         raise UserError(f"--ckpt {path}: no settings of a sampler ({error}): name another checkpoint") from error
-    asked, is_default = args.stop_below, kept["cfg_scale"] == SAMPLER["cfg_scale"]  # as older files do not say it
-    args.guidance_chosen = args.cfg_scale is not None or bool(training.get("guidance_chosen", not is_default))
+    asked = args.stop_below
+    if args.guidance_chosen is None:  # a repeated score knows it
+        args.guidance_chosen = args.cfg_scale is not None or is_guidance_chosen(training)
+    if kept["sampler"] in SOLVERS and args.sampler in DESCENTS:  # a solver has no length of a path to keep
+        kept |= {name: SAMPLER[name] for name in ("num_sampling_steps", "stepsize")}
     keep_path_length(args, kept)
     for name, value in kept.items():
         if getattr(args, name) is None:
@@ -132,11 +135,16 @@ def settle_sampler(args, path, training):
         args.stop_below = None
 
 
-def keep_path_length(args, kept):
-    """Where only one of --num-sampling-steps and --stepsize is given, set the other one so that evaluations x step size
-    is what it was in the settings that are kept.
+def is_guidance_chosen(flags):
+    """Whether somebody gave --cfg-scale. Older flags do not say it; then a default does not count as chosen."""
+    usual = SAMPLER["cfg_scale"]
+    return bool(flags.get("guidance_chosen", flags.get("cfg_scale", usual) != usual))
 
-    Raises UserError.
+
+def keep_path_length(args, kept):
+    """Fill in --num-sampling-steps or --stepsize if only the other one is given.
+
+    evaluations x step size stays that of the settings that are kept. Raises UserError.
     """
     length, count, size = (kept["num_sampling_steps"] - 1) * kept["stepsize"], args.num_sampling_steps, args.stepsize
     if (count is None) == (size is None) or (args.sampler or kept["sampler"]) in SOLVERS:
@@ -279,8 +287,9 @@ def open_checkpoint(args):
     trained = f"trained on {trained_frames} frames"
     say(f"{args.ckpt}: {name}, step {step}, {trained}; samples of {num_frames}{windows} by {sampler}")
     if window < num_frames and not forcing:
-        say(f"note: {args.ckpt} was trained without --forcing: its windows may not go on as those before end")
-    about = training["video"], step, forcing, window, overlap, checkpoint.weights_sha256(model.state_dict())
+        say(f"note: {args.ckpt} {NOT_FORCED}: windows may not continue smoothly")
+    digest = checkpoint.weights_sha256(model.state_dict()) if rank() == 0 else ""  # which writes it
+    about = training["video"], step, forcing, window, overlap, digest
     return Source(model, vae, data["classes"], labels, num_frames, time_scale, *about)
 
 

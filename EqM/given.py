@@ -11,6 +11,7 @@ from video.inputs import check_apart, find_clips
 from video.samples import NO_LABEL
 
 KEPT_CLIPS = 32  # that are kept in memory
+NOT_FORCED = "was trained without --forcing, or on clips of one temporal patch, which are not forced"
 STILL = 16  # grey levels by which the decoded color of a pixel may change though nothing moves
 
 
@@ -140,7 +141,7 @@ def nearest_given(given):
 
 def note_forcing(ckpt, source):
     if not source.forcing:
-        say(f"note: {ckpt} was trained without --forcing: the frames that it adds may not fit the given ones")
+        say(f"note: {ckpt} {NOT_FORCED}: the frames that it adds may not fit the given ones")
 
 
 # ----------------------------------------------------------------------------------------------------------------------

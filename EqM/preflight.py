@@ -45,7 +45,7 @@ MODEL_FLAGS = (
 )  # fmt: skip
 NO_CHANGE = {  # flags that may differ in a resumed run: they change nothing, or are checked against the checkpoint
     "resume", "ckpt", "new_classes", "num_classes", "results_dir", "vae", "num_workers", "loader_timeout", "wandb",
-    "save_minutes", "keep_last", "shard", *MODEL_FLAGS,
+    "save_minutes", "keep_last", "shard", "guidance_chosen", *MODEL_FLAGS,
 }  # fmt: skip
 
 
@@ -155,9 +155,11 @@ def check_flags(args):
     for name, most in LARGEST.items():
         if (value := getattr(args, name)) > most:
             raise UserError(f"--{name.replace('_', '-')} {value}: wanted at most {most}")
-    if args.lr_decay_end and args.lr_decay_end < (args.max_steps or math.inf):
-        found = f"--max-steps {args.max_steps}" if args.max_steps else "a run without --max-steps"
-        raise UserError(f"--lr-decay-end {args.lr_decay_end}: {found} ends later; expected at least its last step")
+    if args.lr_decay_end and not args.max_steps:
+        raise UserError(f"--lr-decay-end {args.lr_decay_end}: needs --max-steps or --frames-schedule; add one of them")
+    if args.lr_decay_end and args.lr_decay_end < args.max_steps:
+        found = f"--lr-decay-end {args.lr_decay_end}: ends before the run"
+        raise UserError(f"{found}; expected at least its last step, {args.max_steps}; raise it")
     if args.new_classes and args.ckpt is None:
         raise UserError("--new-classes is for a checkpoint of other classes: give --ckpt, too, or leave it out")
     if args.ckpt == "":

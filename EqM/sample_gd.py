@@ -89,6 +89,8 @@ def check_flags(args):
             raise UserError(f"{flag} {value} without --video: images have no frames; add --video or leave it out")
     if args.given_frames and args.given is None:
         raise UserError(f"--given-frames {as_ranges(args.given_frames)} are frames of --given: give that, too")
+    if args.given is None and not args.keep_background:
+        raise UserError("--no-keep-background is about frames after those of --given: give that, too")
     if args.given is not None and args.init is not None:
         raise UserError("--given and --init: frames to keep or a start from which all change: give one of them")
     if args.given is not None and not args.video:

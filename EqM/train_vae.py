@@ -134,7 +134,7 @@ def find_start(args):
     except UserError as error:  # nothing was saved, or it is damaged
         say(f"note: {error}")
         return checkpoint.Start(checkpoint.Progress(), folder=folder)
-    return checkpoint.Start(checkpoint.Progress(state["step"], **state["phase"]), path, stamp, state, folder)
+    return checkpoint.Start(checkpoint.progress_of(state), path, stamp, state, folder)
 
 
 # ----------------------------------------------------------------------------------------------------------------------

@@ -89,7 +89,7 @@ def read_scores(ckpt, sha256, path):
     found = manifest.read_manifest(path)
     about = found["generated"]
     if sha256 not in (about.get(KEY), (about.get("source") or {}).get(KEY)):
-        raise UserError(f"--scores {path}: is not of {ckpt}: score that one with evaluate.py")
+        raise UserError(f"--scores {path}: not of the averaged weights of {ckpt}, or of earlier code: score them again")
     return found
 
 

@@ -20,7 +20,7 @@ from scoring.plots import plt, save_figure
 from scoring.prediction import with_interval
 
 GIVEN = {"psnr": "PSNR", "psnr_moving": "moving pixels"}  # of predictions: name of a value, in words
-KEPT = {"": "", "-background": ", background kept"}  # end of the name of a task, in words: see --keep-background
+KEPT = {"-decoded": "", "-background": ", background kept"}  # end of a task's name, in words: see --keep-background
 PREDICTIONS = tuple(task + end for task in ("8of16", "4of16") for end in KEPT)
 TASKS = (*PREDICTIONS, "nearest", "judge")
 
@@ -141,10 +141,10 @@ def plot_hours(path, runs):
     for value, words, color in (("psnr", "whole picture", "tab:blue"), ("psnr_moving", "moving pixels", "tab:orange")):
         for kind, line in (("", "--"), ("_average", "-")):
             name = f"{value}{kind}_gain"
-            if all(run["8of16"].get(name) is not None for run in runs):
+            if all(run["8of16-decoded"].get(name) is not None for run in runs):
                 label = f"{words}, {'the average' if kind else 'one sample'}"
-                values = np.array([run["8of16"][name] for run in runs])
-                intervals = [run["8of16"][f"{name}_interval95"] for run in runs]
+                values = np.array([run["8of16-decoded"][name] for run in runs])
+                intervals = [run["8of16-decoded"][f"{name}_interval95"] for run in runs]
                 draw(top, values, intervals, label=label, color=color, linestyle=line)
     top.axhline(0, color="black", linewidth=1)
     top.set(ylabel="PSNR above repeating (dB),\n8 of 16 frames given")

@@ -101,11 +101,13 @@ fi
 score() { # FILE FLAGS of evaluate.py
   there "$1" || "${RUN[@]}" EqM/evaluate.py --data-path="$DATA" --num-workers 0 --out="$1" "${@:2}"
 }
-for kept in "" -background; do # as the VAE decodes them, and with the background of the last given frame
-  PREDICTED=(--metric prediction --ckpt="$BEST" "${MIXED[@]}" ${kept:+--keep-background})
-  score "samples/$EXP-8of16$kept.json" "${PREDICTED[@]}" --given-frames 0-7 --num-real="$REAL" --samples-per-clip 8
-  score "samples/$EXP-4of16$kept.json" "${PREDICTED[@]}" --given-frames 0-3 --num-real="$((REAL / 4))" --samples-per-clip 10
-done
+PREDICTED=(--metric prediction --ckpt="$BEST" "${MIXED[@]}")
+EIGHT=(--given-frames 0-7 --num-real="$REAL" --samples-per-clip 8)
+FOUR=(--given-frames 0-3 --num-real="$((REAL / 4))" --samples-per-clip 10)
+score "samples/$EXP-8of16-decoded.json" "${PREDICTED[@]}" "${EIGHT[@]}"
+score "samples/$EXP-8of16-background.json" "${PREDICTED[@]}" "${EIGHT[@]}" --keep-background
+score "samples/$EXP-4of16-decoded.json" "${PREDICTED[@]}" "${FOUR[@]}"
+score "samples/$EXP-4of16-background.json" "${PREDICTED[@]}" "${FOUR[@]}" --keep-background
 score "samples/$EXP-nearest.json" --metric nearest --samples="samples/$EXP-f16"
 there "samples/$EXP-judge.json" ||
   python scripts/judge.py --data-path="$DATA" --samples="samples/$EXP-f16" --steps="$JUDGE_STEPS" --out="samples/$EXP-judge.json"

@@ -140,8 +140,8 @@ CASES = {
     "a glob after an equals sign": case("sample", "--folder=a b --video", "--folder takes one folder, found 2: a, b"),
     "a flag without its value": case("train", "--ckpt", "--ckpt"),
     "a value that looks like a flag": case("train", "--data-path -videos", "--data-path"),
-    "a decay that ends too early": case("train", "--lr-decay-end 9", "--lr-decay-end 9: --max-steps 20 ends later"),
-    "a decay of no steps": case("schedule", "--num-frames 8 --lr-decay-end 9", "--lr-decay-end 9: a run without"),
+    "a decay that ends too early": case("train", "--lr-decay-end 9", "--lr-decay-end 9: ends before", "20"),
+    "a decay of no steps": case("schedule", "--num-frames 8 --lr-decay-end 9", "--lr-decay-end 9: needs --max-steps"),
     "no such model": case("train", "--model EqM-Q/4", "--model", "EqM-Q/4"),
     "an unknown energy": case("train", "--ebm l3", "--ebm", "l3"),
     # Flags that contradict each other or the machine.

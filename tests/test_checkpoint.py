@@ -306,6 +306,17 @@ def test_another_format_version_is_refused(tmp_path, version):
         ({"model": asdict(CONFIG), "data": DATA}, "training settings"),
         ({"model": asdict(CONFIG), "data": DATA | {"fps": "25"}, "training": TRAINING}, "data settings: fps is 25"),
         ({"model": asdict(CONFIG), "data": {"fps": 25.0}, "training": TRAINING}, "data settings: vae is None"),
+        *(
+            ({"model": asdict(CONFIG), "data": DATA | changes, "training": TRAINING}, words)
+            for changes, words in (
+                ({"frame_interval": []}, "frame_interval is []"),
+                ({"frame_interval": ["1"]}, "frame_interval is ['1']"),
+                ({"frame_interval": [0, 2]}, "frame_interval is [0, 2]"),
+                ({"longest_time_scale": torch.nan}, "times between frames"),
+                ({"longest_time_scale": torch.inf}, "times between frames"),
+                ({"time_scale": 0.0}, "times between frames"),
+            )
+        ),
     ],
 )
 def test_a_config_without_what_sampling_needs_is_refused(tmp_path, config, words):

@@ -150,7 +150,7 @@ def test_a_frechet_distance_needs_a_guidance_that_somebody_chose_and_names_it(
     steps = ["--num-sampling-steps", 3, "--num-samples", 2]
     run_main(sample_gd, "--video", "--ckpt", tmp_path / "a.pt", "--folder", tmp_path / "s", *steps, *flags)
     places = ["--ckpt", tmp_path / "a.pt", *steps, *flags], ["--samples", tmp_path / "s"]
-    for place, advice in zip(places, ("give --cfg-scale, 1", "sample again with --cfg-scale, 1"), strict=True):
+    for place, advice in zip(places, ("add it here (1", "sample again with it (1"), strict=True):
         flags = ["--metric", "fvd", "--data-path", shapes, "--detector", detector, "--num-real", 2, *place, *FEW]
         found = run("--out", tmp_path / "a.json", *flags, status=0 if name else 2)
         if name:

@@ -204,7 +204,7 @@ def test_flags_that_contradict_the_checkpoint_are_refused(exported, tmp_path, ca
     assert not (tmp_path / "new").exists()
 
 
-def test_fine_tuning_averages_from_its_own_start_and_a_chained_phase_goes_on_averaging(tmp_path):
+def test_fine_tuning_averages_from_its_own_start_and_a_chained_phase_continues(tmp_path):
     run_main(export, make_checkpoint(tmp_path / "best.pt", video=False), tmp_path / "shared")
     data = make_images(tmp_path / "data", 4)
 

@@ -183,7 +183,7 @@ def test_each_recipe_passes_its_flags_and_our_positions(settings, on_gpu, flags,
     assert found == [*flags, *POSITIONS, "--forcing", share, "--lr-decay", "0", *compiled]
 
 
-def test_the_published_recipe_is_that_of_the_paper(monkeypatch):
+def test_what_the_published_recipe_leaves_to_train_py_is_as_in_the_paper(monkeypatch):
     """AdamW at 1e-4 without weight decay, uniform gamma, no forcing, label dropout 0.1."""
     monkeypatch.setattr(sys, "argv", ["train.py", "--data-path", "x"])
     args = train.parse_args()

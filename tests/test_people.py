@@ -42,8 +42,8 @@ def write_run(name, hours, gain, kinds=("", "_best", "_average")):
     judged = {"clips": 32, "right": 31, "share": 31 / 32, "interval95": [0.843, 0.994]}
     asked = {"clips": 96, "right": 90, "share": 90 / 96, "interval95": [0.87, 0.97], "still": [3, 40]}
     files = {
-        "8of16": {"result": predictions(8, gain, kinds)},
-        "4of16": {"result": predictions(10, gain, kinds)},
+        "8of16-decoded": {"result": predictions(8, gain, kinds)},
+        "4of16-decoded": {"result": predictions(10, gain, kinds)},
         "8of16-background": {"result": predictions(8, gain + 2, kinds)},
         "4of16-background": {"result": predictions(10, gain + 2, kinds)},
         "judge": {"result": {"real": judged, "samples": {f"samples/{name}-f16": asked}}},

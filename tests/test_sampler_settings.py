@@ -79,6 +79,13 @@ def test_the_length_of_the_path_stays_if_only_one_of_steps_and_step_size_is_give
     assert f"{points - 1} evaluations{step}, guidance" in capsys.readouterr().out
 
 
+@pytest.mark.parametrize(("flags", "points", "size"), [([], 250, 0.0017), (["--num-sampling-steps", 4], 4, 0.1411)])
+def test_a_descent_of_a_model_sampled_by_a_solver_has_the_usual_path(tmp_path, settings_of, flags, points, size):
+    make_checkpoint(tmp_path / "a.pt", **TUNED | {"sampler": "euler", "stop_below": None})
+    found = settings_of(tmp_path / "a.pt", "--sampler", "gd", *flags)
+    assert (found["num_sampling_steps"], found["stepsize"]) == (points, pytest.approx(size))
+
+
 def test_a_step_size_that_would_take_forever_is_one_line(tmp_path, settings_of, capsys):
     make_checkpoint(tmp_path / "a.pt", **TUNED)
     settings_of(tmp_path / "a.pt", "--stepsize", 1e-9, status=2)

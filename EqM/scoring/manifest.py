@@ -73,7 +73,7 @@ def is_of_samples(path, folder):
 def check_same(old, new):
     """Raise UserError, naming the flag, unless a new manifest depends on the same files as an old one."""
     if "checkpoint_sha256" in (old["generated"] or {}):  # of the whole file, as earlier versions had it
-        say("note: --manifest is of an earlier version: nothing but its values shows whether --ckpt is the same")
+        say("note: --manifest is of an earlier version and has no hash of the weights, so --ckpt is not checked")
         old["generated"]["weights_sha256"] = new["generated"].get("weights_sha256")
     for flag, part, key in PINNED:
         wanted, found = ((manifest[part] or {}).get(key) for manifest in (old, new))

@@ -41,7 +41,7 @@ METRICS = ("psnr", "ssim", "psnr_moving")
 def check_prediction_flags(args, given):
     """Raise UserError for flags that only --metric prediction has, or that it has not; `given` names those given."""
     if args.metric != "prediction":
-        for name in sorted(given & {"given_frames", "samples_per_clip"}):
+        for name in sorted(given & {"given_frames", "samples_per_clip", "keep_background"}):
             raise UserError(f"--{name.replace('_', '-')} is for --metric prediction: leave it out")
         return
     if args.samples is not None:

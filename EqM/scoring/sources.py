@@ -90,7 +90,7 @@ class FromFolder:
         self.temporal_patch_size = args.temporal_patch_size or self.about["source"].get("temporal_patch_size")
         self.window, self.overlap = (self.about["source"].get(name) or 0 for name in ("window", "overlap"))
         guidance = self.about["flags"].get("cfg_scale")
-        is_chosen = self.about["flags"].get("guidance_chosen", guidance != generation.SAMPLER["cfg_scale"])
+        is_chosen = isinstance(guidance, int | float) and generation.is_guidance_chosen(self.about["flags"])
         self.guidance = chosen_guidance(self.labels, guidance, is_chosen)
         self.evaluations = []
 
