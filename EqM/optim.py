@@ -12,18 +12,17 @@ MUON_DECAY = 0.1  # weight decay; without any the weights grow as long as the le
 
 
 def make_optimizers(model, args):
-    """[AdamW], or with --optimizer muon [AdamW, Muon]: Muon for the weight matrices of attention and MLP.
-
-    Beside Muon, AdamW has the biases, modulations and embeddings, which do not decay.
-    """
-    if args.optimizer == "adamw":
-        return [torch.optim.AdamW(model.parameters(), lr=args.lr, weight_decay=args.weight_decay, fused=True)]
-    matrices = {}  # weight: the number of matrices in it
-    for attn, mlp in ((block.attn, block.mlp) for block in model.blocks):
-        matrices |= {attn.qkv.weight: 3, attn.proj.weight: 1, mlp.fc1.weight: 1, mlp.fc2.weight: 1}
-    rest = [weight for weight in model.parameters() if weight not in matrices]
-    adamw = torch.optim.AdamW(rest, lr=args.lr, weight_decay=0.0, fused=True)
-    return [adamw, Muon(list(matrices), args.muon_lr, args.weight_decay, list(matrices.values()))]
+    """[AdamW], or with --optimizer muon [AdamW, Muon]: Muon for the weight matrices of attention and MLP."""
+    matrices = []
+    if args.optimizer == "muon":
+        for block in model.blocks:
+            matrices += [block.attn.qkv.weight, block.attn.proj.weight, block.mlp.fc1.weight, block.mlp.fc2.weight]
+    by_muon = {id(weight) for weight in matrices}
+    rest = [weight for weight in model.parameters() if id(weight) not in by_muon]
+    optimizers = [torch.optim.AdamW(rest, lr=args.lr, weight_decay=args.weight_decay, fused=True)]
+    if matrices:
+        optimizers.append(Muon(matrices, lr=args.muon_lr, weight_decay=args.weight_decay))
+    return optimizers
 
 
 # ----------------------------------------------------------------------------------------------------------------------
@@ -34,18 +33,15 @@ class Muon(torch.optim.Optimizer):
     """Descends along momenta that were made orthogonal (Jordan et al., kellerjordan.github.io/posts/muon, 2024).
 
     That takes many matrix products. The ranks share the matrices out and send each other the results. Weights and
-    momenta are on all of them, or sharded. lr and weight_decay are those of torch.optim.Muon. parts: the number of
-    matrices that each weight holds, one above the other, as those of queries, keys and values; default: 1.
+    momenta are on all of them, or sharded. lr and weight_decay are those of torch.optim.Muon.
     """
 
     momentum = 0.95  # Nesterov's
 
-    def __init__(self, weights, lr, weight_decay, parts=None):
-        super().__init__(weights, {"lr": lr, "weight_decay": weight_decay})
+    def __init__(self, matrices, lr, weight_decay):
+        super().__init__(matrices, {"lr": lr, "weight_decay": weight_decay})
         self.ranks = distributed.world_size() if distributed.is_started() else 1
-        self.parts = parts or [1] * len(weights)
-        shapes = [(len(weight) // count, weight.shape[1]) for weight, count in zip(weights, self.parts, strict=True)]
-        self.batches = share_out(shapes, self.parts, self.ranks)
+        self.batches = share_out([weight.shape for weight in matrices], self.ranks)
 
     @torch.no_grad()
     def step(self):
@@ -60,25 +56,24 @@ class Muon(torch.optim.Optimizer):
         exchange = self.scattered if is_sharded(weights[0]) else self.broadcast
         for index, direction in exchange(lambda index: gradients[index].lerp(momenta[index], self.momentum), weights):
             rows, columns = weights[index].shape
-            step_size = lr * math.sqrt(max(1, rows / self.parts[index] / columns))
+            step_size = lr * math.sqrt(max(1, rows / columns))
             weights[index].mul_(1 - lr * group["weight_decay"]).add_(direction, alpha=-step_size)
 
     def broadcast(self, step_of, weights):
-        """(index, step_of(index) made orthogonal) of each weight."""
+        """(index, step_of(index) made orthogonal) of each matrix."""
         results, transfers = [], []
         for owner, indices in self.batches:
             if self.ranks == 1 or owner == distributed.rank():
-                results.append(orthogonalize(self.stack(indices, map(step_of, indices))))
+                results.append(orthogonalize(torch.stack([step_of(index) for index in indices])))
             else:
-                count, (rows, columns) = sum(self.parts[index] for index in indices), weights[indices[0]].shape
-                shape = count, rows // self.parts[indices[0]], columns
+                shape = len(indices), *weights[indices[0]].shape
                 results.append(torch.empty(shape, dtype=torch.bfloat16, device=weights[0].device))
             if self.ranks > 1:  # as bytes: not every backend has bfloat16
                 transfers.append(dist.broadcast(results[-1].view(torch.uint8), owner, async_op=True))
         for transfer in transfers:
             transfer.wait()
         for (_, indices), directions in zip(self.batches, results, strict=True):
-            yield from self.unstack(indices, directions)
+            yield from zip(indices, directions, strict=True)
 
     def scattered(self, step_of, weights):
         """The same, sharded: the ranks gather a matrix at a time, and nobody but its owner keeps it whole."""
@@ -87,30 +82,19 @@ class Muon(torch.optim.Optimizer):
             steps = [step.bfloat16() for step in map(whole, map(step_of, indices)) if owner == distributed.rank()]
             gathered += [(indices, steps)] if steps else []
         for indices, steps in gathered:  # now that no other rank waits for this one
-            own |= self.unstack(indices, orthogonalize(self.stack(indices, steps)))
+            own |= zip(indices, orthogonalize(torch.stack(steps)), strict=True)
         for owner, indices in self.batches:
             for index in indices:
                 yield index, scatter(own.pop(index, None), weights[index], owner)
 
-    def stack(self, indices, weights):
-        """The matrices (k, rows, columns) of weights with matrices of one shape."""
-        pairs = zip(indices, weights, strict=True)
-        return torch.cat([weight.unflatten(0, (self.parts[index], -1)) for index, weight in pairs])
 
-    def unstack(self, indices, matrices):
-        """(index, weight) of each weight whose matrices were stacked."""
-        pieces = matrices.split([self.parts[index] for index in indices])
-        return zip(indices, (piece.flatten(0, 1) for piece in pieces), strict=True)
+def share_out(shapes, ranks):
+    """[(rank, indices of the matrices of one shape that it orthogonalises)].
 
-
-def share_out(shapes, parts, ranks):
-    """[(rank, indices of the weights that it orthogonalizes, with matrices of one shape)].
-
-    shapes, parts: of the matrices of each weight, and how many it has. The weight that takes longest comes first, and
-    each goes to the rank that has least to do so far.
+    The largest matrix comes first, and each goes to the rank that has least to do so far.
     """
     work, batches = [0] * ranks, {}
-    costs = [n * min(shape) ** 2 * (2 * max(shape) + min(shape)) for shape, n in zip(shapes, parts, strict=True)]
+    costs = [min(shape) ** 2 * (2 * max(shape) + min(shape)) for shape in shapes]
     for index in sorted(range(len(shapes)), key=costs.__getitem__, reverse=True):
         owner = work.index(min(work))
         work[owner] += costs[index]
