@@ -47,7 +47,7 @@ def add_sample_flags(
     length += "; several numbers: samples of each, in folders DIR-fN" if several else ""
     add("--num-frames", type=frames, nargs="+" if several else None, metavar="N", help=length)
     window = "longer videos are sampled in windows of N frames, each given the last ones of the one before; default: "
-    window += "the longest time span of training, or all frames if the model was trained without --forcing"
+    window += "as long as the longest training clip, or all frames if the model was trained without --forcing"
     add("--window", type=frames, metavar="N", help=window)
     add("--overlap", type=COUNT, metavar="N", help="frames that a window has from the one before; default: half of it")
     add("--fps", type=rate, metavar="X", help="frames per second of the samples; " + trained)
@@ -299,16 +299,15 @@ def window_starts(num_frames, window, overlap):
 
 
 def longest_window(config, num_frames, stretch):
-    """The number of frames that cover the longest time span of training, at least those of a training clip.
+    """The number of frames that last as long as the longest training clip, at least as many as it had.
 
     num_frames: of the clips that trained last; stretch: the longest time between two of their frames, relative to that
-    between two frames of the sample. Fixed positions are tied to num_frames. Rotary positions in time are those of
-    whole temporal patches, so the last patch of the window begins no later than the last one of a training clip did.
+    between two frames of the sample. More frames than were trained fill whole temporal patches. Fixed positions are
+    tied to num_frames.
     """
-    if not config.use_rope:
-        return num_frames
-    more = (config.grid(num_frames)[0] - 1) * (stretch - 1)
-    return num_frames + max(0, math.floor(more + 1e-6)) * config.temporal_patch_size
+    patch = config.temporal_patch_size
+    longest = math.floor(num_frames * stretch / patch + 1e-6) * patch if config.use_rope else num_frames
+    return max(num_frames, longest)
 
 
 def choose_windows(args, config, num_frames, usual):

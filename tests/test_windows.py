@@ -155,16 +155,16 @@ def test_more_frames_than_were_trained_come_window_by_window(places, tmp_path, m
     ("trained", "intervals", "scale", "window"),
     [
         (16, [1], 0.04, 16),
-        (16, [1, 2], 0.04, 28),  # the last patch began at 3 x 2; that of 32 frames would begin at 7
+        (16, [1, 2], 0.04, 32),
         (16, [1, 2], 0.08, 16),
-        (16, [1, 2], 0.02, 52),
-        (14, [1, 2], 0.04, 26),  # its last patch is padded
-        (8, [2, 3], 0.08, 8),  # one patch apart, 1.5 do not fit
-        (4, [1, 2], 0.04, 4),  # one patch shows no distance
+        (16, [1, 2], 0.02, 64),
+        (15, [1, 2], 0.04, 28),  # of 30, whole patches of 4
+        (15, [1, 1], 0.04, 15),
+        (8, [2, 3], 0.08, 12),
         (16, [1], 0.05, 16),  # a slower frame rate than training had: as many frames
     ],
 )
-def test_the_usual_window_ends_where_the_longest_time_span_of_training_did(trained, intervals, scale, window):
+def test_the_usual_window_lasts_as_long_as_the_longest_training_clip(trained, intervals, scale, window):
     config = tiny(in_channels=3, temporal_patch_size=4).config
     data = {"fps": 25.0, "frame_interval": intervals, "time_scale": 0.04 * intervals[0]}
     assert longest_window(config, trained, longest_time_scale(data) / scale) == window
@@ -182,7 +182,7 @@ def test_videos_too_short_for_the_largest_interval_shorten_the_usual_window(shap
     run_main(sample_gd, "--video", "--ckpt", ckpt, "--num-samples", 1, "--num-frames", 40, "--num-sampling-steps", 2,
              "--folder", tmp_path / "s")  # fmt: skip
     window = json.loads((tmp_path / "s/samples.json").read_text())["source"]["window"]
-    assert window == 16
+    assert window == 24  # 8 frames that are 3 apart
 
 
 @pytest.mark.parametrize("num_frames", [8, 20])  # in one window, in several
