@@ -208,7 +208,7 @@ def test_without_forcing_all_frames_are_sampled_at_once_and_a_window_that_is_ask
     assert json.loads((tmp_path / "a/samples.json").read_text())["source"]["window"] == 20
     assert "note" not in capsys.readouterr().out
     run(places, tmp_path / "b", "--num-frames", 20, "--window", 8, "--overlap", 2, model="plain")
-    assert "trained without --forcing: its windows" in capsys.readouterr().out
+    assert "trained without --forcing, or on clips of one temporal patch" in capsys.readouterr().out
 
 
 def test_windows_go_on_from_a_given_clip(places, tmp_path):
