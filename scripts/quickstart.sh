@@ -5,11 +5,11 @@
 #   EXP=quickstart                  results go to results/$EXP, samples to samples/$EXP-f16 and so on
 #   DATA=datasets/moving-shapes     made if it is not there, VIDEOS=60 of each class
 #   GPUS, MODEL=EqM-Ti/2, PRECISION processes, model, bf16 or fp32; left out: what suits the machine
-#   STEPS_1, STEPS_2, STEPS_3       global steps at which the phases end: 840, 1580, 2200
+#   STEPS_1, STEPS_2, STEPS_3       global steps at which the phases end: 1000, 1680, 2200
 #   BATCH_1, BATCH_2, BATCH_3       clips a step: 32, 16, 8
 #   ONE_RUN=1                       0: a run for each phase
 #   FORCING=0.5                     share of the clips that teach to complete given frames
-#   LR_DECAY=0.4                    share of the steps over which the learning rate falls to 0
+#   LR_DECAY=0.6                    share of the steps over which the learning rate falls to 0
 #   SEED=0                          of every random draw of the training
 #   SAMPLES=48, FRAMES="16 7 24"    how many samples, of how many frames
 set -euo pipefail
@@ -29,9 +29,9 @@ else
 fi
 export GPUS=${GPUS:-$RANKS} MODEL=${MODEL:-EqM-Ti/2}
 export ONE_RUN=${ONE_RUN:-1} # 0: a run for each phase, which starts from the checkpoint of the one before
-export STEPS_1=${STEPS_1:-840} STEPS_2=${STEPS_2:-1580} STEPS_3=${STEPS_3:-2200} # global; as much compute in each phase
+export STEPS_1=${STEPS_1:-1000} STEPS_2=${STEPS_2:-1680} STEPS_3=${STEPS_3:-2200} # global; steps of 4 frames are the cheapest
 export BATCH_1=${BATCH_1:-32} BATCH_2=${BATCH_2:-16} BATCH_3=${BATCH_3:-8}      # 2,048 tokens a step
-export LR_DECAY=${LR_DECAY:-0.4} RECIPE=small COMPILE=0 # which takes longer than it saves here
+export LR_DECAY=${LR_DECAY:-0.6} RECIPE=small COMPILE=0 # which takes longer than it saves here
 export FORCING=${FORCING:-0.5}
 MORE=(--num-workers 0)
 [[ $ONE_RUN == 1 ]] && MORE+=(--mix 0.1) # or 4 frames would be half forgotten
