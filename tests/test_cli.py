@@ -42,13 +42,11 @@ def test_a_number_keeps_within_its_bounds(kind, bounds, good, bad):
         (["--steps"], ["--steps"]),
         (["--stpes", "3"], ["--stpes"]),
         (["--step", "3"], ["--step"]),  # no abbreviations
-        (["--old", "3"], ["--old", "removed, because it helped nobody: leave it out"]),
     ],
 )
-def test_a_wrong_or_removed_flag_is_one_line_that_names_it(arguments, words, capsys):
+def test_a_wrong_flag_is_one_line_that_names_it(arguments, words, capsys):
     parser = cli.ArgumentParser()
     parser.add_argument("--steps", type=number(int, least=1))
-    cli.add_removed(parser.add_argument, "--old", "it helped nobody: leave it out")
     with pytest.raises(SystemExit) as ended:
         parser.parse_args(arguments)
     assert ended.value.code == 2
@@ -56,7 +54,6 @@ def test_a_wrong_or_removed_flag_is_one_line_that_names_it(arguments, words, cap
     assert out == ""
     assert err.count("\n") == 1
     assert all(word in err for word in words)
-    assert "--old" not in parser.format_help()
     assert vars(parser.parse_args(["--steps", "3"])) == {"steps": 3}
 
 
