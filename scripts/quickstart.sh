@@ -9,7 +9,7 @@
 #   BATCH_1, BATCH_2, BATCH_3       clips a step: 32, 16, 8
 #   ONE_RUN=1                       0: a run for each phase
 #   FORCING=0.5                     share of the clips that teach to complete given frames
-#   LR_DECAY=0.6                    share of the steps over which the learning rate falls to 0
+#   LR_DECAY=0.4                    share of the steps over which the learning rate falls to 0
 #   SEED=0                          of every random draw of the training
 #   SAMPLES=48, FRAMES="16 7 24"    how many samples, of how many frames
 set -euo pipefail
@@ -31,7 +31,7 @@ export GPUS=${GPUS:-$RANKS} MODEL=${MODEL:-EqM-Ti/2}
 export ONE_RUN=${ONE_RUN:-1} # 0: a run for each phase, which starts from the checkpoint of the one before
 export STEPS_1=${STEPS_1:-1000} STEPS_2=${STEPS_2:-1680} STEPS_3=${STEPS_3:-2200} # global; steps of 4 frames are the cheapest
 export BATCH_1=${BATCH_1:-32} BATCH_2=${BATCH_2:-16} BATCH_3=${BATCH_3:-8}      # 2,048 tokens a step
-export LR_DECAY=${LR_DECAY:-0.6} RECIPE=small COMPILE=0 # which takes longer than it saves here
+export LR_DECAY=${LR_DECAY:-0.4} RECIPE=small COMPILE=0 # which takes longer than it saves here
 export FORCING=${FORCING:-0.5}
 MORE=(--num-workers 0)
 [[ $ONE_RUN == 1 ]] && MORE+=(--mix 0.1) # or 4 frames would be half forgotten
@@ -48,8 +48,8 @@ bash scripts/train_progressive.sh \
   --temporal-patch-size 4 --image-size 16 --vae none --no-flip \
   "${MORE[@]}" ${PRECISION:+--precision="$PRECISION"} \
   --lr 2e-3 --warmup-steps 20 --ema-decay 0.99 --gamma-shift 2 --global-seed "${SEED:-0}" \
-  --log-every 50 --val-every 100000 --val-clips 64 --sample-every 0 \
-  --sampler ngd --num-sampling-steps 16 --stepsize 0.0332 --cfg-scale 1.5
+  --log-every 50 --val-every 100000 --val-clips 32 --sample-every 0 \
+  --sampler ngd --num-sampling-steps 20 --stepsize 0.0262 --cfg-scale 1.5
 
 OUT=samples/$EXP CKPT= FRAMES=$FRAMES SAMPLES=$SAMPLES bash scripts/sample.sh --overwrite \
   ${PRECISION:+--precision="$PRECISION"} --batch-size 8 # 48 samples: 3 batches for each of two ranks
