@@ -1,9 +1,9 @@
-"""What runs of scripts/weizmann.sh are worth: all their scores in one table, and a figure of them over the hours.
+"""What runs of scripts/weizmann.sh are worth: all their scores in one table.
 
     EXP=weizmann-1h HOURS=1 bash scripts/weizmann.sh && EXP=weizmann-3h HOURS=3 bash scripts/weizmann.sh
     python scripts/people.py weizmann-1h weizmann-3h --out results
 
-Reads results/EXP and samples/EXP-*.json; writes people.md, people.json and figures/people-hours.png into --out.
+Reads results/EXP and samples/EXP-*.json; writes people.md and people.json into --out.
 """
 
 import json
@@ -11,12 +11,9 @@ import re
 import sys
 from pathlib import Path
 
-import numpy as np
-
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent / "EqM"))
 from runtime.atomic import atomic_write
 from runtime.cli import ArgumentParser, UserError, check_writable, fail, one_line_errors, say
-from scoring.plots import plt, save_figure
 from scoring.prediction import with_interval
 
 GIVEN = {"psnr": "PSNR", "psnr_moving": "moving pixels"}  # of predictions: name of a value, in words
@@ -26,9 +23,9 @@ TASKS = (*PREDICTIONS, "nearest", "judge")
 
 
 def parse_args():
-    parser = ArgumentParser(description="The scores of runs of scripts/weizmann.sh: a table and a figure.")
+    parser = ArgumentParser(description="The scores of runs of scripts/weizmann.sh: a table.")
     parser.add_argument("runs", nargs="+", metavar="EXP", help="experiments that weizmann.sh has finished")
-    parser.add_argument("--out", default="results", metavar="DIR", help="folder for people.md, people.json and figures")
+    parser.add_argument("--out", default="results", metavar="DIR", help="folder for people.md and people.json")
     return parser.parse_args()
 
 
@@ -77,7 +74,7 @@ def read_metrics(name, kind):
 
 
 # ----------------------------------------------------------------------------------------------------------------------
-# Table and figure
+# Table
 
 
 def share(part):
@@ -129,34 +126,6 @@ def markdown(runs):
     return "\n".join(["# Real people", "", about, "", *lines]) + "\n"
 
 
-def plot_hours(path, runs):
-    """Predictions above repeating, and what the judge says, over the hours; bars are 95% intervals."""
-    figure, (top, bottom) = plt.subplots(2, 1, figsize=(9, 9), sharex=True, layout="constrained")
-    hours = np.array([run["hours"] for run in runs])
-
-    def draw(axes, values, intervals, **style):
-        low, high = np.array(intervals).T
-        axes.errorbar(hours, values, np.clip([values - low, high - values], 0, None), marker="o", capsize=4, **style)
-
-    for value, words, color in (("psnr", "whole picture", "tab:blue"), ("psnr_moving", "moving pixels", "tab:orange")):
-        for kind, line in (("", "--"), ("_average", "-")):
-            name = f"{value}{kind}_gain"
-            if all(run["8of16-decoded"].get(name) is not None for run in runs):
-                label = f"{words}, {'the average' if kind else 'one sample'}"
-                values = np.array([run["8of16-decoded"][name] for run in runs])
-                intervals = [run["8of16-decoded"][f"{name}_interval95"] for run in runs]
-                draw(top, values, intervals, label=label, color=color, linestyle=line)
-    top.axhline(0, color="black", linewidth=1)
-    top.set(ylabel="PSNR above repeating (dB),\n8 of 16 frames given")
-    for name, label, color in (("judge_samples", "samples", "tab:blue"), ("judge_real", "real clips", "black")):
-        values = 100 * np.array([run[name]["share"] for run in runs])
-        draw(bottom, values, [100 * np.array(run[name]["interval95"]) for run in runs], label=label, color=color)
-    bottom.set(ylabel="judged as the action asked for (%)", xlabel="HOURS of scripts/weizmann.sh")
-    for axes in (top, bottom):
-        axes.legend(fontsize=11, ncols=2, loc="lower center", bbox_to_anchor=(0.5, 1))
-    save_figure(figure, path)
-
-
 @one_line_errors()
 def main():
     args = parse_args()
@@ -166,11 +135,10 @@ def main():
     except UserError as error:
         fail(error)
     out, text = Path(args.out), markdown(runs)
-    (out / "figures").mkdir(parents=True, exist_ok=True)
+    out.mkdir(parents=True, exist_ok=True)
     for name, content in (("people.md", text), ("people.json", json.dumps(runs, indent=1) + "\n")):
         with atomic_write(out / name) as file:
             file.write(content.encode())
-    plot_hours(out / "figures" / "people-hours.png", runs)
     for line in text.splitlines()[4:]:
         say(line)
 

@@ -5,7 +5,6 @@ import sys
 from pathlib import Path
 
 import pytest
-from PIL import Image
 
 from training import ROOT, run_main
 
@@ -87,7 +86,6 @@ def test_each_run_is_a_column_of_its_own_scores_in_the_order_of_the_hours(capsys
     assert table["samples that move less than any real clip"] == ["2 of 96"] * 2
     assert table["nearest training clip, RMSE: samples / held-out"] == ["1.02 (0.98 to 1.07)"] * 2
     assert [run["hours"] for run in json.loads(Path("out/people.json").read_text())] == [0.5, 3]
-    assert min(Image.open("out/figures/people-hours.png").size) > 500
     assert "| judge: real clips, one person left out | 31 of 32, 96.9% (84.3 - 99.4) |" in capsys.readouterr().out
 
 

@@ -26,6 +26,7 @@ RIGHT = 0.9  # share of right directions at which motion counts as learned
 # ----------------------------------------------------------------------------------------------------------------------
 # From rows to numbers
 
+
 def losses(rows, name, share=1.0):
     """{seed: validation loss at 16 frames at the end of the run} of an arm; infinite for a run that diverged."""
     wanted = {"arm": name, "share": share, "kind": "train"}
