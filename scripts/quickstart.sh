@@ -29,7 +29,7 @@ else
 fi
 export GPUS=${GPUS:-$RANKS} MODEL=${MODEL:-EqM-Ti/2}
 export ONE_RUN=${ONE_RUN:-1} # 0: a run for each phase, which starts from the checkpoint of the one before
-export STEPS_1=${STEPS_1:-1000} STEPS_2=${STEPS_2:-1680} STEPS_3=${STEPS_3:-2200} # global; steps of 4 frames are the cheapest
+export STEPS_1=${STEPS_1:-1000} STEPS_2=${STEPS_2:-1680} STEPS_3=${STEPS_3:-2200} # global; with 840 and 1580 one seed was weak
 export BATCH_1=${BATCH_1:-32} BATCH_2=${BATCH_2:-16} BATCH_3=${BATCH_3:-8}      # 2,048 tokens a step
 export LR_DECAY=${LR_DECAY:-0.4} RECIPE=small COMPILE=0 # which takes longer than it saves here
 export FORCING=${FORCING:-0.5}
