@@ -5,7 +5,7 @@
 #
 #   git clone https://github.com/sergeytulyakov/mocogan datasets/mocogan && bash scripts/weizmann.sh
 #
-#   HOURS=3                     scales the steps of VAE and model; it took 133 minutes on 2 cores
+#   HOURS=2                     scales the steps of VAE and model; 2 took 134 minutes on 2 shared CPU cores
 #   EXP=weizmann                results go to results/$EXP, samples to samples/$EXP-f16 and so on
 #   SOURCE=datasets/mocogan     the repository that holds the strips
 #   DATA=datasets/weizmann      the data set that is made of them; persons 7 and 8 are held out (HOLD_OUT="7 8")
@@ -19,7 +19,7 @@ source scripts/common.sh
 no_words "$@"
 BEGAN=$SECONDS
 
-HOURS=${HOURS:-3}
+HOURS=${HOURS:-2}
 [[ $HOURS =~ ^[0-9]*\.?[0-9]+$ ]] || complain "HOURS=$(printf %q "$HOURS"); wanted a number such as 0.5"
 steps() { awk -v hours="$HOURS" -v each="$1" 'BEGIN { steps = int(hours * each); print steps < 3 ? 3 : steps }'; }
 
