@@ -18,7 +18,7 @@ def atomic_write(path):
             os.fsync(file.fileno())
         os.replace(temporary, path)
         sync(path.parent)
-    except (OSError, RuntimeError):
+    except Exception:
         with suppress(OSError):
             temporary.unlink(missing_ok=True)
         raise

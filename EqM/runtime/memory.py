@@ -5,14 +5,11 @@ import sys
 from contextlib import suppress
 from pathlib import Path
 
-CGROUP = Path("/sys/fs/cgroup")  # of a container (cgroup v2); limits of jobs lie below and are not looked for
+CGROUP = Path("/sys/fs/cgroup")  # of a container (cgroup v2); limits of jobs are in folders below and don't count
 
 
 def free_bytes():
-    """Bytes that processes may still take: of the machine or, if that is less, of the limit of its container.
-
-    Infinite where it is not known, that is, not on Linux.
-    """
+    """Bytes that processes may still take, of the machine and of its container; infinite if not known (not Linux)."""
     if sys.platform != "linux":
         return math.inf
     lines = dict(line.split(":") for line in Path("/proc/meminfo").read_text().splitlines())

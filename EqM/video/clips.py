@@ -1,4 +1,4 @@
-"""The stream of samples, clips with labels, and the batches that each rank takes from it.
+"""The stream of samples, clips with their conditions, and the batches that each rank takes from it.
 
 A sample depends only on the arguments of Clips and its index in the stream, not on workers, ranks or interruptions.
 """
@@ -7,85 +7,67 @@ import torch
 
 from runtime.cli import UserError
 from runtime.rng import generator
-from video.files import UnreadableError, is_cached, read_frames, read_latents, resize_and_crop
-from video.index import fitting_interval, latents_settings
+from video.files import UnreadableError
+from video.index import fitting_interval
 
 MAX_ATTEMPTS = 100  # videos tried for one sample
 
 
 class Clips(torch.utils.data.Dataset):
-    """Maps an index of a stream to a sample: a clip of one of `videos`, each of at least num_frames frames.
+    """Maps an index of a stream to a sample: a clip of one of `videos` of a source, each of at least num_frames frames.
 
     A stream is a sequence of permutations of the videos. `stream` is its name, an int or a string, which seeds it: a
     training phase uses its first step. frame_interval is the smallest and largest distance between the frames of a
-    clip, in frames of the video; each clip draws one, at most the largest that fits its video. image_size is in px;
-    videos of a latent cache are not resized. frames is a FrameCache of the videos, if any. Where all of `videos` are
-    bad, those of `spare` take their place. Raises ValueError.
+    clip, in frames of the video; each clip draws one, at most the largest that fits its video. Where all of `videos`
+    are corrupt, those of `spare` replace them. Raises ValueError.
     """
 
     def __init__(
-        self, root, videos, classes, num_frames, image_size, frame_interval=(1, 1), flip=True, seed=0, stream=0,
-        frames=None, spare=(),
+        self, source, videos, classes, num_frames, frame_interval=(1, 1), flip=True, seed=0, stream=0, spare=()
     ):  # fmt: skip
         if any(video.num_frames < num_frames for video in videos):
             raise ValueError(f"a video has fewer than {num_frames} frames: filter the videos with long_enough()")
-        self.latent_shape = None  # (C, h, w), of a cache only
-        if any(map(is_cached, videos)):
-            settings = latents_settings(root)
-            side = settings["image_size"] // settings["downsample"]
-            self.latent_shape = settings["channels"], side, side
-            if flip and not settings["flips"]:
-                raise ValueError(f"{root} holds no mirrored latents: pass flip=False")
-        self.root, self.videos, self.spare, self.classes = root, videos, spare, classes
-        self.num_frames, self.image_size, self.frame_interval = num_frames, image_size, frame_interval
-        self.flip, self.seed, self.stream, self.frames = flip, seed, stream, frames
-        self.watch = None  # a LoaderWatch, which is told the file that is being read
-        self._epoch, self._permutation = None, None
+        if flip and not source.has_flips:
+            raise ValueError(f"{source.root} holds no mirrored latents: pass flip=False")
+        self.source, self.videos, self.spare, self.classes = source, videos, spare, classes
+        self.num_frames, self.frame_interval, self.flip = num_frames, frame_interval, flip
+        self.seed, self.stream, self._epoch, self._permutation = seed, stream, None, None
+
+    def note(self, path):
+        """The file that is being read, "" for none; a LoaderWatch puts its own method in this place."""
 
     def __len__(self):
         return len(self.videos)
 
     def __getitem__(self, index):
-        """A dict: clip, uint8 (C, T, H, W) or from a cache float16 (2, C, T, h, w); label; time_scale, seconds per
-        frame; index; video, its path; bad, the paths of videos that can't be decoded and that it replaces.
+        """A dict: clip, as its source reads it; y, the condition; time_scale, seconds per frame; index; video, its
+        path; bad, the paths of corrupt videos that it replaces.
 
-        Raises UserError if all videos tried for it are bad, MAX_ATTEMPTS of them at most.
+        Raises UserError if all videos tried for it are corrupt, MAX_ATTEMPTS of them at most.
         """
-        flipped = self.flip and self._random_int("flip", 2, index) == 1
-        tried = []
+        flipped, tried = self.flip and self._random_int("flip", 2, index) == 1, []
         while len(tried) < min(MAX_ATTEMPTS, len(self.videos) + len(self.spare)):
-            video = self._choose_video(index, tried)
-            frame_indices, time_scale = self._choose_frames(video, index, len(tried))
+            video, frame_indices, time_scale = self.draw(index, tried)
             try:
-                self._note(video.path)
-                clip = self._read_clip(video, frame_indices, flipped)
+                self.note(video.path)
+                clip = self.source.read(video, frame_indices, flipped)
             except UnreadableError:
                 tried.append(video)
                 continue
             finally:
-                self._note("")
-            return {
-                "clip": clip,
-                "label": self.classes.index(video.class_name),
-                "time_scale": time_scale,
-                "index": index,
-                "video": video.path,
-                "bad": [video.path for video in tried],
-            }
-        raise UserError(f"--data-path {self.root}: {len(tried)} files in a row are bad, the first is {tried[0].path}")
+                self.note("")
+            sample = {"clip": clip, "y": self.classes.index(video.class_name), "time_scale": time_scale, "index": index}
+            return sample | {"video": video.path, "bad": [video.path for video in tried]}
+        place = f"--data-path {self.source.root}"
+        raise UserError(f"{place}: {len(tried)} files in a row are bad, the first is {tried[0].path}")
 
-    def _read_clip(self, video, frame_indices, flipped):
-        if is_cached(video):
-            return read_latents(self.root, video, frame_indices, flipped, self.latent_shape)
-        clip = self.frames and self.frames.read(self.root, video, frame_indices)  # (T, C, H, W)
-        if clip is None:
-            clip = torch.from_numpy(read_frames(self.root, video, frame_indices)).permute(0, 3, 1, 2)
-            clip = resize_and_crop(clip, self.image_size)
-        return (clip.flip(-1) if flipped else clip).transpose(0, 1).contiguous()  # (C, T, H, W)
+    def draw(self, index, tried=()):
+        """(video, indices of its frames, time_scale: seconds between them) at an index of the stream; opens no file.
 
-    def _note(self, path):
-        if self.watch is not None:
-            self.watch.note(path)
+        tried: the videos that can't be decoded.
+        """
+        video = self._choose_video(index, tried)
+        return video, *self._choose_frames(video, index, len(tried))
 
     def _random_int(self, purpose, below, *key):
         """An integer from 0 to below - 1."""
@@ -115,10 +97,8 @@ class Clips(torch.utils.data.Dataset):
 class ClipsByFrames(torch.utils.data.Dataset):
     """A dict num_frames -> Clips as one data set, whose keys are (num_frames, index)."""
 
-    def __init__(self, clips, watch=None):
-        self.clips, self.watch = clips, watch
-        for data_set in clips.values():
-            data_set.watch = watch
+    def __init__(self, clips):
+        self.clips = clips
 
     def __getitem__(self, key):
         num_frames, index = key
@@ -150,12 +130,12 @@ class Batches:
 
 
 def collate(samples):
-    """Samples -> a batch, a dict: clips (B, ...); labels, indices int64 (B,); time_scales float32 (B,), s; videos, bad:
+    """Samples -> a batch, a dict: clips (B, ...); y, indices int64 (B,); time_scales float32 (B,), s; videos, bad:
     lists of paths.
     """
     return {
         "clips": torch.stack([sample["clip"] for sample in samples]),
-        "labels": torch.tensor([sample["label"] for sample in samples]),
+        "y": torch.tensor([sample["y"] for sample in samples]),
         "time_scales": torch.tensor([sample["time_scale"] for sample in samples], dtype=torch.float32),
         "indices": torch.tensor([sample["index"] for sample in samples]),
         "videos": [sample["video"] for sample in samples],

@@ -14,7 +14,7 @@ import torch
 
 from runtime.cli import UserError
 from video.files import SUFFIXES, UnreadableError, has_suffix, probe, read_frames, resize_and_crop
-from video.index import list_folder
+from video.index import list_files
 from video.samples import class_name, read_samples
 
 
@@ -38,40 +38,32 @@ class InputClip:
         return 1 + int((num_frames - 1) * seconds / seconds_per_frame + 1e-3)
 
     def read(self, frames, seconds_per_frame, image_size):
-        """The frames with these numbers (ascending) at that rate: uint8 (3, n, image_size, image_size).
-
-        Raises UserError.
-        """
+        """The frames with these numbers (ascending) at that rate: uint8 (3, n, size, size). Raises UserError."""
         num_frames, seconds = self._timing
         closest = [round(frame * seconds_per_frame / seconds) for frame in frames]
         if closest[-1] >= num_frames:
             found, wanted = self.count(seconds_per_frame), frames[-1] + 1
             what = f"{found} frame{'s' * (found > 1)} of {seconds_per_frame:.3g} s, wanted {wanted}"
             raise UserError(f"{self.flag}: {self} has {what}: name a longer clip, or fewer frames")
-        pixels = torch.from_numpy(self._decode(sorted(set(closest)))).permute(0, 3, 1, 2)
-        pixels = resize_and_crop(pixels, image_size)  # (n, 3, H, W)
+        numbers = sorted(set(closest))
+        pixels = self._decode(read_frames, "", self._video, numbers) if self.pixels is None else self.pixels[numbers]
+        pixels = resize_and_crop(torch.from_numpy(pixels).permute(0, 3, 1, 2), image_size)  # (n, 3, H, W)
         return pixels[np.unique(closest, return_inverse=True)[1]].transpose(0, 1)
 
     @cached_property
     def _video(self):
-        try:
-            return probe("", "", self.path)
-        except UnreadableError as error:
-            raise UserError(f"{self.flag}: {self} can't be decoded: name another file") from error
+        return self._decode(probe, "", "", self.path)
 
     @property
     def _timing(self):
         """(number of frames, seconds between them)."""
-        if self.pixels is not None:
-            return len(self.pixels), self.seconds
-        return self._video.num_frames, 1 / self._video.fps
+        if self.pixels is None:
+            return self._video.num_frames, 1 / self._video.fps
+        return len(self.pixels), self.seconds
 
-    def _decode(self, frames):
-        """uint8 (n, H, W, 3)."""
-        if self.pixels is not None:
-            return self.pixels[frames]
+    def _decode(self, function, *arguments):
         try:
-            return read_frames("", self._video, frames)
+            return function(*arguments)
         except UnreadableError as error:
             raise UserError(f"{self.flag}: {self} can't be decoded: name another file") from error
 
@@ -84,33 +76,22 @@ def find_clips(flag, path, kinds):
     name, path = f"{flag} {path or repr('')}", str(path)
     samples = path if os.path.basename(path) == "samples.npz" else os.path.join(path, "samples.npz")
     if path and os.path.isfile(samples):
-        return _find_samples(name, samples)
+        about, clips, labels = read_samples(name, os.path.dirname(samples))
+        names, seconds = [class_name(about["classes"], label) for label in labels.tolist()], about["time_scale"]
+        if not names:
+            raise UserError(f"{name}: {samples} holds no samples")
+        return [InputClip(name, samples, own, n, clips[n], seconds) for n, own in enumerate(names)]
     if os.path.isdir(path):
-        folders = [path, *(os.path.join(path, folder) for folder in list_folder(name, path, kinds[0])[0])]
-        files = [os.path.join(folder, file) for folder in folders for file in _files_in(name, folder, kinds)]
+        files = [os.path.join(path, file) for _, file in list_files(name, path)]
     elif os.path.isfile(path):
-        files = [path] if any(has_suffix(kind, path) for kind in kinds) else []
+        files = [path]
     else:
         raise UserError(f"{name}: no such file or folder")
+    files = [file for file in files if any(has_suffix(kind, file) for kind in kinds)]
     if not files:
         suffixes = " ".join(suffix for kind in kinds for suffix in SUFFIXES[kind])
         raise UserError(f"{name}: no {' or '.join(kinds)}, wanted one of {suffixes}, or a folder of sample_gd.py")
     return [InputClip(name, file, Path(os.path.abspath(file)).parent.name) for file in files]
-
-
-def _find_samples(name, path):
-    about, clips, labels = read_samples(name, os.path.dirname(path))
-    if len(clips) == 0:
-        raise UserError(f"{name}: {path} holds no samples")
-    return [
-        InputClip(name, path, class_name(about["classes"], label), number, clips[number], about["time_scale"])
-        for number, label in enumerate(labels.tolist())
-    ]
-
-
-def _files_in(name, folder, kinds):
-    """The names of the files of some kinds directly in a folder, sorted."""
-    return sorted(file for kind in kinds for file in list_folder(name, folder, kind)[1])
 
 
 def check_apart(clips, folder):

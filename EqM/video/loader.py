@@ -2,12 +2,9 @@
 
 import atexit
 import functools
-import json
 import multiprocessing
 import os
 import signal
-from collections.abc import Sequence
-from contextlib import contextmanager
 from multiprocessing import resource_tracker
 
 import torch
@@ -17,7 +14,6 @@ from runtime.cli import UserError
 from runtime.distributed import die_with_parent
 from runtime.signals import STOP_SIGNALS
 from video.clips import ClipsByFrames, collate
-from video.files import Video
 
 PATH_BYTES = 4096
 
@@ -27,11 +23,13 @@ def make_loader(clips, batches, num_workers, timeout, device):
 
     timeout: seconds to wait for a batch of the loader processes, 0 = no limit.
     """
-    if num_workers:
-        for data_set in clips.values():
-            data_set.videos = SharedVideos(data_set.videos)
+    watch = LoaderWatch(num_workers)
+    for data_set in clips.values():
+        data_set.note = watch.note
     settings = {"collate_fn": collate, "pin_memory": device.type == "cuda"} | worker_settings(num_workers, timeout)
-    return DataLoader(ClipsByFrames(clips, LoaderWatch(num_workers)), batch_sampler=batches, **settings)
+    loader = DataLoader(ClipsByFrames(clips), batch_sampler=batches, **settings)
+    loader.watch = watch
+    return loader
 
 
 def worker_settings(num_workers, timeout=0):
@@ -50,24 +48,6 @@ def start_worker(parent, _):
         os._exit(1)
 
 
-class SharedVideos(Sequence):
-    """A list of Video in shared memory: the loader processes read it there, in place of a copy each."""
-
-    def __init__(self, videos):
-        rows = [json.dumps([getattr(video, name) for name in Video.__slots__]).encode() for video in videos]
-        self.ends = torch.tensor([0, *map(len, rows)]).cumsum(0).share_memory_()
-        self.text = torch.frombuffer(bytearray(b"".join(rows)), dtype=torch.uint8).share_memory_()
-
-    def __len__(self):
-        return len(self.ends) - 1
-
-    def __getitem__(self, index):
-        if not 0 <= index < len(self):
-            raise IndexError(index)
-        first, end = self.ends[index : index + 2]
-        return Video(*json.loads(self.text[first:end].numpy().tobytes()))
-
-
 class LoaderWatch:
     """The file that each loader process is reading, so that an error can name one that hangs."""
 
@@ -80,7 +60,6 @@ class LoaderWatch:
             self.slots[worker.id].value = os.fsencode(path)[: PATH_BYTES - 1]
 
     def reading(self):
-        """The paths that are being read."""
         return [os.fsdecode(slot.value) for slot in self.slots if slot.value]
 
 
@@ -100,22 +79,15 @@ def batches_of(loader):
     TensorBoard held at that moment. All inherit the blocked signals, which torchrun, a terminal or a cluster sends to
     the whole process group: the rank still needs them for the current step.
     """
-    with blocked(STOP_SIGNALS):
+    before = signal.pthread_sigmask(signal.SIG_BLOCK, STOP_SIGNALS)  # those that come are delivered afterwards
+    try:
         if loader.num_workers:
             resource_tracker.ensure_running()  # a helper of multiprocessing, whose start unblocks some of the signals
             signal.pthread_sigmask(signal.SIG_BLOCK, STOP_SIGNALS)
         iterator = iter(loader)
-    return _iterate(loader, iterator)
-
-
-@contextmanager
-def blocked(signals):
-    """Signals that come meanwhile are delivered afterwards."""
-    before = signal.pthread_sigmask(signal.SIG_BLOCK, signals)
-    try:
-        yield
     finally:
         signal.pthread_sigmask(signal.SIG_SETMASK, before)
+    return _iterate(loader, iterator)
 
 
 def _iterate(loader, iterator):
@@ -128,7 +100,7 @@ def _iterate(loader, iterator):
     except RuntimeError as error:
         if "timed out" not in str(error):
             raise
-        files = ", ".join(loader.dataset.watch.reading()) or "no file"
+        files = ", ".join(loader.watch.reading()) or "no file"
         raise UserError(
             f"--loader-timeout {loader.timeout:g}: no batch within this many seconds, the loader processes "
             f"are reading {files}: remove or repair the file that hangs, or raise the limit"

@@ -8,7 +8,7 @@ from pathlib import Path
 import numpy as np
 
 from runtime.cli import UserError
-from runtime.untrusted import FPS, check_regular, read_json
+from runtime.untrusted import check_regular, read_json
 
 UNFINISHED = "samples.unfinished"  # a file that is in the folder while samples are written
 NO_LABEL = -1  # in samples.npz, of a sample that was made without a label
@@ -28,28 +28,21 @@ def read_samples(here, folder):
         about = read_json(Path(folder, "samples.json"))
         check_regular(Path(folder, "samples.npz"))
         clips, labels = (map_npz(Path(folder, "samples.npz"), name) for name in ("arr_0", "labels"))
-        is_rgb = clips.dtype == np.uint8 and clips.ndim in (4, 5) and clips.shape[-1] == 3 and 0 not in clips.shape[1:]
-        if not is_rgb or len(labels) != len(clips):
-            found = f"{clips.dtype} {list(clips.shape)} with {len(labels)} labels"
-            raise ValueError(f"found {found}, wanted uint8 [N, T, H, W, 3] with N labels")
-        classes, scale = about["classes"], about["time_scale"]
-        if not isinstance(classes, list) or not all(isinstance(name, str) for name in classes):
-            raise ValueError("classes must be a list of names")
-        if not isinstance(scale, (int, float)) or not FPS[0] <= 1 / scale <= FPS[1]:
-            raise ValueError(f"time_scale must be {1 / FPS[1]:g} to {1 / FPS[0]:g} seconds per frame, found {scale!r}")
-        if labels.dtype != np.int64 or (len(labels) and labels.min() < NO_LABEL):
-            raise ValueError(f"labels must be int64 and at least {NO_LABEL}")
-        if len(labels) and labels.max() >= len(classes):
-            raise ValueError(f"label {labels.max()}, but samples.json names {len(classes)} classes")
-        if not all(isinstance(about.setdefault(part, {}), dict) for part in ("source", "flags")):
-            raise ValueError("source and flags must be JSON objects")
+        if clips.dtype != np.uint8 or clips.ndim not in (4, 5) or clips.shape[-1] != 3 or 0 in clips.shape[1:]:
+            raise ValueError(f"found {clips.dtype} {list(clips.shape)}, wanted uint8 [N, T, H, W, 3]")
+        if labels.dtype != np.int64 or len(labels) != len(clips):
+            raise ValueError(f"found {len(labels)} labels of {labels.dtype}, wanted {len(clips)} of int64")
+        if len(labels) and not NO_LABEL <= labels.min() <= labels.max() < len(about["classes"]):
+            raise ValueError(f"label {labels.max()}, but samples.json names {len(about['classes'])} classes")
+        if not about["time_scale"] > 0:
+            raise ValueError(f"time_scale is {about['time_scale']}, wanted seconds per frame")
+        about = {"source": {}, "flags": {}} | about
     except FileNotFoundError as error:
-        if not os.path.isdir(folder):
-            raise UserError(f"{here}: no such folder; wanted one that sample_gd.py has written") from error
+        found = f"no {Path(error.filename).name} in it" if os.path.isdir(folder) else "no such folder"
+        found += "; wanted a folder that sample_gd.py has written"
         if os.path.exists(os.path.join(folder, UNFINISHED)):
-            raise UserError(f"{here}: its samples are not finished: run sample_gd.py again") from error
-        found = f"no {Path(error.filename).name} in it"
-        raise UserError(f"{here}: {found}; wanted a folder that sample_gd.py has written") from error
+            found = "its samples are not finished: run sample_gd.py again"
+        raise UserError(f"{here}: {found}") from error
     except Exception as error:  # numpy's and zipfile's depend on where the damage is
         reason = f"samples.npz or samples.json of sample_gd.py is missing or damaged ({error})"
         raise UserError(f"{here}: {reason}; sample again") from error
@@ -63,9 +56,9 @@ def map_npz(path, name):
         if member.compress_type != zipfile.ZIP_STORED:
             raise ValueError(f"{name} is compressed")
         with archive.open(member) as file:
-            version = np.lib.format.read_magic(file)
-            header = {(1, 0): np.lib.format.read_array_header_1_0, (2, 0): np.lib.format.read_array_header_2_0}[version]
-            shape, fortran, dtype = header(file)
+            if np.lib.format.read_magic(file) != (1, 0):
+                raise ValueError(f"{name} is in a format that numpy.savez does not write")
+            shape, fortran, dtype = np.lib.format.read_array_header_1_0(file)
             start = file.tell()
     if dtype.hasobject or fortran:
         raise ValueError(f"{name} is not a plain array: all clips must be of one size")
