@@ -1,62 +1,50 @@
 """Consistency over a clip: statistics of its frames by position in the clip, generated against real.
 
-They need no labels, so they fit any data. Two faults show when a model samples more frames than it was trained on:
-drift (frames become brighter, blurrier, ...) and seams (at the borders of temporal patches, or of the windows of a long
-clip, frames change more than elsewhere).
-
-seam score   change from frame to frame at the borders over the change elsewhere, divided by the same ratio in real
-             clips; 1 = no seam
-drift        rise of a statistic from the first frame to the last (least-squares line), minus the rise in real clips,
-             in units of its standard deviation among real frames; 0 = no drift
+They need no labels, so they fit any data. Two faults show when a model samples more frames than it was trained on.
+seam score: change from frame to frame at the borders of temporal patches, or of the windows of a long clip, over the
+change elsewhere, divided by the same ratio in real clips; 1 = no seam. drift: how much a statistic rises from the first
+frame to the last (least-squares line), minus the rise in real clips, in units of its standard deviation among real
+frames; 0 = no drift.
 """
 
 import torch
 
 from generation import window_starts
-from runtime import distributed
-from runtime.cli import say
 from runtime.distributed import rank
-from runtime.rng import generator
+from scoring.stats import Z95, bootstrap, cell, gather, interval95, report, table
 
 STATISTICS = (  # of a frame
     "mean red", "mean green", "mean blue", "contrast red", "contrast green", "contrast blue", "sharpness",
 )  # fmt: skip
-RESAMPLES = 1000  # of the bootstrap, for its quantiles; each takes a millisecond
+TITLES = {  # of the values
+    "seam_score": "seam score (1 = none)", "window_seam_score": "seam score of windows",
+    "change_ratio": "change / real change", "largest_drift": "largest drift",
+}  # fmt: skip
 
 
-def score_consistency(generated, real, temporal_patch_size, plot_path, window=None, overlap=0):
+def score_consistency(generated, real, source, plot_path):
     """Score two streams of clips (see sources.py), at least two clips each, and plot them to plot_path.
 
-    window and overlap are those of the generated clips in frames; None: they were sampled in one.
-    Returns (values, result), plain dicts for JSON, on rank 0 and (None, None) elsewhere.
+    source: of the generated clips, as samples.json says it.
     """
-    generated, real = measure_stream(generated), measure_stream(real)
-    if rank() != 0:
-        return None, None
-    result = summarize(generated, real, temporal_patch_size, window, overlap)
-    from scoring import plots  # matplotlib takes a while to load
+    patch = source["temporal_patch_size"]
+    columns = [gather(stream, lambda clip, *_: measure(torch.from_numpy(clip))) for stream in (generated, real)]
+    columns = [[torch.stack(column) for column in own] for own in columns]
+    result = summarize(*columns, patch, source.get("window"), source.get("overlap") or 0)
+    if rank() == 0:
+        from scoring import plots  # matplotlib takes a while to load
 
-    plots.plot_consistency(plot_path, result["by_position"], temporal_patch_size)
-    for line in [*result_lines(result), f"  by position in the clip: {plot_path}"]:
-        say(line)
-    names = "seam_score", "window_seam_score", "change_ratio", "largest_drift"
-    return {name: result[name] for name in names if name in result}, result
-
-
-def measure_stream(stream):
-    """[statistics (N, T, 7), change (N, T - 1)] of the clips of all ranks, in the order of their indices."""
-    rows = []
-    for indices, clips, _, _ in stream:
-        rows += [(index, *measure(clip.cpu())) for index, clip in zip(indices, clips, strict=True)]
-    return [torch.stack(column) for column in distributed.gather_in_order(rows)]
+        plots.plot_consistency(plot_path, result["by_position"], patch)
+    values, lines = report(result, TITLES)
+    drift = [(f"drift of {name}", cell(own, "drift", interval="interval95")) for name, own in result["drift"].items()]
+    return values, result, [*lines, *table(drift), f"  by position in the clip: {plot_path}"]
 
 
 def measure(clip):
     """(statistics (T, 7), change (T - 1,)), float64 in grey levels, of a clip uint8 (T, H, W, 3).
 
     Statistics of a frame, in the order of STATISTICS: mean and standard deviation of each channel, and the root mean
-    square of the differences between neighboring pixels. Change is the root mean square of the differences between a
-    frame and the next.
+    square of the differences between neighboring pixels. Change: the same of those between a frame and the next.
     """
     frames = clip.permute(0, 3, 1, 2).double()  # (T, C, H, W)
     mean, contrast = frames.mean(dim=(2, 3)), frames.std(dim=(2, 3), correction=0)
@@ -76,41 +64,23 @@ def borders(num_frames, temporal_patch_size, window=None, overlap=0):
     return patches[1:], new
 
 
-def seam_changes(change, borders):
-    """Mean of change (N, T - 1) of each clip at the borders, numbers of frames, and elsewhere, (N, 2).
-
-    None if clips have no border, or nothing else.
-    """
-    at_border = torch.isin(torch.arange(change.shape[1]) + 1, torch.tensor(borders, dtype=torch.int64))  # (T - 1,)
-    if not at_border.any() or at_border.all():
-        return None
-    return torch.stack([change[:, at_border].mean(dim=1), change[:, ~at_border].mean(dim=1)], dim=1)
-
-
-def seam_ratio(changes):
-    """Mean change at the borders over mean change elsewhere, of (N, 2); clips count in proportion to their motion."""
-    at_border, elsewhere = changes.mean(dim=-2).unbind(dim=-1)
-    return at_border / elsewhere
-
-
-def seam_score(generated, real, borders, seed=0):
+def seam_score(generated, real, borders):
     """(score, [low, high] of its 95% interval) of changes (N, T - 1) and (M, T - 1) at borders, numbers of frames.
 
-    Both are None if there is no border or nothing moves. The interval is from RESAMPLES bootstrap resamples of the
-    clips.
+    Both are None if there is no border, nothing between, or nothing moves. The interval is from a bootstrap over clips.
     """
-    both = [seam_changes(change, borders) for change in (generated, real)]
-    if both[0] is None or any((changes.mean(dim=0) == 0).any() for changes in both):
+    at_border = torch.isin(torch.arange(generated.shape[1]) + 1, torch.tensor(borders, dtype=torch.int64))  # (T - 1,)
+    if not at_border.any() or at_border.all():
         return None, None
-    score = seam_ratio(both[0]) / seam_ratio(both[1])
-    ratios = []
-    for name, changes in zip(("generated", "real"), both, strict=True):
-        random, N = generator(seed, "bootstrap", name), len(changes)
-        resamples = [torch.randint(N, (N,), generator=random) for _ in range(RESAMPLES)]
-        ratios.append(torch.stack([seam_ratio(changes[indices]) for indices in resamples]))
-    scores = ratios[0] / ratios[1]
-    scores = scores[scores.isfinite()]  # in a resample of few clips, nothing may move
-    return score.item(), scores.quantile(torch.tensor([0.025, 0.975], dtype=torch.float64)).tolist()
+    # mean change of each clip at the borders and elsewhere; clips count in proportion to their motion
+    both = [torch.stack([part[:, at_border].mean(1), part[:, ~at_border].mean(1)], 1) for part in (generated, real)]
+    means = [changes.mean(dim=0) for changes in both]
+    if any((mean == 0).any() for mean in means):
+        return None, None
+    generated, real = (mean[0] / mean[1] for mean in means)
+    draws = [bootstrap(changes, name) for name, changes in zip(("generated", "real"), both, strict=True)]
+    ratios = [mean[:, 0] / mean[:, 1] for mean in draws]
+    return (generated / real).item(), interval95(ratios[0] / ratios[1])
 
 
 def rises(statistics):
@@ -122,24 +92,20 @@ def rises(statistics):
 
 def drifts(generated, real):
     """{name: {"drift", "interval95"}} of statistics (N, T, 7) and (M, T, 7); None where all real frames are alike."""
-    found = {}
     units = real.flatten(0, 1).std(dim=0)
     rise = [rises(statistics) for statistics in (generated, real)]
     drift = (rise[0].mean(dim=0) - rise[1].mean(dim=0)) / units
-    error = sum(part.var(dim=0) / len(part) for part in rise).sqrt() / units
-    columns = units.tolist(), drift.tolist(), (1.96 * error).tolist()
-    for name, unit, value, half in zip(STATISTICS, *columns, strict=True):
-        known = unit > 0
-        found[name] = {
-            "drift": value if known else None,
-            "interval95": [value - half, value + half] if known else None,
-        }
-    return found
+    half = Z95 * (sum(part.var(dim=0) / len(part) for part in rise).sqrt() / units)
+    ends = torch.stack([drift - half, drift + half], dim=1)
+    found = zip(STATISTICS, units > 0, drift.tolist(), ends.tolist(), strict=True)
+    return {
+        name: {"drift": x if known else None, "interval95": own if known else None} for name, known, x, own in found
+    }
 
 
 def profile(values):
     """Mean over the clips of values (N, T), N >= 2, and its 95% interval, by position: lists of T numbers."""
-    mean, half = values.mean(dim=0), 1.96 * values.std(dim=0) / len(values) ** 0.5
+    mean, half = values.mean(dim=0), Z95 * values.std(dim=0) / len(values) ** 0.5
     return {"mean": mean.tolist(), "low": (mean - half).tolist(), "high": (mean + half).tolist()}
 
 
@@ -152,47 +118,23 @@ def by_window(generated, real, starts):
 
 
 def summarize(generated, real, temporal_patch_size, window=None, overlap=0):
-    """All results, a plain dict for JSON; generated and real are (statistics, change) of at least two clips each."""
+    """All results, a plain dict for JSON; generated and real are (statistics, change) of at least two clips each.
+
+    window and overlap are those of the generated clips in frames; None: they were sampled in one.
+    """
     patches, windows = borders(generated[0].shape[1], temporal_patch_size, window, overlap)
-    score, interval = seam_score(generated[1], real[1], patches)
-    drift = drifts(generated[0], real[0])
-    known = {name: entry["drift"] for name, entry in drift.items() if entry["drift"] is not None}
-    worst = max(known, key=lambda name: abs(known[name]), default=None)
-    positions = {
-        kind: {"change": profile(change)} | {name: profile(statistics[..., i]) for i, name in enumerate(STATISTICS)}
-        for kind, (statistics, change) in (("generated", generated), ("real", real))
-    }
-    mean_change = [change.mean().item() for _, change in (generated, real)]
-    of_windows = {}
+    result = {"temporal_patch_size": temporal_patch_size, "drift": drifts(generated[0], real[0])}
+    for name, places in (("seam_score", patches), ("window_seam_score", windows)):
+        if places or name == "seam_score":
+            result[name], result[f"{name}_interval95"] = seam_score(generated[1], real[1], places)
     if windows:
-        names = "window_seam_score", "window_seam_score_interval95"
-        of_windows = dict(zip(names, seam_score(generated[1], real[1], windows), strict=True))
-        of_windows |= {"windows": [0, *windows], "by_window": by_window(generated[0], real[0], [0, *windows])}
-    return of_windows | {
-        "temporal_patch_size": temporal_patch_size,
-        "seam_score": score,
-        "seam_score_interval95": interval,
-        "change_ratio": mean_change[0] / mean_change[1] if mean_change[1] else None,
-        "largest_drift": known.get(worst),
-        "largest_drift_of": worst,
-        "drift": drift,
-        "by_position": positions,
-    }
-
-
-def result_lines(result):
-    """The main results of `summarize`, to print."""
-
-    def cell(value, interval):
-        return "-" if value is None else f"{value:.3f} ({interval[0]:.3f} to {interval[1]:.3f})"
-
-    lines = [f"{'seam score (1 = none)':<24} {cell(result['seam_score'], result['seam_score_interval95'])}"]
-    if "windows" in result:
-        interval = result["window_seam_score_interval95"]
-        lines.append(f"{'seam score of windows':<24} {cell(result['window_seam_score'], interval)}")
-        ratios = result["by_window"]["sharpness"]
-        lines.append(f"{'sharpness / real':<24} {ratios[0]:.3f} in the first window, {ratios[-1]:.3f} in the last")
-    lines += [f"{'drift of ' + name:<24} {cell(*entry.values())}" for name, entry in result["drift"].items()]
-    if result["change_ratio"] is not None:
-        lines.append(f"{'change / real change':<24} {result['change_ratio']:.3f}")
-    return ["  " + line for line in lines]
+        result |= {"windows": [0, *windows], "by_window": by_window(generated[0], real[0], [0, *windows])}
+    known = {name: own["drift"] for name, own in result["drift"].items() if own["drift"] is not None}
+    worst = max(known, key=lambda name: abs(known[name]), default=None)
+    changes = [change.mean().item() for _, change in (generated, real)]
+    result |= {"change_ratio": changes[0] / changes[1] if changes[1] else None}
+    result |= {"largest_drift": known.get(worst), "largest_drift_of": worst, "by_position": {}}
+    for kind, (statistics, change) in (("generated", generated), ("real", real)):
+        by_name = {name: profile(statistics[..., number]) for number, name in enumerate(STATISTICS)}
+        result["by_position"][kind] = {"change": profile(change)} | by_name
+    return result

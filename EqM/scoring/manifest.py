@@ -1,37 +1,64 @@
 """Manifests: the JSON file of evaluate.py with its values and all that they depend on, from which it can be repeated.
 
-format     of the file
-metric, protocol, values {name: number or None}, result (intervals, tables)
-generated, real, detector, code, packages, machine: what the values depend on
-flags      of the command; --manifest takes them from here
-repeats    None, or which manifest was repeated and how the values compare
+It has the KEYS: values {name: number or None}; result: intervals and tables; generated: the folder of the samples, the
+SHA-256 of samples.npz, and how they were made, as samples.json says; flags: of the command, for --manifest; repeats:
+None, or which manifest was repeated and how the values compare.
 """
 
 import json
 import subprocess
+from contextlib import suppress
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 
 import torch
 
+from given import frame_ranges
 from runtime import distributed
 from runtime.atomic import atomic_write
-from runtime.cli import UserError, say
+from runtime.cli import UserError
 from runtime.untrusted import read_json
 
-FORMAT = 1
+FORMAT = 2
 KEYS = (
     "format", "metric", "protocol", "values", "result", "generated", "real", "detector", "code", "packages", "machine",
     "flags", "repeats",
 )  # fmt: skip
 PACKAGES = "torch", "numpy", "decord2", "safetensors", "diffusers", "pillow", "scikit-image"
-PINNED = (  # (flag, part, key): hashes that must be the same in a repeated run
-    ("--ckpt", "generated", "weights_sha256"),
-    ("--samples", "generated", "samples_sha256"),
-    ("--detector", "detector", "sha256"),
-    ("--data-path", "real", "videos_sha256"),
-    ("--data-path", "real", "training_sha256"),  # of --metric nearest
-)
+OUTPUT = {"folder", "overwrite", "no_previews", "report_energy"}  # flags of sample_gd.py that change no sample
+
+
+def protocol(args, samples, split, num_real):
+    """A name such as fvd2048_16f_cfg1: metric, number of clips, frames, guidance (fvd and fid), and other choices."""
+    metric, N, kind = args.metric, len(samples), f"_{samples.num_frames}f"
+    if metric == "classifier":
+        return f"classifier{N}{kind}"
+    split = "" if split == default_split(metric) else f"_{split}"
+    if metric == "prediction":
+        best = "" if num_real == N else f"_best{N // num_real}"
+        given = f"_{len(frame_ranges(samples.about['given'][0]['frames']))}of{samples.num_frames}f"
+        return f"prediction{num_real}{best}{split}{given}{'_background' if args.keep_background else ''}"
+    real = "" if num_real == N else f"_real{num_real}"
+    return f"{metric}{N}{real}{split}{kind}" + (f"_cfg{samples.guidance:g}" if metric in ("fvd", "fid") else "")
+
+
+def default_split(metric):
+    return "train" if metric in ("fvd", "fid") else "val"
+
+
+def start(args, samples, split, num_real, real, detector):
+    """A manifest but for its values: all that they depend on. real, detector: what it says of those."""
+    return {
+        "format": FORMAT,
+        "metric": args.metric,
+        "protocol": protocol(args, samples, split, num_real),
+        "generated": samples.provenance(),
+        "real": real | {"num_clips": num_real},
+        "detector": detector,
+        "code": code_commit(),
+        "packages": packages(),
+        "flags": vars(args) | {"samples": str(samples.folder)},
+    }
 
 
 def write_manifest(path, manifest):
@@ -43,79 +70,85 @@ def write_manifest(path, manifest):
 
 def read_manifest(path):
     """A manifest as a dict. Raises UserError."""
-    flag = f"--manifest {path}"
+    expected = "expected a file that evaluate.py has written"
     try:
         manifest = read_json(path)
-    except OSError as error:
-        reason = error.strerror or error
-        raise UserError(f"{flag}: can't be read ({reason}); wanted what --out of evaluate.py wrote") from error
-    except ValueError as error:  # not JSON or not UTF-8
-        raise UserError(f"{flag}: damaged or not JSON ({error}); wanted what --out of evaluate.py wrote") from error
-    if not isinstance(manifest, dict) or "format" not in manifest:
-        raise UserError(f"{flag}: not a manifest; wanted what --out of evaluate.py wrote")
-    if manifest["format"] != FORMAT:
         found = manifest["format"]
-        raise UserError(f"{flag}: has format {found}, this code reads {FORMAT}: repeat it with the code that wrote it")
-    if missing := set(KEYS) - manifest.keys():
-        raise UserError(f"{flag}: damaged: has no {', '.join(sorted(missing))}; name another")
+    except (OSError, ValueError, KeyError, TypeError) as error:  # no such file; not JSON; not a manifest
+        raise UserError(f"--manifest {path}: can't be read ({error!r}); {expected}") from error
+    if found != FORMAT:
+        advice = "repeat it with the code that wrote it (format 1: commit f311e33)"
+        raise UserError(f"--manifest {path}: has format {found}, this code reads {FORMAT}; {advice}")
     return manifest
 
 
 def is_of_samples(path, folder):
     """Whether a file is a manifest of the samples that are in a folder, as far as this code knows."""
     try:
-        generated = read_manifest(path)["generated"] or {}
-    except UserError:
+        return Path(read_json(path)["generated"]["samples"]).name == Path(folder).resolve().name
+    except (OSError, ValueError, KeyError, TypeError):
         return False
-    return "samples" in generated and Path(generated["samples"]).name == Path(folder).resolve().name
+
+
+def as_words(flags):
+    """Flags {name: value} as words of a command line. None and False stand for a flag that is not given."""
+    words = []
+    for name, value in flags.items():
+        if value is not None and value is not False:
+            values = value if isinstance(value, list) else [] if value is True else [value]
+            words += ["--" + name.replace("_", "-"), *map(str, values)]
+    return words
+
+
+def sampling_words(path):
+    """The flags of sample_gd.py that make the samples of a manifest again, as words. Raises UserError."""
+    flags = dict(read_manifest(path)["generated"]["flags"])
+    for name in (*OUTPUT, "guidance_chosen", *([] if flags["init"] else ["init_gamma"])):
+        flags.pop(name, None)
+    flags["no_keep_background"] = not flags.pop("keep_background")
+    return as_words(flags | {"stop_below": flags["stop_below"] or 0})  # 0: off; not given, it is the checkpoint's
+
+
+def digests(manifest):
+    """The hashes that must be the same in a repeated run, {flag and name: hash}."""
+    return {
+        "--samples: weights_sha256": manifest["generated"]["source"].get("weights_sha256"),
+        "--detector: sha256": (manifest["detector"] or {}).get("sha256"),
+        "--data-path: videos_sha256": manifest["real"]["videos_sha256"],
+        "--data-path: training_sha256": manifest["real"].get("training_sha256"),  # of --metric nearest
+    }
 
 
 def check_same(old, new):
     """Raise UserError, naming the flag, unless a new manifest depends on the same files as an old one."""
-    if "checkpoint_sha256" in (old["generated"] or {}):  # of the whole file, as earlier versions had it
-        say("note: --manifest is of an earlier version and has no hash of the weights, so --ckpt is not checked")
-        old["generated"]["weights_sha256"] = new["generated"].get("weights_sha256")
-    for flag, part, key in PINNED:
-        wanted, found = ((manifest[part] or {}).get(key) for manifest in (old, new))
-        if wanted != found:
-            raise UserError(f"{flag}: sha256 is {found}, in --manifest it is {wanted}: give the place of that one")
+    for (name, expected), found in zip(digests(old).items(), digests(new).values(), strict=True):
+        if expected != found:
+            raise UserError(f"{name} is {found}, in --manifest it is {expected}; pass the path of that one")
 
 
-def compare_values(path, old, values, tolerance):
-    """How new values compare to those of the old manifest at `path`: `repeats` of the new one.
+def compare(path, old, new, tolerance):
+    """(how the values of a new manifest compare to those of the old one at `path`, the same as a line).
 
     Two numbers a and b agree if |a - b| <= tolerance * max(1, |a|, |b|). Values that the old code did not compute are
-    left out.
+    not compared.
     """
-    values = {name: value for name, value in values.items() if name in old["values"]}
-    differences, agrees = {}, values.keys() == old["values"].keys()
+    before, values = old["values"], {name: value for name, value in new["values"].items() if name in old["values"]}
+    differences, agrees = {}, values.keys() == before.keys()
     for name, value in values.items():
-        before = old["values"].get(name)
-        if value is None or before is None:
-            agrees &= value is before
-            continue
-        differences[name] = value - before
-        agrees &= abs(value - before) <= tolerance * max(1.0, abs(value), abs(before))
-    return {
-        "manifest": str(path),
-        "agrees": agrees,
-        "bit_equal": values == old["values"],
-        "tolerance": tolerance,
-        "differences": differences,
-        "before": old["values"],
-    }
-
-
-def agreement_line(repeats, old, new):
-    """One line: whether the values of a repeated run agree, and what else differs."""
-    largest = max(repeats["differences"].items(), key=lambda item: abs(item[1]), default=None)
+        if value is None or before[name] is None:
+            agrees &= value is before[name]
+        else:
+            differences[name] = value - before[name]
+            agrees &= abs(differences[name]) <= tolerance * max(1.0, abs(value), abs(before[name]))
+    repeats = {"manifest": str(path), "agrees": agrees, "bit_equal": values == before, "tolerance": tolerance}
     others = [part for part in ("code", "packages", "machine") if old[part] != new[part]]
+    others += ["samples"] * (old["generated"]["samples_sha256"] != new["generated"]["samples_sha256"])
     changed = f"; changed since: {', '.join(others)}" if others else ""
-    if repeats["bit_equal"]:
-        return f"the values equal those of {repeats['manifest']} bit for bit{changed}"
-    by = f"{largest[0]} differs most, by {largest[1]:.3g}" if largest else "a value is missing"
-    found = "agree with" if repeats["agrees"] else "do not agree with"
-    return f"the values {found} those of {repeats['manifest']}: {by}, tolerance {repeats['tolerance']:g}{changed}"
+    largest = max(differences, key=lambda name: abs(differences[name]), default=None)
+    by = f"{largest} differs most, by {differences[largest]:.3g}" if largest else "a value is missing"
+    line = f"the values {'agree' if agrees else 'do not agree'} with those of {path}: {by}, tolerance {tolerance:g}"
+    line = f"the values equal those of {path} bit for bit" if repeats["bit_equal"] else line
+    return repeats | {"differences": differences, "before": before}, line + changed
 
 
 def code_commit():
@@ -135,12 +168,10 @@ def code_commit():
 
 def packages():
     """{name: installed version, None if there is none}."""
-    versions = {}
+    versions = dict.fromkeys(PACKAGES)
     for name in PACKAGES:
-        try:
+        with suppress(PackageNotFoundError):
             versions[name] = version(name)
-        except PackageNotFoundError:
-            versions[name] = None
     return versions
 
 

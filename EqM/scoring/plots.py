@@ -1,4 +1,4 @@
-"""Plots of samples and their scores: PNG files, readable at half size."""
+"""Plots: PNG files, readable at half size. The set-up of all figures; those of samples and their scores."""
 
 import matplotlib
 import numpy as np
@@ -6,13 +6,21 @@ import numpy as np
 matplotlib.use("Agg")  # no window, no display
 from matplotlib import pyplot as plt  # noqa: E402
 
-plt.rcParams.update({"font.size": 14, "axes.grid": True, "grid.alpha": 0.3, "savefig.dpi": 100})
+plt.rcParams.update({"font.size": 14, "axes.grid": True, "grid.alpha": 0.3})
+plt.rcParams.update({"figure.figsize": (8, 5), "figure.constrained_layout.use": True})
+COLORS = "#0072B2", "#D55E00", "#009E73", "#CC79A7", "#000000", "#56B4E9"  # Okabe and Ito: safe for color blindness
+MARKERS = "o", "s", "^", "D", "v", "P", "X"
 MAX_LINES = 32  # samples with a line of their own
+
+
+def save_figure(figure, path):
+    figure.savefig(path, dpi=100)
+    plt.close(figure)
 
 
 def plot_evaluations(path, evaluations, budget):
     """Histogram of the number of evaluations (N,) of each sample, at most `budget`."""
-    figure, axes = plt.subplots(figsize=(8, 5), layout="constrained")
+    figure, axes = plt.subplots()
     edges = np.unique(np.linspace(0, budget + 1, min(budget + 2, 51)).round())
     axes.hist(evaluations, edges)
     axes.axvline(evaluations.mean(), color="black", linestyle="--", label=f"mean {evaluations.mean():.1f}")
@@ -23,11 +31,10 @@ def plot_evaluations(path, evaluations, budget):
 
 def plot_energies(path, energies, sampler):
     """Energies (N, num_steps), NaN after a sample has stopped: a line per sample (at most MAX_LINES), and the mean."""
-    figure, axes = plt.subplots(figsize=(8, 5), layout="constrained")
-    steps = np.arange(energies.shape[1])
-    axes.plot(steps, energies[:MAX_LINES].T, color="tab:blue", alpha=0.3, linewidth=1)
-    running = ~np.isnan(energies).all(axis=0)
-    axes.plot(steps[running], np.nanmean(energies[:, running], axis=0), color="black", label="mean of running samples")
+    figure, axes = plt.subplots()
+    axes.plot(energies[:MAX_LINES].T, color="tab:blue", alpha=0.3, linewidth=1)
+    steps = np.flatnonzero(~np.isnan(energies).all(axis=0))
+    axes.plot(steps, np.nanmean(energies[:, steps], axis=0), color="black", label="mean of running samples")
     axes.set(xlabel=f"step of {sampler}", ylabel="energy")
     axes.legend()
     save_figure(figure, path)
@@ -38,24 +45,19 @@ def plot_consistency(path, by_position, temporal_patch_size):
 
     by_position comes from consistency.summarize; dotted lines mark the first frames of temporal patches.
     """
-    figure, panels = plt.subplots(2, 1, figsize=(9, 8), layout="constrained", sharex=True)
+    figure, panels = plt.subplots(2, figsize=(9, 8), sharex=True)
+    num_frames = len(by_position["real"]["sharpness"]["mean"])
     titles = {"change": "change from the frame before", "sharpness": "sharpness"}
     for axes, (name, title) in zip(panels, titles.items(), strict=True):
         for kind, color in (("real", "black"), ("generated", "tab:blue")):
             values = by_position[kind][name]
-            first = 1 if name == "change" else 0  # a change belongs to the later of its frames
-            frames = np.arange(first, first + len(values["mean"]))
-            axes.plot(frames, values["mean"], color=color, marker="o", markersize=4, label=kind)
-            axes.fill_between(frames, values["low"], values["high"], color=color, alpha=0.2, linewidth=0)
-        num_frames = len(by_position["real"]["sharpness"]["mean"])
+            frames = np.arange(num_frames)[-len(values["mean"]) :]  # a change belongs to the later of its frames
+            plot_band(axes, frames, values["mean"], values["low"], values["high"], color, kind)
         for frame in range(temporal_patch_size, num_frames, temporal_patch_size):
             label = "first frame of a temporal patch" if frame == temporal_patch_size else None
             axes.axvline(frame, color="tab:red", linestyle=":", label=label)
-        axes.set(ylabel=f"{title}\n(grey levels, rms)")
-        axes.set_ylim(bottom=0)
-    figure.legend(*panels[0].get_legend_handles_labels(), loc="outside upper center", ncols=3)
-    panels[1].set(xlabel="frame")
-    save_figure(figure, path)
+        axes.set(ylabel=f"{title}\n(grey levels, rms)", ylim=(0, None))
+    save_panels(figure, path, panels)
 
 
 def plot_prediction(path, result, num_frames):
@@ -63,29 +65,33 @@ def plot_prediction(path, result, num_frames):
 
     result comes from prediction.compare.
     """
-    figure, panels = plt.subplots(2, 1, figsize=(9, 8), layout="constrained", sharex=True)
+    figure, panels = plt.subplots(2, figsize=(9, 8), sharex=True)
     count, frames = result["samples_per_clip"], result["predicted_frames"]
-    own = f"mean of {count}" if count > 1 else "predicted"
-    kinds = {"": ("tab:blue", own), "_repeated": ("black", "given frame repeated")}
+    kinds = {"": ("tab:blue", f"mean of {count}" if count > 1 else "predicted")}
+    kinds |= {"_repeated": ("black", "given frame repeated")}
     kinds |= {"_best": ("tab:green", f"best of {count}")} if count > 1 else {}
     kinds |= {"_average": ("tab:orange", f"the average of {count}")} if "psnr_average" in result else {}
     kinds |= {"_moved": ("tab:purple", "and moved truly")} if "psnr_moved" in result else {}
     given = [frame for frame in range(num_frames) if frame not in frames]
     for axes, (name, title) in zip(panels, {"psnr": "PSNR (dB)", "ssim": "SSIM"}.items(), strict=True):
         for kind, (color, label) in kinds.items():
-            values = np.full((2, num_frames), np.nan)
-            values[:, frames] = [result[f"{name}{kind}_by_frame"][part] for part in ("mean", "half95")]
-            axes.plot(np.arange(num_frames), values[0], color=color, marker="o", markersize=4, label=label)
-            ends = values[0] - values[1], values[0] + values[1]
-            axes.fill_between(np.arange(num_frames), *ends, color=color, alpha=0.2, linewidth=0)
+            mean, half = np.full((2, num_frames), np.nan)
+            mean[frames], half[frames] = (result[f"{name}{kind}_by_frame"][part] for part in ("mean", "half95"))
+            plot_band(axes, np.arange(num_frames), mean, mean - half, mean + half, color, label)
         for frame in given:
             axes.axvspan(frame - 0.5, frame + 0.5, color="#ffe8d1", label="given" if frame == given[0] else None)
         axes.set(ylabel=title)
-    figure.legend(*panels[0].get_legend_handles_labels(), loc="outside upper center", ncols=4)
-    panels[1].set(xlabel="frame")
+    save_panels(figure, path, panels)
+
+
+def plot_band(axes, x, mean, low, high, color, label):
+    """A line with a dot at each x, and its interval as a band."""
+    axes.plot(x, mean, color=color, marker="o", markersize=4, label=label)
+    axes.fill_between(x, low, high, color=color, alpha=0.2, linewidth=0)
+
+
+def save_panels(figure, path, panels):
+    """Write a figure of panels over frames, under the legend of the first one."""
+    figure.legend(*panels[0].get_legend_handles_labels(), loc="outside upper center", ncols=3)
+    panels[-1].set(xlabel="frame")
     save_figure(figure, path)
-
-
-def save_figure(figure, path):
-    figure.savefig(path)
-    plt.close(figure)

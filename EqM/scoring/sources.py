@@ -1,171 +1,123 @@
-"""The clips that evaluate.py scores: generated ones from a checkpoint or a sample folder, real ones from a data set.
+"""The clips that evaluate.py scores: generated ones of a folder of samples, real ones of a data set.
 
-FromCheckpoint and FromFolder share an interface: classes (names), labels (num_samples,) int64, num_frames, image_size,
-time_scale (seconds per frame), ckpt (path of the model), images (T = 1), temporal_patch_size (None if not known),
-window and overlap (in frames; 0 if not known), guidance (None if nobody chose it), evaluations (of the samples of this
-rank), provenance() (plain values for JSON), and read(indices) after to(device).
+A stream yields the clips of this rank in batches: (indices, clips uint8 (n, T, H, W, 3) on the device, class names,
+time scales in seconds per frame).
 """
 
 import hashlib
 import json
 import os
 import statistics
-from dataclasses import replace
 from pathlib import Path
 
-import numpy as np
 import torch
 
-import generation
-from runtime import cli, distributed
+from runtime import distributed
 from runtime.cli import Bar, UserError, say
 from runtime.distributed import rank
-from runtime.runs import results_of
 from runtime.untrusted import file_sha256
 from video.clips import Clips
-from video.index import scan_videos, split_videos
+from video.index import split_videos
 from video.loader import batches_of, make_loader
-from video.samples import NO_LABEL, class_name, read_samples
+from video.samples import class_name, read_samples
+from video.source import check_data_path, open_source
 
-REAL_SEED = 0  # of the start frames of the real clips; --seed is for the generated ones
+REAL_SEED = 0  # of the start frames of the real clips: predictions continue the clips that they are compared with
+MIN_SIDE = 11  # px, of SSIM's window
 RESIZE = "short side to image_size (bilinear, antialiased), center crop; a detector resizes further by itself"
 
 
-def add_checkpoint_flags(parser):
-    """The flags of FromCheckpoint, except --ckpt and --batch-size. FromFolder reads two of them."""
-    add = parser.add_argument_group("sampling from --ckpt").add_argument
-    add("--video", action="store_true", default=None, help="require a video model; default: not checked")
-    count = "number of generated clips; default: --num-real, or all of --samples"
-    generation.add_sample_flags(add, None, count, keep_background=False)  # scores are of what the model makes
-    generation.add_checked_flags(parser)
-    cli.add_speed_flags(parser)
-    generation.add_sampling_flags(parser)
+class Samples:
+    """A folder of sample_gd.py: its clips, mapped into memory, and what its samples.json says. Raises UserError."""
 
-
-class FromCheckpoint:
-    """Clips of --ckpt, sampled when they are read. Raises UserError for flags and checkpoints that do not fit."""
-
-    def __init__(self, args):
-        self.args, self.source, self.ckpt = args, generation.open_checkpoint(args), args.ckpt
-        self.classes, self.labels = self.source.classes, self.source.labels
-        self.num_frames, self.time_scale = self.source.num_frames, self.source.time_scale
-        self.image_size, self.images = self.source.image_size, not self.source.video
-        self.temporal_patch_size = self.source.model.config.temporal_patch_size
-        self.window, self.overlap = self.source.window, self.source.overlap
-        self.guidance = chosen_guidance(self.labels, args.cfg_scale, args.guidance_chosen)
-        self.evaluations = []
-
-    def to(self, device):
-        self.device = device
-        self.source.to(device, self.args)
-
-    def read(self, indices, given=None, time_scale=None):
-        """The samples `indices`, uint8 (n, T, H, W, 3); given is that of `generate_clips`, time_scale (n,) or None."""
-        settings = generation.sampling_settings(self.args)
-        source = self.source if time_scale is None else replace(self.source, time_scale=time_scale)
-        ((clips, evaluations, _),) = generation.generate_clips(
-            source, indices, self.args.seed, self.device, settings, len(indices), given=given,
-            keep_background=self.args.keep_background, show=False,
-        )  # fmt: skip
-        self.evaluations += evaluations.tolist()
-        return clips
-
-    def provenance(self):
-        every = "those of the real clips" if self.args.metric == "prediction" else "all"
-        return generation.provenance(self.source, self.args) | {"classes": self.args.classes or every}
-
-
-class FromFolder:
-    """Clips of --samples, read from the file when they are needed. Raises UserError."""
-
-    def __init__(self, args):
-        self.folder, here = Path(args.samples), f"--samples {args.samples}"
-        self.about, self.clips, labels = read_samples(here, self.folder)
-        self.classes, self.time_scale = self.about["classes"], self.about["time_scale"]
-        if args.num_samples and args.num_samples > len(labels):
-            raise UserError(f"--num-samples {args.num_samples}: {here} has {len(labels)}: leave the flag out")
-        self.labels = torch.from_numpy(np.array(labels))[: args.num_samples]
+    def __init__(self, folder):
+        self.folder, self.place = Path(folder), f"--samples {folder}"
+        self.about, self.clips, labels = read_samples(self.place, self.folder)
+        self.source, self.classes, self.time_scale = (self.about[name] for name in ("source", "classes", "time_scale"))
+        self.names = [class_name(self.classes, label) for label in labels.tolist()]  # None: without a class
         self.num_frames, self.image_size = self.clips.shape[1:3]
-        self.images, self.ckpt = self.num_frames == 1, self.about["flags"].get("ckpt")
-        self.temporal_patch_size = args.temporal_patch_size or self.about["source"].get("temporal_patch_size")
-        self.window, self.overlap = (self.about["source"].get(name) or 0 for name in ("window", "overlap"))
-        guidance = self.about["flags"].get("cfg_scale")
-        is_chosen = isinstance(guidance, int | float) and generation.is_guidance_chosen(self.about["flags"])
-        self.guidance = chosen_guidance(self.labels, guidance, is_chosen)
-        self.evaluations = []
+        guidance = self.source.get("guidance") if self.source.get("guidance_chosen") else None
+        self.guidance = guidance if any(self.names) else 1.0  # None: nobody chose it
 
-    def to(self, device):
-        self.device = device
+    def __len__(self):
+        return len(self.clips)
 
-    def read(self, indices):
-        return torch.from_numpy(self.clips[indices]).to(self.device)
+    def check(self, metric, data_path, keep_background):
+        """Raise UserError unless they can be scored with --metric, --data-path and --keep-background."""
+        if found := next(self.mistakes(metric, keep_background), None):
+            raise UserError(f"{self.place}: {found}")
+        check_data_path(data_path, images=self.num_frames == 1, cached=False)
+
+    def mistakes(self, metric, keep_background):
+        """Why they can't be scored, in words."""
+        if len(self) < (least := 1 if metric in ("motion", "prediction", "classifier") else 2):
+            yield f"has {len(self)} clips, --metric {metric} needs at least {least}"
+        if self.num_frames == 1 and metric != "fid":
+            yield f"holds images, --metric {metric} needs videos of at least 2 frames"
+        if metric in ("fvd", "fid") and self.guidance is None:
+            yield f"--metric {metric} depends on the guidance; sample again and choose it: --cfg-scale (1 turns it off)"
+        if metric in ("motion", "classifier") and None in self.names:
+            yield f"has samples without a class, --metric {metric} needs one of each"
+        if metric == "consistency" and not self.source.get("temporal_patch_size"):
+            yield "samples.json has no temporal_patch_size; sample again"
+        if metric == "prediction":
+            again = "sample again with --given DATA --given-split val --no-keep-background"
+            real, kept = self.about.get("real"), self.source.get("keep_background")
+            if real is None:
+                yield f"does not continue the clips of a data set; {again}"
+            if len(self) != real["num_clips"] * real["samples_per_clip"]:
+                yield f"does not have {real['samples_per_clip']} samples for each of {real['num_clips']} clips; {again}"
+            if kept and not keep_background:
+                yield f"was sampled with --keep-background: detail not made by the model; {again}, or add the flag here"
+            if keep_background and not kept:
+                yield "was sampled without --keep-background; remove the flag"
+            if self.image_size < MIN_SIDE:
+                yield f"has clips of {self.image_size} px, SSIM needs at least {MIN_SIDE}"
 
     def provenance(self):
+        """What a manifest says of them: how they were made, as samples.json says, and the SHA-256 of samples.npz."""
         about = {name: value for name, value in self.about.items() if name not in ("classes", "given")}
-        return {"samples": str(self.folder), "samples_sha256": file_sha256(self.folder / "samples.npz")} | about
+        size = {"num_clips": len(self), "num_frames": self.num_frames, "image_size": self.image_size}
+        sha256 = file_sha256(self.folder / "samples.npz")
+        return {"samples": str(self.folder), "samples_sha256": sha256} | about | size
 
 
-def chosen_guidance(labels, guidance, is_chosen):
-    """The guidance of samples, for the name of a protocol: 1 without labels, None if nobody chose it."""
-    return 1.0 if (labels == NO_LABEL).all() else guidance if is_chosen else None
+def find_real(data_path, split, val_fraction, num_frames, time_scale, image_size, index_folder, images):
+    """(Clips of the real videos of a split, training videos that are long enough, a description of the Clips for JSON).
 
-
-def find_real(args, generated):
-    """(Clips of the real videos, the training videos that are long enough, a description of the clips for the manifest,
-    a SHA-256 of all that determines them).
-
-    One rank only. The distance from frame to frame is the integer closest to the time_scale of the
-    generated clips. Raises UserError.
+    Opens videos as scan_videos does, so only one rank should call it. The distance between frames is the integer
+    closest to time_scale. Raises UserError.
     """
-    scan = scan_videos(args.data_path, results_of(generated.ckpt), images=generated.images)
-    for path in scan.unreadable:
+    source = open_source(data_path, image_size, images, index_folder)
+    for path in source.scan.unreadable:
         say(f"{path} can't be opened, it is left out")
-    train, val = split_videos(args.data_path, scan.videos, args.val_fraction)  # before any is left out, as in train.py
-    videos = {"train": train, "val": val, "all": [*train, *val]}[args.split]
+    train, val = split_videos(data_path, source.videos(), val_fraction)  # before any is left out, as in train.py
+    videos = {"train": train, "val": val, "all": [*train, *val]}[split]
     fps = statistics.median(video.fps for video in videos)
-    interval = max(1, round(generated.time_scale * fps))
-    span = (generated.num_frames - 1) * interval + 1
+    interval = max(1, round(time_scale * fps))
+    span = (num_frames - 1) * interval + 1
     usable = [video for video in videos if video.num_frames >= span]
     if not usable:
         longest = max(video.num_frames for video in videos)
         raise UserError(
-            f"--data-path {args.data_path}: the longest video of --split {args.split} has {longest} frames, "
-            f"{generated.num_frames} frames that are {interval} apart take {span}: sample fewer frames"
+            f"--data-path {data_path}: the longest video of --split {split} has {longest} frames, {num_frames} frames "
+            f"that are {interval} apart take {span}: sample fewer frames"
         )
-    if abs(interval / fps - generated.time_scale) > 0.01 * generated.time_scale:
-        say(f"note: real frames are {interval / fps:.3g} s apart, generated frames {generated.time_scale:.3g} s")
-    if len(usable) < args.num_real:
-        say(f"note: {args.num_real} clips from {len(usable)} videos of --split {args.split}: some give several")
-    clips = Clips(args.data_path, usable, scan.classes, generated.num_frames, generated.image_size,
-                  (interval, interval), flip=False, seed=REAL_SEED, stream="real")  # fmt: skip
-    stats = file_stats(args.data_path, usable)
+    if abs(interval / fps - time_scale) > 0.01 * time_scale:
+        say(f"note: real frames are {interval / fps:.3g} s apart, generated frames {time_scale:.3g} s")
+    settings = {"flip": False, "seed": REAL_SEED, "stream": "real"}
+    clips = Clips(source, usable, source.scan.classes, num_frames, (interval, interval), **settings)
     about = {
-        "data_path": str(args.data_path),
-        "split": args.split,
-        "num_videos": len(usable),
-        "videos_sha256": names_and_sizes(usable, stats),
-        "num_clips": args.num_real,
-        "num_frames": generated.num_frames,
-        "frame_interval": interval,
-        "fps": fps,
-        "image_size": generated.image_size,
-        "resize": RESIZE,
-        "flip": False,
-        "seed": REAL_SEED,
-    }
-    determines = {name: value for name, value in about.items() if name != "data_path"}
-    key = json_sha256([determines, [stat.st_mtime_ns for stat in stats]])
-    training = [video for video in train if video.num_frames >= generated.num_frames]
-    return clips, training, about, key
+        "data_path": str(data_path), "split": split, "val_fraction": val_fraction, "num_videos": len(usable),
+        "videos_sha256": videos_sha256(data_path, usable), "num_frames": num_frames, "frame_interval": interval,
+        "fps": fps, "image_size": image_size, "resize": RESIZE, "flip": False, "seed": REAL_SEED,
+    }  # fmt: skip
+    return clips, [video for video in train if video.num_frames >= num_frames], about
 
 
-def file_stats(root, videos):
-    return [os.stat(os.path.join(root, video.path)) for video in videos]
-
-
-def names_and_sizes(videos, stats):
-    """The SHA-256 of the names and sizes of files."""
-    return json_sha256([(video.path, stat.st_size) for video, stat in zip(videos, stats, strict=True)])
+def videos_sha256(root, videos):
+    """The SHA-256 of the names and sizes of videos."""
+    return json_sha256([(video.path, os.stat(os.path.join(root, video.path)).st_size) for video in videos])
 
 
 def json_sha256(value):
@@ -173,57 +125,38 @@ def json_sha256(value):
     return hashlib.sha256(json.dumps(value).encode()).hexdigest()
 
 
-# ----------------------------------------------------------------------------------------------------------------------
-# Streams: the clips of this rank in batches of (indices, clips uint8 (n, T, H, W, 3), class names, time scales)
+def generated_stream(samples, batch_size, device):
+    """The stream of Samples."""
+
+    def read(indices):
+        names = [samples.names[index] for index in indices]
+        return indices, torch.from_numpy(samples.clips[indices]).to(device), names, [samples.time_scale] * len(indices)
+
+    own = distributed.own_indices(len(samples))
+    yield from with_bar("generated clips", len(own), map(read, in_batches(own, batch_size)))
 
 
-def progress_bar(title, indices):
-    return Bar(total=len(indices), desc=title, unit="clip", leave=False, disable=rank() != 0)
+def real_stream(clips, count, batch_size, num_workers, device, bad):
+    """The stream of the first `count` of a Clips. Paths of videos that can't be decoded are added to the list `bad`."""
+
+    def read(batch):
+        bad.extend(batch["bad"])
+        pixels = batch["clips"].permute(0, 2, 3, 4, 1).to(device)
+        names = [clips.classes[label] for label in batch["y"]]
+        return batch["indices"].tolist(), pixels, names, batch["time_scales"].tolist()
+
+    keys = [(clips.num_frames, index) for index in distributed.own_indices(count)]
+    loader = make_loader({clips.num_frames: clips}, in_batches(keys, batch_size), num_workers, timeout=0, device=device)
+    yield from with_bar("real clips", len(keys), map(read, batches_of(loader)))
 
 
 def in_batches(indices, size):
     return [indices[first : first + size] for first in range(0, len(indices), size)]
 
 
-def generated_stream(args, generated):
-    """The stream of a FromCheckpoint or FromFolder."""
-    own = distributed.own_indices(args.num_samples)
-    with progress_bar("generated clips", own) as progress:
-        for indices in in_batches(own, args.batch_size):
-            names = [class_name(generated.classes, label) for label in generated.labels[indices].tolist()]
-            yield indices, generated.read(indices), names, [generated.time_scale] * len(indices)
-            progress.update(len(indices))
-
-
-def real_stream(args, clips, device, bad):
-    """The stream of a Clips. Paths of videos that can't be decoded are added to the list `bad`."""
-    own = distributed.own_indices(args.num_real)
-    batches = in_batches([(clips.num_frames, index) for index in own], args.batch_size)
-    loader = make_loader({clips.num_frames: clips}, batches, args.num_workers, timeout=0, device=device)
-    with progress_bar("real clips", own) as progress:
-        for batch in batches_of(loader):
-            names = [clips.classes[label] for label in batch["labels"]]
-            pixels = batch["clips"].permute(0, 2, 3, 4, 1).to(device)
-            yield batch["indices"].tolist(), pixels, names, batch["time_scales"].tolist()
-            bad += batch["bad"]
-            progress.update(len(names))
-
-
-def predicted_stream(args, generated, clips, device, bad):
-    """The real stream with predictions (n, S, T, H, W, 3) after its clips, both as arrays.
-
-    Sample s of clip i is number i * S + s of a FromCheckpoint, whose labels are set here: the class of the clip, if the
-    model knows it, or no label where --classes is none. The time between its frames is that of the clip.
-    """
-    S, mask = args.samples_per_clip, torch.zeros(clips.num_frames, dtype=torch.bool)
-    mask[list(args.given_frames)] = True
-    for indices, real, names, time_scales in real_stream(args, clips, device, bad):
-        known = [generated.classes.index(name) if name in generated.classes else NO_LABEL for name in names]
-        labels = torch.full((len(names),), NO_LABEL) if args.classes else torch.tensor(known)
-        given, scales = (real.permute(0, 4, 1, 2, 3), mask.expand(len(names), -1)), torch.tensor(time_scales)
-        predicted = []
-        for number in range(S):
-            own = [index * S + number for index in indices]
-            generated.labels[own] = labels
-            predicted.append(generated.read(own, lambda _, given=given: given, scales).cpu())
-        yield indices, real.cpu().numpy(), torch.stack(predicted, dim=1).numpy(), names, time_scales
+def with_bar(title, count, batches):
+    """The batches of a stream of `count` clips, with a progress bar on rank 0."""
+    with Bar(total=count, desc=title, unit="clip", leave=False, disable=rank() != 0) as progress:
+        for batch in batches:
+            yield batch
+            progress.update(len(batch[0]))

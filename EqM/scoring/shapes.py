@@ -1,0 +1,404 @@
+"""Moving Shapes, where the truth is known: a strict tracker of one object, for straight and for bouncing motion.
+
+Strict, because a lax tracker follows local motion and finds a direction even in a clip of five objects. Here a clip
+has a direction only if *every* frame shows the same single compact object of one color, and its centroid moves along
+a straight line at a constant speed. Any other clip has none and counts as wrong. Clips of bouncing objects
+(make_moving_shapes.py --bounce) may have any length. They are tracked in windows: is it one object to the end, how fast
+is it in each window, does it turn at the borders and only there?
+
+The truth comes from the shapes.json of the data set, scaled to the clip: never from the tracker's own measurement.
+Real clips are scored beside generated ones and show the ceiling (16 px: all directions and shapes right, speed ratio
+1.00, area ratio 1.02, as the brightest pixels of an object still hold a little background).
+"""
+
+import functools
+import math
+from collections import Counter
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+
+from runtime.cli import UserError
+from runtime.untrusted import read_json
+from scoring.stats import Z95, cell, gather, mean_and_error, table, wilson
+
+# Lengths are in px of a frame 16 px high and grow with it; shares are of the object's brightness or area.
+# They tolerate noise (8 gray levels), blur (1 px) and some jitter in generated clips, and no more.
+MIN_CONTRAST = 60  # gray levels (Euclidean in RGB) from the background; the data set's colors have over 180
+FLOOR = 0.2  # of full brightness, about 50 gray levels: what is weaker is noise, not an object
+MAX_STRAY = 0.1  # of the brightness may lie outside a disc of 1.5 radii + 1 px: 2.6 px of 26, no second object
+MAX_SPREAD = 1.7  # second moment over that of a disc of equal area: a triangle has 1.3, blurred 1.5; two discs 2
+MIN_MATCH = 0.9  # correlation with the best shape: real clips 0.99, noisy ones 0.97; two shapes half overlapping 0.9
+MAX_ANGLE = 10  # degrees between a frame's color and the clip's; two of the default colors are at least 39 apart
+MAX_OFF_COLOR = 0.25  # of the brightness may be more than twice that off, as colors bleed at edges
+MAX_AREA_FACTOR = 1.5  # between a frame's area and the median: objects that fade, split or merge exceed it
+MIN_TRAVEL = 0.25  # px from the first frame to the last; 2 frames at 25 fps still exceed it
+MAX_OFF_LINE = 0.5  # px from steady straight motion, and at most a quarter of the travel: jumps, curves, stops
+MAX_SLANT = 0.25  # motion across the direction over motion along it: 14 degrees
+WINDOW = 16  # frames of a bouncing object that are looked at together
+NEAR = 1.0  # px between a turn and the border's turning point; also the least way back that makes a turn
+ACROSS = 0.5  # px, standard deviation of a bouncing object's motion across its axis
+
+SHAPES = ("Circle", "Square", "Triangle")
+AXES, DIRECTIONS = ("Horizontal", "Vertical"), (("Left", "Right"), ("Up", "Down"))  # by axis; y goes down
+TRACKED = {  # value of `summarize`: its title, its interval
+    "direction_accuracy": ("direction right", "direction_interval95"),
+    "shape_accuracy": ("shape right", "shape_interval95"),
+    "speed_ratio": ("speed / true speed", "speed_ratio_interval95"),
+    "area_ratio": ("area / true area", "area_ratio_interval95"),
+}
+FOLLOWED = {  # the same of `summarize_bounces`
+    "one_object": ("one object, color and shape", "one_object_interval95"),
+    "turns_right": ("turns at the borders only", "turns_right_interval95"),
+    "speed_low": ("speed / true speed of windows, 5%", None),
+    "speed_median": ("median", None),
+    "speed_high": ("95%", None),
+}
+
+
+def find_truth(metric, data_path):
+    """The shapes.json that --metric motion needs, or prediction if it is of straight motion; else None."""
+    path = Path(data_path, "shapes.json")
+    if metric == "motion" and not path.exists():
+        found = f"--data-path {data_path} has no shapes.json"
+        raise UserError(f"--metric motion is for Moving Shapes, {found}; choose consistency, nearest or fvd")
+    is_straight = metric == "prediction" and path.exists() and not read_shapes(path)[2]
+    return path if metric == "motion" or is_straight else None
+
+
+def check_truth(shapes_json, samples, names):
+    """Raise UserError unless the truth about these classes is known for Samples (see sources.py)."""
+    if read_shapes(shapes_json)[2] and samples.num_frames < WINDOW:
+        raise UserError(f"{samples.place}: has {samples.num_frames} frames, bouncing shapes need at least {WINDOW}")
+    for name in names:
+        read_truth(shapes_json, name, samples.image_size, samples.time_scale)
+
+
+def score_shapes(generated, real, shapes_json):
+    """Score two streams of clips (see sources.py) against the truth in the file shapes_json."""
+    _, _, bounces = read_shapes(shapes_json)
+    truth_of = functools.cache(functools.partial(read_truth, shapes_json))
+
+    def measure(clip, name, time_scale):
+        truth = truth_of(name, clip.shape[1], time_scale)
+        return follow(clip, truth) if bounces else (track(clip), truth)
+
+    columns = {"generated": gather(generated, measure), "real": gather(real, measure)}
+    summary, titles = (summarize_bounces, FOLLOWED) if bounces else (summarize, TRACKED)
+    result = {kind: summary(*own) for kind, own in columns.items()}
+    return {name: result["generated"][name] for name in titles}, result, result_lines(result, titles)
+
+
+def result_lines(result, titles):
+    """Both summaries of a result, and what was confused or refused among the generated clips, to print."""
+    both = [result["generated"], result["real"]]
+    rows = [("", "generated, 95%", "real, 95%"), ("clips", *(str(one["clips"]) for one in both))]
+    rows += [(title, *(cell(one, name, interval=own) for one in both)) for name, (title, own) in titles.items()]
+    lines = table(rows)
+    for counted in both[0].get("confusion", {}).values():
+        head = "asked, found:", *next(iter(counted.values()))
+        lines += table([head, *((asked, *map(str, row.values())) for asked, row in counted.items())])
+    refused = sorted(both[0]["refused"].items(), key=lambda item: -item[1])
+    return lines + [f"  refused: {reason}, {clips} clips" for reason, clips in refused]
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# What a clip shows, and the truth
+
+
+@dataclass(frozen=True)
+class Track:
+    """What a clip shows, or should show. None where nothing was found; `reason` says why there is no direction."""
+
+    direction: str | None = None
+    shape: str | None = None
+    speed: float | None = None  # px per frame along the direction
+    area: float | None = None  # px^2
+    color: tuple[int, int, int] | None = None
+    reason: str = ""
+
+
+@dataclass(frozen=True)
+class Bounce:
+    """What a clip of a class of bouncing objects should show; lengths in px of the clip."""
+
+    shape: str
+    axis: int  # 0: horizontal, 1: vertical
+    speed: float  # px per frame
+    low: float  # where the centroid turns
+    high: float
+
+
+def read_shapes(path):
+    """(size of the frames in px, entries of the videos, whether they bounce) of the shapes.json at `path`.
+
+    Raises UserError.
+    """
+    try:
+        shapes = read_json(path)
+        return shapes["size"], list(shapes["videos"].values()), bool(shapes.get("settings", {}).get("bounce"))
+    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
+        found = f"not the shapes.json of a Moving Shapes data set ({error!r})"
+        raise UserError(f"{path}: {found}; make one with datasets/make_moving_shapes.py") from error
+
+
+def read_truth(path, class_name, height, time_scale):
+    """What clips of a class, of this height in px and time scale, should show by the shapes.json at `path`: a Track or,
+    where objects bounce, a Bounce. Raises UserError.
+    """
+    size, videos, bounces = read_shapes(path)
+    videos = [video for video in videos if video["class"] == class_name]
+    if not videos:
+        raise UserError(f"{path}: no class {class_name}; --data-path must be the data set of the model's training")
+
+    def mean(key):
+        return float(np.mean([video[key] for video in videos]))
+
+    first, scale = videos[0], height / size
+    if bounces:
+        speed, low, high = (scale * mean(key) for key in ("speed", "low", "high"))
+        return Bounce(first["shape"], AXES.index(first["axis"]), speed * time_scale, low, high)
+    return Track(first["direction"], first["shape"], mean("speed") * scale * time_scale, mean("area") * scale**2)
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# The tracker
+
+
+def track(clip):
+    """The Track of one clip, uint8 (T >= 2, H, W = H, 3)."""
+    found = {}
+    try:
+        centers, area, shape, color, size = look(clip)
+        factor = clip.shape[1] / size
+        rgb = tuple(color.round().astype(int).tolist())
+        found = {"shape": shape, "area": area * factor**2, "color": rgb}
+        direction, speed = fit_motion(centers, size / 16)
+    except ValueError as reason:
+        return Track(**found, reason=str(reason))
+    return Track(direction, speed=speed * factor, **found)
+
+
+def look(clip):
+    """(centroids (T, 2) as x, y, area, shape, color (3,), size) of the one object of a clip, uint8 (T, H, H, 3).
+
+    Lengths are in px of frames of this size: a clip of 32 px or more is averaged down to 16 ... 31 px first, so that
+    thresholds mean the same, and colors that a video codec smeared over neighboring pixels end up in one.
+    Raises ValueError with the reason if there is no such object.
+    """
+    height = clip.shape[1]
+    size = height // max(1, height // 16)
+    frames = torch.from_numpy(np.array(clip)).permute(0, 3, 1, 2).float()  # (T, C, H, W)
+    frames = F.interpolate(frames, size=(size, size), mode="area").permute(0, 2, 3, 1).double().numpy()
+    signal, bright, color = separate(frames)
+    centers, area = find_object(signal, bright, size / 16)
+    return centers, area, recognize(signal, centers, area), color, size
+
+
+def separate(clip):
+    """Split clip, float (T, H, W, 3), into background and object: (signal, bright, color (3,)).
+
+    signal (T, H, W) is 0 on the background, 1 on an object of the clip's color, and between on pixels that are partly
+    covered; bright (T, H, W) is the same for any color, but 0 below FLOOR. Raises ValueError with the reason unless
+    something stands out in every frame, all in one color.
+    """
+    background = np.median(clip, axis=(0, 1, 2))
+    clip = clip - background
+    contrast = np.linalg.norm(clip, axis=-1)
+    peak = contrast.max((1, 2)).mean()
+    if peak < MIN_CONTRAST:
+        raise ValueError("nothing stands out")
+    color = clip[contrast > 0.9 * peak].mean(0)
+    full = np.linalg.norm(color)
+    if full < MIN_CONTRAST:  # opposite colors cancel
+        raise ValueError("more than one color")
+    bright = np.where(contrast > FLOOR * full, contrast / full, 0)
+    masses = bright.sum((1, 2))
+    if masses.min() == 0:
+        raise ValueError("the object vanishes")
+
+    def angle(colors):  # degrees from the clip's color
+        cosine = colors @ color / full / np.maximum(np.linalg.norm(colors, axis=-1), 1e-9)
+        return np.degrees(np.arccos(np.clip(cosine, -1, 1)))
+
+    of_frames = np.einsum("thw,thwc->tc", bright, clip)
+    off = (bright * (angle(clip) > 2 * MAX_ANGLE)).sum((1, 2))
+    if (angle(of_frames) > MAX_ANGLE).any() or (off > MAX_OFF_COLOR * masses).any():
+        raise ValueError("more than one color")
+    return clip @ color / full**2, bright, color + background
+
+
+def find_object(signal, bright, unit):
+    """(centers (T, 2) as x, y in px, area in px^2) of the one object; unit is 1 px of a frame 16 px high.
+
+    Raises ValueError with the reason unless every frame shows one compact object of about the same area.
+    """
+    ys, xs = np.mgrid[: signal.shape[1], : signal.shape[2]] + 0.5
+
+    def centroids(weight):
+        return np.stack([(weight * xs).sum((1, 2)), (weight * ys).sum((1, 2))], 1) / weight.sum((1, 2))[:, None]
+
+    def squares(centers):  # squared distances (T, H, W)
+        return (xs - centers[:, 0, None, None]) ** 2 + (ys - centers[:, 1, None, None]) ** 2
+
+    masses = bright.sum((1, 2))
+    if np.median(masses) > signal[0].size / 4:
+        raise ValueError("too much is bright for one object")
+    disc = squares(centroids(bright)) < (1.5 * math.sqrt(np.median(masses) / math.pi) + unit) ** 2
+    if ((bright * ~disc).sum((1, 2)) > MAX_STRAY * masses).any():
+        raise ValueError("more than one object")
+    weight = signal * disc  # with its weak pixels, so that blur and noise hardly change the sum
+    areas = weight.sum((1, 2))
+    area = float(np.median(areas))
+    if areas.min() * MAX_AREA_FACTOR < area or areas.max() > area * MAX_AREA_FACTOR:
+        raise ValueError("the object's area changes")
+    centers = centroids(weight)
+    moment = (weight * squares(centers)).sum((1, 2)) / areas  # area / 2 pi for a disc
+    if (moment * 2 * math.pi > MAX_SPREAD * areas).any():
+        raise ValueError("the object is not compact")
+    return centers, area
+
+
+def inside(shape, x, y):
+    """Whether points, relative to the centroid of a shape of area 1, lie in it."""
+    if shape == "Circle":
+        return x**2 + y**2 < 1 / math.pi
+    if shape == "Square":
+        return np.maximum(abs(x), abs(y)) < 0.5
+    height = math.sqrt(2)  # and base
+    return (y < height / 3) & (abs(x) < (y + height * 2 / 3) / 2)
+
+
+def recognize(signal, centers, area):
+    """The shape whose image at the centers, sharp or blurred, correlates best with signal (T, H, W).
+
+    Raises ValueError if no correlation reaches MIN_MATCH.
+    """
+    sub = 8  # points per px and axis
+    ys, xs = ((np.arange(n * sub) + 0.5) / sub for n in signal.shape[1:])
+    x = (xs - centers[:, :1])[:, None, :] / math.sqrt(area)
+    y = (ys - centers[:, 1:])[:, :, None] / math.sqrt(area)
+    row = torch.tensor([1.0, 2.0, 1.0]) / 4
+    blur = row.outer(row)[None, None]  # standard deviation 0.7 px
+
+    def match(shape):
+        fine = torch.from_numpy(inside(shape, x, y).astype(np.float32))[:, None]  # (T, 1, 8 H, 8 W)
+        sharp = F.avg_pool2d(fine, sub)
+        soft = F.conv2d(sharp, blur, padding=1)
+        images = sharp, soft, F.conv2d(soft, blur, padding=1)
+        return max(np.corrcoef(image.flatten().numpy(), signal.ravel())[0, 1] for image in images)
+
+    matches = {shape: match(shape) for shape in SHAPES}
+    best = max(matches, key=matches.get)
+    if matches[best] < MIN_MATCH:
+        raise ValueError("the object has no known shape")
+    return best
+
+
+def fit_motion(centers, unit):
+    """(direction, speed in px per frame) of centers (T, 2).
+
+    Raises ValueError with the reason unless the motion is straight and steady.
+    """
+    time = np.arange(len(centers)) - (len(centers) - 1) / 2
+    velocity = time @ centers / (time @ time)  # least squares
+    axis = int(abs(velocity[1]) > abs(velocity[0]))
+    speed, across = abs(velocity[axis]), abs(velocity[1 - axis])
+    travel = speed * (len(centers) - 1)
+    if travel < MIN_TRAVEL * unit:
+        raise ValueError("the object stands still")
+    off_line = np.linalg.norm(centers - centers.mean(0) - time[:, None] * velocity, axis=1).max()
+    if across > MAX_SLANT * speed or off_line > min(MAX_OFF_LINE * unit, travel / 4):
+        raise ValueError("the motion is not straight and steady")
+    return DIRECTIONS[axis][int(velocity[axis] > 0)], float(speed)
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# Straight motion: from the tracks of all clips to a result
+
+
+def summarize(tracks, expected):
+    """Score at least one Track, each against the true one; a plain dict for JSON.
+
+    Accuracies are shares of all clips. Speed and area ratios (found over true) are means over the `right` clips, those
+    whose direction is right, and None if there are none. confusion: {"direction" or "shape": {asked: {found or "none":
+    number of clips}}}; refused: {why clips have no direction: number of clips}.
+    """
+    pairs = list(zip(tracks, expected, strict=True))
+    right = [(found, true) for found, true in pairs if found.direction == true.direction]
+    summary, confusion = {"clips": len(pairs), "right": len(right)}, {}
+    for what, names in (("direction", [*DIRECTIONS[0], *DIRECTIONS[1]]), ("shape", SHAPES)):
+        rows = {asked: dict.fromkeys([*names, "none"], 0) for asked in names}
+        for found, true in pairs:
+            rows[getattr(true, what)][getattr(found, what) or "none"] += 1
+        confusion[what] = {asked: row for asked, row in rows.items() if any(row.values())}
+        hits = sum(row[asked] for asked, row in rows.items())
+        summary |= {f"{what}_accuracy": hits / len(pairs), f"{what}_interval95": wilson(hits, len(pairs))}
+    for what in ("speed", "area"):
+        mean, error = mean_and_error([getattr(found, what) / getattr(true, what) for found, true in right])
+        interval = None if error is None else [mean - Z95 * error, mean + Z95 * error]
+        summary |= {f"{what}_ratio": mean, f"{what}_ratio_standard_error": error, f"{what}_ratio_interval95": interval}
+    refused = Counter(sorted(found.reason for found in tracks if found.direction is None))
+    return summary | {"confusion": confusion, "refused": dict(refused)}
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# Bouncing motion
+
+
+def follow(clip, truth):
+    """(number of the first window without the one object and why, or None; speeds of the windows over the true one;
+    whether the turns are right) of a clip uint8 (T, H, W, 3).
+    """
+    centers, speeds, first = [], [], None
+    for start in range(0, len(clip) - WINDOW + 1, WINDOW):
+        try:
+            found, _, shape, color, size = look(clip[start : start + WINDOW])
+            first = color if first is None else first
+            if shape != truth.shape or np.linalg.norm(color - first) > MIN_CONTRAST:
+                raise ValueError("another object")
+        except ValueError as reason:
+            return {"window": start // WINDOW, "reason": str(reason)}, speeds, False
+        centers.append(found * (clip.shape[1] / size))
+        speeds.append(float(np.median(np.abs(np.diff(centers[-1][:, truth.axis])))) / truth.speed)
+    return None, speeds, turns_are_right(np.concatenate(centers), truth, clip.shape[1] / 16)
+
+
+def turns_are_right(centers, truth, unit):
+    """Whether an object with these centroids (T, 2) stays between the borders, on its axis, and turns only at them."""
+    path, near, borders = centers[:, truth.axis], NEAR * unit, {1: truth.high, -1: truth.low}
+    if path.min() < truth.low - near or path.max() > truth.high + near:
+        return False
+    is_at_border = [abs(position - borders[direction]) <= near for position, direction in turning_points(path, near)]
+    return bool(centers[:, 1 - truth.axis].std() <= ACROSS * unit) and all(is_at_border)
+
+
+def turning_points(path, least):
+    """[(position, 1 where it is a maximum, -1 a minimum)] of a path's extremes, between which it goes by `least` or
+    more; less is jitter.
+    """
+    low = high = path[0]
+    direction, found = 0, []
+    for position in path:
+        low, high = min(low, position), max(high, position)
+        if direction != 1 and position - low >= least:
+            found += [(low, -1)] if direction else []
+            direction, high = 1, position
+        elif direction != -1 and high - position >= least:
+            found += [(high, 1)] if direction else []
+            direction, low = -1, position
+    return found
+
+
+def summarize_bounces(lost, speeds, turns):
+    """A plain dict for JSON, of the columns of `follow`. Speeds: 5%, 50% and 95% quantiles over all windows."""
+    summary, every = {"clips": len(lost)}, np.array([speed for clip in speeds for speed in clip])
+    for name, hits in (("one_object", lost.count(None)), ("turns_right", sum(turns))):
+        summary |= {name: hits / len(lost), f"{name}_interval95": wilson(hits, len(lost))}
+    for name, share in (("speed_low", 0.05), ("speed_median", 0.5), ("speed_high", 0.95)):
+        summary[name] = np.quantile(every, share).item() if len(every) else None
+    summary["lost_in_window"] = [entry["window"] for entry in lost if entry]
+    return summary | {"refused": dict(Counter(sorted(entry["reason"] for entry in lost if entry)))}
