@@ -1,6 +1,5 @@
-"""From a model to samples: flags, checks and steps that train.py, sample_gd.py and evaluate.py share."""
+"""From a checkpoint to clips: settings of the sampler, what is sampled, and the loop over batches and windows."""
 
-import argparse
 import itertools
 import math
 from copy import deepcopy
@@ -13,91 +12,37 @@ from torch import nn
 import checkpoint
 import transport
 from given import NOT_FORCED, Details, paste_given
-from models import EBMS, NAMES, EqM, model_name
+from models import Condition, EqM, model_name
 from rope import REFERENCE_FPS
 from runtime import distributed
-from runtime.cli import COUNT, NATURAL, NON_NEGATIVE, POSITIVE, Bar, UserError, number, say, settle_precision
+from runtime.cli import NON_NEGATIVE, POSITIVE, Bar, UserError, number, resolve_precision, say
 from runtime.distributed import rank
 from runtime.rng import normal
-from runtime.untrusted import FPS, check_types
 from samplers import DESCENTS, SOLVERS, guided, sample
 from sharding import is_sharded
 from vae import VAE, check_same, load_vae
 from video.samples import NO_LABEL, class_name
 
-MOST_FRAMES, MOST_SAMPLES, MOST_EVALUATIONS = 2**16, 2**24, 100_000  # more is a typing error
+MOST_EVALUATIONS = 100_000  # more is a typing error
 SAMPLER = {  # flags of the sampler: their defaults for a checkpoint that has none
     "sampler": "gd", "num_sampling_steps": 250, "stepsize": 0.0017, "mu": 0.3, "stop_below": None, "cfg_scale": 4.0,
 }  # fmt: skip
-STOP_BELOW = 1.0  # as accurate as 250 points with 57% of their evaluations: scripts/adaptive_compute.py
+STOP_BELOW = 1.0  # as accurate as 249 evaluations with 57% of them: see docs/results.md
 
 
 # ----------------------------------------------------------------------------------------------------------------------
-# Flags
-
-
-def add_sample_flags(
-    add, num_samples, num_samples_help="number of samples", several=False, keep_background=True
-):  # fmt: skip
-    """What is sampled; `add` is the add_argument of a group. several: --num-frames takes several numbers, as a list."""
-    frames = number(int, least=1, most=MOST_FRAMES)
-    rate, scale = number(float, least=FPS[0], most=FPS[1]), number(float, least=1 / FPS[1], most=1 / FPS[0])
-    trained = "default: as trained"
-    length = "frames per video, any number with rotary positions; " + trained
-    length += "; several numbers: samples of each, in folders DIR-fN" if several else ""
-    add("--num-frames", type=frames, nargs="+" if several else None, metavar="N", help=length)
-    window = "longer videos are sampled in windows of N frames, each given the last ones of the one before; default: "
-    window += "as long as the longest training clip, or all frames if the model was trained without --forcing"
-    add("--window", type=frames, metavar="N", help=window)
-    add("--overlap", type=COUNT, metavar="N", help="frames that a window has from the one before; default: half of it")
-    add("--fps", type=rate, metavar="X", help="frames per second of the samples; " + trained)
-    add("--time-scale", type=scale, metavar="X", help="the same as seconds per frame; give one of the two")
-    classes = "names or indices of classes, taken in turn; none: no label, so no guidance; default: all"
-    add("--classes", nargs="+", metavar="C", help=classes)
-    count = number(int, least=1, most=MOST_SAMPLES)
-    add("--num-samples", "--num-fid-samples", type=count, default=num_samples, metavar="N", help=num_samples_help)
-    add("--seed", "--global-seed", type=NATURAL, default=0, metavar="N", help="seed of the noise")
-    # results/study-first-edition.md (C): linear had 93% of the directions right at twice the 8 trained frames, 84% at
-    # four times (none: 78% and 0%), 54% and 49% at 1.5 and 2 times 16 (none: 1% and 0%), all of them slower in
-    # proportion. NTK-aware scaling and RIFLEx were no better than none.
-    beyond = "positions in time of more frames than were trained: as they are, or squeezed into the trained span: "
-    beyond += "whole but slower motion"
-    add("--rope-scale", type=rope_scale, choices=["none", "linear"], default="none", help=beyond)
-    add("--no-ema", action="store_true", help="use the raw weights instead of the EMA weights")
-    background = "with given frames and a VAE, add the detail that it lost of the last given frame wherever nothing "
-    background += "moves: looks better, but is not made by the model"
-    add("--keep-background", action=argparse.BooleanOptionalAction, default=keep_background, help=background)
-
-
-def rope_scale(text):
-    """A `type=` for argparse, which refuses what earlier versions had."""
-    if text in ("ntk", "riflex"):
-        raise argparse.ArgumentTypeError(f"{text}: removed, because it made no clip better in the study: use linear")
-    return text
-
-
-def add_checked_flags(parser):
-    """Flags whose values are in the checkpoint; returns the add_argument of their group."""
-    add = parser.add_argument_group("checked against the checkpoint, if given").add_argument
-    add("--model", choices=NAMES, metavar="NAME", help="EqM-{Ti,S,B,L,XL}/{2,4,8}; published models need it")
-    add("--use-rope", action="store_true", default=None, help="the model has 3D rotary positions")
-    add("--ebm", choices=EBMS, help="energy of the model; published models may need it")
-    add("--temporal-patch-size", type=COUNT, metavar="N", help="frames per patch")
-    add("--image-size", type=COUNT, metavar="PX", help="height and width of the samples in pixels")
-    add("--num-classes", type=COUNT, metavar="N", help="number of classes of the model")
-    add("--vae", metavar="VAE", help="may name another place of the checkpoint's VAE")
-    return add
+# Settings of the sampler
 
 
 def add_sampling_flags(parser):
-    """The flags of every script that samples; `settle_sampler` fills in those that are left out."""
+    """The flags of every script that samples; `resolve_sampler` says what they are by default."""
     title = "sampling (default: the settings of the checkpoint, else those named below)"
     add = parser.add_argument_group(title).add_argument
     usual = {name: "" if value is None else f"; default: {value}" for name, value in SAMPLER.items()}
     samplers = "gd: gradient descent; ngd: with Nesterov momentum; euler, heun: the ODE in gamma, for comparison"
     add("--sampler", choices=[*DESCENTS, *SOLVERS], help=samplers + usual["sampler"])
-    points = "points of the path: gd, ngd and euler take N - 1 evaluations, heun 2 N - 3" + usual["num_sampling_steps"]
-    add("--num-sampling-steps", type=number(int, least=2), metavar="N", help=points)
+    steps = "points of the path: gd, ngd and euler take N - 1 evaluations, heun 2 N - 3" + usual["num_sampling_steps"]
+    add("--num-sampling-steps", type=number(int, least=2), metavar="N", help=steps)
     size = "step size eta of gd and ngd; if you give only one of N and X, the other follows so that evaluations x step "
     size += "size stays" + usual["stepsize"]
     add("--stepsize", type=POSITIVE, metavar="X", help=size)
@@ -107,108 +52,81 @@ def add_sampling_flags(parser):
     add("--stop-below", type=NON_NEGATIVE, nargs="?", const=STOP_BELOW, metavar="R", help=adaptive + "; default: off")
     guidance = "classifier-free guidance scale; 1 = off" + usual["cfg_scale"]
     add("--cfg-scale", type=NON_NEGATIVE, metavar="X", help=guidance)
-    parser.set_defaults(guidance_chosen=None)  # whether somebody gave --cfg-scale, here or in training: settle_sampler
 
 
-def settle_sampler(args, path, training):
-    """Fill in the sampler's flags that were left out: from config["training"] of the checkpoint at path, else SAMPLER.
+def resolve_sampler(args, training):
+    """{name: value} of the flags of the sampler: those of the user, else of config["training"], else SAMPLER.
 
-    Raises UserError for flags that contradict each other, and for a checkpoint with settings that are none.
+    guidance_chosen says whether somebody chose the guidance, here or in training. If only one of --num-sampling-steps
+    and --stepsize is given, the other keeps evaluations x step size. Raises UserError.
     """
-    try:
-        kept = SAMPLER | {name: training[name] for name in SAMPLER if name in training}
-        check_sampler(kept)
-    except ValueError as error:
-        raise UserError(f"--ckpt {path}: no settings of a sampler ({error}): name another checkpoint") from error
-    asked = args.stop_below
-    if args.guidance_chosen is None:  # a repeated score knows it
-        args.guidance_chosen = args.cfg_scale is not None or is_guidance_chosen(training)
+    kept = {name: training.get(name, value) for name, value in SAMPLER.items()}
     if kept["sampler"] in SOLVERS and args.sampler in DESCENTS:  # a solver has no length of a path to keep
         kept |= {name: SAMPLER[name] for name in ("num_sampling_steps", "stepsize")}
-    keep_path_length(args, kept)
-    for name, value in kept.items():
-        if getattr(args, name) is None:
-            setattr(args, name, value)
-    if asked and args.sampler in SOLVERS:
-        raise UserError(f"--stop-below {asked}: {args.sampler} has a fixed number of steps; use gd or ngd")
-    if args.sampler in SOLVERS or args.stop_below == 0:
-        args.stop_below = None
-
-
-def is_guidance_chosen(flags):
-    """Whether somebody gave --cfg-scale. Older flags do not say it; then a default does not count as chosen."""
-    usual = SAMPLER["cfg_scale"]
-    return bool(flags.get("guidance_chosen", flags.get("cfg_scale", usual) != usual))
-
-
-def keep_path_length(args, kept):
-    """Fill in --num-sampling-steps or --stepsize if only the other one is given.
-
-    evaluations x step size stays that of the settings that are kept. Raises UserError.
-    """
-    length, count, size = (kept["num_sampling_steps"] - 1) * kept["stepsize"], args.num_sampling_steps, args.stepsize
-    if (count is None) == (size is None) or (args.sampler or kept["sampler"]) in SOLVERS:
-        return
-    if size is None:
-        args.stepsize = length / (count - 1)
-    elif length / size < MOST_EVALUATIONS:
-        args.num_sampling_steps = max(1, round(length / size)) + 1
-    else:
-        found = f"--stepsize {size:g}: a path of length {length:g} takes {length / size:.3g} evaluations"
-        raise UserError(f"{found}; expected fewer than {MOST_EVALUATIONS}; take larger steps")
-
-
-def check_sampler(values):
-    """Raise ValueError unless these are values that the flags of SAMPLER can have."""
-    kinds = {name: float | int | None if value is None else type(value) for name, value in SAMPLER.items()}
-    check_types(values, kinds)
-    if values["sampler"] not in (*DESCENTS, *SOLVERS):
-        raise ValueError(f"sampler is {values['sampler'][:50]}")
-    numbers = {name: value for name, value in values.items() if name != "sampler" and value is not None}
-    for name, value in numbers.items():
-        least = {"num_sampling_steps": 2, "stepsize": math.ulp(0.0)}.get(name, 0)
-        if not least <= value < math.inf:
-            raise ValueError(f"{name} is {value}")
+    typed = {name: getattr(args, name) for name in SAMPLER if getattr(args, name) is not None}
+    values = kept | typed
+    if values["sampler"] in DESCENTS and len(typed.keys() & {"num_sampling_steps", "stepsize"}) == 1:
+        length = (kept["num_sampling_steps"] - 1) * kept["stepsize"]
+        if "num_sampling_steps" in typed:
+            values["stepsize"] = length / (args.num_sampling_steps - 1)
+        elif length / args.stepsize < MOST_EVALUATIONS:
+            values["num_sampling_steps"] = max(1, round(length / args.stepsize)) + 1
+        else:
+            got = f"a path of length {length:g} takes {length / args.stepsize:.3g} evaluations"
+            raise UserError(
+                f"--stepsize {args.stepsize:g}: {got}; expected fewer than {MOST_EVALUATIONS}; take larger steps"
+            )
+    if args.stop_below and values["sampler"] in SOLVERS:
+        got = f"--stop-below {args.stop_below}: {values['sampler']}"
+        raise UserError(f"{got} has a fixed number of steps; use gd or ngd")
+    if values["sampler"] in SOLVERS or values["stop_below"] == 0:
+        values["stop_below"] = None
+    return values | {"guidance_chosen": "cfg_scale" in typed or bool(training.get("guidance_chosen"))}
 
 
 def sampling_settings(args):
+    """The arguments of `samplers.sample`, the guidance and the precision, as samples.json has them."""
     return {
-        "method": args.sampler,
-        "num_steps": args.num_sampling_steps,
-        "step_size": args.stepsize,
-        "momentum": args.mu,
-        "stop_below": args.stop_below,
-        "guidance": args.cfg_scale,
-        "precision": args.precision,
-    }
+        "method": args.sampler, "num_steps": args.num_sampling_steps, "step_size": args.stepsize, "momentum": args.mu,
+        "stop_below": args.stop_below, "guidance": args.cfg_scale, "precision": args.precision,
+    }  # fmt: skip
+
+
+def count_evaluations(settings):
+    """The most evaluations of the field that a sample takes."""
+    steps = settings["num_steps"] - 1
+    return 2 * steps - 1 if settings["method"] == "heun" else steps
 
 
 # ----------------------------------------------------------------------------------------------------------------------
-# A model that is ready to sample
+# What is sampled
 
 
 @dataclass
-class Source:
-    """A model and what is sampled from it."""
+class Plan:
+    """A model and what to sample from it."""
 
     model: EqM
     vae: VAE
     classes: list  # their names
-    labels: torch.Tensor  # (num_samples,) int64; NO_LABEL: no label
+    labels: torch.Tensor  # (num_samples,) int64: the class of each sample; NO_LABEL: none
     num_frames: int
-    time_scale: float  # seconds per frame; a tensor (n,) if the samples of a batch differ
+    time_scale: float  # seconds per frame
     video: bool = True  # False: images
     step: int = 0  # of training
+    trained_frames: int = 0  # per clip, at the end of training
     forcing: float = 0.0  # --forcing of training
     window: int | None = None  # frames that are sampled at a time; None: all
-    overlap: int = 0  # of them, first ones that a window gets from the one before
+    overlap: int = 0  # of them, first ones that a window gets from the previous one
     weights_sha256: str = ""  # of the model as loaded, whatever its file
+    time_scales: torch.Tensor | None = None  # (num_samples,) float32: of each sample, if they differ
 
     def __post_init__(self):
         self.window = self.window or self.num_frames
 
     @property
     def window_starts(self):
+        """The first frame of each window."""
         return window_starts(self.num_frames, self.window, self.overlap)
 
     @property
@@ -219,6 +137,13 @@ class Source:
     @property
     def image_size(self):
         return self.model.config.input_size * self.vae.downsample
+
+    def condition(self, indices):
+        return Condition.of(self.labels[indices], self.model.config)
+
+    def seconds(self, indices):
+        """Seconds per frame of some samples, (n,) float32."""
+        return torch.full((len(indices),), self.time_scale) if self.time_scales is None else self.time_scales[indices]
 
     def to(self, device, args):
         """Move the networks to the device, and do what --precision and --compile ask for."""
@@ -251,46 +176,52 @@ def cast_products(model, precision):
 
 
 def open_checkpoint(args):
-    """The Source of --ckpt, after all the checks that need no GPU; raises UserError."""
-    model, config, step = checkpoint.load_model(
-        args.ckpt,
-        use_ema=not args.no_ema,
-        model=args.model,
-        video=args.video,
-        use_rope=args.use_rope,
-        ebm=args.ebm,
-        temporal_patch_size=args.temporal_patch_size,
-        num_classes=args.num_classes,
-    )
-    settle_precision(args, energy=model.config.ebm != "none")
-    checkpoint.say_if_old(args.ckpt, step)
+    """({name: value} of the flags that follow from --ckpt, the Plan), after all the checks that need no GPU.
+
+    Raises UserError.
+    """
+    names = ("model", "video", "use_rope", "ebm", "temporal_patch_size", "num_classes")
+    checks = {name: getattr(args, name) for name in names}
+    model, config, step = checkpoint.load_model(args.ckpt, use_ema=not args.no_ema, **checks)
     data, training = config["data"], config["training"]
-    settle_sampler(args, args.ckpt, training)
+    values = {"precision": resolve_precision(args.precision, energy=model.config.ebm != "none")}
+    checkpoint.say_if_old(args.ckpt, step)
+    values |= resolve_sampler(args, training)
     vae = open_vae(args, model.config, data)
-    trained_frames, time_scale = training["num_frames"], seconds_per_frame(args, data)
-    num_frames, forcing = args.num_frames or trained_frames, training.get("forcing", 0.0)  # older files: none
-    if trained_frames <= model.config.temporal_patch_size:
+    trained, time_scale = training["num_frames"], seconds_per_frame(args, data)
+    num_frames, forcing = args.num_frames or trained, training.get("forcing", 0.0)  # published models: none
+    if trained <= model.config.temporal_patch_size:
         forcing = 0.0  # clips of one temporal patch are not forced
-    by_windows = forcing and args.rope_scale == "none"  # which squeezes all frames into the trained span
-    stretch = checkpoint.longest_time_scale(data) / time_scale
-    usual = longest_window(model.config, trained_frames, stretch) if by_windows else num_frames
-    window, overlap = choose_windows(args, model.config, num_frames, usual)
+    window, overlap = choose_windows(args, model.config, num_frames, trained, data, time_scale, forcing)
     if not training["video"] and num_frames != 1:
         raise UserError(f"--num-frames {num_frames}: --ckpt {args.ckpt} holds an image model: leave the flag out")
     labels = choose_labels(args, data["classes"])
-    scale_rope(args, model, data, trained_frames, window, time_scale)
-    name = model_name(**asdict(model.config))
-    evaluations = (args.num_sampling_steps - 1) * (1 + (args.sampler == "heun")) - (args.sampler == "heun")
-    steps = f" of step size {args.stepsize:.3g}" if args.sampler in DESCENTS else ""
-    sampler = f"{args.sampler}, {evaluations} evaluations{steps}, guidance {args.cfg_scale:g}"
-    windows = f" in windows of {window}" if window < num_frames else ""
-    trained = f"trained on {trained_frames} frames"
-    say(f"{args.ckpt}: {name}, step {step}, {trained}; samples of {num_frames}{windows} by {sampler}")
-    if window < num_frames and not forcing:
-        say(f"note: {args.ckpt} {NOT_FORCED}: windows may not continue smoothly")
+    scale_rope(args, model, data, trained, window, time_scale)
     digest = checkpoint.weights_sha256(model.state_dict()) if rank() == 0 else ""  # which writes it
-    about = training["video"], step, forcing, window, overlap, digest
-    return Source(model, vae, data["classes"], labels, num_frames, time_scale, *about)
+    about = training["video"], step, trained, forcing, window, overlap, digest
+    plan = Plan(model, vae, data["classes"], labels, num_frames, time_scale, *about)
+    return values | {"num_frames": num_frames}, plan
+
+
+def preview_plan(model, vae, config, count):
+    """What a model that is in training is to sample: `count` clips like those it trains on, the classes in turn.
+
+    config is that of its checkpoints.
+    """
+    data = config["data"]
+    labels = torch.arange(count) % len(data["classes"])
+    return Plan(model, vae, data["classes"], labels, config["training"]["num_frames"], data["time_scale"])
+
+
+def say_plan(args, plan):
+    """Say what is sampled, and how."""
+    size = f" of step size {args.stepsize:.3g}" if args.sampler in DESCENTS else ""
+    sampler = f"{args.sampler}, {count_evaluations(sampling_settings(args))} evaluations{size}"
+    windows = f" in windows of {plan.window}" if plan.window < plan.num_frames else ""
+    model = f"{model_name(**asdict(plan.model.config))}, step {plan.step}, trained on {plan.trained_frames} frames"
+    say(f"{args.ckpt}: {model}; samples of {plan.num_frames}{windows} by {sampler}, guidance {args.cfg_scale:g}")
+    if windows and not plan.forcing:
+        say(f"note: {args.ckpt} {NOT_FORCED}: windows may not continue smoothly")
 
 
 def window_starts(num_frames, window, overlap):
@@ -298,23 +229,17 @@ def window_starts(num_frames, window, overlap):
     return list(range(0, max(1, num_frames - overlap), window - overlap))
 
 
-def longest_window(config, num_frames, stretch):
-    """The number of frames that last as long as the longest training clip, at least as many as it had.
+def choose_windows(args, config, num_frames, trained, data, time_scale, forcing):
+    """(frames of a window, overlap of two) of videos of num_frames frames. Raises UserError.
 
-    num_frames: of the clips that trained last; stretch: the longest time between two of their frames, relative to that
-    between two frames of the sample. More frames than were trained fill whole temporal patches. Fixed positions are
-    tied to num_frames.
+    By default a window lasts as long as the longest training clip, and has at least as many frames. All frames are
+    sampled at once without forcing, or with --rope-scale, which squeezes them into the trained span.
     """
-    patch = config.temporal_patch_size
-    longest = math.floor(num_frames * stretch / patch + 1e-6) * patch if config.use_rope else num_frames
-    return max(num_frames, longest)
-
-
-def choose_windows(args, config, num_frames, usual):
-    """(frames of a window, overlap of two) of videos of num_frames frames; without --window it has the usual length.
-
-    Raises UserError.
-    """
+    usual, patch = num_frames, config.temporal_patch_size
+    if forcing and args.rope_scale == "none":
+        stretch = data["longest_time_scale"] / time_scale  # more frames than were trained fill whole temporal patches
+        usual = math.floor(trained * stretch / patch + 1e-6) * patch if config.use_rope else trained
+        usual = max(trained, usual)
     window = min(num_frames, args.window or usual)
     try:
         config.check_num_frames(window)
@@ -335,8 +260,8 @@ def open_vae(args, config, data):
     size = config.input_size * vae.downsample
     same_kind = (vae.name == "none") == (data["vae"] == "none")
     if not same_kind or (vae.channels, size) != (config.in_channels, data["image_size"] or size):
-        found = f"--vae {args.vae}" if args.vae else f"the checkpoint's VAE {vae.name} is another one by now"
-        raise UserError(f"{found}: the checkpoint was trained with {data['vae']}: name a place of that one with --vae")
+        got = f"--vae {args.vae}" if args.vae else f"the checkpoint's VAE {vae.name} has changed since training"
+        raise UserError(f"{got}: the checkpoint was trained with {data['vae']}: name a place of that one with --vae")
     check_same(vae, data.get("vae_sha256"), f"--ckpt {args.ckpt}")
     if args.image_size not in (None, size):
         raise UserError(f"--image-size {args.image_size}: the checkpoint has {size}: leave the flag out")
@@ -349,22 +274,19 @@ def scale_rope(args, model, data, trained_frames, num_frames, time_scale):
         return
     if not model.config.use_rope:
         raise UserError(f"--rope-scale {args.rope_scale}: {args.ckpt} has fixed positions: leave the flag out")
-    seconds = checkpoint.trained_time_scale(data), time_scale  # per frame, in training and now
-    trained, wanted = (
-        model.config.grid(frames)[0] * REFERENCE_FPS * scale
-        for frames, scale in zip((trained_frames, num_frames), seconds, strict=True)
-    )
+    clips = (trained_frames, data["time_scale"]), (num_frames, time_scale)
+    trained, wanted = (model.config.grid(frames)[0] * REFERENCE_FPS * seconds for frames, seconds in clips)
     model.rope.stretch = max(1.0, wanted / trained)
 
 
 def seconds_per_frame(args, data):
     if args.fps and args.time_scale:
         raise UserError("--fps and --time-scale set the same thing: give one of them")
-    return args.time_scale or (1 / args.fps if args.fps else checkpoint.trained_time_scale(data))
+    return args.time_scale or (1 / args.fps if args.fps else data["time_scale"])
 
 
 def choose_labels(args, names):
-    """The label of each sample, (num_samples,) int64: the classes in turn."""
+    """The class of each sample, (num_samples,) int64: those of --classes in turn."""
     labels = []
     for word in args.classes or range(len(names)):
         if word == "none":  # also for a model with a class of that name
@@ -375,208 +297,145 @@ def choose_labels(args, names):
             labels.append(int(word))
         else:
             known = ", ".join(names[:8]) + (", ..." if len(names) > 8 else "")
-            wanted = f"wanted one of {known} or an index below {len(names)}, or none"
-            raise UserError(f"--classes {word}: no such class; {wanted}")
+            raise UserError(
+                f"--classes {word}: no such class; expected one of {known}, an index below {len(names)}, or none"
+            )
     return torch.tensor(labels)[torch.arange(args.num_samples) % len(labels)]
 
 
-def provenance(source, args):
+def provenance(plan, args):
     """Everything that determines the samples of a checkpoint: plain values for JSON."""
+    of_flags = ("rope_scale", "keep_background", "guidance_chosen", "seed", "batch_size", "compile")
+    of_plan = ("weights_sha256", "step", "image_size", "num_frames", "window", "overlap", "time_scale")
     return {
-        "checkpoint": str(args.ckpt),
-        "weights_sha256": source.weights_sha256,
-        "step": source.step,
-        "averaged_weights": not args.no_ema,
-        "model": model_name(**asdict(source.model.config)),
-        "temporal_patch_size": source.model.config.temporal_patch_size,
-        "vae": source.vae.place,
-        "image_size": source.image_size,
-        "num_frames": source.num_frames,
-        "window": source.window,
-        "overlap": source.overlap,
-        "time_scale": source.time_scale,
-        "rope_scale": args.rope_scale,
-        "keep_background": args.keep_background,
-        "guidance_chosen": args.guidance_chosen,
-        "seed": args.seed,
-        "batch_size": args.batch_size,
-        "compile": args.compile,
+        "checkpoint": str(args.ckpt), "averaged_weights": not args.no_ema, "vae": plan.vae.place,
+        "model": model_name(**asdict(plan.model.config)),
+        "temporal_patch_size": plan.model.config.temporal_patch_size,
+        **{name: getattr(plan, name) for name in of_plan},
+        **{name: getattr(args, name) for name in of_flags},
         **sampling_settings(args),
-    }
+    }  # fmt: skip
 
 
 # ----------------------------------------------------------------------------------------------------------------------
 # Noise -> latents -> videos
 
 
-def generate_clips(source, indices, *args, **settings):
-    """Generate the samples `indices` of a Source: the parts of `generate_parts`, put together.
-
-    Yields of each batch: videos uint8 (n, T, H, W, 3), evaluations (n,), summed over the windows, and energies
-    (n, num_steps), None without `energy` or with several windows.
-    """
-    parts, count = generate_parts(source, indices, *args, **settings), len(source.window_starts)
-    while batch := list(itertools.islice(parts, count)):
-        _, _, videos, evaluations, energies = zip(*batch, strict=True)
-        if count == 1:
-            yield videos[0], evaluations[0], energies[0]
-        else:
-            yield torch.cat(videos, dim=1), sum(evaluations), None
-
-
-def generate_parts(
-    source, indices, seed, device, settings, batch_size=16, init=None, init_gamma=0.0, given=None,
-    keep_background=True, energy=False, show=True, before_evaluation=None,
+@torch.no_grad()
+def generate(
+    plan, indices, seed, device, settings, batch_size=16, given=None, init=None, init_gamma=0.0, keep_background=True,
+    energy=False, strict=True, show=True, before_evaluation=None,
 ):  # fmt: skip
-    """Generate the samples `indices` of a Source, batch by batch and window by window, with one progress bar.
+    """Generate the samples `indices` of a Plan, batch by batch and window by window, with one progress bar.
 
-    The noise of a sample depends on seed, index and window alone. Each window is given the last frames of the one
-    before. Clips are uint8 (n, 3, T, H, W). init(indices), if not None, returns those that have the share init_gamma in
-    the start; the rest is noise. given(indices) returns clips and a mask (n, T): where it is true, frames are kept as
-    they are; with keep_background the others get their `Details`. before_evaluation(), if it is there, is called before
-    each evaluation of the network, and may raise.
-    A batch in which no sample has a label has no guidance.
+    The noise of a sample depends on seed, index and window alone. Each window is given the last frames of the previous
+    one. A batch in which no sample has a condition has no guidance.
+
+    Args:
+        settings: those of `sampling_settings`.
+        given: given(indices) returns clips uint8 (n, 3, T, H, W) and a mask (n, T): where it is true, frames stay as
+            they are. With keep_background the others get their `Details`.
+        init: as `given`, but its clips have the share init_gamma in the start.
+        energy: also record the (guided) energy at every point.
+        strict: samples that are not finite raise UserError; otherwise they are noted.
+        before_evaluation: called before each evaluation of the network; may raise.
+
     Yields of each window of each batch: the samples' indices, the number of its first new frame, its new frames uint8
     (n, k, H, W, 3), evaluations (n,) and energies (n, num_steps), None without `energy`.
     """
-
-    def network(*inputs):
-        if before_evaluation is not None:
-            before_evaluation()
-        return source.model(*inputs)
-
-    null_label, starts = source.model.config.num_classes, source.window_starts
+    starts, most = plan.window_starts, count_evaluations(settings)
     batches = [indices[first : first + batch_size] for first in range(0, len(indices), batch_size)]
-    with sampling_bar(len(batches) * len(starts), settings["num_steps"], show) as progress:
+    total = len(batches) * len(starts) * most
+    with Bar(total=total, desc="sampling", unit="evaluation", leave=False, disable=not show) as bar:
+
+        def step(running):
+            bar.set_postfix_str(f"{running} running", refresh=False)
+            bar.update()
+            if before_evaluation is not None:
+                before_evaluation()
+
         for batch in batches:
-            labels, tail = source.labels[batch], None
-            changes = {} if (labels != NO_LABEL).any() else {"guidance": 1.0}
+            inputs, tail = (plan.condition(batch).to(device), plan.seconds(batch).to(device)), None
             clips, mask = (part.to(device) for part in given(batch)) if given else (None, None)
-            show_given = given and (Details(clips, mask).add if keep_background else partial(paste_given, clips, mask))
+            add_given = Details(clips, mask).add if given and keep_background else partial(paste_given, clips, mask)
             for number, start in enumerate(starts):
-                latents, evaluations, energies = generate_batch(
-                    network,
-                    start_points(source, batch, seed, device, init, init_gamma, number),
-                    torch.where(labels == NO_LABEL, null_label, labels).to(device),
-                    torch.as_tensor(source.time_scale, dtype=torch.float32, device=device).expand(len(batch)),
-                    progress,
-                    null_label=null_label,
-                    energy=source.model.energy if energy else None,
-                    start_gamma=init_gamma,
-                    **known_part(source, start, clips, mask, tail),
-                    **settings | changes,
-                )
-                tail, first = latents[:, :, -source.overlap :], source.overlap if number else 0
-                videos = source.vae.decode(latents[:, :, first : source.num_frames - start])
-                videos = show_given(videos, start + first) if given else videos
-                yield batch, start + first, videos, evaluations, energies
+                end, x = bar.n + most, initial_latents(plan, batch, seed, device, init, init_gamma, number)
+                known = known_part(plan, start, clips, mask, tail)
+                options = settings | {"start_gamma": init_gamma}, known, energy, strict, step
+                latents, *counts = sample_window(plan.model, x, *inputs, *options)
+                bar.update(end - bar.n)  # if all stopped early
+                tail, first = latents[:, :, -plan.overlap :], plan.overlap if number else 0
+                videos = plan.vae.decode(latents[:, :, first : plan.num_frames - start])
+                yield batch, start + first, add_given(videos, start + first) if given else videos, *counts
 
 
-def known_part(source, start, clips, mask, tail):
+def sample_window(model, x, condition, time_scale, settings, known, energy, strict, step):
+    """Follow the guided field of a model from x (B, C, T, H, W) float32: (samples, evaluations (B,), energies or None).
+
+    The precision is that of the network only: the samples stay float32. known holds `given` and `mask` of
+    `samplers.sample`, or nothing. step(number of running samples) is called before each evaluation. Energies are
+    (B, num_steps), NaN after the point where a sample stopped.
+    """
+    if known and known["mask"].all() and not energy:  # a window that is given in full
+        return known["given"], torch.zeros(len(x), dtype=torch.int64, device=x.device), None
+    settings = dict(settings)
+    precision, guidance = settings.pop("precision"), settings.pop("guidance")
+    guided_by = condition, time_scale, 1.0 if condition.is_null() else guidance
+    field, energies, finite = guided(model, *guided_by), None, []  # finite: of each point, whether all samples are
+    if energy:
+        energy_of = guided(model.energy, *guided_by)
+        energies = torch.full((len(x), settings["num_steps"]), torch.nan, device=x.device)
+
+    def counted(x, keep, *level):
+        step(len(keep))
+        return field(x, keep, *level)
+
+    def observe(x, keep):
+        if energy:
+            energies[keep, len(finite)] = energy_of(x, keep)
+        finite.append(x.isfinite().all())
+
+    with distributed.autocast(x.device, precision):
+        samples, evaluations = sample(counted, x, observe=observe, **known, **settings)
+    finite = torch.stack(finite).cpu().tolist()  # the only wait for a GPU, after the last step
+    if not all(finite):
+        size = settings["method"] if settings["method"] in SOLVERS else f"--stepsize {settings['step_size']:g}"
+        text = f"step {finite.index(False)} of {len(finite) - 1} made samples that are not finite ({size})"
+        if strict:
+            raise UserError(f"{text}: take smaller steps, or another checkpoint")
+        say(f"note: {text}")
+    return samples, evaluations, energies
+
+
+def known_part(plan, start, clips, mask, tail):
     """The arguments `given` and `mask` of `samplers.sample` for the window that begins at a frame; {} for nothing.
 
     Known are the frames of clips uint8 (n, 3, T, H, W) where mask (n, T) is true, and the first ones of the window:
-    tail, latents of the window before, None in the first one.
+    tail, latents of the previous window, None in the first one.
     """
     if mask is None and tail is None:
         return {}
-    n, W, config = len(mask if tail is None else tail), source.window, source.model.config
+    n, W, config = len(mask if tail is None else tail), plan.window, plan.model.config
     device = (mask if tail is None else tail).device
-    given = torch.zeros(n, config.in_channels, W, config.input_size, config.input_size, device=device)
+    latents = torch.zeros(n, config.in_channels, W, config.input_size, config.input_size, device=device)
     known = torch.zeros(n, W, dtype=torch.bool, device=device)
     if mask is not None:
         part = mask[:, start : start + W]
         used = part.any(dim=0).nonzero()[:, 0]  # frames that no sample is given are not encoded
         if len(used):
-            given[:, :, used] = source.vae.encode(clips[:, :, start + used])
+            latents[:, :, used] = plan.vae.encode(clips[:, :, start + used])
         known[:, : part.shape[1]] = part
     if tail is not None:
-        given[:, :, : source.overlap], known[:, : source.overlap] = tail, True
-    return {"given": given, "mask": known[:, None, :, None, None]}
+        latents[:, :, : plan.overlap], known[:, : plan.overlap] = tail, True
+    return {"given": latents, "mask": known[:, None, :, None, None]}
 
 
-def start_points(source, indices, seed, device, init, init_gamma, window=0):
-    """Where a window of the samples `indices` starts, (n, C, T, h, w): noise, or as `generate_parts` says of init."""
-    config = source.model.config
-    shape = (config.in_channels, source.window, config.input_size, config.input_size)
+def initial_latents(plan, indices, seed, device, init, init_gamma, window=0):
+    """Where a window of the samples `indices` starts, (n, C, T, h, w): noise, or as `generate` says of init."""
+    config = plan.model.config
+    shape = (config.in_channels, plan.window, config.input_size, config.input_size)
     noise = normal(seed, "sample", window, indices, shape).to(device)
     if init is None:
         return noise
-    encoded = source.vae.encode(init(indices).to(device))
+    encoded = plan.vae.encode(init(indices)[0].to(device))
     return transport.interpolate(encoded, noise, torch.full((len(indices),), init_gamma, device=device))
-
-
-def generate(network, start, labels, time_scale, null_label, batch_size=16, show=True, energy=None, **settings):
-    """Turn noise into samples, batch by batch, with one progress bar for all of them.
-
-    start (N, C, T, H, W) float32, labels (N,), time_scale (N,); the rest is as in `generate_batch`.
-    Returns samples (N, C, T, H, W), evaluations (N,) and energies (N, num_steps), None without `energy`.
-    """
-    results = []
-    batches = list(zip(*(part.split(batch_size) for part in (start, labels, time_scale)), strict=True))
-    with sampling_bar(len(batches), settings["num_steps"], show) as progress:
-        for batch in batches:
-            results.append(generate_batch(network, *batch, progress, null_label, energy=energy, **settings))
-    samples, evaluations, energies = zip(*results, strict=True)
-    return torch.cat(samples), torch.cat(evaluations), None if energy is None else torch.cat(energies)
-
-
-def sampling_bar(num_batches, num_steps, show):
-    return Bar(total=num_batches * num_steps, desc="sampling", unit="point", leave=False, disable=not show)
-
-
-@torch.no_grad()
-def generate_batch(
-    network, x, labels, time_scale, progress, null_label, guidance, precision="fp32", energy=None, strict=True,
-    **settings,
-):  # fmt: skip
-    """Turn the noise x (B, C, T, H, W) float32 into samples, and move the progress bar by num_steps.
-
-    labels (B,), time_scale (B,); settings are those of `samplers.sample`. precision is that of the network only: the
-    samples stay float32. energy(x, y, time_scale) -> (B,), if there is one, is evaluated at every point. Samples that
-    are not finite raise UserError or, unless `strict`, are noted.
-    Returns samples (B, C, T, H, W), evaluations (B,) and energies (B, num_steps): NaN after the point where a sample
-    stopped, None without `energy`.
-    """
-    num_steps = settings["num_steps"]
-    end = progress.n + num_steps
-    if energy is None and settings.get("mask") is not None and settings["mask"].all():  # a window that is given whole
-        progress.update(num_steps)
-        return settings["given"], torch.zeros(len(x), dtype=torch.int64, device=x.device), None
-    with distributed.autocast(x.device, precision):
-        field = guided(network, labels, time_scale, guidance, null_label)
-        guided_energy = energy and guided(energy, labels, time_scale, guidance, null_label)
-        observer = Observer(guided_energy, len(x), num_steps, x.device, progress)
-        samples, evaluations = sample(field, x, observe=observer, **settings)
-    observer.check(strict, settings)
-    progress.update(end - progress.n)  # if all stopped early
-    return samples, evaluations, None if energy is None else observer.energies
-
-
-class Observer:
-    """Called by `sample` at each point: moves the bar and, given a guided energy, records it, (B, num_steps)."""
-
-    def __init__(self, energy, batch_size, num_steps, device, progress):
-        self.energy, self.progress, self.point = energy, progress, 0
-        self.energies = torch.full((batch_size, num_steps), torch.nan, device=device)
-        self.finite = []  # of each point: whether all samples are, on the device
-
-    def __call__(self, x, keep):
-        if self.energy is not None:
-            self.energies[keep, self.point] = self.energy(x, keep)
-        self.finite.append(x.isfinite().all())
-        self.point += 1
-        self.progress.set_postfix_str(f"{len(keep)} running", refresh=False)
-        self.progress.update()
-
-    def check(self, strict, settings):
-        """Raise UserError, or unless `strict` say so, if samples are not finite: at which step that began."""
-        finite = torch.stack(self.finite).cpu()  # the only wait for a GPU, after the last step
-        if finite.all():
-            return
-        size = settings["method"] if settings.get("method") in SOLVERS else f"--stepsize {settings['step_size']:g}"
-        step, steps = finite.tolist().index(False), settings["num_steps"] - 1
-        text = f"step {step} of {steps} made samples that are not finite ({size})"
-        if strict:
-            raise UserError(f"{text}: take smaller steps, or another checkpoint")
-        say(f"note: {text}")

@@ -9,7 +9,7 @@ image models.
 import math
 import warnings
 from contextlib import nullcontext
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 
 import torch
@@ -67,20 +67,15 @@ class EqMConfig:
             check_speed(self.rope_speed, split_head(self.head_dim, self.rope_split))
         else:
             self.check_num_frames(self.num_frames)
-        if self.position_table not in POSITION_TABLES:
-            choices = ", ".join(POSITION_TABLES)
-            raise ValueError(f"position_table must be one of {choices}, found {self.position_table!r}")
+        for name, choices in (("position_table", POSITION_TABLES), ("ebm", EBMS)):
+            if (value := getattr(self, name)) not in choices:
+                raise ValueError(f"{name} must be one of {', '.join(choices)}, found {value!r}")
         for name, off in (("rope_split", ""), ("rope_speed", 0.0), ("position_table", "none")):
             if not self.use_rope and getattr(self, name) != off:
                 raise ValueError(f"{name} {getattr(self, name)} needs use_rope: without it positions are fixed")
-        if self.ebm not in EBMS:
-            raise ValueError(f"ebm must be one of {', '.join(EBMS)}, found {self.ebm!r}")
         rows = 18 * self.depth * self.hidden_size + self.num_classes + 2 * self.values_per_token + self.num_positions
         if rows * self.hidden_size > MOST_WEIGHTS:
-            raise ValueError(
-                f"depth {self.depth}, hidden_size {self.hidden_size}, {self.num_classes} classes and "
-                f"{self.num_positions} fixed positions need more than {MOST_WEIGHTS} weights"
-            )
+            raise ValueError(f"depth and hidden_size need more than {MOST_WEIGHTS} weights")
 
     @property
     def head_dim(self):
@@ -136,6 +131,39 @@ class EqMConfig:
         return passes * self.flops(num_frames)
 
 
+@dataclass(frozen=True)
+class Condition:
+    """What a network is told about each sample, here its class. Only this module, the data and the flags look inside.
+
+    y (B,) int64 goes into `EqM.forward`; null_y in its place says nothing about a sample.
+    """
+
+    y: torch.Tensor
+    null_y: int
+
+    @classmethod
+    def of(cls, classes, config):
+        """The condition of samples with these classes, (B,) int64; a negative number stands for no class."""
+        return cls(classes.masked_fill(classes < 0, config.num_classes), config.num_classes)
+
+    def __len__(self):
+        return len(self.y)
+
+    def __getitem__(self, index):
+        return replace(self, y=self.y[index])
+
+    def to(self, device):
+        return replace(self, y=self.y.to(device, non_blocking=True))
+
+    def null(self, mask=True):
+        """The condition without the samples where mask (B,) is true."""
+        return replace(self, y=torch.where(torch.as_tensor(mask, device=self.y.device), self.null_y, self.y))
+
+    def is_null(self):
+        """Whether no sample has a condition."""
+        return bool((self.y == self.null_y).all())
+
+
 class PatchEmbed(nn.Module):
     """Linear embedding of the non-overlapping patches of a clip."""
 
@@ -175,7 +203,7 @@ class TimeScaleEmbedder(nn.Module):
 
 
 class LabelEmbedder(nn.Module):
-    """An embedding per class and a last one for the null label. Labels are dropped by the training loop."""
+    """An embedding per class, and a last one for no class."""
 
     def __init__(self, num_classes, hidden_size):
         super().__init__()
@@ -493,3 +521,9 @@ def model_name(depth, hidden_size, num_heads, patch_size, **_):
 def num_blocks(weights):
     """The number of blocks in a state dict."""
     return len({name.split(".")[1] for name in weights if name.startswith("blocks.")})
+
+
+def with_classes(weights, rows):
+    """A state dict for other classes: rows of the old table of embeddings, one per class; -1 is that of no class."""
+    table = "y_embedder.embedding_table.weight"
+    return weights | {table: weights[table][rows]}

@@ -17,11 +17,11 @@ from safetensors import SafetensorError
 
 from models import SHAPE, EqMConfig, model_name, num_blocks, position_table
 from runtime.cli import UserError
-from runtime.untrusted import check_types, read_json
+from runtime.untrusted import read_json
 
 EXPORT = ("model.safetensors", "config.json")
 CARD = "README.md"
-EXPORT_TYPES = {"version": int, "step": int, "model": dict, "data": dict, "training": dict}  # of config.json
+EXPORT_KEYS = {"version", "step", "model", "data", "training"}  # of config.json
 DTYPES = {"fp32": torch.float32, "fp16": torch.float16}
 LOCAL_FLAGS = {"data_path", "results_dir", "ckpt"}  # mean nothing on another machine
 
@@ -62,7 +62,8 @@ def read_export(folder):
         raise UserError(f"{flag}: a folder without {missing[0]}; wanted {wanted}")
     try:
         about = read_json(about)
-        check_types(about, EXPORT_TYPES)
+        if not isinstance(about, dict) or not about.keys() >= EXPORT_KEYS:
+            raise ValueError(f"expected {', '.join(sorted(EXPORT_KEYS))}")
         return about, {name: value.float() for name, value in safetensors.torch.load_file(weights).items()}
     except (OSError, ValueError, SafetensorError) as error:
         raise UserError(f"{flag}: damaged ({str(error)[:200]}); copy or export it again") from error
@@ -108,10 +109,13 @@ def load_published(path, model, ema, args, asked):
         "image_size": None,  # follows from the VAE and input_size
         "fps": 25.0,
         "frame_interval": [1],
+        "time_scale": 1 / 25,
+        "longest_time_scale": 1 / 25,
         "classes": [str(label) for label in range(config.num_classes)],
     }
     training = {"model": model_name(**asdict(config)), "num_frames": 1, "video": False}
-    return {"model": asdict(config), "data": data, "training": training}, weights, ema_weights, 0
+    parts = {"model": asdict(config), "data": data, "training": training, "typed": []}
+    return parts, weights, ema_weights, 0
 
 
 def published_config(state, asked, ebm=None):

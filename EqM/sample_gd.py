@@ -3,48 +3,50 @@
     torchrun --nproc_per_node=1 EqM/sample_gd.py --video --num-frames 16 \
         --ckpt results/EXP/002-EqM-S-4-f16-rope/checkpoints/best.pt --num-samples 16 --folder samples
     python EqM/sample_gd.py --video --num-frames 16 --ckpt FILE --given clip.mp4 --given-frames 0-7
+    python EqM/sample_gd.py --video --ckpt FILE --given datasets/ucf-101 --given-split val --given-frames 0-7 \
+        --num-samples 2048 --samples-per-clip 8 --no-keep-background
 
-Architecture, latents, classes and frame rate come from the checkpoint; flags that repeat them are checked. So do the
-settings of the sampler, unless flags say otherwise.
-Published image models need --model.
+Architecture, latents, classes, frame rate and the settings of the sampler come from the checkpoint. Flags that repeat
+its architecture are checked; those of the sampler replace its settings. Published image models need --model.
 """
 
 import argparse
 import csv
-import functools
 import itertools
 import json
 import math
-import os
-from argparse import Namespace
 from pathlib import Path
 
 import torch
 
-import generation
-from given import KEPT_CLIPS, Given, as_ranges, frame_ranges
+import preflight
+from generation import add_sampling_flags, generate, provenance, sampling_settings
+from given import ClipReader, DrawnClip, Given, as_ranges, frame_ranges
+from models import EBMS, NAMES
 from runtime import distributed
 from runtime.atomic import atomic_write
 from runtime.cli import (
     COUNT,
+    NATURAL,
     SHARE,
     ArgumentParser,
     UserError,
     add_speed_flags,
-    check_devices,
-    check_speed_flags,
-    check_writable,
     fail,
+    number,
     one_line_errors,
     say,
 )
 from runtime.distributed import own_indices, rank, world_size
-from runtime.untrusted import read_json
-from samplers import SOLVERS
+from runtime.untrusted import FPS
 from scoring.manifest import is_of_samples
+from scoring.sources import find_real
 from video.inputs import check_apart, find_clips
 from video.samples import UNFINISHED
 from video.writers import write_samples
+
+FRAMES, SAMPLES = number(int, least=1, most=2**16), number(int, least=1, most=2**24)  # more is a typing error
+RATE, SECONDS = number(float, least=FPS[0], most=FPS[1]), number(float, least=1 / FPS[1], most=1 / FPS[0])
 
 
 def parse_args():
@@ -53,17 +55,27 @@ def parse_args():
     ckpt = "a checkpoint of train.py, a folder of scripts/export.py or a published image model"
     add("--ckpt", required=True, metavar="FILE", help=ckpt)
     add("--video", action="store_true", help="sample videos; without it images")
-    generation.add_sample_flags(add, num_samples=16, several=True)
-    given = "complete this video or picture, those of a folder in turn, or the samples of an earlier run"
-    add("--given", metavar="FILE_OR_FOLDER", help=given)
-    frames = "the frames of --given that are kept, such as 0-3,12-15; default: all it has, at most half of the sample"
-    add("--given-frames", type=frame_ranges, metavar="RANGES", help=frames)
-    init = "start from this video (image models: picture), from those of a folder in turn, or from the samples of an "
-    init += "earlier run; default: from noise"
-    add("--init", metavar="FILE_OR_FOLDER", help=init)
-    share = "share of --init in the start, the rest is noise; default: 0.5 with --init"
-    add("--init-gamma", type=SHARE, metavar="G", help=share)
+    length = "frames per video, any number with rotary positions; default: the same as in training; several numbers: "
+    add("--num-frames", type=FRAMES, nargs="+", metavar="N", help=length + "samples of each, in folders DIR-fN")
+    window = "sample longer videos in windows of N frames, each given the last frames of the previous one; default: as "
+    window += "long as the longest training clip, or all frames if the model was trained without --forcing"
+    add("--window", type=FRAMES, metavar="N", help=window)
+    overlap = "frames that a window has from the previous one; default: half of the window"
+    add("--overlap", type=COUNT, metavar="N", help=overlap)
+    add("--fps", type=RATE, metavar="X", help="frames per second of the samples; default: the same as in training")
+    add("--time-scale", type=SECONDS, metavar="X", help="the same as seconds per frame; give one of the two")
+    classes = "names or indices of classes, taken in turn; none: no label, so no guidance; default: all"
+    add("--classes", nargs="+", metavar="C", help=classes)
+    add("--num-samples", "--num-fid-samples", type=SAMPLES, default=16, metavar="N", help="number of samples")
+    add("--seed", "--global-seed", type=NATURAL, default=0, metavar="N", help="seed of the noise")
+    # Linear: 93% of the directions right at twice the 8 trained frames, 84% at four times (none: 78% and 0%), 54% and
+    # 49% at 1.5 and 2 times 16 (none: 1% and 0%), all slower in proportion: results/study-first-edition.md (C).
+    beyond = "positions in time of more frames than were trained: as they are, or squeezed into the trained span: "
+    beyond += "complete but slower motion"
+    add("--rope-scale", choices=["none", "linear"], default="none", help=beyond)
+    add("--no-ema", action="store_true", help="use the raw weights instead of the EMA weights")
 
+    add_clip_flags(parser)
     add = parser.add_argument_group("output").add_argument
     add("--folder", default="samples", metavar="DIR", help="folder for the samples")
     overwrite = "whether to replace the samples of another run (another training run or model) in --folder"
@@ -73,145 +85,101 @@ def parse_args():
     add("--batch-size", type=COUNT, default=16, metavar="N", help="samples per rank at a time")
     add("--report-energy", action="store_true", help="write the (guided) energy of each sample at each step")
 
-    generation.add_checked_flags(parser)
+    add = parser.add_argument_group("checked against the checkpoint, if given").add_argument
+    add("--model", choices=NAMES, metavar="NAME", help="EqM-{Ti,S,B,L,XL}/{2,4,8}; published models need it")
+    add("--use-rope", action="store_true", default=None, help="the model has 3D rotary positions")
+    add("--ebm", choices=EBMS, help="energy of the model; published models may need it")
+    add("--temporal-patch-size", type=COUNT, metavar="N", help="frames per patch")
+    add("--image-size", type=COUNT, metavar="PX", help="height and width of the samples in pixels")
+    add("--num-classes", type=COUNT, metavar="N", help="number of classes of the model")
+    add("--vae", metavar="VAE", help="may name another place of the checkpoint's VAE")
     add_speed_flags(parser)
-    generation.add_sampling_flags(parser)
+    add_sampling_flags(parser)
     return parser.parse_args()
 
 
-def check_flags(args):
-    """Raise UserError for flags that contradict each other, the machine or the file system."""
-    check_devices()
-    check_speed_flags(args)
-    lengths = None if args.num_frames in (None, [1]) else " ".join(map(str, args.num_frames))
-    for flag, value in (("--num-frames", lengths), ("--fps", args.fps), ("--time-scale", args.time_scale)):
-        if value is not None and not args.video:
-            raise UserError(f"{flag} {value} without --video: images have no frames; add --video or leave it out")
-    if args.given_frames and args.given is None:
-        raise UserError(f"--given-frames {as_ranges(args.given_frames)} are frames of --given: give that, too")
-    if args.given is None and not args.keep_background:
-        raise UserError("--no-keep-background is about frames after those of --given: give that, too")
-    if args.given is not None and args.init is not None:
-        raise UserError("--given and --init: frames to keep or a start from which all change: give one of them")
-    if args.given is not None and not args.video:
-        raise UserError(f"--given {args.given} without --video: images have no frames; add --video or leave it out")
-    if args.init_gamma is None:
-        args.init_gamma = 0.0 if args.init is None else 0.5
-    elif args.init is None:
-        raise UserError(f"--init-gamma {args.init_gamma} is the share of --init in the start: give that, too")
-
-
-def init_reader(args, source, indices):
-    """A function that returns the --init clips of some samples, uint8 (n, 3, T, H, W); None without --init.
-
-    The files of the samples `indices` are read here once, to raise UserError if one is not as it should be.
-    """
-    if args.init is None:
-        return None
-    clips, frames = find_clips("--init", args.init, ("video" if args.video else "image",)), range(source.num_frames)
-    check_apart(clips, args.folder)
-
-    @functools.lru_cache(KEPT_CLIPS)
-    def read(number):
-        return clips[number].read(frames, source.time_scale, source.image_size)
-
-    for number in sorted({index % len(clips) for index in indices}):
-        read(number)
-    return lambda indices: torch.stack([read(index % len(clips)) for index in indices])
-
-
-def check_one_window(args, source):
-    """Raise UserError for flags that need all frames at once."""
-    for flag, is_given in (("--init", args.init is not None), ("--report-energy", args.report_energy)):
-        if is_given:
-            several = f"the {source.num_frames} frames come in windows of {source.window}"
-            raise UserError(f"{flag}: {several}: leave it out, or give --window {source.num_frames}")
+def add_clip_flags(parser):
+    add = parser.add_argument_group("clips to continue, or to start from").add_argument
+    given = "complete this video or picture, those of a folder in turn, or the samples of an earlier run"
+    add("--given", metavar="FILE_OR_FOLDER", help=given)
+    split = "--given is a data folder: complete clips of this split, those that evaluate.py compares with"
+    add("--given-split", choices=["train", "val", "all"], help=split)
+    add("--val-fraction", type=SHARE, default=0.05, metavar="F", help="share of the videos in val, as in training")
+    frames = "the frames of --given that are kept, such as 0-3,12-15; default: all it has, at most half of the sample"
+    add("--given-frames", type=frame_ranges, metavar="RANGES", help=frames)
+    add("--samples-per-clip", type=COUNT, default=1, metavar="S", help="sample k completes clip k // S of --given")
+    background = "with given frames and a VAE, add the detail that it lost of the last given frame wherever nothing "
+    background += "moves: looks better, but is not made by the model, so scores want --no-keep-background"
+    add("--keep-background", action=argparse.BooleanOptionalAction, default=True, help=background)
+    init = "start from this video (image models: picture), from those of a folder in turn, or from the samples of an "
+    init += "earlier run; default: from noise"
+    add("--init", metavar="FILE_OR_FOLDER", help=init)
+    share = "share of --init in the start, the rest is noise; default: 0.5 with --init"
+    add("--init-gamma", type=SHARE, metavar="G", help=share)
 
 
 @one_line_errors()
 def main():
     args = parse_args()
     try:
-        check_flags(args)
-        runs = [prepare(own) for own in each_length(args)]
+        runs = [prepare(*one) for one in preflight.resolve_sampling(args)]
     except UserError as error:
         fail(error)
     device = distributed.start()
     while runs:
-        sample_run(*runs.pop(0), device)  # a source is freed before the next is moved to the device
+        sample_run(*runs.pop(0), device)  # a model is freed before the next is moved to the device
     distributed.stop()
 
 
-def each_length(args):
-    """The flags for each of --num-frames; where there are several, each has a folder of its own."""
-    lengths = list(dict.fromkeys(args.num_frames or [None]))
-    for num_frames in lengths:
-        folder = args.folder if len(lengths) == 1 else f"{os.path.normpath(args.folder)}-f{num_frames}"
-        yield Namespace(**vars(args) | {"num_frames": num_frames, "folder": folder})
+def prepare(args, plan):
+    """(flags, Plan, indices of this rank's samples, Given, ClipReader of --init). Raises UserError."""
+    indices, given, init = own_indices(args.num_samples, block=args.batch_size), None, None
+    if args.given is not None:
+        given = Given(args, plan, indices, *find_given(args, plan))
+    if args.init is not None:
+        clips = find_clips("--init", args.init, ("video" if args.video else "image",))
+        check_apart(clips, args.folder)
+        init = ClipReader(plan, clips, [range(plan.num_frames)] * len(clips), indices)
+    return args, plan, indices, given, init
 
 
-def prepare(args):
-    """(flags, Source, indices of this rank's samples, --init reader, Given) of samples of one length.
-
-    Raises UserError.
-    """
-    check_writable("--folder", args.folder)
-    check_not_of_another(args)
-    source = generation.open_checkpoint(args)
-    if args.init_gamma == 1 and args.sampler in SOLVERS:
-        raise UserError(f"--init-gamma 1 leaves --sampler {args.sampler} nothing to do: it integrates from there to 1")
-    if args.report_energy and source.model.config.ebm == "none":
-        wanted = "trained without an energy (--ebm dot or l2)"
-        raise UserError(f"--report-energy: {args.ckpt} was {wanted}: leave it out")
-    args.num_frames = source.num_frames
-    if len(source.window_starts) > 1:
-        check_one_window(args, source)
-    indices = own_indices(args.num_samples, block=args.batch_size)
-    given = None if args.given is None else Given(args, source, indices)
-    return args, source, indices, init_reader(args, source, indices), given
+def find_given(args, plan):
+    """(the clips of --given, what samples.json says of the split that they come from, or {}). Raises UserError."""
+    if args.given_split is None:
+        clips = find_clips("--given", args.given, ("video", "image"))
+        check_apart(clips, args.folder)
+        return clips, {}
+    split = {"data_path": args.given, "split": args.given_split, "val_fraction": args.val_fraction}
+    count = math.ceil(args.num_samples / args.samples_per_clip)
+    clips, _, about = find_real(**split, num_frames=plan.num_frames, time_scale=plan.time_scale,
+                                image_size=plan.image_size, index_folder=None, images=False)  # fmt: skip
+    about |= split | {"num_clips": count, "samples_per_clip": args.samples_per_clip}
+    return [DrawnClip(f"--given {args.given}", clips, index) for index in range(count)], {"real": about}
 
 
-def check_not_of_another(args):
-    """Raise UserError if --folder holds samples of another run, unless --overwrite allows to replace them."""
-
-    def run_of(ckpt):
-        place = Path(ckpt).resolve()
-        return place.parent.parent if place.parent.name == "checkpoints" else place
-
-    place = Path(args.folder, "samples.json")
-    if args.overwrite or not place.exists():
-        return
-    try:
-        other = str(read_json(place)["flags"]["ckpt"])
-    except (OSError, ValueError, KeyError, TypeError):
-        other = "another model"
-    if run_of(other) != run_of(args.ckpt):
-        raise UserError(f"--folder {args.folder}: holds samples of {other}: name another folder, or add --overwrite")
-
-
-def sample_run(args, source, indices, init, given, device):
+def sample_run(args, plan, indices, given, init, device):
     """Sample what `prepare` has found, on all ranks, and write the folder."""
-    source.to(device, args)
+    plan.to(device, args)
     idle = world_size() - math.ceil(args.num_samples / args.batch_size)
     if idle > 0:
         say(f"note: {idle} of {world_size()} ranks have nothing to do: a smaller --batch-size shares the work")
-    made = generation.generate_parts(
-        source, indices, args.seed, device, generation.sampling_settings(args), args.batch_size, init, args.init_gamma,
-        given, args.keep_background, energy=args.report_energy, show=rank() == 0,
+    made = generate(
+        plan, indices, args.seed, device, sampling_settings(args), args.batch_size, given, init, args.init_gamma,
+        args.keep_background, energy=args.report_energy, show=rank() == 0,
     )  # fmt: skip
     rounds = math.ceil(args.num_samples / (args.batch_size * world_size()))
-    parts = in_order(made, rounds * len(source.window_starts))
+    parts = in_order(made, rounds * len(plan.window_starts))
     if rank() == 0:
-        write_folder(args, source, parts, given)
+        write_folder(args, plan, parts, given)
     else:
         list(parts)  # nothing comes out of it, but the ranks meet in each round
 
 
 def in_order(made, rounds):
-    """The parts of `generate_parts` of all ranks, in order and on the CPU, on rank 0.
+    """What `generate` yields on all ranks, in order and on the CPU, on rank 0.
 
-    made: iterator over those of this rank. All ranks run through this: each gives one part per round, if it has one
-    left. A batch has the same samples on any number of ranks, so the samples have the same bytes.
+    made: the iterator of this rank. All ranks run through this: each gives one part per round, if it has one left. A
+    batch has the same samples on any number of ranks, so the samples have the same bytes.
     """
     for _ in range(rounds):
         part = next(made, None)
@@ -219,13 +187,12 @@ def in_order(made, rounds):
         yield from filter(None, distributed.gather_on_first(part) or [])
 
 
-def write_folder(args, source, parts, given):
+def write_folder(args, plan, parts, given):
     """The videos or images, previews of them, samples.npz, reports, and last samples.json: how they were made.
 
-    parts: iterator over those of `generate_parts`. given: a Given or None. A folder without samples.json is
-    not complete.
+    parts: iterator over what `generate` yields. A folder without samples.json is not complete.
     """
-    folder, names = Path(args.folder), source.names
+    folder, names = Path(args.folder), plan.names
     evaluations, energies = torch.zeros(len(names), dtype=torch.int64), []
 
     def videos_of(parts):
@@ -238,18 +205,16 @@ def write_folder(args, source, parts, given):
     videos = itertools.chain([next(videos)], videos)  # if that fails, the samples of an earlier call stay
     begin_folder(folder)
     marked = given and [given.frames_of(index) for index in range(len(names))]
-    previews, fps = not args.no_previews, 1 / source.time_scale
-    write_samples(folder, videos, source.num_frames, source.labels, fps, names, marked, previews)
+    previews, fps = not args.no_previews, 1 / plan.time_scale
+    write_samples(folder, videos, plan.num_frames, plan.labels, fps, names, marked, previews)
     if args.stop_below is not None:
-        most = (args.num_sampling_steps - 1) * len(source.window_starts)
-        write_evaluations(args, names, evaluations, most)
+        write_evaluations(args, names, evaluations, (args.num_sampling_steps - 1) * len(plan.window_starts))
     if args.report_energy:
         write_energies(args, torch.cat(energies))
-    about = {"classes": source.classes, "time_scale": source.time_scale}
+    about = {"classes": plan.classes, "time_scale": plan.time_scale}
     about |= {"mean_evaluations": evaluations.double().mean().item()}
     flags = vars(args) | {"given_frames": args.given_frames and as_ranges(args.given_frames)}
-    about |= {"source": generation.provenance(source, args), "flags": flags}
-    about |= {"given": given.about()} if given else {}
+    about |= {"source": provenance(plan, args), "flags": flags} | (given.about() if given else {})
     with atomic_write(folder / "samples.json") as file:
         file.write(json.dumps(about, indent=2).encode())
     (folder / UNFINISHED).unlink()

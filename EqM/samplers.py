@@ -5,7 +5,7 @@ All functions take the network as a callable, so they can be tested on fields wi
 
 import torch
 
-from transport import decay
+import transport
 
 DESCENTS = ("gd", "ngd")
 SOLVERS = ("euler", "heun")
@@ -87,7 +87,7 @@ def integrate(field, x, method, num_steps, start_gamma, observe):
 
     def velocity(x, gamma):
         evaluations.add_(1)
-        return field(x, keep) / decay(gamma).item()
+        return transport.velocity(field(x, keep), gamma)
 
     observe(x, keep)
     for gamma, next_gamma in zip(gammas[:-1], gammas[1:], strict=True):
@@ -100,20 +100,21 @@ def integrate(field, x, method, num_steps, start_gamma, observe):
     return x, evaluations
 
 
-def guided(function, labels, time_scale, guidance, null_label):
-    """The field with classifier-free guidance, f_null + guidance (f_class - f_null), on all channels.
+def guided(function, condition, time_scale, guidance):
+    """The field with classifier-free guidance, f_null + guidance (f_condition - f_null), on all channels.
 
     function(x, y, time_scale) is a network, (B, C, T, H, W), or an energy, (B,): the guided field is minus the gradient
-    of the guided energy. labels: (B,) int64; time_scale: (B,) seconds per frame. Both terms are evaluated as one batch;
-    guidance 1 evaluates f_class only. The result is float32.
+    of the guided energy. condition: a models.Condition of B samples; time_scale: (B,) seconds per frame. Both terms are
+    evaluated as one batch; guidance 1 evaluates f_condition only. The result is float32.
     """
+    null = condition.null()
 
     def field(x, keep):
-        y, scale = labels[keep], time_scale[keep]
+        y, scale = condition.y[keep], time_scale[keep]
         if guidance == 1:
             return function(x, y, scale).float()
-        null = torch.full_like(y, null_label)
-        f_null, f_class = function(x.repeat(2, 1, 1, 1, 1), torch.cat([null, y]), scale.repeat(2)).float().chunk(2)
-        return f_null + guidance * (f_class - f_null)
+        both = torch.cat([null.y[keep], y])
+        f_null, f_condition = function(x.repeat(2, 1, 1, 1, 1), both, scale.repeat(2)).float().chunk(2)
+        return f_null + guidance * (f_condition - f_null)
 
     return field

@@ -28,9 +28,8 @@ from torch.nn.utils import clip_grad_norm_
 import checkpoint
 import preflight
 import transport
-from forcing import draw_gammas, label_dropout
-from generation import Source, add_sampling_flags, cast_products, generate_clips, sampling_settings
-from models import EBMS, NAMES, POSITION_TABLES
+from generation import add_sampling_flags, cast_products, generate, preview_plan, sampling_settings
+from models import EBMS, NAMES, POSITION_TABLES, Condition
 from optim import (
     MUON_DECAY,
     check_gradient,
@@ -41,6 +40,7 @@ from optim import (
     set_learning_rates,
     update_ema,
 )
+from run import Run
 from runtime import distributed, runs
 from runtime.cli import (
     COUNT,
@@ -58,15 +58,15 @@ from runtime.cli import (
     warnings_as_lines,
 )
 from runtime.distributed import rank, world_size
-from runtime.metrics import Metrics, StepStats, bar_text, device_stats
+from runtime.metrics import StepStats, bar_text, device_stats
 from runtime.rng import normal, uniform
-from runtime.signals import Interrupted, StopSignal
+from runtime.signals import Interrupted
 from schedule import current_phase, frames_of_steps, is_due, parse_schedule
 from sharding import make_networks, whole
 from validation import validate, validation_chunks
 from video.clips import Batches, Clips
-from video.index import BadVideos, save_index
-from video.loader import batches_of, end_children, make_loader, on_device
+from video.index import save_index
+from video.loader import batches_of, make_loader, on_device
 from video.writers import tile, write_gif, write_mp4, write_sheet
 
 
@@ -147,8 +147,9 @@ def add_model_and_data_flags(parser):
     add("--max-bad-fraction", type=SHARE, default=0.1, metavar="F", help="share of the videos that may be bad")
     workers = "loader processes per rank, as many again for validation; 0 = load in-process"
     add("--num-workers", type=NATURAL, default=min(4, os.cpu_count()), metavar="N", help=workers)
-    cached = "decode each video once, into memory that the ranks of a machine share: for small data sets"
+    cached = "decode each video once, into a folder in --results-dir that later runs use as well: for small data sets"
     add("--cache-frames", action="store_true", help=cached)
+    add("--cache-frames-force", action="store_true", help="let --cache-frames take more than 20 GB")
     timeout = "seconds for loader processes to start and for a batch; 0 = no limit, but other ranks wait 600 s at most"
     add("--loader-timeout", type=NON_NEGATIVE, default=300.0, metavar="S", help=timeout)
 
@@ -189,11 +190,11 @@ def main():
 
     # What the user can put right ends here, with one line and status 2, before a run folder is made.
     try:
-        run = preflight.check_run(args)
+        found = preflight.check_run(args)
     except UserError as error:
         fail(error)
     device = distributed.start(distributed.STEP_TIME)
-    args, start, vae, config, data, phases = preflight.share_run(args, run)
+    args, start, vae, config, data, phases = preflight.share_run(found)
     progress = start.progress
     phases = phases or [preflight.only_phase(args, progress, data)]
     last_step, lr_end = phases[-1].last_step, args.lr_decay_end or phases[-1].last_step
@@ -215,52 +216,40 @@ def main():
     scaler = torch.amp.GradScaler(device.type, enabled=args.precision == "fp16")  # changes nothing unless enabled
     if start.state is not None:
         checkpoint.load_run(start, model, ema, optimizers, scaler)
+    vae.to(device)
 
     # The run folder, and what is written there
-    folder = start.folder or runs.start_run_folder(args.results_dir, preflight.run_name(args))
-    if rank() == 0:
-        save_index(data.scan, args.data_path, args.results_dir)
     checkpoint.complete_names(start, phases, args.ckpt_every)
     run_config = preflight.make_run_config(args, config, current_phase(phases, progress.first_step), data, vae)
-    logged_step = progress.step - 1 if start.unlogged else progress.step
-    metrics = Metrics(folder, resume_step=logged_step, wandb=args.wandb, config=run_config)
-    num_videos = len(data.scan.videos) + len(data.scan.unreadable)
-    bad_videos = BadVideos(num_videos, args.max_bad_fraction, start.bad_videos)
-    log = functools.partial(say, log=folder / "log.txt")
-    warnings_as_lines(folder / "log.txt")
-    vae.to(device)
-    network, stop = model if args.shard else distributed.parallel(model), StopSignal(together=args.shard)
-    writer, saved_at = checkpoint.Writer(folder), time.monotonic()
-    remove_old = functools.partial(runs.keep_last, folder, args.keep_last, {phase.last_step for phase in phases})
-    stats = StepStats(start.unlogged)
-    preflight.note_changes(start, run_config, folder, log, metrics)
-    start.state = run = None  # or the file would stay open during the whole run
+    limits = len(data.scan.videos) + len(data.scan.unreadable), args.max_bad_fraction
+    places = args.results_dir, preflight.run_name(args)
+    run = Run(start, *places, run_config, *limits, wandb=args.wandb, together=args.shard)
+    log, metrics, stop = run.log, run.metrics, run.stop
+    if rank() == 0:
+        save_index(data.scan, args.data_path, args.results_dir)
+    warnings_as_lines(run.folder / "log.txt")
+    network = model if args.shard else distributed.parallel(model)
+    remove_old = functools.partial(runs.keep_last, run.folder, args.keep_last, {phase.last_step for phase in phases})
+    preflight.note_changes(start, run_config, run.folder, log, metrics)
+    start.state = found = None  # or the file would stay open during the whole run
     began = time.monotonic() - progress.seconds  # as if the run had never been interrupted
-    preflight.log_run(log, args, folder, config, model, data, (progress.step, last_step), device)
-    report_bad(bad_videos, data.scan.unreadable, progress.step, log)
+    preflight.log_run(log, args, run.folder, config, model, data, (progress.step, last_step), device)
+    run.report_bad(data.scan.unreadable, progress.step)
 
-    def save(names):
-        """Save the run as it stands; all ranks call it, rank 0 writes."""
-        nonlocal saved_at
-        writer.wait()
-        stop.meet()  # or the others would wait in the next step, with less patience
-        saved_at = time.monotonic()
-        unlogged = stats.averaged(progress.step) if len(stats) else None
-        report_bad(bad_videos, stats.bad, progress.step, log)
-        progress.seconds, trained = time.monotonic() - began, (run_config, model, ema, optimizers, scaler)
-        state = checkpoint.run_state(*trained, progress, unlogged, bad_videos.paths)
-        writer.write(state, names, before=metrics.sync, after=remove_old)
+    def save(names=()):
+        progress.seconds = time.monotonic() - began
+        run.save(checkpoint.run_state(run_config, model, ema, optimizers, scaler, progress), names, after=remove_old)
 
-    bar = Bar(initial=progress.step, total=last_step, desc=folder.name, unit="step", disable=rank() != 0)
+    bar = Bar(initial=progress.step, total=last_step, desc=run.folder.name, unit="step", disable=rank() != 0)
     periods = args.log_every, args.val_every, args.ckpt_every, args.sample_every
     try:
         for phase in [phase for phase in phases if phase.last_step > progress.first_step]:
             stream = progress.first_step  # of the phase's samples: names their random draws
             batches, val_loader = start_phase(args, data, phases, phase, progress, device)
             run_config = preflight.make_run_config(args, config, phase, data, vae)
-            previews = preview_source(args, ema, vae, run_config)
+            previews = preview_plan(ema, vae, run_config, args.num_samples)
             if rank() == 0:
-                (folder / "config.json").write_text(json.dumps(run_config, indent=2))
+                (run.folder / "config.json").write_text(json.dumps(run_config, indent=2))
             # For the metrics of a step that a resumed run has yet to log
             set_learning_rates(optimizers, args, lr_multiplier(args, progress.step, lr_end))
             clips, tokens = f"{phase.batch_size} clips", math.prod(config.grid(phase.num_frames))
@@ -268,54 +257,53 @@ def main():
 
             with suppress(Interrupted):  # the loader processes take seconds to start
                 batches = itertools.chain([stop.wait(batches)], batches)
-            stop.settle()
+            stop.resolve()
             while True:
                 # Periodically and at the end of a phase: log, validate, sample, save (not without new steps)
-                if len(stats) and is_due(progress.step, phase.last_step, *periods):
+                if len(run.stats) and is_due(progress.step, phase.last_step, *periods):
                     step, videos = progress.step, None
-                    row = stats.summary(step, phase.batch_size)
+                    row = run.stats.summary(step, phase.batch_size)
                     row["train_loss_rel"] = row["train_loss"] / row.pop("target_square")
                     row |= device_stats(device, args.precision, row["tflops_per_s"])
                     bar.set_postfix_str(bar_text(row))
-                    report_bad(bad_videos, stats.bad, step, log)
+                    run.report_bad(run.stats.bad, step)
                     if is_due(step, phase.last_step, args.val_every):
                         val_began = time.monotonic()
                         settings = phase.num_frames, args.precision, device, stop, args.forcing > 0
                         val_metrics, bad = validate(ema, model, vae, val_loader, *settings)
-                        report_bad(bad_videos, bad, step, log)
+                        run.report_bad(bad, step)
                         row |= val_metrics | {"val_seconds": time.monotonic() - val_began}
                     if args.sample_every and step % args.sample_every == 0:
                         videos = sample_ema(previews, args, device, stop)
                     # What a signal interrupts up to here is done again after the resume.
                     if "val_loss" in row:
-                        is_finite = math.isfinite(row["val_loss"])
-                        note = "" if is_finite else "; not finite: best.pt is unchanged"
+                        note = "" if math.isfinite(row["val_loss"]) else "; not finite: best.pt is unchanged"
                         log(f"step {step}: validation loss {row['val_loss']:.4f}{note}")
                         if row["val_loss"] < progress.best_loss:
                             progress.best_loss, progress.best_step = row["val_loss"], step
                     if videos is not None:
-                        write_previews(folder, step, metrics, previews, videos.numpy())
+                        write_previews(run.folder, step, metrics, previews, videos.numpy())
                     # Logged first: a checkpoint must not be ahead of the metrics; what comes after it is logged again.
                     progress.seconds = time.monotonic() - began
-                    row |= learning_rates(optimizers) | {"bad_videos": bad_videos.count}
+                    row |= learning_rates(optimizers) | {"bad_videos": run.bad_videos.count}
                     row |= {"num_frames": phase.num_frames, "seconds": progress.seconds, "flops": progress.flops}
                     metrics.log(step, **row)
-                    stats = StepStats()
+                    run.stats = StepStats()
                     if names := checkpoint.names_at(progress, phase.last_step, args.ckpt_every):
                         save(names)
                 if progress.step >= phase.last_step:
                     break
 
-                # One optimisation step
-                writer.check()
-                # All ranks are asked whether to stop or to save; settle() reads the answer after the step.
-                stop.ask(save=0 < 60 * args.save_minutes <= time.monotonic() - saved_at)
+                # One optimization step
+                run.writer.check()
+                # All ranks vote whether to stop or to save; resolve() reads the result after the step.
+                stop.vote(save=run.wants_to_save(args.save_minutes))
                 set_learning_rates(optimizers, args, lr_multiplier(args, progress.step + 1, lr_end))
                 sums, files = Counter(), []
                 for micro_batch in range(1, args.grad_accum + 1):
-                    batch = stats.next_batch(batches)
+                    batch = run.stats.next_batch(batches)
                     files += batch["videos"]
-                    sync = micro_batch == args.grad_accum or network is model  # whole gradients would not fit
+                    sync = micro_batch == args.grad_accum or network is model  # full gradients would not fit
                     with nullcontext() if sync else network.no_sync():
                         losses, target_square = training_losses(network, vae, batch, config, args, stream, device)
                         scaler.scale(sum(losses.values()) / args.grad_accum).backward()
@@ -335,29 +323,25 @@ def main():
                 scaler.update()
                 num_frames = batch["clips"].shape[-3]  # of the phase or, with --mix, of an earlier one
                 progress.count_step(phase.batch_size, config.training_flops(num_frames, args.grad_checkpoint))
-                stats.add(files, phase.batch_size * config.training_flops(num_frames), **sums)
+                run.stats.add(files, phase.batch_size * config.training_flops(num_frames), **sums)
                 if progress.skipped > args.skip_nonfinite:
-                    stats.raise_nonfinite(progress.step, -1)
+                    run.stats.raise_nonfinite(progress.step, -1)
                 update_ema(ema, model, ema_decay(args, progress.step - progress.ema_start))
                 bar.update()
-                if stop.settle():  # raises Interrupted
-                    save([])
+                if stop.resolve():  # raises Interrupted
+                    save()
             if phase.last_step < last_step:
                 progress.begin_phase()
         bar.close()
-        writer.wait()
-        log(f"done: {folder / 'checkpoints'} holds {last_step:07d}.pt and best.pt")
+        run.writer.wait()
+        log(f"done: {run.folder / 'checkpoints'} holds {last_step:07d}.pt and best.pt")
     except Interrupted:
         bar.close()
-        if len(stats):  # else nothing is new since the last checkpoint
-            save([])
-        writer.wait()
-        sender = stop.name or "a signal to another rank"
-        where = f"and saved at step {progress.step}" if progress.step else "before the first step"
-        log(f"stopped by {sender} {where}: the same command with --resume continues")
-    stop.meet()
-    end_children()  # some may still be starting, and the end of their DataLoader would wait for that
-    metrics.close()
+        if len(run.stats):  # else nothing is new since the last checkpoint
+            save()
+        run.writer.wait()
+        run.say_stopped(progress.step)
+    run.close()
     del network  # DDP holds the process group
     distributed.stop()
 
@@ -365,29 +349,29 @@ def main():
 def training_losses(network, vae, batch, config, args, stream, device):
     """({name: loss} of a micro-batch, to be added up; the loss of a network that predicts zero).
 
-    Noise, gamma and the labels to drop depend on the seed and on each sample's index in the stream alone.
+    Noise, gamma and the conditions to drop depend on the seed and on each sample's index in the stream alone.
     """
     seed, indices = args.global_seed, batch["indices"].tolist()
     x = vae.latents_of(batch["clips"].to(device, non_blocking=True), seed, stream, indices)  # (B, C, T, H, W)
     noise = normal(seed, "noise", stream, indices, x.shape[1:], device)
-    num_frames, patch = x.shape[2], config.temporal_patch_size
-    gamma = draw_gammas(seed, stream, indices, num_frames, patch, args.gamma_shift, args.forcing)  # (B,) or (B, T)
-    dropped = uniform(seed, "label drop", stream, indices) < label_dropout(gamma, config.class_dropout_prob)
-    labels = torch.where(dropped, config.num_classes, batch["labels"])
-    labels, time_scale, gamma = (part.to(device, non_blocking=True) for part in (labels, batch["time_scales"], gamma))
+    frames = x.shape[2], config.temporal_patch_size
+    gamma = transport.draw_gammas(seed, stream, indices, *frames, args.gamma_shift, args.forcing)  # (B,) or (B, T)
+    dropout = transport.condition_dropout(gamma, config.class_dropout_prob)
+    dropped = uniform(seed, "label drop", stream, indices) < dropout
+    condition = Condition.of(batch["y"], config).null(dropped).to(device)
+    time_scale, gamma = (part.to(device, non_blocking=True) for part in (batch["time_scales"], gamma))
     with distributed.autocast(device, args.precision):
-        x_gamma = transport.interpolate(x, noise, gamma)
-        f, features = network(x_gamma, labels, time_scale, return_features=True)
-        losses = {"train_loss": transport.loss(f, x, noise, gamma).mean()}
+        inputs = x, noise, gamma, condition.y, time_scale
+        loss, target_square, features = transport.losses(network, *inputs, return_features=args.disp)
+        losses = {"train_loss": loss.mean()}
     if args.disp:
         losses["disp_loss"] = transport.dispersive_loss(features)
-    return losses, transport.target(x, noise, gamma).square().mean()
+    return losses, target_square
 
 
 def start_phase(args, data, phases, phase, progress, device):
     """(iterator over this rank's micro-batches from where the run stands, loader of its validation clips)."""
-    shared = {"root": args.data_path, "classes": data.scan.classes, "image_size": args.image_size}
-    shared["frames"] = data.frames
+    shared = {"source": data.source, "classes": data.scan.classes}
     shared["frame_interval"] = args.frame_interval[0], args.frame_interval[-1]
     train = {"flip": not args.no_flip, "seed": args.global_seed, "stream": progress.first_step}
     val = {"flip": False, "seed": 0, "stream": "validation"}
@@ -406,39 +390,24 @@ def start_phase(args, data, phases, phase, progress, device):
     return on_device(batches_of(train_loader), device), val_loader  # starts the loader processes
 
 
-def preview_source(args, ema, vae, run_config):
-    """What the previews of a phase are sampled from: its frames and frame rate, the classes in turn."""
-    data, num_frames = run_config["data"], run_config["training"]["num_frames"]
-    labels = torch.arange(args.num_samples) % len(data["classes"])
-    return Source(ema, vae, data["classes"], labels, num_frames, checkpoint.trained_time_scale(data))
-
-
-def report_bad(bad_videos, paths, step, log):
-    """Name the bad videos that any rank has found, each once; raises UserError, on all ranks, if they are too many."""
-    for path in bad_videos.add([path for part in distributed.gather(paths) for path in part]):
-        log(f"step {step}: {path} can't be decoded; other clips take its place ({bad_videos})")
-
-
-def sample_ema(source, args, device, stop):
+def sample_ema(plan, args, device, stop):
     """uint8 (N, T, H, W, 3) sampled from the EMA weights, on rank 0; sharded, all make all. Raises Interrupted."""
     indices, videos = list(range(args.num_samples)) if args.shard else distributed.own_indices(args.num_samples), []
-    source = replace(source, model=cast_products(source.model, args.precision))  # the EMA itself stays float32
+    plan = replace(plan, model=cast_products(plan.model, args.precision))  # the EMA itself stays float32
+    options = {"strict": False, "show": rank() == 0, "before_evaluation": stop.check}  # training goes on
     with suppress(Interrupted):
-        settings, show = sampling_settings(args) | {"strict": False}, rank() == 0  # training goes on
-        for clips, _, _ in generate_clips(
-            source, indices, args.global_seed, device, settings, show=show, before_evaluation=stop.check
-        ):
+        for _, _, clips, _, _ in generate(plan, indices, args.global_seed, device, sampling_settings(args), **options):
             videos.append(clips.cpu())
-    stop.settle()
+    stop.resolve()
     if args.shard and rank() != 0:
         indices, videos = [], []
     return distributed.collect(indices, torch.cat(videos) if videos else torch.empty(0))
 
 
-def write_previews(folder, step, metrics, source, videos):
+def write_previews(folder, step, metrics, plan, videos):
     """Samples uint8 (N, T, H, W, 3) as a sheet of frames, mp4 and GIF: in the run folder and TensorBoard."""
-    path, fps, gif, mp4 = folder / "samples" / f"{step:07d}", 1 / source.time_scale, None, None
-    write_sheet(path.with_suffix(".png"), videos, source.names)
+    path, fps, gif, mp4 = folder / "samples" / f"{step:07d}", 1 / plan.time_scale, None, None
+    write_sheet(path.with_suffix(".png"), videos, plan.names)
     if videos.shape[1] > 1:
         gif, mp4 = io.BytesIO(), path.with_suffix(".mp4")
         write_mp4(mp4, tile(videos), fps)

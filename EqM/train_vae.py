@@ -11,10 +11,7 @@ command and --resume, which ends bit for bit as if there had been none.
 """
 
 import copy
-import functools
 import json
-import math
-import time
 
 import torch
 from torch.nn.utils import clip_grad_norm_
@@ -23,17 +20,30 @@ import checkpoint
 import preflight
 from autoencoder import Autoencoder, chunks_of, export, jitter_colors, losses_of, make_autoencoder, measure
 from optim import ema_decay, lr_multiplier, update_ema
-from runtime import cli, distributed, runs
-from runtime.cli import COUNT, NATURAL, NON_NEGATIVE, POSITIVE, SHARE, ArgumentParser, Bar, UserError, fail, say
+from run import Run
+from runtime import distributed
+from runtime.cli import (
+    COUNT,
+    NATURAL,
+    NON_NEGATIVE,
+    POSITIVE,
+    SHARE,
+    ArgumentParser,
+    Bar,
+    UserError,
+    fail,
+    one_line_errors,
+    say,
+)
 from runtime.distributed import rank, world_size
-from runtime.metrics import Metrics, StepStats
+from runtime.metrics import StepStats
 from runtime.rng import normal
-from runtime.signals import Interrupted, StopSignal
+from runtime.signals import Interrupted
 from schedule import is_due
 from vae import VAE
 from video.clips import Batches, Clips
-from video.index import BadVideos, check_data_path, find_data, latents_settings, save_index
-from video.loader import batches_of, end_children, make_loader, on_device
+from video.index import save_index
+from video.loader import batches_of, make_loader, on_device
 from video.writers import write_sheet
 
 
@@ -58,7 +68,9 @@ def parse_args():
     add("--num-workers", type=NATURAL, default=2, metavar="N", help="loader processes per rank; 0 = load in-process")
     timeout = "seconds for loader processes to start and for a batch; 0 = no limit"
     add("--loader-timeout", type=NON_NEGATIVE, default=300.0, metavar="S", help=timeout)
-    add("--cache-frames", action="store_true", help="decode each video once, into shared memory: for small data sets")
+    cached = "decode each video once, into a folder in --results-dir that later runs use as well: for small data sets"
+    add("--cache-frames", action="store_true", help=cached)
+    add("--cache-frames-force", action="store_true", help="let --cache-frames take more than 20 GB")
 
     add = parser.add_argument_group("optimisation").add_argument
     add("--max-steps", type=COUNT, default=20_000, metavar="N", help="step to end at")
@@ -84,73 +96,18 @@ def parse_args():
     return parser.parse_args()
 
 
-# ----------------------------------------------------------------------------------------------------------------------
-# What the user can put right, before a run folder is made
-
-
-def check_run(args):
-    """(Start, Data) of the run that the flags ask for; the Data are rank 0's. Raises UserError."""
-    cli.check_devices()
-    runs.check_job()
-    if args.image_size % args.downsample:
-        raise UserError(f"--image-size {args.image_size} is not a multiple of --downsample {args.downsample}")
-    count = int(math.log2(args.downsample)) + 1
-    args.widths = args.widths or [32, 64, 128, 128][:count]
-    if len(args.widths) != count:
-        raise UserError(f"--widths: found {len(args.widths)}, --downsample {args.downsample} wants {count} numbers")
-    if args.global_batch_size % world_size():
-        raise UserError(f"--global-batch-size {args.global_batch_size} is not a multiple of {world_size()} ranks")
-    cli.check_writable("--results-dir", args.results_dir)
-    check_data_path(args.data_path)
-    if latents_settings(args.data_path) is not None:
-        raise UserError(f"--data-path {args.data_path}: a latent cache; name the folder of its videos")
-    start, data = find_start(args), None
-    cli.settle_precision(args, energy=False, kept=start.kept("precision"))
-    if rank() == 0:
-        data = find_data(args.data_path, False, args.val_fraction, [1], [], "--data-path", args.results_dir)
-        if args.cache_frames:
-            preflight.check_frame_cache(args, data)
-    return start, data
-
-
-def run_name(args):
-    widths = "-".join(map(str, args.widths))
-    return f"VAE-{args.image_size}px-f{args.downsample}-c{args.latent_channels}-{widths}"
-
-
-def find_start(args):
-    """The Start of a new run or, with --resume or restarted by torchrun, of the newest one. Raises UserError."""
-    folder = runs.newest_run(args.results_dir, run_name(args))
-    if folder is None or not (args.resume or runs.is_restarted(folder)):
-        if args.resume:
-            say(f"--resume: nothing to resume in {args.results_dir}/*-{run_name(args)}: starting from the beginning")
-        return checkpoint.Start(checkpoint.Progress())
-    if rank() == 0:
-        runs.lock(folder)
-        runs.remove_temporary_files(folder)
-    path = folder / "checkpoints" / "latest.pt"
-    try:
-        stamp, state = checkpoint.stamp_of(path), checkpoint.read_file(path)
-    except UserError as error:  # nothing was saved, or it is damaged
-        say(f"note: {error}")
-        return checkpoint.Start(checkpoint.Progress(), folder=folder)
-    return checkpoint.Start(checkpoint.progress_of(state), path, stamp, state, folder)
-
-
-# ----------------------------------------------------------------------------------------------------------------------
-# The story
-
-
-@cli.one_line_errors()
+@one_line_errors()
 def main():
     args = parse_args()
     try:
-        start, data = check_run(args)
+        args, start, data = preflight.check_vae_run(args)
     except UserError as error:
         fail(error)
     device = distributed.start(distributed.STEP_TIME)
     data, progress = distributed.broadcast(data), start.progress
     preflight.check_same_start(start)
+    if args.cache_frames:
+        preflight.fill_cache(data.source)
     if progress.step >= args.max_steps and not start.unlogged:
         say(f"{start.folder} is finished: all {progress.step} steps are done")
         distributed.stop()
@@ -166,65 +123,52 @@ def main():
     scaler = torch.amp.GradScaler(device.type, enabled=False)
     if start.state is not None:
         checkpoint.load_run(start, model, ema, [optimizer], scaler)
-    network, stop = distributed.parallel(Autoencoder(model)), StopSignal()
+    network = distributed.parallel(Autoencoder(model))
 
     # The run folder, and what is written there
-    folder = start.folder or runs.start_run_folder(args.results_dir, run_name(args))
-    run_config = {"training": vars(args)}
-    logged_step = progress.step - 1 if start.unlogged else progress.step
-    metrics = Metrics(folder, resume_step=logged_step, config=run_config)
-    bad_videos = BadVideos(len(data.scan.videos) + len(data.scan.unreadable), args.max_bad_fraction, start.bad_videos)
-    log = functools.partial(say, log=folder / "log.txt")
-    writer, saved_at, stats = checkpoint.Writer(folder), time.monotonic(), StepStats(start.unlogged)
+    run_config = {"training": vars(args), "typed": sorted(args.typed)}
+    limits = len(data.scan.videos) + len(data.scan.unreadable), args.max_bad_fraction
+    run = Run(start, args.results_dir, preflight.vae_run_name(args), run_config, *limits)
+    log, stop = run.log, run.stop
     if rank() == 0:
         save_index(data.scan, args.data_path, args.results_dir)
-        (folder / "config.json").write_text(json.dumps(run_config, indent=2))
-
-    def report_bad(paths):
-        for path in bad_videos.add([path for part in distributed.gather(paths) for path in part]):
-            log(f"step {progress.step}: {path} can't be decoded; other frames take its place ({bad_videos})")
-
-    def save():
-        """Save the run as it stands; all ranks call it, rank 0 writes."""
-        nonlocal saved_at
-        unlogged, saved_at = stats.averaged(progress.step) if len(stats) else None, time.monotonic()
-        report_bad(stats.bad)
-        trained = run_config, model, ema, [optimizer], scaler
-        state = checkpoint.run_state(*trained, progress, unlogged, bad_videos.paths)
-        writer.write(state, [], before=metrics.sync, after=lambda: None)
-
-    preflight.note_changes(start, run_config, folder, log, metrics)
+        (run.folder / "config.json").write_text(json.dumps(run_config, indent=2))
+    preflight.note_changes(start, run_config, run.folder, log, run.metrics)
     start.state = None  # or the file would stay open during the whole run
     size = sum(parameter.numel() for parameter in model.parameters()) / 1e6
-    log(f"{folder}: {size:.2f} M parameters; {world_size()} x {device.type}, to step {args.max_steps}; "
+    log(f"{run.folder}: {size:.2f} M parameters; {world_size()} x {device.type}, to step {args.max_steps}; "
         f"{len(data.train[1])} videos train, {len(data.val[1])} validate")  # fmt: skip
-    report_bad(data.scan.unreadable)
+    run.report_bad(data.scan.unreadable, progress.step)
     batches, val_loader, train_loader = make_loaders(args, data, progress, device)
-    bar = Bar(initial=progress.step, total=args.max_steps, desc=folder.name, unit="step", disable=rank() != 0)
+
+    def save():
+        run.save(checkpoint.run_state(run_config, model, ema, [optimizer], scaler, progress))
+
+    bar = Bar(initial=progress.step, total=args.max_steps, desc=run.folder.name, unit="step", disable=rank() != 0)
     try:
         while True:
             # Periodically and at the end: log, validate
-            if len(stats) and is_due(progress.step, args.max_steps, args.log_every, args.val_every):
-                row = stats.summary(progress.step, args.global_batch_size)
+            if len(run.stats) and is_due(progress.step, args.max_steps, args.log_every, args.val_every):
+                row = run.stats.summary(progress.step, args.global_batch_size)
                 row["frames_per_s"] = row.pop("clips_per_s")
                 bar.set_postfix_str(f"loss {row['train_loss']:.4f}, {row['frames_per_s']:.0f} frames/s")
-                report_bad(stats.bad)
+                run.report_bad(run.stats.bad, progress.step)
                 if is_due(progress.step, args.max_steps, args.val_every):
-                    values, bad = validate(args, ema, val_loader, train_loader, folder, progress.step, device)
-                    report_bad(bad)
+                    values, bad = validate(args, ema, val_loader, train_loader, run.folder, progress.step, device)
+                    run.report_bad(bad, progress.step)
                     log(f"step {progress.step}: PSNR {values['val_psnr']:.2f} dB on validation videos")
                     row |= values
-                metrics.log(progress.step, **row, lr=optimizer.param_groups[0]["lr"])
-                stats = StepStats()
+                run.metrics.log(progress.step, **row, lr=optimizer.param_groups[0]["lr"])
+                run.stats = StepStats()
             if progress.step >= args.max_steps:
                 save()
                 break
 
-            # One optimisation step
-            writer.check()
-            stop.ask(save=0 < 60 * args.save_minutes <= time.monotonic() - saved_at)
+            # One optimization step
+            run.writer.check()
+            stop.vote(save=run.wants_to_save(args.save_minutes))
             optimizer.param_groups[0]["lr"] = args.lr * lr_multiplier(args, progress.step + 1, args.max_steps)
-            batch = stats.next_batch(batches)
+            batch = run.stats.next_batch(batches)
             losses = training_losses(network, batch, args, device)
             loss = sum(losses.values())
             loss.backward()
@@ -233,32 +177,28 @@ def main():
             optimizer.zero_grad()
             progress.count_step(args.global_batch_size, 0)
             values = {name: value.detach() for name, value in ({"train_loss": loss} | losses).items()}
-            stats.add(batch["videos"], **values, grad_norm=norm)
+            run.stats.add(batch["videos"], **values, grad_norm=norm)
             update_ema(ema, model, ema_decay(args, progress.step))
             bar.update()
-            if stop.settle():  # raises Interrupted
+            if stop.resolve():  # raises Interrupted
                 save()
         bar.close()
-        writer.wait()
-        log(f"done: --vae {folder / 'vae'}")
+        run.writer.wait()
+        log(f"done: --vae {run.folder / 'vae'}")
     except Interrupted:
         bar.close()
-        if len(stats):
+        if len(run.stats):
             save()
-        writer.wait()
-        sender = stop.name or "a signal to another rank"
-        log(f"stopped by {sender} and saved at step {progress.step}: the same command with --resume continues")
-    stop.meet()
-    end_children()
-    metrics.close()
+        run.writer.wait()
+        run.say_stopped(progress.step)
+    run.close()
     del network  # DDP holds the process group
     distributed.stop()
 
 
 def make_loaders(args, data, progress, device):
     """(iterator over this rank's batches, loader of its validation frames, loader of its frames for statistics)."""
-    shared = {"root": args.data_path, "classes": data.scan.classes, "num_frames": 1, "image_size": args.image_size}
-    shared["frames"] = preflight.share_frame_cache(args, data) if args.cache_frames else None
+    shared = {"source": data.source, "classes": data.scan.classes, "num_frames": 1}
     train = Clips(videos=data.train[1], flip=not args.no_flip, seed=args.global_seed, stream=0, **shared)
     val = Clips(videos=data.val[1], spare=data.spare(1), flip=False, stream="validation", **shared)
     typical = Clips(videos=data.train[1], flip=False, stream="statistics", **shared)

@@ -4,14 +4,21 @@ Between noise eps and data x lies x_gamma = gamma x + (1 - gamma) eps. A network
 field f(x_gamma) = (x - eps) c(gamma). It points from noise to data and vanishes at the data, so data are its equilibria
 and sampling is gradient descent along it. gamma is (B,), one level per sample of x and noise (B, ...), or (B, T), one
 per frame of clips (B, C, T, H, W).
+
+With --forcing each frame of some training clips has its own level, so that the same network learns to complete a clip
+from any given frames: they are clean (gamma = 1), the others are not. This follows Diffusion Forcing (arXiv
+2407.01392), without the level as an input: an EqM network sees from the frames themselves how noisy they are.
 """
 
 import math
 
 import torch
 
+from runtime.rng import generator, uniform
+
 DECAY_START = 0.8  # a: c is constant up to here, then falls linearly to zero at gamma = 1
 FIELD_SCALE = 4.0  # lambda
+OWN_LEVELS = 0.5  # share of the forced clips whose temporal patches have a level each; the others have clean frames
 MEAN_SQUARED_DECAY = FIELD_SCALE**2 * (DECAY_START + (1 - DECAY_START) / 3)  # E[c^2], gamma uniform: 13.867
 
 
@@ -31,23 +38,22 @@ def target(x, noise, gamma):
     return (x - noise) * decay(_broadcast(gamma, x))
 
 
-def shift_gamma(u, shift):
-    """Gamma from uniform u, for shift > 1 closer to the noise: u / (u + shift (1 - u)); shift = 1 keeps it uniform.
+def velocity(f, gamma):
+    """dx/dgamma along the path of `interpolate`, from the field at noise level gamma, a float: f / c(gamma)."""
+    return f / decay(gamma).item()
 
-    The timestep shift of Stable Diffusion 3 (arXiv 2403.03206, section 5.3.2): the more values a sample has, the more
-    noise it takes to hide its layout.
+
+def losses(network, x, noise, gamma, y, time_scale, first=0, return_features=False):
+    """Compare a network with the target at x_gamma.
+
+    Returns the squared error of each clip, averaged over its frames from `first` on, (B,) float32; the mean square of
+    the target, which is the loss of a network that predicts zero; and the network's features (B, N, D), or None.
     """
-    return u / (u + shift * (1 - u))
-
-
-def loss(f, x, noise, gamma):
-    """Mean squared error of a network's output f at x_gamma, for each sample: (B,) float32."""
-    return squared_error(f, x, noise, gamma).flatten(1).mean(dim=1)
-
-
-def squared_error(f, x, noise, gamma):
-    """The squared error of each value of a network's output f at x_gamma, (B, ...) float32."""
-    return (f.float() - target(x, noise, gamma)).square()
+    output = network(interpolate(x, noise, gamma), y, time_scale, return_features=return_features)
+    f, features = output if return_features else (output, None)
+    goal = target(x, noise, gamma)
+    error = (f.float() - goal).square()[:, :, first:]
+    return error.flatten(1).mean(dim=1), goal.square().mean(), features
 
 
 def zero_loss(mean_square):
@@ -78,3 +84,74 @@ def _broadcast(gamma, x):
     if gamma.dim() == 2:
         return gamma[:, None, :, None, None]
     return gamma.reshape(-1, *[1] * (x.dim() - 1))
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# Noise levels of training clips
+
+
+def shift_gamma(u, shift):
+    """Gamma from uniform u, for shift > 1 closer to the noise: u / (u + shift (1 - u)); shift = 1 keeps it uniform.
+
+    The timestep shift of Stable Diffusion 3 (arXiv 2403.03206, section 5.3.2): the more values a sample has, the more
+    noise it takes to hide its layout.
+    """
+    return u / (u + shift * (1 - u))
+
+
+def draw_gammas(seed, stream, indices, num_frames, patch, shift=1.0, share=0.0):
+    """The gammas of the samples `indices` of a stream, float32 on the CPU: (B,), with a `share` to force (B, T).
+
+    patch is the number of frames of a temporal patch, shift that of `shift_gamma`. The draws of a sample depend on
+    (seed, stream, index) alone; clips that are not forced have the gamma that they have without forcing. A clip of one
+    temporal patch is never forced: its frames share all tokens, so given ones would show most of the others.
+    """
+    gamma = shift_gamma(uniform(seed, "gamma", stream, indices), shift)  # (B,)
+    if share == 0 or num_frames <= patch:
+        return gamma
+    rows = []
+    for level, index in zip(gamma.tolist(), indices, strict=True):
+        chance, kind, *draws = torch.rand(4 + num_frames, generator=generator(seed, "forcing", stream, index)).tolist()
+        if chance >= share:
+            rows.append([level] * num_frames)
+        elif kind < OWN_LEVELS:
+            rows.append([shift_gamma(draws[frame // patch], shift) for frame in range(num_frames)])
+        else:
+            clean = clean_frames(*draws[:3], num_frames)
+            rows.append([1.0 if frame in clean else level for frame in range(num_frames)])
+    return torch.tensor(rows)
+
+
+def clean_frames(u_kind, u_first, u_last, num_frames):
+    """The set of frames that are given, from three uniform draws in [0, 1); never all, never none.
+
+    A half of the draws gives the first frames (few more often than many, as a picture is one), a quarter the first and
+    the last, an eighth the last, an eighth a single one. Borders may lie at any frame, also inside a temporal patch.
+    """
+    if u_kind < 1 / 2:
+        return set(range(1 + int(u_first**2 * (num_frames - 1))))
+    if u_kind < 3 / 4 and num_frames > 2:
+        before = 1 + int(u_first * (num_frames - 2))
+        after = 1 + int(u_last * (num_frames - 1 - before))
+        return {*range(before), *range(num_frames - after, num_frames)}
+    if u_kind < 7 / 8:
+        return set(range(1 + int(u_last * (num_frames - 1)), num_frames))
+    return {int(u_first * num_frames)}
+
+
+def condition_dropout(gamma, usual):
+    """The probability (B,) of dropping the condition of clips with these gammas, (B,) or (B, T).
+
+    It is `usual`, and sqrt(c / T) for a clip with c of T frames clean: the more frames are clean, the more they show of
+    what the condition says. One frame of 16 does not show where the clip goes, so three of four such clips keep theirs.
+    """
+    if gamma.dim() == 1:
+        return torch.full_like(gamma, usual)
+    return (gamma == 1).float().mean(dim=1).sqrt().clamp(min=usual)
+
+
+def half_given(gamma, num_frames):
+    """gamma (B,) as (B, T) with the first half of the frames clean."""
+    levels = gamma[:, None].repeat(1, num_frames)
+    levels[:, : num_frames // 2] = 1
+    return levels

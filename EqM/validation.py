@@ -7,7 +7,7 @@ from functools import partial
 import torch
 
 import transport
-from forcing import half_given
+from models import Condition
 from runtime import distributed
 from runtime.rng import normal
 from runtime.signals import Interrupted
@@ -40,33 +40,29 @@ def validate(ema, model, vae, loader, num_frames, precision, device, stop, given
     rows, bad, batches = [], [], batches_of(loader)
     with suppress(Interrupted):
         while (batch := stop.wait(batches)) is not None:
-            indices, labels, time_scale = batch["indices"], batch["labels"].to(device), batch["time_scales"].to(device)
-            gamma = (indices.double() * GOLDEN_RATIO % 1).float()
+            indices, time_scale = batch["indices"], batch["time_scales"].to(device)
+            condition = Condition.of(batch["y"], ema.config).to(device)
+            gamma = (indices.double() * GOLDEN_RATIO % 1).float().to(device)
             x = vae.latents_of(batch["clips"].to(device), 0, "validation", indices.tolist())
             noise = normal(0, "noise", "validation", indices.tolist(), x.shape[1:], device)
-            gamma, T, patch = gamma.to(device), x.shape[2], ema.config.temporal_patch_size
-            losses = partial(clip_losses, x, noise, labels, time_scale, precision)
-            with torch.compiler.set_stance("force_eager"):  # or it would make a graph that nothing else uses
-                raw = losses(model, gamma)
-            columns = [torch.full_like(gamma, T), indices.to(device), gamma, losses(ema, gamma), raw]
-            columns.append(x.square().flatten(1).mean(dim=1))
-            if given:
-                blank = torch.full_like(gamma, -1)  # no loss is negative
-                columns.append(losses(ema, half_given(gamma, T), first=T // 2) if patch < T else blank)
+
+            losses = partial(transport.losses, x=x, noise=noise, y=condition.y, time_scale=time_scale)
+            with distributed.autocast(device, precision):
+                with torch.compiler.set_stance("force_eager"):  # or it would make a graph that nothing else uses
+                    raw = losses(model, gamma=gamma)[0]
+                T, columns = x.shape[2], [losses(ema, gamma=gamma)[0], raw, x.square().flatten(1).mean(dim=1)]
+                if given and ema.config.temporal_patch_size < T:
+                    columns.append(losses(ema, gamma=transport.half_given(gamma, T), first=T // 2)[0])
+                elif given:
+                    columns.append(torch.full_like(gamma, -1))  # no loss is negative
+            columns = [torch.full_like(gamma, T), indices.to(device), gamma, *columns]
             rows.append(torch.stack([column.double() for column in columns], dim=1).cpu())
             bad += batch["bad"]
-    stop.settle()
+    stop.resolve()
     parts = distributed.gather(rows)
     rows = torch.cat([row for part in (parts[:1] if stop.together else parts) for row in part])
     rows = torch.tensor(sorted(rows.tolist()), dtype=torch.float64)  # in the order of frames and indices
     return summarize(rows, num_frames), bad
-
-
-def clip_losses(x, noise, labels, time_scale, precision, network, gamma, first=0):
-    """The losses of a network at the gammas, (B,) or (B, T), of the frames from `first` on: (B,) float32."""
-    with distributed.autocast(x.device, precision):
-        f = network(transport.interpolate(x, noise, gamma), labels, time_scale)
-    return transport.squared_error(f, x, noise, gamma)[:, :, first:].flatten(1).mean(dim=1)
 
 
 def summarize(rows, num_frames):

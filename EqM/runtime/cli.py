@@ -23,6 +23,7 @@ from runtime.distributed import local_rank, rank
 
 LINE_SECONDS = 60  # between two lines of a Bar in a file
 LINE_FORMAT = "{desc}: {n_fmt} of {total_fmt} {unit}s after {elapsed}, {remaining} left{postfix}"
+UNTYPED = object()  # the value of a flag until it is parsed
 RANK_0_SPEAKS_FIRST = 10  # seconds that the other ranks leave rank 0 to report an error that all ranks see
 
 
@@ -46,8 +47,28 @@ class HelpFormatter(argparse.ArgumentDefaultsHelpFormatter):
         return super()._get_help_string(action)
 
 
+class Flags(argparse.Namespace):
+    """The values of all flags, frozen. `typed` names the flags that the user gave."""
+
+    __slots__ = ("typed",)
+
+    def __init__(self, values, typed=()):
+        vars(self).update(values)
+        object.__setattr__(self, "typed", frozenset(typed))
+
+    def __setattr__(self, name, value):
+        raise AttributeError(f"{name}: flags are frozen; preflight resolves them")
+
+    def __reduce__(self):
+        return Flags, (vars(self), self.typed)
+
+    def resolve(self, **values):
+        """These flags with some values filled in. Only preflight does that."""
+        return Flags(vars(self) | values, self.typed)
+
+
 class ArgumentParser(argparse.ArgumentParser):
-    """argparse, with errors of one line (no usage dump) that come once under torchrun."""
+    """argparse that returns Flags, with errors of one line (no usage dump) that come once under torchrun."""
 
     def __init__(self, **kwargs):
         super().__init__(formatter_class=HelpFormatter, allow_abbrev=False, **kwargs)
@@ -55,12 +76,14 @@ class ArgumentParser(argparse.ArgumentParser):
     def error(self, message):
         fail(message)
 
-    def parse_args(self, args=None, namespace=None):
+    def parse_args(self, args=None):
         words = sys.argv[1:] if args is None else list(args)
-        args, rest = self.parse_known_args(words, namespace)
+        names = [action.dest for action in self._actions if action.dest != "help"]
+        found, rest = self.parse_known_args(words, argparse.Namespace(**dict.fromkeys(names, UNTYPED)))
         if rest:
             self.error(self.explain(rest[0], words))
-        return args
+        typed = [name for name in names if getattr(found, name) is not UNTYPED]
+        return Flags(vars(found) | {name: self.get_default(name) for name in names if name not in typed}, typed)
 
     def explain(self, word, words):
         """Why a word of the command line is not understood: a mistyped flag, or a value too many."""
@@ -77,6 +100,13 @@ class ArgumentParser(argparse.ArgumentParser):
         kind = {"FILE": "file", "DIR": "folder"}.get(flags[flag].metavar, "value")
         shown = ", ".join(values[:3]) + (", ..." if len(values) > 3 else "")
         return f"{flag} takes one {kind}, found {len(values)}: {shown}"
+
+
+def flag_text(args, name):
+    """A flag with its value as it is typed, such as "--num-frames 4"."""
+    value = getattr(args, name)
+    value = " ".join(map(str, value)) if isinstance(value, list) else value
+    return f"--{name.replace('_', '-')}" + ("" if value is True else f" {value}")
 
 
 def number(kind, above=None, least=None, most=None):
@@ -126,16 +156,17 @@ def check_precision(precision):
         raise UserError(f"--precision {precision}: {name} has none: use fp16 or fp32")
 
 
-def settle_precision(args, energy, kept=None):
-    """Fill in --precision where it was left out: that of the resumed run (`kept`), else what suits model and device.
+def resolve_precision(precision, energy, kept=None):
+    """The --precision to use: the given one, else that of the resumed run (`kept`), else what suits model and device.
 
     energy says whether the model has one: its gradient, which is the field, stays exact. Raises UserError.
     """
-    if args.precision is None:
-        args.precision = kept or ("bf16" if not energy and has_bf16() else "fp32")
-        if not (kept or energy) and torch.cuda.is_available() and args.precision == "fp32":
+    if precision is None:
+        precision = kept or ("bf16" if not energy and has_bf16() else "fp32")
+        if not (kept or energy) and torch.cuda.is_available() and precision == "fp32":
             say("note: this GPU has no bf16, so --precision is fp32: fp16 is faster and takes less memory")
-    check_precision(args.precision)
+    check_precision(precision)
+    return precision
 
 
 def has_bf16():

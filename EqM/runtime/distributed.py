@@ -186,6 +186,14 @@ def gather_in_order(rows):
     return list(zip(*rows, strict=True))[1:]
 
 
+def patient_barrier():
+    """A function that all ranks call to wait for each other, for an hour at most; all make it before."""
+    if not is_started():
+        return lambda: None
+    group = dist.new_group(backend="gloo", timeout=SHARE_TIME)
+    return lambda: dist.barrier(group=group)
+
+
 def average(tensor):
     """The mean of a tensor over all ranks, on every rank."""
     if is_started():

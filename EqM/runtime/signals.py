@@ -17,7 +17,7 @@ class Interrupted(Exception):  # noqa: N818 (nothing went wrong)
 class StopSignal:
     """SIGTERM, SIGINT, SIGUSR1 or SIGHUP, sent to any rank, stops all of them at the same step.
 
-    The ranks agree by a sum over a group of its own, on the CPU: `ask` starts it before a step and `settle` reads it
+    The ranks agree by a sum over a group of its own, on the CPU: `vote` starts it before a step and `resolve` reads it
     after the step, so no rank waits. A second SIGINT ends the process at once. together: no rank may leave before the
     others know, as each forward pass of a sharded network needs them all.
     """
@@ -40,7 +40,7 @@ class StopSignal:
     def wait(self, batches):
         """The next of an iterator of batches, None at its end. Raises Interrupted at once if this rank is to stop.
 
-        Others may not know: see `settle`. Loader processes take seconds to start, and a decoder may hang.
+        Others may not know: see `resolve`. Loader processes take seconds to start, and a decoder may hang.
         """
         batch, self.is_waiting = None, True
         try:
@@ -53,41 +53,41 @@ class StopSignal:
         finally:
             self.is_waiting = False
         if self.together:
-            self.settle()
+            self.resolve()
         return batch
 
-    def ask(self, save=False):
-        """Start to ask whether a rank is to stop, and whether one wants to save."""
+    def vote(self, save=False):
+        """Start to vote whether a rank is to stop, and whether one wants to save."""
         self.flags = torch.tensor([float(self.name is not None), float(save)])
         if self.group is not None:
             self.pending = dist.all_reduce(self.flags, group=self.group, async_op=True)
 
     def agreed(self):
-        """(stop, save): whether any rank was to stop, or wanted to save, when it came to `ask`: the same on all.
+        """(stop, save): whether any rank was to stop, or wanted to save, when it came to `vote`: the same on all.
 
-        Without `ask` before, they are asked here. A single process also stops for a signal that came since.
+        Without a `vote` before, they vote here. A single process also stops for a signal that came since.
         """
         if self.flags is None:
-            self.ask()
+            self.vote()
         if self.group is not None:
             self.pending.wait()
         stop, save = (self.flags > 0).tolist()
         self.flags = None
         return stop or (self.group is None and self.name is not None), save
 
-    def meet(self):
-        """Wait for all ranks: one may write a large file to a slow disk, for longer than others wait in a step."""
+    def barrier(self):
+        """Wait for all ranks: one may write a large file to a slow disk, and others wait less in a step."""
         if self.group is not None:
             dist.barrier(group=self.group)
 
     def check(self):
-        """Raise Interrupted if this rank was asked to stop; others may not know, unless `together`: see `settle`."""
+        """Raise Interrupted if this rank was asked to stop; others may not know, unless `together`: see `resolve`."""
         if self.together:
-            self.settle()
+            self.resolve()
         elif self.name is not None:
             raise Interrupted
 
-    def settle(self):
+    def resolve(self):
         """Raise Interrupted, on all ranks, if any was asked to stop. Returns whether any wants to save."""
         stop, save = self.agreed()
         if stop:

@@ -1,0 +1,64 @@
+"""What a training script writes and how it ends. train.py and train_vae.py share it; their loops are their own."""
+
+import functools
+import time
+
+import checkpoint
+from runtime import distributed, runs
+from runtime.cli import say
+from runtime.metrics import Metrics, StepStats
+from runtime.signals import StopSignal
+from video.index import BadVideos
+from video.loader import end_children
+
+
+class Run:
+    """The folder of a run with its log, metrics and checkpoints; all ranks have one, and rank 0 writes.
+
+    start is the checkpoint.Start; num_videos and max_bad_fraction limit the corrupt videos, as BadVideos says; together
+    is that of StopSignal.
+    """
+
+    def __init__(self, start, results_dir, name, run_config, num_videos, max_bad_fraction, wandb=False, together=False):
+        self.folder = start.folder or runs.start_run_folder(results_dir, name)
+        self.log = functools.partial(say, log=self.folder / "log.txt")
+        logged_step = start.progress.step - 1 if start.unlogged else start.progress.step
+        self.metrics = Metrics(self.folder, resume_step=logged_step, wandb=wandb, config=run_config)
+        self.stats = StepStats(start.unlogged)
+        self.bad_videos = BadVideos(num_videos, max_bad_fraction, start.bad_videos)
+        self.stop = StopSignal(together)
+        self.writer = checkpoint.Writer(self.folder)
+        self.saved_at = time.monotonic()
+
+    def report_bad(self, paths, step):
+        """Name the corrupt videos that any rank has found, each once; raises UserError, on all ranks, for too many."""
+        for path in self.bad_videos.add([path for part in distributed.gather(paths) for path in part]):
+            self.log(f"step {step}: {path} can't be decoded; others take its place ({self.bad_videos})")
+
+    def wants_to_save(self, minutes):
+        """Whether that many minutes have passed since the last checkpoint; 0 = never."""
+        return 0 < 60 * minutes <= time.monotonic() - self.saved_at
+
+    def save(self, state, names=(), after=lambda: None):
+        """Save the state of `checkpoint.run_state` as latest.pt and under these names; all ranks call it.
+
+        after() is called when it is on the disk.
+        """
+        self.writer.wait()
+        self.stop.barrier()  # or the others would wait in the next step, which has a shorter timeout
+        self.saved_at = time.monotonic()
+        unlogged = self.stats.averaged(state["step"]) if len(self.stats) else None
+        self.report_bad(self.stats.bad, state["step"])
+        state = state | {"run": {"window": unlogged, "bad_videos": list(self.bad_videos.paths)}}
+        self.writer.write(state, names, before=self.metrics.sync, after=after)
+
+    def say_stopped(self, step):
+        sender = self.stop.name or "a signal to another rank"
+        where = f"and saved at step {step}" if step else "before the first step"
+        self.log(f"stopped by {sender} {where}: the same command with --resume continues")
+
+    def close(self):
+        """Wait for the other ranks, and end the loader processes."""
+        self.stop.barrier()
+        end_children()  # some may still be starting, and the end of their DataLoader would wait for that
+        self.metrics.close()
