@@ -1,6 +1,6 @@
 #!/usr/bin/env bash
 # Real people on a machine without a GPU: Weizmann's actions, a VAE trained on them, a latent cache, a model trained on 4,
-# then 8, then 16 frames, samples, clips that go on from given frames, and what they are worth. Run again, it goes on where
+# then 8, then 16 frames, samples, clips that go on from given frames, and what they are worth. Run again, it continues where
 # it stopped.
 #
 #   git clone https://github.com/sergeytulyakov/mocogan datasets/mocogan && bash scripts/weizmann.sh
@@ -12,7 +12,7 @@
 #   GPUS, PRECISION             processes, bf16 or fp32; left out: what suits the machine
 #   VAE_STEPS, STEPS_1, STEPS_2, STEPS_3   steps; left out: as HOURS says
 #   SAMPLES=96, LONG=16, REAL=64           samples of 16 frames, of 64 frames, held-out clips to go on from
-#   JUDGE_STEPS=250             training steps of the network that says which action a clip shows
+#   CLASSIFIER_STEPS=250        training steps of the network that says which action a clip shows
 set -euo pipefail
 cd "$(dirname "$0")/.."
 source scripts/common.sh
@@ -25,7 +25,7 @@ steps() { awk -v hours="$HOURS" -v each="$1" 'BEGIN { steps = int(hours * each);
 
 export EXP=${EXP:-weizmann}
 SOURCE=${SOURCE:-datasets/mocogan} DATA=${DATA:-datasets/weizmann} HOLD_OUT=${HOLD_OUT:-7 8}
-SAMPLES=${SAMPLES:-96} LONG=${LONG:-16} REAL=${REAL:-64} JUDGE_STEPS=${JUDGE_STEPS:-250}
+SAMPLES=${SAMPLES:-96} LONG=${LONG:-16} REAL=${REAL:-64} CLASSIFIER_STEPS=${CLASSIFIER_STEPS:-250}
 if command -v nvidia-smi >/dev/null; then
   RANKS=1 PRECISION=${PRECISION:-} # what the GPU is best at
 else
@@ -96,22 +96,27 @@ if ! there "samples/$EXP-continued/samples.npz"; then
     --num-samples "$(wc -l <"$DATA/ucfTrainTestlist/testlist01.txt")" --folder="samples/$EXP-continued" --batch-size 4 "${MIXED[@]}"
 fi
 
-# Held-out clips that go on from 8 frames (8 samples of each), and from 4 (10); is it remembered; does it show what was
-# asked
+# Scores: clips of the people who are held out, continued from 8 frames (8 samples of each) and from 4 (10), as the VAE
+# decodes them and with the background kept; does the model memorize; do samples show the action that was asked for
 score() { # FILE FLAGS of evaluate.py
   there "$1" || "${RUN[@]}" EqM/evaluate.py --data-path="$DATA" --num-workers 0 --out="$1" "${@:2}"
 }
-PREDICTED=(--metric prediction --ckpt="$BEST" "${MIXED[@]}")
-EIGHT=(--given-frames 0-7 --num-real="$REAL" --samples-per-clip 8)
-FOUR=(--given-frames 0-3 --num-real="$((REAL / 4))" --samples-per-clip 10)
-score "samples/$EXP-8of16-decoded.json" "${PREDICTED[@]}" "${EIGHT[@]}"
-score "samples/$EXP-8of16-background.json" "${PREDICTED[@]}" "${EIGHT[@]}" --keep-background
-score "samples/$EXP-4of16-decoded.json" "${PREDICTED[@]}" "${FOUR[@]}"
-score "samples/$EXP-4of16-background.json" "${PREDICTED[@]}" "${FOUR[@]}" --keep-background
+predict() { # NAME FRAMES CLIPS SAMPLES_PER_CLIP --[no-]keep-background
+  local folder=samples/$EXP-$1 kept=()
+  if [[ $5 == --keep-background ]]; then kept=("$5"); fi
+  there "$folder/samples.npz" || "${RUN[@]}" EqM/sample_gd.py --video --ckpt="$BEST" --num-frames 16 --given="$DATA" \
+    --given-split val --given-frames="$2" --num-samples="$(($3 * $4))" --samples-per-clip="$4" "$5" \
+    --folder="$folder" --no-previews "${MIXED[@]}"
+  score "$folder.json" --metric prediction --samples="$folder" "${kept[@]}"
+}
+predict 8of16-decoded 0-7 "$REAL" 8 --no-keep-background
+predict 8of16-background 0-7 "$REAL" 8 --keep-background
+predict 4of16-decoded 0-3 "$((REAL / 4))" 10 --no-keep-background
+predict 4of16-background 0-3 "$((REAL / 4))" 10 --keep-background
 score "samples/$EXP-nearest.json" --metric nearest --samples="samples/$EXP-f16"
-there "samples/$EXP-judge.json" ||
-  python scripts/judge.py --data-path="$DATA" --samples="samples/$EXP-f16" --steps="$JUDGE_STEPS" --out="samples/$EXP-judge.json"
+score "samples/$EXP-classifier.json" --metric classifier --samples="samples/$EXP-f16" \
+  --classifier-steps="$CLASSIFIER_STEPS"
 python scripts/gallery.py "samples/$EXP-f16" --data-path="$DATA"
 for kind in f64 continued; do python scripts/gallery.py "samples/$EXP-$kind"; done
-python scripts/people.py "$EXP" --out "samples/$EXP-scores"
+python scripts/studies/people.py "$EXP" --out "samples/$EXP-scores"
 echo "$((SECONDS - BEGAN)) s; see samples/$EXP-f16/sheet.png, samples/$EXP-f16/gallery.html and samples/$EXP-scores/people.md"

@@ -1,0 +1,153 @@
+"""Adaptive compute on Moving Shapes: accuracy of samples against evaluations of the network.
+
+    python scripts/studies/adaptive_compute.py --ckpt results/quickstart/*f16*/checkpoints/best.pt \
+        --data-path datasets/moving-shapes
+
+Three families, all from the same noise: the 249 evaluations cut short, fewer evaluations in larger steps (with the same
+sum of steps), and thresholds for the root mean square of the field (--stop-below), with small and with large steps. The
+recommended threshold is chosen on one seed and measured on another. Takes about an hour on one CPU core; after an
+interruption the same command continues. Writes results/adaptive_compute.json, .md and figures/adaptive_compute.png;
+samples and scores: results/adaptive-compute.
+"""
+
+import csv
+import hashlib
+import os
+from pathlib import Path
+
+import matplotlib
+import numpy as np
+
+import lab
+from runtime.cli import COUNT, fail, one_line_errors
+
+matplotlib.use("Agg")  # no window, no display
+from matplotlib import pyplot as plt  # noqa: E402
+
+GOAL = 0.6  # a threshold may take at most this share of the evaluations of the full path
+SMALL, LARGE = 0.002, 0.008  # step sizes
+# Evaluations of the full path, of it cut short and of larger steps; thresholds
+FULL, TINY = (249, (120, 130, 140, 150), (15, 30, 45, 60, 90), (2, 1.5, 1, 0.7, 0.5)), (4, (2,), (2,), (100,))
+COLORS = {"tab:gray": ("cut short", SMALL), "tab:orange": ("larger steps", None)}
+COLORS |= {"tab:blue": ("threshold", SMALL), "tab:green": ("threshold", LARGE)}
+
+
+class Samplings(lab.Run):
+    """Samples of a checkpoint, made in several ways, and their scores."""
+
+    def __init__(self, args):
+        self.ckpt, about = args.ckpt, [os.path.realpath(args.ckpt), os.stat(args.ckpt).st_mtime_ns]
+        self.flags = ["--num-frames", args.num_frames, "--num-samples", args.num_samples, "--precision", "bf16"]
+        self.flags += ["--sampler", "ngd", "--mu", 0.3, "--cfg-scale", 1.5]  # as the quickstart samples
+        digest = hashlib.sha256(str([*about, self.flags]).encode()).hexdigest()[:8]  # other samples, another folder
+        folder = Path(args.out, "adaptive-compute", digest)
+        super().__init__(folder, metrics={"motion": ["--data-path", args.data_path, "--num-real", 1]})
+
+    def train(self):
+        return self.ckpt
+
+    def rows(self, seed, cases):
+        """The rows of (family, evaluations, step size, threshold or None); the first is what others are compared to."""
+        names = [f"{family} {count} {size:.4g} {limit} seed {seed}" for family, count, size, limit in cases]
+        for name, (_, count, size, limit) in zip(names, cases, strict=True):
+            flags = ["--seed", seed, "--num-sampling-steps", count + 1, "--stepsize", size, "--stop-below", limit or 0]
+            self.tasks[name] = [*self.flags, *flags], ["motion"]
+        lab.run_all([self])
+        rows, videos = [], [np.load(self.path(name, "samples.npz"))["arr_0"].astype(float) for name in names]
+        for name, own, (family, count, size, limit) in zip(names, videos, cases, strict=True):
+            spent = [float(count)]
+            if limit:
+                with open(self.path(name, "evaluations.csv"), newline="") as file:
+                    spent = [float(row["evaluations"]) for row in csv.DictReader(file)]
+            row = {"family": family, "seed": seed, "step_size": size, "stop_below": limit}
+            row |= {"mean_evaluations": float(np.mean(spent)), "least_evaluations": min(spent)}
+            row |= {"most_evaluations": max(spent), "distance": float(np.sqrt(np.mean((own - videos[0]) ** 2)))}
+            rows.append(row | self.scores(name, "motion")["result"]["generated"])  # distance: rms, in gray levels
+        return rows
+
+
+def run_experiment(samplings, evaluations, cut_short, larger_steps, thresholds):
+    """The rows of the three families on seed 0, the chosen threshold, the rows of it and of the full path on seed 1."""
+    full, length = ("cut short", evaluations, SMALL, None), evaluations * SMALL
+    cases = [("cut short", count, SMALL, None) for count in cut_short]
+    cases += [("larger steps", count, length / count, None) for count in larger_steps]
+    cases += [("threshold", evaluations, size, limit) for size in (SMALL, LARGE) for limit in thresholds]
+    best, *rows = samplings.rows(0, [full, *cases])
+    # The threshold (small steps) closest to all evaluations, within GOAL and no less accurate
+    fit = [row for row in rows if (row["family"], row["step_size"]) == ("threshold", SMALL)
+           and row["mean_evaluations"] <= GOAL * evaluations
+           and row["direction_accuracy"] >= best["direction_accuracy"]]  # fmt: skip
+    chosen = min(fit, key=lambda row: row["distance"])["stop_below"] if fit else None
+    held_out = samplings.rows(1, [full, ("threshold", evaluations, SMALL, chosen)]) if fit else []
+    rows.insert(len(cut_short), best)
+    return {"rows": rows, "chosen": chosen, "held_out": held_out}
+
+
+def markdown(content):
+    lines = [f"Seed 0, {content['rows'][0]['clips']} clips a row:", "", *table(content["rows"])]
+    if content["chosen"] is None:
+        return [*lines, f"No R is as accurate as 250 points with at most {GOAL:.0%} of the evaluations."]
+    return [*lines, f"R = {content['chosen']:g}, chosen on seed 0, on seed 1:", "", *table(content["held_out"])]
+
+
+def table(rows):
+    cells = []
+    for row in rows:
+        low, high = row["direction_interval95"]
+        cells.append([
+            row["family"], f"{row['step_size']:.4f}", f"{row['stop_below']:g}" if row["stop_below"] else "",
+            f"{row['mean_evaluations']:.1f} ({row['least_evaluations']:.0f} - {row['most_evaluations']:.0f})",
+            f"{row['direction_accuracy']:.1%} ({100 * low:.1f} - {100 * high:.1f})",
+            "-" if row["speed_ratio"] is None else f"{row['speed_ratio']:.2f}", f"{row['distance']:.1f}",
+        ])  # fmt: skip
+    titles = ["", "step", "R", "evaluations", "direction right (95%)", "speed / true", "away from 250 points"]
+    return lab.table(titles, cells)
+
+
+@plt.rc_context({"font.size": 14, "axes.grid": True, "grid.alpha": 0.3})
+def plot_rows(path, rows):
+    figure, (top, bottom) = plt.subplots(2, 1, figsize=(9, 9), sharex=True, layout="constrained")
+    for color, (family, step_size) in COLORS.items():
+        part = [row for row in rows if row["family"] == family and step_size in (None, row["step_size"])]
+        part.sort(key=lambda row: row["mean_evaluations"])
+        evaluations, distances = ([row[name] for row in part] for name in ("mean_evaluations", "distance"))
+        right = np.array([row["direction_accuracy"] for row in part])
+        low, high = np.array([row["direction_interval95"] for row in part]).T
+        error = 100 * np.clip([right - low, high - right], 0, None)
+        label = f"{family}, step {step_size}" if step_size else family
+        top.errorbar(evaluations, 100 * right, error, marker="o", color=color, label=label, capsize=3)
+        bottom.plot(evaluations, distances, marker="o", color=color)
+        for row in part:
+            if row["stop_below"]:
+                place = row["mean_evaluations"], row["distance"]
+                bottom.annotate(f"{row['stop_below']:g}", place, (4, 4), textcoords="offset points", fontsize=10)
+    for axes in (top, bottom):
+        axes.axvline(GOAL * FULL[0], color="black", linestyle=":", label="60% of 249")
+    top.set(ylabel="direction right, %", ylim=(0, 102))
+    bottom.set(ylabel="distance from 250 points,\ngrey levels (rms)", xlabel="mean evaluations per sample")
+    top.legend(fontsize=11, loc="lower right")
+    path.parent.mkdir(parents=True, exist_ok=True)
+    figure.savefig(path, dpi=100)
+
+
+def parse_args():
+    parser = lab.study_parser(__doc__, trains=False)
+    parser.add_argument("--ckpt", required=True, metavar="FILE", help="checkpoint of a model of Moving Shapes")
+    parser.add_argument("--data-path", required=True, metavar="DIR", help="its data set, for the true motion")
+    parser.add_argument("--num-frames", type=COUNT, default=16, metavar="N", help="frames per clip")
+    parser.add_argument("--num-samples", type=COUNT, default=144, metavar="N", help="clips, the classes in turn")
+    return parser.parse_args()
+
+
+@one_line_errors()
+def main():
+    args = parse_args()
+    if not os.path.exists(args.ckpt):
+        fail(f"--ckpt {args.ckpt}: no such file; expected a checkpoint")
+    content = run_experiment(Samplings(args), *(TINY if args.miniature else FULL))
+    plot_rows(Path(args.out, "figures", "adaptive_compute.png"), content["rows"])
+    lab.write_results(args.out, "adaptive_compute", markdown(content), content)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,130 @@
+"""The arms of study.py and how they are trained and sampled; other studies use the recommended one."""
+
+import math
+from dataclasses import dataclass
+
+from models import model_config
+
+VERSION = 2  # of the meaning of the arms and of the columns of study.csv; rows of other versions are refused
+TOKENS = 2048  # per training step, for all arms
+PATH_LENGTH, GUIDANCE = 0.498, 1.5  # of sampling; path length = evaluations x step size
+VALIDATIONS = 8  # of a run, beside those at the ends of its phases
+
+
+@dataclass(frozen=True)
+class Arm:
+    name: str
+    questions: str
+    flags: str = ""  # of train.py, in addition to those of all arms
+    phases: tuple = ((16, 1.0),)  # (num_frames, share of the compute) of each phase
+    mix: float = 0.0  # --mix of train.py
+    seeds: int = 3  # number of seeds with full compute
+    shares: tuple = ()  # other shares of the compute; each is a run of its own, for SHARE_SEEDS seeds
+    lengths: tuple = (16,)  # num_frames of samples of runs with full compute; others have 16
+
+
+ROTARY = "--use-rope --rope-theta 100"
+TABLE = ROTARY + " --position-table space"
+MOVING = TABLE + " --rope-speed 0.5"
+INTERVALS = " --frame-interval 1 2"
+LENGTHS = (16, 24, 32)
+CURRICULUM = {"phases": ((4, 1 / 3), (8, 1 / 3), (16, 1 / 3)), "lengths": LENGTHS}
+SHARES = (0.4, 0.6)  # the arm that has not learned motion at 100% has 160% instead
+SHARE_SEEDS = 3
+
+ARMS = [
+    Arm("16 fixed", "A", seeds=5),
+    Arm("16 rotary", "A", ROTARY, seeds=5),
+    Arm("16 table", "AC", TABLE, seeds=5, shares=(1.6,)),
+    Arm("16 moving", "A", MOVING, seeds=5),
+    Arm("16 moving intervals", "BC", MOVING + INTERVALS, shares=SHARES),
+    Arm("4-8-16", "B", ROTARY + INTERVALS, **CURRICULUM),
+    Arm("4-8-16 table", "B", TABLE + INTERVALS, **CURRICULUM),
+    Arm("4-8-16 mix", "B", ROTARY + INTERVALS, mix=0.2, **CURRICULUM),
+    Arm("4-8-16 table mix", "B", TABLE + INTERVALS, mix=0.2, **CURRICULUM),
+    Arm("4-8-16 moving", "BC", MOVING + INTERVALS, shares=SHARES, **CURRICULUM),
+]
+BY_NAME = {arm.name: arm for arm in ARMS}
+RECOMMENDED = BY_NAME["4-8-16 moving"]
+
+
+@dataclass(frozen=True)
+class Size:
+    """The sizes of models, runs and samples. The full compute is that of `steps` steps of 16 frames."""
+
+    name: str = "full"
+    steps: int = 2000
+    depth: int = 4
+    width: int = 128
+    heads: int = 4
+    videos: int = 60  # per class
+    clips: int = 96  # number of samples for a row of the csv
+    val_clips: int = 64
+    points: int = 16  # --num-sampling-steps
+    most_seeds: int = 5
+
+
+FULL = Size()
+MINIATURE = Size("miniature", 4, 1, 48, 2, videos=2, clips=4, val_clips=2, points=3, most_seeds=1)
+BASE = [
+    "--model", "EqM-Ti/2", "--image-size", 16, "--temporal-patch-size", 4, "--vae", "none", "--no-flip",
+    "--num-workers", 0, "--precision", "bf16", "--optimizer", "muon", "--lr", 2e-3, "--muon-lr", 0.01,
+    "--weight-decay", 0.1, "--warmup-steps", 20, "--lr-decay", 0.4, "--ema-decay", 0.99, "--gamma-shift", 3,
+]  # fmt: skip
+
+
+def config_of(size):
+    """An EqMConfig for counting FLOPs, which do not depend on the positions."""
+    settings = {"depth": size.depth, "hidden_size": size.width, "num_heads": size.heads, "input_size": 16}
+    settings |= {"in_channels": 3, "temporal_patch_size": 4, "num_classes": 12, "num_frames": 16}
+    return model_config("EqM-Ti/2", use_rope=True, **settings)
+
+
+def plan(arm, share, size):
+    """[(num_frames, last step, clips per step)] of a run, and its FLOPs; those of --mix are their expectation."""
+    config = config_of(size)
+    compute = share * size.steps * TOKENS // math.prod(config.grid(16)) * config.training_flops(16)
+    phases, last_step, flops, earlier = [], 0, 0, []
+    for num_frames, part in arm.phases:
+        batch_size, own = TOKENS // math.prod(config.grid(num_frames)), config.training_flops(num_frames)
+        mix = arm.mix if earlier else 0
+        per_step = batch_size * ((1 - mix) * own + (mix and mix * sum(earlier) / len(earlier)))
+        steps = max(1, round(part * compute / per_step))
+        last_step, flops, earlier = last_step + steps, flops + steps * per_step, [*earlier, own]
+        phases.append((num_frames, last_step, batch_size))
+    return phases, flops
+
+
+def recipe_flags(arm, seed, share, size):
+    """The flags of train.py that determine a run, without the paths."""
+    phases, _ = plan(arm, share, size)
+    num_frames, last_step, batch_size = phases[-1]
+    flags = ["--video", *BASE, "--depth", size.depth, "--hidden-size", size.width, "--num-heads", size.heads]
+    flags += ["--global-seed", seed]
+    if len(phases) == 1:
+        flags += ["--num-frames", num_frames, "--max-steps", last_step, "--global-batch-size", batch_size]
+    else:
+        flags += ["--frames-schedule", ",".join(f"{a}:{b}:{c}" for a, b, c in phases), "--mix", arm.mix]
+    flags += [*arm.flags.split(), "--val-frames", 16, "--val-clips", size.val_clips]
+    return [str(flag) for flag in [*flags, "--val-every", max(1, last_step // VALIDATIONS)]]
+
+
+def sampling_flags(size):
+    """How the studies sample: flags of sample_gd.py."""
+    flags = ["--sampler", "ngd", "--num-sampling-steps", size.points, "--cfg-scale", GUIDANCE]
+    return [*flags, "--stepsize", f"{PATH_LENGTH / (size.points - 1):.4g}", "--precision", "bf16"]
+
+
+def sampling_flops(num_frames, size):
+    """FLOPs of sampling size.clips clips with guidance."""
+    return float(size.clips * (size.points - 1) * 2 * config_of(size).flops(num_frames))
+
+
+def size_of(args):
+    return MINIATURE if args.miniature else FULL
+
+
+def training(args, arm, seed, share, *more):
+    """The fields of a lab.Run that say how it trains."""
+    flags = [*recipe_flags(arm, seed, share, size_of(args)), *more, *(["--compile"] if args.compile else [])]
+    return {"training": flags, "last_step": plan(arm, share, size_of(args))[0][-1][1]}

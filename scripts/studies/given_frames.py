@@ -1,0 +1,103 @@
+"""How well does --forcing teach a model to complete clips, and what does it cost? Moving Shapes, several seeds.
+
+    python scripts/studies/given_frames.py --shares 0 0.75 --seeds 0 1 2     about 10 minutes of a core for each model
+
+Trains the curriculum that the study recommends with a share of forced clips, and scores it on a test set of its own,
+288 videos of another seed: completions of its clips by evaluate.py --metric prediction, and clips of which nothing is
+given by --metric motion. The same command continues, and shares the models with other processes (see lab.py). Tables:
+results/given_frames.md and .json; models, samples and scores: results/given-frames.
+"""
+
+import statistics
+from pathlib import Path
+
+import lab
+from arms import RECOMMENDED, sampling_flags, size_of, training
+from runtime.cli import SHARE, one_line_errors
+
+MEAN = "Mean over the seeds (lowest to highest)"
+TASKS = {  # name in the table: (flags of sample_gd.py, metric)
+    "8 of 16 given": ("--num-frames 16 --given-frames 0-7", "prediction"),
+    "8 of 16 given, no label": ("--num-frames 16 --given-frames 0-7 --classes none", "prediction"),
+    "4 + 4 of 16 given": ("--num-frames 16 --given-frames 0-3,12-15", "prediction"),
+    "4 + 4 of 16 given, no label": ("--num-frames 16 --given-frames 0-3,12-15 --classes none", "prediction"),
+    "1 of 16 given": ("--num-frames 16 --given-frames 0", "prediction"),
+    "nothing given, 16 frames": ("--num-frames 16", "motion"),
+    "nothing given, 24 frames at once": ("--num-frames 24 --window 24", "motion"),
+}
+COLUMNS = {  # title: value of a manifest, factor, digits
+    "direction right (%)": ("direction_accuracy", 100, 1),
+    "PSNR above repeating (dB)": ("psnr_gain", 1, 1),
+    "color and shape kept (%)": ("appearance_kept", 100, 1),
+    "speed / true": ("speed_ratio", 1, 2),
+}
+
+
+def make_run(args, share, seed):
+    """The Run of a model."""
+    root, clips = Path(args.out, "given-frames"), num_clips(args)
+    data, test = root / "moving-shapes", root / "moving-shapes-test"
+    flags = ["--num-samples", clips, "--seed", seed, *sampling_flags(size_of(args))]
+    given = {"prediction": ["--given", test, "--given-split", "all", "--no-keep-background"], "motion": []}
+    return lab.Run(
+        root / f"forcing{share:g}-seed{seed}",
+        data={
+            data: ["--seconds", 1.4, "--videos-per-class", size_of(args).videos],
+            test: ["--seconds", 1.4, "--videos-per-class", max(2, clips // 12), "--seed", 1],
+        },
+        **training(args, RECOMMENDED, seed, 1.0, "--forcing", share, "--data-path", data),
+        tasks={task: ([*words.split(), *flags, *given[metric]], [metric]) for task, (words, metric) in TASKS.items()},
+        metrics={
+            "prediction": ["--data-path", test],
+            "motion": ["--data-path", test, "--split", "all", "--num-real", clips],
+        },
+    )
+
+
+def num_clips(args):
+    return 4 if args.miniature else 288  # of the test set, one of each video
+
+
+def markdown(content):
+    """The tables as text: mean over the seeds and, in brackets, their lowest and highest value."""
+    tasks, seeds = content["tasks"], len(content["seeds"])
+    lines = ["# Given frames", ""]
+    lines += ["Made by `scripts/studies/given_frames.py`: the study's 4-8-16 recipe with shares of forced"]
+    lines += [f"clips (`--forcing`), {content['videos']} test videos, {seeds} seeds each. {MEAN}.", ""]
+    for share in dict.fromkeys(share for found in tasks.values() for share in found):
+        rows = {task: found[share] for task, found in tasks.items()}
+        lines += [f"## --forcing {share}", "", *lab.seed_table(rows, COLUMNS)]
+    # What forcing costs where nothing is given: the difference of each share to 0, seed by seed
+    title, gaps = "direction right (%)", {}
+    for task, found in tasks.items():
+        for share in found if task.startswith("nothing") and "0" in found else ():
+            pairs = zip(found[share][title], found["0"][title], strict=True)
+            gaps[f"- {task}, --forcing {share} minus 0"] = [own - other for own, other in pairs] if share != "0" else []
+    gaps = {what: own for what, own in gaps.items() if own}
+    if gaps:
+        lines += ["95% intervals by Student's t over the seeds:", ""]
+    for what, own in gaps.items():
+        mean, half = statistics.mean(own), lab.half_width(own)
+        spread = "" if half is None else f" ({mean - half:+.1f} to {mean + half:+.1f})"
+        lines.append(f"{what}: {mean:+.1f} points{spread}")
+    return lines
+
+
+def parse_args():
+    parser, values = lab.study_parser(__doc__, seeds=[0, 1, 2]), "values of --forcing"
+    parser.add_argument("--shares", type=SHARE, nargs="+", default=[0.0, 0.75], metavar="P", help=values)
+    return parser.parse_args()
+
+
+@one_line_errors()
+def main():
+    args = parse_args()
+    runs = {f"{share:g}": [make_run(args, share, seed) for seed in args.seeds] for share in args.shares}
+    lab.run_all([run for group in zip(*runs.values(), strict=True) for run in group])
+    tasks = {task: {share: lab.collect(group, task, COLUMNS) for share, group in runs.items()} for task in TASKS}
+    content = {"videos": num_clips(args), "seeds": args.seeds, "tasks": tasks}
+    lab.write_results(args.out, "given_frames", markdown(content), content)
+
+
+if __name__ == "__main__":
+    main()

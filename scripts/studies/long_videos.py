@@ -1,0 +1,113 @@
+"""How long does a video made in windows stay right? Bouncing shapes, 256 frames, several seeds.
+
+    python scripts/studies/long_videos.py                                            the table of the default
+    python scripts/studies/long_videos.py --overlaps 4 8 12 --guidances 1 1.5 --clips 24 --seeds 0 1     what is best
+
+Trains the recipe that the study recommends, but on 8 and 16 frames and with 1.6 times its compute, with three of four
+clips forced, on videos of shapes that turn at the borders of the frame. Makes long videos of every class by
+sample_gd.py and scores them by evaluate.py: one object to the end, its speed, its turns, and the seams of windows. Then
+it measures the memory of sample_gd.py for short and long videos. The same command continues, and shares the models with
+other processes (see lab.py). Tables: results/long_videos.md and .json; models, samples and scores: results/long-videos.
+"""
+
+import json
+from dataclasses import replace
+from pathlib import Path
+
+import lab
+from arms import GUIDANCE, RECOMMENDED, sampling_flags, size_of, training
+from runtime.cli import NON_NEGATIVE, number, one_line_errors
+
+ARM = replace(RECOMMENDED, phases=((8, 1 / 3), (16, 2 / 3)))
+COMPUTE, FORCING = 1.6, 0.75  # of the study's full compute; share of the clips that are forced in training
+WINDOW, SECONDS = 16, 12  # frames; of a video of the data, at 25 frames per second
+SHORT = 32  # frames of the videos whose memory is compared with that of long ones
+COLUMNS = {  # title: value of a manifest, factor, digits
+    "one object to the end (%)": ("one_object", 100, 0),
+    "turns at the borders only (%)": ("turns_right", 100, 0),
+    "speed of the windows / true: 5%": ("speed_low", 1, 2),
+    "median": ("speed_median", 1, 2),
+    "95%": ("speed_high", 1, 2),
+    "seam score of windows": ("window_seam_score", 1, 2),
+}
+
+
+class LongRun(lab.Run):
+    """A model, its long videos made in several ways, and the memory that making them takes."""
+
+    def __init__(self, args, seed):
+        self.args, size, root = args, size_of(args), Path(args.out, "long-videos")
+        data, test = root / "bouncing-shapes", root / "bouncing-shapes-test"
+        shared = ["--bounce", "--seconds", 2 if args.miniature else SECONDS, "--videos-per-class"]
+        flags = ["--num-frames", args.num_frames, "--num-samples", args.clips, "--window", WINDOW]
+        flags += [*sampling_flags(size), "--seed", seed]
+        real = ["--data-path", test, "--split", "all", "--num-real", args.clips]
+        super().__init__(
+            root / f"seed{seed}-compute{COMPUTE:g}",
+            data={data: [*shared, size.videos], test: [*shared, 2 if args.miniature else 16, "--seed", 1]},
+            **training(args, ARM, seed, COMPUTE, "--forcing", FORCING, "--data-path", data),
+            tasks={
+                f"overlap {overlap}, guidance {guidance:g}": (
+                    [*flags, "--overlap", overlap, "--cfg-scale", guidance], ("motion", "consistency")
+                )
+                for overlap in args.overlaps for guidance in args.guidances
+            },
+            metrics={"motion": real, "consistency": real},
+        )  # fmt: skip
+        self.memory = self.folder / f"memory-{args.num_frames}.json"  # {num_frames: MiB}
+
+    def path(self, task, name="samples.json"):
+        return super().path(f"{self.args.clips} clips of {self.args.num_frames}, {task}", name)
+
+    @property
+    def is_done(self):
+        return super().is_done and self.memory.exists()
+
+    def run(self):
+        super().run()
+        if not self.memory.exists():
+            words = ["--video", "--ckpt", self.checkpoint(), "--folder", self.folder / "memory-samples"]
+            words += ["--window", WINDOW, "--num-sampling-steps", 3, "--num-samples", 2 if self.args.miniature else 16]
+            lengths = SHORT, self.args.num_frames
+            peaks = {str(length): self.script("EqM/sample_gd.py", *words, "--num-frames", length) for length in lengths}
+            self.memory.write_text(json.dumps(peaks))
+
+
+def markdown(content):
+    """The table as text: mean over the seeds and, in brackets, their lowest and highest value."""
+    frames, count = content["num_frames"], len(content["seeds"])
+    lines = ["# Longer than any training clip", "", "Made by `scripts/studies/long_videos.py`: the study's recipe on 8 "
+             "and 16 frames with", f"{COMPUTE} times its compute and `--forcing {FORCING}`, bouncing shapes; "
+             f"{content['videos']} videos of", f"{frames} frames in windows of {WINDOW}; {count} "
+             f"seed{'s' if count > 1 else ''}: mean (lowest to highest).", ""]  # fmt: skip
+    lines += lab.seed_table(content["samplings"], COLUMNS)
+    ratios = [peaks[str(frames)] / peaks[str(SHORT)] for peaks in content["memory"]]
+    cell = lab.mean_cell(ratios, 2)
+    return [*lines, f"Peak memory of `sample_gd.py`, {frames} frames against {SHORT}: {cell} times."]
+
+
+def parse_args():
+    parser = lab.study_parser(__doc__, seeds=[0])
+    add = parser.add_argument
+    overlap = number(int, least=1, most=WINDOW - 1)
+    add("--overlaps", type=overlap, nargs="+", default=[8], metavar="N", help="values of --overlap of sample_gd.py")
+    add("--guidances", type=NON_NEGATIVE, nargs="+", default=[GUIDANCE], metavar="X", help="values of --cfg-scale")
+    add("--clips", type=number(int, least=2), default=96, metavar="N", help="videos that are made")
+    frames = number(int, least=2 * WINDOW, most=25 * SECONDS)
+    add("--num-frames", type=frames, default=256, metavar="N", help="their frames")
+    return parser.parse_args()
+
+
+@one_line_errors()
+def main():
+    args = parse_args()
+    runs = [LongRun(args, seed) for seed in args.seeds]
+    lab.run_all(runs)
+    content = {"videos": args.clips, "num_frames": args.num_frames, "seeds": args.seeds}
+    content["memory"] = [json.loads(run.memory.read_text()) for run in runs]
+    content["samplings"] = {task: lab.collect(runs, task, COLUMNS) for task in runs[0].tasks}
+    lab.write_results(args.out, "long_videos", markdown(content), content)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,118 @@
+"""What runs of scripts/weizmann.sh are worth: all their scores in one table.
+
+    EXP=weizmann-1h HOURS=1 bash scripts/weizmann.sh && EXP=weizmann-3h HOURS=3 bash scripts/weizmann.sh
+    python scripts/studies/people.py weizmann-1h weizmann-3h --out results
+
+Reads results/EXP and samples/EXP-*.json; writes people.md and people.json into --out.
+"""
+
+import json
+import re
+from pathlib import Path
+
+import lab
+from lab import cell
+from runtime.cli import ArgumentParser, UserError, fail, one_line_errors
+from runtime.metrics import read_metrics
+
+VALUES = {"psnr": "PSNR", "psnr_moving": "moving pixels"}  # of predictions: name of a value, in words
+KEPT = {"-decoded": "", "-background": ", background kept"}  # end of a task's name, in words: see --keep-background
+PREDICTIONS = [task + end for task in ("8of16", "4of16") for end in KEPT]
+
+
+def read_run(name):
+    """The scores of an experiment, a plain dict. Raises UserError."""
+    try:
+        hours = float(re.match(r"HOURS=(\S+)", Path("results", name, "settings").read_text())[1])
+        vae, model = (newest_metrics(name, kind) for kind in ("VAE", "EqM"))
+        tasks = (*PREDICTIONS, "nearest", "classifier")
+        made = {task: json.loads(Path("samples", f"{name}-{task}.json").read_text()) for task in tasks}
+    except FileNotFoundError as error:
+        missing = f"{error.filename} is missing; run it again with EXP={name}"
+        raise UserError(f"{name}: not a finished run of scripts/weizmann.sh: {missing}") from error
+    last_phase = [row for row in model if "val_loss" in row and row["num_frames"] == model[-1]["num_frames"]]
+    best = min(last_phase, key=lambda row: row["val_loss"])  # best.pt
+    result = {
+        "hours": hours, "vae_steps": vae[-1]["step"], "steps": model[-1]["step"], "vae_psnr": vae[-1]["val_psnr"],
+        "minutes_of_model": model[-1]["seconds"] / 60, "best_step": best["step"], "val_loss": best["val_loss"],
+    }  # fmt: skip
+    for task in PREDICTIONS:
+        found = made[task]["result"]
+        kept = ("samples_per_clip", "clips", *(name for name in found if re.match("psnr|ssim", name)))
+        result[task] = {name: found[name] for name in kept if not name.endswith("by_frame")}
+    for kind in ("real", "samples"):
+        found, kept = made["classifier"]["result"][kind], ("clips", "right", "share", "interval95", "static")
+        result[f"classifier_{kind}"] = {key: found[key] for key in kept if key in found}
+    ratio = {"rmse_ratio_interval95": made["nearest"]["result"]["rmse_ratio_interval95"]}
+    return result | {"nearest": made["nearest"]["values"] | ratio}
+
+
+def newest_metrics(name, kind):
+    """The rows of the newest VAE or model of an experiment. Raises FileNotFoundError."""
+    folders = sorted(Path("results", name).glob(f"[0-9][0-9][0-9]-{kind}-*"))
+    path = folders[-1] if folders else Path("results", name, f"*-{kind}-*")
+    return read_metrics(path / "metrics.jsonl")[0]
+
+
+def share(part):
+    low, high = part["interval95"]
+    return f"{part['right']} of {part['clips']}, {part['share']:.1%} ({100 * low:.1f} - {100 * high:.1f})"
+
+
+def rows_of(run):
+    """{what: text} of a run, the rows of its column."""
+    nearest, samples = run["nearest"], run["classifier_samples"]
+    rows = {
+        "steps of the VAE; of the model": f"{run['vae_steps']}; {run['steps']}",
+        "VAE, PSNR of held-out people (dB)": f"{run['vae_psnr']:.2f}",
+        "step of the checkpoint that is scored, best.pt": f"{run['best_step']}",
+    }
+    for value, words in VALUES.items():
+        for end, kept in KEPT.items():
+            eight, above = run["8of16" + end], f"8 of 16 given, {words} above repeating (dB){kept}"
+            rows[f"{above}: a sample"] = cell(eight, f"{value}_gain", 2)
+            rows[f"{above}: the average of {eight['samples_per_clip']}"] = cell(eight, f"{value}_average_gain", 2)
+        rows[f"8 of 16 given, {words} of repeating (dB)"] = cell(eight, f"{value}_repeated", 2)
+    for value, words in VALUES.items():
+        for end, kept in KEPT.items():
+            four = run["4of16" + end]
+            for kind, title in {"": "mean of", "_best": "best of", "_average": "average of"}.items():
+                what = f"4 of 16 given, {words} (dB){kept}: {title} {four['samples_per_clip']}"
+                rows[what] = cell(four, value + kind, 2).split()[0]
+        rows[f"4 of 16 given, {words} of repeating (dB)"] = cell(four, f"{value}_repeated", 2).split()[0]
+    return rows | {
+        "classifier: real clips, one person left out": share(run["classifier_real"]),
+        "classifier: samples that show the class that was asked for": share(samples),
+        "samples that move less than any real clip": f"{len(samples['static'])} of {samples['clips']}",
+        "nearest training clip, RMSE: samples / held-out": cell(nearest, "rmse_ratio", 2),
+        "samples nearer than 19 of 20 held-out clips": f"{nearest['nearer_than_95_percent']:.1%}",
+    }
+
+
+def markdown(runs):
+    columns = [rows_of(run) for run in runs]
+    about = "Made by `scripts/studies/people.py` from runs of `scripts/weizmann.sh`. 95% intervals by clip."
+    rows = [[what, *(column.get(what, "-") for column in columns)] for what in columns[0]]
+    return ["# Real people", "", about, "", *lab.table(["", *(f"HOURS={run['hours']:g}" for run in runs)], rows)]
+
+
+def parse_args():
+    parser = ArgumentParser(description="The scores of runs of scripts/weizmann.sh: a table.")
+    parser.add_argument("runs", nargs="+", metavar="EXP", help="experiments that weizmann.sh has finished")
+    out = "folder for people.md and people.json"
+    parser.add_argument("--out", type=lab.writable, default="results", metavar="DIR", help=out)
+    return parser.parse_args()
+
+
+@one_line_errors()
+def main():
+    args = parse_args()
+    try:
+        runs = sorted(map(read_run, args.runs), key=lambda run: run["hours"])
+    except UserError as error:
+        fail(error)
+    lab.write_results(args.out, "people", markdown(runs), runs)
+
+
+if __name__ == "__main__":
+    main()
