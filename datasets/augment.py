@@ -17,11 +17,12 @@ import torch.nn.functional as F
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent / "EqM"))
 from autoencoder import draw_colors
+from layout import missing_videos, scan_of, video_lines, write_lists
 from runtime import cli
 from runtime.cli import Bar, UserError, check_writable, fail, say
 from runtime.rng import generator
 from video.files import UnreadableError, read_all_frames
-from video.index import UCF_LISTS, check_data_path, latents_settings, scan_videos, split_videos
+from video.index import split_videos
 from video.writers import write_lossless
 
 CHUNK = 64  # frames that are decoded and changed at a time
@@ -54,28 +55,18 @@ def changed_frames(root, video, random):
         yield from ((x.clamp(-1, 1) + 1) * 127.5).round().byte().permute(0, 2, 3, 1).numpy()
 
 
-def plan(args):
-    """({place in --out: (video, number of the copy, 0: itself)}, the training places). Raises UserError."""
-    scan = scan_videos(args.data_path)
+def plan_copies(args):
+    """({file in --out: (video, number of the copy, 0: itself)}, lines of trainlist01, of testlist01)."""
+    scan = scan_of(args.data_path)
     train, val = split_videos(args.data_path, scan.videos, args.val_fraction)
-    files = {video.path: (video, 0) for video in scan.videos}
+    copies = {video.path: (video, 0) for video in scan.videos}
     for video in train:
         for copy in range(1, args.copies + 1):
-            files[str(PurePosixPath(video.path).with_suffix("")) + f"-copy{copy}.mkv"] = video, copy
-    kept = {video.path for video in val}
-    return files, [place for place in sorted(files) if place not in kept], scan.classes
-
-
-def write_lists(folder, files, train, classes):
-    """Write UCF-101's lists; the one of the training videos comes last: it says that all is there."""
-    folder.mkdir(exist_ok=True)
-    for name, places in (("testlist01.txt", sorted(set(files) - set(train))), ("trainlist01.txt", train)):
-        videos = [files[place][0] for place in places]
-        lines = [
-            f"{video.class_name}/{PurePosixPath(place).name} {classes.index(video.class_name) + 1}"
-            for place, video in zip(places, videos, strict=True)
-        ]
-        (folder / name).write_text("\n".join(lines) + "\n")
+            copies[str(PurePosixPath(video.path).with_suffix("")) + f"-copy{copy}.mkv"] = video, copy
+    validating = {video.path for video in val}
+    lists = [sorted(set(copies) - validating), sorted(validating)]
+    names = ([f"{copies[file][0].class_name}/{PurePosixPath(file).name}" for file in files] for files in lists)
+    return copies, *(video_lines(part, scan.classes) for part in names)
 
 
 @cli.one_line_errors(UnreadableError)
@@ -83,28 +74,23 @@ def main():
     args = parse_args()
     try:
         check_writable("--out", args.out)
-        check_data_path(args.data_path)
-        if latents_settings(args.data_path) is not None:
-            raise UserError(f"--data-path {args.data_path}: a latent cache; name the folder of its videos")
         if Path(args.out).resolve() == Path(args.data_path).resolve():
             raise UserError(f"--out {args.out}: the same as --data-path; name another folder")
-        files, train, classes = plan(args)
-        there = {path.relative_to(args.out).as_posix() for path in Path(args.out).rglob("*") if path.is_file()}
-        if foreign := sorted(p for p in there - set(files) if not p.endswith(".tmp") and UCF_LISTS not in p):
-            raise UserError(f"--out {args.out}: holds {foreign[0]}, which is not of these copies: name another folder")
+        copies, train, test = plan_copies(args)
+        missing = missing_videos(args.out, copies)
     except UserError as error:
         fail(error)
-    for place in Bar([place for place in files if place not in there], desc="copying", unit="video"):
-        (video, copy), path = files[place], Path(args.out, place)
+    for file in Bar(missing, desc="copying", unit="video"):
+        (video, copy), path = copies[file], Path(args.out, file)
         path.parent.mkdir(parents=True, exist_ok=True)
         if copy == 0:
-            shutil.copyfile(Path(args.data_path, place), f"{path}.tmp")
+            shutil.copyfile(Path(args.data_path, file), f"{path}.tmp")
             Path(f"{path}.tmp").rename(path)
         else:
             random = generator(args.seed, "copies", video.key, copy)
             write_lossless(path, changed_frames(args.data_path, video, random), video.fps)
-    write_lists(Path(args.out, UCF_LISTS), files, train, classes)
-    say(f"{args.out}: {len(train)} training videos instead of {len(train) // (args.copies + 1)}, {len(files)} in all")
+    write_lists(args.out, {"testlist01": test, "trainlist01": train})
+    say(f"{args.out}: {len(train)} training videos instead of {len(train) // (args.copies + 1)}, {len(copies)} in all")
 
 
 if __name__ == "__main__":

@@ -12,22 +12,23 @@ import os
 import statistics
 import sys
 import time
-from collections import Counter
+from collections import Counter, deque
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import closing
 from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent / "EqM"))
+import numpy as np
 import torch
 
-import transport
 from models import NAMES, EqM, model_config
 from runtime import distributed
 from runtime.cli import COUNT, SHARE, ArgumentParser, Bar, UserError, check_writable, fail, one_line_errors, say
 from vae import REPOSITORIES, load_vae
 from video.clips import Clips
 from video.files import UnreadableError, has_suffix, read_all_frames
-from video.index import check_data_path, fitting_interval, latents_settings, scan_videos, split_videos
+from video.index import fitting_interval, split_videos
+from video.source import check_data_path, open_source
 from video.writers import MAX_ROWS, write_sheet
 
 PUBLISHED_LATENTS = 4, 8  # channels and downsampling of --vae ema and mse, which need not be loaded for an estimate
@@ -54,30 +55,29 @@ def parse_args():
 @one_line_errors()
 def main():
     args = parse_args()
+    out = args.out or f"check-{Path(args.data_path).resolve().name}.png"
     try:
-        args.out = args.out or f"check-{Path(args.data_path).resolve().name}.png"
-        check_writable("--out", os.path.dirname(args.out) or ".")
-        check_data_path(args.data_path)
-        if latents_settings(args.data_path) is not None:
-            raise UserError(f"DIR {args.data_path}: a latent cache; name the folder of its videos")
+        check_writable("--out", os.path.dirname(out) or ".")
+        check_data_path(args.data_path, cached=False)
         config = make_config(args)
-        scan = scan_videos(args.data_path)
+        source = open_source(args.data_path, args.image_size)
+        scan = source.scan
         describe(scan)
-        bad = [] if args.quick else undecodable(args.data_path, scan.videos)
-        usable = describe_losses(args, scan, bad)
+        usable = describe_losses(args, scan, [] if args.quick else undecodable(args.data_path, scan.videos))
         train, val = split_videos(args.data_path, scan.videos, args.val_fraction)
     except UserError as error:
         fail(str(error).replace("--data-path", "DIR"))
     say(f"split: {len(train)} videos train, {len(val)} validate")
     for name in sorted({video.class_name for video in val} - {video.class_name for video in train}):
         say(f"  class {name}: all its videos validate, so the model never sees it: add some")
-    if usable:
-        clips = Clips(args.data_path, usable[:MAX_ROWS], scan.classes, args.num_frames, args.image_size,
-                      (args.frame_interval, args.frame_interval), flip=False)  # fmt: skip
-        samples = [clips[index] for index in range(len(usable[:MAX_ROWS]))]
-        names = [scan.classes[sample["label"]] for sample in samples]
-        write_sheet(args.out, torch.stack([sample["clip"] for sample in samples]).permute(0, 2, 3, 4, 1).numpy(), names)
-        say(f"{args.out}: {len(samples)} clips as the model sees them")
+    if shown := usable[:MAX_ROWS]:
+        interval = args.frame_interval, args.frame_interval
+        clips = Clips(source, shown, scan.classes, args.num_frames, interval, flip=False)
+        samples = [clips[index] for index in range(len(shown))]
+        videos = np.stack([sample["clip"].permute(1, 2, 3, 0) for sample in samples])
+        classes = {video.path: video.class_name for video in shown}
+        write_sheet(out, videos, [classes[sample["video"]] for sample in samples])
+        say(f"{out}: {len(shown)} clips as the model sees them")
     estimate(args, config)
 
 
@@ -89,15 +89,11 @@ def describe(scan):
     """Counts, lengths, rates and sizes."""
     videos = scan.videos
     say(f"{len(videos)} videos in {len(scan.classes)} classes; {len(scan.unreadable)} files can't be opened")
-    counts = Counter(video.class_name for video in videos)
     for name in scan.classes:
         own = [video.num_frames / video.fps for video in videos if video.class_name == name]
-        say(f"  {name}: {counts[name]} videos" + (f", {sum(own):.1f} s" if own else ""))
-    for what, values in (
-        ("frames", [video.num_frames for video in videos]),
-        ("seconds", [video.num_frames / video.fps for video in videos]),
-        ("frames per second", [video.fps for video in videos]),
-    ):
+        say(f"  {name}: {len(own)} videos, {sum(own):.1f} s")
+    rows = [(video.num_frames, video.num_frames / video.fps, video.fps) for video in videos]
+    for what, values in zip(("frames", "seconds", "frames per second"), zip(*rows, strict=True), strict=True):
         say(f"{what}: {min(values):.4g} to {max(values):.4g}, median {statistics.median(values):.4g}")
     sizes = Counter(f"{video.width} x {video.height}" for video in videos)
     say("sizes, upright: " + ", ".join(f"{count} of {size}" for size, count in sizes.most_common(8)))
@@ -109,8 +105,7 @@ def undecodable(root, videos):
     def decode(video):
         try:
             with closing(read_all_frames(root, video, 16)) as chunks:
-                for _ in chunks:
-                    pass
+                deque(chunks, maxlen=0)
         except UnreadableError:
             return video.path
         return None
@@ -121,20 +116,21 @@ def undecodable(root, videos):
 
 def describe_losses(args, scan, bad):
     """Say what training would leave out or change, and why. Returns the videos that can be used."""
-    for path in scan.unreadable:
-        say(f"left out: {path}: can't be opened: repair or remove it")
-    for path in bad:
-        say(f"left out: {path}: can't be decoded to its end: repair or remove it")
+    repair = "repair or remove it"
+    skipped = [(path, f"can't be opened: {repair}") for path in scan.unreadable]
+    skipped += [(path, f"can't be decoded to its end: {repair}") for path in bad]
     found = {*(video.path for video in scan.videos), *scan.unreadable}
     for path in sorted(Path(args.data_path).rglob("[!.]*")):
         name = str(path.relative_to(args.data_path))
         if has_suffix("video", name) and name not in found and path.is_file():
-            say(f"left out: {name}: lies too deep, wanted DIR/<class>/<video>")
+            skipped.append((name, "lies too deep, expected DIR/<class>/<video>"))
         elif path.suffix.lower() in (".m4v", ".3gp", ".mpg", ".mpeg", ".mts", ".wmv", ".flv"):
-            say(f"left out: {name}: a video of another kind: convert it, such as by ffmpeg -i FILE FILE.mp4")
+            skipped.append((name, "a video of another kind: convert it, such as by ffmpeg -i FILE FILE.mp4"))
     short = [video for video in scan.videos if video.num_frames < args.num_frames]
-    for video in short:
-        say(f"left out: {video.path}: {video.num_frames} frames, a clip has --num-frames {args.num_frames}")
+    long = f"a clip has --num-frames {args.num_frames}"
+    skipped += [(video.path, f"{video.num_frames} frames, {long}") for video in short]
+    for name, why in skipped:
+        say(f"left out: {name}: {why}")
     usable = [video for video in scan.videos if video not in short and video.path not in bad]
     interval, size = args.frame_interval, args.image_size
     if near := sum(fitting_interval(video, args.num_frames, interval) < interval for video in usable):
@@ -151,14 +147,13 @@ def describe_losses(args, scan, bad):
 
 def make_config(args):
     """The EqMConfig of the model that would be trained. Raises UserError."""
+    channels, downsample = PUBLISHED_LATENTS
     if args.vae == "none" or args.vae not in REPOSITORIES:
         vae = load_vae(args.vae)
         channels, downsample = vae.channels, vae.downsample
-    else:
-        channels, downsample = PUBLISHED_LATENTS
     unit = downsample * int(args.model.split("/")[1])
     if args.image_size % unit:
-        raise UserError(f"--image-size {args.image_size} is not a multiple of {unit} (VAE's downsampling x patch)")
+        raise UserError(f"--image-size {args.image_size}: not a multiple of {unit} (VAE's downsampling x patch)")
     shape = {"input_size": args.image_size // downsample, "in_channels": channels, "num_classes": 1}
     try:
         config = model_config(args.model, **shape, num_frames=args.num_frames, use_rope=True)
@@ -170,36 +165,34 @@ def make_config(args):
 
 def estimate(args, config):
     """Say what a step takes here: time and memory of forward and backward of a few clips, scaled to the batch."""
-    device = distributed.start()
-    model, count = EqM(config).to(device), min(CLIPS_TIMED, args.global_batch_size)
+    device, batch = distributed.start(), args.global_batch_size
+    model, count = EqM(config).to(device), min(CLIPS_TIMED, batch)
     x = torch.randn(count, config.in_channels, args.num_frames, config.input_size, config.input_size, device=device)
-    labels, gamma = torch.zeros(count, dtype=torch.int64, device=device), torch.full((count,), 0.5, device=device)
-    seen = {}  # place of what the backward pass needs -> bytes
+    y, kept = torch.zeros(count, dtype=torch.int64, device=device), {}  # place of what the backward pass needs: bytes
 
-    def remember(tensor):
-        seen[tensor.untyped_storage().data_ptr()] = tensor.untyped_storage().nbytes()
+    def keep(tensor):
+        kept[tensor.untyped_storage().data_ptr()] = tensor.untyped_storage().nbytes()
         return tensor
 
     for _ in range(2):  # the first one warms up
-        seen.clear()
+        kept.clear()
         began = time.monotonic()
-        with torch.autograd.graph.saved_tensors_hooks(remember, lambda tensor: tensor):
-            loss = transport.loss(model(x, labels), x, torch.randn_like(x), gamma).mean()
+        with torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor):
+            loss = (model(x, y).float() - x).square().mean()
         loss.backward()
         if device.type == "cuda":
             torch.cuda.synchronize()
-        seconds = time.monotonic() - began
+        seconds = (time.monotonic() - began) / count
     weights = {parameter.untyped_storage().data_ptr() for parameter in model.parameters()}
-    activations = sum(size for place, size in seen.items() if place not in weights) / count
-    size, batch = sum(parameter.numel() for parameter in model.parameters()), args.global_batch_size
-    tokens = math.prod(config.grid(args.num_frames))
-    say(f"{args.model}: {size / 1e6:.1f} M parameters, {tokens} tokens a clip")
+    activations = sum(size for place, size in kept.items() if place not in weights) / count
+    size = sum(parameter.numel() for parameter in model.parameters())
+    say(f"{args.model}: {size / 1e6:.1f} M parameters, {math.prod(config.grid(args.num_frames))} tokens a clip")
     say(
         f"memory, fp32: {size * BYTES / 1e9:.2g} GB for the model, {activations / 1e6:.3g} MB for each clip that a "
         f"process has at once: {(size * BYTES + activations * batch) / 1e9:.3g} GB for {batch} clips"
     )
-    each = seconds / count
-    say(f"time, fp32 on this {device.type}: about {each * batch:.3g} s a step ({each:.3g} s a clip), without the VAE")
+    step = f"about {seconds * batch:.3g} s a step ({seconds:.3g} s a clip)"
+    say(f"time, fp32 on this {device.type}: {step}, without the VAE")
 
 
 if __name__ == "__main__":

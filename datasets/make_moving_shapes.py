@@ -14,6 +14,7 @@ import math
 import os
 import sys
 import tempfile
+from argparse import Namespace
 from pathlib import Path
 
 import av
@@ -21,6 +22,7 @@ import numpy as np
 import torch
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent / "EqM"))
+from layout import class_lines, video_lines, write_lists
 from runtime.cli import ArgumentParser, Bar, UserError, fail, say
 from runtime.rng import generator
 from runtime.untrusted import read_json
@@ -37,14 +39,9 @@ AXES = {"Horizontal": ("Left", "Right"), "Vertical": ("Up", "Down")}  # of --bou
 CLASSES = tuple(f"{shape}{direction}" for shape in SHAPES for direction in DIRECTIONS)
 BOUNCING = tuple(f"{shape}{axis}" for shape in SHAPES for axis in AXES)
 COLORS = {
-    "red": (240, 70, 60),
-    "green": (60, 220, 90),
-    "blue": (80, 130, 250),
-    "yellow": (240, 220, 60),
-    "magenta": (220, 70, 220),
-    "cyan": (60, 220, 220),
-    "white": (240, 240, 240),
-}
+    "red": (240, 70, 60), "green": (60, 220, 90), "blue": (80, 130, 250), "yellow": (240, 220, 60),
+    "magenta": (220, 70, 220), "cyan": (60, 220, 220), "white": (240, 240, 240),
+}  # fmt: skip
 BACKGROUNDS = {"black": (0, 0, 0), "gray": (40, 40, 40), "navy": (10, 20, 50), "brown": (45, 25, 10)}
 
 # In units of the radius. The square has the circle's area, the triangle, which points up, 84% of it: a larger one
@@ -102,28 +99,23 @@ def draw_clip(video, size, frames, fps=FPS):
     return np.stack([draw_frame(video["shape"], center, *appearance) for center in centers])
 
 
-def plan_appearance(shape, random, args):
-    """The part of an entry in shapes.json that says how a video looks, from three uniform draws."""
+def draw_appearance(count, data_set, shape, kind, index, args):
+    """(how a video looks: a part of its entry in shapes.json, the rest of `count` uniform draws)."""
+    rng = generator(args.seed, data_set, shape, kind, index)
+    size, u_color, u_background, *rest = torch.rand(count, generator=rng, dtype=torch.float64).tolist()
     small, large = args.radius
-    radius = args.size * (small + (large - small) * random[0])
-    color = args.colors[int(random[1] * len(args.colors))]
-    background = args.backgrounds[int(random[2] * len(args.backgrounds))]
+    radius = args.size * (small + (large - small) * size)
+    color = args.colors[int(u_color * len(args.colors))]
+    background = args.backgrounds[int(u_background * len(args.backgrounds))]
     return {
         "radius": radius, "area": AREAS[shape] * radius**2, "color": color, "rgb": COLORS[color],
         "background": background, "background_rgb": BACKGROUNDS[background],
-    }  # fmt: skip
-
-
-def draw_video(count, data_set, shape, kind, index, args):
-    """(`count` uniform draws, what the first three say of the appearance) of one video."""
-    rng = generator(args.seed, data_set, shape, kind, index)
-    random = torch.rand(count, generator=rng, dtype=torch.float64).tolist()
-    return random, plan_appearance(shape, random[:3], args)
+    }, rest  # fmt: skip
 
 
 def plan_video(shape, direction, index, args):
     """The entry of one video in shapes.json. All that is random about a video is decided here."""
-    random, appearance = draw_video(5, "moving-shapes", shape, direction, index, args)
+    appearance, places = draw_appearance(5, "moving-shapes", shape, direction, index, args)
     radius = appearance["radius"]
     speed = TRAVEL * args.size * FPS / args.frames
     distance = speed * (args.frames - 1) / FPS
@@ -132,7 +124,7 @@ def plan_video(shape, direction, index, args):
         move = DIRECTIONS[direction][axis]  # from a start between first and last, the shape is never cut off
         first = radius * EXTENTS[shape][axis] + distance * (move < 0)
         last = args.size - radius * EXTENTS[shape][axis + 2] - distance * (move > 0)
-        start.append(round(first + (last - first) * random[3 + axis], 6))
+        start.append(round(first + (last - first) * places[axis], 6))
     return {
         "class": f"{shape}{direction}", "shape": shape, "direction": direction, "start": start, "speed": speed,
         **appearance,
@@ -141,11 +133,11 @@ def plan_video(shape, direction, index, args):
 
 def plan_bouncing(shape, axis, index, args):
     """The entry of one video of --bounce: `path` is the centroid's position along the axis in each frame, px."""
-    random, appearance = draw_video(6, "bouncing-shapes", shape, axis, index, args)
+    appearance, (*places, turn) = draw_appearance(6, "bouncing-shapes", shape, axis, index, args)
     radius = appearance["radius"]
     ends = [(radius * EXTENTS[shape][n], args.size - radius * EXTENTS[shape][n + 2]) for n in range(2)]
-    start = [low + (high - low) * random[3 + n] for n, (low, high) in enumerate(ends)]
-    along, speed, forwards = list(AXES).index(axis), TRAVEL * args.size, random[5] < 0.5
+    start = [low + (high - low) * place for place, (low, high) in zip(places, ends, strict=True)]
+    along, speed, forwards = list(AXES).index(axis), TRAVEL * args.size, turn < 0.5
     low, high = ends[along]
     position = start[along] + (1 if forwards else -1) * speed / FPS * np.arange(args.frames)
     path = low + np.abs((position - high) % (2 * (high - low)) - (high - low))  # reflected at both ends
@@ -185,50 +177,37 @@ def write_video(path, frames):
         container.mux(stream.encode())
 
 
-def write_splits(folder, videos, test):
-    """classInd.txt, trainlist01.txt and testlist01.txt, as UCF-101 has them."""
-    folder.mkdir()
-    names = sorted({video["class"] for video in videos.values()})
-    class_ids = {name: i + 1 for i, name in enumerate(names)}
-    lines = [f"{i} {name}\n" for name, i in class_ids.items()]
-    (folder / "classInd.txt").write_text("".join(lines))
-    train = [f"{key}.avi {class_ids[video['class']]}\n" for key, video in videos.items() if key not in test]
-    (folder / "trainlist01.txt").write_text("".join(train))
-    (folder / "testlist01.txt").write_text("".join(f"{key}.avi\n" for key in videos if key in test))
-
-
-def already_made(out, settings):
-    """True if `out` holds the data set of these settings, False if it does not exist or is empty.
-
-    Raises UserError if it holds anything else.
-    """
+def is_made(out, settings):
+    """Whether `out` holds the data set of these settings; False if it is new or empty. Raises UserError otherwise."""
     if not out.exists() or (out.is_dir() and not any(out.iterdir())):
         return False
-    advice = "wanted a new or empty folder or the same data set: name another folder"
+    advice = "expected a new or empty folder or the same data set: name another folder"
     try:
         found = read_json(out / "shapes.json")
         same, videos = found["settings"] == settings, found["videos"]
     except (OSError, ValueError, KeyError, TypeError):
-        raise UserError(f"--out {out} holds something that is not Moving Shapes; {advice}") from None
+        raise UserError(f"--out {out}: holds something that is not Moving Shapes; {advice}") from None
     if not same:
-        raise UserError(f"--out {out} holds Moving Shapes made with other flags ({found['settings']}); {advice}")
-    missing = [key for key in videos if not (out / f"{key}.avi").is_file()]
-    if missing:
-        raise UserError(f"--out {out} lacks {len(missing)} of its {len(videos)} videos ({missing[0]}.avi); {advice}")
+        raise UserError(f"--out {out}: holds Moving Shapes made with other flags ({found['settings']}); {advice}")
+    if missing := [key for key in videos if not (out / f"{key}.avi").is_file()]:
+        raise UserError(f"--out {out}: lacks {len(missing)} of its {len(videos)} videos ({missing[0]}.avi); {advice}")
     return True
 
 
 def write_data_set(out, settings, args):
     """Write the data set to a temporary folder beside `out`, which is renamed when it is complete."""
     videos, test = plan_videos(args)
+    classes = sorted({video["class"] for video in videos.values()})
     out.parent.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(prefix=f".{out.name}-", dir=out.parent) as temporary:
         folder = Path(temporary, out.name)
-        for name in BOUNCING if args.bounce else CLASSES:
+        for name in classes:
             (folder / name).mkdir(parents=True)
         for key, video in Bar(videos.items(), desc="Moving Shapes", unit="video"):
             write_video(folder / f"{key}.avi", draw_clip(video, args.size, args.frames))
-        write_splits(folder / "ucfTrainTestlist", videos, test)
+        train, test = ([f"{key}.avi" for key in videos if (key in test) == tests] for tests in (False, True))
+        lists = {"classInd": class_lines(classes), "testlist01": test, "trainlist01": video_lines(train, classes)}
+        write_lists(folder, lists)
         top = {"version": VERSION, "size": args.size, "fps": FPS, "seconds": args.frames / FPS, "seed": args.seed}
         text = json.dumps({**top, "frames": args.frames, "settings": settings, "videos": videos}, indent=1)
         (folder / "shapes.json").write_text(text + "\n")
@@ -236,54 +215,52 @@ def write_data_set(out, settings, args):
 
 
 def check_flags(args):
-    """Raise UserError for values that can't be drawn; sets args.frames."""
-    if not 2 <= args.videos_per_class <= 100_000:
-        raise UserError(f"--videos-per-class {args.videos_per_class} must be at least 2 (one trains, one "
-                        "tests) and at most 100000")  # fmt: skip
-    if not 16 <= args.size <= 4096 or args.size % 2:
-        raise UserError(f"--size {args.size} must be an even number of px, at least 16, at most 4096")
-    if not 0.08 <= args.seconds <= 3600:
-        raise UserError(f"--seconds {args.seconds:g} must be between 0.08 (2 frames) and 3600")
-    args.frames = round(args.seconds * FPS)
+    """Raise UserError for values that can't be drawn."""
+    bounds = {"videos_per_class": (2, 100_000), "size": (16, 4096), "seconds": (2 / FPS, 3600)}  # one trains, one tests
+    for name, (least, most) in bounds.items():
+        if not least <= (value := getattr(args, name)) <= most:
+            raise UserError(f"--{name.replace('_', '-')} {value}: expected at least {least:g}, at most {most:g}")
+    if args.size % 2:
+        raise UserError(f"--size {args.size}: an odd number of px; expected an even one")
     small, large = args.radius
     most = math.floor(1000 * (1 - TRAVEL) / max(BASE, HEIGHT, 2)) / 1000
     if not 0.05 <= small <= large <= most:
-        raise UserError(f"--radius {small:g} {large:g} must be MIN <= MAX, both between 0.05 and {most:g} of --size, "
+        raise UserError(f"--radius {small:g} {large:g}: expected MIN <= MAX, both between 0.05 and {most:g} of --size, "
                         "or shapes are too small to recognize or leave the frame")  # fmt: skip
 
 
 def parse_args(argv=None):
     parser = ArgumentParser(description=__doc__.split("\n")[0])
-    parser.add_argument("--out", type=Path, required=True, help="folder to write; must be new or empty")
-    parser.add_argument("--videos-per-class", type=int, default=60, help="videos in each of the 12 classes (6)")
-    parser.add_argument("--size", type=int, default=64, help="height and width of a frame, px")
+    add = parser.add_argument
+    add("--out", type=Path, required=True, help="folder to write; must be new or empty")
+    add("--videos-per-class", type=int, default=60, help="videos in each of the 12 classes (6)")
+    add("--size", type=int, default=64, help="height and width of a frame, px")
     seconds = "length of a video, s; without --bounce a crossing takes all of it"
-    parser.add_argument("--seconds", type=float, default=1.0, help=seconds)
-    parser.add_argument("--bounce", action="store_true", help="shapes turn at the border; 6 classes, shape x axis")
-    parser.add_argument("--seed", type=int, default=0, help="seed of the random choices; default: 0")
-    parser.add_argument("--radius", type=float, nargs=2, default=[0.18, 0.18], metavar=("MIN", "MAX"),
-                        help="range of the radius, as a fraction of --size; random per video")  # fmt: skip
-    parser.add_argument("--colors", nargs="+", choices=COLORS, default=["red", "green", "blue"],
-                        help="colors of the shapes; random per video")  # fmt: skip
-    parser.add_argument("--backgrounds", nargs="+", choices=BACKGROUNDS, default=["black"],
-                        help="background colors; random per video")  # fmt: skip
+    add("--seconds", type=float, default=1.0, help=seconds)
+    add("--bounce", action="store_true", help="shapes turn at the border; 6 classes, shape x axis")
+    add("--seed", type=int, default=0, help="seed of the random choices; default: 0")
+    radius = "range of the radius, as a fraction of --size; random per video"
+    add("--radius", type=float, nargs=2, default=[0.18, 0.18], metavar=("MIN", "MAX"), help=radius)
+    colors = "colors of the shapes; random per video"
+    add("--colors", nargs="+", choices=COLORS, default=["red", "green", "blue"], help=colors)
+    add("--backgrounds", nargs="+", choices=BACKGROUNDS, default=["black"], help="background colors; random per video")
     return parser.parse_args(argv)
 
 
 def main(argv=None):
     args = parse_args(argv)
     check_flags(args)
-    settings = {name: value for name, value in vars(args).items() if name not in ("out", "frames")}
+    settings = {name: value for name, value in vars(args).items() if name != "out"}
     if not args.bounce:
         del settings["bounce"]  # which older data sets do not have
     settings["version"] = VERSION
     try:
-        if already_made(args.out, settings):
+        if is_made(args.out, settings):
             say(f"{args.out} already exists, made with the same flags")
             return
-        write_data_set(args.out, settings, args)
+        write_data_set(args.out, settings, Namespace(**vars(args), frames=round(args.seconds * FPS)))
     except OSError as error:
-        raise UserError(f"--out {args.out} can't be written ({error}): name a writable folder") from None
+        raise UserError(f"--out {args.out}: can't be written ({error}): name a writable folder") from None
     say(f"{args.out}: {len(BOUNCING if args.bounce else CLASSES)} classes of {args.videos_per_class} videos")
 
 

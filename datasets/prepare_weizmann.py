@@ -15,15 +15,14 @@ Safe to run again: it does only what is missing, and writes the split anew. Exit
 """
 
 import sys
-from collections import defaultdict
 from pathlib import Path
 
 import numpy as np
 from PIL import Image, UnidentifiedImageError
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent / "EqM"))
+from layout import class_lines, missing_videos, video_lines, write_lists
 from runtime.cli import COUNT, ArgumentParser, Bar, UserError, check_writable, fail, one_line_errors, say
-from video.index import UCF_LISTS
 from video.writers import write_lossless
 
 CLASSES = {0: "OneHandWave", 1: "TwoHandWave", 3: "JumpingJack", 4: "Bend"}  # by the number of their folder
@@ -43,28 +42,22 @@ def parse_args():
 
 def find_strips(source):
     """{(class, person): path of its strip}. Opens no file. Raises UserError unless each person has one per class."""
-    prefix = f"--source {source}"
-    folders = Path(source, "data", "actions"), Path(source, "actions"), Path(source)
-    folder = next((folder for folder in folders if any(Path(folder, str(number)).is_dir() for number in CLASSES)), None)
+    prefix, strips = f"--source {source}", {}
+    places = Path(source, "data", "actions"), Path(source, "actions"), Path(source)
+    folder = next((place for place in places if any((place / str(number)).is_dir() for number in CLASSES)), None)
     if folder is None:
-        raise UserError(f"{prefix}: no data/actions/0 and so on; wanted a clone of the repository mocogan")
-    strips, people = {}, defaultdict(set)
+        raise UserError(f"{prefix}: no data/actions/0 and so on; expected a clone of the repository mocogan")
     for number, name in CLASSES.items():
-        for path in sorted(Path(folder, str(number)).glob("*.jpg")):
+        for path in sorted((folder / str(number)).glob("*.jpg")):
             if not path.stem.isdecimal():
-                raise UserError(f"{prefix}: {path}: wanted a number as its name")
-            if int(path.stem) % 2 == 0:
-                person = int(path.stem) // 8 + 1
-                if person in people[name]:
-                    raise UserError(f"{prefix}: {path}: a second clip of person {person}; wanted one: is it a copy?")
-                strips[name, person] = path
-                people[name].add(person)
-        if not people[name]:
-            raise UserError(f"{prefix}: no strips in {Path(folder, str(number))} ({name}): clone the repository again")
-    everyone = set.union(*people.values())
-    for name in CLASSES.values():
-        if missing := everyone - people[name]:
-            raise UserError(f"{prefix}: person {min(missing)} has no clip of {name}: clone the repository again")
+                raise UserError(f"{prefix}: {path}: expected a number as its name")
+            clip = name, int(path.stem) // 8 + 1
+            if int(path.stem) % 2 == 0 and strips.setdefault(clip, path) is not path:
+                raise UserError(f"{prefix}: {path}: a second clip of person {clip[1]}; expected one: is it a copy?")
+    people = {person for _, person in strips}
+    for clip in [(name, person) for name in CLASSES.values() for person in sorted(people) or [1]]:
+        if clip not in strips:
+            raise UserError(f"{prefix}: person {clip[1]} has no clip of {clip[0]}: clone the repository again")
     return strips
 
 
@@ -77,59 +70,41 @@ def read_strip(path):
         raise UserError(f"{path}: can't be read as an image: clone the repository again") from error
     height, width, _ = pixels.shape
     if height != SIZE or width % SIZE or width < LEAST_FRAMES * SIZE:
-        wanted = f"{SIZE} px high, a multiple of {SIZE} px wide, {LEAST_FRAMES} frames at least"
-        raise UserError(f"{path}: a strip of {width} x {height} px; wanted {wanted}: clone the repository again")
+        expected = f"{SIZE} px high, a multiple of {SIZE} px wide, {LEAST_FRAMES} frames at least"
+        raise UserError(f"{path}: a strip of {width} x {height} px; expected {expected}: clone the repository again")
     return pixels.reshape(SIZE, -1, SIZE, 3).transpose(1, 0, 2, 3)
 
 
-def write_split(out, strips, held_out):
-    """Write UCF-101's three lists, in which the clips of `held_out` people are the test list."""
-    folder, classes = Path(out, UCF_LISTS), sorted(CLASSES.values())
-    folder.mkdir(exist_ok=True)
-    lines = {"classInd.txt": [f"{label} {name}" for label, name in enumerate(classes, 1)]}
-    for file, tests in (("testlist01.txt", True), ("trainlist01.txt", False)):  # the second says that all is there
-        clips = sorted(clip for clip in strips if (clip[1] in held_out) == tests)
-        lines[file] = [f"{name}/person{person}.mkv {classes.index(name) + 1}" for name, person in clips]
-    for name, content in lines.items():
-        Path(folder, name).write_text("\n".join(content) + "\n")
-
-
-def video_path(out, name, person):
-    return Path(out, name, f"person{person}.mkv")
-
-
-def check_args(args, strips):
-    """Raise UserError if --out holds something else, or --hold-out names nobody or everybody."""
-    check_writable("--out", args.out)
+def check_people(strips, held_out):
+    """Raise UserError if --hold-out names nobody or everybody."""
     people = {person for _, person in strips}
-    if others := sorted(set(args.hold_out) - people):
+    if others := sorted(held_out - people):
         raise UserError(f"--hold-out {others[0]}: the people are 1 to {max(people)}")
-    if people <= set(args.hold_out):
+    if people <= held_out:
         raise UserError("--hold-out: names everybody: leave someone to train on")
-    known = {f"{name}/person{person}.mkv" for name, person in strips}
-    found = {path.relative_to(args.out).as_posix() for path in Path(args.out).glob("*/*") if path.suffix != ".tmp"}
-    if foreign := sorted(path for path in found - known if not path.startswith((UCF_LISTS, "."))):
-        raise UserError(f"--out {args.out}: holds {foreign[0]}, which is not of this data set: name another folder")
 
 
 @one_line_errors()
 def main():
     args = parse_args()
+    held_out, classes = set(args.hold_out), sorted(CLASSES.values())
     try:
         strips = find_strips(args.source)
-        check_args(args, strips)
-        missing = {clip: path for clip, path in strips.items() if not video_path(args.out, *clip).exists()}
-        clips = {clip: read_strip(path) for clip, path in missing.items()}  # 30 MB
+        check_writable("--out", args.out)
+        check_people(strips, held_out)
+        videos = {f"{name}/person{person}.mkv": path for (name, person), path in sorted(strips.items())}
+        clips = {name: read_strip(videos[name]) for name in missing_videos(args.out, videos)}  # 30 MB
     except UserError as error:
         fail(error)
-    for (name, person), frames in Bar(clips.items(), desc="writing", unit="video", disable=not clips):
-        video = video_path(args.out, name, person)
-        video.parent.mkdir(parents=True, exist_ok=True)
-        write_lossless(video, frames, FPS)
-    write_split(args.out, strips, set(args.hold_out))
-    people, held_out = {person for _, person in strips}, " and ".join(map(str, sorted(set(args.hold_out))))
+    for name, frames in Bar(clips.items(), desc="writing", unit="video", disable=not clips):
+        Path(args.out, name).parent.mkdir(parents=True, exist_ok=True)
+        write_lossless(Path(args.out, name), frames, FPS)
+    tests = {f"{name}/person{person}.mkv" for name, person in strips if person in held_out}
+    train, test = (video_lines([name for name in videos if (name in tests) == held], classes) for held in (False, True))
+    write_lists(args.out, {"classInd": class_lines(classes), "testlist01": test, "trainlist01": train})
+    people, numbers = len(strips) // len(classes), " and ".join(map(str, sorted(held_out)))
     written = f"{len(clips)} videos written"
-    say(f"{args.out}: {len(CLASSES)} classes of {len(people)} people, {written}; person {held_out} held out")
+    say(f"{args.out}: {len(classes)} classes of {people} people, {written}; person {numbers} held out")
 
 
 if __name__ == "__main__":

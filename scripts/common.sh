@@ -9,23 +9,23 @@ complain() { # MESSAGE: what the user can put right
 
 for word in "$@"; do # --help: the comment at the head of the script, and nothing else is done
   if [[ $word == --help || $word == -h ]]; then
-    awk 'NR > 1 { if (!/^#/) exit; if (!/^#SBATCH/) { sub(/^# ?/, ""); print } }' "scripts/$SCRIPT"
+    awk 'NR > 1 { if (!/^#/) exit; if (!/^#SBATCH/) { sub(/^# ?/, ""); print } }' "${HELP:-scripts/$SCRIPT}"
     exit
   fi
 done
 
 flags_only() { # ARGUMENTS that are passed on: flags, not words
-  if [[ $# != 0 && $1 != -* ]]; then complain "unknown word $(printf %q "$1"); wanted flags, see --help"; fi
+  if [[ $# != 0 && $1 != -* ]]; then complain "$(printf %q "$1"): unknown word; expected flags, see --help"; fi
 }
 
 no_words() { # ARGUMENTS of a script that takes none
-  if [[ $# != 0 ]]; then complain "unknown word $(printf %q "$1"); it takes none, see --help for its variables"; fi
+  if [[ $# != 0 ]]; then complain "$(printf %q "$1"): unknown word; it takes none, see --help for its variables"; fi
 }
 
 nearly() { # KNOWN NAMES...: complains of a variable that is set and that is nearly one of the KNOWN ones
   local name
   for name in "${@:2}"; do
-    [[ -z ${!name:-} ]] || complain "$name is none of its variables $1 (unset it); all else is a flag, see --help"
+    [[ -z ${!name:-} ]] || complain "$name: unknown variable; expected $1 (unset it); all else is a flag, see --help"
   done
 }
 

@@ -22,7 +22,6 @@ from runtime.cli import ArgumentParser, UserError, check_writable, fail, one_lin
 from scoring import manifest
 
 SHOWN = 20  # classes that the card names
-KEY = "weights_sha256"
 CARD = """# {name}
 
 Trained with Equilibrium Matching (arXiv 2510.02300). `config.json` holds all settings; those of the sampler are used
@@ -43,15 +42,14 @@ unless flags say otherwise. `FOLDER` is this folder, `DATA` a folder of videos o
 
 def parse_args():
     parser = ArgumentParser(description="Export a checkpoint to a folder to share: EMA weights and configuration.")
-    parser.add_argument("ckpt", metavar="CKPT", help="a checkpoint of train.py or a published image model")
-    parser.add_argument("folder", metavar="DIR", help="folder to write; must be new or empty")
-    dtype = "precision of the weights; fp16 halves the size"
-    parser.add_argument("--dtype", choices=published.DTYPES, default="fp32", help=dtype)
-    name = "EqM-{Ti,S,B,L,XL}/{2,4,8}; published models need it"
-    parser.add_argument("--model", choices=NAMES, metavar="NAME", help=name)
-    scores = "manifests that evaluate.py has written for this checkpoint or its samples, to be shown on the card"
-    parser.add_argument("--scores", nargs="+", default=[], metavar="FILE", help=scores)
-    parser.add_argument("--ebm", choices=EBMS, help="energy of the model; published models may need it")
+    add = parser.add_argument
+    add("ckpt", metavar="CKPT", help="a checkpoint of train.py or a published image model")
+    add("folder", metavar="DIR", help="folder to write; must be new or empty")
+    add("--dtype", choices=published.DTYPES, default="fp32", help="precision of the weights; fp16 halves the size")
+    add("--model", choices=NAMES, metavar="NAME", help="EqM-{Ti,S,B,L,XL}/{2,4,8}; published models need it")
+    scores = "manifests that evaluate.py has written for samples of this checkpoint, to be shown on the card"
+    add("--scores", nargs="+", default=[], metavar="FILE", help=scores)
+    add("--ebm", choices=EBMS, help="energy of the model; published models may need it")
     return parser.parse_args()
 
 
@@ -62,14 +60,14 @@ def main():
         if os.path.isdir(args.folder) and os.listdir(args.folder):
             raise UserError(f"DIR {args.folder}: exists and is not empty; name a new folder")
         state = checkpoint.load(args.ckpt, ["ema"], **models.model_shape(args.model), ebm=args.ebm)
-        checkpoint.check_name(args.ckpt, state, args.model)
-        checkpoint.check(args.ckpt, checkpoint.config_of(args.ckpt, state), ebm=args.ebm)
+        flag = f"CKPT {args.ckpt}"
+        checkpoint.check_name(flag, state, args.model)
+        checkpoint.check(flag, checkpoint.config_of(flag, state), ebm=args.ebm)
         sha256 = checkpoint.weights_sha256(state["ema"]) if args.scores else None
-        card = make_card(state, args.dtype, [read_scores(args.ckpt, sha256, path) for path in args.scores])
+        card = make_card(state, args.dtype, [score_table(args.ckpt, sha256, path) for path in args.scores])
+        published.write_export(args.folder, state, args.dtype, card)
     except UserError as error:
         fail(error)
-    try:
-        published.write_export(args.folder, state, args.dtype, card)
     except OSError as error:
         fail(error, status=1)
     size = sum(file.stat().st_size for file in Path(args.folder).iterdir()) / 1e6
@@ -77,24 +75,8 @@ def main():
     say(f"{args.folder}: {names}, {size:.1f} MB; use it as --ckpt {args.folder}")
 
 
-# ----------------------------------------------------------------------------------------------------------------------
-# The model card
-
-
-def read_scores(ckpt, sha256, path):
-    """The manifest at a path, if it is of the averaged weights with this SHA-256 or of their samples.
-
-    Raises UserError.
-    """
-    found = manifest.read_manifest(path)
-    about = found["generated"]
-    if sha256 not in (about.get(KEY), (about.get("source") or {}).get(KEY)):
-        raise UserError(f"--scores {path}: not of the averaged weights of {ckpt}, or of earlier code: score them again")
-    return found
-
-
 def make_card(state, dtype, scores):
-    """The README.md of an export."""
+    """The README.md of an export; scores: tables."""
     config, flags = state["config"], "--video " if state["config"]["training"]["video"] else ""
     rope = "--use-rope " if config["model"]["use_rope"] else ""
     return CARD.format(
@@ -102,7 +84,7 @@ def make_card(state, dtype, scores):
         about="\n".join(f"| {key} | {one_line(str(value)).replace('|', '/')} |" for key, value in facts(state, dtype)),
         sample=f"python EqM/sample_gd.py {flags}--ckpt FOLDER --num-samples 16 --folder samples",
         train=f"python EqM/train.py {flags}{rope}--ckpt FOLDER --data-path DATA --max-steps {state['step'] + 10_000}",
-        scores="".join(map(score_table, scores)) or "\nNone were given.\n",
+        scores="".join(scores) or "\nNone were given.\n",
     )
 
 
@@ -115,8 +97,8 @@ def facts(state, dtype):
     yield "classes", f"{len(data['classes'])}: {', '.join(names)}"
     yield "data", os.path.basename(str(training.get("data_path") or "")) or "not recorded"
     if training["video"]:
-        apart, patch = checkpoint.trained_time_scale(data), model["temporal_patch_size"]
-        yield "clips", f"{training['num_frames']} frames, {apart:.4g} s apart; patches of {patch}"
+        patch = model["temporal_patch_size"]
+        yield "clips", f"{training['num_frames']} frames, {data['time_scale']:.4g} s apart; patches of {patch}"
     yield "pictures", f"{data['image_size'] or 'see config.json'} px, VAE {os.path.basename(str(data['vae']))}"
     sampler = generation.SAMPLER | {key: training[key] for key in generation.SAMPLER if key in training}
     yield "sampler", ", ".join(f"{key} {value}" for key, value in sampler.items() if value is not None)
@@ -124,11 +106,14 @@ def facts(state, dtype):
         yield "validation loss", f"{state['best_loss']:.4f}, the lowest of the last phase"
 
 
-def score_table(found):
-    """A manifest's values as a table."""
-    head = ["", f"`{found['protocol']}`, code {found['code'] or 'unknown'}:", "", "| | |", "|---|---|"]
-    rows = [f"| {key} | {'-' if value is None else format(value, '.4g')} |" for key, value in found["values"].items()]
-    return "\n".join([*head, *rows, ""])
+def score_table(ckpt, sha256, path):
+    """The values of the manifest at a path, as a table. Raises UserError unless its weights have this SHA-256."""
+    found = manifest.read_manifest(path)
+    if found["generated"]["source"].get("weights_sha256") != sha256:
+        raise UserError(f"--scores {path}: not of samples of the averaged weights of {ckpt}; score some")
+    cells = [(key, "-" if value is None else f"{value:.4g}") for key, value in found["values"].items()]
+    head = f"\n`{found['protocol']}`, code {found['code'] or 'unknown'}:\n\n| | |\n|---|---|\n"
+    return head + "".join(f"| {key} | {value} |\n" for key, value in cells)
 
 
 if __name__ == "__main__":

@@ -11,7 +11,7 @@
 set -euo pipefail
 cd "$(dirname "$0")/.."
 source scripts/common.sh
-if [[ ! ${1:-1} =~ ^[1-9][0-9]*$ ]]; then complain "found $*; wanted nothing or a number first, see --help"; fi
+if [[ ! ${1:-1} =~ ^[1-9][0-9]*$ ]]; then complain "$*: expected nothing, or a number first, see --help"; fi
 flags_only "${@:2}"
 bash scripts/setup.sh dev
 if [[ $# == 0 ]]; then

@@ -1,6 +1,7 @@
 #!/usr/bin/env bash
-# Does this machine compute what a CPU computes, does training work on it in every way, and how fast is it? 10 minutes on
-# one large GPU; writes results/gpu.md, and ends with status 1 and a line that names what failed, if anything did.
+# Does this machine compute what a CPU computes, does training work on it in every way, and how fast is it? Runs
+# tests/gpu_checks.py, 10 minutes on one large GPU; writes results/gpu.md, and ends with status 1 and a line that names what
+# failed, if anything did.
 #
 #   bash scripts/gpu_check.sh             all GPUs of this machine
 #   bash scripts/gpu_check.sh GPUS        so many of them
@@ -11,5 +12,5 @@
 set -euo pipefail
 cd "$(dirname "$0")/.."
 source scripts/common.sh
-bash scripts/setup.sh
+bash scripts/setup.sh dev
 .venv/bin/python scripts/gpu_check.py "$@"

@@ -12,17 +12,14 @@ import numpy as np
 from PIL import Image, ImageDraw, ImageFont
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent / "EqM"))
-from gallery import load_samples
-from given import frame_ranges
+from gallery import Samples
 from runtime.atomic import atomic_write
 from runtime.cli import COUNT, ArgumentParser, UserError, check_writable, fail, say
-from video.samples import read_samples
-from video.writers import MARK
+from video.drawing import MARGIN, draw_row, evenly_spaced
 
-COLUMNS = 12
-SIDE, GAP = 64, 4  # px of a frame, and between two
+COLUMNS, SIDE, GAP = 12, 64, 4  # frames of a row; px of a frame, and between two
 LEFT, TITLE = 128, 30  # px: width of the class names, height of a title
-MAX_NAME_LENGTH = 16  # characters
+FONT_SIZE, MAX_NAME_LENGTH = 15, 16  # px, characters
 
 
 def parse_args():
@@ -33,46 +30,27 @@ def parse_args():
     return parser.parse_args()
 
 
-def title_of(samples):
-    """What the rows of a folder show, in words."""
-    continued = "clips continued from the frames in orange, " if samples.given(0) else ""
-    fps = 1 / samples.about["time_scale"]
-    size = f"{samples.image_size} x {samples.image_size} px"
-    return f"{continued}{samples.num_frames} frames, {fps:.3g} per second, {size}"
-
-
-def draw_row(picture, y, clip, name, given):
-    """Draw the frames of clip uint8 (T, H, W, 3) from y px down, its name before them; given: numbers of frames."""
-    draw = ImageDraw.Draw(picture)
-    draw.text((GAP, y + SIDE // 2), name[:MAX_NAME_LENGTH], "black", ImageFont.load_default(size=15), anchor="lm")
-    smooth = Image.Resampling.NEAREST if clip.shape[1] < SIDE else Image.Resampling.LANCZOS
-    for column, frame in enumerate(np.linspace(0, len(clip) - 1, min(len(clip), COLUMNS)).round().astype(int)):
-        x = LEFT + column * (SIDE + GAP)
-        picture.paste(Image.fromarray(clip[frame]).resize((SIDE, SIDE), smooth), (x, y))
-        if frame in given:
-            draw.rectangle([x - 2, y - 2, x + SIDE + 1, y + SIDE + 1], outline=MARK, width=3)
-
-
-def draw_picture(folders, rows):
-    """The picture of the first `rows` samples of each folder. Raises UserError."""
-    parts = [load_samples(folder) for folder in folders]
-    heights = [TITLE + min(rows, len(samples.labels)) * (SIDE + GAP) for samples in parts]
-    picture = Image.new("RGB", (LEFT + COLUMNS * (SIDE + GAP), sum(heights)), "white")
-    for samples, top in zip(parts, np.cumsum([0, *heights[:-1]]).tolist(), strict=True):
-        _, clips, _ = read_samples(f"FOLDER {samples.folder}", samples.folder)
-        font = ImageFont.load_default(size=15)
-        ImageDraw.Draw(picture).text((GAP, top + TITLE // 2), title_of(samples), "#555555", font, anchor="lm")
-        for row, clip in enumerate(clips[:rows]):
-            given = frame_ranges(samples.given(row)["frames"]) if samples.given(row) else ()
-            draw_row(picture, top + TITLE + row * (SIDE + GAP), clip, samples.class_name(row), given)
-    return picture
+def draw_folder(samples, rows):
+    """The first `rows` samples of a folder, under a title: uint8 (h, w, 3)."""
+    T, size, font = samples.num_frames, samples.image_size, ImageFont.load_default(FONT_SIZE)
+    clips, shown = samples.clips[:rows], evenly_spaced(T, COLUMNS)
+    picture = Image.new("RGB", (LEFT + COLUMNS * (SIDE + GAP), TITLE + len(clips) * (SIDE + GAP)), "white")
+    continued = "clips continued from the frames in orange, " if samples.given[0] else ""
+    title = f"{continued}{T} frames, {samples.fps:.3g} per second, {size} x {size} px"
+    ImageDraw.Draw(picture).text((MARGIN, TITLE // 2), title, "#555555", font, anchor="lm")
+    smooth = Image.Resampling.NEAREST if size < SIDE else Image.Resampling.LANCZOS
+    for row, clip in enumerate(clips):
+        frames = np.stack([Image.fromarray(frame).resize((SIDE, SIDE), smooth) for frame in clip[shown]])
+        marked, name = np.isin(shown, samples.given[row]), samples.class_name(samples.labels[row])[:MAX_NAME_LENGTH]
+        draw_row(picture, LEFT, TITLE + row * (SIDE + GAP), frames, marked, name, font, GAP)
+    return np.asarray(picture)
 
 
 def main():
     args = parse_args()
     try:
         check_writable("--out", Path(args.out).parent)
-        picture = draw_picture(args.folders, args.rows)
+        picture = Image.fromarray(np.concatenate([draw_folder(Samples(folder), args.rows) for folder in args.folders]))
     except UserError as error:
         fail(error)
     try:

@@ -3,11 +3,11 @@
 # 24 frames, and their scores by a motion tracker. Run again, it continues from its last checkpoint.
 #
 #   EXP=quickstart                  results go to results/$EXP, samples to samples/$EXP-f16 and so on
-#   DATA=datasets/moving-shapes     made if it is not there, VIDEOS=60 of each class
-#   GPUS, MODEL=EqM-Ti/2, PRECISION processes, model, bf16 or fp32; left out: what suits the machine
+#   DATA=datasets/moving-shapes     made if it is missing, VIDEOS=60 of each class
+#   GPUS, MODEL=EqM-Ti/2, PRECISION processes, model, bf16 or fp32; default: what suits the machine
 #   STEPS_1, STEPS_2, STEPS_3       global steps at which the phases end: 1000, 1680, 2200
 #   BATCH_1, BATCH_2, BATCH_3       clips a step: 32, 16, 8
-#   ONE_RUN=1                       0: a run for each phase
+#   ONE_RUN=1                       0: a run for each phase, which starts from the checkpoint of the one before
 #   FORCING=0.5                     share of the clips that teach to complete given frames
 #   LR_DECAY=0.4                    share of the steps over which the learning rate falls to 0
 #   SEED=0                          of every random draw of the training
@@ -18,8 +18,6 @@ source scripts/common.sh
 no_words "$@"
 BEGAN=$SECONDS
 
-export EXP=${EXP:-quickstart}
-export DATA=${DATA:-datasets/moving-shapes}
 if command -v nvidia-smi >/dev/null; then
   RANKS=1 PRECISION=${PRECISION:-} # what the GPU is best at
 else
@@ -27,21 +25,18 @@ else
   # glibc keeps the memory of a step for the next one, instead of giving it back and asking again
   export MALLOC_MMAP_THRESHOLD_=4000000000 MALLOC_TRIM_THRESHOLD_=4000000000
 fi
-export GPUS=${GPUS:-$RANKS} MODEL=${MODEL:-EqM-Ti/2}
-export ONE_RUN=${ONE_RUN:-1} # 0: a run for each phase, which starts from the checkpoint of the one before
-export STEPS_1=${STEPS_1:-1000} STEPS_2=${STEPS_2:-1680} STEPS_3=${STEPS_3:-2200} # global; with 840 and 1580 one seed was weak
+export EXP=${EXP:-quickstart} DATA=${DATA:-datasets/moving-shapes} GPUS=${GPUS:-$RANKS} MODEL=${MODEL:-EqM-Ti/2}
+export STEPS_1=${STEPS_1:-1000} STEPS_2=${STEPS_2:-1680} STEPS_3=${STEPS_3:-2200} # with 840 and 1580 one seed was weak
 export BATCH_1=${BATCH_1:-32} BATCH_2=${BATCH_2:-16} BATCH_3=${BATCH_3:-8}      # 2,048 tokens a step
-export LR_DECAY=${LR_DECAY:-0.4} RECIPE=small COMPILE=0 # which takes longer than it saves here
-export FORCING=${FORCING:-0.5}
+export ONE_RUN=${ONE_RUN:-1} FORCING=${FORCING:-0.5} LR_DECAY=${LR_DECAY:-0.4} RECIPE=small
+export COMPILE=0 CACHE=0 # compiling takes longer than it saves here; pixels need no encoding
 MORE=(--num-workers 0)
 [[ $ONE_RUN == 1 ]] && MORE+=(--mix 0.1) # or 4 frames would be half forgotten
 [[ $(uname) == Linux ]] && MORE+=(--cache-frames)
-export CACHE=0 # pixels need no encoding
-VIDEOS=${VIDEOS:-60} # per class
 SAMPLES=${SAMPLES:-48} FRAMES=${FRAMES:-16 7 24}
 
 bash scripts/setup.sh
-.venv/bin/python datasets/make_moving_shapes.py --out="$DATA" --videos-per-class="$VIDEOS" --seconds 1.4
+.venv/bin/python datasets/make_moving_shapes.py --out="$DATA" --videos-per-class="${VIDEOS:-60}" --seconds 1.4
 
 bash scripts/train_progressive.sh \
   --depth 4 --hidden-size 128 --num-heads 4 --rope-theta 100 \

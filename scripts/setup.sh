@@ -10,15 +10,12 @@
 set -euo pipefail
 cd "$(dirname "$0")/.."
 source scripts/common.sh
-
-PYTHON=${PYTHON:-python3}
-TORCH_INDEX=${TORCH_INDEX:-}
-REQUIREMENTS=requirements.txt
-if [[ $* == dev ]]; then
-  REQUIREMENTS=requirements-dev.txt
-elif [[ $# != 0 ]]; then
-  complain "unknown word $(printf %q "$*"); wanted dev or nothing"
-fi
+case $* in
+  "") REQUIREMENTS=requirements.txt ;;
+  dev) REQUIREMENTS=requirements-dev.txt ;;
+  *) complain "$(printf %q "$*"): unknown word; expected dev or nothing" ;;
+esac
+PYTHON=${PYTHON:-python3} TORCH_INDEX=${TORCH_INDEX:-}
 
 "$PYTHON" -c 'import sys; sys.exit(sys.version_info < (3, 11))' ||
   complain "$PYTHON is missing or older than 3.11; set PYTHON to a newer one"
@@ -26,15 +23,15 @@ fi
 
 # The stamp names what was installed, so that a second run takes no time.
 STAMP=.venv/installed-$REQUIREMENTS
-WANTED=$(cat requirements.txt "$REQUIREMENTS"; echo "$TORCH_INDEX")
-if [[ $(cat "$STAMP" 2>/dev/null || true) != "$WANTED" ]]; then
+NEEDED=$(cat requirements.txt "$REQUIREMENTS"; echo "$TORCH_INDEX")
+if [[ $(cat "$STAMP" 2>/dev/null || true) != "$NEEDED" ]]; then
   if [[ -n $TORCH_INDEX ]]; then
     .venv/bin/pip install --quiet --index-url "$TORCH_INDEX" torch torchvision
   elif ! command -v nvidia-smi >/dev/null; then
     echo "setup.sh: no GPU found; pip may still pick a large build of torch (see TORCH_INDEX in this script)"
   fi
   .venv/bin/pip install --quiet -r "$REQUIREMENTS"
-  echo "$WANTED" >"$STAMP"
+  echo "$NEEDED" >"$STAMP"
 fi
 .venv/bin/python - <<'PYTHON'
 import torch

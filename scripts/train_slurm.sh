@@ -9,7 +9,7 @@
 #   PORT=29500    on the first machine, at which the others find it
 #   TORCH_ELASTIC_SHUTDOWN_TIMEOUT=100   seconds that ranks have to save and end after a signal
 #
-# All machines need the same repository, data and results, so these lie on a shared disk.
+# All machines need the same repository, data and results, so put these on a shared disk.
 #SBATCH --job-name=eqm-video
 #SBATCH --nodes=2
 #SBATCH --ntasks-per-node=1
@@ -26,7 +26,7 @@ flags_only "$@"
 activate
 
 GPUS=${GPUS:-8} PORT=${PORT:-29500}
-export TORCH_ELASTIC_SHUTDOWN_TIMEOUT=${TORCH_ELASTIC_SHUTDOWN_TIMEOUT:-100} # seconds for a step and two saves
+export TORCH_ELASTIC_SHUTDOWN_TIMEOUT=${TORCH_ELASTIC_SHUTDOWN_TIMEOUT:-100} # for a step and two saves
 HEAD=$(scontrol show hostnames "$SLURM_JOB_NODELIST" | head -n 1)
 
 srun --cpus-per-task="${SLURM_CPUS_PER_TASK:-1}" torchrun --nnodes="$SLURM_NNODES" --nproc_per_node="$GPUS" --max-restarts=3 \
