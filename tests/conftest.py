@@ -31,3 +31,24 @@ def shapes(tmp_path_factory):
     from training import make_data
 
     return make_data(tmp_path_factory.mktemp("data") / "shapes")
+
+
+@pytest.fixture(scope="session")
+def places(tmp_path_factory):
+    """Checkpoints with random weights, of an image model and of models of 8 frames, and clips to continue."""
+    from tiny_data import make_vae, random_checkpoint
+    from tiny_videos import picture, save, write_video
+
+    root, forced = tmp_path_factory.mktemp("places"), {"training": {"forcing": 0.5}, "num_frames": 8}
+    random_checkpoint(root / "image.pt", input_size=8)
+    random_checkpoint(root / "pixels.pt", use_rope=True, **forced)
+    random_checkpoint(root / "latents.pt", make_vae(root / "vae"), use_rope=True, **forced)
+    random_checkpoint(root / "energy.pt", use_rope=True, ebm="dot", **forced)
+    random_checkpoint(root / "fixed.pt", **forced)
+    random_checkpoint(root / "plain.pt", use_rope=True, num_frames=8)  # without forcing
+    for name, count in (("B/b", 20), ("B/c", 3), ("other/d", 12)):
+        write_video(root / f"{name}.mp4", count, codec="libx264", crf="0")
+    save(root / "A" / "a.png", picture(20, 20))
+    (root / "zz").mkdir()
+    (root / "zz/z.mp4").write_text("not a video")
+    return root

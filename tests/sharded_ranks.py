@@ -22,22 +22,24 @@ KINDS = {
     "muon": {"optimizer": "muon", "precision": "bf16", "qk_norm": True, "position_table": "space"},
     "energy": {"ebm": "l2"},
 }
+USUAL = {"micro_batches": 1, "grad_checkpoint": False, "optimizer": "adamw", "precision": "fp32"}
 PUBLISHED = {"depth": 2, "hidden_size": 48, "num_heads": 2, "patch_size": 2}  # shape of the tiny published model
 LABELS = torch.tensor([0, 3])
 CPU = torch.device("cpu")
+NO_SCALER = torch.amp.GradScaler("cpu", enabled=False)
 
 
 class Run:
     """A small model of a kind with all that is trained with it, sharded or not."""
 
     def __init__(self, kind, shard):
-        self.kind, self.shard = KINDS[kind], shard
+        self.kind = USUAL | KINDS[kind]
         settings = {name: self.kind[name] for name in ("ebm", "qk_norm", "position_table") if name in self.kind}
         self.config = model_config("EqM-Ti/4", num_frames=4, use_rope=True, **SMALL, **settings)
         torch.manual_seed(0)
         self.model, self.ema = make_networks(self.config, CPU, shard)
-        self.model.grad_checkpoint = self.kind.get("grad_checkpoint", False)
-        flags = {"optimizer": self.kind.get("optimizer", "adamw"), "lr": 1e-3, "muon_lr": 1e-3, "weight_decay": 0.1}
+        self.model.grad_checkpoint, self.shard = self.kind["grad_checkpoint"], shard
+        flags = {"optimizer": self.kind["optimizer"], "lr": 1e-3, "muon_lr": 1e-3, "weight_decay": 0.1}
         self.optimizers = make_optimizers(self.model, SimpleNamespace(**flags))
 
     def train(self, steps=2):
@@ -51,35 +53,39 @@ class Run:
                 optimizer.step()
                 optimizer.zero_grad()
             update_ema(self.ema, self.model, 0.5)
-            for one in (self.model, self.ema):  # as validation does: this must not leave whole weights behind
+            for one in (self.model, self.ema):  # as validation does: this must not leave full weights behind
                 with torch.no_grad():
                     one(torch.zeros(2, 1, 4, 8, 8), LABELS)
         states = [values for optimizer in self.optimizers for values in optimizer.state.values()]
-        held = [*self.model.parameters(), *self.ema.parameters(), *gradients]
-        held += [value for values in states for value in values.values() if value.dim()]
-        return grad_norm, local_bytes(held)
+        states = [value for values in states for value in values.values() if value.dim()]
+        return grad_norm, local_bytes([*self.model.parameters(), *self.ema.parameters(), *gradients, *states])
 
     def backward(self, network, step):
-        micro_batches = self.kind.get("micro_batches", 1)
-        for number in range(micro_batches):
+        count = self.kind["micro_batches"]
+        for number in range(count):
             x, target = (normal(step, name, number, [distributed.rank(), 9], (1, 4, 8, 8), CPU) for name in "xt")
-            with nullcontext() if self.shard or number == micro_batches - 1 else network.no_sync():
-                with distributed.autocast(CPU, self.kind.get("precision", "fp32")):
+            with nullcontext() if self.shard or number == count - 1 else network.no_sync():
+                with distributed.autocast(CPU, self.kind["precision"]):
                     f, features = network(x, LABELS, return_features=True)
                 loss = (f.float() - target).square().mean() + features.float().square().mean()  # as with --disp
-                (loss / micro_batches).backward()
+                (loss / count).backward()
 
     def state(self):
-        about = {"model": vars(self.config), "training": {"optimizer": self.kind.get("optimizer", "adamw")}}
-        scaler = torch.amp.GradScaler("cpu", enabled=False)
-        return checkpoint.run_state(
-            about, self.model, self.ema, self.optimizers, scaler, checkpoint.Progress(), None, []
-        )
+        about = {"model": vars(self.config), "training": {"optimizer": self.kind["optimizer"]}}
+        parts = self.model, self.ema, self.optimizers, NO_SCALER
+        return checkpoint.run_state(about, *parts, checkpoint.Progress())
+
+    def load(self, state):
+        start = checkpoint.Start(checkpoint.Progress(), "a file that was loaded", state=state)
+        checkpoint.load_run(start, self.model, self.ema, self.optimizers, NO_SCALER)
 
     def weights(self):
-        """Whole copies of the weights and of the EMA weights."""
-        networks = self.model, self.ema
-        return [{name: whole(value).clone() for name, value in one.state_dict().items()} for one in networks]
+        """Full copies of the weights and of the EMA weights."""
+        return [full_weights(network) for network in (self.model, self.ema)]
+
+
+def full_weights(network):
+    return {name: whole(value).clone() for name, value in network.state_dict().items()}
 
 
 def local_bytes(tensors):
@@ -89,17 +95,17 @@ def local_bytes(tensors):
 
 
 def train_both(kind):
-    """(what sharded training gives beside that of DDP, the two runs)."""
+    """(what sharded training gives beside DDP, the two runs)."""
     runs = Run(kind, False), Run(kind, True)
     start = [run.weights() for run in runs]
     (norm, _), (sharded_norm, held) = (run.train() for run in runs)
-    whole_bytes, block = (local_bytes(part.parameters()) for part in (runs[0].model, runs[0].model.blocks[0]))
+    full_bytes, block = (local_bytes(part.parameters()) for part in (runs[0].model, runs[0].model.blocks[0]))
     found = {"start": start, "end": [run.weights() for run in runs], "norms": (norm.item(), sharded_norm.item())}
-    return found | {"bytes": (held, whole_bytes, block)}, runs
+    return found | {"bytes": (held, full_bytes, block)}, runs
 
 
 def save_and_load(folder, usual, run):
-    """Saves a sharded run, loads it, saves it again; the contents of these files and the state of the usual run."""
+    """Save a sharded run, load it, save it again: the contents of these files, and the state of the usual run."""
     files = [Path(folder, name, "checkpoints/latest.pt") for name in ("first", "second")]
     for path in files:
         path.parent.mkdir(parents=True, exist_ok=True)
@@ -107,18 +113,18 @@ def save_and_load(folder, usual, run):
         writer.write(run.state(), [], before=lambda: None, after=lambda: None)
         writer.wait()
         distributed.average(torch.zeros(1))  # until rank 0 has written
-        start = checkpoint.Start(checkpoint.Progress(), path, checkpoint.stamp_of(path), torch.load(path, mmap=True))
         run = Run("muon", True)
-        checkpoint.load_run(start, run.model, run.ema, run.optimizers, torch.amp.GradScaler("cpu", enabled=False))
+        run.load(torch.load(path, mmap=True))
     return [*map(torch.load, files), usual.state()]
 
 
 def start_from(path, shape):
-    """The whole weights and EMA weights of a sharded model that starts from a published file."""
-    start = checkpoint.Start(checkpoint.Progress(), path, *checkpoint.load_stamped(path, **shape))
-    model, ema = make_networks(checkpoint.config_of(path, start.state), CPU, shard=True)
-    checkpoint.load_run(start, model, ema, [], torch.amp.GradScaler("cpu", enabled=False))
-    return [{name: whole(value).clone() for name, value in one.state_dict().items()} for one in (model, ema)]
+    """The full weights and EMA weights of a sharded model that starts from a published file."""
+    state = checkpoint.load(path, **shape)
+    networks = make_networks(checkpoint.config_of(f"--ckpt {path}", state), CPU, shard=True)
+    start = checkpoint.Start(checkpoint.Progress(), "a file that was loaded", state=state)
+    checkpoint.load_run(start, *networks, [], NO_SCALER)
+    return [full_weights(network) for network in networks]
 
 
 def save_without_memory(folder, run):

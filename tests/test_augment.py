@@ -1,20 +1,14 @@
 """Copies of training videos that look different: which there are, and what is changed in them."""
 
-import sys
-
 import numpy as np
 import pytest
 
+import augment
+from test_moving_shapes import decode
 from tiny_videos import write_video
-from training import ROOT, run_main
-from video.files import read_frames
+from training import run_main
 from video.index import scan_videos, split_videos
 from video.writers import write_lossless
-
-sys.path.insert(0, str(ROOT / "datasets"))
-import augment
-
-FRAMES = 6
 
 
 @pytest.fixture(scope="module")
@@ -22,7 +16,7 @@ def data(tmp_path_factory):
     """Two classes of two videos each."""
     root = tmp_path_factory.mktemp("few") / "videos"
     for name in ("Run/a.avi", "Run/b.mkv", "Jump/c.avi", "Jump/d.avi"):
-        write_video(root / name, FRAMES)
+        write_video(root / name, 6)
     return root
 
 
@@ -33,28 +27,21 @@ def larger(data, tmp_path_factory):
     return out
 
 
-def frames_of(root, video):
-    return read_frames(root, video, range(video.num_frames))
-
-
-def test_training_videos_have_copies_and_those_that_validate_do_not(data, larger):
+def test_only_training_videos_have_copies_each_another_and_all_frames_alike(data, larger):
     before = split_videos(str(data), scan_videos(str(data)).videos, 0.05)
     train, val = split_videos(str(larger), scan_videos(str(larger)).videos, 0.5)  # the lists decide
     assert [video.key for video in val] == [video.key for video in before[1]]
-    keys = [video.key + suffix for video in before[0] for suffix in ("", "-copy1", "-copy2")]
-    assert sorted(video.key for video in train) == sorted(keys)
-    for video in scan_videos(str(data)).videos:
+    copies = {video.key: [video.key + suffix for suffix in ("", "-copy1", "-copy2")] for video in before[0]}
+    assert sorted(video.key for video in train) == sorted(sum(copies.values(), []))
+    paths = {video.key: video.path for video in train}
+    for video in (*before[0], *before[1]):
         assert (larger / video.path).read_bytes() == (data / video.path).read_bytes()
-
-
-def test_all_frames_of_a_copy_are_changed_alike_and_each_copy_is_another(larger):
-    videos = {video.key: video for video in scan_videos(str(larger)).videos}
-    copy = next(key for key in videos if key.endswith("-copy1"))
-    own, one, other = (frames_of(larger, videos[copy[:-6] + suffix]) for suffix in ("", "-copy1", "-copy2"))
-    assert own.shape == one.shape and videos[copy].fps == videos[copy[:-6]].fps
-    assert not np.array_equal(one, own) and not np.array_equal(one, other)
-    for frames in (one, other):  # the right half of all frames is white, and stays the same color
-        assert np.ptp(frames[:, 10:-10, -10:].astype(int), axis=0).max() <= 4
+    for keys in copies.values():
+        (own, fps), *others = (decode(larger / paths[key]) for key in keys)
+        assert all(frames.shape == own.shape and rate == fps for frames, rate in others)
+        assert not np.array_equal(own, others[0][0]) and not np.array_equal(others[0][0], others[1][0])
+        for frames, _ in others:  # the right half of all frames is white, and stays the same color
+            assert np.ptp(frames[:, 10:-10, -10:].astype(int), axis=0).max() <= 4
 
 
 def test_again_it_does_only_what_is_missing_and_makes_the_same_bytes(data, larger):
@@ -71,19 +58,17 @@ def test_what_is_wrong_is_one_line(data, larger, tmp_path, capsys):
     for flags, line in (
         (["--data-path", "nowhere", "--out", tmp_path], "--data-path nowhere: no such folder"),
         (["--data-path", data, "--out", data], "the same as --data-path"),
-        (["--data-path", data, "--out", larger, "--copies", 1], "copy2.mkv, which is not of these copies"),
+        (["--data-path", data, "--out", larger, "--copies", 1], "copy2.mkv, which is not of this data set"),
     ):
         run_main(augment, *flags, status=2)
         error = capsys.readouterr().err
         assert line in error and error.count("\n") == 1
 
 
-@pytest.mark.parametrize("size", [(16, 16), (33, 47)])
-def test_a_lossless_video_decodes_to_the_very_same_pixels(tmp_path, size):
-    frames = np.random.default_rng(0).integers(0, 256, (5, *size, 3), dtype=np.uint8)
-    (tmp_path / "A").mkdir()
-    write_lossless(tmp_path / "A/a.mkv", frames, 12.5)
+def test_a_lossless_video_decodes_to_the_very_same_pixels(tmp_path):
+    frames = np.random.default_rng(0).integers(0, 256, (5, 33, 47, 3), dtype=np.uint8)
+    write_lossless(tmp_path / "a.mkv", frames, 12.5)
+    found, fps = decode(tmp_path / "a.mkv")
+    assert fps == 12.5 and np.array_equal(found, frames)
     (video,) = scan_videos(str(tmp_path)).videos
-    assert (video.num_frames, video.fps) == (5, 12.5)
-    assert np.array_equal(frames_of(tmp_path, video), frames)
-    assert [path.name for path in (tmp_path / "A").iterdir()] == ["a.mkv"]
+    assert (video.num_frames, video.fps, video.path) == (5, 12.5, "a.mkv")

@@ -40,7 +40,7 @@ def test_it_names_what_is_there_and_what_would_be_left_out_and_why(tmp_path, mon
         assert sheet.height >= 6 * 128  # a row per clip, enlarged
     assert {path: path.stat().st_mtime_ns for path in data.rglob("*")} == before
 
-    for wrong, words in ((["--image-size", 18], "--image-size 18 is not a multiple of 4"), (["--num-frames", 3], "4")):
+    for wrong, words in ((["--image-size", 18], "--image-size 18: not a multiple of 4"), (["--num-frames", 3], "4")):
         run_main(check, data, *flags, *wrong, status=2)
         assert words in capsys.readouterr().err
     run_main(check, tmp_path / "none", status=2)

@@ -1,6 +1,7 @@
 """Flags, and messages of one line."""
 
 import argparse
+import pickle
 import re
 import warnings
 from contextlib import nullcontext
@@ -27,42 +28,68 @@ from runtime.cli import UserError, number
 def test_a_number_keeps_within_its_bounds(kind, bounds, good, bad):
     parse = number(kind, **bounds)
     for text in good:
-        assert parse(text) == kind(text)
-        assert type(parse(text)) is kind
+        assert parse(text) == kind(text) and type(parse(text)) is kind
     for text in bad:
-        with pytest.raises(argparse.ArgumentTypeError, match=f"found {text}, wanted a number "):
+        with pytest.raises(argparse.ArgumentTypeError, match=rf"{text}\b.*number "):
             parse(text)
+
+
+def parser():
+    made = cli.ArgumentParser()
+    made.add_argument("--steps", type=number(int, least=1))
+    made.add_argument("--names", nargs="+", default=["a"])
+    made.add_argument("--fast", action=argparse.BooleanOptionalAction, default=True)
+    made.set_defaults(kind="x")
+    return made
+
+
+@pytest.mark.parametrize(
+    ("words", "typed", "steps", "fast"),
+    [
+        ([], set(), None, True),
+        (["--steps=3"], {"steps"}, 3, True),
+        (["--fast", "--names", "a"], {"fast", "names"}, None, True),  # typed, though these are the defaults
+        (["--no-fast"], {"fast"}, None, False),
+    ],
+)
+def test_flags_know_which_of_them_were_typed_and_nothing_changes_them(words, typed, steps, fast):
+    flags = parser().parse_args(words)
+    values = {"steps": steps, "names": ["a"], "fast": fast, "kind": "x"}
+    assert (vars(flags), flags.typed) == (values, typed)
+    with pytest.raises(AttributeError, match="steps: flags are frozen"):
+        flags.steps = 5
+    resolved = flags.resolve(steps=5, more=1)
+    assert (vars(resolved), resolved.typed) == (values | {"steps": 5, "more": 1}, typed)
+    assert vars(flags) == values
+    copy = pickle.loads(pickle.dumps(resolved))  # as one that rank 0 sends to the others
+    assert (vars(copy), copy.typed) == (vars(resolved), typed)
+    with pytest.raises(AttributeError):
+        copy.steps = 6
 
 
 @pytest.mark.parametrize(
     ("arguments", "words"),
     [
-        (["--steps", "0"], ["--steps", "found 0", "at least 1"]),
+        (["--steps", "0"], ["--steps", "0", "at least 1"]),
         (["--steps", "many"], ["--steps", "many", "int"]),
         (["--steps"], ["--steps"]),
-        (["--stpes", "3"], ["--stpes"]),
-        (["--step", "3"], ["--step"]),  # no abbreviations
+        (["--stpes", "3"], ["--stpes", "did you mean --steps?"]),
+        (["--step", "3"], ["--step:"]),  # no abbreviations
+        (["--steps", "1", "2"], ["--steps takes one value", "2: 1, 2"]),
+        (["--fast", "please"], ["please:"]),
     ],
 )
 def test_a_wrong_flag_is_one_line_that_names_it(arguments, words, capsys):
-    parser = cli.ArgumentParser()
-    parser.add_argument("--steps", type=number(int, least=1))
     with pytest.raises(SystemExit) as ended:
-        parser.parse_args(arguments)
-    assert ended.value.code == 2
+        parser().parse_args(arguments)
     out, err = capsys.readouterr()
-    assert out == ""
-    assert err.count("\n") == 1
+    assert (ended.value.code, out, err.count("\n")) == (2, "", 1)
     assert all(word in err for word in words)
-    assert vars(parser.parse_args(["--steps", "3"])) == {"steps": 3}
 
 
-def test_a_folder_that_can_be_written_is_found_without_making_it(tmp_path):
+def test_a_folder_that_can_be_written_is_found_without_making_it_and_a_file_is_none(tmp_path):
     cli.check_writable("--folder", tmp_path / "new" / "deep")
     assert list(tmp_path.iterdir()) == []
-
-
-def test_a_place_that_is_a_file_cannot_be_written(tmp_path):
     (tmp_path / "file").write_text("")
     for folder in (tmp_path / "file", tmp_path / "file" / "below"):
         with pytest.raises(UserError, match=r"--folder .*file is not a writable folder"):
@@ -71,68 +98,45 @@ def test_a_place_that_is_a_file_cannot_be_written(tmp_path):
 
 # Precision ------------------------------------------------------------------------------------------------------------
 
+CASES = [  # a GPU with bf16 or without, None: no GPU; energy; precision of the resumed run; typed one; what comes out
+    (True, False, None, None, "bf16"),
+    (True, True, None, None, "fp32"),  # the gradient of an energy stays exact
+    (False, False, None, None, "fp32"),
+    (None, False, None, None, "fp32"),
+    (True, False, "fp32", None, "fp32"),  # a resumed run keeps its own
+    (None, False, "bf16", None, "bf16"),
+    (True, False, "bf16", "tf32", "tf32"),  # what is typed comes first
+    (True, True, None, "bf16", "bf16"),
+    (False, False, None, "bf16", "Tesla T4 has none: use fp16 or fp32"),
+    (False, False, "bf16", None, "Tesla T4 has none: use fp16 or fp32"),
+    (False, False, None, "tf32", "Tesla T4 has none: use fp16 or fp32"),
+    (None, False, None, "fp16", "needs a GPU and none was found: use bf16 or fp32"),
+    (None, False, "tf32", None, "needs a GPU and none was found: use bf16 or fp32"),
+]
 
-@pytest.fixture
-def gpu(monkeypatch):
-    """A function that makes torch report a GPU with or without bf16, or none."""
 
-    def pretend(bf16=None):
-        monkeypatch.setattr(torch.cuda, "is_available", lambda: bf16 is not None)
-        monkeypatch.setattr(torch.cuda, "is_bf16_supported", lambda including_emulation: bf16 or including_emulation)
-        monkeypatch.setattr(torch.cuda, "get_device_name", lambda device: "Tesla T4")
-        monkeypatch.setattr(torch.cuda, "device", lambda device: nullcontext())
-
-    return pretend
-
-
-@pytest.mark.parametrize(
-    ("bf16", "energy", "kept", "given", "settled"),
-    [
-        (True, False, None, None, "bf16"),
-        (True, True, None, None, "fp32"),  # the gradient of an energy stays exact
-        (False, False, None, None, "fp32"),
-        (None, False, None, None, "fp32"),  # without a GPU
-        (True, False, "fp32", None, "fp32"),  # a resumed run keeps its own
-        (None, False, "bf16", None, "bf16"),
-        (True, False, "bf16", "tf32", "tf32"),  # what is given comes first
-        (True, True, None, "bf16", "bf16"),
-    ],
-)
-def test_the_precision_that_is_left_out_is_that_of_the_run_else_what_suits_device_and_model(
-    bf16, energy, kept, given, settled, gpu, capsys
+@pytest.mark.parametrize(("bf16", "energy", "kept", "typed", "expected"), CASES)
+def test_the_precision_is_that_of_the_flag_the_run_or_the_device(
+    bf16, energy, kept, typed, expected, monkeypatch, capsys
 ):
-    gpu(bf16)
-    args = argparse.Namespace(precision=given)
-    cli.settle_precision(args, energy, kept)
-    assert args.precision == settled
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: bf16 is not None)
+    monkeypatch.setattr(torch.cuda, "is_bf16_supported", lambda including_emulation: bf16 or including_emulation)
+    monkeypatch.setattr(torch.cuda, "get_device_name", lambda device: "Tesla T4")
+    monkeypatch.setattr(torch.cuda, "device", lambda device: nullcontext())
+    if " " in expected:
+        with pytest.raises(UserError, match=f"^--precision {typed or kept}.*{expected}$"):
+            cli.resolve_precision(typed, energy, kept)
+        return
+    assert cli.resolve_precision(typed, energy, kept) == expected
     printed = capsys.readouterr().out
     assert ("fp16 is faster" in printed) == (bf16 is False)  # a GPU without bf16
     assert printed.count("\n") <= 1
 
 
-@pytest.mark.parametrize(
-    ("bf16", "precision", "words"),
-    [
-        (False, "bf16", ["--precision bf16", "Tesla T4", "fp16 or fp32"]),
-        (False, "tf32", ["--precision tf32", "Tesla T4", "fp16 or fp32"]),
-        (None, "fp16", ["--precision fp16", "needs a GPU"]),
-        (None, "tf32", ["--precision tf32", "needs a GPU"]),
-    ],
-)
-@pytest.mark.parametrize("source", ["given", "kept"])
-def test_a_precision_that_the_machine_lacks_is_one_line(source, bf16, precision, words, gpu):
-    gpu(bf16)
-    args = argparse.Namespace(precision=precision if source == "given" else None)
-    with pytest.raises(UserError) as error:
-        cli.settle_precision(args, energy=False, kept=precision)
-    assert all(word in str(error.value) for word in words)
-    assert "\n" not in str(error.value)
-
-
 # Messages -----------------------------------------------------------------------------------------------------------
 
 
-def test_an_error_is_one_line_on_stderr_and_an_exit_status_and_of_two_ranks_only_rank_0_reports_it():
+def test_an_error_is_one_line_on_stderr_and_of_two_ranks_only_rank_0_reports_it():
     code = "from runtime import cli\ncli.RANK_0_SPEAKS_FIRST = 3600\n"
     code += "cli.fail(f'rank {cli.rank()} of 2:\\n  too few')\nprint('alive')"
     ranks = [python(code, RANK=str(rank), WORLD_SIZE="2") for rank in (0, 1)]
@@ -143,20 +147,14 @@ def test_an_error_is_one_line_on_stderr_and_an_exit_status_and_of_two_ranks_only
     assert ranks[1].communicate() == ("", "")
 
 
-@pytest.mark.parametrize("status", [1, 2])  # 1: went wrong while running
-@pytest.mark.parametrize(
-    ("rank", "expected"),
-    [("0", []), ("1", [("sleep", 10, "")])],  # nothing was printed before, but if it still runs, it reports
-)
-def test_rank_0_reports_at_once_and_another_leaves_it_ten_seconds(rank, expected, status, monkeypatch, capsys):
-    events = []
+@pytest.mark.parametrize(("rank", "expected"), [("0", []), ("1", [(10, "")])])  # if it still runs then, it reports
+def test_rank_0_reports_at_once_and_another_leaves_it_ten_seconds(rank, expected, monkeypatch, capsys):
+    slept = []
     monkeypatch.setenv("RANK", rank)
-    monkeypatch.setattr(cli.time, "sleep", lambda s: events.append(("sleep", s, capsys.readouterr().err)))
-    with pytest.raises(SystemExit) as ended:
-        cli.fail("wrong", status)
-    assert events == expected
-    assert capsys.readouterr().err.endswith("error: wrong\n")
-    assert ended.value.code == status
+    monkeypatch.setattr(cli.time, "sleep", lambda seconds: slept.append((seconds, capsys.readouterr().err)))
+    with pytest.raises(SystemExit):
+        cli.fail("wrong")
+    assert slept == expected and capsys.readouterr().err.endswith("error: wrong\n")
 
 
 def test_only_rank_0_says_and_logs(monkeypatch, capsys, tmp_path):
@@ -178,12 +176,23 @@ def test_warnings_are_lines_and_those_before_there_was_a_log_are_in_it_too(capsy
     assert (tmp_path / "log.txt").read_text() == "note: narrow\\nmodel\nnote: later\n"
 
 
-def test_an_interrupt_before_training_has_begun_is_one_line_and_the_status_of_a_shell(capsys):
+@pytest.mark.parametrize(
+    ("error", "status", "words"),
+    [
+        (KeyboardInterrupt(), 130, "interrupted"),  # before training has begun
+        (UserError("wrong\nflag"), 1, "wrong flag"),
+        (OSError(28, "No space left on device"), 1, "No space left on device"),
+        (RuntimeError("DataLoader worker (pid 7) is killed by signal: Killed."), 1, "lower --num-workers"),
+        (RuntimeError("[1] Connection closed by peer [2]"), 1, "another rank has ended"),
+    ],
+)
+def test_what_goes_wrong_while_running_is_one_line_and_a_status(error, status, words, capsys):
     with pytest.raises(SystemExit) as ended, cli.one_line_errors():
-        raise KeyboardInterrupt
-    assert ended.value.code == 130
-    error = capsys.readouterr().err
-    assert "error: interrupted" in error and error.count("\n") == 1
+        raise error
+    line = capsys.readouterr().err
+    assert ended.value.code == status and words in line and line.count("\n") == 1
+    with pytest.raises(RuntimeError, match="a bug"), cli.one_line_errors():
+        raise RuntimeError("a bug")
 
 
 def test_a_bar_in_a_file_is_a_line_a_minute_without_escape_codes(capfd, monkeypatch):
@@ -195,7 +204,6 @@ def test_a_bar_in_a_file_is_a_line_a_minute_without_escape_codes(capfd, monkeypa
             cli.say("a line")
             bar.update()
     out, err = capfd.readouterr()
-    assert out == 20 * "a line\n"
     lines = err.splitlines()
-    assert 3 <= len(lines) <= 8
+    assert out == 20 * "a line\n" and 3 <= len(lines) <= 8
     assert all(re.fullmatch(r"encoding: \d+ of 20 frames after \S+, \S+ left, loss 1.000", line) for line in lines), err

@@ -1,258 +1,235 @@
-"""Samples leave the device batch by batch, and matrix products have weights that are cast once."""
+"""From a plan to clips, batch by batch and window by window, and weights that are cast once."""
 
-import json
-import re
-import shutil
-import weakref
-from argparse import Namespace
+import copy
+from contextlib import nullcontext
+from dataclasses import replace
+from types import SimpleNamespace
 
-import numpy as np
 import pytest
 import torch
-from torch.utils._python_dispatch import TorchDispatchMode
+from torch import nn
+from tqdm import tqdm
 
-import checkpoint
 import generation
-import sample_gd
 import train
-from generation import Source, cast_products, generate_clips
+from generation import SAMPLER, Plan, cast_products, choose_windows, generate, resolve_sampler, sampling_settings
 from runtime import distributed
 from runtime.cli import UserError
-from scoring import manifest
+from runtime.rng import normal
 from test_models import clip, labels, tiny
-from tiny_data import make_images, make_state
-from training import run_main
 from vae import VAE
-from video import writers
-from video.inputs import InputClip
-from video.samples import read_samples
 
-SETTINGS = {"method": "ngd", "num_steps": 4, "step_size": 0.05, "momentum": 0.3, "guidance": 2.0}
-
-
-def make_source(count, **changes):
-    model = tiny(in_channels=3, **changes)
-    return Source(model, VAE("none"), ["A", "B"], torch.arange(count) % 2, model.config.num_frames, 0.04)
+SETTINGS = {"method": "ngd", "num_steps": 6, "step_size": 0.01, "momentum": 0.3, "stop_below": None, "guidance": 4.0,
+            "precision": "fp32"}  # fmt: skip
+TUNED = {"sampler": "ngd", "num_sampling_steps": 3, "stepsize": 0.05, "mu": 0.2, "stop_below": 0.5, "cfg_scale": 1.5}
+LATENTS = SimpleNamespace(downsample=1, decode=lambda x: x.permute(0, 2, 3, 4, 1))  # shows latents as they are
 
 
-# Batches ------------------------------------------------------------------------------------------------------------
+class Quadratic:
+    """The field -(1 + y) 25 t x and its energy: without sums, so that the batch changes no bit."""
+
+    config = SimpleNamespace(in_channels=2, input_size=4, num_classes=10)
+
+    def __call__(self, x, y, time_scale):
+        assert x.dtype == torch.float32 and not torch.is_grad_enabled()
+        return -((1 + y) * 25 * time_scale).reshape(-1, 1, 1, 1, 1) * x
+
+    def energy(self, x, y, time_scale):
+        return (1 + y) * 25 * time_scale * x.square().flatten(1).sum(dim=1) / 2
 
 
-def test_noise_is_drawn_and_clips_are_held_for_one_batch_at_a_time(monkeypatch):
-    drawn, normal = [], generation.normal
-
-    def record(seed, purpose, stream, indices, *args):
-        drawn.append(list(indices))
-        return normal(seed, purpose, stream, indices, *args)
-
-    monkeypatch.setattr(generation, "normal", record)
-    made, batches = [], generate_clips(make_source(11), range(11), 0, "cpu", SETTINGS, batch_size=2, show=False)
-    for count in range(1, 7):
-        videos, evaluations, energies = next(batches)
-        assert drawn == [list(range(first, min(first + 2, 11))) for first in range(0, 2 * count, 2)]
-        assert len(videos) == len(evaluations) == len(drawn[-1])
-        assert energies is None
-        made.append(weakref.ref(videos))
-        assert sum(ref() is not None for ref in made) <= 2
-    assert next(batches, None) is None
+def make_plan(model, count=5, vae=LATENTS, **changes):
+    """Of clips of 3 frames, each of another class and frame rate."""
+    plan = {"time_scales": torch.linspace(0.04, 0.2, count), "num_frames": 3, "labels": torch.arange(count)} | changes
+    return Plan(model, vae, list("ABCDEFGHIJ"), time_scale=0.04, **plan)
 
 
-def test_the_clips_to_start_from_are_asked_for_batch_by_batch():
-    source, asked = make_source(5), []
+def windows_of(num_frames, window=None, overlap=0, count=3):
+    """A plan of a small network."""
+    windows = {"num_frames": num_frames, "window": window, "overlap": overlap}
+    return make_plan(tiny(in_channels=3), count, VAE("none"), labels=torch.arange(count) % 2, **windows)
+
+
+def parts_of(plan, batch_size=16, **changes):
+    """What `generate` yields; changes are those of SETTINGS or arguments of `generate`."""
+    settings = {name: changes.pop(name, value) for name, value in SETTINGS.items()}
+    return list(generate(plan, range(len(plan.labels)), 0, "cpu", settings, batch_size, show=False, **changes))
+
+
+def run(plan, batch_size=16, **changes):
+    """(clips, evaluations of the first window, energies or None) of all samples."""
+    parts, count = parts_of(plan, batch_size, **changes), len(plan.window_starts)
+    batches = [parts[first : first + count] for first in range(0, len(parts), count)]
+    clips = torch.cat([torch.cat([part[2] for part in batch], dim=1) for batch in batches])
+    evaluations, energies = zip(*(batch[0][3:] for batch in batches), strict=True)
+    return clips, torch.cat(evaluations), torch.cat(energies) if changes.get("energy") else None
+
+
+@pytest.mark.parametrize("stop_below", [None, 60])
+def test_each_sample_has_its_own_frame_rate_in_batches_of_any_size(stop_below):
+    plan = make_plan(Quadratic())
+    expected, spent, _ = run(plan, stop_below=stop_below)
+    assert expected.shape == (5, 3, 4, 4, 2) and (len(set(spent.tolist())) > 1) == (stop_below is not None)
+    for batch_size in (1, 2):
+        clips, evaluations, _ = run(plan, batch_size, stop_below=stop_below)
+        assert torch.equal(clips, expected) and torch.equal(evaluations, spent)
+    same, _, _ = run(replace(plan, time_scales=None), stop_below=stop_below)  # all have that of the plan, 0.04
+    assert torch.equal(same[0], expected[0]) and not torch.equal(same[4], expected[4])
+
+
+def test_a_batch_without_a_condition_has_no_guidance():
+    plan = make_plan(Quadratic(), count=3, labels=torch.tensor([-1, -1, 2]))
+    one, two = (run(plan, batch_size=2, guidance=guidance)[0] for guidance in (1.0, 9.0))
+    assert torch.equal(one[:2], two[:2]) and not torch.equal(one[2], two[2])
+
+
+@pytest.mark.parametrize(
+    ("method", "stop_below", "most"),
+    [("gd", None, 5), ("ngd", None, 5), ("ngd", 1e9, 5), ("euler", None, 5), ("heun", None, 9)],
+)
+def test_one_progress_bar_counts_evaluations_also_if_all_stop_early(method, stop_below, most, monkeypatch):
+    bars, before, plan = [], [], make_plan(Quadratic(), num_frames=5, window=3, overlap=1)
+    monkeypatch.setattr(generation, "Bar", lambda **about: bars.append(tqdm(**about | {"disable": False})) or bars[-1])
+    options = {"method": method, "stop_below": stop_below, "before_evaluation": lambda: before.append(bars[0].n)}
+    parts = parts_of(plan, 2, **options)  # 3 batches of 2 windows
+    spent = 1 if stop_below else most
+    assert len(parts) == 6 and all((evaluations == spent).all() for *_, evaluations, _ in parts)
+    assert [(bar.total, bar.n, bar.unit) for bar in bars] == [(6 * most, 6 * most, "evaluation")]
+    assert before == [part * most + number for part in range(6) for number in range(1, spent + 1)]
+
+
+def test_samples_that_are_not_finite_are_an_error_or_in_training_a_note(capsys):
+    plan = make_plan(Quadratic())
+    with pytest.raises(UserError, match=r"step [1-5] of 5 made samples that are not finite \(--stepsize 1e\+30\)"):
+        run(plan, step_size=1e30)
+    assert len(run(plan, step_size=1e30, strict=False)[0]) == 5 and "note: step" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize("guidance", [1.0, 4.0])
+def test_energies_are_those_of_the_points(guidance):
+    plan, changes = make_plan(Quadratic()), {"num_steps": 9, "step_size": 0.001, "guidance": guidance, "method": "gd"}
+    clips, evaluations, energies = run(plan, 2, energy=True, **changes)
+    rate = (11 + guidance * (torch.arange(5) - 10)) * torch.arange(1, 6)  # of the guided field; 11 without a class
+    start = normal(0, "sample", 0, range(5), (2, 3, 4, 4)).square().flatten(1).sum(dim=1)
+    expected = (rate / 2 * start)[:, None] * (1 - 0.001 * rate)[:, None] ** (2 * torch.arange(9))
+    torch.testing.assert_close(energies, expected, rtol=1e-4, atol=1e-4)
+    assert evaluations.tolist() == [8] * 5
+    assert torch.equal(clips, run(plan, 2, **changes)[0])  # looking changes nothing
+
+
+def test_the_energies_of_a_sample_end_where_it_stops():
+    changes = {"num_steps": 60, "step_size": 0.02, "guidance": 1.0, "method": "gd", "stop_below": 0.5}
+    clips, evaluations, energies = run(make_plan(Quadratic()), 2, energy=True, **changes)
+    assert len(set(evaluations.tolist())) == 5  # they stop at different times
+    known = ~energies.isnan()
+    assert known.sum(dim=1).tolist() == evaluations.tolist()  # a point per evaluation; the last one made no step
+    last = energies[torch.arange(5), evaluations - 1]
+    torch.testing.assert_close(last, torch.arange(1, 6) ** 2 * clips.square().flatten(1).sum(dim=1) / 2)
+    assert (energies.diff(dim=1)[known[:, 1:]] < 0).all()
+
+
+def test_noise_and_clips_to_start_from_are_made_for_one_batch_at_a_time(monkeypatch):
+    plan, asked, drawn, draw = make_plan(Quadratic(), vae=VAE("none")), [], [], generation.normal
 
     def init(indices):
         asked.append(list(indices))
-        grey = torch.tensor([40 * index for index in indices], dtype=torch.uint8)
-        return grey[:, None, None, None, None].expand(-1, 3, source.num_frames, 4, 4)
+        return 40 * torch.tensor(indices).byte()[:, None, None, None, None].expand(-1, 2, 3, 4, 4), None
 
-    settings = SETTINGS | {"step_size": 1e-9}
-    batches = generate_clips(source, range(5), 0, "cpu", settings, batch_size=2, init=init, init_gamma=1.0, show=False)
-    for videos, _, _ in batches:
-        assert torch.equal(videos[:, 0, 0, 0, 0], 40 * torch.tensor(asked[-1], dtype=torch.uint8))
-    assert asked == [[0, 1], [2, 3], [4]]
-
-
-# sample_gd.py -------------------------------------------------------------------------------------------------------
+    monkeypatch.setattr(generation, "normal", lambda *args: drawn.append(list(args[3])) or draw(*args))
+    parts = generate(plan, range(5), 0, "cpu", SETTINGS | {"step_size": 1e-9}, 2, init=init, init_gamma=1.0, show=False)
+    for count, (_, _, videos, _, _) in enumerate(parts, start=1):
+        assert asked == drawn == [[0, 1], [2, 3], [4]][:count]
+        assert videos[:, 0, 0, 0, 0].tolist() == [40 * index for index in asked[-1]]
 
 
-@pytest.fixture(scope="module")
-def ckpt(tmp_path_factory):
-    """A checkpoint of an image model whose weights are random."""
-    state = make_state(input_size=8, depth=1, hidden_size=48, num_heads=2, temporal_patch_size=1, num_frames=1)
-    for weight in state["ema"].values():
-        weight.normal_(std=0.1, generator=torch.Generator().manual_seed(0))
-    state["config"]["data"]["image_size"] = 8
-    path = tmp_path_factory.mktemp("ckpt") / "image.pt"
-    checkpoint.save(path, state)
-    return path
+@pytest.mark.parametrize("overlap", [1, 4, 7])
+def test_a_longer_video_begins_with_the_shorter_one_bit_for_bit(overlap):
+    long = windows_of(19, 8, overlap)
+    shown, _, _ = run(long, step_size=0.1)
+    assert shown.shape[1] == 19
+    for num_frames in (8, 9, 18):
+        assert torch.equal(run(replace(long, num_frames=num_frames), step_size=0.1)[0], shown[:, :num_frames])
+    assert torch.equal(run(windows_of(8), step_size=0.1)[0], shown[:, :8])  # plain sampling
 
 
-def sample(ckpt, folder, count, *flags, **kwargs):
-    flags = ["--num-samples", count, "--batch-size", 2, "--num-sampling-steps", 3, "--stepsize", 0.05, *flags]
-    run_main(sample_gd, "--ckpt", ckpt, "--folder", folder, *flags, **kwargs)
+def test_each_window_has_its_own_noise_after_the_end_of_the_previous_one(monkeypatch):
+    plan, seen = windows_of(14, 8, 5), []
+    forward = plan.model.forward
+    monkeypatch.setattr(plan.model, "forward", lambda x, *others: seen.append(x[:2]) or forward(x, *others))
+    parts = parts_of(plan, 2, step_size=0.1, num_steps=4)
+    windows = (0, 8), (8, 3), (11, 3)  # the first new frame, and how many
+    found = [(list(numbers), first, videos.shape[1]) for numbers, first, videos, _, _ in parts]
+    assert found == [(batch, *window) for batch in ([0, 1], [2]) for window in windows]
+    assert all((evaluations == 3).all() for *_, evaluations, _ in parts)
+    clips = torch.cat([videos for _, _, videos, _, _ in parts[:3]], dim=1)
+    for number in range(3):
+        points, first = seen[3 * number : 3 * number + 3], 5 if number else 0
+        assert torch.equal(points[0][:, :, first:], normal(0, "sample", number, [0, 1], (3, 8, 4, 4))[:, :, first:])
+        if number:
+            given = points[0][:, :, :5]
+            assert all(torch.equal(point[:, :, :5], given) for point in points)
+            shown = clips[:, 3 * number : 3 * number + 5].permute(0, 4, 1, 2, 3)
+            assert torch.equal(shown, ((given + 1) * 127.5).round().clamp(0, 255).to(torch.uint8))
 
 
-def names_of(count):
-    images = {f"{index:06d}.png" for index in range(count)}
-    return images | {"samples.npz", "samples.json", "grid.png"}
+def test_a_window_that_is_given_in_full_costs_no_evaluation():
+    plan = windows_of(14, 6, 2)  # windows begin at 0, 4, 8
+    clips = torch.randint(256, (3, 3, 14, *[plan.image_size] * 2), generator=torch.Generator().manual_seed(0)).byte()
+    parts = parts_of(plan, step_size=0.1, given=lambda indices: (clips, torch.arange(14).expand(3, 14) < 10))
+    assert [evaluations.tolist() for *_, evaluations, _ in parts] == [[0] * 3, [0] * 3, [5] * 3]
+    shown = torch.cat([videos for _, _, videos, _, _ in parts], dim=1)
+    assert torch.equal(shown[:, :10], clips[:, :, :10].permute(0, 2, 3, 4, 1))
 
 
-def watch(monkeypatch, look):
-    """Have sample_gd.py call look(number) when it asks for a batch, after this was made; look may raise."""
-    generate = generation.generate_parts
+@pytest.mark.parametrize(
+    ("trained", "longest", "scale", "window"),
+    [(16, 0.04, 0.04, 16), (16, 0.08, 0.04, 32), (16, 0.08, 0.02, 64), (15, 0.04, 0.04, 15), (8, 0.12, 0.08, 12),
+     (15, 0.08, 0.04, 28),  # of 30, whole patches of 4
+     (16, 0.04, 0.05, 16)],  # a slower frame rate than training had: as many frames
+)  # fmt: skip
+def test_the_usual_window_lasts_as_long_as_the_longest_training_clip(trained, longest, scale, window):
+    def choose(use_rope=True, forcing=0.5, **flags):
+        args = SimpleNamespace(**{"rope_scale": "none", "window": None, "overlap": None} | flags)
+        config = tiny(in_channels=3, num_frames=trained, use_rope=use_rope).config
+        return choose_windows(args, config, 99, trained, {"longest_time_scale": longest}, scale, forcing)
 
-    def watched(*args, **kwargs):
-        for number, batch in enumerate(generate(*args, **kwargs)):
-            look(number)
-            yield batch
-
-    monkeypatch.setattr(generation, "generate_parts", watched)
-
-
-def test_a_batch_is_on_the_disk_before_the_next_is_made_and_few_are_in_memory(ckpt, tmp_path, monkeypatch):
-    numbers, arrays, write_videos = [], [], writers.write_videos
-
-    def record(folder, videos, *args, **kwargs):
-        arrays.append(weakref.ref(videos))
-        return write_videos(folder, videos, *args, **kwargs)
-
-    def look(number):
-        numbers.append(number)
-        written = sorted(path.name for path in tmp_path.glob("s/*.png"))
-        assert written == [f"{index:06d}.png" for index in range(2 * number)]
-        pixels = 2 * number * 8 * 8 * 3  # bytes
-        assert number == 0 or (tmp_path / "s/samples.npz.tmp").stat().st_size > pixels - 2**14  # but for a buffer
-        assert sum(array() is not None for array in arrays) <= 2
-
-    monkeypatch.setattr(writers, "write_videos", record)
-    watch(monkeypatch, look)
-    sample(ckpt, tmp_path / "s", 161)
-    assert numbers == list(range(81))
-    assert len(np.load(tmp_path / "s/samples.npz")["arr_0"]) == 161
-    assert {path.name for path in (tmp_path / "s").iterdir()} == names_of(161)
+    assert choose() == (window, window // 2) and choose(use_rope=False) == (trained, trained // 2)
+    assert choose(forcing=0.0) == (99, 0) == choose(rope_scale="linear")  # all frames at once
+    assert choose(window=10, overlap=3) == choose(window=10, overlap=3, forcing=0.0) == (10, 3)
 
 
-def test_samples_that_were_cut_short_are_not_taken_for_complete_and_the_next_call_removes_them(
-    ckpt, tmp_path, monkeypatch
-):
-    folder, fail_at = tmp_path / "s", 0
-
-    def full(number):
-        if number == fail_at:
-            raise OSError(28, "No space left on device")
-
-    sample(ckpt, folder, 5)
-    (folder / "notes.txt").write_text("of the user")
-    content = {path: path.read_bytes() for path in folder.iterdir()}
-    with monkeypatch.context() as patch:
-        watch(patch, full)
-        sample(ckpt, folder, 9, "--seed", 1, status=1)
-        assert {path: path.read_bytes() for path in folder.iterdir()} == content  # not even begun
-        fail_at = 3
-        sample(ckpt, folder, 9, "--seed", 1, status=1)
-    assert (folder / "000005.png").exists() and (folder / "notes.txt").exists()
-    assert not (folder / "samples.json").exists() and not (folder / "samples.npz").exists()
-    with pytest.raises(UserError, match="its samples are not finished: run sample_gd.py again"):
-        read_samples("--samples s", folder)
-    sample(ckpt, folder, 3)
-    assert {path.name for path in folder.iterdir()} == names_of(3) | {"notes.txt"}
-    assert len(read_samples("--samples s", folder)[1]) == 3
+def resolve(training, **typed):
+    return resolve_sampler(SimpleNamespace(**dict.fromkeys(SAMPLER) | typed), training)
 
 
-def test_without_previews_the_images_are_the_same_and_a_grid_of_an_earlier_call_is_removed(ckpt, tmp_path):
-    sample(ckpt, tmp_path, 3)
-    images = [(tmp_path / f"00000{index}.png").read_bytes() for index in range(3)]
-    sample(ckpt, tmp_path, 3, "--no-previews")
-    assert {path.name for path in tmp_path.iterdir()} == names_of(3) - {"grid.png"}
-    assert [(tmp_path / f"00000{index}.png").read_bytes() for index in range(3)] == images
+def test_a_flag_wins_then_what_was_trained_with_then_the_default():
+    assert resolve({}) == SAMPLER | {"guidance_chosen": False}  # such as a published model
+    assert resolve(TUNED) == TUNED | {"guidance_chosen": False}  # a default of training that nobody chose
+    changes = {"cfg_scale": 2.0, "mu": 0.1}
+    assert resolve(TUNED, **changes, stop_below=0.0) == TUNED | changes | {"stop_below": None, "guidance_chosen": True}
 
 
-def test_numbered_images_of_the_user_stay_where_no_samples_were(ckpt, tmp_path):
-    (tmp_path / "000007.png").write_bytes(b"of the user")
-    sample(ckpt, tmp_path, 3)
-    assert (tmp_path / "000007.png").read_bytes() == b"of the user"
-    assert {path.name for path in tmp_path.iterdir()} == names_of(3) | {"000007.png"}
-
-
-def test_samples_of_another_run_stay_unless_told_otherwise_and_no_score_stays_beside_new_ones(ckpt, tmp_path, capsys):
-    folder, other = tmp_path / "s", tmp_path / "other.pt"
-    shutil.copy(ckpt, other)
-    sample(ckpt, folder, 2)
-    found = dict.fromkeys(manifest.KEYS) | {"format": manifest.FORMAT}
-    manifest.write_manifest(folder / "motion.json", found | {"generated": {"samples": str(folder)}})
-    manifest.write_manifest(folder / "fvd.json", found | {"generated": {"weights_sha256": "of another model"}})
-    for name in ("motion.png", "mine.json", "mine.png"):
-        (folder / name).write_text("{}")
-    content = {path: path.read_bytes() for path in folder.iterdir()}
-    sample(other, folder, 2, "--no-overwrite", status=2)
-    line = capsys.readouterr().err
-    assert f"--folder {folder}: holds samples of {ckpt}: name another folder, or add --overwrite" in line
-    assert {path: path.read_bytes() for path in folder.iterdir()} == content
-    sample(ckpt, folder, 3, "--no-overwrite")  # of the same run
-    assert {path.name for path in folder.iterdir()} == names_of(3) | {"mine.json", "mine.png", "fvd.json"}
-    sample(other, folder, 2, "--no-overwrite", "--overwrite")
-    assert json.loads((folder / "samples.json").read_text())["flags"]["ckpt"] == str(other)
-
-
-def test_samples_that_are_not_finite_are_one_line_that_names_the_step_and_in_training_a_note(ckpt, tmp_path, capsys):
-    sample(ckpt, tmp_path / "s", 2, "--stepsize", 1e30, "--num-sampling-steps", 6, status=1)
-    line = capsys.readouterr().err.splitlines()[-1]
-    assert re.search(r"error: step [1-5] of 5 made samples that are not finite \(--stepsize 1e\+30\)", line)
-    assert not (tmp_path / "s").exists()
-    settings = SETTINGS | {"step_size": 1e30, "num_steps": 6, "strict": False}
-    assert len(list(generate_clips(make_source(1), range(1), 0, "cpu", settings, show=False))) == 1
-    assert "note: step" in capsys.readouterr().out
-
-
-def test_samples_json_comes_last(ckpt, tmp_path, monkeypatch):
-    monkeypatch.setattr(sample_gd, "write_evaluations", lambda *_: pytest.fail("here"))
-    with pytest.raises(pytest.fail.Exception, match="here"):
-        sample(ckpt, tmp_path / "s", 3, "--stop-below", 0.1)
-    assert (tmp_path / "s/samples.npz").exists() and not (tmp_path / "s/samples.json").exists()
-    monkeypatch.undo()
-    sample(ckpt, tmp_path / "s", 3)
-    assert json.loads((tmp_path / "s/samples.json").read_text())["mean_evaluations"] == 2
-
-
-def test_ranks_without_a_batch_are_named_once(ckpt, tmp_path, monkeypatch, capsys):
-    monkeypatch.setenv("WORLD_SIZE", "4")
-    sample(ckpt, tmp_path / "s", 2)
-    (line,) = [line for line in capsys.readouterr().out.splitlines() if "note" in line]
-    assert "3 of 4 ranks have nothing to do" in line and "--batch-size" in line
-    monkeypatch.setenv("WORLD_SIZE", "1")
-    sample(ckpt, tmp_path / "s", 2)
-    assert "note" not in capsys.readouterr().out
-
-
-@pytest.mark.parametrize("kept", [1, 32])
-def test_images_to_start_from_are_taken_in_turn_however_many_are_kept(kept, tmp_path, monkeypatch):
-    monkeypatch.setattr(sample_gd, "KEPT_CLIPS", kept)
-    make_images(tmp_path, 3)
-    args = Namespace(init=str(tmp_path / "A"), video=False, folder="elsewhere")
-    files = sorted((tmp_path / "A").iterdir())
-    source, seen = Namespace(num_frames=1, time_scale=0.04, image_size=16), []
-
-    def read(clip, frames, *_):
-        seen.append(clip.path)
-        return torch.full((3, 1, 16, 16), files.index(type(files[0])(clip.path)), dtype=torch.uint8)
-
-    monkeypatch.setattr(InputClip, "read", read)
-    read = sample_gd.init_reader(args, source, range(5))
-    assert seen == [str(path) for path in files]  # each once, before anything is sampled
-    assert read([0, 1, 2, 3])[:, 0, 0, 0, 0].tolist() == [0, 1, 0, 1]
-    assert read([4]).shape == (1, 3, 1, 16, 16)
-    assert len(seen) == (2 if kept > 1 else 7)
-
-
-# Weights that are cast once -----------------------------------------------------------------------------------------
-
-
-MODELS = {
-    "rope": {"use_rope": True, "qk_norm": True},
-    "table": {"use_rope": True, "position_table": "space", "rope_speed": 0.5},
-    "fixed": {"use_rope": False},
-    "energy": {"use_rope": True, "ebm": "dot"},
-}
+@pytest.mark.parametrize(
+    ("kept", "typed", "steps", "size"),
+    [
+        ("ngd", {"num_sampling_steps": 6}, 6, 0.02),  # of a path of 2 x 0.05
+        ("ngd", {"stepsize": 0.01}, 11, 0.01),
+        ("ngd", {"stepsize": 0.03}, 4, 0.03),  # as near as whole steps come
+        ("ngd", {"stepsize": 5.0}, 2, 5.0),  # one evaluation at least
+        ("ngd", {"stepsize": 0.01, "num_sampling_steps": 4}, 4, 0.01),
+        ("ngd", {"sampler": "euler", "num_sampling_steps": 6}, 6, 0.05),  # has no step size
+        ("euler", {}, 3, 0.05),
+        ("euler", {"sampler": "gd"}, 250, 0.0017),  # a solver has no length of a path to keep
+        ("euler", {"sampler": "gd", "num_sampling_steps": 4}, 4, 0.1411),
+        ("ngd", {"stepsize": 1e-9}, "--stepsize 1e-09: a path of length 0.1 takes 1e.08 evaluations", None),
+        ("heun", {"stop_below": 0.5}, "--stop-below 0.5: heun has a fixed number of steps", None),
+        ("ngd", {"stop_below": 0.5, "sampler": "heun"}, "--stop-below 0.5: heun has a fixed number of steps", None),
+    ],
+)
+def test_the_path_keeps_its_length_if_one_of_steps_and_size_is_given(kept, typed, steps, size):
+    with nullcontext() if size else pytest.raises(UserError, match=steps):
+        found = resolve(TUNED | {"sampler": kept}, **typed)
+        assert (found["num_sampling_steps"], found["stepsize"]) == (steps, pytest.approx(size))
 
 
 def outputs(model, x):
@@ -262,79 +239,32 @@ def outputs(model, x):
         return found if model.config.ebm == "none" else [*found, model.energy(x, labels(len(x)))]
 
 
-@pytest.mark.parametrize("kind", MODELS)
-def test_weights_that_are_cast_once_change_no_bit_of_the_output_and_leave_the_model_as_it_is(kind):
-    model = tiny(**MODELS[kind]).requires_grad_(False)
-    before = {name: value.clone() for name, value in model.state_dict().items()}
-    x = clip(model.config.num_frames, batch=3)
-    expected = outputs(model, x)
-    copy = cast_products(model, "bf16")
-    assert copy is not model and copy.state_dict().keys() == before.keys()
-    assert all(map(torch.equal, outputs(copy, x), expected))
+@pytest.mark.parametrize(
+    "changes", [{"qk_norm": True}, {"position_table": "space", "rope_speed": 0.5}, {"use_rope": False}, {"ebm": "dot"}]
+)
+def test_weights_that_are_cast_once_change_no_bit_of_the_output(changes):
+    model = tiny(**changes).requires_grad_(False)
+    before, x = copy.deepcopy(model.state_dict()), clip(model.config.num_frames, batch=3)
+    expected, cast = outputs(model, x), cast_products(model, "bf16")
+    assert all(map(torch.equal, outputs(cast, x), expected))
+    products = {f"{name}." for name, module in model.named_modules() if isinstance(module, nn.Linear | nn.Conv3d)}
+    others = dict(model.named_parameters()) | dict(model.named_buffers())
+    for name, value in [*cast.named_parameters(), *cast.named_buffers()]:
+        if any(map(name.startswith, products)):
+            assert value.dtype == torch.bfloat16
+        else:
+            assert value is others[name]  # shared
     for name, value in model.state_dict().items():
         assert value.dtype == torch.float32 and torch.equal(value, before[name])
-
-
-class CountCasts(TorchDispatchMode):
-    """Counts the casts of the matrices of a model to bf16."""
-
-    def __init__(self, model):
-        super().__init__()
-        self.matrices = {weight.data_ptr() for weight in model.parameters() if weight.dim() > 1}
-        self.count = 0
-
-    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
-        kwargs = kwargs or {}
-        if function is torch.ops.aten._to_copy.default and kwargs.get("dtype") == torch.bfloat16:
-            self.count += args[0].data_ptr() in self.matrices
-        return function(*args, **kwargs)
-
-
-def test_no_matrix_is_cast_while_the_network_runs():
-    model = tiny(use_rope=True, qk_norm=True).requires_grad_(False)
-    counts = []
-    for network in (model, cast_products(model, "bf16")):
-        with CountCasts(network) as casts:
-            outputs(network, clip(4))
-        counts.append(casts.count)
-    linear = [module for module in model.modules() if isinstance(module, torch.nn.Linear)]
-    assert counts == [len(linear) + 1, 0]  # and the embedding of the patches
-
-
-@pytest.mark.parametrize("precision", ["fp32", "tf32"])
-def test_without_mixed_precision_nothing_is_copied(precision):
-    model = tiny()
-    assert cast_products(model, precision) is model
-
-
-def test_weights_that_no_product_uses_are_shared_with_the_copy():
-    model = tiny(use_rope=False, qk_norm=True)
-    copy = cast_products(model, "bf16")
-    assert copy.pos_embed is model.pos_embed
-    assert copy.y_embedder.embedding_table.weight is model.y_embedder.embedding_table.weight
-    assert copy.blocks[0].attn.q_norm.weight is model.blocks[0].attn.q_norm.weight
-    assert copy.blocks[0].attn.qkv.weight.dtype == copy.x_embedder.proj.weight.dtype == torch.bfloat16
-
-
-def test_the_copy_of_a_compiled_model_is_compiled():
-    model = tiny(depth=2)
-    assert all(block._compiled_call_impl is None for block in cast_products(model, "bf16").blocks)
+    assert all(cast_products(model, precision) is model for precision in ("fp32", "tf32"))
     model.compile_blocks()
-    copy = cast_products(model, "bf16")
-    assert copy.is_compiled and all(block._compiled_call_impl is not None for block in copy.blocks)
+    compiled = cast_products(model, "bf16")
+    assert not cast.is_compiled and all(block._compiled_call_impl is not None for block in compiled.blocks)
 
 
-def test_previews_in_bf16_are_those_of_autocast_alone_and_leave_the_averaged_weights_as_they_are():
-    source = make_source(3, use_rope=True)
-    args = Namespace(
-        num_samples=3, global_seed=0, sampler="ngd", num_sampling_steps=4, stepsize=0.05, mu=0.3, stop_below=None,
-        cfg_scale=2.0, precision="bf16", shard=False,
-    )  # fmt: skip
-    before = {name: value.clone() for name, value in source.model.state_dict().items()}
-    settings = SETTINGS | {"precision": "bf16"}
-    ((expected, _, _),) = generate_clips(source, range(3), 0, "cpu", settings, show=False)
-    stop = Namespace(check=lambda: None, settle=lambda: None)
-    assert torch.equal(train.sample_ema(source, args, torch.device("cpu"), stop), expected)
-    assert expected.float().std() > 30
-    for name, value in source.model.state_dict().items():
-        assert value.dtype == torch.float32 and torch.equal(value, before[name])
+def test_previews_in_bf16_leave_the_averaged_weights_as_they_are():
+    plan, stop = windows_of(8), SimpleNamespace(check=lambda: None, resolve=lambda: None)
+    args = SimpleNamespace(**TUNED, num_samples=3, global_seed=0, precision="bf16", shard=False)
+    before, (expected, _, _) = copy.deepcopy(plan.model.state_dict()), run(plan, **sampling_settings(args))
+    assert torch.equal(train.sample_ema(plan, args, torch.device("cpu"), stop), expected) and expected.any()
+    assert all(torch.equal(value, before[name]) for name, value in plan.model.state_dict().items())

@@ -1,8 +1,9 @@
-"""Imports between the modules of EqM go down only, no module hides an installed package, functions stay short."""
+"""The rules that keep EqM changeable: imports go down, flags are resolved once, few modules know of classes."""
 
 import ast
 import functools
 import importlib.metadata
+import re
 import sys
 from pathlib import Path
 
@@ -14,26 +15,42 @@ ENTRY = ("train", "train_vae", "cache_latents", "sample_gd", "evaluate")
 LAYERS = (  # from the top; a module may import from layers below, and from its own as long as there is no cycle
     ENTRY,
     ("preflight", "scoring"),
-    ("generation", "validation", "given"),
-    ("checkpoint", "published", "optim", "schedule", "forcing", "sharding"),
+    ("generation", "validation", "given", "run"),
+    ("checkpoint", "published", "optim", "schedule", "sharding"),
     ("models", "vae", "autoencoder", "samplers"),
     ("rope", "transport", "video"),
     ("runtime",),
 )
-SHORT = 60  # lines of a function
-EXCEPTIONS = {("train", "main"): 200, ("train_vae", "main"): 120}  # the visible loops
+STAND_ALONE = {"transport": {"runtime"}, "samplers": {"runtime", "transport"}}  # the rooms that they may import
+LONG = {("train", "main"): 170, ("train_vae", "main"): 100}  # the visible loops; all other functions: 60 lines
+BUDGETS = {  # lines of a module or room: of the design or, where that is exceeded today, of today in full tens
+    "train": 440, "train_vae": 240, "cache_latents": 220, "sample_gd": 280, "evaluate": 200, "models": 530,
+    "rope": 130, "transport": 160, "samplers": 170, "generation": 450, "given": 230, "vae": 170, "autoencoder": 140,
+    "optim": 170, "checkpoint": 520, "published": 170, "sharding": 110, "preflight": 530, "schedule": 90,
+    "validation": 100, "run": 70, "video": 1410, "scoring": 1940, "runtime": 1270,
+}  # fmt: skip
+# A condition is opaque: only the models, the data, what is on the disk and the flags know that it is a class.
+KNOW_CLASSES = {"models", "published", "video", "cache_latents", "preflight", "generation", "given", "sample_gd"}
+KNOW_CLASSES |= {"scoring", "evaluate"}
+NAME_CLASSES = {  # what the others name without knowing it
+    "train": {"classes", "class_dropout_prob"},  # of the folders; the rate of dropped conditions
+    "train_vae": {"classes"},
+    "checkpoint": {"new_classes"},  # a flag
+    "runtime.cli": {"formatter_class"},  # of argparse
+}
 
 
-def modules():
-    """name -> syntax tree of every module of EqM: "train", "video.clips", ..."""
+def modules(folder):
+    """name -> syntax tree of every module below a folder: "train", "video.clips", ..."""
     trees = {}
-    for path in sorted(ENGINE.rglob("*.py")):
-        name = ".".join(path.relative_to(ENGINE).with_suffix("").parts).removesuffix(".__init__")
+    for path in sorted(folder.rglob("*.py")):
+        name = ".".join(path.relative_to(folder).with_suffix("").parts).removesuffix(".__init__")
         trees[name] = ast.parse(path.read_text())
     return trees
 
 
-MODULES = modules()
+MODULES = modules(ENGINE)
+SCRIPTS = modules(ROOT / "scripts") | modules(ROOT / "datasets")
 ROOMS = {name.split(".")[0] for name in MODULES}
 
 
@@ -53,45 +70,28 @@ def own_imports(tree):
     return {one for one in found if not any(other.startswith(f"{one}.") for other in found)}  # the module, not its room
 
 
-def layer(name):
-    return next(number for number, rooms in enumerate(LAYERS) if name.split(".")[0] in rooms)
-
-
-def test_every_module_has_its_layer():
-    known = {room for rooms in LAYERS for room in rooms}
-    assert known >= ROOMS, f"say in LAYERS where {sorted(ROOMS - known)} belong"
-
-
-def test_imports_go_down():
-    for name, tree in MODULES.items():
-        up = {target for target in own_imports(tree) if layer(target) < layer(name)}
-        assert not up, f"{name} imports {', '.join(sorted(up))} from above it"
-
-
-def test_an_import_that_points_up_is_named(monkeypatch):
-    monkeypatch.setitem(MODULES, "runtime.rng", ast.parse("def f():\n    from video import clips\n"))
-    with pytest.raises(AssertionError, match="runtime.rng imports video.clips from above it"):
-        test_imports_go_down()
-
-
-def test_nothing_imports_an_entry_script():
-    others = [*(ROOT / "scripts").rglob("*.py"), *(ROOT / "datasets").glob("*.py")]
-    for name, tree in MODULES.items() | {(path.name, ast.parse(path.read_text())) for path in others}:
-        found = own_imports(tree) & set(ENTRY)
-        assert not found, f"{name} imports {', '.join(found)}"
-
-
-def test_imports_form_no_cycle():
+def test_imports_go_down_and_form_no_cycle():
+    layers = {room: number for number, rooms in enumerate(LAYERS) for room in rooms}
+    assert layers.keys() == ROOMS, f"say in LAYERS where {sorted(ROOMS ^ layers.keys())} belong"
     left = {name: own_imports(tree) for name, tree in MODULES.items()}
+    for name, targets in left.items():
+        up = {target for target in targets if layers[target.split(".")[0]] < layers[name.split(".")[0]]}
+        assert not up, f"{name} imports {', '.join(sorted(up))} from above it"
     while free := [name for name, targets in left.items() if not targets & left.keys()]:
         for name in free:
             del left[name]
     assert not left, f"a cycle among {', '.join(left)}"
 
 
-@pytest.mark.parametrize("name", ["transport", "samplers"])
+def test_nothing_imports_an_entry_script():
+    for name, tree in (MODULES | SCRIPTS).items():
+        found = own_imports(tree) & set(ENTRY)
+        assert not found, f"{name} imports {', '.join(found)}"
+
+
+@pytest.mark.parametrize("name", STAND_ALONE)
 def test_the_objective_and_the_samplers_stand_alone(name):
-    assert own_imports(MODULES[name]) <= {"transport", "samplers"}
+    assert {target.split(".")[0] for target in own_imports(MODULES[name])} <= STAND_ALONE[name]
 
 
 def test_no_module_hides_one_that_is_installed_or_in_the_standard_library():
@@ -99,13 +99,37 @@ def test_no_module_hides_one_that_is_installed_or_in_the_standard_library():
     assert not ROOMS & (installed | set(sys.stdlib_module_names))
 
 
+def test_only_preflight_resolves_flags_and_nothing_assigns_to_one():
+    for name, tree in (MODULES | SCRIPTS).items():
+        for node in ast.walk(tree):
+            called = isinstance(node, ast.Call) and isinstance(node.func, ast.Attribute) and node.func.attr
+            of_flags = called == "resolve" and node.keywords  # that of a path or of the ranks' vote takes none
+            assert not of_flags or name == "preflight", f"{name}, line {node.lineno}: resolves flags"
+            is_stored = isinstance(node, ast.Attribute) and isinstance(node.ctx, ast.Store)
+            assert not is_stored or ast.unparse(node.value) != "args", f"{name}, line {node.lineno}: sets a flag"
+
+
+def test_few_modules_know_that_a_condition_is_a_class():
+    for module, tree in MODULES.items():
+        if module.split(".")[0] in KNOW_CLASSES:
+            continue
+        names = {getattr(node, field, None) for node in ast.walk(tree) for field in ("id", "attr", "arg", "value")}
+        names = {name for name in names if isinstance(name, str) and name.isidentifier()}
+        found = {name for name in names if re.search("label|(?<!data)class(?!method)", name)}
+        found -= NAME_CLASSES.get(module, set())
+        assert not found, f"{module} knows of {', '.join(sorted(found))}"
+
+
 def test_functions_fit_on_a_screen():
     for name, tree in MODULES.items():
         for node in ast.walk(tree):
             if isinstance(node, ast.FunctionDef):
                 lines = node.end_lineno - node.lineno + 1
-                assert lines <= EXCEPTIONS.get((name, node.name), SHORT), f"{name}.{node.name} has {lines} lines"
+                assert lines <= LONG.get((name, node.name), 60), f"{name}.{node.name} has {lines} lines"
 
 
-def test_train_py_has_at_most_450_lines():
-    assert len((ENGINE / "train.py").read_text().splitlines()) <= 450
+@pytest.mark.parametrize("name", sorted(ROOMS))
+def test_every_module_keeps_to_its_lines(name):
+    place = ENGINE / name
+    files = place.glob("*.py") if place.is_dir() else [place.with_suffix(".py")]
+    assert sum(len(file.read_text().splitlines()) for file in files) <= BUDGETS[name]

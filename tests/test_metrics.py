@@ -3,7 +3,7 @@
 import sys
 import time
 from io import BytesIO
-from types import SimpleNamespace
+from unittest.mock import Mock, call
 
 import numpy as np
 import pytest
@@ -16,31 +16,21 @@ from runtime.metrics import Metrics, StepStats, bar_text, device_stats, import_w
 from video.writers import write_gif
 
 
-class FakeWandb(SimpleNamespace):
-    """The part of the wandb package that is used; records its arguments."""
-
-    def __init__(self):
-        super().__init__(Error=RuntimeError, runs=[])
-
-    def init(self, **arguments):
-        run = SimpleNamespace(arguments=arguments, rows=[], finished=False)
-        run.log = lambda row, step: run.rows.append((step, row))
-        run.finish = lambda: setattr(run, "finished", True)
-        self.runs.append(run)
-        return run
-
-    def Image(self, pixels):  # noqa: N802 (its name in wandb)
-        return "Image", pixels
-
-    def Video(self, path, format):  # noqa: N802
-        return path, format
-
-
 @pytest.fixture
 def wandb(monkeypatch):
-    fake = FakeWandb()
+    """In place of the wandb package, if it is installed at all."""
+    fake = Mock(Error=RuntimeError)
     monkeypatch.setitem(sys.modules, "wandb", fake)
     return fake
+
+
+def log(folder, *rows, **settings):
+    """Log (step, scalars) rows in a run folder as one run does; returns the closed Metrics."""
+    metrics = Metrics(folder, **settings)
+    for step, scalars in rows:
+        metrics.log(step, **scalars)
+    metrics.close()
+    return metrics
 
 
 def lines(folder):
@@ -49,8 +39,7 @@ def lines(folder):
 
 def board(folder):
     """What TensorBoard got."""
-    events = EventAccumulator(str(folder))
-    return events.Reload()
+    return EventAccumulator(str(folder)).Reload()
 
 
 def image(folder, name):
@@ -59,7 +48,7 @@ def image(folder, name):
     return event.step, Image.open(BytesIO(event.encoded_image_string))
 
 
-def test_each_call_appends_a_json_line_at_once_in_which_numbers_that_are_not_finite_are_null(tmp_path):
+def test_each_call_appends_a_json_line_with_null_for_what_is_not_finite(tmp_path):
     metrics = Metrics(tmp_path)
     metrics.log(10, loss=0.5, clips=32)
     assert lines(tmp_path) == ['{"step": 10, "loss": 0.5, "clips": 32}']  # while the file is still open
@@ -71,33 +60,33 @@ def test_each_call_appends_a_json_line_at_once_in_which_numbers_that_are_not_fin
     ]  # fmt: skip
 
 
-def test_clips_reach_tensorboard_and_wandb_as_a_row_per_clip_and_a_column_per_frame_and_moving(tmp_path, wandb):
+def show(folder, clips, *moving):
+    """Log clips at step 7; returns (the sheet in TensorBoard, the sheet in wandb)."""
+    metrics = Metrics(folder, wandb=True)
+    metrics.video(7, "samples", clips, *moving)
+    metrics.close()
+    step, sheet = image(folder, "samples")
+    assert step == 7
+    return np.asarray(sheet), sys.modules["wandb"].Image.call_args.args[0]
+
+
+def test_clips_are_shown_as_a_sheet_with_a_row_each_and_moving(tmp_path, wandb):
     clips = np.random.default_rng(0).integers(0, 256, (2, 3, 4, 5, 3), dtype=np.uint8)
     gif = BytesIO()
     write_gif(gif, clips[0], fps=10)
-    metrics = Metrics(tmp_path, wandb=True)
-    metrics.video(7, "samples", clips, gif.getvalue(), tmp_path / "a.mp4")
-    metrics.close()
     expected = np.concatenate([np.concatenate(clip, axis=1) for clip in clips])
-    step, sheet = image(tmp_path, "samples")
-    assert step == 7
-    assert np.array_equal(sheet, expected)
+    assert all(np.array_equal(sheet, expected) for sheet in show(tmp_path, clips, gif.getvalue(), tmp_path / "a.mp4"))
     step, moving = image(tmp_path, "samples_moving")
     assert (step, moving.n_frames) == (7, 3)
-    ((step, row),) = wandb.runs[0].rows
-    assert (step, row["samples"][0], row["samples_moving"]) == (7, "Image", (str(tmp_path / "a.mp4"), "mp4"))
-    assert np.array_equal(row["samples"][1], expected)
+    row = {"samples": wandb.Image.return_value, "samples_moving": wandb.Video.return_value}
+    assert wandb.init.return_value.log.call_args_list == [call(row, step=7)]
+    assert wandb.Video.call_args_list == [call(str(tmp_path / "a.mp4"), format="mp4")]
 
 
 @pytest.mark.parametrize(("number", "rows", "columns"), [(3, 1, 3), (19, 3, 8)])
-def test_images_reach_tensorboard_and_wandb_as_a_grid_of_8_in_a_row(tmp_path, wandb, number, rows, columns):
+def test_images_are_shown_as_a_grid_of_8_in_a_row(tmp_path, wandb, number, rows, columns):
     images = np.random.default_rng(0).integers(0, 255, (number, 1, 4, 5, 3), dtype=np.uint8)
-    metrics = Metrics(tmp_path, wandb=True)
-    metrics.video(7, "samples", images)
-    metrics.close()
-    _, sheet = image(tmp_path, "samples")
-    ((_, row),) = wandb.runs[0].rows
-    for grid in (np.asarray(sheet), row["samples"][1]):
+    for grid in show(tmp_path, images):
         assert grid.shape == (rows * 4, columns * 5, 3)
         cells = grid.reshape(rows, 4, columns, 5, 3).swapaxes(1, 2).reshape(-1, 4, 5, 3)
         assert np.array_equal(cells[:number], images[:, 0])
@@ -113,12 +102,9 @@ def test_other_ranks_write_nothing(tmp_path, monkeypatch):
     assert not list(tmp_path.iterdir())
 
 
-def test_scalars_reach_tensorboard_and_after_a_resume_no_step_is_logged_twice(tmp_path):
-    for resume_step, steps, loss in ((None, range(1, 8), 1), (4, range(5, 7), 2)):
-        metrics = Metrics(tmp_path, resume_step)
-        for step in steps:
-            metrics.log(step, loss=loss)
-        metrics.close()
+def test_after_a_resume_no_step_is_logged_twice(tmp_path):
+    log(tmp_path, *[(step, {"loss": 1}) for step in range(1, 8)])
+    metrics = log(tmp_path, *[(step, {"loss": 2}) for step in (5, 6)], resume_step=4)
     rows, torn = read_metrics(tmp_path / "metrics.jsonl")
     expected = [(1, 1), (2, 1), (3, 1), (4, 1), (5, 2), (6, 2)]
     assert [(row["step"], row["loss"]) for row in rows] == expected
@@ -126,104 +112,81 @@ def test_scalars_reach_tensorboard_and_after_a_resume_no_step_is_logged_twice(tm
     assert torn == metrics.torn == 0
 
 
-def test_a_resume_drops_and_counts_a_line_torn_by_a_crash_and_does_not_change_earlier_ones(tmp_path):
+def test_a_resume_counts_a_torn_line_and_does_not_change_earlier_ones(tmp_path):
     earlier = ['{"step": 1, "loss": 0.1, "val/loss": null}', '{"step": 1, "note": 3}']
     (tmp_path / "metrics.jsonl").write_text("\n".join([*earlier, '{"step": 2, "lo']))
-    metrics = Metrics(tmp_path, resume_step=2)
-    metrics.log(3, loss=0.25)
-    metrics.close()
-    assert metrics.torn == 1
+    assert log(tmp_path, (3, {"loss": 0.25}), resume_step=2).torn == 1
     assert lines(tmp_path) == [*earlier, '{"step": 3, "loss": 0.25}']
-
-
-def test_a_resume_without_metrics_starts_a_new_file(tmp_path):
-    metrics = Metrics(tmp_path, resume_step=100)
-    metrics.log(101, loss=1.0)
-    metrics.close()
+    (tmp_path / "metrics.jsonl").unlink()
+    log(tmp_path, (3, {"loss": 0.25}), resume_step=2)  # starts a new file
     assert len(lines(tmp_path)) == 1
 
 
 @pytest.mark.parametrize("torn_line", [b'{"step": 2, "loss": 0.', b"\xff\xfe{", b"\0\0\0\0"])
-def test_torn_lines_are_left_out_and_counted(tmp_path, torn_line):
+def test_torn_lines_are_skipped_and_counted(tmp_path, torn_line):
     (tmp_path / "metrics.jsonl").write_bytes(b'{"step": 1, "loss": 0.5}\n' + torn_line)
     assert read_metrics(tmp_path / "metrics.jsonl") == ([{"step": 1, "loss": 0.5}], 1)
 
 
-def test_wandb_without_the_package_is_an_error_that_says_how_to_install_it(tmp_path, monkeypatch):
-    monkeypatch.setitem(sys.modules, "wandb", None)  # as if it were not installed
-    with pytest.raises(UserError, match="--wandb.*pip install wandb"):
-        import_wandb()
-    with pytest.raises(UserError, match="--wandb.*pip install wandb"):
-        Metrics(tmp_path, wandb=True)
-
-
-def test_wandb_gets_the_config_and_the_scalars_and_a_resumed_run_keeps_its_id(tmp_path, wandb):
-    for resume_step in (None, 5):
-        metrics = Metrics(tmp_path, resume_step=resume_step, wandb=True, config={"lr": 1e-4})
-        metrics.log(6, loss=0.5)
-        metrics.close()
-    first, second = wandb.runs
-    assert first.arguments["config"] == {"lr": 1e-4}
-    assert first.rows == second.rows == [(6, {"loss": 0.5})]
-    assert first.finished
-    assert first.arguments["id"] == second.arguments["id"]
-    assert second.arguments["resume"] == "allow"
-
-
-def test_a_wandb_run_that_cannot_start_is_a_user_error(tmp_path, wandb, monkeypatch):
-    def init(**arguments):
-        raise wandb.Error("api_key not configured")
-
-    monkeypatch.setattr(wandb, "init", init)
+def test_wandb_without_its_package_or_a_login_is_a_user_error(tmp_path, wandb, monkeypatch):
+    wandb.init.side_effect = wandb.Error("api_key not configured")
     with pytest.raises(UserError, match="--wandb: api_key not configured.*wandb login"):
         Metrics(tmp_path, wandb=True)
+    monkeypatch.setitem(sys.modules, "wandb", None)  # as if it were not installed
+    for start in (import_wandb, lambda: Metrics(tmp_path, wandb=True)):
+        with pytest.raises(UserError, match="--wandb.*pip install wandb"):
+            start()
+
+
+def test_wandb_gets_config_and_scalars_and_a_resumed_run_keeps_its_id(tmp_path, wandb):
+    for resume_step in (None, 5):
+        log(tmp_path, (6, {"loss": 0.5}), resume_step=resume_step, wandb=True, config={"lr": 1e-4})
+    first, second = (one.kwargs for one in wandb.init.call_args_list)
+    assert first["config"] == {"lr": 1e-4} and first["id"] == second["id"] and second["resume"] == "allow"
+    assert wandb.init.return_value.log.call_args_list == [call({"loss": 0.5}, step=6)] * 2
+    assert wandb.init.return_value.finish.call_count == 2
 
 
 # StepStats ----------------------------------------------------------------------------------------------------------
 
 
-def fill(stats, values, skipped=None):
+def fill(values, skipped=None, earlier=None):
+    stats = StepStats(earlier)
     for number, value in enumerate(values):
         scalars = {"train_loss": torch.tensor(value), "grad_norm": torch.tensor(2 * value)}
         if skipped:
             scalars["skipped"] = torch.tensor(float(skipped[number]))
-        stats.add([f"{number}.avi"], **scalars)
+        stats.add([f"{number}.avi"], 5e12, **scalars)
     return stats
 
 
-def test_the_summary_has_the_means_of_the_steps():
-    summary = fill(StepStats(), [1.0, 2.0, 6.0]).summary(step=3, global_batch=8)
-    assert (summary["train_loss"], summary["grad_norm"]) == (3.0, 6.0)
-    assert summary["clips_per_s"] > 0
-
-
-def test_the_rate_of_a_rank_is_the_flops_of_all_over_seconds_and_ranks(monkeypatch):
-    stats = StepStats()
-    for _ in range(3):
-        stats.add([], 5e12, train_loss=torch.tensor(1.0), grad_norm=torch.tensor(1.0))
+def test_the_summary_has_the_means_of_the_steps_and_the_rates_of_a_rank(monkeypatch):
+    stats = fill([1.0, 2.0, 6.0])
+    batch = {"bad": ["a.avi"], "number": 3}
+    now = [stats.began + 4]
+    monkeypatch.setattr(time, "monotonic", lambda: now[0])
     monkeypatch.setenv("WORLD_SIZE", "4")
-    monkeypatch.setattr(time, "monotonic", lambda now=stats.began + 10: now)
-    assert stats.summary(3, 8)["tflops_per_s"] == pytest.approx(3 * 5 / 10 / 4)
+
+    def batches():
+        now[0] += 1
+        yield batch
+
+    assert stats.next_batch(batches()) is batch and stats.bad == ["a.avi"]
+    now[0] = stats.began + 10
+    summary = stats.summary(step=3, global_batch=8)
+    rates = {"clips_per_s": 3 * 8 / 10, "tflops_per_s": 3 * 5 / 10 / 4, "wait_frac": 1 / 10}
+    assert summary == pytest.approx({"train_loss": 3.0, "grad_norm": 6.0} | rates)
 
 
-@pytest.mark.parametrize(
-    ("name", "precision", "peak"),
-    [
-        ("NVIDIA H100 80GB HBM3", "bf16", 989),
-        ("NVIDIA H100 PCIe", "bf16", 756),
-        ("NVIDIA H200 NVL", "bf16", 835),
-        ("NVIDIA GeForce RTX 4090 Laptop GPU", "bf16", None),
-        ("NVIDIA A100-SXM4-80GB", "tf32", 156),
-        ("NVIDIA A10G", "bf16", 70),
-        ("NVIDIA L40S", "fp16", 362),
-        ("NVIDIA GB200", "bf16", 2500),
-        ("Tesla V100-SXM2-16GB", "fp16", 125),
-        ("NVIDIA H100 80GB HBM3", "fp32", None),  # no rate of matrix units to compare with
-        ("NVIDIA GeForce GTX 1080", "bf16", None),
-    ],
-)
-def test_the_peak_rate_of_a_gpu_is_found_by_its_name(name, precision, peak):
-    assert peak_tflops(name, precision) == peak
+def test_the_peak_rate_of_a_gpu_is_found_by_its_name():
+    names = {
+        "NVIDIA H100 80GB HBM3": 989, "NVIDIA H100 PCIe": 756, "NVIDIA H200 NVL": 835, "NVIDIA A10G": 70,
+        "NVIDIA L40S": 362, "NVIDIA GB200": 2500, "Tesla V100-SXM2-16GB": 125, "NVIDIA GeForce GTX 1080": None,
+        "NVIDIA GeForce RTX 4090 Laptop GPU": None,
+    }  # fmt: skip
+    assert {name: peak_tflops(name, "bf16") for name in names} == names
+    assert [peak_tflops("NVIDIA A100-SXM4-80GB", precision) for precision in ("fp16", "tf32")] == [312, 156]
+    assert peak_tflops("NVIDIA H100 80GB HBM3", "fp32") is None  # no rate of matrix units to compare with
 
 
 def test_the_bar_shows_what_the_device_has_and_a_cpu_has_no_mfu(monkeypatch):
@@ -240,27 +203,25 @@ def test_the_bar_shows_what_the_device_has_and_a_cpu_has_no_mfu(monkeypatch):
 
 def test_an_interruption_changes_no_bit_of_the_means():
     values = torch.rand(7, generator=torch.Generator().manual_seed(0)).tolist()
-    whole = fill(StepStats(), values).summary(step=7, global_batch=8)
-    first = fill(StepStats(), values[:3])
-    second = StepStats(first.averaged(step=3))
-    assert len(second) == 3
-    parts = fill(second, values[3:]).summary(step=7, global_batch=8)
-    assert (whole["train_loss"], whole["grad_norm"]) == (parts["train_loss"], parts["grad_norm"])
-    assert StepStats(second.averaged(step=7)).summary(7, 8)["train_loss"] == whole["train_loss"]  # at the very end
+    uninterrupted = fill(values).summary(step=7, global_batch=8)
+    second = fill(values[3:], earlier=fill(values[:3]).averaged(step=3))
+    assert len(second) == 7
+    end = StepStats(second.averaged(step=7))  # interrupted at the very end
+    for parts in (second, end):
+        means = parts.summary(step=7, global_batch=8)
+        assert all(means[name] == uninterrupted[name] for name in ("train_loss", "grad_norm"))
 
 
 @pytest.mark.parametrize("value", [float("nan"), -float("inf")])
-def test_the_error_for_a_nonfinite_value_names_its_step_files_and_earlier_gradient_norms(value):
-    stats = fill(StepStats(), [1.0, 2.0, value, 3.0])
+def test_the_error_for_a_nonfinite_value_names_its_step_files_and_norms(value):
     words = "the train_loss of step 103 is not finite, on rank 0, of 2.avi; gradient norms up to it: 2, 4, "
     with pytest.raises(UserError, match=words):
-        stats.summary(step=104, global_batch=8)
+        fill([1.0, 2.0, value, 3.0]).summary(step=104, global_batch=8)
 
 
-def test_skipped_steps_are_counted_and_left_out_of_the_means():
-    stats = fill(StepStats(), [1.0, float("nan"), 3.0], skipped=[0, 1, 0])
-    summary = stats.summary(step=3, global_batch=8)
+def test_skipped_steps_are_counted_and_not_in_the_means():
+    summary = fill([1.0, float("nan"), 3.0], skipped=[0, 1, 0]).summary(step=3, global_batch=8)
     assert (summary["train_loss"], summary["skipped"]) == (2.0, 1)
-    assert np.isnan(fill(StepStats(), [float("inf")], skipped=[1]).summary(1, 8)["train_loss"])  # no step left
+    assert np.isnan(fill([float("inf")], skipped=[1]).summary(1, 8)["train_loss"])  # no step left
     with pytest.raises(UserError, match="step 2 is not finite"):
-        fill(StepStats(), [float("nan"), float("nan")], skipped=[1, 0]).summary(step=2, global_batch=8)
+        fill([float("nan"), float("nan")], skipped=[1, 0]).summary(step=2, global_batch=8)

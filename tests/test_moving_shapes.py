@@ -2,12 +2,14 @@
 
 import json
 import os
+import shutil
 import subprocess
 import sys
+from argparse import Namespace
 from collections import Counter
 from pathlib import Path
 
-import decord
+import av
 import numpy as np
 import pytest
 
@@ -15,6 +17,7 @@ import make_moving_shapes as shapes
 from runtime.cli import UserError
 
 SCRIPTS = Path(shapes.__file__).parent
+SMALL = "--videos-per-class", 2, "--size", 16
 
 
 def make(out, *flags):
@@ -22,13 +25,21 @@ def make(out, *flags):
     return json.loads((out / "shapes.json").read_text())
 
 
+def plan(*flags):
+    args = shapes.parse_args(["--out", "x", *map(str, flags)])
+    args = Namespace(**vars(args), frames=round(args.seconds * 25))
+    return args, *shapes.plan_videos(args)
+
+
 def files_of(folder):
     return {str(p.relative_to(folder)): p.read_bytes() for p in sorted(folder.rglob("*")) if p.is_file()}
 
 
 def decode(path):
-    reader = decord.VideoReader(str(path))
-    return reader.get_batch(range(len(reader))).asnumpy(), reader.get_avg_fps()
+    """(frames of a video, uint8 (T, H, W, 3); frames per second)."""
+    with av.open(str(path)) as file:
+        frames = [frame.to_ndarray(format="rgb24") for frame in file.decode(video=0)]
+        return np.stack(frames), float(file.streams.video[0].average_rate)
 
 
 def centroid(frame):
@@ -44,106 +55,85 @@ def made(tmp_path_factory):
     return out, make(out, "--videos-per-class", 9)
 
 
-def test_the_same_flags_give_the_same_bytes_and_another_seed_gives_others(tmp_path):
+def test_bytes_depend_on_the_flags_alone_not_on_other_videos(tmp_path, made):
     for name, flags in (("set", ()), ("again", ()), ("other", ("--seed", 1))):
-        make(tmp_path / name, "--videos-per-class", 2, "--size", 16, *flags)
+        make(tmp_path / name, *SMALL, *flags)
     same, other = files_of(tmp_path / "again"), files_of(tmp_path / "other")
     assert same == files_of(tmp_path / "set")
     assert same.keys() == other.keys() and all(same[name] != other[name] for name in same if name.endswith(".avi"))
-
-
-def test_no_file_names_the_encoder_that_wrote_it(made):
-    assert not [name for name, data in files_of(made[0]).items() if b"Lav" in data]
-
-
-def test_a_video_does_not_depend_on_how_many_others_there_are(tmp_path, made):
-    out, _ = made
     make(tmp_path / "few", "--videos-per-class", 2)
-    name = "SquareUp/v_SquareUp_g01_c01.avi"
-    assert (tmp_path / "few" / name).read_bytes() == (out / name).read_bytes()
+    all_files, few = files_of(made[0]), files_of(tmp_path / "few")
+    assert all(few[name] == all_files[name] for name in few if "_g01_c01" in name)
+    assert not [name for name, data in all_files.items() if b"Lav" in data]  # the name of the encoder
 
 
 def test_the_layout_and_the_lists_are_those_of_ucf101(made):
     out, side = made
     assert sorted(p.name for p in out.iterdir() if p.is_dir()) == sorted([*shapes.CLASSES, "ucfTrainTestlist"])
-    splits = out / "ucfTrainTestlist"
-    class_ids = dict(reversed(line.split()) for line in (splits / "classInd.txt").read_text().splitlines())
-    assert list(class_ids) == sorted(shapes.CLASSES) and list(class_ids.values()) == [str(i + 1) for i in range(12)]
-    train = dict(line.split() for line in (splits / "trainlist01.txt").read_text().splitlines())
-    test = (splits / "testlist01.txt").read_text().splitlines()
-    assert all(class_id == class_ids[name.split("/")[0]] for name, class_id in train.items())
-    listed = [*train, *test]
-    assert sorted(listed) == sorted(str(p.relative_to(out)) for p in out.rglob("*.avi"))
-    assert sorted(listed) == sorted(f"{key}.avi" for key in side["videos"])
-    group = {name: name.split("_")[2] for name in listed}
-    assert not {group[name] for name in train} & {group[name] for name in test}
+    index, train, test = (
+        (out / f"ucfTrainTestlist/{name}.txt").read_text().splitlines()
+        for name in ("classInd", "trainlist01", "testlist01")
+    )
+    assert index == [f"{number} {name}" for number, name in enumerate(sorted(shapes.CLASSES), 1)]
+    train = dict(line.split() for line in train)
+    assert all(f"{class_id} {name.split('/')[0]}" in index for name, class_id in train.items())
+    listed = sorted([*train, *test])
+    assert listed == sorted(str(p.relative_to(out)) for p in out.rglob("*.avi"))
+    assert listed == sorted(f"{key}.avi" for key in side["videos"])
+    assert {name.split("_")[2] for name in test} == {"g01"} and not any("_g01_" in name for name in train)
     assert set(Counter(name.split("/")[0] for name in test).values()) == {2}  # of 9: group 1 holds clips 1 and 2
-
-
-def test_by_default_10_to_20_percent_of_the_videos_are_for_testing(tmp_path):
-    args = shapes.parse_args(["--out", str(tmp_path)])
-    shapes.check_flags(args)
-    videos, test = shapes.plan_videos(args)
+    _, videos, test = plan()
     assert 0.1 <= len(test) / len(videos) <= 0.2
-    assert {args.colors[i] for i in range(3)} == {video["color"] for video in videos.values()}
+    assert {video["color"] for video in videos.values()} == {"red", "green", "blue"}
 
 
-@pytest.mark.parametrize("name", shapes.CLASSES)
-def test_decoded_motion_is_that_of_the_class_and_of_shapes_json(made, name):
+def test_decoded_videos_show_what_shapes_json_says(made):
     out, side = made
-    key = f"{name}/v_{name}_g03_c01"
-    video = side["videos"][key]
-    frames, fps = decode(out / f"{key}.avi")
-    assert frames.shape == (25, 64, 64, 3) and fps == 25
-    centers = np.array([centroid(frame) for frame in frames])
-    assert video["speed"] == 36 and video["class"] == name == video["shape"] + video["direction"]
-    sign = {"Left": (-1, 0), "Right": (1, 0), "Up": (0, -1), "Down": (0, 1)}[video["direction"]]
-    wanted = np.array(video["start"]) + np.arange(25)[:, None] * 36 / 25 * np.array(sign)
-    assert np.abs(centers - wanted).max() < 0.2
-
-
-def test_decoded_colors_are_the_palette_and_all_frames_are_as_drawn(made):
-    out, side = made
-    seen = set()
-    for key in list(side["videos"])[::4]:
+    assert {k: side[k] for k in ("version", "size", "fps", "seconds", "frames", "seed")} == {
+        "version": shapes.VERSION, "size": 64, "fps": 25, "seconds": 1.0, "frames": 25, "seed": 0,
+    }  # fmt: skip
+    for name in shapes.CLASSES:
+        key = f"{name}/v_{name}_g03_c01"
         video = side["videos"][key]
-        frames, _ = decode(out / f"{key}.avi")
-        seen.add(video["color"])
-        for frame, drawn in zip(frames[::8], shapes.draw_clip(video, 64, 25)[::8], strict=True):
-            x, y = centroid(drawn).astype(int)
+        frames, fps = decode(out / f"{key}.avi")
+        assert frames.shape == (25, 64, 64, 3) and fps == 25
+        assert video["speed"] == 36 and video["class"] == name == video["shape"] + video["direction"]
+        assert video["radius"] == pytest.approx(0.18 * 64)
+        assert video["area"] == pytest.approx(shapes.AREAS[video["shape"]] * (0.18 * 64) ** 2)
+        sign = {"Left": (-1, 0), "Right": (1, 0), "Up": (0, -1), "Down": (0, 1)}[video["direction"]]
+        centers = np.array(video["start"]) + np.arange(25)[:, None] * 36 / 25 * np.array(sign)
+        drawn = shapes.draw_clip(video, 64, 25)
+        for frame, exact, center in zip(frames, drawn, centers, strict=True):
+            assert np.abs(centroid(frame) - center).max() < 0.2
+            assert np.abs(frame.astype(int) - exact).mean() < 1.5
+            x, y = centroid(exact).astype(int)
             assert np.abs(frame[y - 2 : y + 3, x - 2 : x + 3].mean((0, 1)) - shapes.COLORS[video["color"]]).max() < 5
-            assert np.abs(frame.astype(int) - drawn).mean() < 1.5
-    assert seen == {"red", "green", "blue"}
+        assert video["rgb"] == list(shapes.COLORS[video["color"]]) and video["background_rgb"] == [0, 0, 0]
 
 
 @pytest.mark.parametrize("shape", shapes.SHAPES)
-def test_coverage_adds_up_to_the_area_for_any_center(shape):
+def test_coverage_is_the_count_of_points_inside_and_sums_to_the_area(shape):
     for center in ((32, 32), (31.37, 30.61), (20.123, 40.5)):
         share = shapes.coverage(shape, center, 11.52, 64)
         assert share.min() >= 0 and share.max() <= 1 + 1e-12
         assert share.sum() == pytest.approx(shapes.AREAS[shape] * 11.52**2, rel=2e-3)
         assert centroid(share[..., None]) == pytest.approx(center, abs=0.01)
-
-
-@pytest.mark.parametrize("shape", shapes.SHAPES)
-def test_coverage_equals_the_count_of_points_inside(shape):
     center, radius, size, sub = (8.3, 7.9), 4.2, 16, 32
     ys, xs = (np.mgrid[: size * sub, : size * sub] + 0.5) / sub
     x, y = (xs - center[0]) / radius, (ys - center[1]) / radius
-    naive = {
+    inside = {
         "Circle": x**2 + y**2 < 1,
         "Square": np.maximum(abs(x), abs(y)) < np.sqrt(np.pi) / 2,
         "Triangle": (y < 2.3 / 3) & (y > -2 * 2.3 / 3 + 2 * abs(x)),
     }[shape]
-    naive = naive.reshape(size, sub, size, sub).mean((1, 3))
+    naive = inside.reshape(size, sub, size, sub).mean((1, 3))
     assert np.abs(shapes.coverage(shape, center, radius, size) - naive).max() < 0.03
 
 
 @pytest.mark.parametrize("flags", [(), ("--seconds", 3, "--size", 32), ("--radius", 0.05, 0.19)])
-def test_shapes_are_never_cut_off_and_cross_the_frame(tmp_path, flags):
-    args = shapes.parse_args(["--out", str(tmp_path), "--videos-per-class", "4", *map(str, flags)])
-    shapes.check_flags(args)
-    for video in shapes.plan_videos(args)[0].values():
+def test_shapes_are_never_cut_off_and_cross_the_frame(flags):
+    args, videos, _ = plan("--videos-per-class", 4, *flags)
+    for video in videos.values():
         distance = video["speed"] * (args.frames - 1) / 25
         assert video["speed"] * args.frames / 25 == pytest.approx(args.size * 9 / 16)
         for moved in (0, distance):
@@ -152,54 +142,34 @@ def test_shapes_are_never_cut_off_and_cross_the_frame(tmp_path, flags):
             assert share.sum() == pytest.approx(video["area"], rel=0.02)
 
 
-def test_radii_colors_and_backgrounds_are_chosen_from_the_given_ones(tmp_path):
-    flags = ("--radius", 0.1, 0.18, "--colors", "yellow", "cyan", "--backgrounds", "navy", "gray")
-    side = make(tmp_path / "set", "--videos-per-class", 4, *flags)
-    videos = side["videos"].values()
+def test_radii_colors_and_backgrounds_are_chosen_from_the_given_ones():
+    flags = "--radius", 0.1, 0.18, "--colors", "yellow", "cyan", "--backgrounds", "navy", "gray"
+    videos = plan("--videos-per-class", 4, *flags)[1].values()
     radii = [video["radius"] / 64 for video in videos]
     assert 0.1 <= min(radii) < 0.12 and 0.16 < max(radii) <= 0.18
     assert {video["color"] for video in videos} == {"yellow", "cyan"}
-    assert {video["background"] for video in videos} == {"navy", "gray"}
-    key, video = next(iter(side["videos"].items()))
-    frames, _ = decode(tmp_path / "set" / f"{key}.avi")
-    assert np.abs(np.median(frames, axis=(0, 1, 2)) - video["background_rgb"]).max() <= 3
+    for video in videos:
+        background = np.median(shapes.draw_clip(video, 64, 25), axis=(0, 1, 2))
+        assert tuple(background) == shapes.BACKGROUNDS[video["background"]] in ((10, 20, 50), (40, 40, 40))
 
 
-def test_shapes_json_describes_the_data_set(made):
-    _, side = made
-    assert {k: side[k] for k in ("version", "size", "fps", "seconds", "frames", "seed")} == {
-        "version": shapes.VERSION, "size": 64, "fps": 25, "seconds": 1.0, "frames": 25, "seed": 0,
-    }  # fmt: skip
-    video = side["videos"]["CircleLeft/v_CircleLeft_g01_c01"]
-    assert video["radius"] == pytest.approx(0.18 * 64) and video["area"] == pytest.approx(np.pi * (0.18 * 64) ** 2)
-    assert video["rgb"] == list(shapes.COLORS[video["color"]]) and video["background_rgb"] == [0, 0, 0]
-
-
-def test_a_second_run_with_the_same_flags_changes_nothing(made, capsys):
-    out, _ = made
+def test_a_folder_with_anything_else_is_refused_and_not_changed(tmp_path, made, capsys):
+    out = shutil.copytree(made[0], tmp_path / "set")
     before = {path: path.stat().st_mtime_ns for path in out.rglob("*")}
     make(out, "--videos-per-class", 9)
-    assert {path: path.stat().st_mtime_ns for path in out.rglob("*")} == before
     assert "already exists" in capsys.readouterr().out
-
-
-def test_other_flags_or_other_contents_are_refused_and_not_changed(tmp_path, made):
-    out, _ = made
     with pytest.raises(UserError, match="other flags"):
         make(out, "--videos-per-class", 10)
-    (tmp_path / "notes.txt").write_text("mine")
-    with pytest.raises(UserError, match="not Moving Shapes"):
-        make(tmp_path)
-    assert files_of(tmp_path) == {"notes.txt": b"mine"}
-    with pytest.raises(UserError, match="not Moving Shapes"):
-        shapes.already_made(tmp_path / "notes.txt", {})
-
-
-def test_a_data_set_that_lost_a_video_is_refused(tmp_path):
-    make(tmp_path / "set", "--videos-per-class", 2, "--size", 16)
-    (tmp_path / "set/CircleUp/v_CircleUp_g02_c01.avi").unlink()
-    with pytest.raises(UserError, match="lacks 1 of its 24"):
-        make(tmp_path / "set", "--videos-per-class", 2, "--size", 16)
+    assert {path: path.stat().st_mtime_ns for path in out.rglob("*")} == before
+    (out / "CircleUp/v_CircleUp_g02_c01.avi").unlink()
+    with pytest.raises(UserError, match="lacks 1 of its 108"):
+        make(out, "--videos-per-class", 9)
+    (tmp_path / "other").mkdir()
+    (tmp_path / "other/notes.txt").write_text("mine")
+    for place in ("other", "other/notes.txt"):
+        with pytest.raises(UserError, match="not Moving Shapes"):
+            make(tmp_path / place)
+    assert files_of(tmp_path / "other") == {"notes.txt": b"mine"}
 
 
 def test_an_interrupted_run_leaves_no_files(tmp_path, monkeypatch):
@@ -229,76 +199,58 @@ def test_as_a_script_it_exits_with_2_and_one_line_and_needs_no_pythonpath(tmp_pa
 @pytest.fixture
 def ucf(tmp_path):
     """A function that runs the script on tmp_path/data/ucf-101 with the contents of two fake archives."""
-    contents = tmp_path / "contents"
-    for name in ("Archery/v_a_g01_c01", "Archery/v_a_g01_c02", "YoYo/v_y_g01_c01"):
-        path = contents / "unrar" / "UCF-101" / f"{name}.avi"
-        path.parent.mkdir(parents=True, exist_ok=True)
-        path.write_text(name)
-    (contents / "unzip/ucfTrainTestlist").mkdir(parents=True)
-    (contents / "unzip/ucfTrainTestlist/trainlist01.txt").write_text("Archery/v_a_g01_c01.avi 1\n")
-    tools, data = tmp_path / "bin", tmp_path / "data"
+    contents, tools, data = (tmp_path / name for name in ("contents", "bin", "data"))
+    files = {f"unrar/UCF-101/{name}.avi": name for name in ("Archery/v_a_g01_c01", "Archery/v_a_g01_c02", "YoYo/v_y")}
+    files["unzip/ucfTrainTestlist/trainlist01.txt"] = "Archery/v_a_g01_c01.avi 1\n"
+    for name, text in files.items():
+        (contents / name).parent.mkdir(parents=True, exist_ok=True)
+        (contents / name).write_text(text)
     tools.mkdir(), data.mkdir()
     for tool in ("unrar", "unzip"):
         last = '"${@: -1}"'
         (tools / tool).write_text(f'#!/usr/bin/env bash\nset -e\ncp -r "{contents}/{tool}/." {last}\n')
         (tools / tool).chmod(0o755)
 
-    def run(**environment):
+    def run(status=0, archives=None, **environment):
+        """Returns (what is printed as an error, in one line; the files after it)."""
+        if archives:
+            (data / archives).mkdir(exist_ok=True)
+            for name in ("UCF101.rar", "UCF101TrainTestSplits-RecognitionTask.zip"):
+                (data / archives / name).write_text("archive")
         variables = {"PATH": f"{tools}:{os.environ['PATH']}", "EXPECT_VIDEOS": "3", "EXPECT_CLASSES": "2"}
         command = ["bash", str(SCRIPTS / "prepare_ucf101.sh"), str(data / "ucf-101")]
-        return subprocess.run(command, env={**os.environ, **variables, **environment}, capture_output=True, text=True)
+        done = subprocess.run(command, env=os.environ | variables | environment, capture_output=True, text=True)
+        assert (done.returncode, len(done.stderr.splitlines())) == (status, int(status == 2)), done.stderr
+        return done.stderr, files_of(data)
 
     run.data = data
     return run
 
 
-def add_archives(folder):
-    folder.mkdir(exist_ok=True)
-    for name in ("UCF101.rar", "UCF101TrainTestSplits-RecognitionTask.zip"):
-        (folder / name).write_text("archive")
-
-
 def test_ucf101_without_its_archives_names_the_downloads(ucf):
-    done = ucf()
-    assert done.returncode == 2 and len(done.stderr.splitlines()) == 1
-    assert "UCF101.rar" in done.stderr and "https://www.crcv.ucf.edu/data/UCF101.php" in done.stderr
-    assert "UCF101TrainTestSplits-RecognitionTask.zip" in done.stderr and "holds 0 videos in 0 classes" in done.stderr
+    error, _ = ucf(status=2)
+    for words in ("UCF101.rar", "https://www.crcv.ucf.edu/data/UCF101.php", "holds 0 videos in 0 classes"):
+        assert words in error
     (ucf.data / "UCF101.rar").write_text("archive")
-    done = ucf()
-    assert done.returncode == 2 and "UCF101TrainTestSplits-RecognitionTask.zip" in done.stderr
+    assert "UCF101TrainTestSplits-RecognitionTask.zip" in ucf(status=2)[0]
 
 
 @pytest.mark.parametrize("where", [".", "ucf-101"])
-def test_ucf101_is_arranged_and_a_second_run_changes_nothing(ucf, where):
-    add_archives(ucf.data / where)
-    done = ucf()
-    assert done.returncode == 0, done.stderr
-    assert sorted(p.name for p in (ucf.data / "ucf-101").rglob("*.avi")) == [
-        "v_a_g01_c01.avi", "v_a_g01_c02.avi", "v_y_g01_c01.avi",
-    ]  # fmt: skip
-    assert (ucf.data / "ucfTrainTestlist/trainlist01.txt").is_file()
-    assert not (ucf.data / "ucf-101.unpacking").exists()
-    before = files_of(ucf.data)
-    again = ucf(PATH="/usr/bin:/bin")
-    assert again.returncode == 0 and "unpacking" not in again.stdout and files_of(ucf.data) == before
-
-
-def test_ucf101_continues_after_an_interruption(ucf):
-    add_archives(ucf.data)
-    assert ucf().returncode == 0
-    before = files_of(ucf.data)
-    (ucf.data / "ucf-101/YoYo/v_y_g01_c01.avi").unlink()
-    (ucf.data / "ucf-101/YoYo").rmdir()
+def test_ucf101_is_arranged_and_continues_after_an_interruption(ucf, where):
+    _, files = ucf(archives=where)
+    names = ["Archery/v_a_g01_c01.avi", "Archery/v_a_g01_c02.avi", "YoYo/v_y.avi"]
+    assert [name for name in files if name.endswith(".avi")] == [f"ucf-101/{name}" for name in names]
+    assert "ucfTrainTestlist/trainlist01.txt" in files
+    assert ucf(PATH="/usr/bin:/bin")[1] == files  # nothing is unpacked again
+    shutil.rmtree(ucf.data / "ucf-101/YoYo")
     (ucf.data / "ucf-101.unpacking/UCF-101/Half").mkdir(parents=True)
-    assert ucf().returncode == 0 and files_of(ucf.data) == before
+    assert ucf()[1] == files and not (ucf.data / "ucf-101.unpacking").exists()
 
 
 def test_ucf101_with_missing_videos_or_foreign_files_is_refused(ucf):
-    add_archives(ucf.data)
-    done = ucf(EXPECT_VIDEOS="4")
-    assert done.returncode == 2 and "3 videos in 2 classes" in done.stderr and "expected 4 videos" in done.stderr
+    error, _ = ucf(status=2, archives=".", EXPECT_VIDEOS="4")
+    assert "3 videos in 2 classes" in error and "expected 4 videos" in error
     mine = ucf.data / "ucf-101/YoYo/mine.avi"
     mine.parent.mkdir(parents=True, exist_ok=True)
     mine.write_text("mine")
-    done = ucf()
-    assert done.returncode == 2 and "YoYo" in done.stderr and mine.read_text() == "mine"
+    assert "YoYo" in ucf(status=2)[0] and mine.read_text() == "mine"

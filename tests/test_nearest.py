@@ -2,17 +2,13 @@
 
 import functools
 import json
-from argparse import Namespace
 
 import numpy as np
 import pytest
 import torch
 
-import evaluate
-from runtime.cli import UserError
+from sample_folders import read_clips, refused, run, write_samples
 from scoring import nearest
-from test_evaluate import read_clips, write_samples
-from training import run_main
 from video.files import UnreadableError, Video
 
 
@@ -67,10 +63,10 @@ def test_the_window_and_its_distance_are_those_of_a_search_by_loops(monkeypatch)
     assert [part.tolist() for part in shared] == [distances, places]
 
 
-def test_a_mirrored_copy_of_a_training_window_has_distance_0_and_one_grey_level_more_has_1(monkeypatch):
+def test_distances_are_exact_for_the_largest_sums_of_products(monkeypatch):
     videos = random_videos((9, 9), size=64)
     videos[1][2:, :32] = 0
-    videos[1][2:, 32:] = 255  # the largest sums of products
+    videos[1][2:, 32:] = 255
     copy = videos[1][3:6, :, ::-1].copy()
     other = copy.copy()
     other[1, 5, 7, 2] = 1
@@ -79,7 +75,7 @@ def test_a_mirrored_copy_of_a_training_window_has_distance_0_and_one_grey_level_
     assert places[0][:2] == [1, 2] and places[2] == [0, 6, 1]  # of equal windows the first
 
 
-def test_of_a_damaged_video_the_frames_before_the_damage_are_compared_and_it_is_named(monkeypatch):
+def test_frames_before_the_damage_of_a_video_are_compared_and_it_is_named(monkeypatch):
     videos = random_videos((9, 9))
     clips = np.stack([videos[1][1:4], videos[1][4:7]])
     distances, places, bad = found_in(monkeypatch, clips, videos, (1, 1), damaged=[1])
@@ -87,7 +83,7 @@ def test_of_a_damaged_video_the_frames_before_the_damage_are_compared_and_it_is_
     assert distances[1] == naive(clips[1], [videos[0], videos[1][:5]], (1, 1))[0] > 0
 
 
-def test_the_interval_is_that_of_the_time_between_frames_or_the_largest_that_fits_a_short_video():
+def test_the_interval_is_closest_in_time_or_the_largest_that_fits():
     intervals = [nearest.frame_interval(Video("a", "A", frames, fps, None, None), 4, 1 / 12.5)
                  for frames, fps in ((20, 25.0), (20, 12.5), (5, 25.0), (20, 3.0))]  # fmt: skip
     assert intervals == [2, 1, 1, 1]
@@ -95,31 +91,31 @@ def test_the_interval_is_that_of_the_time_between_frames_or_the_largest_that_fit
 
 def test_means_ratio_and_shares_are_those_of_their_definitions():
     generated, real = np.array([0.0, 4, 8, 8]), np.arange(10.0, 111)
-    values, result = nearest.summarize(generated, real)
-    assert values["rmse"] == 5 and values["rmse_median"] == 6 and values["rmse_real"] == 60
-    assert values["rmse_ratio"] == pytest.approx(5 / 60)
-    low, high = result["rmse_ratio_interval95"]
+    found = nearest.summarize(generated, real)
+    assert found["rmse"] == 5 and found["rmse_median"] == 6 and found["rmse_real"] == 60
+    assert found["rmse_ratio"] == pytest.approx(5 / 60)
+    low, high = found["rmse_ratio_interval95"]
     assert low < 5 / 60 < high and high - low == pytest.approx(3.92 * 11**0.5 / 2 / 60, rel=0.2)
-    assert values["nearer_than_all_real"] == values["nearer_than_95_percent"] == 1
-    values, _ = nearest.summarize(np.array([9.0, 10, 14.9, 15, 50]), real)  # 5% of the real ones are below 15
-    assert (values["nearer_than_all_real"], values["nearer_than_95_percent"]) == (0.2, 0.6)
-    still, result = nearest.summarize(generated, np.zeros(3))
-    assert still["rmse_ratio"] is None and nearest.result_lines(still, result)
+    assert found["nearer_than_all_real"] == found["nearer_than_95_percent"] == 1
+    assert found["generated"] == {"clips": 4, "rmse": pytest.approx([0, 0.6, 3, 6, 8, 8, 8])}
+    found = nearest.summarize(np.array([9.0, 10, 14.9, 15, 50]), real)  # 5% of the real ones are below 15
+    assert (found["nearer_than_all_real"], found["nearer_than_95_percent"]) == (0.2, 0.6)
+    assert nearest.summarize(generated, np.zeros(3))["rmse_ratio"] is None
 
 
-def evaluate_here(out, *flags, status=0):
-    run_main(evaluate, "--out", out, *flags, status=status)
-    return json.loads(out.read_text()) if status == 0 else None
+@pytest.fixture
+def flags(shapes, tmp_path):
+    folder = write_samples(tmp_path / "s", *read_clips(shapes, "val", 2))
+    return ["--metric", "nearest", "--samples", folder, "--data-path", shapes, "--num-real", 2]
 
 
-def test_copies_of_training_clips_are_found_and_held_out_clips_are_not(shapes, tmp_path, monkeypatch, capsys):
+def test_copies_of_training_clips_are_found_and_held_out_ones_are_not(shapes, flags, tmp_path, monkeypatch):
     clips, labels, classes = read_clips(shapes, "train", 6)
     clips = np.concatenate([clips[:5, :, :, ::-1], read_clips(shapes, "val", 1)[0]])  # five are mirrored copies
-    folder = write_samples(tmp_path / "s", clips, labels, classes)
-    flags = ["--metric", "nearest", "--samples", folder, "--data-path", shapes, "--num-real", 12, "--num-workers", 0]
+    flags[3] = write_samples(tmp_path / "copies", clips, labels, classes)
     sheets = []
     monkeypatch.setattr(nearest, "write_sheet", lambda *args: sheets.append(args))
-    made = evaluate_here(tmp_path / "n.json", *flags)
+    made = run(tmp_path / "n.json", *flags[:-1], 12)
     pairs = made["result"]["pairs"]
     assert made["protocol"] == "nearest6_real12_8f" and made["result"]["training_videos"] == 12
     assert sorted(pair["clip"] for pair in pairs[:5]) == [0, 1, 2, 3, 4] and pairs[5]["clip"] == 5
@@ -129,41 +125,28 @@ def test_copies_of_training_clips_are_found_and_held_out_clips_are_not(shapes, t
     ((path, videos, names),) = sheets
     assert path == tmp_path / "n.sheet.png" and videos.shape == (12, 8, 16, 16, 3)
     assert np.array_equal(videos[:10:2], videos[1:10:2]) and not np.array_equal(videos[10], videos[11])
-    assert len(names) == 12 and "held-out real clips" in capsys.readouterr().out
-    again = evaluate_here(tmp_path / "again.json", "--manifest", tmp_path / "n.json")
-    assert again["repeats"]["bit_equal"]
+    assert len(names) == 12 and names[0].startswith(classes[labels[pairs[0]["clip"]]])
+    assert run(tmp_path / "again.json", "--manifest", tmp_path / "n.json")["repeats"]["bit_equal"]
 
 
-def test_other_splits_and_other_training_videos_are_refused_in_a_line(shapes, tmp_path, capsys):
-    folder = write_samples(tmp_path / "s", *read_clips(shapes, "val", 2))
-    flags = ["--metric", "nearest", "--samples", folder, "--data-path", shapes, "--num-real", 2, "--num-workers", 0]
-    evaluate_here(tmp_path / "n.json", *flags, "--split", "all", status=2)
-    assert "--split all: --metric nearest compares held-out clips" in capsys.readouterr().err
-    made = evaluate_here(tmp_path / "n.json", *flags)
+def test_other_splits_and_other_training_videos_are_refused(flags, tmp_path, capsys):
+    refused(capsys, tmp_path / "n.json", *flags, "--split", "all", words=["--split all: --metric nearest compares"])
+    made = run(tmp_path / "n.json", *flags)
     made["real"]["training_sha256"] = "0"
     (tmp_path / "n.json").write_text(json.dumps(made))
-    evaluate_here(tmp_path / "m.json", "--manifest", tmp_path / "n.json", status=2)
-    assert "--data-path: sha256 is" in capsys.readouterr().err
-    with pytest.raises(UserError, match="--data-path x: no training video has the 8 frames"):
-        nearest.describe_training(Namespace(data_path="x"), [], 8)
+    refused(capsys, tmp_path / "m.json", "--manifest", tmp_path / "n.json", words=["--data-path: training_sha256 is"])
 
 
-def test_training_videos_that_cannot_be_decoded_are_named_and_if_all_are_it_ends_in_a_line(
-    shapes, tmp_path, monkeypatch, capsys
-):
-    folder = write_samples(tmp_path / "s", *read_clips(shapes, "val", 2))
-    flags = ["--metric", "nearest", "--samples", folder, "--data-path", shapes, "--num-real", 2, "--num-workers", 0]
-    bad, read_all_frames = "SquareUp/v_SquareUp_g02_c01.avi", nearest.read_all_frames
+def test_training_videos_that_cannot_be_decoded_are_named(flags, tmp_path, monkeypatch, capsys):
+    bad, read_all_frames = {"SquareUp/v_SquareUp_g02_c01.avi"}, nearest.read_all_frames
 
     def damaged(root, video, chunk):
-        if is_bad(video):
+        if video.path in bad or not bad:
             raise UnreadableError
         return read_all_frames(root, video, chunk)
 
     monkeypatch.setattr(nearest, "read_all_frames", damaged)
-    is_bad = lambda video: video.path == bad  # noqa: E731
-    assert evaluate_here(tmp_path / "n.json", *flags)["result"]["bad_training_videos"] == [bad]
-    assert f"{bad} can't be decoded to its end" in capsys.readouterr().out
-    is_bad = lambda video: True  # noqa: E731
-    evaluate_here(tmp_path / "m.json", *flags, status=1)
-    assert "no training video can be decoded" in capsys.readouterr().err.splitlines()[-1]
+    assert run(tmp_path / "n.json", *flags)["result"]["bad_training_videos"] == [*bad]
+    assert f"{[*bad][0]} can't be decoded to its end" in capsys.readouterr().out
+    bad.clear()
+    refused(capsys, tmp_path / "m.json", *flags, words=["no training video can be decoded"], status=1)

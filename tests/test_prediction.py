@@ -9,19 +9,11 @@ import pytest
 from PIL import Image
 from skimage.metrics import structural_similarity
 
-import checkpoint
-import evaluate
-from given import frame_ranges
 from make_moving_shapes import draw_clip
-from scoring import prediction
-from scoring.motion import Truth, track
-from test_evaluate import ckpt, make_checkpoint, read_clips  # noqa: F401 (a fixture)
-from tiny_data import make_state, make_vae
-from training import run_main
-from vae import VAE
-from video.index import scan_videos
-
-FEW = ["--num-workers", 0, "--num-sampling-steps", 4, "--stepsize", 0.05, "--num-frames", 8]
+from sample_folders import FRAMES, SIZE, SOURCE, read_clips, refused, run, write_samples
+from scoring import prediction, sources
+from scoring.shapes import Track, track
+from scoring.stats import psnr
 
 
 def noisy(clip, scale, seed=0):
@@ -39,25 +31,19 @@ def naive_psnr(a, b):
     return 10 * math.log10(255**2 / ((a.astype(float) - b) ** 2).mean())
 
 
-def test_psnr_is_that_of_its_definition_and_equal_frames_have_the_most():
+def test_scores_are_those_of_their_definitions_and_equal_frames_have_the_most():
     real = gradient()
     samples = np.stack([noisy(real, 8, seed) for seed in range(3)])
-    scores, baselines = prediction.score_clip(real, samples, given=(0, 1, 5))
-    repeated = baselines["repeated"]
-    assert scores.shape == (3, 3, 3) and repeated.shape == (3, 3)
-    expected = [[naive_psnr(sample[t], real[t]) for t in (2, 3, 4)] for sample in samples]
-    assert np.allclose(scores[0], expected)
-    assert np.allclose(repeated[0], [naive_psnr(real[1], real[t]) for t in (2, 3, 4)])  # the last one before
-    (psnr, ssim, moving), _ = prediction.score_clip(real, real[None], given=(0,))
-    assert (psnr == prediction.MOST_PSNR).all() and (ssim == 1).all() and (moving == prediction.MOST_PSNR).all()
-
-
-def test_the_repeated_frame_is_the_last_given_before_or_else_the_first_after():
-    real = gradient()
-    _, baselines = prediction.score_clip(real, real[None], given=(2, 4))
-    expected = [naive_psnr(real[shown], real[t]) for t, shown in ((0, 2), (1, 2), (3, 2), (5, 4))]
-    assert np.allclose(baselines["repeated"][0], expected)
-    assert baselines.keys() == {"repeated"}  # where the true motion is not known
+    scores, baselines = prediction.score_clip(real, samples, given=(1, 4))
+    assert scores.shape == (3, 3, 4) and baselines.keys() == {"repeated", "average"}  # the true motion is not known
+    assert np.allclose(scores[0], [[naive_psnr(sample[t], real[t]) for t in (0, 2, 3, 5)] for sample in samples])
+    shown = {0: 1, 2: 1, 3: 1, 5: 4}  # the last given frame before, or else the first after
+    assert np.allclose(baselines["repeated"][0], [naive_psnr(real[frame], real[t]) for t, frame in shown.items()])
+    (whole, ssim, moving), _ = prediction.score_clip(real, real[None], given=(0,))
+    assert (whole == 60).all() and (ssim == 1).all() and (moving == 60).all()
+    settings = {"gaussian_weights": True, "sigma": 1.5, "use_sample_covariance": False, "data_range": 255}
+    channels = [structural_similarity(real[5, ..., c], samples[0, 5, ..., c], **settings) for c in range(3)]
+    assert scores[1, 0, 3] == pytest.approx(np.mean(channels))
 
 
 def moving(direction="Right", shape="Circle", rgb=(240, 70, 60), speed=12):
@@ -68,26 +54,18 @@ def moving(direction="Right", shape="Circle", rgb=(240, 70, 60), speed=12):
 
 @pytest.mark.parametrize("direction", ["Left", "Right", "Up", "Down"])
 def test_a_given_frame_moved_by_the_true_motion_is_the_later_frame(direction):
-    clip, truth = moving(direction, speed=25), Truth(direction, "Circle", 1.0, 28.0)
+    clip, truth = moving(direction, speed=25), Track(direction, "Circle", 1.0, 28.0)
     _, baselines = prediction.score_clip(clip, clip[None], (0, 1, 6, 7), truth)
-    assert (baselines["moved"][0] == prediction.MOST_PSNR).all()  # by whole pixels
+    assert (baselines["moved"][0] == 60).all()  # by whole pixels
     assert (baselines["repeated"][0] < 21).all()
     half = moving(direction, speed=12.5)
-    later = prediction.moved(half[0], 5, Truth(direction, "Circle", 0.5, 28.0))
-    assert prediction.psnr(later, half[5]) > prediction.psnr(half[0], half[5]) + 6
+    later = prediction.moved(half[0], 5, Track(direction, "Circle", 0.5, 28.0))
+    assert psnr(later, half[5]) > psnr(half[0], half[5]) + 6
     first = prediction.score_clip(clip, clip[None], (4, 5, 6, 7), truth)[1]
-    assert (first["moved"][0] == prediction.MOST_PSNR).all()  # backwards in time, too
+    assert (first["moved"][0] == 60).all()  # backwards in time, too
 
 
-def test_ssim_has_gaussian_windows_per_color_channel():
-    real, other = noisy(gradient()[0], 30), noisy(gradient()[0], 30, seed=1)
-    settings = {"gaussian_weights": True, "sigma": 1.5, "use_sample_covariance": False, "data_range": 255}
-    channels = [structural_similarity(real[..., c], other[..., c], **settings) for c in range(3)]
-    moving = np.ones((16, 16), dtype=bool)
-    assert prediction.frame_scores(other, real, moving)[1] == pytest.approx(np.mean(channels))
-
-
-def test_the_best_sample_is_chosen_for_each_metric_on_its_own_and_gains_have_an_interval_over_clips():
+def test_the_best_sample_is_chosen_for_each_metric_on_its_own():
     scores = np.zeros((4, 3, 3, 2))  # clips, metrics, samples, frames
     scores[:, 0] = [[10, 20], [30, 10], [12, 12]]  # means 15, 20, 12
     scores[:, 1] = [[0.1, 0.2], [0.3, 0.4], [0.8, 0.7]]
@@ -100,7 +78,6 @@ def test_the_best_sample_is_chosen_for_each_metric_on_its_own_and_gains_have_an_
     assert result["psnr_gain"] == pytest.approx(result["psnr"] - 10)
     low, high = result["psnr_gain_interval95"]
     assert low < result["psnr_gain"] < high and high - low == pytest.approx(2.2, abs=0.5)  # 3.92 x 1.118 / 2
-    assert prediction.bootstrap([3.0]) is None
 
 
 def test_the_average_of_samples_with_errors_of_their_own_has_less_of_them():
@@ -110,13 +87,10 @@ def test_the_average_of_samples_with_errors_of_their_own_has_less_of_them():
     assert baselines["average"][0] == pytest.approx(scores[0].mean(axis=0) + 10 * math.log10(4), abs=0.5)  # a quarter
     result = prediction.compare(scores[None], {kind: values[None] for kind, values in baselines.items()})
     assert result["psnr_average_gain"] == pytest.approx(result["psnr_average"] - result["psnr_repeated"])
-    assert result["psnr_gain"] == pytest.approx(result["psnr"] - result["psnr_repeated"])
-    opposite = np.stack([real + 5, real - 5]).astype(np.uint8)
-    assert (prediction.score_clip(real, opposite, given=(0,))[1]["average"][0] == prediction.MOST_PSNR).all()
-    assert "average" not in prediction.score_clip(real, opposite[:1], given=(0,))[1]
+    assert "average" not in prediction.score_clip(real, samples[:1], given=(0,))[1]
 
 
-def test_psnr_of_moving_pixels_is_of_those_that_differ_from_the_given_frame_by_more_than_8_levels_in_a_channel():
+def test_moving_pixels_differ_from_the_given_frame_by_more_than_8_levels():
     real = np.full((4, 16, 16, 3), 100, np.uint8)
     real[1:, :4, :, 1] = 108  # not more than 8: it stands still
     real[2:, 8:12, :, 2] = 109  # 64 pixels move
@@ -130,7 +104,7 @@ def test_psnr_of_moving_pixels_is_of_those_that_differ_from_the_given_frame_by_m
     assert scores[0, 0, 1:] == pytest.approx([naive_psnr(sample[t], real[t]) for t in (2, 3)])
 
 
-def test_the_mean_over_moving_pixels_is_one_of_clips_and_frames_in_which_something_moves():
+def test_means_over_moving_pixels_are_of_clips_in_which_something_moves():
     scores, repeated = np.full((4, 3, 2, 3), 20.0), np.full((4, 3, 3), 20.0)
     scores[:, 2] = np.array([30, 26, 27, np.nan])[:, None, None]  # in the last clip nothing moves
     scores[0, 2, :, 0] = repeated[0, 2, 0] = scores[:, 2, :, 2] = repeated[:, 2, 2] = repeated[3, 2] = np.nan
@@ -148,110 +122,107 @@ def test_the_mean_over_moving_pixels_is_one_of_clips_and_frames_in_which_somethi
     assert prediction.result_lines(result | {"given_frames": "0"})[1].endswith(" -")
 
 
-def test_a_clip_that_keeps_color_and_shape_is_told_from_one_that_does_not():
+def test_a_clip_that_keeps_color_and_shape_is_told_from_others():
     real = track(moving())
     others = moving(), moving(shape="Square"), moving(rgb=(80, 130, 250)), np.zeros_like(moving())
     assert [prediction.keeps_appearance(track(clip), real) for clip in others] == [True, False, False, False]
 
 
-def run(tmp_path, *flags, status=0):
-    run_main(evaluate, "--metric", "prediction", "--out", tmp_path / "p.json", *FEW, *flags, status=status)
-    return json.loads((tmp_path / "p.json").read_text()) if status == 0 else None
+# ----------------------------------------------------------------------------------------------------------------------
+# Sample folders that continue real clips
 
 
-def test_predictions_continue_the_very_clips_they_are_compared_with(shapes, ckpt, tmp_path, monkeypatch):  # noqa: F811
-    seen = []
-    score_clip = prediction.score_clip
-    monkeypatch.setattr(prediction, "score_clip", lambda *args: seen.append(args) or score_clip(*args))
-    flags = ["--ckpt", ckpt, "--data-path", shapes, "--num-real", 3, "--samples-per-clip", 2, "--batch-size", 2]
-    made = run(tmp_path, *flags, "--given-frames", "0-1,6")
-    clips, _, _ = read_clips(shapes, "val", 3)
-    for (real, samples, given, _), clip in zip(seen, clips, strict=True):
-        assert tuple(given) == frame_ranges("0-1,6")
-        assert np.array_equal(real, clip)
-        assert samples.shape == (2, 8, 16, 16, 3)
-        assert np.array_equal(samples[:, [0, 1, 6]], np.stack([clip[[0, 1, 6]]] * 2))
-        assert not np.array_equal(samples[0], samples[1])
+def write_predictions(folder, data, change, count=3, samples_per_clip=2, given="0-1,6", split="val", **changes):
+    """A folder of samples of the first real clips of a data set; change(clip, number) makes a sample of a clip."""
+    clips, labels, classes = read_clips(data, split, count) if split == "val" else read_clips_of_all(data, count)
+    made = [change(clip.copy(), number) for clip in clips for number in range(samples_per_clip)]
+    _, _, real = sources.find_real(data, split, 0.05, FRAMES, 1 / 25, SIZE, None, False)
+    real |= {"num_clips": count, "samples_per_clip": samples_per_clip}
+    given = [{"source": "x", "frames": given, "class": classes[label], "time_scale": 0.04} for label in labels]
+    about = {"real": real, "given": [one for one in given for _ in range(samples_per_clip)]} | changes
+    return write_samples(folder, np.stack(made), np.repeat(labels, samples_per_clip), classes, **about)
+
+
+def read_clips_of_all(data, count):
+    clips, _, _ = sources.find_real(data, "all", 0.05, FRAMES, 1 / 25, SIZE, None, False)
+    items = [clips[index] for index in range(count)]
+    pixels = np.stack([item["clip"].permute(1, 2, 3, 0).numpy() for item in items])
+    return pixels, [item["y"] for item in items], clips.classes
+
+
+def stops(clip, number):
+    """Sample 0 of a clip is the true one, sample 1 repeats the last given frame."""
+    if number:
+        clip[2:6], clip[7] = clip[1], clip[6]
+    return clip
+
+
+def test_samples_are_scored_against_the_clips_that_they_continue(shapes, tmp_path):
+    folder = write_predictions(tmp_path / "s", shapes, stops)
+    flags = ["--metric", "prediction", "--samples", folder, "--data-path", shapes, "--batch-size", 2]
+    made = run(tmp_path / "p.json", *flags)
     assert made["protocol"] == "prediction3_best2_3of8f"
-    assert made["result"]["predicted_frames"] == [2, 3, 4, 5, 7]
-    assert made["values"]["psnr_best"] >= made["values"]["psnr"]
-    assert made["values"]["psnr_average"] == made["result"]["psnr_average"] > made["values"]["psnr"]
-    assert made["values"]["direction_accuracy"] == 0
-    assert made["result"]["motion_real"]["direction_accuracy"] == 1
+    assert made["result"]["given_frames"] == "0-1,6" and made["result"]["predicted_frames"] == [2, 3, 4, 5, 7]
+    values, (clips, _, _) = made["values"], read_clips(shapes, "val", 3)
+    repeated = np.mean([naive_psnr(clip[max(given for given in (0, 1, 6) if given < t)], clip[t])
+                        for clip in clips for t in (2, 3, 4, 5, 7)])  # fmt: skip
+    assert values["psnr_best"] == 60 and values["psnr_repeated"] == pytest.approx(repeated)
+    assert values["psnr"] == pytest.approx((60 + repeated) / 2)
+    assert values["psnr_gain"] == pytest.approx((60 - repeated) / 2)
+    assert values["psnr_repeated"] < values["psnr_average"] < values["psnr"]
+    assert values["direction_accuracy"] == values["appearance_kept"] == 1  # of the first samples
+    assert made["result"]["motion_real"]["direction_accuracy"] == 1 and made["result"]["psnr_moved"] > repeated
     assert Image.open(tmp_path / "p.sheet.png").size[1] > 6 * 128 and (tmp_path / "p.png").stat().st_size > 1000
-    again = tmp_path / "again.json"
-    older = made | {"values": {name: x for name, x in made["values"].items() if not name.startswith("psnr_moving")}}
+    older = made | {"values": {name: x for name, x in values.items() if not name.startswith("psnr_moving")}}
     for old in (made, older):  # that of code without the moving pixels
         (tmp_path / "p.json").write_text(json.dumps(old))
-        run_main(evaluate, "--manifest", tmp_path / "p.json", "--out", again)
-        assert json.loads(again.read_text())["repeats"]["bit_equal"]
-    assert json.loads(again.read_text())["values"] == made["values"] and made["values"]["psnr_moving_repeated"] > 0
+        again = run(tmp_path / "again.json", "--manifest", tmp_path / "p.json")
+        assert again["repeats"]["bit_equal"] and again["values"] == values
 
 
-@pytest.mark.parametrize(("flags", "pasted"), [([], False), (["--keep-background"], True)])
-def test_predictions_are_scored_as_the_vae_decodes_them_unless_told_otherwise(
-    shapes, tmp_path, monkeypatch, flags, pasted
-):  # noqa: F811
-    scored, decoded = [], []
-    score_clip, decode = prediction.score_clip, VAE.decode
-    monkeypatch.setattr(prediction, "score_clip", lambda *args: scored.append(args[1][0]) or score_clip(*args))
-    monkeypatch.setattr(VAE, "decode", lambda *args: decoded.append(decode(*args)) or decoded[-1])
-    state = make_state(input_size=8, in_channels=4, depth=1, num_classes=12, num_frames=8, use_rope=True)
-    state["config"]["data"] |= {"vae": str(make_vae(tmp_path / "vae")), "classes": scan_videos(shapes).classes}
-    checkpoint.save(tmp_path / "a.pt", state)
-    made = run(tmp_path, "--ckpt", tmp_path / "a.pt", "--data-path", shapes, "--num-real", 2, *flags)
-    assert made["generated"]["keep_background"] == pasted
-    for sample, frames in zip(scored, decoded[0].numpy(), strict=True):
-        assert np.array_equal(sample[4:], frames[4:]) != pasted
+def test_the_split_is_that_of_the_samples_which_may_have_no_class(shapes, tmp_path):
+    folder = write_predictions(tmp_path / "s", shapes, stops, count=24, samples_per_clip=1, split="all")
+    clips = np.load(folder / "samples.npz")["arr_0"]
+    about = json.loads((folder / "samples.json").read_text())
+    write_samples(tmp_path / "t", clips, [-1] * 24, about.pop("classes"), **about)
+    made = run(tmp_path / "p.json", "--metric", "prediction", "--samples", tmp_path / "t", "--data-path", shapes)
+    assert made["protocol"] == "prediction24_all_3of8f" and made["values"]["psnr"] == 60
+    assert made["real"]["num_videos"] == made["real"]["num_clips"] == 24
 
 
-def test_without_a_label_and_with_all_videos(shapes, ckpt, tmp_path, monkeypatch):  # noqa: F811
-    labels, generate = [], evaluate.generation.generate_batch
-    watched = lambda network, x, y, *args, **rest: labels.extend(y.tolist()) or generate(network, x, y, *args, **rest)  # noqa: E731
-    monkeypatch.setattr(evaluate.generation, "generate_batch", watched)
-    flags = ["--ckpt", ckpt, "--data-path", shapes, "--num-real", 24, "--split", "all"]
-    made = run(tmp_path, *flags)
-    assert made["protocol"] == "prediction24_all_4of8f"
-    assert sorted(labels) == sorted(list(range(12)) * 2)  # each video once
-    labels.clear()
-    run(tmp_path, *flags[:4], "--num-real", 2, "--classes", "none")
-    assert labels == [12, 12]
+KEPT = {"source": SOURCE | {"keep_background": True}}
+MISTAKES = {
+    "no real clips": ({"real": None}, [], ["does not continue the clips of a data set; sample again with --given"]),
+    "too few samples": ({"real": {"num_clips": 9, "samples_per_clip": 2}}, [], ["2 samples for each of 9 clips"]),
+    "kept background": (KEPT, [], ["was sampled with --keep-background", "--no-keep-background", "add the flag here"]),
+    "no background": ({}, ["--keep-background"], ["was sampled without --keep-background; remove"]),
+    "another split": ({}, ["--split", "all"], ["--split: --metric prediction chooses its real clips"]),
+    "other videos": ({}, ["--data-path", "other"], ["--data-path other: not the videos that --samples"]),
+    "no truth of a class": ({}, ["--data-path", "lacking"], ["no class SquareUp"]),
+}
 
 
-def test_the_time_between_frames_is_that_of_the_clip(shapes, ckpt, tmp_path, monkeypatch):  # noqa: F811
-    seen, generate = [], evaluate.generation.generate_batch
-
-    def watched(*args, **rest):
-        seen.append(args[3])
-        return generate(*args, **rest)
-
-    monkeypatch.setattr(evaluate.generation, "generate_batch", watched)
-    run(tmp_path, "--ckpt", ckpt, "--data-path", shapes, "--num-real", 2, "--fps", 12)
-    assert seen[0].tolist() == pytest.approx([0.08, 0.08])  # the data have 25: the closest
-
-
-def test_a_truth_that_lacks_a_class_is_found_before_anything_is_sampled(shapes, ckpt, tmp_path, capsys):  # noqa: F811
-    data = shutil.copytree(shapes, tmp_path / "data")
-    about = json.loads((data / "shapes.json").read_text())
-    about["videos"] = {key: video for key, video in about["videos"].items() if video["class"] != "SquareUp"}
-    (data / "shapes.json").write_text(json.dumps(about))
-    run(tmp_path, "--ckpt", ckpt, "--data-path", data, "--num-real", 2, status=2)
-    assert "no class SquareUp" in capsys.readouterr().err
+@pytest.mark.parametrize("case", MISTAKES)
+def test_samples_that_can_not_be_compared_are_refused(case, shapes, tmp_path, capsys, monkeypatch):
+    about, flags, words = MISTAKES[case]
+    monkeypatch.chdir(tmp_path)
+    if case == "other videos":
+        shutil.copytree(shapes, "other", ignore=shutil.ignore_patterns("*CircleUp_g01*", "ucfTrainTestlist"))
+    if case == "no truth of a class":
+        shutil.copytree(shapes, "lacking")
+        truth = json.loads((shapes / "shapes.json").read_text())
+        truth["videos"] = {key: video for key, video in truth["videos"].items() if video["class"] != "SquareUp"}
+        (tmp_path / "lacking/shapes.json").write_text(json.dumps(truth))
+    folder = write_predictions(tmp_path / "s", shapes, stops, **about)
+    flags = ["--metric", "prediction", "--samples", folder, "--data-path", shapes, *flags]
+    refused(capsys, tmp_path / "p.json", *flags, words=words)
 
 
-def test_every_mistake_is_one_line(shapes, ckpt, tmp_path, capsys):  # noqa: F811
-    base = ["--data-path", shapes]
-    for words, *flags in (
-        ("--given-frames 0-7: are all frames of the samples", "--ckpt", ckpt, "--given-frames", "0-7"),
-        ("--given-frames 9: the samples have the frames 0 to 7", "--ckpt", ckpt, "--given-frames", "9"),
-        ("samples itself: give --ckpt", "--samples", tmp_path),
-        ("has --num-real and --samples-per-clip", "--ckpt", ckpt, "--num-samples", 3),
-        ("takes the class of each real clip, or none", "--ckpt", ckpt, "--classes", "CircleUp"),
-        ("wanted at most 16777216 samples in all", "--ckpt", ckpt, "--samples-per-clip", 10**8),
-    ):
-        run(tmp_path, *base, *flags, status=2)
-        (line,) = capsys.readouterr().err.splitlines()
-        assert words in line, line
-    run_main(evaluate, "--metric", "motion", "--given-frames", "0", "--ckpt", ckpt, *base, "--out", tmp_path / "x.json",
-             status=2)  # fmt: skip
-    assert "--given-frames is for --metric prediction" in capsys.readouterr().err
+def test_a_kept_background_is_in_the_name_of_the_protocol(shapes, tmp_path, capsys):
+    folder = write_predictions(tmp_path / "s", shapes, stops, **KEPT)
+    flags = ["--metric", "prediction", "--samples", folder, "--data-path", shapes, "--keep-background"]
+    assert run(tmp_path / "p.json", *flags)["protocol"] == "prediction3_best2_3of8f_background"
+    small = np.load(folder / "samples.npz")["arr_0"][:, :, :10, :10]
+    about = json.loads((folder / "samples.json").read_text())
+    flags[3] = write_samples(tmp_path / "small", small, [0] * 6, about.pop("classes"), **about)
+    refused(capsys, tmp_path / "q.json", *flags, words=["clips of 10 px, SSIM needs at least 11"])

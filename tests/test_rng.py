@@ -5,38 +5,29 @@ import torch
 
 from runtime.rng import generator, normal, uniform
 
-
-def random_numbers(*key):
-    return torch.rand(4, generator=generator(*key)).tolist()
+KEY = (0, "noise", 5, 17)
+OTHERS = [(1, "noise", 5, 17), (0, "flip", 5, 17), (0, "noise", 6, 17), (0, "noise", 5, 18), (0, "noise", 51, 7)]
 
 
 def test_a_draw_is_a_function_of_its_key_alone():
-    first = random_numbers(0, "noise", 5, 17)
-    torch.rand(100)
-    random_numbers(0, "noise", 5, 18)
-    assert random_numbers(0, "noise", 5, 17) == first
+    def draw(key):
+        return torch.rand(4, generator=generator(*key)).tolist()
 
-
-@pytest.mark.parametrize(
-    "other", [(1, "noise", 5, 17), (0, "flip", 5, 17), (0, "noise", 6, 17), (0, "noise", 5, 18), (0, "noise", 51, 7)]
-)
-def test_another_seed_purpose_or_index_gives_other_random_numbers(other):
-    assert random_numbers(*other) != random_numbers(0, "noise", 5, 17)
-
-
-def test_a_draw_leaves_the_global_generator_alone():
-    state = torch.get_rng_state()
+    state, first = torch.get_rng_state(), draw(KEY)
+    assert all(draw(other) != first for other in OTHERS)
     uniform(0, "gamma", 0, range(3))
     normal(0, "noise", 0, range(3), (2, 2))
-    assert torch.equal(torch.get_rng_state(), state)
+    assert torch.equal(torch.get_rng_state(), state)  # the global generator is left alone
+    torch.rand(100)
+    assert draw(KEY) == first
 
 
-def test_noise_of_a_sample_does_not_depend_on_which_other_samples_are_drawn():
+def test_noise_of_a_sample_does_not_depend_on_the_other_samples():
     together = normal(0, "noise", 7, [4, 9, 2], (3, 2, 5))
-    assert together.shape == (3, 3, 2, 5)
-    assert together.dtype == torch.float32
+    assert together.shape == (3, 3, 2, 5) and together.dtype == torch.float32
     for row, sample in zip(together, [4, 9, 2], strict=True):
         assert torch.equal(row, normal(0, "noise", 7, [sample], (3, 2, 5))[0])
+    assert normal(0, "noise", 0, [], (3, 2)).shape == (0, 3, 2)
 
 
 def test_noise_is_standard_normal_within_and_across_samples():
@@ -48,13 +39,8 @@ def test_noise_is_standard_normal_within_and_across_samples():
 
 def test_uniform_numbers_fill_the_interval_from_zero_to_one():
     u = uniform(0, "gamma", 0, range(1000))
-    assert u.shape == (1000,)
-    assert u.dtype == torch.float32
+    assert u.shape == (1000,) and u.dtype == torch.float32
     assert ((u >= 0) & (u < 1)).all()
     counts = torch.histc(u, bins=10, min=0, max=1)
     assert (counts - 100).abs().max() < 45  # 4.7 standard deviations
     assert torch.equal(u[[3, 500]], uniform(0, "gamma", 0, [3, 500]))
-
-
-def test_no_samples_need_no_noise():
-    assert normal(0, "noise", 0, [], (3, 2)).shape == (0, 3, 2)

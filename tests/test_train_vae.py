@@ -1,6 +1,6 @@
 """train_vae.py: a small VAE of the frames of a data folder, that all other scripts take as --vae DIR."""
 
-import math
+import shutil
 from dataclasses import replace
 from pathlib import Path
 
@@ -13,8 +13,7 @@ import train_vae
 from autoencoder import Autoencoder, jitter_colors, losses_of, make_autoencoder, psnr
 from training import TINY_VAE, Training, compare, counted_steps, run_main
 from vae import load_vae
-from video.clips import Clips
-from video.index import find_data
+from video.loader import batches_of
 
 STEPS = 7
 
@@ -27,22 +26,30 @@ def run(training, *flags, stop_after=None, status=0):
 
 
 @pytest.fixture(scope="module")
-def whole(shapes, tmp_path_factory):
-    """A run that nothing has disturbed."""
+def made(shapes, tmp_path_factory):
+    """A run that nothing has disturbed, and the frames that each of its validations measures: held out, then others."""
     training = Training(shapes, tmp_path_factory.mktemp("vae") / "r", STEPS, base=TINY_VAE, script="train_vae.py")
-    assert run(training) == STEPS
-    return training
+    seen, measure = [], train_vae.measure
+
+    def noted(ema, loader, device):
+        batches = list(batches_of(loader))
+        videos = {video for batch in batches for video in batch["videos"]}
+        seen.append((torch.cat([batch["clips"] for batch in batches]), videos))
+        return measure(ema, loader, device)
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(train_vae, "measure", noted)
+        assert run(training) == STEPS
+    return training, seen
+
+
+@pytest.fixture(scope="module")
+def whole(made):
+    return made[0]
 
 
 def exported(training):
     return {path.name: path.read_bytes() for path in (training.folder / "vae").iterdir()}
-
-
-def frames_of(training, part, stream, count=20):
-    """The frames that the run measures, uint8 (count, 3, 1, H, W)."""
-    data = find_data(training.data, False, 0.05, [1], [], "", None)
-    clips = Clips(training.data, getattr(data, part)[1], data.scan.classes, 1, 16, flip=False, stream=stream)
-    return torch.stack([clips[index]["clip"] for index in range(count)])
 
 
 # What is trained ------------------------------------------------------------------------------------------------------
@@ -60,19 +67,18 @@ def test_equal_images_have_no_loss_and_errors_count_by_pixel_and_by_step_between
 def test_the_kl_loss_is_that_of_torch_in_nats_per_latent_value():
     mean, logvar = torch.randn(2, 4, 3, 3), torch.randn(2, 4, 3, 3)
     posterior = torch.distributions.Normal(mean, (logvar / 2).exp())
-    wanted = torch.distributions.kl_divergence(posterior, torch.distributions.Normal(0.0, 1.0)).mean()
+    expected = torch.distributions.kl_divergence(posterior, torch.distributions.Normal(0.0, 1.0)).mean()
     x = torch.zeros(2, 3, 8, 8)
-    assert losses_of(x, x, mean, logvar)["kl_loss"].item() == pytest.approx(1e-4 * wanted.item(), rel=1e-5)
+    assert losses_of(x, x, mean, logvar)["kl_loss"].item() == pytest.approx(1e-4 * expected.item(), rel=1e-5)
 
 
-@pytest.mark.parametrize("error", [1, 5, 255])
-def test_the_psnr_of_a_constant_error_is_known(error):
+def test_the_psnr_of_a_constant_error_is_known():
     real = torch.zeros(3, 8, 8, 3, dtype=torch.uint8)
-    assert psnr(real, real + error).tolist() == pytest.approx([20 * math.log10(255 / error)] * 3)
-    assert psnr(real, real).tolist() == pytest.approx([99] * 3)
+    for error, expected in ((0, 99), (1, 48.1308), (5, 34.1514), (255, 0)):
+        assert psnr(real, real + error).tolist() == pytest.approx([expected] * 3, abs=1e-4)
 
 
-def test_other_colors_are_one_affine_map_of_all_pixels_of_a_frame_and_depend_on_its_index_alone():
+def test_other_colors_are_one_affine_map_per_frame_that_depends_on_its_index_alone():
     x = torch.rand(6, 3, 8, 8) * 0.1  # far from the ends, where colors are clamped
     assert torch.equal(jitter_colors(x, 0, range(6), share=0), x)
     found = jitter_colors(x, 0, range(6), share=1)
@@ -97,23 +103,24 @@ def test_without_noise_the_reconstruction_is_that_of_the_mean():
 # What comes out -------------------------------------------------------------------------------------------------------
 
 
-def test_the_latents_of_training_frames_have_mean_0_and_deviation_1(whole):
-    vae = load_vae(str(whole.folder / "vae"))
+def test_the_latents_of_training_frames_have_mean_0_and_deviation_1(made):
+    vae = load_vae(str(made[0].folder / "vae"))
     assert (vae.channels, vae.downsample) == (2, 4)
-    frames = frames_of(whole, "train", "statistics")
-    mean, std = vae.posterior(frames)
+    mean, std = vae.posterior(made[1][-1][0])
     noise = torch.randn(200, *mean.shape[1:], generator=torch.Generator().manual_seed(0))
     latents = torch.cat([vae.scaled(mean, std, part) for part in noise.split(20)])
     assert latents.mean().item() == pytest.approx(0, abs=0.02)
     assert latents.std().item() == pytest.approx(1, abs=0.02)
 
 
-def test_the_validation_psnr_is_that_of_what_the_folder_makes_of_frames_of_held_out_videos(whole):
-    vae, frames = load_vae(str(whole.folder / "vae")), frames_of(whole, "val", "validation")
-    found = vae.decode(vae.encode(frames)).numpy().astype(float)  # (N, 1, H, W, 3)
-    errors = [((frame[:, 0].transpose(1, 2, 0) - own[0]) ** 2).mean() for frame, own in zip(frames.numpy(), found)]  # noqa: B905
-    wanted = np.mean([10 * np.log10(255**2 / error) for error in errors])
-    assert whole.rows()[-1]["val_psnr"] == pytest.approx(wanted, abs=0.02)
+def test_the_validation_psnr_is_that_of_what_the_folder_makes_of_held_out_frames(made):
+    (training, [*_, (frames, held_out), (_, others)]), expected = made, []
+    assert held_out and others and not held_out & others
+    vae = load_vae(str(training.folder / "vae"))
+    for frame, found in zip(frames, vae.decode(vae.encode(frames)), strict=True):  # (3, 1, H, W), (1, H, W, 3)
+        error = ((frame[:, 0].movedim(0, -1).numpy().astype(float) - found[0].numpy()) ** 2).mean()
+        expected.append(10 * np.log10(255**2 / error))
+    assert training.rows()[-1]["val_psnr"] == pytest.approx(np.mean(expected), abs=0.02)
 
 
 def test_it_learns_and_shows_what_comes_back(whole):
@@ -133,8 +140,8 @@ def test_an_interrupted_run_ends_bit_for_bit_as_one_that_was_not(whole, tmp_path
     assert run(parts, stop_after=stop_after) == stop_after
     latest = parts.folder / "checkpoints/latest.pt"
     state = torch.load(latest, weights_only=True)
-    del state["phase"]["ema_start"]
-    torch.save(state | {"phase": state["phase"] | {"pretrained": False}}, latest)  # as earlier versions wrote it
+    del state["config"]["typed"]
+    torch.save(state, latest)  # as the tree before wrote it
     assert run(parts, "--resume") == STEPS - stop_after
     assert compare(whole, parts) == [] and exported(parts) == exported(whole)
 
@@ -147,10 +154,14 @@ def test_a_damaged_checkpoint_is_named_and_the_run_begins_again(whole, tmp_path,
     assert "note: --ckpt" in capsys.readouterr().out and compare(whole, damaged) == []
 
 
-def test_a_finished_run_says_so_and_changes_nothing(whole, capsys):
-    before = exported(whole)
-    assert run(whole, "--resume") == 0
-    assert "is finished: all 7 steps are done" in capsys.readouterr().out and exported(whole) == before
+def test_a_finished_run_says_so_and_other_widths_are_another_run(whole, tmp_path, capsys):
+    copy = replace(whole, results=shutil.copytree(whole.results, tmp_path / "copy"))
+    assert run(copy, "--resume") == 0
+    assert "is finished: all 7 steps are done" in capsys.readouterr().out
+    assert compare(whole, copy) == [] and exported(whole) == exported(copy)
+    run(copy, "--resume", "--widths", 8, 8, 16, "--max-steps", 1)
+    assert "--resume: nothing to resume in" in capsys.readouterr().out
+    assert len(list(copy.results.glob("[0-9]*"))) == 2
 
 
 def test_frames_from_the_cache_give_the_same_run(whole, tmp_path):
@@ -159,20 +170,17 @@ def test_frames_from_the_cache_give_the_same_run(whole, tmp_path):
     assert cached.rows() == whole.rows()
 
 
-@pytest.mark.parametrize(("flags", "line"), [
-    (["--image-size", 18], "--image-size 18 is not a multiple of --downsample 4"),
-    (["--widths", 8, 8], "--widths: found 2, --downsample 4 wants 3 numbers"),
-    (["--data-path", "nowhere"], "--data-path nowhere: no such folder"),
-    (["--downsample", 2], "--downsample"),
-])  # fmt: skip
+@pytest.mark.parametrize(
+    ("flags", "line"),
+    [
+        (["--image-size", 18], "--image-size 18 is not a multiple of --downsample 4"),
+        (["--widths", 8, 8], "--widths 8 8: got 2 numbers, --downsample 4 needs 3"),
+        (["--data-path", "nowhere"], "--data-path nowhere: no such folder"),
+        (["--downsample", 2], "--downsample"),
+    ],
+)
 def test_bad_flags_are_one_line_and_touch_nothing(shapes, tmp_path, capsys, flags, line):
     training = Training(shapes, tmp_path / "r", STEPS, base=TINY_VAE)
     run(training, *flags, status=2)
     error = capsys.readouterr().err
     assert line in error and error.count("\n") == 1 and not Path(training.results).exists()
-
-
-def test_other_widths_are_another_run(whole, capsys):
-    run(whole, "--resume", "--widths", 8, 8, 16, "--max-steps", 1)
-    assert "--resume: nothing to resume in" in capsys.readouterr().out
-    assert len(list(whole.results.glob("[0-9]*"))) == 2

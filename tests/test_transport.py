@@ -1,99 +1,88 @@
-"""The objective against closed forms and naive sums."""
+"""The objective against closed forms and naive sums, and the noise levels of training clips."""
 
+import functools
+import itertools
 import math
+from collections import Counter
 
 import pytest
 import torch
 
 import transport
+from runtime.rng import uniform
+from transport import clean_frames, condition_dropout, draw_gammas, half_given, shift_gamma
+
+GAMMA, DECAY = torch.tensor([0.0, 0.5, 0.9, 1.0]), [4.0, 4.0, 2.0, 0.0]  # and c(GAMMA)
+MANY = range(2000)
 
 
 def normal(*shape, seed=0, dtype=torch.float32):
     return torch.randn(*shape, generator=torch.Generator().manual_seed(seed), dtype=dtype)
 
 
-def test_the_decay_is_four_up_to_four_fifths_then_falls_linearly_to_zero():
+def losses_of(f, x, noise, gamma, first=0):
+    """(loss (B,), mean square of the target) of a network that returns f, after a look at its inputs."""
+
+    def network(x_gamma, *others, return_features):
+        assert torch.equal(x_gamma, transport.interpolate(x, noise, gamma)) and others == ("y", "time_scale")
+        return (f, "features") if return_features else f
+
+    loss, square, nothing = transport.losses(network, x, noise, gamma, "y", "time_scale", first)
+    *same, features = transport.losses(network, x, noise, gamma, "y", "time_scale", first, return_features=True)
+    assert torch.equal(same[0], loss) and same[1] == square and (nothing, features) == (None, "features")
+    return loss, square
+
+
+def test_the_decay_is_four_up_to_four_fifths_then_falls_to_zero():
     gamma = torch.tensor([0.0, 0.4, 0.8, 0.9, 0.95, 1.0])
     torch.testing.assert_close(transport.decay(gamma), torch.tensor([4.0, 4.0, 4.0, 2.0, 1.0, 0.0]))
-    assert transport.decay(torch.tensor(1.0)) == 0
-
-
-@pytest.mark.parametrize("shape", [(4,), (4, 2, 3, 5, 5)])
-def test_the_path_leads_from_noise_to_data_where_the_field_vanishes_and_each_sample_has_its_own_gamma(shape):
-    x, noise, gamma = normal(*shape), normal(*shape, seed=1), torch.tensor([0.0, 0.5, 0.9, 1.0])
-    path, target = transport.interpolate(x, noise, gamma), transport.target(x, noise, gamma)
-    for i, (weight, decay) in enumerate([(0.0, 4.0), (0.5, 4.0), (0.9, 2.0), (1.0, 0.0)]):
-        torch.testing.assert_close(path[i], weight * x[i] + (1 - weight) * noise[i])
-        torch.testing.assert_close(target[i], decay * (x[i] - noise[i]))
-    assert torch.equal(path[0], noise[0]) and torch.equal(path[3], x[3])
-    assert not target[3].any()
-
-
-def test_the_mean_square_of_the_decay_is_its_integral():
     gamma = (torch.arange(200_000, dtype=torch.float64) + 0.5) / 200_000  # midpoint rule
     integral = transport.decay(gamma).square().mean().item()
     assert integral == pytest.approx(13.867, abs=5e-4)
     assert pytest.approx(integral, rel=1e-8) == transport.MEAN_SQUARED_DECAY
 
 
-@pytest.mark.parametrize("mean_square", [0.0, 4.0])
-def test_a_network_that_predicts_zero_has_the_expected_loss(mean_square):
-    x = normal(20_000, 1, 1, 4, 4) * mean_square**0.5
-    noise, gamma = normal(20_000, 1, 1, 4, 4, seed=1), torch.rand(20_000, generator=torch.Generator().manual_seed(2))
-    losses = transport.loss(torch.zeros_like(x), x, noise, gamma)
-    assert losses.shape == (20_000,)
-    assert losses.mean().item() == pytest.approx(transport.zero_loss(mean_square), rel=0.02)  # 4 standard errors
+@pytest.mark.parametrize("shape", [(4,), (4, 2, 3, 5, 5)])
+def test_the_path_leads_from_noise_to_data_where_the_field_vanishes(shape):
+    x, noise = normal(*shape), normal(*shape, seed=1)
+    path, target = transport.interpolate(x, noise, GAMMA), transport.target(x, noise, GAMMA)
+    for i, (weight, decay) in enumerate(zip(GAMMA.tolist(), DECAY, strict=True)):
+        torch.testing.assert_close(path[i], weight * x[i] + (1 - weight) * noise[i])
+        torch.testing.assert_close(target[i], decay * (x[i] - noise[i]))
+        if decay:  # what a solver follows is the path
+            torch.testing.assert_close(transport.velocity(target[i], GAMMA[i]), x[i] - noise[i])
+    assert torch.equal(path[0], noise[0]) and torch.equal(path[3], x[3]) and not target[3].any()
 
 
-def test_the_loss_of_the_true_target_is_zero_and_of_an_offset_its_square():
-    x, noise, gamma = normal(4, 2, 3, 4, 4), normal(4, 2, 3, 4, 4, seed=1), torch.tensor([0.0, 0.5, 0.9, 1.0])
-    truth = transport.target(x, noise, gamma)
-    assert torch.equal(transport.loss(truth, x, noise, gamma), torch.zeros(4))
-    offsets = torch.tensor([0.0, 1.0, 2.0, 3.0])
-    losses = transport.loss(truth + offsets.reshape(4, 1, 1, 1, 1), x, noise, gamma)
-    torch.testing.assert_close(losses, offsets.square(), atol=1e-5, rtol=1e-5)
-
-
-def test_the_loss_of_a_network_in_bfloat16_is_float32():
-    losses = transport.loss(normal(3, 4).bfloat16(), normal(3, 4), normal(3, 4, seed=1), torch.rand(3))
-    assert losses.dtype == torch.float32
-
-
-def test_a_gamma_per_frame_is_that_of_the_frame_and_equal_ones_are_one_per_clip_bit_for_bit():
-    x, noise, f = normal(4, 2, 3, 5, 5), normal(4, 2, 3, 5, 5, seed=1), normal(4, 2, 3, 5, 5, seed=2)
-    gamma, same = torch.tensor([0.0, 0.5, 0.9, 1.0]), torch.tensor([0.0, 0.5, 0.9, 1.0])[:, None].expand(4, 3)
-    for function in (transport.interpolate, transport.target):
-        assert torch.equal(function(x, noise, gamma), function(x, noise, same))
-    assert torch.equal(transport.loss(f, x, noise, gamma), transport.loss(f, x, noise, same))
-
-    own = torch.rand(4, 3, generator=torch.Generator().manual_seed(3))
+def test_a_gamma_per_frame_is_the_level_of_that_frame():
+    x, noise, f = (normal(4, 2, 3, 5, 5, seed=seed) for seed in range(3))
+    own, same = torch.rand(4, 3, generator=torch.Generator().manual_seed(3)), GAMMA[:, None].expand(4, 3)
+    own[0, 1] = 1  # a clean frame is the data, and its target is zero
     for function in (transport.interpolate, transport.target):
         frames = [function(x[:, :, t], noise[:, :, t], own[:, t]) for t in range(3)]
         assert torch.equal(function(x, noise, own), torch.stack(frames, dim=2))
+        assert torch.equal(function(x, noise, GAMMA), function(x, noise, same))
+    assert torch.equal(losses_of(f, x, noise, GAMMA)[0], losses_of(f, x, noise, same)[0])
+    assert torch.equal(transport.interpolate(x, noise, own)[0, :, 1], x[0, :, 1])
+    assert not transport.target(x, noise, own)[0, :, 1].any()
 
 
-def test_a_clean_frame_is_the_data_and_its_target_is_zero():
-    x, noise, gamma = normal(2, 2, 3, 4, 4), normal(2, 2, 3, 4, 4, seed=1), torch.tensor([[1.0, 0.3, 1.0]] * 2)
-    assert torch.equal(transport.interpolate(x, noise, gamma)[:, :, ::2], x[:, :, ::2])
-    target = transport.target(x, noise, gamma)
-    assert not target[:, :, ::2].any() and target[:, :, 1].all()
+def test_a_network_that_predicts_zero_has_the_expected_loss():
+    x, noise = 2 * normal(20_000, 1, 1, 4, 4), normal(20_000, 1, 1, 4, 4, seed=1)
+    losses, square = losses_of(torch.zeros_like(x), x, noise, torch.linspace(0, 1, 20_000))
+    assert losses.mean().item() == pytest.approx(transport.zero_loss(4.0), rel=0.02)  # 4 standard errors
+    assert square.item() == pytest.approx(losses.mean().item(), rel=1e-5)  # of the very targets
 
 
-@pytest.mark.parametrize("shift", [0.25, 1.0, 3.0])
-def test_a_shift_keeps_both_ends_and_the_order_and_gives_the_density_of_its_closed_form(shift):
-    u = torch.linspace(0, 1, 10_001, dtype=torch.float64)
-    gamma = transport.shift_gamma(u, shift)
-    assert (gamma[0], gamma[-1]) == (0, 1)
-    assert (gamma.diff() > 0).all()
-    # du/dgamma of u = S gamma / (1 + (S - 1) gamma)
-    middle = (gamma[1:] + gamma[:-1]) / 2
-    density = shift / (1 + (shift - 1) * middle).square()
-    torch.testing.assert_close(u.diff() / gamma.diff(), density, atol=0, rtol=1e-5)
-    torch.testing.assert_close(transport.shift_gamma(gamma, 1 / shift), u)  # its inverse
-
-
-def test_a_shift_above_one_moves_towards_the_noise():
-    assert transport.shift_gamma(torch.tensor(0.5), 3.0) == 0.25  # 0.5 / (0.5 + 1.5)
+def test_the_loss_is_the_mean_square_of_the_error_of_each_clip_in_float32():
+    x, noise, offsets = normal(4, 2, 3, 4, 4), normal(4, 2, 3, 4, 4, seed=1), torch.tensor([0.0, 1.0, 2.0, 3.0])
+    truth = transport.target(x, noise, GAMMA)
+    assert torch.equal(losses_of(truth, x, noise, GAMMA)[0], torch.zeros(4))
+    losses, _ = losses_of(truth + offsets.reshape(4, 1, 1, 1, 1), x, noise, GAMMA)
+    torch.testing.assert_close(losses, offsets.square(), atol=1e-5, rtol=1e-5)
+    assert losses_of(truth.bfloat16(), x, noise, GAMMA)[0].dtype == torch.float32
+    truth[:, :, :2] = torch.nan  # frames before `first` do not count
+    assert torch.equal(losses_of(truth, x, noise, GAMMA, first=2)[0], torch.zeros(4))
 
 
 def naive_dispersion(z):
@@ -103,7 +92,7 @@ def naive_dispersion(z):
 
 
 @pytest.mark.parametrize("shape", [(2, 3), (5, 4, 6)])
-def test_the_dispersive_loss_and_its_gradient_are_those_of_the_sum_over_all_pairs(shape):
+def test_the_dispersive_loss_and_its_gradient_are_those_of_all_pairs(shape):
     z = normal(*shape, dtype=torch.float64).requires_grad_()
     (expected,) = torch.autograd.grad(naive_dispersion(z), z)
     loss = transport.dispersive_loss(z)
@@ -111,7 +100,7 @@ def test_the_dispersive_loss_and_its_gradient_are_those_of_the_sum_over_all_pair
     torch.testing.assert_close(torch.autograd.grad(loss, z)[0], expected, rtol=1e-4, atol=1e-7)
 
 
-def test_the_dispersive_loss_is_zero_for_equal_features_and_falls_to_its_minimum_as_they_disperse():
+def test_the_dispersive_loss_falls_from_zero_for_equal_features():
     equal = torch.ones(8, 5, requires_grad=True)
     loss = transport.dispersive_loss(equal)
     loss.backward()
@@ -122,3 +111,82 @@ def test_the_dispersive_loss_is_zero_for_equal_features_and_falls_to_its_minimum
     assert losses == sorted(losses, reverse=True)
     assert losses[-1] == pytest.approx(-0.5 * math.log(8), rel=1e-5)  # only i = j is left
     assert transport.dispersive_loss(z[:1]).item() == 0
+    assert transport.dispersive_loss(z + 1e4).item() == pytest.approx(losses[1], rel=1e-3)  # no large squares
+
+
+@functools.cache
+def draw(share, num_frames=16, indices=MANY, seed=0):
+    return draw_gammas(seed, 0, list(indices), num_frames, 4, 3.0, share)
+
+
+@pytest.mark.parametrize("shift", [0.25, 1.0, 3.0])
+def test_a_shift_keeps_both_ends_and_has_the_density_of_its_closed_form(shift):
+    u = torch.linspace(0, 1, 10_001, dtype=torch.float64)
+    gamma = shift_gamma(u, shift)
+    assert (gamma[0], gamma[-1]) == (0, 1)
+    middle = (gamma[1:] + gamma[:-1]) / 2
+    density = shift / (1 + (shift - 1) * middle).square()  # du/dgamma of u = S gamma / (1 + (S - 1) gamma)
+    torch.testing.assert_close(u.diff() / gamma.diff(), density, atol=0, rtol=1e-5)
+    torch.testing.assert_close(shift_gamma(gamma, 1 / shift), u)  # its inverse
+    assert shift_gamma(torch.tensor(0.5), 3.0) == 0.25  # 0.5 / (0.5 + 1.5): a shift above 1 moves to the noise
+
+
+def test_half_of_the_forced_clips_have_given_frames_beside_one_gamma():
+    plain, levels = draw(0.0), draw(1.0)
+    assert torch.equal(plain, shift_gamma(uniform(0, "gamma", 0, list(MANY)), 3.0))
+    is_common = (draw(0.75) == plain[:, None]).all(dim=1)
+    assert is_common.float().mean().item() == pytest.approx(0.25, abs=0.04)  # 4 standard errors
+    is_given = levels == 1
+    some = is_given.any(dim=1)
+    assert some.float().mean().item() == pytest.approx(0.5, abs=0.045)
+    assert torch.equal(levels[some][~is_given[some]], plain[some].repeat_interleave((~is_given[some]).sum(dim=1)))
+    assert not (levels == plain[:, None]).all(dim=1).any()
+    assert torch.equal(draw(1.0, 4), plain) and torch.equal(draw(1.0, 1), plain)  # one temporal patch is not forced
+
+
+@pytest.mark.parametrize("num_frames", [5, 10, 16])
+def test_the_other_half_draws_a_level_per_temporal_patch(num_frames):
+    levels = draw(1.0, num_frames)
+    own = levels[~(levels == 1).any(dim=1)]
+    parts = own.split(4, dim=1)
+    assert all((part == part[:, :1]).all() for part in parts)
+    first, last = parts[0][:, 0], parts[-1][:, 0]
+    u = shift_gamma(torch.cat([first, last]), 1 / 3)  # the inverse of the shift: uniform
+    assert u.mean().item() == pytest.approx(0.5, abs=0.04) and u.var().item() == pytest.approx(1 / 12, abs=0.009)
+    assert abs(torch.corrcoef(torch.stack([first, last]))[0, 1].item()) < 0.13
+
+
+@pytest.mark.parametrize("num_frames", [2, 3, 4, 16])
+def test_every_border_occurs_and_neither_all_nor_no_frames_are_given(num_frames):
+    draws = torch.rand(4000, 3, generator=torch.Generator().manual_seed(0)).tolist()
+    masks = Counter(tuple(sorted(clean_frames(*row, num_frames))) for row in draws)
+    ends = itertools.product((0.0, 0.6, 0.8, 0.9), *[(0.0, 1 - 2**-24)] * 2)
+    every, first = set(range(num_frames)), {tuple(range(k)) for k in range(1, num_frames)}
+    for mask in [*masks, *(clean_frames(*row, num_frames) for row in ends)]:
+        assert set(mask) <= every and 0 < len(mask) < num_frames
+    assert masks.keys() >= first | {tuple(range(k, num_frames)) for k in range(1, num_frames)}
+    assert masks.keys() >= {(frame,) for frame in every}
+    if num_frames > 2:
+        last = num_frames - 1
+        assert masks.keys() >= {(0, last), (0, *range(2, num_frames)), (*range(num_frames - 2), last)}
+    lengths = torch.tensor([len(mask) for mask in masks.elements() if mask in first])
+    assert len(lengths) / 4000 > 0.45
+    if num_frames == 16:  # few are given more often than many
+        assert ((lengths <= 4).sum() / (lengths <= 15).sum()).item() == pytest.approx((4 / 15) ** 0.5, abs=0.06)
+
+
+def test_the_more_frames_are_clean_the_more_often_the_condition_is_dropped():
+    levels = torch.full((4, 16), 0.3)
+    for row, count in enumerate((0, 1, 4, 15)):
+        levels[row, :count] = 1
+    assert condition_dropout(levels, 0.1).tolist() == pytest.approx([0.1, 0.25, 0.5, (15 / 16) ** 0.5])
+    assert condition_dropout(levels, 0.3).tolist() == pytest.approx([0.3, 0.3, 0.5, (15 / 16) ** 0.5])
+    assert condition_dropout(levels[:, -1], 0.1).tolist() == pytest.approx([0.1] * 4)
+    assert half_given(torch.tensor([0.25, 0.5]), 3).tolist() == [[1, 0.25, 0.25], [1, 0.5, 0.5]]
+    for num_frames, expected in ((4, 0.10), (8, 0.30), (16, 0.29)):  # what the docs say
+        assert condition_dropout(draw(0.75, num_frames), 0.1).mean().item() == pytest.approx(expected, abs=0.025)
+
+
+def test_the_levels_of_a_sample_depend_on_its_index_and_the_seed_alone():
+    assert torch.equal(torch.cat([draw(0.5, indices=range(n, n + 1)) for n in range(20)]), draw(0.5)[:20])
+    assert not torch.equal(draw(0.5, indices=range(20), seed=1), draw(0.5)[:20])

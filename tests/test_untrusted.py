@@ -1,6 +1,5 @@
 """What a user sees of a file that is damaged, was edited or holds code: one line, status 2, and no code has run."""
 
-import json
 import os
 import re
 import shutil
@@ -17,13 +16,13 @@ import evaluate
 import published
 import sample_gd
 import train
-from runtime import untrusted
-from runtime.cli import UserError
+from runtime import memory
 from tiny_data import make_latents, make_samples, make_state, make_vae, save_checkpoint
 from tiny_videos import write_equal_videos, write_video
 from video import files
-from video.files import UnreadableError, Video, read_frames, read_latents
-from video.index import index_place, latents_settings, scan_videos
+from video.files import UnreadableError, Video, read_frames
+from video.index import scan_videos
+from video.source import read_cached
 
 ROOT = Path(train.__file__).resolve().parents[1]
 NOT_UTF8 = os.fsdecode(b"\xff")
@@ -60,19 +59,12 @@ def no_config(folder):
     (make_vae(folder) / "config.json").unlink()
 
 
-def fps_in_words(path):
-    state = make_state(depth=1)
-    state["config"]["data"]["fps"] = "many"
-    torch.save(state, path)
-
-
 SAMPLE = [sample_gd, "--video", "--folder=new", "--ckpt"]
 CACHE = [cache_latents, "--data-path=videos", "--image-size=16", "--out=new", "--vae"]
 EVALUATE = [evaluate, "--metric=motion", "--data-path=videos", "--out=new.json", "--samples"]
 REFUSED = {  # the last word of the command is the name of what the function writes
     "a zip that is none": (SAMPLE, "a.pt", no_zip, "damaged or cut short"),
     "a zip that is none, as samples": (EVALUATE, "s", lambda at: (make_samples(at), no_zip(at / "samples.npz")), "zip"),
-    "a frame rate in words": (SAMPLE, "a.pt", fps_in_words, "its data settings: fps is many"),
     "a checkpoint whose name is not UTF-8": (SAMPLE, f"{NOT_UTF8}.pt", save_checkpoint, "is not UTF-8: rename it"),
     "an export whose name is not UTF-8": (
         SAMPLE, NOT_UTF8, lambda at: published.write_export(at, make_state(depth=1)), "is not UTF-8: rename it"
@@ -107,38 +99,11 @@ def test_a_bad_file_is_one_line_and_status_2_and_no_code_has_run(name, videos, t
     assert sorted(os.listdir()) == sorted(["videos", place])
 
 
-@pytest.mark.parametrize(
-    ("changes", "words"),
-    [({"channels": "4"}, "channels is 4"), ({"downsample": 0}, "a size below 1"), ({"classes": ["B"]}, "no class A"),
-     ({"videos": [{"path": 3}]}, "path is 3"), ({"vae": None}, "vae is None")],
-)  # fmt: skip
-def test_a_latents_json_that_someone_edited_is_one_line(tmp_path, changes, words):
-    make_latents(tmp_path)
-    content = json.loads((tmp_path / "latents.json").read_text()) | changes
-    (tmp_path / "latents.json").write_text(json.dumps(content))
-    with pytest.raises(UserError) as error:
-        latents_settings(tmp_path)
-    assert str(error.value).startswith(f"--data-path {tmp_path}: its latents.json is damaged (") and words in str(error)
-
-
-@pytest.mark.parametrize("change", [{"num_frames": 0}, {"num_frames": 10**30}, {"fps": 0}, {"height": "x"}])
-def test_an_index_that_someone_edited_is_built_again_and_a_line_says_so(videos, tmp_path, capsys, change):
-    before, place = scan_videos(videos, tmp_path), index_place(videos, tmp_path)
-    index = json.loads(place.read_text())
-    index["videos"][0][1] |= change
-    place.write_text(json.dumps(index))
-    assert scan_videos(videos, tmp_path).videos == before.videos
-    assert capsys.readouterr().out.count("building it again") == 1
-
-
-def test_a_video_or_latents_whose_name_is_not_utf8_are_named_and_left_out(tmp_path):
-    root = write_equal_videos(tmp_path / "data")
-    write_video(root / "A" / f"{NOT_UTF8}.avi", 3)
-    assert scan_videos(root).unreadable == [f"A/{NOT_UTF8}.avi"]
+def test_latents_whose_name_is_not_utf8_are_named(tmp_path):
     make_latents(tmp_path)
     (tmp_path / "A/a.safetensors").rename(tmp_path / f"A/{NOT_UTF8}.safetensors")
     with pytest.raises(UnreadableError, match="not UTF-8"):
-        read_latents(tmp_path, Video(f"A/{NOT_UTF8}.safetensors", "A", 6, 25.0, 16, 16), [0])
+        read_cached(str(tmp_path / f"A/{NOT_UTF8}.safetensors"), False, (4, 8, 8), [0], False)
 
 
 def test_a_video_of_too_many_pixels_is_bad(tmp_path, monkeypatch):
@@ -153,25 +118,6 @@ def test_a_video_of_too_many_pixels_is_bad(tmp_path, monkeypatch):
         read_frames(tmp_path, Video("a.avi", "all", 20, 25.0, 48, 64), [0])
 
 
-def test_json_of_gigabytes_or_a_hundred_thousand_levels_is_not_read(tmp_path):
-    (tmp_path / "deep.json").write_text("[" * 100_000)
-    (tmp_path / "long.json").touch()
-    os.truncate(tmp_path / "long.json", 2**40)  # a hole
-    for name, words in (("deep.json", "nested too deeply"), ("long.json", "more than")):
-        with pytest.raises(ValueError, match=words):
-            untrusted.read_json(tmp_path / name)
-
-
-def test_the_tensors_of_a_file_that_repeats_its_parts_without_end_are_found_once(tmp_path):
-    tensor, value = torch.zeros(3), []
-    value.append({"tensor": tensor, "itself": value})
-    for _ in range(20):
-        value = [value, value]
-    torch.save(value, tmp_path / "a.pt")
-    (found,) = untrusted.tensors_in(untrusted.read_torch(tmp_path / "a.pt"))
-    assert torch.equal(found, tensor)
-
-
 def test_the_source_has_no_calls_that_could_run_code_from_a_file():
     forbidden = r"allow_pickle=True|weights_only=False|pickle\.loads?\(|yaml|\beval\(|\bexec\(|os\.system|shell=True"
     for path in (path for part in ("EqM", "scripts", "datasets") for path in (ROOT / part).rglob("*.py")):
@@ -179,3 +125,14 @@ def test_the_source_has_no_calls_that_could_run_code_from_a_file():
         assert not re.search(forbidden, text), path
         assert all("weights_only=True" in load for load in re.findall(r"torch\.load\([^\n]*", text)), path
         assert all("use_safetensors=True" in load for load in re.findall(r"from_pretrained\([^)]*", text)), path
+
+
+def test_the_free_memory_is_that_of_the_machine_or_of_the_limit_of_its_container(tmp_path, monkeypatch):
+    of_machine = memory.free_bytes()
+    assert 2**20 < of_machine < os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
+    monkeypatch.setattr(memory, "CGROUP", tmp_path)
+    (tmp_path / "memory.stat").write_text("anon 9\ninactive_file 250000\n")
+    for limit, free in (("5000000\n", 4_250_000), ("max\n", None)):
+        (tmp_path / "memory.max").write_text(limit)
+        (tmp_path / "memory.current").write_text("1000000\n")
+        assert memory.free_bytes() == free if free else memory.free_bytes() > 2**20

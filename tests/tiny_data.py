@@ -10,7 +10,7 @@ from safetensors.torch import save_file
 
 import checkpoint
 from models import EqM, model_config
-from video.index import LATENTS_FORMAT
+from video.source import LATENTS_FORMAT
 from video.writers import npz_writer
 
 
@@ -66,14 +66,17 @@ def make_state(step=10, **settings):
         "version": checkpoint.VERSION,
         "config": {
             "model": vars(config),
-            "data": {"vae": "none", "image_size": 16, "fps": 25.0, "frame_interval": [1], "classes": ["A", "B"]},
+            "data": {
+                "vae": "none", "image_size": 16, "fps": 25.0, "frame_interval": [1], "time_scale": 0.04,
+                "longest_time_scale": 0.04, "classes": ["A", "B"],
+            },
             "training": {"model": "EqM-Ti/4", "num_frames": config.num_frames, "video": config.num_frames > 1},
-        },
+        },  # fmt: skip
         "model": EqM(config).state_dict(),
         "ema": EqM(config).state_dict(),
         "optimizer": {"kind": "adamw", "states": []},
         "step": step,
-        "phase": {"first_step": 0, "position": 40},
+        "phase": {"first_step": 0, "position": 40, "ema_start": 0},
         "best_loss": 1.0,
     }
 
@@ -81,6 +84,23 @@ def make_state(step=10, **settings):
 def save_checkpoint(path, **settings):
     """Write what make_state returns. Returns the path."""
     checkpoint.save(path, make_state(**settings))
+    return path
+
+
+def random_checkpoint(path, vae="none", training=(), **settings):
+    """Write a checkpoint of a small model whose EMA weights are random, always the same ones. Returns the path.
+
+    vae is a folder of `make_vae`, training holds flags of the run that made it.
+    """
+    latents = {} if vae == "none" else {"input_size": 8, "in_channels": 4}
+    small = {"depth": 1, "hidden_size": 48, "num_heads": 2, "num_frames": 1}
+    state = make_state(**small | latents | {"temporal_patch_size": 4 if "num_frames" in settings else 1} | settings)
+    for weight in state["ema"].values():
+        weight.normal_(std=0.1, generator=torch.Generator().manual_seed(0))
+    size = state["config"]["model"]["input_size"] * (1 if vae == "none" else 2)
+    state["config"]["data"] |= {"vae": str(vae), "image_size": size}
+    state["config"]["training"] |= training
+    checkpoint.save(path, state)
     return path
 
 
@@ -94,3 +114,10 @@ def make_samples(folder):
     """Write a sample folder of two clips, as sample_gd.py does."""
     np.savez(folder / "samples.npz", arr_0=np.zeros((2, 3, 8, 8, 3), np.uint8), labels=np.zeros(2, np.int64))
     (folder / "samples.json").write_text(json.dumps({"classes": ["A"], "time_scale": 0.04, "flags": {"video": True}}))
+
+
+def flip_bit(path, tensor):
+    """Flip one bit of a tensor in a file."""
+    content, weights = bytearray(path.read_bytes()), tensor.numpy().tobytes()
+    content[content.index(weights) + len(weights) // 2] ^= 4
+    path.write_bytes(content)

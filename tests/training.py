@@ -10,9 +10,11 @@ from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 
+import sample_gd
 import train
 from runtime import runs
 from vae import VAE
@@ -161,6 +163,23 @@ def run_main(script, *flags, status=0):
             assert ended.value.code == status
 
 
+FEW_STEPS = ["--num-samples", 2, "--num-sampling-steps", 4, "--stepsize", 0.05]
+
+
+def sample_here(ckpt, folder, *flags, status=0):
+    """(samples, content of samples.json) of sample_gd.py, run in this process; None if it has to end with a status."""
+    video = [] if ckpt.stem == "image" else ["--video"]
+    run_main(sample_gd, "--ckpt", ckpt, "--folder", folder, *video, *FEW_STEPS, *flags, status=status)
+    if status:
+        return None
+    return np.load(folder / "samples.npz")["arr_0"], json.loads((folder / "samples.json").read_text())
+
+
+def content(folder):
+    """{name: bytes} of the files of a folder."""
+    return {path.name: path.read_bytes() for path in folder.iterdir()}
+
+
 # ----------------------------------------------------------------------------------------------------------------------
 # Are two runs the same?
 
@@ -196,5 +215,3 @@ def compare(one, other):
         found += differences(*states, name)
     found += [f"left behind: {path}" for run in (one, other) for path in run.folder.rglob("*.tmp")]
     return found
-
-

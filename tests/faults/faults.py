@@ -4,6 +4,7 @@ import argparse
 import os
 import random
 import signal
+import socket
 import tempfile
 import time
 from contextlib import suppress
@@ -68,6 +69,57 @@ def kill(pid, number=signal.SIGKILL):
         os.kill(pid, number)
 
 
+def kill_all(process):
+    """SIGKILL for a process that still runs, and for all that it has started."""
+    for pid in [process.pid, *descendants(process.pid)] if process.poll() is None else ():
+        kill(pid)
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# Runs
+
+
+def start(training, step, *flags):
+    """The process of a run that has logged a step."""
+    process = training.start(*flags)
+    training.wait_for(step, process)
+    return process
+
+
+def end(process, status=0, timeout=GONE_WITHIN):
+    """What a process that ends with this status has printed. None: any status but 0."""
+    try:
+        output, _ = process.communicate(timeout=timeout)
+    finally:
+        kill_all(process)
+    assert process.returncode == status if status is not None else process.returncode, output
+    return output
+
+
+def error_of(output):
+    """The one line that says what went wrong."""
+    (line,) = [line for line in output.splitlines() if "train.py: error:" in line]
+    assert 'train.py", line' not in output, output  # a traceback, which may only be torchrun's own
+    return line
+
+
+def last_saved(training):
+    return torch.load(training.folder / "checkpoints/latest.pt", weights_only=True)["step"]
+
+
+def wait_until(condition, process, timeout=120):
+    until = time.monotonic() + timeout
+    while not condition():
+        assert process.poll() is None and time.monotonic() < until, process.communicate()[0]
+        time.sleep(0.05)
+
+
+def free_port():
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        return free.getsockname()[1]
+
+
 # ----------------------------------------------------------------------------------------------------------------------
 # Storms
 
@@ -119,8 +171,7 @@ def kill_something(process, rng):
     if what == "a rank" and started:
         kill(rng.choice(started))
     elif what == "all processes":
-        for pid in [process.pid, *descendants(process.pid)]:
-            kill(pid)
+        kill_all(process)
     else:
         kill(process.pid)
     return f"SIGKILL of {what}"

@@ -8,6 +8,14 @@ import time
 import torch
 
 
+def die():
+    os.kill(os.getpid(), signal.SIGKILL)
+
+
+def on_rank_1():
+    return os.environ.get("RANK") == "1"
+
+
 def killed_in_save(count=2):
     """SIGKILL when half of the count-th checkpoint is written."""
     save, saves = torch.save, []
@@ -18,7 +26,7 @@ def killed_in_save(count=2):
         if len(saves) == count:
             file.flush()
             file.truncate(file.tell() // 2)
-            os.kill(os.getpid(), signal.SIGKILL)
+            die()
 
     torch.save = half
 
@@ -35,8 +43,8 @@ def killed_while_gathering():
 
     def half(tensor):
         gathered.extend([1] if len(saves) == 2 else [])
-        if len(gathered) == 20 and os.environ.get("RANK") == "1":
-            os.kill(os.getpid(), signal.SIGKILL)
+        if len(gathered) == 20 and on_rank_1():
+            die()
         return whole(tensor)
 
     checkpoint.Writer.write, checkpoint.whole = noted_write, half
@@ -45,39 +53,21 @@ def killed_while_gathering():
 def slow_disk():
     """It takes two seconds to write a checkpoint."""
     save = torch.save
-
-    def late(*arguments):
-        time.sleep(2)
-        save(*arguments)
-
-    torch.save = late
-
-
-def nan_on_rank_1():
-    """The second rank's loss is NaN from the third step on."""
-    import transport
-
-    loss, calls = transport.loss, []
-
-    def spoiled(*arguments):
-        calls.append(1)
-        return loss(*arguments) * (float("nan") if len(calls) > 2 and os.environ.get("RANK") == "1" else 1)
-
-    transport.loss = spoiled
+    torch.save = lambda *arguments: (time.sleep(2), save(*arguments))
 
 
 def hanging_decoder():
     """A video with a file .hang beside it is never decoded."""
-    from video import clips
+    from video import source
 
-    read = clips.read_frames
+    read = source.read_frames
 
     def read_frames(root, video, frames):
         while os.path.exists(os.path.join(root, video.path + ".hang")):
             time.sleep(1)
         return read(root, video, frames)
 
-    clips.read_frames = read_frames
+    source.read_frames = read_frames
 
 
 def killed_while_it_starts_a_loader():
@@ -87,19 +77,33 @@ def killed_while_it_starts_a_loader():
         time.sleep(0.5)
 
 
-def bug_in_a_step():
-    """An unexpected error, at the third step, while the loader's processes are at work."""
+def change_loss(change):
+    """Replace the loss of a step by change(loss, number of the step), in which each rank has a loss of its own."""
     import transport
 
     loss, calls = transport.loss, []
 
-    def failing(*arguments):
+    def changed(*arguments):
         calls.append(1)
-        if len(calls) == 3:
-            raise RuntimeError("a bug")
-        return loss(*arguments)
+        return change(loss(*arguments), len(calls))
 
-    transport.loss = failing
+    transport.loss = changed
+
+
+def nan_on_rank_1():
+    """The second rank's loss is NaN from the third step on."""
+    change_loss(lambda loss, step: loss * (float("nan") if step > 2 and on_rank_1() else 1))
+
+
+def bug_in_a_step():
+    """An unexpected error, at the third step, while the loader's processes are at work."""
+
+    def fail(loss, step):
+        if step == 3:
+            raise RuntimeError("a bug")
+        return loss
+
+    change_loss(fail)
 
 
 if __name__ == "__mp_main__":  # in a loader process

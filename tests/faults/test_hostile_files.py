@@ -8,20 +8,15 @@ are caught and the file is kept.
 
 import argparse
 import contextlib
-import copy
 import json
-import math
 import os
 import random
-import re
 import shutil
 import signal
 import struct
 import sys
 import tempfile
 import traceback
-import zipfile
-from functools import partial
 from pathlib import Path
 
 import pytest
@@ -39,13 +34,14 @@ from runtime import metrics
 from runtime.cli import UserError
 from scoring import manifest
 from tiny_videos import make_video, write_images, write_ucf_list, write_video
-from training import differences
+from training import differences, run_main
 from vae import load_vae
 from video.clips import Clips, collate
 from video.files import UnreadableError, read_all_frames
-from video.index import check_data_path, index_place, long_enough, scan_videos, split_videos
+from video.index import index_place, long_enough, scan_videos, split_videos
 from video.inputs import find_clips
 from video.samples import read_samples
+from video.source import check_data_path, open_source
 
 TESTS = Path(__file__).resolve().parents[1]
 COUNT = 25  # files of each kind in the tests
@@ -82,6 +78,14 @@ def make_videos(folder):
         write_video(folder / "A" / name, 12, codec=codec, size=(48, 48))
 
 
+def make_pixels(folder):
+    """A cache of the pixels of videos, which are gone afterwards."""
+    make_videos(folder / "videos")
+    flags = ["--data-path", folder / "videos", "--vae", "none", "--image-size", 16, "--out", folder / "cache"]
+    run_main(cache_latents, *flags)
+    shutil.rmtree(folder / "videos")
+
+
 def make_metrics(folder):
     rows = [json.dumps({"step": step, "train_loss": 1 / step, "val_loss": None}) + "\n" for step in range(1, 9)]
     (folder / "metrics.jsonl").write_text("".join(rows))
@@ -99,10 +103,10 @@ def read_checkpoint(folder):
 def read_clips(folder, num_frames, images=False, index_folder=None):
     """The videos of a folder, after training and validation clips were read from them."""
     check_data_path(folder, images)
-    scan = scan_videos(folder, index_folder, images=images)
-    videos, _ = long_enough(scan.videos, num_frames)
+    source = open_source(folder, 16, images, index_folder)
+    videos, _ = long_enough(source.videos(), num_frames)
     videos = [video for part in split_videos(folder, videos, 0.3) for video in part]
-    clips = Clips(folder, videos, scan.classes, num_frames, 16, frame_interval=(1, 2))
+    clips = Clips(source, videos, source.scan.classes, num_frames, frame_interval=(1, 2))
     collate([clips[index] for index in range(len(videos))])
     return videos
 
@@ -139,11 +143,6 @@ def read_sample_folder(folder):
 HUGE = [struct.pack(f, value) for f, value in (
     ("<I", 2**32 - 1), ("<i", -1), (">i", 2**31 - 1), ("<Q", 2**63), ("<q", 2**40), ("<H", 65535), ("<Q", 0),
 )]  # fmt: skip
-WORDS = [b"-1", b"0", b"1e999", b"NaN", b"9" * 400, b"null", b'"x"', b"[]", b"[" * 100_000, b"1.5", b"..", b"../../x",
-         b"/etc/passwd", b"\\u0000", b"\\ud800", b"\\n", b"A" * 5000, b"\xff\xfe"]  # fmt: skip
-VALUES = [None, "x", "\udcff\n", -1, 0, 3, 1.5, 1e-300, math.inf, math.nan, True, [], {}, [1, 2], ["x"] * 9, {"a": 1}]
-TENSORS = [torch.zeros(()), torch.zeros(24, 24), torch.zeros(1).expand(10**6, 10**6), torch.zeros(0, 10**9),
-           torch.ones(2).long(), torch.zeros(5, dtype=torch.complex64)]  # fmt: skip
 
 
 def flip_bits(data, rng):
@@ -172,66 +171,16 @@ def splice(data, rng):
     data[cut:] = data[other:]
 
 
-def rewrite(data, rng):
-    """Replace a number or a word by another, so that text stays well-formed for longer."""
-    if places := list(re.finditer(rng.choice([rb"\d+", rb"[A-Za-z_]+"]), data)):
-        first, last = rng.choice(places).span()
-        data[first:last] = rng.choice(WORDS)
-
-
-BINARY = [flip_bits, truncate, zero, blow_up, splice]
-ANY = [*BINARY, rewrite, rewrite]
-
-
-def damage_bytes(folder, rng, pattern, ways=ANY):
+def damage(folder, rng, pattern):
     """Damage a random file of a folder. Returns a description."""
     path = rng.choice(sorted(path for path in folder.rglob(pattern) if path.is_file()))
-    data, way = bytearray(path.read_bytes()), rng.choice(ways)
+    data, way = bytearray(path.read_bytes()), rng.choice([flip_bits, truncate, zero, blow_up, splice])
     way(data, rng)
     path.write_bytes(data)
     return f"{way.__name__} {path.name}"
 
 
-def damage_member(folder, rng, pattern):
-    """Damage the part of an archive that says what the rest means, with a checksum that matches the damage."""
-    (path,) = folder.rglob(pattern)
-    with zipfile.ZipFile(path) as archive:
-        members = {name: bytearray(archive.read(name)) for name in archive.namelist()}
-    name, way = rng.choice([name for name in members if name.endswith(("data.pkl", ".npy"))]), rng.choice(ANY)
-    way(members[name], rng)
-    with zipfile.ZipFile(path, "w") as archive:
-        for member, content in members.items():
-            archive.writestr(member, bytes(content))
-    return f"{way.__name__} {name}"
-
-
-def replace_value(value, rng, values):
-    """A copy of nested dicts and lists in which one part is replaced or missing."""
-    value = copy.copy(value)
-    key = rng.choice(list(value if isinstance(value, dict) else range(len(value))) or [None])
-    if key is not None and isinstance(value[key], (dict, list)) and rng.random() < 0.8:
-        value[key] = replace_value(value[key], rng, values)
-    elif key is not None and rng.random() < 0.1:
-        del value[key]
-    elif key is not None:
-        value[key] = rng.choice(values)
-    return value
-
-
-def damage_checkpoint(folder, rng, pattern):
-    """Replace what is promised to be checked: the config and the weights."""
-    state, part = make_state(), rng.choice(["config", "config", "model", "ema"])
-    torch.save(state | {part: replace_value(state[part], rng, [*VALUES, *TENSORS])}, folder / pattern)
-    return f"values of {part}"
-
-
-def damage_json(folder, rng, pattern):
-    (path,) = folder.rglob(pattern)
-    path.write_text(json.dumps(replace_value(json.loads(path.read_text()), rng, VALUES)))
-    return f"values of {path.name}"
-
-
-# Kinds of files: what writes valid ones to a folder, what reads them as the scripts do, and ways of damage.
+# Kinds of files: what writes valid ones to a folder, and what reads them as the scripts do.
 
 FILES = {
     "checkpoint": (lambda at: torch.save(make_state(), at / "best.pt"), read_checkpoint),
@@ -249,8 +198,9 @@ FILES = {
     "latents": (tiny_data.make_latents, lambda at: read_clips(at, 2)),
     "unfinished latents": (
         lambda at: (at / "latents.partial.json").write_text(json.dumps(tiny_data.LATENTS_SETTINGS)),
-        lambda at: cache_latents.check_out(at, tiny_data.LATENTS_SETTINGS | {"vae_sha256": None}),
+        lambda at: cache_latents.check_out(at, tiny_data.LATENTS_SETTINGS),
     ),
+    "pixels": (make_pixels, lambda at: read_clips(at / "cache", 2)),
     "videos": (make_videos, read_videos),
     "images": (write_images, lambda at: read_videos(at, images=True)),
     "index": (lambda at: make_videos(at) or scan_videos(at, at), read_index),
@@ -266,20 +216,7 @@ FILES = {
     ),
     "VAE": (lambda at: tiny_data.make_vae(at / "vae"), lambda at: load_vae(str(at / "vae"))),
 }  # fmt: skip
-DAMAGE = {  # another way, and names of files; without an entry it is (damage_bytes, "*")
-    "checkpoint, valid archive": (damage_member, "*"),
-    "checkpoint, other values": (damage_checkpoint, "best.pt"),
-    "published model, valid archive": (damage_member, "*"),
-    "export, other values": (damage_json, "config.json"),
-    "latents, other values": (damage_json, "latents.json"),
-    "index": (damage_bytes, ".video_index-*.json"),
-    "index, other values": (damage_json, ".video_index-*.json"),
-    "samples, valid archive": (damage_member, "samples.npz"),
-    "samples, other values": (damage_json, "samples.json"),
-    "VAE": (partial(damage_bytes, ways=BINARY), "*"),
-    "VAE, other values": (damage_json, "config.json"),
-}
-KINDS = sorted(FILES | DAMAGE)
+PATTERNS = {"index": ".video_index-*.json", "pixels": "cache/**/*"}  # names of the files to damage; others: all
 # What is read of a damaged file of these kinds equals what was saved
 SAME = "checkpoint", "checkpoint to sample", "published model"
 
@@ -297,8 +234,7 @@ def watch(event, _):
 
 def read_damaged(name, place, count, seed):
     """Read `count` damaged files of a kind. Writes a text and keeps the files of each that fails."""
-    make, read = FILES[name.partition(",")[0]]
-    damage, pattern = DAMAGE.get(name, (damage_bytes, "*"))
+    make, read = FILES[name]
     valid, folder = place / "valid", place / "damaged"
     make(valid)
     expected = read(shutil.copytree(valid, place / "copy"))
@@ -307,7 +243,7 @@ def read_damaged(name, place, count, seed):
         rng, problem = random.Random(f"{name} {seed} {index}"), None
         shutil.rmtree(folder, ignore_errors=True)
         shutil.copytree(valid, folder)
-        what = damage(folder, rng, pattern)
+        what = damage(folder, rng, PATTERNS.get(name, "*"))
         signal.setitimer(signal.ITIMER_REAL, SECONDS)  # ends the process
         try:
             found = read(folder)
@@ -346,7 +282,7 @@ def main():
     parser = argparse.ArgumentParser(description="Read damaged files of every kind and report failures.")
     parser.add_argument("--count", type=int, default=COUNT, help="files of each kind")
     parser.add_argument("--seed", default="0", help="seed of the damage")
-    parser.add_argument("--kinds", nargs="+", default=KINDS, choices=KINDS, metavar="KIND")
+    parser.add_argument("--kinds", nargs="+", default=list(FILES), choices=FILES, metavar="KIND")
     args = parser.parse_args()
     folder, found = Path(tempfile.mkdtemp(prefix="hostile-")), 0
     for name in args.kinds:
@@ -358,7 +294,7 @@ def main():
     sys.exit(found > 0)
 
 
-@pytest.mark.parametrize("name", KINDS)
+@pytest.mark.parametrize("name", FILES)
 def test_a_damaged_file_is_read_or_refused(name, tmp_path):
     failures = search(name, tmp_path / "files", COUNT, "0")
     assert not failures, "\n".join(failures)

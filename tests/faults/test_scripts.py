@@ -1,41 +1,106 @@
-"""The shell scripts of whole runs, in real processes."""
+"""The shell scripts of whole runs, in real processes: what they run, and what a signal to them does."""
 
 import os
 import shutil
+import signal
 import subprocess
 import sys
+from dataclasses import replace
 from pathlib import Path
 
+import pytest
 import torch
 
+from faults import descendants, end, free_port, last_saved, wait_gone, wait_until
 from tiny_data import make_vae
-from training import ROOT
+from training import ROOT, Training
 
 
-def test_the_progressive_script_encodes_the_videos_once_and_trains_three_phases_from_that(shapes, tmp_path):
+def start_script(name, tree, settings, *flags):
+    environment = os.environ | {key: str(value) for key, value in settings.items()} | {"OMP_NUM_THREADS": "1"}
+    return subprocess.Popen(
+        ["bash", str(tree / "scripts" / name), *map(str, flags)], env=environment, text=True,
+        stdout=subprocess.PIPE, stderr=subprocess.STDOUT, start_new_session=True,
+    )  # fmt: skip
+
+
+@pytest.fixture
+def tree(tmp_path):
+    """A copy of what the scripts run, so that results stay here."""
     for folder in ("EqM", "scripts"):
         shutil.copytree(ROOT / folder, tmp_path / folder)
-    make_vae(tmp_path / "vae")
+    return tmp_path
+
+
+PATH = f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}"
+
+
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGUSR1])
+def test_train_progressive_saves_on_a_signal_and_the_same_command_continues(number, shapes, tree):
     settings = {
-        "PATH": f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}",
-        "DATA": shapes, "LATENTS": "latents", "VAE": "vae", "IMAGE_SIZE": 16, "GPUS": 1, "MODEL": "EqM-Ti/4",
-        "EXP": "E", "STEPS_1": 1, "STEPS_2": 2, "STEPS_3": 3, "BATCH_1": 4, "BATCH_2": 4, "BATCH_3": 4,
+        "PATH": PATH, "DATA": shapes, "GPUS": 2, "MODEL": "EqM-Ti/4", "EXP": "E", "CACHE": 0, "STEPS_1": 4,
+        "STEPS_2": 2000, "STEPS_3": 2001, "BATCH_1": 4, "BATCH_2": 4, "BATCH_3": 4,
     }  # fmt: skip
-    environment = os.environ | {name: str(value) for name, value in settings.items()} | {"OMP_NUM_THREADS": "1"}
-    flags = ["--num-workers", "0", "--log-every", "1", "--val-clips", "4", "--sample-every", "0", "--depth", "1"]
+    flags = ["--depth", 1, "--vae", "none", "--image-size", 16, "--num-workers", 0, "--log-every", 1, "--val-clips", 4]
+    process = start_script("train_progressive.sh", tree, settings, *flags)
+    second = tree / "results/E/001-EqM-Ti-4-f8-rope"
+    wait_until(lambda: (second / "metrics.jsonl").exists() and (second / "metrics.jsonl").read_text(), process)
+    left = descendants(process.pid)
+    process.send_signal(number)
+    output = end(process, 143)
+    assert "and saved at step" in output and output.rstrip().endswith("interrupted; the same command continues")
+    wait_gone(left)
+    step = torch.load(second / "checkpoints/latest.pt", weights_only=True)["step"]
+    settings |= {"STEPS_2": step + 1, "STEPS_3": step + 2}
+    end(start_script("train_progressive.sh", tree, settings, *flags), timeout=240)
+    names = ["000-EqM-Ti-4-f4-rope", "001-EqM-Ti-4-f8-rope", "002-EqM-Ti-4-f16-rope"]
+    assert sorted(path.name for path in (tree / "results/E").glob("[0-9]*")) == names
+
+
+def test_train_slurm_saves_before_the_time_is_up_and_queues_the_job_again(shapes, tree):
+    """With stand-ins for srun, which runs its command here, scancel, which signals that, and scontrol."""
+    tools = {
+        "srun": 'while [[ $1 == --* ]]; do shift; done; echo $$ >srun.pid; exec "$@"',
+        "scancel": '[[ $* == "--signal=TERM 7" ]] && kill -TERM "$(cat srun.pid)"',
+        "scontrol": 'if [[ $1 == show ]]; then echo 127.0.0.1; else echo "scontrol: $*"; fi',
+    }
+    for name, body in tools.items():
+        (tree / name).write_text(f"#!/usr/bin/env bash\n{body}\n")
+        (tree / name).chmod(0o755)
+    settings = {
+        "PATH": f"{tree}{os.pathsep}{PATH}", "SLURM_JOB_NODELIST": "node1", "SLURM_NNODES": 1, "SLURM_JOB_ID": 7,
+        "SLURM_SUBMIT_DIR": tree, "GPUS": 2, "PORT": free_port(),
+    }  # fmt: skip
+    training = Training(shapes, tree / "results", 10_000, flags=["--log-every", 1, "--sample-every", 0])
+    process = start_script("train_slurm.sh", tree, settings, *training.command_flags())
+    training.wait_for(3, process)
+    process.send_signal(signal.SIGUSR1)
+    output = end(process)
+    assert "stopped by SIGTERM and saved" in output and "scontrol: requeue 7" in output
+    saved = last_saved(training)
+    again = replace(training, steps=saved + 2)
+    output = end(start_script("train_slurm.sh", tree, settings, *again.command_flags()), timeout=240)
+    assert f"steps {saved} to {saved + 2}" in output
+    assert again.rows()[-1]["step"] == saved + 2
+
+
+def test_train_progressive_encodes_the_videos_once_and_trains_three_phases(shapes, tree):
+    make_vae(tree / "vae")
+    settings = {
+        "PATH": PATH, "DATA": shapes, "LATENTS": "latents", "VAE": "vae", "IMAGE_SIZE": 16, "GPUS": 1, "EXP": "E",
+        "MODEL": "EqM-Ti/4", "STEPS_1": 1, "STEPS_2": 2, "STEPS_3": 3, "BATCH_1": 4, "BATCH_2": 4, "BATCH_3": 4,
+    }  # fmt: skip
+    flags = ["--num-workers", 0, "--log-every", 1, "--val-clips", 4, "--sample-every", 0, "--depth", 1]
 
     def run(*more, status=0):
-        command = ["bash", str(tmp_path / "scripts/train_progressive.sh"), *flags, *more]
-        done = subprocess.run(command, capture_output=True, text=True, env=environment, timeout=240)
-        assert done.returncode == status, done.stdout + done.stderr
-        return done
+        return end(start_script("train_progressive.sh", tree, settings, *flags, *more), status, timeout=240)
 
     run()
     for frames, step in ((4, 1), (8, 2), (16, 3)):
-        (path,) = tmp_path.glob(f"results/E/*-f{frames}-rope/checkpoints/{step:07d}.pt")
+        (path,) = tree.glob(f"results/E/*-f{frames}-rope/checkpoints/{step:07d}.pt")
         training = torch.load(path, weights_only=True)["config"]["training"]
         assert training["data_path"] == "latents"
         assert training["no_flip"] is False  # the cache has mirrored latents
-    printed = run().stdout
+    printed = run()
     assert (printed.count("is complete"), printed.count("is finished")) == (1, 3)
-    assert "CACHE=0" in run("--vae", "none", status=2).stderr
+    assert "CACHE=0" in run("--vae", "none", status=2)

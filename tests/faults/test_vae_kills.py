@@ -4,46 +4,42 @@ import signal
 from dataclasses import replace
 
 import pytest
-import torch
 
-from faults import GONE_WITHIN, descendants, kill_something, storm, wait_gone
+from faults import descendants, end, kill_something, last_saved, start, storm, wait_gone
 from training import PYTHON, TINY_VAE, TORCHRUN, Training, compare
 
-STEPS = 20
 OFTEN = ["--log-every", 1, "--val-every", 10, "--save-minutes", 0.001]
 
 
 @pytest.fixture(scope="module")
-def whole(shapes, tmp_path_factory):
+def undisturbed(shapes, tmp_path_factory):
     """A run of two ranks that nothing has disturbed."""
-    results = tmp_path_factory.mktemp("whole") / "r"
-    training = Training(shapes, results, STEPS, TORCHRUN, OFTEN, TINY_VAE, script="train_vae.py")
+    results = tmp_path_factory.mktemp("undisturbed") / "r"
+    training = Training(shapes, results, 20, TORCHRUN, OFTEN, TINY_VAE, script="train_vae.py")
     training.run()
     return training
 
 
-def test_kills_lose_nothing_but_the_steps_since_the_last_checkpoint(whole, tmp_path):
-    killed = replace(whole, results=tmp_path / "killed")
+def test_kills_lose_nothing_but_the_steps_since_the_last_checkpoint(undisturbed, tmp_path):
+    killed = replace(undisturbed, results=tmp_path / "killed")
     storm(killed, 2, kill_something, seed=1)
-    assert compare(whole, killed) == []
+    assert compare(undisturbed, killed) == []
 
 
-def test_a_signal_to_torchrun_saves_and_ends_all_processes(whole, tmp_path):
-    stopped = replace(whole, results=tmp_path / "stopped", steps=10_000)
-    process = stopped.start()
-    stopped.wait_for(3, process)
+def test_a_signal_to_torchrun_saves_and_ends_all_processes(undisturbed, tmp_path):
+    stopped = replace(undisturbed, results=tmp_path / "stopped", steps=10_000)
+    process = start(stopped, 3)
     others = descendants(process.pid)
     process.send_signal(signal.SIGINT)
-    output, _ = process.communicate(timeout=GONE_WITHIN)
-    saved = torch.load(stopped.folder / "checkpoints/latest.pt", weights_only=True)["step"]
+    output, saved = end(process, None), last_saved(stopped)
     assert f"and saved at step {saved}: the same command with --resume continues" in output
     assert 'train_vae.py", line' not in output  # torchrun has a traceback of its own
     assert saved >= stopped.rows()[-1]["step"]
     wait_gone(others)
 
 
-def test_two_ranks_make_what_one_makes_up_to_rounding(whole, tmp_path):
-    one = replace(whole, results=tmp_path / "one", launcher=PYTHON)
+def test_two_ranks_make_what_one_makes_up_to_rounding(undisturbed, tmp_path):
+    one = replace(undisturbed, results=tmp_path / "one", launcher=PYTHON)
     one.run()
-    for alone, shared in zip(one.rows(), whole.rows(), strict=True):
+    for alone, shared in zip(one.rows(), undisturbed.rows(), strict=True):
         assert alone == pytest.approx(shared, rel=2e-2)

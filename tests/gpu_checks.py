@@ -1,0 +1,259 @@
+"""A GPU against the CPU, speed flags, ranks, a kill, a save. scripts/gpu_check.py runs this and collects the rows.
+
+Limits are a few times what rounding was measured to make on a CPU: above what other kernels make of it, far below what
+a mistake makes. Without a GPU the sizes are tiny. GPUS is the number of ranks.
+"""
+
+import math
+import os
+import statistics
+import sys
+import time
+import warnings
+from copy import deepcopy
+from dataclasses import replace
+from types import SimpleNamespace
+
+import pytest
+import torch
+
+import benchmark
+import checkpoint
+from faults import descendants, kill, kill_all
+from models import EqM, model_config
+from runtime.cli import has_bf16
+from runtime.distributed import autocast, set_precision
+from training import PYTHON, Training
+
+ON_GPU = torch.cuda.is_available()
+DEVICE = torch.device("cuda" if ON_GPU else "cpu")
+PRECISIONS = ["fp32", *(["tf32", "bf16"] if has_bf16() else []), "fp16"] if ON_GPU else ["fp32", "bf16"]
+RANKS = int(os.environ.get("GPUS", 0)) or torch.cuda.device_count() or 2
+STEPS = 60 if ON_GPU else 40
+
+
+def checker(record, part):
+    """A function that notes a value and its limit, and fails above it; NaN is above every limit."""
+
+    def check(what, value, limit, note=""):
+        verdict = "ok" if value <= limit else "FAILED"
+        record(part, f"| {what} | {value:.2g} | {limit:g} | {verdict} | {note} |")
+        assert verdict == "ok", f"{what}: {value:.2g}, at most {limit:g}; {note}"
+
+    return check
+
+
+@pytest.fixture
+def check(record_property, request):
+    return checker(record_property, request.function.__doc__.strip())
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# Outputs and gradients
+
+# Largest relative errors of outputs and of gradients. On a CPU EqM-S/4 has 6e-7 and 3e-6 in fp32, where other kernels
+# add in another order, and 7e-3 and 4e-2 in bf16. tf32 and fp16 have 3 bits more than bf16, so an eighth of its limits
+# (fp16 has 9e-4 and 6e-3).
+ERRORS = {"fp32": (1e-5, 1e-4), "tf32": (2.5e-3, 1.3e-2), "bf16": (2e-2, 0.1), "fp16": (2.5e-3, 1.3e-2)}
+POSITIONS = {
+    "fixed positions": {},
+    "rotary": {"use_rope": True},
+    "rotary, qk_norm": {"use_rope": True, "qk_norm": True},
+    "rotary, moving, position table": {"use_rope": True, "rope_speed": 0.5, "position_table": "space"},
+}
+
+
+def relative_error(value, reference):
+    """The norm of the difference / the norm of the reference, in float64."""
+    value, reference = value.detach().double().cpu(), reference.detach().double().cpu()
+    return ((value - reference).norm() / reference.norm()).item()
+
+
+@torch.no_grad()
+def random_network(config, seed=0):
+    """A network in float64 in which every block changes the output: as it is initialized, its output is zero."""
+    with warnings.catch_warnings(action="ignore"):
+        network = EqM(config).double()
+    generator = torch.Generator().manual_seed(seed)
+    for parameter in network.parameters():
+        std = 1 / math.sqrt(parameter[0].numel()) if parameter.dim() > 1 else 0.3
+        parameter.copy_(std * torch.randn(parameter.shape, generator=generator))
+    return network
+
+
+def random_inputs(config, num_frames, seed=1):
+    """Two clips, their classes (the second has none) and time scales, and the gradient of the output."""
+    generator = torch.Generator().manual_seed(seed)
+    shape = 2, config.in_channels, num_frames, config.input_size, config.input_size
+    x, direction = (torch.randn(shape, generator=generator, dtype=torch.float64) for _ in range(2))
+    return x, torch.tensor([1, config.num_classes]), torch.tensor([0.04, 0.08]), direction
+
+
+def outputs_and_gradients(network, x, y, time_scale, direction, precision="fp32"):
+    """The output f and the gradients of sum(f * direction) in all parameters, of the network on the device of x."""
+    with autocast(x.device, precision):
+        f = network(x, y, time_scale)
+    return f, torch.autograd.grad(f, list(network.parameters()), direction.to(f.dtype))
+
+
+def network_errors(network, reference, inputs, precision):
+    """Relative errors (of the output, of the worst parameter's gradient) on DEVICE against the float64 reference."""
+    set_precision(precision)
+    x, y, time_scale, direction = (part.to(DEVICE) for part in inputs)
+    on_device = deepcopy(network).float().to(DEVICE)
+    f, gradients = outputs_and_gradients(on_device, x.float(), y, time_scale, direction.float(), precision)
+    set_precision("fp32")
+    return relative_error(f, reference[0]), max(map(relative_error, gradients, reference[1]))
+
+
+@pytest.mark.parametrize("case", POSITIONS)
+@pytest.mark.parametrize("precision", PRECISIONS)
+def test_outputs_and_gradients(case, precision, check):
+    """Relative errors of the device against float64 on the CPU: outputs, and the worst gradient of a parameter."""
+    size = {"num_classes": 12, "num_frames": 6, "temporal_patch_size": 4}  # 6 frames do not fill the second patch
+    tiny = {} if ON_GPU else {"depth": 2, "input_size": 16}
+    config = model_config("EqM-S/4" if ON_GPU else "EqM-Ti/4", **size, **tiny, **POSITIONS[case])
+    network, inputs = random_network(config), random_inputs(config, 6)
+    errors = network_errors(network, outputs_and_gradients(network, *inputs), inputs, precision)
+    for part, error, limit in zip(("output", "gradients"), errors, ERRORS[precision], strict=True):
+        check(f"{precision}, {case}: {part}", error, limit)
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# Training runs
+
+# flags: how far the training loss may be from that of a plain run in fp32. After 60 steps on a CPU it is 9e-4 for bf16,
+# 2e-5 for fp16 and less than 1e-7 for --compile. Later differences grow, as between any runs that round differently.
+ROUNDING = {
+    "": 1e-2,  # the precision that a run chooses by itself
+    "--compile --precision fp32": 1e-3,
+    "--grad-checkpoint --precision fp32": 1e-3,
+    "--precision tf32": 5e-3,
+    "--precision bf16": 1e-2,
+    "--precision fp16": 5e-3,
+}
+# Losses of other kinds of training, / the plain one. On a CPU: muon 0.88, disp 0.98, ebm 0.43.
+OTHER_TRAINING = ["--optimizer muon", "--disp", "--ebm dot"]
+ON_A_CPU = ["--grad-checkpoint --precision fp32", "--precision bf16", "--optimizer muon"]
+
+
+@pytest.fixture(scope="module")
+def training(shapes, tmp_path_factory):
+    """A run of one rank, small enough for the GPU to wait for the loader."""
+    batch = RANKS * math.ceil((16 if ON_GPU else 8) / RANKS)
+    flags = ["--model", "EqM-Ti/2", "--global-batch-size", batch, "--log-every", 10, "--sample-every", 0]
+    flags += ["--ckpt-every", STEPS // 4]
+    return Training(shapes, tmp_path_factory.mktemp("runs") / "plain", STEPS, torchrun(1), flags)
+
+
+def torchrun(ranks):
+    return [sys.executable, "-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={ranks}"]
+
+
+@pytest.fixture(scope="module")
+def run(training):
+    """A function that trains anew and returns the run."""
+
+    def run(name, *flags, launcher=None):
+        other = replace(training, results=training.results.with_name(name), launcher=launcher or training.launcher)
+        other.run(*flags, timeout=600)
+        return other
+
+    yield run
+    for pid in descendants(os.getpid()):  # of a run that hung
+        kill(pid)
+
+
+@pytest.fixture(scope="module")
+def plain(run):
+    return run("plain", "--precision", "fp32")
+
+
+@pytest.fixture(scope="module")
+def all_ranks(run, plain):
+    return run("ranks", "--precision", "fp32", launcher=torchrun(RANKS)) if RANKS > 1 else plain
+
+
+def distance(one, other, *names):
+    """The largest relative difference of the last rows of two runs in these metrics; of all without names."""
+    pairs = [(one.rows()[-1][name], other.rows()[-1][name]) for name in names or other.rows()[-1]]
+    return max(0.0 if a == b else abs(a - b) / max(abs(b), 1e-12) for a, b in pairs)
+
+
+@pytest.mark.parametrize("flags", [flags for flags in ROUNDING if ON_GPU or flags in ON_A_CPU])
+def test_speed_flags(flags, plain, run, check):
+    """The last training loss with a flag against a plain run in fp32 with the same draws: relative difference."""
+    if "--precision" in flags and flags.split()[-1] not in PRECISIONS:
+        pytest.skip("this GPU does not have it")
+    found = run(f"run {flags}".replace("/", "-"), *flags.split())
+    check(flags or "no flags", distance(found, plain, "train_loss"), ROUNDING[flags])
+
+
+@pytest.mark.parametrize("flags", [flags for flags in OTHER_TRAINING if ON_GPU or flags in ON_A_CPU])
+def test_other_training(flags, plain, run, check):
+    """Other kinds of training: the last training loss / the plain one."""
+    loss = run(f"run {flags}", *flags.split(), "--precision", "fp32").rows()[-1]["train_loss"]
+    check(flags, loss / plain.rows()[-1]["train_loss"], 1.1)
+
+
+def test_ranks(plain, all_ranks, run, check):
+    """Several ranks (or one of torchrun) against one process, the same global batch, fp32: losses, gradient norms."""
+    names = "train_loss", "grad_norm", "val_loss"
+    if RANKS == 1:
+        return check("1 rank / plain python", distance(plain, run("python", launcher=PYTHON), *names), 1e-3)
+    check(f"{RANKS} ranks / 1", distance(all_ranks, plain, *names), 1e-3)
+    if ON_GPU:
+        sharded = run("shard", "--precision", "fp32", "--shard", launcher=torchrun(RANKS))
+        check(f"{RANKS} ranks, --shard / 1", distance(sharded, plain, *names), 1e-3)
+    return None
+
+
+def test_a_kill_and_a_resume(training, all_ranks, check):
+    """All processes of a run die half-way by SIGKILL and --resume ends it: its last metrics against the whole run's."""
+    killed = replace(all_ranks, results=training.results.with_name("killed"))
+    process = killed.start("--precision", "fp32")
+    assert killed.wait_for(STEPS // 2, process, timeout=600), process.communicate()[0]
+    kill_all(process)
+    process.communicate()
+    at = killed.rows(whole=False)[-1]["step"]
+    saved = max(int(path.stem) for path in killed.folder.glob("checkpoints/[0-9]*.pt"))
+    assert 0 < saved <= at < STEPS
+    killed.run("--precision", "fp32", "--resume", timeout=600)
+    limit = 1e-3 if ON_GPU else 0  # the backward pass of attention adds in no fixed order on a GPU
+    check("resumed / whole", distance(killed, all_ranks), limit, f"killed after step {at}, resumed from {saved}")
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# A save
+
+
+def test_a_save(tmp_path, check):
+    """A save, which goes on while training does: seconds until training continues, MB, tensors that differ."""
+    model = "EqM-B/2" if ON_GPU else "EqM-Ti/4"
+    settings = {"num_frames": 4, "batch_size": 1, "precision": PRECISIONS[-1], "compile": False}
+    step = benchmark.Step(SimpleNamespace(model=model, **settings))
+    step()
+    state = {"model": step.model.state_dict(), "ema": step.ema.state_dict()}
+    state["optimizer"] = [optimizer.state_dict() for optimizer in step.optimizers]
+    (tmp_path / "checkpoints").mkdir()
+    writer, times = checkpoint.Writer(tmp_path), []
+    for _ in range(4):  # the first one takes longer
+        benchmark.synchronize()
+        began = time.perf_counter()
+        writer.write(state, [], before=lambda: None, after=lambda: None)
+        benchmark.synchronize()  # the next step would wait for the copies
+        stands = time.perf_counter() - began
+        writer.wait()
+        times.append((stands, time.perf_counter() - began))
+    stands, done = (statistics.median(part) for part in zip(*times[1:], strict=True))
+    note = f"{writer.path.stat().st_size / 1e6:.0f} MB are written after {done:.2g} s"
+    check(f"{model} with EMA and optimizer: training stands still, s", stands, math.inf, note)
+    weights = step.model.state_dict()
+    expected = {name: weight.clone() for name, weight in weights.items()}
+    writer.write({"model": weights}, [], before=lambda: None, after=lambda: None)
+    with torch.no_grad():
+        torch._foreach_add_(list(step.model.parameters()), 1.0)  # training changes them right after
+    writer.wait()
+    saved = torch.load(writer.path, weights_only=True)["model"]
+    differ = sum(not torch.equal(saved[name], weight.cpu()) for name, weight in expected.items())
+    check("tensors that differ", differ, 0)

@@ -1,0 +1,53 @@
+"""Sample folders of real clips, as sample_gd.py would write them, and evaluate.py in this process."""
+
+import json
+from pathlib import Path
+
+import torch
+
+import evaluate
+from tiny_data import write_npz
+from training import run_main
+from video.clips import Clips
+from video.index import split_videos
+from video.source import open_source
+
+SIZE, FRAMES = 16, 8
+SOURCE = {
+    "temporal_patch_size": 4, "guidance": 1.0, "guidance_chosen": True, "keep_background": False, "weights_sha256": "a",
+}  # fmt: skip
+FEW = ["--num-workers", 0, "--resamples", 4]
+
+
+def read_clips(root, split, count, frames=FRAMES, stream="real"):
+    """(clips uint8 (N, T, H, W, 3), labels, classes) of a data set, read without sources.py."""
+    source = open_source(root, SIZE)
+    videos = split_videos(root, source.videos(), 0.05)[split == "val"]
+    clips = Clips(source, videos, source.scan.classes, frames, flip=False, stream=stream)
+    items = [clips[index] for index in range(count)]
+    pixels = torch.stack([item["clip"].permute(1, 2, 3, 0) for item in items]).numpy()
+    return pixels, [item["y"] for item in items], source.scan.classes
+
+
+def write_samples(folder, clips, labels, classes, time_scale=1 / 25, **about):
+    """A folder with the samples.npz and samples.json of these clips. Returns the folder."""
+    folder.mkdir(parents=True)
+    write_npz(folder / "samples.npz", clips, labels)
+    about = {"classes": classes, "time_scale": time_scale, "source": SOURCE, "flags": {}} | about
+    (folder / "samples.json").write_text(json.dumps(about))
+    return folder
+
+
+def run(out, *flags, status=0):
+    """The manifest that evaluate.py writes for these flags."""
+    few = FEW[:2] if "--manifest" in flags else FEW
+    run_main(evaluate, *few, "--out", out, *flags, status=status)
+    return json.loads(Path(out).read_text()) if Path(out).is_file() else None
+
+
+def refused(capsys, out, *flags, words=(), status=2):
+    """evaluate.py ends with one line that holds the words."""
+    capsys.readouterr()
+    run(out, *flags, status=status)
+    lines = [line for line in capsys.readouterr().err.splitlines() if "error: " in line]
+    assert len(lines) == 1 and all(word in lines[0] for word in words), lines

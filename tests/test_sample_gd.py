@@ -1,0 +1,209 @@
+"""sample_gd.py: a folder of samples that no crash leaves half, settings of the sampler, windows, its mistakes."""
+
+import json
+import shutil
+import subprocess
+import time
+from dataclasses import replace
+
+import numpy as np
+import pytest
+
+import checkpoint
+import gallery
+import picture
+import preflight
+import sample_gd
+import train
+from generation import SAMPLER, generate
+from published import write_export
+from runtime.cli import UserError
+from scoring import manifest
+from test_generation import TUNED
+from tiny_data import random_checkpoint
+from training import FEW_STEPS, PYTHON, ROOT, TORCHRUN, Training, content, run_main, sample_here
+from video.samples import read_samples
+
+
+def images(places, folder, count, *flags, **expected):
+    return sample_here(places / "image.pt", folder, "--num-samples", count, "--batch-size", 2, *flags, **expected)
+
+
+def names_of(count):
+    return {f"{index:06d}.png" for index in range(count)} | {"samples.npz", "samples.json", "grid.png"}
+
+
+def test_samples_that_were_cut_short_are_removed_by_the_next_call(places, tmp_path, monkeypatch):
+    folder, fail_at = tmp_path / "s", 0
+
+    def full(*args, **kwargs):
+        for number, batch in enumerate(generate(*args, **kwargs)):
+            if number == fail_at:
+                assert number == 0 or (folder / "samples.npz.tmp").stat().st_size > 100 * 8 * 8 * 3 - 2**14  # a buffer
+                raise OSError(28, "No space left on device")
+            yield batch
+
+    folder.mkdir()
+    (folder / "000107.png").write_text("of the user")  # stays where no samples were
+    assert images(places, folder, 5)[1]["mean_evaluations"] == 3
+    before = content(folder)
+    assert before.keys() == names_of(5) | {"000107.png"}
+    with monkeypatch.context() as patch:
+        patch.setattr(sample_gd, "generate", full)
+        images(places, folder, 101, "--seed", 1, status=1)
+        assert content(folder) == before  # not even begun
+        fail_at = 50
+        images(places, folder, 101, "--seed", 1, status=1)
+    left = {f"{index:06d}.png" for index in range(100)} | {"samples.unfinished"}
+    assert content(folder).keys() == left  # each batch was written before the next was made
+    with pytest.raises(UserError, match="not finished"):
+        read_samples("--samples s", folder)
+    images(places, folder, 3)
+    assert (with_previews := content(folder)).keys() == names_of(3)
+    with monkeypatch.context() as patch:
+        patch.setattr(sample_gd, "write_evaluations", lambda *_: pytest.fail("here"))
+        with pytest.raises(pytest.fail.Exception, match="here"):
+            images(places, folder, 3, "--stop-below", 0.1)
+    assert "samples.npz" in content(folder) and "samples.json" not in content(folder)  # which comes last
+    images(places, folder, 3, "--no-previews")
+    assert content(folder).keys() == with_previews.keys() - {"grid.png"}
+    assert all(data == with_previews[name] for name, data in content(folder).items() if name != "samples.json")
+
+
+def test_samples_of_another_run_stay_unless_told_otherwise(places, tmp_path, monkeypatch, capsys):
+    folder, other = tmp_path / "s", shutil.copytree(places, tmp_path / "other")
+    images(places, folder, 2)
+    found = dict.fromkeys(manifest.KEYS) | {"format": manifest.FORMAT}
+    manifest.write_manifest(folder / "motion.json", found | {"generated": {"samples": str(folder)}})
+    manifest.write_manifest(folder / "fvd.json", found | {"generated": {"weights_sha256": "of another model"}})
+    for name in ("motion.png", "mine.json", "mine.png"):
+        (folder / name).write_text("{}")
+    before = content(folder)
+    images(other, folder, 2, "--no-overwrite", status=2)
+    assert f"--folder {folder}: holds samples of {places / 'image.pt'}" in capsys.readouterr().err
+    assert content(folder) == before
+    images(places, folder, 3, "--no-overwrite")  # of the same run
+    assert content(folder).keys() == names_of(3) | {"mine.json", "mine.png", "fvd.json"}
+    assert "note" not in capsys.readouterr().out
+    monkeypatch.setenv("WORLD_SIZE", "4")
+    _, about = images(other, folder, 2, "--no-overwrite", "--overwrite")
+    assert about["flags"]["ckpt"] == str(other / "image.pt")
+    assert "note: 3 of 4 ranks have nothing to do" in capsys.readouterr().out
+
+
+def test_a_kill_leaves_no_half_file_and_the_next_call_tidies_up(places, tmp_path):
+    flags = ["--ckpt", places / "pixels.pt", "--video", *FEW_STEPS, "--folder", tmp_path / "s", "--num-frames", 4000]
+    endless = [str(word) for word in (*PYTHON, ROOT / "EqM/sample_gd.py", *flags)]
+    process = subprocess.Popen(endless, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+    try:
+        while process.poll() is None and not any(tmp_path.glob("s/*.raw.tmp")):
+            time.sleep(0.001)
+        assert process.poll() is None, "it ended before it began to write"
+    finally:
+        process.kill()
+        process.wait()
+    left = content(tmp_path / "s").keys()
+    assert "samples.unfinished" in left and not [n for n in left if n.endswith((".mp4", ".gif", ".npz", ".json"))]
+    assert sample_here(places / "pixels.pt", tmp_path / "s")[0].shape[:2] == (2, 8)
+    assert not [name for name in content(tmp_path / "s") if name.endswith((".tmp", ".unfinished"))]
+
+
+@pytest.mark.parametrize(("model", "window"), [("pixels", 8), ("latents", 8), ("fixed", 8), ("plain", 20)])
+def test_more_frames_than_were_trained_come_window_by_window(places, tmp_path, capsys, model, window):
+    folder, ckpt = tmp_path / "s", places / f"{model}.pt"
+    clips, about = sample_here(ckpt, folder, "--num-frames", 20)
+    assert clips.shape[:2] == (2, 20) and about["source"]["window"] == window and "note" not in capsys.readouterr().out
+    before, videos = content(folder), {"000000.mp4", "000001.mp4"}
+    previews = {"000000.gif", "000001.gif", "grid.gif", "sheet.png"}
+    assert before.keys() == videos | previews | {"samples.npz", "samples.json"}
+    short, _ = sample_here(ckpt, folder, "--num-frames", 8, "--no-previews")
+    assert np.array_equal(short, clips[:, :8]) == (model != "plain")  # which has other noise, in one window
+    if model == "pixels":
+        sample_here(ckpt, folder, "--num-frames", 20, "--no-previews")
+        assert content(folder).keys() == before.keys() - previews
+        assert all(data == before[name] for name, data in content(folder).items() if name != "samples.json")
+        run_main(gallery, folder)
+        run_main(picture, folder, "--out", tmp_path / "picture.png")
+        assert (folder / "gallery.html").exists() and (tmp_path / "picture.png").exists()
+    sample_here(ckpt, folder, "--num-frames", 12, "--window", 8, "--no-previews")
+    assert ("trained without --forcing, or on clips of one" in capsys.readouterr().out) == (model == "plain")
+
+
+def test_windows_continue_a_given_clip_the_same_on_two_ranks(places, tmp_path):
+    flags = ["--given", places / "B/b.mp4", "--given-frames", "0-2,9,14-15", "--window", 8, "--num-frames", 18]
+    clips, about = sample_here(places / "pixels.pt", tmp_path / "a", *flags, "--batch-size", 1)
+    assert np.array_equal(clips[0, [0, 1, 2, 9, 14, 15]], clips[1, [0, 1, 2, 9, 14, 15]])
+    command = [*TORCHRUN, ROOT / "EqM/sample_gd.py", "--ckpt", places / "pixels.pt", "--video", *FEW_STEPS, *flags]
+    command += ["--batch-size", 1, "--folder", tmp_path / "b"]
+    subprocess.run([str(word) for word in command], check=True, capture_output=True)
+    files = [content(tmp_path / name) for name in "ab"]
+    abouts = [json.loads(one.pop("samples.json")) for one in files]
+    assert files[0] == files[1] and all(abouts[0][name] == abouts[1][name] for name in ("given", "source"))
+
+
+def test_samples_are_made_as_in_training_unless_a_flag_says_otherwise(tmp_path, capsys):
+    ckpt, chosen = tmp_path / "a.pt", {"guidance_chosen": True}
+    random_checkpoint(ckpt, training=TUNED | chosen, num_frames=4)
+    write_export(tmp_path / "exported", checkpoint.load(ckpt))
+    for place, flags, changed, said in (
+        (ckpt, [], {}, "ngd, 2 evaluations of step size 0.05, guidance 1.5"),
+        (tmp_path / "exported", [], {}, "ngd, 2 evaluations of step size 0.05, guidance 1.5"),
+        (ckpt, ["--cfg-scale", 2, "--stop-below"], {"cfg_scale": 2.0, "stop_below": 1.0}, "guidance 2"),
+        (ckpt, ["--sampler", "heun"], {"sampler": "heun", "stop_below": None}, "heun, 3 evaluations, guidance 1.5"),
+    ):
+        run_main(sample_gd, "--video", "--ckpt", place, "--folder", tmp_path / "s", "--num-samples", 1, *flags)
+        flags = json.loads((tmp_path / "s/samples.json").read_text())["flags"]
+        assert flags.items() >= (TUNED | chosen | changed).items() and said in capsys.readouterr().out
+
+
+def test_resolved_flags_are_frozen_and_those_that_were_parsed_stay(places, tmp_path, monkeypatch):
+    words = ["sample_gd.py", "--video", "--ckpt", places / "pixels.pt", "--folder", tmp_path, "--num-frames", 9, 12]
+    monkeypatch.setattr("sys.argv", list(map(str, words)))
+    args = sample_gd.parse_args()
+    before, runs = dict(vars(args)), preflight.resolve_sampling(args)
+    assert [flags.num_frames for flags, _ in runs] == [9, 12] and vars(args) == before
+    with pytest.raises(AttributeError, match="frozen"):
+        runs[0][0].num_frames = 16
+
+
+def test_training_keeps_the_settings_over_a_resume_and_in_the_next_phase(shapes, tmp_path):
+    def train_on(run, *flags):
+        run_main(train, *run.command_flags("--num-frames", 8, "--sample-every", 9, *flags))
+        training = json.loads((run.folder / "config.json").read_text())["training"]
+        return {name: training[name] for name in SAMPLER}
+
+    first = Training(shapes, tmp_path / "first", 2, flags=["--frame-interval", 1, 4])
+    assert train_on(first, *[w for name in TUNED for w in (f"--{name.replace('_', '-')}", TUNED[name])]) == TUNED
+    assert train_on(replace(first, steps=3), "--resume") == TUNED
+    second = Training(shapes, tmp_path / "second", 4, flags=["--ckpt", first.folder / "checkpoints/0000003.pt"])
+    assert train_on(second, "--cfg-scale", 3) == TUNED | {"cfg_scale": 3.0}
+    data = json.loads((first.folder / "config.json").read_text())["data"]  # of 25 frames 8 are at most 3 apart, not 4
+    assert (data["time_scale"], data["longest_time_scale"]) == pytest.approx((0.04, 0.12))
+
+
+@pytest.mark.parametrize(
+    ("flags", "words"),
+    [
+        (["--window", 8, "--overlap", 8], "--overlap 8: leaves no new frame"),
+        (["--window", 8, "--overlap", 0], "--overlap"),
+        (["--window", 3], "--window 3"),
+        (["--window", 8, "--init", "B/b.mp4"], "--init"),
+        (["--given-split", "val"], "--given-split is about the clips of --given"),
+        (["--samples-per-clip", 2], "--samples-per-clip is about the clips of --given"),
+        (["--no-keep-background"], "keep-background is about the clips of --given"),
+        (["--given", "B", "--given-frames", "20"], "--given-frames 20: the samples have the frames 0 to 19"),
+        (["--given", "B", "--given-frames", "0-19"], "--given-frames 0-19: are all frames of the samples"),
+        (["--given", "B", "--given-frames", "0-3"], "c.mp4 has 3 frames of 0.04 s"),
+        (["--given", "A/a.png", "--given-frames", "0-1"], "a.png has 1 frame of"),
+        (["--given", "B", "--init", "B"], "--given and --init"),
+        (["--given", "B", "--folder", "B"], "--folder B"),  # whose clips would be removed
+        (["--init", "B/b.mp4", "--num-frames", 8, "--folder", "B"], "--folder B"),
+    ],
+)
+def test_every_mistake_is_one_line(places, tmp_path, monkeypatch, capsys, flags, words):
+    monkeypatch.chdir(places)
+    shared = ["--ckpt", "pixels.pt", "--video", "--num-samples", 2, "--num-frames", 20, "--folder", tmp_path / "s"]
+    run_main(sample_gd, *shared, *flags, status=2)
+    (line,) = capsys.readouterr().err.splitlines()
+    assert line.startswith("sample_gd.py: error: ") and words in line
+    assert not (tmp_path / "s").exists()

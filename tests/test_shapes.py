@@ -1,0 +1,334 @@
+"""The tracker finds what a clip shows, and refuses anything but one object in straight, steady or bouncing motion."""
+
+import itertools
+import json
+import math
+from argparse import Namespace
+
+import decord
+import numpy as np
+import pytest
+import torch
+import torch.nn.functional as F
+
+import make_moving_shapes as drawing
+from runtime.cli import UserError
+from sample_folders import read_clips, refused, run, write_samples
+from scoring import shapes
+from scoring.shapes import Track, track
+
+RED, GREEN, BLUE = (drawing.COLORS[name] for name in ("red", "green", "blue"))
+COMBINATIONS = list(itertools.product(drawing.SHAPES, drawing.DIRECTIONS))
+SIGN = {"Left": (-1, 0), "Right": (1, 0), "Up": (0, -1), "Down": (0, 1)}
+
+
+def clip_of(centers, shape="Circle", color=RED, size=16, radius=0.18 * 16, background=(0, 0, 0)):
+    return np.stack([drawing.draw_frame(shape, center, radius, size, color, background) for center in centers])
+
+
+def line(direction, frames=16, speed=0.36, middle=(8.1, 7.8)):
+    """Centers (T, 2) of straight motion through the middle."""
+    time = np.arange(frames)[:, None] - (frames - 1) / 2
+    return np.array(middle) + time * speed * np.array(SIGN[direction])
+
+
+def blur(clip, deviation):
+    x = np.arange(-4, 5)
+    kernel = np.exp(-(x**2) / 2 / deviation**2)
+    out = clip.astype(float)
+    for axis in (1, 2):
+        out = np.apply_along_axis(np.convolve, axis, out, kernel / kernel.sum(), "same")
+    return out.round().astype(np.uint8)
+
+
+def noisy(clip, deviation, seed=0):
+    noise = np.random.default_rng(seed).normal(0, deviation, clip.shape)
+    return (clip + noise).round().clip(0, 255).astype(np.uint8)
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# Straight motion
+
+
+@pytest.mark.parametrize(
+    ("frames", "speed", "size"),
+    [(25, 0.36, 16), (7, 0.55, 16), (2, 0.5, 16), (7, 0.55, 24), (7, 0.55, 40), (7, 0.55, 64), (7, 0.55, 96)],
+)
+def test_drawn_clips_of_any_size_are_measured_correctly(frames, speed, size):
+    scale = size / 16
+    for shape, direction in COMBINATIONS:
+        found = track(clip_of(line(direction, frames, speed) * scale, shape, BLUE, size, 2.88 * scale))
+        assert (found.direction, found.shape, found.reason) == (direction, shape, "")
+        assert found.speed == pytest.approx(speed * scale, abs=0.1 * scale / frames)
+        assert found.area == pytest.approx(drawing.AREAS[shape] * (2.88 * scale) ** 2, rel=0.05)
+        assert np.abs(np.subtract(found.color, BLUE)).max() <= 8
+
+
+@pytest.mark.parametrize(("deviation", "noise", "area"), [(0.7, 6, 0.2), (1.0, 0, 0.2), (0, 10, 0.2), (0.5, 0, 0.05)])
+def test_blur_and_noise_as_in_generated_clips_are_tolerated(deviation, noise, area):
+    for shape, direction in COMBINATIONS:
+        clip = clip_of(line(direction, 7, 0.55), shape, GREEN)
+        found = track(noisy(blur(clip, deviation) if deviation else clip, noise))
+        assert (found.direction, found.shape) == (direction, shape), found.reason
+        assert found.speed == pytest.approx(0.55, abs=0.05) and found.area == pytest.approx(track(clip).area, rel=area)
+
+
+def test_every_color_of_the_data_set_is_found_on_every_background():
+    for color, background in itertools.product(drawing.COLORS.values(), drawing.BACKGROUNDS.values()):
+        found = track(clip_of(line("Left"), "Square", color, background=background))
+        assert (found.direction, found.shape) == ("Left", "Square")
+        assert np.abs(np.subtract(found.color, color)).max() <= 12
+
+
+@pytest.fixture(scope="module")
+def data_set(tmp_path_factory):
+    """Moving Shapes, 64 px, 12 classes of 2 videos."""
+    folder = tmp_path_factory.mktemp("data") / "set"
+    drawing.main(["--out", str(folder), "--videos-per-class", "2", "--seed", "5"])
+    return folder
+
+
+@pytest.mark.parametrize("size", [64, 16])
+def test_decoded_videos_are_all_tracked_correctly_whole_and_short(data_set, size):
+    videos = json.loads((data_set / "shapes.json").read_text())["videos"]
+    clips = [decord.VideoReader(str(data_set / f"{key}.avi")).get_batch(range(25)).asnumpy() for key in videos]
+    frames = torch.from_numpy(np.concatenate(clips)).permute(0, 3, 1, 2).float()
+    frames = F.interpolate(frames, size=(size, size), mode="bilinear", antialias=True).round().byte()
+    clips = frames.permute(0, 2, 3, 1).unflatten(0, (24, 25)).numpy()
+    expected = [shapes.read_truth(data_set / "shapes.json", video["class"], size, 1 / 25) for video in videos.values()]
+    for frames in (25, 4):
+        score = shapes.summarize([track(clip[:frames]) for clip in clips], expected)
+        assert (score["direction_accuracy"], score["shape_accuracy"], score["clips"]) == (1, 1, 24)
+        assert score["speed_ratio"] == pytest.approx(1, abs=0.02)
+        assert score["area_ratio"] == pytest.approx(1.02, abs=0.02)
+
+
+PATH, STEPS, AFTER = line("Right", 16, 0.4), np.arange(16), (np.arange(16) >= 8)[:, None]
+ANGLE, WOBBLE = np.linspace(0, np.pi / 2, 16)[:, None], np.array([[0, 0.4], [0, -0.4], [0, -0.4], [0, 0.4]])
+SPREAD = np.stack([np.linspace(0, 4, 16), np.zeros(16)], 1)
+CORNERS = [(3, 3), (13, 3), (3, 13), (13, 13), (8, 8)]
+
+
+def pair(gap):
+    left, right = (line("Down", 7, 0.55, (8 + side * gap / 2, 8)) for side in (-1, 1))
+    return np.maximum(clip_of(left, radius=2.2), clip_of(right, radius=2.2))
+
+
+def changed(clip, frames, pixels):
+    clip[frames] = pixels if np.isscalar(pixels) else np.maximum(clip[frames], pixels)
+    return clip
+
+
+REFUSED = {
+    "two objects": (lambda: pair(11), "more than one object"),
+    "two that touch": (lambda: pair(5.28), "not compact"),
+    "two that overlap": (lambda: pair(3.52), "no known shape"),
+    "five": (lambda: np.maximum.reduce([clip_of(line("Right", 7, 0.3, at), radius=1.8) for at in CORNERS]), "than one"),
+    "a second one in a frame": (lambda: changed(clip_of(PATH), 5, clip_of([(2.5, 2.5)], radius=1.5)[0]), "than one"),
+    "a color from some frame on": (lambda: np.concatenate([clip_of(PATH)[:8], clip_of(PATH, color=BLUE)[8:]]), "color"),
+    "in the last frame": (lambda: np.concatenate([clip_of(PATH)[:15], clip_of(PATH, color=BLUE)[15:]]), "color"),
+    "halves": (lambda: np.where(STEPS[:, None, None] < 8, clip_of(PATH), clip_of(PATH, color=GREEN)), "color"),
+    "colors that cancel": (
+        lambda: np.where(STEPS[:, None, None] < 8, 255, np.zeros((4, 16, 16, 3))).astype(np.uint8), "color"),
+    "it vanishes": (lambda: changed(clip_of(PATH), 9, 0), "vanishes"),
+    "it fades": (lambda: np.concatenate([clip_of(PATH)[:9], clip_of(PATH)[9:] // 2]), "area changes"),
+    "it splits": (lambda: np.maximum(clip_of(PATH + SPREAD, radius=2), clip_of(PATH - SPREAD, radius=2)), ""),
+    "a jump": (lambda: clip_of(PATH + 2 * AFTER * [1, 0]), "not straight and steady"),
+    "a hop": (lambda: clip_of(PATH + 2 * AFTER * [0, 1]), "not straight and steady"),
+    "a stop": (lambda: clip_of(PATH[np.minimum(STEPS, 8)]), "not straight and steady"),
+    "a turn": (lambda: clip_of(np.concatenate([PATH[:8], PATH[8:0:-1]])), "not straight and steady"),
+    "a curve": (lambda: clip_of(8 + 4 * np.concatenate([np.cos(ANGLE), np.sin(ANGLE)], 1)), "not straight and steady"),
+    "a diagonal": (lambda: clip_of(8 + np.linspace(-3, 3, 16)[:, None] * [1, 1]), "not straight and steady"),
+    "a wrong order": (lambda: clip_of(PATH)[[0, 3, 1, 4, 2, 6, 5]], "not straight and steady"),
+    "a wobble in a short clip": (lambda: clip_of(line("Right", 4) + WOBBLE), "not straight and steady"),
+    "black": (lambda: np.zeros((4, 16, 16, 3), np.uint8), "nothing"),
+    "white": (lambda: np.full((4, 16, 16, 3), 255, np.uint8), "nothing"),
+    "noise on grey": (lambda: noisy(np.full((4, 16, 16, 3), 30, np.uint8), 6), "nothing"),
+    "noise": (lambda: np.random.default_rng(0).integers(0, 256, (4, 16, 16, 3), dtype=np.uint8), ""),
+}  # fmt: skip
+
+
+@pytest.mark.filterwarnings("error")
+@pytest.mark.parametrize("case", REFUSED)
+def test_anything_but_one_object_in_steady_motion_has_no_direction(case):
+    make, reason = REFUSED[case]
+    found = track(make())
+    assert found.direction is None and found.speed is None and reason in found.reason, found
+
+
+def test_a_small_wobble_or_one_of_two_objects_has_a_direction():
+    assert track(clip_of(line("Right", 4) + WOBBLE / 4)).direction == "Right"
+    assert track(clip_of(line("Down", 7, 0.55), radius=2.2)).direction == "Down"
+
+
+@pytest.mark.parametrize("frames", [2, 4, 25])
+def test_a_shape_that_stands_still_has_a_shape_but_no_direction(frames):
+    for seed in range(10):
+        found = track(noisy(clip_of(line("Up", frames, 0), "Triangle"), 5, seed))
+        assert found.direction is None and "stands still" in found.reason and found.shape == "Triangle"
+
+
+def test_the_truth_is_that_of_shapes_json_scaled_to_the_clip(data_set, tmp_path):
+    truth = shapes.read_truth(data_set / "shapes.json", "SquareUp", 16, 3 / 25)
+    assert (truth.direction, truth.shape) == ("Up", "Square")
+    assert truth.speed == pytest.approx(9 * 3 / 25)  # 9 px a second at 16 px
+    assert truth.area == pytest.approx(math.pi * 2.88**2)
+    with pytest.raises(UserError, match="shapes.json: not the shapes.json of a Moving Shapes data set"):
+        shapes.read_truth(tmp_path / "shapes.json", "SquareUp", 16, 1 / 25)
+
+
+def test_the_summary_counts_refused_clips_as_wrong_and_measures_right_ones():
+    up, left = Track("Up", "Circle", 0.5, 20), Track("Left", "Square", 0.5, 20)
+    tracks = [Track("Up", "Circle", 0.4, 18), Track("Up", "Square", 0.6, 26), Track("Down", "Circle", 5, 99)]
+    tracks += [Track(reason="nothing stands out"), Track(None, "Square", reason="the object stands still")]
+    found = shapes.summarize(tracks, [up] * 4 + [left])
+    assert (found["clips"], found["right"], found["direction_accuracy"], found["shape_accuracy"]) == (5, 2, 0.4, 0.6)
+    assert found["speed_ratio"] == pytest.approx(1.0) and found["area_ratio"] == pytest.approx(1.1)
+    assert found["speed_ratio_standard_error"] == pytest.approx(0.2)  # 0.8 and 1.2
+    assert found["area_ratio_interval95"] == pytest.approx([1.1 - 0.392, 1.1 + 0.392])  # 0.9 and 1.3
+    assert found["confusion"] == {
+        "direction": {  # only what was asked
+            "Left": {"Left": 0, "Right": 0, "Up": 0, "Down": 0, "none": 1},
+            "Up": {"Left": 0, "Right": 0, "Up": 2, "Down": 1, "none": 1},
+        },
+        "shape": {
+            "Circle": {"Circle": 2, "Square": 1, "Triangle": 0, "none": 1},
+            "Square": {"Circle": 0, "Square": 1, "Triangle": 0, "none": 0},
+        },
+    }
+    assert found["refused"] == {"nothing stands out": 1, "the object stands still": 1}
+    none = shapes.summarize([Track(reason="x")], [up])
+    assert none["speed_ratio"] is none["area_ratio"] is None and none["direction_accuracy"] == 0
+    lines = [line.split() for line in shapes.result_lines({"generated": found, "real": none}, shapes.TRACKED)]
+    assert ["asked,", "found:", "Left", "Right", "Up", "Down", "none"] in lines and [
+        "Up",
+        "0",
+        "0",
+        "2",
+        "1",
+        "1",
+    ] in lines
+    assert ["speed", "/", "true", "speed", "1.000", "(0.608", "to", "1.392)", "-"] in lines
+
+
+def test_motion_of_real_clips_is_all_right(request, tmp_path):
+    data = request.getfixturevalue("shapes")
+    folder = write_samples(tmp_path / "s", *read_clips(data, "val", 12, stream="a"))
+    found = run(tmp_path / "m.json", "--samples", folder, "--data-path", data, "--num-real", 12)
+    assert found["metric"] == "motion" and found["protocol"] == "motion12_8f"
+    assert found["values"]["direction_accuracy"] == found["values"]["shape_accuracy"] == 1
+    assert found["result"]["real"]["right"] == found["result"]["real"]["clips"] == 12
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# Bouncing motion
+
+ARGS = Namespace(
+    seed=3, size=32, radius=[0.18, 0.18], colors=["red", "green", "blue"], backgrounds=["black"], frames=160,
+    bounce=True, videos_per_class=2,
+)  # fmt: skip
+VIDEOS = list(drawing.plan_videos(ARGS)[0].values())
+
+
+@pytest.fixture(scope="module")
+def follow(tmp_path_factory):
+    """What the tracker says of a clip of a video."""
+    path = tmp_path_factory.mktemp("bounce") / "shapes.json"
+    path.write_text(json.dumps({"size": 32, "videos": dict(enumerate(VIDEOS)), "settings": {"bounce": True}}))
+    return lambda clip, video: shapes.follow(clip, shapes.read_truth(path, video["class"], len(clip[0]), 1 / 25))
+
+
+def draw(video, **changes):
+    return drawing.draw_clip(video | changes, 32, 160)
+
+
+@pytest.mark.parametrize("video", VIDEOS[::2])
+def test_bouncing_shapes_move_like_a_ball_between_two_walls(video):
+    step, along = video["speed"] / drawing.FPS, list(drawing.AXES).index(video["axis"])
+    position, sign = video["start"][along], 1 if video["direction"] in ("Right", "Down") else -1
+    for found in video["path"]:
+        assert found == pytest.approx(position, abs=1e-3)
+        position += sign * step
+        if position > video["high"] or position < video["low"]:
+            position, sign = 2 * min(max(position, video["low"]), video["high"]) - position, -sign
+    clip = draw(video).astype(float).sum((2, 3) if along else (1, 3))
+    assert clip.sum(axis=1).min() == pytest.approx(clip.sum(axis=1).max(), rel=0.01)  # it is never cut off
+    assert (clip[:, 0] > 0).any() and (clip[:, -1] > 0).any()  # and touches the border where it turns
+
+
+@pytest.mark.parametrize("jitter", [0.0, 0.2])
+def test_true_clips_have_one_object_its_speed_and_turns_at_the_borders(follow, jitter):
+    noise = np.random.default_rng(0).normal(0, jitter, 160)
+    for video in VIDEOS[:: 3 if jitter else 1]:
+        lost, speeds, turns = follow(
+            draw(video, path=np.clip(video["path"] + noise, video["low"], video["high"])), video
+        )
+        assert lost is None and turns and len(speeds) == 10
+        assert jitter or speeds == pytest.approx([1.0] * 10, abs=0.06)
+
+
+def switched(video, frame, **changes):
+    return np.concatenate([draw(video)[:frame], draw(video, **changes)[frame:]])
+
+
+def drifting(video):
+    """Its clip, with motion across its axis."""
+    shifts = [round(2 * math.sin(t / 8)) for t in range(160)]
+    axis = 0 if video["axis"] == "Horizontal" else 1
+    return np.stack([np.roll(frame, shift, axis) for frame, shift in zip(draw(video), shifts, strict=True)])
+
+
+SPOILED = {  # a clip of a video, the window in which it is lost
+    "another color": (lambda video: switched(video, 64, rgb=drawing.COLORS["white"]), 4),
+    "another shape": (lambda video: switched(video, 96, shape="Square" if video["shape"] == "Circle" else "Circle"), 6),
+    "two objects": (lambda video: np.maximum(draw(video), draw(video)[::-1, ::-1, ::-1]), None),
+    "nothing": (lambda video: np.concatenate([draw(video)[:32], np.zeros((128, 32, 32, 3), np.uint8)]), 2),
+    "turns early": (lambda video: draw(video, path=early_turns(video)), -1),
+    "leaves": (lambda video: draw(video, path=np.linspace(video["path"][0], video["path"][0] + 40, 160)), None),
+    "moves across": (drifting, -1),
+}
+
+
+def early_turns(video):
+    return video["low"] + 0.25 * (video["high"] - video["low"]) + np.abs(np.array(video["path"]) - video["low"]) / 2
+
+
+@pytest.mark.parametrize("kind", SPOILED)
+def test_spoiled_clips_are_told(follow, kind):
+    make, window = SPOILED[kind]
+    for video in VIDEOS[::4]:
+        lost, speeds, turns = follow(make(video), video)
+        assert not turns and (lost is None) == (window == -1)
+        assert window in (None, -1) or (lost["window"] == window == len(speeds))
+    video = VIDEOS[0]
+    stops = [*video["path"][:80], *[video["path"][80]] * 80]
+    assert follow(draw(video, path=stops), video)[1][-1] < 0.05
+
+
+def test_turning_points_are_the_extremes_of_a_path_without_its_jitter():
+    path = np.array([3, 2.6, 3.1, 5, 8, 7.6, 8.2, 8.1, 6, 2, 2.5, 1.8, 2, 4.0])
+    assert shapes.turning_points(path, 1.0) == [(8.2, 1), (1.8, -1)]
+    assert shapes.turning_points(-path, 1.0) == [(-8.2, -1), (-1.8, 1)]
+    assert shapes.turning_points(np.arange(9.0), 1.0) == shapes.turning_points(np.zeros(5), 1.0) == []
+
+
+def test_evaluate_scores_bouncing_clips_by_windows(tmp_path, capsys):
+    flags = ["--bounce", "--size", "16", "--videos-per-class", "2", "--seconds", "2"]
+    drawing.main(["--out", str(tmp_path / "b"), *flags])
+    about = json.loads((tmp_path / "b/shapes.json").read_text())
+    videos, classes = about["videos"].values(), sorted(drawing.BOUNCING)
+    assert about["settings"]["bounce"] is True and {len(video["path"]) for video in videos} == {50}
+    clips = np.stack([drawing.draw_clip(video, 16, 48) for video in videos])
+    labels = [classes.index(video["class"]) for video in videos]
+    clips[0] = 0
+    folder = write_samples(tmp_path / "s", clips, labels, classes)
+    flags = ["--samples", folder, "--data-path", tmp_path / "b", "--num-real", 6]
+    made = run(tmp_path / "m.json", *flags)
+    assert made["values"]["one_object"] == made["values"]["turns_right"] == pytest.approx(11 / 12)
+    assert made["result"]["generated"]["refused"] == {"nothing stands out": 1}
+    assert made["result"]["generated"]["lost_in_window"] == [0]
+    assert made["result"]["real"]["one_object"] == 1 and made["result"]["real"]["turns_right"] == 1
+    low, median, high = (made["values"][f"speed_{name}"] for name in ("low", "median", "high"))
+    assert low < median < high and median == pytest.approx(1, abs=0.03)
+    flags[1] = write_samples(tmp_path / "short", clips[:, :12], labels, classes)
+    refused(capsys, tmp_path / "n.json", *flags, words=["bouncing shapes need at least 16"])

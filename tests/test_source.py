@@ -1,0 +1,187 @@
+"""Clips of files, and --cache-frames: a cache of their pixels that changes no clip, however it came about."""
+
+import os
+import shutil
+import signal
+from dataclasses import replace
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+
+import train
+from process import python
+from runtime.cli import UserError
+from test_cache_latents import full_disk
+from tiny_data import make_latents
+from tiny_videos import halves, picture, save, scribble, write_images, write_mixed_videos, write_video
+from training import Training, compare, run_here, run_main
+from video import source
+from video.clips import Clips
+from video.source import CachedFiles, check_data_path, open_source
+
+SIZE, STEPS = 32, 5
+
+
+def cached(files, folder):
+    found = CachedFiles(files, folder)
+    found.fill()
+    return found
+
+
+def clips_of(data, num_frames=5, **settings):
+    return Clips(data, data.videos(), data.scan.classes, num_frames, **({"frame_interval": (1, 3)} | settings))
+
+
+@pytest.fixture
+def decoded(monkeypatch):
+    """The paths of the videos that are decoded into a cache from here on."""
+    paths, read = [], source.read_all_frames
+
+    def spy(root, video, chunk_size):
+        paths.append(video.path)
+        return read(root, video, chunk_size)
+
+    monkeypatch.setattr(source, "read_all_frames", spy)
+    return paths
+
+
+# Files.
+
+
+def test_a_clip_of_files_is_flipped_as_a_whole(tmp_path):
+    files = open_source(write_mixed_videos(tmp_path), SIZE)
+    for video in files.videos():
+        plain, flipped = (files.read(video, [3, 7, 8], flip) for flip in (False, True))
+        assert plain.dtype == torch.uint8 and plain.shape == (3, 3, SIZE, SIZE) and plain.is_contiguous()
+        assert torch.equal(flipped, plain.flip(-1)) and not torch.equal(flipped, plain)
+        assert (torch.lt(*halves(plain)) & torch.gt(*halves(flipped))).all()
+
+
+def test_an_image_is_a_clip_of_one_frame_the_center_crop_of_the_resized_image(tmp_path):
+    save(tmp_path / "wide.png", picture(64, 96, seed=1))
+    save(tmp_path / "high.png", picture(90, 45, seed=2))
+    clips = clips_of(open_source(tmp_path, SIZE, images=True), 1, frame_interval=(1, 1), flip=False)
+    for index in range(2):
+        sample = clips[index]
+        assert sample["clip"].dtype == torch.uint8 and sample["clip"].shape == (3, 1, SIZE, SIZE)
+        assert (sample["y"], sample["time_scale"], sample["bad"]) == (0, 0.04, [])
+        with Image.open(tmp_path / sample["video"]) as image:
+            size = {"wide.png": (48, SIZE), "high.png": (SIZE, 64)}[sample["video"]]
+            resized = np.asarray(image.resize(size, Image.Resampling.BILINEAR)).astype(int)
+        expected = resized[:, 8:40] if sample["video"] == "wide.png" else resized[16:48]
+        assert np.abs(sample["clip"][:, 0].permute(1, 2, 0).numpy() - expected).max() <= 1
+
+
+# --cache-frames.
+
+
+@pytest.mark.parametrize("kind", ["videos", "images", "corrupt"])
+def test_clips_are_the_same_bit_for_bit_with_and_without_a_cache(tmp_path, kind):
+    write = write_images if kind == "images" else write_mixed_videos
+    files = open_source(write(tmp_path / "data"), SIZE, images=kind == "images")
+    if kind == "corrupt":
+        scribble(tmp_path / "data/Run/a.avi")
+    plain, found = (clips_of(one, 1 if kind == "images" else 5) for one in (files, cached(files, tmp_path)))
+    bad = 0
+    for index in range(30):
+        expected, sample = plain[index], found[index]
+        assert torch.equal(expected.pop("clip"), sample.pop("clip")) and expected == sample
+        bad += len(sample["bad"])
+    assert (bad > 0) == (kind == "corrupt")
+    missing = [video.path for video in files.videos() if not found.source.place(video).exists()]
+    assert missing == (["Run/a.avi"] if kind == "corrupt" else [])
+
+
+def test_a_later_run_decodes_changed_videos_only_and_a_removed_cache_is_not_missed(tmp_path, decoded):
+    root = write_mixed_videos(tmp_path / "data")
+    files = open_source(root, SIZE)
+    cached(files, tmp_path)
+    assert sorted(decoded) == [video.path for video in files.videos()]
+    write_video(root / "Run/b.mp4", 50, codec="libx264", size=(48, 48))
+    os.utime(root / "Run/c.mkv", ns=(1, 1))  # its content may have changed
+    scribble(root / "Run/a.avi")
+    decoded.clear()
+    files = open_source(root, SIZE)
+    again = cached(files, tmp_path)
+    assert sorted(decoded) == ["Run/a.avi", "Run/b.mp4", "Run/c.mkv"]
+    assert not again.place(files.videos()[2]).exists()  # its frames from before are not taken for those of now
+    plain, found = clips_of(files), clips_of(again)
+    for index in range(10):
+        assert torch.equal(plain[index]["clip"], found[index]["clip"])
+    shutil.rmtree(again.folder)
+    assert torch.equal(plain[0]["clip"], found[0]["clip"])
+    assert cached(open_source(root, 16), tmp_path).folder != again.folder
+
+
+FILL = """
+import os, sys
+from video import source
+def counted(path, files, video, metadata, write=source.write_pixels):
+    with open({1!r} + "/decoded", "a") as file:
+        print(video.path, file=file)
+    write(path, files, video, metadata)
+    {2}
+os.cpu_count, source.write_pixels = lambda: 1, counted
+source.CachedFiles(source.open_source({0!r}, 32), {1!r}).fill()
+"""
+
+
+def test_runs_that_start_at_once_decode_each_video_once(tmp_path):
+    root = str(write_mixed_videos(tmp_path / "data"))
+    processes = [python(FILL.format(root, str(tmp_path), "")) for _ in range(2)]
+    for process in processes:
+        _, err = process.communicate(timeout=120)
+        assert process.returncode == 0, err
+    paths = (tmp_path / "decoded").read_text().split()
+    assert sorted(paths) == [video.path for video in open_source(root, SIZE).videos()]
+
+
+def test_a_run_that_is_killed_while_it_fills_the_cache_leaves_the_rest_to_the_next(tmp_path, decoded):
+    root = str(write_mixed_videos(tmp_path / "data"))
+    kill = "os.replace = lambda *_: os.kill(os.getpid(), 9)"  # of the next file, once it is written
+    process = python(FILL.format(root, str(tmp_path), kill))
+    _, err = process.communicate(timeout=120)
+    assert process.returncode == -signal.SIGKILL, err
+    assert len(list(tmp_path.glob(".pixels*/*.tmp"))) == 1
+    found = cached(open_source(root, SIZE), tmp_path)
+    assert len(decoded) == 4 and not list(tmp_path.glob(".pixels*/*.tmp"))
+    plain, found = clips_of(open_source(root, SIZE)), clips_of(found)
+    assert all(torch.equal(plain[index]["clip"], found[index]["clip"]) for index in range(10))
+
+
+def test_one_rank_with_a_cache_trains_as_one_without_and_goes_on_after_a_stop(shapes, tmp_path):
+    plain = Training(shapes, tmp_path / "plain", STEPS, flags=["--image-size", 8, "--model", "EqM-Ti/2"])
+    run_here(plain)
+    with_cache = replace(plain, results=tmp_path / "cached")
+    run_here(with_cache, "--cache-frames", "--num-workers", 1, stop_after=2)
+    run_here(with_cache, "--cache-frames", "--resume")
+    assert compare(plain, with_cache) == []
+    assert len(list(with_cache.results.glob(".pixels-*/*.safetensors"))) == 24
+
+
+def test_too_much_is_refused_before_anything_is_made_unless_it_is_forced(shapes, tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr(source, "LARGEST", 400_000)
+    run_main(train, *Training(shapes, tmp_path / "runs", STEPS).command_flags("--cache-frames"), status=2)
+    line = capsys.readouterr().err.splitlines()[-1]  # after the bar of the scan
+    assert "--cache-frames: 24 videos take 0.5 MB" in line and "add --cache-frames-force" in line
+    assert not (tmp_path / "runs").exists()
+    CachedFiles(open_source(shapes, 16), tmp_path / "runs", force=True)
+    monkeypatch.setattr(shutil, "disk_usage", lambda _: shutil._ntuple_diskusage(1, 1, 0))
+    with pytest.raises(UserError, match="0.5 of them new; 0.0 MB are free: free some space"):
+        CachedFiles(open_source(shapes, 16), tmp_path / "runs", force=True)
+
+
+def test_a_disk_that_fills_up_is_one_line_and_a_cache_needs_no_other(tmp_path, monkeypatch):
+    files = open_source(write_mixed_videos(tmp_path / "data"), SIZE)
+    with monkeypatch.context() as patch, pytest.raises(UserError, match=r"can't be written \(No space left"):
+        full_disk(patch, call=3)
+        cached(files, tmp_path)
+    assert not list(tmp_path.rglob("*.tmp")) and len(list(tmp_path.glob(".pixels*/*.safetensors"))) == 2
+    make_latents(tmp_path / "latents")
+    with pytest.raises(UserError, match="--cache-frames: --data-path is a cache"):
+        CachedFiles(open_source(tmp_path / "latents", 16), tmp_path)
+    check_data_path(tmp_path / "latents")
+    with pytest.raises(UserError, match="a latent cache; name the folder of its videos"):
+        check_data_path(tmp_path / "latents", cached=False)

@@ -1,0 +1,71 @@
+"""Intervals against their definitions, and rows of several ranks in the order of their clips."""
+
+import math
+import statistics
+
+import numpy as np
+import pytest
+import torch
+
+from runtime import distributed
+from scoring import stats
+
+
+@pytest.mark.parametrize(("hits", "count"), [(0, 7), (3, 7), (90, 100), (7, 7)])
+def test_the_interval_of_a_share_is_where_a_95_percent_test_rejects(hits, count):
+    for share in stats.wilson(hits, count):
+        distance = abs(hits / count - share)  # at a bound, 1.96 of the standard deviations of that share
+        assert distance == pytest.approx(1.96 * math.sqrt(max(0, share * (1 - share)) / count), abs=1e-9)
+    assert stats.share(hits, count)["interval95"] == stats.wilson(hits, count)
+    assert stats.share(0, 0) == {"clips": 0, "right": 0, "share": None, "interval95": None}
+
+
+def test_the_mean_and_its_standard_error():
+    values = [1.0, 2.0, 4.0]
+    assert stats.mean_and_error(values) == pytest.approx((7 / 3, statistics.stdev(values) / 3**0.5))
+    assert stats.mean_and_error([2.0]) == (2, None) and stats.mean_and_error([]) == (None, None)
+
+
+def test_the_bootstrap_has_the_spread_of_the_mean_and_depends_on_its_key():
+    values = np.random.default_rng(0).normal(3, 2, 400)
+    means = stats.bootstrap(values, "a")
+    assert means.mean() == pytest.approx(values.mean(), abs=0.02)
+    assert means.std() == pytest.approx(values.std() / 20, rel=0.1)
+    low, high = stats.interval95(means)
+    assert (low, high) == pytest.approx((values.mean() - 0.196, values.mean() + 0.196), abs=0.05)
+    assert torch.equal(means, stats.bootstrap(values, "a")) and not torch.equal(means, stats.bootstrap(values, "b"))
+    torch.testing.assert_close(stats.bootstrap(np.stack([-values, values], axis=1), "a")[:, 1], means)  # whole clips
+
+
+def test_an_interval_leaves_out_what_is_not_finite():
+    assert stats.interval95(torch.tensor([1.0, torch.nan, 1.0, torch.inf])) == [1, 1]
+    values = np.random.default_rng(0).normal(size=50)
+    assert stats.mean_interval([*values, np.nan]) == stats.mean_interval(values)
+    assert stats.mean_interval([3.0, np.nan]) is None
+
+
+def test_rows_of_all_ranks_come_in_the_order_of_their_clips(monkeypatch):
+    def stream(indices):
+        clips = torch.tensor(indices).byte().view(-1, 1, 1, 1, 1)
+        yield indices[:2], clips[:2], ["a", "b"], [0.1, 0.2]
+        yield indices[2:], clips[2:], ["c"] * len(indices[2:]), [0.3] * len(indices[2:])
+
+    other = [(index, 10 * index, "z") for index in (0, 3)]
+    monkeypatch.setattr(distributed, "gather", lambda rows: [rows, other])
+    values, names = stats.gather(stream([1, 2, 4]), lambda clip, name, scale: (10 * clip.item(), name))
+    assert values == (0, 10, 20, 30, 40) and names == ("z", "a", "b", "z", "c")
+
+
+def test_psnr_is_that_of_its_definition_and_equal_pixels_have_the_most():
+    real = np.zeros((4, 4, 3), np.uint8)
+    assert stats.psnr(real + np.uint8(5), real) == pytest.approx(20 * math.log10(255 / 5))
+    assert stats.psnr(real, real) == 60 and np.isnan(stats.psnr(real[:0], real[:0]))
+
+
+def test_tables_show_values_with_their_intervals():
+    result = {"a": 1.0, "a_interval95": [0.5, 1.5], "bb": None, "c": 2.0, "x": [1, 2]}
+    assert stats.cell(result, "a", 1) == "1.0 (0.5 to 1.5)" and stats.cell(result, "c") == "2.000"
+    assert stats.cell(result, "c", 2, "x") == "2.00 (1.00 to 2.00)"
+    values, lines = stats.report(result, {"a": "one", "bb": "the other", "missing": ""})
+    assert values == {"a": 1.0, "bb": None}
+    assert lines == ["  one       1.000 (0.500 to 1.500)", "  the other                      -"]

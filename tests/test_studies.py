@@ -1,0 +1,327 @@
+"""The studies: a miniature of each is run, equal compute, the reports of committed results, bad input."""
+
+import csv
+import json
+import math
+import re
+from argparse import Namespace
+
+import pytest
+
+import adaptive_compute
+import arms
+import evaluate
+import given_frames
+import lab
+import long_videos
+import make_moving_shapes
+import report
+import sample_gd
+import schedule
+import seeds
+import study
+import train
+from arms import BY_NAME, FULL, MINIATURE
+from schedule import Phase
+from training import ROOT, counted_steps, run_main
+
+TWO_ARMS = "16 fixed", "4-8-16 table"  # of one run each in the miniature
+SCRIPT = lab.script  # in a process of its own
+SCRIPTS = {
+    "EqM/train.py": train, "EqM/sample_gd.py": sample_gd, "EqM/evaluate.py": evaluate,
+    "datasets/make_moving_shapes.py": make_moving_shapes,
+}  # fmt: skip
+
+# ----------------------------------------------------------------------------------------------------------------------
+# Miniatures that are really run (killed, and by two processes at once: faults/test_study_kills.py)
+
+
+@pytest.fixture(scope="module")
+def commands(tmp_path_factory):
+    """The commands that studies have run, in this process. A quickstart is the training of a tiny model."""
+    seen, made = [], {}  # made: data sets by their flags
+
+    def script(*words, log, **variables):
+        seen.append([str(word) for word in words])
+        if words[0] == "datasets/make_moving_shapes.py" and made.setdefault(words[3:], words[2]) != words[2]:
+            words[2].exists() or words[2].symlink_to(made[words[3:]])
+            return 0
+        if words[0] == "scripts/quickstart.sh":
+            flags = arms.recipe_flags(BY_NAME["16 rotary"], variables["SEED"], 1.0, MINIATURE)
+            flags += [*arms.sampling_flags(MINIATURE), "--data-path", variables["DATA"], "--resume"]
+            words = "EqM/train.py", *flags, "--results-dir", ROOT / "results" / variables["EXP"]
+        run_main(SCRIPTS[words[0]], *words[1:])
+        return 400.0 if long_videos.SHORT in words else 420.0
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(lab, "script", script)
+        yield seen
+
+
+@pytest.fixture(scope="module")
+def out(tmp_path_factory):
+    return tmp_path_factory.mktemp("results")
+
+
+@pytest.fixture(scope="module")
+def trained(commands, out):
+    """A study of two runs that is done, for those that need a checkpoint and its data."""
+    run_main(study, "--miniature", "--out", out, "--only", *TWO_ARMS)
+    (ckpt,) = out.glob("study/16-fixed-*/*/checkpoints/latest.pt")
+    return ["--ckpt", ckpt, "--data-path", out / "study/moving-shapes"]
+
+
+def lines_of(path):
+    with open(path, newline="") as file:
+        return list(csv.DictReader(file))
+
+
+def test_a_study_has_rows_of_its_validations_and_samples(trained, out):
+    rows = lines_of(out / "study.csv")
+    made = [(row["arm"], row["frames"]) for row in rows if row["kind"] == "sample"]
+    assert made == [(name, str(frames)) for name in TWO_ARMS for frames in BY_NAME[name].lengths]
+    assert all(row["real_direction"] == "1" and float(row["seam"]) > 0 for row in rows if row["kind"] == "sample")
+    for name in TWO_ARMS:
+        phases, flops = arms.plan(BY_NAME[name], 1.0, MINIATURE)
+        validated = [row for row in rows if row["kind"] == "train" and row["arm"] == name]
+        assert [int(row["step"]) for row in validated] == list(range(1, phases[-1][1] + 1))
+        assert float(validated[-1]["flops"]) == pytest.approx(flops, rel=1e-4)
+        assert validated[-1]["frames"] == "16" and validated[-1]["loss_16"] == validated[-1]["loss"]
+        assert all(row["loss_16"] for row in validated)
+    assert "| 16 fixed | 100% |" in (out / "study.md").read_text()
+
+
+def test_a_study_that_is_done_runs_nothing_again(trained, commands, out, capsys):
+    written = (out / "study.csv").stat().st_mtime_ns
+    commands.clear()
+    run_main(study, "--miniature", "--out", out, "--only", *TWO_ARMS)
+    assert "all is done" in capsys.readouterr().out and not commands
+    assert (out / "study.csv").stat().st_mtime_ns == written
+    run_main(study, "--miniature", "--out", out, "--only", *TWO_ARMS, "--list")
+    assert "2 runs, 0.0 hours left" in capsys.readouterr().out
+
+
+MINIATURES = {  # study: its flags, a line of its report
+    given_frames: ("--seeds 0 --shares 0.75", r"^\| nothing given, 24 frames at once \| \d+.0 \|  \|  \|"),
+    long_videos: ("--num-frames 40 --clips 2 --seeds 0", r"40 frames against 32: 1.05 times"),
+    seeds: ("--seeds 3", r"^\| frames \| directions right \(%\): lowest \| median \| seed 3 \|$"),
+    adaptive_compute: ("--num-samples 4", r"^\| larger steps \| 0.0040 \|  \| 2.0 \(2 - 2\) \|"),
+}
+
+
+@pytest.mark.parametrize("script", MINIATURES, ids=lambda script: script.__name__)
+def test_a_miniature_makes_its_table_and_continues(script, trained, commands, out, capsys):
+    flags, line = MINIATURES[script]
+    flags = ["--miniature", "--out", out, *flags.split(), *(trained if script is adaptive_compute else [])]
+    run_main(script, *flags)
+    found = out / f"{script.__name__}.json"
+    assert f"{found.with_suffix('.md')}, {found}" in capsys.readouterr().out
+    assert re.search(line, found.with_suffix(".md").read_text(), re.M)
+    content, folder = found.read_text(), out / script.__name__.replace("_", "-")
+    scores = [path for path in folder.rglob("*.json") if path.name in ("motion.json", "prediction.json")]
+    scores[-1].unlink()
+    commands.clear()
+    run_main(script, *flags)
+    again = [words[0] for words in commands if not words[0].startswith(("scripts", "datasets"))]
+    assert again == ["EqM/evaluate.py"] and found.read_text() == content
+
+
+def test_a_study_that_is_stopped_continues_and_ends_the_same(trained, out, tmp_path, capsys):
+    flags = ["--miniature", "--out", tmp_path, "--only", TWO_ARMS[0], "--data-path", trained[-1]]
+    with counted_steps(train, stop_after=2):
+        run_main(study, *flags, status=1)
+    assert "the training was stopped: run the same command to continue" in capsys.readouterr().err
+    run_main(study, *flags)
+    one, other = (lines_of(folder / "study.csv") for folder in (tmp_path, out))
+    assert [row | {"seconds": ""} for row in one] == [row | {"seconds": ""} for row in other[: len(one)]]
+
+
+def test_no_run_is_started_that_does_not_fit(tmp_path, capsys):
+    run_main(study, "--out", tmp_path, "--minutes", 0.01)
+    assert "run again to continue" in capsys.readouterr().out
+    assert not list(tmp_path.glob("study/*/train.log"))
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# Equal compute
+
+
+def a_study(out, **flags):
+    args = {"out": out, "data_path": None, "only": None, "miniature": False, "compile": False} | flags
+    return study.Study(Namespace(**args))
+
+
+def counted(arm, share, size):
+    """The FLOPs that train.py counts for a run, step by step."""
+    config, flops, first_step = arms.config_of(size), 0, 0
+    phases = [Phase(*phase) for phase in arms.plan(arm, share, size)[0]]
+    for phase in phases:
+        frames = schedule.frames_of_steps(phases, phase, first_step, first_step, arm.mix, seed=0)
+        flops += sum(phase.batch_size * config.training_flops(num_frames) for num_frames in frames)
+        first_step = phase.last_step
+    return flops
+
+
+@pytest.mark.parametrize("share", [0.4, 1.6])
+def test_all_arms_have_the_same_compute_and_tokens_per_step(share):
+    config = arms.config_of(FULL)
+    for arm in arms.ARMS:
+        full = FULL.steps * 8 * config.training_flops(16)
+        assert counted(arm, share, FULL) == pytest.approx(share * full, rel=0.02), arm.name
+        for num_frames, _, batch_size in arms.plan(arm, share, FULL)[0]:
+            assert batch_size * math.prod(config.grid(num_frames)) == arms.TOKENS
+
+
+def test_arms_differ_in_nothing_but_what_they_compare():
+    def flags(name):
+        return " ".join(arms.recipe_flags(BY_NAME[name], 0, 1.0, FULL))
+
+    assert flags("16 rotary") == flags("16 fixed").replace(" --val-frames", " --use-rope --rope-theta 100 --val-frames")
+    for plain, table, moving in (("16 rotary", "16 table", "16 moving"), ("4-8-16", "4-8-16 table", "4-8-16 moving")):
+        assert flags(table).replace(" --position-table space", "") == flags(plain)
+        assert flags(moving).replace(" --rope-speed 0.5", "") == flags(table)
+    for name in ("4-8-16 mix", "4-8-16 table mix"):
+        assert "--mix 0.2" in flags(name) and "--mix 0.0" in flags(name.removesuffix(" mix"))
+    # in these two, all but the schedule
+    schedule = re.compile("--(frames-schedule|mix|num-frames|max-steps|global-batch-size|val-every) [^ ]*")
+    one, other = (schedule.sub("", flags(name)).split() for name in ("16 moving intervals", "4-8-16 moving"))
+    assert one == other
+
+
+def test_each_share_is_a_run_and_what_costs_most_comes_last(tmp_path):
+    runs = a_study(tmp_path, only=["16 fixed", "16 table", "4-8-16 moving"]).runs
+    assert {run.key[1:] for run in runs if run.arm.name == "4-8-16 moving"} == {
+        (seed, share) for share in (0.4, 0.6, 1.0) for seed in range(3)
+    }
+    assert len({run.folder for run in runs}) == len(runs) == 5 + 8 + 9
+    assert [run.key for run in runs[-5:]] == [
+        ("16 fixed", 4, 1), ("16 table", 4, 1), *(("16 table", seed, 1.6) for seed in range(3))
+    ]  # fmt: skip
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# Reports
+
+
+@pytest.mark.parametrize("script", [given_frames, long_videos, seeds, adaptive_compute], ids=lambda one: one.__name__)
+def test_committed_tables_are_those_of_the_committed_numbers(script):
+    path = ROOT / "results" / f"{script.__name__}.json"
+    made = "\n".join(script.markdown(json.loads(path.read_text()))).strip()
+    assert made == path.with_suffix(".md").read_text().strip()
+
+
+def test_the_committed_report_is_that_of_the_committed_rows(tmp_path):
+    (tmp_path / "study.csv").write_bytes((ROOT / "results/study.csv").read_bytes())
+    run_main(study, "--report", "--out", tmp_path)
+    assert (tmp_path / "study.md").read_text() == (ROOT / "results/study.md").read_text()
+    assert {path.name for path in tmp_path.glob("figures/*")} == {f"study-{letter}.png" for letter in "ABC"}
+    study.write_rows(tmp_path / "again.csv", study.read_rows(tmp_path / "study.csv"))
+    assert (tmp_path / "again.csv").read_bytes() == (tmp_path / "study.csv").read_bytes()
+
+
+def test_a_difference_is_paired_by_seed_and_says_if_it_may_be_zero():
+    text = report.difference("a", "b", "Loss", {0: 1.0, 1: 2.0, 2: 3.1}, {0: 0.5, 1: 1.5, 2: 2.5, 3: 9.0})
+    # differences 0.5, 0.5, 0.6: mean 0.5333, standard error 0.0333, times 4.30
+    assert text == "- Loss: a minus b is +0.533 (95% +0.390 to +0.677, 3 seeds): higher."
+    assert "not told apart" in report.difference("a", "b", "Loss", {0: 1.0, 1: -1.0}, {0: 0.0, 1: 0.0})
+    assert "one seed" in report.difference("a", "b", "Loss", {0: 1.0}, {0: 0.0})
+    assert report.difference("a", "b", "Loss", {0: 1.0}, {1: 0.0}) == "- Loss, a against b: not run yet."
+
+
+def test_the_compute_to_a_goal_is_interpolated_or_a_bound():
+    shares = [0.4, 0.6, 1.0, 1.6]
+    assert report.compute_to(0.9, shares, [0.0, 0.5, 1.0, 0.8]) == (pytest.approx(0.92), "=")
+    assert report.compute_to(0.9, shares, [0.0, 0.9, 0.95, 1.0]) == (pytest.approx(0.6), "=")
+    assert report.compute_to(0.9, shares, [0.95, 1.0, 1.0, 1.0]) == (0.4, "<")
+    assert report.compute_to(0.9, shares, [0.0, 0.1, 0.5, 0.89]) == (1.6, ">")
+    for first, second, text in (
+        ((0.6, "="), (1.2, "="), "0.50"),
+        ((0.6, "="), (1.5, ">"), "at most 0.40"),
+        ((0.4, "<"), (1.0, "="), "at most 0.40"),
+        ((1.6, ">"), (1.0, "="), "at least 1.60"),
+        ((1.6, ">"), (1.6, ">"), "both are bounds, so it is not known"),
+    ):
+        assert report.ratio_text(first, second) == text
+
+
+def test_a_spread_is_over_seeds():
+    assert report.spread_cell({0: 0.4, 1: 0.5, 2: 0.6}, 0, 100) == "50 ± 6% (40, 50, 60)"
+    assert report.spread_cell({2: 0.381}) == "0.381 (0.381)"
+    assert report.spread_cell({}) == "-"
+
+
+@pytest.fixture
+def some_rows(tmp_path):
+    """The folder of a csv with some of the committed rows: of arms with fixed and moving positions."""
+    rows = [row for row in study.read_rows(ROOT / "results/study.csv") if row["arm"] in ("16 fixed", "16 moving")]
+    study.write_rows(tmp_path / "study.csv", rows)
+    return tmp_path
+
+
+def test_a_report_says_what_was_not_run_and_what_diverged(some_rows):
+    rows = study.read_rows(some_rows / "study.csv")
+    last = {"step": 7, "loss": math.inf, "loss_16": math.inf}
+    lost = next(row for row in rows if (row["arm"], row["seed"]) == ("16 moving", 4)) | last
+    kept = [row for row in rows if (row["arm"], row["seed"]) != ("16 moving", 4)]
+    study.write_rows(some_rows / "study.csv", [*kept, lost])
+    run_main(study, "--report", "--out", some_rows)
+    text = (some_rows / "study.md").read_text()
+    assert "| 16 moving | 100% | 0.331 ± 0.003 (0.333, 0.321, 0.336, 0.333, inf) |" in text
+    assert re.search(r"Loss: 16 moving minus 16 fixed is -0.0\d\d \(95% -0.\d+ to -0.\d+, 4 seeds\): lower", text)
+    assert "Directions right, 16 rotary against 16 fixed: not run yet." in text
+    assert "| 4-8-16 | 100% | - | - | - |" in text and "4-8-16 moving: not run yet." in text
+    assert not list(some_rows.glob("figures/*"))
+    assert not a_study(some_rows).left([run for run in a_study(some_rows).runs if run.key == ("16 moving", 4, 1)])
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# Bad input
+
+
+def refused(capsys, *flags):
+    """The line on stderr of a command that ends with status 2."""
+    run_main(study, *flags, status=2)
+    (line,) = capsys.readouterr().err.splitlines()
+    return line
+
+
+@pytest.mark.parametrize("word", ["E", "AB", "17", ""])
+def test_an_unknown_question_is_refused(word, tmp_path, capsys):
+    line = refused(capsys, "--only", "A", word, "--out", tmp_path / "new")
+    assert f"--only {word}: unknown; expected questions (A, B, C) or arms ('16 fixed', " in line
+    assert not (tmp_path / "new").exists()
+
+
+@pytest.mark.parametrize(
+    ("old", "new", "words"),
+    [
+        ("\n2,", "\n1,", "is of version 1"),
+        (",16 moving,0,", ",x,0,", "arm 'x' is of another recipe"),
+        (",16 moving,0,", ",16 moving,9,", "is of another recipe"),
+        ("version,", "versions,", "its columns are not those of version 2"),
+        (",16 moving,0,", ",16 moving,zero,", "not a csv of the study"),
+        (",16 moving,0,", "16 moving,0,", "not a csv of the study"),
+    ],
+)
+def test_rows_that_this_study_does_not_make_are_refused(old, new, words, some_rows, capsys):
+    path = some_rows / "study.csv"
+    path.write_text(path.read_text().replace(old, new, 1))
+    before = sorted(some_rows.rglob("*"))
+    for flags in (["--report"], ["--list"], []):
+        line = refused(capsys, *flags, "--out", some_rows)
+        assert words in line and "move it away" in line or "move the csv away" in line
+    assert sorted(some_rows.rglob("*")) == before
+
+
+def test_bad_paths_and_flags_are_refused(tmp_path, capsys):
+    (tmp_path / "file").write_text("")
+    assert "--out" in refused(capsys, "--out", tmp_path / "file")
+    assert "--out" in refused(capsys, "--report", "--out", tmp_path / "file" / "deeper")
+    assert "not allowed with" in refused(capsys, "--list", "--report", "--out", tmp_path)
+    assert "does not exist" in refused(capsys, "--report", "--out", tmp_path)
+    assert "--minutes" in refused(capsys, "--minutes", "0", "--out", tmp_path)
+
+
+def test_a_script_that_fails_is_one_line(tmp_path):
+    with pytest.raises(lab.UserError, match=r"sample.sh ended with status 2 \(.*error: .*word.*\); see .*log"):
+        SCRIPT("scripts/sample.sh", "word", log=tmp_path / "log")
