@@ -19,11 +19,11 @@ SOURCE = {
 FEW = ["--num-workers", 0, "--resamples", 4]
 
 
-def read_clips(root, split, count, frames=FRAMES, stream="real"):
+def read_clips(root, split, count, frames=FRAMES, stream="real", interval=1):
     """(clips uint8 (N, T, H, W, 3), labels, classes) of a data set, read without sources.py."""
     source = open_source(root, SIZE)
     videos = split_videos(root, source.videos(), 0.05)[split == "val"]
-    clips = Clips(source, videos, source.scan.classes, frames, flip=False, stream=stream)
+    clips = Clips(source, videos, source.scan.classes, frames, (interval, interval), flip=False, stream=stream)
     items = [clips[index] for index in range(count)]
     pixels = torch.stack([item["clip"].permute(1, 2, 3, 0) for item in items]).numpy()
     return pixels, [item["y"] for item in items], source.scan.classes

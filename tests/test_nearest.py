@@ -110,9 +110,10 @@ def flags(shapes, tmp_path):
 
 
 def test_copies_of_training_clips_are_found_and_held_out_ones_are_not(shapes, flags, tmp_path, monkeypatch):
-    clips, labels, classes = read_clips(shapes, "train", 6)
-    clips = np.concatenate([clips[:5, :, :, ::-1], read_clips(shapes, "val", 1)[0]])  # five are mirrored copies
-    flags[3] = write_samples(tmp_path / "copies", clips, labels, classes)
+    clips, labels, classes = read_clips(shapes, "train", 6, interval=3)
+    held_out, _, _ = read_clips(shapes, "val", 1, interval=3)
+    clips = np.concatenate([clips[:5, :, :, ::-1], held_out])  # five are mirrored copies
+    flags[3] = write_samples(tmp_path / "copies", clips, labels, classes, time_scale=3 / 25)
     sheets = []
     monkeypatch.setattr(nearest, "write_sheet", lambda *args: sheets.append(args))
     made = run(tmp_path / "n.json", *flags[:-1], 12)
@@ -126,6 +127,7 @@ def test_copies_of_training_clips_are_found_and_held_out_ones_are_not(shapes, fl
     assert path == tmp_path / "n.sheet.png" and videos.shape == (12, 8, 16, 16, 3)
     assert np.array_equal(videos[:10:2], videos[1:10:2]) and not np.array_equal(videos[10], videos[11])
     assert len(names) == 12 and names[0].startswith(classes[labels[pairs[0]["clip"]]])
+    assert names[1].startswith("v_") and names[1].endswith(f"from frame {pairs[0]['first_frame']} mirrored")
     assert run(tmp_path / "again.json", "--manifest", tmp_path / "n.json")["repeats"]["bit_equal"]
 
 

@@ -31,7 +31,7 @@ def naive_psnr(a, b):
     return 10 * math.log10(255**2 / ((a.astype(float) - b) ** 2).mean())
 
 
-def test_scores_are_those_of_their_definitions_and_equal_frames_have_the_most():
+def test_scores_are_those_of_their_definitions():
     real = gradient()
     samples = np.stack([noisy(real, 8, seed) for seed in range(3)])
     scores, baselines = prediction.score_clip(real, samples, given=(1, 4))
