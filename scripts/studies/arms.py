@@ -3,6 +3,7 @@
 import math
 from dataclasses import dataclass
 
+import lab  # noqa: F401 (puts EqM/ on the path)
 from models import model_config
 
 VERSION = 2  # of the meaning of the arms and of the columns of study.csv; rows of other versions are refused
