@@ -113,7 +113,7 @@ def summary_line(samples, count):
     T, size, total, flags = samples.num_frames, samples.image_size, len(samples.labels), samples.flags
     number = f"{total}" if count == total else f"The first {count} of {total}"
     kind, rate = ("images", "") if T == 1 else (f"videos of {T} frames", f", {samples.fps:.4g} frames per second")
-    sampled = f"{flags['sampler']}, {flags['num_sampling_steps']} points, guidance {flags['cfg_scale']}"
+    sampled = f"{flags['sampler']}, {samples.about['mean_evaluations']:.4g} evaluations, guidance {flags['cfg_scale']}"
     return f"{number} {kind}, {size} x {size} px{rate}; {sampled}, seed {flags['seed']}"
 
 

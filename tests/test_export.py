@@ -81,7 +81,8 @@ def test_config_and_card_say_what_it_is_and_no_path_of_the_machine(exported, tmp
     assert about["model"] == saved["config"]["model"] and about["data"] == saved["config"]["data"]
     assert "somebody" not in text + card and text.count("\n") > 20  # readable
     expected = "EqM-(depth 1, width 48", "weights of step 10", "2: A, B", "0.04 s apart", "| data | videos |", "1.0000"
-    assert all(words in card for words in expected) and "None were given." in card
+    expected += "16 px, VAE none", "--video --ckpt FOLDER", "--video --use-rope", "sampler gd", "None were given."
+    assert all(words in card for words in expected)
     commands = [line for line in card.splitlines() if line.startswith("python EqM/")]
     for line, script in zip(commands, (sample_gd, train), strict=True):
         with pytest.MonkeyPatch.context() as patch:

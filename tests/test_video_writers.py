@@ -114,21 +114,11 @@ def test_a_gif_is_exact_if_no_frame_has_more_than_256_colors(tmp_path):
     assert np.array_equal(read_gif(tmp_path / "v.gif")[0], enlarge(video))
 
 
-def error_of_a_regular_palette(video):
-    """Mean error of 16 x 4 x 4 colors that divide the range of its colors along their principal axes."""
-    pixels = video.reshape(-1, 3) - video.mean((0, 1, 2))
-    axes = np.linalg.svd(pixels.T @ pixels)[0]
-    places = pixels @ axes
-    low, step = places.min(0), np.ptp(places, axis=0) / (16, 4, 4)
-    centers = low + step * (np.floor((places - low) / step) + 0.5)
-    return np.abs((centers - places) @ axes.T).mean()
-
-
 def test_the_gif_of_a_real_video_is_close_and_does_not_flicker(tmp_path):
     video = real_video()
     write_gif(tmp_path / "v.gif", video, fps=25)
     errors = list(map(mean_difference, read_gif(tmp_path / "v.gif")[0], video))
-    assert max(errors) < error_of_a_regular_palette(video)
+    assert max(errors) < 4  # grey levels; 256 colors in a regular grid: 7.5
 
     still = np.broadcast_to(video[:1], video.shape).copy()
     still[:, 40:90, 40:90] = video[:, 40:90, 40:90]  # it moves there alone
