@@ -18,8 +18,18 @@ def start(script, out, *flags):
     return subprocess.Popen([str(word) for word in command], **pipes, text=True, env=environment)
 
 
-def key(row):
-    return tuple(row[name] for name in ("arm", "kind", "step", "frames"))
+def finish(*processes):
+    """What they print; they have to end well."""
+    outputs = [process.communicate(timeout=600)[0] for process in processes]
+    assert not any(process.returncode for process in processes), outputs
+    return outputs
+
+
+def rows_of(out):
+    """The rows of study.csv, none of which has come twice."""
+    rows = lines_of(out / "study.csv")
+    assert len({tuple(row[name] for name in ("arm", "kind", "step", "frames")) for row in rows}) == len(rows)
+    return rows
 
 
 def test_a_study_that_is_killed_continues_and_runs_nothing_twice(tmp_path):
@@ -29,36 +39,26 @@ def test_a_study_that_is_killed_continues_and_runs_nothing_twice(tmp_path):
         time.sleep(0.02)
     process.send_signal(signal.SIGKILL)
     process.communicate()
-    first = lines_of(tmp_path / "study.csv")
+    first, (log,) = rows_of(tmp_path), tmp_path.glob("study/16-fixed*/train.log")
     assert {row["arm"] for row in first} == {TWO_ARMS[0]}
-    (log,) = tmp_path.glob("study/16-fixed*/train.log")
     before = log.stat().st_mtime_ns
-    process = start(study, tmp_path, "--only", *TWO_ARMS)
-    output, _ = process.communicate(timeout=600)
-    assert process.returncode == 0, output
-    rows = lines_of(tmp_path / "study.csv")
+    finish(start(study, tmp_path, "--only", *TWO_ARMS))
+    rows = rows_of(tmp_path)
     assert rows[: len(first)] == first and log.stat().st_mtime_ns == before
-    assert len(set(map(key, rows))) == len(rows)
     made = [(name, str(frames)) for name in TWO_ARMS for frames in arms.BY_NAME[name].lengths]
     assert [(row["arm"], row["frames"]) for row in rows if row["kind"] == "sample"] == made
     assert len(list(tmp_path.glob("study/4-8-16*/*/metrics.jsonl"))) == 1  # the same run continued
 
 
 def test_two_processes_at_once_share_the_runs_and_lose_no_row(tmp_path):
-    processes = [start(study, tmp_path, "--only", *TWO_ARMS) for _ in range(2)]
-    outputs = [process.communicate(timeout=600)[0] for process in processes]
-    assert [process.returncode for process in processes] == [0, 0], outputs
+    outputs = finish(*(start(study, tmp_path, "--only", *TWO_ARMS) for _ in range(2)))
     assert all("all is done" in output for output in outputs)
     started = [line for output in outputs for line in output.splitlines() if " runs to do; " in line]
     assert len(started) == len(TWO_ARMS)  # none of them twice
-    rows = lines_of(tmp_path / "study.csv")
-    assert {row["arm"] for row in rows if row["kind"] == "sample"} == set(TWO_ARMS)
-    assert len(set(map(key, rows))) == len(rows)
+    assert {row["arm"] for row in rows_of(tmp_path) if row["kind"] == "sample"} == set(TWO_ARMS)
 
 
 def test_a_tiny_quickstart_is_trained_and_scored(tmp_path):
-    process = start(seeds, tmp_path, "--seeds", 0)
-    output, _ = process.communicate(timeout=600)
-    assert process.returncode == 0, output
+    (output,) = finish(start(seeds, tmp_path, "--seeds", 0))
     assert "| frames | directions right (%): lowest | median | seed 0 |" in output
     assert len(list(tmp_path.glob("seeds/seed0/samples-f*/motion.json"))) == len(seeds.LENGTHS)
