@@ -249,23 +249,21 @@ def parse_args(argv=None):
 
 def main(argv=None):
     args = parse_args(argv)
-    check_flags(args)
-    settings = {name: value for name, value in vars(args).items() if name != "out"}
+    settings = {name: value for name, value in vars(args).items() if name != "out"} | {"version": VERSION}
     if not args.bounce:
         del settings["bounce"]  # which older data sets do not have
-    settings["version"] = VERSION
     try:
+        check_flags(args)
         if is_made(args.out, settings):
             say(f"{args.out} already exists, made with the same flags")
             return
         write_data_set(args.out, settings, Namespace(**vars(args), frames=round(args.seconds * FPS)))
+    except UserError as error:
+        fail(error)
     except OSError as error:
-        raise UserError(f"--out {args.out}: can't be written ({error}): name a writable folder") from None
+        fail(f"--out {args.out}: can't be written ({error}): name a writable folder")
     say(f"{args.out}: {len(BOUNCING if args.bounce else CLASSES)} classes of {args.videos_per_class} videos")
 
 
 if __name__ == "__main__":
-    try:
-        main()
-    except UserError as error:
-        fail(error)
+    main()

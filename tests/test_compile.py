@@ -1,18 +1,17 @@
 """torch.compile changes no result. In one file, as the start of its compiler takes longest: a process pays it once."""
 
 import copy
-import json
 import shutil
+from dataclasses import replace
 
 import pytest
 import torch
 from torch._dynamo.utils import counters
 from torch._inductor import config
 
-import train
 from runtime import distributed
 from test_models import clip, distance, labels, loss_and_gradients, tiny
-from training import TINY, run_main
+from training import Training, run_here
 
 config.compile_threads = 1  # no pool of processes, whose start takes longer than what they compile
 pytestmark = pytest.mark.skipif(shutil.which("g++") is None, reason="torch.compile needs a C++ compiler on the CPU")
@@ -62,18 +61,14 @@ def test_the_compiler_can_ask_whether_tf32_is_allowed():
 
 def test_a_compiled_run_learns_what_the_plain_run_learns(shapes, tmp_path):
     # Of the width and heads of the models above: what was compiled for them is in the cache
-    shared = [*TINY, "--hidden-size", 64, "--num-heads", 2, "--data-path", shapes, "--max-steps", 12, "--lr", 3e-3]
-    shared += ["--global-batch-size", 8, "--log-every", 1, "--val-every", 4, "--sample-every", 0, "--results-dir"]
-    found = []
-    for name, flags in (("plain", []), ("compiled", ["--compile"])):
-        run_main(train, *shared, tmp_path / name, *flags)
-        (folder,) = (tmp_path / name).glob("[0-9]*")
-        rows = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
-        state = torch.load(folder / "checkpoints/latest.pt", weights_only=True)
-        found.append((rows, state["model"].keys()))
-    (plain, names), (rows, same_names) = found
-    for key in ("train_loss", "grad_norm"):
-        assert [row[key] for row in rows] == pytest.approx([row[key] for row in plain], rel=1e-4)
-    assert rows[-1]["val_loss"] == pytest.approx(plain[-1]["val_loss"], rel=1e-4)
-    assert same_names == names
+    flags = ["--hidden-size", 64, "--num-heads", 2, "--lr", 3e-3, "--global-batch-size", 8, "--log-every", 1]
+    plain = Training(shapes, tmp_path / "plain", 12, flags=flags)
+    compiled = replace(plain, results=tmp_path / "compiled")
+    for run, more in ((plain, []), (compiled, ["--compile"])):
+        run_here(run, "--val-every", 4, "--sample-every", 0, *more)
+    for row, same in zip(plain.rows(), compiled.rows(), strict=True):
+        names = {"train_loss", "grad_norm", "val_loss"} & row.keys()
+        assert {name: same[name] for name in names} == pytest.approx({name: row[name] for name in names}, rel=1e-4)
+    files = (torch.load(run.folder / "checkpoints/latest.pt", weights_only=True) for run in (plain, compiled))
+    assert len({frozenset(state["model"]) for state in files}) == 1  # the names of the weights
     assert counters["stats"]["unique_graphs"] == 2  # one to train, one for the EMA

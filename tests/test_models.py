@@ -129,7 +129,7 @@ def test_the_position_table_equals_a_naive_one_of_distinct_rows(size, side, kind
 
 
 @pytest.mark.parametrize("kind", [KINDS["fixed"], KINDS["rotary and table"]], ids=["fixed", "space"])
-def test_blocks_start_from_patches_and_their_table_and_end_in_the_features(kind):
+def test_blocks_start_from_patches_and_their_table_and_end_in_features(kind):
     model, x, seen = tiny(**kind), clip(8, batch=2), []
     model.blocks[0].register_forward_pre_hook(lambda block, args: seen.append(args[0]))
     model.blocks[-1].register_forward_hook(lambda block, args, out: seen.append(out))
@@ -178,7 +178,7 @@ def test_clips_that_do_not_fit_the_patches_or_fixed_positions_are_refused(use_ro
 
 
 @pytest.mark.parametrize("kind", KINDS)
-def test_positions_are_not_saved_and_the_gradient_reaches_all_frames_and_weights(kind):
+def test_no_position_is_saved_and_gradients_reach_all_frames_and_weights(kind):
     model, x = tiny(**KINDS[kind], num_frames=5), clip(5).requires_grad_()
     assert set(model.state_dict()) == {name for name, _ in model.named_parameters()}
     model(x, labels()).square().sum().backward()
@@ -193,7 +193,7 @@ def test_positions_are_not_saved_and_the_gradient_reaches_all_frames_and_weights
 
 @pytest.mark.parametrize("use_rope", [True, False])
 @torch.no_grad()
-def test_bfloat16_only_rounds_and_autocast_keeps_the_residual_stream_float32(use_rope):
+def test_bfloat16_rounds_little_and_autocast_keeps_residuals_in_float32(use_rope):
     model, x, y, dtypes = tiny(use_rope=use_rope), clip(8), labels(), []
     f = model(x, y)
     for block in model.blocks:
@@ -209,7 +209,7 @@ def test_bfloat16_only_rounds_and_autocast_keeps_the_residual_stream_float32(use
 
 @pytest.mark.parametrize("num_tokens", [64, PLAIN_TOKENS + 1])
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32, torch.float64])
-def test_attention_of_training_on_a_cpu_is_exact_and_takes_no_bf16_kernel(dtype, num_tokens, monkeypatch):
+def test_attention_of_training_on_a_cpu_is_exact_and_in_no_bf16_kernel(dtype, num_tokens, monkeypatch):
     torch.manual_seed(0)  # the largest rounding of random inputs is close to the limit
     precise, kernel, calls = torch.promote_types(dtype, torch.float32), F.scaled_dot_product_attention, []
     inputs = [torch.randn(1, 2, num_tokens, 16, dtype=dtype, requires_grad=True) for _ in range(3)]
@@ -309,7 +309,7 @@ def test_attention_normalizes_rotates_and_mixes_as_a_naive_version(use_rope, qk_
     torch.testing.assert_close(attention(x, rotary), naive, atol=1e-5, rtol=1e-5)
 
 
-def test_the_embedded_frame_rate_is_zero_at_25_fps_and_grows_by_one_per_octave():
+def test_the_frame_rate_is_embedded_in_octaves_from_25_fps():
     embedder, seen = tiny().t_embedder, []
     embedder.mlp.register_forward_pre_hook(lambda mlp, args: seen.append(args[0]))
     embedder(torch.tensor([1 / 25, 2 / 25, 1 / 100]))
@@ -328,7 +328,7 @@ def test_every_class_and_no_class_have_fields_of_their_own():
 
 
 @torch.no_grad()
-def test_patches_are_embedded_by_a_convolution_and_put_back_in_their_places():
+def test_patches_are_embedded_by_a_convolution_and_put_back_in_place():
     values = TINY.values_per_token  # 4 x 2 x 2 x 3 = 48
     model, x = tiny(hidden_size=values), clip(12, batch=2)
     torch.testing.assert_close(model.x_embedder(x), model.x_embedder.proj(x).flatten(2).mT)  # (B, N, D), width fastest
@@ -391,7 +391,7 @@ def test_training_on_an_energy_has_the_gradient_of_finite_differences(energy):
 
 
 @pytest.mark.parametrize("ebm", ["dot", "l2"])
-def test_the_field_of_an_energy_is_the_same_without_grad_and_leaves_no_graph(ebm):
+def test_without_grad_the_field_of_an_energy_is_the_same_and_has_no_graph(ebm):
     model, x, y = tiny(ebm=ebm), clip(7, batch=2), labels(2)
     expected = model(x, y)
     with torch.no_grad():

@@ -42,7 +42,7 @@ def test_muon_gets_the_matrices_of_the_blocks_and_adamw_all_the_rest():
 
 
 @pytest.mark.parametrize("shape", [(3, 32, 96), (2, 96, 32), (4, 16, 16), (1, 1, 5)])
-def test_orthogonalize_keeps_singular_vectors_and_brings_the_values_close_to_1(shape):
+def test_orthogonalize_keeps_singular_vectors_and_brings_values_close_to_1(shape):
     torch.manual_seed(0)
     matrices = 3 * torch.randn(shape)
     results = orthogonalize(matrices)
@@ -70,7 +70,7 @@ def steps_of(*optimizers):
             optimizer.step()
 
 
-def test_muon_agrees_with_that_of_torch_up_to_the_rounding_of_its_bfloat16():
+def test_muon_agrees_with_that_of_torch_up_to_rounding_in_bfloat16():
     ours, theirs = ([torch.nn.Parameter(torch.ones(shape)) for shape in SHAPES] for _ in range(2))
     optimizers = Muon(ours, 0.02, 0.1), torch.optim.Muon(theirs, lr=0.02, weight_decay=0.1)
     steps_of(*optimizers)
@@ -127,7 +127,7 @@ def test_no_rank_has_much_more_to_orthogonalize_than_another():
         (torch.nan, torch.nan, True, True, 0),  # fp16 does not explain a loss that is not finite
     ],
 )
-def test_a_step_is_skipped_for_its_gradient_and_fp16_explains_only_overflows(grad_norm, loss, fp16, skip, tolerated):
+def test_bad_gradients_skip_the_step_and_fp16_explains_only_overflows(grad_norm, loss, fp16, skip, tolerated):
     scaler = SimpleNamespace(is_enabled=lambda: fp16)
     found = optim.check_gradient(torch.tensor(grad_norm), [torch.tensor(loss)], scaler)
     assert (bool(found[0]), found[1].item()) == (skip, tolerated)

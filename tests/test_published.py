@@ -153,7 +153,7 @@ def test_a_published_file_loads_with_its_ema_weights(tmp_path, tiny_name, kind):
 def test_a_file_has_its_own_energy_or_the_one_that_is_asked_for(tmp_path, tiny_name):
     bare, own = (write_file(tmp_path / f"{kind}.pt", STATE, kind) for kind in ("bare", "of energies"))
     assert checkpoint.load_model(bare, model=tiny_name, ebm="dot")[0].config.ebm == "dot"
-    assert "was trained with --ebm l2, found --ebm dot" in refusal(own, tiny_name, ebm="dot")
+    assert "was trained with --ebm l2" in refusal(own, tiny_name, ebm="dot")
     half = {name: value.half() for name, value in STATE.items()}
     torch.save({"ema": half, "args": {"ebm": "dot", "vae": "mse"}}, tmp_path / "a.pt")  # plain args, half precision
     model, config, _ = checkpoint.load_model(tmp_path / "a.pt", model=tiny_name)

@@ -98,7 +98,7 @@ def chain(shapes, tmp_path_factory):
 
 
 @pytest.mark.parametrize("stops", [(None,), (1, 2, 1, None)])
-def test_a_schedule_equals_the_chain_of_its_phases_bit_for_bit_also_stopped(stops, chain, shapes, tmp_path):
+def test_a_schedule_equals_its_phases_as_a_chain_bit_for_bit_also_stopped(stops, chain, shapes, tmp_path):
     training = run_schedule(SCHEDULE, shapes, tmp_path / "r", *FLAGS, stops=stops)
     assert training.folder.name == "000-EqM-Ti-4-f4-8-16-rope"
     rows, expected = training.rows(), [row for phase in chain for row in phase.rows()]

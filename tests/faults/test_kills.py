@@ -267,7 +267,7 @@ def test_files_that_vanish_while_training_are_counted_like_corrupt_ones(make, sh
         video.unlink()
     wait_until(lambda: training.rows()[-1]["bad_videos"], process)
     process.send_signal(signal.SIGTERM)
-    assert "can't be decoded; other clips take its place" in end(process)
+    assert "can't be decoded; others take its place" in end(process)
     assert training.rows()[-1]["bad_videos"] <= 6
 
 
