@@ -80,6 +80,7 @@ class VAE:
     @torch.no_grad()
     def decode(self, latents):
         """Scaled latents (B, C, T, h, w) -> uint8 (B, T, H, W, 3), clamped to the range of pixels."""
+
         def decode(frames):
             return _to_uint8(frames if self.model is None else self.model.decode(frames).sample)
 

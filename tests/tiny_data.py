@@ -67,11 +67,15 @@ def make_state(step=10, **settings):
         "config": {
             "model": vars(config),
             "data": {
-                "vae": "none", "image_size": 16, "fps": 25.0, "frame_interval": [1], "time_scale": 0.04,
-                "longest_time_scale": 0.04, "classes": ["A", "B"],
+                "vae": "none",
+                "image_size": 16,
+                "fps": 25.0,
+                "frame_interval": [1],
+                **dict.fromkeys(("time_scale", "longest_time_scale"), 0.04),
+                "classes": ["A", "B"],
             },
             "training": {"model": "EqM-Ti/4", "num_frames": config.num_frames, "video": config.num_frames > 1},
-        },  # fmt: skip
+        },
         "model": EqM(config).state_dict(),
         "ema": EqM(config).state_dict(),
         "optimizer": {"kind": "adamw", "states": []},
