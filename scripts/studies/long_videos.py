@@ -22,6 +22,7 @@ ARM = replace(RECOMMENDED, phases=((8, 1 / 3), (16, 2 / 3)))
 COMPUTE, FORCING = 1.6, 0.75  # of the study's full compute; share of the clips that are forced in training
 WINDOW, SECONDS = 16, 12  # frames; of a video of the data, at 25 frames per second
 SHORT = 32  # frames of the videos whose memory is compared with that of long ones
+METRICS = "motion", "consistency"
 COLUMNS = {  # title: value of a manifest, factor, digits
     "one object to the end (%)": ("one_object", 100, 0),
     "turns at the borders only (%)": ("turns_right", 100, 0),
@@ -37,22 +38,22 @@ class LongRun(lab.Run):
 
     def __init__(self, args, seed):
         self.args, size, root = args, size_of(args), Path(args.out, "long-videos")
-        data, test = root / "bouncing-shapes", root / "bouncing-shapes-test"
+        data, test, of_test = root / "bouncing-shapes", root / "bouncing-shapes-test", 2 if args.miniature else 16
         shared = ["--bounce", "--seconds", 2 if args.miniature else SECONDS, "--videos-per-class"]
         flags = ["--num-frames", args.num_frames, "--num-samples", args.clips, "--window", WINDOW]
         flags += [*sampling_flags(size), "--seed", seed]
         real = ["--data-path", test, "--split", "all", "--num-real", args.clips]
         super().__init__(
             root / f"seed{seed}-compute{COMPUTE:g}",
-            data={data: [*shared, size.videos], test: [*shared, 2 if args.miniature else 16, "--seed", 1]},
+            data={data: [*shared, size.videos], test: [*shared, of_test, "--seed", 1]},
             **training(args, ARM, seed, COMPUTE, "--forcing", FORCING, "--data-path", data),
             tasks={
                 f"overlap {overlap}, guidance {guidance:g}": (
-                    [*flags, "--overlap", overlap, "--cfg-scale", guidance], ("motion", "consistency")
+                    [*flags, "--overlap", overlap, "--cfg-scale", guidance], METRICS
                 )
                 for overlap in args.overlaps for guidance in args.guidances
             },
-            metrics={"motion": real, "consistency": real},
+            metrics=dict.fromkeys(METRICS, real),
         )  # fmt: skip
         self.memory = self.folder / f"memory-{args.num_frames}.json"  # {num_frames: MiB}
 
@@ -74,16 +75,14 @@ class LongRun(lab.Run):
 
 
 def markdown(content):
-    """The table as text: mean over the seeds and, in brackets, their lowest and highest value."""
     frames, count = content["num_frames"], len(content["seeds"])
     lines = ["# Longer than any training clip", "", "Made by `scripts/studies/long_videos.py`: the study's recipe on 8 "
              "and 16 frames with", f"{COMPUTE} times its compute and `--forcing {FORCING}`, bouncing shapes; "
              f"{content['videos']} videos of", f"{frames} frames in windows of {WINDOW}; {count} "
              f"seed{'s' if count > 1 else ''}: mean (lowest to highest).", ""]  # fmt: skip
     lines += lab.seed_table(content["samplings"], COLUMNS)
-    ratios = [peaks[str(frames)] / peaks[str(SHORT)] for peaks in content["memory"]]
-    cell = lab.mean_cell(ratios, 2)
-    return [*lines, f"Peak memory of `sample_gd.py`, {frames} frames against {SHORT}: {cell} times."]
+    ratio = lab.mean_cell([peaks[str(frames)] / peaks[str(SHORT)] for peaks in content["memory"]], 2)
+    return [*lines, f"Peak memory of `sample_gd.py`, {frames} frames against {SHORT}: {ratio} times."]
 
 
 def parse_args():
