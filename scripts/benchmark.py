@@ -11,6 +11,7 @@ one ratio. The floor of a training step is the time of its FLOPs at the machine'
 
 import argparse
 import gc
+import itertools
 import json
 import math
 import os
@@ -48,10 +49,9 @@ ON_GPU = torch.cuda.is_available()
 NUM_CLASSES, NEARLY_NO_CHANGE = 101, {"lr": 1e-9, "muon_lr": 1e-9, "weight_decay": 0.0}
 FRAMES = 4, 8, 16  # of the parts memory and sizes
 WARM_UP = 2  # calls before those that are timed
-# Tokens per step of the part sizes; on a GPU with about 60 KB of activations per token, block and 1,000 channels in
-# mind, for 80 GB. Fewer where they do not fit. A CPU only shows that the part works.
-GPU_SIZES = {"EqM-S/4": 65_536, "EqM-B/2": 65_536, "EqM-XL/2": 16_384}
-CPU_SIZES = {"EqM-Ti/4": 512}
+# Tokens per step of the part sizes: 80 GB at about 60 KB of activations per token, block and 1,000 channels. Halved
+# until they fit. A CPU only shows that the part works.
+SIZES = {"EqM-S/4": 65_536, "EqM-B/2": 65_536, "EqM-XL/2": 16_384} if ON_GPU else {"EqM-Ti/4": 512}
 warnings.filterwarnings("ignore", message="a token holds")
 
 
@@ -320,23 +320,16 @@ def measure_sizes(args, report):
     """Print clips per second, TFLOP/s and their share of the device's peak for some models and numbers of frames."""
     header = ["model", "frames", "clips a step", "s a step", "clips/s", "TFLOP/s", "MFU", "peak memory, GB"]
     print(f"| {' | '.join(header)} |\n|{'---|' * len(header)}")
-    for name, tokens in (GPU_SIZES if ON_GPU else CPU_SIZES).items():
-        for num_frames in FRAMES:
-            cells = time_size(changed(args, model=name, num_frames=num_frames), tokens)
-            print(f"| {' | '.join([name, str(num_frames), *cells])} |", flush=True)
-
-
-def time_size(args, tokens):
-    """The cells of a step with about that many tokens, or with half as many as long as they do not fit."""
-    batch_size = max(1, tokens // math.prod(model_config(args.model).grid(args.num_frames)))
-    while batch_size:
-        try:
-            return time_step(changed(args, batch_size=batch_size))
-        except torch.OutOfMemoryError:
-            batch_size //= 2
-        gc.collect()  # not in the handler, where the error still holds what did not fit
-        torch.cuda.empty_cache()
-    return ["does not fit", *"-----"]
+    for (model, tokens), num_frames in itertools.product(SIZES.items(), FRAMES):
+        clips, cells = max(1, tokens // math.prod(model_config(model).grid(num_frames))), None
+        while clips and not cells:
+            try:
+                cells = time_step(changed(args, model=model, num_frames=num_frames, batch_size=clips))
+            except torch.OutOfMemoryError:
+                clips //= 2
+            gc.collect()  # not in the handler, where the error still holds what did not fit
+            torch.cuda.empty_cache()
+        print(f"| {' | '.join([model, str(num_frames), *(cells or ['does not fit', *'-----'])])} |", flush=True)
 
 
 def time_step(args):
@@ -432,10 +425,6 @@ def time_agreement(rank, join, count, calls=50):
             stop.agreed()
 
     return [seconds_of(agree) / calls for _ in range(count + 1)][1:]
-
-
-# ----------------------------------------------------------------------------------------------------------------------
-# Data: latents against videos
 
 
 def measure_data(args, report):

@@ -72,7 +72,7 @@ def test_a_size_halves_its_clips_until_they_fit(monkeypatch, capsys):
 
     time_step, fits = benchmark.time_step, 3
     monkeypatch.setattr(benchmark, "time_step", step)
-    monkeypatch.setattr(benchmark, "CPU_SIZES", {"EqM-Ti/4": 12 * 64})
+    monkeypatch.setattr(benchmark, "SIZES", {"EqM-Ti/4": 12 * 64})
     monkeypatch.setattr(benchmark, "FRAMES", (4,))
     benchmark.measure_sizes(ARGS, None)
     fits = 0

@@ -61,8 +61,8 @@ def num_clips(args):
 def markdown(content):
     tasks, seeds = content["tasks"], len(content["seeds"])
     lines = ["# Given frames", "", "Made by `scripts/studies/given_frames.py`: the study's 4-8-16 recipe with shares "
-             f"of forced\nclips (`--forcing`), {content['videos']} test videos, {seeds} seeds each. Mean over the seeds "
-             "(lowest to highest).", ""]  # fmt: skip
+             f"of forced\nclips (`--forcing`), {content['videos']} test videos, {seeds} seeds each. Mean over the "
+             "seeds (lowest to highest).", ""]  # fmt: skip
     for share in dict.fromkeys(share for found in tasks.values() for share in found):
         rows = {task: found[share] for task, found in tasks.items()}
         lines += [f"## --forcing {share}", "", *lab.seed_table(rows, COLUMNS)]

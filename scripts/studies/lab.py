@@ -143,7 +143,7 @@ class Run:
     def checkpoint(self):
         """The path of latest.pt if the training has reached its last step, else None."""
         is_trained = any(row["step"] == self.last_step for row in self.validations())
-        return next(self.folder.glob("*/checkpoints/latest.pt")) if is_trained else None
+        return next(self.folder.glob("*/checkpoints/latest.pt"), None) if is_trained else None
 
     def script(self, *words, **environment):
         return script(*words, log=self.folder / f"{Path(words[0]).stem}.log", **environment)

@@ -18,9 +18,8 @@ from runtime.cli import one_line_errors
 CLIPS, LENGTHS = 288, (4, 16, 24)  # clips of each number of frames
 # Title: value of a manifest, factor, digits
 COLUMNS = {"directions right (%)": ("direction_accuracy", 100, 1), "shapes right (%)": ("shape_accuracy", 100, 1)}
-TINY = dict(
-    word.split("=") for word in "STEPS_1=1 STEPS_2=2 STEPS_3=3 BATCH_1=4 BATCH_2=4 BATCH_3=4 GPUS=1 VIDEOS=2".split()
-)
+TINY = {"STEPS_1": "1", "STEPS_2": "2", "STEPS_3": "3", "GPUS": "1", "VIDEOS": "2"}
+TINY |= dict.fromkeys(("BATCH_1", "BATCH_2", "BATCH_3"), "4")
 
 
 class QuickstartRun(lab.Run):
