@@ -34,6 +34,15 @@ activate() { # the environment of setup.sh, or one that the user has activated
   command -v torchrun >/dev/null || complain "no torch here: run scripts/setup.sh first"
 }
 
+suit() { # sets RANKS and SUITED to the number of processes and the precision that suit the machine
+  RANKS=1 SUITED= # what the GPU is best at
+  if ! command -v nvidia-smi >/dev/null; then
+    RANKS=2 SUITED=bf16 # on the CPU two of one thread are faster than one of two
+    # glibc keeps the memory of a step for the next one, instead of giving it back and asking again
+    export MALLOC_MMAP_THRESHOLD_=4000000000 MALLOC_TRIM_THRESHOLD_=4000000000
+  fi
+}
+
 processes() { # N: sets RUN to what starts a Python script in N processes
   RUN=(python)
   if [[ $1 != 1 ]]; then

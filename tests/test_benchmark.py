@@ -1,5 +1,4 @@
 import argparse
-import itertools
 import math
 
 import numpy as np
@@ -9,9 +8,7 @@ import torch
 import benchmark
 from rope import RotaryEmbedding3D, apply_rotary
 
-ARGS = argparse.Namespace(
-    model="EqM-Ti/4", num_frames=4, batch_size=1, precision="fp32", compile=False, pairs=1, grad_checkpoint=False
-)
+ARGS = argparse.Namespace(model="EqM-Ti/4", num_frames=4, batch_size=1, precision="fp32", compile=False, pairs=1)
 
 
 def test_our_rotation_and_the_one_it_is_measured_against_agree():
@@ -19,8 +16,7 @@ def test_our_rotation_and_the_one_it_is_measured_against_agree():
     q = torch.randn(2, 3, 24, head_dim, generator=torch.Generator().manual_seed(0))
     n = head_dim // 3
     # It pairs channel j of an axis with j + n/2, ours pairs neighbors: reorder, rotate, reorder back.
-    pairs = itertools.product(range(3), range(n // 2), range(2))
-    order = torch.tensor([axis * n + half * n // 2 + j for axis, j, half in pairs])
+    order = torch.arange(head_dim).view(3, 2, n // 2).transpose(1, 2).flatten()
     cos, sin = RotaryEmbedding3D(head_dim)(grid, torch.full((2,), 0.04))
     ours = apply_rotary(q[..., order], cos, sin)
     torch.testing.assert_close(benchmark.rotate_per_axis(q, grid)[..., order], ours, atol=1e-5, rtol=1e-5)
@@ -62,20 +58,18 @@ def test_a_step_with_muon_changes_every_weight_and_its_products_are_those_of_a_b
 
 
 def test_a_size_halves_its_clips_until_they_fit(monkeypatch, capsys):
-    tried = []
+    tried, fits, time_step = [], [3, 0], benchmark.time_step
 
     def step(args):
         tried.append(args.batch_size)
-        if args.batch_size > fits:
+        if args.batch_size > fits[0]:
             raise torch.OutOfMemoryError("too much")
         return time_step(args)
 
-    time_step, fits = benchmark.time_step, 3
-    monkeypatch.setattr(benchmark, "time_step", step)
-    monkeypatch.setattr(benchmark, "SIZES", {"EqM-Ti/4": 12 * 64})
-    monkeypatch.setattr(benchmark, "FRAMES", (4,))
+    for name, value in {"time_step": step, "SIZES": {"EqM-Ti/4": 12 * 64}, "FRAMES": (4,)}.items():
+        monkeypatch.setattr(benchmark, name, value)
     benchmark.measure_sizes(ARGS, None)
-    fits = 0
+    fits.pop(0)
     benchmark.measure_sizes(ARGS, None)
     assert tried == [12, 6, 3, 12, 6, 3, 1]
     header, line, row, *_, never = capsys.readouterr().out.splitlines()

@@ -136,15 +136,15 @@ def test_scripts_take_the_commands_of_a_page(page, monkeypatch, capsys):
             pytest.fail(f"{shlex.join(words)}: {error} {capsys.readouterr().err}")
 
 
-@pytest.mark.parametrize(
-    "command",
-    [
-        "python EqM/train.py --data-path x --nmu-frames 3", "python EqM/evaluate.py --metric fvd", "bash scripts/no.sh",
-        "torchrun --gpus=1 EqM/train.py --data-path x", "FRAME=3 bash scripts/sample.sh",
-        "bash scripts/sample.sh --num-frames x", "bash scripts/setup.sh devv", "touch x",
-        "python EqM/train.py --data-path x > y", "python x.py 'y",
-    ],
-)  # fmt: skip
+WRONG = """python EqM/train.py --data-path x --nmu-frames 3
+torchrun --gpus=1 EqM/train.py --data-path x
+FRAME=3 bash scripts/sample.sh
+bash scripts/sample.sh --num-frames x
+bash scripts/setup.sh devv
+python EqM/train.py --data-path x > y"""
+
+
+@pytest.mark.parametrize("command", WRONG.splitlines())
 def test_a_wrong_command_is_found(command, monkeypatch, capsys):
     with pytest.raises((SystemExit, AssertionError, OSError)):
         for names, words in commands(f"```bash\n{command}\n```"):
@@ -211,10 +211,9 @@ def test_numbers_are_those_of_the_files_in_results(page):
 
 
 def test_the_tables_of_results_are_compared_with_a_page():
-    compared = {file for text in PAGES.values() for _, files, _ in checked_blocks(text) for file in files}
-    names = ["demo/README", "benchmark", "adaptive_compute", "given_frames", "long_videos", "faults", "study"]
-    names += ["study-first-edition"]
-    assert compared >= {ROOT / f"results/{name}.md" for name in names}
+    compared = {file.stem for text in PAGES.values() for _, files, _ in checked_blocks(text) for file in files}
+    names = "README benchmark adaptive_compute given_frames long_videos faults study study-first-edition"
+    assert compared >= set(names.split())
 
 
 def test_a_number_that_changed_is_found():
@@ -244,7 +243,6 @@ def test_the_table_of_models_has_their_parameters():
 
 def test_the_python_of_the_readme_runs_and_writes_videos(tmp_path, monkeypatch):
     (snippet,) = fences(PAGES["README.md"], "python")
-    assert len(snippet.splitlines()) == 12
     for name in ("EqM", "results"):
         (tmp_path / name).symlink_to(ROOT / name)
     monkeypatch.chdir(tmp_path)

@@ -15,8 +15,7 @@ from training import run_main
 
 @pytest.mark.parametrize("what", ["nothing", "positions", "one bias"])
 def test_the_limits_of_bf16_pass_rounding_and_no_mistake(what):
-    size = {"num_classes": 3, "num_frames": 6, "temporal_patch_size": 4, "depth": 2, "input_size": 8, "use_rope": True}
-    config = model_config("EqM-Ti/4", **size)
+    config = model_config("EqM-Ti/4", num_classes=3, temporal_patch_size=4, depth=2, input_size=8, use_rope=True)
     network, inputs = gpu_checks.random_network(config), gpu_checks.random_inputs(config, 6)
     reference = gpu_checks.outputs_and_gradients(network, *inputs)
     wrong = deepcopy(network)
@@ -24,9 +23,8 @@ def test_the_limits_of_bf16_pass_rounding_and_no_mistake(what):
         wrong.rope.theta = 1.0
     if what == "one bias":
         wrong.blocks[1].attn.proj.bias.data.zero_()
-    errors = gpu_checks.network_errors(wrong, reference, inputs, "bf16")
-    limits = gpu_checks.ERRORS["bf16"]
-    assert all(error <= limit for error, limit in zip(errors, limits, strict=True)) == (what == "nothing")
+    errors = zip(gpu_checks.network_errors(wrong, reference, inputs, "bf16"), gpu_checks.ERRORS["bf16"], strict=True)
+    assert all(error <= limit for error, limit in errors) == (what == "nothing")
 
 
 def test_errors_are_relative_to_the_reference_and_runs_differ_by_their_worst_value():

@@ -29,6 +29,7 @@ from schedule import Phase
 from training import ROOT, counted_steps, run_main
 
 TWO_ARMS = "16 fixed", "4-8-16 table"  # of one run each in the miniature
+SAMPLED = [(name, str(frames)) for name in TWO_ARMS for frames in BY_NAME[name].lengths]  # in this order
 SCRIPT = lab.script  # in a process of its own
 SCRIPTS = {
     "EqM/train.py": train, "EqM/sample_gd.py": sample_gd, "EqM/evaluate.py": evaluate,
@@ -80,22 +81,22 @@ def lines_of(path):
 def test_a_study_has_rows_of_its_validations_and_samples_once(trained, commands, capsys):
     out, _ = trained
     rows = lines_of(out / "study.csv")
-    made = [(row["arm"], row["frames"]) for row in rows if row["kind"] == "sample"]
-    assert made == [(name, str(frames)) for name in TWO_ARMS for frames in BY_NAME[name].lengths]
-    assert all(row["real_direction"] == "1" and float(row["seam"]) > 0 for row in rows if row["kind"] == "sample")
+    sampled = [row for row in rows if row["kind"] == "sample"]
+    assert [(row["arm"], row["frames"]) for row in sampled] == SAMPLED
+    assert all(row["real_direction"] == "1" and float(row["seam"]) > 0 for row in sampled)
     for name in TWO_ARMS:
         phases, flops = arms.plan(BY_NAME[name], 1.0, MINIATURE)
         validated = [row for row in rows if row["kind"] == "train" and row["arm"] == name]
         assert [int(row["step"]) for row in validated] == list(range(1, phases[-1][1] + 1))
-        assert float(validated[-1]["flops"]) == pytest.approx(flops, rel=1e-4)
-        assert validated[-1]["frames"] == "16" and validated[-1]["loss_16"] == validated[-1]["loss"]
         assert all(row["loss_16"] for row in validated)
+        last = validated[-1]
+        assert float(last["flops"]) == pytest.approx(flops, rel=1e-4)
+        assert last["frames"] == "16" and last["loss_16"] == last["loss"]
     assert "| 16 fixed | 100% |" in (out / "study.md").read_text()
     commands.clear()
-    run_main(study, "--miniature", "--out", out, "--only", *TWO_ARMS)
-    assert "all is done" in capsys.readouterr().out and not commands and lines_of(out / "study.csv") == rows
-    run_main(study, "--miniature", "--out", out, "--only", *TWO_ARMS, "--list")
-    assert "2 runs, 0.0 hours left" in capsys.readouterr().out
+    for flags, words in ([], "all is done"), (["--list"], "2 runs, 0.0 hours left"):
+        run_main(study, "--miniature", "--out", out, "--only", *TWO_ARMS, *flags)
+        assert words in capsys.readouterr().out and not commands and lines_of(out / "study.csv") == rows
 
 
 MINIATURES = {  # study: its flags, a line of its report
