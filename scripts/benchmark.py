@@ -208,13 +208,13 @@ def measure_step(args, report):
 
 def measure_positions(args, report):
     """Rotary against fixed positions, the best ones against plain rotary ones, our rotation against the common one."""
-    fixed, best = Step(args, use_rope=False), Step(args, position_table="space", rope_speed=0.5)
-    report.compare("RoPE step / fixed step", Step(args), fixed, 2 * args.pairs, "<= 1.01")
-    report.compare("RoPE step with table and speed / without", best, Step(args), 2 * args.pairs, "<= 1.03")
-    config, device = best.model.config, best.device
-    grid, head_dim = config.grid(args.num_frames), config.head_dim
-    q = torch.randn(args.batch_size, config.num_heads, math.prod(grid), head_dim, device=device, requires_grad=True)
-    cos, sin = RotaryEmbedding3D(head_dim, 10_000.0)(grid, torch.full((args.batch_size,), 0.04, device=device))
+    fixed, best, plain = Step(args, use_rope=False), Step(args, position_table="space", rope_speed=0.5), Step(args)
+    report.compare("RoPE step / fixed step", plain, fixed, 2 * args.pairs, "<= 1.01")
+    report.compare("RoPE step with table and speed / without", best, plain, 2 * args.pairs, "<= 1.03")
+    grid, head_dim = plain.model.config.grid(args.num_frames), plain.model.config.head_dim
+    shape = args.batch_size, plain.model.config.num_heads, math.prod(grid), head_dim
+    q = torch.randn(shape, device=plain.device, requires_grad=True)
+    cos, sin = RotaryEmbedding3D(head_dim)(grid, torch.full(shape[:1], 0.04, device=plain.device))
     report.compare(
         "our rotation / a loop over axes that concatenates",
         lambda: apply_rotary(q, cos, sin).sum().backward(), lambda: rotate_per_axis(q, grid).sum().backward(),
@@ -460,14 +460,14 @@ def measure_data(args, report):
 
 def measure_reading(args, report, what, read):
     """Reading a clip from a random start, as in training, against reading all frames."""
-    draw, name = np.random.default_rng(0), f"read {args.num_frames} of 164 frames {what} / all"
+    name, note = f"read {args.num_frames} of 164 frames {what} / all", "{:.2g} and {:.2g} ms, 256 px"
+    draw, frames = np.random.default_rng(0), range(164)
 
     def read_clip():
         start = draw.integers(164 - args.num_frames)
-        read(range(start, start + args.num_frames))
+        read(frames[start : start + args.num_frames])
 
-    note = "{:.2g} and {:.2g} ms, 256 px"
-    report.compare(name, read_clip, lambda: read(range(164)), 4 * args.pairs, "<= 0.3", note, unit=1000)
+    report.compare(name, read_clip, lambda: read(frames), 4 * args.pairs, "<= 0.3", note, unit=1000)
 
 
 def run_script(script, *flags):

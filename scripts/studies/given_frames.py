@@ -4,8 +4,8 @@
 
 Trains the curriculum that the study recommends with a share of forced clips, and scores it on a test set of its own,
 288 videos of another seed: completions of its clips by evaluate.py --metric prediction, and clips of which nothing is
-given by --metric motion. The same command continues, and shares the models with other processes (see lab.py). Tables:
-results/given_frames.md and .json; models, samples and scores: results/given-frames.
+given by --metric motion. Tables: results/given_frames.md and .json; models, samples and scores: results/given-frames
+(see lab.py).
 """
 
 from pathlib import Path
@@ -36,16 +36,14 @@ COLUMNS = {  # title: value of a manifest, factor, digits
 def make_run(args, share, seed):
     """The Run of a model."""
     root, clips, size = Path(args.out, "given-frames"), num_clips(args), size_of(args)
-    data, test = root / "moving-shapes", root / "moving-shapes-test"
+    data = lab.data_sets(root / "moving-shapes", size.videos, max(2, clips // 12), "--seconds", 1.4)
+    videos, test = data
     flags = ["--num-samples", clips, "--seed", seed, *sampling_flags(size)]
     given = {"prediction": ["--given", test, "--given-split", "all", "--no-keep-background"], "motion": []}
     return lab.Run(
         root / f"forcing{share:g}-seed{seed}",
-        data={
-            data: ["--seconds", 1.4, "--videos-per-class", size.videos],
-            test: ["--seconds", 1.4, "--videos-per-class", max(2, clips // 12), "--seed", 1],
-        },
-        **training(args, RECOMMENDED, seed, 1.0, "--forcing", share, "--data-path", data),
+        data,
+        **training(args, RECOMMENDED, seed, 1.0, "--forcing", share, "--data-path", videos),
         tasks={task: ([*words.split(), *flags, *given[metric]], [metric]) for task, (words, metric) in TASKS.items()},
         metrics={
             "prediction": ["--data-path", test],

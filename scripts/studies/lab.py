@@ -1,8 +1,8 @@
 """What the studies share: runs that continue after a kill and that several processes can share, and tables.
 
-A Run trains a model, samples from it and scores the samples with the project's own scripts, in a folder of its own.
-What is finished there is not made again. Start the same command several times to share the runs between processes: on 2
-cores, two with OMP_NUM_THREADS=1 are much faster than one with two threads.
+A Run trains a model, samples from it and scores the samples with the project's own scripts, in a folder of its own. The
+same command continues after an interruption. Start it several times to share the runs between processes: on 2 cores,
+two with OMP_NUM_THREADS=1 are much faster than one with two threads.
 """
 
 import fcntl
@@ -205,6 +205,12 @@ def run_all(runs, minutes=math.inf):
                 return
             time.sleep(WAIT_SECONDS)
     say("all is done")
+
+
+def data_sets(folder, count, test_count, *flags):
+    """The `data` of a Run: so many videos per class in a folder, and a test set of another seed in FOLDER-test."""
+    flags = [*flags, "--videos-per-class"]
+    return {folder: [*flags, count], folder.with_name(f"{folder.name}-test"): [*flags, test_count, "--seed", 1]}
 
 
 # ----------------------------------------------------------------------------------------------------------------------

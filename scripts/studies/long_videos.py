@@ -4,10 +4,9 @@
     python scripts/studies/long_videos.py --overlaps 4 8 12 --guidances 1 1.5 --clips 24 --seeds 0 1     what is best
 
 Trains the recipe that the study recommends, but on 8 and 16 frames and with 1.6 times its compute, with three of four
-clips forced, on videos of shapes that turn at the borders of the frame. Makes long videos of every class by
-sample_gd.py and scores them by evaluate.py: one object to the end, its speed, its turns, and the seams of windows. Then
-it measures the memory of sample_gd.py for short and long videos. The same command continues, and shares the models with
-other processes (see lab.py). Tables: results/long_videos.md and .json; models, samples and scores: results/long-videos.
+clips forced, on videos of shapes that turn at the borders of the frame. Long videos of every class are scored: one
+object to the end, its speed, its turns, and the seams of windows. Then it measures the memory of sample_gd.py for short
+and long videos. Tables: results/long_videos.md and .json; models, samples and scores: results/long-videos (see lab.py).
 """
 
 import json
@@ -38,15 +37,16 @@ class LongRun(lab.Run):
 
     def __init__(self, args, seed):
         self.args, size, root = args, size_of(args), Path(args.out, "long-videos")
-        data, test, of_test = root / "bouncing-shapes", root / "bouncing-shapes-test", 2 if args.miniature else 16
-        shared = ["--bounce", "--seconds", 2 if args.miniature else SECONDS, "--videos-per-class"]
+        seconds, of_test = (2, 2) if args.miniature else (SECONDS, 16)
+        data = lab.data_sets(root / "bouncing-shapes", size.videos, of_test, "--bounce", "--seconds", seconds)
+        videos, test = data
         flags = ["--num-frames", args.num_frames, "--num-samples", args.clips, "--window", WINDOW]
         flags += [*sampling_flags(size), "--seed", seed]
         real = ["--data-path", test, "--split", "all", "--num-real", args.clips]
         super().__init__(
             root / f"seed{seed}-compute{COMPUTE:g}",
-            data={data: [*shared, size.videos], test: [*shared, of_test, "--seed", 1]},
-            **training(args, ARM, seed, COMPUTE, "--forcing", FORCING, "--data-path", data),
+            data,
+            **training(args, ARM, seed, COMPUTE, "--forcing", FORCING, "--data-path", videos),
             tasks={
                 f"overlap {overlap}, guidance {guidance:g}": (
                     [*flags, "--overlap", overlap, "--cfg-scale", guidance], METRICS

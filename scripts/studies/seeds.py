@@ -4,8 +4,7 @@
     GPUS=1 python scripts/studies/seeds.py & GPUS=1 python scripts/studies/seeds.py
 
 Runs scripts/quickstart.sh with its default steps and batches, samples 288 clips of 4, 16 and 24 frames, and scores them
-against videos of another seed. The same command continues, and shares the seeds with other processes (see lab.py).
-Table: results/seeds.md and .json; models and scores: results/seeds.
+against videos of another seed. Table: results/seeds.md and .json; models and scores: results/seeds (see lab.py).
 """
 
 import os
@@ -27,14 +26,13 @@ class QuickstartRun(lab.Run):
 
     def __init__(self, args, seed):
         self.seed, self.tiny, root = seed, TINY if args.miniature else {}, Path(args.out, "seeds").resolve()
-        self.videos, test, clips = root / "moving-shapes", root / "moving-shapes-test", 4 if self.tiny else CLIPS
+        clips, *counts = (4, 2, 2) if self.tiny else (CLIPS, 60, 8)
+        data = lab.data_sets(root / "moving-shapes", *counts, "--seconds", 1.4)
+        self.videos, test = data
         flags = ["--num-samples", clips, "--precision", "bf16", "--seed", seed, "--num-frames"]
         super().__init__(
             root / f"seed{seed}",
-            data={
-                self.videos: ["--seconds", 1.4, "--videos-per-class", 2 if self.tiny else 60],
-                test: ["--seconds", 1.4, "--videos-per-class", 2 if self.tiny else 8, "--seed", 1],
-            },
+            data,
             tasks={f"samples-f{frames}": ([*flags, frames], ("motion",)) for frames in LENGTHS},
             metrics={"motion": ["--data-path", test, "--split", "all", "--num-real", min(96, clips)]},
         )
