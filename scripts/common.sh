@@ -15,11 +15,11 @@ for word in "$@"; do # --help: the comment at the head of the script, and nothin
 done
 
 flags_only() { # ARGUMENTS that are passed on: flags, not words
-  if [[ $# != 0 && $1 != -* ]]; then complain "$(printf %q "$1"): unknown word; expected flags, see --help"; fi
+  if [[ $# != 0 && $1 != -* ]]; then complain "$(printf %q "$1"): unexpected argument; expected flags, see --help"; fi
 }
 
 no_words() { # ARGUMENTS of a script that takes none
-  if [[ $# != 0 ]]; then complain "$(printf %q "$1"): unknown word; it takes none, see --help for its variables"; fi
+  if [[ $# != 0 ]]; then complain "$(printf %q "$1"): unexpected argument; expected none, see --help for its variables"; fi
 }
 
 nearly() { # KNOWN NAMES...: complains of a variable that is set and that is nearly one of the KNOWN ones

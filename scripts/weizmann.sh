@@ -1,7 +1,7 @@
 #!/usr/bin/env bash
 # Real people on a machine without a GPU: Weizmann's actions, a VAE trained on them, a latent cache, a model trained on 4,
-# then 8, then 16 frames, samples, clips that go on from given frames, and what they are worth. Run again, it continues where
-# it stopped.
+# then 8, then 16 frames, samples, continuations of given frames, and what they are worth. Run again, it continues where it
+# stopped.
 #
 #   git clone https://github.com/sergeytulyakov/mocogan datasets/mocogan && bash scripts/weizmann.sh
 #
@@ -11,7 +11,7 @@
 #   DATA=datasets/weizmann      the data set that is made of them; persons 7 and 8 are held out (HOLD_OUT="7 8")
 #   GPUS, PRECISION             processes, bf16 or fp32; default: what suits the machine
 #   VAE_STEPS, STEPS_1, STEPS_2, STEPS_3   steps; default: as HOURS says
-#   SAMPLES=96, LONG=16, REAL=64           samples of 16 frames, of 64 frames, held-out clips to go on from
+#   SAMPLES=96, LONG=16, REAL=64           samples of 16 frames, of 64 frames, held-out clips to continue
 #   CLASSIFIER_STEPS=250        training steps of the network that says which action a clip shows
 set -euo pipefail
 cd "$(dirname "$0")/.."

@@ -216,7 +216,7 @@ def test_a_kill_and_a_resume(training, all_ranks, check):
 
 
 def test_a_save(tmp_path, check):
-    """A save, which goes on while training does: seconds until training continues, MB, tensors that differ."""
+    """A save, which overlaps training: seconds until training continues, MB, tensors that differ."""
     model = "EqM-B/2" if ON_GPU else "EqM-Ti/4"
     settings = {"num_frames": 4, "batch_size": 1, "precision": PRECISIONS[-1], "compile": False}
     step = benchmark.Step(SimpleNamespace(model=model, **settings))

@@ -32,7 +32,6 @@ WORDS = {
     "scripts/test.sh": ".*", "scripts/setup.sh": "(dev)?", "scripts/faults.sh": "([0-9]+( --.*)?)?",
     "datasets/prepare_ucf101.sh": "[^ ]*",
 }  # fmt: skip
-FLAGS_OF_OTHERS = {"--logdir"}  # of tensorboard
 
 
 def fences(text, language):
@@ -76,7 +75,6 @@ def test_the_readme_links_every_page_and_the_design_names_every_module():
 
 
 # Commands and flags ---------------------------------------------------------------------------------------------------
-
 # Restricted bash (-r: no files are written) with functions in place of programs. Each writes the names of the variables
 # that are set for it and its words, a line each, and an empty line; other programs are not found.
 BASH = """
@@ -156,7 +154,7 @@ def test_flags_that_the_pages_mention_exist(monkeypatch, capsys):
         if "__main__" in script.read_text():
             with pytest.raises(SystemExit):
                 parse(script.relative_to(ROOT), ["--help"], monkeypatch)
-    known = set(re.findall(r"--[a-z][\w-]*", capsys.readouterr().out)) | FLAGS_OF_OTHERS
+    known = set(re.findall(r"--[a-z][\w-]*", capsys.readouterr().out)) | {"--logdir"}  # of tensorboard
     known |= {flag.replace("_", "-") for flag in get_args_parser()._option_string_actions}
     for page, text in PAGES.items():
         code = " ".join(re.findall(r"`([^`]+)`", prose(text)))
@@ -165,12 +163,10 @@ def test_flags_that_the_pages_mention_exist(monkeypatch, capsys):
 
 
 # Numbers --------------------------------------------------------------------------------------------------------------
-
 # A comment before a table, a paragraph or a list says which files of results/ have its numbers:
 # "rows of": those of each row are in the rows of the file that have the same first cell
 # "numbers of": those with a decimal point, in percent, points or MB are in the files
 # A number is in a file if one there, or one of its numbers in percent, rounds to it.
-
 NUMBER = r"(?<![\w.])\d[\d,]*(?:\.\d+)?"
 
 

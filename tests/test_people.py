@@ -83,5 +83,5 @@ def test_a_run_that_is_not_finished_is_one_line(missing, capsys):
     Path(missing).unlink()
     run_main(people, "one", "--out", "out", status=2)
     error = capsys.readouterr().err
-    assert f"one: not a finished run of scripts/weizmann.sh: {missing} is missing; run it again with EXP=one" in error
+    assert f"{missing}: no such file; expected finished runs of scripts/weizmann.sh" in error
     assert error.count("\n") == 1 and not Path("out").exists()

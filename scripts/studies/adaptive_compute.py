@@ -19,7 +19,7 @@ import numpy as np
 
 import lab
 from runtime.cli import COUNT, fail, one_line_errors
-from scoring.plots import COLORS, plt, save_figure
+from scoring.plots import COLORS, MARKERS, plt, save_figure
 
 GOAL = 0.6  # a threshold may take at most this share of the evaluations of the full path
 SMALL, LARGE = 0.002, 0.008  # step sizes
@@ -105,7 +105,7 @@ def table(rows):
 
 def plot_rows(path, rows):
     figure, (top, bottom) = plt.subplots(2, 1, figsize=(9, 9), sharex=True)
-    for color, (family, step_size) in zip(COLORS, CURVES, strict=False):
+    for color, marker, (family, step_size) in zip(COLORS, MARKERS, CURVES, strict=False):
         part = [row for row in rows if row["family"] == family and step_size in (None, row["step_size"])]
         part.sort(key=lambda row: row["mean_evaluations"])
         names = "mean_evaluations", "distance", "direction_accuracy"
@@ -113,8 +113,8 @@ def plot_rows(path, rows):
         low, high = np.array([row["direction_interval95"] for row in part]).T
         error = 100 * np.clip([right - low, high - right], 0, None)
         label = f"{family}, step {step_size}" if step_size else family
-        top.errorbar(evaluations, 100 * right, error, marker="o", color=color, label=label, capsize=3)
-        bottom.plot(evaluations, distances, marker="o", color=color)
+        top.errorbar(evaluations, 100 * right, error, marker=marker, color=color, label=label, capsize=3)
+        bottom.plot(evaluations, distances, marker=marker, color=color)
         for row, *place in zip(part, evaluations, distances, strict=True):
             if row["stop_below"]:
                 bottom.annotate(f"{row['stop_below']:g}", place, (4, 4), textcoords="offset points", fontsize=10)

@@ -12,7 +12,7 @@ from pathlib import Path
 
 import lab
 from lab import cell
-from runtime.cli import ArgumentParser, UserError, fail, one_line_errors
+from runtime.cli import ArgumentParser, fail, one_line_errors
 from runtime.metrics import read_metrics
 
 VALUES = {"psnr": "PSNR", "psnr_moving": "moving pixels"}  # of predictions: name of a value, in words
@@ -21,15 +21,11 @@ PREDICTIONS = [task + end for task in ("8of16", "4of16") for end in KEPT]
 
 
 def read_run(name):
-    """The scores of an experiment, a plain dict. Raises UserError."""
-    try:
-        hours = float(re.match(r"HOURS=(\S+)", Path("results", name, "settings").read_text())[1])
-        vae, model = (newest_metrics(name, kind) for kind in ("VAE", "EqM"))
-        tasks = (*PREDICTIONS, "nearest", "classifier")
-        scores = {task: json.loads(Path("samples", f"{name}-{task}.json").read_text()) for task in tasks}
-    except FileNotFoundError as error:
-        missing = f"{error.filename} is missing; run it again with EXP={name}"
-        raise UserError(f"{name}: not a finished run of scripts/weizmann.sh: {missing}") from error
+    """The scores of an experiment, a plain dict. Raises FileNotFoundError."""
+    hours = float(re.match(r"HOURS=(\S+)", Path("results", name, "settings").read_text())[1])
+    vae, model = (newest_metrics(name, kind) for kind in ("VAE", "EqM"))
+    tasks = (*PREDICTIONS, "nearest", "classifier")
+    scores = {task: json.loads(Path("samples", f"{name}-{task}.json").read_text()) for task in tasks}
     last_phase = [row for row in model if "val_loss" in row and row["num_frames"] == model[-1]["num_frames"]]
     best = min(last_phase, key=lambda row: row["val_loss"])  # best.pt
     run = {
@@ -47,7 +43,7 @@ def read_run(name):
 
 
 def newest_metrics(name, kind):
-    """The rows of the newest VAE or model of an experiment. Raises FileNotFoundError."""
+    """The rows of the newest VAE or model of an experiment."""
     folder, names = Path("results", name), f"[0-9]*-{kind}-*"
     return read_metrics(max(folder.glob(names), default=folder / names) / "metrics.jsonl")[0]
 
@@ -107,8 +103,8 @@ def main():
     args = parse_args()
     try:
         runs = sorted(map(read_run, args.runs), key=lambda run: run["hours"])
-    except UserError as error:
-        fail(error)
+    except FileNotFoundError as error:
+        fail(f"{error.filename}: no such file; expected finished runs of scripts/weizmann.sh")
     lab.write_results(args.out, "people", markdown(runs), runs)
 
 
