@@ -88,7 +88,7 @@ def script(*words, log, **environment):
             _, status, usage = os.wait4(process.pid, 0)
         except KeyboardInterrupt:  # the script has received SIGINT as well and saves
             process.wait()
-            raise UserError("interrupted: run the same command to continue") from None
+            raise
     process.returncode = os.waitstatus_to_exitcode(status)
     if process.returncode:
         last_line = Path(log).read_text(errors="replace").strip().rpartition("\n")[2]

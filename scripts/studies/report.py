@@ -228,10 +228,6 @@ def answer_c(study, rows):
     return lines
 
 
-# ----------------------------------------------------------------------------------------------------------------------
-# The report
-
-
 def write_report(study):
     """Write study.md and its figures from the rows of a study."""
     rows, size = study.rows, study.size

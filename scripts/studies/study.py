@@ -9,10 +9,8 @@ A: fixed positions, rotary ones, rotary ones beside a table of height and width 
 ("moving"). B: which curriculum of 4, 8, then 16 frames. C: the compute at which motion becomes right.
 
 An arm is a recipe; a run is an arm with a seed and a share of the compute. All runs of a share have the same counted
-FLOPs: the steps of each phase follow from EqMConfig.training_flops. The learning rate decays to zero at the end of each
-run, so a run with 60% of the compute is a run of its own, not the first part of a longer one. After an interruption the
-same command continues, and several processes can share the runs (see lab.py). Rows in results/study.csv are done; the
-run folders in results/study are needed only for an interrupted run.
+FLOPs. The learning rate decays to zero at the end of each run, so a run with 60% of the compute is a run of its own.
+Rows in results/study.csv are done; the run folders in results/study are needed only for an interrupted run (see lab.py).
 """
 
 import csv
