@@ -37,7 +37,8 @@ def read_run(name):
         run[task] = {key: value for key, value in scores[task]["result"].items() if kept.match(key)}
     for kind in ("real", "samples"):
         kept = "clips", "right", "share", "interval95", "static"
-        run[f"classifier_{kind}"] = {key: scores["classifier"]["result"][kind].get(key) for key in kept}
+        found = scores["classifier"]["result"][kind]
+        run[f"classifier_{kind}"] = {key: found[key] for key in kept if key in found}
     ratio = {"rmse_ratio_interval95": scores["nearest"]["result"]["rmse_ratio_interval95"]}
     return run | {"nearest": scores["nearest"]["values"] | ratio}
 

@@ -10,7 +10,7 @@ A: fixed positions, rotary ones, rotary ones beside a table of height and width 
 
 An arm is a recipe; a run is an arm with a seed and a share of the compute. All runs of a share have the same counted
 FLOPs. The learning rate decays to zero at the end of each run, so a run with 60% of the compute is a run of its own.
-Rows in results/study.csv are done; the run folders in results/study are needed only for an interrupted run (see lab.py).
+Rows in results/study.csv are done; the run folders in results/study are needed only for an interrupted run: see lab.py.
 """
 
 import csv
