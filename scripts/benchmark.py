@@ -6,12 +6,12 @@
     python scripts/benchmark.py --model EqM-XL/2 --batch-size 8 --precision bf16 --compile --only step
 
 Absolute times on a shared machine are unreliable, so the two sides of a ratio alternate and each pair of calls gives
-one ratio; a row has their median and quartiles. The floor of a training step is the time that its FLOPs take at the
-rate that this machine reaches in matrix products of the model's own shapes.
+one ratio. The floor of a training step is the time of its FLOPs at the machine's rate in matrix products of its shapes.
 """
 
 import argparse
 import gc
+import itertools
 import json
 import math
 import os
@@ -38,19 +38,20 @@ from models import NAMES, Condition, EqM_models, model_config
 from rope import RotaryEmbedding3D, apply_rotary
 from runtime import distributed
 from runtime.cli import COUNT, ArgumentParser, UserError, check_speed_flags, fail, number
-from runtime.metrics import peak_tflops, read_metrics
+from runtime.metrics import device_stats, read_metrics
 from runtime.signals import StopSignal
 from samplers import guided, sample
+from scoring.plots import plt, save_figure
 from video.source import open_source
 
 ROOT = Path(__file__).resolve().parent.parent
 ON_GPU = torch.cuda.is_available()
 NUM_CLASSES, NEARLY_NO_CHANGE = 101, {"lr": 1e-9, "muon_lr": 1e-9, "weight_decay": 0.0}
 FRAMES = 4, 8, 16  # of the parts memory and sizes
-# Tokens per step of the part sizes; on a GPU with about 60 KB of activations per token, block and 1,000 channels in
-# mind, for 80 GB. Fewer where they do not fit. A CPU only shows that the part works.
-GPU_SIZES = {"EqM-S/4": 65_536, "EqM-B/2": 65_536, "EqM-XL/2": 16_384}
-CPU_SIZES = {"EqM-Ti/4": 512}
+WARM_UP = 2  # calls before those that are timed
+# Tokens per step of the part sizes: 80 GB at about 60 KB of activations per token, block and 1,000 channels. Halved
+# until they fit. A CPU only shows that the part works.
+SIZES = {"EqM-S/4": 65_536, "EqM-B/2": 65_536, "EqM-XL/2": 16_384} if ON_GPU else {"EqM-Ti/4": 512}
 warnings.filterwarnings("ignore", message="a token holds")
 
 
@@ -65,8 +66,6 @@ def parse_args():
     add("--precision", choices=["fp32", "tf32", "bf16", "fp16"], default="fp32", help="of the network")
     add("--compile", action="store_true", help="compile the transformer blocks with torch.compile")
     add("--pairs", type=number(int, least=3), default=12, metavar="N", help="pairs of calls per row")
-    add("--peak-memory", action="store_true", help="only print the peak memory of two training steps, in MB")
-    add("--grad-checkpoint", action="store_true", help="recompute activations in --peak-memory")
     return parser.parse_args()
 
 
@@ -84,7 +83,6 @@ def synchronize():
 
 
 def seconds_of(function):
-    """Seconds that a call takes."""
     synchronize()
     began = time.perf_counter()
     function()
@@ -92,12 +90,9 @@ def seconds_of(function):
     return time.perf_counter() - began
 
 
-def measure_ratios(a, b, pairs, warm_up=2):
-    """Time a and b in pairs of calls; they alternate in who is first.
-
-    Returns the ratio of a's seconds to b's for each pair, (pairs,), and the median seconds of a and of b.
-    """
-    for _ in range(warm_up):
+def measure_ratios(a, b, pairs):
+    """Ratios (pairs,) of a's seconds to b's, and the median seconds of a and of b; they alternate in who is first."""
+    for _ in range(WARM_UP):
         a(), b()
     seconds = np.empty((pairs, 2))
     for pair in range(pairs):
@@ -110,7 +105,7 @@ class Report:
     """Collects the rows and prints each as it is added."""
 
     def __init__(self):
-        self.rows = []
+        self.rows, self.growth = [], None
 
     def add(self, name, values, goal=None, note=""):
         low, middle, high = np.quantile(np.atleast_1d(values), [0.25, 0.5, 0.75]).tolist()
@@ -118,17 +113,16 @@ class Report:
         self.rows.append(row)
         print(f"{name}: {middle:.3f} ({low:.3f} to {high:.3f}){f', goal {goal}' if goal else ''}; {note}", flush=True)
 
-    def compare(self, name, a, b, pairs, goal=None, note="{:.3f} and {:.3f} s", unit=1, **settings):
+    def compare(self, name, a, b, pairs, goal=None, note="{:.3f} and {:.3f} s", unit=1):
         """Add a row for the seconds of a / those of b; the note names their medians, in 1/unit seconds."""
-        values, *seconds = measure_ratios(a, b, pairs, **settings)
+        values, *seconds = measure_ratios(a, b, pairs)
         self.add(name, values, goal, note.format(*(unit * median for median in seconds)))
 
     def markdown(self):
         lines = ["| ratio | measured | quartiles | goal | |", "|---|---|---|---|---|"]
         for row in self.rows:
-            low, high = row["quartiles"]
-            cells = row["ratio"], f"{row['median']:.3g}", f"{low:.3g} - {high:.3g}", row["goal"] or "", row["note"]
-            lines.append(f"| {' | '.join(cells)} |")
+            spread = "{:.3g} - {:.3g}".format(*row["quartiles"])
+            lines.append(f"| {row['ratio']} | {row['median']:.3g} | {spread} | {row['goal'] or ''} | {row['note']} |")
         return "\n".join(lines)
 
 
@@ -139,8 +133,8 @@ class Report:
 class Step:
     """A training step as in train.py (forward, backward, clipping, optimizer, EMA) on fixed random clips and noise."""
 
-    def __init__(self, args, precision=None, optimizer="adamw", forcing=0.0, **settings):
-        self.precision, self.forcing = precision or args.precision, forcing
+    def __init__(self, args, optimizer="adamw", forcing=0.0, **settings):
+        self.precision, self.forcing = args.precision, forcing
         self.device = torch.device("cuda" if ON_GPU else "cpu")
         torch.manual_seed(0)
         settings = {"num_classes": NUM_CLASSES, "num_frames": args.num_frames, "use_rope": True} | settings
@@ -169,7 +163,6 @@ class Step:
         loss.backward()
 
     def update(self):
-        """Clipping, optimizer and EMA."""
         torch.nn.utils.clip_grad_norm_(self.model.parameters(), 1.0)
         for optimizer in self.optimizers:
             optimizer.step()
@@ -182,10 +175,10 @@ class Step:
 
     def products(self):
         """(FLOPs, function to run) of one block's matrix products, forward and backward, as F.linear computes them."""
-        D, tokens = self.model.config.hidden_size, len(self.x) * math.prod(self.model.config.grid(self.x.shape[2]))
+        D, N = self.model.config.hidden_size, len(self.x) * math.prod(self.model.config.grid(self.x.shape[2]))
         random = partial(torch.randn, device=self.device, dtype=distributed.MIXED.get(self.precision, torch.float32))
         sizes = [(D, 3 * D), (D, D), (D, 4 * D), (4 * D, D)]
-        layers = [(random(tokens, inner), random(outer, inner), random(tokens, outer)) for inner, outer in sizes]
+        layers = [(random(N, inner), random(outer, inner), random(N, outer)) for inner, outer in sizes]
 
         def run():
             for x, weight, gradient in layers:
@@ -193,7 +186,7 @@ class Step:
                 torch.mm(gradient, weight)
                 torch.mm(gradient.T, x)
 
-        return sum(3 * 2 * tokens * fan_in * fan_out for fan_in, fan_out in sizes), run
+        return sum(3 * 2 * N * inner * outer for inner, outer in sizes), run
 
 
 def measure_step(args, report):
@@ -210,18 +203,18 @@ def measure_step(args, report):
     updated.backward()
     report.compare("EMA + optimizer + clipping / step", updated.update, ours, args.pairs, "<= 0.08", "{:.3f} s")
     if args.precision == "fp32":
-        report.compare("bf16 step / fp32 step", Step(args, "bf16"), ours, args.pairs, "<= 0.65")
+        report.compare("bf16 step / fp32 step", Step(changed(args, precision="bf16")), ours, args.pairs, "<= 0.65")
 
 
 def measure_positions(args, report):
     """Rotary against fixed positions, the best ones against plain rotary ones, our rotation against the common one."""
-    fixed, best = Step(args, use_rope=False), Step(args, position_table="space", rope_speed=0.5)
-    report.compare("RoPE step / fixed step", Step(args), fixed, 2 * args.pairs, "<= 1.01")
-    report.compare("RoPE step with table and speed / without", best, Step(args), 2 * args.pairs, "<= 1.03")
-    config, device = best.model.config, best.device
-    grid, head_dim = config.grid(args.num_frames), config.head_dim
-    q = torch.randn(args.batch_size, config.num_heads, math.prod(grid), head_dim, device=device, requires_grad=True)
-    cos, sin = RotaryEmbedding3D(head_dim, 10_000.0)(grid, torch.full((args.batch_size,), 0.04, device=device))
+    fixed, best, plain = Step(args, use_rope=False), Step(args, position_table="space", rope_speed=0.5), Step(args)
+    report.compare("RoPE step / fixed step", plain, fixed, 2 * args.pairs, "<= 1.01")
+    report.compare("RoPE step with table and speed / without", best, plain, 2 * args.pairs, "<= 1.03")
+    grid, head_dim = plain.model.config.grid(args.num_frames), plain.model.config.head_dim
+    shape = args.batch_size, plain.model.config.num_heads, math.prod(grid), head_dim
+    q = torch.randn(shape, device=plain.device, requires_grad=True)
+    cos, sin = RotaryEmbedding3D(head_dim)(grid, torch.full(shape[:1], 0.04, device=plain.device))
     report.compare(
         "our rotation / a loop over axes that concatenates",
         lambda: apply_rotary(q, cos, sin).sum().backward(), lambda: rotate_per_axis(q, grid).sum().backward(),
@@ -256,75 +249,67 @@ def measure_sampling(args, report):
     both = torch.cat([x, x]), torch.cat([y, y]), torch.cat([time_scale, time_scale])
     field = guided(model, Condition(y, NUM_CLASSES), time_scale, guidance=4.0)
 
-    @torch.no_grad()
-    def sampling():
-        with distributed.autocast(step.device, args.precision):
-            sample(field, x, "ngd", evaluations + 1)
-
-    @torch.no_grad()
     def forward():
-        with distributed.autocast(step.device, args.precision):
-            for _ in range(evaluations):
-                model(*both)
+        for _ in range(evaluations):
+            model(*both)
 
+    sampling = partial(sample, field, x, "ngd", evaluations + 1)
     note = f"{{:.2f}} and {{:.2f}} s for {evaluations} evaluations"
-    report.compare("guided sampling / its evaluations alone", sampling, forward, args.pairs, "<= 1.05", note, warm_up=1)
+    with torch.no_grad(), distributed.autocast(step.device, args.precision):
+        report.compare("guided sampling / its evaluations alone", sampling, forward, args.pairs, "<= 1.05", note)
 
 
 # ----------------------------------------------------------------------------------------------------------------------
 # Memory and time over the number of frames, and of some models
 
 
-def peak_memory(args):
+def measure_memory(args, report):
+    """Peak memory over the number of frames; each measurement has its own process."""
+    goals = {"": ("<= 2.0", "<= 4.0"), ", --grad-checkpoint": ("<= 1.5", "<= 2.5")}
+    for flag in goals:
+        sizes = (changed(args, num_frames=num_frames) for num_frames in FRAMES)
+        first, *peaks = (in_processes(1, peak_memory, size, bool(flag)) for size in sizes)
+        for num_frames, peak, goal in zip(FRAMES[1:], peaks, goals[flag], strict=True):
+            note = f"{peak:.0f} and {first:.0f} MB, with model, optimizer and EMA"
+            report.add(f"peak memory at {num_frames} frames / at 4{flag}", peak / first, goal, note)
+
+
+def peak_memory(rank, join, args, recompute):
     """Peak memory of model, optimizer, EMA and two steps in MB, on the GPU or else of this process."""
 
     def resident(field):  # Linux only
         return int(re.search(rf"{field}:\s+(\d+)", Path("/proc/self/status").read_text())[1]) / 1e3
 
     before, step = resident("VmRSS"), Step(args)
-    step.model.grad_checkpoint = args.grad_checkpoint
+    step.model.grad_checkpoint = recompute
     step(), step()
     return torch.cuda.max_memory_allocated() / 1e6 if ON_GPU else resident("VmHWM") - before
-
-
-def measure_memory(args, report):
-    """Peak memory over the number of frames; each measurement has its own process."""
-    for flags, goals in (([], ("<= 2.0", "<= 4.0")), (["--grad-checkpoint"], ("<= 1.5", "<= 2.5"))):
-        command = [sys.executable, __file__, "--peak-memory", "--model", args.model, "--precision", args.precision]
-        command += ["--batch-size", str(args.batch_size), *flags, *["--compile"] * args.compile, "--num-frames"]
-        printed = (subprocess.run([*command, str(n)], capture_output=True, text=True, check=True) for n in FRAMES)
-        first, *peaks = (float(process.stdout.split()[-1]) for process in printed)
-        for num_frames, peak, goal in zip(FRAMES[1:], peaks, goals, strict=True):
-            name = f"peak memory at {num_frames} frames / at 4{', --grad-checkpoint' if flags else ''}"
-            report.add(name, peak / first, goal, f"{peak:.0f} and {first:.0f} MB, with model, optimizer and EMA")
 
 
 def measure_growth(args, report):
     """The time of a step over the number of frames, and the exponent of its growth."""
     frames = 4, 8, 16, 32, 64
     steps = [Step(changed(args, num_frames=num_frames)) for num_frames in frames]
-    for step in 2 * steps:
+    for step in WARM_UP * steps:
         step()
     seconds = np.array([[seconds_of(step) for step in steps] for _ in range(max(3, args.pairs // 3))])
     for last, goal in ((3, "<= 1.3"), (5, None)):
         exponents = np.polyfit(np.log(frames[:last]), np.log(seconds[:, :last]).T, 1)[0]
-        medians = ", ".join(f"{value:.2f}" for value in np.median(seconds[:, :last], axis=0))
-        report.add(f"exponent of the step time up to {frames[last - 1]} frames", exponents, goal, f"{medians} s")
-    report.growth = frames, seconds  # (rounds, len(frames))
+        note = ", ".join(f"{value:.2f}" for value in np.median(seconds[:, :last], axis=0)) + " s"
+        report.add(f"exponent of the step time up to {frames[last - 1]} frames", exponents, goal, note)
+    report.growth = {"frames": frames, "seconds_per_step": seconds.tolist()}
 
 
-def plot_growth(path, label, frames, seconds):
-    """Write a figure of seconds (rounds, len(frames)) over frames."""
-    from scoring.plots import plt, save_figure
-
-    figure, axes = plt.subplots(figsize=(8, 5), layout="constrained")
-    low, median, high = np.quantile(seconds, [0.25, 0.5, 0.75], axis=0)
+def plot_growth(path, label, frames, seconds_per_step):
+    """Write a figure of seconds, lists of (rounds, len(frames)), over frames."""
+    figure, axes = plt.subplots()
+    low, median, high = np.quantile(seconds_per_step, [0.25, 0.5, 0.75], axis=0)
     axes.errorbar(frames, median, [median - low, high - median], marker="o", capsize=3, label=label)
     line = median[0] * np.array(frames) / frames[0]
     axes.plot(frames, line, color="black", linestyle=":", label="linear in the number of frames")
     axes.set(xscale="log", yscale="log", xlabel="frames per clip", ylabel="seconds per training step")
     ticks = 2.0 ** np.arange(np.floor(np.log2(median[0])), np.ceil(np.log2(median[-1])) + 1)
-    axes.set_xticks(frames, [str(num_frames) for num_frames in frames])
+    axes.set_xticks(frames, map(str, frames))
     axes.set_yticks(ticks, [f"{tick:g}" for tick in ticks])
     axes.minorticks_off()
     axes.legend()
@@ -335,69 +320,59 @@ def measure_sizes(args, report):
     """Print clips per second, TFLOP/s and their share of the device's peak for some models and numbers of frames."""
     header = ["model", "frames", "clips a step", "s a step", "clips/s", "TFLOP/s", "MFU", "peak memory, GB"]
     print(f"| {' | '.join(header)} |\n|{'---|' * len(header)}")
-    for name, tokens in (GPU_SIZES if ON_GPU else CPU_SIZES).items():
-        for num_frames in FRAMES:
-            cells = time_size(changed(args, model=name, num_frames=num_frames), tokens)
-            print(f"| {' | '.join([name, str(num_frames), *cells])} |", flush=True)
-
-
-def time_size(args, tokens):
-    """The cells of a step with about that many tokens, or with half as many as long as they do not fit."""
-    batch_size = max(1, tokens // math.prod(model_config(args.model).grid(args.num_frames)))
-    while batch_size:
-        try:
-            return time_step(changed(args, batch_size=batch_size))
-        except torch.OutOfMemoryError:
-            batch_size //= 2
-        gc.collect()  # not in the handler, where the error still holds what did not fit
-        torch.cuda.empty_cache()
-    return ["does not fit", *"-----"]
+    for (model, tokens), num_frames in itertools.product(SIZES.items(), FRAMES):
+        clips, cells = max(1, tokens // math.prod(model_config(model).grid(num_frames))), None
+        while clips and not cells:
+            try:
+                cells = time_step(changed(args, model=model, num_frames=num_frames, batch_size=clips))
+            except torch.OutOfMemoryError:
+                clips //= 2
+            gc.collect()  # not in the handler, where the error still holds what did not fit
+            torch.cuda.empty_cache()
+        print(f"| {' | '.join([model, str(num_frames), *(cells or ['does not fit', *'-----'])])} |", flush=True)
 
 
 def time_step(args):
     """The cells [clips, seconds, clips/s, TFLOP/s, MFU, peak memory] of a training step; "-": not known."""
     torch.compiler.reset()  # torch compiles a function for a few models only
-    step, mfu, memory = Step(args), "-", "-"
-    step(), step()
+    step = Step(args)
+    for _ in range(WARM_UP):
+        step()
     if ON_GPU:
         torch.cuda.reset_peak_memory_stats()
     seconds = float(np.median([seconds_of(step) for _ in range(args.pairs)]))
     tflops = step.flops / seconds / 1e12
-    if ON_GPU:
-        memory = f"{torch.cuda.max_memory_allocated() / 1e9:.1f}"
-        if peak := peak_tflops(torch.cuda.get_device_name(), args.precision):
-            mfu = f"{tflops / peak:.1%}"
-    clips = args.batch_size
-    return [str(clips), f"{seconds:.3g}", f"{clips / seconds:.4g}", f"{tflops:.3g}", mfu, memory]
+    stats, forms = device_stats(step.device, args.precision, tflops), {"mfu": ".1%", "gpu_memory_gb": ".1f"}
+    known = (format(stats[name], form) if name in stats else "-" for name, form in forms.items())
+    return [str(args.batch_size), f"{seconds:.3g}", f"{args.batch_size / seconds:.4g}", f"{tflops:.3g}", *known]
 
 
 # ----------------------------------------------------------------------------------------------------------------------
-# Two ranks
+# Processes
 
 
-def on_two_ranks(function, *args):
-    """What function(rank, join, *args) returns on rank 0 of two processes, lists of numbers, as an array.
-
-    The processes are one process group once they have called join().
-    """
+def in_processes(count, function, *args):
+    """What function(rank, join, *args) returns, for JSON, on rank 0 of `count` processes; join() makes them a group."""
     with tempfile.TemporaryDirectory() as folder:
-        torch.multiprocessing.spawn(run_rank, (folder, function, args), nprocs=2)
-        return np.array(json.loads(Path(folder, "result.json").read_text()))
+        torch.multiprocessing.spawn(run_rank, (count, folder, function, args), nprocs=count)
+        return json.loads(Path(folder, "result.json").read_text())
 
 
-def run_rank(rank, folder, function, args):
-    torch.set_num_threads(1)  # as torchrun does
+def run_rank(rank, count, folder, function, args):
     distributed.keep_freed_memory()  # as every run on the CPU does
+    if count > 1:
+        torch.set_num_threads(1)  # as torchrun does
 
     def join():
-        os.environ |= {"RANK": str(rank), "WORLD_SIZE": "2"}
+        os.environ |= {"RANK": str(rank), "WORLD_SIZE": str(count)}
         backend = "cpu:gloo,cuda:nccl" if ON_GPU else "gloo"
-        dist.init_process_group(backend, init_method=f"file://{folder}/store", rank=rank, world_size=2)
+        dist.init_process_group(backend, init_method=f"file://{folder}/store", rank=rank, world_size=count)
 
     result = function(rank, join, *args)
     if rank == 0:
         Path(folder, "result.json").write_text(json.dumps(result))
-    dist.destroy_process_group()
+    if dist.is_initialized():
+        dist.destroy_process_group()
 
 
 def measure_optimizer(args, report):
@@ -405,25 +380,20 @@ def measure_optimizer(args, report):
     if torch.cuda.device_count() == 1:
         print("optimizer: skipped, it takes two GPUs (or none)")
         return
-    shared, alone = on_two_ranks(time_muon, changed(args)).T
-    note = f"{np.median(shared):.3f} and {np.median(alone):.3f} s, matrices of {args.model}"
-    report.add("Muon's step on 2 ranks / on one", shared / alone, "<= 0.65", note)
+    ratios, shared, alone = in_processes(2, time_muon, args)
+    report.add("Muon's step on 2 ranks / on one", ratios, "<= 0.65", f"{shared:.3f} and {alone:.3f} s, {args.model}")
 
 
 def time_muon(rank, join, args):
-    """[seconds of a shared step, of a step of rank 0 alone, for which the other waits] for each pair."""
+    """What measure_ratios returns of a step that two ranks share and one of rank 0, for which the other waits."""
     if ON_GPU:
         torch.cuda.set_device(rank)
     alone = random_muon(args)  # for one rank, as it is made outside a process group
     join()
-    shared, seconds = random_muon(args), []
-    for pair in range(2 + args.pairs):
-        pair_seconds = {}
-        for muon in (shared, alone) if pair % 2 else (alone, shared):
-            dist.barrier()
-            pair_seconds[muon] = seconds_of(muon.step) if muon is shared or rank == 0 else 0.0
-        seconds.append((pair_seconds[shared], pair_seconds[alone]))
-    return seconds[2:]
+    shared = random_muon(args)
+    steps = [shared.step, alone.step if rank == 0 else lambda: None]
+    ratios, *seconds = measure_ratios(*(lambda step=step: (dist.barrier(), step()) for step in steps), args.pairs)
+    return ratios.tolist(), *seconds
 
 
 def random_muon(args):
@@ -438,8 +408,8 @@ def measure_stopping(args, report):
     """The time in which two ranks agree, at each step, whether to stop for a signal; training overlaps most of it."""
     step = Step(args)
     step()
-    seconds = on_two_ranks(time_agreement, args.pairs)
-    values = np.array([agreement / seconds_of(step) for agreement in seconds])
+    seconds = in_processes(2, time_agreement, args.pairs)
+    values = [agreement / seconds_of(step) for agreement in seconds]
     note = f"{1e3 * np.median(seconds):.2g} ms, not overlapped"
     report.add("agreeing on a stop, 2 processes / step", values, "<= 0.005", note)
 
@@ -455,10 +425,6 @@ def time_agreement(rank, join, count, calls=50):
             stop.agreed()
 
     return [seconds_of(agree) / calls for _ in range(count + 1)][1:]
-
-
-# ----------------------------------------------------------------------------------------------------------------------
-# Data: latents against videos
 
 
 def measure_data(args, report):
@@ -487,21 +453,21 @@ def measure_data(args, report):
     step, vae = Step(args), random_vae([128, 256, 512, 512], layers_per_block=2)
     two_frames, frames = torch.rand(2, 3, 256, 256, device=step.device), args.batch_size * args.num_frames
     encode = partial(torch.no_grad()(vae.to(step.device).encode), two_frames)
-    values, seconds, _ = measure_ratios(encode, step, 3, warm_up=1)
+    values, seconds, _ = measure_ratios(encode, step, 3)
     note = f"a frame takes {seconds / 2:.2f} s to encode, a step has {frames}; SD's VAE with random weights"
     report.add("clips/s from a cache / on the fly", 1 + values / 2 * frames, ">= 50", note)
 
 
 def measure_reading(args, report, what, read):
     """Reading a clip from a random start, as in training, against reading all frames."""
-    starts = iter(np.random.default_rng(0).permutation(164 - args.num_frames).tolist() * 100)
     name, note = f"read {args.num_frames} of 164 frames {what} / all", "{:.2g} and {:.2g} ms, 256 px"
+    draw, frames = np.random.default_rng(0), range(164)
 
     def read_clip():
-        start = next(starts)
-        read(range(start, start + args.num_frames))
+        start = draw.integers(164 - args.num_frames)
+        read(frames[start : start + args.num_frames])
 
-    report.compare(name, read_clip, lambda: read(range(164)), 4 * args.pairs, "<= 0.3", note, unit=1000)
+    report.compare(name, read_clip, lambda: read(frames), 4 * args.pairs, "<= 0.3", note, unit=1000)
 
 
 def run_script(script, *flags):
@@ -539,22 +505,17 @@ def main():
         fail(error)
     distributed.set_precision(args.precision)
     distributed.keep_freed_memory()  # as every run on the CPU does
-    if args.peak_memory:
-        print(peak_memory(args))
-        return
-    how = f"{args.precision}{', compiled' if args.compile else ''}"
-    what = f"{args.model}, {args.batch_size} clips of {args.num_frames} x 32 x 32 latents"
-    title = f"{machine()}, torch {torch.__version__}, {how}: {what}"
+    title = f"{machine()}, torch {torch.__version__}, {args.precision}{', compiled' if args.compile else ''}: "
+    title += f"{args.model}, {args.batch_size} clips of {args.num_frames} x 32 x 32 latents"
     print(title, flush=True)
     report, began, results = Report(), time.monotonic(), ROOT / "results"
     for name in args.only or [name for name in PARTS if name != "sizes"]:
         PARTS[name](args, report)
     print(f"{time.monotonic() - began:.0f} s")
     if not args.only:
-        frames, seconds = report.growth
-        plot_growth(results / "figures/growth.png", args.model, frames, seconds)
+        plot_growth(results / "figures/growth.png", args.model, **report.growth)
         (results / "benchmark.md").write_text(f"{title}\n\n{report.markdown()}\n")
-        result = {"title": title, "rows": report.rows, "frames": frames, "seconds_per_step": seconds.tolist()}
+        result = {"title": title, "rows": report.rows} | report.growth
         (results / "benchmark.json").write_text(json.dumps(result, indent=1) + "\n")
 
 
@@ -563,8 +524,8 @@ def machine():
     if ON_GPU:
         return torch.cuda.get_device_name()
     about = Path("/proc/cpuinfo")
-    name = about.exists() and re.search(r"model name\s*: (.*)", about.read_text())
-    return f"{torch.get_num_threads()} threads of {name[1] if name else platform.machine()}"
+    name = re.search(r"model name\s*: (.*)", about.read_text()) if about.exists() else None
+    return f"{name[1] if name else platform.machine()}, {torch.get_num_threads()} threads"
 
 
 if __name__ == "__main__":

@@ -15,11 +15,11 @@ for word in "$@"; do # --help: the comment at the head of the script, and nothin
 done
 
 flags_only() { # ARGUMENTS that are passed on: flags, not words
-  if [[ $# != 0 && $1 != -* ]]; then complain "$(printf %q "$1"): unknown word; expected flags, see --help"; fi
+  if [[ $# != 0 && $1 != -* ]]; then complain "$(printf %q "$1"): unexpected argument; expected flags, see --help"; fi
 }
 
 no_words() { # ARGUMENTS of a script that takes none
-  if [[ $# != 0 ]]; then complain "$(printf %q "$1"): unknown word; it takes none, see --help for its variables"; fi
+  if [[ $# != 0 ]]; then complain "$(printf %q "$1"): unexpected argument; expected none, see --help for its variables"; fi
 }
 
 nearly() { # KNOWN NAMES...: complains of a variable that is set and that is nearly one of the KNOWN ones
@@ -32,6 +32,15 @@ nearly() { # KNOWN NAMES...: complains of a variable that is set and that is nea
 activate() { # the environment of setup.sh, or one that the user has activated
   if [[ -d .venv ]]; then source .venv/bin/activate; fi
   command -v torchrun >/dev/null || complain "no torch here: run scripts/setup.sh first"
+}
+
+suit() { # sets RANKS and SUITED to the number of processes and the precision that suit the machine
+  RANKS=1 SUITED= # what the GPU is best at
+  if ! command -v nvidia-smi >/dev/null; then
+    RANKS=2 SUITED=bf16 # on the CPU two of one thread are faster than one of two
+    # glibc keeps the memory of a step for the next one, instead of giving it back and asking again
+    export MALLOC_MMAP_THRESHOLD_=4000000000 MALLOC_TRIM_THRESHOLD_=4000000000
+  fi
 }
 
 processes() { # N: sets RUN to what starts a Python script in N processes

@@ -30,19 +30,6 @@ def parse_args():
     return parser.parse_args()
 
 
-def check_args(args):
-    """(number of ranks, file to write or None). Raises UserError."""
-    found = torch.cuda.device_count()
-    if ON_GPU and (args.gpus or 0) > found:
-        raise UserError(f"GPUS {args.gpus}: this machine has {found}; give at most as many")
-    out = args.out or (ROOT / "results/gpu.md" if ON_GPU else None)
-    if out:
-        check_writable("--out", out.parent)
-        if out.is_dir():
-            raise UserError(f"--out {out}: a folder is in the way; name a file")
-    return args.gpus or found or 2, out
-
-
 class Rows:
     """A pytest plugin that collects the rows of gpu_checks.py under the docstrings of the tests."""
 
@@ -62,8 +49,8 @@ class Rows:
 
 def measure_speed(rows):
     """Add the table of benchmark.py --only sizes, which is printed as it comes."""
-    precision = ["--precision", "fp16" if ON_GPU and not has_bf16() else "bf16"]
-    flags = [*precision, "--pairs", *(["10", "--compile"] if ON_GPU else ["3"])]
+    flags = ["--precision", "fp16" if ON_GPU and not has_bf16() else "bf16"]
+    flags += ["--pairs", "10", "--compile"] if ON_GPU else ["--pairs", "3"]
     command = [sys.executable, str(ROOT / "scripts/benchmark.py"), "--only", "sizes", *flags]
     rows.lines += ["", f"**{SPEED}**", ""]
     with subprocess.Popen(command, stdout=subprocess.PIPE, text=True) as process:
@@ -75,14 +62,18 @@ def measure_speed(rows):
 
 @one_line_errors()
 def main():
+    args, found, rows = parse_args(), torch.cuda.device_count(), Rows()
+    ranks, out = args.gpus or found or 2, args.out or (ROOT / "results/gpu.md" if ON_GPU else None)
     try:
-        ranks, out = check_args(parse_args())
+        if ON_GPU and ranks > found:
+            raise UserError(f"GPUS {ranks}: this machine has {found}; give at most as many")
+        if out:
+            check_writable("--out", out.parent)
     except UserError as error:
         fail(error)
     title = f"GPU check: {ranks} x {torch.cuda.get_device_name()}" if ON_GPU else "Check WITHOUT a GPU: tiny sizes"
     print(title)
     os.environ["GPUS"] = str(ranks)
-    rows = Rows()
     status = pytest.main([str(ROOT / "tests/gpu_checks.py"), "-vv", "-p", "no:cacheprovider"], plugins=[rows])
     rows.failed += ["pytest"] if status and not rows.failed else []
     measure_speed(rows)

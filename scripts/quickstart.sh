@@ -18,21 +18,14 @@ source scripts/common.sh
 no_words "$@"
 BEGAN=$SECONDS
 
-if command -v nvidia-smi >/dev/null; then
-  RANKS=1 PRECISION=${PRECISION:-} # what the GPU is best at
-else
-  RANKS=2 PRECISION=${PRECISION:-bf16} # on the CPU two of one thread are faster than one of two
-  # glibc keeps the memory of a step for the next one, instead of giving it back and asking again
-  export MALLOC_MMAP_THRESHOLD_=4000000000 MALLOC_TRIM_THRESHOLD_=4000000000
-fi
+suit
+PRECISION=${PRECISION:-$SUITED}
 export EXP=${EXP:-quickstart} DATA=${DATA:-datasets/moving-shapes} GPUS=${GPUS:-$RANKS} MODEL=${MODEL:-EqM-Ti/2}
 export STEPS_1=${STEPS_1:-1000} STEPS_2=${STEPS_2:-1680} STEPS_3=${STEPS_3:-2200} # with 840 and 1580 one seed was weak
 export BATCH_1=${BATCH_1:-32} BATCH_2=${BATCH_2:-16} BATCH_3=${BATCH_3:-8}      # 2,048 tokens a step
 export ONE_RUN=${ONE_RUN:-1} FORCING=${FORCING:-0.5} LR_DECAY=${LR_DECAY:-0.4} RECIPE=small
 export COMPILE=0 CACHE=0 # compiling takes longer than it saves here; pixels need no encoding
-MORE=(--num-workers 0)
-[[ $ONE_RUN == 1 ]] && MORE+=(--mix 0.1) # or 4 frames would be half forgotten
-[[ $(uname) == Linux ]] && MORE+=(--cache-frames)
+[[ $ONE_RUN == 1 ]] && MIX=(--mix 0.1) || MIX=() # or 4 frames would be half forgotten
 SAMPLES=${SAMPLES:-48} FRAMES=${FRAMES:-16 7 24}
 
 bash scripts/setup.sh
@@ -41,7 +34,7 @@ bash scripts/setup.sh
 bash scripts/train_progressive.sh \
   --depth 4 --hidden-size 128 --num-heads 4 --rope-theta 100 \
   --temporal-patch-size 4 --image-size 16 --vae none --no-flip \
-  "${MORE[@]}" ${PRECISION:+--precision="$PRECISION"} \
+  --num-workers 0 --cache-frames "${MIX[@]}" ${PRECISION:+--precision="$PRECISION"} \
   --lr 2e-3 --warmup-steps 20 --ema-decay 0.99 --gamma-shift 2 --global-seed "${SEED:-0}" \
   --log-every 50 --val-every 100000 --val-clips 32 --sample-every 0 \
   --sampler ngd --num-sampling-steps 20 --stepsize 0.0262 --cfg-scale 1.5

@@ -13,7 +13,7 @@ source scripts/common.sh
 case $* in
   "") REQUIREMENTS=requirements.txt ;;
   dev) REQUIREMENTS=requirements-dev.txt ;;
-  *) complain "$(printf %q "$*"): unknown word; expected dev or nothing" ;;
+  *) complain "$(printf %q "$*"): unexpected argument; expected dev or nothing" ;;
 esac
 PYTHON=${PYTHON:-python3} TORCH_INDEX=${TORCH_INDEX:-}
 

@@ -1,7 +1,7 @@
 #!/usr/bin/env bash
 # Real people on a machine without a GPU: Weizmann's actions, a VAE trained on them, a latent cache, a model trained on 4,
-# then 8, then 16 frames, samples, clips that go on from given frames, and what they are worth. Run again, it continues where
-# it stopped.
+# then 8, then 16 frames, samples, continuations of given frames, and what they are worth. Run again, it continues where it
+# stopped.
 #
 #   git clone https://github.com/sergeytulyakov/mocogan datasets/mocogan && bash scripts/weizmann.sh
 #
@@ -9,9 +9,9 @@
 #   EXP=weizmann                results go to results/$EXP, samples to samples/$EXP-f16 and so on
 #   SOURCE=datasets/mocogan     the repository that holds the strips
 #   DATA=datasets/weizmann      the data set that is made of them; persons 7 and 8 are held out (HOLD_OUT="7 8")
-#   GPUS, PRECISION             processes, bf16 or fp32; left out: what suits the machine
-#   VAE_STEPS, STEPS_1, STEPS_2, STEPS_3   steps; left out: as HOURS says
-#   SAMPLES=96, LONG=16, REAL=64           samples of 16 frames, of 64 frames, held-out clips to go on from
+#   GPUS, PRECISION             processes, bf16 or fp32; default: what suits the machine
+#   VAE_STEPS, STEPS_1, STEPS_2, STEPS_3   steps; default: as HOURS says
+#   SAMPLES=96, LONG=16, REAL=64           samples of 16 frames, of 64 frames, held-out clips to continue
 #   CLASSIFIER_STEPS=250        training steps of the network that says which action a clip shows
 set -euo pipefail
 cd "$(dirname "$0")/.."
@@ -20,25 +20,20 @@ no_words "$@"
 BEGAN=$SECONDS
 
 HOURS=${HOURS:-2}
-[[ $HOURS =~ ^[0-9]*\.?[0-9]+$ ]] || complain "HOURS=$(printf %q "$HOURS"); wanted a number such as 0.5"
+[[ $HOURS =~ ^[0-9]*\.?[0-9]+$ ]] || complain "HOURS=$(printf %q "$HOURS"); expected a number such as 0.5"
 steps() { awk -v hours="$HOURS" -v each="$1" 'BEGIN { steps = int(hours * each); print steps < 3 ? 3 : steps }'; }
 
 export EXP=${EXP:-weizmann}
 SOURCE=${SOURCE:-datasets/mocogan} DATA=${DATA:-datasets/weizmann} HOLD_OUT=${HOLD_OUT:-7 8}
 SAMPLES=${SAMPLES:-96} LONG=${LONG:-16} REAL=${REAL:-64} CLASSIFIER_STEPS=${CLASSIFIER_STEPS:-250}
-if command -v nvidia-smi >/dev/null; then
-  RANKS=1 PRECISION=${PRECISION:-} # what the GPU is best at
-else
-  RANKS=2 PRECISION=${PRECISION:-bf16}
-  export MALLOC_MMAP_THRESHOLD_=4000000000 MALLOC_TRIM_THRESHOLD_=4000000000 # as in quickstart.sh
-fi
+suit
+PRECISION=${PRECISION:-$SUITED}
 export GPUS=${GPUS:-$RANKS}
 MIXED=(${PRECISION:+--precision="$PRECISION"})
-CACHED=() && [[ $(uname) == Linux ]] && CACHED=(--cache-frames)
 
 SETTINGS="HOURS=$HOURS DATA=$DATA HOLD_OUT=$HOLD_OUT"
 if [[ -f results/$EXP/settings && $(<"results/$EXP/settings") != "$SETTINGS" ]]; then
-  complain "results/$EXP was made with $(<"results/$EXP/settings"), found $SETTINGS: name another EXP"
+  complain "results/$EXP was made with $(<"results/$EXP/settings"), got $SETTINGS: name another EXP"
 fi
 
 bash scripts/setup.sh
@@ -59,8 +54,7 @@ echo "$SETTINGS" >"results/$EXP/settings"
 processes "$GPUS"
 "${RUN[@]}" EqM/train_vae.py --data-path="$DATA" --image-size 64 --downsample 4 --widths 8 32 128 \
   --max-steps="${VAE_STEPS:-$(steps 2700)}" --global-batch-size 16 \
-  --results-dir="results/$EXP" --resume --num-workers 0 \
-  "${CACHED[@]}" "${MIXED[@]}"
+  --results-dir="results/$EXP" --resume --num-workers 0 --cache-frames "${MIXED[@]}"
 VAES=("results/$EXP"/*-VAE-64px-f4-c4-8-32-128/vae)
 export VAE=${VAES[${#VAES[@]} - 1]}
 

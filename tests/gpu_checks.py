@@ -8,10 +8,9 @@ import math
 import os
 import statistics
 import sys
-import time
-import warnings
 from copy import deepcopy
 from dataclasses import replace
+from functools import partial
 from types import SimpleNamespace
 
 import pytest
@@ -45,15 +44,14 @@ def checker(record, part):
 
 @pytest.fixture
 def check(record_property, request):
-    return checker(record_property, request.function.__doc__.strip())
+    return checker(record_property, request.function.__doc__)
 
 
 # ----------------------------------------------------------------------------------------------------------------------
 # Outputs and gradients
 
-# Largest relative errors of outputs and of gradients. On a CPU EqM-S/4 has 6e-7 and 3e-6 in fp32, where other kernels
-# add in another order, and 7e-3 and 4e-2 in bf16. tf32 and fp16 have 3 bits more than bf16, so an eighth of its limits
-# (fp16 has 9e-4 and 6e-3).
+# Largest relative errors of outputs and of gradients. On a CPU EqM-S/4 has 6e-7 and 3e-6 in fp32, 7e-3 and 4e-2 in bf16
+# and 9e-4 and 6e-3 in fp16. tf32 and fp16 have 3 bits more than bf16, so an eighth of its limits.
 ERRORS = {"fp32": (1e-5, 1e-4), "tf32": (2.5e-3, 1.3e-2), "bf16": (2e-2, 0.1), "fp16": (2.5e-3, 1.3e-2)}
 POSITIONS = {
     "fixed positions": {},
@@ -72,8 +70,7 @@ def relative_error(value, reference):
 @torch.no_grad()
 def random_network(config, seed=0):
     """A network in float64 in which every block changes the output: as it is initialized, its output is zero."""
-    with warnings.catch_warnings(action="ignore"):
-        network = EqM(config).double()
+    network = EqM(config).double()
     generator = torch.Generator().manual_seed(seed)
     for parameter in network.parameters():
         std = 1 / math.sqrt(parameter[0].numel()) if parameter.dim() > 1 else 0.3
@@ -111,8 +108,8 @@ def network_errors(network, reference, inputs, precision):
 def test_outputs_and_gradients(case, precision, check):
     """Relative errors of the device against float64 on the CPU: outputs, and the worst gradient of a parameter."""
     size = {"num_classes": 12, "num_frames": 6, "temporal_patch_size": 4}  # 6 frames do not fill the second patch
-    tiny = {} if ON_GPU else {"depth": 2, "input_size": 16}
-    config = model_config("EqM-S/4" if ON_GPU else "EqM-Ti/4", **size, **tiny, **POSITIONS[case])
+    size |= {} if ON_GPU else {"depth": 2, "input_size": 16}
+    config = model_config("EqM-S/4" if ON_GPU else "EqM-Ti/4", **size, **POSITIONS[case])
     network, inputs = random_network(config), random_inputs(config, 6)
     errors = network_errors(network, outputs_and_gradients(network, *inputs), inputs, precision)
     for part, error, limit in zip(("output", "gradients"), errors, ERRORS[precision], strict=True):
@@ -122,16 +119,10 @@ def test_outputs_and_gradients(case, precision, check):
 # ----------------------------------------------------------------------------------------------------------------------
 # Training runs
 
-# flags: how far the training loss may be from that of a plain run in fp32. After 60 steps on a CPU it is 9e-4 for bf16,
-# 2e-5 for fp16 and less than 1e-7 for --compile. Later differences grow, as between any runs that round differently.
-ROUNDING = {
-    "": 1e-2,  # the precision that a run chooses by itself
-    "--compile --precision fp32": 1e-3,
-    "--grad-checkpoint --precision fp32": 1e-3,
-    "--precision tf32": 5e-3,
-    "--precision bf16": 1e-2,
-    "--precision fp16": 5e-3,
-}
+# Flags ("": the precision that a run chooses by itself): how far the training loss may be from that of a plain run in
+# fp32. After 60 steps on a CPU it is 9e-4 for bf16, 2e-5 for fp16 and less than 1e-7 for --compile.
+ROUNDING = {"": 1e-2, "--compile --precision fp32": 1e-3, "--grad-checkpoint --precision fp32": 1e-3}
+ROUNDING |= {"--precision tf32": 5e-3, "--precision bf16": 1e-2, "--precision fp16": 5e-3}
 # Losses of other kinds of training, / the plain one. On a CPU: muon 0.88, disp 0.98, ebm 0.43.
 OTHER_TRAINING = ["--optimizer muon", "--disp", "--ebm dot"]
 ON_A_CPU = ["--grad-checkpoint --precision fp32", "--precision bf16", "--optimizer muon"]
@@ -140,9 +131,8 @@ ON_A_CPU = ["--grad-checkpoint --precision fp32", "--precision bf16", "--optimiz
 @pytest.fixture(scope="module")
 def training(shapes, tmp_path_factory):
     """A run of one rank, small enough for the GPU to wait for the loader."""
-    batch = RANKS * math.ceil((16 if ON_GPU else 8) / RANKS)
-    flags = ["--model", "EqM-Ti/2", "--global-batch-size", batch, "--log-every", 10, "--sample-every", 0]
-    flags += ["--ckpt-every", STEPS // 4]
+    flags = ["--model", "EqM-Ti/2", "--global-batch-size", RANKS * math.ceil((16 if ON_GPU else 8) / RANKS)]
+    flags += ["--log-every", 10, "--sample-every", 0, "--ckpt-every", STEPS // 4]
     return Training(shapes, tmp_path_factory.mktemp("runs") / "plain", STEPS, torchrun(1), flags)
 
 
@@ -198,14 +188,12 @@ def test_other_training(flags, plain, run, check):
 
 def test_ranks(plain, all_ranks, run, check):
     """Several ranks (or one of torchrun) against one process, the same global batch, fp32: losses, gradient norms."""
-    names = "train_loss", "grad_norm", "val_loss"
-    if RANKS == 1:
-        return check("1 rank / plain python", distance(plain, run("python", launcher=PYTHON), *names), 1e-3)
-    check(f"{RANKS} ranks / 1", distance(all_ranks, plain, *names), 1e-3)
-    if ON_GPU:
+    others = {f"{RANKS} ranks / 1": all_ranks} if RANKS > 1 else {"1 rank / plain": run("python", launcher=PYTHON)}
+    if RANKS > 1 and ON_GPU:
         sharded = run("shard", "--precision", "fp32", "--shard", launcher=torchrun(RANKS))
-        check(f"{RANKS} ranks, --shard / 1", distance(sharded, plain, *names), 1e-3)
-    return None
+        others[f"{RANKS} ranks, --shard / 1"] = sharded
+    for name, other in others.items():
+        check(name, distance(other, plain, "train_loss", "grad_norm", "val_loss"), 1e-3)
 
 
 def test_a_kill_and_a_resume(training, all_ranks, check):
@@ -228,32 +216,27 @@ def test_a_kill_and_a_resume(training, all_ranks, check):
 
 
 def test_a_save(tmp_path, check):
-    """A save, which goes on while training does: seconds until training continues, MB, tensors that differ."""
+    """A save, which overlaps training: seconds until training continues, MB, tensors that differ."""
     model = "EqM-B/2" if ON_GPU else "EqM-Ti/4"
     settings = {"num_frames": 4, "batch_size": 1, "precision": PRECISIONS[-1], "compile": False}
     step = benchmark.Step(SimpleNamespace(model=model, **settings))
     step()
-    state = {"model": step.model.state_dict(), "ema": step.ema.state_dict()}
+    weights = step.model.state_dict()
+    expected = {name: weight.cpu().clone() for name, weight in weights.items()}
+    state = {"model": weights, "ema": step.ema.state_dict()}
     state["optimizer"] = [optimizer.state_dict() for optimizer in step.optimizers]
     (tmp_path / "checkpoints").mkdir()
-    writer, times = checkpoint.Writer(tmp_path), []
-    for _ in range(4):  # the first one takes longer
-        benchmark.synchronize()
-        began = time.perf_counter()
-        writer.write(state, [], before=lambda: None, after=lambda: None)
-        benchmark.synchronize()  # the next step would wait for the copies
-        stands = time.perf_counter() - began
-        writer.wait()
-        times.append((stands, time.perf_counter() - began))
-    stands, done = (statistics.median(part) for part in zip(*times[1:], strict=True))
-    note = f"{writer.path.stat().st_size / 1e6:.0f} MB are written after {done:.2g} s"
+    writer = checkpoint.Writer(tmp_path)
+    write = partial(writer.write, state, [], before=lambda: None, after=lambda: None)
+    stands, takes = [], []
+    for _ in range(4):
+        takes.append(benchmark.seconds_of(lambda: (stands.append(benchmark.seconds_of(write)), writer.wait())))
+    stands, takes = (statistics.median(seconds[1:]) for seconds in (stands, takes))  # the first one takes longer
+    note = f"{writer.path.stat().st_size / 1e6:.0f} MB are written after {takes:.2g} s"
     check(f"{model} with EMA and optimizer: training stands still, s", stands, math.inf, note)
-    weights = step.model.state_dict()
-    expected = {name: weight.clone() for name, weight in weights.items()}
-    writer.write({"model": weights}, [], before=lambda: None, after=lambda: None)
+    write()
     with torch.no_grad():
         torch._foreach_add_(list(step.model.parameters()), 1.0)  # training changes them right after
     writer.wait()
     saved = torch.load(writer.path, weights_only=True)["model"]
-    differ = sum(not torch.equal(saved[name], weight.cpu()) for name, weight in expected.items())
-    check("tensors that differ", differ, 0)
+    check("tensors that differ", sum(not torch.equal(saved[name], expected[name]) for name in expected), 0)

@@ -1,5 +1,4 @@
 import argparse
-import itertools
 import math
 
 import numpy as np
@@ -9,9 +8,7 @@ import torch
 import benchmark
 from rope import RotaryEmbedding3D, apply_rotary
 
-ARGS = argparse.Namespace(
-    model="EqM-Ti/4", num_frames=4, batch_size=1, precision="fp32", compile=False, pairs=1, grad_checkpoint=False
-)
+ARGS = argparse.Namespace(model="EqM-Ti/4", num_frames=4, batch_size=1, precision="fp32", compile=False, pairs=1)
 
 
 def test_our_rotation_and_the_one_it_is_measured_against_agree():
@@ -19,8 +16,7 @@ def test_our_rotation_and_the_one_it_is_measured_against_agree():
     q = torch.randn(2, 3, 24, head_dim, generator=torch.Generator().manual_seed(0))
     n = head_dim // 3
     # It pairs channel j of an axis with j + n/2, ours pairs neighbors: reorder, rotate, reorder back.
-    pairs = itertools.product(range(3), range(n // 2), range(2))
-    order = torch.tensor([axis * n + half * n // 2 + j for axis, j, half in pairs])
+    order = torch.arange(head_dim).view(3, 2, n // 2).transpose(1, 2).flatten()
     cos, sin = RotaryEmbedding3D(head_dim)(grid, torch.full((2,), 0.04))
     ours = apply_rotary(q[..., order], cos, sin)
     torch.testing.assert_close(benchmark.rotate_per_axis(q, grid)[..., order], ours, atol=1e-5, rtol=1e-5)
@@ -30,8 +26,8 @@ def test_the_two_sides_alternate_and_a_row_has_the_spread_of_their_ratios(monkey
     calls = []
     monkeypatch.setattr(benchmark, "seconds_of", lambda side: side() or {"a": 3.0, "b": 2.0}[calls[-1]])
     report = benchmark.Report()
-    report.compare("a / b", lambda: calls.append("a"), lambda: calls.append("b"), 4, "<= 3", warm_up=1)
-    assert calls == list("ab") + list("abbaabba")
+    report.compare("a / b", lambda: calls.append("a"), lambda: calls.append("b"), 4, "<= 3")
+    assert calls == list("abab") + list("abbaabba")
     report.add("c / d", np.array([1.0, 2.0, 3.0, 4.0, 10.0]))
     assert report.markdown().splitlines()[2:] == [
         "| a / b | 1.5 | 1.5 - 1.5 | <= 3 | 3.000 and 2.000 s |", "| c / d | 3 | 2 - 4 |  |  |",
@@ -46,43 +42,42 @@ def test_every_part_measures_something(part):  # two ranks: faults/test_other_ra
     assert report.rows and all(0 < row["median"] < math.inf for row in report.rows)
 
 
-def test_a_step_with_muon_changes_every_weight_and_its_products_are_those_of_a_block():
+def test_a_step_with_muon_changes_every_weight():
     step = benchmark.Step(ARGS, optimizer="muon")
     for optimizer in step.optimizers:
         optimizer.param_groups[0]["lr"] = 0.1
     before = [weight.clone() for weight in step.model.parameters()]
     step()
     assert len(step.optimizers) == 2
-    assert not any(torch.equal(a, b) for a, b in zip(before, step.model.parameters(), strict=True))
+    assert not any(map(torch.equal, before, step.model.parameters()))
     assert all(weight.grad is None for weight in step.model.parameters())
+
+
+def test_the_products_of_the_floor_are_those_of_a_block():
+    step = benchmark.Step(ARGS)
     flops, run = step.products()
-    assert flops == 3 * 2 * (1 * 8 * 8) * 12 * 192**2
     run()
+    assert flops == 3 * 2 * (1 * 8 * 8) * 12 * 192**2
     assert step.flops == step.model.config.training_flops(4) > 6 * flops
 
 
-def test_a_size_halves_its_clips_until_they_fit(monkeypatch, capsys):
-    tried = []
-
-    def step(args):
-        tried.append(args.batch_size)
-        if args.batch_size > fits:
-            raise torch.OutOfMemoryError("too much")
-        return time_step(args)
-
-    time_step, fits = benchmark.time_step, 3
-    monkeypatch.setattr(benchmark, "time_step", step)
-    monkeypatch.setattr(benchmark, "CPU_SIZES", {"EqM-Ti/4": 12 * 64})
-    monkeypatch.setattr(benchmark, "FRAMES", (4,))
-    benchmark.measure_sizes(ARGS, None)
-    fits = 0
-    benchmark.measure_sizes(ARGS, None)
-    assert tried == [12, 6, 3, 12, 6, 3, 1]
-    header, line, row, *_, never = capsys.readouterr().out.splitlines()
-    assert {text.count("|") for text in (header, line, row, never)} == {9}
-    assert never.startswith("| EqM-Ti/4 | 4 | does not fit | - |")
-    model, frames, clips, seconds, rate, tflops, *unknown = row.strip("| ").split(" | ")
-    assert (model, frames, clips, unknown) == ("EqM-Ti/4", "4", "3", ["-", "-"])
-    assert float(rate) == pytest.approx(3 / float(seconds), rel=0.01)
-    flops = 3 * benchmark.model_config("EqM-Ti/4", num_classes=101).training_flops(4)
+def test_a_timed_step_has_the_rate_of_its_flops():
+    clips, seconds, rate, tflops, *unknown = benchmark.time_step(ARGS)
+    assert (clips, unknown) == ("1", ["-", "-"])
+    assert float(rate) == pytest.approx(1 / float(seconds), rel=0.01)
+    flops = benchmark.model_config("EqM-Ti/4", num_classes=101).training_flops(4)
     assert float(tflops) * float(seconds) == pytest.approx(flops / 1e12, rel=0.02)
+
+
+def test_a_size_halves_its_clips_until_they_fit(monkeypatch, capsys):
+    def step(args):
+        if args.batch_size > (3 if args.num_frames == 4 else 0):
+            raise torch.OutOfMemoryError("too much")
+        return [str(args.batch_size), *"abcde"]
+
+    for name, value in {"time_step": step, "SIZES": {"EqM-Ti/4": 12 * 64}, "FRAMES": (4, 8)}.items():
+        monkeypatch.setattr(benchmark, name, value)
+    benchmark.measure_sizes(ARGS, None)
+    header, line, *rows = capsys.readouterr().out.splitlines()
+    assert header.count("|") == line.count("|") == 9
+    assert rows == ["| EqM-Ti/4 | 4 | 3 | a | b | c | d | e |", "| EqM-Ti/4 | 8 | does not fit | - | - | - | - | - |"]

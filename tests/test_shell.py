@@ -14,22 +14,26 @@ SCRIPTS = sorted(str(path.relative_to(ROOT)) for path in (*ROOT.glob("scripts/*.
 SCRIPTS.remove("scripts/common.sh")
 
 
+def write_commands(folder, commands):
+    for name, code in commands.items():
+        (folder / name).write_text(f"#!/usr/bin/env bash\n{code}\n")
+        (folder / name).chmod(0o755)
+
+
 @pytest.fixture
 def bash(tmp_path):
     """A function that runs a copy of a script, where only a few commands exist, and none that does anything."""
     for folder in ("scripts", "datasets"):
-        (tmp_path / folder).mkdir()
-        for path in (ROOT / folder).glob("*.sh"):
-            shutil.copy(path, tmp_path / folder)
+        shutil.copytree(ROOT / folder, tmp_path / folder, ignore=shutil.ignore_patterns("[!.]*.py", "stud*", "*.html"))
     (tmp_path / "bin").mkdir()
     for name in ("bash", "awk", "dirname", "basename", "cat", "rm", "mktemp", "ls", "env"):
         (tmp_path / "bin" / name).symlink_to(shutil.which(name))
 
-    def run(script, *arguments, commands=(), **environment):
-        write_commands(tmp_path / "bin", commands)
+    def run(script, *arguments, commands=None, **environment):
+        write_commands(tmp_path / "bin", commands or {})
         before = {path: path.stat().st_mtime_ns for path in tmp_path.rglob("*")}
+        environment |= {"PATH": str(tmp_path / "bin"), "TMPDIR": str(tmp_path), "SLURM_SUBMIT_DIR": "."}
         command = [shutil.which("bash"), script, *arguments]
-        environment = {"PATH": str(tmp_path / "bin"), "TMPDIR": str(tmp_path)} | environment
         done = subprocess.run(command, cwd=tmp_path, env=environment, capture_output=True, text=True, timeout=60)
         assert {path: path.stat().st_mtime_ns for path in tmp_path.rglob("*")} == before
         return done
@@ -37,43 +41,31 @@ def bash(tmp_path):
     return run
 
 
-def write_commands(folder, commands):
-    for name, code in dict(commands).items():
-        (folder / name).write_text(f"#!/usr/bin/env bash\n{code}\n")
-        (folder / name).chmod(0o755)
-
-
 @pytest.mark.parametrize("script", SCRIPTS)
 def test_a_script_answers_help_with_its_variables_and_does_nothing_else(script, bash):
-    done = bash(script, "--help", SLURM_SUBMIT_DIR=".")
+    done = bash(script, "--help")
     assert (done.returncode, done.stderr) == (0, "")
     assert len(done.stdout) > 100 and "#!" not in done.stdout and "set -e" not in done.stdout
     for name in set(re.findall(r"\b([A-Z][A-Z0-9_]*)=\$\{\1:-", (ROOT / script).read_text())):
         assert re.search(rf"\b{name}\b", done.stdout), name
-    assert bash(script, "--other", "-h", SLURM_SUBMIT_DIR=".").stdout == done.stdout
+    assert bash(script, "--other", "-h").stdout == done.stdout
 
 
 @pytest.mark.parametrize(
     ("script", "arguments", "variables", "words"),
     [
-        ("setup.sh", ["devv"], {}, ["devv", "expected dev or nothing"]),
-        ("setup.sh", ["dev", "x"], {}, ["expected dev or nothing"]),
-        ("quickstart.sh", ["please"], {}, ["please", "--help"]),
-        ("weizmann.sh", ["now"], {}, ["now", "--help"]),
-        ("sample.sh", ["demo"], {}, ["demo", "--help"]),
-        ("train_progressive.sh", ["ucf-101"], {}, ["ucf-101", "--help"]),
-        ("train_slurm.sh", ["ucf-101"], {}, ["ucf-101", "--help"]),
-        ("faults.sh", ["many"], {}, ["many", "a number first"]),
-        ("sample.sh", [], {"FRAME": "3"}, ["FRAME: ", "EXP CKPT FRAMES SAMPLES OUT GPUS"]),
-        ("sample.sh", [], {"NUM_SAMPLES": "3"}, ["NUM_SAMPLES: ", "EXP CKPT FRAMES SAMPLES OUT GPUS"]),
-        ("train_progressive.sh", [], {"GPU": "3"}, ["GPU: ", "DATA GPUS"]),
-        ("train_progressive.sh", [], {"DATA_PATH": "x"}, ["DATA_PATH: ", "DATA GPUS"]),
-        ("sample.sh", [], {}, ["no torch here: run scripts/setup.sh first"]),
-        ("train_progressive.sh", [], {}, ["no torch here: run scripts/setup.sh first"]),
+        ("setup.sh", "dev x", {}, ["dev\\ x", "expected dev or nothing"]),
+        *((f"{name}.sh", "please", {}, ["please", "--help"]) for name in ("quickstart", "weizmann")),
+        *((f"{name}.sh", "demo", {}, ["demo", "--help"]) for name in ("sample", "train_progressive", "train_slurm")),
+        ("faults.sh", "many", {}, ["many", "a number first"]),
+        ("sample.sh", "", {"FRAME": "3"}, ["FRAME: ", "EXP CKPT FRAMES SAMPLES OUT GPUS"]),
+        ("train_progressive.sh", "", {"DATA_PATH": "x"}, ["DATA_PATH: ", "DATA GPUS"]),
+        ("sample.sh", "", {}, ["no torch here: run scripts/setup.sh first"]),
+        ("train_progressive.sh", "", {}, ["no torch here: run scripts/setup.sh first"]),
     ],
 )
 def test_what_a_script_does_not_know_or_lacks_is_one_line(script, arguments, variables, words, bash):
-    done = bash(f"scripts/{script}", *arguments, **variables, SLURM_SUBMIT_DIR=".")
+    done = bash(f"scripts/{script}", *arguments.split(), **variables)
     assert (done.returncode, done.stdout) == (2, "")
     (line,) = done.stderr.splitlines()
     assert line.startswith(f"{script}: error: ") and all(word in line for word in words)
@@ -89,22 +81,20 @@ def test_one_process_is_python_and_of_several_our_line_comes_last(script, bash):
     assert (done.returncode, done.stdout, done.stderr) == (1, "", "a long report\nwrong flag\n")
 
 
-def test_ctrl_c_reaches_a_run_of_one_process(tmp_path):
-    shutil.copytree(ROOT / "scripts", tmp_path / "scripts", ignore=shutil.ignore_patterns("*.py", "stud*"))
-    (tmp_path / "bin").mkdir()
+def test_ctrl_c_reaches_a_run_of_one_process(bash, tmp_path):
     code = "trap 'echo saved; exit' TERM; echo started; while true; do sleep 0.05; done"
     write_commands(tmp_path / "bin", {"python": code, "torchrun": ""})
     path = f"{tmp_path / 'bin'}:{os.environ['PATH']}"
-    settings = os.environ | {"PATH": path, "GPUS": "1", "CACHE": "0", "EXP": "x"}
-    command = ["bash", "scripts/train_progressive.sh"]
-    pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.STDOUT, "text": True}
-    with subprocess.Popen(command, cwd=tmp_path, env=settings, start_new_session=True, **pipes) as process:
-        try:
-            assert process.stdout.readline() == "started\n"
-            os.killpg(process.pid, signal.SIGINT)  # as a terminal does
-            found, _ = process.communicate(timeout=20)
-        finally:
-            if process.poll() is None:
-                os.killpg(process.pid, signal.SIGKILL)
+    process = subprocess.Popen(
+        ["bash", "scripts/train_progressive.sh"], cwd=tmp_path, start_new_session=True, text=True,
+        env=os.environ | {"PATH": path, "GPUS": "1", "CACHE": "0", "EXP": "x"}, stdout=subprocess.PIPE,
+    )  # fmt: skip
+    try:
+        assert process.stdout.readline() == "started\n"
+        os.killpg(process.pid, signal.SIGINT)  # as a terminal does
+        found, _ = process.communicate(timeout=20)
+    finally:
+        if process.poll() is None:
+            os.killpg(process.pid, signal.SIGKILL)
     assert "saved" in found and "interrupted; the same command continues" in found
     assert process.returncode == 143

@@ -15,31 +15,28 @@ import hashlib
 import os
 from pathlib import Path
 
-import matplotlib
 import numpy as np
 
 import lab
 from runtime.cli import COUNT, fail, one_line_errors
-
-matplotlib.use("Agg")  # no window, no display
-from matplotlib import pyplot as plt  # noqa: E402
+from scoring.plots import COLORS, MARKERS, plt, save_figure
 
 GOAL = 0.6  # a threshold may take at most this share of the evaluations of the full path
 SMALL, LARGE = 0.002, 0.008  # step sizes
 # Evaluations of the full path, of it cut short and of larger steps; thresholds
 FULL, TINY = (249, (120, 130, 140, 150), (15, 30, 45, 60, 90), (2, 1.5, 1, 0.7, 0.5)), (4, (2,), (2,), (100,))
-COLORS = {"tab:gray": ("cut short", SMALL), "tab:orange": ("larger steps", None)}
-COLORS |= {"tab:blue": ("threshold", SMALL), "tab:green": ("threshold", LARGE)}
+CURVES = ("cut short", SMALL), ("larger steps", None), ("threshold", SMALL), ("threshold", LARGE)
 
 
 class Samplings(lab.Run):
     """Samples of a checkpoint, made in several ways, and their scores."""
 
     def __init__(self, args):
-        self.ckpt, about = args.ckpt, [os.path.realpath(args.ckpt), os.stat(args.ckpt).st_mtime_ns]
+        self.ckpt = args.ckpt
         self.flags = ["--num-frames", args.num_frames, "--num-samples", args.num_samples, "--precision", "bf16"]
         self.flags += ["--sampler", "ngd", "--mu", 0.3, "--cfg-scale", 1.5]  # as the quickstart samples
-        digest = hashlib.sha256(str([*about, self.flags]).encode()).hexdigest()[:8]  # other samples, another folder
+        about = [os.path.realpath(args.ckpt), os.stat(args.ckpt).st_mtime_ns, self.flags]
+        digest = hashlib.sha256(str(about).encode()).hexdigest()[:8]  # other samples, another folder
         folder = Path(args.out, "adaptive-compute", digest)
         super().__init__(folder, metrics={"motion": ["--data-path", args.data_path, "--num-real", 1]})
 
@@ -59,10 +56,12 @@ class Samplings(lab.Run):
             if limit:
                 with open(self.path(name, "evaluations.csv"), newline="") as file:
                     spent = [float(row["evaluations"]) for row in csv.DictReader(file)]
-            row = {"family": family, "seed": seed, "step_size": size, "stop_below": limit}
-            row |= {"mean_evaluations": float(np.mean(spent)), "least_evaluations": min(spent)}
-            row |= {"most_evaluations": max(spent), "distance": float(np.sqrt(np.mean((own - videos[0]) ** 2)))}
-            rows.append(row | self.scores(name, "motion")["result"]["generated"])  # distance: rms, in gray levels
+            rows.append({
+                "family": family, "seed": seed, "step_size": size, "stop_below": limit,
+                "mean_evaluations": float(np.mean(spent)), "least_evaluations": min(spent),
+                "most_evaluations": max(spent), "distance": float(np.sqrt(np.mean((own - videos[0]) ** 2))),
+                **self.scores(name, "motion")["result"]["generated"],
+            })  # fmt: skip
         return rows
 
 
@@ -73,10 +72,10 @@ def run_experiment(samplings, evaluations, cut_short, larger_steps, thresholds):
     cases += [("larger steps", count, length / count, None) for count in larger_steps]
     cases += [("threshold", evaluations, size, limit) for size in (SMALL, LARGE) for limit in thresholds]
     best, *rows = samplings.rows(0, [full, *cases])
-    # The threshold (small steps) closest to all evaluations, within GOAL and no less accurate
-    fit = [row for row in rows if (row["family"], row["step_size"]) == ("threshold", SMALL)
-           and row["mean_evaluations"] <= GOAL * evaluations
+    small = (row for row in rows if (row["family"], row["step_size"]) == ("threshold", SMALL))
+    fit = [row for row in small if row["mean_evaluations"] <= GOAL * evaluations
            and row["direction_accuracy"] >= best["direction_accuracy"]]  # fmt: skip
+    # The threshold closest to all evaluations
     chosen = min(fit, key=lambda row: row["distance"])["stop_below"] if fit else None
     held_out = samplings.rows(1, [full, ("threshold", evaluations, SMALL, chosen)]) if fit else []
     rows.insert(len(cut_short), best)
@@ -98,36 +97,34 @@ def table(rows):
             row["family"], f"{row['step_size']:.4f}", f"{row['stop_below']:g}" if row["stop_below"] else "",
             f"{row['mean_evaluations']:.1f} ({row['least_evaluations']:.0f} - {row['most_evaluations']:.0f})",
             f"{row['direction_accuracy']:.1%} ({100 * low:.1f} - {100 * high:.1f})",
-            "-" if row["speed_ratio"] is None else f"{row['speed_ratio']:.2f}", f"{row['distance']:.1f}",
+            lab.cell(row, "speed_ratio", 2), f"{row['distance']:.1f}",
         ])  # fmt: skip
     titles = ["", "step", "R", "evaluations", "direction right (95%)", "speed / true", "away from 250 points"]
     return lab.table(titles, cells)
 
 
-@plt.rc_context({"font.size": 14, "axes.grid": True, "grid.alpha": 0.3})
 def plot_rows(path, rows):
-    figure, (top, bottom) = plt.subplots(2, 1, figsize=(9, 9), sharex=True, layout="constrained")
-    for color, (family, step_size) in COLORS.items():
+    figure, (top, bottom) = plt.subplots(2, 1, figsize=(9, 9), sharex=True)
+    for color, marker, (family, step_size) in zip(COLORS, MARKERS, CURVES, strict=False):
         part = [row for row in rows if row["family"] == family and step_size in (None, row["step_size"])]
         part.sort(key=lambda row: row["mean_evaluations"])
-        evaluations, distances = ([row[name] for row in part] for name in ("mean_evaluations", "distance"))
-        right = np.array([row["direction_accuracy"] for row in part])
+        names = "mean_evaluations", "distance", "direction_accuracy"
+        evaluations, distances, right = np.array([[row[name] for name in names] for row in part]).T
         low, high = np.array([row["direction_interval95"] for row in part]).T
         error = 100 * np.clip([right - low, high - right], 0, None)
         label = f"{family}, step {step_size}" if step_size else family
-        top.errorbar(evaluations, 100 * right, error, marker="o", color=color, label=label, capsize=3)
-        bottom.plot(evaluations, distances, marker="o", color=color)
-        for row in part:
+        top.errorbar(evaluations, 100 * right, error, marker=marker, color=color, label=label, capsize=3)
+        bottom.plot(evaluations, distances, marker=marker, color=color)
+        for row, *place in zip(part, evaluations, distances, strict=True):
             if row["stop_below"]:
-                place = row["mean_evaluations"], row["distance"]
                 bottom.annotate(f"{row['stop_below']:g}", place, (4, 4), textcoords="offset points", fontsize=10)
     for axes in (top, bottom):
         axes.axvline(GOAL * FULL[0], color="black", linestyle=":", label="60% of 249")
     top.set(ylabel="direction right, %", ylim=(0, 102))
     bottom.set(ylabel="distance from 250 points,\ngrey levels (rms)", xlabel="mean evaluations per sample")
-    top.legend(fontsize=11, loc="lower right")
+    top.legend(loc="lower right")
     path.parent.mkdir(parents=True, exist_ok=True)
-    figure.savefig(path, dpi=100)
+    save_figure(figure, path)
 
 
 def parse_args():

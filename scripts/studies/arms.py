@@ -76,9 +76,8 @@ BASE = [
 
 def config_of(size):
     """An EqMConfig for counting FLOPs, which do not depend on the positions."""
-    settings = {"depth": size.depth, "hidden_size": size.width, "num_heads": size.heads, "input_size": 16}
-    settings |= {"in_channels": 3, "temporal_patch_size": 4, "num_classes": 12, "num_frames": 16}
-    return model_config("EqM-Ti/2", use_rope=True, **settings)
+    own = {"depth": size.depth, "hidden_size": size.width, "num_heads": size.heads}
+    return model_config("EqM-Ti/2", **own, input_size=16, in_channels=3, temporal_patch_size=4, num_classes=12)
 
 
 def plan(arm, share, size):
@@ -88,8 +87,8 @@ def plan(arm, share, size):
     phases, last_step, flops, earlier = [], 0, 0, []
     for num_frames, part in arm.phases:
         batch_size, own = TOKENS // math.prod(config.grid(num_frames)), config.training_flops(num_frames)
-        mix = arm.mix if earlier else 0
-        per_step = batch_size * ((1 - mix) * own + (mix and mix * sum(earlier) / len(earlier)))
+        mixed = sum(earlier) / len(earlier) if earlier else own
+        per_step = batch_size * ((1 - arm.mix) * own + arm.mix * mixed)
         steps = max(1, round(part * compute / per_step))
         last_step, flops, earlier = last_step + steps, flops + steps * per_step, [*earlier, own]
         phases.append((num_frames, last_step, batch_size))
@@ -127,5 +126,5 @@ def size_of(args):
 
 def training(args, arm, seed, share, *more):
     """The fields of a lab.Run that say how it trains."""
-    flags = [*recipe_flags(arm, seed, share, size_of(args)), *more, *(["--compile"] if args.compile else [])]
+    flags = [*recipe_flags(arm, seed, share, size_of(args)), *more, *["--compile"] * args.compile]
     return {"training": flags, "last_step": plan(arm, share, size_of(args))[0][-1][1]}

@@ -4,18 +4,18 @@
 
 Trains the curriculum that the study recommends with a share of forced clips, and scores it on a test set of its own,
 288 videos of another seed: completions of its clips by evaluate.py --metric prediction, and clips of which nothing is
-given by --metric motion. The same command continues, and shares the models with other processes (see lab.py). Tables:
-results/given_frames.md and .json; models, samples and scores: results/given-frames.
+given by --metric motion. Tables: results/given_frames.md and .json; models, samples and scores: results/given-frames
+(see lab.py).
 """
 
-import statistics
 from pathlib import Path
+
+import numpy as np
 
 import lab
 from arms import RECOMMENDED, sampling_flags, size_of, training
 from runtime.cli import SHARE, one_line_errors
 
-MEAN = "Mean over the seeds (lowest to highest)"
 TASKS = {  # name in the table: (flags of sample_gd.py, metric)
     "8 of 16 given": ("--num-frames 16 --given-frames 0-7", "prediction"),
     "8 of 16 given, no label": ("--num-frames 16 --given-frames 0-7 --classes none", "prediction"),
@@ -35,17 +35,15 @@ COLUMNS = {  # title: value of a manifest, factor, digits
 
 def make_run(args, share, seed):
     """The Run of a model."""
-    root, clips = Path(args.out, "given-frames"), num_clips(args)
-    data, test = root / "moving-shapes", root / "moving-shapes-test"
-    flags = ["--num-samples", clips, "--seed", seed, *sampling_flags(size_of(args))]
+    root, clips, size = Path(args.out, "given-frames"), num_clips(args), size_of(args)
+    data = lab.data_sets(root / "moving-shapes", size.videos, max(2, clips // 12), "--seconds", 1.4)
+    videos, test = data
+    flags = ["--num-samples", clips, "--seed", seed, *sampling_flags(size)]
     given = {"prediction": ["--given", test, "--given-split", "all", "--no-keep-background"], "motion": []}
     return lab.Run(
         root / f"forcing{share:g}-seed{seed}",
-        data={
-            data: ["--seconds", 1.4, "--videos-per-class", size_of(args).videos],
-            test: ["--seconds", 1.4, "--videos-per-class", max(2, clips // 12), "--seed", 1],
-        },
-        **training(args, RECOMMENDED, seed, 1.0, "--forcing", share, "--data-path", data),
+        data,
+        **training(args, RECOMMENDED, seed, 1.0, "--forcing", share, "--data-path", videos),
         tasks={task: ([*words.split(), *flags, *given[metric]], [metric]) for task, (words, metric) in TASKS.items()},
         metrics={
             "prediction": ["--data-path", test],
@@ -59,25 +57,23 @@ def num_clips(args):
 
 
 def markdown(content):
-    """The tables as text: mean over the seeds and, in brackets, their lowest and highest value."""
     tasks, seeds = content["tasks"], len(content["seeds"])
-    lines = ["# Given frames", ""]
-    lines += ["Made by `scripts/studies/given_frames.py`: the study's 4-8-16 recipe with shares of forced"]
-    lines += [f"clips (`--forcing`), {content['videos']} test videos, {seeds} seeds each. {MEAN}.", ""]
+    lines = ["# Given frames", "", "Made by `scripts/studies/given_frames.py`: the study's 4-8-16 recipe with shares "
+             f"of forced\nclips (`--forcing`), {content['videos']} test videos, {seeds} seeds each. Mean over the "
+             "seeds (lowest to highest).", ""]  # fmt: skip
     for share in dict.fromkeys(share for found in tasks.values() for share in found):
         rows = {task: found[share] for task, found in tasks.items()}
         lines += [f"## --forcing {share}", "", *lab.seed_table(rows, COLUMNS)]
     # What forcing costs where nothing is given: the difference of each share to 0, seed by seed
-    title, gaps = "direction right (%)", {}
-    for task, found in tasks.items():
-        for share in found if task.startswith("nothing") and "0" in found else ():
-            pairs = zip(found[share][title], found["0"][title], strict=True)
-            gaps[f"- {task}, --forcing {share} minus 0"] = [own - other for own, other in pairs] if share != "0" else []
-    gaps = {what: own for what, own in gaps.items() if own}
-    if gaps:
-        lines += ["95% intervals by Student's t over the seeds:", ""]
+    title = "direction right (%)"
+    gaps = {
+        f"- {task}, --forcing {share} minus 0": np.subtract(found[share][title], found["0"][title])
+        for task, found in tasks.items() if task.startswith("nothing") and "0" in found
+        for share in found if share != "0"
+    }  # fmt: skip
+    lines += ["95% intervals by Student's t over the seeds:", ""] if gaps else []
     for what, own in gaps.items():
-        mean, half = statistics.mean(own), lab.half_width(own)
+        mean, half = np.mean(own), lab.half_width(own)
         spread = "" if half is None else f" ({mean - half:+.1f} to {mean + half:+.1f})"
         lines.append(f"{what}: {mean:+.1f} points{spread}")
     return lines

@@ -1,8 +1,8 @@
 """What the studies share: runs that continue after a kill and that several processes can share, and tables.
 
-A Run trains a model, samples from it and scores the samples with the project's own scripts, in a folder of its own.
-What is finished there is not made again. Start the same command several times to share the runs between processes: on 2
-cores, two with OMP_NUM_THREADS=1 are much faster than one with two threads.
+A Run trains a model, samples from it and scores the samples with the project's own scripts, in a folder of its own. The
+same command continues after an interruption. Start it several times to share the runs between processes: on 2 cores,
+two with OMP_NUM_THREADS=1 are much faster than one with two threads.
 """
 
 import fcntl
@@ -14,8 +14,9 @@ import statistics
 import subprocess
 import sys
 import time
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
 
 # Let waiting threads sleep instead of spin, here and in child processes: beside other work on the machine, a step with
@@ -24,6 +25,7 @@ os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
 
 from scipy.special import stdtrit
 
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 sys.path.insert(0, str(Path(__file__).resolve().parents[2] / "EqM"))
 
 from runtime import distributed
@@ -38,7 +40,7 @@ WAIT_SECONDS = 2.0  # before looking again for runs that other processes left
 
 def study_parser(doc, seeds=None, trains=True):
     """A parser with the flags that studies share; `seeds` is the default of --seeds."""
-    parser = ArgumentParser(description=doc.split("\n")[0])
+    parser = ArgumentParser(description=doc.partition("\n")[0])
     add = parser.add_argument
     add("--out", type=writable, default="results", metavar="DIR", help="for the tables and the folder of the runs")
     add("--miniature", action="store_true", help="tiny models and few steps, to try the script")
@@ -50,7 +52,7 @@ def study_parser(doc, seeds=None, trains=True):
 
 
 def writable(folder):
-    """A `type=` of --out."""
+    """The `type` of --out."""
     try:
         check_writable("--out", folder)
     except UserError as error:
@@ -66,12 +68,11 @@ def writable(folder):
 def file_lock(path, wait=True):
     """Lock a file against other processes, until the context or this process ends. Yields whether it is locked."""
     with open(path, "a") as file:
-        try:
+        is_locked = False
+        with suppress(BlockingIOError):
             fcntl.flock(file, fcntl.LOCK_EX | (0 if wait else fcntl.LOCK_NB))
-        except BlockingIOError:
-            yield False
-        else:
-            yield True
+            is_locked = True
+        yield is_locked
 
 
 def script(*words, log, **environment):
@@ -79,17 +80,15 @@ def script(*words, log, **environment):
 
     Returns its peak memory in MiB. Raises UserError if it fails.
     """
-    command = ["bash" if words[0].endswith(".sh") else sys.executable, ROOT / words[0], *words[1:]]
+    command = map(str, ["bash" if words[0].endswith(".sh") else sys.executable, ROOT / words[0], *words[1:]])
     with open(log, "a") as file:
-        process = subprocess.Popen(
-            [str(word) for word in command], stdout=file, stderr=file, env=os.environ | environment,
-            preexec_fn=lambda: distributed.die_with_parent(signal.SIGTERM),  # on which train.py saves
-        )  # fmt: skip
+        streams, on_its_death = {"stdout": file, "stderr": file}, partial(distributed.die_with_parent, signal.SIGTERM)
+        process = subprocess.Popen(list(command), **streams, env=os.environ | environment, preexec_fn=on_its_death)
         try:
             _, status, usage = os.wait4(process.pid, 0)
         except KeyboardInterrupt:  # the script has received SIGINT as well and saves
             process.wait()
-            raise UserError("interrupted: run the same command to continue") from None
+            raise
     process.returncode = os.waitstatus_to_exitcode(status)
     if process.returncode:
         last_line = Path(log).read_text(errors="replace").strip().rpartition("\n")[2]
@@ -121,14 +120,20 @@ class Run:
     def is_done(self):
         return not any(map(self.unscored, self.metrics))
 
+    def estimate(self):
+        """About the seconds that the missing parts take."""
+        return 0.0
+
     def scores(self, task, metric):
         """The manifest that evaluate.py has written."""
         return json.loads(self.path(task, f"{metric}.json").read_text())
 
     def values(self, task):
         """The values of all metrics of a task, by name."""
-        found = [self.scores(task, metric)["values"] for metric in self.tasks[task][1]]
-        return {name: value for values in found for name, value in values.items()}
+        found = {}
+        for metric in self.tasks[task][1]:
+            found |= self.scores(task, metric)["values"]
+        return found
 
     def validations(self):
         """The rows of metrics.jsonl that have a validation."""
@@ -177,24 +182,19 @@ class Run:
         self.score()
 
 
-def not_done(runs):
-    return [run for run in runs if not run.is_done]
+def run_all(runs, minutes=math.inf):
+    """Run what is not done, each run by one process, and wait for those of other processes.
 
-
-def run_all(runs, left=not_done, estimate=lambda run: 0.0, minutes=None):
-    """Run those runs that are left, each by one process, and wait for those of other processes.
-
-    No run is started that would end after so many minutes, by its estimate in seconds.
+    No run is started that would end after so many minutes, by its estimate.
     """
-    end = math.inf if minutes is None else time.monotonic() + 60 * minutes
-    while waiting := left(runs):
+    end = time.monotonic() + 60 * minutes
+    while waiting := [run for run in runs if not run.is_done]:
         for run in waiting:
             run.folder.mkdir(parents=True, exist_ok=True)
             with file_lock(run.folder / "lock", wait=False) as is_mine:
-                if is_mine and left([run]):
-                    seconds = estimate(run)
-                    if time.monotonic() + seconds >= end:
-                        say(f"{run.folder.name} takes about {seconds / 60:.1f} minutes: run again to continue")
+                if is_mine and not run.is_done:
+                    if time.monotonic() + run.estimate() >= end:
+                        say(f"{run.folder.name} takes about {run.estimate() / 60:.1f} minutes: run again to continue")
                         return
                     say(f"{len(waiting)} runs to do; {run.folder.name}")
                     run.run()
@@ -205,6 +205,12 @@ def run_all(runs, left=not_done, estimate=lambda run: 0.0, minutes=None):
                 return
             time.sleep(WAIT_SECONDS)
     say("all is done")
+
+
+def data_sets(folder, count, test_count, *flags):
+    """The `data` of a Run: so many videos per class in a folder, and a test set of another seed in FOLDER-test."""
+    flags = [*flags, "--videos-per-class"]
+    return {folder: [*flags, count], folder.with_name(f"{folder.name}-test"): [*flags, test_count, "--seed", 1]}
 
 
 # ----------------------------------------------------------------------------------------------------------------------
@@ -248,13 +254,14 @@ def seed_table(rows, columns):
 
 def write_results(out, name, lines, content=None):
     """Write lines to NAME.md and the content they are made of to NAME.json in the folder `out`; print the tables."""
-    files = {f"{name}.md": "\n".join(lines).rstrip() + "\n"}
-    files |= {} if content is None else {f"{name}.json": json.dumps(content, indent=1) + "\n"}
-    for file_name, text in files.items():
-        Path(out).mkdir(parents=True, exist_ok=True)
-        with atomic_write(Path(out, file_name)) as file:
-            file.write(text.encode())
+    files = {Path(out, f"{name}.md"): "\n".join(lines).rstrip()}
+    if content is not None:
+        files[Path(out, f"{name}.json")] = json.dumps(content, indent=1)
+    for path, text in files.items():
+        path.parent.mkdir(parents=True, exist_ok=True)
+        with atomic_write(path) as file:
+            file.write(f"{text}\n".encode())
     for line in lines:
         if line.startswith("|"):
             say(line)
-    say(f"results: {', '.join(str(Path(out, file_name)) for file_name in files)}")
+    say(f"results: {', '.join(map(str, files))}")

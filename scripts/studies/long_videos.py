@@ -4,10 +4,9 @@
     python scripts/studies/long_videos.py --overlaps 4 8 12 --guidances 1 1.5 --clips 24 --seeds 0 1     what is best
 
 Trains the recipe that the study recommends, but on 8 and 16 frames and with 1.6 times its compute, with three of four
-clips forced, on videos of shapes that turn at the borders of the frame. Makes long videos of every class by
-sample_gd.py and scores them by evaluate.py: one object to the end, its speed, its turns, and the seams of windows. Then
-it measures the memory of sample_gd.py for short and long videos. The same command continues, and shares the models with
-other processes (see lab.py). Tables: results/long_videos.md and .json; models, samples and scores: results/long-videos.
+clips forced, on videos of shapes that turn at the borders of the frame. Long videos of every class are scored: one
+object to the end, its speed, its turns, and the seams of windows. Then it measures the memory of sample_gd.py for short
+and long videos. Tables: results/long_videos.md and .json; models, samples and scores: results/long-videos (see lab.py).
 """
 
 import json
@@ -22,6 +21,7 @@ ARM = replace(RECOMMENDED, phases=((8, 1 / 3), (16, 2 / 3)))
 COMPUTE, FORCING = 1.6, 0.75  # of the study's full compute; share of the clips that are forced in training
 WINDOW, SECONDS = 16, 12  # frames; of a video of the data, at 25 frames per second
 SHORT = 32  # frames of the videos whose memory is compared with that of long ones
+METRICS = "motion", "consistency"
 COLUMNS = {  # title: value of a manifest, factor, digits
     "one object to the end (%)": ("one_object", 100, 0),
     "turns at the borders only (%)": ("turns_right", 100, 0),
@@ -37,22 +37,23 @@ class LongRun(lab.Run):
 
     def __init__(self, args, seed):
         self.args, size, root = args, size_of(args), Path(args.out, "long-videos")
-        data, test = root / "bouncing-shapes", root / "bouncing-shapes-test"
-        shared = ["--bounce", "--seconds", 2 if args.miniature else SECONDS, "--videos-per-class"]
+        seconds, of_test = (2, 2) if args.miniature else (SECONDS, 16)
+        data = lab.data_sets(root / "bouncing-shapes", size.videos, of_test, "--bounce", "--seconds", seconds)
+        videos, test = data
         flags = ["--num-frames", args.num_frames, "--num-samples", args.clips, "--window", WINDOW]
         flags += [*sampling_flags(size), "--seed", seed]
         real = ["--data-path", test, "--split", "all", "--num-real", args.clips]
         super().__init__(
             root / f"seed{seed}-compute{COMPUTE:g}",
-            data={data: [*shared, size.videos], test: [*shared, 2 if args.miniature else 16, "--seed", 1]},
-            **training(args, ARM, seed, COMPUTE, "--forcing", FORCING, "--data-path", data),
+            data,
+            **training(args, ARM, seed, COMPUTE, "--forcing", FORCING, "--data-path", videos),
             tasks={
                 f"overlap {overlap}, guidance {guidance:g}": (
-                    [*flags, "--overlap", overlap, "--cfg-scale", guidance], ("motion", "consistency")
+                    [*flags, "--overlap", overlap, "--cfg-scale", guidance], METRICS
                 )
                 for overlap in args.overlaps for guidance in args.guidances
             },
-            metrics={"motion": real, "consistency": real},
+            metrics=dict.fromkeys(METRICS, real),
         )  # fmt: skip
         self.memory = self.folder / f"memory-{args.num_frames}.json"  # {num_frames: MiB}
 
@@ -74,16 +75,14 @@ class LongRun(lab.Run):
 
 
 def markdown(content):
-    """The table as text: mean over the seeds and, in brackets, their lowest and highest value."""
     frames, count = content["num_frames"], len(content["seeds"])
     lines = ["# Longer than any training clip", "", "Made by `scripts/studies/long_videos.py`: the study's recipe on 8 "
              "and 16 frames with", f"{COMPUTE} times its compute and `--forcing {FORCING}`, bouncing shapes; "
              f"{content['videos']} videos of", f"{frames} frames in windows of {WINDOW}; {count} "
              f"seed{'s' if count > 1 else ''}: mean (lowest to highest).", ""]  # fmt: skip
     lines += lab.seed_table(content["samplings"], COLUMNS)
-    ratios = [peaks[str(frames)] / peaks[str(SHORT)] for peaks in content["memory"]]
-    cell = lab.mean_cell(ratios, 2)
-    return [*lines, f"Peak memory of `sample_gd.py`, {frames} frames against {SHORT}: {cell} times."]
+    ratio = lab.mean_cell([peaks[str(frames)] / peaks[str(SHORT)] for peaks in content["memory"]], 2)
+    return [*lines, f"Peak memory of `sample_gd.py`, {frames} frames against {SHORT}: {ratio} times."]
 
 
 def parse_args():

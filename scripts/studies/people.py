@@ -12,7 +12,7 @@ from pathlib import Path
 
 import lab
 from lab import cell
-from runtime.cli import ArgumentParser, UserError, fail, one_line_errors
+from runtime.cli import ArgumentParser, fail, one_line_errors
 from runtime.metrics import read_metrics
 
 VALUES = {"psnr": "PSNR", "psnr_moving": "moving pixels"}  # of predictions: name of a value, in words
@@ -21,37 +21,32 @@ PREDICTIONS = [task + end for task in ("8of16", "4of16") for end in KEPT]
 
 
 def read_run(name):
-    """The scores of an experiment, a plain dict. Raises UserError."""
-    try:
-        hours = float(re.match(r"HOURS=(\S+)", Path("results", name, "settings").read_text())[1])
-        vae, model = (newest_metrics(name, kind) for kind in ("VAE", "EqM"))
-        tasks = (*PREDICTIONS, "nearest", "classifier")
-        made = {task: json.loads(Path("samples", f"{name}-{task}.json").read_text()) for task in tasks}
-    except FileNotFoundError as error:
-        missing = f"{error.filename} is missing; run it again with EXP={name}"
-        raise UserError(f"{name}: not a finished run of scripts/weizmann.sh: {missing}") from error
+    """The scores of an experiment, a plain dict. Raises FileNotFoundError."""
+    hours = float(re.match(r"HOURS=(\S+)", Path("results", name, "settings").read_text())[1])
+    vae, model = (newest_metrics(name, kind) for kind in ("VAE", "EqM"))
+    tasks = (*PREDICTIONS, "nearest", "classifier")
+    scores = {task: json.loads(Path("samples", f"{name}-{task}.json").read_text()) for task in tasks}
     last_phase = [row for row in model if "val_loss" in row and row["num_frames"] == model[-1]["num_frames"]]
     best = min(last_phase, key=lambda row: row["val_loss"])  # best.pt
-    result = {
+    run = {
         "hours": hours, "vae_steps": vae[-1]["step"], "steps": model[-1]["step"], "vae_psnr": vae[-1]["val_psnr"],
         "minutes_of_model": model[-1]["seconds"] / 60, "best_step": best["step"], "val_loss": best["val_loss"],
     }  # fmt: skip
     for task in PREDICTIONS:
-        found = made[task]["result"]
-        kept = ("samples_per_clip", "clips", *(name for name in found if re.match("psnr|ssim", name)))
-        result[task] = {name: found[name] for name in kept if not name.endswith("by_frame")}
+        kept = re.compile(r"samples_per_clip|clips|(psnr|ssim)(?!.*by_frame)")
+        run[task] = {key: value for key, value in scores[task]["result"].items() if kept.match(key)}
     for kind in ("real", "samples"):
-        found, kept = made["classifier"]["result"][kind], ("clips", "right", "share", "interval95", "static")
-        result[f"classifier_{kind}"] = {key: found[key] for key in kept if key in found}
-    ratio = {"rmse_ratio_interval95": made["nearest"]["result"]["rmse_ratio_interval95"]}
-    return result | {"nearest": made["nearest"]["values"] | ratio}
+        kept = "clips", "right", "share", "interval95", "static"
+        found = scores["classifier"]["result"][kind]
+        run[f"classifier_{kind}"] = {key: found[key] for key in kept if key in found}
+    ratio = {"rmse_ratio_interval95": scores["nearest"]["result"]["rmse_ratio_interval95"]}
+    return run | {"nearest": scores["nearest"]["values"] | ratio}
 
 
 def newest_metrics(name, kind):
-    """The rows of the newest VAE or model of an experiment. Raises FileNotFoundError."""
-    folders = sorted(Path("results", name).glob(f"[0-9][0-9][0-9]-{kind}-*"))
-    path = folders[-1] if folders else Path("results", name, f"*-{kind}-*")
-    return read_metrics(path / "metrics.jsonl")[0]
+    """The rows of the newest VAE or model of an experiment."""
+    folder, names = Path("results", name), f"[0-9]*-{kind}-*"
+    return read_metrics(max(folder.glob(names), default=folder / names) / "metrics.jsonl")[0]
 
 
 def share(part):
@@ -61,7 +56,6 @@ def share(part):
 
 def rows_of(run):
     """{what: text} of a run, the rows of its column."""
-    nearest, samples = run["nearest"], run["classifier_samples"]
     rows = {
         "steps of the VAE; of the model": f"{run['vae_steps']}; {run['steps']}",
         "VAE, PSNR of held-out people (dB)": f"{run['vae_psnr']:.2f}",
@@ -78,8 +72,9 @@ def rows_of(run):
             four = run["4of16" + end]
             for kind, title in {"": "mean of", "_best": "best of", "_average": "average of"}.items():
                 what = f"4 of 16 given, {words} (dB){kept}: {title} {four['samples_per_clip']}"
-                rows[what] = cell(four, value + kind, 2).split()[0]
-        rows[f"4 of 16 given, {words} of repeating (dB)"] = cell(four, f"{value}_repeated", 2).split()[0]
+                rows[what] = f"{four[value + kind]:.2f}"
+        rows[f"4 of 16 given, {words} of repeating (dB)"] = f"{four[f'{value}_repeated']:.2f}"
+    nearest, samples = run["nearest"], run["classifier_samples"]
     return rows | {
         "classifier: real clips, one person left out": share(run["classifier_real"]),
         "classifier: samples that show the class that was asked for": share(samples),
@@ -90,7 +85,7 @@ def rows_of(run):
 
 
 def markdown(runs):
-    columns = [rows_of(run) for run in runs]
+    columns = list(map(rows_of, runs))
     about = "Made by `scripts/studies/people.py` from runs of `scripts/weizmann.sh`. 95% intervals by clip."
     rows = [[what, *(column.get(what, "-") for column in columns)] for what in columns[0]]
     return ["# Real people", "", about, "", *lab.table(["", *(f"HOURS={run['hours']:g}" for run in runs)], rows)]
@@ -109,8 +104,8 @@ def main():
     args = parse_args()
     try:
         runs = sorted(map(read_run, args.runs), key=lambda run: run["hours"])
-    except UserError as error:
-        fail(error)
+    except FileNotFoundError as error:
+        fail(f"{error.filename}: no such file; expected finished runs of scripts/weizmann.sh")
     lab.write_results(args.out, "people", markdown(runs), runs)
 
 

@@ -4,8 +4,7 @@
     GPUS=1 python scripts/studies/seeds.py & GPUS=1 python scripts/studies/seeds.py
 
 Runs scripts/quickstart.sh with its default steps and batches, samples 288 clips of 4, 16 and 24 frames, and scores them
-against videos of another seed. The same command continues, and shares the seeds with other processes (see lab.py).
-Table: results/seeds.md and .json; models and scores: results/seeds.
+against videos of another seed. Table: results/seeds.md and .json; models and scores: results/seeds (see lab.py).
 """
 
 import os
@@ -16,24 +15,24 @@ import lab
 from runtime.cli import one_line_errors
 
 CLIPS, LENGTHS = 288, (4, 16, 24)  # clips of each number of frames
-COLUMNS = {"directions right (%)": "direction_accuracy", "shapes right (%)": "shape_accuracy"}
-TINY = {"STEPS_1": "1", "STEPS_2": "2", "STEPS_3": "3", "BATCH_1": "4", "BATCH_2": "4", "BATCH_3": "4"}
-TINY |= {"GPUS": "1", "VIDEOS": "2"}
+# Title: value of a manifest, factor, digits
+COLUMNS = {"directions right (%)": ("direction_accuracy", 100, 1), "shapes right (%)": ("shape_accuracy", 100, 1)}
+TINY = {"STEPS_1": "1", "STEPS_2": "2", "STEPS_3": "3", "GPUS": "1", "VIDEOS": "2"}
+TINY |= dict.fromkeys(("BATCH_1", "BATCH_2", "BATCH_3"), "4")
 
 
 class QuickstartRun(lab.Run):
     """The quickstart with a seed, its samples and their scores."""
 
     def __init__(self, args, seed):
-        self.seed, self.is_tiny, root = seed, args.miniature, Path(args.out, "seeds").resolve()
-        self.videos, test, clips = root / "moving-shapes", root / "moving-shapes-test", 4 if self.is_tiny else CLIPS
+        self.seed, self.tiny, root = seed, TINY if args.miniature else {}, Path(args.out, "seeds").resolve()
+        clips, *counts = (4, 2, 2) if self.tiny else (CLIPS, 60, 8)
+        data = lab.data_sets(root / "moving-shapes", *counts, "--seconds", 1.4)
+        self.videos, test = data
         flags = ["--num-samples", clips, "--precision", "bf16", "--seed", seed, "--num-frames"]
         super().__init__(
             root / f"seed{seed}",
-            data={
-                self.videos: ["--seconds", 1.4, "--videos-per-class", 2 if self.is_tiny else 60],
-                test: ["--seconds", 1.4, "--videos-per-class", 2 if self.is_tiny else 8, "--seed", 1],
-            },
+            data,
             tasks={f"samples-f{frames}": ([*flags, frames], ("motion",)) for frames in LENGTHS},
             metrics={"motion": ["--data-path", test, "--split", "all", "--num-real", min(96, clips)]},
         )
@@ -41,20 +40,18 @@ class QuickstartRun(lab.Run):
     def train(self):
         """Run the quickstart, or continue it. Returns the path of best.pt."""
         variables = {"SEED": str(self.seed), "DATA": str(self.videos), "FRAMES": "16", "SAMPLES": "12"}
-        variables |= {"EXP": os.path.relpath(self.folder, lab.ROOT / "results")} | (TINY if self.is_tiny else {})
-        self.script("scripts/quickstart.sh", **variables)
+        variables |= {"EXP": os.path.relpath(self.folder, lab.ROOT / "results")}
+        self.script("scripts/quickstart.sh", **variables, **self.tiny)
         return max(self.folder.glob("*/checkpoints/best.pt"), key=os.path.getmtime)
 
 
 def markdown(content):
-    """The tables as text."""
-    lines = ["# Seeds of the quickstart", "", "Made by `scripts/studies/seeds.py`: "
-             f"{content['clips']} clips of each number of frames.", ""]  # fmt: skip
-    seeds = [f"seed {seed}" for seed in content["seeds"]]
+    about = f"Made by `scripts/studies/seeds.py`: {content['clips']} clips of each number of frames."
+    lines, seeds = ["# Seeds of the quickstart", "", about, ""], [f"seed {seed}" for seed in content["seeds"]]
     for title in COLUMNS:
-        rows = [(row["frames"], row[title]) for row in content["rows"]]
-        rows = [(frames, min(values), statistics.median(values), *values) for frames, values in rows]
-        cells = [[str(frames), *(f"{value:.1f}" for value in values)] for frames, *values in rows]
+        rows = {row["frames"]: row[title] for row in content["rows"]}
+        rows = {frames: (min(values), statistics.median(values), *values) for frames, values in rows.items()}
+        cells = [[str(frames), *(f"{value:.1f}" for value in values)] for frames, values in rows.items()]
         lines += lab.table(["frames", f"{title}: lowest", "median", *seeds], cells)
     return lines
 
@@ -68,10 +65,8 @@ def main():
     args = parse_args()
     runs = [QuickstartRun(args, seed) for seed in args.seeds]
     lab.run_all(runs)
-    rows = []
-    for task, frames in zip(runs[0].tasks, LENGTHS, strict=True):
-        found = {title: [100 * run.values(task)[name] for run in runs] for title, name in COLUMNS.items()}
-        rows.append({"frames": frames} | found)
+    tasks = zip(LENGTHS, runs[0].tasks, strict=True)
+    rows = [{"frames": frames} | lab.collect(runs, task, COLUMNS) for frames, task in tasks]
     content = {"seeds": args.seeds, "clips": CLIPS, "rows": rows}
     lab.write_results(args.out, "seeds", markdown(content), content)
 

@@ -9,10 +9,8 @@ A: fixed positions, rotary ones, rotary ones beside a table of height and width 
 ("moving"). B: which curriculum of 4, 8, then 16 frames. C: the compute at which motion becomes right.
 
 An arm is a recipe; a run is an arm with a seed and a share of the compute. All runs of a share have the same counted
-FLOPs: the steps of each phase follow from EqMConfig.training_flops. The learning rate decays to zero at the end of each
-run, so a run with 60% of the compute is a run of its own, not the first part of a longer one. After an interruption the
-same command continues, and several processes can share the runs (see lab.py). Rows in results/study.csv are done; the
-run folders in results/study are needed only for an interrupted run.
+FLOPs. The learning rate decays to zero at the end of each run, so a run with 60% of the compute is a run of its own.
+Rows in results/study.csv are done; the run folders in results/study are needed only for an interrupted run: see lab.py.
 """
 
 import csv
@@ -20,19 +18,16 @@ import hashlib
 import io
 import json
 import math
-import os
-import platform
 import shutil
 import time
-from functools import cached_property
 from pathlib import Path
 
 import numpy as np
-import torch
 
 import arms
 import lab
 from arms import BY_NAME, SHARE_SEEDS, VERSION
+from benchmark import machine
 from lab import UserError, fail, say
 from report import write_report
 from runtime.cli import POSITIVE, one_line_errors
@@ -41,12 +36,15 @@ from scoring.manifest import code_commit
 QUESTIONS = "A", "B", "C"
 SECONDS_PER_FRAME = 0.04  # of the videos, and of all samples
 SECONDS_PER_FLOP = 7e-12  # on 2 cores (AVX-512, bf16), before a run has measured it
-SCORES = {  # column: its name in the scores of --metric motion
+METRICS = "motion", "consistency"
+SCORES = {  # column: the name of a value of these metrics
     "direction": "direction_accuracy", "shape": "shape_accuracy", "speed": "speed_ratio", "area": "area_ratio",
+    "seam": "seam_score", "drift": "largest_drift",
 }  # fmt: skip
 COLUMNS = [
     "version", "recipe", "arm", "seed", "share", "kind", "step", "frames", "loss", "loss_rel", "loss_16", "train_loss",
-    "clips", "right", *SCORES, "real_direction", "seam", "drift", "flops", "seconds", "compiled", "code", "machine",
+    "clips", "right", "direction", "shape", "speed", "area", "real_direction", "seam", "drift", "flops", "seconds",
+    "compiled", "code", "machine",
 ]  # fmt: skip
 TEXTS = {"recipe", "arm", "kind", "code", "machine"}
 TRAIN_COLUMNS = {  # of the rows of trainings: the name in metrics.jsonl
@@ -57,20 +55,14 @@ TRAIN_COLUMNS = {  # of the rows of trainings: the name in metrics.jsonl
 
 def read_rows(path):
     """The rows of a csv, texts and floats, an empty cell as None. Raises UserError."""
-
-    def parse(name, text):
-        return text if name in TEXTS else float(text) if text else None
-
-    try:
-        with open(path, newline="") as file:
-            header, *lines = csv.reader(file)
-        if header != COLUMNS:
-            raise ValueError(f"its columns are not those of version {VERSION}")
-        return [{name: parse(name, text) for name, text in zip(COLUMNS, line, strict=True)} for line in lines]
-    except FileNotFoundError:
+    if not path.exists():
         return []
-    except (OSError, ValueError, csv.Error) as error:
-        raise UserError(f"{path}: not a csv of the study ({error}): move it away") from error
+    with open(path, newline="") as file:
+        header, *lines = csv.reader(file)
+    if header != COLUMNS:
+        raise UserError(f"{path}: its columns are not those of version {VERSION}: move it away")
+    rows = (zip(COLUMNS, line, strict=True) for line in lines)
+    return [{name: text if name in TEXTS else float(text) if text else None for name, text in row} for row in rows]
 
 
 def write_rows(path, rows):
@@ -88,7 +80,7 @@ def key_of(row):
 
 
 class Study:
-    """The paths, the rows of the csv and the runs of a study."""
+    """The paths, the rows of the csv and the runs of a study. Raises UserError for rows that it does not make."""
 
     def __init__(self, args):
         self.args, self.size = args, arms.size_of(args)
@@ -98,35 +90,19 @@ class Study:
         for arm in arms.ARMS:
             for share, count in {1.0: arm.seeds, **dict.fromkeys(arm.shares, SHARE_SEEDS)}.items():
                 runs += [StudyRun(self, arm, seed, share) for seed in range(min(count, self.size.most_seeds))]
-        self.check_rows({run.key: run.recipe for run in runs})
-        chosen = choose_arms(args.only)
+        recipes = {run.key: run.recipe for run in runs}
+        for row in self.rows:
+            if (row["version"], row["recipe"]) != (VERSION, recipes.get(key_of(row))):
+                what = f"a row of arm {row['arm']!r} is of another version or recipe (flags, sizes)"
+                raise UserError(f"{self.csv}: {what}: move the csv away, or remove such rows")
         # What costs most and says least comes last: long runs, and before them more seeds
-        order = {run: (run.share > 1, run.seed >= SHARE_SEEDS, run.share != 1, run.seed) for run in runs}
-        self.runs = sorted([run for run in runs if run.arm.name in chosen], key=order.get)
+        runs.sort(key=lambda run: (run.share > 1, run.seed >= SHARE_SEEDS, run.share != 1, run.seed))
+        chosen = set(args.only or QUESTIONS)
+        self.runs = [run for run in runs if {run.arm.name, *run.arm.questions} & chosen]
 
     @property
     def rows(self):
         return read_rows(self.csv)
-
-    def check_rows(self, recipes):
-        """Raise UserError for rows of another version or recipe than {key of a run: recipe}."""
-        for row in self.rows:
-            found = f"{self.csv}: a row of arm {row['arm']!r}"
-            if row["version"] != VERSION:
-                raise UserError(f"{found} is of version {row['version']:g}, this is {VERSION}: move the csv away")
-            if row["recipe"] != recipes.get(key_of(row)):
-                raise UserError(f"{found} is of another recipe (flags, sizes): move the csv away, or remove those rows")
-
-    def left(self, runs):
-        rows = self.rows
-        return [run for run in runs if any(run.left(rows))]
-
-    def estimate(self, run):
-        """About the seconds that the missing parts of a run will take, by the rows of this machine if there are any."""
-        needs_training, lengths = run.left(self.rows)
-        flops = needs_training * run.flops + sum(arms.sampling_flops(frames, self.size) for frames in lengths)
-        paces = [row["seconds"] / row["flops"] for row in self.last_rows() if row["machine"] == self.machine]
-        return flops * float(np.median(paces or [SECONDS_PER_FLOP]))
 
     def last_rows(self):
         """The row of the last step of each run and all rows of samples; their seconds add up to the time spent."""
@@ -134,56 +110,46 @@ class Study:
         last = {key_of(row): row for row in rows if row["kind"] == "train" and row["seconds"] is not None}
         return [*last.values(), *(row for row in rows if row["kind"] == "sample")]
 
-    @cached_property
-    def machine(self):
-        """The GPU, or the processor and the number of threads; times are comparable on the same machine only."""
-        if torch.cuda.is_available():
-            return torch.cuda.get_device_name()
-        name = platform.processor() or platform.machine()
-        for line in Path("/proc/cpuinfo").read_text().splitlines() if os.path.exists("/proc/cpuinfo") else []:
-            if line.startswith("model name"):
-                name = line.split(":", 1)[1].strip()
-        return f"{name}, {torch.get_num_threads()} threads"
-
-
-def choose_arms(words):
-    """The names of the arms that --only selects, by question or by name. Raises UserError."""
-    for word in words or ():
-        if word not in (*QUESTIONS, *BY_NAME):
-            known = ", ".join(map(repr, BY_NAME))
-            raise UserError(f"--only {word}: unknown; expected questions ({', '.join(QUESTIONS)}) or arms ({known})")
-    return [arm.name for arm in arms.ARMS if not words or {arm.name, *arm.questions} & set(words)]
-
 
 class StudyRun(lab.Run):
     """An arm with a seed and a share of the compute. Its results are rows of the csv."""
 
     def __init__(self, study, arm, seed, share):
-        self.study, self.arm, self.seed, self.share, self.size = study, arm, seed, share, study.size
-        self.key, (_, self.flops) = (arm.name, seed, share), arms.plan(arm, share, self.size)
+        self.study, self.arm, self.seed, self.share, size = study, arm, seed, share, study.size
+        self.key, (_, self.flops) = (arm.name, seed, share), arms.plan(arm, share, size)
         self.lengths = arm.lengths if share == 1 else (16,)  # num_frames of its samples, a row each
-        flags, size = arms.recipe_flags(arm, seed, share, self.size), self.size  # what determines the rows
-        about = [flags, size.videos, size.clips, size.points, arms.PATH_LENGTH, arms.GUIDANCE]
+        about = [arms.recipe_flags(arm, seed, share, size), size.videos, size.clips, size.points]
+        about += [arms.PATH_LENGTH, arms.GUIDANCE]  # all that determines the rows
         self.recipe = hashlib.sha256(json.dumps(about).encode()).hexdigest()[:8]
         sampling = ["--num-samples", size.clips, "--seed", seed, "--time-scale", SECONDS_PER_FRAME]
-        sampling += arms.sampling_flags(size)
-        real = ["--data-path", study.data, "--num-real", size.clips]
+        sampling += [*arms.sampling_flags(size), "--num-frames"]
         super().__init__(
             study.folder / f"{arm.name}-seed{seed}-compute{share:g}-{self.recipe}".replace(" ", "-"),
             data={study.data: ["--seconds", 1.4, "--videos-per-class", size.videos]},  # long enough for 32 frames
             **arms.training(study.args, arm, seed, share, "--data-path", study.data),
-            tasks={f"{n} frames": ([*sampling, "--num-frames", n], ("motion", "consistency")) for n in self.lengths},
-            metrics={"motion": real, "consistency": real},
+            tasks={f"{frames} frames": ([*sampling, frames], METRICS) for frames in self.lengths},
+            metrics=dict.fromkeys(METRICS, ["--data-path", study.data, "--num-real", size.clips]),
         )
 
-    def left(self, rows):
+    def left(self):
         """(whether the csv lacks the last step of the training, the num_frames of the samples that it lacks)."""
-        own = [row for row in rows if key_of(row) == self.key]
+        own = [row for row in self.study.rows if key_of(row) == self.key]
         if any(row["loss"] == math.inf for row in own):  # it diverged
             return False, []
         is_trained = any((row["kind"], row["step"]) == ("train", self.last_step) for row in own)
         found = [row["frames"] for row in own if row["kind"] == "sample"]
         return not is_trained, [num_frames for num_frames in self.lengths if num_frames not in found]
+
+    @property
+    def is_done(self):
+        return not any(self.left())
+
+    def estimate(self):
+        """About the seconds that the missing parts take, by the rows of this machine if there are any."""
+        needs_training, lengths = self.left()
+        flops = needs_training * self.flops + sum(arms.sampling_flops(frames, self.study.size) for frames in lengths)
+        rows = [row for row in self.study.last_rows() if row["machine"] == machine()]
+        return flops * float(np.median([row["seconds"] / row["flops"] for row in rows] or [SECONDS_PER_FLOP]))
 
     def run(self):
         self.make_data()
@@ -218,35 +184,30 @@ class StudyRun(lab.Run):
 
     def sample_rows(self, seconds):
         """The rows of the samples, which have taken so many seconds in all."""
-        rows, flops = [], [arms.sampling_flops(num_frames, self.size) for num_frames in self.lengths]
+        rows, flops = [], [arms.sampling_flops(num_frames, self.study.size) for num_frames in self.lengths]
         for task, num_frames, own in zip(self.tasks, self.lengths, flops, strict=True):
             motion, values = self.scores(task, "motion")["result"], self.values(task)
             row = {"kind": "sample", "step": self.last_step, "frames": num_frames}
             row |= {name: motion["generated"][name] for name in ("clips", "right")}
             row |= {column: values[name] for column, name in SCORES.items()}
-            row |= {"real_direction": motion["real"]["direction_accuracy"], "seam": values["seam_score"]}
-            row |= {"drift": values["largest_drift"], "flops": own, "seconds": seconds * own / sum(flops)}
-            rows.append(row)
+            row |= {"real_direction": motion["real"]["direction_accuracy"]}
+            rows.append(row | {"flops": own, "seconds": seconds * own / sum(flops)})
         return rows
 
     def add(self, rows):
         """Add rows to the csv; they replace rows with the same run, kind, step and frames."""
         study = self.study
-        common = {"version": VERSION, "recipe": self.recipe, "code": code_commit() or "", "machine": study.machine}
+        common = {"version": VERSION, "recipe": self.recipe, "code": code_commit() or "", "machine": machine()}
         common |= {"arm": self.arm.name, "seed": self.seed, "share": self.share, "compiled": int(study.args.compile)}
-
-        def key(row):
-            return *key_of(row), row["kind"], row["step"], row["frames"]
-
         rows = [dict.fromkeys(COLUMNS) | common | row for row in rows]
         with lab.file_lock(study.folder / "lock"):
-            keys = set(map(key, rows))
-            write_rows(study.csv, [row for row in study.rows if key(row) not in keys] + rows)
+            keyed = {(*key_of(row), row["kind"], row["step"], row["frames"]): row for row in [*study.rows, *rows]}
+            write_rows(study.csv, keyed.values())
 
 
 def print_status(study):
     """Print what is done and what is missing, a line per arm."""
-    left = {run: study.estimate(run) / 3600 for run in study.left(study.runs)}  # hours
+    left = {run: run.estimate() / 3600 for run in study.runs if not run.is_done}  # hours
     say(f"{'arm':<28} {'questions':<9} {'runs done':>9} {'hours left':>10}")
     for arm in dict.fromkeys(run.arm for run in study.runs):
         own = [run for run in study.runs if run.arm == arm]
@@ -259,8 +220,9 @@ def parse_args():
     parser = lab.study_parser(__doc__)
     add, only_print = parser.add_argument, parser.add_mutually_exclusive_group().add_argument
     only = "questions (A to C) or names of arms; default: all"
-    add("--only", nargs="+", metavar="WHAT", help=only)
-    add("--minutes", type=POSITIVE, metavar="X", help="start no run that would end later than this; default: no limit")
+    add("--only", nargs="+", choices=(*QUESTIONS, *BY_NAME), metavar="WHAT", help=only)
+    minutes = "start no run that would end later than this; default: no limit"
+    add("--minutes", type=POSITIVE, default=math.inf, metavar="X", help=minutes)
     only_print("--list", action="store_true", help="only print what is done, what is missing and how long it takes")
     only_print("--report", action="store_true", help="only write the tables and figures of study.csv")
     data = "Moving Shapes videos, made if missing; default: study/moving-shapes in --out"
@@ -282,7 +244,7 @@ def main():
         return
     study.folder.mkdir(parents=True, exist_ok=True)
     if not args.report:
-        lab.run_all(study.runs, study.left, study.estimate, args.minutes)
+        lab.run_all(study.runs, args.minutes)
     with lab.file_lock(study.folder / "lock"):  # another process may write it at the same time
         write_report(study)
 
