@@ -69,6 +69,8 @@ def main():
             raise UserError(f"GPUS {ranks}: this machine has {found}; give at most as many")
         if out:
             check_writable("--out", out.parent)
+            if out.is_dir():
+                raise UserError(f"--out {out}: a folder; name a file")
     except UserError as error:
         fail(error)
     title = f"GPU check: {ranks} x {torch.cuda.get_device_name()}" if ON_GPU else "Check WITHOUT a GPU: tiny sizes"
