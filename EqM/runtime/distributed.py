@@ -186,12 +186,12 @@ def gather_in_order(rows):
     return list(zip(*rows, strict=True))[1:]
 
 
-def patient_barrier():
-    """A function that all ranks call to wait for each other, for an hour at most; all make it before."""
-    if not is_started():
-        return lambda: None
-    group = dist.new_group(backend="gloo", timeout=SHARE_TIME)
-    return lambda: dist.barrier(group=group)
+def call_and_wait(function):
+    """Call a function on all ranks, and wait up to an hour for those to which it gives more work."""
+    group = dist.new_group(backend="gloo", timeout=SHARE_TIME) if is_started() else None
+    function()
+    if group is not None:
+        dist.barrier(group=group)
 
 
 def average(tensor):
