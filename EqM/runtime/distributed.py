@@ -39,7 +39,7 @@ def world_size():
 
 
 def is_started():
-    return dist.is_available() and dist.is_initialized()
+    return dist.is_initialized()
 
 
 # ----------------------------------------------------------------------------------------------------------------------
@@ -56,22 +56,22 @@ if "TORCHELASTIC_RUN_ID" in os.environ:  # ranks have sessions of their own and 
     die_with_parent(signal.SIGTERM)
 
 
-def start(patience=SHARE_TIME):
+def start(timeout=SHARE_TIME):
     """Join the process group if torchrun started us; returns the device of this rank.
 
-    patience is for how long a rank waits for the others in a collective. Raises ConnectionError if torchrun does not
+    timeout is for how long a rank waits for the others in a collective. Raises ConnectionError if torchrun does not
     answer.
     """
+    device = torch.device("cpu")
     if torch.cuda.is_available():
         device = torch.device("cuda", local_rank())
         torch.cuda.set_device(device)
     else:
-        device = torch.device("cpu")
         keep_freed_memory()
     if "RANK" in os.environ:
         backend = "cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo"  # Python values need no GPU
         ranks = {"rank": rank(), "world_size": world_size()}
-        dist.init_process_group(backend, store=rendezvous_store(), timeout=patience, **ranks)
+        dist.init_process_group(backend, store=rendezvous_store(), timeout=timeout, **ranks)
     return device
 
 
@@ -94,13 +94,11 @@ def rendezvous_store():
     chooses a random prefix, and each other rank continues once rank 0 has answered it under that prefix.
     """
     if os.environ.get("TORCHELASTIC_USE_AGENT_STORE") == "True":  # it is torchrun's and was there before this process
+        place = os.environ["MASTER_ADDR"], int(os.environ["MASTER_PORT"])
         try:
-            place = os.environ["MASTER_ADDR"], int(os.environ["MASTER_PORT"])
             socket.create_connection(place, STORE_TIME).close()
         except OSError as error:
-            raise ConnectionError(
-                f"torchrun does not answer ({error}): it may have been killed; start it again"
-            ) from error
+            raise ConnectionError(f"torchrun does not answer ({error}): start it again") from error
     store, _, _ = next(dist.rendezvous("env://", timeout=SHARE_TIME))
     mine = uuid.uuid4().hex
     if rank() == 0:
@@ -121,9 +119,8 @@ def stop():
     """Leave the process group, once all ranks are done."""
     if is_started():
         dist.barrier()
-        # DDP sits in reference cycles and holds the group. Unless its threads end here, they may still run while
-        # the interpreter shuts down, and gloo aborts the process ("terminate called without an active
-        # exception").
+        # DDP sits in reference cycles and holds the group. Unless its threads end here, they may still run while the
+        # interpreter shuts down, and gloo aborts the process ("terminate called without an active exception").
         gc.collect()
         dist.destroy_process_group()
 
@@ -219,13 +216,10 @@ def gather_on_first(value):
 def collect(indices, items):
     """What the ranks computed for their indices, in order, on rank 0: items (len(indices), ...) -> (count, ...).
 
-    The other ranks get None. A rank without indices may give any tensor, except rank 0.
+    The other ranks get None. A rank without indices may give any tensor.
     """
     parts = gather_on_first((indices, items.cpu()))
     if parts is None:
         return None
-    ordered = items.new_empty(sum(len(indices) for indices, _ in parts), *items.shape[1:], device="cpu")
-    for indices, part in parts:
-        if indices:
-            ordered[indices] = part
-    return ordered
+    indices, items = zip(*(part for part in parts if part[0]), strict=True)
+    return torch.cat(items)[torch.tensor(list(itertools.chain(*indices))).argsort()]

@@ -14,6 +14,7 @@ import zipfile
 import zlib
 
 import torch
+from torch.utils._pytree import tree_leaves
 
 from runtime.distributed import local_rank
 
@@ -91,18 +92,9 @@ def check_tensors(value, sums):
 
     They are those of all members of an archive, as torch does not tell which member became which tensor.
     """
-    storages = [tensor.untyped_storage() for tensor in tensors_in(value)]
+    storages = [leaf.untyped_storage() for leaf in tree_leaves(value) if isinstance(leaf, torch.Tensor)]
     places = {(storage.data_ptr(), len(storage)): storage for storage in storages}
     for _, storage in sorted(places.items()):  # in the order of the file, as a disk reads ahead
         data = torch.empty(0, dtype=torch.uint8).set_(storage).numpy()
         if (data.nbytes, zlib.crc32(data)) not in sums:
             raise ValueError("a tensor is damaged")
-
-
-def tensors_in(value):
-    """Yield the tensors in nested dicts, lists and tuples."""
-    if isinstance(value, torch.Tensor):
-        yield value
-    elif isinstance(value, dict | list | tuple):
-        for part in value.values() if isinstance(value, dict) else value:
-            yield from tensors_in(part)
