@@ -151,11 +151,12 @@ def check_precision(precision):
 def resolve_precision(precision, energy, kept=None):
     """The --precision to use: the given one, else that of the resumed run (`kept`), else what suits model and device.
 
-    energy says whether the model has one: its gradient, which is the field, stays exact. Raises UserError.
+    The gradient of an energy, which is the field, stays exact. Raises UserError.
     """
+    precision = precision or kept or ("fp32" if energy else None)
     if precision is None:
-        precision = kept or ("bf16" if not energy and has_bf16() else "fp32")
-        if not (kept or energy) and torch.cuda.is_available() and precision == "fp32":
+        precision = "bf16" if has_bf16() else "fp32"
+        if precision == "fp32" and torch.cuda.is_available():
             say("note: this GPU has no bf16, so --precision is fp32: fp16 is faster and takes less memory")
     check_precision(precision)
     return precision

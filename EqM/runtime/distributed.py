@@ -42,10 +42,6 @@ def is_started():
     return dist.is_initialized()
 
 
-# ----------------------------------------------------------------------------------------------------------------------
-# Start and stop
-
-
 def die_with_parent(number):
     """Have the system send this process a signal when its parent process dies. On Linux only."""
     if sys.platform == "linux":
@@ -59,8 +55,7 @@ if "TORCHELASTIC_RUN_ID" in os.environ:  # ranks have sessions of their own and 
 def start(timeout=SHARE_TIME):
     """Join the process group if torchrun started us; returns the device of this rank.
 
-    timeout is for how long a rank waits for the others in a collective. Raises ConnectionError if torchrun does not
-    answer.
+    timeout is that of a collective. Raises ConnectionError if torchrun does not answer.
     """
     device = torch.device("cpu")
     if torch.cuda.is_available():
@@ -76,10 +71,9 @@ def start(timeout=SHARE_TIME):
 
 
 def keep_freed_memory():
-    """Let the C library (glibc) keep freed memory for reuse instead of returning it to the system.
+    """Let the C library (glibc) keep freed memory instead of returning it to the system.
 
-    On the CPU a training step allocates and frees the same gigabytes each time; getting them anew, page by page, takes
-    a tenth of the step.
+    On the CPU a step allocates and frees the same gigabytes; getting them anew, page by page, takes a tenth of it.
     """
     library = ctypes.CDLL(None)
     if hasattr(library, "mallopt"):
@@ -125,12 +119,8 @@ def stop():
         dist.destroy_process_group()
 
 
-# ----------------------------------------------------------------------------------------------------------------------
-# The network on its device
-
-
 def set_precision(precision):
-    """The part of --precision that is not autocast: whether products and convolutions in float32 may use TF32.
+    """Let products and convolutions in float32 use TF32, or not: the part of --precision that is not autocast.
 
     In mixed precision the VAE's convolutions may, too: they run in float32 beside the network.
     """
@@ -153,10 +143,6 @@ def parallel(model):
     with warnings.catch_warnings():
         warnings.simplefilter("ignore", FutureWarning)  # torch 2.13 has a new name for it that 2.9 does not know
         return DistributedDataParallel(model, broadcast_buffers=False, gradient_as_bucket_view=True)
-
-
-# ----------------------------------------------------------------------------------------------------------------------
-# Communication between the ranks
 
 
 def broadcast(value):

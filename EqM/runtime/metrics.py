@@ -27,13 +27,12 @@ PEAK_TFLOPS = {  # dense rate of matrix products in bf16 (V100, T4: fp16), from 
 def peak_tflops(name, precision):
     """The highest rate of a GPU in TFLOP/s, by the name that torch gives it; None if it is not known.
 
-    tf32 has half the rate of bf16. In fp32 matrix products do not run on the same units: None. The chips of laptops
-    have the names of faster ones.
+    tf32 has half the rate of bf16. Products in fp32 do not run on the same units: None. The chips of laptops have the
+    names of faster ones.
     """
-    for model, rate in PEAK_TFLOPS.items():
-        if re.search(rf"\b{model}\b", name) and "Laptop" not in name:
-            return {"bf16": rate, "fp16": rate, "tf32": rate / 2}.get(precision)
-    return None
+    rates = (rate for model, rate in PEAK_TFLOPS.items() if re.search(rf"\b{model}\b", name) and "Laptop" not in name)
+    rate = next(rates, None)
+    return rate and {"bf16": rate, "fp16": rate, "tf32": rate / 2}.get(precision)
 
 
 def device_stats(device, precision, tflops_per_s):
@@ -47,10 +46,11 @@ def device_stats(device, precision, tflops_per_s):
 
 def bar_text(row):
     """What the progress bar shows of a row of metrics."""
-    parts = [f"loss {row['train_loss']:.3f}", f"{row['clips_per_s']:.1f} clips/s", f"{row['tflops_per_s']:.3g} TFLOP/s"]
-    parts += [f"{row['mfu']:.0%} MFU"] if "mfu" in row else []
-    parts += [f"{row['gpu_memory_gb']:.1f} GB"] if "gpu_memory_gb" in row else []
-    return ", ".join(parts)
+    parts = {
+        "train_loss": "loss {:.3f}", "clips_per_s": "{:.1f} clips/s", "tflops_per_s": "{:.3g} TFLOP/s",
+        "mfu": "{:.0%} MFU", "gpu_memory_gb": "{:.1f} GB",
+    }  # fmt: skip
+    return ", ".join(text.format(row[name]) for name, text in parts.items() if name in row)
 
 
 def read_metrics(path, notes=False):
@@ -79,14 +79,10 @@ def import_wandb():
 
 
 class Metrics:
-    """Logs metrics on rank 0; on all other ranks the methods do nothing.
+    """Logs metrics in a run folder, on rank 0; on all other ranks the methods do nothing.
 
-    Args:
-        folder: the run folder, for metrics.jsonl and the TensorBoard events.
-        resume_step: the step from which a run continues. Rows of later steps, which will be logged again, and torn
-            lines are removed.
-        wandb: also log to wandb. Raises UserError if wandb is not installed or does not start.
-        config: dict shown by wandb.
+    resume_step is the step from which a run continues: rows of later steps, which will be logged again, and torn lines
+    are removed. wandb: log to wandb, too, which shows `config`; raises UserError if it does not start.
     """
 
     def __init__(self, folder, resume_step=None, wandb=False, config=None):

@@ -62,10 +62,6 @@ def keep_last(folder, count, always=()):
             path.unlink()
 
 
-# ----------------------------------------------------------------------------------------------------------------------
-# One writer
-
-
 def job_name():
     """The name of what a user started: the same for all its processes, also for those that torchrun restarts."""
     run_id = os.environ.get("TORCHELASTIC_RUN_ID", "none")
