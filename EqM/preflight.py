@@ -22,7 +22,6 @@ from runtime.distributed import local_rank, rank, world_size
 from runtime.metrics import import_wandb
 from runtime.runs import check_job
 from runtime.untrusted import read_json
-from samplers import SOLVERS
 from schedule import Phase, fill_batches
 from vae import check_same, load_vae
 from video.index import find_data, fitting_interval
@@ -50,10 +49,10 @@ def refuse(args, name, is_wrong, text):
 
 
 def check_run(args):
-    """(flags, Start, VAE, EqMConfig, Data, phases) of the run that the flags of train.py ask for.
+    """(flags, Start, VAE, EqMConfig, Data, phases) of the run that the flags of train.py ask for. Raises UserError.
 
     The first rank of each machine checks for the others there, which get None. Only rank 0 knows the Data and the
-    number of classes: see `share_run`. phases is None without --frames-schedule. Raises UserError.
+    number of classes: see `share_run`. phases is None without --frames-schedule.
     """
     cli.check_devices()
     if local_rank() != 0:
@@ -66,8 +65,8 @@ def check_run(args):
     config, data, phases = make_config(args, vae, start), None, args.frames_schedule
     args = resolve_settings(args, start, config)
     if phases:
-        parts = world_size() * args.grad_accum
-        phases = fill_batches(phases, args.global_batch_size, lambda frames: math.prod(config.grid(frames)), parts)
+        batch, parts = args.global_batch_size, world_size() * args.grad_accum
+        phases = fill_batches(phases, batch, lambda num_frames: math.prod(config.grid(num_frames)), parts)
     if rank() == 0:
         data = open_data(args, lengths(args), args.val_frames, frames_flag(args))
         config = fit_classes(args, config, start, data.scan.classes)
@@ -157,25 +156,20 @@ def check_flags(args):
 def resolve_latents(args, start):
     """(flags with --vae, --image-size and --no-flip, the VAE): of the flags, the latent cache or the checkpoint."""
     cache, kept = latents_settings(args.data_path, images=not args.video), start.config["data"]
-    if cache is None:
-        vae = load_vae(args.vae or kept.get("vae", "ema"), None if args.vae else "the checkpoint")
-        size = kept.get("image_size", 256) or start.config["model"]["input_size"] * vae.downsample  # published models
-        size, no_flip = args.image_size or size, args.no_flip
-    else:
-        size, name, no_flip = cache["image_size"], cache["vae"], args.no_flip or not cache["flips"]
-        other = args.vae not in (None, name) and not os.path.isdir(args.vae)
+    owner, made = ("the latent cache", cache) if cache else ("the checkpoint", kept)
+    if cache:
+        size, name = cache["image_size"], cache["vae"]
         refuse(args, "image_size", args.image_size not in (None, size), f"the cache --data-path has {size}: remove it")
+        other = args.vae not in (None, name) and (name == "none" or not os.path.isdir(args.vae))
         refuse(args, "vae", other, f"the cache --data-path was made with {name}: remove it")
-        vae = load_vae(args.vae or name, None if args.vae else "the latent cache")  # samples are decoded with it
-        for key in ("channels", "downsample", "scale", "shift"):
-            if (found := getattr(vae, key)) != cache[key]:
-                advice = f"--data-path was made with {name}, {cache[key]}: give the path of that VAE"
-                raise UserError(f"--vae {vae.name}: has {key} {found}, the cache {advice}")
-        check_same(vae, cache.get("vae_sha256"), f"--data-path {args.data_path}")
-        if no_flip > args.no_flip:
+        if not (args.no_flip or cache["flips"]):
             say("note: the cache has no mirrored latents (--with-flips), so no clip is mirrored")
+            args = args.resolve(no_flip=True)
+    vae = load_vae(args.vae or made.get("vae", "ema"), None if args.vae else owner)  # of a cache: to decode samples
+    check_same(vae, made.get("vae_sha256"), f"--data-path {args.data_path}" if cache else start.flag)
     check_same(vae, kept.get("vae_sha256"), start.flag)
-    return args.resolve(vae=vae.name, image_size=size, no_flip=no_flip), vae
+    size = args.image_size or made.get("image_size", 256) or start.config["model"]["input_size"] * vae.downsample
+    return args.resolve(vae=vae.name, image_size=size), vae
 
 
 def make_config(args, vae, start):
@@ -374,11 +368,8 @@ def check_sampling(args):
 
 def check_plan(args, plan):
     """Raise UserError for flags of sample_gd.py that the model or the windows rule out."""
-    at_end, no_energy = args.init_gamma == 1 and args.sampler in SOLVERS, plan.model.config.ebm == "none"
-    refuse(args, "init_gamma", at_end, f"leaves --sampler {args.sampler} nothing to do: it integrates from there to 1")
-    refuse(
-        args, "report_energy", args.report_energy and no_energy, f"{args.ckpt} was trained without an energy (--ebm)"
-    )
+    no_energy = args.report_energy and plan.model.config.ebm == "none"
+    refuse(args, "report_energy", no_energy, f"{args.ckpt} was trained without an energy (--ebm): remove it")
     for name in ("init", "report_energy") if len(plan.window_starts) > 1 else ():
         several = f"the {plan.num_frames} frames come in windows of {plan.window}"
         refuse(args, name, getattr(args, name), f"{several}: remove it, or give --window {plan.num_frames}")
