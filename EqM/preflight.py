@@ -166,7 +166,8 @@ def resolve_latents(args, start):
             say("note: the cache has no mirrored latents (--with-flips), so no clip is mirrored")
             args = args.resolve(no_flip=True)
     vae = load_vae(args.vae or made.get("vae", "ema"), None if args.vae else owner)  # of a cache: to decode samples
-    check_same(vae, made.get("vae_sha256"), f"--data-path {args.data_path}" if cache else start.flag)
+    if cache:
+        check_same(vae, cache.get("vae_sha256"), f"--data-path {args.data_path}")
     check_same(vae, kept.get("vae_sha256"), start.flag)
     size = args.image_size or made.get("image_size", 256) or start.config["model"]["input_size"] * vae.downsample
     return args.resolve(vae=vae.name, image_size=size), vae

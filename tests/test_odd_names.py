@@ -34,19 +34,12 @@ def unreadable(*_):
     raise UnreadableError
 
 
-@pytest.fixture
-def data(tmp_path):
-    root = tmp_path / f"data{ODD}"
-    for class_name in CLASSES:
-        for index in range(2):
-            write_video(root / class_name / f"--{index}{ODD}.avi", 10, size=(16, 16))
-    return root
-
-
-def test_everything_works_with_odd_names_and_no_line_is_forged(data, tmp_path, monkeypatch, capsys):
+def test_everything_works_with_odd_names_and_no_line_is_forged(tmp_path, monkeypatch, capsys):
     monkeypatch.chdir(tmp_path)
-    names = ("results", "cache", "exported", "samples", "ckpt", "vae")
-    results, cache, exported, samples, ckpt, vae = (tmp_path / f"{name}{ODD}" for name in names)
+    names = ("data", "results", "cache", "exported", "samples", "ckpt", "vae")
+    data, results, cache, exported, samples, ckpt, vae = (tmp_path / f"{name}{ODD}" for name in names)
+    for name in (f"{class_name}/--{index}{ODD}" for class_name in CLASSES for index in range(2)):
+        write_video(data / f"{name}.avi", 10, size=(16, 16))
     ckpt = ckpt.with_name(f"{ckpt.name}.pt")
     (data / CLASSES[0] / f"broken{ODD}.avi").write_bytes(b"RIFF and no more")
     (data / CLASSES[0] / f"bad{ODD}.avi").write_bytes((data / CLASSES[0] / f"--0{ODD}.avi").read_bytes()[:3000])
@@ -60,8 +53,7 @@ def test_everything_works_with_odd_names_and_no_line_is_forged(data, tmp_path, m
     monkeypatch.setattr("video.index.probe", unreadable)  # the index knows the others
     run_main(train, *pixels, "--max-steps=2", "--resume", "--cache-frames")
     run_main(train, *shared, f"--data-path={cache}", "--max-steps=1")
-    first, second = sorted(results.glob("[0-9]*"))
-    shutil.copy(first / "checkpoints/latest.pt", ckpt)
+    shutil.copy(min(results.glob("[0-9]*")) / "checkpoints/latest.pt", ckpt)
     run_main(train, *pixels, "--max-steps=3", f"--ckpt={ckpt}")
     run_main(export, "--", ckpt, exported)
     for path in (ckpt, exported):

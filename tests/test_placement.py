@@ -196,15 +196,9 @@ def loss_that_is_read(patch):
     patch.setattr(torch.Tensor, "backward", lambda self, *args, **kwargs: self.item() and backward(self))
 
 
-def batch_that_blocks(patch):
-    to = torch.Tensor.to
-    patch.setattr(torch.Tensor, "to", lambda self, *args, non_blocking=False, **kwargs: to(self, *args, **kwargs))
-
-
 @pytest.mark.parametrize(("mistake", "operation"), [
     (labels_on_the_cpu, "aten.embedding"),
     (loss_that_is_read, "_local_scalar_dense"),
-    (batch_that_blocks, "_to_copy"),
 ])  # fmt: skip
 def test_a_tensor_on_the_cpu_and_a_step_that_waits_are_found(gpu, shapes, tmp_path, monkeypatch, mistake, operation):
     training = Training(shapes, tmp_path / "results", 4, base=VIDEOS)  # which is right without the mistake, see above

@@ -15,12 +15,11 @@ import evaluate
 import sample_gd
 import train
 from runtime import memory
-from tiny_data import make_latents, make_samples, make_vae, save_checkpoint
+from tiny_data import make_samples, make_vae, save_checkpoint
 from tiny_videos import write_equal_videos, write_video
 from video import files
 from video.files import UnreadableError, Video, read_frames
 from video.index import scan_videos
-from video.source import read_cached
 
 ROOT = Path(train.__file__).resolve().parents[1]
 NOT_UTF8 = os.fsdecode(b"\xff")
@@ -79,13 +78,6 @@ def test_a_bad_file_is_one_line_and_status_2_and_no_code_has_run(name, videos, t
     assert ended.value.code == 2
     assert len(lines) == 1 and words in lines[0], lines
     assert sorted(os.listdir()) == sorted(["videos", place])
-
-
-def test_latents_whose_name_is_not_utf8_are_named(tmp_path):
-    make_latents(tmp_path)
-    (tmp_path / "A/a.safetensors").rename(tmp_path / f"A/{NOT_UTF8}.safetensors")
-    with pytest.raises(UnreadableError, match="not UTF-8"):
-        read_cached(str(tmp_path / f"A/{NOT_UTF8}.safetensors"), False, (4, 8, 8), [0], False)
 
 
 def test_a_video_of_too_many_pixels_is_unreadable(tmp_path, monkeypatch):
