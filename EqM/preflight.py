@@ -117,10 +117,8 @@ def resolve_frames(args):
     """Flags with --num-frames: 1 for images; with a schedule that of its first phase, and --max-steps of its last."""
     if not args.video:
         for name in ("num_frames", "temporal_patch_size", "frame_interval", "frames_schedule"):
-            given = getattr(args, name) not in (None, 1, [1])
-            refuse(
-                args, name, given, "can't be used without --video, as images have one frame: add --video, or remove it"
-            )
+            several = getattr(args, name) not in (None, 1, [1])
+            refuse(args, name, several, "needs videos, as images have one frame: add --video, or remove it")
         return args.resolve(num_frames=1, temporal_patch_size=1)
     if not args.frames_schedule:
         return args.resolve(num_frames=args.num_frames or 16)
@@ -142,14 +140,11 @@ def check_flags(args):
     refuse(args, "frame_interval", not ascends, "expected one number, or two that ascend")
     too_early = args.lr_decay_end and args.lr_decay_end < last
     refuse(args, "lr_decay_end", too_early, "expected at least the last step, of --max-steps or --frames-schedule")
-    refuse(
-        args, "new_classes", args.new_classes and args.ckpt is None, "is for checkpoints of other classes: add --ckpt"
-    )
+    refuse(args, "new_classes", args.new_classes and not args.ckpt, "is for checkpoints of other classes: add --ckpt")
     refuse(args, "ckpt", args.ckpt == "", "an empty name: name a checkpoint, or remove it to start from scratch")
     parts, ranks = world_size() * args.grad_accum, f"{world_size()} ranks x --grad-accum {args.grad_accum}"
-    uneven = batch % parts and not schedule
+    uneven, alone = batch % parts and not schedule, args.disp and batch == parts
     refuse(args, "global_batch_size", uneven, f"not a multiple of {ranks}: use a multiple of {parts}")
-    alone = args.disp and batch == parts
     refuse(args, "disp", alone, "compares clips, but each rank has one at a time: raise --global-batch-size")
 
 
@@ -286,8 +281,9 @@ def make_run_config(args, config, phase, data, vae):
 
     def seconds(interval):
         """Between frames of the clips that were seen."""
-        fitting = (fitting_interval(video, phase.num_frames, interval) / video.fps for video in videos)
-        return statistics.median_low(fitting)
+        return statistics.median_low(
+            fitting_interval(video, phase.num_frames, interval) / video.fps for video in videos
+        )
 
     about_data = {
         "vae": vae.place,
@@ -356,7 +352,7 @@ def check_sampling(args):
     cli.check_devices()
     cli.check_speed_flags(args)
     for name in () if args.video else ("num_frames", "fps", "time_scale", "given"):
-        refuse(args, name, getattr(args, name) not in (None, [1]), "can't be used without --video: add it")
+        refuse(args, name, getattr(args, name) not in (None, [1]), "needs videos: add --video, or remove it")
     if args.given is None:
         off = {"given_frames": None, "given_split": None, "samples_per_clip": 1, "keep_background": True}
         for name, value in off.items():

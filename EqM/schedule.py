@@ -7,6 +7,8 @@ from dataclasses import dataclass, replace
 from runtime.cli import UserError
 from runtime.rng import uniform
 
+PHASE = "[1-9][0-9]{0,10}(:[1-9][0-9]{0,10}){1,2}"
+
 
 @dataclass(frozen=True)
 class Phase:
@@ -23,16 +25,13 @@ def parse_schedule(text):
 
     A `type=` for argparse: raises ArgumentTypeError.
     """
-    phases = []
-    for part in text.split(","):
-        if not re.fullmatch("[1-9][0-9]{0,10}(:[1-9][0-9]{0,10}){1,2}", part):
-            expected = "FRAMES:LAST_STEP or FRAMES:LAST_STEP:BATCH, numbers of at least 1, separated by commas"
-            raise argparse.ArgumentTypeError(f"got {part!r}, expected {expected}")
-        phases.append(Phase(*(*map(int, part.split(":")), None)[:3]))
-        if len(phases) > 1 and phases[-1].last_step <= phases[-2].last_step:
-            raise argparse.ArgumentTypeError(
-                f"{part} ends before the previous phase: steps are global and must increase"
-            )
+    if not re.fullmatch(f"{PHASE}(,{PHASE})*", text):
+        expected = "FRAMES:LAST_STEP or FRAMES:LAST_STEP:BATCH, numbers of at least 1, separated by commas"
+        raise argparse.ArgumentTypeError(f"got {text!r}, expected {expected}")
+    phases = [Phase(*(*map(int, part.split(":")), None)[:3]) for part in text.split(",")]
+    steps = [phase.last_step for phase in phases]
+    if steps != sorted(set(steps)):
+        raise argparse.ArgumentTypeError(f"got {text!r}: steps count over all phases, so they must increase")
     return phases
 
 

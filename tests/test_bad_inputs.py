@@ -92,7 +92,7 @@ CASES = {
         --val-frames 4 | --num-frames 4 --ckpt fixed.pt => tied
         --ckpt rope.pt => trained with --use-rope""",
     "train images": """
-        --num-frames 8 | --temporal-patch-size 4 | --frames-schedule 4:10 => without --video
+        --num-frames 8 | --temporal-patch-size 4 | --frames-schedule 4:10 => needs videos
         --data-path videos | --data-path cache => add --video
         --ckpt rope.pt --use-rope => holds a video model: add --video""",
     "schedule": """
@@ -128,7 +128,7 @@ CASES = {
         --rope-scale linear => --rope-scale linear; fixed positions
         --num-frames 16 => tied to 8 frames""",
     "sample images": """
-        --given videos | --num-frames 4 | --fps 1 => without --video
+        --given videos | --num-frames 4 | --fps 1 => needs videos: add --video
         --ckpt rope.pt => holds a video model: add --video""",
     "cache": """
         --vae emma | --data-path no/such | --out videos | --out cache | --image-size 33

@@ -112,12 +112,10 @@ def test_after_a_resume_no_step_is_logged_twice(tmp_path):
 
 def test_a_resume_removes_a_torn_line_and_keeps_earlier_lines_as_they_are(tmp_path):
     earlier = ['{"step": 1, "loss": 0.1, "val/loss": null}', '{"step": 1, "note": 3}']
-    (tmp_path / "metrics.jsonl").write_text("\n".join([*earlier, '{"step": 2, "lo']))
-    log(tmp_path, (3, {"loss": 0.25}), resume_step=2)
-    assert lines(tmp_path) == [*earlier, '{"step": 3, "loss": 0.25}']
-    (tmp_path / "metrics.jsonl").unlink()
-    log(tmp_path, (3, {"loss": 0.25}), resume_step=2)  # starts a new file
-    assert len(lines(tmp_path)) == 1
+    for before, kept in (([*earlier, '{"step": 2, "lo'], earlier), ([], [])):
+        (tmp_path / "metrics.jsonl").write_text("\n".join(before))
+        log(tmp_path, (3, {"loss": 0.25}), resume_step=2)
+        assert lines(tmp_path) == [*kept, '{"step": 3, "loss": 0.25}']
 
 
 @pytest.mark.parametrize("torn_line", [b'{"step": 2, "loss": 0.', b"\xff\xfe{", b"\0\0\0\0", b"[1]"])
