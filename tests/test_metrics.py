@@ -82,14 +82,10 @@ def test_clips_are_shown_as_a_sheet_with_a_row_each_and_moving(tmp_path, wandb):
     assert wandb.Video.call_args_list == [call(str(tmp_path / "a.mp4"), format="mp4")]
 
 
-@pytest.mark.parametrize(("number", "rows", "columns"), [(3, 1, 3), (19, 3, 8)])
-def test_images_are_shown_as_a_grid_of_8_in_a_row(tmp_path, wandb, number, rows, columns):
-    images = np.random.default_rng(0).integers(0, 255, (number, 1, 4, 5, 3), dtype=np.uint8)
-    for grid in show(tmp_path, images):
-        assert grid.shape == (rows * 4, columns * 5, 3)
-        cells = grid.reshape(rows, 4, columns, 5, 3).swapaxes(1, 2).reshape(-1, 4, 5, 3)
-        assert np.array_equal(cells[:number], images[:, 0])
-        assert (cells[number:] == 255).all()
+def test_images_are_shown_in_a_row(tmp_path, wandb):
+    images = np.random.default_rng(0).integers(0, 256, (3, 1, 4, 5, 3), dtype=np.uint8)
+    for sheet in show(tmp_path, images):
+        assert np.array_equal(sheet, np.concatenate(images[:, 0], axis=1))
 
 
 def test_other_ranks_write_nothing(tmp_path, monkeypatch):

@@ -8,7 +8,6 @@ import time
 import uuid
 from pathlib import Path
 
-import numpy as np
 import torch
 from einops import rearrange
 
@@ -124,17 +123,14 @@ class Metrics:
             os.fsync(self.file.fileno())
 
     def video(self, step, name, clips, gif=None, mp4=None):
-        """Log clips uint8 (N, T, H, W, 3) as one image: a row per clip, a column per frame; images (T = 1) 8 in a row.
+        """Log clips uint8 (N, T, H, W, 3) as one image: a row per clip, a column per frame; images (T = 1) in one row.
 
         gif (bytes) is also logged to TensorBoard, and mp4 (a path) to wandb, as name_moving.
         """
         if self.file is None:
             return
-        if clips.shape[1] == 1:  # 8 images become one row, like the frames of a clip
-            columns = min(len(clips), 8)
-            clips = np.pad(clips, [(0, -len(clips) % columns), *[(0, 0)] * 4], constant_values=255)
-            clips = clips.reshape(-1, columns, *clips.shape[2:])
-        sheet = rearrange(clips, "n t h w c -> (n h) (t w) c")
+        rows = clips.swapaxes(0, 1) if clips.shape[1] == 1 else clips
+        sheet = rearrange(rows, "n t h w c -> (n h) (t w) c")
         self.board.add_image(name, sheet, step, dataformats="HWC")
         if gif is not None:  # add_video would need moviepy, to make the same GIF
             from tensorboard.compat.proto.summary_pb2 import Summary
