@@ -89,10 +89,10 @@ def test_a_wrong_flag_is_one_line_that_names_it(arguments, words, capsys):
 def test_a_folder_that_can_be_written_is_found_without_making_it_and_a_file_is_none(tmp_path):
     cli.check_writable("--folder", tmp_path / "new" / "deep")
     assert list(tmp_path.iterdir()) == []
-    (tmp_path / "file").write_text("")
-    for folder in (tmp_path / "file", tmp_path / "file" / "below"):
+    (tmp_path / "file").touch()
+    for folder in ("file", "file/below"):
         with pytest.raises(UserError, match=r"--folder .*file is not a writable folder"):
-            cli.check_writable("--folder", folder)
+            cli.check_writable("--folder", tmp_path / folder)
 
 
 # Precision ------------------------------------------------------------------------------------------------------------
@@ -174,6 +174,8 @@ def test_warnings_are_lines_and_those_before_there_was_a_log_are_in_it_too(capsy
         (OSError(28, "No space left on device"), 1, "No space left on device"),
         (RuntimeError("DataLoader worker (pid 7) is killed by signal: Killed."), 1, "lower --num-workers"),
         (RuntimeError("[1] Connection closed by peer [2]"), 1, "another rank has ended"),
+        (RuntimeError("DefaultCPUAllocator: can't allocate memory\nat"), 1, "too little memory (DefaultCPUAllocator"),
+        (torch.distributed.DistNetworkError("timed out"), 1, "the ranks can't reach each other"),
     ],
 )
 def test_what_goes_wrong_while_running_is_one_line_and_a_status(error, status, words, capsys):
