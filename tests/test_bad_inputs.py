@@ -107,6 +107,7 @@ CASES = {
     "train latents": """
         --image-size 32 | --vae mse | --vae none
         --data-path partial => not complete
+        --vae vae --data-path pixels => was made with none
         --data-path lost --vae vae => run cache_latents.py again""",
     "sample": """
         --rope-scale yarn | --rope-scale ntk | --fps nan | --vae no/such/vae | --given no/such.mp4 | --init no/such.mp4
@@ -179,18 +180,19 @@ def world(tmp_path_factory):
     names = ("videos/A/a", "videos/A/b", "videos/B/c", "videos/B/d", "one/A/a", *(f"long/A/{x * 245}" for x in "ab"))
     for name in names:
         write_video(root / f"{name}.avi", 10, size=(16, 16))
-    for folder in ("broken", "cache", "partial", "lost", "piped", "empty", "samples"):
+    for folder in ("broken", "cache", "partial", "lost", "pixels", "piped", "empty", "samples"):
         (root / folder).mkdir()
     for name in ("a.avi", "b.mp4"):
         (root / "broken" / name).write_bytes(b"RIFF and no more")
     make_images(root / "images", 4)
     make_vae(root / "vae")
-    for folder in ("cache", "partial", "lost"):
+    for folder in ("cache", "partial", "lost", "pixels"):
         make_latents(root / folder)
     make_samples(root / "samples")
     (root / "partial/latents.json").rename(root / "partial/latents.partial.json")
     text = (root / "lost/latents.json").read_text()
     (root / "lost/latents.json").write_text(text.replace('"ema"', '"vae"'))
+    (root / "pixels/latents.json").write_text(text.replace('"ema"', '"none"'))
     (root / "lost/A/a.safetensors").unlink()
     os.mkfifo(root / "piped/latents.json")
     make_checkpoints(root)

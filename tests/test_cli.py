@@ -19,7 +19,7 @@ from runtime.cli import UserError, number
     ("kind", "bounds", "good", "bad"),
     [
         (int, {"least": 1}, ["1", "7"], ["0", "-3"]),
-        (float, {"above": 0}, ["0.001", "1e9"], ["0", "-1", "nan"]),
+        (float, {"above": 0}, ["0.001", "1e9"], ["0", "-1", "nan", "inf"]),
         (float, {"least": 0, "most": 1}, ["0", "1", "0.5"], ["-0.1", "1.1", "nan"]),
         (float, {"most": 1}, ["-5", "1"], ["2", "nan"]),
     ],
