@@ -6,6 +6,7 @@ import time
 import checkpoint
 from runtime import distributed, runs
 from runtime.cli import say
+from runtime.distributed import rank
 from runtime.metrics import Metrics, StepStats
 from runtime.signals import StopSignal
 from video.index import BadVideos
@@ -20,7 +21,8 @@ class Run:
     """
 
     def __init__(self, start, results_dir, name, run_config, num_videos, max_bad_fraction, wandb=False, together=False):
-        self.folder = start.folder or runs.start_run_folder(results_dir, name)
+        own = runs.make_run_folder(results_dir, name) if rank() == 0 and not start.folder else None
+        self.folder = start.folder or distributed.broadcast(own)
         self.log = functools.partial(say, log=self.folder / "log.txt")
         logged_step = start.progress.step - 1 if start.unlogged else start.progress.step
         self.metrics = Metrics(self.folder, resume_step=logged_step, wandb=wandb, config=run_config)

@@ -7,6 +7,8 @@ from dataclasses import dataclass, replace
 from runtime.cli import UserError
 from runtime.rng import uniform
 
+PHASE = "[1-9][0-9]{0,10}(:[1-9][0-9]{0,10}){1,2}"
+
 
 @dataclass(frozen=True)
 class Phase:
@@ -23,20 +25,13 @@ def parse_schedule(text):
 
     A `type=` for argparse: raises ArgumentTypeError.
     """
-    wanted = "wanted FRAMES:LAST_STEP or FRAMES:LAST_STEP:BATCH, separated by commas"
-    phases = []
-    for part in text.split(","):
-        fields = part.split(":")
-        if len(fields) not in (2, 3) or not all(re.fullmatch("[0-9]{1,11}", field) for field in fields):
-            raise argparse.ArgumentTypeError(f"found {part!r}, {wanted}")
-        num_frames, last_step, batch_size = (*map(int, fields), None)[:3]
-        if 0 in (num_frames, last_step, batch_size):
-            raise argparse.ArgumentTypeError(f"found {part!r}, wanted numbers of at least 1")
-        if phases and last_step <= phases[-1].last_step:
-            raise argparse.ArgumentTypeError(
-                f"{part} does not end after the phase before it: steps are global and must increase"
-            )
-        phases.append(Phase(num_frames, last_step, batch_size))
+    if not re.fullmatch(f"{PHASE}(,{PHASE})*", text):
+        expected = "FRAMES:LAST_STEP or FRAMES:LAST_STEP:BATCH, numbers of at least 1, separated by commas"
+        raise argparse.ArgumentTypeError(f"got {text!r}, expected {expected}")
+    phases = [Phase(*(*map(int, part.split(":")), None)[:3]) for part in text.split(",")]
+    steps = [phase.last_step for phase in phases]
+    if steps != sorted(set(steps)):
+        raise argparse.ArgumentTypeError(f"got {text!r}: steps count over all phases, so they must increase")
     return phases
 
 
@@ -51,16 +46,15 @@ def fill_batches(phases, batch_size, tokens, parts):
     for phase in phases:
         size = phase.batch_size or per_step / tokens(phase.num_frames)
         if size % parts:
-            raise UserError(
-                f"--frames-schedule: the phase of {phase.num_frames} frames has {size:g} clips a step, which is not "
-                f"a multiple of {parts} (ranks x --grad-accum): give it a batch, or change --global-batch-size"
-            )
+            got = f"the phase of {phase.num_frames} frames has {size:g} clips a step, not a multiple of {parts}"
+            advice = "give it a batch, or change --global-batch-size"
+            raise UserError(f"--frames-schedule: {got} (ranks x --grad-accum): {advice}")
         filled.append(replace(phase, batch_size=int(size)))
     return filled
 
 
 def is_due(step, last_step, *periods):
-    """Whether something is to be done at a step: every so many steps, and at the last one of a phase; 0 = never."""
+    """Whether a step is the last one of a phase, or a multiple of one of the periods; 0 = never."""
     return step >= last_step or any(period and step % period == 0 for period in periods)
 
 

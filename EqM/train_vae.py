@@ -107,7 +107,7 @@ def main():
     data, progress = distributed.broadcast(data), start.progress
     preflight.check_same_start(start)
     if args.cache_frames:
-        preflight.fill_cache(data.source)
+        distributed.call_and_wait(data.source.fill)
     if progress.step >= args.max_steps and not start.unlogged:
         say(f"{start.folder} is finished: all {progress.step} steps are done")
         distributed.stop()

@@ -422,7 +422,7 @@ def time_agreement(rank, join, count, calls=50):
     def agree():
         for _ in range(calls):
             stop.vote()
-            stop.agreed()
+            stop.resolve()
 
     return [seconds_of(agree) / calls for _ in range(count + 1)][1:]
 

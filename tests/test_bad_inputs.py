@@ -8,9 +8,9 @@ import os
 import pickle
 import shlex
 import shutil
-import signal
 import subprocess
 import sys
+from pathlib import Path
 
 import pytest
 import torch
@@ -53,7 +53,7 @@ CASES = {
         --results-dir file | --results-dir nowhere | --results-dir file --resume | --ckpt no/such.pt
         --ckpt no/such.pt --resume | --ckpt pipe | --ckpt /dev/zero | --ckpt loop | --ckpt empty
         --data-path -videos => --data-path
-        --global-seed 1000000000000000000000000000000 | --num-workers 1000000 | --num-frames 1000000000000 => at most
+        --global-seed 1000000000000000000000000000000 | --num-frames 1000000000000 => at most
         --num-frames 8 --image-size 1000000000 => input_size; 1000000000
         --num-frames 400 => 10
         --rope-split 64,64,2 => 130 channels
@@ -61,20 +61,18 @@ CASES = {
         --rope-speed 0.5 --num-heads 16 => 6 channels of a head
         --num-frame 3 => --num-frame: no such flag; did you mean --num-frames?
         --colour=red => --colour: no such flag; see --help
-        --ckpt a.pt b.pt c.pt --qk-norm => --ckpt takes one file; 3: a.pt, b.pt, c.pt
-        --lr-decay-end 9 => --lr-decay-end 9: ends before; 20
+        --ckpt a.pt b.pt c.pt --qk-norm => b.pt: unexpected argument; pattern
+        --lr-decay-end 9 => --lr-decay-end 9: expected at least
         --precision fp16 => --precision fp16; GPU; bf16
         --compile => g++
         --compile --ebm dot => --ebm dot
-        --disp --grad-accum 4 => --global-batch-size 4
+        --disp --grad-accum 4 => --global-batch-size
         --stop-below 0.5 --sampler euler => --stop-below 0.5; euler
         --wandb => pip install wandb
         --data-path file => a file
         --data-path empty => no video found
         --data-path images => --video
         --results-dir '' | --ckpt '' => empty
-        --results-dir x\udcff => UTF-8
-        --results-dir {long} => 255 bytes
         --ckpt file | --ckpt other.pt => not a checkpoint
         --ckpt cut.pt | --ckpt flipped.pt => damaged
         --ckpt pickle.pt | --ckpt code.pt => holds code
@@ -87,15 +85,15 @@ CASES = {
         --optimizer muon --ckpt rope.pt => --optimizer adamw
         --max-steps 10 --ckpt rope.pt => --max-steps 10
         --data-path long --ckpt rope.pt => classes A (1), --ckpt rope.pt has A, B (2); --new-classes
-        --new-classes => --new-classes is for a checkpoint; --ckpt""",
+        --new-classes => is for checkpoints; add --ckpt""",
     "train without a model": "--max-steps 9 --ckpt odd.pt => --max-steps 9",
     "train fixed": """
-        --rope-split 8,8,8 | --rope-speed 0.5 | --rope-theta 100 | --position-table space => add --use-rope
+        --rope-split 8,8,8 | --rope-speed 0.5 | --position-table space => needs use_rope
         --val-frames 4 | --num-frames 4 --ckpt fixed.pt => tied
         --ckpt rope.pt => trained with --use-rope""",
     "train images": """
-        --num-frames 8 | --temporal-patch-size 4 | --frames-schedule 4:10 => without --video
-        --forcing 0.5 | --data-path videos | --data-path cache => add --video
+        --num-frames 8 | --temporal-patch-size 4 | --frames-schedule 4:10 => needs videos
+        --data-path videos | --data-path cache => add --video
         --ckpt rope.pt --use-rope => holds a video model: add --video""",
     "schedule": """
         --frames-schedule 4:10,8:5 => 8:5; increase
@@ -103,18 +101,19 @@ CASES = {
         --frames-schedule 2:10,8:20 => --frames-schedule 2; 4
         --frames-schedule 4:10,400:20:4 => --frames-schedule 400; 10
         --frames-schedule 4:10,12:20 --global-batch-size 4 => 12 frames; --global-batch-size
-        --num-frames 4 --frames-schedule 4:10 => --num-frames 4 contradicts --frames-schedule
-        --lr-decay-end 9 --num-frames 8 => --lr-decay-end 9: needs --max-steps""",
+        --num-frames 4 --frames-schedule 4:10 => contradicts --frames-schedule
+        --lr-decay-end 9 --num-frames 8 => --lr-decay-end 9; --max-steps""",
     "schedule fixed": "--frames-schedule 4:10,8:20 => tied to 4",
     "train latents": """
         --image-size 32 | --vae mse | --vae none
         --data-path partial => not complete
+        --vae vae --data-path pixels => was made with none
         --data-path lost --vae vae => run cache_latents.py again""",
     "sample": """
         --rope-scale yarn | --rope-scale ntk | --fps nan | --vae no/such/vae | --given no/such.mp4 | --init no/such.mp4
         --num-frames 3 | --num-classes 101 | --image-size 32 | --classes 2 | --classes A Kayaking | --given ''
         --given x --folder x | --init-gamma 0.5 | --ckpt pipe | --ckpt cut-export | --ckpt code.pt
-        --folder=a b --video => --folder takes one folder; 2: a, b
+        --folder=a b --video => b: unexpected argument
         --num-samples 2000000000 | --num-frames 1000000000 | --fps 1e300 => at most
         --model EqM-S/4 => EqM-S/4; EqM-Ti/4
         --fps 25 --time-scale 0.04 => --time-scale
@@ -125,13 +124,12 @@ CASES = {
         --use-rope --ckpt fixed.pt => cannot be converted
         --given-frames 0-3 => is about the clips of --given
         --given-frames 3-1 => such as 0-3,12-15
-        --init-gamma 1.5 --init x.mp4 => at most 1
-        --init-gamma 1 --init x --sampler heun => --init-gamma 1; heun""",
+        --init-gamma 1.5 --init x.mp4 => at most 1""",
     "sample fixed": """
         --rope-scale linear => --rope-scale linear; fixed positions
         --num-frames 16 => tied to 8 frames""",
     "sample images": """
-        --given videos | --num-frames 4 | --fps 1 => without --video
+        --given videos | --num-frames 4 | --fps 1 => needs videos: add --video
         --ckpt rope.pt => holds a video model: add --video""",
     "cache": """
         --vae emma | --data-path no/such | --out videos | --out cache | --image-size 33
@@ -164,7 +162,7 @@ def cases():
             for flags in left.split(" | "):
                 own = shlex.split(flags.replace("=", " "))
                 words_of_row = words.split("; ") if arrow else [word for word in own if word[:1] not in ("-", "{")]
-                named = [] if command == "export" else own[:1]
+                named = [] if command == "export" or "argument" in words else own[:1]
                 yield pytest.param(command, flags, [*named, *words_of_row], id=f"{command} {flags}")
 
 
@@ -182,18 +180,19 @@ def world(tmp_path_factory):
     names = ("videos/A/a", "videos/A/b", "videos/B/c", "videos/B/d", "one/A/a", *(f"long/A/{x * 245}" for x in "ab"))
     for name in names:
         write_video(root / f"{name}.avi", 10, size=(16, 16))
-    for folder in ("broken", "cache", "partial", "lost", "piped", "empty", "samples"):
+    for folder in ("broken", "cache", "partial", "lost", "pixels", "piped", "empty", "samples"):
         (root / folder).mkdir()
     for name in ("a.avi", "b.mp4"):
         (root / "broken" / name).write_bytes(b"RIFF and no more")
     make_images(root / "images", 4)
     make_vae(root / "vae")
-    for folder in ("cache", "partial", "lost"):
+    for folder in ("cache", "partial", "lost", "pixels"):
         make_latents(root / folder)
     make_samples(root / "samples")
     (root / "partial/latents.json").rename(root / "partial/latents.partial.json")
     text = (root / "lost/latents.json").read_text()
     (root / "lost/latents.json").write_text(text.replace('"ema"', '"vae"'))
+    (root / "pixels/latents.json").write_text(text.replace('"ema"', '"none"'))
     (root / "lost/A/a.safetensors").unlink()
     os.mkfifo(root / "piped/latents.json")
     make_checkpoints(root)
@@ -222,40 +221,18 @@ def make_checkpoints(root):
 
 
 def snapshot(folder):
-    """What is in a folder: for each path its kind, size and time of change."""
-    found = {}
-    for place, folders, files in os.walk(folder):
-        for name in (*folders, *files):
-            status = os.lstat(os.path.join(place, name))
-            times = () if name in folders else (status.st_size, status.st_mtime_ns)
-            found[os.path.join(place, name)] = status.st_mode, *times
-    return found
-
-
-@pytest.fixture
-def limit():
-    """End what hangs."""
-    before = signal.signal(signal.SIGALRM, lambda *_: pytest.fail("took more than 100 s"))
-    signal.alarm(100)
-    yield
-    signal.alarm(0)
-    signal.signal(signal.SIGALRM, before)
-
-
-def the_line(stderr, script):
-    """The only line of stderr but for progress bars, which stands on its own."""
-    lines = [line.split("\r")[-1] for line in stderr.splitlines()]
-    lines = [line for line in lines if line and "opening videos" not in line]
-    assert len(lines) == 1, lines
-    assert lines[0].startswith(f"{script}.py: error: ")
-    return lines[0]
+    """What is in a folder: for each path its kind and, of a file, its size and time of change."""
+    found = {place: os.lstat(place) for place in Path(folder).rglob("*")}
+    return {
+        place: (status.st_mode, place.is_dir() or (status.st_size, status.st_mtime_ns))
+        for place, status in found.items()
+    }
 
 
 @pytest.mark.parametrize(("command", "flags", "words"), list(cases()))
-@pytest.mark.usefixtures("limit")
 def test_bad_input_is_one_line_and_status_2_and_nothing_is_touched(command, flags, words, world, monkeypatch, capsys):
     script, *right = COMMANDS[command].split()
-    flags = [word.format(digits="9" * 5000, long="x" * 300) for word in shlex.split(flags)]
+    flags = [word.format(digits="9" * 5000) for word in shlex.split(flags)]
     main = importlib.import_module(script).main
     monkeypatch.chdir(world)
     monkeypatch.setattr(sys, "argv", [f"{script}.py", *right, *flags])
@@ -271,25 +248,27 @@ def test_bad_input_is_one_line_and_status_2_and_nothing_is_touched(command, flag
         except cli.UserError as error:  # make_moving_shapes.py catches it outside
             cli.fail(error)
     assert ended.value.code == 2
-    line = the_line(capsys.readouterr().err, script)
+    lines = [line.split("\r")[-1] for line in capsys.readouterr().err.splitlines()]
+    (line,) = (line for line in lines if line and "opening videos" not in line)
+    assert line.startswith(f"{script}.py: error: ")
     assert all(word in line for word in words), line
     assert snapshot(world) == before
 
 
 @pytest.mark.parametrize(
-    ("script", "environment", "arguments", "words"),
+    ("script", "environment", "words"),
     [
-        ("sample.sh", {"EXP": "no\nsuch"}, [], ["no results/", "set EXP or CKPT"]),
-        ("train_progressive.sh", {}, ["--vae=none"], ["CACHE=0"]),
-        ("train_progressive.sh", {}, ["--image-size", "64"], ["CACHE=0"]),
-        ("train_progressive.sh", {"RECIPE": "big"}, [], ["RECIPE=big", "expected ours"]),
-        ("setup.sh", {"PYTHON": "no-such-python"}, [], ["no-such-python"]),
-        ("setup.sh", {"PYTHON": "false"}, [], ["older than 3.11"]),
+        ("sample.sh", {"EXP": "no\nsuch"}, ["no results/", "set EXP or CKPT"]),
+        ("train_progressive.sh --vae=none", {}, ["CACHE=0"]),
+        ("train_progressive.sh --image-size 64", {}, ["CACHE=0"]),
+        ("train_progressive.sh", {"RECIPE": "big"}, ["RECIPE=big", "expected ours"]),
+        ("setup.sh", {"PYTHON": "no-such-python"}, ["no-such-python"]),
+        ("setup.sh", {"PYTHON": "false"}, ["older than 3.11"]),
     ],
 )
-def test_a_shell_script_says_what_is_wrong_in_one_line(script, environment, arguments, words, tmp_path):
+def test_a_shell_script_says_what_is_wrong_in_one_line(script, environment, words, tmp_path):
     shutil.copytree(ROOT / "scripts", tmp_path / "scripts")
-    before, command = snapshot(tmp_path), ["bash", f"scripts/{script}", *arguments]
+    before, command = snapshot(tmp_path), ["bash", *f"scripts/{script}".split()]
     environment = os.environ | {"PATH": f"{os.path.dirname(sys.executable)}:{os.environ['PATH']}"} | environment
     result = subprocess.run(command, cwd=tmp_path, env=environment, capture_output=True, text=True, timeout=60)
     *others, line = result.stderr.splitlines()

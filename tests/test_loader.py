@@ -75,4 +75,4 @@ def test_a_process_that_is_killed_while_it_hands_over_a_batch_is_named(error):
     assert next(batches) == "a batch"
     with pytest.raises(RuntimeError) as raised:
         next(batches)
-    assert "a loader process exited unexpectedly" in explain(raised.value)
+    assert "a loader process has ended" in explain(raised.value)

@@ -25,12 +25,11 @@ def wandb(monkeypatch):
 
 
 def log(folder, *rows, **settings):
-    """Log (step, scalars) rows in a run folder as one run does; returns the closed Metrics."""
+    """Log (step, scalars) rows in a run folder as one run does."""
     metrics = Metrics(folder, **settings)
     for step, scalars in rows:
         metrics.log(step, **scalars)
     metrics.close()
-    return metrics
 
 
 def lines(folder):
@@ -83,14 +82,10 @@ def test_clips_are_shown_as_a_sheet_with_a_row_each_and_moving(tmp_path, wandb):
     assert wandb.Video.call_args_list == [call(str(tmp_path / "a.mp4"), format="mp4")]
 
 
-@pytest.mark.parametrize(("number", "rows", "columns"), [(3, 1, 3), (19, 3, 8)])
-def test_images_are_shown_as_a_grid_of_8_in_a_row(tmp_path, wandb, number, rows, columns):
-    images = np.random.default_rng(0).integers(0, 255, (number, 1, 4, 5, 3), dtype=np.uint8)
-    for grid in show(tmp_path, images):
-        assert grid.shape == (rows * 4, columns * 5, 3)
-        cells = grid.reshape(rows, 4, columns, 5, 3).swapaxes(1, 2).reshape(-1, 4, 5, 3)
-        assert np.array_equal(cells[:number], images[:, 0])
-        assert (cells[number:] == 255).all()
+def test_images_are_shown_in_a_row(tmp_path, wandb):
+    images = np.random.default_rng(0).integers(0, 256, (3, 1, 4, 5, 3), dtype=np.uint8)
+    for sheet in show(tmp_path, images):
+        assert np.array_equal(sheet, np.concatenate(images[:, 0], axis=1))
 
 
 def test_other_ranks_write_nothing(tmp_path, monkeypatch):
@@ -104,25 +99,22 @@ def test_other_ranks_write_nothing(tmp_path, monkeypatch):
 
 def test_after_a_resume_no_step_is_logged_twice(tmp_path):
     log(tmp_path, *[(step, {"loss": 1}) for step in range(1, 8)])
-    metrics = log(tmp_path, *[(step, {"loss": 2}) for step in (5, 6)], resume_step=4)
+    log(tmp_path, *[(step, {"loss": 2}) for step in (5, 6)], resume_step=4)
     rows, torn = read_metrics(tmp_path / "metrics.jsonl")
     expected = [(1, 1), (2, 1), (3, 1), (4, 1), (5, 2), (6, 2)]
-    assert [(row["step"], row["loss"]) for row in rows] == expected
+    assert [(row["step"], row["loss"]) for row in rows] == expected and torn == 0
     assert [(event.step, event.value) for event in board(tmp_path).Scalars("loss")] == expected
-    assert torn == metrics.torn == 0
 
 
-def test_a_resume_counts_a_torn_line_and_does_not_change_earlier_ones(tmp_path):
+def test_a_resume_removes_a_torn_line_and_keeps_earlier_lines_as_they_are(tmp_path):
     earlier = ['{"step": 1, "loss": 0.1, "val/loss": null}', '{"step": 1, "note": 3}']
-    (tmp_path / "metrics.jsonl").write_text("\n".join([*earlier, '{"step": 2, "lo']))
-    assert log(tmp_path, (3, {"loss": 0.25}), resume_step=2).torn == 1
-    assert lines(tmp_path) == [*earlier, '{"step": 3, "loss": 0.25}']
-    (tmp_path / "metrics.jsonl").unlink()
-    log(tmp_path, (3, {"loss": 0.25}), resume_step=2)  # starts a new file
-    assert len(lines(tmp_path)) == 1
+    for before, kept in (([*earlier, '{"step": 2, "lo'], earlier), ([], [])):
+        (tmp_path / "metrics.jsonl").write_text("\n".join(before))
+        log(tmp_path, (3, {"loss": 0.25}), resume_step=2)
+        assert lines(tmp_path) == [*kept, '{"step": 3, "loss": 0.25}']
 
 
-@pytest.mark.parametrize("torn_line", [b'{"step": 2, "loss": 0.', b"\xff\xfe{", b"\0\0\0\0"])
+@pytest.mark.parametrize("torn_line", [b'{"step": 2, "loss": 0.', b"\xff\xfe{", b"\0\0\0\0", b"[1]"])
 def test_torn_lines_are_skipped_and_counted(tmp_path, torn_line):
     (tmp_path / "metrics.jsonl").write_bytes(b'{"step": 1, "loss": 0.5}\n' + torn_line)
     assert read_metrics(tmp_path / "metrics.jsonl") == ([{"step": 1, "loss": 0.5}], 1)

@@ -12,7 +12,7 @@ def test_run_folders_are_numbered_none_is_used_twice_and_the_last_is_found(tmp_p
     assert runs.newest_run(root, "a") is None
     folders = [runs.make_run_folder(root, name) for name in ("a", "a", "a-rope")]
     assert [folder.name for folder in folders] == ["000-a", "001-a", "002-a-rope"]
-    assert names(folders[0]) == ["checkpoints", "samples"]
+    assert names(folders[0]) == ["checkpoints", "lock", "samples"]
     assert runs.newest_run(root, "a") == folders[1]
     (root / "notes.txt").write_text("")
     (root / "041-a-rope").mkdir()
@@ -35,4 +35,4 @@ def test_what_a_killed_process_was_writing_is_cleaned_up(tmp_path):
     for name in ("checkpoints/latest.pt.tmp", "metrics.jsonl.tmp", "checkpoints/latest.pt"):
         (folder / name).touch()
     runs.remove_temporary_files(folder)
-    assert [path.name for path in folder.rglob("*") if path.is_file()] == ["latest.pt"]
+    assert [path.name for path in folder.rglob("*.*")] == ["latest.pt"]

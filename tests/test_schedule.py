@@ -12,14 +12,14 @@ from training import TINY, Training, differences, run_here
 
 
 def test_a_schedule_names_frames_last_step_and_batch_of_each_phase():
-    phases = parse_schedule("4:20000:256,8:30000:128,16:40000")
-    assert phases == [Phase(4, 20_000, 256), Phase(8, 30_000, 128), Phase(16, 40_000, None)]
+    phases = [Phase(4, 20_000, 256), Phase(8, 30_000, 128), Phase(16, 40_000, None)]
+    assert parse_schedule("4:20000:256,8:30000:128,16:40000") == phases
 
 
-WRONG = ["", "4", "4:x", "4:10:2:1", "4:10,", "4:10;8:20", "0:10", "4:0", "4:10:0", "4:10,8:10", "4:10,8:5", "-4:10"]
+WRONG = "4 4:x 4:10:2:1 4:10, 4:10;8:20 0:10 4:0 4:10:0 4:10,8:10 4:10,8:5 -4:10 4.5:10 4:10:\u0664 4:999999999999"
 
 
-@pytest.mark.parametrize("text", [*WRONG, "4.5:10", "4:10:\u0664", "4:" + "9" * 12])
+@pytest.mark.parametrize("text", ["", *WRONG.split()])
 def test_what_is_not_a_schedule_is_refused(text):
     with pytest.raises(argparse.ArgumentTypeError):
         parse_schedule(text)
@@ -85,21 +85,20 @@ def flops_of(config, batch, frames):
     return batch * EqMConfig(**config["model"]).training_flops(frames)
 
 
-@pytest.fixture(scope="module")
-def chain(shapes, tmp_path_factory):
+@pytest.fixture
+def chain(shapes, tmp_path):
     """The three phases as runs of their own."""
-    results, ckpt, phases = tmp_path_factory.mktemp("chain"), [], []
+    ckpt, phases = [], []
     for frames, steps, batch in PHASES:
-        phase = Training(shapes, results / str(frames), steps, flags=FLAGS)
+        phase = Training(shapes, tmp_path / str(frames), steps, flags=FLAGS)
         run_here(phase, "--num-frames", frames, "--global-batch-size", batch, "--lr-decay-end", 7, *ckpt)
         ckpt = ["--ckpt", phase.folder / f"checkpoints/{steps:07d}.pt"]
         phases.append(phase)
     return phases
 
 
-@pytest.mark.parametrize("stops", [(None,), (1, 2, 1, None)])
-def test_a_schedule_equals_its_phases_as_a_chain_bit_for_bit_also_stopped(stops, chain, shapes, tmp_path):
-    training = run_schedule(SCHEDULE, shapes, tmp_path / "r", *FLAGS, stops=stops)
+def test_a_schedule_equals_its_phases_as_a_chain_bit_for_bit_also_stopped(chain, shapes, tmp_path):
+    training = run_schedule(SCHEDULE, shapes, tmp_path / "r", *FLAGS, stops=(1, 2, 1, None))
     assert training.folder.name == "000-EqM-Ti-4-f4-8-16-rope"
     rows, expected = training.rows(), [row for phase in chain for row in phase.rows()]
     for row in (*rows, *expected):

@@ -173,8 +173,8 @@ def test_frames_from_the_cache_give_the_same_run(whole, tmp_path):
 @pytest.mark.parametrize(
     ("flags", "line"),
     [
-        (["--image-size", 18], "--image-size 18 is not a multiple of --downsample 4"),
-        (["--widths", 8, 8], "--widths 8 8: got 2 numbers, --downsample 4 needs 3"),
+        (["--image-size", 18], "--image-size 18: not a multiple of --downsample 4"),
+        (["--widths", 8, 8], "--widths 8 8: got 2, --downsample 4 needs 3"),
         (["--data-path", "nowhere"], "--data-path nowhere: no such folder"),
         (["--downsample", 2], "--downsample"),
     ],

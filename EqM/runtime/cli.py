@@ -3,7 +3,6 @@
 import argparse
 import difflib
 import io
-import itertools
 import math
 import os
 import re
@@ -16,7 +15,6 @@ from contextlib import contextmanager
 from pathlib import Path
 
 import torch
-import torch.distributed as dist
 from tqdm import tqdm
 
 from runtime.distributed import local_rank, rank
@@ -25,13 +23,18 @@ LINE_SECONDS = 60  # between two lines of a Bar in a file
 LINE_FORMAT = "{desc}: {n_fmt} of {total_fmt} {unit}s after {elapsed}, {remaining} left{postfix}"
 UNTYPED = object()  # the value of a flag until it is parsed
 RANK_0_SPEAKS_FIRST = 10  # seconds that the other ranks leave rank 0 to report an error that all ranks see
-
+LOST = {  # what the text of an error says, and what that means
+    r"DataLoader worker \(pid": "a loader process has ended, perhaps for lack of memory: lower --num-workers",
+    r"can't allocate memory": "too little memory",  # not a torch.OutOfMemoryError, as on a GPU
+    r"Connection (closed|reset) by peer|Broken pipe|remote process exited": "another rank has ended, it says why",
+    r"^Dist\w*Error|gloo": "the ranks can't reach each other; GLOO_SOCKET_IFNAME and NCCL_SOCKET_IFNAME name a network",
+}
 
 _unlogged = []  # lines of warnings that came before there was a log
 
 
 class UserError(Exception):
-    """Something the user can put right; its text is one line: what was found, what is wanted, what to do."""
+    """Something the user can put right; its text is one line: what is wrong, what was expected, how to fix it."""
 
 
 # ----------------------------------------------------------------------------------------------------------------------
@@ -77,29 +80,19 @@ class ArgumentParser(argparse.ArgumentParser):
         fail(message)
 
     def parse_args(self, args=None):
-        words = sys.argv[1:] if args is None else list(args)
         names = [action.dest for action in self._actions if action.dest != "help"]
-        found, rest = self.parse_known_args(words, argparse.Namespace(**dict.fromkeys(names, UNTYPED)))
+        found, rest = self.parse_known_args(args, argparse.Namespace(**dict.fromkeys(names, UNTYPED)))
         if rest:
-            self.error(self.explain(rest[0], words))
+            self.error(self.explain(rest[0].split("=")[0]))
         typed = [name for name in names if getattr(found, name) is not UNTYPED]
         return Flags(vars(found) | {name: self.get_default(name) for name in names if name not in typed}, typed)
 
-    def explain(self, word, words):
+    def explain(self, word):
         """Why a word of the command line is not understood: a mistyped flag, or a value too many."""
-        flags, name, place = self._option_string_actions, word.split("=")[0], words.index(word)
-        if word.startswith("-"):
-            close = difflib.get_close_matches(name, flags, n=1, cutoff=0.75)
-            return f"{name}: no such flag; " + (f"did you mean {close[0]}?" if close else "see --help")
-        place = next((place for place in reversed(range(place)) if words[place].startswith("--")), None)
-        flag, _, value = words[place].partition("=") if place is not None else ("", "", "")
-        if flag not in flags or flags[flag].nargs is not None:
-            return f"{word}: a word too many; see --help"
-        values = [value] if value else []
-        values += itertools.takewhile(lambda other: not other.startswith("-"), words[place + 1 :])
-        kind = {"FILE": "file", "DIR": "folder"}.get(flags[flag].metavar, "value")
-        shown = ", ".join(values[:3]) + (", ..." if len(values) > 3 else "")
-        return f"{flag} takes one {kind}, found {len(values)}: {shown}"
+        if not word.startswith("-"):
+            return f"{word}: unexpected argument; if a pattern matches several files, name one of them"
+        close = difflib.get_close_matches(word, self._option_string_actions, n=1, cutoff=0.75)
+        return f"{word}: no such flag; {f'did you mean {close[0]}?' if close else 'see --help'}"
 
 
 def flag_text(args, name):
@@ -109,16 +102,15 @@ def flag_text(args, name):
     return f"--{name.replace('_', '-')}" + ("" if value is True else f" {value}")
 
 
-def number(kind, above=None, least=None, most=None):
+def number(kind, above=-math.inf, least=-math.inf, most=math.inf):
     """A `type=` for argparse: an int or a finite float within bounds (above is exclusive)."""
     bounds = {"above": above, "at least": least, "at most": most}
-    wanted = " and ".join(f"{word} {bound}" for word, bound in bounds.items() if bound is not None)
+    expected = " and ".join(f"{word} {bound}" for word, bound in bounds.items() if abs(bound) < math.inf)
 
     def parse(text):
         value = kind(text)
-        too_small = (above is not None and not value > above) or (least is not None and not value >= least)
-        if too_small or (most is not None and not value <= most) or not math.isfinite(value):
-            raise argparse.ArgumentTypeError(f"found {text}, wanted a number {wanted}")
+        if not (value > above and least <= value <= most and abs(value) < math.inf):
+            raise argparse.ArgumentTypeError(f"got {text}, expected a number {expected}")
         return value
 
     parse.__name__ = kind.__name__  # argparse names it where the text is not a number
@@ -159,11 +151,12 @@ def check_precision(precision):
 def resolve_precision(precision, energy, kept=None):
     """The --precision to use: the given one, else that of the resumed run (`kept`), else what suits model and device.
 
-    energy says whether the model has one: its gradient, which is the field, stays exact. Raises UserError.
+    The gradient of an energy, which is the field, stays exact. Raises UserError.
     """
+    precision = precision or kept or ("fp32" if energy else None)
     if precision is None:
-        precision = kept or ("bf16" if not energy and has_bf16() else "fp32")
-        if not (kept or energy) and torch.cuda.is_available() and precision == "fp32":
+        precision = "bf16" if has_bf16() else "fp32"
+        if precision == "fp32" and torch.cuda.is_available():
             say("note: this GPU has no bf16, so --precision is fp32: fp16 is faster and takes less memory")
     check_precision(precision)
     return precision
@@ -189,8 +182,6 @@ def check_writable(flag, folder):
     if not str(folder):
         raise UserError(f"{flag} '': an empty name; name a folder")
     place = Path(folder).absolute()
-    if long := [part for part in place.parts if len(os.fsencode(part)) > 255]:
-        raise UserError(f"{flag} {folder}: {long[0][:20]}... is longer than 255 bytes; use a shorter name")
     while not os.path.lexists(place):  # a broken link is in the way, as a file would be
         place = place.parent
     if not place.is_dir() or not os.access(place, os.W_OK):
@@ -250,17 +241,17 @@ class Bar(tqdm):
             print(one_line(self.format_meter(**values)), file=sys.stderr, flush=True)
 
 
-def fail(message, status=2, patience=None):
+def fail(message, status=2, wait=True):
     """End this process with one line on stderr; status 2 = wrong input, 1 = went wrong while running.
 
-    torchrun kills all ranks as soon as one exits, so the others wait `patience` seconds (RANK_0_SPEAKS_FIRST) for rank
-    0 to report; they report themselves only if they still run by then (an error on one node only). A script that starts
-    torchrun names a file in EQM_ERROR_FILE, and shows the line after torchrun's own report.
+    torchrun kills all ranks as soon as one exits. So with `wait` the others leave rank 0 time to report, and report
+    only if they still run by then (an error on one machine). A script that starts torchrun names a file in
+    EQM_ERROR_FILE, and shows the line after torchrun's own report.
     """
     signal.signal(signal.SIGTERM, signal.SIG_DFL)  # torchrun may end this rank before it speaks
     signal.signal(signal.SIGCHLD, signal.SIG_DFL)  # torch's handler would raise again when the next loader process ends
-    if rank() != 0:
-        time.sleep(RANK_0_SPEAKS_FIRST if patience is None else patience)
+    if wait and rank() != 0:
+        time.sleep(RANK_0_SPEAKS_FIRST)
     text = one_line(" ".join(str(message).split()), sys.stderr.encoding or "utf-8")
     line = f"{os.path.basename(sys.argv[0])}: error: {text}"
     try:
@@ -273,43 +264,26 @@ def fail(message, status=2, patience=None):
 
 @contextmanager
 def one_line_errors(*others):
-    """Errors while running end the process with status 1 and one line, if it is known what they mean.
+    """Make UserError, `others`, and what lack of disk or memory or a lost process raises one line and status 1.
 
-    These are UserError, what a full disk or too little memory raises, the loss of a process, and `others`. Warnings are
-    lines as well.
+    Warnings are lines as well.
     """
     try:
         with warnings.catch_warnings():
             warnings_as_lines()
             yield
     except KeyboardInterrupt:  # training saves before it ends, once it has begun
-        fail("interrupted: the same command starts again", status=130, patience=0)
-    except ConnectionError as error:  # of this rank to the rest: each rank has its own to report
-        fail(error, status=1, patience=0)
+        fail("interrupted: run the same command to start over", status=130, wait=False)
     except (UserError, OSError, torch.OutOfMemoryError, *others) as error:
-        fail(error, status=1)
+        fail(error, status=1, wait=not isinstance(error, ConnectionError))  # each rank has its own connections
     except RuntimeError as error:
         if (line := explain(error)) is None:
             raise
-        fail(line, status=1, patience=0)
+        fail(line, status=1, wait=False)
 
 
 def explain(error):
     """One line for an error that comes from a lost process, None for any other."""
-    text = str(error)
-    if killed := re.search(r"DataLoader worker \(pid.*?\) (exited unexpectedly|is killed by signal: [\w ]+)", text):
-        return (
-            f"a loader process {killed[1]}: most likely the machine ran out of memory (or /dev/shm is too small): "
-            "lower --num-workers; all checkpoints are intact, the same command with --resume continues"
-        )
-    first, safe = text.partition("\n")[0], "all checkpoints are intact"
-    if "can't allocate memory" in text:  # not a torch.OutOfMemoryError, as on a GPU
-        return f"too little memory ({first}); {safe}"
-    if re.search(r"Connection (closed|reset) by peer|Broken pipe|remote process exited", text):
-        return f"another rank has ended, its own message says why ({first}); {safe}"
-    if isinstance(error, dist.DistError) or "gloo" in text.lower():
-        return (
-            f"the ranks can't reach each other ({first}); {safe}; on machines with several networks, "
-            "GLOO_SOCKET_IFNAME and NCCL_SOCKET_IFNAME choose one"
-        )
-    return None
+    text, (first, *_) = f"{type(error).__name__} {error}", str(error).split("\n")
+    meanings = [meaning for pattern, meaning in LOST.items() if re.search(pattern, text, re.IGNORECASE)]
+    return f"{meanings[0]} ({first}); all checkpoints are intact" if meanings else None

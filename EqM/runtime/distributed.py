@@ -39,11 +39,7 @@ def world_size():
 
 
 def is_started():
-    return dist.is_available() and dist.is_initialized()
-
-
-# ----------------------------------------------------------------------------------------------------------------------
-# Start and stop
+    return dist.is_initialized()
 
 
 def die_with_parent(number):
@@ -56,30 +52,28 @@ if "TORCHELASTIC_RUN_ID" in os.environ:  # ranks have sessions of their own and 
     die_with_parent(signal.SIGTERM)
 
 
-def start(patience=SHARE_TIME):
+def start(timeout=SHARE_TIME):
     """Join the process group if torchrun started us; returns the device of this rank.
 
-    patience is for how long a rank waits for the others in a collective. Raises ConnectionError if torchrun does not
-    answer.
+    timeout is that of a collective. Raises ConnectionError if torchrun does not answer.
     """
+    device = torch.device("cpu")
     if torch.cuda.is_available():
         device = torch.device("cuda", local_rank())
         torch.cuda.set_device(device)
     else:
-        device = torch.device("cpu")
         keep_freed_memory()
     if "RANK" in os.environ:
         backend = "cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo"  # Python values need no GPU
         ranks = {"rank": rank(), "world_size": world_size()}
-        dist.init_process_group(backend, store=rendezvous_store(), timeout=patience, **ranks)
+        dist.init_process_group(backend, store=rendezvous_store(), timeout=timeout, **ranks)
     return device
 
 
 def keep_freed_memory():
-    """Let the C library (glibc) keep freed memory for reuse instead of returning it to the system.
+    """Let the C library (glibc) keep freed memory instead of returning it to the system.
 
-    On the CPU a training step allocates and frees the same gigabytes each time; getting them anew, page by page, takes
-    a tenth of the step.
+    On the CPU a step allocates and frees the same gigabytes; getting them anew, page by page, takes a tenth of it.
     """
     library = ctypes.CDLL(None)
     if hasattr(library, "mallopt"):
@@ -94,13 +88,11 @@ def rendezvous_store():
     chooses a random prefix, and each other rank continues once rank 0 has answered it under that prefix.
     """
     if os.environ.get("TORCHELASTIC_USE_AGENT_STORE") == "True":  # it is torchrun's and was there before this process
+        place = os.environ["MASTER_ADDR"], int(os.environ["MASTER_PORT"])
         try:
-            place = os.environ["MASTER_ADDR"], int(os.environ["MASTER_PORT"])
             socket.create_connection(place, STORE_TIME).close()
         except OSError as error:
-            raise ConnectionError(
-                f"torchrun does not answer ({error}): it may have been killed; start it again"
-            ) from error
+            raise ConnectionError(f"torchrun does not answer ({error}): start it again") from error
     store, _, _ = next(dist.rendezvous("env://", timeout=SHARE_TIME))
     mine = uuid.uuid4().hex
     if rank() == 0:
@@ -121,19 +113,14 @@ def stop():
     """Leave the process group, once all ranks are done."""
     if is_started():
         dist.barrier()
-        # DDP sits in reference cycles and holds the group. Unless its threads end here, they may still run while
-        # the interpreter shuts down, and gloo aborts the process ("terminate called without an active
-        # exception").
+        # DDP sits in reference cycles and holds the group. Unless its threads end here, they may still run while the
+        # interpreter shuts down, and gloo aborts the process ("terminate called without an active exception").
         gc.collect()
         dist.destroy_process_group()
 
 
-# ----------------------------------------------------------------------------------------------------------------------
-# The network on its device
-
-
 def set_precision(precision):
-    """The part of --precision that is not autocast: whether products and convolutions in float32 may use TF32.
+    """Let products and convolutions in float32 use TF32, or not: the part of --precision that is not autocast.
 
     In mixed precision the VAE's convolutions may, too: they run in float32 beside the network.
     """
@@ -156,10 +143,6 @@ def parallel(model):
     with warnings.catch_warnings():
         warnings.simplefilter("ignore", FutureWarning)  # torch 2.13 has a new name for it that 2.9 does not know
         return DistributedDataParallel(model, broadcast_buffers=False, gradient_as_bucket_view=True)
-
-
-# ----------------------------------------------------------------------------------------------------------------------
-# Communication between the ranks
 
 
 def broadcast(value):
@@ -186,12 +169,12 @@ def gather_in_order(rows):
     return list(zip(*rows, strict=True))[1:]
 
 
-def patient_barrier():
-    """A function that all ranks call to wait for each other, for an hour at most; all make it before."""
-    if not is_started():
-        return lambda: None
-    group = dist.new_group(backend="gloo", timeout=SHARE_TIME)
-    return lambda: dist.barrier(group=group)
+def call_and_wait(function):
+    """Call a function on all ranks, and wait up to an hour for those to which it gives more work."""
+    group = dist.new_group(backend="gloo", timeout=SHARE_TIME) if is_started() else None
+    function()
+    if group is not None:
+        dist.barrier(group=group)
 
 
 def average(tensor):
@@ -219,13 +202,10 @@ def gather_on_first(value):
 def collect(indices, items):
     """What the ranks computed for their indices, in order, on rank 0: items (len(indices), ...) -> (count, ...).
 
-    The other ranks get None. A rank without indices may give any tensor, except rank 0.
+    The other ranks get None. A rank without indices may give any tensor.
     """
     parts = gather_on_first((indices, items.cpu()))
     if parts is None:
         return None
-    ordered = items.new_empty(sum(len(indices) for indices, _ in parts), *items.shape[1:], device="cpu")
-    for indices, part in parts:
-        if indices:
-            ordered[indices] = part
-    return ordered
+    indices, items = zip(*(part for part in parts if part[0]), strict=True)
+    return torch.cat(items)[torch.tensor(list(itertools.chain(*indices))).argsort()]

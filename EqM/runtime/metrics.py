@@ -8,8 +8,8 @@ import time
 import uuid
 from pathlib import Path
 
-import numpy as np
 import torch
+from einops import rearrange
 
 from runtime import distributed
 from runtime.atomic import atomic_write
@@ -26,13 +26,12 @@ PEAK_TFLOPS = {  # dense rate of matrix products in bf16 (V100, T4: fp16), from 
 def peak_tflops(name, precision):
     """The highest rate of a GPU in TFLOP/s, by the name that torch gives it; None if it is not known.
 
-    tf32 has half the rate of bf16. In fp32 matrix products do not run on the same units: None. The chips of laptops
-    have the names of faster ones.
+    tf32 has half the rate of bf16. Products in fp32 do not run on the same units: None. The chips of laptops have the
+    names of faster ones.
     """
-    for model, rate in PEAK_TFLOPS.items():
-        if re.search(rf"\b{model}\b", name) and "Laptop" not in name:
-            return {"bf16": rate, "fp16": rate, "tf32": rate / 2}.get(precision)
-    return None
+    rates = (rate for model, rate in PEAK_TFLOPS.items() if re.search(rf"\b{model}\b", name) and "Laptop" not in name)
+    rate = next(rates, None)
+    return rate and {"bf16": rate, "fp16": rate, "tf32": rate / 2}.get(precision)
 
 
 def device_stats(device, precision, tflops_per_s):
@@ -46,29 +45,25 @@ def device_stats(device, precision, tflops_per_s):
 
 def bar_text(row):
     """What the progress bar shows of a row of metrics."""
-    parts = [f"loss {row['train_loss']:.3f}", f"{row['clips_per_s']:.1f} clips/s", f"{row['tflops_per_s']:.3g} TFLOP/s"]
-    parts += [f"{row['mfu']:.0%} MFU"] if "mfu" in row else []
-    parts += [f"{row['gpu_memory_gb']:.1f} GB"] if "gpu_memory_gb" in row else []
-    return ", ".join(parts)
+    parts = {
+        "train_loss": "loss {:.3f}", "clips_per_s": "{:.1f} clips/s", "tflops_per_s": "{:.3g} TFLOP/s",
+        "mfu": "{:.0%} MFU", "gpu_memory_gb": "{:.1f} GB",
+    }  # fmt: skip
+    return ", ".join(text.format(row[name]) for name, text in parts.items() if name in row)
 
 
 def read_metrics(path, notes=False):
-    """Read a metrics.jsonl, with or without its notes.
+    """(rows of a metrics.jsonl, with or without its notes; the number of lines that a crash has torn).
 
-    Returns:
-        the rows, dicts with "step" and what was logged (None = was not finite), and the number of lines that are left
-        out because a crash tore them.
+    A row is a dict of "step" and what was logged; None = was not finite.
     """
     rows, torn = [], 0
     with open(path, encoding="utf-8", errors="replace") as file:
         for line in file:
             try:
                 row = json.loads(line)
-            except (ValueError, RecursionError):
-                row = None
-            if isinstance(row, dict) and isinstance(row.get("step"), int):
-                rows += [row] if notes or "note" not in row else []
-            else:
+                rows += [row] if isinstance(row["step"], int) and (notes or "note" not in row) else []
+            except (ValueError, LookupError, TypeError, RecursionError):
                 torn += 1
     return rows, torn
 
@@ -83,26 +78,21 @@ def import_wandb():
 
 
 class Metrics:
-    """Logs metrics on rank 0; on all other ranks the methods do nothing.
+    """Logs metrics in a run folder, on rank 0; on all other ranks the methods do nothing.
 
-    Args:
-        folder: the run folder, for metrics.jsonl and the TensorBoard events.
-        resume_step: the step from which a run continues. Rows of later steps are removed, as they will be logged again;
-            `torn` counts the incomplete lines that are removed with them.
-        wandb: also log to wandb. Raises UserError if wandb is not installed or does not start.
-        config: dict shown by wandb.
+    resume_step is the step from which a run continues: rows of later steps, which will be logged again, and torn lines
+    are removed. wandb: log to wandb, too, which shows `config`; raises UserError if it does not start.
     """
 
     def __init__(self, folder, resume_step=None, wandb=False, config=None):
-        self.torn = 0
         self.file = self.board = self.wandb = None
         if distributed.rank() != 0:
             return
         from torch.utils.tensorboard import SummaryWriter  # takes a second to load; needed on rank 0 only
 
-        path = Path(folder) / "metrics.jsonl"
+        path = Path(folder, "metrics.jsonl")
         if resume_step is not None and path.exists():
-            self.torn = _drop_after(resume_step, path)
+            _drop_after(resume_step, path)
         self.wandb = _start_wandb(Path(folder), config) if wandb else None
         self.board = SummaryWriter(str(folder), purge_step=None if resume_step is None else resume_step + 1)
         self.file = open(path, "a", encoding="utf-8")  # noqa: SIM115 (stays open for the whole run)
@@ -112,9 +102,7 @@ class Metrics:
         if self.file is None:
             return
         scalars = {name: value.item() if hasattr(value, "item") else value for name, value in scalars.items()}
-        finite = {name: value if math.isfinite(value) else None for name, value in scalars.items()}
-        self.file.write(json.dumps({"step": step, **finite}, allow_nan=False) + "\n")
-        self.file.flush()
+        self.append(step, **{name: value if math.isfinite(value) else None for name, value in scalars.items()})
         for name, value in scalars.items():
             self.board.add_scalar(name, value, step)
         if self.wandb:
@@ -122,9 +110,12 @@ class Metrics:
 
     def note(self, step, text):
         """Append one line {"step": step, "note": text}; on rank 0."""
-        self.file.write(json.dumps({"step": step, "note": text}) + "\n")
-        self.file.flush()
+        self.append(step, note=text)
         self.board.add_text("note", text, step)
+
+    def append(self, step, **row):
+        self.file.write(json.dumps({"step": step, **row}) + "\n")
+        self.file.flush()
 
     def sync(self):
         """Write what was logged to the disk, so that it survives a power failure, as checkpoints do."""
@@ -132,18 +123,14 @@ class Metrics:
             os.fsync(self.file.fileno())
 
     def video(self, step, name, clips, gif=None, mp4=None):
-        """Log clips uint8 (N, T, H, W, 3) as one image: a row per clip, a column per frame; images (T = 1) 8 in a row.
+        """Log clips uint8 (N, T, H, W, 3) as one image: a row per clip, a column per frame; images (T = 1) in one row.
 
         gif (bytes) is also logged to TensorBoard, and mp4 (a path) to wandb, as name_moving.
         """
         if self.file is None:
             return
-        if clips.shape[1] == 1:  # 8 images become one row, like the frames of a clip
-            columns = min(len(clips), 8)
-            blank = np.full_like(clips[:1], 255).repeat(-len(clips) % columns, axis=0)
-            clips = np.concatenate([clips, blank]).reshape(-1, columns, *clips.shape[2:])
-        N, T, H, W, _ = clips.shape
-        sheet = clips.transpose(0, 2, 1, 3, 4).reshape(N * H, T * W, 3)
+        rows = clips.swapaxes(0, 1) if clips.shape[1] == 1 else clips
+        sheet = rearrange(rows, "n t h w c -> (n h) (t w) c")
         self.board.add_image(name, sheet, step, dataformats="HWC")
         if gif is not None:  # add_video would need moviepy, to make the same GIF
             from tensorboard.compat.proto.summary_pb2 import Summary
@@ -165,11 +152,10 @@ class Metrics:
 
 
 def _drop_after(step, path):
-    """Rewrite the file atomically without the rows after `step`; returns the number of torn lines."""
-    rows, torn = read_metrics(path, notes=True)
+    """Rewrite the file atomically without torn lines and the rows after `step`."""
+    rows, _ = read_metrics(path, notes=True)
     with atomic_write(path) as file:
         file.writelines(json.dumps(row).encode() + b"\n" for row in rows if row["step"] <= step)
-    return torn
 
 
 def _start_wandb(folder, config):
@@ -178,10 +164,9 @@ def _start_wandb(folder, config):
     id_file = folder / "wandb_id.txt"
     if not id_file.exists():
         id_file.write_text(uuid.uuid4().hex)
+    own = {"name": folder.name, "dir": folder, "config": config, "id": id_file.read_text()}
     try:
-        return wandb.init(
-            project="EqM-Video", name=folder.name, dir=folder, config=config, id=id_file.read_text(), resume="allow"
-        )
+        return wandb.init(project="EqM-Video", resume="allow", **own)
     except wandb.Error as error:  # not logged in, no network
         raise UserError(f"--wandb: {error}; run `wandb login`, or set WANDB_MODE=offline") from error
 
@@ -190,7 +175,7 @@ class StepStats:
     """Statistics of the training steps since the last line of metrics.
 
     They stay on the device until that line is due, so that no step waits for the device. earlier: what `averaged`
-    returned when the run was interrupted before that line was logged, {"names": [...], "rows": (n, k)}.
+    returned when the run was interrupted before that line was logged.
     """
 
     def __init__(self, earlier=None):
@@ -231,8 +216,7 @@ class StepStats:
         """
         if not self.rows:
             return {"names": self.names, "rows": self.earlier}
-        own = torch.stack(self.rows)
-        rows = distributed.average(own.clone()).cpu()
+        rows = self.averages()
         nonfinite = ~rows.isfinite()
         if "skipped" in self.names:
             nonfinite &= rows[:, self.names.index("skipped"), None] == 0
@@ -240,34 +224,34 @@ class StepStats:
             self.raise_nonfinite(step, nonfinite.any(1).nonzero()[0].item())
         return {"names": self.names, "rows": torch.cat([self.earlier.reshape(-1, rows.shape[1]), rows])}
 
-    def raise_nonfinite(self, step, index):
-        """Raise UserError, on all ranks, for row `index` of `self.rows`, in which a value is not finite.
+    def averages(self):
+        return distributed.average(torch.stack(self.rows)).cpu()
 
-        The message names the value, its step, the ranks and the videos. `step` is the global step of the last row.
+    def raise_nonfinite(self, step, index):
+        """Raise UserError, on all ranks, for row `index`, in which a value is not finite; `step` is that of the last.
+
+        The message names the value, its step, the ranks and the videos.
         """
-        own = torch.stack(self.rows)
-        rows = distributed.average(own.clone()).cpu()
+        rows, norm = self.averages(), self.names.index("grad_norm")
         index %= len(rows)
         name = self.names[(~rows[index].isfinite()).nonzero()[0].item()]
-        norm = self.names.index("grad_norm")  # the same on all ranks, so it does not tell which rank is the cause
-        is_finite = own[index].isfinite().cpu()
-        is_finite[norm] = True
-        parts = distributed.gather((is_finite.all().item(), self.files[index]))
-        ranks = [rank for rank, (all_finite, _) in enumerate(parts) if not all_finite] or list(range(len(parts)))
-        files = list(dict.fromkeys(file for rank in ranks for file in parts[rank][1]))
-        norms = rows[: index + 1, norm].tolist()[-8:]
+        own = self.rows[index].clone()
+        own[norm] = 0  # the same on all ranks, so it does not tell which rank is the cause
+        parts = distributed.gather((own.isfinite().all().item(), self.files[index]))
+        ranks = [rank for rank, (is_finite, _) in enumerate(parts) if not is_finite] or range(len(parts))
+        files = dict.fromkeys(file for rank in ranks for file in parts[rank][1])
+        norms = ", ".join(f"{value:.3g}" for value in rows[: index + 1, norm].tolist()[-8:])
         raise UserError(
             f"the {name} of step {step - len(rows) + 1 + index} is not finite, on rank {', '.join(map(str, ranks))}, "
-            f"of {', '.join(files)}; gradient norms up to it: {', '.join(f'{value:.3g}' for value in norms)}; the last "
-            "checkpoint is intact: try a lower --lr or, if it is rare, --skip-nonfinite 3"
+            f"of {', '.join(files)}; gradient norms up to it: {norms}; the last checkpoint is intact: try a lower --lr "
+            "or, if it is rare, --skip-nonfinite 3"
         )
 
     def summary(self, step, global_batch):
         """{name: mean over the steps and all ranks}, number of skipped steps, clips_per_s, tflops_per_s, wait_frac.
 
         tflops_per_s is that of each rank, of the model alone: what --grad-checkpoint computes again does not count.
-
-        `step` is the global step of the last row. Raises UserError as `averaged` does.
+        step and errors: as in `averaged`.
         """
         columns = dict(zip(self.names, self.averaged(step)["rows"].double().unbind(1), strict=True))
         skipped = columns.pop("skipped", None)

@@ -9,9 +9,8 @@ from contextlib import suppress
 from pathlib import Path
 
 from runtime.cli import UserError, say
-from runtime.distributed import broadcast, rank
 
-LOCK_PATIENCE = 10  # seconds; within them the processes of a killed run are gone
+LOCK_TIMEOUT = 10  # seconds; within them the processes of a killed run are gone
 
 _locks = []  # open files; a lock lasts as long as its file is open
 
@@ -23,7 +22,7 @@ def run_number(folder):
 
 
 def make_run_folder(results_dir, name):
-    """Make and return a new run folder, results_dir/NNN-name, with its subfolders."""
+    """Make, lock and return a new run folder, results_dir/NNN-name, with its subfolders."""
     root = Path(results_dir)
     root.mkdir(parents=True, exist_ok=True)
     while True:
@@ -33,15 +32,8 @@ def make_run_folder(results_dir, name):
             break
     (folder / "checkpoints").mkdir()
     (folder / "samples").mkdir()
+    lock(folder)
     return folder
-
-
-def start_run_folder(results_dir, name):
-    """The run folder that rank 0 makes and locks, on all ranks."""
-    folder = make_run_folder(results_dir, name) if rank() == 0 else None
-    if folder:
-        lock(folder)
-    return broadcast(folder)
 
 
 def newest_run(results_dir, name):
@@ -64,16 +56,10 @@ def remove_temporary_files(folder):
 
 def keep_last(folder, count, always=()):
     """Remove a run's numbered checkpoints, except the `count` last ones (None: all) and those of the steps `always`."""
-    if count is None:
-        return
-    numbered = [path for path in Path(folder, "checkpoints").glob("*.pt") if path.stem.isdecimal()]
-    for path in sorted(numbered, key=lambda path: int(path.stem))[:-count]:
+    numbered = sorted(path for path in Path(folder, "checkpoints").glob("*.pt") if path.stem.isdecimal())
+    for path in numbered[:-count] if count else ():
         if int(path.stem) not in always:
             path.unlink()
-
-
-# ----------------------------------------------------------------------------------------------------------------------
-# One writer
 
 
 def job_name():
@@ -91,11 +77,8 @@ def check_job():
 
 def lock(folder):
     """Lock a run folder for the lifetime of this process. Raises UserError if another process holds the lock."""
-    try:
-        file = open(Path(folder, "lock"), "a+")  # noqa: SIM115 (open for the whole run)
-    except OSError as error:
-        raise UserError(f"{folder} can't be written to ({error.strerror}): name another --results-dir") from error
-    until = time.monotonic() + LOCK_PATIENCE
+    file = open(Path(folder, "lock"), "a+")  # noqa: SIM115 (open for the whole run)
+    until = time.monotonic() + LOCK_TIMEOUT
     while True:
         try:
             fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
@@ -122,7 +105,6 @@ def is_restarted(folder):
     """
     if int(os.environ.get("TORCHELASTIC_RESTART_COUNT", 0)) == 0 and os.environ.get("GROUP_WORLD_SIZE", "1") == "1":
         return False
-    try:
+    with suppress(OSError, ValueError):  # no lock yet, or an empty one
         return json.loads(Path(folder, "lock").read_text())["job"] == job_name()
-    except (OSError, ValueError, KeyError, TypeError):
-        return False
+    return False

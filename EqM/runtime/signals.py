@@ -62,8 +62,8 @@ class StopSignal:
         if self.group is not None:
             self.pending = dist.all_reduce(self.flags, group=self.group, async_op=True)
 
-    def agreed(self):
-        """(stop, save): whether any rank was to stop, or wanted to save, when it came to `vote`: the same on all.
+    def resolve(self):
+        """Raise Interrupted, on all ranks, if any was to stop at its `vote`. Returns whether any wants to save.
 
         Without a `vote` before, they vote here. A single process also stops for a signal that came since.
         """
@@ -73,12 +73,9 @@ class StopSignal:
             self.pending.wait()
         stop, save = (self.flags > 0).tolist()
         self.flags = None
-        return stop or (self.group is None and self.name is not None), save
-
-    def barrier(self):
-        """Wait for all ranks: one may write a large file to a slow disk, and others wait less in a step."""
-        if self.group is not None:
-            dist.barrier(group=self.group)
+        if stop or (self.group is None and self.name is not None):
+            raise Interrupted
+        return save
 
     def check(self):
         """Raise Interrupted if this rank was asked to stop; others may not know, unless `together`: see `resolve`."""
@@ -87,9 +84,7 @@ class StopSignal:
         elif self.name is not None:
             raise Interrupted
 
-    def resolve(self):
-        """Raise Interrupted, on all ranks, if any was asked to stop. Returns whether any wants to save."""
-        stop, save = self.agreed()
-        if stop:
-            raise Interrupted
-        return save
+    def barrier(self):
+        """Wait for all ranks: one may write a large file to a slow disk, and others wait less in a step."""
+        if self.group is not None:
+            dist.barrier(group=self.group)

@@ -1,6 +1,6 @@
-"""Reads files that anybody may have made: runs no code in them, and refuses damaged ones.
+"""Reads files that anybody may have made: runs no code in them, and refuses corrupt ones.
 
-A pipe would block its reader. Refused files raise OSError or ValueError with the reason; callers add the flag or file.
+Refused files raise OSError or ValueError with the reason; callers add the flag or file.
 """
 
 import argparse
@@ -14,6 +14,7 @@ import zipfile
 import zlib
 
 import torch
+from torch.utils._pytree import tree_leaves
 
 from runtime.distributed import local_rank
 
@@ -26,7 +27,7 @@ def check_regular(path):
     A pipe, device or socket may never end, and the C++ and Rust libraries that read files take names in UTF-8 only.
     """
     if not stat.S_ISREG(os.stat(path).st_mode):
-        raise OSError(f"{'a folder' if os.path.isdir(path) else 'a pipe or a device'}, wanted a regular file")
+        raise OSError(f"{'a folder' if os.path.isdir(path) else 'a pipe or a device'}, expected a regular file")
     if not is_text(path):
         raise OSError("its name is not UTF-8: rename it")
 
@@ -52,20 +53,19 @@ def file_sha256(path):
 def check_types(values, types):
     """Raise ValueError unless `values` is a dict with these names and types; an int will do for a float."""
     if not isinstance(values, dict):
-        raise ValueError(f"found {type(values).__name__}, wanted names and values")
+        raise ValueError(f"got {type(values).__name__}, expected names and values")
     for name, kind in types.items():
         if not isinstance(values.get(name), int | float if kind is float else kind):
-            raise ValueError(f"{name} is {str(values.get(name))[:50]}, wanted {getattr(kind, '__name__', kind)}")
+            raise ValueError(f"{name} is {str(values.get(name))[:50]}, expected {getattr(kind, '__name__', kind)}")
 
 
 def read_torch(path, used=None):
     """The content of a file of torch.save: tensors, which are mapped into memory, and plain values.
 
     used(content) returns the parts that the caller needs; default: all. The first rank of each machine compares the
-    bytes of their tensors with the file's CRCs, for the other ranks too; nothing reads the other tensors. Raises
-    pickle.UnpicklingError if it is not such a file or holds code, OSError if it can't be read, and any other Exception
-    if it is damaged: torch.load's error depends on where the damage is. If someone shortens a mapped file, its reader
-    dies of SIGBUS; our own files are replaced by renaming.
+    bytes of their tensors with the file's CRCs; nothing reads the other tensors. Raises pickle.UnpicklingError if it
+    is not such a file or holds code, OSError if it can't be read, and any other Exception if it is corrupt, which
+    depends on where. If someone shortens a mapped file, its reader dies of SIGBUS; our own are replaced by renaming.
     """
     check_regular(path)
     with open(path, "rb") as file:
@@ -91,18 +91,9 @@ def check_tensors(value, sums):
 
     They are those of all members of an archive, as torch does not tell which member became which tensor.
     """
-    storages = [tensor.untyped_storage() for tensor in tensors_in(value)]
+    storages = [leaf.untyped_storage() for leaf in tree_leaves(value) if isinstance(leaf, torch.Tensor)]
     places = {(storage.data_ptr(), len(storage)): storage for storage in storages}
     for _, storage in sorted(places.items()):  # in the order of the file, as a disk reads ahead
         data = torch.empty(0, dtype=torch.uint8).set_(storage).numpy()
         if (data.nbytes, zlib.crc32(data)) not in sums:
             raise ValueError("a tensor is damaged")
-
-
-def tensors_in(value):
-    """Yield the tensors in nested dicts, lists and tuples."""
-    if isinstance(value, torch.Tensor):
-        yield value
-    elif isinstance(value, dict | list | tuple):
-        for part in value.values() if isinstance(value, dict) else value:
-            yield from tensors_in(part)
