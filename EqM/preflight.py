@@ -22,6 +22,7 @@ from runtime.distributed import local_rank, rank, world_size
 from runtime.metrics import import_wandb
 from runtime.runs import check_job
 from runtime.untrusted import read_json
+from samplers import SOLVERS
 from schedule import Phase, fill_batches
 from vae import check_same, load_vae
 from video.index import find_data, fitting_interval
@@ -163,6 +164,8 @@ def resolve_latents(args, start):
     vae = load_vae(args.vae or made.get("vae", "ema"), None if args.vae else owner)  # of a cache: to decode samples
     if cache:
         check_same(vae, cache.get("vae_sha256"), f"--data-path {args.data_path}")
+        differs = any(getattr(vae, name) != cache[name] for name in ("channels", "downsample", "scale", "shift"))
+        refuse(args, "data_path", differs, f"the cache was made with another VAE than {vae.name}: name it with --vae")
     check_same(vae, kept.get("vae_sha256"), start.flag)
     size = args.image_size or made.get("image_size", 256) or start.config["model"]["input_size"] * vae.downsample
     return args.resolve(vae=vae.name, image_size=size), vae
@@ -365,6 +368,8 @@ def check_sampling(args):
 
 def check_plan(args, plan):
     """Raise UserError for flags of sample_gd.py that the model or the windows rule out."""
+    ended = args.init_gamma == 1 and args.sampler in SOLVERS
+    refuse(args, "init_gamma", ended, f"--sampler {args.sampler} integrates from there to 1: give less")
     no_energy = args.report_energy and plan.model.config.ebm == "none"
     refuse(args, "report_energy", no_energy, f"{args.ckpt} was trained without an energy (--ebm): remove it")
     for name in ("init", "report_energy") if len(plan.window_starts) > 1 else ():

@@ -124,7 +124,8 @@ CASES = {
         --use-rope --ckpt fixed.pt => cannot be converted
         --given-frames 0-3 => is about the clips of --given
         --given-frames 3-1 => such as 0-3,12-15
-        --init-gamma 1.5 --init x.mp4 => at most 1""",
+        --init-gamma 1.5 --init x.mp4 => at most 1
+        --init-gamma 1 --init x --sampler heun => --init-gamma 1; heun""",
     "sample fixed": """
         --rope-scale linear => --rope-scale linear; fixed positions
         --num-frames 16 => tied to 8 frames""",

@@ -258,6 +258,10 @@ def test_the_posterior_is_drawn_anew_for_each_sample_of_a_clip(tiny_vae):
 def test_train_refuses_another_vae_than_that_of_its_cache(cache, tiny_vae, tmp_path, capsys):
     other = shutil.copytree(tiny_vae, tmp_path / "other")
     flags = [*VIDEOS, "--data-path", cache, "--results-dir", tmp_path / "results", "--vae", other]
+    config = (other / "config.json").read_text()
+    (other / "config.json").write_text(config.replace('"scaling_factor": 0.18215', '"scaling_factor": 0.5'))
+    assert "the cache was made with another VAE" in refuse(capsys, *flags)
+    (other / "config.json").write_text(config)
     add_to_weights(other, 0.1)
     assert "another VAE: its weights have SHA-256" in refuse(capsys, *flags)
 
