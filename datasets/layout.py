@@ -4,14 +4,7 @@ from pathlib import Path
 
 from runtime.cli import UserError
 from video.files import has_suffix
-from video.index import UCF_LISTS, scan_videos
-from video.source import check_data_path
-
-
-def scan_of(root):
-    """What a folder of videos holds. Raises UserError, also for a cache."""
-    check_data_path(root, cached=False)
-    return scan_videos(root)
+from video.index import UCF_LISTS
 
 
 def write_lists(out, lists):

@@ -103,7 +103,7 @@ def test_latents_whose_name_is_not_utf8_are_named(tmp_path):
     make_latents(tmp_path)
     (tmp_path / "A/a.safetensors").rename(tmp_path / f"A/{NOT_UTF8}.safetensors")
     with pytest.raises(UnreadableError, match="not UTF-8"):
-        read_cached(str(tmp_path / f"A/{NOT_UTF8}.safetensors"), False, (4, 8, 8), [0], False)
+        read_cached(str(tmp_path / f"A/{NOT_UTF8}.safetensors"), ["mean"], (4, 8, 8), [0])
 
 
 def test_a_video_of_too_many_pixels_is_bad(tmp_path, monkeypatch):

@@ -104,7 +104,7 @@ def read_clips(folder, num_frames, images=False, index_folder=None):
     """The videos of a folder, after training and validation clips were read from them."""
     check_data_path(folder, images)
     source = open_source(folder, 16, images, index_folder)
-    videos, _ = long_enough(source.videos(), num_frames)
+    videos = long_enough(source.videos(), num_frames, "training", "--num-frames")
     videos = [video for part in split_videos(folder, videos, 0.3) for video in part]
     clips = Clips(source, videos, source.scan.classes, num_frames, frame_interval=(1, 2))
     collate([clips[index] for index in range(len(videos))])
