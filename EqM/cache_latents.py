@@ -3,9 +3,9 @@
     torchrun --nproc_per_node=8 EqM/cache_latents.py --data-path datasets/ucf-101 --vae ema --image-size 256 \
         --out datasets/ucf-101-latents
 
-Then train with --data-path datasets/ucf-101-latents. After an interruption, the same command continues; when videos
-were added, removed or changed, it updates the cache. The bytes do not depend on interruptions or the number of ranks;
-on the CPU the last bits of latents depend on the number of threads (OMP_NUM_THREADS).
+Then train with --data-path datasets/ucf-101-latents. The same command continues after an interruption, and updates the
+cache when videos were added, removed or changed. The bytes do not depend on interruptions or the number of ranks; on
+the CPU the last bits of latents depend on the number of threads (OMP_NUM_THREADS).
 
     OUT/<Class>/<stem>.safetensors   posterior mean and std of every frame, float16 (T, C, h, w); with --with-flips
                                      also mean_flipped and std_flipped; with --vae none only pixels, uint8 (T, 3, H, W)
@@ -25,6 +25,7 @@ import safetensors.torch
 import torch
 
 from runtime import cli, distributed
+from runtime.atomic import atomic_write
 from runtime.cli import COUNT, SHARE, ArgumentParser, Bar, UserError, fail, one_line_errors, say
 from runtime.distributed import rank, world_size
 from runtime.runs import remove_temporary_files
@@ -87,8 +88,10 @@ def plan_encoding(args):
     bad_videos = index.BadVideos(len(files.videos()) + len(files.scan.unreadable), args.max_bad_fraction)
     for path in bad_videos.add(files.scan.unreadable):
         say(f"{path} can't be opened; it is left out")
-    places = {video: Path(args.out, cached_path(video)) for video in files.videos()}
-    todo = [video for video in places if source.cached_metadata(places[video]) != source_metadata(args, video)]
+    todo = [
+        video for video in files.videos()
+        if source.cached_metadata(Path(args.out, cached_path(video))) != source_metadata(args, video)
+    ]  # fmt: skip
     return files, sorted(todo, key=lambda video: -video.num_frames), bad_videos  # all ranks get about as many frames
 
 
@@ -144,11 +147,11 @@ def encode_videos(args, vae, device, files, todo, bad_videos):
 
     def cache(video):
         path, metadata = Path(args.out, cached_path(video)), source_metadata(args, video)
+        path.parent.mkdir(parents=True, exist_ok=True)
         if args.vae == "none":
             source.write_pixels(path, files, video, metadata)
         else:
-            tensors = encode_video(vae, device, files, video, args.with_flips)
-            write(path, safetensors.torch.save(tensors, metadata))
+            write(path, safetensors.torch.save(encode_video(vae, device, files, video, args.with_flips), metadata))
 
     size, hidden = ROUND * world_size(), rank() != 0 or not todo
     with Bar(total=count_frames(todo), desc="caching frames", unit="frame", smoothing=0, disable=hidden) as bar:
@@ -201,7 +204,7 @@ def size_text(videos, settings):
 
 
 def write(path, data):
-    with source.written(path) as file:
+    with atomic_write(path) as file:
         file.write(data)
 
 

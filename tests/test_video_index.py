@@ -48,7 +48,6 @@ def test_a_scan_finds_videos_classes_rates_and_frames(tmp_path):
     assert [video.num_frames for video in scan.videos] == [20, 20, 40, 60, 30]
     assert [video.fps for video in scan.videos] == pytest.approx([30000 / 1001, 25, 25, 25, 30])
     assert {(video.height, video.width) for video in scan.videos} == {(48, 64)}
-    assert scan.videos[0].key == "Jump/d"
 
 
 def test_videos_or_images_directly_in_root_are_one_class(tmp_path):
@@ -70,12 +69,6 @@ def test_odd_names_work_and_hidden_and_other_files_are_ignored(tmp_path):
     assert scan.classes == ["Tai Chi"] and len(scan.videos) == 2 and scan.unreadable == []
 
 
-def claim_frames(path):
-    data = bytearray(path.read_bytes())
-    struct.pack_into("<I", data, data.index(b"strh") + 8 + 32, 2**32 - 1)  # decord would abort the process
-    path.write_bytes(data)
-
-
 def test_a_file_that_cannot_be_opened_is_reported_and_a_pipe_does_not_block(root):
     playlists = {"list.mp4": "ffconcat version 1.0\nfile one.avi\n", "m3u.mp4": "#EXTM3U\n#EXTINF:1,\none.avi\n"}
     texts = {"text.avi": "not a video", "empty.mp4": "", "stub.mp4": "RIFF"} | playlists
@@ -83,12 +76,14 @@ def test_a_file_that_cannot_be_opened_is_reported_and_a_pipe_does_not_block(root
         (root / "A" / name).write_text(text)
     tiny.write_sound(root / "A" / "sound.mp4")
     os.mkfifo(root / "A" / "pipe.avi")
+    (root / "A" / "link.avi").symlink_to("nowhere")
     not_utf8 = os.fsdecode(b"\xff.avi")
     shutil.copyfile(root / "A/one.avi", root / "A" / not_utf8)
-    shutil.copyfile(root / "A/one.avi", root / "A/claims.avi")
-    claim_frames(root / "A/claims.avi")
+    data = bytearray((root / "A/one.avi").read_bytes())
+    struct.pack_into("<I", data, data.index(b"strh") + 8 + 32, 2**32 - 1)  # as many frames: decord would abort
+    (root / "A/claims.avi").write_bytes(data)
     scan = scan_videos(root)
-    names = sorted([*texts, "sound.mp4", "pipe.avi", not_utf8, "claims.avi"])
+    names = sorted([*texts, "sound.mp4", "pipe.avi", "link.avi", not_utf8, "claims.avi"])
     assert scan.unreadable == [f"A/{name}" for name in names] and len(scan.videos) == 4
 
 
@@ -157,12 +152,11 @@ def test_a_disk_that_refuses_the_index_is_a_line_and_has_no_partial_file(root, r
 
 
 def test_a_scan_of_images_opens_none_of_them_and_leaves_no_index(tmp_path, monkeypatch):
-    image_root = tiny.write_images(tmp_path / "images")
-    (image_root / "B" / "f.jpg").write_text("not an image, as only reading it shows")
-    (image_root / "B" / "thumbnails.db").write_text("")
-    tiny.write_video(image_root / "B" / "video.mp4")
+    root = tiny.write_images(tmp_path / "images")
+    (root / "B" / "f.jpg").write_text("not an image, as only reading it shows")
+    (root / "B" / "thumbnails.db").write_text("")
     monkeypatch.setattr(Image, "open", lambda *args, **kwargs: pytest.fail("opened an image"))
-    scan = scan_videos(image_root, tmp_path, images=True)
+    scan = scan_videos(root, tmp_path, images=True)
     assert [video.path for video in scan.videos] == ["A/a.jpg", "A/b.jpeg", "A/c.png", "B/d.webp", "B/e.PNG", "B/f.jpg"]
     assert scan.videos[0] == Video("A/a.jpg", "A", num_frames=1, fps=25.0, height=None, width=None)
     assert scan.classes == ["A", "B"] and scan.unreadable == []
@@ -190,19 +184,12 @@ def test_at_least_one_video_trains_and_one_validates(tmp_path):
         assert len(train) == len(val) == 1 and train != val
 
 
-@pytest.mark.parametrize("place", ["data", "."])
-def test_ucf_lists_beside_or_in_root_set_the_split(tmp_path, place):
-    tiny.write_ucf_list(tmp_path / place, ["A/v_A_g08_c01", "B/v_B_g08_c01", "B/v_B_g09_c01"])
-    videos = [tiny.make_video(key, suffix=".mp4") for key in ("A/v_A_g01_c01", "A/v_A_g08_c01", "B/v_B_g08_c01")]
-    assert split_videos(tmp_path / "data", videos, 0.99) == (videos[1:], videos[:1])
-
-
 def test_lists_in_root_come_first_and_those_that_name_none_or_all_videos_do_not_count(tmp_path):
-    videos = [tiny.make_video(f"A/s{index}") for index in range(4)]
+    videos = [tiny.make_video(f"A/s{index}", suffix=".mp4") for index in range(4)]
     keys = [video.key for video in videos]
     by_hash = split_videos(tmp_path / "data", videos, 0.2)
     for number, (inside, beside, train) in enumerate((
-        (keys[:1], keys[1:2], videos[:1]), (["B/s0"], keys[1:2], videos[1:2]), (["B/s0"], keys, by_hash[0])
+        (keys[:1], keys[1:2], videos[:1]), ([], [*keys[2:], "A/t"], videos[2:]), (["B/s0"], keys, by_hash[0])
     )):  # fmt: skip
         tiny.write_ucf_list(tmp_path / f"{number}/data", inside)
         tiny.write_ucf_list(tmp_path / f"{number}", beside)

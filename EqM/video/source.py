@@ -1,7 +1,6 @@
 """Where clips come from: loose files, or a cache of the latents or pixels of their frames.
 
-A source has `root`, its folder; `scan`, the videos, classes and unreadable files there; videos() and read(...). To read
-from elsewhere, add a class and let open_source return it.
+To read from elsewhere, add a Source and let open_source return it.
 """
 
 import fcntl
@@ -9,7 +8,7 @@ import json
 import math
 import os
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import contextmanager, suppress
+from contextlib import suppress
 from pathlib import Path, PurePosixPath
 
 import torch
@@ -34,9 +33,9 @@ LARGEST = 20 * 10**9  # bytes that --cache-frames takes without --cache-frames-f
 
 
 class Source:
-    """What all sources have, besides read(video, frame_indices, flipped=False): the frames with these numbers, which
-    ascend, as training takes them. Pixels are uint8 (3, T, H, W); latents are the posterior's mean and std, float16
-    (2, C, T, h, w). It raises UnreadableError.
+    """A folder `root` and the Scan of what is in it. read(video, frame_indices, flipped=False) gives the frames with
+    these numbers, which ascend, as training takes them: pixels uint8 (3, T, H, W), or latents, the posterior's mean and
+    std, float16 (2, C, T, h, w). It raises UnreadableError.
     """
 
     def __init__(self, root, scan):
@@ -124,21 +123,22 @@ class Cache(Source):
 
 
 def read_cached(path, names, shape, frame_indices):
-    """Frames (C, h, w) = shape of the tensors `names` in a file of a cache: (len(names), C, T, h, w). Reads no other
-    frames than those from the first to the last. Raises UnreadableError.
+    """Frames (C, h, w) = shape of the tensors `names` in a file of a cache: (len(names), C, T, h, w). Reads no frames
+    before the first or behind the last of them. Raises UnreadableError.
     """
     first, last = frame_indices[0], frame_indices[-1]
-    offsets = [frame_index - first for frame_index in frame_indices]
+    offsets = torch.tensor(frame_indices) - first
     try:
         check_regular(path)
         with safe_open(path, "pt") as file:
-            frames = torch.stack([file.get_slice(name)[first : last + 1][offsets] for name in names])
-        if frames.shape[2:] != shape:
-            raise OSError(f"a frame is {list(frames.shape[2:])}, expected {list(shape)}")
+            spans = (file.get_slice(name)[first : last + 1] for name in names)
+            frames = torch.stack([span[offsets].transpose(0, 1) for span in spans])
+        if frames.shape != (expected := (len(names), shape[0], len(frame_indices), *shape[1:])):
+            raise OSError(f"got {list(frames.shape)}, expected {list(expected)}")
     # Not a file; truncated or something else, or without flips; fewer frames than latents.json says.
     except (OSError, SafetensorError, IndexError, RuntimeError) as error:
         raise UnreadableError(f"{path}: {error}") from error
-    return frames.transpose(1, 2).contiguous()
+    return frames
 
 
 def read_pixels(path, side, frame_indices, flipped):
@@ -162,24 +162,12 @@ def cached_metadata(path):
         return None
 
 
-@contextmanager
-def written(path):
-    """A file to write to, all or nothing, and its folder. Raises UserError, such as for a full disk."""
-    try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        with atomic_write(path) as file:
-            yield file
-    except OSError as error:
-        advice = "existing files are intact: fix that and run the same command again to continue"
-        raise UserError(f"{path} can't be written ({error.strerror}); {advice}") from error
-
-
 def write_pixels(path, files, video, metadata):
-    """Write a video of a Files to a file of a cache, as its frames are decoded. Raises UnreadableError, UserError."""
+    """Write a video of a Files to a file of a cache, as its frames are decoded. Raises UnreadableError, OSError."""
     shape = video.num_frames, 3, files.image_size, files.image_size
     pixels = {"dtype": "U8", "shape": shape, "data_offsets": [0, math.prod(shape)]}
     header = json.dumps({"__metadata__": metadata, "pixels": pixels}).encode()
-    with written(path) as file:
+    with atomic_write(path) as file:
         file.write(len(header).to_bytes(8, "little") + header)
         for frames in read_all_frames(files.root, video):
             file.write(files.fit(frames).contiguous().numpy())
@@ -206,7 +194,6 @@ def write_each(videos, write):
 
 class CachedFiles(Files):
     """Files whose pixels are in a folder; those of corrupt videos, of which some frames can be decoded, are not.
-
     Raises UserError if there is nothing to decode or, unless force, too much.
     """
 
