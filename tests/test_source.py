@@ -5,17 +5,15 @@ import shutil
 import signal
 from dataclasses import replace
 
-import numpy as np
 import pytest
 import torch
-from PIL import Image
 
 import train
 from process import python
 from runtime.cli import UserError
 from test_cache_latents import full_disk
 from tiny_data import make_latents
-from tiny_videos import halves, picture, save, scribble, write_images, write_mixed_videos, write_video
+from tiny_videos import halves, scribble, write_images, write_mixed_videos, write_video
 from training import Training, compare, run_here, run_main
 from video import source
 from video.clips import Clips
@@ -57,21 +55,6 @@ def test_a_clip_of_files_is_flipped_as_a_whole(tmp_path):
         assert plain.dtype == torch.uint8 and plain.shape == (3, 3, SIZE, SIZE) and plain.is_contiguous()
         assert torch.equal(flipped, plain.flip(-1)) and not torch.equal(flipped, plain)
         assert (torch.lt(*halves(plain)) & torch.gt(*halves(flipped))).all()
-
-
-def test_an_image_is_a_clip_of_one_frame_the_center_crop_of_the_resized_image(tmp_path):
-    save(tmp_path / "wide.png", picture(64, 96, seed=1))
-    save(tmp_path / "high.png", picture(90, 45, seed=2))
-    clips = clips_of(open_source(tmp_path, SIZE, images=True), 1, frame_interval=(1, 1), flip=False)
-    for index in range(2):
-        sample = clips[index]
-        assert sample["clip"].dtype == torch.uint8 and sample["clip"].shape == (3, 1, SIZE, SIZE)
-        assert (sample["y"], sample["time_scale"], sample["bad"]) == (0, 0.04, [])
-        with Image.open(tmp_path / sample["video"]) as image:
-            size = {"wide.png": (48, SIZE), "high.png": (SIZE, 64)}[sample["video"]]
-            resized = np.asarray(image.resize(size, Image.Resampling.BILINEAR)).astype(int)
-        expected = resized[:, 8:40] if sample["video"] == "wide.png" else resized[16:48]
-        assert np.abs(sample["clip"][:, 0].permute(1, 2, 0).numpy() - expected).max() <= 1
 
 
 # --cache-frames.

@@ -123,6 +123,7 @@ def test_resizing_is_antialiased_and_keeps_the_center():
     assert (clip.float() - 80).abs().max() < 30
     columns = torch.arange(96, dtype=torch.uint8).expand(1, 3, 48, 96)
     assert torch.equal(resize_and_crop(columns, 48), columns[..., 24:72])
+    assert torch.equal(resize_and_crop(columns.mT, 48), columns.mT[..., 24:72, :])
     assert resize_and_crop(columns, 64).shape == (1, 3, 64, 64)
 
 

@@ -32,12 +32,13 @@ def write_samples(folder, parts, num_frames, labels, fps, names=None, marked=Non
     folder = Path(folder)
     folder.mkdir(parents=True, exist_ok=True)
     temporary = folder / "samples.raw.tmp"  # all pixels: they may not fit into memory, and may come frame by frame
-    with open(temporary, "wb", buffering=0) as file:
+    with open(temporary, "wb") as file:
         for numbers, first, clips in parts:
             shape = len(labels), num_frames, *clips.shape[2:]
             for number, frames in zip(numbers, clips, strict=True):
                 file.seek((number * num_frames + first) * frames[0].size)
                 file.write(np.ascontiguousarray(frames))
+            file.flush()
             if first + clips.shape[1] == num_frames:
                 videos = np.memmap(temporary, np.uint8, "r", shape=(numbers[-1] + 1, *shape[1:]))[numbers[0] :]
                 write_videos(folder, videos, fps, numbers[0], previews, GIF_FRAMES if first else num_frames)
