@@ -172,28 +172,18 @@ def test_a_sheet_of_many_long_videos_shows_few_of_them_and_of_their_frames(tmp_p
     assert set(np.diff(cells[0])) <= {14, 15}  # evenly
 
 
-def test_the_grid_shows_all_videos_row_by_row():
-    grid = tile(levels(10 * np.arange(11)[:, None] + np.arange(3), side=16))
-    side = 64 + GAP
-    assert grid.shape == (3, 2 * side, 8 * side, 3)
-    for index in range(11):
-        row, column = divmod(index, 8)
-        cell = grid[:, row * side : row * side + 64, column * side : column * side + 64]
-        assert all((frame == 10 * index + number).all() for number, frame in enumerate(cell))
-    assert (grid[:, side:, 3 * side :] == 255).all()  # cells without a video
-
-
 @pytest.mark.parametrize(("count", "rows", "columns"), [(1, 1, 1), (8, 1, 8), (11, 2, 8), (70, 8, 8)])
-def test_a_sheet_of_images_is_a_grid_of_8_in_a_row_and_at_most_64(tmp_path, count, rows, columns):
-    images = levels(np.arange(count)[:, None], side=16).copy()
-    images[0] = noise(1, 16, 16)  # enlarged without smoothing
-    write_sheet(tmp_path / "grid.png", images, names=["a name"] * count)  # which is not shown
-    grid, side = read_png(tmp_path / "grid.png"), 128 + GAP
-    assert grid.shape == (rows * side, columns * side, 3)
-    cells = grid.reshape(rows, side, columns, side, 3).swapaxes(1, 2).reshape(-1, side, side, 3)
+def test_a_grid_has_8_videos_in_a_row_and_at_most_64_and_is_the_sheet_of_images(tmp_path, count, rows, columns):
+    videos, side = levels(np.arange(count)[:, None] + [0, 50, 100], side=16).copy(), 128 + GAP
+    videos[0] = noise(3, 16, 16)  # enlarged without smoothing
+    grid = tile(videos, (8, 8), 128)
+    assert grid.shape == (3, rows * side, columns * side, 3)
+    cells = grid.reshape(3, rows, side, columns, side, 3).transpose(1, 3, 0, 2, 4, 5).reshape(-1, 3, side, side, 3)
     for index, cell in enumerate(cells):
-        assert (cell[:128, :128] == (enlarge(images[index, 0]) if index < count else 255)).all()
-        assert (cell[128:] == 255).all() and (cell[:, 128:] == 255).all()
+        assert (cell[:, :128, :128] == (enlarge(videos[index]) if index < count else 255)).all()
+        assert (cell[:, 128:] == 255).all() and (cell[:, :, 128:] == 255).all()
+    write_sheet(tmp_path / "grid.png", videos[:, :1], names=["a name"] * count)  # which is not shown
+    assert np.array_equal(read_png(tmp_path / "grid.png"), grid[0])
 
 
 # ----------------------------------------------------------------------------------------------------------------------

@@ -4,6 +4,7 @@ A sample depends only on the arguments of Clips and its index in the stream, not
 """
 
 from contextlib import suppress
+from dataclasses import dataclass
 
 import torch
 
@@ -15,21 +16,21 @@ from video.index import fitting_interval
 MAX_ATTEMPTS = 100  # videos tried for one sample
 
 
+@dataclass(eq=False)
 class Clips(torch.utils.data.Dataset):
-    """Maps an index of a stream to a sample: a clip of one of `videos` of a source, each of at least num_frames frames.
+    """Maps an index of a stream, a sequence of permutations of `videos`, to a sample: a clip of one of them."""
 
-    A stream is a sequence of permutations of the videos. `stream` is its name, an int or a string, which seeds it: a
-    training phase uses its first step. frame_interval is the smallest and largest distance between the frames of a
-    clip, in frames of the video; each clip draws one, at most the largest that fits its video. Where all of `videos`
-    are corrupt, those of `spare` replace them.
-    """
+    source: object  # see source.py
+    videos: list  # each of at least num_frames frames
+    classes: list
+    num_frames: int
+    frame_interval: tuple = (1, 1)  # least and greatest distance of frames; each clip draws one that fits its video
+    flip: bool = True
+    seed: int = 0
+    stream: int | str = 0  # its name, which seeds it: a training phase uses its first step
+    spare: list = ()  # these replace corrupt videos where all of `videos` are corrupt
 
-    def __init__(
-        self, source, videos, classes, num_frames, frame_interval=(1, 1), flip=True, seed=0, stream=0, spare=()
-    ):  # fmt: skip
-        self.source, self.videos, self.spare, self.classes = source, videos, spare, classes
-        self.num_frames, self.frame_interval, self.flip = num_frames, frame_interval, flip
-        self.seed, self.stream, self._epoch, self._order = seed, stream, None, None
+    _epoch = _order = None
 
     def note(self, path):
         """The file that is being read, "" for none; a LoaderWatch puts its own method in this place."""
@@ -39,9 +40,7 @@ class Clips(torch.utils.data.Dataset):
 
     def __getitem__(self, index):
         """A dict: clip, as its source reads it; y, the condition; time_scale, seconds per frame; index; video, its
-        path; bad, the paths of corrupt videos that it replaces.
-
-        Raises UserError if all videos tried for it are corrupt, MAX_ATTEMPTS of them at most.
+        path; bad, the paths of corrupt videos that it replaces. Raises UserError if MAX_ATTEMPTS or all are corrupt.
         """
         flipped, tried = self.flip and self._random_int("flip", 2, index) == 1, []
         while len(tried) < min(MAX_ATTEMPTS, len(self.videos) + len(self.spare)):
@@ -58,8 +57,7 @@ class Clips(torch.utils.data.Dataset):
 
     def draw(self, index, tried=()):
         """(video, indices of its frames, time_scale: seconds between them) at an index of the stream; opens no file.
-
-        tried: the videos that can't be decoded. Another one, drawn at random, replaces them.
+        Another video, drawn at random, replaces those that were tried and can't be decoded.
         """
         attempt, (smallest, largest) = len(tried), self.frame_interval
         video = self._replacement(index, tried) if tried else self._video(index)

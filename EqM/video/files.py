@@ -84,9 +84,7 @@ def probe(root, class_name, path):
 @contextmanager
 def _open_video(path, check_length=False):
     """A decord reader at the first frame. Errors of the file and of decord become UnreadableError, also in the body.
-
-    check_length: refuse a header that claims more frames than the file has bytes. decord allocates memory for them, and
-    aborts the process if that fails.
+    check_length: refuse more frames than the file has bytes: decord would allocate memory for them, or abort.
     """
     try:
         check_regular(path)

@@ -51,7 +51,7 @@ def find_files(root, images):
     found = [path for path in list_files(root) if has_suffix(kind, path)]
     if not found:
         expected = f"expected <class>/<{kind}> with one of {' '.join(SUFFIXES[kind])}"
-        flag = "videos need --video" if images else "images need no --video"
+        flag = "add --video for videos" if images else "images need no --video"
         raise UserError(f"{prefix}: no {kind} found; {expected}; {flag}")
     if "/" in found[-1] and "/" not in found[0]:
         both = f"{kind}s in class folders ({found[-1]}) and beside them ({found[0]})"

@@ -42,7 +42,8 @@ class InputClip:
         num_frames, seconds = self._timing
         closest = [round(frame * seconds_per_frame / seconds) for frame in frames]
         if closest[-1] >= num_frames:
-            got = f"{self.count(seconds_per_frame)} frames of {seconds_per_frame:.3g} s, expected {frames[-1] + 1}"
+            count = self.count(seconds_per_frame)
+            got = f"{count} frame{'s' * (count > 1)} of {seconds_per_frame:.3g} s, expected {frames[-1] + 1}"
             raise UserError(f"{self.flag}: {self} has {got}: name a longer clip, or fewer frames")
         numbers = sorted(set(closest))
         pixels = self._decode(read_frames, "", self._video, numbers) if self.pixels is None else self.pixels[numbers]

@@ -20,7 +20,6 @@ PATH_BYTES = 4096
 
 def make_loader(clips, batches, num_workers, timeout, device):
     """A DataLoader over clips, a dict num_frames -> Clips; batches yields lists of (num_frames, index).
-
     timeout: seconds to wait for a batch of the loader processes, 0 = no limit.
     """
     watch, settings = LoaderWatch(num_workers), worker_settings(num_workers, timeout)

@@ -28,12 +28,10 @@ def read_samples(here, folder):
         about = read_json(Path(folder, "samples.json"))
         check_regular(Path(folder, "samples.npz"))
         clips, labels = (map_npz(Path(folder, "samples.npz"), name) for name in ("arr_0", "labels"))
-        if clips.dtype != np.uint8 or clips.ndim not in (4, 5) or clips.shape[-1] != 3 or len(labels) != len(clips):
-            raise ValueError(
-                f"got {clips.dtype} {list(clips.shape)}, {len(labels)} labels; expected uint8 [N, T, H, W, 3]"
-            )
-        if not NO_LABEL <= labels.min() <= labels.max() < len(about["classes"]):
-            raise ValueError(f"label {labels.max()}, but samples.json names {len(about['classes'])} classes")
+        if clips.dtype != np.uint8 or clips.ndim not in (4, 5) or clips.shape[-1] != 3 or 0 in clips.shape:
+            raise ValueError(f"got {clips.dtype} {list(clips.shape)}, expected uint8 [N, T, H, W, 3]")
+        if len(labels) != len(clips) or not NO_LABEL <= labels.min() <= labels.max() < len(about["classes"]):
+            raise ValueError(f"{len(labels)} labels up to {labels.max()}, expected {len(clips)}, of known classes")
         if not about["time_scale"] > 0:
             raise ValueError(f"time_scale is {about['time_scale']}, expected seconds per frame")
         about = {"source": {}, "flags": {}} | about

@@ -26,8 +26,8 @@ def write_samples(folder, parts, num_frames, labels, fps, names=None, marked=Non
     """Write all samples of sample_gd.py: an mp4 per video (PNG per image), samples.npz, and previews of them.
 
     parts: an iterator over (numbers of samples, first frame, their frames from there on, uint8 (n, k, H, W, 3)), in
-    order; each is written before the next is asked for. labels: (N,) integers; fps: frames per second; names: N strings
-    for the sheet; marked: the frames of each sample that it marks. previews: whether to write GIFs, grid and sheet.
+    order. labels: (N,) integers; names: N strings for the sheet; marked: the frames of each sample that it marks;
+    previews: whether to write GIFs, grid and sheet.
     """
     folder = Path(folder)
     folder.mkdir(parents=True, exist_ok=True)
@@ -123,8 +123,8 @@ def write_gif(path, video, fps):
 def write_sheet(path, videos, names=None, marked=None):
     """Write (N, T, H, W, 3) as one PNG: a row per video, a column per frame, `names` (N strings) at the left.
 
-    Shows at most the first 16 videos, and 32 frames, evenly spaced. Images (T = 1): at most the first 64, in rows of 8,
-    without names. marked: the numbers of the frames of each video that get a border of color, such as given ones.
+    Shows the first 16 videos and 32 frames, evenly spaced; of images (T = 1) the first 64, in rows of 8, without names.
+    marked: the numbers of the frames of each video that get a border of color, such as given ones.
     """
     T = videos.shape[1]
     if T == 1:
@@ -134,7 +134,7 @@ def write_sheet(path, videos, names=None, marked=None):
     frames = enlarge(videos[:MAX_ROWS, shown])  # (rows, columns, h, w, 3)
     rows, columns, h, w = frames.shape[:4]
     font = ImageFont.load_default(FONT_SIZE)
-    names = [""] * rows if names is None else [one_line(str(name)[:MAX_NAME_LENGTH]) for name in names[:rows]]
+    names = [one_line(str(name)[:MAX_NAME_LENGTH]) for name in names[:rows]] if names else [""] * rows
     left = max(round(font.getlength(name)) + 2 * MARGIN if name else 0 for name in names)  # px
     sheet = Image.new("RGB", (left + columns * (w + GAP) - GAP, rows * (h + GAP) - GAP), "white")
     for row, name in enumerate(names):
