@@ -23,7 +23,7 @@ import numpy as np
 import torch
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent / "EqM"))
-from layout import class_lines, video_lines, write_lists
+from layout import write_lists
 from runtime.cli import ArgumentParser, Bar, UserError, fail, number, say
 from runtime.rng import generator
 from runtime.untrusted import read_json
@@ -188,17 +188,15 @@ def is_made(out, settings):
 def write_data_set(out, settings, args):
     """Write the data set to a temporary folder beside `out`, which is renamed when it is complete."""
     videos, test = plan_videos(args)
-    classes = sorted({video["class"] for video in videos.values()})
-    lines = {"classInd": class_lines(classes), "testlist01": [f"{key}.avi" for key in videos if key in test]}
-    lines["trainlist01"] = video_lines([f"{key}.avi" for key in videos if key not in test], classes)
+    train, test = ([f"{key}.avi" for key in videos if (key in test) == tests] for tests in (False, True))
     out.parent.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(prefix=f".{out.name}-", dir=out.parent) as temporary:
         folder = Path(temporary, out.name)
-        for name in classes:
+        for name in {video["class"] for video in videos.values()}:
             (folder / name).mkdir(parents=True)
         for key, video in Bar(videos.items(), desc="Moving Shapes", unit="video"):
             write_video(folder / f"{key}.avi", draw_clip(video, args.size, args.frames))
-        write_lists(folder, lines)
+        write_lists(folder, train, test)
         top = {"version": VERSION, "size": args.size, "fps": FPS, "seconds": args.frames / FPS, "seed": args.seed}
         text = json.dumps({**top, "frames": args.frames, "settings": settings, "videos": videos}, indent=1)
         (folder / "shapes.json").write_text(text + "\n")

@@ -23,7 +23,7 @@ from einops import EinopsError, rearrange
 from PIL import Image
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent / "EqM"))
-from layout import class_lines, missing_videos, video_lines, write_lists
+from layout import missing_videos, write_lists
 from runtime.cli import COUNT, ArgumentParser, Bar, UserError, check_writable, fail, one_line_errors, say
 from video.writers import write_lossless
 
@@ -67,25 +67,24 @@ def read_strip(path):
 @one_line_errors()
 def main():
     args = parse_args()
-    held_out, classes = set(args.hold_out), sorted(CLASSES.values())
+    held_out = set(args.hold_out)
     try:
         strips = find_strips(args.source)
         check_writable("--out", args.out)
         people = {person for _, person in strips}
         if not held_out < people:
             raise UserError(f"--hold-out {sorted(held_out)}: expected some of the people 1 to {max(people)}, not all")
-        videos = {f"{name}/person{person}.mkv": path for (name, person), path in sorted(strips.items())}
-        clips = {name: read_strip(videos[name]) for name in missing_videos(args.out, videos)}  # 30 MB
+        videos = {f"{name}/person{person}.mkv": (person, path) for (name, person), path in sorted(strips.items())}
+        clips = {name: read_strip(videos[name][1]) for name in missing_videos(args.out, videos)}  # 30 MB
     except UserError as error:
         fail(error)
     for name, frames in Bar(clips.items(), desc="writing", unit="video", disable=not clips):
         Path(args.out, name).parent.mkdir(parents=True, exist_ok=True)
         write_lossless(Path(args.out, name), frames, FPS)
-    tests = {f"{name}/person{person}.mkv" for name, person in strips if person in held_out}
-    train, test = (video_lines([name for name in videos if (name in tests) == held], classes) for held in (False, True))
-    write_lists(args.out, {"classInd": class_lines(classes), "testlist01": test, "trainlist01": train})
+    tests = [name for name, (person, _) in videos.items() if person in held_out]
+    write_lists(args.out, [name for name in videos if name not in tests], tests)
     numbers = " and ".join(map(str, sorted(held_out)))
-    found = f"{len(classes)} classes of {len(people)} people, person {numbers} held out"
+    found = f"{len(CLASSES)} classes of {len(people)} people, person {numbers} held out"
     say(f"{args.out}: {found}; {len(clips)} videos written")
 
 

@@ -44,7 +44,7 @@ def list_files(root):
 
 
 def find_files(root, images):
-    """(class name, path relative to root) of every video or image, sorted. Opens no file. Raises UserError."""
+    """{path relative to root: class name} of every video or image, sorted. Opens no file. Raises UserError."""
     prefix, kind = f"--data-path {root}", "image" if images else "video"
     if not os.path.isdir(root):
         raise UserError(f"{prefix}: no such folder; expected one with class folders of {kind}s")
@@ -60,7 +60,7 @@ def find_files(root, images):
     for path in found:
         if (twin := seen.setdefault(os.path.splitext(path)[0], path)) != path:
             raise UserError(f"{prefix}: {twin} and {path} differ only in their suffix: rename or remove one")
-    return [(os.path.dirname(path) or UNLABELLED, path) for path in found]
+    return {path: os.path.dirname(path) or UNLABELLED for path in found}
 
 
 def scan_videos(root, index_folder=None, images=False):
@@ -70,23 +70,22 @@ def scan_videos(root, index_folder=None, images=False):
     else by save_index. An entry is valid while size and modification time of the file are the same. Raises UserError.
     """
     found = find_files(root, images)
-    classes = sorted({class_name for class_name, _ in found})
+    classes = sorted(set(found.values()))
     if images:
-        return Scan([probe(root, class_name, path) for class_name, path in found], classes, [])
+        return Scan([probe(root, class_name, path) for path, class_name in found.items()], classes, [])
     known = read_index(index_place(root, index_folder)) if index_folder else {}
-    stamps = {path: file_stamp(root, path) for _, path in found}
-    entries = {path: known[path] for path in stamps if path in known and known[path][0] == stamps[path]}
-    new = [(class_name, path) for class_name, path in found if path not in entries]
-    for class_name, path in Bar(new, desc="opening videos", unit="video", disable=not new):
+    stamps = {path: file_stamp(root, path) for path in found}
+    entries = {path: known[path] for path in found if path in known and known[path][0] == stamps[path]}
+    new = [path for path in found if path not in entries]
+    for path in Bar(new, desc="opening videos", unit="video", disable=not new):
         with suppress(UnreadableError):
-            entries[path] = stamps[path], probe(root, class_name, path)
+            entries[path] = stamps[path], probe(root, found[path], path)
     if not entries:
         raise UserError(f"--data-path {root}: none of its {len(found)} videos can be opened")
-    entries = {path: entries[path] for path in stamps if path in entries}
-    rows = [(stamp, asdict(video)) for stamp, video in entries.values()]
+    rows = [(stamp, asdict(video)) for _, (stamp, video) in sorted(entries.items())]
     unsaved = json.dumps({"format": INDEX_FORMAT, "videos": rows}) if entries != known else None
-    unreadable = [path for path in stamps if path not in entries]
-    scan = Scan([video for _, video in entries.values()], classes, unreadable, unsaved)
+    videos = [entries[path][1] for path in found if path in entries]
+    scan = Scan(videos, classes, [path for path in found if path not in entries], unsaved)
     if index_folder and os.path.isdir(index_folder):
         save_index(scan, root, index_folder)
     return scan

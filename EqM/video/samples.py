@@ -31,7 +31,8 @@ def read_samples(here, folder):
         if clips.dtype != np.uint8 or clips.ndim not in (4, 5) or clips.shape[-1] != 3 or 0 in clips.shape:
             raise ValueError(f"got {clips.dtype} {list(clips.shape)}, expected uint8 [N, T, H, W, 3]")
         if len(labels) != len(clips) or not NO_LABEL <= labels.min() <= labels.max() < len(about["classes"]):
-            raise ValueError(f"{len(labels)} labels up to {labels.max()}, expected {len(clips)}, of known classes")
+            found = f"{len(clips)} clips, {len(labels)} labels up to label {labels.max()}"
+            raise ValueError(f"{found}, {len(about['classes'])} classes in samples.json")
         if not about["time_scale"] > 0:
             raise ValueError(f"time_scale is {about['time_scale']}, expected seconds per frame")
         about = {"source": {}, "flags": {}} | about
@@ -55,7 +56,7 @@ def map_npz(path, name):
             shape, fortran, dtype = np.lib.format.read_array_header_1_0(file)
             start = file.tell()
     if member.compress_type != zipfile.ZIP_STORED or fortran or dtype.hasobject:
-        raise ValueError(f"{name} is compressed or not a plain array")
+        raise ValueError(f"{name} is compressed or not a plain array of clips of one size")
     with open(path, "rb") as file:  # the data follow the header of the zip member and that of the array
         file.seek(member.header_offset + 26)
         start += member.header_offset + 30 + sum(struct.unpack("<HH", file.read(4)))

@@ -7,6 +7,7 @@ factor without smoothing, so that each pixel of the model is visible; PNGs of si
 import math
 from fractions import Fraction
 from pathlib import Path
+from tempfile import TemporaryFile
 
 import av
 import numpy as np
@@ -31,8 +32,7 @@ def write_samples(folder, parts, num_frames, labels, fps, names=None, marked=Non
     """
     folder = Path(folder)
     folder.mkdir(parents=True, exist_ok=True)
-    temporary = folder / "samples.raw.tmp"  # all pixels: they may not fit into memory, and may come frame by frame
-    with open(temporary, "wb") as file:
+    with TemporaryFile(dir=folder) as file:  # the pixels: they may not fit into memory, and may come frame by frame
         for numbers, first, clips in parts:
             shape = len(labels), num_frames, *clips.shape[2:]
             for number, frames in zip(numbers, clips, strict=True):
@@ -40,15 +40,14 @@ def write_samples(folder, parts, num_frames, labels, fps, names=None, marked=Non
                 file.write(np.ascontiguousarray(frames))
             file.flush()
             if first + clips.shape[1] == num_frames:
-                videos = np.memmap(temporary, np.uint8, "r", shape=(numbers[-1] + 1, *shape[1:]))[numbers[0] :]
+                videos = np.memmap(file, np.uint8, "r", shape=(numbers[-1] + 1, *shape[1:]))[numbers[0] :]
                 write_videos(folder, videos, fps, numbers[0], previews, GIF_FRAMES if first else num_frames)
-    videos = np.memmap(temporary, np.uint8, "r", shape=shape)
-    with atomic_write(folder / "samples.npz") as file:
-        pixels = videos if num_frames > 1 else videos[:, 0]  # images: no axis of time
-        np.savez(file, arr_0=pixels, labels=np.asarray(labels, np.int64))
-    if previews:
-        write_previews(folder, videos, fps, names, marked)
-    temporary.unlink()
+        videos = np.memmap(file, np.uint8, "r", shape=shape)
+        with atomic_write(folder / "samples.npz") as archive:
+            pixels = videos if num_frames > 1 else videos[:, 0]  # images: no axis of time
+            np.savez(archive, arr_0=pixels, labels=np.asarray(labels, np.int64))
+        if previews:
+            write_previews(folder, videos, fps, names, marked)
 
 
 def write_previews(folder, videos, fps, names, marked):
