@@ -41,6 +41,7 @@ def test_only_training_videos_have_copies_each_another_and_all_frames_alike(data
         assert not np.array_equal(own, others[0][0]) and not np.array_equal(others[0][0], others[1][0])
         for frames, _ in others:  # the right half of all frames is white, and stays the same color
             assert np.ptp(frames[:, 10:-10, -10:].astype(int), axis=0).max() <= 4
+            assert np.ptp(frames[0].astype(int), axis=1).max() > 10  # the left half of the first one is black
 
 
 def test_again_it_does_only_what_is_missing_and_makes_the_same_bytes(data, larger):

@@ -221,7 +221,7 @@ def test_a_complete_cache_says_so_opens_no_video_and_is_not_changed(root, vae, c
     monkeypatch.setattr(index, "probe", lambda *_: pytest.fail("opened a video again"))
     assert sorted(root.rglob("*.*")) == sorted(root / name for name in NAMES)  # the index is in the cache
     run(root, vae, cache, "--with-flips")
-    assert "is complete: 5 videos, 127 frames" in capsys.readouterr().out
+    assert "is complete: 5 videos, 127 frames of 2 KB" in capsys.readouterr().out
     assert encoded == [] and content(cache) == before
 
 
