@@ -3,9 +3,9 @@
     torchrun --nproc_per_node=8 EqM/cache_latents.py --data-path datasets/ucf-101 --vae ema --image-size 256 \
         --out datasets/ucf-101-latents
 
-Then train with --data-path datasets/ucf-101-latents. After an interruption, the same command continues; when videos
-were added, removed or changed, it updates the cache. The bytes do not depend on interruptions or the number of ranks;
-on the CPU the last bits of latents depend on the number of threads (OMP_NUM_THREADS).
+Then train with --data-path datasets/ucf-101-latents. The same command continues after an interruption, and updates the
+cache when videos were added, removed or changed. The bytes do not depend on interruptions or the number of ranks; on
+the CPU the last bits of latents depend on the number of threads (OMP_NUM_THREADS).
 
     OUT/<Class>/<stem>.safetensors   posterior mean and std of every frame, float16 (T, C, h, w); with --with-flips
                                      also mean_flipped and std_flipped; with --vae none only pixels, uint8 (T, 3, H, W)
@@ -13,6 +13,7 @@ on the CPU the last bits of latents depend on the number of threads (OMP_NUM_THR
     OUT/latents.partial.json         settings, until then
 """
 
+import itertools
 import json
 import os
 import threading
@@ -24,16 +25,18 @@ import safetensors.torch
 import torch
 
 from runtime import cli, distributed
-from runtime.cli import COUNT, SHARE, ArgumentParser, UserError, fail, one_line_errors, say
+from runtime.atomic import atomic_write
+from runtime.cli import COUNT, SHARE, ArgumentParser, Bar, UserError, fail, one_line_errors, say
 from runtime.distributed import rank, world_size
 from runtime.runs import remove_temporary_files
 from runtime.untrusted import read_json
 from vae import load_vae
 from video import index, source
 from video.files import read_all_frames
-from video.source import LATENTS_FILE, PARTIAL_FILE, cached_path, written
+from video.source import LATENTS_FILE, PARTIAL_FILE, cached_path
 
-VAE_LOCK = threading.Lock()  # one thread encodes while another one decodes a video
+ROUND = 16  # videos per rank between two synchronizations of the ranks
+VAE_LOCK = threading.Lock()  # one thread encodes while others decode
 
 
 def parse_args():
@@ -57,13 +60,9 @@ def cache_settings(args, vae):
     """The settings in latents.json, the same for all videos. Raises UserError if --image-size does not fit the VAE."""
     if args.image_size % vae.downsample:
         raise UserError(f"--image-size {args.image_size} is not a multiple of {vae.downsample} (VAE's downsampling)")
-    settings = {
-        "format": source.LATENTS_FORMAT,
-        "vae": vae.place,
-        "vae_sha256": vae.sha256,
-        "image_size": args.image_size,
-    }
-    settings |= {name: getattr(vae, name) for name in ("channels", "downsample", "scale", "shift")}
+    names = "channels", "downsample", "scale", "shift"
+    settings = {"format": source.LATENTS_FORMAT, "vae": vae.place, "vae_sha256": vae.sha256}
+    settings |= {"image_size": args.image_size} | {name: getattr(vae, name) for name in names}
     return settings | {"flips": args.with_flips or args.vae == "none"}  # pixels are mirrored when they are read
 
 
@@ -77,27 +76,23 @@ def check_out(out, settings):
         except (OSError, ValueError, KeyError, TypeError) as error:
             raise UserError(f"--out {out}: its {present[0]} is damaged ({error}): name another folder") from error
         if other:
-            value, advice = str(found[other])[:200], "give the same flags or name another folder"
-            raise UserError(f"--out {out}: a latent cache with {other} {value}, not {settings[other]}: {advice}")
+            different = f"a latent cache with {other} {found[other]}, not {settings[other]}"
+            raise UserError(f"--out {out}: {different}: give the same flags or name another folder")
     elif foreign := sorted(name for name in names if name[0] != "." and name != PARTIAL_FILE + ".tmp"):
         raise UserError(f"--out {out}: holds {foreign[0]} but no latent cache: name a new or an empty folder")
 
 
 def plan_encoding(args):
-    """(source, videos still to encode, BadVideos found so far); for one rank only. Raises UserError."""
+    """(source, videos still to encode, BadVideos so far); for one rank only. Raises UserError."""
     files = source.open_source(args.data_path, args.image_size, index_folder=args.out)
     bad_videos = index.BadVideos(len(files.videos()) + len(files.scan.unreadable), args.max_bad_fraction)
     for path in bad_videos.add(files.scan.unreadable):
         say(f"{path} can't be opened; it is left out")
-    todo = []
-    for video in files.videos():
-        excess = len(os.fsencode(os.path.basename(cached_path(video)) + ".tmp")) - 255  # .tmp: while it is written
-        if excess > 0:
-            found = f"{video.path[:60]}... has too long a name for its latents"
-            raise UserError(f"--data-path {args.data_path}: {found}: shorten it by {excess} bytes")
-        if source.cached_metadata(Path(args.out, cached_path(video))) != source_metadata(args, video):
-            todo.append(video)
-    return files, todo, bad_videos
+    todo = [
+        video for video in files.videos()
+        if source.cached_metadata(Path(args.out, cached_path(video))) != source_metadata(args, video)
+    ]  # fmt: skip
+    return files, sorted(todo, key=lambda video: -video.num_frames), bad_videos  # all ranks get about as many frames
 
 
 def source_metadata(args, video):
@@ -142,33 +137,38 @@ def begin_cache(args, settings, files):
     out = Path(args.out)
     out.mkdir(parents=True, exist_ok=True)
     if not (out / LATENTS_FILE).exists():
-        write_json(out / PARTIAL_FILE, settings)
+        write(out / PARTIAL_FILE, json.dumps(settings, indent=1).encode())
     remove_temporary_files(out)
     index.save_index(files.scan, args.data_path, out)
 
 
 def encode_videos(args, vae, device, files, todo, bad_videos):
-    """Write the files of the videos in `todo`. Raises UserError if too many are bad."""
+    """Write the files of the videos in `todo`. Raises UserError if too many are corrupt."""
 
-    def write(video):
+    def cache(video):
         path, metadata = Path(args.out, cached_path(video)), source_metadata(args, video)
+        path.parent.mkdir(parents=True, exist_ok=True)
         if args.vae == "none":
             source.write_pixels(path, files, video, metadata)
-            return
-        data = safetensors.torch.save(encode_video(vae, device, files, video, args.with_flips), metadata)
-        with written(path) as file:
-            file.write(data)
+        else:
+            write(path, safetensors.torch.save(encode_video(vae, device, files, video, args.with_flips), metadata))
 
-    threads = min(8, os.cpu_count()) if args.vae == "none" else 2
-    for paths in source.fill(todo, write, threads, rank(), world_size(), distributed.gather):
-        for path in bad_videos.add(paths):
-            say(f"{path} can't be decoded; it is left out")
+    size, hidden = ROUND * world_size(), rank() != 0 or not todo
+    with Bar(total=count_frames(todo), desc="caching frames", unit="frame", smoothing=0, disable=hidden) as bar:
+        for first in range(0, len(todo), size):
+            part, corrupt = todo[first : first + size], []
+            for video, is_readable in source.write_each(part[rank() :: world_size()], cache):
+                corrupt += [] if is_readable else [video.path]
+                bar.update(video.num_frames)
+            for path in bad_videos.add(sorted(itertools.chain(*distributed.gather(corrupt)))):
+                say(f"{path} can't be decoded; it is left out")
+            bar.update(count_frames(todo[: first + size]) - bar.n)  # those of the other ranks
 
 
 def encode_video(vae, device, files, video, with_flips):
     """The tensors of a video's latents file, each float16 (T, C, h, w). Raises UnreadableError."""
     parts = defaultdict(list)
-    for frames in read_all_frames(files.root, video, source.CHUNK):
+    for frames in read_all_frames(files.root, video):
         clip = files.fit(frames).transpose(0, 1)[None].to(device)  # (1, 3, T, H, W)
         for suffix, view in (("", clip), ("_flipped", clip.flip(-1)))[: 1 + with_flips]:
             with VAE_LOCK:
@@ -179,23 +179,19 @@ def encode_video(vae, device, files, video, with_flips):
 
 
 def finish_cache(args, settings, files, bad_videos):
-    """Write latents.json, which completes the cache. Raises UserError if no video could be decoded."""
+    """Write latents.json, which completes the cache."""
     videos = [replace(video, path=cached_path(video)) for video in files.videos() if video.path not in bad_videos.paths]
-    if not videos:
-        raise UserError(f"--data-path {args.data_path}: none of its videos can be decoded")
     index.copy_ucf_lists(args.data_path, files.videos(), args.out)
-    content = settings | {"num_videos": len(videos), "num_frames": sum(video.num_frames for video in videos)}
+    content = settings | {"num_videos": len(videos), "num_frames": count_frames(videos)}
     content |= {"classes": files.scan.classes, "videos": [asdict(video) for video in videos]}
     content |= {"unreadable": sorted(bad_videos.paths)}
-    place = Path(args.out, LATENTS_FILE)
-    old = source.latents_settings(args.out)["videos"] if place.exists() else []
-    if gone := sorted({video.path for video in old} - {video.path for video in videos}):
-        lost = f"{len(gone)} videos are gone from --data-path, the first is {gone[0]}"
-        say(f"{lost}: removed from {place.name}, their latents are kept")
-    if not place.exists() or read_json(place) != content:
-        write_json(place, content)
+    write(Path(args.out, LATENTS_FILE), json.dumps(content, indent=1).encode())
     Path(args.out, PARTIAL_FILE).unlink(missing_ok=True)
     say(f"{args.out} is complete: {len(videos)} videos, {size_text(videos, settings)}")
+
+
+def count_frames(videos):
+    return sum(video.num_frames for video in videos)
 
 
 def size_text(videos, settings):
@@ -203,13 +199,13 @@ def size_text(videos, settings):
     per_frame = settings["channels"] * (settings["image_size"] // settings["downsample"]) ** 2
     if settings["vae"] != "none":
         per_frame *= 2 * (1 + settings["flips"]) * 2  # mean and std; float16
-    num_frames = sum(video.num_frames for video in videos)
-    return f"{num_frames} frames of {per_frame / 1024:.3g} KB, {num_frames * per_frame / 1e9:.3g} GB"
+    count = count_frames(videos)
+    return f"{count} frames of {per_frame / 1024:.3g} KB, {count * per_frame / 1e9:.3g} GB"
 
 
-def write_json(path, content):
-    with written(path) as file:
-        file.write(json.dumps(content, indent=1).encode())
+def write(path, data):
+    with atomic_write(path) as file:
+        file.write(data)
 
 
 if __name__ == "__main__":

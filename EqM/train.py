@@ -64,7 +64,7 @@ from runtime.signals import Interrupted
 from schedule import current_phase, frames_of_steps, is_due, parse_schedule
 from sharding import make_networks, whole
 from validation import validate, validation_chunks
-from video.clips import Batches, Clips
+from video.clips import Clips, rank_batches
 from video.index import save_index
 from video.loader import batches_of, make_loader, on_device
 from video.writers import tile, write_gif, write_mp4, write_sheet
@@ -381,7 +381,7 @@ def start_phase(args, data, phases, phase, progress, device):
 
     frames = frames_of_steps(phases, phase, progress.step, progress.first_step, args.mix, args.global_seed)
     split = rank(), world_size(), args.grad_accum
-    indices = Batches(progress.position, len(frames), phase.batch_size, *split)
+    indices = rank_batches(progress.position, len(frames), phase.batch_size, *split)
     batches = ([(frames[n // args.grad_accum], index) for index in batch] for n, batch in enumerate(indices))
     chunks = validation_chunks(data.val, val_lengths, args.val_clips)
     chunks = chunks if args.shard else chunks[rank() :: world_size()]

@@ -41,7 +41,7 @@ from runtime.rng import normal
 from runtime.signals import Interrupted
 from schedule import is_due
 from vae import VAE
-from video.clips import Batches, Clips
+from video.clips import Clips, rank_batches
 from video.index import save_index
 from video.loader import batches_of, make_loader, on_device
 from video.writers import write_sheet
@@ -203,7 +203,7 @@ def make_loaders(args, data, progress, device):
     val = Clips(videos=data.val[1], spare=data.spare(1), flip=False, stream="validation", **shared)
     typical = Clips(videos=data.train[1], flip=False, stream="statistics", **shared)
     steps = args.max_steps - progress.step
-    indices = Batches(progress.position, steps, args.global_batch_size, rank(), world_size())
+    indices = rank_batches(progress.position, steps, args.global_batch_size, rank(), world_size())
     batches = ([(1, index) for index in batch] for batch in indices)
     chunks = chunks_of(args.num_val_frames)[rank() :: world_size()]
     train_loader = make_loader({1: train}, batches, args.num_workers, args.loader_timeout, device)

@@ -8,24 +8,26 @@ the videos themselves as well, and in OUT/ucfTrainTestlist their split: those th
 again: it does only what is missing.
 """
 
+import os
 import shutil
 import sys
-from pathlib import Path, PurePosixPath
+from itertools import product
+from pathlib import Path
 
 import torch
 import torch.nn.functional as F
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent / "EqM"))
 from autoencoder import draw_colors
-from layout import missing_videos, scan_of, video_lines, write_lists
+from layout import missing_videos, write_lists
 from runtime import cli
 from runtime.cli import Bar, UserError, check_writable, fail, say
 from runtime.rng import generator
 from video.files import UnreadableError, read_all_frames
-from video.index import split_videos
+from video.index import scan_videos, split_videos
+from video.source import check_data_path
 from video.writers import write_lossless
 
-CHUNK = 64  # frames that are decoded and changed at a time
 ZOOM = 0.15  # enlarged by up to so much; what is cut off is drawn for each copy
 
 
@@ -45,7 +47,7 @@ def changed_frames(root, video, random):
     """Yields the frames of a video, uint8 (H, W, 3), all changed alike."""
     matrix, offset = draw_colors(random, most=2)
     zoom, down, right = torch.rand(3, generator=random).tolist()
-    for frames in read_all_frames(root, video, CHUNK):
+    for frames in read_all_frames(root, video):
         x = torch.from_numpy(frames).permute(0, 3, 1, 2).float() / 127.5 - 1  # (n, 3, H, W)
         height, width = x.shape[2:]
         h, w = (round(side / (1 + ZOOM * zoom)) for side in (height, width))
@@ -56,17 +58,18 @@ def changed_frames(root, video, random):
 
 
 def plan_copies(args):
-    """({file in --out: (video, number of the copy, 0: itself)}, lines of trainlist01, of testlist01)."""
-    scan = scan_of(args.data_path)
-    train, val = split_videos(args.data_path, scan.videos, args.val_fraction)
-    copies = {video.path: (video, 0) for video in scan.videos}
-    for video in train:
-        for copy in range(1, args.copies + 1):
-            copies[str(PurePosixPath(video.path).with_suffix("")) + f"-copy{copy}.mkv"] = video, copy
-    validating = {video.path for video in val}
-    lists = [sorted(set(copies) - validating), sorted(validating)]
-    names = ([f"{copies[file][0].class_name}/{PurePosixPath(file).name}" for file in files] for files in lists)
-    return copies, *(video_lines(part, scan.classes) for part in names)
+    """{file in --out: (video, number of the copy, 0: itself)}, of the videos that train and of those that validate."""
+    check_data_path(args.data_path, cached=False)
+    parts = split_videos(args.data_path, scan_videos(args.data_path).videos, args.val_fraction)
+    train, val = ({video.path: (video, 0) for video in part} for part in parts)
+    for video, copy in product(parts[0], range(1, args.copies + 1)):
+        train[f"{os.path.splitext(video.path)[0]}-copy{copy}.mkv"] = video, copy
+    return train, val
+
+
+def names(copies):
+    """Their names in the lists of the split."""
+    return sorted(f"{video.class_name}/{os.path.basename(file)}" for file, (video, _) in copies.items())
 
 
 @cli.one_line_errors(UnreadableError)
@@ -76,12 +79,12 @@ def main():
         check_writable("--out", args.out)
         if Path(args.out).resolve() == Path(args.data_path).resolve():
             raise UserError(f"--out {args.out}: the same as --data-path; name another folder")
-        copies, train, test = plan_copies(args)
-        missing = missing_videos(args.out, copies)
+        train, val = plan_copies(args)
+        missing = missing_videos(args.out, train | val)
     except UserError as error:
         fail(error)
     for file in Bar(missing, desc="copying", unit="video"):
-        (video, copy), path = copies[file], Path(args.out, file)
+        (video, copy), path = (train | val)[file], Path(args.out, file)
         path.parent.mkdir(parents=True, exist_ok=True)
         if copy == 0:
             shutil.copyfile(Path(args.data_path, file), f"{path}.tmp")
@@ -89,8 +92,9 @@ def main():
         else:
             random = generator(args.seed, "copies", video.key, copy)
             write_lossless(path, changed_frames(args.data_path, video, random), video.fps)
-    write_lists(args.out, {"testlist01": test, "trainlist01": train})
-    say(f"{args.out}: {len(train)} training videos instead of {len(train) // (args.copies + 1)}, {len(copies)} in all")
+    write_lists(args.out, names(train), names(val))
+    before, after = len(train) // (args.copies + 1), len(train)
+    say(f"{args.out}: {after} training videos instead of {before}, {after + len(val)} in all")
 
 
 if __name__ == "__main__":

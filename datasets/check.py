@@ -13,8 +13,6 @@ import statistics
 import sys
 import time
 from collections import Counter, deque
-from concurrent.futures import ThreadPoolExecutor
-from contextlib import closing
 from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent / "EqM"))
@@ -26,9 +24,9 @@ from runtime import distributed
 from runtime.cli import COUNT, SHARE, ArgumentParser, Bar, UserError, check_writable, fail, one_line_errors, say
 from vae import REPOSITORIES, load_vae
 from video.clips import Clips
-from video.files import UnreadableError, has_suffix, read_all_frames
+from video.files import has_suffix, read_all_frames
 from video.index import fitting_interval, split_videos
-from video.source import check_data_path, open_source
+from video.source import check_data_path, open_source, write_each
 from video.writers import MAX_ROWS, write_sheet
 
 PUBLISHED_LATENTS = 4, 8  # channels and downsampling of --vae ema and mse, which need not be loaded for an estimate
@@ -75,8 +73,7 @@ def main():
         clips = Clips(source, shown, scan.classes, args.num_frames, interval, flip=False)
         samples = [clips[index] for index in range(len(shown))]
         videos = np.stack([sample["clip"].permute(1, 2, 3, 0) for sample in samples])
-        classes = {video.path: video.class_name for video in shown}
-        write_sheet(out, videos, [classes[sample["video"]] for sample in samples])
+        write_sheet(out, videos, [scan.classes[sample["y"]] for sample in samples])
         say(f"{out}: {len(shown)} clips as the model sees them")
     estimate(args, config)
 
@@ -92,8 +89,9 @@ def describe(scan):
     for name in scan.classes:
         own = [video.num_frames / video.fps for video in videos if video.class_name == name]
         say(f"  {name}: {len(own)} videos, {sum(own):.1f} s")
-    rows = [(video.num_frames, video.num_frames / video.fps, video.fps) for video in videos]
-    for what, values in zip(("frames", "seconds", "frames per second"), zip(*rows, strict=True), strict=True):
+    columns = {"frames": [video.num_frames for video in videos], "frames per second": [video.fps for video in videos]}
+    columns["seconds"] = [video.num_frames / video.fps for video in videos]
+    for what, values in columns.items():
         say(f"{what}: {min(values):.4g} to {max(values):.4g}, median {statistics.median(values):.4g}")
     sizes = Counter(f"{video.width} x {video.height}" for video in videos)
     say("sizes, upright: " + ", ".join(f"{count} of {size}" for size, count in sizes.most_common(8)))
@@ -101,24 +99,15 @@ def describe(scan):
 
 def undecodable(root, videos):
     """The paths of the videos that can't be decoded to their end."""
-
-    def decode(video):
-        try:
-            with closing(read_all_frames(root, video, 16)) as chunks:
-                deque(chunks, maxlen=0)
-        except UnreadableError:
-            return video.path
-        return None
-
-    with ThreadPoolExecutor(os.cpu_count()) as pool:  # the decoder leaves Python's lock while it works
-        return list(filter(None, Bar(pool.map(decode, videos), total=len(videos), desc="decoding", unit="video")))
+    decoded = write_each(videos, lambda video: deque(read_all_frames(root, video), maxlen=0))
+    bar = Bar(decoded, total=len(videos), desc="decoding", unit="video")
+    return [video.path for video, is_readable in bar if not is_readable]
 
 
 def describe_losses(args, scan, bad):
     """Say what training would leave out or change, and why. Returns the videos that can be used."""
-    repair = "repair or remove it"
-    skipped = [(path, f"can't be opened: {repair}") for path in scan.unreadable]
-    skipped += [(path, f"can't be decoded to its end: {repair}") for path in bad]
+    skipped = [(path, "can't be opened: repair or remove it") for path in scan.unreadable]
+    skipped += [(path, "can't be decoded to its end: repair or remove it") for path in bad]
     found = {*(video.path for video in scan.videos), *scan.unreadable}
     for path in sorted(Path(args.data_path).rglob("[!.]*")):
         name = str(path.relative_to(args.data_path))
@@ -127,17 +116,16 @@ def describe_losses(args, scan, bad):
         elif path.suffix.lower() in (".m4v", ".3gp", ".mpg", ".mpeg", ".mts", ".wmv", ".flv"):
             skipped.append((name, "a video of another kind: convert it, such as by ffmpeg -i FILE FILE.mp4"))
     short = [video for video in scan.videos if video.num_frames < args.num_frames]
-    long = f"a clip has --num-frames {args.num_frames}"
-    skipped += [(video.path, f"{video.num_frames} frames, {long}") for video in short]
-    for name, why in skipped:
+    least = f"a clip has --num-frames {args.num_frames}"
+    for name, why in skipped + [(video.path, f"{video.num_frames} frames, {least}") for video in short]:
         say(f"left out: {name}: {why}")
     usable = [video for video in scan.videos if video not in short and video.path not in bad]
     interval, size = args.frame_interval, args.image_size
     if near := sum(fitting_interval(video, args.num_frames, interval) < interval for video in usable):
         say(f"{near} videos are too short for --frame-interval {interval}: theirs is as large as fits")
-    if small := sum(min(video.height, video.width) < size for video in usable):
-        least = min(min(video.height, video.width) for video in usable)
-        say(f"{small} videos are smaller than --image-size {size} and get enlarged, from {least} px on the short side")
+    if small := [side for video in usable if (side := min(video.height, video.width)) < size]:
+        sides = f"from {min(small)} px on the short side"
+        say(f"{len(small)} videos are smaller than --image-size {size} and get enlarged, {sides}")
     return usable
 
 
@@ -148,7 +136,7 @@ def describe_losses(args, scan, bad):
 def make_config(args):
     """The EqMConfig of the model that would be trained. Raises UserError."""
     channels, downsample = PUBLISHED_LATENTS
-    if args.vae == "none" or args.vae not in REPOSITORIES:
+    if args.vae not in REPOSITORIES:
         vae = load_vae(args.vae)
         channels, downsample = vae.channels, vae.downsample
     unit = downsample * int(args.model.split("/")[1])
@@ -187,10 +175,9 @@ def estimate(args, config):
     activations = sum(size for place, size in kept.items() if place not in weights) / count
     size = sum(parameter.numel() for parameter in model.parameters())
     say(f"{args.model}: {size / 1e6:.1f} M parameters, {math.prod(config.grid(args.num_frames))} tokens a clip")
-    say(
-        f"memory, fp32: {size * BYTES / 1e9:.2g} GB for the model, {activations / 1e6:.3g} MB for each clip that a "
-        f"process has at once: {(size * BYTES + activations * batch) / 1e9:.3g} GB for {batch} clips"
-    )
+    each = f"{activations / 1e6:.3g} MB for each clip that a process has at once"
+    total = f"{(size * BYTES + activations * batch) / 1e9:.3g} GB for {batch} clips"
+    say(f"memory, fp32: {size * BYTES / 1e9:.2g} GB for the model, {each}: {total}")
     step = f"about {seconds * batch:.3g} s a step ({seconds:.3g} s a clip)"
     say(f"time, fp32 on this {device.type}: {step}, without the VAE")
 

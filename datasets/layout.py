@@ -4,35 +4,17 @@ from pathlib import Path
 
 from runtime.cli import UserError
 from video.files import has_suffix
-from video.index import UCF_LISTS, scan_videos
-from video.source import check_data_path
+from video.index import UCF_LISTS
 
 
-def scan_of(root):
-    """What a folder of videos holds. Raises UserError, also for a cache."""
-    check_data_path(root, cached=False)
-    return scan_videos(root)
-
-
-def write_lists(out, lists):
-    """Write OUT/ucfTrainTestlist/NAME.txt for each name: lines. Put trainlist01 last: it says that the set is complete.
-
-    classInd has a line `1 Class` per class; trainlist01 and testlist01 name the videos.
-    """
-    folder = Path(out, UCF_LISTS)
+def write_lists(out, train, test):
+    """Write UCF-101's lists of videos `Class/name.avi`: trainlist01 last, which says that the data set is complete."""
+    folder, classes = Path(out, UCF_LISTS), sorted({name.split("/")[0] for name in (*train, *test)})
     folder.mkdir(exist_ok=True)
+    lists = {"classInd": [f"{number} {name}" for number, name in enumerate(classes, 1)], "testlist01": test}
+    lists["trainlist01"] = [f"{name} {classes.index(name.split('/')[0]) + 1}" for name in train]
     for name, lines in lists.items():
         (folder / f"{name}.txt").write_text("\n".join(lines) + "\n")
-
-
-def class_lines(classes):
-    """The lines of classInd."""
-    return [f"{number} {name}" for number, name in enumerate(classes, 1)]
-
-
-def video_lines(names, classes):
-    """The lines of trainlist01 for names such as `Class/video.avi`: each with the number of its class."""
-    return [f"{name} {classes.index(name.split('/')[0]) + 1}" for name in names]
 
 
 def missing_videos(out, names):

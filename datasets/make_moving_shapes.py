@@ -3,9 +3,9 @@
     python datasets/make_moving_shapes.py --out datasets/moving-shapes
     python datasets/make_moving_shapes.py --out datasets/bouncing-shapes --bounce --seconds 12
 
-12 classes, shape x direction (`CircleLeft` ... `TriangleDown`), so it can be measured whether a generated clip shows
-its label. With --bounce 6 classes, shape x axis (`CircleHorizontal` ... `TriangleVertical`), of any length: the shape
-turns where it touches the border. The same flags give the same bytes (with the same FFmpeg build).
+12 classes, shape x direction (`CircleLeft` ... `TriangleDown`), so that the motion of a generated clip can be scored.
+With --bounce 6 classes, shape x axis (`CircleHorizontal` ... `TriangleVertical`), of any length: the shape turns where
+it touches the border. The same flags give the same bytes (with the same FFmpeg build).
 Positions are (x, y) in px from the top left corner of the frame, y downwards; pixel centers are at + 0.5.
 """
 
@@ -15,6 +15,7 @@ import os
 import sys
 import tempfile
 from argparse import Namespace
+from itertools import product
 from pathlib import Path
 
 import av
@@ -22,10 +23,11 @@ import numpy as np
 import torch
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent / "EqM"))
-from layout import class_lines, video_lines, write_lists
-from runtime.cli import ArgumentParser, Bar, UserError, fail, say
+from layout import write_lists
+from runtime.cli import ArgumentParser, Bar, UserError, fail, number, say
 from runtime.rng import generator
 from runtime.untrusted import read_json
+from video.writers import encode
 
 VERSION = 1  # of the drawing and of shapes.json
 FPS = 25
@@ -153,28 +155,20 @@ def plan_videos(args):
     videos, test = {}, set()
     groups = min(GROUPS, args.videos_per_class)
     kinds, plan = (AXES, plan_bouncing) if args.bounce else (DIRECTIONS, plan_video)
-    for shape in SHAPES:
-        for kind in kinds:
-            for index in range(args.videos_per_class):
-                group, clip = index % groups + 1, index // groups + 1
-                key = f"{shape}{kind}/v_{shape}{kind}_g{group:02d}_c{clip:02d}"
-                videos[key] = plan(shape, kind, index, args)
-                if group == 1:
-                    test.add(key)
+    for shape, kind, index in product(SHAPES, kinds, range(args.videos_per_class)):
+        clip, group = divmod(index, groups)
+        key = f"{shape}{kind}/v_{shape}{kind}_g{group + 1:02d}_c{clip + 1:02d}"
+        videos[key] = plan(shape, kind, index, args)
+        if group == 0:
+            test.add(key)
     return videos, test
 
 
 def write_video(path, frames):
     """Write uint8 (T, H, W, 3) as an AVI of MPEG-4 part 2, nearly lossless, without date or encoder version."""
-    with av.open(str(path), "w", options={"fflags": "+bitexact"}) as container:
-        stream = container.add_stream("mpeg4", rate=FPS)
-        stream.height, stream.width = frames.shape[1:3]
-        stream.pix_fmt = "yuv420p"
-        stream.codec_context.thread_count = 1
-        stream.options = {"flags": "+bitexact+qscale", "qmin": "1", "qmax": "1"}  # constant, the best quality
-        for frame in frames:
-            container.mux(stream.encode(av.VideoFrame.from_ndarray(frame, format="rgb24")))
-        container.mux(stream.encode())
+    options = {"flags": "+bitexact+qscale", "qmin": "1", "qmax": "1", "threads": "1"}  # constant, the best quality
+    with av.open(str(path), "w", options={"fflags": "+bitexact"}) as file:
+        encode(file, frames, FPS, "mpeg4", "yuv420p", options)
 
 
 def is_made(out, settings):
@@ -183,31 +177,26 @@ def is_made(out, settings):
         return False
     advice = "expected a new or empty folder or the same data set: name another folder"
     try:
-        found = read_json(out / "shapes.json")
-        same, videos = found["settings"] == settings, found["videos"]
+        found = read_json(out / "shapes.json")["settings"]
     except (OSError, ValueError, KeyError, TypeError):
         raise UserError(f"--out {out}: holds something that is not Moving Shapes; {advice}") from None
-    if not same:
-        raise UserError(f"--out {out}: holds Moving Shapes made with other flags ({found['settings']}); {advice}")
-    if missing := [key for key in videos if not (out / f"{key}.avi").is_file()]:
-        raise UserError(f"--out {out}: lacks {len(missing)} of its {len(videos)} videos ({missing[0]}.avi); {advice}")
+    if found != settings:
+        raise UserError(f"--out {out}: holds Moving Shapes made with other flags ({found}); {advice}")
     return True
 
 
 def write_data_set(out, settings, args):
     """Write the data set to a temporary folder beside `out`, which is renamed when it is complete."""
     videos, test = plan_videos(args)
-    classes = sorted({video["class"] for video in videos.values()})
+    train, test = ([f"{key}.avi" for key in videos if (key in test) == tests] for tests in (False, True))
     out.parent.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(prefix=f".{out.name}-", dir=out.parent) as temporary:
         folder = Path(temporary, out.name)
-        for name in classes:
+        for name in {video["class"] for video in videos.values()}:
             (folder / name).mkdir(parents=True)
         for key, video in Bar(videos.items(), desc="Moving Shapes", unit="video"):
             write_video(folder / f"{key}.avi", draw_clip(video, args.size, args.frames))
-        train, test = ([f"{key}.avi" for key in videos if (key in test) == tests] for tests in (False, True))
-        lists = {"classInd": class_lines(classes), "testlist01": test, "trainlist01": video_lines(train, classes)}
-        write_lists(folder, lists)
+        write_lists(folder, train, test)
         top = {"version": VERSION, "size": args.size, "fps": FPS, "seconds": args.frames / FPS, "seed": args.seed}
         text = json.dumps({**top, "frames": args.frames, "settings": settings, "videos": videos}, indent=1)
         (folder / "shapes.json").write_text(text + "\n")
@@ -216,10 +205,6 @@ def write_data_set(out, settings, args):
 
 def check_flags(args):
     """Raise UserError for values that can't be drawn."""
-    bounds = {"videos_per_class": (2, 100_000), "size": (16, 4096), "seconds": (2 / FPS, 3600)}  # one trains, one tests
-    for name, (least, most) in bounds.items():
-        if not least <= (value := getattr(args, name)) <= most:
-            raise UserError(f"--{name.replace('_', '-')} {value}: expected at least {least:g}, at most {most:g}")
     if args.size % 2:
         raise UserError(f"--size {args.size}: an odd number of px; expected an even one")
     small, large = args.radius
@@ -233,10 +218,11 @@ def parse_args(argv=None):
     parser = ArgumentParser(description=__doc__.split("\n")[0])
     add = parser.add_argument
     add("--out", type=Path, required=True, help="folder to write; must be new or empty")
-    add("--videos-per-class", type=int, default=60, help="videos in each of the 12 classes (6)")
-    add("--size", type=int, default=64, help="height and width of a frame, px")
+    count, pixels = number(int, least=2, most=100_000), number(int, least=16, most=4096)  # 2: one trains, one tests
+    add("--videos-per-class", type=count, default=60, help="videos in each of the 12 classes (6)")
+    add("--size", type=pixels, default=64, help="height and width of a frame, px")
     seconds = "length of a video, s; without --bounce a crossing takes all of it"
-    add("--seconds", type=float, default=1.0, help=seconds)
+    add("--seconds", type=number(float, least=2 / FPS, most=3600), default=1.0, help=seconds)
     add("--bounce", action="store_true", help="shapes turn at the border; 6 classes, shape x axis")
     add("--seed", type=int, default=0, help="seed of the random choices; default: 0")
     radius = "range of the radius, as a fraction of --size; random per video"

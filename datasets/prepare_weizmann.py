@@ -15,19 +15,20 @@ Safe to run again: it does only what is missing, and writes the split anew. Exit
 """
 
 import sys
+from itertools import product
 from pathlib import Path
 
 import numpy as np
-from PIL import Image, UnidentifiedImageError
+from einops import EinopsError, rearrange
+from PIL import Image
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent / "EqM"))
-from layout import class_lines, missing_videos, video_lines, write_lists
+from layout import missing_videos, write_lists
 from runtime.cli import COUNT, ArgumentParser, Bar, UserError, check_writable, fail, one_line_errors, say
 from video.writers import write_lossless
 
 CLASSES = {0: "OneHandWave", 1: "TwoHandWave", 3: "JumpingJack", 4: "Bend"}  # by the number of their folder
 SIZE, FPS = 64, 25
-LEAST_FRAMES = 16
 
 
 def parse_args():
@@ -42,22 +43,14 @@ def parse_args():
 
 def find_strips(source):
     """{(class, person): path of its strip}. Opens no file. Raises UserError unless each person has one per class."""
-    prefix, strips = f"--source {source}", {}
+    again = f"expected a clone of the repository mocogan in --source {source}; clone it again"
     places = Path(source, "data", "actions"), Path(source, "actions"), Path(source)
-    folder = next((place for place in places if any((place / str(number)).is_dir() for number in CLASSES)), None)
-    if folder is None:
-        raise UserError(f"{prefix}: no data/actions/0 and so on; expected a clone of the repository mocogan")
-    for number, name in CLASSES.items():
-        for path in sorted((folder / str(number)).glob("*.jpg")):
-            if not path.stem.isdecimal():
-                raise UserError(f"{prefix}: {path}: expected a number as its name")
-            clip = name, int(path.stem) // 8 + 1
-            if int(path.stem) % 2 == 0 and strips.setdefault(clip, path) is not path:
-                raise UserError(f"{prefix}: {path}: a second clip of person {clip[1]}; expected one: is it a copy?")
-    people = {person for _, person in strips}
-    for clip in [(name, person) for name in CLASSES.values() for person in sorted(people) or [1]]:
+    paths = [path for place in places for number in CLASSES for path in place.glob(f"{number}/[0-9]*[02468].jpg")]
+    strips = {(CLASSES[int(path.parent.name)], int(path.stem) // 8 + 1): path for path in paths}
+    people = {person for _, person in strips} or {1}
+    for clip in product(CLASSES.values(), people):
         if clip not in strips:
-            raise UserError(f"{prefix}: person {clip[1]} has no clip of {clip[0]}: clone the repository again")
+            raise UserError(f"person {clip[1]} has no clip of {clip[0]}: {again}")
     return strips
 
 
@@ -65,46 +58,34 @@ def read_strip(path):
     """The frames of a strip, uint8 (T, SIZE, SIZE, 3). Raises UserError."""
     try:
         with Image.open(path) as image:
-            pixels = np.asarray(image.convert("RGB"))  # (SIZE, T SIZE, 3)
-    except (UnidentifiedImageError, OSError) as error:
-        raise UserError(f"{path}: can't be read as an image: clone the repository again") from error
-    height, width, _ = pixels.shape
-    if height != SIZE or width % SIZE or width < LEAST_FRAMES * SIZE:
-        expected = f"{SIZE} px high, a multiple of {SIZE} px wide, {LEAST_FRAMES} frames at least"
-        raise UserError(f"{path}: a strip of {width} x {height} px; expected {expected}: clone the repository again")
-    return pixels.reshape(SIZE, -1, SIZE, 3).transpose(1, 0, 2, 3)
-
-
-def check_people(strips, held_out):
-    """Raise UserError if --hold-out names nobody or everybody."""
-    people = {person for _, person in strips}
-    if others := sorted(held_out - people):
-        raise UserError(f"--hold-out {others[0]}: the people are 1 to {max(people)}")
-    if people <= held_out:
-        raise UserError("--hold-out: names everybody: leave someone to train on")
+            pixels = np.asarray(image.convert("RGB"))
+        return rearrange(pixels, "h (t w) c -> t h w c", h=SIZE, w=SIZE)
+    except (OSError, EinopsError) as error:
+        raise UserError(f"{path}: no strip of images of {SIZE} x {SIZE} px: clone the repository again") from error
 
 
 @one_line_errors()
 def main():
     args = parse_args()
-    held_out, classes = set(args.hold_out), sorted(CLASSES.values())
+    held_out = set(args.hold_out)
     try:
         strips = find_strips(args.source)
         check_writable("--out", args.out)
-        check_people(strips, held_out)
-        videos = {f"{name}/person{person}.mkv": path for (name, person), path in sorted(strips.items())}
-        clips = {name: read_strip(videos[name]) for name in missing_videos(args.out, videos)}  # 30 MB
+        people = {person for _, person in strips}
+        if not held_out < people:
+            raise UserError(f"--hold-out {sorted(held_out)}: expected some of the people 1 to {max(people)}, not all")
+        videos = {f"{name}/person{person}.mkv": (person, path) for (name, person), path in sorted(strips.items())}
+        clips = {name: read_strip(videos[name][1]) for name in missing_videos(args.out, videos)}  # 30 MB
     except UserError as error:
         fail(error)
     for name, frames in Bar(clips.items(), desc="writing", unit="video", disable=not clips):
         Path(args.out, name).parent.mkdir(parents=True, exist_ok=True)
         write_lossless(Path(args.out, name), frames, FPS)
-    tests = {f"{name}/person{person}.mkv" for name, person in strips if person in held_out}
-    train, test = (video_lines([name for name in videos if (name in tests) == held], classes) for held in (False, True))
-    write_lists(args.out, {"classInd": class_lines(classes), "testlist01": test, "trainlist01": train})
-    people, numbers = len(strips) // len(classes), " and ".join(map(str, sorted(held_out)))
-    written = f"{len(clips)} videos written"
-    say(f"{args.out}: {len(classes)} classes of {people} people, {written}; person {numbers} held out")
+    tests = [name for name, (person, _) in videos.items() if person in held_out]
+    write_lists(args.out, [name for name in videos if name not in tests], tests)
+    numbers = " and ".join(map(str, sorted(held_out)))
+    found = f"{len(CLASSES)} classes of {len(people)} people, person {numbers} held out"
+    say(f"{args.out}: {found}; {len(clips)} videos written")
 
 
 if __name__ == "__main__":

@@ -69,7 +69,7 @@ CASES = {
         --disp --grad-accum 4 => --global-batch-size
         --stop-below 0.5 --sampler euler => --stop-below 0.5; euler
         --wandb => pip install wandb
-        --data-path file => a file
+        --data-path file => no such folder
         --data-path empty => no video found
         --data-path images => --video
         --results-dir '' | --ckpt '' => empty
@@ -135,7 +135,6 @@ CASES = {
     "cache": """
         --vae emma | --data-path no/such | --out videos | --out cache | --image-size 33
         --data-path cache => name the folder of its videos
-        --data-path long => --data-path long; too long a name
         --out file => not a writable folder
         --out piped => --out piped; latents.json is damaged""",
     "evaluate": "--samples empty | --data-path no/such | --metric beauty",

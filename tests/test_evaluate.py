@@ -261,8 +261,8 @@ def damaged_copy(kind, tmp_path, samples):
 
 
 BAD_SAMPLES = {
-    "no json": "no samples.json in it; wanted a folder that", "mixed sizes": "of one size", "cut short": "zip",
-    "one clip": "has 1 clips", "images": "holds images", "floats": "wanted uint8",
+    "no json": "no samples.json in it; expected a folder that", "mixed sizes": "of one size", "cut short": "zip",
+    "one clip": "has 1 clips", "images": "holds images", "floats": "expected uint8",
     "unknown class": "label 99",
 }  # fmt: skip
 

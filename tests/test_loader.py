@@ -59,7 +59,7 @@ def test_loader_processes_are_no_forks_and_leave_stop_signals_to_the_rank(seen):
 
 def test_an_error_in_a_loader_process_is_one_line_without_its_traceback(seen):
     (line,) = seen["error"].splitlines()
-    assert line.startswith(f"--data-path {seen['root']}: 4 files in a row are bad, the first is ")
+    assert line.startswith(f"--data-path {seen['root']}: 4 files in a row are corrupt, the first is ")
 
 
 @pytest.mark.parametrize("error", [ConnectionResetError(104, "Connection reset by peer"), EOFError()])

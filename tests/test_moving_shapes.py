@@ -62,11 +62,11 @@ def made(tmp_path_factory):
 
 
 def test_bytes_depend_on_the_flags_alone_not_on_other_videos(tmp_path, made):
-    for name, flags in (("set", ()), ("again", ()), ("other", ("--seed", 1))):
-        make(tmp_path / name, *SMALL, *flags)
-    same, other = files_of(tmp_path / "again"), files_of(tmp_path / "other")
-    assert same == files_of(tmp_path / "set")
-    assert same.keys() == other.keys() and all(same[name] != other[name] for name in same if name.endswith(".avi"))
+    for name, seed in (("set", 0), ("again", 0), ("other", 1)):
+        make(tmp_path / name, *SMALL, "--seed", seed)
+    same, again, other = (files_of(tmp_path / name) for name in ("set", "again", "other"))
+    assert same == again and same.keys() == other.keys()
+    assert all(same[name] != other[name] for name in same if name.endswith(".avi"))
     make(tmp_path / "few", "--videos-per-class", 2)
     all_files, few = files_of(made[0]), files_of(tmp_path / "few")
     assert all(few[name] == all_files[name] for name in few if "_g01_c01" in name)
@@ -76,10 +76,8 @@ def test_bytes_depend_on_the_flags_alone_not_on_other_videos(tmp_path, made):
 def test_the_layout_and_the_lists_are_those_of_ucf101(made):
     out, side = made
     assert sorted(p.name for p in out.iterdir() if p.is_dir()) == sorted([*shapes.CLASSES, "ucfTrainTestlist"])
-    index, train, test = (
-        (out / f"ucfTrainTestlist/{name}.txt").read_text().splitlines()
-        for name in ("classInd", "trainlist01", "testlist01")
-    )
+    lists = (out / f"ucfTrainTestlist/{name}.txt" for name in ("classInd", "trainlist01", "testlist01"))
+    index, train, test = (path.read_text().splitlines() for path in lists)
     assert index == [f"{number} {name}" for number, name in enumerate(sorted(shapes.CLASSES), 1)]
     train = dict(line.split() for line in train)
     assert all(f"{class_id} {name.split('/')[0]}" in index for name, class_id in train.items())
@@ -95,10 +93,9 @@ def test_the_layout_and_the_lists_are_those_of_ucf101(made):
 
 def test_decoded_videos_show_what_shapes_json_says(made):
     out, side = made
-    assert {k: side[k] for k in ("version", "size", "fps", "seconds", "frames", "seed")} == {
-        "version": shapes.VERSION, "size": 64, "fps": 25, "seconds": 1.0, "frames": 25, "seed": 0,
-    }  # fmt: skip
-    for name in shapes.CLASSES:
+    found = {name: side[name] for name in ("version", "size", "fps", "seconds", "frames", "seed")}
+    assert found == {"version": 1, "size": 64, "fps": 25, "seconds": 1.0, "frames": 25, "seed": 0}
+    for name in shapes.CLASSES[::3]:  # each shape and direction
         key = f"{name}/v_{name}_g03_c01"
         video = side["videos"][key]
         frames, fps = decode(out / f"{key}.avi")
@@ -166,13 +163,11 @@ def test_a_folder_with_anything_else_is_refused_and_not_changed(tmp_path, made, 
     assert "already exists" in capsys.readouterr().out
     assert "other flags" in refused(capsys, out, "--videos-per-class", 10)
     assert {path: path.stat().st_mtime_ns for path in out.rglob("*")} == before
-    (out / "CircleUp/v_CircleUp_g02_c01.avi").unlink()
-    assert "lacks 1 of its 108" in refused(capsys, out, "--videos-per-class", 9)
     (tmp_path / "other").mkdir()
     (tmp_path / "other/notes.txt").write_text("mine")
     for place in ("other", "other/notes.txt"):
         assert "not Moving Shapes" in refused(capsys, tmp_path / place)
-    assert "--size 7: " in refused(capsys, tmp_path / "new", "--size", 7) and not (tmp_path / "new").exists()
+    assert "--size 17: " in refused(capsys, tmp_path / "new", "--size", 17) and not (tmp_path / "new").exists()
     assert files_of(tmp_path / "other") == {"notes.txt": b"mine"}
 
 

@@ -68,15 +68,11 @@ def foreign_video(actions, out):
 
 
 @pytest.mark.parametrize(("damage", "line"), [
-    (wrong_width, "a strip of 1281 x 64 px; expected 64 px high, a multiple of 64 px wide"),
-    (not_an_image, "00000000.jpg: can't be read as an image: clone the repository again"),
+    (wrong_width, "00000012.jpg: no strip of images of 64 x 64 px: clone the repository again"),
+    (not_an_image, "00000000.jpg: no strip of images"),
     (foreign_video, "holds Dive/me.avi, which is not of this data set: name another folder"),
     (lambda actions, out: shutil.rmtree(actions / "4"), "person 1 has no clip of Bend"),
     (lambda actions, out: (actions / "1/00000010.jpg").unlink(), "person 2 has no clip of TwoHandWave"),
-    (lambda actions, out: shutil.copy(actions / "0/00000000.jpg", actions / "0/00000004.jpg"),
-     "a second clip of person 1"),
-    (lambda actions, out: shutil.copy(actions / "0/00000000.jpg", actions / "0/copy.jpg"),
-     "copy.jpg: expected a number as its name"),
     (lambda actions, out: shutil.rmtree(actions), "expected a clone of the repository mocogan"),
 ])  # fmt: skip
 def test_what_is_wrong_is_one_line_and_nothing_is_written(strips, tmp_path, capsys, damage, line):
@@ -89,9 +85,7 @@ def test_what_is_wrong_is_one_line_and_nothing_is_written(strips, tmp_path, caps
     assert snapshot(out) == before
 
 
-@pytest.mark.parametrize(("held_out", "line"), [
-    ((4,), "--hold-out 4: the people are 1 to 3"), ((1, 2, 3), "--hold-out: names everybody"),
-])  # fmt: skip
-def test_someone_trains_and_someone_validates(strips, tmp_path, capsys, held_out, line):
+@pytest.mark.parametrize("held_out", [[4], [1, 2, 3]])
+def test_someone_trains_and_someone_validates(strips, tmp_path, capsys, held_out):
     prepare(strips, tmp_path / "out", "--hold-out", *held_out, status=2)
-    assert line in capsys.readouterr().err
+    assert f"--hold-out {held_out}: expected some of the people 1 to 3, not all" in capsys.readouterr().err

@@ -11,7 +11,6 @@ from safetensors.torch import save_file
 import checkpoint
 from models import EqM, model_config
 from video.source import LATENTS_FORMAT
-from video.writers import npz_writer
 
 
 def make_vae(folder):
@@ -110,8 +109,7 @@ def random_checkpoint(path, vae="none", training=(), **settings):
 
 def write_npz(path, videos, labels):
     """Write a samples.npz of videos (N, T, H, W, 3) at once."""
-    with npz_writer(path, labels, videos.shape[1]) as append:
-        append(videos)
+    np.savez(path, arr_0=videos if videos.shape[1] > 1 else videos[:, 0], labels=np.asarray(labels, np.int64))
 
 
 def make_samples(folder):

@@ -3,6 +3,9 @@
 A sample depends only on the arguments of Clips and its index in the stream, not on workers, ranks or interruptions.
 """
 
+from contextlib import suppress
+from dataclasses import dataclass
+
 import torch
 
 from runtime.cli import UserError
@@ -13,25 +16,21 @@ from video.index import fitting_interval
 MAX_ATTEMPTS = 100  # videos tried for one sample
 
 
+@dataclass(eq=False)
 class Clips(torch.utils.data.Dataset):
-    """Maps an index of a stream to a sample: a clip of one of `videos` of a source, each of at least num_frames frames.
+    """Maps an index of a stream, a sequence of permutations of `videos`, to a sample: a clip of one of them."""
 
-    A stream is a sequence of permutations of the videos. `stream` is its name, an int or a string, which seeds it: a
-    training phase uses its first step. frame_interval is the smallest and largest distance between the frames of a
-    clip, in frames of the video; each clip draws one, at most the largest that fits its video. Where all of `videos`
-    are corrupt, those of `spare` replace them. Raises ValueError.
-    """
+    source: object  # see source.py
+    videos: list  # each of at least num_frames frames
+    classes: list
+    num_frames: int
+    frame_interval: tuple = (1, 1)  # least and greatest distance of frames; each clip draws one that fits its video
+    flip: bool = True
+    seed: int = 0
+    stream: int | str = 0  # its name, which seeds it: a training phase uses its first step
+    spare: list = ()  # these replace corrupt videos where all of `videos` are corrupt
 
-    def __init__(
-        self, source, videos, classes, num_frames, frame_interval=(1, 1), flip=True, seed=0, stream=0, spare=()
-    ):  # fmt: skip
-        if any(video.num_frames < num_frames for video in videos):
-            raise ValueError(f"a video has fewer than {num_frames} frames: filter the videos with long_enough()")
-        if flip and not source.has_flips:
-            raise ValueError(f"{source.root} holds no mirrored latents: pass flip=False")
-        self.source, self.videos, self.spare, self.classes = source, videos, spare, classes
-        self.num_frames, self.frame_interval, self.flip = num_frames, frame_interval, flip
-        self.seed, self.stream, self._epoch, self._permutation = seed, stream, None, None
+    _epoch = _order = None
 
     def note(self, path):
         """The file that is being read, "" for none; a LoaderWatch puts its own method in this place."""
@@ -41,57 +40,47 @@ class Clips(torch.utils.data.Dataset):
 
     def __getitem__(self, index):
         """A dict: clip, as its source reads it; y, the condition; time_scale, seconds per frame; index; video, its
-        path; bad, the paths of corrupt videos that it replaces.
-
-        Raises UserError if all videos tried for it are corrupt, MAX_ATTEMPTS of them at most.
+        path; bad, the paths of corrupt videos that it replaces. Raises UserError if MAX_ATTEMPTS or all are corrupt.
         """
         flipped, tried = self.flip and self._random_int("flip", 2, index) == 1, []
         while len(tried) < min(MAX_ATTEMPTS, len(self.videos) + len(self.spare)):
             video, frame_indices, time_scale = self.draw(index, tried)
-            try:
-                self.note(video.path)
+            self.note(video.path)
+            with suppress(UnreadableError):
                 clip = self.source.read(video, frame_indices, flipped)
-            except UnreadableError:
-                tried.append(video)
-                continue
-            finally:
                 self.note("")
-            sample = {"clip": clip, "y": self.classes.index(video.class_name), "time_scale": time_scale, "index": index}
-            return sample | {"video": video.path, "bad": [video.path for video in tried]}
+                sample = {"clip": clip, "y": self.classes.index(video.class_name), "time_scale": time_scale}
+                return sample | {"index": index, "video": video.path, "bad": [video.path for video in tried]}
+            tried.append(video)
         place = f"--data-path {self.source.root}"
-        raise UserError(f"{place}: {len(tried)} files in a row are bad, the first is {tried[0].path}")
+        raise UserError(f"{place}: {len(tried)} files in a row are corrupt, the first is {tried[0].path}")
 
     def draw(self, index, tried=()):
         """(video, indices of its frames, time_scale: seconds between them) at an index of the stream; opens no file.
-
-        tried: the videos that can't be decoded.
+        Another video, drawn at random, replaces those that were tried and can't be decoded.
         """
-        video = self._choose_video(index, tried)
-        return video, *self._choose_frames(video, index, len(tried))
+        attempt, (smallest, largest) = len(tried), self.frame_interval
+        video = self._replacement(index, tried) if tried else self._video(index)
+        interval = smallest + self._random_int("interval", largest - smallest + 1, index, attempt)
+        interval = fitting_interval(video, self.num_frames, interval)
+        start = self._random_int("start", video.num_frames - (self.num_frames - 1) * interval, index, attempt)
+        return video, [start + step * interval for step in range(self.num_frames)], interval / video.fps
+
+    def _video(self, index):
+        epoch, position = divmod(index, len(self.videos))
+        if epoch != self._epoch:  # computed once per epoch, as it costs O(videos)
+            order = generator(self.seed, "order", self.stream, epoch)
+            self._epoch, self._order = epoch, torch.randperm(len(self.videos), generator=order)
+        return self.videos[self._order[position]]
+
+    def _replacement(self, index, tried):
+        others = [video for video in self.videos if video not in tried]
+        others = others or [video for video in self.spare if video not in tried]
+        return others[self._random_int("replacement", len(others), index, len(tried))]
 
     def _random_int(self, purpose, below, *key):
         """An integer from 0 to below - 1."""
         return int(torch.randint(below, (), generator=generator(self.seed, purpose, self.stream, *key)))
-
-    def _choose_video(self, index, tried):
-        """The video at an index of the stream or, if some were tried already, a random one of the others."""
-        if tried:
-            others = [video for video in self.videos if video not in tried]
-            others = others or [video for video in self.spare if video not in tried]
-            return others[self._random_int("replacement", len(others), index, len(tried))]
-        epoch, position = divmod(index, len(self.videos))
-        if epoch != self._epoch:  # computed once per epoch, as it costs O(videos)
-            order = generator(self.seed, "order", self.stream, epoch)
-            self._epoch, self._permutation = epoch, torch.randperm(len(self.videos), generator=order)
-        return self.videos[self._permutation[position]]
-
-    def _choose_frames(self, video, index, attempt):
-        """(indices of the frames to read, time_scale: seconds between them)."""
-        smallest, largest = self.frame_interval
-        interval = smallest + self._random_int("interval", largest - smallest + 1, index, attempt)
-        interval = fitting_interval(video, self.num_frames, interval)
-        start = self._random_int("start", video.num_frames - (self.num_frames - 1) * interval, index, attempt)
-        return [start + step * interval for step in range(self.num_frames)], interval / video.fps
 
 
 class ClipsByFrames(torch.utils.data.Dataset):
@@ -105,39 +94,28 @@ class ClipsByFrames(torch.utils.data.Dataset):
         return self.clips[num_frames][index]
 
 
-class Batches:
-    """A batch sampler: for each of `steps` steps, `micro_batches` lists of the indices of this rank's samples.
+def rank_batches(first, steps, global_batch, rank, world_size, micro_batches=1):
+    """Yields for each of `steps` steps `micro_batches` lists of the indices of this rank's samples.
 
-    Step s takes global_batch indices, from first + s * global_batch on; each rank takes its slice of them. Raises
-    ValueError if they can't be divided evenly.
+    Step s takes global_batch indices, from first + s * global_batch on; each rank takes its slice of them.
     """
-
-    def __init__(self, first, steps, global_batch, rank, world_size, micro_batches=1):
-        self.size, rest = divmod(global_batch, world_size * micro_batches)
-        if rest or not self.size:
-            raise ValueError(f"can't divide a global batch of {global_batch} for {world_size} ranks x {micro_batches}")
-        self.first, self.steps, self.global_batch = first, steps, global_batch
-        self.offset, self.micro_batches = rank * self.size * micro_batches, micro_batches
-
-    def __len__(self):
-        return self.steps * self.micro_batches
-
-    def __iter__(self):
-        for step in range(self.steps):
-            for micro in range(self.micro_batches):
-                start = self.first + step * self.global_batch + self.offset + micro * self.size
-                yield list(range(start, start + self.size))
+    size = global_batch // (world_size * micro_batches)
+    for step in range(steps):
+        for micro in range(micro_batches):
+            start = first + step * global_batch + (rank * micro_batches + micro) * size
+            yield list(range(start, start + size))
 
 
 def collate(samples):
     """Samples -> a batch, a dict: clips (B, ...); y, indices int64 (B,); time_scales float32 (B,), s; videos, bad:
     lists of paths.
     """
+    columns = {name: [sample[name] for sample in samples] for name in samples[0]}
     return {
-        "clips": torch.stack([sample["clip"] for sample in samples]),
-        "y": torch.tensor([sample["y"] for sample in samples]),
-        "time_scales": torch.tensor([sample["time_scale"] for sample in samples], dtype=torch.float32),
-        "indices": torch.tensor([sample["index"] for sample in samples]),
-        "videos": [sample["video"] for sample in samples],
-        "bad": [path for sample in samples for path in sample["bad"]],
+        "clips": torch.stack(columns["clip"]),
+        "y": torch.tensor(columns["y"]),
+        "time_scales": torch.tensor(columns["time_scale"], dtype=torch.float32),
+        "indices": torch.tensor(columns["index"]),
+        "videos": columns["video"],
+        "bad": sum(columns["bad"], []),
     }

@@ -1,12 +1,11 @@
 """One file: a video, or an image, which is a clip of one frame. Its metadata and its frames.
 
-Frames are upright, as the file says how it was filmed, and equally far apart in time: of a file with a variable frame
-rate frame k is the one whose time stamp is closest to k / fps. Sound is not read.
-
-A file is opened where it is read, a video with one decoding thread. Whatever is wrong with it raises UnreadableError.
+Frames are upright and equally far apart in time: with a variable frame rate, frame k is the one whose time stamp is
+closest to k / fps. Whatever is wrong with a file raises UnreadableError.
 """
 
 import os
+import re
 import warnings
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -24,14 +23,12 @@ SUFFIXES = {"video": (".avi", ".mkv", ".mov", ".mp4", ".webm"), "image": (".jpeg
 IMAGE_FORMATS = "JPEG", "PNG", "WEBP"  # checked by content, not by suffix: many .jpg files are PNGs
 IMAGE_FPS = 25.0  # gives the model's default time_scale, 1/25 s, which published image models use
 EXIF_TRANSPOSES = {  # EXIF orientation -> the transpose that makes the image upright
-    2: "FLIP_LEFT_RIGHT", 3: "ROTATE_180", 4: "FLIP_TOP_BOTTOM",
-    5: "TRANSPOSE", 6: "ROTATE_270", 7: "TRANSVERSE", 8: "ROTATE_90",
+    2: "FLIP_LEFT_RIGHT", 3: "ROTATE_180", 4: "FLIP_TOP_BOTTOM", 5: "TRANSPOSE", 6: "ROTATE_270", 7: "TRANSVERSE",
+    8: "ROTATE_90",
 }  # fmt: skip
-MAX_PIXELS = 2**27  # per frame: four times 8K; decoding takes ten bytes of memory or more for each
-SIGNATURES = (  # (offset, bytes) of AVI; Matroska, WebM; MP4, QuickTime. FFmpeg would also open a playlist's files
-    (0, (b"RIFF",)),
-    (0, (b"\x1a\x45\xdf\xa3",)),
-    (4, (b"ftyp", b"moov", b"mdat", b"free", b"skip", b"wide", b"pnot", b"styp", b"moof", b"sidx", b"uuid")),
+MAX_PIXELS = 2**27  # per frame of a video: four times 8K; decoding takes ten bytes of memory or more for each
+SIGNATURE = re.compile(  # of AVI; Matroska, WebM; MP4, QuickTime. FFmpeg would also open a playlist's files
+    rb"RIFF|\x1a\x45\xdf\xa3|.{4}(ftyp|moov|mdat|free|skip|wide|pnot|styp|moof|sidx|uuid)", re.DOTALL
 )
 NO_VIDEO = (  # what decord, FFmpeg and Video raise: not a video, cut short, a frame that can't be decoded
     OSError, RuntimeError, AssertionError, IndexError, StopIteration, ValueError, av.FFmpegError, decord.DECORDError,
@@ -70,7 +67,7 @@ class Video:
 
 
 def has_suffix(kind, path):
-    """Whether the suffix of a path is one of this kind, "video" or "image"."""
+    """Whether a path has a suffix of this kind, "video" or "image"."""
     return str(path).lower().endswith(SUFFIXES[kind])
 
 
@@ -87,22 +84,19 @@ def probe(root, class_name, path):
 @contextmanager
 def _open_video(path, check_length=False):
     """A decord reader at the first frame. Errors of the file and of decord become UnreadableError, also in the body.
-
-    check_length: refuse a header that claims more frames than the file has bytes. decord allocates memory for them, and
-    aborts the process if that fails.
+    check_length: refuse more frames than the file has bytes: decord would allocate memory for them, or abort.
     """
     try:
         check_regular(path)
         with open(path, "rb") as file:
-            head = file.read(8)
-        if not any(head[offset : offset + 4] in signatures for offset, signatures in SIGNATURES):
-            raise OSError("not an AVI, Matroska, WebM, MP4 or QuickTime file")
+            if not SIGNATURE.match(file.read(8)):
+                raise OSError("not an AVI, Matroska, WebM, MP4 or QuickTime file")
         path = os.path.abspath(path)  # FFmpeg would take a relative name such as concat:x for a command
         if check_length:
             with av.open(path, metadata_errors="ignore") as file:
-                for stream in file.streams.video:
-                    if stream.frames > os.path.getsize(path):
-                        raise OSError(f"claims {stream.frames} frames")
+                claimed = max((stream.frames for stream in file.streams.video), default=0)
+            if claimed > os.path.getsize(path):
+                raise OSError(f"claims {claimed} frames")
         # decord replaces lost frames by repeated ones up to the share fault_tol of the video; 0: without limit
         reader = decord.VideoReader(path, ctx=decord.cpu(0), num_threads=1, fault_tol=1e-6)
         _, height, width, _ = reader.get_batch([]).shape
@@ -114,9 +108,8 @@ def _open_video(path, check_length=False):
 
 
 def _read_timing(reader):
-    """(number of frames, average frames per second, the stored frame for each of these frames; None: it is the same).
-
-    From the time stamps, or from the header where there are none.
+    """(number of frames, average frames per second, the stored frame for each of these frames; None: it is the same),
+    from the time stamps, or from the header where there are none.
     """
     num_frames, fps = len(reader), reader.get_avg_fps()
     times = reader.get_frame_timestamp(range(num_frames))[:, 0].astype(np.float64)
@@ -134,19 +127,20 @@ def _read_timing(reader):
 
 
 def read_frames(root, video, frame_indices):
-    """The frames at `frame_indices` (ascending) of a video or image, upright: uint8 (T, H, W, 3).
+    """The frames at `frame_indices` (ascending) of a video or image: uint8 (T, H, W, 3).
 
     Raises UnreadableError if one of them or one before them can't be decoded (at times also one after them: decord
     decodes ahead). Frames are decoded in order, because decord's seeking, get_batch included, returns wrong frames: in
     AVIs from the second keyframe on and, with B-frames, at the end; in any container around keyframes of open GOPs.
-    For UCF-101's clips, which have few keyframes after the first, decoding in order costs the same as seeking.
     """
     (frames,) = _read_parts(root, video, [frame_indices])
     return frames
 
 
-def read_all_frames(root, video, chunk_size):
-    """Yields all frames of a video or image in order, upright, in chunks uint8 (T, H, W, 3) with T <= chunk_size."""
+def read_all_frames(root, video, chunk_size=16):
+    """Yields all frames of a video or image in order, in chunks uint8 (T, H, W, 3) with T <= chunk_size: an hour of
+    1080p does not fit into memory.
+    """
     firsts = range(0, video.num_frames, chunk_size)
     return _read_parts(root, video, [range(first, min(first + chunk_size, video.num_frames)) for first in firsts])
 
@@ -162,8 +156,8 @@ def _read_parts(root, video, parts):
         for frame_indices in parts:
             frames = []
             for index in frame_indices:
-                wanted = index if stored is None else stored[index]
-                while number < wanted:
+                last = index if stored is None else stored[index]
+                while number < last:
                     number, frame = number + 1, reader.next()
                 # Rows are padded. Where a padded row is a multiple of the width (32, 48, 96, ...), decord mistakes the
                 # padding for more channels, and its get_batch refuses such videos.
@@ -174,12 +168,10 @@ def _read_parts(root, video, parts):
 
 
 def _read_image(path):
-    """An image (of an animation the first frame), upright, without its alpha channel: uint8 (1, H, W, 3)."""
+    """An image (of an animation the first frame), without its alpha channel: uint8 (1, H, W, 3)."""
     try:
         check_regular(path)
         with Image.open(path, formats=IMAGE_FORMATS) as image:
-            if image.width * image.height > MAX_PIXELS:
-                raise OSError(f"{image.width} x {image.height} pixels")
             transpose = EXIF_TRANSPOSES.get(image.getexif().get(ExifTags.Base.Orientation))
             if image.mode == "I;16":  # convert() would make every value from 255 on white
                 image = Image.fromarray((np.asarray(image) >> 8).astype(np.uint8))

@@ -8,8 +8,9 @@ import json
 import os
 import re
 import shutil
-from dataclasses import asdict, dataclass, replace
-from pathlib import Path, PurePosixPath
+from contextlib import suppress
+from dataclasses import asdict, dataclass
+from pathlib import Path
 
 from runtime.cli import Bar, UserError, say
 from runtime.untrusted import read_json
@@ -27,78 +28,67 @@ class Scan:
     videos: list  # of Video, sorted by path; of a cache: in the order of the videos it was made from
     classes: list  # class names, sorted
     unreadable: list  # paths of the files that could not be opened
-    unsaved: str | None = None  # the content of the index, if it is still to be written
+    unsaved: str | None = None  # the content of an index that lacks some of them
 
 
-def list_files(prefix, root):
-    """(class folder or None, path relative to root) of the files in root and its folders, sorted, without hidden ones.
-    Raises UserError, with a text that begins with `prefix`.
-    """
+def list_files(root):
+    """Paths relative to root of the files in root and then of those in its folders, sorted, without hidden ones."""
 
-    def names(folder):
-        try:
-            with os.scandir(folder) as entries:
-                return sorted((entry.is_dir(), entry.name) for entry in entries if not entry.name.startswith("."))
-        except OSError as error:
-            raise UserError(f"{prefix}: {folder} can't be read ({error.strerror})") from error
+    def names(folder, folders):
+        with os.scandir(folder) as entries:
+            return sorted(entry.name for entry in entries if entry.is_dir() == folders and entry.name[0] != ".")
 
-    entries = names(root)
-    folders = [name for is_folder, name in entries if is_folder and name != UCF_LISTS]
-    inside = [(name, names(os.path.join(root, name))) for name in folders]
-    beside = [(None, name) for is_folder, name in entries if not is_folder]
-    return beside + [(name, f"{name}/{file}") for name, own in inside for is_folder, file in own if not is_folder]
+    folders = [name for name in names(root, folders=True) if name != UCF_LISTS]
+    inside = [f"{folder}/{name}" for folder in folders for name in names(os.path.join(root, folder), folders=False)]
+    return names(root, folders=False) + inside
 
 
 def find_files(root, images):
-    """(class name, path relative to root) of every video or image, sorted. Opens no file. Raises UserError."""
-    prefix, (kind, other) = f"--data-path {root}", ("image", "video") if images else ("video", "image")
+    """{path relative to root: class name} of every video or image, sorted. Opens no file. Raises UserError."""
+    prefix, kind = f"--data-path {root}", "image" if images else "video"
     if not os.path.isdir(root):
-        found = f"a file, wanted a folder of class folders with {kind}s" if os.path.exists(root) else "no such folder"
-        raise UserError(f"{prefix}: {found}")
-    files = list_files(prefix, root)
-    found = [(class_name or UNLABELLED, path) for class_name, path in files if has_suffix(kind, path)]
+        raise UserError(f"{prefix}: no such folder; expected one with class folders of {kind}s")
+    found = [path for path in list_files(root) if has_suffix(kind, path)]
     if not found:
-        flag = f"but {other}s: {'add' if images else 'leave out'} --video to use them"
-        suffixes = f"wanted <class>/<{kind}> with one of {' '.join(SUFFIXES[kind])}"
-        advice = flag if any(has_suffix(other, path) for _, path in files) else suffixes
-        raise UserError(f"{prefix}: no {kind} found, {advice}")
-    (_, first), (_, last) = found[0], found[-1]  # those beside the class folders come first
-    if "/" in last and "/" not in first:
-        both = f"{kind}s in class folders ({last}) and beside them ({first})"
+        expected = f"expected <class>/<{kind}> with one of {' '.join(SUFFIXES[kind])}"
+        flag = "add --video for videos" if images else "images need no --video"
+        raise UserError(f"{prefix}: no {kind} found; {expected}; {flag}")
+    if "/" in found[-1] and "/" not in found[0]:
+        both = f"{kind}s in class folders ({found[-1]}) and beside them ({found[0]})"
         raise UserError(f"{prefix}: {both}: move these into a class folder")
     seen = {}
-    for class_name, path in found:
-        if (twin := seen.setdefault((class_name, PurePosixPath(path).stem), path)) != path:
+    for path in found:
+        if (twin := seen.setdefault(os.path.splitext(path)[0], path)) != path:
             raise UserError(f"{prefix}: {twin} and {path} differ only in their suffix: rename or remove one")
-    return found
+    return {path: os.path.dirname(path) or UNLABELLED for path in found}
 
 
 def scan_videos(root, index_folder=None, images=False):
     """The Scan of a folder of videos or images. Opens every video that the index does not know, and no image.
 
     Only one rank should call this. The index is in `index_folder`, beside the runs; it is written if the folder exists,
-    else by `save_index`. An entry is valid while size and modification time of the file are the same. Raises UserError.
+    else by save_index. An entry is valid while size and modification time of the file are the same. Raises UserError.
     """
     found = find_files(root, images)
-    classes = sorted({class_name for class_name, _ in found})
+    classes = sorted(set(found.values()))
     if images:
-        return Scan([probe(root, class_name, path) for class_name, path in found], classes, [])
+        return Scan([probe(root, class_name, path) for path, class_name in found.items()], classes, [])
     known = read_index(index_place(root, index_folder)) if index_folder else {}
-    stamps, unreadable = {path: file_stamp(root, path) for _, path in found}, []
-    entries = {path: known[path] for _, path in found if path in known and known[path][0] == stamps[path]}
-    new = [(class_name, path) for class_name, path in found if path not in entries]
-    for class_name, path in Bar(new, desc="opening videos", unit="video", disable=not new):
-        try:
-            entries[path] = stamps[path], probe(root, class_name, path)
-        except UnreadableError:
-            unreadable.append(path)
+    stamps = {path: file_stamp(root, path) for path in found}
+    entries = {path: known[path] for path in found if path in known and known[path][0] == stamps[path]}
+    new = [path for path in found if path not in entries]
+    for path in Bar(new, desc="opening videos", unit="video", disable=not new):
+        with suppress(UnreadableError):
+            entries[path] = stamps[path], probe(root, found[path], path)
     if not entries:
         raise UserError(f"--data-path {root}: none of its {len(found)} videos can be opened")
-    scan = Scan([entries[path][1] for _, path in found if path in entries], classes, unreadable)
-    if index_folder and entries != known:
-        rows = [(stamp, asdict(video)) for _, (stamp, video) in sorted(entries.items())]
-        scan = replace(scan, unsaved=json.dumps({"format": INDEX_FORMAT, "videos": rows}))
-    return save_index(scan, root, index_folder) if index_folder and os.path.isdir(index_folder) else scan
+    rows = [(stamp, asdict(video)) for _, (stamp, video) in sorted(entries.items())]
+    unsaved = json.dumps({"format": INDEX_FORMAT, "videos": rows}) if entries != known else None
+    videos = [entries[path][1] for path in found if path in entries]
+    scan = Scan(videos, classes, [path for path in found if path not in entries], unsaved)
+    if index_folder and os.path.isdir(index_folder):
+        save_index(scan, root, index_folder)
+    return scan
 
 
 def file_stamp(root, path):
@@ -121,7 +111,7 @@ def index_place(root, folder):
 
 
 def save_index(scan, root, folder):
-    """Write what a scan has not saved yet to a folder that exists, all or nothing. Returns the scan without that."""
+    """Write what a scan has not saved yet to a folder that exists, all or nothing."""
     place = index_place(root, folder)
     temporary = place.with_name(f"{place.name}.{os.urandom(4).hex()}.tmp")  # several runs may start at once
     try:
@@ -131,16 +121,12 @@ def save_index(scan, root, folder):
     except OSError as error:
         temporary.unlink(missing_ok=True)
         say(f"{place} could not be written ({error.strerror})")
-    return replace(scan, unsaved=None)
 
 
 def read_index(place):
     """path -> (stamp, Video); empty if there is no valid index."""
     try:
-        index = read_json(place)
-        if index["format"] != INDEX_FORMAT:
-            raise ValueError("another format")
-        return {fields["path"]: (stamp, Video(**fields)) for stamp, fields in index["videos"]}
+        return {fields["path"]: (stamp, Video(**fields)) for stamp, fields in read_json(place)["videos"]}
     except FileNotFoundError:
         return {}
     except (OSError, ValueError, KeyError, TypeError) as error:
@@ -159,8 +145,8 @@ def split_videos(root, videos, val_fraction):
     validate. Else a hash of Class/stem decides, so that adding, removing or converting a video moves no other.
     """
     if len(videos) < 2:
-        raise UserError(f"--data-path {root}: {len(videos)} usable file, wanted at least 2: one trains, one validates")
-    _, train_keys = _find_ucf_lists(root, videos)
+        raise UserError(f"--data-path {root}: {len(videos)} usable file; expected at least 2, to train and to validate")
+    _, train_keys = find_ucf_lists(root, videos)
     if train_keys:
         val = {video for video in videos if video.key not in train_keys}
     else:
@@ -174,7 +160,7 @@ def hash_fraction(video):
     return int(name_hash(video.key), 16) / 2**48
 
 
-def _find_ucf_lists(root, videos):
+def find_ucf_lists(root, videos):
     """(folder of the UCF lists that split these videos, Class/stem of the training videos); (None, set()) if there are
     none. Lists that name none or all of the videos do not count.
     """
@@ -182,7 +168,7 @@ def _find_ucf_lists(root, videos):
         if (file := folder / "trainlist01.txt").is_file():
             lines = file.read_text(encoding="utf-8", errors="surrogateescape").splitlines()  # as Python decodes names
             names = (re.sub(r"\s+\d+$", "", line.strip()) for line in lines)  # "Archery/v_Archery_g08_c01.avi 3"
-            train_keys = {str(PurePosixPath(name).with_suffix("")) for name in names if PurePosixPath(name).name}
+            train_keys = {os.path.splitext(name)[0] for name in names}
             if 0 < sum(video.key in train_keys for video in videos) < len(videos):
                 return folder, train_keys
     return None, set()
@@ -190,10 +176,9 @@ def _find_ucf_lists(root, videos):
 
 def copy_ucf_lists(root, videos, folder):
     """Copy the UCF lists that split these videos, if any, to another data folder."""
-    lists, _ = _find_ucf_lists(root, videos)
-    for file in lists.glob("*.txt") if lists else ():
-        Path(folder, UCF_LISTS).mkdir(exist_ok=True)
-        shutil.copyfile(file, Path(folder, UCF_LISTS, file.name))
+    lists, _ = find_ucf_lists(root, videos)
+    if lists is not None:
+        shutil.copytree(lists, Path(folder, UCF_LISTS), dirs_exist_ok=True)
 
 
 def fitting_interval(video, num_frames, interval):
@@ -201,13 +186,13 @@ def fitting_interval(video, num_frames, interval):
     return min(interval, (video.num_frames - 1) // (num_frames - 1)) if num_frames > 1 else interval
 
 
-def long_enough(videos, num_frames, kind="", flag="--num-frames"):
-    """(videos with at least num_frames frames, number of shorter ones). Raises UserError if all are shorter."""
+def long_enough(videos, num_frames, kind, flag):
+    """The videos with at least num_frames frames. Raises UserError if there is none."""
     kept = [video for video in videos if video.num_frames >= num_frames]
     if not kept:
-        longest = max((video.num_frames for video in videos), default=0)
-        raise UserError(f"{flag} {num_frames}: the longest {kind}video of --data-path has {longest} frames")
-    return kept, len(videos) - len(kept)
+        longest = max(video.num_frames for video in videos)
+        raise UserError(f"{flag} {num_frames}: the longest {kind} video of --data-path has {longest} frames")
+    return kept
 
 
 @dataclass(frozen=True)
@@ -233,12 +218,12 @@ def find_data(source, val_fraction, lengths, val_lengths, flag):
     `val_lengths`. Raises UserError.
     """
     train, val = split_videos(source.root, source.videos(), val_fraction)
-    of_train = {n: long_enough(train, n, "training ", flag) for n in set(lengths)}
-    of_val = {n: long_enough(val, n, "validation ", flag) for n in set(lengths)}
-    num_short = of_train[max(lengths)][1] + of_val[max(lengths)][1]
-    of_val |= {n: long_enough(val, n, "validation ", "--val-frames") for n in val_lengths}
-    train, val = ({n: videos for n, (videos, _) in part.items()} for part in (of_train, of_val))
-    return Data(source, train, dict(sorted(val.items())), num_short)
+    of_train = {n: long_enough(train, n, "training", flag) for n in lengths}
+    val_flags = dict.fromkeys(val_lengths, "--val-frames") | dict.fromkeys(lengths, flag)
+    of_val = {n: long_enough(val, n, "validation", val_flags[n]) for n in sorted(val_flags)}
+    longest = max(lengths)
+    num_short = len(train) + len(val) - len(of_train[longest]) - len(of_val[longest])
+    return Data(source, of_train, of_val, num_short)
 
 
 class BadVideos:
@@ -259,7 +244,7 @@ class BadVideos:
         new = [path for path in dict.fromkeys(paths) if path not in self.paths]
         self.paths.update(dict.fromkeys(new))
         if new and self.count > max(1, self.max_fraction * self.total):
-            found = f"{self.count} of {self.total} files are bad (newest: {', '.join(new[:3])})"
+            found = f"{self.count} of {self.total} files are corrupt (newest: {', '.join(new[:3])})"
             allowed = f"more than --max-bad-fraction {self.max_fraction} allows"
             raise UserError(f"{found}, {allowed}: repair or remove them, or raise it")
         return new

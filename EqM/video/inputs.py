@@ -1,7 +1,7 @@
 """Clips that a user names for sampling: frames to complete (--given), or a start (--init).
 
-They may be videos, pictures, or the samples of an earlier run. Their frames are scaled and cropped as those of training
-clips are, and taken at the times that the frames of the model's clips have.
+Their frames are scaled and cropped as those of training clips are, and taken at the times that the frames of the
+model's clips have.
 """
 
 import os
@@ -42,9 +42,9 @@ class InputClip:
         num_frames, seconds = self._timing
         closest = [round(frame * seconds_per_frame / seconds) for frame in frames]
         if closest[-1] >= num_frames:
-            found, wanted = self.count(seconds_per_frame), frames[-1] + 1
-            what = f"{found} frame{'s' * (found > 1)} of {seconds_per_frame:.3g} s, wanted {wanted}"
-            raise UserError(f"{self.flag}: {self} has {what}: name a longer clip, or fewer frames")
+            count = self.count(seconds_per_frame)
+            got = f"{count} frame{'s' * (count > 1)} of {seconds_per_frame:.3g} s, expected {frames[-1] + 1}"
+            raise UserError(f"{self.flag}: {self} has {got}: name a longer clip, or fewer frames")
         numbers = sorted(set(closest))
         pixels = self._decode(read_frames, "", self._video, numbers) if self.pixels is None else self.pixels[numbers]
         pixels = resize_and_crop(torch.from_numpy(pixels).permute(0, 3, 1, 2), image_size)  # (n, 3, H, W)
@@ -78,19 +78,14 @@ def find_clips(flag, path, kinds):
     if path and os.path.isfile(samples):
         about, clips, labels = read_samples(name, os.path.dirname(samples))
         names, seconds = [class_name(about["classes"], label) for label in labels.tolist()], about["time_scale"]
-        if not names:
-            raise UserError(f"{name}: {samples} holds no samples")
         return [InputClip(name, samples, own, n, clips[n], seconds) for n, own in enumerate(names)]
-    if os.path.isdir(path):
-        files = [os.path.join(path, file) for _, file in list_files(name, path)]
-    elif os.path.isfile(path):
-        files = [path]
-    else:
+    if not os.path.exists(path):
         raise UserError(f"{name}: no such file or folder")
+    files = [os.path.join(path, file) for file in list_files(path)] if os.path.isdir(path) else [path]
     files = [file for file in files if any(has_suffix(kind, file) for kind in kinds)]
     if not files:
         suffixes = " ".join(suffix for kind in kinds for suffix in SUFFIXES[kind])
-        raise UserError(f"{name}: no {' or '.join(kinds)}, wanted one of {suffixes}, or a folder of sample_gd.py")
+        raise UserError(f"{name}: no {' or '.join(kinds)}, expected one of {suffixes}, or a folder of sample_gd.py")
     return [InputClip(name, file, Path(os.path.abspath(file)).parent.name) for file in files]
 
 

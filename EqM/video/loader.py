@@ -20,14 +20,13 @@ PATH_BYTES = 4096
 
 def make_loader(clips, batches, num_workers, timeout, device):
     """A DataLoader over clips, a dict num_frames -> Clips; batches yields lists of (num_frames, index).
-
     timeout: seconds to wait for a batch of the loader processes, 0 = no limit.
     """
-    watch = LoaderWatch(num_workers)
+    watch, settings = LoaderWatch(num_workers), worker_settings(num_workers, timeout)
     for data_set in clips.values():
         data_set.note = watch.note
-    settings = {"collate_fn": collate, "pin_memory": device.type == "cuda"} | worker_settings(num_workers, timeout)
-    loader = DataLoader(ClipsByFrames(clips), batch_sampler=batches, **settings)
+    settings |= {"batch_sampler": batches, "collate_fn": collate, "pin_memory": device.type == "cuda"}
+    loader = DataLoader(ClipsByFrames(clips), **settings)
     loader.watch = watch
     return loader
 
@@ -35,10 +34,10 @@ def make_loader(clips, batches, num_workers, timeout, device):
 def worker_settings(num_workers, timeout=0):
     """The settings of a DataLoader with so many loader processes; 0: it reads in this one. timeout: see make_loader."""
     if not num_workers:
-        return {"num_workers": 0}
+        return {}
     settings = {"multiprocessing_context": "spawn", "persistent_workers": True, "prefetch_factor": 4}
-    settings |= {"worker_init_fn": functools.partial(start_worker, os.getpid()), "timeout": timeout}
-    return settings | {"num_workers": num_workers}
+    start = functools.partial(start_worker, os.getpid())
+    return settings | {"num_workers": num_workers, "worker_init_fn": start, "timeout": timeout}
 
 
 def start_worker(parent, _):
@@ -49,18 +48,18 @@ def start_worker(parent, _):
 
 
 class LoaderWatch:
-    """The file that each loader process is reading, so that an error can name one that hangs."""
+    """The file that each loader process is reading, to name one that hangs."""
 
     def __init__(self, num_workers):
         self.slots = [multiprocessing.RawArray("c", PATH_BYTES) for _ in range(num_workers)]  # shared memory
 
     def note(self, path):
-        """Called in a loader process: it is reading `path`; "" = none."""
+        """This loader process is reading `path`; "" = none."""
         if (worker := get_worker_info()) is not None:
             self.slots[worker.id].value = os.fsencode(path)[: PATH_BYTES - 1]
 
-    def reading(self):
-        return [os.fsdecode(slot.value) for slot in self.slots if slot.value]
+    def __str__(self):
+        return ", ".join(os.fsdecode(slot.value) for slot in self.slots if slot.value) or "no file"
 
 
 @atexit.register
@@ -74,10 +73,10 @@ def end_children():
 def batches_of(loader):
     """An iterator over the batches of a DataLoader of Clips. UserErrors of its processes are raised without traceback.
 
-    A timeout becomes a UserError that names the files being read. The processes are started by this call, as new
-    ones ("spawn"): one that is forked from this process could wait forever for a lock that a thread of gloo or
-    TensorBoard held at that moment. All inherit the blocked signals, which torchrun, a terminal or a cluster sends to
-    the whole process group: the rank still needs them for the current step.
+    A timeout becomes a UserError that names the files being read. This call starts the processes, as new ones
+    ("spawn"): a fork of this process could wait forever for a lock that a thread of gloo or TensorBoard held at that
+    moment. They inherit the blocked signals, which torchrun, a terminal or a cluster sends to the whole process group:
+    the rank still needs them for the current step.
     """
     before = signal.pthread_sigmask(signal.SIG_BLOCK, STOP_SIGNALS)  # those that come are delivered afterwards
     try:
@@ -100,11 +99,9 @@ def _iterate(loader, iterator):
     except RuntimeError as error:
         if "timed out" not in str(error):
             raise
-        files = ", ".join(loader.watch.reading()) or "no file"
-        raise UserError(
-            f"--loader-timeout {loader.timeout:g}: no batch within this many seconds, the loader processes "
-            f"are reading {files}: remove or repair the file that hangs, or raise the limit"
-        ) from None
+        late = f"no batch within this many seconds, the loader processes are reading {loader.watch}"
+        advice = "remove or repair the file that hangs, or raise the limit"
+        raise UserError(f"--loader-timeout {loader.timeout:g}: {late}: {advice}") from None
 
 
 def on_device(batches, device):

@@ -28,21 +28,19 @@ def read_samples(here, folder):
         about = read_json(Path(folder, "samples.json"))
         check_regular(Path(folder, "samples.npz"))
         clips, labels = (map_npz(Path(folder, "samples.npz"), name) for name in ("arr_0", "labels"))
-        if clips.dtype != np.uint8 or clips.ndim not in (4, 5) or clips.shape[-1] != 3 or 0 in clips.shape[1:]:
-            raise ValueError(f"found {clips.dtype} {list(clips.shape)}, wanted uint8 [N, T, H, W, 3]")
-        if labels.dtype != np.int64 or len(labels) != len(clips):
-            raise ValueError(f"found {len(labels)} labels of {labels.dtype}, wanted {len(clips)} of int64")
-        if len(labels) and not NO_LABEL <= labels.min() <= labels.max() < len(about["classes"]):
-            raise ValueError(f"label {labels.max()}, but samples.json names {len(about['classes'])} classes")
+        if clips.dtype != np.uint8 or clips.ndim not in (4, 5) or clips.shape[-1] != 3 or 0 in clips.shape:
+            raise ValueError(f"got {clips.dtype} {list(clips.shape)}, expected uint8 [N, T, H, W, 3]")
+        if len(labels) != len(clips) or not NO_LABEL <= labels.min() <= labels.max() < len(about["classes"]):
+            found = f"{len(clips)} clips, {len(labels)} labels up to label {labels.max()}"
+            raise ValueError(f"{found}, {len(about['classes'])} classes in samples.json")
         if not about["time_scale"] > 0:
-            raise ValueError(f"time_scale is {about['time_scale']}, wanted seconds per frame")
+            raise ValueError(f"time_scale is {about['time_scale']}, expected seconds per frame")
         about = {"source": {}, "flags": {}} | about
     except FileNotFoundError as error:
         found = f"no {Path(error.filename).name} in it" if os.path.isdir(folder) else "no such folder"
-        found += "; wanted a folder that sample_gd.py has written"
         if os.path.exists(os.path.join(folder, UNFINISHED)):
-            found = "its samples are not finished: run sample_gd.py again"
-        raise UserError(f"{here}: {found}") from error
+            raise UserError(f"{here}: its samples are not finished: run sample_gd.py again") from error
+        raise UserError(f"{here}: {found}; expected a folder that sample_gd.py has written") from error
     except Exception as error:  # numpy's and zipfile's depend on where the damage is
         reason = f"samples.npz or samples.json of sample_gd.py is missing or damaged ({error})"
         raise UserError(f"{here}: {reason}; sample again") from error
@@ -50,19 +48,16 @@ def read_samples(here, folder):
 
 
 def map_npz(path, name):
-    """An array of an uncompressed .npz, mapped into memory. Raises OSError, BadZipFile, ValueError or KeyError."""
+    """An array of a file of np.savez, mapped into memory. Raises OSError, BadZipFile, ValueError or KeyError."""
     with zipfile.ZipFile(path) as archive:
         member = archive.getinfo(f"{name}.npy")
-        if member.compress_type != zipfile.ZIP_STORED:
-            raise ValueError(f"{name} is compressed")
         with archive.open(member) as file:
-            if np.lib.format.read_magic(file) != (1, 0):
-                raise ValueError(f"{name} is in a format that numpy.savez does not write")
+            np.lib.format.read_magic(file)
             shape, fortran, dtype = np.lib.format.read_array_header_1_0(file)
             start = file.tell()
-    if dtype.hasobject or fortran:
-        raise ValueError(f"{name} is not a plain array: all clips must be of one size")
+    if member.compress_type != zipfile.ZIP_STORED or fortran or dtype.hasobject:
+        raise ValueError(f"{name} is compressed or not a plain array of clips of one size")
     with open(path, "rb") as file:  # the data follow the header of the zip member and that of the array
         file.seek(member.header_offset + 26)
         start += member.header_offset + 30 + sum(struct.unpack("<HH", file.read(4)))
-    return np.memmap(path, dtype, "r", start, shape) if 0 not in shape else np.empty(shape, dtype)
+    return np.memmap(path, dtype, "r", start, shape)

@@ -5,10 +5,9 @@ factor without smoothing, so that each pixel of the model is visible; PNGs of si
 """
 
 import math
-import zipfile
-from contextlib import contextmanager
 from fractions import Fraction
 from pathlib import Path
+from tempfile import TemporaryFile
 
 import av
 import numpy as np
@@ -28,40 +27,38 @@ def write_samples(folder, parts, num_frames, labels, fps, names=None, marked=Non
     """Write all samples of sample_gd.py: an mp4 per video (PNG per image), samples.npz, and previews of them.
 
     parts: an iterator over (numbers of samples, first frame, their frames from there on, uint8 (n, k, H, W, 3)), in
-    order; each is written before the next is asked for. labels: (N,) integers; fps: frames per second; names: N strings
-    for the sheet; marked: the frames of each sample that it marks. previews: whether to write GIFs, grid and sheet.
+    order. labels: (N,) integers; names: N strings for the sheet; marked: the frames of each sample that it marks;
+    previews: whether to write GIFs, grid and sheet.
     """
-    folder, shown, kept = Path(folder), [], evenly_spaced(num_frames, GIF_FRAMES).tolist()
-    most = math.prod(IMAGE_GRID) if num_frames == 1 else max(MAX_ROWS, math.prod(GRID))
+    folder = Path(folder)
     folder.mkdir(parents=True, exist_ok=True)
-    with npz_writer(folder / "samples.npz", labels, num_frames) as append:
-        for first, videos, gif_frames in join_parts(folder, parts, num_frames):
-            write_videos(folder, videos, fps, first, previews, gif_frames)
-            append(videos)
-            shown += [video[kept] for video in videos[: max(0, most - len(shown))]] if previews else []
-    if previews and num_frames > 1:
-        write_gif(folder / "grid.gif", tile(np.stack(shown)), fps * len(kept) / num_frames)
-        marked = marked and [[kept.index(frame) for frame in frames if frame in kept] for frames in marked]
-    if previews:
-        write_sheet(folder / ("sheet.png" if num_frames > 1 else "grid.png"), np.stack(shown), names, marked)
-
-
-def join_parts(folder, parts, num_frames):
-    """Yield (number of the first, whole videos (n, T, H, W, 3), most frames of their GIFs).
-
-    A video that comes in several parts is collected in a temporary file: all of them may not fit into memory.
-    """
-    for numbers, first, videos in parts:
-        if videos.shape[1] == num_frames:
-            yield numbers[0], videos, num_frames
-            continue
-        for number, frames in zip(numbers, videos, strict=True):
-            path = folder / f"{number:06d}.raw.tmp"
-            with open(path, "wb" if first == 0 else "ab") as file:
+    with TemporaryFile(dir=folder) as file:  # the pixels: they may not fit into memory, and may come frame by frame
+        for numbers, first, clips in parts:
+            shape = len(labels), num_frames, *clips.shape[2:]
+            for number, frames in zip(numbers, clips, strict=True):
+                file.seek((number * num_frames + first) * frames[0].size)
                 file.write(np.ascontiguousarray(frames))
-            if first + len(frames) == num_frames:
-                yield number, np.memmap(path, np.uint8, "r", shape=(1, num_frames, *frames.shape[1:])), GIF_FRAMES
-                path.unlink()
+            file.flush()
+            if first + clips.shape[1] == num_frames:
+                videos = np.memmap(file, np.uint8, "r", shape=(numbers[-1] + 1, *shape[1:]))[numbers[0] :]
+                write_videos(folder, videos, fps, numbers[0], previews, GIF_FRAMES if first else num_frames)
+        videos = np.memmap(file, np.uint8, "r", shape=shape)
+        with atomic_write(folder / "samples.npz") as archive:
+            pixels = videos if num_frames > 1 else videos[:, 0]  # images: no axis of time
+            np.savez(archive, arr_0=pixels, labels=np.asarray(labels, np.int64))
+        if previews:
+            write_previews(folder, videos, fps, names, marked)
+
+
+def write_previews(folder, videos, fps, names, marked):
+    """Write grid.gif and sheet.png of videos, grid.png of images; the arguments are those of write_samples."""
+    num_frames = videos.shape[1]
+    kept = evenly_spaced(num_frames, GIF_FRAMES).tolist()
+    videos = videos[: math.prod(IMAGE_GRID) if num_frames == 1 else max(MAX_ROWS, math.prod(GRID)), kept]
+    if num_frames > 1:
+        write_gif(folder / "grid.gif", tile(videos), fps * len(kept) / num_frames)
+        marked = marked and [[kept.index(frame) for frame in frames if frame in kept] for frames in marked]
+    write_sheet(folder / ("sheet.png" if num_frames > 1 else "grid.png"), videos, names, marked)
 
 
 def write_videos(folder, videos, fps, first=0, gifs=True, gif_frames=None):
@@ -125,8 +122,8 @@ def write_gif(path, video, fps):
 def write_sheet(path, videos, names=None, marked=None):
     """Write (N, T, H, W, 3) as one PNG: a row per video, a column per frame, `names` (N strings) at the left.
 
-    Shows at most the first 16 videos, and 32 frames, evenly spaced. Images (T = 1): at most the first 64, in rows of 8,
-    without names. marked: the numbers of the frames of each video that get a border of color, such as given ones.
+    Shows the first 16 videos and 32 frames, evenly spaced; of images (T = 1) the first 64, in rows of 8, without names.
+    marked: the numbers of the frames of each video that get a border of color, such as given ones.
     """
     T = videos.shape[1]
     if T == 1:
@@ -136,36 +133,9 @@ def write_sheet(path, videos, names=None, marked=None):
     frames = enlarge(videos[:MAX_ROWS, shown])  # (rows, columns, h, w, 3)
     rows, columns, h, w = frames.shape[:4]
     font = ImageFont.load_default(FONT_SIZE)
-    names = [""] * rows if names is None else [one_line(str(name)[:MAX_NAME_LENGTH]) for name in names[:rows]]
+    names = [one_line(str(name)[:MAX_NAME_LENGTH]) for name in names[:rows]] if names else [""] * rows
     left = max(round(font.getlength(name)) + 2 * MARGIN if name else 0 for name in names)  # px
     sheet = Image.new("RGB", (left + columns * (w + GAP) - GAP, rows * (h + GAP) - GAP), "white")
     for row, name in enumerate(names):
         draw_row(sheet, left, row * (h + GAP), frames[row], np.isin(shown, marked[row] if marked else []), name, font)
     sheet.save(path)
-
-
-@contextmanager
-def npz_writer(path, labels, num_frames):
-    """A function that appends videos (n, T, H, W, 3) to the array of an .npz: in the end as many as there are labels.
-
-    The file, which is written atomically, has the bytes of np.savez of `arr_0` uint8 (N, T, H, W, 3), of images (T = 1)
-    (N, H, W, 3), and `labels` int64 (N,).
-    """
-    labels, count = np.asarray(labels, dtype=np.int64), 0
-    with atomic_write(path) as file, zipfile.ZipFile(file, "w") as archive:
-        with archive.open("arr_0.npy", "w", force_zip64=True) as member:  # zip64: it may have more than 4 GB
-
-            def append(videos):
-                nonlocal count
-                pixels = np.ascontiguousarray(videos if num_frames > 1 else videos[:, 0])  # images: no axis of time
-                if count == 0:
-                    header = np.lib.format.header_data_from_array_1_0(pixels)
-                    shape = len(labels), *pixels.shape[1:]
-                    np.lib.format.write_array_header_1_0(member, header | {"shape": shape})
-                member.write(pixels)
-                count += len(pixels)
-
-            yield append
-            assert count == len(labels), f"{count} videos, {len(labels)} labels"
-        with archive.open("labels.npy", "w", force_zip64=True) as member:
-            np.lib.format.write_array(member, labels)

@@ -37,6 +37,7 @@ def launch(command, *arguments):
 
 DIE_IN_RENAME = """
 import itertools, os, signal, cache_latents
+cache_latents.source.THREADS = 2
 replace, calls = os.replace, itertools.count(1)
 def replace_or_die(source, target):
     if "video_index" not in str(target) and next(calls) == {}:
@@ -96,7 +97,7 @@ def spy(*args):
     with open(f"{__file__}.{distributed.rank()}", "a") as file:
         print(args[3].path, file=file)
     return encode_video(*args)
-cache_latents.encode_video, cache_latents.source.ROUND = spy, 1
+cache_latents.encode_video, cache_latents.ROUND = spy, 1
 cli.LINE_SECONDS = 0
 cache_latents.main()
 """
