@@ -195,7 +195,6 @@ MISTAKES = {
     "no real clips": ({"real": None}, [], ["does not continue the clips of a data set; sample again with --given"]),
     "too few samples": ({"real": {"num_clips": 9, "samples_per_clip": 2}}, [], ["2 samples for each of 9 clips"]),
     "kept background": (KEPT, [], ["was sampled with --keep-background", "--no-keep-background", "add the flag here"]),
-    "no background": ({}, ["--keep-background"], ["was sampled without --keep-background; remove"]),
     "another split": ({}, ["--split", "all"], ["--split: --metric prediction chooses its real clips"]),
     "other videos": ({}, ["--data-path", "other"], ["--data-path other: not the videos that --samples"]),
     "no truth of a class": ({}, ["--data-path", "lacking"], ["no class SquareUp"]),
@@ -218,11 +217,7 @@ def test_samples_that_can_not_be_compared_are_refused(case, shapes, tmp_path, ca
     refused(capsys, tmp_path / "p.json", *flags, words=words)
 
 
-def test_a_kept_background_is_in_the_name_of_the_protocol(shapes, tmp_path, capsys):
+def test_a_kept_background_is_in_the_name_of_the_protocol(shapes, tmp_path):
     folder = write_predictions(tmp_path / "s", shapes, stops, **KEPT)
     flags = ["--metric", "prediction", "--samples", folder, "--data-path", shapes, "--keep-background"]
     assert run(tmp_path / "p.json", *flags)["protocol"] == "prediction3_best2_3of8f_background"
-    small = np.load(folder / "samples.npz")["arr_0"][:, :, :10, :10]
-    about = json.loads((folder / "samples.json").read_text())
-    flags[3] = write_samples(tmp_path / "small", small, [0] * 6, about.pop("classes"), **about)
-    refused(capsys, tmp_path / "q.json", *flags, words=["clips of 10 px, SSIM needs at least 11"])

@@ -95,7 +95,7 @@ def test_decoded_videos_are_all_tracked_correctly_whole_and_short(data_set, size
     frames = torch.from_numpy(np.concatenate(clips)).permute(0, 3, 1, 2).float()
     frames = F.interpolate(frames, size=(size, size), mode="bilinear", antialias=True).round().byte()
     clips = frames.permute(0, 2, 3, 1).unflatten(0, (24, 25)).numpy()
-    expected = [shapes.read_truth(data_set / "shapes.json", video["class"], size, 1 / 25) for video in videos.values()]
+    expected = [shapes.Truth(data_set)(video["class"], size, 1 / 25) for video in videos.values()]
     for frames in (25, 4):
         score = shapes.summarize([track(clip[:frames]) for clip in clips], expected)
         assert (score["direction_accuracy"], score["shape_accuracy"], score["clips"]) == (1, 1, 24)
@@ -169,12 +169,12 @@ def test_a_shape_that_stands_still_has_a_shape_but_no_direction(frames):
 
 
 def test_the_truth_is_that_of_shapes_json_scaled_to_the_clip(data_set, tmp_path):
-    truth = shapes.read_truth(data_set / "shapes.json", "SquareUp", 16, 3 / 25)
+    truth = shapes.Truth(data_set)("SquareUp", 16, 3 / 25)
     assert (truth.direction, truth.shape) == ("Up", "Square")
     assert truth.speed == pytest.approx(9 * 3 / 25)  # 9 px a second at 16 px
     assert truth.area == pytest.approx(math.pi * 2.88**2)
     with pytest.raises(UserError, match="shapes.json: not the shapes.json of a Moving Shapes data set"):
-        shapes.read_truth(tmp_path / "shapes.json", "SquareUp", 16, 1 / 25)
+        shapes.Truth(tmp_path)
 
 
 def test_the_summary_counts_refused_clips_as_wrong_and_measures_right_ones():
@@ -184,30 +184,11 @@ def test_the_summary_counts_refused_clips_as_wrong_and_measures_right_ones():
     found = shapes.summarize(tracks, [up] * 4 + [left])
     assert (found["clips"], found["right"], found["direction_accuracy"], found["shape_accuracy"]) == (5, 2, 0.4, 0.6)
     assert found["speed_ratio"] == pytest.approx(1.0) and found["area_ratio"] == pytest.approx(1.1)
-    assert found["speed_ratio_standard_error"] == pytest.approx(0.2)  # 0.8 and 1.2
     assert found["area_ratio_interval95"] == pytest.approx([1.1 - 0.392, 1.1 + 0.392])  # 0.9 and 1.3
-    assert found["confusion"] == {
-        "direction": {  # only what was asked
-            "Left": {"Left": 0, "Right": 0, "Up": 0, "Down": 0, "none": 1},
-            "Up": {"Left": 0, "Right": 0, "Up": 2, "Down": 1, "none": 1},
-        },
-        "shape": {
-            "Circle": {"Circle": 2, "Square": 1, "Triangle": 0, "none": 1},
-            "Square": {"Circle": 0, "Square": 1, "Triangle": 0, "none": 0},
-        },
-    }
     assert found["refused"] == {"nothing stands out": 1, "the object stands still": 1}
     none = shapes.summarize([Track(reason="x")], [up])
     assert none["speed_ratio"] is none["area_ratio"] is None and none["direction_accuracy"] == 0
     lines = [line.split() for line in shapes.result_lines({"generated": found, "real": none}, shapes.TRACKED)]
-    assert ["asked,", "found:", "Left", "Right", "Up", "Down", "none"] in lines and [
-        "Up",
-        "0",
-        "0",
-        "2",
-        "1",
-        "1",
-    ] in lines
     assert ["speed", "/", "true", "speed", "1.000", "(0.608", "to", "1.392)", "-"] in lines
 
 
@@ -235,7 +216,8 @@ def follow(tmp_path_factory):
     """What the tracker says of a clip of a video."""
     path = tmp_path_factory.mktemp("bounce") / "shapes.json"
     path.write_text(json.dumps({"size": 32, "videos": dict(enumerate(VIDEOS)), "settings": {"bounce": True}}))
-    return lambda clip, video: shapes.follow(clip, shapes.read_truth(path, video["class"], len(clip[0]), 1 / 25))
+    truth = shapes.Truth(path.parent)
+    return lambda clip, video: shapes.follow(clip, truth(video["class"], len(clip[0]), 1 / 25))
 
 
 def draw(video, **changes):
@@ -303,13 +285,6 @@ def test_spoiled_clips_are_told(follow, kind):
     video = VIDEOS[0]
     stops = [*video["path"][:80], *[video["path"][80]] * 80]
     assert follow(draw(video, path=stops), video)[1][-1] < 0.05
-
-
-def test_turning_points_are_the_extremes_of_a_path_without_its_jitter():
-    path = np.array([3, 2.6, 3.1, 5, 8, 7.6, 8.2, 8.1, 6, 2, 2.5, 1.8, 2, 4.0])
-    assert shapes.turning_points(path, 1.0) == [(8.2, 1), (1.8, -1)]
-    assert shapes.turning_points(-path, 1.0) == [(-8.2, -1), (-1.8, 1)]
-    assert shapes.turning_points(np.arange(9.0), 1.0) == shapes.turning_points(np.zeros(5), 1.0) == []
 
 
 def test_evaluate_scores_bouncing_clips_by_windows(tmp_path, capsys):

@@ -20,10 +20,9 @@ from video.clips import Clips
 from video.index import split_videos
 from video.loader import batches_of, make_loader
 from video.samples import class_name, read_samples
-from video.source import check_data_path, open_source
+from video.source import open_source
 
 REAL_SEED = 0  # of the start frames of the real clips: predictions continue the clips that they are compared with
-MIN_SIDE = 11  # px, of SSIM's window
 RESIZE = "short side to image_size (bilinear, antialiased), center crop; a detector resizes further by itself"
 
 
@@ -42,14 +41,12 @@ class Samples:
     def __len__(self):
         return len(self.clips)
 
-    def check(self, metric, data_path, keep_background):
-        """Raise UserError unless they can be scored with --metric, --data-path and --keep-background."""
-        if found := next(self.mistakes(metric, keep_background), None):
-            raise UserError(f"{self.place}: {found}")
-        check_data_path(data_path, images=self.num_frames == 1, cached=False)
+    def check(self, metric, keep_background):
+        """Raise UserError unless they can be scored with --metric and --keep-background."""
+        if problem := next(self.problems(metric, keep_background), None):
+            raise UserError(f"{self.place}: {problem}")
 
-    def mistakes(self, metric, keep_background):
-        """Why they can't be scored, in words."""
+    def problems(self, metric, keep_background):
         if len(self) < (least := 1 if metric in ("motion", "prediction", "classifier") else 2):
             yield f"has {len(self)} clips, --metric {metric} needs at least {least}"
         if self.num_frames == 1 and metric != "fid":
@@ -58,24 +55,17 @@ class Samples:
             yield f"--metric {metric} depends on the guidance; sample again and choose it: --cfg-scale (1 turns it off)"
         if metric in ("motion", "classifier") and None in self.names:
             yield f"has samples without a class, --metric {metric} needs one of each"
-        if metric == "consistency" and not self.source.get("temporal_patch_size"):
-            yield "samples.json has no temporal_patch_size; sample again"
         if metric == "prediction":
             again = "sample again with --given DATA --given-split val --no-keep-background"
-            real, kept = self.about.get("real"), self.source.get("keep_background")
-            if real is None:
+            if (real := self.about.get("real")) is None:
                 yield f"does not continue the clips of a data set; {again}"
             if len(self) != real["num_clips"] * real["samples_per_clip"]:
                 yield f"does not have {real['samples_per_clip']} samples for each of {real['num_clips']} clips; {again}"
-            if kept and not keep_background:
+            if self.source.get("keep_background") and not keep_background:
                 yield f"was sampled with --keep-background: detail not made by the model; {again}, or add the flag here"
-            if keep_background and not kept:
-                yield "was sampled without --keep-background; remove the flag"
-            if self.image_size < MIN_SIDE:
-                yield f"has clips of {self.image_size} px, SSIM needs at least {MIN_SIDE}"
 
     def provenance(self):
-        """What a manifest says of them: how they were made, as samples.json says, and the SHA-256 of samples.npz."""
+        """What a manifest says of them: how they were made, from samples.json, and the SHA-256 of samples.npz."""
         about = {name: value for name, value in self.about.items() if name not in ("classes", "given")}
         size = {"num_clips": len(self), "num_frames": self.num_frames, "image_size": self.image_size}
         sha256 = file_sha256(self.folder / "samples.npz")
@@ -98,11 +88,9 @@ def find_real(data_path, split, val_fraction, num_frames, time_scale, image_size
     span = (num_frames - 1) * interval + 1
     usable = [video for video in videos if video.num_frames >= span]
     if not usable:
-        longest = max(video.num_frames for video in videos)
-        raise UserError(
-            f"--data-path {data_path}: the longest video of --split {split} has {longest} frames, {num_frames} frames "
-            f"that are {interval} apart take {span}: sample fewer frames"
-        )
+        got = f"the longest video of --split {split} has {max(video.num_frames for video in videos)} frames"
+        frames = f"{num_frames} frames that are {interval} apart take {span}"
+        raise UserError(f"--data-path {data_path}: {got}, {frames}: sample fewer frames")
     if abs(interval / fps - time_scale) > 0.01 * time_scale:
         say(f"note: real frames are {interval / fps:.3g} s apart, generated frames {time_scale:.3g} s")
     settings = {"flip": False, "seed": REAL_SEED, "stream": "real"}
