@@ -18,7 +18,7 @@ import generation
 import models
 import published
 from models import EBMS, NAMES
-from runtime.cli import ArgumentParser, UserError, check_writable, fail, one_line, say
+from runtime.cli import ArgumentParser, UserError, check_writable, fail, one_line, one_line_errors, say
 from scoring import manifest
 
 SHOWN = 20  # classes that the card names
@@ -53,23 +53,22 @@ def parse_args():
     return parser.parse_args()
 
 
+@one_line_errors()
 def main():
     args = parse_args()
+    flag = f"CKPT {args.ckpt}"
     try:
         check_writable("DIR", args.folder)
         if os.path.isdir(args.folder) and os.listdir(args.folder):
             raise UserError(f"DIR {args.folder}: exists and is not empty; name a new folder")
         state = checkpoint.load(args.ckpt, ["ema"], **models.model_shape(args.model), ebm=args.ebm)
-        flag = f"CKPT {args.ckpt}"
         checkpoint.check_name(flag, state, args.model)
         checkpoint.check(flag, checkpoint.config_of(flag, state), ebm=args.ebm)
         sha256 = checkpoint.weights_sha256(state["ema"]) if args.scores else None
-        card = make_card(state, args.dtype, [score_table(args.ckpt, sha256, path) for path in args.scores])
-        published.write_export(args.folder, state, args.dtype, card)
+        scores = [score_table(args.ckpt, sha256, path) for path in args.scores]
     except UserError as error:
         fail(error)
-    except OSError as error:
-        fail(error, status=1)
+    published.write_export(args.folder, state, args.dtype, make_card(state, args.dtype, scores))
     size = sum(file.stat().st_size for file in Path(args.folder).iterdir()) / 1e6
     names = ", ".join((*published.EXPORT, published.CARD))
     say(f"{args.folder}: {names}, {size:.1f} MB; use it as --ckpt {args.folder}")
@@ -108,11 +107,11 @@ def facts(state, dtype):
 
 def score_table(ckpt, sha256, path):
     """The values of the manifest at a path, as a table. Raises UserError unless its weights have this SHA-256."""
-    found = manifest.read_manifest(path)
-    if found["generated"]["source"].get("weights_sha256") != sha256:
+    scores = manifest.read_manifest(path)
+    if scores["generated"]["source"].get("weights_sha256") != sha256:
         raise UserError(f"--scores {path}: not of samples of the averaged weights of {ckpt}; score some")
-    cells = [(key, "-" if value is None else f"{value:.4g}") for key, value in found["values"].items()]
-    head = f"\n`{found['protocol']}`, code {found['code'] or 'unknown'}:\n\n| | |\n|---|---|\n"
+    head = f"\n`{scores['protocol']}`, code {scores['code'] or 'unknown'}:\n\n| | |\n|---|---|\n"
+    cells = [(key, "-" if value is None else f"{value:.4g}") for key, value in scores["values"].items()]
     return head + "".join(f"| {key} | {value} |\n" for key, value in cells)
 
 

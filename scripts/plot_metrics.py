@@ -17,10 +17,10 @@ from functools import partial
 from pathlib import Path
 
 import numpy as np
-from matplotlib.ticker import FuncFormatter, LogLocator, MaxNLocator
+from matplotlib.ticker import FuncFormatter, LogLocator, MaxNLocator, NullLocator
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent / "EqM"))
-from runtime.cli import COUNT, ArgumentParser, UserError, check_writable, fail, say
+from runtime.cli import COUNT, ArgumentParser, UserError, check_writable, fail, one_line_errors, say
 from runtime.metrics import read_metrics
 from scoring.plots import COLORS, MARKERS, plt, save_figure
 
@@ -57,8 +57,9 @@ class Curve:
     label: str
     phases: list  # (frames, rows), each with its rows up to where the next one started; FLOPs and seconds add up
 
-    def __post_init__(self):
-        self.rows = [row for _, rows in self.phases for row in rows]
+    @property
+    def rows(self):
+        return [row for _, rows in self.phases for row in rows]
 
 
 def load_runs(places):
@@ -66,13 +67,16 @@ def load_runs(places):
     runs = {}
     for place in map(Path, places):
         files = [place / METRICS] if (place / METRICS).exists() else sorted(place.glob(f"*/{METRICS}"))
-        found = {file: read_metrics(file) for file in files}
-        if not any(rows for rows, _ in found.values()):
+        found = {}
+        for file in files:
+            rows, torn = read_metrics(file)
+            found |= {file.parent.resolve(): rows} if rows else {}
+            if torn:
+                say(f"{file}: {torn} torn {'line' if torn == 1 else 'lines'} skipped")
+        if not found:
             what = f"{METRICS} has no step yet" if files else f"no {METRICS}, nor a folder with one"
             raise UserError(f"RUN {place}: {what}; name a run folder of train.py that has logged a step")
-        runs |= {file.parent.resolve(): rows for file, (rows, _) in found.items() if rows}
-        for file, torn in [(file, torn) for file, (_, torn) in found.items() if torn]:
-            say(f"{file}: {torn} torn {'line' if torn == 1 else 'lines'} skipped")
+        runs |= found
     return runs
 
 
@@ -88,8 +92,8 @@ def find_start(folder, runs):
 
     A resumed run only knows that it started from itself: it continues the run beside it that ended last before it.
     """
-    first, config, own = runs[folder][0]["step"], folder / "config.json", folder / "checkpoints/latest.pt"
-    ckpt = Path((json.loads(config.read_text())["training"]["ckpt"] if config.exists() else own) or "")
+    first, config = runs[folder][0]["step"], json.loads((folder / "config.json").read_text())
+    ckpt = Path(config["training"]["ckpt"] or "")
     if ckpt == Path():
         return None  # from scratch
     if is_checkpoint_of(ckpt, folder):
@@ -110,6 +114,7 @@ def is_checkpoint_of(ckpt, folder):
 
 
 def make_curve(folder, runs, starts):
+    """The Curve of a run and all its predecessors."""
     chain = [(math.inf, folder)]  # runs, each with the last step of it that the curve has
     while start := starts[chain[0][1]]:
         chain.insert(0, start)
@@ -171,8 +176,7 @@ def plot_column(panels, axis, curves, ending, window, counts):
                 panel.plot(*line(f"val_loss{ending}_f{count}"), color=style["color"], **marker)
     mark_phases(panels, curves, axis, size)
     panels[-1].set_xlabel(f"{name} ({unit})" if unit else name)
-    panels[-1].xaxis.set_major_locator(MaxNLocator(5))
-    panels[-1].xaxis.set_major_formatter(FuncFormatter(lambda x, _: f"{x:,.10g}"))
+    panels[-1].xaxis.set(major_locator=MaxNLocator(5), major_formatter=FuncFormatter(lambda x, _: f"{x:,.10g}"))
 
 
 def points(curve, axis, size, name, window=1):
@@ -213,11 +217,12 @@ def scale_losses(panel):
     low, high = panel.dataLim.intervaly
     if 0 < low < high / LOG_RATIO:
         panel.set_yscale("log")
-        panel.yaxis.set_major_locator(LogLocator(subs=(1, 2, 5) if high / low > 20 else (1, 1.5, 2, 3, 4, 5, 7)))
-        panel.yaxis.set_major_formatter(FuncFormatter(lambda y, _: f"{y:g}"))
-        panel.yaxis.set_minor_locator(LogLocator(subs=()))
+        ticks = LogLocator(subs=(1, 2, 5) if high / low > 20 else (1, 1.5, 2, 3, 4, 5, 7))
+        plain = FuncFormatter(lambda y, _: f"{y:g}")
+        panel.yaxis.set(major_locator=ticks, major_formatter=plain, minor_locator=NullLocator())
 
 
+@one_line_errors()
 def main():
     args = parse_args()
     try:
@@ -231,12 +236,10 @@ def main():
             for axis in X_AXES:
                 if not all(axis in row for row in curve.rows):
                     say(f"no {axis} logged, so no curves against {X_AXES[axis][0]}: {curve.label}")
-        Path(args.out).parent.mkdir(parents=True, exist_ok=True)
-        save_figure(plot_curves(curves, args.relative, args.smooth), args.out)
     except UserError as error:
         fail(error)
-    except OSError as error:  # such as a full disk
-        fail(error, status=1)
+    Path(args.out).parent.mkdir(parents=True, exist_ok=True)
+    save_figure(plot_curves(curves, args.relative, args.smooth), args.out)
     say(f"{args.out}: {len(curves)} {'curve' if len(curves) == 1 else 'curves'}")
 
 

@@ -42,18 +42,6 @@ def make_samples(folder, classes=CLASSES, labels=(0, 1, 0, 1), num_frames=WINDOW
     return write_samples(folder, clips, list(labels), classes, **about)
 
 
-def spy_on_training(monkeypatch):
-    """[(name of a network, its training clips)], filled by `train`, which trains as it did."""
-    calls, train = [], classifier.train
-
-    def spy(rows, name, **settings):
-        calls.append((name, [clip for clip, _ in rows]))
-        return train(rows, name, **settings)
-
-    monkeypatch.setattr(classifier, "train", spy)
-    return calls
-
-
 @pytest.mark.parametrize(("length", "window", "interval", "count"), [(16, 16, 1, 1), (17, 16, 1, 2), (48, 16, 1, 5),
                                                                       (48, 16, 2, 3), (7, 4, 2, 1)])  # fmt: skip
 def test_windows_cover_a_clip_and_share_half_of_their_time(length, window, interval, count):
@@ -119,14 +107,20 @@ def test_static_samples_have_a_window_that_moves_less_than_real_clips():
 
 
 def test_evaluate_classifies_samples_by_the_training_split_alone(data, tmp_path, monkeypatch, capsys):
-    calls = spy_on_training(monkeypatch)
+    calls, train = [], classifier.train
+
+    def spy(rows, name, **settings):
+        calls.append((name, len(rows), max(clip.max() for clip, _ in rows)))
+        return train(rows, name, **settings)
+
+    monkeypatch.setattr(classifier, "train", spy)
     samples = make_samples(tmp_path / "s", ["Up", "Down"], [1, 0, 1, 0])  # their own order of classes
     flags = ["--metric", "classifier", "--data-path", data, "--classifier-steps", 40, "--samples", samples]
     made = run(tmp_path / "new/c.json", *flags)
-    assert [name for name, _ in calls[:3]] == [f"without person{number}" for number in (1, 2, 3)]
-    assert [len(clips) for _, clips in calls] == [4, 4, 4, 4] and calls[3][0] == "of the training split"
-    brightest = [max(clip.max() for clip in clips) for _, clips in calls]  # person3 is, whom the last two did not see
-    assert brightest[2] == brightest[3] < min(brightest[:2])
+    names, counts, brightest = zip(*calls, strict=True)
+    assert names == (*(f"without person{number}" for number in (1, 2, 3)), "of the training split")
+    assert counts == (4, 4, 4, 4)
+    assert brightest[2] == brightest[3] < min(brightest[:2])  # person3 is, whom the last two did not see
     assert made["protocol"] == "classifier4_4f"
     assert made["values"] == {"accuracy": 1, "window_accuracy": 1, "asked_class": 0.75}
     assert made["result"]["samples"]["confusion"] == [[2, 0], [1, 1]] and made["result"]["samples"]["static"] == []
@@ -136,26 +130,22 @@ def test_evaluate_classifies_samples_by_the_training_split_alone(data, tmp_path,
 
 
 def test_real_windows_are_spaced_as_the_samples_and_repeat_bit_for_bit(data, tmp_path, monkeypatch):
-    samples = make_samples(tmp_path / "s", time_scale=3 / 25)
+    samples, weights, forward = make_samples(tmp_path / "s", time_scale=3 / 25), [], classifier.Classifier.forward
+
+    def spy(network, x):
+        weights.append(sum(parameter.double().sum().item() for parameter in network.parameters()))
+        return forward(network, x)
+
+    monkeypatch.setattr(classifier.Classifier, "forward", spy)
     flags = ["--metric", "classifier", "--data-path", data, "--samples", samples, "--classifier-steps", 2]
     made = run(tmp_path / "c.json", *flags)
     assert made["real"]["frame_interval"] == 3
     assert made["result"]["real"]["windows"]["count"] == 6 * 3  # of 10 frames, (4 - 1) * 3 + 1, in videos of 19
     torch.rand(1)  # of a generator that a network must not depend on
-    weights = []
-    monkeypatch.setattr(classifier.Classifier, "forward", spy_on_weights(weights, classifier.Classifier.forward))
     again = run(tmp_path / "d.json", "--manifest", tmp_path / "c.json")
     assert again["repeats"]["bit_equal"] and again["result"] == made["result"]
     run(tmp_path / "e.json", *flags, "--seed", 1)
     assert len(set(weights)) == 2 * 4 * 3  # two seeds, four networks, three of their states
-
-
-def spy_on_weights(seen, forward):
-    def spy(network, x):
-        seen.append(sum(parameter.double().sum().item() for parameter in network.parameters()))
-        return forward(network, x)
-
-    return spy
 
 
 BAD = {
@@ -169,13 +159,11 @@ BAD = {
 @pytest.mark.parametrize("case", BAD)
 def test_data_and_samples_that_do_not_fit_are_refused(case, data, tmp_path, capsys):
     about, words = BAD[case]
-    people = {"one person": ["person1"], "nothing to train on": ["person1", "person2"]}.get(case, [])
-    for name in CLASSES if people else ():
-        (tmp_path / "few" / name).mkdir(parents=True)
-        for person in people:
-            shutil.copy(data / name / f"{person}.mp4", tmp_path / "few" / name)
+    if people := {"one person": ["person1"], "nothing to train on": ["person1", "person2"]}.get(case):
+        others = {f"person{number}.mp4" for number in (1, 2, 3)} - {f"{person}.mp4" for person in people}
+        data = shutil.copytree(data, tmp_path / "few", ignore=shutil.ignore_patterns("ucf*", *others))
     if case == "nothing to train on":
-        write_ucf_list(tmp_path / "few", ["Down/person1"])
-    flags = ["--metric", "classifier", "--samples", make_samples(tmp_path / "s", **about)]
-    refused(capsys, tmp_path / "x.json", *flags, "--data-path", tmp_path / "few" if people else data, words=words)
+        write_ucf_list(data, ["Down/person1"])
+    flags = ["--metric", "classifier", "--samples", make_samples(tmp_path / "s", **about), "--data-path", data]
+    refused(capsys, tmp_path / "x.json", *flags, words=words)
     assert not (tmp_path / "x.json").exists()
