@@ -17,13 +17,13 @@ from html import escape
 from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent / "EqM"))
-from given import frame_ranges
 from runtime.atomic import atomic_write
 from runtime.cli import COUNT, SHARE, ArgumentParser, UserError, check_writable, fail, one_line_errors, say
 from runtime.runs import results_of
+from scoring.sources import Samples
 from video.clips import Clips
 from video.index import split_videos
-from video.samples import NO_LABEL, class_name, read_samples
+from video.samples import class_name
 from video.source import check_data_path, open_source
 from video.writers import write_videos
 
@@ -45,33 +45,20 @@ def parse_args():
     return parser.parse_args()
 
 
-class Samples:
-    """A folder that sample_gd.py has written. Raises UserError."""
-
-    def __init__(self, folder):
-        self.folder = Path(folder)
-        self.about, self.clips, labels = read_samples(f"FOLDER {folder}", folder)  # clips: (N, T, H, W, 3)
-        self.labels, self.flags, self.fps = labels.tolist(), self.about["flags"], 1 / self.about["time_scale"]
-        self.names = [class_name(self.about["classes"], label) or "none" for label in self.labels]
-        self.num_frames, self.image_size = self.clips.shape[1:3]
-        given = [frame_ranges(entry["frames"]) for entry in self.about.get("given", ())]
-        self.given = given or [()] * len(labels)  # the numbers of each sample's given frames
-
-
 def open_real(root, samples, val_fraction):
-    """{label: iterator over real clips of that class} for the labels of the samples, see `real_clips`."""
-    images, here = not samples.flags["video"], f"--data-path {root}"
-    check_data_path(root, images, cached=False)
-    source = open_source(root, samples.image_size, images, results_of(samples.flags["ckpt"]))
-    parts, T, real = split_videos(root, source.videos(), val_fraction), samples.num_frames, {}
-    for label, name in {*zip(samples.labels, samples.names, strict=True)} - {(NO_LABEL, "none")}:
+    """{class: iterator over its real clips} for the classes of the samples, see `real_clips`."""
+    flags, here, T = samples.about["flags"], f"--data-path {root}", samples.num_frames
+    check_data_path(root, not flags["video"], cached=False)
+    source = open_source(root, samples.image_size, not flags["video"], results_of(flags["ckpt"]))
+    parts, real = split_videos(root, source.videos(), val_fraction), {}
+    for name in {*samples.names} - {None}:
         if name not in source.scan.classes:
             raise UserError(f"{here}: no class {name!r}, which samples have; name the data set of training")
         train, val = ([v for v in part if v.class_name == name and v.num_frames >= T] for part in parts)
         if not train + val:
             raise UserError(f"{here}: no video of class {name!r} has {T} frames, as the samples have; remove the flag")
         title = "real" if val else "real, from training"  # a small class may have no val video
-        real[label] = real_clips(source, val or train, title, T, samples.fps)
+        real[name] = real_clips(source, val or train, title, T, 1 / samples.time_scale)
     return real
 
 
@@ -85,18 +72,19 @@ def real_clips(source, videos, title, num_frames, fps):
 
 
 def make_page(samples, count, real):
-    """The HTML of the first `count` samples; real: {label: real clips} of `open_real`."""
-    classes = Counter(zip(samples.labels[:count], samples.names, strict=False))
-    options = [f'<option value="{label}">{escape(name)} ({n})' for (label, name), n in sorted(classes.items())]
-    flags = {name.replace("_", "-"): WORDS.get(str(value), str(value)) for name, value in samples.flags.items()}
+    """The HTML of the first `count` samples; real: {class: real clips} of `open_real`."""
+    flags, labels = samples.about["flags"], Counter(samples.labels[:count])
+    names = {label: class_name(samples.classes, label) or "none" for label in sorted(labels)}
+    shown = {name.replace("_", "-"): WORDS.get(str(value), str(value)) for name, value in flags.items()}
     parts = vars(samples) | {
         "title": escape(samples.folder.resolve().name),
         "what": escape(summary_line(samples, count)),
-        "ckpt": escape(samples.flags["ckpt"]),
-        "flags": "".join(f"<tr><td>--{escape(flag)}<td>{escape(value)}" for flag, value in flags.items()),
-        "options": "".join(options),
-        "cards": "\n".join(make_card(samples, index, real.get(samples.labels[index])) for index in range(count)),
+        "ckpt": escape(flags["ckpt"]),
+        "flags": "".join(f"<tr><td>--{escape(flag)}<td>{escape(value)}" for flag, value in shown.items()),
+        "options": "".join(f'<option value="{n}">{escape(name)} ({labels[n]})' for n, name in names.items()),
+        "cards": "\n".join(make_card(samples, index, real.get(samples.names[index])) for index in range(count)),
         "count": count,
+        "fps": 1 / samples.time_scale,
         "last": samples.num_frames - 1,
         "columns": 2 if real else 1,
         "rendering": "pixelated" if samples.image_size < SMALL else "auto",
@@ -106,23 +94,24 @@ def make_page(samples, count, real):
 
 def summary_line(samples, count):
     """Number, kind, size and frame rate of the samples, and how they were sampled."""
-    T, size, total, flags = samples.num_frames, samples.image_size, len(samples.labels), samples.flags
+    T, size, total, flags = samples.num_frames, samples.image_size, len(samples), samples.about["flags"]
     number = f"{total}" if count == total else f"The first {count} of {total}"
-    kind, rate = ("images", "") if T == 1 else (f"videos of {T} frames", f", {samples.fps:.4g} frames per second")
+    rate = f", {1 / samples.time_scale:.4g} frames per second" if T > 1 else ""
+    kind = f"videos of {T} frames" if T > 1 else "images"
     sampled = f"{flags['sampler']}, {samples.about['mean_evaluations']:.4g} evaluations, guidance {flags['cfg_scale']}"
     return f"{number} {kind}, {size} x {size} px{rate}; {sampled}, seed {flags['seed']}"
 
 
 def make_card(samples, index, real):
     """The HTML of a sample, with the next of the real clips beside it."""
-    name, is_image = samples.names[index], samples.num_frames == 1
+    name, is_image = samples.names[index] or "none", samples.num_frames == 1
     path = samples.folder / f"{index:06d}{'.png' if is_image else '.mp4'}"
     if not path.exists():
-        raise UserError(f"FOLDER {samples.folder}: no {path.name}; sample again")
+        raise UserError(f"{samples.place}: no {path.name}; sample again")
     shown = {"generated": path.read_bytes()}
     if real:
         clip, title = next(real)
-        shown[title] = clip_file(clip, samples.fps)
+        shown[title] = clip_file(clip, 1 / samples.time_scale)
     media, size = "", f'width="{samples.image_size}" height="{samples.image_size}"'
     for title, data in shown.items():
         text, label = base64.b64encode(data).decode(), escape(f"{title}, {name}")
@@ -131,7 +120,7 @@ def make_card(samples, index, real):
             source = f'data-src="data:video/mp4;base64,{text}"'
             tag = f'<video {size} muted playsinline preload="auto" aria-label="{label}" {source}></video>'
         media += f"<div>{tag}<span>{escape(title)}</span></div>"
-    origin = f"sample {index}, seed {samples.flags['seed']}"
+    origin = f"sample {index}, seed {samples.about['flags']['seed']}"
     if samples.given[index]:
         given = samples.about["given"][index]
         origin += f"; frames {given['frames']} given: {Path(given['source']).name}"
@@ -152,11 +141,11 @@ def main():
     args = parse_args()
     out = Path(args.out or Path(args.folder, "gallery.html"))
     try:
-        samples = Samples(args.folder)
+        samples = Samples(args.folder, "FOLDER")
         if out.is_dir():
             raise UserError(f"--out {out}: a folder; expected the name of an HTML file")
         check_writable("--out", out.parent)
-        count, total = min(args.num_samples, len(samples.labels)), len(samples.labels)
+        count, total = min(args.num_samples, len(samples)), len(samples)
         real = open_real(args.data_path, samples, args.val_fraction) if args.data_path else {}
         page = make_page(samples, count, real)
     except UserError as error:

@@ -13,7 +13,6 @@ from pathlib import Path
 
 import torch
 
-from given import frame_ranges
 from runtime import distributed
 from runtime.atomic import atomic_write
 from runtime.cli import UserError
@@ -32,7 +31,7 @@ def protocol(metric, samples, split, num_real):
     split = "" if split == default_split(metric) else f"_{split}"
     if metric == "prediction":
         best = "" if num_real == N else f"_best{N // num_real}"
-        given = f"_{len(frame_ranges(samples.about['given'][0]['frames']))}of{samples.num_frames}f"
+        given = f"_{len(samples.given[0])}of{samples.num_frames}f"
         return f"prediction{num_real}{best}{split}{given}{'_background' * samples.source['keep_background']}"
     real = "" if num_real == N else f"_real{num_real}"
     return f"{metric}{N}{real}{split}{kind}" + (f"_cfg{samples.guidance:g}" if metric in ("fvd", "fid") else "")
@@ -45,20 +44,12 @@ def default_split(metric):
 def start(args, samples, split, num_real, real, detector):
     """A manifest but for its values: all that they depend on. real, detector: their descriptions."""
     return {
-        "format": FORMAT,
-        "metric": args.metric,
-        "protocol": protocol(args.metric, samples, split, num_real),
-        "values": None,
-        "result": None,
-        "generated": samples.provenance(),
-        "real": real | {"num_clips": num_real},
-        "detector": detector,
-        "code": code_commit(),
-        "packages": {name: version(name) for name in PACKAGES},
-        "machine": None,
-        "flags": vars(args) | {"samples": str(samples.folder)},
-        "repeats": None,
-    }
+        "format": FORMAT, "metric": args.metric, "protocol": protocol(args.metric, samples, split, num_real),
+        "values": None, "result": None,
+        "generated": samples.provenance(), "real": real | {"num_clips": num_real}, "detector": detector,
+        "code": code_commit(), "packages": {name: version(name) for name in PACKAGES}, "machine": None,
+        "flags": vars(args) | {"samples": str(samples.folder)}, "repeats": None,
+    }  # fmt: skip
 
 
 def write_manifest(path, manifest):
@@ -153,8 +144,7 @@ def code_commit():
     here = Path(__file__).resolve().parent
 
     def git(*words):
-        ended = subprocess.run(["git", "-C", here, *words], capture_output=True, text=True, check=True)
-        return ended.stdout.strip()
+        return subprocess.run(["git", "-C", here, *words], capture_output=True, text=True, check=True).stdout.strip()
 
     try:
         git("ls-files", "--error-unmatch", Path(__file__).name)  # the folder may lie in another repository

@@ -10,7 +10,6 @@ of shapes.py also says whether the clip, given and predicted frames, moves as it
 
 import numpy as np
 
-from given import frame_ranges
 from runtime.distributed import rank
 from scoring.shapes import DIRECTIONS, MIN_CONTRAST, summarize, track
 from scoring.stats import Z95, cell, gather, mean_interval, psnr, table
@@ -32,8 +31,7 @@ def score_prediction(samples, real, clips, out, truth):
     Writes a plot and a sheet beside the path `out`. With a Truth the motion of the first sample of each clip is scored
     too.
     """
-    S, text = samples.about["real"]["samples_per_clip"], samples.about["given"][0]["frames"]  # the same for all
-    given = frame_ranges(text)
+    S, given = samples.about["real"]["samples_per_clip"], samples.given[0]  # the same for all
 
     def with_predictions():
         for indices, pixels, *about in real:
@@ -47,11 +45,11 @@ def score_prediction(samples, real, clips, out, truth):
     result = compare(np.stack(scores), {kind: np.stack([row[kind] for row in baselines]) for kind in baselines[0]})
     result |= summarize_motion(tracks) if truth else {}
     free = [frame for frame in range(samples.num_frames) if frame not in given]
-    result |= {"given_frames": text, "predicted_frames": free}
+    result |= {"given_frames": samples.about["given"][0]["frames"], "predicted_frames": free}
     if rank() == 0:
         from scoring import plots  # matplotlib takes a while to load
 
-        plots.plot_prediction(out.with_suffix(".png"), result, samples.num_frames)
+        plots.plot_prediction(out.with_suffix(".png"), result, samples.num_frames, KINDS)
         write_pairs(out.with_suffix(".sheet.png"), samples, clips, given)
     names = [name + kind for name in METRICS for kind in KINDS if kind != "_moved" and name + kind in result]
     values = {name: result[name] for name in names}

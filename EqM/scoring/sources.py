@@ -12,6 +12,7 @@ from pathlib import Path
 
 import torch
 
+from given import frame_ranges
 from runtime import distributed
 from runtime.cli import Bar, UserError, say
 from runtime.distributed import rank
@@ -29,12 +30,15 @@ RESIZE = "short side to image_size (bilinear, antialiased), center crop; a detec
 class Samples:
     """A folder of sample_gd.py: its clips, mapped into memory, and what its samples.json says. Raises UserError."""
 
-    def __init__(self, folder):
-        self.folder, self.place = Path(folder), f"--samples {folder}"
+    def __init__(self, folder, flag="--samples"):
+        self.folder, self.place = Path(folder), f"{flag} {folder}"
         self.about, self.clips, labels = read_samples(self.place, self.folder)
         self.source, self.classes, self.time_scale = (self.about[name] for name in ("source", "classes", "time_scale"))
-        self.names = [class_name(self.classes, label) for label in labels.tolist()]  # None: without a class
+        self.labels = labels.tolist()
+        self.names = [class_name(self.classes, label) for label in self.labels]  # None: without a class
         self.num_frames, self.image_size = self.clips.shape[1:3]
+        given = [frame_ranges(entry["frames"]) for entry in self.about.get("given", ())]
+        self.given = given or [()] * len(labels)  # the numbers of each sample's given frames
         guidance = self.source.get("guidance") if self.source.get("guidance_chosen") else None
         self.guidance = guidance if any(self.names) else 1.0  # None: nobody chose it
 
