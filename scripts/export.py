@@ -32,8 +32,8 @@ unless flags say otherwise. `FOLDER` is this folder, `DATA` a folder of videos o
 {about}
 
 ```bash
-{sample}
-{train}
+python EqM/sample_gd.py {sample}
+python EqM/train.py {train} --max-steps {steps}
 ```
 
 ## Scores
@@ -68,23 +68,19 @@ def main():
         scores = [score_table(args.ckpt, sha256, path) for path in args.scores]
     except UserError as error:
         fail(error)
-    published.write_export(args.folder, state, args.dtype, make_card(state, args.dtype, scores))
+    video, rope = state["config"]["training"]["video"], state["config"]["model"]["use_rope"]
+    card = CARD.format(
+        name=models.model_name(**state["config"]["model"]),
+        about="\n".join(f"| {key} | {one_line(str(x)).replace('|', '/')} |" for key, x in facts(state, args.dtype)),
+        sample=f"{'--video ' * video}--ckpt FOLDER --num-samples 16 --folder samples",
+        train=f"{'--video ' * video}{'--use-rope ' * rope}--ckpt FOLDER --data-path DATA",
+        steps=state["step"] + 10_000,
+        scores="".join(scores) or "\nNone were given.\n",
+    )
+    published.write_export(args.folder, state, args.dtype, card)
     size = sum(file.stat().st_size for file in Path(args.folder).iterdir()) / 1e6
     names = ", ".join((*published.EXPORT, published.CARD))
     say(f"{args.folder}: {names}, {size:.1f} MB; use it as --ckpt {args.folder}")
-
-
-def make_card(state, dtype, scores):
-    """The README.md of an export; scores: tables."""
-    config, flags = state["config"], "--video " if state["config"]["training"]["video"] else ""
-    rope = "--use-rope " if config["model"]["use_rope"] else ""
-    return CARD.format(
-        name=models.model_name(**config["model"]),
-        about="\n".join(f"| {key} | {one_line(str(value)).replace('|', '/')} |" for key, value in facts(state, dtype)),
-        sample=f"python EqM/sample_gd.py {flags}--ckpt FOLDER --num-samples 16 --folder samples",
-        train=f"python EqM/train.py {flags}{rope}--ckpt FOLDER --data-path DATA --max-steps {state['step'] + 10_000}",
-        scores="".join(scores) or "\nNone were given.\n",
-    )
 
 
 def facts(state, dtype):

@@ -93,24 +93,19 @@ def find_start(folder, runs):
     A resumed run only knows that it started from itself: it continues the run beside it that ended last before it.
     """
     first, config = runs[folder][0]["step"], json.loads((folder / "config.json").read_text())
-    ckpt = Path(config["training"]["ckpt"] or "")
-    if ckpt == Path():
+    if not config["training"]["ckpt"]:
         return None  # from scratch
-    if is_checkpoint_of(ckpt, folder):
+    ckpt = Path(config["training"]["ckpt"])
+    run = ckpt.parts[-4:-2]  # of EXP/RUN/checkpoints/FILE; folders above EXP may have moved
+    if folder.parts[-len(run) :] == run:
         beside = [(rows[-1]["step"], other) for other, rows in runs.items() if other.parent == folder.parent]
         return max((start for start in beside if start[0] < first), default=None)
     step = int(ckpt.stem) if ckpt.stem.isdecimal() else first - 1  # the name best.pt holds no step
-    found = [other for other, rows in runs.items() if is_checkpoint_of(ckpt, other) and rows[0]["step"] <= step]
-    if found:
+    found = [other for other, rows in runs.items() if other.parts[-len(run) :] == run and rows[0]["step"] <= step]
+    if run and found:
         return step, min(found, key=lambda other: other.parent != folder.parent)  # its own experiment first
     say(f"{folder.name}: its start {ckpt} is not of these runs; FLOPs and seconds count from there")
     return None
-
-
-def is_checkpoint_of(ckpt, folder):
-    """Whether EXP/RUN/checkpoints/FILE is a checkpoint of this run; folders above EXP may have moved."""
-    names = ckpt.parts[-4:-2]
-    return ckpt.parent.name == "checkpoints" and folder.parts[-len(names) :] == names
 
 
 def make_curve(folder, runs, starts):
@@ -118,16 +113,16 @@ def make_curve(folder, runs, starts):
     chain = [(math.inf, folder)]  # runs, each with the last step of it that the curve has
     while start := starts[chain[0][1]]:
         chain.insert(0, start)
-    label, phases, before = f"{folder.parent.name}/{folder.name}", [], {}
+    phases, before = [], {}
     for last, part in chain:
-        if phases and part == folder:
-            label += f" after {', '.join(frames for frames, _ in phases)}"
         rows = [row for row in runs[part] if row["step"] <= last]
         rows = [row | {name: row[name] + before.get(name, 0) for name in CUMULATIVE if name in row} for row in rows]
         before = {name: rows[-1].get(name, 0) for name in CUMULATIVE}
         for num_frames, group in itertools.groupby(rows, key=lambda row: row.get("num_frames")):
-            phases.append((f"f{num_frames}" if num_frames else part.name, list(group)))
-    return Curve(label, phases)
+            phases.append((f"f{num_frames}" if num_frames else part.name, part, list(group)))
+    earlier = ", ".join(name for name, part, _ in phases if part != folder)
+    label = f"{folder.parent.name}/{folder.name}" + (f" after {earlier}" if earlier else "")
+    return Curve(label, [(name, rows) for name, _, rows in phases])
 
 
 # ----------------------------------------------------------------------------------------------------------------------
@@ -141,14 +136,14 @@ def plot_curves(curves, relative=False, window=None):
     found = (re.fullmatch(rf"val_loss{ending}_f(\d+)", name) for name in names)
     counts = dict(zip(sorted(int(match[1]) for match in found if match), itertools.cycle(COUNTS)))
     axes = [axis for axis in X_AXES if all(axis in row for row in rows)]
-    height = 1 + (f"val_loss{ending}" in names)
-    size = 1 + 5.5 * len(axes), 3 + 3.5 * height
-    figure, grid = plt.subplots(height, len(axes), figsize=size, sharex="col", sharey="row", squeeze=False)
+    titles = ["training", "validation"] if f"val_loss{ending}" in names else ["training"]
+    size = 1 + 5.5 * len(axes), 3 + 3.5 * len(titles)
+    figure, grid = plt.subplots(len(titles), len(axes), figsize=size, sharex="col", sharey="row", squeeze=False)
     for panels, axis in zip(grid.T, axes, strict=True):
         plot_column(panels, axis, curves, ending, window, counts)
-    for panel, name in zip(grid[:, 0], ("training", "validation"), strict=False):
+    for panel, title in zip(grid[:, 0], titles, strict=True):
         scale_losses(panel)
-        panel.set_ylabel(f"{name} loss" + (" / loss of zero" if relative else ""))
+        panel.set_ylabel(f"{title} loss" + (" / loss of zero" if relative else ""))
     if counts:
         handles = [plt.Line2D([], [], color="black", label=f"{count} frames", **counts[count]) for count in counts]
         grid[1, 0].legend(handles=handles, title="thick: as trained", fontsize=11, title_fontsize=11)
