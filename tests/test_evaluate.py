@@ -270,7 +270,6 @@ BAD_FLAGS = {  # changes to --metric fvd --samples S --data-path D --detector F;
     "data that are not there": ({"--data-path": "no/such"}, ["--data-path no/such"]),
     "no detector": ({"--detector": None}, ["--detector", "--metric fvd"]),
     "a detector that is not used": ({"--metric": "consistency"}, ["--detector", "for --metric consistency; remove"]),
-    "a detector that is not there": ({"--detector": "no/such.pt"}, ["--detector no/such.pt", "no such file"]),
     "one real clip": ({"--num-real": 1}, ["--num-real", "at least 2"]),
     "a metric that chooses its clips": ({"--metric": "prediction", "--detector": None, "--num-real": 3},
                                         ["--num-real", "prediction chooses its real clips"]),
@@ -281,7 +280,6 @@ BAD_FLAGS = {  # changes to --metric fvd --samples S --data-path D --detector F;
     "a cache in a file": ({"--cache": "/dev/null/a"}, ["--cache /dev/null/a"]),
     "a folder without videos": ({"--data-path": ROOT / "scripts"}, ["--data-path", "no video found"]),
     "a latent cache": ({"--data-path": "latents"}, ["a latent cache; name the folder of its videos"]),
-    "no split": ({"--split": "test"}, ["--split"]),
     "frames too far apart": ({"--samples": "slow"}, ["the longest video of --split train has 25 frames", "take 85"]),
 }  # fmt: skip
 

@@ -121,8 +121,7 @@ def compare(path, old, new, tolerance):
     Two numbers a and b agree if |a - b| <= tolerance * max(1, |a|, |b|). Values that the old code did not compute are
     not compared.
     """
-    before = old["values"]
-    pairs = {name: (new["values"].get(name), value) for name, value in before.items()}
+    pairs = {name: (new["values"].get(name), value) for name, value in old["values"].items()}
     known = {name: pair for name, pair in pairs.items() if None not in pair}
     agrees = all(math.isclose(*pair, rel_tol=tolerance, abs_tol=tolerance) for pair in known.values())
     agrees &= all(pair == (None, None) for name, pair in pairs.items() if name not in known)
@@ -136,7 +135,7 @@ def compare(path, old, new, tolerance):
     line = f"the values equal those of {path} bit for bit" if is_equal else line
     repeats = {"manifest": str(path), "agrees": agrees, "bit_equal": is_equal, "tolerance": tolerance}
     changed = f"; changed since: {', '.join(others)}" if others else ""
-    return repeats | {"differences": differences, "before": before}, line + changed
+    return repeats | {"differences": differences}, line + changed
 
 
 def code_commit():

@@ -11,7 +11,7 @@ of shapes.py also says whether the clip, given and predicted frames, moves as it
 import numpy as np
 
 from runtime.distributed import rank
-from scoring.shapes import DIRECTIONS, MIN_CONTRAST, summarize, track
+from scoring import shapes
 from scoring.stats import Z95, cell, gather, mean_interval, psnr, table
 from video.writers import write_sheet
 
@@ -39,7 +39,8 @@ def score_prediction(samples, real, clips, out, truth):
 
     def measure(clip, predicted, name, time_scale):
         expected = truth and truth(name, clip.shape[1], time_scale)
-        return *score_clip(clip, predicted, given, expected), expected and (track(predicted[0]), track(clip), expected)
+        tracks = expected and (shapes.track(predicted[0]), shapes.track(clip), expected)
+        return *score_clip(clip, predicted, given, expected), tracks
 
     scores, baselines, tracks = gather(with_predictions(), measure)
     result = compare(np.stack(scores), {kind: np.stack([row[kind] for row in baselines]) for kind in baselines[0]})
@@ -84,8 +85,8 @@ def moved(frame, num_frames, truth):
     """A frame uint8 (H, W, 3) that many frames later, if all of it moves as a Track says: interpolated linearly."""
     from scipy.ndimage import shift  # takes a while to load
 
-    axis = int(truth.direction in DIRECTIONS[1])
-    distance = num_frames * truth.speed * (1 if truth.direction == DIRECTIONS[axis][1] else -1)  # px
+    axis = int(truth.direction in shapes.DIRECTIONS[1])
+    distance = num_frames * truth.speed * (1 if truth.direction == shapes.DIRECTIONS[axis][1] else -1)  # px
     offset = (distance, 0, 0) if axis else (0, distance, 0)
     return np.rint(shift(frame.astype(float), offset, order=1, mode="nearest")).astype(np.uint8)
 
@@ -138,16 +139,17 @@ def or_none(values):
 
 def keeps_appearance(found, real):
     """Whether the Track of a predicted clip has the shape and the color of that of the real clip."""
-    if None in (found.shape, found.color, real.color):
+    if None in (found.shape, found.color, real.color) or found.shape != real.shape:
         return False
-    return found.shape == real.shape and bool(np.linalg.norm(np.subtract(found.color, real.color)) < MIN_CONTRAST)
+    return bool(np.linalg.norm(np.subtract(found.color, real.color)) < shapes.MIN_CONTRAST)
 
 
 def summarize_motion(tracks):
     """{"motion": of the predicted clips, "motion_real": of the real ones} of (Track, Track of the real clip, truth)."""
     found, real, truths = zip(*tracks, strict=True)
     kept = sum(map(keeps_appearance, found, real)) / len(tracks)
-    return {"motion": summarize(found, truths) | {"appearance_kept": kept}, "motion_real": summarize(real, truths)}
+    motion, motion_real = shapes.summarize(found, truths), shapes.summarize(real, truths)
+    return {"motion": motion | {"appearance_kept": kept}, "motion_real": motion_real}
 
 
 def result_lines(result):
@@ -157,13 +159,11 @@ def result_lines(result):
         if f"psnr{kind}" in result:
             cells = [cell(result, name + kind, digits) for name, (_, digits) in METRICS.items()]
             rows.append((title.format(result["samples_per_clip"]), *cells))
-    lines = table(rows)
-    for name, title in {"motion": "predicted", "motion_real": "real"}.items():
-        if motion := result.get(name):
-            right, speed = cell(motion, "direction_accuracy", 3, "direction_interval95"), cell(motion, "speed_ratio")
-            kept = f", shape and color kept {motion['appearance_kept']:.3f}" if "appearance_kept" in motion else ""
-            lines.append(f"  {title}: direction right {right}, speed / true {speed}{kept}")
-    return lines
+    if "motion" not in result:
+        return table(rows)
+    motion = shapes.result_lines({"generated": result["motion"], "real": result["motion_real"]}, shapes.TRACKED)
+    kept = f"  shape and color of the real clip kept: {result['motion']['appearance_kept']:.3f}"
+    return [*table(rows), *motion, kept]
 
 
 def write_pairs(path, samples, clips, given):

@@ -112,7 +112,7 @@ class Truth:
             shapes = read_json(self.path)
             self.size, self.videos = shapes["size"], list(shapes["videos"].values())
             self.bounces = bool(shapes.get("settings", {}).get("bounce"))
-        except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
+        except (OSError, ValueError, KeyError) as error:
             got = f"not the shapes.json of a Moving Shapes data set ({error!r})"
             raise UserError(f"{self.path}: {got}; make one with datasets/make_moving_shapes.py") from error
 
