@@ -20,6 +20,8 @@ a scoring and compares the values; if they do not agree, the exit status is 1.
 import os
 from pathlib import Path
 
+import torch
+
 from runtime import cli, distributed
 from runtime.cli import COUNT, NATURAL, NON_NEGATIVE, SHARE, UserError, fail, number, one_line_errors, say
 from runtime.distributed import rank
@@ -92,7 +94,7 @@ def check_flags(args):
 
 
 def find_real(args, samples, detector):
-    """(Clips of the real videos, the training videos, the manifest but for its values). Raises UserError."""
+    """(Clips of the real videos, videos of training, Truth, the manifest but for its values). Raises UserError."""
     metric, T, images = args.metric, samples.num_frames, samples.num_frames == 1
     check_data_path(args.data_path, images, cached=False)
     about = detector and frechet.check_detector(args.detector, detector, metric, T, samples.image_size)
@@ -116,21 +118,20 @@ def find_real(args, samples, detector):
         classifier.check(samples, clips, training, place)
     elif metric == "prediction" and real["videos_sha256"] != samples.about["real"]["videos_sha256"]:
         raise UserError(f"{place}: not the videos that {samples.place} continues; pass those")
-    if truth := shapes.find_truth(metric, args.data_path):
-        shapes.check_truth(truth, samples, clips.classes if metric == "prediction" else set(samples.names))
-    return clips, training, manifest.start(args, samples, split, count, real, about)
+    truth = shapes.find_truth(metric, args.data_path, samples, clips.classes)
+    return clips, training, truth, manifest.start(args, samples, split, count, real, about)
 
 
-def score(args, samples, out, clips, training, new, detector, device, bad):
+def score(args, samples, out, clips, training, truth, new, detector, device, bad):
     """(values, result, lines to print) on rank 0. Paths of real videos that can't be decoded are added to `bad`."""
     real = sources.real_stream(clips, new["real"]["num_clips"], args.batch_size, args.num_workers, device, bad)
     streams = sources.generated_stream(samples, args.batch_size, device), real
-    truth, sheet = shapes.find_truth(args.metric, args.data_path), out.with_suffix(".sheet.png")
     if args.metric == "motion":
         return shapes.score_shapes(*streams, truth)
     if args.metric == "consistency":
         return consistency.score_consistency(*streams, samples.source, out.with_suffix(".png"))
     if args.metric == "nearest":
+        sheet = out.with_suffix(".sheet.png")
         return nearest.score_nearest(*streams, args, training, samples.time_scale, sheet, device)
     if args.metric == "prediction":
         return prediction.score_prediction(samples, real, clips, out, truth)
@@ -143,25 +144,24 @@ def score(args, samples, out, clips, training, new, detector, device, bad):
 def run(args, samples, real, detector, old, device):
     """Score samples, write the manifest. Returns a line if the values are not those of `old`."""
     out = Path(args.out if len(args.samples) == 1 else samples.folder / args.out)
-    clips, training, new = distributed.broadcast(real)
+    *real, new = distributed.broadcast(real)
     out.parent.mkdir(parents=True, exist_ok=True)
-    values, result, lines = score(args, samples, out, clips, training, new, detector, device, bad := [])
+    values, result, lines = score(args, samples, out, *real, new, detector, device, bad := [])
     bad = sorted({path for paths in distributed.gather(bad) for path in paths})
     if rank() != 0:
         return None
-    new |= {"values": values, "result": result, "machine": manifest.machine(device)}
+    name = torch.cuda.get_device_name(device) if device.type == "cuda" else "cpu"
+    machine = {"device": name, "ranks": distributed.world_size(), "threads": torch.get_num_threads()}
+    new |= {"values": values, "result": result, "machine": machine}
     new["real"]["bad_videos"], comparison = bad, None
     if old:
         new["repeats"], comparison = manifest.compare(args.manifest, old, new, args.tolerance)
     manifest.write_manifest(out, new)
     lines += [f"{path} can't be decoded; another clip took its place" for path in bad]
-    for line in (*lines, f"{new['protocol']}: {out}"):
+    agrees = old and new["repeats"]["agrees"]
+    for line in (*lines, f"{new['protocol']}: {out}", *([comparison] if agrees else [])):
         say(line)
-    if old and not new["repeats"]["agrees"]:
-        return comparison
-    if old:
-        say(comparison)
-    return None
+    return None if agrees else comparison
 
 
 @one_line_errors()

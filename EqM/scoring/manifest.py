@@ -11,9 +11,6 @@ import subprocess
 from importlib.metadata import version
 from pathlib import Path
 
-import torch
-
-from runtime import distributed
 from runtime.atomic import atomic_write
 from runtime.cli import UserError
 from runtime.untrusted import read_json
@@ -150,8 +147,3 @@ def code_commit():
         return git("rev-parse", "HEAD") + ("+" if git("status", "--porcelain", "--", here) else "")
     except (OSError, subprocess.CalledProcessError):  # no git, no repository
         return None
-
-
-def machine(device):
-    name = torch.cuda.get_device_name(device) if device.type == "cuda" else "cpu"
-    return {"device": name, "ranks": distributed.world_size(), "threads": torch.get_num_threads()}

@@ -132,22 +132,26 @@ class Truth:
         return Track(first["direction"], first["shape"], speed, mean("area") * scale**2)
 
 
-def find_truth(metric, data_path):
-    """The Truth that --metric motion needs, or prediction if it is of straight motion; else None."""
-    has_truth = Path(data_path, "shapes.json").exists()
-    if metric == "motion" and not has_truth:
+def find_truth(metric, data_path, samples, classes):
+    """The Truth that --metric motion needs, or prediction if it is of straight motion; else None.
+
+    Raises UserError unless Samples (see sources.py) are long enough and the truth of their classes is known, or of all
+    classes for prediction.
+    """
+    exists = Path(data_path, "shapes.json").exists()
+    if metric == "motion" and not exists:
         got = f"--data-path {data_path} has no shapes.json"
         raise UserError(f"--metric motion is for Moving Shapes, {got}; choose consistency, nearest or fvd")
-    truth = Truth(data_path) if has_truth and metric in ("motion", "prediction") else None
-    return truth if truth and (metric == "motion" or not truth.bounces) else None
-
-
-def check_truth(truth, samples, names):
-    """Raise UserError unless a Truth knows these classes and Samples (see sources.py) are long enough."""
+    if metric not in ("motion", "prediction") or not exists:
+        return None
+    truth = Truth(data_path)
+    if truth.bounces and metric == "prediction":
+        return None
     if truth.bounces and samples.num_frames < WINDOW:
         raise UserError(f"{samples.place}: has {samples.num_frames} frames, bouncing shapes need at least {WINDOW}")
-    for name in names:
+    for name in classes if metric == "prediction" else set(samples.names):
         truth(name, samples.image_size, samples.time_scale)
+    return truth
 
 
 # ----------------------------------------------------------------------------------------------------------------------

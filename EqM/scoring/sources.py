@@ -119,36 +119,31 @@ def json_sha256(value):
 
 def generated_stream(samples, batch_size, device):
     """The stream of Samples."""
-
-    def read(indices):
-        names = [samples.names[index] for index in indices]
-        return indices, torch.from_numpy(samples.clips[indices]).to(device), names, [samples.time_scale] * len(indices)
-
     own = distributed.own_indices(len(samples))
-    yield from with_bar("generated clips", len(own), map(read, in_batches(own, batch_size)))
+    with clip_bar("generated clips", len(own)) as progress:
+        for indices in in_batches(own, batch_size):
+            names = [samples.names[index] for index in indices]
+            clips = torch.from_numpy(samples.clips[indices]).to(device)
+            yield indices, clips, names, [samples.time_scale] * len(indices)
+            progress.update(len(indices))
 
 
 def real_stream(clips, count, batch_size, num_workers, device, bad):
     """The stream of the first `count` of a Clips. Paths of videos that can't be decoded are added to the list `bad`."""
-
-    def read(batch):
-        bad.extend(batch["bad"])
-        pixels = batch["clips"].permute(0, 2, 3, 4, 1).to(device)
-        names = [clips.classes[label] for label in batch["y"]]
-        return batch["indices"].tolist(), pixels, names, batch["time_scales"].tolist()
-
     keys = [(clips.num_frames, index) for index in distributed.own_indices(count)]
     loader = make_loader({clips.num_frames: clips}, in_batches(keys, batch_size), num_workers, timeout=0, device=device)
-    yield from with_bar("real clips", len(keys), map(read, batches_of(loader)))
+    with clip_bar("real clips", len(keys)) as progress:
+        for batch in batches_of(loader):
+            bad.extend(batch["bad"])
+            names = [clips.classes[label] for label in batch["y"]]
+            pixels = batch["clips"].permute(0, 2, 3, 4, 1).to(device)
+            yield batch["indices"].tolist(), pixels, names, batch["time_scales"].tolist()
+            progress.update(len(names))
 
 
 def in_batches(indices, size):
     return [indices[first : first + size] for first in range(0, len(indices), size)]
 
 
-def with_bar(title, count, batches):
-    """The batches of a stream of `count` clips, with a progress bar on rank 0."""
-    with Bar(total=count, desc=title, unit="clip", leave=False, disable=rank() != 0) as progress:
-        for batch in batches:
-            yield batch
-            progress.update(len(batch[0]))
+def clip_bar(title, count):
+    return Bar(total=count, desc=title, unit="clip", leave=False, disable=rank() != 0)
