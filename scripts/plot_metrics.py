@@ -119,10 +119,8 @@ def make_curve(folder, runs, starts):
         rows = [row | {name: row[name] + before.get(name, 0) for name in CUMULATIVE if name in row} for row in rows]
         before = {name: rows[-1].get(name, 0) for name in CUMULATIVE}
         for num_frames, group in itertools.groupby(rows, key=lambda row: row.get("num_frames")):
-            phases.append((f"f{num_frames}" if num_frames else part.name, part, list(group)))
-    earlier = ", ".join(name for name, part, _ in phases if part != folder)
-    label = f"{folder.parent.name}/{folder.name}" + (f" after {earlier}" if earlier else "")
-    return Curve(label, [(name, rows) for name, _, rows in phases])
+            phases.append((f"f{num_frames}" if num_frames else part.name, list(group)))
+    return Curve(f"{folder.parent.name}/{folder.name}", phases)
 
 
 # ----------------------------------------------------------------------------------------------------------------------
@@ -147,11 +145,10 @@ def plot_curves(curves, relative=False, window=None):
     if counts:
         handles = [plt.Line2D([], [], color="black", label=f"{count} frames", **counts[count]) for count in counts]
         grid[1, 0].legend(handles=handles, title="thick: as trained", fontsize=11, title_fontsize=11)
-    styles = zip(curves, itertools.cycle(CURVES))
-    handles = [plt.Line2D([], [], linewidth=2, label=curve.label, **style) for curve, style in styles]
+    lines = [style | {"label": curve.label} for curve, style in zip(curves, itertools.cycle(CURVES))]
     if window > 1:
-        label = f"training: thin as logged, thick the mean of {window} lines"
-        handles.append(plt.Line2D([], [], color="none", label=label))
+        lines.append({"color": "none", "label": f"training: thin as logged, thick the mean of {window} lines"})
+    handles = [plt.Line2D([], [], linewidth=2, **line) for line in lines]
     figure.legend(handles=handles, loc="outside lower center", frameon=False)
     return figure
 

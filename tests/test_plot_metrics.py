@@ -68,7 +68,7 @@ def test_phases_are_one_curve_in_global_steps_whose_seconds_and_flops_add_up(tmp
     (curve,) = curves_of(root)
     assert frames(curve) == "f4 f8 f16"
     assert steps(curve) == [list(range(10, 101, 10)), list(range(110, 151, 10)), list(range(160, 201, 10))]
-    assert curve.label == "EXP/002-EqM-S-4-f16-rope after f4, f8"
+    assert curve.label == "EXP/002-EqM-S-4-f16-rope"
     folders = sorted(root.iterdir())
     for places in (folders, folders[::-1], [*folders, root]):  # one by one, or twice
         assert curves_of(*places) == [curve]
