@@ -106,8 +106,8 @@ def test_real_clips_against_real_clips_have_no_seam_and_no_drift():
 
 @pytest.mark.parametrize("borders", [[], [*range(1, 8)], [4]])
 def test_without_borders_or_motion_there_is_no_seam_score(borders):
-    moves, stands = random(3, 7), torch.zeros(3, 7)
-    for generated, real in [(stands, moves), (moves, stands)] if borders == [4] else [(moves, moves)]:
+    moves, stands, hardly = random(3, 7), torch.zeros(3, 7), torch.eye(7)[:3]  # not at frame 4
+    for generated, real in [(stands, moves), (moves, stands), (moves, hardly)] if borders == [4] else [(moves, moves)]:
         assert consistency.seam_score(generated, real, borders) == (None, None)
 
 

@@ -102,6 +102,8 @@ def test_a_frechet_distance_names_its_guidance_which_must_be_chosen(
     fvd[3] = write_samples(tmp_path / "s", clips, [labels] * 2 if labels else own, classes, source=source)
     if name:
         assert run(tmp_path / "a.json", *fvd)["protocol"] == f"fvd2_real8_8f_{name}"
+        said = capsys.readouterr().out
+        assert "warning: 2 generated members for 6 features" in said and "8 real members" not in said
     else:
         refused(capsys, tmp_path / "a.json", *fvd, words=["choose it: --cfg-scale (1 turns it off)"])
 

@@ -286,6 +286,14 @@ def test_spoiled_clips_are_told(follow, kind):
     assert follow(draw(video, path=stops), video)[1][-1] < 0.05
 
 
+@pytest.mark.parametrize(("low", "high", "is_right"), [(2, 8, True), (0, 8, False), (2, 10, False), (4, 8, False)])
+def test_turns_are_the_extremes_of_a_path_without_its_jitter(low, high, is_right):
+    path = np.array([3, 2.6, 3.1, 5, 4.6, 8, 7.6, 8.2, 8.1, 6, 2, 2.5, 1.8, 2, 4.0])
+    for axis, truth in enumerate(shapes.Bounce("Circle", axis, 1.0, low, high) for axis in (0, 1)):
+        centers = np.stack([path, np.zeros(15)][:: -1 if axis else 1], axis=1)
+        assert shapes.turns_are_right(centers, truth, unit=1.0) == is_right
+
+
 def test_evaluate_scores_bouncing_clips_by_windows(tmp_path, capsys):
     flags = ["--bounce", "--size", "16", "--videos-per-class", "2", "--seconds", "2"]
     drawing.main(["--out", str(tmp_path / "b"), *flags])
