@@ -20,22 +20,25 @@ a scoring and compares the values; if they do not agree, the exit status is 1.
 import os
 from pathlib import Path
 
+import torch
+
 from runtime import cli, distributed
-from runtime.cli import COUNT, NATURAL, NON_NEGATIVE, SHARE, UserError, fail, one_line_errors, say
+from runtime.cli import COUNT, NATURAL, NON_NEGATIVE, SHARE, UserError, fail, number, one_line_errors, say
 from runtime.distributed import rank
 from runtime.runs import results_of
 from scoring import classifier, consistency, frechet, manifest, nearest, prediction, shapes, sources
+from video.source import check_data_path
 
 NUM_REAL = {"motion": 96, "fvd": 2048, "fid": 2048, "consistency": 256, "nearest": 256}  # default number of real clips
 FREE_FLAGS = {"manifest", "out", "samples", "data_path", "detector", "cache", "num_workers", "tolerance"}  # beside it
+CHOOSES = {"nearest": {"split"}, "prediction": {"split", "num_real"}, "classifier": {"split", "num_real"}}
 
 
 def parse_args(words=None):
     parser = cli.ArgumentParser(description="Score folders of samples against real clips.")
     add = parser.add_argument_group("clips and metric").add_argument
-    add(
-        "--metric", choices=[*NUM_REAL, "prediction", "classifier"], default="motion", help="motion: Moving Shapes only"
-    )
+    metrics = [*NUM_REAL, "prediction", "classifier"]
+    add("--metric", choices=metrics, default="motion", help="motion: Moving Shapes only")
     add("--samples", nargs="+", metavar="DIR", help="folders of sample_gd.py; for several, --out is a file in each")
     add("--data-path", metavar="DIR", help="folder of the videos (images) of training, not a latent cache")
     detector = "feature network of fvd and fid: i3d_torchscript.pt, as in StyleGAN-V and most FVD code, or inception-"
@@ -44,11 +47,10 @@ def parse_args(words=None):
     add("--split", choices=["train", "val", "all"], help="of the real clips; default: train for fvd and fid, else val")
     add("--val-fraction", type=SHARE, default=0.05, metavar="F", help="share of the videos in val, as in training")
     counts = ", ".join(f"{count} for {metric}" for metric, count in NUM_REAL.items())
-    add("--num-real", type=COUNT, metavar="N", help=f"number of real clips; default: {counts}")
+    add("--num-real", type=number(int, least=2), metavar="N", help=f"number of real clips; default: {counts}")
     add("--keep-background", action="store_true", help="prediction: score samples with background that was kept, too")
-    add(
-        "--classifier-steps", type=COUNT, default=250, metavar="N", help="training steps of classifier, 16 windows each"
-    )
+    steps = "training steps of classifier, 16 windows each"
+    add("--classifier-steps", type=COUNT, default=250, metavar="N", help=steps)
     add("--seed", type=NATURAL, default=0, metavar="N", help="seed of classifier and of the bootstrap of fvd and fid")
     resamples = "of the bootstrap for the interval of fvd and fid (10 s each for fid of 2048 clips on a core); 0 = none"
     add("--resamples", type=NATURAL, default=frechet.RESAMPLES, metavar="N", help=resamples)
@@ -81,48 +83,33 @@ def check_flags(args):
     if (args.detector is None) == (args.metric in frechet.CALLS):
         advice = "expected a TorchScript file (see --help)" if args.detector is None else "remove the flag"
         raise UserError(f"--detector: {args.detector} for --metric {args.metric}; {advice}")
-    for name in sorted(args.typed & {"split", "num_real"} if args.metric not in NUM_REAL else ()):
+    for name in sorted(args.typed & CHOOSES.get(args.metric, set())):
         raise UserError(f"--{name.replace('_', '-')}: --metric {args.metric} chooses its real clips; remove the flag")
-    if args.num_real == 1 and args.metric != "motion":
-        raise UserError(f"--num-real 1: --metric {args.metric} needs at least 2 clips")
-    if args.resamples == 1:
-        raise UserError("--resamples 1: one resample has no spread; expected 0 (no interval) or at least 2")
-    if args.metric == "nearest" and args.split not in (None, "val"):
-        raise UserError(f"--split {args.split}: --metric nearest compares held-out clips; remove the flag")
     if os.path.isdir(args.out):
         raise UserError(f"--out {args.out}: a folder; expected the name of a JSON file")
-    is_name = Path(args.out).name == args.out and Path(args.out).stem not in ("samples", "sheet", "grid")
-    if len(args.samples) > 1 and not is_name:
+    if len(args.samples) > 1 and (Path(args.out).name != args.out or args.out == "samples.json"):
         raise UserError(f"--out {args.out}: expected the name of a new file in each of --samples, such as motion.json")
     cli.check_writable("--out", os.path.dirname(args.out) or ".")
     cli.check_writable("--cache", args.cache or os.path.dirname(args.out) or ".")
 
 
-def prepare(args, folder, detector, old):
-    """(Samples, path of their manifest, what `find_real` returns on rank 0) after all checks that need no GPU."""
-    samples = sources.Samples(folder)
-    samples.check(args.metric, args.data_path, args.keep_background)
-    real = find_real(args, samples, detector) if rank() == 0 else None  # the other ranks wait for it in start()
-    if old and real:
-        manifest.check_same(old, real[-1])
-    return samples, Path(args.out if len(args.samples) == 1 else Path(folder, args.out)), real
-
-
 def find_real(args, samples, detector):
-    """(Clips of the real videos, the training videos, the manifest but for its values). Raises UserError."""
-    metric, place, T, size = args.metric, f"--data-path {args.data_path}", samples.num_frames, samples.image_size
-    about = detector and frechet.check_detector(args.detector, detector, metric, T, size)
+    """(Clips of the real videos, videos of training, Truth, the manifest but for its values). Raises UserError."""
+    metric, T, images = args.metric, samples.num_frames, samples.num_frames == 1
+    check_data_path(args.data_path, images, cached=False)
+    about = detector and frechet.check_detector(args.detector, detector, metric, T, samples.image_size)
     split, share, count = args.split or manifest.default_split(metric), args.val_fraction, args.num_real
     if metric == "prediction":
         split, share, count = (samples.about["real"][name] for name in ("split", "val_fraction", "num_clips"))
     elif metric == "classifier":
         split, T = "all", min(T, classifier.MOST_FRAMES)
-    index, images = results_of(samples.source.get("checkpoint")), samples.num_frames == 1
-    found = sources.find_real(args.data_path, split, share, T, samples.time_scale, size, index, images)
-    clips, training, real = found
-    count = count or NUM_REAL.get(metric)
+    count, runs = count or NUM_REAL.get(metric), results_of(samples.source.get("checkpoint"))
+    clips, training, real = sources.find_real(
+        args.data_path, split, share, T, samples.time_scale, samples.image_size, runs, images
+    )
     if count and len(clips.videos) < count:
         say(f"note: {count} clips from {len(clips.videos)} videos of --split {split}: some give several")
+    place = f"--data-path {args.data_path}"
     if metric == "nearest":
         if not training:
             raise UserError(f"{place}: no training video has the {T} frames of the samples; sample fewer frames")
@@ -131,60 +118,67 @@ def find_real(args, samples, detector):
         classifier.check(samples, clips, training, place)
     elif metric == "prediction" and real["videos_sha256"] != samples.about["real"]["videos_sha256"]:
         raise UserError(f"{place}: not the videos that {samples.place} continues; pass those")
-    if truth := shapes.find_truth(metric, args.data_path):
-        shapes.check_truth(truth, samples, clips.classes if metric == "prediction" else set(samples.names))
-    return clips, training, manifest.start(args, samples, split, count, real, about)
+    truth = shapes.find_truth(metric, args.data_path, samples, clips.classes)
+    return clips, training, truth, manifest.start(args, samples, split, count, real, about)
 
 
-def score(args, samples, out, clips, training, new, detector, device, bad):
+def score(args, samples, out, clips, training, truth, new, detector, device, bad):
     """(values, result, lines to print) on rank 0. Paths of real videos that can't be decoded are added to `bad`."""
     real = sources.real_stream(clips, new["real"]["num_clips"], args.batch_size, args.num_workers, device, bad)
     streams = sources.generated_stream(samples, args.batch_size, device), real
     if args.metric == "motion":
-        return shapes.score_shapes(*streams, shapes.find_truth("motion", args.data_path))
+        return shapes.score_shapes(*streams, truth)
     if args.metric == "consistency":
         return consistency.score_consistency(*streams, samples.source, out.with_suffix(".png"))
     if args.metric == "nearest":
-        return nearest.score_nearest(
-            *streams, args, training, samples.time_scale, out.with_suffix(".sheet.png"), device
-        )
+        sheet = out.with_suffix(".sheet.png")
+        return nearest.score_nearest(*streams, args, training, samples.time_scale, sheet, device)
     if args.metric == "prediction":
-        return prediction.score_prediction(samples, real, clips, out, shapes.find_truth("prediction", args.data_path))
+        return prediction.score_prediction(samples, real, clips, out, truth)
     if args.metric == "classifier":
         return classifier.score_classifier(samples, clips, training, args)
     cache = Path(args.cache or out.with_name("evaluate-cache"))
     return frechet.score_frechet(*streams, args, detector, new, clips, cache, device)
 
 
-def run(args, samples, out, real, detector, old, device):
-    """Score what `prepare` has found and write the manifest. Returns a line if the values are not those of `old`."""
-    clips, training, new = distributed.broadcast(real)
+def run(args, samples, real, detector, old, device):
+    """Score samples, write the manifest. Returns a line if the values are not those of `old`."""
+    out = Path(args.out if len(args.samples) == 1 else samples.folder / args.out)
+    *real, new = distributed.broadcast(real)
     out.parent.mkdir(parents=True, exist_ok=True)
-    values, result, lines = score(args, samples, out, clips, training, new, detector, device, bad := [])
+    values, result, lines = score(args, samples, out, *real, new, detector, device, bad := [])
     bad = sorted({path for paths in distributed.gather(bad) for path in paths})
     if rank() != 0:
         return None
-    new |= {"values": values, "result": result, "machine": manifest.machine(device), "repeats": None}
-    new["real"]["bad_videos"], difference = bad, None
+    name = torch.cuda.get_device_name(device) if device.type == "cuda" else "cpu"
+    machine = {"device": name, "ranks": distributed.world_size(), "threads": torch.get_num_threads()}
+    new |= {"values": values, "result": result, "machine": machine}
+    new["real"]["bad_videos"], comparison = bad, None
     if old:
-        new["repeats"], difference = manifest.compare(args.manifest, old, new, args.tolerance)
+        new["repeats"], comparison = manifest.compare(args.manifest, old, new, args.tolerance)
     manifest.write_manifest(out, new)
     lines += [f"{path} can't be decoded; another clip took its place" for path in bad]
-    agrees = difference and new["repeats"]["agrees"]
-    for line in (*lines, f"{new['protocol']}: {out}", *([difference] if agrees else [])):
+    agrees = old and new["repeats"]["agrees"]
+    for line in (*lines, f"{new['protocol']}: {out}", *([comparison] if agrees else [])):
         say(line)
-    return None if agrees else difference
+    return None if agrees else comparison
 
 
 @one_line_errors()
 def main():
-    args, old = parse_args(), None
+    args, old, jobs = parse_args(), None, []
     try:
         if args.manifest:
             args, old = repeat_flags(args)
         check_flags(args)
         detector = args.detector and frechet.load_detector(args.detector)
-        jobs = [prepare(args, folder, detector, old) for folder in dict.fromkeys(args.samples)]
+        for folder in dict.fromkeys(args.samples):
+            samples = sources.Samples(folder)
+            samples.check(args.metric, args.keep_background)
+            real = find_real(args, samples, detector) if rank() == 0 else None  # the others wait for it in start()
+            if old and real:
+                manifest.check_same(old, real[-1])
+            jobs.append((samples, real))
     except UserError as error:
         fail(error)
     with one_line_errors(ValueError):  # features that are not finite

@@ -18,7 +18,7 @@ import generation
 import models
 import published
 from models import EBMS, NAMES
-from runtime.cli import ArgumentParser, UserError, check_writable, fail, one_line, say
+from runtime.cli import ArgumentParser, UserError, check_writable, fail, one_line, one_line_errors, say
 from scoring import manifest
 
 SHOWN = 20  # classes that the card names
@@ -32,8 +32,8 @@ unless flags say otherwise. `FOLDER` is this folder, `DATA` a folder of videos o
 {about}
 
 ```bash
-{sample}
-{train}
+python EqM/sample_gd.py {sample}
+python EqM/train.py {train} --max-steps {steps}
 ```
 
 ## Scores
@@ -53,39 +53,34 @@ def parse_args():
     return parser.parse_args()
 
 
+@one_line_errors()
 def main():
     args = parse_args()
+    flag = f"CKPT {args.ckpt}"
     try:
         check_writable("DIR", args.folder)
         if os.path.isdir(args.folder) and os.listdir(args.folder):
             raise UserError(f"DIR {args.folder}: exists and is not empty; name a new folder")
         state = checkpoint.load(args.ckpt, ["ema"], **models.model_shape(args.model), ebm=args.ebm)
-        flag = f"CKPT {args.ckpt}"
         checkpoint.check_name(flag, state, args.model)
         checkpoint.check(flag, checkpoint.config_of(flag, state), ebm=args.ebm)
         sha256 = checkpoint.weights_sha256(state["ema"]) if args.scores else None
-        card = make_card(state, args.dtype, [score_table(args.ckpt, sha256, path) for path in args.scores])
-        published.write_export(args.folder, state, args.dtype, card)
+        scores = [score_table(args.ckpt, sha256, path) for path in args.scores]
     except UserError as error:
         fail(error)
-    except OSError as error:
-        fail(error, status=1)
+    video, rope = state["config"]["training"]["video"], state["config"]["model"]["use_rope"]
+    card = CARD.format(
+        name=models.model_name(**state["config"]["model"]),
+        about="\n".join(f"| {key} | {one_line(str(x)).replace('|', '/')} |" for key, x in facts(state, args.dtype)),
+        sample=f"{'--video ' * video}--ckpt FOLDER --num-samples 16 --folder samples",
+        train=f"{'--video ' * video}{'--use-rope ' * rope}--ckpt FOLDER --data-path DATA",
+        steps=state["step"] + 10_000,
+        scores="".join(scores) or "\nNone were given.\n",
+    )
+    published.write_export(args.folder, state, args.dtype, card)
     size = sum(file.stat().st_size for file in Path(args.folder).iterdir()) / 1e6
     names = ", ".join((*published.EXPORT, published.CARD))
     say(f"{args.folder}: {names}, {size:.1f} MB; use it as --ckpt {args.folder}")
-
-
-def make_card(state, dtype, scores):
-    """The README.md of an export; scores: tables."""
-    config, flags = state["config"], "--video " if state["config"]["training"]["video"] else ""
-    rope = "--use-rope " if config["model"]["use_rope"] else ""
-    return CARD.format(
-        name=models.model_name(**config["model"]),
-        about="\n".join(f"| {key} | {one_line(str(value)).replace('|', '/')} |" for key, value in facts(state, dtype)),
-        sample=f"python EqM/sample_gd.py {flags}--ckpt FOLDER --num-samples 16 --folder samples",
-        train=f"python EqM/train.py {flags}{rope}--ckpt FOLDER --data-path DATA --max-steps {state['step'] + 10_000}",
-        scores="".join(scores) or "\nNone were given.\n",
-    )
 
 
 def facts(state, dtype):
@@ -108,11 +103,11 @@ def facts(state, dtype):
 
 def score_table(ckpt, sha256, path):
     """The values of the manifest at a path, as a table. Raises UserError unless its weights have this SHA-256."""
-    found = manifest.read_manifest(path)
-    if found["generated"]["source"].get("weights_sha256") != sha256:
+    scores = manifest.read_manifest(path)
+    if scores["generated"]["source"].get("weights_sha256") != sha256:
         raise UserError(f"--scores {path}: not of samples of the averaged weights of {ckpt}; score some")
-    cells = [(key, "-" if value is None else f"{value:.4g}") for key, value in found["values"].items()]
-    head = f"\n`{found['protocol']}`, code {found['code'] or 'unknown'}:\n\n| | |\n|---|---|\n"
+    head = f"\n`{scores['protocol']}`, code {scores['code'] or 'unknown'}:\n\n| | |\n|---|---|\n"
+    cells = [(key, "-" if value is None else f"{value:.4g}") for key, value in scores["values"].items()]
     return head + "".join(f"| {key} | {value} |\n" for key, value in cells)
 
 

@@ -12,9 +12,9 @@ import numpy as np
 from PIL import Image, ImageDraw, ImageFont
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent / "EqM"))
-from gallery import Samples
 from runtime.atomic import atomic_write
-from runtime.cli import COUNT, ArgumentParser, UserError, check_writable, fail, say
+from runtime.cli import COUNT, ArgumentParser, UserError, check_writable, fail, one_line_errors, say
+from scoring.sources import Samples
 from video.drawing import MARGIN, draw_row, evenly_spaced
 
 COLUMNS, SIDE, GAP = 12, 64, 4  # frames of a row; px of a frame, and between two
@@ -36,28 +36,27 @@ def draw_folder(samples, rows):
     clips, shown = samples.clips[:rows], evenly_spaced(T, COLUMNS)
     picture = Image.new("RGB", (LEFT + COLUMNS * (SIDE + GAP), TITLE + len(clips) * (SIDE + GAP)), "white")
     continued = "clips continued from the frames in orange, " if samples.given[0] else ""
-    title = f"{continued}{T} frames, {samples.fps:.3g} per second, {size} x {size} px"
+    title = f"{continued}{T} frames, {1 / samples.time_scale:.3g} per second, {size} x {size} px"
     ImageDraw.Draw(picture).text((MARGIN, TITLE // 2), title, "#555555", font, anchor="lm")
     smooth = Image.Resampling.NEAREST if size < SIDE else Image.Resampling.LANCZOS
     for row, clip in enumerate(clips):
         frames = np.stack([Image.fromarray(frame).resize((SIDE, SIDE), smooth) for frame in clip[shown]])
-        marked, name = np.isin(shown, samples.given[row]), samples.class_name(samples.labels[row])[:MAX_NAME_LENGTH]
+        marked, name = np.isin(shown, samples.given[row]), (samples.names[row] or "none")[:MAX_NAME_LENGTH]
         draw_row(picture, LEFT, TITLE + row * (SIDE + GAP), frames, marked, name, font, GAP)
     return np.asarray(picture)
 
 
+@one_line_errors()
 def main():
     args = parse_args()
     try:
         check_writable("--out", Path(args.out).parent)
-        picture = Image.fromarray(np.concatenate([draw_folder(Samples(folder), args.rows) for folder in args.folders]))
+        rows = [draw_folder(Samples(folder, "FOLDER"), args.rows) for folder in args.folders]
     except UserError as error:
         fail(error)
-    try:
-        with atomic_write(args.out) as file:
-            picture.save(file, "PNG", optimize=True)
-    except OSError as error:  # such as a full disk
-        fail(error, status=1)
+    picture = Image.fromarray(np.concatenate(rows))
+    with atomic_write(args.out) as file:
+        picture.save(file, "PNG", optimize=True)
     say(f"{args.out}: {picture.width} x {picture.height} px, {Path(args.out).stat().st_size / 1e3:.0f} KB")
 
 

@@ -17,10 +17,10 @@ from functools import partial
 from pathlib import Path
 
 import numpy as np
-from matplotlib.ticker import FuncFormatter, LogLocator, MaxNLocator
+from matplotlib.ticker import FuncFormatter, LogLocator, MaxNLocator, NullLocator
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent / "EqM"))
-from runtime.cli import COUNT, ArgumentParser, UserError, check_writable, fail, say
+from runtime.cli import COUNT, ArgumentParser, UserError, check_writable, fail, one_line_errors, say
 from runtime.metrics import read_metrics
 from scoring.plots import COLORS, MARKERS, plt, save_figure
 
@@ -57,8 +57,9 @@ class Curve:
     label: str
     phases: list  # (frames, rows), each with its rows up to where the next one started; FLOPs and seconds add up
 
-    def __post_init__(self):
-        self.rows = [row for _, rows in self.phases for row in rows]
+    @property
+    def rows(self):
+        return [row for _, rows in self.phases for row in rows]
 
 
 def load_runs(places):
@@ -66,13 +67,16 @@ def load_runs(places):
     runs = {}
     for place in map(Path, places):
         files = [place / METRICS] if (place / METRICS).exists() else sorted(place.glob(f"*/{METRICS}"))
-        found = {file: read_metrics(file) for file in files}
-        if not any(rows for rows, _ in found.values()):
+        found = {}
+        for file in files:
+            rows, torn = read_metrics(file)
+            found |= {file.parent.resolve(): rows} if rows else {}
+            if torn:
+                say(f"{file}: {torn} torn {'line' if torn == 1 else 'lines'} skipped")
+        if not found:
             what = f"{METRICS} has no step yet" if files else f"no {METRICS}, nor a folder with one"
             raise UserError(f"RUN {place}: {what}; name a run folder of train.py that has logged a step")
-        runs |= {file.parent.resolve(): rows for file, (rows, _) in found.items() if rows}
-        for file, torn in [(file, torn) for file, (_, torn) in found.items() if torn]:
-            say(f"{file}: {torn} torn {'line' if torn == 1 else 'lines'} skipped")
+        runs |= found
     return runs
 
 
@@ -88,41 +92,35 @@ def find_start(folder, runs):
 
     A resumed run only knows that it started from itself: it continues the run beside it that ended last before it.
     """
-    first, config, own = runs[folder][0]["step"], folder / "config.json", folder / "checkpoints/latest.pt"
-    ckpt = Path((json.loads(config.read_text())["training"]["ckpt"] if config.exists() else own) or "")
-    if ckpt == Path():
+    first, config = runs[folder][0]["step"], json.loads((folder / "config.json").read_text())
+    if not config["training"]["ckpt"]:
         return None  # from scratch
-    if is_checkpoint_of(ckpt, folder):
+    ckpt = Path(config["training"]["ckpt"])
+    run = ckpt.parts[-4:-2]  # of EXP/RUN/checkpoints/FILE; folders above EXP may have moved
+    if folder.parts[-len(run) :] == run:
         beside = [(rows[-1]["step"], other) for other, rows in runs.items() if other.parent == folder.parent]
         return max((start for start in beside if start[0] < first), default=None)
     step = int(ckpt.stem) if ckpt.stem.isdecimal() else first - 1  # the name best.pt holds no step
-    found = [other for other, rows in runs.items() if is_checkpoint_of(ckpt, other) and rows[0]["step"] <= step]
-    if found:
+    found = [other for other, rows in runs.items() if other.parts[-len(run) :] == run and rows[0]["step"] <= step]
+    if run and found:
         return step, min(found, key=lambda other: other.parent != folder.parent)  # its own experiment first
     say(f"{folder.name}: its start {ckpt} is not of these runs; FLOPs and seconds count from there")
     return None
 
 
-def is_checkpoint_of(ckpt, folder):
-    """Whether EXP/RUN/checkpoints/FILE is a checkpoint of this run; folders above EXP may have moved."""
-    names = ckpt.parts[-4:-2]
-    return ckpt.parent.name == "checkpoints" and folder.parts[-len(names) :] == names
-
-
 def make_curve(folder, runs, starts):
+    """The Curve of a run and all its predecessors."""
     chain = [(math.inf, folder)]  # runs, each with the last step of it that the curve has
     while start := starts[chain[0][1]]:
         chain.insert(0, start)
-    label, phases, before = f"{folder.parent.name}/{folder.name}", [], {}
+    phases, before = [], {}
     for last, part in chain:
-        if phases and part == folder:
-            label += f" after {', '.join(frames for frames, _ in phases)}"
         rows = [row for row in runs[part] if row["step"] <= last]
         rows = [row | {name: row[name] + before.get(name, 0) for name in CUMULATIVE if name in row} for row in rows]
         before = {name: rows[-1].get(name, 0) for name in CUMULATIVE}
         for num_frames, group in itertools.groupby(rows, key=lambda row: row.get("num_frames")):
             phases.append((f"f{num_frames}" if num_frames else part.name, list(group)))
-    return Curve(label, phases)
+    return Curve(f"{folder.parent.name}/{folder.name}", phases)
 
 
 # ----------------------------------------------------------------------------------------------------------------------
@@ -136,22 +134,21 @@ def plot_curves(curves, relative=False, window=None):
     found = (re.fullmatch(rf"val_loss{ending}_f(\d+)", name) for name in names)
     counts = dict(zip(sorted(int(match[1]) for match in found if match), itertools.cycle(COUNTS)))
     axes = [axis for axis in X_AXES if all(axis in row for row in rows)]
-    height = 1 + (f"val_loss{ending}" in names)
-    size = 1 + 5.5 * len(axes), 3 + 3.5 * height
-    figure, grid = plt.subplots(height, len(axes), figsize=size, sharex="col", sharey="row", squeeze=False)
+    titles = ["training", "validation"] if f"val_loss{ending}" in names else ["training"]
+    size = 1 + 5.5 * len(axes), 3 + 3.5 * len(titles)
+    figure, grid = plt.subplots(len(titles), len(axes), figsize=size, sharex="col", sharey="row", squeeze=False)
     for panels, axis in zip(grid.T, axes, strict=True):
         plot_column(panels, axis, curves, ending, window, counts)
-    for panel, name in zip(grid[:, 0], ("training", "validation"), strict=False):
+    for panel, title in zip(grid[:, 0], titles, strict=True):
         scale_losses(panel)
-        panel.set_ylabel(f"{name} loss" + (" / loss of zero" if relative else ""))
+        panel.set_ylabel(f"{title} loss" + (" / loss of zero" if relative else ""))
     if counts:
         handles = [plt.Line2D([], [], color="black", label=f"{count} frames", **counts[count]) for count in counts]
         grid[1, 0].legend(handles=handles, title="thick: as trained", fontsize=11, title_fontsize=11)
-    styles = zip(curves, itertools.cycle(CURVES))
-    handles = [plt.Line2D([], [], linewidth=2, label=curve.label, **style) for curve, style in styles]
+    lines = [style | {"label": curve.label} for curve, style in zip(curves, itertools.cycle(CURVES))]
     if window > 1:
-        label = f"training: thin as logged, thick the mean of {window} lines"
-        handles.append(plt.Line2D([], [], color="none", label=label))
+        lines.append({"color": "none", "label": f"training: thin as logged, thick the mean of {window} lines"})
+    handles = [plt.Line2D([], [], linewidth=2, **line) for line in lines]
     figure.legend(handles=handles, loc="outside lower center", frameon=False)
     return figure
 
@@ -171,8 +168,7 @@ def plot_column(panels, axis, curves, ending, window, counts):
                 panel.plot(*line(f"val_loss{ending}_f{count}"), color=style["color"], **marker)
     mark_phases(panels, curves, axis, size)
     panels[-1].set_xlabel(f"{name} ({unit})" if unit else name)
-    panels[-1].xaxis.set_major_locator(MaxNLocator(5))
-    panels[-1].xaxis.set_major_formatter(FuncFormatter(lambda x, _: f"{x:,.10g}"))
+    panels[-1].xaxis.set(major_locator=MaxNLocator(5), major_formatter=FuncFormatter(lambda x, _: f"{x:,.10g}"))
 
 
 def points(curve, axis, size, name, window=1):
@@ -213,11 +209,12 @@ def scale_losses(panel):
     low, high = panel.dataLim.intervaly
     if 0 < low < high / LOG_RATIO:
         panel.set_yscale("log")
-        panel.yaxis.set_major_locator(LogLocator(subs=(1, 2, 5) if high / low > 20 else (1, 1.5, 2, 3, 4, 5, 7)))
-        panel.yaxis.set_major_formatter(FuncFormatter(lambda y, _: f"{y:g}"))
-        panel.yaxis.set_minor_locator(LogLocator(subs=()))
+        ticks = LogLocator(subs=(1, 2, 5) if high / low > 20 else (1, 1.5, 2, 3, 4, 5, 7))
+        plain = FuncFormatter(lambda y, _: f"{y:g}")
+        panel.yaxis.set(major_locator=ticks, major_formatter=plain, minor_locator=NullLocator())
 
 
+@one_line_errors()
 def main():
     args = parse_args()
     try:
@@ -231,12 +228,10 @@ def main():
             for axis in X_AXES:
                 if not all(axis in row for row in curve.rows):
                     say(f"no {axis} logged, so no curves against {X_AXES[axis][0]}: {curve.label}")
-        Path(args.out).parent.mkdir(parents=True, exist_ok=True)
-        save_figure(plot_curves(curves, args.relative, args.smooth), args.out)
     except UserError as error:
         fail(error)
-    except OSError as error:  # such as a full disk
-        fail(error, status=1)
+    Path(args.out).parent.mkdir(parents=True, exist_ok=True)
+    save_figure(plot_curves(curves, args.relative, args.smooth), args.out)
     say(f"{args.out}: {len(curves)} {'curve' if len(curves) == 1 else 'curves'}")
 
 

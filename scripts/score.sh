@@ -41,9 +41,6 @@ for metric in "${METRICS[@]}"; do # before anything is sampled
     *) complain "METRIC=$(printf %q "$metric"); expected motion fvd fid consistency nearest classifier prediction" ;;
   esac
 done
-for name in SAMPLES SAMPLES_PER_CLIP REAL; do
-  [[ -z ${!name} || ${!name} =~ ^[1-9][0-9]*$ ]] || complain "$name=$(printf %q "${!name}"); expected a number"
-done
 activate
 processes "$GPUS"
 

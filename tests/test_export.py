@@ -89,9 +89,14 @@ def test_config_and_card_say_what_it_is_and_no_path_of_the_machine(exported, tmp
             patch.setattr("sys.argv", line.split()[1:])
             script.parse_args()
 
-    values = {"format": manifest.FORMAT, "protocol": "motion8_4f", "values": {"speed": 0.98765, "loss": None}}
+    values = {
+        "format": manifest.FORMAT,
+        "protocol": "motion8_4f",
+        "values": {"speed": 0.98765, "loss": None},
+        "code": None,
+    }
     for sha256, status in (("0", 2), (checkpoint.weights_sha256(saved["ema"]), 0)):
-        found = dict.fromkeys(manifest.KEYS, {}) | values | {"generated": {"source": {"weights_sha256": sha256}}}
+        found = values | {"generated": {"source": {"weights_sha256": sha256}}}
         manifest.write_manifest(tmp_path / "m.json", found)
         run_main(export, ckpt, tmp_path / "scored", "--scores", tmp_path / "m.json", status=status)
     assert "--scores" in capsys.readouterr().err

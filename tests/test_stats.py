@@ -16,8 +16,6 @@ def test_the_interval_of_a_share_is_where_a_95_percent_test_rejects(hits, count)
     for share in stats.wilson(hits, count):
         distance = abs(hits / count - share)  # at a bound, 1.96 of the standard deviations of that share
         assert distance == pytest.approx(1.96 * math.sqrt(max(0, share * (1 - share)) / count), abs=1e-9)
-    assert stats.share(hits, count)["interval95"] == stats.wilson(hits, count)
-    assert stats.share(0, 0) == {"clips": 0, "right": 0, "share": None, "interval95": None}
 
 
 def test_the_mean_and_its_standard_error():

@@ -10,6 +10,7 @@ Training windows are mirrored at random, so classes that differ only by left and
 class for standing still, so static samples, which move less than any real clip of their class, are counted too.
 """
 
+import itertools
 import math
 import statistics
 from argparse import Namespace
@@ -24,7 +25,7 @@ from runtime import distributed
 from runtime.cli import Bar, UserError
 from runtime.distributed import rank
 from runtime.rng import generator
-from scoring.stats import mean_interval, share
+from scoring.stats import mean_interval, wilson
 from video.files import read_frames, resize_and_crop
 
 SIZE = 32  # px, of what the classifier sees
@@ -37,15 +38,14 @@ RECIPE = Namespace(batch=16, lr=3e-3, weight_decay=0.05, smoothing=0.1, zoom=0.1
 
 def check(samples, clips, training, place):
     """Raise UserError unless a network can learn from groups of the videos of Clips to classify Samples."""
-    classes, videos = clips.classes, clips.videos
-    if unknown := set(samples.classes) - set(classes):
-        found = f"has class {min(unknown)}, {place} has {', '.join(classes)}"
-        raise UserError(f"{samples.place}: {found}; pass the data set that the model was trained on")
-    for name in classes:
-        count = len({group_of(video) for video in videos if video.class_name == name})
-        if count < 2 or len(classes) < 2:
-            found = f"{len(classes)} classes, of {name} videos of {count} groups (file stems)"
-            raise UserError(f"{place}: {found}; expected at least 2 of both, as one group is left out at a time")
+    if unknown := set(samples.classes) - set(clips.classes):
+        got = f"has class {min(unknown)}, {place} has {', '.join(clips.classes)}"
+        raise UserError(f"{samples.place}: {got}; pass the data set that the model was trained on")
+    for name in clips.classes:
+        count = len({group_of(video) for video in clips.videos if video.class_name == name})
+        if count < 2 or len(clips.classes) < 2:
+            got = f"{len(clips.classes)} classes, of {name} videos of {count} groups (file stems)"
+            raise UserError(f"{place}: {got}; expected at least 2 of both, as one group is left out at a time")
         if all(video.class_name != name for video in training):
             raise UserError(f"{place}: no video of class {name} in the training split; expected one (--val-fraction)")
 
@@ -57,31 +57,31 @@ def group_of(video):
 def score_classifier(samples, clips, training, args):
     """Classify Samples (see sources.py) by the videos of Clips, clips as long as a window; `training`: some of them."""
     torch.set_num_threads(1)  # sums in another order would make another classifier
-    window, (interval, _), classes = clips.num_frames, clips.frame_interval, clips.classes
-    videos = sorted(clips.videos, key=lambda video: video.path)
-    frames = (read_frames(args.data_path, video, range(video.num_frames)) for video in videos)
-    clips = [prepare(own, samples.image_size) for own in frames]
+    size, classes, videos = samples.image_size, clips.classes, sorted(clips.videos, key=lambda video: video.path)
+    window, interval = clips.num_frames, clips.frame_interval[0]
+    real = [prepare(read_frames(args.data_path, video, range(video.num_frames)), size) for video in videos]
     labels, groups = [classes.index(video.class_name) for video in videos], [group_of(video) for video in videos]
+    rows = list(zip(real, labels, groups, strict=True))
     settings = {"num_classes": len(classes), "window": window, "interval": interval}
     settings |= {"steps": args.classifier_steps, "seed": args.seed}
-    logits = leave_one_out(clips, labels, groups, settings)
+    logits = leave_one_out(rows, settings)
     if rank() != 0:
         return None, None, None
-    real = summarize(logits, labels, classes)
-    real["wrong"] = [v.path for v, label, found in zip(videos, labels, real["found"], strict=True) if label != found]
-    mine = [index for index, video in enumerate(videos) if video in training]
-    network = train([clips[i] for i in mine], [labels[i] for i in mine], "of the training split", **settings)
-    shown, asked = [prepare(clip, samples.image_size) for clip in samples.clips], [*map(classes.index, samples.names)]
+    about = summarize(logits, labels, classes)
+    about["wrong"] = [v.path for v, label, got in zip(videos, labels, about["found"], strict=True) if label != got]
+    own = [row[:2] for row, video in zip(rows, videos, strict=True) if video in training]
+    network = train(own, "of the training split", **settings)
+    shown, asked = [prepare(clip, size) for clip in samples.clips], [*map(classes.index, samples.names)]
     found = summarize([logits_of(network, clip, window, interval=1) for clip in shown], asked, classes)
-    found["static"] = find_static(shown, asked, clips, labels, window, interval)
+    found["static"] = find_static(shown, asked, rows, window, interval)
     lines = [
-        f"  real clips, each of {len(set(groups))} groups left out once, classified correctly: {in_words(real)}",
+        f"  real clips, each of {len(set(groups))} groups left out once, classified correctly: {in_words(about)}",
         f"  samples classified as the class that was asked for: {in_words(found)}",
         f"  static samples, which move less than any real clip of their class: {len(found['static'])}",
     ]
-    values = {"accuracy": real["share"], "window_accuracy": real["windows"]["share"], "asked_class": found["share"]}
-    about = {"window": window, "classes": classes, "groups": sorted(set(groups)), "num_training": len(mine)}
-    return values, {"real": real, "samples": found, "recipe": vars(RECIPE) | {"size": SIZE}} | about, lines
+    values = {"accuracy": about["share"], "window_accuracy": about["windows"]["share"], "asked_class": found["share"]}
+    result = {"real": about, "samples": found, "recipe": vars(RECIPE) | {"size": SIZE}, "window": window}
+    return values, result | {"classes": classes, "groups": sorted(set(groups)), "num_training": len(own)}, lines
 
 
 class Classifier(nn.Module):
@@ -90,14 +90,13 @@ class Classifier(nn.Module):
     The last layers see where something is, as one arm or two is a question of left and right.
     """
 
-    def __init__(self, num_classes, channels=(2, 12, 24, 48), hidden=32):
+    def __init__(self, num_classes):
         super().__init__()
         layers = []
-        for inside, outside in zip(channels, channels[1:], strict=False):
+        for inside, outside in itertools.pairwise((2, 12, 24, 48)):
             layers += [nn.Conv3d(inside, outside, 3, stride=2, padding=1), nn.GroupNorm(4, outside), nn.ReLU()]
         self.layers = nn.Sequential(*layers)
-        wide = nn.Linear(channels[-1] * (SIZE // 8) ** 2, hidden)
-        self.head = nn.Sequential(wide, nn.ReLU(), nn.Linear(hidden, num_classes))
+        self.head = nn.Sequential(nn.Linear(48 * (SIZE // 8) ** 2, 32), nn.ReLU(), nn.Linear(32, num_classes))
 
     def forward(self, x):
         grey, change = x - x.mean(dim=(1, 2, 3), keepdim=True), x.diff(dim=1, prepend=x[:, :1])
@@ -111,45 +110,46 @@ def prepare(frames, image_size):
     return torch.einsum("tchw,c->thw", frames.float(), torch.tensor([0.299, 0.587, 0.114])).round().byte()
 
 
-def span_of(window, interval):
-    """Frames of a clip from the first to the last of a window."""
-    return (window - 1) * interval + 1
+def every_window(clip, window, interval):
+    """The windows that begin at every frame of a clip: (n, window, SIZE, SIZE), a view."""
+    return clip.unfold(0, (window - 1) * interval + 1, 1)[..., ::interval].movedim(-1, 1)
 
 
 def windows_of(clip, window, interval):
     """The windows (n, window, SIZE, SIZE) that a clip is classified by, from its first to its last frame."""
-    span = span_of(window, interval)
-    rest = len(clip) - span
-    starts = torch.linspace(0, rest, 1 + math.ceil(2 * rest / span)).round().int().tolist()
-    return torch.stack([clip[start : start + span : interval] for start in starts])
+    every = every_window(clip, window, interval)
+    rest = len(every) - 1
+    return every[torch.linspace(0, rest, 1 + math.ceil(2 * rest / (len(clip) - rest))).round().long()]
 
 
-def motion_of(clip, window, interval):
-    """The share of pixels that move in each window of a clip, one starting at every frame: (n,)."""
-    windows = clip.unfold(0, span_of(window, interval), 1)[..., ::interval]  # (n, SIZE, SIZE, window)
-    return (windows.amax(dim=-1) - windows.amin(dim=-1) > MOVES).double().mean(dim=(1, 2))
+def least_motion(clip, window, interval):
+    """The least share of pixels that move in a window of a clip."""
+    windows = every_window(clip, window, interval)
+    return (windows.amax(dim=1) - windows.amin(dim=1) > MOVES).double().mean(dim=(1, 2)).min().item()
 
 
-def find_static(samples, asked, clips, labels, window, interval):
-    """Indices of the samples of which a window moves less than every window of the real clips of their class."""
+def find_static(samples, asked, real, window, interval):
+    """Indices of the samples of which a window moves less than every window of the real clips of their class.
+
+    real: rows (clip, label, ...).
+    """
     least = {}
-    for clip, label in zip(clips, labels, strict=True):
-        least[label] = min(least.get(label, 1.0), motion_of(clip, window, interval).min().item())
-    moved = [motion_of(clip, window, 1).min().item() for clip in samples]
-    return [index for index, label in enumerate(asked) if moved[index] < least[label]]
+    for clip, label, *_ in real:
+        least[label] = min(least.get(label, 1.0), least_motion(clip, window, interval))
+    rows = enumerate(zip(samples, asked, strict=True))
+    return [index for index, (clip, label) in rows if least_motion(clip, window, 1) < least[label]]
 
 
 def random_windows(of_class, window, interval, random):
     """Training windows (B, window, SIZE, SIZE), changed at random, and labels (B,). of_class: {label: its clips}."""
-    B, span, windows = RECIPE.batch, span_of(window, interval), []
+    B, windows = RECIPE.batch, []
     y = torch.tensor(list(of_class))[torch.randint(len(of_class), (B,), generator=random)]  # classes: equally often
     for label, (which, when) in zip(y.tolist(), torch.rand(B, 2, generator=random).tolist(), strict=True):
-        clip = of_class[label][int(which * len(of_class[label]))]
-        start = int(when * (len(clip) - span + 1))
-        windows.append(clip[start : start + span : interval])
+        every = every_window(of_class[label][int(which * len(of_class[label]))], window, interval)
+        windows.append(every[int(when * len(every))])
     zoom, right, down, contrast, light = 2 * torch.rand(5, B, generator=random) - 1
-    mirror = 1 - 2 * torch.randint(2, (B,), generator=random)
-    zoom, right, down, zero = 1 + RECIPE.zoom * zoom, 2 * RECIPE.shift * right, 2 * RECIPE.shift * down, torch.zeros(B)
+    mirror, zero = 1 - 2 * torch.randint(2, (B,), generator=random), torch.zeros(B)
+    zoom, right, down = 1 + RECIPE.zoom * zoom, 2 * RECIPE.shift * right, 2 * RECIPE.shift * down
     matrix = torch.stack([mirror * zoom, zero, right, zero, zoom, down], dim=1).view(B, 2, 3)
     x = torch.stack(windows).float() / 255
     grid = F.affine_grid(matrix, x.shape, align_corners=False)  # one change for all frames of a window
@@ -158,14 +158,13 @@ def random_windows(of_class, window, interval, random):
     return (x - 0.5) * contrast + 0.5 + light, y
 
 
-def train(clips, labels, name, num_classes, window, interval, steps, seed):
-    """A Classifier of these clips. All draws are functions of the seed, the name of the classifier and the step."""
+def train(rows, name, num_classes, window, interval, steps, seed):
+    """A Classifier of rows (clip, label). All draws are functions of the seed, the classifier's name and the step."""
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(generator(seed, PURPOSE, name).initial_seed())
         network = Classifier(num_classes)
     optimizer = torch.optim.AdamW(network.parameters(), RECIPE.lr, weight_decay=RECIPE.weight_decay)
-    rows = list(zip(clips, labels, strict=True))
-    of_class = {label: [clip for clip, other in rows if other == label] for label in sorted(set(labels))}
+    of_class = {label: [clip for clip, other in rows if other == label] for label in sorted({y for _, y in rows})}
     for step in range(steps):
         done = step / steps  # a tenth of the steps to warm up, a cosine to 0
         optimizer.param_groups[0]["lr"] = RECIPE.lr * min(1, 10 * done + 0.1) * math.cos(done * math.pi / 2) ** 2
@@ -178,22 +177,21 @@ def train(clips, labels, name, num_classes, window, interval, steps, seed):
 
 @torch.no_grad()
 def logits_of(network, clip, window, interval):
-    """The logits (n, classes) of the windows of a clip. The clip's are their mean."""
+    """The logits (n, classes) of the windows of a clip. Their mean decides its class."""
     return network(windows_of(clip, window, interval).float() / 255)
 
 
-def leave_one_out(clips, labels, groups, settings):
+def leave_one_out(rows, settings):
     """The logits (n, classes) of the windows of each clip, by a network trained on the other groups alone.
 
-    The ranks share the groups; all get all logits.
+    rows: (clip, label, group); settings: of `train`. The ranks share the groups; all get all logits.
     """
-    names, found = sorted(set(groups)), []
+    names, found = sorted({group for *_, group in rows}), []
     own = [names[number] for number in distributed.own_indices(len(names))]
     for left_out in Bar(own, desc="groups left out", unit="group", leave=False, disable=rank() != 0):
-        others = [index for index, group in enumerate(groups) if group != left_out]
-        network = train([clips[i] for i in others], [labels[i] for i in others], f"without {left_out}", **settings)
-        mine = [index for index, group in enumerate(groups) if group == left_out]
-        found += [(index, logits_of(network, clips[index], settings["window"], settings["interval"])) for index in mine]
+        network = train([row[:2] for row in rows if row[2] != left_out], f"without {left_out}", **settings)
+        mine = [(index, clip) for index, (clip, _, group) in enumerate(rows) if group == left_out]
+        found += [(index, logits_of(network, clip, settings["window"], settings["interval"])) for index, clip in mine]
     return distributed.gather_in_order(found)[0]
 
 
@@ -205,15 +203,13 @@ def summarize(logits, labels, classes):
     """
     found = [own.mean(dim=0).argmax().item() for own in logits]
     counts, every = Counter(zip(labels, found, strict=True)), range(len(classes))
-    confusion = [[counts[row, column] for column in every] for row in every]
-    right = [(own.argmax(dim=1) == label).double().mean().item() for own, label in zip(logits, labels, strict=True)]
-    windows = {"count": sum(map(len, logits)), "share": statistics.fmean(right), "interval95": mean_interval(right)}
-    return share(sum(counts[label, label] for label in every), len(labels)) | {
-        "windows": windows,
-        "per_class": {classes[label]: share(counts[label, label], sum(confusion[label])) for label in every},
-        "confusion": confusion,
-        "found": found,
-    }
+    right, count = sum(counts[label, label] for label in every), len(labels)
+    windows = [(own.argmax(dim=1) == label).double().mean().item() for own, label in zip(logits, labels, strict=True)]
+    about = {"count": sum(map(len, logits)), "share": statistics.fmean(windows), "interval95": mean_interval(windows)}
+    return {
+        "clips": count, "right": right, "share": right / count, "interval95": wilson(right, count), "windows": about,
+        "confusion": [[counts[row, column] for column in every] for row in every], "found": found,
+    }  # fmt: skip
 
 
 def in_words(found):

@@ -7,6 +7,7 @@ frame to the last (least-squares line), minus the rise in real clips, in units o
 frames; 0 = no drift.
 """
 
+import numpy as np
 import torch
 
 from generation import window_starts
@@ -25,11 +26,11 @@ TITLES = {  # of the values
 def score_consistency(generated, real, source, plot_path):
     """Score two streams of clips (see sources.py), at least two clips each, and plot them to plot_path.
 
-    source: of the generated clips, as samples.json says it.
+    source: how the generated clips were sampled, from samples.json.
     """
-    patch = source["temporal_patch_size"]
     columns = [gather(stream, lambda clip, *_: measure(torch.from_numpy(clip))) for stream in (generated, real)]
     columns = [[torch.stack(column) for column in own] for own in columns]
+    patch = source["temporal_patch_size"]
     result = summarize(*columns, patch, source.get("window"), source.get("overlap") or 0)
     if rank() == 0:
         from scoring import plots  # matplotlib takes a while to load
@@ -44,7 +45,7 @@ def measure(clip):
     """(statistics (T, 7), change (T - 1,)), float64 in grey levels, of a clip uint8 (T, H, W, 3).
 
     Statistics of a frame, in the order of STATISTICS: mean and standard deviation of each channel, and the root mean
-    square of the differences between neighboring pixels. Change: the same of those between a frame and the next.
+    square of the differences between neighboring pixels. Change: the root mean square difference of successive frames.
     """
     frames = clip.permute(0, 3, 1, 2).double()  # (T, C, H, W)
     mean, contrast = frames.mean(dim=(2, 3)), frames.std(dim=(2, 3), correction=0)
@@ -70,17 +71,17 @@ def seam_score(generated, real, borders):
     Both are None if there is no border, nothing between, or nothing moves. The interval is from a bootstrap over clips.
     """
     at_border = torch.isin(torch.arange(generated.shape[1]) + 1, torch.tensor(borders, dtype=torch.int64))  # (T - 1,)
-    if not at_border.any() or at_border.all():
-        return None, None
     # mean change of each clip at the borders and elsewhere; clips count in proportion to their motion
     both = [torch.stack([part[:, at_border].mean(1), part[:, ~at_border].mean(1)], 1) for part in (generated, real)]
-    means = [changes.mean(dim=0) for changes in both]
-    if any((mean == 0).any() for mean in means):
+
+    def score(generated, real):  # (..., 2) each
+        return (generated[..., 0] / generated[..., 1]) / (real[..., 0] / real[..., 1])
+
+    value = score(*(changes.mean(dim=0) for changes in both))
+    if not value.isfinite():
         return None, None
-    generated, real = (mean[0] / mean[1] for mean in means)
     draws = [bootstrap(changes, name) for name, changes in zip(("generated", "real"), both, strict=True)]
-    ratios = [mean[:, 0] / mean[:, 1] for mean in draws]
-    return (generated / real).item(), interval95(ratios[0] / ratios[1])
+    return value.item(), interval95(score(*draws))
 
 
 def rises(statistics):
@@ -92,15 +93,14 @@ def rises(statistics):
 
 def drifts(generated, real):
     """{name: {"drift", "interval95"}} of statistics (N, T, 7) and (M, T, 7); None where all real frames are alike."""
-    units = real.flatten(0, 1).std(dim=0)
-    rise = [rises(statistics) for statistics in (generated, real)]
+    units, rise = real.flatten(0, 1).std(dim=0), [rises(statistics) for statistics in (generated, real)]
     drift = (rise[0].mean(dim=0) - rise[1].mean(dim=0)) / units
     half = Z95 * (sum(part.var(dim=0) / len(part) for part in rise).sqrt() / units)
-    ends = torch.stack([drift - half, drift + half], dim=1)
-    found = zip(STATISTICS, units > 0, drift.tolist(), ends.tolist(), strict=True)
-    return {
-        name: {"drift": x if known else None, "interval95": own if known else None} for name, known, x, own in found
-    }
+    found = {name: {"drift": None, "interval95": None} for name in STATISTICS}
+    for number in units.nonzero()[:, 0].tolist():
+        x, error = drift[number].item(), half[number].item()
+        found[STATISTICS[number]] = {"drift": x, "interval95": [x - error, x + error]}
+    return found
 
 
 def profile(values):
@@ -109,32 +109,28 @@ def profile(values):
     return {"mean": mean.tolist(), "low": (mean - half).tolist(), "high": (mean + half).tolist()}
 
 
-def by_window(generated, real, starts):
-    """{statistic: its mean in each window over that of real clips there} of statistics (N, T, 7) and (M, T, 7)."""
-    ends = [*starts[1:], generated.shape[1]]
-    parts = [[clips[:, a:b].mean(dim=(0, 1)) for a, b in zip(starts, ends, strict=True)] for clips in (generated, real)]
-    ratios = torch.stack(parts[0]) / torch.stack(parts[1])  # (windows, 7)
-    return {name: ratios[:, number].nan_to_num(0, 0, 0).tolist() for number, name in enumerate(STATISTICS)}
-
-
 def summarize(generated, real, temporal_patch_size, window=None, overlap=0):
     """All results, a plain dict for JSON; generated and real are (statistics, change) of at least two clips each.
 
-    window and overlap are those of the generated clips in frames; None: they were sampled in one.
+    window, overlap: of the generated clips, in frames; None: they were sampled in one. by_window: the mean of each
+    statistic in each window over that of real clips there.
     """
     patches, windows = borders(generated[0].shape[1], temporal_patch_size, window, overlap)
-    result = {"temporal_patch_size": temporal_patch_size, "drift": drifts(generated[0], real[0])}
-    for name, places in (("seam_score", patches), ("window_seam_score", windows)):
-        if places or name == "seam_score":
-            result[name], result[f"{name}_interval95"] = seam_score(generated[1], real[1], places)
+    result = {"temporal_patch_size": temporal_patch_size, "drift": drifts(generated[0], real[0]), "by_position": {}}
+    result["seam_score"], result["seam_score_interval95"] = seam_score(generated[1], real[1], patches)
     if windows:
-        result |= {"windows": [0, *windows], "by_window": by_window(generated[0], real[0], [0, *windows])}
+        sizes = np.diff([0, *windows, generated[0].shape[1]]).tolist()
+        parts = [[part.mean(dim=(0, 1)) for part in own[0].split(sizes, dim=1)] for own in (generated, real)]
+        ratios = (torch.stack(parts[0]) / torch.stack(parts[1])).nan_to_num(0, 0, 0)  # (windows, 7)
+        result |= {"windows": [0, *windows], "by_window": dict(zip(STATISTICS, ratios.T.tolist(), strict=True))}
+        result["window_seam_score"], interval = seam_score(generated[1], real[1], windows)
+        result["window_seam_score_interval95"] = interval
     known = {name: own["drift"] for name, own in result["drift"].items() if own["drift"] is not None}
     worst = max(known, key=lambda name: abs(known[name]), default=None)
     changes = [change.mean().item() for _, change in (generated, real)]
     result |= {"change_ratio": changes[0] / changes[1] if changes[1] else None}
-    result |= {"largest_drift": known.get(worst), "largest_drift_of": worst, "by_position": {}}
+    result |= {"largest_drift": known.get(worst), "largest_drift_of": worst}
     for kind, (statistics, change) in (("generated", generated), ("real", real)):
-        by_name = {name: profile(statistics[..., number]) for number, name in enumerate(STATISTICS)}
-        result["by_position"][kind] = {"change": profile(change)} | by_name
+        profiles = [profile(change), *map(profile, statistics.unbind(dim=2))]
+        result["by_position"][kind] = dict(zip(("change", *STATISTICS), profiles, strict=True))
     return result

@@ -1,4 +1,4 @@
-"""Fréchet distances between sets of clips (FVD) or frames (FID): features, their moments, the distance.
+"""Fréchet distances between sets of clips (FVD) or frames (FID).
 
 Sources: FID, Heusel et al. (arXiv 1706.08500); FVD, Unterthiner et al. (1812.01717), in the protocol of StyleGAN-V
 (Skorokhodov et al., 2112.14683). The feature networks ("detectors") are TorchScript files that the user provides:
@@ -11,11 +11,8 @@ They are called as CALLS says. x is float32 from 0 to 255, RGB; both rescale and
 Any TorchScript that is called in the same way and returns features (B, D) can be used.
 """
 
-import functools
-import itertools
 import os
 import warnings
-from typing import NamedTuple
 
 import safetensors.torch
 import torch
@@ -35,7 +32,7 @@ CALLS = {  # how the detector of a metric is called
     "fid": {"return_features": True},
 }
 RESAMPLES = 50  # of the bootstrap: they give its standard deviation to 1 / sqrt(2 * 50) = 10%
-CACHE_FORMAT = 1  # of a file of moments
+CACHE_FORMAT = 2  # of a file of moments
 
 
 def score_frechet(generated, real, args, detector, about, clips, folder, device):
@@ -44,107 +41,70 @@ def score_frechet(generated, real, args, detector, about, clips, folder, device)
     clips: the Clips that real is a stream of; about: the manifest. A file in the folder keeps the moments of the real
     features; the real clips are read only if it is missing or damaged.
     """
-    num_features, detector = about["detector"]["num_features"], detector.to(device)
+    detector = detector.to(device)
     times = [os.stat(os.path.join(args.data_path, video.path)).st_mtime_ns for video in clips.videos]
     determines = {name: value for name, value in about["real"].items() if name != "data_path"}
     cached = folder / f"{json_sha256([determines, times, about['detector'], CACHE_FORMAT])}.safetensors"
-
-    def read_features(stream, keep=False):
-        """(Moments of the features of all ranks; indices and features (n, G, D) of the clips of this rank, if kept)."""
-        moments, kept_indices, kept = [], [], []
-        for indices, clips, _, _ in stream:
-            features = extract(detector, clips, args.metric, args.batch_size)
-            moments = [functools.reduce(Moments.merge, [*moments, Moments.of(features.flatten(0, 1))])]
-            if keep:
-                kept_indices += indices
-                kept.append(features.cpu())
-        every = itertools.chain(*distributed.gather([own.to("cpu") for own in moments]))
-        return functools.reduce(Moments.merge, every), kept_indices, torch.cat(kept) if kept else torch.empty(0)
-
-    reference = distributed.broadcast(read_moments(cached, num_features) if rank() == 0 else None)
-    from_cache = reference is not None
+    reference = read_moments(cached) if rank() == 0 else None
+    from_cache = distributed.broadcast(reference is not None)
     if not from_cache:
-        reference, _, _ = read_features(real)
+        features = all_features(detector, real, args)
         if rank() == 0:
-            write_moments(cached, reference)
-    moments, indices, kept = read_features(generated, keep=args.resamples > 0)
-    kept = distributed.collect(indices, kept)
+            reference = moments_of(features)
+            folder.mkdir(parents=True, exist_ok=True)
+            with atomic_write(cached) as file:
+                file.write(safetensors.torch.save(reference))
+    features = all_features(detector, generated, args)
     if rank() != 0:
         return None, None, None
-    value = frechet_distance(reference.mean, reference.covariance, moments.mean, moments.covariance)
-    result = {"num_features": num_features, "generated_members": moments.count, "real_members": reference.count}
+    moments, D = moments_of(features), features.shape[-1]
+    value = frechet_distance(reference["mean"], reference["cov"], moments["mean"], moments["cov"])
+    members = {"generated": moments["count"].item(), "real": reference["count"].item()}
+    result = {"num_features": D} | {f"{kind}_members": count for kind, count in members.items()}
     result |= {"real_from_cache": from_cache, "resamples": args.resamples, "standard_error": None, "interval95": None}
     lines = [f"  {args.metric} {value:.4f}"]
-    if args.resamples:
-        error = bootstrap_error(reference.to(device), kept.to(device), args.resamples, args.seed)
+    if args.resamples > 1:
+        reference = reference["mean"].to(device), reference["cov"].to(device)
+        error = bootstrap_error(*reference, features.to(device), args.resamples, args.seed)
         low, high = max(0.0, value - Z95 * error), value + Z95 * error
         result |= {"standard_error": error, "interval95": [low, high]}
         lines[0] += f" (95%: {low:.4g} to {high:.4g}, for other generated clips and the same real ones)"
-    for kind in ("generated", "real"):
-        if result[f"{kind}_members"] <= num_features:
-            found = f"warning: {result[f'{kind}_members']} {kind} members for {num_features} features"
-            lines.append(
-                f"  {found}: the distance is much too large; compare it with distances of the same counts only"
-            )
+    few = f"for {D} features: the distance is much too large; compare it with distances of the same counts only"
+    lines += [f"  warning: {count} {kind} members {few}" for kind, count in members.items() if count <= D]
     return {args.metric: value}, result, lines
 
 
-# ----------------------------------------------------------------------------------------------------------------------
-# Moments and distances
+def all_features(detector, stream, args):
+    """The features (N, G, D) of the clips of a stream of all ranks, on rank 0; None on the others."""
+    indices, parts = [], [torch.empty(0)]
+    for own, clips, _, _ in stream:
+        indices += own
+        parts.append(extract(detector, clips, args.metric, args.batch_size).cpu())
+    return distributed.collect(indices, torch.cat(parts))
 
 
-class Moments(NamedTuple):
-    """Count, mean and scatter of a set of features: all that a Fréchet distance needs.
-
-    mean (D,) and scatter (D, D), the sum of the outer products of the deviations from the mean, are float64.
-    """
-
-    count: int
-    mean: torch.Tensor
-    scatter: torch.Tensor
-
-    @classmethod
-    def of(cls, features):
-        """The Moments of features (N, D), N >= 1."""
-        features = features.double()
-        mean = features.mean(dim=0)
-        deviations = features - mean
-        return cls(len(features), mean, deviations.T @ deviations)
-
-    def merge(self, other):
-        """The Moments of both sets together (Chan et al., 1979)."""
-        count = self.count + other.count
-        difference = other.mean - self.mean
-        between = difference.outer(difference) * (self.count * other.count / count)
-        return Moments(count, self.mean + difference * (other.count / count), self.scatter + other.scatter + between)
-
-    @property
-    def covariance(self):
-        """(D, D), divided by count - 1 as in the first code of FID and FVD; needs a count of at least 2."""
-        return self.scatter / (self.count - 1)
-
-    def to(self, device):
-        return Moments(self.count, self.mean.to(device), self.scatter.to(device))
-
-
-def read_moments(path, num_features):
-    """The Moments in a file; None if there is no file, or it is damaged or has another number of features."""
+def read_moments(path):
+    """The moments in a file; None if there is no file or it is damaged."""
     try:
-        tensors = safetensors.torch.load_file(path)
-        moments = Moments(int(tensors["count"]), tensors["mean"], tensors["scatter"])
+        return safetensors.torch.load_file(path)
     except FileNotFoundError:
         return None
-    except (OSError, SafetensorError, KeyError) as error:
+    except (OSError, SafetensorError) as error:
         say(f"{path} is damaged ({error}); computing it again")
         return None
-    return moments if moments.mean.shape == (num_features,) else None
 
 
-def write_moments(path, moments):
-    path.parent.mkdir(parents=True, exist_ok=True)
-    tensors = moments._asdict() | {"count": torch.tensor(moments.count)}
-    with atomic_write(path) as file:
-        file.write(safetensors.torch.save(tensors))
+# ----------------------------------------------------------------------------------------------------------------------
+# Distances
+
+
+def moments_of(features):
+    """Count, mean (D,) and covariance (D, D), float64, of features (N, G, D): all that a Fréchet distance needs.
+
+    The covariance is divided by N G - 1 as in the first code of FID and FVD.
+    """
+    features = features.flatten(0, 1).double()
+    return {"count": torch.tensor(len(features)), "mean": features.mean(dim=0), "cov": torch.cov(features.T)}
 
 
 def square_root(matrix):
@@ -176,21 +136,21 @@ def frechet_distance(mean_a, cov_a, mean_b, cov_b):
     return distance_from_root(mean_a, square_root(cov_a), mean_b, cov_b)
 
 
-def bootstrap_error(reference, features, resamples, seed):
-    """The bootstrap standard error of the distance between Moments and a set of features (N, G, D).
+def bootstrap_error(mean_a, cov_a, features, resamples, seed):
+    """The bootstrap standard error of the distance between given moments and those of features (N, G, D).
 
     Whole clips are resampled, as their G frames are correlated. Only the standard deviation of the resampled distances
     is used, not their quantiles: a resample repeats clips, so its covariance has a lower rank, and it is too far away.
     """
     N, G, _ = features.shape
-    root, features = square_root(reference.covariance), features.flatten(0, 1).double()
+    root, features = square_root(cov_a), features.flatten(0, 1).double()
     distances = []
     for resample in range(resamples):
         clips = torch.randint(N, (N,), generator=generator(seed, "bootstrap", resample))
         weights = clips.bincount(minlength=N).repeat_interleave(G).double().to(features.device)[:, None]
         mean = (weights * features).sum(dim=0) / (N * G)
         scatter = features.T @ (weights * features) - N * G * mean.outer(mean)
-        distances.append(distance_from_root(reference.mean, root, mean, scatter / (N * G - 1)))
+        distances.append(distance_from_root(mean_a, root, mean, scatter / (N * G - 1)))
     return torch.tensor(distances, dtype=torch.float64).std().item()
 
 
@@ -208,11 +168,9 @@ def load_detector(path):
             warnings.simplefilter("ignore")  # TorchScript is deprecated, but the detectors of the field are in it
             return torch.jit.load(path, map_location="cpu").eval()
     except (RuntimeError, ValueError, OSError) as error:
-        found = "no such file" if isinstance(error, ValueError) else "not a TorchScript file"
-        expected = (
-            "expected i3d_torchscript.pt (fvd), inception-2015-12-05.pt (fid) or one that is called in the same way"
-        )
-        raise UserError(f"--detector {path}: {found}; {expected}") from error
+        got = "no such file" if isinstance(error, ValueError) else "not a TorchScript file"
+        expected = "i3d_torchscript.pt (fvd), inception-2015-12-05.pt (fid) or one that is called in the same way"
+        raise UserError(f"--detector {path}: {got}; expected {expected}") from error
 
 
 def check_detector(path, detector, metric, num_frames, size):
@@ -220,7 +178,7 @@ def check_detector(path, detector, metric, num_frames, size):
     clips = torch.zeros(2, num_frames if metric == "fvd" else 1, size, size, 3, dtype=torch.uint8)
     try:
         num_features = extract(detector, clips, metric, batch_size=2).shape[-1]
-    except (RuntimeError, ValueError) as error:
+    except (RuntimeError, ValueError, AttributeError) as error:  # AttributeError: no tensor
         reason = str(error).strip().splitlines()[-1]
         raise UserError(f"--detector {path}: does not work when called for --metric {metric}: {reason}") from error
     return {"path": str(path), "sha256": file_sha256(path), "num_features": num_features, "call": CALLS[metric]}
@@ -233,15 +191,11 @@ def extract(detector, clips, metric, batch_size):
     Raises ValueError unless the detector returns finite numbers (B, D).
     """
     inputs = clips.permute(0, 4, 1, 2, 3)[:, None] if metric == "fvd" else clips.permute(0, 1, 4, 2, 3)
-    B, G = inputs.shape[:2]  # (B, 1, 3, T, H, W) or (B, T, 3, H, W)
-    parts = []
-    for part in inputs.flatten(0, 1).split(batch_size):
-        features = detector(part.float().contiguous(), **CALLS[metric])  # as TorchScript may use view()
-        if not torch.is_tensor(features) or features.dim() != 2 or len(features) != len(part):
-            shape = list(features.shape) if torch.is_tensor(features) else type(features).__name__
-            raise ValueError(f"returned {shape}, expected features [{len(part)}, D]")
-        parts.append(features.float())
-    features = torch.cat(parts)
+    parts = inputs.flatten(0, 1).split(batch_size)  # of (3, T, H, W) or (3, H, W)
+    features = [detector(part.float().contiguous(), **CALLS[metric]) for part in parts]  # TorchScript may use view()
+    if any(own.shape != (len(part), features[0].shape[-1]) for own, part in zip(features, parts, strict=True)):
+        raise ValueError(f"returned {list(features[0].shape)}, expected features [{len(parts[0])}, D]")
+    features = torch.cat(features).float()
     if not features.isfinite().all():
         raise ValueError("returned features that are not finite numbers")
-    return features.unflatten(0, (B, G))
+    return features.unflatten(0, inputs.shape[:2])

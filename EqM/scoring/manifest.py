@@ -1,43 +1,35 @@
 """Manifests: the JSON file of evaluate.py with its values and all that they depend on, from which it can be repeated.
 
-It has the KEYS: values {name: number or None}; result: intervals and tables; generated: the folder of the samples, the
-SHA-256 of samples.npz, and how they were made, as samples.json says; flags: of the command, for --manifest; repeats:
-None, or which manifest was repeated and how the values compare.
+values: {name: number or None}; result: intervals and tables; generated: the folder of the samples, the SHA-256 of
+samples.npz, and how they were made, from samples.json; flags: of the command, for --manifest; repeats: None, or which
+manifest was repeated and how the values compare.
 """
 
 import json
+import math
 import subprocess
-from contextlib import suppress
-from importlib.metadata import PackageNotFoundError, version
+from importlib.metadata import version
 from pathlib import Path
 
-import torch
-
-from given import frame_ranges
-from runtime import distributed
 from runtime.atomic import atomic_write
 from runtime.cli import UserError
 from runtime.untrusted import read_json
 
 FORMAT = 2
-KEYS = (
-    "format", "metric", "protocol", "values", "result", "generated", "real", "detector", "code", "packages", "machine",
-    "flags", "repeats",
-)  # fmt: skip
 PACKAGES = "torch", "numpy", "decord2", "safetensors", "diffusers", "pillow", "scikit-image"
 OUTPUT = {"folder", "overwrite", "no_previews", "report_energy"}  # flags of sample_gd.py that change no sample
 
 
-def protocol(args, samples, split, num_real):
+def protocol(metric, samples, split, num_real):
     """A name such as fvd2048_16f_cfg1: metric, number of clips, frames, guidance (fvd and fid), and other choices."""
-    metric, N, kind = args.metric, len(samples), f"_{samples.num_frames}f"
+    N, kind = len(samples), f"_{samples.num_frames}f"
     if metric == "classifier":
         return f"classifier{N}{kind}"
     split = "" if split == default_split(metric) else f"_{split}"
     if metric == "prediction":
         best = "" if num_real == N else f"_best{N // num_real}"
-        given = f"_{len(frame_ranges(samples.about['given'][0]['frames']))}of{samples.num_frames}f"
-        return f"prediction{num_real}{best}{split}{given}{'_background' if args.keep_background else ''}"
+        given = f"_{len(samples.given[0])}of{samples.num_frames}f"
+        return f"prediction{num_real}{best}{split}{given}{'_background' * samples.source['keep_background']}"
     real = "" if num_real == N else f"_real{num_real}"
     return f"{metric}{N}{real}{split}{kind}" + (f"_cfg{samples.guidance:g}" if metric in ("fvd", "fid") else "")
 
@@ -47,38 +39,33 @@ def default_split(metric):
 
 
 def start(args, samples, split, num_real, real, detector):
-    """A manifest but for its values: all that they depend on. real, detector: what it says of those."""
+    """A manifest but for its values: all that they depend on. real, detector: their descriptions."""
     return {
-        "format": FORMAT,
-        "metric": args.metric,
-        "protocol": protocol(args, samples, split, num_real),
-        "generated": samples.provenance(),
-        "real": real | {"num_clips": num_real},
-        "detector": detector,
-        "code": code_commit(),
-        "packages": packages(),
-        "flags": vars(args) | {"samples": str(samples.folder)},
-    }
+        "format": FORMAT, "metric": args.metric, "protocol": protocol(args.metric, samples, split, num_real),
+        "values": None, "result": None,
+        "generated": samples.provenance(), "real": real | {"num_clips": num_real}, "detector": detector,
+        "code": code_commit(), "packages": {name: version(name) for name in PACKAGES}, "machine": None,
+        "flags": vars(args) | {"samples": str(samples.folder)}, "repeats": None,
+    }  # fmt: skip
 
 
 def write_manifest(path, manifest):
     """Write the file whole or not at all. Raises OSError."""
-    text = json.dumps({key: manifest[key] for key in KEYS}, indent=2, allow_nan=False)
     with atomic_write(path) as file:
-        file.write(text.encode() + b"\n")
+        file.write(json.dumps(manifest, indent=2, allow_nan=False).encode() + b"\n")
 
 
 def read_manifest(path):
     """A manifest as a dict. Raises UserError."""
-    expected = "expected a file that evaluate.py has written"
     try:
         manifest = read_json(path)
-        found = manifest["format"]
+        got = manifest["format"]
     except (OSError, ValueError, KeyError, TypeError) as error:  # no such file; not JSON; not a manifest
+        expected = "expected a file that evaluate.py has written"
         raise UserError(f"--manifest {path}: can't be read ({error!r}); {expected}") from error
-    if found != FORMAT:
+    if got != FORMAT:
         advice = "repeat it with the code that wrote it (format 1: commit f311e33)"
-        raise UserError(f"--manifest {path}: has format {found}, this code reads {FORMAT}; {advice}")
+        raise UserError(f"--manifest {path}: has format {got}, this code reads {FORMAT}; {advice}")
     return manifest
 
 
@@ -109,21 +96,20 @@ def sampling_words(path):
     return as_words(flags | {"stop_below": flags["stop_below"] or 0})  # 0: off; not given, it is the checkpoint's
 
 
-def digests(manifest):
-    """The hashes that must be the same in a repeated run, {flag and name: hash}."""
-    return {
-        "--samples: weights_sha256": manifest["generated"]["source"].get("weights_sha256"),
-        "--detector: sha256": (manifest["detector"] or {}).get("sha256"),
-        "--data-path: videos_sha256": manifest["real"]["videos_sha256"],
-        "--data-path: training_sha256": manifest["real"].get("training_sha256"),  # of --metric nearest
-    }
-
-
 def check_same(old, new):
     """Raise UserError, naming the flag, unless a new manifest depends on the same files as an old one."""
-    for (name, expected), found in zip(digests(old).items(), digests(new).values(), strict=True):
-        if expected != found:
-            raise UserError(f"{name} is {found}, in --manifest it is {expected}; pass the path of that one")
+    expected, got = (
+        {
+            "--samples: weights_sha256": manifest["generated"]["source"].get("weights_sha256"),
+            "--detector: sha256": (manifest["detector"] or {}).get("sha256"),
+            "--data-path: videos_sha256": manifest["real"]["videos_sha256"],
+            "--data-path: training_sha256": manifest["real"].get("training_sha256"),  # of --metric nearest
+        }
+        for manifest in (old, new)
+    )
+    for name, value in expected.items():
+        if got[name] != value:
+            raise UserError(f"{name} is {got[name]}, in --manifest it is {value}; pass the path of that one")
 
 
 def compare(path, old, new, tolerance):
@@ -132,23 +118,21 @@ def compare(path, old, new, tolerance):
     Two numbers a and b agree if |a - b| <= tolerance * max(1, |a|, |b|). Values that the old code did not compute are
     not compared.
     """
-    before, values = old["values"], {name: value for name, value in new["values"].items() if name in old["values"]}
-    differences, agrees = {}, values.keys() == before.keys()
-    for name, value in values.items():
-        if value is None or before[name] is None:
-            agrees &= value is before[name]
-        else:
-            differences[name] = value - before[name]
-            agrees &= abs(differences[name]) <= tolerance * max(1.0, abs(value), abs(before[name]))
-    repeats = {"manifest": str(path), "agrees": agrees, "bit_equal": values == before, "tolerance": tolerance}
+    pairs = {name: (new["values"].get(name), value) for name, value in old["values"].items()}
+    known = {name: pair for name, pair in pairs.items() if None not in pair}
+    agrees = all(math.isclose(*pair, rel_tol=tolerance, abs_tol=tolerance) for pair in known.values())
+    agrees &= all(pair == (None, None) for name, pair in pairs.items() if name not in known)
+    differences = {name: a - b for name, (a, b) in known.items()}
+    is_equal = all(a == b for a, b in pairs.values())
     others = [part for part in ("code", "packages", "machine") if old[part] != new[part]]
     others += ["samples"] * (old["generated"]["samples_sha256"] != new["generated"]["samples_sha256"])
-    changed = f"; changed since: {', '.join(others)}" if others else ""
     largest = max(differences, key=lambda name: abs(differences[name]), default=None)
     by = f"{largest} differs most, by {differences[largest]:.3g}" if largest else "a value is missing"
     line = f"the values {'agree' if agrees else 'do not agree'} with those of {path}: {by}, tolerance {tolerance:g}"
-    line = f"the values equal those of {path} bit for bit" if repeats["bit_equal"] else line
-    return repeats | {"differences": differences, "before": before}, line + changed
+    line = f"the values equal those of {path} bit for bit" if is_equal else line
+    repeats = {"manifest": str(path), "agrees": agrees, "bit_equal": is_equal, "tolerance": tolerance}
+    changed = f"; changed since: {', '.join(others)}" if others else ""
+    return repeats | {"differences": differences}, line + changed
 
 
 def code_commit():
@@ -156,25 +140,10 @@ def code_commit():
     here = Path(__file__).resolve().parent
 
     def git(*words):
-        ended = subprocess.run(["git", "-C", here, *words], capture_output=True, text=True, check=True)
-        return ended.stdout.strip()
+        return subprocess.run(["git", "-C", here, *words], capture_output=True, text=True, check=True).stdout.strip()
 
     try:
         git("ls-files", "--error-unmatch", Path(__file__).name)  # the folder may lie in another repository
         return git("rev-parse", "HEAD") + ("+" if git("status", "--porcelain", "--", here) else "")
     except (OSError, subprocess.CalledProcessError):  # no git, no repository
         return None
-
-
-def packages():
-    """{name: installed version, None if there is none}."""
-    versions = dict.fromkeys(PACKAGES)
-    for name in PACKAGES:
-        with suppress(PackageNotFoundError):
-            versions[name] = version(name)
-    return versions
-
-
-def machine(device):
-    name = torch.cuda.get_device_name(device) if device.type == "cuda" else "cpu"
-    return {"device": name, "ranks": distributed.world_size(), "threads": torch.get_num_threads()}

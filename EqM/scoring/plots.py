@@ -1,5 +1,7 @@
 """Plots: PNG files, readable at half size. The set-up of all figures; those of samples and their scores."""
 
+import itertools
+
 import matplotlib
 import numpy as np
 
@@ -60,27 +62,23 @@ def plot_consistency(path, by_position, temporal_patch_size):
     save_panels(figure, path, panels)
 
 
-def plot_prediction(path, result, num_frames):
+def plot_prediction(path, result, num_frames, titles):
     """PSNR and SSIM of each predicted frame and of the baselines, with 95% intervals; given frames are shaded.
 
-    result comes from prediction.compare.
+    result comes from prediction.compare, titles {kind: title} are those of its kinds.
     """
     figure, panels = plt.subplots(2, figsize=(9, 8), sharex=True)
     count, frames = result["samples_per_clip"], result["predicted_frames"]
-    kinds = {"": ("tab:blue", f"mean of {count}" if count > 1 else "predicted")}
-    kinds |= {"_repeated": ("black", "given frame repeated")}
-    kinds |= {"_best": ("tab:green", f"best of {count}")} if count > 1 else {}
-    kinds |= {"_average": ("tab:orange", f"the average of {count}")} if "psnr_average" in result else {}
-    kinds |= {"_moved": ("tab:purple", "and moved truly")} if "psnr_moved" in result else {}
     given = [frame for frame in range(num_frames) if frame not in frames]
-    for axes, (name, title) in zip(panels, {"psnr": "PSNR (dB)", "ssim": "SSIM"}.items(), strict=True):
-        for kind, (color, label) in kinds.items():
-            mean, half = np.full((2, num_frames), np.nan)
-            mean[frames], half[frames] = (result[f"{name}{kind}_by_frame"][part] for part in ("mean", "half95"))
-            plot_band(axes, np.arange(num_frames), mean, mean - half, mean + half, color, label)
+    for axes, (name, label) in zip(panels, {"psnr": "PSNR (dB)", "ssim": "SSIM"}.items(), strict=True):
+        for (kind, title), color in zip(titles.items(), itertools.cycle(COLORS)):
+            if by_frame := result.get(f"{name}{kind}_by_frame"):
+                mean, half = np.full((2, num_frames), np.nan)  # a line has gaps where frames are given
+                mean[frames], half[frames] = by_frame["mean"], by_frame["half95"]
+                plot_band(axes, range(num_frames), mean, mean - half, mean + half, color, title.format(count))
         for frame in given:
             axes.axvspan(frame - 0.5, frame + 0.5, color="#ffe8d1", label="given" if frame == given[0] else None)
-        axes.set(ylabel=title)
+        axes.set(ylabel=label)
     save_panels(figure, path, panels)
 
 

@@ -1,60 +1,60 @@
-"""Prediction: real clips of which some frames are given, completed by a model and compared with what really came.
+"""Prediction: real clips of which some frames are given, completed by a model and compared with the real frames.
 
 PSNR and SSIM (scikit-image's) of each predicted frame, beside repeating the last given frame. Where little moves, most
-of a frame is background; so there is also the PSNR of the moving pixels alone, in which what really came differs from
+of a frame is background; so there is also the PSNR of the moving pixels alone, in which the real frame differs from
 that given frame. Of several samples of a clip: the mean; the best, chosen for each metric by its mean over the frames
 as MCVD (arXiv 2205.09853) does; and their average, as even a perfect model's sample, one of many futures, has twice the
 squared error of the average of many, which is blurred where they differ. Where the data are Moving Shapes, the tracker
-of shapes.py also says whether the whole clip, given and predicted frames, moves as it should.
+of shapes.py also says whether the clip, given and predicted frames, moves as it should.
 """
-
-import functools
-from pathlib import Path
 
 import numpy as np
 
-from given import frame_ranges
 from runtime.distributed import rank
-from scoring.shapes import DIRECTIONS, MIN_CONTRAST, read_truth, summarize, track
+from scoring import shapes
 from scoring.stats import Z95, cell, gather, mean_interval, psnr, table
 from video.writers import write_sheet
 
 SHOWN = 8  # clips on the sheet
 MOVING = 8  # grey levels: a pixel moves if a channel differs by more from the given frame
-METRICS = ("psnr", "ssim", "psnr_moving")
+METRICS = {"psnr": ("PSNR in dB, 95%", 2), "ssim": ("SSIM, 95%", 4), "psnr_moving": ("of moving pixels", 2)}  # digits
+KINDS = {
+    "": "mean of {}", "_best": "best of {}", "_average": "the average of {}", "_repeated": "a given frame repeated",
+    "_moved": "and moved by the true motion", "_gain": "mean minus repeated",
+    "_average_gain": "average minus repeated",
+}  # fmt: skip
 
 
-def score_prediction(samples, real, clips, out, shapes_json):
+def score_prediction(samples, real, clips, out, truth):
     """Score Samples against `real`, a stream of the Clips that they continue (see sources.py).
 
-    Writes a plot and a sheet beside `out`. With shapes_json, a path, the motion of the first sample of each clip is
-    scored too.
+    Writes a plot and a sheet beside the path `out`. With a Truth the motion of the first sample of each clip is scored
+    too.
     """
-    S, text = samples.about["real"]["samples_per_clip"], samples.about["given"][0]["frames"]  # the same for all
-    given = frame_ranges(text)
-    truth_of = shapes_json and functools.cache(functools.partial(read_truth, shapes_json))
+    S, given = samples.about["real"]["samples_per_clip"], samples.given[0]  # the same for all
 
     def with_predictions():
         for indices, pixels, *about in real:
             yield indices, pixels, [samples.clips[S * index : S * (index + 1)] for index in indices], *about
 
     def measure(clip, predicted, name, time_scale):
-        truth = truth_of and truth_of(name, clip.shape[1], time_scale)
-        return *score_clip(clip, predicted, given, truth), truth and (track(predicted[0]), track(clip), truth)
+        expected = truth and truth(name, clip.shape[1], time_scale)
+        tracks = expected and (shapes.track(predicted[0]), shapes.track(clip), expected)
+        return *score_clip(clip, predicted, given, expected), tracks
 
     scores, baselines, tracks = gather(with_predictions(), measure)
     result = compare(np.stack(scores), {kind: np.stack([row[kind] for row in baselines]) for kind in baselines[0]})
-    result |= summarize_motion(tracks) if shapes_json else {}
+    result |= summarize_motion(tracks) if truth else {}
     free = [frame for frame in range(samples.num_frames) if frame not in given]
-    result |= {"given_frames": text, "predicted_frames": free}
+    result |= {"given_frames": samples.about["given"][0]["frames"], "predicted_frames": free}
     if rank() == 0:
         from scoring import plots  # matplotlib takes a while to load
 
-        plots.plot_prediction(Path(out).with_suffix(".png"), result, samples.num_frames)
-        write_pairs(Path(out).with_suffix(".sheet.png"), samples, clips, given)
-    kinds = ("", "_best", "_repeated", "_gain", "_average", "_average_gain")
-    values = {name + kind: result[name + kind] for name in METRICS for kind in kinds if name + kind in result}
-    motion = ("direction_accuracy", "speed_ratio", "appearance_kept") if shapes_json else ()
+        plots.plot_prediction(out.with_suffix(".png"), result, samples.num_frames, KINDS)
+        write_pairs(out.with_suffix(".sheet.png"), samples, clips, given)
+    names = [name + kind for name in METRICS for kind in KINDS if kind != "_moved" and name + kind in result]
+    values = {name: result[name] for name in names}
+    motion = ("direction_accuracy", "speed_ratio", "appearance_kept") if truth else ()
     return values | {name: result["motion"][name] for name in motion}, result, result_lines(result)
 
 
@@ -63,15 +63,14 @@ def score_clip(real, samples, given, truth=None):
 
     real (T, H, W, 3) and samples (S, T, H, W, 3) are uint8; truth is a Track. Baselines: "repeated", a given frame (the
     last one before or, if there is none, the first one after); with a truth "moved", the same frame, moved as the
-    object truly moves; with several samples "average", that of the samples, pixel by pixel.
+    object truly moves; with several samples "average", their average, pixel by pixel.
     """
     free = [frame for frame in range(len(real)) if frame not in given]
     nearest = [max((frame for frame in given if frame < t), default=min(given)) for t in free]
     moving = (np.abs(real[free].astype(int) - real[nearest]) > MOVING).any(axis=-1)  # (F, H, W)
 
     def scores_of(frames):
-        rows = [frame_scores(one, real[t], mask) for one, t, mask in zip(frames, free, moving, strict=True)]
-        return np.array(rows).T  # (3, F)
+        return np.array([*map(frame_scores, frames, real[free], moving)]).T  # (3, F)
 
     made = {"repeated": real[nearest]}
     if truth:
@@ -86,9 +85,9 @@ def moved(frame, num_frames, truth):
     """A frame uint8 (H, W, 3) that many frames later, if all of it moves as a Track says: interpolated linearly."""
     from scipy.ndimage import shift  # takes a while to load
 
-    axis = next(axis for axis, names in enumerate(DIRECTIONS) if truth.direction in names)
-    distance = num_frames * truth.speed * (1 if truth.direction == DIRECTIONS[axis][1] else -1)  # px
-    offset = (0, distance, 0) if axis == 0 else (distance, 0, 0)
+    axis = int(truth.direction in shapes.DIRECTIONS[1])
+    distance = num_frames * truth.speed * (1 if truth.direction == shapes.DIRECTIONS[axis][1] else -1)  # px
+    offset = (distance, 0, 0) if axis else (0, distance, 0)
     return np.rint(shift(frame.astype(float), offset, order=1, mode="nearest")).astype(np.uint8)
 
 
@@ -108,7 +107,7 @@ def compare(scores, baselines):
 
     Frames in which nothing moves have no PSNR of moving pixels (NaN), nor have clips without any other.
     """
-    moves = ~np.isnan(scores[:, METRICS.index("psnr_moving"), 0]).all(axis=1)
+    moves = ~np.isnan(scores[:, -1, 0]).all(axis=1)
     result = {"clips": len(scores), "clips_that_move": int(moves.sum()), "samples_per_clip": scores.shape[2]}
     for number, name in enumerate(METRICS):
         own = scores[:, number]  # (N, S, F)
@@ -116,15 +115,14 @@ def compare(scores, baselines):
         columns = {"": own.mean(axis=1), "_best": best}
         columns |= {f"_{kind}": values[:, number] for kind, values in baselines.items()}
         for kind, values in columns.items():
-            by_clip = mean(values, axis=1)  # (N,)
-            result[name + kind] = or_none(mean(by_clip))
-            result[f"{name}{kind}_interval95"] = mean_interval(by_clip)
             count = np.maximum((~np.isnan(values)).sum(axis=0), 1)
             half = Z95 * mean(np.square(values - mean(values)), axis=0) ** 0.5 / count**0.5
             result[f"{name}{kind}_by_frame"] = {"mean": or_none(mean(values)), "half95": or_none(half)}
-        for kind in [kind for kind in ("", "_average") if kind in columns]:
-            gain = mean(columns[kind], axis=1) - mean(columns["_repeated"], axis=1)
-            result |= {f"{name}{kind}_gain": or_none(mean(gain)), f"{name}{kind}_gain_interval95": mean_interval(gain)}
+        by_clip = {kind: mean(values, axis=1) for kind, values in columns.items()}  # (N,) each
+        for kind in by_clip.keys() & {"", "_average"}:
+            by_clip[f"{kind}_gain"] = by_clip[kind] - by_clip["_repeated"]
+        for kind, values in by_clip.items():
+            result |= {name + kind: or_none(mean(values)), f"{name}{kind}_interval95": mean_interval(values)}
     return result
 
 
@@ -139,48 +137,33 @@ def or_none(values):
     return np.where(np.isnan(values), None, values).tolist()
 
 
-def keeps_appearance(found, seen):
+def keeps_appearance(found, real):
     """Whether the Track of a predicted clip has the shape and the color of that of the real clip."""
-    if None in (found.shape, found.color, seen.color):
+    if None in (found.shape, found.color, real.color) or found.shape != real.shape:
         return False
-    return found.shape == seen.shape and bool(np.linalg.norm(np.subtract(found.color, seen.color)) < MIN_CONTRAST)
+    return bool(np.linalg.norm(np.subtract(found.color, real.color)) < shapes.MIN_CONTRAST)
 
 
 def summarize_motion(tracks):
     """{"motion": of the predicted clips, "motion_real": of the real ones} of (Track, Track of the real clip, truth)."""
-    found, seen, truths = zip(*tracks, strict=True)
-    kept = [keeps_appearance(*pair) for pair in zip(found, seen, strict=True)]
-    motion = summarize(found, truths) | {"appearance_kept": sum(kept) / len(kept)}
-    return {"motion": motion, "motion_real": summarize(seen, truths)}
+    found, real, truths = zip(*tracks, strict=True)
+    kept = sum(map(keeps_appearance, found, real)) / len(tracks)
+    motion, motion_real = shapes.summarize(found, truths), shapes.summarize(real, truths)
+    return {"motion": motion | {"appearance_kept": kept}, "motion_real": motion_real}
 
 
 def result_lines(result):
     """The main results, to print."""
-    S = result["samples_per_clip"]
-    titles = {
-        "": f"mean of {S}",
-        "_best": f"best of {S}",
-        "_average": f"the average of {S}",
-        "_repeated": "a given frame repeated",
-        "_moved": "and moved by the true motion",
-        "_gain": "mean minus repeated",
-        "_average_gain": "average minus repeated",
-    }
-    head = (
-        f"{result['clips']} clips, given {result['given_frames']}",
-        "PSNR in dB, 95%",
-        "SSIM, 95%",
-        "of moving pixels",
-    )
-    kinds, digits = [kind for kind in titles if f"psnr{kind}" in result], dict(zip(METRICS, (2, 4, 2), strict=True))
-    rows = [(titles[kind], *(cell(result, name + kind, digits[name]) for name in METRICS)) for kind in kinds]
-    lines = table([head, *rows])
-    for motion, title in ((result.get("motion"), "predicted"), (result.get("motion_real"), "real")):
-        if motion:
-            right, speed = cell(motion, "direction_accuracy", 3, "direction_interval95"), cell(motion, "speed_ratio")
-            kept = f", shape and color kept {motion['appearance_kept']:.3f}" if "appearance_kept" in motion else ""
-            lines.append(f"  {title}: direction right {right}, speed / true {speed}{kept}")
-    return lines
+    rows = [(f"{result['clips']} clips, given {result['given_frames']}", *(title for title, _ in METRICS.values()))]
+    for kind, title in KINDS.items():
+        if f"psnr{kind}" in result:
+            cells = [cell(result, name + kind, digits) for name, (_, digits) in METRICS.items()]
+            rows.append((title.format(result["samples_per_clip"]), *cells))
+    if "motion" not in result:
+        return table(rows)
+    motion = shapes.result_lines({"generated": result["motion"], "real": result["motion_real"]}, shapes.TRACKED)
+    kept = f"  shape and color of the real clip kept: {result['motion']['appearance_kept']:.3f}"
+    return [*table(rows), *motion, kept]
 
 
 def write_pairs(path, samples, clips, given):

@@ -11,10 +11,10 @@ Real clips are scored beside generated ones and show the ceiling (16 px: all dir
 1.00, area ratio 1.02, as the brightest pixels of an object still hold a little background).
 """
 
-import functools
+import itertools
 import math
 from collections import Counter
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import numpy as np
@@ -44,65 +44,36 @@ ACROSS = 0.5  # px, standard deviation of a bouncing object's motion across its 
 
 SHAPES = ("Circle", "Square", "Triangle")
 AXES, DIRECTIONS = ("Horizontal", "Vertical"), (("Left", "Right"), ("Up", "Down"))  # by axis; y goes down
-TRACKED = {  # value of `summarize`: its title, its interval
-    "direction_accuracy": ("direction right", "direction_interval95"),
-    "shape_accuracy": ("shape right", "shape_interval95"),
-    "speed_ratio": ("speed / true speed", "speed_ratio_interval95"),
-    "area_ratio": ("area / true area", "area_ratio_interval95"),
-}
-FOLLOWED = {  # the same of `summarize_bounces`
-    "one_object": ("one object, color and shape", "one_object_interval95"),
-    "turns_right": ("turns at the borders only", "turns_right_interval95"),
-    "speed_low": ("speed / true speed of windows, 5%", None),
-    "speed_median": ("median", None),
-    "speed_high": ("95%", None),
-}
+TRACKED = {  # values of `summarize`
+    "direction_accuracy": "direction right", "shape_accuracy": "shape right",
+    "speed_ratio": "speed / true speed", "area_ratio": "area / true area",
+}  # fmt: skip
+FOLLOWED = {  # values of `summarize_bounces`
+    "one_object": "one object, color and shape", "turns_right": "turns at the borders only",
+    "speed_low": "speed / true speed of windows, 5%", "speed_median": "median", "speed_high": "95%",
+}  # fmt: skip
 
 
-def find_truth(metric, data_path):
-    """The shapes.json that --metric motion needs, or prediction if it is of straight motion; else None."""
-    path = Path(data_path, "shapes.json")
-    if metric == "motion" and not path.exists():
-        found = f"--data-path {data_path} has no shapes.json"
-        raise UserError(f"--metric motion is for Moving Shapes, {found}; choose consistency, nearest or fvd")
-    is_straight = metric == "prediction" and path.exists() and not read_shapes(path)[2]
-    return path if metric == "motion" or is_straight else None
-
-
-def check_truth(shapes_json, samples, names):
-    """Raise UserError unless the truth about these classes is known for Samples (see sources.py)."""
-    if read_shapes(shapes_json)[2] and samples.num_frames < WINDOW:
-        raise UserError(f"{samples.place}: has {samples.num_frames} frames, bouncing shapes need at least {WINDOW}")
-    for name in names:
-        read_truth(shapes_json, name, samples.image_size, samples.time_scale)
-
-
-def score_shapes(generated, real, shapes_json):
-    """Score two streams of clips (see sources.py) against the truth in the file shapes_json."""
-    _, _, bounces = read_shapes(shapes_json)
-    truth_of = functools.cache(functools.partial(read_truth, shapes_json))
+def score_shapes(generated, real, truth):
+    """Score two streams of clips (see sources.py) against the Truth."""
 
     def measure(clip, name, time_scale):
-        truth = truth_of(name, clip.shape[1], time_scale)
-        return follow(clip, truth) if bounces else (track(clip), truth)
+        expected = truth(name, clip.shape[1], time_scale)
+        return follow(clip, expected) if truth.bounces else (track(clip), expected)
 
-    columns = {"generated": gather(generated, measure), "real": gather(real, measure)}
-    summary, titles = (summarize_bounces, FOLLOWED) if bounces else (summarize, TRACKED)
-    result = {kind: summary(*own) for kind, own in columns.items()}
+    summary, titles = (summarize_bounces, FOLLOWED) if truth.bounces else (summarize, TRACKED)
+    result = {"generated": summary(*gather(generated, measure)), "real": summary(*gather(real, measure))}
     return {name: result["generated"][name] for name in titles}, result, result_lines(result, titles)
 
 
 def result_lines(result, titles):
-    """Both summaries of a result, and what was confused or refused among the generated clips, to print."""
+    """Both summaries of a result, and why generated clips were refused, to print."""
     both = [result["generated"], result["real"]]
     rows = [("", "generated, 95%", "real, 95%"), ("clips", *(str(one["clips"]) for one in both))]
-    rows += [(title, *(cell(one, name, interval=own) for one in both)) for name, (title, own) in titles.items()]
-    lines = table(rows)
-    for counted in both[0].get("confusion", {}).values():
-        head = "asked, found:", *next(iter(counted.values()))
-        lines += table([head, *((asked, *map(str, row.values())) for asked, row in counted.items())])
-    refused = sorted(both[0]["refused"].items(), key=lambda item: -item[1])
-    return lines + [f"  refused: {reason}, {clips} clips" for reason, clips in refused]
+    for name, title in titles.items():
+        interval = f"{name.removesuffix('_accuracy')}_interval95"
+        rows.append((title, *(cell(one, name, interval=interval) for one in both)))
+    return table(rows) + [f"  refused: {reason}, {clips} clips" for reason, clips in both[0]["refused"].items()]
 
 
 # ----------------------------------------------------------------------------------------------------------------------
@@ -132,36 +103,55 @@ class Bounce:
     high: float
 
 
-def read_shapes(path):
-    """(size of the frames in px, entries of the videos, whether they bounce) of the shapes.json at `path`.
+class Truth:
+    """What the shapes.json of a Moving Shapes data set says of its classes. Raises UserError."""
 
-    Raises UserError.
+    def __init__(self, data_path):
+        self.path = Path(data_path, "shapes.json")
+        try:
+            shapes = read_json(self.path)
+            self.size, self.videos = shapes["size"], list(shapes["videos"].values())
+            self.bounces = bool(shapes.get("settings", {}).get("bounce"))
+        except (OSError, ValueError, KeyError) as error:
+            got = f"not the shapes.json of a Moving Shapes data set ({error!r})"
+            raise UserError(f"{self.path}: {got}; make one with datasets/make_moving_shapes.py") from error
+
+    def __call__(self, class_name, height, time_scale):
+        """What clips of a class, of this height in px, should show: a Track or, where objects bounce, a Bounce."""
+        videos, scale = [video for video in self.videos if video["class"] == class_name], height / self.size
+        if not videos:
+            raise UserError(f"{self.path}: no class {class_name}; --data-path must be the data set of the training")
+
+        def mean(key):
+            return float(np.mean([video[key] for video in videos]))
+
+        first, speed = videos[0], scale * mean("speed") * time_scale
+        if self.bounces:
+            low, high = scale * mean("low"), scale * mean("high")
+            return Bounce(first["shape"], AXES.index(first["axis"]), speed, low, high)
+        return Track(first["direction"], first["shape"], speed, mean("area") * scale**2)
+
+
+def find_truth(metric, data_path, samples, classes):
+    """The Truth that --metric motion needs, or prediction if it is of straight motion; else None.
+
+    Raises UserError unless Samples (see sources.py) are long enough and the truth of their classes is known, or of all
+    classes for prediction.
     """
-    try:
-        shapes = read_json(path)
-        return shapes["size"], list(shapes["videos"].values()), bool(shapes.get("settings", {}).get("bounce"))
-    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
-        found = f"not the shapes.json of a Moving Shapes data set ({error!r})"
-        raise UserError(f"{path}: {found}; make one with datasets/make_moving_shapes.py") from error
-
-
-def read_truth(path, class_name, height, time_scale):
-    """What clips of a class, of this height in px and time scale, should show by the shapes.json at `path`: a Track or,
-    where objects bounce, a Bounce. Raises UserError.
-    """
-    size, videos, bounces = read_shapes(path)
-    videos = [video for video in videos if video["class"] == class_name]
-    if not videos:
-        raise UserError(f"{path}: no class {class_name}; --data-path must be the data set of the model's training")
-
-    def mean(key):
-        return float(np.mean([video[key] for video in videos]))
-
-    first, scale = videos[0], height / size
-    if bounces:
-        speed, low, high = (scale * mean(key) for key in ("speed", "low", "high"))
-        return Bounce(first["shape"], AXES.index(first["axis"]), speed * time_scale, low, high)
-    return Track(first["direction"], first["shape"], mean("speed") * scale * time_scale, mean("area") * scale**2)
+    exists = Path(data_path, "shapes.json").exists()
+    if metric == "motion" and not exists:
+        got = f"--data-path {data_path} has no shapes.json"
+        raise UserError(f"--metric motion is for Moving Shapes, {got}; choose consistency, nearest or fvd")
+    if metric not in ("motion", "prediction") or not exists:
+        return None
+    truth = Truth(data_path)
+    if truth.bounces and metric == "prediction":
+        return None
+    if truth.bounces and samples.num_frames < WINDOW:
+        raise UserError(f"{samples.place}: has {samples.num_frames} frames, bouncing shapes need at least {WINDOW}")
+    for name in classes if metric == "prediction" else set(samples.names):
+        truth(name, samples.image_size, samples.time_scale)
+    return truth
 
 
 # ----------------------------------------------------------------------------------------------------------------------
@@ -170,24 +160,22 @@ def read_truth(path, class_name, height, time_scale):
 
 def track(clip):
     """The Track of one clip, uint8 (T >= 2, H, W = H, 3)."""
-    found = {}
+    found = Track()
     try:
-        centers, area, shape, color, size = look(clip)
-        factor = clip.shape[1] / size
-        rgb = tuple(color.round().astype(int).tolist())
-        found = {"shape": shape, "area": area * factor**2, "color": rgb}
-        direction, speed = fit_motion(centers, size / 16)
+        centers, area, shape, color = look(clip)
+        found = Track(shape=shape, area=area, color=tuple(color.round().astype(int).tolist()))
+        direction, speed = fit_motion(centers, clip.shape[1] / 16)
     except ValueError as reason:
-        return Track(**found, reason=str(reason))
-    return Track(direction, speed=speed * factor, **found)
+        return replace(found, reason=str(reason))
+    return replace(found, direction=direction, speed=speed)
 
 
 def look(clip):
-    """(centroids (T, 2) as x, y, area, shape, color (3,), size) of the one object of a clip, uint8 (T, H, H, 3).
+    """(centroids (T, 2) as x, y, area, shape, color (3,)) of the one object of a clip, uint8 (T, H, H, 3).
 
-    Lengths are in px of frames of this size: a clip of 32 px or more is averaged down to 16 ... 31 px first, so that
-    thresholds mean the same, and colors that a video codec smeared over neighboring pixels end up in one.
-    Raises ValueError with the reason if there is no such object.
+    A clip of 32 px or more is averaged down to 16 ... 31 px first, so that thresholds mean the same, and colors that a
+    video codec smeared over neighboring pixels end up in one. Raises ValueError with the reason if there is no such
+    object.
     """
     height = clip.shape[1]
     size = height // max(1, height // 16)
@@ -195,15 +183,15 @@ def look(clip):
     frames = F.interpolate(frames, size=(size, size), mode="area").permute(0, 2, 3, 1).double().numpy()
     signal, bright, color = separate(frames)
     centers, area = find_object(signal, bright, size / 16)
-    return centers, area, recognize(signal, centers, area), color, size
+    shape, factor = recognize(signal, centers, area), height / size
+    return centers * factor, area * factor**2, shape, color
 
 
 def separate(clip):
     """Split clip, float (T, H, W, 3), into background and object: (signal, bright, color (3,)).
 
-    signal (T, H, W) is 0 on the background, 1 on an object of the clip's color, and between on pixels that are partly
-    covered; bright (T, H, W) is the same for any color, but 0 below FLOOR. Raises ValueError with the reason unless
-    something stands out in every frame, all in one color.
+    signal (T, H, W) is 0 on the background, 1 on an object of the clip's color; bright (T, H, W) is the same for any
+    color, but 0 below FLOOR. Raises ValueError unless something stands out in every frame, all in one color.
     """
     background = np.median(clip, axis=(0, 1, 2))
     clip = clip - background
@@ -234,7 +222,7 @@ def separate(clip):
 def find_object(signal, bright, unit):
     """(centers (T, 2) as x, y in px, area in px^2) of the one object; unit is 1 px of a frame 16 px high.
 
-    Raises ValueError with the reason unless every frame shows one compact object of about the same area.
+    Raises ValueError unless every frame shows one compact object of about the same area.
     """
     ys, xs = np.mgrid[: signal.shape[1], : signal.shape[2]] + 0.5
 
@@ -299,10 +287,7 @@ def recognize(signal, centers, area):
 
 
 def fit_motion(centers, unit):
-    """(direction, speed in px per frame) of centers (T, 2).
-
-    Raises ValueError with the reason unless the motion is straight and steady.
-    """
+    """(direction, speed in px per frame) of centers (T, 2) in steady straight motion; else raises ValueError."""
     time = np.arange(len(centers)) - (len(centers) - 1) / 2
     velocity = time @ centers / (time @ time)  # least squares
     axis = int(abs(velocity[1]) > abs(velocity[0]))
@@ -324,25 +309,24 @@ def summarize(tracks, expected):
     """Score at least one Track, each against the true one; a plain dict for JSON.
 
     Accuracies are shares of all clips. Speed and area ratios (found over true) are means over the `right` clips, those
-    whose direction is right, and None if there are none. confusion: {"direction" or "shape": {asked: {found or "none":
-    number of clips}}}; refused: {why clips have no direction: number of clips}.
+    whose direction is right, and None if there are none. refused: {why clips have no direction: number of clips}.
     """
     pairs = list(zip(tracks, expected, strict=True))
     right = [(found, true) for found, true in pairs if found.direction == true.direction]
-    summary, confusion = {"clips": len(pairs), "right": len(right)}, {}
-    for what, names in (("direction", [*DIRECTIONS[0], *DIRECTIONS[1]]), ("shape", SHAPES)):
-        rows = {asked: dict.fromkeys([*names, "none"], 0) for asked in names}
-        for found, true in pairs:
-            rows[getattr(true, what)][getattr(found, what) or "none"] += 1
-        confusion[what] = {asked: row for asked, row in rows.items() if any(row.values())}
-        hits = sum(row[asked] for asked, row in rows.items())
+    summary = {"clips": len(pairs), "right": len(right)}
+    for what in ("direction", "shape"):
+        hits = sum(getattr(found, what) == getattr(true, what) for found, true in pairs)
         summary |= {f"{what}_accuracy": hits / len(pairs), f"{what}_interval95": wilson(hits, len(pairs))}
     for what in ("speed", "area"):
         mean, error = mean_and_error([getattr(found, what) / getattr(true, what) for found, true in right])
         interval = None if error is None else [mean - Z95 * error, mean + Z95 * error]
-        summary |= {f"{what}_ratio": mean, f"{what}_ratio_standard_error": error, f"{what}_ratio_interval95": interval}
-    refused = Counter(sorted(found.reason for found in tracks if found.direction is None))
-    return summary | {"confusion": confusion, "refused": dict(refused)}
+        summary |= {f"{what}_ratio": mean, f"{what}_ratio_interval95": interval}
+    return summary | {"refused": count_reasons(found.reason for found in tracks if found.direction is None)}
+
+
+def count_reasons(reasons):
+    """{why clips are refused: number of clips}, the most frequent reason first."""
+    return dict(Counter(sorted(reasons)).most_common())
 
 
 # ----------------------------------------------------------------------------------------------------------------------
@@ -356,49 +340,36 @@ def follow(clip, truth):
     centers, speeds, first = [], [], None
     for start in range(0, len(clip) - WINDOW + 1, WINDOW):
         try:
-            found, _, shape, color, size = look(clip[start : start + WINDOW])
+            found, _, shape, color = look(clip[start : start + WINDOW])
             first = color if first is None else first
             if shape != truth.shape or np.linalg.norm(color - first) > MIN_CONTRAST:
                 raise ValueError("another object")
         except ValueError as reason:
             return {"window": start // WINDOW, "reason": str(reason)}, speeds, False
-        centers.append(found * (clip.shape[1] / size))
-        speeds.append(float(np.median(np.abs(np.diff(centers[-1][:, truth.axis])))) / truth.speed)
+        centers.append(found)
+        speeds.append(float(np.median(np.abs(np.diff(found[:, truth.axis])))) / truth.speed)
     return None, speeds, turns_are_right(np.concatenate(centers), truth, clip.shape[1] / 16)
 
 
 def turns_are_right(centers, truth, unit):
     """Whether an object with these centroids (T, 2) stays between the borders, on its axis, and turns only at them."""
-    path, near, borders = centers[:, truth.axis], NEAR * unit, {1: truth.high, -1: truth.low}
-    if path.min() < truth.low - near or path.max() > truth.high + near:
-        return False
-    is_at_border = [abs(position - borders[direction]) <= near for position, direction in turning_points(path, near)]
-    return bool(centers[:, 1 - truth.axis].std() <= ACROSS * unit) and all(is_at_border)
+    from scipy.signal import find_peaks  # takes a while to load
 
-
-def turning_points(path, least):
-    """[(position, 1 where it is a maximum, -1 a minimum)] of a path's extremes, between which it goes by `least` or
-    more; less is jitter.
-    """
-    low = high = path[0]
-    direction, found = 0, []
-    for position in path:
-        low, high = min(low, position), max(high, position)
-        if direction != 1 and position - low >= least:
-            found += [(low, -1)] if direction else []
-            direction, high = 1, position
-        elif direction != -1 and high - position >= least:
-            found += [(high, 1)] if direction else []
-            direction, low = -1, position
-    return found
+    path, near = centers[:, truth.axis], NEAR * unit
+    is_inside = truth.low - near <= path.min() and path.max() <= truth.high + near
+    for sign, border in ((1, truth.high), (-1, truth.low)):
+        turns = path[find_peaks(sign * path, prominence=near)[0]]  # less is jitter
+        is_inside = is_inside and (np.abs(turns - border) <= near).all()
+    return bool(is_inside and centers[:, 1 - truth.axis].std() <= ACROSS * unit)
 
 
 def summarize_bounces(lost, speeds, turns):
     """A plain dict for JSON, of the columns of `follow`. Speeds: 5%, 50% and 95% quantiles over all windows."""
-    summary, every = {"clips": len(lost)}, np.array([speed for clip in speeds for speed in clip])
+    summary, every = {"clips": len(lost)}, [*itertools.chain(*speeds)]
     for name, hits in (("one_object", lost.count(None)), ("turns_right", sum(turns))):
         summary |= {name: hits / len(lost), f"{name}_interval95": wilson(hits, len(lost))}
-    for name, share in (("speed_low", 0.05), ("speed_median", 0.5), ("speed_high", 0.95)):
-        summary[name] = np.quantile(every, share).item() if len(every) else None
-    summary["lost_in_window"] = [entry["window"] for entry in lost if entry]
-    return summary | {"refused": dict(Counter(sorted(entry["reason"] for entry in lost if entry)))}
+    for name, part in (("speed_low", 0.05), ("speed_median", 0.5), ("speed_high", 0.95)):
+        summary[name] = np.quantile(every, part).item() if every else None
+    refused = [entry for entry in lost if entry]
+    summary["lost_in_window"] = [entry["window"] for entry in refused]
+    return summary | {"refused": count_reasons(entry["reason"] for entry in refused)}

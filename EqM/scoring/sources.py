@@ -12,6 +12,7 @@ from pathlib import Path
 
 import torch
 
+from given import frame_ranges
 from runtime import distributed
 from runtime.cli import Bar, UserError, say
 from runtime.distributed import rank
@@ -20,36 +21,36 @@ from video.clips import Clips
 from video.index import split_videos
 from video.loader import batches_of, make_loader
 from video.samples import class_name, read_samples
-from video.source import check_data_path, open_source
+from video.source import open_source
 
 REAL_SEED = 0  # of the start frames of the real clips: predictions continue the clips that they are compared with
-MIN_SIDE = 11  # px, of SSIM's window
 RESIZE = "short side to image_size (bilinear, antialiased), center crop; a detector resizes further by itself"
 
 
 class Samples:
     """A folder of sample_gd.py: its clips, mapped into memory, and what its samples.json says. Raises UserError."""
 
-    def __init__(self, folder):
-        self.folder, self.place = Path(folder), f"--samples {folder}"
+    def __init__(self, folder, flag="--samples"):
+        self.folder, self.place = Path(folder), f"{flag} {folder}"
         self.about, self.clips, labels = read_samples(self.place, self.folder)
         self.source, self.classes, self.time_scale = (self.about[name] for name in ("source", "classes", "time_scale"))
-        self.names = [class_name(self.classes, label) for label in labels.tolist()]  # None: without a class
+        self.labels = labels.tolist()
+        self.names = [class_name(self.classes, label) for label in self.labels]  # None: without a class
         self.num_frames, self.image_size = self.clips.shape[1:3]
+        given = [frame_ranges(entry["frames"]) for entry in self.about.get("given", ())]
+        self.given = given or [()] * len(labels)  # the numbers of each sample's given frames
         guidance = self.source.get("guidance") if self.source.get("guidance_chosen") else None
         self.guidance = guidance if any(self.names) else 1.0  # None: nobody chose it
 
     def __len__(self):
         return len(self.clips)
 
-    def check(self, metric, data_path, keep_background):
-        """Raise UserError unless they can be scored with --metric, --data-path and --keep-background."""
-        if found := next(self.mistakes(metric, keep_background), None):
-            raise UserError(f"{self.place}: {found}")
-        check_data_path(data_path, images=self.num_frames == 1, cached=False)
+    def check(self, metric, keep_background):
+        """Raise UserError unless they can be scored with --metric and --keep-background."""
+        if problem := next(self.problems(metric, keep_background), None):
+            raise UserError(f"{self.place}: {problem}")
 
-    def mistakes(self, metric, keep_background):
-        """Why they can't be scored, in words."""
+    def problems(self, metric, keep_background):
         if len(self) < (least := 1 if metric in ("motion", "prediction", "classifier") else 2):
             yield f"has {len(self)} clips, --metric {metric} needs at least {least}"
         if self.num_frames == 1 and metric != "fid":
@@ -58,24 +59,17 @@ class Samples:
             yield f"--metric {metric} depends on the guidance; sample again and choose it: --cfg-scale (1 turns it off)"
         if metric in ("motion", "classifier") and None in self.names:
             yield f"has samples without a class, --metric {metric} needs one of each"
-        if metric == "consistency" and not self.source.get("temporal_patch_size"):
-            yield "samples.json has no temporal_patch_size; sample again"
         if metric == "prediction":
             again = "sample again with --given DATA --given-split val --no-keep-background"
-            real, kept = self.about.get("real"), self.source.get("keep_background")
-            if real is None:
+            if (real := self.about.get("real")) is None:
                 yield f"does not continue the clips of a data set; {again}"
             if len(self) != real["num_clips"] * real["samples_per_clip"]:
                 yield f"does not have {real['samples_per_clip']} samples for each of {real['num_clips']} clips; {again}"
-            if kept and not keep_background:
+            if self.source.get("keep_background") and not keep_background:
                 yield f"was sampled with --keep-background: detail not made by the model; {again}, or add the flag here"
-            if keep_background and not kept:
-                yield "was sampled without --keep-background; remove the flag"
-            if self.image_size < MIN_SIDE:
-                yield f"has clips of {self.image_size} px, SSIM needs at least {MIN_SIDE}"
 
     def provenance(self):
-        """What a manifest says of them: how they were made, as samples.json says, and the SHA-256 of samples.npz."""
+        """What a manifest says of them: how they were made, from samples.json, and the SHA-256 of samples.npz."""
         about = {name: value for name, value in self.about.items() if name not in ("classes", "given")}
         size = {"num_clips": len(self), "num_frames": self.num_frames, "image_size": self.image_size}
         sha256 = file_sha256(self.folder / "samples.npz")
@@ -98,11 +92,9 @@ def find_real(data_path, split, val_fraction, num_frames, time_scale, image_size
     span = (num_frames - 1) * interval + 1
     usable = [video for video in videos if video.num_frames >= span]
     if not usable:
-        longest = max(video.num_frames for video in videos)
-        raise UserError(
-            f"--data-path {data_path}: the longest video of --split {split} has {longest} frames, {num_frames} frames "
-            f"that are {interval} apart take {span}: sample fewer frames"
-        )
+        got = f"the longest video of --split {split} has {max(video.num_frames for video in videos)} frames"
+        frames = f"{num_frames} frames that are {interval} apart take {span}"
+        raise UserError(f"--data-path {data_path}: {got}, {frames}: sample fewer frames")
     if abs(interval / fps - time_scale) > 0.01 * time_scale:
         say(f"note: real frames are {interval / fps:.3g} s apart, generated frames {time_scale:.3g} s")
     settings = {"flip": False, "seed": REAL_SEED, "stream": "real"}
@@ -127,36 +119,31 @@ def json_sha256(value):
 
 def generated_stream(samples, batch_size, device):
     """The stream of Samples."""
-
-    def read(indices):
-        names = [samples.names[index] for index in indices]
-        return indices, torch.from_numpy(samples.clips[indices]).to(device), names, [samples.time_scale] * len(indices)
-
     own = distributed.own_indices(len(samples))
-    yield from with_bar("generated clips", len(own), map(read, in_batches(own, batch_size)))
+    with clip_bar("generated clips", len(own)) as progress:
+        for indices in in_batches(own, batch_size):
+            names = [samples.names[index] for index in indices]
+            clips = torch.from_numpy(samples.clips[indices]).to(device)
+            yield indices, clips, names, [samples.time_scale] * len(indices)
+            progress.update(len(indices))
 
 
 def real_stream(clips, count, batch_size, num_workers, device, bad):
     """The stream of the first `count` of a Clips. Paths of videos that can't be decoded are added to the list `bad`."""
-
-    def read(batch):
-        bad.extend(batch["bad"])
-        pixels = batch["clips"].permute(0, 2, 3, 4, 1).to(device)
-        names = [clips.classes[label] for label in batch["y"]]
-        return batch["indices"].tolist(), pixels, names, batch["time_scales"].tolist()
-
     keys = [(clips.num_frames, index) for index in distributed.own_indices(count)]
     loader = make_loader({clips.num_frames: clips}, in_batches(keys, batch_size), num_workers, timeout=0, device=device)
-    yield from with_bar("real clips", len(keys), map(read, batches_of(loader)))
+    with clip_bar("real clips", len(keys)) as progress:
+        for batch in batches_of(loader):
+            bad.extend(batch["bad"])
+            names = [clips.classes[label] for label in batch["y"]]
+            pixels = batch["clips"].permute(0, 2, 3, 4, 1).to(device)
+            yield batch["indices"].tolist(), pixels, names, batch["time_scales"].tolist()
+            progress.update(len(names))
 
 
 def in_batches(indices, size):
     return [indices[first : first + size] for first in range(0, len(indices), size)]
 
 
-def with_bar(title, count, batches):
-    """The batches of a stream of `count` clips, with a progress bar on rank 0."""
-    with Bar(total=count, desc=title, unit="clip", leave=False, disable=rank() != 0) as progress:
-        for batch in batches:
-            yield batch
-            progress.update(len(batch[0]))
+def clip_bar(title, count):
+    return Bar(total=count, desc=title, unit="clip", leave=False, disable=rank() != 0)

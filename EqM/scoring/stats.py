@@ -36,12 +36,6 @@ def wilson(hits, count):
     return [max(0.0, middle - half), min(1.0, middle + half)]  # rounding may exceed 0 or 1
 
 
-def share(hits, count):
-    """A count as a share with its 95% interval, a plain dict for JSON; None without clips."""
-    known = (hits / count, wilson(hits, count)) if count else (None, None)
-    return {"clips": count, "right": hits, "share": known[0], "interval95": known[1]}
-
-
 def mean_and_error(values):
     """The mean of values (None if there are none) and its standard error (None for fewer than 2)."""
     mean = float(np.mean(values)) if len(values) else None

@@ -211,9 +211,7 @@ FILES = {
     "metrics": (make_metrics, read_metrics),
     "samples": (tiny_data.make_samples, read_sample_folder),
     "manifest": (
-        lambda at: manifest.write_manifest(
-            at / "a.json", dict.fromkeys(manifest.KEYS, {"a": 1.5}) | {"format": manifest.FORMAT}
-        ),
+        lambda at: manifest.write_manifest(at / "a.json", {"a": 1.5, "format": manifest.FORMAT}),
         lambda at: manifest.read_manifest(at / "a.json"),
     ),
     "VAE": (lambda at: tiny_data.make_vae(at / "vae"), lambda at: load_vae(str(at / "vae"))),
