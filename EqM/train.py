@@ -28,7 +28,7 @@ from torch.nn.utils import clip_grad_norm_
 import checkpoint
 import preflight
 import transport
-from generation import add_sampling_flags, cast_products, generate, preview_plan, sampling_settings
+from generation import Plan, add_sampling_flags, cast_products, generate, sampling_settings
 from models import EBMS, NAMES, POSITION_TABLES, Condition
 from optim import (
     MUON_DECAY,
@@ -198,8 +198,8 @@ def main():
     progress = start.progress
     phases = phases or [preflight.only_phase(args, progress, data)]
     last_step, lr_end = phases[-1].last_step, args.lr_decay_end or phases[-1].last_step
+    checkpoint.complete_names(start, phases, args.ckpt_every)
     if progress.step >= last_step and not start.unlogged:
-        checkpoint.complete_names(start, phases, args.ckpt_every)
         say(f"{start.folder} is finished: all {progress.step} steps are done")
         distributed.stop()
         return
@@ -219,7 +219,6 @@ def main():
     vae.to(device)
 
     # The run folder, and what is written there
-    checkpoint.complete_names(start, phases, args.ckpt_every)
     run_config = preflight.make_run_config(args, config, current_phase(phases, progress.first_step), data, vae)
     limits = len(data.scan.videos) + len(data.scan.unreadable), args.max_bad_fraction
     places = args.results_dir, preflight.run_name(args)
@@ -247,7 +246,8 @@ def main():
             stream = progress.first_step  # of the phase's samples: names their random draws
             batches, val_loader = start_phase(args, data, phases, phase, progress, device)
             run_config = preflight.make_run_config(args, config, phase, data, vae)
-            previews = preview_plan(ema, vae, run_config, args.num_samples)
+            conditions = torch.arange(args.num_samples) % len(data.scan.classes)
+            previews = Plan(ema, vae, data.scan.classes, conditions, phase.num_frames, run_config["data"]["time_scale"])
             if rank() == 0:
                 (run.folder / "config.json").write_text(json.dumps(run_config, indent=2))
             # For the metrics of a step that a resumed run has yet to log
@@ -394,10 +394,10 @@ def sample_ema(plan, args, device, stop):
     """uint8 (N, T, H, W, 3) sampled from the EMA weights, on rank 0; sharded, all make all. Raises Interrupted."""
     indices, videos = list(range(args.num_samples)) if args.shard else distributed.own_indices(args.num_samples), []
     plan = replace(plan, model=cast_products(plan.model, args.precision))  # the EMA itself stays float32
-    options = {"strict": False, "show": rank() == 0, "before_evaluation": stop.check}  # training goes on
+    settings, seed = sampling_settings(args), args.global_seed
+    made = generate(plan, indices, seed, device, settings, strict=False, before_evaluation=stop.check)
     with suppress(Interrupted):
-        for _, _, clips, _, _ in generate(plan, indices, args.global_seed, device, sampling_settings(args), **options):
-            videos.append(clips.cpu())
+        videos = [clips.cpu() for _, _, clips, _, _ in made]
     stop.resolve()
     if args.shard and rank() != 0:
         indices, videos = [], []

@@ -40,7 +40,7 @@ class Quadratic:
 
 def make_plan(model, count=5, vae=LATENTS, **changes):
     """Of clips of 3 frames, each of another class and frame rate."""
-    plan = {"time_scales": torch.linspace(0.04, 0.2, count), "num_frames": 3, "labels": torch.arange(count)} | changes
+    plan = {"time_scales": torch.linspace(0.04, 0.2, count).tolist(), "num_frames": 3, "labels": torch.arange(count)} | changes
     return Plan(model, vae, list("ABCDEFGHIJ"), time_scale=0.04, **plan)
 
 
@@ -53,7 +53,7 @@ def windows_of(num_frames, window=None, overlap=0, count=3):
 def parts_of(plan, batch_size=16, **changes):
     """What `generate` yields; changes are those of SETTINGS or arguments of `generate`."""
     settings = {name: changes.pop(name, value) for name, value in SETTINGS.items()}
-    return list(generate(plan, range(len(plan.labels)), 0, "cpu", settings, batch_size, show=False, **changes))
+    return list(generate(plan, range(len(plan.labels)), 0, "cpu", settings, batch_size, **changes))
 
 
 def run(plan, batch_size=16, **changes):
@@ -136,7 +136,7 @@ def test_noise_and_clips_to_start_from_are_made_for_one_batch_at_a_time(monkeypa
         return 40 * torch.tensor(indices).byte()[:, None, None, None, None].expand(-1, 2, 3, 4, 4), None
 
     monkeypatch.setattr(generation, "normal", lambda *args: drawn.append(list(args[3])) or draw(*args))
-    parts = generate(plan, range(5), 0, "cpu", SETTINGS | {"step_size": 1e-9}, 2, init=init, init_gamma=1.0, show=False)
+    parts = generate(plan, range(5), 0, "cpu", SETTINGS | {"step_size": 1e-9}, 2, init=init, init_gamma=1.0)
     for count, (_, _, videos, _, _) in enumerate(parts, start=1):
         assert asked == drawn == [[0, 1], [2, 3], [4]][:count]
         assert videos[:, 0, 0, 0, 0].tolist() == [40 * index for index in asked[-1]]
@@ -221,7 +221,6 @@ def test_a_flag_wins_then_what_was_trained_with_then_the_default():
         ("euler", {}, 3, 0.05),
         ("euler", {"sampler": "gd"}, 250, 0.0017),  # a solver has no length of a path to keep
         ("euler", {"sampler": "gd", "num_sampling_steps": 4}, 4, 0.1411),
-        ("ngd", {"stepsize": 1e-9}, "--stepsize 1e-09: a path of length 0.1 takes 1e.08 evaluations", None),
         ("heun", {"stop_below": 0.5}, "--stop-below 0.5: heun has a fixed number of steps", None),
         ("ngd", {"stop_below": 0.5, "sampler": "heun"}, "--stop-below 0.5: heun has a fixed number of steps", None),
     ],
@@ -247,15 +246,9 @@ def test_weights_that_are_cast_once_change_no_bit_of_the_output(changes):
     before, x = copy.deepcopy(model.state_dict()), clip(model.config.num_frames, batch=3)
     expected, cast = outputs(model, x), cast_products(model, "bf16")
     assert all(map(torch.equal, outputs(cast, x), expected))
-    products = {f"{name}." for name, module in model.named_modules() if isinstance(module, nn.Linear | nn.Conv3d)}
-    others = dict(model.named_parameters()) | dict(model.named_buffers())
-    for name, value in [*cast.named_parameters(), *cast.named_buffers()]:
-        if any(map(name.startswith, products)):
-            assert value.dtype == torch.bfloat16
-        else:
-            assert value is others[name]  # shared
-    for name, value in model.state_dict().items():
-        assert value.dtype == torch.float32 and torch.equal(value, before[name])
+    products = [module for module in cast.modules() if isinstance(module, nn.Linear | nn.Conv3d)]
+    assert products and all(module.weight.dtype == torch.bfloat16 for module in products)
+    assert all(torch.equal(value, before[name]) for name, value in model.state_dict().items())
     assert all(cast_products(model, precision) is model for precision in ("fp32", "tf32"))
     model.compile_blocks()
     compiled = cast_products(model, "bf16")

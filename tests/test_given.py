@@ -164,7 +164,7 @@ def test_the_class_of_a_sample_is_its_clips_folder_else_the_flag_else_none(place
     for number, (place, words, classes, note) in enumerate((
         ("other", [], ["none", "none"], "no class other"),
         ("other", ["A", "B"], ["A", "B"], None),
-        ("B", ["A"], ["B", "B"], "those keep it"),
+        ("B", ["A"], ["B", "B"], None),
         ("B", ["none"], ["none", "none"], None),
         (tmp_path / "1", [], ["A", "B"], None),  # the samples of the second
     )):  # fmt: skip

@@ -61,7 +61,7 @@ def test_samples_that_were_cut_short_are_removed_by_the_next_call(places, tmp_pa
     images(places, folder, 3)
     assert (with_previews := content(folder)).keys() == names_of(3)
     with monkeypatch.context() as patch:
-        patch.setattr(sample_gd, "write_evaluations", lambda *_: pytest.fail("here"))
+        patch.setattr(sample_gd, "write_reports", lambda *_: pytest.fail("here"))
         with pytest.raises(pytest.fail.Exception, match="here"):
             images(places, folder, 3, "--stop-below", 0.1)
     assert "samples.npz" in content(folder) and "samples.json" not in content(folder)  # which comes last
@@ -191,8 +191,8 @@ def test_training_keeps_the_settings_over_a_resume_and_in_the_next_phase(shapes,
         (["--given-split", "val"], "--given-split is about the clips of --given"),
         (["--samples-per-clip", 2], "--samples-per-clip is about the clips of --given"),
         (["--no-keep-background"], "keep-background is about the clips of --given"),
-        (["--given", "B", "--given-frames", "20"], "--given-frames 20: the samples have the frames 0 to 19"),
-        (["--given", "B", "--given-frames", "0-19"], "--given-frames 0-19: are all frames of the samples"),
+        (["--given", "B", "--given-frames", "20"], "--given-frames 20: samples have the frames 0 to 19; expected some of them, but not all"),
+        (["--given", "B", "--given-frames", "0-19"], "--given-frames 0-19: samples have the frames 0 to 19"),
         (["--given", "B", "--given-frames", "0-3"], "c.mp4 has 3 frames of 0.04 s"),
         (["--given", "A/a.png", "--given-frames", "0-1"], "a.png has 1 frame of"),
         (["--given", "B", "--init", "B"], "--given and --init"),

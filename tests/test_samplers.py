@@ -123,8 +123,8 @@ def test_a_sample_that_diverges_is_not_taken_for_an_equilibrium(method):
 @pytest.mark.parametrize("start_gamma", [0.0, 0.9])
 def test_the_ode_leads_straight_to_the_data_if_its_assumption_holds(method, num_steps, start_gamma):
     noise, data = normal(3, 5, dtype=torch.float64), normal(3, 5, seed=1, dtype=torch.float64)
-    start = transport.interpolate(data, noise, torch.full((3,), start_gamma, dtype=torch.float64))
     path = data - noise
+    start = noise + start_gamma * path
 
     def field(x, keep):  # of one data point and a known noise: the position of x on the line between them gives gamma
         gamma = ((x - noise) * path).sum(dim=1) / path.square().sum(dim=1)
@@ -156,7 +156,7 @@ def test_given_values_stay_and_the_others_move_as_without_them(method):
         seen.append(x)
         return (normal(8) - x) * torch.where(GIVEN, torch.nan, 1.0)  # what it says of them does not matter
 
-    x, _ = sample(field, start, method, 6, 0.1, observe=lambda x, keep: seen.append(x), given=given, mask=GIVEN[None])
+    x, _ = sample(field, start, method, 6, 0.1, observe=lambda x, keep: seen.append(x), given=given, mask=GIVEN.expand(3, 8))
     assert all(torch.equal(point[:, GIVEN], given[:, GIVEN]) for point in (x, *seen))  # bit for bit
     alone, _ = sample(lambda x, keep: normal(8)[~GIVEN] - x, start[:, ~GIVEN], method, 6, 0.1)
     assert torch.equal(x[:, ~GIVEN], alone)

@@ -90,7 +90,7 @@ def test_the_loss_with_given_frames_is_of_those_after_a_clean_first_half(models,
 
 
 def test_validation_tells_the_gammas_apart():
-    rows = torch.zeros(10, 6, dtype=torch.float64)  # frames, index, gamma, EMA, raw, E[x^2]
+    rows = torch.full((10, 7), -1, dtype=torch.float64)  # frames, index, gamma, EMA, raw, E[x^2], given: none
     rows[:, 0], rows[:, 1], rows[:, 2] = 4, torch.arange(10), torch.arange(10) / 10
     rows[:, 3], rows[:, 4], rows[:, 5] = torch.arange(10), 7, 0.5
     metrics = summarize(rows, 4)
