@@ -73,7 +73,7 @@ from video.writers import tile, write_gif, write_mp4, write_sheet
 def parse_args():
     parser = ArgumentParser(description="Train Equilibrium Matching on videos, or without --video on images.")
     add_model_and_data_flags(parser)
-    add_optimisation_flags(parser)
+    add_optimization_flags(parser)
     add = add_speed_flags(parser)
     add("--grad-checkpoint", action="store_true", help="recompute activations in the backward pass to save memory")
     shard = "spread weights, gradients, optimizer states and EMA over the ranks, for models larger than a GPU (FSDP)"
@@ -82,17 +82,15 @@ def parse_args():
     add("--results-dir", default="results", metavar="DIR", help="the run folder is made in here")
     ckpt = "start a new phase from this checkpoint, exported folder or published image model; default: from scratch"
     add("--ckpt", metavar="FILE", help=ckpt)
-    new = "train --ckpt on with the classes of --data-path: those it knows by name keep what they learnt"
+    new = "train --ckpt on with the classes of --data-path: those it knows by name keep their embeddings"
     add("--new-classes", action="store_true", help=new)
     add("--resume", action="store_true", help="continue the newest run of this model, frames and positions, if any")
     add("--log-every", type=COUNT, default=100, metavar="N", help="steps between two lines of metrics")
     add("--ckpt-every", type=COUNT, default=50_000, metavar="N", help="steps between checkpoints; the last step saves")
-    minutes = "minutes after which latest.pt is saved anew, if nothing else was saved meanwhile; 0 = off"
-    add("--save-minutes", type=NON_NEGATIVE, default=15.0, metavar="M", help=minutes)
+    add("--save-minutes", type=NON_NEGATIVE, default=15.0, metavar="M", help="minutes between checkpoints; 0 = off")
     keep = "numbered checkpoints to keep, the newest ones, besides best.pt and the last of each phase; default: all"
     add("--keep-last", type=COUNT, metavar="N", help=keep)
-    period = "steps between validations; the last step validates"
-    add("--val-every", type=COUNT, default=2_500, metavar="N", help=period)
+    add("--val-every", type=COUNT, default=2_500, metavar="N", help="steps between validations, and at the end")
     val_frames = "also validate clips of these numbers of frames; default: only those of the phase"
     add("--val-frames", type=COUNT, nargs="+", default=[], metavar="N", help=val_frames)
     add("--val-clips", type=COUNT, default=256, metavar="N", help="validation clips, at most 4 per video")
@@ -127,7 +125,7 @@ def add_model_and_data_flags(parser):
     add("--rope-speed", type=NON_NEGATIVE, metavar="X", help=speed)
     table = "space: fixed positions of height and width beside the rotary ones; default: that of --ckpt, else none"
     add("--position-table", choices=POSITION_TABLES, help=table)
-    add("--qk-norm", action="store_true", default=None, help="normalise queries and keys (RMSNorm); default: as --ckpt")
+    add("--qk-norm", action="store_true", default=None, help="normalize queries and keys (RMSNorm); default: as --ckpt")
     ebm = "energy whose negative gradient is the field (EqM-E); default: that of --ckpt, else none"
     add("--ebm", choices=EBMS, help=ebm)
     add("--num-classes", type=COUNT, metavar="N", help="number of classes; default: the class folders found")
@@ -144,7 +142,7 @@ def add_model_and_data_flags(parser):
     add("--no-flip", action="store_true", help="never mirror a clip, for classes that have a left and a right")
     fraction = "share of the videos that validate, where no split files are found"
     add("--val-fraction", type=SHARE, default=0.05, metavar="F", help=fraction)
-    add("--max-bad-fraction", type=SHARE, default=0.1, metavar="F", help="share of the videos that may be bad")
+    add("--max-bad-fraction", type=SHARE, default=0.1, metavar="F", help="share of the videos that may be corrupt")
     workers = "loader processes per rank, as many again for validation; 0 = load in-process"
     add("--num-workers", type=NATURAL, default=min(4, os.cpu_count()), metavar="N", help=workers)
     cached = "decode each video once, into a folder in --results-dir that later runs use as well: for small data sets"
@@ -154,8 +152,8 @@ def add_model_and_data_flags(parser):
     add("--loader-timeout", type=NON_NEGATIVE, default=300.0, metavar="S", help=timeout)
 
 
-def add_optimisation_flags(parser):
-    add = parser.add_argument_group("optimisation").add_argument
+def add_optimization_flags(parser):
+    add = parser.add_argument_group("optimization").add_argument
     add("--max-steps", type=COUNT, metavar="N", help="global step to end at, over all phases; default: see --epochs")
     add("--epochs", type=COUNT, metavar="N", help="epochs of this phase; default: 1400 without --max-steps")
     add("--global-batch-size", type=COUNT, default=256, metavar="N", help="clips per step, over all ranks")
@@ -173,12 +171,9 @@ def add_optimisation_flags(parser):
     add("--clip-grad", type=NON_NEGATIVE, default=1.0, metavar="X", help="largest norm of the gradient; 0 = off")
     nonfinite = "steps in a row that may be skipped for a gradient that is not finite; 0: the first ends the run"
     add("--skip-nonfinite", type=NATURAL, default=0, metavar="N", help=nonfinite)
-    decay = "decay of the EMA weights; lower in the first steps"
-    add("--ema-decay", type=SHARE, default=0.9999, metavar="X", help=decay)
-    shift = "above 1: train closer to the noise; 1: uniform gamma"
-    add("--gamma-shift", type=POSITIVE, default=1.0, metavar="S", help=shift)
-    forcing = "share of the clips with levels of noise of their own for given frames (clean) and the others, so that "
-    forcing += "the model can complete clips; 0 = off"
+    add("--ema-decay", type=SHARE, default=0.9999, metavar="X", help="decay of the EMA weights; less at first")
+    add("--gamma-shift", type=POSITIVE, default=1.0, metavar="S", help="above 1: train closer to the noise; 1: uniform")
+    forcing = "share of the clips with a noise level per frame, so that the model can complete clips; 0 = off"
     add("--forcing", type=SHARE, default=0.0, metavar="P", help=forcing)
     add("--disp", action="store_true", help="add the dispersive loss of the last block's activations")
     add("--global-seed", type=NATURAL, default=0, metavar="N", help="seed of every random draw")
@@ -220,9 +215,9 @@ def main():
 
     # The run folder, and what is written there
     run_config = preflight.make_run_config(args, config, current_phase(phases, progress.first_step), data, vae)
-    limits = len(data.scan.videos) + len(data.scan.unreadable), args.max_bad_fraction
-    places = args.results_dir, preflight.run_name(args)
-    run = Run(start, *places, run_config, *limits, wandb=args.wandb, together=args.shard)
+    num_videos = len(data.scan.videos) + len(data.scan.unreadable)
+    place = args.results_dir, preflight.run_name(args)
+    run = Run(start, *place, run_config, num_videos, args.max_bad_fraction, args.wandb, together=args.shard)
     log, metrics, stop = run.log, run.metrics, run.stop
     if rank() == 0:
         save_index(data.scan, args.data_path, args.results_dir)
@@ -269,16 +264,15 @@ def main():
                     run.report_bad(run.stats.bad, step)
                     if is_due(step, phase.last_step, args.val_every):
                         val_began = time.monotonic()
-                        settings = phase.num_frames, args.precision, device, stop, args.forcing > 0
-                        val_metrics, bad = validate(ema, model, vae, val_loader, *settings)
+                        settings = args.precision, device, stop, args.forcing > 0
+                        val_metrics, bad = validate(ema, model, vae, val_loader, phase.num_frames, *settings)
                         run.report_bad(bad, step)
                         row |= val_metrics | {"val_seconds": time.monotonic() - val_began}
-                    if args.sample_every and step % args.sample_every == 0:
+                    if is_due(step, math.inf, args.sample_every):
                         videos = sample_ema(previews, args, device, stop)
                     # What a signal interrupts up to here is done again after the resume.
                     if "val_loss" in row:
-                        note = "" if math.isfinite(row["val_loss"]) else "; not finite: best.pt is unchanged"
-                        log(f"step {step}: validation loss {row['val_loss']:.4f}{note}")
+                        log(f"step {step}: validation loss {row['val_loss']:.4f}")
                         if row["val_loss"] < progress.best_loss:
                             progress.best_loss, progress.best_step = row["val_loss"], step
                     if videos is not None:
@@ -371,17 +365,15 @@ def training_losses(network, vae, batch, config, args, stream, device):
 
 def start_phase(args, data, phases, phase, progress, device):
     """(iterator over this rank's micro-batches from where the run stands, loader of its validation clips)."""
-    shared = {"source": data.source, "classes": data.scan.classes}
-    shared["frame_interval"] = args.frame_interval[0], args.frame_interval[-1]
+    interval = args.frame_interval[0], args.frame_interval[-1]
+    make = functools.partial(Clips, data.source, classes=data.scan.classes, frame_interval=interval)
     train = {"flip": not args.no_flip, "seed": args.global_seed, "stream": progress.first_step}
-    val = {"flip": False, "seed": 0, "stream": "validation"}
-    train_clips = {n: Clips(videos=videos, num_frames=n, **shared, **train) for n, videos in data.train.items()}
-    val_lengths = sorted({phase.num_frames, *args.val_frames})
-    val_clips = {n: Clips(videos=data.val[n], num_frames=n, spare=data.spare(n), **shared, **val) for n in val_lengths}
+    train_clips = {n: make(videos, num_frames=n, **train) for n, videos in data.train.items()}
+    val_lengths, val = sorted({phase.num_frames, *args.val_frames}), {"flip": False, "stream": "validation"}
+    val_clips = {n: make(data.val[n], num_frames=n, spare=data.spare(n), **val) for n in val_lengths}
 
     frames = frames_of_steps(phases, phase, progress.step, progress.first_step, args.mix, args.global_seed)
-    split = rank(), world_size(), args.grad_accum
-    indices = Batches(progress.position, len(frames), phase.batch_size, *split)
+    indices = Batches(progress.position, len(frames), phase.batch_size, rank(), world_size(), args.grad_accum)
     batches = ([(frames[n // args.grad_accum], index) for index in batch] for n, batch in enumerate(indices))
     chunks = validation_chunks(data.val, val_lengths, args.val_clips)
     chunks = chunks if args.shard else chunks[rank() :: world_size()]
