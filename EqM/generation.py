@@ -42,15 +42,14 @@ def add_sampling_flags(parser):
     samplers = "gd: gradient descent; ngd: with Nesterov momentum; euler, heun: the ODE in gamma, for comparison"
     add("--sampler", choices=[*DESCENTS, *SOLVERS], help=samplers + usual["sampler"])
     steps = "points of the path: gd, ngd and euler take N - 1 evaluations, heun 2 N - 3" + usual["num_sampling_steps"]
-    add("--num-sampling-steps", type=number(int, least=2), metavar="N", help=steps)
+    add("--num-sampling-steps", type=number(int, least=2), help=steps)
     size = "step size eta of gd and ngd; if you give only one of N and X, the other follows so that evaluations x step "
-    add("--stepsize", type=POSITIVE, metavar="X", help=f"{size}size stays{usual['stepsize']}")
-    add("--mu", type=NON_NEGATIVE, metavar="X", help=f"momentum of ngd{usual['mu']}")
+    add("--stepsize", type=POSITIVE, help=f"{size}size stays{usual['stepsize']}")
+    add("--mu", type=NON_NEGATIVE, help=f"momentum of ngd{usual['mu']}")
     adaptive = "gd and ngd: stop a sample when the root mean square of its field falls below R; without a number R is "
     adaptive += f"{STOP_BELOW}; 0: off; default: off"
     add("--stop-below", type=NON_NEGATIVE, nargs="?", const=STOP_BELOW, metavar="R", help=adaptive)
-    guidance = f"classifier-free guidance scale; 1 = off{usual['cfg_scale']}"
-    add("--cfg-scale", type=NON_NEGATIVE, metavar="X", help=guidance)
+    add("--cfg-scale", type=NON_NEGATIVE, help=f"classifier-free guidance scale; 1 = off{usual['cfg_scale']}")
 
 
 def resolve_sampler(args, training):

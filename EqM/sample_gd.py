@@ -62,16 +62,15 @@ def parse_args():
     add("--ckpt", required=True, metavar="FILE", help=ckpt)
     add("--video", action="store_true", help="sample videos; without it images")
     length = "frames per video, any number with rotary positions; default: the same as in training; several numbers: "
-    add("--num-frames", type=FRAMES, nargs="+", metavar="N", help=length + "samples of each, in folders DIR-fN")
+    add("--num-frames", type=FRAMES, nargs="+", help=length + "samples of each, in folders DIR-fN")
     window = "frames that are sampled at a time, given the last ones before them; default: those of the longest "
-    add("--window", type=FRAMES, metavar="N", help=window + "training clip, or all if trained without --forcing")
-    add("--overlap", type=COUNT, metavar="N", help="frames that two windows share; default: half of a window")
-    add_rate("--fps", type=RATE, metavar="X", help="frames per second of the samples; default: the same as in training")
-    add_rate("--time-scale", type=SECONDS, metavar="X", help="seconds per frame, instead of --fps")
-    classes = "names or indices of classes, taken in turn; none: no label, so no guidance; default: all"
-    add("--classes", nargs="+", metavar="C", help=classes)
-    add("--num-samples", "--num-fid-samples", type=SAMPLES, default=16, metavar="N", help="number of samples")
-    add("--seed", "--global-seed", type=NATURAL, default=0, metavar="N", help="seed of the noise")
+    add("--window", type=FRAMES, help=window + "training clip, or all if trained without --forcing")
+    add("--overlap", type=COUNT, help="frames that two windows share; default: half of a window")
+    add_rate("--fps", type=RATE, help="frames per second of the samples; default: the same as in training")
+    add_rate("--time-scale", type=SECONDS, help="seconds per frame, instead of --fps")
+    add("--classes", nargs="+", metavar="C", help="names or indices, taken in turn; none: no label; default: all")
+    add("--num-samples", "--num-fid-samples", type=SAMPLES, default=16, help="number of samples")
+    add("--seed", "--global-seed", type=NATURAL, default=0, help="seed of the noise")
     # Linear: 93% of the directions right at twice the 8 trained frames, 84% at four times (none: 78% and 0%), 54% and
     # 49% at 1.5 and 2 times 16 (none: 1% and 0%), all slower in proportion: results/study-first-edition.md (C).
     beyond = "linear: squeeze more frames than were trained into the trained span: complete but slower motion"
@@ -79,37 +78,32 @@ def parse_args():
     add("--no-ema", action="store_true", help="use the raw weights instead of the EMA weights")
 
     add = parser.add_argument_group("clips to continue, or to start from").add_argument
-    given = "complete this video or picture, those of a folder in turn, or the samples of an earlier run"
-    add("--given", metavar="FILE_OR_FOLDER", help=given)
-    split = "--given is a data folder: complete clips of this split, those that evaluate.py compares with"
-    add("--given-split", choices=["train", "val", "all"], help=split)
-    add("--val-fraction", type=SHARE, default=0.05, metavar="F", help="share of the videos in val, as in training")
-    frames = "the frames of --given that are kept, such as 0-3,12-15; default: all it has, at most half of the sample"
-    add("--given-frames", type=frame_ranges, metavar="RANGES", help=frames)
+    add("--given", metavar="PATH", help="complete this video or picture, those of a folder, or earlier samples")
+    add("--given-split", choices=["train", "val", "all"], help="split of the data folder --given, as in evaluate.py")
+    add("--val-fraction", type=SHARE, default=0.05, help="share of the videos in val, as in training")
+    add("--given-frames", type=frame_ranges, metavar="A-B", help="such as 0-3,12-15; default: up to half of a sample")
     add("--samples-per-clip", type=COUNT, default=1, metavar="S", help="sample k completes clip k // S of --given")
     background = "with given frames and a VAE, add the detail that it lost of the last given frame wherever nothing "
     background += "moves: looks better, but is not made by the model, so scores need --no-keep-background"
     add("--keep-background", action=argparse.BooleanOptionalAction, default=True, help=background)
-    init = "start from this video or picture, a folder or the samples of an earlier run; default: from noise"
-    add("--init", metavar="FILE_OR_FOLDER", help=init)
-    add("--init-gamma", type=SHARE, metavar="G", help="share of --init in the start; default: 0.5 with --init")
+    add("--init", metavar="PATH", help="start from such a video or picture; all frames change; default: from noise")
+    add("--init-gamma", type=SHARE, help="share of --init in the start; default: 0.5 with --init")
 
     add = parser.add_argument_group("output").add_argument
     add("--folder", default="samples", metavar="DIR", help="folder for the samples")
     overwrite = "whether to replace the samples of another run (another training run or model) in --folder"
     add("--overwrite", action=argparse.BooleanOptionalAction, default=True, help=overwrite)
-    previews = "skip the previews (GIFs, sheet.png, grid.gif, grid.png of images), which take time on rank 0"
-    add("--no-previews", action="store_true", help=previews)
-    add("--batch-size", type=COUNT, default=16, metavar="N", help="samples per rank at a time")
+    add("--no-previews", action="store_true", help="skip GIFs, sheet.png and grids, which take time on rank 0")
+    add("--batch-size", type=COUNT, default=16, help="samples per rank at a time")
     add("--report-energy", action="store_true", help="write the (guided) energy of each sample at each step")
 
     add = parser.add_argument_group("checked against the checkpoint, if given").add_argument
     add("--model", choices=NAMES, metavar="NAME", help="EqM-{Ti,S,B,L,XL}/{2,4,8}; published models need it")
     add("--use-rope", action="store_true", default=None, help="the model has 3D rotary positions")
     add("--ebm", choices=EBMS, help="energy of the model; published models may need it")
-    add("--temporal-patch-size", type=COUNT, metavar="N", help="frames per patch")
+    add("--temporal-patch-size", type=COUNT, help="frames per patch")
     add("--image-size", type=COUNT, metavar="PX", help="height and width of the samples in pixels")
-    add("--num-classes", type=COUNT, metavar="N", help="number of classes of the model")
+    add("--num-classes", type=COUNT, help="number of classes of the model")
     add("--vae", metavar="VAE", help="may name another place of the checkpoint's VAE")
     add_speed_flags(parser)
     add_sampling_flags(parser)
