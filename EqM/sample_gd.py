@@ -23,20 +23,9 @@ import preflight
 from generation import add_sampling_flags, cast_products, generate, provenance, sampling_settings
 from given import ClipReader, DrawnClip, as_ranges, frame_ranges, open_given
 from models import EBMS, NAMES
-from runtime import distributed
+from runtime import cli, distributed
 from runtime.atomic import atomic_write
-from runtime.cli import (
-    COUNT,
-    NATURAL,
-    SHARE,
-    ArgumentParser,
-    UserError,
-    add_speed_flags,
-    fail,
-    number,
-    one_line_errors,
-    say,
-)
+from runtime.cli import COUNT, NATURAL, SHARE, ArgumentParser, UserError, add_speed_flags, fail, one_line_errors, say
 from runtime.distributed import own_indices, rank, world_size
 from runtime.untrusted import FPS
 from scoring.manifest import is_of_samples
@@ -45,8 +34,8 @@ from video.inputs import check_apart, find_clips
 from video.samples import UNFINISHED
 from video.writers import write_samples
 
-FRAMES, SAMPLES = number(int, least=1, most=2**16), number(int, least=1, most=2**24)  # more is a typing error
-RATE, SECONDS = number(float, least=FPS[0], most=FPS[1]), number(float, least=1 / FPS[1], most=1 / FPS[0])
+FRAMES, SAMPLES = cli.number(int, least=1, most=2**16), cli.number(int, least=1, most=2**24)  # more is a typing error
+RATE, SECONDS = (cli.number(float, least=least, most=most) for least, most in (FPS, (1 / FPS[1], 1 / FPS[0])))
 WRITTEN = [  # what a sample folder holds besides samples.json and scores
     *("[0-9]" * 6 + kind for kind in (".mp4", ".gif", ".png", ".raw.tmp")), "samples.npz", "samples.npz.tmp",
     "grid.gif", "grid.png", "sheet.png", "gallery.html", "evaluations.csv", "evaluations.png", "energy.csv",
@@ -61,10 +50,8 @@ def parse_args():
     ckpt = "checkpoint of train.py, folder of scripts/export.py or published image model"
     add("--ckpt", required=True, metavar="FILE", help=ckpt)
     add("--video", action="store_true", help="sample videos; without it images")
-    length = "frames per video, any number with rotary positions; default: the same as in training; several numbers: "
-    add("--num-frames", type=FRAMES, nargs="+", help=length + "samples of each, in folders DIR-fN")
-    window = "frames that are sampled at a time, given the last ones before them; default: those of the longest "
-    add("--window", type=FRAMES, help=window + "training clip, or all if trained without --forcing")
+    add("--num-frames", type=FRAMES, nargs="+", help="frames per video, several: in DIR-fN; default: as in training")
+    add("--window", type=FRAMES, help="frames at a time; default: as in the longest training clip; no --forcing: all")
     add("--overlap", type=COUNT, help="frames that two windows share; default: half of a window")
     add_rate("--fps", type=RATE, help="frames per second of the samples; default: the same as in training")
     add_rate("--time-scale", type=SECONDS, help="seconds per frame, instead of --fps")
@@ -83,15 +70,14 @@ def parse_args():
     add("--val-fraction", type=SHARE, default=0.05, help="share of the videos in val, as in training")
     add("--given-frames", type=frame_ranges, metavar="A-B", help="such as 0-3,12-15; default: up to half of a sample")
     add("--samples-per-clip", type=COUNT, default=1, metavar="S", help="sample k completes clip k // S of --given")
-    background = "with given frames and a VAE, add the detail that it lost of the last given frame wherever nothing "
-    background += "moves: looks better, but is not made by the model, so scores need --no-keep-background"
+    background = "add detail of given frames that the VAE lost where nothing moves; scores need --no-keep-background"
     add("--keep-background", action=argparse.BooleanOptionalAction, default=True, help=background)
     add("--init", metavar="PATH", help="start from such a video or picture; all frames change; default: from noise")
     add("--init-gamma", type=SHARE, help="share of --init in the start; default: 0.5 with --init")
 
     add = parser.add_argument_group("output").add_argument
     add("--folder", default="samples", metavar="DIR", help="folder for the samples")
-    overwrite = "whether to replace the samples of another run (another training run or model) in --folder"
+    overwrite = "whether to replace the samples of another training run or model in --folder"
     add("--overwrite", action=argparse.BooleanOptionalAction, default=True, help=overwrite)
     add("--no-previews", action="store_true", help="skip GIFs, sheet.png and grids, which take time on rank 0")
     add("--batch-size", type=COUNT, default=16, help="samples per rank at a time")
