@@ -49,10 +49,8 @@ IMAGES = ["--model", "EqM-Ti/4", "--depth", 1, "--vae", "none", "--image-size", 
 IMAGES += ["--num-workers", 0]
 KINDS = {  # data, flags that replace TINY's or add to them
     "bf16, muon": ("shapes", TINY, ["--precision", "bf16", "--optimizer", "muon"]),
-    "decay and warm-up": ("shapes", TINY, ["--lr-decay", 0.5, "--warmup-steps", 3]),
-    "accumulation": ("shapes", TINY, ["--grad-accum", 2, "--disp", "--frame-interval", 1]),
-    "an energy": ("shapes", TINY, ["--ebm", "dot", "--forcing", 0.5]),
-    "forcing": ("shapes", TINY, ["--forcing", 0.5, "--gamma-shift", 3, "--temporal-patch-size", 3]),
+    "accumulation": ("shapes", TINY, ["--grad-accum", 2, "--disp", "--lr-decay", 0.5, "--warmup-steps", 3]),
+    "an energy": ("shapes", TINY, ["--ebm", "dot", "--forcing", 0.5, "--gamma-shift", 3, "--temporal-patch-size", 3]),
     "latents": ("latents", TINY, ["--forcing", 0.5, "--disp", "--vae", "VAE"]),
     "images": ("images", IMAGES, []),
 }

@@ -12,7 +12,6 @@ import pytest
 import checkpoint
 import gallery
 import picture
-import preflight
 import sample_gd
 import train
 from generation import SAMPLER, generate
@@ -50,10 +49,10 @@ def test_samples_that_were_cut_short_are_removed_by_the_next_call(places, tmp_pa
     assert before.keys() == names_of(5) | {"000107.png"}
     with monkeypatch.context() as patch:
         patch.setattr(sample_gd, "generate", full)
-        images(places, folder, 101, "--seed", 1, status=1)
+        images(places, folder, 101, status=1)
         assert content(folder) == before  # not even begun
         fail_at = 50
-        images(places, folder, 101, "--seed", 1, status=1)
+        images(places, folder, 101, status=1)
     left = {f"{index:06d}.png" for index in range(100)} | {"samples.unfinished"}
     assert content(folder).keys() == left  # each batch was written before the next was made
     with pytest.raises(UserError, match="not finished"):
@@ -142,16 +141,6 @@ def test_samples_are_made_as_in_training_unless_a_flag_says_otherwise(tmp_path, 
         run_main(sample_gd, "--video", "--ckpt", place, "--folder", tmp_path / "s", "--num-samples", 1, *flags)
         flags = json.loads((tmp_path / "s/samples.json").read_text())["flags"]
         assert flags.items() >= (TUNED | chosen | changed).items() and said in capsys.readouterr().out
-
-
-def test_resolved_flags_are_frozen_and_those_that_were_parsed_stay(places, tmp_path, monkeypatch):
-    words = ["sample_gd.py", "--video", "--ckpt", places / "pixels.pt", "--folder", tmp_path, "--num-frames", 9, 12]
-    monkeypatch.setattr("sys.argv", list(map(str, words)))
-    args = sample_gd.parse_args()
-    before, runs = dict(vars(args)), preflight.resolve_sampling(args)
-    assert [flags.num_frames for flags, _ in runs] == [9, 12] and vars(args) == before
-    with pytest.raises(AttributeError, match="frozen"):
-        runs[0][0].num_frames = 16
 
 
 def test_training_keeps_the_settings_over_a_resume_and_in_the_next_phase(shapes, tmp_path):
