@@ -37,16 +37,12 @@ def videos(tmp_path_factory):
     return root
 
 
-def run_training(results, *flags, status=0):
-    """The metrics rows and the last checkpoint of a short run in this process, if it ends well."""
+def run_training(results, *flags):
+    """The metrics rows and the last checkpoint of a short run in this process."""
     flags = [*flags, "--results-dir", results, "--num-workers", 0, "--log-every", 1, "--sample-every", 0]
-    run_main(train, *flags, status=status)
-    if status:
-        return None
+    run_main(train, *flags)
     (folder,) = results.glob("[0-9]*")
-    rows, torn = metrics.read_metrics(folder / "metrics.jsonl")
-    assert torn == 0
-    return rows, checkpoint.load(folder / "checkpoints/latest.pt")
+    return metrics.read_metrics(folder / "metrics.jsonl")[0], checkpoint.load(folder / "checkpoints/latest.pt")
 
 
 def refuse(capsys, *flags, script=train):
@@ -114,7 +110,7 @@ def test_steps_without_a_finite_gradient_are_skipped_while_tolerated(tolerated, 
     monkeypatch.setattr(train, "validate", lambda *_: ({"val_loss": 1.0}, []))
     flags = [*TRAIN, "--data-path", videos, "--max-steps", 6, "--skip-nonfinite", tolerated]
     if tolerated < 2:
-        run_training(tmp_path / "r", *flags, status=1)
+        run_main(train, *flags, "--results-dir", tmp_path, "--num-workers", 0, "--sample-every", 0, status=1)
         assert f"of step {3 + tolerated} is not finite" in capsys.readouterr().err
         return
     rows, state = run_training(tmp_path / "r", *flags)
@@ -147,12 +143,12 @@ def test_a_variant_learns_what_the_plain_run_learns(flags, tolerance, plain, vid
 def test_fp16_scales_its_loss_skips_what_overflows_and_keeps_its_scale(videos, tmp_path, monkeypatch):
     monkeypatch.setattr(cli, "check_precision", lambda precision: None)  # the CPU can do it, slowly
     shared = [*TRAIN, "--data-path", videos, "--precision", "fp16"]
-    rows, state = run_training(tmp_path / "r", *shared, "--max-steps", 12)
+    rows, state = run_training(tmp_path / "r", *shared, "--max-steps", 6)
     assert all(np.isfinite([row["train_loss"], row["grad_norm"]]).all() for row in rows)
     scale = state["optimizer"]["scaler"]["scale"]
     assert scale == 65536 * 0.5 ** sum(row["skipped"] for row in rows)
     best = tmp_path / "r/000-EqM-Ti-4-f8-rope/checkpoints/latest.pt"
-    more, state = run_training(tmp_path / "s", *shared, "--max-steps", 13, "--ckpt", best)
+    more, state = run_training(tmp_path / "s", *shared, "--max-steps", 7, "--ckpt", best)
     assert state["optimizer"]["scaler"]["scale"] == scale * 0.5 ** more[0]["skipped"]
 
 
@@ -226,11 +222,10 @@ def test_a_cache_trains_as_encoding_on_the_fly_does(videos, cache, tiny_vae, tmp
 
 
 def test_the_posterior_is_drawn_anew_for_each_sample_of_a_clip(tiny_vae):
-    vae, (mean, std) = load_vae(str(tiny_vae)), torch.rand(2, 4, 10, 8, 8)
-    cached = torch.stack([mean, std + 0.1]).half().expand(2, -1, -1, -1, -1, -1)  # a clip, twice
-    drawn = (vae.latents_of(cached, 0, 0, [0, 1]) / vae.scale - cached[0, 0].float()) / cached[0, 1].float()
-    assert not torch.allclose(drawn[0], drawn[1])
-    assert drawn.std().item() == pytest.approx(1, abs=0.05)
+    vae, cached = load_vae(str(tiny_vae)), (torch.rand(2, 4, 10, 8, 8) + 0.1).half()
+    twice = vae.latents_of(cached.expand(2, -1, -1, -1, -1, -1), 0, 0, [0, 1])
+    drawn = (twice / vae.scale - cached[0].float()) / cached[1].float()
+    assert not torch.allclose(drawn[0], drawn[1]) and drawn.std().item() == pytest.approx(1, abs=0.05)
 
 
 def test_train_refuses_another_vae_than_that_of_its_cache(cache, tiny_vae, tmp_path, capsys):
