@@ -157,10 +157,9 @@ def sample_run(args, plan, indices, given, init, real, device):
 
 
 def in_order(made, rounds):
-    """What `generate` yields on all ranks, in order and on the CPU, on rank 0.
+    """What `generate` yields on all ranks, in order and on the CPU, on rank 0; all ranks run through this.
 
-    made: the iterator of this rank. All ranks run through this: each gives one part per round, if it has one left. A
-    batch has the same samples on any number of ranks, so the samples have the same bytes.
+    made: the iterator of this rank, which gives one part per round, if it has one left.
     """
     for _ in range(rounds):
         part = next(made, None)

@@ -57,10 +57,7 @@ def losses(network, x, noise, gamma, y, time_scale, first=0, return_features=Fal
 
 
 def zero_loss(mean_square):
-    """The expected loss of a network that predicts zero, for uniform gamma: E[c^2] (1 + E[x^2]).
-
-    For validation, whose gammas are uniform; a training step knows the mean square of its own targets.
-    """
+    """The expected loss of a network that predicts zero, for uniform gamma: E[c^2] (1 + E[x^2])."""
     return MEAN_SQUARED_DECAY * (1 + mean_square)
 
 

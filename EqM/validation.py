@@ -21,22 +21,17 @@ GOLDEN_RATIO = (math.sqrt(5) - 1) / 2
 
 def validation_chunks(val, lengths, num_clips):
     """The (num_frames, index) of all validation clips, in lists of at most CHUNK; a rank takes every n-th list."""
-    chunks = []
-    for num_frames in lengths:
-        count = min(num_clips, CLIPS_PER_VIDEO * len(val[num_frames]))
-        keys = [(num_frames, index) for index in range(count)]
-        chunks += [keys[first : first + CHUNK] for first in range(0, count, CHUNK)]
-    return chunks
+    keys = [[(n, index) for index in range(min(num_clips, CLIPS_PER_VIDEO * len(val[n])))] for n in lengths]
+    return [own[first : first + CHUNK] for own in keys for first in range(0, len(own), CHUNK)]
 
 
 @torch.no_grad()
 def validate(ema, model, vae, loader, num_frames, precision, device, stop, given=False):
     """({name: value}, equal on all ranks, of the EMA and of the raw weights; this rank's corrupt videos).
 
-    The loader gives this rank's validation chunks. Gammas are uniform: multiples of the golden ratio, modulo 1. The
-    chunks are the same on any number of ranks; if the ranks have to stay together, each has all of them, and rank 0's
-    losses count. given: the EMA also with the first half of the frames clean, if a clip has several temporal patches.
-    Raises Interrupted.
+    The loader gives this rank's chunks; if the ranks have to stay together, each has all, and rank 0's losses count.
+    Gammas are uniform: multiples of the golden ratio, modulo 1. given: the EMA also with the first half of the frames
+    clean, if a clip has several temporal patches. Raises Interrupted.
     """
     rows, bad, batches = [], [], batches_of(loader)
     with suppress(Interrupted):
