@@ -329,7 +329,7 @@ def sample_window(model, x, condition, time_scale, known, settings, energy, stri
     guided_by = condition, time_scale, 1.0 if condition.is_null() else guidance
     field, energy_of = guided(model, *guided_by), energy and guided(model.energy, *guided_by)
     energies = torch.full((len(x), settings["num_steps"]), torch.nan, device=x.device) if energy else None
-    finite = []  # of each point, whether all samples are
+    points = iter(range(settings["num_steps"]))
 
     def counted(x, keep):
         step(len(keep))
@@ -337,17 +337,14 @@ def sample_window(model, x, condition, time_scale, known, settings, energy, stri
 
     def observe(x, keep):
         if energy:
-            energies[keep, len(finite)] = energy_of(x, keep)
-        finite.append(x.isfinite().all())
+            energies[keep, next(points)] = energy_of(x, keep)
 
     with distributed.autocast(x.device, precision):
         samples, evaluations = sample(counted, x, observe=observe, **known, **settings)
-    finite = torch.stack(finite).cpu().tolist()  # the only wait for a GPU, after the last step
-    if not all(finite):
-        size = f"--stepsize {settings['step_size']:g}" if settings["method"] in DESCENTS else settings["method"]
-        text = f"step {finite.index(False)} of {len(finite) - 1} made samples that are not finite ({size})"
+    if not samples.isfinite().all():
+        text = f"--stepsize {settings['step_size']:g}, {settings['method']}: samples are not finite"
         if strict:
-            raise UserError(f"{text}: take smaller steps, or another checkpoint")
+            raise UserError(f"{text}; take smaller or more steps, or another checkpoint")
         say(f"note: {text}")
     return samples, evaluations, energies
 
