@@ -307,9 +307,9 @@ def generate(
             for number, start in enumerate(starts):
                 end, x = bar.n + most, initial_latents(plan, batch, seed, device, init, init_gamma, number)
                 known, options = known_part(plan, x, start, clips, mask, tail), settings | {"start_gamma": init_gamma}
-                found = sample_window(plan.model, x, condition, time_scale, known, options, energy, strict, step)
+                inputs = plan.model, x, condition, time_scale, known
+                latents, *counts = sample_window(*inputs, options, energy, strict, step)
                 bar.update(end - bar.n)  # if all stopped early
-                latents, *counts = found
                 tail, first = latents[:, :, -plan.overlap :], plan.overlap if number else 0
                 videos = plan.vae.decode(latents[:, :, first : plan.num_frames - start])
                 yield batch, start + first, details.add(videos, start + first) if given else videos, *counts

@@ -69,8 +69,8 @@ def open_given(args, plan, clips, indices):
         unknown = [clip.class_name for clip in own if clip.class_name not in labels]
         if unknown and not args.classes:
             say(f"note: the model has no class {unknown[0]}, the folder of a given clip: no label; --classes names one")
-        found = [labels.get(clip.class_name, NO_LABEL) for clip in own]
-        plan.labels = torch.tensor([b if a == NO_LABEL else a for a, b in zip(found, usual, strict=True)])
+        of_folder = [labels.get(clip.class_name, NO_LABEL) for clip in own]
+        plan.labels = torch.tensor([b if a == NO_LABEL else a for a, b in zip(of_folder, usual, strict=True)])
     if not plan.forcing:
         say(f"note: {args.ckpt} {NOT_FORCED}: the frames that it adds may not fit the given ones")
     return given

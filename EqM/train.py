@@ -85,7 +85,7 @@ def parse_args():
     add("--log-every", type=COUNT, default=100, help="steps between two lines of metrics")
     add("--ckpt-every", type=COUNT, default=50_000, help="steps between checkpoints; the last step saves")
     add("--save-minutes", type=NON_NEGATIVE, default=15.0, help="minutes between checkpoints; 0 = off")
-    add("--keep-last", type=COUNT, help="checkpoints to keep besides best.pt and each phase's last; default: all")
+    add("--keep-last", type=COUNT, help="numbered checkpoints to keep, besides each phase's last; default: all")
     add("--val-every", type=COUNT, default=2_500, help="steps between validations, and at the end")
     add("--val-frames", type=COUNT, nargs="+", default=[], help="other numbers of frames to validate; default: none")
     add("--val-clips", type=COUNT, default=256, help="validation clips, at most 4 per video")

@@ -77,10 +77,13 @@ def test_each_sample_has_its_own_frame_rate_in_batches_of_any_size(stop_below):
     assert torch.equal(same[0], expected[0]) and not torch.equal(same[4], expected[4])
 
 
-def test_a_batch_without_a_condition_has_no_guidance():
-    plan = make_plan(Quadratic(), count=3, labels=torch.tensor([-1, -1, 2]))
-    one, two = (run(plan, batch_size=2, guidance=guidance)[0] for guidance in (1.0, 9.0))
-    assert torch.equal(one[:2], two[:2]) and not torch.equal(one[2], two[2])
+def test_a_batch_without_a_condition_has_no_guidance(monkeypatch):
+    sizes, call = [], Quadratic.__call__
+    monkeypatch.setattr(Quadratic, "__call__", lambda self, x, *others: sizes.append(len(x)) or call(self, x, *others))
+    plan = make_plan(Quadratic(), count=4, labels=torch.tensor([-1, -1, -1, 2]))
+    one, two = (run(plan, batch_size=3, guidance=guidance)[0] for guidance in (1.0, 9.0))
+    assert torch.equal(one[:3], two[:3]) and not torch.equal(one[3], two[3])
+    assert sizes == [3] * 5 + [1] * 5 + [3] * 5 + [2] * 5  # only the last batch also without its condition
 
 
 @pytest.mark.parametrize(("method", "stop_below", "most"), [("gd", None, 5), ("ngd", 1e9, 5), ("heun", None, 9)])
@@ -135,6 +138,16 @@ def test_clips_to_start_from_are_read_for_one_batch_at_a_time():
     for _, _, videos, _, _ in generate(plan, range(5), 0, "cpu", settings, 2, init=init, init_gamma=1.0):
         assert videos[:, 0, 0, 0, 0].tolist() == [40 * index for index in asked[-1]]
     assert asked == [[0, 1], [2, 3], [4]]
+
+
+def test_a_solver_starts_at_the_share_of_the_clips_in_the_start():
+    vae = SimpleNamespace(**vars(LATENTS), encode=lambda clips: clips.float())
+    black = torch.zeros(5, 2, 3, 4, 4)
+    init = {"init": lambda indices: (black, None), "init_gamma": 0.5, "guidance": 1.0}
+    clips, _, _ = run(make_plan(Quadratic(), vae=vae), method="euler", num_steps=2, **init)
+    rate = torch.arange(1, 6) ** 2 / 4  # f / c(0.5) = -rate x; one step from 0.5 to 1
+    expected = (1 - rate / 2).reshape(5, 1, 1, 1, 1) * normal(0, "sample", 0, range(5), (2, 3, 4, 4)) / 2
+    torch.testing.assert_close(clips, LATENTS.decode(expected))
 
 
 @pytest.mark.parametrize("overlap", [1, 7])
