@@ -90,7 +90,7 @@ def test_two_ranks_learn_what_one_learns(phases, shapes, tmp_path):
     assert one_rank[-1]["val_loss"] == pytest.approx(two_ranks[-1]["val_loss"], rel=1e-4)
 
 
-def test_one_checkpoint_samples_16_and_24_frames_and_reports_their_energies(random, shapes, tmp_path):
+def test_one_checkpoint_samples_16_and_24_frames_and_their_energies(random, shapes, tmp_path):
     sampling = [*SAMPLE, "--ckpt", random, "--report-energy"]
     run_main(sample_gd, *sampling, "--num-frames", 16, 24, "--folder", tmp_path / "both")
     start = ["--init", one(shapes / "CircleDown/*g01_c01.avi"), "--init-gamma", 0]  # all of it noise, as without
@@ -134,7 +134,7 @@ def test_a_wrong_flag_is_one_line_from_one_rank_and_nothing_is_written(phases, s
     assert "--use-rope" in line and not (tmp_path / "new").exists()
 
 
-def test_two_ranks_train_a_dispersed_energy_of_images_with_a_vae_and_one_samples_nothing(tmp_path):
+def test_two_ranks_train_an_energy_of_images_and_one_samples_nothing(tmp_path):
     data, vae = make_images(tmp_path / "images", 12, ".webp"), make_vae(tmp_path / "vae")
     flags = [*TINY, *FAST, "--ebm", "dot", "--disp", "--data-path", data, "--vae", vae, "--max-steps", 3]
     flags += ["--sample-every", 3, "--num-samples", 1, "--num-sampling-steps", 3, "--results-dir", tmp_path / "r"]

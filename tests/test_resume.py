@@ -77,7 +77,7 @@ def test_what_a_signal_interrupts_is_done_again_after_the_resume(where, whole, t
     assert compare(whole, parts) == []
 
 
-def test_no_step_is_logged_twice_when_a_run_that_was_stopped_is_then_killed(shapes, tmp_path):
+def test_no_step_is_logged_twice_by_a_run_that_is_stopped_then_killed(shapes, tmp_path):
     whole, parts = (Training(shapes, tmp_path / name, STEPS) for name in ("whole", "parts"))
     run_here(whole, "--log-every", 1)
     run_here(parts, "--log-every", 1, stop_after=3)  # step 3 is not logged yet

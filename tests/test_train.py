@@ -56,7 +56,7 @@ def refuse(capsys, *flags, script=train):
     return line
 
 
-def test_more_processes_than_gpus_is_one_line_and_the_first_rank_checks_for_others(videos, monkeypatch, capsys):
+def test_too_many_processes_are_one_line_and_the_first_rank_checks(videos, monkeypatch, capsys):
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
     monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
     monkeypatch.setenv("LOCAL_WORLD_SIZE", "8")
@@ -153,7 +153,7 @@ def test_fp16_scales_its_loss_skips_what_overflows_and_keeps_its_scale(videos, t
 
 
 @pytest.mark.parametrize(("flags", "decay"), [([], 0.1), (["--weight-decay", 0], 0.0)])
-def test_muon_decays_its_weights_unless_told_otherwise_and_a_run_keeps_that(flags, decay, plain, videos, tmp_path):
+def test_muon_decays_its_weights_by_default_and_a_run_keeps_its_decay(flags, decay, plain, videos, tmp_path):
     def weight_decays(state):
         return {saved["param_groups"][0]["weight_decay"] for saved in state["optimizer"]["states"]}
 
@@ -249,7 +249,7 @@ def test_without_mirrored_latents_no_clip_is_mirrored_and_a_note_says_so(cache, 
 # What a run says of itself --------------------------------------------------------------------------------------------
 
 
-def test_a_resume_elsewhere_reports_the_changes_of_typed_flags_and_no_others(videos, tmp_path, monkeypatch):
+def test_a_resume_elsewhere_reports_changes_of_typed_flags_only(videos, tmp_path, monkeypatch):
     def on_machine(bf16, cores):
         monkeypatch.setattr(cli, "has_bf16", lambda: bf16)
         monkeypatch.setattr(train.os, "cpu_count", lambda: cores)
@@ -319,7 +319,7 @@ def test_a_run_its_resume_and_a_later_phase_say_all_that_is_not_as_asked(tmp_pat
         assert f"VAE {vae} is not there" in refuse(capsys, *new, script=script)
 
 
-def test_one_unreadable_validation_video_does_not_stop_a_run_that_has_others(tmp_path, capsys):
+def test_one_unreadable_validation_video_does_not_stop_a_run(tmp_path, capsys):
     data = tmp_path / "data"
     for index in range(10):
         write_video(data / "A" / f"{index}.mov", 20, codec="libx264", size=(16, 16))
