@@ -20,23 +20,12 @@ from pathlib import Path
 import torch
 
 import preflight
-from generation import add_sampling_flags, generate, provenance, sampling_settings
-from given import ClipReader, DrawnClip, Given, as_ranges, frame_ranges
+from generation import add_sampling_flags, cast_products, generate, provenance, sampling_settings
+from given import ClipReader, DrawnClip, as_ranges, frame_ranges, open_given
 from models import EBMS, NAMES
-from runtime import distributed
+from runtime import cli, distributed
 from runtime.atomic import atomic_write
-from runtime.cli import (
-    COUNT,
-    NATURAL,
-    SHARE,
-    ArgumentParser,
-    UserError,
-    add_speed_flags,
-    fail,
-    number,
-    one_line_errors,
-    say,
-)
+from runtime.cli import COUNT, NATURAL, SHARE, ArgumentParser, UserError, add_speed_flags, fail, one_line_errors, say
 from runtime.distributed import own_indices, rank, world_size
 from runtime.untrusted import FPS
 from scoring.manifest import is_of_samples
@@ -45,84 +34,73 @@ from video.inputs import check_apart, find_clips
 from video.samples import UNFINISHED
 from video.writers import write_samples
 
-FRAMES, SAMPLES = number(int, least=1, most=2**16), number(int, least=1, most=2**24)  # more is a typing error
-RATE, SECONDS = number(float, least=FPS[0], most=FPS[1]), number(float, least=1 / FPS[1], most=1 / FPS[0])
+FRAMES, SAMPLES = cli.number(int, least=1, most=2**16), cli.number(int, least=1, most=2**24)  # more is a typing error
+RATE, SECONDS = (cli.number(float, least=least, most=most) for least, most in (FPS, (1 / FPS[1], 1 / FPS[0])))
+WRITTEN = [  # what a sample folder holds besides samples.json and scores
+    *("[0-9]" * 6 + kind for kind in (".mp4", ".gif", ".png", ".raw.tmp")), "samples.npz", "samples.npz.tmp",
+    "grid.gif", "grid.png", "sheet.png", "gallery.html", "evaluations.csv", "evaluations.png", "energy.csv",
+    "energy.png",
+]  # fmt: skip
 
 
 def parse_args():
     parser = ArgumentParser(description="Sample videos or images from a checkpoint by gradient descent.")
-    add = parser.add_argument_group("samples").add_argument
-    ckpt = "a checkpoint of train.py, a folder of scripts/export.py or a published image model"
+    group = parser.add_argument_group("samples")
+    add, add_rate = group.add_argument, group.add_mutually_exclusive_group().add_argument
+    ckpt = "checkpoint of train.py, folder of scripts/export.py or published image model"
     add("--ckpt", required=True, metavar="FILE", help=ckpt)
     add("--video", action="store_true", help="sample videos; without it images")
-    length = "frames per video, any number with rotary positions; default: the same as in training; several numbers: "
-    add("--num-frames", type=FRAMES, nargs="+", metavar="N", help=length + "samples of each, in folders DIR-fN")
-    window = "sample longer videos in windows of N frames, each given the last frames of the previous one; default: as "
-    window += "long as the longest training clip, or all frames if the model was trained without --forcing"
-    add("--window", type=FRAMES, metavar="N", help=window)
-    overlap = "frames that a window has from the previous one; default: half of the window"
-    add("--overlap", type=COUNT, metavar="N", help=overlap)
-    add("--fps", type=RATE, metavar="X", help="frames per second of the samples; default: the same as in training")
-    add("--time-scale", type=SECONDS, metavar="X", help="the same as seconds per frame; give one of the two")
-    classes = "names or indices of classes, taken in turn; none: no label, so no guidance; default: all"
-    add("--classes", nargs="+", metavar="C", help=classes)
-    add("--num-samples", "--num-fid-samples", type=SAMPLES, default=16, metavar="N", help="number of samples")
-    add("--seed", "--global-seed", type=NATURAL, default=0, metavar="N", help="seed of the noise")
+    add("--num-frames", type=FRAMES, nargs="+", help="frames per video, several: in DIR-fN; default: as in training")
+    add("--window", type=FRAMES, help="frames at a time; default: as in the longest training clip; no --forcing: all")
+    add("--overlap", type=COUNT, help="frames that two windows share; default: half of a window")
+    add_rate("--fps", type=RATE, help="frames per second of the samples; default: the same as in training")
+    add_rate("--time-scale", type=SECONDS, help="seconds per frame, instead of --fps")
+    add("--classes", nargs="+", metavar="C", help="names or indices, taken in turn; none: no label; default: all")
+    add("--num-samples", "--num-fid-samples", type=SAMPLES, default=16, help="number of samples")
+    add("--seed", "--global-seed", type=NATURAL, default=0, help="seed of the noise")
     # Linear: 93% of the directions right at twice the 8 trained frames, 84% at four times (none: 78% and 0%), 54% and
     # 49% at 1.5 and 2 times 16 (none: 1% and 0%), all slower in proportion: results/study-first-edition.md (C).
-    beyond = "positions in time of more frames than were trained: as they are, or squeezed into the trained span: "
-    beyond += "complete but slower motion"
+    beyond = "linear: squeeze more frames than were trained into the trained span: complete but slower motion"
     add("--rope-scale", choices=["none", "linear"], default="none", help=beyond)
     add("--no-ema", action="store_true", help="use the raw weights instead of the EMA weights")
 
-    add_clip_flags(parser)
+    add = parser.add_argument_group("clips to continue, or to start from").add_argument
+    add("--given", metavar="PATH", help="complete this video or picture, those of a folder, or earlier samples")
+    add("--given-split", choices=["train", "val", "all"], help="split of the data folder --given, as in evaluate.py")
+    add("--val-fraction", type=SHARE, default=0.05, help="share of the videos in val, as in training")
+    add("--given-frames", type=frame_ranges, metavar="A-B", help="such as 0-3,12-15; default: up to half of a sample")
+    add("--samples-per-clip", type=COUNT, default=1, metavar="S", help="sample k completes clip k // S of --given")
+    background = "add detail of given frames that the VAE lost where nothing moves; scores need --no-keep-background"
+    add("--keep-background", action=argparse.BooleanOptionalAction, default=True, help=background)
+    add("--init", metavar="PATH", help="start from such a video or picture; all frames change; default: from noise")
+    add("--init-gamma", type=SHARE, help="share of --init in the start; default: 0.5 with --init")
+
     add = parser.add_argument_group("output").add_argument
     add("--folder", default="samples", metavar="DIR", help="folder for the samples")
-    overwrite = "whether to replace the samples of another run (another training run or model) in --folder"
+    overwrite = "whether to replace the samples of another training run or model in --folder"
     add("--overwrite", action=argparse.BooleanOptionalAction, default=True, help=overwrite)
-    previews = "skip the previews (GIFs, sheet.png, grid.gif, grid.png of images), which take time on rank 0"
-    add("--no-previews", action="store_true", help=previews)
-    add("--batch-size", type=COUNT, default=16, metavar="N", help="samples per rank at a time")
+    add("--no-previews", action="store_true", help="skip GIFs, sheet.png and grids, which take time on rank 0")
+    add("--batch-size", type=COUNT, default=16, help="samples per rank at a time")
     add("--report-energy", action="store_true", help="write the (guided) energy of each sample at each step")
 
     add = parser.add_argument_group("checked against the checkpoint, if given").add_argument
     add("--model", choices=NAMES, metavar="NAME", help="EqM-{Ti,S,B,L,XL}/{2,4,8}; published models need it")
     add("--use-rope", action="store_true", default=None, help="the model has 3D rotary positions")
     add("--ebm", choices=EBMS, help="energy of the model; published models may need it")
-    add("--temporal-patch-size", type=COUNT, metavar="N", help="frames per patch")
+    add("--temporal-patch-size", type=COUNT, help="frames per patch")
     add("--image-size", type=COUNT, metavar="PX", help="height and width of the samples in pixels")
-    add("--num-classes", type=COUNT, metavar="N", help="number of classes of the model")
+    add("--num-classes", type=COUNT, help="number of classes of the model")
     add("--vae", metavar="VAE", help="may name another place of the checkpoint's VAE")
     add_speed_flags(parser)
     add_sampling_flags(parser)
     return parser.parse_args()
 
 
-def add_clip_flags(parser):
-    add = parser.add_argument_group("clips to continue, or to start from").add_argument
-    given = "complete this video or picture, those of a folder in turn, or the samples of an earlier run"
-    add("--given", metavar="FILE_OR_FOLDER", help=given)
-    split = "--given is a data folder: complete clips of this split, those that evaluate.py compares with"
-    add("--given-split", choices=["train", "val", "all"], help=split)
-    add("--val-fraction", type=SHARE, default=0.05, metavar="F", help="share of the videos in val, as in training")
-    frames = "the frames of --given that are kept, such as 0-3,12-15; default: all it has, at most half of the sample"
-    add("--given-frames", type=frame_ranges, metavar="RANGES", help=frames)
-    add("--samples-per-clip", type=COUNT, default=1, metavar="S", help="sample k completes clip k // S of --given")
-    background = "with given frames and a VAE, add the detail that it lost of the last given frame wherever nothing "
-    background += "moves: looks better, but is not made by the model, so scores want --no-keep-background"
-    add("--keep-background", action=argparse.BooleanOptionalAction, default=True, help=background)
-    init = "start from this video (image models: picture), from those of a folder in turn, or from the samples of an "
-    init += "earlier run; default: from noise"
-    add("--init", metavar="FILE_OR_FOLDER", help=init)
-    share = "share of --init in the start, the rest is noise; default: 0.5 with --init"
-    add("--init-gamma", type=SHARE, metavar="G", help=share)
-
-
 @one_line_errors()
 def main():
     args = parse_args()
     try:
-        runs = [prepare(*one) for one in preflight.resolve_sampling(args)]
+        runs = [(args, plan, *open_clips(args, plan)) for args, plan in preflight.resolve_sampling(args)]
     except UserError as error:
         fail(error)
     device = distributed.start()
@@ -131,55 +109,57 @@ def main():
     distributed.stop()
 
 
-def prepare(args, plan):
-    """(flags, Plan, indices of this rank's samples, Given, ClipReader of --init). Raises UserError."""
-    indices, given, init = own_indices(args.num_samples, block=args.batch_size), None, None
+def open_clips(args, plan):
+    """(indices of this rank's samples, ClipReader of --given, of --init, what samples.json says of a split).
+
+    Raises UserError.
+    """
+    indices, given, init, real = own_indices(args.num_samples, block=args.batch_size), None, None, {}
+    if args.given_split is not None:
+        split = {"data_path": args.given, "split": args.given_split, "val_fraction": args.val_fraction}
+        count = math.ceil(args.num_samples / args.samples_per_clip)
+        drawn, _, about = find_real(**split, num_frames=plan.num_frames, time_scale=plan.time_scale,
+                                    image_size=plan.image_size, index_folder=None, images=False)  # fmt: skip
+        clips = [DrawnClip(f"--given {args.given}", drawn, index) for index in range(count)]
+        real = {"real": about | split | {"num_clips": count, "samples_per_clip": args.samples_per_clip}}
+    elif args.given is not None:
+        clips = find_clips("--given", args.given, ("video", "image"))
+        check_apart(clips, args.folder)
     if args.given is not None:
-        given = Given(args, plan, indices, *find_given(args, plan))
+        given = open_given(args, plan, clips, indices)
     if args.init is not None:
         clips = find_clips("--init", args.init, ("video" if args.video else "image",))
         check_apart(clips, args.folder)
         init = ClipReader(plan, clips, [range(plan.num_frames)] * len(clips), indices)
-    return args, plan, indices, given, init
+    return indices, given, init, real
 
 
-def find_given(args, plan):
-    """(the clips of --given, what samples.json says of the split that they come from, or {}). Raises UserError."""
-    if args.given_split is None:
-        clips = find_clips("--given", args.given, ("video", "image"))
-        check_apart(clips, args.folder)
-        return clips, {}
-    split = {"data_path": args.given, "split": args.given_split, "val_fraction": args.val_fraction}
-    count = math.ceil(args.num_samples / args.samples_per_clip)
-    clips, _, about = find_real(**split, num_frames=plan.num_frames, time_scale=plan.time_scale,
-                                image_size=plan.image_size, index_folder=None, images=False)  # fmt: skip
-    about |= split | {"num_clips": count, "samples_per_clip": args.samples_per_clip}
-    return [DrawnClip(f"--given {args.given}", clips, index) for index in range(count)], {"real": about}
-
-
-def sample_run(args, plan, indices, given, init, device):
-    """Sample what `prepare` has found, on all ranks, and write the folder."""
-    plan.to(device, args)
+def sample_run(args, plan, indices, given, init, real, device):
+    """Sample a Plan on all ranks, and write the folder."""
+    plan.vae.to(device)
+    distributed.set_precision(args.precision)
+    plan.model = cast_products(plan.model.to(device).requires_grad_(False), args.precision)
+    if args.compile:
+        plan.model.compile_blocks()
     idle = world_size() - math.ceil(args.num_samples / args.batch_size)
     if idle > 0:
         say(f"note: {idle} of {world_size()} ranks have nothing to do: a smaller --batch-size shares the work")
     made = generate(
         plan, indices, args.seed, device, sampling_settings(args), args.batch_size, given, init, args.init_gamma,
-        args.keep_background, energy=args.report_energy, show=rank() == 0,
+        args.keep_background, energy=args.report_energy,
     )  # fmt: skip
     rounds = math.ceil(args.num_samples / (args.batch_size * world_size()))
     parts = in_order(made, rounds * len(plan.window_starts))
     if rank() == 0:
-        write_folder(args, plan, parts, given)
+        write_folder(args, plan, parts, given, real)
     else:
         list(parts)  # nothing comes out of it, but the ranks meet in each round
 
 
 def in_order(made, rounds):
-    """What `generate` yields on all ranks, in order and on the CPU, on rank 0.
+    """What `generate` yields on all ranks, in order and on the CPU, on rank 0; all ranks run through this.
 
-    made: the iterator of this rank. All ranks run through this: each gives one part per round, if it has one left. A
-    batch has the same samples on any number of ranks, so the samples have the same bytes.
+    made: the iterator of this rank, which gives one part per round, if it has one left.
     """
     for _ in range(rounds):
         part = next(made, None)
@@ -187,12 +167,12 @@ def in_order(made, rounds):
         yield from filter(None, distributed.gather_on_first(part) or [])
 
 
-def write_folder(args, plan, parts, given):
+def write_folder(args, plan, parts, given, real):
     """The videos or images, previews of them, samples.npz, reports, and last samples.json: how they were made.
 
     parts: iterator over what `generate` yields. A folder without samples.json is not complete.
     """
-    folder, names = Path(args.folder), plan.names
+    folder, names, previews = Path(args.folder), plan.names, not args.no_previews
     evaluations, energies = torch.zeros(len(names), dtype=torch.int64), []
 
     def videos_of(parts):
@@ -204,17 +184,14 @@ def write_folder(args, plan, parts, given):
     videos = videos_of(parts)
     videos = itertools.chain([next(videos)], videos)  # if that fails, the samples of an earlier call stay
     begin_folder(folder)
-    marked = given and [given.frames_of(index) for index in range(len(names))]
-    previews, fps = not args.no_previews, 1 / plan.time_scale
-    write_samples(folder, videos, plan.num_frames, plan.labels, fps, names, marked, previews)
-    if args.stop_below is not None:
-        write_evaluations(args, names, evaluations, (args.num_sampling_steps - 1) * len(plan.window_starts))
-    if args.report_energy:
-        write_energies(args, torch.cat(energies))
+    marked = given and [given.frames[number] for number in given.numbers]
+    write_samples(folder, videos, plan.num_frames, plan.labels, 1 / plan.time_scale, names, marked, previews)
+    if args.stop_below is not None or args.report_energy:
+        write_reports(args, names, evaluations, energies, len(plan.window_starts))
     about = {"classes": plan.classes, "time_scale": plan.time_scale}
-    about |= {"mean_evaluations": evaluations.double().mean().item()}
-    flags = vars(args) | {"given_frames": args.given_frames and as_ranges(args.given_frames)}
-    about |= {"source": provenance(plan, args), "flags": flags} | (given.about() if given else {})
+    about |= {"mean_evaluations": evaluations.double().mean().item(), "source": provenance(plan, args)}
+    about["flags"] = vars(args) | {"given_frames": args.given_frames and as_ranges(args.given_frames)}
+    about |= ({"given": given.about()} if given else {}) | real
     with atomic_write(folder / "samples.json") as file:
         file.write(json.dumps(about, indent=2).encode())
     (folder / UNFINISHED).unlink()
@@ -232,38 +209,30 @@ def begin_folder(folder):
     (folder / UNFINISHED).touch()
     if is_old:
         (folder / "samples.json").unlink(missing_ok=True)  # first: without it, the rest is not taken for complete
-        numbered = [path for path in folder.glob("[0-9]" * 6 + ".*") if path.suffix in (".mp4", ".gif", ".png", ".tmp")]
-        reports = [folder / f"{name}.{kind}" for name in ("evaluations", "energy") for kind in ("csv", "png")]
-        names = ("grid.gif", "grid.png", "sheet.png", "gallery.html", "samples.npz", "samples.npz.tmp")
         scores = [path for path in folder.glob("*.json") if is_of_samples(path, folder)]
         pictures = [path.with_suffix(suffix) for path in scores for suffix in (".png", ".sheet.png")]
-        for path in (*numbered, *reports, *(folder / name for name in names), *scores, *pictures):
+        written = itertools.chain.from_iterable(map(folder.glob, WRITTEN))
+        for path in [*written, *scores, *pictures]:
             path.unlink(missing_ok=True)
 
 
-def write_evaluations(args, names, evaluations, most):
-    """How many evaluations each sample took until it fell below --stop-below: a table and a histogram."""
+def write_reports(args, names, evaluations, energies, windows):
+    """Tables and plots of the evaluations of each sample (--stop-below) and of its energies (--report-energy)."""
     from scoring import plots  # matplotlib takes a while to load
 
-    folder = Path(args.folder)
-    rows = zip(range(len(names)), names, evaluations.tolist(), strict=True)
-    write_csv(folder / "evaluations.csv", ["sample", "class", "evaluations"], rows)
-    plots.plot_evaluations(folder / "evaluations.png", evaluations.numpy(), most)
-    say(
-        f"evaluations per sample: mean {evaluations.double().mean():.1f} of {most}, {evaluations.min()} to "
-        f"{evaluations.max()}; each in evaluations.csv, histogram in evaluations.png"
-    )
-
-
-def write_energies(args, energies):
-    """The energy of each sample at each step: a table and a plot."""
-    from scoring import plots  # matplotlib takes a while to load
-
-    folder, each = Path(args.folder), enumerate(energies)
-    rows = ((sample, *point) for sample, row in each for point in enumerate(row.tolist()) if not math.isnan(point[1]))
-    write_csv(folder / "energy.csv", ["sample", "step", "energy"], rows)
-    plots.plot_energies(folder / "energy.png", energies.numpy(), args.sampler)
-    say(f"energy of each sample over the steps: {folder / 'energy.csv'}, energy.png")
+    folder, most = Path(args.folder), (args.num_sampling_steps - 1) * windows
+    if args.stop_below is not None:
+        rows = zip(range(len(names)), names, evaluations.tolist(), strict=True)
+        write_csv(folder / "evaluations.csv", ["sample", "class", "evaluations"], rows)
+        plots.plot_evaluations(folder / "evaluations.png", evaluations.numpy(), most)
+        mean = f"mean {evaluations.double().mean():.1f} of {most}, {evaluations.min()} to {evaluations.max()}"
+        say(f"evaluations per sample: {mean}; each in evaluations.csv, histogram in evaluations.png")
+    if args.report_energy:
+        energies = torch.cat(energies)  # NaN after the point where a sample stopped
+        rows = ((k, n, energies[k, n].item()) for k, n in (~energies.isnan()).nonzero().tolist())
+        write_csv(folder / "energy.csv", ["sample", "step", "energy"], rows)
+        plots.plot_energies(folder / "energy.png", energies.numpy(), args.sampler)
+        say(f"energy of each sample over the steps: {folder / 'energy.csv'}, energy.png")
 
 
 def write_csv(path, header, rows):

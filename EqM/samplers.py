@@ -13,7 +13,7 @@ SOLVERS = ("euler", "heun")
 
 def sample(
     field, x, method="gd", num_steps=250, step_size=0.0017, momentum=0.3, stop_below=None,
-    start_gamma=0.0, observe=None, given=None, mask=None,
+    start_gamma=0.0, observe=lambda x, keep: None, given=None, mask=None,
 ):  # fmt: skip
     """Follow a field from x (B, ...).
 
@@ -23,37 +23,32 @@ def sample(
         method: "gd" or "ngd" (see `descend`), which use step_size, momentum ("ngd" only) and stop_below; "euler" or
             "heun" (see `integrate`), which use start_gamma.
         num_steps: the number of points, the start included.
-        observe: observe(x, keep), if any, is called at each point of the running samples, first and last included.
-        given, mask: where mask (bool, B or 1 and of as many dimensions as x, over which it broadcasts) is true, x has
-            the values of `given` (B, ...) from start to end, bit for bit: the field moves only the rest.
+        observe: observe(x, keep) is called at each point of the running samples, first and last included.
+        given, mask: where mask (bool, broadcasts over x; B samples) is true, x has the values of `given` (B, ...) from
+            start to end, bit for bit: the field moves only the unmasked part.
 
     Returns:
         the final x (B, ...) and the number of evaluations of the field for each sample, (B,) int64.
     """
-    observe = observe or (lambda x, keep: None)
-    assert (given is None) == (mask is None)
+    moving = torch.ones(len(x), device=x.device)  # the share of each sample that can move
     if mask is not None:
-        mask = mask.expand(len(x), *mask.shape[1:])
-        x, field = torch.where(mask, given, x), of_the_rest(field, mask)
+        x, field = torch.where(mask, given, x), unmasked(field, mask)
+        moving = 1 - mask.flatten(1).float().mean(dim=1)
     if method in SOLVERS:
-        assert stop_below is None, f"{method} has a fixed number of steps"
         return integrate(field, x, method, num_steps, start_gamma, observe)
-    assert method in DESCENTS, method
-    free = None if mask is None else 1 - mask.flatten(1).float().mean(dim=1)
-    momentum = momentum if method == "ngd" else 0.0
-    return descend(field, x, num_steps, step_size, momentum, stop_below, observe, free)
+    return descend(field, x, num_steps, step_size, momentum * (method == "ngd"), stop_below, observe, moving)
 
 
-def of_the_rest(field, mask):
-    """A field that is zero where mask, (B, ...), is true, so what is there never moves."""
+def unmasked(field, mask):
+    """A field that is zero where mask is true, so what is there never moves."""
     return lambda x, keep: field(x, keep).masked_fill(mask[keep], 0)
 
 
-def descend(field, x, num_steps, step_size, momentum, stop_below, observe, free=None):
+def descend(field, x, num_steps, step_size, momentum, stop_below, observe, moving):
     """Nesterov's gradient descent, x <- x + eta f(x + eta mu m) with the previous f as m; plain if momentum mu = 0.
 
-    With stop_below, a sample stops, without a further step, once the root mean square of its f is below it; `free` (B,)
-    is the share of x that can move and counts in that mean, None all of it.
+    With stop_below, a sample stops, without a further step, once the root mean square of its f is below it, over the
+    share `moving` (B,) of x.
     """
     x, last_f = x.clone(), torch.zeros_like(x)
     keep = torch.arange(len(x), device=x.device)
@@ -63,9 +58,9 @@ def descend(field, x, num_steps, step_size, momentum, stop_below, observe, free=
         f = field(x[keep] + step_size * momentum * last_f[keep], keep)
         evaluations[keep] += 1
         if stop_below is not None:
-            mean_square = f.square().flatten(1).mean(dim=1) / (1 if free is None else free[keep])
-            moving = ~(mean_square.sqrt() < stop_below)  # NaN is not an equilibrium
-            keep, f = keep[moving], f[moving]
+            mean_square = f.square().flatten(1).mean(dim=1) / moving[keep]
+            runs = ~(mean_square.sqrt() < stop_below)  # NaN is not an equilibrium
+            keep, f = keep[runs], f[runs]
             if len(keep) == 0:
                 break
         x[keep] += step_size * f

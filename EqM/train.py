@@ -28,7 +28,7 @@ from torch.nn.utils import clip_grad_norm_
 import checkpoint
 import preflight
 import transport
-from generation import add_sampling_flags, cast_products, generate, preview_plan, sampling_settings
+from generation import Plan, add_sampling_flags, cast_products, generate, sampling_settings
 from models import EBMS, NAMES, POSITION_TABLES, Condition
 from optim import (
     MUON_DECAY,
@@ -73,31 +73,24 @@ from video.writers import tile, write_gif, write_mp4, write_sheet
 def parse_args():
     parser = ArgumentParser(description="Train Equilibrium Matching on videos, or without --video on images.")
     add_model_and_data_flags(parser)
-    add_optimisation_flags(parser)
+    add_optimization_flags(parser)
     add = add_speed_flags(parser)
     add("--grad-checkpoint", action="store_true", help="recompute activations in the backward pass to save memory")
-    shard = "spread weights, gradients, optimizer states and EMA over the ranks, for models larger than a GPU (FSDP)"
-    add("--shard", action="store_true", help=shard)
+    add("--shard", action="store_true", help="spread weights, optimizer states and EMA over the ranks (FSDP)")
     add = parser.add_argument_group("run").add_argument
     add("--results-dir", default="results", metavar="DIR", help="the run folder is made in here")
-    ckpt = "start a new phase from this checkpoint, exported folder or published image model; default: from scratch"
-    add("--ckpt", metavar="FILE", help=ckpt)
-    new = "train --ckpt on with the classes of --data-path: those it knows by name keep what they learnt"
-    add("--new-classes", action="store_true", help=new)
+    add("--ckpt", metavar="FILE", help="start a new phase from this checkpoint, export or published image model")
+    add("--new-classes", action="store_true", help="train --ckpt with other classes: known names keep embeddings")
     add("--resume", action="store_true", help="continue the newest run of this model, frames and positions, if any")
-    add("--log-every", type=COUNT, default=100, metavar="N", help="steps between two lines of metrics")
-    add("--ckpt-every", type=COUNT, default=50_000, metavar="N", help="steps between checkpoints; the last step saves")
-    minutes = "minutes after which latest.pt is saved anew, if nothing else was saved meanwhile; 0 = off"
-    add("--save-minutes", type=NON_NEGATIVE, default=15.0, metavar="M", help=minutes)
-    keep = "numbered checkpoints to keep, the newest ones, besides best.pt and the last of each phase; default: all"
-    add("--keep-last", type=COUNT, metavar="N", help=keep)
-    period = "steps between validations; the last step validates"
-    add("--val-every", type=COUNT, default=2_500, metavar="N", help=period)
-    val_frames = "also validate clips of these numbers of frames; default: only those of the phase"
-    add("--val-frames", type=COUNT, nargs="+", default=[], metavar="N", help=val_frames)
-    add("--val-clips", type=COUNT, default=256, metavar="N", help="validation clips, at most 4 per video")
-    add("--sample-every", type=NATURAL, default=10_000, metavar="N", help="steps between samples; 0 = off")
-    add("--num-samples", type=COUNT, default=8, metavar="N", help="clips sampled each time")
+    add("--log-every", type=COUNT, default=100, help="steps between two lines of metrics")
+    add("--ckpt-every", type=COUNT, default=50_000, help="steps between checkpoints; the last step saves")
+    add("--save-minutes", type=NON_NEGATIVE, default=15.0, help="minutes between checkpoints; 0 = off")
+    add("--keep-last", type=COUNT, help="numbered checkpoints to keep, besides each phase's last; default: all")
+    add("--val-every", type=COUNT, default=2_500, help="steps between validations, and at the end")
+    add("--val-frames", type=COUNT, nargs="+", default=[], help="other numbers of frames to validate; default: none")
+    add("--val-clips", type=COUNT, default=256, help="validation clips, at most 4 per video")
+    add("--sample-every", type=NATURAL, default=10_000, help="steps between samples; 0 = off")
+    add("--num-samples", type=COUNT, default=8, help="clips sampled each time")
     add("--wandb", action="store_true", help="log to Weights & Biases as well")
     add_sampling_flags(parser)
     return parser.parse_args()
@@ -108,80 +101,69 @@ def add_model_and_data_flags(parser):
     add("--video", action="store_true", help="train on videos; without it on images")
     default = f"default: that of --ckpt, else {preflight.DEFAULT_MODEL}"
     add("--model", choices=NAMES, metavar="NAME", help="EqM-{Ti,S,B,L,XL}/{2,4,8}: size / patch; " + default)
-    add("--depth", type=COUNT, metavar="N", help="number of blocks; default: that of --ckpt, else of --model")
-    add("--hidden-size", type=COUNT, metavar="N", help="width; default: that of --ckpt, else of --model")
-    add("--num-heads", type=COUNT, metavar="N", help="attention heads; default: that of --ckpt, else of --model")
-    add("--num-frames", type=COUNT, metavar="N", help="frames per clip; default: 16, images have 1")
+    add("--depth", type=COUNT, help="number of blocks; default: that of --ckpt, else of --model")
+    add("--hidden-size", type=COUNT, help="width; default: that of --ckpt, else of --model")
+    add("--num-heads", type=COUNT, help="attention heads; default: that of --ckpt, else of --model")
+    add("--num-frames", type=COUNT, help="frames per clip; default: 16, images have 1")
     schedule = "phases in one run, such as 4:20000:256,8:30000:128: frames, global step at which the phase ends, clips "
     schedule += "per step (default: as many tokens as in the first phase)"
     add("--frames-schedule", type=parse_schedule, metavar="F:STEP[:BATCH],...", help=schedule)
-    mix = "share of the steps in later phases of a schedule that train on an earlier phase's frames; 0 = off"
-    add("--mix", type=SHARE, default=0.0, metavar="P", help=mix)
+    add("--mix", type=SHARE, default=0.0, help="share of later phases' steps with an earlier phase's frames; 0 = off")
     add("--use-rope", action="store_true", help="3D rotary positions, for any number of frames; without it fixed ones")
-    patch = "frames per patch; default: that of --ckpt, else the spatial patch size; images have 1"
-    add("--temporal-patch-size", type=COUNT, metavar="N", help=patch)
-    add("--rope-theta", type=POSITIVE, metavar="X", help="base of the frequencies; default: that of --ckpt, else 10000")
+    add("--temporal-patch-size", type=COUNT, help="frames per patch; default: that of --ckpt, else the spatial size")
+    add("--rope-theta", type=POSITIVE, help="base of the frequencies; default: that of --ckpt, else 10000")
     split = "channels of a head for time, height and width, such as 16,8,8; default: that of --ckpt, else a third each"
     add("--rope-split", metavar="T,H,W", help=split)
     speed = "patches that rotary positions of space move per temporal patch at 25 fps; default: that of --ckpt, else 0"
-    add("--rope-speed", type=NON_NEGATIVE, metavar="X", help=speed)
+    add("--rope-speed", type=NON_NEGATIVE, help=speed)
     table = "space: fixed positions of height and width beside the rotary ones; default: that of --ckpt, else none"
     add("--position-table", choices=POSITION_TABLES, help=table)
-    add("--qk-norm", action="store_true", default=None, help="normalise queries and keys (RMSNorm); default: as --ckpt")
-    ebm = "energy whose negative gradient is the field (EqM-E); default: that of --ckpt, else none"
-    add("--ebm", choices=EBMS, help=ebm)
-    add("--num-classes", type=COUNT, metavar="N", help="number of classes; default: the class folders found")
+    add("--qk-norm", action="store_true", default=None, help="normalize queries and keys (RMSNorm); default: as --ckpt")
+    add("--ebm", choices=EBMS, help="energy whose negative gradient is the field; default: as --ckpt, else none")
+    add("--num-classes", type=COUNT, help="number of classes; default: the class folders found")
 
     add = parser.add_argument_group("data").add_argument
-    data = "folder with <class>/<video or image>, or a latent cache of cache_latents.py"
-    add("--data-path", required=True, metavar="DIR", help=data)
+    add("--data-path", required=True, metavar="DIR", help="folder of <class>/<video>, or a latent cache")
     size = "height and width in pixels; default: that of the latent cache, else of --ckpt, else 256"
     add("--image-size", type=COUNT, metavar="PX", help=size)
     vae = "ema, mse, an AutoencoderKL's directory, none: pixels; default: of the latent cache, else of --ckpt, else ema"
     add("--vae", metavar="VAE", help=vae)
     interval = "video frames from one frame of a clip to the next; two numbers: drawn per clip between them; default: 1"
-    add("--frame-interval", type=COUNT, nargs="+", default=[1], metavar="N", help=interval)
+    add("--frame-interval", type=COUNT, nargs="+", default=[1], help=interval)
     add("--no-flip", action="store_true", help="never mirror a clip, for classes that have a left and a right")
-    fraction = "share of the videos that validate, where no split files are found"
-    add("--val-fraction", type=SHARE, default=0.05, metavar="F", help=fraction)
-    add("--max-bad-fraction", type=SHARE, default=0.1, metavar="F", help="share of the videos that may be bad")
-    workers = "loader processes per rank, as many again for validation; 0 = load in-process"
-    add("--num-workers", type=NATURAL, default=min(4, os.cpu_count()), metavar="N", help=workers)
+    add("--val-fraction", type=SHARE, default=0.05, help="share of the videos that validate, without split files")
+    add("--max-bad-fraction", type=SHARE, default=0.1, help="share of the videos that may be corrupt")
+    add("--num-workers", type=NATURAL, default=min(4, os.cpu_count()), help="loader processes per rank; 0 = in-process")
     cached = "decode each video once, into a folder in --results-dir that later runs use as well: for small data sets"
     add("--cache-frames", action="store_true", help=cached)
     add("--cache-frames-force", action="store_true", help="let --cache-frames take more than 20 GB")
     timeout = "seconds for loader processes to start and for a batch; 0 = no limit, but other ranks wait 600 s at most"
-    add("--loader-timeout", type=NON_NEGATIVE, default=300.0, metavar="S", help=timeout)
+    add("--loader-timeout", type=NON_NEGATIVE, default=300.0, help=timeout)
 
 
-def add_optimisation_flags(parser):
-    add = parser.add_argument_group("optimisation").add_argument
-    add("--max-steps", type=COUNT, metavar="N", help="global step to end at, over all phases; default: see --epochs")
-    add("--epochs", type=COUNT, metavar="N", help="epochs of this phase; default: 1400 without --max-steps")
-    add("--global-batch-size", type=COUNT, default=256, metavar="N", help="clips per step, over all ranks")
-    add("--grad-accum", type=COUNT, default=1, metavar="N", help="micro-batches per step")
+def add_optimization_flags(parser):
+    add = parser.add_argument_group("optimization").add_argument
+    add("--max-steps", type=COUNT, help="global step to end at, over all phases; default: see --epochs")
+    add("--epochs", type=COUNT, help="epochs of this phase; default: 1400 without --max-steps")
+    add("--global-batch-size", type=COUNT, default=256, help="clips per step, over all ranks")
+    add("--grad-accum", type=COUNT, default=1, help="micro-batches per step")
     add("--optimizer", choices=["adamw", "muon"], default="adamw", help="muon: Muon for the matrices of the blocks")
-    add("--lr", type=POSITIVE, default=1e-4, metavar="X", help="learning rate of AdamW")
-    add("--muon-lr", type=POSITIVE, default=0.01, metavar="X", help="learning rate of Muon")
-    decay = "share of the global steps over which the learning rate falls to 0, at the end; 0 = off"
-    add("--lr-decay", type=SHARE, default=0.0, metavar="F", help=decay)
+    add("--lr", type=POSITIVE, default=1e-4, help="learning rate of AdamW")
+    add("--muon-lr", type=POSITIVE, default=0.01, help="learning rate of Muon")
+    add("--lr-decay", type=SHARE, default=0.0, help="share of the steps, at the end, in which the rate falls to 0")
     end = "global step at which --lr-decay ends, for a run that is not the last of a chain; default: the run's own end"
-    add("--lr-decay-end", type=COUNT, metavar="N", help=end)
-    add("--warmup-steps", type=NATURAL, default=0, metavar="N", help="steps up to the full learning rate; 0 = off")
+    add("--lr-decay-end", type=COUNT, help=end)
+    add("--warmup-steps", type=NATURAL, default=0, help="steps up to the full learning rate; 0 = off")
     decay = f"decoupled weight decay; 0 = off; default: {MUON_DECAY} with --optimizer muon, else 0"
-    add("--weight-decay", type=NON_NEGATIVE, metavar="X", help=decay)
-    add("--clip-grad", type=NON_NEGATIVE, default=1.0, metavar="X", help="largest norm of the gradient; 0 = off")
+    add("--weight-decay", type=NON_NEGATIVE, help=decay)
+    add("--clip-grad", type=NON_NEGATIVE, default=1.0, help="largest norm of the gradient; 0 = off")
     nonfinite = "steps in a row that may be skipped for a gradient that is not finite; 0: the first ends the run"
-    add("--skip-nonfinite", type=NATURAL, default=0, metavar="N", help=nonfinite)
-    decay = "decay of the EMA weights; lower in the first steps"
-    add("--ema-decay", type=SHARE, default=0.9999, metavar="X", help=decay)
-    shift = "above 1: train closer to the noise; 1: uniform gamma"
-    add("--gamma-shift", type=POSITIVE, default=1.0, metavar="S", help=shift)
-    forcing = "share of the clips with levels of noise of their own for given frames (clean) and the others, so that "
-    forcing += "the model can complete clips; 0 = off"
-    add("--forcing", type=SHARE, default=0.0, metavar="P", help=forcing)
+    add("--skip-nonfinite", type=NATURAL, default=0, help=nonfinite)
+    add("--ema-decay", type=SHARE, default=0.9999, help="decay of the EMA weights; less at first")
+    add("--gamma-shift", type=POSITIVE, default=1.0, help="above 1: train closer to the noise; 1: uniform")
+    add("--forcing", type=SHARE, default=0.0, help="share of clips with a noise level per frame, to complete clips")
     add("--disp", action="store_true", help="add the dispersive loss of the last block's activations")
-    add("--global-seed", type=NATURAL, default=0, metavar="N", help="seed of every random draw")
+    add("--global-seed", type=NATURAL, default=0, help="seed of every random draw")
 
 
 @one_line_errors()
@@ -198,8 +180,8 @@ def main():
     progress = start.progress
     phases = phases or [preflight.only_phase(args, progress, data)]
     last_step, lr_end = phases[-1].last_step, args.lr_decay_end or phases[-1].last_step
+    checkpoint.complete_names(start, phases, args.ckpt_every)
     if progress.step >= last_step and not start.unlogged:
-        checkpoint.complete_names(start, phases, args.ckpt_every)
         say(f"{start.folder} is finished: all {progress.step} steps are done")
         distributed.stop()
         return
@@ -219,11 +201,10 @@ def main():
     vae.to(device)
 
     # The run folder, and what is written there
-    checkpoint.complete_names(start, phases, args.ckpt_every)
     run_config = preflight.make_run_config(args, config, current_phase(phases, progress.first_step), data, vae)
-    limits = len(data.scan.videos) + len(data.scan.unreadable), args.max_bad_fraction
-    places = args.results_dir, preflight.run_name(args)
-    run = Run(start, *places, run_config, *limits, wandb=args.wandb, together=args.shard)
+    num_videos = len(data.scan.videos) + len(data.scan.unreadable)
+    place = args.results_dir, preflight.run_name(args)
+    run = Run(start, *place, run_config, num_videos, args.max_bad_fraction, args.wandb, together=args.shard)
     log, metrics, stop = run.log, run.metrics, run.stop
     if rank() == 0:
         save_index(data.scan, args.data_path, args.results_dir)
@@ -247,7 +228,8 @@ def main():
             stream = progress.first_step  # of the phase's samples: names their random draws
             batches, val_loader = start_phase(args, data, phases, phase, progress, device)
             run_config = preflight.make_run_config(args, config, phase, data, vae)
-            previews = preview_plan(ema, vae, run_config, args.num_samples)
+            conditions = torch.arange(args.num_samples) % len(data.scan.classes)
+            previews = Plan(ema, vae, data.scan.classes, conditions, phase.num_frames, run_config["data"]["time_scale"])
             if rank() == 0:
                 (run.folder / "config.json").write_text(json.dumps(run_config, indent=2))
             # For the metrics of a step that a resumed run has yet to log
@@ -269,16 +251,15 @@ def main():
                     run.report_bad(run.stats.bad, step)
                     if is_due(step, phase.last_step, args.val_every):
                         val_began = time.monotonic()
-                        settings = phase.num_frames, args.precision, device, stop, args.forcing > 0
-                        val_metrics, bad = validate(ema, model, vae, val_loader, *settings)
+                        settings = args.precision, device, stop, args.forcing > 0
+                        val_metrics, bad = validate(ema, model, vae, val_loader, phase.num_frames, *settings)
                         run.report_bad(bad, step)
                         row |= val_metrics | {"val_seconds": time.monotonic() - val_began}
-                    if args.sample_every and step % args.sample_every == 0:
+                    if is_due(step, math.inf, args.sample_every):
                         videos = sample_ema(previews, args, device, stop)
                     # What a signal interrupts up to here is done again after the resume.
                     if "val_loss" in row:
-                        note = "" if math.isfinite(row["val_loss"]) else "; not finite: best.pt is unchanged"
-                        log(f"step {step}: validation loss {row['val_loss']:.4f}{note}")
+                        log(f"step {step}: validation loss {row['val_loss']:.4f}")
                         if row["val_loss"] < progress.best_loss:
                             progress.best_loss, progress.best_step = row["val_loss"], step
                     if videos is not None:
@@ -371,13 +352,12 @@ def training_losses(network, vae, batch, config, args, stream, device):
 
 def start_phase(args, data, phases, phase, progress, device):
     """(iterator over this rank's micro-batches from where the run stands, loader of its validation clips)."""
-    shared = {"source": data.source, "classes": data.scan.classes}
-    shared["frame_interval"] = args.frame_interval[0], args.frame_interval[-1]
+    interval = args.frame_interval[0], args.frame_interval[-1]
+    make = functools.partial(Clips, data.source, classes=data.scan.classes, frame_interval=interval)
     train = {"flip": not args.no_flip, "seed": args.global_seed, "stream": progress.first_step}
-    val = {"flip": False, "seed": 0, "stream": "validation"}
-    train_clips = {n: Clips(videos=videos, num_frames=n, **shared, **train) for n, videos in data.train.items()}
-    val_lengths = sorted({phase.num_frames, *args.val_frames})
-    val_clips = {n: Clips(videos=data.val[n], num_frames=n, spare=data.spare(n), **shared, **val) for n in val_lengths}
+    train_clips = {n: make(videos, num_frames=n, **train) for n, videos in data.train.items()}
+    val_lengths, val = sorted({phase.num_frames, *args.val_frames}), {"flip": False, "stream": "validation"}
+    val_clips = {n: make(data.val[n], num_frames=n, spare=data.spare(n), **val) for n in val_lengths}
 
     frames = frames_of_steps(phases, phase, progress.step, progress.first_step, args.mix, args.global_seed)
     split = rank(), world_size(), args.grad_accum
@@ -394,10 +374,10 @@ def sample_ema(plan, args, device, stop):
     """uint8 (N, T, H, W, 3) sampled from the EMA weights, on rank 0; sharded, all make all. Raises Interrupted."""
     indices, videos = list(range(args.num_samples)) if args.shard else distributed.own_indices(args.num_samples), []
     plan = replace(plan, model=cast_products(plan.model, args.precision))  # the EMA itself stays float32
-    options = {"strict": False, "show": rank() == 0, "before_evaluation": stop.check}  # training goes on
+    settings, seed = sampling_settings(args), args.global_seed
+    made = generate(plan, indices, seed, device, settings, strict=False, before_evaluation=stop.check)
     with suppress(Interrupted):
-        for _, _, clips, _, _ in generate(plan, indices, args.global_seed, device, sampling_settings(args), **options):
-            videos.append(clips.cpu())
+        videos = [clips.cpu() for _, _, clips, _, _ in made]
     stop.resolve()
     if args.shard and rank() != 0:
         indices, videos = [], []

@@ -2,8 +2,8 @@
 
 Between noise eps and data x lies x_gamma = gamma x + (1 - gamma) eps. A network without gamma as an input learns the
 field f(x_gamma) = (x - eps) c(gamma). It points from noise to data and vanishes at the data, so data are its equilibria
-and sampling is gradient descent along it. gamma is (B,), one level per sample of x and noise (B, ...), or (B, T), one
-per frame of clips (B, C, T, H, W).
+and sampling is gradient descent along it. x, noise and f are clips (B, C, T, H, W); gamma is (B,), one level per clip,
+or (B, T), one per frame.
 
 With --forcing each frame of some training clips has its own level, so that the same network learns to complete a clip
 from any given frames: they are clean (gamma = 1), the others are not. This follows Diffusion Forcing (arXiv
@@ -29,13 +29,13 @@ def decay(gamma):
 
 def interpolate(x, noise, gamma):
     """x_gamma, from noise at gamma = 0 to data at gamma = 1."""
-    gamma = _broadcast(gamma, x)
+    gamma = _broadcast(gamma)
     return gamma * x + (1 - gamma) * noise
 
 
 def target(x, noise, gamma):
     """The regression target at x_gamma: (x - noise) c(gamma)."""
-    return (x - noise) * decay(_broadcast(gamma, x))
+    return (x - noise) * decay(_broadcast(gamma))
 
 
 def velocity(f, gamma):
@@ -52,15 +52,12 @@ def losses(network, x, noise, gamma, y, time_scale, first=0, return_features=Fal
     output = network(interpolate(x, noise, gamma), y, time_scale, return_features=return_features)
     f, features = output if return_features else (output, None)
     goal = target(x, noise, gamma)
-    error = (f.float() - goal).square()[:, :, first:]
-    return error.flatten(1).mean(dim=1), goal.square().mean(), features
+    errors = (f.float() - goal).square()[:, :, first:].flatten(1).mean(dim=1)
+    return errors, goal.square().mean(), features
 
 
 def zero_loss(mean_square):
-    """The expected loss of a network that predicts zero, for uniform gamma: E[c^2] (1 + E[x^2]).
-
-    For validation, whose gammas are uniform; a training step knows the mean square of its own targets.
-    """
+    """The expected loss of a network that predicts zero, for uniform gamma: E[c^2] (1 + E[x^2])."""
     return MEAN_SQUARED_DECAY * (1 + mean_square)
 
 
@@ -79,11 +76,9 @@ def dispersive_loss(features):
     return 0.5 * (distances.neg().flatten().logsumexp(dim=0) - 2 * math.log(B))
 
 
-def _broadcast(gamma, x):
-    """gamma in a shape that broadcasts over x: (B, 1, ...), of (B, T) gammas (B, 1, T, 1, 1)."""
-    if gamma.dim() == 2:
-        return gamma[:, None, :, None, None]
-    return gamma.reshape(-1, *[1] * (x.dim() - 1))
+def _broadcast(gamma):
+    """gamma (B,) or (B, T) in a shape that broadcasts over clips: (B, 1, 1 or T, 1, 1)."""
+    return gamma.reshape(len(gamma), 1, -1, 1, 1)
 
 
 # ----------------------------------------------------------------------------------------------------------------------
@@ -152,6 +147,5 @@ def condition_dropout(gamma, usual):
 
 def half_given(gamma, num_frames):
     """gamma (B,) as (B, T) with the first half of the frames clean."""
-    levels = gamma[:, None].repeat(1, num_frames)
-    levels[:, : num_frames // 2] = 1
-    return levels
+    is_first = torch.arange(num_frames, device=gamma.device) < num_frames // 2
+    return torch.where(is_first, 1.0, gamma[:, None])

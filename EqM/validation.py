@@ -3,6 +3,7 @@
 import math
 from contextlib import suppress
 from functools import partial
+from itertools import chain
 
 import torch
 
@@ -20,75 +21,69 @@ GOLDEN_RATIO = (math.sqrt(5) - 1) / 2
 
 def validation_chunks(val, lengths, num_clips):
     """The (num_frames, index) of all validation clips, in lists of at most CHUNK; a rank takes every n-th list."""
-    chunks = []
-    for num_frames in lengths:
-        count = min(num_clips, CLIPS_PER_VIDEO * len(val[num_frames]))
-        keys = [(num_frames, index) for index in range(count)]
-        chunks += [keys[first : first + CHUNK] for first in range(0, count, CHUNK)]
-    return chunks
+    keys = [[(n, index) for index in range(min(num_clips, CLIPS_PER_VIDEO * len(val[n])))] for n in lengths]
+    return [own[first : first + CHUNK] for own in keys for first in range(0, len(own), CHUNK)]
 
 
 @torch.no_grad()
 def validate(ema, model, vae, loader, num_frames, precision, device, stop, given=False):
-    """({name: value}, equal on all ranks, of the EMA and of the raw weights; this rank's bad videos).
+    """({name: value}, equal on all ranks, of the EMA and of the raw weights; this rank's corrupt videos).
 
-    The loader gives this rank's validation chunks. Gammas are uniform: multiples of the golden ratio, modulo 1. The
-    chunks are the same on any number of ranks; if the ranks have to stay together, each has all of them, and rank 0's
-    losses count. given: the EMA also with the first half of the frames clean, if a clip has several temporal patches.
-    Raises Interrupted.
+    The loader gives this rank's chunks; if the ranks have to stay together, each has all, and rank 0's losses count.
+    Gammas are uniform: multiples of the golden ratio, modulo 1. given: the EMA also with the first half of the frames
+    clean, if a clip has several temporal patches. Raises Interrupted.
     """
     rows, bad, batches = [], [], batches_of(loader)
     with suppress(Interrupted):
         while (batch := stop.wait(batches)) is not None:
-            indices, time_scale = batch["indices"], batch["time_scales"].to(device)
-            condition = Condition.of(batch["y"], ema.config).to(device)
-            gamma = (indices.double() * GOLDEN_RATIO % 1).float().to(device)
-            x = vae.latents_of(batch["clips"].to(device), 0, "validation", indices.tolist())
-            noise = normal(0, "noise", "validation", indices.tolist(), x.shape[1:], device)
+            indices, time_scale = batch["indices"].tolist(), batch["time_scales"].to(device)
+            gamma = (batch["indices"].double() * GOLDEN_RATIO % 1).float().to(device)
+            x = vae.latents_of(batch["clips"].to(device), 0, "validation", indices)
+            noise = normal(0, "noise", "validation", indices, x.shape[1:], device)
+            y, T = Condition.of(batch["y"], ema.config).to(device).y, x.shape[2]
 
-            losses = partial(transport.losses, x=x, noise=noise, y=condition.y, time_scale=time_scale)
+            losses = partial(transport.losses, x=x, noise=noise, y=y, time_scale=time_scale)
             with distributed.autocast(device, precision):
                 with torch.compiler.set_stance("force_eager"):  # or it would make a graph that nothing else uses
                     raw = losses(model, gamma=gamma)[0]
-                T, columns = x.shape[2], [losses(ema, gamma=gamma)[0], raw, x.square().flatten(1).mean(dim=1)]
+                columns = [losses(ema, gamma=gamma)[0], raw, x.square().flatten(1).mean(dim=1)]
                 if given and ema.config.temporal_patch_size < T:
                     columns.append(losses(ema, gamma=transport.half_given(gamma, T), first=T // 2)[0])
-                elif given:
+                else:
                     columns.append(torch.full_like(gamma, -1))  # no loss is negative
-            columns = [torch.full_like(gamma, T), indices.to(device), gamma, *columns]
-            rows.append(torch.stack([column.double() for column in columns], dim=1).cpu())
+            columns = [torch.full_like(gamma, T), batch["indices"].to(device), gamma, *columns]
+            rows += torch.stack([column.double() for column in columns], dim=1).tolist()
             bad += batch["bad"]
     stop.resolve()
     parts = distributed.gather(rows)
-    rows = torch.cat([row for part in (parts[:1] if stop.together else parts) for row in part])
-    rows = torch.tensor(sorted(rows.tolist()), dtype=torch.float64)  # in the order of frames and indices
-    return summarize(rows, num_frames), bad
+    rows = sorted(chain(*(parts[:1] if stop.together else parts)))  # in the order of frames and indices
+    return summarize(torch.tensor(rows, dtype=torch.float64), num_frames), bad
 
 
 def summarize(rows, num_frames):
-    """{name: value} of float64 rows: frames, index, gamma, loss of the EMA and of the raw weights, E[x^2] and, with
-    given frames, the EMA's loss of the frames that are not given.
+    """{name: value} of float64 rows: frames, index, gamma, loss of the EMA and of the raw weights, E[x^2], and the
+    EMA's loss of the frames that are not given (-1: none are given).
 
     val_loss is the EMA's at num_frames, val_loss_raw that of the raw weights, val_loss_gamma_0.2 the EMA's for gammas
     from 0.2 to 0.4 (and so on, in fifths), val_loss_f8 the EMA's at 8 frames; "rel" means relative to the loss of a
     network that predicts zero. val_loss_given is the EMA's at num_frames with given frames.
     """
 
-    def mean_loss(part):
-        loss, square = part[:, 3].mean(), part[:, 5].mean()
-        return loss.item(), (loss / transport.zero_loss(square)).item()
+    frames, _, gamma, loss, raw, square, given = rows.T
 
-    own, metrics = rows[rows[:, 0] == num_frames], {}
+    def mean_loss(part):
+        mean = loss[part].mean()
+        return mean.item(), (mean / transport.zero_loss(square[part].mean())).item()
+
+    own, metrics = frames == num_frames, {}
     metrics["val_loss"], metrics["val_loss_rel"] = mean_loss(own)
-    metrics["val_loss_raw"] = own[:, 4].mean().item()
-    if own.shape[1] > 6 and not (own[:, 6] < 0).any():
-        metrics["val_loss_given"] = own[:, 6].mean().item()
+    metrics["val_loss_raw"] = raw[own].mean().item()
+    if given[own][0] != -1:
+        metrics["val_loss_given"] = given[own].mean().item()
     for fifth in range(5):
-        part = own[(own[:, 2] * 5).long() == fifth]
-        if len(part):
-            metrics[f"val_loss_gamma_{fifth / 5}"] = part[:, 3].mean().item()
-    lengths = rows[:, 0].unique().int().tolist()
+        if (part := own & ((gamma * 5).long() == fifth)).any():
+            metrics[f"val_loss_gamma_{fifth / 5}"] = loss[part].mean().item()
+    lengths = frames.unique().int().tolist()
     for length in lengths if len(lengths) > 1 else []:
-        part = rows[rows[:, 0] == length]
-        metrics[f"val_loss_f{length}"], metrics[f"val_loss_rel_f{length}"] = mean_loss(part)
+        metrics[f"val_loss_f{length}"], metrics[f"val_loss_rel_f{length}"] = mean_loss(frames == length)
     return metrics

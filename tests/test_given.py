@@ -88,19 +88,17 @@ def test_every_mistake_in_a_file_is_one_line(tmp_path):
     for name in ("text.avi", "text.png", "notes.txt", "empty/notes.txt"):
         (tmp_path / name).parent.mkdir(exist_ok=True)
         (tmp_path / name).write_text("hello")
-    find = lambda name, *kinds: find_clips("--given", tmp_path / name, kinds)  # noqa: E731
-    assert "no such file or folder" in error_of(find, "b.png", "image")
-    assert "no image" in error_of(find, "v.avi", "image")
-    for name in ("notes.txt", "empty"):
-        assert "no video or image" in error_of(find, name, *BOTH)
+    for name, words in (("b.png", "no such file or folder"), ("notes.txt", "no video or image"), ("empty", "no video")):
+        assert words in error_of(find_clips, "--given", tmp_path / name, BOTH)
+    assert "no image" in error_of(find_clips, "--given", tmp_path / "v.avi", ("image",))
     for name in ("text.avi", "text.png"):
         assert "can't be decoded" in error_of(only(tmp_path / name).read, [0], 0.04, 16)
-    for shape in ((0, 3, 8, 8, 3), (2, 0, 8, 8, 3), (2, 3, 0, 8, 3), (2, 3, 8, 8, 1), (2, 3, 8, 8, 4)):
+    for shape in ((0, 3, 8, 8, 3), (2, 0, 8, 8, 3), (2, 3, 0, 8, 3), (2, 3, 8, 8, 1)):
         make_samples(tmp_path)
         np.savez(tmp_path / "samples.npz", arr_0=np.zeros(shape, np.uint8), labels=np.zeros(shape[0], np.int64))
-        assert "samples" in error_of(find, "samples.npz", "video")
+        assert "samples" in error_of(find_clips, "--given", tmp_path / "samples.npz", BOTH)
     (tmp_path / "samples.json").unlink()
-    assert "samples.json" in error_of(find, "samples.npz", "video")
+    assert "samples.json" in error_of(find_clips, "--given", tmp_path / "samples.npz", BOTH)
 
 
 def test_ranges_are_numbers_of_frames():
@@ -139,8 +137,6 @@ def test_given_frames_come_back_as_they_were_read(places, sample, model):
         entry = {"source": str(path), "frames": f"0-{count - 1}", "class": "B", "time_scale": 0.04}
         assert about["given"][number] == entry
     assert "real" not in about
-    apart, _ = sample(model, "--given", places / "B", "--batch-size", 1, *flags)
-    np.testing.assert_allclose(clips.astype(int), apart, atol=1)  # the size of a batch matters by rounding only
 
 
 def test_given_latents_stay_bit_for_bit_and_only_the_background_is_added(places, sample, monkeypatch):
@@ -161,18 +157,17 @@ def test_given_latents_stay_bit_for_bit_and_only_the_background_is_added(places,
 
 
 def test_the_class_of_a_sample_is_its_clips_folder_else_the_flag_else_none(places, sample, tmp_path, capsys):
-    for number, (place, words, classes, note) in enumerate((
-        ("other", [], ["none", "none"], "no class other"),
-        ("other", ["A", "B"], ["A", "B"], None),
-        ("B", ["A"], ["B", "B"], "those keep it"),
-        ("B", ["none"], ["none", "none"], None),
-        (tmp_path / "1", [], ["A", "B"], None),  # the samples of the second
+    for number, (place, words, classes) in enumerate((
+        ("other", [], ["none", "none"]),
+        ("other", ["A", "B"], ["A", "B"]),
+        ("B", ["A"], ["B", "B"]),
+        ("B", ["none"], ["none", "none"]),
+        (tmp_path / "1", [], ["A", "B"]),  # the samples of the second
     )):  # fmt: skip
         words = ["--classes", *words] if words else []
         _, about = sample("pixels", "--given", places / place, *words, folder=str(number))
         assert [entry["class"] for entry in about["given"]] == classes
-        out = capsys.readouterr().out
-        assert note in out if note else "note" not in out
+        assert ("note: the model has no class other" in capsys.readouterr().out) == (number == 0)
 
 
 def test_several_samples_continue_the_same_clip(places, sample, tmp_path):
@@ -181,7 +176,6 @@ def test_several_samples_continue_the_same_clip(places, sample, tmp_path):
     assert [entry["class"] for entry in about["given"][::2]] == ["A", "B", "B", "none"]  # in one batch
     assert np.load(tmp_path / "s/samples.npz")["labels"].tolist() == [0, 0, 1, 1, 1, 1, -1, -1]
     assert np.array_equal(clips[2, :4], clips[3, :4]) and not np.array_equal(clips[2, 4:], clips[3, 4:])
-    assert np.array_equal(clips[5, :3], frames_of(places / "B/c.mp4", range(3)))
 
 
 class Drawn:
@@ -233,34 +227,38 @@ def test_a_picture_is_frame_0_of_a_sample_and_a_start_is_cropped_too(places, tmp
 
 
 def random_video(frames, low=50, high=200, seed=0):
-    """Random frames of two samples, uint8 (2, T, 4, 4, 3), equal over time if frames is negative."""
-    shape = (2, 1 if frames < 0 else frames, 4, 4, 3)
-    pixels = torch.randint(low, high, shape, generator=torch.Generator().manual_seed(seed)).byte()
-    return pixels.expand(2, abs(frames), 4, 4, 3)
+    """Random frames of two samples, uint8 (2, T, 4, 4, 3)."""
+    return torch.randint(low, high, (2, frames, 4, 4, 3), generator=torch.Generator().manual_seed(seed)).byte()
+
+
+def details(real, mask, **settings):
+    return Details(real.permute(0, 4, 1, 2, 3), mask, **settings)
 
 
 def test_where_nothing_moves_the_very_pixels_of_given_frames_stay():
-    real, mask = random_video(-6), torch.arange(6).expand(2, 6) < 2
+    real, mask = random_video(1).expand(2, 6, 4, 4, 3), torch.arange(6).expand(2, 6) < 2
     decoded = real - 10  # what a VAE has lost
-    assert torch.equal(Details(real.permute(0, 4, 1, 2, 3), mask).add(decoded, 0), real)
+    assert torch.equal(details(real, mask).add(decoded, 0), real)
     decoded[0, 2:, 1, 1, 0] += 50  # something else is there, and shown as it was decoded
     expected = real.clone()
     expected[0, 2:, 1, 1] = decoded[0, 2:, 1, 1]
-    assert torch.equal(Details(real.permute(0, 4, 1, 2, 3), mask).add(decoded, 0), expected)
+    assert torch.equal(details(real, mask).add(decoded, 0), expected)
+    plain = details(real, mask, keep_background=False).add(decoded[:, 1:], 1)
+    assert torch.equal(plain, torch.cat([real[:, 1:2], decoded[:, 2:]], dim=1))
 
 
 def test_without_given_frames_or_loss_clips_are_shown_as_decoded():
     noise, mask = random_video(5, 0, 256), torch.tensor([[False] * 5, [False, True, False, False, True]])
-    real = noise.permute(0, 4, 1, 2, 3).clone()
+    real = noise.clone()
     real[0] = 0  # read, but not given
-    assert torch.equal(Details(real, mask).add(noise, 0), noise)
+    assert torch.equal(details(real, mask).add(noise, 0), noise)
 
 
-@pytest.mark.parametrize("given", [(0, 1), (3,), (0, 7), (5, 6), ()])
+@pytest.mark.parametrize("given", [(0, 1), (3,), (0, 7), ()])
 def test_window_by_window_a_sample_is_shown_as_at_once(given):
-    decoded, real = random_video(8, 100, 120), random_video(8, 100, 120, seed=2).permute(0, 4, 1, 2, 3)
+    decoded, real = random_video(8, 100, 120), random_video(8, 100, 120, seed=2)
     mask = torch.tensor([[frame in given for frame in range(8)], [frame == 0 for frame in range(8)]])
-    whole, parts = Details(real, mask).add(decoded, 0), Details(real, mask)
+    whole, parts = details(real, mask).add(decoded, 0), details(real, mask)
     windows = torch.cat([parts.add(decoded[:, first : first + 2], first) for first in (0, 2, 4, 6)], dim=1)
     known = min(given, default=0)
     assert torch.equal(windows[0, known:], whole[0, known:]) and torch.equal(windows[1], whole[1])

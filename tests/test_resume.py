@@ -49,10 +49,8 @@ IMAGES = ["--model", "EqM-Ti/4", "--depth", 1, "--vae", "none", "--image-size", 
 IMAGES += ["--num-workers", 0]
 KINDS = {  # data, flags that replace TINY's or add to them
     "bf16, muon": ("shapes", TINY, ["--precision", "bf16", "--optimizer", "muon"]),
-    "decay and warm-up": ("shapes", TINY, ["--lr-decay", 0.5, "--warmup-steps", 3]),
-    "accumulation": ("shapes", TINY, ["--grad-accum", 2, "--disp", "--frame-interval", 1]),
-    "an energy": ("shapes", TINY, ["--ebm", "dot", "--forcing", 0.5]),
-    "forcing": ("shapes", TINY, ["--forcing", 0.5, "--gamma-shift", 3, "--temporal-patch-size", 3]),
+    "accumulation": ("shapes", TINY, ["--grad-accum", 2, "--disp", "--lr-decay", 0.5, "--warmup-steps", 3]),
+    "an energy": ("shapes", TINY, ["--ebm", "dot", "--forcing", 0.5, "--gamma-shift", 3, "--temporal-patch-size", 3]),
     "latents": ("latents", TINY, ["--forcing", 0.5, "--disp", "--vae", "VAE"]),
     "images": ("images", IMAGES, []),
 }
@@ -79,7 +77,7 @@ def test_what_a_signal_interrupts_is_done_again_after_the_resume(where, whole, t
     assert compare(whole, parts) == []
 
 
-def test_no_step_is_logged_twice_when_a_run_that_was_stopped_is_then_killed(shapes, tmp_path):
+def test_no_step_is_logged_twice_by_a_run_that_is_stopped_then_killed(shapes, tmp_path):
     whole, parts = (Training(shapes, tmp_path / name, STEPS) for name in ("whole", "parts"))
     run_here(whole, "--log-every", 1)
     run_here(parts, "--log-every", 1, stop_after=3)  # step 3 is not logged yet

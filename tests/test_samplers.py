@@ -29,8 +29,7 @@ def optimal_field(mean, std, num_gammas=300):
 
     def field(z, keep):
         distance = z.square().sum(1)[:, None] - 2 * gamma * (z @ mean)[:, None] + gamma**2 * mean.square().sum()
-        log_likelihood = -distance / (2 * v) - z.shape[1] / 2 * v.log()
-        weights = log_likelihood.softmax(dim=1) * transport.decay(gamma)  # (B, num_gammas)
+        weights = (-distance / (2 * v) - z.shape[1] / 2 * v.log()).softmax(dim=1) * transport.decay(gamma)
         return (weights * (1 - slope * gamma)).sum(1)[:, None] * mean + (weights * slope).sum(1)[:, None] * z
 
     return field
@@ -83,13 +82,7 @@ def test_an_observer_sees_every_point_of_a_copy_of_the_start(method, num_steps):
 def test_samples_that_have_stopped_are_not_evaluated_any_more():
     # f = -x halves x in each step: from x = 2^n the root mean square is below 1 after n + 1 steps.
     start, seen = torch.tensor([8.0, 1.0, 0.5, 4.0])[:, None].expand(4, 6), []
-
-    def field(x, keep):
-        assert len(x) == len(keep)
-        seen.append(keep.tolist())
-        return -x
-
-    x, evaluations = sample(field, start, "gd", num_steps=100, step_size=0.5, stop_below=1.0)
+    x, evaluations = sample(lambda x, keep: seen.append(keep.tolist()) or -x, start, "gd", 100, 0.5, stop_below=1.0)
     assert seen == [[0, 1, 2, 3], [0, 1, 3], [0, 3], [0, 3], [0]]
     assert evaluations.tolist() == [5, 2, 1, 4]  # including the one that finds f below the threshold
     assert torch.equal(x, torch.full((4, 6), 0.5))  # without a further step
@@ -123,8 +116,8 @@ def test_a_sample_that_diverges_is_not_taken_for_an_equilibrium(method):
 @pytest.mark.parametrize("start_gamma", [0.0, 0.9])
 def test_the_ode_leads_straight_to_the_data_if_its_assumption_holds(method, num_steps, start_gamma):
     noise, data = normal(3, 5, dtype=torch.float64), normal(3, 5, seed=1, dtype=torch.float64)
-    start = transport.interpolate(data, noise, torch.full((3,), start_gamma, dtype=torch.float64))
     path = data - noise
+    start = noise + start_gamma * path
 
     def field(x, keep):  # of one data point and a known noise: the position of x on the line between them gives gamma
         gamma = ((x - noise) * path).sum(dim=1) / path.square().sum(dim=1)
@@ -156,7 +149,8 @@ def test_given_values_stay_and_the_others_move_as_without_them(method):
         seen.append(x)
         return (normal(8) - x) * torch.where(GIVEN, torch.nan, 1.0)  # what it says of them does not matter
 
-    x, _ = sample(field, start, method, 6, 0.1, observe=lambda x, keep: seen.append(x), given=given, mask=GIVEN[None])
+    known = {"given": given, "mask": GIVEN.expand(3, 8)}
+    x, _ = sample(field, start, method, 6, 0.1, observe=lambda x, keep: seen.append(x), **known)
     assert all(torch.equal(point[:, GIVEN], given[:, GIVEN]) for point in (x, *seen))  # bit for bit
     alone, _ = sample(lambda x, keep: normal(8)[~GIVEN] - x, start[:, ~GIVEN], method, 6, 0.1)
     assert torch.equal(x[:, ~GIVEN], alone)

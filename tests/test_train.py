@@ -37,21 +37,12 @@ def videos(tmp_path_factory):
     return root
 
 
-@pytest.fixture(scope="module")
-def images(tmp_path_factory):
-    return make_images(tmp_path_factory.mktemp("images") / "data", 8)
-
-
-def run_training(results, *flags, status=0):
-    """The metrics rows and the last checkpoint of a short run in this process, if it ends well."""
+def run_training(results, *flags):
+    """The metrics rows and the last checkpoint of a short run in this process."""
     flags = [*flags, "--results-dir", results, "--num-workers", 0, "--log-every", 1, "--sample-every", 0]
-    run_main(train, *flags, status=status)
-    if status:
-        return None
+    run_main(train, *flags)
     (folder,) = results.glob("[0-9]*")
-    rows, torn = metrics.read_metrics(folder / "metrics.jsonl")
-    assert torn == 0
-    return rows, checkpoint.load(folder / "checkpoints/latest.pt")
+    return metrics.read_metrics(folder / "metrics.jsonl")[0], checkpoint.load(folder / "checkpoints/latest.pt")
 
 
 def refuse(capsys, *flags, script=train):
@@ -65,7 +56,7 @@ def refuse(capsys, *flags, script=train):
     return line
 
 
-def test_more_processes_than_gpus_is_one_line_and_the_first_rank_checks_for_others(videos, monkeypatch, capsys):
+def test_too_many_processes_are_one_line_and_the_first_rank_checks(videos, monkeypatch, capsys):
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
     monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
     monkeypatch.setenv("LOCAL_WORLD_SIZE", "8")
@@ -87,58 +78,48 @@ def test_a_run_ends_by_global_steps_or_by_its_own_epochs(max_steps, epochs, expe
 
 # A step of every kind -----------------------------------------------------------------------------------------------
 
-KINDS = [
-    "",
-    "--ebm l2 --precision bf16",
-    "--use-rope --disp --grad-accum 2",
-    "--use-rope --position-table space",
-    "--video --num-frames 6 --use-rope --position-table space --rope-speed 0.5 --ebm dot --disp --qk-norm",
-]
+MANY = "--video --num-frames 6 --use-rope --position-table space --rope-speed 0.5 --ebm dot --disp --qk-norm"
 
 
-@pytest.mark.parametrize("flags", KINDS)
-def test_every_kind_of_training_learns(flags, images, videos, tmp_path):
-    flags = flags.split()
-    data = videos if "--video" in flags else images
-    shared = [*IMAGES, "--data-path", data, "--global-batch-size", 8, "--lr", 3e-3, *flags]
+@pytest.mark.parametrize(
+    ("flags", "expected"),
+    [("--ebm l2 --precision bf16", ("l2", 1, "none")), ("--use-rope --disp --grad-accum 2", ("none", 1, "none")),
+     (MANY, ("dot", 4, "space"))],
+)  # fmt: skip
+def test_every_kind_of_training_learns(flags, expected, videos, tmp_path):
+    data = videos if "--video" in flags else make_images(tmp_path / "data", 8)
+    shared = [*IMAGES, "--data-path", data, "--global-batch-size", 8, "--lr", 3e-3, *flags.split()]
     rows, state = run_training(tmp_path / "r", *shared, "--max-steps", 20, "--val-every", 2)
     losses = [row["val_loss"] for row in rows if "val_loss" in row]
     assert sum(losses[-3:]) < 0.97 * sum(losses[:3])
     dispersions = [row["disp_loss"] for row in rows if "disp_loss" in row]
     assert (len(dispersions) == 20 and dispersions[-1] < dispersions[0] <= 0) == ("--disp" in flags)
-    model = state["config"]["model"]
-    assert model["ebm"] == (flags[flags.index("--ebm") + 1] if "--ebm" in flags else "none")
-    assert model["temporal_patch_size"] == (4 if "--video" in flags else 1)
-    assert model["position_table"] == ("space" if "--position-table" in flags else "none")
+    assert tuple(state["config"]["model"][n] for n in ("ebm", "temporal_patch_size", "position_table")) == expected
     assert state["config"]["training"]["video"] == ("--video" in flags)
 
 
-@pytest.mark.parametrize(("tolerated", "ends"), [(0, True), (1, True), (2, False)])
-def test_steps_without_a_finite_gradient_are_skipped_while_tolerated(
-    tolerated, ends, videos, tmp_path, monkeypatch, capsys
-):
-    """Steps 3 and 4 give NaN."""
+@pytest.mark.parametrize("tolerated", [0, 1, 2])
+def test_steps_without_a_finite_gradient_are_skipped_while_tolerated(tolerated, videos, tmp_path, monkeypatch, capsys):
     losses, calls = transport.losses, itertools.count(1)
 
     def broken(*args, **flags):
         each, *rest = losses(*args, **flags)
-        return each * (torch.nan if next(calls) in (3, 4) else 1), *rest
+        return each * (torch.nan if next(calls) in (3, 4) else 1), *rest  # of these steps
 
     monkeypatch.setattr(transport, "losses", broken)
     monkeypatch.setattr(train, "validate", lambda *_: ({"val_loss": 1.0}, []))
     flags = [*TRAIN, "--data-path", videos, "--max-steps", 6, "--skip-nonfinite", tolerated]
-    if ends:
-        run_training(tmp_path / "r", *flags, status=1)
+    if tolerated < 2:
+        run_main(train, *flags, "--results-dir", tmp_path, "--num-workers", 0, "--sample-every", 0, status=1)
         assert f"of step {3 + tolerated} is not finite" in capsys.readouterr().err
         return
     rows, state = run_training(tmp_path / "r", *flags)
     assert [row["skipped"] for row in rows] == [0, 0, 1, 1, 0, 0]
     assert [row["train_loss"] is None for row in rows] == [False, False, True, True, False, False]
-    assert all(value.isfinite().all() for value in state["model"].values())
-    assert state["phase"]["skipped"] == 0
+    assert all(value.isfinite().all() for value in state["model"].values()) and state["phase"]["skipped"] == 0
 
 
-SHORT = [*TRAIN, "--global-batch-size", 8, "--lr", 1e-3, "--max-steps", 12, "--val-every", 4]
+SHORT = [*TRAIN, "--global-batch-size", 8, "--lr", 1e-3, "--max-steps", 6, "--val-every", 3]
 
 
 @pytest.fixture(scope="module")
@@ -162,17 +143,17 @@ def test_a_variant_learns_what_the_plain_run_learns(flags, tolerance, plain, vid
 def test_fp16_scales_its_loss_skips_what_overflows_and_keeps_its_scale(videos, tmp_path, monkeypatch):
     monkeypatch.setattr(cli, "check_precision", lambda precision: None)  # the CPU can do it, slowly
     shared = [*TRAIN, "--data-path", videos, "--precision", "fp16"]
-    rows, state = run_training(tmp_path / "r", *shared, "--max-steps", 12)
+    rows, state = run_training(tmp_path / "r", *shared, "--max-steps", 6)
     assert all(np.isfinite([row["train_loss"], row["grad_norm"]]).all() for row in rows)
     scale = state["optimizer"]["scaler"]["scale"]
     assert scale == 65536 * 0.5 ** sum(row["skipped"] for row in rows)
     best = tmp_path / "r/000-EqM-Ti-4-f8-rope/checkpoints/latest.pt"
-    more, state = run_training(tmp_path / "s", *shared, "--max-steps", 13, "--ckpt", best)
+    more, state = run_training(tmp_path / "s", *shared, "--max-steps", 7, "--ckpt", best)
     assert state["optimizer"]["scaler"]["scale"] == scale * 0.5 ** more[0]["skipped"]
 
 
 @pytest.mark.parametrize(("flags", "decay"), [([], 0.1), (["--weight-decay", 0], 0.0)])
-def test_muon_decays_its_weights_unless_told_otherwise_and_a_run_keeps_that(flags, decay, plain, videos, tmp_path):
+def test_muon_decays_its_weights_by_default_and_a_run_keeps_its_decay(flags, decay, plain, videos, tmp_path):
     def weight_decays(state):
         return {saved["param_groups"][0]["weight_decay"] for saved in state["optimizer"]["states"]}
 
@@ -184,7 +165,7 @@ def test_muon_decays_its_weights_unless_told_otherwise_and_a_run_keeps_that(flag
 
 
 @pytest.mark.parametrize(("forcing", "disp"), [(0.0, True), (1.0, False)])
-def test_the_network_is_told_the_noisy_clip_the_condition_and_the_frame_rate_and_nothing_else(forcing, disp):
+def test_the_network_is_told_noisy_clip_condition_and_frame_rate_only(forcing, disp):
     seen, (B, T) = [], (4, 6)
 
     def network(*inputs, **flags):
@@ -192,11 +173,7 @@ def test_the_network_is_told_the_noisy_clip_the_condition_and_the_frame_rate_and
         f, features = torch.zeros_like(inputs[0]), torch.tensor([[0.0], [1.0], [2.0], [3.0]])
         return (f, features) if disp else f
 
-    clips, indices, y = (
-        torch.randint(256, (B, 3, T, 16, 16), dtype=torch.uint8),
-        [0, 1, 2, 3],
-        torch.tensor([0, 1, 1, 0]),
-    )
+    clips, y, indices = torch.randint(256, (B, 3, T, 16, 16)).byte(), torch.tensor([0, 1, 1, 0]), [0, 1, 2, 3]
     batch = {"clips": clips, "y": y, "time_scales": torch.full((B,), 0.08), "indices": torch.tensor(indices)}
     args = SimpleNamespace(global_seed=3, gamma_shift=2.0, precision="fp32", disp=disp, forcing=forcing)
     config = SimpleNamespace(class_dropout_prob=0.5, num_classes=2, temporal_patch_size=4)
@@ -204,15 +181,12 @@ def test_the_network_is_told_the_noisy_clip_the_condition_and_the_frame_rate_and
 
     x, noise = clips.float() / 127.5 - 1, normal(3, "noise", 5, indices, (3, T, 16, 16))
     gamma = transport.draw_gammas(3, 5, indices, T, 4, 2.0, forcing)
-    if not forcing:
-        assert torch.equal(gamma, transport.shift_gamma(uniform(3, "gamma", 5, indices), 2.0))
     dropped = uniform(3, "label drop", 5, indices) < transport.condition_dropout(gamma, 0.5)
     ((inputs, flags),) = seen
     level = gamma[:, None, :, None, None] if forcing else gamma[:, None, None, None, None]
     assert torch.equal(inputs[0], level * x + (1 - level) * noise)
     assert torch.equal(inputs[1], torch.where(dropped, 2, y)) and dropped.any() and not dropped.all()
-    assert inputs[2].tolist() == pytest.approx([0.08] * B)
-    assert len(inputs) == 3 and flags == {"return_features": disp}
+    assert inputs[2].tolist() == pytest.approx([0.08] * B) and len(inputs) == 3 and flags == {"return_features": disp}
     assert losses.keys() == {"train_loss"} | ({"disp_loss"} if disp else set())  # apart from that of the field
     torch.testing.assert_close(losses["train_loss"], transport.target(x, noise, gamma).square().mean())
     torch.testing.assert_close(target_square, losses["train_loss"])  # as the network predicts zero
@@ -236,23 +210,22 @@ def cache(videos, tiny_vae, tmp_path_factory):
 
 
 def test_a_cache_trains_as_encoding_on_the_fly_does(videos, cache, tiny_vae, tmp_path):
-    shared = [*VIDEOS, "--frame-interval", 1, 2, "--global-batch-size", 4, "--lr", 1e-3, "--max-steps", 6]
-    shared += ["--val-every", 1]
+    shared = [*VIDEOS, "--frame-interval", 1, 2, "--global-batch-size", 4, "--lr", 1e-3, "--max-steps", 4]
+    shared += ["--val-every", 2]
     slow, _ = run_training(tmp_path / "slow", *shared, "--data-path", videos, "--vae", tiny_vae, "--image-size", 16)
     fast, state = run_training(tmp_path / "fast", *shared, "--data-path", cache)
     for key in ("train_loss", "grad_norm", "val_loss"):
-        assert [row[key] for row in fast] == pytest.approx([row[key] for row in slow], rel=1e-3)
+        assert [row.get(key, 0) for row in fast] == pytest.approx([row.get(key, 0) for row in slow], rel=1e-3)
     data = state["config"]["data"]
     assert (data["vae"], data["image_size"], data["classes"]) == (str(tiny_vae), 16, ["A", "B"])
     assert data["vae_sha256"] == load_vae(str(tiny_vae)).sha256
 
 
 def test_the_posterior_is_drawn_anew_for_each_sample_of_a_clip(tiny_vae):
-    vae, (mean, std) = load_vae(str(tiny_vae)), torch.rand(2, 4, 10, 8, 8)
-    cached = torch.stack([mean, std + 0.1]).half().expand(2, -1, -1, -1, -1, -1)  # a clip, twice
-    drawn = (vae.latents_of(cached, 0, 0, [0, 1]) / vae.scale - cached[0, 0].float()) / cached[0, 1].float()
-    assert not torch.allclose(drawn[0], drawn[1])
-    assert drawn.std().item() == pytest.approx(1, abs=0.05)
+    vae, cached = load_vae(str(tiny_vae)), (torch.rand(2, 4, 10, 8, 8) + 0.1).half()
+    twice = vae.latents_of(cached.expand(2, -1, -1, -1, -1, -1), 0, 0, [0, 1])
+    drawn = (twice / vae.scale - cached[0].float()) / cached[1].float()
+    assert not torch.allclose(drawn[0], drawn[1]) and drawn.std().item() == pytest.approx(1, abs=0.05)
 
 
 def test_train_refuses_another_vae_than_that_of_its_cache(cache, tiny_vae, tmp_path, capsys):
@@ -268,17 +241,15 @@ def test_train_refuses_another_vae_than_that_of_its_cache(cache, tiny_vae, tmp_p
 
 def test_without_mirrored_latents_no_clip_is_mirrored_and_a_note_says_so(cache, tmp_path, capsys):
     plain = shutil.copytree(cache, tmp_path / "plain")
-    about = (plain / "latents.json").read_text()
-    (plain / "latents.json").write_text(about.replace('"flips": true', '"flips": false'))
+    (plain / "latents.json").write_text((plain / "latents.json").read_text().replace('"flips": true', '"flips": false'))
     _, state = run_training(tmp_path / "r", *VIDEOS, "--data-path", plain, "--global-batch-size", 4, "--max-steps", 1)
-    assert state["config"]["training"]["no_flip"] is True
-    assert "no clip is mirrored" in capsys.readouterr().out
+    assert state["config"]["training"]["no_flip"] and "no clip is mirrored" in capsys.readouterr().out
 
 
 # What a run says of itself --------------------------------------------------------------------------------------------
 
 
-def test_a_resume_elsewhere_reports_the_changes_of_typed_flags_and_no_others(videos, tmp_path, monkeypatch):
+def test_a_resume_elsewhere_reports_changes_of_typed_flags_only(videos, tmp_path, monkeypatch):
     def on_machine(bf16, cores):
         monkeypatch.setattr(cli, "has_bf16", lambda: bf16)
         monkeypatch.setattr(train.os, "cpu_count", lambda: cores)
@@ -295,8 +266,8 @@ def test_a_resume_elsewhere_reports_the_changes_of_typed_flags_and_no_others(vid
         run_main(train, *shared, "--resume")
     assert "other flags" not in (run / "log.txt").read_text()
     config = json.loads((run / "config.json").read_text())
-    assert {"model", "max_steps", "resume"} < set(config["typed"])
-    assert not {"precision", "num_workers", "lr"} & set(config["typed"])
+    typed = set(config["typed"])
+    assert {"model", "max_steps", "resume"} < typed and not {"precision", "num_workers", "lr"} & typed
     assert (config["training"]["precision"], config["training"]["num_workers"]) == ("bf16", 1)
 
     run_main(train, *shared, "--resume", "--lr", 1e-3, "--precision", "fp32")
@@ -317,9 +288,8 @@ def test_a_run_its_resume_and_a_later_phase_say_all_that_is_not_as_asked(tmp_pat
         write_video(data / f"{name}.avi", 20, size=(16, 16))
     flags = [*VIDEOS, "--model", "EqM-Ti/2", "--temporal-patch-size", 4, "--hidden-size", 48, "--num-heads", 2]
     flags += ["--frame-interval", 4, "--optimizer", "muon", "--data-path", data, "--global-batch-size", 2]
-    flags += ["--val-clips", 2]
     own = ["--position-table", "space", "--rope-speed", 0.5, "--forcing", 0.5, "--vae", vae, "--image-size", 8]
-    rows, state = run_training(results, *flags, *own, "--resume", "--max-steps", 1)
+    rows, state = run_training(results, *flags, *own, "--val-clips", 2, "--resume", "--max-steps", 1)
     (run,) = results.glob("[0-9]*")
     log, printed, ckpt = (run / "log.txt").read_text(), capsys.readouterr().out, run / "checkpoints/latest.pt"
     assert f"--resume: nothing to resume in {results}/[0-9]*-EqM-Ti-2-f8-rope: starting from the beginning" in printed
@@ -330,14 +300,14 @@ def test_a_run_its_resume_and_a_later_phase_say_all_that_is_not_as_asked(tmp_pat
     assert state["config"]["data"]["time_scale"] == pytest.approx(2 / 25)  # as the clips were seen
     assert (rows[-1]["lr"], rows[-1]["muon_lr"]) == (1e-4, 0.01)
 
-    again = [*flags, "--results-dir", results, "--num-workers", 0, "--max-steps", 2]  # without their own flags
+    again = [*flags, "--val-clips", 2, "--results-dir", results, "--num-workers", 0, "--max-steps", 2]
     for start, named in ((["--resume"], f"--resume, {ckpt}"), (["--ckpt", ckpt], f"--ckpt {ckpt}")):
         for other in (["--position-table", "none"], ["--rope-speed", 0.25]):
             line = refuse(capsys, *again, *start, *other)
             assert named in line and other[0] in line
     (data / "B").rename(data / "C")
-    line = refuse(capsys, *again, "--resume")
-    assert f"has the classes A, C (2), --resume, {ckpt} has A, B (2): a run keeps" in line
+    classes = f"has the classes A, C (2), --resume, {ckpt} has A, B (2): a run keeps"
+    assert classes in refuse(capsys, *again, "--resume")
     (data / "C").rename(data / "B")
     run_main(train, *again, "--resume")
     run_main(train, *again, "--num-frames", 9, "--ckpt", ckpt.with_name("0000001.pt"))
@@ -346,10 +316,10 @@ def test_a_run_its_resume_and_a_later_phase_say_all_that_is_not_as_asked(tmp_pat
     assert (model["position_table"], model["rope_speed"]) == ("space", 0.5)
     shutil.move(vae, tmp_path / "moved")
     for script, new in ((train, [*again, "--max-steps", 3, "--ckpt", ckpt]), (sample_gd, ["--video", "--ckpt", ckpt])):
-        assert f"VAE {vae} is not there: name its new place with --vae" in refuse(capsys, *new, script=script)
+        assert f"VAE {vae} is not there" in refuse(capsys, *new, script=script)
 
 
-def test_one_unreadable_validation_video_does_not_stop_a_run_that_has_others(tmp_path, capsys):
+def test_one_unreadable_validation_video_does_not_stop_a_run(tmp_path, capsys):
     data = tmp_path / "data"
     for index in range(10):
         write_video(data / "A" / f"{index}.mov", 20, codec="libx264", size=(16, 16))

@@ -90,10 +90,9 @@ def test_the_loss_with_given_frames_is_of_those_after_a_clean_first_half(models,
 
 
 def test_validation_tells_the_gammas_apart():
-    rows = torch.zeros(10, 6, dtype=torch.float64)  # frames, index, gamma, EMA, raw, E[x^2]
-    rows[:, 0], rows[:, 1], rows[:, 2] = 4, torch.arange(10), torch.arange(10) / 10
-    rows[:, 3], rows[:, 4], rows[:, 5] = torch.arange(10), 7, 0.5
-    metrics = summarize(rows, 4)
+    n = torch.arange(10, dtype=torch.float64)
+    columns = 4, n, n / 10, n, 7, 0.5, -1  # frames, index, gamma, EMA, raw, E[x^2], with given frames: none
+    metrics = summarize(torch.stack([torch.as_tensor(column, dtype=n.dtype).expand(10) for column in columns], 1), 4)
     assert metrics["val_loss"] == 4.5 and metrics["val_loss_raw"] == 7
     assert metrics["val_loss_rel"] == pytest.approx(4.5 / (13.867 * 1.5), rel=1e-3)
     fifths = {name: value for name, value in metrics.items() if "gamma" in name}

@@ -6,7 +6,7 @@ import signal
 import subprocess
 import sys
 import time
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -153,14 +153,11 @@ def like_a_process():
 
 def run_main(script, *flags, status=0):
     """Run main() of a script, a module, in this process with these flags; it has to end with this status."""
-    with like_a_process(), pytest.MonkeyPatch.context() as patch:
+    expected = pytest.raises(SystemExit) if status else nullcontext()
+    with like_a_process(), pytest.MonkeyPatch.context() as patch, expected as ended:
         patch.setattr(sys, "argv", [Path(script.__file__).name, *map(str, flags)])
-        if status == 0:
-            script.main()
-        else:
-            with pytest.raises(SystemExit) as ended:
-                script.main()
-            assert ended.value.code == status
+        script.main()
+    assert not status or ended.value.code == status
 
 
 FEW_STEPS = ["--num-samples", 2, "--num-sampling-steps", 4, "--stepsize", 0.05]
@@ -186,19 +183,15 @@ def content(folder):
 
 def differences(a, b, place="state"):
     """Where two states of plain values and tensors differ: a list of their places."""
-    if torch.is_tensor(a) and torch.is_tensor(b):
-        return [] if a.dtype == b.dtype and torch.equal(a, b) else [place]
     if type(a) is not type(b):
         return [place]
-    if isinstance(a, dict):
-        if a.keys() != b.keys():
-            return [f"{place}: {sorted(map(str, a.keys() ^ b.keys()))}"]
-        return [line for key in a for line in differences(a[key], b[key], f"{place}.{key}")]
+    if torch.is_tensor(a):
+        return [] if a.dtype == b.dtype and torch.equal(a, b) else [place]
     if isinstance(a, (list, tuple)):
-        if len(a) != len(b):
-            return [place]
-        pairs = enumerate(zip(a, b, strict=True))
-        return [line for key, pair in pairs for line in differences(*pair, f"{place}.{key}")]
+        a, b = dict(enumerate(a)), dict(enumerate(b))
+    if isinstance(a, dict):
+        found = [f"{place}: {sorted(map(str, a.keys() ^ b.keys()))}"] if a.keys() != b.keys() else []
+        return found + [line for key in a.keys() & b.keys() for line in differences(a[key], b[key], f"{place}.{key}")]
     return [] if a == b else [place]
 
 

@@ -49,6 +49,10 @@ class HelpFormatter(argparse.ArgumentDefaultsHelpFormatter):
             return action.help
         return super()._get_help_string(action)
 
+    def _get_default_metavar_for_optional(self, action):  # as `number` names its types
+        letters = {"int": "N", "float": "X"}
+        return letters.get(getattr(action.type, "__name__", None)) or super()._get_default_metavar_for_optional(action)
+
 
 class Flags(argparse.Namespace):
     """The values of all flags, frozen. `typed` names the flags that the user gave."""
