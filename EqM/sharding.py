@@ -47,7 +47,7 @@ def empty_network(config, mesh, device):
     for part in (*(network.blocks if config.ebm == "none" else ()), network):
         fully_shard(part, mesh=mesh, reshard_after_forward=True, mp_policy=policy)
     network.to_empty(device=device)
-    if config.num_positions:
+    if config.has_table:
         network.pos_embed = position_table(config).to(device)
     return network
 
