@@ -185,7 +185,6 @@ def open_checkpoint(args):
     model, config, step = checkpoint.load_model(args.ckpt, use_ema=not args.no_ema, **checks)
     data, training = config["data"], config["training"]
     values = {"precision": resolve_precision(args.precision, energy=model.config.ebm != "none")}
-    checkpoint.say_if_old(args.ckpt, step)
     values |= resolve_sampler(args, training)
     vae = open_vae(args, model.config, data)
     trained, time_scale = training["num_frames"], seconds_per_frame(args, data)

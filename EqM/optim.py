@@ -32,8 +32,8 @@ def make_optimizers(model, args):
 class Muon(torch.optim.Optimizer):
     """Descends along momenta that were made orthogonal (Jordan et al., kellerjordan.github.io/posts/muon, 2024).
 
-    That takes many matrix products. The ranks share the matrices out and send each other the results. Weights and
-    momenta are on all of them, or sharded. lr and weight_decay are those of torch.optim.Muon.
+    Each matrix is assigned to a rank, which sends its result to the others. Weights and momenta are on all ranks, or
+    sharded. lr and weight_decay are those of torch.optim.Muon.
     """
 
     momentum = 0.95  # Nesterov's
@@ -41,7 +41,7 @@ class Muon(torch.optim.Optimizer):
     def __init__(self, matrices, lr, weight_decay):
         super().__init__(matrices, {"lr": lr, "weight_decay": weight_decay})
         self.ranks = distributed.world_size() if distributed.is_started() else 1
-        self.batches = share_out([weight.shape for weight in matrices], self.ranks)
+        self.batches = assign([weight.shape for weight in matrices], self.ranks)
 
     @torch.no_grad()
     def step(self):
@@ -76,7 +76,7 @@ class Muon(torch.optim.Optimizer):
             yield from zip(indices, directions, strict=True)
 
     def scattered(self, step_of, weights):
-        """The same, sharded: the ranks gather a matrix at a time, and nobody but its owner keeps it whole."""
+        """The same, sharded: the ranks gather a matrix at a time, and only its owner keeps the full tensor."""
         gathered, own = [], {}
         for owner, indices in self.batches:
             steps = [step.bfloat16() for step in map(whole, map(step_of, indices)) if owner == distributed.rank()]
@@ -88,10 +88,10 @@ class Muon(torch.optim.Optimizer):
                 yield index, scatter(own.pop(index, None), weights[index], owner)
 
 
-def share_out(shapes, ranks):
-    """[(rank, indices of the matrices of one shape that it orthogonalises)].
+def assign(shapes, ranks):
+    """[(rank, indices of the matrices of one shape that it orthogonalizes)].
 
-    The largest matrix comes first, and each goes to the rank that has least to do so far.
+    The largest matrix comes first, and each goes to the rank with the least work so far.
     """
     work, batches = [0] * ranks, {}
     costs = [min(shape) ** 2 * (2 * max(shape) + min(shape)) for shape in shapes]
@@ -105,8 +105,8 @@ def share_out(shapes, ranks):
 def orthogonalize(x, steps=5, a=3.4445, b=-4.7750, c=2.0315):
     """U V^T for each matrix U S V^T of x (k, rows, columns), nearly: a bfloat16 tensor of that shape.
 
-    Newton-Schulz steps (Jordan et al.) in bfloat16 take each singular value s to a s + b s^3 + c s^5. In the end
-    they are between 0.7 and 1.2, but for those that were close to zero.
+    Newton-Schulz steps (Jordan et al.) take each singular value s to a s + b s^3 + c s^5. In the end they are between
+    0.7 and 1.2, but for those that were close to zero.
     """
     x, is_tall = x.bfloat16(), x.shape[1] > x.shape[2]
     norms = torch.linalg.vector_norm(x, dim=(1, 2), keepdim=True, dtype=torch.float32)
@@ -123,7 +123,7 @@ def orthogonalize(x, steps=5, a=3.4445, b=-4.7750, c=2.0315):
 
 
 def lr_multiplier(args, step, last_step):
-    """The factor on the learning rate at a step of a training that ends at last_step; both are global.
+    """The factor on the learning rate at a global step of a training that ends at last_step.
 
     It rises over the first steps (--warmup-steps) and falls linearly to zero over the last share of all (--lr-decay).
     """
@@ -135,8 +135,7 @@ def lr_multiplier(args, step, last_step):
 
 def set_learning_rates(optimizers, args, multiplier):
     for optimizer, lr in zip(optimizers, (args.lr, args.muon_lr), strict=False):
-        for group in optimizer.param_groups:
-            group["lr"] = lr * multiplier
+        optimizer.param_groups[0]["lr"] = lr * multiplier
 
 
 def learning_rates(optimizers):

@@ -4,9 +4,9 @@ RoFormer (arXiv 2104.09864, section 3.4.2) rotates pairs of channels of q and k 
 so attention scores depend on relative positions only. Here a position has three coordinates, and each rotates its own
 channels. No grid size is fixed: the same weights work for any number of frames.
 
-With one coordinate to a channel, a score is a sum over the coordinates of what their distances give: it can't favour
-tokens whose distance in space grows with their distance in time, as that of a moving thing does. A `speed` allows it:
-of three pairs of height or width, the positions of one then move forwards with time, those of another backwards.
+A score is then a sum of what the distances in time, height and width give: it can't favor tokens whose distance in
+space grows with their distance in time, as that of a moving thing does. A `speed` allows it: of three pairs of height
+or width, the positions of one move forwards with time, those of another backwards.
 """
 
 import re
@@ -33,11 +33,9 @@ class RotaryEmbedding3D(nn.Module):
         Raises ValueError as `split_head` and `check_speed` do.
         """
         super().__init__()
+        self.head_dim, self.theta, self.speed = head_dim, theta, speed
         self.split = split_head(head_dim, split)
         check_speed(speed, self.split)
-        self.head_dim = head_dim
-        self.theta = theta
-        self.speed = speed
         # Divides the positions in time: position interpolation (arXiv 2306.15595), which squeezes longer clips into the
         # trained span. What moves with time slows down with it. Set for sampling only.
         self.stretch = 1.0
@@ -87,12 +85,12 @@ def split_head(head_dim, split=""):
     even numbers above 0 whose sum is at most head_dim.
     """
     if head_dim < 6 or head_dim % 2:
-        raise ValueError(f"use_rope needs an even head_dim of at least 6, found {head_dim}")
+        raise ValueError(f"use_rope needs an even head_dim of at least 6, got {head_dim}")
     if not split:
         return (2 * (head_dim // 6),) * 3
     channels = tuple(int(word) for word in split.split(",") if re.fullmatch("[0-9]{1,6}", word))
     if len(channels) != 3 or split.count(",") != 2 or not all(channels) or any(n % 2 for n in channels):
-        raise ValueError(f"rope_split must be three even numbers above 0, such as 16,8,8, found {split!r}")
+        raise ValueError(f"rope_split must be three even numbers above 0, such as 16,8,8, got {split!r}")
     if sum(channels) > head_dim:
         raise ValueError(f"rope_split {split} has {sum(channels)} channels, but head_dim is {head_dim}")
     return channels
@@ -101,10 +99,10 @@ def split_head(head_dim, split=""):
 def check_speed(speed, channels):
     """Raise ValueError unless positions with these numbers of channels, as of `split_head`, can have that speed."""
     if not 0 <= speed <= 1000:
-        raise ValueError(f"rope_speed must be in [0, 1000], found {speed}")
+        raise ValueError(f"rope_speed must be in [0, 1000], got {speed}")
     if speed and min(channels[1:]) < 6:
-        found = " and ".join(map(str, channels[1:]))
-        raise ValueError(f"rope_speed {speed} needs 6 channels of a head for height and for width, found {found}")
+        got = " and ".join(map(str, channels[1:]))
+        raise ValueError(f"rope_speed {speed} needs 6 channels of a head for height and for width, got {got}")
 
 
 def apply_rotary(x, cos, sin):

@@ -110,7 +110,7 @@ def test_no_rank_has_much_more_to_orthogonalize_than_another():
     shapes = [(3456, 1152), (1152, 1152), (4608, 1152), (1152, 4608)] * 28  # of EqM-XL
     for ranks in (1, 2, 3, 4, 7, 8):
         work, shared = [0] * ranks, []
-        for owner, indices in optim.share_out(shapes, ranks):
+        for owner, indices in optim.assign(shapes, ranks):
             for rows, columns in (sorted(shapes[index]) for index in indices):
                 work[owner] += rows**2 * (2 * columns + rows)
             shared += indices
