@@ -45,7 +45,6 @@ SETTINGS = {  # what every config has
     "data": {"vae", "image_size", "time_scale", "longest_time_scale"},
     "training": {"model", "num_frames", "video"},
 }
-READS_OLDER = "f311e33"  # the last commit of this project that reads files of all its earlier commits
 
 
 @dataclass
@@ -215,7 +214,7 @@ def load(path, parts=PARTS, **asked):
     if state["version"] != VERSION:
         raise UserError(f"--ckpt {path}: has format version {state['version']}, this code reads version {VERSION}")
     if not all(names <= state["config"][part].keys() for part, names in SETTINGS.items()):
-        raise UserError(f"--ckpt {path}: lacks settings; commit {READS_OLDER} reads older files")
+        raise UserError(f"--ckpt {path}: lacks settings; commit f311e33 reads older files")  # of all earlier commits
     return state
 
 
@@ -257,11 +256,9 @@ def load_model(path, use_ema=True, model=None, video=None, **checks):
     part, flag = "ema" if use_ema else "model", f"--ckpt {path}"
     state = load(path, [part], **model_shape(model), ebm=checks.get("ebm"))
     config = config_of(flag, state)
-    check_name(flag, state, model)
+    check_kind(flag, state, model, video)
     if not use_ema and state["model"] is state["ema"]:
         raise UserError(f"--no-ema: {flag} holds EMA weights only; remove the flag")
-    if video is not None:
-        check_kind(flag, state, video)
     check(flag, config, **checks)
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # that it is narrow: training has said so
@@ -352,15 +349,12 @@ def check(flag, saved, **asked):
             raise UserError(f"{flag}: {words}: they must agree{tied}")
 
 
-def check_name(flag, state, name):
-    """Raise UserError unless a checkpoint was trained as --model NAME; None is not checked."""
-    if name not in (None, trained := state["config"]["training"]["model"]):
-        raise UserError(f"--model {name}: {flag} has {trained}; remove the flag")
-
-
-def check_kind(flag, state, video):
-    """Raise UserError unless a checkpoint is a model of videos, or of images, as --video says."""
-    if state["config"]["training"]["video"] != video:
+def check_kind(flag, state, model=None, video=None):
+    """Raise UserError unless a checkpoint was trained with this --model and --video; None is not checked."""
+    training = state["config"]["training"]
+    if model not in (None, training["model"]):
+        raise UserError(f"--model {model}: {flag} has {training['model']}; remove the flag")
+    if video not in (None, training["video"]):
         kind = "an image model, --video asks for videos: remove it" if video else "a video model: add --video"
         raise UserError(f"{flag}: holds {kind}")
 

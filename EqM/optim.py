@@ -13,11 +13,10 @@ MUON_DECAY = 0.1  # weight decay; without any the weights grow as long as the le
 
 def make_optimizers(model, args):
     """[AdamW], or with --optimizer muon [AdamW, Muon]: Muon for the weight matrices of attention and MLP."""
-    matrices = []
-    if args.optimizer == "muon":
-        for block in model.blocks:
-            matrices += [block.attn.qkv.weight, block.attn.proj.weight, block.mlp.fc1.weight, block.mlp.fc2.weight]
-    by_muon = {id(weight) for weight in matrices}
+    blocks = model.blocks if args.optimizer == "muon" else []
+    layers = [layer for block in blocks for layer in (block.attn.qkv, block.attn.proj, block.mlp.fc1, block.mlp.fc2)]
+    matrices = [layer.weight for layer in layers]
+    by_muon = set(map(id, matrices))
     rest = [weight for weight in model.parameters() if id(weight) not in by_muon]
     optimizers = [torch.optim.AdamW(rest, lr=args.lr, weight_decay=args.weight_decay, fused=True)]
     if matrices:
