@@ -332,9 +332,8 @@ def check(flag, saved, **asked):
     """
     asked = {name: value for name, value in asked.items() if value is not None}
     if asked.pop("use_rope", saved.use_rope) != saved.use_rope:
-        advice = "fixed positions cannot be converted: retrain with --use-rope, or remove it"
-        advice = "trained with --use-rope: add it" if saved.use_rope else advice
-        raise UserError(f"{flag}: {advice}")
+        fixed = "fixed positions cannot be converted: retrain with --use-rope, or remove it"
+        raise UserError(f"{flag}: {'trained with --use-rope: add it' if saved.use_rope else fixed}")
     if saved.use_rope:
         asked.pop("num_frames", None)
     got, expected = model_name(**asdict(saved)), model_name(**asdict(saved) | asked)

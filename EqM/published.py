@@ -106,8 +106,7 @@ def load_published(path, model, ema, args, asked):
         "image_size": None,  # follows from the VAE and input_size
         "fps": 25.0,
         "frame_interval": [1],
-        "time_scale": 1 / 25,
-        "longest_time_scale": 1 / 25,
+        **dict.fromkeys(("time_scale", "longest_time_scale"), 1 / 25),
         "classes": [str(label) for label in range(config.num_classes)],
     }
     training = {"model": model_name(**asdict(config)), "num_frames": 1, "video": False}
@@ -115,18 +114,14 @@ def load_published(path, model, ema, args, asked):
 
 
 def published_config(state, asked, ebm=None):
-    """The EqMConfig of published weights. asked holds what they can't tell, and SHAPE, which they must match.
-
-    Raises ValueError that names the first mismatch.
-    """
+    """The EqMConfig of published weights; asked holds SHAPE, of which they can't tell num_heads. Raises ValueError."""
     if "pos_embed" not in state:
         raise ValueError("not a published image model: it has no pos_embed")
     width, channels, patch_size, _ = state["x_embedder.proj.weight"].shape
     depth = len({name.split(".")[1] for name in state if name.startswith("blocks.")})
-    for name, got in (("depth", depth), ("hidden_size", width), ("patch_size", patch_size)):
-        if got != asked[name]:
-            words, other = name.replace("_", " "), model_name(**asked)
-            raise ValueError(f"has {words} {got}, {other} has {words} {asked[name]}: give another --model")
+    shape = dict(zip(SHAPE, (depth, width, asked["num_heads"], patch_size), strict=True))
+    if (got := model_name(**shape)) != (expected := model_name(**asked)):
+        raise ValueError(f"holds {got}, not {expected}: give another --model")
     if ebm is not None and ebm != asked.get("ebm", ebm):
         raise ValueError(f"was trained with --ebm {ebm}, got --ebm {asked['ebm']}: remove the flag")
     return EqMConfig(
@@ -134,7 +129,7 @@ def published_config(state, asked, ebm=None):
         temporal_patch_size=1,
         in_channels=channels,
         num_classes=len(state["y_embedder.embedding_table.weight"]) - 1,
-        **{name: asked[name] for name in SHAPE},
+        **shape,
         ebm=ebm or asked.get("ebm", "none"),
     )
 

@@ -48,10 +48,10 @@ class VAE:
     def posterior(self, clips):
         """(mean, std) of the latents of uint8 (B, 3, T, H, W), unscaled; the std of pixels is None."""
         if self.model is None:
-            return _to_float(clips), None
+            return clips.float() / 127.5 - 1, None
 
         def encode(frames):
-            distribution = self.model.encode(_to_float(frames)).latent_dist
+            distribution = self.model.encode(frames.float() / 127.5 - 1).latent_dist
             return torch.cat([distribution.mean, distribution.std], dim=1)
 
         return _by_frames(encode, clips).float().chunk(2, dim=1)  # 2 x (B, C, T, h, w)
@@ -146,7 +146,3 @@ def _by_frames(function, clips):
     frames = clips.transpose(1, 2).flatten(0, 1)  # (B T, C, H, W)
     frames = torch.cat([function(part) for part in frames.split(CHUNK)])
     return frames.unflatten(0, (clips.shape[0], clips.shape[2])).transpose(1, 2)
-
-
-def _to_float(pixels):
-    return pixels.float() / 127.5 - 1
