@@ -296,7 +296,7 @@ def load_weights(model, weights):
 def load_optimizers(optimizers, saved):
     """Restore the optimizers' state of each weight; settings such as the learning rate stay those of the flags."""
     for optimizer, state in zip(optimizers, saved, strict=True):
-        weights = [weight for group in optimizer.param_groups for weight in group["params"]]
+        weights = optimizer.param_groups[0]["params"]
         parts = {
             index: {name: shard_like(value, weights[index]) if value.dim() else value for name, value in values.items()}
             for index, values in state["state"].items()

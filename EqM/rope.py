@@ -53,29 +53,24 @@ class RotaryEmbedding3D(nn.Module):
         time, height, width = (torch.arange(n, device=device, dtype=torch.float32) for n in grid)
         time = time * (REFERENCE_FPS / self.stretch * time_scale.float())[:, None]  # (B, T)
         time = time[:, :, None, None, None]  # (B, T, 1, 1, 1), beside height (H, 1, 1) and width (W, 1)
-        angles = [time * self.frequencies(0, device)]  # (B, T, 1, 1, n/2)
+        angles = [time * self.pairs(0, device)[0]]  # (B, T, 1, 1, n/2)
         for axis, index in ((1, height[:, None, None]), (2, width[:, None])):
-            moved = index + self.speeds(axis, device) * time if self.speed else index
-            angles.append(moved * self.frequencies(axis, device))  # broadcasts to (B, T, H, W, n/2)
+            frequencies, speeds = self.pairs(axis, device)
+            moved = index + speeds * time if self.speed else index
+            angles.append(moved * frequencies)  # broadcasts to (B, T, H, W, n/2)
         angles.append(torch.zeros(self.head_dim // 2 - sum(self.split) // 2, device=device))
         angles = torch.cat([part.expand(B, T, H, W, -1) for part in angles], dim=-1)
         angles = angles.flatten(1, 3)[:, None]  # (B, 1, N, d/2)
         return angles.cos(), angles.sin()
 
-    def frequencies(self, axis, device):
-        """The frequencies of the pairs of channels of an axis, (n/2,)."""
-        pairs = self.split[axis] // 2
-        index = torch.arange(pairs, device=device)
-        if axis and self.speed:
-            threes = pairs // 3
-            index = torch.where(index < 3 * threes, index // 3, index - 2 * threes)
-        return self.theta ** -(index.float() / pairs)
-
-    def speeds(self, axis, device):
-        """The speeds of the positions of the pairs of channels of height or width, (n/2,)."""
-        index = torch.arange(self.split[axis] // 2, device=device)
-        moves = index < len(index) // 3 * 3
-        return self.speed * moves * ((index % 3 == 1).float() - (index % 3 == 2).float())
+    def pairs(self, axis, device):
+        """The frequencies and the speeds of the pairs of channels of an axis, (n/2,) each; time stands still."""
+        count = self.split[axis] // 2
+        index = torch.arange(count, device=device)
+        moving = count // 3 * 3 if axis and self.speed else 0
+        exponents = torch.where(index < moving, index // 3, index - moving * 2 // 3)
+        speeds = self.speed * (index < moving) * ((index % 3 == 1).float() - (index % 3 == 2).float())
+        return self.theta ** -(exponents.float() / count), speeds
 
 
 def split_head(head_dim, split=""):
