@@ -68,15 +68,11 @@ class FullDraws(TorchDispatchMode):
 
 
 def is_sharded(tensor):
-    """Whether a tensor is a DTensor."""
     return hasattr(tensor, "full_tensor")
 
 
 def shard_like(full, tensor, source=None):
-    """This rank's rows of a full tensor, as the DTensor `tensor` has them; the full tensor if that is none.
-
-    All ranks have it, or rank `source`, which sends it.
-    """
+    """This rank's rows of a full tensor, or all if `tensor` is no DTensor. Rank `source` sends it, or all have it."""
     if not is_sharded(tensor):
         return full
     from torch.distributed.tensor import distribute_tensor

@@ -42,7 +42,7 @@ def parse_args():
     add("--image-size", type=COUNT, default=256, metavar="PX", help="height and width of the frames, px")
     add("--downsample", type=int, choices=[4, 8], default=8, help="pixels per latent value, along each side")
     add("--latent-channels", type=COUNT, default=4, metavar="N", help="values of a latent pixel")
-    widths = "channels per resolution, full size first: log2(--downsample) + 1 numbers; default: 32 64 128 (128)"
+    widths = "channels per resolution, full size first, log2(--downsample) + 1 numbers; default: from 32 64 128 128"
     add("--widths", type=COUNT, nargs="+", metavar="N", help=widths)
 
     add = parser.add_argument_group("data").add_argument
@@ -51,8 +51,7 @@ def parse_args():
     add("--val-fraction", type=SHARE, default=0.05, metavar="F", help=fraction)
     add("--max-bad-fraction", type=SHARE, default=0.1, metavar="F", help="share of the videos that may be corrupt")
     add("--no-flip", action="store_true", help="never mirror a frame")
-    colors = "share of the frames that get other colors, for videos that show few of them; 0 = off"
-    add("--color-jitter", type=SHARE, default=0.8, metavar="P", help=colors)
+    add("--color-jitter", type=SHARE, default=0.8, metavar="P", help="share of frames that get other colors; 0 = off")
     add("--num-workers", type=NATURAL, default=2, metavar="N", help="loader processes per rank; 0 = load in-process")
     timeout = "seconds for loader processes to start and for a batch; 0 = no limit"
     add("--loader-timeout", type=NON_NEGATIVE, default=300.0, metavar="S", help=timeout)
@@ -67,8 +66,7 @@ def parse_args():
     add("--warmup-steps", type=NATURAL, default=50, metavar="N", help="steps up to the full learning rate; 0 = off")
     decay = "share of the steps over which the learning rate falls to 0, at the end; 0 = off"
     add("--lr-decay", type=SHARE, default=0.5, metavar="F", help=decay)
-    ema = "decay of the EMA weights; lower in the first steps"
-    add("--ema-decay", type=SHARE, default=0.995, metavar="X", help=ema)
+    add("--ema-decay", type=SHARE, default=0.995, metavar="X", help="decay of the EMA weights; lower at first")
     add("--global-seed", type=NATURAL, default=0, metavar="N", help="seed of every random draw")
     precision = "bf16 is mixed precision, tf32 rounds inside matrix products; default: bf16 on a GPU that has it"
     add("--precision", choices=["fp32", "tf32", "bf16"], help=precision)
