@@ -20,10 +20,7 @@ CHUNK = 16  # frames that are measured together; fixed, so that sums do not depe
 
 
 def make_autoencoder(widths, latent_channels, image_size):
-    """An untrained diffusers AutoencoderKL: one width per resolution, from full size on, one residual block each.
-
-    Without attention: at these sizes convolutions see far enough.
-    """
+    """An untrained AutoencoderKL without attention: a width and one residual block per resolution, full size first."""
     from diffusers import AutoencoderKL  # takes seconds to import
 
     return AutoencoderKL(
@@ -47,9 +44,7 @@ class Autoencoder(nn.Module):
 
 
 def draw_colors(random, most):
-    """(matrix (3, 3), offset (3, 1, 1)) that change the colors of pixels in [-1, 1]: saturation times 0 to `most`,
-    then each channel with a gain and an offset.
-    """
+    """(matrix (3, 3), offset (3, 1, 1)) for pixels in [-1, 1]: saturation times 0 to `most`, gains and offsets."""
     saturation = most * torch.rand((), generator=random)  # 0: grey
     gain = torch.exp(0.4 * torch.rand(3, 1, generator=random) - 0.2)
     colors = torch.lerp(torch.full((3, 3), 1 / 3), torch.eye(3), saturation)
@@ -72,8 +67,8 @@ def jitter_colors(x, seed, indices, share):
 
 
 def losses_of(x, reconstruction, mean, logvar):
-    """{name: loss}, to be added up: absolute errors of pixels and of their differences to the next pixel, and the KL
-    divergence per latent value (Kingma, Welling: arXiv 1312.6114, appendix B).
+    """{name: loss}, to be added up: absolute errors of pixels and of their differences to the next pixel; KL divergence
+    per latent value (Kingma, Welling: arXiv 1312.6114, appendix B).
     """
     error = reconstruction.float() - x
     gradient = error.diff(dim=-1).abs().mean() + error.diff(dim=-2).abs().mean()

@@ -288,12 +288,8 @@ class EqM(nn.Module):
         self.is_compiled = False
         self.grad_checkpoint = False  # if set, only the input of each block is kept, the rest is recomputed
         if config.values_per_token > config.hidden_size:
-            patch = f"{config.temporal_patch_size} x {config.patch_size} x {config.patch_size}"
-            warnings.warn(
-                f"a token holds {config.values_per_token} values (patch {patch} x {config.in_channels} channels), but "
-                f"hidden_size is only {config.hidden_size}, too small to predict them all; use smaller patches",
-                stacklevel=2,
-            )
+            values = f"a token holds {config.values_per_token} values and hidden_size is only {config.hidden_size}"
+            warnings.warn(f"{values}, too small to predict them all; use smaller patches", stacklevel=2)
         self.x_embedder = PatchEmbed(config)
         self.t_embedder = TimeScaleEmbedder(config.hidden_size)
         table = nn.Embedding(config.num_classes + 1, config.hidden_size)  # the last row is for no class
