@@ -149,17 +149,19 @@ def test_a_file_has_its_own_energy_or_the_one_that_is_asked_for(tmp_path, tiny_n
     assert (model.config.ebm, config["data"]["vae"]) == ("dot", "mse")
 
 
-@pytest.mark.parametrize("part", ["model", "ema"])
+@pytest.mark.parametrize("part", ["model", "ema", "opt"])
 def test_a_flipped_bit_of_a_published_file_is_found_where_it_is_used(tmp_path, tiny_name, part):
     weight, path = "blocks.1.mlp.fc1.weight", tmp_path / "a.pt"
-    ema = STATE | {weight: STATE[weight] + 1}
-    torch.save({"model": STATE, "ema": ema}, path)
-    flip_bit(path, {"model": STATE, "ema": ema}[part][weight])
-    for use_ema in (True, False):
-        with pytest.raises(UserError, match="a.pt: damaged") if use_ema == (part == "ema") else nullcontext():
-            checkpoint.load_model(path, model=tiny_name, use_ema=use_ema)
-    with pytest.raises(UserError, match="a.pt: damaged"):
-        checkpoint.load(path, **SHAPE)  # as training does
+    state = {"model": STATE, "ema": STATE | {weight: STATE[weight] + 1}, "opt": {weight: torch.rand(100)}}
+    torch.save(state, path)
+    flip_bit(path, state[part][weight])
+    for load, used in (
+        (lambda: checkpoint.load_model(path, model=tiny_name), ["ema"]),
+        (lambda: checkpoint.load_model(path, model=tiny_name, use_ema=False), ["model"]),
+        (lambda: checkpoint.load(path, **SHAPE), ["model", "ema"]),  # as training does
+    ):
+        with pytest.raises(UserError, match="a.pt: damaged") if part in used else nullcontext():
+            load()
 
 
 def test_a_published_file_can_be_exported(tmp_path, tiny_name):
