@@ -102,9 +102,9 @@ def load_vae(name, owner=None):
     from diffusers.utils import logging
 
     logging.set_verbosity_error()
-    settings = {"low_cpu_mem_usage": False, "output_loading_info": True, "use_safetensors": True}
+    settings = {"low_cpu_mem_usage": False, "output_loading_info": True}
     try:
-        model, info = AutoencoderKL.from_pretrained(directory, **settings)
+        model, info = AutoencoderKL.from_pretrained(directory, use_safetensors=True, **settings)
     except Exception as error:  # whatever a missing or damaged file leads to
         reason = textwrap.shorten(str(error), 300)
         raise UserError(f"--vae {name}: {reason}: give the directory of a diffusers AutoencoderKL") from error
