@@ -39,8 +39,7 @@ class Muon(torch.optim.Optimizer):
 
     def __init__(self, matrices, lr, weight_decay):
         super().__init__(matrices, {"lr": lr, "weight_decay": weight_decay})
-        self.ranks = distributed.world_size() if distributed.is_started() else 1
-        self.batches = assign([weight.shape for weight in matrices], self.ranks)
+        self.batches = assign([weight.shape for weight in matrices], distributed.world_size())
 
     @torch.no_grad()
     def step(self):
@@ -55,19 +54,19 @@ class Muon(torch.optim.Optimizer):
         exchange = self.scattered if is_sharded(weights[0]) else self.broadcast
         for index, direction in exchange(lambda index: gradients[index].lerp(momenta[index], self.momentum), weights):
             rows, columns = weights[index].shape
-            step_size = lr * math.sqrt(max(1, rows / columns))
-            weights[index].mul_(1 - lr * group["weight_decay"]).add_(direction, alpha=-step_size)
+            scale = math.sqrt(max(1, rows / columns))
+            weights[index].mul_(1 - lr * group["weight_decay"]).add_(direction, alpha=-lr * scale)
 
     def broadcast(self, step_of, weights):
         """(index, step_of(index) made orthogonal) of each matrix."""
         results, transfers = [], []
         for owner, indices in self.batches:
-            if self.ranks == 1 or owner == distributed.rank():
+            if owner == distributed.rank():
                 results.append(orthogonalize(torch.stack([step_of(index) for index in indices])))
             else:
                 shape = len(indices), *weights[indices[0]].shape
                 results.append(torch.empty(shape, dtype=torch.bfloat16, device=weights[0].device))
-            if self.ranks > 1:  # as bytes: not every backend has bfloat16
+            if distributed.world_size() > 1:  # as bytes: not every backend has bfloat16
                 transfers.append(dist.broadcast(results[-1].view(torch.uint8), owner, async_op=True))
         for transfer in transfers:
             transfer.wait()
