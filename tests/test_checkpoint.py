@@ -153,7 +153,7 @@ def writer(tmp_path):
     return checkpoint.Writer(tmp_path)
 
 
-def test_a_checkpoint_holds_the_state_at_the_call_whatever_changes_while_it_is_written(writer, monkeypatch):
+def test_a_checkpoint_holds_the_state_of_the_call_not_of_the_write(writer, monkeypatch):
     begin, save = threading.Event(), torch.save
     monkeypatch.setattr(torch, "save", lambda *arguments: begin.wait(60) and save(*arguments))  # a slow disk
     state, before = make_state(step=7), copy.deepcopy(make_state(step=7))
@@ -167,7 +167,7 @@ def test_a_checkpoint_holds_the_state_at_the_call_whatever_changes_while_it_is_w
     assert differences(before, torch.load(writer.path, weights_only=True)) == []
 
 
-def test_checkpoints_are_written_one_at_a_time_with_their_names_in_the_same_memory(writer):
+def test_checkpoints_are_written_one_at_a_time_from_the_same_memory(writer):
     done, places = [], []
     for step in (1, 2):
         begin, end = (functools.partial(done.append, f"{word} {step}") for word in ("begin", "end"))
@@ -195,7 +195,7 @@ def test_what_goes_wrong_in_the_thread_is_raised_by_the_next_call(writer, monkey
 # Reading ------------------------------------------------------------------------------------------------------------
 
 
-def test_what_is_missing_cut_short_or_no_checkpoint_is_one_line_without_a_warning(tmp_path, recwarn):
+def test_a_missing_cut_or_foreign_file_is_one_line_without_a_warning(tmp_path, recwarn):
     path = tmp_path / "best.pt"
     assert "no such file" in load_refusal(path)
     assert "a folder without" in load_refusal(tmp_path)
@@ -229,7 +229,7 @@ def test_a_file_that_holds_code_is_refused_and_the_code_is_not_run(tmp_path):
     assert ran.exists()  # it would have been
 
 
-def test_other_projects_other_formats_and_a_dict_that_lacks_a_part_are_refused(tmp_path):
+def test_other_projects_other_formats_and_missing_parts_are_refused(tmp_path):
     path, states = tmp_path / "other.pt", [{"state_dict": {}}, [1, 2], torch.zeros(3)]
     for part in ("version", "config", "model", "ema", "step"):
         states.append({name: value for name, value in make_state().items() if name != part})
@@ -312,7 +312,7 @@ def test_the_model_comes_back_bit_by_bit_if_it_is_what_was_asked_for(tmp_path, r
         ({"depth": 3}, ["its weights do not match its config", "blocks.2."]),
     ],
 )
-def test_settings_that_are_unknown_or_that_the_weights_do_not_fit_are_refused(tmp_path, changes, words):
+def test_settings_that_are_unknown_or_do_not_fit_the_weights_are_refused(tmp_path, changes, words):
     state = make_state()
     state["config"]["model"] = state["config"]["model"] | changes
     checkpoint.save(tmp_path / "best.pt", state)
@@ -358,7 +358,7 @@ def test_what_agrees_or_is_not_asked_for_passes(saved):
 # Which checkpoint a run resumes from ----------------------------------------------------------------------------------
 
 
-def test_the_newest_checkpoint_is_the_newest_intact_one_and_damaged_ones_are_named(tmp_path, capsys):
+def test_a_run_resumes_from_its_newest_intact_checkpoint(tmp_path, capsys):
     folder = runs.make_run_folder(tmp_path, "a") / "checkpoints"
     assert checkpoint.newest_checkpoint(folder.parent) == (None, None)
     for step, name in ((10, "0000010.pt"), (20, "0000020.pt"), (15, "best.pt"), (25, "latest.pt")):

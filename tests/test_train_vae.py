@@ -51,7 +51,7 @@ def whole(made):
 # What is trained ------------------------------------------------------------------------------------------------------
 
 
-def test_equal_images_have_no_loss_and_errors_count_by_pixel_and_by_step_between_pixels():
+def test_losses_count_errors_of_pixels_and_of_steps_between_pixels():
     x, standard = torch.rand(2, 3, 8, 8), (torch.zeros(2, 4, 2, 2), torch.zeros(2, 4, 2, 2))
     assert all(loss == 0 for loss in losses_of(x, x, *standard).values())
     found = losses_of(x, x + 0.25, *standard)
@@ -74,7 +74,7 @@ def test_the_psnr_of_a_constant_error_is_known():
         assert psnr(real, real + error).tolist() == pytest.approx([expected] * 3, abs=1e-4)
 
 
-def test_other_colors_are_one_affine_map_per_frame_that_depends_on_its_index_alone():
+def test_other_colors_are_an_affine_map_that_a_frames_index_decides():
     x = torch.rand(6, 3, 8, 8) * 0.1  # far from the ends, where colors are clamped
     assert torch.equal(jitter_colors(x, 0, range(6), share=0), x)
     found = jitter_colors(x, 0, range(6), share=1)
@@ -109,7 +109,7 @@ def test_the_latents_of_training_frames_have_mean_0_and_deviation_1(made):
     assert latents.std().item() == pytest.approx(1, abs=0.02)
 
 
-def test_the_validation_psnr_is_that_of_what_the_folder_makes_of_held_out_frames(made):
+def test_the_validation_psnr_is_that_of_the_folder_on_held_out_frames(made):
     (training, [*_, (frames, held_out), (_, others)]), expected = made, []
     assert held_out and others and not held_out & others
     vae = load_vae(str(training.folder / "vae"))
