@@ -282,6 +282,7 @@ def test_optimizers_load_the_state_of_each_weight_and_keep_their_settings(kind):
         assert new.param_groups[0]["lr"] == 1.0
         for weight, memory in old.state.items():
             assert all(torch.equal(new.state[weight][name], value) for name, value in memory.items())
+            assert not {id(value) for value in memory.values()} & {id(value) for value in new.state[weight].values()}
 
 
 # The model ----------------------------------------------------------------------------------------------------------
@@ -318,6 +319,13 @@ def test_settings_that_are_unknown_or_do_not_fit_the_weights_are_refused(tmp_pat
     checkpoint.save(tmp_path / "best.pt", state)
     message = refusal(checkpoint.load_model, tmp_path / "best.pt")
     assert all(word in message for word in words)
+
+
+def test_weights_of_another_shape_are_refused_in_the_part_that_has_them():
+    for part in ("model", "ema"):
+        state = make_state()
+        state[part][WEIGHT] = state[part][WEIGHT][1:]
+        assert WEIGHT in refusal(checkpoint.config_of, "--ckpt a.pt", state)
 
 
 # Compatibility ------------------------------------------------------------------------------------------------------

@@ -248,8 +248,10 @@ def test_image_models_have_the_published_number_of_parameters(size, millions):
 
 def test_a_name_gives_size_and_patches_unless_told_otherwise():
     assert list(EqM_models) == [f"EqM-{size}/{p}" for size in ("Ti", "S", "B", "L", "XL") for p in (2, 4, 8)]
-    for changes, expected in (({}, (4, 4, 4, 1000)), ({"temporal_patch_size": 2, "num_classes": 7}, (4, 2, 2, 7))):
-        config = EqM_models["EqM-S/4"](depth=1, **changes).config
+    for patch, changes, expected in (
+        (4, {}, (4, 4, 4, 1000)), (2, {}, (2, 2, 2, 1000)), (4, {"temporal_patch_size": 2}, (4, 2, 2, 1000)),
+    ):  # fmt: skip
+        config = EqM_models[f"EqM-S/{patch}"](depth=1, **changes).config
         assert (config.patch_size, config.temporal_patch_size, config.num_frames, config.num_classes) == expected
         assert (config.depth, config.hidden_size, config.num_heads) == (1, 384, 6)
 
