@@ -1,4 +1,4 @@
-"""The small VAE of train_vae.py: its network, its losses, what it is worth, and the folder that --vae DIR takes."""
+"""The small VAE of train_vae.py: its network, losses and PSNR, and the folder that --vae DIR takes."""
 
 import math
 import os
@@ -20,10 +20,7 @@ CHUNK = 16  # frames that are measured together; fixed, so that sums do not depe
 
 
 def make_autoencoder(widths, latent_channels, image_size):
-    """An untrained diffusers AutoencoderKL: one width per resolution, from full size on, one residual block each.
-
-    Without attention: at these sizes convolutions see far enough.
-    """
+    """An untrained AutoencoderKL without attention: a width and one residual block per resolution, full size first."""
     from diffusers import AutoencoderKL  # takes seconds to import
 
     return AutoencoderKL(
@@ -47,9 +44,7 @@ class Autoencoder(nn.Module):
 
 
 def draw_colors(random, most):
-    """(matrix (3, 3), offset (3, 1, 1)) that change the colors of pixels in [-1, 1]: saturation times 0 to `most`,
-    then each channel with a gain and an offset.
-    """
+    """(matrix (3, 3), offset (3, 1, 1)) for pixels in [-1, 1]: saturation times 0 to `most`, gains and offsets."""
     saturation = most * torch.rand((), generator=random)  # 0: grey
     gain = torch.exp(0.4 * torch.rand(3, 1, generator=random) - 0.2)
     colors = torch.lerp(torch.full((3, 3), 1 / 3), torch.eye(3), saturation)
@@ -72,8 +67,8 @@ def jitter_colors(x, seed, indices, share):
 
 
 def losses_of(x, reconstruction, mean, logvar):
-    """{name: loss}, to be added up: absolute errors of pixels, of their differences to the next pixel, and KL (Kingma,
-    Welling: arXiv 1312.6114, appendix B), per latent value.
+    """{name: loss}, to be added up: absolute errors of pixels and of their differences to the next pixel; KL divergence
+    per latent value (Kingma, Welling: arXiv 1312.6114, appendix B).
     """
     error = reconstruction.float() - x
     gradient = error.diff(dim=-1).abs().mean() + error.diff(dim=-2).abs().mean()
@@ -81,9 +76,9 @@ def losses_of(x, reconstruction, mean, logvar):
     return {"pixel_loss": error.abs().mean(), "gradient_loss": gradient, "kl_loss": KL_WEIGHT * kl}
 
 
-def psnr(real, found):
+def psnr(real, decoded):
     """Peak signal-to-noise ratio in dB of each of uint8 images (B, H, W, 3); 99 at most: for equal ones."""
-    error = (real.double() - found.double()).square().flatten(1).mean(dim=1)
+    error = (real.double() - decoded.double()).square().flatten(1).mean(dim=1)
     return 10 * torch.log10(255**2 / error.clamp(min=255**2 / 10**9.9))
 
 
@@ -91,18 +86,18 @@ def psnr(real, found):
 def measure(model, loader, device):
     """({"psnr", "latent_mean", "latent_std"}, this rank's bad videos) of the frames that the ranks' loaders give.
 
-    psnr is the mean over the frames, of reconstructions from the latents' means, in dB; the statistics are those of all
-    latent values. The results are the same on all ranks and with any number of them.
+    psnr is the mean in dB over the frames, decoded from their mean latents; the statistics are those of all latent
+    values. The results are the same on all ranks and for any number of ranks.
     """
     rows, bad, vae = [], [], VAE("measured", model)
     vae.scale, vae.shift = 1.0, 0.0  # or the last bits would depend on those of an earlier export
     for batch in batches_of(loader):
         clips = batch["clips"].to(device)  # (B, 3, 1, H, W)
         mean, std = vae.posterior(clips)  # in float32, as caches and samples are made
-        found = vae.decode(mean)  # (B, 1, H, W, 3)
+        errors = psnr(clips[:, :, 0].movedim(1, -1), vae.decode(mean)[:, 0])
         mean, std = mean.double().flatten(1), std.double().flatten(1)
         second_moments = (mean.square() + std.square()).mean(dim=1)
-        columns = batch["indices"], psnr(clips[:, :, 0].movedim(1, -1), found[:, 0]), mean.mean(dim=1), second_moments
+        columns = batch["indices"], errors, mean.mean(dim=1), second_moments
         rows += torch.stack([column.double().cpu() for column in columns], dim=1).tolist()
         bad += batch["bad"]
     values, means, squares = (math.fsum(column) / len(column) for column in distributed.gather_in_order(rows))
@@ -111,17 +106,17 @@ def measure(model, loader, device):
 
 def chunks_of(count):
     """The (frames, index) of the frames 0 ... count - 1, in lists of CHUNK; a rank takes every n-th list."""
-    firsts = range(0, count, CHUNK)
-    return [[(1, index) for index in range(first, min(first + CHUNK, count))] for first in firsts]
+    keys = [(1, index) for index in range(count)]
+    return [keys[first : first + CHUNK] for first in range(0, count, CHUNK)]
 
 
 def export(model, folder, statistics):
-    """Write an AutoencoderKL as a folder that --vae DIR takes. Between two renames there is none, never half of one.
+    """Write an AutoencoderKL as a folder that --vae DIR takes; a kill may leave no folder, but never half of one.
 
-    Its scaling factor and shift make the latents that were measured have mean 0 and standard deviation 1.
+    Its scaling factor and shift give the measured latents mean 0 and standard deviation 1.
     """
     folder = Path(folder)
-    temporary, old = folder.with_name(folder.name + ".new"), folder.with_name(folder.name + ".old")
+    temporary, old = (folder.with_name(folder.name + suffix) for suffix in (".new", ".old"))
     for left in (temporary, old):
         shutil.rmtree(left, ignore_errors=True)
     model.register_to_config(scaling_factor=1 / statistics["latent_std"], shift_factor=statistics["latent_mean"])

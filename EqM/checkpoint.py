@@ -1,9 +1,7 @@
 """Checkpoints: written so that no crash damages one, read so that none can run code.
 
 --ckpt names a file of train.py, a folder of scripts/export.py or a file of the published image models; `load` returns
-the dict of a train.py file for all three.
-
-A file holds a dict of tensors and plain Python values:
+the same dict of tensors and plain Python values for all three:
     version    format of the file
     config     {"model": fields of EqMConfig, "data": vae, image_size, fps, ..., "training": all flags, "typed": the
                names of the flags that the user gave}
@@ -15,13 +13,12 @@ A file holds a dict of tensors and plain Python values:
     run        {"window": StepStats that were not logged yet, "bad_videos": paths of the corrupt videos}
 """
 
-import errno
 import hashlib
 import math
 import os
 import pickle
-import threading
 import warnings
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, dataclass
 from functools import partial
 from pathlib import Path
@@ -36,7 +33,7 @@ from runtime.cli import UserError, say
 from runtime.distributed import rank
 from runtime.memory import free_bytes
 from runtime.runs import is_restarted, lock, newest_run, remove_temporary_files
-from runtime.untrusted import read_torch
+from runtime.untrusted import read_torch, tensors_in
 from schedule import current_phase, is_due
 from sharding import is_sharded, shard_like, whole
 
@@ -48,7 +45,6 @@ SETTINGS = {  # what every config has
     "data": {"vae", "image_size", "time_scale", "longest_time_scale"},
     "training": {"model", "num_frames", "video"},
 }
-READS_OLDER = "f311e33"  # the last commit of this project that reads files of all its earlier commits
 
 
 @dataclass
@@ -81,21 +77,19 @@ class Progress:
 def save(path, state):
     """Write a checkpoint to a temporary file, flush it to the disk, then rename it to `path`.
 
-    Whatever goes wrong, `path` holds either its old content or all of the new. Raises UserError if it can't be
-    written.
+    Whatever goes wrong, `path` holds its old content or all of the new. Raises UserError if it can't be written.
     """
     try:
         with atomic_write(path) as file:
             torch.save(state, file)
     except (OSError, RuntimeError) as error:  # torch wraps a full disk in a RuntimeError
         reason = getattr(error, "strerror", None) or str(error).splitlines()[0]
-        advice = "free some space: " if getattr(error, "errno", None) == errno.ENOSPC else ""
-        raise UserError(f"{path} can't be written ({reason}); {advice}older checkpoints are intact") from error
+        raise UserError(f"{path} can't be written ({reason}); older checkpoints are intact") from error
 
 
 def run_state(config, model, ema, optimizers, scaler, progress):
     """The content of a run's checkpoint, but for its "run"."""
-    phase = {name: value for name, value in asdict(progress).items() if name not in ("step", "best_loss")}
+    phase = asdict(progress)
     states = [optimizer.state_dict() for optimizer in optimizers]
     return {
         "version": VERSION,
@@ -103,28 +97,28 @@ def run_state(config, model, ema, optimizers, scaler, progress):
         "model": model.state_dict(),
         "ema": ema.state_dict(),
         "optimizer": {"kind": config["training"]["optimizer"], "states": states, "scaler": scaler.state_dict()},
-        "step": progress.step,
+        "step": phase.pop("step"),
+        "best_loss": phase.pop("best_loss"),
         "phase": phase,
-        "best_loss": progress.best_loss,
     }
 
 
 class Writer:
     """Writes the checkpoints of a run, on rank 0 only. Training stands still only while the tensors are copied.
 
-    A thread writes the copy, one at a time; the next call of a method raises what it raised. A sharded state is copied
-    as full tensors: the ranks gather one after another.
+    A thread writes the copy, one at a time; the next call of a method raises what it raised. All ranks gather the full
+    tensors of a sharded state.
     """
 
     def __init__(self, folder):
         self.path = Path(folder, "checkpoints", "latest.pt")
-        self.copies = {}  # {place in the state: tensor on the CPU}, for all checkpoints of the run
-        self.thread, self.error = None, None
+        self.copies = {}  # {place in the state: tensor on the CPU}, the same memory for all checkpoints of the run
+        self.thread, self.writing = ThreadPoolExecutor(1, "checkpoint"), None
 
     def write(self, state, names, before, after):
         """Save a state as latest.pt and under its other names; the thread calls before() first and after() last.
 
-        All ranks call it. Raises UserError, as `check_memory` does.
+        All ranks call it. Raises UserError.
         """
         self.wait()
         self.check_memory(state)
@@ -136,19 +130,15 @@ class Writer:
             copied.record()  # the next step waits for the copies by itself, as it comes after them on the GPU
 
         def run():
-            try:
-                if copied is not None:
-                    copied.synchronize()
-                before()
-                save(self.path, state)
-                for name in names:
-                    link(self.path, name)
-                after()
-            except BaseException as error:  # noqa: BLE001 (raised again by `check`)
-                self.error = error
+            if copied is not None:
+                copied.synchronize()
+            before()
+            save(self.path, state)
+            for name in names:
+                link(self.path, name)
+            after()
 
-        self.thread = threading.Thread(target=run, name="checkpoint")
-        self.thread.start()
+        self.writing = self.thread.submit(run)
 
     def copy(self, value, place=()):
         """A state with its tensors copied to the CPU, into the memory of the previous copies where shapes agree."""
@@ -169,27 +159,23 @@ class Writer:
         """Raise UserError, on all ranks, if the copy of a sharded state does not fit into rank 0's host memory."""
         if not any(map(is_sharded, state["model"].values())):
             return
-        parts = [*state["model"].values(), *state["ema"].values()]
-        for optimizer in state["optimizer"]["states"]:
-            parts += [value for values in optimizer["state"].values() for value in values.values()]
-        needed = 0 if self.copies else sum(part.numel() * part.element_size() for part in parts)
+        needed = 0 if self.copies else sum(part.numel() * part.element_size() for part in tensors_in(state))
         needed, free = distributed.broadcast((needed, free_bytes()))
         if needed > free:
             raise UserError(
-                f"--shard: a checkpoint takes {needed / 1e9:.3g} GB of host memory on the machine of rank 0, which has "
+                f"--shard: a checkpoint takes {needed / 1e9:.3g} GB of memory on the machine of rank 0, which has "
                 f"{free / 1e9:.3g} GB free: choose one with more; earlier checkpoints are intact"
             )
 
     def check(self):
         """Raise what went wrong in the thread, if anything did."""
-        if self.error is not None:
-            raise self.error
+        if self.writing is not None and self.writing.done():
+            self.writing.result()
 
     def wait(self):
-        """Return once nothing is being written."""
-        if self.thread is not None:
-            self.thread.join()
-        self.check()
+        """Return once nothing is being written; raises what went wrong."""
+        if self.writing is not None:
+            self.writing.result()
 
 
 def names_at(progress, last_step, every):
@@ -213,57 +199,51 @@ def complete_names(start, phases, every):
 def load(path, parts=PARTS, **asked):
     """The dict of a checkpoint; asked are the fields of EqMConfig that --model and --ebm give.
 
-    The tensors of a file stay there and are read when they are used, so that no rank needs a copy of its own. `parts`
-    names the parts that the caller uses: damage in their tensors is found here, damage in other tensors is not. Raises
-    UserError if the file is damaged or not a checkpoint, or a published file that does not hold what was asked for.
+    The tensors of a file stay there and are read when they are used, so that no rank needs a copy of its own. Damage is
+    found here in the tensors of `parts`, which the caller uses, and in no others. Raises UserError.
     """
     if os.path.isdir(path):
-        about, weights = read_export(path)
-        config = {part: about[part] for part in ("model", "data", "training")} | {"typed": about.get("typed", [])}
-        state = from_elsewhere(config, weights, weights, about["step"]) | {"version": about["version"]}
+        state = from_elsewhere(*read_export(path))
     else:
         state = read_file(path, partial(used_parts, names=parts))
-        if (published := published_parts(state)) is not None:
+        if published := published_parts(state):
             return from_elsewhere(*load_published(path, *published, asked))
     if not isinstance(state, dict) or not state.keys() >= KEYS:
-        wanted = f"a dict with {', '.join(sorted(KEYS))}"
-        raise UserError(f"--ckpt {path}: not a checkpoint of this project; expected {wanted}")
+        expected = f"a dict with {', '.join(sorted(KEYS))}"
+        raise UserError(f"--ckpt {path}: not a checkpoint of this project; expected {expected}")
     if state["version"] != VERSION:
         raise UserError(f"--ckpt {path}: has format version {state['version']}, this code reads version {VERSION}")
-    config = state["config"]
-    if not all(names <= config[part].keys() for part, names in SETTINGS.items()):
-        raise UserError(f"--ckpt {path}: lacks settings; commit {READS_OLDER} reads older files")
+    if not all(names <= state["config"][part].keys() for part, names in SETTINGS.items()):
+        raise UserError(f"--ckpt {path}: lacks settings; commit f311e33 reads older files")  # of all earlier commits
     return state
 
 
 def used_parts(state, names):
     """The parts with these names in the content of a checkpoint or a published file, whose optimizer nobody uses."""
-    published = published_parts(state)
-    state = {"model": published[0], "ema": published[1]} if published else state
+    if published := published_parts(state):
+        state = {"model": published[0], "ema": published[1]}
     return [state.get(name) for name in names] if isinstance(state, dict) else []
 
 
 def read_file(path, used=None):
     """The content of a file of torch.save; `used` is an argument of `read_torch`. Raises UserError."""
-    flag = f"--ckpt {path}"
     try:
         return read_torch(path, used)
     except FileNotFoundError:
-        raise UserError(f"{flag}: no such file; expected a checkpoint, for example RUN/checkpoints/best.pt") from None
-    except pickle.UnpicklingError as error:
-        raise UserError(
-            f"{flag}: not a checkpoint, or one that holds code (only tensors and plain values are loaded)"
-        ) from error
+        reason = "no such file; expected a checkpoint, for example RUN/checkpoints/best.pt"
+    except pickle.UnpicklingError:
+        reason = "not a checkpoint, or one that holds code (only tensors and plain values are loaded)"
     except OSError as error:
-        raise UserError(f"{flag}: can't be read ({error.strerror or error}); expected a checkpoint file") from error
+        reason = f"can't be read ({error.strerror or error}); expected a checkpoint file"
     except Exception as error:
-        raise UserError(f"{flag}: damaged or cut short; use another checkpoint, or copy it again") from error
+        reason = f"damaged or cut short ({type(error).__name__}); use another checkpoint, or copy it again"
+    raise UserError(f"--ckpt {path}: {reason}")
 
 
-def from_elsewhere(config, model, ema, step):
+def from_elsewhere(config, model, ema, step, version=VERSION):
     """The dict of a checkpoint that train.py has not written: no optimizer, no phase."""
     phase = {"first_step": step, "position": 0, "ema_start": step}
-    state = {"version": VERSION, "config": config, "model": model, "ema": ema, "optimizer": None, "step": step}
+    state = {"version": version, "config": config, "model": model, "ema": ema, "optimizer": None, "step": step}
     return state | {"phase": phase, "best_loss": math.inf}
 
 
@@ -276,16 +256,14 @@ def load_model(path, use_ema=True, model=None, video=None, **checks):
     part, flag = "ema" if use_ema else "model", f"--ckpt {path}"
     state = load(path, [part], **model_shape(model), ebm=checks.get("ebm"))
     config = config_of(flag, state)
-    check_name(flag, state, model)
+    check_kind(flag, state, model, video)
     if not use_ema and state["model"] is state["ema"]:
-        raise UserError(f"--no-ema: {flag} holds EMA weights only: leave the flag out")
-    if video is not None:
-        check_kind(flag, state, video)
+        raise UserError(f"--no-ema: {flag} holds EMA weights only; remove the flag")
     check(flag, config, **checks)
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # that it is narrow: training has said so
         network = EqM(config)
-    load_weights(flag, network, state[part])
+    network.load_state_dict(state[part])
     return network.eval(), state["config"], state["step"]
 
 
@@ -298,54 +276,34 @@ def weights_sha256(weights):
     return digest.hexdigest()
 
 
-def say_if_old(path, step):
-    """Say so if a best.pt is older than the latest.pt beside it by more than a fifth of the steps of its phase."""
-    latest = Path(path).with_name("latest.pt")
-    if Path(path).name != "best.pt" or not latest.is_file():
-        return
-    try:
-        newest = load(latest, parts=[])
-    except UserError:  # of another checkpoint than the one that is asked for
-        return
-    if newest["step"] - step > (newest["step"] - newest["phase"]["first_step"]) / 5:
-        say(
-            f"note: best.pt is of step {step}, latest.pt of step {newest['step']}, and no lower validation loss was "
-            f"measured since: --ckpt {latest} samples the newest weights"
-        )
-
-
 def load_run(start, model, ema, optimizers, scaler):
-    """Restore everything that is trained from the checkpoint of a Start. Raises UserError."""
+    """Restore everything that is trained from the checkpoint of a Start."""
     state = start.state
-    load_weights(start.flag, model, state["model"])
-    load_weights(start.flag, ema, state["ema"])
+    load_weights(model, state["model"])
+    load_weights(ema, state["ema"])
     if state["optimizer"]:  # exported and published models have none
         load_optimizers(optimizers, state["optimizer"]["states"])
         if scaler.is_enabled() and state["optimizer"]["scaler"]:  # the last phase may have been in bf16
             scaler.load_state_dict(state["optimizer"]["scaler"])
 
 
-def load_weights(flag, model, weights):
-    """load_state_dict, also of full tensors into a sharded model, with one line that names the first mismatch."""
+def load_weights(model, weights):
+    """load_state_dict, also of full tensors into a sharded model."""
     own = model.state_dict()
-    try:
-        model.load_state_dict({name: shard_like(value, own.get(name)) for name, value in weights.items()})
-    except RuntimeError as error:
-        mismatch = str(error).splitlines()[1:2] or [str(error)]
-        raise UserError(f"{flag}: its weights do not match its config: {mismatch[0].strip()}") from error
+    model.load_state_dict({name: shard_like(value, own[name]) for name, value in weights.items()})
 
 
 def load_optimizers(optimizers, saved):
     """Restore the optimizers' state of each weight; settings such as the learning rate stay those of the flags."""
     for optimizer, state in zip(optimizers, saved, strict=True):
-        weights = [weight for group in optimizer.param_groups for weight in group["params"]]
+        weights = optimizer.param_groups[0]["params"]
         parts = {
             index: {name: shard_like(value, weights[index]) if value.dim() else value for name, value in values.items()}
             for index, values in state["state"].items()
         }
         optimizer.load_state_dict({"state": parts, "param_groups": optimizer.state_dict()["param_groups"]})
         for values in optimizer.state.values():  # on the CPU they would still be those of the file
-            values |= {name: value.clone() for name, value in values.items() if isinstance(value, torch.Tensor)}
+            values |= {name: value.clone() for name, value in values.items()}
 
 
 def config_of(flag, state):
@@ -355,15 +313,15 @@ def config_of(flag, state):
     except (ValueError, TypeError) as error:
         raise UserError(f"{flag}: damaged: the settings of its model are invalid ({error})") from error
     with warnings.catch_warnings(), torch.device("meta"):  # shapes only, without memory
-        warnings.simplefilter("ignore")  # about narrow models (the real one will warn), and that this copies no weights
-        network = EqM(config)
-        for part in ("model", "ema"):
-            load_weights(flag, network, state[part])
+        warnings.simplefilter("ignore")  # that it is narrow: the real one will warn
+        expected = {name: value.shape for name, value in EqM(config).state_dict().items()}
+    for part in ("model", "ema"):
+        got = {name: value.shape for name, value in state[part].items()}
+        wrong = [name for name in expected | got if expected.get(name) != got.get(name)]
+        if wrong:
+            shapes = " and ".join(str(shape and tuple(shape)) for shape in (got.get(wrong[0]), expected.get(wrong[0])))
+            raise UserError(f"{flag}: its weights do not match its config: shapes of {wrong[0]} are {shapes}")
     return config
-
-
-# ----------------------------------------------------------------------------------------------------------------------
-# Whether a checkpoint is what was asked for
 
 
 def check(flag, saved, **asked):
@@ -374,18 +332,14 @@ def check(flag, saved, **asked):
     """
     asked = {name: value for name, value in asked.items() if value is not None}
     if asked.pop("use_rope", saved.use_rope) != saved.use_rope:
-        if saved.use_rope:
-            raise UserError(f"{flag}: trained with --use-rope, which is missing here: add it")
-        raise UserError(
-            f"{flag}: trained with fixed positions, --use-rope asks for rotary ones; "
-            "it cannot be converted: retrain with --use-rope"
-        )
+        fixed = "fixed positions cannot be converted: retrain with --use-rope, or remove it"
+        raise UserError(f"{flag}: {'trained with --use-rope: add it' if saved.use_rope else fixed}")
     if saved.use_rope:
         asked.pop("num_frames", None)
-    found, wanted = model_name(**asdict(saved)), model_name(**asdict(saved) | asked)
-    if found != wanted:
-        advice = "leave out --model, --depth, --hidden-size and --num-heads: the checkpoint has them"
-        raise UserError(f"{flag}: holds {found}, --model asks for {wanted}: {advice}")
+    got, expected = model_name(**asdict(saved)), model_name(**asdict(saved) | asked)
+    if got != expected:
+        advice = "remove --model, --depth, --hidden-size and --num-heads: the checkpoint has them"
+        raise UserError(f"{flag}: holds {got}, --model asks for {expected}: {advice}")
     for name in asked.keys() - set(SHAPE):
         if getattr(saved, name) != asked[name]:
             own = {"input_size": "--image-size", "in_channels": "--vae"}.get(name, f"--{name.replace('_', '-')}")
@@ -394,16 +348,13 @@ def check(flag, saved, **asked):
             raise UserError(f"{flag}: {words}: they must agree{tied}")
 
 
-def check_name(flag, state, name):
-    """Raise UserError unless a checkpoint was trained as --model NAME; None is not checked."""
-    if name not in (None, trained := state["config"]["training"]["model"]):
-        raise UserError(f"--model {name}: {flag} has {trained}: leave the flag out")
-
-
-def check_kind(flag, state, video):
-    """Raise UserError unless a checkpoint is a model of videos, or of images, as --video says."""
-    if state["config"]["training"]["video"] != video:
-        kind = "an image model, --video asks for videos: leave it out" if video else "a video model: add --video"
+def check_kind(flag, state, model=None, video=None):
+    """Raise UserError unless a checkpoint was trained with this --model and --video; None is not checked."""
+    training = state["config"]["training"]
+    if model not in (None, training["model"]):
+        raise UserError(f"--model {model}: {flag} has {training['model']}; remove the flag")
+    if video not in (None, training["video"]):
+        kind = "an image model, --video asks for videos: remove it" if video else "a video model: add --video"
         raise UserError(f"{flag}: holds {kind}")
 
 
@@ -433,7 +384,7 @@ class Start:
     @property
     def config(self):
         """The config of the checkpoint; empty without one."""
-        return self.state["config"] if self.state else {"model": {}, "data": {}, "training": {}, "typed": []}
+        return self.state["config"] if self.state else {"model": {}, "data": {}, "training": {}}
 
     @property
     def unlogged(self):
@@ -471,10 +422,8 @@ def find_start(args, name):
     if start.resumes:
         start.progress = Progress(step, best_loss=state["best_loss"], **state["phase"])
     elif args.max_steps and args.max_steps <= step:
-        raise UserError(
-            f"--max-steps {args.max_steps}: the checkpoint has {step} steps already, and steps are counted over all "
-            "phases; give a larger number"
-        )
+        advice = "steps are counted over all phases; give a larger number"
+        raise UserError(f"--max-steps {args.max_steps}: the checkpoint has {step} steps already; {advice}")
     else:
         start.progress = Progress(step, step, ema_start=step if args.new_classes else state["phase"]["ema_start"])
     return start
@@ -507,13 +456,12 @@ def newest_checkpoint(folder, read=load, **asked):
 
     Damaged ones are named. latest.pt is always the newest; the others are read only if it is missing or damaged.
     """
-    found, latest = [], Path(folder, "checkpoints", "latest.pt")
+    intact, latest = [], Path(folder, "checkpoints", "latest.pt")
     for path in sorted(latest.parent.glob("*.pt"), key=lambda path: (path != latest, path)):
         try:
-            found.append((path, read(path, **asked)))
+            intact.append((path, read(path, **asked)))
         except UserError as error:
             say(f"note: {error}")
-            continue
-        if path == latest:
+        if intact and path == latest:
             break
-    return max(found, key=lambda one: one[1]["step"], default=(None, None))
+    return max(intact, key=lambda one: one[1]["step"], default=(None, None))

@@ -159,7 +159,6 @@ def open_checkpoint(args):
     names = ("model", "video", "use_rope", "ebm", "temporal_patch_size", "num_classes")
     checks = {name: getattr(args, name) for name in names}
     model, config, step = checkpoint.load_model(args.ckpt, use_ema=not args.no_ema, **checks)
-    checkpoint.say_if_old(args.ckpt, step)
     data, training = config["data"], config["training"]
     trained, forcing = training["num_frames"], training.get("forcing", 0.0)  # published models: none
     if trained <= model.config.temporal_patch_size:

@@ -1,15 +1,14 @@
 """The network: a DiT (arXiv 2212.09748) with 3D patches, without conditioning on the noise level.
 
-Fixed sinusoidal positions are added once, after the patch embedding. With `use_rope` a 3D rotary embedding of queries
-and keys replaces them (rope.py); beside it, `position_table` keeps those of height and width. With `ebm` the field is
-minus the gradient of a scalar energy that the same network defines (EqM-E). Parameter names are those of the published
-image models.
+Positions are a fixed sinusoidal table or, with `use_rope`, a rotary embedding of queries and keys (rope.py). With `ebm`
+the field is minus the gradient of a scalar energy (EqM-E). Parameter names are those of the published image models.
 """
 
 import math
 import warnings
+from collections import OrderedDict
 from contextlib import nullcontext
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, fields, replace
 from functools import partial
 
 import torch
@@ -25,7 +24,7 @@ EBMS = ("none", "dot", "l2")
 POSITION_TABLES = ("none", "space")
 PLAIN_TOKENS = 512  # see attend
 TIME_FEATURES = 256  # sinusoidal features of the time scale, see TimeScaleEmbedder
-LARGEST, MOST_WEIGHTS = 2**20, 2**36  # of a count; a hundred times EqM-XL. More is a typing error
+LARGEST = 2**20  # of a count; more is a typing error
 
 
 @dataclass(frozen=True)
@@ -51,43 +50,32 @@ class EqMConfig:
     class_dropout_prob: float = 0.1  # probability that training replaces a label by the null label, num_classes
 
     def __post_init__(self):
-        counts = ("input_size", "patch_size", "temporal_patch_size", "in_channels", "hidden_size", "depth", "num_heads")
-        for name in (*counts, "num_classes", "num_frames"):
+        for name in (field.name for field in fields(self) if field.type is int):
             if not 1 <= getattr(self, name) <= LARGEST:
-                raise ValueError(f"{name} must be from 1 to {LARGEST}, found {getattr(self, name)}")
-        if not 0 < self.rope_theta <= 1e12:
-            raise ValueError(f"rope_theta must be in (0, 1e12], found {self.rope_theta}")
-        if not 0 <= self.class_dropout_prob <= 1:
-            raise ValueError(f"class_dropout_prob must be in [0, 1], found {self.class_dropout_prob}")
+                raise ValueError(f"{name} must be from 1 to {LARGEST}, got {getattr(self, name)}")
         if self.input_size % self.patch_size:
             raise ValueError(f"input_size {self.input_size} is not a multiple of patch_size {self.patch_size}")
         if self.hidden_size % (2 * self.num_heads):
-            raise ValueError(f"hidden_size must be a multiple of 2 x {self.num_heads} heads, found {self.hidden_size}")
-        if self.use_rope:
-            check_speed(self.rope_speed, split_head(self.head_dim, self.rope_split))
-        else:
-            self.check_num_frames(self.num_frames)
+            raise ValueError(f"hidden_size must be a multiple of 2 x {self.num_heads} heads, got {self.hidden_size}")
         for name, choices in (("position_table", POSITION_TABLES), ("ebm", EBMS)):
             if (value := getattr(self, name)) not in choices:
-                raise ValueError(f"{name} must be one of {', '.join(choices)}, found {value!r}")
-        for name, off in (("rope_split", ""), ("rope_speed", 0.0), ("position_table", "none")):
-            if not self.use_rope and getattr(self, name) != off:
-                raise ValueError(f"{name} {getattr(self, name)} needs use_rope: without it positions are fixed")
-        rows = 18 * self.depth * self.hidden_size + self.num_classes + 2 * self.values_per_token + self.num_positions
-        if rows * self.hidden_size > MOST_WEIGHTS:
-            raise ValueError(f"depth and hidden_size need more than {MOST_WEIGHTS} weights")
+                raise ValueError(f"{name} must be one of {', '.join(choices)}, got {value!r}")
+        if self.use_rope:
+            check_speed(self.rope_speed, split_head(self.head_dim, self.rope_split))
+            return
+        self.check_num_frames(self.num_frames)
+        for name in ("rope_theta", "rope_split", "rope_speed", "position_table"):
+            if (value := getattr(self, name)) not in ("", 0, "none"):
+                raise ValueError(f"{name} {value} needs use_rope: without it positions are fixed")
 
     @property
     def head_dim(self):
         return self.hidden_size // self.num_heads
 
     @property
-    def num_positions(self):
-        """The number of rows of the position table; 0 without one."""
-        time, height, width = self.grid(self.num_frames)
-        if self.use_rope:
-            return height * width if self.position_table == "space" else 0
-        return time * height * width
+    def has_table(self):
+        """Whether a position table is added to the tokens."""
+        return not self.use_rope or self.position_table == "space"
 
     @property
     def positions(self):
@@ -104,9 +92,9 @@ class EqMConfig:
     def check_num_frames(self, num_frames):
         """Raise ValueError unless a clip of that many frames fits the temporal patch and the fixed positions."""
         if num_frames < self.temporal_patch_size:
-            raise ValueError(f"a temporal patch needs at least {self.temporal_patch_size} frames, found {num_frames}")
+            raise ValueError(f"a temporal patch needs at least {self.temporal_patch_size} frames, got {num_frames}")
         if not self.use_rope and num_frames != self.num_frames:
-            raise ValueError(f"fixed positions are tied to {self.num_frames} frames, found {num_frames}")
+            raise ValueError(f"fixed positions are tied to {self.num_frames} frames, got {num_frames}")
 
     def grid(self, num_frames):
         """The number of patches in (time, height, width) of a clip; the last temporal patch may be padded."""
@@ -124,11 +112,9 @@ class EqMConfig:
     def training_flops(self, num_frames, grad_checkpoint=False):
         """FLOPs of one training step per clip; a backward pass counts as two forward passes.
 
-        With an energy, the forward pass of the loss is a forward pass of the network and its gradient in the input,
-        together two forward passes.
+        With an energy, the forward pass is the network and its gradient in the input: two forward passes.
         """
-        passes = 3 + grad_checkpoint if self.ebm == "none" else 2 * 3
-        return passes * self.flops(num_frames)
+        return (3 + grad_checkpoint if self.ebm == "none" else 6) * self.flops(num_frames)
 
 
 @dataclass(frozen=True)
@@ -185,32 +171,16 @@ class TimeScaleEmbedder(nn.Module):
     time_scale (B,) in seconds per frame -> (B, D). s is 0 at 25 frames per second and for images, as in published EqM.
     """
 
-    def __init__(self, hidden_size):
+    def __init__(self, D):
         super().__init__()
-        self.mlp = nn.Sequential(
-            nn.Linear(TIME_FEATURES, hidden_size),
-            nn.SiLU(),
-            nn.Linear(hidden_size, hidden_size),
-        )
+        self.mlp = nn.Sequential(nn.Linear(TIME_FEATURES, D), nn.SiLU(), nn.Linear(D, D))
 
     def forward(self, time_scale):
         s = torch.log2(REFERENCE_FPS * time_scale.float())  # (B,)
-        num_frequencies = TIME_FEATURES // 2
-        exponents = torch.arange(num_frequencies, device=s.device, dtype=torch.float32) / num_frequencies
+        exponents = torch.arange(TIME_FEATURES // 2, device=s.device).float() / (TIME_FEATURES // 2)
         angles = s[:, None] * 10_000.0**-exponents
         features = torch.cat([angles.cos(), angles.sin()], dim=-1)  # (B, TIME_FEATURES)
         return self.mlp(features.to(self.mlp[0].weight.dtype))
-
-
-class LabelEmbedder(nn.Module):
-    """An embedding per class, and a last one for no class."""
-
-    def __init__(self, num_classes, hidden_size):
-        super().__init__()
-        self.embedding_table = nn.Embedding(num_classes + 1, hidden_size)
-
-    def forward(self, labels):
-        return self.embedding_table(labels)
 
 
 class HeadNorm(nn.RMSNorm):
@@ -221,12 +191,11 @@ class HeadNorm(nn.RMSNorm):
 
 
 def attend(q, k, v):
-    """Scaled dot-product attention, (B, h, N, d) each. Not by torch's bf16 kernel on a CPU that takes gradients.
+    """Scaled dot-product attention of (B, h, N, d) each. Training on a CPU avoids torch's slow bf16 kernel.
 
-    The backward pass of that is slow. Few tokens take plain products with a softmax in float32, of which memory holds
-    N^2 weights; many take the kernel of float32. For 4 heads of 32 channels the kernel of bf16, that of float32 and
-    plain products take 10, 8 and 5 ms for 4 clips of 256 tokens, 7, 3 and 2 ms for 16 of 64 (forward and backward, one
-    thread of an AMD EPYC, torch 2.13).
+    Few tokens take plain products with a softmax in float32, which holds N^2 weights; more take the float32 kernel. For
+    4 heads of 32 channels the bf16 kernel, the float32 kernel and plain products take 10, 8 and 5 ms for 4 clips of 256
+    tokens, 7, 3 and 2 ms for 16 of 64 (forward and backward, one thread of an AMD EPYC, torch 2.13).
     """
     if q.device.type != "cpu" or not torch.is_grad_enabled():
         return F.scaled_dot_product_attention(q, k, v)
@@ -241,11 +210,10 @@ def attend(q, k, v):
 class Attention(nn.Module):
     def __init__(self, config):
         super().__init__()
-        self.num_heads = config.num_heads
-        self.qkv = nn.Linear(config.hidden_size, 3 * config.hidden_size)
-        self.proj = nn.Linear(config.hidden_size, config.hidden_size)
-        self.q_norm = HeadNorm(config.head_dim, eps=1e-6) if config.qk_norm else nn.Identity()
-        self.k_norm = HeadNorm(config.head_dim, eps=1e-6) if config.qk_norm else nn.Identity()
+        D, self.num_heads = config.hidden_size, config.num_heads
+        self.qkv, self.proj = nn.Linear(D, 3 * D), nn.Linear(D, D)
+        norm = partial(HeadNorm, config.head_dim, eps=1e-6) if config.qk_norm else nn.Identity
+        self.q_norm, self.k_norm = norm(), norm()
 
     def forward(self, x, rotary=None):
         q, k, v = rearrange(self.qkv(x), "b n (three h d) -> three b h n d", three=3, h=self.num_heads)
@@ -254,16 +222,6 @@ class Attention(nn.Module):
             q, k = apply_rotary(q, *rotary), apply_rotary(k, *rotary)
         x = attend(q, k, v)  # (B, h, N, d)
         return self.proj(rearrange(x, "b h n d -> b n (h d)"))
-
-
-class Mlp(nn.Module):
-    def __init__(self, hidden_size, ratio=4):
-        super().__init__()
-        self.fc1 = nn.Linear(hidden_size, ratio * hidden_size)
-        self.fc2 = nn.Linear(ratio * hidden_size, hidden_size)
-
-    def forward(self, x):
-        return self.fc2(F.gelu(self.fc1(x), approximate="tanh"))
 
 
 def math_attention():
@@ -298,7 +256,8 @@ class Block(nn.Module):
         self.norm1 = nn.LayerNorm(D, elementwise_affine=False, eps=1e-6)
         self.attn = Attention(config)
         self.norm2 = nn.LayerNorm(D, elementwise_affine=False, eps=1e-6)
-        self.mlp = Mlp(D)
+        layers = {"fc1": nn.Linear(D, 4 * D), "gelu": nn.GELU("tanh"), "fc2": nn.Linear(4 * D, D)}
+        self.mlp = nn.Sequential(OrderedDict(layers))
         self.adaLN_modulation = nn.Sequential(nn.SiLU(), nn.Linear(D, 6 * D))
 
     def forward(self, x, condition, rotary=None):
@@ -329,20 +288,17 @@ class EqM(nn.Module):
         self.is_compiled = False
         self.grad_checkpoint = False  # if set, only the input of each block is kept, the rest is recomputed
         if config.values_per_token > config.hidden_size:
-            warnings.warn(
-                f"a token holds {config.values_per_token} values (patch {config.temporal_patch_size} x "
-                f"{config.patch_size} x {config.patch_size} x {config.in_channels} channels), but hidden_size is only "
-                f"{config.hidden_size}, too small to predict them all; use smaller patches",
-                stacklevel=2,
-            )
+            values = f"a token holds {config.values_per_token} values and hidden_size is only {config.hidden_size}"
+            warnings.warn(f"{values}, too small to predict them all; use smaller patches", stacklevel=2)
         self.x_embedder = PatchEmbed(config)
         self.t_embedder = TimeScaleEmbedder(config.hidden_size)
-        self.y_embedder = LabelEmbedder(config.num_classes, config.hidden_size)
+        table = nn.Embedding(config.num_classes + 1, config.hidden_size)  # the last row is for no class
+        self.y_embedder = nn.ModuleDict({"embedding_table": table})
         self.blocks = nn.ModuleList(Block(config) for _ in range(config.depth))
         self.final_layer = FinalLayer(config)
         if config.use_rope:
             self.rope = RotaryEmbedding3D(config.head_dim, config.rope_theta, config.rope_split, config.rope_speed)
-        if config.num_positions:
+        if config.has_table:
             self.register_buffer("pos_embed", position_table(config), persistent=False)
         if not self.x_embedder.proj.weight.is_meta:
             self.initialize_weights()
@@ -359,12 +315,11 @@ class EqM(nn.Module):
         nn.init.zeros_(self.x_embedder.proj.bias)
         for embedder in (self.y_embedder.embedding_table, self.t_embedder.mlp[0], self.t_embedder.mlp[2]):
             nn.init.normal_(embedder.weight, std=0.02)
-        modulations = [layer.adaLN_modulation[1] for layer in (*self.blocks, self.final_layer)]
-        for layer in (*modulations, self.final_layer.linear):
-            nn.init.zeros_(layer.weight)
-            nn.init.zeros_(layer.bias)
-        if self.config.ebm == "l2":  # the square of a zero output has a zero gradient: nothing would be learned
-            nn.init.xavier_uniform_(self.final_layer.linear.weight)
+        for layer in (*self.blocks, self.final_layer):
+            nn.init.zeros_(layer.adaLN_modulation[1].weight)
+        # The square of a zero output has a zero gradient: nothing would be learned
+        init_output = nn.init.xavier_uniform_ if self.config.ebm == "l2" else nn.init.zeros_
+        init_output(self.final_layer.linear.weight)
 
     def forward(self, x, y, time_scale=None, return_features=False):
         """The field f, and with return_features also the last block's activations (B, N, D).
@@ -380,12 +335,12 @@ class EqM(nn.Module):
             training = torch.is_grad_enabled()
             with torch.enable_grad(), math_attention() if training else nullcontext():
                 x = x if x.requires_grad else x.detach().requires_grad_()
-                energy, features = self.energy_and_features(x, y, time_scale)
+                energy, features = self.energy(x, y, time_scale, return_features=True)
                 (f,) = torch.autograd.grad(-energy.sum(), x, create_graph=training)
             features = features if training else features.detach()
         return (f, features) if return_features else f
 
-    def energy(self, x, y, time_scale=None):
+    def energy(self, x, y, time_scale=None, return_features=False):
         """The energy E (B,) of the field f = -dE/dx; arguments as in `forward`.
 
         With the network's output g, "dot" is -sum(g * x) and "l2" is sum(g^2) / 2 (EqM-E of arXiv 2510.02300; the sign
@@ -393,30 +348,27 @@ class EqM(nn.Module):
         """
         if self.config.ebm == "none":
             raise ValueError("the model has no energy: it was made with ebm='none'")
-        return self.energy_and_features(x, y, time_scale)[0]
-
-    def energy_and_features(self, x, y, time_scale):
-        output, features = self.predict(x, y, time_scale)
-        output = output.to(x.dtype)  # sums over a whole clip need more than bf16
-        terms = -output * x if self.config.ebm == "dot" else output.square() / 2
-        return terms.flatten(1).sum(dim=1), features
+        g, features = self.predict(x, y, time_scale)
+        g = g.to(x.dtype)  # sums over a whole clip need more than bf16
+        terms = -g * x if self.config.ebm == "dot" else g.square() / 2
+        energy = terms.flatten(1).sum(dim=1)
+        return (energy, features) if return_features else energy
 
     def predict(self, x, y, time_scale):
         """The network's output (B, C, T, H, W) and the last block's activations (B, N, D)."""
-        T = x.shape[2]
-        self.config.check_num_frames(T)
+        config, T = self.config, x.shape[2]
+        config.check_num_frames(T)
         if time_scale is None:
             time_scale = torch.full((len(x),), 1 / REFERENCE_FPS, device=x.device)
-        grid = self.config.grid(T)
-        padding = grid[0] * self.config.temporal_patch_size - T
-        if padding:
+        grid, pt, p = config.grid(T), config.temporal_patch_size, config.patch_size
+        if padding := grid[0] * pt - T:
             x = torch.cat([x, x[:, :, -1:].expand(-1, -1, padding, -1, -1)], dim=2)
 
         # Under autocast the embedding is bf16. The residual stream is not: each of its 2 x depth sums would be rounded.
         tokens = self.x_embedder(x).to(x.dtype)  # (B, N, D)
-        condition = self.t_embedder(time_scale) + self.y_embedder(y)  # (B, D)
-        rotary = self.rope(grid, time_scale) if self.config.use_rope else None
-        if self.config.num_positions:  # those of space are the same for every temporal patch
+        condition = self.t_embedder(time_scale) + self.y_embedder.embedding_table(y)  # (B, D)
+        rotary = self.rope(grid, time_scale) if config.use_rope else None
+        if config.has_table:  # that of space is the same for every temporal patch
             tokens = (tokens.unflatten(1, (-1, self.pos_embed.shape[1])) + self.pos_embed).flatten(1, 2)
         if self.is_compiled:
             tokens = tokens.clone()  # as a view, the input of the first block would need a graph of its own
@@ -424,11 +376,13 @@ class EqM(nn.Module):
             if self.is_compiled:  # or each new size would be compiled again
                 mark_sizes(tokens, condition, rotary)
             if self.grad_checkpoint and torch.is_grad_enabled():
-                function = block if self.config.ebm == "none" else partial(with_math_attention, block)
+                function = block if config.ebm == "none" else partial(with_math_attention, block)
                 tokens = checkpoint(function, tokens, condition, rotary, use_reentrant=False)
             else:
                 tokens = block(tokens, condition, rotary)
-        return self.unpatchify(self.final_layer(tokens, condition), grid)[:, :, :T], tokens
+        f, (t, h, w) = self.final_layer(tokens, condition), grid
+        f = rearrange(f, "b (t h w) (pt p q c) -> b c (t pt) (h p) (w q)", t=t, h=h, w=w, pt=pt, p=p, q=p)
+        return f[:, :, :T], tokens
 
     def compile_blocks(self):
         """Compile the blocks with torch.compile; one graph serves all blocks, batch sizes and numbers of tokens."""
@@ -437,35 +391,23 @@ class EqM(nn.Module):
         for block in self.blocks:
             block.compile()
 
-    def unpatchify(self, tokens, grid):
-        """(B, N, values_per_token) -> (B, C, T, H, W)."""
-        t, h, w = grid
-        pt, p = self.config.temporal_patch_size, self.config.patch_size
-        return rearrange(tokens, "b (t h w) (pt p q c) -> b c (t pt) (h p) (w q)", t=t, h=h, w=w, pt=pt, p=p, q=p)
-
 
 def position_table(config):
     """The fixed positions, (1, N, D) float32: of the training grid, or with use_rope of a single temporal patch.
 
-    Videos: 2 * floor(D / 6) channels for each of time, height and width, the rest zero. Images, and beside rotary
-    positions videos too: the 2D table of MAE and of the published models, in which the width coordinate has the first
-    half of the channels.
+    Videos: 2 * floor(D / 6) channels for each of time, height and width, sines first; the rest are zero. Images, and
+    beside rotary positions videos too: the 2D table of MAE and of the published models, in which the width coordinate
+    has the first half of the channels.
     """
-    (time, height, width), D = config.grid(config.num_frames), config.hidden_size
-    if config.use_rope or config.num_frames == config.temporal_patch_size == 1:
-        sizes, axes, channels = (height, width), (1, 0), D // 2
-    else:
-        sizes, axes, channels = (time, height, width), (0, 1, 2), 2 * (D // 6)
-    indices = torch.meshgrid(*(torch.arange(n, dtype=torch.float64) for n in sizes), indexing="ij")
-    table = torch.cat([sinusoid(indices[axis].flatten(), channels) for axis in axes], dim=1)
+    (time, *space), D = config.grid(config.num_frames), config.hidden_size
+    is_flat = config.use_rope or config.num_frames == config.temporal_patch_size == 1
+    sizes, channels = (space, D // 2) if is_flat else ((time, *space), 2 * (D // 6))
+    places = torch.cartesian_prod(*(torch.arange(n, dtype=torch.float64) for n in sizes))  # (N, axes)
+    places = places.flip(1) if is_flat else places
+    frequencies = 10_000.0 ** -(torch.arange(channels // 2, dtype=torch.float64) / (channels // 2))
+    angles = places[:, :, None] * frequencies
+    table = torch.cat([angles.sin(), angles.cos()], dim=2).flatten(1)
     return F.pad(table, (0, D - table.shape[1])).float()[None]
-
-
-def sinusoid(positions, channels, theta=10_000.0):
-    """Sinusoidal embedding, sines first: (N,) -> (N, channels)."""
-    frequencies = theta ** -(torch.arange(channels // 2, dtype=torch.float64) / (channels // 2))
-    angles = positions[:, None] * frequencies
-    return torch.cat([angles.sin(), angles.cos()], dim=1)
 
 
 SIZES = {  # depth, hidden_size, num_heads
@@ -475,24 +417,22 @@ SIZES = {  # depth, hidden_size, num_heads
     "L": (24, 1024, 16),
     "XL": (28, 1152, 16),
 }
+SHAPE = ("depth", "hidden_size", "num_heads", "patch_size")  # the fields of EqMConfig that --model decides
+
+
+def model_shape(name):
+    """{field: value} of the SHAPE fields of a model named such as "EqM-S/4" (size S, patch_size 4); empty for None."""
+    if name is None:
+        return {}
+    size, patch_size = name.removeprefix("EqM-").split("/")
+    return dict(zip(SHAPE, (*SIZES[size], int(patch_size)), strict=True))
 
 
 def model_config(name, **overrides):
-    """The EqMConfig of a name such as "EqM-S/4": size S, patch_size 4 and, unless overridden, temporal_patch_size 4."""
-    size, patch_size = name.removeprefix("EqM-").split("/")
-    depth, hidden_size, num_heads = SIZES[size]
-    settings = {
-        "input_size": 32,
-        "patch_size": int(patch_size),
-        "temporal_patch_size": int(patch_size),
-        "in_channels": 4,
-        "hidden_size": hidden_size,
-        "depth": depth,
-        "num_heads": num_heads,
-        "num_classes": 1000,
-    } | overrides
-    settings.setdefault("num_frames", settings["temporal_patch_size"])
-    return EqMConfig(**settings)
+    """The EqMConfig of a named model; its temporal_patch_size is its patch_size unless overridden."""
+    settings = {"input_size": 32, "in_channels": 4, "num_classes": 1000} | model_shape(name)
+    settings = settings | {"temporal_patch_size": settings["patch_size"]} | overrides
+    return EqMConfig(**{"num_frames": settings["temporal_patch_size"]} | settings)
 
 
 def build_model(name, **overrides):
@@ -502,25 +442,12 @@ def build_model(name, **overrides):
 NAMES = [f"EqM-{size}/{patch_size}" for size in SIZES for patch_size in (2, 4, 8)]
 EqM_models = {name: partial(build_model, name) for name in NAMES}
 
-SHAPE = ("depth", "hidden_size", "num_heads", "patch_size")  # the fields of EqMConfig that --model decides
-
-
-def model_shape(name):
-    """{field: value} of the SHAPE fields of a named model; empty for None."""
-    config = model_config(name) if name else None
-    return {field: getattr(config, field) for field in SHAPE if config}
-
 
 def model_name(depth, hidden_size, num_heads, patch_size, **_):
     """The name of a model with these fields of EqMConfig, such as "EqM-S/4"; other fields are ignored."""
     names = {shape: name for name, shape in SIZES.items()}
     unnamed = f"(depth {depth}, width {hidden_size}, heads {num_heads})"
     return f"EqM-{names.get((depth, hidden_size, num_heads), unnamed)}/{patch_size}"
-
-
-def num_blocks(weights):
-    """The number of blocks in a state dict."""
-    return len({name.split(".")[1] for name in weights if name.startswith("blocks.")})
 
 
 def with_classes(weights, rows):

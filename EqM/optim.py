@@ -13,11 +13,10 @@ MUON_DECAY = 0.1  # weight decay; without any the weights grow as long as the le
 
 def make_optimizers(model, args):
     """[AdamW], or with --optimizer muon [AdamW, Muon]: Muon for the weight matrices of attention and MLP."""
-    matrices = []
-    if args.optimizer == "muon":
-        for block in model.blocks:
-            matrices += [block.attn.qkv.weight, block.attn.proj.weight, block.mlp.fc1.weight, block.mlp.fc2.weight]
-    by_muon = {id(weight) for weight in matrices}
+    blocks = model.blocks if args.optimizer == "muon" else []
+    layers = [layer for block in blocks for layer in (block.attn.qkv, block.attn.proj, block.mlp.fc1, block.mlp.fc2)]
+    matrices = [layer.weight for layer in layers]
+    by_muon = set(map(id, matrices))
     rest = [weight for weight in model.parameters() if id(weight) not in by_muon]
     optimizers = [torch.optim.AdamW(rest, lr=args.lr, weight_decay=args.weight_decay, fused=True)]
     if matrices:
@@ -32,16 +31,15 @@ def make_optimizers(model, args):
 class Muon(torch.optim.Optimizer):
     """Descends along momenta that were made orthogonal (Jordan et al., kellerjordan.github.io/posts/muon, 2024).
 
-    That takes many matrix products. The ranks share the matrices out and send each other the results. Weights and
-    momenta are on all of them, or sharded. lr and weight_decay are those of torch.optim.Muon.
+    Each matrix is assigned to a rank, which sends its result to the others. Weights and momenta are on all ranks, or
+    sharded. lr and weight_decay are those of torch.optim.Muon.
     """
 
     momentum = 0.95  # Nesterov's
 
     def __init__(self, matrices, lr, weight_decay):
         super().__init__(matrices, {"lr": lr, "weight_decay": weight_decay})
-        self.ranks = distributed.world_size() if distributed.is_started() else 1
-        self.batches = share_out([weight.shape for weight in matrices], self.ranks)
+        self.batches = assign([weight.shape for weight in matrices], distributed.world_size())
 
     @torch.no_grad()
     def step(self):
@@ -56,19 +54,19 @@ class Muon(torch.optim.Optimizer):
         exchange = self.scattered if is_sharded(weights[0]) else self.broadcast
         for index, direction in exchange(lambda index: gradients[index].lerp(momenta[index], self.momentum), weights):
             rows, columns = weights[index].shape
-            step_size = lr * math.sqrt(max(1, rows / columns))
-            weights[index].mul_(1 - lr * group["weight_decay"]).add_(direction, alpha=-step_size)
+            scale = math.sqrt(max(1, rows / columns))
+            weights[index].mul_(1 - lr * group["weight_decay"]).add_(direction, alpha=-lr * scale)
 
     def broadcast(self, step_of, weights):
         """(index, step_of(index) made orthogonal) of each matrix."""
         results, transfers = [], []
         for owner, indices in self.batches:
-            if self.ranks == 1 or owner == distributed.rank():
+            if owner == distributed.rank():
                 results.append(orthogonalize(torch.stack([step_of(index) for index in indices])))
             else:
                 shape = len(indices), *weights[indices[0]].shape
                 results.append(torch.empty(shape, dtype=torch.bfloat16, device=weights[0].device))
-            if self.ranks > 1:  # as bytes: not every backend has bfloat16
+            if distributed.world_size() > 1:  # as bytes: not every backend has bfloat16
                 transfers.append(dist.broadcast(results[-1].view(torch.uint8), owner, async_op=True))
         for transfer in transfers:
             transfer.wait()
@@ -76,7 +74,7 @@ class Muon(torch.optim.Optimizer):
             yield from zip(indices, directions, strict=True)
 
     def scattered(self, step_of, weights):
-        """The same, sharded: the ranks gather a matrix at a time, and nobody but its owner keeps it whole."""
+        """The same, sharded: the ranks gather a matrix at a time, and only its owner keeps the full tensor."""
         gathered, own = [], {}
         for owner, indices in self.batches:
             steps = [step.bfloat16() for step in map(whole, map(step_of, indices)) if owner == distributed.rank()]
@@ -88,10 +86,10 @@ class Muon(torch.optim.Optimizer):
                 yield index, scatter(own.pop(index, None), weights[index], owner)
 
 
-def share_out(shapes, ranks):
-    """[(rank, indices of the matrices of one shape that it orthogonalises)].
+def assign(shapes, ranks):
+    """[(rank, indices of the matrices of one shape that it orthogonalizes)].
 
-    The largest matrix comes first, and each goes to the rank that has least to do so far.
+    The largest matrix comes first, and each goes to the rank with the least work so far.
     """
     work, batches = [0] * ranks, {}
     costs = [min(shape) ** 2 * (2 * max(shape) + min(shape)) for shape in shapes]
@@ -105,8 +103,8 @@ def share_out(shapes, ranks):
 def orthogonalize(x, steps=5, a=3.4445, b=-4.7750, c=2.0315):
     """U V^T for each matrix U S V^T of x (k, rows, columns), nearly: a bfloat16 tensor of that shape.
 
-    Newton-Schulz steps (Jordan et al.) in bfloat16 take each singular value s to a s + b s^3 + c s^5. In the end
-    they are between 0.7 and 1.2, but for those that were close to zero.
+    Newton-Schulz steps (Jordan et al.) take each singular value s to a s + b s^3 + c s^5. In the end they are between
+    0.7 and 1.2, but for those that were close to zero.
     """
     x, is_tall = x.bfloat16(), x.shape[1] > x.shape[2]
     norms = torch.linalg.vector_norm(x, dim=(1, 2), keepdim=True, dtype=torch.float32)
@@ -123,7 +121,7 @@ def orthogonalize(x, steps=5, a=3.4445, b=-4.7750, c=2.0315):
 
 
 def lr_multiplier(args, step, last_step):
-    """The factor on the learning rate at a step of a training that ends at last_step; both are global.
+    """The factor on the learning rate at a global step of a training that ends at last_step.
 
     It rises over the first steps (--warmup-steps) and falls linearly to zero over the last share of all (--lr-decay).
     """
@@ -135,8 +133,7 @@ def lr_multiplier(args, step, last_step):
 
 def set_learning_rates(optimizers, args, multiplier):
     for optimizer, lr in zip(optimizers, (args.lr, args.muon_lr), strict=False):
-        for group in optimizer.param_groups:
-            group["lr"] = lr * multiplier
+        optimizer.param_groups[0]["lr"] = lr * multiplier
 
 
 def learning_rates(optimizers):

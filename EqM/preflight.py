@@ -183,7 +183,7 @@ def make_config(args, vae, start):
             config = model_config(model, **settings)
         else:
             model = start.path
-            checkpoint.check_kind(start.flag, start.state, args.video)
+            checkpoint.check_kind(start.flag, start.state, video=args.video)
             saved = checkpoint.config_of(start.flag, start.state)
             if args.new_classes and not start.resumes:
                 settings.pop("num_classes", None)

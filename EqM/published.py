@@ -15,13 +15,12 @@ import safetensors.torch
 import torch
 from safetensors import SafetensorError
 
-from models import SHAPE, EqMConfig, model_name, num_blocks, position_table
+from models import SHAPE, EqMConfig, model_name, position_table
 from runtime.cli import UserError
 from runtime.untrusted import read_json
 
 EXPORT = ("model.safetensors", "config.json")
 CARD = "README.md"
-EXPORT_KEYS = {"version", "step", "model", "data", "training"}  # of config.json
 DTYPES = {"fp32": torch.float32, "fp16": torch.float16}
 LOCAL_FLAGS = {"data_path", "results_dir", "ckpt"}  # mean nothing on another machine
 
@@ -34,11 +33,11 @@ def write_export(folder, state, dtype="fp32", card=None):
 
     card is a text for its README.md. Raises OSError.
     """
-    folder, parts = Path(os.path.abspath(folder)), dict(state["config"])
+    folder, config = Path(os.path.abspath(folder)), state["config"]
     temporary = folder.with_name(f".{folder.name}.tmp")
     shutil.rmtree(temporary, ignore_errors=True)  # left by a crash
-    parts["training"] = {name: value for name, value in parts["training"].items() if name not in LOCAL_FLAGS}
-    about = {"version": state["version"], "step": state["step"], "dtype": dtype, **parts}
+    training = {name: value for name, value in config["training"].items() if name not in LOCAL_FLAGS}
+    about = {"version": state["version"], "step": state["step"], "dtype": dtype, **config, "training": training}
     weights = {name: value.to(DTYPES[dtype]).contiguous() for name, value in state["ema"].items()}
     temporary.mkdir(parents=True)
     try:
@@ -53,19 +52,19 @@ def write_export(folder, state, dtype="fp32", card=None):
 
 
 def read_export(folder):
-    """(config.json of an exported folder as a dict, its weights in float32). Raises UserError."""
+    """(config, float32 weights, the same again, step, format version) of an exported folder. Raises UserError."""
     flag, (weights, about) = f"--ckpt {folder}", (Path(folder, name) for name in EXPORT)
     if missing := [path.name for path in (weights, about) if not path.is_file()]:
         files = [*Path(folder).glob("checkpoints/best.pt"), *Path(folder).glob("*/checkpoints/best.pt")]
         best = max(files, key=os.path.getmtime, default=None)
-        wanted = f"a checkpoint file such as {best}" if best else "a checkpoint file or what scripts/export.py wrote"
-        raise UserError(f"{flag}: a folder without {missing[0]}; wanted {wanted}")
+        expected = f"a checkpoint file such as {best}" if best else "a checkpoint file or what scripts/export.py wrote"
+        raise UserError(f"{flag}: a folder without {missing[0]}; expected {expected}")
     try:
         about = read_json(about)
-        if not isinstance(about, dict) or not about.keys() >= EXPORT_KEYS:
-            raise ValueError(f"expected {', '.join(sorted(EXPORT_KEYS))}")
-        return about, {name: value.float() for name, value in safetensors.torch.load_file(weights).items()}
-    except (OSError, ValueError, SafetensorError) as error:
+        config = {part: about[part] for part in ("model", "data", "training")}
+        weights = {name: value.float() for name, value in safetensors.torch.load_file(weights).items()}
+        return config, weights, weights, about["step"], about["version"]
+    except (OSError, ValueError, TypeError, KeyError, SafetensorError) as error:
         raise UserError(f"{flag}: damaged ({str(error)[:200]}); copy or export it again") from error
 
 
@@ -77,19 +76,17 @@ def published_parts(state):
     """(weights, EMA weights, args as a dict) of a published file; None if it is something else."""
 
     def is_network(part):
-        dims = {"x_embedder.proj.weight": 4, "y_embedder.embedding_table.weight": 2}
-        if not isinstance(part, dict) or not all(map(torch.is_tensor, part.values())):
-            return False
-        return all(name in part and part[name].dim() == dim for name, dim in dims.items())
+        names = "x_embedder.proj.weight", "y_embedder.embedding_table.weight"
+        return isinstance(part, dict) and all(torch.is_tensor(part.get(name)) for name in names)
 
     if is_network(state):
         return state, state, {}
     if not isinstance(state, dict) or {"version", "config"} & state.keys():
         return None
-    found = [state[name] for name in ("model", "ema") if is_network(state.get(name))]
-    args = state.get("args")
+    networks = [state[name] for name in ("model", "ema") if is_network(state.get(name))]
+    args = state.get("args") or {}
     args = vars(args) if isinstance(args, argparse.Namespace) else args
-    return (found[0], found[-1], args if isinstance(args, dict) else {}) if found else None
+    return (networks[0], networks[-1], args) if networks else None
 
 
 def load_published(path, model, ema, args, asked):
@@ -109,37 +106,30 @@ def load_published(path, model, ema, args, asked):
         "image_size": None,  # follows from the VAE and input_size
         "fps": 25.0,
         "frame_interval": [1],
-        "time_scale": 1 / 25,
-        "longest_time_scale": 1 / 25,
+        **dict.fromkeys(("time_scale", "longest_time_scale"), 1 / 25),
         "classes": [str(label) for label in range(config.num_classes)],
     }
     training = {"model": model_name(**asdict(config)), "num_frames": 1, "video": False}
-    parts = {"model": asdict(config), "data": data, "training": training, "typed": []}
-    return parts, weights, ema_weights, 0
+    return {"model": asdict(config), "data": data, "training": training}, weights, ema_weights, 0
 
 
 def published_config(state, asked, ebm=None):
-    """The EqMConfig of published weights. asked holds what they can't tell, and SHAPE, which they must match.
-
-    Raises ValueError that names the first mismatch.
-    """
-    if "pos_embed" not in state or state["pos_embed"].dim() != 3:
+    """The EqMConfig of published weights; asked holds SHAPE, of which they can't tell num_heads. Raises ValueError."""
+    if "pos_embed" not in state:
         raise ValueError("not a published image model: it has no pos_embed")
     width, channels, patch_size, _ = state["x_embedder.proj.weight"].shape
-    depth = num_blocks(state)
-    for name, found in (("depth", depth), ("hidden_size", width), ("patch_size", patch_size)):
-        if found != asked[name]:
-            words = name.replace("_", " ")
-            other = model_name(**asked)
-            raise ValueError(f"has {words} {found}, {other} has {words} {asked[name]}: give another --model")
+    depth = len({name.split(".")[1] for name in state if name.startswith("blocks.")})
+    shape = dict(zip(SHAPE, (depth, width, asked["num_heads"], patch_size), strict=True))
+    if (got := model_name(**shape)) != (expected := model_name(**asked)):
+        raise ValueError(f"holds {got}, not {expected}: give another --model")
     if ebm is not None and ebm != asked.get("ebm", ebm):
-        raise ValueError(f"was trained with --ebm {ebm}, found --ebm {asked['ebm']}: leave the flag out")
+        raise ValueError(f"was trained with --ebm {ebm}, got --ebm {asked['ebm']}: remove the flag")
     return EqMConfig(
         input_size=math.isqrt(state["pos_embed"].shape[1]) * patch_size,
         temporal_patch_size=1,
         in_channels=channels,
         num_classes=len(state["y_embedder.embedding_table.weight"]) - 1,
-        **{name: asked[name] for name in SHAPE},
+        **shape,
         ebm=ebm or asked.get("ebm", "none"),
     )
 
@@ -149,15 +139,10 @@ def convert_published(state, config):
 
     Their pos_embed must be our table, which we do not save. Their output has a second half, sigma, which is unused.
     """
-    state = dict(state)
-    if "pos_embed" not in state:
-        raise ValueError("not a published image model: it has no pos_embed")
-    found = state.pop("pos_embed")
-    fits = found.shape == (1, math.prod(config.grid(1)), config.hidden_size)
-    if fits:
-        rounded = position_table(config).to(found.dtype).float()  # as theirs, if their file is in half precision
-        fits = torch.allclose(found.float(), rounded, atol=1e-5)
-    if not fits:
+    state, table = dict(state), position_table(config)
+    theirs = state.pop("pos_embed")
+    rounded = table.to(theirs.dtype).float()  # as theirs, if their file is in half precision
+    if theirs.shape != table.shape or not torch.allclose(theirs.float(), rounded, atol=1e-5):
         raise ValueError(
             f"its pos_embed is not our table for {config.input_size} x {config.input_size} in patches of "
             f"{config.patch_size}: it was trained with other positions and can't be used"

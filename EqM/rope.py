@@ -4,9 +4,9 @@ RoFormer (arXiv 2104.09864, section 3.4.2) rotates pairs of channels of q and k 
 so attention scores depend on relative positions only. Here a position has three coordinates, and each rotates its own
 channels. No grid size is fixed: the same weights work for any number of frames.
 
-With one coordinate to a channel, a score is a sum over the coordinates of what their distances give: it can't favour
-tokens whose distance in space grows with their distance in time, as that of a moving thing does. A `speed` allows it:
-of three pairs of height or width, the positions of one then move forwards with time, those of another backwards.
+A score is then a sum of what the distances in time, height and width give: it can't favor tokens whose distance in
+space grows with their distance in time, as that of a moving thing does. A `speed` allows it: of three pairs of height
+or width, the positions of one move forwards with time, those of another backwards.
 """
 
 import re
@@ -33,11 +33,9 @@ class RotaryEmbedding3D(nn.Module):
         Raises ValueError as `split_head` and `check_speed` do.
         """
         super().__init__()
+        self.head_dim, self.theta, self.speed = head_dim, theta, speed
         self.split = split_head(head_dim, split)
         check_speed(speed, self.split)
-        self.head_dim = head_dim
-        self.theta = theta
-        self.speed = speed
         # Divides the positions in time: position interpolation (arXiv 2306.15595), which squeezes longer clips into the
         # trained span. What moves with time slows down with it. Set for sampling only.
         self.stretch = 1.0
@@ -55,29 +53,24 @@ class RotaryEmbedding3D(nn.Module):
         time, height, width = (torch.arange(n, device=device, dtype=torch.float32) for n in grid)
         time = time * (REFERENCE_FPS / self.stretch * time_scale.float())[:, None]  # (B, T)
         time = time[:, :, None, None, None]  # (B, T, 1, 1, 1), beside height (H, 1, 1) and width (W, 1)
-        angles = [time * self.frequencies(0, device)]  # (B, T, 1, 1, n/2)
+        angles = [time * self.pairs(0, device)[0]]  # (B, T, 1, 1, n/2)
         for axis, index in ((1, height[:, None, None]), (2, width[:, None])):
-            moved = index + self.speeds(axis, device) * time if self.speed else index
-            angles.append(moved * self.frequencies(axis, device))  # broadcasts to (B, T, H, W, n/2)
+            frequencies, speeds = self.pairs(axis, device)
+            moved = index + speeds * time if self.speed else index
+            angles.append(moved * frequencies)  # broadcasts to (B, T, H, W, n/2)
         angles.append(torch.zeros(self.head_dim // 2 - sum(self.split) // 2, device=device))
         angles = torch.cat([part.expand(B, T, H, W, -1) for part in angles], dim=-1)
         angles = angles.flatten(1, 3)[:, None]  # (B, 1, N, d/2)
         return angles.cos(), angles.sin()
 
-    def frequencies(self, axis, device):
-        """The frequencies of the pairs of channels of an axis, (n/2,)."""
-        pairs = self.split[axis] // 2
-        index = torch.arange(pairs, device=device)
-        if axis and self.speed:
-            threes = pairs // 3
-            index = torch.where(index < 3 * threes, index // 3, index - 2 * threes)
-        return self.theta ** -(index.float() / pairs)
-
-    def speeds(self, axis, device):
-        """The speeds of the positions of the pairs of channels of height or width, (n/2,)."""
-        index = torch.arange(self.split[axis] // 2, device=device)
-        moves = index < len(index) // 3 * 3
-        return self.speed * moves * ((index % 3 == 1).float() - (index % 3 == 2).float())
+    def pairs(self, axis, device):
+        """The frequencies and the speeds of the pairs of channels of an axis, (n/2,) each; time stands still."""
+        count = self.split[axis] // 2
+        index = torch.arange(count, device=device)
+        moving = count // 3 * 3 if axis and self.speed else 0
+        exponents = torch.where(index < moving, index // 3, index - moving * 2 // 3)
+        speeds = self.speed * (index < moving) * ((index % 3 == 1).float() - (index % 3 == 2).float())
+        return self.theta ** -(exponents.float() / count), speeds
 
 
 def split_head(head_dim, split=""):
@@ -87,12 +80,12 @@ def split_head(head_dim, split=""):
     even numbers above 0 whose sum is at most head_dim.
     """
     if head_dim < 6 or head_dim % 2:
-        raise ValueError(f"use_rope needs an even head_dim of at least 6, found {head_dim}")
+        raise ValueError(f"use_rope needs an even head_dim of at least 6, got {head_dim}")
     if not split:
         return (2 * (head_dim // 6),) * 3
     channels = tuple(int(word) for word in split.split(",") if re.fullmatch("[0-9]{1,6}", word))
     if len(channels) != 3 or split.count(",") != 2 or not all(channels) or any(n % 2 for n in channels):
-        raise ValueError(f"rope_split must be three even numbers above 0, such as 16,8,8, found {split!r}")
+        raise ValueError(f"rope_split must be three even numbers above 0, such as 16,8,8, got {split!r}")
     if sum(channels) > head_dim:
         raise ValueError(f"rope_split {split} has {sum(channels)} channels, but head_dim is {head_dim}")
     return channels
@@ -101,10 +94,10 @@ def split_head(head_dim, split=""):
 def check_speed(speed, channels):
     """Raise ValueError unless positions with these numbers of channels, as of `split_head`, can have that speed."""
     if not 0 <= speed <= 1000:
-        raise ValueError(f"rope_speed must be in [0, 1000], found {speed}")
+        raise ValueError(f"rope_speed must be in [0, 1000], got {speed}")
     if speed and min(channels[1:]) < 6:
-        found = " and ".join(map(str, channels[1:]))
-        raise ValueError(f"rope_speed {speed} needs 6 channels of a head for height and for width, found {found}")
+        got = " and ".join(map(str, channels[1:]))
+        raise ValueError(f"rope_speed {speed} needs 6 channels of a head for height and for width, got {got}")
 
 
 def apply_rotary(x, cos, sin):

@@ -1,8 +1,8 @@
 """Models larger than a GPU (--shard): weights, gradients, optimizer states and EMA are spread over the ranks by FSDP2.
 
-Each rank holds a share of the rows of every tensor, as a DTensor. Blocks are made whole one at a time, for as long as
-they compute, so all ranks have to make the same forward passes in the same order. What this takes of torch is imported
-where it is used: that takes as long as a third of torch itself.
+Each rank holds a share of the rows of every tensor, as a DTensor. Blocks are gathered one at a time while they compute,
+so all ranks have to make the same forward passes in the same order. torch's parts for this are imported where they are
+used: that takes as long as a third of torch itself.
 """
 
 import warnings
@@ -25,7 +25,7 @@ def make_networks(config, device, shard):
 
     warnings.filterwarnings("ignore", "FSDP2-wrapped module .* returned a view")  # nothing is done to it in place
     mesh = init_device_mesh(device.type, (world_size(),))
-    with WholeDraws():  # also of the numbers that layers draw when they are made, which are not used
+    with FullDraws():  # also of the numbers that layers draw when they are made, which are not used
         model = empty_network(config, mesh, device)
         model.initialize_weights()
     ema = empty_network(config, mesh, device).eval().requires_grad_(False)
@@ -47,59 +47,55 @@ def empty_network(config, mesh, device):
     for part in (*(network.blocks if config.ebm == "none" else ()), network):
         fully_shard(part, mesh=mesh, reshard_after_forward=True, mp_policy=policy)
     network.to_empty(device=device)
-    if config.num_positions:
+    if config.has_table:
         network.pos_embed = position_table(config).to(device)
     return network
 
 
-class WholeDraws(TorchDispatchMode):
-    """Random numbers are drawn for a whole tensor on the CPU, one tensor at a time; a DTensor keeps its rows of them.
+class FullDraws(TorchDispatchMode):
+    """Random numbers are drawn for a full tensor on the CPU, one tensor at a time; a DTensor keeps its rows of them.
 
     So each weight gets the value that it has in a model that is not sharded. On the meta device nothing is kept.
     """
 
     def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        kwargs = kwargs or {}
         if func not in (torch.ops.aten.uniform_.default, torch.ops.aten.normal_.default):
-            return func(*args, **(kwargs or {}))
+            return func(*args, **kwargs)
         target, *rest = args
-        drawn = func(torch.empty(target.shape, device="cpu"), *rest, **(kwargs or {}))
+        drawn = func(torch.empty(target.shape, device="cpu"), *rest, **kwargs)
         return target.copy_(shard_like(drawn, target)) if is_sharded(target) else target
 
 
 def is_sharded(tensor):
-    """Whether a tensor is a DTensor."""
     return hasattr(tensor, "full_tensor")
 
 
-def shard_like(whole, tensor):
-    """Of a tensor that all ranks have whole: the rows that this rank has of a DTensor; for any other tensor all."""
+def shard_like(full, tensor, source=None):
+    """This rank's rows of a full tensor, or all if `tensor` is no DTensor. Rank `source` sends it, or all have it."""
     if not is_sharded(tensor):
-        return whole
+        return full
     from torch.distributed.tensor import distribute_tensor
 
-    return distribute_tensor(whole.detach(), tensor.device_mesh, tensor.placements, src_data_rank=None)
+    return distribute_tensor(full.detach(), tensor.device_mesh, tensor.placements, src_data_rank=source)
 
 
 def whole(tensor):
-    """A DTensor with all its rows, as a usual tensor on every rank; all ranks have to ask. Any other tensor itself."""
+    """A DTensor as a full tensor on every rank; all ranks have to call it. Any other tensor itself."""
     return tensor.full_tensor() if is_sharded(tensor) else tensor
 
 
-def scatter(tensor, like, owner):
-    """A bfloat16 tensor that a rank holds whole, sharded as another; the others give None."""
-    from torch.distributed.tensor import distribute_tensor
-
-    if tensor is None:
-        tensor = torch.empty(like.shape, dtype=torch.bfloat16, device=like.device)
-    as_bytes = tensor.view(torch.uint8)  # not every backend has bfloat16
-    return distribute_tensor(as_bytes, like.device_mesh, like.placements, src_data_rank=owner).view(torch.bfloat16)
+def scatter(full, like, owner):
+    """A full bfloat16 tensor of the rank `owner`, sharded as `like`; the other ranks give None."""
+    if full is None:
+        full = torch.empty(like.shape, dtype=torch.bfloat16, device=like.device)
+    return shard_like(full.view(torch.uint8), like, owner).view(torch.bfloat16)  # not every backend has bfloat16
 
 
 def of_first_rank(network, inputs, output):
     """A forward hook: the output of rank 0, on all ranks.
 
-    A sample stops by itself where its field is small. If ranks rounded differently and disagreed on that, some would
-    wait forever for the others' next forward pass.
+    A sample stops when its field is small. If ranks rounded differently and disagreed on that, some would wait forever.
     """
     output = output.contiguous()
     dist.broadcast(output.view(torch.uint8), 0)  # as bytes: not every backend has bfloat16

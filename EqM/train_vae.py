@@ -4,7 +4,7 @@
         --widths 8 32 128 --global-batch-size 16 --max-steps 4000 --results-dir results/EXP
 
     RUN/vae/        the EMA weights as a diffusers AutoencoderKL: cache_latents.py, train.py take it as --vae RUN/vae
-    RUN/samples/    sheets: frames of validation videos, above what comes back
+    RUN/samples/    sheets: frames of validation videos, above their reconstructions
 
 Its scale and shift give latents of the training frames mean 0 and standard deviation 1. After an interruption: the same
 command and --resume, which ends bit for bit as if there had been none.
@@ -21,20 +21,8 @@ import preflight
 from autoencoder import Autoencoder, chunks_of, export, jitter_colors, losses_of, make_autoencoder, measure
 from optim import ema_decay, lr_multiplier, update_ema
 from run import Run
-from runtime import distributed
-from runtime.cli import (
-    COUNT,
-    NATURAL,
-    NON_NEGATIVE,
-    POSITIVE,
-    SHARE,
-    ArgumentParser,
-    Bar,
-    UserError,
-    fail,
-    one_line_errors,
-    say,
-)
+from runtime import cli, distributed
+from runtime.cli import COUNT, NATURAL, NON_NEGATIVE, POSITIVE, SHARE, ArgumentParser, Bar, one_line_errors, say
 from runtime.distributed import rank, world_size
 from runtime.metrics import StepStats
 from runtime.rng import normal
@@ -54,17 +42,16 @@ def parse_args():
     add("--image-size", type=COUNT, default=256, metavar="PX", help="height and width of the frames, px")
     add("--downsample", type=int, choices=[4, 8], default=8, help="pixels per latent value, along each side")
     add("--latent-channels", type=COUNT, default=4, metavar="N", help="values of a latent pixel")
-    widths = "channels at each resolution, from full size down to that of the latents: log2 of --downsample + 1 numbers"
-    add("--widths", type=COUNT, nargs="+", metavar="N", help=widths + "; default: 32 64 128 or 32 64 128 128")
+    widths = "channels per resolution, full size first, log2(--downsample) + 1 numbers; default: from 32 64 128 128"
+    add("--widths", type=COUNT, nargs="+", metavar="N", help=widths)
 
     add = parser.add_argument_group("data").add_argument
     add("--data-path", required=True, metavar="DIR", help="folder with <class>/<video>, or videos without classes")
     fraction = "share of the videos that validate, where no split files are found"
     add("--val-fraction", type=SHARE, default=0.05, metavar="F", help=fraction)
-    add("--max-bad-fraction", type=SHARE, default=0.1, metavar="F", help="share of the videos that may be bad")
+    add("--max-bad-fraction", type=SHARE, default=0.1, metavar="F", help="share of the videos that may be corrupt")
     add("--no-flip", action="store_true", help="never mirror a frame")
-    colors = "share of the frames that get other colors, for videos that show few of them; 0 = off"
-    add("--color-jitter", type=SHARE, default=0.8, metavar="P", help=colors)
+    add("--color-jitter", type=SHARE, default=0.8, metavar="P", help="share of frames that get other colors; 0 = off")
     add("--num-workers", type=NATURAL, default=2, metavar="N", help="loader processes per rank; 0 = load in-process")
     timeout = "seconds for loader processes to start and for a batch; 0 = no limit"
     add("--loader-timeout", type=NON_NEGATIVE, default=300.0, metavar="S", help=timeout)
@@ -72,15 +59,14 @@ def parse_args():
     add("--cache-frames", action="store_true", help=cached)
     add("--cache-frames-force", action="store_true", help="let --cache-frames take more than 20 GB")
 
-    add = parser.add_argument_group("optimisation").add_argument
+    add = parser.add_argument_group("optimization").add_argument
     add("--max-steps", type=COUNT, default=20_000, metavar="N", help="step to end at")
     add("--global-batch-size", type=COUNT, default=32, metavar="N", help="frames per step, over all ranks")
     add("--lr", type=POSITIVE, default=2e-3, metavar="X", help="learning rate of AdamW")
     add("--warmup-steps", type=NATURAL, default=50, metavar="N", help="steps up to the full learning rate; 0 = off")
     decay = "share of the steps over which the learning rate falls to 0, at the end; 0 = off"
     add("--lr-decay", type=SHARE, default=0.5, metavar="F", help=decay)
-    decay = "decay of the EMA weights; lower in the first steps"
-    add("--ema-decay", type=SHARE, default=0.995, metavar="X", help=decay)
+    add("--ema-decay", type=SHARE, default=0.995, metavar="X", help="decay of the EMA weights; lower at first")
     add("--global-seed", type=NATURAL, default=0, metavar="N", help="seed of every random draw")
     precision = "bf16 is mixed precision, tf32 rounds inside matrix products; default: bf16 on a GPU that has it"
     add("--precision", choices=["fp32", "tf32", "bf16"], help=precision)
@@ -101,8 +87,8 @@ def main():
     args = parse_args()
     try:
         args, start, data = preflight.check_vae_run(args)
-    except UserError as error:
-        fail(error)
+    except cli.UserError as error:
+        cli.fail(error)
     device = distributed.start(distributed.STEP_TIME)
     data, progress = distributed.broadcast(data), start.progress
     preflight.check_same_start(start)
@@ -218,8 +204,8 @@ def training_losses(network, batch, args, device):
     x = jitter_colors(x, args.global_seed, indices, args.color_jitter)
     noise = normal(args.global_seed, "posterior", 0, indices, (args.latent_channels, side, side))
     with distributed.autocast(device, args.precision):
-        found = network(x, noise.to(device))
-    return losses_of(x, *found)
+        outputs = network(x, noise.to(device))
+    return losses_of(x, *outputs)
 
 
 def validate(args, ema, val_loader, train_loader, folder, step, device):
@@ -228,8 +214,8 @@ def validate(args, ema, val_loader, train_loader, folder, step, device):
     if rank() == 0:
         export(ema, folder / "vae", statistics)
         vae, frames = VAE("shown", ema), next(batches_of(val_loader))["clips"][:8]  # (N, 3, 1, H, W)
-        found = vae.decode(vae.encode(frames.to(device))).cpu()
-        rows = torch.cat([frames.permute(2, 0, 3, 4, 1), found.transpose(0, 1)])  # (2, N, H, W, 3)
+        decoded = vae.decode(vae.encode(frames.to(device))).cpu()
+        rows = torch.cat([frames.permute(2, 0, 3, 4, 1), decoded.transpose(0, 1)])  # (2, N, H, W, 3)
         write_sheet(folder / "samples" / f"{step:07d}.png", rows.numpy(), ["frames", "VAE"])
     statistics["train_psnr"] = statistics.pop("psnr")
     return {"val_psnr": values["psnr"]} | statistics, bad + more

@@ -4,16 +4,13 @@
 holds any AutoencoderKL of diffusers. Frames are encoded one by one, so time is not compressed here.
 """
 
-import hashlib
 import os
-import sys
 import textwrap
 from pathlib import Path
 
 import torch
 
 from runtime.cli import UserError, say
-from runtime.distributed import rank
 from runtime.rng import normal
 from runtime.untrusted import file_sha256
 
@@ -25,7 +22,7 @@ CHUNK = 8  # frames per call of the model: a clip of 64 frames of 256 px would n
 class VAE:
     """Converts between clips uint8 (B, 3, T, H, W) and latents float32 (B, C, T, h, w); h = H / downsample.
 
-    name is the value of --vae. Without a model, latents are pixels; sha256 is that of its weights. Starts on the CPU.
+    name is the value of --vae, sha256 that of the model's weights. Without a model, latents are pixels.
     """
 
     channels, downsample, scale, shift = 3, 1, 1.0, 0.0  # of pixels
@@ -51,10 +48,10 @@ class VAE:
     def posterior(self, clips):
         """(mean, std) of the latents of uint8 (B, 3, T, H, W), unscaled; the std of pixels is None."""
         if self.model is None:
-            return _to_float(clips), None
+            return clips.float() / 127.5 - 1, None
 
         def encode(frames):
-            distribution = self.model.encode(_to_float(frames)).latent_dist
+            distribution = self.model.encode(frames.float() / 127.5 - 1).latent_dist
             return torch.cat([distribution.mean, distribution.std], dim=1)
 
         return _by_frames(encode, clips).float().chunk(2, dim=1)  # 2 x (B, C, T, h, w)
@@ -82,7 +79,8 @@ class VAE:
         """Scaled latents (B, C, T, h, w) -> uint8 (B, T, H, W, 3), clamped to the range of pixels."""
 
         def decode(frames):
-            return _to_uint8(frames if self.model is None else self.model.decode(frames).sample)
+            pixels = frames if self.model is None else self.model.decode(frames).sample
+            return ((pixels + 1) * 127.5).round().clamp(0, 255).to(torch.uint8)
 
         return _by_frames(decode, latents.float() / self.scale + self.shift).permute(0, 2, 3, 4, 1).contiguous()
 
@@ -96,31 +94,23 @@ def load_vae(name, owner=None):
         return VAE(name)
     if name not in REPOSITORIES and not os.path.isdir(name):
         if owner:
-            raise UserError(f"{owner}'s VAE {name} is not there: name its new place with --vae")
-        raise UserError(f"--vae {name}: wanted none, ema or mse, or the directory of a diffusers AutoencoderKL")
+            raise UserError(f"{owner}'s VAE {name}: not found; pass its new path with --vae")
+        raise UserError(f"--vae {name}: expected none, ema or mse, or the directory of a diffusers AutoencoderKL")
     directory = _download(name) if name in REPOSITORIES else name
-    advice = "give the directory of a diffusers AutoencoderKL"
 
     from diffusers import AutoencoderKL  # takes seconds to import
     from diffusers.utils import logging
 
     logging.set_verbosity_error()
+    settings = {"low_cpu_mem_usage": False, "output_loading_info": True}
     try:
-        model, info = AutoencoderKL.from_pretrained(
-            directory, low_cpu_mem_usage=False, output_loading_info=True, use_safetensors=True
-        )
-    # A missing or damaged file, an invalid config, other shapes; and whatever a config with wrong types raises.
-    except (OSError, ValueError, RuntimeError, TypeError, ArithmeticError, LookupError, AttributeError) as error:
-        raise UserError(f"--vae {name}: {textwrap.shorten(str(error), 300)}: {advice}") from error
+        model, info = AutoencoderKL.from_pretrained(directory, use_safetensors=True, **settings)
+    except Exception as error:  # whatever a missing or damaged file leads to
+        reason = textwrap.shorten(str(error), 300)
+        raise UserError(f"--vae {name}: {reason}: give the directory of a diffusers AutoencoderKL") from error
     if missing := info["missing_keys"]:  # diffusers would initialize them at random
         raise UserError(f"--vae {name}: the weights lack {len(missing)} tensors of its {CONFIG}, {missing[0]} first")
-    return VAE(name, model.requires_grad_(False).eval(), _sha256(directory))
-
-
-def _sha256(directory):
-    """The SHA-256 of the weights in a directory; of several files, that of theirs."""
-    parts = [file_sha256(file) for file in sorted(Path(directory).glob("*.safetensors"))]
-    return parts[0] if len(parts) == 1 else hashlib.sha256(" ".join(parts).encode()).hexdigest()
+    return VAE(name, model.requires_grad_(False).eval(), file_sha256(Path(directory, WEIGHTS)))
 
 
 def check_same(vae, sha256, place):
@@ -129,30 +119,26 @@ def check_same(vae, sha256, place):
     place says what was made with these weights, such as "--ckpt FILE".
     """
     if sha256 not in (None, vae.sha256):
-        found = f"its weights have SHA-256 {str(vae.sha256)[:12]}..., {place} was made with {sha256[:12]}..."
-        raise UserError(f"--vae {vae.name}: another VAE: {found}: name a place of that one with --vae")
+        hashes = f"its weights have SHA-256 {str(vae.sha256)[:12]}..., {place} was made with {sha256[:12]}..."
+        raise UserError(f"--vae {vae.name}: another VAE: {hashes}: pass the path of that one")
 
 
 def _download(name):
     """The local directory of a published VAE, downloaded if it is not in Hugging Face's cache. Raises UserError."""
-    from huggingface_hub import hf_hub_download, snapshot_download
+    from huggingface_hub import hf_hub_download
     from huggingface_hub.errors import LocalEntryNotFoundError
-    from huggingface_hub.utils import disable_progress_bars
 
     repo = REPOSITORIES[name]
     try:
-        return os.path.dirname([hf_hub_download(repo, file, local_files_only=True) for file in (CONFIG, WEIGHTS)][0])
+        files = [hf_hub_download(repo, file, local_files_only=True) for file in (CONFIG, WEIGHTS)]
     except LocalEntryNotFoundError:
         say(f"--vae {name}: downloading {repo} (335 MB, once; without internet, give --vae a directory that holds it)")
-    if rank() != 0 or not sys.stderr.isatty():
-        disable_progress_bars()
-    try:
-        return snapshot_download(repo, allow_patterns=[CONFIG, WEIGHTS])
-    except OSError as error:  # huggingface_hub's errors: no connection, HTTP status, disk full
-        raise UserError(
-            f"--vae {name}: can't download {repo} ({type(error).__name__}): copy it to this machine and give its "
-            "directory, or use --vae none"
-        ) from error
+        try:
+            files = [hf_hub_download(repo, file) for file in (CONFIG, WEIGHTS)]
+        except OSError as error:  # huggingface_hub's errors: no connection, HTTP status, disk full
+            advice = "copy it to this machine and give its directory, or use --vae none"
+            raise UserError(f"--vae {name}: can't download {repo} ({type(error).__name__}): {advice}") from error
+    return os.path.dirname(files[0])
 
 
 def _by_frames(function, clips):
@@ -160,11 +146,3 @@ def _by_frames(function, clips):
     frames = clips.transpose(1, 2).flatten(0, 1)  # (B T, C, H, W)
     frames = torch.cat([function(part) for part in frames.split(CHUNK)])
     return frames.unflatten(0, (clips.shape[0], clips.shape[2])).transpose(1, 2)
-
-
-def _to_float(pixels):
-    return pixels.float() / 127.5 - 1
-
-
-def _to_uint8(pixels):
-    return ((pixels + 1) * 127.5).round().clamp(0, 255).to(torch.uint8)

@@ -62,7 +62,7 @@ def main():
         if os.path.isdir(args.folder) and os.listdir(args.folder):
             raise UserError(f"DIR {args.folder}: exists and is not empty; name a new folder")
         state = checkpoint.load(args.ckpt, ["ema"], **models.model_shape(args.model), ebm=args.ebm)
-        checkpoint.check_name(flag, state, args.model)
+        checkpoint.check_kind(flag, state, args.model)
         checkpoint.check(flag, checkpoint.config_of(flag, state), ebm=args.ebm)
         sha256 = checkpoint.weights_sha256(state["ema"]) if args.scores else None
         scores = [score_table(args.ckpt, sha256, path) for path in args.scores]

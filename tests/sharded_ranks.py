@@ -33,14 +33,14 @@ class Run:
     """A small model of a kind with all that is trained with it, sharded or not."""
 
     def __init__(self, kind, shard):
-        self.kind = USUAL | KINDS[kind]
+        self.kind, self.shard = USUAL | KINDS[kind], shard
         settings = {name: self.kind[name] for name in ("ebm", "qk_norm", "position_table") if name in self.kind}
         self.config = model_config("EqM-Ti/4", num_frames=4, use_rope=True, **SMALL, **settings)
         torch.manual_seed(0)
         self.model, self.ema = make_networks(self.config, CPU, shard)
-        self.model.grad_checkpoint, self.shard = self.kind["grad_checkpoint"], shard
-        flags = {"optimizer": self.kind["optimizer"], "lr": 1e-3, "muon_lr": 1e-3, "weight_decay": 0.1}
-        self.optimizers = make_optimizers(self.model, SimpleNamespace(**flags))
+        self.model.grad_checkpoint = self.kind["grad_checkpoint"]
+        flags = SimpleNamespace(optimizer=self.kind["optimizer"], lr=1e-3, muon_lr=1e-3, weight_decay=0.1)
+        self.optimizers = make_optimizers(self.model, flags)
 
     def train(self, steps=2):
         """Returns (norm of the last gradient, bytes of all that this rank holds of it)."""
@@ -76,12 +76,16 @@ class Run:
         return checkpoint.run_state(about, *parts, checkpoint.Progress())
 
     def load(self, state):
-        start = checkpoint.Start(checkpoint.Progress(), "a file that was loaded", state=state)
-        checkpoint.load_run(start, self.model, self.ema, self.optimizers, NO_SCALER)
+        load_run(state, self.model, self.ema, self.optimizers)
 
     def weights(self):
         """Full copies of the weights and of the EMA weights."""
         return [full_weights(network) for network in (self.model, self.ema)]
+
+
+def load_run(state, model, ema, optimizers=()):
+    start = checkpoint.Start(checkpoint.Progress(), "a file that was loaded", state=state)
+    checkpoint.load_run(start, model, ema, optimizers, NO_SCALER)
 
 
 def full_weights(network):
@@ -122,8 +126,7 @@ def start_from(path, shape):
     """The full weights and EMA weights of a sharded model that starts from a published file."""
     state = checkpoint.load(path, **shape)
     networks = make_networks(checkpoint.config_of(f"--ckpt {path}", state), CPU, shard=True)
-    start = checkpoint.Start(checkpoint.Progress(), "a file that was loaded", state=state)
-    checkpoint.load_run(start, *networks, [], NO_SCALER)
+    load_run(state, *networks)
     return [full_weights(network) for network in networks]
 
 

@@ -88,7 +88,7 @@ CASES = {
         --new-classes => is for checkpoints; add --ckpt""",
     "train without a model": "--max-steps 9 --ckpt odd.pt => --max-steps 9",
     "train fixed": """
-        --rope-split 8,8,8 | --rope-speed 0.5 | --position-table space => needs use_rope
+        --rope-split 8,8,8 | --rope-speed 0.5 | --rope-theta 100 | --position-table space => needs use_rope
         --val-frames 4 | --num-frames 4 --ckpt fixed.pt => tied
         --ckpt rope.pt => trained with --use-rope""",
     "train images": """

@@ -15,7 +15,7 @@ import train
 from runtime.cli import UserError
 from scoring import manifest
 from tiny_data import flip_bit, make_images, random_checkpoint
-from training import run_main, sample_here
+from training import differences, run_main, sample_here
 
 FILES = ["README.md", "config.json", "model.safetensors"]
 LOCAL = {"data_path": "/home/somebody/videos", "results_dir": "results", "lr": 1e-4}
@@ -32,27 +32,19 @@ def exported(tmp_path_factory):
 
 
 @pytest.mark.parametrize(
-    ("settings", "sampled"),
-    [
-        (VIDEO | {"position_table": "space", "rope_speed": 0.5}, True),
-        ({"num_frames": 4}, False),
-        ({}, False),
-        ({"use_rope": True, "ebm": "dot"}, True),
-    ],
+    "settings", [VIDEO | {"position_table": "space", "rope_speed": 0.5}, {"use_rope": True, "ebm": "dot"}]
 )
-def test_an_export_samples_bit_for_bit_what_its_checkpoint_samples(tmp_path, settings, sampled):
+def test_an_export_samples_bit_for_bit_what_its_checkpoint_samples(tmp_path, settings):
     name = "video" if "num_frames" in settings else "image"
     path, folder = random_checkpoint(tmp_path / f"{name}.pt", **settings), tmp_path / "shared" / name
     run_main(export, path, folder)
     assert sorted(file.name for file in folder.iterdir()) == FILES
     model, config, step = checkpoint.load_model(folder)
     saved = checkpoint.load(path)
-    assert all(torch.equal(value, saved["ema"][name]) for name, value in model.state_dict().items())
-    assert any(not torch.equal(value, saved["model"][name]) for name, value in model.state_dict().items())
+    assert differences(model.state_dict(), saved["ema"]) == [] != differences(saved["model"], saved["ema"])
     assert (vars(model.config), config["data"], step) == (saved["config"]["model"], saved["config"]["data"], 10)
-    if sampled:
-        before, after = (sample_here(ckpt, tmp_path / f"of {ckpt.name}", "--no-previews")[0] for ckpt in (path, folder))
-        assert np.array_equal(before, after) and before.std() > 30  # the network had an effect
+    before, after = (sample_here(ckpt, tmp_path / f"of {ckpt.name}", "--no-previews")[0] for ckpt in (path, folder))
+    assert np.array_equal(before, after) and before.std() > 30  # the network had an effect
 
 
 @pytest.mark.parametrize(("part", "status"), [("ema", 2), ("model", 0)])
@@ -118,9 +110,6 @@ def test_a_folder_that_is_not_empty_is_left_as_it_is(exported, tmp_path, capsys)
 EDITS = {
     "other weights": ('"hidden_size": 48', '"hidden_size": 96'),
     "no step": ('"step"', '"steps"'),
-    "no kind": ('"video"', '"film"'),
-    "a word for a number": ('"depth": 1', '"depth": "x"'),
-    "an impossible model": ('"num_heads": 2', '"num_heads": 5'),
     "another version": ('"version": 1', '"version": 2'),
 }
 
@@ -129,11 +118,10 @@ EDITS = {
 def test_a_damaged_export_is_one_line(exported, tmp_path, damage):
     folder = shutil.copytree(exported[1], tmp_path / "shared")
     weights, config = folder / "model.safetensors", folder / "config.json"
+    path = config if damage in EDITS or "config" in damage else weights
     if damage in EDITS:
-        assert EDITS[damage][0] in config.read_text()
-        config.write_text(config.read_text().replace(*EDITS[damage]))
+        path.write_text(path.read_text().replace(*EDITS[damage]))
     else:
-        path = config if "config" in damage else weights
         path.unlink() if damage.startswith("no ") else path.write_bytes(path.read_bytes()[:-100])
     with pytest.raises(UserError) as error:
         checkpoint.load_model(folder)
@@ -156,11 +144,12 @@ def test_a_full_disk_leaves_no_partial_export(exported, tmp_path, monkeypatch, c
 
 def test_flags_that_contradict_the_checkpoint_are_refused(exported, tmp_path, capsys):
     path, shared = exported
-    for script, arguments, words in (
-        (export, (path, tmp_path / "new", "--model", "EqM-XL/2"), "--model EqM-XL/2"),
-        (export, (path, tmp_path / "new", "--ebm", "dot"), "--ebm gives dot"),
-        (sample_gd, ("--video", "--ckpt", shared, "--model", "EqM-XL/2"), "--model EqM-XL/2"),
-        (sample_gd, ("--video", "--ckpt", shared, "--no-ema"), "--no-ema"),
+    sample = (sample_gd, "--video", "--ckpt", shared)
+    for script, *arguments, words in (
+        (export, path, tmp_path / "new", "--model", "EqM-XL/2", "--model EqM-XL/2"),
+        (export, path, tmp_path / "new", "--ebm", "dot", "--ebm gives dot"),
+        (*sample, "--model", "EqM-XL/2", "--model EqM-XL/2"),
+        (*sample, "--no-ema", "--no-ema"),
     ):
         run_main(script, *arguments, status=2)
         assert words in capsys.readouterr().err.splitlines()[-1]
@@ -215,9 +204,8 @@ def test_fine_tuning_averages_from_its_start_and_a_chained_phase_goes_on(tmp_pat
 def test_sampling_again_removes_the_files_of_the_run_before(tmp_path):
     path, folder = random_checkpoint(tmp_path / "image.pt", ebm="dot"), tmp_path / "s"
     sample_here(path, folder, "--report-energy", "--stop-below", 1e-9)
-    assert {"energy.csv", "energy.png", "evaluations.csv", "evaluations.png"} <= {
-        file.name for file in folder.iterdir()
-    }
+    energies = {f"{name}.{suffix}" for name in ("energy", "evaluations") for suffix in ("csv", "png")}
+    assert energies <= {file.name for file in folder.iterdir()}
     (folder / "notes.txt").write_text("mine")
     sample_here(path, folder, "--num-samples", 1)
     names = {file.name for file in folder.iterdir()}

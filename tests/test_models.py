@@ -3,7 +3,6 @@
 import dataclasses
 import itertools
 import math
-import warnings
 from contextlib import nullcontext
 
 import pytest
@@ -234,11 +233,10 @@ def test_attention_of_training_on_a_cpu_is_exact_and_in_no_bf16_kernel(dtype, nu
 # Initialization, names, sizes ---------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("changes", [{}, {"use_rope": False}, {"qk_norm": True}, {"use_rope": False, "hidden_size": 8}])
+@pytest.mark.parametrize("changes", [{"qk_norm": True}, {"use_rope": False, "hidden_size": 8}])
 def test_the_field_is_zero_at_initialization(changes):
     model = EqM(dataclasses.replace(TINY, **changes))  # small heads are fine with fixed positions
-    f = model(clip(8, batch=2), labels(2), torch.tensor([0.04, 0.1]))
-    assert torch.equal(f, torch.zeros(2, 3, 8, 4, 4))
+    assert not model(clip(8, batch=2), labels(2), torch.tensor([0.04, 0.1])).any()
 
 
 @pytest.mark.parametrize(("size", "millions"), [("S", 33.0), ("B", 130.5), ("L", 458.1), ("XL", 675.1)])
@@ -250,8 +248,10 @@ def test_image_models_have_the_published_number_of_parameters(size, millions):
 
 def test_a_name_gives_size_and_patches_unless_told_otherwise():
     assert list(EqM_models) == [f"EqM-{size}/{p}" for size in ("Ti", "S", "B", "L", "XL") for p in (2, 4, 8)]
-    for changes, expected in (({}, (4, 4, 4, 1000)), ({"temporal_patch_size": 2, "num_classes": 7}, (4, 2, 2, 7))):
-        config = EqM_models["EqM-S/4"](depth=1, **changes).config
+    for patch, changes, expected in (
+        (4, {}, (4, 4, 4, 1000)), (2, {}, (2, 2, 2, 1000)), (4, {"temporal_patch_size": 2}, (4, 2, 2, 1000)),
+    ):  # fmt: skip
+        config = EqM_models[f"EqM-S/{patch}"](depth=1, **changes).config
         assert (config.patch_size, config.temporal_patch_size, config.num_frames, config.num_classes) == expected
         assert (config.depth, config.hidden_size, config.num_heads) == (1, 384, 6)
 
@@ -260,18 +260,15 @@ def test_a_name_gives_size_and_patches_unless_told_otherwise():
     ("message", "changes"),
     [
         ("input_size 5 is not a multiple of patch_size 2", {"input_size": 5}),
-        ("must be a multiple of 2 x 2 heads, .* 65", {"hidden_size": 65}),
         ("must be a multiple of 2 x 2 heads, .* 66", {"hidden_size": 66}),
         ("head_dim of at least 6, .* 4", {"hidden_size": 8}),
         ("at least 4 frames, .* 3", {"use_rope": False, "num_frames": 3}),
-        ("rope_speed must be in", {"rope_speed": -1.0}),
+        ("depth must be from 1 to 1048576, got 0", {"depth": 0}),
         ("rope_speed 0.5 needs use_rope", {"rope_speed": 0.5, "use_rope": False}),
         ("rope_speed 0.5 needs 6 channels of a head", {"rope_speed": 0.5, "num_heads": 4}),
         ("must be one of none, space, .* 'time'", {"position_table": "time"}),
         ("position_table space needs use_rope", {"position_table": "space", "use_rope": False}),
         ("ebm must be one of none, dot, l2, .* 'energy'", {"ebm": "energy"}),
-        ("rope_theta must be in .* 0.0", {"rope_theta": 0.0}),
-        ("class_dropout_prob must be in .* 1.5", {"class_dropout_prob": 1.5}),
     ],
 )
 def test_an_inconsistent_configuration_is_refused(message, changes):
@@ -279,13 +276,12 @@ def test_an_inconsistent_configuration_is_refused(message, changes):
         dataclasses.replace(TINY, **changes)
 
 
-def test_a_width_below_the_number_of_values_of_a_token_warns():
+def test_a_width_below_the_number_of_values_of_a_token_warns(recwarn):
+    EqM_models["EqM-Ti/4"](depth=1, in_channels=3)  # 192 values, hidden_size 192
+    EqM_models["EqM-S/4"](depth=1)
+    assert len(recwarn) == 0
     with pytest.warns(UserWarning, match=r"a token holds 256 values .* hidden_size is only 192"):
         EqM_models["EqM-Ti/4"](depth=1)
-    with warnings.catch_warnings():
-        warnings.simplefilter("error")
-        EqM_models["EqM-Ti/4"](depth=1, in_channels=3)  # 192 values, hidden_size 192
-        EqM_models["EqM-S/4"](depth=1)
 
 
 # Parts --------------------------------------------------------------------------------------------------------------
@@ -323,12 +319,10 @@ def test_every_class_and_no_class_have_fields_of_their_own():
     model, x = tiny(), clip(8)
     fields = [model(x, torch.tensor([y])) for y in range(TINY.num_classes + 1)]
     assert all(distance(a, b) > 0.01 for a, b in itertools.combinations(fields, 2))
-    with pytest.raises(IndexError):
-        model(x, torch.tensor([TINY.num_classes + 1]))
 
 
 @torch.no_grad()
-def test_patches_are_embedded_by_a_convolution_and_put_back_in_place():
+def test_patches_are_embedded_by_a_convolution_and_put_back_in_place(monkeypatch):
     values = TINY.values_per_token  # 4 x 2 x 2 x 3 = 48
     model, x = tiny(hidden_size=values), clip(12, batch=2)
     torch.testing.assert_close(model.x_embedder(x), model.x_embedder.proj(x).flatten(2).mT)  # (B, N, D), width fastest
@@ -336,7 +330,8 @@ def test_patches_are_embedded_by_a_convolution_and_put_back_in_place():
     model.x_embedder.proj.bias.zero_()
     tokens = model.x_embedder(x)  # values in the order of the convolution: channel, time, row, column
     last = tokens.unflatten(-1, (3, 16)).mT.flatten(-2)  # in the order of the last layer: time, row, column, channel
-    assert torch.equal(model.unpatchify(last, (3, 2, 2)), x)
+    monkeypatch.setattr(model.final_layer, "forward", lambda *_: last)
+    assert torch.equal(model(x, labels(2)), x)
 
 
 # Energies -----------------------------------------------------------------------------------------------------------

@@ -22,7 +22,6 @@ import transport
 from models import Condition, EqM, EqMConfig
 from published import convert_published
 from runtime.cli import UserError
-from test_checkpoint import Code
 from tiny_data import flip_bit, make_images, make_vae
 from training import differences, run_main
 
@@ -90,12 +89,6 @@ def test_the_published_model_has_the_results_of_the_published_code(name):
     assert ((value.view_as(expected) - expected).norm() / expected.norm()).item() < 1e-5
 
 
-def test_a_conversion_does_not_change_the_published_state():
-    state = {name: value.clone() for name, value in STATE.items()}
-    assert "pos_embed" not in convert_published(state, CONFIG)
-    assert differences(state, STATE) == []
-
-
 # Files --------------------------------------------------------------------------------------------------------------
 
 SHAPE = {"depth": 2, "hidden_size": 48, "num_heads": 2, "patch_size": 2}
@@ -105,8 +98,8 @@ BIAS = "final_layer.linear.bias"
 @pytest.fixture(autouse=True)
 def tiny_name(monkeypatch):
     """A --model for the tiny model, and one of another width."""
-    for name, shape in (("Tiny", (2, 48, 2)), ("Wide", (2, 96, 2))):
-        monkeypatch.setitem(models.SIZES, name, shape)
+    for name, width in (("Tiny", 48), ("Wide", 96)):
+        monkeypatch.setitem(models.SIZES, name, (2, width, 2))
     models.NAMES.append("EqM-Tiny/2")
     yield "EqM-Tiny/2"
     models.NAMES.remove("EqM-Tiny/2")
@@ -115,10 +108,8 @@ def tiny_name(monkeypatch):
 def write_file(path, state, kind):
     """Write a file as the published training script does, or only its network ("bare")."""
     ema = state | {BIAS: state[BIAS] + 1}  # so that the EMA weights differ from the raw ones
-    opt = {"state": {0: {"step": torch.tensor(7.0)}}, "param_groups": [{"lr": 1e-4, "params": [0]}]}
-    args = {"ebm": "l2"} if kind == "of energies" else {"model": "EqM-Tiny/2"}
-    parts = {"model": state, "ema": ema, "opt": opt, "args": argparse.Namespace(vae="mse", **args)}
-    torch.save(ema if kind == "bare" else parts, path)
+    args = argparse.Namespace(vae="mse", **({"ebm": "l2"} if kind == "of energies" else {}))
+    torch.save(ema if kind == "bare" else {"model": state, "ema": ema, "opt": {"state": {}}, "args": args}, path)
     return path
 
 
@@ -136,12 +127,10 @@ def test_a_published_file_loads_with_its_ema_weights(tmp_path, tiny_name, kind):
     model, config, step = checkpoint.load_model(path, model=tiny_name, video=False)
     expected = make_model(ebm=model.config.ebm)
     expected.final_layer.linear.bias.data += 1
-    with torch.no_grad():
-        assert torch.equal(model(X, Y), expected(X, Y))
+    assert differences(model.state_dict(), expected.state_dict()) == []
     assert model.config == replace(CONFIG, ebm="l2" if kind == "of energies" else "none")
     assert config["data"]["vae"] == ("ema" if kind == "bare" else "mse")
-    assert config["data"]["classes"] == [str(label) for label in range(10)]
-    assert step == 0
+    assert config["data"]["classes"] == [str(label) for label in range(10)] and step == 0
     if kind == "bare":
         with pytest.raises(UserError, match="--no-ema: .* holds EMA weights only"):
             checkpoint.load_model(path, use_ema=False, model=tiny_name)
@@ -163,13 +152,13 @@ def test_a_file_has_its_own_energy_or_the_one_that_is_asked_for(tmp_path, tiny_n
 @pytest.mark.parametrize("part", ["model", "ema", "opt"])
 def test_a_flipped_bit_of_a_published_file_is_found_where_it_is_used(tmp_path, tiny_name, part):
     weight, path = "blocks.1.mlp.fc1.weight", tmp_path / "a.pt"
-    tensors = {"model": STATE[weight], "ema": STATE[weight] + 1, "opt": torch.rand(100)}
-    torch.save({"model": STATE, "ema": STATE | {weight: tensors["ema"]}, "opt": {"exp_avg": tensors["opt"]}}, path)
-    flip_bit(path, tensors[part])
+    state = {"model": STATE, "ema": STATE | {weight: STATE[weight] + 1}, "opt": {weight: torch.rand(100)}}
+    torch.save(state, path)
+    flip_bit(path, state[part][weight])
     for load, used in (
-        (lambda: checkpoint.load_model(path, model=tiny_name), {"ema"}),
-        (lambda: checkpoint.load_model(path, model=tiny_name, use_ema=False), {"model"}),
-        (lambda: checkpoint.load(path, **SHAPE), {"model", "ema"}),  # as training does
+        (lambda: checkpoint.load_model(path, model=tiny_name), ["ema"]),
+        (lambda: checkpoint.load_model(path, model=tiny_name, use_ema=False), ["model"]),
+        (lambda: checkpoint.load(path, **SHAPE), ["model", "ema"]),  # as training does
     ):
         with pytest.raises(UserError, match="a.pt: damaged") if part in used else nullcontext():
             load()
@@ -187,9 +176,8 @@ def test_a_published_file_can_be_exported(tmp_path, tiny_name):
 TABLE = STATE["pos_embed"]
 REFUSALS = {  # what is wrong: (tensors that are replaced or missing, --model, other flags, words of the line)
     "no name": ({}, None, {}, "give --model, such as EqM-XL/2"),
-    "depth": ({}, "EqM-XL/2", {}, "has depth 2, EqM-XL/2 has depth 28: give another --model"),
-    "width": ({}, "EqM-Wide/2", {}, "has hidden size 48, EqM-Wide/2 has hidden size 96"),
-    "patches": ({}, "EqM-Tiny/4", {}, "has patch size 2"),
+    "width": ({}, "EqM-Wide/2", {}, "holds EqM-Tiny/2, not EqM-Wide/2: give another --model"),
+    "patches": ({}, "EqM-Tiny/4", {}, "holds EqM-Tiny/2, not EqM-Tiny/4"),
     "rotary positions": ({}, "EqM-Tiny/2", {"use_rope": True}, "cannot be converted"),
     "videos": ({}, "EqM-Tiny/2", {"video": True}, "holds an image model"),
     "positions moved": ({"pos_embed": TABLE.roll(1, dims=1)}, "EqM-Tiny/2", {}, "pos_embed is not our table"),
@@ -198,7 +186,6 @@ REFUSALS = {  # what is wrong: (tensors that are replaced or missing, --model, o
     "positions cut": ({"pos_embed": TABLE[:, :9]}, "EqM-Tiny/2", {}, "pos_embed is not our table"),
     "no positions": ({"pos_embed": None}, "EqM-Tiny/2", {}, "pos_embed"),
     "no weight": ({"blocks.1.mlp.fc1.weight": None}, "EqM-Tiny/2", {}, "blocks.1.mlp.fc1.weight"),
-    "no bias": ({BIAS: None}, "EqM-Tiny/2", {}, BIAS),
 }
 
 
@@ -207,15 +194,6 @@ def test_a_published_file_that_does_not_fit_is_refused(tmp_path, wrong):
     tensors, name, asked, words = REFUSALS[wrong]
     torch.save({key: value for key, value in (STATE | tensors).items() if value is not None}, tmp_path / "a.pt")
     assert words in refusal(tmp_path / "a.pt", name, **asked)
-
-
-def test_a_published_file_that_holds_code_is_refused_and_runs_nothing(tmp_path, tiny_name):
-    path, ran = tmp_path / "a.pt", tmp_path / "ran"
-    torch.save({"model": STATE, "ema": STATE, "args": argparse.Namespace(vae=Code(ran))}, path)
-    assert "holds code" in refusal(path, tiny_name)
-    assert not ran.exists()
-    torch.load(path, weights_only=False)  # what the refusal has prevented
-    assert ran.exists()
 
 
 def test_a_published_file_samples_images_and_starts_a_training_run(tmp_path, tiny_name):
@@ -238,26 +216,6 @@ def test_a_published_file_samples_images_and_starts_a_training_run(tmp_path, tin
     before, after = (one["ema"][BIAS] - started["model"][BIAS] for one in (started, trained))
     torch.testing.assert_close(after, before * 2 / 11 * 3 / 12)  # the average began anew: see optim.ema_decay
     assert (folder / "samples/0000002.png").exists()
-
-
-def test_scripts_refuse_flags_that_do_not_fit_a_published_file(tmp_path, tiny_name, capsys):
-    path, vae = write_file(tmp_path / "a.pt", STATE, "bare"), make_vae(tmp_path / "vae")
-    data = make_images(tmp_path / "data", 4)
-    training = [train, "--data-path", data, "--results-dir", tmp_path / "r", "--image-size", 16]
-    sampling = [sample_gd, "--folder", tmp_path / "s"]
-    for script, flags, words in (
-        (training, [], "give --model"),
-        (training, ["--model", "EqM-B/2"], "has depth 2, EqM-B/2 has depth 12"),
-        (training, ["--model", tiny_name, "--use-rope"], "cannot be converted"),
-        (training, ["--model", tiny_name], "--num-classes gives 2"),  # 10 classes cannot become 2
-        (sampling, [], "give --model"),
-        (sampling, ["--model", tiny_name, "--report-energy"], "--report-energy"),
-        (sampling, ["--model", tiny_name, "--image-size", 32], "--image-size 32"),
-    ):
-        run_main(*script, "--ckpt", path, "--vae", vae, *flags, status=2)
-        (line,) = capsys.readouterr().err.splitlines()
-        assert words in line
-    assert not (tmp_path / "r").exists() and not (tmp_path / "s").exists()
 
 
 def test_a_folder_of_runs_in_place_of_a_checkpoint_names_the_newest_one(tmp_path):

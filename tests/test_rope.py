@@ -45,11 +45,8 @@ def random_qk(head_dim):
 @pytest.mark.parametrize(("stretch", "speed"), [(1.0, 0.0), (1.0, 0.5), (2.5, 2.0)])
 @pytest.mark.parametrize(
     ("head_dim", "split", "channels"),
-    [
-        (64, "", (20, 20, 20)), (72, "", (24, 24, 24)), (10, "", (2, 2, 2)), (32, "16,8,8", (16, 8, 8)),
-        (32, "2,14,4", (2, 14, 4)),
-    ],
-)  # fmt: skip
+    [(64, "", (20, 20, 20)), (10, "", (2, 2, 2)), (32, "16,8,8", (16, 8, 8)), (32, "2,14,4", (2, 14, 4))],
+)
 def test_pairs_rotate_as_complex_numbers_and_the_other_channels_do_not(head_dim, split, channels, stretch, speed):
     time_scale, grid, x = torch.tensor([1 / 25, 0.1]), (2, 2, 3), torch.randn(2, 1, 12, head_dim)
     settings = {"theta": 100.0} if split else {}  # by default 10,000
@@ -63,7 +60,7 @@ def test_pairs_rotate_as_complex_numbers_and_the_other_channels_do_not(head_dim,
     assert torch.equal(rotated[..., sum(channels) :], x[..., sum(channels) :])
 
 
-SPLITS = ["16,8", "8,8,8,2", "16,8,7", "16,16,0", "-2,8,8", "16;8;8", "8,8,8,", "x", "9,9,9", "16,12,6"]
+SPLITS = ["16,8", "8,8,8,2", "16,8,7", "16,16,0", "-2,8,8", "8,8,8,", "x", "16,12,6"]
 
 
 @pytest.mark.parametrize(

@@ -43,7 +43,7 @@ def test_sharded_training_is_ddp_up_to_rounding_in_a_share_of_the_memory(kind, f
         assert held < 1.05 * 5 * weights / RANKS + block  # weights, gradients, two states of AdamW, EMA
 
 
-def test_a_checkpoint_has_the_form_of_ddp_and_survives_loading_and_sharding(found):
+def test_a_sharded_checkpoint_has_the_form_of_ddp_and_loads_again(found):
     first, second, usual = found[0]["saved"]
     assert differences(first, second) == []
     first_form, usual_form = (
@@ -60,7 +60,7 @@ def test_a_published_model_starts_a_sharded_run(found, tmp_path):
     assert differences(found[0]["published"], [state["model"], state["ema"]]) == []
 
 
-def test_too_little_memory_for_the_full_checkpoint_is_one_line_on_all_ranks(found):
+def test_too_little_memory_for_a_checkpoint_is_one_line_on_all_ranks(found):
     (message,) = {rank["refusal"] for rank in found}
     assert message.startswith("--shard: a checkpoint takes 0.0") and "1e-06 GB free" in message
 

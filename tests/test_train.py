@@ -316,7 +316,7 @@ def test_a_run_its_resume_and_a_later_phase_say_all_that_is_not_as_asked(tmp_pat
     assert (model["position_table"], model["rope_speed"]) == ("space", 0.5)
     shutil.move(vae, tmp_path / "moved")
     for script, new in ((train, [*again, "--max-steps", 3, "--ckpt", ckpt]), (sample_gd, ["--video", "--ckpt", ckpt])):
-        assert f"VAE {vae} is not there" in refuse(capsys, *new, script=script)
+        assert f"VAE {vae}: not found; pass its new path with --vae" in refuse(capsys, *new, script=script)
 
 
 def test_one_unreadable_validation_video_does_not_stop_a_run(tmp_path, capsys):

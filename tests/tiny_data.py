@@ -13,14 +13,12 @@ from models import EqM, model_config
 from video.source import LATENTS_FORMAT
 
 
-def make_vae(folder):
+def make_vae(folder, **overrides):
     """An AutoencoderKL with random weights, always the same: 4 channels, downsampling 2. Returns the folder."""
     torch.manual_seed(0)
-    vae = AutoencoderKL(
-        down_block_types=["DownEncoderBlock2D"] * 2, up_block_types=["UpDecoderBlock2D"] * 2,
-        block_out_channels=(8, 8), norm_num_groups=4, latent_channels=4, sample_size=16,
-    )  # fmt: skip
-    vae.save_pretrained(folder)
+    kinds = {"down_block_types": ["DownEncoderBlock2D"] * 2, "up_block_types": ["UpDecoderBlock2D"] * 2}
+    sizes = {"block_out_channels": (8, 8), "norm_num_groups": 4, "latent_channels": 4, "sample_size": 16}
+    AutoencoderKL(**kinds | sizes | overrides).save_pretrained(folder)
     return folder
 
 
@@ -48,33 +46,20 @@ def make_latents(folder):
         save_file(parts, folder / f"A/{name}.safetensors", metadata={"source_bytes": str(size)})
         videos.append({"path": f"A/{name}.safetensors", "class_name": "A", "num_frames": 6, "fps": 25.0, "height": 16,
                        "width": 16})  # fmt: skip
-    content = LATENTS_SETTINGS | {
-        "num_videos": 3,
-        "num_frames": 18,
-        "classes": ["A"],
-        "videos": videos,
-        "unreadable": [],
-    }
+    counts = {"num_videos": 3, "num_frames": 18, "classes": ["A"], "unreadable": []}
+    content = LATENTS_SETTINGS | counts | {"videos": videos}
     (folder / "latents.json").write_text(json.dumps(content, indent=1))
 
 
 def make_state(step=10, **settings):
     """The dict of a checkpoint as train.py writes it, of a named model so that --model can be checked."""
     config = model_config("EqM-Ti/4", **({"input_size": 16, "in_channels": 3, "num_classes": 2, "depth": 6} | settings))
+    time_scales = dict.fromkeys(("time_scale", "longest_time_scale"), 0.04)
+    data = {"vae": "none", "image_size": 16, "fps": 25.0, "frame_interval": [1], "classes": ["A", "B"], **time_scales}
+    training = {"model": "EqM-Ti/4", "num_frames": config.num_frames, "video": config.num_frames > 1}
     return {
         "version": checkpoint.VERSION,
-        "config": {
-            "model": vars(config),
-            "data": {
-                "vae": "none",
-                "image_size": 16,
-                "fps": 25.0,
-                "frame_interval": [1],
-                **dict.fromkeys(("time_scale", "longest_time_scale"), 0.04),
-                "classes": ["A", "B"],
-            },
-            "training": {"model": "EqM-Ti/4", "num_frames": config.num_frames, "video": config.num_frames > 1},
-        },
+        "config": {"model": vars(config), "data": data, "training": training},
         "model": EqM(config).state_dict(),
         "ema": EqM(config).state_dict(),
         "optimizer": {"kind": "adamw", "states": []},
