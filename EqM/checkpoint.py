@@ -24,6 +24,7 @@ from functools import partial
 from pathlib import Path
 
 import torch
+from torch.utils._pytree import tree_leaves
 
 from models import SHAPE, EqM, EqMConfig, model_name, model_shape
 from published import load_published, published_parts, read_export
@@ -33,7 +34,7 @@ from runtime.cli import UserError, say
 from runtime.distributed import rank
 from runtime.memory import free_bytes
 from runtime.runs import is_restarted, lock, newest_run, remove_temporary_files
-from runtime.untrusted import read_torch, tensors_in
+from runtime.untrusted import read_torch
 from schedule import current_phase, is_due
 from sharding import is_sharded, shard_like, whole
 
@@ -159,7 +160,8 @@ class Writer:
         """Raise UserError, on all ranks, if the copy of a sharded state does not fit into rank 0's host memory."""
         if not any(map(is_sharded, state["model"].values())):
             return
-        needed = 0 if self.copies else sum(part.numel() * part.element_size() for part in tensors_in(state))
+        tensors = [leaf for leaf in tree_leaves(state) if isinstance(leaf, torch.Tensor)]
+        needed = 0 if self.copies else sum(tensor.numel() * tensor.element_size() for tensor in tensors)
         needed, free = distributed.broadcast((needed, free_bytes()))
         if needed > free:
             raise UserError(

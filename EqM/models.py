@@ -65,7 +65,7 @@ class EqMConfig:
             return
         self.check_num_frames(self.num_frames)
         for name in ("rope_theta", "rope_split", "rope_speed", "position_table"):
-            if (value := getattr(self, name)) not in ("", 0, "none"):
+            if (value := getattr(self, name)) != getattr(EqMConfig, name):
                 raise ValueError(f"{name} {value} needs use_rope: without it positions are fixed")
 
     @property

@@ -78,7 +78,7 @@ def summarize(rows, num_frames):
     own, metrics = frames == num_frames, {}
     metrics["val_loss"], metrics["val_loss_rel"] = mean_loss(own)
     metrics["val_loss_raw"] = raw[own].mean().item()
-    if given[own][0] != -1:
+    if (given[own] != -1).any():
         metrics["val_loss_given"] = given[own].mean().item()
     for fifth in range(5):
         if (part := own & ((gamma * 5).long() == fifth)).any():

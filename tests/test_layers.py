@@ -24,10 +24,10 @@ LAYERS = (  # from the top; a module may import from layers below, and from its 
 STAND_ALONE = {"transport": {"runtime"}, "samplers": {"runtime", "transport"}}  # the rooms that they may import
 LONG = {("train", "main"): 170, ("train_vae", "main"): 100}  # the visible loops; all other functions: 60 lines
 BUDGETS = {  # lines of a module or room: of the design or, where that is exceeded today, of today in full tens
-    "train": 440, "train_vae": 240, "cache_latents": 220, "sample_gd": 280, "evaluate": 200, "models": 530,
-    "rope": 130, "transport": 160, "samplers": 170, "generation": 450, "given": 230, "vae": 170, "autoencoder": 140,
-    "optim": 170, "checkpoint": 520, "published": 170, "sharding": 110, "preflight": 420, "schedule": 80,
-    "validation": 100, "run": 70, "video": 1410, "scoring": 1940, "runtime": 1170,
+    "train": 440, "train_vae": 230, "cache_latents": 220, "sample_gd": 250, "evaluate": 200, "models": 460,
+    "rope": 120, "transport": 160, "samplers": 170, "generation": 380, "given": 180, "vae": 150, "autoencoder": 130,
+    "optim": 170, "checkpoint": 470, "published": 160, "sharding": 110, "preflight": 430, "schedule": 80,
+    "validation": 90, "run": 70, "video": 1270, "scoring": 1760, "runtime": 1180,
 }  # fmt: skip
 # A condition is opaque: only the models, the data, what is on the disk and the flags know that it is a class.
 KNOW_CLASSES = {"models", "published", "video", "cache_latents", "preflight", "generation", "given", "sample_gd"}

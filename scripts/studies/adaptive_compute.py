@@ -38,7 +38,7 @@ class Samplings(lab.Run):
         about = [os.path.realpath(args.ckpt), os.stat(args.ckpt).st_mtime_ns, self.flags]
         digest = hashlib.sha256(str(about).encode()).hexdigest()[:8]  # other samples, another folder
         folder = Path(args.out, "adaptive-compute", digest)
-        super().__init__(folder, metrics={"motion": ["--data-path", args.data_path, "--num-real", 1]})
+        super().__init__(folder, metrics={"motion": ["--data-path", args.data_path, "--num-real", 2]})
 
     def train(self):
         return self.ckpt
