@@ -47,20 +47,20 @@ def parse_args(words=None):
     add("--split", choices=["train", "val", "all"], help="of the real clips; default: train for fvd and fid, else val")
     add("--val-fraction", type=SHARE, default=0.05, metavar="F", help="share of the videos in val, as in training")
     counts = ", ".join(f"{count} for {metric}" for metric, count in NUM_REAL.items())
-    add("--num-real", type=number(int, least=2), metavar="N", help=f"number of real clips; default: {counts}")
+    add("--num-real", type=number(int, least=2), help=f"number of real clips; default: {counts}")
     add("--keep-background", action="store_true", help="prediction: score samples with background that was kept, too")
     steps = "training steps of classifier, 16 windows each"
-    add("--classifier-steps", type=COUNT, default=250, metavar="N", help=steps)
-    add("--seed", type=NATURAL, default=0, metavar="N", help="seed of classifier and of the bootstrap of fvd and fid")
+    add("--classifier-steps", type=COUNT, default=250, help=steps)
+    add("--seed", type=NATURAL, default=0, help="seed of classifier and of the bootstrap of fvd and fid")
     resamples = "of the bootstrap for the interval of fvd and fid (10 s each for fid of 2048 clips on a core); 0 = none"
-    add("--resamples", type=NATURAL, default=frechet.RESAMPLES, metavar="N", help=resamples)
+    add("--resamples", type=NATURAL, default=frechet.RESAMPLES, help=resamples)
     add = parser.add_argument_group("run").add_argument
     add("--out", required=True, metavar="FILE.json", help="the manifest; some metrics write pictures beside it")
     add("--manifest", metavar="FILE", help="repeat it; other flags may only name places, --num-workers, --tolerance")
-    add("--tolerance", type=NON_NEGATIVE, default=1e-3, metavar="X", help="values agree: |a - b| <= X max(1, |a|, |b|)")
+    add("--tolerance", type=NON_NEGATIVE, default=1e-3, help="values agree: |a - b| <= X max(1, |a|, |b|)")
     add("--cache", metavar="DIR", help="for statistics of the real features; default: evaluate-cache beside --out")
-    add("--batch-size", type=COUNT, default=16, metavar="N", help="clips per rank at a time")
-    add("--num-workers", type=NATURAL, default=1, metavar="N", help="processes per rank that read videos; 0 = none")
+    add("--batch-size", type=COUNT, default=16, help="clips per rank at a time")
+    add("--num-workers", type=NATURAL, default=1, help="processes per rank that read videos; 0 = none")
     return parser.parse_args(words)
 
 

@@ -41,9 +41,9 @@ def parse_args():
     add = parser.add_argument_group("model").add_argument
     add("--image-size", type=COUNT, default=256, metavar="PX", help="height and width of the frames, px")
     add("--downsample", type=int, choices=[4, 8], default=8, help="pixels per latent value, along each side")
-    add("--latent-channels", type=COUNT, default=4, metavar="N", help="values of a latent pixel")
+    add("--latent-channels", type=COUNT, default=4, help="values of a latent pixel")
     widths = "channels per resolution, full size first, log2(--downsample) + 1 numbers; default: from 32 64 128 128"
-    add("--widths", type=COUNT, nargs="+", metavar="N", help=widths)
+    add("--widths", type=COUNT, nargs="+", help=widths)
 
     add = parser.add_argument_group("data").add_argument
     add("--data-path", required=True, metavar="DIR", help="folder with <class>/<video>, or videos without classes")
@@ -52,7 +52,7 @@ def parse_args():
     add("--max-bad-fraction", type=SHARE, default=0.1, metavar="F", help="share of the videos that may be corrupt")
     add("--no-flip", action="store_true", help="never mirror a frame")
     add("--color-jitter", type=SHARE, default=0.8, metavar="P", help="share of frames that get other colors; 0 = off")
-    add("--num-workers", type=NATURAL, default=2, metavar="N", help="loader processes per rank; 0 = load in-process")
+    add("--num-workers", type=NATURAL, default=2, help="loader processes per rank; 0 = load in-process")
     timeout = "seconds for loader processes to start and for a batch; 0 = no limit"
     add("--loader-timeout", type=NON_NEGATIVE, default=300.0, metavar="S", help=timeout)
     cached = "decode each video once, into a folder in --results-dir that later runs use as well: for small data sets"
@@ -60,23 +60,23 @@ def parse_args():
     add("--cache-frames-force", action="store_true", help="let --cache-frames take more than 20 GB")
 
     add = parser.add_argument_group("optimization").add_argument
-    add("--max-steps", type=COUNT, default=20_000, metavar="N", help="step to end at")
-    add("--global-batch-size", type=COUNT, default=32, metavar="N", help="frames per step, over all ranks")
-    add("--lr", type=POSITIVE, default=2e-3, metavar="X", help="learning rate of AdamW")
-    add("--warmup-steps", type=NATURAL, default=50, metavar="N", help="steps up to the full learning rate; 0 = off")
+    add("--max-steps", type=COUNT, default=20_000, help="step to end at")
+    add("--global-batch-size", type=COUNT, default=32, help="frames per step, over all ranks")
+    add("--lr", type=POSITIVE, default=2e-3, help="learning rate of AdamW")
+    add("--warmup-steps", type=NATURAL, default=50, help="steps up to the full learning rate; 0 = off")
     decay = "share of the steps over which the learning rate falls to 0, at the end; 0 = off"
     add("--lr-decay", type=SHARE, default=0.5, metavar="F", help=decay)
-    add("--ema-decay", type=SHARE, default=0.995, metavar="X", help="decay of the EMA weights; lower at first")
-    add("--global-seed", type=NATURAL, default=0, metavar="N", help="seed of every random draw")
+    add("--ema-decay", type=SHARE, default=0.995, help="decay of the EMA weights; lower at first")
+    add("--global-seed", type=NATURAL, default=0, help="seed of every random draw")
     precision = "bf16 is mixed precision, tf32 rounds inside matrix products; default: bf16 on a GPU that has it"
     add("--precision", choices=["fp32", "tf32", "bf16"], help=precision)
 
     add = parser.add_argument_group("run").add_argument
     add("--results-dir", default="results", metavar="DIR", help="the run folder is made in here")
     add("--resume", action="store_true", help="continue the newest run of this VAE, if any")
-    add("--log-every", type=COUNT, default=50, metavar="N", help="steps between two lines of metrics")
-    add("--val-every", type=COUNT, default=500, metavar="N", help="steps between validations; the last step validates")
-    add("--num-val-frames", type=COUNT, default=256, metavar="N", help="frames of validation videos")
+    add("--log-every", type=COUNT, default=50, help="steps between two lines of metrics")
+    add("--val-every", type=COUNT, default=500, help="steps between validations; the last step validates")
+    add("--num-val-frames", type=COUNT, default=256, help="frames of validation videos")
     minutes = "minutes between checkpoints; the last step saves; 0 = off"
     add("--save-minutes", type=NON_NEGATIVE, default=5.0, metavar="M", help=minutes)
     return parser.parse_args()

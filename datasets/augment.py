@@ -36,10 +36,10 @@ def parse_args():
     add = parser.add_argument
     add("--data-path", required=True, metavar="DIR", help="folder with <class>/<video>, or videos without classes")
     add("--out", required=True, metavar="DIR", help="the larger data set")
-    add("--copies", type=cli.COUNT, default=7, metavar="N", help="copies of each training video, besides itself")
+    add("--copies", type=cli.COUNT, default=7, help="copies of each training video, besides itself")
     fraction = "share of the videos that validate, where no split files are found"
     add("--val-fraction", type=cli.SHARE, default=0.05, metavar="F", help=fraction)
-    add("--seed", type=cli.NATURAL, default=0, metavar="N", help="seed of every random draw")
+    add("--seed", type=cli.NATURAL, default=0, help="seed of every random draw")
     return parser.parse_args()
 
 

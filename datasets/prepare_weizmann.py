@@ -37,7 +37,7 @@ def parse_args():
     add("--source", required=True, metavar="DIR", help="MoCoGAN's repository, or the folder of its actions")
     add("--out", default="datasets/weizmann", metavar="DIR", help="the data set")
     people = "people whose clips validate and never train, from 1; the others train"
-    add("--hold-out", type=COUNT, nargs="+", default=[7, 8], metavar="N", help=people)
+    add("--hold-out", type=COUNT, nargs="+", default=[7, 8], help=people)
     return parser.parse_args()
 
 

@@ -61,11 +61,11 @@ def parse_args():
     parts = f"some of {', '.join(PARTS)}; default: all but sizes"
     add("--only", nargs="+", choices=PARTS, metavar="PART", help=parts)
     add("--model", choices=NAMES, default="EqM-S/4", metavar="NAME", help="EqM-{Ti,S,B,L,XL}/{2,4,8}")
-    add("--num-frames", type=COUNT, default=16, metavar="N", help="frames per clip")
-    add("--batch-size", type=COUNT, default=4, metavar="N", help="clips per step")
+    add("--num-frames", type=COUNT, default=16, help="frames per clip")
+    add("--batch-size", type=COUNT, default=4, help="clips per step")
     add("--precision", choices=["fp32", "tf32", "bf16", "fp16"], default="fp32", help="of the network")
     add("--compile", action="store_true", help="compile the transformer blocks with torch.compile")
-    add("--pairs", type=number(int, least=3), default=12, metavar="N", help="pairs of calls per row")
+    add("--pairs", type=number(int, least=3), default=12, help="pairs of calls per row")
     return parser.parse_args()
 
 

@@ -25,7 +25,7 @@ FONT_SIZE, MAX_NAME_LENGTH = 15, 16  # px, characters
 def parse_args():
     parser = ArgumentParser(description="Draw samples of one or several folders as one PNG with labels.")
     parser.add_argument("folders", nargs="+", metavar="FOLDER", help="folders that sample_gd.py has written")
-    parser.add_argument("--rows", type=COUNT, default=4, metavar="N", help="samples of each folder, the first ones")
+    parser.add_argument("--rows", type=COUNT, default=4, help="samples of each folder, the first ones")
     parser.add_argument("--out", required=True, metavar="FILE.png", help="the picture")
     return parser.parse_args()
 

@@ -44,7 +44,7 @@ def parse_args():
     share = "plot losses divided by that of a zero prediction, which compare across data sets and frame counts"
     parser.add_argument("--relative", action="store_true", help=share)
     mean = "smooth the training loss over N logged lines; 1 = off; default: a twentieth of the longest curve"
-    parser.add_argument("--smooth", type=COUNT, metavar="N", help=mean)
+    parser.add_argument("--smooth", type=COUNT, help=mean)
     return parser.parse_args()
 
 

@@ -131,8 +131,8 @@ def parse_args():
     parser = lab.study_parser(__doc__, trains=False)
     parser.add_argument("--ckpt", required=True, metavar="FILE", help="checkpoint of a model of Moving Shapes")
     parser.add_argument("--data-path", required=True, metavar="DIR", help="its data set, for the true motion")
-    parser.add_argument("--num-frames", type=COUNT, default=16, metavar="N", help="frames per clip")
-    parser.add_argument("--num-samples", type=COUNT, default=144, metavar="N", help="clips, the classes in turn")
+    parser.add_argument("--num-frames", type=COUNT, default=16, help="frames per clip")
+    parser.add_argument("--num-samples", type=COUNT, default=144, help="clips, the classes in turn")
     return parser.parse_args()
 
 

@@ -47,7 +47,7 @@ def study_parser(doc, seeds=None, trains=True):
     if trains:
         add("--compile", action="store_true", help="train with torch.compile; rounds differently")
     if seeds is not None:
-        add("--seeds", type=NATURAL, nargs="+", default=seeds, metavar="N", help="seeds of the training")
+        add("--seeds", type=NATURAL, nargs="+", default=seeds, help="seeds of the training")
     return parser
 
 

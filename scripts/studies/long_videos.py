@@ -89,11 +89,11 @@ def parse_args():
     parser = lab.study_parser(__doc__, seeds=[0])
     add = parser.add_argument
     overlap = number(int, least=1, most=WINDOW - 1)
-    add("--overlaps", type=overlap, nargs="+", default=[8], metavar="N", help="values of --overlap of sample_gd.py")
-    add("--guidances", type=NON_NEGATIVE, nargs="+", default=[GUIDANCE], metavar="X", help="values of --cfg-scale")
-    add("--clips", type=number(int, least=2), default=96, metavar="N", help="videos that are made")
+    add("--overlaps", type=overlap, nargs="+", default=[8], help="values of --overlap of sample_gd.py")
+    add("--guidances", type=NON_NEGATIVE, nargs="+", default=[GUIDANCE], help="values of --cfg-scale")
+    add("--clips", type=number(int, least=2), default=96, help="videos that are made")
     frames = number(int, least=2 * WINDOW, most=25 * SECONDS)
-    add("--num-frames", type=frames, default=256, metavar="N", help="their frames")
+    add("--num-frames", type=frames, default=256, help="their frames")
     return parser.parse_args()
 
 

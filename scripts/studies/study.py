@@ -222,7 +222,7 @@ def parse_args():
     only = "questions (A to C) or names of arms; default: all"
     add("--only", nargs="+", choices=(*QUESTIONS, *BY_NAME), metavar="WHAT", help=only)
     minutes = "start no run that would end later than this; default: no limit"
-    add("--minutes", type=POSITIVE, default=math.inf, metavar="X", help=minutes)
+    add("--minutes", type=POSITIVE, default=math.inf, help=minutes)
     only_print("--list", action="store_true", help="only print what is done, what is missing and how long it takes")
     only_print("--report", action="store_true", help="only write the tables and figures of study.csv")
     data = "Moving Shapes videos, made if missing; default: study/moving-shapes in --out"
