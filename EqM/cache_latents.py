@@ -48,7 +48,7 @@ def parse_args():
     add("--vae", default="ema", metavar="VAE", help=vae)
     add("--image-size", type=COUNT, default=256, metavar="PX", help="height and width of the training clips, px")
     add("--with-flips", action="store_true", help="also encode mirrored frames, to train with flips; doubles the size")
-    add("--max-bad-fraction", type=SHARE, default=0.1, metavar="F", help="share of the videos that may be bad")
+    add("--max-bad-fraction", type=SHARE, default=0.1, help="share of the videos that may be bad")
     return parser.parse_args()
 
 

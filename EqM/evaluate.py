@@ -45,7 +45,7 @@ def parse_args(words=None):
     detector += "2015-12-05.pt of StyleGAN2-ADA. TorchScript is a program: use a file from a source you trust"
     add("--detector", metavar="FILE", help=detector)
     add("--split", choices=["train", "val", "all"], help="of the real clips; default: train for fvd and fid, else val")
-    add("--val-fraction", type=SHARE, default=0.05, metavar="F", help="share of the videos in val, as in training")
+    add("--val-fraction", type=SHARE, default=0.05, help="share of the videos in val, as in training")
     counts = ", ".join(f"{count} for {metric}" for metric, count in NUM_REAL.items())
     add("--num-real", type=number(int, least=2), help=f"number of real clips; default: {counts}")
     add("--keep-background", action="store_true", help="prediction: score samples with background that was kept, too")

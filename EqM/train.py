@@ -40,7 +40,7 @@ from optim import (
     set_learning_rates,
     update_ema,
 )
-from run import Run
+from run import Run, add_loading_flags
 from runtime import distributed, runs
 from runtime.cli import (
     COUNT,
@@ -131,14 +131,7 @@ def add_model_and_data_flags(parser):
     interval = "video frames from one frame of a clip to the next; two numbers: drawn per clip between them; default: 1"
     add("--frame-interval", type=COUNT, nargs="+", default=[1], help=interval)
     add("--no-flip", action="store_true", help="never mirror a clip, for classes that have a left and a right")
-    add("--val-fraction", type=SHARE, default=0.05, help="share of the videos that validate, without split files")
-    add("--max-bad-fraction", type=SHARE, default=0.1, help="share of the videos that may be corrupt")
-    add("--num-workers", type=NATURAL, default=min(4, os.cpu_count()), help="loader processes per rank; 0 = in-process")
-    cached = "decode each video once, into a folder in --results-dir that later runs use as well: for small data sets"
-    add("--cache-frames", action="store_true", help=cached)
-    add("--cache-frames-force", action="store_true", help="let --cache-frames take more than 20 GB")
-    timeout = "seconds for loader processes to start and for a batch; 0 = no limit, but other ranks wait 600 s at most"
-    add("--loader-timeout", type=NON_NEGATIVE, default=300.0, help=timeout)
+    add_loading_flags(add, num_workers=min(4, os.cpu_count()))
 
 
 def add_optimization_flags(parser):

@@ -20,7 +20,7 @@ import checkpoint
 import preflight
 from autoencoder import Autoencoder, chunks_of, export, jitter_colors, losses_of, make_autoencoder, measure
 from optim import ema_decay, lr_multiplier, update_ema
-from run import Run
+from run import Run, add_loading_flags
 from runtime import cli, distributed
 from runtime.cli import COUNT, NATURAL, NON_NEGATIVE, POSITIVE, SHARE, ArgumentParser, Bar, one_line_errors, say
 from runtime.distributed import rank, world_size
@@ -47,17 +47,9 @@ def parse_args():
 
     add = parser.add_argument_group("data").add_argument
     add("--data-path", required=True, metavar="DIR", help="folder with <class>/<video>, or videos without classes")
-    fraction = "share of the videos that validate, where no split files are found"
-    add("--val-fraction", type=SHARE, default=0.05, metavar="F", help=fraction)
-    add("--max-bad-fraction", type=SHARE, default=0.1, metavar="F", help="share of the videos that may be corrupt")
     add("--no-flip", action="store_true", help="never mirror a frame")
-    add("--color-jitter", type=SHARE, default=0.8, metavar="P", help="share of frames that get other colors; 0 = off")
-    add("--num-workers", type=NATURAL, default=2, help="loader processes per rank; 0 = load in-process")
-    timeout = "seconds for loader processes to start and for a batch; 0 = no limit"
-    add("--loader-timeout", type=NON_NEGATIVE, default=300.0, metavar="S", help=timeout)
-    cached = "decode each video once, into a folder in --results-dir that later runs use as well: for small data sets"
-    add("--cache-frames", action="store_true", help=cached)
-    add("--cache-frames-force", action="store_true", help="let --cache-frames take more than 20 GB")
+    add("--color-jitter", type=SHARE, default=0.8, help="share of frames that get other colors; 0 = off")
+    add_loading_flags(add, num_workers=2)
 
     add = parser.add_argument_group("optimization").add_argument
     add("--max-steps", type=COUNT, default=20_000, help="step to end at")
@@ -65,7 +57,7 @@ def parse_args():
     add("--lr", type=POSITIVE, default=2e-3, help="learning rate of AdamW")
     add("--warmup-steps", type=NATURAL, default=50, help="steps up to the full learning rate; 0 = off")
     decay = "share of the steps over which the learning rate falls to 0, at the end; 0 = off"
-    add("--lr-decay", type=SHARE, default=0.5, metavar="F", help=decay)
+    add("--lr-decay", type=SHARE, default=0.5, help=decay)
     add("--ema-decay", type=SHARE, default=0.995, help="decay of the EMA weights; lower at first")
     add("--global-seed", type=NATURAL, default=0, help="seed of every random draw")
     precision = "bf16 is mixed precision, tf32 rounds inside matrix products; default: bf16 on a GPU that has it"
@@ -78,7 +70,7 @@ def parse_args():
     add("--val-every", type=COUNT, default=500, help="steps between validations; the last step validates")
     add("--num-val-frames", type=COUNT, default=256, help="frames of validation videos")
     minutes = "minutes between checkpoints; the last step saves; 0 = off"
-    add("--save-minutes", type=NON_NEGATIVE, default=5.0, metavar="M", help=minutes)
+    add("--save-minutes", type=NON_NEGATIVE, default=5.0, help=minutes)
     return parser.parse_args()
 
 

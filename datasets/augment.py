@@ -38,7 +38,7 @@ def parse_args():
     add("--out", required=True, metavar="DIR", help="the larger data set")
     add("--copies", type=cli.COUNT, default=7, help="copies of each training video, besides itself")
     fraction = "share of the videos that validate, where no split files are found"
-    add("--val-fraction", type=cli.SHARE, default=0.05, metavar="F", help=fraction)
+    add("--val-fraction", type=cli.SHARE, default=0.05, help=fraction)
     add("--seed", type=cli.NATURAL, default=0, help="seed of every random draw")
     return parser.parse_args()
 

@@ -44,7 +44,7 @@ def parse_args():
     add("--vae", default="ema", metavar="VAE", help="ema, mse, a directory, or none: pixels")
     add("--model", choices=NAMES, default="EqM-S/4", metavar="NAME", help="EqM-{Ti,S,B,L,XL}/{2,4,8}")
     add("--global-batch-size", type=COUNT, default=256, help="clips per step")
-    add("--val-fraction", type=SHARE, default=0.05, metavar="F", help="share of the videos that validate")
+    add("--val-fraction", type=SHARE, default=0.05, help="share of the videos that validate")
     add("--quick", action="store_true", help="open the videos, but do not decode them")
     add("--out", metavar="FILE.png", help="the sheet; default: check-NAME.png here, NAME is that of the folder")
     return parser.parse_args()

@@ -41,7 +41,7 @@ def parse_args():
     add("--out", metavar="FILE.html", help="the page; default: FOLDER/gallery.html")
     add("--num-samples", type=COUNT, default=64, help="show at most the first N samples")
     split = "share of validation videos, as given to train.py, if the data set has no split files"
-    add("--val-fraction", type=SHARE, default=0.05, metavar="F", help=split)
+    add("--val-fraction", type=SHARE, default=0.05, help=split)
     return parser.parse_args()
 
 

@@ -81,7 +81,7 @@ def markdown(content):
 
 def parse_args():
     parser, values = lab.study_parser(__doc__, seeds=[0, 1, 2]), "values of --forcing"
-    parser.add_argument("--shares", type=SHARE, nargs="+", default=[0.0, 0.75], metavar="P", help=values)
+    parser.add_argument("--shares", type=SHARE, nargs="+", default=[0.0, 0.75], help=values)
     return parser.parse_args()
 
 
