@@ -45,7 +45,7 @@ class Autoencoder(nn.Module):
 
 def draw_colors(random, most):
     """(matrix (3, 3), offset (3, 1, 1)) for pixels in [-1, 1]: saturation times 0 to `most`, gains and offsets."""
-    saturation = most * torch.rand((), generator=random)  # 0: grey
+    saturation = most * torch.rand((), generator=random)  # 0: gray
     gain = torch.exp(0.4 * torch.rand(3, 1, generator=random) - 0.2)
     colors = torch.lerp(torch.full((3, 3), 1 / 3), torch.eye(3), saturation)
     return gain * colors, 0.2 * torch.rand(3, 1, 1, generator=random) - 0.1
@@ -84,12 +84,12 @@ def psnr(real, decoded):
 
 @torch.no_grad()
 def measure(model, loader, device):
-    """({"psnr", "latent_mean", "latent_std"}, this rank's bad videos) of the frames that the ranks' loaders give.
+    """({"psnr", "latent_mean", "latent_std"}, this rank's corrupt videos) of the frames that the ranks' loaders give.
 
     psnr is the mean in dB over the frames, decoded from their mean latents; the statistics are those of all latent
     values. The results are the same on all ranks and for any number of ranks.
     """
-    rows, bad, vae = [], [], VAE("measured", model)
+    rows, corrupt, vae = [], [], VAE("measured", model)
     vae.scale, vae.shift = 1.0, 0.0  # or the last bits would depend on those of an earlier export
     for batch in batches_of(loader):
         clips = batch["clips"].to(device)  # (B, 3, 1, H, W)
@@ -99,9 +99,9 @@ def measure(model, loader, device):
         second_moments = (mean.square() + std.square()).mean(dim=1)
         columns = batch["indices"], errors, mean.mean(dim=1), second_moments
         rows += torch.stack([column.double().cpu() for column in columns], dim=1).tolist()
-        bad += batch["bad"]
+        corrupt += batch["corrupt"]
     values, means, squares = (math.fsum(column) / len(column) for column in distributed.gather_in_order(rows))
-    return {"psnr": values, "latent_mean": means, "latent_std": math.sqrt(squares - means**2)}, bad
+    return {"psnr": values, "latent_mean": means, "latent_std": math.sqrt(squares - means**2)}, corrupt
 
 
 def chunks_of(count):

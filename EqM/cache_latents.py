@@ -48,7 +48,7 @@ def parse_args():
     add("--vae", default="ema", metavar="VAE", help=vae)
     add("--image-size", type=COUNT, default=256, metavar="PX", help="height and width of the training clips, px")
     add("--with-flips", action="store_true", help="also encode mirrored frames, to train with flips; doubles the size")
-    add("--max-bad-fraction", type=SHARE, default=0.1, help="share of the videos that may be bad")
+    add("--max-bad-fraction", type=SHARE, default=0.1, help="share of the videos that may be corrupt")
     return parser.parse_args()
 
 
@@ -83,11 +83,11 @@ def check_out(out, settings):
 
 
 def plan_encoding(args):
-    """(source, videos still to encode, BadVideos so far); for one rank only. Raises UserError."""
+    """(source, videos still to encode, CorruptVideos so far); for one rank only. Raises UserError."""
     files = source.open_source(args.data_path, args.image_size, index_folder=args.out)
-    bad_videos = index.BadVideos(len(files.videos()) + len(files.scan.unreadable), args.max_bad_fraction)
+    bad_videos = index.CorruptVideos(len(files.videos()) + len(files.scan.unreadable), args.max_bad_fraction)
     for path in bad_videos.add(files.scan.unreadable):
-        say(f"{path} can't be opened; it is left out")
+        say(f"{path} can't be opened; it is skipped")
     todo = [
         video for video in files.videos()
         if source.cached_metadata(Path(args.out, cached_path(video))) != source_metadata(args, video)
@@ -161,7 +161,7 @@ def encode_videos(args, vae, device, files, todo, bad_videos):
                 corrupt += [] if is_readable else [video.path]
                 bar.update(video.num_frames)
             for path in bad_videos.add(sorted(itertools.chain(*distributed.gather(corrupt)))):
-                say(f"{path} can't be decoded; it is left out")
+                say(f"{path} can't be decoded; it is skipped")
             bar.update(count_frames(todo[: first + size]) - bar.n)  # those of the other ranks
 
 

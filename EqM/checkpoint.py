@@ -36,7 +36,7 @@ from runtime.memory import free_bytes
 from runtime.runs import is_restarted, lock, newest_run, remove_temporary_files
 from runtime.untrusted import read_torch
 from schedule import current_phase, is_due
-from sharding import is_sharded, shard_like, whole
+from sharding import full_tensor, is_sharded, shard_like
 
 VERSION = 1
 KEYS = {"version", "config", "model", "ema", "optimizer", "step", "phase", "best_loss"}
@@ -149,7 +149,7 @@ class Writer:
             return [self.copy(part, (*place, index)) for index, part in enumerate(value)]
         if not isinstance(value, torch.Tensor):
             return value
-        value = whole(value)
+        value = full_tensor(value)
         if rank() != 0:
             return None
         if place not in self.copies or self.copies[place].shape != value.shape:

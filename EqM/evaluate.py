@@ -122,9 +122,9 @@ def find_real(args, samples, detector):
     return clips, training, truth, manifest.start(args, samples, split, count, real, about)
 
 
-def score(args, samples, out, clips, training, truth, new, detector, device, bad):
-    """(values, result, lines to print) on rank 0. Paths of real videos that can't be decoded are added to `bad`."""
-    real = sources.real_stream(clips, new["real"]["num_clips"], args.batch_size, args.num_workers, device, bad)
+def score(args, samples, out, clips, training, truth, new, detector, device, corrupt):
+    """(values, result, lines to print) on rank 0. Paths of real videos that can't be decoded are added to `corrupt`."""
+    real = sources.real_stream(clips, new["real"]["num_clips"], args.batch_size, args.num_workers, device, corrupt)
     streams = sources.generated_stream(samples, args.batch_size, device), real
     if args.metric == "motion":
         return shapes.score_shapes(*streams, truth)
@@ -146,18 +146,18 @@ def run(args, samples, real, detector, old, device):
     out = Path(args.out if len(args.samples) == 1 else samples.folder / args.out)
     *real, new = distributed.broadcast(real)
     out.parent.mkdir(parents=True, exist_ok=True)
-    values, result, lines = score(args, samples, out, *real, new, detector, device, bad := [])
-    bad = sorted({path for paths in distributed.gather(bad) for path in paths})
+    values, result, lines = score(args, samples, out, *real, new, detector, device, corrupt := [])
+    corrupt = sorted({path for paths in distributed.gather(corrupt) for path in paths})
     if rank() != 0:
         return None
     name = torch.cuda.get_device_name(device) if device.type == "cuda" else "cpu"
     machine = {"device": name, "ranks": distributed.world_size(), "threads": torch.get_num_threads()}
     new |= {"values": values, "result": result, "machine": machine}
-    new["real"]["bad_videos"], comparison = bad, None
+    new["real"]["bad_videos"], comparison = corrupt, None
     if old:
         new["repeats"], comparison = manifest.compare(args.manifest, old, new, args.tolerance)
     manifest.write_manifest(out, new)
-    lines += [f"{path} can't be decoded; another clip took its place" for path in bad]
+    lines += [f"{path} can't be decoded; another clip took its place" for path in corrupt]
     agrees = old and new["repeats"]["agrees"]
     for line in (*lines, f"{new['protocol']}: {out}", *([comparison] if agrees else [])):
         say(line)

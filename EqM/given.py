@@ -12,7 +12,7 @@ from video.samples import NO_LABEL
 
 KEPT_CLIPS = 32  # that are kept in memory
 NOT_FORCED = "was trained without --forcing, or on clips of one temporal patch, which are not forced"
-STATIC = 16  # grey levels by which the decoded color of a pixel may change though nothing moves
+STATIC = 16  # gray levels by which the decoded color of a pixel may change though nothing moves
 
 
 class ClipReader:
@@ -106,8 +106,8 @@ class DrawnClip:
     def read(self, frames, seconds_per_frame, image_size):
         """The frames with these numbers: uint8 (3, n, image_size, image_size). Raises UserError."""
         sample = self.clips[self.index]
-        if sample["bad"]:
-            raise UserError(f"{self.flag}: {sample['bad'][0]} can't be decoded; remove it")
+        if sample["corrupt"]:
+            raise UserError(f"{self.flag}: {sample['corrupt'][0]} can't be decoded; remove it")
         return sample["clip"][:, list(frames)]
 
 

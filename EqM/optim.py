@@ -6,7 +6,7 @@ import torch
 import torch.distributed as dist
 
 from runtime import distributed
-from sharding import is_sharded, scatter, whole
+from sharding import full_tensor, is_sharded, scatter
 
 MUON_DECAY = 0.1  # weight decay; without any the weights grow as long as the learning rate does not fall
 
@@ -77,7 +77,7 @@ class Muon(torch.optim.Optimizer):
         """The same, sharded: the ranks gather a matrix at a time, and only its owner keeps the full tensor."""
         gathered, own = [], {}
         for owner, indices in self.batches:
-            steps = [step.bfloat16() for step in map(whole, map(step_of, indices)) if owner == distributed.rank()]
+            steps = [step.bfloat16() for step in map(full_tensor, map(step_of, indices)) if owner == distributed.rank()]
             gathered += [(indices, steps)] if steps else []
         for indices, steps in gathered:  # now that no other rank waits for this one
             own |= zip(indices, orthogonalize(torch.stack(steps)), strict=True)

@@ -321,7 +321,7 @@ def log_run(log, args, folder, config, model, data, steps, device):
     name = f"{model_name(**asdict(config))}, {size:.1f} M parameters, {config.positions}"
     log(f"{folder}: {name}; {ranks}, steps {steps[0]} to {steps[1]}")
     found = f"{len(data.train[most])} {kind} of {len(data.scan.classes)} classes train, {len(data.val[most])} validate"
-    log(f"{found}; {data.num_short} have fewer than {most} frames, {len(data.scan.unreadable)} can't be opened")
+    log(f"{found}; {data.num_too_short} have fewer than {most} frames, {len(data.scan.unreadable)} can't be opened")
     for num_frames, videos in data.train.items():
         fits = [fitting_interval(video, num_frames, interval) for video in videos]
         if short := sum(fit < interval for fit in fits):

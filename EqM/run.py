@@ -9,7 +9,7 @@ from runtime.cli import NATURAL, NON_NEGATIVE, SHARE, say
 from runtime.distributed import rank
 from runtime.metrics import Metrics, StepStats
 from runtime.signals import StopSignal
-from video.index import BadVideos
+from video.index import CorruptVideos
 from video.loader import end_children
 
 
@@ -28,8 +28,7 @@ def add_loading_flags(add, num_workers):
 class Run:
     """The folder of a run with its log, metrics and checkpoints; all ranks have one, and rank 0 writes.
 
-    start is the checkpoint.Start; num_videos and max_bad_fraction limit the corrupt videos, as BadVideos says; together
-    is that of StopSignal.
+    start: a checkpoint.Start; num_videos, max_bad_fraction: see CorruptVideos; together: see StopSignal.
     """
 
     def __init__(self, start, results_dir, name, run_config, num_videos, max_bad_fraction, wandb=False, together=False):
@@ -39,12 +38,12 @@ class Run:
         logged_step = start.progress.step - 1 if start.unlogged else start.progress.step
         self.metrics = Metrics(self.folder, resume_step=logged_step, wandb=wandb, config=run_config)
         self.stats = StepStats(start.unlogged)
-        self.bad_videos = BadVideos(num_videos, max_bad_fraction, start.bad_videos)
+        self.bad_videos = CorruptVideos(num_videos, max_bad_fraction, start.bad_videos)
         self.stop = StopSignal(together)
         self.writer = checkpoint.Writer(self.folder)
         self.saved_at = time.monotonic()
 
-    def report_bad(self, paths, step):
+    def report_corrupt(self, paths, step):
         """Name the corrupt videos that any rank has found, each once; raises UserError, on all ranks, for too many."""
         for path in self.bad_videos.add([path for part in distributed.gather(paths) for path in part]):
             self.log(f"step {step}: {path} can't be decoded; others take its place ({self.bad_videos})")
@@ -62,7 +61,7 @@ class Run:
         self.stop.barrier()  # or the others would wait in the next step, which has a shorter timeout
         self.saved_at = time.monotonic()
         unlogged = self.stats.averaged(state["step"]) if len(self.stats) else None
-        self.report_bad(self.stats.bad, state["step"])
+        self.report_corrupt(self.stats.corrupt, state["step"])
         state = state | {"run": {"window": unlogged, "bad_videos": list(self.bad_videos.paths)}}
         self.writer.write(state, names, before=self.metrics.sync, after=after)
 

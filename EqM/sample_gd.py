@@ -153,7 +153,7 @@ def sample_run(args, plan, indices, given, init, real, device):
     if rank() == 0:
         write_folder(args, plan, parts, given, real)
     else:
-        list(parts)  # nothing comes out of it, but the ranks meet in each round
+        list(parts)  # nothing comes out of it, but the ranks wait for each other in each round
 
 
 def in_order(made, rounds):

@@ -71,16 +71,16 @@ def is_sharded(tensor):
     return hasattr(tensor, "full_tensor")
 
 
-def shard_like(full, tensor, source=None):
-    """This rank's rows of a full tensor, or all if `tensor` is no DTensor. Rank `source` sends it, or all have it."""
+def shard_like(full, tensor, sender=None):
+    """This rank's rows of a full tensor, or all if `tensor` is no DTensor. Rank `sender` sends it, or all have it."""
     if not is_sharded(tensor):
         return full
     from torch.distributed.tensor import distribute_tensor
 
-    return distribute_tensor(full.detach(), tensor.device_mesh, tensor.placements, src_data_rank=source)
+    return distribute_tensor(full.detach(), tensor.device_mesh, tensor.placements, src_data_rank=sender)
 
 
-def whole(tensor):
+def full_tensor(tensor):
     """A DTensor as a full tensor on every rank; all ranks have to call it. Any other tensor itself."""
     return tensor.full_tensor() if is_sharded(tensor) else tensor
 

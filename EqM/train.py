@@ -62,7 +62,7 @@ from runtime.metrics import StepStats, bar_text, device_stats
 from runtime.rng import normal, uniform
 from runtime.signals import Interrupted
 from schedule import current_phase, frames_of_steps, is_due, parse_schedule
-from sharding import make_networks, whole
+from sharding import full_tensor, make_networks
 from validation import validate, validation_chunks
 from video.clips import Clips, rank_batches
 from video.index import save_index
@@ -208,7 +208,7 @@ def main():
     start.state = found = None  # or the file would stay open during the whole run
     began = time.monotonic() - progress.seconds  # as if the run had never been interrupted
     preflight.log_run(log, args, run.folder, config, model, data, (progress.step, last_step), device)
-    run.report_bad(data.scan.unreadable, progress.step)
+    run.report_corrupt(data.scan.unreadable, progress.step)
 
     def save(names=()):
         progress.seconds = time.monotonic() - began
@@ -241,12 +241,12 @@ def main():
                     row["train_loss_rel"] = row["train_loss"] / row.pop("target_square")
                     row |= device_stats(device, args.precision, row["tflops_per_s"])
                     bar.set_postfix_str(bar_text(row))
-                    run.report_bad(run.stats.bad, step)
+                    run.report_corrupt(run.stats.corrupt, step)
                     if is_due(step, phase.last_step, args.val_every):
                         val_began = time.monotonic()
                         settings = args.precision, device, stop, args.forcing > 0
-                        val_metrics, bad = validate(ema, model, vae, val_loader, phase.num_frames, *settings)
-                        run.report_bad(bad, step)
+                        val_metrics, corrupt = validate(ema, model, vae, val_loader, phase.num_frames, *settings)
+                        run.report_corrupt(corrupt, step)
                         row |= val_metrics | {"val_seconds": time.monotonic() - val_began}
                     if is_due(step, math.inf, args.sample_every):
                         videos = sample_ema(previews, args, device, stop)
@@ -286,7 +286,7 @@ def main():
                 for optimizer in optimizers:
                     scaler.unscale_(optimizer)
                 skip, loss_values = False, list(sums.values())
-                sums["grad_norm"] = whole(clip_grad_norm_(model.parameters(), args.clip_grad or math.inf))
+                sums["grad_norm"] = full_tensor(clip_grad_norm_(model.parameters(), args.clip_grad or math.inf))
                 if scaler.is_enabled() or args.skip_nonfinite:  # this makes the CPU wait for the GPU
                     skip, sums["skipped"] = check_gradient(sums["grad_norm"], loss_values, scaler)
                 progress.skipped = progress.skipped + 1 if skip and not scaler.is_enabled() else 0

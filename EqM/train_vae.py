@@ -116,7 +116,7 @@ def main():
     size = sum(parameter.numel() for parameter in model.parameters()) / 1e6
     log(f"{run.folder}: {size:.2f} M parameters; {world_size()} x {device.type}, to step {args.max_steps}; "
         f"{len(data.train[1])} videos train, {len(data.val[1])} validate")  # fmt: skip
-    run.report_bad(data.scan.unreadable, progress.step)
+    run.report_corrupt(data.scan.unreadable, progress.step)
     batches, val_loader, train_loader = make_loaders(args, data, progress, device)
 
     def save():
@@ -130,10 +130,10 @@ def main():
                 row = run.stats.summary(progress.step, args.global_batch_size)
                 row["frames_per_s"] = row.pop("clips_per_s")
                 bar.set_postfix_str(f"loss {row['train_loss']:.4f}, {row['frames_per_s']:.0f} frames/s")
-                run.report_bad(run.stats.bad, progress.step)
+                run.report_corrupt(run.stats.corrupt, progress.step)
                 if is_due(progress.step, args.max_steps, args.val_every):
-                    values, bad = validate(args, ema, val_loader, train_loader, run.folder, progress.step, device)
-                    run.report_bad(bad, progress.step)
+                    values, corrupt = validate(args, ema, val_loader, train_loader, run.folder, progress.step, device)
+                    run.report_corrupt(corrupt, progress.step)
                     log(f"step {progress.step}: PSNR {values['val_psnr']:.2f} dB on validation videos")
                     row |= values
                 run.metrics.log(progress.step, **row, lr=optimizer.param_groups[0]["lr"])
@@ -201,8 +201,8 @@ def training_losses(network, batch, args, device):
 
 
 def validate(args, ema, val_loader, train_loader, folder, step, device):
-    """({"val_psnr", ...} of the EMA, on all ranks; this rank's bad videos); writes a sheet and the VAE's folder."""
-    (values, bad), (statistics, more) = (measure(ema, loader, device) for loader in (val_loader, train_loader))
+    """({"val_psnr", ...} of the EMA, on all ranks; this rank's corrupt videos); writes a sheet and the VAE's folder."""
+    (values, corrupt), (statistics, more) = (measure(ema, loader, device) for loader in (val_loader, train_loader))
     if rank() == 0:
         export(ema, folder / "vae", statistics)
         vae, frames = VAE("shown", ema), next(batches_of(val_loader))["clips"][:8]  # (N, 3, 1, H, W)
@@ -210,7 +210,7 @@ def validate(args, ema, val_loader, train_loader, folder, step, device):
         rows = torch.cat([frames.permute(2, 0, 3, 4, 1), decoded.transpose(0, 1)])  # (2, N, H, W, 3)
         write_sheet(folder / "samples" / f"{step:07d}.png", rows.numpy(), ["frames", "VAE"])
     statistics["train_psnr"] = statistics.pop("psnr")
-    return {"val_psnr": values["psnr"]} | statistics, bad + more
+    return {"val_psnr": values["psnr"]} | statistics, corrupt + more
 
 
 if __name__ == "__main__":

@@ -121,7 +121,7 @@ def clean_frames(u_kind, u_first, u_last, num_frames):
     """The set of frames that are given, from three uniform draws in [0, 1); never all, never none.
 
     A half of the draws gives the first frames (few more often than many, as a picture is one), a quarter the first and
-    the last, an eighth the last, an eighth a single one. Borders may lie at any frame, also inside a temporal patch.
+    the last, an eighth the last, an eighth a single one. A border may be at any frame, also inside a temporal patch.
     """
     if u_kind < 1 / 2:
         return set(range(1 + int(u_first**2 * (num_frames - 1))))

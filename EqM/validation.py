@@ -33,7 +33,7 @@ def validate(ema, model, vae, loader, num_frames, precision, device, stop, given
     Gammas are uniform: multiples of the golden ratio, modulo 1. given: the EMA also with the first half of the frames
     clean, if a clip has several temporal patches. Raises Interrupted.
     """
-    rows, bad, batches = [], [], batches_of(loader)
+    rows, corrupt, batches = [], [], batches_of(loader)
     with suppress(Interrupted):
         while (batch := stop.wait(batches)) is not None:
             indices, time_scale = batch["indices"].tolist(), batch["time_scales"].to(device)
@@ -53,11 +53,11 @@ def validate(ema, model, vae, loader, num_frames, precision, device, stop, given
                     columns.append(torch.full_like(gamma, -1))  # no loss is negative
             columns = [torch.full_like(gamma, T), batch["indices"].to(device), gamma, *columns]
             rows += torch.stack([column.double() for column in columns], dim=1).tolist()
-            bad += batch["bad"]
+            corrupt += batch["corrupt"]
     stop.resolve()
     parts = distributed.gather(rows)
     rows = sorted(chain(*(parts[:1] if stop.together else parts)))  # in the order of frames and indices
-    return summarize(torch.tensor(rows, dtype=torch.float64), num_frames), bad
+    return summarize(torch.tensor(rows, dtype=torch.float64), num_frames), corrupt
 
 
 def summarize(rows, num_frames):

@@ -1,4 +1,4 @@
-"""Look at a folder of videos before training on it: what it holds, what would be left out and why, what it would cost.
+"""Look at a folder of videos before training on it: what it holds, what would be skipped and why, what it would cost.
 
     python datasets/check.py datasets/my-videos --num-frames 16 --image-size 64 --vae none --model EqM-S/4
 
@@ -79,7 +79,7 @@ def main():
 
 
 # ----------------------------------------------------------------------------------------------------------------------
-# What is there, and what would be left out
+# What is there, and what would be skipped
 
 
 def describe(scan):
@@ -112,13 +112,13 @@ def describe_losses(args, scan, bad):
     for path in sorted(Path(args.data_path).rglob("[!.]*")):
         name = str(path.relative_to(args.data_path))
         if has_suffix("video", name) and name not in found and path.is_file():
-            skipped.append((name, "lies too deep, expected DIR/<class>/<video>"))
+            skipped.append((name, "is too deep, expected DIR/<class>/<video>"))
         elif path.suffix.lower() in (".m4v", ".3gp", ".mpg", ".mpeg", ".mts", ".wmv", ".flv"):
             skipped.append((name, "a video of another kind: convert it, such as by ffmpeg -i FILE FILE.mp4"))
     short = [video for video in scan.videos if video.num_frames < args.num_frames]
     least = f"a clip has --num-frames {args.num_frames}"
     for name, why in skipped + [(video.path, f"{video.num_frames} frames, {least}") for video in short]:
-        say(f"left out: {name}: {why}")
+        say(f"skipped: {name}: {why}")
     usable = [video for video in scan.videos if video not in short and video.path not in bad]
     interval, size = args.frame_interval, args.image_size
     if near := sum(fitting_interval(video, args.num_frames, interval) < interval for video in usable):

@@ -5,7 +5,7 @@
 
 Blank, Gorelick, Shechtman, Irani, Basri: Actions as Space-Time Shapes, ICCV 2005; the repository of MoCoGAN (Tulyakov,
 Liu, Yang, Kautz: CVPR 2018) holds four of its actions as strips, data/actions/C/NNNNNNNN.jpg: all frames of a clip side
-by side. C is the action, N // 8 the person; odd N are mirrored copies, which are left out. Research data: mind its
+by side. C is the action, N // 8 the person; odd N are mirrored copies, which are skipped. Research data: mind its
 terms before you pass on videos or models that were trained on them.
 
     OUT/<Class>/personN.mkv           lossless (FFV1), 25 fps: a jumping jack then takes about a second

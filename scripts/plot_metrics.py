@@ -144,7 +144,7 @@ def plot_curves(curves, relative=False, window=None):
         panel.set_ylabel(f"{title} loss" + (" / loss of zero" if relative else ""))
     if counts:
         handles = [plt.Line2D([], [], color="black", label=f"{count} frames", **counts[count]) for count in counts]
-        grid[1, 0].legend(handles=handles, title="thick: as trained", fontsize=11, title_fontsize=11)
+        grid[1, 0].legend(handles=handles, title="thick: as in training", fontsize=11, title_fontsize=11)
     lines = [style | {"label": curve.label} for curve, style in zip(curves, itertools.cycle(CURVES))]
     if window > 1:
         lines.append({"color": "none", "label": f"training: thin as logged, thick the mean of {window} lines"})
@@ -182,7 +182,7 @@ def points(curve, axis, size, name, window=1):
 
 
 def smooth(y, window):
-    """Mean over the `window` values around each value of y (n,), fewer at both ends; NaN is left out."""
+    """Mean over the `window` values around each value of y (n,), fewer at both ends; NaN does not count."""
     first = np.arange(len(y)) - window // 2
     first, last = first.clip(0), (first + window).clip(max=len(y))
     sums, counts = (np.cumsum([0, *part]) for part in (np.nan_to_num(y), np.isfinite(y)))
@@ -191,7 +191,7 @@ def smooth(y, window):
 
 
 def mark_phases(panels, curves, axis, size):
-    """Grey bands and names for the phases of the first curve, dotted lines at the phase borders of the others."""
+    """Gray bands and names for the phases of the first curve, dotted lines at the phase borders of the others."""
     ends = [[rows[-1][axis] / size for _, rows in curve.phases] for curve in curves]
     borders, place = [curves[0].rows[0][axis] / size, *ends[0]], panels[0].get_xaxis_transform()
     for i, (frames, _) in enumerate(curves[0].phases if len(ends[0]) > 1 else []):

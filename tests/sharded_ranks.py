@@ -14,7 +14,7 @@ from optim import make_optimizers, update_ema
 from runtime import distributed
 from runtime.cli import UserError
 from runtime.rng import normal
-from sharding import is_sharded, make_networks, whole
+from sharding import full_tensor, is_sharded, make_networks
 
 SMALL = {"input_size": 8, "in_channels": 1, "hidden_size": 100, "depth": 2, "num_heads": 2, "num_classes": 3}
 KINDS = {
@@ -48,7 +48,7 @@ class Run:
         for step in range(steps):
             self.backward(network, step)
             gradients = [weight.grad for weight in self.model.parameters()]
-            grad_norm = whole(clip_grad_norm_(self.model.parameters(), 0.5))
+            grad_norm = full_tensor(clip_grad_norm_(self.model.parameters(), 0.5))
             for optimizer in self.optimizers:
                 optimizer.step()
                 optimizer.zero_grad()
@@ -89,7 +89,7 @@ def load_run(state, model, ema, optimizers=()):
 
 
 def full_weights(network):
-    return {name: whole(value).clone() for name, value in network.state_dict().items()}
+    return {name: full_tensor(value).clone() for name, value in network.state_dict().items()}
 
 
 def local_bytes(tensors):

@@ -26,7 +26,7 @@ def larger(data, tmp_path_factory):
     return out
 
 
-def test_only_training_videos_have_copies_each_another_and_all_frames_alike(data, larger):
+def test_only_training_videos_have_copies_and_no_two_are_equal(data, larger):
     before = split_videos(str(data), scan_videos(str(data)).videos, 0.05)
     train, val = split_videos(str(larger), scan_videos(str(larger)).videos, 0.5)  # the lists decide
     assert [video.key for video in val] == [video.key for video in before[1]]

@@ -194,7 +194,7 @@ def test_of_a_long_video_only_the_part_around_a_clip_is_read(tmp_path, monkeypat
             resident.extend(int(line.split()[1]) for line in lines if line.startswith("Rss:"))
 
     monkeypatch.setattr(source, "safe_open", Watched)
-    (clip,) = source.read_cached(place, ["pixels"], shape[1:], frame_indices)
+    (clip,) = source.read_cache_file(place, ["pixels"], shape[1:], frame_indices)
     assert torch.equal(clip, torch.arange(16).byte().view(16, 1, 1).expand(4, 16, 32, 32))
     assert 0 < resident[0] < 2**19 / 8, "KB, including the read-ahead of the kernel"
 
@@ -225,7 +225,7 @@ def test_a_complete_cache_says_so_opens_no_video_and_is_not_changed(root, vae, c
     assert encoded == [] and content(cache) == before
 
 
-def test_a_second_run_adds_new_changed_and_lost_videos_and_drops_removed_ones(own, vae, tmp_path, encoded):
+def test_a_second_run_adds_new_changed_and_lost_videos_and_drops_others(own, vae, tmp_path, encoded):
     out = tmp_path / "out"
     out.mkdir()
     (out / ".nfs01").write_text("")  # of a file system

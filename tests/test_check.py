@@ -27,9 +27,9 @@ def test_it_names_what_is_there_and_what_would_be_left_out_and_why(tmp_path, mon
     for words in (
         "8 videos in 2 classes; 1 files can't be opened", "  Run: 6 videos, 5.4 s", "  Jump: 2 videos",
         "frames: 5 to 25", "frames per second: 25 to 25", "8 of 64 x 48",
-        "left out: Jump/text.mp4: can't be opened", "left out: Jump/torn.mov: can't be decoded to its end",
-        "left out: Jump/brief.avi: 5 frames, a clip has --num-frames 8", "left out: Jump/deep/x.avi: lies too deep",
-        "left out: Jump/old.3gp: a video of another kind",
+        "skipped: Jump/text.mp4: can't be opened", "skipped: Jump/torn.mov: can't be decoded to its end",
+        "skipped: Jump/brief.avi: 5 frames, a clip has --num-frames 8", "skipped: Jump/deep/x.avi: is too deep",
+        "skipped: Jump/old.3gp: a video of another kind",
         "2 videos are too short for --frame-interval 3", "validate", "check-data.png: 6 clips as the model sees them",
         "EqM-Ti/4: 4.", "32 tokens a clip",
     ):  # fmt: skip

@@ -16,7 +16,7 @@ SETTINGS = {"num_classes": 2, "window": WINDOW, "interval": 1, "steps": 25, "see
 
 
 def bar(class_name, number, num_frames=FRAMES):
-    """uint8 (num_frames, 32, 32, 3): a bar that moves down or up, of the grey and the start of this number."""
+    """uint8 (num_frames, 32, 32, 3): a bar that moves down or up, of the gray and the start of this number."""
     step = -2 if class_name == "Up" else 2
     place = (np.arange(32) - step * np.arange(num_frames)[:, None] - 5 * number) % 32 < 6  # (T, H)
     frames = np.where(place, 160 + 15 * (number % 6), 30).astype(np.uint8)

@@ -86,7 +86,7 @@ def test_a_wrong_flag_is_one_line_that_names_it(arguments, words, capsys):
     assert all(word in err for word in words)
 
 
-def test_a_folder_that_can_be_written_is_found_without_making_it_and_a_file_is_none(tmp_path):
+def test_a_writable_folder_is_found_without_making_it(tmp_path):
     cli.check_writable("--folder", tmp_path / "new" / "deep")
     assert list(tmp_path.iterdir()) == []
     (tmp_path / "file").touch()

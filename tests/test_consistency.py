@@ -14,7 +14,7 @@ def random(*shape, seed=0):
 
 
 def flat(levels):
-    """Clips uint8 (N, T, 4, 4, 3) whose frames are all of one grey level (N, T)."""
+    """Clips uint8 (N, T, 4, 4, 3) whose frames are all of one gray level (N, T)."""
     return torch.as_tensor(levels).byte()[:, :, None, None, None].expand(-1, -1, 4, 4, 3)
 
 
@@ -24,7 +24,7 @@ def measure_all(clips):
 
 
 def walk(steps):
-    """Grey levels (N, T) that change by `steps` (N, T - 1), always towards the middle grey."""
+    """Gray levels (N, T) that change by `steps` (N, T - 1), always towards the middle gray."""
     levels = [torch.full((len(steps),), 100.0)]
     for step in steps.unbind(dim=1):
         levels.append(levels[-1] + torch.where(levels[-1] < 128, step, -step))

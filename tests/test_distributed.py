@@ -69,7 +69,7 @@ torch.save(found, os.environ["OUT"])
 """
 
 
-def test_ranks_exchange_values_agree_on_saves_draw_the_same_and_need_no_diffusers(tmp_path):
+def test_ranks_exchange_values_agree_on_saves_and_draw_the_same(tmp_path):
     on_all = {
         "broadcast": ["from", 0], "gather": [0, 10], "average": [1.5, 4.5], "saves": [False, True, True, False],
         "drawn": torch.rand(4, generator=generator(0, "noise", 3)).tolist(), "imported": [],

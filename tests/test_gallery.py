@@ -30,7 +30,7 @@ LABELS = 0, 1, 2, 3, 0, 1
 
 
 def make_samples(folder, labels=LABELS, classes=CLASSES, num_frames=FRAMES, size=SIZE, given=None):
-    """A folder as sample_gd.py writes it; frame f of sample n has the grey level 20 f + 10 n. Returns the folder."""
+    """A folder as sample_gd.py writes it; frame f of sample n has the gray level 20 f + 10 n. Returns the folder."""
     levels = 20 * np.arange(num_frames) + 10 * np.arange(len(labels))[:, None]  # (N, T)
     videos = np.broadcast_to(levels[..., None, None, None], (*levels.shape, size, size, 3)).astype(np.uint8)
     write_samples(folder, [(range(len(labels)), 0, videos)], num_frames, labels, FPS, previews=False)
@@ -168,7 +168,7 @@ def test_beside_each_sample_is_a_real_clip_of_its_class_and_kind(page, real):
         assert keys <= own and len(keys) == min(3, len(own))  # each in turn
 
 
-def test_the_title_of_a_real_clip_says_if_it_is_from_training_or_at_another_rate(tmp_path, real):
+def test_the_title_of_a_real_clip_names_its_split_and_another_rate(tmp_path, real):
     folder = make_samples(tmp_path / "samples", [0, 1, -1], CLASSES[:2])
     about = json.loads((folder / "samples.json").read_text())
     (folder / "samples.json").write_text(json.dumps(about | {"time_scale": 1 / 60}))

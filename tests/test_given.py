@@ -179,7 +179,7 @@ def test_several_samples_continue_the_same_clip(places, sample, tmp_path):
 
 
 class Drawn:
-    """Clips of a split as find_real returns them, each of its own grey, class and frame rate."""
+    """Clips of a split as find_real returns them, each of its own gray, class and frame rate."""
 
     num_frames, corrupt = 8, None
 
@@ -188,9 +188,9 @@ class Drawn:
         return video, range(8), 0.04 * (index + 1)
 
     def __getitem__(self, index):
-        grey = torch.arange(40 * index, 40 * index + 8, dtype=torch.uint8)
+        gray = torch.arange(40 * index, 40 * index + 8, dtype=torch.uint8)
         bad = ["A/corrupt.avi"] if index == self.corrupt else []
-        return {"clip": grey[:, None, None].expand(3, 8, 16, 16), "bad": bad}
+        return {"clip": gray[:, None, None].expand(3, 8, 16, 16), "corrupt": bad}
 
 
 def test_clips_of_a_split_are_continued_at_their_own_frame_rate(sample, monkeypatch, capsys):

@@ -154,7 +154,7 @@ def fill(values, skipped=None, earlier=None):
 
 def test_the_summary_has_the_means_of_the_steps_and_the_rates_of_a_rank(monkeypatch):
     stats = fill([1.0, 2.0, 6.0])
-    batch = {"bad": ["a.avi"], "number": 3}
+    batch = {"corrupt": ["a.avi"], "number": 3}
     now = [stats.began + 4]
     monkeypatch.setattr(time, "monotonic", lambda: now[0])
     monkeypatch.setenv("WORLD_SIZE", "4")
@@ -163,7 +163,7 @@ def test_the_summary_has_the_means_of_the_steps_and_the_rates_of_a_rank(monkeypa
         now[0] += 1
         yield batch
 
-    assert stats.next_batch(batches()) is batch and stats.bad == ["a.avi"]
+    assert stats.next_batch(batches()) is batch and stats.corrupt == ["a.avi"]
     now[0] = stats.began + 10
     summary = stats.summary(step=3, global_batch=8)
     rates = {"clips_per_s": 3 * 8 / 10, "tflops_per_s": 3 * 5 / 10 / 4, "wait_frac": 1 / 10}

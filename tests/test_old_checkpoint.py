@@ -27,15 +27,15 @@ FLAGS += ["--num-workers", 0, "--lr", 1e-3, "--forcing", 0.5, "--log-every", 3, 
 
 @pytest.fixture(scope="module")
 def videos(tmp_path_factory):
-    """Four videos of 10 grey frames, 16 x 16 px, which become lighter."""
+    """Four videos of 10 gray frames, 16 x 16 px, which become lighter."""
     root = tmp_path_factory.mktemp("videos")
     for name in ("A/a.avi", "A/b.avi", "B/c.avi", "B/d.avi"):
         (root / name).parent.mkdir(exist_ok=True)
         with av.open(str(root / name), "w") as file:
             stream = file.add_stream("mpeg4", rate=25)
             stream.width, stream.height, stream.pix_fmt = 16, 16, "yuv420p"
-            for grey in range(0, 200, 20):
-                pixels = np.full((16, 16, 3), grey, np.uint8)
+            for gray in range(0, 200, 20):
+                pixels = np.full((16, 16, 3), gray, np.uint8)
                 file.mux(stream.encode(av.VideoFrame.from_ndarray(pixels, format="rgb24")))
             file.mux(stream.encode())
     return root

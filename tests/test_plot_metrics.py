@@ -63,7 +63,7 @@ def texts(shown):
     return [text.get_text() for text in shown]
 
 
-def test_phases_are_one_curve_in_global_steps_whose_seconds_and_flops_add_up(tmp_path):
+def test_phases_are_one_curve_whose_steps_seconds_and_flops_add_up(tmp_path):
     root = make_phases(tmp_path / "EXP")
     (curve,) = curves_of(root)
     assert frames(curve) == "f4 f8 f16"

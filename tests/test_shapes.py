@@ -141,7 +141,7 @@ REFUSED = {
     "a wrong order": (lambda: clip_of(PATH)[[0, 3, 1, 4, 2, 6, 5]], "not straight and steady"),
     "a wobble in a short clip": (lambda: clip_of(line("Right", 4) + WOBBLE), "not straight and steady"),
     "black": (lambda: np.zeros((4, 16, 16, 3), np.uint8), "nothing"),
-    "noise on grey": (lambda: noisy(np.full((4, 16, 16, 3), 30, np.uint8), 6), "nothing"),
+    "noise on gray": (lambda: noisy(np.full((4, 16, 16, 3), 30, np.uint8), 6), "nothing"),
     "noise": (lambda: np.random.default_rng(0).integers(0, 256, (4, 16, 16, 3), dtype=np.uint8), ""),
 }  # fmt: skip
 

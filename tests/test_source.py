@@ -71,13 +71,13 @@ def test_clips_are_the_same_bit_for_bit_with_and_without_a_cache(tmp_path, kind)
     for index in range(30):
         expected, sample = plain[index], found[index]
         assert torch.equal(expected.pop("clip"), sample.pop("clip")) and expected == sample
-        bad += len(sample["bad"])
+        bad += len(sample["corrupt"])
     assert (bad > 0) == (kind == "corrupt")
     missing = [video.path for video in files.videos() if not found.source.place(video).exists()]
     assert missing == (["Run/a.avi"] if kind == "corrupt" else [])
 
 
-def test_a_later_run_decodes_changed_videos_only_and_a_removed_cache_is_not_missed(tmp_path, decoded):
+def test_a_later_run_decodes_only_videos_that_have_changed(tmp_path, decoded):
     root = write_mixed_videos(tmp_path / "data")
     files = open_source(root, SIZE)
     cached(files, tmp_path)
@@ -121,7 +121,7 @@ def test_runs_that_start_at_once_decode_each_video_once(tmp_path):
     assert sorted(paths) == [video.path for video in open_source(root, SIZE).videos()]
 
 
-def test_a_run_that_is_killed_while_it_fills_the_cache_leaves_the_rest_to_the_next(tmp_path, decoded):
+def test_the_next_run_fills_the_cache_of_a_run_that_was_killed(tmp_path, decoded):
     root = str(write_mixed_videos(tmp_path / "data"))
     kill = "os.replace = lambda *_: os.kill(os.getpid(), 9)"  # of the next file, once it is written
     process = python(FILL.format(root, str(tmp_path), kill))
@@ -134,7 +134,7 @@ def test_a_run_that_is_killed_while_it_fills_the_cache_leaves_the_rest_to_the_ne
     assert all(torch.equal(plain[index]["clip"], found[index]["clip"]) for index in range(10))
 
 
-def test_one_rank_with_a_cache_trains_as_one_without_and_goes_on_after_a_stop(shapes, tmp_path):
+def test_one_rank_with_a_cache_trains_and_resumes_as_one_without(shapes, tmp_path):
     plain = Training(shapes, tmp_path / "plain", STEPS, flags=["--image-size", 8, "--model", "EqM-Ti/2"])
     run_here(plain)
     with_cache = replace(plain, results=tmp_path / "cached")

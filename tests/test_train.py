@@ -329,5 +329,5 @@ def test_one_unreadable_validation_video_does_not_stop_a_run(tmp_path, capsys):
     flags = [*TRAIN, "--num-frames", 12, "--data-path", data, "--global-batch-size", 2, "--max-steps", 1]
     rows, _ = run_training(tmp_path / "r", *flags)
     assert rows[-1]["val_loss"] > 0 and rows[-1]["bad_videos"] == 1
-    line = f"{victim.path} can't be decoded; others take its place (bad so far: 1 of 10)"
+    line = f"{victim.path} can't be decoded; others take its place (corrupt so far: 1 of 10)"
     assert line in capsys.readouterr().out

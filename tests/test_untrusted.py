@@ -98,7 +98,7 @@ def test_the_source_has_no_calls_that_could_run_code_from_a_file():
         assert all("use_safetensors=True" in load for load in re.findall(r"from_pretrained\([^)]*", text)), path
 
 
-def test_the_free_memory_is_that_of_the_machine_or_of_the_limit_of_its_container(tmp_path, monkeypatch):
+def test_free_memory_is_limited_by_the_machine_and_by_its_container(tmp_path, monkeypatch):
     of_machine = memory.free_bytes()
     assert 2**20 < of_machine < os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
     monkeypatch.setattr(memory, "CGROUP", tmp_path)

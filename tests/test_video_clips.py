@@ -64,13 +64,13 @@ def test_a_sample_has_the_condition_of_its_video_and_a_batch_stacks_them():
     clips = make_clips()
     for index, sample in enumerate(samples := [clips[index] for index in range(10)]):
         assert sample["y"] == CLASSES.index(sample["video"].split("/")[0])
-        assert sample["index"] == index and sample["bad"] == []
+        assert sample["index"] == index and sample["corrupt"] == []
         assert np.diff(numbers(sample)).tolist() == [1] * 3
     batch = collate([samples[4], samples[9]])
     assert torch.equal(batch["clips"], torch.stack([samples[4]["clip"], samples[9]["clip"]]))
     assert batch["y"].tolist() == [samples[4]["y"], samples[9]["y"]]
     assert batch["y"].dtype == torch.int64 and batch["time_scales"].dtype == torch.float32
-    assert batch["indices"].tolist() == [4, 9] and len(batch["videos"]) == 2 and batch["bad"] == []
+    assert batch["indices"].tolist() == [4, 9] and len(batch["videos"]) == 2 and batch["corrupt"] == []
 
 
 def test_intervals_and_starts_are_uniform_over_their_whole_range():
@@ -117,18 +117,18 @@ def test_a_sample_does_not_depend_on_what_was_read_before():
 # Corrupt videos.
 
 
-def test_a_replacement_is_never_one_that_failed_already_and_spare_videos_come_last():
+def test_no_replacement_has_failed_before_and_spare_videos_come_last():
     keys = ["Jump/d", "Jump/e", "Run/a", "Run/b"]
     clips = make_clips(corrupt=keys)
     for sample in (clips[index] for index in range(20)):
         assert sample["video"] == "Run/c" and sample["y"] == 1
-        assert len(set(sample["bad"])) == len(sample["bad"])
+        assert len(set(sample["corrupt"])) == len(sample["corrupt"])
     first = make_clips(videos=VIDEOS[:2], corrupt=keys[:1], spare=VIDEOS[2:])
     assert {first[index]["video"] for index in range(20)} == {"Jump/e"}
     spare = make_clips(videos=VIDEOS[:2], corrupt=keys[:3], spare=VIDEOS[2:])
     samples = [spare[index] for index in range(40)]
     assert {sample["video"] for sample in samples} == {"Run/b", "Run/c"}
-    assert all({"Jump/d", "Jump/e"} <= set(sample["bad"]) <= set(keys[:3]) for sample in samples)
+    assert all({"Jump/d", "Jump/e"} <= set(sample["corrupt"]) <= set(keys[:3]) for sample in samples)
     with pytest.raises(UserError, match="--data-path nowhere: 4 files in a row are corrupt"):
         make_clips(videos=VIDEOS[:2], corrupt=keys, spare=VIDEOS[2:4])[0]
 
@@ -136,10 +136,10 @@ def test_a_replacement_is_never_one_that_failed_already_and_spare_videos_come_la
 def check_replacements(clips, count, path):
     """Checks in two epochs of `count` samples that another file replaces the corrupt one, with that file's class."""
     samples = [clips[index] for index in range(count)]
-    bad = [sample for sample in samples if sample["bad"]]
+    bad = [sample for sample in samples if sample["corrupt"]]
     assert len(bad) == 2  # it comes once in each epoch
     for sample in bad:
-        assert sample["bad"] == [path] != [sample["video"]]
+        assert sample["corrupt"] == [path] != [sample["video"]]
         assert sample["y"] == clips.classes.index(sample["video"].split("/")[0])
     return bad
 

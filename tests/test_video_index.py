@@ -14,7 +14,7 @@ from PIL import Image
 import tiny_videos as tiny
 from runtime.cli import UserError
 from video.files import Video
-from video.index import BadVideos, find_data, index_place, save_index, scan_videos, split_videos
+from video.index import CorruptVideos, find_data, index_place, save_index, scan_videos, split_videos
 from video.source import Files, check_data_path
 
 
@@ -69,7 +69,7 @@ def test_odd_names_work_and_hidden_and_other_files_are_ignored(tmp_path):
     assert scan.classes == ["Tai Chi"] and len(scan.videos) == 2 and scan.unreadable == []
 
 
-def test_a_file_that_cannot_be_opened_is_reported_and_a_pipe_does_not_block(root):
+def test_a_file_that_cannot_be_opened_is_reported_also_a_pipe(root):
     playlists = {"list.mp4": "ffconcat version 1.0\nfile one.avi\n", "m3u.mp4": "#EXTM3U\n#EXTINF:1,\none.avi\n"}
     texts = {"text.avi": "not a video", "empty.mp4": "", "stub.mp4": "RIFF"} | playlists
     for name, text in texts.items():
@@ -184,7 +184,7 @@ def test_at_least_one_video_trains_and_one_validates(tmp_path):
         assert len(train) == len(val) == 1 and train != val
 
 
-def test_lists_in_root_come_first_and_those_that_name_none_or_all_videos_do_not_count(tmp_path):
+def test_lists_in_root_come_first_unless_they_name_none_or_all_videos(tmp_path):
     videos = [tiny.make_video(f"A/s{index}", suffix=".mp4") for index in range(4)]
     keys = [video.key for video in videos]
     by_hash = split_videos(tmp_path / "data", videos, 0.2)
@@ -215,7 +215,7 @@ def test_the_data_of_training_are_long_enough_and_short_videos_counted(root):
     for num_frames in (4, 20):
         assert data.train[num_frames] == [video for video in train if video.num_frames >= num_frames]
     assert list(data.val) == [4, 8, 20] and data.val[8] == [video for video in val if video.num_frames >= 8]
-    assert data.num_short == 1 and data.spare(21) == [video for video in train if video.num_frames == 40]
+    assert data.num_too_short == 1 and data.spare(21) == [video for video in train if video.num_frames == 40]
     with pytest.raises(UserError, match="--num-frames 50: the longest training video .* has 40 frames"):
         find_data(data.source, 0.5, [50], [], "--num-frames")
     with pytest.raises(UserError, match="--val-frames 50: the longest validation video"):
@@ -226,13 +226,13 @@ def test_the_data_of_training_are_long_enough_and_short_videos_counted(root):
 
 
 def test_bad_videos_are_named_once_and_one_is_always_allowed():
-    bad_videos = BadVideos(300, 0.01)
+    bad_videos = CorruptVideos(300, 0.01)
     assert bad_videos.add(["a", "b", "a"]) == ["a", "b"]
     assert bad_videos.add(["b", "c"]) == ["c"] and bad_videos.add([]) == [] and bad_videos.count == 3
     with pytest.raises(UserError, match="4 of 300 files are corrupt .newest: d.,"):
         bad_videos.add(["d"])
-    bad_videos = BadVideos(2, 0.0, known=["a"])
-    assert bad_videos.add(["a"]) == [] and str(bad_videos) == "bad so far: 1 of 2"
+    bad_videos = CorruptVideos(2, 0.0, known=["a"])
+    assert bad_videos.add(["a"]) == [] and str(bad_videos) == "corrupt so far: 1 of 2"
     with pytest.raises(UserError, match="--max-bad-fraction"):
         bad_videos.add(["b"])
 

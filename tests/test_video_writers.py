@@ -20,7 +20,7 @@ def noise(*shape):
 
 
 def levels(values, side=2):
-    """Grey videos (N, T, side, side, 3) of these values (N, T)."""
+    """Gray videos (N, T, side, side, 3) of these values (N, T)."""
     return np.broadcast_to(np.asarray(values, np.uint8)[..., None, None, None], (*np.shape(values), side, side, 3))
 
 
@@ -119,7 +119,7 @@ def test_the_gif_of_a_real_video_is_close_and_does_not_flicker(tmp_path):
     video = real_video()
     write_gif(tmp_path / "v.gif", video, fps=25)
     errors = list(map(mean_difference, read_gif(tmp_path / "v.gif")[0], video))
-    assert max(errors) < 4  # grey levels; 256 colors in a regular grid: 7.5
+    assert max(errors) < 4  # gray levels; 256 colors in a regular grid: 7.5
 
     still = np.broadcast_to(video[:1], video.shape).copy()
     still[:, 40:90, 40:90] = video[:, 40:90, 40:90]  # it moves there alone
@@ -173,7 +173,7 @@ def test_a_sheet_of_many_long_videos_shows_few_of_them_and_of_their_frames(tmp_p
 
 
 @pytest.mark.parametrize(("count", "rows", "columns"), [(1, 1, 1), (8, 1, 8), (11, 2, 8), (70, 8, 8)])
-def test_a_grid_has_8_videos_in_a_row_and_at_most_64_and_is_the_sheet_of_images(tmp_path, count, rows, columns):
+def test_a_grid_has_rows_of_8_videos_and_at_most_64(tmp_path, count, rows, columns):
     videos, side = levels(np.arange(count)[:, None] + [0, 50, 100], side=16).copy(), 128 + GAP
     videos[0] = noise(3, 16, 16)  # enlarged without smoothing
     grid = tile(videos, (8, 8), 128)

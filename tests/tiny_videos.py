@@ -1,6 +1,6 @@
 """Videos and images that several tests read.
 
-Frame k of a video shows k: its left half is grey 4 * k, its right half white (unless flipped).
+Frame k of a video shows k: its left half is gray 4 * k, its right half white (unless flipped).
 """
 
 from fractions import Fraction
@@ -74,7 +74,7 @@ def write_equal_videos(root):
 
 
 def halves(frames):
-    """Mean grey of the left and right edge of frames (..., H, W)."""
+    """Mean gray of the left and right edge of frames (..., H, W)."""
     frames = torch.as_tensor(frames).float()
     return frames[..., :8].mean((-2, -1)), frames[..., -8:].mean((-2, -1))
 

@@ -139,7 +139,7 @@ def check_speed_flags(args):
     """Raise UserError if this machine can't do what --precision and --compile ask for."""
     check_precision(args.precision)
     if args.compile and not any(map(shutil.which, (os.environ.get("CXX") or "g++", "clang++"))):
-        raise UserError("--compile needs a C++ compiler and none was found: install the package g++, or leave it out")
+        raise UserError("--compile: needs a C++ compiler, none was found; install the package g++, or remove the flag")
 
 
 def check_precision(precision):

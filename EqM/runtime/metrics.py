@@ -73,7 +73,7 @@ def import_wandb():
     try:
         import wandb
     except ModuleNotFoundError as error:
-        raise UserError(f"--wandb: {error}; run `pip install wandb`, or leave the flag out") from error
+        raise UserError(f"--wandb: {error}; run `pip install wandb`, or remove the flag") from error
     return wandb
 
 
@@ -182,7 +182,7 @@ class StepStats:
         self.names = earlier["names"] if earlier else []
         self.earlier = earlier["rows"].clone() if earlier else torch.empty(0, 0)  # or the file would stay open
         self.rows, self.files = [], []  # of each step: (k,) on the device; paths of its videos
-        self.bad = []  # paths of videos that could not be decoded
+        self.corrupt = []  # paths of videos that could not be decoded
         self.flops, self.waited, self.began = 0.0, 0.0, time.monotonic()
 
     def __len__(self):
@@ -192,7 +192,7 @@ class StepStats:
     def add(self, files, flops=0.0, **scalars):
         """Add a step: paths of its videos, FLOPs of all ranks, scalars (0-dimensional, named alike at each step).
 
-        A step with "skipped" = 1 changed no weights: it is counted, but its other values are left out of the means and
+        A step with "skipped" = 1 changed no weights: it is counted, but its other values do not enter the means and
         need not be finite.
         """
         self.flops += flops
@@ -201,11 +201,11 @@ class StepStats:
         self.names = list(scalars)
 
     def next_batch(self, batches):
-        """The next batch of an iterator; adds the time spent waiting for it and its bad videos to the statistics."""
+        """The next batch of an iterator; counts the time spent waiting for it and its corrupt videos."""
         began = time.monotonic()
         batch = next(batches)
         self.waited += time.monotonic() - began
-        self.bad += batch["bad"]
+        self.corrupt += batch["corrupt"]
         return batch
 
     def averaged(self, step):

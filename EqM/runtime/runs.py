@@ -42,7 +42,7 @@ def newest_run(results_dir, name):
 
 
 def results_of(ckpt):
-    """The folder of the runs in one of which a checkpoint lies; None for any other file and for what is no path."""
+    """The folder of the runs in one of which a checkpoint is; None for any other file and for what is no path."""
     place = Path(ckpt).parent if isinstance(ckpt, str) else Path()
     return place.parent.parent if place.name == "checkpoints" and place.is_dir() else None
 

@@ -2,7 +2,7 @@
 
 For data sets of few videos whose file stem names a group, such as the person: <Class>/person3.mkv. First, for each
 group, a network trained on all videos of the others classifies the videos of that group: the classifier's own accuracy.
-Then one trained on the training split alone classifies the samples. It sees grey windows of at most 16 frames, 32 px,
+Then one trained on the training split alone classifies the samples. It sees gray windows of at most 16 frames, 32 px,
 as far apart as those of the samples. The class of a longer clip is that of the mean of the logits of evenly spaced
 windows, each of which shares half of its time or more with the next. Intervals: 95%, by clip. It runs on the CPU.
 
@@ -31,7 +31,7 @@ from video.files import read_frames, resize_and_crop
 SIZE = 32  # px, of what the classifier sees
 MOST_FRAMES = 16  # of a window
 PURPOSE = "judge"  # of its random draws, which scores of earlier code depend on
-MOVES = 40  # of 255 levels: a pixel moves if its grey changes by more in a window; what a VAE lets flicker does not
+MOVES = 40  # of 255 levels: a pixel moves if its gray changes by more in a window; what a VAE lets flicker does not
 # Training: changes are the largest, in shares of size, side, contrast and of the range from black to white
 RECIPE = Namespace(batch=16, lr=3e-3, weight_decay=0.05, smoothing=0.1, zoom=0.1, shift=0.12, contrast=0.3, light=0.15)
 
@@ -85,7 +85,7 @@ def score_classifier(samples, clips, training, args):
 
 
 class Classifier(nn.Module):
-    """Logits (B, classes) of windows (B, T, SIZE, SIZE) with values from 0 to 1: of their grey and its change in time.
+    """Logits (B, classes) of windows (B, T, SIZE, SIZE) with values from 0 to 1: of their gray and its change in time.
 
     The last layers see where something is, as one arm or two is a question of left and right.
     """
@@ -99,13 +99,13 @@ class Classifier(nn.Module):
         self.head = nn.Sequential(nn.Linear(48 * (SIZE // 8) ** 2, 32), nn.ReLU(), nn.Linear(32, num_classes))
 
     def forward(self, x):
-        grey, change = x - x.mean(dim=(1, 2, 3), keepdim=True), x.diff(dim=1, prepend=x[:, :1])
-        features = self.layers(torch.stack([2 * grey, 8 * change], dim=1))  # (B, 48, T / 8, SIZE / 8, SIZE / 8)
+        gray, change = x - x.mean(dim=(1, 2, 3), keepdim=True), x.diff(dim=1, prepend=x[:, :1])
+        features = self.layers(torch.stack([2 * gray, 8 * change], dim=1))  # (B, 48, T / 8, SIZE / 8, SIZE / 8)
         return self.head(features.mean(dim=2).flatten(1))
 
 
 def prepare(frames, image_size):
-    """uint8 frames (T, H, W, 3) as a grey clip (T, SIZE, SIZE); before, image_size, as for the model of the samples."""
+    """uint8 frames (T, H, W, 3) as a gray clip (T, SIZE, SIZE); before, image_size, as for the model of the samples."""
     frames = resize_and_crop(resize_and_crop(torch.tensor(frames).permute(0, 3, 1, 2), image_size), SIZE)
     return torch.einsum("tchw,c->thw", frames.float(), torch.tensor([0.299, 0.587, 0.114])).round().byte()
 

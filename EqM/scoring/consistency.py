@@ -42,7 +42,7 @@ def score_consistency(generated, real, source, plot_path):
 
 
 def measure(clip):
-    """(statistics (T, 7), change (T - 1,)), float64 in grey levels, of a clip uint8 (T, H, W, 3).
+    """(statistics (T, 7), change (T - 1,)), float64 in gray levels, of a clip uint8 (T, H, W, 3).
 
     Statistics of a frame, in the order of STATISTICS: mean and standard deviation of each channel, and the root mean
     square of the differences between neighboring pixels. Change: the root mean square difference of successive frames.

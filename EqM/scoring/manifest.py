@@ -143,7 +143,7 @@ def code_commit():
         return subprocess.run(["git", "-C", here, *words], capture_output=True, text=True, check=True).stdout.strip()
 
     try:
-        git("ls-files", "--error-unmatch", Path(__file__).name)  # the folder may lie in another repository
+        git("ls-files", "--error-unmatch", Path(__file__).name)  # the folder may be in another repository
         return git("rev-parse", "HEAD") + ("+" if git("status", "--porcelain", "--", here) else "")
     except (OSError, subprocess.CalledProcessError):  # no git, no repository
         return None

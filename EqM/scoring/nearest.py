@@ -1,7 +1,7 @@
 """Nearest training clips: whether a model memorizes its training data.
 
 Each generated clip is compared with every window of the training videos: every start, at the distance in time of its
-own frames, as it is and mirrored. The distance is the root mean square difference (RMSE) of all pixels in grey levels
+own frames, as it is and mirrored. The distance is the root mean square difference (RMSE) of all pixels in gray levels
 of 255. Held-out real clips, compared in the same way, say how near a clip comes that cannot be memorized. Blurred clips
 are near to everything, so look at the sheet of pairs too.
 
@@ -32,7 +32,7 @@ BLOCK, GREY = 1024, 128  # values in an exact sum of products; what is subtracte
 SHOWN, COLUMNS = 8, 8  # pairs on the sheet and frames of each
 TITLES = {  # of the values
     "rmse_ratio": "RMSE to the nearest training clip, generated / real",
-    "rmse": "mean of the generated clips, grey levels of 255", "rmse_median": "their median",
+    "rmse": "mean of the generated clips, gray levels of 255", "rmse_median": "their median",
     "rmse_real": "mean of the held-out real clips", "rmse_real_median": "their median",
     "nearer_than_all_real": "generated clips that are nearer than all real ones",
     "nearer_than_95_percent": "nearer than 95% of the real ones",
@@ -47,9 +47,9 @@ def score_nearest(generated, real, args, videos, time_scale, sheet, device):
     (own, names), (others, _) = (gather(stream, lambda clip, name, _: (clip, name)) for stream in (generated, real))
     clips = torch.from_numpy(np.stack(own + others))  # (N, T, H, W, 3)
     windows = TrainingWindows(args.data_path, videos, *clips.shape[1:3], time_scale)
-    (distances, places), bad = search(clips.to(device), windows, args.num_workers)
+    (distances, places), corrupt = search(clips.to(device), windows, args.num_workers)
     if distances.isinf().any():
-        raise UserError(f"--data-path {args.data_path}: no training video can be decoded, the first is {bad[0]}")
+        raise UserError(f"--data-path {args.data_path}: no training video can be decoded, the first is {corrupt[0]}")
     rmse = (distances / clips[0].numel()).sqrt().numpy()
     result = summarize(rmse[: len(own)], rmse[len(own) :]) | {"pairs": [], "training_videos": len(videos)}
     for index in rmse[: len(own)].argsort(kind="stable")[:SHOWN].tolist():
@@ -61,8 +61,8 @@ def score_nearest(generated, real, args, videos, time_scale, sheet, device):
         write_pairs(sheet, windows, clips.numpy(), names, result["pairs"])
     values, lines = report(result, TITLES)
     lines.append(f"  the nearest clips and their training clips: {sheet}")
-    lines += [f"{path} can't be decoded to its end; only the frames before are compared" for path in bad]
-    return values, result | {"bad_training_videos": bad}, lines
+    lines += [f"{path} can't be decoded to its end; only the frames before are compared" for path in corrupt]
+    return values, result | {"bad_training_videos": corrupt}, lines
 
 
 class TrainingWindows(IterableDataset):
@@ -111,11 +111,11 @@ def search(clips, windows, num_workers):
     energy = sum(part.square().sum(dim=1).double() for part in own).view(N, T).sum(dim=1)
     best = torch.full((N,), torch.inf, dtype=torch.float64, device=device), torch.zeros(N, 3, dtype=int, device=device)
     loader = DataLoader(windows, batch_size=None, **worker_settings(num_workers))
-    bad, total = [], sum(-(-windows.videos[number].num_frames // CHUNK) for number in windows.own)
+    corrupt, total = [], sum(-(-windows.videos[number].num_frames // CHUNK) for number in windows.own)
     bar = {"desc": "training videos", "unit": "part", "total": total, "leave": False, "disable": rank() != 0}
     for number, first, frames in Bar(batches_of(loader), **bar):
         if frames is None:
-            bad.append(windows.videos[number].path)
+            corrupt.append(windows.videos[number].path)
             continue
         frames, interval = frames.to(device), windows.intervals[number]
         count = len(frames) - (T - 1) * interval  # of windows
@@ -129,7 +129,7 @@ def search(clips, windows, num_workers):
         place = torch.stack([torch.full_like(least, number), first + least // 2, least % 2], dim=1)
         best = nearer(best, (energy + sums.gather(1, least[:, None])[:, 0], place))
     best = functools.reduce(nearer, distributed.gather([part.cpu() for part in best]))
-    return best, sorted(itertools.chain(*distributed.gather(bad)))
+    return best, sorted(itertools.chain(*distributed.gather(corrupt)))
 
 
 def nearer(one, other):

@@ -58,7 +58,7 @@ def plot_consistency(path, by_position, temporal_patch_size):
         for frame in range(temporal_patch_size, num_frames, temporal_patch_size):
             label = "first frame of a temporal patch" if frame == temporal_patch_size else None
             axes.axvline(frame, color="tab:red", linestyle=":", label=label)
-        axes.set(ylabel=f"{title}\n(grey levels, rms)", ylim=(0, None))
+        axes.set(ylabel=f"{title}\n(gray levels, rms)", ylim=(0, None))
     save_panels(figure, path, panels)
 
 

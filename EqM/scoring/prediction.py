@@ -16,7 +16,7 @@ from scoring.stats import Z95, cell, gather, mean_interval, psnr, table
 from video.writers import write_sheet
 
 SHOWN = 8  # clips on the sheet
-MOVING = 8  # grey levels: a pixel moves if a channel differs by more from the given frame
+MOVING = 8  # gray levels: a pixel moves if a channel differs by more from the given frame
 METRICS = {"psnr": ("PSNR in dB, 95%", 2), "ssim": ("SSIM, 95%", 4), "psnr_moving": ("of moving pixels", 2)}  # digits
 KINDS = {
     "": "mean of {}", "_best": "best of {}", "_average": "the average of {}", "_repeated": "a given frame repeated",
@@ -45,8 +45,8 @@ def score_prediction(samples, real, clips, out, truth):
     scores, baselines, tracks = gather(with_predictions(), measure)
     result = compare(np.stack(scores), {kind: np.stack([row[kind] for row in baselines]) for kind in baselines[0]})
     result |= summarize_motion(tracks) if truth else {}
-    free = [frame for frame in range(samples.num_frames) if frame not in given]
-    result |= {"given_frames": samples.about["given"][0]["frames"], "predicted_frames": free}
+    others = [frame for frame in range(samples.num_frames) if frame not in given]
+    result |= {"given_frames": samples.about["given"][0]["frames"], "predicted_frames": others}
     if rank() == 0:
         from scoring import plots  # matplotlib takes a while to load
 
@@ -65,19 +65,19 @@ def score_clip(real, samples, given, truth=None):
     last one before or, if there is none, the first one after); with a truth "moved", the same frame, moved as the
     object truly moves; with several samples "average", their average, pixel by pixel.
     """
-    free = [frame for frame in range(len(real)) if frame not in given]
-    nearest = [max((frame for frame in given if frame < t), default=min(given)) for t in free]
-    moving = (np.abs(real[free].astype(int) - real[nearest]) > MOVING).any(axis=-1)  # (F, H, W)
+    others = [frame for frame in range(len(real)) if frame not in given]
+    nearest = [max((frame for frame in given if frame < t), default=min(given)) for t in others]
+    moving = (np.abs(real[others].astype(int) - real[nearest]) > MOVING).any(axis=-1)  # (F, H, W)
 
     def scores_of(frames):
-        return np.array([*map(frame_scores, frames, real[free], moving)]).T  # (3, F)
+        return np.array([*map(frame_scores, frames, real[others], moving)]).T  # (3, F)
 
     made = {"repeated": real[nearest]}
     if truth:
-        made["moved"] = [moved(real[frame], t - frame, truth) for frame, t in zip(nearest, free, strict=True)]
+        made["moved"] = [moved(real[frame], t - frame, truth) for frame, t in zip(nearest, others, strict=True)]
     if len(samples) > 1:
-        made["average"] = np.rint(samples[:, free].mean(axis=0)).astype(np.uint8)
-    scores = np.stack([scores_of(sample[free]) for sample in samples], axis=1)
+        made["average"] = np.rint(samples[:, others].mean(axis=0)).astype(np.uint8)
+    scores = np.stack([scores_of(sample[others]) for sample in samples], axis=1)
     return scores, {kind: scores_of(frames) for kind, frames in made.items()}
 
 

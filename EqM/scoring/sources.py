@@ -84,8 +84,8 @@ def find_real(data_path, split, val_fraction, num_frames, time_scale, image_size
     """
     source = open_source(data_path, image_size, images, index_folder)
     for path in source.scan.unreadable:
-        say(f"{path} can't be opened, it is left out")
-    train, val = split_videos(data_path, source.videos(), val_fraction)  # before any is left out, as in train.py
+        say(f"{path} can't be opened; it is skipped")
+    train, val = split_videos(data_path, source.videos(), val_fraction)  # before any is skipped, as in train.py
     videos = {"train": train, "val": val, "all": [*train, *val]}[split]
     fps = statistics.median(video.fps for video in videos)
     interval = max(1, round(time_scale * fps))
@@ -128,13 +128,13 @@ def generated_stream(samples, batch_size, device):
             progress.update(len(indices))
 
 
-def real_stream(clips, count, batch_size, num_workers, device, bad):
-    """The stream of the first `count` of a Clips. Paths of videos that can't be decoded are added to the list `bad`."""
+def real_stream(clips, count, batch_size, num_workers, device, corrupt):
+    """The stream of the first `count` of a Clips; adds the paths of corrupt videos to the list `corrupt`."""
     keys = [(clips.num_frames, index) for index in distributed.own_indices(count)]
     loader = make_loader({clips.num_frames: clips}, in_batches(keys, batch_size), num_workers, timeout=0, device=device)
     with clip_bar("real clips", len(keys)) as progress:
         for batch in batches_of(loader):
-            bad.extend(batch["bad"])
+            corrupt.extend(batch["corrupt"])
             names = [clips.classes[label] for label in batch["y"]]
             pixels = batch["clips"].permute(0, 2, 3, 4, 1).to(device)
             yield batch["indices"].tolist(), pixels, names, batch["time_scales"].tolist()

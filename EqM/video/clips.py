@@ -40,7 +40,7 @@ class Clips(torch.utils.data.Dataset):
 
     def __getitem__(self, index):
         """A dict: clip, as its source reads it; y, the condition; time_scale, seconds per frame; index; video, its
-        path; bad, the paths of corrupt videos that it replaces. Raises UserError if MAX_ATTEMPTS or all are corrupt.
+        path; corrupt, the paths of corrupt videos that it replaces. Raises UserError if all, or MAX_ATTEMPTS, are.
         """
         flipped, tried = self.flip and self._random_int("flip", 2, index) == 1, []
         while len(tried) < min(MAX_ATTEMPTS, len(self.videos) + len(self.spare)):
@@ -50,7 +50,7 @@ class Clips(torch.utils.data.Dataset):
                 clip = self.source.read(video, frame_indices, flipped)
                 self.note("")
                 sample = {"clip": clip, "y": self.classes.index(video.class_name), "time_scale": time_scale}
-                return sample | {"index": index, "video": video.path, "bad": [video.path for video in tried]}
+                return sample | {"index": index, "video": video.path, "corrupt": [video.path for video in tried]}
             tried.append(video)
         place = f"--data-path {self.source.root}"
         raise UserError(f"{place}: {len(tried)} files in a row are corrupt, the first is {tried[0].path}")
@@ -107,7 +107,7 @@ def rank_batches(first, steps, global_batch, rank, world_size, micro_batches=1):
 
 
 def collate(samples):
-    """Samples -> a batch, a dict: clips (B, ...); y, indices int64 (B,); time_scales float32 (B,), s; videos, bad:
+    """Samples -> a batch, a dict: clips (B, ...); y, indices int64 (B,); time_scales float32 (B,), s; videos, corrupt:
     lists of paths.
     """
     columns = {name: [sample[name] for sample in samples] for name in samples[0]}
@@ -117,5 +117,5 @@ def collate(samples):
         "time_scales": torch.tensor(columns["time_scale"], dtype=torch.float32),
         "indices": torch.tensor(columns["index"]),
         "videos": columns["video"],
-        "bad": sum(columns["bad"], []),
+        "corrupt": sum(columns["corrupt"], []),
     }

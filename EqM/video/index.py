@@ -202,7 +202,7 @@ class Data:
     source: object  # see source.py
     train: dict
     val: dict
-    num_short: int  # videos too short for the longest training clips
+    num_too_short: int  # videos too short for the longest training clips
 
     @property
     def scan(self):
@@ -222,18 +222,18 @@ def find_data(source, val_fraction, lengths, val_lengths, flag):
     val_flags = dict.fromkeys(val_lengths, "--val-frames") | dict.fromkeys(lengths, flag)
     of_val = {n: long_enough(val, n, "validation", val_flags[n]) for n in sorted(val_flags)}
     longest = max(lengths)
-    num_short = len(train) + len(val) - len(of_train[longest]) - len(of_val[longest])
-    return Data(source, of_train, of_val, num_short)
+    num_too_short = len(train) + len(val) - len(of_train[longest]) - len(of_val[longest])
+    return Data(source, of_train, of_val, num_too_short)
 
 
-class BadVideos:
+class CorruptVideos:
     """Counts corrupt videos, each once, and raises UserError when there are too many."""
 
     def __init__(self, total, max_fraction, known=()):
         self.total, self.max_fraction, self.paths = total, max_fraction, dict.fromkeys(known)
 
     def __str__(self):
-        return f"bad so far: {self.count} of {self.total}"
+        return f"corrupt so far: {self.count} of {self.total}"
 
     @property
     def count(self):

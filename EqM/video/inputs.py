@@ -90,7 +90,7 @@ def find_clips(flag, path, kinds):
 
 
 def check_apart(clips, folder):
-    """Raise UserError if clips lie in the folder that samples are written to, which removes earlier ones."""
+    """Raise UserError if clips are in the folder that samples are written to, which removes earlier ones."""
     for clip in clips:
         if os.path.realpath(os.path.dirname(clip.path) or ".") == os.path.realpath(folder):
-            raise UserError(f"{clip.flag}: {clip.path} lies in --folder {folder}, for the samples: name another one")
+            raise UserError(f"{clip.flag}: {clip.path} is in --folder {folder}, which is cleared; name another one")

@@ -119,10 +119,10 @@ class Cache(Source):
         path, suffix = os.path.join(self.root, video.path), "_flipped" if flipped else ""
         if self.has_pixels:
             return read_pixels(path, self.shape[-1], frame_indices, flipped)
-        return read_cached(path, [f"mean{suffix}", f"std{suffix}"], self.shape, frame_indices)
+        return read_cache_file(path, [f"mean{suffix}", f"std{suffix}"], self.shape, frame_indices)
 
 
-def read_cached(path, names, shape, frame_indices):
+def read_cache_file(path, names, shape, frame_indices):
     """Frames (C, h, w) = shape of the tensors `names` in a file of a cache: (len(names), C, T, h, w). Reads no frames
     before the first or behind the last of them. Raises UnreadableError.
     """
@@ -143,7 +143,7 @@ def read_cached(path, names, shape, frame_indices):
 
 def read_pixels(path, side, frame_indices, flipped):
     """The frames in a file of a cache of pixels: uint8 (3, T, side, side). Raises UnreadableError."""
-    (clip,) = read_cached(path, ["pixels"], (3, side, side), frame_indices)
+    (clip,) = read_cache_file(path, ["pixels"], (3, side, side), frame_indices)
     return clip.flip(-1) if flipped else clip
 
 

@@ -85,7 +85,7 @@ def run_experiment(samplings, evaluations, cut_short, larger_steps, thresholds):
 def markdown(content):
     lines = [f"Seed 0, {content['rows'][0]['clips']} clips a row:", "", *table(content["rows"])]
     if content["chosen"] is None:
-        return [*lines, f"No R is as accurate as 250 points with at most {GOAL:.0%} of the evaluations."]
+        return [*lines, f"No R is as accurate as the full path with at most {GOAL:.0%} of the evaluations."]
     return [*lines, f"R = {content['chosen']:g}, chosen on seed 0, on seed 1:", "", *table(content["held_out"])]
 
 
@@ -99,7 +99,7 @@ def table(rows):
             f"{row['direction_accuracy']:.1%} ({100 * low:.1f} - {100 * high:.1f})",
             lab.cell(row, "speed_ratio", 2), f"{row['distance']:.1f}",
         ])  # fmt: skip
-    titles = ["", "step", "R", "evaluations", "direction right (95%)", "speed / true", "away from 250 points"]
+    titles = ["", "step", "R", "evaluations", "direction right (95%)", "speed / true", "distance from 249"]
     return lab.table(titles, cells)
 
 
@@ -121,7 +121,7 @@ def plot_rows(path, rows):
     for axes in (top, bottom):
         axes.axvline(GOAL * FULL[0], color="black", linestyle=":", label="60% of 249")
     top.set(ylabel="direction right, %", ylim=(0, 102))
-    bottom.set(ylabel="distance from 250 points,\ngrey levels (rms)", xlabel="mean evaluations per sample")
+    bottom.set(ylabel="distance from 249 evaluations,\ngray levels (rms)", xlabel="mean evaluations per sample")
     top.legend(loc="lower right")
     path.parent.mkdir(parents=True, exist_ok=True)
     save_figure(figure, path)

@@ -35,7 +35,7 @@ def killed_while_gathering():
     """SIGKILL of the second rank in the middle of gathering the second checkpoint of a sharded run."""
     import checkpoint
 
-    write, whole, saves, gathered = checkpoint.Writer.write, checkpoint.whole, [], []
+    write, full_tensor, saves, gathered = checkpoint.Writer.write, checkpoint.full_tensor, [], []
 
     def noted_write(*arguments, **keywords):
         saves.append(1)
@@ -45,9 +45,9 @@ def killed_while_gathering():
         gathered.extend([1] if len(saves) == 2 else [])
         if len(gathered) == 20 and on_rank_1():
             die()
-        return whole(tensor)
+        return full_tensor(tensor)
 
-    checkpoint.Writer.write, checkpoint.whole = noted_write, half
+    checkpoint.Writer.write, checkpoint.full_tensor = noted_write, half
 
 
 def slow_disk():

@@ -49,9 +49,7 @@ cache_latents.main()
 
 
 @pytest.mark.parametrize("rename", [1, 4, 7])  # of latents.partial.json, of the third video, of latents.json
-def test_killed_before_it_renames_a_file_it_writes_the_same_bytes_in_the_end(
-    root, vae, cache, tmp_path, encoded, rename
-):
+def test_a_kill_before_a_file_is_renamed_changes_no_byte_in_the_end(root, vae, cache, tmp_path, encoded, rename):
     out, finished = tmp_path / "out", max(0, rename - 2)
     process = launch(["-c", DIE_IN_RENAME.format(rename)], root, vae, out, "--with-flips")
     _, stderr = process.communicate(timeout=60)

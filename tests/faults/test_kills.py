@@ -185,7 +185,7 @@ def test_a_run_that_saves_by_the_clock_ends_as_one_that_does_not(make):
     assert compare(usual, training) == []
 
 
-def test_a_loader_process_whose_rank_is_killed_before_it_begins_ends_as_well(make):
+def test_a_loader_process_ends_whose_rank_is_killed_before_it_begins(make):
     process = make(10, sabotaged("killed_while_it_starts_a_loader"), WORKERS).start()
     end(process, -signal.SIGKILL)  # until nobody holds the other end of the pipe
 
@@ -271,7 +271,7 @@ def test_files_that_vanish_while_training_are_counted_like_corrupt_ones(make, sh
     assert training.rows()[-1]["bad_videos"] <= 6
 
 
-def test_a_loss_that_is_not_finite_names_step_rank_files_and_the_norms_before(make, shapes):
+def test_a_loss_that_is_not_finite_names_step_rank_files_and_norms(make, shapes):
     training = make(20, sabotaged("nan_on_rank_1", TORCHRUN), [*OFTEN, "--log-every", 4, "--val-every", 100])
     line = error_of(training.run(status=1))
     assert "train_loss of step 3 is not finite, on rank 1, of " in line

@@ -26,7 +26,7 @@ def test_two_ranks_resume_bit_for_bit_also_with_other_workers(flags, shapes, tmp
     assert compare(whole, parts) == []
 
 
-def test_two_machines_may_have_the_checkpoint_and_the_data_on_disks_of_their_own(shapes, tmp_path):
+def test_two_machines_may_have_checkpoint_and_data_on_their_own_disks(shapes, tmp_path):
     first = Training(shapes, tmp_path / "first", 2, flags=OFTEN)
     run_here(first)
     place = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(free_port()), "WORLD_SIZE": "2", "LOCAL_RANK": "0"}

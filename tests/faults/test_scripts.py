@@ -36,7 +36,7 @@ PATH = f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}"
 
 
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGUSR1])
-def test_train_progressive_saves_on_a_signal_and_the_same_command_continues(number, shapes, tree):
+def test_train_progressive_saves_on_a_signal_and_continues(number, shapes, tree):
     settings = {
         "PATH": PATH, "DATA": shapes, "GPUS": 2, "MODEL": "EqM-Ti/4", "EXP": "E", "CACHE": 0, "STEPS_1": 4,
         "STEPS_2": 2000, "STEPS_3": 2001, "BATCH_1": 4, "BATCH_2": 4, "BATCH_3": 4,
