@@ -1,7 +1,7 @@
 """Checkpoints: written so that no crash damages one, read so that none can run code.
 
 --ckpt names a file of train.py, a folder of scripts/export.py or a file of the published image models; `load` returns
-the same dict of tensors and plain Python values for all three:
+this dict of tensors and plain Python values for all three; only train.py's have a "run":
     version    format of the file
     config     {"model": fields of EqMConfig, "data": vae, image_size, fps, ..., "training": all flags, "typed": the
                names of the flags that the user gave}
@@ -10,7 +10,7 @@ the same dict of tensors and plain Python values for all three:
     step       global step, over all phases
     phase      the other fields of Progress
     best_loss  lowest validation loss of the phase
-    run        {"window": StepStats that were not logged yet, "bad_videos": paths of the corrupt videos}
+    run        {"window": averages of steps that were not logged yet, or None, "bad_videos": paths of corrupt videos}
 """
 
 import hashlib
@@ -107,7 +107,7 @@ def run_state(config, model, ema, optimizers, scaler, progress):
 class Writer:
     """Writes the checkpoints of a run, on rank 0 only. Training stands still only while the tensors are copied.
 
-    A thread writes the copy, one at a time; the next call of a method raises what it raised. All ranks gather the full
+    A thread writes one copy at a time; the next call of a method raises the error it had. All ranks gather the full
     tensors of a sharded state.
     """
 
@@ -187,7 +187,7 @@ def names_at(progress, last_step, every):
 
 
 def complete_names(start, phases, every):
-    """Give the checkpoint that a run resumes from all its names: the run may have been killed while it did that."""
+    """Link the resumed checkpoint to all its names: the run may have been killed before it had done so."""
     if rank() == 0 and start.resumes and not start.unlogged:
         last_step = current_phase(phases, start.progress.first_step).last_step
         for name in ["latest.pt", *names_at(start.progress, last_step, every)]:
@@ -304,7 +304,7 @@ def load_optimizers(optimizers, saved):
             for index, values in state["state"].items()
         }
         optimizer.load_state_dict({"state": parts, "param_groups": optimizer.state_dict()["param_groups"]})
-        for values in optimizer.state.values():  # on the CPU they would still be those of the file
+        for values in optimizer.state.values():  # on the CPU they would still map the file
             values |= {name: value.clone() for name, value in values.items()}
 
 
@@ -390,7 +390,7 @@ class Start:
 
     @property
     def unlogged(self):
-        """The StepStats of a run that was stopped before it could log them; None in any other case."""
+        """The StepStats.averaged of steps that the run had not logged when it stopped; else None."""
         return self.state["run"]["window"] if self.resumes else None
 
     @property
@@ -405,9 +405,9 @@ class Start:
 def find_start(args, name):
     """The Start that the flags of train.py ask for. This is the policy of resuming.
 
-    With --resume, or restarted by torchrun, the newest run of that name is resumed, from its beginning if it has no
-    intact checkpoint; its folder is locked from here on. Else --ckpt starts a new phase, which takes model, EMA,
-    optimizer and step. Raises UserError.
+    With --resume, or restarted by torchrun, the newest run of that name is locked and continues from its newest intact
+    checkpoint. If there is none, --ckpt starts a new phase with its model, EMA, optimizer and step; without --ckpt
+    training starts from scratch. Raises UserError.
     """
     asked = asked_shape(args)
     start = Start(Progress(), folder=folder_to_resume(args, name, args.ckpt or "the beginning"))

@@ -280,7 +280,7 @@ def generate(
         settings: those of `sampling_settings`.
         given: given(indices) returns clips uint8 (n, 3, T, H, W) and a mask (n, T): where it is true, frames stay as
             they are. keep_background is for `Details`, which shows them.
-        init: as `given`, but its clips have the share init_gamma in the start.
+        init: clips as from `given`, mixed into the noise with the weight init_gamma.
         energy: also record the (guided) energy at every point.
         strict: samples that are not finite raise UserError; otherwise they are noted.
         before_evaluation: called before each evaluation of the network; may raise.
@@ -352,7 +352,7 @@ def known_part(plan, x, start, clips, mask, tail):
     """The arguments `given` and `mask` of `samplers.sample` for the window x that begins at a frame; {} for nothing.
 
     Known are the frames of clips uint8 (n, 3, T, H, W) where mask (n, T) is true, and the first ones of the window:
-    tail, latents of the previous window, None in the first one.
+    tail, the last latents of the previous window, or None.
     """
     if mask is None and tail is None:
         return {}

@@ -1,6 +1,6 @@
 """Resolves all flags once, and checks everything a user can get wrong before a GPU is used or a folder is made.
 
-Nothing after this module changes a flag. Whatever the user can put right raises UserError.
+Nothing after this module changes a flag. Anything the user can fix raises UserError.
 """
 
 import json
@@ -33,13 +33,13 @@ MODEL_FLAGS = (
     "depth", "hidden_size", "num_heads", "temporal_patch_size", "rope_theta", "rope_split", "rope_speed",
     "position_table", "qk_norm", "ebm",
 )  # fmt: skip
-NO_CHANGE = {  # flags that may differ in a resumed run: they change nothing, or are checked against the checkpoint
+UNREPORTED = {  # flags whose change `note_changes` does not report: harmless, or checked against the checkpoint
     "resume", "ckpt", "new_classes", "num_classes", "results_dir", "vae", "num_workers", "loader_timeout", "wandb",
     "save_minutes", "keep_last", "shard", "model", "guidance_chosen", *MODEL_FLAGS,
 }  # fmt: skip
 
 
-def refuse(args, name, is_wrong, text):
+def refuse_if(args, name, is_wrong, text):
     """Raise a UserError that begins with a flag and its value, if that is wrong."""
     if is_wrong:
         raise UserError(f"{flag_text(args, name)}: {text}")
@@ -69,7 +69,7 @@ def check_run(args):
         batch, parts = args.global_batch_size, world_size() * args.grad_accum
         phases = fill_batches(phases, batch, lambda num_frames: math.prod(config.grid(num_frames)), parts)
     if rank() == 0:
-        data = open_data(args, lengths(args), args.val_frames, frames_flag(args))
+        data = open_data(args, clip_lengths(args), args.val_frames, frames_flag(args))
         config = fit_classes(args, config, start, data.scan.classes)
     return args, start, vae, config, data, phases
 
@@ -105,7 +105,7 @@ def check_same_start(start):
         raise UserError(f"the ranks start from different checkpoints, {found}: {advice}")
 
 
-def lengths(args):
+def clip_lengths(args):
     """The numbers of frames of the training clips: those of the schedule, or --num-frames."""
     return [phase.num_frames for phase in args.frames_schedule or []] or [args.num_frames]
 
@@ -115,17 +115,17 @@ def frames_flag(args):
 
 
 def resolve_frames(args):
-    """Flags with --num-frames: 1 for images; with a schedule that of its first phase, and --max-steps of its last."""
+    """Flags with --num-frames (images: 1; default: 16); a schedule sets it (first phase) and --max-steps (last)."""
     if not args.video:
         for name in ("num_frames", "temporal_patch_size", "frame_interval", "frames_schedule"):
             several = getattr(args, name) not in (None, 1, [1])
-            refuse(args, name, several, "needs videos, as images have one frame: add --video, or remove it")
+            refuse_if(args, name, several, "needs videos, as images have one frame: add --video, or remove it")
         return args.resolve(num_frames=1, temporal_patch_size=1)
     if not args.frames_schedule:
         return args.resolve(num_frames=args.num_frames or 16)
     for name in ("num_frames", "max_steps", "epochs"):
-        refuse(args, name, getattr(args, name) is not None, "contradicts --frames-schedule: remove one of them")
-    return args.resolve(num_frames=lengths(args)[0], max_steps=args.frames_schedule[-1].last_step)
+        refuse_if(args, name, getattr(args, name) is not None, "contradicts --frames-schedule: remove one of them")
+    return args.resolve(num_frames=clip_lengths(args)[0], max_steps=args.frames_schedule[-1].last_step)
 
 
 def check_flags(args):
@@ -136,17 +136,17 @@ def check_flags(args):
     if args.wandb:
         import_wandb()
     schedule, batch, last = args.frames_schedule, args.global_batch_size, args.max_steps or math.inf
-    refuse(args, "mix", args.mix and not schedule, "needs earlier phases: add --frames-schedule, or remove it")
+    refuse_if(args, "mix", args.mix and not schedule, "needs earlier phases: add --frames-schedule, or remove it")
     ascends = args.frame_interval == sorted(args.frame_interval)[:2]
-    refuse(args, "frame_interval", not ascends, "expected one number, or two that ascend")
+    refuse_if(args, "frame_interval", not ascends, "expected one number, or two that ascend")
     too_early = args.lr_decay_end and args.lr_decay_end < last
-    refuse(args, "lr_decay_end", too_early, "expected at least the last step, of --max-steps or --frames-schedule")
-    refuse(args, "new_classes", args.new_classes and not args.ckpt, "is for checkpoints of other classes: add --ckpt")
-    refuse(args, "ckpt", args.ckpt == "", "an empty name: name a checkpoint, or remove it to start from scratch")
+    refuse_if(args, "lr_decay_end", too_early, "expected at least the last step, of --max-steps or --frames-schedule")
+    refuse_if(args, "new_classes", args.new_classes and not args.ckpt, "for checkpoints of other classes: add --ckpt")
+    refuse_if(args, "ckpt", args.ckpt == "", "an empty name: name a checkpoint, or remove it to start from scratch")
     parts, ranks = world_size() * args.grad_accum, f"{world_size()} ranks x --grad-accum {args.grad_accum}"
     uneven, alone = batch % parts and not schedule, args.disp and batch == parts
-    refuse(args, "global_batch_size", uneven, f"not a multiple of {ranks}: use a multiple of {parts}")
-    refuse(args, "disp", alone, "compares clips, but each rank has one at a time: raise --global-batch-size")
+    refuse_if(args, "global_batch_size", uneven, f"not a multiple of {ranks}: use a multiple of {parts}")
+    refuse_if(args, "disp", alone, "compares clips, but each rank has one at a time: raise --global-batch-size")
 
 
 def resolve_latents(args, start):
@@ -155,9 +155,10 @@ def resolve_latents(args, start):
     owner, made = ("the latent cache", cache) if cache else ("the checkpoint", kept)
     if cache:
         size, name = cache["image_size"], cache["vae"]
-        refuse(args, "image_size", args.image_size not in (None, size), f"the cache --data-path has {size}: remove it")
+        differs = args.image_size not in (None, size)
+        refuse_if(args, "image_size", differs, f"the cache --data-path has {size}: remove it")
         other = args.vae not in (None, name) and (name == "none" or not os.path.isdir(args.vae))
-        refuse(args, "vae", other, f"the cache --data-path was made with {name}: remove it")
+        refuse_if(args, "vae", other, f"the cache --data-path was made with {name}: remove it")
         if not (args.no_flip or cache["flips"]):
             say("note: the cache has no mirrored latents (--with-flips), so no clip is mirrored")
             args = args.resolve(no_flip=True)
@@ -165,7 +166,7 @@ def resolve_latents(args, start):
     if cache:
         check_same(vae, cache.get("vae_sha256"), f"--data-path {args.data_path}")
         differs = any(getattr(vae, name) != cache[name] for name in ("channels", "downsample", "scale", "shift"))
-        refuse(args, "data_path", differs, f"the cache was made with another VAE than {vae.name}: name it with --vae")
+        refuse_if(args, "data_path", differs, f"the cache has another VAE than {vae.name}: name that by --vae")
     check_same(vae, kept.get("vae_sha256"), start.flag)
     size = args.image_size or made.get("image_size", 256) or start.config["model"]["input_size"] * vae.downsample
     return args.resolve(vae=vae.name, image_size=size), vae
@@ -174,7 +175,7 @@ def resolve_latents(args, start):
 def make_config(args, vae, start):
     """The EqMConfig of this run, except for its classes: from the flags, or from a checkpoint that they agree with."""
     unit, model = vae.downsample, args.model or DEFAULT_MODEL
-    refuse(args, "image_size", args.image_size % unit, f"not a multiple of {unit}, the VAE's downsampling")
+    refuse_if(args, "image_size", args.image_size % unit, f"not a multiple of {unit}, the VAE's downsampling")
     names = [name for name in (*MODEL_FLAGS, "num_classes") if getattr(args, name) is not None]
     settings = {name: getattr(args, name) for name in ("num_frames", "use_rope", *names)}
     settings |= {"input_size": args.image_size // vae.downsample, "in_channels": vae.channels}
@@ -189,7 +190,7 @@ def make_config(args, vae, start):
                 settings.pop("num_classes", None)
             checkpoint.check(start.flag, saved, **(model_shape(args.model) | settings))
             config = replace(saved, num_frames=args.num_frames)
-        for num_frames in (*lengths(args), *args.val_frames):
+        for num_frames in (*clip_lengths(args), *args.val_frames):
             config.check_num_frames(num_frames)
     except ValueError as error:
         flags = [flag_text(args, name) for name in sorted(args.typed & {*names, "image_size", "val_frames"})]
@@ -213,12 +214,12 @@ def resolve_settings(args, start, config):
         **generation.resolve_sampler(args, trained),
     )
     has_energy, in_fp16 = config.ebm != "none", args.precision == "fp16"
-    refuse(args, "compile", args.compile and has_energy, f"can't train --ebm {config.ebm}: it has no second derivative")
-    refuse(args, "skip_nonfinite", args.skip_nonfinite and in_fp16, "--precision fp16 does that by itself: remove it")
+    refuse_if(args, "compile", args.compile and has_energy, f"can't train --ebm {config.ebm}: no second derivative")
+    refuse_if(args, "skip_nonfinite", args.skip_nonfinite and in_fp16, "--precision fp16 does that itself: remove it")
     before = 0 if start.resumes else trained.get("forcing")
     if before and not args.forcing:
         say(f"note: --ckpt was trained with --forcing {before}, this phase is without: it may forget given frames")
-    if args.forcing and (shortest := min(lengths(args))) <= config.temporal_patch_size:
+    if args.forcing and (shortest := min(clip_lengths(args))) <= config.temporal_patch_size:
         say(f"note: --forcing {args.forcing}: clips of {shortest} frames are one temporal patch and are not forced")
     return args
 
@@ -244,7 +245,7 @@ def only_phase(args, progress, data):
 def fit_classes(args, config, start, classes):
     """The config with the classes of the data, which a checkpoint must have had as well."""
     num_classes, before = args.num_classes or len(classes), start.config["data"].get("classes", classes)
-    refuse(args, "num_classes", num_classes < len(classes), f"expected at least the {len(classes)} of --data-path")
+    refuse_if(args, "num_classes", num_classes < len(classes), f"expected at least the {len(classes)} of --data-path")
     if args.new_classes and not start.resumes:
         known = len(set(before) & set(classes))
         say(f"--new-classes: {known} of {len(classes)} are known to {start.path}, which has {len(before)}")
@@ -252,7 +253,7 @@ def fit_classes(args, config, start, classes):
         got, expected = (f"{', '.join(names[:3])} ({len(names)})" for names in (classes, before))
         advice = "a run keeps its classes" if start.resumes else "--new-classes trains on with those of the data"
         differ = before not in (classes, [str(label) for label in range(len(before))])  # published: no names
-        refuse(args, "data_path", differ, f"has the classes {got}, {start.flag} has {expected}: {advice}")
+        refuse_if(args, "data_path", differ, f"has the classes {got}, {start.flag} has {expected}: {advice}")
         checkpoint.check(start.flag, config, num_classes=num_classes)
     return replace(config, num_classes=num_classes)
 
@@ -272,7 +273,7 @@ def with_new_classes(state, classes, num_classes):
 def run_name(args):
     """EqM-S-4-f4-rope, with a schedule EqM-S-4-f4-8-16-rope; a glob pattern if the model is not known yet."""
     positions = "-rope" if args.use_rope else ""
-    return f"{args.model or 'EqM-*'}-f{'-'.join(map(str, lengths(args)))}{positions}".replace("/", "-")
+    return f"{args.model or 'EqM-*'}-f{'-'.join(map(str, clip_lengths(args)))}{positions}".replace("/", "-")
 
 
 def make_run_config(args, config, phase, data, vae):
@@ -283,7 +284,7 @@ def make_run_config(args, config, phase, data, vae):
     videos = data.train[phase.num_frames]
 
     def seconds(interval):
-        """Between frames of the clips that were seen."""
+        """The median time between two frames of a clip."""
         return statistics.median_low(
             fitting_interval(video, phase.num_frames, interval) / video.fps for video in videos
         )
@@ -305,7 +306,7 @@ def make_run_config(args, config, phase, data, vae):
 def note_changes(start, run_config, folder, log, metrics):
     """Say in log and metrics which typed flags of a resumed run have changed, and keep its config up to here."""
     before, now = start.config["training"], run_config["training"]
-    typed = {*start.config.get("typed", before), *run_config["typed"]} & before.keys() - NO_CHANGE
+    typed = {*start.config.get("typed", before), *run_config["typed"]} & before.keys() - UNREPORTED
     changes = [f"{name} {before[name]} -> {now[name]}" for name in now if name in typed and before[name] != now[name]]
     if start.resumes and changes and rank() == 0:
         text = f"resumed with other flags: {', '.join(changes)}"
@@ -355,37 +356,37 @@ def check_sampling(args):
     cli.check_devices()
     cli.check_speed_flags(args)
     for name in () if args.video else ("num_frames", "fps", "time_scale", "given"):
-        refuse(args, name, getattr(args, name) not in (None, [1]), "needs videos: add --video, or remove it")
+        refuse_if(args, name, getattr(args, name) not in (None, [1]), "needs videos: add --video, or remove it")
     if args.given is None:
         off = {"given_frames": None, "given_split": None, "samples_per_clip": 1, "keep_background": True}
         for name, value in off.items():
-            refuse(args, name, getattr(args, name) != value, "is about the clips of --given: add that, too")
+            refuse_if(args, name, getattr(args, name) != value, "is about the clips of --given: add that, too")
     both = None not in (args.given, args.init)
-    refuse(args, "given", both, "its frames are kept, those of --init all change: give one of them")
+    refuse_if(args, "given", both, "its frames are kept, those of --init all change: give one of them")
     no_init = args.init_gamma is not None and args.init is None
-    refuse(args, "init_gamma", no_init, "is the share of --init in the start: add that, too")
+    refuse_if(args, "init_gamma", no_init, "is the share of --init in the start: add that, too")
 
 
 def check_plan(args, plan):
     """Raise UserError for flags of sample_gd.py that the model or the windows rule out."""
     ended = args.init_gamma == 1 and args.sampler in SOLVERS
-    refuse(args, "init_gamma", ended, f"--sampler {args.sampler} integrates from there to 1: give less")
+    refuse_if(args, "init_gamma", ended, f"--sampler {args.sampler} integrates from there to 1: give less")
     no_energy = args.report_energy and plan.model.config.ebm == "none"
-    refuse(args, "report_energy", no_energy, f"{args.ckpt} was trained without an energy (--ebm): remove it")
+    refuse_if(args, "report_energy", no_energy, f"{args.ckpt} was trained without an energy (--ebm): remove it")
     for name in ("init", "report_energy") if len(plan.window_starts) > 1 else ():
         several = f"the {plan.num_frames} frames come in windows of {plan.window}"
-        refuse(args, name, getattr(args, name), f"{several}: remove it, or give --window {plan.num_frames}")
+        refuse_if(args, name, getattr(args, name), f"{several}: remove it, or give --window {plan.num_frames}")
 
 
 def check_folder(args):
-    """Raise UserError unless --folder can be written, and holds no samples of another run or --overwrite allows it."""
+    """Raise UserError if --folder can't be written, or has samples of another run without --overwrite."""
     cli.check_writable("--folder", args.folder)
     place = Path(args.folder, "samples.json")
     if place.exists() and not args.overwrite:
         other = read_json(place)["flags"]["ckpt"]
         files = [Path(ckpt).resolve() for ckpt in (other, args.ckpt)]
         own, others = (file.parents[1] if file.parent.name == "checkpoints" else file for file in files)
-        refuse(args, "folder", own != others, f"holds samples of {other}: name another folder, or add --overwrite")
+        refuse_if(args, "folder", own != others, f"holds samples of {other}: name another folder, or add --overwrite")
 
 
 # ----------------------------------------------------------------------------------------------------------------------
@@ -402,9 +403,9 @@ def check_vae_run(args):
     count = int(math.log2(args.downsample)) + 1
     args = args.resolve(widths=args.widths or [32, 64, 128, 128][:count])
     unit, ranks = args.downsample, world_size()
-    refuse(args, "image_size", args.image_size % unit, f"not a multiple of --downsample {unit}")
-    refuse(args, "widths", len(args.widths) != count, f"got {len(args.widths)}, --downsample {unit} needs {count}")
-    refuse(args, "global_batch_size", args.global_batch_size % ranks, f"not a multiple of {ranks} ranks")
+    refuse_if(args, "image_size", args.image_size % unit, f"not a multiple of --downsample {unit}")
+    refuse_if(args, "widths", len(args.widths) != count, f"got {len(args.widths)}, --downsample {unit} needs {count}")
+    refuse_if(args, "global_batch_size", args.global_batch_size % ranks, f"not a multiple of {ranks} ranks")
     cli.check_writable("--results-dir", args.results_dir)
     check_data_path(args.data_path, cached=False)
     folder, data = checkpoint.folder_to_resume(args, vae_run_name(args), "the beginning"), None

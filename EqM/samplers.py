@@ -22,7 +22,7 @@ def sample(
             indices in the batch.
         method: "gd" or "ngd" (see `descend`), which use step_size, momentum ("ngd" only) and stop_below; "euler" or
             "heun" (see `integrate`), which use start_gamma.
-        num_steps: the number of points, the start included.
+        num_steps: the number of points, the start included: one more than steps.
         observe: observe(x, keep) is called at each point of the running samples, first and last included.
         given, mask: where mask (bool, broadcasts over x; B samples) is true, x has the values of `given` (B, ...) from
             start to end, bit for bit: the field moves only the unmasked part.
@@ -47,8 +47,8 @@ def unmasked(field, mask):
 def descend(field, x, num_steps, step_size, momentum, stop_below, observe, moving):
     """Nesterov's gradient descent, x <- x + eta f(x + eta mu m) with the previous f as m; plain if momentum mu = 0.
 
-    With stop_below, a sample stops, without a further step, once the root mean square of its f is below it, over the
-    share `moving` (B,) of x.
+    With stop_below, a sample stops before its next step once the root mean square of its f over the unmasked part of x,
+    the share `moving` (B,), is below it.
     """
     x, last_f = x.clone(), torch.zeros_like(x)
     keep = torch.arange(len(x), device=x.device)
@@ -72,9 +72,9 @@ def descend(field, x, num_steps, step_size, momentum, stop_below, observe, movin
 def integrate(field, x, method, num_steps, start_gamma, observe):
     """Solve dx/dgamma = f(x) / c(gamma) from start_gamma to 1 in equal steps, by Euler's or Heun's method.
 
-    This assumes that x at time gamma is as noisy as x_gamma in training. Nothing enforces that: the network is not
-    given gamma, so errors in x are not corrected as remaining noise, as in gradient descent, but f is divided by the
-    wrong c. At gamma = 1 the velocity is 0 / 0, so the last step of Heun's method is an Euler step.
+    This assumes that x at time gamma is as noisy as x_gamma in training. Nothing enforces that, as the
+    network is not given gamma: gradient descent treats an error in x as noise left to remove, but here f is divided by
+    the wrong c. At gamma = 1 the velocity is 0 / 0, so the last step of Heun's method is an Euler step.
     """
     gammas = torch.linspace(start_gamma, 1, num_steps, dtype=torch.float64)
     keep = torch.arange(len(x), device=x.device)
@@ -98,9 +98,9 @@ def integrate(field, x, method, num_steps, start_gamma, observe):
 def guided(function, condition, time_scale, guidance):
     """The field with classifier-free guidance, f_null + guidance (f_condition - f_null), on all channels.
 
-    function(x, y, time_scale) is a network, (B, C, T, H, W), or an energy, (B,): the guided field is minus the gradient
-    of the guided energy. condition: a models.Condition of B samples; time_scale: (B,) seconds per frame. Both terms are
-    evaluated as one batch; guidance 1 evaluates f_condition only. The result is float32.
+    function(x, y, time_scale) is a network, (B, C, T, H, W), or an energy, (B,), which gives the guided energy.
+    condition: a models.Condition of B samples; time_scale: (B,) seconds per frame. Both terms are evaluated as one
+    batch; guidance 1 evaluates f_condition only. The result is float32.
     """
     null = condition.null()
 

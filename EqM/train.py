@@ -154,7 +154,7 @@ def add_optimization_flags(parser):
     add("--skip-nonfinite", type=NATURAL, default=0, help=nonfinite)
     add("--ema-decay", type=SHARE, default=0.9999, help="decay of the EMA weights; less at first")
     add("--gamma-shift", type=POSITIVE, default=1.0, help="above 1: train closer to the noise; 1: uniform")
-    add("--forcing", type=SHARE, default=0.0, help="share of clips with a noise level per frame, to complete clips")
+    add("--forcing", type=SHARE, default=0.0, help="share of clips with mixed noise levels, to complete clips")
     add("--disp", action="store_true", help="add the dispersive loss of the last block's activations")
     add("--global-seed", type=NATURAL, default=0, help="seed of every random draw")
 
@@ -163,7 +163,7 @@ def add_optimization_flags(parser):
 def main():
     args = parse_args()
 
-    # What the user can put right ends here, with one line and status 2, before a run folder is made.
+    # User errors end here, with one line and status 2, before a run folder is made.
     try:
         found = preflight.check_run(args)
     except UserError as error:
@@ -225,7 +225,7 @@ def main():
             previews = Plan(ema, vae, data.scan.classes, conditions, phase.num_frames, run_config["data"]["time_scale"])
             if rank() == 0:
                 (run.folder / "config.json").write_text(json.dumps(run_config, indent=2))
-            # For the metrics of a step that a resumed run has yet to log
+            # A resumed run may log a step before it makes one
             set_learning_rates(optimizers, args, lr_multiplier(args, progress.step, lr_end))
             clips, tokens = f"{phase.batch_size} clips", math.prod(config.grid(phase.num_frames))
             log(f"to step {phase.last_step}: {clips} per step, {phase.num_frames} frames = {tokens} tokens each")
@@ -234,7 +234,7 @@ def main():
                 batches = itertools.chain([stop.wait(batches)], batches)
             stop.resolve()
             while True:
-                # Periodically and at the end of a phase: log, validate, sample, save (not without new steps)
+                # After new steps: sample periodically; log, validate and save periodically and at the end of a phase
                 if len(run.stats) and is_due(progress.step, phase.last_step, *periods):
                     step, videos = progress.step, None
                     row = run.stats.summary(step, phase.batch_size)
@@ -277,7 +277,7 @@ def main():
                 for micro_batch in range(1, args.grad_accum + 1):
                     batch = run.stats.next_batch(batches)
                     files += batch["videos"]
-                    sync = micro_batch == args.grad_accum or network is model  # full gradients would not fit
+                    sync = micro_batch == args.grad_accum or network is model  # only DDP can delay it
                     with nullcontext() if sync else network.no_sync():
                         losses, target_square = training_losses(network, vae, batch, config, args, stream, device)
                         scaler.scale(sum(losses.values()) / args.grad_accum).backward()
@@ -302,7 +302,7 @@ def main():
                     run.stats.raise_nonfinite(progress.step, -1)
                 update_ema(ema, model, ema_decay(args, progress.step - progress.ema_start))
                 bar.update()
-                if stop.resolve():  # raises Interrupted
+                if stop.resolve():  # True: a checkpoint is due; raises Interrupted
                     save()
             if phase.last_step < last_step:
                 progress.begin_phase()

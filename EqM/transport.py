@@ -5,8 +5,8 @@ field f(x_gamma) = (x - eps) c(gamma). It points from noise to data and vanishes
 and sampling is gradient descent along it. x, noise and f are clips (B, C, T, H, W); gamma is (B,), one level per clip,
 or (B, T), one per frame.
 
-With --forcing each frame of some training clips has its own level, so that the same network learns to complete a clip
-from any given frames: they are clean (gamma = 1), the others are not. This follows Diffusion Forcing (arXiv
+With --forcing the level varies within some training clips, so that the same network learns to complete a clip from any
+given frames: they are clean (gamma = 1), the others are not. This follows Diffusion Forcing (arXiv
 2407.01392), without the level as an input: an EqM network sees from the frames themselves how noisy they are.
 """
 
@@ -47,7 +47,8 @@ def losses(network, x, noise, gamma, y, time_scale, first=0, return_features=Fal
     """Compare a network with the target at x_gamma.
 
     Returns the squared error of each clip, averaged over its frames from `first` on, (B,) float32; the mean square of
-    the target, which is the loss of a network that predicts zero; and the network's features (B, N, D), or None.
+    the target over all frames, for first = 0 the loss of a network that predicts zero; and the features (B, N, D), or
+    None.
     """
     output = network(interpolate(x, noise, gamma), y, time_scale, return_features=return_features)
     f, features = output if return_features else (output, None)
@@ -95,7 +96,7 @@ def shift_gamma(u, shift):
 
 
 def draw_gammas(seed, stream, indices, num_frames, patch, shift=1.0, share=0.0):
-    """The gammas of the samples `indices` of a stream, float32 on the CPU: (B,), with a `share` to force (B, T).
+    """The gammas of the samples `indices` of a stream, float32 on the CPU: (B,), or (B, T) if a `share` is forced.
 
     patch is the number of frames of a temporal patch, shift that of `shift_gamma`. The draws of a sample depend on
     (seed, stream, index) alone; clips that are not forced have the gamma that they have without forcing. A clip of one
@@ -137,7 +138,7 @@ def clean_frames(u_kind, u_first, u_last, num_frames):
 def condition_dropout(gamma, usual):
     """The probability (B,) of dropping the condition of clips with these gammas, (B,) or (B, T).
 
-    It is `usual`, and sqrt(c / T) for a clip with c of T frames clean: the more frames are clean, the more they show of
+    max(`usual`, sqrt(c / T)) for a clip with c of T frames clean: the more frames are clean, the more they show of
     what the condition says. One frame of 16 does not show where the clip goes, so three of four such clips keep theirs.
     """
     if gamma.dim() == 1:

@@ -85,7 +85,7 @@ CASES = {
         --optimizer muon --ckpt rope.pt => --optimizer adamw
         --max-steps 10 --ckpt rope.pt => --max-steps 10
         --data-path long --ckpt rope.pt => classes A (1), --ckpt rope.pt has A, B (2); --new-classes
-        --new-classes => is for checkpoints; add --ckpt""",
+        --new-classes => for checkpoints; add --ckpt""",
     "train without a model": "--max-steps 9 --ckpt odd.pt => --max-steps 9",
     "train fixed": """
         --rope-split 8,8,8 | --rope-speed 0.5 | --rope-theta 100 | --position-table space => needs use_rope

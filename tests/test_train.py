@@ -233,7 +233,7 @@ def test_train_refuses_another_vae_than_that_of_its_cache(cache, tiny_vae, tmp_p
     flags = [*VIDEOS, "--data-path", cache, "--results-dir", tmp_path / "results", "--vae", other]
     config = (other / "config.json").read_text()
     (other / "config.json").write_text(config.replace('"scaling_factor": 0.18215', '"scaling_factor": 0.5'))
-    assert "the cache was made with another VAE" in refuse(capsys, *flags)
+    assert "the cache has another VAE" in refuse(capsys, *flags)
     (other / "config.json").write_text(config)
     add_to_weights(other, 0.1)
     assert "another VAE: its weights have SHA-256" in refuse(capsys, *flags)

@@ -33,16 +33,20 @@ LARGEST = 20 * 10**9  # bytes that --cache-frames takes without --cache-frames-f
 
 
 class Source:
-    """A folder `root` and the Scan of what is in it. read(video, frame_indices, flipped=False) gives the frames with
-    these numbers, which ascend, as training takes them: pixels uint8 (3, T, H, W), or latents, the posterior's mean and
-    std, float16 (2, C, T, h, w). It raises UnreadableError.
-    """
+    """Where clips come from: a folder `root` and the Scan of what is in it."""
 
     def __init__(self, root, scan):
         self.root, self.scan = root, scan
 
     def videos(self):
         return self.scan.videos
+
+    def read(self, video, frame_indices, flipped=False):
+        """The frames with these numbers, which ascend, as training takes them. Raises UnreadableError.
+
+        Pixels are uint8 (3, T, H, W); latents, the posterior's mean and std, are float16 (2, C, T, h, w).
+        """
+        raise NotImplementedError
 
 
 def open_source(root, image_size, images=False, index_folder=None):
