@@ -232,7 +232,7 @@ def test_a_full_disk_is_one_line_and_the_last_checkpoint_stays(make):
 def test_a_loader_process_that_is_killed_is_one_line_that_speaks_of_memory(make):
     process = start(make(flags=WORKERS), 2)
     kill(loaders(process.pid)[0])
-    assert "ran out of memory" in error_of(end(process, 1))
+    assert "lack of memory" in error_of(end(process, 1))
 
 
 def test_loader_processes_that_start_right_after_a_collective_do_not_hang(make):
