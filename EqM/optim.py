@@ -39,7 +39,8 @@ class Muon(torch.optim.Optimizer):
 
     def __init__(self, matrices, lr, weight_decay):
         super().__init__(matrices, {"lr": lr, "weight_decay": weight_decay})
-        self.batches = assign([weight.shape for weight in matrices], distributed.world_size())
+        self.ranks = distributed.world_size() if distributed.is_started() else 1
+        self.batches = assign([weight.shape for weight in matrices], self.ranks)
 
     @torch.no_grad()
     def step(self):
@@ -61,12 +62,12 @@ class Muon(torch.optim.Optimizer):
         """(index, step_of(index) made orthogonal) of each matrix."""
         results, transfers = [], []
         for owner, indices in self.batches:
-            if owner == distributed.rank():
+            if self.ranks == 1 or owner == distributed.rank():
                 results.append(orthogonalize(torch.stack([step_of(index) for index in indices])))
             else:
                 shape = len(indices), *weights[indices[0]].shape
                 results.append(torch.empty(shape, dtype=torch.bfloat16, device=weights[0].device))
-            if distributed.world_size() > 1:  # as bytes: not every backend has bfloat16
+            if self.ranks > 1:  # as bytes: not every backend has bfloat16
                 transfers.append(dist.broadcast(results[-1].view(torch.uint8), owner, async_op=True))
         for transfer in transfers:
             transfer.wait()

@@ -5,7 +5,7 @@ import time
 
 import checkpoint
 from runtime import distributed, runs
-from runtime.cli import NATURAL, NON_NEGATIVE, SHARE, say
+from runtime.cli import NON_NEGATIVE, SHARE, number, say
 from runtime.distributed import rank
 from runtime.metrics import Metrics, StepStats
 from runtime.signals import StopSignal
@@ -17,7 +17,12 @@ def add_loading_flags(add, num_workers):
     """The flags that say which videos are read, and how."""
     add("--val-fraction", type=SHARE, default=0.05, help="share of the videos that validate, without split files")
     add("--max-bad-fraction", type=SHARE, default=0.1, help="share of the videos that may be corrupt")
-    add("--num-workers", type=NATURAL, default=num_workers, help="loader processes per rank; 0 = in-process")
+    add(
+        "--num-workers",
+        type=number(int, least=0, most=1024),
+        default=num_workers,
+        help="loader processes per rank; 0 = in-process",
+    )
     cached = "decode each video once, into a folder in --results-dir that later runs use as well: for small data sets"
     add("--cache-frames", action="store_true", help=cached)
     add("--cache-frames-force", action="store_true", help="let --cache-frames take more than 20 GB")

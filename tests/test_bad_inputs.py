@@ -53,7 +53,7 @@ CASES = {
         --results-dir file | --results-dir nowhere | --results-dir file --resume | --ckpt no/such.pt
         --ckpt no/such.pt --resume | --ckpt pipe | --ckpt /dev/zero | --ckpt loop | --ckpt empty
         --data-path -videos => --data-path
-        --global-seed 1000000000000000000000000000000 | --num-frames 1000000000000 => at most
+        --global-seed 1000000000000000000000000000000 | --num-workers 1000000 | --num-frames 1000000000000 => at most
         --num-frames 8 --image-size 1000000000 => input_size; 1000000000
         --num-frames 400 => 10
         --rope-split 64,64,2 => 130 channels
