@@ -1,5 +1,6 @@
 """From a checkpoint to clips: settings of the sampler, what is sampled, and the loop over batches and windows."""
 
+import itertools
 import math
 from copy import deepcopy
 from dataclasses import asdict, dataclass
@@ -28,6 +29,7 @@ SETTINGS = {  # names in samples.json, most of them arguments of `samplers.sampl
     "method": "sampler", "num_steps": "num_sampling_steps", "step_size": "stepsize", "momentum": "mu",
     "stop_below": "stop_below", "guidance": "cfg_scale", "precision": "precision",
 }  # fmt: skip
+MOST_EVALUATIONS = 100_000  # more is a typing error
 STOP_BELOW = 1.0  # as accurate as 249 evaluations with 57% of them: see docs/results.md
 
 
@@ -71,6 +73,9 @@ def resolve_sampler(args, training):
     elif len(typed.keys() & path) == 1:
         length = (kept["num_sampling_steps"] - 1) * kept["stepsize"]
         if "stepsize" in typed:
+            if args.stepsize * MOST_EVALUATIONS <= length:
+                got = f"--stepsize {args.stepsize:g}: a path of length {length:g} takes too many evaluations"
+                raise UserError(f"{got}; expected fewer than {MOST_EVALUATIONS:,}; take larger steps")
             values["num_sampling_steps"] = max(1, round(length / args.stepsize)) + 1
         else:
             values["stepsize"] = length / (args.num_sampling_steps - 1)
@@ -138,14 +143,17 @@ def cast_products(model, precision):
     """The model to sample from in that --precision: a copy if it is mixed, unless the model is sharded.
 
     Autocast casts a weight that needs no gradient anew in each call of the network. In the copy the weights of all
-    matrix products are cast once. Its outputs under autocast are the same bits.
+    matrix products are cast once; it shares the others. Its outputs under autocast are the same bits.
     """
     if precision not in distributed.MIXED or any(map(is_sharded, model.parameters())):
         return model
-    copy = deepcopy(model)
-    for module in copy.modules():
+    copies = {id(tensor): tensor for tensor in itertools.chain(model.parameters(), model.buffers())}
+    for module in model.modules():
         if isinstance(module, (nn.Linear, nn.Conv3d)):  # the convolution of PatchEmbed is a matrix product, too
-            module.to(distributed.MIXED[precision])
+            for weight in module.parameters():
+                cast = weight.detach().to(distributed.MIXED[precision])
+                copies[id(weight)] = nn.Parameter(cast, requires_grad=False)
+    copy = deepcopy(model, copies)  # takes the tensors from `copies`
     if model.is_compiled:  # deepcopy forgets the compiled blocks
         copy.compile_blocks()
     return copy
@@ -244,7 +252,7 @@ def choose_labels(args, names):
         some = ", ".join(names[:8]) + (", ..." if len(names) > 8 else "")
         expected = f"expected one of {some}, an index below {len(names)}, or none"
         raise UserError(f"--classes {unknown[0]}: no such class; {expected}")
-    labels = [known[word] for word in args.classes or map(str, numbers)]
+    labels = [known[word] for word in args.classes] if args.classes else list(numbers)
     return torch.tensor(labels)[torch.arange(args.num_samples) % len(labels)]
 
 
@@ -341,7 +349,7 @@ def sample_window(model, x, condition, time_scale, known, settings, energy, stri
     with distributed.autocast(x.device, precision):
         samples, evaluations = sample(counted, x, observe=observe, **known, **settings)
     if not samples.isfinite().all():
-        text = f"--stepsize {settings['step_size']:g}, {settings['method']}: samples are not finite"
+        text = f"--sampler {settings['method']}: samples are not finite"
         if strict:
             raise UserError(f"{text}; take smaller or more steps, or another checkpoint")
         say(f"note: {text}")

@@ -80,7 +80,7 @@ def choose_frames(args, plan, clip):
     """The numbers of the frames that a clip gives, the same in the sample. Raises UserError."""
     T = plan.num_frames
     frames = args.given_frames or tuple(range(min(clip.count(plan.time_scale), T // 2)))
-    if not set(frames) < set(range(T)):
+    if not frames or not set(frames) < set(range(T)):
         got = f"--given-frames {as_ranges(frames)}: samples have the frames 0 to {T - 1}"
         raise UserError(f"{got}; expected some of them, but not all")
     return frames

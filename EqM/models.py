@@ -24,7 +24,7 @@ EBMS = ("none", "dot", "l2")
 POSITION_TABLES = ("none", "space")
 PLAIN_TOKENS = 512  # see attend
 TIME_FEATURES = 256  # sinusoidal features of the time scale, see TimeScaleEmbedder
-LARGEST = 2**20  # of a count; more is a typing error
+LARGEST, MOST_WEIGHTS = 2**20, 2**36  # of a count; a hundred times EqM-XL: more is a typing error
 
 
 @dataclass(frozen=True)
@@ -57,6 +57,10 @@ class EqMConfig:
             raise ValueError(f"input_size {self.input_size} is not a multiple of patch_size {self.patch_size}")
         if self.hidden_size % (2 * self.num_heads):
             raise ValueError(f"hidden_size must be a multiple of 2 x {self.num_heads} heads, got {self.hidden_size}")
+        if 18 * self.depth * self.hidden_size**2 > MOST_WEIGHTS:
+            raise ValueError(
+                f"depth {self.depth} and hidden_size {self.hidden_size} need more than {MOST_WEIGHTS} weights"
+            )
         for name, choices in (("position_table", POSITION_TABLES), ("ebm", EBMS)):
             if (value := getattr(self, name)) not in choices:
                 raise ValueError(f"{name} must be one of {', '.join(choices)}, got {value!r}")

@@ -21,7 +21,7 @@ from runtime.cli import UserError, flag_text, say
 from runtime.distributed import local_rank, rank, world_size
 from runtime.metrics import import_wandb
 from runtime.runs import check_job
-from runtime.untrusted import read_json
+from runtime.untrusted import is_text, read_json
 from samplers import SOLVERS
 from schedule import Phase, fill_batches
 from vae import check_same, load_vae
@@ -133,11 +133,14 @@ def check_flags(args):
     check_job()
     cli.check_speed_flags(args)
     cli.check_writable("--results-dir", args.results_dir)
+    refuse_if(args, "results_dir", not is_text(args.results_dir), "is not UTF-8, as TensorBoard needs it: name another")
     if args.wandb:
         import_wandb()
     schedule, batch, last = args.frames_schedule, args.global_batch_size, args.max_steps or math.inf
     refuse_if(args, "mix", args.mix and not schedule, "needs earlier phases: add --frames-schedule, or remove it")
     ascends = args.frame_interval == sorted(args.frame_interval)[:2]
+    alone = args.forcing and {args.num_frames, *clip_lengths(args)} == {1}
+    refuse_if(args, "forcing", alone, "clips of one frame leave nothing to complete: remove it")
     refuse_if(args, "frame_interval", not ascends, "expected one number, or two that ascend")
     too_early = args.lr_decay_end and args.lr_decay_end < last
     refuse_if(args, "lr_decay_end", too_early, "expected at least the last step, of --max-steps or --frames-schedule")
@@ -383,7 +386,10 @@ def check_folder(args):
     cli.check_writable("--folder", args.folder)
     place = Path(args.folder, "samples.json")
     if place.exists() and not args.overwrite:
-        other = read_json(place)["flags"]["ckpt"]
+        try:
+            other = str(read_json(place)["flags"]["ckpt"])
+        except (OSError, ValueError, KeyError, TypeError):
+            other = "another program"
         files = [Path(ckpt).resolve() for ckpt in (other, args.ckpt)]
         own, others = (file.parents[1] if file.parent.name == "checkpoints" else file for file in files)
         refuse_if(args, "folder", own != others, f"holds samples of {other}: name another folder, or add --overwrite")

@@ -4,6 +4,7 @@
 holds any AutoencoderKL of diffusers. Frames are encoded one by one, so time is not compressed here.
 """
 
+import hashlib
 import os
 import textwrap
 from pathlib import Path
@@ -110,7 +111,9 @@ def load_vae(name, owner=None):
         raise UserError(f"--vae {name}: {reason}: give the directory of a diffusers AutoencoderKL") from error
     if missing := info["missing_keys"]:  # diffusers would initialize them at random
         raise UserError(f"--vae {name}: the weights lack {len(missing)} tensors of its {CONFIG}, {missing[0]} first")
-    return VAE(name, model.requires_grad_(False).eval(), file_sha256(Path(directory, WEIGHTS)))
+    parts = [file_sha256(path) for path in sorted(Path(directory).glob("*.safetensors"))]
+    sha256 = parts[0] if len(parts) == 1 else hashlib.sha256(" ".join(parts).encode()).hexdigest()
+    return VAE(name, model.requires_grad_(False).eval(), sha256)
 
 
 def check_same(vae, sha256, place):

@@ -73,6 +73,9 @@ CASES = {
         --data-path empty => no video found
         --data-path images => --video
         --results-dir '' | --ckpt '' => empty
+        --results-dir x\udcff => UTF-8
+        --results-dir {long} => 255 bytes
+        --depth 1000000 => weights
         --ckpt file | --ckpt other.pt => not a checkpoint
         --ckpt cut.pt | --ckpt flipped.pt => damaged
         --ckpt pickle.pt | --ckpt code.pt => holds code
@@ -94,6 +97,7 @@ CASES = {
     "train images": """
         --num-frames 8 | --temporal-patch-size 4 | --frames-schedule 4:10 => needs videos
         --data-path videos | --data-path cache => add --video
+        --forcing 0.5 => --forcing 0.5: clips of one frame
         --ckpt rope.pt --use-rope => holds a video model: add --video""",
     "schedule": """
         --frames-schedule 4:10,8:5 => 8:5; increase
@@ -119,6 +123,7 @@ CASES = {
         --fps 25 --time-scale 0.04 => --time-scale
         --folder file/x => --folder file
         --num-sampling-steps 1 => at least 2
+        --stepsize 1e-12 => larger steps
         --ckpt image.pt => holds an image model
         --report-energy => without an energy
         --use-rope --ckpt fixed.pt => cannot be converted
@@ -232,7 +237,7 @@ def snapshot(folder):
 @pytest.mark.parametrize(("command", "flags", "words"), list(cases()))
 def test_bad_input_is_one_line_and_status_2_and_nothing_is_touched(command, flags, words, world, monkeypatch, capsys):
     script, *right = COMMANDS[command].split()
-    flags = [word.format(digits="9" * 5000) for word in shlex.split(flags)]
+    flags = [word.format(digits="9" * 5000, long="x" * 300) for word in shlex.split(flags)]
     main = importlib.import_module(script).main
     monkeypatch.chdir(world)
     monkeypatch.setattr(sys, "argv", [f"{script}.py", *right, *flags])

@@ -11,7 +11,7 @@ from torch import nn
 from tqdm import tqdm
 
 import generation
-from generation import SAMPLER, Plan, cast_products, choose_windows, generate, resolve_sampler
+from generation import SAMPLER, Plan, cast_products, choose_labels, choose_windows, generate, resolve_sampler
 from runtime import distributed
 from runtime.cli import UserError
 from runtime.rng import normal
@@ -100,9 +100,9 @@ def test_one_progress_bar_counts_evaluations_also_if_all_stop_early(method, stop
 
 def test_samples_that_are_not_finite_are_an_error_or_in_training_a_note(capsys):
     plan = make_plan(Quadratic())
-    with pytest.raises(UserError, match=r"--stepsize 1e\+30, ngd: samples are not finite"):
+    with pytest.raises(UserError, match=r"--sampler ngd: samples are not finite"):
         run(plan, step_size=1e30)
-    assert len(run(plan, step_size=1e30, strict=False)[0]) == 5 and "note: --stepsize" in capsys.readouterr().out
+    assert len(run(plan, step_size=1e30, strict=False)[0]) == 5 and "note: --sampler" in capsys.readouterr().out
 
 
 @pytest.mark.parametrize("guidance", [1.0, 4.0])
@@ -202,6 +202,14 @@ def test_the_usual_window_lasts_as_long_as_the_longest_training_clip(trained, lo
     assert choose() == (window, window // 2) and choose(use_rope=False) == (trained, trained // 2)
     assert choose(forcing=0.0) == (99, 0) == choose(rope_scale="linear")  # all frames at once
     assert choose(window=10, overlap=3) == choose(window=10, overlap=3, forcing=0.0) == (10, 3)
+
+
+def test_classes_are_sampled_in_turn_and_a_name_wins_over_an_index():
+    def choose(*classes):
+        return choose_labels(SimpleNamespace(classes=classes, num_samples=4), ["1", "10", "2"]).tolist()
+
+    assert choose() == [0, 1, 2, 0] and choose("10", "none") == [1, -1, 1, -1]
+    assert choose("1", "0", "2") == [0, 0, 2, 0]
 
 
 def resolve(training, **typed):

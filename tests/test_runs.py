@@ -21,13 +21,13 @@ def test_run_folders_are_numbered_none_is_used_twice_and_the_last_is_found(tmp_p
 
 def test_the_last_checkpoints_are_kept_with_those_that_have_a_meaning(tmp_path):
     folder = runs.make_run_folder(tmp_path, "a") / "checkpoints"
-    for name in ("0000010.pt", "0000020.pt", "0000030.pt", "9999999.pt", "best.pt", "latest.pt"):
+    for name in ("0000010.pt", "0000020.pt", "0000030.pt", "10000000.pt", "best.pt", "latest.pt"):
         (folder / name).touch()
     before = names(folder)
     runs.keep_last(folder.parent, None)
     assert names(folder) == before
     runs.keep_last(folder.parent, 2, always={10})
-    assert names(folder) == ["0000010.pt", "0000030.pt", "9999999.pt", "best.pt", "latest.pt"]
+    assert names(folder) == ["0000010.pt", "0000030.pt", "10000000.pt", "best.pt", "latest.pt"]
 
 
 def test_what_a_killed_process_was_writing_is_cleaned_up(tmp_path):

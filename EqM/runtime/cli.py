@@ -102,8 +102,8 @@ class ArgumentParser(argparse.ArgumentParser):
 def flag_text(args, name):
     """A flag with its value as it is typed, such as "--num-frames 4"."""
     value = getattr(args, name)
-    value = " ".join(map(str, value)) if isinstance(value, list) else value
-    return f"--{name.replace('_', '-')}" + ("" if value is True else f" {value}")
+    value = " ".join(map(str, value)) if isinstance(value, list | tuple) else value
+    return f"--{'no-' * (value is False)}{name.replace('_', '-')}" + ("" if isinstance(value, bool) else f" {value}")
 
 
 def number(kind, above=-math.inf, least=-math.inf, most=math.inf):
@@ -186,6 +186,8 @@ def check_writable(flag, folder):
     if not str(folder):
         raise UserError(f"{flag} '': an empty name; name a folder")
     place = Path(folder).absolute()
+    if any(len(os.fsencode(part)) > 255 for part in place.parts):
+        raise UserError(f"{flag} {str(folder)[:50]}...: a name of more than 255 bytes; use a shorter one")
     while not os.path.lexists(place):  # a broken link is in the way, as a file would be
         place = place.parent
     if not place.is_dir() or not os.access(place, os.W_OK):

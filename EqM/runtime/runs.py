@@ -56,7 +56,8 @@ def remove_temporary_files(folder):
 
 def keep_last(folder, count, always=()):
     """Remove a run's numbered checkpoints, except the `count` last ones (None: all) and those of the steps `always`."""
-    numbered = sorted(path for path in Path(folder, "checkpoints").glob("*.pt") if path.stem.isdecimal())
+    numbered = [path for path in Path(folder, "checkpoints").glob("*.pt") if path.stem.isdecimal()]
+    numbered.sort(key=lambda path: int(path.stem))
     for path in numbered[:-count] if count else ():
         if int(path.stem) not in always:
             path.unlink()
@@ -77,7 +78,10 @@ def check_job():
 
 def lock(folder):
     """Lock a run folder for the lifetime of this process. Raises UserError if another process holds the lock."""
-    file = open(Path(folder, "lock"), "a+")  # noqa: SIM115 (open for the whole run)
+    try:
+        file = open(Path(folder, "lock"), "a+")  # noqa: SIM115 (open for the whole run)
+    except OSError as error:
+        raise UserError(f"{folder}: can't be written ({error.strerror}); name another --results-dir") from error
     until = time.monotonic() + LOCK_TIMEOUT
     while True:
         try:
