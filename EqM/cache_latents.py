@@ -90,15 +90,16 @@ def plan_encoding(args):
         say(f"{path} can't be opened; it is skipped")
     todo = [
         video for video in files.videos()
-        if source.cached_metadata(Path(args.out, cached_path(video))) != source_metadata(args, video)
+        if source.cached_metadata(Path(args.out, cached_path(video))) != source_metadata(files.scan, video)
     ]  # fmt: skip
     return files, sorted(todo, key=lambda video: -video.num_frames), bad_videos  # all ranks get about as many frames
 
 
-def source_metadata(args, video):
-    """The metadata in a video's file of the cache. They tell a video from one of another size that replaced it."""
-    stamp = index.file_stamp(args.data_path, video.path) or [None]  # None: it is gone
-    return {"source_bytes": str(stamp[0])}
+def source_metadata(scan, video):
+    """The metadata in a video's file of the cache. They tell a video from one of another size that replaced it, also
+    while this runs: its size is that of the scan.
+    """
+    return {"source_bytes": str(scan.stamps[video.path][0])}
 
 
 # ----------------------------------------------------------------------------------------------------------------------
@@ -146,7 +147,7 @@ def encode_videos(args, vae, device, files, todo, bad_videos):
     """Write the files of the videos in `todo`. Raises UserError if too many are corrupt."""
 
     def cache(video):
-        path, metadata = Path(args.out, cached_path(video)), source_metadata(args, video)
+        path, metadata = Path(args.out, cached_path(video)), source_metadata(files.scan, video)
         path.parent.mkdir(parents=True, exist_ok=True)
         if args.vae == "none":
             source.write_pixels(path, files, video, metadata)

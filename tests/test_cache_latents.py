@@ -246,6 +246,18 @@ def test_a_second_run_adds_new_changed_and_lost_videos_and_drops_others(own, vae
     assert clips_of(out, flip=False)[0]["clip"].shape == (2, 4, 4, SIZE // 2, SIZE // 2)
 
 
+def test_a_video_replaced_after_the_scan_is_cached_again_by_the_next_run(own, vae, tmp_path, monkeypatch, encoded):
+    begin = cache_latents.begin_cache
+    with monkeypatch.context() as patch:
+        replace_it = lambda *_: write_video(own / "Jump" / "d.avi", 30)  # noqa: E731
+        patch.setattr(cache_latents, "begin_cache", lambda *args: (begin(*args), replace_it()))
+        run(own, vae, tmp_path / "out")
+    encoded.clear()
+    run(own, vae, tmp_path / "out")
+    assert encoded == ["Jump/d.avi"]
+    assert load_file(tmp_path / "out" / "Jump" / "d.safetensors")["mean"].shape[0] == 30
+
+
 # Corrupt videos and files.
 
 

@@ -4,7 +4,6 @@ import json
 import os
 import shutil
 import struct
-from dataclasses import replace
 from itertools import product
 
 import decord
@@ -98,7 +97,7 @@ def test_a_file_that_the_index_knows_is_not_opened_again(root, runs, monkeypatch
     (root.parent / "link").symlink_to(root)
     monkeypatch.chdir(root.parent)
     for name in (root, root.parent / "link", "data"):  # by any of its names
-        assert scan_videos(name, runs) == replace(first, unsaved=None)
+        assert scan_videos(name, runs) == first
     assert opened == [] and list(runs.iterdir()) == [place] and sorted(root.rglob("*")) == before
     other = tiny.write_equal_videos(root.parent / "other")
     (other / "A/one.avi").unlink()
@@ -134,11 +133,16 @@ def test_a_torn_or_foreign_index_is_built_again_and_reported(root, runs, capsys,
 
 def test_the_first_run_writes_the_index_once_its_folder_is_there(root, tmp_path, opened):
     first = scan_videos(root, tmp_path / "new")
-    assert first.unsaved and not (tmp_path / "new").exists()
+    assert not first.is_saved and not (tmp_path / "new").exists()
     (tmp_path / "new").mkdir()
     save_index(first, root, tmp_path / "new")
     opened.clear()
     assert scan_videos(root, tmp_path / "new").videos == first.videos and opened == []
+    tiny.write_video(root / "A" / "later.avi")
+    newer = scan_videos(root, tmp_path / "new")
+    save_index(first, root, tmp_path / "new")  # leaves the newer index of another run alone
+    opened.clear()
+    assert scan_videos(root, tmp_path / "new") == newer and opened == []
 
 
 def test_a_disk_that_refuses_the_index_is_a_line_and_has_no_partial_file(root, runs, monkeypatch, capsys):

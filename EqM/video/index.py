@@ -9,7 +9,7 @@ import os
 import re
 import shutil
 from contextlib import suppress
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 
 from runtime.cli import Bar, UserError, say
@@ -23,12 +23,13 @@ INDEX_FORMAT = 2
 SPARES = 100  # training videos that may stand in for validation videos, at most
 
 
-@dataclass(frozen=True)
+@dataclass
 class Scan:
     videos: list  # of Video, sorted by path; of a cache: in the order of the videos it was made from
     classes: list  # class names, sorted
     unreadable: list  # paths of the files that could not be opened
-    unsaved: str | None = None  # the content of an index that lacks some of them
+    stamps: dict = field(default_factory=dict)  # path -> its file_stamp, before it was opened; of videos only
+    is_saved: bool = True  # in the index; or there is nothing to save
 
 
 def list_files(root):
@@ -82,21 +83,20 @@ def scan_videos(root, index_folder=None, images=False):
             entries[path] = stamps[path], probe(root, found[path], path)
     if not entries:
         raise UserError(f"--data-path {root}: none of its {len(found)} videos can be opened")
-    rows = [(stamp, asdict(video)) for _, (stamp, video) in sorted(entries.items())]
-    unsaved = json.dumps({"format": INDEX_FORMAT, "videos": rows}) if entries != known else None
     videos = [entries[path][1] for path in found if path in entries]
-    scan = Scan(videos, classes, [path for path in found if path not in entries], unsaved)
+    unreadable = [path for path in found if path not in entries]
+    scan = Scan(videos, classes, unreadable, stamps, is_saved=entries == known)
     if index_folder and os.path.isdir(index_folder):
         save_index(scan, root, index_folder)
     return scan
 
 
 def file_stamp(root, path):
-    """[size in bytes, modification time in ns] of a file, None if it is gone."""
+    """[size in bytes, modification time in ns] of a file; [0, 0] if it is gone."""
     try:
         stat = os.stat(os.path.join(root, path))
     except OSError:
-        return None
+        return [0, 0]
     return [stat.st_size, stat.st_mtime_ns]
 
 
@@ -111,13 +111,15 @@ def index_place(root, folder):
 
 
 def save_index(scan, root, folder):
-    """Write what a scan has not saved yet to a folder that exists, all or nothing."""
-    place = index_place(root, folder)
+    """Write a scan to the index, all or nothing, unless that has happened. The folder must exist."""
+    if scan.is_saved:
+        return
+    scan.is_saved, place = True, index_place(root, folder)
+    rows = [(scan.stamps[video.path], asdict(video)) for video in scan.videos]
     temporary = place.with_name(f"{place.name}.{os.urandom(4).hex()}.tmp")  # several runs may start at once
     try:
-        if scan.unsaved is not None:
-            temporary.write_text(scan.unsaved)
-            os.replace(temporary, place)
+        temporary.write_text(json.dumps({"format": INDEX_FORMAT, "videos": rows}))
+        os.replace(temporary, place)
     except OSError as error:
         temporary.unlink(missing_ok=True)
         say(f"{place} could not be written ({error.strerror})")
