@@ -16,7 +16,6 @@ the CPU the last bits of latents depend on the number of threads (OMP_NUM_THREAD
 import itertools
 import json
 import os
-import threading
 from collections import defaultdict
 from dataclasses import asdict, replace
 from pathlib import Path
@@ -32,11 +31,11 @@ from runtime.runs import remove_temporary_files
 from runtime.untrusted import read_json
 from vae import load_vae
 from video import index, source
-from video.files import read_all_frames
+from video.files import UnreadableError, read_all_frames
 from video.source import LATENTS_FILE, PARTIAL_FILE, cached_path
 
 ROUND = 16  # videos per rank between two synchronizations of the ranks
-VAE_LOCK = threading.Lock()  # one thread encodes while others decode
+CHUNK = 16  # frames that are encoded while the next ones are decoded
 
 
 def parse_args():
@@ -154,28 +153,29 @@ def encode_videos(args, vae, device, files, todo, bad_videos):
         else:
             write(path, safetensors.torch.save(encode_video(vae, device, files, video, args.with_flips), metadata))
 
+    threads = source.THREADS if args.vae == "none" else 1  # 1: memory holds the latents of one video
     size, hidden = ROUND * world_size(), rank() != 0 or not todo
     with Bar(total=count_frames(todo), desc="caching frames", unit="frame", smoothing=0, disable=hidden) as bar:
         for first in range(0, len(todo), size):
             part, corrupt = todo[first : first + size], []
-            for video, is_readable in source.write_each(part[rank() :: world_size()], cache):
+            for video, is_readable in source.write_each(part[rank() :: world_size()], cache, threads):
                 corrupt += [] if is_readable else [video.path]
                 bar.update(video.num_frames)
             for path in bad_videos.add(sorted(itertools.chain(*distributed.gather(corrupt)))):
-                say(f"{path} can't be decoded; it is skipped")
+                say(f"{path} can't be decoded, or its latents exceed float16; it is skipped")
             bar.update(count_frames(todo[: first + size]) - bar.n)  # those of the other ranks
 
 
 def encode_video(vae, device, files, video, with_flips):
     """The tensors of a video's latents file, each float16 (T, C, h, w). Raises UnreadableError."""
-    parts = defaultdict(list)
-    for frames in read_all_frames(files.root, video):
-        clip = files.fit(frames).transpose(0, 1)[None].to(device)  # (1, 3, T, H, W)
+    chunks, parts = read_all_frames(files.root, video, CHUNK), defaultdict(list)
+    for frames in source.in_threads(lambda _: files.fit(next(chunks)), range(0, video.num_frames, CHUNK), threads=1):
+        clip = frames.transpose(0, 1)[None].to(device)  # (1, 3, T, H, W)
         for suffix, view in (("", clip), ("_flipped", clip.flip(-1)))[: 1 + with_flips]:
-            with VAE_LOCK:
-                posterior = vae.posterior(view)
-            for name, latents in zip(("mean", "std"), posterior, strict=True):
+            for name, latents in zip(("mean", "std"), vae.posterior(view), strict=True):
                 parts[name + suffix].append(latents[0].transpose(0, 1).half().cpu())
+                if not parts[name + suffix][-1].isfinite().all():
+                    raise UnreadableError(f"{video.path}: latents exceed float16")
     return {name: torch.cat(latents).contiguous() for name, latents in parts.items()}
 
 

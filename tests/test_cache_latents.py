@@ -18,7 +18,7 @@ from test_vae import add_to_weights, save_tiny
 from test_video_clips import check_replacements
 from tiny_videos import scribble, write_ucf_list, write_video
 from training import run_main
-from vae import load_vae
+from vae import VAE, load_vae
 from video import index, source
 from video.clips import Clips, collate
 from video.files import UnreadableError, read_frames, resize_and_crop
@@ -277,6 +277,19 @@ def test_a_video_that_cannot_be_decoded_is_named_once_listed_and_left_out(own, v
     run(own, vae, out)
     scan = open_source(out, SIZE).scan
     assert scan.unreadable == [] and len(scan.videos) == 5
+
+
+def test_a_video_whose_latents_are_not_finite_is_skipped(root, vae, tmp_path, monkeypatch, capsys):
+    posterior = VAE.posterior
+
+    def too_large(self, clips):
+        mean, std = posterior(self, clips)
+        return mean + 1e5 * (len(mean[0, 0]) == 14), std  # the last chunk of Run/b.mkv
+
+    monkeypatch.setattr(VAE, "posterior", too_large)
+    run(root, vae, tmp_path / "out")
+    assert "Run/b.mkv can't be decoded, or its latents exceed float16; it is skipped" in capsys.readouterr().out
+    assert latents_settings(tmp_path / "out")["unreadable"] == ["Run/b.mkv"]
 
 
 def test_too_many_bad_videos_are_an_error_unless_they_are_allowed(own, vae, tmp_path, refused):

@@ -111,6 +111,22 @@ source.CachedFiles(source.open_source({0!r}, 32), {1!r}).fill()
 """
 
 
+def test_videos_are_written_a_few_at_a_time_and_no_more_after_an_error():
+    started = []
+
+    def write(video):
+        started.append(video)
+        if video == 9:
+            raise OSError("full")
+
+    done, count = source.write_each(range(100), write, threads=2), 0
+    with pytest.raises(OSError, match="full"):
+        for video, _ in done:
+            count += 1
+            assert video == count - 1 and len(started) <= count + 4
+    assert count == 9 and len(started) <= 14
+
+
 def test_runs_that_start_at_once_decode_each_video_once(tmp_path):
     root = str(write_mixed_videos(tmp_path / "data"))
     processes = [python(FILL.format(root, str(tmp_path), "")) for _ in range(2)]

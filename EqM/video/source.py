@@ -7,6 +7,7 @@ import fcntl
 import json
 import math
 import os
+from collections import deque
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
 from pathlib import Path, PurePosixPath
@@ -177,7 +178,7 @@ def write_pixels(path, files, video, metadata):
             file.write(files.fit(frames).contiguous().numpy())
 
 
-def write_each(videos, write):
+def write_each(videos, write, threads):
     """Call write for each video, in threads, as decoders leave Python's lock while they work. Yields in their order
     (video, whether it is readable: write has not raised UnreadableError).
     """
@@ -185,11 +186,24 @@ def write_each(videos, write):
     def attempt(video):
         with suppress(UnreadableError):
             write(video)
-            return True
-        return False
+            return video, True
+        return video, False
 
-    with ThreadPoolExecutor(THREADS) as pool:
-        yield from zip(videos, pool.map(attempt, videos), strict=True)
+    return in_threads(attempt, videos, threads)
+
+
+def in_threads(function, items, threads):
+    """Yields function(item) for each item, in their order; starts at most 2 * threads before the caller needs them."""
+    pool, ahead = ThreadPoolExecutor(threads), deque()
+    try:
+        for item in items:
+            ahead.append(pool.submit(function, item))
+            if len(ahead) == 2 * threads:
+                yield ahead.popleft().result()
+        while ahead:
+            yield ahead.popleft().result()
+    finally:
+        pool.shutdown(cancel_futures=True)
 
 
 # ----------------------------------------------------------------------------------------------------------------------
@@ -231,7 +245,7 @@ class CachedFiles(Files):
             todo = [video for video, stamp in stamps.items() if cached_metadata(self.place(video)) != stamp]
             for video in todo:
                 self.place(video).unlink(missing_ok=True)
-            done = write_each(todo, lambda video: write_pixels(self.place(video), self, video, stamps[video]))
+            done = write_each(todo, lambda video: write_pixels(self.place(video), self, video, stamps[video]), THREADS)
             for _ in Bar(done, total=len(todo), desc="caching frames", unit="video", disable=not todo):
                 pass  # who reads a corrupt video will name it
 
