@@ -14,6 +14,7 @@ import tiny_videos as tiny
 from runtime.cli import UserError
 from video.files import Video
 from video.index import CorruptVideos, find_data, index_place, save_index, scan_videos, split_videos
+from video.inputs import find_clips
 from video.source import Files, check_data_path
 
 
@@ -265,6 +266,22 @@ def test_a_mistake_in_the_data_path_is_one_line_before_a_file_is_opened(tmp_path
         check_data_path(root, images)
     assert str(error.value).startswith(f"--data-path {root}: ") and words in str(error.value) and opened == []
     assert "\n" not in str(error.value)
+
+
+def test_a_folder_that_cannot_be_read_is_one_line_also_for_samplers(root, monkeypatch):
+    scandir = os.scandir
+
+    def refuse(folder):
+        if str(folder).endswith("B"):
+            raise PermissionError(13, "Permission denied", folder)
+        return scandir(folder)
+
+    monkeypatch.setattr(os, "scandir", refuse)  # root may read any folder
+    calls = {"--data-path": check_data_path, "--init": lambda path: find_clips("--init", path, ["video"])}
+    for flag, call in calls.items():
+        with pytest.raises(UserError) as error:
+            call(root)
+        assert str(error.value) == f"{flag} {root}: {root / 'B'} can't be read (Permission denied)"
 
 
 def test_videos_that_are_all_unreadable_or_too_few_are_an_error(tmp_path):

@@ -32,12 +32,15 @@ class Scan:
     is_saved: bool = True  # in the index; or there is nothing to save
 
 
-def list_files(root):
-    """Paths relative to root of the files in root and then of those in its folders, sorted, without hidden ones."""
+def list_files(prefix, root):
+    """Paths relative to root of the files in root, then in its folders, sorted, none hidden. Raises UserError."""
 
     def names(folder, folders):
-        with os.scandir(folder) as entries:
-            return sorted(entry.name for entry in entries if entry.is_dir() == folders and entry.name[0] != ".")
+        try:
+            with os.scandir(folder) as entries:
+                return sorted(entry.name for entry in entries if entry.is_dir() == folders and entry.name[0] != ".")
+        except OSError as error:
+            raise UserError(f"{prefix}: {folder} can't be read ({error.strerror})") from error
 
     folders = [name for name in names(root, folders=True) if name != UCF_LISTS]
     inside = [f"{folder}/{name}" for folder in folders for name in names(os.path.join(root, folder), folders=False)]
@@ -49,7 +52,7 @@ def find_files(root, images):
     prefix, kind = f"--data-path {root}", "image" if images else "video"
     if not os.path.isdir(root):
         raise UserError(f"{prefix}: no such folder; expected one with class folders of {kind}s")
-    found = [path for path in list_files(root) if has_suffix(kind, path)]
+    found = [path for path in list_files(prefix, root) if has_suffix(kind, path)]
     if not found:
         expected = f"expected <class>/<{kind}> with one of {' '.join(SUFFIXES[kind])}"
         flag = "add --video for videos" if images else "images need no --video"
@@ -93,11 +96,10 @@ def scan_videos(root, index_folder=None, images=False):
 
 def file_stamp(root, path):
     """[size in bytes, modification time in ns] of a file; [0, 0] if it is gone."""
-    try:
+    with suppress(OSError):
         stat = os.stat(os.path.join(root, path))
-    except OSError:
-        return [0, 0]
-    return [stat.st_size, stat.st_mtime_ns]
+        return [stat.st_size, stat.st_mtime_ns]
+    return [0, 0]
 
 
 def name_hash(name, size=6):
@@ -179,8 +181,9 @@ def find_ucf_lists(root, videos):
 def copy_ucf_lists(root, videos, folder):
     """Copy the UCF lists that split these videos, if any, to another data folder."""
     lists, _ = find_ucf_lists(root, videos)
-    if lists is not None:
-        shutil.copytree(lists, Path(folder, UCF_LISTS), dirs_exist_ok=True)
+    for file in lists.glob("*.txt") if lists else ():
+        Path(folder, UCF_LISTS).mkdir(exist_ok=True)
+        shutil.copyfile(file, Path(folder, UCF_LISTS, file.name))  # not its mode: a later run writes it again
 
 
 def fitting_interval(video, num_frames, interval):
