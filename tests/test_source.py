@@ -137,6 +137,15 @@ def test_runs_that_start_at_once_decode_each_video_once(tmp_path):
     assert sorted(paths) == [video.path for video in open_source(root, SIZE).videos()]
 
 
+def test_a_folder_without_locks_is_one_line(tmp_path, monkeypatch):
+    def flock(*_):
+        raise OSError(38, "Function not implemented")
+
+    monkeypatch.setattr(source.fcntl, "flock", flock)
+    with pytest.raises(UserError, match="--cache-frames: .* can't be locked .Function not .*: move --results-dir"):
+        cached(open_source(write_mixed_videos(tmp_path / "data"), SIZE), tmp_path)
+
+
 def test_the_next_run_fills_the_cache_of_a_run_that_was_killed(tmp_path, decoded):
     root = str(write_mixed_videos(tmp_path / "data"))
     kill = "os.replace = lambda *_: os.kill(os.getpid(), 9)"  # of the next file, once it is written

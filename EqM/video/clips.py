@@ -36,10 +36,9 @@ class Clips(torch.utils.data.Dataset):
     def note(self, path):
         """The file that is being read, "" for none; a LoaderWatch puts its own method in this place."""
 
-    def __getstate__(self):
-        """What a loader process gets: reading needs no scan, which is large."""
+    def __getstate__(self):  # what a loader process gets
         source = copy.copy(self.source)
-        source.scan = None
+        source.scan = None  # which is large; reading needs none
         return vars(self) | {"source": source}
 
     def __len__(self):
