@@ -87,6 +87,10 @@ def plan_encoding(args):
     bad_videos = index.CorruptVideos(len(files.videos()) + len(files.scan.unreadable), args.max_bad_fraction)
     for path in bad_videos.add(files.scan.unreadable):
         say(f"{path} can't be opened; it is skipped")
+    for video in files.videos():
+        if (excess := len(os.fsencode(f"{Path(cached_path(video)).name}.tmp")) - 255) > 0:  # .tmp: while it is written
+            name = f"{video.path[:60]}... has too long a name for a file of the cache"
+            raise UserError(f"--data-path {args.data_path}: {name}: shorten it by {excess} bytes")
     todo = [
         video for video in files.videos()
         if source.cached_metadata(Path(args.out, cached_path(video))) != source_metadata(files.scan, video)
@@ -180,8 +184,10 @@ def encode_video(vae, device, files, video, with_flips):
 
 
 def finish_cache(args, settings, files, bad_videos):
-    """Write latents.json, which completes the cache."""
+    """Write latents.json, which completes the cache. Raises UserError if no video could be decoded."""
     videos = [replace(video, path=cached_path(video)) for video in files.videos() if video.path not in bad_videos.paths]
+    if not videos:
+        raise UserError(f"--data-path {args.data_path}: none of its videos can be decoded")
     index.copy_ucf_lists(args.data_path, files.videos(), args.out)
     content = settings | {"num_videos": len(videos), "num_frames": count_frames(videos)}
     content |= {"classes": files.scan.classes, "videos": [asdict(video) for video in videos]}

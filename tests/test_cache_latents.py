@@ -159,6 +159,15 @@ def test_a_cache_of_pixels_gives_the_clips_of_its_videos_bit_for_bit(own, tmp_pa
         assert torch.equal(sample["clip"], other["clip"]) and other["clip"].is_contiguous()
 
 
+def test_read_only_ucf_lists_are_copied_without_their_modes(own, tmp_path):
+    write_ucf_list(own, ["Jump/d", "Run/a", "Run/b.c"])
+    (own / "ucfTrainTestlist" / "trainlist01.txt").chmod(0o444)
+    (own / "ucfTrainTestlist").chmod(0o555)
+    run(own, "none", tmp_path / "out")
+    for copied in (tmp_path / "out" / "ucfTrainTestlist", *(tmp_path / "out" / "ucfTrainTestlist").iterdir()):
+        assert copied.stat().st_mode & 0o200
+
+
 @pytest.mark.parametrize("place", [".", ".."])
 def test_a_cache_is_split_by_the_ucf_lists_of_its_videos(own, vae, tmp_path, place):
     write_ucf_list(own / place, ["Jump/d", "Run/a", "Run/b.c"])
@@ -292,6 +301,14 @@ def test_a_video_whose_latents_are_not_finite_is_skipped(root, vae, tmp_path, mo
     assert latents_settings(tmp_path / "out")["unreadable"] == ["Run/b.mkv"]
 
 
+def test_a_cache_of_no_videos_is_an_error(tmp_path, refused):
+    write_video(tmp_path / "videos" / "a.avi", 40)
+    scribble(tmp_path / "videos" / "a.avi")
+    line = refused(tmp_path / "videos", "none", tmp_path / "out", status=1)
+    assert f"--data-path {tmp_path / 'videos'}: none of its videos can be decoded" in line
+    assert latents_settings(tmp_path / "videos") is None and not (tmp_path / "out" / "latents.json").exists()
+
+
 def test_too_many_bad_videos_are_an_error_unless_they_are_allowed(own, vae, tmp_path, refused):
     scribble(own / "Run" / "a.avi")
     (own / "Run" / "text.avi").write_text("not a video")
@@ -371,6 +388,14 @@ def test_a_cache_with_other_settings_is_refused_complete_or_not(root, vae, own_c
     (own_cache / name).write_text(json.dumps(settings))
     add_to_weights(moved, 0.1)
     assert "a latent cache with vae_sha256" in refused(root, moved, own_cache, "--with-flips")
+
+
+def test_a_name_too_long_for_the_cache_is_one_line_before_anything_is_written(own, vae, tmp_path, refused):
+    for length in (239, 243):  # a.safetensors.tmp has 16 bytes more than a
+        write_video(own / "Run" / f"{'a' * length}.avi", 4)
+    line = refused(own, vae, tmp_path / "out")
+    assert "Run/aaaa" in line and "has too long a name for a file of the cache: shorten it by 4 bytes" in line
+    assert not (tmp_path / "out").exists()
 
 
 def full_disk(patch, call):
