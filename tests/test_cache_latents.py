@@ -390,7 +390,7 @@ def test_a_cache_with_other_settings_is_refused_complete_or_not(root, vae, own_c
     assert "a latent cache with vae_sha256" in refused(root, moved, own_cache, "--with-flips")
 
 
-def test_a_name_too_long_for_the_cache_is_one_line_before_anything_is_written(own, vae, tmp_path, refused):
+def test_a_name_too_long_for_the_cache_is_one_line_before_anything_is_made(own, vae, tmp_path, refused):
     for length in (239, 243):  # a.safetensors.tmp has 16 bytes more than a
         write_video(own / "Run" / f"{'a' * length}.avi", 4)
     line = refused(own, vae, tmp_path / "out")
