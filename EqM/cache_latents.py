@@ -16,7 +16,6 @@ the CPU the last bits of latents depend on the number of threads (OMP_NUM_THREAD
 import itertools
 import json
 import os
-import threading
 from collections import defaultdict
 from dataclasses import asdict, replace
 from pathlib import Path
@@ -32,11 +31,11 @@ from runtime.runs import remove_temporary_files
 from runtime.untrusted import read_json
 from vae import load_vae
 from video import index, source
-from video.files import read_all_frames
+from video.files import UnreadableError, read_all_frames
 from video.source import LATENTS_FILE, PARTIAL_FILE, cached_path
 
 ROUND = 16  # videos per rank between two synchronizations of the ranks
-VAE_LOCK = threading.Lock()  # one thread encodes while others decode
+CHUNK = 16  # frames that are encoded while the next ones are decoded
 
 
 def parse_args():
@@ -88,17 +87,22 @@ def plan_encoding(args):
     bad_videos = index.CorruptVideos(len(files.videos()) + len(files.scan.unreadable), args.max_bad_fraction)
     for path in bad_videos.add(files.scan.unreadable):
         say(f"{path} can't be opened; it is skipped")
+    for video in files.videos():
+        if (excess := len(os.fsencode(f"{Path(cached_path(video)).name}.tmp")) - 255) > 0:  # .tmp: while it is written
+            name = f"{video.path[:60]}... has too long a name for a file of the cache"
+            raise UserError(f"--data-path {args.data_path}: {name}: shorten it by {excess} bytes")
     todo = [
         video for video in files.videos()
-        if source.cached_metadata(Path(args.out, cached_path(video))) != source_metadata(args, video)
+        if source.cached_metadata(Path(args.out, cached_path(video))) != source_metadata(files.scan, video)
     ]  # fmt: skip
     return files, sorted(todo, key=lambda video: -video.num_frames), bad_videos  # all ranks get about as many frames
 
 
-def source_metadata(args, video):
-    """The metadata in a video's file of the cache. They tell a video from one of another size that replaced it."""
-    stamp = index.file_stamp(args.data_path, video.path) or [None]  # None: it is gone
-    return {"source_bytes": str(stamp[0])}
+def source_metadata(scan, video):
+    """The metadata in a video's file of the cache. They tell a video from one of another size that replaced it, also
+    while this runs: its size is that of the scan.
+    """
+    return {"source_bytes": str(scan.stamps[video.path][0])}
 
 
 # ----------------------------------------------------------------------------------------------------------------------
@@ -146,41 +150,44 @@ def encode_videos(args, vae, device, files, todo, bad_videos):
     """Write the files of the videos in `todo`. Raises UserError if too many are corrupt."""
 
     def cache(video):
-        path, metadata = Path(args.out, cached_path(video)), source_metadata(args, video)
+        path, metadata = Path(args.out, cached_path(video)), source_metadata(files.scan, video)
         path.parent.mkdir(parents=True, exist_ok=True)
         if args.vae == "none":
             source.write_pixels(path, files, video, metadata)
         else:
             write(path, safetensors.torch.save(encode_video(vae, device, files, video, args.with_flips), metadata))
 
+    threads = source.THREADS if args.vae == "none" else 1  # 1: memory holds the latents of one video
     size, hidden = ROUND * world_size(), rank() != 0 or not todo
     with Bar(total=count_frames(todo), desc="caching frames", unit="frame", smoothing=0, disable=hidden) as bar:
         for first in range(0, len(todo), size):
             part, corrupt = todo[first : first + size], []
-            for video, is_readable in source.write_each(part[rank() :: world_size()], cache):
+            for video, is_readable in source.write_each(part[rank() :: world_size()], cache, threads):
                 corrupt += [] if is_readable else [video.path]
                 bar.update(video.num_frames)
             for path in bad_videos.add(sorted(itertools.chain(*distributed.gather(corrupt)))):
-                say(f"{path} can't be decoded; it is skipped")
+                say(f"{path} can't be decoded, or its latents exceed float16; it is skipped")
             bar.update(count_frames(todo[: first + size]) - bar.n)  # those of the other ranks
 
 
 def encode_video(vae, device, files, video, with_flips):
     """The tensors of a video's latents file, each float16 (T, C, h, w). Raises UnreadableError."""
-    parts = defaultdict(list)
-    for frames in read_all_frames(files.root, video):
-        clip = files.fit(frames).transpose(0, 1)[None].to(device)  # (1, 3, T, H, W)
+    chunks, parts = read_all_frames(files.root, video, CHUNK), defaultdict(list)
+    for frames in source.in_threads(lambda _: files.fit(next(chunks)), range(0, video.num_frames, CHUNK), threads=1):
+        clip = frames.transpose(0, 1)[None].to(device)  # (1, 3, T, H, W)
         for suffix, view in (("", clip), ("_flipped", clip.flip(-1)))[: 1 + with_flips]:
-            with VAE_LOCK:
-                posterior = vae.posterior(view)
-            for name, latents in zip(("mean", "std"), posterior, strict=True):
+            for name, latents in zip(("mean", "std"), vae.posterior(view), strict=True):
                 parts[name + suffix].append(latents[0].transpose(0, 1).half().cpu())
+                if not parts[name + suffix][-1].isfinite().all():
+                    raise UnreadableError(f"{video.path}: latents exceed float16")
     return {name: torch.cat(latents).contiguous() for name, latents in parts.items()}
 
 
 def finish_cache(args, settings, files, bad_videos):
-    """Write latents.json, which completes the cache."""
+    """Write latents.json, which completes the cache. Raises UserError if no video could be decoded."""
     videos = [replace(video, path=cached_path(video)) for video in files.videos() if video.path not in bad_videos.paths]
+    if not videos:
+        raise UserError(f"--data-path {args.data_path}: none of its videos can be decoded")
     index.copy_ucf_lists(args.data_path, files.videos(), args.out)
     content = settings | {"num_videos": len(videos), "num_frames": count_frames(videos)}
     content |= {"classes": files.scan.classes, "videos": [asdict(video) for video in videos]}

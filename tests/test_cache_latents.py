@@ -18,7 +18,7 @@ from test_vae import add_to_weights, save_tiny
 from test_video_clips import check_replacements
 from tiny_videos import scribble, write_ucf_list, write_video
 from training import run_main
-from vae import load_vae
+from vae import VAE, load_vae
 from video import index, source
 from video.clips import Clips, collate
 from video.files import UnreadableError, read_frames, resize_and_crop
@@ -159,6 +159,15 @@ def test_a_cache_of_pixels_gives_the_clips_of_its_videos_bit_for_bit(own, tmp_pa
         assert torch.equal(sample["clip"], other["clip"]) and other["clip"].is_contiguous()
 
 
+def test_read_only_ucf_lists_are_copied_without_their_modes(own, tmp_path):
+    write_ucf_list(own, ["Jump/d", "Run/a", "Run/b.c"])
+    (own / "ucfTrainTestlist" / "trainlist01.txt").chmod(0o444)
+    (own / "ucfTrainTestlist").chmod(0o555)
+    run(own, "none", tmp_path / "out")
+    for copied in (tmp_path / "out" / "ucfTrainTestlist", *(tmp_path / "out" / "ucfTrainTestlist").iterdir()):
+        assert copied.stat().st_mode & 0o200
+
+
 @pytest.mark.parametrize("place", [".", ".."])
 def test_a_cache_is_split_by_the_ucf_lists_of_its_videos(own, vae, tmp_path, place):
     write_ucf_list(own / place, ["Jump/d", "Run/a", "Run/b.c"])
@@ -246,6 +255,18 @@ def test_a_second_run_adds_new_changed_and_lost_videos_and_drops_others(own, vae
     assert clips_of(out, flip=False)[0]["clip"].shape == (2, 4, 4, SIZE // 2, SIZE // 2)
 
 
+def test_a_video_replaced_after_the_scan_is_cached_again_by_the_next_run(own, vae, tmp_path, monkeypatch, encoded):
+    begin = cache_latents.begin_cache
+    with monkeypatch.context() as patch:
+        replace_it = lambda *_: write_video(own / "Jump" / "d.avi", 30)  # noqa: E731
+        patch.setattr(cache_latents, "begin_cache", lambda *args: (begin(*args), replace_it()))
+        run(own, vae, tmp_path / "out")
+    encoded.clear()
+    run(own, vae, tmp_path / "out")
+    assert encoded == ["Jump/d.avi"]
+    assert load_file(tmp_path / "out" / "Jump" / "d.safetensors")["mean"].shape[0] == 30
+
+
 # Corrupt videos and files.
 
 
@@ -265,6 +286,27 @@ def test_a_video_that_cannot_be_decoded_is_named_once_listed_and_left_out(own, v
     run(own, vae, out)
     scan = open_source(out, SIZE).scan
     assert scan.unreadable == [] and len(scan.videos) == 5
+
+
+def test_a_video_whose_latents_are_not_finite_is_skipped(root, vae, tmp_path, monkeypatch, capsys):
+    posterior = VAE.posterior
+
+    def too_large(self, clips):
+        mean, std = posterior(self, clips)
+        return mean + 1e5 * (len(mean[0, 0]) == 14), std  # the last chunk of Run/b.mkv
+
+    monkeypatch.setattr(VAE, "posterior", too_large)
+    run(root, vae, tmp_path / "out")
+    assert "Run/b.mkv can't be decoded, or its latents exceed float16; it is skipped" in capsys.readouterr().out
+    assert latents_settings(tmp_path / "out")["unreadable"] == ["Run/b.mkv"]
+
+
+def test_a_cache_of_no_videos_is_an_error(tmp_path, refused):
+    write_video(tmp_path / "videos" / "a.avi", 40)
+    scribble(tmp_path / "videos" / "a.avi")
+    line = refused(tmp_path / "videos", "none", tmp_path / "out", status=1)
+    assert f"--data-path {tmp_path / 'videos'}: none of its videos can be decoded" in line
+    assert latents_settings(tmp_path / "videos") is None and not (tmp_path / "out" / "latents.json").exists()
 
 
 def test_too_many_bad_videos_are_an_error_unless_they_are_allowed(own, vae, tmp_path, refused):
@@ -346,6 +388,14 @@ def test_a_cache_with_other_settings_is_refused_complete_or_not(root, vae, own_c
     (own_cache / name).write_text(json.dumps(settings))
     add_to_weights(moved, 0.1)
     assert "a latent cache with vae_sha256" in refused(root, moved, own_cache, "--with-flips")
+
+
+def test_a_name_too_long_for_the_cache_is_one_line_before_anything_is_made(own, vae, tmp_path, refused):
+    for length in (239, 243):  # a.safetensors.tmp has 16 bytes more than a
+        write_video(own / "Run" / f"{'a' * length}.avi", 4)
+    line = refused(own, vae, tmp_path / "out")
+    assert "Run/aaaa" in line and "has too long a name for a file of the cache: shorten it by 4 bytes" in line
+    assert not (tmp_path / "out").exists()
 
 
 def full_disk(patch, call):

@@ -1,6 +1,7 @@
 """Loader processes: what they return, how they start, what they leave to the rank."""
 
 import multiprocessing
+import pickle
 import signal
 from pathlib import Path
 
@@ -47,6 +48,14 @@ def test_loader_processes_change_nothing(seen):
         assert batch["indices"].tolist() == [index for _, index in keys]
         assert batch["clips"].shape[2] == keys[0][0]
         assert differences(batch, expected) == []
+
+
+def test_loader_processes_get_no_scan(tmp_path):
+    source = open_source(write_equal_videos(tmp_path), 16)
+    clips = Clips(source, source.videos()[:1], source.scan.classes, 4)
+    sent = pickle.dumps(clips)
+    assert source.videos()[1].path.encode() not in sent
+    assert differences(pickle.loads(sent)[0], clips[0]) == []
 
 
 def test_loader_processes_are_no_forks_and_leave_stop_signals_to_the_rank(seen):

@@ -111,6 +111,22 @@ source.CachedFiles(source.open_source({0!r}, 32), {1!r}).fill()
 """
 
 
+def test_videos_are_written_a_few_at_a_time_and_no_more_after_an_error():
+    started = []
+
+    def write(video):
+        started.append(video)
+        if video == 9:
+            raise OSError("full")
+
+    done, count = source.write_each(range(100), write, threads=2), 0
+    with pytest.raises(OSError, match="full"):
+        for video, _ in done:
+            count += 1
+            assert video == count - 1 and len(started) <= count + 4
+    assert count == 9 and len(started) <= 14
+
+
 def test_runs_that_start_at_once_decode_each_video_once(tmp_path):
     root = str(write_mixed_videos(tmp_path / "data"))
     processes = [python(FILL.format(root, str(tmp_path), "")) for _ in range(2)]
@@ -119,6 +135,15 @@ def test_runs_that_start_at_once_decode_each_video_once(tmp_path):
         assert process.returncode == 0, err
     paths = (tmp_path / "decoded").read_text().split()
     assert sorted(paths) == [video.path for video in open_source(root, SIZE).videos()]
+
+
+def test_a_folder_without_locks_is_one_line(tmp_path, monkeypatch):
+    def flock(*_):
+        raise OSError(38, "Function not implemented")
+
+    monkeypatch.setattr(source.fcntl, "flock", flock)
+    with pytest.raises(UserError, match="--cache-frames: .* can't be locked .Function not .*: move --results-dir"):
+        cached(open_source(write_mixed_videos(tmp_path / "data"), SIZE), tmp_path)
 
 
 def test_the_next_run_fills_the_cache_of_a_run_that_was_killed(tmp_path, decoded):

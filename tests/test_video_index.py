@@ -4,7 +4,6 @@ import json
 import os
 import shutil
 import struct
-from dataclasses import replace
 from itertools import product
 
 import decord
@@ -15,6 +14,7 @@ import tiny_videos as tiny
 from runtime.cli import UserError
 from video.files import Video
 from video.index import CorruptVideos, find_data, index_place, save_index, scan_videos, split_videos
+from video.inputs import find_clips
 from video.source import Files, check_data_path
 
 
@@ -98,7 +98,7 @@ def test_a_file_that_the_index_knows_is_not_opened_again(root, runs, monkeypatch
     (root.parent / "link").symlink_to(root)
     monkeypatch.chdir(root.parent)
     for name in (root, root.parent / "link", "data"):  # by any of its names
-        assert scan_videos(name, runs) == replace(first, unsaved=None)
+        assert scan_videos(name, runs) == first
     assert opened == [] and list(runs.iterdir()) == [place] and sorted(root.rglob("*")) == before
     other = tiny.write_equal_videos(root.parent / "other")
     (other / "A/one.avi").unlink()
@@ -134,11 +134,16 @@ def test_a_torn_or_foreign_index_is_built_again_and_reported(root, runs, capsys,
 
 def test_the_first_run_writes_the_index_once_its_folder_is_there(root, tmp_path, opened):
     first = scan_videos(root, tmp_path / "new")
-    assert first.unsaved and not (tmp_path / "new").exists()
+    assert not first.is_saved and not (tmp_path / "new").exists()
     (tmp_path / "new").mkdir()
     save_index(first, root, tmp_path / "new")
     opened.clear()
     assert scan_videos(root, tmp_path / "new").videos == first.videos and opened == []
+    tiny.write_video(root / "A" / "later.avi")
+    newer = scan_videos(root, tmp_path / "new")
+    save_index(first, root, tmp_path / "new")  # leaves the newer index of another run alone
+    opened.clear()
+    assert scan_videos(root, tmp_path / "new") == newer and opened == []
 
 
 def test_a_disk_that_refuses_the_index_is_a_line_and_has_no_partial_file(root, runs, monkeypatch, capsys):
@@ -261,6 +266,22 @@ def test_a_mistake_in_the_data_path_is_one_line_before_a_file_is_opened(tmp_path
         check_data_path(root, images)
     assert str(error.value).startswith(f"--data-path {root}: ") and words in str(error.value) and opened == []
     assert "\n" not in str(error.value)
+
+
+def test_a_folder_that_cannot_be_read_is_one_line_also_for_samplers(root, monkeypatch):
+    scandir = os.scandir
+
+    def refuse(folder):
+        if str(folder).endswith("B"):
+            raise PermissionError(13, "Permission denied", folder)
+        return scandir(folder)
+
+    monkeypatch.setattr(os, "scandir", refuse)  # root may read any folder
+    calls = {"--data-path": check_data_path, "--init": lambda path: find_clips("--init", path, ["video"])}
+    for flag, call in calls.items():
+        with pytest.raises(UserError) as error:
+            call(root)
+        assert str(error.value) == f"{flag} {root}: {root / 'B'} can't be read (Permission denied)"
 
 
 def test_videos_that_are_all_unreadable_or_too_few_are_an_error(tmp_path):

@@ -50,15 +50,6 @@ def file_sha256(path):
         return hashlib.file_digest(file, "sha256").hexdigest()
 
 
-def check_types(values, types):
-    """Raise ValueError unless `values` is a dict with these names and types; an int will do for a float."""
-    if not isinstance(values, dict):
-        raise ValueError(f"got {type(values).__name__}, expected names and values")
-    for name, kind in types.items():
-        if not isinstance(values.get(name), int | float if kind is float else kind):
-            raise ValueError(f"{name} is {str(values.get(name))[:50]}, expected {getattr(kind, '__name__', kind)}")
-
-
 def read_torch(path, used=None):
     """The content of a file of torch.save: tensors, which are mapped into memory, and plain values.
 

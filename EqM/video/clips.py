@@ -3,6 +3,7 @@
 A sample depends only on the arguments of Clips and its index in the stream, not on workers, ranks or interruptions.
 """
 
+import copy
 from contextlib import suppress
 from dataclasses import dataclass
 
@@ -34,6 +35,11 @@ class Clips(torch.utils.data.Dataset):
 
     def note(self, path):
         """The file that is being read, "" for none; a LoaderWatch puts its own method in this place."""
+
+    def __getstate__(self):  # what a loader process gets
+        source = copy.copy(self.source)
+        source.scan = None  # which is large; reading needs none
+        return vars(self) | {"source": source}
 
     def __len__(self):
         return len(self.videos)

@@ -9,7 +9,7 @@ import os
 import re
 import shutil
 from contextlib import suppress
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 
 from runtime.cli import Bar, UserError, say
@@ -23,20 +23,24 @@ INDEX_FORMAT = 2
 SPARES = 100  # training videos that may stand in for validation videos, at most
 
 
-@dataclass(frozen=True)
+@dataclass
 class Scan:
     videos: list  # of Video, sorted by path; of a cache: in the order of the videos it was made from
     classes: list  # class names, sorted
     unreadable: list  # paths of the files that could not be opened
-    unsaved: str | None = None  # the content of an index that lacks some of them
+    stamps: dict = field(default_factory=dict)  # path -> its file_stamp, before it was opened; of videos only
+    is_saved: bool = True  # in the index; or there is nothing to save
 
 
-def list_files(root):
-    """Paths relative to root of the files in root and then of those in its folders, sorted, without hidden ones."""
+def list_files(prefix, root):
+    """Paths relative to root of the files in root, then in its folders, sorted, none hidden. Raises UserError."""
 
     def names(folder, folders):
-        with os.scandir(folder) as entries:
-            return sorted(entry.name for entry in entries if entry.is_dir() == folders and entry.name[0] != ".")
+        try:
+            with os.scandir(folder) as entries:
+                return sorted(entry.name for entry in entries if entry.is_dir() == folders and entry.name[0] != ".")
+        except OSError as error:
+            raise UserError(f"{prefix}: {folder} can't be read ({error.strerror})") from error
 
     folders = [name for name in names(root, folders=True) if name != UCF_LISTS]
     inside = [f"{folder}/{name}" for folder in folders for name in names(os.path.join(root, folder), folders=False)]
@@ -48,7 +52,7 @@ def find_files(root, images):
     prefix, kind = f"--data-path {root}", "image" if images else "video"
     if not os.path.isdir(root):
         raise UserError(f"{prefix}: no such folder; expected one with class folders of {kind}s")
-    found = [path for path in list_files(root) if has_suffix(kind, path)]
+    found = [path for path in list_files(prefix, root) if has_suffix(kind, path)]
     if not found:
         expected = f"expected <class>/<{kind}> with one of {' '.join(SUFFIXES[kind])}"
         flag = "add --video for videos" if images else "images need no --video"
@@ -82,22 +86,20 @@ def scan_videos(root, index_folder=None, images=False):
             entries[path] = stamps[path], probe(root, found[path], path)
     if not entries:
         raise UserError(f"--data-path {root}: none of its {len(found)} videos can be opened")
-    rows = [(stamp, asdict(video)) for _, (stamp, video) in sorted(entries.items())]
-    unsaved = json.dumps({"format": INDEX_FORMAT, "videos": rows}) if entries != known else None
     videos = [entries[path][1] for path in found if path in entries]
-    scan = Scan(videos, classes, [path for path in found if path not in entries], unsaved)
+    unreadable = [path for path in found if path not in entries]
+    scan = Scan(videos, classes, unreadable, stamps, is_saved=entries == known)
     if index_folder and os.path.isdir(index_folder):
         save_index(scan, root, index_folder)
     return scan
 
 
 def file_stamp(root, path):
-    """[size in bytes, modification time in ns] of a file, None if it is gone."""
-    try:
+    """[size in bytes, modification time in ns] of a file; [0, 0] if it is gone."""
+    with suppress(OSError):
         stat = os.stat(os.path.join(root, path))
-    except OSError:
-        return None
-    return [stat.st_size, stat.st_mtime_ns]
+        return [stat.st_size, stat.st_mtime_ns]
+    return [0, 0]
 
 
 def name_hash(name, size=6):
@@ -111,13 +113,15 @@ def index_place(root, folder):
 
 
 def save_index(scan, root, folder):
-    """Write what a scan has not saved yet to a folder that exists, all or nothing."""
-    place = index_place(root, folder)
+    """Write a scan to the index, all or nothing, unless that has happened. The folder must exist."""
+    if scan.is_saved:
+        return
+    scan.is_saved, place = True, index_place(root, folder)
+    rows = [(scan.stamps[video.path], asdict(video)) for video in scan.videos]
     temporary = place.with_name(f"{place.name}.{os.urandom(4).hex()}.tmp")  # several runs may start at once
     try:
-        if scan.unsaved is not None:
-            temporary.write_text(scan.unsaved)
-            os.replace(temporary, place)
+        temporary.write_text(json.dumps({"format": INDEX_FORMAT, "videos": rows}))
+        os.replace(temporary, place)
     except OSError as error:
         temporary.unlink(missing_ok=True)
         say(f"{place} could not be written ({error.strerror})")
@@ -177,8 +181,9 @@ def find_ucf_lists(root, videos):
 def copy_ucf_lists(root, videos, folder):
     """Copy the UCF lists that split these videos, if any, to another data folder."""
     lists, _ = find_ucf_lists(root, videos)
-    if lists is not None:
-        shutil.copytree(lists, Path(folder, UCF_LISTS), dirs_exist_ok=True)
+    for file in lists.glob("*.txt") if lists else ():
+        Path(folder, UCF_LISTS).mkdir(exist_ok=True)
+        shutil.copyfile(file, Path(folder, UCF_LISTS, file.name))  # not its mode: a later run writes it again
 
 
 def fitting_interval(video, num_frames, interval):

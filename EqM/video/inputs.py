@@ -81,7 +81,7 @@ def find_clips(flag, path, kinds):
         return [InputClip(name, samples, own, n, clips[n], seconds) for n, own in enumerate(names)]
     if not os.path.exists(path):
         raise UserError(f"{name}: no such file or folder")
-    files = [os.path.join(path, file) for file in list_files(path)] if os.path.isdir(path) else [path]
+    files = [os.path.join(path, file) for file in list_files(name, path)] if os.path.isdir(path) else [path]
     files = [file for file in files if any(has_suffix(kind, file) for kind in kinds)]
     if not files:
         suffixes = " ".join(suffix for kind in kinds for suffix in SUFFIXES[kind])

@@ -7,8 +7,10 @@ import fcntl
 import json
 import math
 import os
+from collections import deque
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
+from itertools import islice
 from pathlib import Path, PurePosixPath
 
 import torch
@@ -28,7 +30,7 @@ LATENTS_FORMAT = 1
 LATENTS_NAMES = {  # in latents.json
     "vae", "image_size", "channels", "downsample", "scale", "shift", "flips", "classes", "unreadable",
 }  # fmt: skip
-THREADS = min(8, os.cpu_count())  # that decode videos
+THREADS = min(8, os.cpu_count())  # that decode videos; decoders leave Python's lock while they work
 LARGEST = 20 * 10**9  # bytes that --cache-frames takes without --cache-frames-force
 
 
@@ -177,19 +179,29 @@ def write_pixels(path, files, video, metadata):
             file.write(files.fit(frames).contiguous().numpy())
 
 
-def write_each(videos, write):
-    """Call write for each video, in threads, as decoders leave Python's lock while they work. Yields in their order
-    (video, whether it is readable: write has not raised UnreadableError).
-    """
+def write_each(videos, write, threads):
+    """Call write for each video, in threads. Yields (video, whether it is readable: no UnreadableError) in order."""
 
     def attempt(video):
         with suppress(UnreadableError):
             write(video)
-            return True
-        return False
+            return video, True
+        return video, False
 
-    with ThreadPoolExecutor(THREADS) as pool:
-        yield from zip(videos, pool.map(attempt, videos), strict=True)
+    return in_threads(attempt, videos, threads)
+
+
+def in_threads(function, items, threads):
+    """Yields function(item) for each item in order. At most 2 * threads are begun or waiting to be yielded."""
+    pool = ThreadPoolExecutor(threads)
+    try:
+        futures = (pool.submit(function, item) for item in items)
+        ahead = deque(islice(futures, 2 * threads))
+        while ahead:
+            yield ahead.popleft().result()
+            ahead.extend(islice(futures, 1))
+    finally:
+        pool.shutdown(cancel_futures=True)
 
 
 # ----------------------------------------------------------------------------------------------------------------------
@@ -224,14 +236,17 @@ class CachedFiles(Files):
             return
         self.folder.mkdir(parents=True, exist_ok=True)
         with open(self.folder / "lock", "w") as lock:
-            with suppress(OSError):  # a file system without locks
+            try:
                 fcntl.flock(lock, fcntl.LOCK_EX)
+            except OSError as error:
+                found = f"--cache-frames: {self.folder} can't be locked ({error.strerror})"
+                raise UserError(f"{found}: move --results-dir to another file system, or remove this flag") from error
             remove_temporary_files(self.folder)
             stamps = {video: {"stamp": str(file_stamp(self.root, video.path))} for video in self.videos()}
             todo = [video for video, stamp in stamps.items() if cached_metadata(self.place(video)) != stamp]
             for video in todo:
                 self.place(video).unlink(missing_ok=True)
-            done = write_each(todo, lambda video: write_pixels(self.place(video), self, video, stamps[video]))
+            done = write_each(todo, lambda video: write_pixels(self.place(video), self, video, stamps[video]), THREADS)
             for _ in Bar(done, total=len(todo), desc="caching frames", unit="video", disable=not todo):
                 pass  # who reads a corrupt video will name it
 
