@@ -12,6 +12,7 @@ import scipy.linalg
 import torch
 
 import checkpoint
+import evaluate
 import sample_gd
 from runtime import distributed
 from runtime.untrusted import file_sha256
@@ -339,6 +340,13 @@ def test_score_sh_makes_the_samples_of_a_manifest_again_and_scores_them(shapes, 
     assert done.returncode == 0 and "bit for bit" in done.stdout, done.stdout + done.stderr
     new = json.loads((tmp_path / "again/again.json").read_text())
     assert new["generated"]["samples_sha256"] == old["generated"]["samples_sha256"]
+
+
+def test_flags_of_a_manifest_may_have_values_that_begin_with_a_dash():
+    flags = {"data_path": "-d", "metric": "motion", "out": "x", "samples": ["s", "t"], "keep_background": True}
+    words = manifest.as_words(flags | {"split": None})
+    assert words == ["--data-path=-d", "--metric=motion", "--out=x", "--samples", "s", "t", "--keep-background"]
+    assert vars(evaluate.parse_args(words)).items() >= flags.items()
 
 
 def test_the_commit_of_the_code_has_a_plus_if_files_differ(tmp_path, monkeypatch):

@@ -81,9 +81,11 @@ def as_words(flags):
     """Flags {name: value} as words of a command line. None and False stand for a flag that is not given."""
     words = []
     for name, value in flags.items():
-        if value is not None and value is not False:
-            values = value if isinstance(value, list) else [] if value is True else [value]
-            words += ["--" + name.replace("_", "-"), *map(str, values)]
+        flag = "--" + name.replace("_", "-")
+        if isinstance(value, list):
+            words += [flag, *map(str, value)]
+        elif value is not None and value is not False:
+            words.append(flag if value is True else f"{flag}={value}")  # which may begin with a dash
     return words
 
 
