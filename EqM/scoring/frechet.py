@@ -193,7 +193,7 @@ def extract(detector, clips, metric, batch_size):
     inputs = clips.permute(0, 4, 1, 2, 3)[:, None] if metric == "fvd" else clips.permute(0, 1, 4, 2, 3)
     parts = inputs.flatten(0, 1).split(batch_size)  # of (3, T, H, W) or (3, H, W)
     features = [detector(part.float().contiguous(), **CALLS[metric]) for part in parts]  # TorchScript may use view()
-    if any(own.shape != (len(part), features[0].shape[-1]) for own, part in zip(features, parts, strict=True)):
+    if any(own.shape != (len(part), *features[0].shape[-1:]) for own, part in zip(features, parts, strict=True)):
         raise ValueError(f"returned {list(features[0].shape)}, expected features [{len(parts[0])}, D]")
     features = torch.cat(features).float()
     if not features.isfinite().all():
