@@ -136,7 +136,7 @@ def score(args, samples, out, clips, training, truth, new, detector, device, cor
     if args.metric == "prediction":
         return prediction.score_prediction(samples, real, clips, out, truth)
     if args.metric == "classifier":
-        return classifier.score_classifier(samples, clips, training, args)
+        return classifier.score_classifier(samples, clips, training, args, corrupt)
     cache = Path(args.cache or out.with_name("evaluate-cache"))
     return frechet.score_frechet(*streams, args, detector, new, clips, cache, device)
 
@@ -157,7 +157,7 @@ def run(args, samples, real, detector, old, device):
     if old:
         new["repeats"], comparison = manifest.compare(args.manifest, old, new, args.tolerance)
     manifest.write_manifest(out, new)
-    lines += [f"{path} can't be decoded; another clip took its place" for path in corrupt]
+    lines += [f"{path} can't be decoded; it is skipped" for path in corrupt]
     agrees = old and new["repeats"]["agrees"]
     for line in (*lines, f"{new['protocol']}: {out}", *([comparison] if agrees else [])):
         say(line)
