@@ -217,6 +217,12 @@ def test_consistency_finds_the_seams_that_a_sample_folder_has(shapes, tmp_path):
     assert scores[4] > 1.5 and scores[5] < 1  # the seams are not at the borders of patches of 5
 
 
+def test_consistency_needs_the_size_of_temporal_patches(shapes, tmp_path, capsys):
+    folder = write_samples(tmp_path / "s", *read_clips(shapes, "val", 2), source={})
+    flags = ["--metric", "consistency", "--samples", folder, "--data-path", shapes]
+    refused(capsys, tmp_path / "c.json", *flags, words=["does not say the temporal_patch_size"])
+
+
 def test_images_that_sample_gd_has_made_have_a_fid(detector, tmp_path):
     data = make_images(tmp_path / "images", 40)
     path = save_checkpoint(tmp_path / "best.pt", depth=1, temporal_patch_size=1, num_frames=1)

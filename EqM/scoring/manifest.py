@@ -29,7 +29,7 @@ def protocol(metric, samples, split, num_real):
     if metric == "prediction":
         best = "" if num_real == N else f"_best{N // num_real}"
         given = f"_{len(samples.given[0])}of{samples.num_frames}f"
-        return f"prediction{num_real}{best}{split}{given}{'_background' * samples.source['keep_background']}"
+        return f"prediction{num_real}{best}{split}{given}{'_background' * bool(samples.source.get('keep_background'))}"
     real = "" if num_real == N else f"_real{num_real}"
     return f"{metric}{N}{real}{split}{kind}" + (f"_cfg{samples.guidance:g}" if metric in ("fvd", "fid") else "")
 
