@@ -31,6 +31,7 @@ from video.source import check_data_path
 
 NUM_REAL = {"motion": 96, "fvd": 2048, "fid": 2048, "consistency": 256, "nearest": 256}  # default number of real clips
 FREE_FLAGS = {"manifest", "out", "samples", "data_path", "detector", "cache", "num_workers", "tolerance"}  # beside it
+OWN = {"samples", "sheet", "grid", "evaluations", "energy"}  # what sample_gd.py names the files of its folders
 CHOOSES = {"nearest": {"split"}, "prediction": {"split", "num_real"}, "classifier": {"split", "num_real"}}
 
 
@@ -87,10 +88,13 @@ def check_flags(args):
         raise UserError(f"--{name.replace('_', '-')}: --metric {args.metric} chooses its real clips; remove the flag")
     if os.path.isdir(args.out):
         raise UserError(f"--out {args.out}: a folder; expected the name of a JSON file")
-    if len(args.samples) > 1 and (Path(args.out).name != args.out or args.out == "samples.json"):
-        raise UserError(f"--out {args.out}: expected the name of a new file in each of --samples, such as motion.json")
-    cli.check_writable("--out", os.path.dirname(args.out) or ".")
-    cli.check_writable("--cache", args.cache or os.path.dirname(args.out) or ".")
+    for folder in map(Path, args.samples):
+        out = Path(folder if len(args.samples) > 1 else "", args.out)
+        is_own = out.stem in OWN and out.parent.resolve() == folder.resolve()
+        if is_own or (len(args.samples) > 1 and Path(args.out).name != args.out):
+            raise UserError(f"--out {args.out}: expected the name of a new file in each of --samples (motion.json)")
+        cli.check_writable("--out", out.parent)
+    cli.check_writable("--cache", args.cache or out.parent)
 
 
 def find_real(args, samples, detector):

@@ -109,7 +109,7 @@ def test_a_frechet_distance_names_its_guidance_which_must_be_chosen(
         refused(capsys, tmp_path / "a.json", *fvd, words=["choose it: --cfg-scale (1 turns it off)"])
 
 
-def test_several_sample_folders_have_a_manifest_each(shapes, samples, tmp_path, capsys):
+def test_several_sample_folders_have_a_manifest_each(shapes, samples, tmp_path, monkeypatch, capsys):
     folders = [shutil.copytree(samples, tmp_path / name) for name in "ab"]
     np.savez(folders[1] / "samples.npz", **{name: x[:5] for name, x in np.load(samples / "samples.npz").items()})
     flags = ["--metric", "consistency", "--data-path", shapes, "--num-real", 6, "--samples"]
@@ -117,8 +117,11 @@ def test_several_sample_folders_have_a_manifest_each(shapes, samples, tmp_path, 
     alone = run(tmp_path / "alone.json", *flags, folders[1])
     found = [json.loads((folder / "scores.json").read_text()) for folder in folders]
     assert found[1]["values"] == alone["values"] and found[0]["protocol"] == "consistency12_real6_8f"
-    for out in (tmp_path / "x.json", "samples.json"):
+    for out in (tmp_path / "x.json", "samples.json", "sheet.json", "grid.json"):
         refused(capsys, out, *flags, *folders, words=[f"{out}: expected the name of a new file in each of --samples"])
+    refused(capsys, folders[0] / "sheet.json", *flags, folders[0], words=["expected the name of a new file"])
+    monkeypatch.setattr(os, "access", lambda place, _: place != folders[1])
+    refused(capsys, "more.json", *flags, *folders, words=[f"--out {folders[1]}: ", "is not a writable folder"])
 
 
 def test_real_features_are_cached_until_the_file_or_the_data_change(shapes, fvd, tmp_path, monkeypatch, capsys):
