@@ -103,8 +103,10 @@ def moments_of(features):
 
     The covariance is divided by N G - 1 as in the first code of FID and FVD.
     """
-    features = features.flatten(0, 1).double()
-    return {"count": torch.tensor(len(features)), "mean": features.mean(dim=0), "cov": torch.cov(features.T)}
+    count, parts = features.shape[:2].numel(), features.flatten(0, 1).split(4096)  # float64 takes twice the memory
+    mean = sum(part.double().sum(dim=0) for part in parts) / count
+    scatter = sum(part.T @ part for part in (part.double() - mean for part in parts))
+    return {"count": torch.tensor(count), "mean": mean, "cov": scatter / (count - 1)}
 
 
 def square_root(matrix):
