@@ -31,6 +31,7 @@ from video.source import check_data_path
 
 NUM_REAL = {"motion": 96, "fvd": 2048, "fid": 2048, "consistency": 256, "nearest": 256}  # default number of real clips
 FREE_FLAGS = {"manifest", "out", "samples", "data_path", "detector", "cache", "num_workers", "tolerance"}  # beside it
+OWN = {"samples", "sheet", "grid", "evaluations", "energy"}  # what sample_gd.py names the files of its folders
 CHOOSES = {"nearest": {"split"}, "prediction": {"split", "num_real"}, "classifier": {"split", "num_real"}}
 
 
@@ -87,10 +88,13 @@ def check_flags(args):
         raise UserError(f"--{name.replace('_', '-')}: --metric {args.metric} chooses its real clips; remove the flag")
     if os.path.isdir(args.out):
         raise UserError(f"--out {args.out}: a folder; expected the name of a JSON file")
-    if len(args.samples) > 1 and (Path(args.out).name != args.out or args.out == "samples.json"):
-        raise UserError(f"--out {args.out}: expected the name of a new file in each of --samples, such as motion.json")
-    cli.check_writable("--out", os.path.dirname(args.out) or ".")
-    cli.check_writable("--cache", args.cache or os.path.dirname(args.out) or ".")
+    for folder in map(Path, args.samples):
+        out = Path(folder if len(args.samples) > 1 else "", args.out)
+        is_own = out.stem in OWN and out.parent.resolve() == folder.resolve()
+        if is_own or (len(args.samples) > 1 and Path(args.out).name != args.out):
+            raise UserError(f"--out {args.out}: expected the name of a new file in each of --samples (motion.json)")
+        cli.check_writable("--out", out.parent)
+    cli.check_writable("--cache", args.cache or out.parent)
 
 
 def find_real(args, samples, detector):
@@ -136,7 +140,7 @@ def score(args, samples, out, clips, training, truth, new, detector, device, cor
     if args.metric == "prediction":
         return prediction.score_prediction(samples, real, clips, out, truth)
     if args.metric == "classifier":
-        return classifier.score_classifier(samples, clips, training, args)
+        return classifier.score_classifier(samples, clips, training, args, corrupt)
     cache = Path(args.cache or out.with_name("evaluate-cache"))
     return frechet.score_frechet(*streams, args, detector, new, clips, cache, device)
 
@@ -157,7 +161,7 @@ def run(args, samples, real, detector, old, device):
     if old:
         new["repeats"], comparison = manifest.compare(args.manifest, old, new, args.tolerance)
     manifest.write_manifest(out, new)
-    lines += [f"{path} can't be decoded; another clip took its place" for path in corrupt]
+    lines += [f"{path} can't be decoded; it is skipped" for path in corrupt]
     agrees = old and new["repeats"]["agrees"]
     for line in (*lines, f"{new['protocol']}: {out}", *([comparison] if agrees else [])):
         say(line)

@@ -27,6 +27,7 @@ from runtime import cli, distributed
 from runtime.atomic import atomic_write
 from runtime.cli import COUNT, NATURAL, SHARE, ArgumentParser, UserError, add_speed_flags, fail, one_line_errors, say
 from runtime.distributed import own_indices, rank, world_size
+from runtime.runs import results_of
 from runtime.untrusted import FPS
 from scoring.manifest import is_of_samples
 from scoring.sources import find_real
@@ -37,9 +38,8 @@ from video.writers import write_samples
 FRAMES, SAMPLES = cli.number(int, least=1, most=2**16), cli.number(int, least=1, most=2**24)  # more is a typing error
 RATE, SECONDS = (cli.number(float, least=least, most=most) for least, most in (FPS, (1 / FPS[1], 1 / FPS[0])))
 WRITTEN = [  # what a sample folder holds besides samples.json and scores
-    *("[0-9]" * 6 + kind for kind in (".mp4", ".gif", ".png", ".raw.tmp")), "samples.npz", "samples.npz.tmp",
-    "grid.gif", "grid.png", "sheet.png", "gallery.html", "evaluations.csv", "evaluations.png", "energy.csv",
-    "energy.png",
+    *("[0-9]" * 6 + kind for kind in (".mp4", ".gif", ".png")), "samples.npz", "samples.npz.tmp", "grid.gif",
+    "grid.png", "sheet.png", "gallery.html", "evaluations.csv", "evaluations.png", "energy.csv", "energy.png",
 ]  # fmt: skip
 
 
@@ -100,28 +100,32 @@ def parse_args():
 def main():
     args = parse_args()
     try:
-        runs = [(args, plan, *open_clips(args, plan)) for args, plan in preflight.resolve_sampling(args)]
+        runs = [(args, plan, open_split(args, plan)) for args, plan in preflight.resolve_sampling(args)]
+        device = distributed.start()
+        runs = [(args, plan, *open_clips(args, plan, distributed.broadcast(split))) for args, plan, split in runs]
     except UserError as error:
         fail(error)
-    device = distributed.start()
     while runs:
         sample_run(*runs.pop(0), device)  # a model is freed before the next is moved to the device
     distributed.stop()
 
 
-def open_clips(args, plan):
-    """(indices of this rank's samples, ClipReader of --given, of --init, what samples.json says of a split).
+def open_split(args, plan):
+    """(Clips of --given-split, samples.json's words on them) on rank 0; None elsewhere or without. Raises UserError."""
+    if args.given_split is None or rank() != 0:  # the others wait for rank 0 in start()
+        return None
+    clips, _, about = find_real(args.given, args.given_split, args.val_fraction, plan.num_frames, plan.time_scale,
+                                plan.image_size, results_of(args.ckpt), images=False)  # fmt: skip
+    count = math.ceil(args.num_samples / args.samples_per_clip)
+    return clips, about | {"num_clips": count, "samples_per_clip": args.samples_per_clip}
 
-    Raises UserError.
-    """
-    indices, given, init, real = own_indices(args.num_samples, block=args.batch_size), None, None, {}
-    if args.given_split is not None:
-        split = {"data_path": args.given, "split": args.given_split, "val_fraction": args.val_fraction}
-        count = math.ceil(args.num_samples / args.samples_per_clip)
-        drawn, _, about = find_real(**split, num_frames=plan.num_frames, time_scale=plan.time_scale,
-                                    image_size=plan.image_size, index_folder=None, images=False)  # fmt: skip
-        clips = [DrawnClip(f"--given {args.given}", drawn, index) for index in range(count)]
-        real = {"real": about | split | {"num_clips": count, "samples_per_clip": args.samples_per_clip}}
+
+def open_clips(args, plan, split):
+    """(this rank's indices, ClipReader of --given, of --init, what samples.json says of a split). Raises UserError."""
+    indices, given, init, real = own_indices(args.num_samples, block=args.batch_size), None, None, None
+    if split is not None:
+        drawn, real = split
+        clips = [DrawnClip(f"--given {args.given}", drawn, index) for index in range(real["num_clips"])]
     elif args.given is not None:
         clips = find_clips("--given", args.given, ("video", "image"))
         check_apart(clips, args.folder)
@@ -191,7 +195,7 @@ def write_folder(args, plan, parts, given, real):
     about = {"classes": plan.classes, "time_scale": plan.time_scale}
     about |= {"mean_evaluations": evaluations.double().mean().item(), "source": provenance(plan, args)}
     about["flags"] = vars(args) | {"given_frames": args.given_frames and as_ranges(args.given_frames)}
-    about |= ({"given": given.about()} if given else {}) | real
+    about |= ({"given": given.about()} if given else {}) | ({"real": real} if real else {})
     with atomic_write(folder / "samples.json") as file:
         file.write(json.dumps(about, indent=2).encode())
     (folder / UNFINISHED).unlink()

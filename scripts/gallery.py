@@ -30,6 +30,7 @@ from video.writers import write_videos
 TEMPLATE = Path(__file__).with_suffix(".html")
 SMALL = 128  # px; smaller samples are shown with sharp pixels instead of smoothed
 WORDS = {"None": "none", "False": "off", "True": "on"}  # values of flags
+NEEDED = {"ckpt", "video", "sampler", "cfg_scale", "seed", "mean_evaluations"}  # in samples.json, most of them flags
 
 
 def parse_args():
@@ -45,13 +46,13 @@ def parse_args():
     return parser.parse_args()
 
 
-def open_real(root, samples, val_fraction):
-    """{class: iterator over its real clips} for the classes of the samples, see `real_clips`."""
+def open_real(root, samples, count, val_fraction):
+    """{class: iterator over its real clips} for the classes of the first `count` samples, see `real_clips`."""
     flags, here, T = samples.about["flags"], f"--data-path {root}", samples.num_frames
     check_data_path(root, not flags["video"], cached=False)
     source = open_source(root, samples.image_size, not flags["video"], results_of(flags["ckpt"]))
     parts, real = split_videos(root, source.videos(), val_fraction), {}
-    for name in {*samples.names} - {None}:
+    for name in {*samples.names[:count]} - {None}:
         if name not in source.scan.classes:
             raise UserError(f"{here}: no class {name!r}, which samples have; name the data set of training")
         train, val = ([v for v in part if v.class_name == name and v.num_frames >= T] for part in parts)
@@ -142,11 +143,13 @@ def main():
     out = Path(args.out or Path(args.folder, "gallery.html"))
     try:
         samples = Samples(args.folder, "FOLDER")
+        if missing := NEEDED - samples.about.keys() - samples.about["flags"].keys():
+            raise UserError(f"{samples.place}: its samples.json has no {min(missing)}; sample again")
         if out.is_dir():
             raise UserError(f"--out {out}: a folder; expected the name of an HTML file")
         check_writable("--out", out.parent)
         count, total = min(args.num_samples, len(samples)), len(samples)
-        real = open_real(args.data_path, samples, args.val_fraction) if args.data_path else {}
+        real = open_real(args.data_path, samples, count, args.val_fraction) if args.data_path else {}
         page = make_page(samples, count, real)
     except UserError as error:
         fail(error)

@@ -54,7 +54,9 @@ sys.argv[0] = "score.sh"
 with one_line_errors():
     print(*sampling_words(sys.argv[1]), sep="\n")' "$MANIFEST")
   mapfile -t AGAIN <<<"$WORDS"
-  "${RUN[@]}" EqM/sample_gd.py "${AGAIN[@]}" ${CKPT:+--ckpt="$CKPT"} --folder="$OUT" --no-previews --no-overwrite "$@"
+  CONTINUED= && [[ $WORDS == *--given-split=* ]] && CONTINUED=$DATA # prediction: its clips are also given
+  "${RUN[@]}" EqM/sample_gd.py "${AGAIN[@]}" ${CKPT:+--ckpt="$CKPT"} ${CONTINUED:+--given="$CONTINUED"} \
+    --folder="$OUT" --no-previews --no-overwrite "$@"
   "${RUN[@]}" EqM/evaluate.py --manifest="$MANIFEST" --samples="$OUT" --out="$OUT/again.json" \
     ${DATA:+--data-path="$DATA"} ${DETECTOR:+--detector="$DETECTOR"}
   exit

@@ -68,7 +68,7 @@ DATA=$MORE bash scripts/train_progressive.sh \
   --log-every 50 --val-every 1000 --val-clips 32 --sample-every 0 --save-minutes 3 \
   --sampler ngd --num-sampling-steps 24 --stepsize 0.0217 --cfg-scale 1.5 "${MIXED[@]}"
 
-# What was made of this model is not made again
+# What was made of this model is not made again; of samples, samples.json is written last
 MODELS=("results/$EXP"/*-EqM-S-2-*/checkpoints/best.pt)
 BEST=${MODELS[${#MODELS[@]} - 1]}
 there() { [[ $1 -nt $BEST ]]; }
@@ -76,12 +76,12 @@ there() { [[ $1 -nt $BEST ]]; }
 # Samples of 16 frames, and of 64, made in windows
 for kind in "16 $SAMPLES" "64 $LONG"; do
   read -r frames count <<<"$kind"
-  there "samples/$EXP-f$frames/samples.npz" || CKPT=$BEST OUT=samples/$EXP FRAMES=$frames SAMPLES=$count \
+  there "samples/$EXP-f$frames/samples.json" || CKPT=$BEST OUT=samples/$EXP FRAMES=$frames SAMPLES=$count \
     bash scripts/sample.sh --overwrite --batch-size 8 "${MIXED[@]}"
 done
 
 # Clips of the people who are held out, continued
-if ! there "samples/$EXP-continued/samples.npz"; then
+if ! there "samples/$EXP-continued/samples.json"; then
   while read -r clip _; do
     mkdir -p "results/$EXP/held-out/${clip%/*}"
     cp "$DATA/$clip" "results/$EXP/held-out/$clip"
@@ -98,7 +98,7 @@ score() { # FILE FLAGS of evaluate.py
 predict() { # NAME FRAMES CLIPS SAMPLES_PER_CLIP --[no-]keep-background
   local folder=samples/$EXP-$1 kept=()
   if [[ $5 == --keep-background ]]; then kept=("$5"); fi
-  there "$folder/samples.npz" || "${RUN[@]}" EqM/sample_gd.py --video --ckpt="$BEST" --num-frames 16 --given="$DATA" \
+  there "$folder/samples.json" || "${RUN[@]}" EqM/sample_gd.py --video --ckpt="$BEST" --num-frames 16 --given="$DATA" \
     --given-split val --given-frames="$2" --num-samples="$(($3 * $4))" --samples-per-clip="$4" "$5" \
     --folder="$folder" --no-previews "${MIXED[@]}"
   score "$folder.json" --metric prediction --samples="$folder" "${kept[@]}"

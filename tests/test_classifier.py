@@ -9,6 +9,7 @@ import torch
 from sample_folders import refused, run, write_samples
 from scoring import classifier
 from tiny_videos import write_ucf_list
+from video.files import UnreadableError, read_frames
 from video.writers import write_mp4
 
 CLASSES, PEOPLE, FRAMES, WINDOW = ["Down", "Up"], 3, 19, 4
@@ -146,6 +147,24 @@ def test_real_windows_are_spaced_as_the_samples_and_repeat_bit_for_bit(data, tmp
     assert again["repeats"]["bit_equal"] and again["result"] == made["result"]
     run(tmp_path / "e.json", *flags, "--seed", 1)
     assert len(set(weights)) == 2 * 4 * 3  # two seeds, four networks, three of their states
+
+
+def test_corrupt_videos_are_skipped_unless_too_few_are_left(data, tmp_path, monkeypatch, capsys):
+    corrupt = ["Up/person3.mp4"]
+
+    def read(root, video, frames):
+        if video.path in corrupt:
+            raise UnreadableError(video.path)
+        return read_frames(root, video, frames)
+
+    monkeypatch.setattr(classifier, "read_frames", read)
+    flags = ["--metric", "classifier", "--data-path", data, "--classifier-steps", 2]
+    flags += ["--samples", make_samples(tmp_path / "s")]
+    made = run(tmp_path / "c.json", *flags)
+    assert made["real"]["bad_videos"] == corrupt and made["result"]["real"]["clips"] == 5
+    assert "Up/person3.mp4 can't be decoded; it is skipped" in capsys.readouterr().out
+    corrupt.append("Up/person1.mp4")
+    refused(capsys, tmp_path / "d.json", *flags, words=["of Up videos of 1 groups"], status=1)
 
 
 BAD = {

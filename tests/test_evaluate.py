@@ -12,6 +12,7 @@ import scipy.linalg
 import torch
 
 import checkpoint
+import evaluate
 import sample_gd
 from runtime import distributed
 from runtime.untrusted import file_sha256
@@ -108,7 +109,7 @@ def test_a_frechet_distance_names_its_guidance_which_must_be_chosen(
         refused(capsys, tmp_path / "a.json", *fvd, words=["choose it: --cfg-scale (1 turns it off)"])
 
 
-def test_several_sample_folders_have_a_manifest_each(shapes, samples, tmp_path, capsys):
+def test_several_sample_folders_have_a_manifest_each(shapes, samples, tmp_path, monkeypatch, capsys):
     folders = [shutil.copytree(samples, tmp_path / name) for name in "ab"]
     np.savez(folders[1] / "samples.npz", **{name: x[:5] for name, x in np.load(samples / "samples.npz").items()})
     flags = ["--metric", "consistency", "--data-path", shapes, "--num-real", 6, "--samples"]
@@ -116,8 +117,11 @@ def test_several_sample_folders_have_a_manifest_each(shapes, samples, tmp_path, 
     alone = run(tmp_path / "alone.json", *flags, folders[1])
     found = [json.loads((folder / "scores.json").read_text()) for folder in folders]
     assert found[1]["values"] == alone["values"] and found[0]["protocol"] == "consistency12_real6_8f"
-    for out in (tmp_path / "x.json", "samples.json"):
+    for out in (tmp_path / "x.json", "samples.json", "sheet.json", "grid.json"):
         refused(capsys, out, *flags, *folders, words=[f"{out}: expected the name of a new file in each of --samples"])
+    refused(capsys, folders[0] / "sheet.json", *flags, folders[0], words=["expected the name of a new file"])
+    monkeypatch.setattr(os, "access", lambda place, _: place != folders[1])
+    refused(capsys, "more.json", *flags, *folders, words=[f"--out {folders[1]}: ", "is not a writable folder"])
 
 
 def test_real_features_are_cached_until_the_file_or_the_data_change(shapes, fvd, tmp_path, monkeypatch, capsys):
@@ -214,6 +218,12 @@ def test_consistency_finds_the_seams_that_a_sample_folder_has(shapes, tmp_path):
         assert (tmp_path / f"{patch}.png").read_bytes()[1:4] == b"PNG"
         assert len(found["result"]["by_position"]["generated"]["change"]["mean"]) == 11
     assert scores[4] > 1.5 and scores[5] < 1  # the seams are not at the borders of patches of 5
+
+
+def test_consistency_needs_the_size_of_temporal_patches(shapes, tmp_path, capsys):
+    folder = write_samples(tmp_path / "s", *read_clips(shapes, "val", 2), source={})
+    flags = ["--metric", "consistency", "--samples", folder, "--data-path", shapes]
+    refused(capsys, tmp_path / "c.json", *flags, words=["does not say the temporal_patch_size"])
 
 
 def test_images_that_sample_gd_has_made_have_a_fid(detector, tmp_path):
@@ -339,6 +349,13 @@ def test_score_sh_makes_the_samples_of_a_manifest_again_and_scores_them(shapes, 
     assert done.returncode == 0 and "bit for bit" in done.stdout, done.stdout + done.stderr
     new = json.loads((tmp_path / "again/again.json").read_text())
     assert new["generated"]["samples_sha256"] == old["generated"]["samples_sha256"]
+
+
+def test_flags_of_a_manifest_may_have_values_that_begin_with_a_dash():
+    flags = {"data_path": "-d", "metric": "motion", "out": "x", "samples": ["s", "t"], "keep_background": True}
+    words = manifest.as_words(flags | {"split": None})
+    assert words == ["--data-path=-d", "--metric=motion", "--out=x", "--samples", "s", "t", "--keep-background"]
+    assert vars(evaluate.parse_args(words)).items() >= flags.items()
 
 
 def test_the_commit_of_the_code_has_a_plus_if_files_differ(tmp_path, monkeypatch):

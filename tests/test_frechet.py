@@ -98,6 +98,7 @@ def test_frames_reach_the_detector_of_images_in_their_order():
     [
         (lambda x, **_: x, r"returned \[2, 3, 4, 8, 8\], expected features \[2, D\]"),
         (lambda x, **_: x[:1].flatten(1), "expected features"),
+        (lambda x, **_: x.mean(), r"returned \[\], expected features \[2, D\]"),
         (lambda x, **_: [x], "list"),
         (lambda x, **_: x.flatten(1) / 0, "not finite"),
         (lambda x, **_: x.view(5), ""),  # a RuntimeError of torch

@@ -190,8 +190,10 @@ def test_a_page_of_images_holds_png_files(images):
     assert not page.values("video", "data-src") and "3 images, 16 x 16 px; ngd" in page.source
 
 
-def test_a_large_folder_shows_its_first_samples_and_says_so(samples, tmp_path, capsys):
+def test_a_large_folder_shows_its_first_samples_and_says_so(samples, tmp_path, real, capsys):
     out = tmp_path / "page.html"
+    run_main(gallery, samples, "--num-samples", 2, "--data-path", real, "--out", out)  # real has no other class
+    assert len(Page(out).values("video", "data-src")) == 4
     run_main(gallery, samples, "--num-samples", 4, "--out", out)
     assert len(Page(out).values("figure", "data-label")) == 4
     assert "The first 4 of 6 videos" in out.read_text(encoding="utf-8")
@@ -201,6 +203,9 @@ def test_a_large_folder_shows_its_first_samples_and_says_so(samples, tmp_path, c
 def test_bad_input_is_one_line_and_status_2(samples, tmp_path, real, capsys):
     other = make_samples(tmp_path / "other", [0, 1], ["CircleDown", 'Cirque\ndu "soleil"'])
     long = make_samples(tmp_path / "long", [0, 1], num_frames=31)
+    unknown = make_samples(tmp_path / "unknown", [0, 1])
+    about = json.loads((unknown / "samples.json").read_text())
+    (unknown / "samples.json").write_text(json.dumps(about | {"flags": {}}))
     lacking = shutil.copytree(samples, tmp_path / "lacking")
     (lacking / "000001.mp4").unlink()
     make_latents(tmp_path / "cache")
@@ -208,6 +213,7 @@ def test_bad_input_is_one_line_and_status_2(samples, tmp_path, real, capsys):
     for words, *flags in (
         (f"FOLDER {tmp_path / 'nowhere'}: no such folder", tmp_path / "nowhere"),
         ("no samples.json in it", real),
+        ("its samples.json has no cfg_scale; sample again", unknown),
         ("no 000001.mp4", lacking, "--out", out),
         ("--out", samples, "--out", tmp_path),
         ("--out", samples, "--out", samples / "samples.json/page.html"),

@@ -195,18 +195,16 @@ class Drawn:
 
 def test_clips_of_a_split_are_continued_at_their_own_frame_rate(sample, monkeypatch, capsys):
     asked, about_split = [], {"videos_sha256": "5ad1", "seed": 0}
-    monkeypatch.setattr(sample_gd, "find_real", lambda **flags: asked.append(flags) or (Drawn(), [], about_split))
-    split = {"data_path": "DATA", "split": "val", "val_fraction": 0.2}
+    monkeypatch.setattr(sample_gd, "find_real", lambda *args, **_: asked.append(args) or (Drawn(), [], about_split))
     flags = ["--given", "DATA", "--given-split", "val", "--val-fraction", 0.2, "--given-frames", "0-2,7"]
     clips, about = sample("pixels", *flags, "--samples-per-clip", 2, "--num-samples", 5)
-    shape = {"num_frames": 8, "time_scale": 0.04, "image_size": 16, "index_folder": None, "images": False}
-    assert asked == [split | shape]
+    assert asked == [("DATA", "val", 0.2, 8, 0.04, 16, None)]  # no index without a folder of runs
     for index, entry in enumerate(about["given"]):
         number, name = index // 2, "ABA"[index // 2]
         assert clips[index, [0, 1, 2, 7], 0, 0, 0].tolist() == [40 * number + frame for frame in (0, 1, 2, 7)]
         assert entry.pop("source").startswith(f"{name}/{number}.avi")
         assert entry == {"frames": "0-2,7", "class": name, "time_scale": pytest.approx(0.04 * (number + 1))}
-    assert about["real"] == about_split | split | {"num_clips": 3, "samples_per_clip": 2}
+    assert about["real"] == about_split | {"num_clips": 3, "samples_per_clip": 2}
     monkeypatch.setattr(Drawn, "corrupt", 1)
     sample("pixels", *flags, status=2)
     assert "A/corrupt.avi can't be decoded" in capsys.readouterr().err

@@ -179,6 +179,12 @@ def test_the_split_is_that_of_the_samples_which_may_have_no_class(shapes, tmp_pa
     assert made["real"]["num_videos"] == made["real"]["num_clips"] == 24
 
 
+def test_samples_smaller_than_the_window_of_ssim_are_refused(shapes, tmp_path, capsys):
+    folder = write_predictions(tmp_path / "s", shapes, lambda clip, number: clip[:, :10, :10])
+    flags = ["--metric", "prediction", "--samples", folder, "--data-path", shapes]
+    refused(capsys, tmp_path / "p.json", *flags, words=["has clips of 10 px, SSIM needs at least 11"])
+
+
 KEPT = {"source": SOURCE | {"keep_background": True}}
 MISTAKES = {
     "no real clips": ({"real": None}, [], ["does not continue the clips of a data set; sample again with --given"]),

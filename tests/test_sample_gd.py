@@ -1,10 +1,12 @@
 """sample_gd.py: a folder of samples that no crash leaves half, settings of the sampler, windows, its mistakes."""
 
 import json
+import os
 import shutil
 import subprocess
 import time
 from dataclasses import replace
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -20,7 +22,7 @@ from runtime.cli import UserError
 from scoring import manifest
 from test_generation import TUNED
 from tiny_data import random_checkpoint
-from training import FEW_STEPS, PYTHON, ROOT, Training, content, run_main, sample_here
+from training import FEW_STEPS, PYTHON, ROOT, TORCHRUN, Training, content, run_main, sample_here
 from video.samples import read_samples
 
 
@@ -183,3 +185,28 @@ def test_every_mistake_is_one_line(places, tmp_path, monkeypatch, capsys, flags,
     (line,) = capsys.readouterr().err.splitlines()
     assert line.startswith("sample_gd.py: error: ") and words in line
     assert not (tmp_path / "s").exists()
+
+
+def test_rank_0_alone_opens_a_split_with_the_index_beside_the_runs(places, shapes, tmp_path, monkeypatch):
+    folder = tmp_path / "runs/000-a/checkpoints"
+    folder.mkdir(parents=True)
+    ckpt = shutil.copy(places / "pixels.pt", folder)
+    split = ["--given", shapes, "--given-split", "val", "--num-samples", 3, "--batch-size", 1]
+
+    def two_ranks(*flags):
+        command = [*TORCHRUN, ROOT / "EqM/sample_gd.py", "--video", "--ckpt", ckpt, *FEW_STEPS, *split, *flags]
+        environment = os.environ | {"OMP_NUM_THREADS": "1"}
+        return subprocess.run([*map(str, command)], capture_output=True, text=True, env=environment, timeout=240)
+
+    done = two_ranks("--folder", tmp_path / "two")
+    assert done.returncode == 0, done.stderr
+    assert len([*(tmp_path / "runs").glob(".video_index-*.json")]) == 1
+    clips, about = sample_here(places / "pixels.pt", tmp_path / "one", *split)
+    two, other = read_samples("two", tmp_path / "two")[1::-1]
+    assert np.array_equal(clips, two) and about["real"] == other["real"]
+    done = two_ranks("--folder", tmp_path / "x", "--num-frames", 28)
+    assert done.returncode != 0 and not (tmp_path / "x").exists()
+    (line,) = [line for line in done.stderr.splitlines() if "error: " in line]
+    assert "the longest video of --split val has 25 frames" in line
+    monkeypatch.setenv("RANK", "1")
+    assert sample_gd.open_split(SimpleNamespace(given_split="val"), None) is None

@@ -15,6 +15,7 @@ import math
 import statistics
 from argparse import Namespace
 from collections import Counter
+from dataclasses import replace
 from pathlib import PurePosixPath
 
 import torch
@@ -26,7 +27,7 @@ from runtime.cli import Bar, UserError
 from runtime.distributed import rank
 from runtime.rng import generator
 from scoring.stats import mean_interval, wilson
-from video.files import read_frames, resize_and_crop
+from video.files import UnreadableError, read_frames, resize_and_crop
 
 SIZE = 32  # px, of what the classifier sees
 MOST_FRAMES = 16  # of a window
@@ -54,14 +55,20 @@ def group_of(video):
     return PurePosixPath(video.key).name
 
 
-def score_classifier(samples, clips, training, args):
+def score_classifier(samples, clips, training, args, corrupt):
     """Classify Samples (see sources.py) by the videos of Clips, clips as long as a window; `training`: some of them."""
     torch.set_num_threads(1)  # sums in another order would make another classifier
-    size, classes, videos = samples.image_size, clips.classes, sorted(clips.videos, key=lambda video: video.path)
+    size, classes, real = samples.image_size, clips.classes, {}
     window, interval = clips.num_frames, clips.frame_interval[0]
-    real = [prepare(read_frames(args.data_path, video, range(video.num_frames)), size) for video in videos]
+    for video in sorted(clips.videos, key=lambda video: video.path):
+        try:
+            real[video] = prepare(read_frames(args.data_path, video, range(video.num_frames)), size)
+        except UnreadableError:
+            corrupt.append(video.path)  # it is skipped
+    videos, training = list(real), [video for video in training if video in real]
+    check(samples, replace(clips, videos=videos), training, f"--data-path {args.data_path}")  # the rest may be too few
     labels, groups = [classes.index(video.class_name) for video in videos], [group_of(video) for video in videos]
-    rows = list(zip(real, labels, groups, strict=True))
+    rows = list(zip(real.values(), labels, groups, strict=True))
     settings = {"num_classes": len(classes), "window": window, "interval": interval}
     settings |= {"steps": args.classifier_steps, "seed": args.seed}
     logits = leave_one_out(rows, settings)

@@ -103,8 +103,10 @@ def moments_of(features):
 
     The covariance is divided by N G - 1 as in the first code of FID and FVD.
     """
-    features = features.flatten(0, 1).double()
-    return {"count": torch.tensor(len(features)), "mean": features.mean(dim=0), "cov": torch.cov(features.T)}
+    count, parts = features.shape[:2].numel(), features.flatten(0, 1).split(4096)  # float64 takes twice the memory
+    mean = sum(part.double().sum(dim=0) for part in parts) / count
+    scatter = sum(part.T @ part for part in (part.double() - mean for part in parts))
+    return {"count": torch.tensor(count), "mean": mean, "cov": scatter / (count - 1)}
 
 
 def square_root(matrix):
@@ -193,7 +195,7 @@ def extract(detector, clips, metric, batch_size):
     inputs = clips.permute(0, 4, 1, 2, 3)[:, None] if metric == "fvd" else clips.permute(0, 1, 4, 2, 3)
     parts = inputs.flatten(0, 1).split(batch_size)  # of (3, T, H, W) or (3, H, W)
     features = [detector(part.float().contiguous(), **CALLS[metric]) for part in parts]  # TorchScript may use view()
-    if any(own.shape != (len(part), features[0].shape[-1]) for own, part in zip(features, parts, strict=True)):
+    if any(own.shape != (len(part), *features[0].shape[-1:]) for own, part in zip(features, parts, strict=True)):
         raise ValueError(f"returned {list(features[0].shape)}, expected features [{len(parts[0])}, D]")
     features = torch.cat(features).float()
     if not features.isfinite().all():

@@ -29,7 +29,7 @@ def protocol(metric, samples, split, num_real):
     if metric == "prediction":
         best = "" if num_real == N else f"_best{N // num_real}"
         given = f"_{len(samples.given[0])}of{samples.num_frames}f"
-        return f"prediction{num_real}{best}{split}{given}{'_background' * samples.source['keep_background']}"
+        return f"prediction{num_real}{best}{split}{given}{'_background' * bool(samples.source.get('keep_background'))}"
     real = "" if num_real == N else f"_real{num_real}"
     return f"{metric}{N}{real}{split}{kind}" + (f"_cfg{samples.guidance:g}" if metric in ("fvd", "fid") else "")
 
@@ -81,9 +81,11 @@ def as_words(flags):
     """Flags {name: value} as words of a command line. None and False stand for a flag that is not given."""
     words = []
     for name, value in flags.items():
-        if value is not None and value is not False:
-            values = value if isinstance(value, list) else [] if value is True else [value]
-            words += ["--" + name.replace("_", "-"), *map(str, values)]
+        flag = "--" + name.replace("_", "-")
+        if isinstance(value, list):
+            words += [flag, *map(str, value)]
+        elif value is not None and value is not False:
+            words.append(flag if value is True else f"{flag}={value}")  # which may begin with a dash
     return words
 
 

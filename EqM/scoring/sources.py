@@ -59,6 +59,10 @@ class Samples:
             yield f"--metric {metric} depends on the guidance; sample again and choose it: --cfg-scale (1 turns it off)"
         if metric in ("motion", "classifier") and None in self.names:
             yield f"has samples without a class, --metric {metric} needs one of each"
+        if metric == "consistency" and "temporal_patch_size" not in self.source:
+            yield "its samples.json does not say the temporal_patch_size of the model; sample again"
+        if metric == "prediction" and self.image_size < 11:  # its window
+            yield f"has clips of {self.image_size} px, SSIM needs at least 11; use another metric"
         if metric == "prediction":
             again = "sample again with --given DATA --given-split val --no-keep-background"
             if (real := self.about.get("real")) is None:
