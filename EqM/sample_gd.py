@@ -100,19 +100,21 @@ def parse_args():
 def main():
     args = parse_args()
     try:
-        runs = [(args, plan, open_split(args, plan)) for args, plan in preflight.resolve_sampling(args)]
+        runs, of_split = preflight.resolve_sampling(args), args.given_split is not None
+        clips = [open_split(*run) if of_split else open_clips(*run) for run in runs]
         device = distributed.start()
-        runs = [(args, plan, *open_clips(args, plan, distributed.broadcast(split))) for args, plan, split in runs]
+        if of_split:
+            clips = [open_clips(*run, split) for run, split in zip(runs, distributed.broadcast(clips), strict=True)]
     except UserError as error:
         fail(error)
     while runs:
-        sample_run(*runs.pop(0), device)  # a model is freed before the next is moved to the device
+        sample_run(*runs.pop(0), *clips.pop(0), device)  # a model is freed before the next is moved to the device
     distributed.stop()
 
 
 def open_split(args, plan):
-    """(Clips of --given-split, samples.json's words on them) on rank 0; None elsewhere or without. Raises UserError."""
-    if args.given_split is None or rank() != 0:  # the others wait for rank 0 in start()
+    """(Clips of --given-split, samples.json's words on them) on rank 0, None elsewhere. Raises UserError."""
+    if rank() != 0:  # the others wait for rank 0 in start()
         return None
     clips, _, about = find_real(args.given, args.given_split, args.val_fraction, plan.num_frames, plan.time_scale,
                                 plan.image_size, results_of(args.ckpt), images=False)  # fmt: skip
@@ -120,7 +122,7 @@ def open_split(args, plan):
     return clips, about | {"num_clips": count, "samples_per_clip": args.samples_per_clip}
 
 
-def open_clips(args, plan, split):
+def open_clips(args, plan, split=None):
     """(this rank's indices, ClipReader of --given, of --init, what samples.json says of a split). Raises UserError."""
     indices, given, init, real = own_indices(args.num_samples, block=args.batch_size), None, None, None
     if split is not None:

@@ -26,7 +26,7 @@ from vae import REPOSITORIES, load_vae
 from video.clips import Clips
 from video.files import has_suffix, read_all_frames
 from video.index import fitting_interval, split_videos
-from video.source import check_data_path, open_source, write_each
+from video.source import THREADS, check_data_path, open_source, write_each
 from video.writers import MAX_ROWS, write_sheet
 
 PUBLISHED_LATENTS = 4, 8  # channels and downsampling of --vae ema and mse, which need not be loaded for an estimate
@@ -99,7 +99,7 @@ def describe(scan):
 
 def undecodable(root, videos):
     """The paths of the videos that can't be decoded to their end."""
-    decoded = write_each(videos, lambda video: deque(read_all_frames(root, video), maxlen=0))
+    decoded = write_each(videos, lambda video: deque(read_all_frames(root, video), maxlen=0), THREADS)
     bar = Bar(decoded, total=len(videos), desc="decoding", unit="video")
     return [video.path for video, is_readable in bar if not is_readable]
 
