@@ -74,7 +74,7 @@ def test_each_run_is_a_column_in_the_order_of_the_hours(capsys):
     }
     assert table.items() >= expected.items()
     assert [run["hours"] for run in json.loads(Path("out/people.json").read_text())] == [0.5, 3]
-    assert "| classifier: real clips, one person left out | 31 of 32, 96.9% (84.3 - 99.4) |" in capsys.readouterr().out
+    assert "| classifier: real clips, one person held out | 31 of 32, 96.9% (84.3 - 99.4) |" in capsys.readouterr().out
 
 
 @pytest.mark.parametrize("missing", ["results/one/000-VAE-64px-f4/metrics.jsonl", "samples/one-classifier.json"])

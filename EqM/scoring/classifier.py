@@ -46,7 +46,7 @@ def check(samples, clips, training, place):
         count = len({group_of(video) for video in clips.videos if video.class_name == name})
         if count < 2 or len(clips.classes) < 2:
             got = f"{len(clips.classes)} classes, of {name} videos of {count} groups (file stems)"
-            raise UserError(f"{place}: {got}; expected at least 2 of both, as one group is left out at a time")
+            raise UserError(f"{place}: {got}; expected at least 2 of both, as each group is held out once")
         if all(video.class_name != name for video in training):
             raise UserError(f"{place}: no video of class {name} in the training split; expected one (--val-fraction)")
 
@@ -82,7 +82,7 @@ def score_classifier(samples, clips, training, args, corrupt):
     found = summarize([logits_of(network, clip, window, interval=1) for clip in shown], asked, classes)
     found["static"] = find_static(shown, asked, rows, window, interval)
     lines = [
-        f"  real clips, each of {len(set(groups))} groups left out once, classified correctly: {in_words(about)}",
+        f"  real clips, each of {len(set(groups))} groups held out once, classified correctly: {in_words(about)}",
         f"  samples classified as the class that was asked for: {in_words(found)}",
         f"  static samples, which move less than any real clip of their class: {len(found['static'])}",
     ]
@@ -195,9 +195,9 @@ def leave_one_out(rows, settings):
     """
     names, found = sorted({group for *_, group in rows}), []
     own = [names[number] for number in distributed.own_indices(len(names))]
-    for left_out in Bar(own, desc="groups left out", unit="group", leave=False, disable=rank() != 0):
-        network = train([row[:2] for row in rows if row[2] != left_out], f"without {left_out}", **settings)
-        mine = [(index, clip) for index, (clip, _, group) in enumerate(rows) if group == left_out]
+    for held_out in Bar(own, desc="groups held out", unit="group", leave=False, disable=rank() != 0):
+        network = train([row[:2] for row in rows if row[2] != held_out], f"without {held_out}", **settings)
+        mine = [(index, clip) for index, (clip, _, group) in enumerate(rows) if group == held_out]
         found += [(index, logits_of(network, clip, settings["window"], settings["interval"])) for index, clip in mine]
     return distributed.gather_in_order(found)[0]
 

@@ -251,7 +251,7 @@ def find_object(signal, bright, unit):
 
 
 def inside(shape, x, y):
-    """Whether points, relative to the centroid of a shape of area 1, lie in it."""
+    """Whether a shape of area 1 contains points, given relative to its centroid."""
     if shape == "Circle":
         return x**2 + y**2 < 1 / math.pi
     if shape == "Square":

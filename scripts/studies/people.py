@@ -76,7 +76,7 @@ def rows_of(run):
         rows[f"4 of 16 given, {words} of repeating (dB)"] = f"{four[f'{value}_repeated']:.2f}"
     nearest, samples = run["nearest"], run["classifier_samples"]
     return rows | {
-        "classifier: real clips, one person left out": share(run["classifier_real"]),
+        "classifier: real clips, one person held out": share(run["classifier_real"]),
         "classifier: samples that show the class that was asked for": share(samples),
         "samples that move less than any real clip": f"{len(samples['static'])} of {samples['clips']}",
         "nearest training clip, RMSE: samples / held-out": cell(nearest, "rmse_ratio", 2),
