@@ -410,9 +410,7 @@ def find_start(args, name):
     training starts from scratch. Raises UserError.
     """
     asked = asked_shape(args)
-    start = Start(Progress(), folder=folder_to_resume(args, name, args.ckpt or "the beginning"))
-    if start.folder:
-        start.path, start.state = newest_checkpoint(start.folder, **asked)
+    start = find_resumed(args, name, args.ckpt or "the beginning", **asked)
     if start.path is None and args.ckpt:
         start.path, start.state = Path(args.ckpt), load(args.ckpt, **asked)
     if start.path is None:
@@ -422,12 +420,21 @@ def find_start(args, name):
     if kind != args.optimizer and not (args.new_classes and not start.resumes):
         raise UserError(f"{start.flag}: trained with --optimizer {kind}, got {args.optimizer}: give the same")
     if start.resumes:
-        start.progress = Progress(step, best_loss=state["best_loss"], **state["phase"])
-    elif args.max_steps and args.max_steps <= step:
+        return start
+    if args.max_steps and args.max_steps <= step:
         advice = "steps are counted over all phases; give a larger number"
         raise UserError(f"--max-steps {args.max_steps}: the checkpoint has {step} steps already; {advice}")
-    else:
-        start.progress = Progress(step, step, ema_start=step if args.new_classes else state["phase"]["ema_start"])
+    start.progress = Progress(step, step, ema_start=step if args.new_classes else state["phase"]["ema_start"])
+    return start
+
+
+def find_resumed(args, name, otherwise, read=load, **asked):
+    """The Start of the run to resume, at its newest intact checkpoint if it has one; from scratch if there is none."""
+    start = Start(Progress(), folder=folder_to_resume(args, name, otherwise))
+    if start.folder:
+        start.path, start.state = newest_checkpoint(start.folder, read, **asked)
+    if state := start.state:
+        start.progress = Progress(state["step"], best_loss=state["best_loss"], **state["phase"])
     return start
 
 

@@ -414,15 +414,9 @@ def check_vae_run(args):
     refuse_if(args, "global_batch_size", args.global_batch_size % ranks, f"not a multiple of {ranks} ranks")
     cli.check_writable("--results-dir", args.results_dir)
     check_data_path(args.data_path, cached=False)
-    folder, data = checkpoint.folder_to_resume(args, vae_run_name(args), "the beginning"), None
-    path, state = checkpoint.newest_checkpoint(folder, read=checkpoint.read_file) if folder else (None, None)
-    progress = checkpoint.Progress()
-    if state:  # else nothing was saved, or it is damaged
-        progress = checkpoint.Progress(state["step"], best_loss=state["best_loss"], **state["phase"])
-    start = checkpoint.Start(progress, path, state, folder)
+    start = checkpoint.find_resumed(args, vae_run_name(args), "the beginning", read=checkpoint.read_file)
     args = args.resolve(precision=cli.resolve_precision(args.precision, energy=False, kept=start.kept("precision")))
-    if rank() == 0:
-        data = open_data(args, [1], [], "--data-path")
+    data = open_data(args, [1], [], "--data-path") if rank() == 0 else None
     return args, start, data
 
 
