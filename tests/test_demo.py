@@ -17,7 +17,7 @@ def test_the_demo_is_small_and_its_scores_are_of_this_model():
     scores, text = [path.read_text() for path in DEMO.glob("motion-*.json")], (DEMO / "README.md").read_text()
     assert len(scores) >= 3 and all(f'"weights_sha256": "{own}"' in score for score in scores)
     for score in scores:  # the table says what was measured
-        assert f"{json.loads(score)['values']['direction_accuracy']:.1%}" in text
+        assert f"| {100 * json.loads(score)['values']['direction_accuracy']:.1f} (" in text
 
 
 def test_the_demo_moves_its_shapes_in_the_directions_of_their_classes(tmp_path):
