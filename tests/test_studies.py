@@ -92,7 +92,7 @@ def test_a_study_has_rows_of_its_validations_and_samples_once(trained, commands,
         last = validated[-1]
         assert float(last["flops"]) == pytest.approx(flops, rel=1e-4)
         assert last["frames"] == "16" and last["loss_16"] == last["loss"]
-    assert "| 16 fixed | 100% |" in (out / "study.md").read_text()
+    assert "| 16 fixed | 100 |" in (out / "study.md").read_text()
     commands.clear()
     for flags, words in ([], "all is done"), (["--list"], "2 runs, 0.0 hours left"):
         run_main(study, "--miniature", "--out", out, "--only", *TWO_ARMS, *flags)
@@ -101,8 +101,8 @@ def test_a_study_has_rows_of_its_validations_and_samples_once(trained, commands,
 
 MINIATURES = {  # study: its flags, a line of its report
     given_frames: ("--seeds 0 --shares 0.75", r"^\| nothing given, 24 frames at once \| \d+.0 \|  \|  \|"),
-    long_videos: ("--num-frames 40 --clips 2 --seeds 0", r"40 frames against 32: 1.05 times"),
-    seeds: ("--seeds 3", r"^\| frames \| directions right \(%\): lowest \| median \| seed 3 \|$"),
+    long_videos: ("--num-frames 40 --clips 2 --seeds 0", r"for 40 frames, relative to 32 frames: 1.05\."),
+    seeds: ("--seeds 3", r"^\| frames \| lowest direction accuracy \(%\) \| median \| seed 3 \|$"),
     adaptive_compute: ("--num-samples 4", r"^\| larger steps \| 0.0040 \|  \| 2.0 \(2 - 2\) \|"),
 }
 
@@ -130,7 +130,7 @@ def test_a_study_that_is_stopped_continues_and_ends_the_same(trained, tmp_path, 
     flags = ["--miniature", "--out", tmp_path, "--only", TWO_ARMS[0], "--data-path", data]
     with counted_steps(train, stop_after=2):
         run_main(study, *flags, status=1)
-    assert "the training was stopped: run the same command to continue" in capsys.readouterr().err
+    assert "the training was stopped; run the same command to continue" in capsys.readouterr().err
     run_main(study, *flags)
     one, other = (lines_of(folder / "study.csv") for folder in (tmp_path, out))
     assert [row | {"seconds": ""} for row in one] == [row | {"seconds": ""} for row in other[: len(one)]]
@@ -200,9 +200,9 @@ def test_the_committed_report_is_that_of_the_committed_rows(tmp_path):
     ("values", "others", "text"),
     [  # differences 0.5, 0.5, 0.6: mean 0.5333, standard error 0.0333, times 4.30
         ([1.0, 2.0, 3.1], [0.5, 1.5, 2.5, 9.0], "- Loss: a minus b is +0.533 (95% +0.390 to +0.677, 3 seeds): higher."),
-        ([1.0, -1.0], [0.0, 0.0], "not told apart"),
+        ([1.0, -1.0], [0.0, 0.0], "no significant difference"),
         ([1.0], [0.0], "one seed"),
-        ([], [0.0], "- Loss, a against b: not run yet."),
+        ([], [0.0], "- Loss, a minus b: not run yet."),
     ],
 )
 def test_a_difference_is_paired_by_seed_and_says_if_it_may_be_zero(values, others, text):
@@ -220,8 +220,8 @@ def test_the_compute_to_a_goal_is_interpolated_or_a_bound():
         ((0.6, 0.6), at_least, "at most 0.38"),
         (at_most, (1.0, 1.0), "at most 0.40"),
         (at_least, (1.0, 1.0), "at least 1.60"),
-        (at_least, at_least, "both are bounds, so it is not known"),
-        (at_most, at_most, "both are bounds, so it is not known"),
+        (at_least, at_least, "unknown, because both are bounds"),
+        (at_most, at_most, "unknown, because both are bounds"),
     ):
         assert report.ratio_text(first, second) == text
 
@@ -241,10 +241,10 @@ def test_a_report_says_what_was_not_run_and_what_diverged(some_rows):
     study.write_rows(some_rows / "study.csv", [*(row for row in rows if study.key_of(row) != lost_run), lost])
     run_main(study, "--report", "--out", some_rows)
     text, (run,) = (some_rows / "study.md").read_text(), [run for run in a_study(some_rows).runs if run.key == lost_run]
-    assert run.is_done and "| 16 moving | 100% | 0.331 ± 0.003 (0.333, 0.321, 0.336, 0.333, inf) |" in text
+    assert run.is_done and "| 16 moving | 100 | 0.331 ± 0.003 (0.333, 0.321, 0.336, 0.333, inf) |" in text
     assert re.search(r"Loss: 16 moving minus 16 fixed is -0.0\d\d \(95% -0.\d+ to -0.\d+, 4 seeds\): lower", text)
-    assert "Directions right, 16 rotary against 16 fixed: not run yet." in text
-    assert "| 4-8-16 | 100% | - | - | - |" in text and "4-8-16 moving: not run yet." in text
+    assert "Direction accuracy (0 to 1), 16 rotary minus 16 fixed: not run yet." in text
+    assert "| 4-8-16 | 100 | - | - | - |" in text and "4-8-16 moving: not run yet." in text
     assert not list(some_rows.glob("figures/*"))
 
 
@@ -279,9 +279,9 @@ def test_bad_flags_are_refused(flags, words, tmp_path, monkeypatch, capsys):
 @pytest.mark.parametrize(
     ("old", "new", "words"),
     [
-        ("\n2,", "\n1,", "is of another version or recipe (flags, sizes): move the csv away"),
-        (",16 moving,0,", ",x,0,", "arm 'x' is of another version or recipe"),
-        ("version,", "versions,", "its columns are not those of version 2: move it away"),
+        ("\n2,", "\n1,", "has another version or recipe (flags, sizes); expected version 2; move the file away"),
+        (",16 moving,0,", ",x,0,", "arm 'x' has another version or recipe"),
+        ("version,", "versions,", "has other columns; expected those of version 2; move the file away"),
     ],
 )
 def test_rows_that_this_study_does_not_make_are_refused(old, new, words, some_rows, capsys):

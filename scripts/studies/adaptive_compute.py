@@ -1,13 +1,14 @@
-"""Adaptive compute on Moving Shapes: accuracy of samples against evaluations of the network.
+"""Compare ways to sample with fewer network evaluations, including --stop-below, on Moving Shapes.
 
     python scripts/studies/adaptive_compute.py --ckpt results/quickstart/*f16*/checkpoints/best.pt \
         --data-path datasets/moving-shapes
 
-Three families, all from the same noise: the 249 evaluations cut short, fewer evaluations in larger steps (with the same
-sum of steps), and thresholds for the root mean square of the field (--stop-below), with small and with large steps. The
-recommended threshold is chosen on one seed and measured on another. Takes about an hour on one CPU core; after an
-interruption the same command continues. Writes results/adaptive_compute.json, .md and figures/adaptive_compute.png;
-samples and scores: results/adaptive-compute.
+Three methods start from the same noise. "cut short" stops the path of 249 evaluations early. "larger steps" covers the
+same path length in fewer evaluations. "threshold" stops each sample once the root mean square of its field is small
+(--stop-below), with small and with large steps. The script chooses the threshold on one seed and measures it on
+another. It takes about an hour on one CPU core; run the same command to continue after an interruption. It writes
+results/adaptive_compute.md and .json, and results/figures/adaptive_compute.png. Samples and scores are in
+results/adaptive-compute.
 """
 
 import csv
@@ -21,22 +22,22 @@ import lab
 from runtime.cli import COUNT, fail, one_line_errors
 from scoring.plots import COLORS, MARKERS, plt, save_figure
 
-GOAL = 0.6  # a threshold may take at most this share of the evaluations of the full path
+GOAL = 0.6  # largest share of the full path's evaluations that the chosen threshold may need
 SMALL, LARGE = 0.002, 0.008  # step sizes
-# Evaluations of the full path, of it cut short and of larger steps; thresholds
+# Evaluations of the full path, of paths cut short and of larger steps; thresholds
 FULL, TINY = (249, (120, 130, 140, 150), (15, 30, 45, 60, 90), (2, 1.5, 1, 0.7, 0.5)), (4, (2,), (2,), (100,))
 CURVES = ("cut short", SMALL), ("larger steps", None), ("threshold", SMALL), ("threshold", LARGE)
 
 
 class Samplings(lab.Run):
-    """Samples of a checkpoint, made in several ways, and their scores."""
+    """Samples of a checkpoint, made by several methods, and their scores."""
 
     def __init__(self, args):
         self.ckpt = args.ckpt
         self.flags = ["--num-frames", args.num_frames, "--num-samples", args.num_samples, "--precision", "bf16"]
-        self.flags += ["--sampler", "ngd", "--mu", 0.3, "--cfg-scale", 1.5]  # as the quickstart samples
+        self.flags += ["--sampler", "ngd", "--mu", 0.3, "--cfg-scale", 1.5]  # the quickstart's sampler
         about = [os.path.realpath(args.ckpt), os.stat(args.ckpt).st_mtime_ns, self.flags]
-        digest = hashlib.sha256(str(about).encode()).hexdigest()[:8]  # other samples, another folder
+        digest = hashlib.sha256(str(about).encode()).hexdigest()[:8]  # a folder per model and flags
         folder = Path(args.out, "adaptive-compute", digest)
         super().__init__(folder, metrics={"motion": ["--data-path", args.data_path, "--num-real", 2]})
 
@@ -44,7 +45,7 @@ class Samplings(lab.Run):
         return self.ckpt
 
     def rows(self, seed, cases):
-        """The rows of (family, evaluations, step size, threshold or None); the first is what others are compared to."""
+        """A row per case: (method, evaluations, step size, threshold or None). The first case is the reference."""
         names = [f"{family} {count} {size:.4g} {limit} seed {seed}" for family, count, size, limit in cases]
         for name, (_, count, size, limit) in zip(names, cases, strict=True):
             flags = ["--seed", seed, "--num-sampling-steps", count + 1, "--stepsize", size, "--stop-below", limit or 0]
@@ -66,7 +67,7 @@ class Samplings(lab.Run):
 
 
 def run_experiment(samplings, evaluations, cut_short, larger_steps, thresholds):
-    """The rows of the three families on seed 0, the chosen threshold, the rows of it and of the full path on seed 1."""
+    """Return the rows of seed 0, the chosen threshold, and the rows of seed 1 for it and for the full path."""
     full, length = ("cut short", evaluations, SMALL, None), evaluations * SMALL
     cases = [("cut short", count, SMALL, None) for count in cut_short]
     cases += [("larger steps", count, length / count, None) for count in larger_steps]
@@ -75,7 +76,7 @@ def run_experiment(samplings, evaluations, cut_short, larger_steps, thresholds):
     small = (row for row in rows if (row["family"], row["step_size"]) == ("threshold", SMALL))
     fit = [row for row in small if row["mean_evaluations"] <= GOAL * evaluations
            and row["direction_accuracy"] >= best["direction_accuracy"]]  # fmt: skip
-    # The threshold closest to all evaluations
+    # The threshold whose samples are closest to those of the full path
     chosen = min(fit, key=lambda row: row["distance"])["stop_below"] if fit else None
     held_out = samplings.rows(1, [full, ("threshold", evaluations, SMALL, chosen)]) if fit else []
     rows.insert(len(cut_short), best)
@@ -83,10 +84,16 @@ def run_experiment(samplings, evaluations, cut_short, larger_steps, thresholds):
 
 
 def markdown(content):
-    lines = [f"Seed 0, {content['rows'][0]['clips']} clips a row:", "", *table(content["rows"])]
+    lines = [
+        "# Adaptive compute", "",
+        "`scripts/studies/adaptive_compute.py` wrote these tables. Distance is the root mean square difference from "
+        "the clips of the full path (the row with distance 0.0), which start from the same noise.", "",
+        f"Seed 0, {content['rows'][0]['clips']} clips per row:", "", *table(content["rows"]),
+    ]  # fmt: skip
     if content["chosen"] is None:
-        return [*lines, f"No R is as accurate as the full path with at most {GOAL:.0%} of the evaluations."]
-    return [*lines, f"R = {content['chosen']:g}, chosen on seed 0, on seed 1:", "", *table(content["held_out"])]
+        return [*lines, f"No threshold R is as accurate as the full path with at most {GOAL:.0%} of its evaluations."]
+    chosen = f"Seed 1, with R = {content['chosen']:g}, which was chosen on seed 0:"
+    return [*lines, chosen, "", *table(content["held_out"])]
 
 
 def table(rows):
@@ -96,10 +103,11 @@ def table(rows):
         cells.append([
             row["family"], f"{row['step_size']:.4f}", f"{row['stop_below']:g}" if row["stop_below"] else "",
             f"{row['mean_evaluations']:.1f} ({row['least_evaluations']:.0f} - {row['most_evaluations']:.0f})",
-            f"{row['direction_accuracy']:.1%} ({100 * low:.1f} - {100 * high:.1f})",
+            f"{100 * row['direction_accuracy']:.1f} ({100 * low:.1f} - {100 * high:.1f})",
             lab.cell(row, "speed_ratio", 2), f"{row['distance']:.1f}",
         ])  # fmt: skip
-    titles = ["", "step", "R", "evaluations", "direction right (95%)", "speed / true", "distance from 249"]
+    titles = ["method", "step size", "R", "evaluations", "direction accuracy (%)", "speed / true"]
+    titles.append("distance (gray levels)")
     return lab.table(titles, cells)
 
 
@@ -120,8 +128,8 @@ def plot_rows(path, rows):
                 bottom.annotate(f"{row['stop_below']:g}", place, (4, 4), textcoords="offset points", fontsize=10)
     for axes in (top, bottom):
         axes.axvline(GOAL * FULL[0], color="black", linestyle=":", label="60% of 249")
-    top.set(ylabel="direction right, %", ylim=(0, 102))
-    bottom.set(ylabel="distance from 249 evaluations,\ngray levels (rms)", xlabel="mean evaluations per sample")
+    top.set(ylabel="direction accuracy (%)", ylim=(0, 102))
+    bottom.set(ylabel="distance from 249 evaluations\n(gray levels, rms)", xlabel="mean evaluations per sample")
     top.legend(loc="lower right")
     path.parent.mkdir(parents=True, exist_ok=True)
     save_figure(figure, path)
@@ -129,10 +137,10 @@ def plot_rows(path, rows):
 
 def parse_args():
     parser = lab.study_parser(__doc__, trains=False)
-    parser.add_argument("--ckpt", required=True, metavar="FILE", help="checkpoint of a model of Moving Shapes")
-    parser.add_argument("--data-path", required=True, metavar="DIR", help="its data set, for the true motion")
+    parser.add_argument("--ckpt", required=True, metavar="FILE", help="checkpoint of a model trained on Moving Shapes")
+    parser.add_argument("--data-path", required=True, metavar="DIR", help="its data set, which has the true motion")
     parser.add_argument("--num-frames", type=COUNT, default=16, help="frames per clip")
-    parser.add_argument("--num-samples", type=COUNT, default=144, help="clips, the classes in turn")
+    parser.add_argument("--num-samples", type=COUNT, default=144, help="number of clips; the classes take turns")
     return parser.parse_args()
 
 

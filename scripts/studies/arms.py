@@ -1,4 +1,4 @@
-"""The arms of study.py and how they are trained and sampled; other studies use the recommended one."""
+"""The arms (training recipes) of study.py, and how to train and sample them. Other studies use the recommended arm."""
 
 import math
 from dataclasses import dataclass
@@ -6,22 +6,22 @@ from dataclasses import dataclass
 import lab  # noqa: F401 (puts EqM/ on the path)
 from models import model_config
 
-VERSION = 2  # of the meaning of the arms and of the columns of study.csv; rows of other versions are refused
+VERSION = 2  # of the arms and of the columns of study.csv; study.py refuses rows of other versions
 TOKENS = 2048  # per training step, for all arms
 PATH_LENGTH, GUIDANCE = 0.498, 1.5  # of sampling; path length = evaluations x step size
-VALIDATIONS = 8  # of a run, beside those at the ends of its phases
+VALIDATIONS = 8  # per run, in addition to the end of each phase
 
 
 @dataclass(frozen=True)
 class Arm:
     name: str
     questions: str
-    flags: str = ""  # of train.py, in addition to those of all arms
+    flags: str = ""  # of train.py, in addition to the flags of all arms
     phases: tuple = ((16, 1.0),)  # (num_frames, share of the compute) of each phase
     mix: float = 0.0  # --mix of train.py
     seeds: int = 3  # number of seeds with full compute
-    shares: tuple = ()  # other shares of the compute; each is a run of its own, for SHARE_SEEDS seeds
-    lengths: tuple = (16,)  # num_frames of samples of runs with full compute; others have 16
+    shares: tuple = ()  # other shares of the compute; each is a separate run, for SHARE_SEEDS seeds
+    lengths: tuple = (16,)  # num_frames of samples at full compute; other shares sample 16 frames
 
 
 ROTARY = "--use-rope --rope-theta 100"
@@ -30,7 +30,7 @@ MOVING = TABLE + " --rope-speed 0.5"
 INTERVALS = " --frame-interval 1 2"
 LENGTHS = (16, 24, 32)
 CURRICULUM = {"phases": ((4, 1 / 3), (8, 1 / 3), (16, 1 / 3)), "lengths": LENGTHS}
-SHARES = (0.4, 0.6)  # the arm that has not learned motion at 100% has 160% instead
+SHARES = (0.4, 0.6)  # "16 table" has 1.6 instead, because it does not learn the motion at 1.0
 SHARE_SEEDS = 3
 
 ARMS = [
@@ -51,7 +51,7 @@ RECOMMENDED = BY_NAME["4-8-16 moving"]
 
 @dataclass(frozen=True)
 class Size:
-    """The sizes of models, runs and samples. The full compute is that of `steps` steps of 16 frames."""
+    """The sizes of models, runs and samples. The full compute is `steps` steps of 16 frames."""
 
     name: str = "full"
     steps: int = 2000
@@ -59,7 +59,7 @@ class Size:
     width: int = 128
     heads: int = 4
     videos: int = 60  # per class
-    clips: int = 96  # number of samples for a row of the csv
+    clips: int = 96  # number of samples per row of the csv
     val_clips: int = 64
     points: int = 16  # --num-sampling-steps
     most_seeds: int = 5
@@ -75,13 +75,13 @@ BASE = [
 
 
 def config_of(size):
-    """An EqMConfig for counting FLOPs, which do not depend on the positions."""
+    """The EqMConfig for counting FLOPs, which do not depend on the positions."""
     own = {"depth": size.depth, "hidden_size": size.width, "num_heads": size.heads}
     return model_config("EqM-Ti/2", **own, input_size=16, in_channels=3, temporal_patch_size=4, num_classes=12)
 
 
 def plan(arm, share, size):
-    """[(num_frames, last step, clips per step)] of a run, and its FLOPs; those of --mix are their expectation."""
+    """[(num_frames, last step, clips per step)] of a run, and its FLOPs (with --mix: their expected value)."""
     config = config_of(size)
     compute = share * size.steps * TOKENS // math.prod(config.grid(16)) * config.training_flops(16)
     phases, last_step, flops, earlier = [], 0, 0, []
@@ -96,7 +96,7 @@ def plan(arm, share, size):
 
 
 def recipe_flags(arm, seed, share, size):
-    """The flags of train.py that determine a run, without the paths."""
+    """The flags of train.py that determine a run, without paths."""
     phases, _ = plan(arm, share, size)
     num_frames, last_step, batch_size = phases[-1]
     flags = ["--video", *BASE, "--depth", size.depth, "--hidden-size", size.width, "--num-heads", size.heads]
@@ -110,13 +110,13 @@ def recipe_flags(arm, seed, share, size):
 
 
 def sampling_flags(size):
-    """How the studies sample: flags of sample_gd.py."""
+    """The flags of sample_gd.py that all studies use."""
     flags = ["--sampler", "ngd", "--num-sampling-steps", size.points, "--cfg-scale", GUIDANCE]
     return [*flags, "--stepsize", f"{PATH_LENGTH / (size.points - 1):.4g}", "--precision", "bf16"]
 
 
 def sampling_flops(num_frames, size):
-    """FLOPs of sampling size.clips clips with guidance."""
+    """The FLOPs of sampling `size.clips` clips with guidance."""
     return float(size.clips * (size.points - 1) * 2 * config_of(size).flops(num_frames))
 
 
@@ -125,6 +125,6 @@ def size_of(args):
 
 
 def training(args, arm, seed, share, *more):
-    """The fields of a lab.Run that say how it trains."""
+    """The fields `training` and `last_step` of a lab.Run."""
     flags = [*recipe_flags(arm, seed, share, size_of(args)), *more, *["--compile"] * args.compile]
     return {"training": flags, "last_step": plan(arm, share, size_of(args))[0][-1][1]}

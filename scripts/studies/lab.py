@@ -1,8 +1,8 @@
-"""What the studies share: runs that continue after a kill and that several processes can share, and tables.
+"""Shared code of the studies: restartable runs that several processes can share, and tables.
 
-A Run trains a model, samples from it and scores the samples with the project's own scripts, in a folder of its own. The
-same command continues after an interruption. Start it several times to share the runs between processes: on 2 cores,
-two with OMP_NUM_THREADS=1 are much faster than one with two threads.
+A Run trains a model, samples from it and scores the samples with the project's own scripts, in its own folder. After an
+interruption, run the same command again to continue. Start it several times to share the runs: on 2 cores, two
+processes with OMP_NUM_THREADS=1 are much faster than one process with two threads.
 """
 
 import fcntl
@@ -19,8 +19,8 @@ from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
 
-# Let waiting threads sleep instead of spin, here and in child processes: beside other work on the machine, a step with
-# spinning threads takes many times as long. Must be set before torch is imported.
+# Waiting threads sleep instead of spinning, here and in child processes: on a busy machine, spinning makes a step many
+# times slower. Must be set before torch is imported.
 os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
 
 from scipy.special import stdtrit
@@ -35,24 +35,24 @@ from runtime.metrics import read_metrics
 from scoring.stats import cell, mean_and_error  # noqa: F401 (cell: for people.py)
 
 ROOT = Path(__file__).resolve().parents[2]
-WAIT_SECONDS = 2.0  # before looking again for runs that other processes left
+WAIT_SECONDS = 2.0  # between two checks for runs that other processes did not finish
 
 
 def study_parser(doc, seeds=None, trains=True):
-    """A parser with the flags that studies share; `seeds` is the default of --seeds."""
+    """A parser with the flags that all studies share. seeds: the default of --seeds; trains: add --compile."""
     parser = ArgumentParser(description=doc.partition("\n")[0])
     add = parser.add_argument
-    add("--out", type=writable, default="results", metavar="DIR", help="for the tables and the folder of the runs")
-    add("--miniature", action="store_true", help="tiny models and few steps, to try the script")
+    add("--out", type=writable, default="results", metavar="DIR", help="folder for the tables and the runs")
+    add("--miniature", action="store_true", help="use tiny models and few steps, to try the script")
     if trains:
-        add("--compile", action="store_true", help="train with torch.compile; rounds differently")
+        add("--compile", action="store_true", help="train with torch.compile, which rounds differently")
     if seeds is not None:
-        add("--seeds", type=NATURAL, nargs="+", default=seeds, help="seeds of the training")
+        add("--seeds", type=NATURAL, nargs="+", default=seeds, help="training seeds")
     return parser
 
 
 def writable(folder):
-    """The `type` of --out."""
+    """Return a folder that can be written, or exit with an error: the `type` of --out."""
     try:
         check_writable("--out", folder)
     except UserError as error:
@@ -66,7 +66,7 @@ def writable(folder):
 
 @contextmanager
 def file_lock(path, wait=True):
-    """Lock a file against other processes, until the context or this process ends. Yields whether it is locked."""
+    """Lock a file until the context or this process ends. Yields whether this process has the lock."""
     with open(path, "a") as file:
         is_locked = False
         with suppress(BlockingIOError):
@@ -76,7 +76,7 @@ def file_lock(path, wait=True):
 
 
 def script(*words, log, **environment):
-    """Run a script of the repository, which is stopped if this process dies. What it prints is added to the log.
+    """Run a script of the repository and append its output to the log. It stops if this process dies.
 
     Returns its peak memory in MiB. Raises UserError if it fails.
     """
@@ -86,7 +86,7 @@ def script(*words, log, **environment):
         process = subprocess.Popen(list(command), **streams, env=os.environ | environment, preexec_fn=on_its_death)
         try:
             _, status, usage = os.wait4(process.pid, 0)
-        except KeyboardInterrupt:  # the script has received SIGINT as well and saves
+        except KeyboardInterrupt:  # the script received SIGINT, too, and saves
             process.wait()
             raise
     process.returncode = os.waitstatus_to_exitcode(status)
@@ -98,7 +98,7 @@ def script(*words, log, **environment):
 
 @dataclass(eq=False)
 class Run:
-    """A model, its samples and their scores, in a folder of its own."""
+    """A model, its samples and their scores, in its own folder."""
 
     folder: Path
     data: dict = field(default_factory=dict)  # {folder: flags of make_moving_shapes.py}
@@ -108,11 +108,11 @@ class Run:
     metrics: dict = field(default_factory=dict)  # {metric: flags of evaluate.py}
 
     def path(self, task, name="samples.json"):
-        """A file in the folder of the samples of a task, where its scores are, too: METRIC.json."""
+        """The path of a file in the sample folder of a task, which also holds the scores, METRIC.json."""
         return self.folder / task.replace(",", "").replace(" ", "-") / name
 
     def unscored(self, metric):
-        """The folders of the samples that a metric has not scored yet."""
+        """The sample folders without a score of this metric."""
         paths = [self.path(task, f"{metric}.json") for task, (_, metrics) in self.tasks.items() if metric in metrics]
         return [path.parent for path in paths if not path.exists()]
 
@@ -121,22 +121,22 @@ class Run:
         return not any(map(self.unscored, self.metrics))
 
     def estimate(self):
-        """About the seconds that the missing parts take."""
+        """Estimate the seconds for the missing parts."""
         return 0.0
 
     def scores(self, task, metric):
-        """The manifest that evaluate.py has written."""
+        """The manifest of evaluate.py for a task and a metric."""
         return json.loads(self.path(task, f"{metric}.json").read_text())
 
     def values(self, task):
-        """The values of all metrics of a task, by name."""
+        """{name: value} of all metrics of a task."""
         found = {}
         for metric in self.tasks[task][1]:
             found |= self.scores(task, metric)["values"]
         return found
 
     def validations(self):
-        """The rows of metrics.jsonl that have a validation."""
+        """The rows of metrics.jsonl with a validation loss."""
         rows = [row for path in sorted(self.folder.glob("*/metrics.jsonl"))[-1:] for row in read_metrics(path)[0]]
         return [row for row in rows if row.get("val_loss") is not None]
 
@@ -154,12 +154,12 @@ class Run:
                 self.script("datasets/make_moving_shapes.py", "--out", folder, *flags)
 
     def train(self):
-        """Train, or continue, to the last step. Returns the path of latest.pt. Raises UserError."""
+        """Train or resume to the last step. Returns the path of latest.pt. Raises UserError."""
         if self.checkpoint() is None:
             flags = ["--results-dir", self.folder, "--resume", "--log-every", self.last_step, "--sample-every", 0]
             self.script("EqM/train.py", *self.training, *flags, "--ckpt-every", 250, "--keep-last", 1)
         if self.checkpoint() is None:
-            raise UserError(f"{self.folder}: the training was stopped: run the same command to continue")
+            raise UserError(f"{self.folder}: the training was stopped; run the same command to continue")
         return self.checkpoint()
 
     def sample(self, ckpt):
@@ -176,16 +176,16 @@ class Run:
                 self.script("EqM/evaluate.py", *words, *flags)
 
     def run(self):
-        """Make, train, sample and score what is missing. Raises UserError."""
+        """Make the data, train, sample and score, skipping what is done. Raises UserError."""
         self.make_data()
         self.sample(self.train())
         self.score()
 
 
 def run_all(runs, minutes=math.inf):
-    """Run what is not done, each run by one process, and wait for those of other processes.
+    """Run all unfinished runs, each in one process, and wait for runs of other processes.
 
-    No run is started that would end after so many minutes, by its estimate.
+    Starts no run that would end after `minutes`, according to its estimate.
     """
     end = time.monotonic() + 60 * minutes
     while waiting := [run for run in runs if not run.is_done]:
@@ -194,21 +194,24 @@ def run_all(runs, minutes=math.inf):
             with file_lock(run.folder / "lock", wait=False) as is_mine:
                 if is_mine and not run.is_done:
                     if time.monotonic() + run.estimate() >= end:
-                        say(f"{run.folder.name} takes about {run.estimate() / 60:.1f} minutes: run again to continue")
+                        say(f"{run.folder.name} takes about {run.estimate() / 60:.1f} minutes; run again to continue")
                         return
                     say(f"{len(waiting)} runs to do; {run.folder.name}")
                     run.run()
                     break
         else:
             if time.monotonic() >= end:
-                say("other processes run the rest: run again to continue")
+                say("other processes run the rest; run again to continue")
                 return
             time.sleep(WAIT_SECONDS)
     say("all is done")
 
 
 def data_sets(folder, count, test_count, *flags):
-    """The `data` of a Run: so many videos per class in a folder, and a test set of another seed in FOLDER-test."""
+    """The `data` of a Run: a training set in `folder`, and a test set with another seed in FOLDER-test.
+
+    count, test_count: videos per class.
+    """
     flags = [*flags, "--videos-per-class"]
     return {folder: [*flags, count], folder.with_name(f"{folder.name}-test"): [*flags, test_count, "--seed", 1]}
 
@@ -218,25 +221,25 @@ def data_sets(folder, count, test_count, *flags):
 
 
 def half_width(values):
-    """Half the width of the 95% interval of the mean (Student's t); None for fewer than two values."""
+    """Half the width of the mean's 95% interval (Student's t); None for fewer than two values."""
     _, error = mean_and_error(values)
     return None if error is None else float(stdtrit(len(values) - 1, 0.975)) * error
 
 
 def mean_cell(values, digits):
-    """Values of several seeds as text: their mean and, in brackets, the lowest and the highest."""
+    """A table cell of the values of several seeds: mean (lowest to highest)."""
     ends = f" ({min(values):.{digits}f} to {max(values):.{digits}f})" if len(values) > 1 else ""
     return f"{statistics.mean(values):.{digits}f}{ends}" if values else ""
 
 
 def table(titles, rows):
-    """Lines of markdown: a table of texts, and an empty line."""
+    """Lines of markdown: a table and an empty line."""
     head = " ".join(f"| {title}".strip() for title in titles)
     return [f"{head} |", "|---" * len(titles) + "|", *(f"| {' | '.join(row)} |" for row in rows), ""]
 
 
 def collect(runs, task, columns):
-    """{title: what the runs have of it, in units of the table} of columns {title: (value, factor, digits)}."""
+    """{title: values of the runs in units of the table}, for columns {title: (value of a manifest, factor, digits)}."""
     values = [run.values(task) for run in runs]
     return {
         title: [factor * own[name] for own in values if own.get(name) is not None]
@@ -245,7 +248,7 @@ def collect(runs, task, columns):
 
 
 def seed_table(rows, columns):
-    """Lines of markdown: a table of {name of a row: what `collect` has found}."""
+    """Lines of markdown: a table with a row for each {name: result of `collect`}."""
     return table(["", *columns], [
         [name, *(mean_cell(found.get(title, []), digits) for title, (_, _, digits) in columns.items())]
         for name, found in rows.items()
@@ -253,7 +256,7 @@ def seed_table(rows, columns):
 
 
 def write_results(out, name, lines, content=None):
-    """Write lines to NAME.md and the content they are made of to NAME.json in the folder `out`; print the tables."""
+    """Write lines to NAME.md and their numbers (`content`) to NAME.json in the folder `out`. Print the tables."""
     files = {Path(out, f"{name}.md"): "\n".join(lines).rstrip()}
     if content is not None:
         files[Path(out, f"{name}.json")] = json.dumps(content, indent=1)

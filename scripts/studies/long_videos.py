@@ -1,12 +1,13 @@
-"""How long does a video made in windows stay right? Bouncing shapes, 256 frames, several seeds.
+"""Measure how long videos made in windows stay correct. Bouncing shapes, 256 frames, several seeds.
 
-    python scripts/studies/long_videos.py                                            the table of the default
-    python scripts/studies/long_videos.py --overlaps 4 8 12 --guidances 1 1.5 --clips 24 --seeds 0 1     what is best
+    python scripts/studies/long_videos.py                                                       the published table
+    python scripts/studies/long_videos.py --overlaps 4 8 12 --guidances 1 1.5 --clips 24 --seeds 0 1    compare settings
 
-Trains the recipe that the study recommends, but on 8 and 16 frames and with 1.6 times its compute, with three of four
-clips forced, on videos of shapes that turn at the borders of the frame. Long videos of every class are scored: one
-object to the end, its speed, its turns, and the seams of windows. Then it measures the memory of sample_gd.py for short
-and long videos. Tables: results/long_videos.md and .json; models, samples and scores: results/long-videos (see lab.py).
+The model follows the recommended recipe of study.py, but trains on 8 and 16 frames, with 1.6 times the compute and
+three of four clips forced. Its shapes turn at the borders of the frame. The scores of long videos say whether a shape
+stays one object to the end, how fast it is, where it turns, and how visible the seams of windows are. The script also
+compares the memory of sample_gd.py for short and long videos. It writes results/long_videos.md and .json. Models,
+samples and scores are in results/long-videos (see lab.py).
 """
 
 import json
@@ -18,22 +19,22 @@ from arms import GUIDANCE, RECOMMENDED, sampling_flags, size_of, training
 from runtime.cli import NON_NEGATIVE, number, one_line_errors
 
 ARM = replace(RECOMMENDED, phases=((8, 1 / 3), (16, 2 / 3)))
-COMPUTE, FORCING = 1.6, 0.75  # of the study's full compute; share of the clips that are forced in training
-WINDOW, SECONDS = 16, 12  # frames; of a video of the data, at 25 frames per second
-SHORT = 32  # frames of the videos whose memory is compared with that of long ones
+COMPUTE, FORCING = 1.6, 0.75  # relative to the study's full compute; share of forced clips in training
+WINDOW, SECONDS = 16, 12  # frames per window; length of a training video at 25 fps
+SHORT = 32  # frames of the short videos in the comparison of memory
 METRICS = "motion", "consistency"
-COLUMNS = {  # title: value of a manifest, factor, digits
+COLUMNS = {  # title: (value of a manifest, factor, digits)
     "one object to the end (%)": ("one_object", 100, 0),
     "turns at the borders only (%)": ("turns_right", 100, 0),
-    "speed of the windows / true: 5%": ("speed_low", 1, 2),
+    "5% quantile of window speed / true": ("speed_low", 1, 2),
     "median": ("speed_median", 1, 2),
-    "95%": ("speed_high", 1, 2),
+    "95% quantile": ("speed_high", 1, 2),
     "seam score of windows": ("window_seam_score", 1, 2),
 }
 
 
 class LongRun(lab.Run):
-    """A model, its long videos made in several ways, and the memory that making them takes."""
+    """A model, its long videos for each overlap and guidance, and the peak memory of sampling them."""
 
     def __init__(self, args, seed):
         self.args, size, root = args, size_of(args), Path(args.out, "long-videos")
@@ -76,13 +77,16 @@ class LongRun(lab.Run):
 
 def markdown(content):
     frames, count = content["num_frames"], len(content["seeds"])
-    lines = ["# Longer than any training clip", "", "Made by `scripts/studies/long_videos.py`: the study's recipe on 8 "
-             "and 16 frames with", f"{COMPUTE} times its compute and `--forcing {FORCING}`, bouncing shapes; "
-             f"{content['videos']} videos of", f"{frames} frames in windows of {WINDOW}; {count} "
-             f"seed{'s' if count > 1 else ''}: mean (lowest to highest).", ""]  # fmt: skip
+    lines = [
+        "# Longer than any training clip", "",
+        "`scripts/studies/long_videos.py` wrote this table. The model trains on bouncing shapes with the study's "
+        f"recipe on 8 and 16 frames, {COMPUTE} times its compute and `--forcing {FORCING}`. It samples "
+        f"{content['videos']} videos of {frames} frames in windows of {WINDOW}, with {count} "
+        f"seed{'s' if count > 1 else ''}. Cells hold the mean over seeds (lowest to highest).", "",
+    ]  # fmt: skip
     lines += lab.seed_table(content["samplings"], COLUMNS)
     ratio = lab.mean_cell([peaks[str(frames)] / peaks[str(SHORT)] for peaks in content["memory"]], 2)
-    return [*lines, f"Peak memory of `sample_gd.py`, {frames} frames against {SHORT}: {ratio} times."]
+    return [*lines, f"Peak memory of `sample_gd.py` for {frames} frames, relative to {SHORT} frames: {ratio}."]
 
 
 def parse_args():
@@ -91,9 +95,9 @@ def parse_args():
     overlap = number(int, least=1, most=WINDOW - 1)
     add("--overlaps", type=overlap, nargs="+", default=[8], help="values of --overlap of sample_gd.py")
     add("--guidances", type=NON_NEGATIVE, nargs="+", default=[GUIDANCE], help="values of --cfg-scale")
-    add("--clips", type=number(int, least=2), default=96, help="videos that are made")
+    add("--clips", type=number(int, least=2), default=96, help="number of videos")
     frames = number(int, least=2 * WINDOW, most=25 * SECONDS)
-    add("--num-frames", type=frames, default=256, help="their frames")
+    add("--num-frames", type=frames, default=256, help="frames per video")
     return parser.parse_args()
 
 

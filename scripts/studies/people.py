@@ -1,9 +1,9 @@
-"""What runs of scripts/weizmann.sh are worth: all their scores in one table.
+"""Collect all scores of runs of scripts/weizmann.sh in one table.
 
     EXP=weizmann-1h HOURS=1 bash scripts/weizmann.sh && EXP=weizmann-3h HOURS=3 bash scripts/weizmann.sh
     python scripts/studies/people.py weizmann-1h weizmann-3h --out results
 
-Reads results/EXP and samples/EXP-*.json; writes people.md and people.json into --out.
+It reads results/EXP and samples/EXP-*.json, and writes people.md and people.json to --out.
 """
 
 import json
@@ -15,13 +15,13 @@ from lab import cell
 from runtime.cli import ArgumentParser, fail, one_line_errors
 from runtime.metrics import read_metrics
 
-VALUES = {"psnr": "PSNR", "psnr_moving": "moving pixels"}  # of predictions: name of a value, in words
-KEPT = {"-decoded": "", "-background": ", background kept"}  # end of a task's name, in words: see --keep-background
+VALUES = {"psnr": "PSNR", "psnr_moving": "moving pixels"}  # value of a prediction: its words in the table
+KEPT = {"-decoded": "", "-background": ", background kept"}  # suffix of a task: its words (see --keep-background)
 PREDICTIONS = [task + end for task in ("8of16", "4of16") for end in KEPT]
 
 
 def read_run(name):
-    """The scores of an experiment, a plain dict. Raises FileNotFoundError."""
+    """The scores of an experiment as a plain dict. Raises FileNotFoundError."""
     hours = float(re.match(r"HOURS=(\S+)", Path("results", name, "settings").read_text())[1])
     vae, model = (newest_metrics(name, kind) for kind in ("VAE", "EqM"))
     tasks = (*PREDICTIONS, "nearest", "classifier")
@@ -44,7 +44,7 @@ def read_run(name):
 
 
 def newest_metrics(name, kind):
-    """The rows of the newest VAE or model of an experiment."""
+    """The metrics rows of the newest run of this kind (VAE or EqM) in an experiment."""
     folder, names = Path("results", name), f"[0-9]*-{kind}-*"
     return read_metrics(max(folder.glob(names), default=folder / names) / "metrics.jsonl")[0]
 
@@ -55,7 +55,7 @@ def share(part):
 
 
 def rows_of(run):
-    """{what: text} of a run, the rows of its column."""
+    """{row of the table: text} for a run."""
     rows = {
         "steps of the VAE; of the model": f"{run['vae_steps']}; {run['steps']}",
         "VAE, PSNR of held-out people (dB)": f"{run['vae_psnr']:.2f}",
@@ -86,14 +86,15 @@ def rows_of(run):
 
 def markdown(runs):
     columns = list(map(rows_of, runs))
-    about = "Made by `scripts/studies/people.py` from runs of `scripts/weizmann.sh`. 95% intervals by clip."
+    about = "`scripts/studies/people.py` wrote this table from runs of `scripts/weizmann.sh`. "
+    about += "Brackets hold 95% intervals over clips."
     rows = [[what, *(column.get(what, "-") for column in columns)] for what in columns[0]]
     return ["# Real people", "", about, "", *lab.table(["", *(f"HOURS={run['hours']:g}" for run in runs)], rows)]
 
 
 def parse_args():
-    parser = ArgumentParser(description="The scores of runs of scripts/weizmann.sh: a table.")
-    parser.add_argument("runs", nargs="+", metavar="EXP", help="experiments that weizmann.sh has finished")
+    parser = ArgumentParser(description="Collect all scores of runs of scripts/weizmann.sh in one table.")
+    parser.add_argument("runs", nargs="+", metavar="EXP", help="finished experiments of weizmann.sh")
     out = "folder for people.md and people.json"
     parser.add_argument("--out", type=lab.writable, default="results", metavar="DIR", help=out)
     return parser.parse_args()

@@ -1,10 +1,11 @@
-"""How much does the quickstart depend on its seed? Trains it with several seeds and scores each on a test set.
+"""Measure how much the quickstart depends on its seed: train it with several seeds and score each on a test set.
 
-    python scripts/studies/seeds.py --seeds 0 1 2 3 4                 about 15 minutes of a core for each seed
-    GPUS=1 python scripts/studies/seeds.py & GPUS=1 python scripts/studies/seeds.py
+    python scripts/studies/seeds.py --seeds 0 1 2 3 4                 about 15 minutes of one core per seed
+    GPUS=1 python scripts/studies/seeds.py & GPUS=1 python scripts/studies/seeds.py         two processes share the runs
 
-Runs scripts/quickstart.sh with its default steps and batches, samples 288 clips of 4, 16 and 24 frames, and scores them
-against videos of another seed. Table: results/seeds.md and .json; models and scores: results/seeds (see lab.py).
+The script runs scripts/quickstart.sh with its default steps and batches. It samples 288 clips each of 4, 16 and 24
+frames and scores them against videos made with another seed. It writes results/seeds.md and .json. Models and scores
+are in results/seeds (see lab.py).
 """
 
 import os
@@ -14,15 +15,15 @@ from pathlib import Path
 import lab
 from runtime.cli import one_line_errors
 
-CLIPS, LENGTHS = 288, (4, 16, 24)  # clips of each number of frames
-# Title: value of a manifest, factor, digits
-COLUMNS = {"directions right (%)": ("direction_accuracy", 100, 1), "shapes right (%)": ("shape_accuracy", 100, 1)}
+CLIPS, LENGTHS = 288, (4, 16, 24)  # clips of each length; frames
+# Title: (value of a manifest, factor, digits)
+COLUMNS = {"direction accuracy (%)": ("direction_accuracy", 100, 1), "shape accuracy (%)": ("shape_accuracy", 100, 1)}
 TINY = {"STEPS_1": "1", "STEPS_2": "2", "STEPS_3": "3", "GPUS": "1", "VIDEOS": "2"}
 TINY |= dict.fromkeys(("BATCH_1", "BATCH_2", "BATCH_3"), "4")
 
 
 class QuickstartRun(lab.Run):
-    """The quickstart with a seed, its samples and their scores."""
+    """The quickstart's model for one seed, its samples and their scores."""
 
     def __init__(self, args, seed):
         self.seed, self.tiny, root = seed, TINY if args.miniature else {}, Path(args.out, "seeds").resolve()
@@ -38,7 +39,7 @@ class QuickstartRun(lab.Run):
         )
 
     def train(self):
-        """Run the quickstart, or continue it. Returns the path of best.pt."""
+        """Run or continue the quickstart. Returns the path of best.pt."""
         variables = {"SEED": str(self.seed), "DATA": str(self.videos), "FRAMES": "16", "SAMPLES": "12"}
         variables |= {"EXP": os.path.relpath(self.folder, lab.ROOT / "results")}
         self.script("scripts/quickstart.sh", **variables, **self.tiny)
@@ -46,13 +47,13 @@ class QuickstartRun(lab.Run):
 
 
 def markdown(content):
-    about = f"Made by `scripts/studies/seeds.py`: {content['clips']} clips of each number of frames."
+    about = f"`scripts/studies/seeds.py` wrote these tables. Each cell is the score of {content['clips']} clips."
     lines, seeds = ["# Seeds of the quickstart", "", about, ""], [f"seed {seed}" for seed in content["seeds"]]
     for title in COLUMNS:
         rows = {row["frames"]: row[title] for row in content["rows"]}
         rows = {frames: (min(values), statistics.median(values), *values) for frames, values in rows.items()}
         cells = [[str(frames), *(f"{value:.1f}" for value in values)] for frames, values in rows.items()]
-        lines += lab.table(["frames", f"{title}: lowest", "median", *seeds], cells)
+        lines += lab.table(["frames", f"lowest {title}", "median", *seeds], cells)
     return lines
 
 

@@ -1,16 +1,17 @@
-"""What should positions be, and does a frame curriculum pay? Equal compute, several seeds, motion with a known truth.
+"""Compare positions and frame curricula at equal compute, with several seeds, on motion with a known truth.
 
-    python scripts/studies/study.py --list                  what is done, what is missing, hours
-    python scripts/studies/study.py --minutes 150           continue; start no run that would not fit
+    python scripts/studies/study.py --list                  what is done, what is missing, and how long it takes
+    python scripts/studies/study.py --minutes 150           run or continue; start no run that would end later
     python scripts/studies/study.py --only A B              some questions (A to C), or arms by name
     python scripts/studies/study.py --report                only write tables and figures, from the csv
 
-A: fixed positions, rotary ones, rotary ones beside a table of height and width ("table"), those with --rope-speed
-("moving"). B: which curriculum of 4, 8, then 16 frames. C: the compute at which motion becomes right.
+A: which positions are best: fixed, rotary, rotary with a table of height and width ("table"), or these with
+--rope-speed ("moving")? B: which curriculum of 4, 8, then 16 frames? C: how much compute until the motion is correct?
 
-An arm is a recipe; a run is an arm with a seed and a share of the compute. All runs of a share have the same counted
-FLOPs. The learning rate decays to zero at the end of each run, so a run with 60% of the compute is a run of its own.
-Rows in results/study.csv are done; the run folders in results/study are needed only for an interrupted run: see lab.py.
+An arm is a training recipe. A run is an arm with a seed and a share of the compute. All runs with the same share have
+the same counted FLOPs. The learning rate decays to zero at the end of each run, so 60% of the compute is a separate
+run. results/study.csv holds the finished results. The folders in results/study matter only for interrupted runs: see
+lab.py.
 """
 
 import csv
@@ -34,10 +35,10 @@ from runtime.cli import POSITIVE, one_line_errors
 from scoring.manifest import code_commit
 
 QUESTIONS = "A", "B", "C"
-SECONDS_PER_FRAME = 0.04  # of the videos, and of all samples
-SECONDS_PER_FLOP = 7e-12  # on 2 cores (AVX-512, bf16), before a run has measured it
+SECONDS_PER_FRAME = 0.04  # of the videos and of all samples
+SECONDS_PER_FLOP = 7e-12  # estimate for 2 cores (AVX-512, bf16), until a run has measured it
 METRICS = "motion", "consistency"
-SCORES = {  # column: the name of a value of these metrics
+SCORES = {  # column of the csv: value of these metrics
     "direction": "direction_accuracy", "shape": "shape_accuracy", "speed": "speed_ratio", "area": "area_ratio",
     "seam": "seam_score", "drift": "largest_drift",
 }  # fmt: skip
@@ -47,20 +48,20 @@ COLUMNS = [
     "compiled", "code", "machine",
 ]  # fmt: skip
 TEXTS = {"recipe", "arm", "kind", "code", "machine"}
-TRAIN_COLUMNS = {  # of the rows of trainings: the name in metrics.jsonl
+TRAIN_COLUMNS = {  # column of the csv: name in metrics.jsonl
     "step": "step", "frames": "num_frames", "loss": "val_loss", "loss_rel": "val_loss_rel", "loss_16": "val_loss_f16",
     "train_loss": "train_loss", "flops": "flops", "seconds": "seconds",
 }  # fmt: skip
 
 
 def read_rows(path):
-    """The rows of a csv, texts and floats, an empty cell as None. Raises UserError."""
+    """The rows of a csv as dicts of texts and floats; None for an empty cell. Raises UserError."""
     if not path.exists():
         return []
     with open(path, newline="") as file:
         header, *lines = csv.reader(file)
     if header != COLUMNS:
-        raise UserError(f"{path}: its columns are not those of version {VERSION}: move it away")
+        raise UserError(f"{path}: has other columns; expected those of version {VERSION}; move the file away")
     rows = (zip(COLUMNS, line, strict=True) for line in lines)
     return [{name: text if name in TEXTS else float(text) if text else None for name, text in row} for row in rows]
 
@@ -80,7 +81,7 @@ def key_of(row):
 
 
 class Study:
-    """The paths, the rows of the csv and the runs of a study. Raises UserError for rows that it does not make."""
+    """The paths, csv rows and runs of a study. Raises UserError for rows of other arms, recipes or versions."""
 
     def __init__(self, args):
         self.args, self.size = args, arms.size_of(args)
@@ -93,9 +94,9 @@ class Study:
         recipes = {run.key: run.recipe for run in runs}
         for row in self.rows:
             if (row["version"], row["recipe"]) != (VERSION, recipes.get(key_of(row))):
-                what = f"a row of arm {row['arm']!r} is of another version or recipe (flags, sizes)"
-                raise UserError(f"{self.csv}: {what}: move the csv away, or remove such rows")
-        # What costs most and says least comes last: long runs, and before them more seeds
+                what = f"a row of arm {row['arm']!r} has another version or recipe (flags, sizes)"
+                raise UserError(f"{self.csv}: {what}; expected version {VERSION}; move the file away")
+        # Expensive runs with little information come last: long runs at the very end, extra seeds before them
         runs.sort(key=lambda run: (run.share > 1, run.seed >= SHARE_SEEDS, run.share != 1, run.seed))
         chosen = set(args.only or QUESTIONS)
         self.runs = [run for run in runs if {run.arm.name, *run.arm.questions} & chosen]
@@ -105,21 +106,21 @@ class Study:
         return read_rows(self.csv)
 
     def last_rows(self):
-        """The row of the last step of each run and all rows of samples; their seconds add up to the time spent."""
+        """The last training row of each run, and all sample rows. Their seconds add up to the time spent."""
         rows = sorted(self.rows, key=lambda row: row["step"])
         last = {key_of(row): row for row in rows if row["kind"] == "train" and row["seconds"] is not None}
         return [*last.values(), *(row for row in rows if row["kind"] == "sample")]
 
 
 class StudyRun(lab.Run):
-    """An arm with a seed and a share of the compute. Its results are rows of the csv."""
+    """A run of an arm with a seed and a share of the compute. Its results are rows of the csv."""
 
     def __init__(self, study, arm, seed, share):
         self.study, self.arm, self.seed, self.share, size = study, arm, seed, share, study.size
         self.key, (_, self.flops) = (arm.name, seed, share), arms.plan(arm, share, size)
-        self.lengths = arm.lengths if share == 1 else (16,)  # num_frames of its samples, a row each
+        self.lengths = arm.lengths if share == 1 else (16,)  # num_frames of its samples; one row each
         about = [arms.recipe_flags(arm, seed, share, size), size.videos, size.clips, size.points]
-        about += [arms.PATH_LENGTH, arms.GUIDANCE]  # all that determines the rows
+        about += [arms.PATH_LENGTH, arms.GUIDANCE]  # everything that determines the rows
         self.recipe = hashlib.sha256(json.dumps(about).encode()).hexdigest()[:8]
         sampling = ["--num-samples", size.clips, "--seed", seed, "--time-scale", SECONDS_PER_FRAME]
         sampling += [*arms.sampling_flags(size), "--num-frames"]
@@ -132,7 +133,7 @@ class StudyRun(lab.Run):
         )
 
     def left(self):
-        """(whether the csv lacks the last step of the training, the num_frames of the samples that it lacks)."""
+        """(whether the csv has no last training step, list of num_frames without samples in the csv)."""
         own = [row for row in self.study.rows if key_of(row) == self.key]
         if any(row["loss"] == math.inf for row in own):  # it diverged
             return False, []
@@ -145,7 +146,7 @@ class StudyRun(lab.Run):
         return not any(self.left())
 
     def estimate(self):
-        """About the seconds that the missing parts take, by the rows of this machine if there are any."""
+        """Estimate the seconds for the missing parts, from this machine's rows if it has any."""
         needs_training, lengths = self.left()
         flops = needs_training * self.flops + sum(arms.sampling_flops(frames, self.study.size) for frames in lengths)
         rows = [row for row in self.study.last_rows() if row["machine"] == machine()]
@@ -174,16 +175,16 @@ class StudyRun(lab.Run):
             shutil.rmtree(self.path(task).parent)
 
     def train_rows(self):
-        """The rows of the validations."""
+        """A row of the csv for each validation."""
         rows = []
         for row in self.validations():
             if row["num_frames"] == 16:
-                row["val_loss_f16"] = row["val_loss"]  # missing if this is the only length
+                row["val_loss_f16"] = row["val_loss"]  # not logged if 16 is the only length
             rows.append({"kind": "train"} | {column: row.get(name) for column, name in TRAIN_COLUMNS.items()})
         return rows
 
     def sample_rows(self, seconds):
-        """The rows of the samples, which have taken so many seconds in all."""
+        """A row of the csv for each length of the samples; seconds: the total time, split by FLOPs."""
         rows, flops = [], [arms.sampling_flops(num_frames, self.study.size) for num_frames in self.lengths]
         for task, num_frames, own in zip(self.tasks, self.lengths, flops, strict=True):
             motion, values = self.scores(task, "motion")["result"], self.values(task)
@@ -195,7 +196,7 @@ class StudyRun(lab.Run):
         return rows
 
     def add(self, rows):
-        """Add rows to the csv; they replace rows with the same run, kind, step and frames."""
+        """Add rows to the csv, replacing rows with the same run, kind, step and frames."""
         study = self.study
         common = {"version": VERSION, "recipe": self.recipe, "code": code_commit() or "", "machine": machine()}
         common |= {"arm": self.arm.name, "seed": self.seed, "share": self.share, "compiled": int(study.args.compile)}
@@ -206,7 +207,7 @@ class StudyRun(lab.Run):
 
 
 def print_status(study):
-    """Print what is done and what is missing, a line per arm."""
+    """Print a line per arm: how many runs are done, and the hours left."""
     left = {run: run.estimate() / 3600 for run in study.runs if not run.is_done}  # hours
     say(f"{'arm':<28} {'questions':<9} {'runs done':>9} {'hours left':>10}")
     for arm in dict.fromkeys(run.arm for run in study.runs):
@@ -223,9 +224,9 @@ def parse_args():
     add("--only", nargs="+", choices=(*QUESTIONS, *BY_NAME), metavar="WHAT", help=only)
     minutes = "start no run that would end later than this; default: no limit"
     add("--minutes", type=POSITIVE, default=math.inf, help=minutes)
-    only_print("--list", action="store_true", help="only print what is done, what is missing and how long it takes")
-    only_print("--report", action="store_true", help="only write the tables and figures of study.csv")
-    data = "Moving Shapes videos, made if missing; default: study/moving-shapes in --out"
+    only_print("--list", action="store_true", help="only print what is done and what is missing")
+    only_print("--report", action="store_true", help="only write tables and figures, from study.csv")
+    data = "Moving Shapes, made if missing; default: study/moving-shapes in --out"
     add("--data-path", metavar="DIR", help=data)
     return parser.parse_args()
 
@@ -236,7 +237,7 @@ def main():
     try:
         study = Study(args)
         if args.report and not study.rows:
-            raise UserError(f"--report: {study.csv} does not exist or is empty: run the study without --report first")
+            raise UserError(f"--report: {study.csv} does not exist or is empty; run the study without --report first")
     except UserError as error:
         fail(error)
     if args.list:
@@ -245,7 +246,7 @@ def main():
     study.folder.mkdir(parents=True, exist_ok=True)
     if not args.report:
         lab.run_all(study.runs, args.minutes)
-    with lab.file_lock(study.folder / "lock"):  # another process may write it at the same time
+    with lab.file_lock(study.folder / "lock"):  # another process may write the report at the same time
         write_report(study)
 
 
