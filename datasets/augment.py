@@ -1,11 +1,11 @@
-"""More training videos for data sets of few: copies in other colors, a little enlarged and moved.
+"""Enlarge a small data set: copy its training videos in other colors, slightly zoomed and shifted.
 
     python datasets/augment.py --data-path datasets/weizmann --out datasets/weizmann-more --copies 7
 
-A model that has seen six people in front of six walls fails where it is given a seventh. Copies are lossless,
-<Class>/<stem>-copy1.mkv and so on, of the videos' own sizes and rates; all frames of a copy are changed alike. OUT has
-the videos themselves as well, and in OUT/ucfTrainTestlist their split: those that validate have no copies. Safe to run
-again: it does only what is missing.
+A model that has seen only six people in front of six walls fails on a seventh person. Copies are lossless videos,
+<Class>/<stem>-copy1.mkv and so on, with the size and frame rate of the original. All frames of a copy are changed in
+the same way. OUT also holds the original videos, and their split in OUT/ucfTrainTestlist. Validation videos have no
+copies. The script is safe to run again: it only makes missing files.
 """
 
 import os
@@ -28,23 +28,23 @@ from video.index import scan_videos, split_videos
 from video.source import check_data_path
 from video.writers import write_lossless
 
-ZOOM = 0.15  # enlarged by up to so much; what is cut off is drawn for each copy
+ZOOM = 0.15  # largest zoom; the crop is drawn for each copy
 
 
 def parse_args():
-    parser = cli.ArgumentParser(description="More training videos for data sets of few: copies that look different.")
+    parser = cli.ArgumentParser(description="Enlarge a small data set: copy its training videos with other colors.")
     add = parser.add_argument
-    add("--data-path", required=True, metavar="DIR", help="folder with <class>/<video>, or videos without classes")
-    add("--out", required=True, metavar="DIR", help="the larger data set")
-    add("--copies", type=cli.COUNT, default=7, help="copies of each training video, besides itself")
-    fraction = "share of the videos that validate, where no split files are found"
+    add("--data-path", required=True, metavar="DIR", help="folder of <class>/<video>, or of videos without classes")
+    add("--out", required=True, metavar="DIR", help="folder for the larger data set")
+    add("--copies", type=cli.COUNT, default=7, help="copies per training video, besides the original")
+    fraction = "share of the videos that validate, without split files"
     add("--val-fraction", type=cli.SHARE, default=0.05, help=fraction)
     add("--seed", type=cli.NATURAL, default=0, help="seed of every random draw")
     return parser.parse_args()
 
 
 def changed_frames(root, video, random):
-    """Yields the frames of a video, uint8 (H, W, 3), all changed alike."""
+    """Yield the frames of a video, uint8 (H, W, 3), all changed in the same way."""
     matrix, offset = draw_colors(random, most=2)
     zoom, down, right = torch.rand(3, generator=random).tolist()
     for frames in read_all_frames(root, video):
@@ -58,7 +58,7 @@ def changed_frames(root, video, random):
 
 
 def plan_copies(args):
-    """{file in --out: (video, number of the copy, 0: itself)}, of the videos that train and of those that validate."""
+    """Two dicts {file in --out: (video, number of the copy)}, for training and validation; 0: the original."""
     check_data_path(args.data_path, cached=False)
     parts = split_videos(args.data_path, scan_videos(args.data_path).videos, args.val_fraction)
     train, val = ({video.path: (video, 0) for video in part} for part in parts)
@@ -68,7 +68,7 @@ def plan_copies(args):
 
 
 def names(copies):
-    """Their names in the lists of the split."""
+    """The names of these files in the lists of the split."""
     return sorted(f"{video.class_name}/{os.path.basename(file)}" for file, (video, _) in copies.items())
 
 
@@ -78,7 +78,7 @@ def main():
     try:
         check_writable("--out", args.out)
         if Path(args.out).resolve() == Path(args.data_path).resolve():
-            raise UserError(f"--out {args.out}: the same as --data-path; name another folder")
+            raise UserError(f"--out {args.out}: the same as --data-path; expected another folder")
         train, val = plan_copies(args)
         missing = missing_videos(args.out, train | val)
     except UserError as error:
@@ -94,7 +94,7 @@ def main():
             write_lossless(path, changed_frames(args.data_path, video, random), video.fps)
     write_lists(args.out, names(train), names(val))
     before, after = len(train) // (args.copies + 1), len(train)
-    say(f"{args.out}: {after} training videos instead of {before}, {after + len(val)} in all")
+    say(f"{args.out}: {after} training videos instead of {before}, {after + len(val)} videos in all")
 
 
 if __name__ == "__main__":

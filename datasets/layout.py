@@ -1,4 +1,4 @@
-"""What the scripts in this folder share: UCF-101's lists, and which videos a folder holds, lacks or should not have."""
+"""Shared code of the scripts in this folder: UCF-101's lists of a split, and the missing videos of a data set."""
 
 from pathlib import Path
 
@@ -8,7 +8,7 @@ from video.index import UCF_LISTS
 
 
 def write_lists(out, train, test):
-    """Write UCF-101's lists of videos `Class/name.avi`: trainlist01 last, which says that the data set is complete."""
+    """Write UCF-101's lists for videos `Class/name.avi`. trainlist01 comes last and marks the data set as complete."""
     folder, classes = Path(out, UCF_LISTS), sorted({name.split("/")[0] for name in (*train, *test)})
     folder.mkdir(exist_ok=True)
     lists = {"classInd": [f"{number} {name}" for number, name in enumerate(classes, 1)], "testlist01": test}
@@ -18,8 +18,8 @@ def write_lists(out, train, test):
 
 
 def missing_videos(out, names):
-    """Those of the videos `names` that OUT lacks. Raises UserError if it holds others."""
+    """The names of videos that are missing in OUT. Raises UserError if OUT holds other videos."""
     found = {path.relative_to(out).as_posix() for path in Path(out).rglob("*") if has_suffix("video", path)}
     if foreign := sorted(found - set(names)):
-        raise UserError(f"--out {out}: holds {foreign[0]}, which is not of this data set: name another folder")
+        raise UserError(f"--out {out}: holds {foreign[0]}, which does not belong to this data set; name another folder")
     return [name for name in names if name not in found]

@@ -1,12 +1,12 @@
-"""Write Moving Shapes: small videos of one shape that crosses a dark frame, in UCF-101's layout.
+"""Make Moving Shapes: small videos of one shape that crosses a dark frame, in UCF-101's layout.
 
     python datasets/make_moving_shapes.py --out datasets/moving-shapes
     python datasets/make_moving_shapes.py --out datasets/bouncing-shapes --bounce --seconds 12
 
-12 classes, shape x direction (`CircleLeft` ... `TriangleDown`), so that the motion of a generated clip can be scored.
-With --bounce 6 classes, shape x axis (`CircleHorizontal` ... `TriangleVertical`), of any length: the shape turns where
-it touches the border. The same flags give the same bytes (with the same FFmpeg build).
-Positions are (x, y) in px from the top left corner of the frame, y downwards; pixel centers are at + 0.5.
+There are 12 classes, shape x direction (`CircleLeft` ... `TriangleDown`), so the motion of a generated clip can be
+scored. --bounce makes videos of any length in 6 classes, shape x axis (`CircleHorizontal` ... `TriangleVertical`). In
+them, the shape turns where it touches the border. The same flags give the same bytes (with the same FFmpeg build).
+Positions are (x, y) in px from the top left corner of the frame; y grows downwards, and pixel centers are at + 0.5.
 """
 
 import json
@@ -29,15 +29,18 @@ from runtime.rng import generator
 from runtime.untrusted import read_json
 from video.writers import encode
 
-VERSION = 1  # of the drawing and of shapes.json
+VERSION = 1  # of the drawing code and of shapes.json
 FPS = 25
-TRAVEL = 9 / 16  # distance over the whole video, as a fraction of the frame's width
-GROUPS = 8  # per class; group 1 is the test list, as UCF-101's lists are made of whole groups
+TRAVEL = 9 / 16  # distance in a video, as a fraction of the frame's width
+GROUPS = 8  # per class; group 1 is the test list, because UCF-101's lists consist of complete groups
 SUBROWS = 8  # scan lines per pixel row
 
 SHAPES = ("Circle", "Square", "Triangle")
 DIRECTIONS = {"Left": (-1, 0), "Right": (1, 0), "Up": (0, -1), "Down": (0, 1)}
-AXES = {"Horizontal": ("Left", "Right"), "Vertical": ("Up", "Down")}  # of --bounce, with the directions along them
+AXES = {
+    "Horizontal": ("Left", "Right"),
+    "Vertical": ("Up", "Down"),
+}  # of --bounce: axis, directions
 CLASSES = tuple(f"{shape}{direction}" for shape in SHAPES for direction in DIRECTIONS)
 BOUNCING = tuple(f"{shape}{axis}" for shape in SHAPES for axis in AXES)
 COLORS = {
@@ -46,12 +49,12 @@ COLORS = {
 }  # fmt: skip
 BACKGROUNDS = {"black": (0, 0, 0), "gray": (40, 40, 40), "navy": (10, 20, 50), "brown": (45, 25, 10)}
 
-# In units of the radius. The square has the circle's area, the triangle, which points up, 84% of it: a larger one
-# could not travel as far.
+# Sizes in radii. The square has the circle's area. The triangle points up and has 84% of it, because a larger one could
+# not travel as far.
 HALF_SIDE = math.sqrt(math.pi) / 2
 BASE = HEIGHT = 2.3
 AREAS = {"Circle": math.pi, "Square": 4 * HALF_SIDE**2, "Triangle": BASE * HEIGHT / 2}
-# Distance from the centroid to the left, upper, right and lower edge.
+# Distances from the centroid to the left, upper, right and lower edge
 EXTENTS = {
     "Circle": (1, 1, 1, 1),
     "Square": (HALF_SIDE,) * 4,
@@ -60,7 +63,7 @@ EXTENTS = {
 
 
 def half_width(shape, y):
-    """Half the shape's width at y below its centroid, both in radii."""
+    """Half the width of a shape at a distance y below its centroid, both in radii."""
     if shape == "Circle":
         return np.sqrt(np.maximum(0, 1 - y**2))
     if shape == "Square":
@@ -69,10 +72,10 @@ def half_width(shape, y):
 
 
 def coverage(shape, center, radius, size):
-    """The fraction of each pixel that the shape covers, float64 (size, size).
+    """The fraction of each pixel that a shape covers, float64 (size, size).
 
-    Each pixel row is clipped to the shape's height and sampled on SUBROWS lines, whose overlap with the pixels is
-    exact. So squares are exact and the others nearly so, also for centers at fractions of a pixel.
+    Each pixel row is clipped to the shape's height and sampled on SUBROWS lines. The overlap of a line with each pixel
+    is exact. So squares are exact and other shapes almost exact, even for centers at fractions of a pixel.
     """
     x, y = center
     _, up, _, down = EXTENTS[shape]
@@ -85,13 +88,13 @@ def coverage(shape, center, radius, size):
 
 
 def draw_frame(shape, center, radius, size, color, background=(0, 0, 0)):
-    """An antialiased frame, uint8 (size, size, 3); center = (x, y) of the shape's centroid, px."""
+    """An antialiased frame, uint8 (size, size, 3). center: (x, y) of the shape's centroid in px."""
     alpha = coverage(shape, center, radius, size)[..., None]
     return np.rint(alpha * np.array(color) + (1 - alpha) * np.array(background)).astype(np.uint8)
 
 
 def draw_clip(video, size, frames, fps=FPS):
-    """The frames of an entry of `videos` in shapes.json, uint8 (frames, size, size, 3)."""
+    """The frames of a video, uint8 (frames, size, size, 3). video: its entry in shapes.json."""
     centers = np.array(video["start"]) + np.zeros((frames, 1))
     if "path" in video:
         centers[:, list(AXES).index(video["axis"])] = video["path"][:frames]
@@ -102,7 +105,7 @@ def draw_clip(video, size, frames, fps=FPS):
 
 
 def draw_appearance(count, data_set, shape, kind, index, args):
-    """(how a video looks: a part of its entry in shapes.json, the rest of `count` uniform draws)."""
+    """Draw `count` uniform numbers. Returns (the look of a video for its entry in shapes.json, the unused numbers)."""
     rng = generator(args.seed, data_set, shape, kind, index)
     size, u_color, u_background, *rest = torch.rand(count, generator=rng, dtype=torch.float64).tolist()
     small, large = args.radius
@@ -116,14 +119,14 @@ def draw_appearance(count, data_set, shape, kind, index, args):
 
 
 def plan_video(shape, direction, index, args):
-    """The entry of one video in shapes.json. All that is random about a video is decided here."""
+    """The entry of a video in shapes.json, with all its random choices."""
     appearance, places = draw_appearance(5, "moving-shapes", shape, direction, index, args)
     radius = appearance["radius"]
     speed = TRAVEL * args.size * FPS / args.frames
     distance = speed * (args.frames - 1) / FPS
     start = []
     for axis in range(2):
-        move = DIRECTIONS[direction][axis]  # from a start between first and last, the shape is never cut off
+        move = DIRECTIONS[direction][axis]  # starts between first and last keep it in the frame
         first = radius * EXTENTS[shape][axis] + distance * (move < 0)
         last = args.size - radius * EXTENTS[shape][axis + 2] - distance * (move > 0)
         start.append(round(first + (last - first) * places[axis], 6))
@@ -134,7 +137,7 @@ def plan_video(shape, direction, index, args):
 
 
 def plan_bouncing(shape, axis, index, args):
-    """The entry of one video of --bounce: `path` is the centroid's position along the axis in each frame, px."""
+    """The entry of a video of --bounce in shapes.json. `path`: the centroid's position along the axis per frame, px."""
     appearance, (*places, turn) = draw_appearance(6, "bouncing-shapes", shape, axis, index, args)
     radius = appearance["radius"]
     ends = [(radius * EXTENTS[shape][n], args.size - radius * EXTENTS[shape][n + 2]) for n in range(2)]
@@ -151,7 +154,7 @@ def plan_bouncing(shape, axis, index, args):
 
 
 def plan_videos(args):
-    """(entries of all videos by `Class/stem`, the keys of those in the test list)."""
+    """({`Class/stem`: entry} of all videos, the keys of the test list)."""
     videos, test = {}, set()
     groups = min(GROUPS, args.videos_per_class)
     kinds, plan = (AXES, plan_bouncing) if args.bounce else (DIRECTIONS, plan_video)
@@ -165,28 +168,28 @@ def plan_videos(args):
 
 
 def write_video(path, frames):
-    """Write uint8 (T, H, W, 3) as an AVI of MPEG-4 part 2, nearly lossless, without date or encoder version."""
-    options = {"flags": "+bitexact+qscale", "qmin": "1", "qmax": "1", "threads": "1"}  # constant, the best quality
+    """Write frames, uint8 (T, H, W, 3), as an almost lossless MPEG-4 part 2 AVI, without date or encoder version."""
+    options = {"flags": "+bitexact+qscale", "qmin": "1", "qmax": "1", "threads": "1"}  # constant best quality
     with av.open(str(path), "w", options={"fflags": "+bitexact"}) as file:
         encode(file, frames, FPS, "mpeg4", "yuv420p", options)
 
 
 def is_made(out, settings):
-    """Whether `out` holds the data set of these settings; False if it is new or empty. Raises UserError otherwise."""
+    """True if `out` holds a data set with these settings, False if it is new or empty. Raises UserError otherwise."""
     if not out.exists() or (out.is_dir() and not any(out.iterdir())):
         return False
-    advice = "expected a new or empty folder or the same data set: name another folder"
+    advice = "expected a new or empty folder, or the same data set; name another folder"
     try:
         found = read_json(out / "shapes.json")["settings"]
     except (OSError, ValueError, KeyError, TypeError):
-        raise UserError(f"--out {out}: holds something that is not Moving Shapes; {advice}") from None
+        raise UserError(f"--out {out}: holds files that are not Moving Shapes; {advice}") from None
     if found != settings:
         raise UserError(f"--out {out}: holds Moving Shapes made with other flags ({found}); {advice}")
     return True
 
 
 def write_data_set(out, settings, args):
-    """Write the data set to a temporary folder beside `out`, which is renamed when it is complete."""
+    """Write the data set to a temporary folder beside `out`, and rename the folder when it is complete."""
     videos, test = plan_videos(args)
     train, test = ([f"{key}.avi" for key in videos if (key in test) == tests] for tests in (False, True))
     out.parent.mkdir(parents=True, exist_ok=True)
@@ -204,26 +207,26 @@ def write_data_set(out, settings, args):
 
 
 def check_flags(args):
-    """Raise UserError for values that can't be drawn."""
+    """Raise UserError for sizes that can't be drawn."""
     if args.size % 2:
-        raise UserError(f"--size {args.size}: an odd number of px; expected an even one")
+        raise UserError(f"--size {args.size}: an odd number; expected an even number of px")
     small, large = args.radius
     most = math.floor(1000 * (1 - TRAVEL) / max(BASE, HEIGHT, 2)) / 1000
     if not 0.05 <= small <= large <= most:
         raise UserError(f"--radius {small:g} {large:g}: expected MIN <= MAX, both between 0.05 and {most:g} of --size, "
-                        "or shapes are too small to recognize or leave the frame")  # fmt: skip
+                        "so that shapes can be recognized and stay in the frame")  # fmt: skip
 
 
 def parse_args(argv=None):
     parser = ArgumentParser(description=__doc__.split("\n")[0])
     add = parser.add_argument
-    add("--out", type=Path, required=True, help="folder to write; must be new or empty")
+    add("--out", type=Path, required=True, help="folder to make; must be new or empty")
     count, pixels = number(int, least=2, most=100_000), number(int, least=16, most=4096)  # 2: one trains, one tests
-    add("--videos-per-class", type=count, default=60, help="videos in each of the 12 classes (6)")
+    add("--videos-per-class", type=count, default=60, help="videos per class; 12 classes, 6 with --bounce")
     add("--size", type=pixels, default=64, help="height and width of a frame, px")
-    seconds = "length of a video, s; without --bounce a crossing takes all of it"
+    seconds = "length of a video, s; without --bounce, the shape crosses the frame once"
     add("--seconds", type=number(float, least=2 / FPS, most=3600), default=1.0, help=seconds)
-    add("--bounce", action="store_true", help="shapes turn at the border; 6 classes, shape x axis")
+    add("--bounce", action="store_true", help="let shapes turn at the border; 6 classes, shape x axis")
     add("--seed", type=int, default=0, help="seed of the random choices; default: 0")
     radius = "range of the radius, as a fraction of --size; random per video"
     add("--radius", type=float, nargs=2, default=[0.18, 0.18], metavar=("MIN", "MAX"), help=radius)
@@ -237,7 +240,7 @@ def main(argv=None):
     args = parse_args(argv)
     settings = {name: value for name, value in vars(args).items() if name != "out"} | {"version": VERSION}
     if not args.bounce:
-        del settings["bounce"]  # which older data sets do not have
+        del settings["bounce"]  # older data sets do not have this setting
     try:
         check_flags(args)
         if is_made(args.out, settings):
@@ -247,8 +250,8 @@ def main(argv=None):
     except UserError as error:
         fail(error)
     except OSError as error:
-        fail(f"--out {args.out}: can't be written ({error}): name a writable folder")
-    say(f"{args.out}: {len(BOUNCING if args.bounce else CLASSES)} classes of {args.videos_per_class} videos")
+        fail(f"--out {args.out}: can't be written ({error}); name a writable folder")
+    say(f"{args.out}: {len(BOUNCING if args.bounce else CLASSES)} classes with {args.videos_per_class} videos each")
 
 
 if __name__ == "__main__":

@@ -1,17 +1,17 @@
-"""Arrange a part of the Weizmann action data set, people who wave, jump and bend, as videos of 64 x 64 px.
+"""Convert four actions of the Weizmann data set (people who wave, jump and bend) to videos of 64 x 64 px.
 
     git clone https://github.com/sergeytulyakov/mocogan
     python datasets/prepare_weizmann.py --source mocogan --out datasets/weizmann
 
-Blank, Gorelick, Shechtman, Irani, Basri: Actions as Space-Time Shapes, ICCV 2005; the repository of MoCoGAN (Tulyakov,
-Liu, Yang, Kautz: CVPR 2018) holds four of its actions as strips, data/actions/C/NNNNNNNN.jpg: all frames of a clip side
-by side. C is the action, N // 8 the person; odd N are mirrored copies, which are skipped. Research data: mind its
-terms before you pass on videos or models that were trained on them.
+The data set is from Blank, Gorelick, Shechtman, Irani, Basri: Actions as Space-Time Shapes, ICCV 2005. The repository
+of MoCoGAN (Tulyakov, Liu, Yang, Kautz: CVPR 2018) holds four of its actions as strips, data/actions/C/NNNNNNNN.jpg. A
+strip shows all frames of a clip side by side. C is the action, and N // 8 is the person. Odd N are mirrored copies,
+which the script skips. This is research data: read its terms before you share videos, or models trained on them.
 
-    OUT/<Class>/personN.mkv           lossless (FFV1), 25 fps: a jumping jack then takes about a second
-    OUT/ucfTrainTestlist/*.txt        the split: all clips of --hold-out are the test list
+    OUT/<Class>/personN.mkv           lossless (FFV1), 25 fps, so a jumping jack takes about a second
+    OUT/ucfTrainTestlist/*.txt        the split: the test list holds all clips of --hold-out
 
-Safe to run again: it does only what is missing, and writes the split anew. Exit status 2: see the message.
+The script is safe to run again: it only makes missing videos, and writes the split again.
 """
 
 import sys
@@ -27,30 +27,30 @@ from layout import missing_videos, write_lists
 from runtime.cli import COUNT, ArgumentParser, Bar, UserError, check_writable, fail, one_line_errors, say
 from video.writers import write_lossless
 
-CLASSES = {0: "OneHandWave", 1: "TwoHandWave", 3: "JumpingJack", 4: "Bend"}  # by the number of their folder
+CLASSES = {0: "OneHandWave", 1: "TwoHandWave", 3: "JumpingJack", 4: "Bend"}  # number of the folder: class
 SIZE, FPS = 64, 25
 
 
 def parse_args():
-    parser = ArgumentParser(description="Arrange strips of the Weizmann actions as videos, in UCF-101's layout.")
+    parser = ArgumentParser(description="Convert strips of the Weizmann actions to videos, in UCF-101's layout.")
     add = parser.add_argument
-    add("--source", required=True, metavar="DIR", help="MoCoGAN's repository, or the folder of its actions")
-    add("--out", default="datasets/weizmann", metavar="DIR", help="the data set")
-    people = "people whose clips validate and never train, from 1; the others train"
+    add("--source", required=True, metavar="DIR", help="a clone of MoCoGAN's repository, or its folder of actions")
+    add("--out", default="datasets/weizmann", metavar="DIR", help="folder for the data set")
+    people = "numbers of the people who validate and never train; the first person is 1"
     add("--hold-out", type=COUNT, nargs="+", default=[7, 8], help=people)
     return parser.parse_args()
 
 
 def find_strips(source):
-    """{(class, person): path of its strip}. Opens no file. Raises UserError unless each person has one per class."""
-    again = f"expected a clone of the repository mocogan in --source {source}; clone it again"
+    """{(class, person): path of the strip}, without opening files. Raises UserError if a person lacks a class."""
+    advice = "expected a complete clone of MoCoGAN's repository; clone it again"
     places = Path(source, "data", "actions"), Path(source, "actions"), Path(source)
     paths = [path for place in places for number in CLASSES for path in place.glob(f"{number}/[0-9]*[02468].jpg")]
     strips = {(CLASSES[int(path.parent.name)], int(path.stem) // 8 + 1): path for path in paths}
     people = {person for _, person in strips} or {1}
     for clip in product(CLASSES.values(), people):
         if clip not in strips:
-            raise UserError(f"person {clip[1]} has no clip of {clip[0]}: {again}")
+            raise UserError(f"--source {source}: person {clip[1]} has no clip of {clip[0]}; {advice}")
     return strips
 
 
@@ -61,7 +61,7 @@ def read_strip(path):
             pixels = np.asarray(image.convert("RGB"))
         return rearrange(pixels, "h (t w) c -> t h w c", h=SIZE, w=SIZE)
     except (OSError, EinopsError) as error:
-        raise UserError(f"{path}: no strip of images of {SIZE} x {SIZE} px: clone the repository again") from error
+        raise UserError(f"{path}: not a strip of {SIZE} x {SIZE} px frames; clone the repository again") from error
 
 
 @one_line_errors()
@@ -73,7 +73,7 @@ def main():
         check_writable("--out", args.out)
         people = {person for _, person in strips}
         if not held_out < people:
-            raise UserError(f"--hold-out {sorted(held_out)}: expected some of the people 1 to {max(people)}, not all")
+            raise UserError(f"--hold-out {sorted(held_out)}: expected some of people 1 to {max(people)}, but not all")
         videos = {f"{name}/person{person}.mkv": (person, path) for (name, person), path in sorted(strips.items())}
         clips = {name: read_strip(videos[name][1]) for name in missing_videos(args.out, videos)}  # 30 MB
     except UserError as error:
@@ -84,7 +84,7 @@ def main():
     tests = [name for name, (person, _) in videos.items() if person in held_out]
     write_lists(args.out, [name for name in videos if name not in tests], tests)
     numbers = " and ".join(map(str, sorted(held_out)))
-    found = f"{len(CLASSES)} classes of {len(people)} people, person {numbers} held out"
+    found = f"{len(CLASSES)} classes with {len(people)} people each, person {numbers} held out"
     say(f"{args.out}: {found}; {len(clips)} videos written")
 
 

@@ -1,12 +1,13 @@
-"""How close is each part to its own limit? Ratios, measured side by side in one process, with their spread.
+"""Measure how close each part of training and sampling is to its own limit, as ratios with their spread.
 
     python scripts/benchmark.py                      all ratios, 10 minutes on 2 cores; writes results/benchmark.*
     python scripts/benchmark.py --only step growth   some parts (see PARTS), printed only
     python scripts/benchmark.py --only sizes --precision bf16 --compile   no ratios: clips/s and MFU of some models
     python scripts/benchmark.py --model EqM-XL/2 --batch-size 8 --precision bf16 --compile --only step
 
-Absolute times on a shared machine are unreliable, so the two sides of a ratio alternate and each pair of calls gives
-one ratio. The floor of a training step is the time of its FLOPs at the machine's rate in matrix products of its shapes.
+Absolute times on a shared machine are unreliable. So the two sides of a ratio run in turns in one process, and each
+pair of calls gives one ratio. The matrix-product floor of a training step is the time of its FLOPs at this machine's
+speed for matrix products of the same shapes.
 """
 
 import argparse
@@ -48,22 +49,22 @@ ROOT = Path(__file__).resolve().parent.parent
 ON_GPU = torch.cuda.is_available()
 NUM_CLASSES, NEARLY_NO_CHANGE = 101, {"lr": 1e-9, "muon_lr": 1e-9, "weight_decay": 0.0}
 FRAMES = 4, 8, 16  # of the parts memory and sizes
-WARM_UP = 2  # calls before those that are timed
-# Tokens per step of the part sizes: 80 GB at about 60 KB of activations per token, block and 1,000 channels. Halved
-# until they fit. A CPU only shows that the part works.
+WARM_UP = 2  # untimed calls at the start
+# Tokens per step of the part "sizes": 80 GB at about 60 KB of activations per token, block and 1,000 channels. They are
+# halved until they fit. A CPU only shows that the part works.
 SIZES = {"EqM-S/4": 65_536, "EqM-B/2": 65_536, "EqM-XL/2": 16_384} if ON_GPU else {"EqM-Ti/4": 512}
 warnings.filterwarnings("ignore", message="a token holds")
 
 
 def parse_args():
-    parser = ArgumentParser(description="How close is each part of training and sampling to its own limit?")
+    parser = ArgumentParser(description="Measure how close each part of training and sampling is to its limit.")
     add = parser.add_argument
     parts = f"some of {', '.join(PARTS)}; default: all but sizes"
     add("--only", nargs="+", choices=PARTS, metavar="PART", help=parts)
     add("--model", choices=NAMES, default="EqM-S/4", metavar="NAME", help="EqM-{Ti,S,B,L,XL}/{2,4,8}")
     add("--num-frames", type=COUNT, default=16, help="frames per clip")
     add("--batch-size", type=COUNT, default=4, help="clips per step")
-    add("--precision", choices=["fp32", "tf32", "bf16", "fp16"], default="fp32", help="of the network")
+    add("--precision", choices=["fp32", "tf32", "bf16", "fp16"], default="fp32", help="precision of the network")
     add("--compile", action="store_true", help="compile the transformer blocks with torch.compile")
     add("--pairs", type=number(int, least=3), default=12, help="pairs of calls per row")
     return parser.parse_args()
@@ -91,7 +92,7 @@ def seconds_of(function):
 
 
 def measure_ratios(a, b, pairs):
-    """Ratios (pairs,) of a's seconds to b's, and the median seconds of a and of b; they alternate in who is first."""
+    """Ratios (pairs,) of a's seconds to b's, and the median seconds of each. a and b take turns in going first."""
     for _ in range(WARM_UP):
         a(), b()
     seconds = np.empty((pairs, 2))
@@ -102,7 +103,7 @@ def measure_ratios(a, b, pairs):
 
 
 class Report:
-    """Collects the rows and prints each as it is added."""
+    """Collects rows, and prints each row when it is added."""
 
     def __init__(self):
         self.rows, self.growth = [], None
@@ -114,12 +115,12 @@ class Report:
         print(f"{name}: {middle:.3f} ({low:.3f} to {high:.3f}){f', goal {goal}' if goal else ''}; {note}", flush=True)
 
     def compare(self, name, a, b, pairs, goal=None, note="{:.3f} and {:.3f} s", unit=1):
-        """Add a row for the seconds of a / those of b; the note names their medians, in 1/unit seconds."""
+        """Add a row for the time of a / the time of b. The note shows both medians, in units of 1/unit seconds."""
         values, *seconds = measure_ratios(a, b, pairs)
         self.add(name, values, goal, note.format(*(unit * median for median in seconds)))
 
     def markdown(self):
-        lines = ["| ratio | measured | quartiles | goal | |", "|---|---|---|---|---|"]
+        lines = ["| ratio | median | quartiles | goal | details |", "|---|---|---|---|---|"]
         for row in self.rows:
             spread = "{:.3g} - {:.3g}".format(*row["quartiles"])
             lines.append(f"| {row['ratio']} | {row['median']:.3g} | {spread} | {row['goal'] or ''} | {row['note']} |")
@@ -140,7 +141,7 @@ class Step:
         settings = {"num_classes": NUM_CLASSES, "num_frames": args.num_frames, "use_rope": True} | settings
         self.model = EqM_models[args.model](**settings).to(self.device)
         with torch.no_grad():
-            for parameter in self.model.parameters():  # some layers are zero at first, which may be faster
+            for parameter in self.model.parameters():  # some layers start at zero, which may be faster
                 parameter.normal_(std=0.02)
         self.ema = deepcopy(self.model).requires_grad_(False)
         if args.compile:
@@ -153,7 +154,7 @@ class Step:
         self.flops = args.batch_size * self.model.config.training_flops(args.num_frames)
 
     def backward(self):
-        """Forward and backward, each time at other noise levels."""
+        """Run forward and backward, with new noise levels each time."""
         self.indices = range(self.indices.stop, self.indices.stop + len(self.x))
         frames, patch = self.x.shape[2], self.model.config.temporal_patch_size
         gamma = transport.draw_gammas(0, 0, self.indices, frames, patch, share=self.forcing).to(self.device)
@@ -174,7 +175,7 @@ class Step:
         self.model.zero_grad()
 
     def products(self):
-        """(FLOPs, function to run) of one block's matrix products, forward and backward, as F.linear computes them."""
+        """(FLOPs, function that runs them) of one block's matrix products, forward and backward, as in F.linear."""
         D, N = self.model.config.hidden_size, len(self.x) * math.prod(self.model.config.grid(self.x.shape[2]))
         random = partial(torch.randn, device=self.device, dtype=distributed.MIXED.get(self.precision, torch.float32))
         sizes = [(D, 3 * D), (D, D), (D, 4 * D), (4 * D, D)]
@@ -190,16 +191,17 @@ class Step:
 
 
 def measure_step(args, report):
-    """The whole step and its parts against the floor of its matrix products; bf16 against fp32."""
+    """Measure a step and its parts against the matrix-product floor, and bf16 against fp32."""
     ours, updated = Step(args), Step(args)
     product_flops, products = ours.products()
     scale = ours.flops / product_flops
     values, seconds, product_seconds = measure_ratios(ours, products, args.pairs)
     floor, rate = scale * product_seconds, product_flops / product_seconds / 1e9
     note = f"{seconds:.3f} s; floor {floor:.3f} s at {rate:.0f} GFLOP/s"
-    report.add(f"{args.precision} step / floor of its matrix products", values / scale, "<= 1.15", note)
+    report.add(f"{args.precision} step / matrix-product floor", values / scale, "<= 1.15", note)
     values, seconds, _ = measure_ratios(lambda: (ours.backward(), ours.model.zero_grad()), products, args.pairs)
-    report.add("its forward and backward / the same floor", values / scale, None, f"{seconds:.3f} s")
+    name = f"{args.precision} forward and backward / matrix-product floor"
+    report.add(name, values / scale, None, f"{seconds:.3f} s")
     updated.backward()
     report.compare("EMA + optimizer + clipping / step", updated.update, ours, args.pairs, "<= 0.08", "{:.3f} s")
     if args.precision == "fp32":
@@ -207,29 +209,29 @@ def measure_step(args, report):
 
 
 def measure_positions(args, report):
-    """Rotary against fixed positions, the best ones against plain rotary ones, our rotation against the common one."""
+    """Measure rotary against fixed positions, the best against plain rotary ones, and our rotation against a loop."""
     fixed, best, plain = Step(args, use_rope=False), Step(args, position_table="space", rope_speed=0.5), Step(args)
-    report.compare("RoPE step / fixed step", plain, fixed, 2 * args.pairs, "<= 1.01")
-    report.compare("RoPE step with table and speed / without", best, plain, 2 * args.pairs, "<= 1.03")
+    report.compare("step with rotary positions / with fixed positions", plain, fixed, 2 * args.pairs, "<= 1.01")
+    report.compare("rotary step with table and speed / without", best, plain, 2 * args.pairs, "<= 1.03")
     grid, head_dim = plain.model.config.grid(args.num_frames), plain.model.config.head_dim
     shape = args.batch_size, plain.model.config.num_heads, math.prod(grid), head_dim
     q = torch.randn(shape, device=plain.device, requires_grad=True)
     cos, sin = RotaryEmbedding3D(head_dim)(grid, torch.full(shape[:1], 0.04, device=plain.device))
     report.compare(
-        "our rotation / a loop over axes that concatenates",
+        "our rotation / rotation axis by axis",
         lambda: apply_rotary(q, cos, sin).sum().backward(), lambda: rotate_per_axis(q, grid).sum().backward(),
         args.pairs, "<= 0.25", "{:.1f} and {:.1f} ms, forward and backward", unit=1000,
     )  # fmt: skip
 
 
 def compare_with_plain(name, settings, goal, args, report):
-    """A step with some settings against one without; torch.compile does not have the second derivative of EqM-E."""
+    """Measure a step with some settings against a step without. torch.compile can't differentiate EqM-E twice."""
     args = changed(args, compile=args.compile and "ebm" not in settings)
     report.compare(name, Step(args, **settings), Step(args), 2 * args.pairs, goal)
 
 
 def rotate_per_axis(q, grid, theta=10_000.0):
-    """The common implementation: rotate the two halves of each axis' channels in a loop, then concatenate."""
+    """Rotate q in the common way: loop over the axes, rotate the two halves of their channels, then concatenate."""
     n, parts = 2 * (q.shape[-1] // 6), []
     axes = (torch.arange(size, dtype=torch.float32, device=q.device) for size in grid)
     for axis, position in enumerate(torch.meshgrid(*axes, indexing="ij")):
@@ -242,7 +244,7 @@ def rotate_per_axis(q, grid, theta=10_000.0):
 
 
 def measure_sampling(args, report):
-    """Guided sampling against the same number of evaluations of the network, with and without class as one batch."""
+    """Measure guided sampling against the same number of network evaluations, with and without class in one batch."""
     step, evaluations = Step(args), 4
     model, x, y = step.model.requires_grad_(False), step.x, step.y
     time_scale = torch.full((len(x),), 0.04, device=step.device)
@@ -264,7 +266,7 @@ def measure_sampling(args, report):
 
 
 def measure_memory(args, report):
-    """Peak memory over the number of frames; each measurement has its own process."""
+    """Measure peak memory over the number of frames, each in its own process."""
     goals = {"": ("<= 2.0", "<= 4.0"), ", --grad-checkpoint": ("<= 1.5", "<= 2.5")}
     for flag in goals:
         sizes = (changed(args, num_frames=num_frames) for num_frames in FRAMES)
@@ -275,7 +277,7 @@ def measure_memory(args, report):
 
 
 def peak_memory(rank, join, args, recompute):
-    """Peak memory of model, optimizer, EMA and two steps in MB, on the GPU or else of this process."""
+    """Peak memory in MB of model, optimizer, EMA and two steps: of the GPU, or of this process without a GPU."""
 
     def resident(field):  # Linux only
         return int(re.search(rf"{field}:\s+(\d+)", Path("/proc/self/status").read_text())[1]) / 1e3
@@ -287,7 +289,7 @@ def peak_memory(rank, join, args, recompute):
 
 
 def measure_growth(args, report):
-    """The time of a step over the number of frames, and the exponent of its growth."""
+    """Measure the time of a step over the number of frames, and the exponent of its growth."""
     frames = 4, 8, 16, 32, 64
     steps = [Step(changed(args, num_frames=num_frames)) for num_frames in frames]
     for step in WARM_UP * steps:
@@ -296,12 +298,12 @@ def measure_growth(args, report):
     for last, goal in ((3, "<= 1.3"), (5, None)):
         exponents = np.polyfit(np.log(frames[:last]), np.log(seconds[:, :last]).T, 1)[0]
         note = ", ".join(f"{value:.2f}" for value in np.median(seconds[:, :last], axis=0)) + " s"
-        report.add(f"exponent of the step time up to {frames[last - 1]} frames", exponents, goal, note)
+        report.add(f"growth exponent of the step time up to {frames[last - 1]} frames", exponents, goal, note)
     report.growth = {"frames": frames, "seconds_per_step": seconds.tolist()}
 
 
 def plot_growth(path, label, frames, seconds_per_step):
-    """Write a figure of seconds, lists of (rounds, len(frames)), over frames."""
+    """Write a figure of seconds_per_step (rounds, len(frames)) over frames."""
     figure, axes = plt.subplots()
     low, median, high = np.quantile(seconds_per_step, [0.25, 0.5, 0.75], axis=0)
     axes.errorbar(frames, median, [median - low, high - median], marker="o", capsize=3, label=label)
@@ -317,7 +319,7 @@ def plot_growth(path, label, frames, seconds_per_step):
 
 
 def measure_sizes(args, report):
-    """Print clips per second, TFLOP/s and their share of the device's peak for some models and numbers of frames."""
+    """Print clips per second, TFLOP/s and MFU (share of the device's peak) for some models and numbers of frames."""
     header = ["model", "frames", "clips a step", "s a step", "clips/s", "TFLOP/s", "MFU", "peak memory, GB"]
     print(f"| {' | '.join(header)} |\n|{'---|' * len(header)}")
     for (model, tokens), num_frames in itertools.product(SIZES.items(), FRAMES):
@@ -333,8 +335,8 @@ def measure_sizes(args, report):
 
 
 def time_step(args):
-    """The cells [clips, seconds, clips/s, TFLOP/s, MFU, peak memory] of a training step; "-": not known."""
-    torch.compiler.reset()  # torch compiles a function for a few models only
+    """The cells [clips, seconds, clips/s, TFLOP/s, MFU, peak memory] of a training step; "-" if unknown."""
+    torch.compiler.reset()  # torch limits how many models it compiles a function for
     step = Step(args)
     for _ in range(WARM_UP):
         step()
@@ -352,7 +354,10 @@ def time_step(args):
 
 
 def in_processes(count, function, *args):
-    """What function(rank, join, *args) returns, for JSON, on rank 0 of `count` processes; join() makes them a group."""
+    """Run function(rank, join, *args) in `count` processes and return rank 0's result, which must fit in JSON.
+
+    join() starts the process group.
+    """
     with tempfile.TemporaryDirectory() as folder:
         torch.multiprocessing.spawn(run_rank, (count, folder, function, args), nprocs=count)
         return json.loads(Path(folder, "result.json").read_text())
@@ -376,19 +381,19 @@ def run_rank(rank, count, folder, function, args):
 
 
 def measure_optimizer(args, report):
-    """Muon's step where two ranks share the matrices, against that of one rank for all of them."""
+    """Measure Muon's step with two ranks sharing the matrices, against one rank with all matrices."""
     if torch.cuda.device_count() == 1:
-        print("optimizer: skipped, it takes two GPUs (or none)")
+        print("optimizer: skipped; it needs two GPUs or none")
         return
     ratios, shared, alone = in_processes(2, time_muon, args)
     report.add("Muon's step on 2 ranks / on one", ratios, "<= 0.65", f"{shared:.3f} and {alone:.3f} s, {args.model}")
 
 
 def time_muon(rank, join, args):
-    """What measure_ratios returns of a step that two ranks share and one of rank 0, for which the other waits."""
+    """The result of measure_ratios: a step shared by two ranks against a step of rank 0, while rank 1 waits."""
     if ON_GPU:
         torch.cuda.set_device(rank)
-    alone = random_muon(args)  # for one rank, as it is made outside a process group
+    alone = random_muon(args)  # for one rank, because the process group does not exist yet
     join()
     shared = random_muon(args)
     steps = [shared.step, alone.step if rank == 0 else lambda: None]
@@ -397,7 +402,7 @@ def time_muon(rank, join, args):
 
 
 def random_muon(args):
-    """Muon for the matrices of a model, which have random gradients."""
+    """A Muon optimizer for the matrices of a model, with random gradients."""
     _, muon = Step(changed(args, compile=False), optimizer="muon").optimizers
     for weight in muon.param_groups[0]["params"]:
         weight.grad = torch.randn_like(weight)
@@ -405,26 +410,26 @@ def random_muon(args):
 
 
 def measure_stopping(args, report):
-    """The time in which two ranks agree, at each step, whether to stop for a signal; training overlaps most of it."""
+    """Measure how long two ranks vote, at each step, on stopping for a signal. Training overlaps most of this."""
     step = Step(args)
     step()
-    seconds = in_processes(2, time_agreement, args.pairs)
-    values = [agreement / seconds_of(step) for agreement in seconds]
+    seconds = in_processes(2, time_vote, args.pairs)
+    values = [vote / seconds_of(step) for vote in seconds]
     note = f"{1e3 * np.median(seconds):.2g} ms, not overlapped"
-    report.add("agreeing on a stop, 2 processes / step", values, "<= 0.005", note)
+    report.add("stop vote of 2 processes / step", values, "<= 0.005", note)
 
 
-def time_agreement(rank, join, count, calls=50):
-    """[seconds per agreement] of `count` measurements."""
+def time_vote(rank, join, count, calls=50):
+    """[seconds per vote] of `count` measurements."""
     join()
     stop = StopSignal()
 
-    def agree():
+    def vote():
         for _ in range(calls):
             stop.vote()
             stop.resolve()
 
-    return [seconds_of(agree) / calls for _ in range(count + 1)][1:]
+    return [seconds_of(vote) / calls for _ in range(count + 1)][1:]
 
 
 def measure_data(args, report):
@@ -455,7 +460,7 @@ def measure_data(args, report):
     encode = partial(torch.no_grad()(vae.to(step.device).encode), two_frames)
     values, seconds, _ = measure_ratios(encode, step, 3)
     note = f"a frame takes {seconds / 2:.2f} s to encode, a step has {frames}; SD's VAE with random weights"
-    report.add("clips/s from a cache / on the fly", 1 + values / 2 * frames, ">= 50", note)
+    report.add("clips/s from a latent cache / encoding on the fly", 1 + values / 2 * frames, ">= 50", note)
 
 
 def measure_reading(args, report, what, read):
@@ -475,7 +480,7 @@ def run_script(script, *flags):
 
 
 def random_vae(widths, **settings):
-    """An AutoencoderKL of Stable Diffusion's kind, 4 channels and downsampling 8, with random weights."""
+    """An AutoencoderKL like Stable Diffusion's (4 channels, downsampling 8) with random weights."""
     from diffusers import AutoencoderKL  # takes seconds to import
 
     blocks = {"down_block_types": ["DownEncoderBlock2D"] * 4, "up_block_types": ["UpDecoderBlock2D"] * 4}
@@ -520,7 +525,7 @@ def main():
 
 
 def machine():
-    """The name of the GPU, or of the processor and how many of its threads are used."""
+    """The name of the GPU, or the name of the processor and the number of threads in use."""
     if ON_GPU:
         return torch.cuda.get_device_name()
     about = Path("/proc/cpuinfo")

@@ -58,7 +58,7 @@ def test_what_is_wrong_is_one_line(data, larger, tmp_path, capsys):
     for flags, line in (
         (["--data-path", "nowhere", "--out", tmp_path], "--data-path nowhere: no such folder"),
         (["--data-path", data, "--out", data], "the same as --data-path"),
-        (["--data-path", data, "--out", larger, "--copies", 1], "copy2.mkv, which is not of this data set"),
+        (["--data-path", data, "--out", larger, "--copies", 1], "copy2.mkv, which does not belong to this data set"),
     ):
         run_main(augment, *flags, status=2)
         error = capsys.readouterr().err

@@ -68,12 +68,12 @@ def foreign_video(actions, out):
 
 
 @pytest.mark.parametrize(("damage", "line"), [
-    (wrong_width, "00000012.jpg: no strip of images of 64 x 64 px: clone the repository again"),
-    (not_an_image, "00000000.jpg: no strip of images"),
-    (foreign_video, "holds Dive/me.avi, which is not of this data set: name another folder"),
+    (wrong_width, "00000012.jpg: not a strip of 64 x 64 px frames; clone the repository again"),
+    (not_an_image, "00000000.jpg: not a strip"),
+    (foreign_video, "holds Dive/me.avi, which does not belong to this data set; name another folder"),
     (lambda actions, out: shutil.rmtree(actions / "4"), "person 1 has no clip of Bend"),
     (lambda actions, out: (actions / "1/00000010.jpg").unlink(), "person 2 has no clip of TwoHandWave"),
-    (lambda actions, out: shutil.rmtree(actions), "expected a clone of the repository mocogan"),
+    (lambda actions, out: shutil.rmtree(actions), "expected a complete clone of MoCoGAN's repository"),
 ])  # fmt: skip
 def test_what_is_wrong_is_one_line_and_nothing_is_written(strips, tmp_path, capsys, damage, line):
     own, out = shutil.copytree(strips, tmp_path / "strips"), tmp_path / "out"
@@ -88,4 +88,4 @@ def test_what_is_wrong_is_one_line_and_nothing_is_written(strips, tmp_path, caps
 @pytest.mark.parametrize("held_out", [[4], [1, 2, 3]])
 def test_someone_trains_and_someone_validates(strips, tmp_path, capsys, held_out):
     prepare(strips, tmp_path / "out", "--hold-out", *held_out, status=2)
-    assert f"--hold-out {held_out}: expected some of the people 1 to 3, not all" in capsys.readouterr().err
+    assert f"--hold-out {held_out}: expected some of people 1 to 3, but not all" in capsys.readouterr().err

@@ -72,4 +72,4 @@ def test_the_benchmark_measures_two_ranks():
     command = [*PYTHON, str(ROOT / "scripts/benchmark.py"), *flags]
     done = subprocess.run(command, capture_output=True, text=True, timeout=240)
     assert done.returncode == 0, done.stderr
-    assert "Muon's step on 2 ranks / on one: " in done.stdout and "agreeing on a stop, 2 processes" in done.stdout
+    assert "Muon's step on 2 ranks / on one: " in done.stdout and "stop vote of 2 processes" in done.stdout
