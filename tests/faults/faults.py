@@ -192,7 +192,7 @@ def main():
     parser.add_argument("--out", default="results/faults.md", help="where the table goes")
     parser.add_argument("flags", nargs="*", help="more flags of train.py, after --")
     args = parser.parse_args()
-    lines = ["| what | hits | differences at the end | steps to do again, at most | processes gone after, at most |"]
+    lines = ["| event | hits | differences at the end | steps repeated, at most | all processes gone after, at most |"]
     lines += ["|---|---|---|---|---|"]
     with tempfile.TemporaryDirectory() as root:
         data = make_data(Path(root, "shapes"))
@@ -213,7 +213,8 @@ def main():
                 lines.append(f"| {what} | {len(some)} | {len(found)} | {lost} of {EVERY} | {gone:.1f} s |")
     table = "\n".join(lines)
     print(table)
-    Path(args.out).write_text(f"# {' '.join(['Runs', *args.flags])} that were hit at random moments\n\n{table}\n")
+    title = " ".join(["# Runs interrupted at random moments", *args.flags])
+    Path(args.out).write_text(f"{title}\n\n{table}\n")
 
 
 if __name__ == "__main__":
