@@ -37,10 +37,7 @@ SUBROWS = 8  # scan lines per pixel row
 
 SHAPES = ("Circle", "Square", "Triangle")
 DIRECTIONS = {"Left": (-1, 0), "Right": (1, 0), "Up": (0, -1), "Down": (0, 1)}
-AXES = {
-    "Horizontal": ("Left", "Right"),
-    "Vertical": ("Up", "Down"),
-}  # of --bounce: axis, directions
+AXES = {"Horizontal": ("Left", "Right"), "Vertical": ("Up", "Down")}  # of --bounce
 CLASSES = tuple(f"{shape}{direction}" for shape in SHAPES for direction in DIRECTIONS)
 BOUNCING = tuple(f"{shape}{axis}" for shape in SHAPES for axis in AXES)
 COLORS = {

@@ -354,10 +354,7 @@ def time_step(args):
 
 
 def in_processes(count, function, *args):
-    """Run function(rank, join, *args) in `count` processes and return rank 0's result, which must fit in JSON.
-
-    join() starts the process group.
-    """
+    """Run function(rank, join, *args) in `count` processes, which join() groups; returns rank 0's result, via JSON."""
     with tempfile.TemporaryDirectory() as folder:
         torch.multiprocessing.spawn(run_rank, (count, folder, function, args), nprocs=count)
         return json.loads(Path(folder, "result.json").read_text())

@@ -92,8 +92,7 @@ def markdown(content):
     ]  # fmt: skip
     if content["chosen"] is None:
         return [*lines, f"No threshold R is as accurate as the full path with at most {GOAL:.0%} of its evaluations."]
-    chosen = f"Seed 1, with R = {content['chosen']:g}, which was chosen on seed 0:"
-    return [*lines, chosen, "", *table(content["held_out"])]
+    return [*lines, f"Seed 1, with the R chosen on seed 0, {content['chosen']:g}:", "", *table(content["held_out"])]
 
 
 def table(rows):
@@ -106,9 +105,8 @@ def table(rows):
             f"{100 * row['direction_accuracy']:.1f} ({100 * low:.1f} - {100 * high:.1f})",
             lab.cell(row, "speed_ratio", 2), f"{row['distance']:.1f}",
         ])  # fmt: skip
-    titles = ["method", "step size", "R", "evaluations", "direction accuracy (%)", "speed / true"]
-    titles.append("distance (gray levels)")
-    return lab.table(titles, cells)
+    titles = "method", "step size", "R", "evaluations", "direction accuracy (%)", "speed / true"
+    return lab.table([*titles, "distance (gray levels)"], cells)
 
 
 def plot_rows(path, rows):

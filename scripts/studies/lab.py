@@ -208,10 +208,7 @@ def run_all(runs, minutes=math.inf):
 
 
 def data_sets(folder, count, test_count, *flags):
-    """The `data` of a Run: a training set in `folder`, and a test set with another seed in FOLDER-test.
-
-    count, test_count: videos per class.
-    """
+    """The `data` of a Run: `count` videos per class in `folder`, and a test set with another seed in FOLDER-test."""
     flags = [*flags, "--videos-per-class"]
     return {folder: [*flags, count], folder.with_name(f"{folder.name}-test"): [*flags, test_count, "--seed", 1]}
 

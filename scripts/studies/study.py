@@ -222,7 +222,7 @@ def parse_args():
     add, only_print = parser.add_argument, parser.add_mutually_exclusive_group().add_argument
     only = "questions (A to C) or names of arms; default: all"
     add("--only", nargs="+", choices=(*QUESTIONS, *BY_NAME), metavar="WHAT", help=only)
-    minutes = "start no run that would end later than this; default: no limit"
+    minutes = "start no run that would end after this many minutes; default: no limit"
     add("--minutes", type=POSITIVE, default=math.inf, help=minutes)
     only_print("--list", action="store_true", help="only print what is done and what is missing")
     only_print("--report", action="store_true", help="only write tables and figures, from study.csv")
