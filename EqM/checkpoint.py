@@ -1,16 +1,16 @@
 """Checkpoints: written so that no crash damages one, read so that none can run code.
 
---ckpt names a file of train.py, a folder of scripts/export.py or a file of the published image models; `load` returns
-this dict of tensors and plain Python values for all three; only train.py's have a "run":
+--ckpt names a file of train.py, a folder of scripts/export.py or a file of a published image model. For all three,
+`load` returns this dict of tensors and plain Python values. Only files of train.py have a "run":
     version    format of the file
     config     {"model": fields of EqMConfig, "data": vae, image_size, fps, ..., "training": all flags, "typed": the
-               names of the flags that the user gave}
+               names of the flags that the user typed}
     model, ema flat state dicts
-    optimizer  {"kind": "adamw" or "muon", "states": [state dicts], "scaler": state dict}; None in files of others
+    optimizer  {"kind": "adamw" or "muon", "states": [state dicts], "scaler": state dict}; None in other files
     step       global step, over all phases
     phase      the other fields of Progress
     best_loss  lowest validation loss of the phase
-    run        {"window": averages of steps that were not logged yet, or None, "bad_videos": paths of corrupt videos}
+    run        {"window": averages of steps that are not logged yet, or None, "bad_videos": paths of corrupt videos}
 """
 
 import hashlib
@@ -19,6 +19,7 @@ import os
 import pickle
 import warnings
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import suppress
 from dataclasses import asdict, dataclass
 from functools import partial
 from pathlib import Path
@@ -30,18 +31,20 @@ from models import SHAPE, EqM, EqMConfig, model_name, model_shape
 from published import load_published, published_parts, read_export
 from runtime import distributed
 from runtime.atomic import atomic_write, link
-from runtime.cli import UserError, say
+from runtime.cli import UserError, say, writing
 from runtime.distributed import rank
 from runtime.memory import free_bytes
-from runtime.runs import is_restarted, lock, newest_run, remove_temporary_files
+from runtime.metrics import read_metrics
+from runtime.runs import describe_missing, is_restarted, lock, newest_run, remove_temporary_files
 from runtime.untrusted import read_torch
 from schedule import current_phase, is_due
 from sharding import full_tensor, is_sharded, shard_like
 
 VERSION = 1
 KEYS = {"version", "config", "model", "ema", "optimizer", "step", "phase", "best_loss"}
-PARTS = ("model", "ema", "optimizer", "run")  # those that hold tensors
-SETTINGS = {  # what every config has
+SAVED_STEP = "saved_step.txt"  # in a run folder: the step of its newest checkpoint
+PARTS = ("model", "ema", "optimizer", "run")  # the parts that hold tensors
+SETTINGS = {  # names that every config has
     "model": set(EqMConfig.__annotations__),
     "data": {"vae", "image_size", "time_scale", "longest_time_scale"},
     "training": {"model", "num_frames", "video"},
@@ -50,11 +53,11 @@ SETTINGS = {  # what every config has
 
 @dataclass
 class Progress:
-    """Where a run stands. Steps are global: a phase that starts from a checkpoint continues the count."""
+    """The progress of a run. Steps are global: a phase that starts from a checkpoint continues the count."""
 
     step: int = 0
     first_step: int = 0  # of the phase; it also names the phase's stream of samples
-    position: int = 0  # samples taken from that stream
+    position: int = 0  # number of samples used from that stream
     best_loss: float = math.inf  # lowest validation loss of the phase
     best_step: int = -1  # and its step
     skipped: int = 0  # steps in a row whose gradient was not finite
@@ -67,7 +70,7 @@ class Progress:
         self.flops += batch_size * flops_per_clip
 
     def begin_phase(self):
-        """Start another phase here, with its own stream and its own best loss."""
+        """Start another phase at this step, with its own stream and best loss."""
         self.first_step, self.position, self.best_loss, self.best_step = self.step, 0, math.inf, -1
 
 
@@ -76,20 +79,18 @@ class Progress:
 
 
 def save(path, state):
-    """Write a checkpoint to a temporary file, flush it to the disk, then rename it to `path`.
+    """Write a checkpoint to a temporary file, flush it to the disk, then rename it to `path`. Raises UserError.
 
-    Whatever goes wrong, `path` holds its old content or all of the new. Raises UserError if it can't be written.
+    After any failure, `path` holds its old or its complete new content.
     """
-    try:
+    with writing(path):
+        Path(path).parent.mkdir(exist_ok=True)  # a user may have deleted it
         with atomic_write(path) as file:
             torch.save(state, file)
-    except (OSError, RuntimeError) as error:  # torch wraps a full disk in a RuntimeError
-        reason = getattr(error, "strerror", None) or str(error).splitlines()[0]
-        raise UserError(f"{path} can't be written ({reason}); older checkpoints are intact") from error
 
 
 def run_state(config, model, ema, optimizers, scaler, progress):
-    """The content of a run's checkpoint, but for its "run"."""
+    """The content of a run's checkpoint, except for its "run"."""
     phase = asdict(progress)
     states = [optimizer.state_dict() for optimizer in optimizers]
     return {
@@ -105,21 +106,21 @@ def run_state(config, model, ema, optimizers, scaler, progress):
 
 
 class Writer:
-    """Writes the checkpoints of a run, on rank 0 only. Training stands still only while the tensors are copied.
+    """Write the checkpoints of a run, on rank 0. Training pauses only while the tensors are copied.
 
-    A thread writes one copy at a time; the next call of a method raises the error it had. All ranks gather the full
-    tensors of a sharded state.
+    A thread writes one copy at a time. The next call of a method raises its error. All ranks gather the full tensors of
+    a sharded state.
     """
 
     def __init__(self, folder):
         self.path = Path(folder, "checkpoints", "latest.pt")
-        self.copies = {}  # {place in the state: tensor on the CPU}, the same memory for all checkpoints of the run
+        self.copies = {}  # {place in the state: tensor on the CPU}, memory that all checkpoints of the run reuse
         self.thread, self.writing = ThreadPoolExecutor(1, "checkpoint"), None
 
     def write(self, state, names, before, after):
-        """Save a state as latest.pt and under its other names; the thread calls before() first and after() last.
+        """Save a state as latest.pt and under `names`. The thread calls before() first and after() last.
 
-        All ranks call it. Raises UserError.
+        All ranks call this. Raises UserError.
         """
         self.wait()
         self.check_memory(state)
@@ -127,22 +128,24 @@ class Writer:
         if rank() != 0:
             return
         if torch.cuda.is_available():
-            copied = torch.cuda.Event(blocking=True)  # whoever waits for it sleeps
-            copied.record()  # the next step waits for the copies by itself, as it comes after them on the GPU
+            copied = torch.cuda.Event(blocking=True)  # the waiting thread sleeps
+            copied.record()  # the next step runs after the copies on the GPU, so it needs no wait
 
         def run():
             if copied is not None:
                 copied.synchronize()
             before()
             save(self.path, state)
-            for name in names:
-                link(self.path, name)
+            with writing(self.path):
+                for name in names:
+                    link(self.path, name)
+                self.path.parents[1].joinpath(SAVED_STEP).write_text(f"{state['step']}\n")
             after()
 
         self.writing = self.thread.submit(run)
 
     def copy(self, value, place=()):
-        """A state with its tensors copied to the CPU, into the memory of the previous copies where shapes agree."""
+        """A copy of a state on the CPU, in the memory of the previous copies where shapes agree."""
         if isinstance(value, dict):
             return {name: self.copy(part, (*place, name)) for name, part in value.items()}
         if isinstance(value, list):
@@ -170,12 +173,12 @@ class Writer:
             )
 
     def check(self):
-        """Raise what went wrong in the thread, if anything did."""
+        """Raise the error of the thread, if it has ended with one."""
         if self.writing is not None and self.writing.done():
             self.writing.result()
 
     def wait(self):
-        """Return once nothing is being written; raises what went wrong."""
+        """Wait until nothing is being written. Raises the error of the thread."""
         if self.writing is not None:
             self.writing.result()
 
@@ -187,7 +190,7 @@ def names_at(progress, last_step, every):
 
 
 def complete_names(start, phases, every):
-    """Link the resumed checkpoint to all its names: the run may have been killed before it had done so."""
+    """Link the resumed checkpoint to all its names, as a kill may have come before that."""
     if rank() == 0 and start.resumes and not start.unlogged:
         last_step = current_phase(phases, start.progress.first_step).last_step
         for name in ["latest.pt", *names_at(start.progress, last_step, every)]:
@@ -199,10 +202,10 @@ def complete_names(start, phases, every):
 
 
 def load(path, parts=PARTS, **asked):
-    """The dict of a checkpoint; asked are the fields of EqMConfig that --model and --ebm give.
+    """The dict of a checkpoint. asked: the fields of EqMConfig that --model and --ebm set.
 
-    The tensors of a file stay there and are read when they are used, so that no rank needs a copy of its own. Damage is
-    found here in the tensors of `parts`, which the caller uses, and in no others. Raises UserError.
+    The tensors stay in the file and are read when they are used, so no rank needs its own copy. Only the tensors of
+    `parts`, which the caller uses, are checked for damage. Raises UserError.
     """
     if os.path.isdir(path):
         state = from_elsewhere(*read_export(path))
@@ -216,19 +219,19 @@ def load(path, parts=PARTS, **asked):
     if state["version"] != VERSION:
         raise UserError(f"--ckpt {path}: has format version {state['version']}, this code reads version {VERSION}")
     if not all(names <= state["config"][part].keys() for part, names in SETTINGS.items()):
-        raise UserError(f"--ckpt {path}: lacks settings; commit f311e33 reads older files")  # of all earlier commits
+        raise UserError(f"--ckpt {path}: lacks settings; commit f311e33 reads older files")  # the last one to
     return state
 
 
 def used_parts(state, names):
-    """The parts with these names in the content of a checkpoint or a published file, whose optimizer nobody uses."""
+    """The parts with these names of a checkpoint or a published file. The optimizer of a published file is unused."""
     if published := published_parts(state):
         state = {"model": published[0], "ema": published[1]}
     return [state.get(name) for name in names] if isinstance(state, dict) else []
 
 
 def read_file(path, used=None):
-    """The content of a file of torch.save; `used` is an argument of `read_torch`. Raises UserError."""
+    """The content of a file of torch.save. used: see `read_torch`. Raises UserError."""
     try:
         return read_torch(path, used)
     except FileNotFoundError:
@@ -243,7 +246,7 @@ def read_file(path, used=None):
 
 
 def from_elsewhere(config, model, ema, step, version=VERSION):
-    """The dict of a checkpoint that train.py has not written: no optimizer, no phase."""
+    """The dict of a checkpoint of another program than train.py: without optimizer and phase."""
     phase = {"first_step": step, "position": 0, "ema_start": step}
     state = {"version": version, "config": config, "model": model, "ema": ema, "optimizer": None, "step": step}
     return state | {"phase": phase, "best_loss": math.inf}
@@ -252,8 +255,8 @@ def from_elsewhere(config, model, ema, step, version=VERSION):
 def load_model(path, use_ema=True, model=None, video=None, **checks):
     """Rebuild the network of a checkpoint: (model in eval mode on the CPU, config of the file, step).
 
-    checks are fields of EqMConfig that must agree, such as use_rope=True, and video says whether it must be a model of
-    videos or of images; None is not checked. Only published files need `model`, their --model. Raises UserError.
+    checks: fields of EqMConfig that must agree, such as use_rope=True. video: whether it must be a model of videos or
+    of images. None is not checked. model: the --model of a published file. Raises UserError.
     """
     part, flag = "ema" if use_ema else "model", f"--ckpt {path}"
     state = load(path, [part], **model_shape(model), ebm=checks.get("ebm"))
@@ -262,15 +265,25 @@ def load_model(path, use_ema=True, model=None, video=None, **checks):
     if not use_ema and state["model"] is state["ema"]:
         raise UserError(f"--no-ema: {flag} holds EMA weights only; remove the flag")
     check(flag, config, **checks)
+    note_old_best(Path(path), state)
     with warnings.catch_warnings():
-        warnings.simplefilter("ignore")  # that it is narrow: training has said so
+        warnings.simplefilter("ignore")  # training has already warned of a narrow model
         network = EqM(config)
     network.load_state_dict(state[part])
     return network.eval(), state["config"], state["step"]
 
 
+def note_old_best(path, state):
+    """Say so if a best.pt is older than the run's newest checkpoint by more than a fifth of the steps of its phase."""
+    with suppress(OSError, ValueError):  # a best.pt that is not in a run folder
+        newest = int((path.parents[1] / SAVED_STEP).read_text()) if path.name == "best.pt" else 0
+        if newest - state["step"] > (newest - state["phase"]["first_step"]) / 5:
+            steps = f"best.pt has step {state['step']}, latest.pt has step {newest}"
+            say(f"note: {steps}: no later validation loss was lower; latest.pt has the newest weights")
+
+
 def weights_sha256(weights):
-    """The SHA-256 of a flat state dict: of names, shapes and values in float32."""
+    """The SHA-256 of the names, shapes and float32 values of a flat state dict."""
     digest = hashlib.sha256()
     for name, value in sorted(weights.items()):
         digest.update(f"{name} {tuple(value.shape)} ".encode())
@@ -290,13 +303,13 @@ def load_run(start, model, ema, optimizers, scaler):
 
 
 def load_weights(model, weights):
-    """load_state_dict, also of full tensors into a sharded model."""
+    """Load full tensors into a model, which may be sharded."""
     own = model.state_dict()
     model.load_state_dict({name: shard_like(value, own[name]) for name, value in weights.items()})
 
 
 def load_optimizers(optimizers, saved):
-    """Restore the optimizers' state of each weight; settings such as the learning rate stay those of the flags."""
+    """Restore the optimizers' state of each weight; settings such as the learning rate come from the flags."""
     for optimizer, state in zip(optimizers, saved, strict=True):
         weights = optimizer.param_groups[0]["params"]
         parts = {
@@ -304,18 +317,18 @@ def load_optimizers(optimizers, saved):
             for index, values in state["state"].items()
         }
         optimizer.load_state_dict({"state": parts, "param_groups": optimizer.state_dict()["param_groups"]})
-        for values in optimizer.state.values():  # on the CPU they would still map the file
+        for values in optimizer.state.values():  # on the CPU they still map the file
             values |= {name: value.clone() for name, value in values.items()}
 
 
 def config_of(flag, state):
-    """The EqMConfig of a loaded checkpoint, which its weights match. Raises UserError."""
+    """The EqMConfig of a loaded checkpoint. Raises UserError if it is invalid or does not match the weights."""
     try:
         config = EqMConfig(**state["config"]["model"])
     except (ValueError, TypeError) as error:
         raise UserError(f"{flag}: damaged: the settings of its model are invalid ({error})") from error
     with warnings.catch_warnings(), torch.device("meta"):  # shapes only, without memory
-        warnings.simplefilter("ignore")  # that it is narrow: the real one will warn
+        warnings.simplefilter("ignore")  # the real model will warn
         expected = {name: value.shape for name, value in EqM(config).state_dict().items()}
     for part in ("model", "ema"):
         got = {name: value.shape for name, value in state[part].items()}
@@ -327,10 +340,9 @@ def config_of(flag, state):
 
 
 def check(flag, saved, **asked):
-    """Raise UserError unless the checkpoint's EqMConfig has the values that were asked for; None is not checked.
+    """Raise UserError unless the checkpoint's EqMConfig has the values of `asked`; None is not checked.
 
-    flag names the checkpoint in the message. The kind of positions is checked too: with rotary ones num_frames, which
-    no weight depends on, may differ.
+    flag: names the checkpoint in the message. With rotary positions num_frames may differ, as no weight depends on it.
     """
     asked = {name: value for name, value in asked.items() if value is not None}
     if asked.pop("use_rope", saved.use_rope) != saved.use_rope:
@@ -341,7 +353,7 @@ def check(flag, saved, **asked):
     got, expected = model_name(**asdict(saved)), model_name(**asdict(saved) | asked)
     if got != expected:
         advice = "remove --model, --depth, --hidden-size and --num-heads: the checkpoint has them"
-        raise UserError(f"{flag}: holds {got}, --model asks for {expected}: {advice}")
+        raise UserError(f"{flag}: holds {got}, --model is {expected}: {advice}")
     for name in asked.keys() - set(SHAPE):
         if getattr(saved, name) != asked[name]:
             own = {"input_size": "--image-size", "in_channels": "--vae"}.get(name, f"--{name.replace('_', '-')}")
@@ -351,12 +363,12 @@ def check(flag, saved, **asked):
 
 
 def check_kind(flag, state, model=None, video=None):
-    """Raise UserError unless a checkpoint was trained with this --model and --video; None is not checked."""
+    """Raise UserError unless the checkpoint was trained with this --model and --video; None is not checked."""
     training = state["config"]["training"]
     if model not in (None, training["model"]):
         raise UserError(f"--model {model}: {flag} has {training['model']}; remove the flag")
     if video not in (None, training["video"]):
-        kind = "an image model, --video asks for videos: remove it" if video else "a video model: add --video"
+        kind = "an image model, --video needs a video model: remove it" if video else "a video model: add --video"
         raise UserError(f"{flag}: holds {kind}")
 
 
@@ -366,21 +378,21 @@ def check_kind(flag, state, model=None, video=None):
 
 @dataclass
 class Start:
-    """Where training starts: from scratch, from --ckpt, or where a run was interrupted."""
+    """Where training starts: from scratch, from --ckpt, or at the last checkpoint of a run."""
 
     progress: Progress
     path: Path | None = None  # of the checkpoint
     state: dict | None = None  # and its content
-    folder: Path | None = None  # of the run to resume, also if it has no checkpoint yet
+    folder: Path | None = None  # of the run to resume, even if it has no checkpoint yet
 
     @property
     def resumes(self):
-        """Whether the checkpoint is one of the run itself."""
+        """Whether the checkpoint belongs to the resumed run."""
         return self.folder is not None and self.path is not None and self.path.parent.parent == self.folder
 
     @property
     def flag(self):
-        """How messages name the checkpoint."""
+        """The checkpoint's name in messages."""
         return f"--resume, {self.path}" if self.resumes else f"--ckpt {self.path}"
 
     @property
@@ -390,7 +402,7 @@ class Start:
 
     @property
     def unlogged(self):
-        """The StepStats.averaged of steps that the run had not logged when it stopped; else None."""
+        """The StepStats.averaged of steps that a resumed run had not logged; else None."""
         return self.state["run"]["window"] if self.resumes else None
 
     @property
@@ -398,19 +410,19 @@ class Start:
         return self.state["run"]["bad_videos"] if self.resumes else []
 
     def kept(self, name):
-        """The value that the run had for a flag; None unless it is resumed."""
+        """The resumed run's value of a flag; None for a new run."""
         return self.config["training"].get(name) if self.resumes else None
 
 
 def find_start(args, name):
-    """The Start that the flags of train.py ask for. This is the policy of resuming.
+    """The Start for the flags of train.py. This is the policy of resuming.
 
-    With --resume, or restarted by torchrun, the newest run of that name is locked and continues from its newest intact
-    checkpoint. If there is none, --ckpt starts a new phase with its model, EMA, optimizer and step; without --ckpt
+    With --resume, or after a restart by torchrun, the newest run of that name is locked and continues from its newest
+    intact checkpoint. Otherwise --ckpt starts a new phase with its model, EMA, optimizer and step. Without --ckpt,
     training starts from scratch. Raises UserError.
     """
     asked = asked_shape(args)
-    start = find_resumed(args, name, args.ckpt or "the beginning", **asked)
+    start = find_resumed(args, name, args.ckpt, **asked)
     if start.path is None and args.ckpt:
         start.path, start.state = Path(args.ckpt), load(args.ckpt, **asked)
     if start.path is None:
@@ -428,24 +440,35 @@ def find_start(args, name):
     return start
 
 
-def find_resumed(args, name, otherwise, read=load, **asked):
-    """The Start of the run to resume, at its newest intact checkpoint if it has one; from scratch if there is none."""
-    start = Start(Progress(), folder=folder_to_resume(args, name, otherwise))
+def find_resumed(args, name, ckpt=None, read=load, **asked):
+    """The Start of the run to resume, at its newest intact checkpoint; from scratch without a run or a checkpoint."""
+    start = Start(Progress(), folder=folder_to_resume(args, name, ckpt))
     if start.folder:
+        check_not_deleted(start.folder)
         start.path, start.state = newest_checkpoint(start.folder, read, **asked)
     if state := start.state:
         start.progress = Progress(state["step"], best_loss=state["best_loss"], **state["phase"])
     return start
 
 
-def folder_to_resume(args, name, otherwise):
-    """The newest run folder of that name, locked, if --resume or a restart by torchrun asks for it; None if not.
+def check_not_deleted(folder):
+    """Raise UserError if the run has saved checkpoints and all are gone. A run killed before it saved starts over."""
+    place, metrics = Path(folder, "checkpoints"), Path(folder, "metrics.jsonl")
+    rows = read_metrics(metrics)[0] if metrics.exists() else []
+    if rows and (Path(folder, SAVED_STEP).exists() or not place.exists()) and not any(place.glob("*.pt")):
+        reached = f"the checkpoints of {folder} were deleted (its metrics reach step {rows[-1]['step']})"
+        raise UserError(f"--resume: {reached}: restore one, or remove --resume to start a new run")
 
-    otherwise says where training starts if there is none. Raises UserError.
+
+def folder_to_resume(args, name, ckpt):
+    """The newest run folder of that name, locked, if --resume or a restart by torchrun asks for it; else None.
+
+    ckpt: the file from which training starts without one. Raises UserError.
     """
     folder = newest_run(args.results_dir, name)
     if folder is None and args.resume:
-        say(f"--resume: nothing to resume in {Path(args.results_dir, f'[0-9]*-{name}')}: starting from {otherwise}")
+        missing = describe_missing(args.results_dir, name, ckpt is not None)
+        say(f"--resume: {missing}; starting from {ckpt or 'the beginning'}")
     if folder is None or not (args.resume or is_restarted(folder)):
         return None
     if rank() == 0:
@@ -455,15 +478,15 @@ def folder_to_resume(args, name, otherwise):
 
 
 def asked_shape(args):
-    """What `load` needs to know of the flags of train.py."""
+    """The flags of train.py that `load` needs."""
     typed = {name: value for name in SHAPE if (value := getattr(args, name, None)) is not None}
     return model_shape(args.model) | typed | {"ebm": args.ebm}
 
 
 def newest_checkpoint(folder, read=load, **asked):
-    """(path, dict as of `load`) of the newest intact checkpoint of a run; two None without any.
+    """(path, dict of `load`) of the newest intact checkpoint of a run; (None, None) without one.
 
-    Damaged ones are named. latest.pt is always the newest; the others are read only if it is missing or damaged.
+    Prints the damaged ones. latest.pt is always the newest; the others are read only if it is missing or damaged.
     """
     intact, latest = [], Path(folder, "checkpoints", "latest.pt")
     for path in sorted(latest.parent.glob("*.pt"), key=lambda path: (path != latest, path)):

@@ -3,18 +3,18 @@
     python EqM/evaluate.py --metric motion --samples samples --data-path datasets/moving-shapes --out motion.json
     python EqM/evaluate.py --manifest motion.json --out again.json
 
-motion       Moving Shapes only, where the truth is known: direction, shape, speed and area of the moving object; of
-             bouncing ones whether it stays one object, its speed, and whether it turns at the borders and only there
+motion       Moving Shapes only, where the truth is known: direction, shape, speed and area of the moving object; for
+             bouncing shapes: whether it stays one object, its speed, whether it turns only at the borders
 fvd, fid     Fréchet distance of the features of clips; of all frames, or of images. fvd2048_16f_cfg1 is the protocol of
-             2,048 clips of 16 frames without guidance, which must be chosen (--cfg-scale in training or sampling)
+             2,048 clips of 16 frames without guidance (set --cfg-scale 1 in training or sampling)
 consistency  any videos: drift over the clip, seams at the borders of temporal patches
-nearest      any videos: how near to training clips they are, beside held-out real clips: does the model only memorize?
-prediction   samples that continue real clips (sample_gd.py --given DATA --given-split val): their PSNR and SSIM
-classifier   data sets of few videos: do samples show their class? A small network, trained here, says it
+nearest      any videos: distance to training clips, compared with held-out real clips: does the model only memorize?
+prediction   samples that continue real clips (sample_gd.py --given DATA --given-split val): PSNR and SSIM
+classifier   data sets of few videos: do samples show their class? A small network, trained here, decides
 
-sample_gd.py writes the samples without loss: 2,048 clips of 16 frames of 256 px take 6.4 GB. scripts/score.sh samples
-and scores. The ranks share all clips by index, so their number changes the values by rounding only. --manifest repeats
-a scoring and compares the values; if they do not agree, the exit status is 1.
+sample_gd.py writes lossless samples: 2,048 clips of 16 frames of 256 px take 6.4 GB. scripts/score.sh samples and
+scores. The ranks share all clips by index, so their number changes the values only by rounding. --manifest repeats a
+scoring and compares the values; if they do not agree, the exit status is 1.
 """
 
 import os
@@ -30,8 +30,8 @@ from scoring import classifier, consistency, frechet, manifest, nearest, predict
 from video.source import check_data_path
 
 NUM_REAL = {"motion": 96, "fvd": 2048, "fid": 2048, "consistency": 256, "nearest": 256}  # default number of real clips
-FREE_FLAGS = {"manifest", "out", "samples", "data_path", "detector", "cache", "num_workers", "tolerance"}  # beside it
-OWN = {"samples", "sheet", "grid", "evaluations", "energy"}  # what sample_gd.py names the files of its folders
+FREE_FLAGS = {"manifest", "out", "samples", "data_path", "detector", "cache", "num_workers", "tolerance"}  # with it
+OWN = {"samples", "sheet", "grid", "evaluations", "energy"}  # file names that sample_gd.py uses in its folders
 CHOOSES = {"nearest": {"split"}, "prediction": {"split", "num_real"}, "classifier": {"split", "num_real"}}
 
 
@@ -40,44 +40,43 @@ def parse_args(words=None):
     add = parser.add_argument_group("clips and metric").add_argument
     metrics = [*NUM_REAL, "prediction", "classifier"]
     add("--metric", choices=metrics, default="motion", help="motion: Moving Shapes only")
-    add("--samples", nargs="+", metavar="DIR", help="folders of sample_gd.py; for several, --out is a file in each")
-    add("--data-path", metavar="DIR", help="folder of the videos (images) of training, not a latent cache")
-    detector = "feature network of fvd and fid: i3d_torchscript.pt, as in StyleGAN-V and most FVD code, or inception-"
-    detector += "2015-12-05.pt of StyleGAN2-ADA. TorchScript is a program: use a file from a source you trust"
+    add("--samples", nargs="+", metavar="DIR", help="folders of sample_gd.py; with several, --out is a file in each")
+    add("--data-path", metavar="DIR", help="folder of the training videos or images, not a latent cache")
+    detector = "feature network of fvd and fid: i3d_torchscript.pt of StyleGAN-V and most FVD code, or inception-"
+    detector += "2015-12-05.pt of StyleGAN2-ADA. TorchScript is a program: only use a file that you trust"
     add("--detector", metavar="FILE", help=detector)
     add("--split", choices=["train", "val", "all"], help="of the real clips; default: train for fvd and fid, else val")
-    add("--val-fraction", type=SHARE, default=0.05, help="share of the videos in val, as in training")
+    add("--val-fraction", type=SHARE, default=0.05, help="fraction of the videos in val; use the value of training")
     counts = ", ".join(f"{count} for {metric}" for metric, count in NUM_REAL.items())
     add("--num-real", type=number(int, least=2), help=f"number of real clips; default: {counts}")
-    add("--keep-background", action="store_true", help="prediction: score samples with background that was kept, too")
-    steps = "training steps of classifier, 16 windows each"
-    add("--classifier-steps", type=COUNT, default=250, help=steps)
+    add("--keep-background", action="store_true", help="prediction: accept samples of --keep-background")
+    add("--classifier-steps", type=COUNT, default=250, help="training steps of classifier, 16 windows each")
     add("--seed", type=NATURAL, default=0, help="seed of classifier and of the bootstrap of fvd and fid")
-    resamples = "of the bootstrap for the interval of fvd and fid (10 s each for fid of 2048 clips on a core); 0 = none"
+    resamples = "bootstrap resamples for the interval of fvd and fid (10 s each for fid of 2048 clips); 0 = none"
     add("--resamples", type=NATURAL, default=frechet.RESAMPLES, help=resamples)
     add = parser.add_argument_group("run").add_argument
     add("--out", required=True, metavar="FILE.json", help="the manifest; some metrics write pictures beside it")
-    add("--manifest", metavar="FILE", help="repeat it; other flags may only name places, --num-workers, --tolerance")
+    add("--manifest", metavar="FILE", help="repeat this manifest; other flags: only paths, --num-workers, --tolerance")
     add("--tolerance", type=NON_NEGATIVE, default=1e-3, help="values agree: |a - b| <= X max(1, |a|, |b|)")
-    add("--cache", metavar="DIR", help="for statistics of the real features; default: evaluate-cache beside --out")
+    add("--cache", metavar="DIR", help="folder for statistics of real clips; default: evaluate-cache beside --out")
     add("--batch-size", type=COUNT, default=16, help="clips per rank at a time")
     add("--num-workers", type=NATURAL, default=1, help="processes per rank that read videos; 0 = none")
     return parser.parse_args(words)
 
 
 def repeat_flags(args):
-    """(flags of --manifest and those given beside it, the manifest). Raises UserError."""
+    """(flags of --manifest combined with the typed flags, the manifest). Raises UserError."""
     old = manifest.read_manifest(args.manifest)
     for name in sorted(args.typed - FREE_FLAGS):
         raise UserError(f"--{name.replace('_', '-')}: --manifest {args.manifest} sets it; remove the flag")
     own = {name: value for name, value in vars(args).items() if name in args.typed}
     if len(own.get("samples", [])) > 1:
-        raise UserError(f"--samples: --manifest {args.manifest} is of one folder; pass one")
+        raise UserError(f"--samples: --manifest {args.manifest} scores one folder; pass one")
     return parse_args(manifest.as_words(old["flags"] | own)), old
 
 
 def check_flags(args):
-    """Raise UserError for flags that contradict each other or the machine; nothing is touched."""
+    """Raise UserError for flags that contradict each other or the machine. Touches nothing."""
     cli.check_devices()
     if args.samples is None or args.data_path is None:
         raise UserError(f"--{'data-path' if args.samples else 'samples'}: not given; expected a folder (see --help)")
@@ -98,7 +97,7 @@ def check_flags(args):
 
 
 def find_real(args, samples, detector):
-    """(Clips of the real videos, videos of training, Truth, the manifest but for its values). Raises UserError."""
+    """(Clips of the real videos, training videos, Truth, the manifest without its values). Raises UserError."""
     metric, T, images = args.metric, samples.num_frames, samples.num_frames == 1
     check_data_path(args.data_path, images, cached=False)
     about = detector and frechet.check_detector(args.detector, detector, metric, T, samples.image_size)
@@ -121,13 +120,13 @@ def find_real(args, samples, detector):
     elif metric == "classifier":
         classifier.check(samples, clips, training, place)
     elif metric == "prediction" and real["videos_sha256"] != samples.about["real"]["videos_sha256"]:
-        raise UserError(f"{place}: not the videos that {samples.place} continues; pass those")
+        raise UserError(f"{place}: not the videos that {samples.place} continues; pass the folder of those")
     truth = shapes.find_truth(metric, args.data_path, samples, clips.classes)
     return clips, training, truth, manifest.start(args, samples, split, count, real, about)
 
 
 def score(args, samples, out, clips, training, truth, new, detector, device, corrupt):
-    """(values, result, lines to print) on rank 0. Paths of real videos that can't be decoded are added to `corrupt`."""
+    """(values, result, lines to print) on rank 0. Adds paths of real videos that can't be decoded to `corrupt`."""
     real = sources.real_stream(clips, new["real"]["num_clips"], args.batch_size, args.num_workers, device, corrupt)
     streams = sources.generated_stream(samples, args.batch_size, device), real
     if args.metric == "motion":
@@ -146,7 +145,7 @@ def score(args, samples, out, clips, training, truth, new, detector, device, cor
 
 
 def run(args, samples, real, detector, old, device):
-    """Score samples, write the manifest. Returns a line if the values are not those of `old`."""
+    """Score samples and write the manifest. Returns a line if the values differ from the manifest `old`, else None."""
     out = Path(args.out if len(args.samples) == 1 else samples.folder / args.out)
     *real, new = distributed.broadcast(real)
     out.parent.mkdir(parents=True, exist_ok=True)

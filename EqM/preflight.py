@@ -414,7 +414,7 @@ def check_vae_run(args):
     refuse_if(args, "global_batch_size", args.global_batch_size % ranks, f"not a multiple of {ranks} ranks")
     cli.check_writable("--results-dir", args.results_dir)
     check_data_path(args.data_path, cached=False)
-    start = checkpoint.find_resumed(args, vae_run_name(args), "the beginning", read=checkpoint.read_file)
+    start = checkpoint.find_resumed(args, vae_run_name(args), read=checkpoint.read_file)
     args = args.resolve(precision=cli.resolve_precision(args.precision, energy=False, kept=start.kept("precision")))
     data = open_data(args, [1], [], "--data-path") if rank() == 0 else None
     return args, start, data

@@ -1,11 +1,12 @@
-"""What a training script writes and how it ends. train.py and train_vae.py share it; their loops are their own."""
+"""The run folder of train.py and train_vae.py: what they write and how they end. Each has its own loop."""
 
 import functools
+import json
 import time
 
 import checkpoint
 from runtime import distributed, runs
-from runtime.cli import NON_NEGATIVE, SHARE, number, say
+from runtime.cli import NON_NEGATIVE, SHARE, number, say, writing
 from runtime.distributed import rank
 from runtime.metrics import Metrics, StepStats
 from runtime.signals import StopSignal
@@ -14,24 +15,20 @@ from video.loader import end_children
 
 
 def add_loading_flags(add, num_workers):
-    """The flags that say which videos are read, and how."""
-    add("--val-fraction", type=SHARE, default=0.05, help="share of the videos that validate, without split files")
-    add("--max-bad-fraction", type=SHARE, default=0.1, help="share of the videos that may be corrupt")
-    add(
-        "--num-workers",
-        type=number(int, least=0, most=1024),
-        default=num_workers,
-        help="loader processes per rank; 0 = in-process",
-    )
-    cached = "decode each video once, into a folder in --results-dir that later runs use as well: for small data sets"
+    """Add the flags that say which videos are read, and how."""
+    add("--val-fraction", type=SHARE, default=0.05, help="fraction of the videos for validation, without split files")
+    add("--max-bad-fraction", type=SHARE, default=0.1, help="fraction of the videos that may be corrupt")
+    workers = number(int, least=0, most=1024)
+    add("--num-workers", type=workers, default=num_workers, help="loader processes per rank; 0 = in-process")
+    cached = "decode each video once, into a folder in --results-dir that later runs reuse; for small data sets"
     add("--cache-frames", action="store_true", help=cached)
     add("--cache-frames-force", action="store_true", help="let --cache-frames take more than 20 GB")
-    timeout = "seconds for loader processes to start and for a batch; 0 = no limit, but other ranks wait 600 s at most"
+    timeout = "seconds for loader processes to start or load a batch; 0 = no limit, but ranks wait 600 s at most"
     add("--loader-timeout", type=NON_NEGATIVE, default=300.0, help=timeout)
 
 
 class Run:
-    """The folder of a run with its log, metrics and checkpoints; all ranks have one, and rank 0 writes.
+    """The folder of a run with its log, metrics and checkpoints. All ranks have one, and rank 0 writes.
 
     start: a checkpoint.Start; num_videos, max_bad_fraction: see CorruptVideos; together: see StopSignal.
     """
@@ -48,22 +45,27 @@ class Run:
         self.writer = checkpoint.Writer(self.folder)
         self.saved_at = time.monotonic()
 
+    def write_config(self, run_config):
+        if rank() == 0:
+            with writing(self.folder / "config.json"):
+                (self.folder / "config.json").write_text(json.dumps(run_config, indent=2))
+
     def report_corrupt(self, paths, step):
-        """Name the corrupt videos that any rank has found, each once; raises UserError, on all ranks, for too many."""
+        """Name each corrupt video that a rank has found once. Raises UserError, on all ranks, if there are too many."""
         for path in self.bad_videos.add([path for part in distributed.gather(paths) for path in part]):
             self.log(f"step {step}: {path} can't be decoded; others take its place ({self.bad_videos})")
 
     def wants_to_save(self, minutes):
-        """Whether that many minutes have passed since the last checkpoint; 0 = never."""
+        """Whether so many minutes have passed since the last checkpoint; 0 = never."""
         return 0 < 60 * minutes <= time.monotonic() - self.saved_at
 
     def save(self, state, names=(), after=lambda: None):
-        """Save the state of `checkpoint.run_state` as latest.pt and under these names; all ranks call it.
+        """Save the state of `checkpoint.run_state` as latest.pt and under these names. All ranks call this.
 
-        after() is called when it is on the disk.
+        after() runs once the state is on disk.
         """
         self.writer.wait()
-        self.stop.barrier()  # or the others would wait in the next step, which has a shorter timeout
+        self.stop.barrier()  # the next step has a shorter timeout
         self.saved_at = time.monotonic()
         unlogged = self.stats.averaged(state["step"]) if len(self.stats) else None
         self.report_corrupt(self.stats.corrupt, state["step"])
@@ -73,10 +75,10 @@ class Run:
     def say_stopped(self, step):
         sender = self.stop.name or "a signal to another rank"
         where = f"and saved at step {step}" if step else "before the first step"
-        self.log(f"stopped by {sender} {where}: the same command with --resume continues")
+        self.log(f"stopped by {sender} {where}: to continue, run the same command with --resume")
 
     def close(self):
-        """Wait for the other ranks, and end the loader processes."""
+        """Wait for the other ranks and end the loader processes."""
         self.stop.barrier()
-        end_children()  # some may still be starting, and the end of their DataLoader would wait for that
+        end_children()  # the end of a DataLoader would wait for processes that are still starting
         self.metrics.close()

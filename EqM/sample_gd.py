@@ -6,8 +6,8 @@
     python EqM/sample_gd.py --video --ckpt FILE --given datasets/ucf-101 --given-split val --given-frames 0-7 \
         --num-samples 2048 --samples-per-clip 8 --no-keep-background
 
-Architecture, latents, classes, frame rate and the settings of the sampler come from the checkpoint. Flags that repeat
-its architecture are checked; those of the sampler replace its settings. Published image models need --model.
+Architecture, latents, classes, frame rate and sampler settings come from the checkpoint. Architecture flags are checked
+against it; sampler flags replace its settings. Published image models need --model.
 """
 
 import argparse
@@ -33,11 +33,12 @@ from scoring.manifest import is_of_samples
 from scoring.sources import find_real
 from video.inputs import check_apart, find_clips
 from video.samples import UNFINISHED
+from video.source import check_data_path
 from video.writers import write_samples
 
 FRAMES, SAMPLES = cli.number(int, least=1, most=2**16), cli.number(int, least=1, most=2**24)  # more is a typing error
 RATE, SECONDS = (cli.number(float, least=least, most=most) for least, most in (FPS, (1 / FPS[1], 1 / FPS[0])))
-WRITTEN = [  # what a sample folder holds besides samples.json and scores
+WRITTEN = [  # the files of a sample folder, besides samples.json and scores
     *("[0-9]" * 6 + kind for kind in (".mp4", ".gif", ".png")), "samples.npz", "samples.npz.tmp", "grid.gif",
     "grid.png", "sheet.png", "gallery.html", "evaluations.csv", "evaluations.png", "energy.csv", "energy.png",
 ]  # fmt: skip
@@ -45,52 +46,49 @@ WRITTEN = [  # what a sample folder holds besides samples.json and scores
 
 def parse_args():
     parser = ArgumentParser(description="Sample videos or images from a checkpoint by gradient descent.")
-    group = parser.add_argument_group("samples")
-    add, add_rate = group.add_argument, group.add_mutually_exclusive_group().add_argument
-    ckpt = "checkpoint of train.py, folder of scripts/export.py or published image model"
-    add("--ckpt", required=True, metavar="FILE", help=ckpt)
+    add = (group := parser.add_argument_group("samples")).add_argument
+    add_rate = group.add_mutually_exclusive_group().add_argument
+    add("--ckpt", required=True, metavar="FILE", help="checkpoint of train.py, export or published image model")
     add("--video", action="store_true", help="sample videos; without it images")
-    add("--num-frames", type=FRAMES, nargs="+", help="frames per video, several: in DIR-fN; default: as in training")
-    add("--window", type=FRAMES, help="frames at a time; default: as in the longest training clip; no --forcing: all")
+    add("--num-frames", type=FRAMES, nargs="+", help="frames per video; several go to DIR-fN; default: as in training")
+    add("--window", type=FRAMES, help="frames sampled at once; default: longest training clip; no --forcing: all")
     add("--overlap", type=COUNT, help="frames that two windows share; default: half of a window")
     add_rate("--fps", type=RATE, help="frames per second of the samples; default: the same as in training")
     add_rate("--time-scale", type=SECONDS, help="seconds per frame, instead of --fps")
-    add("--classes", nargs="+", metavar="C", help="names or indices, taken in turn; none: no label; default: all")
+    add("--classes", nargs="+", metavar="C", help="names or indices, used in turn; none: no label; default: all")
     add("--num-samples", "--num-fid-samples", type=SAMPLES, default=16, help="number of samples")
     add("--seed", "--global-seed", type=NATURAL, default=0, help="seed of the noise")
-    # Linear: 93% of the directions right at twice the 8 trained frames, 84% at four times (none: 78% and 0%), 54% and
-    # 49% at 1.5 and 2 times 16 (none: 1% and 0%), all slower in proportion: results/study-first-edition.md (C).
-    beyond = "linear: squeeze more frames than were trained into the trained span: complete but slower motion"
+    beyond = "linear: fit longer videos into the time span of training; the motion is complete but slower"
     add("--rope-scale", choices=["none", "linear"], default="none", help=beyond)
     add("--no-ema", action="store_true", help="use the raw weights instead of the EMA weights")
 
     add = parser.add_argument_group("clips to continue, or to start from").add_argument
-    add("--given", metavar="PATH", help="complete this video or picture, those of a folder, or earlier samples")
-    add("--given-split", choices=["train", "val", "all"], help="split of the data folder --given, as in evaluate.py")
-    add("--val-fraction", type=SHARE, default=0.05, help="share of the videos in val, as in training")
+    add("--given", metavar="PATH", help="continue this video or picture, a folder of them, or earlier samples")
+    add("--given-split", choices=["train", "val", "all"], help="continue clips of this split of the folder --given")
+    add("--val-fraction", type=SHARE, default=0.05, help="fraction of the videos in val; use the value of training")
     add("--given-frames", type=frame_ranges, metavar="A-B", help="such as 0-3,12-15; default: up to half of a sample")
-    add("--samples-per-clip", type=COUNT, default=1, metavar="S", help="sample k completes clip k // S of --given")
-    background = "add detail of given frames that the VAE lost where nothing moves; scores need --no-keep-background"
+    add("--samples-per-clip", type=COUNT, default=1, metavar="S", help="samples that continue each clip of --given")
+    background = "where nothing moves, restore detail of given frames that the VAE loses; scores need the --no- form"
     add("--keep-background", action=argparse.BooleanOptionalAction, default=True, help=background)
-    add("--init", metavar="PATH", help="start from such a video or picture; all frames change; default: from noise")
-    add("--init-gamma", type=SHARE, help="share of --init in the start; default: 0.5 with --init")
+    add("--init", metavar="PATH", help="start from this video or picture instead of noise; all frames change")
+    add("--init-gamma", type=SHARE, help="share of --init in the initial latents; default: 0.5 with --init")
 
     add = parser.add_argument_group("output").add_argument
     add("--folder", default="samples", metavar="DIR", help="folder for the samples")
-    overwrite = "whether to replace the samples of another training run or model in --folder"
+    overwrite = "replace samples of another training run or model in --folder"
     add("--overwrite", action=argparse.BooleanOptionalAction, default=True, help=overwrite)
-    add("--no-previews", action="store_true", help="skip GIFs, sheet.png and grids, which take time on rank 0")
+    add("--no-previews", action="store_true", help="skip GIFs, sheet.png and grids, which keep rank 0 busy")
     add("--batch-size", type=COUNT, default=16, help="samples per rank at a time")
     add("--report-energy", action="store_true", help="write the (guided) energy of each sample at each step")
 
-    add = parser.add_argument_group("checked against the checkpoint, if given").add_argument
+    add = parser.add_argument_group("checked against the checkpoint").add_argument
     add("--model", choices=NAMES, metavar="NAME", help="EqM-{Ti,S,B,L,XL}/{2,4,8}; published models need it")
     add("--use-rope", action="store_true", default=None, help="the model has 3D rotary positions")
     add("--ebm", choices=EBMS, help="energy of the model; published models may need it")
     add("--temporal-patch-size", type=COUNT, help="frames per patch")
     add("--image-size", type=COUNT, metavar="PX", help="height and width of the samples in pixels")
     add("--num-classes", type=COUNT, help="number of classes of the model")
-    add("--vae", metavar="VAE", help="may name another place of the checkpoint's VAE")
+    add("--vae", metavar="VAE", help="new path of the checkpoint's VAE, if it was moved")
     add_speed_flags(parser)
     add_sampling_flags(parser)
     return parser.parse_args()
@@ -105,17 +103,18 @@ def main():
         device = distributed.start()
         if of_split:
             clips = [open_clips(*run, split) for run, split in zip(runs, distributed.broadcast(clips), strict=True)]
-    except UserError as error:
-        fail(error)
+    except UserError as error:  # find_real names the flags of evaluate.py
+        fail(str(error).replace("--data-path ", "--given ").replace("--split ", "--given-split "))
     while runs:
         sample_run(*runs.pop(0), *clips.pop(0), device)  # a model is freed before the next is moved to the device
     distributed.stop()
 
 
 def open_split(args, plan):
-    """(Clips of --given-split, samples.json's words on them) on rank 0, None elsewhere. Raises UserError."""
+    """(Clips of --given-split, their description for samples.json) on rank 0, None elsewhere. Raises UserError."""
     if rank() != 0:  # the others wait for rank 0 in start()
         return None
+    check_data_path(args.given, cached=False)
     clips, _, about = find_real(args.given, args.given_split, args.val_fraction, plan.num_frames, plan.time_scale,
                                 plan.image_size, results_of(args.ckpt), images=False)  # fmt: skip
     count = math.ceil(args.num_samples / args.samples_per_clip)
@@ -123,7 +122,7 @@ def open_split(args, plan):
 
 
 def open_clips(args, plan, split=None):
-    """(this rank's indices, ClipReader of --given, of --init, what samples.json says of a split). Raises UserError."""
+    """(this rank's indices, ClipReader of --given, of --init, description of a split). Raises UserError."""
     indices, given, init, real = own_indices(args.num_samples, block=args.batch_size), None, None, None
     if split is not None:
         drawn, real = split
@@ -149,23 +148,24 @@ def sample_run(args, plan, indices, given, init, real, device):
         plan.model.compile_blocks()
     idle = world_size() - math.ceil(args.num_samples / args.batch_size)
     if idle > 0:
-        say(f"note: {idle} of {world_size()} ranks have nothing to do: a smaller --batch-size shares the work")
+        say(f"note: {idle} of {world_size()} ranks have nothing to do: use a smaller --batch-size")
     made = generate(
         plan, indices, args.seed, device, sampling_settings(args), args.batch_size, given, init, args.init_gamma,
         args.keep_background, energy=args.report_energy,
     )  # fmt: skip
     rounds = math.ceil(args.num_samples / (args.batch_size * world_size()))
     parts = in_order(made, rounds * len(plan.window_starts))
-    if rank() == 0:
+    if rank() != 0:
+        list(parts)  # it is empty, but the ranks wait for each other in each round
+        return
+    with cli.writing(Path(args.folder, "samples.npz")):
         write_folder(args, plan, parts, given, real)
-    else:
-        list(parts)  # nothing comes out of it, but the ranks wait for each other in each round
 
 
 def in_order(made, rounds):
-    """What `generate` yields on all ranks, in order and on the CPU, on rank 0; all ranks run through this.
+    """Yield on rank 0 what `generate` yields on all ranks, in order and on the CPU. All ranks call this.
 
-    made: the iterator of this rank, which gives one part per round, if it has one left.
+    made: the iterator of this rank, which yields at most one part per round.
     """
     for _ in range(rounds):
         part = next(made, None)
@@ -174,9 +174,9 @@ def in_order(made, rounds):
 
 
 def write_folder(args, plan, parts, given, real):
-    """The videos or images, previews of them, samples.npz, reports, and last samples.json: how they were made.
+    """Write the videos or images, previews, samples.npz and reports, and at last samples.json: how they were made.
 
-    parts: iterator over what `generate` yields. A folder without samples.json is not complete.
+    parts: an iterator over what `generate` yields. A folder without samples.json is incomplete.
     """
     folder, names, previews = Path(args.folder), plan.names, not args.no_previews
     evaluations, energies = torch.zeros(len(names), dtype=torch.int64), []
@@ -188,7 +188,7 @@ def write_folder(args, plan, parts, given, real):
             yield list(indices), first, videos.numpy()
 
     videos = videos_of(parts)
-    videos = itertools.chain([next(videos)], videos)  # if that fails, the samples of an earlier call stay
+    videos = itertools.chain([next(videos)], videos)  # if this fails, the samples of an earlier call stay
     begin_folder(folder)
     marked = given and [given.frames[number] for number in given.numbers]
     write_samples(folder, videos, plan.num_frames, plan.labels, 1 / plan.time_scale, names, marked, previews)
@@ -206,15 +206,15 @@ def write_folder(args, plan, parts, given, real):
 
 
 def begin_folder(folder):
-    """Make the folder, or remove the samples of an earlier call and their scores, so that all in it is from one call.
+    """Make the folder, or remove the samples and scores of an earlier call, so that all files are from one call.
 
-    They are removed only where samples.json, or UNFINISHED of a call that did not end, says that they are samples.
+    Files are removed only if samples.json, or UNFINISHED of a call that was interrupted, shows a sample folder.
     """
     is_old = (folder / "samples.json").exists() or (folder / UNFINISHED).exists()
     folder.mkdir(parents=True, exist_ok=True)
     (folder / UNFINISHED).touch()
     if is_old:
-        (folder / "samples.json").unlink(missing_ok=True)  # first: without it, the rest is not taken for complete
+        (folder / "samples.json").unlink(missing_ok=True)  # first, as it marks a complete folder
         scores = [path for path in folder.glob("*.json") if is_of_samples(path, folder)]
         pictures = [path.with_suffix(suffix) for path in scores for suffix in (".png", ".sheet.png")]
         written = itertools.chain.from_iterable(map(folder.glob, WRITTEN))
@@ -223,8 +223,8 @@ def begin_folder(folder):
 
 
 def write_reports(args, names, evaluations, energies, windows):
-    """Tables and plots of the evaluations of each sample (--stop-below) and of its energies (--report-energy)."""
-    from scoring import plots  # matplotlib takes a while to load
+    """Write tables and plots of each sample's evaluations (--stop-below) and energies (--report-energy)."""
+    from scoring import plots  # matplotlib loads slowly
 
     folder, most = Path(args.folder), (args.num_sampling_steps - 1) * windows
     if args.stop_below is not None:
@@ -234,7 +234,7 @@ def write_reports(args, names, evaluations, energies, windows):
         mean = f"mean {evaluations.double().mean():.1f} of {most}, {evaluations.min()} to {evaluations.max()}"
         say(f"evaluations per sample: {mean}; each in evaluations.csv, histogram in evaluations.png")
     if args.report_energy:
-        energies = torch.cat(energies)  # NaN after the point where a sample stopped
+        energies = torch.cat(energies)  # NaN after the step at which a sample stopped
         rows = ((k, n, energies[k, n].item()) for k, n in (~energies.isnan()).nonzero().tolist())
         write_csv(folder / "energy.csv", ["sample", "step", "energy"], rows)
         plots.plot_energies(folder / "energy.png", energies.numpy(), args.sampler)

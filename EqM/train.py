@@ -14,7 +14,6 @@ All phases in one run: --frames-schedule 4:50000:256,8:100000:128. After an inte
 import functools
 import io
 import itertools
-import json
 import math
 import os
 import time
@@ -41,22 +40,8 @@ from optim import (
     update_ema,
 )
 from run import Run, add_loading_flags
-from runtime import distributed, runs
-from runtime.cli import (
-    COUNT,
-    NATURAL,
-    NON_NEGATIVE,
-    POSITIVE,
-    SHARE,
-    ArgumentParser,
-    Bar,
-    UserError,
-    add_speed_flags,
-    fail,
-    one_line_errors,
-    say,
-    warnings_as_lines,
-)
+from runtime import cli, distributed, runs
+from runtime.cli import COUNT, NATURAL, NON_NEGATIVE, POSITIVE, SHARE, ArgumentParser, add_speed_flags, say
 from runtime.distributed import rank, world_size
 from runtime.metrics import StepStats, bar_text, device_stats
 from runtime.rng import normal, uniform
@@ -78,16 +63,16 @@ def parse_args():
     add("--grad-checkpoint", action="store_true", help="recompute activations in the backward pass to save memory")
     add("--shard", action="store_true", help="spread weights, optimizer states and EMA over the ranks (FSDP)")
     add = parser.add_argument_group("run").add_argument
-    add("--results-dir", default="results", metavar="DIR", help="the run folder is made in here")
+    add("--results-dir", default="results", metavar="DIR", help="parent folder of the run folder")
     add("--ckpt", metavar="FILE", help="start a new phase from this checkpoint, export or published image model")
-    add("--new-classes", action="store_true", help="train --ckpt with other classes: known names keep embeddings")
+    add("--new-classes", action="store_true", help="train --ckpt on other classes; known names keep their embeddings")
     add("--resume", action="store_true", help="continue the newest run of this model, frames and positions, if any")
     add("--log-every", type=COUNT, default=100, help="steps between two lines of metrics")
-    add("--ckpt-every", type=COUNT, default=50_000, help="steps between checkpoints; the last step saves")
+    add("--ckpt-every", type=COUNT, default=50_000, help="steps between checkpoints, and at the end")
     add("--save-minutes", type=NON_NEGATIVE, default=15.0, help="minutes between checkpoints; 0 = off")
-    add("--keep-last", type=COUNT, help="numbered checkpoints to keep, besides each phase's last; default: all")
+    add("--keep-last", type=COUNT, help="numbered checkpoints to keep, besides the last of each phase; default: all")
     add("--val-every", type=COUNT, default=2_500, help="steps between validations, and at the end")
-    add("--val-frames", type=COUNT, nargs="+", default=[], help="other numbers of frames to validate; default: none")
+    add("--val-frames", type=COUNT, nargs="+", default=[], help="additional clip lengths to validate; default: none")
     add("--val-clips", type=COUNT, default=256, help="validation clips, at most 4 per video")
     add("--sample-every", type=NATURAL, default=10_000, help="steps between samples; 0 = off")
     add("--num-samples", type=COUNT, default=8, help="clips sampled each time")
@@ -108,19 +93,19 @@ def add_model_and_data_flags(parser):
     schedule = "phases in one run, such as 4:20000:256,8:30000:128: frames, global step at which the phase ends, clips "
     schedule += "per step (default: as many tokens as in the first phase)"
     add("--frames-schedule", type=parse_schedule, metavar="F:STEP[:BATCH],...", help=schedule)
-    add("--mix", type=SHARE, default=0.0, help="share of later phases' steps with an earlier phase's frames; 0 = off")
-    add("--use-rope", action="store_true", help="3D rotary positions, for any number of frames; without it fixed ones")
+    add("--mix", type=SHARE, default=0.0, help="fraction of later phases' steps with an earlier clip length; 0 = off")
+    add("--use-rope", action="store_true", help="3D rotary positions, for any number of frames; default: fixed ones")
     add("--temporal-patch-size", type=COUNT, help="frames per patch; default: that of --ckpt, else the spatial size")
     add("--rope-theta", type=POSITIVE, help="base of the frequencies; default: that of --ckpt, else 10000")
     split = "channels of a head for time, height and width, such as 16,8,8; default: that of --ckpt, else a third each"
     add("--rope-split", metavar="T,H,W", help=split)
-    speed = "patches that rotary positions of space move per temporal patch at 25 fps; default: that of --ckpt, else 0"
+    speed = "patches by which spatial positions move per temporal patch at 25 fps; default: that of --ckpt, else 0"
     add("--rope-speed", type=NON_NEGATIVE, help=speed)
-    table = "space: fixed positions of height and width beside the rotary ones; default: that of --ckpt, else none"
+    table = "space: add fixed positions of height and width to rotary ones; default: that of --ckpt, else none"
     add("--position-table", choices=POSITION_TABLES, help=table)
     add("--qk-norm", action="store_true", default=None, help="normalize queries and keys (RMSNorm); default: as --ckpt")
     add("--ebm", choices=EBMS, help="energy whose negative gradient is the field; default: as --ckpt, else none")
-    add("--num-classes", type=COUNT, help="number of classes; default: the class folders found")
+    add("--num-classes", type=COUNT, help="number of classes; default: number of class folders")
 
     add = parser.add_argument_group("data").add_argument
     add("--data-path", required=True, metavar="DIR", help="folder of <class>/<video>, or a latent cache")
@@ -128,9 +113,9 @@ def add_model_and_data_flags(parser):
     add("--image-size", type=COUNT, metavar="PX", help=size)
     vae = "ema, mse, an AutoencoderKL's directory, none: pixels; default: of the latent cache, else of --ckpt, else ema"
     add("--vae", metavar="VAE", help=vae)
-    interval = "video frames from one frame of a clip to the next; two numbers: drawn per clip between them; default: 1"
+    interval = "video frames from one frame of a clip to the next; two numbers: a random one per clip; default: 1"
     add("--frame-interval", type=COUNT, nargs="+", default=[1], help=interval)
-    add("--no-flip", action="store_true", help="never mirror a clip, for classes that have a left and a right")
+    add("--no-flip", action="store_true", help="never mirror clips; use it if left and right differ")
     add_loading_flags(add, num_workers=min(4, os.cpu_count()))
 
 
@@ -143,31 +128,31 @@ def add_optimization_flags(parser):
     add("--optimizer", choices=["adamw", "muon"], default="adamw", help="muon: Muon for the matrices of the blocks")
     add("--lr", type=POSITIVE, default=1e-4, help="learning rate of AdamW")
     add("--muon-lr", type=POSITIVE, default=0.01, help="learning rate of Muon")
-    add("--lr-decay", type=SHARE, default=0.0, help="share of the steps, at the end, in which the rate falls to 0")
-    end = "global step at which --lr-decay ends, for a run that is not the last of a chain; default: the run's own end"
+    add("--lr-decay", type=SHARE, default=0.0, help="fraction of the steps, at the end, in which the rate falls to 0")
+    end = "global step at which --lr-decay ends, if more phases follow this run; default: the end of this run"
     add("--lr-decay-end", type=COUNT, help=end)
     add("--warmup-steps", type=NATURAL, default=0, help="steps up to the full learning rate; 0 = off")
     decay = f"decoupled weight decay; 0 = off; default: {MUON_DECAY} with --optimizer muon, else 0"
     add("--weight-decay", type=NON_NEGATIVE, help=decay)
     add("--clip-grad", type=NON_NEGATIVE, default=1.0, help="largest norm of the gradient; 0 = off")
-    nonfinite = "steps in a row that may be skipped for a gradient that is not finite; 0: the first ends the run"
+    nonfinite = "steps in a row to skip if their gradient is not finite; 0: the first one ends the run"
     add("--skip-nonfinite", type=NATURAL, default=0, help=nonfinite)
-    add("--ema-decay", type=SHARE, default=0.9999, help="decay of the EMA weights; less at first")
+    add("--ema-decay", type=SHARE, default=0.9999, help="decay of the EMA weights; lower at first")
     add("--gamma-shift", type=POSITIVE, default=1.0, help="above 1: train closer to the noise; 1: uniform")
-    add("--forcing", type=SHARE, default=0.0, help="share of clips with mixed noise levels, to complete clips")
+    add("--forcing", type=SHARE, default=0.0, help="fraction of clips with mixed noise levels, to continue clips later")
     add("--disp", action="store_true", help="add the dispersive loss of the last block's activations")
     add("--global-seed", type=NATURAL, default=0, help="seed of every random draw")
 
 
-@one_line_errors()
+@cli.one_line_errors()
 def main():
     args = parse_args()
 
     # User errors end here, with one line and status 2, before a run folder is made.
     try:
         found = preflight.check_run(args)
-    except UserError as error:
-        fail(error)
+    except cli.UserError as error:
+        cli.fail(error)
     device = distributed.start(distributed.STEP_TIME)
     args, start, vae, config, data, phases = preflight.share_run(found)
     progress = start.progress
@@ -193,7 +178,7 @@ def main():
         checkpoint.load_run(start, model, ema, optimizers, scaler)
     vae.to(device)
 
-    # The run folder, and what is written there
+    # The run folder and its files
     run_config = preflight.make_run_config(args, config, current_phase(phases, progress.first_step), data, vae)
     num_videos = len(data.scan.videos) + len(data.scan.unreadable)
     place = args.results_dir, preflight.run_name(args)
@@ -201,11 +186,11 @@ def main():
     log, metrics, stop = run.log, run.metrics, run.stop
     if rank() == 0:
         save_index(data.scan, args.data_path, args.results_dir)
-    warnings_as_lines(run.folder / "log.txt")
+    cli.warnings_as_lines(run.folder / "log.txt")
     network = model if args.shard else distributed.parallel(model)
     remove_old = functools.partial(runs.keep_last, run.folder, args.keep_last, {phase.last_step for phase in phases})
     preflight.note_changes(start, run_config, run.folder, log, metrics)
-    start.state = found = None  # or the file would stay open during the whole run
+    start.state = found = None  # or the file would stay open during the run
     began = time.monotonic() - progress.seconds  # as if the run had never been interrupted
     preflight.log_run(log, args, run.folder, config, model, data, (progress.step, last_step), device)
     run.report_corrupt(data.scan.unreadable, progress.step)
@@ -214,17 +199,16 @@ def main():
         progress.seconds = time.monotonic() - began
         run.save(checkpoint.run_state(run_config, model, ema, optimizers, scaler, progress), names, after=remove_old)
 
-    bar = Bar(initial=progress.step, total=last_step, desc=run.folder.name, unit="step", disable=rank() != 0)
+    bar = cli.Bar(initial=progress.step, total=last_step, desc=run.folder.name, unit="step", disable=rank() != 0)
     periods = args.log_every, args.val_every, args.ckpt_every, args.sample_every
     try:
         for phase in [phase for phase in phases if phase.last_step > progress.first_step]:
-            stream = progress.first_step  # of the phase's samples: names their random draws
+            stream = progress.first_step  # names the random draws of the phase's samples
             batches, val_loader = start_phase(args, data, phases, phase, progress, device)
             run_config = preflight.make_run_config(args, config, phase, data, vae)
             conditions = torch.arange(args.num_samples) % len(data.scan.classes)
             previews = Plan(ema, vae, data.scan.classes, conditions, phase.num_frames, run_config["data"]["time_scale"])
-            if rank() == 0:
-                (run.folder / "config.json").write_text(json.dumps(run_config, indent=2))
+            run.write_config(run_config)
             # A resumed run may log a step before it makes one
             set_learning_rates(optimizers, args, lr_multiplier(args, progress.step, lr_end))
             clips, tokens = f"{phase.batch_size} clips", math.prod(config.grid(phase.num_frames))
@@ -250,14 +234,15 @@ def main():
                         row |= val_metrics | {"val_seconds": time.monotonic() - val_began}
                     if is_due(step, math.inf, args.sample_every):
                         videos = sample_ema(previews, args, device, stop)
-                    # What a signal interrupts up to here is done again after the resume.
+                    # A resumed run repeats what a signal interrupts up to here.
                     if "val_loss" in row:
-                        log(f"step {step}: validation loss {row['val_loss']:.4f}")
+                        note = "" if math.isfinite(row["val_loss"]) else "; not finite: best.pt stays as it is"
+                        log(f"step {step}: validation loss {row['val_loss']:.4f}{note}")
                         if row["val_loss"] < progress.best_loss:
                             progress.best_loss, progress.best_step = row["val_loss"], step
                     if videos is not None:
                         write_previews(run.folder, step, metrics, previews, videos.numpy())
-                    # Logged first: a checkpoint must not be ahead of the metrics; what comes after it is logged again.
+                    # Log before saving: a checkpoint must not be ahead of the metrics. Later rows are logged again.
                     progress.seconds = time.monotonic() - began
                     row |= learning_rates(optimizers) | {"bad_videos": run.bad_videos.count}
                     row |= {"num_frames": phase.num_frames, "seconds": progress.seconds, "flops": progress.flops}
@@ -323,7 +308,7 @@ def main():
 def training_losses(network, vae, batch, config, args, stream, device):
     """({name: loss} of a micro-batch, to be added up; the loss of a network that predicts zero).
 
-    Noise, gamma and the conditions to drop depend on the seed and on each sample's index in the stream alone.
+    Noise, gamma and dropped conditions depend only on the seed and on each sample's index in the stream.
     """
     seed, indices = args.global_seed, batch["indices"].tolist()
     x = vae.latents_of(batch["clips"].to(device, non_blocking=True), seed, stream, indices)  # (B, C, T, H, W)
@@ -344,7 +329,7 @@ def training_losses(network, vae, batch, config, args, stream, device):
 
 
 def start_phase(args, data, phases, phase, progress, device):
-    """(iterator over this rank's micro-batches from where the run stands, loader of its validation clips)."""
+    """(iterator over this rank's remaining micro-batches, loader of its validation clips)."""
     interval = args.frame_interval[0], args.frame_interval[-1]
     make = functools.partial(Clips, data.source, classes=data.scan.classes, frame_interval=interval)
     train = {"flip": not args.no_flip, "seed": args.global_seed, "stream": progress.first_step}
@@ -364,7 +349,7 @@ def start_phase(args, data, phases, phase, progress, device):
 
 
 def sample_ema(plan, args, device, stop):
-    """uint8 (N, T, H, W, 3) sampled from the EMA weights, on rank 0; sharded, all make all. Raises Interrupted."""
+    """Sample uint8 (N, T, H, W, 3) from the EMA, on rank 0; with --shard all ranks make all. Raises Interrupted."""
     indices, videos = list(range(args.num_samples)) if args.shard else distributed.own_indices(args.num_samples), []
     plan = replace(plan, model=cast_products(plan.model, args.precision))  # the EMA itself stays float32
     settings, seed = sampling_settings(args), args.global_seed
@@ -378,14 +363,16 @@ def sample_ema(plan, args, device, stop):
 
 
 def write_previews(folder, step, metrics, plan, videos):
-    """Samples uint8 (N, T, H, W, 3) as a sheet of frames, mp4 and GIF: in the run folder and TensorBoard."""
+    """Write samples uint8 (N, T, H, W, 3) as a sheet, mp4 and GIF, also to TensorBoard. Raises UserError."""
     path, fps, gif, mp4 = folder / "samples" / f"{step:07d}", 1 / plan.time_scale, None, None
-    write_sheet(path.with_suffix(".png"), videos, plan.names)
-    if videos.shape[1] > 1:
-        gif, mp4 = io.BytesIO(), path.with_suffix(".mp4")
-        write_mp4(mp4, tile(videos), fps)
-        write_gif(gif, tile(videos), fps)
-    metrics.video(step, "samples", videos, gif and gif.getvalue(), mp4)
+    with cli.writing(path.with_suffix(".png")):
+        path.parent.mkdir(exist_ok=True)
+        write_sheet(path.with_suffix(".png"), videos, plan.names)
+        if videos.shape[1] > 1:
+            gif, mp4 = io.BytesIO(), path.with_suffix(".mp4")
+            write_mp4(mp4, tile(videos), fps)
+            write_gif(gif, tile(videos), fps)
+        metrics.video(step, "samples", videos, gif and gif.getvalue(), mp4)
 
 
 if __name__ == "__main__":

@@ -1,17 +1,16 @@
-"""Train a small VAE on the frames of a data folder, for data that the published VAEs do not fit or can't be had for.
+"""Train a small VAE on the frames of a data folder, where the published VAEs do not fit or can't be downloaded.
 
     torchrun --nproc_per_node=2 EqM/train_vae.py --data-path datasets/weizmann --image-size 64 --downsample 4 \
         --widths 8 32 128 --global-batch-size 16 --max-steps 4000 --results-dir results/EXP
 
-    RUN/vae/        the EMA weights as a diffusers AutoencoderKL: cache_latents.py, train.py take it as --vae RUN/vae
-    RUN/samples/    sheets: frames of validation videos, above their reconstructions
+    RUN/vae/        the EMA weights as a diffusers AutoencoderKL, for --vae RUN/vae of cache_latents.py and train.py
+    RUN/samples/    sheets: frames of validation videos above their reconstructions
 
-Its scale and shift give latents of the training frames mean 0 and standard deviation 1. After an interruption: the same
-command and --resume, which ends bit for bit as if there had been none.
+Its scale and shift give latents of the training frames mean 0 and standard deviation 1. After an interruption, run the
+same command with --resume: the result is the same bit for bit.
 """
 
 import copy
-import json
 
 import torch
 from torch.nn.utils import clip_grad_norm_
@@ -40,15 +39,15 @@ def parse_args():
     parser.set_defaults(video=True, optimizer="adamw")
     add = parser.add_argument_group("model").add_argument
     add("--image-size", type=COUNT, default=256, metavar="PX", help="height and width of the frames, px")
-    add("--downsample", type=int, choices=[4, 8], default=8, help="pixels per latent value, along each side")
-    add("--latent-channels", type=COUNT, default=4, help="values of a latent pixel")
+    add("--downsample", type=int, choices=[4, 8], default=8, help="pixels per latent value along each side")
+    add("--latent-channels", type=COUNT, default=4, help="channels of a latent")
     widths = "channels per resolution, full size first, log2(--downsample) + 1 numbers; default: from 32 64 128 128"
     add("--widths", type=COUNT, nargs="+", help=widths)
 
     add = parser.add_argument_group("data").add_argument
-    add("--data-path", required=True, metavar="DIR", help="folder with <class>/<video>, or videos without classes")
-    add("--no-flip", action="store_true", help="never mirror a frame")
-    add("--color-jitter", type=SHARE, default=0.8, help="share of frames that get other colors; 0 = off")
+    add("--data-path", required=True, metavar="DIR", help="folder of <class>/<video>, or of videos without classes")
+    add("--no-flip", action="store_true", help="never mirror frames")
+    add("--color-jitter", type=SHARE, default=0.8, help="fraction of frames with changed colors; 0 = off")
     add_loading_flags(add, num_workers=2)
 
     add = parser.add_argument_group("optimization").add_argument
@@ -56,7 +55,7 @@ def parse_args():
     add("--global-batch-size", type=COUNT, default=32, help="frames per step, over all ranks")
     add("--lr", type=POSITIVE, default=2e-3, help="learning rate of AdamW")
     add("--warmup-steps", type=NATURAL, default=50, help="steps up to the full learning rate; 0 = off")
-    decay = "share of the steps over which the learning rate falls to 0, at the end; 0 = off"
+    decay = "fraction of the steps, at the end, in which the learning rate falls to 0; 0 = off"
     add("--lr-decay", type=SHARE, default=0.5, help=decay)
     add("--ema-decay", type=SHARE, default=0.995, help="decay of the EMA weights; lower at first")
     add("--global-seed", type=NATURAL, default=0, help="seed of every random draw")
@@ -64,12 +63,12 @@ def parse_args():
     add("--precision", choices=["fp32", "tf32", "bf16"], help=precision)
 
     add = parser.add_argument_group("run").add_argument
-    add("--results-dir", default="results", metavar="DIR", help="the run folder is made in here")
+    add("--results-dir", default="results", metavar="DIR", help="parent folder of the run folder")
     add("--resume", action="store_true", help="continue the newest run of this VAE, if any")
     add("--log-every", type=COUNT, default=50, help="steps between two lines of metrics")
-    add("--val-every", type=COUNT, default=500, help="steps between validations; the last step validates")
+    add("--val-every", type=COUNT, default=500, help="steps between validations, and at the end")
     add("--num-val-frames", type=COUNT, default=256, help="frames of validation videos")
-    minutes = "minutes between checkpoints; the last step saves; 0 = off"
+    minutes = "minutes between checkpoints, and at the end; 0 = off"
     add("--save-minutes", type=NON_NEGATIVE, default=5.0, help=minutes)
     return parser.parse_args()
 
@@ -96,23 +95,23 @@ def main():
     distributed.set_precision(args.precision)
     model = make_autoencoder(args.widths, args.latent_channels, args.image_size).to(device)
     ema = copy.deepcopy(model).requires_grad_(False)
-    lr = args.lr * lr_multiplier(args, progress.step, args.max_steps)  # for metrics that a resumed run has yet to log
+    lr = args.lr * lr_multiplier(args, progress.step, args.max_steps)  # a resumed run may log before its first step
     optimizer = torch.optim.AdamW(model.parameters(), lr=lr, weight_decay=0.0, fused=True)
     scaler = torch.amp.GradScaler(device.type, enabled=False)
     if start.state is not None:
         checkpoint.load_run(start, model, ema, [optimizer], scaler)
     network = distributed.parallel(Autoencoder(model))
 
-    # The run folder, and what is written there
+    # The run folder and its files
     run_config = {"training": vars(args), "typed": sorted(args.typed)}
     limits = len(data.scan.videos) + len(data.scan.unreadable), args.max_bad_fraction
     run = Run(start, args.results_dir, preflight.vae_run_name(args), run_config, *limits)
     log, stop = run.log, run.stop
     if rank() == 0:
         save_index(data.scan, args.data_path, args.results_dir)
-        (run.folder / "config.json").write_text(json.dumps(run_config, indent=2))
+    run.write_config(run_config)
     preflight.note_changes(start, run_config, run.folder, log, run.metrics)
-    start.state = None  # or the file would stay open during the whole run
+    start.state = None  # or the file would stay open during the run
     size = sum(parameter.numel() for parameter in model.parameters()) / 1e6
     log(f"{run.folder}: {size:.2f} M parameters; {world_size()} x {device.type}, to step {args.max_steps}; "
         f"{len(data.train[1])} videos train, {len(data.val[1])} validate")  # fmt: skip
@@ -190,7 +189,7 @@ def make_loaders(args, data, progress, device):
 
 
 def training_losses(network, batch, args, device):
-    """{name: loss} of a batch, to be added up; the noise of the latents depends on seed and index of a frame alone."""
+    """{name: loss} of a batch, to be added up. The latents' noise depends only on the seed and each frame's index."""
     indices, side = batch["indices"].tolist(), args.image_size // args.downsample
     x = batch["clips"][:, :, 0].to(device).float() / 127.5 - 1  # (B, 3, H, W)
     x = jitter_colors(x, args.global_seed, indices, args.color_jitter)
@@ -201,14 +200,17 @@ def training_losses(network, batch, args, device):
 
 
 def validate(args, ema, val_loader, train_loader, folder, step, device):
-    """({"val_psnr", ...} of the EMA, on all ranks; this rank's corrupt videos); writes a sheet and the VAE's folder."""
+    """({"val_psnr", ...} of the EMA, on all ranks; this rank's corrupt videos). Writes a sheet and the VAE's folder."""
     (values, corrupt), (statistics, more) = (measure(ema, loader, device) for loader in (val_loader, train_loader))
     if rank() == 0:
-        export(ema, folder / "vae", statistics)
         vae, frames = VAE("shown", ema), next(batches_of(val_loader))["clips"][:8]  # (N, 3, 1, H, W)
         decoded = vae.decode(vae.encode(frames.to(device))).cpu()
         rows = torch.cat([frames.permute(2, 0, 3, 4, 1), decoded.transpose(0, 1)])  # (2, N, H, W, 3)
-        write_sheet(folder / "samples" / f"{step:07d}.png", rows.numpy(), ["frames", "VAE"])
+        sheet = folder / "samples" / f"{step:07d}.png"
+        with cli.writing(sheet):
+            sheet.parent.mkdir(exist_ok=True)
+            write_sheet(sheet, rows.numpy(), ["frames", "VAE"])
+            export(ema, folder / "vae", statistics)
     statistics["train_psnr"] = statistics.pop("psnr")
     return {"val_psnr": values["psnr"]} | statistics, corrupt + more
 

@@ -70,26 +70,19 @@ def test_what_is_saved_is_loaded(tmp_path):
     assert names(tmp_path) == ["0000070.pt"]
 
 
-def half_a_write(error):
-    def write(state, file):
-        file.write(b"half of a file")
-        raise error
-
-    return write
+def full_disk(state, file):
+    file.write(b"half of a file")
+    raise OSError(errno.ENOSPC, "No space left on device")
 
 
 def refused(*args):
     raise OSError(errno.EIO, os.strerror(errno.EIO))
 
 
-FULL = half_a_write(OSError(errno.ENOSPC, "No space left on device"))
-
-
 @pytest.mark.parametrize(
     ("where", "failure", "reason"),
     [
-        ("torch.save", FULL, "No space left on device"),
-        ("torch.save", half_a_write(RuntimeError("file write failed\nframe #0: ...")), "file write failed"),
+        ("torch.save", full_disk, "No space left on device"),
         ("os.fsync", refused, "Input/output error"),
         ("os.replace", refused, "Input/output error"),
     ],
@@ -183,7 +176,7 @@ def test_checkpoints_are_written_one_at_a_time_from_the_same_memory(writer):
 def test_what_goes_wrong_in_the_thread_is_raised_by_the_next_call(writer, monkeypatch):
     writer.write(make_state(step=1), [], nothing, nothing)
     writer.wait()
-    monkeypatch.setattr(torch, "save", FULL)
+    monkeypatch.setattr(torch, "save", full_disk)
     writer.write(make_state(step=2), ["best.pt"], nothing, nothing)
     concurrent.futures.wait([writer.writing])
     for call in (writer.check, writer.wait, lambda: writer.write(make_state(step=3), [], nothing, nothing)):
@@ -361,6 +354,16 @@ def test_what_agrees_or_is_not_asked_for_passes(saved):
         checkpoint.check("best.pt", saved, **asked)
     if saved.use_rope:  # rotary positions accept another number of frames
         checkpoint.check("best.pt", saved, num_frames=16, use_rope=True)
+
+
+@pytest.mark.parametrize(("newest", "is_said"), [(70, False), (86, False), (88, True)])
+def test_a_best_checkpoint_older_than_a_fifth_of_its_phase_is_noted(newest, is_said, tmp_path, capsys):
+    path = tmp_path / "checkpoints/best.pt"
+    state = make_state()
+    checkpoint.save(path, state | {"phase": state["phase"] | {"first_step": 4}})
+    (tmp_path / checkpoint.SAVED_STEP).write_text(f"{newest}\n")
+    checkpoint.load_model(path)
+    assert (f"latest.pt has step {newest}" in capsys.readouterr().out) == is_said
 
 
 # Which checkpoint a run resumes from ----------------------------------------------------------------------------------

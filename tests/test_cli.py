@@ -3,6 +3,7 @@
 import argparse
 import pickle
 import re
+import shutil
 import warnings
 from contextlib import nullcontext
 
@@ -10,7 +11,9 @@ import pytest
 import torch
 
 from runtime import cli
+from runtime.atomic import link
 from runtime.cli import UserError, number
+from runtime.runs import make_run_folder
 
 # Flags --------------------------------------------------------------------------------------------------------------
 
@@ -169,7 +172,7 @@ def test_warnings_are_lines_and_those_before_there_was_a_log_are_in_it_too(capsy
 @pytest.mark.parametrize(
     ("error", "status", "words"),
     [
-        (KeyboardInterrupt(), 130, "interrupted"),  # before training has begun
+        (KeyboardInterrupt(), 130, "error: stopped by SIGINT: run the same command again"),
         (UserError("wrong\nflag"), 1, "wrong flag"),
         (OSError(28, "No space left on device"), 1, "No space left on device"),
         (RuntimeError("DataLoader worker (pid 7) is killed by signal: Killed."), 1, "lower --num-workers"),
@@ -178,12 +181,58 @@ def test_warnings_are_lines_and_those_before_there_was_a_log_are_in_it_too(capsy
         (torch.distributed.DistNetworkError("timed out"), 1, "the ranks can't reach each other"),
     ],
 )
-def test_what_goes_wrong_while_running_is_one_line_and_a_status(error, status, words, capsys):
-    with pytest.raises(SystemExit) as ended, cli.one_line_errors():
-        raise error
-    line = capsys.readouterr().err
-    assert ended.value.code == status and words in line and line.count("\n") == 1
+def test_a_failure_is_one_line_and_a_status_after_its_traceback_if_asked_for(error, status, words, monkeypatch, capsys):
+    for shows_it in (False, True):
+        monkeypatch.setenv("EQM_TRACEBACK", str(int(shows_it)))
+        with pytest.raises(SystemExit) as ended, cli.one_line_errors():
+            raise error
+        *traceback, line = capsys.readouterr().err.splitlines()
+        assert ended.value.code == status and words in line
+        assert bool(traceback) == shows_it == ("raise error" in "".join(traceback))
     with pytest.raises(RuntimeError, match="a bug"), cli.one_line_errors():
+        raise RuntimeError("a bug")
+
+
+def test_only_rank_0_reports_an_interrupt(monkeypatch, capsys):
+    monkeypatch.setenv("RANK", "1")
+    with pytest.raises(SystemExit, match="130"), cli.one_line_errors():
+        raise KeyboardInterrupt
+    assert capsys.readouterr() == ("", "")
+
+
+def fail_as(kind):
+    """Raise what torch or safetensors raises when the disk is full, or another error."""
+    try:
+        raise OSError(*((13, "Permission denied") if kind == "other" else (28, "No space left on device")))
+    except OSError:
+        if kind == "torch":
+            raise RuntimeError("unexpected pos 768 vs 662")  # noqa: B904
+        if kind == "safetensors":
+            raise ValueError("I/O error (os error 28)") from None
+        raise
+
+
+@pytest.mark.parametrize("kind", ["torch", "safetensors", "other"])
+def test_a_failed_write_names_the_disk_and_the_checkpoints_to_delete(kind, tmp_path):
+    folder = make_run_folder(tmp_path, "a") / "checkpoints"
+    words = "Permission denied"
+    if kind != "other":
+        for step in (1, 2, 3):
+            (folder / f"{step:07d}.pt").write_bytes(bytes(2000))
+        link(folder / "0000003.pt", "latest.pt")
+        disk = next(place for place in folder.parents if place.is_mount())
+        words = (
+            rf"No space left on device; the disk {disk} has .* MB free\); .* delete 0000001.pt to 0000002.pt \(0.004 MB"
+        )
+    with pytest.raises(UserError, match=rf"latest.pt can't be written \({words}"), cli.writing(folder / "latest.pt"):
+        fail_as(kind)
+    shutil.rmtree(folder.parent)
+    with pytest.raises(UserError, match=f"^{folder.parent} was deleted or moved"):
+        cli.append(folder.parent / "log.txt", ["a line"])
+
+
+def test_an_error_that_is_none_of_the_disk_stays_as_it_is(tmp_path):
+    with pytest.raises(RuntimeError, match="a bug"), cli.writing(tmp_path / "a"):
         raise RuntimeError("a bug")
 
 

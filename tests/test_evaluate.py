@@ -15,6 +15,7 @@ import checkpoint
 import evaluate
 import sample_gd
 from runtime import distributed
+from runtime.cli import UserError
 from runtime.untrusted import file_sha256
 from sample_folders import FEW, FRAMES, SIZE, SOURCE, read_clips, refused, run, write_samples
 from scoring import frechet, manifest, sources
@@ -356,6 +357,15 @@ def test_flags_of_a_manifest_may_have_values_that_begin_with_a_dash():
     words = manifest.as_words(flags | {"split": None})
     assert words == ["--data-path=-d", "--metric=motion", "--out=x", "--samples", "s", "t", "--keep-background"]
     assert vars(evaluate.parse_args(words)).items() >= flags.items()
+
+
+def test_an_older_manifest_gives_what_it_has_or_is_refused(tmp_path):
+    path, about = tmp_path / "m.json", {"format": manifest.FORMAT, "generated": {"flags": {"num_samples": 3}}}
+    path.write_text(json.dumps(about))
+    assert manifest.sampling_words(path) == ["--num-samples=3", "--stop-below=0"]
+    path.write_text(json.dumps(about | {"generated": {}}))
+    with pytest.raises(UserError, match="m.json: lacks the flags of its samples"):
+        manifest.sampling_words(path)
 
 
 def test_the_commit_of_the_code_has_a_plus_if_files_differ(tmp_path, monkeypatch):

@@ -196,6 +196,7 @@ class Drawn:
 def test_clips_of_a_split_are_continued_at_their_own_frame_rate(sample, monkeypatch, capsys):
     asked, about_split = [], {"videos_sha256": "5ad1", "seed": 0}
     monkeypatch.setattr(sample_gd, "find_real", lambda *args, **_: asked.append(args) or (Drawn(), [], about_split))
+    monkeypatch.setattr(sample_gd, "check_data_path", lambda *_, **__: None)
     flags = ["--given", "DATA", "--given-split", "val", "--val-fraction", 0.2, "--given-frames", "0-2,7"]
     clips, about = sample("pixels", *flags, "--samples-per-clip", 2, "--num-samples", 5)
     assert asked == [("DATA", "val", 0.2, 8, 0.04, 16, None)]  # no index without a folder of runs

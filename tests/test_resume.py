@@ -7,8 +7,10 @@ import pytest
 
 import cache_latents
 import checkpoint
+import train
+import train_vae
 from tiny_data import make_images, make_vae
-from training import TINY, Training, compare, run_here, run_main
+from training import OFTEN, TINY, TINY_VAE, Training, compare, counted_steps, run_here, run_main
 
 STEPS = 7
 
@@ -112,6 +114,46 @@ def test_a_checkpoint_that_was_not_given_all_its_names_gets_them(whole, tmp_path
         (copy.folder / "checkpoints" / name).unlink()
         run_here(copy, "--resume")
         assert {path.name: path.read_bytes() for path in (copy.folder / "checkpoints").iterdir()} == names
+
+
+@pytest.mark.parametrize("deleted", ["folder", "files"])
+def test_a_run_whose_checkpoints_were_deleted_is_named_and_stays_as_it_is(deleted, whole, tmp_path, capsys):
+    copy = replace(whole, results=shutil.copytree(whole.results, tmp_path / "copy"))
+    shutil.rmtree(copy.folder / "checkpoints")
+    if deleted == "files":
+        (copy.folder / "checkpoints").mkdir()
+    run_main(train, *copy.command_flags(*OFTEN, "--resume"), status=2)
+    line = f"--resume: the checkpoints of {copy.folder} were deleted (its metrics reach step {STEPS}): restore one"
+    assert line in capsys.readouterr().err and copy.rows() == whole.rows()
+
+
+def test_a_run_that_was_killed_before_its_first_checkpoint_starts_over(whole, tmp_path):
+    copy = replace(whole, results=shutil.copytree(whole.results, tmp_path / "copy"))
+    for path in [*(copy.folder / "checkpoints").iterdir(), copy.folder / checkpoint.SAVED_STEP]:
+        path.unlink()
+    run_here(copy, "--resume")
+    assert compare(whole, copy) == []
+
+
+@pytest.mark.parametrize("script", [train, train_vae])
+def test_a_run_folder_that_is_deleted_is_one_line_and_its_parts_are_made_again(script, whole, tmp_path, capsys):
+    run = replace(whole, results=tmp_path / "run", base=TINY if script is train else TINY_VAE)
+    flags = run.command_flags(*(OFTEN if script is train else ["--save-minutes", 1e-9]))
+
+    def delete(*names):
+        for name in names:
+            shutil.rmtree(run.folder / name)
+
+    with counted_steps(script, 2, lambda: delete("checkpoints", "samples")):
+        run_main(script, *flags)
+    assert script is train_vae or compare(whole, run) == []
+    assert {path.name for path in run.folder.iterdir()} >= {"checkpoints", "samples"}
+    folder, run = run.folder, replace(run, results=tmp_path / "again")
+    flags[flags.index("--results-dir") + 1] = run.results
+    with counted_steps(script, 2, lambda: delete("")):
+        run_main(script, *flags, status=1)
+    (line,) = capsys.readouterr().err.splitlines()
+    assert line == f"{script.__name__}.py: error: {run.results / folder.name} was deleted or moved during the run"
 
 
 def test_a_damaged_checkpoint_is_named_and_the_one_before_it_is_used(whole, tmp_path, capsys):

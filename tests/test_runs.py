@@ -1,5 +1,9 @@
 """Run folders: their numbers, what is kept in them, what is cleaned up."""
 
+import errno
+
+import pytest
+
 from runtime import runs
 
 
@@ -17,6 +21,37 @@ def test_run_folders_are_numbered_none_is_used_twice_and_the_last_is_found(tmp_p
     (root / "notes.txt").write_text("")
     (root / "041-a-rope").mkdir()
     assert runs.make_run_folder(root, "x").name == "042-x"
+
+
+NEAR = {  # runs that are there -> what follows "no run of EqM-S/4 with 8 frames and rotary positions in R"
+    ("EqM-S-4-f8",): "001-EqM-S-4-f8 has fixed positions: remove --use-rope to resume it",
+    ("EqM-S-4-f8", "EqM-S-4-f16-rope"): "001-EqM-S-4-f8 has fixed positions: remove --use-rope to resume it",
+    ("EqM-S-4-f4-rope", "EqM-S-4-f4-8-16-rope"): "002-EqM-S-4-f4-8-16-rope has other frames: change --num-frames",
+    ("EqM-XL-2-f8-rope",): "001-EqM-XL-2-f8-rope has another model: change --model to resume it",
+    ("EqM-XL-2-f4-rope", "VAE-64px-f4-c4-8-8-8", "notes"): "",
+}
+
+
+@pytest.mark.parametrize("found", NEAR)
+def test_a_run_that_differs_in_one_flag_is_named(found, tmp_path):
+    for number, name in enumerate(found, start=1):
+        (tmp_path / f"{number:03d}-{name}").mkdir()
+    text = runs.describe_missing(tmp_path, "EqM-S-4-f8-rope", new_phase=False)
+    start, _, hint = text.partition(f"no run of EqM-S/4 with 8 frames and rotary positions in {tmp_path}")
+    assert start == "" and hint.removeprefix("; ").startswith(NEAR[found]) and bool(hint) == bool(NEAR[found])
+    of_phase = runs.describe_missing(tmp_path, "EqM-S-4-f8-rope", new_phase=True)  # other frames are expected
+    assert ("--use-rope" in of_phase) == ("--use-rope" in text) and "change --num-frames" not in of_phase
+    assert runs.describe_missing(tmp_path, "VAE-1px", new_phase=False) == f"no run VAE-1px in {tmp_path}"
+
+
+def test_a_file_system_without_locks_is_noted_once(tmp_path, monkeypatch, capsys):
+    def flock(*_):
+        raise OSError(errno.ENOSYS, "Function not implemented")
+
+    monkeypatch.setattr(runs.fcntl, "flock", flock)
+    folder = runs.make_run_folder(tmp_path, "a")
+    (line,) = capsys.readouterr().out.splitlines()
+    assert line.startswith(f"note: {folder} is not protected against a second writer") and "no file locks" in line
 
 
 def test_the_last_checkpoints_are_kept_with_those_that_have_a_meaning(tmp_path):

@@ -207,6 +207,6 @@ def test_rank_0_alone_opens_a_split_with_the_index_beside_the_runs(places, shape
     done = two_ranks("--folder", tmp_path / "x", "--num-frames", 28)
     assert done.returncode != 0 and not (tmp_path / "x").exists()
     (line,) = [line for line in done.stderr.splitlines() if "error: " in line]
-    assert "the longest video of --split val has 25 frames" in line
+    assert "the longest video of --given-split val has 25 frames" in line
     monkeypatch.setenv("RANK", "1")
     assert sample_gd.open_split(SimpleNamespace(given_split="val"), None) is None

@@ -107,13 +107,14 @@ def test_steps_without_a_finite_gradient_are_skipped_while_tolerated(tolerated, 
         return each * (torch.nan if next(calls) in (3, 4) else 1), *rest  # of these steps
 
     monkeypatch.setattr(transport, "losses", broken)
-    monkeypatch.setattr(train, "validate", lambda *_: ({"val_loss": 1.0}, []))
+    monkeypatch.setattr(train, "validate", lambda *_: ({"val_loss": torch.nan}, []))
     flags = [*TRAIN, "--data-path", videos, "--max-steps", 6, "--skip-nonfinite", tolerated]
     if tolerated < 2:
         run_main(train, *flags, "--results-dir", tmp_path, "--num-workers", 0, "--sample-every", 0, status=1)
         assert f"of step {3 + tolerated} is not finite" in capsys.readouterr().err
         return
     rows, state = run_training(tmp_path / "r", *flags)
+    assert "step 6: validation loss nan; not finite: best.pt stays as it is" in capsys.readouterr().out
     assert [row["skipped"] for row in rows] == [0, 0, 1, 1, 0, 0]
     assert [row["train_loss"] is None for row in rows] == [False, False, True, True, False, False]
     assert all(value.isfinite().all() for value in state["model"].values()) and state["phase"]["skipped"] == 0
@@ -292,7 +293,8 @@ def test_a_run_its_resume_and_a_later_phase_say_all_that_is_not_as_asked(tmp_pat
     rows, state = run_training(results, *flags, *own, "--val-clips", 2, "--resume", "--max-steps", 1)
     (run,) = results.glob("[0-9]*")
     log, printed, ckpt = (run / "log.txt").read_text(), capsys.readouterr().out, run / "checkpoints/latest.pt"
-    assert f"--resume: nothing to resume in {results}/[0-9]*-EqM-Ti-2-f8-rope: starting from the beginning" in printed
+    missing = f"no run of EqM-Ti/2 with 8 frames and rotary positions in {results}"
+    assert f"--resume: {missing}; starting from the beginning" in printed
     (short,) = [line for line in log.splitlines() if "too short for 8 frames that are 4 apart" in line]
     assert short.startswith("note: 5 of 5 training videos") and short.endswith("from 2 on")
     assert log.count("note: a token holds 64 values") == 1  # a warning, as a line

@@ -156,7 +156,7 @@ def test_a_finished_run_says_so_and_other_widths_are_another_run(whole, tmp_path
     assert "is finished: all 7 steps are done" in capsys.readouterr().out
     assert compare(whole, copy) == [] and content(copy.folder / "vae") == content(whole.folder / "vae")
     run(copy, "--resume", "--widths", 8, 8, 16, "--max-steps", 1)
-    assert "--resume: nothing to resume in" in capsys.readouterr().out
+    assert "--resume: no run VAE-16px-f4-c2-8-8-16 in" in capsys.readouterr().out
     assert len(list(copy.results.glob("[0-9]*"))) == 2
 
 

@@ -1,5 +1,6 @@
-"""Files that are written whole or not at all, also across a kill or a power cut."""
+"""Files that are written completely or not at all, even across a kill or a power cut, and why a write failed."""
 
+import errno
 import os
 import shutil
 from contextlib import contextmanager, suppress
@@ -8,7 +9,7 @@ from pathlib import Path
 
 @contextmanager
 def atomic_write(path):
-    """A binary file to write to. `path` holds its old content until the new one is complete and on the disk."""
+    """Open a binary file for writing. `path` keeps its old content until the new content is complete and on disk."""
     path = Path(path)
     temporary = path.with_name(path.name + ".tmp")
     try:
@@ -25,7 +26,7 @@ def atomic_write(path):
 
 
 def link(path, name):
-    """Give a file a second name beside it, which replaces an older file of that name at once."""
+    """Give a file a second name in the same folder. It replaces an older file of that name in one step."""
     path = Path(path)
     if path.with_name(name).exists() and path.samefile(path.with_name(name)):  # renaming would leave both
         return
@@ -41,9 +42,32 @@ def link(path, name):
 
 
 def sync(path):
-    """fsync: make the bytes of a file, or the names in a folder, survive a power cut."""
+    """Call fsync, so that the bytes of a file, or the names in a folder, survive a power cut."""
     descriptor = os.open(path, os.O_RDONLY)
     try:
         os.fsync(descriptor)
     finally:
         os.close(descriptor)
+
+
+def why_unwritable(path, error):
+    """Explain in one line why writing `path` raised an OSError: its folder is gone, its disk is full, or the error."""
+    path = Path(path)
+    if missing := [folder for folder in path.absolute().parents if not folder.exists()]:
+        return f"{missing[-1]} was deleted or moved during the run"
+    if error.errno not in (errno.ENOSPC, errno.EDQUOT):
+        return f"{path} can't be written ({error.strerror or error})"
+    disk = next(folder for folder in path.resolve().parents if folder.is_mount())
+    reason = f"{error.strerror}; the disk {disk} has {shutil.disk_usage(disk).free / 1e6:.3g} MB free"
+    return f"{path} can't be written ({reason}); {what_to_delete(path)}"
+
+
+def what_to_delete(path):
+    """Advise how to free space: by the numbered checkpoints of the same run that best.pt and latest.pt do not share."""
+    run = next((folder for folder in path.parents if (folder / "lock").exists()), path)
+    older = [file for file in sorted(run.glob("checkpoints/[0-9]*.pt")) if file.stat().st_nlink == 1]
+    if not older:
+        return "free some space there"
+    names = " to ".join(file.name for file in dict.fromkeys((older[0], older[-1])))
+    size = sum(file.stat().st_size for file in older) / 1e6
+    return f"free some space there, for example delete {names} ({size:.3g} MB) in {older[0].parent}"

@@ -9,7 +9,9 @@ import re
 import shutil
 import signal
 import sys
+import threading
 import time
+import traceback
 import warnings
 from contextlib import contextmanager
 from pathlib import Path
@@ -17,24 +19,25 @@ from pathlib import Path
 import torch
 from tqdm import tqdm
 
+from runtime.atomic import why_unwritable
 from runtime.distributed import local_rank, rank
 
 LINE_SECONDS = 60  # between two lines of a Bar in a file
 LINE_FORMAT = "{desc}: {n_fmt} of {total_fmt} {unit}s after {elapsed}, {remaining} left{postfix}"
 UNTYPED = object()  # the value of a flag until it is parsed
-RANK_0_SPEAKS_FIRST = 10  # seconds that the other ranks leave rank 0 to report an error that all ranks see
-LOST = {  # what the text of an error says, and what that means
+RANK_0_SPEAKS_FIRST = 10  # seconds that the other ranks give rank 0 to report an error that all ranks have
+LOST = {  # pattern of an error's text -> its meaning
     r"DataLoader worker \(pid": "a loader process has ended, perhaps for lack of memory: lower --num-workers",
     r"can't allocate memory": "too little memory",  # not a torch.OutOfMemoryError, as on a GPU
-    r"Connection (closed|reset) by peer|Broken pipe|remote process exited": "another rank has ended, it says why",
-    r"^Dist\w*Error|gloo": "the ranks can't reach each other; GLOO_SOCKET_IFNAME and NCCL_SOCKET_IFNAME name a network",
+    r"Connection (closed|reset) by peer|Broken pipe|remote process exited": "another rank has ended: see its error",
+    r"^Dist\w*Error|gloo": "the ranks can't reach each other: set GLOO_SOCKET_IFNAME and NCCL_SOCKET_IFNAME",
 }
 
-_unlogged = []  # lines of warnings that came before there was a log
+_unlogged = []  # lines of warnings from before there was a log
 
 
 class UserError(Exception):
-    """Something the user can put right; its text is one line: what is wrong, what was expected, how to fix it."""
+    """An error that the user can fix. Its text is one line: what is wrong, what was expected, how to fix it."""
 
 
 # ----------------------------------------------------------------------------------------------------------------------
@@ -42,7 +45,7 @@ class UserError(Exception):
 
 
 class HelpFormatter(argparse.ArgumentDefaultsHelpFormatter):
-    """Adds the default to the help of a flag, unless it is None or False, or the help mentions it."""
+    """Add the default to the help of a flag, unless it is None or False or the help mentions it."""
 
     def _get_help_string(self, action):
         if action.default is None or action.default is False or "default" in action.help:
@@ -70,12 +73,12 @@ class Flags(argparse.Namespace):
         return Flags, (vars(self), self.typed)
 
     def resolve(self, **values):
-        """These flags with some values filled in. Only preflight does that."""
+        """A copy of the flags with some values filled in. Only preflight calls this."""
         return Flags(vars(self) | values, self.typed)
 
 
 class ArgumentParser(argparse.ArgumentParser):
-    """argparse that returns Flags, with errors of one line (no usage dump) that come once under torchrun."""
+    """argparse that returns Flags and reports an error in one line, without usage, and once under torchrun."""
 
     def __init__(self, **kwargs):
         super().__init__(formatter_class=HelpFormatter, allow_abbrev=False, **kwargs)
@@ -92,7 +95,7 @@ class ArgumentParser(argparse.ArgumentParser):
         return Flags(vars(found) | {name: self.get_default(name) for name in names if name not in typed}, typed)
 
     def explain(self, word):
-        """Why a word of the command line is not understood: a mistyped flag, or a value too many."""
+        """Say why a word of the command line is wrong: a mistyped flag or an unexpected argument."""
         if not word.startswith("-"):
             return f"{word}: unexpected argument; if a pattern matches several files, name one of them"
         close = difflib.get_close_matches(word, self._option_string_actions, n=1, cutoff=0.75)
@@ -100,14 +103,14 @@ class ArgumentParser(argparse.ArgumentParser):
 
 
 def flag_text(args, name):
-    """A flag with its value as it is typed, such as "--num-frames 4"."""
+    """A flag with its value as a user types it, such as "--num-frames 4"."""
     value = getattr(args, name)
     value = " ".join(map(str, value)) if isinstance(value, list | tuple) else value
     return f"--{'no-' * (value is False)}{name.replace('_', '-')}" + ("" if isinstance(value, bool) else f" {value}")
 
 
 def number(kind, above=-math.inf, least=-math.inf, most=math.inf):
-    """A `type=` for argparse: an int or a finite float within bounds (above is exclusive)."""
+    """A `type=` for argparse: an int or a finite float within bounds. `above` is exclusive."""
     bounds = {"above": above, "at least": least, "at most": most}
     expected = " and ".join(f"{word} {bound}" for word, bound in bounds.items() if abs(bound) < math.inf)
 
@@ -126,36 +129,36 @@ POSITIVE, NON_NEGATIVE, SHARE = number(float, above=0), number(float, least=0), 
 
 
 def add_speed_flags(parser):
-    """The flags of every script that runs a network for long. Returns the add_argument of their group."""
+    """Add the speed flags of training and sampling. Returns the add_argument of their group."""
     add = parser.add_argument_group("speed").add_argument
-    precision = "bf16 and fp16 are mixed precision, tf32 rounds inside matrix products; tf32 and fp16 need a GPU; "
-    precision += "default: that of the resumed run, else bf16 on a GPU that has it, else fp32; fp32 with an energy"
+    precision = "bf16 and fp16: mixed precision; tf32: matrix products are rounded; tf32 and fp16 need a GPU; default: "
+    precision += "that of the resumed run, else bf16 on a GPU that has it, else fp32; fp32 with an energy"
     add("--precision", choices=["fp32", "tf32", "bf16", "fp16"], help=precision)
     add("--compile", action="store_true", help="compile the transformer blocks with torch.compile")
     return add
 
 
 def check_speed_flags(args):
-    """Raise UserError if this machine can't do what --precision and --compile ask for."""
+    """Raise UserError if this machine does not support --precision or --compile."""
     check_precision(args.precision)
     if args.compile and not any(map(shutil.which, (os.environ.get("CXX") or "g++", "clang++"))):
-        raise UserError("--compile: needs a C++ compiler, none was found; install the package g++, or remove the flag")
+        raise UserError("--compile: no C++ compiler found; expected g++ or clang++; install g++ or remove the flag")
 
 
 def check_precision(precision):
-    """Raise UserError if this machine does not have that --precision; None is not checked."""
+    """Raise UserError if this machine does not support that --precision; None is not checked."""
     on_gpu = torch.cuda.is_available()
     if precision in ("tf32", "fp16") and not on_gpu:
         raise UserError(f"--precision {precision} needs a GPU and none was found: use bf16 or fp32")
-    if precision in ("bf16", "tf32") and on_gpu and not has_bf16():  # they came together
+    if precision in ("bf16", "tf32") and on_gpu and not has_bf16():  # the same GPUs have both
         name = torch.cuda.get_device_name(local_rank())
         raise UserError(f"--precision {precision}: {name} has none: use fp16 or fp32")
 
 
 def resolve_precision(precision, energy, kept=None):
-    """The --precision to use: the given one, else that of the resumed run (`kept`), else what suits model and device.
+    """Return the --precision: the flag, else that of the resumed run (`kept`), else the best for model and device.
 
-    The gradient of an energy, which is the field, stays exact. Raises UserError.
+    With an energy the default is fp32, as its gradient is the field. Raises UserError.
     """
     precision = precision or kept or ("fp32" if energy else None)
     if precision is None:
@@ -170,25 +173,25 @@ def has_bf16():
     """Whether this rank's GPU computes in bf16; False without a GPU."""
     if not torch.cuda.is_available():
         return False
-    with torch.cuda.device(local_rank()):  # or every rank would take up memory on the first one
+    with torch.cuda.device(local_rank()):  # or every rank would use memory of the first GPU
         return torch.cuda.is_bf16_supported(including_emulation=False)
 
 
 def check_devices():
-    """Raise UserError if torchrun started more processes than this machine has GPUs (a machine without one: any)."""
+    """Raise UserError if torchrun started more processes than this machine has GPUs, if it has any."""
     if torch.cuda.is_available() and local_rank() >= torch.cuda.device_count():
         found = os.environ.get("LOCAL_WORLD_SIZE", local_rank() + 1)
         raise UserError(f"--nproc_per_node={found}: this machine has {torch.cuda.device_count()} GPUs; start as many")
 
 
 def check_writable(flag, folder):
-    """Raise UserError unless `folder` can be made or written to; touches nothing."""
+    """Raise UserError unless `folder` is writable or can be made. Touches nothing."""
     if not str(folder):
         raise UserError(f"{flag} '': an empty name; name a folder")
     place = Path(folder).absolute()
     if any(len(os.fsencode(part)) > 255 for part in place.parts):
         raise UserError(f"{flag} {str(folder)[:50]}...: a name of more than 255 bytes; use a shorter one")
-    while not os.path.lexists(place):  # a broken link is in the way, as a file would be
+    while not os.path.lexists(place):  # a broken link blocks a folder, as a file does
         place = place.parent
     if not place.is_dir() or not os.access(place, os.W_OK):
         raise UserError(f"{flag} {folder}: {place} is not a writable folder; name another")
@@ -199,26 +202,45 @@ def check_writable(flag, folder):
 
 
 def one_line(text, encoding="utf-8"):
-    """Text as one line that a terminal or log with this encoding can show.
+    """Return text as one line that a terminal or log with this encoding can show.
 
-    File names may hold line breaks, escape sequences and bytes that are not text: these are escaped.
+    Line breaks, escape sequences and bytes that are not text, which file names may contain, are escaped.
     """
     line = "".join(letter if letter.isprintable() else ascii(letter)[1:-1] for letter in text)
     return line.encode(encoding, "backslashreplace").decode(encoding)
 
 
 def say(message, log=None):
-    """Print a line once, from rank 0, without breaking a progress bar; `log` is a file that gets it too."""
+    """Print a line on rank 0 without breaking a progress bar, and add it to the file `log`. Raises UserError."""
     message = one_line(message)
     if rank() == 0:
         tqdm.write(one_line(message, sys.stdout.encoding or "utf-8"))
         if log is not None:
-            with open(log, "a", encoding="utf-8") as file:
-                file.write(message + "\n")
+            append(log, [message + "\n"])
+
+
+def append(path, lines):
+    """Add lines to a text file. Raises UserError."""
+    with writing(path), open(path, "a", encoding="utf-8") as file:
+        file.writelines(lines)
+
+
+@contextmanager
+def writing(path):
+    """Turn the error of a write to `path` into a UserError that says what is wrong with its folder or disk."""
+    try:
+        yield
+    except Exception as error:
+        cause = error if isinstance(error, OSError) else error.__context__  # as torch reports a full disk
+        if number := re.search(r"\(os error (\d+)\)", str(error)):  # as safetensors reports one
+            cause = OSError(int(number[1]), os.strerror(int(number[1])))
+        if not isinstance(cause, OSError):
+            raise
+        raise UserError(why_unwritable(path, cause)) from error
 
 
 def warnings_as_lines(log=None):
-    """Have warnings printed as lines like all others; those that came before there was a log are added to it."""
+    """Print warnings as lines. With a log, add them and the earlier warnings to it."""
 
     def show(message, *_, **__):
         say(f"note: {message}", log)
@@ -227,13 +249,12 @@ def warnings_as_lines(log=None):
 
     warnings.showwarning = show
     if log is not None and rank() == 0:
-        with open(log, "a", encoding="utf-8") as file:
-            file.writelines(_unlogged)
+        append(log, _unlogged)
     _unlogged.clear()
 
 
 class Bar(tqdm):
-    """A progress bar on a terminal; in a file or a pipe a line a minute, without escape codes."""
+    """A progress bar on a terminal; in a file or a pipe, one line per minute without escape codes."""
 
     def __init__(self, *args, **kwargs):
         self.is_shown, self.said = sys.stderr.isatty(), time.monotonic()
@@ -248,39 +269,49 @@ class Bar(tqdm):
 
 
 def fail(message, status=2, wait=True):
-    """End this process with one line on stderr; status 2 = wrong input, 1 = went wrong while running.
+    """End this process with one line on stderr. Status 2: wrong input; status 1: a failure while running.
 
-    torchrun kills all ranks as soon as one exits. So with `wait` the others leave rank 0 time to report, and report
-    only if they still run by then (an error on one machine). A script that starts torchrun names a file in
-    EQM_ERROR_FILE, and shows the line after torchrun's own report.
+    torchrun kills all ranks as soon as one exits. With `wait`, the others give rank 0 time to report, and report only
+    if they still run then (an error on one machine). A script that starts torchrun names a file in EQM_ERROR_FILE and
+    shows the line after torchrun's own report. EQM_TRACEBACK=1 adds the traceback.
     """
-    signal.signal(signal.SIGTERM, signal.SIG_DFL)  # torchrun may end this rank before it speaks
+    signal.signal(signal.SIGTERM, signal.SIG_DFL)  # torchrun may end this rank before it reports
     signal.signal(signal.SIGCHLD, signal.SIG_DFL)  # torch's handler would raise again when the next loader process ends
     if wait and rank() != 0:
         time.sleep(RANK_0_SPEAKS_FIRST)
     text = one_line(" ".join(str(message).split()), sys.stderr.encoding or "utf-8")
     line = f"{os.path.basename(sys.argv[0])}: error: {text}"
+    if os.environ.get("EQM_TRACEBACK") == "1":
+        sys.stderr.write(traceback.format_exc() if sys.exception() else "".join(traceback.format_stack()))
     try:
-        with open(os.environ["EQM_ERROR_FILE"], "a", encoding="utf-8") as file:
-            file.write(line + "\n")
-    except (KeyError, OSError):  # the disk may be what is full
+        append(os.environ["EQM_ERROR_FILE"], [line + "\n"])
+    except (KeyError, UserError):  # the disk may be full
         tqdm.write(line, file=sys.stderr)  # not into a progress bar
     sys.exit(status)
 
 
+def thread_failed(details):
+    """A threading.excepthook that leaves an OSError to the main thread, where TensorBoard raises it again."""
+    if not isinstance(details.exc_value, OSError):
+        threading.__excepthook__(details)
+
+
 @contextmanager
 def one_line_errors(*others):
-    """Make UserError, `others`, and what lack of disk or memory or a lost process raises one line and status 1.
+    """Report a UserError, `others`, and a lack of disk, memory or processes in one line, with status 1.
 
-    Warnings are lines as well.
+    Warnings become lines, too.
     """
+    threading.excepthook = thread_failed
     try:
         with warnings.catch_warnings():
             warnings_as_lines()
             yield
-    except KeyboardInterrupt:  # training saves before it ends, once it has begun
-        fail("interrupted: run the same command to start over", status=130, wait=False)
-    except (UserError, OSError, torch.OutOfMemoryError, *others) as error:
+    except KeyboardInterrupt:  # training that has begun saves first
+        if rank() != 0:
+            sys.exit(130)  # rank 0 reports
+        fail("stopped by SIGINT: run the same command again", status=130)
+    except (UserError, OSError, MemoryError, torch.OutOfMemoryError, *others) as error:
         fail(error, status=1, wait=not isinstance(error, ConnectionError))  # each rank has its own connections
     except RuntimeError as error:
         if (line := explain(error)) is None:
@@ -289,7 +320,7 @@ def one_line_errors(*others):
 
 
 def explain(error):
-    """One line for an error that comes from a lost process, None for any other."""
+    """Explain an error of a lost process in one line; None for any other error."""
     text, (first, *_) = f"{type(error).__name__} {error}", str(error).split("\n")
     meanings = [meaning for pattern, meaning in LOST.items() if re.search(pattern, text, re.IGNORECASE)]
     return f"{meanings[0]} ({first}); all checkpoints are intact" if meanings else None

@@ -1,6 +1,6 @@
-"""Ranks and their device: start and stop, precision, communication between the ranks.
+"""Ranks and their devices: start and stop, precision, communication.
 
-The scripts run under torchrun (one process per device) and under plain `python` (one process, no process group).
+The scripts run under torchrun (one process per device) or under plain `python` (one process, no process group).
 Nothing here touches the process group or a GPU before `start()`.
 """
 
@@ -20,10 +20,10 @@ import torch
 import torch.distributed as dist
 from torch.nn.parallel import DistributedDataParallel
 
-SHARE_TIME = timedelta(hours=1)  # ranks wait for one that has more to do: opens all videos, samples a last batch
-STEP_TIME = timedelta(minutes=10)  # in training, where all do the same
+SHARE_TIME = timedelta(hours=1)  # timeout while one rank has more to do: it opens all videos, samples a last batch
+STEP_TIME = timedelta(minutes=10)  # timeout in training, where all ranks do the same
 STORE_TIME = 30  # seconds for torchrun to answer
-MIXED = {"bf16": torch.bfloat16, "fp16": torch.float16}  # --precision that needs autocast
+MIXED = {"bf16": torch.bfloat16, "fp16": torch.float16}  # values of --precision that use autocast
 
 
 def rank():
@@ -43,19 +43,19 @@ def is_started():
 
 
 def die_with_parent(number):
-    """Have the system send this process a signal when its parent process dies. On Linux only."""
+    """Let Linux send this process a signal when its parent process dies; elsewhere do nothing."""
     if sys.platform == "linux":
         ctypes.CDLL(None).prctl(1, int(number))  # PR_SET_PDEATHSIG
 
 
-if "TORCHELASTIC_RUN_ID" in os.environ:  # ranks have sessions of their own and would outlive a torchrun that is killed
+if "TORCHELASTIC_RUN_ID" in os.environ:  # ranks have their own sessions and would outlive a killed torchrun
     die_with_parent(signal.SIGTERM)
 
 
 def start(timeout=SHARE_TIME):
-    """Join the process group if torchrun started us; returns the device of this rank.
+    """Join the process group if torchrun started this process. Returns the device of this rank.
 
-    timeout is that of a collective. Raises ConnectionError if torchrun does not answer.
+    timeout: of each collective. Raises ConnectionError if torchrun does not answer.
     """
     device = torch.device("cpu")
     if torch.cuda.is_available():
@@ -73,21 +73,21 @@ def start(timeout=SHARE_TIME):
 def keep_freed_memory():
     """Let the C library (glibc) keep freed memory instead of returning it to the system.
 
-    On the CPU a step allocates and frees the same gigabytes; getting them anew, page by page, takes a tenth of it.
+    On the CPU a step allocates and frees the same gigabytes; new pages would cost a tenth of its time.
     """
     library = ctypes.CDLL(None)
     if hasattr(library, "mallopt"):
         library.mallopt(-4, 0)  # M_MMAP_MAX: no block comes directly from the system
-        library.mallopt(-1, -1)  # M_TRIM_THRESHOLD: nothing goes back to it
+        library.mallopt(-1, -1)  # M_TRIM_THRESHOLD: no memory returns to the system
 
 
 def rendezvous_store():
-    """The store through which the ranks find each other, under a prefix that only the ranks of this attempt have.
+    """The store through which the ranks find each other, under a prefix that only the ranks of this attempt know.
 
-    When torchrun restarts its ranks, its store still holds the addresses of those that died (torch 2.13). So rank 0
+    When torchrun restarts its ranks, its store still holds the addresses of the dead ranks (torch 2.13). So rank 0
     chooses a random prefix, and each other rank continues once rank 0 has answered it under that prefix.
     """
-    if os.environ.get("TORCHELASTIC_USE_AGENT_STORE") == "True":  # it is torchrun's and was there before this process
+    if os.environ.get("TORCHELASTIC_USE_AGENT_STORE") == "True":  # torchrun started it before this process
         place = os.environ["MASTER_ADDR"], int(os.environ["MASTER_PORT"])
         try:
             socket.create_connection(place, STORE_TIME).close()
@@ -101,7 +101,7 @@ def rendezvous_store():
             store.set(f"{mine}/{other}/answer", store.get(f"{mine}/{other}"))
         return dist.PrefixStore(mine, store)
     while True:
-        attempt = store.get("attempt").decode()  # may be that of an earlier attempt, for a while
+        attempt = store.get("attempt").decode()  # at first perhaps of an earlier attempt
         store.set(f"{attempt}/{rank()}", mine)
         answer = f"{attempt}/{rank()}/answer"
         if store.check([answer]) and store.get(answer).decode() == mine:
@@ -110,43 +110,43 @@ def rendezvous_store():
 
 
 def stop():
-    """Leave the process group, once all ranks are done."""
+    """Leave the process group once all ranks are done."""
     if is_started():
         dist.barrier()
-        # DDP sits in reference cycles and holds the group. Unless its threads end here, they may still run while the
-        # interpreter shuts down, and gloo aborts the process ("terminate called without an active exception").
+        # Reference cycles with DDP hold the group. Its threads must end here: if they still run while the interpreter
+        # shuts down, gloo aborts the process ("terminate called without an active exception").
         gc.collect()
         dist.destroy_process_group()
 
 
 def set_precision(precision):
-    """Let products and convolutions in float32 use TF32, or not: the part of --precision that is not autocast.
+    """Switch TF32 for float32 products and convolutions on or off: the part of --precision besides autocast.
 
-    In mixed precision the VAE's convolutions may, too: they run in float32 beside the network.
+    In mixed precision the VAE's convolutions, which run in float32, may use TF32, too.
     """
     torch.set_float32_matmul_precision("high" if precision == "tf32" else "highest")
     torch.backends.cudnn.allow_tf32 = precision != "fp32"
 
 
 def autocast(device, precision):
-    """The context in which a network runs in that --precision: mixed for bf16 and fp16, else unchanged.
+    """The context in which a network runs with that --precision: mixed for bf16 and fp16, else unchanged.
 
-    Casts are not kept until its end, as no weight is used twice: of a sharded network they would be all weights.
+    Casts are not cached, as no weight is used twice: the cache of a sharded network would hold all weights.
     """
     return torch.autocast(device.type, MIXED.get(precision), enabled=precision in MIXED, cache_enabled=False)
 
 
 def parallel(model):
-    """The model wrapped in DDP, which averages gradients over the ranks; the model itself in a single process."""
+    """Wrap the model in DDP, which averages gradients over the ranks; in a single process return the model."""
     if not is_started():
         return model
     with warnings.catch_warnings():
-        warnings.simplefilter("ignore", FutureWarning)  # torch 2.13 has a new name for it that 2.9 does not know
+        warnings.simplefilter("ignore", FutureWarning)  # torch 2.9 does not know the new name of torch 2.13
         return DistributedDataParallel(model, broadcast_buffers=False, gradient_as_bucket_view=True)
 
 
 def broadcast(value):
-    """The Python value that rank 0 holds, on every rank."""
+    """Return rank 0's Python value on every rank."""
     if not is_started():
         return value
     box = [value]
@@ -155,7 +155,7 @@ def broadcast(value):
 
 
 def gather(value):
-    """The Python values of all ranks, in the order of the ranks, on every rank."""
+    """Return the Python values of all ranks, in the order of the ranks, on every rank."""
     if not is_started():
         return [value]
     values = [None] * world_size()
@@ -164,13 +164,13 @@ def gather(value):
 
 
 def gather_in_order(rows):
-    """The rows (index, ...) of all ranks, sorted by index, as columns without the index, on every rank."""
+    """Return the rows (index, ...) of all ranks, sorted by index, as columns without the index, on every rank."""
     rows = sorted(itertools.chain(*gather(rows)), key=lambda row: row[0])
     return list(zip(*rows, strict=True))[1:]
 
 
 def call_and_wait(function):
-    """Call a function on all ranks, and wait up to an hour for those to which it gives more work."""
+    """Call a function on all ranks, and wait up to an hour for ranks that have more to do."""
     group = dist.new_group(backend="gloo", timeout=SHARE_TIME) if is_started() else None
     function()
     if group is not None:
@@ -178,7 +178,7 @@ def call_and_wait(function):
 
 
 def average(tensor):
-    """The mean of a tensor over all ranks, on every rank."""
+    """Return the mean of a tensor over all ranks, on every rank."""
     if is_started():
         dist.all_reduce(tensor)
         tensor /= world_size()
@@ -186,12 +186,12 @@ def average(tensor):
 
 
 def own_indices(count, block=1):
-    """Those of the indices 0 ... count - 1 that this rank works on; the ranks take blocks of so many in turn."""
+    """This rank's share of the indices 0 ... count - 1; the ranks take blocks of that size in turn."""
     return [index for index in range(count) if index // block % world_size() == rank()]
 
 
 def gather_on_first(value):
-    """The Python values of all ranks, in the order of the ranks, on rank 0; None on the others."""
+    """Return the Python values of all ranks, in the order of the ranks, on rank 0; None on the others."""
     if not is_started():
         return [value]
     values = [None] * world_size() if rank() == 0 else None
@@ -200,9 +200,9 @@ def gather_on_first(value):
 
 
 def collect(indices, items):
-    """What the ranks computed for their indices, in order, on rank 0: items (len(indices), ...) -> (count, ...).
+    """Return on rank 0 the items of all ranks in the order of their indices: (len(indices), ...) -> (count, ...).
 
-    The other ranks get None. A rank without indices may give any tensor.
+    The other ranks get None. A rank without indices may pass any tensor.
     """
     parts = gather_on_first((indices, items.cpu()))
     if parts is None:

@@ -13,9 +13,9 @@ from einops import rearrange
 
 from runtime import distributed
 from runtime.atomic import atomic_write
-from runtime.cli import UserError
+from runtime.cli import UserError, writing
 
-PEAK_TFLOPS = {  # dense rate of matrix products in bf16 (V100, T4: fp16), from the data sheets; the first that fits
+PEAK_TFLOPS = {  # dense rate of matrix products in bf16 (V100, T4: fp16), from the data sheets; the first match counts
     "B200": 2250, "GB200": 2500, "H100 PCIe": 756, "H800 PCIe": 756, "H100 NVL": 835, "H200 NVL": 835, "H100": 989,
     "H200": 989, "GH200": 989, "H800": 989, "H20": 148, "A100": 312, "A800": 312, "A10G": 70, "A10": 125, "A30": 165,
     "A40": 150, "L4": 121, "L40": 181, "L40S": 362, "RTX 6000 Ada": 364, "RTX A6000": 155, "RTX 3090": 71,
@@ -24,10 +24,9 @@ PEAK_TFLOPS = {  # dense rate of matrix products in bf16 (V100, T4: fp16), from 
 
 
 def peak_tflops(name, precision):
-    """The highest rate of a GPU in TFLOP/s, by the name that torch gives it; None if it is not known.
+    """The peak rate of a GPU in TFLOP/s, by its name in torch; None if unknown.
 
-    tf32 has half the rate of bf16. Products in fp32 do not run on the same units: None. The chips of laptops have the
-    names of faster ones.
+    tf32 has half the rate of bf16. Products in fp32 use other units: None. Laptop chips have the names of faster ones.
     """
     rates = (rate for model, rate in PEAK_TFLOPS.items() if re.search(rf"\b{model}\b", name) and "Laptop" not in name)
     rate = next(rates, None)
@@ -35,7 +34,7 @@ def peak_tflops(name, precision):
 
 
 def device_stats(device, precision, tflops_per_s):
-    """{name: value} of a GPU: mfu, the share of its highest rate (if that is known), and peak memory in GB."""
+    """{name: value} of a GPU: mfu, the fraction of its peak rate (if that is known), and peak memory in GB."""
     if device.type != "cuda":
         return {}
     peak = peak_tflops(torch.cuda.get_device_name(device), precision)
@@ -44,7 +43,7 @@ def device_stats(device, precision, tflops_per_s):
 
 
 def bar_text(row):
-    """What the progress bar shows of a row of metrics."""
+    """The text of the progress bar for a row of metrics."""
     parts = {
         "train_loss": "loss {:.3f}", "clips_per_s": "{:.1f} clips/s", "tflops_per_s": "{:.3g} TFLOP/s",
         "mfu": "{:.0%} MFU", "gpu_memory_gb": "{:.1f} GB",
@@ -53,9 +52,9 @@ def bar_text(row):
 
 
 def read_metrics(path, notes=False):
-    """(rows of a metrics.jsonl, with or without its notes; the number of lines that a crash has torn).
+    """(rows of a metrics.jsonl, with or without its notes; the number of lines that a crash cut short).
 
-    A row is a dict of "step" and what was logged; None = was not finite.
+    A row is a dict of "step" and the logged values; None: the value was not finite.
     """
     rows, torn = [], 0
     with open(path, encoding="utf-8", errors="replace") as file:
@@ -69,7 +68,7 @@ def read_metrics(path, notes=False):
 
 
 def import_wandb():
-    """The wandb package. Raises UserError if it is not installed: --wandb is checked before a run starts."""
+    """Import wandb. Raises UserError if it is not installed."""
     try:
         import wandb
     except ModuleNotFoundError as error:
@@ -78,10 +77,10 @@ def import_wandb():
 
 
 class Metrics:
-    """Logs metrics in a run folder, on rank 0; on all other ranks the methods do nothing.
+    """Log metrics in a run folder, on rank 0; on other ranks the methods do nothing. They raise UserError.
 
-    resume_step is the step from which a run continues: rows of later steps, which will be logged again, and torn lines
-    are removed. wandb: log to wandb, too, which shows `config`; raises UserError if it does not start.
+    resume_step: the step from which a run continues. Rows of later steps, which will be logged again, and lines that
+    were cut short are removed. wandb: log to wandb, too, with this `config`.
     """
 
     def __init__(self, folder, resume_step=None, wandb=False, config=None):
@@ -90,12 +89,12 @@ class Metrics:
             return
         from torch.utils.tensorboard import SummaryWriter  # takes a second to load; needed on rank 0 only
 
-        path = Path(folder, "metrics.jsonl")
-        if resume_step is not None and path.exists():
-            _drop_after(resume_step, path)
+        self.path = Path(folder, "metrics.jsonl")
+        if resume_step is not None and self.path.exists():
+            _drop_after(resume_step, self.path)
         self.wandb = _start_wandb(Path(folder), config) if wandb else None
         self.board = SummaryWriter(str(folder), purge_step=None if resume_step is None else resume_step + 1)
-        self.file = open(path, "a", encoding="utf-8")  # noqa: SIM115 (stays open for the whole run)
+        self.file = open(self.path, "a", encoding="utf-8")  # noqa: SIM115 (stays open for the whole run)
 
     def log(self, step, **scalars):
         """Append one line {"step": step, name: value, ...}; NaN and infinity, which JSON lacks, become null."""
@@ -103,8 +102,9 @@ class Metrics:
             return
         scalars = {name: value.item() if hasattr(value, "item") else value for name, value in scalars.items()}
         self.append(step, **{name: value if math.isfinite(value) else None for name, value in scalars.items()})
-        for name, value in scalars.items():
-            self.board.add_scalar(name, value, step)
+        with writing(self.path):
+            for name, value in scalars.items():
+                self.board.add_scalar(name, value, step)
         if self.wandb:
             self.wandb.log(scalars, step=step)
 
@@ -114,25 +114,28 @@ class Metrics:
         self.board.add_text("note", text, step)
 
     def append(self, step, **row):
-        self.file.write(json.dumps({"step": step, **row}) + "\n")
-        self.file.flush()
+        """Write one line. Raises UserError."""
+        with writing(self.path):
+            self.path.stat()  # an open file of a deleted folder raises no error
+            self.file.write(json.dumps({"step": step, **row}) + "\n")
+            self.file.flush()
 
     def sync(self):
-        """Write what was logged to the disk, so that it survives a power failure, as checkpoints do."""
+        """Write the metrics to the disk, so that they survive a power cut, as checkpoints do."""
         if self.file is not None:
             os.fsync(self.file.fileno())
 
     def video(self, step, name, clips, gif=None, mp4=None):
         """Log clips uint8 (N, T, H, W, 3) as one image: a row per clip, a column per frame; images (T = 1) in one row.
 
-        gif (bytes) is also logged to TensorBoard, and mp4 (a path) to wandb, as name_moving.
+        gif (bytes) goes to TensorBoard, and mp4 (a path) to wandb, as name_moving.
         """
         if self.file is None:
             return
         rows = clips.swapaxes(0, 1) if clips.shape[1] == 1 else clips
         sheet = rearrange(rows, "n t h w c -> (n h) (t w) c")
         self.board.add_image(name, sheet, step, dataformats="HWC")
-        if gif is not None:  # add_video would need moviepy, to make the same GIF
+        if gif is not None:  # add_video would need moviepy to make the same GIF
             from tensorboard.compat.proto.summary_pb2 import Summary
 
             image = Summary.Image(encoded_image_string=gif)
@@ -145,21 +148,22 @@ class Metrics:
 
     def close(self):
         if self.file is not None:
-            self.file.close()
-            self.board.close()
+            with writing(self.path):
+                self.file.close()
+                self.board.close()
         if self.wandb:
             self.wandb.finish()
 
 
 def _drop_after(step, path):
-    """Rewrite the file atomically without torn lines and the rows after `step`."""
+    """Rewrite the file atomically without the rows after `step` and without lines that were cut short."""
     rows, _ = read_metrics(path, notes=True)
     with atomic_write(path) as file:
         file.writelines(json.dumps(row).encode() + b"\n" for row in rows if row["step"] <= step)
 
 
 def _start_wandb(folder, config):
-    """Start the wandb run, or continue it after a resume: its id is in the run folder."""
+    """Start the wandb run, or continue it after a resume by the id in the run folder."""
     wandb = import_wandb()
     id_file = folder / "wandb_id.txt"
     if not id_file.exists():
@@ -174,8 +178,8 @@ def _start_wandb(folder, config):
 class StepStats:
     """Statistics of the training steps since the last line of metrics.
 
-    They stay on the device until that line is due, so that no step waits for the device. earlier: what `averaged`
-    returned when the run was interrupted before that line was logged.
+    They stay on the device until that line is due, so no step waits for the device. earlier: the result of `averaged`
+    from before an interruption, for steps that were not logged.
     """
 
     def __init__(self, earlier=None):
@@ -190,10 +194,10 @@ class StepStats:
         return len(self.earlier) + len(self.rows)
 
     def add(self, files, flops=0.0, **scalars):
-        """Add a step: paths of its videos, FLOPs of all ranks, scalars (0-dimensional, named alike at each step).
+        """Add a step: paths of its videos, FLOPs of all ranks, scalars (0-dimensional, the same names at each step).
 
-        A step with "skipped" = 1 changed no weights: it is counted, but its other values do not enter the means and
-        need not be finite.
+        A step with "skipped" = 1 changed no weights. It is counted, but its other values are not averaged and may be
+        infinite or NaN.
         """
         self.flops += flops
         self.rows.append(torch.stack(list(scalars.values())).float())
@@ -201,7 +205,7 @@ class StepStats:
         self.names = list(scalars)
 
     def next_batch(self, batches):
-        """The next batch of an iterator; counts the time spent waiting for it and its corrupt videos."""
+        """The next batch of an iterator. Counts the waiting time and the corrupt videos."""
         began = time.monotonic()
         batch = next(batches)
         self.waited += time.monotonic() - began
@@ -211,8 +215,8 @@ class StepStats:
     def averaged(self, step):
         """The values of each step, averaged over all ranks: {"names": [...], "rows": (n, k) float32 on the CPU}.
 
-        `step` is the global step of the last row. All ranks call this. Raises UserError, on all ranks, if a value is
-        not finite, except in skipped steps.
+        step: the global step of the last row. All ranks call this. Raises UserError, on all ranks, if a value is not
+        finite, except in skipped steps.
         """
         if not self.rows:
             return {"names": self.names, "rows": self.earlier}
@@ -228,7 +232,7 @@ class StepStats:
         return distributed.average(torch.stack(self.rows)).cpu()
 
     def raise_nonfinite(self, step, index):
-        """Raise UserError, on all ranks, for row `index`, in which a value is not finite; `step` is that of the last.
+        """Raise UserError, on all ranks, for a value of row `index` that is not finite; `step` is of the last row.
 
         The message names the value, its step, the ranks and the videos.
         """
@@ -236,7 +240,7 @@ class StepStats:
         index %= len(rows)
         name = self.names[(~rows[index].isfinite()).nonzero()[0].item()]
         own = self.rows[index].clone()
-        own[norm] = 0  # the same on all ranks, so it does not tell which rank is the cause
+        own[norm] = 0  # it is the same on all ranks, so it does not show the cause
         parts = distributed.gather((own.isfinite().all().item(), self.files[index]))
         ranks = [rank for rank, (is_finite, _) in enumerate(parts) if not is_finite] or range(len(parts))
         files = dict.fromkeys(file for rank in ranks for file in parts[rank][1])
@@ -250,8 +254,8 @@ class StepStats:
     def summary(self, step, global_batch):
         """{name: mean over the steps and all ranks}, number of skipped steps, clips_per_s, tflops_per_s, wait_frac.
 
-        tflops_per_s is that of each rank, of the model alone: what --grad-checkpoint computes again does not count.
-        step and errors: as in `averaged`.
+        tflops_per_s is per rank, of the model alone, without the repeated work of --grad-checkpoint. step, errors: as
+        in `averaged`.
         """
         columns = dict(zip(self.names, self.averaged(step)["rows"].double().unbind(1), strict=True))
         skipped = columns.pop("skipped", None)

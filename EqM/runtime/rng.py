@@ -1,6 +1,6 @@
-"""Random draws that depend on (seed, purpose, stream, index of the sample) and on nothing else.
+"""Random draws that depend only on (seed, purpose, stream, index of the sample).
 
-So they do not change with the number of workers or ranks, nor with where a run was interrupted.
+They do not change with the number of workers or ranks, nor with interruptions of a run.
 """
 
 import hashlib
@@ -9,7 +9,7 @@ import torch
 
 
 def generator(seed, purpose, *key, device="cpu"):
-    """A torch.Generator that is a function of its arguments alone.
+    """A torch.Generator that depends only on the arguments.
 
     `purpose` is a word ("noise", "flip"), `key` says which draw: the stream (first step of the phase) and the index of
     the sample in it. torch's CPU generator keeps 32 bits of the seed: two of 65,000 samples may share their noise.

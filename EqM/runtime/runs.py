@@ -1,22 +1,23 @@
-"""Run folders: their names, the lock that keeps each to one writer, and which run a restarted process belongs to."""
+"""Run folders: names, the lock that allows one writer, and the run to which a restarted process belongs."""
 
 import fcntl
 import json
 import os
+import re
 import socket
 import time
 from contextlib import suppress
 from pathlib import Path
 
-from runtime.cli import UserError, say
+from runtime.cli import UserError, say, writing
 
-LOCK_TIMEOUT = 10  # seconds; within them the processes of a killed run are gone
+LOCK_TIMEOUT = 10  # seconds in which the processes of a killed run end
 
 _locks = []  # open files; a lock lasts as long as its file is open
 
 
 def run_number(folder):
-    """7 for .../007-EqM-S-4-f4-rope; -1 for anything that is not a run folder."""
+    """Return 7 for .../007-EqM-S-4-f4-rope, and -1 for anything that is not a run folder."""
     number = folder.name.split("-")[0]
     return int(number) if number.isdecimal() else -1
 
@@ -37,25 +38,46 @@ def make_run_folder(results_dir, name):
 
 
 def newest_run(results_dir, name):
-    """The newest run folder of that name, or None if there is none."""
+    """Return the newest run folder of that name, a glob pattern, or None."""
     return max(Path(results_dir).glob(f"[0-9]*-{name}"), key=run_number, default=None)
 
 
+def describe_missing(results_dir, name, new_phase):
+    """Say that no run of train.py has that name, and name one that differs in its positions, frames or model only.
+
+    new_phase: training starts from --ckpt, so other frames are expected.
+    """
+    if not (match := re.fullmatch(r"(EqM-.+?)-f([0-9-]+)(-rope)?", name)):
+        return f"no run {name} in {results_dir}"
+    (model, frames, rope), positions = match.groups(""), {"": "fixed positions", "-rope": "rotary positions"}
+    other, verb = ("", "remove") if rope else ("-rope", "add")
+    near = {  # pattern of names -> what to do
+        f"{model}-f{frames}{other}": f"has {positions[other]}: {verb} --use-rope",
+        f"{model}-f*[0-9]{rope}": "has other frames: change --num-frames",
+        f"EqM-*-f{frames}{rope}": "has another model: change --model",
+    }
+    found = {newest_run(results_dir, pattern): text for pattern, text in [*near.items()][: 1 if new_phase else 3]}
+    hints = [f"; {folder.name} {text} to resume it" for folder, text in found.items() if folder]
+    model, frames = re.sub(r"-([0-9]+)$", r"/\1", model), frames.replace("-", ", ")
+    what = f"{model} with {frames} frame{'s' * (frames != '1')} and {positions[rope]}"
+    return f"no run of {what} in {results_dir}{hints[0] if hints else ''}"
+
+
 def results_of(ckpt):
-    """The folder of the runs in one of which a checkpoint is; None for any other file and for what is no path."""
+    """The results folder of a run's checkpoint; None for any other file and for a value that is not a path."""
     place = Path(ckpt).parent if isinstance(ckpt, str) else Path()
     return place.parent.parent if place.name == "checkpoints" and place.is_dir() else None
 
 
 def remove_temporary_files(folder):
-    """Remove the half-written files of a killed process. Only for the holder of the folder's lock."""
+    """Remove the half-written files of a killed process. Call this only with the folder's lock."""
     for path in Path(folder).rglob("*.tmp"):
         if path.is_file():
             path.unlink()
 
 
 def keep_last(folder, count, always=()):
-    """Remove a run's numbered checkpoints, except the `count` last ones (None: all) and those of the steps `always`."""
+    """Remove a run's numbered checkpoints except the last `count` (None: all) and those of the steps `always`."""
     numbered = [path for path in Path(folder, "checkpoints").glob("*.pt") if path.stem.isdecimal()]
     numbered.sort(key=lambda path: int(path.stem))
     for path in numbered[:-count] if count else ():
@@ -64,16 +86,16 @@ def keep_last(folder, count, always=()):
 
 
 def job_name():
-    """The name of what a user started: the same for all its processes, also for those that torchrun restarts."""
+    """The name of the user's job: the same for all its processes, including those that torchrun restarts."""
     run_id = os.environ.get("TORCHELASTIC_RUN_ID", "none")
     return f"{socket.gethostname()}/{os.getppid()}" if run_id == "none" else run_id
 
 
 def check_job():
-    """Raise UserError where ranks that torchrun restarts could not know which run they belong to."""
+    """Raise UserError if ranks that torchrun restarts could not find their run."""
     machines = os.environ.get("GROUP_WORLD_SIZE", "1")
     if machines != "1" and os.environ.get("TORCHELASTIC_RUN_ID", "none") == "none":
-        raise UserError(f"torchrun --nnodes={machines} without --rdzv-id, which names the run for restarts: give one")
+        raise UserError(f"torchrun --nnodes={machines}: --rdzv-id is missing; restarts need it: add any name")
 
 
 def lock(folder):
@@ -91,21 +113,23 @@ def lock(folder):
             if time.monotonic() > until:
                 file.seek(0)
                 who = file.read() or "unknown"
-                raise UserError(f"{folder}: another process writes to it ({who}): wait, or stop that one") from None
+                raise UserError(f"{folder}: another process writes to it ({who}): wait, or stop that process") from None
             time.sleep(0.1)
         except OSError as error:
-            say(f"note: {folder} can't be locked ({error.strerror}): make sure that only one run writes to it")
+            reason = f"its file system has no file locks ({error.strerror})"
+            say(f"note: {folder} is not protected against a second writer, as {reason}: start one run there at a time")
             break
-    file.truncate(0)
-    file.write(json.dumps({"job": job_name(), "host": socket.gethostname(), "pid": os.getpid()}))
-    file.flush()
+    with writing(file.name):
+        file.truncate(0)
+        file.write(json.dumps({"job": job_name(), "host": socket.gethostname(), "pid": os.getpid()}))
+        file.flush()
     _locks.append(file)
 
 
 def is_restarted(folder):
     """Whether torchrun started this process to replace one that wrote to the run folder.
 
-    With several machines its restart count says nothing: only the machine whose process died has counted.
+    With several machines its restart count is useless: only the machine whose process died has counted.
     """
     if int(os.environ.get("TORCHELASTIC_RESTART_COUNT", 0)) == 0 and os.environ.get("GROUP_WORLD_SIZE", "1") == "1":
         return False

@@ -1,4 +1,4 @@
-"""What the ranks agree on at each step: signals stop a run at the same step on all, and all save at the same step."""
+"""Votes of the ranks at each step: a signal stops all ranks at the same step, and all save at the same step."""
 
 import signal
 
@@ -11,15 +11,15 @@ STOP_SIGNALS = signal.SIGTERM, signal.SIGINT, signal.SIGUSR1, signal.SIGHUP
 
 
 class Interrupted(Exception):  # noqa: N818 (nothing went wrong)
-    """The run was asked to stop; the work under way is dropped and done again after the resume."""
+    """A signal stops the run. Unfinished work is dropped; the resumed run repeats it."""
 
 
 class StopSignal:
     """SIGTERM, SIGINT, SIGUSR1 or SIGHUP, sent to any rank, stops all of them at the same step.
 
-    The ranks agree by a sum over a group of its own, on the CPU: `vote` starts it before a step and `resolve` reads it
-    after the step, so no rank waits. A second SIGINT ends the process at once. together: no rank may leave before the
-    others know, as each forward pass of a sharded network needs them all.
+    The ranks vote by a sum over a process group on the CPU. `vote` starts it before a step and `resolve` reads the
+    result after the step, so no rank waits. A second SIGINT ends the process at once. together: no rank may leave
+    before the others know, as each forward pass of a sharded network needs all ranks.
     """
 
     def __init__(self, together=False):
@@ -38,9 +38,9 @@ class StopSignal:
             raise Interrupted
 
     def wait(self, batches):
-        """The next of an iterator of batches, None at its end. Raises Interrupted at once if this rank is to stop.
+        """The next batch of an iterator, None at its end. Raises Interrupted at once if this rank received a signal.
 
-        Others may not know: see `resolve`. Loader processes take seconds to start, and a decoder may hang.
+        Other ranks may not know: see `resolve`. Loader processes take seconds to start, and a decoder may hang.
         """
         batch, self.is_waiting = None, True
         try:
@@ -57,15 +57,15 @@ class StopSignal:
         return batch
 
     def vote(self, save=False):
-        """Start to vote whether a rank is to stop, and whether one wants to save."""
+        """Start the vote on whether to stop and whether to save."""
         self.flags = torch.tensor([float(self.name is not None), float(save)])
         if self.group is not None:
             self.pending = dist.all_reduce(self.flags, group=self.group, async_op=True)
 
     def resolve(self):
-        """Raise Interrupted, on all ranks, if any was to stop at its `vote`. Returns whether any wants to save.
+        """Raise Interrupted, on all ranks, if any voted to stop. Returns whether any voted to save.
 
-        Without a `vote` before, they vote here. A single process also stops for a signal that came since.
+        Without an earlier `vote`, the ranks vote here. A single process also stops for a later signal.
         """
         if self.flags is None:
             self.vote()
@@ -78,13 +78,13 @@ class StopSignal:
         return save
 
     def check(self):
-        """Raise Interrupted if this rank was asked to stop; others may not know, unless `together`: see `resolve`."""
+        """Raise Interrupted if this rank received a signal; others may not know, unless `together`: see `resolve`."""
         if self.together:
             self.resolve()
         elif self.name is not None:
             raise Interrupted
 
     def barrier(self):
-        """Wait for all ranks: one may write a large file to a slow disk, and others wait less in a step."""
+        """Wait for all ranks, longer than a step does: one may be writing a large file to a slow disk."""
         if self.group is not None:
             dist.barrier(group=self.group)

@@ -1,6 +1,6 @@
-"""Reads files that anybody may have made: runs no code in them, and refuses corrupt ones.
+"""Read files from untrusted sources: run no code in them, and refuse corrupt ones.
 
-Refused files raise OSError or ValueError with the reason; callers add the flag or file.
+Refused files raise OSError or ValueError with the reason; callers add the flag or file name.
 """
 
 import argparse
@@ -24,7 +24,7 @@ FPS = 1e-3, 1e6  # lowest and highest accepted frame rate
 def check_regular(path):
     """Raise OSError unless `path` is a regular file, or a link to one, whose name is text.
 
-    A pipe, device or socket may never end, and the C++ and Rust libraries that read files take names in UTF-8 only.
+    Reading a pipe, device or socket may never end, and the C++ and Rust libraries accept only names in UTF-8.
     """
     if not stat.S_ISREG(os.stat(path).st_mode):
         raise OSError(f"{'a folder' if os.path.isdir(path) else 'a pipe or a device'}, expected a regular file")
@@ -45,7 +45,7 @@ def read_json(path):
 
 
 def file_sha256(path):
-    """The SHA-256 of a file, which need not fit into memory. Raises OSError."""
+    """The SHA-256 of a file, which may be larger than the memory. Raises OSError."""
     with open(path, "rb") as file:
         return hashlib.file_digest(file, "sha256").hexdigest()
 
@@ -53,10 +53,10 @@ def file_sha256(path):
 def read_torch(path, used=None):
     """The content of a file of torch.save: tensors, which are mapped into memory, and plain values.
 
-    used(content) returns the parts that the caller needs; default: all. The first rank of each machine compares the
-    bytes of their tensors with the file's CRCs; nothing reads the other tensors. Raises pickle.UnpicklingError if it
-    is not such a file or holds code, OSError if it can't be read, and any other Exception if it is corrupt, which
-    depends on where. If someone shortens a mapped file, its reader dies of SIGBUS; our own are replaced by renaming.
+    used(content) returns the parts that the caller needs; default: all. The first rank of each machine compares their
+    tensors with the file's CRCs; nothing reads the other tensors. Raises pickle.UnpicklingError if the file is of
+    another kind or holds code, OSError if it can't be read, and any other Exception if it is corrupt. If someone
+    shortens a mapped file, its reader dies of SIGBUS; our own files are replaced by renaming.
     """
     check_regular(path)
     with open(path, "rb") as file:
@@ -65,7 +65,7 @@ def read_torch(path, used=None):
         with zipfile.ZipFile(file) as archive:
             members = archive.infolist()
             for member in members:
-                with archive.open(member) as part:  # raises an error unless it begins with its name; torch does not
+                with archive.open(member) as part:  # unlike torch, zipfile checks the member's name
                     if member.filename.endswith("data.pkl"):
                         part.read()  # raises an error if its CRC is wrong
     is_stored = all(member.compress_type == zipfile.ZIP_STORED for member in members)
@@ -80,7 +80,7 @@ def read_torch(path, used=None):
 def check_tensors(value, sums):
     """Raise ValueError unless the memory of each tensor in `value` has one of the `sums`, pairs (size, CRC-32).
 
-    They are those of all members of an archive, as torch does not tell which member became which tensor.
+    The sums are of all members of an archive, as torch does not tell which member became which tensor.
     """
     storages = [leaf.untyped_storage() for leaf in tree_leaves(value) if isinstance(leaf, torch.Tensor)]
     places = {(storage.data_ptr(), len(storage)): storage for storage in storages}

@@ -91,11 +91,12 @@ def as_words(flags):
 
 def sampling_words(path):
     """The flags of sample_gd.py that make the samples of a manifest again, as words. Raises UserError."""
-    flags = dict(read_manifest(path)["generated"]["flags"])
-    for name in (*OUTPUT, "guidance_chosen", *([] if flags["init"] else ["init_gamma"])):
+    if not (flags := read_manifest(path).get("generated", {}).get("flags")):
+        raise UserError(f"--manifest {path}: lacks the flags of its samples; expected a file of this code: score again")
+    for name in (*OUTPUT, "guidance_chosen", *([] if flags.get("init") else ["init_gamma"])):  # older files lack some
         flags.pop(name, None)
-    flags["no_keep_background"] = not flags.pop("keep_background")
-    return as_words(flags | {"stop_below": flags["stop_below"] or 0})  # 0: off; not given, it is the checkpoint's
+    flags["no_keep_background"] = not flags.pop("keep_background", True)
+    return as_words(flags | {"stop_below": flags.get("stop_below") or 0})  # 0: off; not given, it is the checkpoint's
 
 
 def check_same(old, new):

@@ -93,7 +93,7 @@ def _iterate(loader, iterator):
     try:
         yield from iterator
     except UserError as error:
-        raise UserError(str(error).rsplit("UserError: ", 1)[-1].strip()) from None
+        raise UserError(str(error).rsplit("UserError: ", 1)[-1].strip()) from error
     except (ConnectionError, EOFError) as error:  # killed while it handed over a batch, before the DataLoader knows
         raise RuntimeError("DataLoader worker (pid unknown) exited unexpectedly") from error
     except RuntimeError as error:
@@ -101,7 +101,7 @@ def _iterate(loader, iterator):
             raise
         late = f"no batch within this many seconds, the loader processes are reading {loader.watch}"
         advice = "remove or repair the file that hangs, or raise the limit"
-        raise UserError(f"--loader-timeout {loader.timeout:g}: {late}: {advice}") from None
+        raise UserError(f"--loader-timeout {loader.timeout:g}: {late}: {advice}") from error
 
 
 def on_device(batches, device):

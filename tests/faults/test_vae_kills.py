@@ -32,7 +32,7 @@ def test_a_signal_to_torchrun_saves_and_ends_all_processes(undisturbed, tmp_path
     others = descendants(process.pid)
     process.send_signal(signal.SIGINT)
     output, saved = end(process, None), last_saved(stopped)
-    assert f"and saved at step {saved}: the same command with --resume continues" in output
+    assert f"and saved at step {saved}: to continue, run the same command with --resume" in output
     assert 'train_vae.py", line' not in output  # torchrun has a traceback of its own
     assert saved >= stopped.rows()[-1]["step"]
     wait_gone(others)
