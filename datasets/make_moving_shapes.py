@@ -24,7 +24,7 @@ import torch
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent / "EqM"))
 from layout import write_lists
-from runtime.cli import ArgumentParser, Bar, UserError, fail, number, say
+from runtime.cli import ArgumentParser, Bar, UserError, fail, number, one_line_errors, say
 from runtime.rng import generator
 from runtime.untrusted import read_json
 from video.writers import encode
@@ -178,8 +178,8 @@ def is_made(out, settings):
     advice = "expected a new or empty folder, or the same data set; name another folder"
     try:
         found = read_json(out / "shapes.json")["settings"]
-    except (OSError, ValueError, KeyError, TypeError):
-        raise UserError(f"--out {out}: holds files that are not Moving Shapes; {advice}") from None
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        raise UserError(f"--out {out}: holds files that are not Moving Shapes; {advice}") from error
     if found != settings:
         raise UserError(f"--out {out}: holds Moving Shapes made with other flags ({found}); {advice}")
     return True
@@ -233,6 +233,7 @@ def parse_args(argv=None):
     return parser.parse_args(argv)
 
 
+@one_line_errors()
 def main(argv=None):
     args = parse_args(argv)
     settings = {name: value for name, value in vars(args).items() if name != "out"} | {"version": VERSION}

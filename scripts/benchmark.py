@@ -38,7 +38,7 @@ import transport
 from models import NAMES, Condition, EqM_models, model_config
 from rope import RotaryEmbedding3D, apply_rotary
 from runtime import distributed
-from runtime.cli import COUNT, ArgumentParser, UserError, check_speed_flags, fail, number
+from runtime.cli import COUNT, ArgumentParser, UserError, check_speed_flags, fail, number, one_line_errors
 from runtime.metrics import device_stats, read_metrics
 from runtime.signals import StopSignal
 from samplers import guided, sample
@@ -499,6 +499,7 @@ PARTS = {
 }
 
 
+@one_line_errors()
 def main():
     args = parse_args()
     try:

@@ -61,7 +61,7 @@ def names(folder):
 # Writing ------------------------------------------------------------------------------------------------------------
 
 
-def test_what_is_saved_is_loaded(tmp_path):
+def test_loading_returns_the_saved_state(tmp_path):
     path, state = tmp_path / "0000070.pt", make_state()
     (tmp_path / "0000070.pt.tmp").write_bytes(b"left over by a crash")
     checkpoint.save(path, make_state(step=69))
@@ -99,7 +99,7 @@ def test_a_failing_write_leaves_the_old_file_and_nothing_else(tmp_path, monkeypa
         assert (tmp_path / "latest.pt").read_bytes() == before
 
 
-def test_the_file_is_on_the_disk_before_it_gets_its_name(tmp_path, monkeypatch):
+def test_a_file_is_on_disk_before_it_is_renamed(tmp_path, monkeypatch):
     temporary, order, fsync, rename = tmp_path / "latest.pt.tmp", [], os.fsync, os.replace
 
     def noted_fsync(descriptor):
@@ -146,7 +146,7 @@ def writer(tmp_path):
     return checkpoint.Writer(tmp_path)
 
 
-def test_a_checkpoint_holds_the_state_of_the_call_not_of_the_write(writer, monkeypatch):
+def test_a_checkpoint_holds_the_state_at_the_time_of_the_call(writer, monkeypatch):
     begin, save = threading.Event(), torch.save
     monkeypatch.setattr(torch, "save", lambda *arguments: begin.wait(60) and save(*arguments))  # a slow disk
     state, before = make_state(step=7), copy.deepcopy(make_state(step=7))
@@ -173,7 +173,7 @@ def test_checkpoints_are_written_one_at_a_time_from_the_same_memory(writer):
     assert places[0] == places[1]
 
 
-def test_what_goes_wrong_in_the_thread_is_raised_by_the_next_call(writer, monkeypatch):
+def test_the_next_call_raises_the_error_of_the_thread(writer, monkeypatch):
     writer.write(make_state(step=1), [], nothing, nothing)
     writer.wait()
     monkeypatch.setattr(torch, "save", full_disk)
@@ -247,7 +247,7 @@ def save_damaged(path, part, **changes):
 
 
 @pytest.mark.parametrize("part", ["model", "ema", "optimizer", "run"])
-def test_a_flipped_bit_is_refused_by_whoever_uses_that_part_of_the_file(tmp_path, part):
+def test_only_readers_of_a_damaged_part_refuse_the_file(tmp_path, part):
     path = tmp_path / "best.pt"
     save_damaged(path, part)
     assert "damaged" in load_refusal(path)
@@ -285,7 +285,7 @@ def test_optimizers_load_the_state_of_each_weight_and_keep_their_settings(kind):
 @pytest.mark.parametrize(
     "settings", [{}, {"use_rope": False}, {"qk_norm": True, "rope_theta": 500.0, "position_table": "space"}], ids=str
 )
-def test_the_model_comes_back_bit_by_bit_if_it_is_what_was_asked_for(tmp_path, recwarn, use_ema, part, settings):
+def test_a_model_that_matches_the_checks_loads_bit_for_bit(tmp_path, recwarn, use_ema, part, settings):
     path, config, state = tmp_path / "best.pt", replace(CONFIG, **settings), make_state(settings)
     checkpoint.save(path, state)
     for asked in ({"num_classes": 6}, {"model": "EqM-XL/2"}, {"video": False}):
@@ -349,7 +349,7 @@ def test_a_mismatch_names_the_flag_and_both_values(saved, asked, words):
 
 
 @pytest.mark.parametrize("saved", [ROPE, FIXED])
-def test_what_agrees_or_is_not_asked_for_passes(saved):
+def test_matching_or_unchecked_settings_pass(saved):
     for asked in ({}, asdict(saved), dict.fromkeys(asdict(saved)), models.model_shape("EqM-S/4")):
         checkpoint.check("best.pt", saved, **asked)
     if saved.use_rope:  # rotary positions accept another number of frames

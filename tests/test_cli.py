@@ -27,7 +27,7 @@ from runtime.runs import make_run_folder
         (float, {"most": 1}, ["-5", "1"], ["2", "nan"]),
     ],
 )
-def test_a_number_keeps_within_its_bounds(kind, bounds, good, bad):
+def test_a_number_must_be_within_its_bounds(kind, bounds, good, bad):
     parse = number(kind, **bounds)
     for text in good:
         assert parse(text) == kind(text) and type(parse(text)) is kind
@@ -54,7 +54,7 @@ def parser():
         (["--no-fast"], {"fast"}, None, False),
     ],
 )
-def test_flags_know_which_of_them_were_typed_and_nothing_changes_them(words, typed, steps, fast):
+def test_flags_are_frozen_and_know_which_were_typed(words, typed, steps, fast):
     flags = parser().parse_args(words)
     values = {"steps": steps, "names": ["a"], "fast": fast, "kind": "x"}
     assert (vars(flags), flags.typed) == (values, typed)
@@ -89,7 +89,7 @@ def test_a_wrong_flag_is_one_line_that_names_it(arguments, words, capsys):
     assert all(word in err for word in words)
 
 
-def test_a_writable_folder_is_found_without_making_it(tmp_path):
+def test_check_writable_makes_no_folder(tmp_path):
     cli.check_writable("--folder", tmp_path / "new" / "deep")
     assert list(tmp_path.iterdir()) == []
     (tmp_path / "file").touch()
@@ -118,7 +118,7 @@ CASES = [  # a GPU with bf16 or without, None: no GPU; energy; precision of the 
 
 
 @pytest.mark.parametrize(("bf16", "energy", "kept", "typed", "expected"), CASES)
-def test_the_precision_is_that_of_the_flag_the_run_or_the_device(
+def test_the_precision_comes_from_the_flag_the_run_or_the_device(
     bf16, energy, kept, typed, expected, monkeypatch, capsys
 ):
     monkeypatch.setattr(torch.cuda, "is_available", lambda: bf16 is not None)
@@ -139,7 +139,7 @@ def test_the_precision_is_that_of_the_flag_the_run_or_the_device(
 
 
 @pytest.mark.parametrize(("rank", "before"), [("0", []), ("1", [(10, "")])])  # if it still runs then, it reports
-def test_an_error_is_one_line_and_the_other_ranks_leave_rank_0_ten_seconds(rank, before, monkeypatch, capsys):
+def test_an_error_is_one_line_and_other_ranks_give_rank_0_ten_seconds(rank, before, monkeypatch, capsys):
     slept = []
     monkeypatch.setenv("RANK", rank)
     monkeypatch.setattr(cli.sys, "argv", ["/some/where/train.py"])
@@ -150,7 +150,7 @@ def test_an_error_is_one_line_and_the_other_ranks_leave_rank_0_ten_seconds(rank,
     assert (ended.value.code, *capsys.readouterr()) == (2, "", "train.py: error: --lr: too high\n")
 
 
-def test_only_rank_0_says_and_logs(monkeypatch, capsys, tmp_path):
+def test_only_rank_0_prints_and_logs(monkeypatch, capsys, tmp_path):
     log = tmp_path / "log.txt"
     for rank in ("1", "0", "2"):
         monkeypatch.setenv("RANK", rank)
@@ -160,7 +160,7 @@ def test_only_rank_0_says_and_logs(monkeypatch, capsys, tmp_path):
     assert capsys.readouterr().out == "hello from 0\nnot for the log\n"
 
 
-def test_warnings_are_lines_and_those_before_there_was_a_log_are_in_it_too(capsys, tmp_path):
+def test_warnings_are_lines_and_the_log_has_the_earlier_ones(capsys, tmp_path):
     with cli.one_line_errors():
         warnings.warn("narrow\nmodel", stacklevel=1)
         cli.warnings_as_lines(tmp_path / "log.txt")
@@ -181,7 +181,7 @@ def test_warnings_are_lines_and_those_before_there_was_a_log_are_in_it_too(capsy
         (torch.distributed.DistNetworkError("timed out"), 1, "the ranks can't reach each other"),
     ],
 )
-def test_a_failure_is_one_line_and_a_status_after_its_traceback_if_asked_for(error, status, words, monkeypatch, capsys):
+def test_a_failure_is_one_line_and_a_traceback_with_eqm_traceback(error, status, words, monkeypatch, capsys):
     for shows_it in (False, True):
         monkeypatch.setenv("EQM_TRACEBACK", str(int(shows_it)))
         with pytest.raises(SystemExit) as ended, cli.one_line_errors():
@@ -231,12 +231,12 @@ def test_a_failed_write_names_the_disk_and_the_checkpoints_to_delete(kind, tmp_p
         cli.append(folder.parent / "log.txt", ["a line"])
 
 
-def test_an_error_that_is_none_of_the_disk_stays_as_it_is(tmp_path):
+def test_other_errors_than_of_the_disk_are_unchanged(tmp_path):
     with pytest.raises(RuntimeError, match="a bug"), cli.writing(tmp_path / "a"):
         raise RuntimeError("a bug")
 
 
-def test_a_bar_in_a_file_is_a_line_a_minute_without_escape_codes(capfd, monkeypatch):
+def test_a_bar_in_a_file_prints_one_line_per_minute_without_escape_codes(capfd, monkeypatch):
     clock = iter(range(0, 10_000, 10))
     monkeypatch.setattr(cli.time, "monotonic", lambda: next(clock))  # each look at it takes 10 s
     with cli.Bar(total=20, desc="encoding", unit="frame") as bar:

@@ -8,7 +8,7 @@ from runtime import distributed
 from runtime.rng import generator
 
 
-def test_alone_there_is_one_rank_and_nothing_to_exchange(monkeypatch):
+def test_a_single_process_is_rank_0_of_1(monkeypatch):
     for name in ("RANK", "LOCAL_RANK", "WORLD_SIZE"):
         monkeypatch.delenv(name, raising=False)
     assert (distributed.rank(), distributed.local_rank(), distributed.world_size()) == (0, 0, 1)
@@ -29,14 +29,14 @@ def indices_of(monkeypatch, world_size, *args, **settings):
 
 
 @pytest.mark.parametrize("world_size", [1, 2, 3, 8])
-def test_the_indices_of_all_ranks_are_all_indices(world_size, monkeypatch):
+def test_the_ranks_share_all_indices(world_size, monkeypatch):
     for count in (0, 1, 3, 8, 9):
         parts = list(indices_of(monkeypatch, world_size, count))
         assert sorted(sum(parts, [])) == list(range(count))
         assert max(map(len, parts)) - min(map(len, parts)) <= 1
 
 
-def test_in_blocks_the_ranks_take_full_batches_in_turn(monkeypatch):
+def test_the_ranks_take_blocks_of_full_batches_in_turn(monkeypatch):
     assert list(indices_of(monkeypatch, 3, 9, block=2)) == [[0, 1, 6, 7], [2, 3, 8], [4, 5]]
 
 
@@ -69,7 +69,7 @@ torch.save(found, os.environ["OUT"])
 """
 
 
-def test_ranks_exchange_values_agree_on_saves_and_draw_the_same(tmp_path):
+def test_ranks_exchange_values_vote_on_saves_and_draw_the_same_numbers(tmp_path):
     on_all = {
         "broadcast": ["from", 0], "gather": [0, 10], "average": [1.5, 4.5], "saves": [False, True, True, False],
         "drawn": torch.rand(4, generator=generator(0, "noise", 3)).tolist(), "imported": [],

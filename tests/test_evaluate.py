@@ -64,7 +64,9 @@ def naive_features(clips):
 
 
 @pytest.mark.parametrize("metric", ["fvd", "fid"])
-def test_the_distance_is_that_of_all_features_at_once(metric, shapes, samples, detector, tmp_path, monkeypatch):
+def test_the_distance_equals_the_distance_of_all_features_at_once(
+    metric, shapes, samples, detector, tmp_path, monkeypatch
+):
     generated, real = np.load(samples / "samples.npz")["arr_0"], read_clips(shapes, "train", 20)[0]
     if metric == "fid":  # of frames
         generated, real = generated.reshape(-1, 1, SIZE, SIZE, 3), real.reshape(-1, 1, SIZE, SIZE, 3)
@@ -227,7 +229,7 @@ def test_consistency_needs_the_size_of_temporal_patches(shapes, tmp_path, capsys
     refused(capsys, tmp_path / "c.json", *flags, words=["does not say the temporal_patch_size"])
 
 
-def test_images_that_sample_gd_has_made_have_a_fid(detector, tmp_path):
+def test_sampled_images_have_a_fid(detector, tmp_path):
     data = make_images(tmp_path / "images", 40)
     path = save_checkpoint(tmp_path / "best.pt", depth=1, temporal_patch_size=1, num_frames=1)
     run_main(sample_gd, "--ckpt", path, "--folder", tmp_path / "s", "--num-samples", 10, "--num-sampling-steps", 3,
@@ -238,7 +240,7 @@ def test_images_that_sample_gd_has_made_have_a_fid(detector, tmp_path):
     assert found["generated"]["source"]["seed"] == 0 and found["generated"]["mean_evaluations"] == 2
 
 
-def test_two_ranks_find_what_one_finds(fvd, tmp_path):
+def test_two_ranks_compute_the_same_as_one(fvd, tmp_path):
     flags = [*fvd[:-1], 9, "--batch-size", 2, *FEW]
     alone = run(tmp_path / "1.json", *flags)
     command = [*TORCHRUN, ROOT / "EqM/evaluate.py", "--out", tmp_path / "2.json", "--cache", tmp_path / "cache", *flags]
@@ -318,7 +320,7 @@ def test_bad_flags_are_one_line_and_nothing_is_written(case, shapes, samples, de
 @pytest.mark.parametrize(
     ("text", "words"), [("[1, 2]", "can't be read"), ('{"format": 1}', "has format 1"), (None, "can't be read")]
 )
-def test_a_file_that_is_no_manifest_or_of_another_format_is_refused(text, words, tmp_path, capsys):
+def test_another_file_or_format_is_refused_as_a_manifest(text, words, tmp_path, capsys):
     if text is not None:
         (tmp_path / "m.json").write_text(text)
     refused(capsys, tmp_path / "a.json", "--manifest", tmp_path / "m.json", words=["--manifest", words])
@@ -334,7 +336,7 @@ def test_flags_that_change_the_values_are_refused_beside_a_manifest(samples, tmp
         refused(capsys, tmp_path / "b.json", "--manifest", tmp_path / "a.json", *flags, words=[words])
 
 
-def test_score_sh_makes_the_samples_of_a_manifest_again_and_scores_them(shapes, tmp_path):
+def test_score_sh_repeats_the_samples_of_a_manifest_and_scores_them(shapes, tmp_path):
     config = {"depth": 1, "num_classes": 12, "num_frames": 4, "temporal_patch_size": 4, "use_rope": True}
     state = make_state(**config)
     state["config"]["data"]["classes"] = read_clips(shapes, "val", 1)[2]
@@ -359,7 +361,7 @@ def test_flags_of_a_manifest_may_have_values_that_begin_with_a_dash():
     assert vars(evaluate.parse_args(words)).items() >= flags.items()
 
 
-def test_an_older_manifest_gives_what_it_has_or_is_refused(tmp_path):
+def test_an_older_manifest_is_repeated_or_refused(tmp_path):
     path, about = tmp_path / "m.json", {"format": manifest.FORMAT, "generated": {"flags": {"num_samples": 3}}}
     path.write_text(json.dumps(about))
     assert manifest.sampling_words(path) == ["--num-samples=3", "--stop-below=0"]

@@ -47,7 +47,7 @@ def image(folder, name):
     return event.step, Image.open(BytesIO(event.encoded_image_string))
 
 
-def test_each_call_appends_a_json_line_with_null_for_what_is_not_finite(tmp_path):
+def test_each_call_appends_a_json_line_with_null_for_nonfinite_values(tmp_path):
     metrics = Metrics(tmp_path)
     metrics.log(10, loss=0.5, clips=32)
     assert lines(tmp_path) == ['{"step": 10, "loss": 0.5, "clips": 32}']  # while the file is still open
@@ -69,7 +69,7 @@ def show(folder, clips, *moving):
     return np.asarray(sheet), sys.modules["wandb"].Image.call_args.args[0]
 
 
-def test_clips_are_shown_as_a_sheet_with_a_row_each_and_moving(tmp_path, wandb):
+def test_clips_are_logged_as_a_sheet_and_as_a_movie(tmp_path, wandb):
     clips = np.random.default_rng(0).integers(0, 256, (2, 3, 4, 5, 3), dtype=np.uint8)
     gif = BytesIO()
     write_gif(gif, clips[0], fps=10)
@@ -82,7 +82,7 @@ def test_clips_are_shown_as_a_sheet_with_a_row_each_and_moving(tmp_path, wandb):
     assert wandb.Video.call_args_list == [call(str(tmp_path / "a.mp4"), format="mp4")]
 
 
-def test_images_are_shown_in_a_row(tmp_path, wandb):
+def test_images_are_logged_in_a_row(tmp_path, wandb):
     images = np.random.default_rng(0).integers(0, 256, (3, 1, 4, 5, 3), dtype=np.uint8)
     for sheet in show(tmp_path, images):
         assert np.array_equal(sheet, np.concatenate(images[:, 0], axis=1))
@@ -106,7 +106,7 @@ def test_after_a_resume_no_step_is_logged_twice(tmp_path):
     assert [(event.step, event.value) for event in board(tmp_path).Scalars("loss")] == expected
 
 
-def test_a_resume_removes_a_torn_line_and_keeps_earlier_lines_as_they_are(tmp_path):
+def test_a_resume_removes_a_torn_line_and_keeps_earlier_lines(tmp_path):
     earlier = ['{"step": 1, "loss": 0.1, "val/loss": null}', '{"step": 1, "note": 3}']
     for before, kept in (([*earlier, '{"step": 2, "lo'], earlier), ([], [])):
         (tmp_path / "metrics.jsonl").write_text("\n".join(before))
@@ -152,7 +152,7 @@ def fill(values, skipped=None, earlier=None):
     return stats
 
 
-def test_the_summary_has_the_means_of_the_steps_and_the_rates_of_a_rank(monkeypatch):
+def test_the_summary_has_the_means_of_the_steps_and_the_rates_per_rank(monkeypatch):
     stats = fill([1.0, 2.0, 6.0])
     batch = {"corrupt": ["a.avi"], "number": 3}
     now = [stats.began + 4]
@@ -170,7 +170,7 @@ def test_the_summary_has_the_means_of_the_steps_and_the_rates_of_a_rank(monkeypa
     assert summary == pytest.approx({"train_loss": 3.0, "grad_norm": 6.0} | rates)
 
 
-def test_the_peak_rate_of_a_gpu_is_found_by_its_name():
+def test_the_name_of_a_gpu_gives_its_peak_rate():
     names = {
         "NVIDIA H100 80GB HBM3": 989, "NVIDIA H100 PCIe": 756, "NVIDIA H200 NVL": 835, "NVIDIA A10G": 70,
         "NVIDIA L40S": 362, "NVIDIA GB200": 2500, "Tesla V100-SXM2-16GB": 125, "NVIDIA GeForce GTX 1080": None,
@@ -181,7 +181,7 @@ def test_the_peak_rate_of_a_gpu_is_found_by_its_name():
     assert peak_tflops("NVIDIA H100 80GB HBM3", "fp32") is None  # no rate of matrix units to compare with
 
 
-def test_the_bar_shows_what_the_device_has_and_a_cpu_has_no_mfu(monkeypatch):
+def test_the_bar_shows_the_statistics_of_the_device(monkeypatch):
     row = {"train_loss": 1.25, "clips_per_s": 80.0, "tflops_per_s": 400.0}
     assert device_stats(torch.device("cpu"), "bf16", 400.0) == {}
     assert bar_text(row) == "loss 1.250, 80.0 clips/s, 400 TFLOP/s"
@@ -193,7 +193,7 @@ def test_the_bar_shows_what_the_device_has_and_a_cpu_has_no_mfu(monkeypatch):
     assert device_stats(torch.device("cuda", 0), "fp32", 40.0) == {"gpu_memory_gb": 31.2}
 
 
-def test_an_interruption_changes_no_bit_of_the_means():
+def test_an_interruption_does_not_change_the_means():
     values = torch.rand(7, generator=torch.Generator().manual_seed(0)).tolist()
     uninterrupted = fill(values).summary(step=7, global_batch=8)
     second = fill(values[3:], earlier=fill(values[:3]).averaged(step=3))
@@ -211,7 +211,7 @@ def test_the_error_for_a_nonfinite_value_names_its_step_files_and_norms(value):
         fill([1.0, 2.0, value, 3.0]).summary(step=104, global_batch=8)
 
 
-def test_skipped_steps_are_counted_and_not_in_the_means():
+def test_skipped_steps_are_counted_but_not_averaged():
     summary = fill([1.0, float("nan"), 3.0], skipped=[0, 1, 0]).summary(step=3, global_batch=8)
     assert (summary["train_loss"], summary["skipped"]) == (2.0, 1)
     assert np.isnan(fill([float("inf")], skipped=[1]).summary(1, 8)["train_loss"])  # no step left

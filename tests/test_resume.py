@@ -43,7 +43,7 @@ def check_in_parts(whole, results, stops):
     assert compare(whole, parts) == []
 
 
-def test_a_run_stopped_after_every_single_step_ends_as_one_that_was_not(whole, tmp_path):
+def test_a_run_stopped_after_every_step_ends_like_an_uninterrupted_run(whole, tmp_path):
     check_in_parts(whole, tmp_path / "parts", [*[1] * STEPS, None])
 
 
@@ -68,7 +68,7 @@ def test_every_kind_of_training_resumes_bit_for_bit(kind, sources, tmp_path):
 
 
 @pytest.mark.parametrize("where", ["latents_of", "sample_ema", "validate"])
-def test_what_a_signal_interrupts_is_done_again_after_the_resume(where, whole, tmp_path):
+def test_a_resumed_run_repeats_the_work_that_a_signal_interrupted(where, whole, tmp_path):
     parts = replace(whole, results=tmp_path / "parts")
     steps = run_here(parts, "--resume", stop_in=where)
     assert steps == (5 if where == "sample_ema" else 2)
@@ -94,7 +94,7 @@ def test_no_step_is_logged_twice_by_a_run_that_is_stopped_then_killed(shapes, tm
     assert parts.rows() == whole.rows()
 
 
-def test_chained_phases_that_are_interrupted_end_as_those_that_are_not(shapes, tmp_path):
+def test_interrupted_phases_end_like_uninterrupted_phases(shapes, tmp_path):
     ends = []
     for name, stops in (("whole", [None]), ("parts", [2, 1, None])):
         ckpt = []
@@ -107,7 +107,7 @@ def test_chained_phases_that_are_interrupted_end_as_those_that_are_not(shapes, t
     assert compare(*ends) == []
 
 
-def test_a_checkpoint_that_was_not_given_all_its_names_gets_them(whole, tmp_path):
+def test_a_resume_links_a_checkpoint_to_its_missing_names(whole, tmp_path):
     copy = replace(whole, results=shutil.copytree(whole.results, tmp_path / "copy"))
     names = {path.name: path.read_bytes() for path in (copy.folder / "checkpoints").iterdir()}
     for name in (f"{STEPS:07d}.pt", "latest.pt"):
@@ -117,7 +117,7 @@ def test_a_checkpoint_that_was_not_given_all_its_names_gets_them(whole, tmp_path
 
 
 @pytest.mark.parametrize("deleted", ["folder", "files"])
-def test_a_run_whose_checkpoints_were_deleted_is_named_and_stays_as_it_is(deleted, whole, tmp_path, capsys):
+def test_a_run_with_deleted_checkpoints_is_named_and_stays_unchanged(deleted, whole, tmp_path, capsys):
     copy = replace(whole, results=shutil.copytree(whole.results, tmp_path / "copy"))
     shutil.rmtree(copy.folder / "checkpoints")
     if deleted == "files":
@@ -136,7 +136,7 @@ def test_a_run_that_was_killed_before_its_first_checkpoint_starts_over(whole, tm
 
 
 @pytest.mark.parametrize("script", [train, train_vae])
-def test_a_run_folder_that_is_deleted_is_one_line_and_its_parts_are_made_again(script, whole, tmp_path, capsys):
+def test_a_deleted_run_folder_is_one_line_and_deleted_subfolders_are_recreated(script, whole, tmp_path, capsys):
     run = replace(whole, results=tmp_path / "run", base=TINY if script is train else TINY_VAE)
     flags = run.command_flags(*(OFTEN if script is train else ["--save-minutes", 1e-9]))
 
@@ -156,7 +156,7 @@ def test_a_run_folder_that_is_deleted_is_one_line_and_its_parts_are_made_again(s
     assert line == f"{script.__name__}.py: error: {run.results / folder.name} was deleted or moved during the run"
 
 
-def test_a_damaged_checkpoint_is_named_and_the_one_before_it_is_used(whole, tmp_path, capsys):
+def test_a_damaged_checkpoint_is_named_and_the_previous_one_is_used(whole, tmp_path, capsys):
     parts = replace(whole, results=tmp_path / "parts")
     run_here(parts, stop_after=5)
     latest = parts.folder / "checkpoints/latest.pt"

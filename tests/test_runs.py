@@ -11,7 +11,7 @@ def names(folder):
     return sorted(path.name for path in folder.iterdir())
 
 
-def test_run_folders_are_numbered_none_is_used_twice_and_the_last_is_found(tmp_path):
+def test_run_folders_have_unique_numbers_and_the_newest_is_found(tmp_path):
     root = tmp_path / "results" / "exp"
     assert runs.newest_run(root, "a") is None
     folders = [runs.make_run_folder(root, name) for name in ("a", "a", "a-rope")]
@@ -54,7 +54,7 @@ def test_a_file_system_without_locks_is_noted_once(tmp_path, monkeypatch, capsys
     assert line.startswith(f"note: {folder} is not protected against a second writer") and "no file locks" in line
 
 
-def test_the_last_checkpoints_are_kept_with_those_that_have_a_meaning(tmp_path):
+def test_keep_last_keeps_the_last_checkpoints_and_those_of_phases(tmp_path):
     folder = runs.make_run_folder(tmp_path, "a") / "checkpoints"
     for name in ("0000010.pt", "0000020.pt", "0000030.pt", "10000000.pt", "best.pt", "latest.pt"):
         (folder / name).touch()
@@ -65,7 +65,7 @@ def test_the_last_checkpoints_are_kept_with_those_that_have_a_meaning(tmp_path):
     assert names(folder) == ["0000010.pt", "0000030.pt", "10000000.pt", "best.pt", "latest.pt"]
 
 
-def test_what_a_killed_process_was_writing_is_cleaned_up(tmp_path):
+def test_half_written_files_of_a_killed_process_are_removed(tmp_path):
     folder = runs.make_run_folder(tmp_path, "a")
     for name in ("checkpoints/latest.pt.tmp", "metrics.jsonl.tmp", "checkpoints/latest.pt"):
         (folder / name).touch()

@@ -70,7 +70,7 @@ def test_samples_that_were_cut_short_are_removed_by_the_next_call(places, tmp_pa
     assert all(data == with_previews[name] for name, data in content(folder).items() if name != "samples.json")
 
 
-def test_samples_of_another_run_stay_unless_told_otherwise(places, tmp_path, monkeypatch, capsys):
+def test_samples_of_another_run_are_replaced_only_with_overwrite(places, tmp_path, monkeypatch, capsys):
     folder, other = tmp_path / "s", shutil.copytree(places, tmp_path / "other")
     images(places, folder, 2)
     found = {"format": manifest.FORMAT}
@@ -91,7 +91,7 @@ def test_samples_of_another_run_stay_unless_told_otherwise(places, tmp_path, mon
     assert "note: 3 of 4 ranks have nothing to do" in capsys.readouterr().out
 
 
-def test_a_kill_leaves_no_half_file_and_the_next_call_tidies_up(places, tmp_path):
+def test_a_kill_leaves_no_half_file_and_the_next_call_cleans_up(places, tmp_path):
     flags = ["--ckpt", places / "pixels.pt", "--video", *FEW_STEPS, "--folder", tmp_path / "s", "--num-frames", 4000]
     endless = [str(word) for word in (*PYTHON, ROOT / "EqM/sample_gd.py", *flags)]
     process = subprocess.Popen(endless, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
@@ -109,7 +109,7 @@ def test_a_kill_leaves_no_half_file_and_the_next_call_tidies_up(places, tmp_path
 
 
 @pytest.mark.parametrize(("model", "window"), [("pixels", 8), ("latents", 8), ("fixed", 8), ("plain", 20)])
-def test_more_frames_than_were_trained_come_window_by_window(places, tmp_path, capsys, model, window):
+def test_more_frames_than_in_training_are_sampled_window_by_window(places, tmp_path, capsys, model, window):
     folder, ckpt = tmp_path / "s", places / f"{model}.pt"
     clips, about = sample_here(ckpt, folder, "--num-frames", 20)
     assert clips.shape[:2] == (2, 20) and about["source"]["window"] == window and "note" not in capsys.readouterr().out
@@ -129,7 +129,7 @@ def test_more_frames_than_were_trained_come_window_by_window(places, tmp_path, c
     assert ("trained without --forcing, or on clips of one" in capsys.readouterr().out) == (model == "plain")
 
 
-def test_samples_are_made_as_in_training_unless_a_flag_says_otherwise(tmp_path, capsys):
+def test_sampling_uses_the_settings_of_training_unless_a_flag_replaces_them(tmp_path, capsys):
     ckpt, chosen = tmp_path / "a.pt", {"guidance_chosen": True}
     random_checkpoint(ckpt, training=TUNED | chosen, num_frames=4)
     write_export(tmp_path / "exported", checkpoint.load(ckpt))

@@ -56,7 +56,7 @@ def refuse(capsys, *flags, script=train):
     return line
 
 
-def test_too_many_processes_are_one_line_and_the_first_rank_checks(videos, monkeypatch, capsys):
+def test_too_many_processes_are_one_line_from_the_first_rank(videos, monkeypatch, capsys):
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
     monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
     monkeypatch.setenv("LOCAL_WORLD_SIZE", "8")
@@ -70,7 +70,7 @@ def test_too_many_processes_are_one_line_and_the_first_rank_checks(videos, monke
 @pytest.mark.parametrize(
     ("max_steps", "epochs", "expected"), [(70, None, 70), (None, 3, 50 + 8), (55, 3, 55), (None, None, 50 + 3500)]
 )
-def test_a_run_ends_by_global_steps_or_by_its_own_epochs(max_steps, epochs, expected):
+def test_a_run_ends_at_its_global_step_or_after_its_epochs(max_steps, epochs, expected):
     args = SimpleNamespace(max_steps=max_steps, epochs=epochs, num_frames=8, global_batch_size=4)
     data, progress = SimpleNamespace(train={8: range(10)}), checkpoint.Progress(step=50, first_step=50)
     assert preflight.only_phase(args, progress, data).last_step == expected
@@ -132,7 +132,7 @@ def plain(videos, tmp_path_factory):
     ("flags", "tolerance"),
     [(["--grad-checkpoint"], 1e-6), (["--grad-accum", 4], 1e-4), (["--precision", "bf16"], 3e-2)],
 )
-def test_a_variant_learns_what_the_plain_run_learns(flags, tolerance, plain, videos, tmp_path):
+def test_a_variant_learns_the_same_as_the_plain_run(flags, tolerance, plain, videos, tmp_path):
     plain_rows, state = plain
     rows, same = run_training(tmp_path / "r", *SHORT, "--data-path", videos, *flags)
     for key in ("train_loss", "grad_norm"):
@@ -166,7 +166,7 @@ def test_muon_decays_its_weights_by_default_and_a_run_keeps_its_decay(flags, dec
 
 
 @pytest.mark.parametrize(("forcing", "disp"), [(0.0, True), (1.0, False)])
-def test_the_network_is_told_noisy_clip_condition_and_frame_rate_only(forcing, disp):
+def test_the_network_sees_only_noisy_clip_condition_and_frame_rate(forcing, disp):
     seen, (B, T) = [], (4, 6)
 
     def network(*inputs, **flags):
@@ -210,7 +210,7 @@ def cache(videos, tiny_vae, tmp_path_factory):
     return out
 
 
-def test_a_cache_trains_as_encoding_on_the_fly_does(videos, cache, tiny_vae, tmp_path):
+def test_training_from_a_cache_equals_encoding_on_the_fly(videos, cache, tiny_vae, tmp_path):
     shared = [*VIDEOS, "--frame-interval", 1, 2, "--global-batch-size", 4, "--lr", 1e-3, "--max-steps", 4]
     shared += ["--val-every", 2]
     slow, _ = run_training(tmp_path / "slow", *shared, "--data-path", videos, "--vae", tiny_vae, "--image-size", 16)
@@ -229,7 +229,7 @@ def test_the_posterior_is_drawn_anew_for_each_sample_of_a_clip(tiny_vae):
     assert not torch.allclose(drawn[0], drawn[1]) and drawn.std().item() == pytest.approx(1, abs=0.05)
 
 
-def test_train_refuses_another_vae_than_that_of_its_cache(cache, tiny_vae, tmp_path, capsys):
+def test_train_refuses_a_vae_that_did_not_make_the_cache(cache, tiny_vae, tmp_path, capsys):
     other = shutil.copytree(tiny_vae, tmp_path / "other")
     flags = [*VIDEOS, "--data-path", cache, "--results-dir", tmp_path / "results", "--vae", other]
     config = (other / "config.json").read_text()
@@ -283,7 +283,7 @@ def test_a_resume_elsewhere_reports_changes_of_typed_flags_only(videos, tmp_path
 
 
 @pytest.mark.filterwarnings("default:a token holds")
-def test_a_run_its_resume_and_a_later_phase_say_all_that_is_not_as_asked(tmp_path, capsys):
+def test_a_run_its_resume_and_a_later_phase_report_all_deviations(tmp_path, capsys):
     data, results, vae = tmp_path / "data", tmp_path / "results", make_vae(tmp_path / "vae")
     for name in ("A/a", "A/b", "B/c", "B/d", "B/e", "B/f"):
         write_video(data / f"{name}.avi", 20, size=(16, 16))

@@ -60,7 +60,7 @@ def test_losses_count_errors_of_pixels_and_of_steps_between_pixels():
     assert losses_of(x, x + 0.5 * ramp, *standard)["gradient_loss"].item() == pytest.approx(0.5)
 
 
-def test_the_kl_loss_is_that_of_torch_in_nats_per_latent_value():
+def test_the_kl_loss_equals_torchs_in_nats_per_latent_value():
     mean, logvar = torch.randn(2, 4, 3, 3), torch.randn(2, 4, 3, 3)
     posterior = torch.distributions.Normal(mean, (logvar / 2).exp())
     expected = torch.distributions.kl_divergence(posterior, torch.distributions.Normal(0.0, 1.0)).mean()
@@ -74,7 +74,7 @@ def test_the_psnr_of_a_constant_error_is_known():
         assert psnr(real, real + error).tolist() == pytest.approx([expected] * 3, abs=1e-4)
 
 
-def test_other_colors_are_an_affine_map_that_a_frames_index_decides():
+def test_the_color_change_of_a_frame_is_affine_and_depends_on_its_index():
     x = torch.rand(6, 3, 8, 8) * 0.1  # far from the ends, where colors are clamped
     assert torch.equal(jitter_colors(x, 0, range(6), share=0), x)
     found = jitter_colors(x, 0, range(6), share=1)
@@ -87,7 +87,7 @@ def test_other_colors_are_an_affine_map_that_a_frames_index_decides():
     assert jitter_colors(torch.ones(6, 3, 8, 8), 0, range(6), share=1).max() <= 1
 
 
-def test_without_noise_the_reconstruction_is_that_of_the_mean():
+def test_without_noise_the_mean_is_reconstructed():
     torch.manual_seed(0)
     network = Autoencoder(make_autoencoder([8, 16, 16], 4, 32))
     x = torch.rand(2, 3, 32, 32) * 2 - 1
@@ -109,7 +109,7 @@ def test_the_latents_of_training_frames_have_mean_0_and_deviation_1(made):
     assert latents.std().item() == pytest.approx(1, abs=0.02)
 
 
-def test_the_validation_psnr_is_that_of_the_folder_on_held_out_frames(made):
+def test_the_validation_psnr_equals_the_exported_vaes_on_held_out_frames(made):
     (training, [*_, (frames, held_out), (_, others)]), expected = made, []
     assert held_out and others and not held_out & others
     vae = load_vae(str(training.folder / "vae"))
@@ -119,7 +119,7 @@ def test_the_validation_psnr_is_that_of_the_folder_on_held_out_frames(made):
     assert training.rows()[-1]["val_psnr"] == pytest.approx(np.mean(expected), abs=0.02)
 
 
-def test_it_learns_and_shows_what_comes_back(whole):
+def test_it_learns_and_writes_sheets_of_reconstructions(whole):
     scores = [row["val_psnr"] for row in whole.rows() if "val_psnr" in row]
     assert len(scores) == 2 and scores[-1] > scores[0]
     assert sorted(path.name for path in (whole.folder / "samples").iterdir()) == ["0000005.png", "0000007.png"]
@@ -131,7 +131,7 @@ def test_it_learns_and_shows_what_comes_back(whole):
 
 
 @pytest.mark.parametrize("stop_after", [5, STEPS])  # validation is due; all is done but that
-def test_an_interrupted_run_ends_bit_for_bit_as_one_that_was_not(whole, tmp_path, stop_after):
+def test_an_interrupted_run_ends_bit_for_bit_like_an_uninterrupted_run(whole, tmp_path, stop_after):
     parts = replace(whole, results=tmp_path / "parts")
     assert run(parts, stop_after=stop_after) == stop_after
     latest = parts.folder / "checkpoints/latest.pt"
@@ -142,7 +142,7 @@ def test_an_interrupted_run_ends_bit_for_bit_as_one_that_was_not(whole, tmp_path
     assert compare(whole, parts) == [] and content(parts.folder / "vae") == content(whole.folder / "vae")
 
 
-def test_a_damaged_checkpoint_is_named_and_the_run_begins_again(whole, tmp_path, capsys):
+def test_a_damaged_checkpoint_is_named_and_the_run_starts_over(whole, tmp_path, capsys):
     damaged = replace(whole, results=tmp_path / "damaged")
     run(damaged, stop_after=2)
     (damaged.folder / "checkpoints/latest.pt").write_bytes(b"half")

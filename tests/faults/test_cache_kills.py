@@ -63,7 +63,7 @@ def test_a_kill_before_a_file_is_renamed_changes_no_byte_in_the_end(root, vae, c
 
 
 @pytest.mark.parametrize("kind", ["latents", "pixels"])
-def test_killed_from_outside_half_way_it_writes_the_same_bytes_in_the_end(tmp_path, vae, encoded, kind):
+def test_a_cache_that_is_killed_halfway_ends_with_the_same_bytes(tmp_path, vae, encoded, kind):
     root, vae = tmp_path / "videos", vae if kind == "latents" else "none"
     for video_index in range(24):
         write_video(root / f"{video_index}.avi", 60, size=(320, 240))

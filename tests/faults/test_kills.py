@@ -89,7 +89,8 @@ def test_torchrun_passes_signals_on_and_no_step_is_lost(number, make):
     training = make(launcher=TORCHRUN)
     process = start(training, 3)
     process.send_signal(number)
-    assert "and saved at step" in end(process, None)  # also when torchrun itself dies of it, as of SIGUSR1
+    output = end(process, None)  # also when torchrun itself dies of it, as of SIGUSR1
+    assert output.count("and saved at step") == output.count("with --resume") == 1
     check_nothing_lost(training)
 
 
@@ -168,7 +169,7 @@ def test_a_kill_in_the_middle_of_a_save_leaves_the_checkpoint_before_it(what, la
     assert compare(usual, training) == []
 
 
-def test_a_run_that_saves_by_the_clock_ends_as_one_that_does_not(make):
+def test_saving_by_the_clock_does_not_change_the_result(make):
     flags = ["--log-every", 7, "--val-every", 1000, "--ckpt-every", 1000, "--sample-every", 0]
     usual = make(200, TORCHRUN, flags, "usual")
     usual.run()
@@ -185,7 +186,7 @@ def test_a_run_that_saves_by_the_clock_ends_as_one_that_does_not(make):
     assert compare(usual, training) == []
 
 
-def test_a_loader_process_ends_whose_rank_is_killed_before_it_begins(make):
+def test_a_starting_loader_process_ends_when_its_rank_is_killed(make):
     process = make(10, sabotaged("killed_while_it_starts_a_loader"), WORKERS).start()
     end(process, -signal.SIGKILL)  # until nobody holds the other end of the pipe
 
@@ -259,7 +260,7 @@ def test_samples_on_a_full_disk_are_one_line(small_disk, places):
 # Data under fire
 
 
-def test_a_loader_process_that_is_killed_is_one_line_that_speaks_of_memory(make):
+def test_a_killed_loader_process_is_one_line_about_memory(make):
     process = start(make(flags=WORKERS), 2)
     kill(loaders(process.pid)[0])
     assert "lack of memory" in error_of(end(process, 1))
@@ -284,12 +285,12 @@ def test_a_decoder_that_hangs_is_named(make, shapes, tmp_path):
 
 
 @pytest.mark.parametrize("launcher", [PYTHON, TORCHRUN])
-def test_a_bug_ends_the_processes_though_the_loaders_are_at_work(launcher, make):
+def test_a_bug_ends_the_processes_while_loaders_work(launcher, make):
     process = make(launcher=sabotaged("bug_in_a_step", launcher), flags=[*OFTEN, "--num-workers", 2]).start()
     assert "RuntimeError: a bug" in end(process, 1)  # with its traceback: nobody knows what it means
 
 
-def test_files_that_vanish_while_training_are_counted_like_corrupt_ones(make, shapes, tmp_path):
+def test_files_deleted_during_training_count_as_corrupt(make, shapes, tmp_path):
     data = shutil.copytree(shapes, tmp_path / "data")
     training = make(flags=[*OFTEN, "--max-bad-fraction", 0.5], data=data)
     process = start(training, 2)
@@ -338,7 +339,7 @@ def test_two_nodes_of_one_rank_equal_one_node_of_two_bit_for_bit(flags, undistur
     assert compare(one, two) == []
 
 
-def test_two_nodes_without_a_name_for_the_run_are_refused(undisturbed, tmp_path):
+def test_two_nodes_without_rdzv_id_are_refused(undisturbed, tmp_path):
     training = replace(undisturbed, results=tmp_path / "r")
     (first, output), _ = ((process, process.communicate(timeout=120)[0]) for process in agents(training, name=None))
     assert first.returncode != 0 and "--rdzv-id" in error_of(output)

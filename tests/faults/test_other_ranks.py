@@ -59,7 +59,7 @@ def test_a_run_continues_with_other_ranks_sharded_or_not_up_to_rounding(shapes, 
         assert one == pytest.approx(other, rel=1e-3)
 
 
-def test_two_ranks_share_a_cache_and_train_as_two_without(shapes, tmp_path):
+def test_two_ranks_with_a_shared_cache_train_like_two_without(shapes, tmp_path):
     plain = Training(shapes, tmp_path / "plain", STEPS, TORCHRUN)
     plain.run()
     cached = replace(plain, results=tmp_path / "cached")

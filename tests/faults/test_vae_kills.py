@@ -20,7 +20,7 @@ def undisturbed(shapes, tmp_path_factory):
     return training
 
 
-def test_kills_lose_nothing_but_the_steps_since_the_last_checkpoint(undisturbed, tmp_path):
+def test_kills_lose_only_the_steps_since_the_last_checkpoint(undisturbed, tmp_path):
     killed = replace(undisturbed, results=tmp_path / "killed")
     storm(killed, 2, kill_something, seed=1)
     assert compare(undisturbed, killed) == []
@@ -38,7 +38,7 @@ def test_a_signal_to_torchrun_saves_and_ends_all_processes(undisturbed, tmp_path
     wait_gone(others)
 
 
-def test_two_ranks_make_what_one_makes_up_to_rounding(undisturbed, tmp_path):
+def test_two_ranks_equal_one_up_to_rounding(undisturbed, tmp_path):
     one = replace(undisturbed, results=tmp_path / "one", launcher=PYTHON)
     one.run()
     for alone, shared in zip(one.rows(), undisturbed.rows(), strict=True):
