@@ -331,7 +331,7 @@ def test_flags_that_change_the_values_are_refused_beside_a_manifest(samples, tmp
     for flags, words in (
         (["--num-real", 96], "--num-real: --manifest"),
         (["--seed", 0], "--seed: --manifest"),  # even where it is the default
-        (["--samples", samples, samples], "is of one folder"),
+        (["--samples", samples, samples], "scores one folder"),
     ):
         refused(capsys, tmp_path / "b.json", "--manifest", tmp_path / "a.json", *flags, words=[words])
 
