@@ -234,6 +234,11 @@ def test_a_failed_write_names_the_disk_and_the_checkpoints_to_delete(kind, tmp_p
 def test_other_errors_than_of_the_disk_are_unchanged(tmp_path):
     with pytest.raises(RuntimeError, match="a bug"), cli.writing(tmp_path / "a"):
         raise RuntimeError("a bug")
+    with pytest.raises(UserError, match="^--given x"), cli.writing(tmp_path / "a"):
+        try:
+            raise OSError(5, "Input/output error")
+        except OSError as error:
+            raise UserError("--given x: can't be read") from error
 
 
 def test_a_bar_in_a_file_prints_one_line_per_minute_without_escape_codes(capfd, monkeypatch):

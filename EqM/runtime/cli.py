@@ -234,7 +234,7 @@ def writing(path):
         cause = error if isinstance(error, OSError) else error.__context__  # as torch reports a full disk
         if number := re.search(r"\(os error (\d+)\)", str(error)):  # as safetensors reports one
             cause = OSError(int(number[1]), os.strerror(int(number[1])))
-        if not isinstance(cause, OSError):
+        if not isinstance(cause, OSError) or isinstance(error, UserError):
             raise
         raise UserError(why_unwritable(path, cause)) from error
 
