@@ -1,5 +1,6 @@
 """What metrics.jsonl, TensorBoard and wandb get, also after a resume, and the statistics of the steps."""
 
+import shutil
 import sys
 import time
 from io import BytesIO
@@ -57,6 +58,14 @@ def test_each_call_appends_a_json_line_with_null_for_nonfinite_values(tmp_path):
     assert lines(tmp_path)[1:] == [
         '{"step": 20, "val/loss": 0.25}', '{"step": 30, "a": null, "b": null, "c": null, "d": 1.0}'
     ]  # fmt: skip
+
+
+def test_metrics_of_a_deleted_folder_are_a_user_error(tmp_path):
+    metrics = Metrics(tmp_path / "run")
+    metrics.log(1, loss=0.5)
+    shutil.rmtree(tmp_path / "run")
+    with pytest.raises(UserError, match="run was deleted or moved during the run"):
+        metrics.log(2, loss=0.5)
 
 
 def show(folder, clips, *moving):
