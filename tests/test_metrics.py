@@ -63,6 +63,7 @@ def test_each_call_appends_a_json_line_with_null_for_nonfinite_values(tmp_path):
 def test_metrics_of_a_deleted_folder_are_a_user_error(tmp_path):
     metrics = Metrics(tmp_path / "run")
     metrics.log(1, loss=0.5)
+    metrics.board.close()  # its thread writes later
     shutil.rmtree(tmp_path / "run")
     with pytest.raises(UserError, match="run was deleted or moved during the run"):
         metrics.log(2, loss=0.5)
