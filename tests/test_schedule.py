@@ -31,7 +31,7 @@ def test_phases_without_a_batch_have_as_many_tokens_a_step_as_the_first():
     filled = fill_batches(parse_schedule("4:10:64,8:20"), 32, tokens=lambda n: n, parts=1)
     assert [phase.batch_size for phase in filled] == [64, 32]
     for text in ("4:10,12:20", "4:10:3", "4:10,8:20,16:30:5"):
-        with pytest.raises(UserError, match="not a multiple of 4"):
+        with pytest.raises(UserError, match="clips per step; expected a multiple of 4"):
             fill_batches(parse_schedule(text), 32, tokens=lambda n: n, parts=4)
 
 
