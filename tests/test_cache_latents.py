@@ -13,11 +13,12 @@ from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 
 import cache_latents
+import training
 from runtime.cli import UserError
 from test_vae import add_to_weights, save_tiny
 from test_video_clips import check_replacements
 from tiny_videos import scribble, write_ucf_list, write_video
-from training import run_main
+from training import content, run_main
 from vae import VAE, load_vae
 from video import index, source
 from video.clips import Clips, collate
@@ -73,19 +74,8 @@ def run(*arguments, status=0):
 
 @pytest.fixture
 def refused(capsys):
-    """A function that runs it with wrong input and returns the error line."""
-
-    def line(*arguments, status=2):
-        capsys.readouterr()
-        run(*arguments, status=status)
-        (error,) = [line for line in capsys.readouterr().err.splitlines() if "error:" in line]
-        return error
-
-    return line
-
-
-def content(folder):
-    return {str(path.relative_to(folder)): path.read_bytes() for path in Path(folder).rglob("[!.]*") if path.is_file()}
+    """A function that runs cache_latents.py with wrong input and returns the error line."""
+    return lambda *arguments, status=2: training.refused(capsys, cache_latents, *flags(*arguments), status=status)
 
 
 def clips_of(folder, num_frames=4, **settings):

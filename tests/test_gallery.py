@@ -11,7 +11,6 @@ import shutil
 import subprocess
 import time
 
-import av
 import numpy as np
 import pytest
 from PIL import Image, ImageColor
@@ -19,7 +18,8 @@ from PIL import Image, ImageColor
 import gallery
 import picture
 from tiny_data import make_images, make_latents
-from training import run_main
+from tiny_videos import decode
+from training import refused, run_main
 from video.drawing import MARK
 from video.index import scan_videos, split_videos
 from video.writers import write_mp4, write_samples
@@ -143,20 +143,13 @@ def test_the_page_loads_no_other_file(samples):
     assert any("default-src 'none'" in policy for policy in page.values("meta", "content"))
 
 
-def decode(data):
-    """(frames uint8 (T, H, W, 3), frames per second) of an mp4."""
-    with av.open(io.BytesIO(data)) as file:
-        rate = float(file.streams.video[0].average_rate)
-        return np.stack([frame.to_ndarray(format="rgb24") for frame in file.decode(video=0)]), rate
-
-
 def test_beside_each_sample_is_a_real_clip_of_its_class_and_kind(page, real):
     page = Page(page)
     assert [text for text in page.texts if text in ("generated", "real")] == ["generated", "real"] * 6
     _, val = split_videos(real, scan_videos(real).videos, 0.5)
     shown = [set(), set()]
     for index, data in enumerate(page.files("video", "data-src", "video/mp4")[1::2]):
-        frames, rate = decode(data)
+        frames, rate = decode(io.BytesIO(data))
         assert (len(frames), rate) == (FRAMES, FPS)
         red, green, _ = frames.reshape(FRAMES, -1, 3).mean(axis=1).T
         left, right = (half[..., 2].mean() for half in np.array_split(frames, 2, axis=2))
@@ -177,7 +170,7 @@ def test_the_title_of_a_real_clip_names_its_split_and_another_rate(tmp_path, rea
     titles = [text for text in page.texts if text[:4] in ("gene", "real")]
     assert titles.pop() == titles[0] == titles[2] == "generated"  # without a label there is no real clip
     assert {titles[1], titles[3]} == {"real, 25 fps", "real, from training, 25 fps"}
-    red = decode(page.files("video", "data-src", "video/mp4")[1])[0][..., 0].mean(axis=(1, 2))
+    red = decode(io.BytesIO(page.files("video", "data-src", "video/mp4")[1]))[0][..., 0].mean(axis=(1, 2))
     assert np.allclose(np.diff(red), 4, atol=3)  # every frame
     assert "none" in page.texts and "none (1)" in page.texts
 
@@ -223,8 +216,7 @@ def test_bad_input_is_one_line_and_status_2(samples, tmp_path, real, capsys):
         ("name the folder of its videos", samples, "--data-path", tmp_path / "cache", "--out", out),
         ("--num-samples", samples, "--num-samples", 0, "--out", out),
     ):
-        run_main(gallery, *flags, status=2)
-        (line,) = [line for line in capsys.readouterr().err.splitlines() if "opening videos" not in line]
+        line = refused(capsys, gallery, *flags)
         assert line.startswith("gallery.py: error: ") and words in line, line
     assert not out.exists() and not (other / "gallery.html").exists()
 
@@ -266,8 +258,7 @@ def test_a_picture_of_no_samples_is_refused(tmp_path, capsys):
     (tmp_path / "empty").mkdir()
     (tmp_path / "empty/samples.unfinished").touch()
     for words, folder in (("not finished: run sample_gd.py again", "empty"), ("nowhere: no such folder", "nowhere")):
-        run_main(picture, tmp_path / folder, "--out", tmp_path / "picture.png", status=2)
-        assert words in capsys.readouterr().err
+        assert words in refused(capsys, picture, tmp_path / folder, "--out", tmp_path / "picture.png")
     assert not (tmp_path / "picture.png").exists()
 
 

@@ -26,7 +26,7 @@ import study
 import train
 from arms import BY_NAME, FULL, MINIATURE
 from schedule import Phase
-from training import ROOT, counted_steps, run_main
+from training import ROOT, counted_steps, refused, run_main
 
 TWO_ARMS = "16 fixed", "4-8-16 table"  # of one run each in the miniature
 SAMPLED = [(name, str(frames)) for name in TWO_ARMS for frames in BY_NAME[name].lengths]  # in this order
@@ -252,13 +252,6 @@ def test_a_report_says_what_was_not_run_and_what_diverged(some_rows):
 # Bad input
 
 
-def refused(capsys, *flags):
-    """The line on stderr of a command that ends with status 2."""
-    run_main(study, *flags, status=2)
-    (line,) = capsys.readouterr().err.splitlines()
-    return line
-
-
 @pytest.mark.parametrize(
     ("flags", "words"),
     [
@@ -272,7 +265,7 @@ def refused(capsys, *flags):
 def test_bad_flags_are_refused(flags, words, tmp_path, monkeypatch, capsys):
     monkeypatch.chdir(tmp_path)
     Path("file").touch()
-    assert words in refused(capsys, "--out", "new", *flags.split())
+    assert words in refused(capsys, study, "--out", "new", *flags.split())
     assert not Path("new").exists()
 
 
@@ -288,7 +281,7 @@ def test_rows_that_this_study_does_not_make_are_refused(old, new, words, some_ro
     path = some_rows / "study.csv"
     path.write_text(path.read_text().replace(old, new, 1))
     for flags in (["--report"], ["--list"], []):
-        assert words in refused(capsys, *flags, "--out", some_rows)
+        assert words in refused(capsys, study, *flags, "--out", some_rows)
     assert list(some_rows.iterdir()) == [path]
 
 
