@@ -145,15 +145,6 @@ def test_a_folder_with_other_content_is_refused_and_not_changed(tmp_path, made, 
     assert "already exists" in capsys.readouterr().out
     assert "other flags" in refused(capsys, shapes, "--out", out, "--videos-per-class", 10)
     assert {path: path.stat().st_mtime_ns for path in out.rglob("*")} == before
-    (tmp_path / "other").mkdir()
-    (tmp_path / "other/notes.txt").write_text("mine")
-    for place in ("other", "other/notes.txt"):
-        assert "not Moving Shapes" in refused(capsys, shapes, "--out", tmp_path / place)
-    assert (
-        "--size 17: " in refused(capsys, shapes, "--out", tmp_path / "new", "--size", 17)
-        and not (tmp_path / "new").exists()
-    )
-    assert content(tmp_path / "other") == {"notes.txt": b"mine"}
 
 
 def test_an_interrupted_run_leaves_no_files(tmp_path, monkeypatch):
