@@ -345,17 +345,6 @@ def test_a_damaged_latents_json_is_one_line(own_cache, change, words):
     assert "\n" not in str(error.value)
 
 
-def test_an_unusable_cache_is_one_line_that_says_what_to_do(own_cache):
-    with pytest.raises(UserError, match="a cache of videos, expected images: add --video to use it"):
-        check_data_path(own_cache, images=True)
-    (own_cache / "Run" / "a.safetensors").unlink()
-    with pytest.raises(UserError, match="a cache without its Run/a.safetensors: run cache_latents.py again"):
-        open_source(own_cache, SIZE)
-    (own_cache / "latents.json").rename(own_cache / "latents.partial.json")
-    with pytest.raises(UserError, match="not complete: run cache_latents.py again"):
-        check_data_path(own_cache)
-
-
 # User errors.
 
 

@@ -266,13 +266,8 @@ def test_a_model_name_sets_size_and_patches_and_overrides_win():
     [
         ("input_size 5 is not a multiple of patch_size 2", {"input_size": 5}),
         ("must be a multiple of 2 x 2 heads, .* 66", {"hidden_size": 66}),
-        ("head_dim of at least 6, .* 4", {"hidden_size": 8}),
-        ("at least 4 frames, .* 3", {"use_rope": False, "num_frames": 3}),
         ("depth must be from 1 to 1048576, got 0", {"depth": 0}),
-        ("rope_speed 0.5 needs use_rope", {"rope_speed": 0.5, "use_rope": False}),
-        ("rope_speed 0.5 needs 6 channels of a head", {"rope_speed": 0.5, "num_heads": 4}),
         ("must be one of none, space, .* 'time'", {"position_table": "time"}),
-        ("position_table space needs use_rope", {"position_table": "space", "use_rope": False}),
         ("ebm must be one of none, dot, l2, .* 'energy'", {"ebm": "energy"}),
     ],
 )
