@@ -129,27 +129,27 @@ class Details:
         own = videos, self.real[:, part], self.mask[:, part]
         if not self.keep_background:
             return torch.where(own[2][:, :, None, None, None], own[1], videos)
-        decoded, real, given = (torch.cat(pair, dim=1) for pair in zip(self.before, own, strict=True))
-        nearest, rows = nearest_given(given), torch.arange(len(videos), device=videos.device)
+        decoded, real, mask = (torch.cat(pair, dim=1) for pair in zip(self.before, own, strict=True))
+        nearest, rows = nearest_given(mask), torch.arange(len(videos), device=videos.device)
         detailed = []
         for t in range(decoded.shape[1] - videos.shape[1], decoded.shape[1]):
             place = rows, nearest[:, t]
             before, frame = decoded[place].float(), decoded[:, t].float()  # (n, H, W, 3)
             change = (frame - before).abs().amax(dim=-1, keepdim=True)
-            static = torch.exp(-((change / STATIC) ** 2)) * given[place][:, None, None, None]  # 0 without given frames
+            static = torch.exp(-((change / STATIC) ** 2)) * mask[place][:, None, None, None]  # 0 without given frames
             detailed.append((frame + static * (real[place].float() - before)).round().clamp(0, 255).byte())
         last = rows[:, None], nearest[:, -1:]
-        self.before = decoded[last], real[last], given[last]
+        self.before = decoded[last], real[last], mask[last]
         return torch.stack(detailed, dim=1)
 
 
-def nearest_given(given):
+def nearest_given(mask):
     """Return for each frame the number of the last given frame up to it, or else of the first given frame.
 
-    given: mask (n, T). The result is (n, T), and arbitrary in rows without given frames.
+    mask (n, T) is true for given frames. The result is (n, T), and arbitrary in rows without given frames.
     """
-    last = torch.where(given, torch.arange(given.shape[1], device=given.device), -1).cummax(dim=1).values
-    return torch.where(last >= 0, last, given.int().argmax(dim=1, keepdim=True))
+    last = torch.where(mask, torch.arange(mask.shape[1], device=mask.device), -1).cummax(dim=1).values
+    return torch.where(last >= 0, last, mask.int().argmax(dim=1, keepdim=True))
 
 
 # ----------------------------------------------------------------------------------------------------------------------

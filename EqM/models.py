@@ -138,9 +138,6 @@ class Condition:
         """Return the condition of samples with these classes, (B,) int64; negative numbers mean no class."""
         return cls(classes.masked_fill(classes < 0, config.num_classes), config.num_classes)
 
-    def __len__(self):
-        return len(self.y)
-
     def __getitem__(self, index):
         return replace(self, y=self.y[index])
 

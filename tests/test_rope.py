@@ -37,10 +37,6 @@ def naive_rotation(x, grid, time_scale, channels, theta, speed=0.0):
     return out
 
 
-def random_qk(head_dim):
-    return torch.randn(2, 1, 2, 3 * 4 * 5, head_dim, generator=torch.Generator().manual_seed(0))
-
-
 @pytest.mark.parametrize(("stretch", "speed"), [(1.0, 0.0), (1.0, 0.5), (2.5, 2.0)])
 @pytest.mark.parametrize(
     ("head_dim", "split", "channels"),
@@ -79,7 +75,8 @@ def test_a_rope_split_or_speed_that_does_not_fit_the_head_is_refused(head_dim, s
 @pytest.mark.parametrize("speed", [0.0, 0.5])
 def test_rotary_scores_depend_on_distances_only_and_tell_before_from_after(speed):
     rotary = RotaryEmbedding3D(64, speed=speed)((6, 6, 6), FPS_25)
-    q, k = random_qk(64)[:, :, :1, :1].expand(-1, -1, -1, 216, -1)  # the same content at every position
+    content = torch.randn(2, 1, 1, 1, 64, generator=torch.Generator().manual_seed(0))
+    q, k = content.expand(-1, -1, -1, 216, -1)  # the same content at every position
     scores = apply_rotary(q, *rotary) @ apply_rotary(k, *rotary).mT
     table = scores.reshape(6, 6, 6, 6, 6, 6)  # of query (t, h, w) and key (t, h, w)
     near, far = table[:4, :4, :4, :4, :4, :4], table[2:, 1:5, 2:, 2:, 1:5, 2:]

@@ -85,19 +85,13 @@ def flops_of(config, batch, frames):
     return batch * EqMConfig(**config["model"]).training_flops(frames)
 
 
-@pytest.fixture
-def chain(shapes, tmp_path):
-    """The three phases as separate runs."""
-    ckpt, phases = [], []
-    for frames, steps, batch in PHASES:
+def test_a_schedule_equals_a_chain_of_runs_bit_for_bit_even_if_stopped(shapes, tmp_path):
+    ckpt, chain = [], []
+    for frames, steps, batch in PHASES:  # separate runs
         phase = Training(shapes, tmp_path / str(frames), steps, flags=FLAGS)
         run_here(phase, "--num-frames", frames, "--global-batch-size", batch, "--lr-decay-end", 7, *ckpt)
         ckpt = ["--ckpt", phase.folder / f"checkpoints/{steps:07d}.pt"]
-        phases.append(phase)
-    return phases
-
-
-def test_a_schedule_equals_a_chain_of_runs_bit_for_bit_even_if_stopped(chain, shapes, tmp_path):
+        chain.append(phase)
     training = run_schedule(SCHEDULE, shapes, tmp_path / "r", *FLAGS, stops=(1, 2, 1, None))
     assert training.folder.name == "000-EqM-Ti-4-f4-8-16-rope"
     rows, expected = training.rows(), [row for phase in chain for row in phase.rows()]
