@@ -1,4 +1,4 @@
-"""Validation losses on the same clips, noise and gammas each time, so that they depend only on the weights."""
+"""Validation: the same clips, noise and gammas each time, so that the losses depend on the weights alone."""
 
 import math
 from contextlib import suppress
@@ -14,24 +14,24 @@ from runtime.rng import normal
 from runtime.signals import Interrupted
 from video.loader import batches_of
 
-CHUNK = 8  # clips per batch; fixed, so that rounding does not depend on the number of ranks
+CHUNK = 8  # clips that are validated together; fixed, so that the sums do not depend on the number of ranks
 CLIPS_PER_VIDEO = 4  # at most
 GOLDEN_RATIO = (math.sqrt(5) - 1) / 2
 
 
 def validation_chunks(val, lengths, num_clips):
-    """Return lists of at most CHUNK validation clips, as (num_frames, index). Each rank takes every n-th list."""
+    """The (num_frames, index) of all validation clips, in lists of at most CHUNK; a rank takes every n-th list."""
     keys = [[(n, index) for index in range(min(num_clips, CLIPS_PER_VIDEO * len(val[n])))] for n in lengths]
     return [own[first : first + CHUNK] for own in keys for first in range(0, len(own), CHUNK)]
 
 
 @torch.no_grad()
 def validate(ema, model, vae, loader, num_frames, precision, device, stop, given=False):
-    """Compute the losses of the EMA and the raw weights. Returns ({name: value}, this rank's corrupt videos).
+    """({name: value}, equal on all ranks, of the EMA and of the raw weights; this rank's corrupt videos).
 
-    The values are equal on all ranks. The loader yields the chunks of this rank. If the ranks must stay together, each
-    computes all chunks, and the losses of rank 0 count. Gammas are uniform: multiples of the golden ratio modulo 1.
-    With `given`, clips of several temporal patches are also validated with their first half given. Raises Interrupted.
+    The loader gives this rank's chunks; if the ranks have to stay together, each has all, and rank 0's losses count.
+    Gammas are uniform: multiples of the golden ratio, modulo 1. given: the EMA also with the first half of the frames
+    clean, if a clip has several temporal patches. Raises Interrupted.
     """
     rows, corrupt, batches = [], [], batches_of(loader)
     with suppress(Interrupted):
@@ -44,7 +44,7 @@ def validate(ema, model, vae, loader, num_frames, precision, device, stop, given
 
             losses = partial(transport.losses, x=x, noise=noise, y=y, time_scale=time_scale)
             with distributed.autocast(device, precision):
-                with torch.compiler.set_stance("force_eager"):  # a graph would have no other use
+                with torch.compiler.set_stance("force_eager"):  # or it would make a graph that nothing else uses
                     raw = losses(model, gamma=gamma)[0]
                 columns = [losses(ema, gamma=gamma)[0], raw, x.square().flatten(1).mean(dim=1)]
                 if given and ema.config.temporal_patch_size < T:
@@ -61,12 +61,12 @@ def validate(ema, model, vae, loader, num_frames, precision, device, stop, given
 
 
 def summarize(rows, num_frames):
-    """Return {name: mean loss} of float64 rows (frames, index, gamma, EMA loss, raw loss, E[x^2], EMA loss with given
-    frames or -1).
+    """{name: value} of float64 rows: frames, index, gamma, loss of the EMA and of the raw weights, E[x^2], and the
+    EMA's loss of the frames that are not given (-1: none are given).
 
-    val_loss is the loss of the EMA at num_frames, val_loss_raw of the raw weights, val_loss_given of the EMA with given
-    frames. val_loss_gamma_0.2 covers gammas from 0.2 to 0.4, val_loss_f8 clips of 8 frames (both of the EMA). "rel"
-    means relative to the loss of a network that predicts zero.
+    val_loss is the EMA's at num_frames, val_loss_raw that of the raw weights, val_loss_gamma_0.2 the EMA's for gammas
+    from 0.2 to 0.4 (and so on, in fifths), val_loss_f8 the EMA's at 8 frames; "rel" means relative to the loss of a
+    network that predicts zero. val_loss_given is the EMA's at num_frames with given frames.
     """
 
     frames, _, gamma, loss, raw, square, given = rows.T
