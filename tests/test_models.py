@@ -144,16 +144,6 @@ def test_blocks_get_patches_plus_positions_and_return_the_features(kind):
 
 
 @pytest.mark.parametrize("kind", KINDS)
-@torch.no_grad()
-def test_a_batch_of_mixed_time_scales_equals_its_samples_alone(kind):
-    model, x, y = tiny(**KINDS[kind]), clip(8, batch=4), torch.tensor([0, 3, 5, 1])
-    time_scale = torch.tensor([0.04, 0.08, 1 / 30, 0.5])
-    alone = torch.cat([model(x[i : i + 1], y[i : i + 1], time_scale[i : i + 1]) for i in range(4)])
-    torch.testing.assert_close(model(x, y, time_scale), alone, atol=1e-5, rtol=1e-5)
-    assert torch.equal(model(x, y), model(x, y, torch.full((4,), 1 / 25)))  # the default
-
-
-@pytest.mark.parametrize("kind", KINDS)
 @pytest.mark.parametrize("num_frames", [5, 7, 18])
 @torch.no_grad()
 def test_a_clip_is_padded_with_its_last_frame_to_fill_its_last_patch(num_frames, kind):

@@ -2,7 +2,6 @@
 
 import functools
 import itertools
-import math
 from collections import Counter
 
 import pytest
@@ -83,18 +82,13 @@ def test_dispersive_loss_and_gradient_equal_a_naive_sum_over_pairs(shape):
     torch.testing.assert_close(found, expected, rtol=1e-4, atol=1e-7)
 
 
-def test_the_dispersive_loss_falls_from_0_as_features_disperse():
+def test_the_dispersive_loss_is_exact_for_equal_features_single_samples_and_large_values():
     equal, z = torch.ones(8, 5, requires_grad=True), normal(8, 5)
     loss = transport.dispersive_loss(equal)
     loss.backward()
     assert loss.item() == pytest.approx(0, abs=1e-6) and torch.equal(equal.grad, torch.zeros(8, 5))  # not NaN
-    losses = [transport.dispersive_loss(scale * z).item() for scale in (0.1, 1, 10, 1000)]
-    assert losses == sorted(losses, reverse=True)
-    assert losses[-1] == pytest.approx(-0.5 * math.log(8), rel=1e-5)  # only i = j is left
     assert transport.dispersive_loss(z[:1]).item() == 0
-    assert transport.dispersive_loss(z + 1e4).item() == pytest.approx(
-        losses[1], rel=1e-3
-    )  # distances without large squares
+    assert transport.dispersive_loss(z + 1e4).item() == pytest.approx(transport.dispersive_loss(z).item(), rel=1e-3)
 
 
 @functools.cache
