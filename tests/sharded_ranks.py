@@ -75,9 +75,6 @@ class Run:
         parts = self.model, self.ema, self.optimizers, NO_SCALER
         return checkpoint.run_state(about, *parts, checkpoint.Progress())
 
-    def load(self, state):
-        load_run(state, self.model, self.ema, self.optimizers)
-
     def weights(self):
         """Full copies of the weights and of the EMA weights."""
         return [full_weights(network) for network in (self.model, self.ema)]
@@ -118,7 +115,7 @@ def save_and_load(folder, usual, run):
         writer.wait()
         distributed.average(torch.zeros(1))  # until rank 0 has written
         run = Run("muon", True)
-        run.load(torch.load(path, mmap=True))
+        load_run(torch.load(path, mmap=True), run.model, run.ema, run.optimizers)
     return [*map(torch.load, files), usual.state()]
 
 

@@ -14,12 +14,8 @@ from sample_folders import FRAMES, SIZE, SOURCE, read_clips, refused, run, write
 from scoring import prediction, sources
 from scoring.shapes import Track, track
 from scoring.stats import psnr
+from test_shapes import noisy
 from tiny_data import write_npz
-
-
-def noisy(clip, scale, seed=0):
-    noise = np.random.default_rng(seed).normal(0, scale, clip.shape)
-    return np.clip(np.rint(clip + noise), 0, 255).astype(np.uint8)
 
 
 def gradient(num_frames=6, size=16):

@@ -25,20 +25,10 @@ from runtime.cli import UserError
 from tiny_data import flip_bit, make_images, make_vae
 from training import differences, run_main
 
-
-def read_reference():
-    """(inputs and results of the published code, the settings of its model)."""
-    with safe_open(Path(__file__).parent / "eqm_image_tiny.safetensors", "pt") as file:
-        tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 - not a dict
-        return tensors, json.loads(file.metadata()["config"])
-
-
-def published_state():
-    """The state dict of the published model."""
-    return {name.removeprefix("state."): value for name, value in read_reference()[0].items() if "state." in name}
-
-
-STATE, (TENSORS, SETTINGS) = published_state(), read_reference()
+with safe_open(Path(__file__).parent / "eqm_image_tiny.safetensors", "pt") as file:
+    TENSORS = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 - inputs and results, not a dict
+    SETTINGS = json.loads(file.metadata()["config"])  # of the model
+STATE = {name.removeprefix("state."): value for name, value in TENSORS.items() if "state." in name}
 X, Y = TENSORS["x"].unsqueeze(2), TENSORS["y"]  # images of one frame
 KNOWN = {field.name for field in fields(EqMConfig)}
 CONFIG = EqMConfig(temporal_patch_size=1, **{name: value for name, value in SETTINGS.items() if name in KNOWN})
