@@ -1,4 +1,4 @@
-"""From a checkpoint to clips: settings of the sampler, what is sampled, and the loop over batches and windows."""
+"""Generate clips from a checkpoint: sampler settings, what to sample, and the loop over batches and windows."""
 
 import itertools
 import math
@@ -22,15 +22,15 @@ from sharding import is_sharded
 from vae import VAE, check_same, load_vae
 from video.samples import NO_LABEL, class_name
 
-SAMPLER = {  # flags of the sampler: their defaults for a checkpoint that has none
+SAMPLER = {  # flags of the sampler, and their defaults if the checkpoint has no settings
     "sampler": "gd", "num_sampling_steps": 250, "stepsize": 0.0017, "mu": 0.3, "stop_below": None, "cfg_scale": 4.0,
 }  # fmt: skip
-SETTINGS = {  # names in samples.json, most of them arguments of `samplers.sample`, and their flags
+SETTINGS = {  # names in samples.json (most are also arguments of `samplers.sample`), and their flags
     "method": "sampler", "num_steps": "num_sampling_steps", "step_size": "stepsize", "momentum": "mu",
     "stop_below": "stop_below", "guidance": "cfg_scale", "precision": "precision",
 }  # fmt: skip
 MOST_EVALUATIONS = 100_000  # more is a typing error
-STOP_BELOW = 1.0  # as accurate as 249 evaluations with 57% of them: see docs/results.md
+STOP_BELOW = 1.0  # as accurate as 249 evaluations, with 57% of them (docs/results.md)
 
 
 # ----------------------------------------------------------------------------------------------------------------------
@@ -38,37 +38,36 @@ STOP_BELOW = 1.0  # as accurate as 249 evaluations with 57% of them: see docs/re
 
 
 def add_sampling_flags(parser):
-    """The flags of every script that samples; `resolve_sampler` says what they are by default."""
-    title = "sampling (default: the settings of the checkpoint, else those named below)"
-    add, usual = parser.add_argument_group(title).add_argument, {k: f"; default: {v}" for k, v in SAMPLER.items()}
-    samplers = "gd: gradient descent; ngd: with Nesterov momentum; euler, heun: the ODE in gamma, for comparison"
-    add("--sampler", choices=[*DESCENTS, *SOLVERS], help=samplers + usual["sampler"])
-    steps = "points of the path: gd, ngd and euler take N - 1 evaluations, heun 2 N - 3" + usual["num_sampling_steps"]
-    add("--num-sampling-steps", type=number(int, least=2), help=steps)
-    size = "step size eta of gd and ngd; if you give only one of N and X, the other follows so that evaluations x step "
-    add("--stepsize", type=POSITIVE, help=f"{size}size stays{usual['stepsize']}")
-    add("--mu", type=NON_NEGATIVE, help=f"momentum of ngd{usual['mu']}")
-    adaptive = "gd and ngd: stop a sample when the root mean square of its field falls below R; without a number R is "
-    adaptive += f"{STOP_BELOW}; 0: off; default: off"
-    add("--stop-below", type=NON_NEGATIVE, nargs="?", const=STOP_BELOW, metavar="R", help=adaptive)
-    add("--cfg-scale", type=NON_NEGATIVE, help=f"classifier-free guidance scale; 1 = off{usual['cfg_scale']}")
+    """Add the flags of the sampler to a parser. `resolve_sampler` fills in their defaults."""
+    add = parser.add_argument_group("sampling (default: settings of the checkpoint, else as below)").add_argument
+    default = {name: f"; default: {value}" for name, value in SAMPLER.items()}
+    text = "gd: gradient descent; ngd: with Nesterov momentum; euler, heun: the ODE in gamma, for comparison"
+    add("--sampler", choices=[*DESCENTS, *SOLVERS], help=text + default["sampler"])
+    text = "points of the path: gd, ngd and euler take N - 1 evaluations, heun 2 N - 3" + default["num_sampling_steps"]
+    add("--num-sampling-steps", type=number(int, least=2), help=text)
+    text = "step size eta of gd and ngd; if you set only one of N and X, the other keeps evaluations x step size"
+    add("--stepsize", type=POSITIVE, help=text + default["stepsize"])
+    add("--mu", type=NON_NEGATIVE, help=f"momentum of ngd{default['mu']}")
+    text = f"gd and ngd: stop a sample when the root mean square of its field is below R (0: off; no R: {STOP_BELOW})"
+    add("--stop-below", type=NON_NEGATIVE, nargs="?", const=STOP_BELOW, metavar="R", help=f"{text}; default: off")
+    add("--cfg-scale", type=NON_NEGATIVE, help=f"classifier-free guidance scale; 1 = off{default['cfg_scale']}")
 
 
 def resolve_sampler(args, training):
-    """{name: value} of the flags of the sampler: those of the user, else of config["training"], else SAMPLER.
+    """Return {flag: value} of the sampler: from the command line, else from config["training"], else from SAMPLER.
 
-    guidance_chosen says whether somebody chose the guidance, here or in training. Raises UserError.
+    guidance_chosen says whether the user set the guidance, here or in training. Raises UserError.
     """
     kept = {name: training.get(name, value) for name, value in SAMPLER.items()}
     typed = {name: getattr(args, name) for name in SAMPLER if getattr(args, name) is not None}
     path = ("num_sampling_steps", "stepsize")
-    if kept["sampler"] in SOLVERS and args.sampler in DESCENTS:  # a solver has no length of a path to keep
+    if kept["sampler"] in SOLVERS and args.sampler in DESCENTS:  # solvers have no path length to keep
         kept |= {name: SAMPLER[name] for name in path}
     values = kept | typed
     if values["sampler"] in SOLVERS:
         if args.stop_below:
-            got = f"--stop-below {args.stop_below}: {values['sampler']}"
-            raise UserError(f"{got} has a fixed number of steps; use gd or ngd")
+            got = f"--stop-below {args.stop_below}: {values['sampler']} has a fixed number of steps"
+            raise UserError(f"{got}; expected gd or ngd; change --sampler, or remove --stop-below")
         values["stop_below"] = 0
     elif len(typed.keys() & path) == 1:
         length = (kept["num_sampling_steps"] - 1) * kept["stepsize"]
@@ -84,12 +83,12 @@ def resolve_sampler(args, training):
 
 
 def sampling_settings(args):
-    """{name: value} of SETTINGS."""
+    """Return {name: value} of SETTINGS from resolved flags."""
     return {name: getattr(args, flag) for name, flag in SETTINGS.items()}
 
 
 def count_evaluations(settings):
-    """The most evaluations of the field that a sample takes."""
+    """Return the maximum number of evaluations of the field per sample."""
     steps = settings["num_steps"] - 1
     return 2 * steps - 1 if settings["method"] == "heun" else steps
 
@@ -100,21 +99,21 @@ def count_evaluations(settings):
 
 @dataclass
 class Plan:
-    """A model and what to sample from it."""
+    """A model and which samples to generate with it."""
 
     model: EqM
     vae: VAE
-    classes: list  # their names
-    labels: torch.Tensor  # (num_samples,) int64: the class of each sample; NO_LABEL: none
+    classes: list  # names of the model's classes
+    labels: torch.Tensor  # (num_samples,) int64: class of each sample, or NO_LABEL
     num_frames: int
     time_scale: float  # seconds per frame
-    time_scales: list | None = None  # of each sample, if they differ
+    time_scales: list | None = None  # of each sample; None = time_scale
     step: int = 0  # of training
-    trained_frames: int = 0  # per clip, at the end of training
+    trained_frames: int = 0  # frames per clip at the end of training
     forcing: float = 0.0  # --forcing of training
-    window: int | None = None  # frames that are sampled at a time; None: all
-    overlap: int = 0  # the first frames of a window, which come from the previous one
-    weights_sha256: str = ""  # of the model as loaded, whatever its file
+    window: int | None = None  # frames sampled at a time; None = all
+    overlap: int = 0  # first frames of a window, copied from the previous window
+    weights_sha256: str = ""  # of the loaded weights, not of their file
 
     def __post_init__(self):
         self.window = self.window or self.num_frames
@@ -126,7 +125,7 @@ class Plan:
 
     @property
     def names(self):
-        """The name of the class of each sample, "none" without one."""
+        """The class name of each sample, or "none"."""
         return [class_name(self.classes, label) or "none" for label in self.labels.tolist()]
 
     @property
@@ -135,42 +134,38 @@ class Plan:
 
 
 def window_starts(num_frames, window, overlap):
-    """The first frame of each window of a video."""
+    """Return the first frame of each window of a video."""
     return list(range(0, max(1, num_frames - overlap), window - overlap))
 
 
 def cast_products(model, precision):
-    """The model to sample from in that --precision: a copy if it is mixed, unless the model is sharded.
+    """Return the model to sample from: in mixed precision a copy with the weights of matrix products cast once.
 
-    Autocast casts a weight that needs no gradient anew in each call of the network. In the copy the weights of all
-    matrix products are cast once; it shares the others. Its outputs under autocast are the same bits.
+    Otherwise autocast casts them in every call of the network. Outputs under autocast are bit-equal. The copy shares
+    its other weights with the model. A sharded model is returned as it is.
     """
     if precision not in distributed.MIXED or any(map(is_sharded, model.parameters())):
         return model
-    copies = {id(tensor): tensor for tensor in itertools.chain(model.parameters(), model.buffers())}
-    for module in model.modules():
-        if isinstance(module, (nn.Linear, nn.Conv3d)):  # the convolution of PatchEmbed is a matrix product, too
-            for weight in module.parameters():
-                cast = weight.detach().to(distributed.MIXED[precision])
-                copies[id(weight)] = nn.Parameter(cast, requires_grad=False)
-    copy = deepcopy(model, copies)  # takes the tensors from `copies`
+    tensors = {id(tensor): tensor for tensor in itertools.chain(model.parameters(), model.buffers())}
+    products = (nn.Linear, nn.Conv3d)  # PatchEmbed's convolution is a matrix product, too
+    weights = [weight for module in model.modules() if isinstance(module, products) for weight in module.parameters()]
+    for weight in weights:
+        tensors[id(weight)] = nn.Parameter(weight.detach().to(distributed.MIXED[precision]), requires_grad=False)
+    copy = deepcopy(model, tensors)  # deepcopy takes these tensors as they are
     if model.is_compiled:  # deepcopy forgets the compiled blocks
         copy.compile_blocks()
     return copy
 
 
 def open_checkpoint(args):
-    """({name: value} of the flags that follow from --ckpt, the Plan), after all the checks that need no GPU.
-
-    Raises UserError.
-    """
+    """Check what needs no GPU. Returns ({name: value} of flags that follow from --ckpt, Plan). Raises UserError."""
     names = ("model", "video", "use_rope", "ebm", "temporal_patch_size", "num_classes")
     checks = {name: getattr(args, name) for name in names}
     model, config, step = checkpoint.load_model(args.ckpt, use_ema=not args.no_ema, **checks)
     data, training = config["data"], config["training"]
     trained, forcing = training["num_frames"], training.get("forcing", 0.0)  # published models: none
     if trained <= model.config.temporal_patch_size:
-        forcing = 0.0  # clips of one temporal patch are not forced
+        forcing = 0.0  # training never forces clips of one temporal patch
     num_frames, time_scale = args.num_frames or trained, args.time_scale or data["time_scale"]
     if args.fps:
         time_scale = 1 / args.fps
@@ -181,13 +176,13 @@ def open_checkpoint(args):
     plan = Plan(
         model, open_vae(args, model.config, data), data["classes"], choose_labels(args, data["classes"]), num_frames,
         time_scale, step=step, trained_frames=trained, forcing=forcing, window=window, overlap=overlap,
-        weights_sha256=checkpoint.weights_sha256(model.state_dict()) if rank() == 0 else "",  # which writes it
+        weights_sha256=checkpoint.weights_sha256(model.state_dict()) if rank() == 0 else "",  # only rank 0 writes it
     )  # fmt: skip
     return values, plan
 
 
 def say_plan(args, plan):
-    """Say what is sampled, and how."""
+    """Print one line that says what is sampled and how."""
     size = f" of step size {args.stepsize:.3g}" if args.sampler in DESCENTS else ""
     sampler = f"{args.sampler}, {count_evaluations(sampling_settings(args))} evaluations{size}"
     windows = f" in windows of {plan.window}" if plan.window < plan.num_frames else ""
@@ -198,10 +193,10 @@ def say_plan(args, plan):
 
 
 def choose_windows(args, config, num_frames, trained, data, time_scale, forcing):
-    """(frames of a window, overlap of two) of videos of num_frames frames. Raises UserError.
+    """Return (frames per window, overlap of two windows) for videos of num_frames frames. Raises UserError.
 
-    By default a window lasts as long as the longest training clip, and has at least as many frames. All frames are
-    sampled at once without forcing, or with --rope-scale, which squeezes them into the trained span.
+    By default a window has at least the frames and the duration of the longest training clip. Without forcing, or with
+    --rope-scale, which squeezes all frames into the trained span, one window covers the video.
     """
     usual, patch = num_frames, config.temporal_patch_size
     if forcing and args.rope_scale == "none":
@@ -216,16 +211,16 @@ def choose_windows(args, config, num_frames, trained, data, time_scale, forcing)
         return window, 0
     overlap = max(1, window // 2) if args.overlap is None else args.overlap
     if overlap >= window:
-        raise UserError(f"--overlap {overlap}: leaves no new frame in a window of {window}; expected fewer")
+        raise UserError(f"--overlap {overlap}: leaves no new frames in a window of {window}; expected a smaller number")
     return window, overlap
 
 
 def open_vae(args, config, data):
-    """The VAE that a checkpoint was trained with, at its place or at that of --vae. Raises UserError."""
+    """Load the VAE of a checkpoint, from --vae or else from where it was in training. Raises UserError."""
     vae = load_vae(args.vae or data["vae"], None if args.vae else "the checkpoint")
     size = config.input_size * vae.downsample
     if (vae.channels, size) != (config.in_channels, data["image_size"] or size):
-        raise UserError(f"--vae {vae.name}: is not the VAE of --ckpt {args.ckpt}, {data['vae']}; pass the path of that")
+        raise UserError(f"--vae {vae.name}: not the VAE of --ckpt {args.ckpt}; expected {data['vae']}; pass its path")
     check_same(vae, data.get("vae_sha256"), f"--ckpt {args.ckpt}")
     if args.image_size not in (None, size):
         raise UserError(f"--image-size {args.image_size}: the checkpoint has {size}; remove the flag")
@@ -233,7 +228,7 @@ def open_vae(args, config, data):
 
 
 def scale_rope(args, model, data, trained_frames, num_frames, time_scale):
-    """Fit the rotary time positions of a model to longer clips, as --rope-scale says. Raises UserError."""
+    """Squeeze the rotary time positions of longer clips into the trained span for --rope-scale. Raises UserError."""
     if args.rope_scale == "none":
         return
     if not model.config.use_rope:
@@ -244,20 +239,19 @@ def scale_rope(args, model, data, trained_frames, num_frames, time_scale):
 
 
 def choose_labels(args, names):
-    """The class of each sample, (num_samples,) int64: those of --classes in turn."""
-    numbers = range(len(names))
-    known = dict(zip([*map(str, numbers), *names], [*numbers] * 2, strict=True))
-    known["none"] = NO_LABEL  # also for a model with a class of that name
+    """Return the class of each sample, (num_samples,) int64: --classes in turn. Raises UserError."""
+    known = {str(label): label for label in range(len(names))} | {name: label for label, name in enumerate(names)}
+    known["none"] = NO_LABEL  # even if the model has a class of this name
     if unknown := [word for word in args.classes or [] if word not in known]:
         some = ", ".join(names[:8]) + (", ..." if len(names) > 8 else "")
         expected = f"expected one of {some}, an index below {len(names)}, or none"
         raise UserError(f"--classes {unknown[0]}: no such class; {expected}")
-    labels = [known[word] for word in args.classes] if args.classes else list(numbers)
+    labels = [known[word] for word in args.classes] if args.classes else list(range(len(names)))
     return torch.tensor(labels)[torch.arange(args.num_samples) % len(labels)]
 
 
 def provenance(plan, args):
-    """Everything that determines the samples of a checkpoint: plain values for JSON."""
+    """Return everything that determines the samples of a checkpoint, as plain values for JSON."""
     of_flags = ("rope_scale", "keep_background", "guidance_chosen", "seed", "batch_size", "compile")
     of_plan = ("weights_sha256", "step", "image_size", "num_frames", "window", "overlap", "time_scale")
     return {
@@ -281,22 +275,22 @@ def generate(
 ):  # fmt: skip
     """Generate the samples `indices` of a Plan, batch by batch and window by window, with one progress bar.
 
-    The noise of a sample depends on seed, index and window alone. Each window is given the last frames of the previous
-    one. A batch in which no sample has a condition has no guidance.
+    The noise of a sample depends only on seed, index and window. Each window starts with the last frames of the
+    previous one. A batch without any condition has no guidance.
 
     Args:
-        settings: those of `sampling_settings`.
-        given: given(indices) returns clips uint8 (n, 3, T, H, W) and a mask (n, T): where it is true, frames stay as
-            they are. keep_background is for `Details`, which shows them.
-        init: clips as from `given`, mixed into the noise with the weight init_gamma.
+        settings: from `sampling_settings`.
+        given: given(indices) returns clips uint8 (n, 3, T, H, W) and a mask (n, T), which is true for given frames.
+            Samples keep these; for keep_background see `Details`.
+        init: init(indices) returns clips as `given` does. They replace a share init_gamma of the noise at the start.
         energy: also record the (guided) energy at every point.
-        strict: samples that are not finite raise UserError; otherwise they are noted.
+        strict: raise UserError if samples are not finite; otherwise print a note.
         before_evaluation: called before each evaluation of the network; may raise.
 
-    Yields of each window of each batch: the samples' indices, the number of its first new frame, its new frames uint8
+    Yields for each window of each batch: the samples' indices, the number of the first new frame, the new frames uint8
     (n, k, H, W, 3), evaluations (n,) and energies (n, num_steps), None without `energy`.
     """
-    starts, most = plan.window_starts, count_evaluations(settings)
+    starts, most, settings = plan.window_starts, count_evaluations(settings), settings | {"start_gamma": init_gamma}
     batches = [indices[first : first + batch_size] for first in range(0, len(indices), batch_size)]
     total = len(batches) * len(starts) * most
     with Bar(total=total, desc="sampling", unit="evaluation", leave=False, disable=rank() != 0) as bar:
@@ -313,24 +307,22 @@ def generate(
             details, tail = given and Details(clips, mask, keep_background), None
             for number, start in enumerate(starts):
                 end, x = bar.n + most, initial_latents(plan, batch, seed, device, init, init_gamma, number)
-                known, options = known_part(plan, x, start, clips, mask, tail), settings | {"start_gamma": init_gamma}
-                inputs = plan.model, x, condition, time_scale, known
-                latents, *counts = sample_window(*inputs, options, energy, strict, step)
-                bar.update(end - bar.n)  # if all stopped early
+                inputs = plan.model, x, condition, time_scale, masked_part(plan, x, start, clips, mask, tail)
+                latents, *counts = sample_window(*inputs, settings, energy, strict, step)
+                bar.update(end - bar.n)  # samples may all stop early
                 tail, first = latents[:, :, -plan.overlap :], plan.overlap if number else 0
                 videos = plan.vae.decode(latents[:, :, first : plan.num_frames - start])
                 yield batch, start + first, details.add(videos, start + first) if given else videos, *counts
 
 
-def sample_window(model, x, condition, time_scale, known, settings, energy, strict, step):
-    """Follow the guided field of a model from x (B, C, T, H, W) float32: (samples, evaluations (B,), energies or None).
+def sample_window(model, x, condition, time_scale, masked, settings, energy, strict, step):
+    """Follow the guided field of a model from x (B, C, T, H, W). Returns (samples, evaluations (B,), energies or None).
 
-    The precision is that of the network only: the samples stay float32. known holds `given` and `mask` of
-    `samplers.sample`, or nothing. step(number of running samples) is called before each evaluation. Energies are
-    (B, num_steps), NaN after the point where a sample stopped.
+    Samples are float32; settings["precision"] applies to the network only. masked: from `masked_part`. step(number of
+    running samples) is called before each evaluation. Energies are (B, num_steps), NaN after a sample has stopped.
     """
-    if known and known["mask"].all():  # a window that is given in full
-        return known["given"], torch.zeros(len(x), dtype=torch.int64, device=x.device), None
+    if masked and masked["mask"].all():  # nothing to sample
+        return masked["given"], torch.zeros(len(x), dtype=torch.int64, device=x.device), None
     settings = dict(settings)
     precision, guidance = settings.pop("precision"), settings.pop("guidance")
     guided_by = condition, time_scale, 1.0 if condition.is_null() else guidance
@@ -347,35 +339,35 @@ def sample_window(model, x, condition, time_scale, known, settings, energy, stri
             energies[keep, next(points)] = energy_of(x, keep)
 
     with distributed.autocast(x.device, precision):
-        samples, evaluations = sample(counted, x, observe=observe, **known, **settings)
+        samples, evaluations = sample(counted, x, observe=observe, **masked, **settings)
     if not samples.isfinite().all():
         text = f"--sampler {settings['method']}: samples are not finite"
         if strict:
-            raise UserError(f"{text}; take smaller or more steps, or another checkpoint")
+            raise UserError(f"{text}; use smaller steps, more steps or another checkpoint")
         say(f"note: {text}")
     return samples, evaluations, energies
 
 
-def known_part(plan, x, start, clips, mask, tail):
-    """The arguments `given` and `mask` of `samplers.sample` for the window x that begins at a frame; {} for nothing.
+def masked_part(plan, x, start, clips, mask, tail):
+    """Return the arguments `given` and `mask` of `samplers.sample` for the window x that begins at frame `start`.
 
-    Known are the frames of clips uint8 (n, 3, T, H, W) where mask (n, T) is true, and the first ones of the window:
-    tail, the last latents of the previous window, or None.
+    They hold the given frames, where mask (n, T) of clips uint8 (n, 3, T, H, W) is true, and `tail`, the last latents
+    of the previous window. Returns {} if both are None.
     """
     if mask is None and tail is None:
         return {}
-    latents, known = torch.zeros_like(x), torch.zeros(len(x), plan.window, dtype=torch.bool, device=x.device)
+    latents, masked = torch.zeros_like(x), torch.zeros(len(x), plan.window, dtype=torch.bool, device=x.device)
     if mask is not None:
-        known[:, : plan.num_frames - start] = mask[:, start : start + plan.window]
-        if len(used := known.any(dim=0).nonzero()[:, 0]):  # frames that no sample is given are not encoded
+        masked[:, : plan.num_frames - start] = mask[:, start : start + plan.window]
+        if len(used := masked.any(dim=0).nonzero()[:, 0]):  # encoding takes long, so only given frames
             latents[:, :, used] = plan.vae.encode(clips[:, :, start + used])
     if tail is not None:
-        latents[:, :, : plan.overlap], known[:, : plan.overlap] = tail, True
-    return {"given": latents, "mask": known[:, None, :, None, None]}
+        latents[:, :, : plan.overlap], masked[:, : plan.overlap] = tail, True
+    return {"given": latents, "mask": masked[:, None, :, None, None]}
 
 
 def initial_latents(plan, indices, seed, device, init, init_gamma, window):
-    """Where a window of the samples `indices` starts, (n, C, T, h, w): noise, or as `generate` says of init."""
+    """Return the initial latents of a window, (n, C, T, h, w): noise, or with `init` an interpolation with clips."""
     config = plan.model.config
     shape = (config.in_channels, plan.window, config.input_size, config.input_size)
     noise = normal(seed, "sample", window, indices, shape).to(device)

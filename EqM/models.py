@@ -1,7 +1,7 @@
-"""The network: a DiT (arXiv 2212.09748) with 3D patches, without conditioning on the noise level.
+"""The network: a DiT (arXiv 2212.09748) with 3D patches and without conditioning on the noise level.
 
 Positions are a fixed sinusoidal table or, with `use_rope`, a rotary embedding of queries and keys (rope.py). With `ebm`
-the field is minus the gradient of a scalar energy (EqM-E). Parameter names are those of the published image models.
+the field is minus the gradient of a scalar energy (EqM-E). Parameters have the names of the published image models.
 """
 
 import math
@@ -18,20 +18,20 @@ from torch import nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.checkpoint import checkpoint
 
-from rope import REFERENCE_FPS, RotaryEmbedding3D, apply_rotary, check_speed, split_head
+from rope import REFERENCE_FPS, RotaryEmbedding3D, apply_rotary
 
 EBMS = ("none", "dot", "l2")
 POSITION_TABLES = ("none", "space")
 PLAIN_TOKENS = 512  # see attend
 TIME_FEATURES = 256  # sinusoidal features of the time scale, see TimeScaleEmbedder
-LARGEST, MOST_WEIGHTS = 2**20, 2**36  # of a count; a hundred times EqM-XL: more is a typing error
+LARGEST_COUNT, MOST_WEIGHTS = 2**20, 2**36  # a hundred times EqM-XL; more is a typing error
 
 
 @dataclass(frozen=True)
 class EqMConfig:
-    """Everything that determines the parameters and their meaning. Raises ValueError if it is inconsistent."""
+    """Everything that determines the parameters of a network and their meaning. Raises ValueError if inconsistent."""
 
-    input_size: int  # height and width of the latents (of the pixels without a VAE)
+    input_size: int  # height and width of the latents, or without a VAE of the pixels
     patch_size: int
     temporal_patch_size: int
     in_channels: int
@@ -39,33 +39,32 @@ class EqMConfig:
     depth: int
     num_heads: int
     num_classes: int
-    num_frames: int = 1  # of the fixed positions; with use_rope only a record of what was trained
+    num_frames: int = 1  # of the fixed positions; with use_rope only a record of the training
     use_rope: bool = False
     rope_theta: float = 10_000.0
     rope_split: str = ""  # channels of a head for time, height and width, such as "16,8,8"; "" = a third each
-    rope_speed: float = 0.0  # patches by which rotary positions of height and width move per unit of time (rope.py)
+    rope_speed: float = 0.0  # patches per unit of time by which positions of height and width move (rope.py)
     position_table: str = "none"  # with use_rope: "space" adds the fixed positions of height and width to the tokens
     qk_norm: bool = False
-    ebm: str = "none"  # energy whose negative gradient is the field: "dot" or "l2" (see EqM.energy); "none" = no energy
+    ebm: str = "none"  # "dot" or "l2": the field is the negative gradient of this energy (see EqM.energy)
     class_dropout_prob: float = 0.1  # probability that training replaces a label by the null label, num_classes
 
     def __post_init__(self):
         for name in (field.name for field in fields(self) if field.type is int):
-            if not 1 <= getattr(self, name) <= LARGEST:
-                raise ValueError(f"{name} must be from 1 to {LARGEST}, got {getattr(self, name)}")
+            if not 1 <= getattr(self, name) <= LARGEST_COUNT:
+                raise ValueError(f"{name} must be from 1 to {LARGEST_COUNT}, got {getattr(self, name)}")
         if self.input_size % self.patch_size:
             raise ValueError(f"input_size {self.input_size} is not a multiple of patch_size {self.patch_size}")
         if self.hidden_size % (2 * self.num_heads):
             raise ValueError(f"hidden_size must be a multiple of 2 x {self.num_heads} heads, got {self.hidden_size}")
         if 18 * self.depth * self.hidden_size**2 > MOST_WEIGHTS:
-            raise ValueError(
-                f"depth {self.depth} and hidden_size {self.hidden_size} need more than {MOST_WEIGHTS} weights"
-            )
+            size = f"depth {self.depth} and hidden_size {self.hidden_size}"
+            raise ValueError(f"{size} need more than {MOST_WEIGHTS} weights")
         for name, choices in (("position_table", POSITION_TABLES), ("ebm", EBMS)):
             if (value := getattr(self, name)) not in choices:
                 raise ValueError(f"{name} must be one of {', '.join(choices)}, got {value!r}")
         if self.use_rope:
-            check_speed(self.rope_speed, split_head(self.head_dim, self.rope_split))
+            self.rotary_embedding()
             return
         self.check_num_frames(self.num_frames)
         for name in ("rope_theta", "rope_split", "rope_speed", "position_table"):
@@ -83,30 +82,33 @@ class EqMConfig:
 
     @property
     def positions(self):
-        """The kind of positions, in words."""
+        """The kind of positions in words, for messages."""
         speed = f" of speed {self.rope_speed:g}" if self.rope_speed else ""
         table = " and a table of space" if self.position_table == "space" else ""
         return f"rotary positions{speed}{table}" if self.use_rope else "fixed positions"
 
     @property
     def values_per_token(self):
-        """The number of values in the patch of one token."""
+        """The number of input values in the patch of a token."""
         return self.temporal_patch_size * self.patch_size**2 * self.in_channels
 
+    def rotary_embedding(self):
+        return RotaryEmbedding3D(self.head_dim, self.rope_theta, self.rope_split, self.rope_speed)
+
     def check_num_frames(self, num_frames):
-        """Raise ValueError unless a clip of that many frames fits the temporal patch and the fixed positions."""
+        """Raise ValueError unless a clip of this many frames fits the temporal patch and the fixed positions."""
         if num_frames < self.temporal_patch_size:
             raise ValueError(f"a temporal patch needs at least {self.temporal_patch_size} frames, got {num_frames}")
         if not self.use_rope and num_frames != self.num_frames:
             raise ValueError(f"fixed positions are tied to {self.num_frames} frames, got {num_frames}")
 
     def grid(self, num_frames):
-        """The number of patches in (time, height, width) of a clip; the last temporal patch may be padded."""
+        """Return the number of patches of a clip in (time, height, width). The last temporal patch may be padded."""
         side = self.input_size // self.patch_size
         return math.ceil(num_frames / self.temporal_patch_size), side, side
 
     def flops(self, num_frames):
-        """FLOPs of one forward pass of one clip: matrix products and attention, 2 per multiply-add."""
+        """Count the FLOPs of one forward pass of one clip: matrix products and attention, 2 per multiply-add."""
         N, D = math.prod(self.grid(num_frames)), self.hidden_size
         embedders = 2 * (TIME_FEATURES * D + D * D)
         ends = 2 * N * D * self.values_per_token * 2 + 2 * D * 2 * D  # patches in and out, adaLN of the last layer
@@ -114,18 +116,18 @@ class EqMConfig:
         return embedders + ends + self.depth * block
 
     def training_flops(self, num_frames, grad_checkpoint=False):
-        """FLOPs of one training step per clip; a backward pass counts as two forward passes.
+        """Count the FLOPs of one training step per clip: a backward pass equals two forward passes.
 
-        With an energy, the forward pass is the network and its gradient in the input: two forward passes.
+        With an energy, the forward pass includes the gradient in the input, so it equals two of the network.
         """
         return (3 + grad_checkpoint if self.ebm == "none" else 6) * self.flops(num_frames)
 
 
 @dataclass(frozen=True)
 class Condition:
-    """What a network is told about each sample, here its class. Only this module, the data and the flags look inside.
+    """The condition of a batch of samples, here their classes. Only this module, the data and the flags look inside.
 
-    y (B,) int64 goes into `EqM.forward`; null_y in its place says nothing about a sample.
+    y (B,) int64 is the input of `EqM.forward`; the value null_y means "no condition".
     """
 
     y: torch.Tensor
@@ -133,11 +135,8 @@ class Condition:
 
     @classmethod
     def of(cls, classes, config):
-        """The condition of samples with these classes, (B,) int64; a negative number stands for no class."""
+        """Return the condition of samples with these classes, (B,) int64; negative numbers mean no class."""
         return cls(classes.masked_fill(classes < 0, config.num_classes), config.num_classes)
-
-    def __len__(self):
-        return len(self.y)
 
     def __getitem__(self, index):
         return replace(self, y=self.y[index])
@@ -146,11 +145,11 @@ class Condition:
         return replace(self, y=self.y.to(device, non_blocking=True))
 
     def null(self, mask=True):
-        """The condition without the samples where mask (B,) is true."""
+        """Return this condition, removed from the samples where mask (B,) is true."""
         return replace(self, y=torch.where(torch.as_tensor(mask, device=self.y.device), self.null_y, self.y))
 
     def is_null(self):
-        """Whether no sample has a condition."""
+        """Return whether no sample has a condition."""
         return bool((self.y == self.null_y).all())
 
 
@@ -160,7 +159,7 @@ class PatchEmbed(nn.Module):
     def __init__(self, config):
         super().__init__()
         kernel = (config.temporal_patch_size, config.patch_size, config.patch_size)
-        # Only the names and shapes of its parameters are those of a convolution: one matrix product is faster.
+        # A convolution only for its parameters, which published models have: one matrix product is faster.
         self.proj = nn.Conv3d(config.in_channels, config.hidden_size, kernel, stride=kernel)
 
     def forward(self, x):
@@ -170,9 +169,9 @@ class PatchEmbed(nn.Module):
 
 
 class TimeScaleEmbedder(nn.Module):
-    """Embeds s = log2(25 * time_scale) in place of DiT's noise level, which EqM does not use.
+    """Embed s = log2(25 * time_scale) where DiT embeds the noise level: (B,) in seconds per frame -> (B, D).
 
-    time_scale (B,) in seconds per frame -> (B, D). s is 0 at 25 frames per second and for images, as in published EqM.
+    s is 0 at 25 frames per second and for images, as in published EqM.
     """
 
     def __init__(self, D):
@@ -188,7 +187,7 @@ class TimeScaleEmbedder(nn.Module):
 
 
 class HeadNorm(nn.RMSNorm):
-    """RMSNorm in the dtype of its input: under autocast the weight has another dtype, for which torch is slow."""
+    """RMSNorm in the dtype of its input: torch is slow if the weight has another dtype, as under autocast."""
 
     def forward(self, x):
         return F.rms_norm(x, self.normalized_shape, self.weight.to(x.dtype), self.eps)
@@ -197,9 +196,9 @@ class HeadNorm(nn.RMSNorm):
 def attend(q, k, v):
     """Scaled dot-product attention of (B, h, N, d) each. Training on a CPU avoids torch's slow bf16 kernel.
 
-    Few tokens take plain products with a softmax in float32, which holds N^2 weights; more take the float32 kernel. For
-    4 heads of 32 channels the bf16 kernel, the float32 kernel and plain products take 10, 8 and 5 ms for 4 clips of 256
-    tokens, 7, 3 and 2 ms for 16 of 64 (forward and backward, one thread of an AMD EPYC, torch 2.13).
+    Up to PLAIN_TOKENS tokens use plain products, which hold N^2 weights; more tokens use the float32 kernel. For 4
+    clips of 256 tokens and 4 heads of 32 channels, forward and backward take 10 ms in the bf16 kernel, 8 ms in the
+    float32 kernel and 5 ms with plain products (one thread of an AMD EPYC, torch 2.13).
     """
     if q.device.type != "cpu" or not torch.is_grad_enabled():
         return F.scaled_dot_product_attention(q, k, v)
@@ -229,18 +228,12 @@ class Attention(nn.Module):
 
 
 def math_attention():
-    """Context for training on an energy: torch's math attention is the only one with a second derivative."""
+    """Context for training on an energy: only torch's math attention has a second derivative."""
     return sdpa_kernel(SDPBackend.MATH)
 
 
-def with_math_attention(block, *args):
-    """Run a block with math attention: checkpointing runs it again outside the context of the first pass."""
-    with math_attention():
-        return block(*args)
-
-
 def mark_sizes(tokens, condition, rotary):
-    """Tell torch.compile that B and N vary."""
+    """Tell torch.compile that batch size and number of tokens vary."""
     torch._dynamo.maybe_mark_dynamic(tokens, (0, 1))
     torch._dynamo.maybe_mark_dynamic(condition, 0)
     for part in rotary or ():
@@ -252,7 +245,7 @@ def modulate(x, shift, scale):
 
 
 class Block(nn.Module):
-    """Attention and MLP with adaLN-Zero: shift, scale and gate of each branch depend on the condition (B, D)."""
+    """Attention and MLP with adaLN-Zero: the condition (B, D) sets shift, scale and gate of each branch."""
 
     def __init__(self, config):
         super().__init__()
@@ -284,13 +277,13 @@ class FinalLayer(nn.Module):
 
 
 class EqM(nn.Module):
-    """The field f(x) of clips x, given their class and time scale but not their noise level."""
+    """The network, which predicts the field f(x) of clips x from their class and time scale, not their noise level."""
 
     def __init__(self, config):
         super().__init__()
         self.config = config
         self.is_compiled = False
-        self.grad_checkpoint = False  # if set, only the input of each block is kept, the rest is recomputed
+        self.grad_checkpoint = False  # True: keep only the inputs of blocks and recompute their activations
         if config.values_per_token > config.hidden_size:
             values = f"a token holds {config.values_per_token} values and hidden_size is only {config.hidden_size}"
             warnings.warn(f"{values}, too small to predict them all; use smaller patches", stacklevel=2)
@@ -301,14 +294,14 @@ class EqM(nn.Module):
         self.blocks = nn.ModuleList(Block(config) for _ in range(config.depth))
         self.final_layer = FinalLayer(config)
         if config.use_rope:
-            self.rope = RotaryEmbedding3D(config.head_dim, config.rope_theta, config.rope_split, config.rope_speed)
+            self.rope = config.rotary_embedding()
         if config.has_table:
             self.register_buffer("pos_embed", position_table(config), persistent=False)
         if not self.x_embedder.proj.weight.is_meta:
             self.initialize_weights()
 
     def initialize_weights(self):
-        """As DiT: Xavier for linear layers, zero for adaLN and for the output layer, so f is zero at first."""
+        """Initialize as DiT: Xavier for linear layers, zero for adaLN and the output layer, so f is zero at first."""
         for module in self.modules():
             if isinstance(module, nn.Linear):
                 nn.init.xavier_uniform_(module.weight)
@@ -321,17 +314,17 @@ class EqM(nn.Module):
             nn.init.normal_(embedder.weight, std=0.02)
         for layer in (*self.blocks, self.final_layer):
             nn.init.zeros_(layer.adaLN_modulation[1].weight)
-        # The square of a zero output has a zero gradient: nothing would be learned
+        # The square of a zero output has a zero gradient, so the model would never learn.
         init_output = nn.init.xavier_uniform_ if self.config.ebm == "l2" else nn.init.zeros_
         init_output(self.final_layer.linear.weight)
 
     def forward(self, x, y, time_scale=None, return_features=False):
-        """The field f, and with return_features also the last block's activations (B, N, D).
+        """Return the field f, and with return_features also the last block's activations (B, N, D).
 
-        x, f: (B, C, T, H, W); images have T = 1. y: (B,) int64, num_classes = no label. time_scale: (B,) float32,
-        seconds per frame, None = 1/25. If T does not fill the last temporal patch, x is padded with its last frame and
+        x, f: (B, C, T, H, W); images have T = 1. y: (B,) int64, num_classes = no label. time_scale: (B,) float32
+        seconds per frame, default 1/25. If T does not fill the last temporal patch, x is padded with its last frame and
         f is cropped. With `ebm`, f is minus the gradient of the energy in x, also under torch.no_grad. Raises
-        ValueError if T is less than a temporal patch, or not num_frames where positions are fixed.
+        ValueError as `EqMConfig.check_num_frames` does.
         """
         if self.config.ebm == "none":
             f, features = self.predict(x, y, time_scale)
@@ -345,10 +338,10 @@ class EqM(nn.Module):
         return (f, features) if return_features else f
 
     def energy(self, x, y, time_scale=None, return_features=False):
-        """The energy E (B,) of the field f = -dE/dx; arguments as in `forward`.
+        """Return the energy E (B,) of the field f = -dE/dx; arguments as in `forward`.
 
-        With the network's output g, "dot" is -sum(g * x) and "l2" is sum(g^2) / 2 (EqM-E of arXiv 2510.02300; the sign
-        is that of the published code). Raises ValueError if ebm is "none".
+        With the network's output g, "dot" is -sum(g * x) and "l2" is sum(g^2) / 2: EqM-E of arXiv 2510.02300, with the
+        sign of the published code. Raises ValueError if ebm is "none".
         """
         if self.config.ebm == "none":
             raise ValueError("the model has no energy: it was made with ebm='none'")
@@ -359,7 +352,7 @@ class EqM(nn.Module):
         return (energy, features) if return_features else energy
 
     def predict(self, x, y, time_scale):
-        """The network's output (B, C, T, H, W) and the last block's activations (B, N, D)."""
+        """Return the network's output (B, C, T, H, W) and the last block's activations (B, N, D)."""
         config, T = self.config, x.shape[2]
         config.check_num_frames(T)
         if time_scale is None:
@@ -368,19 +361,19 @@ class EqM(nn.Module):
         if padding := grid[0] * pt - T:
             x = torch.cat([x, x[:, :, -1:].expand(-1, -1, padding, -1, -1)], dim=2)
 
-        # Under autocast the embedding is bf16. The residual stream is not: each of its 2 x depth sums would be rounded.
+        # Under autocast the embedding is bf16. The tokens are not, or each of their 2 x depth sums would be rounded.
         tokens = self.x_embedder(x).to(x.dtype)  # (B, N, D)
         condition = self.t_embedder(time_scale) + self.y_embedder.embedding_table(y)  # (B, D)
         rotary = self.rope(grid, time_scale) if config.use_rope else None
-        if config.has_table:  # that of space is the same for every temporal patch
+        if config.has_table:  # a table of space alone serves every temporal patch
             tokens = (tokens.unflatten(1, (-1, self.pos_embed.shape[1])) + self.pos_embed).flatten(1, 2)
         if self.is_compiled:
-            tokens = tokens.clone()  # as a view, the input of the first block would need a graph of its own
+            tokens = tokens.clone()  # a view would need a separate graph for the first block
         for block in self.blocks:
-            if self.is_compiled:  # or each new size would be compiled again
+            if self.is_compiled:  # otherwise each new size would be compiled again
                 mark_sizes(tokens, condition, rotary)
             if self.grad_checkpoint and torch.is_grad_enabled():
-                function = block if config.ebm == "none" else partial(with_math_attention, block)
+                function = block if config.ebm == "none" else math_attention()(block)  # also when run again
                 tokens = checkpoint(function, tokens, condition, rotary, use_reentrant=False)
             else:
                 tokens = block(tokens, condition, rotary)
@@ -391,17 +384,16 @@ class EqM(nn.Module):
     def compile_blocks(self):
         """Compile the blocks with torch.compile; one graph serves all blocks, batch sizes and numbers of tokens."""
         self.is_compiled = True
-        torch._dynamo.config.optimize_ddp = False  # or DDP would cut the graph of a block at the ends of its buckets
+        torch._dynamo.config.optimize_ddp = False  # otherwise DDP splits the graphs of blocks at its buckets
         for block in self.blocks:
             block.compile()
 
 
 def position_table(config):
-    """The fixed positions, (1, N, D) float32: of the training grid, or with use_rope of a single temporal patch.
+    """Return the fixed positions, (1, N, D) float32: of the training grid, or with use_rope of one temporal patch.
 
-    Videos: 2 * floor(D / 6) channels for each of time, height and width, sines first; the rest are zero. Images, and
-    beside rotary positions videos too: the 2D table of MAE and of the published models, in which the width coordinate
-    has the first half of the channels.
+    Videos have 2 * floor(D / 6) channels each for time, height and width, sines first, then zeros. Images, and videos
+    with use_rope, have the 2D table of MAE and the published models: the first half of the channels is for the width.
     """
     (time, *space), D = config.grid(config.num_frames), config.hidden_size
     is_flat = config.use_rope or config.num_frames == config.temporal_patch_size == 1
@@ -425,7 +417,7 @@ SHAPE = ("depth", "hidden_size", "num_heads", "patch_size")  # the fields of EqM
 
 
 def model_shape(name):
-    """{field: value} of the SHAPE fields of a model named such as "EqM-S/4" (size S, patch_size 4); empty for None."""
+    """Return {field: value} of the SHAPE fields of a model named such as "EqM-S/4" (size S, patch_size 4); None: {}."""
     if name is None:
         return {}
     size, patch_size = name.removeprefix("EqM-").split("/")
@@ -433,7 +425,7 @@ def model_shape(name):
 
 
 def model_config(name, **overrides):
-    """The EqMConfig of a named model; its temporal_patch_size is its patch_size unless overridden."""
+    """Return the EqMConfig of a named model. Its temporal_patch_size is its patch_size unless overridden."""
     settings = {"input_size": 32, "in_channels": 4, "num_classes": 1000} | model_shape(name)
     settings = settings | {"temporal_patch_size": settings["patch_size"]} | overrides
     return EqMConfig(**{"num_frames": settings["temporal_patch_size"]} | settings)
@@ -448,13 +440,13 @@ EqM_models = {name: partial(build_model, name) for name in NAMES}
 
 
 def model_name(depth, hidden_size, num_heads, patch_size, **_):
-    """The name of a model with these fields of EqMConfig, such as "EqM-S/4"; other fields are ignored."""
+    """Return the name of a model with these fields of EqMConfig, such as "EqM-S/4"; other fields are ignored."""
     names = {shape: name for name, shape in SIZES.items()}
     unnamed = f"(depth {depth}, width {hidden_size}, heads {num_heads})"
     return f"EqM-{names.get((depth, hidden_size, num_heads), unnamed)}/{patch_size}"
 
 
 def with_classes(weights, rows):
-    """A state dict for other classes: rows of the old table of embeddings, one per class; -1 is that of no class."""
+    """Return a state dict for other classes; rows holds the old row of each new class, and -1 for "no class"."""
     table = "y_embedder.embedding_table.weight"
     return weights | {table: weights[table][rows]}

@@ -1,4 +1,4 @@
-"""Optimizers, their learning rates, gradients that are not finite, and the EMA of the weights."""
+"""Optimizers, learning rates, the check for gradients that are not finite, and the EMA of the weights."""
 
 import math
 
@@ -8,11 +8,11 @@ import torch.distributed as dist
 from runtime import distributed
 from sharding import full_tensor, is_sharded, scatter
 
-MUON_DECAY = 0.1  # weight decay; without any the weights grow as long as the learning rate does not fall
+MUON_DECAY = 0.1  # weight decay; without it the weights grow until the learning rate falls
 
 
 def make_optimizers(model, args):
-    """[AdamW], or with --optimizer muon [AdamW, Muon]: Muon for the weight matrices of attention and MLP."""
+    """Return [AdamW], or with --optimizer muon [AdamW, Muon]; Muon gets the weight matrices of attention and MLP."""
     blocks = model.blocks if args.optimizer == "muon" else []
     layers = [layer for block in blocks for layer in (block.attn.qkv, block.attn.proj, block.mlp.fc1, block.mlp.fc2)]
     matrices = [layer.weight for layer in layers]
@@ -29,13 +29,13 @@ def make_optimizers(model, args):
 
 
 class Muon(torch.optim.Optimizer):
-    """Descends along momenta that were made orthogonal (Jordan et al., kellerjordan.github.io/posts/muon, 2024).
+    """Step along orthogonalized momenta of matrices (Jordan et al., kellerjordan.github.io/posts/muon, 2024).
 
-    Each matrix is assigned to a rank, which sends its result to the others. Weights and momenta are on all ranks, or
-    sharded. lr and weight_decay are those of torch.optim.Muon.
+    One rank orthogonalizes each matrix and sends the result to the others. Weights and momenta are full tensors or
+    sharded. lr and weight_decay mean the same as in torch.optim.Muon.
     """
 
-    momentum = 0.95  # Nesterov's
+    momentum = 0.95  # of Nesterov's method
 
     def __init__(self, matrices, lr, weight_decay):
         super().__init__(matrices, {"lr": lr, "weight_decay": weight_decay})
@@ -59,7 +59,7 @@ class Muon(torch.optim.Optimizer):
             weights[index].mul_(1 - lr * group["weight_decay"]).add_(direction, alpha=-lr * scale)
 
     def broadcast(self, step_of, weights):
-        """(index, step_of(index) made orthogonal) of each matrix."""
+        """Yield (index, orthogonalized step_of(index)) of each matrix, where all ranks hold full weights."""
         results, transfers = [], []
         for owner, indices in self.batches:
             if self.ranks == 1 or owner == distributed.rank():
@@ -75,12 +75,12 @@ class Muon(torch.optim.Optimizer):
             yield from zip(indices, directions, strict=True)
 
     def scattered(self, step_of, weights):
-        """The same, sharded: the ranks gather a matrix at a time, and only its owner keeps the full tensor."""
+        """Yield the same for sharded weights: gather one matrix at a time; only its owner keeps the full tensor."""
         gathered, own = [], {}
         for owner, indices in self.batches:
             steps = [step.bfloat16() for step in map(full_tensor, map(step_of, indices)) if owner == distributed.rank()]
             gathered += [(indices, steps)] if steps else []
-        for indices, steps in gathered:  # now that no other rank waits for this one
+        for indices, steps in gathered:  # after all gathers, so that no rank waits for this one
             own |= zip(indices, orthogonalize(torch.stack(steps)), strict=True)
         for owner, indices in self.batches:
             for index in indices:
@@ -88,7 +88,7 @@ class Muon(torch.optim.Optimizer):
 
 
 def assign(shapes, ranks):
-    """[(rank, indices of the matrices of one shape that it orthogonalizes)].
+    """Assign matrices to ranks by work. Returns [(rank, indices of its matrices of one shape)].
 
     The largest matrix comes first, and each goes to the rank with the least work so far.
     """
@@ -102,10 +102,10 @@ def assign(shapes, ranks):
 
 
 def orthogonalize(x, steps=5, a=3.4445, b=-4.7750, c=2.0315):
-    """U V^T for each matrix U S V^T of x (k, rows, columns), nearly: a bfloat16 tensor of that shape.
+    """Approximate U V^T for each matrix U S V^T of x (k, rows, columns), as bfloat16 of the same shape.
 
-    Newton-Schulz steps (Jordan et al.) take each singular value s to a s + b s^3 + c s^5. In the end they are between
-    0.7 and 1.2, but for those that were close to zero.
+    Newton-Schulz steps (Jordan et al.) map each singular value s to a s + b s^3 + c s^5. They end between 0.7 and 1.2,
+    except where s was close to zero.
     """
     x, is_tall = x.bfloat16(), x.shape[1] > x.shape[2]
     norms = torch.linalg.vector_norm(x, dim=(1, 2), keepdim=True, dtype=torch.float32)
@@ -122,9 +122,9 @@ def orthogonalize(x, steps=5, a=3.4445, b=-4.7750, c=2.0315):
 
 
 def lr_multiplier(args, step, last_step):
-    """The factor on the learning rate at a global step of a training that ends at last_step.
+    """Return the factor on the learning rate at a global step of a run that ends at last_step.
 
-    It rises over the first steps (--warmup-steps) and falls linearly to zero over the last share of all (--lr-decay).
+    It rises over the first --warmup-steps and falls linearly to zero over the last share --lr-decay of all steps.
     """
     factor = min(1, step / max(args.warmup_steps, 1))
     if args.lr_decay:
@@ -138,16 +138,16 @@ def set_learning_rates(optimizers, args, multiplier):
 
 
 def learning_rates(optimizers):
-    """{"lr": that of AdamW} and, under Muon, "muon_lr"."""
+    """Return {"lr": learning rate of AdamW}, and with Muon also "muon_lr"."""
     pairs = zip(("lr", "muon_lr"), optimizers, strict=False)
     return {name: optimizer.param_groups[0]["lr"] for name, optimizer in pairs}
 
 
 def check_gradient(grad_norm, losses, scaler):
-    """(skip, tolerated): whether the gradient is not finite, and whether that is no error: 0. or 1., on the device.
+    """Return (whether to skip a step whose gradient is not finite, 1.0 if the skip is no error, else 0.0).
 
-    Without fp16 it is left to --skip-nonfinite. In fp16 gradients overflow now and then, and the scaler then scales by
-    less: an error only if a loss is not finite either. All ranks have the same gradient, so they agree.
+    In fp16 it is an error only if a loss is not finite either: gradients overflow now and then, and the scaler then
+    lowers its scale. In other precisions --skip-nonfinite decides. All ranks have the same gradient, so they agree.
     """
     skip = not grad_norm.isfinite()
     tolerated = skip and (not scaler.is_enabled() or all(loss.isfinite() for loss in losses))
@@ -155,7 +155,7 @@ def check_gradient(grad_norm, losses, scaler):
 
 
 def ema_decay(args, steps):
-    """--ema-decay, or less in the first steps since the average began, so that it soon forgets where it began."""
+    """Return --ema-decay, or less in the first steps of an average, so that it soon forgets its initial weights."""
     return min(args.ema_decay, (1 + steps) / (10 + steps))
 
 

@@ -1,12 +1,12 @@
-"""3D rotary position embedding: time, height and width, by default with a third of each attention head.
+"""3D rotary position embedding for the time, height and width of video tokens.
 
 RoFormer (arXiv 2104.09864, section 3.4.2) rotates pairs of channels of q and k by angles proportional to the position,
-so attention scores depend on relative positions only. Here a position has three coordinates, and each rotates its own
-channels. No grid size is fixed: the same weights work for any number of frames.
+so attention scores depend only on relative positions. Here a position has three coordinates, and each coordinate
+rotates its own channels. No grid size is fixed: the same weights work for any number of frames.
 
-A score is then a sum of what the distances in time, height and width give: it can't favor tokens whose distance in
-space grows with their distance in time, as that of a moving thing does. A `speed` allows it: of three pairs of height
-or width, the positions of one move forwards with time, those of another backwards.
+A score is then a sum of one term for each of the distances in time, height and width. Such a sum cannot favor tokens
+whose distance in space grows with their distance in time, as for a moving object. A `speed` lets positions in space
+move with time: of three channel pairs, one moves forwards and one backwards.
 """
 
 import re
@@ -14,41 +14,47 @@ import re
 import torch
 from torch import nn
 
-REFERENCE_FPS = 25  # temporal positions of adjacent patches of a 25 fps clip differ by 1
+REFERENCE_FPS = 25  # adjacent temporal patches of a 25 fps clip are 1 apart
 
 
 class RotaryEmbedding3D(nn.Module):
-    """Rotation angles of the tokens of a (time, height, width) grid; has no parameters and no buffers.
+    """Rotation angles of the tokens of a (time, height, width) grid, without parameters or buffers.
 
-    The channels of a head are, in this order, those of time, height and width as in `split_head`, then the rest, which
-    is not rotated (head_dim 64: 20 + 20 + 20 + 4). Pair j of an axis with n channels has frequency theta ** (-2j / n).
+    The channels of a head belong to time, height and width, in this order and as many as `split_head` returns. The
+    remaining channels are not rotated (head_dim 64: 20 + 20 + 20 + 4). Pair j of an axis with n channels has frequency
+    theta ** (-2j / n).
 
-    With a speed, three pairs of height and width share a frequency, the highest one first: their positions are index,
-    index + speed * time and index - speed * time. One or two pairs that are left stand still, at the next frequencies.
+    With a speed, three pairs of height or width share a frequency, from the highest down. Their positions are index,
+    index + speed * time and index - speed * time. Pairs that complete no triple do not move and take the next
+    frequencies.
+
+    Args:
+        speed: in patches per unit of time, which is one temporal patch at 25 fps.
+
+    Raises ValueError as `split_head` does, or if height and width have too few channels for a speed.
     """
 
     def __init__(self, head_dim, theta=10_000.0, split="", speed=0.0):
-        """speed is in patches per unit of time, a temporal patch at 25 fps.
-
-        Raises ValueError as `split_head` and `check_speed` do.
-        """
         super().__init__()
         self.head_dim, self.theta, self.speed = head_dim, theta, speed
         self.split = split_head(head_dim, split)
-        check_speed(speed, self.split)
-        # Divides the positions in time: position interpolation (arXiv 2306.15595), which squeezes longer clips into the
-        # trained span. What moves with time slows down with it. Set for sampling only.
+        if not 0 <= speed <= 1000:
+            raise ValueError(f"rope_speed must be in [0, 1000], got {speed}")
+        if speed and min(self.split[1:]) < 6:
+            got = f"{self.split[1]} and {self.split[2]}"
+            raise ValueError(f"rope_speed {speed} needs 6 channels of a head for height and for width, got {got}")
+        # Sampling divides times by this, to squeeze long clips into the trained span (arXiv 2306.15595). What moves
+        # with time slows down as well.
         self.stretch = 1.0
 
     def forward(self, grid, time_scale):
-        """Returns cos and sin of the angles, both (B, 1, N, head_dim / 2) float32.
+        """Return cos and sin of the angles, both (B, 1, N, head_dim / 2) float32.
 
         grid: number of patches in (time, height, width), (T, H, W); N = T * H * W, width fastest.
         time_scale: (B,) seconds per frame. The position in time is patch index * 25 * time_scale; positions in height
         and width are patch indices.
         """
-        # Recomputed in float32 in each call: a buffer would follow model.to(bfloat16), which can't represent all
-        # integers above 256.
+        # Computed anew in each call: model.to(bfloat16) would convert a buffer, and bfloat16 lacks integers above 256.
         B, (T, H, W), device = len(time_scale), grid, time_scale.device
         time, height, width = (torch.arange(n, device=device, dtype=torch.float32) for n in grid)
         time = time * (REFERENCE_FPS / self.stretch * time_scale.float())[:, None]  # (B, T)
@@ -64,7 +70,7 @@ class RotaryEmbedding3D(nn.Module):
         return angles.cos(), angles.sin()
 
     def pairs(self, axis, device):
-        """The frequencies and the speeds of the pairs of channels of an axis, (n/2,) each; time stands still."""
+        """Return the frequencies and the speeds of the channel pairs of an axis, (n/2,) each. Time (0) has no speed."""
         count = self.split[axis] // 2
         index = torch.arange(count, device=device)
         moving = count // 3 * 3 if axis and self.speed else 0
@@ -74,9 +80,9 @@ class RotaryEmbedding3D(nn.Module):
 
 
 def split_head(head_dim, split=""):
-    """The number of channels of a head for (time, height, width), from a split such as "16,8,8".
+    """Return the number of channels of a head for (time, height, width), from a split such as "16,8,8".
 
-    "" = 2 * floor(head_dim / 6) each. Raises ValueError if head_dim is odd or below 6, or if the split is not three
+    "" means 2 * floor(head_dim / 6) each. Raises ValueError if head_dim is odd or below 6, or if the split is not three
     even numbers above 0 whose sum is at most head_dim.
     """
     if head_dim < 6 or head_dim % 2:
@@ -91,24 +97,14 @@ def split_head(head_dim, split=""):
     return channels
 
 
-def check_speed(speed, channels):
-    """Raise ValueError unless positions with these numbers of channels, as of `split_head`, can have that speed."""
-    if not 0 <= speed <= 1000:
-        raise ValueError(f"rope_speed must be in [0, 1000], got {speed}")
-    if speed and min(channels[1:]) < 6:
-        got = " and ".join(map(str, channels[1:]))
-        raise ValueError(f"rope_speed {speed} needs 6 channels of a head for height and for width, got {got}")
-
-
 def apply_rotary(x, cos, sin):
     """Rotate the adjacent channel pairs (2j, 2j + 1) of queries or keys by their angles.
 
-    x: (B, h, N, d); cos, sin: (B, 1, N, d/2) float32. Computed in float32 or better, returned in the dtype of x. One
-    complex multiplication is a single pass over memory, forward and backward.
+    x: (B, h, N, d); cos, sin: (B, 1, N, d/2) float32. Computed in float32 or better, returned in the dtype of x.
     """
     precise = x.to(torch.promote_types(x.dtype, torch.float32)).unflatten(-1, (-1, 2))  # (B, h, N, d/2, 2)
-    if torch.compiler.is_compiling():  # does not support complex numbers, but fuses these operations
+    if torch.compiler.is_compiling():  # no support for complex numbers, but these operations are fused
         a, b = precise.unbind(-1)
         return torch.stack([a * cos - b * sin, a * sin + b * cos], dim=-1).flatten(-2).to(x.dtype)
-    pairs = torch.view_as_complex(precise)  # (B, h, N, d/2)
+    pairs = torch.view_as_complex(precise)  # (B, h, N, d/2); one product is a single pass over memory
     return torch.view_as_real(pairs * torch.complex(cos, sin)).flatten(-2).to(x.dtype)

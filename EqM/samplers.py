@@ -1,6 +1,6 @@
-"""Sampling: gradient descent along the learned field (arXiv 2510.02300, section 3.3), or an ODE for comparison.
+"""Samplers: gradient descent along the learned field (arXiv 2510.02300, section 3.3), or an ODE for comparison.
 
-All functions take the network as a callable, so they can be tested on fields with known solutions.
+They take the network as a callable, so tests can use fields with known solutions.
 """
 
 import torch
@@ -15,40 +15,36 @@ def sample(
     field, x, method="gd", num_steps=250, step_size=0.0017, momentum=0.3, stop_below=None,
     start_gamma=0.0, observe=lambda x, keep: None, given=None, mask=None,
 ):  # fmt: skip
-    """Follow a field from x (B, ...).
+    """Follow a field from x (B, ...). Returns the final x and the evaluations of the field per sample, (B,) int64.
 
     Args:
-        field: field(x, keep) is the field of the samples that are still running, (b, ...); keep (b,) int64 are their
+        field: field(x, keep) returns the field of the samples that still run, (b, ...); keep (b,) int64 holds their
             indices in the batch.
-        method: "gd" or "ngd" (see `descend`), which use step_size, momentum ("ngd" only) and stop_below; "euler" or
-            "heun" (see `integrate`), which use start_gamma.
-        num_steps: the number of points, the start included: one more than steps.
-        observe: observe(x, keep) is called at each point of the running samples, first and last included.
-        given, mask: where mask (bool, broadcasts over x; B samples) is true, x has the values of `given` (B, ...) from
-            start to end, bit for bit: the field moves only the unmasked part.
-
-    Returns:
-        the final x (B, ...) and the number of evaluations of the field for each sample, (B,) int64.
+        method: "gd" or "ngd" (see `descend`) use step_size, momentum ("ngd" only) and stop_below; "euler" or "heun"
+            (see `integrate`) use start_gamma.
+        num_steps: number of points including the start, so one more than steps.
+        observe: observe(x, keep) is called with the running samples at each point, from the first to the last.
+        given, mask: where mask (bool, broadcasts over x; B samples) is true, x keeps the values of `given` (B, ...),
+            bit for bit. The field moves only the unmasked part.
     """
-    moving = torch.ones(len(x), device=x.device)  # the share of each sample that can move
+    moving = torch.ones(len(x), device=x.device)  # the unmasked share of each sample
     if mask is not None:
-        x, field = torch.where(mask, given, x), unmasked(field, mask)
+        x, full_field = torch.where(mask, given, x), field
         moving = 1 - mask.flatten(1).float().mean(dim=1)
+
+        def field(x, keep):
+            return full_field(x, keep).masked_fill(mask[keep], 0)
+
     if method in SOLVERS:
         return integrate(field, x, method, num_steps, start_gamma, observe)
     return descend(field, x, num_steps, step_size, momentum * (method == "ngd"), stop_below, observe, moving)
 
 
-def unmasked(field, mask):
-    """A field that is zero where mask is true, so what is there never moves."""
-    return lambda x, keep: field(x, keep).masked_fill(mask[keep], 0)
-
-
 def descend(field, x, num_steps, step_size, momentum, stop_below, observe, moving):
-    """Nesterov's gradient descent, x <- x + eta f(x + eta mu m) with the previous f as m; plain if momentum mu = 0.
+    """Descend by x <- x + eta f(x + eta mu m), where m is the previous f: Nesterov's method, plain if momentum mu = 0.
 
-    With stop_below, a sample stops before its next step once the root mean square of its f over the unmasked part of x,
-    the share `moving` (B,), is below it.
+    With stop_below, a sample stops before its next step once the root mean square of its f is below stop_below. The
+    mean is over the unmasked part, a share `moving` (B,) of the sample. Returns as `sample` does.
     """
     x, last_f = x.clone(), torch.zeros_like(x)
     keep = torch.arange(len(x), device=x.device)
@@ -72,9 +68,9 @@ def descend(field, x, num_steps, step_size, momentum, stop_below, observe, movin
 def integrate(field, x, method, num_steps, start_gamma, observe):
     """Solve dx/dgamma = f(x) / c(gamma) from start_gamma to 1 in equal steps, by Euler's or Heun's method.
 
-    This assumes that x at time gamma is as noisy as x_gamma in training. Nothing enforces that, as the
-    network is not given gamma: gradient descent treats an error in x as noise left to remove, but here f is divided by
-    the wrong c. At gamma = 1 the velocity is 0 / 0, so the last step of Heun's method is an Euler step.
+    This assumes that x at time gamma is as noisy as x_gamma in training. Nothing enforces that, because the network
+    does not see gamma. Gradient descent removes an error in x like noise; here the error leads to a wrong c. At
+    gamma = 1 the velocity is 0 / 0, so the last step of Heun's method is an Euler step. Returns as `sample` does.
     """
     gammas = torch.linspace(start_gamma, 1, num_steps, dtype=torch.float64)
     keep = torch.arange(len(x), device=x.device)
@@ -96,11 +92,11 @@ def integrate(field, x, method, num_steps, start_gamma, observe):
 
 
 def guided(function, condition, time_scale, guidance):
-    """The field with classifier-free guidance, f_null + guidance (f_condition - f_null), on all channels.
+    """Return a field with classifier-free guidance, f_null + guidance (f_condition - f_null), on all channels.
 
-    function(x, y, time_scale) is a network, (B, C, T, H, W), or an energy, (B,), which gives the guided energy.
-    condition: a models.Condition of B samples; time_scale: (B,) seconds per frame. Both terms are evaluated as one
-    batch; guidance 1 evaluates f_condition only. The result is float32.
+    function(x, y, time_scale) is a network, (B, C, T, H, W), or an energy, (B,), whose result is the guided energy.
+    condition: a models.Condition of B samples; time_scale: (B,) seconds per frame. Both terms are evaluated in one
+    batch; guidance 1 evaluates only f_condition. The result is float32.
     """
     null = condition.null()
 

@@ -1,4 +1,4 @@
-"""The phases of a run: frames per clip, the global step at which the phase ends, clips per step."""
+"""The phases of a run: how many frames a clip has, at which global step the phase ends, and clips per step."""
 
 import argparse
 import re
@@ -21,7 +21,7 @@ class Phase:
 
 
 def parse_schedule(text):
-    """The phases of "4:20000:256,8:30000:128,16:40000:64": frames, global step of the end and, if given, batch.
+    """Return the phases of a text such as "4:20000:256,8:30000": frames, last step and, optionally, clips per step.
 
     A `type=` for argparse: raises ArgumentTypeError.
     """
@@ -36,38 +36,37 @@ def parse_schedule(text):
 
 
 def fill_batches(phases, batch_size, tokens, parts):
-    """The phases, each with a batch size; those without one get as many tokens per step as the first phase has.
+    """Return the phases with all batch sizes filled in, so that each has as many tokens per step as the first phase.
 
-    tokens(num_frames) is the number of tokens of a clip. Raises UserError unless each batch is a multiple of `parts`
-    (ranks x micro-batches).
+    The first phase defaults to batch_size. tokens(num_frames) is the number of tokens of a clip. Raises UserError
+    unless each batch is a multiple of `parts` (ranks x micro-batches).
     """
     per_step = (phases[0].batch_size or batch_size) * tokens(phases[0].num_frames)
     filled = []
     for phase in phases:
         size = phase.batch_size or per_step / tokens(phase.num_frames)
         if size % parts:
-            got = f"the phase of {phase.num_frames} frames has {size:g} clips a step, not a multiple of {parts}"
-            advice = "give it a batch, or change --global-batch-size"
-            raise UserError(f"--frames-schedule: {got} (ranks x --grad-accum): {advice}")
+            got = f"--frames-schedule: the phase of {phase.num_frames} frames has {size:g} clips per step"
+            expected = f"expected a multiple of {parts} (ranks x --grad-accum)"
+            raise UserError(f"{got}; {expected}; add a batch size to it, or change --global-batch-size")
         filled.append(replace(phase, batch_size=int(size)))
     return filled
 
 
 def is_due(step, last_step, *periods):
-    """Whether a step is the last one of a phase, or a multiple of one of the periods; 0 = never."""
+    """Return whether a step is the last step of a phase or a multiple of one of the periods. Period 0 means never."""
     return step >= last_step or any(period and step % period == 0 for period in periods)
 
 
 def current_phase(phases, first_step):
-    """The phase that began at first_step, or that a checkpoint of that step continues with."""
+    """Return the phase that follows the global step first_step."""
     return next(phase for phase in phases if phase.last_step > first_step)
 
 
 def frames_of_steps(phases, phase, step, first_step, mix, seed):
-    """The number of frames of each step after `step` up to the end of a phase that began at first_step.
+    """Return the frames per clip of each step from step + 1 to the end of a phase that began at first_step.
 
-    They are the phase's own or, for a share `mix` of the steps, those of an earlier phase. Which ones depends on the
-    seed, the phase and the step alone.
+    A share `mix` of the steps uses the frames of an earlier phase. The choice depends only on seed, phase and step.
     """
     steps = range(step + 1, phase.last_step + 1)
     earlier = [one.num_frames for one in phases if one.last_step <= first_step]

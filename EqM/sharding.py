@@ -1,8 +1,8 @@
-"""Models larger than a GPU (--shard): weights, gradients, optimizer states and EMA are spread over the ranks by FSDP2.
+"""Models larger than a GPU (--shard): FSDP2 spreads weights, gradients, optimizer states and EMA over the ranks.
 
-Each rank holds a share of the rows of every tensor, as a DTensor. Blocks are gathered one at a time while they compute,
-so all ranks have to make the same forward passes in the same order. torch's parts for this are imported where they are
-used: that takes as long as a third of torch itself.
+Each rank holds a share of the rows of every tensor, as a DTensor. The ranks gather one block at a time to compute with
+it, so all ranks must make the same forward passes in the same order. Functions import torch's modules for this
+themselves, because the import takes a third as long as torch itself.
 """
 
 import warnings
@@ -17,15 +17,15 @@ from runtime.distributed import world_size
 
 
 def make_networks(config, device, shard):
-    """(model, its EMA, which needs no gradient), with the same weights whether they are sharded or not."""
+    """Return (model, its EMA without gradients). The weights are the same whether `shard` is set or not."""
     if not shard:
         model = EqM(config).to(device)
         return model, deepcopy(model).eval().requires_grad_(False)
     from torch.distributed.device_mesh import init_device_mesh
 
-    warnings.filterwarnings("ignore", "FSDP2-wrapped module .* returned a view")  # nothing is done to it in place
+    warnings.filterwarnings("ignore", "FSDP2-wrapped module .* returned a view")  # no code changes it in place
     mesh = init_device_mesh(device.type, (world_size(),))
-    with FullDraws():  # also of the numbers that layers draw when they are made, which are not used
+    with FullDraws():
         model = empty_network(config, mesh, device)
         model.initialize_weights()
     ema = empty_network(config, mesh, device).eval().requires_grad_(False)
@@ -35,9 +35,9 @@ def make_networks(config, device, shard):
 
 
 def empty_network(config, mesh, device):
-    """A network of which each block is sharded, and the root with the rest. Its weights are not set yet.
+    """Return a network without values, with the blocks and the root sharded.
 
-    With an energy the root alone: with sharded blocks the backward pass of the gradient fails (torch 2.13).
+    With an energy only the root is sharded: with sharded blocks the double backward pass fails (torch 2.13).
     """
     from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
 
@@ -53,9 +53,9 @@ def empty_network(config, mesh, device):
 
 
 class FullDraws(TorchDispatchMode):
-    """Random numbers are drawn for a full tensor on the CPU, one tensor at a time; a DTensor keeps its rows of them.
+    """Draw random numbers for the full tensor on the CPU and keep this rank's rows, if the tensor is a DTensor.
 
-    So each weight gets the value that it has in a model that is not sharded. On the meta device nothing is kept.
+    So sharding does not change the initial weights. Layers draw on the meta device, too, where values have no storage.
     """
 
     def __torch_dispatch__(self, func, types, args=(), kwargs=None):
@@ -72,7 +72,7 @@ def is_sharded(tensor):
 
 
 def shard_like(full, tensor, sender=None):
-    """This rank's rows of a full tensor, or all if `tensor` is no DTensor. Rank `sender` sends it, or all have it."""
+    """Return this rank's rows of a full tensor if `tensor` is a DTensor. Rank `sender` has it; None: all ranks do."""
     if not is_sharded(tensor):
         return full
     from torch.distributed.tensor import distribute_tensor
@@ -81,21 +81,21 @@ def shard_like(full, tensor, sender=None):
 
 
 def full_tensor(tensor):
-    """A DTensor as a full tensor on every rank; all ranks have to call it. Any other tensor itself."""
+    """Return a DTensor as a full tensor on every rank (all ranks must call this), and any other tensor unchanged."""
     return tensor.full_tensor() if is_sharded(tensor) else tensor
 
 
 def scatter(full, like, owner):
-    """A full bfloat16 tensor of the rank `owner`, sharded as `like`; the other ranks give None."""
+    """Shard a full bfloat16 tensor of rank `owner` in the same way as `like`. The other ranks pass None."""
     if full is None:
         full = torch.empty(like.shape, dtype=torch.bfloat16, device=like.device)
     return shard_like(full.view(torch.uint8), like, owner).view(torch.bfloat16)  # not every backend has bfloat16
 
 
 def of_first_rank(network, inputs, output):
-    """A forward hook: the output of rank 0, on all ranks.
+    """Forward hook that returns the output of rank 0 on all ranks.
 
-    A sample stops when its field is small. If ranks rounded differently and disagreed on that, some would wait forever.
+    A sample stops when its field is small. If rounding made ranks disagree on that, some would wait forever.
     """
     output = output.contiguous()
     dist.broadcast(output.view(torch.uint8), 0)  # as bytes: not every backend has bfloat16

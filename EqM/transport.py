@@ -1,13 +1,13 @@
 """The Equilibrium Matching objective (arXiv 2510.02300, section 3).
 
-Between noise eps and data x lies x_gamma = gamma x + (1 - gamma) eps. A network without gamma as an input learns the
-field f(x_gamma) = (x - eps) c(gamma). It points from noise to data and vanishes at the data, so data are its equilibria
-and sampling is gradient descent along it. x, noise and f are clips (B, C, T, H, W); gamma is (B,), one level per clip,
-or (B, T), one per frame.
+A sample x_gamma = gamma x + (1 - gamma) eps interpolates between noise eps and data x. A network that does not see
+gamma learns the field f(x_gamma) = (x - eps) c(gamma). The field points from noise to data and vanishes at the data.
+So data are its equilibria, and sampling is gradient descent along it. x, noise and f are clips (B, C, T, H, W). gamma
+is (B,), one level per clip, or (B, T), one per frame.
 
-With --forcing the level varies within some training clips, so that the same network learns to complete a clip from any
-given frames: they are clean (gamma = 1), the others are not. This follows Diffusion Forcing (arXiv
-2407.01392), without the level as an input: an EqM network sees from the frames themselves how noisy they are.
+With --forcing, some training clips have several levels: given frames are clean (gamma = 1), the others are not. The
+network thus learns to complete clips, as in Diffusion Forcing (arXiv 2407.01392). It has no level as an input, because
+it sees from the frames how noisy they are.
 """
 
 import math
@@ -16,39 +16,38 @@ import torch
 
 from runtime.rng import generator, uniform
 
-DECAY_START = 0.8  # a: c is constant up to here, then falls linearly to zero at gamma = 1
+DECAY_START = 0.8  # a: the decay c is constant up to here, then falls linearly to zero at gamma = 1
 FIELD_SCALE = 4.0  # lambda
-OWN_LEVELS = 0.5  # share of the forced clips whose temporal patches have a level each; the others have clean frames
+OWN_LEVELS = 0.5  # share of the forced clips with one level per temporal patch; the other clips have given frames
 MEAN_SQUARED_DECAY = FIELD_SCALE**2 * (DECAY_START + (1 - DECAY_START) / 3)  # E[c^2], gamma uniform: 13.867
 
 
 def decay(gamma):
-    """The truncated decay c(gamma) = lambda min(1, (1 - gamma) / (1 - a)), in the shape of gamma."""
+    """Return the truncated decay c(gamma) = lambda min(1, (1 - gamma) / (1 - a)), in the shape of gamma."""
     return FIELD_SCALE * ((1 - gamma) / (1 - DECAY_START)).clamp(max=1)
 
 
 def interpolate(x, noise, gamma):
-    """x_gamma, from noise at gamma = 0 to data at gamma = 1."""
+    """Return x_gamma, which is noise at gamma = 0 and data at gamma = 1."""
     gamma = _broadcast(gamma)
     return gamma * x + (1 - gamma) * noise
 
 
 def target(x, noise, gamma):
-    """The regression target at x_gamma: (x - noise) c(gamma)."""
+    """Return the regression target at x_gamma: (x - noise) c(gamma)."""
     return (x - noise) * decay(_broadcast(gamma))
 
 
 def velocity(f, gamma):
-    """dx/dgamma along the path of `interpolate`, from the field at noise level gamma, a float: f / c(gamma)."""
+    """Return dx/dgamma along the path of `interpolate`: f / c(gamma) for the field f at gamma, a float."""
     return f / decay(gamma).item()
 
 
 def losses(network, x, noise, gamma, y, time_scale, first=0, return_features=False):
-    """Compare a network with the target at x_gamma.
+    """Compare a network with the target at x_gamma. Returns (errors, mean square of the target, features).
 
-    Returns the squared error of each clip, averaged over its frames from `first` on, (B,) float32; the mean square of
-    the target over all frames, for first = 0 the loss of a network that predicts zero; and the features (B, N, D), or
-    None.
+    errors: (B,) float32, the mean squared error of each clip over its frames from `first` on. The mean square covers
+    all frames, so for first = 0 it is the loss of a network that predicts zero. features: (B, N, D) or None.
     """
     output = network(interpolate(x, noise, gamma), y, time_scale, return_features=return_features)
     f, features = output if return_features else (output, None)
@@ -58,19 +57,19 @@ def losses(network, x, noise, gamma, y, time_scale, first=0, return_features=Fal
 
 
 def zero_loss(mean_square):
-    """The expected loss of a network that predicts zero, for uniform gamma: E[c^2] (1 + E[x^2])."""
+    """Return the expected loss of a network that predicts zero, for uniform gamma: E[c^2] (1 + E[x^2])."""
     return MEAN_SQUARED_DECAY * (1 + mean_square)
 
 
 def dispersive_loss(features):
-    """0.5 log mean exp(-||z_i - z_j||^2 / dim) over all pairs of a batch, i = j included: a float32 scalar.
+    """Return 0.5 log mean exp(-||z_i - z_j||^2 / dim) over all pairs of a batch, including i = j: a float32 scalar.
 
     features: (B, ...) activations, flattened to dim values each. The loss is 0 if all samples are equal and falls to
-    -0.5 log B as they disperse ("Diffuse and Disperse", arXiv 2506.09027, with the l2 distance).
+    -0.5 log B as they disperse (the l2 loss of "Diffuse and Disperse", arXiv 2506.09027).
     """
     z = features.float().flatten(1)
     B, dim = z.shape
-    z = z - z.mean(dim=0).detach()  # same distances, but no cancellation of large squares
+    z = z - z.mean(dim=0).detach()  # keeps the distances, but avoids differences of large squares
     squares = z.square().sum(dim=1)
     distances = (squares[:, None] + squares - 2 * z @ z.T).clamp(min=0) / dim  # (B, B)
     distances = distances.masked_fill(torch.eye(B, dtype=torch.bool, device=z.device), 0)
@@ -78,7 +77,7 @@ def dispersive_loss(features):
 
 
 def _broadcast(gamma):
-    """gamma (B,) or (B, T) in a shape that broadcasts over clips: (B, 1, 1 or T, 1, 1)."""
+    """Reshape gamma (B,) or (B, T) to broadcast over clips: (B, 1, 1 or T, 1, 1)."""
     return gamma.reshape(len(gamma), 1, -1, 1, 1)
 
 
@@ -87,20 +86,20 @@ def _broadcast(gamma):
 
 
 def shift_gamma(u, shift):
-    """Gamma from uniform u, for shift > 1 closer to the noise: u / (u + shift (1 - u)); shift = 1 keeps it uniform.
+    """Return gamma = u / (u + shift (1 - u)) for uniform u. shift = 1 keeps it uniform, shift > 1 favors noise.
 
-    The timestep shift of Stable Diffusion 3 (arXiv 2403.03206, section 5.3.2): the more values a sample has, the more
-    noise it takes to hide its layout.
+    This is the timestep shift of Stable Diffusion 3 (arXiv 2403.03206, section 5.3.2): the more values a sample has,
+    the more noise it takes to hide its layout.
     """
     return u / (u + shift * (1 - u))
 
 
 def draw_gammas(seed, stream, indices, num_frames, patch, shift=1.0, share=0.0):
-    """The gammas of the samples `indices` of a stream, float32 on the CPU: (B,), or (B, T) if a `share` is forced.
+    """Draw the gammas of training samples, float32 on the CPU: (B,), or (B, T) if a `share` of the clips is forced.
 
-    patch is the number of frames of a temporal patch, shift that of `shift_gamma`. The draws of a sample depend on
-    (seed, stream, index) alone; clips that are not forced have the gamma that they have without forcing. A clip of one
-    temporal patch is never forced: its frames share all tokens, so given ones would show most of the others.
+    The draws of a sample depend only on (seed, stream, index), where stream is the first step of the phase. A clip that
+    is not forced keeps its gamma, whatever the share. A clip of one temporal patch (`patch` frames) is never forced:
+    its frames share all tokens, so the given ones would show most of the others. shift: see `shift_gamma`.
     """
     gamma = shift_gamma(uniform(seed, "gamma", stream, indices), shift)  # (B,)
     if share == 0 or num_frames <= patch:
@@ -119,10 +118,10 @@ def draw_gammas(seed, stream, indices, num_frames, patch, shift=1.0, share=0.0):
 
 
 def clean_frames(u_kind, u_first, u_last, num_frames):
-    """The set of frames that are given, from three uniform draws in [0, 1); never all, never none.
+    """Choose the given frames of a clip from three uniform draws in [0, 1). Returns a set, neither empty nor full.
 
-    A half of the draws gives the first frames (few more often than many, as a picture is one), a quarter the first and
-    the last, an eighth the last, an eighth a single one. A border may be at any frame, also inside a temporal patch.
+    1/2 of the draws choose the first frames, 1/4 the first and the last, 1/8 the last, 1/8 a single frame. Few first
+    frames are likelier than many, since a picture is one frame. The frames may split a temporal patch.
     """
     if u_kind < 1 / 2:
         return set(range(1 + int(u_first**2 * (num_frames - 1))))
@@ -136,10 +135,10 @@ def clean_frames(u_kind, u_first, u_last, num_frames):
 
 
 def condition_dropout(gamma, usual):
-    """The probability (B,) of dropping the condition of clips with these gammas, (B,) or (B, T).
+    """Return the probability (B,) of dropping the condition of clips with these gammas, (B,) or (B, T).
 
-    max(`usual`, sqrt(c / T)) for a clip with c of T frames clean: the more frames are clean, the more they show of
-    what the condition says. One frame of 16 does not show where the clip goes, so three of four such clips keep theirs.
+    It is max(`usual`, sqrt(c / T)) for a clip with c of T frames clean, because clean frames tell part of the
+    condition. One frame of 16 does not tell how the clip continues, so three of four such clips keep their condition.
     """
     if gamma.dim() == 1:
         return torch.full_like(gamma, usual)
@@ -147,6 +146,6 @@ def condition_dropout(gamma, usual):
 
 
 def half_given(gamma, num_frames):
-    """gamma (B,) as (B, T) with the first half of the frames clean."""
+    """Expand gamma (B,) to (B, T) and make the first half of the frames clean (gamma = 1)."""
     is_first = torch.arange(num_frames, device=gamma.device) < num_frames // 2
     return torch.where(is_first, 1.0, gamma[:, None])

@@ -1,8 +1,8 @@
-"""What all tests share: one thread each, and the usual signals."""
+"""Shared by all tests: one thread each, the usual signals, data sets and checkpoints."""
 
 import os
 
-os.environ.setdefault("OMP_NUM_THREADS", "1")  # before torch is imported; the tests take the other cores
+os.environ.setdefault("OMP_NUM_THREADS", "1")  # before torch is imported; other tests use the other cores
 
 import signal
 
@@ -35,7 +35,7 @@ def shapes(tmp_path_factory):
 
 @pytest.fixture(scope="session")
 def places(tmp_path_factory):
-    """Checkpoints with random weights, of an image model and of models of 8 frames, and clips to continue."""
+    """A folder of checkpoints with random weights (an image model, models of 8 frames) and of clips to continue."""
     from tiny_data import make_vae, random_checkpoint
     from tiny_videos import picture, save, write_video
 

@@ -1,4 +1,4 @@
-"""What tests/test_sharding.py runs on each of several ranks."""
+"""The code that tests/test_sharding.py runs on each of several ranks."""
 
 import os
 from contextlib import nullcontext
@@ -30,7 +30,7 @@ NO_SCALER = torch.amp.GradScaler("cpu", enabled=False)
 
 
 class Run:
-    """A small model of a kind with all that is trained with it, sharded or not."""
+    """A small model of a kind with its EMA and optimizers, sharded or not."""
 
     def __init__(self, kind, shard):
         self.kind, self.shard = USUAL | KINDS[kind], shard
@@ -43,7 +43,7 @@ class Run:
         self.optimizers = make_optimizers(self.model, flags)
 
     def train(self, steps=2):
-        """Returns (norm of the last gradient, bytes of all that this rank holds of it)."""
+        """Train. Returns (norm of the last gradient, bytes that this rank holds of weights, gradients and states)."""
         network = self.model if self.shard else distributed.parallel(self.model)
         for step in range(steps):
             self.backward(network, step)
@@ -75,9 +75,6 @@ class Run:
         parts = self.model, self.ema, self.optimizers, NO_SCALER
         return checkpoint.run_state(about, *parts, checkpoint.Progress())
 
-    def load(self, state):
-        load_run(state, self.model, self.ema, self.optimizers)
-
     def weights(self):
         """Full copies of the weights and of the EMA weights."""
         return [full_weights(network) for network in (self.model, self.ema)]
@@ -93,13 +90,13 @@ def full_weights(network):
 
 
 def local_bytes(tensors):
-    """What this rank holds for these tensors; some share their memory."""
+    """Count the bytes that this rank holds of these tensors. Some share their memory."""
     parts = [(tensor.to_local() if is_sharded(tensor) else tensor).untyped_storage() for tensor in tensors]
     return sum({part.data_ptr(): part.nbytes() for part in parts}.values())
 
 
 def train_both(kind):
-    """(what sharded training gives beside DDP, the two runs)."""
+    """Train with DDP and sharded. Returns (results of both, the two runs)."""
     runs = Run(kind, False), Run(kind, True)
     start = [run.weights() for run in runs]
     (norm, _), (sharded_norm, held) = (run.train() for run in runs)
@@ -109,7 +106,7 @@ def train_both(kind):
 
 
 def save_and_load(folder, usual, run):
-    """Save a sharded run, load it, save it again: the contents of these files, and the state of the usual run."""
+    """Save a sharded run, load it, save it again. Returns the contents of both files and the state of the DDP run."""
     files = [Path(folder, name, "checkpoints/latest.pt") for name in ("first", "second")]
     for path in files:
         path.parent.mkdir(parents=True, exist_ok=True)
@@ -118,12 +115,12 @@ def save_and_load(folder, usual, run):
         writer.wait()
         distributed.average(torch.zeros(1))  # until rank 0 has written
         run = Run("muon", True)
-        run.load(torch.load(path, mmap=True))
+        load_run(torch.load(path, mmap=True), run.model, run.ema, run.optimizers)
     return [*map(torch.load, files), usual.state()]
 
 
 def start_from(path, shape):
-    """The full weights and EMA weights of a sharded model that starts from a published file."""
+    """Return the full weights and EMA weights of a sharded model that starts from a published file."""
     state = checkpoint.load(path, **shape)
     networks = make_networks(checkpoint.config_of(f"--ckpt {path}", state), CPU, shard=True)
     load_run(state, *networks)
@@ -139,7 +136,7 @@ def save_without_memory(folder, run):
 
 
 def overflow():
-    """(scale, whether a weight has changed) after a step in which the gradient overflows on rank 1 alone."""
+    """Return (scale, whether a weight has changed) after a step whose gradient overflows only on rank 1."""
     run = Run("accumulation", True)
     scaler, before = torch.amp.GradScaler("cpu", init_scale=1024.0), run.weights()[0]
     loss = run.model(torch.ones(2, 1, 4, 8, 8), LABELS).sum() * (torch.inf if distributed.rank() == 1 else 1)

@@ -1,4 +1,4 @@
-"""Caches of latents of a tiny VAE, and of pixels; faults/test_cache_kills.py kills their makers."""
+"""Caches of latents of a tiny VAE, and of pixels. faults/test_cache_kills.py kills cache_latents.py."""
 
 import itertools
 import json
@@ -13,11 +13,12 @@ from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 
 import cache_latents
+import training
 from runtime.cli import UserError
 from test_vae import add_to_weights, save_tiny
 from test_video_clips import check_replacements
 from tiny_videos import scribble, write_ucf_list, write_video
-from training import run_main
+from training import content, run_main
 from vae import VAE, load_vae
 from video import index, source
 from video.clips import Clips, collate
@@ -73,19 +74,8 @@ def run(*arguments, status=0):
 
 @pytest.fixture
 def refused(capsys):
-    """A function that runs it with wrong input and returns the error line."""
-
-    def line(*arguments, status=2):
-        capsys.readouterr()
-        run(*arguments, status=status)
-        (error,) = [line for line in capsys.readouterr().err.splitlines() if "error:" in line]
-        return error
-
-    return line
-
-
-def content(folder):
-    return {str(path.relative_to(folder)): path.read_bytes() for path in Path(folder).rglob("[!.]*") if path.is_file()}
+    """A function that runs cache_latents.py with wrong input and returns the error line."""
+    return lambda *arguments, status=2: training.refused(capsys, cache_latents, *flags(*arguments), status=status)
 
 
 def clips_of(folder, num_frames=4, **settings):
@@ -96,7 +86,7 @@ def clips_of(folder, num_frames=4, **settings):
 # Content.
 
 
-def test_a_file_holds_the_posterior_of_every_frame_of_its_video(root, vae, cache):
+def test_a_cache_file_holds_the_posterior_of_every_frame(root, vae, cache):
     model = load_vae(vae)
     for video in open_source(root, SIZE).videos():
         frames = read_frames(root, video, range(video.num_frames))
@@ -131,7 +121,7 @@ def test_latents_json_has_the_settings_and_the_videos(root, vae, cache, monkeypa
 
 
 @pytest.mark.parametrize(("interval", "flip"), [((1, 1), False), ((1, 4), True)])
-def test_clips_from_a_cache_are_those_from_its_videos(root, vae, cache, interval, flip):
+def test_clips_of_a_cache_equal_clips_of_its_videos(root, vae, cache, interval, flip):
     model = load_vae(vae)
     videos, cached = (clips_of(place, frame_interval=interval, flip=flip, seed=3) for place in (root, cache))
     for k in range(12):
@@ -145,7 +135,7 @@ def test_clips_from_a_cache_are_those_from_its_videos(root, vae, cache, interval
     assert batch["clips"].shape == (2, 2, 4, 4, SIZE // 2, SIZE // 2) and batch["clips"].dtype == torch.float16
 
 
-def test_a_cache_of_pixels_gives_the_clips_of_its_videos_bit_for_bit(own, tmp_path, capsys):
+def test_clips_of_a_pixel_cache_equal_clips_of_its_videos_bit_for_bit(own, tmp_path, capsys):
     scribble(own / "Run" / "a.avi")
     run(own, "none", tmp_path / "out")
     assert "4 videos, 87 frames of 0.75 KB" in capsys.readouterr().out
@@ -159,20 +149,15 @@ def test_a_cache_of_pixels_gives_the_clips_of_its_videos_bit_for_bit(own, tmp_pa
         assert torch.equal(sample["clip"], other["clip"]) and other["clip"].is_contiguous()
 
 
-def test_read_only_ucf_lists_are_copied_without_their_modes(own, tmp_path):
-    write_ucf_list(own, ["Jump/d", "Run/a", "Run/b.c"])
-    (own / "ucfTrainTestlist" / "trainlist01.txt").chmod(0o444)
-    (own / "ucfTrainTestlist").chmod(0o555)
-    run(own, "none", tmp_path / "out")
-    for copied in (tmp_path / "out" / "ucfTrainTestlist", *(tmp_path / "out" / "ucfTrainTestlist").iterdir()):
-        assert copied.stat().st_mode & 0o200
-
-
 @pytest.mark.parametrize("place", [".", ".."])
-def test_a_cache_is_split_by_the_ucf_lists_of_its_videos(own, vae, tmp_path, place):
+def test_a_cache_copies_the_ucf_split_lists_as_writable_files(own, vae, tmp_path, place):
     write_ucf_list(own / place, ["Jump/d", "Run/a", "Run/b.c"])
-    run(own, vae, tmp_path / "elsewhere" / "deep")
-    for folder in (own, tmp_path / "elsewhere" / "deep"):
+    (own / place / "ucfTrainTestlist" / "trainlist01.txt").chmod(0o444)
+    (own / place / "ucfTrainTestlist").chmod(0o555)
+    out = tmp_path / "elsewhere" / "deep"
+    run(own, vae, out)
+    assert all(path.stat().st_mode & 0o200 for path in out.rglob("*"))  # read-only modes are not copied
+    for folder in (own, out):
         train, val = split_videos(folder, open_source(folder, SIZE).videos(), 0.05)
         assert [video.key for video in train] == ["Jump/d", "Run/a", "Run/b.c"]
         assert [video.key for video in val] == ["Jump/e", "Run/b"]
@@ -180,7 +165,7 @@ def test_a_cache_is_split_by_the_ucf_lists_of_its_videos(own, vae, tmp_path, pla
 
 @pytest.mark.skipif(not Path("/proc/self/smaps").exists(), reason="only Linux shows what a process has mapped")
 @pytest.mark.parametrize("frame_indices", [list(range(10_000, 10_016)), list(range(0, 32_000, 2000))])
-def test_of_a_long_video_only_the_part_around_a_clip_is_read(tmp_path, monkeypatch, frame_indices):
+def test_reading_a_clip_of_a_long_video_loads_only_its_part_of_the_file(tmp_path, monkeypatch, frame_indices):
     place, shape, resident = tmp_path / "v.safetensors", (131_072, 4, 32, 32), []
     header = json.dumps({"pixels": {"dtype": "U8", "shape": shape, "data_offsets": [0, 2**29]}}).encode()
     with open(place, "wb") as file:  # a sparse file of 512 MB
@@ -213,7 +198,7 @@ def test_of_a_long_video_only_the_part_around_a_clip_is_read(tmp_path, monkeypat
 
 @pytest.fixture
 def encoded(monkeypatch):
-    """The paths of the videos that are encoded from here on, sorted."""
+    """A sorted list of the videos that are encoded during the test."""
     paths, encode_video = [], cache_latents.encode_video
 
     def spy(*args):
@@ -225,7 +210,7 @@ def encoded(monkeypatch):
     return paths
 
 
-def test_a_complete_cache_says_so_opens_no_video_and_is_not_changed(root, vae, cache, encoded, monkeypatch, capsys):
+def test_a_complete_cache_is_reported_and_opens_no_video(root, vae, cache, encoded, monkeypatch, capsys):
     before = content(cache)
     monkeypatch.setattr(index, "probe", lambda *_: pytest.fail("opened a video again"))
     assert sorted(root.rglob("*.*")) == sorted(root / name for name in NAMES)  # the index is in the cache
@@ -234,10 +219,10 @@ def test_a_complete_cache_says_so_opens_no_video_and_is_not_changed(root, vae, c
     assert encoded == [] and content(cache) == before
 
 
-def test_a_second_run_adds_new_changed_and_lost_videos_and_drops_others(own, vae, tmp_path, encoded):
+def test_a_second_run_updates_new_changed_and_lost_videos_and_removes_others(own, vae, tmp_path, encoded):
     out = tmp_path / "out"
     out.mkdir()
-    (out / ".nfs01").write_text("")  # of a file system
+    (out / ".nfs01").write_text("")  # of the file system
     run(own, vae, out)
     write_video(own / "Swim" / "f.avi", 18)
     write_video(own / "Jump" / "d.avi", 25)
@@ -255,7 +240,7 @@ def test_a_second_run_adds_new_changed_and_lost_videos_and_drops_others(own, vae
     assert clips_of(out, flip=False)[0]["clip"].shape == (2, 4, 4, SIZE // 2, SIZE // 2)
 
 
-def test_a_video_replaced_after_the_scan_is_cached_again_by_the_next_run(own, vae, tmp_path, monkeypatch, encoded):
+def test_the_next_run_caches_a_video_that_changed_after_the_scan(own, vae, tmp_path, monkeypatch, encoded):
     begin = cache_latents.begin_cache
     with monkeypatch.context() as patch:
         replace_it = lambda *_: write_video(own / "Jump" / "d.avi", 30)  # noqa: E731
@@ -274,7 +259,7 @@ def truncate(path):
     path.write_bytes(path.read_bytes()[: path.stat().st_size // 2])
 
 
-def test_a_video_that_cannot_be_decoded_is_named_once_listed_and_left_out(own, vae, tmp_path, capsys):
+def test_an_unreadable_video_is_named_once_and_skipped(own, vae, tmp_path, capsys):
     scribble(own / "Run" / "a.avi")
     out = tmp_path / "out"
     run(own, vae, out)
@@ -301,7 +286,7 @@ def test_a_video_whose_latents_are_not_finite_is_skipped(root, vae, tmp_path, mo
     assert latents_settings(tmp_path / "out")["unreadable"] == ["Run/b.mkv"]
 
 
-def test_a_cache_of_no_videos_is_an_error(tmp_path, refused):
+def test_a_cache_without_readable_videos_is_an_error(tmp_path, refused):
     write_video(tmp_path / "videos" / "a.avi", 40)
     scribble(tmp_path / "videos" / "a.avi")
     line = refused(tmp_path / "videos", "none", tmp_path / "out", status=1)
@@ -309,7 +294,7 @@ def test_a_cache_of_no_videos_is_an_error(tmp_path, refused):
     assert latents_settings(tmp_path / "videos") is None and not (tmp_path / "out" / "latents.json").exists()
 
 
-def test_too_many_bad_videos_are_an_error_unless_they_are_allowed(own, vae, tmp_path, refused):
+def test_too_many_corrupt_videos_are_an_error_unless_a_flag_allows_them(own, vae, tmp_path, refused):
     scribble(own / "Run" / "a.avi")
     (own / "Run" / "text.avi").write_text("not a video")
     line = refused(own, vae, tmp_path / "out", status=1)
@@ -323,7 +308,7 @@ def test_too_many_bad_videos_are_an_error_unless_they_are_allowed(own, vae, tmp_
 
 
 def holding(num_frames, side=8, parts=("mean", "std")):
-    """Writes a latents file of this kind."""
+    """A function that writes a latents file with these shapes and parts."""
     return lambda path: save_file({part: torch.zeros(num_frames, 4, side, side).half() for part in parts}, path)
 
 
@@ -339,7 +324,7 @@ DAMAGES = {
 
 
 @pytest.mark.parametrize("damage", DAMAGES)
-def test_a_bad_latents_file_is_named_replaced_and_counted_like_a_bad_video(own_cache, damage):
+def test_a_corrupt_latents_file_is_handled_like_a_corrupt_video(own_cache, damage):
     clips = clips_of(own_cache, num_frames=16)
     DAMAGES[damage](own_cache / "Run" / "a.safetensors")
     check_replacements(clips, 10, "Run/a.safetensors")
@@ -360,21 +345,10 @@ def test_a_damaged_latents_json_is_one_line(own_cache, change, words):
     assert "\n" not in str(error.value)
 
 
-def test_an_unusable_cache_is_one_line_that_says_what_to_do(own_cache):
-    with pytest.raises(UserError, match="a cache of videos, expected images: add --video to use it"):
-        check_data_path(own_cache, images=True)
-    (own_cache / "Run" / "a.safetensors").unlink()
-    with pytest.raises(UserError, match="a cache without its Run/a.safetensors: run cache_latents.py again"):
-        open_source(own_cache, SIZE)
-    (own_cache / "latents.json").rename(own_cache / "latents.partial.json")
-    with pytest.raises(UserError, match="not complete: run cache_latents.py again"):
-        check_data_path(own_cache)
-
-
 # User errors.
 
 
-def test_a_cache_with_other_settings_is_refused_complete_or_not(root, vae, own_cache, tmp_path, refused):
+def test_a_cache_with_other_settings_is_refused(root, vae, own_cache, tmp_path, refused):
     moved = shutil.copytree(vae, tmp_path / "vae")
     for name in ("latents.json", "latents.partial.json"):
         (own_cache / "latents.json").rename(own_cache / name)
@@ -390,7 +364,7 @@ def test_a_cache_with_other_settings_is_refused_complete_or_not(root, vae, own_c
     assert "a latent cache with vae_sha256" in refused(root, moved, own_cache, "--with-flips")
 
 
-def test_a_name_too_long_for_the_cache_is_one_line_before_anything_is_made(own, vae, tmp_path, refused):
+def test_a_name_too_long_for_the_cache_is_refused_before_writing(own, vae, tmp_path, refused):
     for length in (239, 243):  # a.safetensors.tmp has 16 bytes more than a
         write_video(own / "Run" / f"{'a' * length}.avi", 4)
     line = refused(own, vae, tmp_path / "out")
@@ -399,7 +373,7 @@ def test_a_name_too_long_for_the_cache_is_one_line_before_anything_is_made(own, 
 
 
 def full_disk(patch, call):
-    """From this call of fsync on, there is no space for files."""
+    """Make the disk full from this call of fsync on."""
     fsync, calls = os.fsync, itertools.count(1)
 
     def full(descriptor):
@@ -411,9 +385,7 @@ def full_disk(patch, call):
 
 
 @pytest.mark.parametrize("call", [1, 3, 7])  # latents.partial.json, a video, latents.json
-def test_a_full_disk_is_one_line_and_status_1_and_leaves_no_partial_file(
-    root, vae, cache, tmp_path, monkeypatch, refused, call
-):
+def test_a_full_disk_is_one_line_and_leaves_no_partial_file(root, vae, cache, tmp_path, monkeypatch, refused, call):
     out = tmp_path / "out"
     with monkeypatch.context() as patch:
         full_disk(patch, call)

@@ -1,4 +1,4 @@
-"""The classifier of clips: what it learns, on which videos, and what it reports."""
+"""The classifier of clips: what it learns from which videos, and what it reports."""
 
 import shutil
 
@@ -17,7 +17,7 @@ SETTINGS = {"num_classes": 2, "window": WINDOW, "interval": 1, "steps": 25, "see
 
 
 def bar(class_name, number, num_frames=FRAMES):
-    """uint8 (num_frames, 32, 32, 3): a bar that moves down or up, of the gray and the start of this number."""
+    """uint8 (num_frames, 32, 32, 3): a bar that moves down or up; number sets its gray level and start."""
     step = -2 if class_name == "Up" else 2
     place = (np.arange(32) - step * np.arange(num_frames)[:, None] - 5 * number) % 32 < 6  # (T, H)
     frames = np.where(place, 160 + 15 * (number % 6), 30).astype(np.uint8)
@@ -37,7 +37,7 @@ def data(tmp_path_factory):
 
 
 def make_samples(folder, classes=CLASSES, labels=(0, 1, 0, 1), num_frames=WINDOW, **about):
-    """Samples that show their class, but for the last, which moves down."""
+    """Samples that show their class, except the last one, which moves down."""
     shown = [classes[label] for label in labels[:-1]] + ["Down"]
     clips = np.stack([bar(name, number, num_frames) for number, name in enumerate(shown)])
     return write_samples(folder, clips, list(labels), classes, **about)
@@ -45,7 +45,7 @@ def make_samples(folder, classes=CLASSES, labels=(0, 1, 0, 1), num_frames=WINDOW
 
 @pytest.mark.parametrize(("length", "window", "interval", "count"), [(16, 16, 1, 1), (17, 16, 1, 2), (48, 16, 1, 5),
                                                                       (48, 16, 2, 3), (7, 4, 2, 1)])  # fmt: skip
-def test_windows_cover_a_clip_and_share_half_of_their_time(length, window, interval, count):
+def test_windows_cover_a_clip_and_overlap_by_half(length, window, interval, count):
     clip = torch.arange(length).view(-1, 1, 1).expand(-1, 2, 2)
     found = classifier.windows_of(clip, window, interval)[..., 0, 0]
     assert found.shape == (count, window)
@@ -54,7 +54,7 @@ def test_windows_cover_a_clip_and_share_half_of_their_time(length, window, inter
     assert (found[:, 0].diff() <= (window * interval + 1) // 2).all()
 
 
-def test_it_learns_classes_and_nothing_from_shuffled_labels():
+def test_the_classifier_learns_classes_but_nothing_from_shuffled_labels():
     numbers, true = range(20), [0] * 20 + [1] * 20
     clips = [classifier.prepare(bar(name, number), 32) for name in CLASSES for number in numbers]
     groups = [f"person{number % 2}" for _ in CLASSES for number in numbers]
@@ -66,7 +66,7 @@ def test_it_learns_classes_and_nothing_from_shuffled_labels():
         assert low < 0.5 < high if is_chance else found["share"] > 0.95
 
 
-def test_training_windows_are_of_all_classes_and_half_of_them_mirrored():
+def test_training_windows_balance_classes_and_half_are_mirrored():
     down, up = (classifier.prepare(bar(name, 1), 32) for name in CLASSES)
     down, up = down.transpose(1, 2), up.transpose(1, 2)  # to the right and to the left
     rows = []
@@ -81,7 +81,7 @@ def test_training_windows_are_of_all_classes_and_half_of_them_mirrored():
     assert (moved != 0).mean() > 0.95
 
 
-def test_shares_intervals_and_confusion_are_those_of_the_clips():
+def test_accuracy_intervals_and_confusion_equal_their_definitions():
     wins = {0: [3.0, 0.0, 0.0], 1: [0.0, 2.0, 0.0], 2: [0.0, 0.0, 1.0]}
     windows = [[0, 0], [0, 1], [1, 1], [1, 2, 2]]  # which class each window of four clips is for
     logits = [torch.tensor([wins[one] for one in own]) for own in windows]
@@ -95,9 +95,9 @@ def test_shares_intervals_and_confusion_are_those_of_the_clips():
     assert 0.5 <= low < found["windows"]["share"] < high <= 1
 
 
-def test_static_samples_have_a_window_that_moves_less_than_real_clips():
+def test_samples_that_move_less_than_real_clips_are_static():
     real = [classifier.prepare(bar(name, number), 32) for name in CLASSES for number in range(3)]
-    real.append(torch.zeros(FRAMES, 32, 32).byte())  # of a class that stands still: nothing moves less
+    real.append(torch.zeros(FRAMES, 32, 32).byte())  # a static class: nothing moves less
     real = [*zip(real, [0] * 3 + [1] * 3 + [2], strict=True)]
     moves, length = classifier.prepare(bar("Down", 4), 32), 3 * WINDOW
     stops = torch.cat([moves[:WINDOW], moves[WINDOW : WINDOW + 1].expand(length - WINDOW, -1, -1)])
@@ -107,7 +107,7 @@ def test_static_samples_have_a_window_that_moves_less_than_real_clips():
     assert classifier.find_static([moves[:WINDOW]], [0], real, WINDOW, 3) == [0]  # real ones: three times as long
 
 
-def test_evaluate_classifies_samples_by_the_training_split_alone(data, tmp_path, monkeypatch, capsys):
+def test_evaluate_trains_the_classifier_only_on_the_training_split(data, tmp_path, monkeypatch, capsys):
     calls, train = [], classifier.train
 
     def spy(rows, name, **settings):
@@ -121,7 +121,7 @@ def test_evaluate_classifies_samples_by_the_training_split_alone(data, tmp_path,
     names, counts, brightest = zip(*calls, strict=True)
     assert names == (*(f"without person{number}" for number in (1, 2, 3)), "of the training split")
     assert counts == (4, 4, 4, 4)
-    assert brightest[2] == brightest[3] < min(brightest[:2])  # person3 is, whom the last two did not see
+    assert brightest[2] == brightest[3] < min(brightest[:2])  # person3 is brightest, and the last two did not see it
     assert made["protocol"] == "classifier4_4f"
     assert made["values"] == {"accuracy": 1, "window_accuracy": 1, "asked_class": 0.75}
     assert made["result"]["samples"]["confusion"] == [[2, 0], [1, 1]] and made["result"]["samples"]["static"] == []
@@ -130,7 +130,7 @@ def test_evaluate_classifies_samples_by_the_training_split_alone(data, tmp_path,
     assert "3 of 4, 75.0%" in said and "static samples, which move less than any real clip of their class: 0" in said
 
 
-def test_real_windows_are_spaced_as_the_samples_and_repeat_bit_for_bit(data, tmp_path, monkeypatch):
+def test_real_windows_have_the_frame_interval_of_samples_and_repeat_bit_for_bit(data, tmp_path, monkeypatch):
     samples, weights, forward = make_samples(tmp_path / "s", time_scale=3 / 25), [], classifier.Classifier.forward
 
     def spy(network, x):
@@ -142,14 +142,14 @@ def test_real_windows_are_spaced_as_the_samples_and_repeat_bit_for_bit(data, tmp
     made = run(tmp_path / "c.json", *flags)
     assert made["real"]["frame_interval"] == 3
     assert made["result"]["real"]["windows"]["count"] == 6 * 3  # of 10 frames, (4 - 1) * 3 + 1, in videos of 19
-    torch.rand(1)  # of a generator that a network must not depend on
+    torch.rand(1)  # networks must not depend on this generator
     again = run(tmp_path / "d.json", "--manifest", tmp_path / "c.json")
     assert again["repeats"]["bit_equal"] and again["result"] == made["result"]
     run(tmp_path / "e.json", *flags, "--seed", 1)
     assert len(set(weights)) == 2 * 4 * 3  # two seeds, four networks, three of their states
 
 
-def test_corrupt_videos_are_skipped_unless_too_few_are_left(data, tmp_path, monkeypatch, capsys):
+def test_corrupt_videos_are_skipped_unless_too_few_remain(data, tmp_path, monkeypatch, capsys):
     corrupt = ["Up/person3.mp4"]
 
     def read(root, video, frames):
@@ -176,7 +176,7 @@ BAD = {
 
 
 @pytest.mark.parametrize("case", BAD)
-def test_data_and_samples_that_do_not_fit_are_refused(case, data, tmp_path, capsys):
+def test_data_that_do_not_fit_the_samples_are_refused(case, data, tmp_path, capsys):
     about, words = BAD[case]
     if people := {"one person": ["person1"], "nothing to train on": ["person1", "person2"]}.get(case):
         others = {f"person{number}.mp4" for number in (1, 2, 3)} - {f"{person}.mp4" for person in people}

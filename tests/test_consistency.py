@@ -1,4 +1,4 @@
-"""Seams and drifts of clips made to have them, against their known values."""
+"""Seams and drifts of clips with known seams and drifts."""
 
 import json
 
@@ -41,11 +41,11 @@ def walk(steps):
         ((20, 4, 16, 13), [4, 8, 12], [16, 19]),  # windows begin at 0, 3, 6: new patches at 19 and 22 only
     ],
 )  # fmt: skip
-def test_borders_are_first_frames_of_patches_and_of_new_parts_of_windows(clip, patches, windows):
+def test_borders_are_the_first_frames_of_patches_and_of_new_frames_of_windows(clip, patches, windows):
     assert consistency.borders(*clip) == (patches, windows)
 
 
-def test_jumps_where_windows_begin_and_fading_clips_show_by_window():
+def test_window_seams_and_fading_clips_are_measured_by_window():
     place = torch.arange(31) + 1
     steps = torch.where((place == 16) | (place == 24), 12.0, 2.0)
     even, seams = (measure_all(flat(walk(part.expand(5, -1)))) for part in (torch.full((31,), 2.0), steps))
@@ -74,7 +74,7 @@ def test_the_statistics_of_a_frame_are_mean_contrast_and_sharpness():
 
 
 @pytest.mark.parametrize("patch", [2, 3])
-def test_a_jump_at_every_border_is_the_seam_score_and_others_are_no_seam(patch):
+def test_jumps_at_borders_set_the_seam_score_and_other_jumps_do_not(patch):
     place, borders = (torch.arange(23) + 1) % patch, consistency.borders(24, patch)[0]
     even, seams, others = (
         measure_all(flat(walk(steps.expand(5, -1))))[1]
@@ -111,7 +111,7 @@ def test_without_borders_or_motion_there_is_no_seam_score(borders):
         assert consistency.seam_score(generated, real, borders) == (None, None)
 
 
-def test_a_rising_brightness_is_a_drift_in_deviations_of_real_frames():
+def test_rising_brightness_is_a_drift_in_deviations_of_real_frames():
     real, rising = (
         torch.tensor([[90.0] * 9, [110.0] * 9]),
         torch.arange(9.0) * 5 + torch.tensor([[100.0], [108], [116]]),

@@ -1,4 +1,4 @@
-"""evaluate.py end to end: against naive versions, repeated from its manifests, on one rank and on two."""
+"""evaluate.py end to end: naive versions, repeats of manifests, one and two ranks, bad input."""
 
 import json
 import os
@@ -24,7 +24,7 @@ from training import ROOT, TORCHRUN, run_main
 
 
 class Detector(torch.nn.Module):
-    """Called as the I3D and the Inception of the field are: 6 features, of clips or of images."""
+    """A detector with the interface of the usual I3D and Inception models. It returns 6 features of clips or images."""
 
     def forward(self, x, rescale: bool = False, resize: bool = False, return_features: bool = False):
         x = x.flatten(2)
@@ -52,7 +52,7 @@ def fvd(shapes, samples, detector):
 
 
 def by_scipy(a, b):
-    """The Fréchet distance of features (N, D), computed with SciPy as in the papers."""
+    """The Fréchet distance of features (N, D), computed with SciPy."""
     root = scipy.linalg.sqrtm(np.cov(a.T) @ np.cov(b.T))
     return ((a.mean(0) - b.mean(0)) ** 2).sum() + np.trace(np.cov(a.T) + np.cov(b.T) - 2 * root.real)
 
@@ -64,9 +64,7 @@ def naive_features(clips):
 
 
 @pytest.mark.parametrize("metric", ["fvd", "fid"])
-def test_the_distance_equals_the_distance_of_all_features_at_once(
-    metric, shapes, samples, detector, tmp_path, monkeypatch
-):
+def test_fvd_and_fid_equal_a_naive_version(metric, shapes, samples, detector, tmp_path, monkeypatch):
     generated, real = np.load(samples / "samples.npz")["arr_0"], read_clips(shapes, "train", 20)[0]
     if metric == "fid":  # of frames
         generated, real = generated.reshape(-1, 1, SIZE, SIZE, 3), real.reshape(-1, 1, SIZE, SIZE, 3)
@@ -99,7 +97,7 @@ def test_the_distance_equals_the_distance_of_all_features_at_once(
         ({"guidance": 4.0, "guidance_chosen": False}, -1, "cfg1"),  # without classes there is no guidance
     ],
 )
-def test_a_frechet_distance_names_its_guidance_which_must_be_chosen(
+def test_frechet_protocols_name_the_guidance_and_the_user_must_choose_it(
     source, labels, name, shapes, fvd, tmp_path, capsys
 ):
     clips, own, classes = read_clips(shapes, "val", 2)
@@ -112,7 +110,7 @@ def test_a_frechet_distance_names_its_guidance_which_must_be_chosen(
         refused(capsys, tmp_path / "a.json", *fvd, words=["choose it: --cfg-scale (1 turns it off)"])
 
 
-def test_several_sample_folders_have_a_manifest_each(shapes, samples, tmp_path, monkeypatch, capsys):
+def test_each_of_several_sample_folders_gets_a_manifest(shapes, samples, tmp_path, monkeypatch, capsys):
     folders = [shutil.copytree(samples, tmp_path / name) for name in "ab"]
     np.savez(folders[1] / "samples.npz", **{name: x[:5] for name, x in np.load(samples / "samples.npz").items()})
     flags = ["--metric", "consistency", "--data-path", shapes, "--num-real", 6, "--samples"]
@@ -152,7 +150,7 @@ def test_real_features_are_cached_until_the_file_or_the_data_change(shapes, fvd,
     assert len(list((tmp_path / "cache").iterdir())) == 1
 
 
-def test_a_manifest_repeats_bit_for_bit_and_says_so_when_it_does_not(shapes, fvd, tmp_path, capsys):
+def test_a_manifest_repeats_bit_for_bit_or_reports_the_differences(shapes, fvd, tmp_path, capsys):
     old = run(tmp_path / "a.json", *fvd, "--seed", 3)
     assert old["generated"]["num_clips"] == 12 and old["generated"]["source"] == SOURCE
     assert old["generated"]["samples_sha256"] == file_sha256(fvd[3] / "samples.npz")
@@ -176,7 +174,7 @@ def test_a_manifest_repeats_bit_for_bit_and_says_so_when_it_does_not(shapes, fvd
     assert run(*repeat, "--tolerance", 0.02)["repeats"]["agrees"]
 
     clips = np.load(moved[1] / "samples.npz")
-    write_npz(moved[1] / "samples.npz", clips["arr_0"] ^ 1, clips["labels"])  # sampled again, with other rounding
+    write_npz(moved[1] / "samples.npz", clips["arr_0"] ^ 1, clips["labels"])  # sampled again, with different rounding
     assert run(*repeat, *places, "--tolerance", 1)["repeats"]["agrees"]
     assert "agree with" in (said := capsys.readouterr().out) and "samples" in said
     about = json.loads((moved[1] / "samples.json").read_text())
@@ -197,7 +195,7 @@ def test_a_manifest_repeats_bit_for_bit_and_says_so_when_it_does_not(shapes, fvd
         ({"a": None}, {"a": 1.0}, False),
         ({"a": 1.0}, {"a": None}, False),
         ({"a": 1.0}, {}, False),
-        ({"a": 1.0}, {"a": 1.0, "b": 2.0}, True),  # the old code did not compute b
+        ({"a": 1.0}, {"a": 1.0, "b": 2.0}, True),  # a new value
     ],
 )
 def test_values_agree_within_the_tolerance_and_missing_ones_do_not(old, new, agrees):
@@ -207,7 +205,7 @@ def test_values_agree_within_the_tolerance_and_missing_ones_do_not(old, new, agr
     assert found["bit_equal"] == (old == {name: value for name, value in new.items() if name in old})
 
 
-def test_consistency_finds_the_seams_that_a_sample_folder_has(shapes, tmp_path):
+def test_consistency_finds_the_seams_of_samples(shapes, tmp_path):
     clips, labels, classes = read_clips(shapes, "val", 12, frames=12)
     clips = clips.copy()
     for first in range(4, 12, 4):  # each temporal patch is a few px further along than it should be
@@ -229,7 +227,7 @@ def test_consistency_needs_the_size_of_temporal_patches(shapes, tmp_path, capsys
     refused(capsys, tmp_path / "c.json", *flags, words=["does not say the temporal_patch_size"])
 
 
-def test_sampled_images_have_a_fid(detector, tmp_path):
+def test_images_of_sample_gd_get_a_fid(detector, tmp_path):
     data = make_images(tmp_path / "images", 40)
     path = save_checkpoint(tmp_path / "best.pt", depth=1, temporal_patch_size=1, num_frames=1)
     run_main(sample_gd, "--ckpt", path, "--folder", tmp_path / "s", "--num-samples", 10, "--num-sampling-steps", 3,
@@ -240,7 +238,7 @@ def test_sampled_images_have_a_fid(detector, tmp_path):
     assert found["generated"]["source"]["seed"] == 0 and found["generated"]["mean_evaluations"] == 2
 
 
-def test_two_ranks_compute_the_same_as_one(fvd, tmp_path):
+def test_two_ranks_find_the_values_of_one(fvd, tmp_path):
     flags = [*fvd[:-1], 9, "--batch-size", 2, *FEW]
     alone = run(tmp_path / "1.json", *flags)
     command = [*TORCHRUN, ROOT / "EqM/evaluate.py", "--out", tmp_path / "2.json", "--cache", tmp_path / "cache", *flags]
@@ -282,13 +280,14 @@ def test_a_damaged_or_unfit_sample_folder_is_refused(kind, samples, fvd, tmp_pat
 BAD_FLAGS = {  # changes to --metric fvd --samples S --data-path D --detector F; None removes a flag
     "no samples": ({"--samples": None}, ["--samples", "not given"]),
     "no data": ({"--data-path": None}, ["--data-path", "not given"]),
-    "data that are not there": ({"--data-path": "no/such"}, ["--data-path no/such"]),
     "no detector": ({"--detector": None}, ["--detector", "--metric fvd"]),
     "a detector that is not used": ({"--metric": "consistency"}, ["--detector", "for --metric consistency; remove"]),
     "one real clip": ({"--num-real": 1}, ["--num-real", "at least 2"]),
     "a metric that chooses its clips": ({"--metric": "prediction", "--detector": None, "--num-real": 3},
                                         ["--num-real", "prediction chooses its real clips"]),
     "the split of nearest": ({"--metric": "nearest", "--detector": None, "--split": "val"}, ["--split", "nearest"]),
+    "no size of patches": ({"--metric": "consistency", "--detector": None, "--samples": "bare"},
+                           ["does not say the temporal_patch_size"]),
     "no truth": ({"--metric": "motion", "--detector": None, "--data-path": "shapeless"}, ["is for Moving Shapes"]),
     "out in a file": ({"--out": "/dev/null/a.json"}, ["--out /dev/null"]),
     "out is a folder": ({"--out": "/"}, ["--out /", "a folder"]),
@@ -300,11 +299,15 @@ BAD_FLAGS = {  # changes to --metric fvd --samples S --data-path D --detector F;
 
 
 @pytest.mark.parametrize("case", BAD_FLAGS)
-def test_bad_flags_are_one_line_and_nothing_is_written(case, shapes, samples, detector, tmp_path, capsys, monkeypatch):
+def test_bad_evaluate_flags_are_one_line_and_write_nothing(
+    case, shapes, samples, detector, tmp_path, capsys, monkeypatch
+):
     changes, words = BAD_FLAGS[case]
     monkeypatch.chdir(tmp_path)
     if case == "no truth":
         shutil.copytree(shapes, "shapeless", ignore=shutil.ignore_patterns("shapes.json"))
+    if case == "no size of patches":
+        write_samples(tmp_path / "bare", *read_clips(shapes, "val", 2), source={})
     if case == "a latent cache":
         make_latents(tmp_path / "latents")
     if case == "frames too far apart":
@@ -320,13 +323,13 @@ def test_bad_flags_are_one_line_and_nothing_is_written(case, shapes, samples, de
 @pytest.mark.parametrize(
     ("text", "words"), [("[1, 2]", "can't be read"), ('{"format": 1}', "has format 1"), (None, "can't be read")]
 )
-def test_another_file_or_format_is_refused_as_a_manifest(text, words, tmp_path, capsys):
+def test_an_invalid_manifest_is_refused(text, words, tmp_path, capsys):
     if text is not None:
         (tmp_path / "m.json").write_text(text)
     refused(capsys, tmp_path / "a.json", "--manifest", tmp_path / "m.json", words=["--manifest", words])
 
 
-def test_flags_that_change_the_values_are_refused_beside_a_manifest(samples, tmp_path, capsys):
+def test_flags_that_change_values_are_refused_with_a_manifest(samples, tmp_path, capsys):
     (tmp_path / "a.json").write_text(json.dumps({"format": manifest.FORMAT, "flags": {}}))
     for flags, words in (
         (["--num-real", 96], "--num-real: --manifest"),
@@ -336,7 +339,7 @@ def test_flags_that_change_the_values_are_refused_beside_a_manifest(samples, tmp
         refused(capsys, tmp_path / "b.json", "--manifest", tmp_path / "a.json", *flags, words=[words])
 
 
-def test_score_sh_repeats_the_samples_of_a_manifest_and_scores_them(shapes, tmp_path):
+def test_score_sh_repeats_the_samples_and_scores_of_a_manifest(shapes, tmp_path):
     config = {"depth": 1, "num_classes": 12, "num_frames": 4, "temporal_patch_size": 4, "use_rope": True}
     state = make_state(**config)
     state["config"]["data"]["classes"] = read_clips(shapes, "val", 1)[2]
@@ -354,7 +357,7 @@ def test_score_sh_repeats_the_samples_of_a_manifest_and_scores_them(shapes, tmp_
     assert new["generated"]["samples_sha256"] == old["generated"]["samples_sha256"]
 
 
-def test_flags_of_a_manifest_may_have_values_that_begin_with_a_dash():
+def test_manifest_flags_may_have_values_that_begin_with_a_dash():
     flags = {"data_path": "-d", "metric": "motion", "out": "x", "samples": ["s", "t"], "keep_background": True}
     words = manifest.as_words(flags | {"split": None})
     assert words == ["--data-path=-d", "--metric=motion", "--out=x", "--samples", "s", "t", "--keep-background"]
@@ -370,7 +373,7 @@ def test_an_older_manifest_is_repeated_or_refused(tmp_path):
         manifest.sampling_words(path)
 
 
-def test_the_commit_of_the_code_has_a_plus_if_files_differ(tmp_path, monkeypatch):
+def test_the_commit_in_a_manifest_has_a_plus_if_files_have_changed(tmp_path, monkeypatch):
     if shutil.which("git") is None:
         pytest.skip("no git on this machine")
     file = tmp_path / "manifest.py"

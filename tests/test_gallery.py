@@ -1,4 +1,4 @@
-"""The page of a sample folder, as a file and in a browser, and the picture of several."""
+"""The page of a sample folder, as a file and in a browser, and the picture of several folders."""
 
 import base64
 import html
@@ -11,7 +11,6 @@ import shutil
 import subprocess
 import time
 
-import av
 import numpy as np
 import pytest
 from PIL import Image, ImageColor
@@ -19,7 +18,8 @@ from PIL import Image, ImageColor
 import gallery
 import picture
 from tiny_data import make_images, make_latents
-from training import run_main
+from tiny_videos import decode
+from training import refused, run_main
 from video.drawing import MARK
 from video.index import scan_videos, split_videos
 from video.writers import write_mp4, write_samples
@@ -70,7 +70,7 @@ def samples(tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def images(tmp_path_factory):
-    """A sample folder of images, with its page, which has a real image beside each."""
+    """A sample folder of images. Its page shows a real image beside each sample."""
     root = tmp_path_factory.mktemp("images")
     folder = make_samples(root / "samples", [0, 1, 0], ["A", "B"], num_frames=1)
     run_main(gallery, folder, "--data-path", make_images(root / "data", 8), "--val-fraction", 0.5)
@@ -108,7 +108,7 @@ class Page:
 # The page as a file
 
 
-def test_a_page_holds_the_folders_own_videos_and_says_how_they_were_made(samples):
+def test_a_page_embeds_the_sample_videos_and_their_settings(samples):
     page = Page(samples / "gallery.html")
     assert page.files("video", "data-src", "video/mp4") == [path.read_bytes() for path in sorted(samples.glob("*.mp4"))]
     assert page.values("figure", "data-label") == [str(label) for label in LABELS]
@@ -124,7 +124,7 @@ def test_a_page_holds_the_folders_own_videos_and_says_how_they_were_made(samples
     assert list(samples.parent.iterdir()) == [samples]
 
 
-def test_names_are_shown_as_text_whatever_they_contain(samples, tmp_path):
+def test_class_names_are_shown_as_text_whatever_they_contain(samples, tmp_path):
     page = Page(samples / "gallery.html")
     for name in CLASSES:
         assert page.texts.count(name) == LABELS.count(CLASSES.index(name))  # captions
@@ -143,20 +143,13 @@ def test_the_page_loads_no_other_file(samples):
     assert any("default-src 'none'" in policy for policy in page.values("meta", "content"))
 
 
-def decode(data):
-    """(frames uint8 (T, H, W, 3), frames per second) of an mp4."""
-    with av.open(io.BytesIO(data)) as file:
-        rate = float(file.streams.video[0].average_rate)
-        return np.stack([frame.to_ndarray(format="rgb24") for frame in file.decode(video=0)]), rate
-
-
-def test_beside_each_sample_is_a_real_clip_of_its_class_and_kind(page, real):
+def test_each_sample_has_a_real_clip_of_its_class_beside_it(page, real):
     page = Page(page)
     assert [text for text in page.texts if text in ("generated", "real")] == ["generated", "real"] * 6
     _, val = split_videos(real, scan_videos(real).videos, 0.5)
     shown = [set(), set()]
     for index, data in enumerate(page.files("video", "data-src", "video/mp4")[1::2]):
-        frames, rate = decode(data)
+        frames, rate = decode(io.BytesIO(data))
         assert (len(frames), rate) == (FRAMES, FPS)
         red, green, _ = frames.reshape(FRAMES, -1, 3).mean(axis=1).T
         left, right = (half[..., 2].mean() for half in np.array_split(frames, 2, axis=2))
@@ -168,7 +161,7 @@ def test_beside_each_sample_is_a_real_clip_of_its_class_and_kind(page, real):
         assert keys <= own and len(keys) == min(3, len(own))  # each in turn
 
 
-def test_the_title_of_a_real_clip_names_its_split_and_another_rate(tmp_path, real):
+def test_titles_of_real_clips_name_their_split_and_a_different_frame_rate(tmp_path, real):
     folder = make_samples(tmp_path / "samples", [0, 1, -1], CLASSES[:2])
     about = json.loads((folder / "samples.json").read_text())
     (folder / "samples.json").write_text(json.dumps(about | {"time_scale": 1 / 60}))
@@ -177,7 +170,7 @@ def test_the_title_of_a_real_clip_names_its_split_and_another_rate(tmp_path, rea
     titles = [text for text in page.texts if text[:4] in ("gene", "real")]
     assert titles.pop() == titles[0] == titles[2] == "generated"  # without a label there is no real clip
     assert {titles[1], titles[3]} == {"real, 25 fps", "real, from training, 25 fps"}
-    red = decode(page.files("video", "data-src", "video/mp4")[1])[0][..., 0].mean(axis=(1, 2))
+    red = decode(io.BytesIO(page.files("video", "data-src", "video/mp4")[1]))[0][..., 0].mean(axis=(1, 2))
     assert np.allclose(np.diff(red), 4, atol=3)  # every frame
     assert "none" in page.texts and "none (1)" in page.texts
 
@@ -190,7 +183,7 @@ def test_a_page_of_images_holds_png_files(images):
     assert not page.values("video", "data-src") and "3 images, 16 x 16 px; ngd" in page.source
 
 
-def test_a_large_folder_shows_its_first_samples_and_says_so(samples, tmp_path, real, capsys):
+def test_a_page_of_many_samples_shows_the_first_and_says_so(samples, tmp_path, real, capsys):
     out = tmp_path / "page.html"
     run_main(gallery, samples, "--num-samples", 2, "--data-path", real, "--out", out)  # real has no other class
     assert len(Page(out).values("video", "data-src")) == 4
@@ -200,7 +193,7 @@ def test_a_large_folder_shows_its_first_samples_and_says_so(samples, tmp_path, r
     assert f"{out}: 4 samples (2 more: --num-samples 6)" in capsys.readouterr().out
 
 
-def test_bad_input_is_one_line_and_status_2(samples, tmp_path, real, capsys):
+def test_bad_gallery_input_is_one_line(samples, tmp_path, real, capsys):
     other = make_samples(tmp_path / "other", [0, 1], ["CircleDown", 'Cirque\ndu "soleil"'])
     long = make_samples(tmp_path / "long", [0, 1], num_frames=31)
     unknown = make_samples(tmp_path / "unknown", [0, 1])
@@ -223,8 +216,7 @@ def test_bad_input_is_one_line_and_status_2(samples, tmp_path, real, capsys):
         ("name the folder of its videos", samples, "--data-path", tmp_path / "cache", "--out", out),
         ("--num-samples", samples, "--num-samples", 0, "--out", out),
     ):
-        run_main(gallery, *flags, status=2)
-        (line,) = [line for line in capsys.readouterr().err.splitlines() if "opening videos" not in line]
+        line = refused(capsys, gallery, *flags)
         assert line.startswith("gallery.py: error: ") and words in line, line
     assert not out.exists() and not (other / "gallery.html").exists()
 
@@ -266,8 +258,7 @@ def test_a_picture_of_no_samples_is_refused(tmp_path, capsys):
     (tmp_path / "empty").mkdir()
     (tmp_path / "empty/samples.unfinished").touch()
     for words, folder in (("not finished: run sample_gd.py again", "empty"), ("nowhere: no such folder", "nowhere")):
-        run_main(picture, tmp_path / folder, "--out", tmp_path / "picture.png", status=2)
-        assert words in capsys.readouterr().err
+        assert words in refused(capsys, picture, tmp_path / folder, "--out", tmp_path / "picture.png")
     assert not (tmp_path / "picture.png").exists()
 
 
@@ -371,7 +362,7 @@ def press(browser, key):
         browser.call("Input.dispatchKeyEvent", type=kind, key=key, text=key if len(key) == 1 else "")
 
 
-def test_all_videos_play_in_step_and_no_request_leaves_the_page(browser, page):
+def test_videos_play_in_step_and_no_request_leaves_the_page(browser, page):
     browser.open(page, READY)
     assert browser.ask("videos.length") == 12
     assert browser.ask(f"videos.every(video => Math.abs(video.duration - {FRAMES / FPS}) < 0.01)")
@@ -393,7 +384,7 @@ def test_all_videos_play_in_step_and_no_request_leaves_the_page(browser, page):
     assert "file" in requests and requests <= {"file", "data", "blob"}
 
 
-def test_a_video_that_falls_behind_or_stops_gets_back_into_step(browser, page):
+def test_a_video_that_falls_behind_or_stops_catches_up(browser, page):
     browser.open(page, READY)
     browser.ask(f"videos[3].currentTime = (now + 0.5) % {FRAMES / FPS}")
     browser.ask("videos[4].pause()")
@@ -401,7 +392,7 @@ def test_a_video_that_falls_behind_or_stops_gets_back_into_step(browser, page):
     browser.wait(in_step)
 
 
-def test_a_pause_stops_all_on_one_frame_and_slider_and_keys_choose_it(browser, page):
+def test_pausing_stops_all_videos_on_one_frame_and_slider_and_keys_move_it(browser, page):
     browser.open(page, READY + " && playing && now > 0")
     press(browser, " ")
     browser.wait(f"!playing && videos.every(video => video.paused) && {READY}")
@@ -445,7 +436,7 @@ def test_the_filter_shows_one_class_and_hidden_videos_are_not_loaded(browser, sa
         browser.wait(f"getComputedStyle(videos[0]).outlineStyle === '{border}'")
 
 
-def test_on_a_phone_the_page_fits_the_width_and_plays_what_is_in_view(browser, page):
+def test_on_a_phone_the_page_fits_and_plays_only_visible_videos(browser, page):
     browser.open(page, "videos.some(video => video.ready)", width=360, height=500)
     assert browser.ask("document.documentElement.scrollWidth") <= 360
     assert not browser.ask("videos.at(-1).ready")

@@ -1,4 +1,4 @@
-"""From a plan to clips, batch by batch and window by window, and weights that are cast once."""
+"""Clips of a plan, batch by batch and window by window, sampler settings, and weights that are cast once."""
 
 import copy
 from contextlib import nullcontext
@@ -25,7 +25,7 @@ LATENTS = SimpleNamespace(downsample=1, decode=lambda x: x.permute(0, 2, 3, 4, 1
 
 
 class Quadratic:
-    """The field -(1 + y) 25 t x and its energy: without sums, so that the batch changes no bit."""
+    """The field -(1 + y) 25 t x and its energy. It has no sums, so the batch changes no bit."""
 
     config = SimpleNamespace(in_channels=2, input_size=4, num_classes=10)
 
@@ -38,20 +38,20 @@ class Quadratic:
 
 
 def make_plan(model, count=5, vae=LATENTS, **changes):
-    """Of clips of 3 frames, each of another class and frame rate."""
+    """A plan of clips of 3 frames, each with its own class and frame rate."""
     time_scales = torch.linspace(0.04, 0.2, count).tolist()
     plan = {"time_scales": time_scales, "num_frames": 3, "labels": torch.arange(count)} | changes
     return Plan(model, vae, list("ABCDEFGHIJ"), time_scale=0.04, **plan)
 
 
 def windows_of(num_frames, window=None, overlap=0, count=3):
-    """A plan of a small network."""
+    """A plan of a small network that samples in windows."""
     windows = {"num_frames": num_frames, "window": window, "overlap": overlap}
     return make_plan(tiny(in_channels=3), count, VAE("none"), labels=torch.arange(count) % 2, **windows)
 
 
 def parts_of(plan, batch_size=16, **changes):
-    """What `generate` yields; changes are those of SETTINGS or arguments of `generate`."""
+    """What `generate` yields; changes replace SETTINGS or are arguments of `generate`."""
     settings = {name: changes.pop(name, value) for name, value in SETTINGS.items()}
     return list(generate(plan, range(len(plan.labels)), 0, "cpu", settings, batch_size, **changes))
 
@@ -66,7 +66,7 @@ def run(plan, batch_size=16, **changes):
 
 
 @pytest.mark.parametrize("stop_below", [None, 60])
-def test_each_sample_has_its_own_frame_rate_in_batches_of_any_size(stop_below):
+def test_samples_do_not_depend_on_the_batch_size_or_on_other_frame_rates(stop_below):
     plan = make_plan(Quadratic())
     expected, spent, _ = run(plan, stop_below=stop_below)
     assert expected.shape == (5, 3, 4, 4, 2) and (len(set(spent.tolist())) > 1) == (stop_below is not None)
@@ -87,7 +87,7 @@ def test_a_batch_without_a_condition_has_no_guidance(monkeypatch):
 
 
 @pytest.mark.parametrize(("method", "stop_below", "most"), [("gd", None, 5), ("ngd", 1e9, 5), ("heun", None, 9)])
-def test_one_progress_bar_counts_evaluations_also_if_all_stop_early(method, stop_below, most, monkeypatch):
+def test_one_progress_bar_counts_evaluations_even_if_samples_stop_early(method, stop_below, most, monkeypatch):
     bars, before, plan = [], [], make_plan(Quadratic(), num_frames=5, window=3, overlap=1)
     monkeypatch.setattr(generation, "Bar", lambda **about: bars.append(tqdm(**about | {"disable": False})) or bars[-1])
     options = {"method": method, "stop_below": stop_below, "before_evaluation": lambda: before.append(bars[0].n)}
@@ -98,7 +98,7 @@ def test_one_progress_bar_counts_evaluations_also_if_all_stop_early(method, stop
     assert before == [part * most + number for part in range(6) for number in range(1, spent + 1)]
 
 
-def test_samples_that_are_not_finite_are_an_error_or_in_training_a_note(capsys):
+def test_nonfinite_samples_are_an_error_but_only_a_note_in_training(capsys):
     plan = make_plan(Quadratic())
     with pytest.raises(UserError, match=r"--sampler ngd: samples are not finite"):
         run(plan, step_size=1e30)
@@ -106,7 +106,7 @@ def test_samples_that_are_not_finite_are_an_error_or_in_training_a_note(capsys):
 
 
 @pytest.mark.parametrize("guidance", [1.0, 4.0])
-def test_energies_are_those_of_the_points(guidance):
+def test_recorded_energies_equal_the_closed_form_at_each_point(guidance):
     plan, changes = make_plan(Quadratic()), {"num_steps": 9, "step_size": 0.001, "guidance": guidance, "method": "gd"}
     clips, evaluations, energies = run(plan, 2, energy=True, **changes)
     rate = (11 + guidance * (torch.arange(5) - 10)) * torch.arange(1, 6)  # of the guided field; 11 without a class
@@ -114,7 +114,7 @@ def test_energies_are_those_of_the_points(guidance):
     expected = (rate / 2 * start)[:, None] * (1 - 0.001 * rate)[:, None] ** (2 * torch.arange(9))
     torch.testing.assert_close(energies, expected, rtol=1e-4, atol=1e-4)
     assert evaluations.tolist() == [8] * 5
-    assert torch.equal(clips, run(plan, 2, **changes)[0])  # looking changes nothing
+    assert torch.equal(clips, run(plan, 2, **changes)[0])  # recording changes nothing
 
 
 def test_the_energies_of_a_sample_end_where_it_stops():
@@ -127,7 +127,7 @@ def test_the_energies_of_a_sample_end_where_it_stops():
     torch.testing.assert_close(last, torch.arange(1, 6) ** 2 * clips.square().flatten(1).sum(dim=1) / 2)
 
 
-def test_clips_to_start_from_are_read_for_one_batch_at_a_time():
+def test_init_clips_are_read_one_batch_at_a_time():
     plan, asked = make_plan(Quadratic(), vae=VAE("none")), []
 
     def init(indices):
@@ -140,7 +140,7 @@ def test_clips_to_start_from_are_read_for_one_batch_at_a_time():
     assert asked == [[0, 1], [2, 3], [4]]
 
 
-def test_a_solver_starts_at_the_share_of_the_clips_in_the_start():
+def test_a_solver_starts_at_the_gamma_of_its_init_clips():
     vae = SimpleNamespace(**vars(LATENTS), encode=lambda clips: clips.float())
     black = torch.zeros(5, 2, 3, 4, 4)
     init = {"init": lambda indices: (black, None), "init_gamma": 0.5, "guidance": 1.0}
@@ -178,7 +178,7 @@ def test_each_window_has_its_own_noise_after_the_end_of_the_previous_one(monkeyp
         assert torch.equal(shown, ((given + 1) * 127.5).round().clamp(0, 255).byte())
 
 
-def test_a_window_that_is_given_in_full_costs_no_evaluation():
+def test_a_fully_given_window_needs_no_evaluation():
     plan = windows_of(14, 6, 2)  # windows begin at 0, 4, 8
     clips = torch.randint(256, (3, 3, 14, *[plan.image_size] * 2), generator=torch.Generator().manual_seed(0)).byte()
     parts = parts_of(plan, step_size=0.1, given=lambda indices: (clips, torch.arange(14).expand(3, 14) < 10))
@@ -193,7 +193,7 @@ def test_a_window_that_is_given_in_full_costs_no_evaluation():
      (15, 0.08, 0.04, 28),  # of 30, whole patches of 4
      (16, 0.04, 0.05, 16)],  # a slower frame rate than training had: as many frames
 )  # fmt: skip
-def test_the_usual_window_lasts_as_long_as_the_longest_training_clip(trained, longest, scale, window):
+def test_the_default_window_lasts_as_long_as_the_longest_training_clip(trained, longest, scale, window):
     def choose(use_rope=True, forcing=0.5, **flags):
         args = SimpleNamespace(**{"rope_scale": "none", "window": None, "overlap": None} | flags)
         config = tiny(in_channels=3, num_frames=trained, use_rope=use_rope).config
@@ -216,9 +216,9 @@ def resolve(training, **typed):
     return resolve_sampler(SimpleNamespace(**dict.fromkeys(SAMPLER) | typed), training)
 
 
-def test_a_flag_wins_then_what_was_trained_with_then_the_default():
+def test_flags_override_training_settings_which_override_defaults():
     assert resolve({}) == SAMPLER | {"guidance_chosen": False}  # such as a published model
-    assert resolve(TUNED) == TUNED | {"guidance_chosen": False}  # a default of training that nobody chose
+    assert resolve(TUNED) == TUNED | {"guidance_chosen": False}  # a training default, which the user did not set
     changes = {"cfg_scale": 2.0, "mu": 0.1}
     assert resolve(TUNED, **changes, stop_below=0.0) == TUNED | changes | {"stop_below": None, "guidance_chosen": True}
 
@@ -228,18 +228,18 @@ def test_a_flag_wins_then_what_was_trained_with_then_the_default():
     [
         ("ngd", {"num_sampling_steps": 6}, 6, 0.02),  # of a path of 2 x 0.05
         ("ngd", {"stepsize": 0.01}, 11, 0.01),
-        ("ngd", {"stepsize": 0.03}, 4, 0.03),  # as near as whole steps come
+        ("ngd", {"stepsize": 0.03}, 4, 0.03),  # rounded to whole steps
         ("ngd", {"stepsize": 5.0}, 2, 5.0),  # one evaluation at least
         ("ngd", {"stepsize": 0.01, "num_sampling_steps": 4}, 4, 0.01),
         ("ngd", {"sampler": "euler", "num_sampling_steps": 6}, 6, 0.05),  # has no step size
         ("euler", {}, 3, 0.05),
-        ("euler", {"sampler": "gd"}, 250, 0.0017),  # a solver has no length of a path to keep
+        ("euler", {"sampler": "gd"}, 250, 0.0017),  # solvers have no path length to keep
         ("euler", {"sampler": "gd", "num_sampling_steps": 4}, 4, 0.1411),
         ("heun", {"stop_below": 0.5}, "--stop-below 0.5: heun has a fixed number of steps", None),
         ("ngd", {"stop_below": 0.5, "sampler": "heun"}, "--stop-below 0.5: heun has a fixed number of steps", None),
     ],
 )
-def test_the_path_keeps_its_length_if_one_of_steps_and_size_is_given(kept, typed, steps, size):
+def test_the_path_length_stays_if_only_steps_or_step_size_is_set(kept, typed, steps, size):
     with nullcontext() if size else pytest.raises(UserError, match=steps):
         found = resolve(TUNED | {"sampler": kept}, **typed)
         assert (found["num_sampling_steps"], found["stepsize"]) == (steps, pytest.approx(size))
@@ -253,7 +253,7 @@ def field_of(model, x):
 @pytest.mark.parametrize(
     "changes", [{"qk_norm": True}, {"position_table": "space", "rope_speed": 0.5}, {"use_rope": False}, {"ebm": "dot"}]
 )
-def test_weights_that_are_cast_once_change_no_bit_of_the_output(changes):
+def test_casting_weights_once_changes_no_bit_of_the_output(changes):
     model = tiny(**changes).requires_grad_(False)
     before, x = copy.deepcopy(model.state_dict()), clip(model.config.num_frames, batch=3)
     cast = cast_products(model, "bf16")

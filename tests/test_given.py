@@ -1,4 +1,4 @@
-"""Clips that a user names: which files, which frames of them, their class, and what becomes of them in the samples."""
+"""Clips that the user gives: their files, frames and classes, and how samples show them."""
 
 import json
 from argparse import ArgumentTypeError
@@ -40,10 +40,10 @@ def error_of(function, *arguments):
         (25, 2 / 25, [0, 2, 4, 6]),
         (30, 1 / 10, [0, 3, 6, 9]),
         (30, 1 / 25, [0, 1, 2, 4]),  # the nearest in time: 0, 1.2, 2.4, 3.6
-        (10, 1 / 25, [0, 0, 1, 1]),  # a slower one stands still between its frames: 0, 0.4, 0.8, 1.2
+        (10, 1 / 25, [0, 0, 1, 1]),  # a slower video repeats frames: 0, 0.4, 0.8, 1.2
     ],
 )
-def test_frames_are_those_at_the_times_of_the_model(tmp_path, rate, seconds, shown):
+def test_clips_are_read_at_the_frame_rate_of_the_model(tmp_path, rate, seconds, shown):
     write_video(tmp_path / "v.mp4", 20, rate=rate, codec="libx264", size=(48, 48))
     frames = only(tmp_path / "v.mp4").read(range(4), seconds, 48)
     assert frames.dtype == torch.uint8 and frames.shape == (3, 4, 48, 48)
@@ -51,7 +51,7 @@ def test_frames_are_those_at_the_times_of_the_model(tmp_path, rate, seconds, sho
     assert torch.equal(only(tmp_path / "v.mp4").read((1, 3), seconds, 48), frames[:, 1::2])
 
 
-def test_a_clip_has_as_many_frames_as_fit_into_it_scaled_as_in_training(tmp_path):
+def test_the_frame_count_of_a_clip_follows_the_time_scale_and_frames_are_cropped(tmp_path):
     write_video(tmp_path / "v.avi", 10, size=(48, 48))
     save(tmp_path / "a.png", picture(48, 56))
     video, image = only(tmp_path / "v.avi"), only(tmp_path / "a.png")
@@ -63,7 +63,7 @@ def test_a_clip_has_as_many_frames_as_fit_into_it_scaled_as_in_training(tmp_path
     assert torch.equal(image.read([0], 0.04, 16)[:, 0], resize_and_crop(pixels[None], 16)[0])
 
 
-def test_a_folder_stands_for_its_files_then_for_its_class_folders(tmp_path):
+def test_a_folder_gives_its_files_then_the_files_of_its_class_folders(tmp_path):
     for name in ("2.png", "10.JPG", ".hidden.png", "v.mp4", "notes.txt", "inner/3.png", "inner/deep/4.png"):
         (tmp_path / name).parent.mkdir(exist_ok=True)
         (tmp_path / name).write_text("")
@@ -72,7 +72,7 @@ def test_a_folder_stands_for_its_files_then_for_its_class_folders(tmp_path):
     assert len(find_clips("--given", tmp_path, ("image",))) == 3
 
 
-def test_earlier_samples_are_read_at_their_own_rate_with_their_classes(tmp_path):
+def test_earlier_samples_keep_their_frame_rate_and_classes(tmp_path):
     clips = np.arange(3 * 8, dtype=np.uint8).reshape(3, 8, 1, 1, 1) * np.ones((16, 16, 3), np.uint8)
     write_npz(tmp_path / "samples.npz", clips, [1, -1, 0])
     (tmp_path / "samples.json").write_text(json.dumps({"classes": ["A", "B"], "time_scale": 0.04}))
@@ -83,7 +83,7 @@ def test_earlier_samples_are_read_at_their_own_rate_with_their_classes(tmp_path)
         assert found[1].read(range(4), 0.08, 16)[0, :, 0, 0].tolist() == [8, 10, 12, 14]
 
 
-def test_every_mistake_in_a_file_is_one_line(tmp_path):
+def test_every_bad_file_is_a_one_line_error(tmp_path):
     write_video(tmp_path / "v.avi", 10)
     for name in ("text.avi", "text.png", "notes.txt", "empty/notes.txt"):
         (tmp_path / name).parent.mkdir(exist_ok=True)
@@ -101,7 +101,7 @@ def test_every_mistake_in_a_file_is_one_line(tmp_path):
     assert "samples.json" in error_of(find_clips, "--given", tmp_path / "samples.npz", BOTH)
 
 
-def test_ranges_are_numbers_of_frames():
+def test_frame_ranges_are_parsed_and_printed():
     assert frame_ranges("0-3,12-13") == (0, 1, 2, 3, 12, 13) and frame_ranges(" 7, 2-2") == (2, 7)
     for text in ("0-3,12-13", "5", "0,2,4-6"):
         assert as_ranges(frame_ranges(text)) == text
@@ -112,7 +112,7 @@ def test_ranges_are_numbers_of_frames():
 
 @pytest.fixture
 def sample(places, tmp_path):
-    """(samples, content of samples.json) of a checkpoint and flags."""
+    """A function that returns (samples, content of samples.json) of a checkpoint and flags."""
 
     def sample(model, *flags, folder="s", **expected):
         return sample_here(places / f"{model}.pt", tmp_path / folder, "--no-previews", *flags, **expected)
@@ -121,12 +121,12 @@ def sample(places, tmp_path):
 
 
 def frames_of(path, frames):
-    """The frames of a clip as a sample shows them, (n, 16, 16, 3)."""
+    """Read frames of a clip as a sample shows them, (n, 16, 16, 3)."""
     return only(path).read(list(frames), 0.04, 16).permute(1, 2, 3, 0).numpy()
 
 
 @pytest.mark.parametrize("model", ["pixels", "latents", "energy", "fixed"])
-def test_given_frames_come_back_as_they_were_read(places, sample, model):
+def test_samples_show_given_frames_exactly_as_read(places, sample, model):
     flags = {"latents": ["--sampler", "heun"], "energy": ["--report-energy"]}.get(model, [])
     clips, about = sample(model, "--given", places / "B", *flags)
     plain, _ = sample(model, "--classes", "B", *flags)
@@ -139,7 +139,7 @@ def test_given_frames_come_back_as_they_were_read(places, sample, model):
     assert "real" not in about
 
 
-def test_given_latents_stay_bit_for_bit_and_only_the_background_is_added(places, sample, monkeypatch):
+def test_given_latents_stay_bit_for_bit_and_only_background_is_added(places, sample, monkeypatch):
     seen, decode, path = [], VAE.decode, places / "B/b.mp4"  # (latents, decoded) of each window
     monkeypatch.setattr(VAE, "decode", lambda vae, x: seen.append((x, decode(vae, x))) or seen[-1][1])
     flags = ["--given", path, "--given-frames", "0-3,5", "--num-frames", 16, "--window", 10, "--overlap", 4]
@@ -156,7 +156,7 @@ def test_given_latents_stay_bit_for_bit_and_only_the_background_is_added(places,
     assert [found["source"]["keep_background"] for found in (about, other)] == [False, True]
 
 
-def test_the_class_of_a_sample_is_its_clips_folder_else_the_flag_else_none(places, sample, tmp_path, capsys):
+def test_the_class_is_the_folder_of_the_clip_else_the_flag_else_none(places, sample, tmp_path, capsys):
     for number, (place, words, classes) in enumerate((
         ("other", [], ["none", "none"]),
         ("other", ["A", "B"], ["A", "B"]),
@@ -179,7 +179,7 @@ def test_several_samples_continue_the_same_clip(places, sample, tmp_path):
 
 
 class Drawn:
-    """Clips of a split as find_real returns them, each of its own gray, class and frame rate."""
+    """Clips of a split as find_real returns them, each with its own gray level, class and frame rate."""
 
     num_frames, corrupt = 8, None
 
@@ -193,7 +193,7 @@ class Drawn:
         return {"clip": gray[:, None, None].expand(3, 8, 16, 16), "corrupt": bad}
 
 
-def test_clips_of_a_split_are_continued_at_their_own_frame_rate(sample, monkeypatch, capsys):
+def test_clips_of_a_split_keep_their_own_frame_rate(sample, monkeypatch, capsys):
     asked, about_split = [], {"videos_sha256": "5ad1", "seed": 0}
     monkeypatch.setattr(sample_gd, "find_real", lambda *args, **_: asked.append(args) or (Drawn(), [], about_split))
     monkeypatch.setattr(sample_gd, "check_data_path", lambda *_, **__: None)
@@ -211,7 +211,7 @@ def test_clips_of_a_split_are_continued_at_their_own_frame_rate(sample, monkeypa
     assert "A/corrupt.avi can't be decoded" in capsys.readouterr().err
 
 
-def test_a_picture_is_frame_0_of_a_sample_and_a_start_is_cropped_too(places, tmp_path, capsys):
+def test_a_given_picture_is_frame_0_and_init_clips_are_cropped_too(places, tmp_path, capsys):
     for flags, is_given in (
         (["--given", places / "A/a.png"], True),
         (["--init", places / "B/b.mp4", "--init-gamma", 1, "--stepsize", 1e-9], False),
@@ -234,11 +234,11 @@ def details(real, mask, **settings):
     return Details(real.permute(0, 4, 1, 2, 3), mask, **settings)
 
 
-def test_where_nothing_moves_the_very_pixels_of_given_frames_stay():
+def test_static_parts_keep_the_exact_pixels_of_given_frames():
     real, mask = random_video(1).expand(2, 6, 4, 4, 3), torch.arange(6).expand(2, 6) < 2
-    decoded = real - 10  # what a VAE has lost
+    decoded = real - 10  # the loss of a VAE
     assert torch.equal(details(real, mask).add(decoded, 0), real)
-    decoded[0, 2:, 1, 1, 0] += 50  # something else is there, and shown as it was decoded
+    decoded[0, 2:, 1, 1, 0] += 50  # another object, shown as decoded
     expected = real.clone()
     expected[0, 2:, 1, 1] = decoded[0, 2:, 1, 1]
     assert torch.equal(details(real, mask).add(decoded, 0), expected)
@@ -254,7 +254,7 @@ def test_without_given_frames_or_loss_clips_are_shown_as_decoded():
 
 
 @pytest.mark.parametrize("given", [(0, 1), (3,), (0, 7), ()])
-def test_window_by_window_a_sample_is_shown_as_at_once(given):
+def test_details_do_not_depend_on_windows(given):
     decoded, real = random_video(8, 100, 120), random_video(8, 100, 120, seed=2)
     mask = torch.tensor([[frame in given for frame in range(8)], [frame == 0 for frame in range(8)]])
     whole, parts = details(real, mask).add(decoded, 0), details(real, mask)
@@ -263,7 +263,7 @@ def test_window_by_window_a_sample_is_shown_as_at_once(given):
     assert torch.equal(windows[0, known:], whole[0, known:]) and torch.equal(windows[1], whole[1])
 
 
-def test_the_nearest_given_frame_is_the_last_one_or_else_the_first():
+def test_the_nearest_given_frame_is_the_previous_one_or_else_the_first():
     mask = torch.rand(50, 9, generator=torch.Generator().manual_seed(3)) < 0.3
     for row, found in zip(mask.tolist(), nearest_given(mask).tolist(), strict=True):
         for frame, source in enumerate(found):

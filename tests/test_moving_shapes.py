@@ -1,4 +1,4 @@
-"""Moving Shapes: what is written, and that it is exact. And the script that arranges UCF-101."""
+"""The files of Moving Shapes, their exact content, and the script that arranges UCF-101."""
 
 import json
 import os
@@ -8,12 +8,12 @@ from argparse import Namespace
 from collections import Counter
 from pathlib import Path
 
-import av
 import numpy as np
 import pytest
 
 import make_moving_shapes as shapes
-from training import run_main
+from tiny_videos import decode
+from training import content, refused
 
 SCRIPTS = Path(shapes.__file__).parent
 SMALL = "--videos-per-class", 2, "--size", 16
@@ -24,28 +24,10 @@ def make(out, *flags):
     return json.loads((out / "shapes.json").read_text())
 
 
-def refused(capsys, out, *flags):
-    """The one line that says why."""
-    run_main(shapes, "--out", out, *flags, status=2)
-    (line,) = capsys.readouterr().err.splitlines()
-    return line
-
-
 def plan(*flags):
     args = shapes.parse_args(["--out", "x", *map(str, flags)])
     args = Namespace(**vars(args), frames=round(args.seconds * 25))
     return args, *shapes.plan_videos(args)
-
-
-def files_of(folder):
-    return {str(p.relative_to(folder)): p.read_bytes() for p in sorted(folder.rglob("*")) if p.is_file()}
-
-
-def decode(path):
-    """(frames of a video, uint8 (T, H, W, 3); frames per second)."""
-    with av.open(str(path)) as file:
-        frames = [frame.to_ndarray(format="rgb24") for frame in file.decode(video=0)]
-        return np.stack(frames), float(file.streams.video[0].average_rate)
 
 
 def centroid(frame):
@@ -61,19 +43,19 @@ def made(tmp_path_factory):
     return out, make(out, "--videos-per-class", 9)
 
 
-def test_bytes_depend_on_the_flags_alone_not_on_other_videos(tmp_path, made):
+def test_the_bytes_of_a_video_depend_only_on_the_flags(tmp_path, made):
     for name, seed in (("set", 0), ("again", 0), ("other", 1)):
         make(tmp_path / name, *SMALL, "--seed", seed)
-    same, again, other = (files_of(tmp_path / name) for name in ("set", "again", "other"))
+    same, again, other = (content(tmp_path / name) for name in ("set", "again", "other"))
     assert same == again and same.keys() == other.keys()
     assert all(same[name] != other[name] for name in same if name.endswith(".avi"))
     make(tmp_path / "few", "--videos-per-class", 2)
-    all_files, few = files_of(made[0]), files_of(tmp_path / "few")
+    all_files, few = content(made[0]), content(tmp_path / "few")
     assert all(few[name] == all_files[name] for name in few if "_g01_c01" in name)
     assert not [name for name, data in all_files.items() if b"Lav" in data]  # the name of the encoder
 
 
-def test_the_layout_and_the_lists_are_those_of_ucf101(made):
+def test_moving_shapes_has_the_layout_and_split_lists_of_ucf101(made):
     out, side = made
     assert sorted(p.name for p in out.iterdir() if p.is_dir()) == sorted([*shapes.CLASSES, "ucfTrainTestlist"])
     lists = (out / f"ucfTrainTestlist/{name}.txt" for name in ("classInd", "trainlist01", "testlist01"))
@@ -115,7 +97,7 @@ def test_decoded_videos_show_what_shapes_json_says(made):
 
 
 @pytest.mark.parametrize("shape", shapes.SHAPES)
-def test_coverage_is_the_count_of_points_inside_and_sums_to_the_area(shape):
+def test_coverage_equals_a_count_of_points_and_sums_to_the_area(shape):
     for center in ((32, 32), (31.37, 30.61), (20.123, 40.5)):
         share = shapes.coverage(shape, center, 11.52, 64)
         assert share.min() >= 0 and share.max() <= 1 + 1e-12
@@ -145,7 +127,7 @@ def test_shapes_are_never_cut_off_and_cross_the_frame(flags):
             assert share.sum() == pytest.approx(video["area"], rel=0.02)
 
 
-def test_radii_colors_and_backgrounds_are_chosen_from_the_given_ones():
+def test_radii_colors_and_backgrounds_come_from_the_flags():
     flags = "--radius", 0.1, 0.18, "--colors", "yellow", "cyan", "--backgrounds", "navy", "gray"
     videos = plan("--videos-per-class", 4, *flags)[1].values()
     radii = [video["radius"] / 64 for video in videos]
@@ -156,19 +138,13 @@ def test_radii_colors_and_backgrounds_are_chosen_from_the_given_ones():
         assert tuple(background) == shapes.BACKGROUNDS[video["background"]] in ((10, 20, 50), (40, 40, 40))
 
 
-def test_a_folder_with_anything_else_is_refused_and_not_changed(tmp_path, made, capsys):
+def test_a_folder_with_other_content_is_refused_and_not_changed(tmp_path, made, capsys):
     out = shutil.copytree(made[0], tmp_path / "set")
     before = {path: path.stat().st_mtime_ns for path in out.rglob("*")}
     make(out, "--videos-per-class", 9)
     assert "already exists" in capsys.readouterr().out
-    assert "other flags" in refused(capsys, out, "--videos-per-class", 10)
+    assert "other flags" in refused(capsys, shapes, "--out", out, "--videos-per-class", 10)
     assert {path: path.stat().st_mtime_ns for path in out.rglob("*")} == before
-    (tmp_path / "other").mkdir()
-    (tmp_path / "other/notes.txt").write_text("mine")
-    for place in ("other", "other/notes.txt"):
-        assert "not Moving Shapes" in refused(capsys, tmp_path / place)
-    assert "--size 17: " in refused(capsys, tmp_path / "new", "--size", 17) and not (tmp_path / "new").exists()
-    assert files_of(tmp_path / "other") == {"notes.txt": b"mine"}
 
 
 def test_an_interrupted_run_leaves_no_files(tmp_path, monkeypatch):
@@ -186,7 +162,7 @@ def test_an_interrupted_run_leaves_no_files(tmp_path, monkeypatch):
     assert len(written) == 5 and list(tmp_path.iterdir()) == []
 
 
-# prepare_ucf101.sh, with 3 videos in 2 classes and fake unpackers, which copy a folder instead of the archive.
+# prepare_ucf101.sh, with 3 videos in 2 classes and fake unpackers that copy a folder.
 
 
 @pytest.fixture
@@ -214,13 +190,13 @@ def ucf(tmp_path):
         command = ["bash", str(SCRIPTS / "prepare_ucf101.sh"), str(data / "ucf-101")]
         done = subprocess.run(command, env=os.environ | variables | environment, capture_output=True, text=True)
         assert (done.returncode, len(done.stderr.splitlines())) == (status, int(status == 2)), done.stderr
-        return done.stderr, files_of(data)
+        return done.stderr, content(data)
 
     run.data = data
     return run
 
 
-def test_ucf101_without_its_archives_names_the_downloads(ucf):
+def test_ucf101_without_archives_names_the_downloads(ucf):
     error, _ = ucf(status=2)
     for words in ("UCF101.rar", "https://www.crcv.ucf.edu/data/UCF101.php", "holds 0 videos in 0 classes"):
         assert words in error
@@ -229,7 +205,7 @@ def test_ucf101_without_its_archives_names_the_downloads(ucf):
 
 
 @pytest.mark.parametrize("where", [".", "ucf-101"])
-def test_ucf101_is_arranged_and_continues_after_an_interruption(ucf, where):
+def test_ucf101_is_arranged_and_resumes_after_an_interruption(ucf, where):
     _, files = ucf(archives=where)
     names = ["Archery/v_a_g01_c01.avi", "Archery/v_a_g01_c02.avi", "YoYo/v_y.avi"]
     assert [name for name in files if name.endswith(".avi")] == [f"ucf-101/{name}" for name in names]

@@ -1,4 +1,4 @@
-"""The nearest training clips against a search by loops, and evaluate.py --metric nearest end to end."""
+"""The nearest training clips compared with a search by loops, and evaluate.py --metric nearest end to end."""
 
 import functools
 import json
@@ -47,7 +47,7 @@ def naive(clip, videos, intervals):
     return min(found)
 
 
-def test_the_window_and_its_distance_are_those_of_a_search_by_loops(monkeypatch):
+def test_the_nearest_window_and_its_distance_equal_a_search_by_loops(monkeypatch):
     videos, intervals = random_videos((5, 17, 4, 11, 23)), (1, 2, 1, 3, 1, 2)
     videos.append(videos[1])  # of equal windows the first counts
     clips = np.stack(random_videos([4] * 9, seed=1))
@@ -75,7 +75,7 @@ def test_distances_are_exact_for_the_largest_sums_of_products(monkeypatch):
     assert places[0][:2] == [1, 2] and places[2] == [0, 6, 1]  # of equal windows the first
 
 
-def test_frames_before_the_damage_of_a_video_are_compared_and_it_is_named(monkeypatch):
+def test_frames_before_damage_are_compared_and_the_video_is_named(monkeypatch):
     videos = random_videos((9, 9))
     clips = np.stack([videos[1][1:4], videos[1][4:7]])
     distances, places, bad = found_in(monkeypatch, clips, videos, (1, 1), damaged=[1])
@@ -83,7 +83,7 @@ def test_frames_before_the_damage_of_a_video_are_compared_and_it_is_named(monkey
     assert distances[1] == naive(clips[1], [videos[0], videos[1][:5]], (1, 1))[0] > 0
 
 
-def test_the_interval_is_closest_in_time_or_the_largest_that_fits():
+def test_the_frame_interval_is_the_closest_in_time_or_the_largest_that_fits():
     videos = [Video("a", "A", *about, None, None) for about in ((20, 25.0), (20, 12.5), (5, 25.0), (20, 3.0))]
     assert nearest.TrainingWindows("", videos, 4, 16, 1 / 12.5).intervals == [2, 1, 1, 1]
 

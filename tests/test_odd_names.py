@@ -1,5 +1,4 @@
-"""Names with spaces, quotes, line breaks and shell code work everywhere: no shell runs them and they forge no
-line of a log."""
+"""Names with spaces, quotes, line breaks and shell code work everywhere. No shell runs them; they forge no log line."""
 
 import json
 import os
@@ -34,7 +33,7 @@ def unreadable(*_):
     raise UnreadableError
 
 
-def test_everything_works_with_odd_names_and_no_line_is_forged(tmp_path, monkeypatch, capsys):
+def test_all_scripts_work_with_odd_names_and_no_log_line_is_forged(tmp_path, monkeypatch, capsys):
     monkeypatch.chdir(tmp_path)
     names = ("data", "results", "cache", "exported", "samples", "ckpt", "vae")
     data, results, cache, exported, samples, ckpt, vae = (tmp_path / f"{name}{ODD}" for name in names)
@@ -50,7 +49,7 @@ def test_everything_works_with_odd_names_and_no_line_is_forged(tmp_path, monkeyp
               "--sample-every=1", "--num-samples=2", "--num-sampling-steps=2"]  # fmt: skip
     pixels = [*shared, f"--data-path={data}", "--vae=none", "--image-size=16"]
     run_main(train, *pixels, "--max-steps=1")
-    monkeypatch.setattr("video.index.probe", unreadable)  # the index knows the others
+    monkeypatch.setattr("video.index.probe", unreadable)  # the index has all other videos
     run_main(train, *pixels, "--max-steps=2", "--resume", "--cache-frames")
     run_main(train, *shared, f"--data-path={cache}", "--max-steps=1")
     shutil.copy(min(results.glob("[0-9]*")) / "checkpoints/latest.pt", ckpt)
@@ -73,7 +72,7 @@ def test_everything_works_with_odd_names_and_no_line_is_forged(tmp_path, monkeyp
     jsons += [json.loads((folder / "config.json").read_text())["data"] for folder in results.glob("[0-9]*")]
     assert all(about["classes"] == sorted(CLASSES) for about in [*jsons, checkpoint.load(ckpt)["config"]["data"]])
     assert not list(tmp_path.rglob("hacked"))
-    assert all("data" in path.name or ODD[:5] in path.name for path in tmp_path.iterdir())  # all is in their folders
+    assert all("data" in path.name or ODD[:5] in path.name for path in tmp_path.iterdir())
 
 
 @pytest.mark.parametrize(
@@ -82,17 +81,17 @@ def test_everything_works_with_odd_names_and_no_line_is_forged(tmp_path, monkeyp
         ("plain, ünïcode 😀", "plain, ünïcode 😀"),
         ("two\nlines\r\t", r"two\nlines\r\t"),
         ("\x1b[2J\x00\x7f", r"\x1b[2J\x00\x7f"),
-        ("a\u2028b\x85c", r"a\u2028b\x85c"),  # line breaks, for str.splitlines
+        ("a\u2028b\x85c", r"a\u2028b\x85c"),  # str.splitlines splits here
         ("no text \udcff", r"no text \udcff"),
         ("\u202egnp.exe", r"\u202egnp.exe"),  # written from right to left
     ],
 )
-def test_a_line_shows_printable_characters_and_escapes_the_rest(text, shown):
+def test_messages_escape_characters_that_are_not_printable(text, shown):
     assert one_line(text) == shown
     assert one_line(text, "ascii").isascii()
 
 
-# The shell scripts, with a torchrun and a python that only record their arguments.
+# Shell scripts, with a fake torchrun and python that only record their arguments.
 
 
 @pytest.fixture
@@ -119,7 +118,7 @@ def run_copy(tmp_path):
 
 
 def make_checkpoints(root, name="00-a"):
-    """Those of two phases; returns the folder of their run."""
+    """Make the checkpoints of two phases. Returns the folder of their run."""
     folder = root / f"results/{ODD}/{name}/checkpoints"
     folder.mkdir(parents=True)
     for step in (50, 90):
@@ -140,7 +139,7 @@ def test_train_progressive_passes_odd_names_unchanged(run_copy, tmp_path):
         assert (ckpt in call) == (step is not None)
 
 
-def test_train_progressive_trains_all_phases_in_one_run_if_asked(run_copy):
+def test_train_progressive_can_train_all_phases_in_one_run(run_copy):
     settings = {f"{name}_{phase}": str(10 * phase) for name in ("STEPS", "BATCH") for phase in (1, 2, 3)}
     _, (call,) = run_copy("train_progressive.sh", "--more", CACHE="0", ONE_RUN="1", LR_DECAY="0.4", **settings)
     assert call[-2:] == ["--frames-schedule=4:10:10,8:20:20,16:30:30", "--more"]
@@ -159,7 +158,7 @@ INTERVALS = ["--frame-interval", "1", "2"]
         ({"RECIPE": "ours"}, True, INTERVALS, "0.75", ["--compile"]),
         ({"COMPILE": "0"}, True, INTERVALS, "0.75", []),
         ({"RECIPE": "small"}, False, [*INTERVALS, "--optimizer", "muon", "--gamma-shift", "3"], "0.75", []),
-        ({"RECIPE": "published"}, False, ["--cfg-scale", "4"], "0", []),  # the rest are the defaults of train.py
+        ({"RECIPE": "published"}, False, ["--cfg-scale", "4"], "0", []),  # plus the defaults of train.py
         ({"RECIPE": "published", "FORCING": "0.5"}, False, ["--cfg-scale", "4"], "0.5", []),
     ],
 )
@@ -173,18 +172,18 @@ def test_each_recipe_passes_its_flags_and_our_positions(settings, on_gpu, flags,
     assert found == [*flags, *POSITIONS, "--forcing", share, "--lr-decay", "0", *compiled]
 
 
-def test_what_the_published_recipe_leaves_to_train_py_is_as_in_the_paper(monkeypatch):
+def test_defaults_of_train_py_for_the_published_recipe_equal_the_paper(monkeypatch):
     """AdamW at 1e-4 without weight decay, uniform gamma, no forcing, label dropout 0.1."""
     monkeypatch.setattr(sys, "argv", ["train.py", "--data-path", "x"])
     args = train.parse_args()
     assert (args.optimizer, args.lr, args.gamma_shift, args.forcing, args.lr_decay) == ("adamw", 1e-4, 1.0, 0.0, 0.0)
-    assert args.weight_decay is None  # which only --optimizer muon raises above 0
+    assert args.weight_decay is None  # only --optimizer muon sets it above 0
     assert model_config("EqM-S/4", input_size=16, in_channels=3, num_classes=2).class_dropout_prob == 0.1
 
 
-def test_train_progressive_leaves_the_positions_of_a_checkpoint_to_it(run_copy, tmp_path):
+def test_train_progressive_takes_positions_and_forcing_from_a_checkpoint(run_copy, tmp_path):
     def choices(**environment):
-        """(its flags of positions, the value of --forcing) of each phase."""
+        """Yield (flags of positions, value of --forcing) of each phase."""
         settings = {"CACHE": "0", "STEPS_1": "50", "STEPS_2": "90", "EXP": ODD} | environment
         for call in run_copy("train_progressive.sh", **settings)[1]:
             place = call.index("--forcing") + 1
@@ -194,10 +193,10 @@ def test_train_progressive_leaves_the_positions_of_a_checkpoint_to_it(run_copy, 
     assert list(choices()) == [(POSITIONS, "0.75")]  # ends after phase 1, which has saved nothing
     assert list(choices(FORCING="0.2")) == [(POSITIONS, "0.2")]
     config = make_checkpoints(tmp_path, "00-EqM-S-4-f4-rope") / "config.json"
-    for training, share in (({"lr": 1}, "0"), ({"forcing": 0.5}, "0.5")):  # the first of code that had no such flag
+    for training, share in (({"lr": 1}, "0"), ({"forcing": 0.5}, "0.5")):  # the first without --forcing, as in old code
         config.write_text(json.dumps({"training": training}))
         assert list(choices()) == 3 * [([], share)]
-    assert list(choices(ONE_RUN="1")) == [(POSITIONS, "0.75")]  # which does not go on with that run
+    assert list(choices(ONE_RUN="1")) == [(POSITIONS, "0.75")]  # a new run
 
 
 def test_sample_passes_odd_names_unchanged_and_uses_the_newest_model(run_copy, tmp_path):
@@ -217,6 +216,6 @@ def test_sample_passes_odd_names_unchanged_and_uses_the_newest_model(run_copy, t
 
 
 @pytest.mark.parametrize("step", ["", "x", "1 2", "a[$(touch hacked)]"])
-def test_a_phase_whose_last_step_is_not_a_number_is_named(run_copy, step):
+def test_a_last_step_that_is_not_a_number_is_an_error(run_copy, step):
     done, _ = run_copy("train_progressive.sh", CACHE="0", STEPS_1=step or "\n", STEPS_2="9")
     assert done.returncode == 2 and b"STEPS_1" in done.stderr

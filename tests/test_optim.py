@@ -1,4 +1,4 @@
-"""Optimizers, learning rates, gradients that are not finite, EMA."""
+"""Optimizers, learning rates, gradients that are not finite, and the EMA."""
 
 import os
 from types import SimpleNamespace
@@ -10,13 +10,13 @@ from torch import multiprocessing
 
 import optim
 from models import EqM, model_config
-from optim import Muon, orthogonalize
+from optim import Muon
 from training import differences
 
 SMALL = {"input_size": 16, "in_channels": 3, "hidden_size": 192, "depth": 1, "num_heads": 3, "num_classes": 2}
 
 
-def test_the_learning_rate_warms_up_stays_and_decays_to_zero():
+def test_the_learning_rate_warms_up_stays_constant_and_decays_to_zero():
     args = SimpleNamespace(warmup_steps=10, lr_decay=0.4)
     factors = [optim.lr_multiplier(args, step, last_step=100) for step in range(1, 101)]
     assert factors[:10] == pytest.approx([0.1 * step for step in range(1, 11)])
@@ -24,7 +24,7 @@ def test_the_learning_rate_warms_up_stays_and_decays_to_zero():
     assert factors[60:] == pytest.approx([(100 - step + 1) / 40 for step in range(61, 101)])
 
 
-def test_muon_gets_the_matrices_of_the_blocks_and_adamw_all_the_rest():
+def test_muon_gets_the_block_matrices_and_adamw_all_other_weights():
     model = EqM(model_config("EqM-Ti/4", **SMALL))
     args = SimpleNamespace(optimizer="muon", lr=1e-3, muon_lr=2e-2, weight_decay=0.3)
     optimizers = optim.make_optimizers(model, args)
@@ -40,25 +40,11 @@ def test_muon_gets_the_matrices_of_the_blocks_and_adamw_all_the_rest():
     assert len(alone.param_groups[0]["params"]) == len(names)
 
 
-@pytest.mark.parametrize("shape", [(3, 32, 96), (2, 96, 32), (4, 16, 16), (1, 1, 5)])
-def test_orthogonalize_keeps_singular_vectors_and_brings_values_close_to_1(shape):
-    torch.manual_seed(0)
-    matrices = 3 * torch.randn(shape)
-    results = orthogonalize(matrices)
-    assert (results.shape, results.dtype) == (shape, torch.bfloat16)
-    assert torch.equal(results, torch.cat([orthogonalize(matrix[None]) for matrix in matrices]))
-    u, _, v = torch.linalg.svd(matrices, full_matrices=False)
-    inner = u.mT @ results.float() @ v.mT
-    values = inner.diagonal(dim1=1, dim2=2)
-    assert values.min() > (0.5 if shape[1] != shape[2] else 0.05) and values.max() < 1.3
-    assert (inner - values.diag_embed()).norm() < 0.1 * values.norm()
-
-
 SHAPES = [(96, 32), (32, 32), (128, 32), (32, 128), (32, 32)]
 
 
 def steps_of(*optimizers):
-    """Steps of optimizers with random gradients, which are the same for all."""
+    """Make four steps of optimizers with the same random gradients."""
     torch.manual_seed(0)
     for _ in range(4):
         for weights in zip(*(optimizer.param_groups[0]["params"] for optimizer in optimizers), strict=True):
@@ -69,13 +55,13 @@ def steps_of(*optimizers):
             optimizer.step()
 
 
-def test_muon_agrees_with_that_of_torch_up_to_rounding_in_bfloat16():
+def test_muon_agrees_with_torch_muon_up_to_bfloat16_rounding():
     ours, theirs = ([torch.nn.Parameter(torch.ones(shape)) for shape in SHAPES] for _ in range(2))
     optimizers = Muon(ours, 0.02, 0.1), torch.optim.Muon(theirs, lr=0.02, weight_decay=0.1)
     steps_of(*optimizers)
     for one, other in zip(ours, theirs, strict=True):
         assert (one - other).norm() < 0.02 * (other - 1).norm()
-    momenta = [optimizer.state_dict()["state"] for optimizer in optimizers]  # so their checkpoints are the same
+    momenta = [optimizer.state_dict()["state"] for optimizer in optimizers]  # checkpoints are interchangeable
     assert differences(*momenta) == []
 
 
@@ -92,20 +78,20 @@ def train_by_muon(rank, ranks, folder):
 
 
 @pytest.mark.parametrize("ranks", [2, 4])
-def test_muon_gives_every_rank_the_weights_that_one_rank_alone_has(ranks, tmp_path):
+def test_muon_gives_all_ranks_the_weights_of_a_single_rank(ranks, tmp_path):
     train_by_muon(0, 1, tmp_path)
-    # A fork has torch already, which takes seconds to import
+    # A fork does not import torch again, which takes seconds.
     multiprocessing.start_processes(train_by_muon, (ranks, tmp_path), ranks, start_method="fork")
     names = ["0-1", *(f"{rank}-{ranks}" for rank in range(ranks))]
     (alone, momenta, _), *found = (torch.load(tmp_path / f"{name}.pt", weights_only=True) for name in names)
     for weights, same_momenta, batches in found:
-        assert {owner for owner, _ in batches} == set(range(ranks))  # all have something to do
+        assert {owner for owner, _ in batches} == set(range(ranks))  # no rank is idle
         assert differences(momenta, same_momenta) == []
         for weight, expected in zip(weights, alone, strict=True):
             assert (weight - expected).abs().max() <= 1e-6
 
 
-def test_no_rank_has_much_more_to_orthogonalize_than_another():
+def test_ranks_share_the_work_of_orthogonalizing_evenly():
     shapes = [(3456, 1152), (1152, 1152), (4608, 1152), (1152, 4608)] * 28  # of EqM-XL
     for ranks in (1, 2, 3, 4, 7, 8):
         work, shared = [0] * ranks, []
@@ -126,7 +112,7 @@ def test_no_rank_has_much_more_to_orthogonalize_than_another():
         (torch.nan, torch.nan, True, True, 0),  # fp16 does not explain a loss that is not finite
     ],
 )
-def test_bad_gradients_skip_the_step_and_fp16_explains_only_overflows(grad_norm, loss, fp16, skip, tolerated):
+def test_nonfinite_gradients_skip_the_step_and_fp16_excuses_only_overflows(grad_norm, loss, fp16, skip, tolerated):
     scaler = SimpleNamespace(is_enabled=lambda: fp16)
     found = optim.check_gradient(torch.tensor(grad_norm), [torch.tensor(loss)], scaler)
     assert (bool(found[0]), found[1].item()) == (skip, tolerated)

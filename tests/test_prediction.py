@@ -1,4 +1,4 @@
-"""Scores of predicted frames against naive versions, and evaluate.py --metric prediction end to end."""
+"""Scores of predicted frames compared with naive versions, and evaluate.py --metric prediction end to end."""
 
 import json
 import math
@@ -14,12 +14,8 @@ from sample_folders import FRAMES, SIZE, SOURCE, read_clips, refused, run, write
 from scoring import prediction, sources
 from scoring.shapes import Track, track
 from scoring.stats import psnr
+from test_shapes import noisy
 from tiny_data import write_npz
-
-
-def noisy(clip, scale, seed=0):
-    noise = np.random.default_rng(seed).normal(0, scale, clip.shape)
-    return np.clip(np.rint(clip + noise), 0, 255).astype(np.uint8)
 
 
 def gradient(num_frames=6, size=16):
@@ -32,7 +28,7 @@ def naive_psnr(a, b):
     return 10 * math.log10(255**2 / ((a.astype(float) - b) ** 2).mean())
 
 
-def test_scores_are_those_of_their_definitions():
+def test_prediction_scores_equal_their_definitions():
     real = gradient()
     samples = np.stack([noisy(real, 8, seed) for seed in range(3)])
     scores, baselines = prediction.score_clip(real, samples, given=(1, 4))
@@ -81,7 +77,7 @@ def test_the_best_sample_is_chosen_for_each_metric_on_its_own():
     assert low < result["psnr_gain"] < high and high - low == pytest.approx(2.2, abs=0.5)  # 3.92 x 1.118 / 2
 
 
-def test_the_average_of_samples_with_errors_of_their_own_has_less_of_them():
+def test_averaging_samples_with_independent_errors_raises_the_score():
     real = np.broadcast_to(np.arange(40, 200, 10, dtype=np.uint8)[:, None], (6, 16, 16, 3))
     samples = np.stack([noisy(real, 8, seed) for seed in range(4)])
     scores, baselines = prediction.score_clip(real, samples, given=(0, 1))
@@ -122,7 +118,7 @@ def test_means_over_moving_pixels_are_of_clips_in_which_something_moves():
     assert prediction.result_lines(result | {"given_frames": "0"})[1].endswith(" -")
 
 
-def test_a_clip_that_keeps_color_and_shape_is_told_from_others():
+def test_only_a_clip_with_the_same_color_and_shape_keeps_the_appearance():
     real = track(moving())
     others = moving(), moving(shape="Square"), moving(rgb=(80, 130, 250)), np.zeros_like(moving())
     assert [prediction.keeps_appearance(track(clip), real) for clip in others] == [True, False, False, False]
@@ -197,7 +193,7 @@ MISTAKES = {
 
 
 @pytest.mark.parametrize("case", MISTAKES)
-def test_samples_that_can_not_be_compared_are_refused(case, shapes, tmp_path, capsys, monkeypatch):
+def test_samples_that_cannot_be_compared_are_refused(case, shapes, tmp_path, capsys, monkeypatch):
     about, flags, words = MISTAKES[case]
     monkeypatch.chdir(tmp_path)
     if case == "other videos":

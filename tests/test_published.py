@@ -1,4 +1,4 @@
-"""A tiny model in the published format and the float32 results of the published code with it."""
+"""A tiny model in the published format, compared with the float32 results of the published code."""
 
 import argparse
 import json
@@ -25,20 +25,10 @@ from runtime.cli import UserError
 from tiny_data import flip_bit, make_images, make_vae
 from training import differences, run_main
 
-
-def read_reference():
-    """(inputs and results of the published code, the settings of its model)."""
-    with safe_open(Path(__file__).parent / "eqm_image_tiny.safetensors", "pt") as file:
-        tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 - not a dict
-        return tensors, json.loads(file.metadata()["config"])
-
-
-def published_state():
-    """The state dict of the published model."""
-    return {name.removeprefix("state."): value for name, value in read_reference()[0].items() if "state." in name}
-
-
-STATE, (TENSORS, SETTINGS) = published_state(), read_reference()
+with safe_open(Path(__file__).parent / "eqm_image_tiny.safetensors", "pt") as file:
+    TENSORS = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 - inputs and results, not a dict
+    SETTINGS = json.loads(file.metadata()["config"])  # of the model
+STATE = {name.removeprefix("state."): value for name, value in TENSORS.items() if "state." in name}
 X, Y = TENSORS["x"].unsqueeze(2), TENSORS["y"]  # images of one frame
 KNOWN = {field.name for field in fields(EqMConfig)}
 CONFIG = EqMConfig(temporal_patch_size=1, **{name: value for name, value in SETTINGS.items() if name in KNOWN})
@@ -84,7 +74,7 @@ RESULTS = {  # of the published code: what gives the same
 
 @pytest.mark.parametrize("name", RESULTS)
 @torch.no_grad()
-def test_the_published_model_has_the_results_of_the_published_code(name):
+def test_the_published_model_gives_the_results_of_the_published_code(name):
     value, expected = RESULTS[name](), TENSORS[name]
     assert ((value.view_as(expected) - expected).norm() / expected.norm()).item() < 1e-5
 
@@ -114,7 +104,7 @@ def write_file(path, state, kind):
 
 
 def refusal(path, model=None, **asked):
-    """The one line with which a file is refused."""
+    """The one-line error of a file that is refused."""
     with pytest.raises(UserError) as error:
         checkpoint.load_model(path, model=model, **asked)
     assert str(error.value).startswith(f"--ckpt {path}: ") and "\n" not in str(error.value)
@@ -139,7 +129,7 @@ def test_a_published_file_loads_with_its_ema_weights(tmp_path, tiny_name, kind):
         torch.testing.assert_close(raw.final_layer.linear.bias + 1, model.final_layer.linear.bias)
 
 
-def test_a_file_has_its_own_energy_or_the_one_that_is_asked_for(tmp_path, tiny_name):
+def test_a_published_file_has_its_own_energy_or_the_energy_of_the_flag(tmp_path, tiny_name):
     bare, own = (write_file(tmp_path / f"{kind}.pt", STATE, kind) for kind in ("bare", "of energies"))
     assert checkpoint.load_model(bare, model=tiny_name, ebm="dot")[0].config.ebm == "dot"
     assert "was trained with --ebm l2" in refusal(own, tiny_name, ebm="dot")
@@ -150,7 +140,7 @@ def test_a_file_has_its_own_energy_or_the_one_that_is_asked_for(tmp_path, tiny_n
 
 
 @pytest.mark.parametrize("part", ["model", "ema", "opt"])
-def test_a_flipped_bit_of_a_published_file_is_found_where_it_is_used(tmp_path, tiny_name, part):
+def test_a_flipped_bit_of_a_published_file_is_found_if_it_is_used(tmp_path, tiny_name, part):
     weight, path = "blocks.1.mlp.fc1.weight", tmp_path / "a.pt"
     state = {"model": STATE, "ema": STATE | {weight: STATE[weight] + 1}, "opt": {weight: torch.rand(100)}}
     torch.save(state, path)
@@ -218,7 +208,7 @@ def test_a_published_file_samples_images_and_starts_a_training_run(tmp_path, tin
     assert (folder / "samples/0000002.png").exists()
 
 
-def test_a_folder_of_runs_in_place_of_a_checkpoint_names_the_newest_one(tmp_path):
+def test_a_folder_instead_of_a_checkpoint_names_its_newest_checkpoint(tmp_path):
     for number, name in enumerate(("000-a", "001-b")):
         (tmp_path / name / "checkpoints").mkdir(parents=True)
         (tmp_path / name / "checkpoints/best.pt").touch()

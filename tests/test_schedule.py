@@ -1,4 +1,4 @@
-"""A schedule of frames in one run: how it is parsed, its phases, and that it equals the chain of its phases."""
+"""Frame schedules: parsing, phases, and a run that equals the chain of its phases."""
 
 import argparse
 
@@ -11,7 +11,7 @@ from schedule import Phase, current_phase, fill_batches, frames_of_steps, is_due
 from training import TINY, Training, differences, run_here
 
 
-def test_a_schedule_names_frames_last_step_and_batch_of_each_phase():
+def test_a_schedule_has_frames_last_step_and_batch_of_each_phase():
     phases = [Phase(4, 20_000, 256), Phase(8, 30_000, 128), Phase(16, 40_000, None)]
     assert parse_schedule("4:20000:256,8:30000:128,16:40000") == phases
 
@@ -20,22 +20,22 @@ WRONG = "4 4:x 4:10:2:1 4:10, 4:10;8:20 0:10 4:0 4:10:0 4:10,8:10 4:10,8:5 -4:10
 
 
 @pytest.mark.parametrize("text", ["", *WRONG.split()])
-def test_what_is_not_a_schedule_is_refused(text):
+def test_an_invalid_schedule_is_refused(text):
     with pytest.raises(argparse.ArgumentTypeError):
         parse_schedule(text)
 
 
-def test_phases_without_a_batch_have_as_many_tokens_a_step_as_the_first():
+def test_phases_without_a_batch_size_keep_the_tokens_per_step():
     filled = fill_batches(parse_schedule("4:10,8:20,16:30,16:40:6"), 32, tokens=lambda n: 64 * (n // 4), parts=2)
     assert [phase.batch_size for phase in filled] == [32, 16, 8, 6]
     filled = fill_batches(parse_schedule("4:10:64,8:20"), 32, tokens=lambda n: n, parts=1)
     assert [phase.batch_size for phase in filled] == [64, 32]
     for text in ("4:10,12:20", "4:10:3", "4:10,8:20,16:30:5"):
-        with pytest.raises(UserError, match="not a multiple of 4"):
+        with pytest.raises(UserError, match="clips per step; expected a multiple of 4"):
             fill_batches(parse_schedule(text), 32, tokens=lambda n: n, parts=4)
 
 
-def test_a_checkpoint_continues_in_the_phase_that_holds_its_step():
+def test_a_checkpoint_continues_in_the_phase_of_its_next_step():
     phases = parse_schedule("4:10,8:20,16:30")
     assert [current_phase(phases, step).num_frames for step in (0, 9, 10, 19, 20, 29)] == [4, 4, 8, 8, 16, 16]
 
@@ -48,10 +48,10 @@ def test_a_share_of_the_later_steps_has_the_frames_of_an_earlier_phase():
     for earlier in (4, 8):
         assert frames.count(earlier) / 3000 == pytest.approx(0.15, abs=0.03)
     later = frames_of_steps(phases, phases[2], step=2500, first_step=2000, mix=0.3, seed=0)
-    assert later == frames[500:]  # wherever it was interrupted
+    assert later == frames[500:]  # after an interruption, too
 
 
-def test_something_is_due_periodically_and_at_the_end_of_a_phase():
+def test_steps_are_due_periodically_and_at_the_end_of_a_phase():
     assert [step for step in range(1, 12) if is_due(step, 11, 4)] == [4, 8, 11]
     assert [step for step in range(1, 12) if is_due(step, 11, 4, 0, 6)] == [4, 6, 8, 11]
     assert [step for step in range(1, 12) if is_due(step, 11, 0)] == [11]
@@ -66,7 +66,7 @@ FLAGS = ["--lr-decay", 0.6, "--warmup-steps", 2, "--val-frames", 4]
 
 
 def run_schedule(schedule, data, results, *flags, stops=(None,)):
-    """A run of a schedule that is stopped after so many steps at a time."""
+    """Train with a schedule; each start of the run stops after so many steps."""
     at = TINY.index("--num-frames")
     training = Training(data, results, None, base=[*TINY[:at], *TINY[at + 2 :]])
     for stop in stops:
@@ -85,24 +85,18 @@ def flops_of(config, batch, frames):
     return batch * EqMConfig(**config["model"]).training_flops(frames)
 
 
-@pytest.fixture
-def chain(shapes, tmp_path):
-    """The three phases as runs of their own."""
-    ckpt, phases = [], []
-    for frames, steps, batch in PHASES:
+def test_a_schedule_equals_a_chain_of_runs_bit_for_bit_even_if_stopped(shapes, tmp_path):
+    ckpt, chain = [], []
+    for frames, steps, batch in PHASES:  # separate runs
         phase = Training(shapes, tmp_path / str(frames), steps, flags=FLAGS)
         run_here(phase, "--num-frames", frames, "--global-batch-size", batch, "--lr-decay-end", 7, *ckpt)
         ckpt = ["--ckpt", phase.folder / f"checkpoints/{steps:07d}.pt"]
-        phases.append(phase)
-    return phases
-
-
-def test_a_schedule_equals_its_phases_as_a_chain_bit_for_bit_also_stopped(chain, shapes, tmp_path):
+        chain.append(phase)
     training = run_schedule(SCHEDULE, shapes, tmp_path / "r", *FLAGS, stops=(1, 2, 1, None))
     assert training.folder.name == "000-EqM-Ti-4-f4-8-16-rope"
     rows, expected = training.rows(), [row for phase in chain for row in phase.rows()]
     for row in (*rows, *expected):
-        row.pop("flops")  # count from the beginning of a run folder
+        row.pop("flops")  # counted per run folder
     assert rows == expected
     total = 0
     for phase, (frames, last_step, batch) in zip(chain, PHASES, strict=True):
@@ -116,7 +110,7 @@ def test_a_schedule_equals_its_phases_as_a_chain_bit_for_bit_also_stopped(chain,
 
 
 def test_a_run_beyond_the_end_of_its_phase_continues_with_the_next(shapes, tmp_path):
-    """As after a resume with a schedule whose first phase is shorter than what was trained."""
+    """For example after a resume with a schedule whose first phase is shorter."""
     for schedule, stop in (("4:6:2,8:8:2", 4), ("4:3:2,8:8:2", None)):
         training = run_schedule(schedule, shapes, tmp_path / "r", stops=[stop])
     state, _ = saved(training, "latest.pt")
@@ -124,7 +118,7 @@ def test_a_run_beyond_the_end_of_its_phase_continues_with_the_next(shapes, tmp_p
     assert [row["step"] for row in training.rows()] == [2, 3, 4, 5, 6, 8]
 
 
-def test_ends_of_phases_are_kept_and_mixing_trains_on_shorter_clips_too(shapes, tmp_path):
+def test_phase_ends_are_kept_and_mix_also_trains_on_shorter_clips(shapes, tmp_path):
     flags = ["--keep-last", 1, "--ckpt-every", 1, "--log-every", 1, "--val-every", 100, "--sample-every", 0]
     schedule, first_step, expected, total = parse_schedule("4:3:2,8:5:2,16:7:2"), 0, [], 0
     for phase in schedule:

@@ -1,4 +1,4 @@
-"""The tracker finds what a clip shows, and refuses anything but one object in straight, steady or bouncing motion."""
+"""The tracker measures one object in straight, steady or bouncing motion, and refuses all other clips."""
 
 import itertools
 import json
@@ -54,7 +54,7 @@ def noisy(clip, deviation, seed=0):
     ("frames", "speed", "size"),
     [(25, 0.36, 16), (7, 0.55, 16), (2, 0.5, 16), (7, 0.55, 24), (7, 0.55, 40), (7, 0.55, 64), (7, 0.55, 96)],
 )
-def test_drawn_clips_of_any_size_are_measured_correctly(frames, speed, size):
+def test_the_tracker_measures_drawn_clips_of_any_size(frames, speed, size):
     scale = size / 16
     for shape, direction in COMBINATIONS:
         found = track(clip_of(line(direction, frames, speed) * scale, shape, BLUE, size, 2.88 * scale))
@@ -65,7 +65,7 @@ def test_drawn_clips_of_any_size_are_measured_correctly(frames, speed, size):
 
 
 @pytest.mark.parametrize(("deviation", "noise", "area"), [(0.7, 6, 0.2), (1.0, 0, 0.2), (0, 10, 0.2), (0.5, 0, 0.05)])
-def test_blur_and_noise_as_in_generated_clips_are_tolerated(deviation, noise, area):
+def test_the_tracker_tolerates_blur_and_noise(deviation, noise, area):
     for shape, direction in COMBINATIONS:
         clip = clip_of(line(direction, 7, 0.55), shape, GREEN)
         found = track(noisy(blur(clip, deviation) if deviation else clip, noise))
@@ -73,7 +73,7 @@ def test_blur_and_noise_as_in_generated_clips_are_tolerated(deviation, noise, ar
         assert found.speed == pytest.approx(0.55, abs=0.05) and found.area == pytest.approx(track(clip).area, rel=area)
 
 
-def test_every_color_of_the_data_set_is_found_on_every_background():
+def test_the_tracker_finds_every_color_on_every_background():
     for color, background in itertools.product(drawing.COLORS.values(), drawing.BACKGROUNDS.values()):
         found = track(clip_of(line("Left"), "Square", color, background=background))
         assert (found.direction, found.shape) == ("Left", "Square")
@@ -89,7 +89,7 @@ def data_set(tmp_path_factory):
 
 
 @pytest.mark.parametrize("size", [64, 16])
-def test_decoded_videos_are_all_tracked_correctly_whole_and_short(data_set, size):
+def test_the_tracker_is_right_about_all_decoded_videos_long_and_short(data_set, size):
     videos = json.loads((data_set / "shapes.json").read_text())["videos"]
     clips = [decord.VideoReader(str(data_set / f"{key}.avi")).get_batch(range(25)).asnumpy() for key in videos]
     frames = torch.from_numpy(np.concatenate(clips)).permute(0, 3, 1, 2).float()
@@ -160,13 +160,13 @@ def test_a_small_wobble_or_one_of_two_objects_has_a_direction():
 
 
 @pytest.mark.parametrize("frames", [2, 4, 25])
-def test_a_shape_that_stands_still_has_a_shape_but_no_direction(frames):
+def test_a_static_object_has_a_shape_but_no_direction(frames):
     for seed in range(10):
         found = track(noisy(clip_of(line("Up", frames, 0), "Triangle"), 5, seed))
         assert found.direction is None and "stands still" in found.reason and found.shape == "Triangle"
 
 
-def test_the_truth_is_that_of_shapes_json_scaled_to_the_clip(data_set, tmp_path):
+def test_the_truth_of_shapes_json_is_scaled_to_the_clip(data_set, tmp_path):
     truth = shapes.Truth(data_set)("SquareUp", 16, 3 / 25)
     assert (truth.direction, truth.shape) == ("Up", "Square")
     assert truth.speed == pytest.approx(9 * 3 / 25)  # 9 px a second at 16 px
@@ -238,7 +238,7 @@ def test_bouncing_shapes_move_like_a_ball_between_two_walls(video):
 
 
 @pytest.mark.parametrize("jitter", [0.0, 0.2])
-def test_true_clips_have_one_object_its_speed_and_turns_at_the_borders(follow, jitter):
+def test_true_bouncing_clips_have_one_object_the_right_speed_and_right_turns(follow, jitter):
     noise = np.random.default_rng(0).normal(0, jitter, 160)
     for video in VIDEOS[:: 3 if jitter else 1]:
         lost, speeds, turns = follow(
@@ -275,7 +275,7 @@ def early_turns(video):
 
 
 @pytest.mark.parametrize("kind", SPOILED)
-def test_spoiled_clips_are_told(follow, kind):
+def test_spoiled_bouncing_clips_are_recognized(follow, kind):
     make, window = SPOILED[kind]
     for video in VIDEOS[::4]:
         lost, speeds, turns = follow(make(video), video)
@@ -287,7 +287,7 @@ def test_spoiled_clips_are_told(follow, kind):
 
 
 @pytest.mark.parametrize(("low", "high", "is_right"), [(2, 8, True), (0, 8, False), (2, 10, False), (4, 8, False)])
-def test_turns_are_the_extremes_of_a_path_without_its_jitter(low, high, is_right):
+def test_turns_are_the_extremes_of_a_path_despite_jitter(low, high, is_right):
     path = np.array([3, 2.6, 3.1, 5, 4.6, 8, 7.6, 8.2, 8.1, 6, 2, 2.5, 1.8, 2, 4.0])
     for axis, truth in enumerate(shapes.Bounce("Circle", axis, 1.0, low, high) for axis in (0, 1)):
         centers = np.stack([path, np.zeros(15)][:: -1 if axis else 1], axis=1)

@@ -9,7 +9,7 @@ from torch.utils._pytree import tree_map
 import checkpoint
 from process import run_ranks
 from sharded_ranks import KINDS, PUBLISHED
-from test_published import published_state, write_file
+from test_published import STATE, write_file
 from training import differences
 
 RANKS = 3  # which divide few of the sizes, and whose sums depend on their order
@@ -21,7 +21,7 @@ def found(tmp_path_factory):
     """What each rank has found, see sharded_ranks.py."""
     code = f"sys.path.append({str(Path(__file__).parent)!r}); import sharded_ranks; sharded_ranks.main()"
     folder = tmp_path_factory.mktemp("sharded")
-    write_file(folder / "published.pt", published_state(), "whole")
+    write_file(folder / "published.pt", STATE, "whole")
     return run_ranks(code, RANKS, folder)
 
 
@@ -56,7 +56,7 @@ def test_a_sharded_checkpoint_has_the_form_of_ddp_and_loads_again(found):
 
 
 def test_a_published_model_starts_a_sharded_run(found, tmp_path):
-    state = checkpoint.load(write_file(tmp_path / "published.pt", published_state(), "whole"), **PUBLISHED)
+    state = checkpoint.load(write_file(tmp_path / "published.pt", STATE, "whole"), **PUBLISHED)
     assert differences(found[0]["published"], [state["model"], state["ema"]]) == []
 
 

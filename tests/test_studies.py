@@ -1,4 +1,4 @@
-"""The studies: a miniature of each is run, equal compute, the reports of committed results, bad input."""
+"""The studies: a miniature of each, equal compute, reports of committed results, bad input."""
 
 import csv
 import json
@@ -26,7 +26,7 @@ import study
 import train
 from arms import BY_NAME, FULL, MINIATURE
 from schedule import Phase
-from training import ROOT, counted_steps, run_main
+from training import ROOT, counted_steps, refused, run_main
 
 TWO_ARMS = "16 fixed", "4-8-16 table"  # of one run each in the miniature
 SAMPLED = [(name, str(frames)) for name in TWO_ARMS for frames in BY_NAME[name].lengths]  # in this order
@@ -42,7 +42,7 @@ SCRIPTS = {
 
 @pytest.fixture(scope="module")
 def commands(tmp_path_factory):
-    """The commands that studies have run, in this process. A quickstart is the training of a tiny model."""
+    """The commands of the studies, run in this process. A quickstart only trains a tiny model."""
     seen, made = [], {}  # made: data sets by their flags
 
     def script(*words, log, **variables):
@@ -66,7 +66,7 @@ def commands(tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def trained(commands, tmp_path_factory):
-    """(the folder of a study of two runs that is done, flags that name a checkpoint of it and its data)."""
+    """(folder of a finished study of two runs, flags for one of its checkpoints and its data)."""
     out = tmp_path_factory.mktemp("results")
     run_main(study, "--miniature", "--out", out, "--only", *TWO_ARMS)
     (ckpt,) = out.glob("study/16-fixed-*/*/checkpoints/latest.pt")
@@ -78,7 +78,7 @@ def lines_of(path):
         return list(csv.DictReader(file))
 
 
-def test_a_study_has_rows_of_its_validations_and_samples_once(trained, commands, capsys):
+def test_a_study_writes_each_validation_and_sample_row_once(trained, commands, capsys):
     out, _ = trained
     rows = lines_of(out / "study.csv")
     sampled = [row for row in rows if row["kind"] == "sample"]
@@ -108,7 +108,7 @@ MINIATURES = {  # study: its flags, a line of its report
 
 
 @pytest.mark.parametrize("script", MINIATURES, ids=lambda script: script.__name__)
-def test_a_miniature_makes_its_table_and_continues(script, trained, commands, capsys, monkeypatch):
+def test_a_miniature_study_writes_its_table_and_resumes(script, trained, commands, capsys, monkeypatch):
     monkeypatch.setattr(given_frames, "TASKS", dict(list(given_frames.TASKS.items())[1::5]))
     (out, model), (flags, line) = trained, MINIATURES[script]
     flags = ["--miniature", "--out", out, *flags.split(), *(model if script is adaptive_compute else [])]
@@ -125,7 +125,7 @@ def test_a_miniature_makes_its_table_and_continues(script, trained, commands, ca
     assert again == ["EqM/evaluate.py"] and found.read_text() == content
 
 
-def test_a_study_that_is_stopped_continues_and_ends_the_same(trained, tmp_path, capsys):
+def test_a_stopped_study_resumes_and_ends_the_same(trained, tmp_path, capsys):
     out, (*_, data) = trained
     flags = ["--miniature", "--out", tmp_path, "--only", TWO_ARMS[0], "--data-path", data]
     with counted_steps(train, stop_after=2):
@@ -136,7 +136,7 @@ def test_a_study_that_is_stopped_continues_and_ends_the_same(trained, tmp_path, 
     assert [row | {"seconds": ""} for row in one] == [row | {"seconds": ""} for row in other[: len(one)]]
 
 
-def test_no_run_is_started_that_does_not_fit(tmp_path, capsys):
+def test_a_study_starts_no_run_that_exceeds_its_minutes(tmp_path, capsys):
     run_main(study, "--out", tmp_path, "--minutes", 0.01)
     assert "run again to continue" in capsys.readouterr().out
     assert not list(tmp_path.glob("study/*/train.log"))
@@ -152,7 +152,7 @@ def a_study(out, only=None):
 
 
 @pytest.mark.parametrize("share", [0.4, 1.6])
-def test_all_arms_have_the_same_compute_and_tokens_per_step(share):
+def test_all_arms_have_equal_compute_and_tokens_per_step(share):
     config = arms.config_of(FULL)
     full = FULL.steps * 8 * config.training_flops(16)
     for arm in arms.ARMS:
@@ -165,7 +165,7 @@ def test_all_arms_have_the_same_compute_and_tokens_per_step(share):
         assert flops == pytest.approx(share * full, rel=0.02), arm.name
 
 
-def test_each_share_is_a_run_and_what_costs_most_comes_last(tmp_path):
+def test_each_share_of_compute_is_a_run_and_the_costliest_come_last(tmp_path):
     runs = a_study(tmp_path, only=["16 fixed", "16 table", "4-8-16 moving"]).runs
     assert {run.key[1:] for run in runs if run.arm.name == "4-8-16 moving"} == {
         (seed, share) for share in (0.4, 0.6, 1.0) for seed in range(3)
@@ -181,13 +181,13 @@ def test_each_share_is_a_run_and_what_costs_most_comes_last(tmp_path):
 
 
 @pytest.mark.parametrize("script", [*MINIATURES, people], ids=lambda script: script.__name__)
-def test_committed_tables_are_those_of_the_committed_numbers(script):
+def test_committed_tables_match_the_committed_numbers(script):
     path = ROOT / "results" / f"{script.__name__}.json"
     made = "\n".join(script.markdown(json.loads(path.read_text()))).rstrip()
     assert f"{made}\n" == path.with_suffix(".md").read_text()
 
 
-def test_the_committed_report_is_that_of_the_committed_rows(tmp_path):
+def test_the_committed_report_matches_the_committed_rows(tmp_path):
     (tmp_path / "study.csv").write_bytes((ROOT / "results/study.csv").read_bytes())
     run_main(study, "--report", "--out", tmp_path)
     assert (tmp_path / "study.md").read_text() == (ROOT / "results/study.md").read_text()
@@ -205,11 +205,11 @@ def test_the_committed_report_is_that_of_the_committed_rows(tmp_path):
         ([], [0.0], "- Loss, a minus b: not run yet."),
     ],
 )
-def test_a_difference_is_paired_by_seed_and_says_if_it_may_be_zero(values, others, text):
+def test_differences_are_paired_by_seed_and_say_if_they_may_be_zero(values, others, text):
     assert text in report.difference("a", "b", "Loss", dict(enumerate(values)), dict(enumerate(others)))
 
 
-def test_the_compute_to_a_goal_is_interpolated_or_a_bound():
+def test_compute_to_reach_a_goal_is_interpolated_or_a_bound():
     shares, close = [0.4, 0.6, 1.0, 1.6], pytest.approx
     assert report.compute_to(0.9, shares, [0.0, 0.5, 1.0, 0.8]) == close((0.92, 0.92))
     assert report.compute_to(0.9, shares, [0.0, 0.9, 0.95, 1.0]) == close((0.6, 0.6))
@@ -228,13 +228,13 @@ def test_the_compute_to_a_goal_is_interpolated_or_a_bound():
 
 @pytest.fixture
 def some_rows(tmp_path):
-    """The folder of a csv with some of the committed rows: of arms with fixed and moving positions."""
+    """A folder with a csv of some committed rows: the arms with fixed and moving positions."""
     rows = [row for row in study.read_rows(ROOT / "results/study.csv") if row["arm"] in ("16 fixed", "16 moving")]
     study.write_rows(tmp_path / "study.csv", rows)
     return tmp_path
 
 
-def test_a_report_says_what_was_not_run_and_what_diverged(some_rows):
+def test_a_report_shows_missing_and_diverged_runs(some_rows):
     rows = study.read_rows(some_rows / "study.csv")
     lost_run, last = ("16 moving", 4, 1), {"step": 7, "loss": math.inf, "loss_16": math.inf}
     lost = next(row for row in rows if study.key_of(row) == lost_run) | last
@@ -252,13 +252,6 @@ def test_a_report_says_what_was_not_run_and_what_diverged(some_rows):
 # Bad input
 
 
-def refused(capsys, *flags):
-    """The line on stderr of a command that ends with status 2."""
-    run_main(study, *flags, status=2)
-    (line,) = capsys.readouterr().err.splitlines()
-    return line
-
-
 @pytest.mark.parametrize(
     ("flags", "words"),
     [
@@ -269,10 +262,10 @@ def refused(capsys, *flags):
         ("--report --out file", "--out file: "),
     ],
 )
-def test_bad_flags_are_refused(flags, words, tmp_path, monkeypatch, capsys):
+def test_bad_study_flags_are_refused(flags, words, tmp_path, monkeypatch, capsys):
     monkeypatch.chdir(tmp_path)
     Path("file").touch()
-    assert words in refused(capsys, "--out", "new", *flags.split())
+    assert words in refused(capsys, study, "--out", "new", *flags.split())
     assert not Path("new").exists()
 
 
@@ -284,14 +277,14 @@ def test_bad_flags_are_refused(flags, words, tmp_path, monkeypatch, capsys):
         ("version,", "versions,", "has other columns; expected those of version 2; move the file away"),
     ],
 )
-def test_rows_that_this_study_does_not_make_are_refused(old, new, words, some_rows, capsys):
+def test_rows_of_other_studies_are_refused(old, new, words, some_rows, capsys):
     path = some_rows / "study.csv"
     path.write_text(path.read_text().replace(old, new, 1))
     for flags in (["--report"], ["--list"], []):
-        assert words in refused(capsys, *flags, "--out", some_rows)
+        assert words in refused(capsys, study, *flags, "--out", some_rows)
     assert list(some_rows.iterdir()) == [path]
 
 
-def test_a_script_that_fails_is_one_line(tmp_path):
+def test_a_failing_script_is_a_one_line_error(tmp_path):
     with pytest.raises(lab.UserError, match=r"sample.sh ended with status 2 \(.*error: .*word.*\); see .*log"):
         SCRIPT("scripts/sample.sh", "word", log=tmp_path / "log")

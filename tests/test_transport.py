@@ -1,8 +1,7 @@
-"""The objective against closed forms and naive sums, and the noise levels of training clips."""
+"""The objective compared with closed forms and naive sums, and the noise levels of training clips."""
 
 import functools
 import itertools
-import math
 from collections import Counter
 
 import pytest
@@ -21,7 +20,7 @@ def normal(*shape, seed=0, dtype=torch.float32):
 
 
 def losses_of(f, x, noise, gamma, first=0):
-    """(loss (B,), mean square of the target) of a network that returns f, after a look at its inputs."""
+    """(loss (B,), mean square of the target) of a network that returns f and checks its inputs."""
 
     def network(x_gamma, *others, return_features):
         assert torch.equal(x_gamma, transport.interpolate(x, noise, gamma)) and others == ("y", "time_scale")
@@ -33,7 +32,7 @@ def losses_of(f, x, noise, gamma, first=0):
     return loss, square
 
 
-def test_the_decay_is_four_up_to_four_fifths_then_falls_to_zero():
+def test_the_decay_is_4_up_to_gamma_0_8_then_falls_to_0():
     torch.testing.assert_close(transport.decay(torch.tensor([0.4, 0.8, 0.95])), torch.tensor([4.0, 4.0, 1.0]))
     torch.testing.assert_close(transport.decay(GAMMA), torch.tensor(DECAY))
     gamma = (torch.arange(200_000, dtype=torch.float64) + 0.5) / 200_000  # midpoint rule
@@ -42,18 +41,7 @@ def test_the_decay_is_four_up_to_four_fifths_then_falls_to_zero():
     assert pytest.approx(integral, rel=1e-8) == transport.MEAN_SQUARED_DECAY
 
 
-def test_the_path_leads_from_noise_to_data_where_the_field_vanishes():
-    x, noise = normal(4, 2, 3, 5, 5), normal(4, 2, 3, 5, 5, seed=1)
-    path, target = transport.interpolate(x, noise, GAMMA), transport.target(x, noise, GAMMA)
-    for i, (weight, decay) in enumerate(zip(GAMMA.tolist(), DECAY, strict=True)):
-        torch.testing.assert_close(path[i], weight * x[i] + (1 - weight) * noise[i])
-        torch.testing.assert_close(target[i], decay * (x[i] - noise[i]))
-        if decay:  # what a solver follows is the path
-            torch.testing.assert_close(transport.velocity(target[i], GAMMA[i]), x[i] - noise[i])
-    assert torch.equal(path[0], noise[0]) and torch.equal(path[3], x[3]) and not target[3].any()
-
-
-def test_a_gamma_per_frame_is_the_level_of_that_frame():
+def test_gamma_per_frame_is_the_noise_level_of_that_frame():
     x, noise, f = (normal(4, 2, 3, 5, 5, seed=seed) for seed in range(3))
     own, same = torch.rand(4, 3, generator=torch.Generator().manual_seed(3)), GAMMA[:, None].expand(4, 3)
     own[0, 1] = 1  # a clean frame is the data, and its target is zero
@@ -70,10 +58,10 @@ def test_a_network_that_predicts_zero_has_the_expected_loss():
     x, noise = 2 * normal(20_000, 1, 1, 4, 4), normal(20_000, 1, 1, 4, 4, seed=1)
     losses, square = losses_of(torch.zeros_like(x), x, noise, torch.linspace(0, 1, 20_000))
     assert losses.mean().item() == pytest.approx(transport.zero_loss(4.0), rel=0.02)  # 4 standard errors
-    assert square.item() == pytest.approx(losses.mean().item(), rel=1e-5)  # of the very targets
+    assert square.item() == pytest.approx(losses.mean().item(), rel=1e-5)  # the mean square of the same targets
 
 
-def test_the_loss_is_the_mean_square_of_the_error_of_each_clip_in_float32():
+def test_the_loss_is_the_mean_squared_error_per_clip_in_float32():
     x, noise, offsets = normal(4, 2, 3, 4, 4), normal(4, 2, 3, 4, 4, seed=1), torch.tensor([0.0, 1.0, 2.0, 3.0])
     truth = transport.target(x, noise, GAMMA)
     assert torch.equal(losses_of(truth, x, noise, GAMMA)[0], torch.zeros(4))
@@ -85,7 +73,7 @@ def test_the_loss_is_the_mean_square_of_the_error_of_each_clip_in_float32():
 
 
 @pytest.mark.parametrize("shape", [(2, 3), (5, 4, 6)])
-def test_the_dispersive_loss_and_its_gradient_are_those_of_all_pairs(shape):
+def test_dispersive_loss_and_gradient_equal_a_naive_sum_over_pairs(shape):
     z = normal(*shape, dtype=torch.float64).requires_grad_()
     pairs = [(-((a - b) ** 2).sum() / a.numel()).exp() for a in z for b in z]
     naive, loss = 0.5 * torch.stack(pairs).mean().log(), transport.dispersive_loss(z)
@@ -94,16 +82,13 @@ def test_the_dispersive_loss_and_its_gradient_are_those_of_all_pairs(shape):
     torch.testing.assert_close(found, expected, rtol=1e-4, atol=1e-7)
 
 
-def test_the_dispersive_loss_falls_from_zero_for_equal_features():
+def test_the_dispersive_loss_is_exact_for_equal_features_single_samples_and_large_values():
     equal, z = torch.ones(8, 5, requires_grad=True), normal(8, 5)
     loss = transport.dispersive_loss(equal)
     loss.backward()
     assert loss.item() == pytest.approx(0, abs=1e-6) and torch.equal(equal.grad, torch.zeros(8, 5))  # not NaN
-    losses = [transport.dispersive_loss(scale * z).item() for scale in (0.1, 1, 10, 1000)]
-    assert losses == sorted(losses, reverse=True)
-    assert losses[-1] == pytest.approx(-0.5 * math.log(8), rel=1e-5)  # only i = j is left
     assert transport.dispersive_loss(z[:1]).item() == 0
-    assert transport.dispersive_loss(z + 1e4).item() == pytest.approx(losses[1], rel=1e-3)  # no large squares
+    assert transport.dispersive_loss(z + 1e4).item() == pytest.approx(transport.dispersive_loss(z).item(), rel=1e-3)
 
 
 @functools.cache
@@ -112,7 +97,7 @@ def draw(share, num_frames=16, indices=MANY, seed=0):
 
 
 @pytest.mark.parametrize("shift", [0.25, 1.0, 3.0])
-def test_a_shift_keeps_both_ends_and_has_the_density_of_its_closed_form(shift):
+def test_shifted_gamma_keeps_its_ends_and_has_the_closed_form_density(shift):
     u = torch.linspace(0, 1, 10_001, dtype=torch.float64)
     gamma = shift_gamma(u, shift)
     assert (gamma[0], gamma[-1]) == (0, 1)
@@ -123,7 +108,7 @@ def test_a_shift_keeps_both_ends_and_has_the_density_of_its_closed_form(shift):
     assert shift_gamma(torch.tensor(0.5), 3.0) == 0.25  # 0.5 / (0.5 + 1.5): a shift above 1 moves to the noise
 
 
-def test_half_of_the_forced_clips_have_given_frames_beside_one_gamma():
+def test_half_of_the_forced_clips_have_given_frames_and_one_gamma():
     plain, levels = draw(0.0), draw(1.0)
     assert torch.equal(plain, shift_gamma(uniform(0, "gamma", 0, list(MANY)), 3.0))
     is_common = (draw(0.75) == plain[:, None]).all(dim=1)
@@ -137,7 +122,7 @@ def test_half_of_the_forced_clips_have_given_frames_beside_one_gamma():
 
 
 @pytest.mark.parametrize("num_frames", [5, 10, 16])
-def test_the_other_half_draws_a_level_per_temporal_patch(num_frames):
+def test_the_other_half_has_one_level_per_temporal_patch(num_frames):
     levels = draw(1.0, num_frames)
     own = levels[~(levels == 1).any(dim=1)]
     parts = own.split(4, dim=1)
@@ -149,7 +134,7 @@ def test_the_other_half_draws_a_level_per_temporal_patch(num_frames):
 
 
 @pytest.mark.parametrize("num_frames", [2, 3, 4, 16])
-def test_every_border_occurs_and_neither_all_nor_no_frames_are_given(num_frames):
+def test_given_frames_may_end_anywhere_but_are_never_all_or_none(num_frames):
     draws = torch.rand(4000, 3, generator=torch.Generator().manual_seed(0)).tolist()
     masks = Counter(tuple(sorted(clean_frames(*row, num_frames))) for row in draws)
     ends = itertools.product((0.0, 0.6, 0.8, 0.9), *[(0.0, 1 - 2**-24)] * 2)
@@ -163,11 +148,11 @@ def test_every_border_occurs_and_neither_all_nor_no_frames_are_given(num_frames)
         assert masks.keys() >= {(0, last), (0, *range(2, num_frames)), (*range(num_frames - 2), last)}
     lengths = torch.tensor([len(mask) for mask in masks.elements() if mask in first])
     assert len(lengths) / 4000 > 0.45
-    if num_frames == 16:  # few are given more often than many
+    if num_frames == 16:  # few given frames are likelier than many
         assert ((lengths <= 4).sum() / (lengths <= 15).sum()).item() == pytest.approx((4 / 15) ** 0.5, abs=0.06)
 
 
-def test_the_more_frames_are_clean_the_more_often_the_condition_is_dropped():
+def test_condition_dropout_grows_with_the_number_of_clean_frames():
     levels = torch.full((4, 16), 0.3)
     for row, count in enumerate((0, 1, 4, 15)):
         levels[row, :count] = 1
@@ -179,6 +164,6 @@ def test_the_more_frames_are_clean_the_more_often_the_condition_is_dropped():
         assert condition_dropout(draw(0.75, num_frames), 0.1).mean().item() == pytest.approx(expected, abs=0.025)
 
 
-def test_the_levels_of_a_sample_depend_on_its_index_and_the_seed_alone():
+def test_noise_levels_depend_only_on_seed_and_sample_index():
     assert torch.equal(torch.cat([draw(0.5, indices=range(n, n + 1)) for n in range(20)]), draw(0.5)[:20])
     assert not torch.equal(draw(0.5, indices=range(20), seed=1), draw(0.5)[:20])

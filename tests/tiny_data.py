@@ -1,4 +1,4 @@
-"""Tiny data that several tests train on or sample from: a VAE, images, a latent cache, a checkpoint, samples."""
+"""Tiny data for several tests: a VAE, images, a latent cache, checkpoints, samples."""
 
 import json
 
@@ -14,7 +14,7 @@ from video.source import LATENTS_FORMAT
 
 
 def make_vae(folder, **overrides):
-    """An AutoencoderKL with random weights, always the same: 4 channels, downsampling 2. Returns the folder."""
+    """Write an AutoencoderKL with fixed random weights, 4 channels and downsampling 2. Returns the folder."""
     torch.manual_seed(0)
     kinds = {"down_block_types": ["DownEncoderBlock2D"] * 2, "up_block_types": ["UpDecoderBlock2D"] * 2}
     sizes = {"block_out_channels": (8, 8), "norm_num_groups": 4, "latent_channels": 4, "sample_size": 16}
@@ -52,7 +52,7 @@ def make_latents(folder):
 
 
 def make_state(step=10, **settings):
-    """The dict of a checkpoint as train.py writes it, of a named model so that --model can be checked."""
+    """Return the dict of a checkpoint as train.py writes it, of a named model so that --model can be checked."""
     config = model_config("EqM-Ti/4", **({"input_size": 16, "in_channels": 3, "num_classes": 2, "depth": 6} | settings))
     time_scales = dict.fromkeys(("time_scale", "longest_time_scale"), 0.04)
     data = {"vae": "none", "image_size": 16, "fps": 25.0, "frame_interval": [1], "classes": ["A", "B"], **time_scales}
@@ -76,9 +76,9 @@ def save_checkpoint(path, **settings):
 
 
 def random_checkpoint(path, vae="none", training=(), **settings):
-    """Write a checkpoint of a small model whose EMA weights are random, always the same ones. Returns the path.
+    """Write a checkpoint of a small model with fixed random EMA weights. Returns the path.
 
-    vae is a folder of `make_vae`, training holds flags of the run that made it.
+    vae is a folder of `make_vae`; training holds flags of its run.
     """
     latents = {} if vae == "none" else {"input_size": 8, "in_channels": 4}
     small = {"depth": 1, "hidden_size": 48, "num_heads": 2, "num_frames": 1}

@@ -73,6 +73,13 @@ def write_equal_videos(root):
     return root
 
 
+def decode(file):
+    """(frames of a video, uint8 (T, H, W, 3); frames per second). file: a path or a file object."""
+    with av.open(file) as video:
+        frames = [frame.to_ndarray(format="rgb24") for frame in video.decode(video=0)]
+        return np.stack(frames), float(video.streams.video[0].average_rate)
+
+
 def halves(frames):
     """Mean gray of the left and right edge of frames (..., H, W)."""
     frames = torch.as_tensor(frames).float()

@@ -1,4 +1,4 @@
-"""Tiny training runs, as real processes or in the process of the test, and whether two of them ended the same."""
+"""Tiny training runs, as separate processes or in the process of the test, and a comparison of two finished runs."""
 
 import json
 import os
@@ -31,7 +31,7 @@ TINY_VAE = [
     "--image-size", "16", "--downsample", "4", "--widths", "8", "8", "8", "--latent-channels", "2", "--log-every", "2",
     "--global-batch-size", "4", "--num-workers", "0", "--num-val-frames", "20", "--val-every", "5",
 ]  # fmt: skip
-# times, which no two runs share
+# depends on the clock
 MEASURED = {"clips_per_s", "frames_per_s", "tflops_per_s", "wait_frac", "seconds", "val_seconds"}
 OFTEN = ["--log-every", 3, "--val-every", 2, "--ckpt-every", 4, "--sample-every", 5]
 OFTEN += ["--num-samples", 1, "--num-sampling-steps", 3, "--keep-last", 2]
@@ -46,7 +46,7 @@ def make_data(folder):
 
 @dataclass
 class Training:
-    """One training run, to be started as often as it takes to finish it."""
+    """One training run, which may need several starts to finish."""
 
     data: Path
     results: Path
@@ -59,11 +59,11 @@ class Training:
 
     def command_flags(self, *flags):
         paths = ["--data-path", self.data, "--results-dir", self.results]
-        end = ["--max-steps", self.steps] if self.steps else []  # or a schedule says so
+        end = ["--max-steps", self.steps] if self.steps else []  # 0 or None: a schedule sets the end
         return [*self.base, *paths, *end, *self.flags, *flags]
 
     def start(self, *flags):
-        """The process of the launcher, in a session of its own as a shell's job would be."""
+        """Start the launcher in its own session, like a job of a shell. Returns the process."""
         command = [*self.launcher, ROOT / "EqM" / self.script, *self.command_flags(*flags)]
         environment = os.environ | {"OMP_NUM_THREADS": "1", "PYTHONUNBUFFERED": "1"} | self.environment
         return subprocess.Popen(
@@ -72,7 +72,7 @@ class Training:
         )  # fmt: skip
 
     def run(self, *flags, status=0, timeout=240):
-        """Start, wait for the end, which has to have this status; returns what was printed."""
+        """Start the run and wait until it ends with this status. Returns its output."""
         process = self.start(*flags)
         output, _ = process.communicate(timeout=timeout)
         assert process.returncode == status, f"status {process.returncode}\n{output}"
@@ -84,13 +84,13 @@ class Training:
         return folder
 
     def rows(self, whole=True):
-        """The metrics, without what was measured with a clock; those of a killed run may end in half a line."""
+        """Return the metrics without measured times. whole=False: the last line may be cut off, as after a kill."""
         lines = (self.folder / "metrics.jsonl").read_text().splitlines()
         lines = [line for line in lines if (whole or line.endswith("}")) and '"note": ' not in line]
         return [{name: value for name, value in json.loads(line).items() if name not in MEASURED} for line in lines]
 
     def wait_for(self, step, process, timeout=120):
-        """Wait until a running process has logged a step; returns False if it ended before."""
+        """Wait until a running process has logged a step. Returns False if it ended before."""
         until = time.monotonic() + timeout
         while time.monotonic() < until:
             if process.poll() is not None:
@@ -105,7 +105,7 @@ class Training:
 
 @contextmanager
 def counted_steps(script, stop_after=None, act=lambda: os.kill(os.getpid(), signal.SIGTERM)):
-    """A list that grows by one at each step of a training script; SIGTERM, or another act, comes after so many."""
+    """A list that grows at each step of a training script. After stop_after steps, act() runs: SIGTERM by default."""
     steps, update_ema = [], script.update_ema
 
     def last_of_a_step(*arguments):
@@ -120,10 +120,10 @@ def counted_steps(script, stop_after=None, act=lambda: os.kill(os.getpid(), sign
 
 
 def run_here(training, *flags, stop_after=None, stop_in=None):
-    """The training run in this process, for speed; returns its number of steps.
+    """Run the training in this process, for speed. Returns its number of steps.
 
-    SIGTERM comes after so many steps, or in the first call of `validate` or `sample_ema` of train.py, or (latents_of)
-    in the middle of the first validation.
+    SIGTERM arrives after stop_after steps, or in the first call of `validate` or `sample_ema` of train.py, or
+    ("latents_of") in the middle of the first validation.
     """
 
     def interrupted(*arguments, **keywords):
@@ -143,7 +143,7 @@ def run_here(training, *flags, stop_after=None, stop_in=None):
 
 @contextmanager
 def like_a_process():
-    """Let go of the locks of run folders afterwards, as the end of a process would."""
+    """Release the locks of run folders afterwards, like the end of a process."""
     try:
         yield
     finally:
@@ -152,7 +152,7 @@ def like_a_process():
 
 
 def run_main(script, *flags, status=0):
-    """Run main() of a script, a module, in this process with these flags; it has to end with this status."""
+    """Run main() of a script (a module) in this process with these flags. It must end with this status."""
     expected = pytest.raises(SystemExit) if status else nullcontext()
     with like_a_process(), pytest.MonkeyPatch.context() as patch, expected as ended:
         patch.setattr(sys, "argv", [Path(script.__file__).name, *map(str, flags)])
@@ -164,7 +164,7 @@ FEW_STEPS = ["--num-samples", 2, "--num-sampling-steps", 4, "--stepsize", 0.05]
 
 
 def sample_here(ckpt, folder, *flags, status=0):
-    """(samples, content of samples.json) of sample_gd.py, run in this process; None if it has to end with a status."""
+    """Run sample_gd.py in this process. Returns (samples, content of samples.json), or None with a status above 0."""
     video = [] if ckpt.stem == "image" else ["--video"]
     run_main(sample_gd, "--ckpt", ckpt, "--folder", folder, *video, *FEW_STEPS, *flags, status=status)
     if status:
@@ -172,17 +172,26 @@ def sample_here(ckpt, folder, *flags, status=0):
     return np.load(folder / "samples.npz")["arr_0"], json.loads((folder / "samples.json").read_text())
 
 
+def refused(capsys, script, *flags, status=2):
+    """Run main() of a script that must end with this status and one line on stderr. Returns the line."""
+    capsys.readouterr()
+    run_main(script, *flags, status=status)
+    (line,) = [line for line in capsys.readouterr().err.splitlines() if not line.startswith("opening videos")]
+    return line
+
+
 def content(folder):
-    """{name: bytes} of the files of a folder."""
-    return {path.name: path.read_bytes() for path in folder.iterdir()}
+    """{relative path: bytes} of all files in a folder, without hidden ones."""
+    paths = sorted(path for path in folder.rglob("[!.]*") if path.is_file())
+    return {str(path.relative_to(folder)): path.read_bytes() for path in paths}
 
 
 # ----------------------------------------------------------------------------------------------------------------------
-# Are two runs the same?
+# Comparisons of runs
 
 
 def differences(a, b, place="state"):
-    """Where two states of plain values and tensors differ: a list of their places."""
+    """Return a list of the places where two states of plain values and tensors differ."""
     if type(a) is not type(b):
         return [place]
     if torch.is_tensor(a):
@@ -196,7 +205,7 @@ def differences(a, b, place="state"):
 
 
 def compare(one, other):
-    """Where two finished runs differ: weights, EMA weights, optimizer, best loss, metrics, the set of checkpoints."""
+    """Return where two finished runs differ: in the content and the names of checkpoints, and in metrics."""
     files = [sorted(path.name for path in (run.folder / "checkpoints").iterdir()) for run in (one, other)]
     found = [] if files[0] == files[1] else [f"checkpoints {files}"]
     found += [] if one.rows() == other.rows() else ["metrics"]
