@@ -15,7 +15,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent / "EqM"))
 from runtime.atomic import atomic_write
 from runtime.cli import COUNT, ArgumentParser, UserError, check_writable, fail, one_line_errors, say
 from scoring.sources import Samples
-from video.drawing import add_notes, draw_sheet, drawable, evenly_spaced, few, stack, text_line
+from video.drawing import add_notes, draw_sheet, evenly_spaced, few, stack, text_line
 
 COLUMNS, SIDE, GAP = 12, 64, 4  # frames of a row; px of a frame, and between two
 LEFT, MAX_NAME_LENGTH = 190, 16  # px and characters of the class names
@@ -37,8 +37,7 @@ def draw_folder(samples, rows):
     title += "; an orange border marks given frames" if samples.given[0] else ""
     frames = [Image.fromarray(frame).resize((SIDE, SIDE), smooth) for frame in clips.reshape(-1, size, size, 3)]
     frames = np.stack(frames).reshape(*clips.shape[:2], SIDE, SIDE, 3)
-    names = zip([name or "none" for name in samples.names], samples.labels, strict=True)
-    names = [drawable(name, f"class {label}")[:MAX_NAME_LENGTH] for name, label in [*names][:rows]]
+    names = [samples.shown_class(name)[:MAX_NAME_LENGTH] for name in samples.names[:rows]]
     marked = [np.isin(shown, given) for given in samples.given[:rows]]
     notes = few(len(clips), len(samples), "samples") + few(len(shown), T, "frames")
     return add_notes(stack(text_line(title), draw_sheet(frames, names, marked, LEFT, GAP)), notes)

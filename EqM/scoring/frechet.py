@@ -77,7 +77,7 @@ def score_frechet(generated, real, args, detector, about, clips, folder, device)
 def all_features(detector, stream, args):
     """The features (N, G, D) of the clips of a stream of all ranks, on rank 0; None on the others."""
     indices, parts = [], [torch.empty(0)]
-    for own, clips, _, _ in stream:
+    for own, clips, *_ in stream:
         indices += own
         parts.append(extract(detector, clips, args.metric, args.batch_size).cpu())
     return distributed.collect(indices, torch.cat(parts))

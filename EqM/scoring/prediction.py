@@ -12,7 +12,8 @@ import numpy as np
 
 from runtime.distributed import rank
 from scoring import shapes
-from scoring.stats import Z95, cell, gather, mean_interval, psnr, table
+from scoring.stats import Z95, by_video, cell, gather, interval_units, mean_interval, psnr, table
+from video.drawing import few
 from video.writers import write_sheet
 
 SHOWN = 8  # clips on the sheet
@@ -42,9 +43,10 @@ def score_prediction(samples, real, clips, out, truth):
         tracks = expected and (shapes.track(predicted[0]), shapes.track(clip), expected)
         return *score_clip(clip, predicted, given, expected), tracks
 
-    scores, baselines, tracks = gather(with_predictions(), measure)
-    result = compare(np.stack(scores), {kind: np.stack([row[kind] for row in baselines]) for kind in baselines[0]})
-    result |= summarize_motion(tracks) if truth else {}
+    scores, baselines, tracks, videos = gather(with_predictions(), measure)
+    baselines = {kind: np.stack([row[kind] for row in baselines]) for kind in baselines[0]}
+    result = compare(np.stack(scores), baselines, videos) | (summarize_motion(tracks, videos) if truth else {})
+    result["interval_units"], line = interval_units(real=videos)
     others = [frame for frame in range(samples.num_frames) if frame not in given]
     result |= {"given_frames": samples.about["given"][0]["frames"], "predicted_frames": others}
     if rank() == 0:
@@ -55,7 +57,7 @@ def score_prediction(samples, real, clips, out, truth):
     names = [name + kind for name in METRICS for kind in KINDS if kind != "_moved" and name + kind in result]
     values = {name: result[name] for name in names}
     motion = ("direction_accuracy", "speed_ratio", "appearance_kept") if truth else ()
-    return values | {name: result["motion"][name] for name in motion}, result, result_lines(result)
+    return values | {name: result["motion"][name] for name in motion}, result, [*result_lines(result), line]
 
 
 def score_clip(real, samples, given, truth=None):
@@ -102,10 +104,10 @@ def frame_scores(frame, real, moving):
     return psnr(frame, real), ssim, psnr(frame[moving], real[moving])
 
 
-def compare(scores, baselines):
-    """A plain dict of scores (N, 3, S, F) and of those of baselines, {name: (N, 3, F)}.
+def compare(scores, baselines, videos=()):
+    """A plain dict of scores (N, 3, S, F) and of those of baselines, {name: (N, 3, F)}. videos: those of the clips.
 
-    Frames in which nothing moves have no PSNR of moving pixels (NaN), nor have clips without any other.
+    The PSNR of moving pixels is NaN for frames in which nothing moves, and for clips of only such frames.
     """
     moves = ~np.isnan(scores[:, -1, 0]).all(axis=1)
     result = {"clips": len(scores), "clips_that_move": int(moves.sum()), "samples_per_clip": scores.shape[2]}
@@ -115,14 +117,15 @@ def compare(scores, baselines):
         columns = {"": own.mean(axis=1), "_best": best}
         columns |= {f"_{kind}": values[:, number] for kind, values in baselines.items()}
         for kind, values in columns.items():
-            count = np.maximum((~np.isnan(values)).sum(axis=0), 1)
-            half = Z95 * mean(np.square(values - mean(values)), axis=0) ** 0.5 / count**0.5
+            units = by_video(values, videos).numpy()
+            count = np.maximum((~np.isnan(units)).sum(axis=0), 1)
+            half = Z95 * mean(np.square(units - mean(units)), axis=0) ** 0.5 / count**0.5
             result[f"{name}{kind}_by_frame"] = {"mean": or_none(mean(values)), "half95": or_none(half)}
         by_clip = {kind: mean(values, axis=1) for kind, values in columns.items()}  # (N,) each
         for kind in by_clip.keys() & {"", "_average"}:
             by_clip[f"{kind}_gain"] = by_clip[kind] - by_clip["_repeated"]
         for kind, values in by_clip.items():
-            result |= {name + kind: or_none(mean(values)), f"{name}{kind}_interval95": mean_interval(values)}
+            result |= {name + kind: or_none(mean(values)), f"{name}{kind}_interval95": mean_interval(values, videos)}
     return result
 
 
@@ -144,11 +147,11 @@ def keeps_appearance(found, real):
     return bool(np.linalg.norm(np.subtract(found.color, real.color)) < shapes.MIN_CONTRAST)
 
 
-def summarize_motion(tracks):
+def summarize_motion(tracks, videos):
     """{"motion": of the predicted clips, "motion_real": of the real ones} of (Track, Track of the real clip, truth)."""
     found, real, truths = zip(*tracks, strict=True)
     kept = sum(map(keeps_appearance, found, real)) / len(tracks)
-    motion, motion_real = shapes.summarize(found, truths), shapes.summarize(real, truths)
+    motion, motion_real = (shapes.summarize_tracks(own, truths, videos) for own in (found, real))
     return {"motion": motion | {"appearance_kept": kept}, "motion_real": motion_real}
 
 
@@ -172,5 +175,5 @@ def write_pairs(path, samples, clips, given):
     for index in range(min(SHOWN, len(samples) // S)):
         true = clips[index]["clip"].permute(1, 2, 3, 0).numpy()  # (T, H, W, 3)
         rows, marked = rows + [samples.clips[index * S], true], marked + [given, ()]
-        names += [samples.names[index * S] or "sample", "true"]
-    write_sheet(path, np.stack(rows), names, marked)
+        names += [samples.shown_class(samples.names[index * S]), "true"]
+    write_sheet(path, np.stack(rows), names, marked, notes=few(SHOWN, len(samples) // S, "clips"))

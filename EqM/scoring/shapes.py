@@ -23,7 +23,7 @@ import torch.nn.functional as F
 
 from runtime.cli import UserError
 from runtime.untrusted import read_json
-from scoring.stats import Z95, cell, gather, mean_and_error, table, wilson
+from scoring.stats import Z95, by_video, cell, gather, interval_units, mean_and_error, share, table
 
 # Lengths are in px of a frame 16 px high and grow with it; shares are of the object's brightness or area.
 # They tolerate noise (8 gray levels), blur (1 px) and some jitter in generated clips, and no more.
@@ -61,9 +61,12 @@ def score_shapes(generated, real, truth):
         expected = truth(name, clip.shape[1], time_scale)
         return follow(clip, expected) if truth.bounces else (track(clip), expected)
 
-    summary, titles = (summarize_bounces, FOLLOWED) if truth.bounces else (summarize, TRACKED)
-    result = {"generated": summary(*gather(generated, measure)), "real": summary(*gather(real, measure))}
-    return {name: result["generated"][name] for name in titles}, result, result_lines(result, titles)
+    summarize, titles = (summarize_bounces, FOLLOWED) if truth.bounces else (summarize_tracks, TRACKED)
+    columns = {"generated": gather(generated, measure), "real": gather(real, measure)}
+    result = {kind: summarize(*own) for kind, own in columns.items()}
+    units, line = interval_units(**{kind: own[-1] for kind, own in columns.items()})
+    values, lines = {name: result["generated"][name] for name in titles}, result_lines(result, titles)
+    return values, result | {"interval_units": units}, [*lines, line]
 
 
 def result_lines(result, titles):
@@ -305,20 +308,22 @@ def fit_motion(centers, unit):
 # Straight motion: from the tracks of all clips to a result
 
 
-def summarize(tracks, expected):
-    """Score at least one Track, each against the true one; a plain dict for JSON.
+def summarize_tracks(tracks, expected, videos=()):
+    """Score at least one Track, each against the true one; a plain dict for JSON. videos: those of the clips.
 
-    Accuracies are shares of all clips. Speed and area ratios (found over true) are means over the `right` clips, those
-    whose direction is right, and None if there are none. refused: {why clips have no direction: number of clips}.
+    Accuracies are shares of all clips. Speed and area ratios (found over true) are means over the `right` clips, whose
+    direction is right, and None if there are none. refused: {why clips have no direction: number of clips}.
     """
     pairs = list(zip(tracks, expected, strict=True))
-    right = [(found, true) for found, true in pairs if found.direction == true.direction]
+    is_right = [found.direction == true.direction for found, true in pairs]
+    right, videos_of_right = (list(itertools.compress(column, is_right)) for column in (pairs, videos))
     summary = {"clips": len(pairs), "right": len(right)}
     for what in ("direction", "shape"):
-        hits = sum(getattr(found, what) == getattr(true, what) for found, true in pairs)
-        summary |= {f"{what}_accuracy": hits / len(pairs), f"{what}_interval95": wilson(hits, len(pairs))}
+        hits = [getattr(found, what) == getattr(true, what) for found, true in pairs]
+        summary[f"{what}_accuracy"], summary[f"{what}_interval95"] = share(hits, videos)
     for what in ("speed", "area"):
-        mean, error = mean_and_error([getattr(found, what) / getattr(true, what) for found, true in right])
+        ratios = [getattr(found, what) / getattr(true, what) for found, true in right]
+        (mean, _), (_, error) = mean_and_error(ratios), mean_and_error(by_video(ratios, videos_of_right).numpy())
         interval = None if error is None else [mean - Z95 * error, mean + Z95 * error]
         summary |= {f"{what}_ratio": mean, f"{what}_ratio_interval95": interval}
     return summary | {"refused": count_reasons(found.reason for found in tracks if found.direction is None)}
@@ -363,11 +368,11 @@ def turns_are_right(centers, truth, unit):
     return bool(is_inside and centers[:, 1 - truth.axis].std() <= ACROSS * unit)
 
 
-def summarize_bounces(lost, speeds, turns):
+def summarize_bounces(lost, speeds, turns, videos):
     """A plain dict for JSON, of the columns of `follow`. Speeds: 5%, 50% and 95% quantiles over all windows."""
     summary, every = {"clips": len(lost)}, [*itertools.chain(*speeds)]
-    for name, hits in (("one_object", lost.count(None)), ("turns_right", sum(turns))):
-        summary |= {name: hits / len(lost), f"{name}_interval95": wilson(hits, len(lost))}
+    for name, hits in (("one_object", [entry is None for entry in lost]), ("turns_right", turns)):
+        summary[name], summary[f"{name}_interval95"] = share(hits, videos)
     for name, part in (("speed_low", 0.05), ("speed_median", 0.5), ("speed_high", 0.95)):
         summary[name] = np.quantile(every, part).item() if every else None
     refused = [entry for entry in lost if entry]

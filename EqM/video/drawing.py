@@ -15,7 +15,7 @@ GRID, IMAGE_GRID = (3, 8), (8, 8)  # most rows and columns in a grid of videos, 
 GAP = 2  # px of white between frames
 MARGIN = 4  # px of white left and right of a name
 MARK = "#ff7f0e"  # orange: border of marked frames
-FONT_SIZE, MAX_NAME_LENGTH = 22, 60  # px: readable at half size; characters of a name
+FONT_SIZE, MAX_NAME_LENGTH = 22, 70  # px: readable at half size; characters of a name
 FONT = ImageFont.truetype(Path(matplotlib.get_data_path(), "fonts/ttf/DejaVuSans.ttf"), FONT_SIZE)  # has accents
 
 
