@@ -175,10 +175,10 @@ def plot_column(panels, axis, curves, losses, window, counts):
         if window > 1:
             panels[0].plot(*line(losses[0]), **style, linewidth=0.8, alpha=0.6)
         panels[0].plot(*line(losses[0], window), **style, linewidth=2)
-        for panel, name in zip(panels[1:], losses[1:], strict=True):
-            panel.plot(*line(name), **style, linewidth=2, marker=".", markersize=8)
+        for panel, loss in zip(panels[1:], losses[1:], strict=True):
+            panel.plot(*line(loss), **style, linewidth=2, marker=".", markersize=8)
             for count, marker in counts.items():
-                panel.plot(*line(f"{name}_f{count}"), color=style["color"], **marker)
+                panel.plot(*line(f"{loss}_f{count}"), color=style["color"], **marker)
     mark_phases(panels, curves, axis, size)
     panels[-1].set_xlabel(f"{name} ({unit})" if unit else name)
     panels[-1].xaxis.set(major_locator=MaxNLocator(5), major_formatter=FuncFormatter(lambda x, _: f"{x:,.10g}"))

@@ -184,7 +184,8 @@ def test_validation_has_a_row_with_a_line_for_the_own_and_each_frame_count(tmp_p
     for folder, unit in ((older, 1), (newer, 10)):  # losses of 4 and of 16 frames compare if they are relative
         training, validation = plot_curves(curves_of(folder), window=1).axes
         assert training.lines[0].get_xdata()[-1] == 60 and training.get_yscale() == "log"
-        assert training.get_ylabel() == "training loss" and ("of zero" in validation.get_ylabel()) == (unit == 10)
+        assert validation.get_xlabel() == "step" and training.get_ylabel() == "training loss"
+        assert ("of zero" in validation.get_ylabel()) == (unit == 10)
         for line, y in zip(validation.lines, (50 / every, 40 / every, sixteen), strict=True):
             assert np.allclose(data(line), np.column_stack([every, y / unit]), equal_nan=True)
         assert validation.lines[1].get_marker() != validation.lines[2].get_marker()
