@@ -380,7 +380,7 @@ def sample_ema(plan, args, device, stop):
 def write_previews(folder, step, metrics, plan, videos):
     """Samples uint8 (N, T, H, W, 3) as a sheet of frames, mp4 and GIF: in the run folder and TensorBoard."""
     path, fps, gif, mp4 = folder / "samples" / f"{step:07d}", 1 / plan.time_scale, None, None
-    write_sheet(path.with_suffix(".png"), videos, plan.names, labels=plan.labels)
+    write_sheet(path.with_suffix(".png"), videos, plan.names)
     if videos.shape[1] > 1:
         gif, mp4 = io.BytesIO(), path.with_suffix(".mp4")
         write_mp4(mp4, tile(videos), fps)

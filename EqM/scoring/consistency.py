@@ -1,10 +1,10 @@
 """Consistency over a clip: statistics of its frames by position in the clip, generated against real.
 
-They need no labels, so they fit any data. Two faults show when a model samples more frames than it was trained on.
-seam score: change from frame to frame at the borders of temporal patches, or of the windows of a long clip, over the
-change elsewhere, divided by the same ratio in real clips; 1 = no seam. drift: how much a statistic rises from the first
-frame to the last (least-squares line), minus the rise in real clips, in units of its standard deviation among real
-frames; 0 = no drift.
+They need no labels, so they fit any data. Two faults appear when a model samples more frames than it was trained on:
+- seam score: change between frames at the borders of temporal patches (or of the windows of a long clip) over the
+  change elsewhere, divided by the same ratio in real clips; 1 = no seam.
+- drift: rise of a statistic from the first frame to the last (least-squares line), minus the rise in real clips, in
+  standard deviations among real frames; 0 = no drift.
 """
 
 import numpy as np
@@ -12,11 +12,10 @@ import torch
 
 from generation import window_starts
 from runtime.distributed import rank
+from scoring import plots
 from scoring.stats import Z95, bootstrap, by_video, cell, gather, interval95, interval_units, report, table
 
-STATISTICS = (  # of a frame
-    "mean red", "mean green", "mean blue", "contrast red", "contrast green", "contrast blue", "sharpness",
-)  # fmt: skip
+STATISTICS = [f"{what} {color}" for what in ("mean", "contrast") for color in ("red", "green", "blue")] + ["sharpness"]
 TITLES = {  # of the values
     "seam_score": "seam score (1 = none)", "window_seam_score": "seam score of windows",
     "change_ratio": "change / real change", "largest_drift": "largest drift",
@@ -24,18 +23,13 @@ TITLES = {  # of the values
 
 
 def score_consistency(generated, real, source, plot_path):
-    """Score two streams of clips (see sources.py), at least two clips each, and plot them to plot_path.
-
-    source: how the generated clips were sampled, from samples.json.
-    """
+    """Score two streams of at least two clips each, and plot them. source: how samples were made, from samples.json."""
     columns = [gather(stream, lambda clip, *_: measure(torch.from_numpy(clip))) for stream in (generated, real)]
     *columns, videos = [*([torch.stack(column) for column in own[:2]] for own in columns), [own[2] for own in columns]]
     patch = source["temporal_patch_size"]
     result = summarize(*columns, patch, source.get("window"), source.get("overlap") or 0, videos)
     result["interval_units"], units = interval_units(generated=videos[0], real=videos[1])
     if rank() == 0:
-        from scoring import plots  # matplotlib takes a while to load
-
         plots.plot_consistency(plot_path, result["by_position"], patch)
     values, lines = report(result, TITLES)
     drift = [(f"drift of {name}", cell(own, "drift", interval="interval95")) for name, own in result["drift"].items()]
@@ -43,10 +37,9 @@ def score_consistency(generated, real, source, plot_path):
 
 
 def measure(clip):
-    """(statistics (T, 7), change (T - 1,)), float64 in gray levels, of a clip uint8 (T, H, W, 3).
+    """(STATISTICS (T, 7), change (T - 1,)), float64 in gray levels, of a clip uint8 (T, H, W, 3).
 
-    Statistics of a frame, in the order of STATISTICS: mean and standard deviation of each channel, and the root mean
-    square of the differences between neighboring pixels. Change: the root mean square difference of successive frames.
+    Contrast: standard deviation of a channel. Sharpness and change: RMS difference of neighbor pixels and of frames.
     """
     frames = clip.permute(0, 3, 1, 2).double()  # (T, C, H, W)
     mean, contrast = frames.mean(dim=(2, 3)), frames.std(dim=(2, 3), correction=0)
@@ -56,10 +49,10 @@ def measure(clip):
 
 
 def borders(num_frames, temporal_patch_size, window=None, overlap=0):
-    """The first frames of temporal patches and those of windows, two lists; without the first frame of the clip."""
+    """Two lists of frames: where temporal patches begin and where windows begin, without the clip's first frame."""
     window = window or num_frames
     starts = window_starts(num_frames, window, overlap)
-    new = [start + overlap for start in starts[1:]]  # of a window, frames that the one before does not have
+    new = [start + overlap for start in starts[1:]]  # the first frame that the window before does not have
     patches = []
     for start, first, end in zip(starts, [0, *new], [*new, num_frames], strict=True):
         patches += [frame for frame in range(start, start + window, temporal_patch_size) if first <= frame < end]
@@ -72,7 +65,7 @@ def seam_score(generated, real, borders, videos=((), ())):
     Both are None without borders, without frames between, or if nothing moves. videos: those of the clips, two lists.
     """
     at_border = torch.isin(torch.arange(generated.shape[1]) + 1, torch.tensor(borders, dtype=torch.int64))  # (T - 1,)
-    # mean change of each clip at the borders and elsewhere; clips count in proportion to their motion
+    # mean change of each clip at the borders and elsewhere, so clips count in proportion to their motion
     both = [torch.stack([part[:, at_border].mean(1), part[:, ~at_border].mean(1)], 1) for part in (generated, real)]
 
     def score(generated, real):  # (..., 2) each
@@ -87,14 +80,14 @@ def seam_score(generated, real, borders, videos=((), ())):
 
 
 def rises(statistics):
-    """Rise of each statistic (N, T, 7) from the first frame to the last, by a least-squares line: (N, 7)."""
+    """Rise of each statistic (N, T, 7) from the first frame to the last, on a least-squares line: (N, 7)."""
     T = statistics.shape[1]
     time = torch.arange(T, dtype=torch.float64) - (T - 1) / 2
     return torch.einsum("t,nts->ns", time, statistics) / time.square().sum() * (T - 1)
 
 
 def drifts(generated, real, videos=((), ())):
-    """{name: {"drift", "interval95"}} of statistics (N, T, 7) and (M, T, 7); None where all real frames are alike."""
+    """{name: {"drift", "interval95"}} of statistics (N, T, 7) and (M, T, 7); None where all real frames are equal."""
     units, rise = real.flatten(0, 1).std(dim=0), [rises(statistics) for statistics in (generated, real)]
     drift = (rise[0].mean(dim=0) - rise[1].mean(dim=0)) / units
     half = Z95 * (sum(part.var(dim=0) / len(part) for part in map(by_video, rise, videos)).sqrt() / units)
@@ -116,7 +109,7 @@ def summarize(generated, real, temporal_patch_size, window=None, overlap=0, vide
     """All results, a plain dict for JSON; generated and real are (statistics, change) of at least two clips each.
 
     window, overlap: in frames; None: all frames were sampled at once. videos: those of the clips, two lists. by_window:
-    the mean of each statistic in each window, divided by that of the same frames of real clips.
+    the mean of each statistic in each window, divided by the same mean of real clips.
     """
     patches, windows = borders(generated[0].shape[1], temporal_patch_size, window, overlap)
     result = {"temporal_patch_size": temporal_patch_size, "by_position": {}}

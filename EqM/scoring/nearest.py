@@ -40,29 +40,25 @@ TITLES = {  # of the values
 
 
 def score_nearest(generated, real, samples, args, videos, sheet, device):
-    """Score two streams of clips (see sources.py), at least two clips each, against the training videos.
-
-    generated is the stream of Samples. Writes the nearest pairs to the path `sheet`.
-    """
-    (own, sources), (others, origins) = (gather(stream, lambda clip, *_: (clip,)) for stream in (generated, real))
+    """Score two streams, of Samples and of real clips, against training videos; write the nearest pairs to `sheet`."""
+    (own, given), (others, held_out) = (gather(stream, lambda clip, *_: (clip,)) for stream in (generated, real))
     clips = torch.from_numpy(np.stack(own + others))  # (N, T, H, W, 3)
     windows = TrainingWindows(args.data_path, videos, *clips.shape[1:3], samples.time_scale)
     (distances, places), corrupt = search(clips.to(device), windows, args.num_workers)
     if distances.isinf().any():
         raise UserError(f"--data-path {args.data_path}: no training video can be decoded, the first is {corrupt[0]}")
     rmse = (distances / clips[0].numel()).sqrt().numpy()
-    result = summarize(rmse[: len(own)], rmse[len(own) :], (sources, origins))
+    result = summarize(rmse[: len(own)], rmse[len(own) :], (given, held_out))
     result |= {"pairs": [], "training_videos": len(videos), "bad_training_videos": corrupt}
     for index in rmse[: len(own)].argsort(kind="stable")[:SHOWN].tolist():
         number, first, mirrored = places[index].tolist()
         pair = {"clip": index, "class": samples.names[index], "rmse": rmse[index].item(), "number": number}
         pair |= {"video": videos[number].path, "video_class": videos[number].class_name, "first_frame": first}
-        pair |= {"frame_interval": windows.intervals[number], "mirrored": bool(mirrored)}
-        result["pairs"].append(pair)
+        result["pairs"].append(pair | {"frame_interval": windows.intervals[number], "mirrored": bool(mirrored)})
     if rank() == 0:
         write_pairs(sheet, windows, samples, result["pairs"])
     values, lines = report(result, TITLES)
-    result["interval_units"], line = interval_units(generated=sources, real=origins)
+    result["interval_units"], line = interval_units(generated=given, real=held_out)
     lines += [line, f"  the nearest clips and their training clips: {sheet}"]
     lines += [f"{path} can't be decoded to its end; only the frames before are compared" for path in corrupt]
     return values, result, lines
@@ -71,9 +67,8 @@ def score_nearest(generated, real, samples, args, videos, sheet, device):
 class TrainingWindows(IterableDataset):
     """All windows of T frames of this rank's videos: (video number, first frame, frames uint8 (n, size, size, 3)).
 
-    A part overlaps the next, so that every window is in one part. Instead of frames, None says that the rest of the
-    video can't be decoded. The frames of a window are time_scale apart or, in short videos, the largest distance that
-    fits. Loader processes share the videos.
+    Parts overlap, so every window is in one part. None instead of frames: the rest of the video can't be decoded.
+    Frames are time_scale apart or, in short videos, as far as fits. Loader processes share the videos.
     """
 
     def __init__(self, root, videos, T, size, time_scale):
@@ -106,8 +101,7 @@ def blocks(frames):
 def search(clips, windows, num_workers):
     """((squared distances (N,), places (N, 3): video, first frame, mirrored), paths of damaged videos) of all ranks.
 
-    clips: uint8 (N, T, H, W, 3), kept in memory as float32; windows: TrainingWindows. Without any window, distances
-    are infinite.
+    clips: uint8 (N, T, H, W, 3), kept as float32; windows: TrainingWindows. Without a window, distances are infinite.
     """
     (N, T), device = clips.shape[:2], clips.device
     own = blocks(clips.flatten(0, 1))  # (N * T, BLOCK) each
@@ -143,10 +137,7 @@ def nearer(one, other):
 
 
 def summarize(generated, real, videos=((), ())):
-    """A plain dict for JSON, of the RMSE of generated clips (N,) and of held-out real ones (M,), arrays.
-
-    videos: those of the generated and of the real clips.
-    """
+    """A plain dict for JSON, from RMSE arrays of generated (N,) and of real clips (M,); videos: those of both."""
     result = {"rmse_ratio": None, "rmse_ratio_interval95": None}
     if real.any():
         units = map(by_video, (generated, real), videos)

@@ -1,23 +1,22 @@
-"""Prediction: real clips of which some frames are given, completed by a model and compared with the real frames.
+"""Prediction: a model completes real clips from some given frames, and the result is compared with the real frames.
 
-PSNR and SSIM (scikit-image's) of each predicted frame, beside repeating the last given frame. Where little moves, most
-of a frame is background; so there is also the PSNR of the moving pixels alone, in which the real frame differs from
-that given frame. Of several samples of a clip: the mean; the best, chosen for each metric by its mean over the frames
-as MCVD (arXiv 2205.09853) does; and their average, as even a perfect model's sample, one of many futures, has twice the
-squared error of the average of many, which is blurred where they differ. Where the data are Moving Shapes, the tracker
-of shapes.py also says whether the clip, given and predicted frames, moves as it should.
+It measures PSNR and SSIM (of scikit-image) of each predicted frame, compared with repeating the last given frame. Where
+little moves, most of a frame is background. So it also measures PSNR of the moving pixels alone, where the real frame
+differs from that given frame. Several samples of a clip give a mean, a best one (by its mean over the frames, as in
+MCVD, arXiv 2205.09853), and an average picture. Even a perfect model's sample is one of many futures: its squared error
+is twice the error of their average. For Moving Shapes, the tracker of shapes.py also scores the motion.
 """
 
 import numpy as np
 
 from runtime.distributed import rank
-from scoring import shapes
+from scoring import plots, shapes
 from scoring.stats import Z95, by_video, cell, gather, interval_units, mean_interval, psnr, table
 from video.drawing import few
 from video.writers import write_sheet
 
 SHOWN = 8  # clips on the sheet
-MOVING = 8  # gray levels: a pixel moves if a channel differs by more from the given frame
+MOVING = 8  # gray levels: a pixel moves if a channel differs from the given frame by more
 METRICS = {"psnr": ("PSNR in dB, 95%", 2), "ssim": ("SSIM, 95%", 4), "psnr_moving": ("of moving pixels", 2)}  # digits
 KINDS = {
     "": "mean of {}", "_best": "best of {}", "_average": "the average of {}", "_repeated": "a given frame repeated",
@@ -27,11 +26,7 @@ KINDS = {
 
 
 def score_prediction(samples, real, clips, out, truth):
-    """Score Samples against `real`, a stream of the Clips that they continue (see sources.py).
-
-    Writes a plot and a sheet beside the path `out`. With a Truth the motion of the first sample of each clip is scored
-    too.
-    """
+    """Score Samples against `real`, a stream of the Clips that they continue; write a plot and a sheet beside `out`."""
     S, given = samples.about["real"]["samples_per_clip"], samples.given[0]  # the same for all
 
     def with_predictions():
@@ -40,7 +35,7 @@ def score_prediction(samples, real, clips, out, truth):
 
     def measure(clip, predicted, name, time_scale):
         expected = truth and truth(name, clip.shape[1], time_scale)
-        tracks = expected and (shapes.track(predicted[0]), shapes.track(clip), expected)
+        tracks = expected and (shapes.track(predicted[0]), shapes.track(clip), expected)  # of the first sample
         return *score_clip(clip, predicted, given, expected), tracks
 
     scores, baselines, tracks, videos = gather(with_predictions(), measure)
@@ -50,8 +45,6 @@ def score_prediction(samples, real, clips, out, truth):
     others = [frame for frame in range(samples.num_frames) if frame not in given]
     result |= {"given_frames": samples.about["given"][0]["frames"], "predicted_frames": others}
     if rank() == 0:
-        from scoring import plots  # matplotlib takes a while to load
-
         plots.plot_prediction(out.with_suffix(".png"), result, samples.num_frames, KINDS)
         write_pairs(out.with_suffix(".sheet.png"), samples, clips, given)
     names = [name + kind for name in METRICS for kind in KINDS if kind != "_moved" and name + kind in result]
@@ -63,9 +56,8 @@ def score_prediction(samples, real, clips, out, truth):
 def score_clip(real, samples, given, truth=None):
     """(scores (3, S, F), {baseline: scores (3, F)}) of the F predicted frames; 3: the METRICS.
 
-    real (T, H, W, 3) and samples (S, T, H, W, 3) are uint8; truth is a Track. Baselines: "repeated", a given frame (the
-    last one before or, if there is none, the first one after); with a truth "moved", the same frame, moved as the
-    object truly moves; with several samples "average", their average, pixel by pixel.
+    real (T, H, W, 3) and samples (S, T, H, W, 3) are uint8; truth is a Track. Baselines: "repeated", the last given
+    frame before (else the first after); "moved", that frame moved by the truth; "average", of several samples.
     """
     others = [frame for frame in range(len(real)) if frame not in given]
     nearest = [max((frame for frame in given if frame < t), default=min(given)) for t in others]
@@ -84,7 +76,7 @@ def score_clip(real, samples, given, truth=None):
 
 
 def moved(frame, num_frames, truth):
-    """A frame uint8 (H, W, 3) that many frames later, if all of it moves as a Track says: interpolated linearly."""
+    """A frame uint8 (H, W, 3), num_frames later, if all of it moves as a Track says; interpolated linearly."""
     from scipy.ndimage import shift  # takes a while to load
 
     axis = int(truth.direction in shapes.DIRECTIONS[1])
@@ -94,8 +86,9 @@ def moved(frame, num_frames, truth):
 
 
 def frame_scores(frame, real, moving):
-    """The METRICS of a frame uint8 (H, W, 3): PSNR in dB, SSIM, and PSNR of the pixels in `moving`, bool (H, W), NaN if
-    there are none. SSIM as published (Wang et al. 2004): Gaussian windows, sigma 1.5, the mean over the color channels.
+    """The METRICS of a frame uint8 (H, W, 3): PSNR, SSIM, and PSNR of the pixels in moving (H, W), NaN without any.
+
+    SSIM as published (Wang et al. 2004): Gaussian windows of sigma 1.5, the mean over the color channels.
     """
     from skimage.metrics import structural_similarity  # takes a second to load
 
@@ -130,18 +123,18 @@ def compare(scores, baselines, videos=()):
 
 
 def mean(values, axis=0):
-    """The mean of those values that are not NaN; NaN where there are none."""
+    """The mean of values without NaNs; NaN where there are none."""
     count = (~np.isnan(values)).sum(axis=axis)
     return np.where(count, np.nansum(values, axis=axis) / np.maximum(count, 1), np.nan)
 
 
 def or_none(values):
-    """A number, or a list of numbers, for JSON: NaN becomes None."""
+    """A number or a list of numbers for JSON: NaN becomes None."""
     return np.where(np.isnan(values), None, values).tolist()
 
 
 def keeps_appearance(found, real):
-    """Whether the Track of a predicted clip has the shape and the color of that of the real clip."""
+    """Whether the Track of a predicted clip has the shape and color of the real clip's Track."""
     if None in (found.shape, found.color, real.color) or found.shape != real.shape:
         return False
     return bool(np.linalg.norm(np.subtract(found.color, real.color)) < shapes.MIN_CONTRAST)

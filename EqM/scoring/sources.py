@@ -1,4 +1,4 @@
-"""The clips that evaluate.py scores: generated ones of a folder of samples, real ones of a data set.
+"""The clips that evaluate.py scores: generated clips of a sample folder, real clips of a data set.
 
 A stream yields the clips of this rank in batches: (indices, clips uint8 (n, T, H, W, 3) on the device, class names,
 time scales in seconds per frame, videos). A generated clip that continues no video is its own video: its index.
@@ -42,7 +42,7 @@ class Samples:
         self.given = [frame_ranges(entry["frames"]) for entry in given] or [()] * len(labels)  # numbers of frames
         self.videos = [entry["source"] for entry in given] or range(len(labels))
         guidance = self.source.get("guidance") if self.source.get("guidance_chosen") else None
-        self.guidance = guidance if any(self.names) else 1.0  # None: nobody chose it
+        self.guidance = guidance if any(self.names) else 1.0  # None: the user did not choose it
 
     def __len__(self):
         return len(self.clips)
@@ -63,9 +63,9 @@ class Samples:
         if self.num_frames == 1 and metric != "fid":
             yield f"holds images, --metric {metric} needs videos of at least 2 frames"
         if metric in ("fvd", "fid") and self.guidance is None:
-            yield f"--metric {metric} depends on the guidance; sample again and choose it: --cfg-scale (1 turns it off)"
+            yield f"--metric {metric} depends on the guidance; sample again with --cfg-scale (1 turns it off)"
         if metric in ("motion", "classifier") and None in self.names:
-            yield f"has samples without a class, --metric {metric} needs one of each"
+            yield f"has samples without a class, --metric {metric} needs the class of each"
         if metric == "consistency" and "temporal_patch_size" not in self.source:
             yield "its samples.json does not say the temporal_patch_size of the model; sample again"
         if metric == "prediction" and self.image_size < 11:  # its window
@@ -77,7 +77,7 @@ class Samples:
             if len(self) != real["num_clips"] * real["samples_per_clip"]:
                 yield f"does not have {real['samples_per_clip']} samples for each of {real['num_clips']} clips; {again}"
             if self.source.get("keep_background") and not keep_background:
-                yield f"was sampled with --keep-background: detail not made by the model; {again}, or add the flag here"
+                yield f"was sampled with --keep-background, which adds real detail; {again}, or add the flag here"
 
     def provenance(self):
         """The manifest's record of them: how they were made, from samples.json, and the SHA-256 of samples.npz."""
@@ -90,8 +90,7 @@ class Samples:
 def find_real(data_path, split, val_fraction, num_frames, time_scale, image_size, index_folder, images):
     """(Clips of the real videos of a split, training videos that are long enough, a description of the Clips for JSON).
 
-    It may open all videos, so only one rank should call it. The distance between frames is the whole number of frames
-    closest to time_scale. Raises UserError.
+    Call it on one rank, as it may open all videos. The interval is the integer closest to time_scale. Raises UserError.
     """
     source = open_source(data_path, image_size, images, index_folder)
     for path in source.scan.unreadable:
@@ -124,7 +123,7 @@ def videos_sha256(root, videos):
 
 
 def json_sha256(value):
-    """The SHA-256 of a plain value, written as JSON."""
+    """The SHA-256 of a plain value as JSON."""
     return hashlib.sha256(json.dumps(value).encode()).hexdigest()
 
 

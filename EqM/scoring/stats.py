@@ -3,8 +3,7 @@
 The function score_... of a metric returns (values, result, lines) on rank 0: {name: number or None}, more for JSON, and
 text to print. On the other ranks they may be None.
 
-Clips of one video look alike, so intervals over such clips are too narrow. Intervals are over the videos instead, or
-over the clips if all are of one video (`by_video`).
+Clips of one video look alike, so intervals over them are too narrow. `by_video` makes intervals over videos.
 """
 
 import itertools
@@ -21,10 +20,9 @@ RESAMPLES = 1000  # of the bootstrap
 
 
 def gather(stream, measure):
-    """The columns of measure(clip, class name, time scale) for all clips of a stream, and their videos, as tuples.
+    """The columns of measure(clip uint8 (T, H, W, 3), class name, time scale) for all clips, and their videos: tuples.
 
-    Clips are uint8 arrays (T, H, W, 3). Each rank measures the clips of its stream (see sources.py). All ranks get all
-    rows, in the order of the clips.
+    Each rank measures the clips of its stream (see sources.py). All ranks get all rows, in the order of the clips.
     """
     rows = []
     for indices, clips, *about in stream:
@@ -36,7 +34,7 @@ def gather(stream, measure):
 def by_video(values, videos):
     """The units of an interval: means of values (N, ...) over the clips of each video, float64 (n, ...).
 
-    videos: the video of each clip. The values themselves if each clip has its own video, or all have the same.
+    videos: the video of each clip. If each clip has its own video, or all share one, the units are the values.
     """
     values, indices = torch.as_tensor(values).double(), {}
     for index, video in enumerate(videos):
@@ -50,9 +48,8 @@ def interval_units(**videos):
     """({kind of clips: what their intervals are over}, the same as a line); videos: those of each kind, as above."""
     units = {}
     for kind, own in videos.items():
-        count = len(set(own))
-        clips = f"{len(own)} clips" + " of one video" * (count == 1 < len(own))
-        units[kind] = clips if count in (1, len(own)) else f"{count} videos"
+        clips, count = f"{len(own)} clips", len(set(own))
+        units[kind] = clips if count == len(own) else f"{count} videos" if count > 1 else f"{clips} of one video"
     return units, f"  95% intervals over {', '.join(f'{text} ({kind})' for kind, text in units.items())}"
 
 
@@ -70,7 +67,7 @@ def share(hits, videos=()):
 
 
 def mean_and_error(values):
-    """The mean of values (None if there are none) and its standard error (None for fewer than 2)."""
+    """The mean of values (None without any) and its standard error (None for fewer than two)."""
     mean = float(np.mean(values)) if len(values) else None
     return mean, float(np.std(values, ddof=1) / math.sqrt(len(values))) if len(values) > 1 else None
 

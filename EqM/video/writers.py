@@ -100,9 +100,9 @@ def encode(file, frames, fps, codec, pixel_format, options):
 def write_gif(path, video, fps):
     """Write (T, H, W, 3) as a GIF that loops forever and lasts T / fps seconds.
 
-    Colors are exact if no frame has more than 256. Otherwise all frames share a palette without dithering. This is
-    faster than a palette per frame, and a pixel that keeps its color does not flicker. Delays are in 1/100 s, so at
-    30 fps they alternate between 3 and 4. Browsers slow down delays below 2, so above 50 fps the GIF plays slower.
+    Colors are exact if no frame has more than 256. Otherwise all frames share a palette without dithering: faster than
+    a palette per frame, and no pixel flickers that keeps its color. Delays are in 1/100 s, so at 30 fps they alternate
+    between 3 and 4. Browsers slow down delays below 2, so above 50 fps the GIF plays slower.
     """
     ends = np.round(np.arange(len(video) + 1) * 100 / fps)
     delays = np.maximum(np.diff(ends), 2).astype(int) * 10  # ms
