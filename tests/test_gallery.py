@@ -219,7 +219,7 @@ def test_bad_input_is_one_line_and_status_2(samples, tmp_path, real, capsys):
         ("--out", samples, "--out", samples / "samples.json/page.html"),
         ("no such folder", samples, "--data-path", tmp_path / "nowhere", "--out", out),
         ("no class 'Cirque\\ndu \"soleil\"'", other, "--data-path", real),
-        ("has 31 frames, as the samples have", long, "--data-path", real),
+        ("has the 31 frames of the samples", long, "--data-path", real),
         ("name the folder of its videos", samples, "--data-path", tmp_path / "cache", "--out", out),
         ("--num-samples", samples, "--num-samples", 0, "--out", out),
     ):
