@@ -128,7 +128,7 @@ def test_config_and_card_say_what_it_is_and_no_path_of_the_machine(exported, tmp
     assert all(words in card for words in ("`motion8_4f`", "| speed | 0.9877 |", "| loss | - |"))
 
 
-def test_a_folder_that_is_not_empty_is_left_as_it_is(exported, tmp_path, capsys):
+def test_a_folder_that_is_not_empty_stays_unchanged(exported, tmp_path, capsys):
     (tmp_path / "full").mkdir()
     (tmp_path / "full/notes.txt").write_text("mine")
     run_main(export, exported[0], tmp_path / "full", status=2)
@@ -188,7 +188,7 @@ def test_flags_that_contradict_the_checkpoint_are_refused(exported, tmp_path, ca
     assert not (tmp_path / "new").exists()
 
 
-def test_fine_tuning_averages_from_its_start_and_a_chained_phase_goes_on(tmp_path, capsys):
+def test_fine_tuning_averages_from_its_start_and_a_chained_phase_continues(tmp_path, capsys):
     run_main(export, random_checkpoint(tmp_path / "best.pt"), tmp_path / "shared")
     data = make_images(tmp_path / "data", 4)
     (data / "A").rename(data / "C")  # the model knows A and B

@@ -47,7 +47,7 @@ def naive(clip, videos, intervals):
     return min(found)
 
 
-def test_the_window_and_its_distance_are_those_of_a_search_by_loops(monkeypatch):
+def test_the_search_finds_the_window_and_distance_of_plain_loops(monkeypatch):
     videos, intervals = random_videos((5, 17, 4, 11, 23)), (1, 2, 1, 3, 1, 2)
     videos.append(videos[1])  # of equal windows the first counts
     clips = np.stack(random_videos([4] * 9, seed=1))
@@ -88,7 +88,7 @@ def test_the_interval_is_closest_in_time_or_the_largest_that_fits():
     assert nearest.TrainingWindows("", videos, 4, 16, 1 / 12.5).intervals == [2, 1, 1, 1]
 
 
-def test_means_ratio_and_shares_are_those_of_their_definitions():
+def test_means_ratio_and_shares_match_their_definitions():
     generated, real = np.array([0.0, 4, 8, 8]), np.arange(10.0, 111)
     found = nearest.summarize(generated, real)
     assert found["rmse"] == 5 and found["rmse_median"] == 6 and found["rmse_real"] == 60

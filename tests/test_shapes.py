@@ -167,7 +167,7 @@ def test_a_shape_that_stands_still_has_a_shape_but_no_direction(frames):
         assert found.direction is None and "stands still" in found.reason and found.shape == "Triangle"
 
 
-def test_the_truth_is_that_of_shapes_json_scaled_to_the_clip(data_set, tmp_path):
+def test_the_truth_comes_from_shapes_json_scaled_to_the_clip(data_set, tmp_path):
     truth = shapes.Truth(data_set)("SquareUp", 16, 3 / 25)
     assert (truth.direction, truth.shape) == ("Up", "Square")
     assert truth.speed == pytest.approx(9 * 3 / 25)  # 9 px a second at 16 px
@@ -281,7 +281,7 @@ def early_turns(video):
 
 
 @pytest.mark.parametrize("kind", SPOILED)
-def test_spoiled_clips_are_told(follow, kind):
+def test_spoiled_clips_are_found(follow, kind):
     make, window = SPOILED[kind]
     for video in VIDEOS[::4]:
         lost, speeds, turns = follow(make(video), video)

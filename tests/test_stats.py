@@ -51,7 +51,7 @@ def test_clips_of_one_video_count_as_one_unless_there_is_no_other_video():
     assert stats.share(hits, shared) == (hits.mean(), pytest.approx(stats.wilson(hits.sum() / 8, 12)))
 
 
-def test_an_interval_leaves_out_what_is_not_finite():
+def test_an_interval_ignores_values_that_are_not_finite():
     assert stats.interval95(torch.tensor([1.0, torch.nan, 1.0, torch.inf])) == [1, 1]
     values = np.random.default_rng(0).normal(size=50)
     assert stats.mean_interval([*values, np.nan]) == stats.mean_interval(values)
@@ -70,7 +70,7 @@ def test_rows_of_all_ranks_come_in_the_order_of_their_clips(monkeypatch):
     assert columns == [(0, 10, 20, 30, 40), ("z", "a", "b", "z", "c"), ("y", "v", "w", "y", "x")]
 
 
-def test_psnr_is_that_of_its_definition_and_equal_pixels_have_the_most():
+def test_psnr_matches_its_definition_and_is_60_db_for_equal_pixels():
     real = np.zeros((4, 4, 3), np.uint8)
     assert stats.psnr(real + np.uint8(5), real) == pytest.approx(20 * math.log10(255 / 5))
     assert stats.psnr(real, real) == 60 and np.isnan(stats.psnr(real[:0], real[:0]))
