@@ -1,4 +1,4 @@
-"""The small VAE of train_vae.py: its network, losses and PSNR, and the folder that --vae DIR takes."""
+"""The small VAE of train_vae.py: its network, losses and PSNR, and the folder that you pass as --vae DIR."""
 
 import math
 import os
@@ -14,13 +14,13 @@ from runtime.rng import generator
 from vae import VAE
 from video.loader import batches_of
 
-GROUPS = 1  # of the group norms: those of few channels each would take away the colors of a frame
-KL_WEIGHT = 1e-4  # against the errors of pixels in [-1, 1]: keeps the latents close to normal, and costs few dB
-CHUNK = 16  # frames that are measured together; fixed, so that sums do not depend on the number of ranks
+GROUPS = 1  # of the group norms; groups of few channels would lose the colors of a frame
+KL_WEIGHT = 1e-4  # relative to errors of pixels in [-1, 1]: keeps the latents close to normal, and costs few dB
+CHUNK = 16  # frames that are measured together; fixed, so sums don't depend on the number of ranks
 
 
 def make_autoencoder(widths, latent_channels, image_size):
-    """An untrained AutoencoderKL without attention: a width and one residual block per resolution, full size first."""
+    """An untrained AutoencoderKL without attention. widths: one per resolution, full size first."""
     from diffusers import AutoencoderKL  # takes seconds to import
 
     return AutoencoderKL(
@@ -31,7 +31,7 @@ def make_autoencoder(widths, latent_channels, image_size):
 
 
 class Autoencoder(nn.Module):
-    """An AutoencoderKL whose forward pass is that of training."""
+    """An AutoencoderKL with the forward pass of training."""
 
     def __init__(self, model):
         super().__init__()
@@ -44,7 +44,7 @@ class Autoencoder(nn.Module):
 
 
 def draw_colors(random, most):
-    """(matrix (3, 3), offset (3, 1, 1)) for pixels in [-1, 1]: saturation times 0 to `most`, gains and offsets."""
+    """(matrix (3, 3), offset (3, 1, 1)) for pixels in [-1, 1]: random saturation from 0 to `most`, gains, offsets."""
     saturation = most * torch.rand((), generator=random)  # 0: gray
     gain = torch.exp(0.4 * torch.rand(3, 1, generator=random) - 0.2)
     colors = torch.lerp(torch.full((3, 3), 1 / 3), torch.eye(3), saturation)
@@ -52,9 +52,9 @@ def draw_colors(random, most):
 
 
 def jitter_colors(x, seed, indices, share):
-    """Frames (B, 3, H, W) in [-1, 1], a share of them in other colors, whose channels come in any order.
+    """Frames (B, 3, H, W) in [-1, 1], a share of them in other colors and with channels in any order.
 
-    Few videos show few colors, and a VAE knows no others. Depends on the seed and the frames' indices alone.
+    Few videos show few colors, and a VAE learns no others. The result depends on the seed and the frames' indices only.
     """
     matrices, offsets = torch.eye(3).repeat(len(x), 1, 1), torch.zeros(len(x), 3, 1, 1)
     for matrix, offset, index in zip(matrices, offsets, indices, strict=True):
@@ -67,8 +67,8 @@ def jitter_colors(x, seed, indices, share):
 
 
 def losses_of(x, reconstruction, mean, logvar):
-    """{name: loss}, to be added up: absolute errors of pixels and of their differences to the next pixel; KL divergence
-    per latent value (Kingma, Welling: arXiv 1312.6114, appendix B).
+    """{name: loss}, for their sum: absolute errors of pixels and of their gradients, and KL divergence per latent value
+    (Kingma and Welling, arXiv 1312.6114, appendix B).
     """
     error = reconstruction.float() - x
     gradient = error.diff(dim=-1).abs().mean() + error.diff(dim=-2).abs().mean()
@@ -77,23 +77,23 @@ def losses_of(x, reconstruction, mean, logvar):
 
 
 def psnr(real, decoded):
-    """Peak signal-to-noise ratio in dB of each of uint8 images (B, H, W, 3); 99 at most: for equal ones."""
+    """Peak signal-to-noise ratio of each of uint8 images (B, H, W, 3), in dB: (B,). Equal images have 99."""
     error = (real.double() - decoded.double()).square().flatten(1).mean(dim=1)
     return 10 * torch.log10(255**2 / error.clamp(min=255**2 / 10**9.9))
 
 
 @torch.no_grad()
 def measure(model, loader, device):
-    """({"psnr", "latent_mean", "latent_std"}, this rank's corrupt videos) of the frames that the ranks' loaders give.
+    """({"psnr", "latent_mean", "latent_std"}, this rank's corrupt videos) for the frames of the ranks' loaders.
 
-    psnr is the mean in dB over the frames, decoded from their mean latents; the statistics are those of all latent
-    values. The results are the same on all ranks and for any number of ranks.
+    psnr is the mean in dB over the frames, decoded from their mean latents. The statistics are over all latent values.
+    The results are the same on all ranks and for any number of ranks.
     """
     rows, corrupt, vae = [], [], VAE("measured", model)
-    vae.scale, vae.shift = 1.0, 0.0  # or the last bits would depend on those of an earlier export
+    vae.scale, vae.shift = 1.0, 0.0  # the values of an earlier export would change the last bits
     for batch in batches_of(loader):
         clips = batch["clips"].to(device)  # (B, 3, 1, H, W)
-        mean, std = vae.posterior(clips)  # in float32, as caches and samples are made
+        mean, std = vae.posterior(clips)  # in float32, like caches and samples
         errors = psnr(clips[:, :, 0].movedim(1, -1), vae.decode(mean)[:, 0])
         mean, std = mean.double().flatten(1), std.double().flatten(1)
         second_moments = (mean.square() + std.square()).mean(dim=1)
@@ -105,13 +105,13 @@ def measure(model, loader, device):
 
 
 def chunks_of(count):
-    """The (frames, index) of the frames 0 ... count - 1, in lists of CHUNK; a rank takes every n-th list."""
+    """The loader's keys (1, index) of frames 0 ... count - 1, in lists of CHUNK; a rank takes every n-th list."""
     keys = [(1, index) for index in range(count)]
     return [keys[first : first + CHUNK] for first in range(0, count, CHUNK)]
 
 
 def export(model, folder, statistics):
-    """Write an AutoencoderKL as a folder that --vae DIR takes; a kill may leave no folder, but never half of one.
+    """Write an AutoencoderKL as a folder for --vae DIR. A kill may leave no folder, but never half of one.
 
     Its scaling factor and shift give the measured latents mean 0 and standard deviation 1.
     """

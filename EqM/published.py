@@ -1,6 +1,6 @@
 """Models from elsewhere: exported folders, and files of the published image models.
 
-Both become (config, weights, EMA weights, step), of which checkpoint.py makes the dict of a checkpoint.
+Both are read as (config, weights, EMA weights, step), from which checkpoint.py builds the dict of a checkpoint.
 """
 
 import argparse
@@ -20,31 +20,36 @@ from runtime.cli import UserError
 from runtime.untrusted import read_json
 
 EXPORT = ("model.safetensors", "config.json")
-CARD = "README.md"
+CARD, VAE_FOLDER = "README.md", "vae"
 DTYPES = {"fp32": torch.float32, "fp16": torch.float16}
-LOCAL_FLAGS = {"data_path", "results_dir", "ckpt"}  # mean nothing on another machine
+LOCAL_FLAGS = {"data_path", "results_dir", "ckpt", "vae"}  # mean nothing on another machine
 
 # ----------------------------------------------------------------------------------------------------------------------
 # Exported folders: the EMA weights and their configuration, to share
 
 
-def write_export(folder, state, dtype="fp32", card=None):
-    """Write model.safetensors (the EMA weights) and config.json into a new or empty folder, all or nothing.
+def write_export(folder, state, dtype, card, vae=None):
+    """Write the EMA weights, config.json and a card to a new or empty folder, all or nothing. Raises OSError.
 
-    card is a text for its README.md. Raises OSError.
+    vae: a VAE that was loaded from a folder; the export gets a copy, and its config names that copy.
     """
     folder, config = Path(os.path.abspath(folder)), state["config"]
     temporary = folder.with_name(f".{folder.name}.tmp")
     shutil.rmtree(temporary, ignore_errors=True)  # left by a crash
     training = {name: value for name, value in config["training"].items() if name not in LOCAL_FLAGS}
-    about = {"version": state["version"], "step": state["step"], "dtype": dtype, **config, "training": training}
+    data = config["data"] | ({"vae": VAE_FOLDER, "vae_sha256": vae.sha256} if vae else {})
+    own = {"version": state["version"], "step": state["step"], "dtype": dtype}
+    about = own | config | {"data": data, "training": training}
     weights = {name: value.to(DTYPES[dtype]).contiguous() for name, value in state["ema"].items()}
     temporary.mkdir(parents=True)
     try:
         (temporary / EXPORT[0]).write_bytes(safetensors.torch.save(weights, metadata={"format": "pt"}))
         (temporary / EXPORT[1]).write_text(json.dumps(about, indent=2) + "\n")
-        if card is not None:
-            (temporary / CARD).write_text(card, encoding="utf-8")
+        (temporary / CARD).write_text(card, encoding="utf-8")
+        if vae:
+            (temporary / VAE_FOLDER).mkdir()
+            for file in (*Path(vae.name).glob("*.json"), *Path(vae.name).glob("*.safetensors")):
+                shutil.copyfile(file, temporary / VAE_FOLDER / file.name)
         os.replace(temporary, folder)
     except OSError:
         shutil.rmtree(temporary)
@@ -52,7 +57,7 @@ def write_export(folder, state, dtype="fp32", card=None):
 
 
 def read_export(folder):
-    """(config, float32 weights, the same again, step, format version) of an exported folder. Raises UserError."""
+    """(config, float32 weights, the same weights, step, format version) of an exported folder. Raises UserError."""
     flag, (weights, about) = f"--ckpt {folder}", (Path(folder, name) for name in EXPORT)
     if missing := [path.name for path in (weights, about) if not path.is_file()]:
         files = [*Path(folder).glob("checkpoints/best.pt"), *Path(folder).glob("*/checkpoints/best.pt")]
@@ -62,6 +67,8 @@ def read_export(folder):
     try:
         about = read_json(about)
         config = {part: about[part] for part in ("model", "data", "training")}
+        if config["data"].get("vae") == VAE_FOLDER:
+            config["data"]["vae"] = os.path.abspath(Path(folder, VAE_FOLDER))
         weights = {name: value.float() for name, value in safetensors.torch.load_file(weights).items()}
         return config, weights, weights, about["step"], about["version"]
     except (OSError, ValueError, TypeError, KeyError, SafetensorError) as error:
@@ -83,18 +90,17 @@ def published_parts(state):
         return state, state, {}
     if not isinstance(state, dict) or {"version", "config"} & state.keys():
         return None
-    networks = [state[name] for name in ("model", "ema") if is_network(state.get(name))]
-    args = state.get("args") or {}
+    networks, args = [state[name] for name in ("model", "ema") if is_network(state.get(name))], state.get("args") or {}
     args = vars(args) if isinstance(args, argparse.Namespace) else args
     return (networks[0], networks[-1], args) if networks else None
 
 
 def load_published(path, model, ema, args, asked):
-    """(config, weights, EMA weights, step 0) of a published file as our checkpoints have them. Raises UserError."""
+    """(config, weights, EMA weights, step 0) of a published file, in our format. Raises UserError."""
     flag = f"--ckpt {path}"
     asked = {name: value for name, value in asked.items() if value is not None}
     if not set(SHAPE) <= asked.keys():
-        raise UserError(f"{flag}: a published file does not say which model it holds: give --model, such as EqM-XL/2")
+        raise UserError(f"{flag}: a published file does not say which model it holds; pass --model, such as EqM-XL/2")
     try:
         config = published_config(model, asked, args.get("ebm"))
         weights = convert_published(model, config)
@@ -114,16 +120,16 @@ def load_published(path, model, ema, args, asked):
 
 
 def published_config(state, asked, ebm=None):
-    """The EqMConfig of published weights; asked holds SHAPE, of which they can't tell num_heads. Raises ValueError."""
+    """The EqMConfig of published weights. asked: the fields in SHAPE (weights hide num_heads). Raises ValueError."""
     if "pos_embed" not in state:
         raise ValueError("not a published image model: it has no pos_embed")
     width, channels, patch_size, _ = state["x_embedder.proj.weight"].shape
     depth = len({name.split(".")[1] for name in state if name.startswith("blocks.")})
     shape = dict(zip(SHAPE, (depth, width, asked["num_heads"], patch_size), strict=True))
     if (got := model_name(**shape)) != (expected := model_name(**asked)):
-        raise ValueError(f"holds {got}, not {expected}: give another --model")
+        raise ValueError(f"holds {got}, expected {expected}; pass another --model")
     if ebm is not None and ebm != asked.get("ebm", ebm):
-        raise ValueError(f"was trained with --ebm {ebm}, got --ebm {asked['ebm']}: remove the flag")
+        raise ValueError(f"trained with --ebm {ebm}, got --ebm {asked['ebm']}; remove the flag")
     return EqMConfig(
         input_size=math.isqrt(state["pos_embed"].shape[1]) * patch_size,
         temporal_patch_size=1,
@@ -135,18 +141,16 @@ def published_config(state, asked, ebm=None):
 
 
 def convert_published(state, config):
-    """Published image names and shapes to ours: a new state dict. Raises ValueError if it does not fit the config.
+    """A new state dict with our names and shapes, from published weights. Raises ValueError if they don't fit.
 
-    Their pos_embed must be our table, which we do not save. Their output has a second half, sigma, which is unused.
+    Their pos_embed must equal our table, which we don't save. We drop the unused second half of their output, sigma.
     """
     state, table = dict(state), position_table(config)
     theirs = state.pop("pos_embed")
-    rounded = table.to(theirs.dtype).float()  # as theirs, if their file is in half precision
+    rounded = table.to(theirs.dtype).float()  # their file may be in half precision
     if theirs.shape != table.shape or not torch.allclose(theirs.float(), rounded, atol=1e-5):
-        raise ValueError(
-            f"its pos_embed is not our table for {config.input_size} x {config.input_size} in patches of "
-            f"{config.patch_size}: it was trained with other positions and can't be used"
-        )
+        side = f"{config.input_size} x {config.input_size} in patches of {config.patch_size}"
+        raise ValueError(f"its pos_embed is not our table for {side}; a model with other positions can't be used")
     state["x_embedder.proj.weight"] = state["x_embedder.proj.weight"].unsqueeze(2)  # (D, C, 1, p, p)
     values, C = config.values_per_token, config.in_channels
     for name in ("final_layer.linear.weight", "final_layer.linear.bias"):

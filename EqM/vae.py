@@ -1,7 +1,7 @@
 """Pixels <-> latents. The only module that applies the VAE's scale factor.
 
 --vae none means pixels in [-1, 1]; ema and mse are Stability AI's fine-tuned VAEs of Stable Diffusion; a directory
-holds any AutoencoderKL of diffusers. Frames are encoded one by one, so time is not compressed here.
+holds any AutoencoderKL of diffusers. Frames are encoded one by one, so time is not compressed.
 """
 
 import hashlib
@@ -17,13 +17,13 @@ from runtime.untrusted import file_sha256
 
 REPOSITORIES = {"ema": "stabilityai/sd-vae-ft-ema", "mse": "stabilityai/sd-vae-ft-mse"}
 CONFIG, WEIGHTS = "config.json", "diffusion_pytorch_model.safetensors"
-CHUNK = 8  # frames per call of the model: a clip of 64 frames of 256 px would not fit many GPUs
+CHUNK = 8  # frames per call of the model; 64 frames of 256 px at once would not fit on many GPUs
 
 
 class VAE:
     """Converts between clips uint8 (B, 3, T, H, W) and latents float32 (B, C, T, h, w); h = H / downsample.
 
-    name is the value of --vae, sha256 that of the model's weights. Without a model, latents are pixels.
+    name is the value of --vae, sha256 the hash of the model's weights. Without a model, latents are pixels.
     """
 
     channels, downsample, scale, shift = 3, 1, 1.0, 0.0  # of pixels
@@ -37,7 +37,7 @@ class VAE:
 
     @property
     def place(self):
-        """The name to store in files: of a directory, its absolute path."""
+        """The name to store in files: a directory's absolute path, or the name itself."""
         return os.path.abspath(self.name) if os.path.isdir(self.name) else self.name
 
     def to(self, device):
@@ -58,7 +58,7 @@ class VAE:
         return _by_frames(encode, clips).float().chunk(2, dim=1)  # 2 x (B, C, T, h, w)
 
     def scaled(self, mean, std, noise):
-        """Scaled latents (B, C, T, h, w) of a posterior; noise is standard normal, None gives the mean."""
+        """Scaled latents (B, C, T, h, w) of a posterior. noise: standard normal; None gives the mean."""
         latents = mean if noise is None or std is None else mean + std * noise
         return (latents - self.shift) * self.scale
 
@@ -67,7 +67,7 @@ class VAE:
         return self.scaled(*self.posterior(clips), noise)
 
     def latents_of(self, clips, seed, stream, indices):
-        """Scaled latents (B, C, T, h, w) of a batch; the posterior noise depends only on seed, stream and index.
+        """Scaled latents (B, C, T, h, w) of a batch. The posterior noise depends only on seed, stream and index.
 
         clips: uint8 (B, 3, T, H, W), or mean and std from a latent cache, float16 (B, 2, C, T, h, w).
         """
@@ -89,14 +89,14 @@ class VAE:
 def load_vae(name, owner=None):
     """The frozen VAE that --vae names: none, ema, mse or a directory. Raises UserError if it can't be loaded.
 
-    owner says whose it is, such as "the checkpoint", if the user gave no --vae.
+    owner: who named it if the user did not, such as "the checkpoint".
     """
     if name == "none":
         return VAE(name)
     if name not in REPOSITORIES and not os.path.isdir(name):
         if owner:
             raise UserError(f"{owner}'s VAE {name}: not found; pass its new path with --vae")
-        raise UserError(f"--vae {name}: expected none, ema or mse, or the directory of a diffusers AutoencoderKL")
+        raise UserError(f"--vae {name}: not found; expected none, ema, mse or a directory of a diffusers AutoencoderKL")
     directory = _download(name) if name in REPOSITORIES else name
 
     from diffusers import AutoencoderKL  # takes seconds to import
@@ -106,9 +106,9 @@ def load_vae(name, owner=None):
     settings = {"low_cpu_mem_usage": False, "output_loading_info": True}
     try:
         model, info = AutoencoderKL.from_pretrained(directory, use_safetensors=True, **settings)
-    except Exception as error:  # whatever a missing or damaged file leads to
+    except Exception as error:  # missing and damaged files raise errors of many kinds
         reason = textwrap.shorten(str(error), 300)
-        raise UserError(f"--vae {name}: {reason}: give the directory of a diffusers AutoencoderKL") from error
+        raise UserError(f"--vae {name}: {reason}; pass the directory of a diffusers AutoencoderKL") from error
     if missing := info["missing_keys"]:  # diffusers would initialize them at random
         raise UserError(f"--vae {name}: the weights lack {len(missing)} tensors of its {CONFIG}, {missing[0]} first")
     parts = [file_sha256(path) for path in sorted(Path(directory).glob("*.safetensors"))]
@@ -117,17 +117,17 @@ def load_vae(name, owner=None):
 
 
 def check_same(vae, sha256, place):
-    """Raise UserError unless a VAE has the weights with that SHA-256; None, of older files, is not checked.
+    """Raise UserError unless a VAE's weights have this SHA-256; None, as in older files, is not checked.
 
     place says what was made with these weights, such as "--ckpt FILE".
     """
     if sha256 not in (None, vae.sha256):
         hashes = f"its weights have SHA-256 {str(vae.sha256)[:12]}..., {place} was made with {sha256[:12]}..."
-        raise UserError(f"--vae {vae.name}: another VAE: {hashes}: pass the path of that one")
+        raise UserError(f"--vae {vae.name}: another VAE: {hashes}; pass the path of that one")
 
 
 def _download(name):
-    """The local directory of a published VAE, downloaded if it is not in Hugging Face's cache. Raises UserError."""
+    """The local directory of a published VAE, downloaded unless Hugging Face's cache has it. Raises UserError."""
     from huggingface_hub import hf_hub_download
     from huggingface_hub.errors import LocalEntryNotFoundError
 
@@ -135,11 +135,11 @@ def _download(name):
     try:
         files = [hf_hub_download(repo, file, local_files_only=True) for file in (CONFIG, WEIGHTS)]
     except LocalEntryNotFoundError:
-        say(f"--vae {name}: downloading {repo} (335 MB, once; without internet, give --vae a directory that holds it)")
+        say(f"--vae {name}: downloading {repo} (335 MB, once; without internet, pass a directory that holds it)")
         try:
             files = [hf_hub_download(repo, file) for file in (CONFIG, WEIGHTS)]
         except OSError as error:  # huggingface_hub's errors: no connection, HTTP status, disk full
-            advice = "copy it to this machine and give its directory, or use --vae none"
+            advice = "copy it to this machine and pass its directory, or use --vae none"
             raise UserError(f"--vae {name}: can't download {repo} ({type(error).__name__}): {advice}") from error
     return os.path.dirname(files[0])
 

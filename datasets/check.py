@@ -73,7 +73,8 @@ def main():
         clips = Clips(source, shown, scan.classes, args.num_frames, interval, flip=False)
         samples = [clips[index] for index in range(len(shown))]
         videos = np.stack([sample["clip"].permute(1, 2, 3, 0) for sample in samples])
-        write_sheet(out, videos, [scan.classes[sample["y"]] for sample in samples])
+        labels = [sample["y"] for sample in samples]
+        write_sheet(out, videos, [scan.classes[label] for label in labels], labels=labels)
         say(f"{out}: {len(shown)} clips as the model sees them")
     estimate(args, config)
 

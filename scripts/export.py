@@ -1,10 +1,10 @@
-"""Export a checkpoint to a folder to share: its EMA weights, their configuration, and a model card (README.md).
+"""Export a checkpoint to a folder to share: its EMA weights, configuration, own VAE, and a model card (README.md).
 
     python scripts/export.py results/EXP/002-EqM-S-4-f16-rope/checkpoints/best.pt exported --dtype fp16 \
         --scores motion.json
 
-sample_gd.py, evaluate.py and train.py take the folder as --ckpt. In fp32 its samples are bit for bit those of the
-checkpoint.
+Pass the folder to sample_gd.py and train.py as --ckpt. An fp32 export gives the same samples as its checkpoint, bit
+for bit. A VAE that was a folder is copied to `vae/`, so you can move the export to another machine.
 """
 
 import math
@@ -20,12 +20,14 @@ import published
 from models import EBMS, NAMES
 from runtime.cli import ArgumentParser, UserError, check_writable, fail, one_line, one_line_errors, say
 from scoring import manifest
+from vae import REPOSITORIES, check_same, load_vae
 
 SHOWN = 20  # classes that the card names
 CARD = """# {name}
 
-Trained with Equilibrium Matching (arXiv 2510.02300). `config.json` holds all settings; those of the sampler are used
-unless flags say otherwise. `FOLDER` is this folder, `DATA` a folder of videos or images of the same classes.
+Trained with Equilibrium Matching (arXiv 2510.02300). `config.json` holds all settings. Sampling uses the sampler below
+unless you pass other flags. Replace `FOLDER` by this folder, and `DATA` by a folder of videos or images of the same
+classes.
 
 | | |
 |---|---|
@@ -43,12 +45,13 @@ python EqM/train.py {train} --max-steps {steps}
 def parse_args():
     parser = ArgumentParser(description="Export a checkpoint to a folder to share: EMA weights and configuration.")
     add = parser.add_argument
-    add("ckpt", metavar="CKPT", help="a checkpoint of train.py or a published image model")
+    add("ckpt", metavar="CKPT", help="a checkpoint of train.py, an exported folder or a published image model")
     add("folder", metavar="DIR", help="folder to write; must be new or empty")
     add("--dtype", choices=published.DTYPES, default="fp32", help="precision of the weights; fp16 halves the size")
-    add("--model", choices=NAMES, metavar="NAME", help="EqM-{Ti,S,B,L,XL}/{2,4,8}; published models need it")
-    scores = "manifests that evaluate.py has written for samples of this checkpoint, to be shown on the card"
+    add("--vae", metavar="DIR", help="the model's own VAE, if its folder has moved")
+    scores = "manifests of evaluate.py for samples of this checkpoint; the card shows their values"
     add("--scores", nargs="+", default=[], metavar="FILE", help=scores)
+    add("--model", choices=NAMES, metavar="NAME", help="EqM-{Ti,S,B,L,XL}/{2,4,8}; published models need it")
     add("--ebm", choices=EBMS, help="energy of the model; published models may need it")
     return parser.parse_args()
 
@@ -64,27 +67,38 @@ def main():
         state = checkpoint.load(args.ckpt, ["ema"], **models.model_shape(args.model), ebm=args.ebm)
         checkpoint.check_kind(flag, state, args.model)
         checkpoint.check(flag, checkpoint.config_of(flag, state), ebm=args.ebm)
+        vae = own_vae(args.vae, flag, state["config"]["data"])
         sha256 = checkpoint.weights_sha256(state["ema"]) if args.scores else None
         scores = [score_table(args.ckpt, sha256, path) for path in args.scores]
     except UserError as error:
         fail(error)
     video, rope = state["config"]["training"]["video"], state["config"]["model"]["use_rope"]
+    rows = [(key, one_line(str(value)).replace("|", "/")) for key, value in facts(state, args.dtype, vae)]
     card = CARD.format(
         name=models.model_name(**state["config"]["model"]),
-        about="\n".join(f"| {key} | {one_line(str(x)).replace('|', '/')} |" for key, x in facts(state, args.dtype)),
+        about="\n".join(f"| {key} | {value} |" for key, value in rows),
         sample=f"{'--video ' * video}--ckpt FOLDER --num-samples 16 --folder samples",
         train=f"{'--video ' * video}{'--use-rope ' * rope}--ckpt FOLDER --data-path DATA",
         steps=state["step"] + 10_000,
-        scores="".join(scores) or "\nNone were given.\n",
+        scores="".join(scores) or "\nNo scores yet.\n",
     )
-    published.write_export(args.folder, state, args.dtype, card)
-    size = sum(file.stat().st_size for file in Path(args.folder).iterdir()) / 1e6
-    names = ", ".join((*published.EXPORT, published.CARD))
+    published.write_export(args.folder, state, args.dtype, card, vae)
+    size = sum(file.stat().st_size for file in Path(args.folder).rglob("*")) / 1e6
+    names = ", ".join((*published.EXPORT, published.CARD, *([f"{published.VAE_FOLDER}/"] if vae else [])))
     say(f"{args.folder}: {names}, {size:.1f} MB; use it as --ckpt {args.folder}")
 
 
-def facts(state, dtype):
-    """Pairs of words for the card."""
+def own_vae(place, flag, data):
+    """The VAE of a checkpoint if it is a folder, at `place` if it has moved; None for pixels and downloads."""
+    if place is None and data["vae"] in ("none", *REPOSITORIES):
+        return None
+    vae = load_vae(place or data["vae"], None if place else flag)
+    check_same(vae, data.get("vae_sha256"), flag)
+    return vae
+
+
+def facts(state, dtype, vae):
+    """Yield the rows of the card's table: (name, value)."""
     model, data, training = (state["config"][part] for part in ("model", "data", "training"))
     size = sum(value.numel() for value in state["ema"].values()) / 1e6
     yield "model", f"{size:.1f} M parameters, {dtype}, averaged weights of step {state['step']}"
@@ -94,7 +108,10 @@ def facts(state, dtype):
     if training["video"]:
         patch = model["temporal_patch_size"]
         yield "clips", f"{training['num_frames']} frames, {data['time_scale']:.4g} s apart; patches of {patch}"
-    yield "pictures", f"{data['image_size'] or 'see config.json'} px, VAE {os.path.basename(str(data['vae']))}"
+    yield "frame size", f"{data['image_size'] or 'see config.json'} px"
+    hub = f"{REPOSITORIES.get(data['vae'])}, downloaded on first use"
+    own = f"its own, in `{published.VAE_FOLDER}/`"
+    yield "VAE", own if vae else "none, the model works on pixels" if data["vae"] == "none" else hub
     sampler = generation.SAMPLER | {key: training[key] for key in generation.SAMPLER if key in training}
     yield "sampler", ", ".join(f"{key} {value}" for key, value in sampler.items() if value is not None)
     if math.isfinite(state["best_loss"]):
@@ -102,10 +119,11 @@ def facts(state, dtype):
 
 
 def score_table(ckpt, sha256, path):
-    """The values of the manifest at a path, as a table. Raises UserError unless its weights have this SHA-256."""
+    """The values of a manifest as a table in Markdown. Raises UserError unless its weights have this SHA-256."""
     scores = manifest.read_manifest(path)
     if scores["generated"]["source"].get("weights_sha256") != sha256:
-        raise UserError(f"--scores {path}: not of samples of the averaged weights of {ckpt}; score some")
+        advice = "sample from that checkpoint, then run evaluate.py"
+        raise UserError(f"--scores {path}: scores of other weights; expected the EMA weights of {ckpt}; {advice}")
     head = f"\n`{scores['protocol']}`, code {scores['code'] or 'unknown'}:\n\n| | |\n|---|---|\n"
     cells = [(key, "-" if value is None else f"{value:.4g}") for key, value in scores["values"].items()]
     return head + "".join(f"| {key} | {value} |\n" for key, value in cells)

@@ -1,9 +1,9 @@
-"""Make an HTML page of a sample folder, with real clips beside the samples. It needs no other file and no network.
+"""Make an HTML page of a sample folder, with real clips beside the samples. The page needs no other file or network.
 
     python scripts/gallery.py samples --data-path datasets/ucf-101
 
-The page is FOLDER/gallery.html: all videos play in step, can be paused and stepped by frame, and filtered by class.
-Its template is gallery.html beside this script.
+This writes samples/gallery.html. All videos play in step; you can pause, step by frame, and filter by class. The
+template is gallery.html beside this script.
 """
 
 import base64
@@ -28,47 +28,47 @@ from video.source import check_data_path, open_source
 from video.writers import write_videos
 
 TEMPLATE = Path(__file__).with_suffix(".html")
-SMALL = 128  # px; smaller samples are shown with sharp pixels instead of smoothed
-WORDS = {"None": "none", "False": "off", "True": "on"}  # values of flags
-NEEDED = {"ckpt", "video", "sampler", "cfg_scale", "seed", "mean_evaluations"}  # in samples.json, most of them flags
+SMALL = 128  # px; the page does not smooth smaller samples
+WORDS = {"None": "none", "False": "off", "True": "on"}  # for values of flags
+NEEDED = {"ckpt", "video", "sampler", "cfg_scale", "seed", "mean_evaluations"}  # keys of samples.json or its flags
 
 
 def parse_args():
     parser = ArgumentParser(description="Make an HTML page of a sample folder, with real clips beside the samples.")
     add = parser.add_argument
-    add("folder", metavar="FOLDER", help="a folder that sample_gd.py has written")
-    real = "data set of the real clips, taken from validation videos of the same classes; default: samples only"
+    add("folder", metavar="FOLDER", help="a sample folder of sample_gd.py")
+    real = "data set for real clips, from validation videos of the same classes; default: samples only"
     add("--data-path", metavar="DIR", help=real)
     add("--out", metavar="FILE.html", help="the page; default: FOLDER/gallery.html")
     add("--num-samples", type=COUNT, default=64, help="show at most the first N samples")
-    split = "share of validation videos, as given to train.py, if the data set has no split files"
+    split = "share of validation videos, the same as for train.py, if the data set has no split files"
     add("--val-fraction", type=SHARE, default=0.05, help=split)
     return parser.parse_args()
 
 
 def open_real(root, samples, count, val_fraction):
-    """{class: iterator over its real clips} for the classes of the first `count` samples, see `real_clips`."""
+    """{class: iterator over its `real_clips`} for the classes of the first `count` samples."""
     flags, here, T = samples.about["flags"], f"--data-path {root}", samples.num_frames
     check_data_path(root, not flags["video"], cached=False)
     source = open_source(root, samples.image_size, not flags["video"], results_of(flags["ckpt"]))
     parts, real = split_videos(root, source.videos(), val_fraction), {}
     for name in {*samples.names[:count]} - {None}:
         if name not in source.scan.classes:
-            raise UserError(f"{here}: no class {name!r}, which samples have; name the data set of training")
+            raise UserError(f"{here}: no class {name!r}, which samples have; pass the data set of training")
         train, val = ([v for v in part if v.class_name == name and v.num_frames >= T] for part in parts)
         if not train + val:
-            raise UserError(f"{here}: no video of class {name!r} has {T} frames, as the samples have; remove the flag")
+            raise UserError(f"{here}: no video of class {name!r} has the {T} frames of the samples; remove the flag")
         title = "real" if val else "real, from training"  # a small class may have no val video
         real[name] = real_clips(source, val or train, title, T, 1 / samples.time_scale)
     return real
 
 
 def real_clips(source, videos, title, num_frames, fps):
-    """Yield (clip uint8 (T, H, W, 3), its title) of videos, at the frame rate of the samples if possible."""
+    """Yield (clip uint8 (T, H, W, 3), its title) from videos, at the frame rate of the samples if possible."""
     interval = max(1, round(statistics.median(video.fps for video in videos) / fps))
     clips = Clips(source, videos, source.scan.classes, num_frames, (interval, interval), flip=False, stream="real")
     for item in map(clips.__getitem__, itertools.count()):
-        same = num_frames == 1 or abs(item["time_scale"] * fps - 1) <= 0.05  # else its video has no frames at that rate
+        same = num_frames == 1 or abs(item["time_scale"] * fps - 1) <= 0.05  # else the video has too few frames
         yield item["clip"].permute(1, 2, 3, 0).numpy(), title + ("" if same else f", {1 / item['time_scale']:.3g} fps")
 
 
@@ -94,7 +94,7 @@ def make_page(samples, count, real):
 
 
 def summary_line(samples, count):
-    """Number, kind, size and frame rate of the samples, and how they were sampled."""
+    """A line of text: number, kind, size and frame rate of the samples, and how they were sampled."""
     T, size, total, flags = samples.num_frames, samples.image_size, len(samples), samples.about["flags"]
     number = f"{total}" if count == total else f"The first {count} of {total}"
     rate = f", {1 / samples.time_scale:.4g} frames per second" if T > 1 else ""
@@ -104,7 +104,7 @@ def summary_line(samples, count):
 
 
 def make_card(samples, index, real):
-    """The HTML of a sample, with the next of the real clips beside it."""
+    """The HTML of a sample, with the next real clip beside it."""
     name, is_image = samples.names[index] or "none", samples.num_frames == 1
     path = samples.folder / f"{index:06d}{'.png' if is_image else '.mp4'}"
     if not path.exists():
@@ -131,7 +131,7 @@ def make_card(samples, index, real):
 
 
 def clip_file(clip, fps):
-    """A clip uint8 (T, H, W, 3) as the bytes of an mp4 file, or of a PNG file if T = 1."""
+    """The bytes of a clip uint8 (T, H, W, 3) as an mp4 file, or as a PNG file if T = 1."""
     with tempfile.TemporaryDirectory() as folder:
         write_videos(folder, clip[None], fps, gifs=False)
         return next(Path(folder).iterdir()).read_bytes()
@@ -155,7 +155,7 @@ def main():
         fail(error)
     out.parent.mkdir(parents=True, exist_ok=True)
     with atomic_write(out) as file:
-        file.write(page.encode("utf-8", "replace"))  # names of files may have bytes that are not UTF-8
+        file.write(page.encode("utf-8", "replace"))  # file names may not be UTF-8
     more = f" ({total - count} more: --num-samples {total})" if count < total else ""
     say(f"{out}: {count} samples{more}, {out.stat().st_size / 1e6:.1f} MB; open it in a browser")
 

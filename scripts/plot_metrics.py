@@ -3,8 +3,9 @@
     python scripts/plot_metrics.py results/EXP --out loss.png
     python scripts/plot_metrics.py results/A/000-EqM-S-4-f4-rope results/B --out compare.png
 
-A run folder holds one phase, or those of its --frames-schedule. A run that started from a checkpoint of another given
-run continues its curve: steps are global, and FLOPs and seconds are added to those of the run before at that step.
+A run folder holds one phase, or the phases of its --frames-schedule. A run that started from a checkpoint of another
+given run continues that run's curve: steps are global, and its FLOPs and seconds are added. Losses of clips of
+different lengths can't be compared, so validation then shows the relative loss: 1 is the loss of a zero prediction.
 """
 
 import itertools
@@ -23,6 +24,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent / "EqM"))
 from runtime.cli import COUNT, ArgumentParser, UserError, check_writable, fail, one_line_errors, say
 from runtime.metrics import read_metrics
 from scoring.plots import COLORS, MARKERS, plt, save_figure
+from video.drawing import drawable
 
 METRICS = "metrics.jsonl"
 X_AXES = {  # key in metrics.jsonl -> name of the axis, its units in units of the logged value
@@ -33,15 +35,15 @@ X_AXES = {  # key in metrics.jsonl -> name of the axis, its units in units of th
 CUMULATIVE = "flops", "seconds"  # counted from the start of a run
 CURVES = [{"color": color, "linestyle": dashes} for dashes in ("-", "--", ":") for color in COLORS]
 COUNTS = [{"marker": marker, "fillstyle": "none", "markersize": 7, "linewidth": 0.7} for marker in MARKERS]
-LOG_RATIO = 3  # highest loss / lowest above which the axis is logarithmic
-plt.rcParams["text.parse_math"] = False  # names of folders may hold a $
+LOG_RATIO = 3  # the axis is logarithmic if highest loss / lowest loss exceeds this
+plt.rcParams["text.parse_math"] = False  # names of folders may have a $
 
 
 def parse_args():
     parser = ArgumentParser(description="Plot the losses of runs against steps, training compute and wall time.")
     parser.add_argument("runs", nargs="+", metavar="RUN", help="a run folder of train.py, or a folder of run folders")
     parser.add_argument("--out", required=True, metavar="FILE.png", help="the figure")
-    share = "plot losses divided by that of a zero prediction, which compare across data sets and frame counts"
+    share = "plot relative losses, which you can compare across data sets and frame counts: 1 is a zero prediction's"
     parser.add_argument("--relative", action="store_true", help=share)
     mean = "smooth the training loss over N logged lines; 1 = off; default: a twentieth of the longest curve"
     parser.add_argument("--smooth", type=COUNT, help=mean)
@@ -55,7 +57,7 @@ def parse_args():
 @dataclass
 class Curve:
     label: str
-    phases: list  # (frames, rows), each with its rows up to where the next one started; FLOPs and seconds add up
+    phases: list  # (frames, rows up to the start of the next phase); FLOPs and seconds count all phases
 
     @property
     def rows(self):
@@ -63,7 +65,7 @@ class Curve:
 
 
 def load_runs(places):
-    """{folder: its rows of metrics.jsonl, at least one} of the run folders in these places. Raises UserError."""
+    """{run folder: its rows of metrics.jsonl, at least one} of all runs in these places. Raises UserError."""
     runs = {}
     for place in map(Path, places):
         files = [place / METRICS] if (place / METRICS).exists() else sorted(place.glob(f"*/{METRICS}"))
@@ -81,36 +83,36 @@ def load_runs(places):
 
 
 def make_curves(runs):
-    """A curve for each run that no other continues, with all its predecessors."""
+    """A curve for each run that no other run continues."""
     starts = {folder: find_start(folder, runs) for folder in runs}
     continued = {start[1] for start in starts.values() if start}
     return [make_curve(folder, runs, starts) for folder in runs if folder not in continued]
 
 
 def find_start(folder, runs):
-    """(step of the checkpoint that a run started from, folder of its run); None if that is not among `runs`.
+    """(step of the checkpoint that a run started from, folder of that run); None if the folder is not in `runs`.
 
-    A resumed run only knows that it started from itself: it continues the run beside it that ended last before it.
+    A resumed run only says that it started from itself: it continues the last run beside it that ended before it.
     """
     first, config = runs[folder][0]["step"], json.loads((folder / "config.json").read_text())
     if not config["training"]["ckpt"]:
         return None  # from scratch
     ckpt = Path(config["training"]["ckpt"])
-    run = ckpt.parts[-4:-2]  # of EXP/RUN/checkpoints/FILE; folders above EXP may have moved
+    run = ckpt.parts[-4:-2]  # EXP/RUN of EXP/RUN/checkpoints/FILE; folders above EXP may have moved
     if folder.parts[-len(run) :] == run:
         beside = [(rows[-1]["step"], other) for other, rows in runs.items() if other.parent == folder.parent]
         return max((start for start in beside if start[0] < first), default=None)
-    step = int(ckpt.stem) if ckpt.stem.isdecimal() else first - 1  # the name best.pt holds no step
+    step = int(ckpt.stem) if ckpt.stem.isdecimal() else first - 1  # best.pt has no step in its name
     found = [other for other, rows in runs.items() if other.parts[-len(run) :] == run and rows[0]["step"] <= step]
     if run and found:
         return step, min(found, key=lambda other: other.parent != folder.parent)  # its own experiment first
-    say(f"{folder.name}: its start {ckpt} is not of these runs; FLOPs and seconds count from there")
+    say(f"{folder.name}: its start {ckpt} is not one of these runs; FLOPs and seconds count from there")
     return None
 
 
 def make_curve(folder, runs, starts):
     """The Curve of a run and all its predecessors."""
-    chain = [(math.inf, folder)]  # runs, each with the last step of it that the curve has
+    chain = [(math.inf, folder)]  # (last step on the curve, run)
     while start := starts[chain[0][1]]:
         chain.insert(0, start)
     phases, before = [], {}
@@ -130,22 +132,24 @@ def make_curve(folder, runs, starts):
 def plot_curves(curves, relative=False, window=None):
     """The figure: rows for training and validation losses, a column for each of X_AXES that all curves have."""
     rows, longest = [row for curve in curves for row in curve.rows], max(len(curve.rows) for curve in curves)
-    names, window, ending = {*itertools.chain(*rows)}, window or max(1, longest // 20), "_rel" if relative else ""
-    found = (re.fullmatch(rf"val_loss{ending}_f(\d+)", name) for name in names)
+    names, window = {*itertools.chain(*rows)}, window or max(1, longest // 20)
+    losses = {"training": "train_loss" + "_rel" * relative, "validation": validation_loss(rows, relative)}
+    losses = {title: name for title, name in losses.items() if title == "training" or name in names}
+    found = (re.fullmatch(rf"{losses.get('validation')}_f(\d+)", name) for name in names)
     counts = dict(zip(sorted(int(match[1]) for match in found if match), itertools.cycle(COUNTS)))
     axes = [axis for axis in X_AXES if all(axis in row for row in rows)]
-    titles = ["training", "validation"] if f"val_loss{ending}" in names else ["training"]
-    size = 1 + 5.5 * len(axes), 3 + 3.5 * len(titles)
-    figure, grid = plt.subplots(len(titles), len(axes), figsize=size, sharex="col", sharey="row", squeeze=False)
+    size = 1 + 5.5 * len(axes), 3 + 3.5 * len(losses)
+    figure, grid = plt.subplots(len(losses), len(axes), figsize=size, sharex="col", sharey="row", squeeze=False)
     for panels, axis in zip(grid.T, axes, strict=True):
-        plot_column(panels, axis, curves, ending, window, counts)
-    for panel, title in zip(grid[:, 0], titles, strict=True):
+        plot_column(panels, axis, curves, [*losses.values()], window, counts)
+    for panel, (title, name) in zip(grid[:, 0], losses.items(), strict=True):
         scale_losses(panel)
-        panel.set_ylabel(f"{title} loss" + (" / loss of zero" if relative else ""))
+        panel.set_ylabel(f"{title} loss" + (" / loss of zero" if name.endswith("_rel") else ""))
     if counts:
         handles = [plt.Line2D([], [], color="black", label=f"{count} frames", **counts[count]) for count in counts]
-        grid[1, 0].legend(handles=handles, title="thick: as in training", fontsize=11, title_fontsize=11)
-    lines = [style | {"label": curve.label} for curve, style in zip(curves, itertools.cycle(CURVES))]
+        grid[1, 0].legend(handles=handles, title="thick: frames of training", fontsize=11, title_fontsize=11)
+    labels = [drawable(curve.label, f"run {number}") for number, curve in enumerate(curves)]
+    lines = [style | {"label": label} for label, style in zip(labels, itertools.cycle(CURVES))]
     if window > 1:
         lines.append({"color": "none", "label": f"training: thin as logged, thick the mean of {window} lines"})
     handles = [plt.Line2D([], [], linewidth=2, **line) for line in lines]
@@ -153,26 +157,35 @@ def plot_curves(curves, relative=False, window=None):
     return figure
 
 
-def plot_column(panels, axis, curves, ending, window, counts):
-    """Training and, in a second panel, validation losses against one of X_AXES."""
+def validation_loss(rows, relative):
+    """Which validation loss to plot: the relative one where clip lengths differ, if it was logged."""
+    rows = [row for row in rows if "val_loss" in row]
+    lengths = {str(row.get("num_frames")) for row in rows}
+    lengths |= {name.removeprefix("val_loss_f") for row in rows for name in row if re.fullmatch(r"val_loss_f\d+", name)}
+    is_logged = all("val_loss_rel" in row for row in rows)
+    return "val_loss_rel" if relative or (len(lengths) > 1 and is_logged) else "val_loss"
+
+
+def plot_column(panels, axis, curves, losses, window, counts):
+    """Training and, if there is a second panel, validation losses against one of X_AXES. losses: their names."""
     (name, units), longest = X_AXES[axis], max(curve.rows[-1][axis] for curve in curves)
     unit, size = next((pair for pair in units.items() if longest >= 2 * pair[1]), [*units.items()][-1])
     for curve, style in zip(curves, itertools.cycle(CURVES)):
         line = partial(points, curve, axis, size)
         if window > 1:
-            panels[0].plot(*line(f"train_loss{ending}"), **style, linewidth=0.8, alpha=0.6)
-        panels[0].plot(*line(f"train_loss{ending}", window), **style, linewidth=2)
-        for panel in panels[1:]:
-            panel.plot(*line(f"val_loss{ending}"), **style, linewidth=2, marker=".", markersize=8)
+            panels[0].plot(*line(losses[0]), **style, linewidth=0.8, alpha=0.6)
+        panels[0].plot(*line(losses[0], window), **style, linewidth=2)
+        for panel, loss in zip(panels[1:], losses[1:], strict=True):
+            panel.plot(*line(loss), **style, linewidth=2, marker=".", markersize=8)
             for count, marker in counts.items():
-                panel.plot(*line(f"val_loss{ending}_f{count}"), color=style["color"], **marker)
+                panel.plot(*line(f"{loss}_f{count}"), color=style["color"], **marker)
     mark_phases(panels, curves, axis, size)
     panels[-1].set_xlabel(f"{name} ({unit})" if unit else name)
     panels[-1].xaxis.set(major_locator=MaxNLocator(5), major_formatter=FuncFormatter(lambda x, _: f"{x:,.10g}"))
 
 
 def points(curve, axis, size, name, window=1):
-    """x and y (n,) of the rows with a value `name`, NaN where it was not finite; y: means within the phase."""
+    """x and y (n,) of the rows that have a `name`; y is smoothed within each phase, and NaN where it is not finite."""
     parts = []
     for _, rows in curve.phases:
         pairs = [(row[axis] / size, row[name]) for row in rows if name in row]
@@ -182,11 +195,11 @@ def points(curve, axis, size, name, window=1):
 
 
 def smooth(y, window):
-    """Mean over the `window` values around each value of y (n,), fewer at both ends; NaN does not count."""
+    """Mean over the `window` values around each value of y (n,), fewer at both ends, without NaNs."""
     first = np.arange(len(y)) - window // 2
     first, last = first.clip(0), (first + window).clip(max=len(y))
     sums, counts = (np.cumsum([0, *part]) for part in (np.nan_to_num(y), np.isfinite(y)))
-    with np.errstate(invalid="ignore"):  # a window with nothing but NaN
+    with np.errstate(invalid="ignore"):  # a window of NaNs only
         return (sums[last] - sums[first]) / (counts[last] - counts[first])
 
 

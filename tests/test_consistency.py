@@ -104,6 +104,17 @@ def test_real_clips_against_real_clips_have_no_seam_and_no_drift():
     torch.testing.assert_close(half, (1.96 * changes.std(dim=0) / 200**0.5).float(), rtol=1e-3, atol=1e-5)
 
 
+def test_intervals_are_as_wide_if_each_video_gives_several_clips():
+    sets = [measure_all((random(6, 12, 6, 6, 3, seed=seed) * 255).byte()) for seed in (0, 1)]
+    copies = [[torch.cat([column] * 3) for column in own] for own in sets]
+    once, found = consistency.summarize(*sets, 4), consistency.summarize(*copies, 4, videos=[[*range(6)] * 3] * 2)
+    assert found["seam_score_interval95"] == pytest.approx(once["seam_score_interval95"])
+    for name, own in once["drift"].items():
+        assert found["drift"][name]["interval95"] == pytest.approx(own["interval95"], rel=0.02)
+    for kind, name in (("generated", "change"), ("real", "sharpness")):
+        assert found["by_position"][kind][name]["high"] == pytest.approx(once["by_position"][kind][name]["high"])
+
+
 @pytest.mark.parametrize("borders", [[], [*range(1, 8)], [4]])
 def test_without_borders_or_motion_there_is_no_seam_score(borders):
     moves, stands, hardly = random(3, 7), torch.zeros(3, 7), torch.eye(7)[:3]  # not at frame 4
@@ -127,7 +138,7 @@ def test_rising_brightness_is_a_drift_in_deviations_of_real_frames():
 
 
 def test_clips_that_stand_still_have_lines_and_a_plot_without_scores(tmp_path):
-    streams = [[(range(3), flat(torch.full((3, 4), 9.0)), ["A"] * 3, [0.04] * 3)]] * 2
+    streams = [[(range(3), flat(torch.full((3, 4), 9.0)), ["A"] * 3, [0.04] * 3, ["v"] * 3)]] * 2
     values, result, lines = consistency.score_consistency(*streams, {"temporal_patch_size": 4}, tmp_path / "a.png")
     assert values == {"seam_score": None, "change_ratio": None, "largest_drift": None}
     assert lines[0].split() == ["seam", "score", "(1", "=", "none)", "-"]

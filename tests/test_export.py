@@ -1,4 +1,4 @@
-"""An exported folder holds the EMA weights of a checkpoint and all that sampling and training need, and no more."""
+"""An exported folder holds the EMA weights of a checkpoint, and everything that sampling and training need."""
 
 import json
 import shutil
@@ -14,7 +14,7 @@ import sample_gd
 import train
 from runtime.cli import UserError
 from scoring import manifest
-from tiny_data import flip_bit, make_images, random_checkpoint
+from tiny_data import flip_bit, make_images, make_vae, random_checkpoint
 from training import differences, run_main, sample_here
 
 FILES = ["README.md", "config.json", "model.safetensors"]
@@ -47,6 +47,38 @@ def test_an_export_samples_bit_for_bit_what_its_checkpoint_samples(tmp_path, set
     assert np.array_equal(before, after) and before.std() > 30  # the network had an effect
 
 
+def test_an_export_brings_its_own_vae_wherever_you_move_it(tmp_path, capsys):
+    vae, other = make_vae(tmp_path / "vae-64"), make_vae(tmp_path / "other", block_out_channels=(8, 16))
+    path = random_checkpoint(tmp_path / "best.pt", vae, training={"vae": str(vae)}, **VIDEO)
+    before, _ = sample_here(path, tmp_path / "before", "--no-previews")
+    vae = vae.rename(tmp_path / "moved")
+    for flags in ([], ["--vae", tmp_path / "nowhere"]):
+        run_main(export, path, tmp_path / "shared", *flags, status=2)
+        assert "vae-64: not found; pass its new path with --vae" in capsys.readouterr().err or flags
+    run_main(export, path, tmp_path / "shared", "--vae", vae)
+    card, text = ((tmp_path / "shared" / name).read_text() for name in ("README.md", "config.json"))
+    assert "| VAE | its own, in `vae/` |" in card and "vae-64" not in card + text
+    folder, vae = (tmp_path / "shared").rename(tmp_path / "elsewhere"), vae.rename(tmp_path / "gone")
+    run_main(export, folder, tmp_path / "half", "--dtype", "fp16")  # an export of an export has it too
+    for file in ("config.json", "diffusion_pytorch_model.safetensors"):
+        assert (vae / file).read_bytes() == (folder / "vae" / file).read_bytes()
+        assert (vae / file).read_bytes() == (tmp_path / "half/vae" / file).read_bytes()
+    after, about = sample_here(folder, tmp_path / "after", "--no-previews")
+    assert np.array_equal(before, after) and about["source"]["vae"] == str(folder / "vae")
+    run_main(export, folder, tmp_path / "new", "--vae", other, status=2)
+    assert "another VAE" in capsys.readouterr().err and not (tmp_path / "new").exists()
+
+
+def test_the_card_names_a_vae_that_is_downloaded(tmp_path):
+    path = random_checkpoint(tmp_path / "best.pt")
+    state = checkpoint.load(path)
+    state["config"]["data"]["vae"] = "mse"
+    checkpoint.save(path, state)
+    run_main(export, path, tmp_path / "shared")  # without downloading it
+    assert "stabilityai/sd-vae-ft-mse, downloaded on first use" in (tmp_path / "shared/README.md").read_text()
+    assert sorted(file.name for file in (tmp_path / "shared").iterdir()) == FILES
+
+
 @pytest.mark.parametrize(("part", "status"), [("ema", 2), ("model", 0)])
 def test_a_flipped_bit_of_a_checkpoint_stops_an_export_if_it_is_in_the_ema(tmp_path, capsys, part, status):
     path = random_checkpoint(tmp_path / "best.pt")
@@ -73,7 +105,7 @@ def test_config_and_card_say_what_it_is_and_no_path_of_the_machine(exported, tmp
     assert about["model"] == saved["config"]["model"] and about["data"] == saved["config"]["data"]
     assert "somebody" not in text + card and text.count("\n") > 20  # readable
     expected = "EqM-(depth 1, width 48", "weights of step 10", "2: A, B", "0.04 s apart", "| data | videos |", "1.0000"
-    expected += "16 px, VAE none", "--video --ckpt FOLDER", "--video --use-rope", "sampler gd", "None were given."
+    expected += "| 16 px |", "| none, the model works on pixels |", "--video --use-rope", "sampler gd", "No scores yet."
     assert all(words in card for words in expected)
     commands = [line for line in card.splitlines() if line.startswith("python EqM/")]
     for line, script in zip(commands, (sample_gd, train), strict=True):
@@ -96,7 +128,7 @@ def test_config_and_card_say_what_it_is_and_no_path_of_the_machine(exported, tmp
     assert all(words in card for words in ("`motion8_4f`", "| speed | 0.9877 |", "| loss | - |"))
 
 
-def test_a_folder_that_is_not_empty_is_left_as_it_is(exported, tmp_path, capsys):
+def test_a_folder_that_is_not_empty_stays_unchanged(exported, tmp_path, capsys):
     (tmp_path / "full").mkdir()
     (tmp_path / "full/notes.txt").write_text("mine")
     run_main(export, exported[0], tmp_path / "full", status=2)
@@ -156,7 +188,7 @@ def test_flags_that_contradict_the_checkpoint_are_refused(exported, tmp_path, ca
     assert not (tmp_path / "new").exists()
 
 
-def test_fine_tuning_averages_from_its_start_and_a_chained_phase_goes_on(tmp_path, capsys):
+def test_fine_tuning_averages_from_its_start_and_a_chained_phase_continues(tmp_path, capsys):
     run_main(export, random_checkpoint(tmp_path / "best.pt"), tmp_path / "shared")
     data = make_images(tmp_path / "data", 4)
     (data / "A").rename(data / "C")  # the model knows A and B

@@ -91,7 +91,7 @@ def test_image_detectors_get_frames_in_order():
     ],
 )
 def test_a_detector_that_does_not_return_finite_features_is_refused(detector, reason):
-    with pytest.raises(UserError, match=f"--detector x: does not work when called for --metric fvd: .*{reason}"):
+    with pytest.raises(UserError, match=f"--detector x: fails when called for --metric fvd: .*{reason}"):
         frechet.check_detector("x", detector, "fvd", 4, 8)
 
 

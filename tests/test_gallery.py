@@ -20,7 +20,7 @@ import picture
 from tiny_data import make_images, make_latents
 from tiny_videos import decode
 from training import refused, run_main
-from video.drawing import MARK
+from video.drawing import MARK, text_line
 from video.index import scan_videos, split_videos
 from video.writers import write_mp4, write_samples
 
@@ -212,7 +212,7 @@ def test_bad_gallery_input_is_one_line(samples, tmp_path, real, capsys):
         ("--out", samples, "--out", samples / "samples.json/page.html"),
         ("no such folder", samples, "--data-path", tmp_path / "nowhere", "--out", out),
         ("no class 'Cirque\\ndu \"soleil\"'", other, "--data-path", real),
-        ("has 31 frames, as the samples have", long, "--data-path", real),
+        ("has the 31 frames of the samples", long, "--data-path", real),
         ("name the folder of its videos", samples, "--data-path", tmp_path / "cache", "--out", out),
         ("--num-samples", samples, "--num-samples", 0, "--out", out),
     ):
@@ -240,17 +240,22 @@ def test_a_picture_has_a_row_per_sample_and_a_border_around_given_frames(tmp_pat
     run_main(picture, short, long, "--rows", 2, "--out", tmp_path / "picture.png")
     pixels = np.array(Image.open(tmp_path / "picture.png").convert("RGB")).astype(int)
     step, half = picture.SIDE + picture.GAP, picture.SIDE // 2
-    tops = [picture.TITLE, picture.TITLE + step, 2 * (picture.TITLE + step), 2 * (picture.TITLE + step) + step]
-    assert pixels.shape == (tops[-1] + step, picture.LEFT + 12 * step, 3)
+    text = len(text_line("title"))
+    second = text + 2 * step - picture.GAP + 2 * text  # below the notes of the first folder
+    tops = [text, text + step, second, second + step]
+    assert pixels.shape == (tops[-1] + picture.SIDE + text, picture.LEFT + 12 * step - picture.GAP, 3)
+    for top, note in ((tops[1], "2 of 6 samples"), (tops[3], "12 of 23 frames")):
+        line = text_line(f"Shows {note}.")
+        assert np.array_equal(pixels[top + picture.SIDE :][:text, : line.shape[1]], line)
     for row, top in enumerate(tops):
         line = pixels[top + half, picture.LEFT + half :: step]  # the middle of each frame
         shown = range(8) if row < 2 else range(0, 23, 2)  # 12 of the 23 frames
         assert line[: len(shown)].tolist() == [[(20 * frame + 10 * (row % 2)) % 256] * 3 for frame in shown]
         assert (line[len(shown) :] == 255).all()
-        marked = (pixels[top - 1, picture.LEFT + half :: step] == ImageColor.getrgb(MARK)).all(axis=-1)
+        marked = (pixels[top, picture.LEFT + half :: step] == ImageColor.getrgb(MARK)).all(axis=-1)
         assert marked.tolist() == [row >= 2 and frame in (0, 2) for frame in [*shown, *[-1] * (12 - len(shown))]]
         assert (pixels[top : top + picture.SIDE, : picture.LEFT - picture.GAP] < 128).any()  # the name
-    titles = [pixels[top - picture.TITLE : top - picture.GAP, :] < 200 for top in (tops[0], tops[2])]
+    titles = [pixels[top - text : top - picture.GAP] < 200 for top in (tops[0], tops[2])]
     assert np.flatnonzero(titles[1].any(axis=(0, 2))).max() > np.flatnonzero(titles[0].any(axis=(0, 2))).max()
 
 

@@ -88,7 +88,7 @@ def test_the_frame_interval_is_the_closest_in_time_or_the_largest_that_fits():
     assert nearest.TrainingWindows("", videos, 4, 16, 1 / 12.5).intervals == [2, 1, 1, 1]
 
 
-def test_means_ratio_and_shares_are_those_of_their_definitions():
+def test_means_ratio_and_shares_match_their_definitions():
     generated, real = np.array([0.0, 4, 8, 8]), np.arange(10.0, 111)
     found = nearest.summarize(generated, real)
     assert found["rmse"] == 5 and found["rmse_median"] == 6 and found["rmse_real"] == 60
@@ -99,13 +99,16 @@ def test_means_ratio_and_shares_are_those_of_their_definitions():
     found = nearest.summarize(np.array([9.0, 10, 14.9, 15, 50]), real)  # 5% of the real ones are below 15
     assert (found["nearer_than_all_real"], found["nearer_than_95_percent"]) == (0.2, 0.6)
     assert nearest.summarize(generated, np.zeros(3))["rmse_ratio"] is None
+    once, videos = nearest.summarize(generated, real), ([*range(4)] * 3, [*range(101)] * 3)
+    found = nearest.summarize(np.tile(generated, 3), np.tile(real, 3), videos)  # several clips of each video
+    assert found == {name: pytest.approx(value) for name, value in once.items()}
 
 
-def test_copies_of_training_clips_are_found_and_held_out_ones_are_not(shapes, tmp_path, monkeypatch, capsys):
+def test_copies_of_training_clips_are_found_and_held_out_clips_are_not(shapes, tmp_path, monkeypatch, capsys):
     clips, labels, classes = read_clips(shapes, "train", 6, interval=3)
     held_out, _, _ = read_clips(shapes, "val", 1, interval=3)
     clips, sheets = np.concatenate([clips[:5, :, :, ::-1], held_out]), []  # five are mirrored copies
-    monkeypatch.setattr(nearest, "write_sheet", lambda *args: sheets.append(args))
+    monkeypatch.setattr(nearest, "write_sheet", lambda *args, notes: sheets.append((*args, notes)))
     folder = write_samples(tmp_path / "copies", clips, labels, classes, time_scale=3 / 25)
     flags = ["--metric", "nearest", "--samples", folder, "--data-path", shapes, "--num-real", 12]
     made = run(tmp_path / "n.json", *flags)
@@ -114,11 +117,14 @@ def test_copies_of_training_clips_are_found_and_held_out_ones_are_not(shapes, tm
     assert sorted(pair["clip"] for pair in pairs[:5]) == [0, 1, 2, 3, 4] and pairs[5]["clip"] == 5
     assert [pair["rmse"] == 0 for pair in pairs] == [True] * 5 + [False]
     assert made["values"]["nearer_than_all_real"] == pytest.approx(5 / 6) and made["values"]["rmse_real"] > 1
-    ((path, videos, names),) = sheets
+    ((path, videos, names, notes),) = sheets
     assert path == tmp_path / "n.sheet.png" and videos.shape == (12, 8, 16, 16, 3)
     assert np.array_equal(videos[:10:2], videos[1:10:2]) and not np.array_equal(videos[10], videos[11])
-    assert len(names) == 12 and names[0].startswith(classes[labels[pairs[0]["clip"]]])
-    assert names[1].startswith("v_") and names[1].endswith(f"from frame {pairs[0]['first_frame']} mirrored")
+    name = classes[labels[pairs[0]["clip"]]]
+    assert pairs[0]["class"] == pairs[0]["video_class"] == name and pairs[0]["video"].startswith(f"{name}/")
+    assert len(names) == 12 and names[0] == f"{name} {pairs[0]['clip']}: 0.0" and notes == []
+    assert names[1].startswith(f"{name}, v_") and names[1].endswith(f", frame {pairs[0]['first_frame']}, mirrored")
+    assert made["result"]["interval_units"] == {"generated": "6 clips", "real": "12 clips"}
     assert run(tmp_path / "again.json", "--manifest", tmp_path / "n.json")["repeats"]["bit_equal"]
     made["real"]["training_sha256"] = "0"
     (tmp_path / "n.json").write_text(json.dumps(made))

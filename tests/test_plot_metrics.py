@@ -141,7 +141,7 @@ def test_a_phase_whose_start_is_not_given_is_a_curve_and_a_line_says_so(tmp_path
     (curve,) = curves_of(root / "002-EqM-S-4-f16-rope")
     assert steps(curve) == [list(range(160, 201, 10))]
     (line,) = capsys.readouterr().out.splitlines()
-    assert "001-EqM-S-4-f8-rope/checkpoints/best.pt is not of these runs" in line
+    assert "001-EqM-S-4-f8-rope/checkpoints/best.pt is not one of these runs" in line
     assert not plot_curves([curve]).axes[0].patches
 
 
@@ -171,23 +171,39 @@ def test_validation_has_a_row_with_a_line_for_the_own_and_each_frame_count(tmp_p
         "val_loss": lambda step: 50 / step,
         "val_loss_f4": lambda step: 40 / step,
         "val_loss_f16": lambda step: None if step == 30 else 60 / step,  # was not finite
-        "val_loss_rel": lambda step: 5 / step,
-        "train_loss_rel": lambda step: 10 / step,
+    }
+    relative = {
+        name.replace("loss", "loss_rel"): lambda step, f=f: f(step) and f(step) / 10 for name, f in values.items()
     }
     without = '{"step": 60, "train_loss": 2.0, "train_loss_rel": 0.2}\n'  # a line without validation
-    curves = curves_of(make_run(tmp_path / "E/000-EqM-S-4-f4-rope", 0, 50, torn=without, cost=None, **values))
     every = np.arange(10, 51, 10)
-    training, validation = plot_curves(curves, window=1).axes
-    assert training.lines[0].get_xdata()[-1] == 60 and training.get_yscale() == "log"
     sixteen = np.where(every == 30, np.nan, 60 / every)
-    for line, y in zip(validation.lines, (50 / every, 40 / every, sixteen), strict=True):
-        assert np.allclose(data(line), np.column_stack([every, y]), equal_nan=True)
-    assert validation.lines[1].get_marker() != validation.lines[2].get_marker()
-    assert texts(validation.get_legend().texts) == ["4 frames", "16 frames"]
-    training, validation = plot_curves(curves, relative=True, window=1).axes
+    older = make_run(tmp_path / "older/000-EqM-S-4-f4-rope", 0, 50, torn=without, cost=None, **values)
+    values |= relative | {"train_loss_rel": lambda step: 10 / step}
+    newer = make_run(tmp_path / "E/000-EqM-S-4-f4-rope", 0, 50, torn=without, cost=None, **values)
+    for folder, unit in ((older, 1), (newer, 10)):  # losses of 4 and of 16 frames compare if they are relative
+        training, validation = plot_curves(curves_of(folder), window=1).axes
+        assert training.lines[0].get_xdata()[-1] == 60 and training.get_yscale() == "log"
+        assert validation.get_xlabel() == "step" and training.get_ylabel() == "training loss"
+        assert ("of zero" in validation.get_ylabel()) == (unit == 10)
+        for line, y in zip(validation.lines, (50 / every, 40 / every, sixteen), strict=True):
+            assert np.allclose(data(line), np.column_stack([every, y / unit]), equal_nan=True)
+        assert validation.lines[1].get_marker() != validation.lines[2].get_marker()
+        assert texts(validation.get_legend().texts) == ["4 frames", "16 frames"]
+    training, validation = plot_curves(curves_of(newer), relative=True, window=1).axes
     assert np.allclose(training.lines[0].get_ydata(), [*(10 / every), 0.2])
     assert np.allclose(validation.lines[0].get_ydata(), 5 / every)
     assert "of zero" in training.get_ylabel()
+
+
+def test_validation_losses_of_one_clip_length_are_absolute_and_of_several_phases_relative(tmp_path):
+    losses = {"val_loss": lambda step: 50 / step, "val_loss_rel": lambda step: 5 / step}
+    one = make_run(tmp_path / "E/000-EqM-S-4-f4-rope", 0, 50, **losses)
+    assert "of zero" not in plot_curves(curves_of(one), window=1).axes[3].get_ylabel()
+    make_run(tmp_path / "E/001-EqM-S-4-f16-rope", 50, 90, one / "checkpoints/0000050.pt", **losses)
+    validation = plot_curves(curves_of(tmp_path / "E"), window=1).axes[3]
+    assert "of zero" in validation.get_ylabel()
+    assert np.allclose(validation.lines[0].get_ydata(), 5 / np.arange(10, 91, 10))
 
 
 def test_lines_say_what_was_not_drawn_and_odd_names_are_shown_as_they_are(tmp_path, capsys):

@@ -75,6 +75,10 @@ def test_the_best_sample_is_chosen_for_each_metric_on_its_own():
     assert result["psnr_gain"] == pytest.approx(result["psnr"] - 10)
     low, high = result["psnr_gain_interval95"]
     assert low < result["psnr_gain"] < high and high - low == pytest.approx(2.2, abs=0.5)  # 3.92 x 1.118 / 2
+    scores, repeated = np.tile(scores, (3, 1, 1, 1)), np.full((12, 3, 2), 10.0)
+    tripled = prediction.compare(scores, {"repeated": repeated}, [*range(4)] * 3)  # each video gives three clips
+    assert tripled["psnr_gain_interval95"] == pytest.approx(result["psnr_gain_interval95"])
+    assert tripled["psnr_best_by_frame"]["half95"] == pytest.approx(result["psnr_best_by_frame"]["half95"])
 
 
 def test_averaging_samples_with_independent_errors_raises_the_score():
@@ -173,6 +177,9 @@ def test_the_split_is_that_of_the_samples_which_may_have_no_class(shapes, tmp_pa
     made = run(tmp_path / "p.json", "--metric", "prediction", "--samples", folder, "--data-path", shapes)
     assert made["protocol"] == "prediction24_all_3of8f" and made["values"]["psnr"] == 60
     assert made["real"]["num_videos"] == made["real"]["num_clips"] == 24
+    folder = write_predictions(tmp_path / "few", shapes, stops, count=24, samples_per_clip=1)
+    made = run(tmp_path / "few.json", "--metric", "prediction", "--samples", folder, "--data-path", shapes)
+    assert made["real"]["num_videos"] == 12 and made["result"]["interval_units"] == {"real": "12 videos"}
 
 
 def test_samples_smaller_than_the_window_of_ssim_are_refused(shapes, tmp_path, capsys):

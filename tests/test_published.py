@@ -132,7 +132,7 @@ def test_a_published_file_loads_with_its_ema_weights(tmp_path, tiny_name, kind):
 def test_a_published_file_has_its_own_energy_or_the_energy_of_the_flag(tmp_path, tiny_name):
     bare, own = (write_file(tmp_path / f"{kind}.pt", STATE, kind) for kind in ("bare", "of energies"))
     assert checkpoint.load_model(bare, model=tiny_name, ebm="dot")[0].config.ebm == "dot"
-    assert "was trained with --ebm l2" in refusal(own, tiny_name, ebm="dot")
+    assert "trained with --ebm l2" in refusal(own, tiny_name, ebm="dot")
     half = {name: value.half() for name, value in STATE.items()}
     torch.save({"ema": half, "args": {"ebm": "dot", "vae": "mse"}}, tmp_path / "a.pt")  # plain args, half precision
     model, config, _ = checkpoint.load_model(tmp_path / "a.pt", model=tiny_name)
@@ -165,9 +165,9 @@ def test_a_published_file_can_be_exported(tmp_path, tiny_name):
 
 TABLE = STATE["pos_embed"]
 REFUSALS = {  # what is wrong: (tensors that are replaced or missing, --model, other flags, words of the line)
-    "no name": ({}, None, {}, "give --model, such as EqM-XL/2"),
-    "width": ({}, "EqM-Wide/2", {}, "holds EqM-Tiny/2, not EqM-Wide/2: give another --model"),
-    "patches": ({}, "EqM-Tiny/4", {}, "holds EqM-Tiny/2, not EqM-Tiny/4"),
+    "no name": ({}, None, {}, "pass --model, such as EqM-XL/2"),
+    "width": ({}, "EqM-Wide/2", {}, "holds EqM-Tiny/2, expected EqM-Wide/2; pass another --model"),
+    "patches": ({}, "EqM-Tiny/4", {}, "holds EqM-Tiny/2, expected EqM-Tiny/4"),
     "rotary positions": ({}, "EqM-Tiny/2", {"use_rope": True}, "cannot be converted"),
     "videos": ({}, "EqM-Tiny/2", {"video": True}, "holds an image model"),
     "positions moved": ({"pos_embed": TABLE.roll(1, dims=1)}, "EqM-Tiny/2", {}, "pos_embed is not our table"),

@@ -16,6 +16,7 @@ from runtime.cli import UserError
 from sample_folders import read_clips, refused, run, write_samples
 from scoring import shapes
 from scoring.shapes import Track, track
+from scoring.stats import wilson
 
 RED, GREEN, BLUE = (drawing.COLORS[name] for name in ("red", "green", "blue"))
 COMBINATIONS = list(itertools.product(drawing.SHAPES, drawing.DIRECTIONS))
@@ -97,7 +98,7 @@ def test_the_tracker_is_right_about_all_decoded_videos_long_and_short(data_set, 
     clips = frames.permute(0, 2, 3, 1).unflatten(0, (24, 25)).numpy()
     expected = [shapes.Truth(data_set)(video["class"], size, 1 / 25) for video in videos.values()]
     for frames in (25, 4):
-        score = shapes.summarize([track(clip[:frames]) for clip in clips], expected)
+        score = shapes.summarize_tracks([track(clip[:frames]) for clip in clips], expected)
         assert (score["direction_accuracy"], score["shape_accuracy"], score["clips"]) == (1, 1, 24)
         assert score["speed_ratio"] == pytest.approx(1, abs=0.02)
         assert score["area_ratio"] == pytest.approx(1.02, abs=0.02)
@@ -179,12 +180,15 @@ def test_the_summary_counts_refused_clips_as_wrong_and_measures_right_ones():
     up, left = Track("Up", "Circle", 0.5, 20), Track("Left", "Square", 0.5, 20)
     tracks = [Track("Up", "Circle", 0.4, 18), Track("Up", "Square", 0.6, 26), Track("Down", "Circle", 5, 99)]
     tracks += [Track(reason="nothing stands out"), Track(None, "Square", reason="the object stands still")]
-    found = shapes.summarize(tracks, [up] * 4 + [left])
+    found = shapes.summarize_tracks(tracks, [up] * 4 + [left])
     assert (found["clips"], found["right"], found["direction_accuracy"], found["shape_accuracy"]) == (5, 2, 0.4, 0.6)
     assert found["speed_ratio"] == pytest.approx(1.0) and found["area_ratio"] == pytest.approx(1.1)
     assert found["area_ratio_interval95"] == pytest.approx([1.1 - 0.392, 1.1 + 0.392])  # 0.9 and 1.3
     assert found["refused"] == {"nothing stands out": 1, "the object stands still": 1}
-    none = shapes.summarize([Track(reason="x")], [up])
+    tripled = shapes.summarize_tracks(tracks * 3, ([up] * 4 + [left]) * 3, [*range(5)] * 3)  # 3 clips of each video
+    for name in ("direction_interval95", "shape_interval95", "area_ratio_interval95"):
+        assert tripled[name] == pytest.approx(found[name])
+    none = shapes.summarize_tracks([Track(reason="x")], [up])
     assert none["speed_ratio"] is none["area_ratio"] is None and none["direction_accuracy"] == 0
     lines = [line.split() for line in shapes.result_lines({"generated": found, "real": none}, shapes.TRACKED)]
     assert ["speed", "/", "true", "speed", "1.000", "(0.608", "to", "1.392)", "-"] in lines
@@ -194,10 +198,12 @@ def test_the_summary_counts_refused_clips_as_wrong_and_measures_right_ones():
 def test_motion_of_real_clips_is_all_right(request, tmp_path):
     data = request.getfixturevalue("shapes")
     folder = write_samples(tmp_path / "s", *read_clips(data, "val", 12, stream="a"))
-    found = run(tmp_path / "m.json", "--samples", folder, "--data-path", data, "--num-real", 12)
-    assert found["protocol"] == "motion12_8f"
+    found = run(tmp_path / "m.json", "--samples", folder, "--data-path", data, "--num-real", 24)
+    assert found["protocol"] == "motion12_real24_8f"
     assert found["values"]["direction_accuracy"] == found["values"]["shape_accuracy"] == 1
-    assert found["result"]["real"]["right"] == found["result"]["real"]["clips"] == 12
+    assert found["result"]["real"]["right"] == found["result"]["real"]["clips"] == 24
+    assert found["result"]["interval_units"] == {"generated": "12 clips", "real": "12 videos"}
+    assert found["result"]["real"]["direction_interval95"] == wilson(12, 12)
 
 
 # ----------------------------------------------------------------------------------------------------------------------

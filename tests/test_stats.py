@@ -35,7 +35,23 @@ def test_the_bootstrap_has_the_spread_of_the_mean_and_depends_on_its_key():
     torch.testing.assert_close(stats.bootstrap(np.stack([-values, values], axis=1), "a")[:, 1], means)  # whole clips
 
 
-def test_an_interval_leaves_out_what_is_not_finite():
+def test_clips_of_one_video_count_as_one_unless_there_is_no_other_video():
+    values = np.random.default_rng(0).normal(size=12)
+    copies = np.tile(values, 8)
+    own, shared, one = [*range(96)], [*range(12)] * 8, ["v"] * 96
+    for videos, units in ((own, "96 clips"), (shared, "12 videos"), (one, "96 clips of one video")):
+        assert stats.interval_units(real=videos) == ({"real": units}, f"  95% intervals over {units} (real)")
+    assert stats.mean_interval(copies, shared) == pytest.approx(stats.mean_interval(values))  # copies tell nothing new
+    low, high = stats.mean_interval(copies, one)
+    assert stats.mean_interval(copies) == stats.mean_interval(copies, own) == [low, high]
+    assert high - low < 0.5 * np.subtract(*stats.mean_interval(values)[::-1])
+    both = np.stack([copies, np.where(np.arange(96) < 12, np.nan, copies)])
+    assert stats.by_video(both.T, shared).T.numpy() == pytest.approx(np.stack([values, values]))  # NaNs do not count
+    hits = copies > 0
+    assert stats.share(hits, shared) == (hits.mean(), pytest.approx(stats.wilson(hits.sum() / 8, 12)))
+
+
+def test_an_interval_ignores_values_that_are_not_finite():
     assert stats.interval95(torch.tensor([1.0, torch.nan, 1.0, torch.inf])) == [1, 1]
     values = np.random.default_rng(0).normal(size=50)
     assert stats.mean_interval([*values, np.nan]) == stats.mean_interval(values)
@@ -45,16 +61,16 @@ def test_an_interval_leaves_out_what_is_not_finite():
 def test_rows_of_all_ranks_come_in_the_order_of_their_clips(monkeypatch):
     def stream(indices):
         clips = torch.tensor(indices).byte().view(-1, 1, 1, 1, 1)
-        yield indices[:2], clips[:2], ["a", "b"], [0.1, 0.2]
-        yield indices[2:], clips[2:], ["c"] * len(indices[2:]), [0.3] * len(indices[2:])
+        yield indices[:2], clips[:2], ["a", "b"], [0.1, 0.2], ["v", "w"]
+        yield indices[2:], clips[2:], ["c"] * len(indices[2:]), [0.3] * len(indices[2:]), ["x"] * len(indices[2:])
 
-    other = [(index, 10 * index, "z") for index in (0, 3)]
+    other = [(index, 10 * index, "z", "y") for index in (0, 3)]
     monkeypatch.setattr(distributed, "gather", lambda rows: [rows, other])
-    values, names = stats.gather(stream([1, 2, 4]), lambda clip, name, scale: (10 * clip.item(), name))
-    assert values == (0, 10, 20, 30, 40) and names == ("z", "a", "b", "z", "c")
+    columns = stats.gather(stream([1, 2, 4]), lambda clip, name, scale: (10 * clip.item(), name))
+    assert columns == [(0, 10, 20, 30, 40), ("z", "a", "b", "z", "c"), ("y", "v", "w", "y", "x")]
 
 
-def test_psnr_is_that_of_its_definition_and_equal_pixels_have_the_most():
+def test_psnr_matches_its_definition_and_is_60_db_for_equal_pixels():
     real = np.zeros((4, 4, 3), np.uint8)
     assert stats.psnr(real + np.uint8(5), real) == pytest.approx(20 * math.log10(255 / 5))
     assert stats.psnr(real, real) == 60 and np.isnan(stats.psnr(real[:0], real[:0]))

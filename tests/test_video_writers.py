@@ -10,7 +10,7 @@ from skimage import data
 
 from training import content
 from video import writers
-from video.drawing import GAP, enlarge, evenly_spaced, tile
+from video.drawing import GAP, add_notes, drawable, enlarge, evenly_spaced, few, text_line, tile
 from video.samples import read_samples
 from video.writers import write_gif, write_lossless, write_mp4, write_samples, write_sheet
 
@@ -52,6 +52,13 @@ def read_gif(path):
 
 def read_png(path):
     return np.asarray(Image.open(path))
+
+
+def holds_note(picture, *notes):
+    """Whether these notes, and nothing else, are below a picture."""
+    line = text_line(f"Shows {', '.join(notes)}.")
+    bottom = picture[-len(line) :]
+    return np.array_equal(bottom[:, : line.shape[1]], line) and (bottom[:, line.shape[1] :] == 255).all()
 
 
 def mean_difference(a, b):
@@ -166,7 +173,9 @@ def test_a_sheet_of_many_long_videos_shows_few_of_them_and_of_their_frames(tmp_p
     monkeypatch.setattr(writers, "MAX_ROWS", 4)
     monkeypatch.setattr(writers, "MAX_COLUMNS", 8)
     write_sheet(tmp_path / "sheet.png", levels(np.arange(5)[:, None] + np.arange(100)))
-    cells = read_png(tmp_path / "sheet.png")[:: 128 + GAP, :: 128 + GAP, 0].astype(int)
+    sheet = read_png(tmp_path / "sheet.png")
+    assert holds_note(sheet, "4 of 5 videos", "8 of 100 frames")
+    cells = sheet[: 4 * (128 + GAP) : 128 + GAP, :: 128 + GAP, 0].astype(int)
     assert np.array_equal(cells[:, 0], np.arange(4))
     assert cells.shape == (4, 8) and cells[0, -1] == 99
     assert set(np.diff(cells[0])) <= {14, 15}  # evenly
@@ -183,7 +192,22 @@ def test_a_grid_has_rows_of_8_videos_and_at_most_64(tmp_path, count, rows, colum
         assert (cell[:, :128, :128] == (enlarge(videos[index]) if index < count else 255)).all()
         assert (cell[:, 128:] == 255).all() and (cell[:, :, 128:] == 255).all()
     write_sheet(tmp_path / "grid.png", videos[:, :1], names=["a name"] * count)  # which is not shown
-    assert np.array_equal(read_png(tmp_path / "grid.png"), grid[0])
+    shown = read_png(tmp_path / "grid.png")
+    assert np.array_equal(shown[: rows * side, : columns * side], grid[0])
+    assert holds_note(shown, *few(64, count, "images")) if count > 64 else shown.shape == grid[0].shape
+
+
+def test_names_with_accents_are_drawn_and_names_that_the_font_lacks_become_numbers(tmp_path, capsys):
+    drawable.cache_clear()
+    videos, names = np.stack([color_bars(4)] * 3), ["Cañón Łódź", "乒乓球", "乒乓球"]
+    write_sheet(tmp_path / "names.png", videos, names, labels=[0, 7, 7])
+    (line,) = capsys.readouterr().out.splitlines()  # once
+    assert line == "note: the font of pictures lacks characters of 乒乓球: pictures say 'class 7' instead"
+    write_sheet(tmp_path / "same.png", videos, ["Cañón Łódź", "class 7", "class 7"])
+    assert np.array_equal(read_png(tmp_path / "names.png"), read_png(tmp_path / "same.png"))
+    assert drawable("Cañón", "class 7") == "Cañón"  # accents of their own
+    pictures = [text_line(name) for name in ("ñ", "n", "\uffff")]
+    assert len({picture.tobytes() for picture in pictures}) == 3
 
 
 # ----------------------------------------------------------------------------------------------------------------------
@@ -233,12 +257,13 @@ def test_a_long_video_has_all_frames_and_a_thinned_gif_of_the_same_length(tmp_pa
     write_samples(tmp_path, in_windows(videos, (16, 32, 41), [(0, 1)]), 41, [0], 25, ["a"], [(0, 40)])
     assert np.array_equal(np.load(tmp_path / "samples.npz")["arr_0"], videos)
     assert len(read_video(tmp_path / "000000.mp4")[0]) == 41
-    for name, cell in (("000000.gif", np.asarray), ("grid.gif", lambda video: tile(video[None]))):
+    noted = "grid.gif", lambda video: add_notes(tile(video[None]), ["10 of 41 frames"])
+    for name, cell in (("000000.gif", np.asarray), noted):
         frames, delays = read_gif(tmp_path / name)
         assert np.array_equal(frames, enlarge(cell(videos[0][evenly_spaced(41, 10)])))
         assert sum(delays) == pytest.approx(41 * 40, abs=10)
     marked = (read_png(tmp_path / "sheet.png") == (255, 127, 14)).all(axis=-1)
-    assert marked[0].reshape(-1)[[-1, -100]].all()  # the last of the frames
+    assert marked[0].reshape(-1)[[-1, -100]].all()  # the last frame
     write_samples(tmp_path / "once", [(range(1), 0, videos[:, :12])], 12, [0], 25)
     assert len(read_gif(tmp_path / "once/000000.gif")[0]) == 12  # all of those that came at once
 

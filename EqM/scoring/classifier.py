@@ -1,13 +1,12 @@
-"""Which class does a clip show? A small network learns it from real clips and classifies generated ones.
+"""Which class does a clip show? A small network learns it from real clips and classifies generated clips.
 
-For data sets of few videos whose file stem names a group, such as the person: <Class>/person3.mkv. First, for each
-group, a network trained on all videos of the others classifies the videos of that group: the classifier's own accuracy.
-Then one trained on the training split alone classifies the samples. It sees gray windows of at most 16 frames, 32 px,
-as far apart as those of the samples. The class of a longer clip is that of the mean of the logits of evenly spaced
-windows, each of which shares half of its time or more with the next. Intervals: 95%, by clip. It runs on the CPU.
+It fits data sets of few videos whose file stem names a group, such as the person: <Class>/person3.mkv. For each group,
+a network trained on the other groups classifies its videos: this is the classifier's own accuracy. Then a network
+trained on the training split classifies the samples. It runs on the CPU and sees gray windows of at most 16 frames of
+32 px, with the time between frames of the samples. A longer clip gets the class of its windows' mean logits.
 
-Training windows are mirrored at random, so classes that differ only by left and right can't be told apart. There is no
-class for standing still, so static samples, which move less than any real clip of their class, are counted too.
+It can't tell classes apart that differ only by left and right, as training windows are mirrored at random. No class
+stands for "does not move", so static samples are counted too: they move less than any real clip of their class.
 """
 
 import itertools
@@ -29,26 +28,25 @@ from runtime.rng import generator
 from scoring.stats import mean_interval, wilson
 from video.files import UnreadableError, read_frames, resize_and_crop
 
-SIZE = 32  # px, of what the classifier sees
-MOST_FRAMES = 16  # of a window
-PURPOSE = "judge"  # of its random draws, which scores of earlier code depend on
-MOVES = 40  # of 255 levels: a pixel moves if its gray changes by more in a window; what a VAE lets flicker does not
-# Training: changes are the largest, in shares of size, side, contrast and of the range from black to white
+SIZE, MOST_FRAMES = 32, 16  # px and most frames of a window
+PURPOSE = "judge"  # names its random draws; another word would change published scores
+MOVES = 40  # of 255 levels: a pixel moves if its gray changes by more in a window; the flicker of a VAE is weaker
+# Random changes in training: the largest ones, as shares of size, side, contrast and of the range from black to white
 RECIPE = Namespace(batch=16, lr=3e-3, weight_decay=0.05, smoothing=0.1, zoom=0.1, shift=0.12, contrast=0.3, light=0.15)
 
 
 def check(samples, clips, training, place):
-    """Raise UserError unless a network can learn from groups of the videos of Clips to classify Samples."""
+    """Raise UserError unless a network can learn the classes of Samples from the groups of videos of Clips."""
     if unknown := set(samples.classes) - set(clips.classes):
         got = f"has class {min(unknown)}, {place} has {', '.join(clips.classes)}"
         raise UserError(f"{samples.place}: {got}; pass the data set that the model was trained on")
     for name in clips.classes:
         count = len({group_of(video) for video in clips.videos if video.class_name == name})
         if count < 2 or len(clips.classes) < 2:
-            got = f"{len(clips.classes)} classes, of {name} videos of {count} groups (file stems)"
+            got = f"{len(clips.classes)} classes, {count} groups (file stems) in {name}"
             raise UserError(f"{place}: {got}; expected at least 2 of both, as each group is held out once")
         if all(video.class_name != name for video in training):
-            raise UserError(f"{place}: no video of class {name} in the training split; expected one (--val-fraction)")
+            raise UserError(f"{place}: no training video of class {name}; expected one; lower --val-fraction")
 
 
 def group_of(video):
@@ -56,17 +54,17 @@ def group_of(video):
 
 
 def score_classifier(samples, clips, training, args, corrupt):
-    """Classify Samples (see sources.py) by the videos of Clips, clips as long as a window; `training`: some of them."""
-    torch.set_num_threads(1)  # sums in another order would make another classifier
+    """Classify Samples with networks trained on the videos of Clips, in windows of their length; training: a part."""
+    torch.set_num_threads(1)  # another order of sums makes another classifier
     size, classes, real = samples.image_size, clips.classes, {}
     window, interval = clips.num_frames, clips.frame_interval[0]
     for video in sorted(clips.videos, key=lambda video: video.path):
         try:
             real[video] = prepare(read_frames(args.data_path, video, range(video.num_frames)), size)
         except UnreadableError:
-            corrupt.append(video.path)  # it is skipped
+            corrupt.append(video.path)
     videos, training = list(real), [video for video in training if video in real]
-    check(samples, replace(clips, videos=videos), training, f"--data-path {args.data_path}")  # the rest may be too few
+    check(samples, replace(clips, videos=videos), training, f"--data-path {args.data_path}")  # may be too few now
     labels, groups = [classes.index(video.class_name) for video in videos], [group_of(video) for video in videos]
     rows = list(zip(real.values(), labels, groups, strict=True))
     settings = {"num_classes": len(classes), "window": window, "interval": interval}
@@ -83,7 +81,7 @@ def score_classifier(samples, clips, training, args, corrupt):
     found["static"] = find_static(shown, asked, rows, window, interval)
     lines = [
         f"  real clips, each of {len(set(groups))} groups held out once, classified correctly: {in_words(about)}",
-        f"  samples classified as the class that was asked for: {in_words(found)}",
+        f"  samples classified as their class: {in_words(found)}",
         f"  static samples, which move less than any real clip of their class: {len(found['static'])}",
     ]
     values = {"accuracy": about["share"], "window_accuracy": about["windows"]["share"], "asked_class": found["share"]}
@@ -92,10 +90,7 @@ def score_classifier(samples, clips, training, args, corrupt):
 
 
 class Classifier(nn.Module):
-    """Logits (B, classes) of windows (B, T, SIZE, SIZE) with values from 0 to 1: of their gray and its change in time.
-
-    The last layers see where something is, as one arm or two is a question of left and right.
-    """
+    """Logits (B, classes) of windows (B, T, SIZE, SIZE), values from 0 to 1. It sees gray levels and their changes."""
 
     def __init__(self, num_classes):
         super().__init__()
@@ -103,6 +98,7 @@ class Classifier(nn.Module):
         for inside, outside in itertools.pairwise((2, 12, 24, 48)):
             layers += [nn.Conv3d(inside, outside, 3, stride=2, padding=1), nn.GroupNorm(4, outside), nn.ReLU()]
         self.layers = nn.Sequential(*layers)
+        # Not pooled over places: one arm or two is a question of left and right
         self.head = nn.Sequential(nn.Linear(48 * (SIZE // 8) ** 2, 32), nn.ReLU(), nn.Linear(32, num_classes))
 
     def forward(self, x):
@@ -112,34 +108,31 @@ class Classifier(nn.Module):
 
 
 def prepare(frames, image_size):
-    """uint8 frames (T, H, W, 3) as a gray clip (T, SIZE, SIZE); before, image_size, as for the model of the samples."""
+    """uint8 frames (T, H, W, 3) -> a gray clip (T, SIZE, SIZE), by way of image_size, which the model samples."""
     frames = resize_and_crop(resize_and_crop(torch.tensor(frames).permute(0, 3, 1, 2), image_size), SIZE)
     return torch.einsum("tchw,c->thw", frames.float(), torch.tensor([0.299, 0.587, 0.114])).round().byte()
 
 
 def every_window(clip, window, interval):
-    """The windows that begin at every frame of a clip: (n, window, SIZE, SIZE), a view."""
+    """All windows of a clip, one from each frame: (n, window, SIZE, SIZE), a view."""
     return clip.unfold(0, (window - 1) * interval + 1, 1)[..., ::interval].movedim(-1, 1)
 
 
 def windows_of(clip, window, interval):
-    """The windows (n, window, SIZE, SIZE) that a clip is classified by, from its first to its last frame."""
+    """Windows (n, window, SIZE, SIZE) from a clip's first to its last frame; each overlaps the next by half or more."""
     every = every_window(clip, window, interval)
     rest = len(every) - 1
     return every[torch.linspace(0, rest, 1 + math.ceil(2 * rest / (len(clip) - rest))).round().long()]
 
 
 def least_motion(clip, window, interval):
-    """The least share of pixels that move in a window of a clip."""
+    """The smallest share of moving pixels in any window of a clip."""
     windows = every_window(clip, window, interval)
     return (windows.amax(dim=1) - windows.amin(dim=1) > MOVES).double().mean(dim=(1, 2)).min().item()
 
 
 def find_static(samples, asked, real, window, interval):
-    """Indices of the samples of which a window moves less than every window of the real clips of their class.
-
-    real: rows (clip, label, ...).
-    """
+    """Indices of samples with a window that moves less than all of their class in `real`, rows (clip, label, ...)."""
     least = {}
     for clip, label, *_ in real:
         least[label] = min(least.get(label, 1.0), least_motion(clip, window, interval))
@@ -148,9 +141,9 @@ def find_static(samples, asked, real, window, interval):
 
 
 def random_windows(of_class, window, interval, random):
-    """Training windows (B, window, SIZE, SIZE), changed at random, and labels (B,). of_class: {label: its clips}."""
+    """Training windows (B, window, SIZE, SIZE), changed at random, and labels (B,). of_class: {label: clips}."""
     B, windows = RECIPE.batch, []
-    y = torch.tensor(list(of_class))[torch.randint(len(of_class), (B,), generator=random)]  # classes: equally often
+    y = torch.tensor(list(of_class))[torch.randint(len(of_class), (B,), generator=random)]  # classes equally often
     for label, (which, when) in zip(y.tolist(), torch.rand(B, 2, generator=random).tolist(), strict=True):
         every = every_window(of_class[label][int(which * len(of_class[label]))], window, interval)
         windows.append(every[int(when * len(every))])
@@ -159,21 +152,21 @@ def random_windows(of_class, window, interval, random):
     zoom, right, down = 1 + RECIPE.zoom * zoom, 2 * RECIPE.shift * right, 2 * RECIPE.shift * down
     matrix = torch.stack([mirror * zoom, zero, right, zero, zoom, down], dim=1).view(B, 2, 3)
     x = torch.stack(windows).float() / 255
-    grid = F.affine_grid(matrix, x.shape, align_corners=False)  # one change for all frames of a window
+    grid = F.affine_grid(matrix, x.shape, align_corners=False)  # the same for all frames of a window
     x = F.grid_sample(x, grid, padding_mode="border", align_corners=False)
     contrast, light = (1 + RECIPE.contrast * contrast).view(B, 1, 1, 1), (RECIPE.light * light).view(B, 1, 1, 1)
     return (x - 0.5) * contrast + 0.5 + light, y
 
 
 def train(rows, name, num_classes, window, interval, steps, seed):
-    """A Classifier of rows (clip, label). All draws are functions of the seed, the classifier's name and the step."""
+    """A Classifier trained on rows (clip, label). All draws are functions of the seed, its name and the step."""
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(generator(seed, PURPOSE, name).initial_seed())
         network = Classifier(num_classes)
     optimizer = torch.optim.AdamW(network.parameters(), RECIPE.lr, weight_decay=RECIPE.weight_decay)
     of_class = {label: [clip for clip, other in rows if other == label] for label in sorted({y for _, y in rows})}
     for step in range(steps):
-        done = step / steps  # a tenth of the steps to warm up, a cosine to 0
+        done = step / steps  # warm-up for a tenth of the steps, then a cosine to 0
         optimizer.param_groups[0]["lr"] = RECIPE.lr * min(1, 10 * done + 0.1) * math.cos(done * math.pi / 2) ** 2
         x, y = random_windows(of_class, window, interval, generator(seed, PURPOSE, name, step))
         optimizer.zero_grad()
@@ -184,14 +177,14 @@ def train(rows, name, num_classes, window, interval, steps, seed):
 
 @torch.no_grad()
 def logits_of(network, clip, window, interval):
-    """The logits (n, classes) of the windows of a clip. Their mean decides its class."""
+    """The logits (n, classes) of a clip's windows. Their mean decides its class."""
     return network(windows_of(clip, window, interval).float() / 255)
 
 
 def leave_one_out(rows, settings):
-    """The logits (n, classes) of the windows of each clip, by a network trained on the other groups alone.
+    """The logits (n, classes) of each clip's windows, by a network trained on the other groups; equal on all ranks.
 
-    rows: (clip, label, group); settings: of `train`. The ranks share the groups; all get all logits.
+    rows: (clip, label, group); settings: arguments of `train`. The ranks share the groups.
     """
     names, found = sorted({group for *_, group in rows}), []
     own = [names[number] for number in distributed.own_indices(len(names))]
@@ -203,10 +196,9 @@ def leave_one_out(rows, settings):
 
 
 def summarize(logits, labels, classes):
-    """The share of clips that are classified as their label, a plain dict. logits: (n, classes) of n windows of each.
+    """The share of clips that are classified as their label, a plain dict. logits: (n, classes) of each clip's windows.
 
-    confusion: a row for each label, a column for each class that clips are classified as. windows: the share of single
-    windows, in the mean over the clips, and its bootstrap interval.
+    confusion: a row per label, a column per class that the clips got. windows: the same share of single windows.
     """
     found = [own.mean(dim=0).argmax().item() for own in logits]
     counts, every = Counter(zip(labels, found, strict=True)), range(len(classes))

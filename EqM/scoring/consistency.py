@@ -1,10 +1,10 @@
 """Consistency over a clip: statistics of its frames by position in the clip, generated against real.
 
-They need no labels, so they fit any data. Two faults show when a model samples more frames than it was trained on.
-seam score: change from frame to frame at the borders of temporal patches, or of the windows of a long clip, over the
-change elsewhere, divided by the same ratio in real clips; 1 = no seam. drift: how much a statistic rises from the first
-frame to the last (least-squares line), minus the rise in real clips, in units of its standard deviation among real
-frames; 0 = no drift.
+They need no labels, so they fit any data. Two faults appear when a model samples more frames than it was trained on:
+- seam score: change between frames at the borders of temporal patches (or of the windows of a long clip) over the
+  change elsewhere, divided by the same ratio in real clips; 1 = no seam.
+- drift: rise of a statistic from the first frame to the last (least-squares line), minus the rise in real clips, in
+  standard deviations among real frames; 0 = no drift.
 """
 
 import numpy as np
@@ -12,11 +12,10 @@ import torch
 
 from generation import window_starts
 from runtime.distributed import rank
-from scoring.stats import Z95, bootstrap, cell, gather, interval95, report, table
+from scoring import plots
+from scoring.stats import Z95, bootstrap, by_video, cell, gather, interval95, interval_units, report, table
 
-STATISTICS = (  # of a frame
-    "mean red", "mean green", "mean blue", "contrast red", "contrast green", "contrast blue", "sharpness",
-)  # fmt: skip
+STATISTICS = [f"{what} {color}" for what in ("mean", "contrast") for color in ("red", "green", "blue")] + ["sharpness"]
 TITLES = {  # of the values
     "seam_score": "seam score (1 = none)", "window_seam_score": "seam score of windows",
     "change_ratio": "change / real change", "largest_drift": "largest drift",
@@ -24,28 +23,23 @@ TITLES = {  # of the values
 
 
 def score_consistency(generated, real, source, plot_path):
-    """Score two streams of clips (see sources.py), at least two clips each, and plot them to plot_path.
-
-    source: how the generated clips were sampled, from samples.json.
-    """
+    """Score two streams of at least two clips each, and plot them. source: how samples were made, from samples.json."""
     columns = [gather(stream, lambda clip, *_: measure(torch.from_numpy(clip))) for stream in (generated, real)]
-    columns = [[torch.stack(column) for column in own] for own in columns]
+    *columns, videos = [*([torch.stack(column) for column in own[:2]] for own in columns), [own[2] for own in columns]]
     patch = source["temporal_patch_size"]
-    result = summarize(*columns, patch, source.get("window"), source.get("overlap") or 0)
+    result = summarize(*columns, patch, source.get("window"), source.get("overlap") or 0, videos)
+    result["interval_units"], units = interval_units(generated=videos[0], real=videos[1])
     if rank() == 0:
-        from scoring import plots  # matplotlib takes a while to load
-
         plots.plot_consistency(plot_path, result["by_position"], patch)
     values, lines = report(result, TITLES)
     drift = [(f"drift of {name}", cell(own, "drift", interval="interval95")) for name, own in result["drift"].items()]
-    return values, result, [*lines, *table(drift), f"  by position in the clip: {plot_path}"]
+    return values, result, [*lines, *table(drift), units, f"  by position in the clip: {plot_path}"]
 
 
 def measure(clip):
-    """(statistics (T, 7), change (T - 1,)), float64 in gray levels, of a clip uint8 (T, H, W, 3).
+    """(STATISTICS (T, 7), change (T - 1,)), float64 in gray levels, of a clip uint8 (T, H, W, 3).
 
-    Statistics of a frame, in the order of STATISTICS: mean and standard deviation of each channel, and the root mean
-    square of the differences between neighboring pixels. Change: the root mean square difference of successive frames.
+    Contrast: standard deviation of a channel. Sharpness and change: RMS difference of neighbor pixels and of frames.
     """
     frames = clip.permute(0, 3, 1, 2).double()  # (T, C, H, W)
     mean, contrast = frames.mean(dim=(2, 3)), frames.std(dim=(2, 3), correction=0)
@@ -55,23 +49,23 @@ def measure(clip):
 
 
 def borders(num_frames, temporal_patch_size, window=None, overlap=0):
-    """The first frames of temporal patches and those of windows, two lists; without the first frame of the clip."""
+    """Two lists of frames: where temporal patches begin and where windows begin, without the clip's first frame."""
     window = window or num_frames
     starts = window_starts(num_frames, window, overlap)
-    new = [start + overlap for start in starts[1:]]  # of a window, frames that the one before does not have
+    new = [start + overlap for start in starts[1:]]  # the first frame that the window before does not have
     patches = []
     for start, first, end in zip(starts, [0, *new], [*new, num_frames], strict=True):
         patches += [frame for frame in range(start, start + window, temporal_patch_size) if first <= frame < end]
     return patches[1:], new
 
 
-def seam_score(generated, real, borders):
-    """(score, [low, high] of its 95% interval) of changes (N, T - 1) and (M, T - 1) at borders, numbers of frames.
+def seam_score(generated, real, borders, videos=((), ())):
+    """(score, its 95% interval [low, high]) of changes (N, T - 1) and (M, T - 1) at borders, numbers of frames.
 
-    Both are None if there is no border, nothing between, or nothing moves. The interval is from a bootstrap over clips.
+    Both are None without borders, without frames between, or if nothing moves. videos: those of the clips, two lists.
     """
     at_border = torch.isin(torch.arange(generated.shape[1]) + 1, torch.tensor(borders, dtype=torch.int64))  # (T - 1,)
-    # mean change of each clip at the borders and elsewhere; clips count in proportion to their motion
+    # mean change of each clip at the borders and elsewhere, so clips count in proportion to their motion
     both = [torch.stack([part[:, at_border].mean(1), part[:, ~at_border].mean(1)], 1) for part in (generated, real)]
 
     def score(generated, real):  # (..., 2) each
@@ -80,22 +74,23 @@ def seam_score(generated, real, borders):
     value = score(*(changes.mean(dim=0) for changes in both))
     if not value.isfinite():
         return None, None
-    draws = [bootstrap(changes, name) for name, changes in zip(("generated", "real"), both, strict=True)]
+    units = map(by_video, both, videos)
+    draws = [bootstrap(changes, name) for name, changes in zip(("generated", "real"), units, strict=True)]
     return value.item(), interval95(score(*draws))
 
 
 def rises(statistics):
-    """Rise of each statistic (N, T, 7) from the first frame to the last, by a least-squares line: (N, 7)."""
+    """Rise of each statistic (N, T, 7) from the first frame to the last, on a least-squares line: (N, 7)."""
     T = statistics.shape[1]
     time = torch.arange(T, dtype=torch.float64) - (T - 1) / 2
     return torch.einsum("t,nts->ns", time, statistics) / time.square().sum() * (T - 1)
 
 
-def drifts(generated, real):
-    """{name: {"drift", "interval95"}} of statistics (N, T, 7) and (M, T, 7); None where all real frames are alike."""
+def drifts(generated, real, videos=((), ())):
+    """{name: {"drift", "interval95"}} of statistics (N, T, 7) and (M, T, 7); None where all real frames are equal."""
     units, rise = real.flatten(0, 1).std(dim=0), [rises(statistics) for statistics in (generated, real)]
     drift = (rise[0].mean(dim=0) - rise[1].mean(dim=0)) / units
-    half = Z95 * (sum(part.var(dim=0) / len(part) for part in rise).sqrt() / units)
+    half = Z95 * (sum(part.var(dim=0) / len(part) for part in map(by_video, rise, videos)).sqrt() / units)
     found = {name: {"drift": None, "interval95": None} for name in STATISTICS}
     for number in units.nonzero()[:, 0].tolist():
         x, error = drift[number].item(), half[number].item()
@@ -103,34 +98,36 @@ def drifts(generated, real):
     return found
 
 
-def profile(values):
+def profile(values, videos):
     """Mean over the clips of values (N, T), N >= 2, and its 95% interval, by position: lists of T numbers."""
-    mean, half = values.mean(dim=0), Z95 * values.std(dim=0) / len(values) ** 0.5
+    units = by_video(values, videos)
+    mean, half = values.mean(dim=0), Z95 * units.std(dim=0) / len(units) ** 0.5
     return {"mean": mean.tolist(), "low": (mean - half).tolist(), "high": (mean + half).tolist()}
 
 
-def summarize(generated, real, temporal_patch_size, window=None, overlap=0):
+def summarize(generated, real, temporal_patch_size, window=None, overlap=0, videos=((), ())):
     """All results, a plain dict for JSON; generated and real are (statistics, change) of at least two clips each.
 
-    window, overlap: of the generated clips, in frames; None: they were sampled in one. by_window: the mean of each
-    statistic in each window over that of real clips there.
+    window, overlap: in frames; None: all frames were sampled at once. videos: those of the clips, two lists. by_window:
+    the mean of each statistic in each window, divided by the same mean of real clips.
     """
     patches, windows = borders(generated[0].shape[1], temporal_patch_size, window, overlap)
-    result = {"temporal_patch_size": temporal_patch_size, "drift": drifts(generated[0], real[0]), "by_position": {}}
-    result["seam_score"], result["seam_score_interval95"] = seam_score(generated[1], real[1], patches)
+    result = {"temporal_patch_size": temporal_patch_size, "by_position": {}}
+    result["drift"] = drifts(generated[0], real[0], videos)
+    result["seam_score"], result["seam_score_interval95"] = seam_score(generated[1], real[1], patches, videos)
     if windows:
         sizes = np.diff([0, *windows, generated[0].shape[1]]).tolist()
         parts = [[part.mean(dim=(0, 1)) for part in own[0].split(sizes, dim=1)] for own in (generated, real)]
         ratios = (torch.stack(parts[0]) / torch.stack(parts[1])).nan_to_num(0, 0, 0)  # (windows, 7)
         result |= {"windows": [0, *windows], "by_window": dict(zip(STATISTICS, ratios.T.tolist(), strict=True))}
-        result["window_seam_score"], interval = seam_score(generated[1], real[1], windows)
+        result["window_seam_score"], interval = seam_score(generated[1], real[1], windows, videos)
         result["window_seam_score_interval95"] = interval
     known = {name: own["drift"] for name, own in result["drift"].items() if own["drift"] is not None}
     worst = max(known, key=lambda name: abs(known[name]), default=None)
     changes = [change.mean().item() for _, change in (generated, real)]
     result |= {"change_ratio": changes[0] / changes[1] if changes[1] else None}
     result |= {"largest_drift": known.get(worst), "largest_drift_of": worst}
-    for kind, (statistics, change) in (("generated", generated), ("real", real)):
-        profiles = [profile(change), *map(profile, statistics.unbind(dim=2))]
+    for kind, own, (statistics, change) in zip(("generated", "real"), videos, (generated, real), strict=True):
+        profiles = [profile(values, own) for values in (change, *statistics.unbind(dim=2))]
         result["by_position"][kind] = dict(zip(("change", *STATISTICS), profiles, strict=True))
     return result

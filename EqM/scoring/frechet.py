@@ -1,14 +1,13 @@
 """Fréchet distances between sets of clips (FVD) or frames (FID).
 
 Sources: FID, Heusel et al. (arXiv 1706.08500); FVD, Unterthiner et al. (1812.01717), in the protocol of StyleGAN-V
-(Skorokhodov et al., 2112.14683). The feature networks ("detectors") are TorchScript files that the user provides:
+(Skorokhodov et al., 2112.14683). You provide the feature network ("detector") as a TorchScript file:
 
-fvd  i3d_torchscript.pt, the I3D of StyleGAN-V's evaluation code, which most PyTorch FVD code uses: 400 features of
-     x (B, 3, T, H, W)
-fid  inception-2015-12-05.pt, the Inception of StyleGAN2-ADA's evaluation code: 2048 features of x (B, 3, H, W)
+fvd  i3d_torchscript.pt of StyleGAN-V, which most PyTorch code for FVD uses: 400 features of x (B, 3, T, H, W)
+fid  inception-2015-12-05.pt of StyleGAN2-ADA: 2048 features of x (B, 3, H, W)
 
-They are called as CALLS says. x is float32 from 0 to 255, RGB; both rescale and resize it themselves (224 and 299 px).
-Any TorchScript that is called in the same way and returns features (B, D) can be used.
+CALLS says how they are called. x is float32 from 0 to 255, RGB; both rescale and resize it themselves (224 and 299 px).
+Any other TorchScript works that takes the same call and returns features (B, D).
 """
 
 import os
@@ -27,19 +26,18 @@ from runtime.untrusted import file_sha256
 from scoring.sources import json_sha256
 from scoring.stats import Z95
 
-CALLS = {  # how the detector of a metric is called
+CALLS = {  # arguments of the detector of each metric
     "fvd": {"rescale": True, "resize": True, "return_features": True},
     "fid": {"return_features": True},
 }
-RESAMPLES = 50  # of the bootstrap: they give its standard deviation to 1 / sqrt(2 * 50) = 10%
-CACHE_FORMAT = 2  # of a file of moments
+RESAMPLES = 50  # of the bootstrap: enough for its standard deviation to 1 / sqrt(2 * 50) = 10%
+CACHE_FORMAT = 2  # of files of moments
 
 
 def score_frechet(generated, real, args, detector, about, clips, folder, device):
-    """Score two streams of clips (see sources.py) with --metric fvd or fid.
+    """Score two streams of clips with --metric fvd or fid. clips: the Clips of `real`; about: the manifest.
 
-    clips: the Clips that real is a stream of; about: the manifest. A file in the folder keeps the moments of the real
-    features; the real clips are read only if it is missing or damaged.
+    A file in the folder keeps the moments of the real features. Real clips are read only if it is missing or damaged.
     """
     detector = detector.to(device)
     times = [os.stat(os.path.join(args.data_path, video.path)).st_mtime_ns for video in clips.videos]
@@ -68,23 +66,23 @@ def score_frechet(generated, real, args, detector, about, clips, folder, device)
         error = bootstrap_error(*reference, features.to(device), args.resamples, args.seed)
         low, high = max(0.0, value - Z95 * error), value + Z95 * error
         result |= {"standard_error": error, "interval95": [low, high]}
-        lines[0] += f" (95%: {low:.4g} to {high:.4g}, for other generated clips and the same real ones)"
-    few = f"for {D} features: the distance is much too large; compare it with distances of the same counts only"
+        lines[0] += f" (95%: {low:.4g} to {high:.4g}, over generated clips; the real ones stay the same)"
+    few = f"for {D} features: the distance is much too large; compare it only with distances of the same counts"
     lines += [f"  warning: {count} {kind} members {few}" for kind, count in members.items() if count <= D]
     return {args.metric: value}, result, lines
 
 
 def all_features(detector, stream, args):
-    """The features (N, G, D) of the clips of a stream of all ranks, on rank 0; None on the others."""
+    """The features (N, G, D) of the clips of all ranks' streams, on rank 0; None on the others."""
     indices, parts = [], [torch.empty(0)]
-    for own, clips, _, _ in stream:
+    for own, clips, *_ in stream:
         indices += own
         parts.append(extract(detector, clips, args.metric, args.batch_size).cpu())
     return distributed.collect(indices, torch.cat(parts))
 
 
 def read_moments(path):
-    """The moments in a file; None if there is no file or it is damaged."""
+    """The moments in a file; None if it is missing or damaged."""
     try:
         return safetensors.torch.load_file(path)
     except FileNotFoundError:
@@ -99,30 +97,27 @@ def read_moments(path):
 
 
 def moments_of(features):
-    """Count, mean (D,) and covariance (D, D), float64, of features (N, G, D): all that a Fréchet distance needs.
-
-    The covariance is divided by N G - 1 as in the first code of FID and FVD.
-    """
+    """Count, mean (D,) and covariance (D, D), float64, of features (N, G, D): all that a Fréchet distance needs."""
     count, parts = features.shape[:2].numel(), features.flatten(0, 1).split(4096)  # float64 takes twice the memory
     mean = sum(part.double().sum(dim=0) for part in parts) / count
     scatter = sum(part.T @ part for part in (part.double() - mean for part in parts))
-    return {"count": torch.tensor(count), "mean": mean, "cov": scatter / (count - 1)}
+    return {"count": torch.tensor(count), "mean": mean, "cov": scatter / (count - 1)}  # as the first FID and FVD code
 
 
 def square_root(matrix):
-    """The symmetric square root of a positive semidefinite matrix (D, D); eigenvalues below 0 (rounding) count as 0."""
+    """The symmetric square root of a positive semidefinite matrix (D, D); negative eigenvalues (rounding) are 0."""
     values, vectors = torch.linalg.eigh(matrix)
     return (vectors * without_rounding(values).sqrt()) @ vectors.T
 
 
 def without_rounding(values):
-    """Eigenvalues (D,), those that are zero up to rounding set to zero: square roots magnify them 10^8 times."""
+    """Eigenvalues (D,), with rounding errors set to zero: square roots would magnify them 10^8 times."""
     rounding = len(values) * torch.finfo(values.dtype).eps * values.abs().max()
     return torch.where(values > rounding, values, 0.0)
 
 
 def distance_from_root(mean_a, root_a, mean_b, cov_b):
-    """frechet_distance, given the square root of cov_a."""
+    """frechet_distance, from the square root of cov_a."""
     product = root_a @ cov_b @ root_a  # symmetric, with the eigenvalues of cov_a cov_b
     cross = without_rounding(torch.linalg.eigvalsh((product + product.T) / 2)).sqrt().sum()
     distance = (mean_a - mean_b).square().sum() + root_a.square().sum() + cov_b.trace() - 2 * cross
@@ -132,17 +127,16 @@ def distance_from_root(mean_a, root_a, mean_b, cov_b):
 def frechet_distance(mean_a, cov_a, mean_b, cov_b):
     """The squared Fréchet (2-Wasserstein) distance of two normal distributions, a float.
 
-    |mean_a - mean_b|^2 + tr(cov_a + cov_b - 2 (cov_a cov_b)^(1/2)), for means (D,) and covariances (D, D), float64.
-    Covariances may be singular.
+    |mean_a - mean_b|^2 + tr(cov_a + cov_b - 2 (cov_a cov_b)^(1/2)): means (D,), covariances (D, D), maybe singular.
     """
     return distance_from_root(mean_a, square_root(cov_a), mean_b, cov_b)
 
 
 def bootstrap_error(mean_a, cov_a, features, resamples, seed):
-    """The bootstrap standard error of the distance between given moments and those of features (N, G, D).
+    """The bootstrap standard error of the distance from these moments to the moments of features (N, G, D).
 
-    Whole clips are resampled, as their G frames are correlated. Only the standard deviation of the resampled distances
-    is used, not their quantiles: a resample repeats clips, so its covariance has a lower rank, and it is too far away.
+    It resamples whole clips, as their G frames are correlated. It takes no quantiles: a resample repeats clips, so its
+    covariance has a lower rank, and all distances are too large.
     """
     N, G, _ = features.shape
     root, features = square_root(cov_a), features.flatten(0, 1).double()
@@ -161,28 +155,25 @@ def bootstrap_error(mean_a, cov_a, features, resamples, seed):
 
 
 def load_detector(path):
-    """The network of a TorchScript file, on the CPU. Raises UserError.
-
-    Nothing in such a file is unpickled into Python, but TorchScript is a program: use one from a source you trust.
-    """
+    """The network of a TorchScript file, on the CPU. Raises UserError. Such a file is a program: trust its source."""
     try:
         with warnings.catch_warnings():
-            warnings.simplefilter("ignore")  # TorchScript is deprecated, but the detectors of the field are in it
+            warnings.simplefilter("ignore")  # TorchScript is deprecated, but the field's detectors use it
             return torch.jit.load(path, map_location="cpu").eval()
     except (RuntimeError, ValueError, OSError) as error:
         got = "no such file" if isinstance(error, ValueError) else "not a TorchScript file"
-        expected = "i3d_torchscript.pt (fvd), inception-2015-12-05.pt (fid) or one that is called in the same way"
+        expected = "i3d_torchscript.pt (fvd), inception-2015-12-05.pt (fid) or one that takes the same call"
         raise UserError(f"--detector {path}: {got}; expected {expected}") from error
 
 
 def check_detector(path, detector, metric, num_frames, size):
-    """What a manifest says of a detector, tried on black clips. Raises UserError unless it gives features (B, D)."""
+    """A detector's record in a manifest, after a try on black clips. Raises UserError without features (B, D)."""
     clips = torch.zeros(2, num_frames if metric == "fvd" else 1, size, size, 3, dtype=torch.uint8)
     try:
         num_features = extract(detector, clips, metric, batch_size=2).shape[-1]
     except (RuntimeError, ValueError, AttributeError) as error:  # AttributeError: no tensor
         reason = str(error).strip().splitlines()[-1]
-        raise UserError(f"--detector {path}: does not work when called for --metric {metric}: {reason}") from error
+        raise UserError(f"--detector {path}: fails when called for --metric {metric}: {reason}") from error
     return {"path": str(path), "sha256": file_sha256(path), "num_features": num_features, "call": CALLS[metric]}
 
 

@@ -1,8 +1,7 @@
-"""Manifests: the JSON file of evaluate.py with its values and all that they depend on, from which it can be repeated.
+"""Manifests: the JSON files of evaluate.py. They hold values and all that these depend on, so you can repeat a scoring.
 
-values: {name: number or None}; result: intervals and tables; generated: the folder of the samples, the SHA-256 of
-samples.npz, and how they were made, from samples.json; flags: of the command, for --manifest; repeats: None, or which
-manifest was repeated and how the values compare.
+values: {name: number or None}; result: intervals and tables; generated: the sample folder, the SHA-256 of samples.npz,
+and how the samples were made; flags: those of the command; repeats: which manifest was repeated, with what result.
 """
 
 import json
@@ -17,11 +16,11 @@ from runtime.untrusted import read_json
 
 FORMAT = 2
 PACKAGES = "torch", "numpy", "decord2", "safetensors", "diffusers", "pillow", "scikit-image"
-OUTPUT = {"folder", "overwrite", "no_previews", "report_energy"}  # flags of sample_gd.py that change no sample
+OUTPUT = {"folder", "overwrite", "no_previews", "report_energy"}  # flags of sample_gd.py that don't change samples
 
 
 def protocol(metric, samples, split, num_real):
-    """A name such as fvd2048_16f_cfg1: metric, number of clips, frames, guidance (fvd and fid), and other choices."""
+    """A name such as fvd2048_16f_cfg1: metric, number of clips, frames, guidance (fvd and fid), other choices."""
     N, kind = len(samples), f"_{samples.num_frames}f"
     if metric == "classifier":
         return f"classifier{N}{kind}"
@@ -39,7 +38,7 @@ def default_split(metric):
 
 
 def start(args, samples, split, num_real, real, detector):
-    """A manifest but for its values: all that they depend on. real, detector: their descriptions."""
+    """A manifest without its values: all that they depend on. real, detector: their records."""
     return {
         "format": FORMAT, "metric": args.metric, "protocol": protocol(args.metric, samples, split, num_real),
         "values": None, "result": None,
@@ -50,7 +49,7 @@ def start(args, samples, split, num_real, real, detector):
 
 
 def write_manifest(path, manifest):
-    """Write the file whole or not at all. Raises OSError."""
+    """Write the file, all or nothing. Raises OSError."""
     with atomic_write(path) as file:
         file.write(json.dumps(manifest, indent=2, allow_nan=False).encode() + b"\n")
 
@@ -61,16 +60,15 @@ def read_manifest(path):
         manifest = read_json(path)
         got = manifest["format"]
     except (OSError, ValueError, KeyError, TypeError) as error:  # no such file; not JSON; not a manifest
-        expected = "expected a file that evaluate.py has written"
-        raise UserError(f"--manifest {path}: can't be read ({error!r}); {expected}") from error
+        raise UserError(f"--manifest {path}: can't be read ({error!r}); expected a file of evaluate.py") from error
     if got != FORMAT:
         advice = "repeat it with the code that wrote it (format 1: commit f311e33)"
-        raise UserError(f"--manifest {path}: has format {got}, this code reads {FORMAT}; {advice}")
+        raise UserError(f"--manifest {path}: has format {got}, expected {FORMAT}; {advice}")
     return manifest
 
 
 def is_of_samples(path, folder):
-    """Whether a file is a manifest of the samples that are in a folder, as far as this code knows."""
+    """Whether a file is a manifest of the samples in a folder, judging by the folder's name."""
     try:
         return Path(read_json(path)["generated"]["samples"]).name == Path(folder).resolve().name
     except (OSError, ValueError, KeyError, TypeError):
@@ -78,14 +76,14 @@ def is_of_samples(path, folder):
 
 
 def as_words(flags):
-    """Flags {name: value} as words of a command line. None and False stand for a flag that is not given."""
+    """Flags {name: value} as words of a command line, without those that are None or False."""
     words = []
     for name, value in flags.items():
         flag = "--" + name.replace("_", "-")
         if isinstance(value, list):
             words += [flag, *map(str, value)]
         elif value is not None and value is not False:
-            words.append(flag if value is True else f"{flag}={value}")  # which may begin with a dash
+            words.append(flag if value is True else f"{flag}={value}")  # = as a value may begin with a dash
     return words
 
 
@@ -112,14 +110,13 @@ def check_same(old, new):
     )
     for name, value in expected.items():
         if got[name] != value:
-            raise UserError(f"{name} is {got[name]}, in --manifest it is {value}; pass the path of that one")
+            raise UserError(f"{name} is {got[name]}, expected {value} as in --manifest; pass the path of that one")
 
 
 def compare(path, old, new, tolerance):
-    """(how the values of a new manifest compare to those of the old one at `path`, the same as a line).
+    """(how the values of a new manifest compare with the old one's at `path`, the same as a line).
 
-    Two numbers a and b agree if |a - b| <= tolerance * max(1, |a|, |b|). Values that the old code did not compute are
-    not compared.
+    Numbers a and b agree if |a - b| <= tolerance * max(1, |a|, |b|). Values that the old code lacked don't count.
     """
     pairs = {name: (new["values"].get(name), value) for name, value in old["values"].items()}
     known = {name: pair for name, pair in pairs.items() if None not in pair}
@@ -139,14 +136,14 @@ def compare(path, old, new, tolerance):
 
 
 def code_commit():
-    """The git commit of this code, with a "+" if files differ from it; None outside of git."""
+    """The git commit of this code, with a "+" if files have changed since; None outside git."""
     here = Path(__file__).resolve().parent
 
     def git(*words):
         return subprocess.run(["git", "-C", here, *words], capture_output=True, text=True, check=True).stdout.strip()
 
     try:
-        git("ls-files", "--error-unmatch", Path(__file__).name)  # the folder may be in another repository
+        git("ls-files", "--error-unmatch", Path(__file__).name)  # fails if the repository is not ours
         return git("rev-parse", "HEAD") + ("+" if git("status", "--porcelain", "--", here) else "")
     except (OSError, subprocess.CalledProcessError):  # no git, no repository
         return None

@@ -1,12 +1,12 @@
 """Nearest training clips: whether a model memorizes its training data.
 
-Each generated clip is compared with every window of the training videos: every start, at the distance in time of its
-own frames, as it is and mirrored. The distance is the root mean square difference (RMSE) of all pixels in gray levels
-of 255. Held-out real clips, compared in the same way, say how near a clip comes that cannot be memorized. Blurred clips
-are near to everything, so look at the sheet of pairs too.
+Each generated clip is compared with every window of the training videos: from every start, with its own time between
+frames, as it is and mirrored. The distance is the root mean square difference (RMSE) of all pixels, in gray levels of
+255. Held-out real clips are compared in the same way: a model can't memorize them, so they show which distance is
+normal. Blurred clips are near to everything, so look at the sheet of pairs too.
 
-A squared distance is |a|^2 + |b|^2 - 2 a.b, so a search is matrix products. They are exact: of levels from -128 to 127,
-sums of 1024 products are integers of at most 2^24, which float32 holds; all else is float64.
+A squared distance is |a|^2 + |b|^2 - 2 a.b, so the search is made of matrix products. They are exact: with levels from
+-128 to 127, sums of 1024 products are integers up to 2^24, which float32 can hold. All else is float64.
 """
 
 import functools
@@ -20,57 +20,55 @@ from torch.utils.data import DataLoader, IterableDataset, get_worker_info
 from runtime import distributed
 from runtime.cli import Bar, UserError
 from runtime.distributed import rank
-from scoring.stats import bootstrap, gather, interval95, report
-from video.drawing import evenly_spaced
+from scoring.stats import bootstrap, by_video, gather, interval95, interval_units, report
+from video.drawing import drawable, evenly_spaced, few
 from video.files import UnreadableError, read_all_frames, read_frames, resize_and_crop
 from video.index import fitting_interval
 from video.loader import batches_of, worker_settings
 from video.writers import write_sheet
 
 CHUNK = 128  # frames of a video that are decoded and compared at a time
-BLOCK, GREY = 1024, 128  # values in an exact sum of products; what is subtracted from them
-SHOWN, COLUMNS = 8, 8  # pairs on the sheet and frames of each
+BLOCK, GRAY = 1024, 128  # values in an exact sum of products; the level that is subtracted first
+SHOWN, COLUMNS = 8, 8  # pairs on the sheet, and frames of each
 TITLES = {  # of the values
     "rmse_ratio": "RMSE to the nearest training clip, generated / real",
     "rmse": "mean of the generated clips, gray levels of 255", "rmse_median": "their median",
     "rmse_real": "mean of the held-out real clips", "rmse_real_median": "their median",
-    "nearer_than_all_real": "generated clips that are nearer than all real ones",
-    "nearer_than_95_percent": "nearer than 95% of the real ones",
+    "nearer_than_all_real": "share of generated clips nearer than all real ones",
+    "nearer_than_95_percent": "share nearer than 95% of the real ones",
 }  # fmt: skip
 
 
-def score_nearest(generated, real, args, videos, time_scale, sheet, device):
-    """Score two streams of clips (see sources.py), at least two clips each, against `videos`, those of training.
-
-    time_scale: seconds between the frames of the clips. Writes the nearest pairs to the path `sheet`.
-    """
-    (own, names), (others, _) = (gather(stream, lambda clip, name, _: (clip, name)) for stream in (generated, real))
+def score_nearest(generated, real, samples, args, videos, sheet, device):
+    """Score two streams, of Samples and of real clips, against training videos; write the nearest pairs to `sheet`."""
+    (own, given), (others, held_out) = (gather(stream, lambda clip, *_: (clip,)) for stream in (generated, real))
     clips = torch.from_numpy(np.stack(own + others))  # (N, T, H, W, 3)
-    windows = TrainingWindows(args.data_path, videos, *clips.shape[1:3], time_scale)
+    windows = TrainingWindows(args.data_path, videos, *clips.shape[1:3], samples.time_scale)
     (distances, places), corrupt = search(clips.to(device), windows, args.num_workers)
     if distances.isinf().any():
         raise UserError(f"--data-path {args.data_path}: no training video can be decoded, the first is {corrupt[0]}")
     rmse = (distances / clips[0].numel()).sqrt().numpy()
-    result = summarize(rmse[: len(own)], rmse[len(own) :]) | {"pairs": [], "training_videos": len(videos)}
+    result = summarize(rmse[: len(own)], rmse[len(own) :], (given, held_out))
+    result |= {"pairs": [], "training_videos": len(videos), "bad_training_videos": corrupt}
     for index in rmse[: len(own)].argsort(kind="stable")[:SHOWN].tolist():
         number, first, mirrored = places[index].tolist()
-        pair = {"clip": index, "rmse": rmse[index].item(), "number": number, "video": videos[number].path}
-        pair |= {"first_frame": first, "frame_interval": windows.intervals[number], "mirrored": bool(mirrored)}
-        result["pairs"].append(pair)
+        pair = {"clip": index, "class": samples.names[index], "rmse": rmse[index].item(), "number": number}
+        pair |= {"video": videos[number].path, "video_class": videos[number].class_name, "first_frame": first}
+        result["pairs"].append(pair | {"frame_interval": windows.intervals[number], "mirrored": bool(mirrored)})
     if rank() == 0:
-        write_pairs(sheet, windows, clips.numpy(), names, result["pairs"])
+        write_pairs(sheet, windows, samples, result["pairs"])
     values, lines = report(result, TITLES)
-    lines.append(f"  the nearest clips and their training clips: {sheet}")
+    result["interval_units"], line = interval_units(generated=given, real=held_out)
+    lines += [line, f"  the nearest clips and their training clips: {sheet}"]
     lines += [f"{path} can't be decoded to its end; only the frames before are compared" for path in corrupt]
-    return values, result | {"bad_training_videos": corrupt}, lines
+    return values, result, lines
 
 
 class TrainingWindows(IterableDataset):
     """All windows of T frames of this rank's videos: (video number, first frame, frames uint8 (n, size, size, 3)).
 
-    A part overlaps the next, so that every window is in one part. None in place of frames: the video can't be decoded
-    further. The frames of a window are time_scale apart or, in short videos, the largest distance that fits. Loader
-    processes share the videos.
+    Parts overlap, so every window is in one part. None instead of frames: the rest of the video can't be decoded.
+    Frames are time_scale apart or, in short videos, as far as fits. Loader processes share the videos.
     """
 
     def __init__(self, root, videos, T, size, time_scale):
@@ -96,15 +94,14 @@ class TrainingWindows(IterableDataset):
 
 
 def blocks(frames):
-    """Frames uint8 (n, H, W, 3) less GREY, float32 (n, BLOCK) each: sums of their products are exact."""
-    return [part.float() - GREY for part in frames.flatten(1).split(BLOCK, dim=1)]
+    """Frames uint8 (n, H, W, 3) minus GRAY, float32 (n, BLOCK) each: sums of their products are exact."""
+    return [part.float() - GRAY for part in frames.flatten(1).split(BLOCK, dim=1)]
 
 
 def search(clips, windows, num_workers):
-    """((squared distances (N,), places (N, 3): video, first frame, mirrored), paths of videos that are damaged).
+    """((squared distances (N,), places (N, 3): video, first frame, mirrored), paths of damaged videos) of all ranks.
 
-    clips: uint8 (N, T, H, W, 3), which are held as float32; windows: TrainingWindows. All ranks get what all have
-    found. Distances are infinite where there was no window.
+    clips: uint8 (N, T, H, W, 3), kept as float32; windows: TrainingWindows. Without a window, distances are infinite.
     """
     (N, T), device = clips.shape[:2], clips.device
     own = blocks(clips.flatten(0, 1))  # (N * T, BLOCK) each
@@ -133,17 +130,19 @@ def search(clips, windows, num_workers):
 
 
 def nearer(one, other):
-    """The nearer windows of two (squared distances (N,), places (N, 3)); of equal ones that of the first video."""
+    """The nearer of two windows for each clip: (squared distances (N,), places (N, 3)); of equals the first video."""
     (a, place_a), (b, place_b) = one, other
     is_other = (b < a) | ((b == a) & (place_b[:, 0] < place_a[:, 0]))
     return torch.where(is_other, b, a), torch.where(is_other[:, None], place_b, place_a)
 
 
-def summarize(generated, real):
-    """A plain dict for JSON, of the RMSE of generated clips (N,) and of held-out real ones (M,), arrays."""
+def summarize(generated, real, videos=((), ())):
+    """A plain dict for JSON, from RMSE arrays of generated (N,) and of real clips (M,); videos: those of both."""
     result = {"rmse_ratio": None, "rmse_ratio_interval95": None}
     if real.any():
-        ratios = bootstrap(generated, "nearest", "generated") / bootstrap(real, "nearest", "real")
+        units = map(by_video, (generated, real), videos)
+        means = [bootstrap(own, "nearest", kind) for own, kind in zip(units, ("generated", "real"), strict=True)]
+        ratios = means[0] / means[1]
         ratio = (generated.mean() / real.mean()).item()
         result = {"rmse_ratio": ratio, "rmse_ratio_interval95": interval95(ratios)}
     for name, rmse in (("rmse", generated), ("rmse_real", real)):
@@ -152,14 +151,16 @@ def summarize(generated, real):
     return result | {name: (generated < limit).mean().item() for name, limit in limits.items()}
 
 
-def write_pairs(path, windows, clips, names, pairs):
-    """A sheet of pairs, two rows each: a generated clip above its nearest training clip, a few frames of both."""
-    shown, rows, titles = evenly_spaced(clips.shape[1], COLUMNS), [], []
+def write_pairs(path, windows, samples, pairs):
+    """A sheet of pairs, two rows each: a generated clip above its nearest training clip, with their classes."""
+    shown, rows, titles = evenly_spaced(samples.num_frames, COLUMNS), [], []
     for pair in pairs:
         indices = (pair["first_frame"] + shown * pair["frame_interval"]).tolist()
         window = windows.resize(read_frames(windows.root, windows.videos[pair["number"]], indices)).numpy()
-        rows += [clips[pair["clip"], shown], window[:, :, ::-1] if pair["mirrored"] else window]
-        titles.append(f"{names[pair['clip']] or 'sample'} {pair['clip']}: {pair['rmse']:.1f}")
-        stem, mirrored = Path(pair["video"]).stem[-30:], " mirrored" if pair["mirrored"] else ""
-        titles.append(f"{stem} from frame {indices[0]}{mirrored}")
-    write_sheet(path, np.stack(rows), titles)
+        rows += [samples.clips[pair["clip"], shown], window[:, :, ::-1] if pair["mirrored"] else window]
+        titles.append(f"{samples.shown_class(pair['class'])} {pair['clip']}: {pair['rmse']:.1f}")
+        stem, mirrored = Path(pair["video"]).stem[-24:], ", mirrored" if pair["mirrored"] else ""
+        stem = drawable(stem, f"video {pair['number']}")
+        titles.append(f"{samples.shown_class(pair['video_class'])}, {stem}, frame {indices[0]}{mirrored}")
+    notes = few(len(pairs), len(samples), "clips") + few(len(shown), samples.num_frames, "frames")
+    write_sheet(path, np.stack(rows), titles, notes=notes)

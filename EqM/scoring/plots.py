@@ -1,4 +1,4 @@
-"""Plots: PNG files, readable at half size. The set-up of all figures; those of samples and their scores."""
+"""Plots: PNG files, readable at half size. The set-up of all figures, and figures of samples and their scores."""
 
 import itertools
 
@@ -12,7 +12,7 @@ plt.rcParams.update({"font.size": 14, "axes.grid": True, "grid.alpha": 0.3})
 plt.rcParams.update({"figure.figsize": (8, 5), "figure.constrained_layout.use": True})
 COLORS = "#0072B2", "#D55E00", "#009E73", "#CC79A7", "#000000", "#56B4E9"  # Okabe and Ito: safe for color blindness
 MARKERS = "o", "s", "^", "D", "v", "P", "X"
-MAX_LINES = 32  # samples with a line of their own
+MAX_LINES = 32  # most samples with a line of their own
 
 
 def save_figure(figure, path):
@@ -21,7 +21,7 @@ def save_figure(figure, path):
 
 
 def plot_evaluations(path, evaluations, budget):
-    """Histogram of the number of evaluations (N,) of each sample, at most `budget`."""
+    """A histogram of the number of evaluations (N,) of each sample, at most `budget`."""
     figure, axes = plt.subplots()
     edges = np.unique(np.linspace(0, budget + 1, min(budget + 2, 51)).round())
     axes.hist(evaluations, edges)
@@ -32,7 +32,7 @@ def plot_evaluations(path, evaluations, budget):
 
 
 def plot_energies(path, energies, sampler):
-    """Energies (N, num_steps), NaN after a sample has stopped: a line per sample (at most MAX_LINES), and the mean."""
+    """Energies (N, num_steps), NaN after a sample stops: a line per sample (at most MAX_LINES) and their mean."""
     figure, axes = plt.subplots()
     axes.plot(energies[:MAX_LINES].T, color="tab:blue", alpha=0.3, linewidth=1)
     steps = np.flatnonzero(~np.isnan(energies).all(axis=0))
@@ -43,17 +43,14 @@ def plot_energies(path, energies, sampler):
 
 
 def plot_consistency(path, by_position, temporal_patch_size):
-    """Change and sharpness by position in the clip, generated and real, with the 95% intervals of their means.
-
-    by_position comes from consistency.summarize; dotted lines mark the first frames of temporal patches.
-    """
+    """Change and sharpness by position in the clip (of consistency.summarize), generated and real, with intervals."""
     figure, panels = plt.subplots(2, figsize=(9, 8), sharex=True)
     num_frames = len(by_position["real"]["sharpness"]["mean"])
     titles = {"change": "change from the frame before", "sharpness": "sharpness"}
     for axes, (name, title) in zip(panels, titles.items(), strict=True):
         for kind, color in (("real", "black"), ("generated", "tab:blue")):
             values = by_position[kind][name]
-            frames = np.arange(num_frames)[-len(values["mean"]) :]  # a change belongs to the later of its frames
+            frames = np.arange(num_frames)[-len(values["mean"]) :]  # a change belongs to the later frame
             plot_band(axes, frames, values["mean"], values["low"], values["high"], color, kind)
         for frame in range(temporal_patch_size, num_frames, temporal_patch_size):
             label = "first frame of a temporal patch" if frame == temporal_patch_size else None
@@ -63,10 +60,7 @@ def plot_consistency(path, by_position, temporal_patch_size):
 
 
 def plot_prediction(path, result, num_frames, titles):
-    """PSNR and SSIM of each predicted frame and of the baselines, with 95% intervals; given frames are shaded.
-
-    result comes from prediction.compare, titles {kind: title} are those of its kinds.
-    """
+    """PSNR and SSIM by frame, with intervals, from a result of prediction.compare. titles: those of its kinds."""
     figure, panels = plt.subplots(2, figsize=(9, 8), sharex=True)
     count, frames = result["samples_per_clip"], result["predicted_frames"]
     given = [frame for frame in range(num_frames) if frame not in frames]
@@ -83,13 +77,13 @@ def plot_prediction(path, result, num_frames, titles):
 
 
 def plot_band(axes, x, mean, low, high, color, label):
-    """A line with a dot at each x, and its interval as a band."""
+    """A line with a dot at each x, and a band for its interval."""
     axes.plot(x, mean, color=color, marker="o", markersize=4, label=label)
     axes.fill_between(x, low, high, color=color, alpha=0.2, linewidth=0)
 
 
 def save_panels(figure, path, panels):
-    """Write a figure of panels over frames, under the legend of the first one."""
+    """Write a figure whose panels have frames as their x-axis, with the first panel's legend above."""
     figure.legend(*panels[0].get_legend_handles_labels(), loc="outside upper center", ncols=3)
     panels[-1].set(xlabel="frame")
     save_figure(figure, path)

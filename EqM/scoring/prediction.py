@@ -1,22 +1,22 @@
-"""Prediction: real clips of which some frames are given, completed by a model and compared with the real frames.
+"""Prediction: a model completes real clips from some given frames, and the result is compared with the real frames.
 
-PSNR and SSIM (scikit-image's) of each predicted frame, beside repeating the last given frame. Where little moves, most
-of a frame is background; so there is also the PSNR of the moving pixels alone, in which the real frame differs from
-that given frame. Of several samples of a clip: the mean; the best, chosen for each metric by its mean over the frames
-as MCVD (arXiv 2205.09853) does; and their average, as even a perfect model's sample, one of many futures, has twice the
-squared error of the average of many, which is blurred where they differ. Where the data are Moving Shapes, the tracker
-of shapes.py also says whether the clip, given and predicted frames, moves as it should.
+It measures PSNR and SSIM (of scikit-image) of each predicted frame, compared with repeating the last given frame. Where
+little moves, most of a frame is background. So it also measures PSNR of the moving pixels alone, where the real frame
+differs from that given frame. Several samples of a clip give a mean, a best one (by its mean over the frames, as in
+MCVD, arXiv 2205.09853), and an average picture. Even a perfect model's sample is one of many futures: its squared error
+is twice the error of their average. For Moving Shapes, the tracker of shapes.py also scores the motion.
 """
 
 import numpy as np
 
 from runtime.distributed import rank
-from scoring import shapes
-from scoring.stats import Z95, cell, gather, mean_interval, psnr, table
+from scoring import plots, shapes
+from scoring.stats import Z95, by_video, cell, gather, interval_units, mean_interval, psnr, table
+from video.drawing import few
 from video.writers import write_sheet
 
 SHOWN = 8  # clips on the sheet
-MOVING = 8  # gray levels: a pixel moves if a channel differs by more from the given frame
+MOVING = 8  # gray levels: a pixel moves if a channel differs from the given frame by more
 METRICS = {"psnr": ("PSNR in dB, 95%", 2), "ssim": ("SSIM, 95%", 4), "psnr_moving": ("of moving pixels", 2)}  # digits
 KINDS = {
     "": "mean of {}", "_best": "best of {}", "_average": "the average of {}", "_repeated": "a given frame repeated",
@@ -26,11 +26,7 @@ KINDS = {
 
 
 def score_prediction(samples, real, clips, out, truth):
-    """Score Samples against `real`, a stream of the Clips that they continue (see sources.py).
-
-    Writes a plot and a sheet beside the path `out`. With a Truth the motion of the first sample of each clip is scored
-    too.
-    """
+    """Score Samples against `real`, a stream of the Clips that they continue; write a plot and a sheet beside `out`."""
     S, given = samples.about["real"]["samples_per_clip"], samples.given[0]  # the same for all
 
     def with_predictions():
@@ -39,31 +35,29 @@ def score_prediction(samples, real, clips, out, truth):
 
     def measure(clip, predicted, name, time_scale):
         expected = truth and truth(name, clip.shape[1], time_scale)
-        tracks = expected and (shapes.track(predicted[0]), shapes.track(clip), expected)
+        tracks = expected and (shapes.track(predicted[0]), shapes.track(clip), expected)  # of the first sample
         return *score_clip(clip, predicted, given, expected), tracks
 
-    scores, baselines, tracks = gather(with_predictions(), measure)
-    result = compare(np.stack(scores), {kind: np.stack([row[kind] for row in baselines]) for kind in baselines[0]})
-    result |= summarize_motion(tracks) if truth else {}
+    scores, baselines, tracks, videos = gather(with_predictions(), measure)
+    baselines = {kind: np.stack([row[kind] for row in baselines]) for kind in baselines[0]}
+    result = compare(np.stack(scores), baselines, videos) | (summarize_motion(tracks, videos) if truth else {})
+    result["interval_units"], line = interval_units(real=videos)
     others = [frame for frame in range(samples.num_frames) if frame not in given]
     result |= {"given_frames": samples.about["given"][0]["frames"], "predicted_frames": others}
     if rank() == 0:
-        from scoring import plots  # matplotlib takes a while to load
-
         plots.plot_prediction(out.with_suffix(".png"), result, samples.num_frames, KINDS)
         write_pairs(out.with_suffix(".sheet.png"), samples, clips, given)
     names = [name + kind for name in METRICS for kind in KINDS if kind != "_moved" and name + kind in result]
     values = {name: result[name] for name in names}
     motion = ("direction_accuracy", "speed_ratio", "appearance_kept") if truth else ()
-    return values | {name: result["motion"][name] for name in motion}, result, result_lines(result)
+    return values | {name: result["motion"][name] for name in motion}, result, [*result_lines(result), line]
 
 
 def score_clip(real, samples, given, truth=None):
     """(scores (3, S, F), {baseline: scores (3, F)}) of the F predicted frames; 3: the METRICS.
 
-    real (T, H, W, 3) and samples (S, T, H, W, 3) are uint8; truth is a Track. Baselines: "repeated", a given frame (the
-    last one before or, if there is none, the first one after); with a truth "moved", the same frame, moved as the
-    object truly moves; with several samples "average", their average, pixel by pixel.
+    real (T, H, W, 3) and samples (S, T, H, W, 3) are uint8; truth is a Track. Baselines: "repeated", the last given
+    frame before (else the first after); "moved", that frame moved by the truth; "average", of several samples.
     """
     others = [frame for frame in range(len(real)) if frame not in given]
     nearest = [max((frame for frame in given if frame < t), default=min(given)) for t in others]
@@ -82,7 +76,7 @@ def score_clip(real, samples, given, truth=None):
 
 
 def moved(frame, num_frames, truth):
-    """A frame uint8 (H, W, 3) that many frames later, if all of it moves as a Track says: interpolated linearly."""
+    """A frame uint8 (H, W, 3), num_frames later, if all of it moves as a Track says; interpolated linearly."""
     from scipy.ndimage import shift  # takes a while to load
 
     axis = int(truth.direction in shapes.DIRECTIONS[1])
@@ -92,8 +86,9 @@ def moved(frame, num_frames, truth):
 
 
 def frame_scores(frame, real, moving):
-    """The METRICS of a frame uint8 (H, W, 3): PSNR in dB, SSIM, and PSNR of the pixels in `moving`, bool (H, W), NaN if
-    there are none. SSIM as published (Wang et al. 2004): Gaussian windows, sigma 1.5, the mean over the color channels.
+    """The METRICS of a frame uint8 (H, W, 3): PSNR, SSIM, and PSNR of the pixels in moving (H, W), NaN without any.
+
+    SSIM as published (Wang et al. 2004): Gaussian windows of sigma 1.5, the mean over the color channels.
     """
     from skimage.metrics import structural_similarity  # takes a second to load
 
@@ -102,10 +97,10 @@ def frame_scores(frame, real, moving):
     return psnr(frame, real), ssim, psnr(frame[moving], real[moving])
 
 
-def compare(scores, baselines):
-    """A plain dict of scores (N, 3, S, F) and of those of baselines, {name: (N, 3, F)}.
+def compare(scores, baselines, videos=()):
+    """A plain dict of scores (N, 3, S, F) and of those of baselines, {name: (N, 3, F)}. videos: those of the clips.
 
-    Frames in which nothing moves have no PSNR of moving pixels (NaN), nor have clips without any other.
+    The PSNR of moving pixels is NaN for frames in which nothing moves, and for clips of only such frames.
     """
     moves = ~np.isnan(scores[:, -1, 0]).all(axis=1)
     result = {"clips": len(scores), "clips_that_move": int(moves.sum()), "samples_per_clip": scores.shape[2]}
@@ -115,40 +110,41 @@ def compare(scores, baselines):
         columns = {"": own.mean(axis=1), "_best": best}
         columns |= {f"_{kind}": values[:, number] for kind, values in baselines.items()}
         for kind, values in columns.items():
-            count = np.maximum((~np.isnan(values)).sum(axis=0), 1)
-            half = Z95 * mean(np.square(values - mean(values)), axis=0) ** 0.5 / count**0.5
+            units = by_video(values, videos).numpy()
+            count = np.maximum((~np.isnan(units)).sum(axis=0), 1)
+            half = Z95 * mean(np.square(units - mean(units)), axis=0) ** 0.5 / count**0.5
             result[f"{name}{kind}_by_frame"] = {"mean": or_none(mean(values)), "half95": or_none(half)}
         by_clip = {kind: mean(values, axis=1) for kind, values in columns.items()}  # (N,) each
         for kind in by_clip.keys() & {"", "_average"}:
             by_clip[f"{kind}_gain"] = by_clip[kind] - by_clip["_repeated"]
         for kind, values in by_clip.items():
-            result |= {name + kind: or_none(mean(values)), f"{name}{kind}_interval95": mean_interval(values)}
+            result |= {name + kind: or_none(mean(values)), f"{name}{kind}_interval95": mean_interval(values, videos)}
     return result
 
 
 def mean(values, axis=0):
-    """The mean of those values that are not NaN; NaN where there are none."""
+    """The mean of values without NaNs; NaN where there are none."""
     count = (~np.isnan(values)).sum(axis=axis)
     return np.where(count, np.nansum(values, axis=axis) / np.maximum(count, 1), np.nan)
 
 
 def or_none(values):
-    """A number, or a list of numbers, for JSON: NaN becomes None."""
+    """A number or a list of numbers for JSON: NaN becomes None."""
     return np.where(np.isnan(values), None, values).tolist()
 
 
 def keeps_appearance(found, real):
-    """Whether the Track of a predicted clip has the shape and the color of that of the real clip."""
+    """Whether the Track of a predicted clip has the shape and color of the real clip's Track."""
     if None in (found.shape, found.color, real.color) or found.shape != real.shape:
         return False
     return bool(np.linalg.norm(np.subtract(found.color, real.color)) < shapes.MIN_CONTRAST)
 
 
-def summarize_motion(tracks):
+def summarize_motion(tracks, videos):
     """{"motion": of the predicted clips, "motion_real": of the real ones} of (Track, Track of the real clip, truth)."""
     found, real, truths = zip(*tracks, strict=True)
     kept = sum(map(keeps_appearance, found, real)) / len(tracks)
-    motion, motion_real = shapes.summarize(found, truths), shapes.summarize(real, truths)
+    motion, motion_real = (shapes.summarize_tracks(own, truths, videos) for own in (found, real))
     return {"motion": motion | {"appearance_kept": kept}, "motion_real": motion_real}
 
 
@@ -172,5 +168,5 @@ def write_pairs(path, samples, clips, given):
     for index in range(min(SHOWN, len(samples) // S)):
         true = clips[index]["clip"].permute(1, 2, 3, 0).numpy()  # (T, H, W, 3)
         rows, marked = rows + [samples.clips[index * S], true], marked + [given, ()]
-        names += [samples.names[index * S] or "sample", "true"]
-    write_sheet(path, np.stack(rows), names, marked)
+        names += [samples.shown_class(samples.names[index * S]), "true"]
+    write_sheet(path, np.stack(rows), names, marked, notes=few(SHOWN, len(samples) // S, "clips"))

@@ -1,14 +1,12 @@
 """Moving Shapes, where the truth is known: a strict tracker of one object, for straight and for bouncing motion.
 
-Strict, because a lax tracker follows local motion and finds a direction even in a clip of five objects. Here a clip
-has a direction only if *every* frame shows the same single compact object of one color, and its centroid moves along
-a straight line at a constant speed. Any other clip has none and counts as wrong. Clips of bouncing objects
-(make_moving_shapes.py --bounce) may have any length. They are tracked in windows: is it one object to the end, how fast
-is it in each window, does it turn at the borders and only there?
+A lax tracker follows local motion and finds a direction even in a clip of five objects. Here a clip has a direction
+only if *every* frame shows the same single compact object of one color, and its centroid moves along a straight line at
+a constant speed. All other clips count as wrong. Bouncing objects (make_moving_shapes.py --bounce) are tracked in
+windows, for any time: is it one object to the end, how fast is it, does it turn at the borders only?
 
-The truth comes from the shapes.json of the data set, scaled to the clip: never from the tracker's own measurement.
-Real clips are scored beside generated ones and show the ceiling (16 px: all directions and shapes right, speed ratio
-1.00, area ratio 1.02, as the brightest pixels of an object still hold a little background).
+The truth is the shapes.json of the data set, scaled to the clip, never the tracker's own measurement. Scores of real
+clips show the ceiling. At 16 px it is: all directions and shapes right, speed ratio 1.00, area ratio 1.02.
 """
 
 import itertools
@@ -23,23 +21,23 @@ import torch.nn.functional as F
 
 from runtime.cli import UserError
 from runtime.untrusted import read_json
-from scoring.stats import Z95, cell, gather, mean_and_error, table, wilson
+from scoring.stats import Z95, by_video, cell, gather, interval_units, mean_and_error, share, table
 
-# Lengths are in px of a frame 16 px high and grow with it; shares are of the object's brightness or area.
+# Lengths are in px of a frame 16 px high, and scale with it. Shares are of the object's brightness or area.
 # They tolerate noise (8 gray levels), blur (1 px) and some jitter in generated clips, and no more.
 MIN_CONTRAST = 60  # gray levels (Euclidean in RGB) from the background; the data set's colors have over 180
-FLOOR = 0.2  # of full brightness, about 50 gray levels: what is weaker is noise, not an object
-MAX_STRAY = 0.1  # of the brightness may lie outside a disc of 1.5 radii + 1 px: 2.6 px of 26, no second object
+FLOOR = 0.2  # of full brightness, about 50 gray levels: weaker pixels are noise, not an object
+MAX_STRAY = 0.1  # of the brightness may be outside a disc of 1.5 radii + 1 px: 2.6 px of 26, no second object
 MAX_SPREAD = 1.7  # second moment over that of a disc of equal area: a triangle has 1.3, blurred 1.5; two discs 2
 MIN_MATCH = 0.9  # correlation with the best shape: real clips 0.99, noisy ones 0.97; two shapes half overlapping 0.9
 MAX_ANGLE = 10  # degrees between a frame's color and the clip's; two of the default colors are at least 39 apart
-MAX_OFF_COLOR = 0.25  # of the brightness may be more than twice that off, as colors bleed at edges
+MAX_OFF_COLOR = 0.25  # of the brightness may differ by more than twice that angle, as colors bleed at edges
 MAX_AREA_FACTOR = 1.5  # between a frame's area and the median: objects that fade, split or merge exceed it
 MIN_TRAVEL = 0.25  # px from the first frame to the last; 2 frames at 25 fps still exceed it
 MAX_OFF_LINE = 0.5  # px from steady straight motion, and at most a quarter of the travel: jumps, curves, stops
 MAX_SLANT = 0.25  # motion across the direction over motion along it: 14 degrees
-WINDOW = 16  # frames of a bouncing object that are looked at together
-NEAR = 1.0  # px between a turn and the border's turning point; also the least way back that makes a turn
+WINDOW = 16  # frames of a bouncing object that are tracked together
+NEAR = 1.0  # px between a turn and the border's turning point; also the shortest way back that counts as a turn
 ACROSS = 0.5  # px, standard deviation of a bouncing object's motion across its axis
 
 SHAPES = ("Circle", "Square", "Triangle")
@@ -61,13 +59,16 @@ def score_shapes(generated, real, truth):
         expected = truth(name, clip.shape[1], time_scale)
         return follow(clip, expected) if truth.bounces else (track(clip), expected)
 
-    summary, titles = (summarize_bounces, FOLLOWED) if truth.bounces else (summarize, TRACKED)
-    result = {"generated": summary(*gather(generated, measure)), "real": summary(*gather(real, measure))}
-    return {name: result["generated"][name] for name in titles}, result, result_lines(result, titles)
+    summarize, titles = (summarize_bounces, FOLLOWED) if truth.bounces else (summarize_tracks, TRACKED)
+    columns = gather(generated, measure), gather(real, measure)
+    result = {kind: summarize(*own) for kind, own in zip(("generated", "real"), columns, strict=True)}
+    units, line = interval_units(generated=columns[0][-1], real=columns[1][-1])
+    values, lines = {name: result["generated"][name] for name in titles}, [*result_lines(result, titles), line]
+    return values, result | {"interval_units": units}, lines
 
 
 def result_lines(result, titles):
-    """Both summaries of a result, and why generated clips were refused, to print."""
+    """Lines to print: both summaries of a result, and why generated clips were refused."""
     both = [result["generated"], result["real"]]
     rows = [("", "generated, 95%", "real, 95%"), ("clips", *(str(one["clips"]) for one in both))]
     for name, title in titles.items():
@@ -82,7 +83,7 @@ def result_lines(result, titles):
 
 @dataclass(frozen=True)
 class Track:
-    """What a clip shows, or should show. None where nothing was found; `reason` says why there is no direction."""
+    """What a clip shows, or should show. None: not found; `reason` says why there is no direction."""
 
     direction: str | None = None
     shape: str | None = None
@@ -94,7 +95,7 @@ class Track:
 
 @dataclass(frozen=True)
 class Bounce:
-    """What a clip of a class of bouncing objects should show; lengths in px of the clip."""
+    """What a clip of a bouncing object should show; lengths are in px of the clip."""
 
     shape: str
     axis: int  # 0: horizontal, 1: vertical
@@ -104,7 +105,7 @@ class Bounce:
 
 
 class Truth:
-    """What the shapes.json of a Moving Shapes data set says of its classes. Raises UserError."""
+    """The truth of each class in the shapes.json of a Moving Shapes data set. Raises UserError."""
 
     def __init__(self, data_path):
         self.path = Path(data_path, "shapes.json")
@@ -117,10 +118,10 @@ class Truth:
             raise UserError(f"{self.path}: {got}; make one with datasets/make_moving_shapes.py") from error
 
     def __call__(self, class_name, height, time_scale):
-        """What clips of a class, of this height in px, should show: a Track or, where objects bounce, a Bounce."""
+        """What clips of a class, of this height in px, should show: a Track or, if objects bounce, a Bounce."""
         videos, scale = [video for video in self.videos if video["class"] == class_name], height / self.size
         if not videos:
-            raise UserError(f"{self.path}: no class {class_name}; --data-path must be the data set of the training")
+            raise UserError(f"{self.path}: no class {class_name}; pass the data set of the training as --data-path")
 
         def mean(key):
             return float(np.mean([video[key] for video in videos]))
@@ -133,15 +134,14 @@ class Truth:
 
 
 def find_truth(metric, data_path, samples, classes):
-    """The Truth that --metric motion needs, or prediction if it is of straight motion; else None.
+    """The Truth for --metric motion, and for prediction if the motion is straight; else None.
 
-    Raises UserError unless Samples (see sources.py) are long enough and the truth of their classes is known, or of all
-    classes for prediction.
+    Raises UserError if Samples are too short, or if a class has no truth (for prediction: one of all `classes`).
     """
     exists = Path(data_path, "shapes.json").exists()
     if metric == "motion" and not exists:
         got = f"--data-path {data_path} has no shapes.json"
-        raise UserError(f"--metric motion is for Moving Shapes, {got}; choose consistency, nearest or fvd")
+        raise UserError(f"--metric motion: is for Moving Shapes, but {got}; choose consistency, nearest or fvd")
     if metric not in ("motion", "prediction") or not exists:
         return None
     truth = Truth(data_path)
@@ -173,9 +173,8 @@ def track(clip):
 def look(clip):
     """(centroids (T, 2) as x, y, area, shape, color (3,)) of the one object of a clip, uint8 (T, H, H, 3).
 
-    A clip of 32 px or more is averaged down to 16 ... 31 px first, so that thresholds mean the same, and colors that a
-    video codec smeared over neighboring pixels end up in one. Raises ValueError with the reason if there is no such
-    object.
+    Averages large clips down to 16 ... 31 px: thresholds then fit, and colors that a codec smeared meet in one pixel.
+    Raises ValueError with the reason if there is no such object.
     """
     height = clip.shape[1]
     size = height // max(1, height // 16)
@@ -188,10 +187,10 @@ def look(clip):
 
 
 def separate(clip):
-    """Split clip, float (T, H, W, 3), into background and object: (signal, bright, color (3,)).
+    """Split a clip, float (T, H, W, 3), into background and object: (signal, bright, color (3,)).
 
-    signal (T, H, W) is 0 on the background, 1 on an object of the clip's color; bright (T, H, W) is the same for any
-    color, but 0 below FLOOR. Raises ValueError unless something stands out in every frame, all in one color.
+    signal (T, H, W): 0 on the background, 1 on an object of the clip's color; bright (T, H, W): the same for any color,
+    but 0 below FLOOR. Raises ValueError unless something of one color stands out in every frame.
     """
     background = np.median(clip, axis=(0, 1, 2))
     clip = clip - background
@@ -220,7 +219,7 @@ def separate(clip):
 
 
 def find_object(signal, bright, unit):
-    """(centers (T, 2) as x, y in px, area in px^2) of the one object; unit is 1 px of a frame 16 px high.
+    """(centers (T, 2) as x, y in px, area in px^2) of the one object; unit: 1 px of a frame 16 px high.
 
     Raises ValueError unless every frame shows one compact object of about the same area.
     """
@@ -238,7 +237,7 @@ def find_object(signal, bright, unit):
     disc = squares(centroids(bright)) < (1.5 * math.sqrt(np.median(masses) / math.pi) + unit) ** 2
     if ((bright * ~disc).sum((1, 2)) > MAX_STRAY * masses).any():
         raise ValueError("more than one object")
-    weight = signal * disc  # with its weak pixels, so that blur and noise hardly change the sum
+    weight = signal * disc  # includes weak pixels, so blur and noise hardly change the sum
     areas = weight.sum((1, 2))
     area = float(np.median(areas))
     if areas.min() * MAX_AREA_FACTOR < area or areas.max() > area * MAX_AREA_FACTOR:
@@ -251,7 +250,7 @@ def find_object(signal, bright, unit):
 
 
 def inside(shape, x, y):
-    """Whether a shape of area 1 contains points, given relative to its centroid."""
+    """Whether a shape of area 1 contains points (x, y), relative to its centroid."""
     if shape == "Circle":
         return x**2 + y**2 < 1 / math.pi
     if shape == "Square":
@@ -261,10 +260,7 @@ def inside(shape, x, y):
 
 
 def recognize(signal, centers, area):
-    """The shape whose image at the centers, sharp or blurred, correlates best with signal (T, H, W).
-
-    Raises ValueError if no correlation reaches MIN_MATCH.
-    """
+    """The shape whose image at the centers, sharp or blurred, best fits signal (T, H, W). ValueError: none does."""
     sub = 8  # points per px and axis
     ys, xs = ((np.arange(n * sub) + 0.5) / sub for n in signal.shape[1:])
     x = (xs - centers[:, :1])[:, None, :] / math.sqrt(area)
@@ -287,7 +283,7 @@ def recognize(signal, centers, area):
 
 
 def fit_motion(centers, unit):
-    """(direction, speed in px per frame) of centers (T, 2) in steady straight motion; else raises ValueError."""
+    """(direction, speed in px per frame) of centers (T, 2). Raises ValueError unless motion is straight and steady."""
     time = np.arange(len(centers)) - (len(centers) - 1) / 2
     velocity = time @ centers / (time @ time)  # least squares
     axis = int(abs(velocity[1]) > abs(velocity[0]))
@@ -305,20 +301,22 @@ def fit_motion(centers, unit):
 # Straight motion: from the tracks of all clips to a result
 
 
-def summarize(tracks, expected):
-    """Score at least one Track, each against the true one; a plain dict for JSON.
+def summarize_tracks(tracks, expected, videos=()):
+    """A plain dict for JSON: at least one Track, each scored against the true one. videos: those of the clips.
 
-    Accuracies are shares of all clips. Speed and area ratios (found over true) are means over the `right` clips, those
-    whose direction is right, and None if there are none. refused: {why clips have no direction: number of clips}.
+    Accuracies are shares of all clips. Speed and area ratios (found over true) are means over the `right` clips, whose
+    direction is right. refused: {why clips have no direction: number of clips}.
     """
     pairs = list(zip(tracks, expected, strict=True))
-    right = [(found, true) for found, true in pairs if found.direction == true.direction]
+    is_right = [found.direction == true.direction for found, true in pairs]
+    right, videos_of_right = (list(itertools.compress(column, is_right)) for column in (pairs, videos))
     summary = {"clips": len(pairs), "right": len(right)}
     for what in ("direction", "shape"):
-        hits = sum(getattr(found, what) == getattr(true, what) for found, true in pairs)
-        summary |= {f"{what}_accuracy": hits / len(pairs), f"{what}_interval95": wilson(hits, len(pairs))}
+        hits = [getattr(found, what) == getattr(true, what) for found, true in pairs]
+        summary[f"{what}_accuracy"], summary[f"{what}_interval95"] = share(hits, videos)
     for what in ("speed", "area"):
-        mean, error = mean_and_error([getattr(found, what) / getattr(true, what) for found, true in right])
+        ratios = [getattr(found, what) / getattr(true, what) for found, true in right]
+        (mean, _), (_, error) = mean_and_error(ratios), mean_and_error(by_video(ratios, videos_of_right).numpy())
         interval = None if error is None else [mean - Z95 * error, mean + Z95 * error]
         summary |= {f"{what}_ratio": mean, f"{what}_ratio_interval95": interval}
     return summary | {"refused": count_reasons(found.reason for found in tracks if found.direction is None)}
@@ -334,9 +332,7 @@ def count_reasons(reasons):
 
 
 def follow(clip, truth):
-    """(number of the first window without the one object and why, or None; speeds of the windows over the true one;
-    whether the turns are right) of a clip uint8 (T, H, W, 3).
-    """
+    """(the first window that loses the object and why, or None; windows' speeds / true speed; are the turns right?)"""
     centers, speeds, first = [], [], None
     for start in range(0, len(clip) - WINDOW + 1, WINDOW):
         try:
@@ -352,7 +348,7 @@ def follow(clip, truth):
 
 
 def turns_are_right(centers, truth, unit):
-    """Whether an object with these centroids (T, 2) stays between the borders, on its axis, and turns only at them."""
+    """Whether an object with centroids (T, 2) stays on its axis and between the borders, and turns only there."""
     from scipy.signal import find_peaks  # takes a while to load
 
     path, near = centers[:, truth.axis], NEAR * unit
@@ -363,11 +359,11 @@ def turns_are_right(centers, truth, unit):
     return bool(is_inside and centers[:, 1 - truth.axis].std() <= ACROSS * unit)
 
 
-def summarize_bounces(lost, speeds, turns):
+def summarize_bounces(lost, speeds, turns, videos):
     """A plain dict for JSON, of the columns of `follow`. Speeds: 5%, 50% and 95% quantiles over all windows."""
     summary, every = {"clips": len(lost)}, [*itertools.chain(*speeds)]
-    for name, hits in (("one_object", lost.count(None)), ("turns_right", sum(turns))):
-        summary |= {name: hits / len(lost), f"{name}_interval95": wilson(hits, len(lost))}
+    for name, hits in (("one_object", [entry is None for entry in lost]), ("turns_right", turns)):
+        summary[name], summary[f"{name}_interval95"] = share(hits, videos)
     for name, part in (("speed_low", 0.05), ("speed_median", 0.5), ("speed_high", 0.95)):
         summary[name] = np.quantile(every, part).item() if every else None
     refused = [entry for entry in lost if entry]

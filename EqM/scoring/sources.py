@@ -1,7 +1,7 @@
-"""The clips that evaluate.py scores: generated ones of a folder of samples, real ones of a data set.
+"""The clips that evaluate.py scores: generated clips of a sample folder, real clips of a data set.
 
 A stream yields the clips of this rank in batches: (indices, clips uint8 (n, T, H, W, 3) on the device, class names,
-time scales in seconds per frame).
+time scales in seconds per frame, videos). A generated clip that continues no video is its own video: its index.
 """
 
 import hashlib
@@ -18,17 +18,18 @@ from runtime.cli import Bar, UserError, say
 from runtime.distributed import rank
 from runtime.untrusted import file_sha256
 from video.clips import Clips
+from video.drawing import drawable
 from video.index import split_videos
 from video.loader import batches_of, make_loader
 from video.samples import class_name, read_samples
 from video.source import open_source
 
-REAL_SEED = 0  # of the start frames of the real clips: predictions continue the clips that they are compared with
+REAL_SEED = 0  # of the start frames of real clips: predictions are compared with the clips they continue
 RESIZE = "short side to image_size (bilinear, antialiased), center crop; a detector resizes further by itself"
 
 
 class Samples:
-    """A folder of sample_gd.py: its clips, mapped into memory, and what its samples.json says. Raises UserError."""
+    """A sample folder: its clips, mapped into memory, and what its samples.json says. Raises UserError."""
 
     def __init__(self, folder, flag="--samples"):
         self.folder, self.place = Path(folder), f"{flag} {folder}"
@@ -37,13 +38,19 @@ class Samples:
         self.labels = labels.tolist()
         self.names = [class_name(self.classes, label) for label in self.labels]  # None: without a class
         self.num_frames, self.image_size = self.clips.shape[1:3]
-        given = [frame_ranges(entry["frames"]) for entry in self.about.get("given", ())]
-        self.given = given or [()] * len(labels)  # the numbers of each sample's given frames
+        given = self.about.get("given", ())
+        self.given = [frame_ranges(entry["frames"]) for entry in given] or [()] * len(labels)  # numbers of frames
+        self.videos = [entry["source"] for entry in given] or range(len(labels))
         guidance = self.source.get("guidance") if self.source.get("guidance_chosen") else None
-        self.guidance = guidance if any(self.names) else 1.0  # None: nobody chose it
+        self.guidance = guidance if any(self.names) else 1.0  # None: the user did not choose it
 
     def __len__(self):
         return len(self.clips)
+
+    def shown_class(self, name):
+        """The name of a class, or None, as a picture can show it."""
+        number = self.classes.index(name) if name in self.classes else "unknown"
+        return drawable(name, f"class {number}") if name else "no class"
 
     def check(self, metric, keep_background):
         """Raise UserError unless they can be scored with --metric and --keep-background."""
@@ -56,9 +63,9 @@ class Samples:
         if self.num_frames == 1 and metric != "fid":
             yield f"holds images, --metric {metric} needs videos of at least 2 frames"
         if metric in ("fvd", "fid") and self.guidance is None:
-            yield f"--metric {metric} depends on the guidance; sample again and choose it: --cfg-scale (1 turns it off)"
+            yield f"--metric {metric} depends on the guidance; sample again with --cfg-scale (1 turns it off)"
         if metric in ("motion", "classifier") and None in self.names:
-            yield f"has samples without a class, --metric {metric} needs one of each"
+            yield f"has samples without a class, --metric {metric} needs the class of each"
         if metric == "consistency" and "temporal_patch_size" not in self.source:
             yield "its samples.json does not say the temporal_patch_size of the model; sample again"
         if metric == "prediction" and self.image_size < 11:  # its window
@@ -70,10 +77,10 @@ class Samples:
             if len(self) != real["num_clips"] * real["samples_per_clip"]:
                 yield f"does not have {real['samples_per_clip']} samples for each of {real['num_clips']} clips; {again}"
             if self.source.get("keep_background") and not keep_background:
-                yield f"was sampled with --keep-background: detail not made by the model; {again}, or add the flag here"
+                yield f"was sampled with --keep-background, which adds real detail; {again}, or add the flag here"
 
     def provenance(self):
-        """What a manifest says of them: how they were made, from samples.json, and the SHA-256 of samples.npz."""
+        """The manifest's record of them: how they were made, from samples.json, and the SHA-256 of samples.npz."""
         about = {name: value for name, value in self.about.items() if name not in ("classes", "given")}
         size = {"num_clips": len(self), "num_frames": self.num_frames, "image_size": self.image_size}
         sha256 = file_sha256(self.folder / "samples.npz")
@@ -83,8 +90,7 @@ class Samples:
 def find_real(data_path, split, val_fraction, num_frames, time_scale, image_size, index_folder, images):
     """(Clips of the real videos of a split, training videos that are long enough, a description of the Clips for JSON).
 
-    Opens videos as scan_videos does, so only one rank should call it. The distance between frames is the integer
-    closest to time_scale. Raises UserError.
+    Call it on one rank, as it may open all videos. The interval is the integer closest to time_scale. Raises UserError.
     """
     source = open_source(data_path, image_size, images, index_folder)
     for path in source.scan.unreadable:
@@ -97,8 +103,8 @@ def find_real(data_path, split, val_fraction, num_frames, time_scale, image_size
     usable = [video for video in videos if video.num_frames >= span]
     if not usable:
         got = f"the longest video of --split {split} has {max(video.num_frames for video in videos)} frames"
-        frames = f"{num_frames} frames that are {interval} apart take {span}"
-        raise UserError(f"--data-path {data_path}: {got}, {frames}: sample fewer frames")
+        expected = f"expected at least {span} for {num_frames} frames that are {interval} apart"
+        raise UserError(f"--data-path {data_path}: {got}; {expected}; sample fewer frames")
     if abs(interval / fps - time_scale) > 0.01 * time_scale:
         say(f"note: real frames are {interval / fps:.3g} s apart, generated frames {time_scale:.3g} s")
     settings = {"flip": False, "seed": REAL_SEED, "stream": "real"}
@@ -117,7 +123,7 @@ def videos_sha256(root, videos):
 
 
 def json_sha256(value):
-    """The SHA-256 of a plain value, written as JSON."""
+    """The SHA-256 of a plain value as JSON."""
     return hashlib.sha256(json.dumps(value).encode()).hexdigest()
 
 
@@ -128,7 +134,7 @@ def generated_stream(samples, batch_size, device):
         for indices in in_batches(own, batch_size):
             names = [samples.names[index] for index in indices]
             clips = torch.from_numpy(samples.clips[indices]).to(device)
-            yield indices, clips, names, [samples.time_scale] * len(indices)
+            yield indices, clips, names, [samples.time_scale] * len(indices), [samples.videos[i] for i in indices]
             progress.update(len(indices))
 
 
@@ -141,7 +147,7 @@ def real_stream(clips, count, batch_size, num_workers, device, corrupt):
             corrupt.extend(batch["corrupt"])
             names = [clips.classes[label] for label in batch["y"]]
             pixels = batch["clips"].permute(0, 2, 3, 4, 1).to(device)
-            yield batch["indices"].tolist(), pixels, names, batch["time_scales"].tolist()
+            yield batch["indices"].tolist(), pixels, names, batch["time_scales"].tolist(), batch["videos"]
             progress.update(len(names))
 
 

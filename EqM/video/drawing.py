@@ -1,13 +1,37 @@
-"""Frames in pictures: enlarged, in a grid, and in rows with names. Frames are uint8 arrays (..., H, W, 3), RGB."""
+"""Frames in pictures: enlarged, in a grid, in named rows, with a note. Frames are uint8 arrays (..., H, W, 3), RGB."""
 
+import unicodedata
+from functools import cache
+from pathlib import Path
+
+import matplotlib
 import numpy as np
-from PIL import Image, ImageDraw
+from PIL import Image, ImageDraw, ImageFont
 
-MIN_SIDE = 128  # px, of the short side of a video to watch
-GRID, IMAGE_GRID = (3, 8), (8, 8)  # most rows and columns of a grid of videos, of images
+from runtime.cli import one_line, say
+
+MIN_SIDE = 128  # px: the short side of a video to watch
+GRID, IMAGE_GRID = (3, 8), (8, 8)  # most rows and columns in a grid of videos, of images
 GAP = 2  # px of white between frames
 MARGIN = 4  # px of white left and right of a name
-MARK = "#ff7f0e"  # orange: of frames that are marked
+MARK = "#ff7f0e"  # orange: border of marked frames
+FONT_SIZE, MAX_NAME_LENGTH = 22, 70  # px: readable at half size; characters of a name
+FONT = ImageFont.truetype(Path(matplotlib.get_data_path(), "fonts/ttf/DejaVuSans.ttf"), FONT_SIZE)  # has accents
+
+
+@cache
+def drawable(name, replacement):
+    """A name as one short line; the replacement, with a note once per name, if the font lacks one of its characters."""
+    name, missing = one_line(unicodedata.normalize("NFC", name)[:MAX_NAME_LENGTH]), bytes(FONT.getmask("\uffff"))
+    if all(bytes(FONT.getmask(letter)) != missing for letter in name):
+        return name
+    say(f"note: the font of pictures lacks characters of {name}: pictures say {replacement!r} instead")
+    return replacement
+
+
+def few(shown, total, what):
+    """A list with the note "16 of 40 videos"; empty if a picture shows all of them."""
+    return [f"{shown} of {total} {what}"] if shown < total else []
 
 
 def evenly_spaced(count, most):
@@ -16,7 +40,7 @@ def evenly_spaced(count, most):
 
 
 def enlarge(video, min_side=MIN_SIDE):
-    """Repeat the pixels of (..., H, W, 3) by the least integer factor that gives even sides of at least min_side px."""
+    """Repeat the pixels of (..., H, W, 3) by the smallest integer factor that makes sides even and >= min_side px."""
     H, W = video.shape[-3:-1]
     factor = max(1, -(-min_side // min(H, W)))
     if factor % 2 and (H % 2 or W % 2):  # H.264's 4:2:0 needs even sides
@@ -36,14 +60,41 @@ def tile(videos, grid=GRID, min_side=MIN_SIDE // 2):
     return cells.reshape(T, rows * (H + GAP), columns * (W + GAP), 3)
 
 
-def draw_row(picture, x, y, frames, marked, name, font, gap=GAP):
-    """Draw a name at the left of a picture, and frames (n, h, w, 3) from (x, y) on; those `marked` (n,) in a frame."""
-    h, w = frames.shape[1:3]
-    draw = ImageDraw.Draw(picture)
-    draw.text((MARGIN, y + h // 2), name, "black", font, anchor="lm")
-    for frame, is_marked in zip(frames, marked, strict=True):
-        picture.paste(Image.fromarray(frame), (x, y))
-        if is_marked:
+def text_line(text):
+    """A picture (h, w, 3) of a line of text."""
+    line = Image.new("RGB", (round(FONT.getlength(text)) + 2 * MARGIN, 2 * FONT_SIZE), "white")
+    ImageDraw.Draw(line).text((MARGIN, FONT_SIZE), text, "black", FONT, anchor="lm")
+    return np.asarray(line)
+
+
+def stack(*pictures):
+    """Pictures, or videos of one length, (..., h, w, 3) above each other; narrow ones get white at their right."""
+    width = max(picture.shape[-2] for picture in pictures)
+    sides = [[(0, 0)] * (picture.ndim - 2) + [(0, width - picture.shape[-2]), (0, 0)] for picture in pictures]
+    return np.concatenate([np.pad(*pair, constant_values=255) for pair in zip(pictures, sides, strict=True)], axis=-3)
+
+
+def add_notes(picture, notes):
+    """A picture or video (..., h, w, 3) above a line of notes (of `few`); unchanged without any."""
+    line = text_line(f"Shows {', '.join(notes)}.")
+    return stack(picture, np.broadcast_to(line, (*picture.shape[:-3], *line.shape))) if notes else picture
+
+
+def draw_sheet(frames, names, marked, left=0, gap=GAP):
+    """A picture of rows of frames (N, n, h, w, 3) with N names, at least `left` px wide, at their left.
+
+    marked: bool (N, n), which frames get a border.
+    """
+    N, n, h, w = frames.shape[:4]
+    left = max(left, *(round(FONT.getlength(name)) + 2 * MARGIN if name else 0 for name in names))  # px
+    sheet = Image.new("RGB", (left + n * (w + gap) - gap, N * (h + gap) - gap), "white")
+    draw = ImageDraw.Draw(sheet)
+    for row, name in enumerate(names):
+        draw.text((MARGIN, row * (h + gap) + h // 2), name, "black", FONT, anchor="lm")
+    for row, column in np.ndindex(N, n):
+        x, y = left + column * (w + gap), row * (h + gap)
+        sheet.paste(Image.fromarray(frames[row, column]), (x, y))
+        if marked[row][column]:
             corners = x - gap // 2, y - gap // 2, x + w - 1 + gap // 2, y + h - 1 + gap // 2
             draw.rectangle(corners, outline=MARK, width=3)
-        x += w + gap
+    return np.asarray(sheet)

@@ -1,4 +1,4 @@
-"""The samples.json and samples.npz of a folder of sample_gd.py, read again."""
+"""Reads samples.json and samples.npz of a sample folder, which sample_gd.py writes."""
 
 import os
 import struct
@@ -10,19 +10,19 @@ import numpy as np
 from runtime.cli import UserError
 from runtime.untrusted import check_regular, read_json
 
-UNFINISHED = "samples.unfinished"  # a file that is in the folder while samples are written
-NO_LABEL = -1  # in samples.npz, of a sample that was made without a label
+UNFINISHED = "samples.unfinished"  # a file in the folder while samples are written
+NO_LABEL = -1  # in samples.npz: the sample has no label
 
 
 def class_name(classes, label):
-    """The name of the class with a label; None without one, for NO_LABEL."""
+    """The name of the class with a label; None for NO_LABEL."""
     return classes[label] if label != NO_LABEL else None
 
 
 def read_samples(here, folder):
     """(content of samples.json, clips uint8 (N, T, H, W, 3) mapped into memory, labels (N,) int64) of a sample folder.
 
-    Raises UserError; its text begins with `here`.
+    Raises UserError with a text that begins with `here`.
     """
     try:
         about = read_json(Path(folder, "samples.json"))
@@ -40,8 +40,8 @@ def read_samples(here, folder):
         found = f"no {Path(error.filename).name} in it" if os.path.isdir(folder) else "no such folder"
         if os.path.exists(os.path.join(folder, UNFINISHED)):
             raise UserError(f"{here}: its samples are not finished: run sample_gd.py again") from error
-        raise UserError(f"{here}: {found}; expected a folder that sample_gd.py has written") from error
-    except Exception as error:  # numpy's and zipfile's depend on where the damage is
+        raise UserError(f"{here}: {found}; expected a sample folder of sample_gd.py") from error
+    except Exception as error:  # the place of the damage decides which one numpy or zipfile raises
         reason = f"samples.npz or samples.json of sample_gd.py is missing or damaged ({error})"
         raise UserError(f"{here}: {reason}; sample again") from error
     return about, clips if clips.ndim == 5 else clips[:, None], labels
@@ -57,7 +57,7 @@ def map_npz(path, name):
             start = file.tell()
     if member.compress_type != zipfile.ZIP_STORED or fortran or dtype.hasobject:
         raise ValueError(f"{name} is compressed or not a plain array of clips of one size")
-    with open(path, "rb") as file:  # the data follow the header of the zip member and that of the array
+    with open(path, "rb") as file:  # the data follow the header of the zip member and the header of the array
         file.seek(member.header_offset + 26)
         start += member.header_offset + 30 + sum(struct.unpack("<HH", file.read(4)))
     return np.memmap(path, dtype, "r", start, shape)

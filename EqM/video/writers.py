@@ -1,7 +1,7 @@
 """Writes videos to watch (mp4, GIF, one PNG sheet) and as data (npz); images, T = 1, as PNGs and one grid.
 
 A video is a uint8 NumPy array (T, H, W, 3), RGB; several are (N, T, H, W, 3). Files to watch are enlarged by an integer
-factor without smoothing, so that each pixel of the model is visible; PNGs of single images and samples.npz are not.
+factor without smoothing, so you see each pixel of the model. PNGs of single images and samples.npz keep their size.
 """
 
 import math
@@ -11,24 +11,21 @@ from tempfile import TemporaryFile
 
 import av
 import numpy as np
-from PIL import Image, ImageFont
+from PIL import Image
 
 from runtime.atomic import atomic_write
-from runtime.cli import one_line
-from video.drawing import GAP, GRID, IMAGE_GRID, MARGIN, MIN_SIDE, draw_row, enlarge, evenly_spaced, tile
+from video.drawing import GRID, IMAGE_GRID, MIN_SIDE, add_notes, draw_sheet, drawable, enlarge, evenly_spaced, few, tile
 
-MAX_ROWS, MAX_COLUMNS = 16, 32  # of a sheet
-GIF_FRAMES = 64  # of the GIF of a long video, at most
-PALETTE_PIXELS = 2**14  # random pixels of a video that its GIF's palette is made from
-FONT_SIZE, MAX_NAME_LENGTH = 16, 60  # px and characters of a name on a sheet
+MAX_ROWS, MAX_COLUMNS = 16, 32  # most videos and frames on a sheet
+GIF_FRAMES = 64  # most frames in the GIF of a long video
+PALETTE_PIXELS = 2**14  # random pixels of a video, from which its GIF gets a palette
 
 
 def write_samples(folder, parts, num_frames, labels, fps, names=None, marked=None, previews=True):
-    """Write all samples of sample_gd.py: an mp4 per video (PNG per image), samples.npz, and previews of them.
+    """Write all samples of sample_gd.py: an mp4 per video (PNG per image), samples.npz, and previews.
 
-    parts: an iterator over (numbers of samples, first frame, their frames from there on, uint8 (n, k, H, W, 3)), in
-    order. labels: (N,) integers; names: N strings for the sheet; marked: the frames of each sample that it marks;
-    previews: whether to write GIFs, grid and sheet.
+    parts: an iterator, in order, over (numbers of samples, first frame, frames uint8 (n, k, H, W, 3) from there).
+    labels: (N,) integers; names and marked: those of `write_sheet`; previews: whether to write GIFs, grid and sheet.
     """
     folder = Path(folder)
     folder.mkdir(parents=True, exist_ok=True)
@@ -47,22 +44,21 @@ def write_samples(folder, parts, num_frames, labels, fps, names=None, marked=Non
             pixels = videos if num_frames > 1 else videos[:, 0]  # images: no axis of time
             np.savez(archive, arr_0=pixels, labels=np.asarray(labels, np.int64))
         if previews:
-            write_previews(folder, videos, fps, names, marked)
+            if num_frames > 1:
+                write_grid(folder / "grid.gif", videos, fps)
+            write_sheet(folder / ("sheet.png" if num_frames > 1 else "grid.png"), videos, names, marked, labels)
 
 
-def write_previews(folder, videos, fps, names, marked):
-    """Write grid.gif and sheet.png of videos, grid.png of images; the arguments are those of write_samples."""
-    num_frames = videos.shape[1]
-    kept = evenly_spaced(num_frames, GIF_FRAMES).tolist()
-    videos = videos[: math.prod(IMAGE_GRID) if num_frames == 1 else max(MAX_ROWS, math.prod(GRID)), kept]
-    if num_frames > 1:
-        write_gif(folder / "grid.gif", tile(videos), fps * len(kept) / num_frames)
-        marked = marked and [[kept.index(frame) for frame in frames if frame in kept] for frames in marked]
-    write_sheet(folder / ("sheet.png" if num_frames > 1 else "grid.png"), videos, names, marked)
+def write_grid(path, videos, fps):
+    """Write the first videos as one GIF. A long video lasts as long, with fewer frames."""
+    (N, T), most = videos.shape[:2], math.prod(GRID)
+    kept = evenly_spaced(T, GIF_FRAMES)
+    notes = few(most, N, "videos") + few(len(kept), T, "frames")
+    write_gif(path, add_notes(tile(videos[:most, kept]), notes), fps * len(kept) / T)
 
 
 def write_videos(folder, videos, fps, first=0, gifs=True, gif_frames=None):
-    """Write 000000.mp4 (images: .png), ..., from number `first` on; `gifs`: also GIFs of at most gif_frames frames."""
+    """Write 000000.mp4 (images: .png) and so on, from number `first`. gifs: also GIFs of at most gif_frames frames."""
     folder, T = Path(folder), videos.shape[1]
     folder.mkdir(parents=True, exist_ok=True)
     shown = evenly_spaced(T, gif_frames or T)
@@ -77,17 +73,17 @@ def write_videos(folder, videos, fps, first=0, gifs=True, gif_frames=None):
 
 def write_mp4(path, video, fps):
     """Write (T, H, W, 3) as H.264 in the pixel format that all players support; any fps > 0 and any size."""
-    # crf 12 is close to lossless: a preview shows the model, not the codec. A short lookahead holds few frames.
+    # crf 12 is close to lossless: you see the model, not the codec. A short lookahead keeps few frames in memory.
     options = {"crf": "12", "rc-lookahead": "8", "threads": "1"}
     with av.open(str(path), "w", format="mp4") as file:
         encode(file, map(enlarge, video), fps, "libx264", "yuv420p", options)
 
 
 def write_lossless(path, frames, fps):
-    """Write frames, uint8 (H, W, 3) each, as FFV1: a .mkv that decodes to the very same pixels. Atomic."""
-    bitexact = {"fflags": "bitexact"}  # without random numbers
+    """Write frames, uint8 (H, W, 3) each, as FFV1: a .mkv that decodes to exactly the same pixels. Atomic."""
+    bitexact = {"fflags": "bitexact"}  # no random numbers in the file
     with atomic_write(path) as file, av.open(file, "w", format="matroska", options=bitexact) as movie:
-        encode(movie, frames, fps, "ffv1", "bgr0", {})  # RGB: any other would round
+        encode(movie, frames, fps, "ffv1", "bgr0", {})  # other formats than RGB round
 
 
 def encode(file, frames, fps, codec, pixel_format, options):
@@ -104,38 +100,36 @@ def encode(file, frames, fps, codec, pixel_format, options):
 def write_gif(path, video, fps):
     """Write (T, H, W, 3) as a GIF that loops forever and lasts T / fps seconds.
 
-    Colors are exact if no frame has more than 256. Otherwise all frames share a palette and are not dithered: faster
-    than a palette per frame, and a pixel whose color does not change does not flicker. Delays are in 1/100 s, so those
-    of 30 fps alternate between 3 and 4. Browsers slow down delays below 2, so above 50 fps the GIF plays slower.
+    Colors are exact if no frame has more than 256. Otherwise all frames share a palette without dithering: faster than
+    a palette per frame, and no pixel flickers that keeps its color. Delays are in 1/100 s, so at 30 fps they alternate
+    between 3 and 4. Browsers slow down delays below 2, so above 50 fps the GIF plays slower.
     """
     ends = np.round(np.arange(len(video) + 1) * 100 / fps)
     delays = np.maximum(np.diff(ends), 2).astype(int) * 10  # ms
     frames = [Image.fromarray(frame) for frame in enlarge(video)]
-    if any(frame.getcolors(256) is None for frame in frames):  # None: it has more colors
+    if any(frame.getcolors(256) is None for frame in frames):  # None: more than 256 colors
         pixels = video.reshape(-1, 3)
-        few = pixels[np.random.default_rng(0).integers(len(pixels), size=PALETTE_PIXELS)]
-        palette = Image.fromarray(few[None]).quantize(256, kmeans=PALETTE_PIXELS // 100)  # stops when 1% change
+        drawn = pixels[np.random.default_rng(0).integers(len(pixels), size=PALETTE_PIXELS)]
+        palette = Image.fromarray(drawn[None]).quantize(256, kmeans=PALETTE_PIXELS // 100)  # stops when 1% change
         frames = [frame.quantize(palette=palette, dither=Image.Dither.NONE) for frame in frames]
     frames[0].save(path, "GIF", save_all=True, append_images=frames[1:], duration=delays.tolist(), loop=0)
 
 
-def write_sheet(path, videos, names=None, marked=None):
+def write_sheet(path, videos, names=None, marked=None, labels=None, notes=()):
     """Write (N, T, H, W, 3) as one PNG: a row per video, a column per frame, `names` (N strings) at the left.
 
     Shows the first 16 videos and 32 frames, evenly spaced; of images (T = 1) the first 64, in rows of 8, without names.
-    marked: the numbers of the frames of each video that get a border of color, such as given ones.
+    A line below says how many it shows, if not all, after the caller's notes. marked: for each video the frames that
+    get a border, such as given ones. labels: numbers of classes, which replace names that the font lacks.
     """
-    T = videos.shape[1]
+    N, T = videos.shape[:2]
     if T == 1:
-        Image.fromarray(tile(videos, IMAGE_GRID, MIN_SIDE)[0]).save(path)
+        images = tile(videos, IMAGE_GRID, MIN_SIDE)[0]
+        Image.fromarray(add_notes(images, [*notes, *few(math.prod(IMAGE_GRID), N, "images")])).save(path)
         return
     shown = evenly_spaced(T, MAX_COLUMNS)
-    frames = enlarge(videos[:MAX_ROWS, shown])  # (rows, columns, h, w, 3)
-    rows, columns, h, w = frames.shape[:4]
-    font = ImageFont.load_default(FONT_SIZE)
-    names = [one_line(str(name)[:MAX_NAME_LENGTH]) for name in names[:rows]] if names else [""] * rows
-    left = max(round(font.getlength(name)) + 2 * MARGIN if name else 0 for name in names)  # px
-    sheet = Image.new("RGB", (left + columns * (w + GAP) - GAP, rows * (h + GAP) - GAP), "white")
-    for row, name in enumerate(names):
-        draw_row(sheet, left, row * (h + GAP), frames[row], np.isin(shown, marked[row] if marked else []), name, font)
-    sheet.save(path)
+    videos, notes = videos[:MAX_ROWS, shown], [*notes, *few(MAX_ROWS, N, "videos"), *few(MAX_COLUMNS, T, "frames")]
+    others = [f"row {row}" for row in range(N)] if labels is None else [f"class {label}" for label in labels]
+    pairs = zip((names or [""] * N)[:MAX_ROWS], others, strict=False)
+    names, marks = [drawable(*pair) for pair in pairs], [np.isin(shown, frames) for frames in marked or [()] * N]
+    Image.fromarray(add_notes(draw_sheet(enlarge(videos), names, marks), notes)).save(path)
