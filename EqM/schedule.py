@@ -4,7 +4,7 @@ import argparse
 import re
 from dataclasses import dataclass, replace
 
-from runtime.cli import UserError
+from runtime.cli import UserError, plural
 from runtime.rng import uniform
 
 PHASE = "[1-9][0-9]{0,10}(:[1-9][0-9]{0,10}){1,2}"
@@ -46,7 +46,7 @@ def fill_batches(phases, batch_size, tokens, parts):
     for phase in phases:
         size = phase.batch_size or per_step / tokens(phase.num_frames)
         if size % parts:
-            got = f"the phase of {phase.num_frames} frames has {size:g} clips a step, not a multiple of {parts}"
+            got = f"phase of {plural(phase.num_frames, 'frame')}: {size:g} clips per step, not a multiple of {parts}"
             advice = "give it a batch, or change --global-batch-size"
             raise UserError(f"--frames-schedule: {got} (ranks x --grad-accum): {advice}")
         filled.append(replace(phase, batch_size=int(size)))

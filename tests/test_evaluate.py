@@ -252,7 +252,7 @@ def test_two_ranks_find_what_one_finds(fvd, tmp_path):
 
 BAD_SAMPLES = {
     "no json": "no samples.json in it; expected a folder that", "mixed sizes": "of one size", "cut short": "zip",
-    "one clip": "has 1 clips", "images": "holds images", "floats": "expected uint8",
+    "one clip": "has 1 clip,", "images": "holds images", "floats": "expected uint8",
     "unknown class": "label 99",
 }  # fmt: skip
 
@@ -290,7 +290,7 @@ BAD_FLAGS = {  # changes to --metric fvd --samples S --data-path D --detector F;
     "out in a file": ({"--out": "/dev/null/a.json"}, ["--out /dev/null"]),
     "out is a folder": ({"--out": "/"}, ["--out /", "a folder"]),
     "a cache in a file": ({"--cache": "/dev/null/a"}, ["--cache /dev/null/a"]),
-    "a folder without videos": ({"--data-path": ROOT / "scripts"}, ["--data-path", "no video found"]),
+    "a folder without videos": ({"--data-path": ROOT / "scripts"}, ["--data-path", "no videos found"]),
     "a latent cache": ({"--data-path": "latents"}, ["a latent cache; name the folder of its videos"]),
     "frames too far apart": ({"--samples": "slow"}, ["the longest video of --split train has 25 frames", "take 85"]),
 }  # fmt: skip

@@ -23,7 +23,7 @@ import torch.nn.functional as F
 from torch import nn
 
 from runtime import distributed
-from runtime.cli import Bar, UserError
+from runtime.cli import Bar, UserError, plural
 from runtime.distributed import rank
 from runtime.rng import generator
 from scoring.stats import mean_interval, wilson
@@ -45,7 +45,7 @@ def check(samples, clips, training, place):
     for name in clips.classes:
         count = len({group_of(video) for video in clips.videos if video.class_name == name})
         if count < 2 or len(clips.classes) < 2:
-            got = f"{len(clips.classes)} classes, of {name} videos of {count} groups (file stems)"
+            got = f"{plural(len(clips.classes), 'class')}, of {name} videos of {plural(count, 'group')} (file stems)"
             raise UserError(f"{place}: {got}; expected at least 2 of both, as each group is held out once")
         if all(video.class_name != name for video in training):
             raise UserError(f"{place}: no video of class {name} in the training split; expected one (--val-fraction)")
