@@ -24,7 +24,7 @@ import torch
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent / "EqM"))
 from layout import write_lists
-from runtime.cli import ArgumentParser, Bar, UserError, fail, number, plural, say
+from runtime.cli import ArgumentParser, Bar, UserError, fail, number, say
 from runtime.rng import generator
 from runtime.untrusted import read_json
 from video.writers import encode
@@ -248,7 +248,7 @@ def main(argv=None):
         fail(error)
     except OSError as error:
         fail(f"--out {args.out}: can't be written ({error}); name a writable folder")
-    say(f"{args.out}: {len(BOUNCING if args.bounce else CLASSES)} classes with {plural(args.videos_per_class, 'video')} each")
+    say(f"{args.out}: {len(BOUNCING if args.bounce else CLASSES)} classes with {args.videos_per_class} videos each")
 
 
 if __name__ == "__main__":

@@ -11,6 +11,7 @@ import torch
 
 from runtime import cli
 from runtime.cli import UserError, number
+from video.index import CorruptDataError
 
 # Flags --------------------------------------------------------------------------------------------------------------
 
@@ -171,6 +172,7 @@ def test_warnings_are_lines_and_those_before_there_was_a_log_are_in_it_too(capsy
     [
         (KeyboardInterrupt(), 130, "interrupted"),  # before training has begun
         (UserError("wrong\nflag"), 1, "wrong flag"),
+        (CorruptDataError("2 of 6 files"), 2, "2 of 6 files"),  # as when it is found before training
         (OSError(28, "No space left on device"), 1, "No space left on device"),
         (RuntimeError("DataLoader worker (pid 7) is killed by signal: Killed."), 1, "lower --num-workers"),
         (RuntimeError("[1] Connection closed by peer [2]"), 1, "another rank has ended"),
