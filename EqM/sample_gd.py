@@ -148,7 +148,7 @@ def sample_run(args, plan, indices, given, init, real, device):
         plan.model.compile_blocks()
     idle = world_size() - math.ceil(args.num_samples / args.batch_size)
     if idle > 0:
-        say(f"note: {idle} of {world_size()} ranks have nothing to do: use a smaller --batch-size")
+        say(f"note: {idle} of {world_size()} ranks are idle: a smaller --batch-size shares the work")
     made = generate(
         plan, indices, args.seed, device, sampling_settings(args), args.batch_size, given, init, args.init_gamma,
         args.keep_background, energy=args.report_energy,
@@ -201,7 +201,7 @@ def write_folder(args, plan, parts, given, real):
     with atomic_write(folder / "samples.json") as file:
         file.write(json.dumps(about, indent=2).encode())
     (folder / UNFINISHED).unlink()
-    what = f"videos of {args.num_frames} frames" if args.video else "images"
+    what = f"videos of {cli.plural(args.num_frames, 'frame')}" if args.video else "images"
     say(f"{folder}: {len(names)} {what}{', previews' if previews else ''} and samples.npz")
 
 
