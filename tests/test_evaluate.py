@@ -107,7 +107,7 @@ def test_frechet_protocols_name_the_guidance_and_the_user_must_choose_it(
         said = capsys.readouterr().out
         assert "warning: 2 generated members for 6 features" in said and "8 real members" not in said
     else:
-        refused(capsys, tmp_path / "a.json", *fvd, words=["choose it: --cfg-scale (1 turns it off)"])
+        refused(capsys, tmp_path / "a.json", *fvd, words=["sample again with --cfg-scale (1 turns it off)"])
 
 
 def test_each_of_several_sample_folders_gets_a_manifest(shapes, samples, tmp_path, monkeypatch, capsys):
@@ -180,7 +180,7 @@ def test_a_manifest_repeats_bit_for_bit_or_reports_the_differences(shapes, fvd, 
     about = json.loads((moved[1] / "samples.json").read_text())
     about["source"]["weights_sha256"] = "b"
     (moved[1] / "samples.json").write_text(json.dumps(about))
-    refused(capsys, *repeat, *places, words=["--samples: weights_sha256 is b, in --manifest it is a"])
+    refused(capsys, *repeat, *places, words=["--samples: weights_sha256 is b, expected a as in --manifest"])
     next(moved[0].glob("*/*g02*")).rename(next(moved[0].glob("*/*g02*")).with_name("another.avi"))
     refused(capsys, *repeat, *places[:2], words=["--data-path: videos_sha256"])
 
