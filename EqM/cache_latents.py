@@ -1,16 +1,16 @@
-"""Decode and encode every video once, so that training does not have to at every step: videos -> a cache.
+"""Decode and encode every video once, so that training steps don't have to: videos -> a cache.
 
     torchrun --nproc_per_node=8 EqM/cache_latents.py --data-path datasets/ucf-101 --vae ema --image-size 256 \
         --out datasets/ucf-101-latents
 
-Then train with --data-path datasets/ucf-101-latents. The same command continues after an interruption, and updates the
-cache when videos were added, removed or changed. The bytes do not depend on interruptions or the number of ranks; on
-the CPU the last bits of latents depend on the number of threads (OMP_NUM_THREADS).
+Then train with --data-path datasets/ucf-101-latents. The same command continues after an interruption. It also updates
+the cache after you add, remove or change videos. The bytes do not depend on interruptions or the number of ranks. On
+the CPU, the last bits of latents depend on the number of threads (OMP_NUM_THREADS).
 
     OUT/<Class>/<stem>.safetensors   posterior mean and std of every frame, float16 (T, C, h, w); with --with-flips
                                      also mean_flipped and std_flipped; with --vae none only pixels, uint8 (T, 3, H, W)
-    OUT/latents.json                 settings and videos, written last: if it exists, the cache is complete
-    OUT/latents.partial.json         settings, until then
+    OUT/latents.json                 settings and videos, written last: a cache with this file is complete
+    OUT/latents.partial.json         settings of a cache that is not complete
 """
 
 import itertools
@@ -25,7 +25,7 @@ import torch
 
 from runtime import cli, distributed
 from runtime.atomic import atomic_write
-from runtime.cli import COUNT, SHARE, ArgumentParser, Bar, UserError, fail, one_line_errors, say
+from runtime.cli import COUNT, SHARE, ArgumentParser, Bar, UserError, fail, one_line_errors, plural, say
 from runtime.distributed import rank, world_size
 from runtime.runs import remove_temporary_files
 from runtime.untrusted import read_json
@@ -34,20 +34,20 @@ from video import index, source
 from video.files import UnreadableError, read_all_frames
 from video.source import LATENTS_FILE, PARTIAL_FILE, cached_path
 
-ROUND = 16  # videos per rank between two synchronizations of the ranks
-CHUNK = 16  # frames that are encoded while the next ones are decoded
+ROUND = 16  # videos that each rank encodes before the ranks exchange what is corrupt
+CHUNK = 16  # frames to encode at once, while the next ones are decoded
 
 
 def parse_args():
     parser = ArgumentParser(description="Decode and encode every video once: videos -> a cache to train on.")
     add = parser.add_argument
-    add("--data-path", required=True, metavar="DIR", help="folder with <class>/<video>, or videos without classes")
-    add("--out", required=True, metavar="DIR", help="the cache: a new folder, or one to continue or update")
-    vae = "ema, mse or the directory of a diffusers AutoencoderKL; none: a cache of pixels"
+    add("--data-path", required=True, metavar="DIR", help="folder of <class>/<video>, or of videos without classes")
+    add("--out", required=True, metavar="DIR", help="the cache: a new folder, or a cache to continue or update")
+    vae = "ema, mse or the directory of a diffusers AutoencoderKL; none: cache pixels"
     add("--vae", default="ema", metavar="VAE", help=vae)
-    add("--image-size", type=COUNT, default=256, metavar="PX", help="height and width of the training clips, px")
+    add("--image-size", type=COUNT, default=256, metavar="PX", help="height and width of the clips in pixels")
     add("--with-flips", action="store_true", help="also encode mirrored frames, to train with flips; doubles the size")
-    add("--max-bad-fraction", type=SHARE, default=0.1, help="share of the videos that may be corrupt")
+    add("--max-bad-fraction", type=SHARE, default=0.1, help="share of the files that may be corrupt; one always may")
     return parser.parse_args()
 
 
@@ -56,52 +56,50 @@ def parse_args():
 
 
 def cache_settings(args, vae):
-    """The settings in latents.json, the same for all videos. Raises UserError if --image-size does not fit the VAE."""
+    """The settings in latents.json, which all videos share. Raises UserError if --image-size does not fit the VAE."""
     if args.image_size % vae.downsample:
-        raise UserError(f"--image-size {args.image_size} is not a multiple of {vae.downsample} (VAE's downsampling)")
+        raise UserError(f"--image-size {args.image_size}: not a multiple of {vae.downsample}, the VAE's downsampling")
     names = "channels", "downsample", "scale", "shift"
     settings = {"format": source.LATENTS_FORMAT, "vae": vae.place, "vae_sha256": vae.sha256}
     settings |= {"image_size": args.image_size} | {name: getattr(vae, name) for name in names}
-    return settings | {"flips": args.with_flips or args.vae == "none"}  # pixels are mirrored when they are read
+    return settings | {"flips": args.with_flips or args.vae == "none"}  # reading mirrors pixels
 
 
 def check_out(out, settings):
-    """Raise UserError unless `out` is new, empty or a cache with the same settings, complete or not."""
+    """Raise UserError unless `out` is new, empty, or a cache with these settings, complete or not."""
     names = os.listdir(out) if os.path.exists(out) else []
     if present := [name for name in (LATENTS_FILE, PARTIAL_FILE) if name in names]:
         try:
             found = read_json(Path(out, present[0]))
             other = next((name for name in settings if found[name] != settings[name]), None)
         except (OSError, ValueError, KeyError, TypeError) as error:
-            raise UserError(f"--out {out}: its {present[0]} is damaged ({error}): name another folder") from error
+            raise UserError(f"--out {out}: its {present[0]} is damaged ({error}); name another folder") from error
         if other:
             different = f"a latent cache with {other} {found[other]}, not {settings[other]}"
-            raise UserError(f"--out {out}: {different}: give the same flags or name another folder")
+            raise UserError(f"--out {out}: {different}; use the same flags or name another folder")
     elif foreign := sorted(name for name in names if name[0] != "." and name != PARTIAL_FILE + ".tmp"):
-        raise UserError(f"--out {out}: holds {foreign[0]} but no latent cache: name a new or an empty folder")
+        raise UserError(f"--out {out}: contains {foreign[0]} but no latent cache; name a new or an empty folder")
 
 
 def plan_encoding(args):
-    """(source, videos still to encode, CorruptVideos so far); for one rank only. Raises UserError."""
+    """(source, videos that still need encoding, CorruptVideos so far), on one rank. Raises UserError."""
     files = source.open_source(args.data_path, args.image_size, index_folder=args.out)
-    bad_videos = index.CorruptVideos(len(files.videos()) + len(files.scan.unreadable), args.max_bad_fraction)
+    bad_videos = index.CorruptVideos(files.scan, args.max_bad_fraction)
     for path in bad_videos.add(files.scan.unreadable):
         say(f"{path} can't be opened; it is skipped")
     for video in files.videos():
         if (excess := len(os.fsencode(f"{Path(cached_path(video)).name}.tmp")) - 255) > 0:  # .tmp: while it is written
-            name = f"{video.path[:60]}... has too long a name for a file of the cache"
-            raise UserError(f"--data-path {args.data_path}: {name}: shorten it by {excess} bytes")
+            name = f"the name of {video.path[:60]}... is too long for a file of the cache"
+            raise UserError(f"--data-path {args.data_path}: {name}; shorten it by {plural(excess, 'byte')}")
     todo = [
         video for video in files.videos()
         if source.cached_metadata(Path(args.out, cached_path(video))) != source_metadata(files.scan, video)
     ]  # fmt: skip
-    return files, sorted(todo, key=lambda video: -video.num_frames), bad_videos  # all ranks get about as many frames
+    return files, sorted(todo, key=lambda video: -video.num_frames), bad_videos  # ranks get similar numbers of frames
 
 
 def source_metadata(scan, video):
-    """The metadata in a video's file of the cache. They tell a video from one of another size that replaced it, also
-    while this runs: its size is that of the scan.
-    """
+    """The metadata in a video's cache file: the size that the scan saw. It shows if another video replaced this one."""
     return {"source_bytes": str(scan.stamps[video.path][0])}
 
 
@@ -119,7 +117,7 @@ def main():
         vae = load_vae(args.vae)
         settings = cache_settings(args, vae)
         check_out(args.out, settings)
-        plan = plan_encoding(args) if rank() == 0 else None  # the other ranks wait for rank 0 in start()
+        plan = plan_encoding(args) if rank() == 0 else None  # the other ranks wait in start()
     except UserError as error:
         fail(error)
 
@@ -128,7 +126,7 @@ def main():
         begin_cache(args, settings, plan[0])
     files, todo, bad_videos = distributed.broadcast(plan)
     if todo:
-        amount = f"{len(todo)} of {len(files.videos())} videos to encode, {size_text(todo, settings)}"
+        amount = f"encoding {len(todo)} of {plural(len(files.videos()), 'video')}, {size_text(todo, settings)}"
         say(f"{args.out}: {amount}; {world_size()} x {device.type}")
     encode_videos(args, vae.to(device), device, files, todo, bad_videos)
     if rank() == 0:
@@ -137,7 +135,7 @@ def main():
 
 
 def begin_cache(args, settings, files):
-    """Mark --out as an unfinished cache, unless it is complete; remove temporary files that a crash has left."""
+    """Mark --out as an unfinished cache unless it is complete, and remove temporary files of a crash."""
     out = Path(args.out)
     out.mkdir(parents=True, exist_ok=True)
     if not (out / LATENTS_FILE).exists():
@@ -147,7 +145,7 @@ def begin_cache(args, settings, files):
 
 
 def encode_videos(args, vae, device, files, todo, bad_videos):
-    """Write the files of the videos in `todo`. Raises UserError if too many are corrupt."""
+    """Write the cache files of the videos in `todo`. Raises CorruptDataError if too many are corrupt."""
 
     def cache(video):
         path, metadata = Path(args.out, cached_path(video)), source_metadata(files.scan, video)
@@ -157,7 +155,7 @@ def encode_videos(args, vae, device, files, todo, bad_videos):
         else:
             write(path, safetensors.torch.save(encode_video(vae, device, files, video, args.with_flips), metadata))
 
-    threads = source.THREADS if args.vae == "none" else 1  # 1: memory holds the latents of one video
+    threads = source.THREADS if args.vae == "none" else 1  # a thread keeps all latents of its video in memory
     size, hidden = ROUND * world_size(), rank() != 0 or not todo
     with Bar(total=count_frames(todo), desc="caching frames", unit="frame", smoothing=0, disable=hidden) as bar:
         for first in range(0, len(todo), size):
@@ -167,11 +165,11 @@ def encode_videos(args, vae, device, files, todo, bad_videos):
                 bar.update(video.num_frames)
             for path in bad_videos.add(sorted(itertools.chain(*distributed.gather(corrupt)))):
                 say(f"{path} can't be decoded, or its latents exceed float16; it is skipped")
-            bar.update(count_frames(todo[: first + size]) - bar.n)  # those of the other ranks
+            bar.update(count_frames(todo[: first + size]) - bar.n)  # frames of the other ranks
 
 
 def encode_video(vae, device, files, video, with_flips):
-    """The tensors of a video's latents file, each float16 (T, C, h, w). Raises UnreadableError."""
+    """{name: float16 (T, C, h, w)} of a video's cache file. Raises UnreadableError."""
     chunks, parts = read_all_frames(files.root, video, CHUNK), defaultdict(list)
     for frames in source.in_threads(lambda _: files.fit(next(chunks)), range(0, video.num_frames, CHUNK), threads=1):
         clip = frames.transpose(0, 1)[None].to(device)  # (1, 3, T, H, W)
@@ -184,17 +182,17 @@ def encode_video(vae, device, files, video, with_flips):
 
 
 def finish_cache(args, settings, files, bad_videos):
-    """Write latents.json, which completes the cache. Raises UserError if no video could be decoded."""
+    """Write latents.json, which completes the cache. Raises CorruptDataError if no video could be decoded."""
     videos = [replace(video, path=cached_path(video)) for video in files.videos() if video.path not in bad_videos.paths]
     if not videos:
-        raise UserError(f"--data-path {args.data_path}: none of its videos can be decoded")
+        raise index.CorruptDataError(f"--data-path {args.data_path}: can't decode any of its videos; name others")
     index.copy_ucf_lists(args.data_path, files.videos(), args.out)
     content = settings | {"num_videos": len(videos), "num_frames": count_frames(videos)}
     content |= {"classes": files.scan.classes, "videos": [asdict(video) for video in videos]}
     content |= {"unreadable": sorted(bad_videos.paths)}
     write(Path(args.out, LATENTS_FILE), json.dumps(content, indent=1).encode())
     Path(args.out, PARTIAL_FILE).unlink(missing_ok=True)
-    say(f"{args.out} is complete: {len(videos)} videos, {size_text(videos, settings)}")
+    say(f"{args.out} is complete: {plural(len(videos), 'video')}, {size_text(videos, settings)}")
 
 
 def count_frames(videos):
@@ -202,12 +200,12 @@ def count_frames(videos):
 
 
 def size_text(videos, settings):
-    """The size of videos' files, such as '2484199 frames of 16 KB, 40.7 GB'."""
+    """The size of the cache files of videos, such as '2484199 frames of 16 KB, 40.7 GB'."""
     per_frame = settings["channels"] * (settings["image_size"] // settings["downsample"]) ** 2
     if settings["vae"] != "none":
         per_frame *= 2 * (1 + settings["flips"]) * 2  # mean and std; float16
     count = count_frames(videos)
-    return f"{count} frames of {per_frame / 1024:.3g} KB, {count * per_frame / 1e9:.3g} GB"
+    return f"{plural(count, 'frame')} of {per_frame / 1024:.3g} KB, {count * per_frame / 1e9:.3g} GB"
 
 
 def write(path, data):

@@ -435,7 +435,7 @@ def find_start(args, name):
         return start
     if args.max_steps and args.max_steps <= step:
         advice = "steps are counted over all phases; give a larger number"
-        raise UserError(f"--max-steps {args.max_steps}: the checkpoint has {step} steps already; {advice}")
+        raise UserError(f"--max-steps {args.max_steps}: the checkpoint is at step {step} already; {advice}")
     start.progress = Progress(step, step, ema_start=step if args.new_classes else state["phase"]["ema_start"])
     return start
 

@@ -23,7 +23,7 @@ from pathlib import Path
 import torch
 
 from runtime import cli, distributed
-from runtime.cli import COUNT, NATURAL, NON_NEGATIVE, SHARE, UserError, fail, number, one_line_errors, say
+from runtime.cli import COUNT, NATURAL, NON_NEGATIVE, SHARE, UserError, fail, number, one_line_errors, plural, say
 from runtime.distributed import rank
 from runtime.runs import results_of
 from scoring import classifier, consistency, frechet, manifest, nearest, prediction, shapes, sources
@@ -111,11 +111,11 @@ def find_real(args, samples, detector):
         args.data_path, split, share, T, samples.time_scale, samples.image_size, runs, images
     )
     if count and len(clips.videos) < count:
-        say(f"note: {count} clips from {len(clips.videos)} videos of --split {split}: some give several")
+        say(f"note: --split {split}: {plural(count, 'clip')} from only {plural(len(clips.videos), 'video')}")
     place = f"--data-path {args.data_path}"
     if metric == "nearest":
         if not training:
-            raise UserError(f"{place}: no training video has the {T} frames of the samples; sample fewer frames")
+            raise UserError(f"{place}: no training video is as long as the samples ({T}); sample fewer frames")
         real["training_sha256"] = sources.videos_sha256(args.data_path, training)
     elif metric == "classifier":
         classifier.check(samples, clips, training, place)

@@ -14,7 +14,7 @@ from given import NOT_FORCED, Details
 from models import Condition, EqM, model_name
 from rope import REFERENCE_FPS
 from runtime import distributed
-from runtime.cli import NON_NEGATIVE, POSITIVE, Bar, UserError, number, resolve_precision, say
+from runtime.cli import NON_NEGATIVE, POSITIVE, Bar, UserError, number, plural, resolve_precision, say
 from runtime.distributed import rank
 from runtime.rng import normal
 from samplers import DESCENTS, SOLVERS, guided, sample
@@ -184,9 +184,10 @@ def open_checkpoint(args):
 def say_plan(args, plan):
     """Print one line that says what is sampled and how."""
     size = f" of step size {args.stepsize:.3g}" if args.sampler in DESCENTS else ""
-    sampler = f"{args.sampler}, {count_evaluations(sampling_settings(args))} evaluations{size}"
+    sampler = f"{args.sampler}, {plural(count_evaluations(sampling_settings(args)), 'evaluation')}{size}"
     windows = f" in windows of {plan.window}" if plan.window < plan.num_frames else ""
-    model = f"{model_name(**asdict(plan.model.config))}, step {plan.step}, trained on {plan.trained_frames} frames"
+    model, frames = model_name(**asdict(plan.model.config)), plural(plan.trained_frames, "frame")
+    model = f"{model}, step {plan.step}, trained on {frames}"
     say(f"{args.ckpt}: {model}; samples of {plan.num_frames}{windows} by {sampler}, guidance {args.cfg_scale:g}")
     if windows and not plan.forcing:
         say(f"note: {args.ckpt} {NOT_FORCED}: windows may not continue smoothly")

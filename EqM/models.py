@@ -100,7 +100,7 @@ class EqMConfig:
         if num_frames < self.temporal_patch_size:
             raise ValueError(f"a temporal patch needs at least {self.temporal_patch_size} frames, got {num_frames}")
         if not self.use_rope and num_frames != self.num_frames:
-            raise ValueError(f"fixed positions are tied to {self.num_frames} frames, got {num_frames}")
+            raise ValueError(f"fixed positions are tied to num_frames {self.num_frames}, got {num_frames}")
 
     def grid(self, num_frames):
         """Return the number of patches of a clip in (time, height, width). The last temporal patch may be padded."""

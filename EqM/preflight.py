@@ -1,6 +1,6 @@
 """Resolves all flags once, and checks everything a user can get wrong before a GPU is used or a folder is made.
 
-Nothing after this module changes a flag. Anything the user can fix raises UserError.
+No other module changes a flag. Everything the user can fix raises UserError.
 """
 
 import json
@@ -17,7 +17,7 @@ import generation
 from models import model_config, model_name, model_shape, with_classes
 from optim import MUON_DECAY
 from runtime import cli, distributed
-from runtime.cli import UserError, flag_text, say
+from runtime.cli import UserError, flag_text, plural, say
 from runtime.distributed import local_rank, rank, world_size
 from runtime.metrics import import_wandb
 from runtime.runs import check_job
@@ -25,7 +25,7 @@ from runtime.untrusted import is_text, read_json
 from samplers import SOLVERS
 from schedule import Phase, fill_batches
 from vae import check_same, load_vae
-from video.index import find_data, fitting_interval
+from video.index import CorruptVideos, find_data, fitting_interval, name_some
 from video.source import CachedFiles, check_data_path, latents_settings, open_source
 
 DEFAULT_MODEL = "EqM-S/4"
@@ -33,14 +33,14 @@ MODEL_FLAGS = (
     "depth", "hidden_size", "num_heads", "temporal_patch_size", "rope_theta", "rope_split", "rope_speed",
     "position_table", "qk_norm", "ebm",
 )  # fmt: skip
-UNREPORTED = {  # flags whose change `note_changes` does not report: harmless, or checked against the checkpoint
+UNREPORTED = {  # flags that `note_changes` does not report: harmless, or checked against the checkpoint
     "resume", "ckpt", "new_classes", "num_classes", "results_dir", "vae", "num_workers", "loader_timeout", "wandb",
     "save_minutes", "keep_last", "shard", "model", "guidance_chosen", *MODEL_FLAGS,
 }  # fmt: skip
 
 
 def refuse_if(args, name, is_wrong, text):
-    """Raise a UserError that begins with a flag and its value, if that is wrong."""
+    """Raise a UserError that begins with a flag and its value if is_wrong."""
     if is_wrong:
         raise UserError(f"{flag_text(args, name)}: {text}")
 
@@ -50,10 +50,10 @@ def refuse_if(args, name, is_wrong, text):
 
 
 def check_run(args):
-    """(flags, Start, VAE, EqMConfig, Data, phases) of the run that the flags of train.py ask for. Raises UserError.
+    """(flags, Start, VAE, EqMConfig, Data, phases) of a run of train.py with these flags. Raises UserError.
 
-    The first rank of each machine checks for the others there, which get None. Only rank 0 knows the Data and the
-    number of classes: see `share_run`. phases is None without --frames-schedule.
+    Only the first rank of each machine checks; the others get None. Only rank 0 knows the Data and the number of
+    classes: see `share_run`. phases is None without --frames-schedule.
     """
     cli.check_devices()
     if local_rank() != 0:
@@ -69,15 +69,15 @@ def check_run(args):
         batch, parts = args.global_batch_size, world_size() * args.grad_accum
         phases = fill_batches(phases, batch, lambda num_frames: math.prod(config.grid(num_frames)), parts)
     if rank() == 0:
-        data = open_data(args, clip_lengths(args), args.val_frames, frames_flag(args))
+        data = open_data(args, start, clip_lengths(args), args.val_frames, frames_flag(args))
         config = fit_classes(args, config, start, data.scan.classes)
     return args, start, vae, config, data, phases
 
 
 def share_run(run):
-    """(flags, Start, VAE, EqMConfig, Data, phases) as `check_run` found them on rank 0, for all ranks of a group.
+    """(flags, Start, VAE, EqMConfig, Data, phases) that `check_run` found on rank 0, shared with all ranks.
 
-    Raises UserError unless all machines start from the same checkpoint, in the same folder, and have the --precision.
+    Raises UserError unless all machines start from the same checkpoint in the same folder and support the --precision.
     """
     args, start, vae, config, data, phases = run or [None] * 6
     check_same_start(start)
@@ -97,16 +97,16 @@ def share_run(run):
 
 
 def check_same_start(start):
-    """Raise UserError, on all ranks, unless all have the same Start; None, of a rank without one, does not count."""
+    """Raise UserError on all ranks unless they have the same Start. Ranks that have None do not count."""
     starts = distributed.gather(start and (str(start.path), start.progress.step, str(start.folder)))
     if len(different := sorted(set(starts) - {None})) > 1:
         found = ", ".join(f"{path} (step {step})" for path, step, _ in different)
-        advice = "if an earlier run was still saving, start again; otherwise all machines need the same files"
-        raise UserError(f"the ranks start from different checkpoints, {found}: {advice}")
+        advice = "start again if an earlier run was still saving; otherwise give all machines the same files"
+        raise UserError(f"the ranks start from different checkpoints, {found}; {advice}")
 
 
 def clip_lengths(args):
-    """The numbers of frames of the training clips: those of the schedule, or --num-frames."""
+    """The lengths of the training clips in frames, from --frames-schedule or --num-frames."""
     return [phase.num_frames for phase in args.frames_schedule or []] or [args.num_frames]
 
 
@@ -115,16 +115,16 @@ def frames_flag(args):
 
 
 def resolve_frames(args):
-    """Flags with --num-frames (images: 1; default: 16); a schedule sets it (first phase) and --max-steps (last)."""
+    """Flags with --num-frames: 1 for images, else 16 by default. A schedule sets --num-frames and --max-steps."""
     if not args.video:
         for name in ("num_frames", "temporal_patch_size", "frame_interval", "frames_schedule"):
             several = getattr(args, name) not in (None, 1, [1])
-            refuse_if(args, name, several, "needs videos, as images have one frame: add --video, or remove it")
+            refuse_if(args, name, several, "needs videos, because images have one frame; add --video, or remove it")
         return args.resolve(num_frames=1, temporal_patch_size=1)
     if not args.frames_schedule:
         return args.resolve(num_frames=args.num_frames or 16)
     for name in ("num_frames", "max_steps", "epochs"):
-        refuse_if(args, name, getattr(args, name) is not None, "contradicts --frames-schedule: remove one of them")
+        refuse_if(args, name, getattr(args, name) is not None, "contradicts --frames-schedule; remove one of them")
     return args.resolve(num_frames=clip_lengths(args)[0], max_steps=args.frames_schedule[-1].last_step)
 
 
@@ -133,50 +133,50 @@ def check_flags(args):
     check_job()
     cli.check_speed_flags(args)
     cli.check_writable("--results-dir", args.results_dir)
-    refuse_if(args, "results_dir", not is_text(args.results_dir), "is not UTF-8, as TensorBoard needs it: name another")
+    refuse_if(args, "results_dir", not is_text(args.results_dir), "not UTF-8, which TensorBoard needs; name another")
     if args.wandb:
         import_wandb()
     schedule, batch, last = args.frames_schedule, args.global_batch_size, args.max_steps or math.inf
-    refuse_if(args, "mix", args.mix and not schedule, "needs earlier phases: add --frames-schedule, or remove it")
+    refuse_if(args, "mix", args.mix and not schedule, "needs earlier phases; add --frames-schedule, or remove it")
     ascends = args.frame_interval == sorted(args.frame_interval)[:2]
     alone = args.forcing and {args.num_frames, *clip_lengths(args)} == {1}
-    refuse_if(args, "forcing", alone, "clips of one frame leave nothing to complete: remove it")
-    refuse_if(args, "frame_interval", not ascends, "expected one number, or two that ascend")
+    refuse_if(args, "forcing", alone, "clips of one frame have nothing to complete; remove it")
+    refuse_if(args, "frame_interval", not ascends, "expected one number, or two in ascending order")
     too_early = args.lr_decay_end and args.lr_decay_end < last
-    refuse_if(args, "lr_decay_end", too_early, "expected at least the last step, of --max-steps or --frames-schedule")
-    refuse_if(args, "new_classes", args.new_classes and not args.ckpt, "for checkpoints of other classes: add --ckpt")
-    refuse_if(args, "ckpt", args.ckpt == "", "an empty name: name a checkpoint, or remove it to start from scratch")
-    parts, ranks = world_size() * args.grad_accum, f"{world_size()} ranks x --grad-accum {args.grad_accum}"
+    refuse_if(args, "lr_decay_end", too_early, "expected at least the last step of --max-steps or --frames-schedule")
+    refuse_if(args, "new_classes", args.new_classes and not args.ckpt, "for checkpoints of other classes; add --ckpt")
+    refuse_if(args, "ckpt", args.ckpt == "", "an empty name; name a checkpoint, or remove it to start from scratch")
+    parts, ranks = world_size() * args.grad_accum, f"{plural(world_size(), 'rank')} x --grad-accum {args.grad_accum}"
     uneven, alone = batch % parts and not schedule, args.disp and batch == parts
-    refuse_if(args, "global_batch_size", uneven, f"not a multiple of {ranks}: use a multiple of {parts}")
-    refuse_if(args, "disp", alone, "compares clips, but each rank has one at a time: raise --global-batch-size")
+    refuse_if(args, "global_batch_size", uneven, f"not a multiple of {ranks}; use a multiple of {parts}")
+    refuse_if(args, "disp", alone, "compares clips, but each rank has one at a time; raise --global-batch-size")
 
 
 def resolve_latents(args, start):
-    """(flags with --vae, --image-size and --no-flip, the VAE): of the flags, the latent cache or the checkpoint."""
+    """(flags with --vae, --image-size and --no-flip, the VAE). The latent cache or the checkpoint gives defaults."""
     cache, kept = latents_settings(args.data_path, images=not args.video), start.config["data"]
     owner, made = ("the latent cache", cache) if cache else ("the checkpoint", kept)
     if cache:
         size, name = cache["image_size"], cache["vae"]
         differs = args.image_size not in (None, size)
-        refuse_if(args, "image_size", differs, f"the cache --data-path has {size}: remove it")
+        refuse_if(args, "image_size", differs, f"the cache --data-path has {size}; remove it")
         other = args.vae not in (None, name) and (name == "none" or not os.path.isdir(args.vae))
-        refuse_if(args, "vae", other, f"the cache --data-path was made with {name}: remove it")
+        refuse_if(args, "vae", other, f"the cache --data-path was made with {name}; remove it")
         if not (args.no_flip or cache["flips"]):
-            say("note: the cache has no mirrored latents (--with-flips), so no clip is mirrored")
+            say("note: the cache was made without --with-flips, so no clip is mirrored")
             args = args.resolve(no_flip=True)
-    vae = load_vae(args.vae or made.get("vae", "ema"), None if args.vae else owner)  # of a cache: to decode samples
+    vae = load_vae(args.vae or made.get("vae", "ema"), None if args.vae else owner)  # a cache needs it for samples
     if cache:
         check_same(vae, cache.get("vae_sha256"), f"--data-path {args.data_path}")
         differs = any(getattr(vae, name) != cache[name] for name in ("channels", "downsample", "scale", "shift"))
-        refuse_if(args, "data_path", differs, f"the cache has another VAE than {vae.name}: name that by --vae")
+        refuse_if(args, "data_path", differs, f"its VAE differs from {vae.name}; pass its own VAE with --vae")
     check_same(vae, kept.get("vae_sha256"), start.flag)
     size = args.image_size or made.get("image_size", 256) or start.config["model"]["input_size"] * vae.downsample
     return args.resolve(vae=vae.name, image_size=size), vae
 
 
 def make_config(args, vae, start):
-    """The EqMConfig of this run, except for its classes: from the flags, or from a checkpoint that they agree with."""
+    """The EqMConfig of this run without its classes, from the flags or from a checkpoint that agrees with them."""
     unit, model = vae.downsample, args.model or DEFAULT_MODEL
     refuse_if(args, "image_size", args.image_size % unit, f"not a multiple of {unit}, the VAE's downsampling")
     names = [name for name in (*MODEL_FLAGS, "num_classes") if getattr(args, name) is not None]
@@ -203,13 +203,13 @@ def make_config(args, vae, start):
 
 
 def resolve_settings(args, start, config):
-    """Flags with what depends on the checkpoint, the model and the machine. Raises UserError."""
+    """Flags with the values that depend on the checkpoint, the model and the machine. Raises UserError."""
     trained, usual = start.config["training"], MUON_DECAY if args.optimizer == "muon" else 0.0
     decays = args.weight_decay, start.kept("weight_decay"), usual
     if args.shard and world_size() == 1:
-        say("note: --shard: there is one rank, so nothing is sharded")
+        say("note: --shard: with one rank, nothing is sharded")
     args = args.resolve(
-        ckpt=start.kept("ckpt") if start.resumes else args.ckpt,  # where the phase started, for the record
+        ckpt=start.kept("ckpt") if start.resumes else args.ckpt,  # where the phase started, only as a record
         shard=args.shard and world_size() > 1,
         model=args.model or trained.get("model", DEFAULT_MODEL),
         precision=cli.resolve_precision(args.precision, config.ebm != "none", start.kept("precision")),
@@ -217,19 +217,20 @@ def resolve_settings(args, start, config):
         **generation.resolve_sampler(args, trained),
     )
     has_energy, in_fp16 = config.ebm != "none", args.precision == "fp16"
-    refuse_if(args, "compile", args.compile and has_energy, f"can't train --ebm {config.ebm}: no second derivative")
-    refuse_if(args, "skip_nonfinite", args.skip_nonfinite and in_fp16, "--precision fp16 does that itself: remove it")
+    refuse_if(args, "compile", args.compile and has_energy, f"no second derivative for --ebm {config.ebm}; remove it")
+    refuse_if(args, "skip_nonfinite", args.skip_nonfinite and in_fp16, "--precision fp16 already does that; remove it")
     before = 0 if start.resumes else trained.get("forcing")
     if before and not args.forcing:
-        say(f"note: --ckpt was trained with --forcing {before}, this phase is without: it may forget given frames")
+        say(f"note: --ckpt was trained with --forcing {before}, this phase is not, so it may forget given frames")
     if args.forcing and (shortest := min(clip_lengths(args))) <= config.temporal_patch_size:
-        say(f"note: --forcing {args.forcing}: clips of {shortest} frames are one temporal patch and are not forced")
+        say(f"note: --forcing {args.forcing}: clips of {plural(shortest, 'frame')} are one patch long, so not forced")
     return args
 
 
-def open_data(args, lengths, val_lengths, flag):
-    """The Data of --data-path, as `find_data` says; with --cache-frames its source is one of cached pixels."""
+def open_data(args, start, lengths, val_lengths, flag):
+    """The Data of --data-path, as in `find_data`. With --cache-frames, its source caches pixels. Raises UserError."""
     source = open_source(args.data_path, args.image_size, not args.video, args.results_dir)
+    CorruptVideos(source.scan, args.max_bad_fraction, start.bad_videos).add(source.scan.unreadable)
     data = find_data(source, args.val_fraction, lengths, val_lengths, flag)
     if args.cache_frames:
         data = replace(data, source=CachedFiles(source, args.results_dir, args.cache_frames_force))
@@ -237,7 +238,7 @@ def open_data(args, lengths, val_lengths, flag):
 
 
 def only_phase(args, progress, data):
-    """The phase of a run without --frames-schedule; it ends at --max-steps or --epochs, whichever comes first."""
+    """The only phase of a run without --frames-schedule. It ends at --max-steps or --epochs, whichever comes first."""
     last_step = args.max_steps or math.inf
     if args.epochs or not args.max_steps:
         clips = (args.epochs or 1400) * len(data.train[args.num_frames])
@@ -246,23 +247,23 @@ def only_phase(args, progress, data):
 
 
 def fit_classes(args, config, start, classes):
-    """The config with the classes of the data, which a checkpoint must have had as well."""
+    """The config with the classes of the data. Raises UserError if the checkpoint has others."""
     num_classes, before = args.num_classes or len(classes), start.config["data"].get("classes", classes)
     refuse_if(args, "num_classes", num_classes < len(classes), f"expected at least the {len(classes)} of --data-path")
     if args.new_classes and not start.resumes:
         known = len(set(before) & set(classes))
-        say(f"--new-classes: {known} of {len(classes)} are known to {start.path}, which has {len(before)}")
+        say(f"--new-classes: {start.path} knows {known} of {plural(len(classes), 'class')}, and {len(before)} in all")
     elif start.state is not None:
         got, expected = (f"{', '.join(names[:3])} ({len(names)})" for names in (classes, before))
-        advice = "a run keeps its classes" if start.resumes else "--new-classes trains on with those of the data"
+        advice = "a run keeps its classes" if start.resumes else "add --new-classes to train with the new ones"
         differ = before not in (classes, [str(label) for label in range(len(before))])  # published: no names
-        refuse_if(args, "data_path", differ, f"has the classes {got}, {start.flag} has {expected}: {advice}")
+        refuse_if(args, "data_path", differ, f"has the classes {got}, {start.flag} has {expected}; {advice}")
         checkpoint.check(start.flag, config, num_classes=num_classes)
     return replace(config, num_classes=num_classes)
 
 
 def with_new_classes(state, classes, num_classes):
-    """The dict of a checkpoint for other classes, for --new-classes. The optimizer starts afresh."""
+    """The dict of a checkpoint with other classes, for --new-classes. The optimizer starts from scratch."""
     before = state["config"]["data"]["classes"]
     rows = [before.index(name) if name in before else -1 for name in classes]
     rows += [-1] * (num_classes + 1 - len(rows))
@@ -270,17 +271,17 @@ def with_new_classes(state, classes, num_classes):
 
 
 # ----------------------------------------------------------------------------------------------------------------------
-# What a run says of itself
+# The record of a run
 
 
 def run_name(args):
-    """EqM-S-4-f4-rope, with a schedule EqM-S-4-f4-8-16-rope; a glob pattern if the model is not known yet."""
+    """EqM-S-4-f4-rope, or EqM-S-4-f4-8-16-rope with a schedule. A glob pattern if the model is not known yet."""
     positions = "-rope" if args.use_rope else ""
     return f"{args.model or 'EqM-*'}-f{'-'.join(map(str, clip_lengths(args)))}{positions}".replace("/", "-")
 
 
 def make_run_config(args, config, phase, data, vae):
-    """The `config` of the checkpoints of a phase: plain values that say how it was trained."""
+    """The `config` in the checkpoints of a phase: plain values that record how it was trained."""
     training = vars(args) | {"num_frames": phase.num_frames, "global_batch_size": phase.batch_size}
     if args.frames_schedule:
         training["frames_schedule"] = ",".join(map(str, args.frames_schedule))
@@ -307,7 +308,7 @@ def make_run_config(args, config, phase, data, vae):
 
 
 def note_changes(start, run_config, folder, log, metrics):
-    """Say in log and metrics which typed flags of a resumed run have changed, and keep its config up to here."""
+    """Log the typed flags that changed in a resumed run, also to the metrics, and keep its previous config."""
     before, now = start.config["training"], run_config["training"]
     typed = {*start.config.get("typed", before), *run_config["typed"]} & before.keys() - UNREPORTED
     changes = [f"{name} {before[name]} -> {now[name]}" for name in now if name in typed and before[name] != now[name]]
@@ -319,18 +320,29 @@ def note_changes(start, run_config, folder, log, metrics):
 
 
 def log_run(log, args, folder, config, model, data, steps, device):
-    """Say what is trained on what; steps are the first and the last one."""
-    size, most, interval = sum(map(torch.numel, model.parameters())) / 1e6, max(data.train), args.frame_interval[-1]
-    ranks, kind = f"{world_size()} x {device.type}", "videos" if args.video else "images"
+    """Log the model, the data and the machine. steps: the first and the last step."""
+    size, ranks = sum(map(torch.numel, model.parameters())) / 1e6, f"{world_size()} x {device.type}"
     name = f"{model_name(**asdict(config))}, {size:.1f} M parameters, {config.positions}"
     log(f"{folder}: {name}; {ranks}, steps {steps[0]} to {steps[1]}")
-    found = f"{len(data.train[most])} {kind} of {len(data.scan.classes)} classes train, {len(data.val[most])} validate"
-    log(f"{found}; {data.num_too_short} have fewer than {most} frames, {len(data.scan.unreadable)} can't be opened")
+    log_data(log, args, data)
+    short, corrupt = plural(data.num_too_short, "file"), plural(len(data.scan.unreadable), "file")
+    log(f"skipped: {short} with fewer than {plural(max(data.train), 'frame')}, {corrupt} that can't be opened")
+
+
+def log_data(log, args, data):
+    """Log the number of training files, the validation files, and notes. datasets/check.py prints the same."""
+    most, interval, kind = max(data.train), args.frame_interval[-1], "video" if args.video else "image"
+    train, val = plural(len(data.train[most]), kind), [video.path for video in data.val[most]]
+    classes, named = plural(len(data.scan.classes), "class"), name_some(val, 6)
+    log(f"training: {train} in {classes}; validation: {plural(len(val), kind)}, {named}")
     for num_frames, videos in data.train.items():
+        clips, count = f"clips of {plural(num_frames, 'frame')}", plural(len(videos), f"training {kind}")
+        if missing := sorted({*data.scan.classes} - {video.class_name for video in videos}):
+            log(f"note: class {name_some(missing)}: no training {kind} for {clips}, so it can't be learned; add some")
         fits = [fitting_interval(video, num_frames, interval) for video in videos]
         if short := sum(fit < interval for fit in fits):
-            found = f"{short} of {len(videos)} training videos are too short for {num_frames} frames that are"
-            log(f"note: {found} {interval} apart: theirs are as far apart as fits, from {min(fits)} on")
+            advice = f"these use the largest interval that fits, {min(fits)} or more"
+            log(f"note: --frame-interval {interval}: {clips} don't fit into {short} of {count}; {advice}")
 
 
 # ----------------------------------------------------------------------------------------------------------------------
@@ -338,7 +350,7 @@ def log_run(log, args, folder, config, model, data, steps, device):
 
 
 def resolve_sampling(args):
-    """[(flags, Plan)], one for each of --num-frames of sample_gd.py; several have folders of their own. UserError."""
+    """[(flags, Plan)] of sample_gd.py: one per value of --num-frames, each with its own folder. Raises UserError."""
     check_sampling(args)
     if args.init_gamma is None:
         args = args.resolve(init_gamma=0.0 if args.init is None else 0.5)
@@ -359,30 +371,30 @@ def check_sampling(args):
     cli.check_devices()
     cli.check_speed_flags(args)
     for name in () if args.video else ("num_frames", "fps", "time_scale", "given"):
-        refuse_if(args, name, getattr(args, name) not in (None, [1]), "needs videos: add --video, or remove it")
+        refuse_if(args, name, getattr(args, name) not in (None, [1]), "needs videos; add --video, or remove it")
     if args.given is None:
         off = {"given_frames": None, "given_split": None, "samples_per_clip": 1, "keep_background": True}
         for name, value in off.items():
-            refuse_if(args, name, getattr(args, name) != value, "is about the clips of --given: add that, too")
+            refuse_if(args, name, getattr(args, name) != value, "changes clips of --given; add that, or remove it")
     both = None not in (args.given, args.init)
-    refuse_if(args, "given", both, "its frames are kept, those of --init all change: give one of them")
+    refuse_if(args, "given", both, "keeps its frames, but --init changes all of them; remove one of the two flags")
     no_init = args.init_gamma is not None and args.init is None
-    refuse_if(args, "init_gamma", no_init, "is the share of --init in the start: add that, too")
+    refuse_if(args, "init_gamma", no_init, "sets the share of --init in the initial latents; add --init, or remove it")
 
 
 def check_plan(args, plan):
-    """Raise UserError for flags of sample_gd.py that the model or the windows rule out."""
+    """Raise UserError for flags of sample_gd.py that do not work with this model or these windows."""
     ended = args.init_gamma == 1 and args.sampler in SOLVERS
-    refuse_if(args, "init_gamma", ended, f"--sampler {args.sampler} integrates from there to 1: give less")
+    refuse_if(args, "init_gamma", ended, f"--sampler {args.sampler} integrates from there to 1; use a lower value")
     no_energy = args.report_energy and plan.model.config.ebm == "none"
-    refuse_if(args, "report_energy", no_energy, f"{args.ckpt} was trained without an energy (--ebm): remove it")
+    refuse_if(args, "report_energy", no_energy, f"{args.ckpt} was trained without an energy (--ebm); remove it")
     for name in ("init", "report_energy") if len(plan.window_starts) > 1 else ():
-        several = f"the {plan.num_frames} frames come in windows of {plan.window}"
-        refuse_if(args, name, getattr(args, name), f"{several}: remove it, or give --window {plan.num_frames}")
+        several = f"the {plan.num_frames} frames are made in windows of {plan.window}"
+        refuse_if(args, name, getattr(args, name), f"{several}; remove it, or add --window {plan.num_frames}")
 
 
 def check_folder(args):
-    """Raise UserError if --folder can't be written, or has samples of another run without --overwrite."""
+    """Raise UserError if --folder can't be written, or contains samples of another run, without --overwrite."""
     cli.check_writable("--folder", args.folder)
     place = Path(args.folder, "samples.json")
     if place.exists() and not args.overwrite:
@@ -392,7 +404,7 @@ def check_folder(args):
             other = "another program"
         files = [Path(ckpt).resolve() for ckpt in (other, args.ckpt)]
         own, others = (file.parents[1] if file.parent.name == "checkpoints" else file for file in files)
-        refuse_if(args, "folder", own != others, f"holds samples of {other}: name another folder, or add --overwrite")
+        refuse_if(args, "folder", own != others, f"has samples of {other}; name another folder, or add --overwrite")
 
 
 # ----------------------------------------------------------------------------------------------------------------------
@@ -400,9 +412,9 @@ def check_folder(args):
 
 
 def check_vae_run(args):
-    """(flags, Start, Data) of the run that the flags of train_vae.py ask for; the Data are rank 0's.
+    """(flags, Start, Data) of a run of train_vae.py with these flags. Only rank 0 knows the Data. Raises UserError.
 
-    With --resume, or restarted by torchrun, the newest run is resumed. Raises UserError.
+    --resume, or a restart by torchrun, resumes the newest run.
     """
     cli.check_devices()
     check_job()
@@ -410,13 +422,13 @@ def check_vae_run(args):
     args = args.resolve(widths=args.widths or [32, 64, 128, 128][:count])
     unit, ranks = args.downsample, world_size()
     refuse_if(args, "image_size", args.image_size % unit, f"not a multiple of --downsample {unit}")
-    refuse_if(args, "widths", len(args.widths) != count, f"got {len(args.widths)}, --downsample {unit} needs {count}")
-    refuse_if(args, "global_batch_size", args.global_batch_size % ranks, f"not a multiple of {ranks} ranks")
+    refuse_if(args, "widths", len(args.widths) != count, f"expected {count} numbers for --downsample {unit}")
+    refuse_if(args, "global_batch_size", args.global_batch_size % ranks, f"not a multiple of {plural(ranks, 'rank')}")
     cli.check_writable("--results-dir", args.results_dir)
     check_data_path(args.data_path, cached=False)
     start = checkpoint.find_resumed(args, vae_run_name(args), read=checkpoint.read_file)
     args = args.resolve(precision=cli.resolve_precision(args.precision, energy=False, kept=start.kept("precision")))
-    data = open_data(args, [1], [], "--data-path") if rank() == 0 else None
+    data = open_data(args, start, [1], [], "--data-path") if rank() == 0 else None
     return args, start, data
 
 

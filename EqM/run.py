@@ -16,8 +16,9 @@ from video.loader import end_children
 
 def add_loading_flags(add, num_workers):
     """Add the flags that say which videos are read, and how."""
-    add("--val-fraction", type=SHARE, default=0.05, help="fraction of the videos for validation, without split files")
-    add("--max-bad-fraction", type=SHARE, default=0.1, help="fraction of the videos that may be corrupt")
+    fraction = "fraction of the videos for validation, at least one video; split files in --data-path replace it"
+    add("--val-fraction", type=number(float, above=0, most=1), default=0.05, help=fraction)
+    add("--max-bad-fraction", type=SHARE, default=0.1, help="fraction of the files that may be corrupt; one always may")
     workers = number(int, least=0, most=1024)
     add("--num-workers", type=workers, default=num_workers, help="loader processes per rank; 0 = in-process")
     cached = "decode each video once, into a folder in --results-dir that later runs reuse; for small data sets"
@@ -30,17 +31,17 @@ def add_loading_flags(add, num_workers):
 class Run:
     """The folder of a run with its log, metrics and checkpoints. All ranks have one, and rank 0 writes.
 
-    start: a checkpoint.Start; num_videos, max_bad_fraction: see CorruptVideos; together: see StopSignal.
+    start: a checkpoint.Start; scan, max_bad_fraction: see CorruptVideos; together: see StopSignal.
     """
 
-    def __init__(self, start, results_dir, name, run_config, num_videos, max_bad_fraction, wandb=False, together=False):
+    def __init__(self, start, results_dir, name, run_config, scan, max_bad_fraction, wandb=False, together=False):
         own = runs.make_run_folder(results_dir, name) if rank() == 0 and not start.folder else None
         self.folder = start.folder or distributed.broadcast(own)
         self.log = functools.partial(say, log=self.folder / "log.txt")
         logged_step = start.progress.step - 1 if start.unlogged else start.progress.step
         self.metrics = Metrics(self.folder, resume_step=logged_step, wandb=wandb, config=run_config)
         self.stats = StepStats(start.unlogged)
-        self.bad_videos = CorruptVideos(num_videos, max_bad_fraction, start.bad_videos)
+        self.bad_videos = CorruptVideos(scan, max_bad_fraction, start.bad_videos)
         self.stop = StopSignal(together)
         self.writer = checkpoint.Writer(self.folder)
         self.saved_at = time.monotonic()

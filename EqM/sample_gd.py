@@ -201,7 +201,7 @@ def write_folder(args, plan, parts, given, real):
     with atomic_write(folder / "samples.json") as file:
         file.write(json.dumps(about, indent=2).encode())
     (folder / UNFINISHED).unlink()
-    what = f"videos of {args.num_frames} frames" if args.video else "images"
+    what = f"videos of {cli.plural(args.num_frames, 'frame')}" if args.video else "images"
     say(f"{folder}: {len(names)} {what}{', previews' if previews else ''} and samples.npz")
 
 

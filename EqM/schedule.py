@@ -4,7 +4,7 @@ import argparse
 import re
 from dataclasses import dataclass, replace
 
-from runtime.cli import UserError
+from runtime.cli import UserError, plural
 from runtime.rng import uniform
 
 PHASE = "[1-9][0-9]{0,10}(:[1-9][0-9]{0,10}){1,2}"
@@ -46,7 +46,7 @@ def fill_batches(phases, batch_size, tokens, parts):
     for phase in phases:
         size = phase.batch_size or per_step / tokens(phase.num_frames)
         if size % parts:
-            got = f"--frames-schedule: the phase of {phase.num_frames} frames has {size:g} clips per step"
+            got = f"--frames-schedule: the phase of {plural(phase.num_frames, 'frame')} has {size:g} clips per step"
             expected = f"expected a multiple of {parts} (ranks x --grad-accum)"
             raise UserError(f"{got}; {expected}; add a batch size to it, or change --global-batch-size")
         filled.append(replace(phase, batch_size=int(size)))

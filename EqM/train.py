@@ -41,7 +41,7 @@ from optim import (
 )
 from run import Run, add_loading_flags
 from runtime import cli, distributed, runs
-from runtime.cli import COUNT, NATURAL, NON_NEGATIVE, POSITIVE, SHARE, ArgumentParser, add_speed_flags, say
+from runtime.cli import COUNT, NATURAL, NON_NEGATIVE, POSITIVE, SHARE, ArgumentParser, add_speed_flags, plural, say
 from runtime.distributed import rank, world_size
 from runtime.metrics import StepStats, bar_text, device_stats
 from runtime.rng import normal, uniform
@@ -160,7 +160,7 @@ def main():
     last_step, lr_end = phases[-1].last_step, args.lr_decay_end or phases[-1].last_step
     checkpoint.complete_names(start, phases, args.ckpt_every)
     if progress.step >= last_step and not start.unlogged:
-        say(f"{start.folder} is finished: all {progress.step} steps are done")
+        say(f"{start.folder} is finished at step {progress.step}")
         distributed.stop()
         return
 
@@ -180,9 +180,8 @@ def main():
 
     # The run folder and its files
     run_config = preflight.make_run_config(args, config, current_phase(phases, progress.first_step), data, vae)
-    num_videos = len(data.scan.videos) + len(data.scan.unreadable)
     place = args.results_dir, preflight.run_name(args)
-    run = Run(start, *place, run_config, num_videos, args.max_bad_fraction, args.wandb, together=args.shard)
+    run = Run(start, *place, run_config, data.scan, args.max_bad_fraction, args.wandb, together=args.shard)
     log, metrics, stop = run.log, run.metrics, run.stop
     if rank() == 0:
         save_index(data.scan, args.data_path, args.results_dir)
@@ -211,8 +210,9 @@ def main():
             run.write_config(run_config)
             # A resumed run may log a step before it makes one
             set_learning_rates(optimizers, args, lr_multiplier(args, progress.step, lr_end))
-            clips, tokens = f"{phase.batch_size} clips", math.prod(config.grid(phase.num_frames))
-            log(f"to step {phase.last_step}: {clips} per step, {phase.num_frames} frames = {tokens} tokens each")
+            clips, frames = plural(phase.batch_size, "clip"), plural(phase.num_frames, "frame")
+            tokens = plural(math.prod(config.grid(phase.num_frames)), "token")
+            log(f"to step {phase.last_step}: {clips} per step, {frames} = {tokens} each")
 
             with suppress(Interrupted):  # the loader processes take seconds to start
                 batches = itertools.chain([stop.wait(batches)], batches)
@@ -344,7 +344,8 @@ def start_phase(args, data, phases, phase, progress, device):
     chunks = validation_chunks(data.val, val_lengths, args.val_clips)
     chunks = chunks if args.shard else chunks[rank() :: world_size()]
     settings = args.num_workers, args.loader_timeout, device
-    train_loader, val_loader = make_loader(train_clips, batches, *settings), make_loader(val_clips, chunks, *settings)
+    train_loader = make_loader(train_clips, batches, *settings)
+    val_loader = make_loader(val_clips, chunks, min(1, args.num_workers), *settings[1:])
     return on_device(batches_of(train_loader), device), val_loader  # starts the loader processes
 
 

@@ -21,7 +21,7 @@ from autoencoder import Autoencoder, chunks_of, export, jitter_colors, losses_of
 from optim import ema_decay, lr_multiplier, update_ema
 from run import Run, add_loading_flags
 from runtime import cli, distributed
-from runtime.cli import COUNT, NATURAL, NON_NEGATIVE, POSITIVE, SHARE, ArgumentParser, Bar, one_line_errors, say
+from runtime.cli import COUNT, NATURAL, NON_NEGATIVE, POSITIVE, SHARE, ArgumentParser, Bar, one_line_errors, plural, say
 from runtime.distributed import rank, world_size
 from runtime.metrics import StepStats
 from runtime.rng import normal
@@ -86,7 +86,7 @@ def main():
     if args.cache_frames:
         distributed.call_and_wait(data.source.fill)
     if progress.step >= args.max_steps and not start.unlogged:
-        say(f"{start.folder} is finished: all {progress.step} steps are done")
+        say(f"{start.folder} is finished at step {progress.step}")
         distributed.stop()
         return
 
@@ -104,7 +104,7 @@ def main():
 
     # The run folder and its files
     run_config = {"training": vars(args), "typed": sorted(args.typed)}
-    limits = len(data.scan.videos) + len(data.scan.unreadable), args.max_bad_fraction
+    limits = data.scan, args.max_bad_fraction
     run = Run(start, args.results_dir, preflight.vae_run_name(args), run_config, *limits)
     log, stop = run.log, run.stop
     if rank() == 0:
@@ -114,7 +114,7 @@ def main():
     start.state = None  # or the file would stay open during the run
     size = sum(parameter.numel() for parameter in model.parameters()) / 1e6
     log(f"{run.folder}: {size:.2f} M parameters; {world_size()} x {device.type}, to step {args.max_steps}; "
-        f"{len(data.train[1])} videos train, {len(data.val[1])} validate")  # fmt: skip
+        f"{plural(len(data.train[1]), 'training video')}, {plural(len(data.val[1]), 'validation video')}")  # fmt: skip
     run.report_corrupt(data.scan.unreadable, progress.step)
     batches, val_loader, train_loader = make_loaders(args, data, progress, device)
 

@@ -1,4 +1,4 @@
-"""Validation: the same clips, noise and gammas each time, so that the losses depend on the weights alone."""
+"""Validation on the same clips, noise and gammas each time, so that the losses depend only on the weights."""
 
 import math
 from contextlib import suppress
@@ -14,24 +14,24 @@ from runtime.rng import normal
 from runtime.signals import Interrupted
 from video.loader import batches_of
 
-CHUNK = 8  # clips that are validated together; fixed, so that the sums do not depend on the number of ranks
-CLIPS_PER_VIDEO = 4  # at most
+CHUNK = 8  # clips in a batch; fixed, so that the sums do not depend on the number of ranks
+CLIPS_PER_VIDEO = 4  # upper limit
 GOLDEN_RATIO = (math.sqrt(5) - 1) / 2
 
 
 def validation_chunks(val, lengths, num_clips):
-    """The (num_frames, index) of all validation clips, in lists of at most CHUNK; a rank takes every n-th list."""
+    """Lists of at most CHUNK pairs (num_frames, index), one pair per validation clip. A rank takes every n-th list."""
     keys = [[(n, index) for index in range(min(num_clips, CLIPS_PER_VIDEO * len(val[n])))] for n in lengths]
     return [own[first : first + CHUNK] for own in keys for first in range(0, len(own), CHUNK)]
 
 
 @torch.no_grad()
 def validate(ema, model, vae, loader, num_frames, precision, device, stop, given=False):
-    """({name: value}, equal on all ranks, of the EMA and of the raw weights; this rank's corrupt videos).
+    """({name: loss of the EMA or the raw weights}, the same on all ranks; this rank's corrupt videos).
 
-    The loader gives this rank's chunks; if the ranks have to stay together, each has all, and rank 0's losses count.
-    Gammas are uniform: multiples of the golden ratio, modulo 1. given: the EMA also with the first half of the frames
-    clean, if a clip has several temporal patches. Raises Interrupted.
+    The loader yields this rank's chunks. If the ranks must stay together, it yields all chunks, and the losses of rank
+    0 count. Gammas are multiples of the golden ratio modulo 1, so they are uniform. With `given`, the EMA is measured a
+    second time with the first half of the frames clean, if clips have several temporal patches. Raises Interrupted.
     """
     rows, corrupt, batches = [], [], batches_of(loader)
     with suppress(Interrupted):
@@ -44,7 +44,7 @@ def validate(ema, model, vae, loader, num_frames, precision, device, stop, given
 
             losses = partial(transport.losses, x=x, noise=noise, y=y, time_scale=time_scale)
             with distributed.autocast(device, precision):
-                with torch.compiler.set_stance("force_eager"):  # or it would make a graph that nothing else uses
+                with torch.compiler.set_stance("force_eager"):  # a graph of these shapes would serve nothing else
                     raw = losses(model, gamma=gamma)[0]
                 columns = [losses(ema, gamma=gamma)[0], raw, x.square().flatten(1).mean(dim=1)]
                 if given and ema.config.temporal_patch_size < T:
@@ -61,14 +61,14 @@ def validate(ema, model, vae, loader, num_frames, precision, device, stop, given
 
 
 def summarize(rows, num_frames):
-    """{name: value} of float64 rows: frames, index, gamma, loss of the EMA and of the raw weights, E[x^2], and the
-    EMA's loss of the frames that are not given (-1: none are given).
+    """{name: mean loss} of float64 rows: frames, index, gamma, loss of the EMA, loss of the raw weights, E[x^2], and
+    the EMA's loss of the unmasked part with given frames, or -1. The names, for clips of num_frames except the last:
 
-    val_loss is the EMA's at num_frames, val_loss_raw that of the raw weights, val_loss_gamma_0.2 the EMA's for gammas
-    from 0.2 to 0.4 (and so on, in fifths), val_loss_f8 the EMA's at 8 frames; "rel" means relative to the loss of a
-    network that predicts zero. val_loss_given is the EMA's at num_frames with given frames.
+    val_loss, val_loss_raw          the EMA, the raw weights
+    val_loss_rel                    the EMA, relative to a network that predicts zero
+    val_loss_gamma_0.2, ...         the EMA, for gammas from 0.2 to 0.4 and the other fifths
+    val_loss_given, val_loss_f8     the EMA, with given frames, on clips of 8 frames
     """
-
     frames, _, gamma, loss, raw, square, given = rows.T
 
     def mean_loss(part):

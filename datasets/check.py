@@ -1,10 +1,13 @@
-"""Look at a folder of videos before training on it: what it holds, what would be skipped and why, what it would cost.
+"""Look at a folder of videos before you train on it.
 
-    python datasets/check.py datasets/my-videos --num-frames 16 --image-size 64 --vae none --model EqM-S/4
+    python datasets/check.py datasets/my-videos --num-frames 16 --image-size 64 --vae none --model EqM-S/4 \
+        --max-steps 20000
 
-Prints how many videos there are, how long, at which rates and sizes; the files that can't be read, by name; what
-training would leave out; the memory and the time of a step, measured here with a few clips of noise. Writes a sheet of
-clips as the model sees them. Every video is decoded to its end, unless --quick.
+Prints the number of videos, their lengths, frame rates and sizes; every file that training would skip, and why; the
+videos that validate; the memory, the seconds a step and the hours of training, measured here on clips of noise. Writes
+a sheet of clips as the model sees them. It decodes every video to its end, unless --quick.
+
+The exit status is 1 if train.py would refuse these videos, in the words of train.py, and 2 for a mistake in the flags.
 """
 
 import math
@@ -13,40 +16,65 @@ import statistics
 import sys
 import time
 from collections import Counter, deque
+from contextlib import suppress
+from dataclasses import replace
 from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent / "EqM"))
 import numpy as np
 import torch
 
-from models import NAMES, EqM, model_config
+import preflight
+from checkpoint import Progress
+from models import NAMES, EqM, model_config, model_shape
 from runtime import distributed
-from runtime.cli import COUNT, SHARE, ArgumentParser, Bar, UserError, check_writable, fail, one_line_errors, say
+from runtime.cli import (
+    COUNT,
+    SHARE,
+    ArgumentParser,
+    Bar,
+    UserError,
+    check_writable,
+    fail,
+    number,
+    one_line_errors,
+    plural,
+    say,
+)
 from vae import REPOSITORIES, load_vae
 from video.clips import Clips
+from video.drawing import evenly_spaced
 from video.files import has_suffix, read_all_frames
-from video.index import fitting_interval, split_videos
-from video.source import THREADS, check_data_path, open_source, write_each
+from video.index import CorruptVideos, find_data
+from video.source import THREADS, check_data_path, latents_settings, open_source, write_each
 from video.writers import MAX_ROWS, write_sheet
 
-PUBLISHED_LATENTS = 4, 8  # channels and downsampling of --vae ema and mse, which need not be loaded for an estimate
-CLIPS_TIMED = 4  # of a step, at most
-BYTES = 16 + 4  # per parameter: float32 weight, gradient and AdamW's two averages; the averaged weights
+PUBLISHED_LATENTS = 4, 8  # channels and downsampling of --vae ema and mse, so that an estimate needs no download
+SHEETS = ".png", ".jpg", ".jpeg"
+CLIPS_TIMED = 4  # most clips of a step that is timed
+SLOW = 10  # seconds; one clip that takes longer is enough to time
+BYTES = 16 + 4  # per parameter: float32 weight, gradient and AdamW's two averages; the EMA weight
+MOST_HOURS = 72  # longer runs get a suggestion: a laptop or a borrowed GPU rarely runs for more than three days
 
 
 def parse_args():
-    parser = ArgumentParser(description="Look at a folder of videos before training on it.")
+    parser = ArgumentParser(description="Look at a folder of videos before you train on it.")
+    parser.set_defaults(video=True, epochs=None)
     add = parser.add_argument
-    add("data_path", metavar="DIR", help="folder with <class>/<video>, or videos without classes")
+    add("data_path", metavar="DIR", help="folder of <class>/<video>, or of videos without classes")
     add("--num-frames", type=COUNT, default=16, help="frames per clip")
-    add("--frame-interval", type=COUNT, default=1, help="video frames from frame to frame of a clip")
-    add("--image-size", type=COUNT, default=256, metavar="PX", help="height and width of the clips")
-    add("--vae", default="ema", metavar="VAE", help="ema, mse, a directory, or none: pixels")
+    interval = "video frames from one frame of a clip to the next; default: 1"
+    add("--frame-interval", type=COUNT, nargs=1, default=[1], help=interval)
+    add("--image-size", type=COUNT, default=256, metavar="PX", help="height and width of the clips in pixels")
+    add("--vae", default="ema", metavar="VAE", help="ema, mse, an AutoencoderKL's directory, or none: pixels")
     add("--model", choices=NAMES, default="EqM-S/4", metavar="NAME", help="EqM-{Ti,S,B,L,XL}/{2,4,8}")
     add("--global-batch-size", type=COUNT, default=256, help="clips per step")
-    add("--val-fraction", type=SHARE, default=0.05, help="share of the videos that validate")
+    add("--max-steps", type=COUNT, help="steps of the training; default: those of 1400 epochs, as in train.py")
+    share = "share of the videos to validate on, at least one video"
+    add("--val-fraction", type=number(float, above=0, most=1), default=0.05, help=share)
+    add("--max-bad-fraction", type=SHARE, default=0.1, help="share of the files that may be corrupt")
     add("--quick", action="store_true", help="open the videos, but do not decode them")
-    add("--out", metavar="FILE.png", help="the sheet; default: check-NAME.png here, NAME is that of the folder")
+    add("--out", metavar="FILE.png", help="the sheet; default: check-NAME.png here, where NAME is the folder's name")
     return parser.parse_args()
 
 
@@ -55,41 +83,62 @@ def main():
     args = parse_args()
     out = args.out or f"check-{Path(args.data_path).resolve().name}.png"
     try:
-        check_writable("--out", os.path.dirname(out) or ".")
-        check_data_path(args.data_path, cached=False)
+        check_out(out)
+        if not os.path.isdir(args.data_path) or latents_settings(args.data_path):
+            check_data_path(args.data_path, cached=False)
         config = make_config(args)
-        source = open_source(args.data_path, args.image_size)
-        scan = source.scan
-        describe(scan)
-        usable = describe_losses(args, scan, [] if args.quick else undecodable(args.data_path, scan.videos))
-        train, val = split_videos(args.data_path, scan.videos, args.val_fraction)
     except UserError as error:
         fail(str(error).replace("--data-path", "DIR"))
-    say(f"split: {len(train)} videos train, {len(val)} validate")
-    for name in sorted({video.class_name for video in val} - {video.class_name for video in train}):
-        say(f"  class {name}: all its videos validate, so the model never sees it: add some")
-    if shown := usable[:MAX_ROWS]:
-        interval = args.frame_interval, args.frame_interval
-        clips = Clips(source, shown, scan.classes, args.num_frames, interval, flip=False)
-        samples = [clips[index] for index in range(len(shown))]
-        videos = np.stack([sample["clip"].permute(1, 2, 3, 0) for sample in samples])
-        labels = [sample["y"] for sample in samples]
-        write_sheet(out, videos, [scan.classes[label] for label in labels], labels=labels)
-        say(f"{out}: {len(shown)} clips as the model sees them")
-    estimate(args, config)
+    try:
+        data = check_data(args)
+        write_clips(args, data, out)
+    except UserError as error:
+        fail(f"train.py would refuse these videos: {error}", status=1)
+    estimate(args, config, preflight.only_phase(args, Progress(), data).last_step)
+
+
+def check_out(out):
+    """Raise UserError unless the sheet can be written."""
+    folder = os.path.dirname(out) or "."
+    if not out.lower().endswith(SHEETS):
+        raise UserError(f"--out {out}: not a picture; expected a name that ends in {' '.join(SHEETS)}")
+    if not os.path.isdir(folder) or os.path.isdir(out):
+        raise UserError(f"--out {out}: expected a file in a folder that exists; make {folder}, or name another file")
+    check_writable("--out", folder)
 
 
 # ----------------------------------------------------------------------------------------------------------------------
-# What is there, and what would be skipped
+# The videos
+
+
+def check_data(args):
+    """The Data that training would use, without undecodable videos. Raises UserError where train.py does."""
+    check_data_path(args.data_path)
+    source = open_source(args.data_path, args.image_size)
+    describe(source.scan)
+    corrupt = [] if args.quick else undecodable(args.data_path, source.scan.videos)
+    describe_skipped(args, source.scan, corrupt)
+    CorruptVideos(source.scan, args.max_bad_fraction).add([*source.scan.unreadable, *corrupt])
+    data = find_data(source, args.val_fraction, [args.num_frames], [], "--num-frames")
+    train, val = (
+        {length: [video for video in videos if video.path not in corrupt] for length, videos in part.items()}
+        for part in (data.train, data.val)
+    )
+    if not train[args.num_frames]:
+        raise UserError(f"--data-path {args.data_path}: all training videos are corrupt; add videos")
+    data = replace(data, train=train, val=val)
+    preflight.log_data(say, args, data)
+    return data
 
 
 def describe(scan):
-    """Counts, lengths, rates and sizes."""
+    """Print counts, lengths, rates and sizes."""
     videos = scan.videos
-    say(f"{len(videos)} videos in {len(scan.classes)} classes; {len(scan.unreadable)} files can't be opened")
+    found = f"{plural(len(videos), 'video')} in {plural(len(scan.classes), 'class')}"
+    say(f"{found}; {plural(len(scan.unreadable), 'file')} that can't be opened")
     for name in scan.classes:
         own = [video.num_frames / video.fps for video in videos if video.class_name == name]
-        say(f"  {name}: {len(own)} videos, {sum(own):.1f} s")
+        say(f"  {name}: {plural(len(own), 'video')}, {sum(own):.1f} s")
     columns = {"frames": [video.num_frames for video in videos], "frames per second": [video.fps for video in videos]}
     columns["seconds"] = [video.num_frames / video.fps for video in videos]
     for what, values in columns.items():
@@ -105,29 +154,39 @@ def undecodable(root, videos):
     return [video.path for video, is_readable in bar if not is_readable]
 
 
-def describe_losses(args, scan, bad):
-    """Say what training would leave out or change, and why. Returns the videos that can be used."""
-    skipped = [(path, "can't be opened: repair or remove it") for path in scan.unreadable]
-    skipped += [(path, "can't be decoded to its end: repair or remove it") for path in bad]
+def describe_skipped(args, scan, corrupt):
+    """Print which files training would skip or enlarge, and why."""
+    skipped = [(path, "can't be opened; repair or remove it") for path in scan.unreadable]
+    skipped += [(path, "can't be decoded to its end; repair or remove it") for path in corrupt]
     found = {*(video.path for video in scan.videos), *scan.unreadable}
     for path in sorted(Path(args.data_path).rglob("[!.]*")):
         name = str(path.relative_to(args.data_path))
         if has_suffix("video", name) and name not in found and path.is_file():
-            skipped.append((name, "is too deep, expected DIR/<class>/<video>"))
-        elif path.suffix.lower() in (".m4v", ".3gp", ".mpg", ".mpeg", ".mts", ".wmv", ".flv"):
-            skipped.append((name, "a video of another kind: convert it, such as by ffmpeg -i FILE FILE.mp4"))
-    short = [video for video in scan.videos if video.num_frames < args.num_frames]
-    least = f"a clip has --num-frames {args.num_frames}"
-    for name, why in skipped + [(video.path, f"{video.num_frames} frames, {least}") for video in short]:
+            skipped.append((name, "too deep; expected DIR/<class>/<video>"))
+        elif path.suffix.lower() in (".3gp", ".mpg", ".mpeg", ".mts", ".wmv", ".flv"):
+            skipped.append((name, "another kind of video; convert it: ffmpeg -i FILE FILE.mp4"))
+    for video in scan.videos:
+        if video.num_frames < args.num_frames:
+            frames = plural(video.num_frames, "frame")
+            skipped.append((video.path, f"{frames}, fewer than --num-frames {args.num_frames}"))
+    for name, why in skipped:
         say(f"skipped: {name}: {why}")
-    usable = [video for video in scan.videos if video not in short and video.path not in bad]
-    interval, size = args.frame_interval, args.image_size
-    if near := sum(fitting_interval(video, args.num_frames, interval) < interval for video in usable):
-        say(f"{near} videos are too short for --frame-interval {interval}: theirs is as large as fits")
-    if small := [side for video in usable if (side := min(video.height, video.width)) < size]:
-        sides = f"from {min(small)} px on the short side"
-        say(f"{len(small)} videos are smaller than --image-size {size} and get enlarged, {sides}")
-    return usable
+    skipped, sides = {name for name, _ in skipped}, [(min(v.height, v.width), v.path) for v in scan.videos]
+    if small := [side for side, path in sides if side < args.image_size and path not in skipped]:
+        count = plural(len(small), "video")
+        say(f"enlarged to --image-size {args.image_size}: {count}, the smallest from {min(small)} px on the short side")
+
+
+def write_clips(args, data, out):
+    """Write a sheet with a clip of some training videos, from the first to the last, and print their files."""
+    videos = data.train[args.num_frames]
+    shown = [videos[index] for index in evenly_spaced(len(videos), MAX_ROWS)]
+    clips = Clips(data.source, shown, data.scan.classes, args.num_frames, (*args.frame_interval * 2,), flip=False)
+    samples = sorted((clips[index] for index in range(len(shown))), key=lambda sample: sample["video"])
+    paths = [sample["video"] for sample in samples]
+    videos = np.stack([sample["clip"].permute(1, 2, 3, 0) for sample in samples])
+    write_sheet(out, videos, paths, labels=[sample["y"] for sample in samples])
+    say(f"{out}: {plural(len(shown), 'training clip')} as the model sees them, from the top: {', '.join(paths)}")
 
 
 # ----------------------------------------------------------------------------------------------------------------------
@@ -135,7 +194,7 @@ def describe_losses(args, scan, bad):
 
 
 def make_config(args):
-    """The EqMConfig of the model that would be trained. Raises UserError."""
+    """The EqMConfig of --model for these clips. Raises UserError."""
     channels, downsample = PUBLISHED_LATENTS
     if args.vae not in REPOSITORIES:
         vae = load_vae(args.vae)
@@ -152,35 +211,63 @@ def make_config(args):
     return config
 
 
-def estimate(args, config):
-    """Say what a step takes here: time and memory of forward and backward of a few clips, scaled to the batch."""
+def estimate(args, config, steps):
+    """Print memory and time of training: forward and backward pass of a few clips here, scaled to the batch."""
     device, batch = distributed.start(), args.global_batch_size
-    model, count = EqM(config).to(device), min(CLIPS_TIMED, batch)
-    x = torch.randn(count, config.in_channels, args.num_frames, config.input_size, config.input_size, device=device)
-    y, kept = torch.zeros(count, dtype=torch.int64, device=device), {}  # place of what the backward pass needs: bytes
+    model, kept = EqM(config).to(device), {}  # kept: place -> bytes of what the backward pass needs
 
     def keep(tensor):
         kept[tensor.untyped_storage().data_ptr()] = tensor.untyped_storage().nbytes()
         return tensor
 
-    for _ in range(2):  # the first one warms up
+    for count in (1, min(CLIPS_TIMED, batch)):  # the first clip warms up
         kept.clear()
+        x = torch.randn(count, config.in_channels, args.num_frames, config.input_size, config.input_size, device=device)
         began = time.monotonic()
         with torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor):
-            loss = (model(x, y).float() - x).square().mean()
+            output = model(x, torch.zeros(count, dtype=torch.int64, device=device))
+            loss = (output.float() - x).square().mean()
         loss.backward()
         if device.type == "cuda":
             torch.cuda.synchronize()
         seconds = (time.monotonic() - began) / count
+        if seconds > SLOW:
+            break
     weights = {parameter.untyped_storage().data_ptr() for parameter in model.parameters()}
     activations = sum(size for place, size in kept.items() if place not in weights) / count
-    size = sum(parameter.numel() for parameter in model.parameters())
-    say(f"{args.model}: {size / 1e6:.1f} M parameters, {math.prod(config.grid(args.num_frames))} tokens a clip")
+    size, tokens = sum(parameter.numel() for parameter in model.parameters()), math.prod(config.grid(args.num_frames))
+    say(f"{args.model}: {size / 1e6:.1f} M parameters, {plural(tokens, 'token')} per clip")
     each = f"{activations / 1e6:.3g} MB for each clip that a process has at once"
-    total = f"{(size * BYTES + activations * batch) / 1e9:.3g} GB for {batch} clips"
+    total = f"{(size * BYTES + activations * batch) / 1e9:.3g} GB for {plural(batch, 'clip')}"
     say(f"memory, fp32: {size * BYTES / 1e9:.2g} GB for the model, {each}: {total}")
-    step = f"about {seconds * batch:.3g} s a step ({seconds:.3g} s a clip)"
-    say(f"time, fp32 on this {device.type}: {step}, without the VAE")
+    hours = seconds * batch * steps / 3600
+    per_step = f"about {seconds * batch:.3g} s per step x {plural(steps, 'step')} = {in_words(hours)}"
+    say(f"time, fp32 on this {device.type}: {per_step}, without VAE, validation and samples")
+    if hours > MOST_HOURS:
+        suggest(args, config, hours)
+
+
+def in_words(hours):
+    return f"{hours:.2g} hours" if hours < 10 else f"{hours:,.0f} hours"
+
+
+def suggest(args, config, hours):
+    """Print how to shorten a training of so many hours; another model's hours are in proportion to its FLOPs."""
+    smaller = {}  # hours of the smaller models whose width fits what a token holds
+    for name in NAMES:
+        with suppress(ValueError):
+            shape = model_shape(name)
+            other = replace(config, **shape, temporal_patch_size=shape["patch_size"])
+            other.check_num_frames(args.num_frames)
+            values = other.temporal_patch_size * other.patch_size**2 * other.in_channels
+            ratio = other.training_flops(args.num_frames) / config.training_flops(args.num_frames)
+            if ratio < 1 and values <= other.hidden_size:
+                smaller[name] = hours * ratio
+    quick = {name: own for name, own in smaller.items() if own <= MOST_HOURS}
+    name = max(quick, key=quick.get, default=None) or min(smaller, key=smaller.get, default=None)
+    model = f"--model {name} takes about {in_words(smaller[name])}; " if name else ""
+    less = "a GPU, or a lower --max-steps, --image-size, --num-frames or --global-batch-size helps too"
+    say(f"note: more than {MOST_HOURS} hours are too long for most machines; {model}{less}")
 
 
 if __name__ == "__main__":

@@ -24,7 +24,7 @@ from PIL import Image
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent / "EqM"))
 from layout import missing_videos, write_lists
-from runtime.cli import COUNT, ArgumentParser, Bar, UserError, check_writable, fail, one_line_errors, say
+from runtime.cli import COUNT, ArgumentParser, Bar, UserError, check_writable, fail, one_line_errors, plural, say
 from video.writers import write_lossless
 
 CLASSES = {0: "OneHandWave", 1: "TwoHandWave", 3: "JumpingJack", 4: "Bend"}  # number of the folder: class
@@ -85,7 +85,7 @@ def main():
     write_lists(args.out, [name for name in videos if name not in tests], tests)
     numbers = " and ".join(map(str, sorted(held_out)))
     found = f"{len(CLASSES)} classes with {len(people)} people each, person {numbers} held out"
-    say(f"{args.out}: {found}; {len(clips)} videos written")
+    say(f"{args.out}: {found}; {plural(len(clips), 'video')} written")
 
 
 if __name__ == "__main__":

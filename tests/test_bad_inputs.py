@@ -45,11 +45,12 @@ CASES = {
     "train": """
         --num-frames many | --num-frames '' | --num-frames {digits} | --num-frames 1000000000 | --model EqM-Q/4
         --ebm l3 | --ckpt | --lr 1e400 | --lr 0 | --ema-decay 1.5 | --forcing 1.5 | --val-fraction=-0.1
-        --rope-speed=-1 | --global-seed=-1 | --save-minutes -1 | --max-steps 0 | --loader-timeout nan
+        --val-fraction 0 | --rope-speed=-1 | --global-seed=-1 | --save-minutes -1 | --max-steps 0 | --loader-timeout nan
         --position-table time | --frame-interval 4 2 | --num-frames 3 | --rope-split 8,8 | --num-heads 7
         --image-size 18 | --depth 10000000 | --val-frames 4 2 | --val-frames 4 400 | --mix 0.2 | --num-classes 1
         --global-batch-size 6 --grad-accum 4 | --data-path '' | --data-path no/such | --data-path pipe | --data-path one
         --data-path broken | --vae no/such/vae | --vae empty
+        --max-bad-fraction 0.2 --data-path bad => 0.2: 2 of 6 files are corrupt; A/x.avi, B/y.mp4; or raise this limit
         --results-dir file | --results-dir nowhere | --results-dir file --resume | --ckpt no/such.pt
         --ckpt no/such.pt --resume | --ckpt pipe | --ckpt /dev/zero | --ckpt loop | --ckpt empty
         --data-path -videos => --data-path
@@ -70,7 +71,7 @@ CASES = {
         --stop-below 0.5 --sampler euler => --stop-below 0.5; euler
         --wandb => pip install wandb
         --data-path file => no such folder
-        --data-path empty => no video found
+        --data-path empty => no videos found; images need no --video
         --data-path images => --video
         --results-dir '' | --ckpt '' => empty
         --results-dir x\udcff => UTF-8
@@ -107,7 +108,7 @@ CASES = {
         --frames-schedule 4:10,12:20 --global-batch-size 4 => 12 frames; --global-batch-size
         --num-frames 4 --frames-schedule 4:10 => contradicts --frames-schedule
         --lr-decay-end 9 --num-frames 8 => --lr-decay-end 9; --max-steps""",
-    "schedule fixed": "--frames-schedule 4:10,8:20 => tied to 4",
+    "schedule fixed": "--frames-schedule 4:10,8:20 => tied to num_frames 4",
     "train latents": """
         --image-size 32 | --vae mse | --vae none
         --data-path partial => not complete
@@ -127,7 +128,7 @@ CASES = {
         --ckpt image.pt => holds an image model
         --report-energy => without an energy
         --use-rope --ckpt fixed.pt => cannot be converted
-        --given-frames 0-3 => is about the clips of --given
+        --given-frames 0-3 => changes clips of --given
         --given-frames 3-1 => such as 0-3,12-15
         --init-gamma 1.5 --init x.mp4 => at most 1
         --init-gamma 1 --init x --sampler heun => --init-gamma 1; heun
@@ -135,9 +136,9 @@ CASES = {
         --given videos --given-split val --num-frames 100 => --given videos: the longest video of --given-split val""",
     "sample fixed": """
         --rope-scale linear => --rope-scale linear; fixed positions
-        --num-frames 16 => tied to 8 frames""",
+        --num-frames 16 => tied to num_frames 8""",
     "sample images": """
-        --given videos | --num-frames 4 | --fps 1 => needs videos: add --video
+        --given videos | --num-frames 4 | --fps 1 => needs videos; add --video
         --ckpt rope.pt => holds a video model: add --video""",
     "cache": """
         --vae emma | --data-path no/such | --out videos | --out cache | --image-size 33
@@ -189,6 +190,9 @@ def world(tmp_path_factory):
         write_video(root / f"{name}.avi", 10, size=(16, 16))
     for folder in ("broken", "cache", "partial", "lost", "pixels", "piped", "empty", "samples"):
         (root / folder).mkdir()
+    shutil.copytree(root / "videos", root / "bad")
+    for name in ("bad/A/x.avi", "bad/B/y.mp4"):
+        (root / name).write_text("no video")
     for name in ("a.avi", "b.mp4"):
         (root / "broken" / name).write_bytes(b"RIFF and no more")
     make_images(root / "images", 4)

@@ -6,6 +6,7 @@ import os
 import shutil
 from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -13,6 +14,7 @@ from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 
 import cache_latents
+import preflight
 import training
 from runtime.cli import UserError
 from test_vae import add_to_weights, save_tiny
@@ -265,8 +267,9 @@ def test_an_unreadable_video_is_named_once_and_skipped(own, vae, tmp_path, capsy
     run(own, vae, out)
     assert capsys.readouterr().out.count("Run/a.avi can't be decoded") == 1
     assert json.loads((out / "latents.json").read_text())["num_videos"] == 4 and not list(out.rglob("a.*"))
+    assert json.loads((out / "latents.json").read_text())["unreadable"] == ["Run/a.avi"]
     scan = open_source(out, SIZE).scan
-    assert scan.unreadable == ["Run/a.avi"] and len(scan.videos) == 4
+    assert scan.unreadable == [] and len(scan.videos) == 4
     write_video(own / "Run" / "a.avi", 40)  # repaired
     run(own, vae, out)
     scan = open_source(out, SIZE).scan
@@ -289,19 +292,24 @@ def test_a_video_whose_latents_are_not_finite_is_skipped(root, vae, tmp_path, mo
 def test_a_cache_without_readable_videos_is_an_error(tmp_path, refused):
     write_video(tmp_path / "videos" / "a.avi", 40)
     scribble(tmp_path / "videos" / "a.avi")
-    line = refused(tmp_path / "videos", "none", tmp_path / "out", status=1)
-    assert f"--data-path {tmp_path / 'videos'}: none of its videos can be decoded" in line
+    line = refused(tmp_path / "videos", "none", tmp_path / "out")
+    assert f"--data-path {tmp_path / 'videos'}: can't decode any of its videos" in line
     assert latents_settings(tmp_path / "videos") is None and not (tmp_path / "out" / "latents.json").exists()
 
 
 def test_too_many_corrupt_videos_are_an_error_unless_a_flag_allows_them(own, vae, tmp_path, refused):
     scribble(own / "Run" / "a.avi")
     (own / "Run" / "text.avi").write_text("not a video")
-    line = refused(own, vae, tmp_path / "out", status=1)
-    assert "2 of 6 files are corrupt (newest: Run/a.avi)" in line and "--max-bad-fraction" in line
+    line = refused(own, vae, tmp_path / "out")
+    assert "--max-bad-fraction 0.1: 2 of 6 files are corrupt, expected at most 1: Run/a.avi; " in line
+    assert "move or delete them, or raise this limit" in line
     assert not (tmp_path / "out" / "latents.json").exists()
     run(own, vae, tmp_path / "out", "--max-bad-fraction", 0.4)
     assert latents_settings(tmp_path / "out")["unreadable"] == ["Run/a.avi", "Run/text.avi"]
+    paths = {"data_path": tmp_path / "out", "results_dir": tmp_path, "image_size": SIZE, "cache_frames": False}
+    args = SimpleNamespace(**paths, video=True, val_fraction=0.2, max_bad_fraction=0.0)
+    data = preflight.open_data(args, SimpleNamespace(bad_videos=[]), [4], [], "--num-frames")
+    assert len(data.train[4]) + len(data.val[4]) == 4  # training accepts what the cache has skipped
     (own / "Run" / "more.avi").write_text("not a video")
     assert "2 of 7" in refused(own, vae, tmp_path / "new")  # found before anything is decoded
     assert not (tmp_path / "new").exists()
@@ -368,7 +376,7 @@ def test_a_name_too_long_for_the_cache_is_refused_before_writing(own, vae, tmp_p
     for length in (239, 243):  # a.safetensors.tmp has 16 bytes more than a
         write_video(own / "Run" / f"{'a' * length}.avi", 4)
     line = refused(own, vae, tmp_path / "out")
-    assert "Run/aaaa" in line and "has too long a name for a file of the cache: shorten it by 4 bytes" in line
+    assert "Run/aaaa" in line and "is too long for a file of the cache; shorten it by 4 bytes" in line
     assert not (tmp_path / "out").exists()
 
 

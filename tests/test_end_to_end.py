@@ -158,7 +158,8 @@ def test_a_broken_video_is_named_once_and_counted_and_too_many_end_the_run(shape
     assert log.count(videos[0].name) == capsys.readouterr().out.count(videos[0].name) == 1
     assert rows_of(tmp_path / "one/*/metrics.jsonl")[-1]["bad_videos"] == 1
     videos[5].write_bytes(b"nor this one")
-    run_main(train, *flags, tmp_path / "two", "--max-bad-fraction", 0.05, status=1)
+    run_main(train, *flags, tmp_path / "two", "--max-bad-fraction", 0.05, status=2)
+    assert not (tmp_path / "two").exists()
     (line,) = [line for line in capsys.readouterr().err.splitlines() if line.startswith("train.py: error:")]
     assert "--max-bad-fraction" in line
     run_main(train, *flags, tmp_path / "three", "--max-bad-fraction", 0.2)

@@ -253,7 +253,7 @@ def test_two_ranks_find_the_values_of_one(fvd, tmp_path):
 
 BAD_SAMPLES = {
     "no json": "no samples.json in it; expected a folder that", "mixed sizes": "of one size", "cut short": "zip",
-    "one clip": "has 1 clips", "images": "holds images", "floats": "expected uint8",
+    "one clip": "has 1 clip,", "images": "holds images", "floats": "expected uint8",
     "unknown class": "label 99",
 }  # fmt: skip
 
@@ -292,7 +292,7 @@ BAD_FLAGS = {  # changes to --metric fvd --samples S --data-path D --detector F;
     "out in a file": ({"--out": "/dev/null/a.json"}, ["--out /dev/null"]),
     "out is a folder": ({"--out": "/"}, ["--out /", "a folder"]),
     "a cache in a file": ({"--cache": "/dev/null/a"}, ["--cache /dev/null/a"]),
-    "a folder without videos": ({"--data-path": ROOT / "scripts"}, ["--data-path", "no video found"]),
+    "a folder without videos": ({"--data-path": ROOT / "scripts"}, ["--data-path", "no videos found"]),
     "a latent cache": ({"--data-path": "latents"}, ["a latent cache; name the folder of its videos"]),
     "frames too far apart": ({"--samples": "slow"}, ["train has 25 frames", "expected at least 85"]),
 }  # fmt: skip

@@ -8,11 +8,12 @@ from pathlib import Path
 import pytest
 import torch
 
-from runtime.cli import UserError, explain
+from runtime.cli import explain
 from runtime.signals import STOP_SIGNALS
 from tiny_videos import write_equal_videos
 from training import differences
 from video.clips import Clips
+from video.index import CorruptDataError
 from video.loader import batches_of, make_loader
 from video.source import open_source
 
@@ -38,7 +39,7 @@ def seen(tmp_path_factory):
     found["batches without"] = list(batches_of(loader(0)))
     for video in source.videos():
         (root / video.path).unlink()
-    with pytest.raises(UserError) as error:
+    with pytest.raises(CorruptDataError) as error:
         list(batches_of(two))
     return found | {"error": str(error.value), "root": root}
 
@@ -68,7 +69,7 @@ def test_loader_processes_are_no_forks_and_leave_stop_signals_to_the_rank(seen):
 
 def test_an_error_in_a_loader_process_is_one_line_without_its_traceback(seen):
     (line,) = seen["error"].splitlines()
-    assert line.startswith(f"--data-path {seen['root']}: 4 files in a row are corrupt, the first is ")
+    assert line.startswith(f"--data-path {seen['root']}: 4 corrupt files in a row, the first is ")
 
 
 @pytest.mark.parametrize("error", [ConnectionResetError(104, "Connection reset by peer"), EOFError()])

@@ -88,7 +88,7 @@ def test_samples_of_another_run_are_replaced_only_with_overwrite(places, tmp_pat
     monkeypatch.setenv("WORLD_SIZE", "4")
     _, about = images(other, folder, 2, "--no-overwrite", "--overwrite")
     assert about["flags"]["ckpt"] == str(other / "image.pt")
-    assert "note: 3 of 4 ranks have nothing to do" in capsys.readouterr().out
+    assert "note: 3 of 4 ranks are idle" in capsys.readouterr().out
 
 
 def test_a_kill_leaves_no_half_file_and_the_next_call_cleans_up(places, tmp_path):

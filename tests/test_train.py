@@ -64,7 +64,7 @@ def test_too_many_processes_are_one_line_from_the_first_rank(videos, monkeypatch
     assert preflight.check_run(SimpleNamespace()) is None  # without a look at a flag, file or folder
     monkeypatch.setenv("LOCAL_RANK", "2")
     line = refuse(capsys, *TRAIN, "--data-path", videos)
-    assert "--nproc_per_node=8" in line and "2 GPUs" in line
+    assert "--nproc_per_node=8" in line and "GPUs on this machine: 2" in line
 
 
 @pytest.mark.parametrize(
@@ -234,7 +234,7 @@ def test_train_refuses_a_vae_that_did_not_make_the_cache(cache, tiny_vae, tmp_pa
     flags = [*VIDEOS, "--data-path", cache, "--results-dir", tmp_path / "results", "--vae", other]
     config = (other / "config.json").read_text()
     (other / "config.json").write_text(config.replace('"scaling_factor": 0.18215', '"scaling_factor": 0.5'))
-    assert "the cache has another VAE" in refuse(capsys, *flags)
+    assert "its VAE differs from " in refuse(capsys, *flags)
     (other / "config.json").write_text(config)
     add_to_weights(other, 0.1)
     assert "another VAE: its weights have SHA-256" in refuse(capsys, *flags)
@@ -255,13 +255,18 @@ def test_a_resume_elsewhere_reports_changes_of_typed_flags_only(videos, tmp_path
         monkeypatch.setattr(cli, "has_bf16", lambda: bf16)
         monkeypatch.setattr(train.os, "cpu_count", lambda: cores)
 
-    make_loader = train.make_loader
-    monkeypatch.setattr(train, "make_loader", lambda *args: make_loader(*args[:2], 0, *args[3:]))  # in this process
+    def in_this_process(clips, batches, num_workers, *rest):
+        workers.append(num_workers)
+        return make_loader(clips, batches, 0, *rest)
+
+    make_loader, workers = train.make_loader, []
+    monkeypatch.setattr(train, "make_loader", in_this_process)
     shared = [*TRAIN, "--data-path", videos, "--results-dir", tmp_path, "--max-steps", 3, "--sample-every", 0]
     on_machine(bf16=True, cores=2)
     with counted_steps(train, stop_after=1):
         run_main(train, *shared)
     (run,) = tmp_path.glob("[0-9]*")
+    assert workers == [2, 1]  # one loader process is enough for validation
     on_machine(bf16=False, cores=1)
     with counted_steps(train, stop_after=1):
         run_main(train, *shared, "--resume")
@@ -295,8 +300,10 @@ def test_a_run_its_resume_and_a_later_phase_report_all_deviations(tmp_path, caps
     log, printed, ckpt = (run / "log.txt").read_text(), capsys.readouterr().out, run / "checkpoints/latest.pt"
     missing = f"no run of EqM-Ti/2 with 8 frames and rotary positions in {results}"
     assert f"--resume: {missing}; starting from the beginning" in printed
-    (short,) = [line for line in log.splitlines() if "too short for 8 frames that are 4 apart" in line]
-    assert short.startswith("note: 5 of 5 training videos") and short.endswith("from 2 on")
+    assert "training: 5 videos in 2 classes; validation: 1 video, " in log
+    assert "skipped: 0 files with fewer than 8 frames, 0 files that can't be opened" in log
+    short = "note: --frame-interval 4: clips of 8 frames don't fit into 5 of 5 training videos"
+    assert f"{short}; these use the largest interval that fits, 2 or more" in log
     assert log.count("note: a token holds 64 values") == 1  # a warning, as a line
     assert "rotary positions of speed 0.5 and a table of space" in log
     assert state["config"]["data"]["time_scale"] == pytest.approx(2 / 25)  # as the clips were seen
@@ -308,12 +315,12 @@ def test_a_run_its_resume_and_a_later_phase_report_all_deviations(tmp_path, caps
             line = refuse(capsys, *again, *start, *other)
             assert named in line and other[0] in line
     (data / "B").rename(data / "C")
-    classes = f"has the classes A, C (2), --resume, {ckpt} has A, B (2): a run keeps"
+    classes = f"has the classes A, C (2), --resume, {ckpt} has A, B (2); a run keeps"
     assert classes in refuse(capsys, *again, "--resume")
     (data / "C").rename(data / "B")
     run_main(train, *again, "--resume")
     run_main(train, *again, "--num-frames", 9, "--ckpt", ckpt.with_name("0000001.pt"))
-    assert "note: --ckpt was trained with --forcing 0.5, this phase is without" in capsys.readouterr().out
+    assert "note: --ckpt was trained with --forcing 0.5, this phase is not, so it may" in capsys.readouterr().out
     model = checkpoint.load(next(results.glob("001*/checkpoints/latest.pt")))["config"]["model"]
     assert (model["position_table"], model["rope_speed"]) == ("space", 0.5)
     shutil.move(vae, tmp_path / "moved")

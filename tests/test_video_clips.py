@@ -11,11 +11,10 @@ import pytest
 import torch
 from PIL import Image
 
-from runtime.cli import UserError
 from tiny_videos import frame_indices_of, picture, save, scribble, write_equal_videos, write_images, write_video
 from video.clips import Clips, collate, rank_batches
 from video.files import UnreadableError, Video
-from video.index import Scan
+from video.index import CorruptDataError, Scan
 from video.source import Source, open_source
 
 SIZE = 32  # px, of clips from files
@@ -129,7 +128,7 @@ def test_no_replacement_has_failed_before_and_spare_videos_come_last():
     samples = [spare[index] for index in range(40)]
     assert {sample["video"] for sample in samples} == {"Run/b", "Run/c"}
     assert all({"Jump/d", "Jump/e"} <= set(sample["corrupt"]) <= set(keys[:3]) for sample in samples)
-    with pytest.raises(UserError, match="--data-path nowhere: 4 files in a row are corrupt"):
+    with pytest.raises(CorruptDataError, match="--data-path nowhere: 4 corrupt files in a row, the first is "):
         make_clips(videos=VIDEOS[:2], corrupt=keys, spare=VIDEOS[2:4])[0]
 
 

@@ -181,7 +181,7 @@ def check_devices():
     """Raise UserError if torchrun started more processes than this machine has GPUs, if it has any."""
     if torch.cuda.is_available() and local_rank() >= torch.cuda.device_count():
         found = os.environ.get("LOCAL_WORLD_SIZE", local_rank() + 1)
-        raise UserError(f"--nproc_per_node={found}: this machine has {torch.cuda.device_count()} GPUs; start as many")
+        raise UserError(f"--nproc_per_node={found}: GPUs on this machine: {torch.cuda.device_count()}; start as many")
 
 
 def check_writable(flag, folder):
@@ -208,6 +208,11 @@ def one_line(text, encoding="utf-8"):
     """
     line = "".join(letter if letter.isprintable() else ascii(letter)[1:-1] for letter in text)
     return line.encode(encoding, "backslashreplace").decode(encoding)
+
+
+def plural(count, noun):
+    """A count with its noun: "1 video", "2 videos", "3 classes"."""
+    return f"{count} {noun}{'' if count == 1 else 'es' if noun.endswith(('s', 'ch')) else 's'}"
 
 
 def say(message, log=None):
@@ -312,7 +317,8 @@ def one_line_errors(*others):
             sys.exit(130)  # rank 0 reports
         fail("stopped by SIGINT: run the same command again", status=130)
     except (UserError, OSError, MemoryError, torch.OutOfMemoryError, *others) as error:
-        fail(error, status=1, wait=not isinstance(error, ConnectionError))  # each rank has its own connections
+        status, wait = getattr(error, "status", 1), not isinstance(error, ConnectionError)  # a rank has its own
+        fail(error, status, wait)
     except RuntimeError as error:
         if (line := explain(error)) is None:
             raise

@@ -22,7 +22,7 @@ import torch.nn.functional as F
 from torch import nn
 
 from runtime import distributed
-from runtime.cli import Bar, UserError
+from runtime.cli import Bar, UserError, plural
 from runtime.distributed import rank
 from runtime.rng import generator
 from scoring.stats import mean_interval, wilson
@@ -43,7 +43,7 @@ def check(samples, clips, training, place):
     for name in clips.classes:
         count = len({group_of(video) for video in clips.videos if video.class_name == name})
         if count < 2 or len(clips.classes) < 2:
-            got = f"{len(clips.classes)} classes, {count} groups (file stems) in {name}"
+            got = f"{plural(len(clips.classes), 'class')}, {plural(count, 'group')} (file stems) in {name}"
             raise UserError(f"{place}: {got}; expected at least 2 of both, as each group is held out once")
         if all(video.class_name != name for video in training):
             raise UserError(f"{place}: no training video of class {name}; expected one; lower --val-fraction")

@@ -150,7 +150,7 @@ def summarize_motion(tracks, videos):
 
 def result_lines(result):
     """The main results, to print."""
-    rows = [(f"{result['clips']} clips, given {result['given_frames']}", *(title for title, _ in METRICS.values()))]
+    rows = [(f"clips: {result['clips']}, given {result['given_frames']}", *(title for title, _ in METRICS.values()))]
     for kind, title in KINDS.items():
         if f"psnr{kind}" in result:
             cells = [cell(result, name + kind, digits) for name, (_, digits) in METRICS.items()]

@@ -19,7 +19,7 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 
-from runtime.cli import UserError
+from runtime.cli import UserError, plural
 from runtime.untrusted import read_json
 from scoring.stats import Z95, by_video, cell, gather, interval_units, mean_and_error, share, table
 
@@ -74,7 +74,7 @@ def result_lines(result, titles):
     for name, title in titles.items():
         interval = f"{name.removesuffix('_accuracy')}_interval95"
         rows.append((title, *(cell(one, name, interval=interval) for one in both)))
-    return table(rows) + [f"  refused: {reason}, {clips} clips" for reason, clips in both[0]["refused"].items()]
+    return table(rows) + [f"  refused: {why}, {plural(clips, 'clip')}" for why, clips in both[0]["refused"].items()]
 
 
 # ----------------------------------------------------------------------------------------------------------------------
@@ -148,7 +148,7 @@ def find_truth(metric, data_path, samples, classes):
     if truth.bounces and metric == "prediction":
         return None
     if truth.bounces and samples.num_frames < WINDOW:
-        raise UserError(f"{samples.place}: has {samples.num_frames} frames, bouncing shapes need at least {WINDOW}")
+        raise UserError(f"{samples.place}: bouncing shapes need at least {WINDOW} frames, got {samples.num_frames}")
     for name in classes if metric == "prediction" else set(samples.names):
         truth(name, samples.image_size, samples.time_scale)
     return truth

@@ -14,7 +14,7 @@ import torch
 
 from given import frame_ranges
 from runtime import distributed
-from runtime.cli import Bar, UserError, say
+from runtime.cli import Bar, UserError, plural, say
 from runtime.distributed import rank
 from runtime.untrusted import file_sha256
 from video.clips import Clips
@@ -59,7 +59,7 @@ class Samples:
 
     def problems(self, metric, keep_background):
         if len(self) < (least := 1 if metric in ("motion", "prediction", "classifier") else 2):
-            yield f"has {len(self)} clips, --metric {metric} needs at least {least}"
+            yield f"has {plural(len(self), 'clip')}, --metric {metric} needs at least {least}"
         if self.num_frames == 1 and metric != "fid":
             yield f"holds images, --metric {metric} needs videos of at least 2 frames"
         if metric in ("fvd", "fid") and self.guidance is None:
@@ -102,7 +102,7 @@ def find_real(data_path, split, val_fraction, num_frames, time_scale, image_size
     span = (num_frames - 1) * interval + 1
     usable = [video for video in videos if video.num_frames >= span]
     if not usable:
-        got = f"the longest video of --split {split} has {max(video.num_frames for video in videos)} frames"
+        got = f"the longest video of --split {split} has {plural(max(video.num_frames for video in videos), 'frame')}"
         expected = f"expected at least {span} for {num_frames} frames that are {interval} apart"
         raise UserError(f"--data-path {data_path}: {got}; {expected}; sample fewer frames")
     if abs(interval / fps - time_scale) > 0.01 * time_scale:

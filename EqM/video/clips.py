@@ -9,44 +9,45 @@ from dataclasses import dataclass
 
 import torch
 
-from runtime.cli import UserError
+from runtime.cli import plural
 from runtime.rng import generator
 from video.files import UnreadableError
-from video.index import fitting_interval
+from video.index import CorruptDataError, fitting_interval
 
 MAX_ATTEMPTS = 100  # videos tried for one sample
 
 
 @dataclass(eq=False)
 class Clips(torch.utils.data.Dataset):
-    """Maps an index of a stream, a sequence of permutations of `videos`, to a sample: a clip of one of them."""
+    """Maps an index to a sample: a clip of one of `videos`. Their stream is a sequence of permutations."""
 
     source: object  # see source.py
     videos: list  # each of at least num_frames frames
     classes: list
     num_frames: int
-    frame_interval: tuple = (1, 1)  # least and greatest distance of frames; each clip draws one that fits its video
+    frame_interval: tuple = (1, 1)  # smallest and largest distance of frames; each clip draws one that fits its video
     flip: bool = True
     seed: int = 0
-    stream: int | str = 0  # its name, which seeds it: a training phase uses its first step
-    spare: list = ()  # these replace corrupt videos where all of `videos` are corrupt
+    stream: int | str = 0  # the name of the stream, part of its seed: a training phase uses its first step
+    spare: list = ()  # videos that replace `videos` if all of them are corrupt
 
     _epoch = _order = None
 
     def note(self, path):
-        """The file that is being read, "" for none; a LoaderWatch puts its own method in this place."""
+        """Called with the path of the file being read, or "" for none. A LoaderWatch replaces this method."""
 
-    def __getstate__(self):  # what a loader process gets
+    def __getstate__(self):  # for a loader process
         source = copy.copy(self.source)
-        source.scan = None  # which is large; reading needs none
+        source.scan = None  # a large object that reading does not need
         return vars(self) | {"source": source}
 
     def __len__(self):
         return len(self.videos)
 
     def __getitem__(self, index):
-        """A dict: clip, as its source reads it; y, the condition; time_scale, seconds per frame; index; video, its
-        path; corrupt, the paths of corrupt videos that it replaces. Raises UserError if all, or MAX_ATTEMPTS, are.
+        """A dict: clip, as the source reads it; y, the condition; time_scale, seconds per frame; index; video, the path
+        of its file; corrupt, the paths of corrupt videos that it replaces. Raises CorruptDataError if all, or
+        MAX_ATTEMPTS, are corrupt.
         """
         flipped, tried = self.flip and self._random_int("flip", 2, index) == 1, []
         while len(tried) < min(MAX_ATTEMPTS, len(self.videos) + len(self.spare)):
@@ -58,12 +59,13 @@ class Clips(torch.utils.data.Dataset):
                 sample = {"clip": clip, "y": self.classes.index(video.class_name), "time_scale": time_scale}
                 return sample | {"index": index, "video": video.path, "corrupt": [video.path for video in tried]}
             tried.append(video)
-        place = f"--data-path {self.source.root}"
-        raise UserError(f"{place}: {len(tried)} files in a row are corrupt, the first is {tried[0].path}")
+        found = f"{plural(len(tried), 'corrupt file')} in a row, the first is {tried[0].path}"
+        raise CorruptDataError(f"--data-path {self.source.root}: {found}; repair or replace the files")
 
     def draw(self, index, tried=()):
-        """(video, indices of its frames, time_scale: seconds between them) at an index of the stream; opens no file.
-        Another video, drawn at random, replaces those that were tried and can't be decoded.
+        """(video, indices of its frames, seconds between them) at an index of the stream. Opens no file.
+
+        A random other video replaces the ones in `tried`, which can't be decoded.
         """
         attempt, (smallest, largest) = len(tried), self.frame_interval
         video = self._replacement(index, tried) if tried else self._video(index)
@@ -74,7 +76,7 @@ class Clips(torch.utils.data.Dataset):
 
     def _video(self, index):
         epoch, position = divmod(index, len(self.videos))
-        if epoch != self._epoch:  # computed once per epoch, as it costs O(videos)
+        if epoch != self._epoch:  # only once per epoch, because it takes O(videos)
             order = generator(self.seed, "order", self.stream, epoch)
             self._epoch, self._order = epoch, torch.randperm(len(self.videos), generator=order)
         return self.videos[self._order[position]]
@@ -85,12 +87,12 @@ class Clips(torch.utils.data.Dataset):
         return others[self._random_int("replacement", len(others), index, len(tried))]
 
     def _random_int(self, purpose, below, *key):
-        """An integer from 0 to below - 1."""
+        """A random integer from 0 to below - 1."""
         return int(torch.randint(below, (), generator=generator(self.seed, purpose, self.stream, *key)))
 
 
 class ClipsByFrames(torch.utils.data.Dataset):
-    """A dict num_frames -> Clips as one data set, whose keys are (num_frames, index)."""
+    """One data set from a dict num_frames -> Clips. Its keys are (num_frames, index)."""
 
     def __init__(self, clips):
         self.clips = clips
@@ -101,9 +103,9 @@ class ClipsByFrames(torch.utils.data.Dataset):
 
 
 def rank_batches(first, steps, global_batch, rank, world_size, micro_batches=1):
-    """Yields for each of `steps` steps `micro_batches` lists of the indices of this rank's samples.
+    """Yield lists of the indices of this rank's samples: `micro_batches` lists for each of `steps` steps.
 
-    Step s takes global_batch indices, from first + s * global_batch on; each rank takes its slice of them.
+    Step s takes global_batch indices from first + s * global_batch on. Each rank takes its slice of them.
     """
     size = global_batch // (world_size * micro_batches)
     for step in range(steps):
@@ -113,8 +115,8 @@ def rank_batches(first, steps, global_batch, rank, world_size, micro_batches=1):
 
 
 def collate(samples):
-    """Samples -> a batch, a dict: clips (B, ...); y, indices int64 (B,); time_scales float32 (B,), s; videos, corrupt:
-    lists of paths.
+    """A batch of samples, a dict: clips (B, ...); y, indices int64 (B,); time_scales float32 (B,), in seconds; lists of
+    paths: videos, corrupt.
     """
     columns = {name: [sample[name] for sample in samples] for name in samples[0]}
     return {

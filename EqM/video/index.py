@@ -1,6 +1,6 @@
-"""What a data folder holds: `ROOT/<Class>/<video>.avi`, or images, which are clips of one frame. And its splits.
+"""The files of a data folder: `ROOT/<Class>/<video>.mp4`, or images, which are clips of one frame. And their splits.
 
-Files directly in ROOT are one class, "all". Where videos and images are treated alike, the code says video for both.
+Files directly in ROOT form one class, "all". Code that treats videos and images alike says video for both.
 """
 
 import hashlib
@@ -8,32 +8,39 @@ import json
 import os
 import re
 import shutil
+from collections import Counter
 from contextlib import suppress
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 
-from runtime.cli import Bar, UserError, say
+from runtime.cli import Bar, UserError, plural, say
 from runtime.untrusted import read_json
 from video.files import SUFFIXES, UnreadableError, Video, has_suffix, probe
 
 UNLABELLED = "all"  # the class of files directly in ROOT
 UCF_LISTS = "ucfTrainTestlist"
-INDEX_FILE = ".video_index-{}.json"  # with a hash of the data's path; beside the runs
+INDEX_FILE = ".video_index-{}.json"  # with a hash of the data's path; in the folder of the runs
 INDEX_FORMAT = 2
-SPARES = 100  # training videos that may stand in for validation videos, at most
+SPARES = 100  # most training videos that may replace validation videos
+
+
+class CorruptDataError(UserError):
+    """Too many corrupt files: the input is wrong, so all scripts end with that status, also while they run."""
+
+    status = 2
 
 
 @dataclass
 class Scan:
-    videos: list  # of Video, sorted by path; of a cache: in the order of the videos it was made from
+    videos: list  # of Video, sorted by path; in a cache: in the order of the original videos
     classes: list  # class names, sorted
     unreadable: list  # paths of the files that could not be opened
-    stamps: dict = field(default_factory=dict)  # path -> its file_stamp, before it was opened; of videos only
-    is_saved: bool = True  # in the index; or there is nothing to save
+    stamps: dict = field(default_factory=dict)  # path -> file_stamp before the file was opened; videos only
+    is_saved: bool = True  # the index holds this scan, or there is nothing to save
 
 
 def list_files(prefix, root):
-    """Paths relative to root of the files in root, then in its folders, sorted, none hidden. Raises UserError."""
+    """Paths of the visible files in root, then in its folders, sorted, relative to root. Raises UserError."""
 
     def names(folder, folders):
         try:
@@ -51,27 +58,37 @@ def find_files(root, images):
     """{path relative to root: class name} of every video or image, sorted. Opens no file. Raises UserError."""
     prefix, kind = f"--data-path {root}", "image" if images else "video"
     if not os.path.isdir(root):
-        raise UserError(f"{prefix}: no such folder; expected one with class folders of {kind}s")
+        raise UserError(f"{prefix}: no such folder; expected a folder with <class>/<{kind}>")
     found = [path for path in list_files(prefix, root) if has_suffix(kind, path)]
     if not found:
-        expected = f"expected <class>/<{kind}> with one of {' '.join(SUFFIXES[kind])}"
-        flag = "add --video for videos" if images else "images need no --video"
-        raise UserError(f"{prefix}: no {kind} found; {expected}; {flag}")
+        raise UserError(f"{prefix}: {explain_missing(root, kind)}")
     if "/" in found[-1] and "/" not in found[0]:
-        both = f"{kind}s in class folders ({found[-1]}) and beside them ({found[0]})"
-        raise UserError(f"{prefix}: {both}: move these into a class folder")
+        both = f"some {kind}s are in class folders ({found[-1]}), others are not ({found[0]})"
+        raise UserError(f"{prefix}: {both}; move all of them into class folders")
     seen = {}
     for path in found:
         if (twin := seen.setdefault(os.path.splitext(path)[0], path)) != path:
-            raise UserError(f"{prefix}: {twin} and {path} differ only in their suffix: rename or remove one")
-    return {path: os.path.dirname(path) or UNLABELLED for path in found}
+            raise UserError(f"{prefix}: {twin} and {path} differ only in their suffix; rename or remove one")
+    classes = {path: os.path.dirname(path) or UNLABELLED for path in found}
+    if "none" in classes.values():
+        raise UserError(f"{prefix}: the class none; --classes none asks for samples without a class; rename the folder")
+    return classes
+
+
+def explain_missing(root, kind):
+    """Say where a folder has most of its files of a kind, if they are too deep in it, or which files it should have."""
+    paths = (path for depth in (3, 4) for path in Path(root).glob("/".join(["[!.]*"] * depth)))
+    for place, count in Counter(path.parents[1] for path in paths if has_suffix(kind, path)).most_common(1):
+        return f"no {kind}s in {root}/<class>; {place}/<class> has {plural(count, kind)}; pass {place} instead"
+    advice = "to train on videos, add --video" if kind == "image" else "images need no --video"
+    return f"no {kind}s found; expected <class>/<{kind}> with one of {' '.join(SUFFIXES[kind])}; {advice}"
 
 
 def scan_videos(root, index_folder=None, images=False):
-    """The Scan of a folder of videos or images. Opens every video that the index does not know, and no image.
+    """The Scan of a folder of videos or images. Opens every video that is not in the index, and no image.
 
-    Only one rank should call this. The index is in `index_folder`, beside the runs; it is written if the folder exists,
-    else by save_index. An entry is valid while size and modification time of the file are the same. Raises UserError.
+    Only one rank should call this. Writes the index if its folder, that of the runs, exists; otherwise save_index will.
+    An entry is valid until the file's size or modification time changes. Raises UserError.
     """
     found = find_files(root, images)
     classes = sorted(set(found.values()))
@@ -85,7 +102,7 @@ def scan_videos(root, index_folder=None, images=False):
         with suppress(UnreadableError):
             entries[path] = stamps[path], probe(root, found[path], path)
     if not entries:
-        raise UserError(f"--data-path {root}: none of its {len(found)} videos can be opened")
+        raise CorruptDataError(f"--data-path {root}: can't open any of its videos ({plural(len(found), 'file')})")
     videos = [entries[path][1] for path in found if path in entries]
     unreadable = [path for path in found if path not in entries]
     scan = Scan(videos, classes, unreadable, stamps, is_saved=entries == known)
@@ -103,17 +120,17 @@ def file_stamp(root, path):
 
 
 def name_hash(name, size=6):
-    """A hash of a name, `size` bytes in hexadecimal."""
+    """A hash of a name: `size` bytes as hexadecimal digits."""
     return hashlib.blake2b(os.fsencode(name), digest_size=size).hexdigest()
 
 
 def index_place(root, folder):
-    """The path of the index of a data folder in the folder of the runs."""
+    """The path of a data folder's index in the folder of the runs."""
     return Path(folder, INDEX_FILE.format(name_hash(os.path.realpath(root))))
 
 
 def save_index(scan, root, folder):
-    """Write a scan to the index, all or nothing, unless that has happened. The folder must exist."""
+    """Write a scan that is not saved yet to the index, all or nothing. The folder must exist."""
     if scan.is_saved:
         return
     scan.is_saved, place = True, index_place(root, folder)
@@ -128,7 +145,7 @@ def save_index(scan, root, folder):
 
 
 def read_index(place):
-    """path -> (stamp, Video); empty if there is no valid index."""
+    """{path: (stamp, Video)}; empty if there is no valid index."""
     try:
         return {fields["path"]: (stamp, Video(**fields)) for stamp, fields in read_json(place)["videos"]}
     except FileNotFoundError:
@@ -139,17 +156,17 @@ def read_index(place):
 
 
 # ----------------------------------------------------------------------------------------------------------------------
-# The split into training and validation, and videos that are too short or corrupt
+# The split into training and validation; videos that are too short or corrupt
 
 
 def split_videos(root, videos, val_fraction):
     """(training, validation) videos, at least one each. Raises UserError if there are fewer than two videos.
 
-    UCF-101's first list decides if it is in or beside ROOT and names some but not all of these videos: the others
-    validate. Else a hash of Class/stem decides, so that adding, removing or converting a video moves no other.
+    UCF-101's first list makes the split if it is in or beside ROOT and names some but not all of these videos. Without
+    it, a hash of Class/stem does: videos that are added, removed or converted do not move others to another part.
     """
     if len(videos) < 2:
-        raise UserError(f"--data-path {root}: {len(videos)} usable file; expected at least 2, to train and to validate")
+        raise UserError(f"--data-path {root}: 1 usable file; expected at least 2, one to train and one to validate")
     _, train_keys = find_ucf_lists(root, videos)
     if train_keys:
         val = {video for video in videos if video.key not in train_keys}
@@ -165,9 +182,7 @@ def hash_fraction(video):
 
 
 def find_ucf_lists(root, videos):
-    """(folder of the UCF lists that split these videos, Class/stem of the training videos); (None, set()) if there are
-    none. Lists that name none or all of the videos do not count.
-    """
+    """(folder of the UCF lists that split these videos into two parts, Class/stem of the first), or (None, set())."""
     for folder in (Path(root, UCF_LISTS), Path(os.path.abspath(root)).parent / UCF_LISTS):
         if (file := folder / "trainlist01.txt").is_file():
             lines = file.read_text(encoding="utf-8", errors="surrogateescape").splitlines()  # as Python decodes names
@@ -183,7 +198,7 @@ def copy_ucf_lists(root, videos, folder):
     lists, _ = find_ucf_lists(root, videos)
     for file in lists.glob("*.txt") if lists else ():
         Path(folder, UCF_LISTS).mkdir(exist_ok=True)
-        shutil.copyfile(file, Path(folder, UCF_LISTS, file.name))  # not its mode: a later run writes it again
+        shutil.copyfile(file, Path(folder, UCF_LISTS, file.name))  # not its mode: a later run must overwrite it
 
 
 def fitting_interval(video, num_frames, interval):
@@ -192,17 +207,17 @@ def fitting_interval(video, num_frames, interval):
 
 
 def long_enough(videos, num_frames, kind, flag):
-    """The videos with at least num_frames frames. Raises UserError if there is none."""
+    """The videos with at least num_frames frames. Raises UserError if there are none."""
     kept = [video for video in videos if video.num_frames >= num_frames]
     if not kept:
-        longest = max(video.num_frames for video in videos)
-        raise UserError(f"{flag} {num_frames}: the longest {kind} video of --data-path has {longest} frames")
+        longest = plural(max(video.num_frames for video in videos), "frame")
+        raise UserError(f"{flag} {num_frames}: the longest {kind} video has {longest}; use fewer, or add longer videos")
     return kept
 
 
 @dataclass(frozen=True)
 class Data:
-    """The videos of --data-path for training; train and val are dicts: num_frames -> videos with as many frames."""
+    """The videos to train and to validate on. train and val map num_frames to the videos with at least as many."""
 
     source: object  # see source.py
     train: dict
@@ -214,13 +229,14 @@ class Data:
         return self.source.scan
 
     def spare(self, num_frames):
-        """Training videos that stand in for validation videos, should none of those be readable."""
+        """The training videos that replace validation videos if none of those can be read."""
         return [video for video in self.train[min(self.train)] if video.num_frames >= num_frames][:SPARES]
 
 
 def find_data(source, val_fraction, lengths, val_lengths, flag):
-    """The Data of a source for training clips of `lengths` frames, set by `flag`, and validation clips of these and
-    `val_lengths`. Raises UserError.
+    """The Data of a source for training clips of `lengths` frames, which `flag` sets. Raises UserError.
+
+    Validation clips have these lengths and `val_lengths`.
     """
     train, val = split_videos(source.root, source.videos(), val_fraction)
     of_train = {n: long_enough(train, n, "training", flag) for n in lengths}
@@ -231,11 +247,17 @@ def find_data(source, val_fraction, lengths, val_lengths, flag):
     return Data(source, of_train, of_val, num_too_short)
 
 
-class CorruptVideos:
-    """Counts corrupt videos, each once, and raises UserError when there are too many."""
+def name_some(names, most=3):
+    """The first few of many names, such as "a, b, c and 5 more"."""
+    return ", ".join(names[:most]) + (f" and {len(names) - most} more" if len(names) > most else "")
 
-    def __init__(self, total, max_fraction, known=()):
-        self.total, self.max_fraction, self.paths = total, max_fraction, dict.fromkeys(known)
+
+class CorruptVideos:
+    """Counts corrupt videos, each once, and raises CorruptDataError when there are too many."""
+
+    def __init__(self, scan, max_fraction, known=()):
+        self.total = len(scan.videos) + len(scan.unreadable)
+        self.max_fraction, self.paths = max_fraction, dict.fromkeys(known)
 
     def __str__(self):
         return f"corrupt so far: {self.count} of {self.total}"
@@ -245,11 +267,12 @@ class CorruptVideos:
         return len(self.paths)
 
     def add(self, paths):
-        """The paths that are new, each once. Raises UserError above max(1, max_fraction * total) corrupt videos."""
+        """The paths that are new, each once. Raises CorruptDataError above max(1, max_fraction * total) videos."""
         new = [path for path in dict.fromkeys(paths) if path not in self.paths]
         self.paths.update(dict.fromkeys(new))
-        if new and self.count > max(1, self.max_fraction * self.total):
-            found = f"{self.count} of {self.total} files are corrupt (newest: {', '.join(new[:3])})"
-            allowed = f"more than --max-bad-fraction {self.max_fraction} allows"
-            raise UserError(f"{found}, {allowed}: repair or remove them, or raise it")
+        allowed = max(1, int(self.max_fraction * self.total))
+        if new and self.count > allowed:
+            found = f"{self.count} of {self.total} files are corrupt, expected at most {allowed}"
+            advice = "repair, move or delete them, or raise this limit"
+            raise CorruptDataError(f"--max-bad-fraction {self.max_fraction}: {found}: {name_some(new)}; {advice}")
         return new

@@ -1,7 +1,6 @@
-"""Clips that a user names for sampling: frames to complete (--given), or a start (--init).
+"""Clips that a user names for sampling: frames to complete (--given), or an initial clip (--init).
 
-Their frames are scaled and cropped as those of training clips are, and taken at the times that the frames of the
-model's clips have.
+Frames are scaled and cropped as in training, and taken at the frame rate of the model's clips.
 """
 
 import os
@@ -12,7 +11,7 @@ from pathlib import Path
 import numpy as np
 import torch
 
-from runtime.cli import UserError
+from runtime.cli import UserError, plural
 from video.files import SUFFIXES, UnreadableError, has_suffix, probe, read_frames, resize_and_crop
 from video.index import list_files
 from video.samples import class_name, read_samples
@@ -22,29 +21,29 @@ from video.samples import class_name, read_samples
 class InputClip:
     """A video, a picture, or a sample of an earlier run."""
 
-    flag: str  # how the user named it, for messages: "--given clip.mp4"
+    flag: str  # the flag that named it, for messages: "--given clip.mp4"
     path: str
-    class_name: str | None  # of its folder, or of the sample
-    number: int | None = None  # of a sample in its samples.npz
-    pixels: np.ndarray | None = field(default=None, repr=False)  # of a sample, (T, H, W, 3), mapped into memory
-    seconds: float | None = None  # between the frames of a sample
+    class_name: str | None  # the name of its folder, or the class of the sample
+    number: int | None = None  # of the sample in its samples.npz
+    pixels: np.ndarray | None = field(default=None, repr=False)  # of the sample, (T, H, W, 3), mapped into memory
+    seconds: float | None = None  # between the frames of the sample
 
     def __str__(self):
         return self.path if self.number is None else f"{self.path}, sample {self.number}"
 
     def count(self, seconds_per_frame):
-        """How many frames it has at that rate; a picture has 1. Raises UserError."""
+        """The number of frames at that rate; 1 for a picture. Raises UserError."""
         num_frames, seconds = self._timing
         return 1 + int((num_frames - 1) * seconds / seconds_per_frame + 1e-3)
 
     def read(self, frames, seconds_per_frame, image_size):
-        """The frames with these numbers (ascending) at that rate: uint8 (3, n, size, size). Raises UserError."""
+        """The frames with these numbers, which ascend, at that rate: uint8 (3, n, size, size). Raises UserError."""
         num_frames, seconds = self._timing
         closest = [round(frame * seconds_per_frame / seconds) for frame in frames]
         if closest[-1] >= num_frames:
-            count = self.count(seconds_per_frame)
-            got = f"{count} frame{'s' * (count > 1)} of {seconds_per_frame:.3g} s, expected {frames[-1] + 1}"
-            raise UserError(f"{self.flag}: {self} has {got}: name a longer clip, or fewer frames")
+            count = plural(self.count(seconds_per_frame), "frame")
+            got = f"{count} of {seconds_per_frame:.3g} s, expected {frames[-1] + 1}"
+            raise UserError(f"{self.flag}: {self} has {got}; name a longer clip, or fewer frames")
         numbers = sorted(set(closest))
         pixels = self._decode(read_frames, "", self._video, numbers) if self.pixels is None else self.pixels[numbers]
         pixels = resize_and_crop(torch.from_numpy(pixels).permute(0, 3, 1, 2), image_size)  # (n, 3, H, W)
@@ -65,13 +64,13 @@ class InputClip:
         try:
             return function(*arguments)
         except UnreadableError as error:
-            raise UserError(f"{self.flag}: {self} can't be decoded: name another file") from error
+            raise UserError(f"{self.flag}: {self} can't be decoded; name another file") from error
 
 
 def find_clips(flag, path, kinds):
-    """The clips that a flag such as "--given" names by the path of a file or folder, sorted. Raises UserError.
+    """The clips in a file or folder that a flag such as "--given" names, sorted. Raises UserError.
 
-    A folder holds files of some kinds ("video", "image"), class folders of them, or the samples of an earlier run.
+    A folder contains files of these kinds ("video", "image"), class folders of them, or samples of sample_gd.py.
     """
     name, path = f"{flag} {path or repr('')}", str(path)
     samples = path if os.path.basename(path) == "samples.npz" else os.path.join(path, "samples.npz")
@@ -85,12 +84,12 @@ def find_clips(flag, path, kinds):
     files = [file for file in files if any(has_suffix(kind, file) for kind in kinds)]
     if not files:
         suffixes = " ".join(suffix for kind in kinds for suffix in SUFFIXES[kind])
-        raise UserError(f"{name}: no {' or '.join(kinds)}, expected one of {suffixes}, or a folder of sample_gd.py")
+        raise UserError(f"{name}: no {' or '.join(kinds)}; expected one of {suffixes}, or a folder of sample_gd.py")
     return [InputClip(name, file, Path(os.path.abspath(file)).parent.name) for file in files]
 
 
 def check_apart(clips, folder):
-    """Raise UserError if clips are in the folder that samples are written to, which removes earlier ones."""
+    """Raise UserError if a clip is in --folder, where writing samples removes earlier ones."""
     for clip in clips:
         if os.path.realpath(os.path.dirname(clip.path) or ".") == os.path.realpath(folder):
-            raise UserError(f"{clip.flag}: {clip.path} is in --folder {folder}, which is cleared; name another one")
+            raise UserError(f"{clip.flag}: {clip.path} is in --folder {folder}, which is cleared; name another folder")

@@ -1,4 +1,4 @@
-"""Loader processes: how they start and end, their batches, and the copies to the device."""
+"""Loader processes: their start and end, their batches, and the copies to the device."""
 
 import atexit
 import functools
@@ -19,8 +19,9 @@ PATH_BYTES = 4096
 
 
 def make_loader(clips, batches, num_workers, timeout, device):
-    """A DataLoader over clips, a dict num_frames -> Clips; batches yields lists of (num_frames, index).
-    timeout: seconds to wait for a batch of the loader processes, 0 = no limit.
+    """A DataLoader over `clips`, a dict num_frames -> Clips. `batches` yields lists of (num_frames, index).
+
+    timeout: seconds to wait for a batch of the loader processes; 0 = no limit.
     """
     watch, settings = LoaderWatch(num_workers), worker_settings(num_workers, timeout)
     for data_set in clips.values():
@@ -32,7 +33,7 @@ def make_loader(clips, batches, num_workers, timeout, device):
 
 
 def worker_settings(num_workers, timeout=0):
-    """The settings of a DataLoader with so many loader processes; 0: it reads in this one. timeout: see make_loader."""
+    """The settings of a DataLoader with num_workers processes; 0 = read in this process. timeout: see make_loader."""
     if not num_workers:
         return {}
     settings = {"multiprocessing_context": "spawn", "persistent_workers": True, "prefetch_factor": 4}
@@ -41,20 +42,20 @@ def worker_settings(num_workers, timeout=0):
 
 
 def start_worker(parent, _):
-    """Runs first in a loader process: it ends when its rank, the process `parent`, ends."""
+    """Make this loader process end when its rank, the process `parent`, ends."""
     die_with_parent(signal.SIGKILL)
-    if os.getppid() != parent:  # the rank ended before that
+    if os.getppid() != parent:  # the rank has already ended
         os._exit(1)
 
 
 class LoaderWatch:
-    """The file that each loader process is reading, to name one that hangs."""
+    """The file that each loader process is reading. A message names it if the process hangs."""
 
     def __init__(self, num_workers):
         self.slots = [multiprocessing.RawArray("c", PATH_BYTES) for _ in range(num_workers)]  # shared memory
 
     def note(self, path):
-        """This loader process is reading `path`; "" = none."""
+        """Record that this loader process is reading `path`; "" = no file."""
         if (worker := get_worker_info()) is not None:
             self.slots[worker.id].value = os.fsencode(path)[: PATH_BYTES - 1]
 
@@ -64,24 +65,24 @@ class LoaderWatch:
 
 @atexit.register
 def end_children():
-    """Kill the loader processes. They block SIGTERM, so at exit Python would wait for one that is busy or hangs."""
-    signal.signal(signal.SIGCHLD, signal.SIG_DFL)  # else torch would report their end as an error
+    """Kill the loader processes. They block SIGTERM, so Python would wait at exit for one that is busy or hangs."""
+    signal.signal(signal.SIGCHLD, signal.SIG_DFL)  # otherwise torch would report their end as an error
     for child in multiprocessing.active_children():
         child.kill()
 
 
 def batches_of(loader):
-    """An iterator over the batches of a DataLoader of Clips. UserErrors of its processes are raised without traceback.
+    """An iterator over the batches of a DataLoader of Clips. This call starts the loader processes.
 
-    A timeout becomes a UserError that names the files being read. This call starts the processes, as new ones
-    ("spawn"): a fork of this process could wait forever for a lock that a thread of gloo or TensorBoard held at that
-    moment. They inherit the blocked signals, which torchrun, a terminal or a cluster sends to the whole process group:
-    the rank still needs them for the current step.
+    A UserError of a process is raised here without its traceback. A timeout becomes a UserError that names the files
+    being read. The processes are new ones ("spawn"): a fork could wait forever for a lock that a thread of gloo or
+    TensorBoard held at that moment. They inherit blocked signals, because torchrun, terminals and clusters signal the
+    whole process group, and the rank still needs the processes for the current step.
     """
-    before = signal.pthread_sigmask(signal.SIG_BLOCK, STOP_SIGNALS)  # those that come are delivered afterwards
+    before = signal.pthread_sigmask(signal.SIG_BLOCK, STOP_SIGNALS)  # they are delivered afterwards
     try:
         if loader.num_workers:
-            resource_tracker.ensure_running()  # a helper of multiprocessing, whose start unblocks some of the signals
+            resource_tracker.ensure_running()  # a helper of multiprocessing; its start unblocks some of the signals
             signal.pthread_sigmask(signal.SIG_BLOCK, STOP_SIGNALS)
         iterator = iter(loader)
     finally:
@@ -93,19 +94,19 @@ def _iterate(loader, iterator):
     try:
         yield from iterator
     except UserError as error:
-        raise UserError(str(error).rsplit("UserError: ", 1)[-1].strip()) from error
-    except (ConnectionError, EOFError) as error:  # killed while it handed over a batch, before the DataLoader knows
+        raise type(error)(str(error).rsplit(f"{type(error).__name__}: ", 1)[-1].strip()) from error
+    except (ConnectionError, EOFError) as error:  # the process was killed while it handed over a batch
         raise RuntimeError("DataLoader worker (pid unknown) exited unexpectedly") from error
     except RuntimeError as error:
         if "timed out" not in str(error):
             raise
-        late = f"no batch within this many seconds, the loader processes are reading {loader.watch}"
+        late = f"no batch for this many seconds; the loader processes are reading {loader.watch}"
         advice = "remove or repair the file that hangs, or raise the limit"
-        raise UserError(f"--loader-timeout {loader.timeout:g}: {late}: {advice}") from error
+        raise UserError(f"--loader-timeout {loader.timeout:g}: {late}; {advice}") from error
 
 
 def on_device(batches, device):
-    """Yields the batches with their clips on the device. A GPU copies them while it computes the previous step."""
+    """Yield the batches with their clips on the device. A GPU copies clips while it computes the previous step."""
     if device.type != "cuda":
         yield from batches
         return
@@ -114,5 +115,5 @@ def on_device(batches, device):
         with torch.cuda.stream(copies):
             clips = batch["clips"].to(device, non_blocking=True)
         compute.wait_stream(copies)
-        clips.record_stream(compute)  # else their memory could be reused while it is in use
+        clips.record_stream(compute)  # otherwise their memory could be reused too early
         yield batch | {"clips": clips}

@@ -7,7 +7,7 @@ from pathlib import Path
 
 import numpy as np
 
-from runtime.cli import UserError
+from runtime.cli import UserError, plural
 from runtime.untrusted import check_regular, read_json
 
 UNFINISHED = "samples.unfinished"  # a file in the folder while samples are written
@@ -31,8 +31,8 @@ def read_samples(here, folder):
         if clips.dtype != np.uint8 or clips.ndim not in (4, 5) or clips.shape[-1] != 3 or 0 in clips.shape:
             raise ValueError(f"got {clips.dtype} {list(clips.shape)}, expected uint8 [N, T, H, W, 3]")
         if len(labels) != len(clips) or not NO_LABEL <= labels.min() <= labels.max() < len(about["classes"]):
-            found = f"{len(clips)} clips, {len(labels)} labels up to label {labels.max()}"
-            raise ValueError(f"{found}, {len(about['classes'])} classes in samples.json")
+            found = f"{plural(len(clips), 'clip')}, {plural(len(labels), 'label')} up to label {labels.max()}"
+            raise ValueError(f"{found}, {plural(len(about['classes']), 'class')} in samples.json")
         if not about["time_scale"] > 0:
             raise ValueError(f"time_scale is {about['time_scale']}, expected seconds per frame")
         about = {"source": {}, "flags": {}} | about

@@ -117,7 +117,7 @@ class Cache(Source):
         for video in settings["videos"]:
             if not os.path.isfile(os.path.join(root, video.path)):
                 raise UserError(f"--data-path {root}: a cache without its {video.path}: run cache_latents.py again")
-        super().__init__(root, Scan(settings["videos"], settings["classes"], settings["unreadable"]))
+        super().__init__(root, Scan(settings["videos"], settings["classes"], []))  # cache_latents.py counts corrupt
         side = settings["image_size"] // settings["downsample"]
         self.has_pixels, self.shape = settings["vae"] == "none", (settings["channels"], side, side)
 

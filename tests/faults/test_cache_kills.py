@@ -55,7 +55,7 @@ def test_a_kill_before_a_file_is_renamed_changes_no_byte_in_the_end(root, vae, c
     assert process.returncode == -signal.SIGKILL, stderr
     assert len(list(out.rglob("*.tmp"))) == 1
     assert len(list(out.rglob("*.safetensors"))) == finished
-    with pytest.raises(UserError, match="no video found" if rename == 1 else "not complete: run cache_latents.py"):
+    with pytest.raises(UserError, match="no videos found" if rename == 1 else "not complete: run cache_latents.py"):
         check_data_path(out)
     run(root, vae, out, "--with-flips")
     assert content(out) == content(cache)
