@@ -375,7 +375,7 @@ def check_sampling(args):
     if args.given is None:
         off = {"given_frames": None, "given_split": None, "samples_per_clip": 1, "keep_background": True}
         for name, value in off.items():
-            refuse_if(args, name, getattr(args, name) != value, "changes clips of --given; add that, or remove it")
+            refuse_if(args, name, getattr(args, name) != value, "applies to clips of --given; add that, or remove it")
     both = None not in (args.given, args.init)
     refuse_if(args, "given", both, "keeps its frames, but --init changes all of them; remove one of the two flags")
     no_init = args.init_gamma is not None and args.init is None

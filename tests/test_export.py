@@ -212,7 +212,7 @@ def test_fine_tuning_averages_from_its_start_and_a_chained_phase_continues(tmp_p
             before = state["ema"]
 
     trained("a", tmp_path / "shared", (11, 12), status=2)
-    assert "--new-classes trains on with those of the data" in capsys.readouterr().err
+    assert "add --new-classes to train with the new ones" in capsys.readouterr().err
     files, states = trained("a", tmp_path / "shared", (11, 12), "--new-classes")
     assert "--new-classes: 1 of 2 are known" in capsys.readouterr().out
     shared, table = load_file(tmp_path / "shared/model.safetensors"), "y_embedder.embedding_table.weight"

@@ -80,7 +80,7 @@ def test_samples_of_another_run_are_replaced_only_with_overwrite(places, tmp_pat
         (folder / name).write_text("{}")
     before = content(folder)
     images(other, folder, 2, "--no-overwrite", status=2)
-    assert f"--folder {folder}: holds samples of {places / 'image.pt'}" in capsys.readouterr().err
+    assert f"--folder {folder}: has samples of {places / 'image.pt'}" in capsys.readouterr().err
     assert content(folder) == before
     images(places, folder, 3, "--no-overwrite")  # of the same run
     assert content(folder).keys() == names_of(3) | {"mine.json", "mine.png", "fvd.json"}
@@ -166,14 +166,14 @@ def test_training_keeps_the_settings_over_a_resume_and_in_the_next_phase(shapes,
         (["--window", 8, "--overlap", 0], "--overlap"),
         (["--window", 3], "--window 3"),
         (["--window", 8, "--init", "B/b.mp4"], "--init"),
-        (["--given-split", "val"], "--given-split val: is about the clips of --given"),
-        (["--samples-per-clip", 2], "--samples-per-clip 2: is about the clips of --given"),
-        (["--no-keep-background"], "--no-keep-background: is about the clips of --given"),
+        (["--given-split", "val"], "--given-split val: applies to clips of --given"),
+        (["--samples-per-clip", 2], "--samples-per-clip 2: applies to clips of --given"),
+        (["--no-keep-background"], "--no-keep-background: applies to clips of --given"),
         (["--given", "B", "--given-frames", "20"], "--given-frames 20: samples have the frames 0 to 19; expected"),
         (["--given", "B", "--given-frames", "0-19"], "--given-frames 0-19: samples have the frames 0 to 19"),
         (["--given", "B", "--given-frames", "0-3"], "c.mp4 has 3 frames of 0.04 s"),
         (["--given", "A/a.png", "--given-frames", "0-1"], "a.png has 1 frame of"),
-        (["--given", "B", "--init", "B"], "those of --init"),
+        (["--given", "B", "--init", "B"], "but --init changes all"),
         (["--given", "B", "--folder", "B"], "--folder B"),  # whose clips would be removed
         (["--init", "B/b.mp4", "--num-frames", 8, "--folder", "B"], "--folder B"),
     ],
