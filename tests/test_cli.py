@@ -14,6 +14,7 @@ from runtime import cli
 from runtime.atomic import link
 from runtime.cli import UserError, number
 from runtime.runs import make_run_folder
+from video.index import CorruptDataError
 
 # Flags --------------------------------------------------------------------------------------------------------------
 
@@ -174,6 +175,7 @@ def test_warnings_are_lines_and_the_log_has_the_earlier_ones(capsys, tmp_path):
     [
         (KeyboardInterrupt(), 130, "error: stopped by SIGINT: run the same command again"),
         (UserError("wrong\nflag"), 1, "wrong flag"),
+        (CorruptDataError("2 of 6 files"), 2, "2 of 6 files"),  # as when it is found before training
         (OSError(28, "No space left on device"), 1, "No space left on device"),
         (RuntimeError("DataLoader worker (pid 7) is killed by signal: Killed."), 1, "lower --num-workers"),
         (RuntimeError("[1] Connection closed by peer [2]"), 1, "another rank has ended"),
