@@ -16,8 +16,8 @@ from video.loader import end_children
 
 def add_loading_flags(add, num_workers):
     """Add the flags that say which videos are read, and how."""
-    share = "fraction of the videos for validation, at least one video; split files replace it"
-    add("--val-fraction", type=number(float, above=0, most=1), default=0.05, help=share)
+    fraction = "fraction of the videos for validation, at least one video; split files in --data-path replace it"
+    add("--val-fraction", type=number(float, above=0, most=1), default=0.05, help=fraction)
     add("--max-bad-fraction", type=SHARE, default=0.1, help="fraction of the files that may be corrupt; one always may")
     workers = number(int, least=0, most=1024)
     add("--num-workers", type=workers, default=num_workers, help="loader processes per rank; 0 = in-process")

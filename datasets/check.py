@@ -184,7 +184,8 @@ def write_clips(args, data, out):
     clips = Clips(data.source, shown, data.scan.classes, args.num_frames, (*args.frame_interval * 2,), flip=False)
     samples = sorted((clips[index] for index in range(len(shown))), key=lambda sample: sample["video"])
     paths = [sample["video"] for sample in samples]
-    write_sheet(out, np.stack([sample["clip"].permute(1, 2, 3, 0) for sample in samples]), paths)
+    videos = np.stack([sample["clip"].permute(1, 2, 3, 0) for sample in samples])
+    write_sheet(out, videos, paths, labels=[sample["y"] for sample in samples])
     say(f"{out}: {plural(len(shown), 'training clip')} as the model sees them, from the top: {', '.join(paths)}")
 
 

@@ -317,7 +317,7 @@ def one_line_errors(*others):
             sys.exit(130)  # rank 0 reports
         fail("stopped by SIGINT: run the same command again", status=130)
     except (UserError, OSError, MemoryError, torch.OutOfMemoryError, *others) as error:
-        status, wait = getattr(error, "status", 1), not isinstance(error, ConnectionError)  # each rank has its own
+        status, wait = getattr(error, "status", 1), not isinstance(error, ConnectionError)  # a rank has its own
         fail(error, status, wait)
     except RuntimeError as error:
         if (line := explain(error)) is None:

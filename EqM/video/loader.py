@@ -95,14 +95,14 @@ def _iterate(loader, iterator):
         yield from iterator
     except UserError as error:
         raise type(error)(str(error).rsplit(f"{type(error).__name__}: ", 1)[-1].strip()) from error
-    except (ConnectionError, EOFError) as error:  # killed while it handed over a batch, before the DataLoader knows
+    except (ConnectionError, EOFError) as error:  # the process was killed while it handed over a batch
         raise RuntimeError("DataLoader worker (pid unknown) exited unexpectedly") from error
     except RuntimeError as error:
         if "timed out" not in str(error):
             raise
         late = f"no batch for this many seconds; the loader processes are reading {loader.watch}"
         advice = "remove or repair the file that hangs, or raise the limit"
-        raise UserError(f"--loader-timeout {loader.timeout:g}: {late}: {advice}") from error
+        raise UserError(f"--loader-timeout {loader.timeout:g}: {late}; {advice}") from error
 
 
 def on_device(batches, device):
