@@ -144,7 +144,9 @@ done
 SCHEDULE=$FRAMES_1:$STEPS_1:$BATCH_1,$FRAMES_2:$STEPS_2:$BATCH_2,$FRAMES_3:$STEPS_3:$BATCH_3
 CACHED=()
 [[ $CACHE == 0 ]] || CACHED=(--vae="$VAE" --image-size="$IMAGE_SIZE")
-if [[ $BEGUN == 0 ]]; then # find the mistakes of all phases now; the cache may take hours
+# Find the mistakes of all phases before the cache, which may take hours, and before phase 1. One run without a cache
+# checks itself
+if [[ $BEGUN == 0 && ($CACHE == 1 || $ONE_RUN == 0) ]]; then
   WORLD_SIZE=$GPUS python "${TRAIN[@]}" --data-path="$DATA" --frames-schedule="$SCHEDULE" "${CACHED[@]}" "$@" \
     --dry-run >/dev/null
 fi

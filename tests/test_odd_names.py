@@ -178,8 +178,7 @@ def test_train_progressive_passes_odd_names_unchanged(run_copy, tmp_path):
 def test_train_progressive_trains_all_phases_in_one_run_if_asked(run_copy):
     settings = {f"{name}_{phase}": str(10 * phase) for name in ("STEPS", "BATCH") for phase in (1, 2, 3)}
     settings |= {"CACHE": "0", "ONE_RUN": "1", "LR_DECAY": "0.4", "GPUS": "2"}
-    _, (check, call) = run_copy("train_progressive.sh", "--more", **settings)
-    assert "--frames-schedule=4:10:10,8:20:20,16:30:30" in check and check[-2:] == ["--more", "--dry-run"]
+    _, (call,) = run_copy("train_progressive.sh", "--more", **settings)
     assert call[-4:-1] == ["--val-every=1", "--sample-every=1", "--frames-schedule=4:10:10,8:20:20,16:30:30"]
     assert call[call.index("--lr-decay") + 1] == "0.4"
     assert not any(flag.startswith(("--num-frames", "--ckpt", "--lr-decay-", "--resume")) for flag in call)
@@ -238,7 +237,7 @@ def test_train_progressive_leaves_positions_and_forcing_to_a_checkpoint(run_copy
     for training, share in (({"lr": 1}, "0"), ({"forcing": 0.5}, "0.5")):  # the first is older than --forcing
         config.write_text(json.dumps({"training": training}))
         assert list(choices()) == 2 * [([], share)]
-    assert list(choices(ONE_RUN="1")) == 2 * [(POSITIONS, "0.75")]  # which does not continue that run
+    assert list(choices(ONE_RUN="1")) == [(POSITIONS, "0.75")]  # which does not continue that run
 
 
 def test_sample_passes_odd_names_unchanged_and_uses_the_newest_model(run_copy, tmp_path):

@@ -93,7 +93,7 @@ def test_train_progressive_encodes_the_videos_once_and_trains_three_phases(shape
     flags = ["--num-workers", 0, "--log-every", 1, "--val-clips", 4, "--sample-every", 0, "--depth", 1]
 
     def run(*more, status=0):
-        return end(start_script("train_progressive.sh", tree, settings, *flags, *more), status, timeout=240)
+        return end(start_script("train_progressive.sh", tree, settings, *flags, *more), status, timeout=480)
 
     run()
     for frames, step in ((4, 1), (8, 2), (16, 3)):
