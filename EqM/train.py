@@ -67,6 +67,7 @@ def parse_args():
     add("--ckpt", metavar="FILE", help="start a new phase from this checkpoint, export or published image model")
     add("--new-classes", action="store_true", help="train --ckpt on other classes; known names keep their embeddings")
     add("--resume", action="store_true", help="continue the newest run of this model, frames and positions, if any")
+    add("--dry-run", action="store_true", help="check flags, data and checkpoint, then exit")
     add("--log-every", type=COUNT, default=100, help="steps between two lines of metrics")
     add("--ckpt-every", type=COUNT, default=50_000, help="steps between checkpoints, and at the end")
     add("--save-minutes", type=NON_NEGATIVE, default=15.0, help="minutes between checkpoints; 0 = off")
@@ -153,6 +154,9 @@ def main():
         found = preflight.check_run(args)
     except cli.UserError as error:
         cli.fail(error)
+    if args.dry_run:
+        say("--dry-run: no mistakes found")
+        return
     device = distributed.start(distributed.STEP_TIME)
     args, start, vae, config, data, phases = preflight.share_run(found)
     progress = start.progress

@@ -1,54 +1,88 @@
-# What the scripts share; they source it from the repository's root with their own arguments.
+# Functions that the scripts share. A script sources this file from the repository's root, with its own arguments.
 
-SCRIPT=${SCRIPT:-$(basename "$0")} # Slurm runs a copy of another name
+SCRIPT=${SCRIPT:-$(basename "$0")} # Slurm runs a copy with another name
 
-complain() { # MESSAGE: what the user can put right
+complain() { # MESSAGE: print a mistake of the user, and exit
   printf '%s: error: %s\n' "$SCRIPT" "$*" >&2
   exit 2
 }
 
-for word in "$@"; do # --help: the comment at the head of the script, and nothing else is done
+for word in "$@"; do # --help prints the comment at the top of the script, and does nothing else
   if [[ $word == --help || $word == -h ]]; then
     awk 'NR > 1 { if (!/^#/) exit; if (!/^#SBATCH/) { sub(/^# ?/, ""); print } }' "${HELP:-scripts/$SCRIPT}"
     exit
   fi
 done
 
-flags_only() { # ARGUMENTS that are passed on: flags, not words
+flags_only() { # ARGUMENTS: the first one must be a flag
   if [[ $# != 0 && $1 != -* ]]; then complain "$(printf %q "$1"): unexpected argument; expected flags, see --help"; fi
 }
 
-no_words() { # ARGUMENTS of a script that takes none
-  if [[ $# != 0 ]]; then complain "$(printf %q "$1"): unexpected argument; expected none, see --help for its variables"; fi
+no_words() { # ARGUMENTS: there must be none
+  if [[ $# != 0 ]]; then complain "$(printf %q "$1"): unexpected argument; expected none, see --help for variables"; fi
 }
 
-nearly() { # KNOWN NAMES...: complains of a variable that is set and that is nearly one of the KNOWN ones
+nearly() { # "KNOWN NAMES" NAMES...: none of NAMES, which look like known ones, may be set
   local name
   for name in "${@:2}"; do
-    [[ -z ${!name:-} ]] || complain "$name: unknown variable; expected $1 (unset it); all else is a flag, see --help"
+    [[ -z ${!name:-} ]] || complain "$name: unknown variable; expected $1; unset it, or give a flag, see --help"
   done
 }
 
-activate() { # the environment of setup.sh, or one that the user has activated
-  if [[ -d .venv ]]; then source .venv/bin/activate; fi
-  command -v torchrun >/dev/null || complain "no torch here: run scripts/setup.sh first"
+counts() { # NAMES of variables: each must be a whole number of at least 1; removes leading zeros
+  local name
+  for name in "$@"; do
+    [[ ${!name} =~ ^0*([1-9][0-9]{0,9})$ ]] ||
+      complain "$name=$(printf %q "${!name}"): not a count; expected a whole number of at least 1"
+    printf -v "$name" %s "${BASH_REMATCH[1]}"
+  done
 }
 
-suit() { # sets RANKS and SUITED to the number of processes and the precision that suit the machine
-  RANKS=1 SUITED= # what the GPU is best at
+check_gpus() { # GPUS must be a number of processes that this machine has GPUs for; without a GPU, any
+  counts GPUS
+  local found
+  found=$(nvidia-smi -L 2>/dev/null | awk '/^GPU / { count++ } END { print count + 0 }') || found=0
+  if [[ $found != 0 && $GPUS -gt $found ]]; then complain "GPUS=$GPUS: this machine has $found; set GPUS=$found"; fi
+}
+
+activate() { # use the environment that setup.sh makes, or the active one
+  if [[ -d .venv ]]; then source .venv/bin/activate; fi
+  command -v torchrun >/dev/null ||
+    complain "no torch found: run 'bash scripts/setup.sh' first, or activate your own environment"
+}
+
+suit() { # set RANKS and SUITED: the number of processes and the precision that suit this machine
+  RANKS=1 SUITED= # train.py knows the best precision of a GPU
   if ! command -v nvidia-smi >/dev/null; then
-    RANKS=2 SUITED=bf16 # on the CPU two of one thread are faster than one of two
-    # glibc keeps the memory of a step for the next one, instead of giving it back and asking again
+    RANKS=2 SUITED=bf16 # on a CPU, two processes of one thread are faster than one of two
+    # Have glibc keep the memory of a step for the next one: returning it and asking again takes time
     export MALLOC_MMAP_THRESHOLD_=4000000000 MALLOC_TRIM_THRESHOLD_=4000000000
   fi
 }
 
-processes() { # N: sets RUN to what starts a Python script in N processes
+processes() { # set RUN to the command that starts a Python script in GPUS processes
+  check_gpus
   RUN=(python)
-  if [[ $1 != 1 ]]; then
-    RUN=(torchrun --standalone --nproc_per_node="$1")
-    EQM_ERROR_FILE=$(mktemp) # what is wrong goes there, to be shown after torchrun's own report
+  if [[ $GPUS != 1 ]]; then
+    RUN=(torchrun --standalone --nproc_per_node="$GPUS")
+    EQM_ERROR_FILE=$(mktemp) # errors go there, so that they come after torchrun's own report
     export EQM_ERROR_FILE
     trap 'cat "$EQM_ERROR_FILE" >&2; rm -f "$EQM_ERROR_FILE"' EXIT
+  fi
+}
+
+find_model() { # set CKPT to the newest model of results/$EXP, or to that folder if it is an export
+  local file folder known=
+  for file in "results/$EXP"/*/checkpoints/best.pt "results/$EXP/model.safetensors"; do
+    if [[ -f $file && (-z $CKPT || $file -nt $CKPT) ]]; then CKPT=$file; fi
+  done
+  CKPT=${CKPT%/model.safetensors}
+  if [[ -z $CKPT ]]; then
+    for folder in results/*/; do
+      for file in "$folder"*/checkpoints/best.pt "${folder}model.safetensors"; do
+        if [[ -f $file ]]; then known+=" $(printf %q "$(basename "$folder")")" && break; fi
+      done
+    done
+    complain "EXP=$(printf %q "$EXP"): no model in results/; expected one of:${known:- (none yet)}; or set CKPT"
   fi
 }

@@ -1,17 +1,16 @@
 #!/usr/bin/env bash
-# Runs that are killed, stopped and fed with damaged files, for real.
+# Kill runs, stop them, and feed them damaged files.
 #
-#   bash scripts/faults.sh       the tests in tests/faults
-#   bash scripts/faults.sh N [FLAGS]
-#                                kill a run of two ranks N times with SIGKILL, stop it half as often with SIGTERM, at
-#                                random moments, and compare its end with that of an undisturbed run: results/faults.md
-#                                (or faults-FLAGS.md). FLAGS are more flags of train.py, such as --shard
+#   bash scripts/faults.sh             run the tests in tests/faults
+#   bash scripts/faults.sh N [FLAGS]   kill a run of two ranks N times with SIGKILL, stop it half as often with SIGTERM,
+#                                      at random moments, and compare the result with an undisturbed run. Writes
+#                                      results/faults.md (or faults-FLAGS.md). FLAGS: more flags of train.py
 #
 # It has no variables.
 set -euo pipefail
 cd "$(dirname "$0")/.."
 source scripts/common.sh
-if [[ ! ${1:-1} =~ ^[1-9][0-9]*$ ]]; then complain "$*: expected nothing, or a number first, see --help"; fi
+[[ ${1:-1} =~ ^[1-9][0-9]*$ ]] || complain "$(printf %q "$1"): not a number; expected a number first, or nothing"
 flags_only "${@:2}"
 bash scripts/setup.sh dev
 if [[ $# == 0 ]]; then

@@ -1,11 +1,11 @@
-"""What scripts/gpu_check.sh runs: tests/gpu_checks.py, then the speed of some models. All rows go to results/gpu.md."""
+"""Run tests/gpu_checks.py and measure the speed of some models, for scripts/gpu_check.sh. Writes results/gpu.md."""
 
 import os
 import subprocess
 import sys
 from pathlib import Path
 
-# Let waiting threads sleep instead of spin: beside other work a step with spinning threads takes many times as long.
+# Let waiting threads sleep instead of spin: on a busy machine, spinning makes a step many times slower.
 # Must be set before torch is imported.
 os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
 
@@ -18,20 +18,20 @@ from runtime.cli import COUNT, ArgumentParser, UserError, check_writable, fail, 
 
 ROOT = Path(__file__).resolve().parent.parent
 ON_GPU = torch.cuda.is_available()
-SPEED = "A training step on random latents of 32 x 32 x 4, without loading. MFU: FLOPs / the highest rate of the GPU."
+SPEED = "A training step on random latents of 32 x 32 x 4, without loading. MFU: FLOP/s / the GPU's peak FLOP/s."
 
 
 def parse_args():
-    parser = ArgumentParser(description="Check that a machine with GPUs trains as it should, and measure its speed.")
-    gpus = "how many GPUs the parts with several ranks use; default: all, without a GPU 2 processes"
+    parser = ArgumentParser(description="Check that a machine with GPUs trains correctly, and measure its speed.")
+    gpus = "GPUs for the checks with several ranks; default: all, or 2 processes without a GPU"
     parser.add_argument("gpus", nargs="?", type=COUNT, metavar="GPUS", help=gpus)
-    out = "file for the tables; default: results/gpu.md, without a GPU none"
+    out = "file for the tables; default: results/gpu.md, or none without a GPU"
     parser.add_argument("--out", type=Path, metavar="FILE", help=out)
     return parser.parse_args()
 
 
 class Rows:
-    """A pytest plugin that collects the rows of gpu_checks.py under the docstrings of the tests."""
+    """A pytest plugin that collects the rows of gpu_checks.py, grouped by the docstring of their test."""
 
     def __init__(self):
         self.lines, self.failed, self.part = [], [], None
@@ -48,7 +48,7 @@ class Rows:
 
 
 def measure_speed(rows):
-    """Add the table of benchmark.py --only sizes, which is printed as it comes."""
+    """Print the table of benchmark.py --only sizes line by line, and add it to the rows."""
     flags = ["--precision", "fp16" if ON_GPU and not has_bf16() else "bf16"]
     flags += ["--pairs", "10", "--compile"] if ON_GPU else ["--pairs", "3"]
     command = [sys.executable, str(ROOT / "scripts/benchmark.py"), "--only", "sizes", *flags]
@@ -66,11 +66,11 @@ def main():
     ranks, out = args.gpus or found or 2, args.out or (ROOT / "results/gpu.md" if ON_GPU else None)
     try:
         if ON_GPU and ranks > found:
-            raise UserError(f"GPUS {ranks}: this machine has {found}; give at most as many")
+            raise UserError(f"GPUS {ranks}: this machine has {found}; expected at most {found}")
         if out:
             check_writable("--out", out.parent)
             if out.is_dir():
-                raise UserError(f"--out {out}: a folder; name a file")
+                raise UserError(f"--out {out}: is a folder; name a file")
     except UserError as error:
         fail(error)
     title = f"GPU check: {ranks} x {torch.cuda.get_device_name()}" if ON_GPU else "Check WITHOUT a GPU: tiny sizes"

@@ -1,14 +1,14 @@
 #!/usr/bin/env bash
-# Does this machine compute what a CPU computes, does training work on it in every way, and how fast is it? Runs
-# tests/gpu_checks.py, 10 minutes on one large GPU; writes results/gpu.md, and ends with status 1 and a line that names what
-# failed, if anything did.
+# Check that this machine computes the same as a CPU and that every way of training works, and measure its speed. This
+# runs tests/gpu_checks.py, which takes 10 minutes on one large GPU, and writes results/gpu.md. If a check fails, a line
+# names it and the status is 1.
 #
-#   bash scripts/gpu_check.sh             all GPUs of this machine
-#   bash scripts/gpu_check.sh GPUS        so many of them
-#   bash scripts/gpu_check.sh --out FILE  write elsewhere
+#   bash scripts/gpu_check.sh             use all GPUs of this machine
+#   bash scripts/gpu_check.sh GPUS        use this many
+#   bash scripts/gpu_check.sh --out FILE  write another file
 #
-# Without a GPU the same is done at tiny sizes, with 2 processes, in 2 minutes: this shows that the script works, no more.
-# Nothing is written then, unless --out is given. Paths are relative to the repository. It has no variables.
+# Without a GPU it runs tiny sizes in 2 processes, for 2 minutes. This shows only that the script works, and writes a
+# file only with --out. Paths are relative to the repository. It has no variables.
 set -euo pipefail
 cd "$(dirname "$0")/.."
 source scripts/common.sh

@@ -1,17 +1,18 @@
 #!/usr/bin/env bash
-# From a fresh clone to videos: environment, data, a RoPE model trained on 4, then 8, then 16 frames, samples of 16, 7 and
-# 24 frames, and their scores by a motion tracker. Run again, it continues from its last checkpoint.
+# From a fresh clone to videos: environment, data, a RoPE model trained on 4, then 8, then 16 frames, samples of 16, 7
+# and 24 frames, and their scores by a motion tracker. Run it again to continue from its last checkpoint.
 #
 #   EXP=quickstart                  results go to results/$EXP, samples to samples/$EXP-f16 and so on
-#   DATA=datasets/moving-shapes     made if it is missing, VIDEOS=60 of each class
-#   GPUS, MODEL=EqM-Ti/2, PRECISION processes, model, bf16 or fp32; default: what suits the machine
+#   DATA=datasets/moving-shapes     made if it is missing, with VIDEOS=60 of each class
+#   MODEL=EqM-Ti/2
+#   GPUS, PRECISION                 processes, bf16 or fp32; default: what suits the machine
 #   STEPS_1, STEPS_2, STEPS_3       global steps at which the phases end: 1000, 1680, 2200
-#   BATCH_1, BATCH_2, BATCH_3       clips a step: 32, 16, 8
-#   ONE_RUN=1                       0: a run for each phase, which starts from the checkpoint of the one before
+#   BATCH_1, BATCH_2, BATCH_3       clips per step: 32, 16, 8
+#   ONE_RUN=1                       0: one run per phase, which starts from the checkpoint of the previous phase
 #   FORCING=0.5                     share of the clips that teach to complete given frames
-#   LR_DECAY=0.4                    share of the steps over which the learning rate falls to 0
-#   SEED=0                          of every random draw of the training
-#   SAMPLES=48, FRAMES="16 7 24"    how many samples, of how many frames
+#   LR_DECAY=0.4                    share of the steps, at the end, over which the learning rate falls to 0
+#   SEED=0                          seed of every random draw of the training
+#   SAMPLES=48, FRAMES="16 7 24"    samples of each length, lengths in frames
 set -euo pipefail
 cd "$(dirname "$0")/.."
 source scripts/common.sh
@@ -20,12 +21,14 @@ BEGAN=$SECONDS
 
 suit
 PRECISION=${PRECISION:-$SUITED}
-export EXP=${EXP:-quickstart} DATA=${DATA:-datasets/moving-shapes} GPUS=${GPUS:-$RANKS} MODEL=${MODEL:-EqM-Ti/2}
-export STEPS_1=${STEPS_1:-1000} STEPS_2=${STEPS_2:-1680} STEPS_3=${STEPS_3:-2200} # with 840 and 1580 one seed was weak
-export BATCH_1=${BATCH_1:-32} BATCH_2=${BATCH_2:-16} BATCH_3=${BATCH_3:-8}      # 2,048 tokens a step
+GPUS=${GPUS:-$RANKS}
+check_gpus
+export GPUS EXP=${EXP:-quickstart} DATA=${DATA:-datasets/moving-shapes} MODEL=${MODEL:-EqM-Ti/2}
+export STEPS_1=${STEPS_1:-1000} STEPS_2=${STEPS_2:-1680} STEPS_3=${STEPS_3:-2200} # 840 and 1580: one seed was weak
+export BATCH_1=${BATCH_1:-32} BATCH_2=${BATCH_2:-16} BATCH_3=${BATCH_3:-8}      # 2,048 tokens per step
 export ONE_RUN=${ONE_RUN:-1} FORCING=${FORCING:-0.5} LR_DECAY=${LR_DECAY:-0.4} RECIPE=small
 export COMPILE=0 CACHE=0 # compiling takes longer than it saves here; pixels need no encoding
-[[ $ONE_RUN == 1 ]] && MIX=(--mix 0.1) || MIX=() # or 4 frames would be half forgotten
+[[ $ONE_RUN == 1 ]] && MIX=(--mix 0.1) || MIX=() # without it the model forgets half of what 4 frames taught it
 SAMPLES=${SAMPLES:-48} FRAMES=${FRAMES:-16 7 24}
 
 bash scripts/setup.sh
@@ -40,7 +43,7 @@ bash scripts/train_progressive.sh \
   --sampler ngd --num-sampling-steps 20 --stepsize 0.0262 --cfg-scale 1.5
 
 OUT=samples/$EXP CKPT= FRAMES=$FRAMES SAMPLES=$SAMPLES bash scripts/sample.sh --overwrite \
-  ${PRECISION:+--precision="$PRECISION"} --batch-size 8 # 48 samples: 3 batches for each of two ranks
+  ${PRECISION:+--precision="$PRECISION"} --batch-size 8 # 48 samples are 3 batches for each of two ranks
 
 FOLDERS=()
 for frames in $FRAMES; do FOLDERS+=("samples/$EXP-f$frames"); done

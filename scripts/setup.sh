@@ -1,12 +1,12 @@
 #!/usr/bin/env bash
-# Make or update the environment in .venv. Run it as often as you like; what is up to date is left alone.
+# Make or update the environment in .venv. Running it again is quick and safe.
 #
-#   bash scripts/setup.sh          what running needs
-#   bash scripts/setup.sh dev      and what testing needs
+#   bash scripts/setup.sh          packages to run the code
+#   bash scripts/setup.sh dev      also packages to test it
 #
 #   PYTHON=python3.12              another Python than python3 (3.11 or newer)
-#   TORCH_INDEX=URL                take torch from another index, for example PyTorch's own, which has builds for the
-#                                  CPU alone (small) and for each version of CUDA; see pytorch.org, "Get started"
+#   TORCH_INDEX=URL                install torch from another index. PyTorch's own index has small builds for CPUs, and
+#                                  builds for each version of CUDA: see pytorch.org, "Get started"
 set -euo pipefail
 cd "$(dirname "$0")/.."
 source scripts/common.sh
@@ -18,17 +18,17 @@ esac
 PYTHON=${PYTHON:-python3} TORCH_INDEX=${TORCH_INDEX:-}
 
 "$PYTHON" -c 'import sys; sys.exit(sys.version_info < (3, 11))' ||
-  complain "$PYTHON is missing or older than 3.11; set PYTHON to a newer one"
-[[ -x .venv/bin/python ]] || "$PYTHON" -m venv .venv
+  complain "PYTHON=$(printf %q "$PYTHON"): missing or older than 3.11; set PYTHON to a newer one"
+[[ -x .venv/bin/pip ]] || "$PYTHON" -m venv .venv
 
-# The stamp names what was installed, so that a second run takes no time.
+# The stamp names what is installed, so that a second run takes no time
 STAMP=.venv/installed-$REQUIREMENTS
 NEEDED=$(cat requirements.txt "$REQUIREMENTS"; echo "$TORCH_INDEX")
 if [[ $(cat "$STAMP" 2>/dev/null || true) != "$NEEDED" ]]; then
   if [[ -n $TORCH_INDEX ]]; then
     .venv/bin/pip install --quiet --index-url "$TORCH_INDEX" torch torchvision
   elif ! command -v nvidia-smi >/dev/null; then
-    echo "setup.sh: no GPU found; pip may still pick a large build of torch (see TORCH_INDEX in this script)"
+    echo "setup.sh: no GPU found; pip may still pick a large build of torch: see TORCH_INDEX in --help"
   fi
   .venv/bin/pip install --quiet -r "$REQUIREMENTS"
   echo "$NEEDED" >"$STAMP"

@@ -1,7 +1,7 @@
 #!/usr/bin/env bash
-# Style checks and tests, on all cores. Kills and damaged files: scripts/faults.sh.
+# Check the style and run the tests, on all cores. scripts/faults.sh tests kills and damaged files.
 #
-#   bash scripts/test.sh [words and flags of pytest, such as tests/test_rope.py or -k name]
+#   bash scripts/test.sh [arguments of pytest, such as tests/test_rope.py or -k name]
 #
 # It has no variables.
 set -euo pipefail

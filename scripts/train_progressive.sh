@@ -1,71 +1,127 @@
 #!/usr/bin/env bash
-# Encode all videos once, then train on 4 frames, continue with 8, then with 16: three phases of one model. Run the same
-# command again after an interruption: finished phases are skipped, the unfinished one continues from its last checkpoint.
+# Encode all videos once, then train on 4 frames, continue with 8, then with 16: three phases of one model. After an
+# interruption run the same command again. It continues the last phase that has a checkpoint.
 #
 #   DATA=datasets/ucf-101 GPUS=8 bash scripts/train_progressive.sh [more flags of EqM/train.py]
 #
-#   EXP=progressive_rope_training    everything goes to results/$EXP
-#   GPUS=8                           processes; on a machine without GPUs, of the CPU
+#   EXP=progressive_rope_training    results go to results/$EXP
+#   GPUS=8                           processes; on a machine without GPUs they share the CPU
 #   MODEL=EqM-S/4
-#   FRAMES_1=4, FRAMES_2=8, FRAMES_3=16; STEPS_1=50000, STEPS_2=100000, STEPS_3=150000, which are global;
-#   BATCH_1=256, BATCH_2=128, BATCH_3=64 clips a step
+#   FRAMES_1=4, FRAMES_2=8, FRAMES_3=16            frames per clip
+#   STEPS_1=50000, STEPS_2=100000, STEPS_3=150000  global steps at which the phases end
+#   BATCH_1=256, BATCH_2=128, BATCH_3=64           clips per step
 #   RECIPE=ours                      AdamW at 1e-4, uniform gamma, frames 1 or 2 apart, FORCING=0.75
-#          small                     the same with Muon and gamma shift 3, for models of a few million parameters
-#          published                 as in the paper, but with our positions: no forcing, frames 1 apart, guidance 4
-#   LR_DECAY=0                       share of all steps over which the learning rate falls to 0, at the end
+#          small                     also Muon, gamma shift 3 and a short sampler, for a few million parameters
+#          published                 the paper's recipe with our positions: no forcing, frames 1 apart, guidance 4
+#   LR_DECAY=0                       share of all steps, at the end, over which the learning rate falls to 0
 #   FORCING                          share of the clips that teach to complete given frames; default: see RECIPE
 #   COMPILE                          1 or 0: torch.compile; default: 1 on a GPU
 #   CACHE=1                          encode the videos once, into LATENTS=$DATA-latents; 0: at every step
-#   VAE=ema, IMAGE_SIZE=256, FLIPS=1 of the cache; FLIPS=1: mirrored frames as well, which doubles it
+#   VAE=ema, IMAGE_SIZE=256, FLIPS=1 settings of the cache; FLIPS=1 adds mirrored frames, which doubles its size
 #   TORCH_ELASTIC_SHUTDOWN_TIMEOUT=100   seconds that ranks have to save and end after a signal
-#   ONE_RUN=0                        1: all three in one run of train.py (--frames-schedule): no start and no scan of the
-#                                    data between them
+#   ONE_RUN=0                        1: all phases in one run of train.py (--frames-schedule), which starts only once
 #
-# Paths are relative to the repository. Your flags come after those of the recipe and take precedence.
+# Paths are relative to the repository. Your flags come after the recipe's flags and take precedence. A phase validates
+# and samples 20 times, unless you give --val-every or --sample-every. The model keeps the settings of its sampler
+# (--sampler, --num-sampling-steps, --stepsize, --cfg-scale) for scripts/sample.sh, which takes the same flags.
 set -euo pipefail
 cd "$(dirname "$0")/.."
 source scripts/common.sh
 flags_only "$@"
-nearly "DATA GPUS EXP MODEL FRAMES_1 STEPS_1 BATCH_1 ... RECIPE LR_DECAY FORCING COMPILE CACHE LATENTS VAE IMAGE_SIZE FLIPS" \
+nearly "DATA GPUS EXP MODEL FRAMES_1 STEPS_1 BATCH_1 ... RECIPE LR_DECAY FORCING COMPILE CACHE LATENTS VAE IMAGE_SIZE" \
   GPU NGPUS NUM_GPUS DATA_PATH EXPERIMENT STEPS STEP_1 STEP_2 STEP_3 BATCH BATCH_SIZE FRAME_1 LATENT
 
 GPUS=${GPUS:-8} MODEL=${MODEL:-EqM-S/4} DATA=${DATA:-datasets/ucf-101} EXP=${EXP:-progressive_rope_training}
-# Phases of equal compute did best of the schedules tried (results/study-first-edition.md, B)
+# Phases of equal compute did best among the schedules we tried (results/study-first-edition.md, B)
 FRAMES_1=${FRAMES_1:-4} STEPS_1=${STEPS_1:-50000} BATCH_1=${BATCH_1:-256}
 FRAMES_2=${FRAMES_2:-8} STEPS_2=${STEPS_2:-100000} BATCH_2=${BATCH_2:-128}
 FRAMES_3=${FRAMES_3:-16} STEPS_3=${STEPS_3:-150000} BATCH_3=${BATCH_3:-64}
-LR_DECAY=${LR_DECAY:-0} # of all phases, so that the last steps of an earlier phase may be part of it
-# The paper has AdamW at 1e-4 without weight decay, uniform gamma and label dropout 0.1, the defaults of train.py. Ours
-# also shows twice the distances in time, so that longer clips can be sampled, and completes given frames. Muon and gamma
-# shift 3 did best with models of 1.3 M parameters (the same, E).
+CACHE=${CACHE:-1} LATENTS=${LATENTS:-$DATA-latents} VAE=${VAE:-ema} IMAGE_SIZE=${IMAGE_SIZE:-256} FLIPS=${FLIPS:-1}
+[[ ! -f $DATA/latents.json ]] || CACHE=0 # DATA is a cache already
+LR_DECAY=${LR_DECAY:-0} ONE_RUN=${ONE_RUN:-0}
+command -v nvidia-smi >/dev/null && ON_GPU=1 || ON_GPU=0
+COMPILE=${COMPILE:-$ON_GPU} # it gains nothing on a CPU and can't train an energy
+# When a signal stops the run, torchrun kills slow ranks. They need time for a step and two saves, one already under way
+export TORCH_ELASTIC_SHUTDOWN_TIMEOUT=${TORCH_ELASTIC_SHUTDOWN_TIMEOUT:-100}
+
+# The variables and flags that only this script can check
+counts FRAMES_1 FRAMES_2 FRAMES_3 STEPS_1 STEPS_2 STEPS_3 BATCH_1 BATCH_2 BATCH_3
+for name in CACHE FLIPS COMPILE ONE_RUN; do
+  [[ ${!name} == [01] ]] || complain "$name=$(printf %q "${!name}"): not a switch; expected 0 or 1"
+done
+for phase in 2 3; do
+  steps=STEPS_$phase earlier=STEPS_$((phase - 1))
+  [[ ${!steps} -gt ${!earlier} ]] ||
+    complain "$steps=${!steps}: not above $earlier=${!earlier}; steps count over all phases, so they must increase"
+done
+if [[ $ONE_RUN == 0 && ($FRAMES_1 == "$FRAMES_2" || $FRAMES_2 == "$FRAMES_3" || $FRAMES_3 == "$FRAMES_1") ]]; then
+  complain "FRAMES_1=$FRAMES_1 FRAMES_2=$FRAMES_2 FRAMES_3=$FRAMES_3: two phases are the same;" \
+    "expected three different numbers, or ONE_RUN=1"
+fi
+MAX_BAD= previous=
+for word in "$@"; do
+  flag=${word%%=*} instead=
+  case $flag in
+    --num-frames | --frames-schedule) instead="FRAMES_1, FRAMES_2 and FRAMES_3" ;;
+    --max-steps | --epochs) instead="STEPS_1, STEPS_2 and STEPS_3" ;;
+    --global-batch-size) instead="BATCH_1, BATCH_2 and BATCH_3" ;;
+    --model) instead=MODEL ;;
+    --data-path) instead=DATA ;;
+    --results-dir) instead=EXP ;;
+    --ckpt) [[ $ONE_RUN == 1 ]] || instead="ONE_RUN=1, as each phase has its own --ckpt" ;;
+    --vae | --image-size) [[ $CACHE == 0 ]] || instead="VAE and IMAGE_SIZE for the cache, or CACHE=0 for none" ;;
+  esac
+  [[ -z $instead ]] || complain "$flag: not a flag of this script; set $instead"
+  [[ $flag != --max-bad-fraction ]] || MAX_BAD=${word#*=} # also for the cache
+  [[ $previous != --max-bad-fraction ]] || MAX_BAD=$word
+  previous=$word
+done
+
+find_run() { # PHASE: set FOLDER to its newest run and SAVED to a checkpoint there; each is empty if there is none
+  local frames=FRAMES_$1 runs files
+  [[ $ONE_RUN == 1 ]] && frames=$FRAMES_1-$FRAMES_2-$FRAMES_3 || frames=${!frames}
+  runs=("results/$EXP"/[0-9]*-"${MODEL/\//-}-f$frames-rope")
+  FOLDER=${runs[${#runs[@]} - 1]}
+  files=("$FOLDER"/checkpoints/*.pt)
+  SAVED=${files[${#files[@]} - 1]}
+  [[ -f $SAVED ]] || SAVED=
+  [[ -d $FOLDER ]] || FOLDER=
+}
+
+BEGUN=0 # the last phase that has a checkpoint; the phases before it are done
+for phase in 1 2 3; do
+  find_run "$phase"
+  [[ -z $SAVED ]] || BEGUN=$phase
+done
+
+# The paper has AdamW at 1e-4 without weight decay, uniform gamma and label dropout 0.1, the defaults of train.py. Our
+# recipe adds clips of half the frame rate, so that longer clips can be sampled, and forcing, which completes given
+# frames. Muon and gamma shift 3 did best with models of 1.3 M parameters (the same, E).
 RECIPE=${RECIPE:-ours} SHARE=0.75
 case $RECIPE in
   ours) FLAGS=(--frame-interval 1 2) ;;
-  small) FLAGS=(--frame-interval 1 2 --optimizer muon --gamma-shift 3) ;;
+  small)
+    FLAGS=(--frame-interval 1 2 --optimizer muon --gamma-shift 3)
+    FLAGS+=(--sampler ngd --num-sampling-steps 24 --stepsize 0.0217 --cfg-scale 1.5) # as scripts/weizmann.sh
+    ;;
   published) FLAGS=(--cfg-scale 4) SHARE=0 ;;
   *) complain "RECIPE=$(printf %q "$RECIPE"): unknown recipe; expected ours, small or published" ;;
 esac
-# A new model gets the positions that did best in results/study.md; one that has a checkpoint keeps its own, and its FORCING
-[[ ${ONE_RUN:-0} == 1 ]] && FIRST=f$FRAMES_1-$FRAMES_2-$FRAMES_3 || FIRST=f$FRAMES_1 # of the run that it began with
-CKPTS=("results/$EXP"/*-"${MODEL/\//-}-$FIRST-rope"/checkpoints/*.pt)
-if [[ -f ${CKPTS[0]} ]]; then
-  SHARE=$(grep -ohs '"forcing": [0-9.e-]*' "results/$EXP"/*/config.json | tail -n 1) || SHARE=0 # it began without
-else
+if [[ $BEGUN == 0 ]]; then # the positions that did best in results/study.md
   FLAGS+=(--position-table space --rope-speed 0.5)
+else # a checkpoint keeps its positions and its forcing
+  SHARE=$(grep -ohs '"forcing": [0-9.e-]*' "results/$EXP"/*/config.json | tail -n 1) || SHARE=0 # older than the flag
 fi
 FLAGS+=(--forcing "${FORCING:-${SHARE##* }}" --lr-decay "$LR_DECAY")
-command -v nvidia-smi >/dev/null && ON_GPU=1 || ON_GPU=0
-COMPILE=${COMPILE:-$ON_GPU} # which gains nothing on a CPU and can't train an energy
 [[ $COMPILE == 1 && " $* " != *" --ebm"[\ =]* ]] && FLAGS+=(--compile)
-# When a signal stops the run, torchrun kills ranks that take longer: for a step and two saves, one of which may be under way
-export TORCH_ELASTIC_SHUTDOWN_TIMEOUT=${TORCH_ELASTIC_SHUTDOWN_TIMEOUT:-100}
+TRAIN=(EqM/train.py --video --use-rope --model="$MODEL" --results-dir="results/$EXP" "${FLAGS[@]}")
 
-run() { # COMMAND: passes a signal to this script on to the run, which saves and ends before the script does
+run() { # COMMAND: pass a signal to this script on to the command, which saves and ends first
   local status=0 signalled=0
   "$@" &
   local child=$!
   trap 'signalled=1; kill -TERM "$child"' TERM USR1
-  # A terminal sends it to torchrun as well. Python does not hear it: bash lets what is in its background ignore it
+  # A terminal sends SIGINT to torchrun as well. Python ignores it, because bash started it in the background
   trap 'signalled=1; [[ ${RUN[0]} != python ]] || kill -TERM "$child"' INT
   wait "$child" || status=$?
   while kill -0 "$child" 2>/dev/null; do # a signal ends the wait, not the child
@@ -74,53 +130,58 @@ run() { # COMMAND: passes a signal to this script on to the run, which saves and
   done
   trap - TERM INT USR1
   if [[ $signalled == 1 ]]; then
-    echo "train_progressive.sh: interrupted; the same command continues"
+    echo "$SCRIPT: interrupted; the same command continues"
     exit 143
   fi
   return "$status"
 }
 
-CACHE=${CACHE:-1} LATENTS=${LATENTS:-$DATA-latents} VAE=${VAE:-ema} IMAGE_SIZE=${IMAGE_SIZE:-256} FLIPS=${FLIPS:-1}
-if [[ $CACHE == 1 && ! -f $DATA/latents.json ]]; then
-  if [[ " $* " == *" --vae"[\ =]* || " $* " == *" --image-size"[\ =]* ]]; then
-    complain "the cache is made with VAE and IMAGE_SIZE, not --vae and --image-size; set these, or CACHE=0 to train" \
-      "without a cache"
-  fi
-else
-  CACHE=0
-fi
 activate
-processes "$GPUS"
+processes
+for name in BATCH_1 BATCH_2 BATCH_3; do
+  [[ $((${!name} % GPUS)) == 0 ]] || complain "$name=${!name}: not a multiple of GPUS=$GPUS; change one of them"
+done
+SCHEDULE=$FRAMES_1:$STEPS_1:$BATCH_1,$FRAMES_2:$STEPS_2:$BATCH_2,$FRAMES_3:$STEPS_3:$BATCH_3
+CACHED=()
+[[ $CACHE == 0 ]] || CACHED=(--vae="$VAE" --image-size="$IMAGE_SIZE")
+# Find the mistakes of all phases before the cache, which may take hours, and before phase 1. One run without a cache
+# checks itself
+if [[ $BEGUN == 0 && ($CACHE == 1 || $ONE_RUN == 0) ]]; then
+  WORLD_SIZE=$GPUS python "${TRAIN[@]}" --data-path="$DATA" --frames-schedule="$SCHEDULE" "${CACHED[@]}" "$@" \
+    --dry-run >/dev/null
+fi
 if [[ $CACHE == 1 ]]; then
-  [[ $FLIPS == 1 ]] && MIRRORED=--with-flips || MIRRORED=
-  run "${RUN[@]}" EqM/cache_latents.py --data-path="$DATA" --out="$LATENTS" \
-    --vae="$VAE" --image-size="$IMAGE_SIZE" $MIRRORED
+  [[ $FLIPS == 1 ]] && CACHED+=(--with-flips)
+  run "${RUN[@]}" EqM/cache_latents.py --data-path="$DATA" --out="$LATENTS" "${CACHED[@]}" \
+    ${MAX_BAD:+--max-bad-fraction="$MAX_BAD"}
   DATA=$LATENTS
 fi
 
-train() { # FLAGS
-  run "${RUN[@]}" EqM/train.py \
-    --video --use-rope --model="$MODEL" --data-path="$DATA" --results-dir="results/$EXP" --resume "${FLAGS[@]}" "$@"
+train() { # PHASE STEPS FLAGS: train a phase of so many steps
+  local every=$(($2 > 20 ? $2 / 20 : 1))
+  find_run "$1"
+  run "${RUN[@]}" "${TRAIN[@]}" --data-path="$DATA" ${FOLDER:+--resume} \
+    --val-every="$every" --sample-every="$every" "${@:3}"
 }
 
-if [[ ${ONE_RUN:-0} == 1 ]]; then
-  train --frames-schedule="$FRAMES_1:$STEPS_1:$BATCH_1,$FRAMES_2:$STEPS_2:$BATCH_2,$FRAMES_3:$STEPS_3:$BATCH_3" "$@"
-  exit
+if [[ $ONE_RUN == 1 ]]; then
+  train 1 $((STEPS_3 / 3)) --frames-schedule="$SCHEDULE" "$@"
+else
+  [[ $BEGUN -lt 2 ]] || echo "$SCRIPT: phase $BEGUN has checkpoints, so the phases before it are done"
+  STEPS_0=0
+  for ((phase = BEGUN > 1 ? BEGUN : 1; phase <= 3; phase++)); do
+    frames=FRAMES_$phase steps=STEPS_$phase batch=BATCH_$phase before=STEPS_$((phase - 1)) CKPT=
+    if [[ $phase != 1 ]]; then
+      find_run $((phase - 1))
+      CKPT=$FOLDER/checkpoints/$(printf %07d "${!before}").pt
+      if [[ ! -f $CKPT ]]; then # it may be deleted once the next phase has begun
+        find_run "$phase"
+        [[ -n $SAVED ]] || complain "$CKPT: not found; set $before to the step at which phase $((phase - 1)) ended"
+        CKPT=$SAVED # if all checkpoints of the phase are damaged, train.py says so, and does not start from scratch
+      fi
+    fi
+    train "$phase" $((${!steps} - ${!before})) --num-frames="${!frames}" --global-batch-size="${!batch}" \
+      --max-steps="${!steps}" --lr-decay-end="$STEPS_3" ${CKPT:+--ckpt="$CKPT"} "$@"
+  done
 fi
-
-checkpoint() { # STEP: prints the name of the file that the phase ending at this step wrote
-  if [[ ! $1 =~ ^[0-9]+$ ]]; then
-    complain "a phase ends at step $(printf %q "$1"); STEPS_1 and STEPS_2 must be numbers"
-  fi
-  local files=("results/$EXP"/*/checkpoints/"$(printf %07d "$((10#$1))")".pt)
-  if [[ ${#files[@]} -ne 1 || ! -f ${files[0]} ]]; then complain "expected one file, got $(printf %q "${files[*]}")"; fi
-  echo "${files[0]}"
-}
-
-CKPT=
-for phase in 1 2 3; do
-  frames=FRAMES_$phase steps=STEPS_$phase batch=BATCH_$phase
-  train --num-frames="${!frames}" --global-batch-size="${!batch}" --lr-decay-end="$STEPS_3" --max-steps="${!steps}" \
-    ${CKPT:+--ckpt="$CKPT"} "$@"
-  if [[ $phase != 3 ]]; then CKPT=$(checkpoint "${!steps}"); fi
-done
+echo "$SCRIPT: done; sample the model with: EXP=$(printf %q "$EXP") bash scripts/sample.sh"

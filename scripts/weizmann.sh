@@ -1,18 +1,18 @@
 #!/usr/bin/env bash
-# Real people on a machine without a GPU: Weizmann's actions, a VAE trained on them, a latent cache, a model trained on 4,
-# then 8, then 16 frames, samples, continuations of given frames, and what they are worth. Run again, it continues where it
-# stopped.
+# Real people on a machine without a GPU: Weizmann's actions, a VAE trained on them, a latent cache, a model trained on
+# 4, then 8, then 16 frames, samples, continuations of given frames, and their scores. Run it again to continue.
 #
 #   git clone https://github.com/sergeytulyakov/mocogan datasets/mocogan && bash scripts/weizmann.sh
 #
-#   HOURS=2                     scales the steps of VAE and model; 2 took 134 minutes on 2 shared CPU cores
+#   HOURS=2                     about how long it trains: 2 took 134 minutes on 2 shared CPU cores
 #   EXP=weizmann                results go to results/$EXP, samples to samples/$EXP-f16 and so on
 #   SOURCE=datasets/mocogan     the repository that holds the strips
-#   DATA=datasets/weizmann      the data set that is made of them; persons 7 and 8 are held out (HOLD_OUT="7 8")
+#   DATA=datasets/weizmann      the data set made from the strips, if it is missing
+#   HOLD_OUT="7 8"              persons that do not train
 #   GPUS, PRECISION             processes, bf16 or fp32; default: what suits the machine
-#   VAE_STEPS, STEPS_1, STEPS_2, STEPS_3   steps; default: as HOURS says
+#   VAE_STEPS, STEPS_1, STEPS_2, STEPS_3   global steps; default: computed from HOURS
 #   SAMPLES=96, LONG=16, REAL=64           samples of 16 frames, of 64 frames, held-out clips to continue
-#   CLASSIFIER_STEPS=250        training steps of the network that says which action a clip shows
+#   CLASSIFIER_STEPS=250        training steps of the classifier of actions
 set -euo pipefail
 cd "$(dirname "$0")/.."
 source scripts/common.sh
@@ -20,7 +20,7 @@ no_words "$@"
 BEGAN=$SECONDS
 
 HOURS=${HOURS:-2}
-[[ $HOURS =~ ^[0-9]*\.?[0-9]+$ ]] || complain "HOURS=$(printf %q "$HOURS"); expected a number such as 0.5"
+[[ $HOURS =~ ^[0-9]*\.?[0-9]+$ ]] || complain "HOURS=$(printf %q "$HOURS"): not a number; expected one such as 0.5"
 steps() { awk -v hours="$HOURS" -v each="$1" 'BEGIN { steps = int(hours * each); print steps < 3 ? 3 : steps }'; }
 
 export EXP=${EXP:-weizmann}
@@ -29,11 +29,13 @@ SAMPLES=${SAMPLES:-96} LONG=${LONG:-16} REAL=${REAL:-64} CLASSIFIER_STEPS=${CLAS
 suit
 PRECISION=${PRECISION:-$SUITED}
 export GPUS=${GPUS:-$RANKS}
+processes
+counts SAMPLES LONG REAL CLASSIFIER_STEPS
 MIXED=(${PRECISION:+--precision="$PRECISION"})
 
 SETTINGS="HOURS=$HOURS DATA=$DATA HOLD_OUT=$HOLD_OUT"
 if [[ -f results/$EXP/settings && $(<"results/$EXP/settings") != "$SETTINGS" ]]; then
-  complain "results/$EXP was made with $(<"results/$EXP/settings"), got $SETTINGS: name another EXP"
+  complain "EXP=$EXP: made with $(<"results/$EXP/settings"), got $SETTINGS; set another EXP"
 fi
 
 bash scripts/setup.sh
@@ -43,7 +45,7 @@ if [[ ! -f $DATA/ucfTrainTestlist/trainlist01.txt ]]; then
   python datasets/prepare_weizmann.py --source="$SOURCE" --out="$DATA" --hold-out $HOLD_OUT
 fi
 
-MORE=$DATA-more # seven copies of each training video, in other colors and places: for the model, not for the scores
+MORE=$DATA-more # seven copies of each training video in other colors and places, for training only
 if [[ ! -f $MORE/ucfTrainTestlist/trainlist01.txt ]]; then
   python datasets/augment.py --data-path="$DATA" --out="$MORE" --copies 7
 fi
@@ -51,24 +53,25 @@ mkdir -p "results/$EXP"
 echo "$SETTINGS" >"results/$EXP/settings"
 
 # The VAE: 16 x 16 latents of 64 x 64 px
-processes "$GPUS"
+VAES=("results/$EXP"/*-VAE-64px-f4-c4-8-32-128)
+[[ -d ${VAES[0]} ]] && RESUME=--resume || RESUME=
 "${RUN[@]}" EqM/train_vae.py --data-path="$DATA" --image-size 64 --downsample 4 --widths 8 32 128 \
   --max-steps="${VAE_STEPS:-$(steps 2700)}" --global-batch-size 16 \
-  --results-dir="results/$EXP" --resume --num-workers 0 --cache-frames "${MIXED[@]}"
+  --results-dir="results/$EXP" $RESUME --num-workers 0 --cache-frames "${MIXED[@]}"
 VAES=("results/$EXP"/*-VAE-64px-f4-c4-8-32-128/vae)
 export VAE=${VAES[${#VAES[@]} - 1]}
 
-# Its latents, and the model: 256 tokens for 16 frames, 12.5 of them a second
+# The latents, and the model: 256 tokens for 16 frames at 12.5 frames per second
 export LATENTS=results/$EXP/latents IMAGE_SIZE=64 MODEL=EqM-S/2 ONE_RUN=1 RECIPE=small FORCING=0.75 COMPILE=0
 export STEPS_1=${STEPS_1:-$(steps 2400)} STEPS_2=${STEPS_2:-$(steps 4800)} STEPS_3=${STEPS_3:-$(steps 8000)} LR_DECAY=0.4
-export BATCH_1=32 BATCH_2=16 BATCH_3=8 # 2,048 tokens a step
+export BATCH_1=32 BATCH_2=16 BATCH_3=8 # 2,048 tokens per step
 DATA=$MORE bash scripts/train_progressive.sh \
   --depth 6 --hidden-size 256 --num-heads 4 --rope-theta 100 --temporal-patch-size 4 --frame-interval 2 --mix 0.1 \
   --lr 2e-3 --warmup-steps 50 --ema-decay 0.995 --gamma-shift 2 --num-workers 0 \
   --log-every 50 --val-every 1000 --val-clips 32 --sample-every 0 --save-minutes 3 \
   --sampler ngd --num-sampling-steps 24 --stepsize 0.0217 --cfg-scale 1.5 "${MIXED[@]}"
 
-# What was made of this model is not made again; of samples, samples.json is written last
+# Files newer than the model are not made again; samples.json is the last file of its folder
 MODELS=("results/$EXP"/*-EqM-S-2-*/checkpoints/best.pt)
 BEST=${MODELS[${#MODELS[@]} - 1]}
 there() { [[ $1 -nt $BEST ]]; }
@@ -80,7 +83,7 @@ for kind in "16 $SAMPLES" "64 $LONG"; do
     bash scripts/sample.sh --overwrite --batch-size 8 "${MIXED[@]}"
 done
 
-# Clips of the people who are held out, continued
+# Continuations of clips of the held-out people
 if ! there "samples/$EXP-continued/samples.json"; then
   while read -r clip _; do
     mkdir -p "results/$EXP/held-out/${clip%/*}"
@@ -90,8 +93,8 @@ if ! there "samples/$EXP-continued/samples.json"; then
     --num-samples "$(wc -l <"$DATA/ucfTrainTestlist/testlist01.txt")" --folder="samples/$EXP-continued" --batch-size 4 "${MIXED[@]}"
 fi
 
-# Scores: clips of the people who are held out, continued from 8 frames (8 samples of each) and from 4 (10), as the VAE
-# decodes them and with the background kept; does the model memorize; do samples show the action that was asked for
+# Scores of continuations from 8 frames (8 samples of each clip) and from 4 (10), as the VAE decodes them and with the
+# background kept; whether the model memorizes; whether samples show the requested action
 score() { # FILE FLAGS of evaluate.py
   there "$1" || "${RUN[@]}" EqM/evaluate.py --data-path="$DATA" --num-workers 0 --out="$1" "${@:2}"
 }

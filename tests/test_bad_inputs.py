@@ -269,7 +269,7 @@ def test_bad_input_is_one_line_and_status_2_and_nothing_is_touched(command, flag
 @pytest.mark.parametrize(
     ("script", "environment", "words"),
     [
-        ("sample.sh", {"EXP": "no\nsuch"}, ["no results/", "set EXP or CKPT"]),
+        ("sample.sh", {"EXP": "no\nsuch"}, ["EXP=$'no\\nsuch'", "expected one of", "set CKPT"]),
         ("train_progressive.sh --vae=none", {}, ["CACHE=0"]),
         ("train_progressive.sh --image-size 64", {}, ["CACHE=0"]),
         ("train_progressive.sh", {"RECIPE": "big"}, ["RECIPE=big", "expected ours"]),

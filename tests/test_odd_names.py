@@ -117,6 +117,7 @@ def run_copy(tmp_path):
     return run
 
 
+<<<<<<< HEAD
 def make_checkpoints(root, name="00-a"):
     """Make the checkpoints of two phases. Returns the folder of their run."""
     folder = root / f"results/{ODD}/{name}/checkpoints"
@@ -124,31 +125,78 @@ def make_checkpoints(root, name="00-a"):
     for step in (50, 90):
         (folder / f"{step:07d}.pt").touch()
     return folder.parent
+=======
+PHASES = {"EXP": ODD, "CACHE": "0", "STEPS_1": "050", "STEPS_2": "90", "STEPS_3": "91"}
+
+
+def run_folder(frames):
+    return f"results/{ODD}/{frames:03d}-EqM-S-4-f{frames}-rope"
+
+
+def make_run(root, frames, *names):
+    """A run of one phase with these checkpoints; returns its folder."""
+    folder = root / run_folder(frames)
+    (folder / "checkpoints").mkdir(parents=True)
+    for name in names:
+        (folder / f"checkpoints/{name}.pt").touch()
+    return folder
+
+
+@pytest.mark.parametrize(
+    ("runs", "calls"),  # {frames: checkpoints}; frames, --resume and --ckpt of each phase that the script starts
+    [
+        ({}, [(4, False)]),
+        ({4: []}, [(4, True)]),
+        ({4: ["0000050"]}, [(4, True), (8, False, 4, "0000050")]),
+        ({4: ["0000050"], 8: []}, [(4, True), (8, True, 4, "0000050")]),
+        ({4: ["0000050"], 8: ["latest"]}, [(8, True, 4, "0000050")]),
+        ({4: [], 8: ["0000090"]}, [(8, True, 8, "0000090"), (16, False, 8, "0000090")]),
+        ({8: ["best"]}, [(8, True, 8, "best")]),
+        ({4: ["0000050"], 16: ["best", "latest"]}, [(16, True, 16, "latest")]),
+    ],
+)
+def test_train_progressive_repeats_no_phase_before_one_with_checkpoints(runs, calls, run_copy, tmp_path):
+    for frames, names in runs.items():
+        make_run(tmp_path, frames, *names)
+    done, found = run_copy("train_progressive.sh", **PHASES)
+    assert ("--dry-run" in found[0]) == (not any(runs.values()))
+    found = [call for call in found if "--dry-run" not in call]
+    for call, (frames, resumes, *ckpt) in zip(found, calls, strict=True):
+        path = [f"--ckpt={run_folder(ckpt[0])}/checkpoints/{ckpt[1]}.pt"] if ckpt else []
+        assert [word for word in call if word.startswith("--ckpt")] == path
+        assert f"--num-frames={frames}" in call and ("--resume" in call) == resumes
+    assert done.returncode == (0 if calls[-1][0] == 16 else 2)  # 2: a phase has saved nothing, as python is a stand-in
+>>>>>>> shell
 
 
 def test_train_progressive_passes_odd_names_unchanged(run_copy, tmp_path):
-    make_checkpoints(tmp_path)
-    names = {"EXP": ODD, "DATA": f"{ODD}data", "LATENTS": f"{ODD}latents", "VAE": f"{ODD}vae"}
-    done, calls = run_copy("train_progressive.sh", f"--rest={ODD}", **names, STEPS_1="050", STEPS_2="90")
+    make_run(tmp_path, 4, "0000050"), make_run(tmp_path, 8, "0000090")
+    names = PHASES | {"DATA": f"{ODD}data", "LATENTS": f"{ODD}latents", "VAE": f"{ODD}vae", "CACHE": "1"}
+    done, calls = run_copy("train_progressive.sh", f"--rest={ODD}", "--max-bad-fraction", "0.5", **names)
     assert done.returncode == 0, done.stderr
-    assert [call[2] for call in calls] == ["EqM/cache_latents.py"] + 3 * ["EqM/train.py"]
+    assert [call[2] for call in calls] == ["EqM/cache_latents.py"] + 2 * ["EqM/train.py"]
     assert {f"--data-path={ODD}data", f"--out={ODD}latents", f"--vae={ODD}vae"} <= set(calls[0])
-    for call, step in zip(calls[1:], (None, 50, 90), strict=True):
+    assert "--max-bad-fraction=0.5" in calls[0]
+    for call in calls[1:]:
         assert {f"--data-path={ODD}latents", f"--results-dir=results/{ODD}", f"--rest={ODD}"} <= set(call)
-        ckpt = f"--ckpt=results/{ODD}/00-a/checkpoints/{step or 0:07d}.pt"
-        assert (ckpt in call) == (step is not None)
+    *_, next_command = os.fsdecode(done.stdout).splitlines()
+    command = next_command.partition("with: ")[2].replace("bash", "printenv EXP #")
+    assert subprocess.run(["bash", "-c", command], capture_output=True).stdout == os.fsencode(f"{ODD}\n")
 
 
 def test_train_progressive_can_train_all_phases_in_one_run(run_copy):
     settings = {f"{name}_{phase}": str(10 * phase) for name in ("STEPS", "BATCH") for phase in (1, 2, 3)}
-    _, (call,) = run_copy("train_progressive.sh", "--more", CACHE="0", ONE_RUN="1", LR_DECAY="0.4", **settings)
-    assert call[-2:] == ["--frames-schedule=4:10:10,8:20:20,16:30:30", "--more"]
+    settings |= {"CACHE": "0", "ONE_RUN": "1", "LR_DECAY": "0.4", "GPUS": "2"}
+    _, (call,) = run_copy("train_progressive.sh", "--more", **settings)
+    assert call[-4:-1] == ["--val-every=1", "--sample-every=1", "--frames-schedule=4:10:10,8:20:20,16:30:30"]
     assert call[call.index("--lr-decay") + 1] == "0.4"
-    assert "--resume" in call and not any(flag.startswith(("--num-frames", "--ckpt", "--lr-decay-")) for flag in call)
+    assert not any(flag.startswith(("--num-frames", "--ckpt", "--lr-decay-", "--resume")) for flag in call)
 
 
 POSITIONS = ["--position-table", "space", "--rope-speed", "0.5"]
 INTERVALS = ["--frame-interval", "1", "2"]
+SMALL = ["--optimizer", "muon", "--gamma-shift", "3"]
+SMALL += ["--sampler", "ngd", "--num-sampling-steps", "24", "--stepsize", "0.0217", "--cfg-scale", "1.5"]
 
 
 @pytest.mark.parametrize(
@@ -157,19 +205,27 @@ INTERVALS = ["--frame-interval", "1", "2"]
         ({}, False, INTERVALS, "0.75", []),
         ({"RECIPE": "ours"}, True, INTERVALS, "0.75", ["--compile"]),
         ({"COMPILE": "0"}, True, INTERVALS, "0.75", []),
+<<<<<<< HEAD
         ({"RECIPE": "small"}, False, [*INTERVALS, "--optimizer", "muon", "--gamma-shift", "3"], "0.75", []),
         ({"RECIPE": "published"}, False, ["--cfg-scale", "4"], "0", []),  # plus the defaults of train.py
+=======
+        ({"RECIPE": "small"}, False, [*INTERVALS, *SMALL], "0.75", []),
+        ({"RECIPE": "published"}, False, ["--cfg-scale", "4"], "0", []),  # the rest are the defaults of train.py
+>>>>>>> shell
         ({"RECIPE": "published", "FORCING": "0.5"}, False, ["--cfg-scale", "4"], "0.5", []),
     ],
 )
 def test_each_recipe_passes_its_flags_and_our_positions(settings, on_gpu, flags, share, compiled, run_copy, tmp_path):
     if on_gpu:
         (tmp_path / "bin/nvidia-smi").touch(0o755)
-    _, (call,) = run_copy("train_progressive.sh", CACHE="0", **settings)  # ends after phase 1, which has saved nothing
-    _, (energy,) = run_copy("train_progressive.sh", "--ebm", "dot", CACHE="0", **settings)
+    _, (check, call) = run_copy("train_progressive.sh", CACHE="0", **settings)  # phase 1 saves nothing: the script ends
+    _, (_, energy) = run_copy("train_progressive.sh", "--ebm", "dot", CACHE="0", **settings)
     assert "--compile" not in energy and energy[-2:] == ["--ebm", "dot"]
-    found = call[call.index("--resume") + 1 : call.index("--num-frames=4")]
-    assert found == [*flags, *POSITIONS, "--forcing", share, "--lr-decay", "0", *compiled]
+    expected = [*flags, *POSITIONS, "--forcing", share, "--lr-decay", "0", *compiled]
+    for words in (check, call):
+        place = words.index("--results-dir=results/progressive_rope_training") + 1
+        assert words[place : words.index("--data-path=datasets/ucf-101")] == expected
+    assert {"--num-frames=4", "--val-every=2500", "--sample-every=2500"} <= set(call)
 
 
 def test_defaults_of_train_py_for_the_published_recipe_equal_the_paper(monkeypatch):
@@ -181,15 +237,23 @@ def test_defaults_of_train_py_for_the_published_recipe_equal_the_paper(monkeypat
     assert model_config("EqM-S/4", input_size=16, in_channels=3, num_classes=2).class_dropout_prob == 0.1
 
 
+<<<<<<< HEAD
 def test_train_progressive_takes_positions_and_forcing_from_a_checkpoint(run_copy, tmp_path):
     def choices(**environment):
         """Yield (flags of positions, value of --forcing) of each phase."""
         settings = {"CACHE": "0", "STEPS_1": "50", "STEPS_2": "90", "EXP": ODD} | environment
         for call in run_copy("train_progressive.sh", **settings)[1]:
+=======
+def test_train_progressive_leaves_positions_and_forcing_to_a_checkpoint(run_copy, tmp_path):
+    def choices(**environment):
+        """(its flags of positions, the value of --forcing) of each call."""
+        for call in run_copy("train_progressive.sh", **PHASES | environment)[1]:
+>>>>>>> shell
             place = call.index("--forcing") + 1
             share = call.pop(place)
             yield [flag for flag in call if flag in POSITIONS], share
 
+<<<<<<< HEAD
     assert list(choices()) == [(POSITIONS, "0.75")]  # ends after phase 1, which has saved nothing
     assert list(choices(FORCING="0.2")) == [(POSITIONS, "0.2")]
     config = make_checkpoints(tmp_path, "00-EqM-S-4-f4-rope") / "config.json"
@@ -197,6 +261,15 @@ def test_train_progressive_takes_positions_and_forcing_from_a_checkpoint(run_cop
         config.write_text(json.dumps({"training": training}))
         assert list(choices()) == 3 * [([], share)]
     assert list(choices(ONE_RUN="1")) == [(POSITIONS, "0.75")]  # a new run
+=======
+    assert list(choices()) == 2 * [(POSITIONS, "0.75")]  # the dry run and phase 1, which saves nothing
+    assert list(choices(FORCING="0.2")) == 2 * [(POSITIONS, "0.2")]
+    config = make_run(tmp_path, 8, "0000090") / "config.json"
+    for training, share in (({"lr": 1}, "0"), ({"forcing": 0.5}, "0.5")):  # the first is older than --forcing
+        config.write_text(json.dumps({"training": training}))
+        assert list(choices()) == 2 * [([], share)]
+    assert list(choices(ONE_RUN="1")) == [(POSITIONS, "0.75")]  # which does not continue that run
+>>>>>>> shell
 
 
 def test_sample_passes_odd_names_unchanged_and_uses_the_newest_model(run_copy, tmp_path):
@@ -215,7 +288,15 @@ def test_sample_passes_odd_names_unchanged_and_uses_the_newest_model(run_copy, t
     assert call[call.index("--num-frames") :][:3] == ["--num-frames", "16", "7"] and "--folder=samples/x" in call
 
 
+<<<<<<< HEAD
 @pytest.mark.parametrize("step", ["", "x", "1 2", "a[$(touch hacked)]"])
 def test_a_last_step_that_is_not_a_number_is_an_error(run_copy, step):
     done, _ = run_copy("train_progressive.sh", CACHE="0", STEPS_1=step or "\n", STEPS_2="9")
     assert done.returncode == 2 and b"STEPS_1" in done.stderr
+=======
+@pytest.mark.parametrize("step", ["\n", "x", "1 2", "a[$(touch hacked)]"])
+@pytest.mark.parametrize("name", ["STEPS_1", "BATCH_3", "GPUS"])
+def test_a_variable_that_is_not_a_number_is_named(run_copy, name, step):
+    done, calls = run_copy("train_progressive.sh", CACHE="0", **{name: step})
+    assert (done.returncode, calls) == (2, []) and f"{name}=".encode() in done.stderr
+>>>>>>> shell

@@ -1,4 +1,4 @@
-"""The shell scripts of whole runs, in real processes: what they run, and what a signal to them does."""
+"""The shell scripts of whole runs, in real processes: what they run, and how they handle signals."""
 
 import os
 import shutil
@@ -26,7 +26,7 @@ def start_script(name, tree, settings, *flags):
 
 @pytest.fixture
 def tree(tmp_path):
-    """A copy of what the scripts run, so that results stay here."""
+    """A copy of the scripts and the code that they run; results stay in it."""
     for folder in ("EqM", "scripts"):
         shutil.copytree(ROOT / folder, tmp_path / folder)
     return tmp_path
@@ -58,7 +58,7 @@ def test_train_progressive_saves_on_a_signal_and_continues(number, shapes, tree)
 
 
 def test_train_slurm_saves_before_the_time_is_up_and_queues_the_job_again(shapes, tree):
-    """With stand-ins for srun, which runs its command here, scancel, which signals that, and scontrol."""
+    """With stand-ins: srun runs its command here, scancel signals that command, scontrol prints its arguments."""
     tools = {
         "srun": 'while [[ $1 == --* ]]; do shift; done; echo $$ >srun.pid; exec "$@"',
         "scancel": '[[ $* == "--signal=TERM 7" ]] && kill -TERM "$(cat srun.pid)"',
@@ -93,7 +93,7 @@ def test_train_progressive_encodes_the_videos_once_and_trains_three_phases(shape
     flags = ["--num-workers", 0, "--log-every", 1, "--val-clips", 4, "--sample-every", 0, "--depth", 1]
 
     def run(*more, status=0):
-        return end(start_script("train_progressive.sh", tree, settings, *flags, *more), status, timeout=240)
+        return end(start_script("train_progressive.sh", tree, settings, *flags, *more), status, timeout=480)
 
     run()
     for frames, step in ((4, 1), (8, 2), (16, 3)):
@@ -101,6 +101,11 @@ def test_train_progressive_encodes_the_videos_once_and_trains_three_phases(shape
         training = torch.load(path, weights_only=True)["config"]["training"]
         assert training["data_path"] == "latents"
         assert training["no_flip"] is False  # the cache has mirrored latents
+    shutil.rmtree(tree / "results/E/000-EqM-Ti-4-f4-rope")  # the other phases don't need it
     printed = run()
-    assert (printed.count("is complete"), printed.count("is finished")) == (1, 3)
+    assert (printed.count("is complete"), printed.count("is finished")) == (1, 1)
+    assert "nothing to resume" not in printed and not list(tree.glob("results/E/*-f4-rope"))
+    settings |= {"EXP": "F", "FRAMES_3": "2"}
+    assert "got 2" in run(status=2)  # a mistake in the last phase ends the script before the first one
+    assert not (tree / "results/F").exists()
     assert "CACHE=0" in run("--vae", "none", status=2)
