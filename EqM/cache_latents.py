@@ -189,6 +189,8 @@ def finish_cache(args, settings, files, bad_videos):
     index.copy_ucf_lists(args.data_path, files.videos(), args.out)
     content = settings | {"num_videos": len(videos), "num_frames": count_frames(videos)}
     content |= {"classes": files.scan.classes, "videos": [asdict(video) for video in videos]}
+    for about in content["videos"]:
+        del about["varies"], about["keyframes"]  # of the file, not of its latents
     content |= {"unreadable": sorted(bad_videos.paths)}
     write(Path(args.out, LATENTS_FILE), json.dumps(content, indent=1).encode())
     Path(args.out, PARTIAL_FILE).unlink(missing_ok=True)

@@ -24,9 +24,11 @@ import tempfile
 import time
 import warnings
 from copy import deepcopy
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 
+import av
 import numpy as np
 import torch
 import torch.distributed as dist
@@ -44,6 +46,7 @@ from runtime.signals import StopSignal
 from samplers import guided, sample
 from scoring.plots import plt, save_figure
 from video.source import open_source
+from video.writers import encode
 
 ROOT = Path(__file__).resolve().parent.parent
 ON_GPU = torch.cuda.is_available()
@@ -430,7 +433,7 @@ def time_vote(rank, join, count, calls=50):
 
 
 def measure_data(args, report):
-    """Reading some frames against all, waiting for the loader, encoding on the fly against a latent cache."""
+    """Reading part of a long video or cache, waiting for the loader, encoding on the fly against a latent cache."""
     with tempfile.TemporaryDirectory() as folder:
         shapes, vae, cache, results = (Path(folder, name) for name in ("shapes", "vae", "cache", "results"))
         of_164_frames = "--videos-per-class", 2, "--size", 256, "--seconds", 6.56
@@ -438,9 +441,12 @@ def measure_data(args, report):
         videos = (shapes / "CircleUp").rename(Path(folder, "videos"))  # two are enough
         random_vae([4] * 4, norm_num_groups=4).save_pretrained(vae)
         run_script("EqM/cache_latents.py", "--data-path", videos, "--vae", vae, "--image-size", 256, "--out", cache)
-        for what, root in (("of a video", videos), ("of latents", cache)):
-            source = open_source(root, 256)
-            measure_reading(args, report, what, partial(source.read, source.videos()[0]))
+        measure_long_video(args, report, Path(folder, "long"))
+        source = open_source(cache, 256)
+        read, note = partial(source.read, source.videos()[0]), "{:.2g} and {:.2g} ms, 256 px"
+        sides = clip_reader(args, read, 164), partial(read, range(164))
+        name = f"read {args.num_frames} of 164 frames of latents / all"
+        report.compare(name, *sides, 4 * args.pairs, "<= 0.3", note, unit=1000)
         run_script(
             "EqM/train.py", "--video", "--use-rope", "--data-path", cache, "--no-flip", "--results-dir", results,
             "--model", args.model, "--num-frames", args.num_frames, "--global-batch-size", args.batch_size,
@@ -460,16 +466,30 @@ def measure_data(args, report):
     report.add("clips/s from a latent cache / encoding on the fly", 1 + values / 2 * frames, ">= 50", note)
 
 
-def measure_reading(args, report, what, read):
-    """Reading a clip from a random start, as in training, against reading all frames."""
-    name, note = f"read {args.num_frames} of 164 frames {what} / all", "{:.2g} and {:.2g} ms, 256 px"
-    draw, frames = np.random.default_rng(0), range(164)
+def measure_long_video(args, report, folder, num_frames=1500):
+    """Reading clips of a 60 s video from the keyframe before each, against decoding from the first frame on."""
+    folder.mkdir()
+    noise = np.random.default_rng(0).integers(0, 256, (36, 64, 3), np.uint8).repeat(10, 0).repeat(10, 1)
+    frames = (np.roll(noise, (2 * index, 3 * index), (0, 1)) for index in range(num_frames))
+    with av.open(str(folder / "long.mp4"), "w") as file:
+        encode(file, frames, 25, "libx264", "yuv420p", {"preset": "veryfast"})
+    source = open_source(folder, 256)
+    (video,) = source.videos()
+    both = video, replace(video, keyframes=())
+    sides = (clip_reader(args, partial(source.read, side), num_frames) for side in both)
+    name = f"read {args.num_frames} of {num_frames} frames from a keyframe / from the start"
+    report.compare(name, *sides, 2 * args.pairs, "<= 0.3", "{:.0f} and {:.0f} ms, 360p", unit=1000)
+
+
+def clip_reader(args, read, num_frames):
+    """A function that reads a clip from a random start, as in training."""
+    draw, frames = np.random.default_rng(0), range(num_frames)
 
     def read_clip():
-        start = draw.integers(164 - args.num_frames)
+        start = draw.integers(num_frames - args.num_frames)
         read(frames[start : start + args.num_frames])
 
-    report.compare(name, read_clip, lambda: read(frames), 4 * args.pairs, "<= 0.3", note, unit=1000)
+    return read_clip
 
 
 def run_script(script, *flags):

@@ -117,15 +117,6 @@ def run_copy(tmp_path):
     return run
 
 
-<<<<<<< HEAD
-def make_checkpoints(root, name="00-a"):
-    """Make the checkpoints of two phases. Returns the folder of their run."""
-    folder = root / f"results/{ODD}/{name}/checkpoints"
-    folder.mkdir(parents=True)
-    for step in (50, 90):
-        (folder / f"{step:07d}.pt").touch()
-    return folder.parent
-=======
 PHASES = {"EXP": ODD, "CACHE": "0", "STEPS_1": "050", "STEPS_2": "90", "STEPS_3": "91"}
 
 
@@ -166,7 +157,6 @@ def test_train_progressive_repeats_no_phase_before_one_with_checkpoints(runs, ca
         assert [word for word in call if word.startswith("--ckpt")] == path
         assert f"--num-frames={frames}" in call and ("--resume" in call) == resumes
     assert done.returncode == (0 if calls[-1][0] == 16 else 2)  # 2: a phase has saved nothing, as python is a stand-in
->>>>>>> shell
 
 
 def test_train_progressive_passes_odd_names_unchanged(run_copy, tmp_path):
@@ -205,13 +195,8 @@ SMALL += ["--sampler", "ngd", "--num-sampling-steps", "24", "--stepsize", "0.021
         ({}, False, INTERVALS, "0.75", []),
         ({"RECIPE": "ours"}, True, INTERVALS, "0.75", ["--compile"]),
         ({"COMPILE": "0"}, True, INTERVALS, "0.75", []),
-<<<<<<< HEAD
-        ({"RECIPE": "small"}, False, [*INTERVALS, "--optimizer", "muon", "--gamma-shift", "3"], "0.75", []),
-        ({"RECIPE": "published"}, False, ["--cfg-scale", "4"], "0", []),  # plus the defaults of train.py
-=======
         ({"RECIPE": "small"}, False, [*INTERVALS, *SMALL], "0.75", []),
         ({"RECIPE": "published"}, False, ["--cfg-scale", "4"], "0", []),  # the rest are the defaults of train.py
->>>>>>> shell
         ({"RECIPE": "published", "FORCING": "0.5"}, False, ["--cfg-scale", "4"], "0.5", []),
     ],
 )
@@ -237,31 +222,14 @@ def test_defaults_of_train_py_for_the_published_recipe_equal_the_paper(monkeypat
     assert model_config("EqM-S/4", input_size=16, in_channels=3, num_classes=2).class_dropout_prob == 0.1
 
 
-<<<<<<< HEAD
-def test_train_progressive_takes_positions_and_forcing_from_a_checkpoint(run_copy, tmp_path):
-    def choices(**environment):
-        """Yield (flags of positions, value of --forcing) of each phase."""
-        settings = {"CACHE": "0", "STEPS_1": "50", "STEPS_2": "90", "EXP": ODD} | environment
-        for call in run_copy("train_progressive.sh", **settings)[1]:
-=======
 def test_train_progressive_leaves_positions_and_forcing_to_a_checkpoint(run_copy, tmp_path):
     def choices(**environment):
         """(its flags of positions, the value of --forcing) of each call."""
         for call in run_copy("train_progressive.sh", **PHASES | environment)[1]:
->>>>>>> shell
             place = call.index("--forcing") + 1
             share = call.pop(place)
             yield [flag for flag in call if flag in POSITIONS], share
 
-<<<<<<< HEAD
-    assert list(choices()) == [(POSITIONS, "0.75")]  # ends after phase 1, which has saved nothing
-    assert list(choices(FORCING="0.2")) == [(POSITIONS, "0.2")]
-    config = make_checkpoints(tmp_path, "00-EqM-S-4-f4-rope") / "config.json"
-    for training, share in (({"lr": 1}, "0"), ({"forcing": 0.5}, "0.5")):  # the first without --forcing, as in old code
-        config.write_text(json.dumps({"training": training}))
-        assert list(choices()) == 3 * [([], share)]
-    assert list(choices(ONE_RUN="1")) == [(POSITIONS, "0.75")]  # a new run
-=======
     assert list(choices()) == 2 * [(POSITIONS, "0.75")]  # the dry run and phase 1, which saves nothing
     assert list(choices(FORCING="0.2")) == 2 * [(POSITIONS, "0.2")]
     config = make_run(tmp_path, 8, "0000090") / "config.json"
@@ -269,7 +237,6 @@ def test_train_progressive_leaves_positions_and_forcing_to_a_checkpoint(run_copy
         config.write_text(json.dumps({"training": training}))
         assert list(choices()) == 2 * [([], share)]
     assert list(choices(ONE_RUN="1")) == [(POSITIONS, "0.75")]  # which does not continue that run
->>>>>>> shell
 
 
 def test_sample_passes_odd_names_unchanged_and_uses_the_newest_model(run_copy, tmp_path):
@@ -288,15 +255,8 @@ def test_sample_passes_odd_names_unchanged_and_uses_the_newest_model(run_copy, t
     assert call[call.index("--num-frames") :][:3] == ["--num-frames", "16", "7"] and "--folder=samples/x" in call
 
 
-<<<<<<< HEAD
-@pytest.mark.parametrize("step", ["", "x", "1 2", "a[$(touch hacked)]"])
-def test_a_last_step_that_is_not_a_number_is_an_error(run_copy, step):
-    done, _ = run_copy("train_progressive.sh", CACHE="0", STEPS_1=step or "\n", STEPS_2="9")
-    assert done.returncode == 2 and b"STEPS_1" in done.stderr
-=======
 @pytest.mark.parametrize("step", ["\n", "x", "1 2", "a[$(touch hacked)]"])
 @pytest.mark.parametrize("name", ["STEPS_1", "BATCH_3", "GPUS"])
 def test_a_variable_that_is_not_a_number_is_named(run_copy, name, step):
     done, calls = run_copy("train_progressive.sh", CACHE="0", **{name: step})
     assert (done.returncode, calls) == (2, []) and f"{name}=".encode() in done.stderr
->>>>>>> shell

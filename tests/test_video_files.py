@@ -1,14 +1,17 @@
 """Frames of videos and images: exact, in order and upright, for every container and format."""
 
 import struct
+from dataclasses import replace
 
 import av
+import decord
 import numpy as np
 import pytest
 import torch
 from PIL import ExifTags, Image
 
-from tiny_videos import halves, picture, read_frame_indices, save, write_video
+from tiny_videos import halves, picture, read_frame_indices, save, scribble, write_video
+from video import files
 from video.files import UnreadableError, probe, read_all_frames, read_frames, resize_and_crop
 from video.index import scan_videos
 
@@ -33,6 +36,87 @@ def test_frame_k_is_frame_k_in_every_container_up_to_the_last(tmp_path, name, co
     assert (halves(full[..., 0])[0] / 4).round().int().tolist() == list(range(45))
     for frame_indices in ([0], [9, 10], [11, 12, 13], [28, 31, 34], [8, 19, 30, 41], [43], [44], [40, 42, 44]):
         assert np.array_equal(read_frames(tmp_path, video, frame_indices), full[frame_indices])
+
+
+VARIABLE = [40 * index for index in range(20)] + [800 + 70 * index for index in range(25)]  # ms
+X265 = {"codec": "libx265", "x265-params": "log-level=none:keyint=10:min-keyint=5:bframes=3:open-gop=1"}
+LONG = {
+    "XviD.avi": {"tag": "XVID", "bf": "2"},
+    "B-frames.mp4": {"codec": "libx264", "bf": "3"},
+    "open GOP.mkv": {"codec": "libx264", "x264-params": "open-gop=1:bframes=8:b-pyramid=2:ref=8:scenecut=0"},
+    "interlaced.mp4": {"codec": "libx264", "x264-params": "open-gop=1:bframes=3:interlaced=1:scenecut=0"},
+    "HEVC.mp4": X265,
+    "10 bits.mkv": X265 | {"pixel_format": "yuv420p10le"},
+    "VP8.webm": {"codec": "libvpx", "deadline": "realtime"},
+    "VP9.webm": {"codec": "libvpx-vp9", "cpu-used": "5", "auto-alt-ref": "1", "lag-in-frames": "16"},
+    "odd.mkv": {"codec": "libvpx-vp9", "cpu-used": "8", "size": (65, 49)},
+    "variable.mp4": {"codec": "libx264", "bf": "3", "times": VARIABLE},
+    "variable.mkv": X265 | {"times": VARIABLE},
+}
+
+
+@pytest.fixture
+def decoded(monkeypatch):
+    """A list with an item for each frame that PyAV decodes from here on."""
+    found, decode_from = [], files.decode_from
+    monkeypatch.setattr(files, "decode_from", lambda *args: (found.append(1) or frame for frame in decode_from(*args)))
+    return found
+
+
+@pytest.mark.parametrize("name", LONG)
+def test_a_clip_is_decoded_from_the_keyframe_before_it_to_the_same_bits(tmp_path, monkeypatch, decoded, name):
+    write_video(tmp_path / name, 45, noise=200, **LONG[name])
+    video = scan_videos(tmp_path).videos[0]
+    assert len(video.keyframes) >= 3 and video.num_frames == 45 and video.varies == ("variable" in name)
+    expected = read_frames(tmp_path, replace(video, keyframes=()), range(45))  # in order, with decord
+    assert len(np.unique(expected, axis=0)) > 30
+    if not video.varies:  # else decord gives the time stamps
+        monkeypatch.setattr(decord, "VideoReader", lambda *_, **__: pytest.fail("decord decodes"))
+    for start in range(0, 43):
+        decoded.clear()
+        assert np.array_equal(read_frames(tmp_path, video, [start, start + 2]), expected[[start, start + 2]])
+        distance = start - max(number for number, _, _ in video.keyframes if number <= start)
+        assert 0 < len(decoded) <= 3 + distance or video.varies
+
+
+def test_all_frames_of_a_file_that_decord_refuses_are_decoded_with_pyav(tmp_path):
+    closed = X265["x265-params"].replace("open-gop=1", "open-gop=0")
+    write_video(tmp_path / "v.mp4", 45, noise=200, codec="libx265", **{"x265-params": closed})
+    video = scan_videos(tmp_path).videos[0]
+    with av.open(str(tmp_path / "v.mp4")) as file:
+        expected = np.stack([frame.to_ndarray(format="rgb24") for frame in file.decode(video=0)])
+    assert np.array_equal(np.concatenate(list(read_all_frames(tmp_path, video))), expected)
+    assert np.array_equal(read_frames(tmp_path, video, [3, 30]), expected[[3, 30]])
+
+
+@pytest.mark.parametrize("codec", ["mpeg4", "libx264"])
+def test_damage_makes_only_the_clips_between_two_keyframes_unreadable(tmp_path, codec):
+    options = {"g": "8", "sc_threshold": "1000000000"} if codec == "mpeg4" else {"x264-params": "keyint=8:scenecut=0"}
+    write_video(tmp_path / "v.mp4", 30, codec=codec, noise=200, **options)
+    video = scan_videos(tmp_path).videos[0]
+    assert [number for number, _, _ in video.keyframes] == [0, 8, 16, 24]
+    expected = read_frames(tmp_path, video, range(30))
+    scribble(tmp_path / "v.mp4")  # frame 10
+    for numbers in ([0, 7], [16, 20], [25, 29]):
+        assert np.array_equal(read_frames(tmp_path, video, numbers), expected[numbers])
+    for numbers in ([10], [9, 12], [7, 16]):
+        with pytest.raises(UnreadableError):
+            read_frames(tmp_path, video, numbers)
+
+
+def test_keyframes_are_not_used_where_their_frames_have_no_certain_number(tmp_path):
+    write_video(tmp_path / "a.avi", 45, codec="libx264", bf="3")  # an AVI has no time stamps
+    write_video(tmp_path / "plain.avi", 45)
+    with av.open(str(tmp_path / "plain.avi")) as plain, av.open(str(tmp_path / "packed.avi"), "w") as packed:
+        stream = packed.add_stream_from_template(plain.streams.video[0])
+        for packet in plain.demux(video=0):
+            if packet.size:
+                two = av.Packet(2 * bytes(packet))  # XviD puts a B-frame into the packet of the frame before it
+                two.dts, two.pts, two.is_keyframe, two.stream = packet.dts, packet.pts, packet.is_keyframe, stream
+                packed.mux(two)
+    assert len(probe(tmp_path, "all", "plain.avi").keyframes) > 1
+    for name in ("a.avi", "packed.avi"):
+        assert probe(tmp_path, "all", name).keyframes == ()
 
 
 def test_a_video_that_lost_frames_is_unreadable_only_for_those(tmp_path):

@@ -128,17 +128,22 @@ def test_only_new_and_changed_files_are_opened_and_missing_ones_dropped(root, ru
     assert "two" not in index_place(root, runs).read_text()
 
 
-@pytest.mark.parametrize("text", ["", '{"format": 1, "v', "[]", {"num_frames": "9"}, {"num_frames": 0}, {"more": 1}])
+TORN = ["", '{"format": 1, "v', "[]", {"num_frames": "9"}, {"num_frames": 0}, {"more": 1}, 2]
+
+
+@pytest.mark.parametrize("text", TORN)  # dict: fields of a video; 2: the format without keyframes
 def test_a_torn_or_foreign_index_is_built_again_and_reported(root, runs, capsys, text):
     scan, place = scan_videos(root, runs), index_place(root, runs)
+    content = json.loads(place.read_text())
     if isinstance(text, dict):
-        content = json.loads(place.read_text())
         content["videos"][0][1] |= text
-        text = json.dumps(content)
-    place.write_text(text)
-    assert scan_videos(root, runs).videos == scan.videos
+    if isinstance(text, int):
+        content = {"format": text, "videos": [[stamp, video | {"keyframes": []}] for stamp, video in content["videos"]]}
+    place.write_text(text if isinstance(text, str) else json.dumps(content))
+    again = scan_videos(root, runs).videos
+    assert again == scan.videos and all(video.keyframes for video in again)
     assert "building it again" in capsys.readouterr().out
-    json.loads(place.read_text())
+    assert scan_videos(root, runs).videos[0].keyframes == again[0].keyframes and capsys.readouterr().out == ""
 
 
 def test_the_first_run_writes_the_index_once_its_folder_is_there(root, tmp_path, opened):

@@ -7,8 +7,10 @@ closest to k / fps. Any problem with a file raises UnreadableError.
 import os
 import re
 import warnings
-from contextlib import contextmanager
-from dataclasses import dataclass
+from bisect import bisect
+from contextlib import contextmanager, suppress
+from dataclasses import dataclass, field, replace
+from functools import partial
 from pathlib import PurePosixPath
 
 import av
@@ -19,6 +21,7 @@ from PIL import ExifTags, Image
 
 from runtime.cli import plural
 from runtime.untrusted import FPS, check_regular
+from video.decode import decode_from, find_keyframes
 
 SUFFIXES = {"video": (".avi", ".m4v", ".mkv", ".mov", ".mp4", ".webm"), "image": (".jpeg", ".jpg", ".png", ".webp")}
 IMAGE_FORMATS = "JPEG", "PNG", "WEBP"  # of the content: many .jpg files are PNGs
@@ -32,8 +35,8 @@ SIGNATURE = re.compile(  # of AVI; Matroska, WebM; MP4, QuickTime. FFmpeg would 
     rb"RIFF|\x1a\x45\xdf\xa3|.{4}(ftyp|moov|mdat|free|skip|wide|pnot|styp|moof|sidx|uuid)", re.DOTALL
 )
 NO_VIDEO = (  # decord, FFmpeg and Video raise these: not a video, cut short, a frame that can't be decoded
-    OSError, RuntimeError, AssertionError, IndexError, StopIteration, ValueError, av.FFmpegError, decord.DECORDError,
-    decord.DECORDLimitReachedError,
+    OSError, RuntimeError, AssertionError, IndexError, StopIteration, TypeError, ValueError, av.FFmpegError,
+    decord.DECORDError, decord.DECORDLimitReachedError,
 )  # fmt: skip
 # Not an image, truncated or missing; bad PNG or EXIF; bad header; far too many pixels; lost palette (the last two)
 NO_IMAGE = OSError, SyntaxError, ValueError, Image.DecompressionBombError, AssertionError, TypeError
@@ -56,6 +59,8 @@ class Video:
     fps: float  # average over the file
     height: int | None  # px, of the upright frame; None for images, because the scan does not open them
     width: int | None
+    varies: bool = False  # whether the frame rate varies: frame k need not be the k-th frame of the file
+    keyframes: list = field(default=(), compare=False, repr=False)  # see decode.py; empty: decord reads all clips
 
     def __post_init__(self):  # a header or an index may contain anything
         if not (1 <= self.num_frames < 2**31 and FPS[0] <= self.fps <= FPS[1]):
@@ -73,13 +78,45 @@ def has_suffix(kind, path):
 
 
 def probe(root, class_name, path):
-    """The Video of a file. Reads the headers of a video but decodes no frame, and does not open an image."""
+    """The Video of a file. Reads the packets of a video and decodes one frame at most. Does not open an image."""
     if has_suffix("image", path):
         return Video(path, class_name, num_frames=1, fps=IMAGE_FPS, height=None, width=None)
-    with _open_video(os.path.join(root, path), check_length=True) as reader:
+    place = os.path.join(root, path)
+    with _open_video(place, check_length=True) as reader:
         _, height, width, _ = reader.get_batch([]).shape
-        num_frames, fps, _ = _read_timing(reader)
-        return Video(path, class_name, num_frames, fps, height, width)
+        num_frames, fps, stored = _read_timing(reader)
+        video = Video(path, class_name, num_frames, fps, height, width, varies=stored is not None)
+        return replace(video, keyframes=_usable_keyframes(_safe_path(place), video, reader))
+
+
+def _usable_keyframes(path, video, reader):
+    """The keyframes of a video; () if there is only one, or if PyAV and decord differ in the first frame."""
+    with suppress(*NO_VIDEO):
+        keyframes = find_keyframes(path, video.num_frames)
+        pixels = next(decode_from(path, keyframes[0], video.height, video.width))()
+        with suppress(*NO_VIDEO):  # decord fails if one packet of HEVC releases several frames
+            if len(keyframes) == 1 or keyframes[0][0] != 0 or not np.array_equal(pixels, _pixels(reader.next())):
+                return ()
+        return keyframes
+    return ()
+
+
+def _safe_path(path):
+    """The absolute path of a file that FFmpeg opens as a video. Raises OSError."""
+    check_regular(path)
+    with open(path, "rb") as file:
+        if not SIGNATURE.match(file.read(8)):
+            raise OSError("not an AVI, Matroska, WebM, MP4 or QuickTime file")
+    return os.path.abspath(path)  # FFmpeg would read a relative name such as concat:x as a command
+
+
+@contextmanager
+def _errors_of(path):
+    """Errors of a file and its decoder in the body become UnreadableError."""
+    try:
+        yield
+    except NO_VIDEO as error:
+        raise UnreadableError(f"{path}: {str(error) or 'ends too early'}") from error
 
 
 @contextmanager
@@ -88,12 +125,8 @@ def _open_video(path, check_length=False):
 
     check_length: refuse more frames than the file has bytes; decord would allocate memory for them, or abort.
     """
-    try:
-        check_regular(path)
-        with open(path, "rb") as file:
-            if not SIGNATURE.match(file.read(8)):
-                raise OSError("not an AVI, Matroska, WebM, MP4 or QuickTime file")
-        path = os.path.abspath(path)  # FFmpeg would read a relative name such as concat:x as a command
+    with _errors_of(path):
+        path = _safe_path(path)
         if check_length:
             with av.open(path, metadata_errors="ignore") as file:
                 claimed = max((stream.frames for stream in file.streams.video), default=0)
@@ -105,8 +138,6 @@ def _open_video(path, check_length=False):
         if height * width > MAX_PIXELS:
             raise OSError(f"{width} x {height} pixels")
         yield reader
-    except NO_VIDEO as error:
-        raise UnreadableError(f"{path}: {str(error) or 'ends too early'}") from error
 
 
 def _read_timing(reader):
@@ -132,41 +163,87 @@ def _read_timing(reader):
 def read_frames(root, video, frame_indices):
     """The frames at `frame_indices`, which ascend, of a video or image: uint8 (T, H, W, 3).
 
-    Raises UnreadableError if one of them or an earlier one can't be decoded. Sometimes a later one is enough, because
-    decord decodes ahead. Frames are decoded in order, because decord returns wrong frames when it seeks, also in
-    get_batch: in AVIs after the second keyframe and, with B-frames, at the end; in all containers near keyframes of
-    open GOPs.
+    Decoding starts at the last keyframe before them. Raises UnreadableError if one of them or a frame since that
+    keyframe can't be decoded. Sometimes a later one is enough, because decord decodes ahead.
     """
-    (frames,) = _read_parts(root, video, [frame_indices])
+    (frames,) = _read_parts(root, video, [frame_indices], [_from_keyframe, _from_start])
     return frames
 
 
 def read_all_frames(root, video, chunk_size=16):
     """Yield all frames in order, in chunks uint8 (T, H, W, 3) with T <= chunk_size: an hour of 1080p exceeds memory."""
     firsts = range(0, video.num_frames, chunk_size)
-    return _read_parts(root, video, [range(first, min(first + chunk_size, video.num_frames)) for first in firsts])
+    parts = [range(first, min(first + chunk_size, video.num_frames)) for first in firsts]
+    return _read_parts(root, video, parts, [_from_start, _from_keyframe])  # decord is faster: it has a second thread
 
 
-def _read_parts(root, video, parts):
-    """Yield the frames of each list of frame indices. Indices ascend over all lists."""
-    path, number, frame = os.path.join(root, video.path), -1, None
+def _read_parts(root, video, parts, decoders):
+    """Yield the frames of each list of frame indices. Indices ascend over all lists. If the first of two decoders
+    fails, the second one continues.
+    """
+    path, done = os.path.join(root, video.path), 0
     if has_suffix("image", path):
         yield _read_image(path)
         return
+    first, *others = decoders if video.keyframes else [_from_start]
+    try:
+        for frames in first(path, video, parts):
+            yield frames
+            done += 1
+    except UnreadableError:
+        if not others:
+            raise
+        yield from others[0](path, video, parts[done:])
+
+
+def _from_start(path, video, parts):
+    """Yield the frames of lists of frame indices with decord, which decodes all frames up to them.
+
+    decord returns wrong frames when it seeks, also in get_batch: in AVIs after the second keyframe and, with B-frames,
+    at the end; in all containers near keyframes of open GOPs.
+    """
     with _open_video(path) as reader:
-        _, _, stored = _read_timing(reader)
-        for frame_indices in parts:
-            frames = []
-            for index in frame_indices:
-                last = index if stored is None else stored[index]
-                while number < last:
-                    number, frame = number + 1, reader.next()
-                # Rows are padded. If a padded row is a multiple of the width (32, 48, 96, ...), decord mistakes the
-                # padding for more channels, and get_batch refuses the video.
-                height, width, channels = frame.shape
-                rows = frame.asnumpy().reshape(height, width * channels)
-                frames.append(rows[:, : 3 * width].reshape(height, width, 3))
-            yield np.stack(frames)
+        decoded = (partial(_pixels, frame) for frame in iter(reader.next, None))
+        yield from _pick(decoded, 0, _stored(reader, parts))
+
+
+def _from_keyframe(path, video, parts):
+    """Yield the frames of lists of frame indices with PyAV, which decodes from the last keyframe before them."""
+    with _errors_of(path):
+        if video.varies:
+            with _open_video(path) as reader:
+                parts = _stored(reader, parts)
+        keyframe = video.keyframes[bisect(video.keyframes, parts[0][0], key=lambda keyframe: keyframe[0]) - 1]
+        yield from _pick(decode_from(_safe_path(path), keyframe, video.height, video.width), keyframe[0], parts)
+
+
+def _stored(reader, parts):
+    """The numbers of the stored frames for lists of frame indices."""
+    _, _, stored = _read_timing(reader)
+    return parts if stored is None else [[stored[index] for index in frame_indices] for frame_indices in parts]
+
+
+def _pick(decoded, first, parts):
+    """Yield the frames of each list of numbers. `decoded` yields a function per frame, from the number `first` on."""
+    number, pixels = first - 1, None
+    for numbers in parts:
+        frames = []
+        for wanted in numbers:
+            while number < wanted:
+                number, pixels = number + 1, next(decoded, None)
+            if pixels is None:
+                raise OSError("ends too early")
+            frames.append(pixels())
+        yield np.stack(frames)
+
+
+def _pixels(frame):
+    """A frame of decord as uint8 (H, W, 3), without the padding of its rows. If a padded row is a multiple of the width
+    (32, 48, 96, ...), decord mistakes the padding for more channels, and get_batch refuses the video.
+    """
+    height, width, channels = frame.shape
+    rows = frame.asnumpy().reshape(height, width * channels)
+    return rows[:, : 3 * width].reshape(height, width, 3)
 
 
 def _read_image(path):

@@ -20,7 +20,7 @@ from video.files import SUFFIXES, UnreadableError, Video, has_suffix, probe
 UNLABELLED = "all"  # the class of files directly in ROOT
 UCF_LISTS = "ucfTrainTestlist"
 INDEX_FILE = ".video_index-{}.json"  # with a hash of the data's path; in the folder of the runs
-INDEX_FORMAT = 2
+INDEX_FORMAT = 3
 SPARES = 100  # most training videos that may replace validation videos
 
 
@@ -147,7 +147,10 @@ def save_index(scan, root, folder):
 def read_index(place):
     """{path: (stamp, Video)}; empty if there is no valid index."""
     try:
-        return {fields["path"]: (stamp, Video(**fields)) for stamp, fields in read_json(place)["videos"]}
+        index = read_json(place)
+        if (got := index["format"]) != INDEX_FORMAT:
+            raise ValueError(f"format {got}, expected {INDEX_FORMAT}")
+        return {fields["path"]: (stamp, Video(**fields)) for stamp, fields in index["videos"]}
     except FileNotFoundError:
         return {}
     except (OSError, ValueError, KeyError, TypeError) as error:

@@ -1,0 +1,96 @@
+"""Decodes a long video from a keyframe on, with PyAV, to the same pixels as decord in files.py.
+
+Whatever makes the numbers or pixels of frames uncertain is an error. decord then decodes from the first frame on.
+"""
+
+import heapq
+from contextlib import suppress
+from functools import partial
+from itertools import dropwhile, islice
+
+import av
+
+CODECS = "h264", "hevc", "mpeg4", "vp8", "vp9"
+AVI_CODECS = ("mpeg4",)  # AVIs have no time stamps, and FFmpeg guesses wrong ones for h264
+FRAME_START = b"\0\0\1\xb6"  # of a frame of mpeg4
+TRANSPOSES = {90: ["cclock"], 180: ["clock", "clock"], 270: ["clock"]}  # for degrees, counterclockwise
+
+
+def find_keyframes(path, num_frames):
+    """The keyframes of a video: a list of [frame number, time stamp, time to seek to]. Decodes no frame.
+
+    Frames are numbered in the order of their time stamps. All frames from a keyframe's number on decode from there; in
+    an open GOP, frames before it follow it in the file. The list is empty unless each packet is one of num_frames.
+    """
+    times, keyframes, latest = [], [], -float("inf")
+    with av.open(path, metadata_errors="ignore") as file:
+        stream, is_avi = file.streams.video[0], file.format.name == "avi"
+        codec = stream.codec_context.name
+        if codec not in (AVI_CODECS if is_avi else CODECS):
+            return []
+        for packet in file.demux(stream):
+            if not packet.size or packet.is_discard:  # the end of the file; a frame that an edit list removes
+                continue
+            is_packed = codec == "mpeg4" and bytes(packet).count(FRAME_START) != 1  # XviD: two frames in one
+            if packet.pts is None or packet.is_corrupt or is_packed:
+                return []
+            if packet.is_keyframe and packet.pts > latest:
+                keyframes.append((packet.pts, packet.dts if is_avi else packet.pts))
+            times.append(packet.pts)
+            latest = max(latest, packet.pts)
+    numbers = {time: number for number, time in enumerate(sorted(times))}
+    is_certain = len(numbers) == len(times) == num_frames
+    return [[numbers[time], time, seek_time] for time, seek_time in keyframes] if is_certain else []
+
+
+def decode_from(path, keyframe, height, width, strict=True):
+    """Yields the frames from a keyframe on, each as a function that returns its pixels, uint8 (height, width, 3).
+
+    Raises an error unless the decoder returns the frames of all packets in the order of their time stamps. With strict,
+    the decoder reports every error. Harmless ones occur after an open GOP's keyframe: it is then run without.
+    """
+    _, first, seek_time = keyframe
+    waiting, graph, count = [], None, 0  # waiting: a heap of the time stamps whose frames have not come out yet
+    with av.open(path, metadata_errors="ignore") as file:
+        stream = file.streams.video[0]
+        context = stream.codec_context
+        if context.width * context.height != height * width:
+            raise ValueError("the size has changed since the scan")
+        context.thread_count, context.options = 1, {"err_detect": "explode"} if strict else {}
+        file.seek(seek_time, stream=stream)
+        for packet in dropwhile(lambda packet: (packet.pts, packet.is_keyframe) != (first, True), file.demux(stream)):
+            if packet.size and not packet.is_discard and packet.pts >= first:
+                heapq.heappush(waiting, packet.pts)
+            try:
+                frames = packet.decode()
+            except av.FFmpegError:
+                if not strict or packet.pts == first:
+                    raise
+                yield from islice(decode_from(path, keyframe, height, width, strict=False), count, None)
+                return
+            for frame in frames:
+                if frame.pts is not None and frame.pts < first:  # of an open GOP
+                    continue
+                if frame.is_corrupt or frame.pts != heapq.heappop(waiting):
+                    raise ValueError("a frame is missing")
+                graph, count = graph or _rgb_graph(stream, frame.rotation), count + 1
+                yield partial(_pixels, graph, frame, (height, width, 3))
+
+
+def _rgb_graph(stream, rotation):
+    """The filters that turn a frame upright and into RGB, in decord's order: another one rounds otherwise."""
+    graph = av.filter.Graph()
+    with suppress(AttributeError):  # PyAV before 18 starts a thread per core
+        graph.threads = 1
+    turns = [("transpose", direction) for direction in TRANSPOSES.get(rotation % 360, [])]
+    filters = [graph.add(*step) for step in [*turns, ("scale",), ("format", "rgb24"), ("buffersink",)]]
+    graph.link_nodes(graph.add_buffer(template=stream), *filters).configure()
+    return graph
+
+
+def _pixels(graph, frame, shape):
+    graph.push(frame)
+    pixels = graph.pull().to_ndarray()
+    if pixels.shape != shape:
+        raise ValueError(f"a frame of shape {pixels.shape}")
+    return pixels
