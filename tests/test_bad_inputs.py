@@ -227,7 +227,7 @@ def make_checkpoints(root):
     (root / "pickle.pt").write_bytes(pickle.dumps(Code()))
     torch.save({"model": Code()}, root / "code.pt")
     torch.save({"state_dict": {}}, root / "other.pt")
-    published.write_export(root / "cut-export", checkpoint.load(rope))
+    published.write_export(root / "cut-export", checkpoint.load(rope), "fp32", "a card")
     os.truncate(root / "cut-export/model.safetensors", 1000)
 
 

@@ -164,13 +164,13 @@ def test_corrupt_videos_are_skipped_unless_too_few_remain(data, tmp_path, monkey
     assert made["real"]["bad_videos"] == corrupt and made["result"]["real"]["clips"] == 5
     assert "Up/person3.mp4 can't be decoded; it is skipped" in capsys.readouterr().out
     corrupt.append("Up/person1.mp4")
-    refused(capsys, tmp_path / "d.json", *flags, words=["1 groups (file stems) in Up"], status=1)
+    refused(capsys, tmp_path / "d.json", *flags, words=["1 group (file stems) in Up"], status=1)
 
 
 BAD = {
     "other classes": ({"classes": ["Down", "Left"]}, ["has class Left, --data-path", "Down, Up; pass the data set"]),
     "no class": ({"labels": (0, -1)}, ["has samples without a class"]),
-    "one person": ({}, ["2 classes, 1 groups (file stems) in Down; expected at least 2 of both"]),
+    "one person": ({}, ["2 classes, 1 group (file stems) in Down; expected at least 2 of both"]),
     "nothing to train on": ({}, ["no training video of class Up"]),
 }
 

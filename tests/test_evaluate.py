@@ -252,7 +252,7 @@ def test_two_ranks_find_the_values_of_one(fvd, tmp_path):
 
 
 BAD_SAMPLES = {
-    "no json": "no samples.json in it; expected a folder that", "mixed sizes": "of one size", "cut short": "zip",
+    "no json": "no samples.json in it; expected a sample folder", "mixed sizes": "of one size", "cut short": "zip",
     "one clip": "has 1 clip,", "images": "holds images", "floats": "expected uint8",
     "unknown class": "label 99",
 }  # fmt: skip

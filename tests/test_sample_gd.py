@@ -132,7 +132,7 @@ def test_more_frames_than_in_training_are_sampled_window_by_window(places, tmp_p
 def test_sampling_uses_the_settings_of_training_unless_a_flag_replaces_them(tmp_path, capsys):
     ckpt, chosen = tmp_path / "a.pt", {"guidance_chosen": True}
     random_checkpoint(ckpt, training=TUNED | chosen, num_frames=4)
-    write_export(tmp_path / "exported", checkpoint.load(ckpt))
+    write_export(tmp_path / "exported", checkpoint.load(ckpt), "fp32", "a card")
     for place, flags, changed, said in (
         (ckpt, [], {}, "ngd, 2 evaluations of step size 0.05, guidance 1.5"),
         (tmp_path / "exported", [], {}, "ngd, 2 evaluations of step size 0.05, guidance 1.5"),

@@ -192,7 +192,7 @@ FILES = {
         make_published, lambda at: checkpoint.load_model(at / "a.pt", model=PUBLISHED)[0].state_dict()
     ),
     "export": (
-        lambda at: published.write_export(at / "shared", make_state()),
+        lambda at: published.write_export(at / "shared", make_state(), "fp32", "a card"),
         lambda at: checkpoint.load_model(at / "shared", video=True),
     ),
     "latents": (tiny_data.make_latents, lambda at: read_clips(at, 2)),
