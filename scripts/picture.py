@@ -15,7 +15,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent / "EqM"))
 from runtime.atomic import atomic_write
 from runtime.cli import COUNT, ArgumentParser, UserError, check_writable, fail, one_line_errors, say
 from scoring.sources import Samples
-from video.drawing import add_notes, draw_sheet, evenly_spaced, few, stack, text_line
+from video.drawing import draw_sheet, evenly_spaced, few, stack, text_line
 
 COLUMNS, SIDE, GAP = 12, 64, 4  # frames of a row; px of a frame, and between two
 LEFT, MAX_NAME_LENGTH = 190, 16  # px and characters of the class names
@@ -33,14 +33,14 @@ def draw_folder(samples, rows):
     """The first `rows` samples of a folder, under a title: uint8 (h, w, 3)."""
     T, size, shown = samples.num_frames, samples.image_size, evenly_spaced(samples.num_frames, COLUMNS)
     clips, smooth = samples.clips[:rows, shown], Image.Resampling.NEAREST if size < SIDE else Image.Resampling.LANCZOS
-    title = f"{T} frames, {1 / samples.time_scale:.3g} per second, {size} x {size} px"
-    title += "; an orange border marks given frames" if samples.given[0] else ""
+    counts = few(len(clips), len(samples), "samples") + (few(len(shown), T, "frames") or [f"{T} frames"])
+    title = f"{', '.join(counts)}, {1 / samples.time_scale:.3g} per second, {size} x {size} px"
+    title += ", given frames in orange" if samples.given[0] else ""
     frames = [Image.fromarray(frame).resize((SIDE, SIDE), smooth) for frame in clips.reshape(-1, size, size, 3)]
     frames = np.stack(frames).reshape(*clips.shape[:2], SIDE, SIDE, 3)
     names = [samples.shown_class(name)[:MAX_NAME_LENGTH] for name in samples.names[:rows]]
     marked = [np.isin(shown, given) for given in samples.given[:rows]]
-    notes = few(len(clips), len(samples), "samples") + few(len(shown), T, "frames")
-    return add_notes(stack(text_line(title), draw_sheet(frames, names, marked, LEFT, GAP)), notes)
+    return stack(text_line(title), draw_sheet(frames, names, marked, LEFT, GAP))
 
 
 @one_line_errors()
