@@ -17,10 +17,10 @@ TRANSPOSES = {90: ["cclock"], 180: ["clock", "clock"], 270: ["clock"]}  # for de
 
 
 def find_keyframes(path, num_frames):
-    """The keyframes of a video: a list of [frame number, time stamp, time to seek to]. Decodes no frame.
+    """The keyframes of a video, if it has several: a list of [frame number, time stamp, time to seek to].
 
     Frames are numbered in the order of their time stamps. All frames from a keyframe's number on decode from there; in
-    an open GOP, frames before it follow it in the file. The list is empty unless each packet is one of num_frames.
+    an open GOP, frames before it follow it in the file. The list is empty unless each of num_frames packets is a frame.
     """
     times, keyframes, latest = [], [], -float("inf")
     with av.open(path, metadata_errors="ignore") as file:
@@ -39,8 +39,9 @@ def find_keyframes(path, num_frames):
             times.append(packet.pts)
             latest = max(latest, packet.pts)
     numbers = {time: number for number, time in enumerate(sorted(times))}
-    is_certain = len(numbers) == len(times) == num_frames
-    return [[numbers[time], time, seek_time] for time, seek_time in keyframes] if is_certain else []
+    if len(keyframes) < 2 or not len(numbers) == len(times) == num_frames:
+        return []
+    return [[numbers[time], time, seek_time] for time, seek_time in keyframes]
 
 
 def decode_from(path, keyframe, height, width, strict=True):
