@@ -6,7 +6,7 @@ Whatever makes the numbers or pixels of frames uncertain is an error. decord the
 import heapq
 from contextlib import suppress
 from functools import partial
-from itertools import dropwhile, islice
+from itertools import dropwhile
 
 import av
 
@@ -44,37 +44,29 @@ def find_keyframes(path, num_frames):
     return [[numbers[time], time, seek_time] for time, seek_time in keyframes]
 
 
-def decode_from(path, keyframe, height, width, strict=True):
+def decode_from(path, keyframe, height, width):
     """Yields the frames from a keyframe on, each as a function that returns its pixels, uint8 (height, width, 3).
 
-    Raises an error unless the decoder returns the frames of all packets in the order of their time stamps. With strict,
-    the decoder reports every error. Harmless ones occur after an open GOP's keyframe: it is then run without.
+    Raises an error unless the decoder returns the frames of all packets in the order of their time stamps.
     """
     _, first, seek_time = keyframe
-    waiting, graph, count = [], None, 0  # waiting: a heap of the time stamps whose frames have not come out yet
+    waiting, graph = [], None  # waiting: a heap of the time stamps whose frames have not come out yet
     with av.open(path, metadata_errors="ignore") as file:
         stream = file.streams.video[0]
         context = stream.codec_context
         if context.width * context.height != height * width:
             raise ValueError("the size has changed since the scan")
-        context.thread_count, context.options = 1, {"err_detect": "explode"} if strict else {}
+        context.thread_count = 1
         file.seek(seek_time, stream=stream)
         for packet in dropwhile(lambda packet: (packet.pts, packet.is_keyframe) != (first, True), file.demux(stream)):
             if packet.size and not packet.is_discard and packet.pts >= first:
                 heapq.heappush(waiting, packet.pts)
-            try:
-                frames = packet.decode()
-            except av.FFmpegError:
-                if not strict or packet.pts == first:
-                    raise
-                yield from islice(decode_from(path, keyframe, height, width, strict=False), count, None)
-                return
-            for frame in frames:
+            for frame in packet.decode():
                 if frame.pts is not None and frame.pts < first:  # of an open GOP
                     continue
                 if frame.is_corrupt or frame.pts != heapq.heappop(waiting):
                     raise ValueError("a frame is missing")
-                graph, count = graph or _rgb_graph(stream, frame.rotation), count + 1
+                graph = graph or _rgb_graph(stream, frame.rotation)
                 yield partial(_pixels, graph, frame, (height, width, 3))
 
 
