@@ -104,6 +104,22 @@ def test_damage_makes_only_the_clips_between_two_keyframes_unreadable(tmp_path, 
             read_frames(tmp_path, video, numbers)
 
 
+@pytest.mark.parametrize("params", ["keyint=10", "keyint=10:slices=4", "intra-refresh=1:keyint=20"])
+def test_frames_after_a_keyframe_that_is_damaged_or_none_are_those_of_decord(tmp_path, params):
+    write_video(tmp_path / "v.mp4", 45, codec="libx264", noise=200, **{"x264-params": f"{params}:bframes=0:scenecut=0"})
+    video = scan_videos(tmp_path).videos[0]
+    if "refresh" not in params:
+        scribble(tmp_path / "v.mp4", offset=1000)  # in the middle of frame 10, a keyframe
+    for numbers in ([8, 9], [10, 11], [25, 28]):
+        found = []
+        for one in (video, replace(video, keyframes=())):
+            try:
+                found.append(read_frames(tmp_path, one, numbers).tobytes())
+            except UnreadableError:
+                found.append(None)
+        assert found[0] == found[1] or (numbers[0] == 25 and found[1] is None), numbers
+
+
 def test_keyframes_are_not_used_where_their_frames_have_no_certain_number(tmp_path):
     write_video(tmp_path / "a.avi", 45, codec="libx264", bf="3")  # an AVI has no time stamps
     write_video(tmp_path / "plain.avi", 45)
@@ -183,6 +199,7 @@ def test_a_video_is_read_upright_however_the_phone_was_held(tmp_path):
     stored = read_frames(tmp_path, found["0.mp4"], [0, 1])
     for turn in turns:
         video = found[f"{turn}.mp4"]
+        assert video.keyframes  # PyAV and decord agree
         frames = read_frames(tmp_path, video, [0, 1])
         assert frames.shape[1:3] == (video.height, video.width)
         assert np.array_equal(frames, np.rot90(stored, -turn // 90, axes=(1, 2))), turn

@@ -53,10 +53,10 @@ def add_sound(file):
     file.mux([*stream.encode(frame), *stream.encode()])
 
 
-def scribble(path):
-    """Overwrite the beginning of packet 10."""
+def scribble(path, offset=0):
+    """Overwrite 200 bytes of packet 10."""
     with av.open(str(path)) as file:
-        position = [packet.pos for packet in file.demux(video=0) if packet.size][10]
+        position = [packet.pos for packet in file.demux(video=0) if packet.size][10] + offset
     data = bytearray(path.read_bytes())
     data[position : position + 200] = bytes(range(200))
     path.write_bytes(data)

@@ -6,7 +6,7 @@ Whatever makes the numbers or pixels of frames uncertain is an error. decord the
 import heapq
 from contextlib import suppress
 from functools import partial
-from itertools import dropwhile, islice
+from itertools import dropwhile
 
 import av
 
@@ -17,10 +17,10 @@ TRANSPOSES = {90: ["cclock"], 180: ["clock", "clock"], 270: ["clock"]}  # for de
 
 
 def find_keyframes(path, num_frames):
-    """The keyframes of a video: a list of [frame number, time stamp, time to seek to]. Decodes no frame.
+    """The keyframes of a video, if it has several: a list of [frame number, time stamp, time to seek to].
 
     Frames are numbered in the order of their time stamps. All frames from a keyframe's number on decode from there; in
-    an open GOP, frames before it follow it in the file. The list is empty unless each packet is one of num_frames.
+    an open GOP, frames before it follow it in the file. The list is empty unless each of num_frames packets is a frame.
     """
     times, keyframes, latest = [], [], -float("inf")
     with av.open(path, metadata_errors="ignore") as file:
@@ -39,41 +39,34 @@ def find_keyframes(path, num_frames):
             times.append(packet.pts)
             latest = max(latest, packet.pts)
     numbers = {time: number for number, time in enumerate(sorted(times))}
-    is_certain = len(numbers) == len(times) == num_frames
-    return [[numbers[time], time, seek_time] for time, seek_time in keyframes] if is_certain else []
+    if len(keyframes) < 2 or not len(numbers) == len(times) == num_frames:
+        return []
+    return [[numbers[time], time, seek_time] for time, seek_time in keyframes]
 
 
-def decode_from(path, keyframe, height, width, strict=True):
+def decode_from(path, keyframe, height, width):
     """Yields the frames from a keyframe on, each as a function that returns its pixels, uint8 (height, width, 3).
 
-    Raises an error unless the decoder returns the frames of all packets in the order of their time stamps. With strict,
-    the decoder reports every error. Harmless ones occur after an open GOP's keyframe: it is then run without.
+    Raises an error unless the decoder returns the frames of all packets in the order of their time stamps.
     """
     _, first, seek_time = keyframe
-    waiting, graph, count = [], None, 0  # waiting: a heap of the time stamps whose frames have not come out yet
+    waiting, graph = [], None  # waiting: a heap of the time stamps whose frames have not come out yet
     with av.open(path, metadata_errors="ignore") as file:
         stream = file.streams.video[0]
         context = stream.codec_context
         if context.width * context.height != height * width:
             raise ValueError("the size has changed since the scan")
-        context.thread_count, context.options = 1, {"err_detect": "explode"} if strict else {}
+        context.thread_count = 1
         file.seek(seek_time, stream=stream)
         for packet in dropwhile(lambda packet: (packet.pts, packet.is_keyframe) != (first, True), file.demux(stream)):
             if packet.size and not packet.is_discard and packet.pts >= first:
                 heapq.heappush(waiting, packet.pts)
-            try:
-                frames = packet.decode()
-            except av.FFmpegError:
-                if not strict or packet.pts == first:
-                    raise
-                yield from islice(decode_from(path, keyframe, height, width, strict=False), count, None)
-                return
-            for frame in frames:
+            for frame in packet.decode():
                 if frame.pts is not None and frame.pts < first:  # of an open GOP
                     continue
                 if frame.is_corrupt or frame.pts != heapq.heappop(waiting):
                     raise ValueError("a frame is missing")
-                graph, count = graph or _rgb_graph(stream, frame.rotation), count + 1
+                graph = graph or _rgb_graph(stream, frame.rotation)
                 yield partial(_pixels, graph, frame, (height, width, 3))
 
 

@@ -90,13 +90,12 @@ def probe(root, class_name, path):
 
 
 def _usable_keyframes(path, video, reader):
-    """The keyframes of a video; () if there is only one, or if PyAV and decord differ in the first frame."""
+    """The keyframes of a video; () if they are uncertain, or if PyAV and decord differ in the first frame."""
     with suppress(*NO_VIDEO):
         keyframes = find_keyframes(path, video.num_frames)
         pixels = next(decode_from(path, keyframes[0], video.height, video.width))()
         with suppress(*NO_VIDEO):  # decord fails if one packet of HEVC releases several frames
-            if len(keyframes) == 1 or keyframes[0][0] != 0 or not np.array_equal(pixels, _pixels(reader.next())):
-                return ()
+            return keyframes if np.array_equal(pixels, _pixels(reader.next())) else ()
         return keyframes
     return ()
 
@@ -166,49 +165,39 @@ def read_frames(root, video, frame_indices):
     Decoding starts at the last keyframe before them. Raises UnreadableError if one of them or a frame since that
     keyframe can't be decoded. Sometimes a later one is enough, because decord decodes ahead.
     """
-    (frames,) = _read_parts(root, video, [frame_indices], [_from_keyframe, _from_start])
+    (frames,) = _read_parts(root, video, [frame_indices])
     return frames
 
 
 def read_all_frames(root, video, chunk_size=16):
     """Yield all frames in order, in chunks uint8 (T, H, W, 3) with T <= chunk_size: an hour of 1080p exceeds memory."""
     firsts = range(0, video.num_frames, chunk_size)
-    parts = [range(first, min(first + chunk_size, video.num_frames)) for first in firsts]
-    return _read_parts(root, video, parts, [_from_start, _from_keyframe])  # decord is faster: it has a second thread
+    return _read_parts(root, video, [range(first, min(first + chunk_size, video.num_frames)) for first in firsts])
 
 
-def _read_parts(root, video, parts, decoders):
-    """Yield the frames of each list of frame indices. Indices ascend over all lists. If the first of two decoders
-    fails, the second one continues.
+def _read_parts(root, video, parts):
+    """Yield the frames of each list of frame indices. Indices ascend over all lists.
+
+    PyAV decodes from the last keyframe before them. Where there is none or it fails, decord decodes from the first
+    frame on: it returns wrong frames when it seeks, also in get_batch, in AVIs and near keyframes of open GOPs.
     """
     path, done = os.path.join(root, video.path), 0
     if has_suffix("image", path):
         yield _read_image(path)
         return
-    first, *others = decoders if video.keyframes else [_from_start]
-    try:
-        for frames in first(path, video, parts):
-            yield frames
-            done += 1
-    except UnreadableError:
-        if not others:
-            raise
-        yield from others[0](path, video, parts[done:])
-
-
-def _from_start(path, video, parts):
-    """Yield the frames of lists of frame indices with decord, which decodes all frames up to them.
-
-    decord returns wrong frames when it seeks, also in get_batch: in AVIs after the second keyframe and, with B-frames,
-    at the end; in all containers near keyframes of open GOPs.
-    """
+    if video.keyframes:
+        with suppress(UnreadableError):
+            for frames in _from_keyframe(path, video, parts):
+                yield frames
+                done += 1
+            return
     with _open_video(path) as reader:
         decoded = (partial(_pixels, frame) for frame in iter(reader.next, None))
-        yield from _pick(decoded, 0, _stored(reader, parts))
+        yield from _pick(decoded, 0, _stored(reader, parts[done:]))
 
 
 def _from_keyframe(path, video, parts):
-    """Yield the frames of lists of frame indices with PyAV, which decodes from the last keyframe before them."""
+    """Yield what _read_parts does. Raises UnreadableError if decord should decode."""
     with _errors_of(path):
         if video.varies:
             with _open_video(path) as reader:

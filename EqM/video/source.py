@@ -1,6 +1,6 @@
-"""Where clips come from: loose files, or a cache of the latents or pixels of their frames.
+"""Data sources: loose files, or a cache with the latents or pixels of their frames.
 
-To read from elsewhere, add a Source and let open_source return it.
+To read other data, add a Source and return it from open_source.
 """
 
 import fcntl
@@ -30,12 +30,12 @@ LATENTS_FORMAT = 1
 LATENTS_NAMES = {  # in latents.json
     "vae", "image_size", "channels", "downsample", "scale", "shift", "flips", "classes", "unreadable",
 }  # fmt: skip
-THREADS = min(8, os.cpu_count())  # that decode videos; decoders leave Python's lock while they work
-LARGEST = 20 * 10**9  # bytes that --cache-frames takes without --cache-frames-force
+THREADS = min(8, os.cpu_count())  # for decoding; decoders release Python's lock while they work
+LARGEST = 20 * 10**9  # bytes; a larger --cache-frames needs --cache-frames-force
 
 
 class Source:
-    """Where clips come from: a folder `root` and the Scan of what is in it."""
+    """The videos or images of a folder `root`, listed in a Scan."""
 
     def __init__(self, root, scan):
         self.root, self.scan = root, scan
@@ -44,17 +44,17 @@ class Source:
         return self.scan.videos
 
     def read(self, video, frame_indices, flipped=False):
-        """The frames with these numbers, which ascend, as training takes them. Raises UnreadableError.
+        """The frames at `frame_indices`, which ascend, in the form that training takes. Raises UnreadableError.
 
-        Pixels are uint8 (3, T, H, W); latents, the posterior's mean and std, are float16 (2, C, T, h, w).
+        Pixels are uint8 (3, T, H, W). Latents are the posterior's mean and std, float16 (2, C, T, h, w).
         """
         raise NotImplementedError
 
 
 def open_source(root, image_size, images=False, index_folder=None):
-    """The source of a data folder, whose clips have image_size px unless it is a cache. Raises UserError.
+    """The source of a data folder. Its clips have image_size px, unless the folder is a cache. Raises UserError.
 
-    Only one rank should call this: it opens videos, as scan_videos does.
+    Only one rank should call this, because it opens videos.
     """
     if (settings := latents_settings(root, images)) is not None:
         return Cache(root, settings)
@@ -62,7 +62,7 @@ def open_source(root, image_size, images=False, index_folder=None):
 
 
 def check_data_path(root, images=False, cached=True):
-    """The checks of open_source that open no video; with cached=False a cache is an error too. Raises UserError."""
+    """Check a data folder without opening a video. With cached=False, a cache is an error. Raises UserError."""
     if latents_settings(root, images) is None:
         find_files(root, images)
     elif not cached:
@@ -70,7 +70,7 @@ def check_data_path(root, images=False, cached=True):
 
 
 class Files(Source):
-    """Videos or images, decoded and resized at each read."""
+    """Videos or images; each read decodes and resizes them."""
 
     def __init__(self, root, scan, image_size):
         super().__init__(root, scan)
@@ -86,11 +86,11 @@ class Files(Source):
 
 
 # ----------------------------------------------------------------------------------------------------------------------
-# Caches: a file for each video, which is mapped into memory that all processes share
+# Caches: one file per video, mapped into memory that all processes share
 
 
 def latents_settings(root, images=False):
-    """The content of a cache's latents.json, None if root is not a cache. Raises UserError if it can't be used."""
+    """The content of a cache's latents.json; None if root is not a cache. Raises UserError if the cache is unusable."""
     prefix, path = f"--data-path {root}", Path(root, LATENTS_FILE)
     if not os.path.exists(path):
         if os.path.exists(os.path.join(root, PARTIAL_FILE)):
@@ -111,7 +111,7 @@ def latents_settings(root, images=False):
 
 
 class Cache(Source):
-    """A cache of cache_latents.py: latents, or pixels where the VAE is "none"."""
+    """A cache that cache_latents.py made: latents, or pixels if its VAE is "none"."""
 
     def __init__(self, root, settings):
         for video in settings["videos"]:
@@ -129,8 +129,9 @@ class Cache(Source):
 
 
 def read_cache_file(path, names, shape, frame_indices):
-    """Frames (C, h, w) = shape of the tensors `names` in a file of a cache: (len(names), C, T, h, w). Reads no frames
-    before the first or behind the last of them. Raises UnreadableError.
+    """Frames of shape (C, h, w) from the tensors `names` of a cache file: (len(names), C, T, h, w).
+
+    Reads only the span from the first to the last frame. Raises UnreadableError.
     """
     first, last = frame_indices[0], frame_indices[-1]
     offsets = torch.tensor(frame_indices) - first
@@ -141,25 +142,25 @@ def read_cache_file(path, names, shape, frame_indices):
             frames = torch.stack([span[offsets].transpose(0, 1) for span in spans])
         if frames.shape != (expected := (len(names), shape[0], len(frame_indices), *shape[1:])):
             raise OSError(f"got {list(frames.shape)}, expected {list(expected)}")
-    # Not a file; truncated or something else, or without flips; fewer frames than latents.json says.
+    # No regular file; a truncated or different file, or one without flips; fewer frames than in latents.json.
     except (OSError, SafetensorError, IndexError, RuntimeError) as error:
         raise UnreadableError(f"{path}: {error}") from error
     return frames
 
 
 def read_pixels(path, side, frame_indices, flipped):
-    """The frames in a file of a cache of pixels: uint8 (3, T, side, side). Raises UnreadableError."""
+    """Frames from a cache file of pixels: uint8 (3, T, side, side). Raises UnreadableError."""
     (clip,) = read_cache_file(path, ["pixels"], (3, side, side), frame_indices)
     return clip.flip(-1) if flipped else clip
 
 
 def cached_path(video):
-    """The path of a video's file in a cache, relative to the cache."""
+    """The path of a video's cache file, relative to the cache."""
     return str(PurePosixPath(video.path).with_suffix(SUFFIX))
 
 
 def cached_metadata(path):
-    """The metadata of a file of a cache, a dict of strings; None if it is missing, damaged or has none."""
+    """The metadata of a cache file, a dict of strings; None if the file is missing or damaged, or has no metadata."""
     try:
         check_regular(path)
         with safe_open(path, "pt") as file:
@@ -169,7 +170,7 @@ def cached_metadata(path):
 
 
 def write_pixels(path, files, video, metadata):
-    """Write a video of a Files to a file of a cache, as its frames are decoded. Raises UnreadableError, OSError."""
+    """Decode a video of a Files into a cache file, a few frames at a time. Raises UnreadableError, OSError."""
     shape = video.num_frames, 3, files.image_size, files.image_size
     pixels = {"dtype": "U8", "shape": shape, "data_offsets": [0, math.prod(shape)]}
     header = json.dumps({"__metadata__": metadata, "pixels": pixels}).encode()
@@ -180,7 +181,7 @@ def write_pixels(path, files, video, metadata):
 
 
 def write_each(videos, write, threads):
-    """Call write for each video, in threads. Yields (video, whether it is readable: no UnreadableError) in order."""
+    """Call write(video) for each video, in threads. Yield (video, whether it is readable) in order."""
 
     def attempt(video):
         with suppress(UnreadableError):
@@ -192,7 +193,7 @@ def write_each(videos, write, threads):
 
 
 def in_threads(function, items, threads):
-    """Yields function(item) for each item in order. At most 2 * threads are begun or waiting to be yielded."""
+    """Yield function(item) for each item, in order. At most 2 * threads items run or wait for their turn."""
     pool = ThreadPoolExecutor(threads)
     try:
         futures = (pool.submit(function, item) for item in items)
@@ -205,12 +206,13 @@ def in_threads(function, items, threads):
 
 
 # ----------------------------------------------------------------------------------------------------------------------
-# --cache-frames: the pixels of Files, beside the runs
+# --cache-frames: the pixels of Files, in the folder of the runs
 
 
 class CachedFiles(Files):
-    """Files whose pixels are in a folder; those of corrupt videos, of which some frames can be decoded, are not.
-    Raises UserError if there is nothing to decode or, unless force, too much.
+    """Files with a cache of their pixels, without corrupt videos: each read decodes their frames.
+
+    Raises UserError if there is nothing to decode, or too much and not force.
     """
 
     def __init__(self, files, results_dir, force=False):
@@ -229,8 +231,8 @@ class CachedFiles(Files):
         return self.folder / (name_hash(video.path, 16) + SUFFIX)
 
     def fill(self):
-        """Decode the videos that are not in the folder or have changed since, on the first rank of each machine; the
-        others must wait for it, as do other runs. Raises UserError.
+        """Decode videos that are new or have changed, on the first rank of each machine. Other ranks must wait for it;
+        other runs wait for a lock. Raises UserError.
         """
         if local_rank() != 0:
             return
@@ -248,7 +250,7 @@ class CachedFiles(Files):
                 self.place(video).unlink(missing_ok=True)
             done = write_each(todo, lambda video: write_pixels(self.place(video), self, video, stamps[video]), THREADS)
             for _ in Bar(done, total=len(todo), desc="caching frames", unit="video", disable=not todo):
-                pass  # who reads a corrupt video will name it
+                pass  # a corrupt video is named when a clip needs it
 
     def read(self, video, frame_indices, flipped=False):
         try:
