@@ -178,26 +178,33 @@ def read_all_frames(root, video, chunk_size=16):
 def _read_parts(root, video, parts):
     """Yield the frames of each list of frame indices. Indices ascend over all lists.
 
-    PyAV decodes from the last keyframe before them. Where there is none or it fails, decord decodes from the first
-    frame on: it returns wrong frames when it seeks, also in get_batch, in AVIs and near keyframes of open GOPs.
+    PyAV decodes from the last keyframe before them, decord from the first frame on: decord returns wrong frames when it
+    seeks, also in get_batch, in AVIs and near keyframes of open GOPs. The faster one goes first; if it fails, the other
+    continues.
     """
-    path, done = os.path.join(root, video.path), 0
+    path, done, decoders = os.path.join(root, video.path), 0, [_from_start]
     if has_suffix("image", path):
         yield _read_image(path)
         return
     if video.keyframes:
-        with suppress(UnreadableError):
-            for frames in _from_keyframe(path, video, parts):
+        decoders.insert(parts[0][0] < video.keyframes[1][0], _from_keyframe)  # decord decodes a whole video faster
+    for number, decoder in enumerate(decoders, 1):
+        with suppress(*[UnreadableError] if number < len(decoders) else []):
+            for frames in decoder(path, video, parts[done:]):
                 yield frames
                 done += 1
             return
+
+
+def _from_start(path, video, parts):
+    """Yield what _read_parts does, with decord."""
     with _open_video(path) as reader:
         decoded = (partial(_pixels, frame) for frame in iter(reader.next, None))
-        yield from _pick(decoded, 0, _stored(reader, parts[done:]))
+        yield from _pick(decoded, 0, _stored(reader, parts))
 
 
 def _from_keyframe(path, video, parts):
-    """Yield what _read_parts does. Raises UnreadableError if decord should decode."""
+    """Yield what _read_parts does, with PyAV."""
     with _errors_of(path):
         if video.varies:
             with _open_video(path) as reader:
