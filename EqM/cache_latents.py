@@ -25,7 +25,7 @@ import torch
 
 from runtime import cli, distributed
 from runtime.atomic import atomic_write
-from runtime.cli import COUNT, SHARE, ArgumentParser, Bar, UserError, fail, one_line_errors, plural, say
+from runtime.cli import COUNT, SHARE, ArgumentParser, Bar, UserError, one_line_errors, plural, say, wrong_input
 from runtime.distributed import rank, world_size
 from runtime.runs import remove_temporary_files
 from runtime.untrusted import read_json
@@ -110,7 +110,7 @@ def source_metadata(scan, video):
 @one_line_errors()
 def main():
     args = parse_args()
-    try:
+    with wrong_input():
         cli.check_devices()
         cli.check_writable("--out", args.out)
         source.check_data_path(args.data_path, cached=False)
@@ -118,8 +118,6 @@ def main():
         settings = cache_settings(args, vae)
         check_out(args.out, settings)
         plan = plan_encoding(args) if rank() == 0 else None  # the other ranks wait in start()
-    except UserError as error:
-        fail(error)
 
     device = distributed.start()
     if rank() == 0:

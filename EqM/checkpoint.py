@@ -35,7 +35,7 @@ from runtime.cli import UserError, say, writing
 from runtime.distributed import rank
 from runtime.memory import free_bytes
 from runtime.metrics import read_metrics
-from runtime.runs import describe_missing, is_restarted, lock, newest_run, remove_temporary_files
+from runtime.runs import is_restarted, lock, name_similar, newest_run, remove_temporary_files
 from runtime.untrusted import read_torch
 from schedule import current_phase, is_due
 from sharding import full_tensor, is_sharded, shard_like
@@ -79,10 +79,7 @@ class Progress:
 
 
 def save(path, state):
-    """Write a checkpoint to a temporary file, flush it to the disk, then rename it to `path`. Raises UserError.
-
-    After any failure, `path` holds its old or its complete new content.
-    """
+    """Write a checkpoint to `path`, which has its old or its complete new content at any time. Raises UserError."""
     with writing(path):
         Path(path).parent.mkdir(exist_ok=True)  # a user may have deleted it
         with atomic_write(path) as file:
@@ -118,10 +115,7 @@ class Writer:
         self.thread, self.writing = ThreadPoolExecutor(1, "checkpoint"), None
 
     def write(self, state, names, before, after):
-        """Save a state as latest.pt and under `names`. The thread calls before() first and after() last.
-
-        All ranks call this. Raises UserError.
-        """
+        """Save a state as latest.pt and under `names`, between before() and after(). All ranks call this."""
         self.wait()
         self.check_memory(state)
         state, copied = self.copy(state), None
@@ -202,10 +196,9 @@ def complete_names(start, phases, every):
 
 
 def load(path, parts=PARTS, **asked):
-    """The dict of a checkpoint. asked: the fields of EqMConfig that --model and --ebm set.
+    """The dict of a checkpoint. asked: the fields of EqMConfig that --model and --ebm set. Raises UserError.
 
-    The tensors stay in the file and are read when they are used, so no rank needs its own copy. Only the tensors of
-    `parts`, which the caller uses, are checked for damage. Raises UserError.
+    The tensors stay in the file, so no rank needs its own copy. Only those of `parts` are checked for damage.
     """
     if os.path.isdir(path):
         state = from_elsewhere(*read_export(path))
@@ -255,8 +248,7 @@ def from_elsewhere(config, model, ema, step, version=VERSION):
 def load_model(path, use_ema=True, model=None, video=None, **checks):
     """Rebuild the network of a checkpoint: (model in eval mode on the CPU, config of the file, step).
 
-    checks: fields of EqMConfig that must agree, such as use_rope=True. video: whether it must be a model of videos or
-    of images. None is not checked. model: the --model of a published file. Raises UserError.
+    model: the --model of a published file. video: see `check_kind`. checks: see `check`. Raises UserError.
     """
     part, flag = "ema" if use_ema else "model", f"--ckpt {path}"
     state = load(path, [part], **model_shape(model), ebm=checks.get("ebm"))
@@ -340,16 +332,13 @@ def config_of(flag, state):
 
 
 def check(flag, saved, **asked):
-    """Raise UserError unless the checkpoint's EqMConfig has the values of `asked`; None is not checked.
-
-    flag: names the checkpoint in the message. With rotary positions num_frames may differ, as no weight depends on it.
-    """
+    """Raise UserError, beginning with `flag`, unless an EqMConfig has the values of `asked`; None is not checked."""
     asked = {name: value for name, value in asked.items() if value is not None}
     if asked.pop("use_rope", saved.use_rope) != saved.use_rope:
         fixed = "fixed positions cannot be converted: retrain with --use-rope, or remove it"
         raise UserError(f"{flag}: {'trained with --use-rope: add it' if saved.use_rope else fixed}")
     if saved.use_rope:
-        asked.pop("num_frames", None)
+        asked.pop("num_frames", None)  # no weight depends on it
     got, expected = model_name(**asdict(saved)), model_name(**asdict(saved) | asked)
     if got != expected:
         advice = "remove --model, --depth, --hidden-size and --num-heads: the checkpoint has them"
@@ -415,11 +404,10 @@ class Start:
 
 
 def find_start(args, name):
-    """The Start for the flags of train.py. This is the policy of resuming.
+    """The Start for the flags of train.py, which is the policy of resuming. Raises UserError.
 
-    With --resume, or after a restart by torchrun, the newest run of that name is locked and continues from its newest
-    intact checkpoint. Otherwise --ckpt starts a new phase with its model, EMA, optimizer and step. Without --ckpt,
-    training starts from scratch. Raises UserError.
+    A resumed run continues. Otherwise --ckpt starts a new phase with its model, EMA, optimizer and step. Without
+    --ckpt, training starts from scratch.
     """
     asked = asked_shape(args)
     start = find_resumed(args, name, args.ckpt, **asked)
@@ -441,11 +429,21 @@ def find_start(args, name):
 
 
 def find_resumed(args, name, ckpt=None, read=load, **asked):
-    """The Start of the run to resume, at its newest intact checkpoint; from scratch without a run or a checkpoint."""
-    start = Start(Progress(), folder=folder_to_resume(args, name, ckpt))
-    if start.folder:
-        check_not_deleted(start.folder)
-        start.path, start.state = newest_checkpoint(start.folder, read, **asked)
+    """The Start of the newest run of that name, locked, if --resume or a restart by torchrun asks for it.
+
+    Without a run or an intact checkpoint it is from scratch, or the caller replaces it by one from the file `ckpt`.
+    """
+    folder, start = newest_run(args.results_dir, name), Start(Progress())
+    if folder is None and args.resume:
+        similar = "" if ckpt else name_similar(args.results_dir, name)
+        say(f"--resume: no run {name} in {args.results_dir}{similar}; starting from {ckpt or 'the beginning'}")
+    if folder is None or not (args.resume or is_restarted(folder)):
+        return start
+    if rank() == 0:
+        lock(folder)
+        remove_temporary_files(folder)
+    check_not_deleted(folder)
+    start.folder, (start.path, start.state) = folder, newest_checkpoint(folder, read, **asked)
     if state := start.state:
         start.progress = Progress(state["step"], best_loss=state["best_loss"], **state["phase"])
     return start
@@ -460,23 +458,6 @@ def check_not_deleted(folder):
         raise UserError(f"--resume: {reached}: restore one, or remove --resume to start a new run")
 
 
-def folder_to_resume(args, name, ckpt):
-    """The newest run folder of that name, locked, if --resume or a restart by torchrun asks for it; else None.
-
-    ckpt: the file from which training starts without one. Raises UserError.
-    """
-    folder = newest_run(args.results_dir, name)
-    if folder is None and args.resume:
-        missing = describe_missing(args.results_dir, name, ckpt is not None)
-        say(f"--resume: {missing}; starting from {ckpt or 'the beginning'}")
-    if folder is None or not (args.resume or is_restarted(folder)):
-        return None
-    if rank() == 0:
-        lock(folder)
-        remove_temporary_files(folder)
-    return folder
-
-
 def asked_shape(args):
     """The flags of train.py that `load` needs."""
     typed = {name: value for name in SHAPE if (value := getattr(args, name, None)) is not None}
@@ -484,16 +465,13 @@ def asked_shape(args):
 
 
 def newest_checkpoint(folder, read=load, **asked):
-    """(path, dict of `load`) of the newest intact checkpoint of a run; (None, None) without one.
-
-    Prints the damaged ones. latest.pt is always the newest; the others are read only if it is missing or damaged.
-    """
+    """(path, dict of `load`) of the newest intact checkpoint of a run; (None, None) without one. Names damaged ones."""
     intact, latest = [], Path(folder, "checkpoints", "latest.pt")
     for path in sorted(latest.parent.glob("*.pt"), key=lambda path: (path != latest, path)):
         try:
             intact.append((path, read(path, **asked)))
         except UserError as error:
             say(f"note: {error}")
-        if intact and path == latest:
+        if intact and path == latest:  # always the newest
             break
     return max(intact, key=lambda one: one[1]["step"], default=(None, None))

@@ -170,7 +170,7 @@ def run(args, samples, real, detector, old, device):
 @one_line_errors()
 def main():
     args, old, jobs = parse_args(), None, []
-    try:
+    with cli.wrong_input():
         if args.manifest:
             args, old = repeat_flags(args)
         check_flags(args)
@@ -182,8 +182,6 @@ def main():
             if old and real:
                 manifest.check_same(old, real[-1])
             jobs.append((samples, real))
-    except UserError as error:
-        fail(error)
     with one_line_errors(ValueError):  # features that are not finite
         device = distributed.start()
         distributed.set_precision("fp32")  # no TF32, which changes features and the exact sums of nearest

@@ -52,8 +52,8 @@ def refuse_if(args, name, is_wrong, text):
 def check_run(args):
     """(flags, Start, VAE, EqMConfig, Data, phases) of a run of train.py with these flags. Raises UserError.
 
-    Only the first rank of each machine checks; the others get None. Only rank 0 knows the Data and the number of
-    classes: see `share_run`. phases is None without --frames-schedule.
+    Only the first rank of each machine checks; the others get None. Only rank 0 opens the data, so only it knows Data,
+    phases and the number of classes: see `share_run`.
     """
     cli.check_devices()
     if local_rank() != 0:
@@ -71,6 +71,7 @@ def check_run(args):
     if rank() == 0:
         data = open_data(args, start, clip_lengths(args), args.val_frames, frames_flag(args))
         config = fit_classes(args, config, start, data.scan.classes)
+        phases = phases or [only_phase(args, start.progress, data)]
     return args, start, vae, config, data, phases
 
 
@@ -285,13 +286,10 @@ def make_run_config(args, config, phase, data, vae):
     training = vars(args) | {"num_frames": phase.num_frames, "global_batch_size": phase.batch_size}
     if args.frames_schedule:
         training["frames_schedule"] = ",".join(map(str, args.frames_schedule))
-    videos = data.train[phase.num_frames]
+    count, videos = phase.num_frames, data.train[phase.num_frames]
 
-    def seconds(interval):
-        """The median time between two frames of a clip."""
-        return statistics.median_low(
-            fitting_interval(video, phase.num_frames, interval) / video.fps for video in videos
-        )
+    def median_seconds(interval):  # between two frames of a clip
+        return statistics.median_low(fitting_interval(video, count, interval) / video.fps for video in videos)
 
     about_data = {
         "vae": vae.place,
@@ -299,24 +297,24 @@ def make_run_config(args, config, phase, data, vae):
         "image_size": args.image_size,
         "fps": statistics.median(video.fps for video in videos),
         "frame_interval": args.frame_interval,
-        "time_scale": seconds(args.frame_interval[0]),
-        "longest_time_scale": seconds(args.frame_interval[-1]),
+        "time_scale": median_seconds(args.frame_interval[0]),
+        "longest_time_scale": median_seconds(args.frame_interval[-1]),
         "classes": data.scan.classes,
     }
     model = asdict(config) | {"num_frames": phase.num_frames}
     return {"model": model, "data": about_data, "training": training, "typed": sorted(args.typed)}
 
 
-def note_changes(start, run_config, folder, log, metrics):
+def note_changes(start, run_config, run):
     """Log the typed flags that changed in a resumed run, also to the metrics, and keep its previous config."""
     before, now = start.config["training"], run_config["training"]
     typed = {*start.config.get("typed", before), *run_config["typed"]} & before.keys() - UNREPORTED
     changes = [f"{name} {before[name]} -> {now[name]}" for name in now if name in typed and before[name] != now[name]]
     if start.resumes and changes and rank() == 0:
         text = f"resumed with other flags: {', '.join(changes)}"
-        log(text)
-        metrics.note(start.progress.step, text)
-        Path(folder, f"config-until-{start.progress.step:07d}.json").write_text(json.dumps(start.config, indent=2))
+        run.log(text)
+        run.metrics.note(start.progress.step, text)
+        (run.folder / f"config-until-{start.progress.step:07d}.json").write_text(json.dumps(start.config, indent=2))
 
 
 def log_run(log, args, folder, config, model, data, steps, device):
@@ -412,10 +410,7 @@ def check_folder(args):
 
 
 def check_vae_run(args):
-    """(flags, Start, Data) of a run of train_vae.py with these flags. Only rank 0 knows the Data. Raises UserError.
-
-    --resume, or a restart by torchrun, resumes the newest run.
-    """
+    """(flags, Start, Data) of a run of train_vae.py with these flags. Only rank 0 knows the Data. Raises UserError."""
     cli.check_devices()
     check_job()
     count = int(math.log2(args.downsample)) + 1

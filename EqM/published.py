@@ -29,10 +29,7 @@ LOCAL_FLAGS = {"data_path", "results_dir", "ckpt", "vae"}  # mean nothing on ano
 
 
 def write_export(folder, state, dtype, card, vae=None):
-    """Write the EMA weights, config.json and a card to a new or empty folder, all or nothing. Raises OSError.
-
-    vae: a VAE that was loaded from a folder; the export gets a copy, and its config names that copy.
-    """
+    """Write the EMA weights, config.json, a card and a copy of the model's own `vae` to a folder, all or nothing."""
     folder, config = Path(os.path.abspath(folder)), state["config"]
     temporary = folder.with_name(f".{folder.name}.tmp")
     shutil.rmtree(temporary, ignore_errors=True)  # left by a crash
@@ -141,10 +138,7 @@ def published_config(state, asked, ebm=None):
 
 
 def convert_published(state, config):
-    """A new state dict with our names and shapes, from published weights. Raises ValueError if they don't fit.
-
-    Their pos_embed must equal our table, which we don't save. We drop the unused second half of their output, sigma.
-    """
+    """A new state dict with our names and shapes, from published weights. Raises ValueError if they don't fit."""
     state, table = dict(state), position_table(config)
     theirs = state.pop("pos_embed")
     rounded = table.to(theirs.dtype).float()  # their file may be in half precision
@@ -153,7 +147,7 @@ def convert_published(state, config):
         raise ValueError(f"its pos_embed is not our table for {side}; a model with other positions can't be used")
     state["x_embedder.proj.weight"] = state["x_embedder.proj.weight"].unsqueeze(2)  # (D, C, 1, p, p)
     values, C = config.values_per_token, config.in_channels
-    for name in ("final_layer.linear.weight", "final_layer.linear.bias"):
+    for name in ("final_layer.linear.weight", "final_layer.linear.bias"):  # without their unused second half, sigma
         if name in state and len(state[name]) == 2 * values:
             state[name] = state[name].unflatten(0, (-1, 2 * C))[:, :C].flatten(0, 1)
     return state

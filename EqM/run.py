@@ -6,11 +6,11 @@ import time
 
 import checkpoint
 from runtime import distributed, runs
-from runtime.cli import NON_NEGATIVE, SHARE, number, say, writing
+from runtime.cli import NON_NEGATIVE, SHARE, number, say, warnings_as_lines, writing
 from runtime.distributed import rank
 from runtime.metrics import Metrics, StepStats
 from runtime.signals import StopSignal
-from video.index import CorruptVideos
+from video.index import CorruptVideos, save_index
 from video.loader import end_children
 
 
@@ -31,17 +31,20 @@ def add_loading_flags(add, num_workers):
 class Run:
     """The folder of a run with its log, metrics and checkpoints. All ranks have one, and rank 0 writes.
 
-    start: a checkpoint.Start; scan, max_bad_fraction: see CorruptVideos; together: see StopSignal.
+    start: a checkpoint.Start; scan: of the data; together: see StopSignal.
     """
 
-    def __init__(self, start, results_dir, name, run_config, scan, max_bad_fraction, wandb=False, together=False):
-        own = runs.make_run_folder(results_dir, name) if rank() == 0 and not start.folder else None
+    def __init__(self, start, args, name, run_config, scan, wandb=False, together=False):
+        own = runs.make_run_folder(args.results_dir, name) if rank() == 0 and not start.folder else None
         self.folder = start.folder or distributed.broadcast(own)
         self.log = functools.partial(say, log=self.folder / "log.txt")
+        warnings_as_lines(self.folder / "log.txt")
+        if rank() == 0:
+            save_index(scan, args.data_path, args.results_dir)
         logged_step = start.progress.step - 1 if start.unlogged else start.progress.step
         self.metrics = Metrics(self.folder, resume_step=logged_step, wandb=wandb, config=run_config)
         self.stats = StepStats(start.unlogged)
-        self.bad_videos = CorruptVideos(scan, max_bad_fraction, start.bad_videos)
+        self.bad_videos = CorruptVideos(scan, args.max_bad_fraction, start.bad_videos)
         self.stop = StopSignal(together)
         self.writer = checkpoint.Writer(self.folder)
         self.saved_at = time.monotonic()
@@ -61,10 +64,7 @@ class Run:
         return 0 < 60 * minutes <= time.monotonic() - self.saved_at
 
     def save(self, state, names=(), after=lambda: None):
-        """Save the state of `checkpoint.run_state` as latest.pt and under these names. All ranks call this.
-
-        after() runs once the state is on disk.
-        """
+        """Save the state of `checkpoint.run_state` as in `Writer.write`. All ranks call this."""
         self.writer.wait()
         self.stop.barrier()  # the next step has a shorter timeout
         self.saved_at = time.monotonic()
@@ -73,7 +73,11 @@ class Run:
         state = state | {"run": {"window": unlogged, "bad_videos": list(self.bad_videos.paths)}}
         self.writer.write(state, names, before=self.metrics.sync, after=after)
 
-    def say_stopped(self, step):
+    def stop_early(self, step, save):
+        """Save the steps that are not saved yet, and say how to continue."""
+        if len(self.stats):
+            save()
+        self.writer.wait()
         sender = self.stop.name or "a signal to another rank"
         where = f"and saved at step {step}" if step else "before the first step"
         self.log(f"stopped by {sender} {where}: to continue, run the same command with --resume")

@@ -170,7 +170,7 @@ def in_order(made, rounds):
     for _ in range(rounds):
         part = next(made, None)
         part = part and [value.cpu() if isinstance(value, torch.Tensor) else value for value in part]
-        yield from filter(None, distributed.gather_on_first(part) or [])
+        yield from filter(None, distributed.gather(part, on_all=False))
 
 
 def write_folder(args, plan, parts, given, real):

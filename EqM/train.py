@@ -25,20 +25,12 @@ import torch
 from torch.nn.utils import clip_grad_norm_
 
 import checkpoint
+import optim
 import preflight
 import transport
 from generation import Plan, add_sampling_flags, cast_products, generate, sampling_settings
 from models import EBMS, NAMES, POSITION_TABLES, Condition
-from optim import (
-    MUON_DECAY,
-    check_gradient,
-    ema_decay,
-    learning_rates,
-    lr_multiplier,
-    make_optimizers,
-    set_learning_rates,
-    update_ema,
-)
+from optim import check_gradient, ema_decay, lr_multiplier, make_optimizers, set_learning_rates, update_ema
 from run import Run, add_loading_flags
 from runtime import cli, distributed, runs
 from runtime.cli import COUNT, NATURAL, NON_NEGATIVE, POSITIVE, SHARE, ArgumentParser, add_speed_flags, plural, say
@@ -50,7 +42,6 @@ from schedule import current_phase, frames_of_steps, is_due, parse_schedule
 from sharding import full_tensor, make_networks
 from validation import validate, validation_chunks
 from video.clips import Clips, rank_batches
-from video.index import save_index
 from video.loader import batches_of, make_loader, on_device
 from video.writers import tile, write_gif, write_mp4, write_sheet
 
@@ -133,7 +124,7 @@ def add_optimization_flags(parser):
     end = "global step at which --lr-decay ends, if more phases follow this run; default: the end of this run"
     add("--lr-decay-end", type=COUNT, help=end)
     add("--warmup-steps", type=NATURAL, default=0, help="steps up to the full learning rate; 0 = off")
-    decay = f"decoupled weight decay; 0 = off; default: {MUON_DECAY} with --optimizer muon, else 0"
+    decay = f"decoupled weight decay; 0 = off; default: {optim.MUON_DECAY} with --optimizer muon, else 0"
     add("--weight-decay", type=NON_NEGATIVE, help=decay)
     add("--clip-grad", type=NON_NEGATIVE, default=1.0, help="largest norm of the gradient; 0 = off")
     nonfinite = "steps in a row to skip if their gradient is not finite; 0: the first one ends the run"
@@ -150,17 +141,14 @@ def main():
     args = parse_args()
 
     # User errors end here, with one line and status 2, before a run folder is made.
-    try:
+    with cli.wrong_input():
         found = preflight.check_run(args)
-    except cli.UserError as error:
-        cli.fail(error)
     if args.dry_run:
         say("--dry-run: no mistakes found")
         return
     device = distributed.start(distributed.STEP_TIME)
     args, start, vae, config, data, phases = preflight.share_run(found)
     progress = start.progress
-    phases = phases or [preflight.only_phase(args, progress, data)]
     last_step, lr_end = phases[-1].last_step, args.lr_decay_end or phases[-1].last_step
     checkpoint.complete_names(start, phases, args.ckpt_every)
     if progress.step >= last_step and not start.unlogged:
@@ -184,15 +172,11 @@ def main():
 
     # The run folder and its files
     run_config = preflight.make_run_config(args, config, current_phase(phases, progress.first_step), data, vae)
-    place = args.results_dir, preflight.run_name(args)
-    run = Run(start, *place, run_config, data.scan, args.max_bad_fraction, args.wandb, together=args.shard)
+    run = Run(start, args, preflight.run_name(args), run_config, data.scan, args.wandb, together=args.shard)
     log, metrics, stop = run.log, run.metrics, run.stop
-    if rank() == 0:
-        save_index(data.scan, args.data_path, args.results_dir)
-    cli.warnings_as_lines(run.folder / "log.txt")
     network = model if args.shard else distributed.parallel(model)
     remove_old = functools.partial(runs.keep_last, run.folder, args.keep_last, {phase.last_step for phase in phases})
-    preflight.note_changes(start, run_config, run.folder, log, metrics)
+    preflight.note_changes(start, run_config, run)
     start.state = found = None  # or the file would stay open during the run
     began = time.monotonic() - progress.seconds  # as if the run had never been interrupted
     preflight.log_run(log, args, run.folder, config, model, data, (progress.step, last_step), device)
@@ -248,7 +232,7 @@ def main():
                         write_previews(run.folder, step, metrics, previews, videos.numpy())
                     # Log before saving: a checkpoint must not be ahead of the metrics. Later rows are logged again.
                     progress.seconds = time.monotonic() - began
-                    row |= learning_rates(optimizers) | {"bad_videos": run.bad_videos.count}
+                    row |= optim.learning_rates(optimizers) | {"bad_videos": run.bad_videos.count}
                     row |= {"num_frames": phase.num_frames, "seconds": progress.seconds, "flops": progress.flops}
                     metrics.log(step, **row)
                     run.stats = StepStats()
@@ -300,20 +284,14 @@ def main():
         log(f"done: {run.folder / 'checkpoints'} holds {last_step:07d}.pt and best.pt")
     except Interrupted:
         bar.close()
-        if len(run.stats):  # else nothing is new since the last checkpoint
-            save()
-        run.writer.wait()
-        run.say_stopped(progress.step)
+        run.stop_early(progress.step, save)
     run.close()
     del network  # DDP holds the process group
     distributed.stop()
 
 
 def training_losses(network, vae, batch, config, args, stream, device):
-    """({name: loss} of a micro-batch, to be added up; the loss of a network that predicts zero).
-
-    Noise, gamma and dropped conditions depend only on the seed and on each sample's index in the stream.
-    """
+    """({name: loss} of a micro-batch, to be added up; the loss of a network that predicts zero)."""
     seed, indices = args.global_seed, batch["indices"].tolist()
     x = vae.latents_of(batch["clips"].to(device, non_blocking=True), seed, stream, indices)  # (B, C, T, H, W)
     noise = normal(seed, "noise", stream, indices, x.shape[1:], device)

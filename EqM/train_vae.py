@@ -29,7 +29,6 @@ from runtime.signals import Interrupted
 from schedule import is_due
 from vae import VAE
 from video.clips import Clips, rank_batches
-from video.index import save_index
 from video.loader import batches_of, make_loader, on_device
 from video.writers import write_sheet
 
@@ -76,10 +75,8 @@ def parse_args():
 @one_line_errors()
 def main():
     args = parse_args()
-    try:
+    with cli.wrong_input():
         args, start, data = preflight.check_vae_run(args)
-    except cli.UserError as error:
-        cli.fail(error)
     device = distributed.start(distributed.STEP_TIME)
     data, progress = distributed.broadcast(data), start.progress
     preflight.check_same_start(start)
@@ -104,13 +101,10 @@ def main():
 
     # The run folder and its files
     run_config = {"training": vars(args), "typed": sorted(args.typed)}
-    limits = data.scan, args.max_bad_fraction
-    run = Run(start, args.results_dir, preflight.vae_run_name(args), run_config, *limits)
+    run = Run(start, args, preflight.vae_run_name(args), run_config, data.scan)
     log, stop = run.log, run.stop
-    if rank() == 0:
-        save_index(data.scan, args.data_path, args.results_dir)
     run.write_config(run_config)
-    preflight.note_changes(start, run_config, run.folder, log, run.metrics)
+    preflight.note_changes(start, run_config, run)
     start.state = None  # or the file would stay open during the run
     size = sum(parameter.numel() for parameter in model.parameters()) / 1e6
     log(f"{run.folder}: {size:.2f} M parameters; {world_size()} x {device.type}, to step {args.max_steps}; "
@@ -164,10 +158,7 @@ def main():
         log(f"done: --vae {run.folder / 'vae'}")
     except Interrupted:
         bar.close()
-        if len(run.stats):
-            save()
-        run.writer.wait()
-        run.say_stopped(progress.step)
+        run.stop_early(progress.step, save)
     run.close()
     del network  # DDP holds the process group
     distributed.stop()

@@ -37,8 +37,8 @@ class VAE:
 
     @property
     def place(self):
-        """The name to store in files: a directory's absolute path, or the name itself."""
-        return os.path.abspath(self.name) if os.path.isdir(self.name) else self.name
+        """The name to store in files: none, ema, mse, or a directory's absolute path."""
+        return self.name if self.name in ("none", *REPOSITORIES) else os.path.abspath(self.name)
 
     def to(self, device):
         if self.model is not None:

@@ -21,7 +21,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent / "EqM"))
 from autoencoder import draw_colors
 from layout import missing_videos, write_lists
 from runtime import cli
-from runtime.cli import Bar, UserError, check_writable, fail, say
+from runtime.cli import Bar, UserError, check_writable, say, wrong_input
 from runtime.rng import generator
 from video.files import UnreadableError, read_all_frames
 from video.index import scan_videos, split_videos
@@ -75,14 +75,12 @@ def names(copies):
 @cli.one_line_errors(UnreadableError)
 def main():
     args = parse_args()
-    try:
+    with wrong_input():
         check_writable("--out", args.out)
         if Path(args.out).resolve() == Path(args.data_path).resolve():
             raise UserError(f"--out {args.out}: the same as --data-path; expected another folder")
         train, val = plan_copies(args)
         missing = missing_videos(args.out, train | val)
-    except UserError as error:
-        fail(error)
     for file in Bar(missing, desc="copying", unit="video"):
         (video, copy), path = (train | val)[file], Path(args.out, file)
         path.parent.mkdir(parents=True, exist_ok=True)

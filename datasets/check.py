@@ -19,28 +19,17 @@ from collections import Counter, deque
 from contextlib import suppress
 from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent / "EqM"))
 import numpy as np
 import torch
 
 import preflight
-from checkpoint import Progress
-from models import NAMES, EqM, model_config, model_shape
-from runtime import distributed
-from runtime.cli import (
-    COUNT,
-    SHARE,
-    ArgumentParser,
-    Bar,
-    UserError,
-    check_writable,
-    fail,
-    number,
-    one_line_errors,
-    plural,
-    say,
-)
+from checkpoint import Progress, Start
+from models import NAMES, EqM, model_shape
+from runtime import cli, distributed
+from runtime.cli import COUNT, SHARE, ArgumentParser, Bar, UserError, fail, number, one_line_errors, plural, say
 from vae import REPOSITORIES, load_vae
 from video.clips import Clips
 from video.drawing import evenly_spaced
@@ -49,7 +38,7 @@ from video.index import CorruptVideos, find_data
 from video.source import THREADS, check_data_path, latents_settings, open_source, write_each
 from video.writers import MAX_ROWS, write_sheet
 
-PUBLISHED_LATENTS = 4, 8  # channels and downsampling of --vae ema and mse, so that an estimate needs no download
+PUBLISHED_VAE = SimpleNamespace(channels=4, downsample=8)  # what --vae ema and mse have, without a download
 SHEETS = ".png", ".jpg", ".jpeg"
 CLIPS_TIMED = 4  # most clips of a step that is timed
 SLOW = 10  # seconds; one clip that takes longer is enough to time
@@ -59,7 +48,8 @@ MOST_HOURS = 72  # longer runs get a suggestion: a laptop or a borrowed GPU rare
 
 def parse_args():
     parser = ArgumentParser(description="Look at a folder of videos before you train on it.")
-    parser.set_defaults(video=True, epochs=None)
+    parser.set_defaults(video=True, epochs=None, use_rope=True, num_classes=1, frames_schedule=None, val_frames=[])
+    parser.set_defaults(**dict.fromkeys(preflight.MODEL_FLAGS))
     add = parser.add_argument
     add("data_path", metavar="DIR", help="folder of <class>/<video>, or of videos without classes")
     add("--num-frames", type=COUNT, default=16, help="frames per clip")
@@ -86,7 +76,8 @@ def main():
         check_out(out)
         if not os.path.isdir(args.data_path) or latents_settings(args.data_path):
             check_data_path(args.data_path, cached=False)
-        config = make_config(args)
+        vae = PUBLISHED_VAE if args.vae in REPOSITORIES else load_vae(args.vae)
+        config = preflight.make_config(args, vae, Start(Progress()))
     except UserError as error:
         fail(str(error).replace("--data-path", "DIR"))
     try:
@@ -104,7 +95,7 @@ def check_out(out):
         raise UserError(f"--out {out}: not a picture; expected a name that ends in {' '.join(SHEETS)}")
     if not os.path.isdir(folder) or os.path.isdir(out):
         raise UserError(f"--out {out}: expected a file in a folder that exists; make {folder}, or name another file")
-    check_writable("--out", folder)
+    cli.check_writable("--out", folder)
 
 
 # ----------------------------------------------------------------------------------------------------------------------
@@ -113,7 +104,6 @@ def check_out(out):
 
 def check_data(args):
     """The Data that training would use, without undecodable videos. Raises UserError where train.py does."""
-    check_data_path(args.data_path)
     source = open_source(args.data_path, args.image_size)
     describe(source.scan)
     corrupt = [] if args.quick else undecodable(args.data_path, source.scan.videos)
@@ -191,24 +181,6 @@ def write_clips(args, data, out):
 
 # ----------------------------------------------------------------------------------------------------------------------
 # What a step costs
-
-
-def make_config(args):
-    """The EqMConfig of --model for these clips. Raises UserError."""
-    channels, downsample = PUBLISHED_LATENTS
-    if args.vae not in REPOSITORIES:
-        vae = load_vae(args.vae)
-        channels, downsample = vae.channels, vae.downsample
-    unit = downsample * int(args.model.split("/")[1])
-    if args.image_size % unit:
-        raise UserError(f"--image-size {args.image_size}: not a multiple of {unit} (VAE's downsampling x patch)")
-    shape = {"input_size": args.image_size // downsample, "in_channels": channels, "num_classes": 1}
-    try:
-        config = model_config(args.model, **shape, num_frames=args.num_frames, use_rope=True)
-        config.check_num_frames(args.num_frames)
-    except ValueError as error:
-        raise UserError(f"--num-frames {args.num_frames}, --model {args.model}: {error}") from error
-    return config
 
 
 def estimate(args, config, steps):

@@ -40,7 +40,7 @@ import transport
 from models import NAMES, Condition, EqM_models, model_config
 from rope import RotaryEmbedding3D, apply_rotary
 from runtime import distributed
-from runtime.cli import COUNT, ArgumentParser, UserError, check_speed_flags, fail, number, one_line_errors
+from runtime.cli import COUNT, ArgumentParser, check_speed_flags, number, one_line_errors, wrong_input
 from runtime.metrics import device_stats, read_metrics
 from runtime.signals import StopSignal
 from samplers import guided, sample
@@ -522,10 +522,8 @@ PARTS = {
 @one_line_errors()
 def main():
     args = parse_args()
-    try:
+    with wrong_input():
         check_speed_flags(args)
-    except UserError as error:
-        fail(error)
     distributed.set_precision(args.precision)
     distributed.keep_freed_memory()  # as every run on the CPU does
     title = f"{machine()}, torch {torch.__version__}, {args.precision}{', compiled' if args.compile else ''}: "

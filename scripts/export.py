@@ -18,7 +18,7 @@ import generation
 import models
 import published
 from models import EBMS, NAMES
-from runtime.cli import ArgumentParser, UserError, check_writable, fail, one_line, one_line_errors, say
+from runtime.cli import ArgumentParser, UserError, check_writable, one_line, one_line_errors, say, wrong_input
 from scoring import manifest
 from vae import REPOSITORIES, check_same, load_vae
 
@@ -60,7 +60,7 @@ def parse_args():
 def main():
     args = parse_args()
     flag = f"CKPT {args.ckpt}"
-    try:
+    with wrong_input():
         check_writable("DIR", args.folder)
         if os.path.isdir(args.folder) and os.listdir(args.folder):
             raise UserError(f"DIR {args.folder}: exists and is not empty; name a new folder")
@@ -70,8 +70,6 @@ def main():
         vae = own_vae(args.vae, flag, state["config"]["data"])
         sha256 = checkpoint.weights_sha256(state["ema"]) if args.scores else None
         scores = [score_table(args.ckpt, sha256, path) for path in args.scores]
-    except UserError as error:
-        fail(error)
     video, rope = state["config"]["training"]["video"], state["config"]["model"]["use_rope"]
     rows = [(key, one_line(str(value)).replace("|", "/")) for key, value in facts(state, args.dtype, vae)]
     card = CARD.format(

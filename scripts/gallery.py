@@ -18,7 +18,7 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent / "EqM"))
 from runtime.atomic import atomic_write
-from runtime.cli import COUNT, SHARE, ArgumentParser, UserError, check_writable, fail, one_line_errors, say
+from runtime.cli import COUNT, SHARE, ArgumentParser, UserError, check_writable, one_line_errors, say, wrong_input
 from runtime.runs import results_of
 from scoring.sources import Samples
 from video.clips import Clips
@@ -141,7 +141,7 @@ def clip_file(clip, fps):
 def main():
     args = parse_args()
     out = Path(args.out or Path(args.folder, "gallery.html"))
-    try:
+    with wrong_input():
         samples = Samples(args.folder, "FOLDER")
         if missing := NEEDED - samples.about.keys() - samples.about["flags"].keys():
             raise UserError(f"{samples.place}: its samples.json has no {min(missing)}; sample again")
@@ -151,8 +151,6 @@ def main():
         count, total = min(args.num_samples, len(samples)), len(samples)
         real = open_real(args.data_path, samples, count, args.val_fraction) if args.data_path else {}
         page = make_page(samples, count, real)
-    except UserError as error:
-        fail(error)
     out.parent.mkdir(parents=True, exist_ok=True)
     with atomic_write(out) as file:
         file.write(page.encode("utf-8", "replace"))  # file names may not be UTF-8

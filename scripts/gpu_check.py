@@ -14,7 +14,7 @@ import torch
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent / "EqM"))
 from runtime.atomic import atomic_write
-from runtime.cli import COUNT, ArgumentParser, UserError, check_writable, fail, has_bf16, one_line_errors
+from runtime.cli import COUNT, ArgumentParser, UserError, check_writable, fail, has_bf16, one_line_errors, wrong_input
 
 ROOT = Path(__file__).resolve().parent.parent
 ON_GPU = torch.cuda.is_available()
@@ -64,15 +64,13 @@ def measure_speed(rows):
 def main():
     args, found, rows = parse_args(), torch.cuda.device_count(), Rows()
     ranks, out = args.gpus or found or 2, args.out or (ROOT / "results/gpu.md" if ON_GPU else None)
-    try:
+    with wrong_input():
         if ON_GPU and ranks > found:
             raise UserError(f"GPUS {ranks}: this machine has {found}; expected at most {found}")
         if out:
             check_writable("--out", out.parent)
             if out.is_dir():
                 raise UserError(f"--out {out}: is a folder; name a file")
-    except UserError as error:
-        fail(error)
     title = f"GPU check: {ranks} x {torch.cuda.get_device_name()}" if ON_GPU else "Check WITHOUT a GPU: tiny sizes"
     print(title)
     os.environ["GPUS"] = str(ranks)

@@ -13,7 +13,7 @@ from PIL import Image
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent / "EqM"))
 from runtime.atomic import atomic_write
-from runtime.cli import COUNT, ArgumentParser, UserError, check_writable, fail, one_line_errors, say
+from runtime.cli import COUNT, ArgumentParser, check_writable, one_line_errors, say, wrong_input
 from scoring.sources import Samples
 from video.drawing import draw_sheet, evenly_spaced, few, stack, text_line
 
@@ -46,11 +46,9 @@ def draw_folder(samples, rows):
 @one_line_errors()
 def main():
     args = parse_args()
-    try:
+    with wrong_input():
         check_writable("--out", Path(args.out).parent)
         parts = [draw_folder(Samples(folder, "FOLDER"), args.rows) for folder in args.folders]
-    except UserError as error:
-        fail(error)
     picture = Image.fromarray(stack(*parts))
     with atomic_write(args.out) as file:
         picture.save(file, "PNG", optimize=True)

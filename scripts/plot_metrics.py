@@ -21,7 +21,7 @@ import numpy as np
 from matplotlib.ticker import FuncFormatter, LogLocator, MaxNLocator, NullLocator
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent / "EqM"))
-from runtime.cli import COUNT, ArgumentParser, UserError, check_writable, fail, one_line_errors, say
+from runtime.cli import COUNT, ArgumentParser, UserError, check_writable, one_line_errors, say, wrong_input
 from runtime.metrics import read_metrics
 from scoring.plots import COLORS, MARKERS, plt, save_figure
 from video.drawing import drawable
@@ -230,7 +230,7 @@ def scale_losses(panel):
 @one_line_errors()
 def main():
     args = parse_args()
-    try:
+    with wrong_input():
         if not args.out.lower().endswith(".png") or Path(args.out).is_dir():
             raise UserError(f"--out {args.out}: not the name of a PNG file; expected one such as loss.png")
         check_writable("--out", Path(args.out).parent)
@@ -241,8 +241,6 @@ def main():
             for axis in X_AXES:
                 if not all(axis in row for row in curve.rows):
                     say(f"no {axis} logged, so no curves against {X_AXES[axis][0]}: {curve.label}")
-    except UserError as error:
-        fail(error)
     Path(args.out).parent.mkdir(parents=True, exist_ok=True)
     save_figure(plot_curves(curves, args.relative, args.smooth), args.out)
     say(f"{args.out}: {len(curves)} {'curve' if len(curves) == 1 else 'curves'}")

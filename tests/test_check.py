@@ -77,7 +77,7 @@ def test_it_refuses_the_videos_that_train_refuses_in_the_same_words(data, capsys
 @pytest.mark.parametrize(
     ("flags", "words"),
     [
-        (["data", "--image-size", 18], "--image-size 18: not a multiple of 4"),
+        (["data", "--image-size", 18], "input_size 18 is not a multiple of patch_size 4"),
         (["data", "--num-frames", 3], "at least 4"),
         (["data", "--out", "x.txt"], "--out x.txt: not a picture; expected a name that ends in .png"),
         (["data", "--out", "no/such/x.png"], "--out no/such/x.png: expected a file in a folder that exists"),

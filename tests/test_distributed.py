@@ -13,7 +13,7 @@ def test_a_single_process_is_rank_0_of_1(monkeypatch):
         monkeypatch.delenv(name, raising=False)
     assert (distributed.rank(), distributed.local_rank(), distributed.world_size()) == (0, 0, 1)
     assert distributed.broadcast({"a": 1}) == {"a": 1}
-    assert distributed.gather("x") == distributed.gather_on_first("x") == ["x"]
+    assert distributed.gather("x") == distributed.gather("x", on_all=False) == ["x"]
     assert distributed.own_indices(4) == [0, 1, 2, 3]
     assert distributed.average(torch.tensor(3.0)) == 3
     assert distributed.collect([2, 0, 1], torch.tensor([20, 0, 10])).tolist() == [0, 10, 20]
@@ -51,7 +51,6 @@ mine, first = own_indices(3), own_indices(1)
 found = {
     "broadcast": broadcast(["from", rank()]),
     "gather": gather(rank() * 10),
-    "gather_on_first": gather_on_first(rank() * 10),
     "average": average(torch.tensor([1.0, 3.0]) * (1 + rank())),
     "collect": collect(mine, torch.tensor(mine) * 10),
     "collect from one": collect(first, torch.ones(1, 2) if first else torch.empty(0)),
@@ -74,7 +73,7 @@ def test_ranks_exchange_values_vote_on_saves_and_draw_the_same_numbers(tmp_path)
         "broadcast": ["from", 0], "gather": [0, 10], "average": [1.5, 4.5], "saves": [False, True, True, False],
         "drawn": torch.rand(4, generator=generator(0, "noise", 3)).tolist(), "imported": [],
     }  # fmt: skip
-    on_first = {"gather_on_first": [0, 10], "collect": [0, 10, 20], "collect from one": [[1.0, 1.0]]}
+    on_first = {"collect": [0, 10, 20], "collect from one": [[1.0, 1.0]]}
     expected = [on_all | on_first, on_all | dict.fromkeys(on_first)]
     found = run_ranks(ON_EACH_RANK, 2, tmp_path)
     assert [{k: v.tolist() if torch.is_tensor(v) else v for k, v in rank.items()} for rank in found] == expected

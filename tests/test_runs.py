@@ -23,11 +23,10 @@ def test_run_folders_have_unique_numbers_and_the_newest_is_found(tmp_path):
     assert runs.make_run_folder(root, "x").name == "042-x"
 
 
-NEAR = {  # runs that are there -> what follows "no run of EqM-S/4 with 8 frames and rotary positions in R"
-    ("EqM-S-4-f8",): "001-EqM-S-4-f8 has fixed positions: remove --use-rope to resume it",
-    ("EqM-S-4-f8", "EqM-S-4-f16-rope"): "001-EqM-S-4-f8 has fixed positions: remove --use-rope to resume it",
-    ("EqM-S-4-f4-rope", "EqM-S-4-f4-8-16-rope"): "002-EqM-S-4-f4-8-16-rope has other frames: change --num-frames",
-    ("EqM-XL-2-f8-rope",): "001-EqM-XL-2-f8-rope has another model: change --model to resume it",
+NEAR = {  # runs that are there -> what a missing run EqM-S-4-f8-rope is told
+    ("EqM-S-4-f8", "VAE-64px-f8-rope"): "; 001-EqM-S-4-f8 has another --use-rope: change it to resume that run",
+    ("EqM-S-4-f8", "EqM-S-4-f4-8-16-rope"): "; 002-EqM-S-4-f4-8-16-rope has another --num-frames: change it",
+    ("EqM-XL-2-f8-rope",): "; 001-EqM-XL-2-f8-rope has another --model: change it",
     ("EqM-XL-2-f4-rope", "VAE-64px-f4-c4-8-8-8", "notes"): "",
 }
 
@@ -36,12 +35,11 @@ NEAR = {  # runs that are there -> what follows "no run of EqM-S/4 with 8 frames
 def test_a_run_that_differs_in_one_flag_is_named(found, tmp_path):
     for number, name in enumerate(found, start=1):
         (tmp_path / f"{number:03d}-{name}").mkdir()
-    text = runs.describe_missing(tmp_path, "EqM-S-4-f8-rope", new_phase=False)
-    start, _, hint = text.partition(f"no run of EqM-S/4 with 8 frames and rotary positions in {tmp_path}")
-    assert start == "" and hint.removeprefix("; ").startswith(NEAR[found]) and bool(hint) == bool(NEAR[found])
-    of_phase = runs.describe_missing(tmp_path, "EqM-S-4-f8-rope", new_phase=True)  # other frames are expected
-    assert ("--use-rope" in of_phase) == ("--use-rope" in text) and "change --num-frames" not in of_phase
-    assert runs.describe_missing(tmp_path, "VAE-1px", new_phase=False) == f"no run VAE-1px in {tmp_path}"
+    text = runs.name_similar(tmp_path, "EqM-S-4-f8-rope")
+    assert text.startswith(NEAR[found]) and bool(text) == bool(NEAR[found])
+    assert runs.name_similar(tmp_path, "VAE-1px") == ""
+    unknown_model = runs.name_similar(tmp_path, "EqM-*-f8-rope")
+    assert ("--model" in unknown_model, "--use-rope" in unknown_model) == (False, "--use-rope" in text)
 
 
 def test_a_file_system_without_locks_is_noted_once(tmp_path, monkeypatch, capsys):

@@ -298,8 +298,7 @@ def test_a_run_its_resume_and_a_later_phase_report_all_deviations(tmp_path, caps
     rows, state = run_training(results, *flags, *own, "--val-clips", 2, "--resume", "--max-steps", 1)
     (run,) = results.glob("[0-9]*")
     log, printed, ckpt = (run / "log.txt").read_text(), capsys.readouterr().out, run / "checkpoints/latest.pt"
-    missing = f"no run of EqM-Ti/2 with 8 frames and rotary positions in {results}"
-    assert f"--resume: {missing}; starting from the beginning" in printed
+    assert f"--resume: no run EqM-Ti-2-f8-rope in {results}; starting from the beginning" in printed
     assert "training: 5 videos in 2 classes; validation: 1 video, " in log
     assert "skipped: 0 files with fewer than 8 frames, 0 files that can't be opened" in log
     short = "note: --frame-interval 4: clips of 8 frames don't fit into 5 of 5 training videos"

@@ -42,10 +42,12 @@ def tiny(directory):
 CLIPS = torch.randint(0, 256, (2, 3, 5, 8, 16), dtype=torch.uint8, generator=torch.Generator().manual_seed(1))
 
 
-def test_a_vae_is_known_by_its_weights_and_not_by_its_place(tiny, directory, tmp_path):
+def test_a_vae_is_known_by_its_weights_and_not_by_its_place(tiny, directory, tmp_path, monkeypatch):
     copy = load_vae(str(shutil.copytree(directory, tmp_path / "copy")))
     assert tiny.sha256 == copy.sha256 == hashlib.sha256(Path(directory, WEIGHTS).read_bytes()).hexdigest()
-    assert load_vae("none").sha256 is None
+    monkeypatch.chdir(tmp_path)
+    Path("none").mkdir()  # a word of --vae is never a folder
+    assert (load_vae("none").sha256, load_vae("none").place, copy.place) == (None, "none", str(tmp_path / "copy"))
     check_same(copy, tiny.sha256, "it")
     add_to_weights(tmp_path / "copy", 0.1)
     with pytest.raises(UserError, match=r"--vae .*copy: .*SHA-256"):

@@ -156,11 +156,8 @@ def check_precision(precision):
 
 
 def resolve_precision(precision, energy, kept=None):
-    """Return the --precision: the flag, else that of the resumed run (`kept`), else the best for model and device.
-
-    With an energy the default is fp32, as its gradient is the field. Raises UserError.
-    """
-    precision = precision or kept or ("fp32" if energy else None)
+    """The --precision of the flag, else of the resumed run (`kept`), else the best for this model. Raises UserError."""
+    precision = precision or kept or ("fp32" if energy else None)  # the gradient of an energy is the field
     if precision is None:
         precision = "bf16" if has_bf16() else "fp32"
         if precision == "fp32" and torch.cuda.is_available():
@@ -202,10 +199,7 @@ def check_writable(flag, folder):
 
 
 def one_line(text, encoding="utf-8"):
-    """Return text as one line that a terminal or log with this encoding can show.
-
-    Line breaks, escape sequences and bytes that are not text, which file names may contain, are escaped.
-    """
+    """Escape line breaks, escape sequences and what this encoding lacks; file names may contain all of them."""
     line = "".join(letter if letter.isprintable() else ascii(letter)[1:-1] for letter in text)
     return line.encode(encoding, "backslashreplace").decode(encoding)
 
@@ -295,6 +289,15 @@ def fail(message, status=2, wait=True):
     sys.exit(status)
 
 
+@contextmanager
+def wrong_input():
+    """Report a UserError of the checks before any work in one line, with status 2."""
+    try:
+        yield
+    except UserError as error:
+        fail(error)
+
+
 def thread_failed(details):
     """A threading.excepthook that leaves an OSError to the main thread, where TensorBoard raises it again."""
     if not isinstance(details.exc_value, OSError):
@@ -303,10 +306,7 @@ def thread_failed(details):
 
 @contextmanager
 def one_line_errors(*others):
-    """Report a UserError, `others`, and a lack of disk, memory or processes in one line, with status 1.
-
-    Warnings become lines, too.
-    """
+    """Report warnings in lines; a UserError, `others`, a lack of disk, memory or processes also by status 1."""
     threading.excepthook = thread_failed
     try:
         with warnings.catch_warnings():

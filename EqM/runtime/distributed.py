@@ -53,10 +53,7 @@ if "TORCHELASTIC_RUN_ID" in os.environ:  # ranks have their own sessions and wou
 
 
 def start(timeout=SHARE_TIME):
-    """Join the process group if torchrun started this process. Returns the device of this rank.
-
-    timeout: of each collective. Raises ConnectionError if torchrun does not answer.
-    """
+    """Join the process group, if torchrun started this process. Returns this rank's device. timeout: of collectives."""
     device = torch.device("cpu")
     if torch.cuda.is_available():
         device = torch.device("cuda", local_rank())
@@ -71,10 +68,7 @@ def start(timeout=SHARE_TIME):
 
 
 def keep_freed_memory():
-    """Let the C library (glibc) keep freed memory instead of returning it to the system.
-
-    On the CPU a step allocates and frees the same gigabytes; new pages would cost a tenth of its time.
-    """
+    """Let the C library (glibc) keep freed memory: on the CPU, new pages would cost a tenth of each step's time."""
     library = ctypes.CDLL(None)
     if hasattr(library, "mallopt"):
         library.mallopt(-4, 0)  # M_MMAP_MAX: no block comes directly from the system
@@ -154,12 +148,15 @@ def broadcast(value):
     return box[0]
 
 
-def gather(value):
-    """Return the Python values of all ranks, in the order of the ranks, on every rank."""
+def gather(value, on_all=True):
+    """Return the Python values of all ranks, in the order of the ranks, on every rank or on rank 0 alone."""
     if not is_started():
         return [value]
     values = [None] * world_size()
-    dist.all_gather_object(values, value)
+    if on_all:
+        dist.all_gather_object(values, value)
+    else:
+        dist.gather_object(value, values if rank() == 0 else None)
     return values
 
 
@@ -190,22 +187,10 @@ def own_indices(count, block=1):
     return [index for index in range(count) if index // block % world_size() == rank()]
 
 
-def gather_on_first(value):
-    """Return the Python values of all ranks, in the order of the ranks, on rank 0; None on the others."""
-    if not is_started():
-        return [value]
-    values = [None] * world_size() if rank() == 0 else None
-    dist.gather_object(value, values)
-    return values
-
-
 def collect(indices, items):
-    """Return on rank 0 the items of all ranks in the order of their indices: (len(indices), ...) -> (count, ...).
-
-    The other ranks get None. A rank without indices may pass any tensor.
-    """
-    parts = gather_on_first((indices, items.cpu()))
-    if parts is None:
+    """On rank 0, the items (len(indices), ...) of all ranks in the order of their indices, (count, ...); else None."""
+    parts = gather((indices, items.cpu()), on_all=False)
+    if rank() != 0:
         return None
-    indices, items = zip(*(part for part in parts if part[0]), strict=True)
+    indices, items = zip(*(part for part in parts if part[0]), strict=True)  # a rank without indices passes any tensor
     return torch.cat(items)[torch.tensor(list(itertools.chain(*indices))).argsort()]

@@ -24,12 +24,9 @@ PEAK_TFLOPS = {  # dense rate of matrix products in bf16 (V100, T4: fp16), from 
 
 
 def peak_tflops(name, precision):
-    """The peak rate of a GPU in TFLOP/s, by its name in torch; None if unknown.
-
-    tf32 has half the rate of bf16. Products in fp32 use other units: None. Laptop chips have the names of faster ones.
-    """
-    rates = (rate for model, rate in PEAK_TFLOPS.items() if re.search(rf"\b{model}\b", name) and "Laptop" not in name)
-    rate = next(rates, None)
+    """The peak rate of a GPU in TFLOP/s, by its name in torch; None if unknown, as in fp32, which uses other units."""
+    rates = (rate for model, rate in PEAK_TFLOPS.items() if re.search(rf"\b{model}\b", name))
+    rate = None if "Laptop" in name else next(rates, None)  # laptop chips have the names of faster ones
     return rate and {"bf16": rate, "fp16": rate, "tf32": rate / 2}.get(precision)
 
 
@@ -52,10 +49,7 @@ def bar_text(row):
 
 
 def read_metrics(path, notes=False):
-    """(rows of a metrics.jsonl, with or without its notes; the number of lines that a crash cut short).
-
-    A row is a dict of "step" and the logged values; None: the value was not finite.
-    """
+    """(rows of a metrics.jsonl, with None for values that were not finite; number of lines that a crash cut short)."""
     rows, torn = [], 0
     with open(path, encoding="utf-8", errors="replace") as file:
         for line in file:
@@ -79,8 +73,7 @@ def import_wandb():
 class Metrics:
     """Log metrics in a run folder, on rank 0; on other ranks the methods do nothing. They raise UserError.
 
-    resume_step: the step from which a run continues. Rows of later steps, which will be logged again, and lines that
-    were cut short are removed. wandb: log to wandb, too, with this `config`.
+    resume_step: the step from which a run continues; it logs later steps again. wandb: log there, too, with `config`.
     """
 
     def __init__(self, folder, resume_step=None, wandb=False, config=None):
@@ -196,8 +189,7 @@ class StepStats:
     def add(self, files, flops=0.0, **scalars):
         """Add a step: paths of its videos, FLOPs of all ranks, scalars (0-dimensional, the same names at each step).
 
-        A step with "skipped" = 1 changed no weights. It is counted, but its other values are not averaged and may be
-        infinite or NaN.
+        Other values of a step with "skipped" = 1, which changed no weights, are ignored and may be infinite or NaN.
         """
         self.flops += flops
         self.rows.append(torch.stack(list(scalars.values())).float())

@@ -7,10 +7,12 @@ import re
 import socket
 import time
 from contextlib import suppress
+from fnmatch import fnmatch
 from pathlib import Path
 
 from runtime.cli import UserError, say, writing
 
+RUN_NAME = re.compile(r"[0-9]+-(?P<model>EqM-.+?)-f(?P<num_frames>[0-9-]+)(?P<use_rope>-rope)?")  # of train.py
 LOCK_TIMEOUT = 10  # seconds in which the processes of a killed run end
 
 _locks = []  # open files; a lock lasts as long as its file is open
@@ -42,25 +44,15 @@ def newest_run(results_dir, name):
     return max(Path(results_dir).glob(f"[0-9]*-{name}"), key=run_number, default=None)
 
 
-def describe_missing(results_dir, name, new_phase):
-    """Say that no run of train.py has that name, and name one that differs in its positions, frames or model only.
-
-    new_phase: training starts from --ckpt, so other frames are expected.
-    """
-    if not (match := re.fullmatch(r"(EqM-.+?)-f([0-9-]+)(-rope)?", name)):
-        return f"no run {name} in {results_dir}"
-    (model, frames, rope), positions = match.groups(""), {"": "fixed positions", "-rope": "rotary positions"}
-    other, verb = ("", "remove") if rope else ("-rope", "add")
-    near = {  # pattern of names -> what to do
-        f"{model}-f{frames}{other}": f"has {positions[other]}: {verb} --use-rope",
-        f"{model}-f*[0-9]{rope}": "has other frames: change --num-frames",
-        f"EqM-*-f{frames}{rope}": "has another model: change --model",
-    }
-    found = {newest_run(results_dir, pattern): text for pattern, text in [*near.items()][: 1 if new_phase else 3]}
-    hints = [f"; {folder.name} {text} to resume it" for folder, text in found.items() if folder]
-    model, frames = re.sub(r"-([0-9]+)$", r"/\1", model), frames.replace("-", ", ")
-    what = f"{model} with {frames} frame{'s' * (frames != '1')} and {positions[rope]}"
-    return f"no run of {what} in {results_dir}{hints[0] if hints else ''}"
+def name_similar(results_dir, name):
+    """Name the newest run of train.py that differs from a missing run in one flag; "" if there is none."""
+    asked = RUN_NAME.fullmatch(f"0-{name}")
+    for folder in sorted(Path(results_dir).glob("[0-9]*-EqM-*"), key=run_number, reverse=True):
+        if asked and (found := RUN_NAME.fullmatch(folder.name)):
+            flags = [flag for flag, value in asked.groupdict("").items() if not fnmatch(found[flag] or "", value)]
+            if len(flags) == 1:
+                return f"; {folder.name} has another --{flags[0].replace('_', '-')}: change it to resume that run"
+    return ""
 
 
 def results_of(ckpt):
@@ -100,10 +92,8 @@ def check_job():
 
 def lock(folder):
     """Lock a run folder for the lifetime of this process. Raises UserError if another process holds the lock."""
-    try:
+    with writing(Path(folder, "lock")):
         file = open(Path(folder, "lock"), "a+")  # noqa: SIM115 (open for the whole run)
-    except OSError as error:
-        raise UserError(f"{folder}: can't be written ({error.strerror}); name another --results-dir") from error
     until = time.monotonic() + LOCK_TIMEOUT
     while True:
         try:
@@ -127,12 +117,9 @@ def lock(folder):
 
 
 def is_restarted(folder):
-    """Whether torchrun started this process to replace one that wrote to the run folder.
-
-    With several machines its restart count is useless: only the machine whose process died has counted.
-    """
+    """Whether torchrun started this process to replace one that wrote to the run folder."""
     if int(os.environ.get("TORCHELASTIC_RESTART_COUNT", 0)) == 0 and os.environ.get("GROUP_WORLD_SIZE", "1") == "1":
-        return False
+        return False  # with several machines, only the machine whose process died has counted
     with suppress(OSError, ValueError):  # no lock yet, or an empty one
         return json.loads(Path(folder, "lock").read_text())["job"] == job_name()
     return False

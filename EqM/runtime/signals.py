@@ -17,9 +17,8 @@ class Interrupted(Exception):  # noqa: N818 (nothing went wrong)
 class StopSignal:
     """SIGTERM, SIGINT, SIGUSR1 or SIGHUP, sent to any rank, stops all of them at the same step.
 
-    The ranks vote by a sum over a process group on the CPU. `vote` starts it before a step and `resolve` reads the
-    result after the step, so no rank waits. A second SIGINT ends the process at once. together: no rank may leave
-    before the others know, as each forward pass of a sharded network needs all ranks.
+    `vote` starts a sum over the ranks before a step, and `resolve` reads it after the step, so no rank waits. A second
+    SIGINT ends the process at once. together: no rank may leave before the others know, as a sharded network needs all.
     """
 
     def __init__(self, together=False):
@@ -38,11 +37,8 @@ class StopSignal:
             raise Interrupted
 
     def wait(self, batches):
-        """The next batch of an iterator, None at its end. Raises Interrupted at once if this rank received a signal.
-
-        Other ranks may not know: see `resolve`. Loader processes take seconds to start, and a decoder may hang.
-        """
-        batch, self.is_waiting = None, True
+        """The next batch of an iterator, None at its end. Raises Interrupted at once; other ranks may not know."""
+        batch, self.is_waiting = None, True  # for seconds, while loader processes start
         try:
             if self.name is not None:
                 raise Interrupted
@@ -63,17 +59,14 @@ class StopSignal:
             self.pending = dist.all_reduce(self.flags, group=self.group, async_op=True)
 
     def resolve(self):
-        """Raise Interrupted, on all ranks, if any voted to stop. Returns whether any voted to save.
-
-        Without an earlier `vote`, the ranks vote here. A single process also stops for a later signal.
-        """
-        if self.flags is None:
+        """Raise Interrupted, on all ranks, if any voted to stop. Returns whether any voted to save."""
+        if self.flags is None:  # no `vote` before
             self.vote()
         if self.group is not None:
             self.pending.wait()
         stop, save = (self.flags > 0).tolist()
         self.flags = None
-        if stop or (self.group is None and self.name is not None):
+        if stop or (self.group is None and self.name is not None):  # a single process, after the vote
             raise Interrupted
         return save
 

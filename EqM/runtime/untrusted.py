@@ -1,7 +1,4 @@
-"""Read files from untrusted sources: run no code in them, and refuse corrupt ones.
-
-Refused files raise OSError or ValueError with the reason; callers add the flag or file name.
-"""
+"""Read files from untrusted sources: run no code, refuse corrupt ones with the reason (callers add the file's name)."""
 
 import argparse
 import hashlib
@@ -78,10 +75,7 @@ def read_torch(path, used=None):
 
 
 def check_tensors(value, sums):
-    """Raise ValueError unless the memory of each tensor in `value` has one of the `sums`, pairs (size, CRC-32).
-
-    The sums are of all members of an archive, as torch does not tell which member became which tensor.
-    """
+    """Raise ValueError unless each tensor in `value` is a member of an archive with these `sums`, (size, CRC-32)."""
     storages = [leaf.untyped_storage() for leaf in tree_leaves(value) if isinstance(leaf, torch.Tensor)]
     places = {(storage.data_ptr(), len(storage)): storage for storage in storages}
     for _, storage in sorted(places.items()):  # in the order of the file, as a disk reads ahead

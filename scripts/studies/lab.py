@@ -30,7 +30,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[2] / "EqM"))
 
 from runtime import distributed
 from runtime.atomic import atomic_write
-from runtime.cli import NATURAL, ArgumentParser, UserError, check_writable, fail, say
+from runtime.cli import NATURAL, ArgumentParser, UserError, check_writable, say, wrong_input
 from runtime.metrics import read_metrics
 from scoring.stats import cell, mean_and_error  # noqa: F401 (cell: for people.py)
 
@@ -53,10 +53,8 @@ def study_parser(doc, seeds=None, trains=True):
 
 def writable(folder):
     """Return a folder that can be written, or exit with an error: the `type` of --out."""
-    try:
+    with wrong_input():
         check_writable("--out", folder)
-    except UserError as error:
-        fail(error)
     return folder
 
 

@@ -29,9 +29,9 @@ import arms
 import lab
 from arms import BY_NAME, SHARE_SEEDS, VERSION
 from benchmark import machine
-from lab import UserError, fail, say
+from lab import UserError, say
 from report import write_report
-from runtime.cli import POSITIVE, one_line_errors
+from runtime.cli import POSITIVE, one_line_errors, wrong_input
 from scoring.manifest import code_commit
 
 QUESTIONS = "A", "B", "C"
@@ -234,12 +234,10 @@ def parse_args():
 @one_line_errors()
 def main():
     args = parse_args()
-    try:
+    with wrong_input():
         study = Study(args)
         if args.report and not study.rows:
             raise UserError(f"--report: {study.csv} does not exist or is empty; run the study without --report first")
-    except UserError as error:
-        fail(error)
     if args.list:
         print_status(study)
         return
