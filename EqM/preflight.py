@@ -1,7 +1,4 @@
-"""Resolves all flags once, and checks everything a user can get wrong before a GPU is used or a folder is made.
-
-No other module changes a flag. Everything the user can fix raises UserError.
-"""
+"""Resolves all flags once, and checks everything a user can get wrong before a GPU is used or a folder is made."""
 
 import json
 import math

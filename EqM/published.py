@@ -1,7 +1,4 @@
-"""Models from elsewhere: exported folders, and files of the published image models.
-
-Both are read as (config, weights, EMA weights, step), from which checkpoint.py builds the dict of a checkpoint.
-"""
+"""Models from elsewhere: exported folders and files of the published image models; checkpoint.py makes them its own."""
 
 import argparse
 import json

@@ -306,7 +306,7 @@ def thread_failed(details):
 
 @contextmanager
 def one_line_errors(*others):
-    """Report warnings in lines; a UserError, `others`, a lack of disk, memory or processes also by status 1."""
+    """Report a UserError, `others`, and a lack of disk, memory or processes in one line, with status 1."""
     threading.excepthook = thread_failed
     try:
         with warnings.catch_warnings():

@@ -114,19 +114,14 @@ def stop():
 
 
 def set_precision(precision):
-    """Switch TF32 for float32 products and convolutions on or off: the part of --precision besides autocast.
-
-    In mixed precision the VAE's convolutions, which run in float32, may use TF32, too.
-    """
+    """Switch TF32 for float32 products and convolutions on or off: the part of --precision besides autocast."""
     torch.set_float32_matmul_precision("high" if precision == "tf32" else "highest")
-    torch.backends.cudnn.allow_tf32 = precision != "fp32"
+    torch.backends.cudnn.allow_tf32 = precision != "fp32"  # in mixed precision the VAE's convolutions are float32
 
 
 def autocast(device, precision):
-    """The context in which a network runs with that --precision: mixed for bf16 and fp16, else unchanged.
-
-    Casts are not cached, as no weight is used twice: the cache of a sharded network would hold all weights.
-    """
+    """The context in which a network runs with that --precision: mixed for bf16 and fp16, else unchanged."""
+    # Casts are not cached: no weight is used twice, and the cache of a sharded network would hold all weights
     return torch.autocast(device.type, MIXED.get(precision), enabled=precision in MIXED, cache_enabled=False)
 
 

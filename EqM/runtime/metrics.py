@@ -84,7 +84,9 @@ class Metrics:
 
         self.path = Path(folder, "metrics.jsonl")
         if resume_step is not None and self.path.exists():
-            _drop_after(resume_step, self.path)
+            rows, _ = read_metrics(self.path, notes=True)
+            with atomic_write(self.path) as file:
+                file.writelines(json.dumps(row).encode() + b"\n" for row in rows if row["step"] <= resume_step)
         self.wandb = _start_wandb(Path(folder), config) if wandb else None
         self.board = SummaryWriter(str(folder), purge_step=None if resume_step is None else resume_step + 1)
         self.file = open(self.path, "a", encoding="utf-8")  # noqa: SIM115 (stays open for the whole run)
@@ -148,13 +150,6 @@ class Metrics:
             self.wandb.finish()
 
 
-def _drop_after(step, path):
-    """Rewrite the file atomically without the rows after `step` and without lines that were cut short."""
-    rows, _ = read_metrics(path, notes=True)
-    with atomic_write(path) as file:
-        file.writelines(json.dumps(row).encode() + b"\n" for row in rows if row["step"] <= step)
-
-
 def _start_wandb(folder, config):
     """Start the wandb run, or continue it after a resume by the id in the run folder."""
     wandb = import_wandb()
@@ -207,8 +202,7 @@ class StepStats:
     def averaged(self, step):
         """The values of each step, averaged over all ranks: {"names": [...], "rows": (n, k) float32 on the CPU}.
 
-        step: the global step of the last row. All ranks call this. Raises UserError, on all ranks, if a value is not
-        finite, except in skipped steps.
+        step: of the last row. All ranks call this. Raises UserError if a value is not finite, except in skipped steps.
         """
         if not self.rows:
             return {"names": self.names, "rows": self.earlier}
@@ -224,10 +218,7 @@ class StepStats:
         return distributed.average(torch.stack(self.rows)).cpu()
 
     def raise_nonfinite(self, step, index):
-        """Raise UserError, on all ranks, for a value of row `index` that is not finite; `step` is of the last row.
-
-        The message names the value, its step, the ranks and the videos.
-        """
+        """Raise UserError, on all ranks, for a value of row `index` that is not finite; `step` is of the last row."""
         rows, norm = self.averages(), self.names.index("grad_norm")
         index %= len(rows)
         name = self.names[(~rows[index].isfinite()).nonzero()[0].item()]
@@ -244,11 +235,7 @@ class StepStats:
         )
 
     def summary(self, step, global_batch):
-        """{name: mean over the steps and all ranks}, number of skipped steps, clips_per_s, tflops_per_s, wait_frac.
-
-        tflops_per_s is per rank, of the model alone, without the repeated work of --grad-checkpoint. step, errors: as
-        in `averaged`.
-        """
+        """{name: mean over the steps and all ranks}, number of skipped steps, clips_per_s, tflops_per_s, wait_frac."""
         columns = dict(zip(self.names, self.averaged(step)["rows"].double().unbind(1), strict=True))
         skipped = columns.pop("skipped", None)
         counted = slice(None) if skipped is None else skipped == 0
@@ -258,6 +245,6 @@ class StepStats:
         seconds = time.monotonic() - self.began
         return means | {
             "clips_per_s": len(self.rows) * global_batch / seconds,
-            "tflops_per_s": self.flops / seconds / distributed.world_size() / 1e12,
+            "tflops_per_s": self.flops / seconds / distributed.world_size() / 1e12,  # per rank
             "wait_frac": self.waited / seconds,
         }

@@ -92,8 +92,10 @@ def check_job():
 
 def lock(folder):
     """Lock a run folder for the lifetime of this process. Raises UserError if another process holds the lock."""
-    with writing(Path(folder, "lock")):
+    try:
         file = open(Path(folder, "lock"), "a+")  # noqa: SIM115 (open for the whole run)
+    except OSError as error:
+        raise UserError(f"{folder}: can't be written ({error.strerror}); name another --results-dir") from error
     until = time.monotonic() + LOCK_TIMEOUT
     while True:
         try:
@@ -118,8 +120,9 @@ def lock(folder):
 
 def is_restarted(folder):
     """Whether torchrun started this process to replace one that wrote to the run folder."""
+    # With several machines the count is useless: only the machine whose process died has counted
     if int(os.environ.get("TORCHELASTIC_RESTART_COUNT", 0)) == 0 and os.environ.get("GROUP_WORLD_SIZE", "1") == "1":
-        return False  # with several machines, only the machine whose process died has counted
+        return False
     with suppress(OSError, ValueError):  # no lock yet, or an empty one
         return json.loads(Path(folder, "lock").read_text())["job"] == job_name()
     return False

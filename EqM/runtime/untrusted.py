@@ -80,5 +80,5 @@ def check_tensors(value, sums):
     places = {(storage.data_ptr(), len(storage)): storage for storage in storages}
     for _, storage in sorted(places.items()):  # in the order of the file, as a disk reads ahead
         data = torch.empty(0, dtype=torch.uint8).set_(storage).numpy()
-        if (data.nbytes, zlib.crc32(data)) not in sums:
+        if (data.nbytes, zlib.crc32(data)) not in sums:  # torch does not tell which member became which tensor
             raise ValueError("a tensor is damaged")
