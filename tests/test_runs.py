@@ -24,9 +24,9 @@ def test_run_folders_have_unique_numbers_and_the_newest_is_found(tmp_path):
 
 
 NEAR = {  # runs that are there -> what a missing run EqM-S-4-f8-rope is told
-    ("EqM-S-4-f8", "VAE-64px-f8-rope"): "; 001-EqM-S-4-f8 has another --use-rope: change it to resume that run",
-    ("EqM-S-4-f8", "EqM-S-4-f4-8-16-rope"): "; 002-EqM-S-4-f4-8-16-rope has another --num-frames: change it",
-    ("EqM-XL-2-f8-rope",): "; 001-EqM-XL-2-f8-rope has another --model: change it",
+    ("EqM-S-4-f8", "VAE-64px-f8-rope"): "; 001-EqM-S-4-f8 differs only in --use-rope: change it to resume that run",
+    ("EqM-S-4-f8", "EqM-S-4-f4-8-16-rope"): "; 002-EqM-S-4-f4-8-16-rope differs only in --num-frames: change it",
+    ("EqM-XL-2-f8-rope",): "; 001-EqM-XL-2-f8-rope differs only in --model: change it",
     ("EqM-XL-2-f4-rope", "VAE-64px-f4-c4-8-8-8", "notes"): "",
 }
 

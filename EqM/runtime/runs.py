@@ -51,7 +51,7 @@ def name_similar(results_dir, name):
         if asked and (found := RUN_NAME.fullmatch(folder.name)):
             flags = [flag for flag, value in asked.groupdict("").items() if not fnmatch(found[flag] or "", value)]
             if len(flags) == 1:
-                return f"; {folder.name} has another --{flags[0].replace('_', '-')}: change it to resume that run"
+                return f"; {folder.name} differs only in --{flags[0].replace('_', '-')}: change it to resume that run"
     return ""
 
 
