@@ -227,11 +227,6 @@ class Attention(nn.Module):
         return self.proj(rearrange(x, "b h n d -> b n (h d)"))
 
 
-def math_attention():
-    """Context for training on an energy: only torch's math attention has a second derivative."""
-    return sdpa_kernel(SDPBackend.MATH)
-
-
 def mark_sizes(tokens, condition, rotary):
     """Tell torch.compile that batch size and number of tokens vary."""
     torch._dynamo.maybe_mark_dynamic(tokens, (0, 1))
@@ -330,7 +325,8 @@ class EqM(nn.Module):
             f, features = self.predict(x, y, time_scale)
         else:
             training = torch.is_grad_enabled()
-            with torch.enable_grad(), math_attention() if training else nullcontext():
+            # only torch's math attention has a second derivative
+            with torch.enable_grad(), sdpa_kernel(SDPBackend.MATH) if training else nullcontext():
                 x = x if x.requires_grad else x.detach().requires_grad_()
                 energy, features = self.energy(x, y, time_scale, return_features=True)
                 (f,) = torch.autograd.grad(-energy.sum(), x, create_graph=training)
@@ -373,7 +369,7 @@ class EqM(nn.Module):
             if self.is_compiled:  # otherwise each new size would be compiled again
                 mark_sizes(tokens, condition, rotary)
             if self.grad_checkpoint and torch.is_grad_enabled():
-                function = block if config.ebm == "none" else math_attention()(block)  # also when run again
+                function = block if config.ebm == "none" else sdpa_kernel(SDPBackend.MATH)(block)  # also when run again
                 tokens = checkpoint(function, tokens, condition, rotary, use_reentrant=False)
             else:
                 tokens = block(tokens, condition, rotary)

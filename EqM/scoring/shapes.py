@@ -319,12 +319,8 @@ def summarize_tracks(tracks, expected, videos=()):
         (mean, _), (_, error) = mean_and_error(ratios), mean_and_error(by_video(ratios, videos_of_right).numpy())
         interval = None if error is None else [mean - Z95 * error, mean + Z95 * error]
         summary |= {f"{what}_ratio": mean, f"{what}_ratio_interval95": interval}
-    return summary | {"refused": count_reasons(found.reason for found in tracks if found.direction is None)}
-
-
-def count_reasons(reasons):
-    """{why clips are refused: number of clips}, the most frequent reason first."""
-    return dict(Counter(sorted(reasons)).most_common())
+    reasons = sorted(found.reason for found in tracks if found.direction is None)
+    return summary | {"refused": dict(Counter(reasons).most_common())}
 
 
 # ----------------------------------------------------------------------------------------------------------------------
@@ -368,4 +364,4 @@ def summarize_bounces(lost, speeds, turns, videos):
         summary[name] = np.quantile(every, part).item() if every else None
     refused = [entry for entry in lost if entry]
     summary["lost_in_window"] = [entry["window"] for entry in refused]
-    return summary | {"refused": count_reasons(entry["reason"] for entry in refused)}
+    return summary | {"refused": dict(Counter(sorted(entry["reason"] for entry in refused)).most_common())}
