@@ -169,10 +169,7 @@ class PatchEmbed(nn.Module):
 
 
 class TimeScaleEmbedder(nn.Module):
-    """Embed s = log2(25 * time_scale) where DiT embeds the noise level: (B,) in seconds per frame -> (B, D).
-
-    s is 0 at 25 frames per second and for images, as in published EqM.
-    """
+    """Embed s = log2(25 * time_scale), 0 in published EqM, where DiT embeds the noise level: (B,) -> (B, D)."""
 
     def __init__(self, D):
         super().__init__()

@@ -161,10 +161,7 @@ def sample_run(args, plan, indices, given, init, real, device):
 
 
 def in_order(made, rounds):
-    """Yield on rank 0 what `generate` yields on all ranks, in order and on the CPU. All ranks call this.
-
-    made: the iterator of this rank, which yields at most one part per round.
-    """
+    """Yield on rank 0 what `generate` yields on all ranks, in order and on the CPU. All ranks call this."""
     for _ in range(rounds):
         part = next(made, None)
         part = part and [value.cpu() if isinstance(value, torch.Tensor) else value for value in part]
@@ -172,10 +169,7 @@ def in_order(made, rounds):
 
 
 def write_folder(args, plan, parts, given, real):
-    """Write the videos or images, previews, samples.npz and reports, and at last samples.json: how they were made.
-
-    parts: an iterator over what `generate` yields. A folder without samples.json is incomplete.
-    """
+    """Write the samples that `in_order` yields, previews and reports, and at last samples.json: how they were made."""
     folder, names, previews = Path(args.folder), plan.names, not args.no_previews
     evaluations, energies = torch.zeros(len(names), dtype=torch.int64), []
 

@@ -117,10 +117,7 @@ def load_vae(name, owner=None):
 
 
 def check_same(vae, sha256, place):
-    """Raise UserError unless a VAE's weights have this SHA-256; None, as in older files, is not checked.
-
-    place says what was made with these weights, such as "--ckpt FILE".
-    """
+    """Raise UserError unless a VAE's weights have this SHA-256; None, as in older files, is not checked."""
     if sha256 not in (None, vae.sha256):
         hashes = f"its weights have SHA-256 {str(vae.sha256)[:12]}..., {place} was made with {sha256[:12]}..."
         raise UserError(f"--vae {vae.name}: another VAE: {hashes}; pass the path of that one")

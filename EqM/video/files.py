@@ -140,10 +140,7 @@ def _open_video(path, check_length=False):
 
 
 def _read_timing(reader):
-    """(number of frames, average frames per second, the number of the stored frame for each frame; None = the same).
-
-    They come from the time stamps, or from the header if there are none.
-    """
+    """(number of frames, average frames per second, the number of the stored frame for each frame; None = the same)."""
     num_frames, fps = len(reader), reader.get_avg_fps()
     times = reader.get_frame_timestamp(range(num_frames))[:, 0].astype(np.float64)
     if num_frames == 1 or not (np.diff(times) > 0).all():  # as in AVIs
