@@ -146,10 +146,6 @@ def nearest_given(mask):
     return torch.where(last >= 0, last, mask.int().argmax(dim=1, keepdim=True))
 
 
-# ----------------------------------------------------------------------------------------------------------------------
-# --given-frames
-
-
 def frame_ranges(text):
     """Return (0, 1, 2, 3, 12, 13) for "0-3,12-13". A `type=` for argparse: raises ArgumentTypeError."""
     frames = set()

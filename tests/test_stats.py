@@ -66,7 +66,7 @@ def test_rows_of_all_ranks_come_in_the_order_of_their_clips(monkeypatch):
 
     other = [(index, 10 * index, "z", "y") for index in (0, 3)]
     monkeypatch.setattr(distributed, "gather", lambda rows: [rows, other])
-    columns = stats.gather(stream([1, 2, 4]), lambda clip, name, scale: (10 * clip.item(), name))
+    columns = stats.gather(stream([1, 2, 4]), lambda clip, name, scale, _: (10 * clip.item(), name))
     assert columns == [(0, 10, 20, 30, 40), ("z", "a", "b", "z", "c"), ("y", "v", "w", "y", "x")]
 
 

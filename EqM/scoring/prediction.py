@@ -29,16 +29,13 @@ def score_prediction(samples, real, clips, out, truth):
     """Score Samples against `real`, a stream of the Clips that they continue; write a plot and a sheet beside `out`."""
     S, given = samples.about["real"]["samples_per_clip"], samples.given[0]  # the same for all
 
-    def with_predictions():
-        for indices, pixels, *about in real:
-            yield indices, pixels, [samples.clips[S * index : S * (index + 1)] for index in indices], *about
-
-    def measure(clip, predicted, name, time_scale):
+    def measure(clip, name, time_scale, index):
+        predicted = samples.clips[S * index : S * (index + 1)]
         expected = truth and truth(name, clip.shape[1], time_scale)
         tracks = expected and (shapes.track(predicted[0]), shapes.track(clip), expected)  # of the first sample
         return *score_clip(clip, predicted, given, expected), tracks
 
-    scores, baselines, tracks, videos = gather(with_predictions(), measure)
+    scores, baselines, tracks, videos = gather(real, measure)
     baselines = {kind: np.stack([row[kind] for row in baselines]) for kind in baselines[0]}
     result = compare(np.stack(scores), baselines, videos) | (summarize_motion(tracks, videos) if truth else {})
     result["interval_units"], line = interval_units(real=videos)

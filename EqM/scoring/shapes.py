@@ -55,7 +55,7 @@ FOLLOWED = {  # values of `summarize_bounces`
 def score_shapes(generated, real, truth):
     """Score two streams of clips (see sources.py) against the Truth."""
 
-    def measure(clip, name, time_scale):
+    def measure(clip, name, time_scale, _):
         expected = truth(name, clip.shape[1], time_scale)
         return follow(clip, expected) if truth.bounces else (track(clip), expected)
 
@@ -297,15 +297,10 @@ def fit_motion(centers, unit):
     return DIRECTIONS[axis][int(velocity[axis] > 0)], float(speed)
 
 
-# ----------------------------------------------------------------------------------------------------------------------
-# Straight motion: from the tracks of all clips to a result
-
-
 def summarize_tracks(tracks, expected, videos=()):
     """A plain dict for JSON: at least one Track, each scored against the true one. videos: those of the clips.
 
-    Accuracies are shares of all clips. Speed and area ratios (found over true) are means over the `right` clips, whose
-    direction is right. refused: {why clips have no direction: number of clips}.
+    Accuracies are shares of all clips. Speed and area ratios (found over true) are means over clips of right direction.
     """
     pairs = list(zip(tracks, expected, strict=True))
     is_right = [found.direction == true.direction for found, true in pairs]

@@ -20,14 +20,14 @@ RESAMPLES = 1000  # of the bootstrap
 
 
 def gather(stream, measure):
-    """The columns of measure(clip uint8 (T, H, W, 3), class name, time scale) for all clips, and their videos: tuples.
+    """The columns of measure(clip uint8 (T, H, W, 3), class name, time scale, index) of all clips, and their videos.
 
     Each rank measures the clips of its stream (see sources.py). All ranks get all rows, in the order of the clips.
     """
     rows = []
     for indices, clips, *about in stream:
         for index, *clip, video in zip(indices, clips.cpu().numpy(), *about, strict=True):
-            rows.append((index, *measure(*clip), video))
+            rows.append((index, *measure(*clip, index), video))
     return distributed.gather_in_order(rows)
 
 

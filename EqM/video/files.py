@@ -157,11 +157,7 @@ def _read_timing(reader):
 
 
 def read_frames(root, video, frame_indices):
-    """The frames at `frame_indices`, which ascend, of a video or image: uint8 (T, H, W, 3).
-
-    Decoding starts at the last keyframe before them. Raises UnreadableError if one of them or a frame since that
-    keyframe can't be decoded. Sometimes a later one is enough, because decord decodes ahead.
-    """
+    """The frames at `frame_indices`, which ascend, of a video or image: uint8 (T, H, W, 3). Raises UnreadableError."""
     (frames,) = _read_parts(root, video, [frame_indices])
     return frames
 
@@ -176,8 +172,7 @@ def _read_parts(root, video, parts):
     """Yield the frames of each list of frame indices. Indices ascend over all lists.
 
     PyAV decodes from the last keyframe before them, decord from the first frame on: decord returns wrong frames when it
-    seeks, also in get_batch, in AVIs and near keyframes of open GOPs. The faster one goes first; if it fails, the other
-    continues.
+    seeks, also in get_batch, in AVIs and near keyframes of open GOPs. If the faster one fails, the other continues.
     """
     path, done, decoders = os.path.join(root, video.path), 0, [_from_start]
     if has_suffix("image", path):
