@@ -87,10 +87,7 @@ class VAE:
 
 
 def load_vae(name, owner=None):
-    """The frozen VAE that --vae names: none, ema, mse or a directory. Raises UserError if it can't be loaded.
-
-    owner: who named it if the user did not, such as "the checkpoint".
-    """
+    """The frozen VAE that --vae, or else an `owner` such as "the checkpoint", names. Raises UserError."""
     if name == "none":
         return VAE(name)
     if name not in REPOSITORIES and not os.path.isdir(name):

@@ -74,9 +74,7 @@ def seam_score(generated, real, borders, videos=((), ())):
     value = score(*(changes.mean(dim=0) for changes in both))
     if not value.isfinite():
         return None, None
-    units = map(by_video, both, videos)
-    draws = [bootstrap(changes, name) for name, changes in zip(("generated", "real"), units, strict=True)]
-    return value.item(), interval95(score(*draws))
+    return value.item(), interval95(score(*map(bootstrap, both, videos, ("generated", "real"))))
 
 
 def rises(statistics):

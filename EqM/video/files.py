@@ -82,7 +82,11 @@ def probe(root, class_name, path):
     if has_suffix("image", path):
         return Video(path, class_name, num_frames=1, fps=IMAGE_FPS, height=None, width=None)
     place = os.path.join(root, path)
-    with _open_video(place, check_length=True) as reader:
+    with _errors_of(place), av.open(_safe_path(place), metadata_errors="ignore") as file:
+        claimed = max((stream.frames for stream in file.streams.video), default=0)
+        if claimed > os.path.getsize(place):  # decord would allocate memory for them, or abort
+            raise OSError(f"claims {claimed} frames")
+    with _open_video(place) as reader:
         _, height, width, _ = reader.get_batch([]).shape
         num_frames, fps, stored = _read_timing(reader)
         video = Video(path, class_name, num_frames, fps, height, width, varies=stored is not None)
@@ -119,20 +123,11 @@ def _errors_of(path):
 
 
 @contextmanager
-def _open_video(path, check_length=False):
-    """A decord reader at the first frame. Errors of the file and of decord become UnreadableError, also in the body.
-
-    check_length: refuse more frames than the file has bytes; decord would allocate memory for them, or abort.
-    """
+def _open_video(path):
+    """A decord reader at the first frame. Errors of the file and of decord become UnreadableError, also in the body."""
     with _errors_of(path):
-        path = _safe_path(path)
-        if check_length:
-            with av.open(path, metadata_errors="ignore") as file:
-                claimed = max((stream.frames for stream in file.streams.video), default=0)
-            if claimed > os.path.getsize(path):
-                raise OSError(f"claims {claimed} frames")
         # decord replaces lost frames by copies, up to the share fault_tol of the video; 0 = no limit
-        reader = decord.VideoReader(path, ctx=decord.cpu(0), num_threads=1, fault_tol=1e-6)
+        reader = decord.VideoReader(_safe_path(path), ctx=decord.cpu(0), num_threads=1, fault_tol=1e-6)
         _, height, width, _ = reader.get_batch([]).shape
         if height * width > MAX_PIXELS:
             raise OSError(f"{width} x {height} pixels")
