@@ -111,10 +111,7 @@ def chunks_of(count):
 
 
 def export(model, folder, statistics):
-    """Write an AutoencoderKL as a folder for --vae DIR. A kill may leave no folder, but never half of one.
-
-    Its scaling factor and shift give the measured latents mean 0 and standard deviation 1.
-    """
+    """Write an AutoencoderKL as a folder for --vae DIR. A kill may leave no folder, but never half of one."""
     folder = Path(folder)
     temporary, old = (folder.with_name(folder.name + suffix) for suffix in (".new", ".old"))
     for left in (temporary, old):

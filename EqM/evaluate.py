@@ -12,8 +12,7 @@ nearest      any videos: distance to training clips, compared with held-out real
 prediction   samples that continue real clips (sample_gd.py --given DATA --given-split val): PSNR and SSIM
 classifier   data sets of few videos: do samples show their class? A small network, trained here, decides
 
-sample_gd.py writes lossless samples: 2,048 clips of 16 frames of 256 px take 6.4 GB. scripts/score.sh samples and
-scores. The ranks share all clips by index, so their number changes the values only by rounding. --manifest repeats a
+scripts/score.sh samples and scores. The number of ranks changes the values only by rounding. --manifest repeats a
 scoring and compares the values; if they do not agree, the exit status is 1.
 """
 

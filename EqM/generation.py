@@ -54,10 +54,7 @@ def add_sampling_flags(parser):
 
 
 def resolve_sampler(args, training):
-    """Return {flag: value} of the sampler: from the command line, else from config["training"], else from SAMPLER.
-
-    guidance_chosen says whether the user set the guidance, here or in training. Raises UserError.
-    """
+    """Return {flag: value} from the command line, else config["training"], else SAMPLER. Raises UserError."""
     kept = {name: training.get(name, value) for name, value in SAMPLER.items()}
     typed = {name: getattr(args, name) for name in SAMPLER if getattr(args, name) is not None}
     path = ("num_sampling_steps", "stepsize")

@@ -86,10 +86,7 @@ def choose_frames(args, plan, clip):
 
 
 class DrawnClip:
-    """A clip of a data folder, drawn from a Clips as in evaluate.py. Has the interface of video.inputs.InputClip.
-
-    flag: the user's name for it, for messages. index: its number in the Clips. seconds: time between its frames.
-    """
+    """A clip of a data folder, drawn from a Clips as in evaluate.py. Has the interface of video.inputs.InputClip."""
 
     def __init__(self, flag, clips, index):
         self.flag, self.clips, self.index = flag, clips, index
@@ -144,16 +141,9 @@ class Details:
 
 
 def nearest_given(mask):
-    """Return for each frame the number of the last given frame up to it, or else of the first given frame.
-
-    mask (n, T) is true for given frames. The result is (n, T), and arbitrary in rows without given frames.
-    """
+    """Return (n, T): the last given frame up to each frame, or else the first. mask (n, T) is true for given frames."""
     last = torch.where(mask, torch.arange(mask.shape[1], device=mask.device), -1).cummax(dim=1).values
     return torch.where(last >= 0, last, mask.int().argmax(dim=1, keepdim=True))
-
-
-# ----------------------------------------------------------------------------------------------------------------------
-# --given-frames
 
 
 def frame_ranges(text):

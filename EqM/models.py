@@ -116,10 +116,7 @@ class EqMConfig:
         return embedders + ends + self.depth * block
 
     def training_flops(self, num_frames, grad_checkpoint=False):
-        """Count the FLOPs of one training step per clip: a backward pass equals two forward passes.
-
-        With an energy, the forward pass includes the gradient in the input, so it equals two of the network.
-        """
+        """Count the FLOPs of a training step of one clip: backward is twice forward, and an energy doubles both."""
         return (3 + grad_checkpoint if self.ebm == "none" else 6) * self.flops(num_frames)
 
 
@@ -169,10 +166,7 @@ class PatchEmbed(nn.Module):
 
 
 class TimeScaleEmbedder(nn.Module):
-    """Embed s = log2(25 * time_scale) where DiT embeds the noise level: (B,) in seconds per frame -> (B, D).
-
-    s is 0 at 25 frames per second and for images, as in published EqM.
-    """
+    """Embed s = log2(25 * time_scale), 0 in published EqM, where DiT embeds the noise level: (B,) -> (B, D)."""
 
     def __init__(self, D):
         super().__init__()
@@ -225,19 +219,6 @@ class Attention(nn.Module):
             q, k = apply_rotary(q, *rotary), apply_rotary(k, *rotary)
         x = attend(q, k, v)  # (B, h, N, d)
         return self.proj(rearrange(x, "b h n d -> b n (h d)"))
-
-
-def math_attention():
-    """Context for training on an energy: only torch's math attention has a second derivative."""
-    return sdpa_kernel(SDPBackend.MATH)
-
-
-def mark_sizes(tokens, condition, rotary):
-    """Tell torch.compile that batch size and number of tokens vary."""
-    torch._dynamo.maybe_mark_dynamic(tokens, (0, 1))
-    torch._dynamo.maybe_mark_dynamic(condition, 0)
-    for part in rotary or ():
-        torch._dynamo.maybe_mark_dynamic(part, (0, 2))
 
 
 def modulate(x, shift, scale):
@@ -330,7 +311,8 @@ class EqM(nn.Module):
             f, features = self.predict(x, y, time_scale)
         else:
             training = torch.is_grad_enabled()
-            with torch.enable_grad(), math_attention() if training else nullcontext():
+            # only torch's math attention has a second derivative
+            with torch.enable_grad(), sdpa_kernel(SDPBackend.MATH) if training else nullcontext():
                 x = x if x.requires_grad else x.detach().requires_grad_()
                 energy, features = self.energy(x, y, time_scale, return_features=True)
                 (f,) = torch.autograd.grad(-energy.sum(), x, create_graph=training)
@@ -370,10 +352,11 @@ class EqM(nn.Module):
         if self.is_compiled:
             tokens = tokens.clone()  # a view would need a separate graph for the first block
         for block in self.blocks:
-            if self.is_compiled:  # otherwise each new size would be compiled again
-                mark_sizes(tokens, condition, rotary)
+            if self.is_compiled:  # batch size and number of tokens vary; each new size would be compiled again
+                for part, axes in ((tokens, (0, 1)), (condition, 0), *((angles, (0, 2)) for angles in rotary or ())):
+                    torch._dynamo.maybe_mark_dynamic(part, axes)
             if self.grad_checkpoint and torch.is_grad_enabled():
-                function = block if config.ebm == "none" else math_attention()(block)  # also when run again
+                function = block if config.ebm == "none" else sdpa_kernel(SDPBackend.MATH)(block)  # also when run again
                 tokens = checkpoint(function, tokens, condition, rotary, use_reentrant=False)
             else:
                 tokens = block(tokens, condition, rotary)

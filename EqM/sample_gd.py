@@ -31,7 +31,7 @@ from runtime.runs import results_of
 from runtime.untrusted import FPS
 from scoring.manifest import is_of_samples
 from scoring.sources import find_real
-from video.inputs import check_apart, find_clips
+from video.inputs import find_clips
 from video.samples import UNFINISHED
 from video.source import check_data_path
 from video.writers import write_samples
@@ -128,13 +128,11 @@ def open_clips(args, plan, split=None):
         drawn, real = split
         clips = [DrawnClip(f"--given {args.given}", drawn, index) for index in range(real["num_clips"])]
     elif args.given is not None:
-        clips = find_clips("--given", args.given, ("video", "image"))
-        check_apart(clips, args.folder)
+        clips = find_clips("--given", args.given, ("video", "image"), args.folder)
     if args.given is not None:
         given = open_given(args, plan, clips, indices)
     if args.init is not None:
-        clips = find_clips("--init", args.init, ("video" if args.video else "image",))
-        check_apart(clips, args.folder)
+        clips = find_clips("--init", args.init, ("video" if args.video else "image",), args.folder)
         init = ClipReader(plan, clips, [range(plan.num_frames)] * len(clips), indices)
     return indices, given, init, real
 
@@ -163,10 +161,7 @@ def sample_run(args, plan, indices, given, init, real, device):
 
 
 def in_order(made, rounds):
-    """Yield on rank 0 what `generate` yields on all ranks, in order and on the CPU. All ranks call this.
-
-    made: the iterator of this rank, which yields at most one part per round.
-    """
+    """Yield on rank 0 what `generate` yields on all ranks, in order and on the CPU. All ranks call this."""
     for _ in range(rounds):
         part = next(made, None)
         part = part and [value.cpu() if isinstance(value, torch.Tensor) else value for value in part]
@@ -174,10 +169,7 @@ def in_order(made, rounds):
 
 
 def write_folder(args, plan, parts, given, real):
-    """Write the videos or images, previews, samples.npz and reports, and at last samples.json: how they were made.
-
-    parts: an iterator over what `generate` yields. A folder without samples.json is incomplete.
-    """
+    """Write the samples that `in_order` yields, previews and reports, and at last samples.json: how they were made."""
     folder, names, previews = Path(args.folder), plan.names, not args.no_previews
     evaluations, energies = torch.zeros(len(names), dtype=torch.int64), []
 

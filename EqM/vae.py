@@ -87,10 +87,7 @@ class VAE:
 
 
 def load_vae(name, owner=None):
-    """The frozen VAE that --vae names: none, ema, mse or a directory. Raises UserError if it can't be loaded.
-
-    owner: who named it if the user did not, such as "the checkpoint".
-    """
+    """The frozen VAE that --vae, or else an `owner` such as "the checkpoint", names. Raises UserError."""
     if name == "none":
         return VAE(name)
     if name not in REPOSITORIES and not os.path.isdir(name):
@@ -117,10 +114,7 @@ def load_vae(name, owner=None):
 
 
 def check_same(vae, sha256, place):
-    """Raise UserError unless a VAE's weights have this SHA-256; None, as in older files, is not checked.
-
-    place says what was made with these weights, such as "--ckpt FILE".
-    """
+    """Raise UserError unless a VAE's weights have this SHA-256; None, as in older files, is not checked."""
     if sha256 not in (None, vae.sha256):
         hashes = f"its weights have SHA-256 {str(vae.sha256)[:12]}..., {place} was made with {sha256[:12]}..."
         raise UserError(f"--vae {vae.name}: another VAE: {hashes}; pass the path of that one")

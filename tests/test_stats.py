@@ -26,13 +26,14 @@ def test_the_mean_and_its_standard_error():
 
 def test_the_bootstrap_has_the_spread_of_the_mean_and_depends_on_its_key():
     values = np.random.default_rng(0).normal(3, 2, 400)
-    means = stats.bootstrap(values, "a")
+    means, again, other = (stats.bootstrap(values, (), key) for key in "aab")
     assert means.mean() == pytest.approx(values.mean(), abs=0.02)
     assert means.std() == pytest.approx(values.std() / 20, rel=0.1)
     low, high = stats.interval95(means)
     assert (low, high) == pytest.approx((values.mean() - 0.196, values.mean() + 0.196), abs=0.05)
-    assert torch.equal(means, stats.bootstrap(values, "a")) and not torch.equal(means, stats.bootstrap(values, "b"))
-    torch.testing.assert_close(stats.bootstrap(np.stack([-values, values], axis=1), "a")[:, 1], means)  # whole clips
+    assert torch.equal(means, again) and not torch.equal(means, other)
+    pairs = np.stack([-values, values], axis=1)
+    torch.testing.assert_close(stats.bootstrap(pairs, (), "a")[:, 1], means)  # whole clips
 
 
 def test_clips_of_one_video_count_as_one_unless_there_is_no_other_video():
@@ -66,7 +67,7 @@ def test_rows_of_all_ranks_come_in_the_order_of_their_clips(monkeypatch):
 
     other = [(index, 10 * index, "z", "y") for index in (0, 3)]
     monkeypatch.setattr(distributed, "gather", lambda rows: [rows, other])
-    columns = stats.gather(stream([1, 2, 4]), lambda clip, name, scale: (10 * clip.item(), name))
+    columns = stats.gather(stream([1, 2, 4]), lambda clip, name, scale, _: (10 * clip.item(), name))
     assert columns == [(0, 10, 20, 30, 40), ("z", "a", "b", "z", "c"), ("y", "v", "w", "y", "x")]
 
 

@@ -41,16 +41,12 @@ def check(samples, clips, training, place):
         got = f"has class {min(unknown)}, {place} has {', '.join(clips.classes)}"
         raise UserError(f"{samples.place}: {got}; pass the data set that the model was trained on")
     for name in clips.classes:
-        count = len({group_of(video) for video in clips.videos if video.class_name == name})
+        count = len({PurePosixPath(video.path).stem for video in clips.videos if video.class_name == name})
         if count < 2 or len(clips.classes) < 2:
             got = f"{plural(len(clips.classes), 'class')}, {plural(count, 'group')} (file stems) in {name}"
             raise UserError(f"{place}: {got}; expected at least 2 of both, as each group is held out once")
         if all(video.class_name != name for video in training):
             raise UserError(f"{place}: no training video of class {name}; expected one; lower --val-fraction")
-
-
-def group_of(video):
-    return PurePosixPath(video.key).name
 
 
 def score_classifier(samples, clips, training, args, corrupt):
@@ -65,7 +61,8 @@ def score_classifier(samples, clips, training, args, corrupt):
             corrupt.append(video.path)
     videos, training = list(real), [video for video in training if video in real]
     check(samples, replace(clips, videos=videos), training, f"--data-path {args.data_path}")  # may be too few now
-    labels, groups = [classes.index(video.class_name) for video in videos], [group_of(video) for video in videos]
+    labels = [classes.index(video.class_name) for video in videos]
+    groups = [PurePosixPath(video.path).stem for video in videos]
     rows = list(zip(real.values(), labels, groups, strict=True))
     settings = {"num_classes": len(classes), "window": window, "interval": interval}
     settings |= {"steps": args.classifier_steps, "seed": args.seed}

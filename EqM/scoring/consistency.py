@@ -74,9 +74,7 @@ def seam_score(generated, real, borders, videos=((), ())):
     value = score(*(changes.mean(dim=0) for changes in both))
     if not value.isfinite():
         return None, None
-    units = map(by_video, both, videos)
-    draws = [bootstrap(changes, name) for name, changes in zip(("generated", "real"), units, strict=True)]
-    return value.item(), interval95(score(*draws))
+    return value.item(), interval95(score(*map(bootstrap, both, videos, ("generated", "real"))))
 
 
 def rises(statistics):
@@ -114,14 +112,13 @@ def summarize(generated, real, temporal_patch_size, window=None, overlap=0, vide
     patches, windows = borders(generated[0].shape[1], temporal_patch_size, window, overlap)
     result = {"temporal_patch_size": temporal_patch_size, "by_position": {}}
     result["drift"] = drifts(generated[0], real[0], videos)
-    result["seam_score"], result["seam_score_interval95"] = seam_score(generated[1], real[1], patches, videos)
+    for name, frames in {"seam_score": patches, **({"window_seam_score": windows} if windows else {})}.items():
+        result[name], result[f"{name}_interval95"] = seam_score(generated[1], real[1], frames, videos)
     if windows:
         sizes = np.diff([0, *windows, generated[0].shape[1]]).tolist()
         parts = [[part.mean(dim=(0, 1)) for part in own[0].split(sizes, dim=1)] for own in (generated, real)]
         ratios = (torch.stack(parts[0]) / torch.stack(parts[1])).nan_to_num(0, 0, 0)  # (windows, 7)
         result |= {"windows": [0, *windows], "by_window": dict(zip(STATISTICS, ratios.T.tolist(), strict=True))}
-        result["window_seam_score"], interval = seam_score(generated[1], real[1], windows, videos)
-        result["window_seam_score_interval95"] = interval
     known = {name: own["drift"] for name, own in result["drift"].items() if own["drift"] is not None}
     worst = max(known, key=lambda name: abs(known[name]), default=None)
     changes = [change.mean().item() for _, change in (generated, real)]

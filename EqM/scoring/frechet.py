@@ -92,10 +92,6 @@ def read_moments(path):
         return None
 
 
-# ----------------------------------------------------------------------------------------------------------------------
-# Distances
-
-
 def moments_of(features):
     """Count, mean (D,) and covariance (D, D), float64, of features (N, G, D): all that a Fréchet distance needs."""
     count, parts = features.shape[:2].numel(), features.flatten(0, 1).split(4096)  # float64 takes twice the memory
@@ -116,20 +112,16 @@ def without_rounding(values):
     return torch.where(values > rounding, values, 0.0)
 
 
-def distance_from_root(mean_a, root_a, mean_b, cov_b):
-    """frechet_distance, from the square root of cov_a."""
+def frechet_distance(mean_a, cov_a, mean_b, cov_b, root_a=None):
+    """The squared Fréchet (2-Wasserstein) distance of two normal distributions, a float. root_a: square_root(cov_a).
+
+    |mean_a - mean_b|^2 + tr(cov_a + cov_b - 2 (cov_a cov_b)^(1/2)): means (D,), covariances (D, D), maybe singular.
+    """
+    root_a = square_root(cov_a) if root_a is None else root_a
     product = root_a @ cov_b @ root_a  # symmetric, with the eigenvalues of cov_a cov_b
     cross = without_rounding(torch.linalg.eigvalsh((product + product.T) / 2)).sqrt().sum()
     distance = (mean_a - mean_b).square().sum() + root_a.square().sum() + cov_b.trace() - 2 * cross
     return max(0.0, distance.item())
-
-
-def frechet_distance(mean_a, cov_a, mean_b, cov_b):
-    """The squared Fréchet (2-Wasserstein) distance of two normal distributions, a float.
-
-    |mean_a - mean_b|^2 + tr(cov_a + cov_b - 2 (cov_a cov_b)^(1/2)): means (D,), covariances (D, D), maybe singular.
-    """
-    return distance_from_root(mean_a, square_root(cov_a), mean_b, cov_b)
 
 
 def bootstrap_error(mean_a, cov_a, features, resamples, seed):
@@ -146,12 +138,8 @@ def bootstrap_error(mean_a, cov_a, features, resamples, seed):
         weights = clips.bincount(minlength=N).repeat_interleave(G).double().to(features.device)[:, None]
         mean = (weights * features).sum(dim=0) / (N * G)
         scatter = features.T @ (weights * features) - N * G * mean.outer(mean)
-        distances.append(distance_from_root(mean_a, root, mean, scatter / (N * G - 1)))
+        distances.append(frechet_distance(mean_a, cov_a, mean, scatter / (N * G - 1), root))
     return torch.tensor(distances, dtype=torch.float64).std().item()
-
-
-# ----------------------------------------------------------------------------------------------------------------------
-# Features
 
 
 def load_detector(path):

@@ -20,7 +20,7 @@ from torch.utils.data import DataLoader, IterableDataset, get_worker_info
 from runtime import distributed
 from runtime.cli import Bar, UserError
 from runtime.distributed import rank
-from scoring.stats import bootstrap, by_video, gather, interval95, interval_units, report
+from scoring.stats import bootstrap, gather, interval95, interval_units, report
 from video.drawing import drawable, evenly_spaced, few
 from video.files import UnreadableError, read_all_frames, read_frames, resize_and_crop
 from video.index import fitting_interval
@@ -140,11 +140,9 @@ def summarize(generated, real, videos=((), ())):
     """A plain dict for JSON, from RMSE arrays of generated (N,) and of real clips (M,); videos: those of both."""
     result = {"rmse_ratio": None, "rmse_ratio_interval95": None}
     if real.any():
-        units = map(by_video, (generated, real), videos)
-        means = [bootstrap(own, "nearest", kind) for own, kind in zip(units, ("generated", "real"), strict=True)]
-        ratios = means[0] / means[1]
+        means, real_means = map(bootstrap, (generated, real), videos, ("nearest", "nearest"), ("generated", "real"))
         ratio = (generated.mean() / real.mean()).item()
-        result = {"rmse_ratio": ratio, "rmse_ratio_interval95": interval95(ratios)}
+        result = {"rmse_ratio": ratio, "rmse_ratio_interval95": interval95(means / real_means)}
     for name, rmse in (("rmse", generated), ("rmse_real", real)):
         result |= {name: rmse.mean().item(), f"{name}_median": np.median(rmse).item()}
     limits = {"nearer_than_all_real": real.min(), "nearer_than_95_percent": np.quantile(real, 0.05)}

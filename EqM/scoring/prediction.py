@@ -29,16 +29,13 @@ def score_prediction(samples, real, clips, out, truth):
     """Score Samples against `real`, a stream of the Clips that they continue; write a plot and a sheet beside `out`."""
     S, given = samples.about["real"]["samples_per_clip"], samples.given[0]  # the same for all
 
-    def with_predictions():
-        for indices, pixels, *about in real:
-            yield indices, pixels, [samples.clips[S * index : S * (index + 1)] for index in indices], *about
-
-    def measure(clip, predicted, name, time_scale):
+    def measure(clip, name, time_scale, index):
+        predicted = samples.clips[S * index : S * (index + 1)]
         expected = truth and truth(name, clip.shape[1], time_scale)
         tracks = expected and (shapes.track(predicted[0]), shapes.track(clip), expected)  # of the first sample
         return *score_clip(clip, predicted, given, expected), tracks
 
-    scores, baselines, tracks, videos = gather(with_predictions(), measure)
+    scores, baselines, tracks, videos = gather(real, measure)
     baselines = {kind: np.stack([row[kind] for row in baselines]) for kind in baselines[0]}
     result = compare(np.stack(scores), baselines, videos) | (summarize_motion(tracks, videos) if truth else {})
     result["interval_units"], line = interval_units(real=videos)
@@ -98,10 +95,7 @@ def frame_scores(frame, real, moving):
 
 
 def compare(scores, baselines, videos=()):
-    """A plain dict of scores (N, 3, S, F) and of those of baselines, {name: (N, 3, F)}. videos: those of the clips.
-
-    The PSNR of moving pixels is NaN for frames in which nothing moves, and for clips of only such frames.
-    """
+    """A plain dict of scores (N, 3, S, F) and of those of baselines, {name: (N, 3, F)}. videos: those of the clips."""
     moves = ~np.isnan(scores[:, -1, 0]).all(axis=1)
     result = {"clips": len(scores), "clips_that_move": int(moves.sum()), "samples_per_clip": scores.shape[2]}
     for number, name in enumerate(METRICS):
@@ -110,9 +104,8 @@ def compare(scores, baselines, videos=()):
         columns = {"": own.mean(axis=1), "_best": best}
         columns |= {f"_{kind}": values[:, number] for kind, values in baselines.items()}
         for kind, values in columns.items():
-            units = by_video(values, videos).numpy()
-            count = np.maximum((~np.isnan(units)).sum(axis=0), 1)
-            half = Z95 * mean(np.square(units - mean(units)), axis=0) ** 0.5 / count**0.5
+            units = np.ma.masked_invalid(by_video(values, videos).numpy())
+            half = np.ma.filled(Z95 * units.std(axis=0) / units.count(axis=0) ** 0.5, np.nan)
             result[f"{name}{kind}_by_frame"] = {"mean": or_none(mean(values)), "half95": or_none(half)}
         by_clip = {kind: mean(values, axis=1) for kind, values in columns.items()}  # (N,) each
         for kind in by_clip.keys() & {"", "_average"}:
@@ -124,8 +117,7 @@ def compare(scores, baselines, videos=()):
 
 def mean(values, axis=0):
     """The mean of values without NaNs; NaN where there are none."""
-    count = (~np.isnan(values)).sum(axis=axis)
-    return np.where(count, np.nansum(values, axis=axis) / np.maximum(count, 1), np.nan)
+    return np.ma.filled(np.ma.masked_invalid(values).mean(axis=axis), np.nan)
 
 
 def or_none(values):

@@ -55,7 +55,7 @@ FOLLOWED = {  # values of `summarize_bounces`
 def score_shapes(generated, real, truth):
     """Score two streams of clips (see sources.py) against the Truth."""
 
-    def measure(clip, name, time_scale):
+    def measure(clip, name, time_scale, _):
         expected = truth(name, clip.shape[1], time_scale)
         return follow(clip, expected) if truth.bounces else (track(clip), expected)
 
@@ -297,15 +297,10 @@ def fit_motion(centers, unit):
     return DIRECTIONS[axis][int(velocity[axis] > 0)], float(speed)
 
 
-# ----------------------------------------------------------------------------------------------------------------------
-# Straight motion: from the tracks of all clips to a result
-
-
 def summarize_tracks(tracks, expected, videos=()):
     """A plain dict for JSON: at least one Track, each scored against the true one. videos: those of the clips.
 
-    Accuracies are shares of all clips. Speed and area ratios (found over true) are means over the `right` clips, whose
-    direction is right. refused: {why clips have no direction: number of clips}.
+    Accuracies are shares of all clips. Speed and area ratios (found over true) are means over clips of right direction.
     """
     pairs = list(zip(tracks, expected, strict=True))
     is_right = [found.direction == true.direction for found, true in pairs]
@@ -319,12 +314,8 @@ def summarize_tracks(tracks, expected, videos=()):
         (mean, _), (_, error) = mean_and_error(ratios), mean_and_error(by_video(ratios, videos_of_right).numpy())
         interval = None if error is None else [mean - Z95 * error, mean + Z95 * error]
         summary |= {f"{what}_ratio": mean, f"{what}_ratio_interval95": interval}
-    return summary | {"refused": count_reasons(found.reason for found in tracks if found.direction is None)}
-
-
-def count_reasons(reasons):
-    """{why clips are refused: number of clips}, the most frequent reason first."""
-    return dict(Counter(sorted(reasons)).most_common())
+    reasons = sorted(found.reason for found in tracks if found.direction is None)
+    return summary | {"refused": dict(Counter(reasons).most_common())}
 
 
 # ----------------------------------------------------------------------------------------------------------------------
@@ -368,4 +359,4 @@ def summarize_bounces(lost, speeds, turns, videos):
         summary[name] = np.quantile(every, part).item() if every else None
     refused = [entry for entry in lost if entry]
     summary["lost_in_window"] = [entry["window"] for entry in refused]
-    return summary | {"refused": count_reasons(entry["reason"] for entry in refused)}
+    return summary | {"refused": dict(Counter(sorted(entry["reason"] for entry in refused)).most_common())}

@@ -11,6 +11,7 @@ import statistics
 from pathlib import Path
 
 import torch
+from torch.utils.data import BatchSampler
 
 from given import frame_ranges
 from runtime import distributed
@@ -130,8 +131,8 @@ def json_sha256(value):
 def generated_stream(samples, batch_size, device):
     """The stream of Samples."""
     own = distributed.own_indices(len(samples))
-    with clip_bar("generated clips", len(own)) as progress:
-        for indices in in_batches(own, batch_size):
+    with Bar(desc="generated clips", total=len(own), unit="clip", leave=False, disable=rank() != 0) as progress:
+        for indices in BatchSampler(own, batch_size, drop_last=False):
             names = [samples.names[index] for index in indices]
             clips = torch.from_numpy(samples.clips[indices]).to(device)
             yield indices, clips, names, [samples.time_scale] * len(indices), [samples.videos[i] for i in indices]
@@ -141,19 +142,12 @@ def generated_stream(samples, batch_size, device):
 def real_stream(clips, count, batch_size, num_workers, device, corrupt):
     """The stream of the first `count` of a Clips; adds the paths of corrupt videos to the list `corrupt`."""
     keys = [(clips.num_frames, index) for index in distributed.own_indices(count)]
-    loader = make_loader({clips.num_frames: clips}, in_batches(keys, batch_size), num_workers, timeout=0, device=device)
-    with clip_bar("real clips", len(keys)) as progress:
+    batches = BatchSampler(keys, batch_size, drop_last=False)
+    loader = make_loader({clips.num_frames: clips}, batches, num_workers, timeout=0, device=device)
+    with Bar(desc="real clips", total=len(keys), unit="clip", leave=False, disable=rank() != 0) as progress:
         for batch in batches_of(loader):
             corrupt.extend(batch["corrupt"])
             names = [clips.classes[label] for label in batch["y"]]
             pixels = batch["clips"].permute(0, 2, 3, 4, 1).to(device)
             yield batch["indices"].tolist(), pixels, names, batch["time_scales"].tolist(), batch["videos"]
             progress.update(len(names))
-
-
-def in_batches(indices, size):
-    return [indices[first : first + size] for first in range(0, len(indices), size)]
-
-
-def clip_bar(title, count):
-    return Bar(total=count, desc=title, unit="clip", leave=False, disable=rank() != 0)

@@ -20,14 +20,14 @@ RESAMPLES = 1000  # of the bootstrap
 
 
 def gather(stream, measure):
-    """The columns of measure(clip uint8 (T, H, W, 3), class name, time scale) for all clips, and their videos: tuples.
+    """The columns of measure(clip uint8 (T, H, W, 3), class name, time scale, index) of all clips, and their videos.
 
     Each rank measures the clips of its stream (see sources.py). All ranks get all rows, in the order of the clips.
     """
     rows = []
     for indices, clips, *about in stream:
         for index, *clip, video in zip(indices, clips.cpu().numpy(), *about, strict=True):
-            rows.append((index, *measure(*clip), video))
+            rows.append((index, *measure(*clip, index), video))
     return distributed.gather_in_order(rows)
 
 
@@ -72,9 +72,9 @@ def mean_and_error(values):
     return mean, float(np.std(values, ddof=1) / math.sqrt(len(values))) if len(values) > 1 else None
 
 
-def bootstrap(values, *key):
-    """The means of RESAMPLES resamples of values (N, ...): (RESAMPLES, ...). The key seeds them."""
-    values = torch.as_tensor(values)
+def bootstrap(values, videos, *key):
+    """The means of RESAMPLES resamples of the units of values (N, ...): (RESAMPLES, ...). The key seeds them."""
+    values = by_video(values, videos)
     draws = torch.randint(len(values), (RESAMPLES, len(values)), generator=generator(0, "bootstrap", *key))
     return values[draws].mean(dim=1)
 
@@ -88,8 +88,8 @@ def interval95(values):
 def mean_interval(values, videos=()):
     """The 95% interval [low, high] of the mean of values (N,), without NaNs; None for fewer than two values."""
     kept = ~np.isnan(values)
-    values = by_video(np.asarray(values)[kept], itertools.compress(videos, kept))
-    return interval95(bootstrap(values, "prediction")) if len(values) > 1 else None
+    units = by_video(np.asarray(values)[kept], itertools.compress(videos, kept))
+    return interval95(bootstrap(units, (), "prediction")) if len(units) > 1 else None
 
 
 def psnr(found, real, most=60.0):

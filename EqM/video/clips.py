@@ -63,10 +63,7 @@ class Clips(torch.utils.data.Dataset):
         raise CorruptDataError(f"--data-path {self.source.root}: {found}; repair or replace the files")
 
     def draw(self, index, tried=()):
-        """(video, indices of its frames, seconds between them) at an index of the stream. Opens no file.
-
-        A random other video replaces the ones in `tried`, which can't be decoded.
-        """
+        """(video, frame indices, seconds between them) at an index, but no video in `tried`. Opens no file."""
         attempt, (smallest, largest) = len(tried), self.frame_interval
         video = self._replacement(index, tried) if tried else self._video(index)
         interval = smallest + self._random_int("interval", largest - smallest + 1, index, attempt)

@@ -45,10 +45,7 @@ def find_keyframes(path, num_frames):
 
 
 def decode_from(path, keyframe, height, width):
-    """Yields the frames from a keyframe on, each as a function that returns its pixels, uint8 (height, width, 3).
-
-    Raises an error unless the decoder returns the frames of all packets in the order of their time stamps.
-    """
+    """Yields the frames from a keyframe on, each as a function that returns its pixels, uint8 (height, width, 3)."""
     _, first, seek_time = keyframe
     waiting, graph = [], None  # waiting: a heap of the time stamps whose frames have not come out yet
     with av.open(path, metadata_errors="ignore") as file:

@@ -81,10 +81,7 @@ def add_notes(picture, notes):
 
 
 def draw_sheet(frames, names, marked, left=0, gap=GAP):
-    """A picture of rows of frames (N, n, h, w, 3) with N names, at least `left` px wide, at their left.
-
-    marked: bool (N, n), which frames get a border.
-    """
+    """A picture of rows of frames (N, n, h, w, 3) with N names at their left. Frames that are marked get a border."""
     N, n, h, w = frames.shape[:4]
     left = max(left, *(round(FONT.getlength(name)) + 2 * MARGIN if name else 0 for name in names))  # px
     sheet = Image.new("RGB", (left + n * (w + gap) - gap, N * (h + gap) - gap), "white")

@@ -82,7 +82,11 @@ def probe(root, class_name, path):
     if has_suffix("image", path):
         return Video(path, class_name, num_frames=1, fps=IMAGE_FPS, height=None, width=None)
     place = os.path.join(root, path)
-    with _open_video(place, check_length=True) as reader:
+    with _errors_of(place), av.open(_safe_path(place), metadata_errors="ignore") as file:
+        claimed = max((stream.frames for stream in file.streams.video), default=0)
+        if claimed > os.path.getsize(place):  # decord would allocate memory for them, or abort
+            raise OSError(f"claims {claimed} frames")
+    with _open_video(place) as reader:
         _, height, width, _ = reader.get_batch([]).shape
         num_frames, fps, stored = _read_timing(reader)
         video = Video(path, class_name, num_frames, fps, height, width, varies=stored is not None)
@@ -119,20 +123,11 @@ def _errors_of(path):
 
 
 @contextmanager
-def _open_video(path, check_length=False):
-    """A decord reader at the first frame. Errors of the file and of decord become UnreadableError, also in the body.
-
-    check_length: refuse more frames than the file has bytes; decord would allocate memory for them, or abort.
-    """
+def _open_video(path):
+    """A decord reader at the first frame. Errors of the file and of decord become UnreadableError, also in the body."""
     with _errors_of(path):
-        path = _safe_path(path)
-        if check_length:
-            with av.open(path, metadata_errors="ignore") as file:
-                claimed = max((stream.frames for stream in file.streams.video), default=0)
-            if claimed > os.path.getsize(path):
-                raise OSError(f"claims {claimed} frames")
         # decord replaces lost frames by copies, up to the share fault_tol of the video; 0 = no limit
-        reader = decord.VideoReader(path, ctx=decord.cpu(0), num_threads=1, fault_tol=1e-6)
+        reader = decord.VideoReader(_safe_path(path), ctx=decord.cpu(0), num_threads=1, fault_tol=1e-6)
         _, height, width, _ = reader.get_batch([]).shape
         if height * width > MAX_PIXELS:
             raise OSError(f"{width} x {height} pixels")
@@ -140,10 +135,7 @@ def _open_video(path, check_length=False):
 
 
 def _read_timing(reader):
-    """(number of frames, average frames per second, the number of the stored frame for each frame; None = the same).
-
-    They come from the time stamps, or from the header if there are none.
-    """
+    """(number of frames, average frames per second, the number of the stored frame for each frame; None = the same)."""
     num_frames, fps = len(reader), reader.get_avg_fps()
     times = reader.get_frame_timestamp(range(num_frames))[:, 0].astype(np.float64)
     if num_frames == 1 or not (np.diff(times) > 0).all():  # as in AVIs
@@ -160,11 +152,7 @@ def _read_timing(reader):
 
 
 def read_frames(root, video, frame_indices):
-    """The frames at `frame_indices`, which ascend, of a video or image: uint8 (T, H, W, 3).
-
-    Decoding starts at the last keyframe before them. Raises UnreadableError if one of them or a frame since that
-    keyframe can't be decoded. Sometimes a later one is enough, because decord decodes ahead.
-    """
+    """The frames at `frame_indices`, which ascend, of a video or image: uint8 (T, H, W, 3). Raises UnreadableError."""
     (frames,) = _read_parts(root, video, [frame_indices])
     return frames
 
@@ -179,8 +167,7 @@ def _read_parts(root, video, parts):
     """Yield the frames of each list of frame indices. Indices ascend over all lists.
 
     PyAV decodes from the last keyframe before them, decord from the first frame on: decord returns wrong frames when it
-    seeks, also in get_batch, in AVIs and near keyframes of open GOPs. The faster one goes first; if it fails, the other
-    continues.
+    seeks, also in get_batch, in AVIs and near keyframes of open GOPs. If the faster one fails, the other continues.
     """
     path, done, decoders = os.path.join(root, video.path), 0, [_from_start]
     if has_suffix("image", path):

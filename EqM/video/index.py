@@ -87,8 +87,7 @@ def explain_missing(root, kind):
 def scan_videos(root, index_folder=None, images=False):
     """The Scan of a folder of videos or images. Opens every video that is not in the index, and no image.
 
-    Only one rank should call this. Writes the index if its folder, that of the runs, exists; otherwise save_index will.
-    An entry is valid until the file's size or modification time changes. Raises UserError.
+    Only one rank should call this. Writes the index if its folder exists; else save_index will. Raises UserError.
     """
     found = find_files(root, images)
     classes = sorted(set(found.values()))
@@ -237,10 +236,7 @@ class Data:
 
 
 def find_data(source, val_fraction, lengths, val_lengths, flag):
-    """The Data of a source for training clips of `lengths` frames, which `flag` sets. Raises UserError.
-
-    Validation clips have these lengths and `val_lengths`.
-    """
+    """The Data of a source for clips of `lengths` frames, which `flag` sets, and of `val_lengths`. Raises UserError."""
     train, val = split_videos(source.root, source.videos(), val_fraction)
     of_train = {n: long_enough(train, n, "training", flag) for n in lengths}
     val_flags = dict.fromkeys(val_lengths, "--val-frames") | dict.fromkeys(lengths, flag)

@@ -67,29 +67,28 @@ class InputClip:
             raise UserError(f"{self.flag}: {self} can't be decoded; name another file") from error
 
 
-def find_clips(flag, path, kinds):
+def find_clips(flag, path, kinds, cleared=None):
     """The clips in a file or folder that a flag such as "--given" names, sorted. Raises UserError.
 
-    A folder contains files of these kinds ("video", "image"), class folders of them, or samples of sample_gd.py.
+    A folder contains files of these kinds ("video", "image"), class folders of them, or samples of sample_gd.py. None
+    may be in the folder `cleared`, from which sample_gd.py removes earlier samples.
     """
     name, path = f"{flag} {path or repr('')}", str(path)
     samples = path if os.path.basename(path) == "samples.npz" else os.path.join(path, "samples.npz")
     if path and os.path.isfile(samples):
         about, clips, labels = read_samples(name, os.path.dirname(samples))
         names, seconds = [class_name(about["classes"], label) for label in labels.tolist()], about["time_scale"]
-        return [InputClip(name, samples, own, n, clips[n], seconds) for n, own in enumerate(names)]
-    if not os.path.exists(path):
+        found = [InputClip(name, samples, own, n, clips[n], seconds) for n, own in enumerate(names)]
+    elif not os.path.exists(path):
         raise UserError(f"{name}: no such file or folder")
-    files = [os.path.join(path, file) for file in list_files(name, path)] if os.path.isdir(path) else [path]
-    files = [file for file in files if any(has_suffix(kind, file) for kind in kinds)]
-    if not files:
+    else:
+        files = [os.path.join(path, file) for file in list_files(name, path)] if os.path.isdir(path) else [path]
+        files = [file for file in files if any(has_suffix(kind, file) for kind in kinds)]
+        found = [InputClip(name, file, Path(os.path.abspath(file)).parent.name) for file in files]
+    if not found:
         suffixes = " ".join(suffix for kind in kinds for suffix in SUFFIXES[kind])
         raise UserError(f"{name}: no {' or '.join(kinds)}; expected one of {suffixes}, or a folder of sample_gd.py")
-    return [InputClip(name, file, Path(os.path.abspath(file)).parent.name) for file in files]
-
-
-def check_apart(clips, folder):
-    """Raise UserError if a clip is in --folder, where writing samples removes earlier ones."""
-    for clip in clips:
-        if os.path.realpath(os.path.dirname(clip.path) or ".") == os.path.realpath(folder):
-            raise UserError(f"{clip.flag}: {clip.path} is in --folder {folder}, which is cleared; name another folder")
+    for clip in found if cleared else ():
+        if os.path.realpath(os.path.dirname(clip.path) or ".") == os.path.realpath(cleared):
+            raise UserError(f"{name}: {clip.path} is in --folder {cleared}, which is cleared; name another folder")
+    return found

@@ -19,10 +19,7 @@ PATH_BYTES = 4096
 
 
 def make_loader(clips, batches, num_workers, timeout, device):
-    """A DataLoader over `clips`, a dict num_frames -> Clips. `batches` yields lists of (num_frames, index).
-
-    timeout: seconds to wait for a batch of the loader processes; 0 = no limit.
-    """
+    """A DataLoader over `clips`, a dict num_frames -> Clips. `batches` yields lists of (num_frames, index)."""
     watch, settings = LoaderWatch(num_workers), worker_settings(num_workers, timeout)
     for data_set in clips.values():
         data_set.note = watch.note
@@ -33,7 +30,7 @@ def make_loader(clips, batches, num_workers, timeout, device):
 
 
 def worker_settings(num_workers, timeout=0):
-    """The settings of a DataLoader with num_workers processes; 0 = read in this process. timeout: see make_loader."""
+    """The settings of a DataLoader with num_workers processes; 0 = read in this process. timeout: seconds per batch."""
     if not num_workers:
         return {}
     settings = {"multiprocessing_context": "spawn", "persistent_workers": True, "prefetch_factor": 4}

@@ -52,10 +52,7 @@ class Source:
 
 
 def open_source(root, image_size, images=False, index_folder=None):
-    """The source of a data folder. Its clips have image_size px, unless the folder is a cache. Raises UserError.
-
-    Only one rank should call this, because it opens videos.
-    """
+    """The source of a data folder, for one rank. Its clips have image_size px, or that of a cache. Raises UserError."""
     if (settings := latents_settings(root, images)) is not None:
         return Cache(root, settings)
     return Files(root, scan_videos(root, index_folder, images), image_size)
@@ -129,10 +126,7 @@ class Cache(Source):
 
 
 def read_cache_file(path, names, shape, frame_indices):
-    """Frames of shape (C, h, w) from the tensors `names` of a cache file: (len(names), C, T, h, w).
-
-    Reads only the span from the first to the last frame. Raises UnreadableError.
-    """
+    """Frames (C, h, w) from the tensors `names` of a cache file: (len(names), C, T, h, w). Raises UnreadableError."""
     first, last = frame_indices[0], frame_indices[-1]
     offsets = torch.tensor(frame_indices) - first
     try:
@@ -210,10 +204,7 @@ def in_threads(function, items, threads):
 
 
 class CachedFiles(Files):
-    """Files with a cache of their pixels, without corrupt videos: each read decodes their frames.
-
-    Raises UserError if there is nothing to decode, or too much and not force.
-    """
+    """Files with a cache of their pixels, without corrupt videos: each read decodes their frames. Raises UserError."""
 
     def __init__(self, files, results_dir, force=False):
         if not isinstance(files, Files):
@@ -231,9 +222,7 @@ class CachedFiles(Files):
         return self.folder / (name_hash(video.path, 16) + SUFFIX)
 
     def fill(self):
-        """Decode videos that are new or have changed, on the first rank of each machine. Other ranks must wait for it;
-        other runs wait for a lock. Raises UserError.
-        """
+        """Decode new and changed videos, on the first rank of each machine; the others must wait. Raises UserError."""
         if local_rank() != 0:
             return
         self.folder.mkdir(parents=True, exist_ok=True)

@@ -118,9 +118,8 @@ def write_gif(path, video, fps):
 def write_sheet(path, videos, names=None, marked=None, labels=None, notes=()):
     """Write (N, T, H, W, 3) as one PNG: a row per video, a column per frame, `names` (N strings) at the left.
 
-    Shows the first 16 videos and 32 frames, evenly spaced; of images (T = 1) the first 64, in rows of 8, without names.
-    A line below says how many it shows, if not all, after the caller's notes. marked: for each video the frames that
-    get a border, such as given ones. labels: numbers of classes, which replace names that the font lacks.
+    Images (T = 1) are in rows of 8, without names. A line below says how many it shows, if not all, after the caller's
+    notes. marked: the frames of each video that get a border. labels: numbers of classes, for names the font lacks.
     """
     N, T = videos.shape[:2]
     if T == 1:
