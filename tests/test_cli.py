@@ -70,35 +70,6 @@ def test_flags_are_frozen_and_know_which_were_typed(words, typed, steps, fast):
         copy.steps = 6
 
 
-@pytest.mark.parametrize(
-    ("arguments", "words"),
-    [
-        (["--steps", "0"], ["--steps", "0", "at least 1"]),
-        (["--steps", "many"], ["--steps", "many", "int"]),
-        (["--steps"], ["--steps"]),
-        (["--stpes", "3"], ["--stpes", "did you mean --steps?"]),
-        (["--step", "3"], ["--step:"]),  # no abbreviations
-        (["--steps", "1", "2"], ["2: unexpected argument"]),
-        (["--fast", "please"], ["please:"]),
-    ],
-)
-def test_a_wrong_flag_is_one_line_that_names_it(arguments, words, capsys):
-    with pytest.raises(SystemExit) as ended:
-        parser().parse_args(arguments)
-    out, err = capsys.readouterr()
-    assert (ended.value.code, out, err.count("\n")) == (2, "", 1)
-    assert all(word in err for word in words)
-
-
-def test_check_writable_makes_no_folder(tmp_path):
-    cli.check_writable("--folder", tmp_path / "new" / "deep")
-    assert list(tmp_path.iterdir()) == []
-    (tmp_path / "file").touch()
-    for folder in ("file", "file/below"):
-        with pytest.raises(UserError, match=r"--folder .*file is not a writable folder"):
-            cli.check_writable("--folder", tmp_path / folder)
-
-
 # Precision ------------------------------------------------------------------------------------------------------------
 
 CASES = [  # a GPU with bf16 or without, None: no GPU; energy; precision of the resumed run; typed one; what comes out

@@ -1,6 +1,5 @@
 """What metrics.jsonl, TensorBoard and wandb get, also after a resume, and the statistics of the steps."""
 
-import shutil
 import sys
 import time
 from io import BytesIO
@@ -13,7 +12,7 @@ from PIL import Image
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
 from runtime.cli import UserError
-from runtime.metrics import Metrics, StepStats, bar_text, device_stats, import_wandb, peak_tflops, read_metrics
+from runtime.metrics import Metrics, StepStats, bar_text, device_stats, peak_tflops, read_metrics
 from video.writers import write_gif
 
 
@@ -58,15 +57,6 @@ def test_each_call_appends_a_json_line_with_null_for_nonfinite_values(tmp_path):
     assert lines(tmp_path)[1:] == [
         '{"step": 20, "val/loss": 0.25}', '{"step": 30, "a": null, "b": null, "c": null, "d": 1.0}'
     ]  # fmt: skip
-
-
-def test_metrics_of_a_deleted_folder_are_a_user_error(tmp_path):
-    metrics = Metrics(tmp_path / "run")
-    metrics.log(1, loss=0.5)
-    metrics.board.close()  # its thread writes later
-    shutil.rmtree(tmp_path / "run")
-    with pytest.raises(UserError, match="run was deleted or moved during the run"):
-        metrics.log(2, loss=0.5)
 
 
 def show(folder, clips, *moving):
@@ -130,14 +120,10 @@ def test_torn_lines_are_skipped_and_counted(tmp_path, torn_line):
     assert read_metrics(tmp_path / "metrics.jsonl") == ([{"step": 1, "loss": 0.5}], 1)
 
 
-def test_wandb_without_its_package_or_a_login_is_a_user_error(tmp_path, wandb, monkeypatch):
+def test_wandb_without_a_login_is_a_user_error(tmp_path, wandb):
     wandb.init.side_effect = wandb.Error("api_key not configured")
     with pytest.raises(UserError, match="--wandb: api_key not configured.*wandb login"):
         Metrics(tmp_path, wandb=True)
-    monkeypatch.setitem(sys.modules, "wandb", None)  # as if it were not installed
-    for start in (import_wandb, lambda: Metrics(tmp_path, wandb=True)):
-        with pytest.raises(UserError, match="--wandb.*pip install wandb"):
-            start()
 
 
 def test_wandb_gets_config_and_scalars_and_a_resumed_run_keeps_its_id(tmp_path, wandb):

@@ -1,7 +1,6 @@
 """cache_latents.py in real processes: killed and run again, and on two ranks."""
 # ruff: noqa: F811 (imported fixtures)
 
-import os
 import signal
 import subprocess
 import sys
@@ -12,6 +11,7 @@ import pytest
 import torch
 
 import cache_latents
+from process import spawn
 from runtime.cli import UserError
 from test_cache_latents import NAMES, cache, content, encoded, flags, root, run, vae  # noqa: F401
 from tiny_videos import write_video
@@ -30,9 +30,8 @@ def one_thread():
 
 
 def launch(command, *arguments):
-    environment = os.environ | {"OMP_NUM_THREADS": "1", "PYTHONPATH": str(SOURCE)}
-    command = [sys.executable, *map(str, command), *flags(*arguments)]
-    return subprocess.Popen(command, env=environment, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+    words, path = [sys.executable, *command, *flags(*arguments)], {"PYTHONPATH": str(SOURCE)}
+    return spawn(*words, environment=path, stderr=subprocess.PIPE)
 
 
 DIE_IN_RENAME = """
