@@ -122,14 +122,16 @@ def test_an_error_is_one_line_and_other_ranks_give_rank_0_ten_seconds(rank, befo
     assert (ended.value.code, *capsys.readouterr()) == (2, "", "train.py: error: --lr: too high\n")
 
 
-def test_only_rank_0_prints_and_logs(monkeypatch, capsys, tmp_path):
+def test_only_rank_0_prints_logs_and_reports_an_interrupt(monkeypatch, capsys, tmp_path):
     log = tmp_path / "log.txt"
     for rank in ("1", "0", "2"):
         monkeypatch.setenv("RANK", rank)
         cli.say(f"hello from {rank}", log)
         cli.say("not for the log")
     assert log.read_text() == "hello from 0\n"
-    assert capsys.readouterr().out == "hello from 0\nnot for the log\n"
+    with pytest.raises(SystemExit, match="130"), cli.one_line_errors():
+        raise KeyboardInterrupt
+    assert capsys.readouterr() == ("hello from 0\nnot for the log\n", "")
 
 
 def test_warnings_are_lines_and_the_log_has_the_earlier_ones(capsys, tmp_path):
@@ -164,13 +166,6 @@ def test_a_failure_is_one_line_and_a_traceback_with_eqm_traceback(error, status,
         assert bool(traceback) == shows_it == ("raise error" in "".join(traceback))
     with pytest.raises(RuntimeError, match="a bug"), cli.one_line_errors():
         raise RuntimeError("a bug")
-
-
-def test_only_rank_0_reports_an_interrupt(monkeypatch, capsys):
-    monkeypatch.setenv("RANK", "1")
-    with pytest.raises(SystemExit, match="130"), cli.one_line_errors():
-        raise KeyboardInterrupt
-    assert capsys.readouterr() == ("", "")
 
 
 def fail_as(kind):

@@ -9,7 +9,7 @@ from PIL import Image
 import plot_metrics
 from plot_metrics import COLORS, load_runs, make_curves, plot_curves, smooth
 from scoring.plots import plt
-from training import run_main
+from training import refused, run_main
 
 
 @pytest.fixture(autouse=True)
@@ -240,7 +240,5 @@ def test_bad_input_is_one_line_and_status_2(tmp_path, capsys):
         ("--smooth", good, *out, "--smooth", 0),
         ("--out", good),
     ):
-        run_main(plot_metrics, *flags, status=2)
-        (line,) = capsys.readouterr().err.splitlines()
-        assert line.startswith("plot_metrics.py: error: ") and words in line, line
+        assert words in refused(capsys, plot_metrics, *flags)
     assert not (tmp_path / "x").exists()

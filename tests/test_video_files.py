@@ -17,13 +17,9 @@ from video.index import scan_videos
 
 FORMATS = [
     ("v.avi", "mpeg4", {}),
-    ("v.avi", "mpeg4", {"bf": "2"}),  # as UCF-101, but with a keyframe every 10 frames
     ("v.avi", "libx264", {"bf": "3"}),
     ("v.mov", "mpeg4", {"bf": "2"}),
     ("v.mkv", "mpeg4", {"bf": "2"}),
-    ("v.mp4", "libx264", {"bf": "3"}),
-    ("v.mkv", "libx264", {"x264-params": "open-gop=1:bframes=3"}),
-    ("v.webm", "libvpx", {"deadline": "realtime"}),
 ]
 
 
@@ -69,8 +65,8 @@ def test_a_clip_is_decoded_from_the_keyframe_before_it_to_the_same_bits(tmp_path
     video = scan_videos(tmp_path).videos[0]
     assert len(video.keyframes) >= 3 and video.num_frames == 45 and video.varies == ("variable" in name)
     expected = read_frames(tmp_path, replace(video, keyframes=()), range(45))  # in order, with decord
-    assert len(np.unique(expected, axis=0)) > 30
     if not video.varies:  # else decord gives the time stamps
+        assert (halves(expected[..., 0])[0] - 4 * torch.arange(45)).abs().max() < 4  # frame k is frame k
         monkeypatch.setattr(decord, "VideoReader", lambda *_, **__: pytest.fail("decord decodes"))
     for start in range(video.keyframes[1][0], 43):  # before, decord decodes
         decoded.clear()

@@ -10,8 +10,10 @@ import decord
 import pytest
 from PIL import Image
 
+import cache_latents
 import tiny_videos as tiny
 from runtime.cli import UserError
+from training import run_main
 from video.files import Video
 from video.index import (
     CorruptDataError,
@@ -24,7 +26,7 @@ from video.index import (
     split_videos,
 )
 from video.inputs import find_clips
-from video.source import Files, check_data_path
+from video.source import Files, check_data_path, open_source
 
 
 @pytest.fixture
@@ -59,13 +61,16 @@ def test_a_scan_finds_videos_classes_rates_and_frames(tmp_path):
     assert {(video.height, video.width) for video in scan.videos} == {(48, 64)}
 
 
-def test_videos_or_images_directly_in_root_are_one_class(tmp_path):
+def test_videos_or_images_directly_in_root_are_one_class_also_in_a_cache(tmp_path):
     for name in ("b.avi", "a.avi", ".hidden.avi"):
         tiny.write_video(tmp_path / name)
     tiny.save(tmp_path / "c.png", tiny.picture())
     for images, keys in ((False, ["all/a", "all/b"]), (True, ["all/c"])):
         scan = scan_videos(tmp_path, images=images)
         assert scan.classes == ["all"] and [video.key for video in scan.videos] == keys
+    cache = tmp_path.with_name("cache")
+    run_main(cache_latents, "--data-path", tmp_path, "--vae", "none", "--image-size", 16, "--out", cache)
+    assert [video.key for video in open_source(cache, 16).videos()] == ["all/a", "all/b"]
 
 
 def test_odd_names_work_and_hidden_and_other_files_are_ignored(tmp_path):

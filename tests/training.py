@@ -55,7 +55,6 @@ class Training:
     launcher: list = field(default_factory=lambda: PYTHON)
     flags: list = field(default_factory=list)
     base: list = field(default_factory=lambda: TINY)
-    environment: dict = field(default_factory=dict)
     script: str = "train.py"
 
     def command_flags(self, *flags):
@@ -66,7 +65,7 @@ class Training:
     def start(self, *flags):
         """Start the launcher. Returns the process."""
         script = ROOT / "EqM" / self.script
-        return spawn(*self.launcher, script, *self.command_flags(*flags), environment=self.environment)
+        return spawn(*self.launcher, script, *self.command_flags(*flags))
 
     def run(self, *flags, status=0, timeout=240):
         """Start the run and wait until it ends with this status. Returns its output."""
