@@ -124,6 +124,8 @@ CASES = {
         --rope-scale yarn | --rope-scale ntk | --fps nan | --vae no/such/vae | --given no/such.mp4 | --init no/such.mp4
         --num-frames 3 | --num-classes 101 | --image-size 32 | --classes 2 | --classes A Kayaking | --given ''
         --given x --folder x | --init-gamma 0.5 | --ckpt pipe | --ckpt cut-export | --ckpt code.pt
+        --ckpt wide-export | --ckpt stepless-export
+        --ckpt later-export => format version 2
         --folder=a b --video => b: unexpected argument
         --num-samples 2000000000 | --num-frames 1000000000 | --fps 1e300 => at most
         --model EqM-S/4 => EqM-S/4; EqM-Ti/4
@@ -233,15 +235,6 @@ def world(tmp_path_factory):
     (root / "pixels/latents.json").write_text(text.replace('"ema"', '"none"'))
     (root / "lost/A/a.safetensors").unlink()
     os.mkfifo(root / "piped/latents.json")
-    make_checkpoints(root)
-    (root / "file").write_text("")
-    os.mkfifo(root / "pipe")
-    (root / "loop").symlink_to("loop")
-    (root / "nowhere").symlink_to("no/such")
-    return root
-
-
-def make_checkpoints(root):
     rope = save_checkpoint(root / "rope.pt", use_rope=True, num_frames=4)
     save_checkpoint(root / "table.pt", use_rope=True, num_frames=4, position_table="space")
     save_checkpoint(root / "fixed.pt", num_frames=8)
@@ -257,6 +250,18 @@ def make_checkpoints(root):
     published.write_export(root / "shared", checkpoint.load(rope), "fp32", "a card")
     shutil.copytree(root / "shared", root / "cut-export")
     os.truncate(root / "cut-export/model.safetensors", 1000)
+    for name, old, new in (
+        ("wide", '"hidden_size": 192', '"hidden_size": 96'),
+        ("stepless", '"step"', '"steps"'),
+        ("later", '"version": 1', '"version": 2'),
+    ):
+        config = shutil.copytree(root / "shared", root / f"{name}-export") / "config.json"
+        config.write_text(config.read_text().replace(old, new))
+    (root / "file").write_text("")
+    os.mkfifo(root / "pipe")
+    (root / "loop").symlink_to("loop")
+    (root / "nowhere").symlink_to("no/such")
+    return root
 
 
 def snapshot(folder):

@@ -29,7 +29,7 @@ from faults import (
     wait_until,
 )  # fmt: skip
 from process import free_port
-from training import PYTHON, ROOT, TINY, TORCHRUN, Training, compare
+from training import PYTHON, ROOT, TINY, TINY_VAE, TORCHRUN, Training, compare
 
 OFTEN = ["--log-every", 1, "--val-every", 5, "--ckpt-every", 10, "--sample-every", 0]
 WORKERS = [*OFTEN, "--num-workers", 1]
@@ -84,15 +84,24 @@ def test_a_second_interrupt_ends_the_process_at_once(make):
     assert "stopped by" not in end(process, -signal.SIGINT)
 
 
-@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGUSR1, signal.SIGKILL])
-def test_the_ranks_save_and_end_when_their_torchrun_gets_a_signal(number, make):
-    training = make(launcher=TORCHRUN, flags=WORKERS)
+@pytest.mark.parametrize(
+    ("script", "base", "number"),
+    [
+        ("train.py", TINY, signal.SIGINT),
+        ("train.py", TINY, signal.SIGUSR1),
+        ("train.py", TINY, signal.SIGKILL),
+        ("train_vae.py", TINY_VAE, signal.SIGINT),
+    ],
+)
+def test_the_ranks_save_and_end_when_their_torchrun_gets_a_signal(script, base, number, make):
+    training = replace(make(launcher=TORCHRUN, flags=["--log-every", 1]), script=script, base=base)
     process = start(training, 3)
     left = descendants(process.pid)
     kill(process.pid, number)  # torchrun itself dies of SIGUSR1 and SIGKILL
     output = end(process, None)
     wait_gone(left)
     assert output.count("and saved at step") == output.count("with --resume") == 1
+    assert f'{script}", line' not in output  # a traceback, which may only be torchrun's own
     check_nothing_lost(training)
 
 
