@@ -2,7 +2,7 @@
 
 import os
 
-os.environ.setdefault("OMP_NUM_THREADS", "1")  # before torch is imported; other tests use the other cores
+os.environ["OMP_NUM_THREADS"] = "1"  # before torch is imported; other tests use the other cores
 
 import signal
 

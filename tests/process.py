@@ -1,4 +1,4 @@
-"""Python code in a process of its own, as a script named train.py would run it."""
+"""Commands in their own processes."""
 
 import os
 import socket
@@ -13,19 +13,32 @@ from runtime import distributed
 ENGINE = Path(distributed.__file__).parents[1]
 
 
+def spawn(*words, environment=(), **settings):
+    """Start a command as a process of one thread, in its own session like a job of a shell.
+
+    Its errors go where its output goes, into a pipe. Settings of subprocess.Popen change that.
+    """
+    pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.STDOUT, "text": True, "start_new_session": True}
+    environment = os.environ | {"OMP_NUM_THREADS": "1", "PYTHONUNBUFFERED": "1"} | dict(environment)
+    return subprocess.Popen([str(word) for word in words], env=environment, **pipes | settings)
+
+
 def python(code, **environment):
-    command = [sys.executable, "-c", f"import sys; sys.argv[0] = '/some/where/train.py'\n{code}"]
-    environment = os.environ | {"PYTHONPATH": str(ENGINE), "OMP_NUM_THREADS": "1"} | environment
-    return subprocess.Popen(
-        command, env=environment, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, stdin=subprocess.DEVNULL
-    )
+    """Start Python code as a script named train.py."""
+    code = f"import sys; sys.argv[0] = '/some/where/train.py'\n{code}"
+    environment = {"PYTHONPATH": str(ENGINE)} | environment
+    return spawn(sys.executable, "-c", code, environment=environment, stderr=subprocess.PIPE, stdin=subprocess.DEVNULL)
+
+
+def free_port():
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        return free.getsockname()[1]
 
 
 def run_ranks(code, count, folder):
-    """What the ranks have written to their file OUT."""
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        place = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(free.getsockname()[1]), "WORLD_SIZE": str(count)}
+    """Run Python code on so many ranks. Returns what each rank wrote to its file OUT."""
+    place = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(free_port()), "WORLD_SIZE": str(count)}
     files = [folder / f"{count}-{rank}.pt" for rank in range(count)]
     ranks = [
         python(code, RANK=str(rank), LOCAL_RANK=str(rank), OUT=str(file), **place) for rank, file in enumerate(files)

@@ -8,19 +8,18 @@ import os
 import pickle
 import shlex
 import shutil
-import subprocess
 import sys
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 
 import checkpoint
 import published
 from runtime import cli, distributed
-from tiny_data import make_images, make_latents, make_samples, make_vae, save_checkpoint
+from tiny_data import Code, make_images, make_latents, make_samples, make_vae, save_checkpoint
 from tiny_videos import write_video
-from training import ROOT
 
 MODEL, PIXELS = "train --model EqM-Ti/4 ", "--vae none --image-size 16 "
 STEPS = "--results-dir new --global-batch-size 4 --max-steps 20 "
@@ -39,6 +38,9 @@ COMMANDS = {  # what is right; a case adds to it what is wrong
     "evaluate": "evaluate --metric=motion --samples=samples --data-path videos --out new.json",
     "export": "export",
     "shapes": "make_moving_shapes --out new",
+    "train_vae": "train_vae --data-path videos --image-size 16 --downsample 4 --widths 8 8 8 " + STEPS,
+    "check": "check --num-frames 8 --model EqM-Ti/4 --global-batch-size 2 " + PIXELS,
+    "study": "study --out new",
 }
 # The line must have the first flag and, after =>, other words; without =>, all values of the flags.
 CASES = {
@@ -47,16 +49,19 @@ CASES = {
         --ebm l3 | --ckpt | --lr 1e400 | --lr 0 | --ema-decay 1.5 | --forcing 1.5 | --val-fraction=-0.1
         --val-fraction 0 | --rope-speed=-1 | --global-seed=-1 | --save-minutes -1 | --max-steps 0 | --loader-timeout nan
         --position-table time | --frame-interval 4 2 | --num-frames 3 | --rope-split 8,8 | --num-heads 7
-        --image-size 18 | --depth 10000000 | --val-frames 4 2 | --val-frames 4 400 | --mix 0.2 | --num-classes 1
-        --global-batch-size 6 --grad-accum 4 | --data-path '' | --data-path no/such | --data-path pipe | --data-path one
-        --data-path broken | --vae no/such/vae | --vae empty
+        --image-size 18 | --depth 10000000 | --val-frames 4 2 | --mix 0.2 | --num-classes 1
+        --global-batch-size 6 --grad-accum 4 | --data-path '' | --data-path no/such | --data-path pipe
+        --data-path one => 1 usable file; expected at least 2
+        --data-path broken => can't open any of its videos (2 files)
+        --vae no/such/vae | --vae empty
         --max-bad-fraction 0.2 --data-path bad => 0.2: 2 of 6 files are corrupt; A/x.avi, B/y.mp4; or raise this limit
         --results-dir file | --results-dir nowhere | --results-dir file --resume | --ckpt no/such.pt
         --ckpt no/such.pt --resume | --ckpt pipe | --ckpt /dev/zero | --ckpt loop | --ckpt empty
         --data-path -videos => --data-path
         --global-seed 1000000000000000000000000000000 | --num-workers 1000000 | --num-frames 1000000000000 => at most
         --num-frames 8 --image-size 1000000000 => input_size; 1000000000
-        --num-frames 400 => 10
+        --num-frames 400 => the longest training video has 10 frames
+        --val-frames 4 400 => --val-frames 400: the longest validation video
         --rope-split 64,64,2 => 130 channels
         --rope-speed 1e9 => --rope-speed 1000000000.0; [0, 1000]
         --rope-speed 0.5 --num-heads 16 => 6 channels of a head
@@ -84,6 +89,7 @@ CASES = {
         --ckpt image.pt => holds an image model, --video needs
         --ckpt odd.pt => depth 2
         --model EqM-S/4 --ckpt rope.pt => EqM-S/4
+        --vae vae --image-size 32 --ckpt rope.pt => must agree
         --image-size 32 --ckpt rope.pt | --temporal-patch-size 2 --ckpt rope.pt | --ebm dot --ckpt rope.pt => must agree
         --position-table none --ckpt table.pt | --rope-speed 1 --ckpt rope.pt | --num-classes 7 --ckpt rope.pt => must
         --optimizer muon --ckpt rope.pt => --optimizer adamw
@@ -118,9 +124,13 @@ CASES = {
         --rope-scale yarn | --rope-scale ntk | --fps nan | --vae no/such/vae | --given no/such.mp4 | --init no/such.mp4
         --num-frames 3 | --num-classes 101 | --image-size 32 | --classes 2 | --classes A Kayaking | --given ''
         --given x --folder x | --init-gamma 0.5 | --ckpt pipe | --ckpt cut-export | --ckpt code.pt
+        --ckpt wide-export | --ckpt stepless-export
+        --ckpt later-export => format version 2
         --folder=a b --video => b: unexpected argument
         --num-samples 2000000000 | --num-frames 1000000000 | --fps 1e300 => at most
         --model EqM-S/4 => EqM-S/4; EqM-Ti/4
+        --model EqM-XL/2 --ckpt shared => EqM-XL/2
+        --no-ema --ckpt shared => --no-ema
         --fps 25 --time-scale 0.04 => --time-scale
         --folder file/x => --folder file
         --num-sampling-steps 1 => at least 2
@@ -141,11 +151,15 @@ CASES = {
         --given videos | --num-frames 4 | --fps 1 => needs videos; add --video
         --ckpt rope.pt => holds a video model: add --video""",
     "cache": """
-        --vae emma | --data-path no/such | --out videos | --out cache | --image-size 33
+        --vae code-vae => diffusion_pytorch_model.safetensors
+        --vae emma | --vae '' => none, ema, mse or a directory
+        --data-path no/such | --out videos | --out cache | --image-size 33
         --data-path cache => name the folder of its videos
         --out file => not a writable folder
         --out piped => --out piped; latents.json is damaged""",
-    "evaluate": "--samples empty | --data-path no/such | --metric beauty",
+    "evaluate": """
+        --samples empty | --data-path no/such | --metric beauty
+        --samples code-samples => not a plain array""",
     "export": """
         no/such.pt new => no such file
         rope.pt => DIR
@@ -153,32 +167,43 @@ CASES = {
         rope.pt videos => DIR videos; not empty
         code.pt new => holds code
         rope.pt new --model EqM-XL/2 => --model EqM-XL/2
+        rope.pt new --ebm dot => --ebm gives dot
         rope.pt new --dtype int8 => --dtype""",
     "shapes": """
         --size big | --out file | --seconds inf | --seconds 0 | --videos-per-class 1000000000000 | --size 8 | --size 63
         --radius nan nan | --radius 0.2 0.1 | --radius 0.1 0.3 | --colors mauve | --videos-per-class 1
         --sizes 64 => --sizes: no such flag
         --out videos => --out videos; not Moving Shapes""",
+    "train_vae": """
+        --downsample 2 | --data-path no/such
+        --image-size 18 => --image-size 18: not a multiple of --downsample 4
+        --widths 8 8 => --widths 8 8: expected 3 numbers for --downsample 4""",
+    "check": """
+        no/such => DIR no/such: no such folder
+        videos --image-size 18 => --image-size 18: not a multiple of 4
+        videos --num-frames 3 => at least 4
+        videos --val-fraction 0 => got 0, expected a number above 0 and at most 1
+        videos --out x.txt => --out x.txt: not a picture; expected a name that ends in .png
+        videos --out no/such/x.png => --out no/such/x.png: expected a file in a folder that exists""",
+    "study": """
+        --minutes 0
+        --only A E => argument --only: invalid choice: 'E' (choose from 'A', 'B', 'C', '16 fixed',
+        --list --report => not allowed with
+        --report => does not exist
+        --out file --report => --out file:""",
 }
 
 
 def cases():
-    """Yield (command, flags, words that the line must have) of the table."""
+    """Yield (command, flags, words that the line must have) of each case."""
     for command, table in CASES.items():
         for row in table.strip().splitlines():
             left, arrow, words = row.strip().partition(" => ")
             for flags in left.split(" | "):
                 own = shlex.split(flags.replace("=", " "))
                 words_of_row = words.split("; ") if arrow else [word for word in own if word[:1] not in ("-", "{")]
-                named = [] if command == "export" or "argument" in words else own[:1]
+                named = [] if command in ("export", "check") or "argument" in words else own[:1]
                 yield pytest.param(command, flags, [*named, *words_of_row], id=f"{command} {flags}")
-
-
-class Code:
-    """A pickle of it makes a folder when it is loaded."""
-
-    def __reduce__(self):
-        return os.mkdir, ("ran",)
 
 
 @pytest.fixture(scope="module")
@@ -188,7 +213,7 @@ def world(tmp_path_factory):
     names = ("videos/A/a", "videos/A/b", "videos/B/c", "videos/B/d", "one/A/a", *(f"long/A/{x * 245}" for x in "ab"))
     for name in names:
         write_video(root / f"{name}.avi", 10, size=(16, 16))
-    for folder in ("broken", "cache", "partial", "lost", "pixels", "piped", "empty", "samples"):
+    for folder in ("broken", "cache", "partial", "lost", "pixels", "piped", "empty", "samples", "code-samples"):
         (root / folder).mkdir()
     shutil.copytree(root / "videos", root / "bad")
     for name in ("bad/A/x.avi", "bad/B/y.mp4"):
@@ -197,24 +222,19 @@ def world(tmp_path_factory):
         (root / "broken" / name).write_bytes(b"RIFF and no more")
     make_images(root / "images", 4)
     make_vae(root / "vae")
+    (make_vae(root / "code-vae") / "diffusion_pytorch_model.safetensors").unlink()
+    torch.save({"decoder.conv_out.bias": Code()}, root / "code-vae/diffusion_pytorch_model.bin")
     for folder in ("cache", "partial", "lost", "pixels"):
         make_latents(root / folder)
     make_samples(root / "samples")
+    make_samples(root / "code-samples")
+    np.savez(root / "code-samples/samples.npz", arr_0=np.array([Code(), Code()]), labels=np.zeros(2, np.int64))
     (root / "partial/latents.json").rename(root / "partial/latents.partial.json")
     text = (root / "lost/latents.json").read_text()
     (root / "lost/latents.json").write_text(text.replace('"ema"', '"vae"'))
     (root / "pixels/latents.json").write_text(text.replace('"ema"', '"none"'))
     (root / "lost/A/a.safetensors").unlink()
     os.mkfifo(root / "piped/latents.json")
-    make_checkpoints(root)
-    (root / "file").write_text("")
-    os.mkfifo(root / "pipe")
-    (root / "loop").symlink_to("loop")
-    (root / "nowhere").symlink_to("no/such")
-    return root
-
-
-def make_checkpoints(root):
     rope = save_checkpoint(root / "rope.pt", use_rope=True, num_frames=4)
     save_checkpoint(root / "table.pt", use_rope=True, num_frames=4, position_table="space")
     save_checkpoint(root / "fixed.pt", num_frames=8)
@@ -227,8 +247,21 @@ def make_checkpoints(root):
     (root / "pickle.pt").write_bytes(pickle.dumps(Code()))
     torch.save({"model": Code()}, root / "code.pt")
     torch.save({"state_dict": {}}, root / "other.pt")
-    published.write_export(root / "cut-export", checkpoint.load(rope), "fp32", "a card")
+    published.write_export(root / "shared", checkpoint.load(rope), "fp32", "a card")
+    shutil.copytree(root / "shared", root / "cut-export")
     os.truncate(root / "cut-export/model.safetensors", 1000)
+    for name, old, new in (
+        ("wide", '"hidden_size": 192', '"hidden_size": 96'),
+        ("stepless", '"step"', '"steps"'),
+        ("later", '"version": 1', '"version": 2'),
+    ):
+        config = shutil.copytree(root / "shared", root / f"{name}-export") / "config.json"
+        config.write_text(config.read_text().replace(old, new))
+    (root / "file").write_text("")
+    os.mkfifo(root / "pipe")
+    (root / "loop").symlink_to("loop")
+    (root / "nowhere").symlink_to("no/such")
+    return root
 
 
 def snapshot(folder):
@@ -264,25 +297,3 @@ def test_bad_input_is_one_line_and_status_2_and_nothing_is_touched(command, flag
     assert line.startswith(f"{script}.py: error: ")
     assert all(word in line for word in words), line
     assert snapshot(world) == before
-
-
-@pytest.mark.parametrize(
-    ("script", "environment", "words"),
-    [
-        ("sample.sh", {"EXP": "no\nsuch"}, ["EXP=$'no\\nsuch'", "expected one of", "set CKPT"]),
-        ("train_progressive.sh --vae=none", {}, ["CACHE=0"]),
-        ("train_progressive.sh --image-size 64", {}, ["CACHE=0"]),
-        ("train_progressive.sh", {"RECIPE": "big"}, ["RECIPE=big", "expected ours"]),
-        ("setup.sh", {"PYTHON": "no-such-python"}, ["no-such-python"]),
-        ("setup.sh", {"PYTHON": "false"}, ["older than 3.11"]),
-    ],
-)
-def test_a_shell_script_says_what_is_wrong_in_one_line(script, environment, words, tmp_path):
-    shutil.copytree(ROOT / "scripts", tmp_path / "scripts")
-    before, command = snapshot(tmp_path), ["bash", *f"scripts/{script}".split()]
-    environment = os.environ | {"PATH": f"{os.path.dirname(sys.executable)}:{os.environ['PATH']}"} | environment
-    result = subprocess.run(command, cwd=tmp_path, env=environment, capture_output=True, text=True, timeout=60)
-    *others, line = result.stderr.splitlines()
-    assert (result.returncode, snapshot(tmp_path)) == (2, before)
-    assert all(word in line for word in words), line
-    assert not others or "no-such-python" in others[0]

@@ -72,21 +72,3 @@ def test_it_refuses_the_videos_that_train_refuses_in_the_same_words(data, capsys
     (data / "Jump/text.mp4").write_text("no video")
     run_main(check, data, *FLAGS, "--max-bad-fraction", 0.2, *flags, status=1)
     assert f"check.py: error: train.py would refuse these videos: {words}" in capsys.readouterr().err
-
-
-@pytest.mark.parametrize(
-    ("flags", "words"),
-    [
-        (["data", "--image-size", 18], "input_size 18 is not a multiple of patch_size 4"),
-        (["data", "--num-frames", 3], "at least 4"),
-        (["data", "--out", "x.txt"], "--out x.txt: not a picture; expected a name that ends in .png"),
-        (["data", "--out", "no/such/x.png"], "--out no/such/x.png: expected a file in a folder that exists"),
-        (["data", "--val-fraction", 0], "got 0, expected a number above 0 and at most 1"),
-        (["none"], "DIR none: no such folder"),
-    ],
-)
-def test_a_mistake_in_the_flags_is_one_line_before_a_video_is_opened(data, capsys, monkeypatch, flags, words):
-    monkeypatch.setattr(check, "open_source", lambda *_: pytest.fail("opened the videos"))
-    run_main(check, flags[0], *FLAGS, *flags[1:], status=2)
-    (line,) = capsys.readouterr().err.splitlines()
-    assert line.startswith("check.py: error: ") and words in line

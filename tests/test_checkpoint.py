@@ -204,24 +204,6 @@ def test_a_missing_cut_or_foreign_file_is_one_line_without_a_warning(tmp_path, r
     assert len(recwarn) == 0
 
 
-class Code:
-    """A pickle of it makes a folder when it is loaded."""
-
-    def __init__(self, folder):
-        self.folder = str(folder)
-
-    def __reduce__(self):
-        return os.mkdir, (self.folder,)
-
-
-def test_a_file_that_holds_code_is_refused_and_the_code_is_not_run(tmp_path):
-    path, ran = tmp_path / "best.pt", tmp_path / "ran"
-    torch.save(make_state(best_loss=Code(ran)), path)
-    assert "holds code" in load_refusal(path) and not ran.exists()
-    torch.load(path, weights_only=False)
-    assert ran.exists()  # it would have been
-
-
 def test_other_projects_other_formats_and_missing_parts_are_refused(tmp_path):
     path, states = tmp_path / "other.pt", [{"state_dict": {}}, [1, 2], torch.zeros(3)]
     for part in ("version", "config", "model", "ema", "step"):
@@ -325,27 +307,6 @@ def test_weights_of_another_shape_are_refused_in_the_part_that_has_them():
 
 ROPE = model_config("EqM-S/4", num_classes=101, num_frames=8, use_rope=True)
 FIXED = replace(ROPE, use_rope=False)
-
-
-@pytest.mark.parametrize(
-    ("saved", "asked", "words"),
-    [
-        (ROPE, {"num_classes": 10}, ["--num-classes", "101", "10"]),
-        (ROPE, {"position_table": "space"}, ["--position-table", "none", "space"]),
-        (ROPE, {"input_size": 16}, ["--image-size", "32", "16"]),
-        (ROPE, {"in_channels": 3}, ["--vae", "4", "3"]),
-        (ROPE, {"use_rope": False}, ["--use-rope", "add it"]),
-        (FIXED, {"use_rope": True}, ["--use-rope", "cannot be converted: retrain with --use-rope"]),
-        (FIXED, {"num_frames": 16}, ["--num-frames", "8", "16", "fixed positions are tied to it"]),
-        (FIXED, models.model_shape("EqM-XL/2"), ["--model", "EqM-S/4", "EqM-XL/2"]),
-        (CONFIG, models.model_shape("EqM-S/4"), ["--model", "depth 2, width 24, heads 2", "EqM-S/4"]),
-        (replace(ROPE, input_size=12), models.model_shape("EqM-S/8"), ["--model", "EqM-S/4", "EqM-S/8"]),
-    ],
-)
-def test_a_mismatch_names_the_flag_and_both_values(saved, asked, words):
-    message = refusal(checkpoint.check, "--ckpt run/best.pt", saved, **asked)
-    assert message.startswith("--ckpt run/best.pt: ")
-    assert all(word in message for word in words), message
 
 
 @pytest.mark.parametrize("saved", [ROPE, FIXED])

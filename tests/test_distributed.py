@@ -8,18 +8,6 @@ from runtime import distributed
 from runtime.rng import generator
 
 
-def test_a_single_process_is_rank_0_of_1(monkeypatch):
-    for name in ("RANK", "LOCAL_RANK", "WORLD_SIZE"):
-        monkeypatch.delenv(name, raising=False)
-    assert (distributed.rank(), distributed.local_rank(), distributed.world_size()) == (0, 0, 1)
-    assert distributed.broadcast({"a": 1}) == {"a": 1}
-    assert distributed.gather("x") == distributed.gather("x", on_all=False) == ["x"]
-    assert distributed.own_indices(4) == [0, 1, 2, 3]
-    assert distributed.average(torch.tensor(3.0)) == 3
-    assert distributed.collect([2, 0, 1], torch.tensor([20, 0, 10])).tolist() == [0, 10, 20]
-    distributed.stop()
-
-
 def indices_of(monkeypatch, world_size, *args, **settings):
     """The indices of each rank."""
     monkeypatch.setenv("WORLD_SIZE", str(world_size))

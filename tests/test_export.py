@@ -1,7 +1,6 @@
 """An exported folder holds the EMA weights of a checkpoint, and everything that sampling and training need."""
 
 import json
-import shutil
 
 import numpy as np
 import pytest
@@ -12,7 +11,6 @@ import checkpoint
 import export
 import sample_gd
 import train
-from runtime.cli import UserError
 from scoring import manifest
 from tiny_data import flip_bit, make_images, make_vae, random_checkpoint
 from training import differences, run_main, sample_here
@@ -90,6 +88,7 @@ def test_a_flipped_bit_of_a_checkpoint_stops_an_export_if_it_is_in_the_ema(tmp_p
 
 def test_half_precision_is_half_as_large_and_rounded(exported, tmp_path):
     half = tmp_path / "half"
+    half.mkdir()  # an empty folder may exist
     run_main(export, exported[0], half, "--dtype", "fp16")
     sizes = [(folder / "model.safetensors").stat().st_size for folder in (exported[1], half)]
     assert sizes[0] / sizes[1] == pytest.approx(2, rel=0.02)
@@ -128,39 +127,6 @@ def test_config_and_card_say_what_it_is_and_no_path_of_the_machine(exported, tmp
     assert all(words in card for words in ("`motion8_4f`", "| speed | 0.9877 |", "| loss | - |"))
 
 
-def test_a_folder_that_is_not_empty_stays_unchanged(exported, tmp_path, capsys):
-    (tmp_path / "full").mkdir()
-    (tmp_path / "full/notes.txt").write_text("mine")
-    run_main(export, exported[0], tmp_path / "full", status=2)
-    assert "exists and is not empty" in capsys.readouterr().err
-    assert [path.read_text() for path in (tmp_path / "full").iterdir()] == ["mine"]
-    (tmp_path / "empty").mkdir()
-    run_main(export, exported[0], tmp_path / "empty")
-    assert (tmp_path / "empty/model.safetensors").exists()
-
-
-EDITS = {
-    "other weights": ('"hidden_size": 48', '"hidden_size": 96'),
-    "no step": ('"step"', '"steps"'),
-    "another version": ('"version": 1', '"version": 2'),
-}
-
-
-@pytest.mark.parametrize("damage", ["no config", "no weights", "cut weights", "cut config", *EDITS])
-def test_a_damaged_export_is_one_line(exported, tmp_path, damage):
-    folder = shutil.copytree(exported[1], tmp_path / "shared")
-    weights, config = folder / "model.safetensors", folder / "config.json"
-    path = config if damage in EDITS or "config" in damage else weights
-    if damage in EDITS:
-        path.write_text(path.read_text().replace(*EDITS[damage]))
-    else:
-        path.unlink() if damage.startswith("no ") else path.write_bytes(path.read_bytes()[:-100])
-    with pytest.raises(UserError) as error:
-        checkpoint.load_model(folder)
-    assert str(error.value).startswith(f"--ckpt {folder}: ") and "\n" not in str(error.value)
-    assert ("format version 2" in str(error.value)) == (damage == "another version")
-
-
 def test_a_full_disk_leaves_no_partial_export(exported, tmp_path, monkeypatch, capsys):
     def full(path, text):
         raise OSError(28, "No space left on device")
@@ -172,20 +138,6 @@ def test_a_full_disk_leaves_no_partial_export(exported, tmp_path, monkeypatch, c
     assert list((tmp_path / "new").iterdir()) == []
     run_main(export, exported[0], tmp_path / "new/shared")  # works now
     assert sorted(file.name for file in (tmp_path / "new/shared").iterdir()) == FILES
-
-
-def test_flags_that_contradict_the_checkpoint_are_refused(exported, tmp_path, capsys):
-    path, shared = exported
-    sample = (sample_gd, "--video", "--ckpt", shared)
-    for script, *arguments, words in (
-        (export, path, tmp_path / "new", "--model", "EqM-XL/2", "--model EqM-XL/2"),
-        (export, path, tmp_path / "new", "--ebm", "dot", "--ebm gives dot"),
-        (*sample, "--model", "EqM-XL/2", "--model EqM-XL/2"),
-        (*sample, "--no-ema", "--no-ema"),
-    ):
-        run_main(script, *arguments, status=2)
-        assert words in capsys.readouterr().err.splitlines()[-1]
-    assert not (tmp_path / "new").exists()
 
 
 def test_fine_tuning_averages_from_its_start_and_a_chained_phase_continues(tmp_path, capsys):

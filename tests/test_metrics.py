@@ -1,6 +1,5 @@
 """What metrics.jsonl, TensorBoard and wandb get, also after a resume, and the statistics of the steps."""
 
-import shutil
 import sys
 import time
 from io import BytesIO
@@ -13,7 +12,7 @@ from PIL import Image
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
 from runtime.cli import UserError
-from runtime.metrics import Metrics, StepStats, bar_text, device_stats, import_wandb, peak_tflops, read_metrics
+from runtime.metrics import Metrics, StepStats, bar_text, device_stats, peak_tflops, read_metrics
 from video.writers import write_gif
 
 
@@ -60,17 +59,9 @@ def test_each_call_appends_a_json_line_with_null_for_nonfinite_values(tmp_path):
     ]  # fmt: skip
 
 
-def test_metrics_of_a_deleted_folder_are_a_user_error(tmp_path):
-    metrics = Metrics(tmp_path / "run")
-    metrics.log(1, loss=0.5)
-    metrics.board.close()  # its thread writes later
-    shutil.rmtree(tmp_path / "run")
-    with pytest.raises(UserError, match="run was deleted or moved during the run"):
-        metrics.log(2, loss=0.5)
-
-
 def show(folder, clips, *moving):
     """Log clips at step 7; returns (the sheet in TensorBoard, the sheet in wandb)."""
+    folder.mkdir(exist_ok=True)
     metrics = Metrics(folder, wandb=True)
     metrics.video(7, "samples", clips, *moving)
     metrics.close()
@@ -79,7 +70,7 @@ def show(folder, clips, *moving):
     return np.asarray(sheet), sys.modules["wandb"].Image.call_args.args[0]
 
 
-def test_clips_are_logged_as_a_sheet_and_as_a_movie(tmp_path, wandb):
+def test_clips_are_logged_as_a_sheet_and_as_a_movie_and_images_as_a_row(tmp_path, wandb):
     clips = np.random.default_rng(0).integers(0, 256, (2, 3, 4, 5, 3), dtype=np.uint8)
     gif = BytesIO()
     write_gif(gif, clips[0], fps=10)
@@ -90,11 +81,8 @@ def test_clips_are_logged_as_a_sheet_and_as_a_movie(tmp_path, wandb):
     row = {"samples": wandb.Image.return_value, "samples_moving": wandb.Video.return_value}
     assert wandb.init.return_value.log.call_args_list == [call(row, step=7)]
     assert wandb.Video.call_args_list == [call(str(tmp_path / "a.mp4"), format="mp4")]
-
-
-def test_images_are_logged_in_a_row(tmp_path, wandb):
-    images = np.random.default_rng(0).integers(0, 256, (3, 1, 4, 5, 3), dtype=np.uint8)
-    for sheet in show(tmp_path, images):
+    images = clips.reshape(6, 1, 4, 5, 3)
+    for sheet in show(tmp_path / "images", images):  # in a row
         assert np.array_equal(sheet, np.concatenate(images[:, 0], axis=1))
 
 
@@ -130,14 +118,10 @@ def test_torn_lines_are_skipped_and_counted(tmp_path, torn_line):
     assert read_metrics(tmp_path / "metrics.jsonl") == ([{"step": 1, "loss": 0.5}], 1)
 
 
-def test_wandb_without_its_package_or_a_login_is_a_user_error(tmp_path, wandb, monkeypatch):
+def test_wandb_without_a_login_is_a_user_error(tmp_path, wandb):
     wandb.init.side_effect = wandb.Error("api_key not configured")
     with pytest.raises(UserError, match="--wandb: api_key not configured.*wandb login"):
         Metrics(tmp_path, wandb=True)
-    monkeypatch.setitem(sys.modules, "wandb", None)  # as if it were not installed
-    for start in (import_wandb, lambda: Metrics(tmp_path, wandb=True)):
-        with pytest.raises(UserError, match="--wandb.*pip install wandb"):
-            start()
 
 
 def test_wandb_gets_config_and_scalars_and_a_resumed_run_keeps_its_id(tmp_path, wandb):

@@ -9,7 +9,7 @@ from PIL import Image
 import plot_metrics
 from plot_metrics import COLORS, load_runs, make_curves, plot_curves, smooth
 from scoring.plots import plt
-from training import run_main
+from training import refused, run_main
 
 
 @pytest.fixture(autouse=True)
@@ -112,18 +112,10 @@ def test_a_phase_from_the_middle_of_another_is_a_curve_that_branches_off(tmp_pat
     figure = plot_curves([whole, fork], window=1)
     seconds = figure.axes[2].lines[1].get_xdata()
     assert np.allclose(seconds, np.r_[np.arange(20, 121, 20), 130, 140, 150] / 60)
+    assert texts(figure.legends[0].texts) == [whole.label, fork.label]
+    assert [line.get_color() for line in figure.axes[0].lines[:2]] == list(COLORS[:2])
     dotted = [line for line in figure.axes[0].lines if line.get_linestyle() == ":"]
     assert [(set(line.get_xdata()), line.get_color()) for line in dotted] == [({60}, COLORS[1])]
-
-
-def test_runs_from_scratch_are_separate_curves_in_separate_colors(tmp_path):
-    for index in range(3):
-        make_run(tmp_path / f"results/00{index}-EqM-S-4-f4-rope", 0, 100 * (index + 1))
-    curves = curves_of(tmp_path / "results")
-    assert [steps(curve)[0][-1] for curve in curves] == [100, 200, 300]
-    figure = plot_curves(curves, window=1)
-    assert [line.get_color() for line in figure.axes[0].lines] == list(COLORS[:3])
-    assert texts(figure.legends[0].texts) == [curve.label for curve in curves]
 
 
 def test_a_resumed_phase_continues_the_run_that_ended_last_before_it(tmp_path):
@@ -240,7 +232,5 @@ def test_bad_input_is_one_line_and_status_2(tmp_path, capsys):
         ("--smooth", good, *out, "--smooth", 0),
         ("--out", good),
     ):
-        run_main(plot_metrics, *flags, status=2)
-        (line,) = capsys.readouterr().err.splitlines()
-        assert line.startswith("plot_metrics.py: error: ") and words in line, line
+        assert words in refused(capsys, plot_metrics, *flags)
     assert not (tmp_path / "x").exists()

@@ -1,5 +1,6 @@
 """The shell scripts: --help, unknown arguments and variables, mistakes, and which line comes last."""
 
+import json
 import os
 import re
 import shutil
@@ -8,6 +9,7 @@ import subprocess
 
 import pytest
 
+from test_odd_names import ODD
 from training import ROOT
 
 SCRIPTS = sorted(str(path.relative_to(ROOT)) for path in (*ROOT.glob("scripts/*.sh"), *ROOT.glob("datasets/*.sh")))
@@ -28,7 +30,7 @@ def bash(tmp_path):
     for folder in ("scripts", "datasets"):
         shutil.copytree(ROOT / folder, tmp_path / folder, ignore=shutil.ignore_patterns("[!.]*.py", "stud*", "*.html"))
     (tmp_path / "bin").mkdir()
-    for name in ("bash", "awk", "dirname", "basename", "cat", "rm", "mktemp", "ls", "env"):
+    for name in ("bash", "awk", "dirname", "basename", "cat", "rm", "mktemp", "ls", "env", "grep", "tail"):
         (tmp_path / "bin" / name).symlink_to(shutil.which(name))
 
     def run(script, *arguments, commands=None, **environment):
@@ -63,19 +65,34 @@ def test_a_script_answers_help_with_its_variables_and_does_nothing_else(script, 
         ("sample.sh", "", {"FRAME": "3"}, ["FRAME: ", "EXP CKPT FRAMES SAMPLES OUT GPUS"]),
         ("train_progressive.sh", "", {"DATA_PATH": "x"}, ["DATA_PATH: ", "DATA GPUS"]),
         *((f"{name}.sh", "", {"CKPT": "x"}, [NO_TORCH]) for name in NEED_TORCH),
-        *((f"{name}.sh", "", {"GPUS": "0"}, ["GPUS=0: "]) for name in ("quickstart", "weizmann")),
-        *((f"{name}.sh", "", {"EXP": "x"}, ["EXP=x: ", "expected one of: (none yet)"]) for name in ("sample", "score")),
+        ("weizmann.sh", "", {"GPUS": "0"}, ["GPUS=0: "]),
+        *(
+            (f"{name}.sh", "", {"EXP": "no\nsuch"}, ["EXP=$'no\\nsuch': ", "expected one of: (none yet); or set CKPT"])
+            for name in ("sample", "score")
+        ),
+        ("train_progressive.sh", "", {"RECIPE": "big"}, ["RECIPE=big: ", "expected ours"]),
+        ("setup.sh", "", {"PYTHON": "false"}, ["older than 3.11"]),
+        *(
+            (f"{script}.sh", "", {name: value}, [f"{name}="])
+            for script, name in (
+                ("train_progressive", "STEPS_1"),
+                ("train_progressive", "BATCH_3"),
+                ("quickstart", "GPUS"),
+            )
+            for value in ("0", "\n", "x", "1 2", "a[$(touch hacked)]")
+        ),
         ("score.sh", "", {"METRIC": "prediction", "REAL": "many"}, ["REAL=many: ", "at least 1"]),
         *(
             ("train_progressive.sh", flags, dict(pair.split("=") for pair in variables.split()), words)
             for flags, variables, words in [
-                ("", "BATCH_3=0", ["BATCH_3=0: ", "at least 1"]),
                 ("", "STEPS_2=9 STEPS_1=9", ["STEPS_2=9: not above STEPS_1=9"]),
                 ("", "STEPS_3=100000", ["STEPS_3=100000: not above STEPS_2=100000"]),
                 ("", "FRAMES_3=4", ["FRAMES_3=4: ", "ONE_RUN=1"]),
                 ("", "CACHE=yes", ["CACHE=yes: ", "0 or 1"]),
                 ("--max-steps=5", "", ["--max-steps: ", "STEPS_3"]),
                 ("--ckpt x", "", ["--ckpt: ", "ONE_RUN=1"]),
+                ("--vae=none", "", ["--vae: ", "CACHE=0"]),
+                ("--image-size 64", "", ["--image-size: ", "CACHE=0"]),
             ]
         ),
     ],
@@ -144,3 +161,154 @@ def test_ctrl_c_reaches_a_run_of_one_process(bash, tmp_path):
             os.killpg(process.pid, signal.SIGKILL)
     assert "saved" in found and "interrupted; the same command continues" in found
     assert process.returncode == 143
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# The flags that the scripts pass on
+
+
+@pytest.fixture
+def recorded(bash, tmp_path_factory):
+    """A function that runs a script with a python and a torchrun that only record their arguments.
+
+    It returns (the process, the arguments of each call).
+    """
+    record = tmp_path_factory.mktemp("record") / "calls"
+    commands = dict.fromkeys(("python", "torchrun"), 'printf "%s\\0" "$@" $\'\\1\' >>"$RECORD"')
+
+    def run(script, *arguments, **environment):
+        record.write_text("")
+        done = bash(f"scripts/{script}", *arguments, commands=commands, RECORD=str(record), **environment)
+        calls = record.read_text().split("\1\0")[:-1]
+        return done, [call.removesuffix("\0").split("\0") for call in calls]
+
+    return run
+
+
+PHASES = {"EXP": ODD, "CACHE": "0", "STEPS_1": "050", "STEPS_2": "90", "STEPS_3": "91"}
+
+
+def run_folder(frames):
+    return f"results/{ODD}/{frames:03d}-EqM-S-4-f{frames}-rope"
+
+
+def make_run(root, frames, *names):
+    """A run of one phase with these checkpoints; returns its folder."""
+    folder = root / run_folder(frames)
+    (folder / "checkpoints").mkdir(parents=True)
+    for name in names:
+        (folder / f"checkpoints/{name}.pt").touch()
+    return folder
+
+
+@pytest.mark.parametrize(
+    ("runs", "calls"),  # {frames: checkpoints}; frames, --resume and --ckpt of each phase that the script starts
+    [
+        ({}, [(4, False)]),
+        ({4: []}, [(4, True)]),
+        ({4: ["0000050"]}, [(4, True), (8, False, 4, "0000050")]),
+        ({4: ["0000050"], 8: []}, [(4, True), (8, True, 4, "0000050")]),
+        ({4: ["0000050"], 8: ["latest"]}, [(8, True, 4, "0000050")]),
+        ({4: [], 8: ["0000090"]}, [(8, True, 8, "0000090"), (16, False, 8, "0000090")]),
+        ({8: ["best"]}, [(8, True, 8, "best")]),
+        ({4: ["0000050"], 16: ["best", "latest"]}, [(16, True, 16, "latest")]),
+    ],
+)
+def test_train_progressive_repeats_no_phase_before_one_with_checkpoints(runs, calls, recorded, tmp_path):
+    for frames, names in runs.items():
+        make_run(tmp_path, frames, *names)
+    done, found = recorded("train_progressive.sh", **PHASES)
+    assert ("--dry-run" in found[0]) == (not any(runs.values()))
+    found = [call for call in found if "--dry-run" not in call]
+    for call, (frames, resumes, *ckpt) in zip(found, calls, strict=True):
+        path = [f"--ckpt={run_folder(ckpt[0])}/checkpoints/{ckpt[1]}.pt"] if ckpt else []
+        assert [word for word in call if word.startswith("--ckpt")] == path
+        assert f"--num-frames={frames}" in call and ("--resume" in call) == resumes
+    assert done.returncode == (0 if calls[-1][0] == 16 else 2)  # 2: a phase has saved nothing, as python is a stand-in
+
+
+def test_train_progressive_passes_odd_names_unchanged(recorded, tmp_path):
+    make_run(tmp_path, 4, "0000050"), make_run(tmp_path, 8, "0000090")
+    names = PHASES | {"DATA": f"{ODD}data", "LATENTS": f"{ODD}latents", "VAE": f"{ODD}vae", "CACHE": "1"}
+    done, calls = recorded("train_progressive.sh", f"--rest={ODD}", "--max-bad-fraction", "0.5", **names)
+    assert done.returncode == 0, done.stderr
+    assert [call[2] for call in calls] == ["EqM/cache_latents.py"] + 2 * ["EqM/train.py"]
+    assert {f"--data-path={ODD}data", f"--out={ODD}latents", f"--vae={ODD}vae"} <= set(calls[0])
+    assert "--max-bad-fraction=0.5" in calls[0]
+    for call in calls[1:]:
+        assert {f"--data-path={ODD}latents", f"--results-dir=results/{ODD}", f"--rest={ODD}"} <= set(call)
+    *_, next_command = done.stdout.splitlines()
+    command = next_command.partition("with: ")[2].replace("bash", "printenv EXP #")
+    assert subprocess.run(["bash", "-c", command], capture_output=True).stdout == os.fsencode(f"{ODD}\n")
+
+
+def test_train_progressive_can_train_all_phases_in_one_run(recorded):
+    settings = {f"{name}_{phase}": str(10 * phase) for name in ("STEPS", "BATCH") for phase in (1, 2, 3)}
+    settings |= {"CACHE": "0", "ONE_RUN": "1", "LR_DECAY": "0.4", "GPUS": "2"}
+    _, (call,) = recorded("train_progressive.sh", "--more", **settings)
+    assert call[-4:-1] == ["--val-every=1", "--sample-every=1", "--frames-schedule=4:10:10,8:20:20,16:30:30"]
+    assert call[call.index("--lr-decay") + 1] == "0.4"
+    assert not any(flag.startswith(("--num-frames", "--ckpt", "--lr-decay-", "--resume")) for flag in call)
+
+
+POSITIONS = ["--position-table", "space", "--rope-speed", "0.5"]
+INTERVALS = ["--frame-interval", "1", "2"]
+SMALL = ["--optimizer", "muon", "--gamma-shift", "3"]
+SMALL += ["--sampler", "ngd", "--num-sampling-steps", "24", "--stepsize", "0.0217", "--cfg-scale", "1.5"]
+
+
+@pytest.mark.parametrize(
+    ("settings", "on_gpu", "flags", "share", "compiled"),
+    [
+        ({}, False, INTERVALS, "0.75", []),
+        ({"RECIPE": "ours"}, True, INTERVALS, "0.75", ["--compile"]),
+        ({"COMPILE": "0"}, True, INTERVALS, "0.75", []),
+        ({"RECIPE": "small"}, False, [*INTERVALS, *SMALL], "0.75", []),
+        ({"RECIPE": "published"}, False, ["--cfg-scale", "4"], "0", []),  # the rest are the defaults of train.py
+        ({"RECIPE": "published", "FORCING": "0.5"}, False, ["--cfg-scale", "4"], "0.5", []),
+    ],
+)
+def test_each_recipe_passes_its_flags_and_our_positions(settings, on_gpu, flags, share, compiled, recorded, tmp_path):
+    if on_gpu:
+        write_commands(tmp_path / "bin", {"nvidia-smi": ""})
+    _, (check, call) = recorded("train_progressive.sh", CACHE="0", **settings)  # phase 1 saves nothing: the script ends
+    _, (_, energy) = recorded("train_progressive.sh", "--ebm", "dot", CACHE="0", **settings)
+    assert "--compile" not in energy and energy[-2:] == ["--ebm", "dot"]
+    expected = [*flags, *POSITIONS, "--forcing", share, "--lr-decay", "0", *compiled]
+    for words in (check, call):
+        place = words.index("--results-dir=results/progressive_rope_training") + 1
+        assert words[place : words.index("--data-path=datasets/ucf-101")] == expected
+    assert {"--num-frames=4", "--val-every=2500", "--sample-every=2500"} <= set(call)
+
+
+def test_train_progressive_leaves_positions_and_forcing_to_a_checkpoint(recorded, tmp_path):
+    def choices(**environment):
+        """(its flags of positions, the value of --forcing) of each call."""
+        for call in recorded("train_progressive.sh", **PHASES | environment)[1]:
+            place = call.index("--forcing") + 1
+            share = call.pop(place)
+            yield [flag for flag in call if flag in POSITIONS], share
+
+    assert list(choices()) == 2 * [(POSITIONS, "0.75")]  # the dry run and phase 1, which saves nothing
+    assert list(choices(FORCING="0.2")) == 2 * [(POSITIONS, "0.2")]
+    config = make_run(tmp_path, 8, "0000090") / "config.json"
+    for training, share in (({"lr": 1}, "0"), ({"forcing": 0.5}, "0.5")):  # the first is older than --forcing
+        config.write_text(json.dumps({"training": training}))
+        assert list(choices()) == 2 * [([], share)]
+    assert list(choices(ONE_RUN="1")) == [(POSITIONS, "0.75")]  # which does not continue that run
+
+
+def test_sample_passes_odd_names_unchanged_and_uses_the_newest_model(recorded, tmp_path):
+    for time, run in ((1, "a"), (3, "b"), (2, "c")):
+        path = tmp_path / f"results/{ODD}/{run}\nx/checkpoints/best.pt"
+        path.parent.mkdir(parents=True)
+        path.touch()
+        os.utime(path, (time, time))
+    done, (call,) = recorded("sample.sh", f"--rest={ODD}", EXP=ODD)
+    assert done.returncode == 0, done.stderr
+    expected = {f"--ckpt=results/{ODD}/b\nx/checkpoints/best.pt", f"--folder=samples/{ODD}-f16", f"--rest={ODD}"}
+    assert expected <= set(call)
+    _, (call,) = recorded("sample.sh", EXP="x", CKPT=f"-{ODD}", OUT=f"-{ODD}")
+    assert {f"--ckpt=-{ODD}", f"--folder=-{ODD}-f16"} <= set(call)
+    _, (call,) = recorded("sample.sh", EXP="x", CKPT="y", FRAMES="16 7", GPUS="2")
+    assert call[call.index("--num-frames") :][:3] == ["--num-frames", "16", "7"] and "--folder=samples/x" in call

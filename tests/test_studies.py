@@ -5,7 +5,6 @@ import json
 import math
 import re
 from argparse import Namespace
-from pathlib import Path
 
 import pytest
 from matplotlib.figure import Figure
@@ -250,23 +249,6 @@ def test_a_report_shows_missing_and_diverged_runs(some_rows):
 
 # ----------------------------------------------------------------------------------------------------------------------
 # Bad input
-
-
-@pytest.mark.parametrize(
-    ("flags", "words"),
-    [
-        ("--only A E", "argument --only: invalid choice: 'E' (choose from 'A', 'B', 'C', '16 fixed', "),
-        ("--list --report", "not allowed with"),
-        ("--report", "does not exist"),
-        ("--minutes 0", "--minutes"),
-        ("--report --out file", "--out file: "),
-    ],
-)
-def test_bad_study_flags_are_refused(flags, words, tmp_path, monkeypatch, capsys):
-    monkeypatch.chdir(tmp_path)
-    Path("file").touch()
-    assert words in refused(capsys, study, "--out", "new", *flags.split())
-    assert not Path("new").exists()
 
 
 @pytest.mark.parametrize(

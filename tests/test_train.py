@@ -15,12 +15,13 @@ import preflight
 import sample_gd
 import train
 import transport
-from runtime import cli, distributed, metrics
+from models import model_config
+from runtime import cli, metrics
 from runtime.rng import normal, uniform
 from test_vae import add_to_weights
 from tiny_data import make_images, make_vae
 from tiny_videos import scribble, write_video
-from training import counted_steps, run_main
+from training import counted_steps, refused, run_main
 from vae import VAE, load_vae
 from video.index import scan_videos, split_videos
 
@@ -45,17 +46,6 @@ def run_training(results, *flags):
     return metrics.read_metrics(folder / "metrics.jsonl")[0], checkpoint.load(folder / "checkpoints/latest.pt")
 
 
-def refuse(capsys, *flags, script=train):
-    """The one line that a script says before it ends with status 2 and before a device is touched."""
-    capsys.readouterr()
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(distributed, "start", lambda *_: pytest.fail("a device was touched"))
-        run_main(script, *flags, status=2)
-    (line,) = [line for line in capsys.readouterr().err.splitlines() if line and "opening videos" not in line]
-    assert "error: " in line
-    return line
-
-
 def test_too_many_processes_are_one_line_from_the_first_rank(videos, monkeypatch, capsys):
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
     monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
@@ -63,7 +53,7 @@ def test_too_many_processes_are_one_line_from_the_first_rank(videos, monkeypatch
     monkeypatch.setenv("LOCAL_RANK", "1")
     assert preflight.check_run(SimpleNamespace()) is None  # without a look at a flag, file or folder
     monkeypatch.setenv("LOCAL_RANK", "2")
-    line = refuse(capsys, *TRAIN, "--data-path", videos)
+    line = refused(capsys, train, *TRAIN, "--data-path", videos)
     assert "--nproc_per_node=8" in line and "GPUs on this machine: 2" in line
 
 
@@ -74,6 +64,15 @@ def test_a_run_ends_at_its_global_step_or_after_its_epochs(max_steps, epochs, ex
     args = SimpleNamespace(max_steps=max_steps, epochs=epochs, num_frames=8, global_batch_size=4)
     data, progress = SimpleNamespace(train={8: range(10)}), checkpoint.Progress(step=50, first_step=50)
     assert preflight.only_phase(args, progress, data).last_step == expected
+
+
+def test_defaults_of_train_py_for_the_published_recipe_equal_the_paper(monkeypatch):
+    """AdamW at 1e-4 without weight decay, uniform gamma, no forcing, label dropout 0.1."""
+    monkeypatch.setattr("sys.argv", ["train.py", "--data-path", "x"])
+    args = train.parse_args()
+    assert (args.optimizer, args.lr, args.gamma_shift, args.forcing, args.lr_decay) == ("adamw", 1e-4, 1.0, 0.0, 0.0)
+    assert args.weight_decay is None  # only --optimizer muon sets it above 0
+    assert model_config("EqM-S/4", input_size=16, in_channels=3, num_classes=2).class_dropout_prob == 0.1
 
 
 # A step of every kind -----------------------------------------------------------------------------------------------
@@ -234,10 +233,10 @@ def test_train_refuses_a_vae_that_did_not_make_the_cache(cache, tiny_vae, tmp_pa
     flags = [*VIDEOS, "--data-path", cache, "--results-dir", tmp_path / "results", "--vae", other]
     config = (other / "config.json").read_text()
     (other / "config.json").write_text(config.replace('"scaling_factor": 0.18215', '"scaling_factor": 0.5'))
-    assert "its VAE differs from " in refuse(capsys, *flags)
+    assert "its VAE differs from " in refused(capsys, train, *flags)
     (other / "config.json").write_text(config)
     add_to_weights(other, 0.1)
-    assert "another VAE: its weights have SHA-256" in refuse(capsys, *flags)
+    assert "another VAE: its weights have SHA-256" in refused(capsys, train, *flags)
 
 
 def test_without_mirrored_latents_no_clip_is_mirrored_and_a_note_says_so(cache, tmp_path, capsys):
@@ -311,11 +310,11 @@ def test_a_run_its_resume_and_a_later_phase_report_all_deviations(tmp_path, caps
     again = [*flags, "--val-clips", 2, "--results-dir", results, "--num-workers", 0, "--max-steps", 2]
     for start, named in ((["--resume"], f"--resume, {ckpt}"), (["--ckpt", ckpt], f"--ckpt {ckpt}")):
         for other in (["--position-table", "none"], ["--rope-speed", 0.25]):
-            line = refuse(capsys, *again, *start, *other)
+            line = refused(capsys, train, *again, *start, *other)
             assert named in line and other[0] in line
     (data / "B").rename(data / "C")
     classes = f"has the classes A, C (2), --resume, {ckpt} has A, B (2); a run keeps"
-    assert classes in refuse(capsys, *again, "--resume")
+    assert classes in refused(capsys, train, *again, "--resume")
     (data / "C").rename(data / "B")
     run_main(train, *again, "--resume")
     run_main(train, *again, "--num-frames", 9, "--ckpt", ckpt.with_name("0000001.pt"))
@@ -324,17 +323,18 @@ def test_a_run_its_resume_and_a_later_phase_report_all_deviations(tmp_path, caps
     assert (model["position_table"], model["rope_speed"]) == ("space", 0.5)
     shutil.move(vae, tmp_path / "moved")
     for script, new in ((train, [*again, "--max-steps", 3, "--ckpt", ckpt]), (sample_gd, ["--video", "--ckpt", ckpt])):
-        assert f"VAE {vae}: not found; pass its new path with --vae" in refuse(capsys, *new, script=script)
+        assert f"VAE {vae}: not found; pass its new path with --vae" in refused(capsys, script, *new)
 
 
-def test_one_unreadable_validation_video_does_not_stop_a_run(tmp_path, capsys):
+@pytest.mark.parametrize("part", ["training", "validation"])
+def test_one_unreadable_video_is_named_and_counted_and_does_not_stop_a_run(part, tmp_path, capsys):
     data = tmp_path / "data"
     for index in range(10):
         write_video(data / "A" / f"{index}.mov", 20, codec="libx264", size=(16, 16))
-    _, (victim,) = split_videos(data, scan_videos(data).videos, 0.05)
+    victim, *_ = split_videos(data, scan_videos(data).videos, 0.05)[part == "validation"]
     scribble(data / victim.path)
     assert scan_videos(data).unreadable == []  # it opens
-    flags = [*TRAIN, "--num-frames", 12, "--data-path", data, "--global-batch-size", 2, "--max-steps", 1]
+    flags = [*TRAIN, "--num-frames", 12, "--data-path", data, "--global-batch-size", 9, "--max-steps", 1]
     rows, _ = run_training(tmp_path / "r", *flags)
     assert rows[-1]["val_loss"] > 0 and rows[-1]["bad_videos"] == 1
     line = f"{victim.path} can't be decoded; others take its place (corrupt so far: 1 of 10)"

@@ -2,7 +2,6 @@
 
 import shutil
 from dataclasses import replace
-from pathlib import Path
 
 import numpy as np
 import pytest
@@ -164,19 +163,3 @@ def test_frames_from_the_cache_give_the_same_run(whole, tmp_path):
     cached = replace(whole, results=tmp_path / "cached")
     run(cached, "--cache-frames")
     assert cached.rows() == whole.rows()
-
-
-@pytest.mark.parametrize(
-    ("flags", "line"),
-    [
-        (["--image-size", 18], "--image-size 18: not a multiple of --downsample 4"),
-        (["--widths", 8, 8], "--widths 8 8: expected 3 numbers for --downsample 4"),
-        (["--data-path", "nowhere"], "--data-path nowhere: no such folder"),
-        (["--downsample", 2], "--downsample"),
-    ],
-)
-def test_bad_flags_are_one_line_and_touch_nothing(shapes, tmp_path, capsys, flags, line):
-    training = Training(shapes, tmp_path / "r", STEPS, base=TINY_VAE)
-    run(training, *flags, status=2)
-    error = capsys.readouterr().err
-    assert line in error and error.count("\n") == 1 and not Path(training.results).exists()

@@ -1,83 +1,16 @@
-"""What a user sees of a file that is damaged, was edited or holds code: one line, status 2, and no code has run."""
+"""Files of others can neither run code nor fill the memory. Commands on such files: test_bad_inputs.py."""
 
 import os
 import re
-import shutil
-import sys
-from pathlib import Path
 
-import numpy as np
 import pytest
-import torch
 
-import cache_latents
-import evaluate
-import sample_gd
-import train
 from runtime import memory
-from tiny_data import make_samples, make_vae, save_checkpoint
-from tiny_videos import write_equal_videos, write_video
+from tiny_videos import write_video
+from training import ROOT
 from video import files
 from video.files import UnreadableError, Video, read_frames
 from video.index import scan_videos
-
-ROOT = Path(train.__file__).resolve().parents[1]
-NOT_UTF8 = os.fsdecode(b"\xff")
-
-
-class Code:
-    """A pickle of it makes a folder when it is loaded."""
-
-    def __reduce__(self):
-        return os.mkdir, ("ran",)
-
-
-def code_in_samples(folder):
-    make_samples(folder)
-    np.savez(folder / "samples.npz", arr_0=np.array([Code(), Code()]), labels=np.zeros(2, np.int64))
-
-
-def code_in_a_vae(folder):
-    make_vae(folder)
-    (folder / "diffusion_pytorch_model.safetensors").unlink()
-    torch.save({"decoder.conv_out.bias": Code()}, folder / "diffusion_pytorch_model.bin")
-
-
-def no_config(folder):
-    (make_vae(folder) / "config.json").unlink()
-
-
-SAMPLE = [sample_gd, "--video", "--folder=new", "--ckpt"]
-CACHE = [cache_latents, "--data-path=videos", "--image-size=16", "--out=new", "--vae"]
-EVALUATE = [evaluate, "--metric=motion", "--data-path=videos", "--out=new.json", "--samples"]
-REFUSED = {  # the last word of the command is the name of what the function writes
-    "a zip that is none": (SAMPLE, "a.pt", lambda at: at.write_bytes(b"PK\3\4" + bytes(1000)), "damaged or cut short"),
-    "a checkpoint whose name is not UTF-8": (SAMPLE, f"{NOT_UTF8}.pt", save_checkpoint, "is not UTF-8: rename it"),
-    "samples that hold code": (EVALUATE, "s", code_in_samples, "not a plain array"),
-    "a VAE that holds code": (CACHE, "vae", code_in_a_vae, "diffusion_pytorch_model.safetensors"),
-    "a VAE without its config": (CACHE, "vae", no_config, "config.json"),
-}
-
-
-@pytest.fixture(scope="module")
-def videos(tmp_path_factory):
-    return write_equal_videos(tmp_path_factory.mktemp("data") / "videos")
-
-
-@pytest.mark.parametrize("name", REFUSED)
-def test_a_bad_file_is_one_line_and_status_2_and_no_code_has_run(name, videos, tmp_path, monkeypatch, capsys):
-    (script, *flags), place, write, words = REFUSED[name]
-    monkeypatch.chdir(tmp_path)
-    shutil.copytree(videos, "videos")
-    Path(place).suffix or Path(place).mkdir()
-    write(Path(place))
-    monkeypatch.setattr(sys, "argv", [script.__file__, *flags, place])
-    with pytest.raises(SystemExit) as ended:
-        script.main()
-    lines = [line for line in capsys.readouterr().err.splitlines() if "opening videos" not in line]
-    assert ended.value.code == 2
-    assert len(lines) == 1 and words in lines[0], lines
-    assert sorted(os.listdir()) == sorted(["videos", place])
 
 
 def test_a_video_of_too_many_pixels_is_unreadable(tmp_path, monkeypatch):

@@ -10,20 +10,16 @@ import pytest
 import torch
 from PIL import ExifTags, Image
 
-from tiny_videos import halves, picture, read_frame_indices, save, scribble, write_video
+from tiny_videos import decode, halves, picture, read_frame_indices, save, scribble, write_video
 from video import files
 from video.files import UnreadableError, probe, read_all_frames, read_frames, resize_and_crop
 from video.index import scan_videos
 
 FORMATS = [
     ("v.avi", "mpeg4", {}),
-    ("v.avi", "mpeg4", {"bf": "2"}),  # as UCF-101, but with a keyframe every 10 frames
     ("v.avi", "libx264", {"bf": "3"}),
     ("v.mov", "mpeg4", {"bf": "2"}),
     ("v.mkv", "mpeg4", {"bf": "2"}),
-    ("v.mp4", "libx264", {"bf": "3"}),
-    ("v.mkv", "libx264", {"x264-params": "open-gop=1:bframes=3"}),
-    ("v.webm", "libvpx", {"deadline": "realtime"}),
 ]
 
 
@@ -69,8 +65,8 @@ def test_a_clip_is_decoded_from_the_keyframe_before_it_to_the_same_bits(tmp_path
     video = scan_videos(tmp_path).videos[0]
     assert len(video.keyframes) >= 3 and video.num_frames == 45 and video.varies == ("variable" in name)
     expected = read_frames(tmp_path, replace(video, keyframes=()), range(45))  # in order, with decord
-    assert len(np.unique(expected, axis=0)) > 30
     if not video.varies:  # else decord gives the time stamps
+        assert (halves(expected[..., 0])[0] - 4 * torch.arange(45)).abs().max() < 4  # frame k is frame k
         monkeypatch.setattr(decord, "VideoReader", lambda *_, **__: pytest.fail("decord decodes"))
     for start in range(video.keyframes[1][0], 43):  # before, decord decodes
         decoded.clear()
@@ -83,8 +79,7 @@ def test_all_frames_of_a_file_that_decord_refuses_are_decoded_with_pyav(tmp_path
     closed = X265["x265-params"].replace("open-gop=1", "open-gop=0")
     write_video(tmp_path / "v.mp4", 45, noise=200, codec="libx265", **{"x265-params": closed})
     video = scan_videos(tmp_path).videos[0]
-    with av.open(str(tmp_path / "v.mp4")) as file:
-        expected = np.stack([frame.to_ndarray(format="rgb24") for frame in file.decode(video=0)])
+    expected, _ = decode(tmp_path / "v.mp4")
     assert np.array_equal(np.concatenate(list(read_all_frames(tmp_path, video))), expected)
     assert np.array_equal(read_frames(tmp_path, video, [3, 30]), expected[[3, 30]])
 
@@ -211,9 +206,7 @@ def test_videos_of_any_width_are_not_changed(tmp_path, size):
     video = scan_videos(tmp_path).videos[0]
     frames = read_frames(tmp_path, video, [3, 7])
     assert (video.width, video.height) == size and frames.shape == (2, size[1], size[0], 3)
-    with av.open(str(tmp_path / "v.avi")) as file:
-        decoded = [frame.to_ndarray(format="rgb24") for frame in file.decode(video=0)]
-    assert np.abs(frames.astype(int) - np.stack([decoded[3], decoded[7]])).max() <= 1
+    assert np.abs(frames.astype(int) - decode(tmp_path / "v.avi")[0][[3, 7]]).max() <= 1
 
 
 def test_resizing_is_antialiased_and_keeps_the_center():

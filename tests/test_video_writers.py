@@ -2,12 +2,12 @@
 
 import json
 
-import av
 import numpy as np
 import pytest
 from PIL import Image
 from skimage import data
 
+from tiny_videos import decode
 from training import content
 from video import writers
 from video.drawing import GAP, add_notes, drawable, enlarge, evenly_spaced, few, text_line, tile
@@ -29,13 +29,6 @@ def color_bars(frames=6, height=16, width=20):
     colors = np.array([[230, 30, 30], [30, 200, 60], [40, 60, 220], [240, 220, 40], [10, 10, 10]], np.uint8)
     columns = (np.arange(width) + np.arange(frames)[:, None]) // 4 % len(colors)  # (frames, width)
     return np.repeat(colors[columns][:, None], height, axis=1)
-
-
-def read_video(path):
-    """(frames (T, H, W, 3), frames per second)"""
-    with av.open(str(path)) as file:
-        rate = file.streams.video[0].average_rate
-        return np.stack([frame.to_ndarray(format="rgb24") for frame in file.decode(video=0)]), float(rate)
 
 
 def read_gif(path):
@@ -86,12 +79,12 @@ def test_pixels_are_repeated_until_the_short_side_is_128_and_sides_even(size, fa
 def test_a_video_of_any_size_and_rate_holds_every_frame_in_order(tmp_path, height, width, fps):
     video = color_bars(9, height, width)
     write_mp4(tmp_path / "v.mp4", video, fps)
-    frames, rate = read_video(tmp_path / "v.mp4")
+    frames, rate = decode(tmp_path / "v.mp4")
     assert rate == pytest.approx(fps, rel=1e-6)
     assert frames.shape == enlarge(video).shape
     assert max(map(mean_difference, frames, enlarge(video))) < 5  # of 255; neighbors in time differ by 33
     write_lossless(tmp_path / "v.mkv", iter(video), fps)
-    frames, rate = read_video(tmp_path / "v.mkv")
+    frames, rate = decode(tmp_path / "v.mkv")
     assert np.array_equal(frames, video) and rate == pytest.approx(fps, rel=0.01)  # Matroska counts whole ms
 
 
@@ -223,7 +216,7 @@ def in_windows(videos, ends, batches):
 
 def files_of(folder):
     """The content of all files; of mp4s the pixels, as x264 does not always write the same bytes."""
-    videos = {name: read_video(folder / name)[0].tobytes() for name in content(folder) if name.endswith("mp4")}
+    videos = {name: decode(folder / name)[0].tobytes() for name in content(folder) if name.endswith("mp4")}
     return content(folder) | videos
 
 
@@ -256,7 +249,7 @@ def test_a_long_video_has_all_frames_and_a_thinned_gif_of_the_same_length(tmp_pa
     videos = color_bars(41)[None]
     write_samples(tmp_path, in_windows(videos, (16, 32, 41), [(0, 1)]), 41, [0], 25, ["a"], [(0, 40)])
     assert np.array_equal(np.load(tmp_path / "samples.npz")["arr_0"], videos)
-    assert len(read_video(tmp_path / "000000.mp4")[0]) == 41
+    assert len(decode(tmp_path / "000000.mp4")[0]) == 41
     noted = "grid.gif", lambda video: add_notes(tile(video[None]), ["10 of 41 frames"])
     for name, cell in (("000000.gif", np.asarray), noted):
         frames, delays = read_gif(tmp_path / name)

@@ -4,6 +4,7 @@ Frame k of a video shows k: its left half is gray 4 * k, its right half white (u
 """
 
 from fractions import Fraction
+from pathlib import Path
 
 import av
 import numpy as np
@@ -81,7 +82,7 @@ def write_equal_videos(root):
 
 def decode(file):
     """(frames of a video, uint8 (T, H, W, 3); frames per second). file: a path or a file object."""
-    with av.open(file) as video:
+    with av.open(str(file) if isinstance(file, Path) else file) as video:
         frames = [frame.to_ndarray(format="rgb24") for frame in video.decode(video=0)]
         return np.stack(frames), float(video.streams.video[0].average_rate)
 

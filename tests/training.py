@@ -16,7 +16,8 @@ import torch
 
 import sample_gd
 import train
-from runtime import runs
+from process import spawn
+from runtime import distributed, runs
 from vae import VAE
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -54,7 +55,6 @@ class Training:
     launcher: list = field(default_factory=lambda: PYTHON)
     flags: list = field(default_factory=list)
     base: list = field(default_factory=lambda: TINY)
-    environment: dict = field(default_factory=dict)
     script: str = "train.py"
 
     def command_flags(self, *flags):
@@ -63,13 +63,9 @@ class Training:
         return [*self.base, *paths, *end, *self.flags, *flags]
 
     def start(self, *flags):
-        """Start the launcher in its own session, like a job of a shell. Returns the process."""
-        command = [*self.launcher, ROOT / "EqM" / self.script, *self.command_flags(*flags)]
-        environment = os.environ | {"OMP_NUM_THREADS": "1", "PYTHONUNBUFFERED": "1"} | self.environment
-        return subprocess.Popen(
-            [str(part) for part in command], stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True,
-            env=environment, start_new_session=True,
-        )  # fmt: skip
+        """Start the launcher. Returns the process."""
+        script = ROOT / "EqM" / self.script
+        return spawn(*self.launcher, script, *self.command_flags(*flags))
 
     def run(self, *flags, status=0, timeout=240):
         """Start the run and wait until it ends with this status. Returns its output."""
@@ -173,10 +169,17 @@ def sample_here(ckpt, folder, *flags, status=0):
 
 
 def refused(capsys, script, *flags, status=2):
-    """Run main() of a script that must end with this status and one line on stderr. Returns the line."""
+    """Run main() of a script that must end with this status and one line on stderr. Returns the line.
+
+    With status 2 it must not have touched a device.
+    """
     capsys.readouterr()
-    run_main(script, *flags, status=status)
-    (line,) = [line for line in capsys.readouterr().err.splitlines() if not line.startswith("opening videos")]
+    with pytest.MonkeyPatch.context() as patch:
+        if status == 2:
+            patch.setattr(distributed, "start", lambda *_: pytest.fail("a device was touched"))
+        run_main(script, *flags, status=status)
+    (line,) = [line for line in capsys.readouterr().err.splitlines() if line and "opening videos" not in line]
+    assert "error: " in line
     return line
 
 

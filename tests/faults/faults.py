@@ -4,7 +4,6 @@ import argparse
 import os
 import random
 import signal
-import socket
 import tempfile
 import time
 from contextlib import suppress
@@ -112,12 +111,6 @@ def wait_until(condition, process, timeout=120):
     while not condition():
         assert process.poll() is None and time.monotonic() < until, process.communicate()[0]
         time.sleep(0.05)
-
-
-def free_port():
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        return free.getsockname()[1]
 
 
 # ----------------------------------------------------------------------------------------------------------------------

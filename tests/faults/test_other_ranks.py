@@ -8,7 +8,8 @@ from dataclasses import replace
 import pytest
 import torch
 
-from faults import end, free_port, start
+from faults import end, start
+from process import free_port, spawn
 from training import OFTEN, PYTHON, ROOT, TINY, TORCHRUN, Training, compare, run_here
 
 STEPS = 7
@@ -31,14 +32,13 @@ def test_two_machines_may_have_checkpoint_and_data_on_their_own_disks(shapes, tm
     run_here(first)
     place = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(free_port()), "WORLD_SIZE": "2", "LOCAL_RANK": "0"}
     flags = ["--data-path", "shapes", "--results-dir", "results", "--max-steps", 4, "--ckpt", "start.pt", *OFTEN]
-    command, ranks = [str(part) for part in [*PYTHON, ROOT / "EqM/train.py", *TINY, *flags]], []
+    command, ranks = [*PYTHON, ROOT / "EqM/train.py", *TINY, *flags], []
     for rank in (0, 1):
         machine = tmp_path / f"machine-{rank}"
         shutil.copytree(shapes, machine / "shapes")
         shutil.copyfile(first.folder / "checkpoints/latest.pt", machine / "start.pt")
         os.utime(machine / "start.pt", (rank, rank))  # copied at another time
-        environment = os.environ | place | {"RANK": str(rank), "OMP_NUM_THREADS": "1"}
-        ranks.append(subprocess.Popen(command, cwd=machine, env=environment, stdout=subprocess.PIPE, text=True))
+        ranks.append(spawn(*command, cwd=machine, environment=place | {"RANK": str(rank)}))
     for process in ranks:
         end(process, timeout=240)
     (saved,) = tmp_path.glob("machine-0/results/*/checkpoints/latest.pt")

@@ -3,7 +3,6 @@
 import os
 import shutil
 import signal
-import subprocess
 import sys
 from dataclasses import replace
 from pathlib import Path
@@ -11,17 +10,14 @@ from pathlib import Path
 import pytest
 import torch
 
-from faults import descendants, end, free_port, last_saved, wait_gone, wait_until
+from faults import descendants, end, last_saved, wait_gone, wait_until
+from process import free_port, spawn
 from tiny_data import make_vae
 from training import ROOT, Training
 
 
 def start_script(name, tree, settings, *flags):
-    environment = os.environ | {key: str(value) for key, value in settings.items()} | {"OMP_NUM_THREADS": "1"}
-    return subprocess.Popen(
-        ["bash", str(tree / "scripts" / name), *map(str, flags)], env=environment, text=True,
-        stdout=subprocess.PIPE, stderr=subprocess.STDOUT, start_new_session=True,
-    )  # fmt: skip
+    return spawn("bash", tree / "scripts" / name, *flags, environment={key: str(settings[key]) for key in settings})
 
 
 @pytest.fixture

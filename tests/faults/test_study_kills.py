@@ -1,20 +1,17 @@
 """The studies in real processes: one is killed and continues, two share its runs, the quickstart is a tiny one."""
 
-import os
 import signal
-import subprocess
 import sys
 import time
 
 import seeds
 import study
+from process import spawn
 from test_studies import SAMPLED, TWO_ARMS, lines_of
 
 
 def start(script, out, *flags):
-    command = [sys.executable, script.__file__, "--miniature", "--out", out, *flags]
-    environment, pipes = os.environ | {"OMP_NUM_THREADS": "1"}, {"stdout": subprocess.PIPE, "stderr": subprocess.STDOUT}
-    return subprocess.Popen([str(word) for word in command], **pipes, text=True, env=environment)
+    return spawn(sys.executable, script.__file__, "--miniature", "--out", out, *flags)
 
 
 def finish(*processes):
