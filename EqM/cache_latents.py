@@ -13,6 +13,7 @@ the CPU, the last bits of latents depend on the number of threads (OMP_NUM_THREA
     OUT/latents.partial.json         settings of a cache that is not complete
 """
 
+import uncaught  # noqa: F401
 import itertools
 import json
 import os

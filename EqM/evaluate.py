@@ -16,6 +16,7 @@ scripts/score.sh samples and scores. The number of ranks changes the values only
 scoring and compares the values; if they do not agree, the exit status is 1.
 """
 
+import uncaught  # noqa: F401
 import os
 from pathlib import Path
 

@@ -23,6 +23,7 @@ from samplers import SOLVERS
 from schedule import Phase, fill_batches
 from vae import check_same, load_vae
 from video.index import CorruptVideos, find_data, fitting_interval, name_some
+from video.samples import is_sample_folder, written_samples
 from video.source import CachedFiles, check_data_path, latents_settings, open_source
 
 DEFAULT_MODEL = "EqM-S/4"
@@ -392,6 +393,8 @@ def check_folder(args):
     """Raise UserError if --folder can't be written, or contains samples of another run, without --overwrite."""
     cli.check_writable("--folder", args.folder)
     place = Path(args.folder, "samples.json")
+    if not is_sample_folder(place.parent) and (others := written_samples(place.parent)):
+        raise UserError(f"--folder {args.folder}: {others[0].name} is not of sample_gd.py; name a new folder")
     if place.exists() and not args.overwrite:
         try:
             other = str(read_json(place)["flags"]["ckpt"])

@@ -10,6 +10,7 @@ Architecture, latents, classes, frame rate and sampler settings come from the ch
 against it; sampler flags replace its settings. Published image models need --model.
 """
 
+import uncaught  # noqa: F401
 import argparse
 import csv
 import itertools
@@ -32,16 +33,12 @@ from runtime.untrusted import FPS
 from scoring.manifest import is_of_samples
 from scoring.sources import find_real
 from video.inputs import find_clips
-from video.samples import UNFINISHED
+from video.samples import UNFINISHED, is_sample_folder, written_samples
 from video.source import check_data_path
 from video.writers import write_samples
 
 FRAMES, SAMPLES = cli.number(int, least=1, most=2**16), cli.number(int, least=1, most=2**24)  # more is a typing error
 RATE, SECONDS = (cli.number(float, least=least, most=most) for least, most in (FPS, (1 / FPS[1], 1 / FPS[0])))
-WRITTEN = [  # the files of a sample folder, besides samples.json and scores
-    *("[0-9]" * 6 + kind for kind in (".mp4", ".gif", ".png")), "samples.npz", "samples.npz.tmp", "grid.gif",
-    "grid.png", "sheet.png", "gallery.html", "evaluations.csv", "evaluations.png", "energy.csv", "energy.png",
-]  # fmt: skip
 
 
 def parse_args():
@@ -202,15 +199,14 @@ def begin_folder(folder):
 
     Files are removed only if samples.json, or UNFINISHED of a call that was interrupted, shows a sample folder.
     """
-    is_old = (folder / "samples.json").exists() or (folder / UNFINISHED).exists()
+    is_old = is_sample_folder(folder)
     folder.mkdir(parents=True, exist_ok=True)
     (folder / UNFINISHED).touch()
     if is_old:
         (folder / "samples.json").unlink(missing_ok=True)  # first, as it marks a complete folder
         scores = [path for path in folder.glob("*.json") if is_of_samples(path, folder)]
         pictures = [path.with_suffix(suffix) for path in scores for suffix in (".png", ".sheet.png")]
-        written = itertools.chain.from_iterable(map(folder.glob, WRITTEN))
-        for path in [*written, *scores, *pictures]:
+        for path in [*written_samples(folder), *scores, *pictures]:
             path.unlink(missing_ok=True)
 
 

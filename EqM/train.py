@@ -11,6 +11,7 @@ A first phase on 4 frames, then one that continues with 8; steps are counted ove
 All phases in one run: --frames-schedule 4:50000:256,8:100000:128. After an interruption: the same command and --resume.
 """
 
+import uncaught  # noqa: F401
 import functools
 import io
 import itertools

@@ -10,6 +10,7 @@ Its scale and shift give latents of the training frames mean 0 and standard devi
 same command with --resume: the result is the same bit for bit.
 """
 
+import uncaught  # noqa: F401
 import copy
 
 import torch

@@ -14,10 +14,12 @@ import sys
 from itertools import product
 from pathlib import Path
 
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent / "EqM"))
+import uncaught  # noqa: F401
+
 import torch
 import torch.nn.functional as F
 
-sys.path.insert(0, str(Path(__file__).resolve().parent.parent / "EqM"))
 from autoencoder import draw_colors
 from layout import missing_videos, write_lists
 from runtime import cli

@@ -22,6 +22,8 @@ from pathlib import Path
 from types import SimpleNamespace
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent / "EqM"))
+import uncaught  # noqa: F401
+
 import numpy as np
 import torch
 

@@ -18,11 +18,13 @@ from argparse import Namespace
 from itertools import product
 from pathlib import Path
 
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent / "EqM"))
+import uncaught  # noqa: F401
+
 import av
 import numpy as np
 import torch
 
-sys.path.insert(0, str(Path(__file__).resolve().parent.parent / "EqM"))
 from layout import write_lists
 from runtime.cli import ArgumentParser, Bar, UserError, fail, number, one_line_errors, say
 from runtime.rng import generator

@@ -18,11 +18,13 @@ import sys
 from itertools import product
 from pathlib import Path
 
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent / "EqM"))
+import uncaught  # noqa: F401
+
 import numpy as np
 from einops import EinopsError, rearrange
 from PIL import Image
 
-sys.path.insert(0, str(Path(__file__).resolve().parent.parent / "EqM"))
 from layout import missing_videos, write_lists
 from runtime.cli import COUNT, ArgumentParser, Bar, UserError, check_writable, fail, one_line_errors, plural, say
 from video.writers import write_lossless

@@ -28,12 +28,13 @@ from dataclasses import replace
 from functools import partial
 from pathlib import Path
 
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent / "EqM"))
+import uncaught  # noqa: F401
+
 import av
 import numpy as np
 import torch
 import torch.distributed as dist
-
-sys.path.insert(0, str(Path(__file__).resolve().parent.parent / "EqM"))
 
 import optim
 import transport

@@ -13,6 +13,8 @@ import sys
 from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent / "EqM"))
+import uncaught  # noqa: F401
+
 import checkpoint
 import generation
 import models

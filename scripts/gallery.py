@@ -17,6 +17,8 @@ from html import escape
 from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent / "EqM"))
+import uncaught  # noqa: F401
+
 from runtime.atomic import atomic_write
 from runtime.cli import COUNT, SHARE, ArgumentParser, UserError, check_writable, one_line_errors, say, wrong_input
 from runtime.runs import results_of

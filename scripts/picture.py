@@ -8,10 +8,12 @@ A row shows at most COLUMNS frames, evenly spaced from the first to the last. Gi
 import sys
 from pathlib import Path
 
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent / "EqM"))
+import uncaught  # noqa: F401
+
 import numpy as np
 from PIL import Image
 
-sys.path.insert(0, str(Path(__file__).resolve().parent.parent / "EqM"))
 from runtime.atomic import atomic_write
 from runtime.cli import COUNT, ArgumentParser, check_writable, one_line_errors, say, wrong_input
 from scoring.sources import Samples

@@ -133,6 +133,7 @@ CASES = {
         --no-ema --ckpt shared => --no-ema
         --fps 25 --time-scale 0.04 => --time-scale
         --folder file/x => --folder file
+        --folder mine => 000000.mp4 is not of sample_gd.py; name a new folder
         --num-sampling-steps 1 => at least 2
         --stepsize 1e-12 => larger steps
         --ckpt image.pt => holds an image model
@@ -258,6 +259,8 @@ def world(tmp_path_factory):
         config = shutil.copytree(root / "shared", root / f"{name}-export") / "config.json"
         config.write_text(config.read_text().replace(old, new))
     (root / "file").write_text("")
+    (root / "mine").mkdir()
+    (root / "mine/000000.mp4").touch()
     os.mkfifo(root / "pipe")
     (root / "loop").symlink_to("loop")
     (root / "nowhere").symlink_to("no/such")

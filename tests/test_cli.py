@@ -1,11 +1,16 @@
 """Flags, and messages of one line."""
 
 import argparse
+import os
 import pickle
 import re
 import shutil
+import signal
+import subprocess
+import sys
 import warnings
 from contextlib import nullcontext
+from pathlib import Path
 
 import pytest
 import torch
@@ -221,3 +226,20 @@ def test_a_bar_in_a_file_prints_one_line_per_minute_without_escape_codes(capfd, 
     lines = err.splitlines()
     assert out == 20 * "a line\n" and 3 <= len(lines) <= 8
     assert all(re.fullmatch(r"encoding: \d+ of 20 frames after \S+, \S+ left, loss 1.000", line) for line in lines), err
+
+
+@pytest.mark.parametrize("script", ["EqM/train.py", "datasets/check.py", "scripts/picture.py"])
+def test_a_script_outside_the_environment_names_setup_sh_in_one_line(script):
+    command = [sys.executable, "-S", Path(cli.__file__).parents[2] / script]  # -S: without installed packages
+    done = subprocess.run(command, capture_output=True, text=True)
+    (line,) = done.stderr.splitlines()
+    assert done.returncode == 1 and line.startswith(f"{Path(script).name}: error: No module named ")
+    assert "run 'bash scripts/setup.sh'" in line
+
+
+@pytest.mark.parametrize(("traceback", "lines"), [("0", 1), ("1", 4)])
+def test_ctrl_c_during_imports_is_one_line(traceback, lines):
+    code = "import uncaught; raise KeyboardInterrupt"
+    place = {"PYTHONPATH": str(Path(cli.__file__).parents[1]), "EQM_TRACEBACK": traceback}
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, env=os.environ | place)
+    assert done.returncode == -signal.SIGINT and len(done.stderr.splitlines()) == lines

@@ -12,6 +12,20 @@ from runtime.untrusted import check_regular, read_json
 
 UNFINISHED = "samples.unfinished"  # a file in the folder while samples are written
 NO_LABEL = -1  # in samples.npz: the sample has no label
+WRITTEN = [  # the files of a sample folder, besides samples.json and scores
+    *("[0-9]" * 6 + kind for kind in (".mp4", ".gif", ".png")), "samples.npz", "samples.npz.tmp", "grid.gif",
+    "grid.png", "sheet.png", "gallery.html", "evaluations.csv", "evaluations.png", "energy.csv", "energy.png",
+]  # fmt: skip
+
+
+def is_sample_folder(folder):
+    """Whether sample_gd.py has written a folder (a Path), or has begun to."""
+    return (folder / "samples.json").exists() or (folder / UNFINISHED).exists()
+
+
+def written_samples(folder):
+    """The files in a folder (a Path) that have names of samples."""
+    return [path for pattern in WRITTEN for path in folder.glob(pattern)]
 
 
 def class_name(classes, label):
