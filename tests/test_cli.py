@@ -237,7 +237,7 @@ def test_a_script_outside_the_environment_names_setup_sh_in_one_line(script):
     assert "run 'bash scripts/setup.sh'" in line
 
 
-@pytest.mark.parametrize(("traceback", "lines"), [("0", 1), ("1", 4)])
+@pytest.mark.parametrize(("traceback", "lines"), [("0", 1), ("1", 3)])
 def test_ctrl_c_during_imports_is_one_line(traceback, lines):
     code = "import uncaught; raise KeyboardInterrupt"
     place = {"PYTHONPATH": str(Path(cli.__file__).parents[1]), "EQM_TRACEBACK": traceback}
