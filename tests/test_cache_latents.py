@@ -77,7 +77,7 @@ def run(*arguments, status=0):
 @pytest.fixture
 def refused(capsys):
     """A function that runs cache_latents.py with wrong input and returns the error line."""
-    return lambda *arguments, status=2: training.refused(capsys, cache_latents, *flags(*arguments), status=status)
+    return lambda *arguments, **how: training.refused(capsys, cache_latents, *flags(*arguments), **how)
 
 
 def clips_of(folder, num_frames=4, **settings):
@@ -292,7 +292,7 @@ def test_a_video_whose_latents_are_not_finite_is_skipped(root, vae, tmp_path, mo
 def test_a_cache_without_readable_videos_is_an_error(tmp_path, refused):
     write_video(tmp_path / "videos" / "a.avi", 40)
     scribble(tmp_path / "videos" / "a.avi")
-    line = refused(tmp_path / "videos", "none", tmp_path / "out")
+    line = refused(tmp_path / "videos", "none", tmp_path / "out", late=True)
     assert f"--data-path {tmp_path / 'videos'}: can't decode any of its videos" in line
     assert latents_settings(tmp_path / "videos") is None and not (tmp_path / "out" / "latents.json").exists()
 
@@ -300,7 +300,7 @@ def test_a_cache_without_readable_videos_is_an_error(tmp_path, refused):
 def test_too_many_corrupt_videos_are_an_error_unless_a_flag_allows_them(own, vae, tmp_path, refused):
     scribble(own / "Run" / "a.avi")
     (own / "Run" / "text.avi").write_text("not a video")
-    line = refused(own, vae, tmp_path / "out")
+    line = refused(own, vae, tmp_path / "out", late=True)
     assert "--max-bad-fraction 0.1: 2 of 6 files are corrupt, expected at most 1: Run/a.avi; " in line
     assert "move or delete them, or raise this limit" in line
     assert not (tmp_path / "out" / "latents.json").exists()

@@ -168,14 +168,14 @@ def sample_here(ckpt, folder, *flags, status=0):
     return np.load(folder / "samples.npz")["arr_0"], json.loads((folder / "samples.json").read_text())
 
 
-def refused(capsys, script, *flags, status=2):
+def refused(capsys, script, *flags, status=2, late=False):
     """Run main() of a script that must end with this status and one line on stderr. Returns the line.
 
-    With status 2 it must not have touched a device.
+    With status 2 it must not have touched a device, unless it is late.
     """
     capsys.readouterr()
     with pytest.MonkeyPatch.context() as patch:
-        if status == 2:
+        if status == 2 and not late:
             patch.setattr(distributed, "start", lambda *_: pytest.fail("a device was touched"))
         run_main(script, *flags, status=status)
     (line,) = [line for line in capsys.readouterr().err.splitlines() if line and "opening videos" not in line]
