@@ -13,7 +13,7 @@ import sample_gd
 import train
 from scoring import manifest
 from tiny_data import flip_bit, make_images, make_vae, random_checkpoint
-from training import differences, run_main, sample_here
+from training import differences, refused, run_main, sample_here
 
 FILES = ["README.md", "config.json", "model.safetensors"]
 LOCAL = {"data_path": "/home/somebody/videos", "results_dir": "results", "lr": 1e-4}
@@ -51,8 +51,8 @@ def test_an_export_brings_its_own_vae_wherever_you_move_it(tmp_path, capsys):
     before, _ = sample_here(path, tmp_path / "before", "--no-previews")
     vae = vae.rename(tmp_path / "moved")
     for flags in ([], ["--vae", tmp_path / "nowhere"]):
-        run_main(export, path, tmp_path / "shared", *flags, status=2)
-        assert "vae-64: not found; pass its new path with --vae" in capsys.readouterr().err or flags
+        line = refused(capsys, export, path, tmp_path / "shared", *flags)
+        assert "vae-64: not found; pass its new path with --vae" in line or flags
     run_main(export, path, tmp_path / "shared", "--vae", vae)
     card, text = ((tmp_path / "shared" / name).read_text() for name in ("README.md", "config.json"))
     assert "| VAE | its own, in `vae/` |" in card and "vae-64" not in card + text
@@ -63,8 +63,8 @@ def test_an_export_brings_its_own_vae_wherever_you_move_it(tmp_path, capsys):
         assert (vae / file).read_bytes() == (tmp_path / "half/vae" / file).read_bytes()
     after, about = sample_here(folder, tmp_path / "after", "--no-previews")
     assert np.array_equal(before, after) and about["source"]["vae"] == str(folder / "vae")
-    run_main(export, folder, tmp_path / "new", "--vae", other, status=2)
-    assert "another VAE" in capsys.readouterr().err and not (tmp_path / "new").exists()
+    assert "another VAE" in refused(capsys, export, folder, tmp_path / "new", "--vae", other)
+    assert not (tmp_path / "new").exists()
 
 
 def test_the_card_names_a_vae_that_is_downloaded(tmp_path):
@@ -133,8 +133,7 @@ def test_a_full_disk_leaves_no_partial_export(exported, tmp_path, monkeypatch, c
 
     with monkeypatch.context() as patch:
         patch.setattr("pathlib.Path.write_text", full)
-        run_main(export, exported[0], tmp_path / "new/shared", status=1)
-    assert "No space left on device" in capsys.readouterr().err
+        assert "No space left on device" in refused(capsys, export, exported[0], tmp_path / "new/shared", status=1)
     assert list((tmp_path / "new").iterdir()) == []
     run_main(export, exported[0], tmp_path / "new/shared")  # works now
     assert sorted(file.name for file in (tmp_path / "new/shared").iterdir()) == FILES

@@ -14,7 +14,7 @@ from runtime.cli import UserError
 from test_cache_latents import full_disk
 from tiny_data import make_latents
 from tiny_videos import halves, scribble, write_images, write_mixed_videos, write_video
-from training import Training, compare, run_here, run_main
+from training import Training, compare, refused, run_here
 from video import source
 from video.clips import Clips
 from video.source import CachedFiles, check_data_path, open_source
@@ -171,8 +171,7 @@ def test_one_rank_with_a_cache_trains_and_resumes_as_one_without(shapes, tmp_pat
 
 def test_too_much_is_refused_before_anything_is_made_unless_it_is_forced(shapes, tmp_path, monkeypatch, capsys):
     monkeypatch.setattr(source, "LARGEST", 400_000)
-    run_main(train, *Training(shapes, tmp_path / "runs", STEPS).command_flags("--cache-frames"), status=2)
-    line = capsys.readouterr().err.splitlines()[-1]  # after the bar of the scan
+    line = refused(capsys, train, *Training(shapes, tmp_path / "runs", STEPS).command_flags("--cache-frames"))
     assert "--cache-frames: 24 videos take 0.5 MB" in line and "add --cache-frames-force" in line
     assert not (tmp_path / "runs").exists()
     CachedFiles(open_source(shapes, 16), tmp_path / "runs", force=True)
