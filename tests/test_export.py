@@ -134,7 +134,7 @@ def test_a_full_disk_leaves_no_partial_export(exported, tmp_path, monkeypatch, c
     with monkeypatch.context() as patch:
         patch.setattr("pathlib.Path.write_text", full)
         run_main(export, exported[0], tmp_path / "new/shared", status=1)
-    assert "No space left on device" in capsys.readouterr().err
+    assert "shared can't be written (No space left on device" in capsys.readouterr().err
     assert list((tmp_path / "new").iterdir()) == []
     run_main(export, exported[0], tmp_path / "new/shared")  # works now
     assert sorted(file.name for file in (tmp_path / "new/shared").iterdir()) == FILES
