@@ -111,7 +111,8 @@ def find_real(args, samples, detector):
         args.data_path, split, share, T, samples.time_scale, samples.image_size, runs, images
     )
     if count and len(clips.videos) < count:
-        say(f"note: --split {split}: {plural(count, 'clip')} from only {plural(len(clips.videos), 'video')}")
+        advice = "" if metric == "prediction" else "; a lower --num-real is faster"
+        say(f"note: --split {split}: {plural(count, 'clip')} from only {plural(len(clips.videos), 'video')}{advice}")
     place = f"--data-path {args.data_path}"
     if metric == "nearest":
         if not training:

@@ -322,7 +322,8 @@ def log_run(log, args, folder, config, model, data, steps, device):
     log(f"{folder}: {name}; {ranks}, steps {steps[0]} to {steps[1]}")
     log_data(log, args, data)
     short, corrupt = plural(data.num_too_short, "file"), plural(len(data.scan.unreadable), "file")
-    log(f"skipped: {short} with fewer than {plural(max(data.train), 'frame')}, {corrupt} that can't be opened")
+    named = f": {name_some(data.scan.unreadable)}" if data.scan.unreadable else ""
+    log(f"skipped: {short} with fewer than {plural(max(data.train), 'frame')}, {corrupt} that can't be opened{named}")
 
 
 def log_data(log, args, data):

@@ -5,7 +5,7 @@
 A model that has seen only six people in front of six walls fails on a seventh person. Copies are lossless videos,
 <Class>/<stem>-copy1.mkv and so on, with the size and frame rate of the original. All frames of a copy are changed in
 the same way. OUT also holds the original videos, and their split in OUT/ucfTrainTestlist. Validation videos have no
-copies. The script is safe to run again: it only makes missing files.
+copies. The script is safe to run again: it only makes missing files. A new OUT is .OUT.partial until it is complete.
 """
 
 import os
@@ -82,17 +82,23 @@ def main():
         if Path(args.out).resolve() == Path(args.data_path).resolve():
             raise UserError(f"--out {args.out}: the same as --data-path; expected another folder")
         train, val = plan_copies(args)
-        missing = missing_videos(args.out, train | val)
+        out = Path(args.out).absolute()
+        folder = out if out.exists() else out.with_name(f".{out.name}.partial")
+        missing = missing_videos(folder, train | val)
+    folder.mkdir(parents=True, exist_ok=True)
+    with cli.writing(folder):
+        write_lists(folder, names(train), names(val))  # first: new copies must not validate
     for file in Bar(missing, desc="copying", unit="video"):
-        (video, copy), path = (train | val)[file], Path(args.out, file)
-        path.parent.mkdir(parents=True, exist_ok=True)
-        if copy == 0:
-            shutil.copyfile(Path(args.data_path, file), f"{path}.tmp")
-            Path(f"{path}.tmp").rename(path)
-        else:
-            random = generator(args.seed, "copies", video.key, copy)
-            write_lossless(path, changed_frames(args.data_path, video, random), video.fps)
-    write_lists(args.out, names(train), names(val))
+        (video, copy), path = (train | val)[file], folder / file
+        with cli.writing(path):
+            path.parent.mkdir(exist_ok=True)
+            if copy == 0:
+                shutil.copyfile(Path(args.data_path, file), f"{path}.tmp")
+                Path(f"{path}.tmp").rename(path)
+            else:
+                random = generator(args.seed, "copies", video.key, copy)
+                write_lossless(path, changed_frames(args.data_path, video, random), video.fps)
+    folder.replace(out)
     before, after = len(train) // (args.copies + 1), len(train)
     say(f"{args.out}: {after} training videos instead of {before}, {after + len(val)} videos in all")
 

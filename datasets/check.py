@@ -34,7 +34,7 @@ from runtime import cli, distributed
 from runtime.cli import COUNT, SHARE, ArgumentParser, Bar, UserError, fail, number, one_line_errors, plural, say
 from vae import REPOSITORIES, load_vae
 from video.clips import Clips
-from video.drawing import evenly_spaced
+from video.drawing import drawable, evenly_spaced
 from video.files import has_suffix, read_all_frames
 from video.index import CorruptVideos, find_data
 from video.source import THREADS, check_data_path, latents_settings, open_source, write_each
@@ -175,9 +175,12 @@ def write_clips(args, data, out):
     shown = [videos[index] for index in evenly_spaced(len(videos), MAX_ROWS)]
     clips = Clips(data.source, shown, data.scan.classes, args.num_frames, (*args.frame_interval * 2,), flip=False)
     samples = sorted((clips[index] for index in range(len(shown))), key=lambda sample: sample["video"])
-    paths = [sample["video"] for sample in samples]
+    paths, names = [sample["video"] for sample in samples], []
+    for row, sample in enumerate(samples):
+        folder, file = os.path.split(sample["video"])
+        names.append(os.path.join(drawable(folder, f"class {sample['y']}"), drawable(file, f"video {row}")))
     videos = np.stack([sample["clip"].permute(1, 2, 3, 0) for sample in samples])
-    write_sheet(out, videos, paths, labels=[sample["y"] for sample in samples])
+    write_sheet(out, videos, names)
     say(f"{out}: {plural(len(shown), 'training clip')} as the model sees them, from the top: {', '.join(paths)}")
 
 

@@ -26,7 +26,7 @@ import numpy as np
 import torch
 
 from layout import write_lists
-from runtime.cli import ArgumentParser, Bar, UserError, fail, number, one_line_errors, say
+from runtime.cli import ArgumentParser, Bar, UserError, check_writable, fail, number, one_line_errors, say, writing
 from runtime.rng import generator
 from runtime.untrusted import read_json
 from video.writers import encode
@@ -192,7 +192,7 @@ def write_data_set(out, settings, args):
     videos, test = plan_videos(args)
     train, test = ([f"{key}.avi" for key in videos if (key in test) == tests] for tests in (False, True))
     out.parent.mkdir(parents=True, exist_ok=True)
-    with tempfile.TemporaryDirectory(prefix=f".{out.name}-", dir=out.parent) as temporary:
+    with tempfile.TemporaryDirectory(prefix=f".{out.name}-", dir=out.parent) as temporary, writing(out):
         folder = Path(temporary, out.name)
         for name in {video["class"] for video in videos.values()}:
             (folder / name).mkdir(parents=True)
@@ -246,11 +246,10 @@ def main(argv=None):
         if is_made(args.out, settings):
             say(f"{args.out} already exists, made with the same flags")
             return
-        write_data_set(args.out, settings, Namespace(**vars(args), frames=round(args.seconds * FPS)))
+        check_writable("--out", args.out)
     except UserError as error:
         fail(error)
-    except OSError as error:
-        fail(f"--out {args.out}: can't be written ({error}); name a writable folder")
+    write_data_set(args.out, settings, Namespace(**vars(args), frames=round(args.seconds * FPS)))
     say(f"{args.out}: {len(BOUNCING if args.bounce else CLASSES)} classes with {args.videos_per_class} videos each")
 
 

@@ -20,7 +20,7 @@ import generation
 import models
 import published
 from models import EBMS, NAMES
-from runtime.cli import ArgumentParser, UserError, check_writable, one_line, one_line_errors, say, wrong_input
+from runtime.cli import ArgumentParser, UserError, check_writable, one_line, one_line_errors, say, writing, wrong_input
 from scoring import manifest
 from vae import REPOSITORIES, check_same, load_vae
 
@@ -82,7 +82,8 @@ def main():
         steps=state["step"] + 10_000,
         scores="".join(scores) or "\nNo scores yet.\n",
     )
-    published.write_export(args.folder, state, args.dtype, card, vae)
+    with writing(args.folder):
+        published.write_export(args.folder, state, args.dtype, card, vae)
     size = sum(file.stat().st_size for file in Path(args.folder).rglob("*")) / 1e6
     names = ", ".join((*published.EXPORT, published.CARD, *([f"{published.VAE_FOLDER}/"] if vae else [])))
     say(f"{args.folder}: {names}, {size:.1f} MB; use it as --ckpt {args.folder}")

@@ -54,6 +54,20 @@ def test_again_it_does_only_what_is_missing_and_makes_the_same_bytes(data, large
         assert path.stat().st_mtime_ns == changed or path == copy or "ucf" in str(path)
 
 
+def test_a_full_disk_leaves_no_data_set_and_the_next_run_completes_it(data, larger, tmp_path, capsys, monkeypatch):
+    def full(path, frames, fps):
+        raise OSError(28, "No space left on device")
+
+    with monkeypatch.context() as patch:
+        patch.setattr(augment, "write_lossless", full)
+        run_main(augment, "--data-path", data, "--out", tmp_path / "out", "--copies", 2, status=1)
+    assert "copy1.mkv can't be written (No space left on device; the disk" in capsys.readouterr().err
+    assert not (tmp_path / "out").exists()
+    run_main(augment, "--data-path", data, "--out", tmp_path / "out", "--copies", 2)
+    assert {path.name for path in (tmp_path / "out").rglob("*.*")} == {path.name for path in larger.rglob("*.*")}
+    assert [path.name for path in tmp_path.iterdir()] == ["out"]
+
+
 def test_what_is_wrong_is_one_line(data, larger, tmp_path, capsys):
     for flags, line in (
         (["--data-path", "nowhere", "--out", tmp_path], "--data-path nowhere: no such folder"),

@@ -52,7 +52,7 @@ CASES = {
         --image-size 18 | --depth 10000000 | --val-frames 4 2 | --mix 0.2 | --num-classes 1
         --global-batch-size 6 --grad-accum 4 | --data-path '' | --data-path no/such | --data-path pipe
         --data-path one => 1 usable file; expected at least 2
-        --data-path broken => can't open any of its videos (2 files)
+        --data-path broken => can't open any of its videos (2 files), the first is; a.avi: ; ffmpeg
         --vae no/such/vae | --vae empty
         --max-bad-fraction 0.2 --data-path bad => 0.2: 2 of 6 files are corrupt; A/x.avi, B/y.mp4; or raise this limit
         --results-dir file | --results-dir nowhere | --results-dir file --resume | --ckpt no/such.pt
@@ -75,7 +75,7 @@ CASES = {
         --disp --grad-accum 4 => --global-batch-size
         --stop-below 0.5 --sampler euler => --stop-below 0.5; euler
         --wandb => pip install wandb
-        --data-path file => no such folder
+        --data-path file => a file; expected a folder with <class>/<video>
         --data-path empty => no videos found; images need no --video
         --data-path images => --video
         --results-dir '' | --ckpt '' => empty

@@ -398,7 +398,7 @@ def test_a_full_disk_is_one_line_and_leaves_no_partial_file(root, vae, cache, tm
     with monkeypatch.context() as patch:
         full_disk(patch, call)
         line = refused(root, vae, out, "--with-flips", status=1)
-    assert "No space left on device" in line
+    assert "can't be written (No space left on device; the disk" in line
     files = content(out)
     assert len(files) == call - 1
     run(root, vae, out, "--with-flips")

@@ -60,6 +60,14 @@ def test_a_hopeless_training_gets_a_smaller_model_and_the_default_is_1400_epochs
     assert "are too long for most machines; a GPU, or a lower --max-steps" in capsys.readouterr().out
 
 
+def test_a_class_that_the_font_lacks_gets_one_note_and_its_rows_keep_the_names_of_files(data, capsys, monkeypatch):
+    (data / "Run").rename(data / "跳舞")
+    monkeypatch.setattr(check, "write_sheet", lambda out, videos, names: print(names))
+    run_main(check, data, *FLAGS, "--quick", "--max-steps", 1)
+    text = capsys.readouterr().out
+    assert text.count("note: the font") == 1 and "'class 1/0.m4v', 'class 1/1.m4v'" in text
+
+
 @pytest.mark.parametrize(
     ("flags", "words"),
     [

@@ -154,7 +154,7 @@ def test_warnings_are_lines_and_the_log_has_the_earlier_ones(capsys, tmp_path):
         (KeyboardInterrupt(), 130, "error: stopped by SIGINT: run the same command again"),
         (UserError("wrong\nflag"), 1, "wrong flag"),
         (CorruptDataError("2 of 6 files"), 2, "2 of 6 files"),  # as when it is found before training
-        (OSError(28, "No space left on device"), 1, "No space left on device"),
+        (OSError(28, "No space left on device", __file__), 1, f"error: {__file__} can't be written (No space left on"),
         (RuntimeError("DataLoader worker (pid 7) is killed by signal: Killed."), 1, "lower --num-workers"),
         (RuntimeError("[1] Connection closed by peer [2]"), 1, "another rank has ended"),
         (RuntimeError("DefaultCPUAllocator: can't allocate memory\nat"), 1, "too little memory (DefaultCPUAllocator"),

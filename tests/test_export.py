@@ -133,7 +133,8 @@ def test_a_full_disk_leaves_no_partial_export(exported, tmp_path, monkeypatch, c
 
     with monkeypatch.context() as patch:
         patch.setattr("pathlib.Path.write_text", full)
-        assert "No space left on device" in refused(capsys, export, exported[0], tmp_path / "new/shared", status=1)
+        line = refused(capsys, export, exported[0], tmp_path / "new/shared", status=1)
+    assert "shared can't be written (No space left on device" in line
     assert list((tmp_path / "new").iterdir()) == []
     run_main(export, exported[0], tmp_path / "new/shared")  # works now
     assert sorted(file.name for file in (tmp_path / "new/shared").iterdir()) == FILES

@@ -227,7 +227,7 @@ def test_a_full_disk_leaves_no_partial_page(samples, tmp_path, monkeypatch, caps
 
     monkeypatch.setattr(os, "fsync", fail)
     run_main(gallery, samples, "--out", tmp_path / "page.html", status=1)
-    assert "No space left on device" in capsys.readouterr().err and not list(tmp_path.iterdir())
+    assert "can't be written (No space left on device" in capsys.readouterr().err and not list(tmp_path.iterdir())
 
 
 # ----------------------------------------------------------------------------------------------------------------------

@@ -96,6 +96,17 @@ def test_decoded_videos_show_what_shapes_json_says(made):
         assert video["rgb"] == list(shapes.COLORS[video["color"]]) and video["background_rgb"] == [0, 0, 0]
 
 
+def test_a_full_disk_is_one_line_and_leaves_nothing(tmp_path, monkeypatch, capsys):
+    def full(path, frames):
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(shapes, "write_video", full)
+    with pytest.raises(SystemExit, match="1"):
+        shapes.main(["--out", str(tmp_path / "out")])
+    assert "out can't be written (No space left on device; the disk" in capsys.readouterr().err
+    assert not list(tmp_path.iterdir())
+
+
 @pytest.mark.parametrize("shape", shapes.SHAPES)
 def test_coverage_equals_a_count_of_points_and_sums_to_the_area(shape):
     for center in ((32, 32), (31.37, 30.61), (20.123, 40.5)):

@@ -11,6 +11,7 @@ import pytest
 import torch
 from PIL import Image
 
+from runtime.cli import UserError
 from tiny_videos import frame_indices_of, picture, save, scribble, write_equal_videos, write_images, write_video
 from video.clips import Clips, collate, rank_batches
 from video.files import UnreadableError, Video
@@ -28,8 +29,8 @@ VIDEOS = [Video(path, path[:-2], num_frames, fps, 48, 64) for path, (num_frames,
 class Numbers(Source):
     """A clip (C, T, H, W) = (1, T, 1, 1) holds the numbers of its frames, negative ones if it is mirrored."""
 
-    def __init__(self, corrupt=()):
-        super().__init__("nowhere", Scan(VIDEOS, CLASSES, []))
+    def __init__(self, corrupt=(), root="/"):
+        super().__init__(root, Scan(VIDEOS, CLASSES, []))
         self.corrupt = corrupt
 
     def read(self, video, frame_indices, flipped=False):
@@ -128,8 +129,11 @@ def test_no_replacement_has_failed_before_and_spare_videos_come_last():
     samples = [spare[index] for index in range(40)]
     assert {sample["video"] for sample in samples} == {"Run/b", "Run/c"}
     assert all({"Jump/d", "Jump/e"} <= set(sample["corrupt"]) <= set(keys[:3]) for sample in samples)
-    with pytest.raises(CorruptDataError, match="--data-path nowhere: 4 corrupt files in a row, the first is "):
+    with pytest.raises(CorruptDataError, match="--data-path /: 4 corrupt files in a row, the first is "):
         make_clips(videos=VIDEOS[:2], corrupt=keys, spare=VIDEOS[2:4])[0]
+    with pytest.raises(UserError, match="--data-path /gone: was deleted") as error:
+        Clips(Numbers(keys, "/gone"), VIDEOS[:2], CLASSES, 4)[0]
+    assert not isinstance(error.value, CorruptDataError)  # which has status 2
 
 
 def check_replacements(clips, count, path):

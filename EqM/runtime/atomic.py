@@ -6,6 +6,8 @@ import shutil
 from contextlib import contextmanager, suppress
 from pathlib import Path
 
+FULL = errno.ENOSPC, errno.EDQUOT  # of a disk
+
 
 @contextmanager
 def atomic_write(path):
@@ -19,9 +21,11 @@ def atomic_write(path):
             os.fsync(file.fileno())
         os.replace(temporary, path)
         sync(path.parent)
-    except Exception:
+    except Exception as error:
         with suppress(OSError):
             temporary.unlink(missing_ok=True)
+        if getattr(error, "errno", None) in FULL:
+            error.filename = str(path)
         raise
 
 
@@ -55,7 +59,7 @@ def why_unwritable(path, error):
     path = Path(path)
     if missing := [folder for folder in path.absolute().parents if not folder.exists()]:
         return f"{missing[-1]} was deleted or moved during the run"
-    if error.errno not in (errno.ENOSPC, errno.EDQUOT):
+    if error.errno not in FULL:
         return f"{path} can't be written ({error.strerror or error})"
     disk = next(folder for folder in path.resolve().parents if folder.is_mount())
     reason = f"{error.strerror}; the disk {disk} has {shutil.disk_usage(disk).free / 1e6:.3g} MB free"

@@ -19,7 +19,7 @@ from pathlib import Path
 import torch
 from tqdm import tqdm
 
-from runtime.atomic import why_unwritable
+from runtime.atomic import FULL, why_unwritable
 from runtime.distributed import local_rank, rank
 
 LINE_SECONDS = 60  # between two lines of a Bar in a file
@@ -318,7 +318,8 @@ def one_line_errors(*others):
         fail("stopped by SIGINT: run the same command again", status=130)
     except (UserError, OSError, MemoryError, torch.OutOfMemoryError, *others) as error:
         status, wait = getattr(error, "status", 1), not isinstance(error, ConnectionError)  # a rank has its own
-        fail(error, status, wait)
+        is_full = getattr(error, "errno", None) in FULL and error.filename
+        fail(why_unwritable(error.filename, error) if is_full else error, status, wait)
     except RuntimeError as error:
         if (line := explain(error)) is None:
             raise

@@ -4,12 +4,13 @@ A sample depends only on the arguments of Clips and its index in the stream, not
 """
 
 import copy
+import os
 from contextlib import suppress
 from dataclasses import dataclass
 
 import torch
 
-from runtime.cli import plural
+from runtime.cli import UserError, plural
 from runtime.rng import generator
 from video.files import UnreadableError
 from video.index import CorruptDataError, fitting_interval
@@ -59,6 +60,8 @@ class Clips(torch.utils.data.Dataset):
                 sample = {"clip": clip, "y": self.classes.index(video.class_name), "time_scale": time_scale}
                 return sample | {"index": index, "video": video.path, "corrupt": [video.path for video in tried]}
             tried.append(video)
+        if not os.path.isdir(self.source.root):
+            raise UserError(f"--data-path {self.source.root}: was deleted or moved; put it back and start again")
         found = f"{plural(len(tried), 'corrupt file')} in a row, the first is {tried[0].path}"
         raise CorruptDataError(f"--data-path {self.source.root}: {found}; repair or replace the files")
 

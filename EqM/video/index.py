@@ -58,7 +58,8 @@ def find_files(root, images):
     """{path relative to root: class name} of every video or image, sorted. Opens no file. Raises UserError."""
     prefix, kind = f"--data-path {root}", "image" if images else "video"
     if not os.path.isdir(root):
-        raise UserError(f"{prefix}: no such folder; expected a folder with <class>/<{kind}>")
+        problem = "a file" if os.path.exists(root) else "no such folder"
+        raise UserError(f"{prefix}: {problem}; expected a folder with <class>/<{kind}>")
     found = [path for path in list_files(prefix, root) if has_suffix(kind, path)]
     if not found:
         raise UserError(f"{prefix}: {explain_missing(root, kind)}")
@@ -78,8 +79,10 @@ def find_files(root, images):
 def explain_missing(root, kind):
     """Say where a folder has most of its files of a kind, if they are too deep in it, or which files it should have."""
     paths = (path for depth in (3, 4) for path in Path(root).glob("/".join(["[!.]*"] * depth)))
-    for place, count in Counter(path.parents[1] for path in paths if has_suffix(kind, path)).most_common(1):
-        return f"no {kind}s in {root}/<class>; {place}/<class> has {plural(count, kind)}; pass {place} instead"
+    counts = Counter(path.parents[1] for path in paths if has_suffix(kind, path)).most_common()
+    for place, count in counts[:1]:
+        merge = "".join(f"merge it with {other.name}/ in one folder, or " for other, _ in counts[1:2])
+        return f"no {kind}s in {root}/<class>; {place}/<class> has {plural(count, kind)}; {merge}pass {place} instead"
     advice = "to train on videos, add --video" if kind == "image" else "images need no --video"
     return f"no {kind}s found; expected <class>/<{kind}> with one of {' '.join(SUFFIXES[kind])}; {advice}"
 
@@ -96,15 +99,18 @@ def scan_videos(root, index_folder=None, images=False):
     known = read_index(index_place(root, index_folder)) if index_folder else {}
     stamps = {path: file_stamp(root, path) for path in found}
     entries = {path: known[path] for path in found if path in known and known[path][0] == stamps[path]}
+    errors = {}  # path -> why it can't be opened
     new = [path for path in found if path not in entries]
     for path in Bar(new, desc="opening videos", unit="video", disable=not new):
-        with suppress(UnreadableError):
+        try:
             entries[path] = stamps[path], probe(root, found[path], path)
+        except UnreadableError as error:
+            errors[path] = error
     if not entries:
-        raise CorruptDataError(f"--data-path {root}: can't open any of its videos ({plural(len(found), 'file')})")
+        reason = f"{plural(len(found), 'file')}), the first is {errors[new[0]]}; convert them: ffmpeg -i FILE FILE.mp4"
+        raise CorruptDataError(f"--data-path {root}: can't open any of its videos ({reason}")
     videos = [entries[path][1] for path in found if path in entries]
-    unreadable = [path for path in found if path not in entries]
-    scan = Scan(videos, classes, unreadable, stamps, is_saved=entries == known)
+    scan = Scan(videos, classes, list(errors), stamps, is_saved=entries == known)
     if index_folder and os.path.isdir(index_folder):
         save_index(scan, root, index_folder)
     return scan

@@ -5,6 +5,7 @@ import functools
 import multiprocessing
 import os
 import signal
+import sys
 from multiprocessing import resource_tracker
 
 import torch
@@ -16,6 +17,7 @@ from runtime.signals import STOP_SIGNALS
 from video.clips import ClipsByFrames, collate
 
 PATH_BYTES = 4096
+sys.warnoptions.append("ignore::UserWarning:multiprocessing.resource_tracker")  # it cleans up after a kill
 
 
 def make_loader(clips, batches, num_workers, timeout, device):

@@ -14,6 +14,7 @@ import numpy as np
 from PIL import Image
 
 from runtime.atomic import atomic_write
+from runtime.cli import writing
 from video.drawing import GRID, IMAGE_GRID, MIN_SIDE, add_notes, draw_sheet, drawable, enlarge, evenly_spaced, few, tile
 
 MAX_ROWS, MAX_COLUMNS = 16, 32  # most videos and frames on a sheet
@@ -131,4 +132,5 @@ def write_sheet(path, videos, names=None, marked=None, labels=None, notes=()):
     others = [f"row {row}" for row in range(N)] if labels is None else [f"class {label}" for label in labels]
     pairs = zip((names or [""] * N)[:MAX_ROWS], others, strict=False)
     names, marks = [drawable(*pair) for pair in pairs], [np.isin(shown, frames) for frames in marked or [()] * N]
-    Image.fromarray(add_notes(draw_sheet(enlarge(videos), names, marks), notes)).save(path)
+    with writing(path):
+        Image.fromarray(add_notes(draw_sheet(enlarge(videos), names, marks), notes)).save(path)
