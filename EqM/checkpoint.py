@@ -17,7 +17,6 @@ import hashlib
 import math
 import os
 import pickle
-import warnings
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
 from dataclasses import asdict, dataclass
@@ -258,9 +257,7 @@ def load_model(path, use_ema=True, model=None, video=None, **checks):
         raise UserError(f"--no-ema: {flag} holds EMA weights only; remove the flag")
     check(flag, config, **checks)
     note_old_best(Path(path), state)
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore")  # training has already warned of a narrow model
-        network = EqM(config)
+    network = EqM(config)
     network.load_state_dict(state[part])
     return network.eval(), state["config"], state["step"]
 
@@ -319,8 +316,7 @@ def config_of(flag, state):
         config = EqMConfig(**state["config"]["model"])
     except (ValueError, TypeError) as error:
         raise UserError(f"{flag}: damaged: the settings of its model are invalid ({error})") from error
-    with warnings.catch_warnings(), torch.device("meta"):  # shapes only, without memory
-        warnings.simplefilter("ignore")  # the real model will warn
+    with torch.device("meta"):  # shapes only, without memory
         expected = {name: value.shape for name, value in EqM(config).state_dict().items()}
     for part in ("model", "ema"):
         got = {name: value.shape for name, value in state[part].items()}
@@ -348,7 +344,7 @@ def check(flag, saved, **asked):
             own = {"input_size": "--image-size", "in_channels": "--vae"}.get(name, f"--{name.replace('_', '-')}")
             tied = " (fixed positions are tied to it; --use-rope models are not)" if name == "num_frames" else ""
             words = f"has {name.replace('_', ' ')} {getattr(saved, name)}, {own} gives {asked[name]}"
-            raise UserError(f"{flag}: {words}: they must agree{tied}")
+            raise UserError(f"{flag}: {words}: they must agree{tied}; change or remove {own}")
 
 
 def check_kind(flag, state, model=None, video=None):
@@ -382,7 +378,7 @@ class Start:
     @property
     def flag(self):
         """The checkpoint's name in messages."""
-        return f"--resume, {self.path}" if self.resumes else f"--ckpt {self.path}"
+        return f"--resume of {self.path}" if self.resumes else f"--ckpt {self.path}"
 
     @property
     def config(self):

@@ -215,7 +215,7 @@ def choose_windows(args, config, num_frames, trained, data, time_scale, forcing)
 
 def open_vae(args, config, data):
     """Load the VAE of a checkpoint, from --vae or else from where it was in training. Raises UserError."""
-    vae = load_vae(args.vae or data["vae"], None if args.vae else "the checkpoint")
+    vae = load_vae(args.vae, data["vae"], "the checkpoint")
     size = config.input_size * vae.downsample
     if (vae.channels, size) != (config.in_channels, data["image_size"] or size):
         raise UserError(f"--vae {vae.name}: not the VAE of --ckpt {args.ckpt}; expected {data['vae']}; pass its path")

@@ -58,8 +58,7 @@ class EqMConfig:
         if self.hidden_size % (2 * self.num_heads):
             raise ValueError(f"hidden_size must be a multiple of 2 x {self.num_heads} heads, got {self.hidden_size}")
         if 18 * self.depth * self.hidden_size**2 > MOST_WEIGHTS:
-            size = f"depth {self.depth} and hidden_size {self.hidden_size}"
-            raise ValueError(f"{size} need more than {MOST_WEIGHTS} weights")
+            raise ValueError(f"depth {self.depth}, hidden_size {self.hidden_size} need over {MOST_WEIGHTS} weights")
         for name, choices in (("position_table", POSITION_TABLES), ("ebm", EBMS)):
             if (value := getattr(self, name)) not in choices:
                 raise ValueError(f"{name} must be one of {', '.join(choices)}, got {value!r}")
@@ -92,6 +91,12 @@ class EqMConfig:
         """The number of input values in the patch of a token."""
         return self.temporal_patch_size * self.patch_size**2 * self.in_channels
 
+    def warn_if_narrow(self):
+        """Warn if tokens hold more values than the width of the network."""
+        if self.values_per_token > self.hidden_size:
+            values = f"a token holds {self.values_per_token} values and hidden_size is only {self.hidden_size}"
+            warnings.warn(f"{values}, too small to predict them all; use smaller patches", stacklevel=2)
+
     def rotary_embedding(self):
         return RotaryEmbedding3D(self.head_dim, self.rope_theta, self.rope_split, self.rope_speed)
 
@@ -100,7 +105,10 @@ class EqMConfig:
         if num_frames < self.temporal_patch_size:
             raise ValueError(f"a temporal patch needs at least {self.temporal_patch_size} frames, got {num_frames}")
         if not self.use_rope and num_frames != self.num_frames:
-            raise ValueError(f"fixed positions are tied to num_frames {self.num_frames}, got {num_frames}")
+            tied = f"fixed positions are tied to num_frames {self.num_frames}, got {num_frames}"
+            raise ValueError(f"{tied}; use {self.num_frames}, or train with --use-rope")
+        if (tokens := math.prod(self.grid(num_frames))) > LARGEST_COUNT:
+            raise ValueError(f"{tokens} tokens per clip, more than {LARGEST_COUNT}; use smaller or shorter clips")
 
     def grid(self, num_frames):
         """Return the number of patches of a clip in (time, height, width). The last temporal patch may be padded."""
@@ -265,9 +273,6 @@ class EqM(nn.Module):
         self.config = config
         self.is_compiled = False
         self.grad_checkpoint = False  # True: keep only the inputs of blocks and recompute their activations
-        if config.values_per_token > config.hidden_size:
-            values = f"a token holds {config.values_per_token} values and hidden_size is only {config.hidden_size}"
-            warnings.warn(f"{values}, too small to predict them all; use smaller patches", stacklevel=2)
         self.x_embedder = PatchEmbed(config)
         self.t_embedder = TimeScaleEmbedder(config.hidden_size)
         table = nn.Embedding(config.num_classes + 1, config.hidden_size)  # the last row is for no class

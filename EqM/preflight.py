@@ -156,15 +156,12 @@ def resolve_latents(args, start):
     cache, kept = latents_settings(args.data_path, images=not args.video), start.config["data"]
     owner, made = ("the latent cache", cache) if cache else ("the checkpoint", kept)
     if cache:
-        size, name = cache["image_size"], cache["vae"]
-        differs = args.image_size not in (None, size)
-        refuse_if(args, "image_size", differs, f"the cache --data-path has {size}; remove it")
-        other = args.vae not in (None, name) and (name == "none" or not os.path.isdir(args.vae))
-        refuse_if(args, "vae", other, f"the cache --data-path was made with {name}; remove it")
+        differs = args.image_size not in (None, cache["image_size"])
+        refuse_if(args, "image_size", differs, f"the cache --data-path has {cache['image_size']}; remove it")
         if not (args.no_flip or cache["flips"]):
             say("note: the cache was made without --with-flips, so no clip is mirrored")
             args = args.resolve(no_flip=True)
-    vae = load_vae(args.vae or made.get("vae", "ema"), None if args.vae else owner)  # a cache needs it for samples
+    vae = load_vae(args.vae, made.get("vae"), owner)  # a cache needs it for samples
     if cache:
         check_same(vae, cache.get("vae_sha256"), f"--data-path {args.data_path}")
         differs = any(getattr(vae, name) != cache[name] for name in ("channels", "downsample", "scale", "shift"))
@@ -176,8 +173,10 @@ def resolve_latents(args, start):
 
 def make_config(args, vae, start):
     """The EqMConfig of this run without its classes, from the flags or from a checkpoint that agrees with them."""
-    unit, model = vae.downsample, args.model or DEFAULT_MODEL
-    refuse_if(args, "image_size", args.image_size % unit, f"not a multiple of {unit}, the VAE's downsampling")
+    model, size = args.model or DEFAULT_MODEL, args.image_size
+    unit = vae.downsample * (1 if start.state else model_shape(model)["patch_size"])
+    near = size // unit * unit or unit
+    refuse_if(args, "image_size", size % unit, f"not a multiple of {unit} (VAE and patch); use {near}")
     names = [name for name in (*MODEL_FLAGS, "num_classes") if getattr(args, name) is not None]
     settings = {name: getattr(args, name) for name in ("num_frames", "use_rope", *names)}
     settings |= {"input_size": args.image_size // vae.downsample, "in_channels": vae.channels}
@@ -198,6 +197,7 @@ def make_config(args, vae, start):
         flags = [flag_text(args, name) for name in sorted(args.typed & {*names, "image_size", "val_frames"})]
         flags += [f"{frames_flag(args)} {args.num_frames}", f"model {model}"]
         raise UserError(f"{' '.join(flags)}: {error}") from error
+    config.warn_if_narrow()
     return config
 
 
@@ -250,11 +250,11 @@ def fit_classes(args, config, start, classes):
     num_classes, before = args.num_classes or len(classes), start.config["data"].get("classes", classes)
     refuse_if(args, "num_classes", num_classes < len(classes), f"expected at least the {len(classes)} of --data-path")
     if args.new_classes and not start.resumes:
-        known = len(set(before) & set(classes))
-        say(f"--new-classes: {start.path} knows {known} of {plural(len(classes), 'class')}, and {len(before)} in all")
+        known, count = len(set(before) & set(classes)), plural(len(classes), "class")
+        say(f"--new-classes: {start.path} has {known} of your {count}; others start from the embedding of 'no class'")
     elif start.state is not None:
         got, expected = (f"{', '.join(names[:3])} ({len(names)})" for names in (classes, before))
-        advice = "a run keeps its classes" if start.resumes else "add --new-classes to train with the new ones"
+        advice = "pass its data, or remove --resume" if start.resumes else "add --new-classes to train on these"
         differ = before not in (classes, [str(label) for label in range(len(before))])  # published: no names
         refuse_if(args, "data_path", differ, f"has the classes {got}, {start.flag} has {expected}; {advice}")
         checkpoint.check(start.flag, config, num_classes=num_classes)
@@ -264,8 +264,7 @@ def fit_classes(args, config, start, classes):
 def with_new_classes(state, classes, num_classes):
     """The dict of a checkpoint with other classes, for --new-classes. The optimizer starts from scratch."""
     before = state["config"]["data"]["classes"]
-    rows = [before.index(name) if name in before else -1 for name in classes]
-    rows += [-1] * (num_classes + 1 - len(rows))
+    rows = [before.index(name) if name in before else -1 for name in classes] + [-1] * (num_classes + 1 - len(classes))
     return state | {part: with_classes(state[part], rows) for part in ("model", "ema")} | {"optimizer": None}
 
 

@@ -351,7 +351,7 @@ def write_previews(folder, step, metrics, plan, videos):
     path, fps, gif, mp4 = folder / "samples" / f"{step:07d}", 1 / plan.time_scale, None, None
     with cli.writing(path.with_suffix(".png")):
         path.parent.mkdir(exist_ok=True)
-        write_sheet(path.with_suffix(".png"), videos, plan.names)
+        write_sheet(path.with_suffix(".png"), videos, plan.names, labels=plan.labels)
         if videos.shape[1] > 1:
             gif, mp4 = io.BytesIO(), path.with_suffix(".mp4")
             write_mp4(mp4, tile(videos), fps)

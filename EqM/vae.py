@@ -86,12 +86,15 @@ class VAE:
         return _by_frames(decode, latents.float() / self.scale + self.shift).permute(0, 2, 3, 4, 1).contiguous()
 
 
-def load_vae(name, owner=None):
-    """The frozen VAE that --vae, or else an `owner` such as "the checkpoint", names. Raises UserError."""
+def load_vae(typed, made=None, owner=None):
+    """The frozen VAE of --vae or, if `typed` is None, the VAE `made` of an `owner` such as the checkpoint."""
+    name = (made or "ema") if typed is None else typed
+    if made and name != made and ("none" in (name, made) or {name, made} <= REPOSITORIES.keys()):
+        raise UserError(f"--vae {name}: {owner} was made with {made}; remove --vae")
     if name == "none":
         return VAE(name)
     if name not in REPOSITORIES and not os.path.isdir(name):
-        if owner:
+        if typed is None:
             raise UserError(f"{owner}'s VAE {name}: not found; pass its new path with --vae")
         raise UserError(f"--vae {name}: not found; expected none, ema, mse or a directory of a diffusers AutoencoderKL")
     directory = _download(name) if name in REPOSITORIES else name
@@ -104,7 +107,7 @@ def load_vae(name, owner=None):
     try:
         model, info = AutoencoderKL.from_pretrained(directory, use_safetensors=True, **settings)
     except Exception as error:  # missing and damaged files raise errors of many kinds
-        reason = textwrap.shorten(str(error), 300)
+        reason = textwrap.shorten(str(error), 300).rstrip(".")
         raise UserError(f"--vae {name}: {reason}; pass the directory of a diffusers AutoencoderKL") from error
     if missing := info["missing_keys"]:  # diffusers would initialize them at random
         raise UserError(f"--vae {name}: the weights lack {len(missing)} tensors of its {CONFIG}, {missing[0]} first")

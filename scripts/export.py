@@ -93,7 +93,7 @@ def own_vae(place, flag, data):
     """The VAE of a checkpoint if it is a folder, at `place` if it has moved; None for pixels and downloads."""
     if place is None and data["vae"] in ("none", *REPOSITORIES):
         return None
-    vae = load_vae(place or data["vae"], None if place else flag)
+    vae = load_vae(place, data["vae"], flag)
     check_same(vae, data.get("vae_sha256"), flag)
     return vae
 

@@ -49,17 +49,20 @@ CASES = {
         --ebm l3 | --ckpt | --lr 1e400 | --lr 0 | --ema-decay 1.5 | --forcing 1.5 | --val-fraction=-0.1
         --val-fraction 0 | --rope-speed=-1 | --global-seed=-1 | --save-minutes -1 | --max-steps 0 | --loader-timeout nan
         --position-table time | --frame-interval 4 2 | --num-frames 3 | --rope-split 8,8 | --num-heads 7
-        --image-size 18 | --depth 10000000 | --val-frames 4 2 | --mix 0.2 | --num-classes 1
+        --depth 10000000 | --val-frames 4 2 | --mix 0.2 | --num-classes 1
         --global-batch-size 6 --grad-accum 4 | --data-path '' | --data-path no/such | --data-path pipe
         --data-path one => 1 usable file; expected at least 2
         --data-path broken => can't open any of its videos (2 files), the first is; a.avi: ; ffmpeg
         --vae no/such/vae | --vae empty
         --max-bad-fraction 0.2 --data-path bad => 0.2: 2 of 6 files are corrupt; A/x.avi, B/y.mp4; or raise this limit
-        --results-dir file | --results-dir nowhere | --results-dir file --resume | --ckpt no/such.pt
+        --results-dir file | --results-dir nowhere | --results-dir /proc/x | --results-dir file --resume | --ckpt no/such.pt
         --ckpt no/such.pt --resume | --ckpt pipe | --ckpt /dev/zero | --ckpt loop | --ckpt empty
         --data-path -videos => --data-path
         --global-seed 1000000000000000000000000000000 | --num-workers 1000000 | --num-frames 1000000000000 => at most
         --num-frames 8 --image-size 1000000000 => input_size; 1000000000
+        --image-size 100000 => 1250000000 tokens per clip
+        --max-steps abc => got abc, expected an integer at least 1
+        --image-size 18 => --image-size 18: not a multiple of 4 (VAE and patch); use 16
         --num-frames 400 => the longest training video has 10 frames
         --val-frames 4 400 => --val-frames 400: the longest validation video
         --rope-split 64,64,2 => 130 channels
@@ -89,8 +92,9 @@ CASES = {
         --ckpt image.pt => holds an image model, --video needs
         --ckpt odd.pt => depth 2
         --model EqM-S/4 --ckpt rope.pt => EqM-S/4
-        --vae vae --image-size 32 --ckpt rope.pt => must agree
-        --image-size 32 --ckpt rope.pt | --temporal-patch-size 2 --ckpt rope.pt | --ebm dot --ckpt rope.pt => must agree
+        --vae vae --ckpt rope.pt | --vae ema --ckpt rope.pt => made with none; remove --vae
+        --image-size 32 --ckpt rope.pt => --image-size gives 32: they must agree; change or remove --image-size
+        --temporal-patch-size 2 --ckpt rope.pt | --ebm dot --ckpt rope.pt => must agree
         --position-table none --ckpt table.pt | --rope-speed 1 --ckpt rope.pt | --num-classes 7 --ckpt rope.pt => must
         --optimizer muon --ckpt rope.pt => --optimizer adamw
         --max-steps 10 --ckpt rope.pt => --max-steps 10
@@ -147,7 +151,8 @@ CASES = {
         --given videos --given-split val --num-frames 100 => --given videos: the longest video of --given-split val""",
     "sample fixed": """
         --rope-scale linear => --rope-scale linear; fixed positions
-        --num-frames 16 => tied to num_frames 8""",
+        --vae ema => the checkpoint was made with none; remove --vae
+        --num-frames 16 => tied to num_frames 8; use 8, or train with --use-rope""",
     "sample images": """
         --given videos | --num-frames 4 | --fps 1 => needs videos; add --video
         --ckpt rope.pt => holds a video model: add --video""",
@@ -165,6 +170,7 @@ CASES = {
         no/such.pt new => no such file
         rope.pt => DIR
         rope.pt '' => DIR; empty
+        rope.pt odd.pt new => new: unexpected argument, CKPT is rope.pt, DIR is odd.pt
         rope.pt videos => DIR videos; not empty
         code.pt new => holds code
         rope.pt new --model EqM-XL/2 => --model EqM-XL/2

@@ -38,7 +38,7 @@ def test_a_number_must_be_within_its_bounds(kind, bounds, good, bad):
     for text in good:
         assert parse(text) == kind(text) and type(parse(text)) is kind
     for text in bad:
-        with pytest.raises(argparse.ArgumentTypeError, match=rf"{text}\b.*number "):
+        with pytest.raises(argparse.ArgumentTypeError, match=rf"{text}\b.*(number|integer) "):
             parse(text)
 
 

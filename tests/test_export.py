@@ -164,9 +164,9 @@ def test_fine_tuning_averages_from_its_start_and_a_chained_phase_continues(tmp_p
             before = state["ema"]
 
     trained("a", tmp_path / "shared", (11, 12), status=2)
-    assert "add --new-classes to train with the new ones" in capsys.readouterr().err
+    assert "add --new-classes to train on these" in capsys.readouterr().err
     files, states = trained("a", tmp_path / "shared", (11, 12), "--new-classes")
-    assert "knows 1 of 2 classes" in capsys.readouterr().out
+    assert "has 1 of your 2 classes; others start" in capsys.readouterr().out
     shared, table = load_file(tmp_path / "shared/model.safetensors"), "y_embedder.embedding_table.weight"
     shared[table] = shared[table][[1, 2, 2]]  # B, and C begins with the embedding of no class
     follows(shared, states, 0)

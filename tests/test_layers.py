@@ -34,7 +34,7 @@ BUDGETS = {  # lines of a module or room: of the design or, where that is exceed
 KNOW_CLASSES = {"models", "published", "video", "cache_latents", "preflight", "generation", "given", "sample_gd"}
 KNOW_CLASSES |= {"scoring", "evaluate"}
 NAME_CLASSES = {  # what the others name without knowing it
-    "train": {"classes", "class_dropout_prob"},  # of the folders; the rate of dropped conditions
+    "train": {"classes", "class_dropout_prob", "labels"},  # of folders; of dropped conditions; of samples
     "train_vae": {"classes"},
     "checkpoint": {"new_classes"},  # a flag
     "runtime.cli": {"formatter_class"},  # of argparse

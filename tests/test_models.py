@@ -267,11 +267,11 @@ def test_an_inconsistent_configuration_is_refused(message, changes):
 
 
 def test_a_width_below_the_values_per_token_warns(recwarn):
-    EqM_models["EqM-Ti/4"](depth=1, in_channels=3)  # 192 values, hidden_size 192
-    EqM_models["EqM-S/4"](depth=1)
+    model_config("EqM-Ti/4", in_channels=3).warn_if_narrow()  # 192 values, hidden_size 192
+    model_config("EqM-S/4").warn_if_narrow()
     assert len(recwarn) == 0
     with pytest.warns(UserWarning, match=r"a token holds 256 values .* hidden_size is only 192"):
-        EqM_models["EqM-Ti/4"](depth=1)
+        model_config("EqM-Ti/4").warn_if_narrow()
 
 
 # Parts --------------------------------------------------------------------------------------------------------------

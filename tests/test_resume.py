@@ -152,7 +152,8 @@ def test_a_deleted_run_folder_is_one_line_and_deleted_subfolders_are_recreated(s
     with counted_steps(script, 2, lambda: delete("")):
         run_main(script, *flags, status=1)
     (line,) = [line for line in capsys.readouterr().err.splitlines() if "error" in line]  # beside the bar's
-    assert line == f"{script.__name__}.py: error: {run.results / folder.name} was deleted or moved during the run"
+    words = f"{run.results / folder.name} was deleted or moved during the run; put it back, then continue"
+    assert line.startswith(f"{script.__name__}.py: error: {words}")
 
 
 def test_a_damaged_checkpoint_is_named_and_the_previous_one_is_used(whole, tmp_path, capsys):

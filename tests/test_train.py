@@ -308,14 +308,17 @@ def test_a_run_its_resume_and_a_later_phase_report_all_deviations(tmp_path, caps
     assert (rows[-1]["lr"], rows[-1]["muon_lr"]) == (1e-4, 0.01)
 
     again = [*flags, "--val-clips", 2, "--results-dir", results, "--num-workers", 0, "--max-steps", 2]
-    for start, named in ((["--resume"], f"--resume, {ckpt}"), (["--ckpt", ckpt], f"--ckpt {ckpt}")):
+    for start, named in ((["--resume"], f"--resume of {ckpt}"), (["--ckpt", ckpt], f"--ckpt {ckpt}")):
         for other in (["--position-table", "none"], ["--rope-speed", 0.25]):
             line = refused(capsys, train, *again, *start, *other)
             assert named in line and other[0] in line
     (data / "B").rename(data / "C")
-    classes = f"has the classes A, C (2), --resume, {ckpt} has A, B (2); a run keeps"
+    classes = f"has the classes A, C (2), --resume of {ckpt} has A, B (2); pass its data"
     assert classes in refused(capsys, train, *again, "--resume")
     (data / "C").rename(data / "B")
+    capsys.readouterr()
+    run_main(train, *again, "--resume", "--dry-run")
+    assert "note: a token holds 64 values" in capsys.readouterr().out
     run_main(train, *again, "--resume")
     run_main(train, *again, "--num-frames", 9, "--ckpt", ckpt.with_name("0000001.pt"))
     assert "note: --ckpt was trained with --forcing 0.5, this phase is not, so it may" in capsys.readouterr().out

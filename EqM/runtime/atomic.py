@@ -58,7 +58,7 @@ def why_unwritable(path, error):
     """Explain in one line why writing `path` raised an OSError: its folder is gone, its disk is full, or the error."""
     path = Path(path)
     if missing := [folder for folder in path.absolute().parents if not folder.exists()]:
-        return f"{missing[-1]} was deleted or moved during the run"
+        return f"{missing[-1]} was deleted or moved during the run; put it back, then continue (training: --resume)"
     if error.errno not in FULL:
         return f"{path} can't be written ({error.strerror or error})"
     disk = next(folder for folder in path.resolve().parents if folder.is_mount())

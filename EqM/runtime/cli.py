@@ -9,11 +9,12 @@ import re
 import shutil
 import signal
 import sys
+import tempfile
 import threading
 import time
 import traceback
 import warnings
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 
 import torch
@@ -90,14 +91,15 @@ class ArgumentParser(argparse.ArgumentParser):
         names = [action.dest for action in self._actions if action.dest != "help"]
         found, rest = self.parse_known_args(args, argparse.Namespace(**dict.fromkeys(names, UNTYPED)))
         if rest:
-            self.error(self.explain(rest[0].split("=")[0]))
+            self.error(self.explain(rest[0].split("=")[0], found))
         typed = [name for name in names if getattr(found, name) is not UNTYPED]
         return Flags(vars(found) | {name: self.get_default(name) for name in names if name not in typed}, typed)
 
-    def explain(self, word):
+    def explain(self, word, found):
         """Say why a word of the command line is wrong: a mistyped flag or an unexpected argument."""
         if not word.startswith("-"):
-            return f"{word}: unexpected argument; if a pattern matches several files, name one of them"
+            got = [f", {one.metavar} is {getattr(found, one.dest)}" for one in self._get_positional_actions()]
+            return f"{word}: unexpected argument{''.join(got)}; if a pattern matches several files, name one of them"
         close = difflib.get_close_matches(word, self._option_string_actions, n=1, cutoff=0.75)
         return f"{word}: no such flag; {f'did you mean {close[0]}?' if close else 'see --help'}"
 
@@ -111,16 +113,17 @@ def flag_text(args, name):
 
 def number(kind, above=-math.inf, least=-math.inf, most=math.inf):
     """A `type=` for argparse: an int or a finite float within bounds. `above` is exclusive."""
-    bounds = {"above": above, "at least": least, "at most": most}
+    bounds, noun = {"above": above, "at least": least, "at most": most}, "an integer" if kind is int else "a number"
     expected = " and ".join(f"{word} {bound}" for word, bound in bounds.items() if abs(bound) < math.inf)
 
     def parse(text):
-        value = kind(text)
+        value = math.nan
+        with suppress(ValueError):
+            value = kind(text)
         if not (value > above and least <= value <= most and abs(value) < math.inf):
-            raise argparse.ArgumentTypeError(f"got {text}, expected a number {expected}")
+            raise argparse.ArgumentTypeError(f"got {text}, expected {noun} {expected}")
         return value
 
-    parse.__name__ = kind.__name__  # argparse names it where the text is not a number
     return parse
 
 
@@ -182,7 +185,7 @@ def check_devices():
 
 
 def check_writable(flag, folder):
-    """Raise UserError unless `folder` is writable or can be made. Touches nothing."""
+    """Raise UserError unless `folder` is writable or can be made. Leaves nothing behind."""
     if not str(folder):
         raise UserError(f"{flag} '': an empty name; name a folder")
     place = Path(folder).absolute()
@@ -190,8 +193,10 @@ def check_writable(flag, folder):
         raise UserError(f"{flag} {str(folder)[:50]}...: a name of more than 255 bytes; use a shorter one")
     while not os.path.lexists(place):  # a broken link blocks a folder, as a file does
         place = place.parent
-    if not place.is_dir() or not os.access(place, os.W_OK):
-        raise UserError(f"{flag} {folder}: {place} is not a writable folder; name another")
+    try:
+        os.rmdir(tempfile.mkdtemp(dir=place))  # os.access allows root to write to /proc
+    except OSError as error:
+        raise UserError(f"{flag} {folder}: {place} is not a writable folder; name another") from error
 
 
 # ----------------------------------------------------------------------------------------------------------------------
