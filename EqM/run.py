@@ -2,6 +2,7 @@
 
 import functools
 import json
+import os
 import time
 
 import checkpoint
@@ -78,9 +79,9 @@ class Run:
         if len(self.stats):
             save()
         self.writer.wait()
-        sender = self.stop.name or "a signal to another rank"
         where = f"and saved at step {step}" if step else "before the first step"
-        self.log(f"stopped by {sender} {where}: to continue, run the same command with --resume")
+        advice = os.environ.get("EQM_ADVICE", "run the same command with --resume")  # a shell script adds the flag
+        self.log(f"stopped by {self.stop.name or 'a signal to another rank'} {where}: to continue, {advice}")
 
     def close(self):
         """Wait for the other ranks and end the loader processes."""

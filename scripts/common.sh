@@ -1,6 +1,7 @@
 # Functions that the scripts share. A script sources this file from the repository's root, with its own arguments.
 
 SCRIPT=${SCRIPT:-$(basename "$0")} # Slurm runs a copy with another name
+export EQM_ADVICE="run the same command again" # what a stopped training tells the user
 
 complain() { # MESSAGE: print a mistake of the user, and exit
   printf '%s: error: %s\n' "$SCRIPT" "$*" >&2
@@ -38,6 +39,19 @@ counts() { # NAMES of variables: each must be a whole number of at least 1; remo
   done
 }
 
+shares() { # NAMES of variables: each must be a number from 0 to 1
+  local name
+  for name in "$@"; do
+    awk -v x="${!name}" 'BEGIN { exit !(x + 0 == x && x >= 0 && x <= 1) }' ||
+      complain "$name=$(printf %q "${!name}"): not a share; expected a number from 0 to 1"
+  done
+}
+
+check_exp() { # EXP must stay inside results/ and samples/
+  [[ $EXP != /* && /$EXP/ != */../* ]] ||
+    complain "EXP=$(printf %q "$EXP"): not inside results/; expected a name without a leading / and without .."
+}
+
 check_gpus() { # GPUS must be a number of processes that this machine has GPUs for; without a GPU, any
   counts GPUS
   local found
@@ -72,6 +86,7 @@ processes() { # set RUN to the command that starts a Python script in GPUS proce
 }
 
 find_model() { # set CKPT to the newest model of results/$EXP, or to that folder if it is an export
+  check_exp
   local file folder known=
   for file in "results/$EXP"/*/checkpoints/best.pt "results/$EXP/model.safetensors"; do
     if [[ -f $file && (-z $CKPT || $file -nt $CKPT) ]]; then CKPT=$file; fi

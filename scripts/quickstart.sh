@@ -29,16 +29,25 @@ export BATCH_1=${BATCH_1:-32} BATCH_2=${BATCH_2:-16} BATCH_3=${BATCH_3:-8}      
 export ONE_RUN=${ONE_RUN:-1} FORCING=${FORCING:-0.5} LR_DECAY=${LR_DECAY:-0.4} RECIPE=small
 export COMPILE=0 CACHE=0 # compiling takes longer than it saves here; pixels need no encoding
 [[ $ONE_RUN == 1 ]] && MIX=(--mix 0.1) || MIX=() # without it the model forgets half of what 4 frames taught it
-SAMPLES=${SAMPLES:-48} FRAMES=${FRAMES:-16 7 24}
+SAMPLES=${SAMPLES:-48} FRAMES=${FRAMES:-16 7 24} VIDEOS=${VIDEOS:-60} SEED=${SEED:-0}
+
+# Find mistakes before anything is installed
+counts VIDEOS SAMPLES
+for frames in $FRAMES; do
+  [[ $frames =~ ^[1-9][0-9]*$ ]] || complain "FRAMES=$(printf %q "$FRAMES"): not counts; expected one or more, as in '16 7'"
+done
+[[ $SEED =~ ^[0-9]{1,9}$ ]] || complain "SEED=$(printf %q "$SEED"): not a seed; expected a whole number of at least 0"
+[[ ${PRECISION:-bf16} =~ ^(bf16|fp32)$ ]] || complain "PRECISION=$(printf %q "$PRECISION"): expected bf16 or fp32"
+SCRIPT=$SCRIPT EQM_ONLY_CHECK=1 bash scripts/train_progressive.sh
 
 bash scripts/setup.sh
-.venv/bin/python datasets/make_moving_shapes.py --out="$DATA" --videos-per-class="${VIDEOS:-60}" --seconds 1.4
+.venv/bin/python datasets/make_moving_shapes.py --out="$DATA" --videos-per-class="$VIDEOS" --seconds 1.4
 
 bash scripts/train_progressive.sh \
   --depth 4 --hidden-size 128 --num-heads 4 --rope-theta 100 \
   --temporal-patch-size 4 --image-size 16 --vae none --no-flip \
   --num-workers 0 --cache-frames "${MIX[@]}" ${PRECISION:+--precision="$PRECISION"} \
-  --lr 2e-3 --warmup-steps 20 --ema-decay 0.99 --gamma-shift 2 --global-seed "${SEED:-0}" \
+  --lr 2e-3 --warmup-steps 20 --ema-decay 0.99 --gamma-shift 2 --global-seed "$SEED" \
   --log-every 50 --val-every 100000 --val-clips 32 --sample-every 0 \
   --sampler ngd --num-sampling-steps 20 --stepsize 0.0262 --cfg-scale 1.5
 

@@ -45,9 +45,15 @@ COMPILE=${COMPILE:-$ON_GPU} # it gains nothing on a CPU and can't train an energ
 export TORCH_ELASTIC_SHUTDOWN_TIMEOUT=${TORCH_ELASTIC_SHUTDOWN_TIMEOUT:-100}
 
 # The variables and flags that only this script can check
-counts FRAMES_1 FRAMES_2 FRAMES_3 STEPS_1 STEPS_2 STEPS_3 BATCH_1 BATCH_2 BATCH_3
+counts GPUS FRAMES_1 FRAMES_2 FRAMES_3 STEPS_1 STEPS_2 STEPS_3 BATCH_1 BATCH_2 BATCH_3
+shares LR_DECAY ${FORCING:+FORCING}
+check_exp
+[[ $MODEL =~ ^EqM-[A-Za-z]+/[0-9]+$ ]] || complain "MODEL=$(printf %q "$MODEL"): unknown model; expected one such as EqM-S/4"
 for name in CACHE FLIPS COMPILE ONE_RUN; do
   [[ ${!name} == [01] ]] || complain "$name=$(printf %q "${!name}"): not a switch; expected 0 or 1"
+done
+for name in BATCH_1 BATCH_2 BATCH_3; do
+  [[ $((${!name} % GPUS)) == 0 ]] || complain "$name=${!name}: not a multiple of GPUS=$GPUS; change one of them"
 done
 for phase in 2 3; do
   steps=STEPS_$phase earlier=STEPS_$((phase - 1))
@@ -58,24 +64,31 @@ if [[ $ONE_RUN == 0 && ($FRAMES_1 == "$FRAMES_2" || $FRAMES_2 == "$FRAMES_3" || 
   complain "FRAMES_1=$FRAMES_1 FRAMES_2=$FRAMES_2 FRAMES_3=$FRAMES_3: two phases are the same;" \
     "expected three different numbers, or ONE_RUN=1"
 fi
+replace() { # FLAG: set INSTEAD to the variables that set this flag of train.py
+  INSTEAD=
+  case $1 in
+    --num-frames | --frames-schedule) INSTEAD="FRAMES_1, FRAMES_2 and FRAMES_3" ;;
+    --max-steps | --epochs) INSTEAD="STEPS_1, STEPS_2 and STEPS_3" ;;
+    --global-batch-size) INSTEAD="BATCH_1, BATCH_2 and BATCH_3" ;;
+    --model) INSTEAD=MODEL ;;
+    --data-path) INSTEAD=DATA ;;
+    --results-dir) INSTEAD=EXP ;;
+    --ckpt) [[ $ONE_RUN == 1 ]] || INSTEAD="ONE_RUN=1, as each phase has its own --ckpt" ;;
+    --mix) [[ $ONE_RUN == 1 ]] || INSTEAD="ONE_RUN=1, as --mix needs all phases in one run" ;;
+    --vae | --image-size) [[ $CACHE == 0 ]] || INSTEAD="VAE and IMAGE_SIZE for the cache, or CACHE=0 for none" ;;
+  esac
+}
+
 MAX_BAD= previous=
 for word in "$@"; do
-  flag=${word%%=*} instead=
-  case $flag in
-    --num-frames | --frames-schedule) instead="FRAMES_1, FRAMES_2 and FRAMES_3" ;;
-    --max-steps | --epochs) instead="STEPS_1, STEPS_2 and STEPS_3" ;;
-    --global-batch-size) instead="BATCH_1, BATCH_2 and BATCH_3" ;;
-    --model) instead=MODEL ;;
-    --data-path) instead=DATA ;;
-    --results-dir) instead=EXP ;;
-    --ckpt) [[ $ONE_RUN == 1 ]] || instead="ONE_RUN=1, as each phase has its own --ckpt" ;;
-    --vae | --image-size) [[ $CACHE == 0 ]] || instead="VAE and IMAGE_SIZE for the cache, or CACHE=0 for none" ;;
-  esac
-  [[ -z $instead ]] || complain "$flag: not a flag of this script; set $instead"
-  [[ $flag != --max-bad-fraction ]] || MAX_BAD=${word#*=} # also for the cache
+  replace "${word%%=*}"
+  [[ -z $INSTEAD ]] || complain "${word%%=*}: not a flag of this script; set $INSTEAD"
+  [[ $word != --max-bad-fraction=* ]] || MAX_BAD=${word#*=} # also for the cache
   [[ $previous != --max-bad-fraction ]] || MAX_BAD=$word
   previous=$word
 done
+[[ -z ${EQM_ONLY_CHECK:-} ]] || exit 0 # quickstart.sh makes the data later
+[[ -d $DATA ]] || complain "DATA=$(printf %q "$DATA"): no such folder; set DATA to the folder of your videos"
 
 find_run() { # PHASE: set FOLDER to its newest run and SAVED to a checkpoint there; each is empty if there is none
   local frames=FRAMES_$1 runs files
@@ -116,43 +129,53 @@ FLAGS+=(--forcing "${FORCING:-${SHARE##* }}" --lr-decay "$LR_DECAY")
 [[ $COMPILE == 1 && " $* " != *" --ebm"[\ =]* ]] && FLAGS+=(--compile)
 TRAIN=(EqM/train.py --video --use-rope --model="$MODEL" --results-dir="results/$EXP" "${FLAGS[@]}")
 
-run() { # COMMAND: pass a signal to this script on to the command, which saves and ends first
+run() { # ADVICE COMMAND: pass a signal to this script on to the command, which saves and ends first
   local status=0 signalled=0
-  "$@" &
+  (trap - INT && exec "${@:2}") & # bash ignores SIGINT in the background
   local child=$!
-  trap 'signalled=1; kill -TERM "$child"' TERM USR1
-  # A terminal sends SIGINT to torchrun as well. Python ignores it, because bash started it in the background
-  trap 'signalled=1; [[ ${RUN[0]} != python ]] || kill -TERM "$child"' INT
-  wait "$child" || status=$?
+  trap 'signalled=143; kill -TERM "$child"' TERM USR1
+  trap 'signalled=130' INT # a terminal sends it to the command as well
+  wait "$child" 2>/dev/null || status=$? # without the report of bash on a kill
   while kill -0 "$child" 2>/dev/null; do # a signal ends the wait, not the child
     status=0
-    wait "$child" || status=$?
+    wait "$child" 2>/dev/null || status=$?
   done
   trap - TERM INT USR1
-  if [[ $signalled == 1 ]]; then
-    echo "$SCRIPT: interrupted; the same command continues"
-    exit 143
+  if [[ $signalled != 0 ]]; then
+    # With status 0 or 130 the command's last line says this
+    [[ $status == 0 || $status == 130 ]] || echo "$SCRIPT: interrupted; to continue, $EQM_ADVICE"
+    exit "$signalled"
+  fi
+  if [[ $status == 137 ]]; then
+    echo "$SCRIPT: error: killed (often out of memory): $1; the same command continues" >&2
   fi
   return "$status"
 }
 
 activate
 processes
-for name in BATCH_1 BATCH_2 BATCH_3; do
-  [[ $((${!name} % GPUS)) == 0 ]] || complain "$name=${!name}: not a multiple of GPUS=$GPUS; change one of them"
-done
 SCHEDULE=$FRAMES_1:$STEPS_1:$BATCH_1,$FRAMES_2:$STEPS_2:$BATCH_2,$FRAMES_3:$STEPS_3:$BATCH_3
 CACHED=()
 [[ $CACHE == 0 ]] || CACHED=(--vae="$VAE" --image-size="$IMAGE_SIZE")
 # Find the mistakes of all phases before the cache, which may take hours, and before phase 1. One run without a cache
 # checks itself
 if [[ $BEGUN == 0 && ($CACHE == 1 || $ONE_RUN == 0) ]]; then
-  WORLD_SIZE=$GPUS python "${TRAIN[@]}" --data-path="$DATA" --frames-schedule="$SCHEDULE" "${CACHED[@]}" "$@" \
-    --dry-run >/dev/null
+  ERRORS=$(mktemp) status=0
+  EQM_ERROR_FILE=$ERRORS WORLD_SIZE=$GPUS python "${TRAIN[@]}" --data-path="$DATA" --frames-schedule="$SCHEDULE" \
+    "${CACHED[@]}" "$@" --dry-run >/dev/null || status=$?
+  LINE=$(<"$ERRORS")
+  rm "$ERRORS"
+  read -ra words <<<"$LINE"
+  for word in "${words[@]}"; do # name the variables of flags that the user did not give
+    replace "${word%:}"
+    [[ -z $INSTEAD || " $*" == *" ${word%:}"* ]] || LINE+="; to change ${word%:}, set $INSTEAD"
+  done
+  [[ -z $LINE ]] || printf '%s\n' "$LINE" >&2
+  [[ $status == 0 ]] || exit "$status"
 fi
 if [[ $CACHE == 1 ]]; then
   [[ $FLIPS == 1 ]] && CACHED+=(--with-flips)
-  run "${RUN[@]}" EqM/cache_latents.py --data-path="$DATA" --out="$LATENTS" "${CACHED[@]}" \
+  run "free some memory" "${RUN[@]}" EqM/cache_latents.py --data-path="$DATA" --out="$LATENTS" "${CACHED[@]}" \
     ${MAX_BAD:+--max-bad-fraction="$MAX_BAD"}
   DATA=$LATENTS
 fi
@@ -160,7 +183,7 @@ fi
 train() { # PHASE STEPS FLAGS: train a phase of so many steps
   local every=$(($2 > 20 ? $2 / 20 : 1))
   find_run "$1"
-  run "${RUN[@]}" "${TRAIN[@]}" --data-path="$DATA" ${FOLDER:+--resume} \
+  run "lower BATCH_n or --num-workers" "${RUN[@]}" "${TRAIN[@]}" --data-path="$DATA" ${FOLDER:+--resume} \
     --val-every="$every" --sample-every="$every" "${@:3}"
 }
 

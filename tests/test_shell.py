@@ -29,7 +29,8 @@ def bash(tmp_path):
     """A function that runs a copy of a script with only a few harmless commands; the script may change no file."""
     for folder in ("scripts", "datasets"):
         shutil.copytree(ROOT / folder, tmp_path / folder, ignore=shutil.ignore_patterns("[!.]*.py", "stud*", "*.html"))
-    (tmp_path / "bin").mkdir()
+    for folder in ("bin", "datasets/ucf-101", f"{ODD}data"):
+        (tmp_path / folder).mkdir(parents=True)
     for name in ("bash", "awk", "dirname", "basename", "cat", "rm", "mktemp", "ls", "env", "grep", "tail"):
         (tmp_path / "bin" / name).symlink_to(shutil.which(name))
 
@@ -65,6 +66,11 @@ def test_a_script_answers_help_with_its_variables_and_does_nothing_else(script, 
         ("sample.sh", "", {"FRAME": "3"}, ["FRAME: ", "EXP CKPT FRAMES SAMPLES OUT GPUS"]),
         ("train_progressive.sh", "", {"DATA_PATH": "x"}, ["DATA_PATH: ", "DATA GPUS"]),
         *((f"{name}.sh", "", {"CKPT": "x"}, [NO_TORCH]) for name in NEED_TORCH),
+        *(
+            (f"{name}.sh", "", {"EXP": value}, [f"EXP={value}: not inside results/"])
+            for name in ("sample", "score", "train_progressive", "quickstart", "weizmann")
+            for value in ("../x", "/x")
+        ),
         ("weizmann.sh", "", {"GPUS": "0"}, ["GPUS=0: "]),
         *(
             (f"{name}.sh", "", {"EXP": "no\nsuch"}, ["EXP=$'no\\nsuch': ", "expected one of: (none yet); or set CKPT"])
@@ -78,9 +84,12 @@ def test_a_script_answers_help_with_its_variables_and_does_nothing_else(script, 
                 ("train_progressive", "STEPS_1"),
                 ("train_progressive", "BATCH_3"),
                 ("quickstart", "GPUS"),
+                *(("quickstart", name) for name in ("STEPS_1", "MODEL", "LR_DECAY", "VIDEOS", "FRAMES", "PRECISION")),
             )
             for value in ("0", "\n", "x", "1 2", "a[$(touch hacked)]")
+            if (name, value) not in (("LR_DECAY", "0"), ("FRAMES", "1 2"), ("FRAMES", "\n"))
         ),
+        ("quickstart.sh", "", {"SEED": "-1"}, ["SEED=-1: "]),
         ("score.sh", "", {"METRIC": "prediction", "REAL": "many"}, ["REAL=many: ", "at least 1"]),
         *(
             ("train_progressive.sh", flags, dict(pair.split("=") for pair in variables.split()), words)
@@ -89,6 +98,10 @@ def test_a_script_answers_help_with_its_variables_and_does_nothing_else(script, 
                 ("", "STEPS_3=100000", ["STEPS_3=100000: not above STEPS_2=100000"]),
                 ("", "FRAMES_3=4", ["FRAMES_3=4: ", "ONE_RUN=1"]),
                 ("", "CACHE=yes", ["CACHE=yes: ", "0 or 1"]),
+                ("", "DATA=none", ["DATA=none: no such folder; set DATA"]),
+                ("", "LR_DECAY=2", ["LR_DECAY=2: ", "from 0 to 1"]),
+                ("", "MODEL=S", ["MODEL=S: ", "EqM-S/4"]),
+                ("--mix 0.1", "", ["--mix: ", "ONE_RUN=1"]),
                 ("--max-steps=5", "", ["--max-steps: ", "STEPS_3"]),
                 ("--ckpt x", "", ["--ckpt: ", "ONE_RUN=1"]),
                 ("--vae=none", "", ["--vae: ", "CACHE=0"]),
@@ -124,6 +137,20 @@ def test_a_mistake_of_any_phase_ends_the_script_before_the_cache(bash):
     assert "--frames-schedule=4:50000:256,8:100000:128,16:150000:64 --vae=ema --image-size=256 --lr x" in done.stderr
 
 
+def test_a_mistake_that_train_py_finds_names_the_variable(bash):
+    python = 'echo "train.py: error: --lr 1 --frames-schedule 2: too few" >"$EQM_ERROR_FILE"; exit 2'
+    done = bash("scripts/train_progressive.sh", "--lr", "1", commands={"python": python, "torchrun": ""}, GPUS="1")
+    expected = "too few; to change --frames-schedule, set FRAMES_1, FRAMES_2 and FRAMES_3\n"
+    assert done.returncode == 2 and done.stderr == f"train.py: error: --lr 1 --frames-schedule 2: {expected}"
+
+
+def test_a_killed_run_says_in_one_line_how_to_go_on(bash):
+    python = "[[ $* == *--dry-run* ]] || kill -KILL $$"
+    done = bash("scripts/train_progressive.sh", commands={"python": python, "torchrun": ""}, GPUS="1", CACHE="0")
+    expected = "killed (often out of memory): lower BATCH_n or --num-workers; the same command continues"
+    assert (done.returncode, done.stderr) == (137, f"train_progressive.sh: error: {expected}\n")
+
+
 def test_more_processes_than_gpus_are_refused(bash):
     commands = {"nvidia-smi": 'echo "GPU 0: a"; echo "GPU 1: b"', "torchrun": "echo started"}
     done = bash("scripts/sample.sh", commands=commands, GPUS="3", CKPT="x")
@@ -143,24 +170,33 @@ def test_an_unknown_experiment_lists_the_models(script, bash, tmp_path):
     assert "--ckpt=results/export " in bash(f"scripts/{script}", commands=commands, EXP="export").stdout
 
 
-def test_ctrl_c_reaches_a_run_of_one_process(bash, tmp_path):
-    code = "trap 'echo saved; exit' TERM; echo started; while true; do sleep 0.05; done"
+@pytest.mark.parametrize(
+    ("name", "ending", "status", "printed"),
+    [
+        ("INT", "echo $EQM_ADVICE; exit", 130, "run the same command again\n"),
+        ("INT", "exit 1", 130, "train_progressive.sh: interrupted; to continue, run the same command again\n"),
+        ("TERM", "echo $EQM_ADVICE; exit", 143, "run the same command again\n"),
+    ],
+)
+def test_a_signal_reaches_a_run_of_one_process_and_one_line_gives_advice(name, ending, status, printed, bash, tmp_path):
+    code = f"trap '{ending}' {name}; echo started; while true; do sleep 0.05; done"
+    (tmp_path / "data").mkdir()
     code = f"[[ $* == *--dry-run* ]] && exit\n{code}"
     write_commands(tmp_path / "bin", {"python": code, "torchrun": ""})
     path = f"{tmp_path / 'bin'}:{os.environ['PATH']}"
     process = subprocess.Popen(
         ["bash", "scripts/train_progressive.sh"], cwd=tmp_path, start_new_session=True, text=True,
-        env=os.environ | {"PATH": path, "GPUS": "1", "CACHE": "0", "EXP": "x"}, stdout=subprocess.PIPE,
+        env=os.environ | {"PATH": path, "GPUS": "1", "CACHE": "0", "EXP": "x", "DATA": "data"}, stdout=subprocess.PIPE,
     )  # fmt: skip
     try:
         assert process.stdout.readline() == "started\n"
-        os.killpg(process.pid, signal.SIGINT)  # as a terminal does
+        send = os.killpg if name == "INT" else os.kill  # a terminal sends SIGINT to the whole group
+        send(process.pid, signal.Signals[f"SIG{name}"])
         found, _ = process.communicate(timeout=20)
     finally:
         if process.poll() is None:
             os.killpg(process.pid, signal.SIGKILL)
-    assert "saved" in found and "interrupted; the same command continues" in found
-    assert process.returncode == 143
+    assert (process.returncode, found) == (status, printed)
 
 
 # ----------------------------------------------------------------------------------------------------------------------

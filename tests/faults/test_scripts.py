@@ -44,7 +44,7 @@ def test_train_progressive_saves_on_a_signal_and_continues(number, shapes, tree)
     left = descendants(process.pid)
     process.send_signal(number)
     output = end(process, 143)
-    assert "and saved at step" in output and output.rstrip().endswith("interrupted; the same command continues")
+    assert "and saved at step" in output and output.rstrip().endswith("to continue, run the same command again")
     wait_gone(left)
     step = torch.load(second / "checkpoints/latest.pt", weights_only=True)["step"]
     settings |= {"STEPS_2": step + 1, "STEPS_3": step + 2}
