@@ -55,8 +55,8 @@ CASES = {
         --data-path broken => can't open any of its videos (2 files), the first is; a.avi: ; ffmpeg
         --vae no/such/vae | --vae empty
         --max-bad-fraction 0.2 --data-path bad => 0.2: 2 of 6 files are corrupt; A/x.avi, B/y.mp4; or raise this limit
-        --results-dir file | --results-dir nowhere | --results-dir /proc/x | --results-dir file --resume | --ckpt no/such.pt
-        --ckpt no/such.pt --resume | --ckpt pipe | --ckpt /dev/zero | --ckpt loop | --ckpt empty
+        --results-dir file | --results-dir nowhere | --results-dir /proc/x | --results-dir file --resume
+        --ckpt no/such.pt | --ckpt no/such.pt --resume | --ckpt pipe | --ckpt /dev/zero | --ckpt loop | --ckpt empty
         --data-path -videos => --data-path
         --global-seed 1000000000000000000000000000000 | --num-workers 1000000 | --num-frames 1000000000000 => at most
         --num-frames 8 --image-size 1000000000 => input_size; 1000000000
