@@ -210,7 +210,9 @@ def load(path, parts=PARTS, **asked):
         raise UserError(f"--ckpt {path}: not a checkpoint of this project; expected {expected}")
     if state["version"] != VERSION:
         raise UserError(f"--ckpt {path}: has format version {state['version']}, this code reads version {VERSION}")
-    if not all(names <= state["config"][part].keys() for part, names in SETTINGS.items()):
+    if not isinstance(state["step"], int) or not all(
+        names <= state["config"][part].keys() for part, names in SETTINGS.items()
+    ):
         raise UserError(f"--ckpt {path}: lacks settings; commit f311e33 reads older files")  # the last one to
     return state
 
