@@ -21,7 +21,7 @@ from video.files import UnreadableError
 
 ROOT = Path(train.__file__).resolve().parents[1]
 FORGED = "\nstep 9: validation loss 0.0000\n"
-ODD = "-o  'd\"d`touch hacked`$(touch hacked);[x]* %s {0} ü😀\x1b[31m" + FORGED
+ODD = "-o  'd\"d`touch hacked`$(touch hacked);[x]* %s {0} ü😀跳\x1b[31m" + FORGED
 CLASSES = ["-A" + ODD, "B '" + FORGED + "x" * 150]
 
 
@@ -58,7 +58,9 @@ def test_all_scripts_work_with_odd_names_and_no_log_line_is_forged(tmp_path, mon
 
     logs = [path.read_text(encoding="utf-8") for path in results.rglob("log.txt")]
     assert len(logs) == 3 and any("broken-o" in log for log in logs)
-    for text in (capsys.readouterr().out, *logs):
+    printed = capsys.readouterr().out
+    assert "pictures say 'class 0' instead" in printed and "pictures say 'row" not in printed
+    for text in (printed, *logs):
         assert not any(line.startswith("step 9:") for line in text.splitlines())
         assert "\x1b" not in text
     for folder in results.glob("[0-9]*"):
