@@ -77,34 +77,34 @@ def parse_args():
 def add_model_and_data_flags(parser):
     add = parser.add_argument_group("model").add_argument
     add("--video", action="store_true", help="train on videos; without it on images")
-    default = f"default: that of --ckpt, else {preflight.DEFAULT_MODEL}"
+    default = f"default: from --ckpt, else {preflight.DEFAULT_MODEL}"
     add("--model", choices=NAMES, metavar="NAME", help="EqM-{Ti,S,B,L,XL}/{2,4,8}: size / patch; " + default)
-    add("--depth", type=COUNT, help="number of blocks; default: that of --ckpt, else of --model")
-    add("--hidden-size", type=COUNT, help="width; default: that of --ckpt, else of --model")
-    add("--num-heads", type=COUNT, help="attention heads; default: that of --ckpt, else of --model")
+    add("--depth", type=COUNT, help="number of blocks; default: from --ckpt, else from --model")
+    add("--hidden-size", type=COUNT, help="width; default: from --ckpt, else from --model")
+    add("--num-heads", type=COUNT, help="attention heads; default: from --ckpt, else from --model")
     add("--num-frames", type=COUNT, help="frames per clip; default: 16, images have 1")
     schedule = "phases in one run, such as 4:20000:256,8:30000:128: frames, global step at which the phase ends, clips "
     schedule += "per step (default: as many tokens as in the first phase)"
     add("--frames-schedule", type=parse_schedule, metavar="F:STEP[:BATCH],...", help=schedule)
     add("--mix", type=SHARE, default=0.0, help="fraction of later phases' steps with an earlier clip length; 0 = off")
     add("--use-rope", action="store_true", help="3D rotary positions, for any number of frames; default: fixed ones")
-    add("--temporal-patch-size", type=COUNT, help="frames per patch; default: that of --ckpt, else the spatial size")
-    add("--rope-theta", type=POSITIVE, help="base of the frequencies; default: that of --ckpt, else 10000")
-    split = "channels of a head for time, height and width, such as 16,8,8; default: that of --ckpt, else a third each"
+    add("--temporal-patch-size", type=COUNT, help="frames per patch; default: from --ckpt, else the spatial size")
+    add("--rope-theta", type=POSITIVE, help="base of the frequencies; default: from --ckpt, else 10000")
+    split = "channels of a head for time, height and width, such as 16,8,8; default: from --ckpt, else a third each"
     add("--rope-split", metavar="T,H,W", help=split)
-    speed = "patches by which spatial positions move per temporal patch at 25 fps; default: that of --ckpt, else 0"
+    speed = "patches by which spatial positions move per temporal patch at 25 fps; default: from --ckpt, else 0"
     add("--rope-speed", type=NON_NEGATIVE, help=speed)
-    table = "space: add fixed positions of height and width to rotary ones; default: that of --ckpt, else none"
+    table = "space: add fixed positions of height and width to rotary ones; default: from --ckpt, else none"
     add("--position-table", choices=POSITION_TABLES, help=table)
-    add("--qk-norm", action="store_true", default=None, help="normalize queries and keys (RMSNorm); default: as --ckpt")
-    add("--ebm", choices=EBMS, help="energy whose negative gradient is the field; default: as --ckpt, else none")
+    add("--qk-norm", action="store_true", default=None, help="normalize queries and keys (RMSNorm); default: from --ckpt")
+    add("--ebm", choices=EBMS, help="energy whose negative gradient is the field; default: from --ckpt, else none")
     add("--num-classes", type=COUNT, help="number of classes; default: number of class folders")
 
     add = parser.add_argument_group("data").add_argument
     add("--data-path", required=True, metavar="DIR", help="folder of <class>/<video>, or a latent cache")
-    size = "height and width in pixels; default: that of the latent cache, else of --ckpt, else 256"
+    size = "height and width in pixels; default: from the latent cache, else from --ckpt, else 256"
     add("--image-size", type=COUNT, metavar="PX", help=size)
-    vae = "ema, mse, an AutoencoderKL's directory, none: pixels; default: of the latent cache, else of --ckpt, else ema"
+    vae = "ema, mse, an AutoencoderKL's directory, none: pixels; default: from the latent cache, else from --ckpt, else ema"
     add("--vae", metavar="VAE", help=vae)
     interval = "video frames from one frame of a clip to the next; two numbers: a random one per clip; default: 1"
     add("--frame-interval", type=COUNT, nargs="+", default=[1], help=interval)
