@@ -321,8 +321,7 @@ def log_run(log, args, folder, config, model, data, steps, device):
     log(f"{folder}: {name}; {ranks}, steps {steps[0]} to {steps[1]}")
     log_data(log, args, data)
     short, corrupt = plural(data.num_too_short, "file"), plural(len(data.scan.unreadable), "file")
-    named = f": {name_some(data.scan.unreadable)}" if data.scan.unreadable else ""
-    log(f"skipped: {short} with fewer than {plural(max(data.train), 'frame')}, {corrupt} that can't be opened{named}")
+    log(f"skipped: {short} with fewer than {plural(max(data.train), 'frame')}, {corrupt} that can't be opened")
 
 
 def log_data(log, args, data):

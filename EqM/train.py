@@ -96,7 +96,7 @@ def add_model_and_data_flags(parser):
     add("--rope-speed", type=NON_NEGATIVE, help=speed)
     table = "space: add fixed positions of height and width to rotary ones; default: from --ckpt, else none"
     add("--position-table", choices=POSITION_TABLES, help=table)
-    add("--qk-norm", action="store_true", default=None, help="normalize queries and keys (RMSNorm); default: from --ckpt")
+    add("--qk-norm", action="store_true", default=None, help="RMSNorm of queries and keys; default: from --ckpt")
     add("--ebm", choices=EBMS, help="energy whose negative gradient is the field; default: from --ckpt, else none")
     add("--num-classes", type=COUNT, help="number of classes; default: number of class folders")
 
@@ -104,7 +104,9 @@ def add_model_and_data_flags(parser):
     add("--data-path", required=True, metavar="DIR", help="folder of <class>/<video>, or a latent cache")
     size = "height and width in pixels; default: from the latent cache, else from --ckpt, else 256"
     add("--image-size", type=COUNT, metavar="PX", help=size)
-    vae = "ema, mse, an AutoencoderKL's directory, none: pixels; default: from the latent cache, else from --ckpt, else ema"
+    vae = (
+        "ema, mse, an AutoencoderKL's folder, none: pixels; default: from the latent cache, else from --ckpt, else ema"
+    )
     add("--vae", metavar="VAE", help=vae)
     interval = "video frames from one frame of a clip to the next; two numbers: a random one per clip; default: 1"
     add("--frame-interval", type=COUNT, nargs="+", default=[1], help=interval)

@@ -4,6 +4,7 @@ import json
 import os
 import shutil
 import subprocess
+import tempfile
 import warnings
 
 import numpy as np
@@ -121,7 +122,8 @@ def test_each_of_several_sample_folders_gets_a_manifest(shapes, samples, tmp_pat
     for out in (tmp_path / "x.json", "samples.json", "sheet.json", "grid.json"):
         refused(capsys, out, *flags, *folders, words=[f"{out}: expected the name of a new file in each of --samples"])
     refused(capsys, folders[0] / "sheet.json", *flags, folders[0], words=["expected the name of a new file"])
-    monkeypatch.setattr(os, "access", lambda place, _: place != folders[1])
+    made = tempfile.mkdtemp  # the check of a folder
+    monkeypatch.setattr(tempfile, "mkdtemp", lambda dir: os.open("", 0) if dir == folders[1] else made(dir=dir))
     refused(capsys, "more.json", *flags, *folders, words=[f"--out {folders[1]}: ", "is not a writable folder"])
 
 
