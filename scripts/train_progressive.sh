@@ -43,6 +43,7 @@ command -v nvidia-smi >/dev/null && ON_GPU=1 || ON_GPU=0
 COMPILE=${COMPILE:-$ON_GPU} # it gains nothing on a CPU and can't train an energy
 # When a signal stops the run, torchrun kills slow ranks. They need time for a step and two saves, one already under way
 export TORCH_ELASTIC_SHUTDOWN_TIMEOUT=${TORCH_ELASTIC_SHUTDOWN_TIMEOUT:-100}
+[[ -n ${PYTHONWARNINGS:-} ]] || export PYTHONWARNINGS=ignore:resource_tracker:UserWarning # printed after a kill
 
 # The variables and flags that only this script can check
 counts GPUS FRAMES_1 FRAMES_2 FRAMES_3 STEPS_1 STEPS_2 STEPS_3 BATCH_1 BATCH_2 BATCH_3
