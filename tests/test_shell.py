@@ -67,9 +67,8 @@ def test_a_script_answers_help_with_its_variables_and_does_nothing_else(script, 
         ("train_progressive.sh", "", {"DATA_PATH": "x"}, ["DATA_PATH: ", "DATA GPUS"]),
         *((f"{name}.sh", "", {"CKPT": "x"}, [NO_TORCH]) for name in NEED_TORCH),
         *(
-            (f"{name}.sh", "", {"EXP": value}, [f"EXP={value}: not inside results/"])
+            (f"{name}.sh", "", {"EXP": "/x"}, ["EXP=/x: not inside results/"])
             for name in ("sample", "score", "train_progressive", "quickstart", "weizmann")
-            for value in ("../x", "/x")
         ),
         ("weizmann.sh", "", {"GPUS": "0"}, ["GPUS=0: "]),
         *(

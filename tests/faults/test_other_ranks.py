@@ -54,7 +54,7 @@ def test_a_run_continues_with_other_ranks_sharded_or_not_up_to_rounding(shapes, 
     replace(parts, steps=6).run("--shard", "--resume")
     capsys.readouterr()
     run_here(parts, "--resume", "--shard")
-    assert "note: --shard: there is one rank, so nothing is sharded" in capsys.readouterr().out
+    assert "note: --shard: with one rank, nothing is sharded" in capsys.readouterr().out
     for one, other in zip(whole.rows(), parts.rows(), strict=True):
         assert one == pytest.approx(other, rel=1e-3)
 
