@@ -211,8 +211,8 @@ def _pick(decoded, first, parts):
     number, pixels = first - 1, None
     for numbers in parts:
         frames = []
-        for wanted in numbers:
-            while number < wanted:
+        for chosen in numbers:
+            while number < chosen:
                 number, pixels = number + 1, next(decoded, None)
             if pixels is None:
                 raise OSError("ends too early")
