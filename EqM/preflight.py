@@ -393,7 +393,7 @@ def check_folder(args):
     cli.check_writable("--folder", args.folder)
     place = Path(args.folder, "samples.json")
     if not is_sample_folder(place.parent) and (others := written_samples(place.parent)):
-        raise UserError(f"--folder {args.folder}: {others[0].name} is not of sample_gd.py; name a new folder")
+        raise UserError(f"--folder {args.folder}: {others[0].name} was not made by sample_gd.py; name a new folder")
     if place.exists() and not args.overwrite:
         try:
             other = str(read_json(place)["flags"]["ckpt"])
