@@ -1,0 +1,119 @@
+"""Compose the Sprites benchmark: 1,296 characters that walk, cast spells and slash, 8 frames of 64 x 64 px each.
+
+    git clone https://github.com/YingzhenLi/Sprites datasets/sprites-sheets
+    python datasets/prepare_sprites.py --source datasets/sprites-sheets --out datasets/sprites
+
+The benchmark is from Li and Mandt: Disentangled Sequential Autoencoder, ICML 2018 (arXiv 1803.02991). A character is
+four attributes with six values each: body, bottomwear, topwear and hair. A sheet holds one value's tiles for all poses.
+The art is by the contributors of the Liberated Pixel Cup, under CC-BY-SA 3.0 and GPL 3.0: name them with your pictures.
+
+    OUT/<Class>/characterNNNN.mkv     lossless (FFV1), 8 fps; NNNN are the four attributes, 0 to 5 each
+    OUT/ucfTrainTestlist/*.txt        the published split: 1,000 characters train, the other 296 validate
+
+The script is safe to run again: it only makes missing videos, and writes the split again.
+"""
+
+import sys
+from concurrent.futures import ProcessPoolExecutor
+from functools import partial
+from itertools import product
+from pathlib import Path
+
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent / "EqM"))
+import uncaught  # noqa: F401
+
+import numpy as np
+from PIL import Image
+
+from layout import missing_videos, write_lists
+from runtime.cli import ArgumentParser, Bar, UserError, check_writable, one_line_errors, plural, say, wrong_input
+from video.writers import write_lossless
+
+SIZE, FPS, COLUMNS, ROWS = 64, 8, 13, 21  # of a tile in px; of a video; of tiles in a sheet
+VALUES = range(6)  # of an attribute
+ATTRIBUTES = "body", "bottomwear", "topwear", "hair"  # from the lowest layer to the highest; shoes come last
+SHOES = "shoes", 1
+ORDER = {"Walk": (7, 0, 1, 2, 3, 4, 5, 6), "Spellcast": (0, 1, 2, 3, 4, 5, 4, 6), "Slash": (0, 1, 2, 3, 4, 5, 4, 0)}
+FIRST_TILE = {
+    "WalkLeft": 118, "WalkFront": 131, "WalkRight": 144, "SpellcastLeft": 13, "SpellcastFront": 26,
+    "SpellcastRight": 39, "SlashLeft": 169, "SlashFront": 182, "SlashRight": 195,
+}  # fmt: skip
+
+
+def parse_args():
+    parser = ArgumentParser(description="Compose the videos of the Sprites benchmark, in UCF-101's layout.")
+    add = parser.add_argument
+    add("--source", required=True, metavar="DIR", help="a clone of the Sprites repository, which holds the sheets")
+    add("--out", default="datasets/sprites", metavar="DIR", help="folder for the data set")
+    return parser.parse_args()
+
+
+def read_sheets(source):
+    """{(layer, value): tiles (273, 64, 64, 4), numbered row by row}. Raises UserError."""
+    sheets = {}
+    for layer, value in [*product(ATTRIBUTES, VALUES), SHOES]:
+        path = Path(source, layer, f"{value}.png")
+        try:
+            with Image.open(path) as image:
+                pixels = np.asarray(image.convert("RGBA"))
+            tiles = pixels.reshape(ROWS, SIZE, COLUMNS, SIZE, 4).swapaxes(1, 2)
+        except (OSError, ValueError) as error:
+            expected = f"expected a sheet of {COLUMNS * SIZE} x {ROWS * SIZE} px; clone the Sprites repository again"
+            reason = "not found" if isinstance(error, FileNotFoundError) else "not a sheet"
+            raise UserError(f"--source {source}: {layer}/{value}.png: {reason}; {expected}") from error
+        sheets[layer, value] = tiles.reshape(-1, SIZE, SIZE, 4)
+    return sheets
+
+
+def tiles_of(class_name):
+    """The numbers of the tiles that are frames 0 to 7 of a class."""
+    return [FIRST_TILE[class_name] + tile for action, order in ORDER.items() for tile in order if action in class_name]
+
+
+def compose(sheets, class_name, character):
+    """The frames of a character, uint8 (8, 64, 64, 3): its layers over black, the highest last."""
+    layers, frames = [*zip(ATTRIBUTES, character, strict=True), SHOES], []
+    for tile in tiles_of(class_name):
+        frame = Image.new("RGBA", (SIZE, SIZE), "black")
+        for layer in layers:
+            frame.alpha_composite(Image.fromarray(sheets[layer][tile]))
+        frames.append(np.asarray(frame)[..., :3])
+    return np.stack(frames)
+
+
+def path_of(class_name, character):
+    return f"{class_name}/character{''.join(map(str, character))}.mkv"
+
+
+def write_videos(source, out, class_name, characters):
+    """Write the videos of a class; returns how many."""
+    sheets = read_sheets(source)
+    for character in characters:
+        write_lossless(Path(out, path_of(class_name, character)), compose(sheets, class_name, character), FPS)
+    return len(characters)
+
+
+@one_line_errors()
+def main():
+    args = parse_args()
+    characters = list(product(VALUES, repeat=len(ATTRIBUTES)))  # character number n is the n-th
+    with wrong_input():
+        read_sheets(args.source)
+        check_writable("--out", args.out)
+        videos = {path_of(*video): video for video in product(FIRST_TILE, characters)}
+        missing = [videos[name] for name in missing_videos(args.out, videos)]
+    for name in FIRST_TILE:
+        Path(args.out, name).mkdir(parents=True, exist_ok=True)
+    parts = [(name, [who for other, who in missing if other == name]) for name in FIRST_TILE]
+    with ProcessPoolExecutor() as pool, Bar(total=len(missing), desc="writing", unit="video", disable=not missing) as bar:
+        for count in pool.map(partial(write_videos, args.source, args.out), *zip(*parts, strict=True)):
+            bar.update(count)
+    order = np.random.RandomState(423).permutation(len(characters)).tolist()  # as published
+    train, test = ([path_of(*video) for video in product(FIRST_TILE, sorted(characters[n] for n in part))]
+                   for part in (order[:1000], order[1000:]))  # fmt: skip
+    write_lists(args.out, train, test)
+    say(f"{args.out}: {len(characters)} characters in {len(FIRST_TILE)} classes; {plural(len(missing), 'video')} written")
+
+
+if __name__ == "__main__":
+    main()
