@@ -15,6 +15,7 @@ from vae import VAE
 from video.loader import batches_of
 
 GROUPS = 1  # of the group norms; groups of few channels would lose the colors of a frame
+LOG_VARIANCE = -6.0  # of the latents at first; with more noise, colors drown in it, as they vary less than brightness
 KL_WEIGHT = 1e-4  # relative to errors of pixels in [-1, 1]: keeps the latents close to normal, and costs few dB
 CHUNK = 16  # frames that are measured together; fixed, so sums don't depend on the number of ranks
 
@@ -23,11 +24,28 @@ def make_autoencoder(widths, latent_channels, image_size):
     """An untrained AutoencoderKL without attention. widths: one per resolution, full size first."""
     from diffusers import AutoencoderKL  # takes seconds to import
 
-    return AutoencoderKL(
+    model = AutoencoderKL(
         down_block_types=("DownEncoderBlock2D",) * len(widths), up_block_types=("UpDecoderBlock2D",) * len(widths),
         block_out_channels=tuple(widths), layers_per_block=1, latent_channels=latent_channels, norm_num_groups=GROUPS,
         mid_block_add_attention=False, sample_size=image_size,
     )  # fmt: skip
+    for block in residual_blocks(model):  # a deep network learns faster if its blocks change nothing at first
+        nn.init.zeros_(block.conv2.weight)
+        nn.init.zeros_(block.conv2.bias)
+    nn.init.constant_(model.quant_conv.bias[latent_channels:], LOG_VARIANCE)
+    return model
+
+
+def residual_blocks(model):
+    """The residual blocks of an AutoencoderKL."""
+    parts = *model.encoder.down_blocks, model.encoder.mid_block, model.decoder.mid_block, *model.decoder.up_blocks
+    return [block for part in parts for block in part.resnets]
+
+
+def hidden_matrices(model):
+    """The weights that Muon trains: of all convolutions of an AutoencoderKL between its first and last ones."""
+    own = model.encoder.down_blocks, model.encoder.mid_block, model.decoder.mid_block, model.decoder.up_blocks
+    return [layer.weight for part in own for layer in part.modules() if isinstance(layer, nn.Conv2d)]
 
 
 class Autoencoder(nn.Module):

@@ -413,17 +413,23 @@ def find_start(args, name):
         start.path, start.state = Path(args.ckpt), load(args.ckpt, **asked)
     if start.path is None:
         return start
-    state, step = start.state, start.state["step"]
-    kind = state["optimizer"]["kind"] if state["optimizer"] else args.optimizer
-    if kind != args.optimizer and not (args.new_classes and not start.resumes):
-        raise UserError(f"{start.flag}: trained with --optimizer {kind}, got {args.optimizer}: give the same")
+    if not args.new_classes:
+        check_optimizer(start, args)
     if start.resumes:
         return start
+    state, step = start.state, start.state["step"]
     if args.max_steps and args.max_steps <= step:
         advice = "steps are counted over all phases; give a larger number"
         raise UserError(f"--max-steps {args.max_steps}: the checkpoint is at step {step} already; {advice}")
     start.progress = Progress(step, step, ema_start=step if args.new_classes else state["phase"]["ema_start"])
     return start
+
+
+def check_optimizer(start, args):
+    """Raise UserError if the checkpoint of a Start holds the states of another --optimizer."""
+    kind = start.state["optimizer"]["kind"] if start.state["optimizer"] else args.optimizer
+    if kind != args.optimizer:
+        raise UserError(f"{start.flag}: trained with --optimizer {kind}, got {args.optimizer}: give the same")
 
 
 def find_resumed(args, name, ckpt=None, read=load, **asked):
@@ -443,6 +449,7 @@ def find_resumed(args, name, ckpt=None, read=load, **asked):
     check_not_deleted(folder)
     start.folder, (start.path, start.state) = folder, newest_checkpoint(folder, read, **asked)
     if state := start.state:
+        check_optimizer(start, args)
         start.progress = Progress(state["step"], best_loss=state["best_loss"], **state["phase"])
     return start
 

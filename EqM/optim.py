@@ -1,5 +1,6 @@
 """Optimizers, learning rates, the check for gradients that are not finite, and the EMA of the weights."""
 
+import itertools
 import math
 
 import torch
@@ -11,17 +12,21 @@ from sharding import full_tensor, is_sharded, scatter
 MUON_DECAY = 0.1  # weight decay; without it the weights grow until the learning rate falls
 
 
-def make_optimizers(model, args):
-    """Return [AdamW], or with --optimizer muon [AdamW, Muon]; Muon gets the weight matrices of attention and MLP."""
-    blocks = model.blocks if args.optimizer == "muon" else []
-    layers = [layer for block in blocks for layer in (block.attn.qkv, block.attn.proj, block.mlp.fc1, block.mlp.fc2)]
-    matrices = [layer.weight for layer in layers]
+def make_optimizers(model, args, matrices):
+    """Return [AdamW], or with --optimizer muon [AdamW, Muon]; Muon gets `matrices`, the weights of hidden layers."""
+    matrices = matrices if args.optimizer == "muon" else []
     by_muon = set(map(id, matrices))
     rest = [weight for weight in model.parameters() if id(weight) not in by_muon]
     optimizers = [torch.optim.AdamW(rest, lr=args.lr, weight_decay=args.weight_decay, fused=True)]
     if matrices:
         optimizers.append(Muon(matrices, lr=args.muon_lr, weight_decay=args.weight_decay))
     return optimizers
+
+
+def block_matrices(model):
+    """The weight matrices of attention and MLP of an EqM."""
+    layers = ((block.attn.qkv, block.attn.proj, block.mlp.fc1, block.mlp.fc2) for block in model.blocks)
+    return [layer.weight for layer in itertools.chain.from_iterable(layers)]
 
 
 # ----------------------------------------------------------------------------------------------------------------------
@@ -32,7 +37,8 @@ class Muon(torch.optim.Optimizer):
     """Step along orthogonalized momenta of matrices (Jordan et al., kellerjordan.github.io/posts/muon, 2024).
 
     One rank orthogonalizes each matrix and sends the result to the others. Weights and momenta are full tensors or
-    sharded. lr and weight_decay mean the same as in torch.optim.Muon.
+    sharded. A convolution's weight (out, in, h, w) is a matrix (out, in h w). lr and weight_decay mean the same as in
+    torch.optim.Muon.
     """
 
     momentum = 0.95  # of Nesterov's method
@@ -40,7 +46,7 @@ class Muon(torch.optim.Optimizer):
     def __init__(self, matrices, lr, weight_decay):
         super().__init__(matrices, {"lr": lr, "weight_decay": weight_decay})
         self.ranks = distributed.world_size() if distributed.is_started() else 1
-        self.batches = assign([weight.shape for weight in matrices], self.ranks)
+        self.batches = assign([weight.flatten(1).shape for weight in matrices], self.ranks)
 
     @torch.no_grad()
     def step(self):
@@ -54,7 +60,7 @@ class Muon(torch.optim.Optimizer):
         torch._foreach_lerp_(momenta, gradients, 1 - self.momentum)
         exchange = self.scattered if is_sharded(weights[0]) else self.broadcast
         for index, direction in exchange(lambda index: gradients[index].lerp(momenta[index], self.momentum), weights):
-            rows, columns = weights[index].shape
+            rows, columns = weights[index].flatten(1).shape
             scale = math.sqrt(max(1, rows / columns))
             weights[index].mul_(1 - lr * group["weight_decay"]).add_(direction, alpha=-lr * scale)
 
@@ -63,16 +69,17 @@ class Muon(torch.optim.Optimizer):
         results, transfers = [], []
         for owner, indices in self.batches:
             if self.ranks == 1 or owner == distributed.rank():
-                results.append(orthogonalize(torch.stack([step_of(index) for index in indices])))
+                results.append(orthogonalize(torch.stack([step_of(index).flatten(1) for index in indices])))
             else:
-                shape = len(indices), *weights[indices[0]].shape
+                shape = len(indices), *weights[indices[0]].flatten(1).shape
                 results.append(torch.empty(shape, dtype=torch.bfloat16, device=weights[0].device))
             if self.ranks > 1:  # as bytes: not every backend has bfloat16
                 transfers.append(dist.broadcast(results[-1].view(torch.uint8), owner, async_op=True))
         for transfer in transfers:
             transfer.wait()
         for (_, indices), directions in zip(self.batches, results, strict=True):
-            yield from zip(indices, directions, strict=True)
+            for index, direction in zip(indices, directions, strict=True):
+                yield index, direction.view(weights[index].shape)
 
     def scattered(self, step_of, weights):
         """Yield the same for sharded weights: gather one matrix at a time; only its owner keeps the full tensor."""

@@ -18,8 +18,17 @@ from torch.nn.utils import clip_grad_norm_
 
 import checkpoint
 import preflight
-from autoencoder import Autoencoder, chunks_of, export, jitter_colors, losses_of, make_autoencoder, measure
-from optim import ema_decay, lr_multiplier, update_ema
+from autoencoder import (
+    Autoencoder,
+    chunks_of,
+    export,
+    hidden_matrices,
+    jitter_colors,
+    losses_of,
+    make_autoencoder,
+    measure,
+)
+from optim import ema_decay, learning_rates, lr_multiplier, make_optimizers, set_learning_rates, update_ema
 from run import Run, add_loading_flags
 from runtime import cli, distributed
 from runtime.cli import COUNT, NATURAL, NON_NEGATIVE, POSITIVE, SHARE, ArgumentParser, Bar, one_line_errors, plural, say
@@ -36,7 +45,7 @@ from video.writers import write_sheet
 
 def parse_args():
     parser = ArgumentParser(description="Train a small VAE on the frames of videos, for --vae.")
-    parser.set_defaults(video=True, optimizer="adamw")
+    parser.set_defaults(video=True, weight_decay=0.0)
     add = parser.add_argument_group("model").add_argument
     add("--image-size", type=COUNT, default=256, metavar="PX", help="height and width of the frames, px")
     add("--downsample", type=int, choices=[4, 8], default=8, help="pixels per latent value along each side")
@@ -53,7 +62,9 @@ def parse_args():
     add = parser.add_argument_group("optimization").add_argument
     add("--max-steps", type=COUNT, default=20_000, help="step to end at")
     add("--global-batch-size", type=COUNT, default=32, help="frames per step, over all ranks")
+    add("--optimizer", choices=["adamw", "muon"], default="muon", help="muon: Muon for the hidden convolutions")
     add("--lr", type=POSITIVE, default=2e-3, help="learning rate of AdamW")
+    add("--muon-lr", type=POSITIVE, default=0.02, help="learning rate of Muon")
     add("--warmup-steps", type=NATURAL, default=50, help="steps up to the full learning rate; 0 = off")
     decay = "fraction of the steps, at the end, in which the learning rate falls to 0; 0 = off"
     add("--lr-decay", type=SHARE, default=0.5, help=decay)
@@ -93,11 +104,11 @@ def main():
     distributed.set_precision(args.precision)
     model = make_autoencoder(args.widths, args.latent_channels, args.image_size).to(device)
     ema = copy.deepcopy(model).requires_grad_(False)
-    lr = args.lr * lr_multiplier(args, progress.step, args.max_steps)  # a resumed run may log before its first step
-    optimizer = torch.optim.AdamW(model.parameters(), lr=lr, weight_decay=0.0, fused=True)
+    optimizers = make_optimizers(model, args, hidden_matrices(model))
     scaler = torch.amp.GradScaler(device.type, enabled=False)
+    set_learning_rates(optimizers, args, lr_multiplier(args, progress.step, args.max_steps))  # logged before a step
     if start.state is not None:
-        checkpoint.load_run(start, model, ema, [optimizer], scaler)
+        checkpoint.load_run(start, model, ema, optimizers, scaler)
     network = distributed.parallel(Autoencoder(model))
 
     # The run folder and its files
@@ -114,7 +125,7 @@ def main():
     batches, val_loader, train_loader = make_loaders(args, data, progress, device)
 
     def save():
-        run.save(checkpoint.run_state(run_config, model, ema, [optimizer], scaler, progress))
+        run.save(checkpoint.run_state(run_config, model, ema, optimizers, scaler, progress))
 
     bar = Bar(initial=progress.step, total=args.max_steps, desc=run.folder.name, unit="step", disable=rank() != 0)
     try:
@@ -130,7 +141,7 @@ def main():
                     run.report_corrupt(corrupt, progress.step)
                     log(f"step {progress.step}: PSNR {values['val_psnr']:.2f} dB on validation videos")
                     row |= values
-                run.metrics.log(progress.step, **row, lr=optimizer.param_groups[0]["lr"])
+                run.metrics.log(progress.step, **row, **learning_rates(optimizers))
                 run.stats = StepStats()
             if progress.step >= args.max_steps:
                 save()
@@ -139,14 +150,15 @@ def main():
             # One optimization step
             run.writer.check()
             stop.vote(save=run.wants_to_save(args.save_minutes))
-            optimizer.param_groups[0]["lr"] = args.lr * lr_multiplier(args, progress.step + 1, args.max_steps)
+            set_learning_rates(optimizers, args, lr_multiplier(args, progress.step + 1, args.max_steps))
             batch = run.stats.next_batch(batches)
             losses = training_losses(network, batch, args, device)
             loss = sum(losses.values())
             loss.backward()
             norm = clip_grad_norm_(model.parameters(), 1.0)
-            optimizer.step()
-            optimizer.zero_grad()
+            for optimizer in optimizers:
+                optimizer.step()
+                optimizer.zero_grad()
             progress.count_step(args.global_batch_size, 0)
             values = {name: value.detach() for name, value in ({"train_loss": loss} | losses).items()}
             run.stats.add(batch["videos"], **values, grad_norm=norm)

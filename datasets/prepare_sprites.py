@@ -105,14 +105,19 @@ def main():
     for name in FIRST_TILE:
         Path(args.out, name).mkdir(parents=True, exist_ok=True)
     parts = [(name, [who for other, who in missing if other == name]) for name in FIRST_TILE]
-    with ProcessPoolExecutor() as pool, Bar(total=len(missing), desc="writing", unit="video", disable=not missing) as bar:
+    with (
+        ProcessPoolExecutor() as pool,
+        Bar(total=len(missing), desc="writing", unit="video", disable=not missing) as bar,
+    ):
         for count in pool.map(partial(write_videos, args.source, args.out), *zip(*parts, strict=True)):
             bar.update(count)
     order = np.random.RandomState(423).permutation(len(characters)).tolist()  # as published
     train, test = ([path_of(*video) for video in product(FIRST_TILE, sorted(characters[n] for n in part))]
                    for part in (order[:1000], order[1000:]))  # fmt: skip
     write_lists(args.out, train, test)
-    say(f"{args.out}: {len(characters)} characters in {len(FIRST_TILE)} classes; {plural(len(missing), 'video')} written")
+    say(
+        f"{args.out}: {len(characters)} characters in {len(FIRST_TILE)} classes; {plural(len(missing), 'video')} written"
+    )
 
 
 if __name__ == "__main__":

@@ -84,6 +84,41 @@ processes() { # set RUN to the command that starts a Python script in GPUS proce
   fi
 }
 
+# What weizmann.sh and sprites.sh share: HOURS of training, a small VAE, files that are made only once
+
+hours() { # SETTINGS: check HOURS; refuse to continue results/$EXP with other settings
+  HOURS=${HOURS:-2}
+  [[ $HOURS =~ ^[0-9]*\.?[0-9]+$ ]] || complain "HOURS=$(printf %q "$HOURS"): not a number; expected one such as 0.5"
+  check_exp
+  SETTINGS="HOURS=$HOURS $*"
+  if [[ -f results/$EXP/settings && $(<"results/$EXP/settings") != "$SETTINGS" ]]; then
+    complain "EXP=$EXP: made with $(<"results/$EXP/settings"), got $SETTINGS; set another EXP"
+  fi
+}
+
+steps() { # PER_HOUR: the steps of HOURS, at least 3
+  awk -v hours="$HOURS" -v each="$1" 'BEGIN { steps = int(hours * each); print steps < 3 ? 3 : steps }'
+}
+
+newest() { # set FOUND to the last of these paths, RESUME to --resume if it exists
+  FOUND=${*: -1}
+  [[ -e $FOUND ]] && RESUME=(--resume) || RESUME=()
+}
+
+train_vae() { # FLAGS: train a small VAE on 64 x 64 px frames of DATA, to 16 x 16 latents; set VAE to its folder
+  newest "results/$EXP"/*-VAE-64px-f4-*
+  "${RUN[@]}" EqM/train_vae.py --data-path="$DATA" --image-size 64 --downsample 4 --max-steps="$VAE_STEPS" \
+    --global-batch-size 16 --results-dir="results/$EXP" --num-workers 0 --cache-frames "${RESUME[@]}" "${MIXED[@]}" "$@"
+  newest "results/$EXP"/*-VAE-64px-f4-*/vae
+  VAE=$FOUND
+}
+
+there() { [[ $1 -nt $BEST ]]; } # FILE: it was made from the model BEST
+
+score() { # FILE FLAGS of evaluate.py: write FILE, if it is missing
+  there "$1" || "${RUN[@]}" EqM/evaluate.py --data-path="$DATA" --num-workers "${READERS:-0}" --out="$1" "${@:2}"
+}
+
 find_model() { # set CKPT to the newest model of results/$EXP, or to that folder if it is an export
   check_exp
   local file folder known=

@@ -19,12 +19,7 @@ source scripts/common.sh
 no_words "$@"
 BEGAN=$SECONDS
 
-HOURS=${HOURS:-2}
-[[ $HOURS =~ ^[0-9]*\.?[0-9]+$ ]] || complain "HOURS=$(printf %q "$HOURS"): not a number; expected one such as 0.5"
-steps() { awk -v hours="$HOURS" -v each="$1" 'BEGIN { steps = int(hours * each); print steps < 3 ? 3 : steps }'; }
-
 export EXP=${EXP:-weizmann}
-check_exp
 SOURCE=${SOURCE:-datasets/mocogan} DATA=${DATA:-datasets/weizmann} HOLD_OUT=${HOLD_OUT:-7 8}
 SAMPLES=${SAMPLES:-96} LONG=${LONG:-16} REAL=${REAL:-64} CLASSIFIER_STEPS=${CLASSIFIER_STEPS:-250}
 suit
@@ -34,10 +29,8 @@ processes
 counts SAMPLES LONG REAL CLASSIFIER_STEPS
 MIXED=(${PRECISION:+--precision="$PRECISION"})
 
-SETTINGS="HOURS=$HOURS DATA=$DATA HOLD_OUT=$HOLD_OUT"
-if [[ -f results/$EXP/settings && $(<"results/$EXP/settings") != "$SETTINGS" ]]; then
-  complain "EXP=$EXP: made with $(<"results/$EXP/settings"), got $SETTINGS; set another EXP"
-fi
+hours "DATA=$DATA HOLD_OUT=$HOLD_OUT"
+VAE_STEPS=${VAE_STEPS:-$(steps 2700)}
 
 bash scripts/setup.sh
 activate
@@ -53,14 +46,8 @@ fi
 mkdir -p "results/$EXP"
 echo "$SETTINGS" >"results/$EXP/settings"
 
-# The VAE: 16 x 16 latents of 64 x 64 px
-VAES=("results/$EXP"/*-VAE-64px-f4-c4-8-32-128)
-[[ -d ${VAES[0]} ]] && RESUME=--resume || RESUME=
-"${RUN[@]}" EqM/train_vae.py --data-path="$DATA" --image-size 64 --downsample 4 --widths 8 32 128 \
-  --max-steps="${VAE_STEPS:-$(steps 2700)}" --global-batch-size 16 \
-  --results-dir="results/$EXP" $RESUME --num-workers 0 --cache-frames "${MIXED[@]}"
-VAES=("results/$EXP"/*-VAE-64px-f4-c4-8-32-128/vae)
-export VAE=${VAES[${#VAES[@]} - 1]}
+train_vae
+export VAE
 
 # The latents, and the model: 256 tokens for 16 frames at 12.5 frames per second
 export LATENTS=results/$EXP/latents IMAGE_SIZE=64 MODEL=EqM-S/2 ONE_RUN=1 RECIPE=small FORCING=0.75 COMPILE=0
@@ -73,9 +60,8 @@ DATA=$MORE bash scripts/train_progressive.sh \
   --sampler ngd --num-sampling-steps 24 --stepsize 0.0217 --cfg-scale 1.5 "${MIXED[@]}"
 
 # Files newer than the model are not made again; samples.json is the last file of its folder
-MODELS=("results/$EXP"/*-EqM-S-2-*/checkpoints/best.pt)
-BEST=${MODELS[${#MODELS[@]} - 1]}
-there() { [[ $1 -nt $BEST ]]; }
+newest "results/$EXP"/*-EqM-S-2-*/checkpoints/best.pt
+BEST=$FOUND
 
 # Samples of 16 frames, and of 64, made in windows
 for kind in "16 $SAMPLES" "64 $LONG"; do
@@ -96,9 +82,6 @@ fi
 
 # Scores of continuations from 8 frames (8 samples of each clip) and from 4 (10), as the VAE decodes them and with the
 # background kept; whether the model memorizes; whether samples show the requested action
-score() { # FILE FLAGS of evaluate.py
-  there "$1" || "${RUN[@]}" EqM/evaluate.py --data-path="$DATA" --num-workers 0 --out="$1" "${@:2}"
-}
 predict() { # NAME FRAMES CLIPS SAMPLES_PER_CLIP --[no-]keep-background
   local folder=samples/$EXP-$1 kept=()
   if [[ $5 == --keep-background ]]; then kept=("$5"); fi

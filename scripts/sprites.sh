@@ -1,0 +1,70 @@
+#!/usr/bin/env bash
+# The Sprites benchmark on a machine without a GPU: compose its 11,664 clips, train a VAE, encode the clips, train a model
+# on 4, then 8 frames, sample, predict clips from one frame, and score all of it. Run it again to continue.
+#
+#   git clone https://github.com/YingzhenLi/Sprites datasets/sprites-sheets && bash scripts/sprites.sh
+#
+#   HOURS=2                     about how long it trains on 2 CPU cores
+#   EXP=sprites                 results go to results/$EXP, samples and scores to samples/$EXP-*
+#   SOURCE=datasets/sprites-sheets   the repository that holds the sheets
+#   DATA=datasets/sprites       the data set made from the sheets, if it is missing
+#   SEED=0                      of the model and its samples
+#   VAE                         a VAE to use instead of a new one, such as results/EXP/000-VAE-64px-f4-c4-32-64-128/vae
+#   GPUS, PRECISION             processes, bf16 or fp32; default: what suits the machine
+#   VAE_STEPS, STEPS_1, STEPS_2 steps; default: computed from HOURS
+#   SAMPLES=2592                a multiple of 9: as many of each class
+#   PREDICTIONS=2664            clips of held-out characters to predict from their first frame
+set -euo pipefail
+cd "$(dirname "$0")/.."
+source scripts/common.sh
+no_words "$@"
+BEGAN=$SECONDS
+
+EXP=${EXP:-sprites} SEED=${SEED:-0} VAE=${VAE:-}
+SOURCE=${SOURCE:-datasets/sprites-sheets} DATA=${DATA:-datasets/sprites}
+SAMPLES=${SAMPLES:-2592} PREDICTIONS=${PREDICTIONS:-2664} READERS=1
+suit
+PRECISION=${PRECISION:-$SUITED}
+GPUS=${GPUS:-$RANKS}
+processes
+counts SAMPLES PREDICTIONS
+MIXED=(${PRECISION:+--precision="$PRECISION"})
+
+hours "DATA=$DATA SEED=$SEED"
+VAE_STEPS=${VAE_STEPS:-$(steps 1350)} STEPS_1=${STEPS_1:-$(steps 3000)} STEPS_2=${STEPS_2:-$(steps 9000)}
+
+bash scripts/setup.sh
+activate
+if [[ ! -f $DATA/ucfTrainTestlist/trainlist01.txt ]]; then
+  python datasets/prepare_sprites.py --source="$SOURCE" --out="$DATA"
+fi
+mkdir -p "results/$EXP"
+echo "$SETTINGS" >"results/$EXP/settings"
+
+[[ -n $VAE ]] || train_vae
+"${RUN[@]}" EqM/cache_latents.py --data-path="$DATA" --out="results/$EXP/latents" --vae="$VAE" --image-size 64
+
+# 64 tokens for 8 frames: 2 frames x 4 x 4 latents each. Left and right are classes, so clips are never mirrored
+newest "results/$EXP"/*-EqM-S-4-*
+"${RUN[@]}" EqM/train.py --video --use-rope --data-path="results/$EXP/latents" --results-dir="results/$EXP" "${RESUME[@]}" \
+  --model EqM-S/4 --depth 8 --hidden-size 384 --num-heads 6 --temporal-patch-size 2 --position-table space --rope-theta 100 \
+  --frames-schedule "4:$STEPS_1:64,8:$STEPS_2:32" --mix 0.1 --forcing 0.75 --no-flip --optimizer muon --lr 2e-3 \
+  --warmup-steps 50 --lr-decay 0.4 --ema-decay 0.998 --gamma-shift 2 --global-seed "$SEED" --num-workers 0 \
+  --log-every 50 --val-every 1000 --val-clips 64 --sample-every 0 --save-minutes 3 \
+  --sampler ngd --num-sampling-steps 24 --stepsize 0.0217 --cfg-scale 1.5 "${MIXED[@]}"
+newest "results/$EXP"/*-EqM-S-4-*/checkpoints/best.pt
+BEST=$FOUND
+
+sample() { # FOLDER NUMBER FLAGS: sample 8 frames, unless that was done
+  there "$1/samples.json" || "${RUN[@]}" EqM/sample_gd.py --video --ckpt="$BEST" --num-frames 8 --folder="$1" --overwrite \
+    --num-samples="$2" --batch-size 32 --global-seed "$SEED" --no-previews "${MIXED[@]}" "${@:3}"
+}
+sample "samples/$EXP-f8" "$SAMPLES"
+sample "samples/$EXP-predicted" "$PREDICTIONS" --given="$DATA" --given-split val --given-frames 0 --no-keep-background
+
+score "samples/$EXP-census.json" --metric census --samples="samples/$EXP-f8"
+score "samples/$EXP-classifier.json" --metric classifier --samples="samples/$EXP-f8" --classifier-test val
+score "samples/$EXP-predicted.json" --metric prediction --samples="samples/$EXP-predicted"
+score "samples/$EXP-predicted-census.json" --metric census --samples="samples/$EXP-predicted"
+python scripts/gallery.py "samples/$EXP-f8" --data-path="$DATA"
+echo "$((SECONDS - BEGAN)) s; see samples/$EXP-f8/sheet.png and samples/$EXP-f8/gallery.html"
