@@ -115,9 +115,8 @@ def main():
     train, test = ([path_of(*video) for video in product(FIRST_TILE, sorted(characters[n] for n in part))]
                    for part in (order[:1000], order[1000:]))  # fmt: skip
     write_lists(args.out, train, test)
-    say(
-        f"{args.out}: {len(characters)} characters in {len(FIRST_TILE)} classes; {plural(len(missing), 'video')} written"
-    )
+    found = f"{len(characters)} characters in {len(FIRST_TILE)} classes"
+    say(f"{args.out}: {found}; {plural(len(missing), 'video')} written")
 
 
 if __name__ == "__main__":
