@@ -12,21 +12,21 @@ from sharding import full_tensor, is_sharded, scatter
 MUON_DECAY = 0.1  # weight decay; without it the weights grow until the learning rate falls
 
 
-def make_optimizers(model, args, matrices):
-    """Return [AdamW], or with --optimizer muon [AdamW, Muon]; Muon gets `matrices`, the weights of hidden layers."""
-    matrices = matrices if args.optimizer == "muon" else []
+def block_matrices(model):
+    """The weight matrices of attention and MLP of an EqM."""
+    layers = ((block.attn.qkv, block.attn.proj, block.mlp.fc1, block.mlp.fc2) for block in model.blocks)
+    return [layer.weight for layer in itertools.chain.from_iterable(layers)]
+
+
+def make_optimizers(model, args, matrices_of=block_matrices):
+    """Return [AdamW], or with --optimizer muon [AdamW, Muon]; Muon gets the weights matrices_of(model)."""
+    matrices = matrices_of(model) if args.optimizer == "muon" else []
     by_muon = set(map(id, matrices))
     rest = [weight for weight in model.parameters() if id(weight) not in by_muon]
     optimizers = [torch.optim.AdamW(rest, lr=args.lr, weight_decay=args.weight_decay, fused=True)]
     if matrices:
         optimizers.append(Muon(matrices, lr=args.muon_lr, weight_decay=args.weight_decay))
     return optimizers
-
-
-def block_matrices(model):
-    """The weight matrices of attention and MLP of an EqM."""
-    layers = ((block.attn.qkv, block.attn.proj, block.mlp.fc1, block.mlp.fc2) for block in model.blocks)
-    return [layer.weight for layer in itertools.chain.from_iterable(layers)]
 
 
 # ----------------------------------------------------------------------------------------------------------------------

@@ -413,7 +413,7 @@ def check_vae_run(args):
     cli.check_devices()
     check_job()
     count = int(math.log2(args.downsample)) + 1
-    args = args.resolve(widths=args.widths or [32, 64, 128, 128][:count])
+    args = args.resolve(widths=args.widths or [16, 32, 64, 128][:count])
     unit, ranks = args.downsample, world_size()
     refuse_if(args, "image_size", args.image_size % unit, f"not a multiple of --downsample {unit}")
     refuse_if(args, "widths", len(args.widths) != count, f"expected {count} numbers for --downsample {unit}")

@@ -31,15 +31,7 @@ import preflight
 import transport
 from generation import Plan, add_sampling_flags, cast_products, generate, sampling_settings
 from models import EBMS, NAMES, POSITION_TABLES, Condition
-from optim import (
-    block_matrices,
-    check_gradient,
-    ema_decay,
-    lr_multiplier,
-    make_optimizers,
-    set_learning_rates,
-    update_ema,
-)
+from optim import check_gradient, ema_decay, lr_multiplier, make_optimizers, set_learning_rates, update_ema
 from run import Run, add_loading_flags
 from runtime import cli, distributed, runs
 from runtime.cli import COUNT, NATURAL, NON_NEGATIVE, POSITIVE, SHARE, ArgumentParser, add_speed_flags, plural, say
@@ -175,7 +167,7 @@ def main():
     if args.compile:
         model.compile_blocks()
         ema.compile_blocks()
-    optimizers = make_optimizers(model, args, block_matrices(model))
+    optimizers = make_optimizers(model, args)
     scaler = torch.amp.GradScaler(device.type, enabled=args.precision == "fp16")  # changes nothing unless enabled
     if start.state is not None:
         checkpoint.load_run(start, model, ema, optimizers, scaler)

@@ -50,7 +50,7 @@ def parse_args():
     add("--image-size", type=COUNT, default=256, metavar="PX", help="height and width of the frames, px")
     add("--downsample", type=int, choices=[4, 8], default=8, help="pixels per latent value along each side")
     add("--latent-channels", type=COUNT, default=4, help="channels of a latent")
-    widths = "channels per resolution, full size first, log2(--downsample) + 1 numbers; default: from 32 64 128 128"
+    widths = "channels per resolution, full size first, log2(--downsample) + 1 numbers; default: from 16 32 64 128"
     add("--widths", type=COUNT, nargs="+", help=widths)
 
     add = parser.add_argument_group("data").add_argument
@@ -104,7 +104,7 @@ def main():
     distributed.set_precision(args.precision)
     model = make_autoencoder(args.widths, args.latent_channels, args.image_size).to(device)
     ema = copy.deepcopy(model).requires_grad_(False)
-    optimizers = make_optimizers(model, args, hidden_matrices(model))
+    optimizers = make_optimizers(model, args, hidden_matrices)
     scaler = torch.amp.GradScaler(device.type, enabled=False)
     set_learning_rates(optimizers, args, lr_multiplier(args, progress.step, args.max_steps))  # logged before a step
     if start.state is not None:

@@ -105,12 +105,10 @@ def main():
     for name in FIRST_TILE:
         Path(args.out, name).mkdir(parents=True, exist_ok=True)
     parts = [(name, [who for other, who in missing if other == name]) for name in FIRST_TILE]
-    with (
-        ProcessPoolExecutor() as pool,
-        Bar(total=len(missing), desc="writing", unit="video", disable=not missing) as bar,
-    ):
+    progress = Bar(total=len(missing), desc="writing", unit="video", disable=not missing)
+    with ProcessPoolExecutor() as pool, progress:
         for count in pool.map(partial(write_videos, args.source, args.out), *zip(*parts, strict=True)):
-            bar.update(count)
+            progress.update(count)
     order = np.random.RandomState(423).permutation(len(characters)).tolist()  # as published
     train, test = ([path_of(*video) for video in product(FIRST_TILE, sorted(characters[n] for n in part))]
                    for part in (order[:1000], order[1000:]))  # fmt: skip

@@ -40,7 +40,7 @@ def test_muon_gets_the_block_matrices_and_adamw_all_other_weights():
     assert len(alone.param_groups[0]["params"]) == len(names)
 
 
-SHAPES = [(96, 32), (32, 32), (128, 32), (32, 128), (32, 32)]
+SHAPES = [(96, 32), (32, 32), (128, 32), (32, 128), (32, 32), (16, 8, 3, 3)]  # the last one: a convolution
 
 
 def steps_of(*optimizers):
@@ -56,13 +56,24 @@ def steps_of(*optimizers):
 
 
 def test_muon_agrees_with_torch_muon_up_to_bfloat16_rounding():
-    ours, theirs = ([torch.nn.Parameter(torch.ones(shape)) for shape in SHAPES] for _ in range(2))
+    ours, theirs = ([torch.nn.Parameter(torch.ones(shape)) for shape in SHAPES[:-1]] for _ in range(2))
     optimizers = Muon(ours, 0.02, 0.1), torch.optim.Muon(theirs, lr=0.02, weight_decay=0.1)
     steps_of(*optimizers)
     for one, other in zip(ours, theirs, strict=True):
         assert (one - other).norm() < 0.02 * (other - 1).norm()
     momenta = [optimizer.state_dict()["state"] for optimizer in optimizers]  # checkpoints are interchangeable
     assert differences(*momenta) == []
+
+
+def test_to_muon_a_convolution_is_a_matrix_with_a_row_per_output():
+    kernels, matrix = (torch.nn.Parameter(torch.ones(shape)) for shape in ((16, 8, 3, 3), (16, 72)))
+    random = torch.randn(3, 16, 72, generator=torch.Generator().manual_seed(0))
+    optimizers = [Muon([weight], 0.02, 0.1) for weight in (kernels, matrix)]
+    for gradient in random:
+        for weight, optimizer in zip((kernels, matrix), optimizers, strict=True):
+            weight.grad = gradient.view_as(weight)
+            optimizer.step()
+    assert torch.equal(kernels.flatten(1), matrix) and not torch.equal(matrix, torch.ones(16, 72))
 
 
 def train_by_muon(rank, ranks, folder):

@@ -9,7 +9,7 @@ import torch
 from PIL import Image
 
 import train_vae
-from autoencoder import Autoencoder, jitter_colors, losses_of, make_autoencoder, psnr
+from autoencoder import Autoencoder, hidden_matrices, jitter_colors, losses_of, make_autoencoder, psnr, residual_blocks
 from training import TINY_VAE, Training, compare, content, counted_steps, run_main
 from vae import load_vae
 from video.loader import batches_of
@@ -93,6 +93,24 @@ def test_without_noise_the_mean_is_reconstructed():
     found, mean, logvar = network(x, torch.zeros(2, 4, 8, 8))
     assert mean.shape == logvar.shape == (2, 4, 8, 8)
     torch.testing.assert_close(found, network.model.decode(mean).sample)
+
+
+def test_at_first_residual_blocks_change_nothing_and_latents_have_little_noise():
+    torch.manual_seed(0)
+    model = make_autoencoder([8, 16, 16], 4, 32)
+    for block in residual_blocks(model):
+        x = torch.randn(2, block.in_channels, 8, 8)
+        torch.testing.assert_close(block(x, None), block.conv_shortcut(x) if block.conv_shortcut else x)
+    posterior = model.encode(torch.rand(2, 3, 32, 32) * 2 - 1).latent_dist
+    assert 0.01 < posterior.std.mean() < 0.1 < posterior.mean.std()
+
+
+def test_muon_trains_all_convolutions_of_a_vae_but_the_first_and_last_ones():
+    model = make_autoencoder([8, 16, 16], 4, 32)
+    own = set(map(id, hidden_matrices(model)))
+    others = [name for name, weight in model.named_parameters() if weight.dim() == 4 and id(weight) not in own]
+    ends = "encoder.conv_in", "encoder.conv_out", "quant_conv", "post_quant_conv", "decoder.conv_in", "decoder.conv_out"
+    assert sorted(others) == sorted(f"{name}.weight" for name in ends)
 
 
 # What comes out -------------------------------------------------------------------------------------------------------

@@ -1,0 +1,116 @@
+"""Layers of made sheets become characters that move, pixel for pixel, in the published split."""
+
+import random
+from pathlib import Path
+
+import numpy as np
+import pytest
+from PIL import Image
+
+import prepare_sprites
+from test_moving_shapes import decode
+from test_prepare_weizmann import snapshot
+from training import run_main
+from video.index import scan_videos, split_videos
+
+LAYERS = "body", "bottomwear", "topwear", "hair", "shoes"
+
+
+def tile(layer, value, number):
+    """A made tile, RGBA (64, 64, 4): a square whose place shows layer and tile, and whose color shows the value."""
+    pixels = np.zeros((64, 64, 4), np.uint8)
+    top, left = 4 + 6 * LAYERS.index(layer), number % 40
+    pixels[top : top + 14, left : left + 20] = 40 * value, 250 - 30 * value, number % 256, 255
+    return pixels
+
+
+@pytest.fixture(scope="module")
+def sheets(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("sheets")
+    for layer in LAYERS:
+        (folder / layer).mkdir()
+        for value in range(6):
+            rows = [np.hstack([tile(layer, value, 13 * row + column) for column in range(13)]) for row in range(21)]
+            Image.fromarray(np.vstack(rows)).save(folder / layer / f"{value}.png", compress_level=1)
+    return folder
+
+
+def naive(tiles, character):
+    """The frames of a character, by painting its squares over each other."""
+    frames = np.zeros((len(tiles), 64, 64, 3), np.uint8)
+    for frame, number in zip(frames, tiles, strict=True):
+        for layer, value in zip(LAYERS, (*character, 1), strict=True):
+            pixels = tile(layer, value, number)
+            frame[pixels[..., 3] == 255] = pixels[pixels[..., 3] == 255][:, :3]
+    return frames
+
+
+@pytest.fixture
+def one_class(monkeypatch):
+    """Only the videos of one class: all 11,664 take half a minute."""
+    monkeypatch.setattr(prepare_sprites, "FIRST_TILE", {"SpellcastRight": 39})
+
+
+def prepare(source, out, status=0):
+    run_main(prepare_sprites, "--source", source, "--out", out, status=status)
+
+
+@pytest.mark.parametrize(("name", "tiles"), [
+    ("WalkLeft", [125, 118, 119, 120, 121, 122, 123, 124]),
+    ("SpellcastFront", [26, 27, 28, 29, 30, 31, 30, 32]),
+    ("SlashRight", [195, 196, 197, 198, 199, 200, 199, 195]),
+])  # fmt: skip
+def test_a_frame_shows_its_tile_of_each_layer_and_higher_layers_hide_lower_ones(sheets, name, tiles):
+    read, draw = prepare_sprites.read_sheets(sheets), random.Random(0)
+    for character in [(0, 0, 0, 0), (5, 4, 3, 2), *(draw.choices(range(6), k=4) for _ in range(5))]:
+        assert np.array_equal(prepare_sprites.compose(read, name, character), naive(tiles, character))
+
+
+def test_transparent_pixels_are_blended_over_black():
+    sheets = {(layer, value): np.zeros((273, 64, 64, 4), np.uint8) for layer in LAYERS for value in range(6)}
+    for value in range(6):
+        sheets["body", value][:] = 200, 100, 0, 255
+        sheets["hair", value][:] = 0, 100, 250, 51  # a fifth
+    frames = prepare_sprites.compose(sheets, "WalkFront", (0, 0, 0, 0))
+    assert np.array_equal(np.unique(frames.reshape(-1, 3), axis=0), [[160, 100, 50]])
+
+
+def test_the_split_is_the_published_one_and_all_clips_of_a_character_are_in_one_part(sheets, one_class, tmp_path):
+    prepare(sheets, tmp_path)
+    scan = scan_videos(str(tmp_path))
+    train, val = split_videos(str(tmp_path), scan.videos, 0.5)
+    assert (len(train), len(val), scan.classes) == (1000, 296, ["SpellcastRight"])
+    order = np.random.RandomState(423).permutation(1296).tolist()
+    for video in val:
+        body, bottomwear, topwear, hair = map(int, Path(video.path).stem.removeprefix("character"))
+        assert 216 * body + 36 * bottomwear + 6 * topwear + hair in order[1000:]
+    frames, fps = decode(tmp_path / "SpellcastRight/character5012.mkv")
+    assert fps == 8 and np.array_equal(frames, naive([39, 40, 41, 42, 43, 44, 43, 45], (5, 0, 1, 2)))
+
+    before = snapshot(tmp_path / "SpellcastRight")
+    (tmp_path / "SpellcastRight/character0000.mkv").unlink()
+    (tmp_path / "SpellcastRight/character0000.mkv.tmp").write_bytes(b"half")  # of a process that was killed
+    prepare(sheets, tmp_path)
+    after = snapshot(tmp_path / "SpellcastRight")
+    assert [path for path in before if after[path] != before[path]] == [tmp_path / "SpellcastRight/character0000.mkv"]
+    assert after.keys() == before.keys()
+
+
+@pytest.mark.parametrize(("layer", "damage", "reason"), [
+    ("topwear/3.png", Path.unlink, "not found"),
+    ("shoes/1.png", lambda path: path.write_text("version https://git-lfs.github.com/spec/v1"), "not a sheet"),
+    ("hair/0.png", lambda path: Image.new("RGBA", (832, 1280)).save(path), "not a sheet"),
+])  # fmt: skip
+def test_a_missing_or_wrong_sheet_is_one_line_and_nothing_is_written(sheets, tmp_path, capsys, layer, damage, reason):
+    own, out = tmp_path / "sheets", tmp_path / "out"
+    for path in sheets.rglob("*.png"):
+        (own / path.parent.name).mkdir(parents=True, exist_ok=True)
+        (own / path.parent.name / path.name).hardlink_to(path)
+    (own / layer).unlink()
+    (own / layer).write_bytes((sheets / layer).read_bytes())
+    damage(own / layer)
+    prepare(own, out, status=2)
+    error = capsys.readouterr().err
+    expected = "expected a sheet of 832 x 1344 px; clone the Sprites repository again"
+    assert f"--source {own}: {layer}: {reason}; {expected}" in error and error.count("\n") == 1
+    assert not out.exists()
