@@ -9,7 +9,7 @@
 #   SOURCE=datasets/sprites-sheets   the repository that holds the sheets
 #   DATA=datasets/sprites       the data set made from the sheets, if it is missing
 #   SEED=0                      of the model and its samples
-#   VAE                         a VAE to use instead of a new one, such as results/EXP/000-VAE-64px-f4-c4-32-64-128/vae
+#   VAE                         a VAE to use instead of a new one, such as results/EXP/000-VAE-64px-f4-c8-16-32-64/vae
 #   GPUS, PRECISION             processes, bf16 or fp32; default: what suits the machine
 #   VAE_STEPS, STEPS_1, STEPS_2 steps; default: computed from HOURS
 #   SAMPLES=2592                a multiple of 9: as many of each class
@@ -31,7 +31,7 @@ counts SAMPLES PREDICTIONS
 MIXED=(${PRECISION:+--precision="$PRECISION"})
 
 hours "DATA=$DATA SEED=$SEED"
-VAE_STEPS=${VAE_STEPS:-$(steps 1350)} STEPS_1=${STEPS_1:-$(steps 3000)} STEPS_2=${STEPS_2:-$(steps 9000)}
+VAE_STEPS=${VAE_STEPS:-$(steps 2700)} STEPS_1=${STEPS_1:-$(steps 1500)} STEPS_2=${STEPS_2:-$(steps 7000)}
 
 bash scripts/setup.sh
 activate
@@ -41,18 +41,18 @@ fi
 mkdir -p "results/$EXP"
 echo "$SETTINGS" >"results/$EXP/settings"
 
-[[ -n $VAE ]] || train_vae
+[[ -n $VAE ]] || train_vae --latent-channels 8
 "${RUN[@]}" EqM/cache_latents.py --data-path="$DATA" --out="results/$EXP/latents" --vae="$VAE" --image-size 64
 
-# 64 tokens for 8 frames: 2 frames x 4 x 4 latents each. Left and right are classes, so clips are never mirrored
-newest "results/$EXP"/*-EqM-S-4-*
+# 128 tokens for 8 frames. Left and right are different classes, so clips are never mirrored
+newest "results/$EXP"/*-EqM-S-2-*
 "${RUN[@]}" EqM/train.py --video --use-rope --data-path="results/$EXP/latents" --results-dir="results/$EXP" "${RESUME[@]}" \
-  --model EqM-S/4 --depth 8 --hidden-size 384 --num-heads 6 --temporal-patch-size 2 --position-table space --rope-theta 100 \
-  --frames-schedule "4:$STEPS_1:64,8:$STEPS_2:32" --mix 0.1 --forcing 0.75 --no-flip --optimizer muon --lr 2e-3 \
+  --model EqM-S/2 --depth 6 --hidden-size 256 --num-heads 4 --temporal-patch-size 4 --position-table space --rope-theta 100 \
+  --frames-schedule "4:$STEPS_1:32,8:$STEPS_2:16" --mix 0.1 --forcing 0.5 --no-flip --optimizer muon --lr 2e-3 \
   --warmup-steps 50 --lr-decay 0.4 --ema-decay 0.998 --gamma-shift 2 --global-seed "$SEED" --num-workers 0 \
   --log-every 50 --val-every 1000 --val-clips 64 --sample-every 0 --save-minutes 3 \
   --sampler ngd --num-sampling-steps 24 --stepsize 0.0217 --cfg-scale 1.5 "${MIXED[@]}"
-newest "results/$EXP"/*-EqM-S-4-*/checkpoints/best.pt
+newest "results/$EXP"/*-EqM-S-2-*/checkpoints/best.pt
 BEST=$FOUND
 
 sample() { # FOLDER NUMBER FLAGS: sample 8 frames, unless that was done
