@@ -9,8 +9,8 @@ groups  For few videos, whose file stem names a group, such as the person: <Clas
         differ only by left and right look the same.
 val     For thousands of videos, as in the literature on Sprites (C-DSVAE, arXiv 2110.12091): the network for the
         samples classifies the validation split. Windows are not changed at random, labels are not smoothed, and IS,
-        H(y|x) and H(y) are reported too. A network that is so sure of real clips is overconfident elsewhere: H(y|x) is
-        no calibrated uncertainty. Read it beside the H(y|x) of real clips.
+        H(y|x) and H(y) are reported too. Such a network may be certain of poor samples, so H(y|x) is not calibrated:
+        compare it with the H(y|x) of real clips.
 
 No class stands for "does not move", so static samples, which move less than any real clip of their class, are counted.
 """
