@@ -10,7 +10,8 @@ fvd, fid     Fréchet distance of the features of clips; of all frames, or of im
 consistency  any videos: drift over the clip, seams at the borders of temporal patches
 nearest      any videos: distance to training clips, compared with held-out real clips: does the model only memorize?
 prediction   samples that continue real clips (sample_gd.py --given DATA --given-split val): PSNR and SSIM
-classifier   data sets of few videos: do samples show their class? A small network, trained here, decides
+classifier   do samples show their class? A small network, trained here on a data set of few videos, decides. For many
+             videos, such as Sprites: --classifier-test val, which also reports the inception score, H(y|x) and H(y)
 
 scripts/score.sh samples and scores. The number of ranks changes the values only by rounding. --manifest repeats a
 scoring and compares the values; if they do not agree, the exit status is 1.
@@ -50,7 +51,11 @@ def parse_args(words=None):
     counts = ", ".join(f"{count} for {metric}" for metric, count in NUM_REAL.items())
     add("--num-real", type=number(int, least=2), help=f"number of real clips; default: {counts}")
     add("--keep-background", action="store_true", help="prediction: accept samples of --keep-background")
-    add("--classifier-steps", type=COUNT, default=250, help="training steps of classifier, 16 windows each")
+    test = "real clips that test the classifier. groups: each group of few videos (equal file stems), held out once; "
+    test += "val: the validation split of many videos, without mirrored windows; default: %(default)s"
+    add("--classifier-test", choices=[*classifier.RECIPES], default="groups", help=test)
+    steps = ", ".join(f"{recipe.steps} for {test}" for test, recipe in classifier.RECIPES.items())
+    add("--classifier-steps", type=COUNT, help=f"training steps of classifier, 16 windows each; default: {steps}")
     add("--seed", type=NATURAL, default=0, help="seed of classifier and of the bootstrap of fvd and fid")
     resamples = "bootstrap resamples for the interval of fvd and fid (10 s each for fid of 2048 clips); 0 = none"
     add("--resamples", type=NATURAL, default=frechet.RESAMPLES, help=resamples)
@@ -119,7 +124,8 @@ def find_real(args, samples, detector):
             raise UserError(f"{place}: no training video is as long as the samples ({T}); sample fewer frames")
         real["training_sha256"] = sources.videos_sha256(args.data_path, training)
     elif metric == "classifier":
-        classifier.check(samples, clips, training, place)
+        classifier.check(samples, clips, training, place, args.classifier_test)
+        split = args.classifier_test  # in the name of the protocol
     elif metric == "prediction" and real["videos_sha256"] != samples.about["real"]["videos_sha256"]:
         raise UserError(f"{place}: not the videos that {samples.place} continues; pass the folder of those")
     truth = shapes.find_truth(metric, args.data_path, samples, clips.classes)

@@ -1,5 +1,7 @@
 """The classifier of clips: what it learns from which videos, and what it reports."""
 
+import math
+import re
 import shutil
 
 import numpy as np
@@ -14,6 +16,7 @@ from video.writers import write_mp4
 
 CLASSES, PEOPLE, FRAMES, WINDOW = ["Down", "Up"], 3, 19, 4
 SETTINGS = {"num_classes": 2, "window": WINDOW, "interval": 1, "steps": 25, "seed": 0}
+SETTINGS["recipe"] = classifier.RECIPES["groups"]
 
 
 def bar(class_name, number, num_frames=FRAMES):
@@ -72,7 +75,8 @@ def test_training_windows_balance_classes_and_half_are_mirrored():
     rows = []
     for step in range(20):
         random = torch.Generator().manual_seed(step)
-        x, y = classifier.random_windows({0: [down], 1: [up, up, up]}, WINDOW, 1, random)
+        x, y = classifier.random_windows({0: [down], 1: [up, up, up]}, WINDOW, 1, random, 16)
+        x = classifier.change(x, classifier.RECIPES["groups"], random)
         rows += zip(y.tolist(), x.mean(dim=2), strict=True)  # windows as (T, W)
     labels, shifts = np.array([label for label, _ in rows]), range(-4, 5)
     gaps = [[(row[0].roll(shift) - row[1]).abs().mean() for shift in shifts] for _, row in rows]
@@ -93,6 +97,20 @@ def test_accuracy_intervals_and_confusion_equal_their_definitions():
     assert found["windows"]["share"] == pytest.approx((1 + 0.5 + 1 + 2 / 3) / 4)
     low, high = found["windows"]["interval95"]
     assert 0.5 <= low < found["windows"]["share"] < high <= 1
+
+
+def test_inception_score_and_entropies_equal_their_closed_forms():
+    sure, doubt, log4 = 1e4 * torch.eye(4)[:, None], torch.zeros(3, 1, 4), math.log(4)  # one window per clip
+    likely = torch.eye(4)[:, None] * math.log(7)  # 0.7 for one class, 0.1 for each other
+    entropy = -0.7 * math.log(0.7) - 0.3 * math.log(0.1)
+    expected = ((sure, (4, 0, log4)), (sure[:1].repeat(5, 1, 1), (1, 0, 0)), (doubt, (1, log4, log4)))
+    for logits, values in (*expected, (likely, (4 * math.exp(-entropy), entropy, log4))):
+        found = classifier.sharpness([*logits])
+        assert [found[name] for name in ("IS", "H(y|x)", "H(y)")] == pytest.approx(values, abs=1e-6)
+    random = torch.randn(6, 3, 4, generator=torch.Generator().manual_seed(0))
+    p = random.mean(dim=1).softmax(dim=1).numpy()
+    naive = np.exp(np.mean([sum(row * np.log(row / p.mean(axis=0))) for row in p]))  # E KL(p(y|x) || p(y))
+    assert classifier.sharpness([*random])["IS"] == pytest.approx(naive, rel=1e-5)
 
 
 def test_samples_that_move_less_than_real_clips_are_static():
@@ -128,6 +146,43 @@ def test_evaluate_trains_the_classifier_only_on_the_training_split(data, tmp_pat
     assert made["result"]["groups"] == ["person1", "person2", "person3"] and made["result"]["num_training"] == 4
     assert "correctly: 6 of 6, 100.0% (61.0% to 100.0%)" in (said := capsys.readouterr().out)
     assert "3 of 4, 75.0%" in said and "static samples, which move less than any real clip of their class: 0" in said
+
+
+def sideways(class_name, number):
+    """A bar that moves to the right (Down) or to the left (Up)."""
+    return bar(class_name, number).swapaxes(1, 2)
+
+
+def test_the_validation_split_tests_the_classifier_of_the_samples(tmp_path, monkeypatch, capsys):
+    """The classes are mirror images. In one validation video and one sample, the bar moves the wrong way."""
+    root, other, calls, train = tmp_path / "sides", {"Up": "Down", "Down": "Up"}, [], classifier.train
+    for name in CLASSES:
+        (root / name).mkdir(parents=True)
+        for person in range(1, 9):
+            is_wrong = (name, person) == ("Up", 8)
+            write_mp4(root / name / f"person{person}.mp4", sideways(other[name] if is_wrong else name, person), 25)
+    write_ucf_list(root, [f"{name}/person{person}" for name in CLASSES for person in (1, 2, 3, 4, 5)])
+
+    def spy(rows, name, **settings):
+        calls.append((name, len(rows)))
+        return train(rows, name, **settings)
+
+    monkeypatch.setattr(classifier, "train", spy)
+    clips = np.stack([sideways(name, 3)[start : start + WINDOW] for name in CLASSES for start in (0, 5)])
+    samples = write_samples(tmp_path / "s", clips, [0, 0, 1, 0], CLASSES)  # the last one moves up
+    flags = ["--metric", "classifier", "--classifier-test", "val", "--classifier-steps", 150, "--data-path", root]
+    made = run(tmp_path / "c.json", *flags, "--samples", samples, "--num-workers", 2)
+    real, found = made["result"]["real"], made["result"]["samples"]
+    assert calls == [("of the training split", 10)] and made["protocol"] == "classifier4_4f_val"
+    assert real["clips"] == 6 and real["wrong"] == ["Up/person8.mp4"] and made["values"]["accuracy"] == 5 / 6
+    assert found["confusion"] == [[2, 1], [0, 1]] and made["values"]["asked_class"] == 0.75
+    assert made["values"]["IS"] == pytest.approx(2, abs=0.1) and made["values"]["H(y|x)"] < 0.05
+    assert made["values"]["H(y)"] == pytest.approx(math.log(2), abs=0.01)
+    said = capsys.readouterr().out
+    assert "note: below 99.9% on real clips" in said
+    assert re.search(r"trained on 10 others\) +1 +6 +83.33% +16.67% \(.*\n  samples +1 +4 +75.00% +25.00% ", said)
+    again = run(tmp_path / "d.json", "--manifest", tmp_path / "c.json")
+    assert again["repeats"]["bit_equal"] and again["result"] == made["result"]
 
 
 def test_real_windows_have_the_frame_interval_of_samples_and_repeat_bit_for_bit(data, tmp_path, monkeypatch):
@@ -172,6 +227,7 @@ BAD = {
     "no class": ({"labels": (0, -1)}, ["has samples without a class"]),
     "one person": ({}, ["2 classes, 1 group (file stems) in Down; expected at least 2 of both"]),
     "nothing to train on": ({}, ["no training video of class Up"]),
+    "nothing to test on": ({}, ["no validation video of class Up; expected one; raise --val-fraction"]),
 }
 
 
@@ -183,6 +239,10 @@ def test_data_that_do_not_fit_the_samples_are_refused(case, data, tmp_path, caps
         data = shutil.copytree(data, tmp_path / "few", ignore=shutil.ignore_patterns("ucf*", *others))
     if case == "nothing to train on":
         write_ucf_list(data, ["Down/person1"])
+    if case == "nothing to test on":
+        data = shutil.copytree(data, tmp_path / "few", ignore=shutil.ignore_patterns("ucf*"))
+        write_ucf_list(data, ["Down/person1", "Up/person1", "Up/person2", "Up/person3"])
     flags = ["--metric", "classifier", "--samples", make_samples(tmp_path / "s", **about), "--data-path", data]
+    flags += ["--classifier-test", "val"] if case == "nothing to test on" else []
     refused(capsys, tmp_path / "x.json", *flags, words=words)
     assert not (tmp_path / "x.json").exists()

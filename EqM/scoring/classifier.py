@@ -1,12 +1,18 @@
 """Which class does a clip show? A small network learns it from real clips and classifies generated clips.
 
-It fits data sets of few videos whose file stem names a group, such as the person: <Class>/person3.mkv. For each group,
-a network trained on the other groups classifies its videos: this is the classifier's own accuracy. Then a network
-trained on the training split classifies the samples. It runs on the CPU and sees gray windows of at most 16 frames of
-32 px, with the time between frames of the samples. A longer clip gets the class of its windows' mean logits.
+It runs on the CPU and sees gray windows of at most 16 frames of 32 px, with the time between frames of the samples. A
+longer clip gets the class of its windows' mean logits. A network trained on the training split classifies the samples.
+--classifier-test says how the classifier's own accuracy is measured:
 
-It can't tell classes apart that differ only by left and right, as training windows are mirrored at random. No class
-stands for "does not move", so static samples are counted too: they move less than any real clip of their class.
+groups  For few videos, whose file stem names a group, such as the person: <Class>/person3.mkv. A network trained on the
+        other groups classifies the videos of each group. Training windows are mirrored at random, so classes that
+        differ only by left and right look the same.
+val     For thousands of videos, as in the literature on Sprites (C-DSVAE, arXiv 2110.12091): the network for the
+        samples classifies the validation split. Windows are not changed at random, labels are not smoothed, and IS,
+        H(y|x) and H(y) are reported too. Such a network may be certain of poor samples, so H(y|x) is not calibrated:
+        compare it with the H(y|x) of real clips.
+
+No class stands for "does not move", so static samples, which move less than any real clip of their class, are counted.
 """
 
 import itertools
@@ -14,6 +20,7 @@ import math
 import statistics
 from argparse import Namespace
 from collections import Counter
+from contextlib import suppress
 from dataclasses import replace
 from pathlib import PurePosixPath
 
@@ -25,65 +32,100 @@ from runtime import distributed
 from runtime.cli import Bar, UserError, plural
 from runtime.distributed import rank
 from runtime.rng import generator
-from scoring.stats import mean_interval, wilson
+from scoring.stats import mean_interval, table, wilson
 from video.files import UnreadableError, read_frames, resize_and_crop
+from video.source import in_threads
 
 SIZE, MOST_FRAMES = 32, 16  # px and most frames of a window
 PURPOSE = "judge"  # names its random draws; another word would change published scores
 MOVES = 40  # of 255 levels: a pixel moves if its gray changes by more in a window; the flicker of a VAE is weaker
-# Random changes in training: the largest ones, as shares of size, side, contrast and of the range from black to white
-RECIPE = Namespace(batch=16, lr=3e-3, weight_decay=0.05, smoothing=0.1, zoom=0.1, shift=0.12, contrast=0.3, light=0.15)
+ENOUGH = 0.999  # accuracy on real validation clips below which errors of samples may be errors of the classifier
+COMMON = {"batch": 16, "lr": 3e-3, "weight_decay": 0.05}
+# By --classifier-test. Random changes: the largest, as shares of size, side, contrast and of the range black to white
+RECIPES = {
+    "groups": Namespace(**COMMON, steps=250, smoothing=0.1, zoom=0.1, shift=0.12, contrast=0.3, light=0.15),
+    "val": Namespace(**COMMON, steps=1000, smoothing=0.0),
+}
 
 
-def check(samples, clips, training, place):
-    """Raise UserError unless a network can learn the classes of Samples from the groups of videos of Clips."""
+def check(samples, clips, training, place, test):
+    """Raise UserError unless a network can learn the classes of Samples from Clips; test: --classifier-test."""
     if unknown := set(samples.classes) - set(clips.classes):
         got = f"has class {min(unknown)}, {place} has {', '.join(clips.classes)}"
         raise UserError(f"{samples.place}: {got}; pass the data set that the model was trained on")
+    tested = {video.class_name for video in set(clips.videos) - set(training)}
     for name in clips.classes:
         count = len({PurePosixPath(video.path).stem for video in clips.videos if video.class_name == name})
         if count < 2 or len(clips.classes) < 2:
             got = f"{plural(len(clips.classes), 'class')}, {plural(count, 'group')} (file stems) in {name}"
             raise UserError(f"{place}: {got}; expected at least 2 of both, as each group is held out once")
+        if test == "val" and name not in tested:
+            raise UserError(f"{place}: no validation video of class {name}; expected one; raise --val-fraction")
         if all(video.class_name != name for video in training):
             raise UserError(f"{place}: no training video of class {name}; expected one; lower --val-fraction")
 
 
 def score_classifier(samples, clips, training, args, corrupt):
     """Classify Samples with networks trained on the videos of Clips, in windows of their length; training: a part."""
+    by_split, recipe = args.classifier_test == "val", RECIPES[args.classifier_test]
+    if by_split and rank() != 0:  # there is one network to train
+        return None, None, None
     torch.set_num_threads(1)  # another order of sums makes another classifier
-    size, classes, real = samples.image_size, clips.classes, {}
+    size, classes = samples.image_size, clips.classes
     window, interval = clips.num_frames, clips.frame_interval[0]
-    for video in sorted(clips.videos, key=lambda video: video.path):
-        try:
-            real[video] = prepare(read_frames(args.data_path, video, range(video.num_frames)), size)
-        except UnreadableError:
-            corrupt.append(video.path)
-    videos, training = list(real), [video for video in training if video in real]
-    check(samples, replace(clips, videos=videos), training, f"--data-path {args.data_path}")  # may be too few now
+    real = read_real(clips, args, size, corrupt)
+    videos, training = list(real), set(training) & real.keys()
+    check(samples, replace(clips, videos=videos), training, f"--data-path {args.data_path}", args.classifier_test)
     labels = [classes.index(video.class_name) for video in videos]
     groups = [PurePosixPath(video.path).stem for video in videos]
     rows = list(zip(real.values(), labels, groups, strict=True))
-    settings = {"num_classes": len(classes), "window": window, "interval": interval}
-    settings |= {"steps": args.classifier_steps, "seed": args.seed}
-    logits = leave_one_out(rows, settings)
+    own = [row[:2] for row, video in zip(rows, videos, strict=True) if video in training]
+    settings = {"num_classes": len(classes), "window": window, "interval": interval, "recipe": recipe}
+    settings |= {"steps": args.classifier_steps or recipe.steps, "seed": args.seed}
+    tested = [number for number, video in enumerate(videos) if not (by_split and video in training)]
+    logits = None if by_split else leave_one_out(rows, settings)
     if rank() != 0:
         return None, None, None
-    about = summarize(logits, labels, classes)
-    about["wrong"] = [v.path for v, label, got in zip(videos, labels, about["found"], strict=True) if label != got]
-    own = [row[:2] for row, video in zip(rows, videos, strict=True) if video in training]
     network = train(own, "of the training split", **settings)
+    if by_split:
+        logits = [logits_of(network, rows[number][0], window, interval) for number in tested]
+    about = summarize(logits, [labels[number] for number in tested], classes)
     shown, asked = [prepare(clip, size) for clip in samples.clips], [*map(classes.index, samples.names)]
-    found = summarize([logits_of(network, clip, window, interval=1) for clip in shown], asked, classes)
+    of_samples = [logits_of(network, clip, window, interval=1) for clip in shown]
+    found = summarize(of_samples, asked, classes)
+    wrong = zip(tested, about["found"], strict=True)
+    about["wrong"] = [videos[number].path for number, got in wrong if labels[number] != got]
     found["static"] = find_static(shown, asked, rows, window, interval)
-    lines = [
-        f"  real clips, each of {len(set(groups))} groups held out once, classified correctly: {in_words(about)}",
-        f"  samples classified as their class: {in_words(found)}",
-        f"  static samples, which move less than any real clip of their class: {len(found['static'])}",
-    ]
     values = {"accuracy": about["share"], "window_accuracy": about["windows"]["share"], "asked_class": found["share"]}
-    result = {"real": about, "samples": found, "recipe": vars(RECIPE) | {"size": SIZE}, "window": window}
-    return values, result | {"classes": classes, "groups": sorted(set(groups)), "num_training": len(own)}, lines
+    if by_split:
+        about, found = about | sharpness(logits), found | sharpness(of_samples)
+        values |= {name: found[name] for name in ("IS", "H(y|x)", "H(y)")}
+        lines = compare(about, found, len(classes), len(own))
+    else:
+        lines = [
+            f"  real clips, each of {len(set(groups))} groups held out once, classified correctly: {in_words(about)}",
+            f"  samples classified as their class: {in_words(found)}",
+        ]
+    lines.append(f"  static samples, which move less than any real clip of their class: {len(found['static'])}")
+    result = {"real": about, "samples": found, "recipe": vars(recipe) | {"size": SIZE, "steps": settings["steps"]}}
+    result |= {"window": window, "classes": classes, "groups": sorted(set(groups)), "num_training": len(own)}
+    return values, result, lines
+
+
+def read_real(clips, args, size, corrupt):
+    """{video: its prepared clip} in the order of paths; adds the paths of corrupt videos to the list `corrupt`."""
+
+    def read(video):
+        with suppress(UnreadableError):
+            return prepare(read_frames(args.data_path, video, range(video.num_frames)), size)
+        return None
+
+    videos = sorted(clips.videos, key=lambda video: video.path)
+    found = in_threads(read, videos, max(1, args.num_workers))
+    found = Bar(found, total=len(videos), desc="real clips", unit="clip", leave=False, disable=rank() != 0)
+    real = dict(zip(videos, found, strict=True))
+    corrupt.extend(video.path for video, clip in real.items() if clip is None)
+    return {video: clip for video, clip in real.items() if clip is not None}
 
 
 class Classifier(nn.Module):
@@ -137,37 +179,43 @@ def find_static(samples, asked, real, window, interval):
     return [index for index, (clip, label) in rows if least_motion(clip, window, 1) < least[label]]
 
 
-def random_windows(of_class, window, interval, random):
-    """Training windows (B, window, SIZE, SIZE), changed at random, and labels (B,). of_class: {label: clips}."""
-    B, windows = RECIPE.batch, []
-    y = torch.tensor(list(of_class))[torch.randint(len(of_class), (B,), generator=random)]  # classes equally often
-    for label, (which, when) in zip(y.tolist(), torch.rand(B, 2, generator=random).tolist(), strict=True):
+def random_windows(of_class, window, interval, random, batch):
+    """Windows (batch, window, SIZE, SIZE) from 0 to 1 and labels (batch,). of_class: {label: clips}."""
+    windows = []
+    y = torch.tensor(list(of_class))[torch.randint(len(of_class), (batch,), generator=random)]  # classes equally often
+    for label, (which, when) in zip(y.tolist(), torch.rand(batch, 2, generator=random).tolist(), strict=True):
         every = every_window(of_class[label][int(which * len(of_class[label]))], window, interval)
         windows.append(every[int(when * len(every))])
-    zoom, right, down, contrast, light = 2 * torch.rand(5, B, generator=random) - 1
+    return torch.stack(windows).float() / 255, y
+
+
+def change(x, recipe, random):
+    """Windows (B, T, SIZE, SIZE) in another place, size, contrast and light; half of them mirrored."""
+    zoom, right, down, contrast, light = 2 * torch.rand(5, B := len(x), generator=random) - 1
     mirror, zero = 1 - 2 * torch.randint(2, (B,), generator=random), torch.zeros(B)
-    zoom, right, down = 1 + RECIPE.zoom * zoom, 2 * RECIPE.shift * right, 2 * RECIPE.shift * down
+    zoom, right, down = 1 + recipe.zoom * zoom, 2 * recipe.shift * right, 2 * recipe.shift * down
     matrix = torch.stack([mirror * zoom, zero, right, zero, zoom, down], dim=1).view(B, 2, 3)
-    x = torch.stack(windows).float() / 255
     grid = F.affine_grid(matrix, x.shape, align_corners=False)  # the same for all frames of a window
     x = F.grid_sample(x, grid, padding_mode="border", align_corners=False)
-    contrast, light = (1 + RECIPE.contrast * contrast).view(B, 1, 1, 1), (RECIPE.light * light).view(B, 1, 1, 1)
-    return (x - 0.5) * contrast + 0.5 + light, y
+    contrast, light = (1 + recipe.contrast * contrast).view(B, 1, 1, 1), (recipe.light * light).view(B, 1, 1, 1)
+    return (x - 0.5) * contrast + 0.5 + light
 
 
-def train(rows, name, num_classes, window, interval, steps, seed):
+def train(rows, name, num_classes, window, interval, steps, seed, recipe):
     """A Classifier trained on rows (clip, label). All draws are functions of the seed, its name and the step."""
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(generator(seed, PURPOSE, name).initial_seed())
         network = Classifier(num_classes)
-    optimizer = torch.optim.AdamW(network.parameters(), RECIPE.lr, weight_decay=RECIPE.weight_decay)
+    optimizer = torch.optim.AdamW(network.parameters(), recipe.lr, weight_decay=recipe.weight_decay)
     of_class = {label: [clip for clip, other in rows if other == label] for label in sorted({y for _, y in rows})}
     for step in range(steps):
         done = step / steps  # warm-up for a tenth of the steps, then a cosine to 0
-        optimizer.param_groups[0]["lr"] = RECIPE.lr * min(1, 10 * done + 0.1) * math.cos(done * math.pi / 2) ** 2
-        x, y = random_windows(of_class, window, interval, generator(seed, PURPOSE, name, step))
+        optimizer.param_groups[0]["lr"] = recipe.lr * min(1, 10 * done + 0.1) * math.cos(done * math.pi / 2) ** 2
+        random = generator(seed, PURPOSE, name, step)
+        x, y = random_windows(of_class, window, interval, random, recipe.batch)
+        x = change(x, recipe, random) if hasattr(recipe, "zoom") else x
         optimizer.zero_grad()
-        F.cross_entropy(network(x), y, label_smoothing=RECIPE.smoothing).backward()
+        F.cross_entropy(network(x), y, label_smoothing=recipe.smoothing).backward()
         optimizer.step()
     return network
 
@@ -206,6 +254,32 @@ def summarize(logits, labels, classes):
         "clips": count, "right": right, "share": right / count, "interval95": wilson(right, count), "windows": about,
         "confusion": [[counts[row, column] for column in every] for row in every], "found": found,
     }  # fmt: skip
+
+
+def sharpness(logits):
+    """The inception score and the entropies in nats of clips, from the logits (n, classes) of each clip's windows.
+
+    p(y|x) is the softmax of a clip's mean logits, p(y) its mean over the clips. IS = exp(E KL(p(y|x) || p(y))), which
+    equals exp(H(y) - H(y|x)): at most the number of classes, if they are equally frequent.
+    """
+    p = torch.stack([own.mean(dim=0) for own in logits]).double().softmax(dim=1)
+    given, overall = (torch.special.entr(q).sum(dim=1).mean().item() for q in (p, p.mean(dim=0, keepdim=True)))
+    return {"IS": math.exp(overall - given), "H(y|x)": given, "H(y)": overall}
+
+
+def compare(real, found, num_classes, num_training):
+    """Lines: the errors and the sharpness of real validation clips beside those of samples, and what to doubt."""
+    rows = [["", "wrong", "clips", "accuracy", "error rate (95%)", f"IS of {num_classes}", "H(y|x)", "H(y)"]]
+    for title, about in ((f"real clips (trained on {num_training} others)", real), ("samples", found)):
+        low, high = (1 - end for end in reversed(about["interval95"]))
+        error = f"{1 - about['share']:.2%} ({low:.2%} to {high:.2%})"
+        sharp = [f"{about['IS']:.3f}", f"{about['H(y|x)']:.4f}", f"{about['H(y)']:.4f}"]
+        wrong = about["clips"] - about["right"]
+        rows.append([title, str(wrong), str(about["clips"]), f"{about['share']:.2%}", error, *sharp])
+    note = (
+        f"  note: below {ENOUGH:.1%} on real clips, errors of samples may be the classifier's; raise --classifier-steps"
+    )
+    return [*table(rows), *[note] * (real["share"] < ENOUGH)]
 
 
 def in_words(found):

@@ -23,7 +23,7 @@ def protocol(metric, samples, split, num_real):
     """A name such as fvd2048_16f_cfg1: metric, number of clips, frames, guidance (fvd and fid), other choices."""
     N, kind = len(samples), f"_{samples.num_frames}f"
     if metric == "classifier":
-        return f"classifier{N}{kind}"
+        return f"classifier{N}{kind}{'_val' * (split == 'val')}"
     split = "" if split == default_split(metric) else f"_{split}"
     if metric == "prediction":
         best = "" if num_real == N else f"_best{N // num_real}"
