@@ -30,7 +30,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[2] / "EqM"))
 
 from runtime import distributed
 from runtime.atomic import atomic_write
-from runtime.cli import NATURAL, ArgumentParser, UserError, check_writable, say, wrong_input
+from runtime.cli import NATURAL, ArgumentParser, UserError, check_writable, fail, one_line_errors, say, wrong_input
 from runtime.metrics import read_metrics
 from scoring.stats import cell, mean_and_error  # noqa: F401 (cell: for people.py)
 
@@ -248,6 +248,35 @@ def seed_table(rows, columns):
         [name, *(mean_cell(found.get(title, []), digits) for title, (_, _, digits) in columns.items())]
         for name, found in rows.items()
     ])  # fmt: skip
+
+
+def newest_metrics(name, kind):
+    """The metrics rows of the newest run of this kind (VAE or EqM) in an experiment."""
+    folder, names = Path("results", name), f"[0-9]*-{kind}-*"
+    return read_metrics(max(folder.glob(names), default=folder / names) / "metrics.jsonl")[0]
+
+
+def tabulate_experiments(doc, name, title, read_run, rows_of, script=None):
+    """The whole of a script that writes the scores of experiments of a shell script to NAME.md and NAME.json.
+
+    read_run(experiment): a plain dict with "hours"; rows_of(that): {row of the table: text}.
+    """
+    script, parser = script or f"{name}.sh", ArgumentParser(description=doc.partition("\n")[0])
+    parser.add_argument("runs", nargs="+", metavar="EXP", help=f"finished experiments of {script}")
+    out = f"folder for {name}.md and {name}.json"
+    parser.add_argument("--out", type=writable, default="results", metavar="DIR", help=out)
+    args = parser.parse_args()
+    with one_line_errors():
+        try:
+            runs = sorted(map(read_run, args.runs), key=lambda run: (run["hours"], run.get("seed")))
+        except FileNotFoundError as error:
+            fail(f"{error.filename}: no such file; expected finished runs of scripts/{script}")
+        about = f"`scripts/studies/{name}.py` wrote this table from runs of `scripts/{script}`. "
+        about += "Brackets hold 95% intervals over clips."
+        titles = [f"HOURS={run['hours']:g}" + (f", seed {run['seed']}" if "seed" in run else "") for run in runs]
+        columns = list(map(rows_of, runs))
+        rows = [[what, *(column.get(what, "-") for column in columns)] for what in columns[0]]
+        write_results(args.out, name, [f"# {title}", "", about, "", *table(["", *titles], rows)], runs)
 
 
 def write_results(out, name, lines, content=None):

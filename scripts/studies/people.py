@@ -12,8 +12,6 @@ from pathlib import Path
 
 import lab
 from lab import cell
-from runtime.cli import ArgumentParser, fail, one_line_errors
-from runtime.metrics import read_metrics
 
 VALUES = {"psnr": "PSNR", "psnr_moving": "moving pixels"}  # value of a prediction: its words in the table
 KEPT = {"-decoded": "", "-background": ", background kept"}  # suffix of a task: its words (see --keep-background)
@@ -23,7 +21,7 @@ PREDICTIONS = [task + end for task in ("8of16", "4of16") for end in KEPT]
 def read_run(name):
     """The scores of an experiment as a plain dict. Raises FileNotFoundError."""
     hours = float(re.match(r"HOURS=(\S+)", Path("results", name, "settings").read_text())[1])
-    vae, model = (newest_metrics(name, kind) for kind in ("VAE", "EqM"))
+    vae, model = (lab.newest_metrics(name, kind) for kind in ("VAE", "EqM"))
     tasks = (*PREDICTIONS, "nearest", "classifier")
     scores = {task: json.loads(Path("samples", f"{name}-{task}.json").read_text()) for task in tasks}
     last_phase = [row for row in model if "val_loss" in row and row["num_frames"] == model[-1]["num_frames"]]
@@ -41,12 +39,6 @@ def read_run(name):
         run[f"classifier_{kind}"] = {key: found[key] for key in kept if key in found}
     ratio = {"rmse_ratio_interval95": scores["nearest"]["result"]["rmse_ratio_interval95"]}
     return run | {"nearest": scores["nearest"]["values"] | ratio}
-
-
-def newest_metrics(name, kind):
-    """The metrics rows of the newest run of this kind (VAE or EqM) in an experiment."""
-    folder, names = Path("results", name), f"[0-9]*-{kind}-*"
-    return read_metrics(max(folder.glob(names), default=folder / names) / "metrics.jsonl")[0]
 
 
 def share(part):
@@ -84,30 +76,8 @@ def rows_of(run):
     }
 
 
-def markdown(runs):
-    columns = list(map(rows_of, runs))
-    about = "`scripts/studies/people.py` wrote this table from runs of `scripts/weizmann.sh`. "
-    about += "Brackets hold 95% intervals over clips."
-    rows = [[what, *(column.get(what, "-") for column in columns)] for what in columns[0]]
-    return ["# Real people", "", about, "", *lab.table(["", *(f"HOURS={run['hours']:g}" for run in runs)], rows)]
-
-
-def parse_args():
-    parser = ArgumentParser(description="Collect all scores of runs of scripts/weizmann.sh in one table.")
-    parser.add_argument("runs", nargs="+", metavar="EXP", help="finished experiments of weizmann.sh")
-    out = "folder for people.md and people.json"
-    parser.add_argument("--out", type=lab.writable, default="results", metavar="DIR", help=out)
-    return parser.parse_args()
-
-
-@one_line_errors()
 def main():
-    args = parse_args()
-    try:
-        runs = sorted(map(read_run, args.runs), key=lambda run: run["hours"])
-    except FileNotFoundError as error:
-        fail(f"{error.filename}: no such file; expected finished runs of scripts/weizmann.sh")
-    lab.write_results(args.out, "people", markdown(runs), runs)
+    lab.tabulate_experiments(__doc__, "people", "Real people", read_run, rows_of, script="weizmann.sh")
 
 
 if __name__ == "__main__":

@@ -1,0 +1,84 @@
+"""Collect all scores of runs of scripts/sprites.sh in one table.
+
+    EXP=sprites-half HOURS=0.5 bash scripts/sprites.sh && EXP=sprites-0 bash scripts/sprites.sh
+    EXP=sprites-1 SEED=1 bash scripts/sprites.sh
+    python scripts/studies/sprites.py sprites-half sprites-0 sprites-1 --out results
+
+It reads results/EXP and samples/EXP-*.json, and writes sprites.md and sprites.json to --out.
+"""
+
+import json
+import re
+from pathlib import Path
+
+import lab
+
+TASKS = "census", "classifier", "predicted", "predicted-census"
+SHARES = {  # of --metric census: words in the table
+    "valid": "valid samples (%)", "class_right": "samples that show the requested class (%)",
+    "body": "samples with one body in all frames (%)", "bottomwear": "with one bottomwear (%)",
+    "topwear": "with one topwear (%)", "hair": "with one hair (%)",
+    "held_out": "valid samples of characters that never trained (%)",
+    "real_valid": "real test clips that are valid (%)",
+    "attribute_switched": "accepted with an attribute switched in a frame (%)",
+    "hair_blended": "accepted with two hair styles blended (%)", "frames_swapped": "accepted with frames swapped (%)",
+    "frame_shifted": "accepted with a frame shifted (%)",
+}  # fmt: skip
+
+
+def read_run(name):
+    """The scores of an experiment as a plain dict. Raises FileNotFoundError."""
+    hours, seed = re.search(r"HOURS=(\S+) .*SEED=(\d+)", Path("results", name, "settings").read_text()).groups()
+    vae, model = (lab.newest_metrics(name, kind) for kind in ("VAE", "EqM"))
+    run = {"hours": float(hours), "seed": int(seed), "vae_steps": vae[-1]["step"], "vae_psnr": vae[-1]["val_psnr"]}
+    run |= {"steps": model[-1]["step"], "minutes_of_vae": vae[-1]["seconds"] / 60}
+    run["minutes_of_model"] = model[-1]["seconds"] / 60
+    scores = {task: json.loads(Path("samples", f"{name}-{task}.json").read_text())["result"] for task in TASKS}
+    for kind in ("real", "samples"):
+        kept = "clips", "right", "share", "interval95", "IS", "H(y|x)", "H(y)"
+        run[f"classifier_{kind}"] = {key: scores["classifier"][kind][key] for key in kept}
+    for task in ("census", "predicted-census", "predicted"):
+        run[task] = {key: value for key, value in scores[task].items() if key != "samples" and "by_frame" not in key}
+    return run
+
+
+def percent(result, name):
+    """A share and its interval in percent, as text."""
+    low, high = (100 * end for end in result[f"{name}_interval95"])
+    return f"{100 * result[name]:.1f} ({low:.1f} to {high:.1f})"
+
+
+def rows_of(run):
+    """{row of the table: text} for a run."""
+    real, samples, census = run["classifier_real"], run["classifier_samples"], run["census"]
+    given, predicted = run["predicted-census"], run["predicted"]
+    rows = {
+        "steps of the VAE; of the model": f"{run['vae_steps']}; {run['steps']}",
+        "minutes of their training": f"{run['minutes_of_vae']:.0f}; {run['minutes_of_model']:.0f}",
+        "VAE, PSNR of held-out characters (dB)": f"{run['vae_psnr']:.2f}",
+    }
+    for title, about in (("real test clips", real), ("samples", samples)):
+        rows[f"classifier: wrong {title}"] = f"{about['clips'] - about['right']} of {about['clips']}"
+        rows |= {f"classifier: {name} of {title}": f"{about[name]:.3f}" for name in ("IS", "H(y|x)", "H(y)")}
+    rows |= {f"census: {title}": percent(census, name) for name, title in SHARES.items()}
+    return rows | {
+        "census: held-out characters expected without bias (%)": f"{100 * census['held_out_expected']:.1f}",
+        "census: different characters among valid samples": f"{census['characters']}",
+        "census: different characters expected": f"{census['characters_expected']:.0f}",
+        "census: RMSE to the matched clip (gray levels)": lab.cell(census, "rmse", 2),
+        "census: the same of real test clips through the VAE": f"{census['rmse_real']:.2f}",
+        "census: failed for attribute, pose, margin, RMSE": ", ".join(map(str, census["failures"].values())),
+        "one frame given: all attributes kept (%)": percent(given, "true_attributes"),
+        "one frame given: the true clip (%)": percent(given, "true_clip"),
+        "one frame given: valid (%)": percent(given, "valid"),
+        "one frame given: PSNR (dB)": lab.cell(predicted, "psnr", 2),
+        "one frame given: PSNR of repeating it (dB)": lab.cell(predicted, "psnr_repeated", 2),
+    }
+
+
+def main():
+    lab.tabulate_experiments(__doc__, "sprites", "Sprites", read_run, rows_of)
+
+
+if __name__ == "__main__":
+    main()
