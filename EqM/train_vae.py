@@ -1,7 +1,7 @@
 """Train a small VAE on the frames of a data folder, where the published VAEs do not fit or can't be downloaded.
 
     torchrun --nproc_per_node=2 EqM/train_vae.py --data-path datasets/weizmann --image-size 64 --downsample 4 \
-        --widths 8 32 128 --global-batch-size 16 --max-steps 4000 --results-dir results/EXP
+        --global-batch-size 16 --max-steps 4000 --results-dir results/EXP
 
     RUN/vae/        the EMA weights as a diffusers AutoencoderKL, for --vae RUN/vae of cache_latents.py and train.py
     RUN/samples/    sheets: frames of validation videos above their reconstructions
