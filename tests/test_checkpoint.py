@@ -58,7 +58,7 @@ def names(folder):
     return sorted(path.name for path in folder.iterdir())
 
 
-# Writing ------------------------------------------------------------------------------------------------------------
+# Writing --------------------------------------------------------------------------------------------------------------
 
 
 def test_loading_returns_the_saved_state(tmp_path):
@@ -185,7 +185,7 @@ def test_the_next_call_raises_the_error_of_the_thread(writer, monkeypatch):
     assert checkpoint.load(writer.path)["step"] == 1
 
 
-# Reading ------------------------------------------------------------------------------------------------------------
+# Reading --------------------------------------------------------------------------------------------------------------
 
 
 def test_a_missing_cut_or_foreign_file_is_one_line_without_a_warning(tmp_path, recwarn):
@@ -260,7 +260,7 @@ def test_optimizers_load_the_state_of_each_weight_and_keep_their_settings(kind):
             assert not {id(value) for value in memory.values()} & {id(value) for value in new.state[weight].values()}
 
 
-# The model ----------------------------------------------------------------------------------------------------------
+# The model ------------------------------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize(("use_ema", "part"), [(True, "ema"), (False, "model")])
@@ -303,7 +303,7 @@ def test_weights_of_another_shape_are_refused_in_the_part_that_has_them():
         assert WEIGHT in refusal(checkpoint.config_of, "--ckpt a.pt", state)
 
 
-# Compatibility ------------------------------------------------------------------------------------------------------
+# Compatibility --------------------------------------------------------------------------------------------------------
 
 ROPE = model_config("EqM-S/4", num_classes=101, num_frames=8, use_rope=True)
 FIXED = replace(ROPE, use_rope=False)

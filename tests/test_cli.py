@@ -21,7 +21,7 @@ from runtime.cli import UserError, number
 from runtime.runs import make_run_folder
 from video.index import CorruptDataError
 
-# Flags --------------------------------------------------------------------------------------------------------------
+# Flags ----------------------------------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize(
@@ -112,7 +112,7 @@ def test_the_precision_comes_from_the_flag_the_run_or_the_device(
     assert printed.count("\n") <= 1
 
 
-# Messages -----------------------------------------------------------------------------------------------------------
+# Messages -------------------------------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize(("rank", "before"), [("0", []), ("1", [(10, "")])])  # if it still runs then, it reports

@@ -104,8 +104,7 @@ class Page:
         return [base64.b64decode(part, validate=True) for part in parts]
 
 
-# ----------------------------------------------------------------------------------------------------------------------
-# The page as a file
+# The page as a file ---------------------------------------------------------------------------------------------------
 
 
 def test_a_page_embeds_the_sample_videos_and_their_settings(samples):
@@ -230,8 +229,7 @@ def test_a_full_disk_leaves_no_partial_page(samples, tmp_path, monkeypatch, caps
     assert "can't be written (No space left on device" in capsys.readouterr().err and not list(tmp_path.iterdir())
 
 
-# ----------------------------------------------------------------------------------------------------------------------
-# The picture
+# The picture ----------------------------------------------------------------------------------------------------------
 
 
 def test_a_picture_has_a_row_per_sample_and_a_border_around_given_frames(tmp_path):
@@ -266,8 +264,7 @@ def test_a_picture_of_no_samples_is_refused(tmp_path, capsys):
     assert not (tmp_path / "picture.png").exists()
 
 
-# ----------------------------------------------------------------------------------------------------------------------
-# The page in a browser
+# The page in a browser ------------------------------------------------------------------------------------------------
 
 CHROMIUM = next(filter(None, map(shutil.which, ("chromium", "chromium-browser", "google-chrome"))), None)
 TIMEOUT = 60  # seconds to wait before a test fails

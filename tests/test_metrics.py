@@ -133,7 +133,7 @@ def test_wandb_gets_config_and_scalars_and_a_resumed_run_keeps_its_id(tmp_path, 
     assert wandb.init.return_value.finish.call_count == 2
 
 
-# StepStats ----------------------------------------------------------------------------------------------------------
+# StepStats ------------------------------------------------------------------------------------------------------------
 
 
 def fill(values, skipped=None, earlier=None):

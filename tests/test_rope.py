@@ -101,7 +101,7 @@ def test_low_precision_rounds_rotated_values_once_and_never_the_angles():
         assert torch.equal(apply_rotary(x.to(dtype), *expected), apply_rotary(x.to(dtype).float(), *expected).to(dtype))
 
 
-# Beyond the trained length ------------------------------------------------------------------------------------------
+# Beyond the trained length --------------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize(

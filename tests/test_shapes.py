@@ -47,8 +47,7 @@ def noisy(clip, deviation, seed=0):
     return (clip + noise).round().clip(0, 255).astype(np.uint8)
 
 
-# ----------------------------------------------------------------------------------------------------------------------
-# Straight motion
+# Straight motion ------------------------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize(
@@ -206,8 +205,7 @@ def test_motion_of_real_clips_is_all_right(request, tmp_path):
     assert found["result"]["real"]["direction_interval95"] == wilson(12, 12)
 
 
-# ----------------------------------------------------------------------------------------------------------------------
-# Bouncing motion
+# Bouncing motion ------------------------------------------------------------------------------------------------------
 
 ARGS = Namespace(
     seed=3, size=32, radius=[0.18, 0.18], colors=["red", "green", "blue"], backgrounds=["black"], frames=160,

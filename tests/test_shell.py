@@ -198,8 +198,7 @@ def test_a_signal_reaches_a_run_of_one_process_and_one_line_gives_advice(name, e
     assert (process.returncode, found) == (status, printed)
 
 
-# ----------------------------------------------------------------------------------------------------------------------
-# The flags that the scripts pass on
+# The flags that the scripts pass on -----------------------------------------------------------------------------------
 
 
 @pytest.fixture

@@ -75,7 +75,7 @@ def test_defaults_of_train_py_for_the_published_recipe_equal_the_paper(monkeypat
     assert model_config("EqM-S/4", input_size=16, in_channels=3, num_classes=2).class_dropout_prob == 0.1
 
 
-# A step of every kind -----------------------------------------------------------------------------------------------
+# A step of every kind -------------------------------------------------------------------------------------------------
 
 MANY = "--video --num-frames 6 --use-rope --position-table space --rope-speed 0.5 --ebm dot --disp --qk-norm"
 
@@ -192,7 +192,7 @@ def test_the_network_sees_only_noisy_clip_condition_and_frame_rate(forcing, disp
     torch.testing.assert_close(target_square, losses["train_loss"])  # as the network predicts zero
 
 
-# From a latent cache ------------------------------------------------------------------------------------------------
+# From a latent cache --------------------------------------------------------------------------------------------------
 
 
 @pytest.fixture(scope="module")

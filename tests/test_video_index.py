@@ -49,7 +49,7 @@ def opened(monkeypatch):
     return paths
 
 
-# Scan.
+# Scan -----------------------------------------------------------------------------------------------------------------
 
 
 def test_a_scan_finds_videos_classes_rates_and_frames(tmp_path):
@@ -101,7 +101,7 @@ def test_a_file_that_cannot_be_opened_is_reported_also_a_pipe(root):
     assert scan.unreadable == [f"A/{name}" for name in names] and len(scan.videos) == 4
 
 
-# Index.
+# Index ----------------------------------------------------------------------------------------------------------------
 
 
 def test_a_file_that_the_index_knows_is_not_opened_again(root, runs, monkeypatch, opened):
@@ -187,7 +187,7 @@ def test_a_scan_of_images_opens_none_of_them_and_leaves_no_index(tmp_path, monke
     assert not list(tmp_path.rglob("*index*"))
 
 
-# Splits.
+# Splits ---------------------------------------------------------------------------------------------------------------
 
 
 def test_the_hash_split_stays_when_videos_are_added_or_converted(tmp_path):
@@ -242,7 +242,7 @@ def test_the_data_of_training_are_long_enough_and_short_videos_counted(root):
     assert data.num_too_short == 1 and data.spare(21) == [video for video in train if video.num_frames == 40]
 
 
-# What a user can get wrong.
+# What a user can get wrong --------------------------------------------------------------------------------------------
 
 
 def test_corrupt_videos_are_named_once_and_one_is_always_allowed():

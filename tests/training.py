@@ -189,8 +189,7 @@ def content(folder):
     return {str(path.relative_to(folder)): path.read_bytes() for path in paths}
 
 
-# ----------------------------------------------------------------------------------------------------------------------
-# Comparisons of runs
+# Comparisons of runs --------------------------------------------------------------------------------------------------
 
 
 def differences(a, b, place="state"):

@@ -61,8 +61,7 @@ def check_nothing_lost(training):
     assert last_saved(training) >= training.rows()[-1]["step"]
 
 
-# ----------------------------------------------------------------------------------------------------------------------
-# Signals
+# Signals --------------------------------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT, signal.SIGUSR1, signal.SIGHUP])
@@ -128,8 +127,7 @@ def test_a_signal_and_the_end_of_a_run_wait_for_the_save_under_way(make):
     assert compare(usual, training) == []
 
 
-# ----------------------------------------------------------------------------------------------------------------------
-# Kills
+# Kills ----------------------------------------------------------------------------------------------------------------
 
 
 def test_sigkills_and_sigterms_at_random_moments_change_nothing(make):
@@ -248,8 +246,7 @@ def test_samples_on_a_full_disk_are_one_line(small_disk, places):
     assert "Traceback" not in done.stderr
 
 
-# ----------------------------------------------------------------------------------------------------------------------
-# Data under fire
+# Data under fire ------------------------------------------------------------------------------------------------------
 
 
 def test_a_killed_loader_process_is_one_line_about_memory(make):
@@ -293,8 +290,7 @@ def test_a_loss_that_is_not_finite_names_step_rank_files_and_norms(make, shapes)
     assert training.run("--skip-nonfinite", 2, status=1).count("is not finite") == 1
 
 
-# ----------------------------------------------------------------------------------------------------------------------
-# More than one machine
+# More than one machine ------------------------------------------------------------------------------------------------
 
 
 def agents(training, name="job"):
