@@ -1,6 +1,6 @@
 """All that a user can get wrong, in one table: one line that says what, exit status 2, and nothing was touched.
 
-The commands run in this process, for speed; test_end_to_end.py runs a wrong one by torchrun.
+The commands run in this process, for speed; test_sample_gd.py runs a wrong one by torchrun.
 """
 
 import importlib
@@ -143,7 +143,18 @@ CASES = {
         --ckpt image.pt => holds an image model
         --report-energy => without an energy
         --use-rope --ckpt fixed.pt => cannot be converted
-        --given-frames 0-3 => applies to clips of --given
+        --given-frames 0-3 | --given-split val | --samples-per-clip 2 => applies to clips of --given
+        --no-keep-background => applies to clips of --given
+        --overlap 0
+        --window 3 --num-frames 20 => --window 3: a temporal patch
+        --overlap 8 --window 8 --num-frames 20 => --overlap 8: leaves no new frame
+        --init videos --window 8 --num-frames 20 => windows of 8; remove it
+        --given-frames 20 --given videos --num-frames 20 => 20: samples have the frames 0 to 19; expected
+        --given-frames 0-19 --given videos --num-frames 20 => 0-19: samples have the frames 0 to 19
+        --given videos --given-frames 0-12 --num-frames 20 => a.avi has 10 frames of 0.04 s
+        --given images/A/0.png --given-frames 0-1 --num-frames 20 => 0.png has 1 frame of
+        --given videos --init videos => but --init changes all
+        --given videos/A --folder videos/A | --init videos/A/a.avi --folder videos/A => in --folder videos/A
         --given-frames 3-1 => such as 0-3,12-15
         --init-gamma 1.5 --init x.mp4 => at most 1
         --init-gamma 1 --init x --sampler heun => --init-gamma 1; heun

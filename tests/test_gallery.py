@@ -19,7 +19,7 @@ import gallery
 import picture
 from tiny_data import make_images, make_latents
 from tiny_videos import decode
-from training import refused, run_main
+from training import no_space, refused, run_main
 from video.drawing import MARGIN, MARK, text_line
 from video.index import scan_videos, split_videos
 from video.writers import write_mp4, write_samples
@@ -221,10 +221,7 @@ def test_bad_gallery_input_is_one_line(samples, tmp_path, real, capsys):
 
 
 def test_a_full_disk_leaves_no_partial_page(samples, tmp_path, monkeypatch, capsys):
-    def fail(descriptor):  # called before the temporary file replaces the page
-        raise OSError(28, "No space left on device")
-
-    monkeypatch.setattr(os, "fsync", fail)
+    monkeypatch.setattr(os, "fsync", no_space)  # called before the temporary file replaces the page
     run_main(gallery, samples, "--out", tmp_path / "page.html", status=1)
     assert "can't be written (No space left on device" in capsys.readouterr().err and not list(tmp_path.iterdir())
 

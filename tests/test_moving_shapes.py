@@ -13,7 +13,7 @@ import pytest
 
 import make_moving_shapes as shapes
 from tiny_videos import decode
-from training import content, refused
+from training import content, no_space, refused
 
 SCRIPTS = Path(shapes.__file__).parent
 SMALL = "--videos-per-class", 2, "--size", 16
@@ -97,10 +97,7 @@ def test_decoded_videos_show_what_shapes_json_says(made):
 
 
 def test_a_full_disk_is_one_line_and_leaves_nothing(tmp_path, monkeypatch, capsys):
-    def full(path, frames):
-        raise OSError(28, "No space left on device")
-
-    monkeypatch.setattr(shapes, "write_video", full)
+    monkeypatch.setattr(shapes, "write_video", no_space)
     with pytest.raises(SystemExit, match="1"):
         shapes.main(["--out", str(tmp_path / "out")])
     assert "out can't be written (No space left on device; the disk" in capsys.readouterr().err

@@ -329,16 +329,20 @@ def test_a_run_its_resume_and_a_later_phase_report_all_deviations(tmp_path, caps
         assert f"VAE {vae}: not found; pass its new path with --vae" in refused(capsys, script, *new)
 
 
-@pytest.mark.parametrize("part", ["training", "validation"])
-def test_one_unreadable_video_is_named_and_counted_and_does_not_stop_a_run(part, tmp_path, capsys):
+@pytest.mark.parametrize("part", ["training", "validation", "neither: it can't be opened"])
+def test_one_unreadable_video_is_named_once_and_counted_and_does_not_stop_a_run(part, tmp_path, capsys):
     data = tmp_path / "data"
     for index in range(10):
         write_video(data / "A" / f"{index}.mov", 20, codec="libx264", size=(16, 16))
     victim, *_ = split_videos(data, scan_videos(data).videos, 0.05)[part == "validation"]
-    scribble(data / victim.path)
-    assert scan_videos(data).unreadable == []  # it opens
+    if "opened" in part:
+        (data / victim.path).write_bytes(b"no video at all")
+    else:
+        scribble(data / victim.path)
+        assert scan_videos(data).unreadable == []  # it opens
     flags = [*TRAIN, "--num-frames", 12, "--data-path", data, "--global-batch-size", 9, "--max-steps", 1]
     rows, _ = run_training(tmp_path / "r", *flags)
     assert rows[-1]["val_loss"] > 0 and rows[-1]["bad_videos"] == 1
     line = f"{victim.path} can't be decoded; others take its place (corrupt so far: 1 of 10)"
-    assert line in capsys.readouterr().out
+    log = next(tmp_path.glob("r/*/log.txt")).read_text()
+    assert log.count(line) == capsys.readouterr().out.count(line) == 1

@@ -13,7 +13,7 @@ from PIL import Image
 import cache_latents
 import tiny_videos as tiny
 from runtime.cli import UserError
-from training import run_main
+from training import no_space, run_main
 from video.files import Video
 from video.index import (
     CorruptDataError,
@@ -166,10 +166,7 @@ def test_the_first_run_writes_the_index_once_its_folder_is_there(root, tmp_path,
 
 
 def test_a_disk_that_refuses_the_index_is_a_line_and_has_no_partial_file(root, runs, monkeypatch, capsys):
-    def full(source, target):
-        raise OSError(28, "No space left on device")
-
-    monkeypatch.setattr(os, "replace", full)
+    monkeypatch.setattr(os, "replace", no_space)
     assert len(scan_videos(root, runs).videos) == 4
     assert list(runs.iterdir()) == []
     assert "No space left" in capsys.readouterr().out

@@ -183,6 +183,19 @@ def refused(capsys, script, *flags, status=2, late=False):
     return line
 
 
+def on_two_ranks(script, *flags, status=0):
+    """Start a script of EqM by torchrun. It must end with this status. Returns its stderr."""
+    command = map(str, (*TORCHRUN, ROOT / "EqM" / script, *flags))
+    done = subprocess.run([*command], capture_output=True, text=True, timeout=240)
+    assert done.returncode == status, done.stdout + done.stderr
+    return done.stderr
+
+
+def no_space(*_, **__):
+    """Replaces a function that writes to a disk, which is full."""
+    raise OSError(28, "No space left on device")
+
+
 def content(folder):
     """{relative path: bytes} of all files in a folder, without hidden ones."""
     paths = sorted(path for path in folder.rglob("[!.]*") if path.is_file())
