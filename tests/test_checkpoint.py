@@ -79,14 +79,11 @@ def refused(*args):
     raise OSError(errno.EIO, os.strerror(errno.EIO))
 
 
-@pytest.mark.parametrize(
-    ("where", "failure", "reason"),
-    [
-        ("torch.save", full_disk, "No space left on device"),
-        ("os.fsync", refused, "Input/output error"),
-        ("os.replace", refused, "Input/output error"),
-    ],
-)
+@pytest.mark.parametrize(("where", "failure", "reason"), [
+    ("torch.save", full_disk, "No space left on device"),
+    ("os.fsync", refused, "Input/output error"),
+    ("os.replace", refused, "Input/output error"),
+])  # fmt: skip
 def test_a_failing_write_leaves_the_old_file_and_nothing_else(tmp_path, monkeypatch, where, failure, reason):
     checkpoint.save(tmp_path / "latest.pt", make_state(step=1))
     before = (tmp_path / "latest.pt").read_bytes()
@@ -279,15 +276,12 @@ def test_a_model_that_matches_the_checks_loads_bit_for_bit(tmp_path, recwarn, us
     assert differences(dict(model.state_dict()), state[part]) == []
 
 
-@pytest.mark.parametrize(
-    ("changes", "words"),
-    [
-        ({"new_field": 1}, ["settings of its model are invalid", "new_field"]),
-        ({"num_heads": 5}, ["settings of its model are invalid", "5 heads"]),
-        ({"in_channels": 4}, ["its weights do not match its config", "x_embedder.proj.weight"]),
-        ({"depth": 3}, ["its weights do not match its config", "blocks.2."]),
-    ],
-)
+@pytest.mark.parametrize(("changes", "words"), [
+    ({"new_field": 1}, ["settings of its model are invalid", "new_field"]),
+    ({"num_heads": 5}, ["settings of its model are invalid", "5 heads"]),
+    ({"in_channels": 4}, ["its weights do not match its config", "x_embedder.proj.weight"]),
+    ({"depth": 3}, ["its weights do not match its config", "blocks.2."]),
+])  # fmt: skip
 def test_settings_that_are_unknown_or_do_not_fit_the_weights_are_refused(tmp_path, changes, words):
     state = make_state()
     state["config"]["model"] = state["config"]["model"] | changes

@@ -34,15 +34,12 @@ def error_of(function, *arguments):
     return str(error.value)
 
 
-@pytest.mark.parametrize(
-    ("rate", "seconds", "shown"),
-    [
-        (25, 2 / 25, [0, 2, 4, 6]),
-        (30, 1 / 10, [0, 3, 6, 9]),
-        (30, 1 / 25, [0, 1, 2, 4]),  # the nearest in time: 0, 1.2, 2.4, 3.6
-        (10, 1 / 25, [0, 0, 1, 1]),  # a slower video repeats frames: 0, 0.4, 0.8, 1.2
-    ],
-)
+@pytest.mark.parametrize(("rate", "seconds", "shown"), [
+    (25, 2 / 25, [0, 2, 4, 6]),
+    (30, 1 / 10, [0, 3, 6, 9]),
+    (30, 1 / 25, [0, 1, 2, 4]),  # the nearest in time: 0, 1.2, 2.4, 3.6
+    (10, 1 / 25, [0, 0, 1, 1]),  # a slower video repeats frames: 0, 0.4, 0.8, 1.2
+])  # fmt: skip
 def test_clips_are_read_at_the_frame_rate_of_the_model(tmp_path, rate, seconds, shown):
     write_video(tmp_path / "v.mp4", 20, rate=rate, codec="libx264", size=(48, 48))
     frames = only(tmp_path / "v.mp4").read(range(4), seconds, 48)

@@ -251,16 +251,13 @@ def test_a_model_name_sets_size_and_patches_and_overrides_win():
         assert (config.depth, config.hidden_size, config.num_heads) == (1, 384, 6)
 
 
-@pytest.mark.parametrize(
-    ("message", "changes"),
-    [
-        ("input_size 5 is not a multiple of patch_size 2", {"input_size": 5}),
-        ("must be a multiple of 2 x 2 heads, .* 66", {"hidden_size": 66}),
-        ("depth must be from 1 to 1048576, got 0", {"depth": 0}),
-        ("must be one of none, space, .* 'time'", {"position_table": "time"}),
-        ("ebm must be one of none, dot, l2, .* 'energy'", {"ebm": "energy"}),
-    ],
-)
+@pytest.mark.parametrize(("message", "changes"), [
+    ("input_size 5 is not a multiple of patch_size 2", {"input_size": 5}),
+    ("must be a multiple of 2 x 2 heads, .* 66", {"hidden_size": 66}),
+    ("depth must be from 1 to 1048576, got 0", {"depth": 0}),
+    ("must be one of none, space, .* 'time'", {"position_table": "time"}),
+    ("ebm must be one of none, dot, l2, .* 'energy'", {"ebm": "energy"}),
+])  # fmt: skip
 def test_an_inconsistent_configuration_is_refused(message, changes):
     with pytest.raises(ValueError, match=message):
         dataclasses.replace(TINY, **changes)
@@ -422,13 +419,10 @@ def counted_flops(function):
     return counter.get_total_flops()
 
 
-@pytest.mark.parametrize(
-    ("name", "num_frames", "ebm", "grad_checkpoint"),
-    [
-        ("EqM-Ti/4", 7, "none", False), ("EqM-Ti/4", 16, "none", False), ("EqM-S/2", 4, "none", False),
-        ("EqM-Ti/4", 8, "dot", False), ("EqM-Ti/4", 8, "none", True),
-    ],
-)  # fmt: skip
+@pytest.mark.parametrize(("name", "num_frames", "ebm", "grad_checkpoint"), [
+    ("EqM-Ti/4", 7, "none", False), ("EqM-Ti/4", 16, "none", False), ("EqM-S/2", 4, "none", False),
+    ("EqM-Ti/4", 8, "dot", False), ("EqM-Ti/4", 8, "none", True),
+])  # fmt: skip
 def test_flops_equal_the_count_of_torch(name, num_frames, ebm, grad_checkpoint):
     settings = {"input_size": 8, "in_channels": 4, "num_classes": 3, "use_rope": True, "depth": 2}
     model = randomized(EqM(model_config(name, ebm=ebm, **settings)))  # with a zero output some parts get no gradient

@@ -247,14 +247,11 @@ def test_a_report_shows_missing_and_diverged_runs(some_rows):
 # Bad input ------------------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize(
-    ("old", "new", "words"),
-    [
-        ("\n2,", "\n1,", "has another version or recipe (flags, sizes); expected version 2; move the file away"),
-        (",16 moving,0,", ",x,0,", "arm 'x' has another version or recipe"),
-        ("version,", "versions,", "has other columns; expected those of version 2; move the file away"),
-    ],
-)
+@pytest.mark.parametrize(("old", "new", "words"), [
+    ("\n2,", "\n1,", "has another version or recipe (flags, sizes); expected version 2; move the file away"),
+    (",16 moving,0,", ",x,0,", "arm 'x' has another version or recipe"),
+    ("version,", "versions,", "has other columns; expected those of version 2; move the file away"),
+])  # fmt: skip
 def test_rows_of_other_studies_are_refused(old, new, words, some_rows, capsys):
     path = some_rows / "study.csv"
     path.write_text(path.read_text().replace(old, new, 1))

@@ -83,15 +83,12 @@ def test_a_second_interrupt_ends_the_process_at_once(make):
     assert "stopped by" not in end(process, -signal.SIGINT)
 
 
-@pytest.mark.parametrize(
-    ("script", "base", "number"),
-    [
-        ("train.py", TINY, signal.SIGINT),
-        ("train.py", TINY, signal.SIGUSR1),
-        ("train.py", TINY, signal.SIGKILL),
-        ("train_vae.py", TINY_VAE, signal.SIGINT),
-    ],
-)
+@pytest.mark.parametrize(("script", "base", "number"), [
+    ("train.py", TINY, signal.SIGINT),
+    ("train.py", TINY, signal.SIGUSR1),
+    ("train.py", TINY, signal.SIGKILL),
+    ("train_vae.py", TINY_VAE, signal.SIGINT),
+])  # fmt: skip
 def test_the_ranks_save_and_end_when_their_torchrun_gets_a_signal(script, base, number, make):
     training = replace(make(launcher=TORCHRUN, flags=["--log-every", 1]), script=script, base=base)
     process = start(training, 3)
@@ -217,14 +214,11 @@ def small_disk(tmp_path):
     subprocess.run(["umount", "--lazy", disk], capture_output=True)
 
 
-@pytest.mark.parametrize(
-    ("megabytes", "flags", "file"),
-    [
-        (18, ["--ckpt-every", 2], "checkpoints/latest.pt"),
-        (1, ["--sample-every", 1, "--num-samples", 8, "--num-sampling-steps", 2], "samples/"),
-        (1, [], "metrics.jsonl"),
-    ],
-)
+@pytest.mark.parametrize(("megabytes", "flags", "file"), [
+    (18, ["--ckpt-every", 2], "checkpoints/latest.pt"),
+    (1, ["--sample-every", 1, "--num-samples", 8, "--num-sampling-steps", 2], "samples/"),
+    (1, [], "metrics.jsonl"),
+])  # fmt: skip
 def test_a_full_disk_is_one_line_that_names_it_and_what_to_delete(megabytes, flags, file, small_disk, make):
     disk, far = small_disk(megabytes), ["--ckpt-every", 10_000, "--val-every", 10_000]
     training = replace(make(flags=[*OFTEN, *far, *flags]), results=disk / "r")
