@@ -18,6 +18,8 @@ import torch
 import checkpoint
 import published
 from runtime import cli, distributed
+from test_gallery import make_samples as make_shown
+from test_plot_metrics import make_run
 from tiny_data import Code, make_images, make_latents, make_samples, make_vae, save_checkpoint
 from tiny_videos import write_video
 
@@ -41,6 +43,10 @@ COMMANDS = {  # what is right; a case adds to it what is wrong
     "train_vae": "train_vae --data-path videos --image-size 16 --downsample 4 --widths 8 8 8 " + STEPS,
     "check": "check --num-frames 8 --model EqM-Ti/4 --global-batch-size 2 " + PIXELS,
     "study": "study --out new",
+    "gallery": "gallery",
+    "picture": "picture --out new.png",
+    "plot": "plot_metrics --out new/loss.png",
+    "plot without --out": "plot_metrics",
 }
 # The line must have the first flag and, after =>, other words; without =>, all values of the flags.
 CASES = {
@@ -209,6 +215,32 @@ CASES = {
         --list --report => not allowed with
         --report => does not exist
         --out file --report => --out file:""",
+    "gallery": """
+        no/such => FOLDER no/such: no such folder
+        videos => no samples.json in it
+        samples => its samples.json has no cfg_scale; sample again
+        lacking --out new.html => no 000001.mp4
+        shown --out videos => --out videos
+        shown --out file/page.html => --out file
+        shown --data-path no/such --out new.html => no such folder
+        shown --data-path videos => no class 'Cirque\\ndu "soleil"'
+        longer --data-path videos => has the 11 frames of the samples
+        shown --data-path cache --out new.html => name the folder of its videos
+        shown --num-samples 0 --out new.html => --num-samples""",
+    "picture": """
+        begun => not finished: run sample_gd.py again
+        no/such => no/such: no such folder""",
+    "plot": """
+        no/such => no/such: no metrics.jsonl
+        runs/E/0-f4/metrics.jsonl | videos => no metrics.jsonl
+        runs/empty => no step yet
+        runs/other-f4 => no train_loss
+        runs/E --relative => no train_loss_rel
+        runs/E --out loss.pdf => loss.pdf: not the name of a PNG file
+        runs/E --out taken.png => taken.png: not the name of a PNG file
+        runs/E --out file/loss.png => is not a writable folder
+        runs/E --smooth 0 => --smooth""",
+    "plot without --out": "runs/E => --out",
 }
 
 
@@ -220,7 +252,7 @@ def cases():
             for flags in left.split(" | "):
                 own = shlex.split(flags.replace("=", " "))
                 words_of_row = words.split("; ") if arrow else [word for word in own if word[:1] not in ("-", "{")]
-                named = [] if command in ("export", "check") or "argument" in words else own[:1]
+                named = [word for word in own[:1] if word[:1] == "-" and "argument" not in words]
                 yield pytest.param(command, flags, [*named, *words_of_row], id=f"{command} {flags}")
 
 
@@ -275,6 +307,15 @@ def world(tmp_path_factory):
     ):
         config = shutil.copytree(root / "shared", root / f"{name}-export") / "config.json"
         config.write_text(config.read_text().replace(old, new))
+    make_shown(root / "shown", [0, 1], ["A", 'Cirque\ndu "soleil"'])
+    make_shown(root / "longer", [0, 1], ["A", "B"], num_frames=11)
+    (shutil.copytree(root / "shown", root / "lacking") / "000001.mp4").unlink()
+    (root / "begun").mkdir()
+    (root / "begun/samples.unfinished").touch()
+    for name, last in (("E", 50), ("empty", 0)):
+        make_run(root / f"runs/{name}/0-f4", 0, last)
+    make_run(root / "runs/other-f4", 0, 0, torn='{"step": 1}\n')
+    (root / "taken.png").mkdir()
     (root / "file").write_text("")
     (root / "mine").mkdir()
     (root / "mine/000000.mp4").touch()
