@@ -89,9 +89,7 @@ CASES = [  # a GPU with bf16 or without, None: no GPU; energy; precision of the 
 
 
 @pytest.mark.parametrize(("bf16", "energy", "kept", "typed", "expected"), CASES)
-def test_the_precision_comes_from_the_flag_the_run_or_the_device(
-    bf16, energy, kept, typed, expected, monkeypatch, capsys
-):
+def test_the_flag_the_run_or_the_device_sets_the_precision(bf16, energy, kept, typed, expected, monkeypatch, capsys):
     monkeypatch.setattr(torch.cuda, "is_available", lambda: bf16 is not None)
     monkeypatch.setattr(torch.cuda, "is_bf16_supported", lambda including_emulation: bf16 or including_emulation)
     monkeypatch.setattr(torch.cuda, "get_device_name", lambda device: "Tesla T4")

@@ -12,6 +12,7 @@ import numpy as np
 import pytest
 
 import make_moving_shapes as shapes
+from process import write_commands
 from tiny_videos import decode
 from training import content, no_space, refused
 
@@ -183,10 +184,7 @@ def ucf(tmp_path):
         (contents / name).parent.mkdir(parents=True, exist_ok=True)
         (contents / name).write_text(text)
     tools.mkdir(), data.mkdir()
-    for tool in ("unrar", "unzip"):
-        last = '"${@: -1}"'
-        (tools / tool).write_text(f'#!/usr/bin/env bash\nset -e\ncp -r "{contents}/{tool}/." {last}\n')
-        (tools / tool).chmod(0o755)
+    write_commands(tools, {tool: f'cp -r "{contents}/{tool}/." "${{@: -1}}"' for tool in ("unrar", "unzip")})
 
     def run(status=0, archives=None, **environment):
         """Returns (what is printed as an error, in one line; the files after it)."""

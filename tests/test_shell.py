@@ -9,6 +9,7 @@ import subprocess
 
 import pytest
 
+from process import write_commands
 from test_odd_names import ODD
 from training import ROOT
 
@@ -16,12 +17,6 @@ SCRIPTS = sorted(str(path.relative_to(ROOT)) for path in (*ROOT.glob("scripts/*.
 SCRIPTS.remove("scripts/common.sh")
 NEED_TORCH = ("sample", "score", "train_progressive", "train_slurm")  # the others run setup.sh
 NO_TORCH = "no torch found: run 'bash scripts/setup.sh' first"
-
-
-def write_commands(folder, commands):
-    for name, code in commands.items():
-        (folder / name).write_text(f"#!/usr/bin/env bash\n{code}\n")
-        (folder / name).chmod(0o755)
 
 
 @pytest.fixture

@@ -9,33 +9,29 @@ import numpy as np
 import pytest
 import torch
 
-import cache_latents
 import checkpoint
 import preflight
 import sample_gd
 import train
 import transport
+from make_moving_shapes import CLASSES
 from models import model_config
 from runtime import cli, metrics
 from runtime.rng import normal, uniform
 from test_vae import add_to_weights
 from tiny_data import make_images, make_vae
-from tiny_videos import scribble, write_video
-from training import counted_steps, refused, run_main
+from tiny_videos import scribble, write_equal_videos, write_video
+from training import IMAGES, counted_steps, refused, run_main
 from vae import VAE, load_vae
 from video.index import scan_videos, split_videos
 
 VIDEOS = ["--video", "--model", "EqM-Ti/4", "--depth", 1, "--num-frames", 8, "--use-rope"]
 TRAIN = [*VIDEOS, "--vae", "none", "--image-size", 16, "--global-batch-size", 4]
-IMAGES = ["--model", "EqM-Ti/4", "--depth", 1, "--vae", "none", "--image-size", 16]
 
 
 @pytest.fixture(scope="module")
 def videos(tmp_path_factory):
-    root = tmp_path_factory.mktemp("videos") / "data"
-    for name in ("A/a.avi", "A/b.avi", "B/c.avi", "B/d.avi"):
-        write_video(root / name, 10, size=(16, 16))
-    return root
+    return write_equal_videos(tmp_path_factory.mktemp("videos") / "data", 10, size=(16, 16))
 
 
 def run_training(results, *flags):
@@ -195,29 +191,15 @@ def test_the_network_sees_only_noisy_clip_condition_and_frame_rate(forcing, disp
 # From a latent cache --------------------------------------------------------------------------------------------------
 
 
-@pytest.fixture(scope="module")
-def tiny_vae(tmp_path_factory):
-    return make_vae(tmp_path_factory.mktemp("vae") / "tiny")
-
-
-@pytest.fixture(scope="module")
-def cache(videos, tiny_vae, tmp_path_factory):
-    """The latents of `videos`, mirrored ones included."""
-    out = tmp_path_factory.mktemp("cache") / "latents"
-    flags = ["--data-path", videos, "--vae", tiny_vae, "--image-size", 16, "--out", out, "--with-flips"]
-    run_main(cache_latents, *flags)
-    return out
-
-
-def test_training_from_a_cache_equals_encoding_on_the_fly(videos, cache, tiny_vae, tmp_path):
+def test_training_from_a_cache_equals_encoding_on_the_fly(shapes, latents, tiny_vae, tmp_path):
     shared = [*VIDEOS, "--frame-interval", 1, 2, "--global-batch-size", 4, "--lr", 1e-3, "--max-steps", 4]
     shared += ["--val-every", 2]
-    slow, _ = run_training(tmp_path / "slow", *shared, "--data-path", videos, "--vae", tiny_vae, "--image-size", 16)
-    fast, state = run_training(tmp_path / "fast", *shared, "--data-path", cache)
+    slow, _ = run_training(tmp_path / "slow", *shared, "--data-path", shapes, "--vae", tiny_vae, "--image-size", 16)
+    fast, state = run_training(tmp_path / "fast", *shared, "--data-path", latents)
     for key in ("train_loss", "grad_norm", "val_loss"):
         assert [row.get(key, 0) for row in fast] == pytest.approx([row.get(key, 0) for row in slow], rel=1e-3)
     data = state["config"]["data"]
-    assert (data["vae"], data["image_size"], data["classes"]) == (str(tiny_vae), 16, ["A", "B"])
+    assert (data["vae"], data["image_size"], data["classes"]) == (str(tiny_vae), 16, sorted(CLASSES))
     assert data["vae_sha256"] == load_vae(str(tiny_vae)).sha256
 
 
@@ -228,9 +210,9 @@ def test_the_posterior_is_drawn_anew_for_each_sample_of_a_clip(tiny_vae):
     assert not torch.allclose(drawn[0], drawn[1]) and drawn.std().item() == pytest.approx(1, abs=0.05)
 
 
-def test_train_refuses_a_vae_that_did_not_make_the_cache(cache, tiny_vae, tmp_path, capsys):
+def test_train_refuses_a_vae_that_did_not_make_the_cache(latents, tiny_vae, tmp_path, capsys):
     other = shutil.copytree(tiny_vae, tmp_path / "other")
-    flags = [*VIDEOS, "--data-path", cache, "--results-dir", tmp_path / "results", "--vae", other]
+    flags = [*VIDEOS, "--data-path", latents, "--results-dir", tmp_path / "results", "--vae", other]
     config = (other / "config.json").read_text()
     (other / "config.json").write_text(config.replace('"scaling_factor": 0.18215', '"scaling_factor": 0.5'))
     assert "its VAE differs from " in refused(capsys, train, *flags)
@@ -239,8 +221,8 @@ def test_train_refuses_a_vae_that_did_not_make_the_cache(cache, tiny_vae, tmp_pa
     assert "another VAE: its weights have SHA-256" in refused(capsys, train, *flags)
 
 
-def test_without_mirrored_latents_no_clip_is_mirrored_and_a_note_says_so(cache, tmp_path, capsys):
-    plain = shutil.copytree(cache, tmp_path / "plain")
+def test_without_mirrored_latents_no_clip_is_mirrored_and_a_note_says_so(latents, tmp_path, capsys):
+    plain = shutil.copytree(latents, tmp_path / "plain")
     (plain / "latents.json").write_text((plain / "latents.json").read_text().replace('"flips": true', '"flips": false'))
     _, state = run_training(tmp_path / "r", *VIDEOS, "--data-path", plain, "--global-batch-size", 4, "--max-steps", 1)
     assert state["config"]["training"]["no_flip"] and "no clip is mirrored" in capsys.readouterr().out

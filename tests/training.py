@@ -32,6 +32,10 @@ TINY_VAE = [
     "--image-size", "16", "--downsample", "4", "--widths", "8", "8", "8", "--latent-channels", "2", "--log-every", "2",
     "--global-batch-size", "4", "--num-workers", "0", "--num-val-frames", "20", "--val-every", "5",
 ]  # fmt: skip
+IMAGES = [
+    "--model", "EqM-Ti/4", "--depth", "1", "--vae", "none", "--image-size", "16", "--global-batch-size", "4",
+    "--num-workers", "0",
+]  # fmt: skip
 # depends on the clock
 MEASURED = {"clips_per_s", "frames_per_s", "tflops_per_s", "wait_frac", "seconds", "val_seconds"}
 OFTEN = ["--log-every", 3, "--val-every", 2, "--ckpt-every", 4, "--sample-every", 5]

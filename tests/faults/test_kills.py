@@ -138,6 +138,20 @@ def test_sigkills_and_sigterms_at_random_moments_change_nothing(make):
     assert not any(one["lost"] for one in seen)
 
 
+def test_kills_of_a_vae_run_change_nothing_and_two_ranks_equal_one(make):
+    flags = ["--log-every", 1, "--val-every", 10, "--save-minutes", 0.001]
+    whole, killed, one = (
+        replace(make(20, launcher, flags, name), base=TINY_VAE, script="train_vae.py")
+        for launcher, name in ((TORCHRUN, "whole"), (TORCHRUN, "killed"), (PYTHON, "one"))
+    )
+    whole.run()
+    storm(killed, 2, kill_something, seed=1)
+    assert compare(whole, killed) == []
+    one.run()
+    for alone, shared in zip(one.rows(), whole.rows(), strict=True):
+        assert alone == pytest.approx(shared, rel=2e-2)  # up to rounding
+
+
 @pytest.mark.parametrize(
     ("what", "launcher", "flags"), [("killed_in_save", PYTHON, []), ("killed_while_gathering", TORCHRUN, ["--shard"])]
 )
