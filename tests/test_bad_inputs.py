@@ -85,7 +85,11 @@ CASES = {
         --stop-below 0.5 --sampler euler => --stop-below 0.5; euler
         --wandb => pip install wandb
         --data-path file => a file; expected a folder with <class>/<video>
-        --data-path empty => no videos found; images need no --video
+        --data-path empty => no videos found; one of .avi .m4v .mkv .mov .mp4 .webm; images need no --video
+        --data-path twins => twins: A/x.avi and A/x.m4v differ only in their suffix
+        --data-path mixed => some videos are in class folders (A/x.avi), others are not (y.avi)
+        --data-path nameless => the class none; --classes none asks for samples without a class; rename
+        --data-path deep => deep/train/<class> has 2 videos; merge it with test/ in one folder; pass deep/train
         --data-path images => --video
         --results-dir '' | --ckpt '' => empty
         --results-dir x\udcff => UTF-8
@@ -113,7 +117,9 @@ CASES = {
         --ckpt rope.pt => trained with --use-rope""",
     "train images": """
         --num-frames 8 | --temporal-patch-size 4 | --frames-schedule 4:10 => needs videos
-        --data-path videos | --data-path cache => add --video
+        --data-path cache => add --video
+        --data-path videos => no images found; <class>/<image> with one of .jpeg .jpg .png .webp; add --video
+        --data-path deep => no images in deep/<class>; deep/train/x/<class> has 1 image; pass deep/train/x
         --forcing 0.5 => --forcing 0.5: clips of one frame
         --ckpt rope.pt --use-rope => holds a video model: add --video""",
     "schedule": """
@@ -263,6 +269,12 @@ def world(tmp_path_factory):
     names = ("videos/A/a", "videos/A/b", "videos/B/c", "videos/B/d", "one/A/a", *(f"long/A/{x * 245}" for x in "ab"))
     for name in names:
         write_video(root / f"{name}.avi", 10, size=(16, 16))
+    for name in (
+        "twins/A/x.avi", "twins/A/x.m4v", "mixed/A/x.avi", "mixed/y.avi", "nameless/none/x.avi", "nameless/A/y.avi",
+        "deep/test/A/x.avi", "deep/train/A/x.avi", "deep/train/B/y.m4v", "deep/train/x/A/x.png",
+    ):  # fmt: skip
+        (root / name).parent.mkdir(parents=True, exist_ok=True)
+        (root / name).touch()
     for folder in ("broken", "cache", "partial", "lost", "pixels", "piped", "empty", "samples", "code-samples"):
         (root / folder).mkdir()
     shutil.copytree(root / "videos", root / "bad")

@@ -12,7 +12,6 @@ from models import EqM, model_config
 from rope import RotaryEmbedding3D, apply_rotary
 
 FPS_25 = torch.tensor([1 / 25])
-GRID = (3, 4, 5)
 
 
 def naive_rotation(x, grid, time_scale, channels, theta, speed=0.0):

@@ -254,29 +254,6 @@ def test_corrupt_videos_are_named_once_and_one_is_always_allowed():
         bad_videos.add(["b"])
 
 
-@pytest.mark.parametrize(("files", "images", "words"), [
-    (None, False, "no such folder"),
-    ([""], False, "a file; expected a folder"),
-    (["A/x.txt"], False, "no videos found; expected <class>/<video> with one of .avi .m4v .mkv .mov .mp4 .webm; "),
-    (["a.avi"], True, "no images found; expected <class>/<image> with one of .jpeg .jpg .png .webp; to train on v"),
-    (["A/x.avi", "A/x.m4v"], False, "A/x.avi and A/x.m4v differ only in their suffix"),
-    (["A/x.avi", "y.avi"], False, "some videos are in class folders (A/x.avi), others are not (y.avi)"),
-    (["none/x.avi", "A/y.avi"], False, "the class none; --classes none asks for samples without a class; rename"),
-    (["test/A/x.avi", "train/A/x.avi", "train/B/y.m4v"], False, "has 2 videos; merge it with test/ in one folder"),
-    (["train/x/A/x.png"], True, "no images in ROOT/<class>; ROOT/train/x/<class> has 1 image; pass ROOT/train/x"),
-])  # fmt: skip
-def test_a_mistake_in_the_data_path_is_one_line_before_a_file_is_opened(tmp_path, opened, files, images, words):
-    root = tmp_path / "data"
-    for name in files or ():
-        (root / name).parent.mkdir(parents=True, exist_ok=True)
-        (root / name).write_text("")
-    with pytest.raises(UserError) as error:
-        check_data_path(root, images)
-    assert str(error.value).startswith(f"--data-path {root}: ") and opened == []
-    assert words in str(error.value).replace(str(root), "ROOT")
-    assert "\n" not in str(error.value)
-
-
 def test_a_folder_that_cannot_be_read_is_one_line_also_for_samplers(root, monkeypatch):
     scandir = os.scandir
 
