@@ -184,6 +184,7 @@ CASES = {
         --vae emma | --vae '' => none, ema, mse or a directory
         --data-path no/such | --out videos | --out cache | --image-size 33
         --data-path cache => name the folder of its videos
+        --data-path long => A/aaaa; is too long for a file of the cache; shorten it by 6 bytes
         --out file => not a writable folder
         --out piped => --out piped; latents.json is damaged""",
     "evaluate": """

@@ -372,14 +372,6 @@ def test_a_cache_with_other_settings_is_refused(root, vae, own_cache, tmp_path, 
     assert "a latent cache with vae_sha256" in refused(root, moved, own_cache, "--with-flips")
 
 
-def test_a_name_too_long_for_the_cache_is_refused_before_writing(own, vae, tmp_path, refused):
-    for length in (239, 243):  # a.safetensors.tmp has 16 bytes more than a
-        write_video(own / "Run" / f"{'a' * length}.avi", 4)
-    line = refused(own, vae, tmp_path / "out")
-    assert "Run/aaaa" in line and "is too long for a file of the cache; shorten it by 4 bytes" in line
-    assert not (tmp_path / "out").exists()
-
-
 def full_disk(patch, call):
     """Make the disk full from this call of fsync on."""
     fsync, calls = os.fsync, itertools.count(1)
