@@ -166,6 +166,9 @@ CASES = {
         --given videos --given-frames 0-12 --num-frames 20 => a.avi has 10 frames of 0.04 s
         --given images/A/0.png --given-frames 0-1 --num-frames 20 => 0.png has 1 frame of
         --given videos --init videos => but --init changes all
+        --given no/such.png => no such file or folder
+        --given file | --given empty => no video or image
+        --given bad/B/y.mp4 | --given text.png => can't be decoded
         --given videos/A --folder videos/A | --init videos/A/a.avi --folder videos/A => in --folder videos/A
         --given-frames 3-1 => such as 0-3,12-15
         --init-gamma 1.5 --init x.mp4 => at most 1
@@ -178,6 +181,7 @@ CASES = {
         --num-frames 16 => tied to num_frames 8; use 8, or train with --use-rope""",
     "sample images": """
         --given videos | --num-frames 4 | --fps 1 => needs videos; add --video
+        --init videos/A/a.avi => no image
         --ckpt rope.pt => holds a video model: add --video""",
     "cache": """
         --vae code-vae => diffusion_pytorch_model.safetensors
@@ -329,6 +333,7 @@ def world(tmp_path_factory):
         make_run(root / f"runs/{name}/0-f4", 0, last)
     make_run(root / "runs/other-f4", 0, 0, torn='{"step": 1}\n')
     (root / "taken.png").mkdir()
+    (root / "text.png").write_text("hello")
     (root / "file").write_text("")
     (root / "mine").mkdir()
     (root / "mine/000000.mp4").touch()
