@@ -2,7 +2,6 @@
 
 import json
 import shutil
-import subprocess
 import time
 from dataclasses import replace
 from types import SimpleNamespace
@@ -16,6 +15,7 @@ import picture
 import sample_gd
 import train
 from generation import SAMPLER, generate
+from process import spawn
 from published import write_export
 from runtime.cli import UserError
 from scoring import manifest
@@ -91,8 +91,7 @@ def test_samples_of_another_run_are_replaced_only_with_overwrite(places, tmp_pat
 
 def test_a_kill_leaves_no_half_file_and_the_next_call_cleans_up(places, tmp_path):
     flags = ["--ckpt", places / "pixels.pt", "--video", *FEW_STEPS, "--folder", tmp_path / "s", "--num-frames", 4000]
-    endless = [str(word) for word in (*PYTHON, ROOT / "EqM/sample_gd.py", *flags)]
-    process = subprocess.Popen(endless, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+    process = spawn(*PYTHON, ROOT / "EqM/sample_gd.py", *flags)  # endless
     try:
         while process.poll() is None and not (tmp_path / "s/samples.unfinished").exists():
             time.sleep(0.001)
