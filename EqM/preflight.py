@@ -43,8 +43,7 @@ def refuse_if(args, name, is_wrong, text):
         raise UserError(f"{flag_text(args, name)}: {text}")
 
 
-# ----------------------------------------------------------------------------------------------------------------------
-# Training
+# Training -------------------------------------------------------------------------------------------------------------
 
 
 def check_run(args):
@@ -268,8 +267,7 @@ def with_new_classes(state, classes, num_classes):
     return state | {part: with_classes(state[part], rows) for part in ("model", "ema")} | {"optimizer": None}
 
 
-# ----------------------------------------------------------------------------------------------------------------------
-# The record of a run
+# The record of a run --------------------------------------------------------------------------------------------------
 
 
 def run_name(args):
@@ -340,8 +338,7 @@ def log_data(log, args, data):
             log(f"note: --frame-interval {interval}: {clips} don't fit into {short} of {count}; {advice}")
 
 
-# ----------------------------------------------------------------------------------------------------------------------
-# Sampling
+# Sampling -------------------------------------------------------------------------------------------------------------
 
 
 def resolve_sampling(args):
@@ -404,8 +401,7 @@ def check_folder(args):
         refuse_if(args, "folder", own != others, f"has samples of {other}; name another folder, or add --overwrite")
 
 
-# ----------------------------------------------------------------------------------------------------------------------
-# Training a VAE
+# Training a VAE -------------------------------------------------------------------------------------------------------
 
 
 def check_vae_run(args):

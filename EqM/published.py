@@ -21,8 +21,7 @@ CARD, VAE_FOLDER = "README.md", "vae"
 DTYPES = {"fp32": torch.float32, "fp16": torch.float16}
 LOCAL_FLAGS = {"data_path", "results_dir", "ckpt", "vae"}  # mean nothing on another machine
 
-# ----------------------------------------------------------------------------------------------------------------------
-# Exported folders: the EMA weights and their configuration, to share
+# Exported folders: the EMA weights and their configuration, to share --------------------------------------------------
 
 
 def write_export(folder, state, dtype, card, vae=None):
@@ -69,8 +68,7 @@ def read_export(folder):
         raise UserError(f"{flag}: damaged ({str(error)[:200]}); copy or export it again") from error
 
 
-# ----------------------------------------------------------------------------------------------------------------------
-# Published image models: a state dict, or a dict with "model", "ema", "opt" and "args"
+# Published image models: a state dict, or a dict with "model", "ema", "opt" and "args" --------------------------------
 
 
 def published_parts(state):

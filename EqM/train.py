@@ -104,9 +104,7 @@ def add_model_and_data_flags(parser):
     add("--data-path", required=True, metavar="DIR", help="folder of <class>/<video>, or a latent cache")
     size = "height and width in pixels; default: from the latent cache, else from --ckpt, else 256"
     add("--image-size", type=COUNT, metavar="PX", help=size)
-    vae = (
-        "ema, mse, an AutoencoderKL's folder, none: pixels; default: from the latent cache, else from --ckpt, else ema"
-    )
+    vae = "ema, mse, an AutoencoderKL's folder, none: pixels; default: as in the latent cache, else --ckpt, else ema"
     add("--vae", metavar="VAE", help=vae)
     interval = "video frames from one frame of a clip to the next; two numbers: a random one per clip; default: 1"
     add("--frame-interval", type=COUNT, nargs="+", default=[1], help=interval)

@@ -81,8 +81,7 @@ def _broadcast(gamma):
     return gamma.reshape(len(gamma), 1, -1, 1, 1)
 
 
-# ----------------------------------------------------------------------------------------------------------------------
-# Noise levels of training clips
+# Noise levels of training clips ---------------------------------------------------------------------------------------
 
 
 def shift_gamma(u, shift):

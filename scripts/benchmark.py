@@ -78,8 +78,7 @@ def changed(args, **flags):
     return argparse.Namespace(**vars(args) | flags)
 
 
-# ----------------------------------------------------------------------------------------------------------------------
-# Ratios and tables
+# Ratios and tables ----------------------------------------------------------------------------------------------------
 
 
 def synchronize():
@@ -131,8 +130,7 @@ class Report:
         return "\n".join(lines)
 
 
-# ----------------------------------------------------------------------------------------------------------------------
-# A training step, without loading data
+# A training step, without loading data --------------------------------------------------------------------------------
 
 
 class Step:
@@ -265,8 +263,7 @@ def measure_sampling(args, report):
         report.compare("guided sampling / its evaluations alone", sampling, forward, args.pairs, "<= 1.05", note)
 
 
-# ----------------------------------------------------------------------------------------------------------------------
-# Memory and time over the number of frames, and of some models
+# Memory and time over the number of frames, and of some models --------------------------------------------------------
 
 
 def measure_memory(args, report):
@@ -353,8 +350,7 @@ def time_step(args):
     return [str(args.batch_size), f"{seconds:.3g}", f"{args.batch_size / seconds:.4g}", f"{tflops:.3g}", *known]
 
 
-# ----------------------------------------------------------------------------------------------------------------------
-# Processes
+# Processes ------------------------------------------------------------------------------------------------------------
 
 
 def in_processes(count, function, *args):

@@ -52,8 +52,7 @@ def parse_args():
     return parser.parse_args()
 
 
-# ----------------------------------------------------------------------------------------------------------------------
-# Runs, and which one continues which
+# Runs, and which one continues which ----------------------------------------------------------------------------------
 
 
 @dataclass
@@ -127,8 +126,7 @@ def make_curve(folder, runs, starts):
     return Curve(f"{folder.parent.name}/{folder.name}", phases)
 
 
-# ----------------------------------------------------------------------------------------------------------------------
-# The figure
+# The figure -----------------------------------------------------------------------------------------------------------
 
 
 def plot_curves(curves, relative=False, window=None):

@@ -35,6 +35,25 @@ def shapes(tmp_path_factory):
 
 
 @pytest.fixture(scope="session")
+def tiny_vae(tmp_path_factory):
+    """The folder of a small VAE."""
+    from tiny_data import make_vae
+
+    return make_vae(tmp_path_factory.mktemp("vae") / "tiny")
+
+
+@pytest.fixture(scope="session")
+def latents(shapes, tiny_vae, tmp_path_factory):
+    """A cache of the latents of `shapes`, mirrored ones included."""
+    import cache_latents
+    from training import run_main
+
+    out = tmp_path_factory.mktemp("cache") / "latents"
+    run_main(cache_latents, "--data-path", shapes, "--vae", tiny_vae, "--image-size", 16, "--out", out, "--with-flips")
+    return out
+
+
+@pytest.fixture(scope="session")
 def places(tmp_path_factory):
     """A folder of checkpoints with random weights (an image model, models of 8 frames) and of clips to continue."""
     from tiny_data import make_vae, random_checkpoint

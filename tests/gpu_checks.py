@@ -47,8 +47,7 @@ def check(record_property, request):
     return checker(record_property, request.function.__doc__)
 
 
-# ----------------------------------------------------------------------------------------------------------------------
-# Outputs and gradients
+# Outputs and gradients ------------------------------------------------------------------------------------------------
 
 # Largest relative errors of outputs and of gradients. On a CPU EqM-S/4 has 6e-7 and 3e-6 in fp32, 7e-3 and 4e-2 in bf16
 # and 9e-4 and 6e-3 in fp16. tf32 and fp16 have 3 bits more than bf16, so an eighth of its limits.
@@ -116,8 +115,7 @@ def test_outputs_and_gradients(case, precision, check):
         check(f"{precision}, {case}: {part}", error, limit)
 
 
-# ----------------------------------------------------------------------------------------------------------------------
-# Training runs
+# Training runs --------------------------------------------------------------------------------------------------------
 
 # Flags ("": the precision that a run chooses by itself): how far the training loss may be from that of a plain run in
 # fp32. After 60 steps on a CPU it is 9e-4 for bf16, 2e-5 for fp16 and less than 1e-7 for --compile.
@@ -211,8 +209,7 @@ def test_a_kill_and_a_resume(training, all_ranks, check):
     check("resumed / whole", distance(killed, all_ranks), limit, f"killed after step {at}, resumed from {saved}")
 
 
-# ----------------------------------------------------------------------------------------------------------------------
-# A save
+# A save ---------------------------------------------------------------------------------------------------------------
 
 
 def test_a_save(tmp_path, check):

@@ -30,6 +30,13 @@ def python(code, **environment):
     return spawn(sys.executable, "-c", code, environment=environment, stderr=subprocess.PIPE, stdin=subprocess.DEVNULL)
 
 
+def write_commands(folder, commands):
+    """Write {name: its code in bash} as commands into a folder."""
+    for name, code in commands.items():
+        (folder / name).write_text(f"#!/usr/bin/env bash\n{code}\n")
+        (folder / name).chmod(0o755)
+
+
 def free_port():
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))

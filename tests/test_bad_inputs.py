@@ -1,6 +1,6 @@
 """All that a user can get wrong, in one table: one line that says what, exit status 2, and nothing was touched.
 
-The commands run in this process, for speed; test_end_to_end.py runs a wrong one by torchrun.
+The commands run in this process, for speed; test_sample_gd.py runs a wrong one by torchrun.
 """
 
 import importlib
@@ -18,6 +18,8 @@ import torch
 import checkpoint
 import published
 from runtime import cli, distributed
+from test_gallery import make_samples as make_shown
+from test_plot_metrics import make_run
 from tiny_data import Code, make_images, make_latents, make_samples, make_vae, save_checkpoint
 from tiny_videos import write_video
 
@@ -41,6 +43,10 @@ COMMANDS = {  # what is right; a case adds to it what is wrong
     "train_vae": "train_vae --data-path videos --image-size 16 --downsample 4 --widths 8 8 8 " + STEPS,
     "check": "check --num-frames 8 --model EqM-Ti/4 --global-batch-size 2 " + PIXELS,
     "study": "study --out new",
+    "gallery": "gallery",
+    "picture": "picture --out new.png",
+    "plot": "plot_metrics --out new/loss.png",
+    "plot without --out": "plot_metrics",
 }
 # The line must have the first flag and, after =>, other words; without =>, all values of the flags.
 CASES = {
@@ -79,7 +85,11 @@ CASES = {
         --stop-below 0.5 --sampler euler => --stop-below 0.5; euler
         --wandb => pip install wandb
         --data-path file => a file; expected a folder with <class>/<video>
-        --data-path empty => no videos found; images need no --video
+        --data-path empty => no videos found; one of .avi .m4v .mkv .mov .mp4 .webm; images need no --video
+        --data-path twins => twins: A/x.avi and A/x.m4v differ only in their suffix
+        --data-path mixed => some videos are in class folders (A/x.avi), others are not (y.avi)
+        --data-path nameless => the class none; --classes none asks for samples without a class; rename
+        --data-path deep => deep/train/<class> has 2 videos; merge it with test/ in one folder; pass deep/train
         --data-path images => --video
         --results-dir '' | --ckpt '' => empty
         --results-dir x\udcff => UTF-8
@@ -107,7 +117,9 @@ CASES = {
         --ckpt rope.pt => trained with --use-rope""",
     "train images": """
         --num-frames 8 | --temporal-patch-size 4 | --frames-schedule 4:10 => needs videos
-        --data-path videos | --data-path cache => add --video
+        --data-path cache => add --video
+        --data-path videos => no images found; <class>/<image> with one of .jpeg .jpg .png .webp; add --video
+        --data-path deep => no images in deep/<class>; deep/train/x/<class> has 1 image; pass deep/train/x
         --forcing 0.5 => --forcing 0.5: clips of one frame
         --ckpt rope.pt --use-rope => holds a video model: add --video""",
     "schedule": """
@@ -143,7 +155,21 @@ CASES = {
         --ckpt image.pt => holds an image model
         --report-energy => without an energy
         --use-rope --ckpt fixed.pt => cannot be converted
-        --given-frames 0-3 => applies to clips of --given
+        --given-frames 0-3 | --given-split val | --samples-per-clip 2 => applies to clips of --given
+        --no-keep-background => applies to clips of --given
+        --overlap 0
+        --window 3 --num-frames 20 => --window 3: a temporal patch
+        --overlap 8 --window 8 --num-frames 20 => --overlap 8: leaves no new frame
+        --init videos --window 8 --num-frames 20 => windows of 8; remove it
+        --given-frames 20 --given videos --num-frames 20 => 20: samples have the frames 0 to 19; expected
+        --given-frames 0-19 --given videos --num-frames 20 => 0-19: samples have the frames 0 to 19
+        --given videos --given-frames 0-12 --num-frames 20 => a.avi has 10 frames of 0.04 s
+        --given images/A/0.png --given-frames 0-1 --num-frames 20 => 0.png has 1 frame of
+        --given videos --init videos => but --init changes all
+        --given no/such.png => no such file or folder
+        --given file | --given empty => no video or image
+        --given bad/B/y.mp4 | --given text.png => can't be decoded
+        --given videos/A --folder videos/A | --init videos/A/a.avi --folder videos/A => in --folder videos/A
         --given-frames 3-1 => such as 0-3,12-15
         --init-gamma 1.5 --init x.mp4 => at most 1
         --init-gamma 1 --init x --sampler heun => --init-gamma 1; heun
@@ -155,12 +181,14 @@ CASES = {
         --num-frames 16 => tied to num_frames 8; use 8, or train with --use-rope""",
     "sample images": """
         --given videos | --num-frames 4 | --fps 1 => needs videos; add --video
+        --init videos/A/a.avi => no image
         --ckpt rope.pt => holds a video model: add --video""",
     "cache": """
         --vae code-vae => diffusion_pytorch_model.safetensors
         --vae emma | --vae '' => none, ema, mse or a directory
         --data-path no/such | --out videos | --out cache | --image-size 33
         --data-path cache => name the folder of its videos
+        --data-path long => A/aaaa; is too long for a file of the cache; shorten it by 6 bytes
         --out file => not a writable folder
         --out piped => --out piped; latents.json is damaged""",
     "evaluate": """
@@ -198,6 +226,32 @@ CASES = {
         --list --report => not allowed with
         --report => does not exist
         --out file --report => --out file:""",
+    "gallery": """
+        no/such => FOLDER no/such: no such folder
+        videos => no samples.json in it
+        samples => its samples.json has no cfg_scale; sample again
+        lacking --out new.html => no 000001.mp4
+        shown --out videos => --out videos
+        shown --out file/page.html => --out file
+        shown --data-path no/such --out new.html => no such folder
+        shown --data-path videos => no class 'Cirque\\ndu "soleil"'
+        longer --data-path videos => has the 11 frames of the samples
+        shown --data-path cache --out new.html => name the folder of its videos
+        shown --num-samples 0 --out new.html => --num-samples""",
+    "picture": """
+        begun => not finished: run sample_gd.py again
+        no/such => no/such: no such folder""",
+    "plot": """
+        no/such => no/such: no metrics.jsonl
+        runs/E/0-f4/metrics.jsonl | videos => no metrics.jsonl
+        runs/empty => no step yet
+        runs/other-f4 => no train_loss
+        runs/E --relative => no train_loss_rel
+        runs/E --out loss.pdf => loss.pdf: not the name of a PNG file
+        runs/E --out taken.png => taken.png: not the name of a PNG file
+        runs/E --out file/loss.png => is not a writable folder
+        runs/E --smooth 0 => --smooth""",
+    "plot without --out": "runs/E => --out",
 }
 
 
@@ -209,7 +263,7 @@ def cases():
             for flags in left.split(" | "):
                 own = shlex.split(flags.replace("=", " "))
                 words_of_row = words.split("; ") if arrow else [word for word in own if word[:1] not in ("-", "{")]
-                named = [] if command in ("export", "check") or "argument" in words else own[:1]
+                named = [word for word in own[:1] if word[:1] == "-" and "argument" not in words]
                 yield pytest.param(command, flags, [*named, *words_of_row], id=f"{command} {flags}")
 
 
@@ -220,6 +274,12 @@ def world(tmp_path_factory):
     names = ("videos/A/a", "videos/A/b", "videos/B/c", "videos/B/d", "one/A/a", *(f"long/A/{x * 245}" for x in "ab"))
     for name in names:
         write_video(root / f"{name}.avi", 10, size=(16, 16))
+    for name in (
+        "twins/A/x.avi", "twins/A/x.m4v", "mixed/A/x.avi", "mixed/y.avi", "nameless/none/x.avi", "nameless/A/y.avi",
+        "deep/test/A/x.avi", "deep/train/A/x.avi", "deep/train/B/y.m4v", "deep/train/x/A/x.png",
+    ):  # fmt: skip
+        (root / name).parent.mkdir(parents=True, exist_ok=True)
+        (root / name).touch()
     for folder in ("broken", "cache", "partial", "lost", "pixels", "piped", "empty", "samples", "code-samples"):
         (root / folder).mkdir()
     shutil.copytree(root / "videos", root / "bad")
@@ -264,6 +324,16 @@ def world(tmp_path_factory):
     ):
         config = shutil.copytree(root / "shared", root / f"{name}-export") / "config.json"
         config.write_text(config.read_text().replace(old, new))
+    make_shown(root / "shown", [0, 1], ["A", 'Cirque\ndu "soleil"'])
+    make_shown(root / "longer", [0, 1], ["A", "B"], num_frames=11)
+    (shutil.copytree(root / "shown", root / "lacking") / "000001.mp4").unlink()
+    (root / "begun").mkdir()
+    (root / "begun/samples.unfinished").touch()
+    for name, last in (("E", 50), ("empty", 0)):
+        make_run(root / f"runs/{name}/0-f4", 0, last)
+    make_run(root / "runs/other-f4", 0, 0, torn='{"step": 1}\n')
+    (root / "taken.png").mkdir()
+    (root / "text.png").write_text("hello")
     (root / "file").write_text("")
     (root / "mine").mkdir()
     (root / "mine/000000.mp4").touch()

@@ -85,7 +85,7 @@ def clips_of(folder, num_frames=4, **settings):
     return Clips(data, data.videos(), data.scan.classes, num_frames, **settings)
 
 
-# Content.
+# Content --------------------------------------------------------------------------------------------------------------
 
 
 def test_a_cache_file_holds_the_posterior_of_every_frame(root, vae, cache):
@@ -195,7 +195,7 @@ def test_reading_a_clip_of_a_long_video_loads_only_its_part_of_the_file(tmp_path
     assert 0 < resident[0] < 2**19 / 8, "KB, including the read-ahead of the kernel"
 
 
-# Ranks and changes.
+# Ranks and changes ----------------------------------------------------------------------------------------------------
 
 
 @pytest.fixture
@@ -254,7 +254,7 @@ def test_the_next_run_caches_a_video_that_changed_after_the_scan(own, vae, tmp_p
     assert load_file(tmp_path / "out" / "Jump" / "d.safetensors")["mean"].shape[0] == 30
 
 
-# Corrupt videos and files.
+# Corrupt videos and files ---------------------------------------------------------------------------------------------
 
 
 def truncate(path):
@@ -353,7 +353,7 @@ def test_a_damaged_latents_json_is_one_line(own_cache, change, words):
     assert "\n" not in str(error.value)
 
 
-# User errors.
+# User errors ----------------------------------------------------------------------------------------------------------
 
 
 def test_a_cache_with_other_settings_is_refused(root, vae, own_cache, tmp_path, refused):
@@ -370,14 +370,6 @@ def test_a_cache_with_other_settings_is_refused(root, vae, own_cache, tmp_path, 
     (own_cache / name).write_text(json.dumps(settings))
     add_to_weights(moved, 0.1)
     assert "a latent cache with vae_sha256" in refused(root, moved, own_cache, "--with-flips")
-
-
-def test_a_name_too_long_for_the_cache_is_refused_before_writing(own, vae, tmp_path, refused):
-    for length in (239, 243):  # a.safetensors.tmp has 16 bytes more than a
-        write_video(own / "Run" / f"{'a' * length}.avi", 4)
-    line = refused(own, vae, tmp_path / "out")
-    assert "Run/aaaa" in line and "is too long for a file of the cache; shorten it by 4 bytes" in line
-    assert not (tmp_path / "out").exists()
 
 
 def full_disk(patch, call):

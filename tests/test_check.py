@@ -68,14 +68,11 @@ def test_a_class_that_the_font_lacks_gets_one_note_and_its_rows_keep_the_names_o
     assert text.count("note: the font") == 1 and "'class 1/0.m4v', 'class 1/1.m4v'" in text
 
 
-@pytest.mark.parametrize(
-    ("flags", "words"),
-    [
-        (["--num-frames", 500], "--num-frames 500: the longest training video has 27 frames"),
-        (["--num-frames", 24], "--num-frames 24: the longest validation video has 23 frames"),
-        (["--max-bad-fraction", 0.1], "--max-bad-fraction 0.1: 2 of 11 files are corrupt, expected at most 1: Jump/t"),
-    ],
-)
+@pytest.mark.parametrize(("flags", "words"), [
+    (["--num-frames", 500], "--num-frames 500: the longest training video has 27 frames"),
+    (["--num-frames", 24], "--num-frames 24: the longest validation video has 23 frames"),
+    (["--max-bad-fraction", 0.1], "--max-bad-fraction 0.1: 2 of 11 files are corrupt, expected at most 1: Jump/t"),
+])  # fmt: skip
 def test_it_refuses_the_videos_that_train_refuses_in_the_same_words(data, capsys, flags, words):
     (data / "Jump/text.mp4").write_text("no video")
     run_main(check, data, *FLAGS, "--max-bad-fraction", 0.2, *flags, status=1)

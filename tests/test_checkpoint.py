@@ -58,7 +58,7 @@ def names(folder):
     return sorted(path.name for path in folder.iterdir())
 
 
-# Writing ------------------------------------------------------------------------------------------------------------
+# Writing --------------------------------------------------------------------------------------------------------------
 
 
 def test_loading_returns_the_saved_state(tmp_path):
@@ -79,14 +79,11 @@ def refused(*args):
     raise OSError(errno.EIO, os.strerror(errno.EIO))
 
 
-@pytest.mark.parametrize(
-    ("where", "failure", "reason"),
-    [
-        ("torch.save", full_disk, "No space left on device"),
-        ("os.fsync", refused, "Input/output error"),
-        ("os.replace", refused, "Input/output error"),
-    ],
-)
+@pytest.mark.parametrize(("where", "failure", "reason"), [
+    ("torch.save", full_disk, "No space left on device"),
+    ("os.fsync", refused, "Input/output error"),
+    ("os.replace", refused, "Input/output error"),
+])  # fmt: skip
 def test_a_failing_write_leaves_the_old_file_and_nothing_else(tmp_path, monkeypatch, where, failure, reason):
     checkpoint.save(tmp_path / "latest.pt", make_state(step=1))
     before = (tmp_path / "latest.pt").read_bytes()
@@ -185,7 +182,7 @@ def test_the_next_call_raises_the_error_of_the_thread(writer, monkeypatch):
     assert checkpoint.load(writer.path)["step"] == 1
 
 
-# Reading ------------------------------------------------------------------------------------------------------------
+# Reading --------------------------------------------------------------------------------------------------------------
 
 
 def test_a_missing_cut_or_foreign_file_is_one_line_without_a_warning(tmp_path, recwarn):
@@ -260,7 +257,7 @@ def test_optimizers_load_the_state_of_each_weight_and_keep_their_settings(kind):
             assert not {id(value) for value in memory.values()} & {id(value) for value in new.state[weight].values()}
 
 
-# The model ----------------------------------------------------------------------------------------------------------
+# The model ------------------------------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize(("use_ema", "part"), [(True, "ema"), (False, "model")])
@@ -279,15 +276,12 @@ def test_a_model_that_matches_the_checks_loads_bit_for_bit(tmp_path, recwarn, us
     assert differences(dict(model.state_dict()), state[part]) == []
 
 
-@pytest.mark.parametrize(
-    ("changes", "words"),
-    [
-        ({"new_field": 1}, ["settings of its model are invalid", "new_field"]),
-        ({"num_heads": 5}, ["settings of its model are invalid", "5 heads"]),
-        ({"in_channels": 4}, ["its weights do not match its config", "x_embedder.proj.weight"]),
-        ({"depth": 3}, ["its weights do not match its config", "blocks.2."]),
-    ],
-)
+@pytest.mark.parametrize(("changes", "words"), [
+    ({"new_field": 1}, ["settings of its model are invalid", "new_field"]),
+    ({"num_heads": 5}, ["settings of its model are invalid", "5 heads"]),
+    ({"in_channels": 4}, ["its weights do not match its config", "x_embedder.proj.weight"]),
+    ({"depth": 3}, ["its weights do not match its config", "blocks.2."]),
+])  # fmt: skip
 def test_settings_that_are_unknown_or_do_not_fit_the_weights_are_refused(tmp_path, changes, words):
     state = make_state()
     state["config"]["model"] = state["config"]["model"] | changes
@@ -303,7 +297,7 @@ def test_weights_of_another_shape_are_refused_in_the_part_that_has_them():
         assert WEIGHT in refusal(checkpoint.config_of, "--ckpt a.pt", state)
 
 
-# Compatibility ------------------------------------------------------------------------------------------------------
+# Compatibility --------------------------------------------------------------------------------------------------------
 
 ROPE = model_config("EqM-S/4", num_classes=101, num_frames=8, use_rope=True)
 FIXED = replace(ROPE, use_rope=False)

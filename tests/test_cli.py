@@ -21,18 +21,15 @@ from runtime.cli import UserError, number
 from runtime.runs import make_run_folder
 from video.index import CorruptDataError
 
-# Flags --------------------------------------------------------------------------------------------------------------
+# Flags ----------------------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize(
-    ("kind", "bounds", "good", "bad"),
-    [
-        (int, {"least": 1}, ["1", "7"], ["0", "-3"]),
-        (float, {"above": 0}, ["0.001", "1e9"], ["0", "-1", "nan", "inf"]),
-        (float, {"least": 0, "most": 1}, ["0", "1", "0.5"], ["-0.1", "1.1", "nan"]),
-        (float, {"most": 1}, ["-5", "1"], ["2", "nan"]),
-    ],
-)
+@pytest.mark.parametrize(("kind", "bounds", "good", "bad"), [
+    (int, {"least": 1}, ["1", "7"], ["0", "-3"]),
+    (float, {"above": 0}, ["0.001", "1e9"], ["0", "-1", "nan", "inf"]),
+    (float, {"least": 0, "most": 1}, ["0", "1", "0.5"], ["-0.1", "1.1", "nan"]),
+    (float, {"most": 1}, ["-5", "1"], ["2", "nan"]),
+])  # fmt: skip
 def test_a_number_must_be_within_its_bounds(kind, bounds, good, bad):
     parse = number(kind, **bounds)
     for text in good:
@@ -51,15 +48,12 @@ def parser():
     return made
 
 
-@pytest.mark.parametrize(
-    ("words", "typed", "steps", "fast"),
-    [
-        ([], set(), None, True),
-        (["--steps=3"], {"steps"}, 3, True),
-        (["--fast", "--names", "a"], {"fast", "names"}, None, True),  # typed, though these are the defaults
-        (["--no-fast"], {"fast"}, None, False),
-    ],
-)
+@pytest.mark.parametrize(("words", "typed", "steps", "fast"), [
+    ([], set(), None, True),
+    (["--steps=3"], {"steps"}, 3, True),
+    (["--fast", "--names", "a"], {"fast", "names"}, None, True),  # typed, though these are the defaults
+    (["--no-fast"], {"fast"}, None, False),
+])  # fmt: skip
 def test_flags_are_frozen_and_know_which_were_typed(words, typed, steps, fast):
     flags = parser().parse_args(words)
     values = {"steps": steps, "names": ["a"], "fast": fast, "kind": "x"}
@@ -95,9 +89,7 @@ CASES = [  # a GPU with bf16 or without, None: no GPU; energy; precision of the 
 
 
 @pytest.mark.parametrize(("bf16", "energy", "kept", "typed", "expected"), CASES)
-def test_the_precision_comes_from_the_flag_the_run_or_the_device(
-    bf16, energy, kept, typed, expected, monkeypatch, capsys
-):
+def test_the_flag_the_run_or_the_device_sets_the_precision(bf16, energy, kept, typed, expected, monkeypatch, capsys):
     monkeypatch.setattr(torch.cuda, "is_available", lambda: bf16 is not None)
     monkeypatch.setattr(torch.cuda, "is_bf16_supported", lambda including_emulation: bf16 or including_emulation)
     monkeypatch.setattr(torch.cuda, "get_device_name", lambda device: "Tesla T4")
@@ -112,7 +104,7 @@ def test_the_precision_comes_from_the_flag_the_run_or_the_device(
     assert printed.count("\n") <= 1
 
 
-# Messages -----------------------------------------------------------------------------------------------------------
+# Messages -------------------------------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize(("rank", "before"), [("0", []), ("1", [(10, "")])])  # if it still runs then, it reports
@@ -148,19 +140,16 @@ def test_warnings_are_lines_and_the_log_has_the_earlier_ones(capsys, tmp_path):
     assert (tmp_path / "log.txt").read_text() == "note: narrow\\nmodel\nnote: later\n"
 
 
-@pytest.mark.parametrize(
-    ("error", "status", "words"),
-    [
-        (KeyboardInterrupt(), 130, "error: stopped by SIGINT: run the same command again"),
-        (UserError("wrong\nflag"), 1, "wrong flag"),
-        (CorruptDataError("2 of 6 files"), 2, "2 of 6 files"),  # as when it is found before training
-        (OSError(28, "No space left on device", __file__), 1, f"error: {__file__} can't be written (No space left on"),
-        (RuntimeError("DataLoader worker (pid 7) is killed by signal: Killed."), 1, "lower --num-workers"),
-        (RuntimeError("[1] Connection closed by peer [2]"), 1, "another rank has ended"),
-        (RuntimeError("DefaultCPUAllocator: can't allocate memory\nat"), 1, "too little memory (DefaultCPUAllocator"),
-        (torch.distributed.DistNetworkError("timed out"), 1, "the ranks can't reach each other"),
-    ],
-)
+@pytest.mark.parametrize(("error", "status", "words"), [
+    (KeyboardInterrupt(), 130, "error: stopped by SIGINT: run the same command again"),
+    (UserError("wrong\nflag"), 1, "wrong flag"),
+    (CorruptDataError("2 of 6 files"), 2, "2 of 6 files"),  # as when it is found before training
+    (OSError(28, "No space left on device", __file__), 1, f"error: {__file__} can't be written (No space left on"),
+    (RuntimeError("DataLoader worker (pid 7) is killed by signal: Killed."), 1, "lower --num-workers"),
+    (RuntimeError("[1] Connection closed by peer [2]"), 1, "another rank has ended"),
+    (RuntimeError("DefaultCPUAllocator: can't allocate memory\nat"), 1, "too little memory (DefaultCPUAllocator"),
+    (torch.distributed.DistNetworkError("timed out"), 1, "the ranks can't reach each other"),
+])  # fmt: skip
 def test_a_failure_is_one_line_and_a_traceback_with_eqm_traceback(error, status, words, monkeypatch, capsys):
     for shows_it in (False, True):
         monkeypatch.setenv("EQM_TRACEBACK", str(int(shows_it)))

@@ -31,16 +31,13 @@ def walk(steps):
     return torch.stack(levels, dim=1)
 
 
-@pytest.mark.parametrize(
-    ("clip", "patches", "windows"),
-    [
-        ((12, 4), [4, 8], []),
-        ((10, 4), [4, 8], []),
-        ((24, 4, 16, 8), [4, 8, 12, 16, 20], [16]),
-        ((30, 4, 16, 6), [4, 8, 12, 18, 22, 28], [16, 26]),  # windows begin at 0, 10, 20
-        ((20, 4, 16, 13), [4, 8, 12], [16, 19]),  # windows begin at 0, 3, 6: new patches at 19 and 22 only
-    ],
-)  # fmt: skip
+@pytest.mark.parametrize(("clip", "patches", "windows"), [
+    ((12, 4), [4, 8], []),
+    ((10, 4), [4, 8], []),
+    ((24, 4, 16, 8), [4, 8, 12, 16, 20], [16]),
+    ((30, 4, 16, 6), [4, 8, 12, 18, 22, 28], [16, 26]),  # windows begin at 0, 10, 20
+    ((20, 4, 16, 13), [4, 8, 12], [16, 19]),  # windows begin at 0, 3, 6: new patches at 19 and 22 only
+])  # fmt: skip
 def test_borders_are_the_first_frames_of_patches_and_of_new_frames_of_windows(clip, patches, windows):
     assert consistency.borders(*clip) == (patches, windows)
 

@@ -22,10 +22,7 @@ def test_the_ranks_share_all_indices(world_size, monkeypatch):
         parts = list(indices_of(monkeypatch, world_size, count))
         assert sorted(sum(parts, [])) == list(range(count))
         assert max(map(len, parts)) - min(map(len, parts)) <= 1
-
-
-def test_the_ranks_take_blocks_of_full_batches_in_turn(monkeypatch):
-    assert list(indices_of(monkeypatch, 3, 9, block=2)) == [[0, 1, 6, 7], [2, 3, 8], [4, 5]]
+    assert list(indices_of(monkeypatch, 3, 9, block=2)) == [[0, 1, 6, 7], [2, 3, 8], [4, 5]]  # full batches in turn
 
 
 ON_EACH_RANK = """

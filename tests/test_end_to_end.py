@@ -2,9 +2,6 @@
 
 import csv
 import json
-import os
-import shutil
-import subprocess
 from glob import glob
 from pathlib import Path
 
@@ -15,21 +12,12 @@ import torch
 import sample_gd
 import train
 from tiny_data import make_images, make_vae
-from training import ROOT, TORCHRUN, content, run_main
+from training import content, on_two_ranks, run_main
 from video.files import probe
 
 TINY = ["--model", "EqM-Ti/4", "--depth", 1, "--use-rope", "--vae", "none", "--image-size", 16, "--lr", 1e-2]
 FAST = ["--num-workers", 0, "--log-every", 1, "--val-clips", 4, "--sample-every", 0, "--global-batch-size", 4]
 SAMPLE = ["--video", "--num-samples", 3, "--num-sampling-steps", 6, "--stepsize", 0.01]
-
-
-def on_two_ranks(script, *flags, status=0):
-    """Start a script by torchrun; it has to end with this status. Returns its stderr."""
-    command = [str(part) for part in (*TORCHRUN, ROOT / "EqM" / script, *flags)]
-    environment = os.environ | {"OMP_NUM_THREADS": "1"}
-    done = subprocess.run(command, capture_output=True, text=True, env=environment, timeout=240)
-    assert done.returncode == status, done.stdout + done.stderr
-    return done.stderr
 
 
 def one(pattern):
@@ -125,15 +113,6 @@ def test_a_sample_folder_has_the_same_bytes_on_any_number_of_ranks(random, shape
     assert f"mean {about['mean_evaluations']:.1f} of 76" in capsys.readouterr().out  # in 4 windows
 
 
-def test_a_wrong_flag_is_one_line_from_one_rank_and_nothing_is_written(phases, shapes, tmp_path):
-    fixed = [flag for flag in TINY if flag != "--use-rope"]
-    flags = ["--num-frames", 16, "--data-path", shapes, "--ckpt", one(phases / "*f16*/checkpoints/best.pt")]
-    flags += ["--max-steps", 8, "--results-dir", tmp_path / "new"]
-    stderr = on_two_ranks("train.py", "--video", *fixed, *FAST, *flags, status=1)  # torchrun's own status
-    (line,) = [line for line in stderr.splitlines() if line.startswith("train.py: error:")]
-    assert "--use-rope" in line and not (tmp_path / "new").exists()
-
-
 def test_two_ranks_train_an_energy_of_images_and_one_samples_nothing(tmp_path):
     data, vae = make_images(tmp_path / "images", 12, ".webp"), make_vae(tmp_path / "vae")
     flags = [*TINY, *FAST, "--ebm", "dot", "--disp", "--data-path", data, "--vae", vae, "--max-steps", 3]
@@ -146,20 +125,3 @@ def test_two_ranks_train_an_energy_of_images_and_one_samples_nothing(tmp_path):
     run_main(sample_gd, "--ckpt", ckpt, *flags, "--folder", tmp_path / "s")
     assert np.load(tmp_path / "s/samples.npz")["arr_0"].shape == (2, 16, 16, 3)
     assert {"000000.png", "000001.png"} <= content(tmp_path / "s").keys()
-
-
-def test_a_broken_video_is_named_once_and_counted_and_too_many_end_the_run(shapes, tmp_path, capsys):
-    data = shutil.copytree(shapes, tmp_path / "data")
-    videos = sorted(data.glob("*/*.avi"))
-    videos[0].write_bytes(b"no video at all")
-    flags = [*TINY, *FAST, "--video", "--num-frames", 4, "--data-path", data, "--max-steps", 3, "--results-dir"]
-    run_main(train, *flags, tmp_path / "one")
-    log = Path(one(tmp_path / "one/*/log.txt")).read_text()
-    assert log.count(videos[0].name) == capsys.readouterr().out.count(videos[0].name) == 1
-    assert rows_of(tmp_path / "one/*/metrics.jsonl")[-1]["bad_videos"] == 1
-    videos[5].write_bytes(b"nor this one")
-    run_main(train, *flags, tmp_path / "two", "--max-bad-fraction", 0.05, status=2)
-    assert not (tmp_path / "two").exists()
-    (line,) = [line for line in capsys.readouterr().err.splitlines() if line.startswith("train.py: error:")]
-    assert "--max-bad-fraction" in line
-    run_main(train, *flags, tmp_path / "three", "--max-bad-fraction", 0.2)

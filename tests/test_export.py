@@ -13,7 +13,7 @@ import sample_gd
 import train
 from scoring import manifest
 from tiny_data import flip_bit, make_images, make_vae, random_checkpoint
-from training import differences, refused, run_main, sample_here
+from training import differences, no_space, refused, run_main, sample_here
 
 FILES = ["README.md", "config.json", "model.safetensors"]
 LOCAL = {"data_path": "/home/somebody/videos", "results_dir": "results", "lr": 1e-4}
@@ -128,11 +128,8 @@ def test_config_and_card_say_what_it_is_and_no_path_of_the_machine(exported, tmp
 
 
 def test_a_full_disk_leaves_no_partial_export(exported, tmp_path, monkeypatch, capsys):
-    def full(path, text):
-        raise OSError(28, "No space left on device")
-
     with monkeypatch.context() as patch:
-        patch.setattr("pathlib.Path.write_text", full)
+        patch.setattr("pathlib.Path.write_text", no_space)
         line = refused(capsys, export, exported[0], tmp_path / "new/shared", status=1)
     assert "shared can't be written (No space left on device" in line
     assert list((tmp_path / "new").iterdir()) == []
@@ -183,14 +180,3 @@ def test_fine_tuning_averages_from_its_start_and_a_chained_phase_continues(tmp_p
     (data / "C").rename(data / "D")
     _, renamed = trained("c", files[-1], (13,), "--new-classes")
     assert renamed[0]["phase"]["ema_start"] == 12
-
-
-def test_sampling_again_removes_the_files_of_the_run_before(tmp_path):
-    path, folder = random_checkpoint(tmp_path / "image.pt", ebm="dot"), tmp_path / "s"
-    sample_here(path, folder, "--report-energy", "--stop-below", 1e-9)
-    energies = {f"{name}.{suffix}" for name in ("energy", "evaluations") for suffix in ("csv", "png")}
-    assert energies <= {file.name for file in folder.iterdir()}
-    (folder / "notes.txt").write_text("mine")
-    sample_here(path, folder, "--num-samples", 1)
-    names = {file.name for file in folder.iterdir()}
-    assert names == {"000000.png", "grid.png", "samples.npz", "samples.json", "notes.txt"}

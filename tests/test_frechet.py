@@ -79,17 +79,14 @@ def test_image_detectors_get_frames_in_order():
     torch.testing.assert_close(features, clips[:, :, 0].float().mean(dim=2))  # (B, T, C), of the first row
 
 
-@pytest.mark.parametrize(
-    ("detector", "reason"),
-    [
-        (lambda x, **_: x, r"returned \[2, 3, 4, 8, 8\], expected features \[2, D\]"),
-        (lambda x, **_: x[:1].flatten(1), "expected features"),
-        (lambda x, **_: x.mean(), r"returned \[\], expected features \[2, D\]"),
-        (lambda x, **_: [x], "list"),
-        (lambda x, **_: x.flatten(1) / 0, "not finite"),
-        (lambda x, **_: x.view(5), ""),  # a RuntimeError of torch
-    ],
-)
+@pytest.mark.parametrize(("detector", "reason"), [
+    (lambda x, **_: x, r"returned \[2, 3, 4, 8, 8\], expected features \[2, D\]"),
+    (lambda x, **_: x[:1].flatten(1), "expected features"),
+    (lambda x, **_: x.mean(), r"returned \[\], expected features \[2, D\]"),
+    (lambda x, **_: [x], "list"),
+    (lambda x, **_: x.flatten(1) / 0, "not finite"),
+    (lambda x, **_: x.view(5), ""),  # a RuntimeError of torch
+])  # fmt: skip
 def test_a_detector_that_does_not_return_finite_features_is_refused(detector, reason):
     with pytest.raises(UserError, match=f"--detector x: fails when called for --metric fvd: .*{reason}"):
         frechet.check_detector("x", detector, "fvd", 4, 8)

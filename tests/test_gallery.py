@@ -17,9 +17,9 @@ from PIL import Image, ImageColor
 
 import gallery
 import picture
-from tiny_data import make_images, make_latents
+from tiny_data import make_images
 from tiny_videos import decode
-from training import refused, run_main
+from training import no_space, run_main
 from video.drawing import MARGIN, MARK, text_line
 from video.index import scan_videos, split_videos
 from video.writers import write_mp4, write_samples
@@ -104,8 +104,7 @@ class Page:
         return [base64.b64decode(part, validate=True) for part in parts]
 
 
-# ----------------------------------------------------------------------------------------------------------------------
-# The page as a file
+# The page as a file ---------------------------------------------------------------------------------------------------
 
 
 def test_a_page_embeds_the_sample_videos_and_their_settings(samples):
@@ -193,45 +192,13 @@ def test_a_page_of_many_samples_shows_the_first_and_says_so(samples, tmp_path, r
     assert f"{out}: 4 samples (2 more: --num-samples 6)" in capsys.readouterr().out
 
 
-def test_bad_gallery_input_is_one_line(samples, tmp_path, real, capsys):
-    other = make_samples(tmp_path / "other", [0, 1], ["CircleDown", 'Cirque\ndu "soleil"'])
-    long = make_samples(tmp_path / "long", [0, 1], num_frames=31)
-    unknown = make_samples(tmp_path / "unknown", [0, 1])
-    about = json.loads((unknown / "samples.json").read_text())
-    (unknown / "samples.json").write_text(json.dumps(about | {"flags": {}}))
-    lacking = shutil.copytree(samples, tmp_path / "lacking")
-    (lacking / "000001.mp4").unlink()
-    make_latents(tmp_path / "cache")
-    out = tmp_path / "page.html"
-    for words, *flags in (
-        (f"FOLDER {tmp_path / 'nowhere'}: no such folder", tmp_path / "nowhere"),
-        ("no samples.json in it", real),
-        ("its samples.json has no cfg_scale; sample again", unknown),
-        ("no 000001.mp4", lacking, "--out", out),
-        ("--out", samples, "--out", tmp_path),
-        ("--out", samples, "--out", samples / "samples.json/page.html"),
-        ("no such folder", samples, "--data-path", tmp_path / "nowhere", "--out", out),
-        ("no class 'Cirque\\ndu \"soleil\"'", other, "--data-path", real),
-        ("has the 31 frames of the samples", long, "--data-path", real),
-        ("name the folder of its videos", samples, "--data-path", tmp_path / "cache", "--out", out),
-        ("--num-samples", samples, "--num-samples", 0, "--out", out),
-    ):
-        line = refused(capsys, gallery, *flags)
-        assert line.startswith("gallery.py: error: ") and words in line, line
-    assert not out.exists() and not (other / "gallery.html").exists()
-
-
 def test_a_full_disk_leaves_no_partial_page(samples, tmp_path, monkeypatch, capsys):
-    def fail(descriptor):  # called before the temporary file replaces the page
-        raise OSError(28, "No space left on device")
-
-    monkeypatch.setattr(os, "fsync", fail)
+    monkeypatch.setattr(os, "fsync", no_space)  # called before the temporary file replaces the page
     run_main(gallery, samples, "--out", tmp_path / "page.html", status=1)
     assert "can't be written (No space left on device" in capsys.readouterr().err and not list(tmp_path.iterdir())
 
 
-# ----------------------------------------------------------------------------------------------------------------------
-# The picture
+# The picture ----------------------------------------------------------------------------------------------------------
 
 
 def test_a_picture_has_a_row_per_sample_and_a_border_around_given_frames(tmp_path):
@@ -258,16 +225,7 @@ def test_a_picture_has_a_row_per_sample_and_a_border_around_given_frames(tmp_pat
         assert (pixels[top : top + picture.SIDE, : picture.LEFT - picture.GAP] < 128).any()  # the name
 
 
-def test_a_picture_of_no_samples_is_refused(tmp_path, capsys):
-    (tmp_path / "empty").mkdir()
-    (tmp_path / "empty/samples.unfinished").touch()
-    for words, folder in (("not finished: run sample_gd.py again", "empty"), ("nowhere: no such folder", "nowhere")):
-        assert words in refused(capsys, picture, tmp_path / folder, "--out", tmp_path / "picture.png")
-    assert not (tmp_path / "picture.png").exists()
-
-
-# ----------------------------------------------------------------------------------------------------------------------
-# The page in a browser
+# The page in a browser ------------------------------------------------------------------------------------------------
 
 CHROMIUM = next(filter(None, map(shutil.which, ("chromium", "chromium-browser", "google-chrome"))), None)
 TIMEOUT = 60  # seconds to wait before a test fails

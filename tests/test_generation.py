@@ -223,22 +223,19 @@ def test_flags_override_training_settings_which_override_defaults():
     assert resolve(TUNED, **changes, stop_below=0.0) == TUNED | changes | {"stop_below": None, "guidance_chosen": True}
 
 
-@pytest.mark.parametrize(
-    ("kept", "typed", "steps", "size"),
-    [
-        ("ngd", {"num_sampling_steps": 6}, 6, 0.02),  # of a path of 2 x 0.05
-        ("ngd", {"stepsize": 0.01}, 11, 0.01),
-        ("ngd", {"stepsize": 0.03}, 4, 0.03),  # rounded to whole steps
-        ("ngd", {"stepsize": 5.0}, 2, 5.0),  # one evaluation at least
-        ("ngd", {"stepsize": 0.01, "num_sampling_steps": 4}, 4, 0.01),
-        ("ngd", {"sampler": "euler", "num_sampling_steps": 6}, 6, 0.05),  # has no step size
-        ("euler", {}, 3, 0.05),
-        ("euler", {"sampler": "gd"}, 250, 0.0017),  # solvers have no path length to keep
-        ("euler", {"sampler": "gd", "num_sampling_steps": 4}, 4, 0.1411),
-        ("heun", {"stop_below": 0.5}, "--stop-below 0.5: heun has a fixed number of steps", None),
-        ("ngd", {"stop_below": 0.5, "sampler": "heun"}, "--stop-below 0.5: heun has a fixed number of steps", None),
-    ],
-)
+@pytest.mark.parametrize(("kept", "typed", "steps", "size"), [
+    ("ngd", {"num_sampling_steps": 6}, 6, 0.02),  # of a path of 2 x 0.05
+    ("ngd", {"stepsize": 0.01}, 11, 0.01),
+    ("ngd", {"stepsize": 0.03}, 4, 0.03),  # rounded to whole steps
+    ("ngd", {"stepsize": 5.0}, 2, 5.0),  # one evaluation at least
+    ("ngd", {"stepsize": 0.01, "num_sampling_steps": 4}, 4, 0.01),
+    ("ngd", {"sampler": "euler", "num_sampling_steps": 6}, 6, 0.05),  # has no step size
+    ("euler", {}, 3, 0.05),
+    ("euler", {"sampler": "gd"}, 250, 0.0017),  # solvers have no path length to keep
+    ("euler", {"sampler": "gd", "num_sampling_steps": 4}, 4, 0.1411),
+    ("heun", {"stop_below": 0.5}, "--stop-below 0.5: heun has a fixed number of steps", None),
+    ("ngd", {"stop_below": 0.5, "sampler": "heun"}, "--stop-below 0.5: heun has a fixed number of steps", None),
+])  # fmt: skip
 def test_the_path_length_stays_if_only_steps_or_step_size_is_set(kept, typed, steps, size):
     with nullcontext() if size else pytest.raises(UserError, match=steps):
         found = resolve(TUNED | {"sampler": kept}, **typed)

@@ -54,7 +54,7 @@ def distance(a, b):
     return ((a - b).norm() / b.norm()).item()
 
 
-# Positions ----------------------------------------------------------------------------------------------------------
+# Positions ------------------------------------------------------------------------------------------------------------
 
 MOVES = {
     "time reversed": lambda x: x.unflatten(2, (-1, 2)).flip(2).flatten(2, 3),  # temporal patches, not their frames
@@ -140,7 +140,7 @@ def test_blocks_get_patches_plus_positions_and_return_the_features(kind):
     assert torch.equal(f, model(x, labels(2)))
 
 
-# Frame rates and numbers of frames ----------------------------------------------------------------------------------
+# Frame rates and numbers of frames ------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("kind", KINDS)
@@ -177,7 +177,7 @@ def test_positions_are_not_saved_and_gradients_reach_all_frames_and_weights(kind
         assert "rope" not in name and "pos" not in name
 
 
-# Precision ----------------------------------------------------------------------------------------------------------
+# Precision ------------------------------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("use_rope", [True, False])
@@ -220,7 +220,7 @@ def test_training_attention_on_a_cpu_is_exact_and_avoids_the_bf16_kernel(dtype, 
         assert distance(one, exact.to(dtype)) < (1e-2 if dtype == torch.bfloat16 else 1e-6)
 
 
-# Initialization, names, sizes ---------------------------------------------------------------------------------------
+# Initialization, names, sizes -----------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize(
@@ -251,16 +251,13 @@ def test_a_model_name_sets_size_and_patches_and_overrides_win():
         assert (config.depth, config.hidden_size, config.num_heads) == (1, 384, 6)
 
 
-@pytest.mark.parametrize(
-    ("message", "changes"),
-    [
-        ("input_size 5 is not a multiple of patch_size 2", {"input_size": 5}),
-        ("must be a multiple of 2 x 2 heads, .* 66", {"hidden_size": 66}),
-        ("depth must be from 1 to 1048576, got 0", {"depth": 0}),
-        ("must be one of none, space, .* 'time'", {"position_table": "time"}),
-        ("ebm must be one of none, dot, l2, .* 'energy'", {"ebm": "energy"}),
-    ],
-)
+@pytest.mark.parametrize(("message", "changes"), [
+    ("input_size 5 is not a multiple of patch_size 2", {"input_size": 5}),
+    ("must be a multiple of 2 x 2 heads, .* 66", {"hidden_size": 66}),
+    ("depth must be from 1 to 1048576, got 0", {"depth": 0}),
+    ("must be one of none, space, .* 'time'", {"position_table": "time"}),
+    ("ebm must be one of none, dot, l2, .* 'energy'", {"ebm": "energy"}),
+])  # fmt: skip
 def test_an_inconsistent_configuration_is_refused(message, changes):
     with pytest.raises(ValueError, match=message):
         dataclasses.replace(TINY, **changes)
@@ -274,7 +271,7 @@ def test_a_width_below_the_values_per_token_warns(recwarn):
         model_config("EqM-Ti/4").warn_if_narrow()
 
 
-# Parts --------------------------------------------------------------------------------------------------------------
+# Parts ----------------------------------------------------------------------------------------------------------------
 
 
 @torch.no_grad()
@@ -312,7 +309,7 @@ def test_patches_are_embedded_like_a_convolution_and_put_back_in_place(monkeypat
     assert torch.equal(model(x, labels(2)), x)
 
 
-# Energies -----------------------------------------------------------------------------------------------------------
+# Energies -------------------------------------------------------------------------------------------------------------
 
 
 @pytest.fixture(params=[("dot", True, 6), ("dot", False, 8), ("l2", True, 8), ("l2", False, 6)])  # 6 frames are padded
@@ -379,7 +376,7 @@ def test_sampling_an_energy_gives_the_same_field_without_a_graph(ebm):
     assert all(parameter.grad is None for parameter in model.parameters())
 
 
-# Grad checkpointing changes no result (nor does compilation: test_compile.py) ---------------------------------------
+# Grad checkpointing changes no result (nor does compilation: test_compile.py) -----------------------------------------
 
 
 def loss_and_gradients(model, x, y):
@@ -405,7 +402,7 @@ def test_grad_checkpointing_changes_neither_loss_nor_gradient(ebm, use_rope):
         assert len(calls) == 3  # once
 
 
-# FLOPs --------------------------------------------------------------------------------------------------------------
+# FLOPs ----------------------------------------------------------------------------------------------------------------
 
 
 class NoTracker(nullcontext):
@@ -422,13 +419,10 @@ def counted_flops(function):
     return counter.get_total_flops()
 
 
-@pytest.mark.parametrize(
-    ("name", "num_frames", "ebm", "grad_checkpoint"),
-    [
-        ("EqM-Ti/4", 7, "none", False), ("EqM-Ti/4", 16, "none", False), ("EqM-S/2", 4, "none", False),
-        ("EqM-Ti/4", 8, "dot", False), ("EqM-Ti/4", 8, "none", True),
-    ],
-)  # fmt: skip
+@pytest.mark.parametrize(("name", "num_frames", "ebm", "grad_checkpoint"), [
+    ("EqM-Ti/4", 7, "none", False), ("EqM-Ti/4", 16, "none", False), ("EqM-S/2", 4, "none", False),
+    ("EqM-Ti/4", 8, "dot", False), ("EqM-Ti/4", 8, "none", True),
+])  # fmt: skip
 def test_flops_equal_the_count_of_torch(name, num_frames, ebm, grad_checkpoint):
     settings = {"input_size": 8, "in_channels": 4, "num_classes": 3, "use_rope": True, "depth": 2}
     model = randomized(EqM(model_config(name, ebm=ebm, **settings)))  # with a zero output some parts get no gradient

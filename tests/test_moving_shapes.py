@@ -12,8 +12,9 @@ import numpy as np
 import pytest
 
 import make_moving_shapes as shapes
+from process import write_commands
 from tiny_videos import decode
-from training import content, refused
+from training import content, no_space, refused
 
 SCRIPTS = Path(shapes.__file__).parent
 SMALL = "--videos-per-class", 2, "--size", 16
@@ -97,10 +98,7 @@ def test_decoded_videos_show_what_shapes_json_says(made):
 
 
 def test_a_full_disk_is_one_line_and_leaves_nothing(tmp_path, monkeypatch, capsys):
-    def full(path, frames):
-        raise OSError(28, "No space left on device")
-
-    monkeypatch.setattr(shapes, "write_video", full)
+    monkeypatch.setattr(shapes, "write_video", no_space)
     with pytest.raises(SystemExit, match="1"):
         shapes.main(["--out", str(tmp_path / "out")])
     assert "out can't be written (No space left on device; the disk" in capsys.readouterr().err
@@ -186,10 +184,7 @@ def ucf(tmp_path):
         (contents / name).parent.mkdir(parents=True, exist_ok=True)
         (contents / name).write_text(text)
     tools.mkdir(), data.mkdir()
-    for tool in ("unrar", "unzip"):
-        last = '"${@: -1}"'
-        (tools / tool).write_text(f'#!/usr/bin/env bash\nset -e\ncp -r "{contents}/{tool}/." {last}\n')
-        (tools / tool).chmod(0o755)
+    write_commands(tools, {tool: f'cp -r "{contents}/{tool}/." "${{@: -1}}"' for tool in ("unrar", "unzip")})
 
     def run(status=0, archives=None, **environment):
         """Returns (what is printed as an error, in one line; the files after it)."""

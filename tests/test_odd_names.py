@@ -73,17 +73,14 @@ def test_all_scripts_work_with_odd_names_and_no_log_line_is_forged(tmp_path, mon
     assert all("data" in path.name or ODD[:5] in path.name for path in tmp_path.iterdir())
 
 
-@pytest.mark.parametrize(
-    ("text", "shown"),
-    [
-        ("plain, ünïcode 😀", "plain, ünïcode 😀"),
-        ("two\nlines\r\t", r"two\nlines\r\t"),
-        ("\x1b[2J\x00\x7f", r"\x1b[2J\x00\x7f"),
-        ("a\u2028b\x85c", r"a\u2028b\x85c"),  # str.splitlines splits here
-        ("no text \udcff", r"no text \udcff"),
-        ("\u202egnp.exe", r"\u202egnp.exe"),  # written from right to left
-    ],
-)
+@pytest.mark.parametrize(("text", "shown"), [
+    ("plain, ünïcode 😀", "plain, ünïcode 😀"),
+    ("two\nlines\r\t", r"two\nlines\r\t"),
+    ("\x1b[2J\x00\x7f", r"\x1b[2J\x00\x7f"),
+    ("a\u2028b\x85c", r"a\u2028b\x85c"),  # str.splitlines splits here
+    ("no text \udcff", r"no text \udcff"),
+    ("\u202egnp.exe", r"\u202egnp.exe"),  # written from right to left
+])  # fmt: skip
 def test_messages_escape_characters_that_are_not_printable(text, shown):
     assert one_line(text) == shown
     assert one_line(text, "ascii").isascii()

@@ -17,14 +17,12 @@ import torch.optim.optimizer as torch_optimizer
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
-import cache_latents
 import sample_gd
 import train
 from models import EqM, EqM_models
 from runtime import distributed, rng
-from tiny_data import make_images, make_vae, save_checkpoint
-from tiny_videos import write_video
-from training import TINY, Training, run_here, run_main
+from tiny_data import make_images, save_checkpoint
+from training import IMAGES, TINY, Training, run_here, run_main
 
 # A copy to a meta tensor has nothing to copy
 pytestmark = pytest.mark.filterwarnings("ignore:for .* copying from a non-meta parameter")
@@ -110,10 +108,6 @@ def note_waits(gpu, patch, owner, name):
 
 VIDEOS = [*TINY, "--precision", "fp32"]
 FIXED = [flag for flag in VIDEOS if flag != "--use-rope"]
-IMAGES = [
-    "--model", "EqM-Ti/2", "--depth", 1, "--hidden-size", 48, "--num-heads", 2, "--vae", "none", "--image-size", 16,
-    "--global-batch-size", 4, "--num-workers", 0, "--val-clips", 4, "--precision", "fp32",
-]  # fmt: skip
 RUNS = {  # base flags, more flags; waits in a step
     "adamw, pixels through a VAE": (VIDEOS, ["--vae", "VAE", "--disp", "--grad-accum", 2, "--skip-nonfinite", 1], 1),
     "muon, padded and forced clips": (VIDEOS, [
@@ -122,28 +116,17 @@ RUNS = {  # base flags, more flags; waits in a step
     ], 0),
     "energy": (VIDEOS, ["--ebm", "dot", "--grad-checkpoint", "--sampler", "ngd", "--stop-below"], 0),
     "fixed positions, cached latents": (FIXED, ["--vae", "VAE", "--ebm", "l2"], 0),
-    "images": (IMAGES, [], 0),
+    "images": (IMAGES, ["--val-clips", 4, "--precision", "fp32"], 0),
 }  # fmt: skip
 
 
-@pytest.fixture(scope="module")
-def latents(tmp_path_factory):
-    """A latent cache and its VAE."""
-    root = tmp_path_factory.mktemp("latents")
-    for name in "ab":
-        write_video(root / f"videos/{name}.avi", 8)
-    flags = ["--vae", make_vae(root / "vae"), "--image-size", 16, "--out", root / "cache"]
-    run_main(cache_latents, "--data-path", root / "videos", *flags)
-    return root
-
-
 @pytest.mark.parametrize("kind", RUNS)
-def test_training_and_resuming_stay_on_the_gpu_and_steps_do_not_wait(kind, latents, gpu, shapes, tmp_path, monkeypatch):
+def test_training_and_resuming_stay_on_the_gpu_and_steps_do_not_wait(
+    kind, latents, tiny_vae, gpu, shapes, tmp_path, monkeypatch
+):
     base, flags, waits = RUNS[kind]
-    flags = [latents / "vae" if flag == "VAE" else flag for flag in flags]
-    data = (
-        make_images(tmp_path / "data", 12) if kind == "images" else latents / "cache" if "latents" in kind else shapes
-    )
+    flags = [tiny_vae if flag == "VAE" else flag for flag in flags]
+    data = make_images(tmp_path / "data", 12) if kind == "images" else latents if "latents" in kind else shapes
     training = Training(data, tmp_path / "results", 5, flags=flags, base=base)
     often = ["--log-every", 5, "--val-every", 5, "--ckpt-every", 5]  # at the end, as samples
     seen = note_waits(gpu, monkeypatch, train, "update_ema")

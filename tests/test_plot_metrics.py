@@ -9,7 +9,7 @@ from PIL import Image
 import plot_metrics
 from plot_metrics import COLORS, load_runs, make_curves, plot_curves, smooth
 from scoring.plots import plt
-from training import refused, run_main
+from training import run_main
 
 
 @pytest.fixture(autouse=True)
@@ -212,25 +212,3 @@ def test_lines_say_what_was_not_drawn_and_odd_names_are_shown_as_they_are(tmp_pa
         assert image.format == "PNG" and image.width == 1200  # two columns
     legend = plot_curves(curves_of(folder), window=1).legends[0]
     assert not legend.texts[0].get_parse_math() and texts(legend.texts) == ["_a$b_{$/000-EqM-S-4-f4-rope"]
-
-
-def test_bad_input_is_one_line_and_status_2(tmp_path, capsys):
-    good, empty = (make_run(tmp_path / f"{name}/0-f4", 0, last) for name, last in (("E", 50), ("empty", 0)))
-    other = make_run(tmp_path / "other-f4", 0, 0, torn='{"step": 1}\n')
-    out, taken = ["--out", tmp_path / "x/loss.png"], tmp_path / "taken.png"
-    taken.mkdir()
-    for words, *flags in (
-        ("nowhere: no metrics.jsonl", tmp_path / "nowhere", *out),
-        ("no metrics.jsonl", good / "metrics.jsonl", *out),
-        ("no metrics.jsonl", taken, *out),
-        ("no step yet", empty, *out),
-        ("no train_loss", other, *out),
-        ("no train_loss_rel", good, *out, "--relative"),
-        ("loss.pdf: not the name of a PNG file", good, "--out", tmp_path / "x/loss.pdf"),
-        ("taken.png: not the name of a PNG file", good, "--out", taken),
-        ("is not a writable folder", good, "--out", good / "metrics.jsonl/loss.png"),
-        ("--smooth", good, *out, "--smooth", 0),
-        ("--out", good),
-    ):
-        assert words in refused(capsys, plot_metrics, *flags)
-    assert not (tmp_path / "x").exists()

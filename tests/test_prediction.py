@@ -128,8 +128,7 @@ def test_only_a_clip_with_the_same_color_and_shape_keeps_the_appearance():
     assert [prediction.keeps_appearance(track(clip), real) for clip in others] == [True, False, False, False]
 
 
-# ----------------------------------------------------------------------------------------------------------------------
-# Sample folders that continue real clips
+# Sample folders that continue real clips ------------------------------------------------------------------------------
 
 
 def write_predictions(folder, data, change, count=3, samples_per_clip=2, given="0-1,6", split="val", **changes):

@@ -79,7 +79,7 @@ def test_the_published_model_gives_the_results_of_the_published_code(name):
     assert ((value.view_as(expected) - expected).norm() / expected.norm()).item() < 1e-5
 
 
-# Files --------------------------------------------------------------------------------------------------------------
+# Files ----------------------------------------------------------------------------------------------------------------
 
 SHAPE = {"depth": 2, "hidden_size": 48, "num_heads": 2, "patch_size": 2}
 BIAS = "final_layer.linear.bias"

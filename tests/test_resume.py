@@ -2,28 +2,17 @@
 
 import shutil
 from dataclasses import replace
+from pathlib import Path
 
 import pytest
 
-import cache_latents
 import checkpoint
 import train
 import train_vae
-from tiny_data import make_images, make_vae
-from training import OFTEN, TINY, TINY_VAE, Training, compare, counted_steps, refused, run_here, run_main
+from tiny_data import make_images
+from training import IMAGES, OFTEN, TINY, TINY_VAE, Training, compare, counted_steps, refused, run_here, run_main
 
 STEPS = 7
-
-
-@pytest.fixture(scope="module")
-def sources(shapes, tmp_path_factory):
-    """The data of every kind of run, and the VAE of the latents."""
-    root = tmp_path_factory.mktemp("sources")
-    found = {"shapes": shapes, "images": make_images(root / "images", 8), "latents": root / "latents"}
-    found["vae"] = make_vae(root / "vae")
-    flags = ["--data-path", shapes, "--out", found["latents"], "--vae", found["vae"], "--image-size", 16]
-    run_main(cache_latents, *flags)
-    return found
 
 
 @pytest.fixture(scope="module")
@@ -32,6 +21,12 @@ def whole(shapes, tmp_path_factory):
     training = Training(shapes, tmp_path_factory.mktemp("whole") / "r", STEPS)
     assert run_here(training) == STEPS
     return training
+
+
+@pytest.fixture
+def copy(whole, tmp_path):
+    """A copy of that run."""
+    return replace(whole, results=shutil.copytree(whole.results, tmp_path / "copy"))
 
 
 def check_in_parts(whole, results, stops):
@@ -47,22 +42,21 @@ def test_a_run_stopped_after_every_step_ends_like_an_uninterrupted_run(whole, tm
     check_in_parts(whole, tmp_path / "parts", [*[1] * STEPS, None])
 
 
-IMAGES = ["--model", "EqM-Ti/4", "--depth", 1, "--vae", "none", "--image-size", 16, "--global-batch-size", 4]
-IMAGES += ["--num-workers", 0]
+CACHED = [flag for flag in TINY if flag not in ("--vae", "none")]
 KINDS = {  # data, flags that replace TINY's or add to them
     "bf16, muon": ("shapes", TINY, ["--precision", "bf16", "--optimizer", "muon"]),
     "accumulation": ("shapes", TINY, ["--grad-accum", 2, "--disp", "--lr-decay", 0.5, "--warmup-steps", 3]),
     "an energy": ("shapes", TINY, ["--ebm", "dot", "--forcing", 0.5, "--gamma-shift", 3, "--temporal-patch-size", 3]),
-    "latents": ("latents", TINY, ["--forcing", 0.5, "--disp", "--vae", "VAE"]),
+    "latents": ("latents", CACHED, ["--forcing", 0.5, "--disp"]),
     "images": ("images", IMAGES, []),
 }
 
 
 @pytest.mark.parametrize("kind", KINDS)
-def test_every_kind_of_training_resumes_bit_for_bit(kind, sources, tmp_path):
+def test_every_kind_of_training_resumes_bit_for_bit(kind, request, tmp_path):
     data, base, flags = KINDS[kind]
-    flags = [sources["vae"] if flag == "VAE" else flag for flag in flags]
-    whole = Training(sources[data], tmp_path / "whole", STEPS, base=base, flags=flags)
+    data = make_images(tmp_path / "images", 8) if data == "images" else request.getfixturevalue(data)
+    whole = Training(data, tmp_path / "whole", STEPS, base=base, flags=flags)
     assert run_here(whole) == STEPS
     check_in_parts(whole, tmp_path / "parts", (1, 3, None))
 
@@ -107,8 +101,7 @@ def test_interrupted_phases_end_like_uninterrupted_phases(shapes, tmp_path):
     assert compare(*ends) == []
 
 
-def test_a_resume_links_a_checkpoint_to_its_missing_names(whole, tmp_path):
-    copy = replace(whole, results=shutil.copytree(whole.results, tmp_path / "copy"))
+def test_a_resume_links_a_checkpoint_to_its_missing_names(copy):
     names = {path.name: path.read_bytes() for path in (copy.folder / "checkpoints").iterdir()}
     for name in (f"{STEPS:07d}.pt", "latest.pt"):
         (copy.folder / "checkpoints" / name).unlink()
@@ -117,8 +110,7 @@ def test_a_resume_links_a_checkpoint_to_its_missing_names(whole, tmp_path):
 
 
 @pytest.mark.parametrize("deleted", ["folder", "files"])
-def test_a_run_with_deleted_checkpoints_is_named_and_stays_unchanged(deleted, whole, tmp_path, capsys):
-    copy = replace(whole, results=shutil.copytree(whole.results, tmp_path / "copy"))
+def test_a_run_with_deleted_checkpoints_is_named_and_stays_unchanged(deleted, whole, copy, capsys):
     shutil.rmtree(copy.folder / "checkpoints")
     if deleted == "files":
         (copy.folder / "checkpoints").mkdir()
@@ -126,11 +118,14 @@ def test_a_run_with_deleted_checkpoints_is_named_and_stays_unchanged(deleted, wh
     assert words in refused(capsys, train, *copy.command_flags(*OFTEN, "--resume")) and copy.rows() == whole.rows()
 
 
-def test_a_run_that_was_killed_before_its_first_checkpoint_starts_over(whole, tmp_path):
-    copy = replace(whole, results=shutil.copytree(whole.results, tmp_path / "copy"))
-    for path in [*(copy.folder / "checkpoints").iterdir(), copy.folder / checkpoint.SAVED_STEP]:
-        path.unlink()
+@pytest.mark.parametrize("damage", [Path.unlink, lambda path: path.write_bytes(b"nothing")], ids=["none", "damaged"])
+def test_a_run_without_an_intact_checkpoint_starts_over_in_its_folder(damage, whole, copy, capsys):
+    for path in (copy.folder / "checkpoints").iterdir():
+        damage(path)
+    if damage is Path.unlink:  # as if killed before the first checkpoint
+        (copy.folder / checkpoint.SAVED_STEP).unlink()
     run_here(copy, "--resume")
+    assert ("latest.pt: " in capsys.readouterr().out) == (damage is not Path.unlink)
     assert compare(whole, copy) == []
 
 
@@ -154,18 +149,3 @@ def test_a_deleted_run_folder_is_one_line_and_deleted_subfolders_are_recreated(s
     (line,) = [line for line in capsys.readouterr().err.splitlines() if "error" in line]  # beside the bar's
     words = f"{run.results / folder.name} was deleted or moved during the run; put it back, then continue"
     assert line.startswith(f"{script.__name__}.py: error: {words}")
-
-
-def test_a_damaged_checkpoint_is_named_and_the_previous_one_is_used(whole, tmp_path, capsys):
-    parts = replace(whole, results=tmp_path / "parts")
-    run_here(parts, stop_after=5)
-    latest = parts.folder / "checkpoints/latest.pt"
-    latest.write_bytes(latest.read_bytes()[:-1000])
-    capsys.readouterr()
-    run_here(parts, "--resume")
-    assert "latest.pt: damaged" in capsys.readouterr().out
-    assert compare(whole, parts) == []
-    for path in (parts.folder / "checkpoints").iterdir():
-        path.write_bytes(b"nothing")
-    run_here(parts, "--resume")  # from the beginning, in the same folder
-    assert compare(whole, parts) == []

@@ -12,7 +12,6 @@ from models import EqM, model_config
 from rope import RotaryEmbedding3D, apply_rotary
 
 FPS_25 = torch.tensor([1 / 25])
-GRID = (3, 4, 5)
 
 
 def naive_rotation(x, grid, time_scale, channels, theta, speed=0.0):
@@ -58,15 +57,12 @@ def test_rotary_pairs_turn_like_complex_numbers_and_other_channels_stay(head_dim
 SPLITS = ["16,8", "8,8,8,2", "16,8,7", "16,16,0", "-2,8,8", "8,8,8,", "x", "16,12,6"]
 
 
-@pytest.mark.parametrize(
-    ("head_dim", "split", "speed", "message"),
-    [
-        *[(32, split, 0.0, f"rope_split .*{split}") for split in SPLITS],
-        *[(head_dim, "", 0.0, f"head_dim of at least 6, .* {head_dim}") for head_dim in (0, 4, 5, 65)],
-        *[(32, "", speed, r"rope_speed must be in \[0, 1000\]") for speed in (-0.1, 1001, float("nan"))],
-        *[(32, split, 0.5, "rope_speed 0.5 needs 6 channels") for split in ("16,12,4", "20,4,8")],
-    ],
-)
+@pytest.mark.parametrize(("head_dim", "split", "speed", "message"), [
+    *[(32, split, 0.0, f"rope_split .*{split}") for split in SPLITS],
+    *[(head_dim, "", 0.0, f"head_dim of at least 6, .* {head_dim}") for head_dim in (0, 4, 5, 65)],
+    *[(32, "", speed, r"rope_speed must be in \[0, 1000\]") for speed in (-0.1, 1001, float("nan"))],
+    *[(32, split, 0.5, "rope_speed 0.5 needs 6 channels") for split in ("16,12,4", "20,4,8")],
+])  # fmt: skip
 def test_a_rope_split_or_speed_that_does_not_fit_the_head_is_refused(head_dim, split, speed, message):
     with pytest.raises(ValueError, match=message):
         RotaryEmbedding3D(head_dim, 100.0, split, speed)
@@ -101,18 +97,15 @@ def test_low_precision_rounds_rotated_values_once_and_never_the_angles():
         assert torch.equal(apply_rotary(x.to(dtype), *expected), apply_rotary(x.to(dtype).float(), *expected).to(dtype))
 
 
-# Beyond the trained length ------------------------------------------------------------------------------------------
+# Beyond the trained length --------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize(
-    ("method", "num_frames", "time_scale", "positions"),
-    [
-        ("linear", 16, 1 / 25, [0, 0.5, 1, 1.5]),  # twice the trained length
-        ("linear", 8, 2 / 25, [0, 1]),  # the same in seconds
-        ("linear", 12, 1 / 50, [0, 0.5, 1]),  # shorter than in training: nothing to squeeze
-        ("none", 16, 1 / 25, [0, 1, 2, 3]),
-    ],
-)
+@pytest.mark.parametrize(("method", "num_frames", "time_scale", "positions"), [
+    ("linear", 16, 1 / 25, [0, 0.5, 1, 1.5]),  # twice the trained length
+    ("linear", 8, 2 / 25, [0, 1]),  # the same in seconds
+    ("linear", 12, 1 / 50, [0, 0.5, 1]),  # shorter than in training: nothing to squeeze
+    ("none", 16, 1 / 25, [0, 1, 2, 3]),
+])  # fmt: skip
 def test_linear_rope_scaling_squeezes_longer_clips_into_the_trained_span(method, num_frames, time_scale, positions):
     config = model_config("EqM-Ti/4", input_size=8, in_channels=3, depth=1, use_rope=True, num_frames=8)
     model = EqM(config)  # trained on positions 0 and 1, of patches of 4 frames

@@ -1,9 +1,7 @@
-"""sample_gd.py: a folder of samples that no crash leaves half, settings of the sampler, windows, its mistakes."""
+"""sample_gd.py: a folder of samples that no crash leaves half, settings of the sampler, windows."""
 
 import json
-import os
 import shutil
-import subprocess
 import time
 from dataclasses import replace
 from types import SimpleNamespace
@@ -17,12 +15,13 @@ import picture
 import sample_gd
 import train
 from generation import SAMPLER, generate
+from process import spawn
 from published import write_export
 from runtime.cli import UserError
 from scoring import manifest
 from test_generation import TUNED
 from tiny_data import random_checkpoint
-from training import FEW_STEPS, PYTHON, ROOT, TORCHRUN, Training, content, run_main, sample_here
+from training import FEW_STEPS, PYTHON, ROOT, Training, content, on_two_ranks, run_main, sample_here
 from video.samples import read_samples
 
 
@@ -74,7 +73,8 @@ def test_samples_of_another_run_are_replaced_only_with_overwrite(places, tmp_pat
     found = {"format": manifest.FORMAT}
     manifest.write_manifest(folder / "motion.json", found | {"generated": {"samples": str(folder)}})
     manifest.write_manifest(folder / "fvd.json", found | {"generated": {"weights_sha256": "of another model"}})
-    for name in ("motion.png", "mine.json", "mine.png"):
+    reports = ("energy.csv", "energy.png", "evaluations.csv", "evaluations.png")  # of another call
+    for name in (*reports, "motion.png", "mine.json", "mine.png"):
         (folder / name).write_text("{}")
     before = content(folder)
     images(other, folder, 2, "--no-overwrite", status=2)
@@ -91,8 +91,7 @@ def test_samples_of_another_run_are_replaced_only_with_overwrite(places, tmp_pat
 
 def test_a_kill_leaves_no_half_file_and_the_next_call_cleans_up(places, tmp_path):
     flags = ["--ckpt", places / "pixels.pt", "--video", *FEW_STEPS, "--folder", tmp_path / "s", "--num-frames", 4000]
-    endless = [str(word) for word in (*PYTHON, ROOT / "EqM/sample_gd.py", *flags)]
-    process = subprocess.Popen(endless, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+    process = spawn(*PYTHON, ROOT / "EqM/sample_gd.py", *flags)  # endless
     try:
         while process.poll() is None and not (tmp_path / "s/samples.unfinished").exists():
             time.sleep(0.001)
@@ -157,54 +156,20 @@ def test_training_keeps_the_settings_over_a_resume_and_in_the_next_phase(shapes,
     assert (data["time_scale"], data["longest_time_scale"]) == pytest.approx((0.04, 0.12))
 
 
-@pytest.mark.parametrize(
-    ("flags", "words"),
-    [
-        (["--window", 8, "--overlap", 8], "--overlap 8: leaves no new frame"),
-        (["--window", 8, "--overlap", 0], "--overlap"),
-        (["--window", 3], "--window 3"),
-        (["--window", 8, "--init", "B/b.mp4"], "--init"),
-        (["--given-split", "val"], "--given-split val: applies to clips of --given"),
-        (["--samples-per-clip", 2], "--samples-per-clip 2: applies to clips of --given"),
-        (["--no-keep-background"], "--no-keep-background: applies to clips of --given"),
-        (["--given", "B", "--given-frames", "20"], "--given-frames 20: samples have the frames 0 to 19; expected"),
-        (["--given", "B", "--given-frames", "0-19"], "--given-frames 0-19: samples have the frames 0 to 19"),
-        (["--given", "B", "--given-frames", "0-3"], "c.mp4 has 3 frames of 0.04 s"),
-        (["--given", "A/a.png", "--given-frames", "0-1"], "a.png has 1 frame of"),
-        (["--given", "B", "--init", "B"], "but --init changes all"),
-        (["--given", "B", "--folder", "B"], "--folder B"),  # whose clips would be removed
-        (["--init", "B/b.mp4", "--num-frames", 8, "--folder", "B"], "--folder B"),
-    ],
-)
-def test_every_mistake_is_one_line(places, tmp_path, monkeypatch, capsys, flags, words):
-    monkeypatch.chdir(places)
-    shared = ["--ckpt", "pixels.pt", "--video", "--num-samples", 2, "--num-frames", 20, "--folder", tmp_path / "s"]
-    run_main(sample_gd, *shared, *flags, status=2)
-    (line,) = capsys.readouterr().err.splitlines()
-    assert line.startswith("sample_gd.py: error: ") and words in line
-    assert not (tmp_path / "s").exists()
-
-
 def test_rank_0_alone_opens_a_split_with_the_index_beside_the_runs(places, shapes, tmp_path, monkeypatch):
     folder = tmp_path / "runs/000-a/checkpoints"
     folder.mkdir(parents=True)
     ckpt = shutil.copy(places / "pixels.pt", folder)
     split = ["--given", shapes, "--given-split", "val", "--num-samples", 3, "--batch-size", 1]
 
-    def two_ranks(*flags):
-        command = [*TORCHRUN, ROOT / "EqM/sample_gd.py", "--video", "--ckpt", ckpt, *FEW_STEPS, *split, *flags]
-        environment = os.environ | {"OMP_NUM_THREADS": "1"}
-        return subprocess.run([*map(str, command)], capture_output=True, text=True, env=environment, timeout=240)
-
-    done = two_ranks("--folder", tmp_path / "two")
-    assert done.returncode == 0, done.stderr
+    sampling = ["sample_gd.py", "--video", "--ckpt", ckpt, *FEW_STEPS, *split, "--folder"]
+    on_two_ranks(*sampling, tmp_path / "two")
     assert len([*(tmp_path / "runs").glob(".video_index-*.json")]) == 1
     clips, about = sample_here(places / "pixels.pt", tmp_path / "one", *split)
     two, other = read_samples("two", tmp_path / "two")[1::-1]
     assert np.array_equal(clips, two) and about["real"] == other["real"]
-    done = two_ranks("--folder", tmp_path / "x", "--num-frames", 28)
-    assert done.returncode != 0 and not (tmp_path / "x").exists()
-    (line,) = [line for line in done.stderr.splitlines() if "error: " in line]
-    assert "the longest video of --given-split val has 25 frames" in line
+    stderr = on_two_ranks(*sampling, tmp_path / "x", "--num-frames", 28, status=1)  # torchrun's own status
+    (line,) = [line for line in stderr.splitlines() if "error: " in line]
+    assert "the longest video of --given-split val has 25 frames" in line and not (tmp_path / "x").exists()
     monkeypatch.setenv("RANK", "1")
     assert sample_gd.open_split(SimpleNamespace(given_split="val"), None) is None

@@ -57,7 +57,7 @@ def test_steps_are_due_periodically_and_at_the_end_of_a_phase():
     assert [step for step in range(1, 12) if is_due(step, 11, 0)] == [11]
 
 
-# Training runs ------------------------------------------------------------------------------------------------------
+# Training runs --------------------------------------------------------------------------------------------------------
 
 PHASES = [(4, 3, 8), (8, 5, 4), (16, 7, 2)]  # frames, last step, batch
 SCHEDULE = "4:3:8,8:5,16:7:2"

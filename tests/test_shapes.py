@@ -47,8 +47,7 @@ def noisy(clip, deviation, seed=0):
     return (clip + noise).round().clip(0, 255).astype(np.uint8)
 
 
-# ----------------------------------------------------------------------------------------------------------------------
-# Straight motion
+# Straight motion ------------------------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize(
@@ -206,8 +205,7 @@ def test_motion_of_real_clips_is_all_right(request, tmp_path):
     assert found["result"]["real"]["direction_interval95"] == wilson(12, 12)
 
 
-# ----------------------------------------------------------------------------------------------------------------------
-# Bouncing motion
+# Bouncing motion ------------------------------------------------------------------------------------------------------
 
 ARGS = Namespace(
     seed=3, size=32, radius=[0.18, 0.18], colors=["red", "green", "blue"], backgrounds=["black"], frames=160,
@@ -247,9 +245,8 @@ def test_bouncing_shapes_move_like_a_ball_between_two_walls(video):
 def test_true_bouncing_clips_have_one_object_the_right_speed_and_right_turns(follow, jitter):
     noise = np.random.default_rng(0).normal(0, jitter, 160)
     for video in VIDEOS[:: 3 if jitter else 1]:
-        lost, speeds, turns = follow(
-            draw(video, path=np.clip(video["path"] + noise, video["low"], video["high"])), video
-        )
+        path = np.clip(video["path"] + noise, video["low"], video["high"])
+        lost, speeds, turns = follow(draw(video, path=path), video)
         assert lost is None and turns and len(speeds) == 10
         assert jitter or speeds == pytest.approx([1.0] * 10, abs=0.06)
 

@@ -9,6 +9,7 @@ import subprocess
 
 import pytest
 
+from process import write_commands
 from test_odd_names import ODD
 from training import ROOT
 
@@ -16,12 +17,6 @@ SCRIPTS = sorted(str(path.relative_to(ROOT)) for path in (*ROOT.glob("scripts/*.
 SCRIPTS.remove("scripts/common.sh")
 NEED_TORCH = ("sample", "score", "train_progressive", "train_slurm")  # the others run setup.sh
 NO_TORCH = "no torch found: run 'bash scripts/setup.sh' first"
-
-
-def write_commands(folder, commands):
-    for name, code in commands.items():
-        (folder / name).write_text(f"#!/usr/bin/env bash\n{code}\n")
-        (folder / name).chmod(0o755)
 
 
 @pytest.fixture
@@ -56,59 +51,56 @@ def test_a_script_answers_help_with_its_variables_and_does_nothing_else(script, 
     assert bash(script, "--other", "-h").stdout == done.stdout
 
 
-@pytest.mark.parametrize(
-    ("script", "arguments", "variables", "words"),
-    [
-        ("setup.sh", "dev x", {}, ["dev\\ x", "expected dev or nothing"]),
-        *((f"{name}.sh", "please", {}, ["please", "--help"]) for name in ("quickstart", "weizmann")),
-        *((f"{name}.sh", "demo", {}, ["demo", "--help"]) for name in ("sample", "train_progressive", "train_slurm")),
-        ("faults.sh", "many", {}, ["many", "a number first"]),
-        ("sample.sh", "", {"FRAME": "3"}, ["FRAME: ", "EXP CKPT FRAMES SAMPLES OUT GPUS"]),
-        ("train_progressive.sh", "", {"DATA_PATH": "x"}, ["DATA_PATH: ", "DATA GPUS"]),
-        *((f"{name}.sh", "", {"CKPT": "x"}, [NO_TORCH]) for name in NEED_TORCH),
-        *(
-            (f"{name}.sh", "", {"EXP": "/x"}, ["EXP=/x: not inside results/"])
-            for name in ("sample", "score", "train_progressive", "quickstart", "weizmann")
-        ),
-        ("weizmann.sh", "", {"GPUS": "0"}, ["GPUS=0: "]),
-        *(
-            (f"{name}.sh", "", {"EXP": "no\nsuch"}, ["EXP=$'no\\nsuch': ", "expected one of: (none yet); or set CKPT"])
-            for name in ("sample", "score")
-        ),
-        ("train_progressive.sh", "", {"RECIPE": "big"}, ["RECIPE=big: ", "expected ours"]),
-        ("setup.sh", "", {"PYTHON": "false"}, ["older than 3.11"]),
-        *(
-            (f"{script}.sh", "", {name: value}, [f"{name}="])
-            for script, name in (
-                ("train_progressive", "STEPS_1"),
-                ("train_progressive", "BATCH_3"),
-                ("quickstart", "GPUS"),
-                *(("quickstart", name) for name in ("STEPS_1", "MODEL", "LR_DECAY", "VIDEOS", "FRAMES", "PRECISION")),
-            )
-            for value in ("0", "\n", "x", "1 2", "a[$(touch hacked)]")
-            if (name, value) not in (("LR_DECAY", "0"), ("FRAMES", "1 2"), ("FRAMES", "\n"))
-        ),
-        ("quickstart.sh", "", {"SEED": "-1"}, ["SEED=-1: "]),
-        ("score.sh", "", {"METRIC": "prediction", "REAL": "many"}, ["REAL=many: ", "at least 1"]),
-        *(
-            ("train_progressive.sh", flags, dict(pair.split("=") for pair in variables.split()), words)
-            for flags, variables, words in [
-                ("", "STEPS_2=9 STEPS_1=9", ["STEPS_2=9: not above STEPS_1=9"]),
-                ("", "STEPS_3=100000", ["STEPS_3=100000: not above STEPS_2=100000"]),
-                ("", "FRAMES_3=4", ["FRAMES_3=4: ", "ONE_RUN=1"]),
-                ("", "CACHE=yes", ["CACHE=yes: ", "0 or 1"]),
-                ("", "DATA=none", ["DATA=none: no such folder; set DATA"]),
-                ("", "LR_DECAY=2", ["LR_DECAY=2: ", "from 0 to 1"]),
-                ("", "MODEL=S", ["MODEL=S: ", "EqM-S/4"]),
-                ("--mix 0.1", "", ["--mix: ", "ONE_RUN=1"]),
-                ("--max-steps=5", "", ["--max-steps: ", "STEPS_3"]),
-                ("--ckpt x", "", ["--ckpt: ", "ONE_RUN=1"]),
-                ("--vae=none", "", ["--vae: ", "CACHE=0"]),
-                ("--image-size 64", "", ["--image-size: ", "CACHE=0"]),
-            ]
-        ),
-    ],
-)
+@pytest.mark.parametrize(("script", "arguments", "variables", "words"), [
+    ("setup.sh", "dev x", {}, ["dev\\ x", "expected dev or nothing"]),
+    *((f"{name}.sh", "please", {}, ["please", "--help"]) for name in ("quickstart", "weizmann")),
+    *((f"{name}.sh", "demo", {}, ["demo", "--help"]) for name in ("sample", "train_progressive", "train_slurm")),
+    ("faults.sh", "many", {}, ["many", "a number first"]),
+    ("sample.sh", "", {"FRAME": "3"}, ["FRAME: ", "EXP CKPT FRAMES SAMPLES OUT GPUS"]),
+    ("train_progressive.sh", "", {"DATA_PATH": "x"}, ["DATA_PATH: ", "DATA GPUS"]),
+    *((f"{name}.sh", "", {"CKPT": "x"}, [NO_TORCH]) for name in NEED_TORCH),
+    *(
+        (f"{name}.sh", "", {"EXP": "/x"}, ["EXP=/x: not inside results/"])
+        for name in ("sample", "score", "train_progressive", "quickstart", "weizmann")
+    ),
+    ("weizmann.sh", "", {"GPUS": "0"}, ["GPUS=0: "]),
+    *(
+        (f"{name}.sh", "", {"EXP": "no\nsuch"}, ["EXP=$'no\\nsuch': ", "expected one of: (none yet); or set CKPT"])
+        for name in ("sample", "score")
+    ),
+    ("train_progressive.sh", "", {"RECIPE": "big"}, ["RECIPE=big: ", "expected ours"]),
+    ("setup.sh", "", {"PYTHON": "false"}, ["older than 3.11"]),
+    *(
+        (f"{script}.sh", "", {name: value}, [f"{name}="])
+        for script, name in (
+            ("train_progressive", "STEPS_1"),
+            ("train_progressive", "BATCH_3"),
+            ("quickstart", "GPUS"),
+            *(("quickstart", name) for name in ("STEPS_1", "MODEL", "LR_DECAY", "VIDEOS", "FRAMES", "PRECISION")),
+        )
+        for value in ("0", "\n", "x", "1 2", "a[$(touch hacked)]")
+        if (name, value) not in (("LR_DECAY", "0"), ("FRAMES", "1 2"), ("FRAMES", "\n"))
+    ),
+    ("quickstart.sh", "", {"SEED": "-1"}, ["SEED=-1: "]),
+    ("score.sh", "", {"METRIC": "prediction", "REAL": "many"}, ["REAL=many: ", "at least 1"]),
+    *(
+        ("train_progressive.sh", flags, dict(pair.split("=") for pair in variables.split()), words)
+        for flags, variables, words in [
+            ("", "STEPS_2=9 STEPS_1=9", ["STEPS_2=9: not above STEPS_1=9"]),
+            ("", "STEPS_3=100000", ["STEPS_3=100000: not above STEPS_2=100000"]),
+            ("", "FRAMES_3=4", ["FRAMES_3=4: ", "ONE_RUN=1"]),
+            ("", "CACHE=yes", ["CACHE=yes: ", "0 or 1"]),
+            ("", "DATA=none", ["DATA=none: no such folder; set DATA"]),
+            ("", "LR_DECAY=2", ["LR_DECAY=2: ", "from 0 to 1"]),
+            ("", "MODEL=S", ["MODEL=S: ", "EqM-S/4"]),
+            ("--mix 0.1", "", ["--mix: ", "ONE_RUN=1"]),
+            ("--max-steps=5", "", ["--max-steps: ", "STEPS_3"]),
+            ("--ckpt x", "", ["--ckpt: ", "ONE_RUN=1"]),
+            ("--vae=none", "", ["--vae: ", "CACHE=0"]),
+            ("--image-size 64", "", ["--image-size: ", "CACHE=0"]),
+        ]
+    ),
+])  # fmt: skip
 def test_a_mistake_or_a_missing_environment_is_one_line(script, arguments, variables, words, bash):
     done = bash(f"scripts/{script}", *arguments.split(), **variables)
     assert (done.returncode, done.stdout) == (2, "")
@@ -169,14 +161,11 @@ def test_an_unknown_experiment_lists_the_models(script, bash, tmp_path):
     assert "--ckpt=results/export " in bash(f"scripts/{script}", commands=commands, EXP="export").stdout
 
 
-@pytest.mark.parametrize(
-    ("name", "ending", "status", "printed"),
-    [
-        ("INT", "echo $EQM_ADVICE; exit", 130, "run the same command again\n"),
-        ("INT", "exit 1", 130, "train_progressive.sh: interrupted; to continue, run the same command again\n"),
-        ("TERM", "echo $EQM_ADVICE; exit", 143, "run the same command again\n"),
-    ],
-)
+@pytest.mark.parametrize(("name", "ending", "status", "printed"), [
+    ("INT", "echo $EQM_ADVICE; exit", 130, "run the same command again\n"),
+    ("INT", "exit 1", 130, "train_progressive.sh: interrupted; to continue, run the same command again\n"),
+    ("TERM", "echo $EQM_ADVICE; exit", 143, "run the same command again\n"),
+])  # fmt: skip
 def test_a_signal_reaches_a_run_of_one_process_and_one_line_gives_advice(name, ending, status, printed, bash, tmp_path):
     code = f"trap '{ending}' {name}; echo started; while true; do sleep 0.05; done"
     (tmp_path / "data").mkdir()
@@ -198,8 +187,7 @@ def test_a_signal_reaches_a_run_of_one_process_and_one_line_gives_advice(name, e
     assert (process.returncode, found) == (status, printed)
 
 
-# ----------------------------------------------------------------------------------------------------------------------
-# The flags that the scripts pass on
+# The flags that the scripts pass on -----------------------------------------------------------------------------------
 
 
 @pytest.fixture
@@ -292,17 +280,14 @@ SMALL = ["--optimizer", "muon", "--gamma-shift", "3"]
 SMALL += ["--sampler", "ngd", "--num-sampling-steps", "24", "--stepsize", "0.0217", "--cfg-scale", "1.5"]
 
 
-@pytest.mark.parametrize(
-    ("settings", "on_gpu", "flags", "share", "compiled"),
-    [
-        ({}, False, INTERVALS, "0.75", []),
-        ({"RECIPE": "ours"}, True, INTERVALS, "0.75", ["--compile"]),
-        ({"COMPILE": "0"}, True, INTERVALS, "0.75", []),
-        ({"RECIPE": "small"}, False, [*INTERVALS, *SMALL], "0.75", []),
-        ({"RECIPE": "published"}, False, ["--cfg-scale", "4"], "0", []),  # the rest are the defaults of train.py
-        ({"RECIPE": "published", "FORCING": "0.5"}, False, ["--cfg-scale", "4"], "0.5", []),
-    ],
-)
+@pytest.mark.parametrize(("settings", "on_gpu", "flags", "share", "compiled"), [
+    ({}, False, INTERVALS, "0.75", []),
+    ({"RECIPE": "ours"}, True, INTERVALS, "0.75", ["--compile"]),
+    ({"COMPILE": "0"}, True, INTERVALS, "0.75", []),
+    ({"RECIPE": "small"}, False, [*INTERVALS, *SMALL], "0.75", []),
+    ({"RECIPE": "published"}, False, ["--cfg-scale", "4"], "0", []),  # the rest are the defaults of train.py
+    ({"RECIPE": "published", "FORCING": "0.5"}, False, ["--cfg-scale", "4"], "0.5", []),
+])  # fmt: skip
 def test_each_recipe_passes_its_flags_and_our_positions(settings, on_gpu, flags, share, compiled, recorded, tmp_path):
     if on_gpu:
         write_commands(tmp_path / "bin", {"nvidia-smi": ""})

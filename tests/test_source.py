@@ -45,7 +45,7 @@ def decoded(monkeypatch):
     return paths
 
 
-# Files.
+# Files ----------------------------------------------------------------------------------------------------------------
 
 
 def test_a_clip_of_files_is_flipped_as_a_whole(tmp_path):

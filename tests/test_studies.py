@@ -35,8 +35,7 @@ SCRIPTS = {
     "datasets/make_moving_shapes.py": make_moving_shapes,
 }  # fmt: skip
 
-# ----------------------------------------------------------------------------------------------------------------------
-# Miniatures that are really run (killed, and by two processes at once: faults/test_study_kills.py)
+# Miniatures that are really run (killed, and by two processes at once: faults/test_study_kills.py) --------------------
 
 
 @pytest.fixture(scope="module")
@@ -141,8 +140,7 @@ def test_a_study_starts_no_run_that_exceeds_its_minutes(tmp_path, capsys):
     assert not list(tmp_path.glob("study/*/train.log"))
 
 
-# ----------------------------------------------------------------------------------------------------------------------
-# Equal compute
+# Equal compute --------------------------------------------------------------------------------------------------------
 
 
 def a_study(out, only=None):
@@ -175,8 +173,7 @@ def test_each_share_of_compute_is_a_run_and_the_costliest_come_last(tmp_path):
     ]  # fmt: skip
 
 
-# ----------------------------------------------------------------------------------------------------------------------
-# Reports
+# Reports --------------------------------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("script", [*MINIATURES, people], ids=lambda script: script.__name__)
@@ -247,18 +244,14 @@ def test_a_report_shows_missing_and_diverged_runs(some_rows):
     assert not list(some_rows.glob("figures/*"))
 
 
-# ----------------------------------------------------------------------------------------------------------------------
-# Bad input
+# Bad input ------------------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize(
-    ("old", "new", "words"),
-    [
-        ("\n2,", "\n1,", "has another version or recipe (flags, sizes); expected version 2; move the file away"),
-        (",16 moving,0,", ",x,0,", "arm 'x' has another version or recipe"),
-        ("version,", "versions,", "has other columns; expected those of version 2; move the file away"),
-    ],
-)
+@pytest.mark.parametrize(("old", "new", "words"), [
+    ("\n2,", "\n1,", "has another version or recipe (flags, sizes); expected version 2; move the file away"),
+    (",16 moving,0,", ",x,0,", "arm 'x' has another version or recipe"),
+    ("version,", "versions,", "has other columns; expected those of version 2; move the file away"),
+])  # fmt: skip
 def test_rows_of_other_studies_are_refused(old, new, words, some_rows, capsys):
     path = some_rows / "study.csv"
     path.write_text(path.read_text().replace(old, new, 1))

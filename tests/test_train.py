@@ -9,33 +9,29 @@ import numpy as np
 import pytest
 import torch
 
-import cache_latents
 import checkpoint
 import preflight
 import sample_gd
 import train
 import transport
+from make_moving_shapes import CLASSES
 from models import model_config
 from runtime import cli, metrics
 from runtime.rng import normal, uniform
 from test_vae import add_to_weights
 from tiny_data import make_images, make_vae
-from tiny_videos import scribble, write_video
-from training import counted_steps, refused, run_main
+from tiny_videos import scribble, write_equal_videos, write_video
+from training import IMAGES, counted_steps, refused, run_main
 from vae import VAE, load_vae
 from video.index import scan_videos, split_videos
 
 VIDEOS = ["--video", "--model", "EqM-Ti/4", "--depth", 1, "--num-frames", 8, "--use-rope"]
 TRAIN = [*VIDEOS, "--vae", "none", "--image-size", 16, "--global-batch-size", 4]
-IMAGES = ["--model", "EqM-Ti/4", "--depth", 1, "--vae", "none", "--image-size", 16]
 
 
 @pytest.fixture(scope="module")
 def videos(tmp_path_factory):
-    root = tmp_path_factory.mktemp("videos") / "data"
-    for name in ("A/a.avi", "A/b.avi", "B/c.avi", "B/d.avi"):
-        write_video(root / name, 10, size=(16, 16))
-    return root
+    return write_equal_videos(tmp_path_factory.mktemp("videos") / "data", 10, size=(16, 16))
 
 
 def run_training(results, *flags):
@@ -75,7 +71,7 @@ def test_defaults_of_train_py_for_the_published_recipe_equal_the_paper(monkeypat
     assert model_config("EqM-S/4", input_size=16, in_channels=3, num_classes=2).class_dropout_prob == 0.1
 
 
-# A step of every kind -----------------------------------------------------------------------------------------------
+# A step of every kind -------------------------------------------------------------------------------------------------
 
 MANY = "--video --num-frames 6 --use-rope --position-table space --rope-speed 0.5 --ebm dot --disp --qk-norm"
 
@@ -192,32 +188,18 @@ def test_the_network_sees_only_noisy_clip_condition_and_frame_rate(forcing, disp
     torch.testing.assert_close(target_square, losses["train_loss"])  # as the network predicts zero
 
 
-# From a latent cache ------------------------------------------------------------------------------------------------
+# From a latent cache --------------------------------------------------------------------------------------------------
 
 
-@pytest.fixture(scope="module")
-def tiny_vae(tmp_path_factory):
-    return make_vae(tmp_path_factory.mktemp("vae") / "tiny")
-
-
-@pytest.fixture(scope="module")
-def cache(videos, tiny_vae, tmp_path_factory):
-    """The latents of `videos`, mirrored ones included."""
-    out = tmp_path_factory.mktemp("cache") / "latents"
-    flags = ["--data-path", videos, "--vae", tiny_vae, "--image-size", 16, "--out", out, "--with-flips"]
-    run_main(cache_latents, *flags)
-    return out
-
-
-def test_training_from_a_cache_equals_encoding_on_the_fly(videos, cache, tiny_vae, tmp_path):
+def test_training_from_a_cache_equals_encoding_on_the_fly(shapes, latents, tiny_vae, tmp_path):
     shared = [*VIDEOS, "--frame-interval", 1, 2, "--global-batch-size", 4, "--lr", 1e-3, "--max-steps", 4]
     shared += ["--val-every", 2]
-    slow, _ = run_training(tmp_path / "slow", *shared, "--data-path", videos, "--vae", tiny_vae, "--image-size", 16)
-    fast, state = run_training(tmp_path / "fast", *shared, "--data-path", cache)
+    slow, _ = run_training(tmp_path / "slow", *shared, "--data-path", shapes, "--vae", tiny_vae, "--image-size", 16)
+    fast, state = run_training(tmp_path / "fast", *shared, "--data-path", latents)
     for key in ("train_loss", "grad_norm", "val_loss"):
         assert [row.get(key, 0) for row in fast] == pytest.approx([row.get(key, 0) for row in slow], rel=1e-3)
     data = state["config"]["data"]
-    assert (data["vae"], data["image_size"], data["classes"]) == (str(tiny_vae), 16, ["A", "B"])
+    assert (data["vae"], data["image_size"], data["classes"]) == (str(tiny_vae), 16, sorted(CLASSES))
     assert data["vae_sha256"] == load_vae(str(tiny_vae)).sha256
 
 
@@ -228,9 +210,9 @@ def test_the_posterior_is_drawn_anew_for_each_sample_of_a_clip(tiny_vae):
     assert not torch.allclose(drawn[0], drawn[1]) and drawn.std().item() == pytest.approx(1, abs=0.05)
 
 
-def test_train_refuses_a_vae_that_did_not_make_the_cache(cache, tiny_vae, tmp_path, capsys):
+def test_train_refuses_a_vae_that_did_not_make_the_cache(latents, tiny_vae, tmp_path, capsys):
     other = shutil.copytree(tiny_vae, tmp_path / "other")
-    flags = [*VIDEOS, "--data-path", cache, "--results-dir", tmp_path / "results", "--vae", other]
+    flags = [*VIDEOS, "--data-path", latents, "--results-dir", tmp_path / "results", "--vae", other]
     config = (other / "config.json").read_text()
     (other / "config.json").write_text(config.replace('"scaling_factor": 0.18215', '"scaling_factor": 0.5'))
     assert "its VAE differs from " in refused(capsys, train, *flags)
@@ -239,8 +221,8 @@ def test_train_refuses_a_vae_that_did_not_make_the_cache(cache, tiny_vae, tmp_pa
     assert "another VAE: its weights have SHA-256" in refused(capsys, train, *flags)
 
 
-def test_without_mirrored_latents_no_clip_is_mirrored_and_a_note_says_so(cache, tmp_path, capsys):
-    plain = shutil.copytree(cache, tmp_path / "plain")
+def test_without_mirrored_latents_no_clip_is_mirrored_and_a_note_says_so(latents, tmp_path, capsys):
+    plain = shutil.copytree(latents, tmp_path / "plain")
     (plain / "latents.json").write_text((plain / "latents.json").read_text().replace('"flips": true', '"flips": false'))
     _, state = run_training(tmp_path / "r", *VIDEOS, "--data-path", plain, "--global-batch-size", 4, "--max-steps", 1)
     assert state["config"]["training"]["no_flip"] and "no clip is mirrored" in capsys.readouterr().out
@@ -329,16 +311,20 @@ def test_a_run_its_resume_and_a_later_phase_report_all_deviations(tmp_path, caps
         assert f"VAE {vae}: not found; pass its new path with --vae" in refused(capsys, script, *new)
 
 
-@pytest.mark.parametrize("part", ["training", "validation"])
-def test_one_unreadable_video_is_named_and_counted_and_does_not_stop_a_run(part, tmp_path, capsys):
+@pytest.mark.parametrize("part", ["training", "validation", "neither: it can't be opened"])
+def test_one_unreadable_video_is_named_once_and_counted_and_does_not_stop_a_run(part, tmp_path, capsys):
     data = tmp_path / "data"
     for index in range(10):
         write_video(data / "A" / f"{index}.mov", 20, codec="libx264", size=(16, 16))
     victim, *_ = split_videos(data, scan_videos(data).videos, 0.05)[part == "validation"]
-    scribble(data / victim.path)
-    assert scan_videos(data).unreadable == []  # it opens
+    if "opened" in part:
+        (data / victim.path).write_bytes(b"no video at all")
+    else:
+        scribble(data / victim.path)
+        assert scan_videos(data).unreadable == []  # it opens
     flags = [*TRAIN, "--num-frames", 12, "--data-path", data, "--global-batch-size", 9, "--max-steps", 1]
     rows, _ = run_training(tmp_path / "r", *flags)
     assert rows[-1]["val_loss"] > 0 and rows[-1]["bad_videos"] == 1
     line = f"{victim.path} can't be decoded; others take its place (corrupt so far: 1 of 10)"
-    assert line in capsys.readouterr().out
+    log = next(tmp_path.glob("r/*/log.txt")).read_text()
+    assert log.count(line) == capsys.readouterr().out.count(line) == 1

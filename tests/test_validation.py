@@ -9,7 +9,7 @@ from runtime import distributed
 from runtime.rng import generator
 from runtime.signals import StopSignal
 from test_models import tiny
-from tiny_videos import make_video, write_video
+from tiny_videos import make_video, write_equal_videos
 from vae import VAE
 from validation import summarize, validate, validation_chunks
 from video.clips import Clips, ClipsByFrames, collate
@@ -22,10 +22,7 @@ CHUNKS = [[(4, 0), (4, 1), (4, 2)], [(4, 3), (4, 4), (4, 5)], [(4, 6), (4, 7)], 
 @pytest.fixture(scope="module")
 def data_set(tmp_path_factory):
     """Clips of 4 and of 8 frames of four videos."""
-    root = tmp_path_factory.mktemp("videos")
-    for name in ("A/a", "A/b", "B/c", "B/d"):
-        write_video(root / f"{name}.avi", num_frames=10)
-    source = open_source(root, 16)
+    source = open_source(write_equal_videos(tmp_path_factory.mktemp("videos"), 10), 16)
     settings = {"flip": False, "stream": "validation"}
     clips = {n: Clips(source, source.videos(), source.scan.classes, n, **settings) for n in (4, 8)}
     return ClipsByFrames(clips)

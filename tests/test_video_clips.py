@@ -47,7 +47,7 @@ def numbers(sample):
     return sample["clip"].flatten().tolist()
 
 
-# Draws.
+# Draws ----------------------------------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize(("num_frames", "interval"), [(1, 2), (4, 2), (8, 2), (10, 2), (4, 9)])
@@ -114,7 +114,7 @@ def test_a_sample_does_not_depend_on_what_was_read_before():
         assert torch.equal(sample.pop("clip"), alone.pop("clip")) and sample == alone
 
 
-# Corrupt videos.
+# Corrupt videos -------------------------------------------------------------------------------------------------------
 
 
 def test_no_replacement_has_failed_before_and_spare_videos_come_last():
@@ -210,7 +210,7 @@ def test_a_corrupt_image_is_named_replaced_and_counted(tmp_path, damage, suffix)
     check_replacements(clips, 12, name)
 
 
-# Batches.
+# Batches --------------------------------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize(("world_size", "micro_batches"), [(1, 1), (2, 1), (3, 2), (4, 3), (12, 1)])

@@ -221,7 +221,7 @@ def test_resizing_is_antialiased_and_keeps_the_center():
     assert resize_and_crop(columns, 64).shape == (1, 3, 64, 64)
 
 
-# Images.
+# Images ---------------------------------------------------------------------------------------------------------------
 
 
 def read_image(path):

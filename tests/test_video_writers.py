@@ -58,8 +58,7 @@ def mean_difference(a, b):
     return np.abs(a.astype(int) - b.astype(int)).mean()
 
 
-# ----------------------------------------------------------------------------------------------------------------------
-# Videos and GIFs
+# Videos and GIFs ------------------------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize(
@@ -130,8 +129,7 @@ def test_the_gif_of_a_real_video_is_close_and_does_not_flicker(tmp_path):
     assert not changes.any()
 
 
-# ----------------------------------------------------------------------------------------------------------------------
-# Sheets and grids
+# Sheets and grids -----------------------------------------------------------------------------------------------------
 
 
 def test_a_sheet_has_a_row_per_video_a_column_per_frame_and_names(tmp_path):
@@ -203,8 +201,7 @@ def test_names_with_accents_are_drawn_and_names_that_the_font_lacks_become_numbe
     assert len({picture.tobytes() for picture in pictures}) == 3
 
 
-# ----------------------------------------------------------------------------------------------------------------------
-# All files of samples
+# All files of samples -------------------------------------------------------------------------------------------------
 
 
 def in_windows(videos, ends, batches):

@@ -73,10 +73,10 @@ def write_mixed_videos(root):
     return root
 
 
-def write_equal_videos(root):
-    """Two classes, four videos of 20 frames. Returns root."""
+def write_equal_videos(root, num_frames=20, **options):
+    """Two classes, four videos. Returns root."""
     for name in ("A/one", "A/two", "B/three", "B/four"):
-        write_video(root / f"{name}.avi")
+        write_video(root / f"{name}.avi", num_frames, **options)
     return root
 
 

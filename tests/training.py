@@ -32,6 +32,10 @@ TINY_VAE = [
     "--image-size", "16", "--downsample", "4", "--widths", "8", "8", "8", "--latent-channels", "2", "--log-every", "2",
     "--global-batch-size", "4", "--num-workers", "0", "--num-val-frames", "20", "--val-every", "5",
 ]  # fmt: skip
+IMAGES = [
+    "--model", "EqM-Ti/4", "--depth", "1", "--vae", "none", "--image-size", "16", "--global-batch-size", "4",
+    "--num-workers", "0",
+]  # fmt: skip
 # depends on the clock
 MEASURED = {"clips_per_s", "frames_per_s", "tflops_per_s", "wait_frac", "seconds", "val_seconds"}
 OFTEN = ["--log-every", 3, "--val-every", 2, "--ckpt-every", 4, "--sample-every", 5]
@@ -183,14 +187,26 @@ def refused(capsys, script, *flags, status=2, late=False):
     return line
 
 
+def on_two_ranks(script, *flags, status=0):
+    """Start a script of EqM by torchrun. It must end with this status. Returns its stderr."""
+    command = map(str, (*TORCHRUN, ROOT / "EqM" / script, *flags))
+    done = subprocess.run([*command], capture_output=True, text=True, timeout=240)
+    assert done.returncode == status, done.stdout + done.stderr
+    return done.stderr
+
+
+def no_space(*_, **__):
+    """Replaces a function that writes to a disk, which is full."""
+    raise OSError(28, "No space left on device")
+
+
 def content(folder):
     """{relative path: bytes} of all files in a folder, without hidden ones."""
     paths = sorted(path for path in folder.rglob("[!.]*") if path.is_file())
     return {str(path.relative_to(folder)): path.read_bytes() for path in paths}
 
 
-# ----------------------------------------------------------------------------------------------------------------------
-# Comparisons of runs
+# Comparisons of runs --------------------------------------------------------------------------------------------------
 
 
 def differences(a, b, place="state"):

@@ -41,8 +41,7 @@ class UserError(Exception):
     """An error that the user can fix. Its text is one line: what is wrong, what was expected, how to fix it."""
 
 
-# ----------------------------------------------------------------------------------------------------------------------
-# Flags
+# Flags ----------------------------------------------------------------------------------------------------------------
 
 
 class HelpFormatter(argparse.ArgumentDefaultsHelpFormatter):
@@ -199,8 +198,7 @@ def check_writable(flag, folder):
         raise UserError(f"{flag} {folder}: {place} is not a writable folder; name another") from error
 
 
-# ----------------------------------------------------------------------------------------------------------------------
-# Messages
+# Messages -------------------------------------------------------------------------------------------------------------
 
 
 def one_line(text, encoding="utf-8"):

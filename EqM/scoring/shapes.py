@@ -77,8 +77,7 @@ def result_lines(result, titles):
     return table(rows) + [f"  refused: {why}, {plural(clips, 'clip')}" for why, clips in both[0]["refused"].items()]
 
 
-# ----------------------------------------------------------------------------------------------------------------------
-# What a clip shows, and the truth
+# What a clip shows, and the truth -------------------------------------------------------------------------------------
 
 
 @dataclass(frozen=True)
@@ -154,8 +153,7 @@ def find_truth(metric, data_path, samples, classes):
     return truth
 
 
-# ----------------------------------------------------------------------------------------------------------------------
-# The tracker
+# The tracker ----------------------------------------------------------------------------------------------------------
 
 
 def track(clip):
@@ -318,8 +316,7 @@ def summarize_tracks(tracks, expected, videos=()):
     return summary | {"refused": dict(Counter(reasons).most_common())}
 
 
-# ----------------------------------------------------------------------------------------------------------------------
-# Bouncing motion
+# Bouncing motion ------------------------------------------------------------------------------------------------------
 
 
 def follow(clip, truth):

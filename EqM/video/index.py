@@ -163,8 +163,7 @@ def read_index(place):
         return {}
 
 
-# ----------------------------------------------------------------------------------------------------------------------
-# The split into training and validation; videos that are too short or corrupt
+# The split into training and validation; videos that are too short or corrupt -----------------------------------------
 
 
 def split_videos(root, videos, val_fraction):

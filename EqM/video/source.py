@@ -82,8 +82,7 @@ class Files(Source):
         return resize_and_crop(torch.from_numpy(frames).permute(0, 3, 1, 2), self.image_size)
 
 
-# ----------------------------------------------------------------------------------------------------------------------
-# Caches: one file per video, mapped into memory that all processes share
+# Caches: one file per video, mapped into memory that all processes share ----------------------------------------------
 
 
 def latents_settings(root, images=False):
@@ -199,8 +198,7 @@ def in_threads(function, items, threads):
         pool.shutdown(cancel_futures=True)
 
 
-# ----------------------------------------------------------------------------------------------------------------------
-# --cache-frames: the pixels of Files, in the folder of the runs
+# --cache-frames: the pixels of Files, in the folder of the runs -------------------------------------------------------
 
 
 class CachedFiles(Files):

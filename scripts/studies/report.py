@@ -21,8 +21,7 @@ PAIRS_B = (
 START, CURRICULUM = "16 moving intervals", RECOMMENDED.name  # the arms that question C compares
 GOAL = 0.9  # direction accuracy at which motion counts as learned
 
-# ----------------------------------------------------------------------------------------------------------------------
-# From rows to numbers
+# From rows to numbers -------------------------------------------------------------------------------------------------
 
 
 def losses(rows, name, share=1.0):
@@ -91,8 +90,7 @@ def ratio_text(bounds, other_bounds):
     return f"at least {math.floor(100 * low) / 100:.2f}" if low else "unknown, because both are bounds"
 
 
-# ----------------------------------------------------------------------------------------------------------------------
-# Tables and figures
+# Tables and figures ---------------------------------------------------------------------------------------------------
 
 
 def differences(rows, pairs):
@@ -155,8 +153,7 @@ def draw_shares(axes, xs, by_x, label, number):
         axes.scatter([x] * len(dots), dots, color=COLORS[number], alpha=0.45, s=30)
 
 
-# ----------------------------------------------------------------------------------------------------------------------
-# The questions. Each function returns lines of markdown; its docstring is the heading.
+# The questions. Each function returns lines of markdown; its docstring is the heading. --------------------------------
 
 
 def answer_a(study, rows):

@@ -21,7 +21,6 @@ from pathlib import Path
 
 import pytest
 import torch
-from safetensors.torch import load_file
 
 sys.path += [str(Path(__file__).resolve().parents[2] / part) for part in ("EqM", "tests")]
 import cache_latents
@@ -33,6 +32,7 @@ from models import EqM, EqMConfig
 from runtime import metrics
 from runtime.cli import UserError
 from scoring import manifest
+from test_published import STATE, write_file
 from tiny_videos import make_video, write_images, write_ucf_list, write_video
 from training import differences, run_main
 from vae import load_vae
@@ -43,7 +43,6 @@ from video.inputs import find_clips
 from video.samples import read_samples
 from video.source import check_data_path, open_source
 
-TESTS = Path(__file__).resolve().parents[1]
 COUNT = 25  # files of each kind in the tests
 SECONDS = 20  # limit for one file; most take a millisecond
 PUBLISHED = "EqM-Tiny/2"  # the name of the published model
@@ -68,9 +67,7 @@ def make_state():
 
 def make_published(folder):
     models.SIZES["Tiny"] = (2, 48, 2)
-    weights = load_file(TESTS / "eqm_image_tiny.safetensors")
-    state = {name.removeprefix("state."): value for name, value in weights.items() if name.startswith("state.")}
-    torch.save({"model": state, "ema": state, "opt": {}, "args": argparse.Namespace(vae="ema")}, folder / "a.pt")
+    write_file(folder / "a.pt", STATE, "whole")
 
 
 def make_videos(folder):

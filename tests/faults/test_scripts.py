@@ -11,7 +11,7 @@ import pytest
 import torch
 
 from faults import descendants, end, last_saved, wait_gone, wait_until
-from process import free_port, spawn
+from process import free_port, spawn, write_commands
 from tiny_data import make_vae
 from training import ROOT, Training
 
@@ -60,9 +60,7 @@ def test_train_slurm_saves_before_the_time_is_up_and_queues_the_job_again(shapes
         "scancel": '[[ $* == "--signal=TERM 7" ]] && kill -TERM "$(cat srun.pid)"',
         "scontrol": 'if [[ $1 == show ]]; then echo 127.0.0.1; else echo "scontrol: $*"; fi',
     }
-    for name, body in tools.items():
-        (tree / name).write_text(f"#!/usr/bin/env bash\n{body}\n")
-        (tree / name).chmod(0o755)
+    write_commands(tree, tools)
     settings = {
         "PATH": f"{tree}{os.pathsep}{PATH}", "SLURM_JOB_NODELIST": "node1", "SLURM_NNODES": 1, "SLURM_JOB_ID": 7,
         "SLURM_SUBMIT_DIR": tree, "GPUS": 2, "PORT": free_port(),
