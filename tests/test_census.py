@@ -28,6 +28,7 @@ def compose(name, who):
         top, left = (1, pose) if name == "Slash" else (pose // 2, 8 - pose)
         for a, (first, last, width) in enumerate([(1, 11, 6), (6, 10, 8), (3, 8, 7), (0, 4, 5 + who[3])]):
             frame[top + first : top + last, left + 1 : left + 1 + width] = COLORS[a, who[a]]
+    frames[7, -1, -1] += 40 * (name == "Slash")  # a pixel that a VAE may lose
     return frames
 
 
@@ -81,7 +82,7 @@ def noisy(clip):
 def compare(frame, best, other):
     """(position of a frame on the line from best to other, how much closer it is to other), None if those are equal."""
     delta, error = other - best, frame - best
-    if delta.any():
+    if (delta**2).mean() > 9:
         return (error * delta).sum() / (delta**2).sum(), (error**2).sum() - ((frame - other) ** 2).sum()
     return None
 
@@ -136,11 +137,11 @@ def test_a_mixture_of_two_clips_has_the_margin_of_its_share():
     assert found["place"][:, 1].tolist() == [CHARACTERS.index((0, 1, 0, 1))] * 4 + [CHARACTERS.index((0, 1, 0, 2))]
 
 
-def test_equal_frames_may_be_swapped_and_others_not():
+def test_frames_that_are_almost_equal_may_be_swapped_and_others_not():
     clip = noisy(TRUE["Slash/character0101"])
     swapped = [clip[[0, 1, 2, 3, 6, 5, 4, 7]], clip[[7, 1, 2, 3, 4, 5, 6, 0]], clip[[0, 2, 1, 3, 4, 5, 6, 7]]]
     margins = census.measure(WORLD, np.stack([clip, *swapped]), "")["margins"]
-    assert (margins[:3] == margins[0]).all() and (margins[0] > 0).all()
+    assert margins[1:3] == pytest.approx(margins[[0, 0]], abs=0.05) and (margins[0] > 0).all()
     assert margins[3, 0] > 0 > margins[3, 1]
 
 

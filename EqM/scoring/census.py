@@ -29,6 +29,7 @@ from video.loader import batches_of, make_loader
 ATTRIBUTES = "body", "bottomwear", "topwear", "hair"  # the digits of a character's name
 MARGIN, RMSE = 0.001, 0.995  # the quantiles of training clips that are the limits
 SHIFT = 2  # px
+SAME = 3  # gray levels: frames with a smaller RMSE are the same; Slash and Spellcast begin alike for many characters
 CHUNK = 2048  # clips that are matched at a time
 REASONS = "attribute", "pose", "margin", "rmse"  # why a clip is not valid; the first one counts
 TITLES = {  # of the values
@@ -96,6 +97,8 @@ class World:
         self.frames = frames.flatten(3).to(device)  # (classes, characters, T, P)
         self.seen = torch.stack([(own != 0).any(dim=0) for own in self.frames])  # (classes, T, P): not black in all
         self.seen_once = self.seen.flatten(0, 1).any(dim=0)  # (P,)
+        self.cropped = self.frames[..., self.seen_once]
+        self.same = SAME**2 * self.frames.shape[-1]
         squares = [own.double().square().sum(dim=-1) for own in self.frames.flatten(0, 1)]
         self.squares = torch.stack(squares).unflatten(0, self.frames.shape[:2])  # |frame|^2
         every, choices = [*product(*values)], [(a, value) for a, own in enumerate(values) for value in own]
@@ -137,15 +140,15 @@ def match(world, clips):
     return places
 
 
-def positions(error, best, others, squares):
-    """s (-inf if best equals the other), and by how much the squared error to the other is smaller; both (T, M).
+def positions(error, best, others, squares, same):
+    """s, and by how much the squared error to the other is smaller; (T, M) each, -inf if |other - best|^2 < same.
 
     The frames are best + error, both (T, P); others are (T or 1, M, P), squares |others|^2. Float64 sums are exact.
     """
     along, best_others = (torch.stack([error, best], dim=1) @ others.mT).unbind(dim=1)
     along = along - (error * best).sum(dim=-1, keepdim=True)
     length = squares - 2 * best_others + best.square().sum(dim=-1, keepdim=True)
-    return torch.where(length > 0, along / length, -torch.inf).cpu(), (2 * along - length).cpu()
+    return [torch.where(length < same, -torch.inf, own).cpu() for own in (along / length, 2 * along - length)]
 
 
 def decode(world, place, clip):
@@ -154,11 +157,12 @@ def decode(world, place, clip):
     attribute shows the attributes that it has in that pose.
     """
     (name, who), T = place, len(clip)
-    seen, clip, others = world.seen_once, clip.double(), world.changed[who]
+    clip, others = clip.double(), world.changed[who]
+    cropped = clip[:, world.seen_once]
 
-    def compare(c, t, c_others, others, t_others):  # the clip's frames with frames t of classes c and others
-        best, frames = world.frames[c, who, t][:, seen].double(), world.frames[c_others, others, t_others][..., seen]
-        return positions(clip[:, seen] - best, best, frames.double(), world.squares[c_others, others, t_others])
+    def compare(c, t, *others):  # the clip's frames with frames t of classes c and others
+        best, frames = world.cropped[c, who, t].double(), world.cropped[others].double()
+        return positions(cropped - best, best, frames, world.squares[others], world.same)
 
     c, t, every = torch.full((T,), name), torch.arange(T), torch.arange(len(world.classes) * T)[None]
     poses, pose_gains = compare(c, t, every // T, who, every % T)
@@ -215,10 +219,10 @@ def make_controls(world, places, made, through, seed):
     (T, H, W, _), is_hair, drawn = world.shape, world.choices[:, 0] == ATTRIBUTES.index("hair"), []
     moves = (0, SHIFT), (2 * SHIFT, SHIFT), (SHIFT, 0), (SHIFT, 2 * SHIFT)  # in a frame with a border of SHIFT
     for index, (name, who) in enumerate(places.tolist()):
-        true = world.frames[name, who]
-        differ = (world.frames[name, world.changed[who]] != true).any(dim=-1).cpu()  # (M, T)
-        styles = (differ.any(dim=1) & is_hair).nonzero()[:, 0]
-        options = differ.nonzero(), styles, (true[:, None] != true).any(dim=-1).nonzero().cpu(), range(T), moves
+        true, others = world.cropped[name, who].int(), world.cropped[name, world.changed[who]].int()
+        differ = ((others - true).square().sum(dim=-1) > world.same).cpu()  # (M, T)
+        pairs = ((true[:, None] - true).square().sum(dim=-1) > world.same).nonzero().cpu()
+        options = differ.nonzero(), (differ.any(dim=1) & is_hair).nonzero()[:, 0], pairs, range(T), moves
         drawn.append([draw(own, seed, "census", number, index) for number, own in enumerate(options)])
     changes, styles, pairs, times, moves = zip(*drawn, strict=True)
 
