@@ -12,6 +12,7 @@ nearest      any videos: distance to training clips, compared with held-out real
 prediction   samples that continue real clips (sample_gd.py --given DATA --given-split val): PSNR and SSIM
 classifier   do samples show their class? A small network, trained here on a data set of few videos, decides. For many
              videos, such as Sprites: --classifier-test val, which also reports the inception score, H(y|x) and H(y)
+census       Sprites only, where all clips are known: which samples are valid clips, of which characters
 
 scripts/score.sh samples and scores. The number of ranks changes the values only by rounding. --manifest repeats a
 scoring and compares the values; if they do not agree, the exit status is 1.
@@ -27,13 +28,15 @@ from runtime import cli, distributed
 from runtime.cli import COUNT, NATURAL, NON_NEGATIVE, SHARE, UserError, fail, number, one_line_errors, plural, say
 from runtime.distributed import rank
 from runtime.runs import results_of
-from scoring import classifier, consistency, frechet, manifest, nearest, prediction, shapes, sources
+from scoring import census, classifier, consistency, frechet, manifest, nearest, prediction, shapes, sources
 from video.source import check_data_path
 
-NUM_REAL = {"motion": 96, "fvd": 2048, "fid": 2048, "consistency": 256, "nearest": 256}  # default number of real clips
-FREE_FLAGS = {"manifest", "out", "samples", "data_path", "detector", "cache", "num_workers", "tolerance"}  # with it
+# Default number of real clips
+NUM_REAL = {"motion": 96, "fvd": 2048, "fid": 2048, "consistency": 256, "nearest": 256, "census": 1000}
+FREE_FLAGS = {"manifest", "out", "samples", "data_path", "detector", "vae", "cache", "num_workers", "tolerance"}
 OWN = {"samples", "sheet", "grid", "evaluations", "energy"}  # file names that sample_gd.py uses in its folders
 CHOOSES = {"nearest": {"split"}, "prediction": {"split", "num_real"}, "classifier": {"split", "num_real"}}
+CHOOSES["census"] = {"split"}
 
 
 def parse_args(words=None):
@@ -49,7 +52,7 @@ def parse_args(words=None):
     add("--split", choices=["train", "val", "all"], help="of the real clips; default: train for fvd and fid, else val")
     add("--val-fraction", type=SHARE, default=0.05, help="fraction of the videos in val; use the value of training")
     counts = ", ".join(f"{count} for {metric}" for metric, count in NUM_REAL.items())
-    add("--num-real", type=number(int, least=2), help=f"number of real clips; default: {counts}")
+    add("--num-real", type=number(int, least=2), help=f"number of real clips; census: of each split; default: {counts}")
     add("--keep-background", action="store_true", help="prediction: accept samples of --keep-background")
     test = "real clips that test the classifier. groups: each group of few videos (equal file stems), held out once; "
     test += "val: the validation split of many videos, without mirrored windows; default: %(default)s"
@@ -57,6 +60,7 @@ def parse_args(words=None):
     steps = ", ".join(f"{recipe.steps} for {test}" for test, recipe in classifier.RECIPES.items())
     add("--classifier-steps", type=COUNT, help=f"training steps of classifier, 16 windows each; default: {steps}")
     add("--seed", type=NATURAL, default=0, help="seed of classifier and of the bootstrap of fvd and fid")
+    add("--vae", metavar="DIR", help="census: new path of the VAE of the samples' model, if it was moved")
     resamples = "bootstrap resamples for the interval of fvd and fid (10 s each for fid of 2048 clips); 0 = none"
     add("--resamples", type=NATURAL, default=frechet.RESAMPLES, help=resamples)
     add = parser.add_argument_group("run").add_argument
@@ -88,6 +92,8 @@ def check_flags(args):
     if (args.detector is None) == (args.metric in frechet.CALLS):
         advice = "expected a TorchScript file (see --help)" if args.detector is None else "remove the flag"
         raise UserError(f"--detector: {args.detector} for --metric {args.metric}; {advice}")
+    if args.vae and args.metric != "census":
+        raise UserError(f"--vae {args.vae}: --metric {args.metric} needs no VAE; remove the flag")
     for name in sorted(args.typed & CHOOSES.get(args.metric, set())):
         raise UserError(f"--{name.replace('_', '-')}: --metric {args.metric} chooses its real clips; remove the flag")
     if os.path.isdir(args.out):
@@ -111,6 +117,8 @@ def find_real(args, samples, detector):
         split, share, count = (samples.about["real"][name] for name in ("split", "val_fraction", "num_clips"))
     elif metric == "classifier":
         split, T = "all", min(T, classifier.MOST_FRAMES)
+    elif metric == "census":
+        split = "all"
     count, runs = count or NUM_REAL.get(metric), results_of(samples.source.get("checkpoint"))
     clips, training, real = sources.find_real(
         args.data_path, split, share, T, samples.time_scale, samples.image_size, runs, images
@@ -119,10 +127,13 @@ def find_real(args, samples, detector):
         advice = "" if metric == "prediction" else "; a lower --num-real is faster"
         say(f"note: --split {split}: {plural(count, 'clip')} from only {plural(len(clips.videos), 'video')}{advice}")
     place = f"--data-path {args.data_path}"
-    if metric == "nearest":
-        if not training:
-            raise UserError(f"{place}: no training video is as long as the samples ({T}); sample fewer frames")
+    if metric == "nearest" and not training:
+        raise UserError(f"{place}: no training video is as long as the samples ({T}); sample fewer frames")
+    if metric in ("nearest", "census"):
         real["training_sha256"] = sources.videos_sha256(args.data_path, training)
+    if metric == "census":
+        census.check(samples, clips, place)
+        real["vae_sha256"] = census.find_vae(samples, args.vae).sha256
     elif metric == "classifier":
         classifier.check(samples, clips, training, place, args.classifier_test)
         split = args.classifier_test  # in the name of the protocol
@@ -147,6 +158,8 @@ def score(args, samples, out, clips, training, truth, new, detector, device, cor
         return prediction.score_prediction(samples, real, clips, out, truth)
     if args.metric == "classifier":
         return classifier.score_classifier(samples, clips, training, args, corrupt)
+    if args.metric == "census":
+        return census.score_census(samples, clips, training, new["real"]["num_clips"], args, device)
     cache = Path(args.cache or out.with_name("evaluate-cache"))
     return frechet.score_frechet(*streams, args, detector, new, clips, cache, device)
 

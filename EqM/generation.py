@@ -252,6 +252,7 @@ def provenance(plan, args):
     of_plan = ("weights_sha256", "step", "image_size", "num_frames", "window", "overlap", "time_scale")
     return {
         "checkpoint": str(args.ckpt), "averaged_weights": not args.no_ema, "vae": plan.vae.place,
+        "vae_sha256": plan.vae.sha256,
         "model": model_name(**asdict(plan.model.config)),
         "temporal_patch_size": plan.model.config.temporal_patch_size,
         **{name: getattr(plan, name) for name in of_plan},

@@ -10,7 +10,7 @@
 #   EXP=demo                an experiment in results/
 #   CKPT                    a checkpoint, or a folder of scripts/export.py; default: the newest best.pt of EXP
 #   DATA                    folder of the real videos; default: datasets/moving-shapes, or the folder in MANIFEST
-#   METRIC=motion           one or more of motion fvd fid consistency nearest classifier, or prediction
+#   METRIC=motion           one or more of motion fvd fid consistency nearest classifier census, or prediction
 #   FRAMES=16, SAMPLES=96   frames per sample, number of samples
 #   REAL                    number of real clips; default: the default of evaluate.py; for prediction: 256
 #   SPLIT=val               prediction: the split whose clips are continued
@@ -37,7 +37,7 @@ counts SAMPLES SAMPLES_PER_CLIP ${REAL:+REAL}
 read -ra METRICS <<<"$METRIC"
 for metric in "${METRICS[@]}"; do # before anything is sampled
   case $metric in
-    motion | consistency | nearest | classifier) ;;
+    motion | consistency | nearest | classifier | census) ;;
     fvd | fid)
       [[ -n $DETECTOR || -n $MANIFEST ]] || complain "METRIC=$metric: no detector; set DETECTOR to a TorchScript file"
       ;;
@@ -46,7 +46,7 @@ for metric in "${METRICS[@]}"; do # before anything is sampled
       ;;
     *)
       complain "METRIC=$(printf %q "$metric"): unknown metric;" \
-        "expected motion fvd fid consistency nearest classifier prediction"
+        "expected motion fvd fid consistency nearest classifier census prediction"
       ;;
   esac
 done

@@ -34,7 +34,7 @@ def protocol(metric, samples, split, num_real):
 
 
 def default_split(metric):
-    return "train" if metric in ("fvd", "fid") else "val"
+    return {"fvd": "train", "fid": "train", "census": "all"}.get(metric, "val")
 
 
 def start(args, samples, split, num_real, real, detector):
@@ -104,7 +104,8 @@ def check_same(old, new):
             "--samples: weights_sha256": manifest["generated"]["source"].get("weights_sha256"),
             "--detector: sha256": (manifest["detector"] or {}).get("sha256"),
             "--data-path: videos_sha256": manifest["real"]["videos_sha256"],
-            "--data-path: training_sha256": manifest["real"].get("training_sha256"),  # of --metric nearest
+            "--data-path: training_sha256": manifest["real"].get("training_sha256"),  # of nearest, census
+            "--vae: sha256": manifest["real"].get("vae_sha256"),
         }
         for manifest in (old, new)
     )

@@ -59,13 +59,13 @@ class Samples:
             raise UserError(f"{self.place}: {problem}")
 
     def problems(self, metric, keep_background):
-        if len(self) < (least := 1 if metric in ("motion", "prediction", "classifier") else 2):
+        if len(self) < (least := 1 if metric in ("motion", "prediction", "classifier", "census") else 2):
             yield f"has {plural(len(self), 'clip')}, --metric {metric} needs at least {least}"
         if self.num_frames == 1 and metric != "fid":
             yield f"holds images, --metric {metric} needs videos of at least 2 frames"
         if metric in ("fvd", "fid") and self.guidance is None:
             yield f"--metric {metric} depends on the guidance; sample again with --cfg-scale (1 turns it off)"
-        if metric in ("motion", "classifier") and None in self.names:
+        if metric in ("motion", "classifier", "census") and None in self.names:
             yield f"has samples without a class, --metric {metric} needs the class of each"
         if metric == "consistency" and "temporal_patch_size" not in self.source:
             yield "its samples.json does not say the temporal_patch_size of the model; sample again"
