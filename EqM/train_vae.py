@@ -16,19 +16,11 @@ import copy
 import torch
 from torch.nn.utils import clip_grad_norm_
 
+import autoencoder
 import checkpoint
+import optim
 import preflight
-from autoencoder import (
-    Autoencoder,
-    chunks_of,
-    export,
-    hidden_matrices,
-    jitter_colors,
-    losses_of,
-    make_autoencoder,
-    measure,
-)
-from optim import ema_decay, learning_rates, lr_multiplier, make_optimizers, set_learning_rates, update_ema
+from optim import ema_decay, update_ema
 from run import Run, add_loading_flags
 from runtime import cli, distributed
 from runtime.cli import COUNT, NATURAL, NON_NEGATIVE, POSITIVE, SHARE, ArgumentParser, Bar, one_line_errors, plural, say
@@ -102,14 +94,15 @@ def main():
     # Everything that is trained
     torch.manual_seed(args.global_seed)
     distributed.set_precision(args.precision)
-    model = make_autoencoder(args.widths, args.latent_channels, args.image_size).to(device)
+    model = autoencoder.make_autoencoder(args.widths, args.latent_channels, args.image_size).to(device)
     ema = copy.deepcopy(model).requires_grad_(False)
-    optimizers = make_optimizers(model, args, hidden_matrices)
+    optimizers = optim.make_optimizers(model, args, autoencoder.hidden_matrices)
     scaler = torch.amp.GradScaler(device.type, enabled=False)
-    set_learning_rates(optimizers, args, lr_multiplier(args, progress.step, args.max_steps))  # logged before a step
+    # A resumed run may log before its first step
+    optim.set_learning_rates(optimizers, args, optim.lr_multiplier(args, progress.step, args.max_steps))
     if start.state is not None:
         checkpoint.load_run(start, model, ema, optimizers, scaler)
-    network = distributed.parallel(Autoencoder(model))
+    network = distributed.parallel(autoencoder.Autoencoder(model))
 
     # The run folder and its files
     run_config = {"training": vars(args), "typed": sorted(args.typed)}
@@ -141,7 +134,7 @@ def main():
                     run.report_corrupt(corrupt, progress.step)
                     log(f"step {progress.step}: PSNR {values['val_psnr']:.2f} dB on validation videos")
                     row |= values
-                run.metrics.log(progress.step, **row, **learning_rates(optimizers))
+                run.metrics.log(progress.step, **row, **optim.learning_rates(optimizers))
                 run.stats = StepStats()
             if progress.step >= args.max_steps:
                 save()
@@ -150,7 +143,7 @@ def main():
             # One optimization step
             run.writer.check()
             stop.vote(save=run.wants_to_save(args.save_minutes))
-            set_learning_rates(optimizers, args, lr_multiplier(args, progress.step + 1, args.max_steps))
+            optim.set_learning_rates(optimizers, args, optim.lr_multiplier(args, progress.step + 1, args.max_steps))
             batch = run.stats.next_batch(batches)
             losses = training_losses(network, batch, args, device)
             loss = sum(losses.values())
@@ -186,7 +179,7 @@ def make_loaders(args, data, progress, device):
     steps = args.max_steps - progress.step
     indices = rank_batches(progress.position, steps, args.global_batch_size, rank(), world_size())
     batches = ([(1, index) for index in batch] for batch in indices)
-    chunks = chunks_of(args.num_val_frames)[rank() :: world_size()]
+    chunks = autoencoder.chunks_of(args.num_val_frames)[rank() :: world_size()]
     train_loader = make_loader({1: train}, batches, args.num_workers, args.loader_timeout, device)
     others = [make_loader({1: clips}, chunks, 0, 0, device) for clips in (val, typical)]
     return on_device(batches_of(train_loader), device), *others
@@ -196,16 +189,17 @@ def training_losses(network, batch, args, device):
     """{name: loss} of a batch, to be added up. The latents' noise depends only on the seed and each frame's index."""
     indices, side = batch["indices"].tolist(), args.image_size // args.downsample
     x = batch["clips"][:, :, 0].to(device).float() / 127.5 - 1  # (B, 3, H, W)
-    x = jitter_colors(x, args.global_seed, indices, args.color_jitter)
+    x = autoencoder.jitter_colors(x, args.global_seed, indices, args.color_jitter)
     noise = normal(args.global_seed, "posterior", 0, indices, (args.latent_channels, side, side))
     with distributed.autocast(device, args.precision):
         outputs = network(x, noise.to(device))
-    return losses_of(x, *outputs)
+    return autoencoder.losses_of(x, *outputs)
 
 
 def validate(args, ema, val_loader, train_loader, folder, step, device):
     """({"val_psnr", ...} of the EMA, on all ranks; this rank's corrupt videos). Writes a sheet and the VAE's folder."""
-    (values, corrupt), (statistics, more) = (measure(ema, loader, device) for loader in (val_loader, train_loader))
+    values, corrupt = autoencoder.measure(ema, val_loader, device)
+    statistics, more = autoencoder.measure(ema, train_loader, device)
     if rank() == 0:
         vae, frames = VAE("shown", ema), next(batches_of(val_loader))["clips"][:8]  # (N, 3, 1, H, W)
         decoded = vae.decode(vae.encode(frames.to(device))).cpu()
@@ -214,7 +208,7 @@ def validate(args, ema, val_loader, train_loader, folder, step, device):
         with cli.writing(sheet):
             sheet.parent.mkdir(exist_ok=True)
             write_sheet(sheet, rows.numpy(), ["frames", "VAE"])
-            export(ema, folder / "vae", statistics)
+            autoencoder.export(ema, folder / "vae", statistics)
     statistics["train_psnr"] = statistics.pop("psnr")
     return {"val_psnr": values["psnr"]} | statistics, corrupt + more
 

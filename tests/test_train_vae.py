@@ -8,6 +8,7 @@ import pytest
 import torch
 from PIL import Image
 
+import autoencoder
 import train_vae
 from autoencoder import Autoencoder, hidden_matrices, jitter_colors, losses_of, make_autoencoder, psnr, residual_blocks
 from training import TINY_VAE, Training, compare, content, counted_steps, run_main
@@ -28,7 +29,7 @@ def run(training, *flags, stop_after=None, status=0):
 def made(shapes, tmp_path_factory):
     """A run that nothing has disturbed, and the frames that each of its validations measures: held out, then others."""
     training = Training(shapes, tmp_path_factory.mktemp("vae") / "r", STEPS, base=TINY_VAE, script="train_vae.py")
-    seen, measure = [], train_vae.measure
+    seen, measure = [], autoencoder.measure
 
     def noted(ema, loader, device):
         batches = list(batches_of(loader))
@@ -37,7 +38,7 @@ def made(shapes, tmp_path_factory):
         return measure(ema, loader, device)
 
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(train_vae, "measure", noted)
+        patch.setattr(autoencoder, "measure", noted)
         assert run(training) == STEPS
     return training, seen
 

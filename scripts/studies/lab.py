@@ -254,27 +254,29 @@ def newest_metrics(name, kind):
     return read_metrics(max(folder.glob(names), default=folder / names) / "metrics.jsonl")[0]
 
 
-def tabulate_experiments(doc, name, title, read_run, rows_of, script=None):
-    """The whole of a script that writes the scores of experiments of a shell script to NAME.md and NAME.json.
-
-    read_run(experiment): a plain dict with "hours"; rows_of(that): {row of the table: text}.
-    """
-    script, parser = script or f"{name}.sh", ArgumentParser(description=doc.partition("\n")[0])
+def parse_experiments(doc, name, script):
+    """The flags of a script that writes the scores of experiments of a shell script to NAME.md and NAME.json."""
+    parser = ArgumentParser(description=doc.partition("\n")[0])
     parser.add_argument("runs", nargs="+", metavar="EXP", help=f"finished experiments of {script}")
     out = f"folder for {name}.md and {name}.json"
     parser.add_argument("--out", type=writable, default="results", metavar="DIR", help=out)
-    args = parser.parse_args()
-    with one_line_errors():
-        try:
-            runs = sorted(map(read_run, args.runs), key=lambda run: (run["hours"], run.get("seed")))
-        except FileNotFoundError as error:
-            fail(f"{error.filename}: no such file; expected finished runs of scripts/{script}")
-        about = f"`scripts/studies/{name}.py` wrote this table from runs of `scripts/{script}`. "
-        about += "Brackets hold 95% intervals over clips."
-        titles = [f"HOURS={run['hours']:g}" + (f", seed {run['seed']}" if "seed" in run else "") for run in runs]
-        columns = list(map(rows_of, runs))
-        rows = [[what, *(column.get(what, "-") for column in columns)] for what in columns[0]]
-        write_results(args.out, name, [f"# {title}", "", about, "", *table(["", *titles], rows)], runs)
+    parser.set_defaults(name=name, script=script)
+    return parser.parse_args()
+
+
+@one_line_errors()
+def tabulate_experiments(args, title, read_run, rows_of):
+    """Write these files. read_run(experiment): a plain dict with "hours"; rows_of(that): {row of the table: text}."""
+    try:
+        runs = sorted(map(read_run, args.runs), key=lambda run: (run["hours"], run.get("seed")))
+    except FileNotFoundError as error:
+        fail(f"{error.filename}: no such file; expected finished runs of scripts/{args.script}")
+    about = f"`scripts/studies/{args.name}.py` wrote this table from runs of `scripts/{args.script}`. "
+    about += "Brackets hold 95% intervals over clips."
+    titles = [f"HOURS={run['hours']:g}" + (f", seed {run['seed']}" if "seed" in run else "") for run in runs]
+    columns = list(map(rows_of, runs))
+    rows = [[what, *(column.get(what, "-") for column in columns)] for what in columns[0]]
+    write_results(args.out, args.name, [f"# {title}", "", about, "", *table(["", *titles], rows)], runs)
 
 
 def write_results(out, name, lines, content=None):

@@ -76,8 +76,12 @@ def rows_of(run):
     }
 
 
+def parse_args():
+    return lab.parse_experiments(__doc__, "people", "weizmann.sh")
+
+
 def main():
-    lab.tabulate_experiments(__doc__, "people", "Real people", read_run, rows_of, script="weizmann.sh")
+    lab.tabulate_experiments(parse_args(), "Real people", read_run, rows_of)
 
 
 if __name__ == "__main__":

@@ -76,8 +76,12 @@ def rows_of(run):
     }
 
 
+def parse_args():
+    return lab.parse_experiments(__doc__, "sprites", "sprites.sh")
+
+
 def main():
-    lab.tabulate_experiments(__doc__, "sprites", "Sprites", read_run, rows_of)
+    lab.tabulate_experiments(parse_args(), "Sprites", read_run, rows_of)
 
 
 if __name__ == "__main__":
