@@ -51,6 +51,10 @@ check_exp() { # EXP is a path relative to results/ and samples/; studies lead ou
   [[ $EXP != /* ]] || complain "EXP=$(printf %q "$EXP"): not inside results/; expected a name without a leading /"
 }
 
+check_seed() { # SEED must be a whole number
+  [[ $SEED =~ ^[0-9]{1,9}$ ]] || complain "SEED=$(printf %q "$SEED"): not a seed; expected a whole number of at least 0"
+}
+
 check_gpus() { # GPUS must be a number of processes that this machine has GPUs for; without a GPU, any
   counts GPUS
   local found

@@ -36,7 +36,7 @@ counts VIDEOS SAMPLES
 for frames in $FRAMES; do
   [[ $frames =~ ^[1-9][0-9]*$ ]] || complain "FRAMES=$(printf %q "$FRAMES"): not counts; expected one or more, as in '16 7'"
 done
-[[ $SEED =~ ^[0-9]{1,9}$ ]] || complain "SEED=$(printf %q "$SEED"): not a seed; expected a whole number of at least 0"
+check_seed
 [[ ${PRECISION:-bf16} =~ ^(bf16|fp32)$ ]] || complain "PRECISION=$(printf %q "$PRECISION"): expected bf16 or fp32"
 SCRIPT=$SCRIPT EQM_ONLY_CHECK=1 bash scripts/train_progressive.sh
 

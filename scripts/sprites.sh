@@ -30,7 +30,9 @@ processes
 counts SAMPLES PREDICTIONS
 MIXED=(${PRECISION:+--precision="$PRECISION"})
 
-hours "DATA=$DATA SEED=$SEED"
+check_seed
+[[ -z $VAE || -d $VAE ]] || complain "VAE=$(printf %q "$VAE"): no such folder; unset VAE to train one"
+hours "DATA=$DATA SEED=$SEED${VAE:+ VAE=$VAE}"
 VAE_STEPS=${VAE_STEPS:-$(steps 2700)} STEPS_1=${STEPS_1:-$(steps 1500)} STEPS_2=${STEPS_2:-$(steps 7000)}
 
 bash scripts/setup.sh

@@ -131,11 +131,12 @@ FLAGS+=(--forcing "${FORCING:-${SHARE##* }}" --lr-decay "$LR_DECAY")
 TRAIN=(EqM/train.py --video --use-rope --model="$MODEL" --results-dir="results/$EXP" "${FLAGS[@]}")
 
 run() { # ADVICE COMMAND: pass a signal to this script on to the command, which saves and ends first
-  local status=0 signalled=0
-  (trap - INT && exec "${@:2}") & # bash ignores SIGINT in the background
-  local child=$!
-  trap 'signalled=143; kill -TERM "$child"' TERM USR1
+  local status=0 signalled=0 child=
+  trap 'signalled=143; ${child:+kill -TERM "$child"}' TERM USR1
   trap 'signalled=130' INT # a terminal sends it to the command as well
+  (trap - INT && exec "${@:2}") & # bash ignores SIGINT in the background
+  child=$!
+  [[ $signalled != 143 ]] || kill -TERM "$child"
   wait "$child" 2>/dev/null || status=$? # without the report of bash on a kill
   while kill -0 "$child" 2>/dev/null; do # a signal ends the wait, not the child
     status=0

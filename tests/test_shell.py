@@ -53,7 +53,7 @@ def test_a_script_answers_help_with_its_variables_and_does_nothing_else(script, 
 
 @pytest.mark.parametrize(("script", "arguments", "variables", "words"), [
     ("setup.sh", "dev x", {}, ["dev\\ x", "expected dev or nothing"]),
-    *((f"{name}.sh", "please", {}, ["please", "--help"]) for name in ("quickstart", "weizmann")),
+    *((f"{name}.sh", "please", {}, ["please", "--help"]) for name in ("quickstart", "weizmann", "sprites")),
     *((f"{name}.sh", "demo", {}, ["demo", "--help"]) for name in ("sample", "train_progressive", "train_slurm")),
     ("faults.sh", "many", {}, ["many", "a number first"]),
     ("sample.sh", "", {"FRAME": "3"}, ["FRAME: ", "EXP CKPT FRAMES SAMPLES OUT GPUS"]),
@@ -61,9 +61,12 @@ def test_a_script_answers_help_with_its_variables_and_does_nothing_else(script, 
     *((f"{name}.sh", "", {"CKPT": "x"}, [NO_TORCH]) for name in NEED_TORCH),
     *(
         (f"{name}.sh", "", {"EXP": "/x"}, ["EXP=/x: not inside results/"])
-        for name in ("sample", "score", "train_progressive", "quickstart", "weizmann")
+        for name in ("sample", "score", "train_progressive", "quickstart", "weizmann", "sprites")
     ),
-    ("weizmann.sh", "", {"GPUS": "0"}, ["GPUS=0: "]),
+    *((f"{name}.sh", "", {"GPUS": "0"}, ["GPUS=0: "]) for name in ("weizmann", "sprites")),
+    *((f"{name}.sh", "", {"HOURS": "two"}, ["HOURS=two: not a number"]) for name in ("weizmann", "sprites")),
+    ("sprites.sh", "", {"SEED": "a"}, ["SEED=a: not a seed"]),
+    ("sprites.sh", "", {"VAE": "none"}, ["VAE=none: no such folder; unset VAE"]),
     *(
         (f"{name}.sh", "", {"EXP": "no\nsuch"}, ["EXP=$'no\\nsuch': ", "expected one of: (none yet); or set CKPT"])
         for name in ("sample", "score")

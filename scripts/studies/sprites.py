@@ -12,6 +12,7 @@ import re
 from pathlib import Path
 
 import lab
+from runtime.metrics import read_metrics
 
 TASKS = "census", "classifier", "predicted", "predicted-census"
 SHARES = {  # of --metric census: words in the table
@@ -28,8 +29,10 @@ SHARES = {  # of --metric census: words in the table
 
 def read_run(name):
     """The scores of an experiment as a plain dict. Raises FileNotFoundError."""
-    hours, seed = re.search(r"HOURS=(\S+) .*SEED=(\d+)", Path("results", name, "settings").read_text()).groups()
-    vae, model = (lab.newest_metrics(name, kind) for kind in ("VAE", "EqM"))
+    settings = Path("results", name, "settings").read_text().rstrip()
+    hours, seed, other = re.search(r"HOURS=(\S+) .*SEED=(\d+)( VAE=.*)?$", settings).groups()
+    model = lab.newest_metrics(name, "EqM")
+    vae = read_metrics(Path(other[5:]).parent / "metrics.jsonl")[0] if other else lab.newest_metrics(name, "VAE")
     run = {"hours": float(hours), "seed": int(seed), "vae_steps": vae[-1]["step"], "vae_psnr": vae[-1]["val_psnr"]}
     run |= {"steps": model[-1]["step"], "minutes_of_vae": vae[-1]["seconds"] / 60}
     run["minutes_of_model"] = model[-1]["seconds"] / 60
