@@ -64,6 +64,7 @@ sample() { # FOLDER NUMBER FLAGS: sample 8 frames, unless that was done
 sample "samples/$EXP-f8" "$SAMPLES"
 sample "samples/$EXP-predicted" "$PREDICTIONS" --given="$DATA" --given-split val --given-frames 0 --no-keep-background
 
+RUN=(python) # these metrics compute in one process, which may use all cores
 score "samples/$EXP-census.json" --metric census --samples="samples/$EXP-f8"
 score "samples/$EXP-classifier.json" --metric classifier --samples="samples/$EXP-f8" --classifier-test val
 score "samples/$EXP-predicted.json" --metric prediction --samples="samples/$EXP-predicted"

@@ -173,6 +173,8 @@ def test_a_finished_run_says_so_and_other_widths_are_another_run(whole, tmp_path
     assert run(copy, "--resume") == 0
     assert "is finished at step 7" in capsys.readouterr().out
     assert compare(whole, copy) == [] and content(copy.folder / "vae") == content(whole.folder / "vae")
+    run(copy, "--resume", "--optimizer", "adamw", status=2)
+    assert "trained with --optimizer muon, got adamw: give the same" in capsys.readouterr().err
     run(copy, "--resume", "--widths", 8, 8, 16, "--max-steps", 1)
     assert "--resume: no run VAE-16px-f4-c2-8-8-16 in" in capsys.readouterr().out
     assert len(list(copy.results.glob("[0-9]*"))) == 2
