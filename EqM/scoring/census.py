@@ -31,6 +31,7 @@ MARGIN, RMSE = 0.001, 0.995  # the quantiles of training clips that are the limi
 SHIFT = 2  # px
 SAME = 3  # gray levels: frames with a smaller RMSE are the same; Slash and Spellcast begin alike for many characters
 CHUNK = 2048  # clips that are matched at a time
+CALIBRATED = {}  # what folders of one call share: {(VAE, data, count, seed): (World, limits, result of real clips)}
 REASONS = "attribute", "pose", "margin", "rmse"  # why a clip is not valid; the first one counts
 TITLES = {  # of the values
     "valid": "valid samples", "class_right": "samples that show the requested class",
@@ -278,12 +279,16 @@ def score_census(samples, clips, training, count, args, device):
     """Score Samples with the videos of Clips; training: those of them that train; count: clips of a split to use."""
     if rank() != 0:
         return None, None, None
-    vae, world = find_vae(samples, args.vae).to(device), read_world(clips, args, device)
-    limits, result = calibrate(world, clips, training, count, args, vae, device)
+    vae = find_vae(samples, args.vae).to(device)
+    key = vae.sha256, args.data_path, count, args.seed
+    if key not in CALIBRATED:
+        world = read_world(clips, args, device)
+        CALIBRATED[key] = world, *calibrate(world, clips, training, count, args, vae, device)
+    world, limits, result = CALIBRATED[key]
     found, videos, keys = measure(world, samples.clips, "samples"), samples.videos, list(world.places)
     why, rmse, (name, who) = reasons(found, limits), clip_rmse(found), found["place"].T
     valid, known, K = why == "", {world.places[video.key][1] for video in training}, len(world.characters)
-    result |= shares({"valid": valid} | hits_of(world, samples, found), videos) | {"limits": limits}
+    result = result | shares({"valid": valid} | hits_of(world, samples, found), videos) | {"limits": limits}
     result |= shares({"held_out": ~np.isin(who, [*known])[valid]}, np.array(videos)[valid].tolist())
     result |= {"held_out_expected": 1 - len(known) / K, "characters": len({*who[valid].tolist()})}
     result["characters_expected"] = K * (1 - (1 - 1 / K) ** int(valid.sum()))

@@ -1,0 +1,118 @@
+"""Where in the descent are the attributes of a Sprites character decided, and which sampler keeps them together?
+
+    python scripts/studies/sprites_descent.py sprites          EXP of a finished scripts/sprites.sh; about half an hour
+
+It samples 288 clips with several guidances and numbers of evaluations, on the same path length, and counts valid clips
+(--metric census). Then it decodes the state after each evaluation and counts the clips that show one value of an
+attribute in all frames, and those that show the final one. It writes sprites_descent.md and .json to --out. Samples
+are in samples/EXP-descent; finished ones are not made again.
+"""
+
+import json
+from argparse import Namespace
+from pathlib import Path
+
+import numpy as np
+import torch
+
+import lab
+from checkpoint import load_model
+from models import Condition
+from runtime.cli import COUNT, ArgumentParser, Bar, fail, one_line_errors
+from runtime.rng import normal
+from samplers import guided, sample
+from scoring import census
+from scoring.sources import find_real
+from vae import load_vae
+
+PATH_LENGTH = 0.5  # evaluations x step size
+SETTINGS = [(guidance, 23) for guidance in (1, 1.25, 1.5, 2, 3)] + [(1, 11), (1, 46), (1.5, 11), (1.5, 46)]
+SHARES = {  # of the census: title, in %
+    "valid": "valid", "class_right": "right class", **{name: f"one {name}" for name in census.ATTRIBUTES},
+}  # fmt: skip
+
+
+def parse_args():
+    parser = ArgumentParser(description=__doc__.partition("\n")[0])
+    add = parser.add_argument
+    add("run", metavar="EXP", help="a finished experiment of sprites.sh")
+    add("--data-path", default="datasets/sprites", metavar="DIR", help="the data set of prepare_sprites.py")
+    add("--num-samples", type=COUNT, default=288, help="clips per setting")
+    add("--out", type=lab.writable, default="results", metavar="DIR", help="folder for the tables")
+    return parser.parse_args()
+
+
+def score_settings(args, checkpoint):
+    """{"guidance G, N evaluations": result of the census}."""
+    root, folders = Path("samples", f"{args.run}-descent"), {}
+    root.mkdir(parents=True, exist_ok=True)
+    for guidance, evaluations in SETTINGS:
+        folder = folders[f"{guidance:g}, {evaluations}"] = root / f"guidance{guidance:g}-{evaluations}"
+        if not (folder / "samples.json").exists():
+            path = ["--num-sampling-steps", evaluations + 1, "--stepsize", PATH_LENGTH / evaluations]
+            flags = ["--video", "--ckpt", checkpoint, "--num-frames", 8, "--num-samples", args.num_samples]
+            flags += ["--sampler", "ngd", "--cfg-scale", guidance, "--folder", folder, "--no-previews", *path]
+            lab.script("EqM/sample_gd.py", *flags, log=root / "sample_gd.log")
+    waiting = [folder for folder in folders.values() if not (folder / "census.json").exists()]
+    if waiting:
+        out = "census.json" if len(waiting) > 1 else waiting[0] / "census.json"
+        flags = ["--metric", "census", "--samples", *waiting, "--data-path", args.data_path, "--out", out]
+        lab.script("EqM/evaluate.py", *flags, log=root / "evaluate.log")
+    return {name: json.loads((folder / "census.json").read_text())["result"] for name, folder in folders.items()}
+
+
+@torch.no_grad()
+def trace(args, checkpoint, guidance, evaluations):
+    """(shares of clips with one value of each attribute in all frames, shares of clips that show the final values).
+
+    Both have a row for the state after each evaluation, the first one after none, and a column per attribute.
+    """
+    model, config, _ = load_model(checkpoint)
+    data, shape, count = config["data"], model.config, args.num_samples
+    clips, *_ = find_real(args.data_path, "all", 0.05, 8, data["time_scale"], data["image_size"], None, images=False)
+    world = census.read_world(clips, Namespace(data_path=args.data_path, batch_size=32, num_workers=1), "cpu")
+    vae, side = load_vae(None, data["vae"], checkpoint), shape.input_size
+    noise = normal(0, "trace", 0, range(count), (shape.in_channels, 8, side, side))
+    classes = Condition.of(torch.arange(count) % shape.num_classes, shape)
+    field, states = guided(model, classes, torch.full((count,), data["time_scale"]), guidance), []
+    step_size = PATH_LENGTH / evaluations
+    sample(field, noise, "ngd", evaluations + 1, step_size, observe=lambda x, keep: states.append(vae.decode(x)))
+    found = [census.measure(world, state, "states")["decoded"] for state in Bar(states, desc="states", unit="state")]
+    found = np.stack(found)  # (states, clips, frames, attributes)
+    return [(found == other).all(axis=2).mean(axis=1).tolist() for other in (found[:, :, :1], found[-1:])]
+
+
+def markdown(scores, together, final):
+    def cells(result, digits=1):
+        return [f"{100 * result[name]:.{digits}f}" for name in SHARES] + [f"{result['rmse']:.2f}"]
+
+    titles = ["guidance, evaluations", *(f"{title} (%)" for title in SHARES.values()), "RMSE (gray levels)"]
+    names = [f"{name} (%)" for name in census.ATTRIBUTES]
+    lines = ["# The descent to a Sprites character", "", "`scripts/studies/sprites_descent.py` wrote these tables.", ""]
+    lines += [
+        "## Guidance and evaluations",
+        "",
+        *lab.table(titles, [[name, *cells(own)] for name, own in scores.items()]),
+    ]
+    for title, rows in (("One value in all frames", together), ("The final value in all frames", final)):
+        rows = [[str(n), *(f"{100 * share:.0f}" for share in row)] for n, row in enumerate(rows)]
+        lines += [f"## {title}, by evaluations done", "", *lab.table(["evaluations", *names], rows)]
+    return lines
+
+
+@one_line_errors()
+def main():
+    args = parse_args()
+    found = sorted(Path("results", args.run).glob("*-EqM-*/checkpoints/best.pt"))
+    if not found:
+        fail(f"results/{args.run}: no best.pt; expected a finished run of scripts/sprites.sh")
+    scores = score_settings(args, found[-1])
+    together, final = trace(args, found[-1], guidance=1.5, evaluations=23)
+    content = {"scores": scores, "together": together, "final": final}
+    for result in scores.values():
+        del result["samples"]
+    lab.write_results(args.out, "sprites_descent", markdown(scores, together, final), content)
+
+
+if __name__ == "__main__":
+    main()
