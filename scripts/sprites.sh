@@ -62,7 +62,16 @@ sample() { # FOLDER NUMBER FLAGS: sample 8 frames, unless that was done
     --num-samples="$2" --batch-size 32 --global-seed "$SEED" --no-previews "${MIXED[@]}" "${@:3}"
 }
 sample "samples/$EXP-f8" "$SAMPLES"
-sample "samples/$EXP-predicted" "$PREDICTIONS" --given="$DATA" --given-split val --given-frames 0 --no-keep-background
+GIVEN=(--given-frames 0 --no-keep-background)
+sample "samples/$EXP-predicted" "$PREDICTIONS" --given="$DATA" --given-split val "${GIVEN[@]}"
+
+# For the picture: one held-out character in all nine classes
+for clip in "$DATA"/*/"$(basename "$(head -n 1 "$DATA/ucfTrainTestlist/testlist01.txt")")"; do
+  class=$(basename "$(dirname "$clip")")
+  mkdir -p "results/$EXP/nine/$class" && cp "$clip" "results/$EXP/nine/$class"
+done
+sample "samples/$EXP-nine" 9 --given="results/$EXP/nine" "${GIVEN[@]}"
+python scripts/picture.py "samples/$EXP-f8" "samples/$EXP-nine" --rows 9 --out "samples/$EXP.png"
 
 RUN=(python) # these metrics compute in one process, which may use all cores
 score "samples/$EXP-census.json" --metric census --samples="samples/$EXP-f8"
@@ -70,4 +79,5 @@ score "samples/$EXP-classifier.json" --metric classifier --samples="samples/$EXP
 score "samples/$EXP-predicted.json" --metric prediction --samples="samples/$EXP-predicted"
 score "samples/$EXP-predicted-census.json" --metric census --samples="samples/$EXP-predicted"
 python scripts/gallery.py "samples/$EXP-f8" --data-path="$DATA"
-echo "$((SECONDS - BEGAN)) s; see samples/$EXP-f8/sheet.png and samples/$EXP-f8/gallery.html"
+python scripts/studies/sprites.py "$EXP" --out "samples/$EXP-scores"
+echo "$((SECONDS - BEGAN)) s; see samples/$EXP.png, samples/$EXP-f8/gallery.html and samples/$EXP-scores/sprites.md"

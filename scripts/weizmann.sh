@@ -30,7 +30,7 @@ counts SAMPLES LONG REAL CLASSIFIER_STEPS
 MIXED=(${PRECISION:+--precision="$PRECISION"})
 
 hours "DATA=$DATA HOLD_OUT=$HOLD_OUT"
-VAE_STEPS=${VAE_STEPS:-$(steps 2700)}
+VAE_STEPS=${VAE_STEPS:-$(steps 5000)}
 
 bash scripts/setup.sh
 activate
