@@ -6,6 +6,7 @@ from pathlib import Path
 import pytest
 
 import sprites
+import sprites_descent
 from test_people import write_lines
 from training import run_main
 
@@ -65,3 +66,11 @@ def test_an_unfinished_run_is_one_line(capsys):
     run_main(sprites, "one", status=2)
     error = capsys.readouterr().err
     assert "samples/one-predicted.json: no such file; expected finished runs of scripts/sprites.sh" in error
+
+
+def test_the_descent_has_a_row_per_setting_and_per_state():
+    shares = {name: number / 10 for number, name in enumerate(sprites_descent.SHARES)}
+    scores = {"1, 23": shares | {"rmse": 4.321}, "1.5, 11": dict.fromkeys(shares, 1.0) | {"rmse": 5.0}}
+    lines = sprites_descent.markdown(scores, [[0, 0.25, 0.5, 1]] * 3, [[0.125] * 4, [1] * 4])
+    assert "| 1, 23 | 0.0 | 10.0 | 20.0 | 30.0 | 40.0 | 50.0 | 4.32 |" in lines
+    assert lines.count("| 2 | 0 | 25 | 50 | 100 |") == 1 and "| 1 | 100 | 100 | 100 | 100 |" in lines
