@@ -264,19 +264,24 @@ def parse_experiments(doc, name, script):
     return parser.parse_args()
 
 
-@one_line_errors()
-def tabulate_experiments(args, title, read_run, rows_of):
-    """Write these files. read_run(experiment): a plain dict with "hours"; rows_of(that): {row of the table: text}."""
-    try:
-        runs = sorted(map(read_run, args.runs), key=lambda run: (run["hours"], run.get("seed")))
-    except FileNotFoundError as error:
-        fail(f"{error.filename}: no such file; expected finished runs of scripts/{args.script}")
-    about = f"`scripts/studies/{args.name}.py` wrote this table from runs of `scripts/{args.script}`. "
+def experiments_markdown(runs, rows_of, title, name, script):
+    """The lines of NAME.md with a column per run; rows_of(run): {row of the table: text}."""
+    about = f"`scripts/studies/{name}.py` wrote this table from runs of `scripts/{script}`. "
     about += "Brackets hold 95% intervals over clips."
     titles = [f"HOURS={run['hours']:g}" + (f", seed {run['seed']}" if "seed" in run else "") for run in runs]
     columns = list(map(rows_of, runs))
     rows = [[what, *(column.get(what, "-") for column in columns)] for what in columns[0]]
-    write_results(args.out, args.name, [f"# {title}", "", about, "", *table(["", *titles], rows)], runs)
+    return [f"# {title}", "", about, "", *table(["", *titles], rows)]
+
+
+@one_line_errors()
+def tabulate_experiments(args, read_run, markdown):
+    """Write these files. read_run(experiment): a plain dict with "hours"; markdown(runs): the lines of NAME.md."""
+    try:
+        runs = sorted(map(read_run, args.runs), key=lambda run: (run["hours"], run.get("seed", 0)))
+    except FileNotFoundError as error:
+        fail(f"{error.filename}: no such file; expected finished runs of scripts/{args.script}")
+    write_results(args.out, args.name, markdown(runs), runs)
 
 
 def write_results(out, name, lines, content=None):

@@ -76,12 +76,16 @@ def rows_of(run):
     }
 
 
+def markdown(runs):
+    return lab.experiments_markdown(runs, rows_of, "Real people", "people", "weizmann.sh")
+
+
 def parse_args():
     return lab.parse_experiments(__doc__, "people", "weizmann.sh")
 
 
 def main():
-    lab.tabulate_experiments(parse_args(), "Real people", read_run, rows_of)
+    lab.tabulate_experiments(parse_args(), read_run, markdown)
 
 
 if __name__ == "__main__":

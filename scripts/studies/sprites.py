@@ -79,12 +79,16 @@ def rows_of(run):
     }
 
 
+def markdown(runs):
+    return lab.experiments_markdown(runs, rows_of, "Sprites", "sprites", "sprites.sh")
+
+
 def parse_args():
     return lab.parse_experiments(__doc__, "sprites", "sprites.sh")
 
 
 def main():
-    lab.tabulate_experiments(parse_args(), "Sprites", read_run, rows_of)
+    lab.tabulate_experiments(parse_args(), read_run, markdown)
 
 
 if __name__ == "__main__":

@@ -82,7 +82,9 @@ def trace(args, checkpoint, guidance, evaluations):
     return [(found == other).all(axis=2).mean(axis=1).tolist() for other in (found[:, :, :1], found[-1:])]
 
 
-def markdown(scores, together, final):
+def markdown(content):
+    scores, together, final = (content[name] for name in ("scores", "together", "final"))
+
     def cells(result, digits=1):
         return [f"{100 * result[name]:.{digits}f}" for name in SHARES] + [f"{result['rmse']:.2f}"]
 
@@ -111,7 +113,7 @@ def main():
     content = {"scores": scores, "together": together, "final": final}
     for result in scores.values():
         del result["samples"]
-    lab.write_results(args.out, "sprites_descent", markdown(scores, together, final), content)
+    lab.write_results(args.out, "sprites_descent", markdown(content), content)
 
 
 if __name__ == "__main__":
