@@ -15,7 +15,7 @@ from vae import VAE
 from video.loader import batches_of
 
 GROUPS = 1  # of the group norms; groups of few channels would lose the colors of a frame
-LOG_VARIANCE = -6.0  # of the latents at first; with more noise, colors drown in it, as they vary less than brightness
+LOG_VARIANCE = -6.0  # of the latents at first: with less noise, the VAE learns slightly faster
 KL_WEIGHT = 1e-4  # relative to errors of pixels in [-1, 1]: keeps the latents close to normal, and costs few dB
 CHUNK = 16  # frames that are measured together; fixed, so sums don't depend on the number of ranks
 

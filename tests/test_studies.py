@@ -21,6 +21,7 @@ import report
 import sample_gd
 import schedule
 import seeds
+import sprites
 import study
 import train
 from arms import BY_NAME, FULL, MINIATURE
@@ -176,7 +177,7 @@ def test_each_share_of_compute_is_a_run_and_the_costliest_come_last(tmp_path):
 # Reports --------------------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("script", [*MINIATURES, people], ids=lambda script: script.__name__)
+@pytest.mark.parametrize("script", [*MINIATURES, people, sprites], ids=lambda script: script.__name__)
 def test_committed_tables_match_the_committed_numbers(script):
     path = ROOT / "results" / f"{script.__name__}.json"
     made = "\n".join(script.markdown(json.loads(path.read_text()))).rstrip()

@@ -34,8 +34,7 @@ def read_run(name):
     model = lab.newest_metrics(name, "EqM")
     vae = read_metrics(Path(other[5:]).parent / "metrics.jsonl")[0] if other else lab.newest_metrics(name, "VAE")
     run = {"hours": float(hours), "seed": int(seed), "vae_steps": vae[-1]["step"], "vae_psnr": vae[-1]["val_psnr"]}
-    run |= {"steps": model[-1]["step"], "minutes_of_vae": vae[-1]["seconds"] / 60}
-    run["minutes_of_model"] = model[-1]["seconds"] / 60
+    run |= {"steps": model[-1]["step"], "minutes_of_model": model[-1]["seconds"] / 60}
     scores = {task: json.loads(Path("samples", f"{name}-{task}.json").read_text())["result"] for task in TASKS}
     for kind in ("real", "samples"):
         kept = "clips", "right", "share", "interval95", "IS", "H(y|x)", "H(y)"
@@ -57,12 +56,13 @@ def rows_of(run):
     given, predicted = run["predicted-census"], run["predicted"]
     rows = {
         "steps of the VAE; of the model": f"{run['vae_steps']}; {run['steps']}",
-        "minutes of their training": f"{run['minutes_of_vae']:.0f}; {run['minutes_of_model']:.0f}",
+        "minutes of the model's training": f"{run['minutes_of_model']:.0f}",
         "VAE, PSNR of held-out characters (dB)": f"{run['vae_psnr']:.2f}",
     }
     for title, about in (("real test clips", real), ("samples", samples)):
         rows[f"classifier: wrong {title}"] = f"{about['clips'] - about['right']} of {about['clips']}"
-        rows |= {f"classifier: {name} of {title}": f"{about[name]:.3f}" for name in ("IS", "H(y|x)", "H(y)")}
+        for name, words in {"IS": "IS", "H(y|x)": "H(y given x)", "H(y)": "H(y)"}.items():
+            rows[f"classifier: {words} of {title}"] = f"{about[name]:.4f}"
     rows |= {f"census: {title}": percent(census, name) for name, title in SHARES.items()}
     return rows | {
         "census: held-out characters expected without bias (%)": f"{100 * census['held_out_expected']:.1f}",
