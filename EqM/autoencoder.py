@@ -36,16 +36,19 @@ def make_autoencoder(widths, latent_channels, image_size):
     return model
 
 
+def hidden_parts(model):
+    """The parts of an AutoencoderKL between its first and last convolutions."""
+    return *model.encoder.down_blocks, model.encoder.mid_block, model.decoder.mid_block, *model.decoder.up_blocks
+
+
 def residual_blocks(model):
     """The residual blocks of an AutoencoderKL."""
-    parts = *model.encoder.down_blocks, model.encoder.mid_block, model.decoder.mid_block, *model.decoder.up_blocks
-    return [block for part in parts for block in part.resnets]
+    return [block for part in hidden_parts(model) for block in part.resnets]
 
 
 def hidden_matrices(model):
-    """The weights that Muon trains: of all convolutions of an AutoencoderKL between its first and last ones."""
-    own = model.encoder.down_blocks, model.encoder.mid_block, model.decoder.mid_block, model.decoder.up_blocks
-    return [layer.weight for part in own for layer in part.modules() if isinstance(layer, nn.Conv2d)]
+    """The weights that Muon trains: of the convolutions in these parts."""
+    return [layer.weight for part in hidden_parts(model) for layer in part.modules() if isinstance(layer, nn.Conv2d)]
 
 
 class Autoencoder(nn.Module):

@@ -410,10 +410,10 @@ def find_start(args, name):
         start.path, start.state = Path(args.ckpt), load(args.ckpt, **asked)
     if start.path is None:
         return start
-    if not args.new_classes:
-        check_optimizer(start, args)
     if start.resumes:
         return start
+    if not args.new_classes:
+        check_optimizer(start, args)
     state, step = start.state, start.state["step"]
     if args.max_steps and args.max_steps <= step:
         advice = "steps are counted over all phases; give a larger number"

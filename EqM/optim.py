@@ -1,7 +1,7 @@
 """Optimizers, learning rates, the check for gradients that are not finite, and the EMA of the weights."""
 
-import itertools
 import math
+import operator
 
 import torch
 import torch.distributed as dist
@@ -14,8 +14,8 @@ MUON_DECAY = 0.1  # weight decay; without it the weights grow until the learning
 
 def block_matrices(model):
     """The weight matrices of attention and MLP of an EqM."""
-    layers = ((block.attn.qkv, block.attn.proj, block.mlp.fc1, block.mlp.fc2) for block in model.blocks)
-    return [layer.weight for layer in itertools.chain.from_iterable(layers)]
+    layers_of = operator.attrgetter("attn.qkv", "attn.proj", "mlp.fc1", "mlp.fc2")
+    return [layer.weight for block in model.blocks for layer in layers_of(block)]
 
 
 def make_optimizers(model, args, matrices_of=block_matrices):

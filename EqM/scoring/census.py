@@ -48,9 +48,7 @@ TITLES = {  # of the values
 
 def check(samples, clips, place):
     """Raise UserError unless the videos of Clips are a complete grid of clips like those of Samples."""
-    if unknown := set(samples.classes) - set(clips.classes):
-        got = f"has class {min(unknown)}, {place} has {', '.join(clips.classes)}"
-        raise UserError(f"{samples.place}: {got}; pass the data set that the model was trained on")
+    samples.check_classes(clips.classes, place)
     videos, values = {video.key: video for video in clips.videos}, values_of(clips)
     wrong = sorted(videos.keys() ^ places_of(clips.classes, values).keys())
     if wrong or min(map(len, values)) < 2:

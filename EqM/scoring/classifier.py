@@ -50,9 +50,7 @@ RECIPES = {
 
 def check(samples, clips, training, place, test):
     """Raise UserError unless a network can learn the classes of Samples from Clips; test: --classifier-test."""
-    if unknown := set(samples.classes) - set(clips.classes):
-        got = f"has class {min(unknown)}, {place} has {', '.join(clips.classes)}"
-        raise UserError(f"{samples.place}: {got}; pass the data set that the model was trained on")
+    samples.check_classes(clips.classes, place)
     tested = {video.class_name for video in set(clips.videos) - set(training)}
     for name in clips.classes:
         count = len({PurePosixPath(video.path).stem for video in clips.videos if video.class_name == name})

@@ -58,6 +58,12 @@ class Samples:
         if problem := next(self.problems(metric, keep_background), None):
             raise UserError(f"{self.place}: {problem}")
 
+    def check_classes(self, known, place):
+        """Raise UserError unless all of their classes are among the known ones, those of a place."""
+        if unknown := set(self.classes) - set(known):
+            got = f"has class {min(unknown)}, {place} has {', '.join(known)}"
+            raise UserError(f"{self.place}: {got}; pass the data set that the model was trained on")
+
     def problems(self, metric, keep_background):
         if len(self) < (least := 1 if metric in ("motion", "prediction", "classifier", "census") else 2):
             yield f"has {plural(len(self), 'clip')}, --metric {metric} needs at least {least}"

@@ -85,17 +85,14 @@ def trace(args, checkpoint, guidance, evaluations):
 def markdown(content):
     scores, together, final = (content[name] for name in ("scores", "together", "final"))
 
-    def cells(result, digits=1):
-        return [f"{100 * result[name]:.{digits}f}" for name in SHARES] + [f"{result['rmse']:.2f}"]
+    def cells(result):
+        return [f"{100 * result[name]:.1f}" for name in SHARES] + [f"{result['rmse']:.2f}"]
 
     titles = ["guidance, evaluations", *(f"{title} (%)" for title in SHARES.values()), "RMSE (gray levels)"]
     names = [f"{name} (%)" for name in census.ATTRIBUTES]
     lines = ["# The descent to a Sprites character", "", "`scripts/studies/sprites_descent.py` wrote these tables.", ""]
-    lines += [
-        "## Guidance and evaluations",
-        "",
-        *lab.table(titles, [[name, *cells(own)] for name, own in scores.items()]),
-    ]
+    rows = [[name, *cells(own)] for name, own in scores.items()]
+    lines += ["## Guidance and evaluations", "", *lab.table(titles, rows)]
     for title, rows in (("One value in all frames", together), ("The final value in all frames", final)):
         rows = [[str(n), *(f"{100 * share:.0f}" for share in row)] for n, row in enumerate(rows)]
         lines += [f"## {title}, by evaluations done", "", *lab.table(["evaluations", *names], rows)]
