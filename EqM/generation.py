@@ -49,7 +49,7 @@ def add_sampling_flags(parser):
     add("--mu", type=NON_NEGATIVE, help=f"momentum of ngd{default['mu']}")
     text = f"gd and ngd: stop a sample when the root mean square of its field is below R (0: off; no R: {STOP_BELOW})"
     add("--stop-below", type=NON_NEGATIVE, nargs="?", const=STOP_BELOW, metavar="R", help=f"{text}; default: off")
-    add("--cfg-scale", type=NON_NEGATIVE, help=f"classifier-free guidance scale; 1 = off{default['cfg_scale']}")
+    add("--cfg-scale", type=NON_NEGATIVE, help=f"scale of classifier-free guidance; 1 = off{default['cfg_scale']}")
 
 
 def resolve_sampler(args, training):
@@ -109,6 +109,8 @@ class Plan:
     window: int | None = None  # frames sampled at a time; None = all
     overlap: int = 0  # first frames of a window, copied from the previous window
     weights_sha256: str = ""  # of the loaded weights, not of their file
+    weak: EqM | None = None  # the model of --weak-ckpt
+    weak_sha256: str | None = None
 
     def __post_init__(self):
         self.window = self.window or self.num_frames
@@ -167,13 +169,36 @@ def open_checkpoint(args):
     values = {"precision": resolve_precision(args.precision, energy=model.config.ebm != "none")}
     values |= resolve_sampler(args, training) | {"num_frames": num_frames}
     window, overlap = choose_windows(args, model.config, num_frames, trained, data, time_scale, forcing)
-    scale_rope(args, model, data, trained, window, time_scale)
+    weak = open_weak(args, model.config, data, window)
+    for own in filter(None, (model, weak)):
+        scale_rope(args, own, data, trained, window, time_scale)
+    hashes = [own and checkpoint.weights_sha256(own.state_dict()) for own in (model, weak)] if rank() == 0 else ("", "")
     plan = Plan(
         model, open_vae(args, model.config, data), data["classes"], choose_labels(args, data["classes"]), num_frames,
         time_scale, step=step, trained_frames=trained, forcing=forcing, window=window, overlap=overlap,
-        weights_sha256=checkpoint.weights_sha256(model.state_dict()) if rank() == 0 else "",  # only rank 0 writes it
+        weights_sha256=hashes[0], weak=weak, weak_sha256=hashes[1],  # only rank 0 writes hashes
     )  # fmt: skip
     return values, plan
+
+
+def open_weak(args, strong, data, window):
+    """The model of --weak-ckpt, or None. Raises UserError unless it has the classes and latents of --ckpt."""
+    if args.weak_ckpt is None:
+        return None
+
+    def inputs(config, data):
+        return config.input_size, config.in_channels, data["classes"], data.get("vae_sha256")
+
+    try:
+        model, config, _ = checkpoint.load_model(args.weak_ckpt, not args.no_ema, video=args.video)
+        model.config.check_num_frames(window)
+        if inputs(model.config, config["data"]) != inputs(strong, data):
+            expected = "expected a weaker model of the same data; use an earlier checkpoint of the run"
+            raise ValueError(f"has other classes or latents than --ckpt {args.ckpt}; {expected}")
+    except (UserError, ValueError) as error:
+        text = str(error).removeprefix(f"--ckpt {args.weak_ckpt}: ")
+        raise UserError(f"--weak-ckpt {args.weak_ckpt}: {text}") from error
+    return model
 
 
 def say_plan(args, plan):
@@ -183,7 +208,8 @@ def say_plan(args, plan):
     windows = f" in windows of {plan.window}" if plan.window < plan.num_frames else ""
     model, frames = model_name(**asdict(plan.model.config)), plural(plan.trained_frames, "frame")
     model = f"{model}, step {plan.step}, trained on {frames}"
-    say(f"{args.ckpt}: {model}; samples of {plan.num_frames}{windows} by {sampler}, guidance {args.cfg_scale:g}")
+    guidance = f"guidance {args.cfg_scale:g}" + (f" by {args.weak_ckpt}" if plan.weak else "")
+    say(f"{args.ckpt}: {model}; samples of {plan.num_frames}{windows} by {sampler}, {guidance}")
     if windows and not plan.forcing:
         say(f"note: {args.ckpt} {NOT_FORCED}: windows may not continue smoothly")
 
@@ -249,7 +275,7 @@ def choose_labels(args, names):
 def provenance(plan, args):
     """Return everything that determines the samples of a checkpoint, as plain values for JSON."""
     of_flags = ("rope_scale", "keep_background", "guidance_chosen", "seed", "batch_size", "compile")
-    of_plan = ("weights_sha256", "step", "image_size", "num_frames", "window", "overlap", "time_scale")
+    of_plan = ("weights_sha256", "weak_sha256", "step", "image_size", "num_frames", "window", "overlap", "time_scale")
     return {
         "checkpoint": str(args.ckpt), "averaged_weights": not args.no_ema, "vae": plan.vae.place,
         "vae_sha256": plan.vae.sha256,
@@ -272,7 +298,7 @@ def generate(
     """Generate the samples `indices` of a Plan, batch by batch and window by window, with one progress bar.
 
     The noise of a sample depends only on seed, index and window. Each window starts with the last frames of the
-    previous one. A batch without any condition has no guidance.
+    previous one. A batch without any condition has no guidance by class.
 
     Args:
         settings: from `sampling_settings`.
@@ -303,7 +329,7 @@ def generate(
             details, tail = given and Details(clips, mask, keep_background), None
             for number, start in enumerate(starts):
                 end, x = bar.n + most, initial_latents(plan, batch, seed, device, init, init_gamma, number)
-                inputs = plan.model, x, condition, time_scale, masked_part(plan, x, start, clips, mask, tail)
+                inputs = plan, x, condition, time_scale, masked_part(plan, x, start, clips, mask, tail)
                 latents, *counts = sample_window(*inputs, settings, energy, strict, step)
                 bar.update(end - bar.n)  # samples may all stop early
                 tail, first = latents[:, :, -plan.overlap :], plan.overlap if number else 0
@@ -311,8 +337,8 @@ def generate(
                 yield batch, start + first, details.add(videos, start + first) if given else videos, *counts
 
 
-def sample_window(model, x, condition, time_scale, masked, settings, energy, strict, step):
-    """Follow the guided field of a model from x (B, C, T, H, W). Returns (samples, evaluations (B,), energies or None).
+def sample_window(plan, x, condition, time_scale, masked, settings, energy, strict, step):
+    """Follow the guided field of a Plan from x (B, C, T, H, W). Returns (samples, evaluations (B,), energies or None).
 
     Samples are float32; settings["precision"] applies to the network only. masked: from `masked_part`. step(number of
     running samples) is called before each evaluation. Energies are (B, num_steps), NaN after a sample has stopped.
@@ -321,8 +347,9 @@ def sample_window(model, x, condition, time_scale, masked, settings, energy, str
         return masked["given"], torch.zeros(len(x), dtype=torch.int64, device=x.device), None
     settings = dict(settings)
     precision, guidance = settings.pop("precision"), settings.pop("guidance")
-    guided_by = condition, time_scale, 1.0 if condition.is_null() else guidance
-    field, energy_of = guided(model, *guided_by), energy and guided(model.energy, *guided_by)
+    model, weak = plan.model, plan.weak
+    by = condition, time_scale, 1.0 if condition.is_null() and weak is None else guidance
+    field, energy_of = guided(model, *by, weak), energy and guided(model.energy, *by, weak and weak.energy)
     energies = torch.full((len(x), settings["num_steps"]), torch.nan, device=x.device) if energy else None
     points = iter(range(settings["num_steps"]))
 

@@ -57,6 +57,8 @@ def parse_args():
     add("--seed", "--global-seed", type=NATURAL, default=0, help="seed of the noise")
     beyond = "linear: fit longer videos into the time span of training; the motion is complete but slower"
     add("--rope-scale", choices=["none", "linear"], default="none", help=beyond)
+    weak = "autoguidance: --cfg-scale moves away from this weaker model, such as an earlier checkpoint of the run"
+    add("--weak-ckpt", metavar="FILE", help=weak)
     add("--no-ema", action="store_true", help="use the raw weights instead of the EMA weights")
 
     add = parser.add_argument_group("clips to continue, or to start from").add_argument
@@ -138,9 +140,12 @@ def sample_run(args, plan, indices, given, init, real, device):
     """Sample a Plan on all ranks, and write the folder."""
     plan.vae.to(device)
     distributed.set_precision(args.precision)
-    plan.model = cast_products(plan.model.to(device).requires_grad_(False), args.precision)
-    if args.compile:
-        plan.model.compile_blocks()
+    plan.model, plan.weak = (
+        model and cast_products(model.to(device).requires_grad_(False), args.precision)
+        for model in (plan.model, plan.weak)
+    )
+    for model in filter(None, (plan.model, plan.weak)) if args.compile else ():
+        model.compile_blocks()
     idle = world_size() - math.ceil(args.num_samples / args.batch_size)
     if idle > 0:
         say(f"note: {idle} of {world_size()} ranks are idle: a smaller --batch-size shares the work")

@@ -91,12 +91,15 @@ def integrate(field, x, method, num_steps, start_gamma, observe):
     return x, evaluations
 
 
-def guided(function, condition, time_scale, guidance):
+def guided(function, condition, time_scale, guidance, weak=None):
     """Return a field with classifier-free guidance, f_null + guidance (f_condition - f_null), on all channels.
 
     function(x, y, time_scale) is a network, (B, C, T, H, W), or an energy, (B,), whose result is the guided energy.
     condition: a models.Condition of B samples; time_scale: (B,) seconds per frame. Both terms are evaluated in one
     batch; guidance 1 evaluates only f_condition. The result is float32.
+
+    weak: a function that makes the same errors as `function`, but larger ones. Its f_condition replaces f_null, so
+    guidance reduces these errors (autoguidance, arXiv 2406.02507).
     """
     null = condition.null()
 
@@ -104,6 +107,9 @@ def guided(function, condition, time_scale, guidance):
         y, scale = condition.y[keep], time_scale[keep]
         if guidance == 1:
             return function(x, y, scale).float()
+        if weak:
+            f_weak, f = (own(x, y, scale).float() for own in (weak, function))
+            return f_weak + guidance * (f - f_weak)
         both = torch.cat([null.y[keep], y])
         f_null, f_condition = function(x.repeat(2, 1, 1, 1, 1), both, scale.repeat(2)).float().chunk(2)
         return f_null + guidance * (f_condition - f_null)

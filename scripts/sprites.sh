@@ -12,6 +12,7 @@
 #   VAE                         a VAE to use instead of a new one, such as results/EXP/000-VAE-64px-f4-c8-16-32-64/vae
 #   GPUS, PRECISION             processes, bf16 or fp32; default: what suits the machine
 #   VAE_STEPS, STEPS_1, STEPS_2 steps; default: computed from HOURS
+#   WEAK                        the step whose checkpoint guides the samples; default: computed from HOURS
 #   SAMPLES=2592                a multiple of 9: as many of each class
 #   PREDICTIONS=2664            clips of held-out characters to predict from their first frame
 set -euo pipefail
@@ -33,7 +34,8 @@ MIXED=(${PRECISION:+--precision="$PRECISION"})
 check_seed
 [[ -z $VAE || -d $VAE ]] || complain "VAE=$(printf %q "$VAE"): no such folder; unset VAE to train one"
 hours "DATA=$DATA SEED=$SEED${VAE:+ VAE=$VAE}"
-VAE_STEPS=${VAE_STEPS:-$(steps 2700)} STEPS_1=${STEPS_1:-$(steps 1500)} STEPS_2=${STEPS_2:-$(steps 7000)}
+VAE_STEPS=${VAE_STEPS:-$(steps 2700)} STEPS_1=${STEPS_1:-$(steps 750)} STEPS_2=${STEPS_2:-$(steps 5500)}
+WEAK=${WEAK:-$(steps 1250)}
 
 bash scripts/setup.sh
 activate
@@ -50,16 +52,17 @@ echo "$SETTINGS" >"results/$EXP/settings"
 newest "results/$EXP"/*-EqM-S-2-*
 "${RUN[@]}" EqM/train.py --video --use-rope --data-path="results/$EXP/latents" --results-dir="results/$EXP" "${RESUME[@]}" \
   --model EqM-S/2 --depth 6 --hidden-size 256 --num-heads 4 --temporal-patch-size 4 --position-table space --rope-theta 100 \
-  --frames-schedule "4:$STEPS_1:32,8:$STEPS_2:16" --mix 0.1 --forcing 0.5 --no-flip --optimizer muon --lr 2e-3 \
+  --frames-schedule "4:$STEPS_1:32,8:$STEPS_2:16" --mix 0.1 --forcing 0.7 --no-flip --optimizer muon --lr 2e-3 \
   --warmup-steps 50 --lr-decay 0.4 --ema-decay 0.998 --gamma-shift 2 --global-seed "$SEED" --num-workers 0 \
-  --log-every 50 --val-every 1000 --val-clips 64 --sample-every 0 --save-minutes 3 \
+  --log-every 50 --val-every 1000 --val-clips 64 --sample-every 0 --save-minutes 3 --ckpt-every "$WEAK" \
   --sampler ngd --num-sampling-steps 24 --stepsize 0.0217 --cfg-scale 1.5 "${MIXED[@]}"
 newest "results/$EXP"/*-EqM-S-2-*/checkpoints/best.pt
 BEST=$FOUND
+GUIDANCE=(--weak-ckpt "$(printf %s/%07d.pt "${BEST%/*}" "$WEAK")" --cfg-scale 2)
 
 sample() { # FOLDER NUMBER FLAGS: sample 8 frames, unless that was done
   there "$1/samples.json" || "${RUN[@]}" EqM/sample_gd.py --video --ckpt="$BEST" --num-frames 8 --folder="$1" --overwrite \
-    --num-samples="$2" --batch-size 32 --global-seed "$SEED" --no-previews "${MIXED[@]}" "${@:3}"
+    --num-samples="$2" --batch-size 32 --global-seed "$SEED" --no-previews "${GUIDANCE[@]}" "${MIXED[@]}" "${@:3}"
 }
 sample "samples/$EXP-f8" "$SAMPLES"
 GIVEN=(--given-frames 0 --no-keep-background)

@@ -153,6 +153,9 @@ CASES = {
         --num-sampling-steps 1 => at least 2
         --stepsize 1e-12 => larger steps
         --ckpt image.pt => holds an image model
+        --weak-ckpt no/such.pt
+        --weak-ckpt image.pt => holds an image model
+        --weak-ckpt fixed.pt --num-frames 16 => tied to num_frames 8
         --report-energy => without an energy
         --use-rope --ckpt fixed.pt => cannot be converted
         --given-frames 0-3 | --given-split val | --samples-per-clip 2 => applies to clips of --given

@@ -96,6 +96,7 @@ def test_fvd_and_fid_equal_a_naive_version(metric, shapes, samples, detector, tm
         ({"guidance": 4.0}, None, None),
         ({"guidance": 1.5, "guidance_chosen": True}, None, "cfg1.5"),
         ({"guidance": 4.0, "guidance_chosen": False}, -1, "cfg1"),  # without classes there is no guidance
+        ({"guidance": 2.0, "guidance_chosen": True, "weak_sha256": "b"}, -1, "auto2"),  # except by a weaker model
     ],
 )
 def test_frechet_protocols_name_the_guidance_and_the_user_must_choose_it(

@@ -26,7 +26,7 @@ STAND_ALONE = {"transport": {"runtime"}, "samplers": {"runtime", "transport"}}  
 LONG = {("train", "main"): 170, ("train_vae", "main"): 100}  # the visible loops; all other functions: 60 lines
 BUDGETS = {  # lines of a module or room: of the design or, where that is exceeded today, of today in full tens
     "train": 370, "train_vae": 220, "cache_latents": 220, "sample_gd": 250, "evaluate": 220, "models": 440,
-    "rope": 120, "transport": 160, "samplers": 170, "generation": 380, "given": 170, "vae": 150, "autoencoder": 150,
+    "rope": 120, "transport": 160, "samplers": 170, "generation": 400, "given": 170, "vae": 150, "autoencoder": 150,
     "optim": 170, "checkpoint": 480, "published": 150, "sharding": 110, "preflight": 440, "schedule": 80,
     "validation": 90, "run": 90, "uncaught": 30, "video": 1530, "scoring": 2130, "runtime": 1210,
 }  # fmt: skip

@@ -21,7 +21,7 @@ from runtime.cli import UserError
 from scoring import manifest
 from test_generation import TUNED
 from tiny_data import random_checkpoint
-from training import FEW_STEPS, PYTHON, ROOT, Training, content, on_two_ranks, run_main, sample_here
+from training import FEW_STEPS, PYTHON, ROOT, Training, content, on_two_ranks, refused, run_main, sample_here
 from video.samples import read_samples
 
 
@@ -139,6 +139,25 @@ def test_sampling_uses_the_settings_of_training_unless_a_flag_replaces_them(tmp_
         run_main(sample_gd, "--video", "--ckpt", place, "--folder", tmp_path / "s", "--num-samples", 1, *flags)
         flags = json.loads((tmp_path / "s/samples.json").read_text())["flags"]
         assert flags.items() >= (TUNED | chosen | changed).items() and said in capsys.readouterr().out
+
+
+def test_a_weaker_model_guides_instead_of_the_class(places, tmp_path, capsys):
+    strong, weak = places / "pixels.pt", tmp_path / "weak.pt"
+
+    def made(*flags):
+        return sample_here(strong, tmp_path / "s", "--no-previews", *flags)
+
+    plain, about = made("--cfg-scale", 1)
+    same, _ = made("--cfg-scale", 5, "--weak-ckpt", strong)
+    assert np.array_equal(plain, same) and about["source"]["weak_sha256"] is None  # f + 5 (f - f) is f
+    state = checkpoint.load(strong)
+    state["ema"] = {name: weight / 2 for name, weight in state["ema"].items()}
+    checkpoint.save(weak, state)
+    guided, about = made("--cfg-scale", 2, "--weak-ckpt", weak, "--classes", "none")
+    assert not np.array_equal(made("--classes", "none")[0], guided)  # samples without a class are guided, too
+    assert about["source"]["weak_sha256"] == checkpoint.weights_sha256(state["ema"])
+    assert f"guidance 2 by {weak}" in capsys.readouterr().out
+    refused(capsys, sample_gd, "--video", "--ckpt", strong, "--weak-ckpt", places / "latents.pt", "--folder", "new")
 
 
 def test_training_keeps_the_settings_over_a_resume_and_in_the_next_phase(shapes, tmp_path):

@@ -162,7 +162,7 @@ def test_conditions_can_be_indexed_and_removed_from_some_samples():
 
 
 @pytest.mark.parametrize("guidance", [0.0, 1.0, 4.0])
-def test_guidance_acts_on_all_channels_and_evaluates_one_float32_batch(guidance):
+def test_guidance_acts_on_all_channels_of_one_float32_batch_or_of_a_weaker_network(guidance):
     calls, x = [], normal(3, 4, 2, 3, 3)
 
     def network(*inputs):
@@ -178,5 +178,8 @@ def test_guidance_acts_on_all_channels_and_evaluates_one_float32_batch(guidance)
     assert sorted(y.tolist()) == sorted([10] * 3 * (copies - 1) + CONDITION.y.tolist())
     f_null, f_condition = (network(x, y, TIME_SCALE) for y in (torch.full((3,), 10), CONDITION.y))
     torch.testing.assert_close(f, (f_null + guidance * (f_condition - f_null)).float())  # also the dtype
+    weak = guided(network, CONDITION, TIME_SCALE, guidance, lambda *inputs: network(*inputs).square())
+    expected = f_condition if guidance == 1 else f_condition**2 + guidance * (f_condition - f_condition**2)
+    torch.testing.assert_close(weak(x, torch.arange(3)), expected.float())
     keep = torch.tensor([2, 0])  # samples that are kept keep their condition and time scale
     torch.testing.assert_close(field(x[keep], keep), f[keep])

@@ -30,7 +30,8 @@ def protocol(metric, samples, split, num_real):
         given = f"_{len(samples.given[0])}of{samples.num_frames}f"
         return f"prediction{num_real}{best}{split}{given}{'_background' * bool(samples.source.get('keep_background'))}"
     real = "" if num_real == N else f"_real{num_real}"
-    return f"{metric}{N}{real}{split}{kind}" + (f"_cfg{samples.guidance:g}" if metric in ("fvd", "fid") else "")
+    guidance = f"_{'auto' if samples.weak else 'cfg'}{samples.guidance:g}" if metric in ("fvd", "fid") else ""
+    return f"{metric}{N}{real}{split}{kind}{guidance}"
 
 
 def default_split(metric):
@@ -102,6 +103,7 @@ def check_same(old, new):
     expected, got = (
         {
             "--samples: weights_sha256": manifest["generated"]["source"].get("weights_sha256"),
+            "--samples: weak_sha256": manifest["generated"]["source"].get("weak_sha256"),
             "--detector: sha256": (manifest["detector"] or {}).get("sha256"),
             "--data-path: videos_sha256": manifest["real"]["videos_sha256"],
             "--data-path: training_sha256": manifest["real"].get("training_sha256"),  # of nearest, census

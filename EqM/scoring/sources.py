@@ -43,7 +43,8 @@ class Samples:
         self.given = [frame_ranges(entry["frames"]) for entry in given] or [()] * len(labels)  # numbers of frames
         self.videos = [entry["source"] for entry in given] or range(len(labels))
         guidance = self.source.get("guidance") if self.source.get("guidance_chosen") else None
-        self.guidance = guidance if any(self.names) else 1.0  # None: the user did not choose it
+        self.weak = self.source.get("weak_sha256")  # of the model that guides instead of the class, or None
+        self.guidance = guidance if any(self.names) or self.weak else 1.0  # None: the user did not choose it
 
     def __len__(self):
         return len(self.clips)

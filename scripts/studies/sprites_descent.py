@@ -2,10 +2,10 @@
 
     python scripts/studies/sprites_descent.py sprites          EXP of a finished scripts/sprites.sh; about half an hour
 
-It samples 288 clips with several guidances and numbers of evaluations, on the same path length, and counts valid clips
-(--metric census). Then it decodes the state after each evaluation and counts the clips that show one value of an
-attribute in all frames, and those that show the final one. It writes sprites_descent.md and .json to --out. Samples
-are in samples/EXP-descent; finished ones are not made again.
+It samples 288 clips with several kinds of guidance and numbers of evaluations, on the same path length, and counts
+valid clips (--metric census). Then it decodes the state after each evaluation and counts the clips that show one value
+of an attribute in all frames, and those that show the final one. It writes sprites_descent.md and .json to --out.
+Samples are in samples/EXP-descent; finished ones are not made again.
 """
 
 import json
@@ -26,7 +26,10 @@ from scoring.sources import find_real
 from vae import load_vae
 
 PATH_LENGTH = 0.5  # evaluations x step size
-SETTINGS = [(guidance, 23) for guidance in (1, 1.25, 1.5, 2, 3)] + [(1, 11), (1, 46), (1.5, 11), (1.5, 46)]
+SETTINGS = [  # guidance, evaluations, and which of the numbered checkpoints replaces the null class
+    (1, 23, None), (1.5, 23, None), (2, 23, 1), (3, 23, 1), (2, 23, 2), (2, 23, None), (2, 23, 0), (1, 46, None),
+    (2, 46, 1), (2, 11, 1), (3, 23, None),
+]  # fmt: skip
 SHARES = {  # of the census: title, in %
     "valid": "valid", "class_right": "right class", **{name: f"one {name}" for name in census.ATTRIBUTES},
 }  # fmt: skip
@@ -43,16 +46,20 @@ def parse_args():
 
 
 def score_settings(args, checkpoint):
-    """{"guidance G, N evaluations": result of the census}."""
+    """{name of a setting: result of the census}."""
     root, folders = Path("samples", f"{args.run}-descent"), {}
     root.mkdir(parents=True, exist_ok=True)
-    for guidance, evaluations in SETTINGS:
-        folder = folders[f"{guidance:g}, {evaluations}"] = root / f"guidance{guidance:g}-{evaluations}"
+    numbered = sorted(checkpoint.parent.glob("[0-9]*.pt"))
+    for guidance, evaluations, number in SETTINGS:
+        by = "the null class" if number is None else f"step {int(numbered[number].stem)}"
+        name = f"{guidance:g}" + f" from {by}" * (guidance != 1) + f", {evaluations}"
+        folder = folders[name] = root / name.replace(" ", "-").replace(",", "")
         if not (folder / "samples.json").exists():
             path = ["--num-sampling-steps", evaluations + 1, "--stepsize", PATH_LENGTH / evaluations]
             flags = ["--video", "--ckpt", checkpoint, "--num-frames", 8, "--num-samples", args.num_samples]
             flags += ["--sampler", "ngd", "--cfg-scale", guidance, "--folder", folder, "--no-previews", *path]
-            lab.script("EqM/sample_gd.py", *flags, log=root / "sample_gd.log")
+            weak = [] if number is None else ["--weak-ckpt", numbered[number]]
+            lab.script("EqM/sample_gd.py", *flags, *weak, log=root / "sample_gd.log")
     waiting = [folder for folder in folders.values() if not (folder / "census.json").exists()]
     if waiting:
         out = "census.json" if len(waiting) > 1 else waiting[0] / "census.json"
