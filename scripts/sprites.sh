@@ -58,14 +58,13 @@ newest "results/$EXP"/*-EqM-S-2-*
   --sampler ngd --num-sampling-steps 24 --stepsize 0.0217 --cfg-scale 1.5 "${MIXED[@]}"
 newest "results/$EXP"/*-EqM-S-2-*/checkpoints/best.pt
 BEST=$FOUND
-GUIDANCE=(--weak-ckpt "$(printf %s/%07d.pt "${BEST%/*}" "$WEAK")" --cfg-scale 2)
 
 sample() { # FOLDER NUMBER FLAGS: sample 8 frames, unless that was done
   there "$1/samples.json" || "${RUN[@]}" EqM/sample_gd.py --video --ckpt="$BEST" --num-frames 8 --folder="$1" --overwrite \
-    --num-samples="$2" --batch-size 32 --global-seed "$SEED" --no-previews "${GUIDANCE[@]}" "${MIXED[@]}" "${@:3}"
+    --num-samples="$2" --batch-size 32 --global-seed "$SEED" --no-previews "${MIXED[@]}" "${@:3}"
 }
-sample "samples/$EXP-f8" "$SAMPLES"
-GIVEN=(--given-frames 0 --no-keep-background)
+sample "samples/$EXP-f8" "$SAMPLES" --weak-ckpt "$(printf %s/%07d.pt "${BEST%/*}" "$WEAK")" --cfg-scale 2
+GIVEN=(--given-frames 0 --no-keep-background --cfg-scale 1) # guidance makes predictions worse
 sample "samples/$EXP-predicted" "$PREDICTIONS" --given="$DATA" --given-split val "${GIVEN[@]}"
 
 # For the picture: one held-out character in all nine classes
