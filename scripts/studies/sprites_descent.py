@@ -26,9 +26,10 @@ from scoring.sources import find_real
 from vae import load_vae
 
 PATH_LENGTH = 0.5  # evaluations x step size
+WEAK = 1  # which of the numbered checkpoints guides in sprites.sh; 0 is the last one of the 4-frame clips
 SETTINGS = [  # guidance, evaluations, and which of the numbered checkpoints replaces the null class
-    (1, 23, None), (1.5, 23, None), (2, 23, 1), (3, 23, 1), (2, 23, 2), (2, 23, None), (2, 23, 0), (1, 46, None),
-    (2, 46, 1), (2, 11, 1), (3, 23, None),
+    (1, 23, None), (1.5, 23, None), (2, 23, None), (1.5, 23, WEAK), (2, 23, WEAK), (3, 23, WEAK), (2, 23, 0),
+    (2, 23, 2), (1, 46, None), (2, 46, WEAK), (2, 11, WEAK),
 ]  # fmt: skip
 SHARES = {  # of the census: title, in %
     "valid": "valid", "class_right": "right class", **{name: f"one {name}" for name in census.ATTRIBUTES},
@@ -49,7 +50,7 @@ def score_settings(args, checkpoint):
     """{name of a setting: result of the census}."""
     root, folders = Path("samples", f"{args.run}-descent"), {}
     root.mkdir(parents=True, exist_ok=True)
-    numbered = sorted(checkpoint.parent.glob("[0-9]*.pt"))
+    numbered = numbered_beside(checkpoint)
     for guidance, evaluations, number in SETTINGS:
         by = "the null class" if number is None else f"step {int(numbered[number].stem)}"
         name = f"{guidance:g}" + f" from {by}" * (guidance != 1) + f", {evaluations}"
@@ -68,6 +69,10 @@ def score_settings(args, checkpoint):
     return {name: json.loads((folder / "census.json").read_text())["result"] for name, folder in folders.items()}
 
 
+def numbered_beside(checkpoint):
+    return sorted(checkpoint.parent.glob("[0-9]*.pt"))
+
+
 @torch.no_grad()
 def trace(args, checkpoint, guidance, evaluations):
     """(shares of clips with one value of each attribute in all frames, shares of clips that show the final values).
@@ -81,7 +86,8 @@ def trace(args, checkpoint, guidance, evaluations):
     vae, side = load_vae(None, data["vae"], checkpoint), shape.input_size
     noise = normal(0, "trace", 0, range(count), (shape.in_channels, 8, side, side))
     classes = Condition.of(torch.arange(count) % shape.num_classes, shape)
-    field, states = guided(model, classes, torch.full((count,), data["time_scale"]), guidance), []
+    weak, _, _ = load_model(numbered_beside(checkpoint)[WEAK])
+    field, states = guided(model, classes, torch.full((count,), data["time_scale"]), guidance, weak), []
     step_size = PATH_LENGTH / evaluations
     sample(field, noise, "ngd", evaluations + 1, step_size, observe=lambda x, keep: states.append(vae.decode(x)))
     found = [census.measure(world, state, "states")["decoded"] for state in Bar(states, desc="states", unit="state")]
@@ -113,7 +119,7 @@ def main():
     if not found:
         fail(f"results/{args.run}: no best.pt; expected a finished run of scripts/sprites.sh")
     scores = score_settings(args, found[-1])
-    together, final = trace(args, found[-1], guidance=1.5, evaluations=23)
+    together, final = trace(args, found[-1], guidance=2, evaluations=23)
     content = {"scores": scores, "together": together, "final": final}
     for result in scores.values():
         del result["samples"]
