@@ -4,6 +4,7 @@ The commands run in this process, for speed; test_sample_gd.py runs a wrong one 
 """
 
 import importlib
+import json
 import os
 import pickle
 import shlex
@@ -18,6 +19,7 @@ import torch
 import checkpoint
 import published
 from runtime import cli, distributed
+from scoring import manifest
 from test_gallery import make_samples as make_shown
 from test_plot_metrics import make_run
 from tiny_data import Code, make_images, make_latents, make_samples, make_vae, save_checkpoint
@@ -38,17 +40,24 @@ COMMANDS = {  # what is right; a case adds to it what is wrong
     "sample images": "sample_gd --ckpt image.pt --folder new",
     "cache": "cache_latents --data-path videos --vae vae --image-size 16 --out new",
     "evaluate": "evaluate --metric=motion --samples=samples --data-path videos --out new.json",
+    "evaluate without --samples": "evaluate --data-path videos --out new.json",
+    "evaluate without --data-path": "evaluate --samples=samples --out new.json",
+    "fvd": "evaluate --metric=fvd --samples=samples --data-path videos --out new.json",
+    "consistency": "evaluate --metric=consistency --samples=samples --data-path videos --out new.json",
+    "slow samples": "evaluate --metric=motion --samples=slow --data-path videos --out new.json",
+    "repeat": "evaluate --manifest m.json --out new.json",
     "export": "export",
     "shapes": "make_moving_shapes --out new",
     "train_vae": "train_vae --data-path videos --image-size 16 --downsample 4 --widths 8 8 8 " + STEPS,
     "check": "check --num-frames 8 --model EqM-Ti/4 --global-batch-size 2 " + PIXELS,
+    "augment": "augment --data-path videos --out new",
     "study": "study --out new",
     "gallery": "gallery",
     "picture": "picture --out new.png",
     "plot": "plot_metrics --out new/loss.png",
     "plot without --out": "plot_metrics",
 }
-# The line must have the first flag and, after =>, other words; without =>, all values of the flags.
+# The line must have the first flag, if there is one, and, after =>, other words; without =>, all values of the flags.
 CASES = {
     "train": """
         --num-frames many | --num-frames '' | --num-frames {digits} | --num-frames 1000000000 | --model EqM-Q/4
@@ -134,6 +143,9 @@ CASES = {
     "train latents": """
         --image-size 32 | --vae mse | --vae none
         --data-path partial => not complete
+        --data-path later-cache => its latents.json is damaged (format 2, this code reads 1
+        --data-path no-paths | --data-path not-json => its latents.json is damaged
+        --data-path no-format => its latents.json is damaged ('format'
         --vae vae --data-path pixels => was made with none
         --data-path lost --vae vae => run cache_latents.py again""",
     "sample": """
@@ -171,6 +183,8 @@ CASES = {
         --given videos --init videos => but --init changes all
         --given no/such.png => no such file or folder
         --given file | --given empty => no video or image
+        --given gray => damaged
+        --given bare/samples.npz => no samples.json in it
         --given bad/B/y.mp4 | --given text.png => can't be decoded
         --given videos/A --folder videos/A | --init videos/A/a.avi --folder videos/A => in --folder videos/A
         --given-frames 3-1 => such as 0-3,12-15
@@ -196,7 +210,37 @@ CASES = {
         --out piped => --out piped; latents.json is damaged""",
     "evaluate": """
         --samples empty | --data-path no/such | --metric beauty
-        --samples code-samples => not a plain array""",
+        --samples code-samples => not a plain array of clips of one size
+        --samples bare => no samples.json in it; expected a sample folder
+        --samples cut-samples => zip
+        --samples image-samples => holds images
+        --samples floats | --samples no-clips | --samples no-frames | --samples no-rows | --samples gray => damaged
+        --samples label-99 => up to label 99
+        --detector x => for --metric motion; remove
+        --num-real 1 => at least 2
+        --metric prediction --num-real 3 => --num-real; prediction chooses its real clips
+        --metric nearest --split val | --metric census --split val => --split; chooses its real clips
+        --metric nearest --vae v => needs no VAE
+        --out file/a.json | --cache file/a
+        --out empty => a folder
+        --data-path empty => no videos found
+        --data-path cache => a latent cache; name the folder of its videos
+        => --data-path videos; is for Moving Shapes""",
+    "evaluate without --samples": "=> --samples: not given",
+    "evaluate without --data-path": "=> --data-path: not given",
+    "fvd": """
+        => --detector; --metric fvd
+        --detector no/such | --detector empty | --detector code.pt | --detector pickle.pt => i3d_torchscript.pt""",
+    "consistency": """
+        --samples one-clip => has 1 clip,
+        => --samples samples; does not say the temporal_patch_size""",
+    "slow samples": "=> train has 10 frames; expected at least 25",
+    "repeat": """
+        --num-real 96 => --manifest m.json
+        --seed 0 => --manifest m.json
+        --samples samples samples => scores one folder
+        --manifest cache/latents.json => has format 1
+        --manifest no/such.json | --manifest list.json => can't be read""",
     "export": """
         no/such.pt new => no such file
         rope.pt => DIR
@@ -223,6 +267,10 @@ CASES = {
         videos --val-fraction 0 => got 0, expected a number above 0 and at most 1
         videos --out x.txt => --out x.txt: not a picture; expected a name that ends in .png
         videos --out no/such/x.png => --out no/such/x.png: expected a file in a folder that exists""",
+    "augment": """
+        --data-path no/such => no such folder
+        --out videos => the same as --data-path
+        --out larger --copies 1 => a-copy2.mkv, which does not belong to this data set""",
     "study": """
         --minutes 0
         --only A E => argument --only: invalid choice: 'E' (choose from 'A', 'B', 'C', '16 fixed',
@@ -262,8 +310,8 @@ def cases():
     """Yield (command, flags, words that the line must have) of each case."""
     for command, table in CASES.items():
         for row in table.strip().splitlines():
-            left, arrow, words = row.strip().partition(" => ")
-            for flags in left.split(" | "):
+            left, arrow, words = row.partition("=> ")
+            for flags in left.strip().split(" | "):
                 own = shlex.split(flags.replace("=", " "))
                 words_of_row = words.split("; ") if arrow else [word for word in own if word[:1] not in ("-", "{")]
                 named = [word for word in own[:1] if word[:1] == "-" and "argument" not in words]
@@ -286,6 +334,7 @@ def world(tmp_path_factory):
     for folder in ("broken", "cache", "partial", "lost", "pixels", "piped", "empty", "samples", "code-samples"):
         (root / folder).mkdir()
     shutil.copytree(root / "videos", root / "bad")
+    (shutil.copytree(root / "videos", root / "larger") / "A/a-copy2.mkv").touch()
     for name in ("bad/A/x.avi", "bad/B/y.mp4"):
         (root / name).write_text("no video")
     for name in ("a.avi", "b.mp4"):
@@ -299,11 +348,32 @@ def world(tmp_path_factory):
     make_samples(root / "samples")
     make_samples(root / "code-samples")
     np.savez(root / "code-samples/samples.npz", arr_0=np.array([Code(), Code()]), labels=np.zeros(2, np.int64))
+    (shutil.copytree(root / "samples", root / "bare") / "samples.json").unlink()
+    slow = shutil.copytree(root / "samples", root / "slow") / "samples.json"
+    slow.write_text(slow.read_text().replace("0.04", "0.48"))
+    cut = shutil.copytree(root / "samples", root / "cut-samples") / "samples.npz"
+    os.truncate(cut, cut.stat().st_size // 2)
+    clips = np.load(root / "samples/samples.npz")["arr_0"]
+    for name, changed in {
+        "one-clip": clips[:1], "image-samples": clips[:, 0], "floats": clips / 255, "label-99": clips,
+        "no-clips": clips[:0], "no-frames": clips[:, :0], "no-rows": clips[:, :, :0], "gray": clips[..., :1],
+    }.items():  # fmt: skip
+        labels = np.full(len(changed), 99 if name == "label-99" else 0)
+        np.savez(shutil.copytree(root / "samples", root / name) / "samples.npz", arr_0=changed, labels=labels)
+    (root / "list.json").write_text("[1, 2]")
+    (root / "m.json").write_text(json.dumps({"format": manifest.FORMAT, "flags": {}}))
     (root / "partial/latents.json").rename(root / "partial/latents.partial.json")
     text = (root / "lost/latents.json").read_text()
     (root / "lost/latents.json").write_text(text.replace('"ema"', '"vae"'))
     (root / "pixels/latents.json").write_text(text.replace('"ema"', '"none"'))
     (root / "lost/A/a.safetensors").unlink()
+    settings = json.loads(text)
+    for name, content in {
+        "later-cache": settings | {"format": 2}, "no-paths": settings | {"videos": [{}]}, "no-format": {},
+        "not-json": None,
+    }.items():  # fmt: skip
+        (root / name).mkdir()
+        (root / name / "latents.json").write_text(json.dumps(content) if content is not None else "[")
     os.mkfifo(root / "piped/latents.json")
     rope = save_checkpoint(root / "rope.pt", use_rope=True, num_frames=4)
     save_checkpoint(root / "table.pt", use_rope=True, num_frames=4, position_table="space")

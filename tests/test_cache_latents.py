@@ -16,7 +16,6 @@ from safetensors.torch import load_file, save_file
 import cache_latents
 import preflight
 import training
-from runtime.cli import UserError
 from test_vae import add_to_weights, save_tiny
 from test_video_clips import check_replacements
 from tiny_videos import scribble, write_ucf_list, write_video
@@ -338,19 +337,6 @@ def test_a_corrupt_latents_file_is_handled_like_a_corrupt_video(own_cache, damag
     check_replacements(clips, 10, "Run/a.safetensors")
     with pytest.raises(UnreadableError, match="a.safetensors"):
         clips.source.read(clips.videos[2], [20, 21])
-
-
-@pytest.mark.parametrize(
-    ("change", "words"),
-    [({"format": 2}, "format 2, this code reads 1"), ({"videos": [{}]}, ""), ("[", ""), ("{}", "'format'")],
-)
-def test_a_damaged_latents_json_is_one_line(own_cache, change, words):
-    settings = json.loads((own_cache / "latents.json").read_text())
-    (own_cache / "latents.json").write_text(change if isinstance(change, str) else json.dumps(settings | change))
-    with pytest.raises(UserError) as error:
-        check_data_path(own_cache)
-    assert str(error.value).startswith(f"--data-path {own_cache}: its latents.json is damaged ({words}")
-    assert "\n" not in str(error.value)
 
 
 # User errors ----------------------------------------------------------------------------------------------------------

@@ -21,9 +21,8 @@ from models import EqM, model_config
 from optim import make_optimizers
 from runtime import runs
 from runtime.atomic import link
-from runtime.cli import UserError
 from tiny_data import flip_bit
-from training import differences
+from training import differences, error_of
 
 SETTINGS = {
     "input_size": 4, "patch_size": 2, "temporal_patch_size": 2, "hidden_size": 24, "depth": 2, "num_heads": 2,
@@ -40,16 +39,8 @@ def make_state(settings=(), **changes):
     return state | changes
 
 
-def refusal(action, *args, **kwargs):
-    """The message of the UserError that is raised; it is one line."""
-    with pytest.raises(UserError) as error:
-        action(*args, **kwargs)
-    assert "\n" not in str(error.value)
-    return str(error.value)
-
-
 def load_refusal(path):
-    message = refusal(checkpoint.load, path)
+    message = error_of(checkpoint.load, path)
     assert message.startswith(f"--ckpt {path}: ")
     return message
 
@@ -90,7 +81,7 @@ def test_a_failing_write_leaves_the_old_file_and_nothing_else(tmp_path, monkeypa
     for name in ("latest.pt", "new.pt"):
         with monkeypatch.context() as patch:
             patch.setattr(where, failure)
-            message = refusal(checkpoint.save, tmp_path / name, make_state(step=2))
+            message = error_of(checkpoint.save, tmp_path / name, make_state(step=2))
         assert str(tmp_path / name) in message and reason in message
         assert names(tmp_path) == ["latest.pt"]
         assert (tmp_path / "latest.pt").read_bytes() == before
@@ -177,7 +168,7 @@ def test_the_next_call_raises_the_error_of_the_thread(writer, monkeypatch):
     writer.write(make_state(step=2), ["best.pt"], nothing, nothing)
     concurrent.futures.wait([writer.writing])
     for call in (writer.check, writer.wait, lambda: writer.write(make_state(step=3), [], nothing, nothing)):
-        assert "No space left on device" in refusal(call)
+        assert "No space left on device" in error_of(call)
     assert names(writer.path.parent) == ["latest.pt"]
     assert checkpoint.load(writer.path)["step"] == 1
 
@@ -232,7 +223,7 @@ def test_only_readers_of_a_damaged_part_refuse_the_file(tmp_path, part):
     assert "damaged" in load_refusal(path)
     for used in ("model", "ema"):
         if used == part:
-            assert f"{path}: damaged" in refusal(checkpoint.load_model, path, use_ema=used == "ema")
+            assert f"{path}: damaged" in error_of(checkpoint.load_model, path, use_ema=used == "ema")
         else:
             model, _, _ = checkpoint.load_model(path, use_ema=used == "ema")
             assert torch.equal(model.state_dict()[WEIGHT], make_state()[used][WEIGHT])
@@ -268,7 +259,7 @@ def test_a_model_that_matches_the_checks_loads_bit_for_bit(tmp_path, recwarn, us
     path, config, state = tmp_path / "best.pt", replace(CONFIG, **settings), make_state(settings)
     checkpoint.save(path, state)
     for asked in ({"num_classes": 6}, {"model": "EqM-XL/2"}, {"video": False}):
-        assert "best.pt" in refusal(checkpoint.load_model, path, **asked)
+        assert "best.pt" in error_of(checkpoint.load_model, path, **asked)
     checks = {"num_classes": 5, "use_rope": config.use_rope, "model": "EqM-Ti/4", "video": True}
     model, found, step = checkpoint.load_model(path, use_ema=use_ema, **checks)
     assert len(recwarn) == 0  # though the model is narrow
@@ -286,7 +277,7 @@ def test_settings_that_are_unknown_or_do_not_fit_the_weights_are_refused(tmp_pat
     state = make_state()
     state["config"]["model"] = state["config"]["model"] | changes
     checkpoint.save(tmp_path / "best.pt", state)
-    message = refusal(checkpoint.load_model, tmp_path / "best.pt")
+    message = error_of(checkpoint.load_model, tmp_path / "best.pt")
     assert all(word in message for word in words)
 
 
@@ -294,7 +285,7 @@ def test_weights_of_another_shape_are_refused_in_the_part_that_has_them():
     for part in ("model", "ema"):
         state = make_state()
         state[part][WEIGHT] = state[part][WEIGHT][1:]
-        assert WEIGHT in refusal(checkpoint.config_of, "--ckpt a.pt", state)
+        assert WEIGHT in error_of(checkpoint.config_of, "--ckpt a.pt", state)
 
 
 # Compatibility --------------------------------------------------------------------------------------------------------

@@ -18,6 +18,7 @@ import sample_gd
 import train
 from process import spawn
 from runtime import distributed, runs
+from runtime.cli import UserError
 from vae import VAE
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -185,6 +186,14 @@ def refused(capsys, script, *flags, status=2, late=False):
     (line,) = [line for line in capsys.readouterr().err.splitlines() if line and "opening videos" not in line]
     assert "error: " in line
     return line
+
+
+def error_of(function, *args, **kwargs):
+    """The message of the UserError that a call must raise, one line."""
+    with pytest.raises(UserError) as error:
+        function(*args, **kwargs)
+    assert "\n" not in str(error.value)
+    return str(error.value)
 
 
 def on_two_ranks(script, *flags, status=0):
