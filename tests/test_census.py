@@ -11,7 +11,7 @@ import torch
 from sample_folders import FEW, refused, run, write_samples
 from scoring import census
 from tiny_data import make_vae
-from tiny_videos import write_video
+from tiny_videos import write_ucf_list, write_video
 from training import on_two_ranks
 from video.writers import write_lossless
 
@@ -60,12 +60,10 @@ class NoisyVAE:
 def data(tmp_path_factory):
     """The world as videos, split by character."""
     root = tmp_path_factory.mktemp("data") / "sprites"
-    (root / "ucfTrainTestlist").mkdir(parents=True)
+    write_ucf_list(root, [key for key in TRUE if key[-4:] not in HELD_OUT])
     for key, clip in TRUE.items():
         (root / key).parent.mkdir(exist_ok=True)
         write_lossless(root / f"{key}.mkv", clip, 8)
-    train = "".join(f"{key}.mkv 1\n" for key in TRUE if key[-4:] not in HELD_OUT)
-    (root / "ucfTrainTestlist/trainlist01.txt").write_text(train)
     return root
 
 

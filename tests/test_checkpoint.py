@@ -52,15 +52,6 @@ def names(folder):
 # Writing --------------------------------------------------------------------------------------------------------------
 
 
-def test_loading_returns_the_saved_state(tmp_path):
-    path, state = tmp_path / "0000070.pt", make_state()
-    (tmp_path / "0000070.pt.tmp").write_bytes(b"left over by a crash")
-    checkpoint.save(path, make_state(step=69))
-    checkpoint.save(path, state)  # replaces the file
-    assert differences(checkpoint.load(path), state) == []
-    assert names(tmp_path) == ["0000070.pt"]
-
-
 def full_disk(state, file):
     file.write(b"half of a file")
     raise OSError(errno.ENOSPC, "No space left on device")
@@ -87,8 +78,10 @@ def test_a_failing_write_leaves_the_old_file_and_nothing_else(tmp_path, monkeypa
         assert (tmp_path / "latest.pt").read_bytes() == before
 
 
-def test_a_file_is_on_disk_before_it_is_renamed(tmp_path, monkeypatch):
+def test_a_file_is_on_disk_before_it_replaces_another_and_loading_returns_its_state(tmp_path, monkeypatch):
     temporary, order, fsync, rename = tmp_path / "latest.pt.tmp", [], os.fsync, os.replace
+    checkpoint.save(tmp_path / "latest.pt", make_state(step=69))
+    temporary.write_bytes(b"left over by a crash")
 
     def noted_fsync(descriptor):
         for place in (temporary, tmp_path):
@@ -105,6 +98,8 @@ def test_a_file_is_on_disk_before_it_is_renamed(tmp_path, monkeypatch):
     monkeypatch.setattr("os.replace", noted_replace)
     checkpoint.save(tmp_path / "latest.pt", make_state())
     assert order == [("fsync", "latest.pt.tmp"), ("rename", "latest.pt"), ("fsync", tmp_path.name)]
+    assert differences(checkpoint.load(tmp_path / "latest.pt"), make_state()) == []
+    assert names(tmp_path) == ["latest.pt"]
 
 
 @pytest.mark.parametrize("hard_links", [True, False])
@@ -176,31 +171,25 @@ def test_the_next_call_raises_the_error_of_the_thread(writer, monkeypatch):
 # Reading --------------------------------------------------------------------------------------------------------------
 
 
-def test_a_missing_cut_or_foreign_file_is_one_line_without_a_warning(tmp_path, recwarn):
-    path = tmp_path / "best.pt"
+def test_missing_cut_and_foreign_files_are_one_line_without_a_warning(tmp_path, recwarn):
+    path, odd, state = tmp_path / "best.pt", tmp_path / os.fsdecode(b"\xff 'best.pt"), make_state()
     assert "no such file" in load_refusal(path)
     assert "a folder without" in load_refusal(tmp_path)
-    checkpoint.save(path, make_state())
-    whole, odd = path.read_bytes(), tmp_path / os.fsdecode(b"\xff 'best.pt")
-    odd.write_bytes(whole)
+    checkpoint.save(path, state)
+    odd.write_bytes(whole := path.read_bytes())
     assert "its name is not UTF-8: rename it" in load_refusal(odd)
     contents = [whole[: int(share * len(whole))] for share in (0.0, 0.001, 0.5, 0.9999)]
-    contents += [b'{"model": 1}', b"\x89PNG\r\n\x1a\n" + bytes(100), pickle.dumps({"model": 1})]
-    for content in contents:
+    for content in (*contents, b'{"model": 1}', b"\x89PNG\r\n\x1a\n" + bytes(100), pickle.dumps({"model": 1})):
         path.write_bytes(content)
         load_refusal(path)
-    assert len(recwarn) == 0
-
-
-def test_other_projects_other_formats_and_missing_parts_are_refused(tmp_path):
-    path, states = tmp_path / "other.pt", [{"state_dict": {}}, [1, 2], torch.zeros(3)]
-    for part in ("version", "config", "model", "ema", "step"):
-        states.append({name: value for name, value in make_state().items() if name != part})
-    for state in states:
-        torch.save(state, path)
+    parts = ("version", "config", "model", "ema", "step")
+    lacking = [{name: value for name, value in state.items() if name != part} for part in parts]
+    for other in ({"state_dict": {}}, [1, 2], torch.zeros(3), *lacking):
+        torch.save(other, path)
         assert "not a checkpoint of this project" in load_refusal(path)
-    torch.save(make_state(version=2), path)
+    torch.save(state | {"version": 2}, path)
     assert "format version 2, this code reads version 1" in load_refusal(path)
+    assert len(recwarn) == 0
 
 
 WEIGHT = "blocks.1.mlp.fc1.weight"
@@ -288,8 +277,6 @@ def test_weights_of_another_shape_are_refused_in_the_part_that_has_them():
         assert WEIGHT in error_of(checkpoint.config_of, "--ckpt a.pt", state)
 
 
-# Compatibility --------------------------------------------------------------------------------------------------------
-
 ROPE = model_config("EqM-S/4", num_classes=101, num_frames=8, use_rope=True)
 FIXED = replace(ROPE, use_rope=False)
 
@@ -310,9 +297,6 @@ def test_a_best_checkpoint_older_than_a_fifth_of_its_phase_is_noted(newest, is_s
     (tmp_path / checkpoint.SAVED_STEP).write_text(f"{newest}\n")
     checkpoint.load_model(path)
     assert (f"latest.pt has step {newest}" in capsys.readouterr().out) == is_said
-
-
-# Which checkpoint a run resumes from ----------------------------------------------------------------------------------
 
 
 def test_a_run_resumes_from_its_newest_intact_checkpoint(tmp_path, capsys):

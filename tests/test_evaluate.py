@@ -21,7 +21,7 @@ from runtime.untrusted import file_sha256
 from sample_folders import FEW, FRAMES, SIZE, SOURCE, read_clips, refused, run, write_samples
 from scoring import frechet, manifest, sources
 from tiny_data import make_images, make_state, save_checkpoint, write_npz
-from training import ROOT, on_two_ranks, run_main
+from training import ROOT, on_two_ranks, record_calls, run_main
 
 
 class Detector(torch.nn.Module):
@@ -69,14 +69,12 @@ def test_fvd_and_fid_equal_a_naive_version(metric, shapes, samples, detector, tm
     generated, real = np.load(samples / "samples.npz")["arr_0"], read_clips(shapes, "train", 20)[0]
     if metric == "fid":  # of frames
         generated, real = generated.reshape(-1, 1, SIZE, SIZE, 3), real.reshape(-1, 1, SIZE, SIZE, 3)
-    batches, extract = [], frechet.extract
 
-    def record_batch(detector, clips, *rest, **others):
-        batches.append(len(clips))
+    def size(detector, clips, *rest, **others):
         assert not torch.backends.cudnn.allow_tf32 and torch.get_float32_matmul_precision() == "highest"
-        return extract(detector, clips, *rest, **others)
+        return len(clips)
 
-    monkeypatch.setattr(frechet, "extract", record_batch)
+    batches = record_calls(monkeypatch, frechet, "extract", size)
     monkeypatch.setattr(frechet, "check_detector", lambda path, *_: {"sha256": file_sha256(path)})
     distributed.set_precision("tf32")
     flags = ["--metric", metric, "--samples", samples, "--data-path", shapes, "--detector", detector, "--num-real", 20]

@@ -104,6 +104,18 @@ class Training:
         raise AssertionError(f"step {step} did not come within {timeout} s")
 
 
+def record_calls(monkeypatch, owner, name, note):
+    """A list that gets note(*arguments) at each call of a function or method `name` of `owner`."""
+    notes, function = [], getattr(owner, name)
+
+    def recorder(*args, **kwargs):
+        notes.append(note(*args, **kwargs))
+        return function(*args, **kwargs)
+
+    monkeypatch.setattr(owner, name, recorder)
+    return notes
+
+
 @contextmanager
 def counted_steps(script, stop_after=None, act=lambda: os.kill(os.getpid(), signal.SIGTERM)):
     """A list that grows at each step of a training script. After stop_after steps, act() runs: SIGTERM by default."""
