@@ -45,10 +45,8 @@ def test_every_part_measures_something(part):  # two ranks: faults/test_other_ra
 
 
 def test_a_row_reads_the_same_clips_of_a_video_with_and_without_its_keyframes(tmp_path, monkeypatch):
-    def note(source, video, frames):
-        return len(video.keyframes), *frames
-
-    clips, report = record_calls(monkeypatch, Files, "read", note), benchmark.Report()
+    clips = record_calls(monkeypatch, Files, "read", lambda source, video, frames: (len(video.keyframes), *frames))
+    report = benchmark.Report()
     benchmark.measure_long_video(ARGS, report, tmp_path / "long", num_frames=300)
     assert report.rows[0]["ratio"] == "read 4 of 300 frames from a keyframe / from the start"
     assert [clip[0] for clip in clips[:4]] == [2, 0, 2, 0] and clips[0][1:] == clips[1][1:] != clips[2][1:]

@@ -16,12 +16,11 @@ import checkpoint
 import evaluate
 import sample_gd
 from runtime import distributed
-from runtime.cli import UserError
 from runtime.untrusted import file_sha256
 from sample_folders import FEW, FRAMES, SIZE, SOURCE, read_clips, refused, run, write_samples
 from scoring import frechet, manifest, sources
 from tiny_data import make_images, make_state, save_checkpoint, write_npz
-from training import ROOT, on_two_ranks, record_calls, run_main
+from training import ROOT, error_of, on_two_ranks, record_calls, run_main
 
 
 class Detector(torch.nn.Module):
@@ -265,8 +264,7 @@ def test_an_older_manifest_is_repeated_or_refused(tmp_path):
     path.write_text(json.dumps(about))
     assert manifest.sampling_words(path) == ["--num-samples=3", "--stop-below=0"]
     path.write_text(json.dumps(about | {"generated": {}}))
-    with pytest.raises(UserError, match="m.json: lacks the flags of its samples"):
-        manifest.sampling_words(path)
+    assert "m.json: lacks the flags of its samples" in error_of(manifest.sampling_words, path)
 
 
 def test_the_commit_in_a_manifest_has_a_plus_if_files_have_changed(tmp_path, monkeypatch):

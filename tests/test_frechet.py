@@ -13,14 +13,9 @@ def normal(*shape, seed=0):
     return torch.randn(*shape, generator=torch.Generator().manual_seed(seed), dtype=torch.float64)
 
 
-def covariance(width, rank, seed):
-    factor = normal(width, rank, seed=seed)
-    return factor @ factor.T / rank
-
-
 def test_the_frechet_distance_equals_its_closed_forms():
-    cov, mean_a, mean_b, one = covariance(6, 9, 0), normal(6), normal(6, seed=1), torch.ones(1, dtype=torch.float64)
-    means = (mean_a - mean_b).square().sum().item()
+    factor, mean_a, mean_b, one = normal(6, 9), normal(6), normal(6, seed=1), torch.ones(1, dtype=torch.float64)
+    cov, means = factor @ factor.T / 9, (mean_a - mean_b).square().sum().item()
     assert frechet_distance(mean_a, cov, mean_b, cov) == pytest.approx(means, rel=1e-12)
     assert frechet_distance(mean_a, cov, mean_a, cov) == pytest.approx(0, abs=1e-12)
     assert frechet_distance(3 * one, 4 * one[None], one, 25 * one[None]) == pytest.approx((3 - 1) ** 2 + (2 - 5) ** 2)

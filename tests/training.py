@@ -227,9 +227,6 @@ def content(folder):
     return {str(path.relative_to(folder)): path.read_bytes() for path in paths}
 
 
-# Comparisons of runs --------------------------------------------------------------------------------------------------
-
-
 def differences(a, b, place="state"):
     """Return a list of the places where two states of plain values and tensors differ."""
     if type(a) is not type(b):
