@@ -47,9 +47,7 @@ def run_ranks(code, count, folder):
     """Run Python code on so many ranks. Returns what each rank wrote to its file OUT."""
     place = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(free_port()), "WORLD_SIZE": str(count)}
     files = [folder / f"{count}-{rank}.pt" for rank in range(count)]
-    ranks = [
-        python(code, RANK=str(rank), LOCAL_RANK=str(rank), OUT=str(file), **place) for rank, file in enumerate(files)
-    ]
+    ranks = [python(code, RANK=str(k), LOCAL_RANK=str(k), OUT=str(file), **place) for k, file in enumerate(files)]
     for process in ranks:
         _, err = process.communicate(timeout=120)
         assert process.returncode == 0, err

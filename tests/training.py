@@ -18,6 +18,7 @@ import sample_gd
 import train
 from process import spawn
 from runtime import distributed, runs
+from runtime.cli import UserError
 from vae import VAE
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -101,6 +102,18 @@ class Training:
                     return True
             time.sleep(0.02)
         raise AssertionError(f"step {step} did not come within {timeout} s")
+
+
+def record_calls(monkeypatch, owner, name, note):
+    """A list that gets note(*arguments) at each call of a function or method `name` of `owner`."""
+    notes, function = [], getattr(owner, name)
+
+    def recorder(*args, **kwargs):
+        notes.append(note(*args, **kwargs))
+        return function(*args, **kwargs)
+
+    monkeypatch.setattr(owner, name, recorder)
+    return notes
 
 
 @contextmanager
@@ -187,6 +200,14 @@ def refused(capsys, script, *flags, status=2, late=False):
     return line
 
 
+def error_of(function, *args, **kwargs):
+    """The message of the UserError that a call must raise, one line."""
+    with pytest.raises(UserError) as error:
+        function(*args, **kwargs)
+    assert "\n" not in str(error.value)
+    return str(error.value)
+
+
 def on_two_ranks(script, *flags, status=0):
     """Start a script of EqM by torchrun. It must end with this status. Returns its stderr."""
     command = map(str, (*TORCHRUN, ROOT / "EqM" / script, *flags))
@@ -204,9 +225,6 @@ def content(folder):
     """{relative path: bytes} of all files in a folder, without hidden ones."""
     paths = sorted(path for path in folder.rglob("[!.]*") if path.is_file())
     return {str(path.relative_to(folder)): path.read_bytes() for path in paths}
-
-
-# Comparisons of runs --------------------------------------------------------------------------------------------------
 
 
 def differences(a, b, place="state"):
