@@ -209,9 +209,6 @@ def test_a_kill_and_a_resume(training, all_ranks, check):
     check("resumed / whole", distance(killed, all_ranks), limit, f"killed after step {at}, resumed from {saved}")
 
 
-# A save ---------------------------------------------------------------------------------------------------------------
-
-
 def test_a_save(tmp_path, check):
     """A save, which overlaps training: seconds until training continues, MB, tensors that differ."""
     model = "EqM-B/2" if ON_GPU else "EqM-Ti/4"

@@ -2,7 +2,6 @@
 
 import json
 import shutil
-from pathlib import Path
 
 import numpy as np
 import pytest
@@ -19,7 +18,6 @@ from tiny_videos import write_video
 from training import run_main
 from video.files import UnreadableError
 
-ROOT = Path(train.__file__).resolve().parents[1]
 FORGED = "\nstep 9: validation loss 0.0000\n"
 ODD = "-o  'd\"d`touch hacked`$(touch hacked);[x]* %s {0} ü😀跳\x1b[31m" + FORGED
 CLASSES = ["-A" + ODD, "B '" + FORGED + "x" * 150]

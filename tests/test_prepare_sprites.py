@@ -8,9 +8,9 @@ import pytest
 from PIL import Image
 
 import prepare_sprites
-from test_moving_shapes import decode
 from test_prepare_weizmann import snapshot
-from training import run_main
+from tiny_videos import decode
+from training import refused, run_main
 from video.index import scan_videos, split_videos
 
 LAYERS = "body", "bottomwear", "topwear", "hair", "shoes"
@@ -51,10 +51,6 @@ def one_class(monkeypatch):
     monkeypatch.setattr(prepare_sprites, "FIRST_TILE", {"SpellcastRight": 39})
 
 
-def prepare(source, out, status=0):
-    run_main(prepare_sprites, "--source", source, "--out", out, status=status)
-
-
 @pytest.mark.parametrize(("name", "tiles"), [
     ("WalkLeft", [125, 118, 119, 120, 121, 122, 123, 124]),
     ("SpellcastFront", [26, 27, 28, 29, 30, 31, 30, 32]),
@@ -76,7 +72,7 @@ def test_transparent_pixels_are_blended_over_black():
 
 
 def test_the_split_is_the_published_one_and_all_clips_of_a_character_are_in_one_part(sheets, one_class, tmp_path):
-    prepare(sheets, tmp_path)
+    run_main(prepare_sprites, "--source", sheets, "--out", tmp_path)
     scan = scan_videos(str(tmp_path))
     train, val = split_videos(str(tmp_path), scan.videos, 0.5)
     assert (len(train), len(val), scan.classes) == (1000, 296, ["SpellcastRight"])
@@ -90,7 +86,7 @@ def test_the_split_is_the_published_one_and_all_clips_of_a_character_are_in_one_
     before = snapshot(tmp_path / "SpellcastRight")
     (tmp_path / "SpellcastRight/character0000.mkv").unlink()
     (tmp_path / "SpellcastRight/character0000.mkv.tmp").write_bytes(b"half")  # of a process that was killed
-    prepare(sheets, tmp_path)
+    run_main(prepare_sprites, "--source", sheets, "--out", tmp_path)
     after = snapshot(tmp_path / "SpellcastRight")
     assert [path for path in before if after[path] != before[path]] == [tmp_path / "SpellcastRight/character0000.mkv"]
     assert after.keys() == before.keys()
@@ -109,8 +105,7 @@ def test_a_missing_or_wrong_sheet_is_one_line_and_nothing_is_written(sheets, tmp
     (own / layer).unlink()
     (own / layer).write_bytes((sheets / layer).read_bytes())
     damage(own / layer)
-    prepare(own, out, status=2)
-    error = capsys.readouterr().err
+    line = refused(capsys, prepare_sprites, "--source", own, "--out", out)
     expected = "expected a sheet of 832 x 1344 px; clone the Sprites repository again"
-    assert f"--source {own}: {layer}: {reason}; {expected}" in error and error.count("\n") == 1
+    assert f"--source {own}: {layer}: {reason}; {expected}" in line
     assert not out.exists()

@@ -97,9 +97,6 @@ def test_low_precision_rounds_rotated_values_once_and_never_the_angles():
         assert torch.equal(apply_rotary(x.to(dtype), *expected), apply_rotary(x.to(dtype).float(), *expected).to(dtype))
 
 
-# Beyond the trained length --------------------------------------------------------------------------------------------
-
-
 @pytest.mark.parametrize(("method", "num_frames", "time_scale", "positions"), [
     ("linear", 16, 1 / 25, [0, 0.5, 1, 1.5]),  # twice the trained length
     ("linear", 8, 2 / 25, [0, 1]),  # the same in seconds

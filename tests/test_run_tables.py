@@ -29,9 +29,6 @@ def table_of(script, *runs):
     return {title: cells for title, *cells in rows}
 
 
-# People ---------------------------------------------------------------------------------------------------------------
-
-
 def predictions(samples_per_clip, gain):
     """A result of --metric prediction: each kind's PSNR is `gain` above 20 dB, that of moving pixels 1 dB higher."""
     found = {"clips": 64, "samples_per_clip": samples_per_clip}
@@ -85,9 +82,6 @@ def test_each_run_is_a_column_in_the_order_of_the_hours(capsys):
     assert table_of(people, "long", "short").items() >= expected.items()
     assert [run["hours"] for run in json.loads(Path("out/people.json").read_text())] == [0.5, 3]
     assert "| classifier: real clips, one person held out | 31 of 32, 96.9% (84.3 - 99.4) |" in capsys.readouterr().out
-
-
-# Sprites --------------------------------------------------------------------------------------------------------------
 
 
 def with_interval(values):

@@ -45,9 +45,6 @@ def decoded(monkeypatch):
     return paths
 
 
-# Files ----------------------------------------------------------------------------------------------------------------
-
-
 def test_a_clip_of_files_is_flipped_as_a_whole(tmp_path):
     files = open_source(write_mixed_videos(tmp_path), SIZE)
     for video in files.videos():
@@ -55,9 +52,6 @@ def test_a_clip_of_files_is_flipped_as_a_whole(tmp_path):
         assert plain.dtype == torch.uint8 and plain.shape == (3, 3, SIZE, SIZE) and plain.is_contiguous()
         assert torch.equal(flipped, plain.flip(-1)) and not torch.equal(flipped, plain)
         assert (torch.lt(*halves(plain)) & torch.gt(*halves(flipped))).all()
-
-
-# --cache-frames.
 
 
 @pytest.mark.parametrize("kind", ["videos", "images", "corrupt"])

@@ -1,24 +1,23 @@
 """The studies: a miniature of each, equal compute, reports of committed results, bad input."""
 
 import csv
+import importlib
 import json
 import math
 import re
 from argparse import Namespace
+from pathlib import Path
 
 import pytest
 from matplotlib.figure import Figure
 
 import adaptive_compute
 import arms
-import evaluate
 import given_frames
 import lab
 import long_videos
-import make_moving_shapes
 import people
 import report
-import sample_gd
 import schedule
 import seeds
 import sprites
@@ -31,10 +30,6 @@ from training import ROOT, counted_steps, refused, run_main
 TWO_ARMS = "16 fixed", "4-8-16 table"  # of one run each in the miniature
 SAMPLED = [(name, str(frames)) for name in TWO_ARMS for frames in BY_NAME[name].lengths]  # in this order
 SCRIPT = lab.script  # in a process of its own
-SCRIPTS = {
-    "EqM/train.py": train, "EqM/sample_gd.py": sample_gd, "EqM/evaluate.py": evaluate,
-    "datasets/make_moving_shapes.py": make_moving_shapes,
-}  # fmt: skip
 
 # Miniatures that are really run (killed, and by two processes at once: faults/test_study_kills.py) --------------------
 
@@ -55,7 +50,7 @@ def commands(tmp_path_factory):
             words = "EqM/train.py", *flags, "--results-dir", ROOT / "results" / variables["EXP"]
         with pytest.MonkeyPatch.context() as patch:  # the plots of scores take long, and are tested with these
             patch.setattr(Figure, "savefig", lambda figure, path, **settings: None)
-            run_main(SCRIPTS[words[0]], *words[1:])
+            run_main(importlib.import_module(Path(words[0]).stem), *words[1:])
         return 400.0 if long_videos.SHORT in words else 420.0
 
     with pytest.MonkeyPatch.context() as patch:

@@ -1,4 +1,4 @@
-"""The stream of clips, its batches, corrupt videos in it."""
+"""The stream of clips, its batches, corrupt videos in it and their count."""
 
 import struct
 import zlib
@@ -15,7 +15,7 @@ from runtime.cli import UserError
 from tiny_videos import frame_indices_of, picture, save, scribble, write_equal_videos, write_images, write_video
 from video.clips import Clips, collate, rank_batches
 from video.files import UnreadableError, Video
-from video.index import CorruptDataError, Scan
+from video.index import CorruptDataError, CorruptVideos, Scan
 from video.source import Source, open_source
 
 SIZE = 32  # px, of clips from files
@@ -210,7 +210,16 @@ def test_a_corrupt_image_is_named_replaced_and_counted(tmp_path, damage, suffix)
     check_replacements(clips, 12, name)
 
 
-# Batches --------------------------------------------------------------------------------------------------------------
+def test_corrupt_videos_are_named_once_and_one_is_always_allowed():
+    bad_videos = CorruptVideos(Scan([None] * 297, [], ["a", "b", "c"]), 0.01)
+    assert bad_videos.add(["a", "b", "a"]) == ["a", "b"]
+    assert bad_videos.add(["b", "c"]) == ["c"] and bad_videos.add([]) == [] and bad_videos.count == 3
+    with pytest.raises(CorruptDataError, match="0.01: 8 of 300 files are corrupt, .* 3: d, e, f and 2 more; .*move"):
+        bad_videos.add("defgh")
+    bad_videos = CorruptVideos(Scan([None] * 2, [], []), 0.0, known=["a"])
+    assert bad_videos.add(["a"]) == [] and str(bad_videos) == "corrupt so far: 1 of 2"
+    with pytest.raises(CorruptDataError, match="--max-bad-fraction"):
+        bad_videos.add(["b"])
 
 
 @pytest.mark.parametrize(("world_size", "micro_batches"), [(1, 1), (2, 1), (3, 2), (4, 3), (12, 1)])

@@ -1,4 +1,4 @@
-"""Scans, their index, splits and the count of corrupt videos."""
+"""Scans, their index and splits."""
 
 import json
 import os
@@ -15,16 +15,7 @@ import tiny_videos as tiny
 from runtime.cli import UserError
 from training import no_space, run_main
 from video.files import Video
-from video.index import (
-    CorruptDataError,
-    CorruptVideos,
-    Scan,
-    find_data,
-    index_place,
-    save_index,
-    scan_videos,
-    split_videos,
-)
+from video.index import find_data, index_place, save_index, scan_videos, split_videos
 from video.inputs import find_clips
 from video.source import Files, check_data_path, open_source
 
@@ -237,21 +228,6 @@ def test_the_data_of_training_are_long_enough_and_short_videos_counted(root):
         assert data.train[num_frames] == [video for video in train if video.num_frames >= num_frames]
     assert list(data.val) == [4, 8, 20] and data.val[8] == [video for video in val if video.num_frames >= 8]
     assert data.num_too_short == 1 and data.spare(21) == [video for video in train if video.num_frames == 40]
-
-
-# What a user can get wrong --------------------------------------------------------------------------------------------
-
-
-def test_corrupt_videos_are_named_once_and_one_is_always_allowed():
-    bad_videos = CorruptVideos(Scan([None] * 297, [], ["a", "b", "c"]), 0.01)
-    assert bad_videos.add(["a", "b", "a"]) == ["a", "b"]
-    assert bad_videos.add(["b", "c"]) == ["c"] and bad_videos.add([]) == [] and bad_videos.count == 3
-    with pytest.raises(CorruptDataError, match="0.01: 8 of 300 files are corrupt, .* 3: d, e, f and 2 more; .*move"):
-        bad_videos.add("defgh")
-    bad_videos = CorruptVideos(Scan([None] * 2, [], []), 0.0, known=["a"])
-    assert bad_videos.add(["a"]) == [] and str(bad_videos) == "corrupt so far: 1 of 2"
-    with pytest.raises(CorruptDataError, match="--max-bad-fraction"):
-        bad_videos.add(["b"])
 
 
 def test_a_folder_that_cannot_be_read_is_one_line_also_for_samplers(root, monkeypatch):
