@@ -111,10 +111,9 @@ VIDEO, SPACE = {"num_frames": 10}, {"num_frames": 10, "use_rope": True, "positio
 IMAGE = {"num_frames": 1, "temporal_patch_size": 1}
 
 
-@pytest.mark.parametrize(
-    ("size", "side", "kind"),
-    [("Ti", 3, VIDEO), ("L", 3, VIDEO), ("S", 5, IMAGE), ("S", 5, SPACE), ("S", 3, SPACE), ("S", 5, IMAGE | SPACE)],
-)
+@pytest.mark.parametrize(("size", "side", "kind"), [
+    ("Ti", 3, VIDEO), ("L", 3, VIDEO), ("S", 5, IMAGE), ("S", 5, SPACE), ("S", 3, SPACE), ("S", 5, IMAGE | SPACE)
+])  # fmt: skip
 def test_the_position_table_equals_a_naive_one_and_has_distinct_rows(size, side, kind):
     config = model_config(f"EqM-{size}/4", input_size=4 * side, in_channels=3, **kind)
     table, D = position_table(config), config.hidden_size

@@ -33,12 +33,8 @@ COPIES = {aten.copy_.default: 1, aten._to_copy.default: 0}  # and the place of t
 FUSED = aten._fused_adamw_.default, aten._fused_adamw_.tensor_lr  # their kernels take no scalar from the CPU
 
 
-class WrongDevice(Exception):  # noqa: N818 (as the errors of the project)
-    """An operation has tensors on two devices."""
-
-
 class OneDevice(TorchDispatchMode):
-    """Raises WrongDevice for an operation on tensors of two devices; `waits` names those that wait for the GPU."""
+    """Fails the test at an operation on tensors of two devices; `waits` names operations that wait for the GPU."""
 
     def __init__(self):
         super().__init__()
@@ -51,7 +47,7 @@ class OneDevice(TorchDispatchMode):
         tensors = [leaf for leaf in tree_leaves((args, kwargs)) if torch.is_tensor(leaf)]
         devices = {part.device for part in tensors if part.dim() or on_gpu(part) or function in FUSED}
         if len(devices) > 1:
-            raise WrongDevice(f"{function}: {', '.join(f'{part.device.type} {tuple(part.shape)}' for part in tensors)}")
+            pytest.fail(f"{function}: {', '.join(f'{part.device.type} {tuple(part.shape)}' for part in tensors)}")
         if function is aten._local_scalar_dense.default and on_gpu(args[0]):  # item(), float(), bool(), tolist()
             self.waits.append(function)
             return torch.ones((), dtype=args[0].dtype).item()

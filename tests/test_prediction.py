@@ -18,14 +18,9 @@ from test_shapes import noisy
 from tiny_data import write_npz
 
 
-def gradient(num_frames=6, size=16):
-    """A clip whose frame t has the level 10 t plus a slope."""
-    levels = 10 * np.arange(num_frames)[:, None, None, None] + 4 * np.arange(size)[:, None]
-    return np.broadcast_to(levels, (num_frames, size, size, 3)).astype(np.uint8)
-
-
 def test_prediction_scores_equal_their_definitions():
-    real = gradient()
+    levels = 10 * np.arange(6)[:, None, None, None] + 4 * np.arange(16)[:, None]  # frame t: 10 t plus a slope
+    real = np.broadcast_to(levels, (6, 16, 16, 3)).astype(np.uint8)
     samples = np.stack([noisy(real, 8, seed) for seed in range(3)])
     scores, baselines = prediction.score_clip(real, samples, given=(1, 4))
     assert scores.shape == (3, 3, 4) and baselines.keys() == {"repeated", "average"}  # the true motion is not known

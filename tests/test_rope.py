@@ -37,10 +37,9 @@ def naive_rotation(x, grid, time_scale, channels, theta, speed=0.0):
 
 
 @pytest.mark.parametrize(("stretch", "speed"), [(1.0, 0.0), (1.0, 0.5), (2.5, 2.0)])
-@pytest.mark.parametrize(
-    ("head_dim", "split", "channels"),
-    [(64, "", (20, 20, 20)), (10, "", (2, 2, 2)), (32, "16,8,8", (16, 8, 8)), (32, "2,14,4", (2, 14, 4))],
-)
+@pytest.mark.parametrize(("head_dim", "split", "channels"), [
+    (64, "", (20, 20, 20)), (10, "", (2, 2, 2)), (32, "16,8,8", (16, 8, 8)), (32, "2,14,4", (2, 14, 4))
+])  # fmt: skip
 def test_rotary_pairs_turn_like_complex_numbers_and_other_channels_stay(head_dim, split, channels, stretch, speed):
     time_scale, grid, x = torch.tensor([1 / 25, 0.1]), (2, 2, 3), torch.randn(2, 1, 12, head_dim)
     settings = {"theta": 100.0} if split else {}  # by default 10,000

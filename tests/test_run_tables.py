@@ -84,10 +84,6 @@ def test_each_run_is_a_column_in_the_order_of_the_hours(capsys):
     assert "| classifier: real clips, one person held out | 31 of 32, 96.9% (84.3 - 99.4) |" in capsys.readouterr().out
 
 
-def with_interval(values):
-    return values | {f"{name}_interval95": [share - 0.125, share + 0.0625] for name, share in values.items()}
-
-
 def write_sprites(name, hours=2, seed=0, valid=0.5, vae=None):
     rows = [{"step": 1, "val_psnr": 20.0}, {"step": 2, "val_psnr": 35.25}]
     write_lines(Path(vae).parent / "metrics.jsonl" if vae else f"results/{name}/000-VAE-64px/metrics.jsonl", *rows)
@@ -98,7 +94,8 @@ def write_sprites(name, hours=2, seed=0, valid=0.5, vae=None):
     judged["H(y)"] = 2.1972
     classifier = {"real": judged, "samples": judged | {"clips": 2592, "right": 2590, "IS": 8.875}}
     shares = {name: 0.5 for name in sprites.SHARES} | {"valid": valid, "true_attributes": 0.75, "true_clip": 0.625}
-    census = with_interval(shares) | {"held_out_expected": 0.228, "characters": 1100, "characters_expected": 1111.4}
+    census = shares | {f"{name}_interval95": [share - 0.125, share + 0.0625] for name, share in shares.items()}
+    census |= {"held_out_expected": 0.228, "characters": 1100, "characters_expected": 1111.4}
     census |= {"rmse": 4.5, "rmse_interval95": [4.0, 5.0], "rmse_real": 3.25, "samples": {"valid": [True]}}
     census |= {"failures": {"attribute": 1, "pose": 2, "margin": 3, "rmse": 4}, "limits": {"margin": 0.5, "rmse": 9.0}}
     predicted = {"psnr": 28.5, "psnr_interval95": [28.0, 29.0], "psnr_repeated": 20.0, "psnr_by_frame": {"mean": [1]}}

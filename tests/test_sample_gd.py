@@ -2,7 +2,6 @@
 
 import json
 import shutil
-import time
 from dataclasses import replace
 from types import SimpleNamespace
 
@@ -14,6 +13,7 @@ import gallery
 import picture
 import sample_gd
 import train
+from faults import wait_until
 from generation import SAMPLER, generate
 from process import spawn
 from published import write_export
@@ -93,9 +93,7 @@ def test_a_kill_leaves_no_half_file_and_the_next_call_cleans_up(places, tmp_path
     flags = ["--ckpt", places / "pixels.pt", "--video", *FEW_STEPS, "--folder", tmp_path / "s", "--num-frames", 4000]
     process = spawn(*PYTHON, ROOT / "EqM/sample_gd.py", *flags)  # endless
     try:
-        while process.poll() is None and not (tmp_path / "s/samples.unfinished").exists():
-            time.sleep(0.001)
-        assert process.poll() is None, "it ended before it began to write"
+        wait_until((tmp_path / "s/samples.unfinished").exists, process)
     finally:
         process.kill()
         process.wait()

@@ -81,10 +81,6 @@ def saved(training, name):
     return state, state.pop("config")
 
 
-def flops_of(config, batch, frames):
-    return batch * EqMConfig(**config["model"]).training_flops(frames)
-
-
 def test_a_schedule_equals_a_chain_of_runs_bit_for_bit_even_if_stopped(shapes, tmp_path):
     ckpt, chain = [], []
     for frames, steps, batch in PHASES:  # separate runs
@@ -102,7 +98,8 @@ def test_a_schedule_equals_a_chain_of_runs_bit_for_bit_even_if_stopped(shapes, t
     for phase, (frames, last_step, batch) in zip(chain, PHASES, strict=True):
         (alone, config), (state, scheduled) = (saved(run, f"{last_step:07d}.pt") for run in (phase, training))
         assert config["training"]["num_frames"] == scheduled["training"]["num_frames"] == frames
-        flops = (last_step - alone["phase"]["first_step"]) * flops_of(config, batch, frames)
+        clips = (last_step - alone["phase"]["first_step"]) * batch
+        flops = clips * EqMConfig(**config["model"]).training_flops(frames)
         total += flops
         assert (alone["phase"].pop("flops"), state["phase"].pop("flops")) == (flops, total)
         assert differences(alone, state) == []
@@ -110,8 +107,7 @@ def test_a_schedule_equals_a_chain_of_runs_bit_for_bit_even_if_stopped(shapes, t
 
 
 def test_a_run_beyond_the_end_of_its_phase_continues_with_the_next(shapes, tmp_path):
-    """For example after a resume with a schedule whose first phase is shorter."""
-    for schedule, stop in (("4:6:2,8:8:2", 4), ("4:3:2,8:8:2", None)):
+    for schedule, stop in (("4:6:2,8:8:2", 4), ("4:3:2,8:8:2", None)):  # resumed with a shorter first phase
         training = run_schedule(schedule, shapes, tmp_path / "r", stops=[stop])
     state, _ = saved(training, "latest.pt")
     assert (state["step"], state["phase"]["first_step"]) == (8, 4)
@@ -129,6 +125,6 @@ def test_phase_ends_are_kept_and_mix_also_trains_on_shorter_clips(shapes, tmp_pa
     assert {"0000003.pt", "0000005.pt", "0000007.pt"} <= names and "0000001.pt" not in names
     _, config = saved(training, "latest.pt")
     for row, frames in zip(training.rows(), expected, strict=True):
-        total += flops_of(config, 2, frames)
+        total += 2 * EqMConfig(**config["model"]).training_flops(frames)
         assert row["flops"] == total
     assert len(set(expected[3:5])) + len(set(expected[5:])) > 2  # some are mixed

@@ -211,19 +211,16 @@ def make_run(root, frames, *names):
     return folder
 
 
-@pytest.mark.parametrize(
-    ("runs", "calls"),  # {frames: checkpoints}; frames, --resume and --ckpt of each phase that the script starts
-    [
-        ({}, [(4, False)]),
-        ({4: []}, [(4, True)]),
-        ({4: ["0000050"]}, [(4, True), (8, False, 4, "0000050")]),
-        ({4: ["0000050"], 8: []}, [(4, True), (8, True, 4, "0000050")]),
-        ({4: ["0000050"], 8: ["latest"]}, [(8, True, 4, "0000050")]),
-        ({4: [], 8: ["0000090"]}, [(8, True, 8, "0000090"), (16, False, 8, "0000090")]),
-        ({8: ["best"]}, [(8, True, 8, "best")]),
-        ({4: ["0000050"], 16: ["best", "latest"]}, [(16, True, 16, "latest")]),
-    ],
-)
+@pytest.mark.parametrize(("runs", "calls"), [  # {frames: checkpoints}; frames, --resume, --ckpt of each phase it starts
+    ({}, [(4, False)]),
+    ({4: []}, [(4, True)]),
+    ({4: ["0000050"]}, [(4, True), (8, False, 4, "0000050")]),
+    ({4: ["0000050"], 8: []}, [(4, True), (8, True, 4, "0000050")]),
+    ({4: ["0000050"], 8: ["latest"]}, [(8, True, 4, "0000050")]),
+    ({4: [], 8: ["0000090"]}, [(8, True, 8, "0000090"), (16, False, 8, "0000090")]),
+    ({8: ["best"]}, [(8, True, 8, "best")]),
+    ({4: ["0000050"], 16: ["best", "latest"]}, [(16, True, 16, "latest")]),
+])  # fmt: skip
 def test_train_progressive_repeats_no_phase_before_one_with_checkpoints(runs, calls, recorded, tmp_path):
     for frames, names in runs.items():
         make_run(tmp_path, frames, *names)

@@ -76,11 +76,10 @@ def test_defaults_of_train_py_for_the_published_recipe_equal_the_paper(monkeypat
 MANY = "--video --num-frames 6 --use-rope --position-table space --rope-speed 0.5 --ebm dot --disp --qk-norm"
 
 
-@pytest.mark.parametrize(
-    ("flags", "expected"),
-    [("--ebm l2 --precision bf16", ("l2", 1, "none")), ("--use-rope --disp --grad-accum 2", ("none", 1, "none")),
-     (MANY, ("dot", 4, "space"))],
-)  # fmt: skip
+@pytest.mark.parametrize(("flags", "expected"), [
+    ("--ebm l2 --precision bf16", ("l2", 1, "none")), ("--use-rope --disp --grad-accum 2", ("none", 1, "none")),
+    (MANY, ("dot", 4, "space")),
+])  # fmt: skip
 def test_every_kind_of_training_learns(flags, expected, videos, tmp_path):
     data = videos if "--video" in flags else make_images(tmp_path / "data", 8)
     shared = [*IMAGES, "--data-path", data, "--global-batch-size", 8, "--lr", 3e-3, *flags.split()]

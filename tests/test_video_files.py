@@ -57,16 +57,10 @@ LONG = {
 }
 
 
-@pytest.fixture
-def decoded(monkeypatch):
-    """A list with an item for each frame that PyAV decodes from here on."""
-    found, decode_from = [], files.decode_from
-    monkeypatch.setattr(files, "decode_from", lambda *args: (found.append(1) or frame for frame in decode_from(*args)))
-    return found
-
-
 @pytest.mark.parametrize("name", LONG)
-def test_a_clip_is_decoded_from_the_keyframe_before_it_to_the_same_bits(tmp_path, monkeypatch, decoded, name):
+def test_a_clip_is_decoded_from_the_keyframe_before_it_to_the_same_bits(tmp_path, monkeypatch, name):
+    seen, decode_from = [], files.decode_from  # an item for each frame that PyAV decodes
+    monkeypatch.setattr(files, "decode_from", lambda *args: (seen.append(1) or frame for frame in decode_from(*args)))
     write_video(tmp_path / name, 45, noise=200, **LONG[name])
     video = scan_videos(tmp_path).videos[0]
     assert len(video.keyframes) >= 3 and video.num_frames == 45 and video.varies == ("variable" in name)
@@ -75,10 +69,10 @@ def test_a_clip_is_decoded_from_the_keyframe_before_it_to_the_same_bits(tmp_path
         assert (halves(expected[..., 0])[0] - 4 * torch.arange(45)).abs().max() < 4  # frame k is frame k
         monkeypatch.setattr(decord, "VideoReader", lambda *_, **__: pytest.fail("decord decodes"))
     for start in range(video.keyframes[1][0], 43):  # before, decord decodes
-        decoded.clear()
+        seen.clear()
         assert np.array_equal(read_frames(tmp_path, video, [start, start + 2]), expected[[start, start + 2]])
         distance = start - max(number for number, _, _ in video.keyframes if number <= start)
-        assert 0 < len(decoded) <= 3 + distance or video.varies
+        assert 0 < len(seen) <= 3 + distance or video.varies
 
 
 def test_all_frames_of_a_file_that_decord_refuses_are_decoded_with_pyav(tmp_path):
