@@ -132,8 +132,8 @@ def test_wandb_gets_config_and_scalars_and_a_resumed_run_keeps_its_id(tmp_path, 
 # StepStats ------------------------------------------------------------------------------------------------------------
 
 
-def fill(values, skipped=None, earlier=None):
-    stats = StepStats(earlier)
+def fill(values, skipped=None):
+    stats = StepStats()
     for number, value in enumerate(values):
         scalars = {"train_loss": torch.tensor(value), "grad_norm": torch.tensor(2 * value)}
         if skipped:
@@ -181,17 +181,6 @@ def test_the_bar_shows_the_statistics_of_the_device(monkeypatch):
     assert stats == {"mfu": 400 / 989, "gpu_memory_gb": 31.2}
     assert bar_text(row | stats) == "loss 1.250, 80.0 clips/s, 400 TFLOP/s, 40% MFU, 31.2 GB"
     assert device_stats(torch.device("cuda", 0), "fp32", 40.0) == {"gpu_memory_gb": 31.2}
-
-
-def test_an_interruption_does_not_change_the_means():
-    values = torch.rand(7, generator=torch.Generator().manual_seed(0)).tolist()
-    uninterrupted = fill(values).summary(step=7, global_batch=8)
-    second = fill(values[3:], earlier=fill(values[:3]).averaged(step=3))
-    assert len(second) == 7
-    end = StepStats(second.averaged(step=7))  # interrupted at the very end
-    for parts in (second, end):
-        means = parts.summary(step=7, global_batch=8)
-        assert all(means[name] == uninterrupted[name] for name in ("train_loss", "grad_norm"))
 
 
 @pytest.mark.parametrize("value", [float("nan"), -float("inf")])

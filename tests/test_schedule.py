@@ -7,7 +7,7 @@ import torch
 
 from models import EqMConfig
 from runtime.cli import UserError
-from schedule import Phase, current_phase, fill_batches, frames_of_steps, is_due, parse_schedule
+from schedule import Phase, fill_batches, frames_of_steps, is_due, parse_schedule
 from training import TINY, Training, differences, run_here
 
 
@@ -33,11 +33,6 @@ def test_phases_without_a_batch_size_keep_the_tokens_per_step():
     for text in ("4:10,12:20", "4:10:3", "4:10,8:20,16:30:5"):
         with pytest.raises(UserError, match="clips per step; expected a multiple of 4"):
             fill_batches(parse_schedule(text), 32, tokens=lambda n: n, parts=4)
-
-
-def test_a_checkpoint_continues_in_the_phase_of_its_next_step():
-    phases = parse_schedule("4:10,8:20,16:30")
-    assert [current_phase(phases, step).num_frames for step in (0, 9, 10, 19, 20, 29)] == [4, 4, 8, 8, 16, 16]
 
 
 def test_a_share_of_the_later_steps_has_the_frames_of_an_earlier_phase():

@@ -136,9 +136,6 @@ def test_a_study_starts_no_run_that_exceeds_its_minutes(tmp_path, capsys):
     assert not list(tmp_path.glob("study/*/train.log"))
 
 
-# Equal compute --------------------------------------------------------------------------------------------------------
-
-
 def a_study(out, only=None):
     args = {"out": out, "data_path": None, "only": only, "miniature": False, "compile": False}
     return study.Study(Namespace(**args))
@@ -233,9 +230,6 @@ def test_a_report_shows_missing_and_diverged_runs(some_rows):
     assert "Direction accuracy (0 to 1), 16 rotary minus 16 fixed: not run yet." in text
     assert "| 4-8-16 | 100 | - | - | - |" in text and "4-8-16 moving: not run yet." in text
     assert not list(some_rows.glob("figures/*"))
-
-
-# Bad input ------------------------------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize(("old", "new", "words"), [

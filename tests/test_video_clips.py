@@ -107,13 +107,6 @@ def test_an_epoch_shows_every_video_once_and_streams_and_seeds_differ():
         assert others[0] != videos and others[1] != frames
 
 
-def test_a_sample_does_not_depend_on_what_was_read_before():
-    clips = make_clips(frame_interval=(1, 3), flip=True)
-    for index in (7, 3, 12, 0, 7, 4):
-        sample, alone = clips[index], make_clips(frame_interval=(1, 3), flip=True)[index]
-        assert torch.equal(sample.pop("clip"), alone.pop("clip")) and sample == alone
-
-
 # Corrupt videos -------------------------------------------------------------------------------------------------------
 
 

@@ -124,10 +124,8 @@ def test_only_new_and_changed_files_are_opened_and_missing_ones_dropped(root, ru
     assert "two" not in index_place(root, runs).read_text()
 
 
-TORN = ["", '{"format": 1, "v', "[]", {"num_frames": "9"}, {"num_frames": 0}, {"more": 1}, 2]
-
-
-@pytest.mark.parametrize("text", TORN)  # dict: fields of a video; 2: the format without keyframes
+# dict: fields of a video; 2: the format without keyframes
+@pytest.mark.parametrize("text", ["", '{"format": 1, "v', "[]", {"num_frames": "9"}, {"num_frames": 0}, {"more": 1}, 2])
 def test_a_torn_or_foreign_index_is_built_again_and_reported(root, runs, capsys, text):
     scan, place = scan_videos(root, runs), index_place(root, runs)
     content = json.loads(place.read_text())
