@@ -6,7 +6,7 @@ import pytest
 import augment
 from test_moving_shapes import decode
 from tiny_videos import write_video
-from training import no_space, refused, run_main
+from training import no_space, run_main
 from video.index import scan_videos, split_videos
 
 
@@ -63,12 +63,3 @@ def test_a_full_disk_leaves_no_data_set_and_the_next_run_completes_it(data, larg
     run_main(augment, "--data-path", data, "--out", tmp_path / "out", "--copies", 2)
     assert {path.name for path in (tmp_path / "out").rglob("*.*")} == {path.name for path in larger.rglob("*.*")}
     assert [path.name for path in tmp_path.iterdir()] == ["out"]
-
-
-def test_what_is_wrong_is_one_line(data, larger, tmp_path, capsys):
-    for flags, line in (
-        (["--data-path", "nowhere", "--out", tmp_path], "--data-path nowhere: no such folder"),
-        (["--data-path", data, "--out", data], "the same as --data-path"),
-        (["--data-path", data, "--out", larger, "--copies", 1], "copy2.mkv, which does not belong to this data set"),
-    ):
-        assert line in refused(capsys, augment, *flags)

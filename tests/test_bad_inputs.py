@@ -4,6 +4,7 @@ The commands run in this process, for speed; test_sample_gd.py runs a wrong one 
 """
 
 import importlib
+import json
 import os
 import pickle
 import shlex
@@ -18,6 +19,7 @@ import torch
 import checkpoint
 import published
 from runtime import cli, distributed
+from scoring import manifest
 from test_gallery import make_samples as make_shown
 from test_plot_metrics import make_run
 from tiny_data import Code, make_images, make_latents, make_samples, make_vae, save_checkpoint
@@ -38,17 +40,24 @@ COMMANDS = {  # what is right; a case adds to it what is wrong
     "sample images": "sample_gd --ckpt image.pt --folder new",
     "cache": "cache_latents --data-path videos --vae vae --image-size 16 --out new",
     "evaluate": "evaluate --metric=motion --samples=samples --data-path videos --out new.json",
+    "evaluate without --samples": "evaluate --data-path videos --out new.json",
+    "evaluate without --data-path": "evaluate --samples=samples --out new.json",
+    "fvd": "evaluate --metric=fvd --samples=samples --data-path videos --out new.json",
+    "consistency": "evaluate --metric=consistency --samples=samples --data-path videos --out new.json",
+    "slow samples": "evaluate --metric=motion --samples=slow --data-path videos --out new.json",
+    "repeat": "evaluate --manifest m.json --out new.json",
     "export": "export",
     "shapes": "make_moving_shapes --out new",
     "train_vae": "train_vae --data-path videos --image-size 16 --downsample 4 --widths 8 8 8 " + STEPS,
     "check": "check --num-frames 8 --model EqM-Ti/4 --global-batch-size 2 " + PIXELS,
+    "augment": "augment --data-path videos --out new",
     "study": "study --out new",
     "gallery": "gallery",
     "picture": "picture --out new.png",
     "plot": "plot_metrics --out new/loss.png",
     "plot without --out": "plot_metrics",
 }
-# The line must have the first flag and, after =>, other words; without =>, all values of the flags.
+# The line must have the first flag, if there is one, and, after =>, other words; without =>, all values of the flags.
 CASES = {
     "train": """
         --num-frames many | --num-frames '' | --num-frames {digits} | --num-frames 1000000000 | --model EqM-Q/4
@@ -134,13 +143,16 @@ CASES = {
     "train latents": """
         --image-size 32 | --vae mse | --vae none
         --data-path partial => not complete
+        --data-path later-cache => its latents.json is damaged (format 2, this code reads 1
+        --data-path no-paths | --data-path not-json => its latents.json is damaged
+        --data-path no-format => its latents.json is damaged ('format'
         --vae vae --data-path pixels => was made with none
         --data-path lost --vae vae => run cache_latents.py again""",
     "sample": """
         --rope-scale yarn | --rope-scale ntk | --fps nan | --vae no/such/vae | --given no/such.mp4 | --init no/such.mp4
         --num-frames 3 | --num-classes 101 | --image-size 32 | --classes 2 | --classes A Kayaking | --given ''
         --given x --folder x | --init-gamma 0.5 | --ckpt pipe | --ckpt cut-export | --ckpt code.pt
-        --ckpt wide-export | --ckpt stepless-export
+        --ckpt wide-export | --ckpt stepless-export | --weak-ckpt no/such.pt | --overlap 0
         --ckpt later-export => format version 2
         --folder=a b --video => b: unexpected argument
         --num-samples 2000000000 | --num-frames 1000000000 | --fps 1e300 => at most
@@ -152,15 +164,12 @@ CASES = {
         --folder mine => 000000.mp4 was not made by sample_gd.py; name a new folder
         --num-sampling-steps 1 => at least 2
         --stepsize 1e-12 => larger steps
-        --ckpt image.pt => holds an image model
-        --weak-ckpt no/such.pt
-        --weak-ckpt image.pt => holds an image model
+        --ckpt image.pt | --weak-ckpt image.pt => holds an image model
         --weak-ckpt fixed.pt --num-frames 16 => tied to num_frames 8
         --report-energy => without an energy
         --use-rope --ckpt fixed.pt => cannot be converted
         --given-frames 0-3 | --given-split val | --samples-per-clip 2 => applies to clips of --given
         --no-keep-background => applies to clips of --given
-        --overlap 0
         --window 3 --num-frames 20 => --window 3: a temporal patch
         --overlap 8 --window 8 --num-frames 20 => --overlap 8: leaves no new frame
         --init videos --window 8 --num-frames 20 => windows of 8; remove it
@@ -171,6 +180,8 @@ CASES = {
         --given videos --init videos => but --init changes all
         --given no/such.png => no such file or folder
         --given file | --given empty => no video or image
+        --given gray => damaged
+        --given bare/samples.npz => no samples.json in it
         --given bad/B/y.mp4 | --given text.png => can't be decoded
         --given videos/A --folder videos/A | --init videos/A/a.avi --folder videos/A => in --folder videos/A
         --given-frames 3-1 => such as 0-3,12-15
@@ -196,7 +207,36 @@ CASES = {
         --out piped => --out piped; latents.json is damaged""",
     "evaluate": """
         --samples empty | --data-path no/such | --metric beauty
-        --samples code-samples => not a plain array""",
+        --samples code-samples => not a plain array of clips of one size
+        --samples bare => no samples.json in it; expected a sample folder
+        --samples cut-samples => zip
+        --samples image-samples => holds images
+        --samples floats | --samples no-clips | --samples no-frames | --samples no-rows | --samples gray => damaged
+        --samples label-99 => up to label 99
+        --detector x => for --metric motion; remove
+        --num-real 1 => at least 2
+        --metric prediction --num-real 3 => --num-real; prediction chooses its real clips
+        --metric nearest --split val | --metric census --split val => --split; chooses its real clips
+        --metric nearest --vae v => needs no VAE
+        --out file/a.json | --cache file/a => is not a writable folder
+        --out empty => a folder
+        --data-path empty => no videos found
+        --data-path cache => a latent cache; name the folder of its videos
+        => --data-path videos; is for Moving Shapes""",
+    "evaluate without --samples": "=> --samples: not given",
+    "evaluate without --data-path": "=> --data-path: not given",
+    "fvd": """
+        => --detector; --metric fvd
+        --detector no/such | --detector empty | --detector code.pt | --detector pickle.pt => i3d_torchscript.pt""",
+    "consistency": """
+        --samples one-clip => has 1 clip,
+        => --samples samples; does not say the temporal_patch_size""",
+    "slow samples": "=> --split val has 10 frames; expected at least 25",
+    "repeat": """
+        --num-real 96 | --seed 0 => --manifest m.json
+        --samples samples samples => scores one folder
+        --manifest cache/latents.json => has format 1
+        --manifest no/such.json | --manifest list.json => can't be read""",
     "export": """
         no/such.pt new => no such file
         rope.pt => DIR
@@ -223,6 +263,10 @@ CASES = {
         videos --val-fraction 0 => got 0, expected a number above 0 and at most 1
         videos --out x.txt => --out x.txt: not a picture; expected a name that ends in .png
         videos --out no/such/x.png => --out no/such/x.png: expected a file in a folder that exists""",
+    "augment": """
+        --data-path no/such => no such folder
+        --out videos => the same as --data-path
+        --out larger --copies 1 => a-copy2.mkv, which does not belong to this data set""",
     "study": """
         --minutes 0
         --only A E => argument --only: invalid choice: 'E' (choose from 'A', 'B', 'C', '16 fixed',
@@ -262,49 +306,52 @@ def cases():
     """Yield (command, flags, words that the line must have) of each case."""
     for command, table in CASES.items():
         for row in table.strip().splitlines():
-            left, arrow, words = row.strip().partition(" => ")
-            for flags in left.split(" | "):
+            left, arrow, words = row.partition("=> ")
+            for flags in left.strip().split(" | "):
                 own = shlex.split(flags.replace("=", " "))
                 words_of_row = words.split("; ") if arrow else [word for word in own if word[:1] not in ("-", "{")]
                 named = [word for word in own[:1] if word[:1] == "-" and "argument" not in words]
                 yield pytest.param(command, flags, [*named, *words_of_row], id=f"{command} {flags}")
 
 
+TEXTS = {  # file: all that is in it
+    "file": "", "text.png": "hello", "list.json": "[1, 2]", "bad/A/x.avi": "no video", "bad/B/y.mp4": "no video",
+    "broken/a.avi": "RIFF and no more", "broken/b.mp4": "RIFF and no more", "no-format/latents.json": "{}",
+    "not-json/latents.json": "[", "m.json": json.dumps({"format": manifest.FORMAT, "flags": {}}),
+    **dict.fromkeys((
+        "begun/samples.unfinished", "mine/000000.mp4", "larger/A/a-copy2.mkv", "twins/A/x.avi", "twins/A/x.m4v",
+        "mixed/A/x.avi", "mixed/y.avi", "nameless/none/x.avi", "nameless/A/y.avi", "deep/test/A/x.avi",
+        "deep/train/A/x.avi", "deep/train/B/y.m4v", "deep/train/x/A/x.png",
+    ), ""),
+}  # fmt: skip
+VARIANTS = {  # folder: (the folder it is a copy of, a file, a text in the file, what replaces the text)
+    "slow": ("samples", "samples.json", "0.04", "0.48"),
+    "lost": ("cache", "latents.json", '"ema"', '"vae"'),
+    "pixels": ("cache", "latents.json", '"ema"', '"none"'),
+    "later-cache": ("cache", "latents.json", '"format": 1', '"format": 2'),
+    "no-paths": ("cache", "latents.json", '"path"', '"place"'),
+    "wide-export": ("shared", "config.json", '"hidden_size": 192', '"hidden_size": 96'),
+    "stepless-export": ("shared", "config.json", '"step"', '"steps"'),
+    "later-export": ("shared", "config.json", '"version": 1', '"version": 2'),
+}
+
+
 @pytest.fixture(scope="module")
 def world(tmp_path_factory):
     """A folder with all that the cases name; every test leaves it as it is."""
     root = tmp_path_factory.mktemp("world")
+
+    def copy(folder, name):
+        return shutil.copytree(root / folder, root / name)
+
     names = ("videos/A/a", "videos/A/b", "videos/B/c", "videos/B/d", "one/A/a", *(f"long/A/{x * 245}" for x in "ab"))
     for name in names:
         write_video(root / f"{name}.avi", 10, size=(16, 16))
-    for name in (
-        "twins/A/x.avi", "twins/A/x.m4v", "mixed/A/x.avi", "mixed/y.avi", "nameless/none/x.avi", "nameless/A/y.avi",
-        "deep/test/A/x.avi", "deep/train/A/x.avi", "deep/train/B/y.m4v", "deep/train/x/A/x.png",
-    ):  # fmt: skip
-        (root / name).parent.mkdir(parents=True, exist_ok=True)
-        (root / name).touch()
-    for folder in ("broken", "cache", "partial", "lost", "pixels", "piped", "empty", "samples", "code-samples"):
-        (root / folder).mkdir()
-    shutil.copytree(root / "videos", root / "bad")
-    for name in ("bad/A/x.avi", "bad/B/y.mp4"):
-        (root / name).write_text("no video")
-    for name in ("a.avi", "b.mp4"):
-        (root / "broken" / name).write_bytes(b"RIFF and no more")
+    copy("videos", "bad"), copy("videos", "larger")
     make_images(root / "images", 4)
     make_vae(root / "vae")
     (make_vae(root / "code-vae") / "diffusion_pytorch_model.safetensors").unlink()
     torch.save({"decoder.conv_out.bias": Code()}, root / "code-vae/diffusion_pytorch_model.bin")
-    for folder in ("cache", "partial", "lost", "pixels"):
-        make_latents(root / folder)
-    make_samples(root / "samples")
-    make_samples(root / "code-samples")
-    np.savez(root / "code-samples/samples.npz", arr_0=np.array([Code(), Code()]), labels=np.zeros(2, np.int64))
-    (root / "partial/latents.json").rename(root / "partial/latents.partial.json")
-    text = (root / "lost/latents.json").read_text()
-    (root / "lost/latents.json").write_text(text.replace('"ema"', '"vae"'))
-    (root / "pixels/latents.json").write_text(text.replace('"ema"', '"none"'))
-    (root / "lost/A/a.safetensors").unlink()
-    os.mkfifo(root / "piped/latents.json")
     rope = save_checkpoint(root / "rope.pt", use_rope=True, num_frames=4)
     save_checkpoint(root / "table.pt", use_rope=True, num_frames=4, position_table="space")
     save_checkpoint(root / "fixed.pt", num_frames=8)
@@ -318,29 +365,37 @@ def world(tmp_path_factory):
     torch.save({"model": Code()}, root / "code.pt")
     torch.save({"state_dict": {}}, root / "other.pt")
     published.write_export(root / "shared", checkpoint.load(rope), "fp32", "a card")
-    shutil.copytree(root / "shared", root / "cut-export")
-    os.truncate(root / "cut-export/model.safetensors", 1000)
-    for name, old, new in (
-        ("wide", '"hidden_size": 192', '"hidden_size": 96'),
-        ("stepless", '"step"', '"steps"'),
-        ("later", '"version": 1', '"version": 2'),
-    ):
-        config = shutil.copytree(root / "shared", root / f"{name}-export") / "config.json"
-        config.write_text(config.read_text().replace(old, new))
+    os.truncate(copy("shared", "cut-export") / "model.safetensors", 1000)
+    make_latents(root / "cache")
+    (copy("cache", "partial") / "latents.json").rename(root / "partial/latents.partial.json")
+    for name in ("empty", "samples", "piped", "taken.png"):
+        (root / name).mkdir()
+    make_samples(root / "samples")
+    (copy("samples", "bare") / "samples.json").unlink()
+    os.truncate(copy("samples", "cut-samples") / "samples.npz", 200)
+    clips = np.load(root / "samples/samples.npz")["arr_0"]
+    for name, changed in {
+        "one-clip": clips[:1], "image-samples": clips[:, 0], "floats": clips / 255, "label-99": clips,
+        "no-clips": clips[:0], "no-frames": clips[:, :0], "no-rows": clips[:, :, :0], "gray": clips[..., :1],
+        "code-samples": np.array([Code(), Code()]),
+    }.items():  # fmt: skip
+        labels = np.full(len(changed), 99 if name == "label-99" else 0)
+        np.savez(copy("samples", name) / "samples.npz", arr_0=changed, labels=labels)
     make_shown(root / "shown", [0, 1], ["A", 'Cirque\ndu "soleil"'])
     make_shown(root / "longer", [0, 1], ["A", "B"], num_frames=11)
-    (shutil.copytree(root / "shown", root / "lacking") / "000001.mp4").unlink()
-    (root / "begun").mkdir()
-    (root / "begun/samples.unfinished").touch()
+    (copy("shown", "lacking") / "000001.mp4").unlink()
     for name, last in (("E", 50), ("empty", 0)):
         make_run(root / f"runs/{name}/0-f4", 0, last)
     make_run(root / "runs/other-f4", 0, 0, torn='{"step": 1}\n')
-    (root / "taken.png").mkdir()
-    (root / "text.png").write_text("hello")
-    (root / "file").write_text("")
-    (root / "mine").mkdir()
-    (root / "mine/000000.mp4").touch()
-    os.mkfifo(root / "pipe")
+    for name, text in TEXTS.items():
+        (root / name).parent.mkdir(parents=True, exist_ok=True)
+        (root / name).write_text(text)
+    for name, (folder, file, old, new) in VARIANTS.items():
+        path = copy(folder, name) / file
+        path.write_text(path.read_text().replace(old, new))
+    (root / "lost/A/a.safetensors").unlink()
+    for name in ("pipe", "piped/latents.json"):
+        os.mkfifo(root / name)
     (root / "loop").symlink_to("loop")
     (root / "nowhere").symlink_to("no/such")
     return root
@@ -349,10 +404,7 @@ def world(tmp_path_factory):
 def snapshot(folder):
     """What is in a folder: for each path its kind and, of a file, its size and time of change."""
     found = {place: os.lstat(place) for place in Path(folder).rglob("*")}
-    return {
-        place: (status.st_mode, place.is_dir() or (status.st_size, status.st_mtime_ns))
-        for place, status in found.items()
-    }
+    return {at: (stat.st_mode, at.is_dir() or (stat.st_size, stat.st_mtime_ns)) for at, stat in found.items()}
 
 
 @pytest.mark.parametrize(("command", "flags", "words"), list(cases()))

@@ -7,6 +7,7 @@ import torch
 
 import benchmark
 from rope import RotaryEmbedding3D, apply_rotary
+from training import record_calls
 from video.source import Files
 
 ARGS = argparse.Namespace(model="EqM-Ti/4", num_frames=4, batch_size=1, precision="fp32", compile=False, pairs=1)
@@ -44,14 +45,10 @@ def test_every_part_measures_something(part):  # two ranks: faults/test_other_ra
 
 
 def test_a_row_reads_the_same_clips_of_a_video_with_and_without_its_keyframes(tmp_path, monkeypatch):
-    read, clips = Files.read, []
+    def note(source, video, frames):
+        return len(video.keyframes), *frames
 
-    def spy(source, video, frames):
-        clips.append((len(video.keyframes), *frames))
-        return read(source, video, frames)
-
-    monkeypatch.setattr(Files, "read", spy)
-    report = benchmark.Report()
+    clips, report = record_calls(monkeypatch, Files, "read", note), benchmark.Report()
     benchmark.measure_long_video(ARGS, report, tmp_path / "long", num_frames=300)
     assert report.rows[0]["ratio"] == "read 4 of 300 frames from a keyframe / from the start"
     assert [clip[0] for clip in clips[:4]] == [2, 0, 2, 0] and clips[0][1:] == clips[1][1:] != clips[2][1:]

@@ -1,7 +1,7 @@
 """The census of a small world, in which layers hide each other as in Sprites: what is matched, decoded and valid."""
 
 import json
-import subprocess
+import shutil
 from itertools import pairwise, product
 
 import numpy as np
@@ -11,8 +11,8 @@ import torch
 from sample_folders import FEW, refused, run, write_samples
 from scoring import census
 from tiny_data import make_vae
-from tiny_videos import write_video
-from training import ROOT, TORCHRUN
+from tiny_videos import write_ucf_list, write_video
+from training import on_two_ranks
 from video.writers import write_lossless
 
 T, SIZE, VALUES = 8, 16, [[0, 1], [0, 1], [0, 1], [0, 1, 2]]
@@ -60,12 +60,10 @@ class NoisyVAE:
 def data(tmp_path_factory):
     """The world as videos, split by character."""
     root = tmp_path_factory.mktemp("data") / "sprites"
-    (root / "ucfTrainTestlist").mkdir(parents=True)
+    write_ucf_list(root, [key for key in TRUE if key[-4:] not in HELD_OUT])
     for key, clip in TRUE.items():
         (root / key).parent.mkdir(exist_ok=True)
         write_lossless(root / f"{key}.mkv", clip, 8)
-    train = "".join(f"{key}.mkv 1\n" for key in TRUE if key[-4:] not in HELD_OUT)
-    (root / "ucfTrainTestlist/trainlist01.txt").write_text(train)
     return root
 
 
@@ -208,58 +206,39 @@ def test_one_and_two_ranks_and_a_moved_vae_give_the_same_values(data, tmp_path):
     assert made["values"]["held_out"] is None if made["values"]["valid"] == 0 else made["values"]["held_out"] >= 0
     assert "true_clip" not in made["values"] and made["values"]["rmse"] > 0 and made["real"]["vae_sha256"]
     vae.rename(tmp_path / "new")
-    flags = ["--out", tmp_path / "2.json", "--manifest", tmp_path / "1.json", "--vae", tmp_path / "new", *FEW[:2]]
-    done = subprocess.run([*map(str, [*TORCHRUN, ROOT / "EqM/evaluate.py", *flags])], capture_output=True, text=True)
-    assert done.returncode == 0, done.stderr
+    flags = ["--manifest", tmp_path / "1.json", "--vae", tmp_path / "new", *FEW[:2]]
+    on_two_ranks("evaluate.py", "--out", tmp_path / "2.json", *flags)
     again = json.loads((tmp_path / "2.json").read_text())
     assert again["machine"]["ranks"] == 2 and again["repeats"]["bit_equal"]
 
 
-def without_a_video(root):
-    (root / "Walk/character0101.mkv").unlink()
-
-
-def with_another_name(root):
-    (root / "Walk/character0101.mkv").rename(root / "Walk/other.mkv")
-
-
-def with_one_hair(root):
-    for path in root.glob("*/*[12].mkv"):
-        path.unlink()
-
-
-def with_a_short_video(root):
-    write_video(root / "Walk/character0101.mkv", 9, 8, "ffv1", size=(SIZE, SIZE), pixel_format="bgr0")
-
-
-MISTAKES = {  # change of the data or of the samples, flags, words of the message
-    "a missing video": (without_a_video, {}, [], ["Walk/character0101 is missing", "prepare_sprites.py"]),
-    "another name": (with_another_name, {}, [], ["not the complete Sprites data set", "Walk/character0101 is missing"]),
-    "one hair style": (with_one_hair, {}, [], ["one value each"]),
-    "another length": (with_a_short_video, {}, [], ["Walk/character0101 has 9 frames of 16 x 16 px"]),
-    "an unknown class": (None, {"classes": ["Slash", "Run"]}, [], ["has class Run", "has Slash, Walk"]),
-    "pixels": (None, {"source": {"vae": "none"}}, [], ["--samples", "has no VAE (--vae none)"]),
-    "no VAE in samples.json": (None, {"source": {}}, [], ["names no VAE"]),
-    "a VAE that is gone": (None, {}, [], ["VAE gone: not found; pass its new path with --vae"]),
-    "another VAE": (None, {"source": {"vae": "vae", "vae_sha256": "0" * 64}}, [], ["--vae vae: another VAE"]),
-    "a split": (None, {}, ["--split", "val"], ["--split: --metric census chooses its real clips"]),
-    "a VAE for another metric": (None, {}, ["--metric", "nearest", "--vae", "v"], ["--metric nearest needs no VAE"]),
-}
+SHORT = {"codec": "ffv1", "size": (SIZE, SIZE), "pixel_format": "bgr0"}
+WALK = "Walk/character0101.mkv"
+MISTAKES = {  # change of the data, change of samples.json, words of the message
+    "a missing video": (lambda root: (root / WALK).unlink(), {}, ["0101 is missing", "prepare_sprites.py"]),
+    "another name": (lambda root: (root / WALK).rename(root / "Walk/other.mkv"), {},
+                     ["not the complete Sprites data set", "Walk/character0101 is missing"]),
+    "one hair style": (lambda root: [path.unlink() for path in root.glob("*/*[12].mkv")], {}, ["one value each"]),
+    "another length": (lambda root: write_video(root / WALK, 9, 8, **SHORT), {}, ["0101 has 9 frames of 16 x 16 px"]),
+    "an unknown class": (None, {"classes": ["Slash", "Run"]}, ["has class Run", "has Slash, Walk"]),
+    "pixels": (None, {"source": {"vae": "none"}}, ["--samples", "has no VAE (--vae none)"]),
+    "no VAE in samples.json": (None, {"source": {}}, ["names no VAE"]),
+    "a VAE that is gone": (None, {}, ["VAE gone: not found; pass its new path with --vae"]),
+    "another VAE": (None, {"source": {"vae": "vae", "vae_sha256": "0" * 64}}, ["--vae vae: another VAE"]),
+}  # fmt: skip
 
 
 @pytest.mark.parametrize("case", MISTAKES)
 def test_what_census_cannot_score_is_refused(case, data, tmp_path, capsys, monkeypatch):
-    change, about, flags, words = MISTAKES[case]
+    change, about, words = MISTAKES[case]
     monkeypatch.chdir(tmp_path)
     if change:
-        copy = tmp_path / "data"
-        copy.mkdir()
-        subprocess.run(["cp", "-r", f"{data}/.", str(copy)], check=True)
-        change(copy)
+        data = shutil.copytree(data, tmp_path / "data")
+        change(data)
     if "vae_sha256" in about.get("source", ()):
         make_vae(tmp_path / "vae")
     samples = write(tmp_path / "s", [*TRUE.values()][:2], ["Slash"] * 2, "gone")
     content = json.loads((samples / "samples.json").read_text()) | about
     (samples / "samples.json").write_text(json.dumps(content))
-    flags = ["--metric", "census", "--samples", samples, "--data-path", tmp_path / "data" if change else data, *flags]
+    flags = ["--metric", "census", "--samples", samples, "--data-path", data]
     refused(capsys, tmp_path / "c.json", *flags, words=words)

@@ -11,6 +11,7 @@ import torch
 from sample_folders import refused, run, write_samples
 from scoring import classifier
 from tiny_videos import write_ucf_list
+from training import record_calls
 from video.files import UnreadableError, read_frames
 from video.writers import write_mp4
 
@@ -126,13 +127,10 @@ def test_samples_that_move_less_than_real_clips_are_static():
 
 
 def test_evaluate_trains_the_classifier_only_on_the_training_split(data, tmp_path, monkeypatch, capsys):
-    calls, train = [], classifier.train
+    def note(rows, name, **settings):
+        return name, len(rows), max(clip.max() for clip, _ in rows)
 
-    def spy(rows, name, **settings):
-        calls.append((name, len(rows), max(clip.max() for clip, _ in rows)))
-        return train(rows, name, **settings)
-
-    monkeypatch.setattr(classifier, "train", spy)
+    calls = record_calls(monkeypatch, classifier, "train", note)
     samples = make_samples(tmp_path / "s", ["Up", "Down"], [1, 0, 1, 0])  # their own order of classes
     flags = ["--metric", "classifier", "--data-path", data, "--classifier-steps", 40, "--samples", samples]
     made = run(tmp_path / "new/c.json", *flags)
@@ -155,7 +153,7 @@ def sideways(class_name, number):
 
 def test_the_validation_split_tests_the_classifier_of_the_samples(tmp_path, monkeypatch, capsys):
     """The classes are mirror images. In one validation video and one sample, the bar moves the wrong way."""
-    root, other, calls, train = tmp_path / "sides", {"Up": "Down", "Down": "Up"}, [], classifier.train
+    root, other = tmp_path / "sides", {"Up": "Down", "Down": "Up"}
     for name in CLASSES:
         (root / name).mkdir(parents=True)
         for person in range(1, 9):
@@ -163,11 +161,7 @@ def test_the_validation_split_tests_the_classifier_of_the_samples(tmp_path, monk
             write_mp4(root / name / f"person{person}.mp4", sideways(other[name] if is_wrong else name, person), 25)
     write_ucf_list(root, [f"{name}/person{person}" for name in CLASSES for person in (1, 2, 3, 4, 5)])
 
-    def spy(rows, name, **settings):
-        calls.append((name, len(rows)))
-        return train(rows, name, **settings)
-
-    monkeypatch.setattr(classifier, "train", spy)
+    calls = record_calls(monkeypatch, classifier, "train", lambda rows, name, **settings: (name, len(rows)))
     clips = np.stack([sideways(name, 3)[start : start + WINDOW] for name in CLASSES for start in (0, 5)])
     samples = write_samples(tmp_path / "s", clips, [0, 0, 1, 0], CLASSES)  # the last one moves up
     flags = ["--metric", "classifier", "--classifier-test", "val", "--classifier-steps", 150, "--data-path", root]
@@ -186,13 +180,11 @@ def test_the_validation_split_tests_the_classifier_of_the_samples(tmp_path, monk
 
 
 def test_real_windows_have_the_frame_interval_of_samples_and_repeat_bit_for_bit(data, tmp_path, monkeypatch):
-    samples, weights, forward = make_samples(tmp_path / "s", time_scale=3 / 25), [], classifier.Classifier.forward
+    def sum_of_weights(network, x):
+        return sum(parameter.double().sum().item() for parameter in network.parameters())
 
-    def spy(network, x):
-        weights.append(sum(parameter.double().sum().item() for parameter in network.parameters()))
-        return forward(network, x)
-
-    monkeypatch.setattr(classifier.Classifier, "forward", spy)
+    weights = record_calls(monkeypatch, classifier.Classifier, "forward", sum_of_weights)
+    samples = make_samples(tmp_path / "s", time_scale=3 / 25)
     flags = ["--metric", "classifier", "--data-path", data, "--samples", samples, "--classifier-steps", 2]
     made = run(tmp_path / "c.json", *flags)
     assert made["real"]["frame_interval"] == 3
@@ -222,26 +214,24 @@ def test_corrupt_videos_are_skipped_unless_too_few_remain(data, tmp_path, monkey
     refused(capsys, tmp_path / "d.json", *flags, words=["1 group (file stems) in Up"], status=1)
 
 
-BAD = {
-    "other classes": ({"classes": ["Down", "Left"]}, ["has class Left, --data-path", "Down, Up; pass the data set"]),
-    "no class": ({"labels": (0, -1)}, ["has samples without a class"]),
-    "one person": ({}, ["2 classes, 1 group (file stems) in Down; expected at least 2 of both"]),
-    "nothing to train on": ({}, ["no training video of class Up"]),
-    "nothing to test on": ({}, ["no validation video of class Up; expected one; raise --val-fraction"]),
-}
+NO_UP_TO_TEST = ["Down/person1", "Up/person1", "Up/person2", "Up/person3"]
+BAD = {  # change of the samples, of the data, words of the message
+    "other classes": ({"classes": ["Down", "Left"]}, None, ["has class Left, --data-path", "Down, Up; pass the data"]),
+    "no class": ({"labels": (0, -1)}, None, ["has samples without a class"]),
+    "one person": ({}, lambda root: [path.unlink() for path in root.glob("*/person[23].mp4")],
+                   ["2 classes, 1 group (file stems) in Down; expected at least 2 of both"]),
+    "nothing to train on": ({}, lambda root: write_ucf_list(root, ["Down/person1"]), ["no training video of class Up"]),
+    "nothing to test on": ({}, lambda root: write_ucf_list(root, NO_UP_TO_TEST),
+                           ["no validation video of class Up; expected one; raise --val-fraction"]),
+}  # fmt: skip
 
 
 @pytest.mark.parametrize("case", BAD)
 def test_data_that_do_not_fit_the_samples_are_refused(case, data, tmp_path, capsys):
-    about, words = BAD[case]
-    if people := {"one person": ["person1"], "nothing to train on": ["person1", "person2"]}.get(case):
-        others = {f"person{number}.mp4" for number in (1, 2, 3)} - {f"{person}.mp4" for person in people}
-        data = shutil.copytree(data, tmp_path / "few", ignore=shutil.ignore_patterns("ucf*", *others))
-    if case == "nothing to train on":
-        write_ucf_list(data, ["Down/person1"])
-    if case == "nothing to test on":
-        data = shutil.copytree(data, tmp_path / "few", ignore=shutil.ignore_patterns("ucf*"))
-        write_ucf_list(data, ["Down/person1", "Up/person1", "Up/person2", "Up/person3"])
+    about, change, words = BAD[case]
+    if change:
+        data = shutil.copytree(data, tmp_path / "data")
+        change(data)
     flags = ["--metric", "classifier", "--samples", make_samples(tmp_path / "s", **about), "--data-path", data]
     flags += ["--classifier-test", "val"] if case == "nothing to test on" else []
     refused(capsys, tmp_path / "x.json", *flags, words=words)

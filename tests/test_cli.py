@@ -39,15 +39,6 @@ def test_a_number_must_be_within_its_bounds(kind, bounds, good, bad):
             parse(text)
 
 
-def parser():
-    made = cli.ArgumentParser()
-    made.add_argument("--steps", type=number(int, least=1))
-    made.add_argument("--names", nargs="+", default=["a"])
-    made.add_argument("--fast", action=argparse.BooleanOptionalAction, default=True)
-    made.set_defaults(kind="x")
-    return made
-
-
 @pytest.mark.parametrize(("words", "typed", "steps", "fast"), [
     ([], set(), None, True),
     (["--steps=3"], {"steps"}, 3, True),
@@ -55,7 +46,12 @@ def parser():
     (["--no-fast"], {"fast"}, None, False),
 ])  # fmt: skip
 def test_flags_are_frozen_and_know_which_were_typed(words, typed, steps, fast):
-    flags = parser().parse_args(words)
+    parser = cli.ArgumentParser()
+    parser.add_argument("--steps", type=number(int, least=1))
+    parser.add_argument("--names", nargs="+", default=["a"])
+    parser.add_argument("--fast", action=argparse.BooleanOptionalAction, default=True)
+    parser.set_defaults(kind="x")
+    flags = parser.parse_args(words)
     values = {"steps": steps, "names": ["a"], "fast": fast, "kind": "x"}
     assert (vars(flags), flags.typed) == (values, typed)
     with pytest.raises(AttributeError, match="steps: flags are frozen"):
@@ -69,9 +65,8 @@ def test_flags_are_frozen_and_know_which_were_typed(words, typed, steps, fast):
         copy.steps = 6
 
 
-# Precision ------------------------------------------------------------------------------------------------------------
-
-CASES = [  # a GPU with bf16 or without, None: no GPU; energy; precision of the resumed run; typed one; what comes out
+# bf16: whether the GPU has it, None: no GPU; kept: the precision of the resumed run
+@pytest.mark.parametrize(("bf16", "energy", "kept", "typed", "expected"), [
     (True, False, None, None, "bf16"),
     (True, True, None, None, "fp32"),  # the gradient of an energy stays exact
     (False, False, None, None, "fp32"),
@@ -85,10 +80,7 @@ CASES = [  # a GPU with bf16 or without, None: no GPU; energy; precision of the 
     (False, False, None, "tf32", "Tesla T4 has none: use fp16 or fp32"),
     (None, False, None, "fp16", "needs a GPU and none was found: use bf16 or fp32"),
     (None, False, "tf32", None, "needs a GPU and none was found: use bf16 or fp32"),
-]
-
-
-@pytest.mark.parametrize(("bf16", "energy", "kept", "typed", "expected"), CASES)
+])  # fmt: skip
 def test_the_flag_the_run_or_the_device_sets_the_precision(bf16, energy, kept, typed, expected, monkeypatch, capsys):
     monkeypatch.setattr(torch.cuda, "is_available", lambda: bf16 is not None)
     monkeypatch.setattr(torch.cuda, "is_bf16_supported", lambda including_emulation: bf16 or including_emulation)

@@ -43,9 +43,6 @@ def prose(text):
     return re.sub(r"^```.*?^```", "", text, flags=re.M | re.S)
 
 
-# Sizes and links ------------------------------------------------------------------------------------------------------
-
-
 @pytest.mark.parametrize("page", ["README.md", *(page for page in PAGES if page.startswith("docs/"))])
 def test_the_readme_and_each_page_of_docs_have_at_most_8_kb(page):
     assert (ROOT / page).stat().st_size <= (8_000)
@@ -232,9 +229,6 @@ def test_the_table_of_models_has_their_parameters():
             model = build(input_size=32, in_channels=4, num_classes=101, use_rope=True, depth=1)
         millions = (count(model) + (depth - 1) * count(model.blocks)) / 1e6
         assert row[4 + ("2", "4", "8").index(patch)] == f"{millions:.1f}"
-
-
-# Python ---------------------------------------------------------------------------------------------------------------
 
 
 def test_the_python_of_the_readme_runs_and_writes_videos(tmp_path, monkeypatch):

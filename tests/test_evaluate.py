@@ -20,8 +20,8 @@ from runtime.cli import UserError
 from runtime.untrusted import file_sha256
 from sample_folders import FEW, FRAMES, SIZE, SOURCE, read_clips, refused, run, write_samples
 from scoring import frechet, manifest, sources
-from tiny_data import make_images, make_latents, make_state, save_checkpoint, write_npz
-from training import ROOT, TORCHRUN, run_main
+from tiny_data import make_images, make_state, save_checkpoint, write_npz
+from training import ROOT, on_two_ranks, record_calls, run_main
 
 
 class Detector(torch.nn.Module):
@@ -69,14 +69,12 @@ def test_fvd_and_fid_equal_a_naive_version(metric, shapes, samples, detector, tm
     generated, real = np.load(samples / "samples.npz")["arr_0"], read_clips(shapes, "train", 20)[0]
     if metric == "fid":  # of frames
         generated, real = generated.reshape(-1, 1, SIZE, SIZE, 3), real.reshape(-1, 1, SIZE, SIZE, 3)
-    batches, extract = [], frechet.extract
 
-    def record_batch(detector, clips, *rest, **others):
-        batches.append(len(clips))
+    def size(detector, clips, *rest, **others):
         assert not torch.backends.cudnn.allow_tf32 and torch.get_float32_matmul_precision() == "highest"
-        return extract(detector, clips, *rest, **others)
+        return len(clips)
 
-    monkeypatch.setattr(frechet, "extract", record_batch)
+    batches = record_calls(monkeypatch, frechet, "extract", size)
     monkeypatch.setattr(frechet, "check_detector", lambda path, *_: {"sha256": file_sha256(path)})
     distributed.set_precision("tf32")
     flags = ["--metric", metric, "--samples", samples, "--data-path", shapes, "--detector", detector, "--num-real", 20]
@@ -89,21 +87,16 @@ def test_fvd_and_fid_equal_a_naive_version(metric, shapes, samples, detector, tm
     assert found["real"]["split"] == "train" and found["real"]["num_videos"] == len(list(shapes.glob("*/*g02*")))
 
 
-@pytest.mark.parametrize(
-    ("source", "labels", "name"),
-    [
-        ({"guidance": 4.0, "guidance_chosen": False}, None, None),
-        ({"guidance": 4.0}, None, None),
-        ({"guidance": 1.5, "guidance_chosen": True}, None, "cfg1.5"),
-        ({"guidance": 4.0, "guidance_chosen": False}, -1, "cfg1"),  # without classes there is no guidance
-        ({"guidance": 2.0, "guidance_chosen": True, "weak_sha256": "b"}, -1, "auto2"),  # except by a weaker model
-    ],
-)
-def test_frechet_protocols_name_the_guidance_and_the_user_must_choose_it(
-    source, labels, name, shapes, fvd, tmp_path, capsys
-):
+@pytest.mark.parametrize(("source", "label", "name"), [
+    ({"guidance": 4.0, "guidance_chosen": False}, None, None),
+    ({"guidance": 4.0}, None, None),
+    ({"guidance": 1.5, "guidance_chosen": True}, None, "cfg1.5"),
+    ({"guidance": 4.0, "guidance_chosen": False}, -1, "cfg1"),  # without classes there is no guidance
+    ({"guidance": 2.0, "guidance_chosen": True, "weak_sha256": "b"}, -1, "auto2"),  # except by a weaker model
+])  # fmt: skip
+def test_frechet_protocols_name_the_guidance_that_the_user_chose(source, label, name, shapes, fvd, tmp_path, capsys):
     clips, own, classes = read_clips(shapes, "val", 2)
-    fvd[3] = write_samples(tmp_path / "s", clips, [labels] * 2 if labels else own, classes, source=source)
+    fvd[3] = write_samples(tmp_path / "s", clips, [label] * 2 if label else own, classes, source=source)
     if name:
         assert run(tmp_path / "a.json", *fvd)["protocol"] == f"fvd2_real8_8f_{name}"
         said = capsys.readouterr().out
@@ -188,19 +181,16 @@ def test_a_manifest_repeats_bit_for_bit_or_reports_the_differences(shapes, fvd, 
     refused(capsys, *repeat, *places[:2], words=["--data-path: videos_sha256"])
 
 
-@pytest.mark.parametrize(
-    ("old", "new", "agrees"),
-    [
-        ({"a": 1.0}, {"a": 1.0005}, True),
-        ({"a": 1.0}, {"a": 1.002}, False),
-        ({"a": 1000.0}, {"a": 1000.9}, True),  # relative to large values
-        ({"a": None}, {"a": None}, True),
-        ({"a": None}, {"a": 1.0}, False),
-        ({"a": 1.0}, {"a": None}, False),
-        ({"a": 1.0}, {}, False),
-        ({"a": 1.0}, {"a": 1.0, "b": 2.0}, True),  # a new value
-    ],
-)
+@pytest.mark.parametrize(("old", "new", "agrees"), [
+    ({"a": 1.0}, {"a": 1.0005}, True),
+    ({"a": 1.0}, {"a": 1.002}, False),
+    ({"a": 1000.0}, {"a": 1000.9}, True),  # relative to large values
+    ({"a": None}, {"a": None}, True),
+    ({"a": None}, {"a": 1.0}, False),
+    ({"a": 1.0}, {"a": None}, False),
+    ({"a": 1.0}, {}, False),
+    ({"a": 1.0}, {"a": 1.0, "b": 2.0}, True),  # a new value
+])  # fmt: skip
 def test_values_agree_within_the_tolerance_and_missing_ones_do_not(old, new, agrees):
     shared = {"code": "x", "packages": {}, "machine": {}, "generated": {"samples_sha256": "a"}}
     found, line = manifest.compare("m.json", shared | {"values": old}, shared | {"values": new, "code": "y"}, 1e-3)
@@ -224,12 +214,6 @@ def test_consistency_finds_the_seams_of_samples(shapes, tmp_path):
     assert scores[4] > 1.5 and scores[5] < 1  # the seams are not at the borders of patches of 5
 
 
-def test_consistency_needs_the_size_of_temporal_patches(shapes, tmp_path, capsys):
-    folder = write_samples(tmp_path / "s", *read_clips(shapes, "val", 2), source={})
-    flags = ["--metric", "consistency", "--samples", folder, "--data-path", shapes]
-    refused(capsys, tmp_path / "c.json", *flags, words=["does not say the temporal_patch_size"])
-
-
 def test_images_of_sample_gd_get_a_fid(detector, tmp_path):
     data = make_images(tmp_path / "images", 40)
     path = save_checkpoint(tmp_path / "best.pt", depth=1, temporal_patch_size=1, num_frames=1)
@@ -244,102 +228,11 @@ def test_images_of_sample_gd_get_a_fid(detector, tmp_path):
 def test_two_ranks_find_the_values_of_one(fvd, tmp_path):
     flags = [*fvd[:-1], 9, "--batch-size", 2, *FEW]
     alone = run(tmp_path / "1.json", *flags)
-    command = [*TORCHRUN, ROOT / "EqM/evaluate.py", "--out", tmp_path / "2.json", "--cache", tmp_path / "cache", *flags]
-    environment = os.environ | {"OMP_NUM_THREADS": "1"}
-    done = subprocess.run([*map(str, command)], capture_output=True, text=True, env=environment, timeout=240)
-    assert done.returncode == 0, done.stderr
+    on_two_ranks("evaluate.py", "--out", tmp_path / "2.json", "--cache", tmp_path / "cache", *flags)
     shared = json.loads((tmp_path / "2.json").read_text())
     assert shared["machine"]["ranks"] == 2 and not shared["result"]["real_from_cache"]
     assert shared["values"]["fvd"] == pytest.approx(alone["values"]["fvd"], rel=1e-6)
     assert shared["result"]["interval95"] == pytest.approx(alone["result"]["interval95"], rel=1e-6)
-
-
-BAD_SAMPLES = {
-    "no json": "no samples.json in it; expected a sample folder", "mixed sizes": "of one size", "cut short": "zip",
-    "one clip": "has 1 clip,", "images": "holds images", "floats": "expected uint8",
-    "unknown class": "label 99",
-}  # fmt: skip
-
-
-@pytest.mark.parametrize("kind", BAD_SAMPLES)
-def test_a_damaged_or_unfit_sample_folder_is_refused(kind, samples, fvd, tmp_path, capsys):
-    folder = fvd[3] = shutil.copytree(samples, tmp_path / "bad")
-    clips, file = np.load(samples / "samples.npz")["arr_0"], folder / "samples.npz"
-    if kind == "no json":
-        (folder / "samples.json").unlink()
-    elif kind == "mixed sizes":
-        mixed = np.empty(2, dtype=object)
-        mixed[:] = [clips[0], clips[1][:, :8]]
-        np.savez(file, arr_0=mixed, labels=np.zeros(2, int))
-    elif kind == "cut short":
-        os.truncate(file, file.stat().st_size // 2)
-    else:
-        changed = {"one clip": clips[:1], "images": clips[:, :1], "floats": clips / 255}.get(kind, clips)
-        write_npz(file, changed, [99 if kind == "unknown class" else 0] * len(changed))
-    refused(capsys, tmp_path / "out/a.json", *fvd, words=["--samples", BAD_SAMPLES[kind]])
-    assert not (tmp_path / "out").exists()
-
-
-BAD_FLAGS = {  # changes to --metric fvd --samples S --data-path D --detector F; None removes a flag
-    "no samples": ({"--samples": None}, ["--samples", "not given"]),
-    "no data": ({"--data-path": None}, ["--data-path", "not given"]),
-    "no detector": ({"--detector": None}, ["--detector", "--metric fvd"]),
-    "a detector that is not used": ({"--metric": "consistency"}, ["--detector", "for --metric consistency; remove"]),
-    "one real clip": ({"--num-real": 1}, ["--num-real", "at least 2"]),
-    "a metric that chooses its clips": ({"--metric": "prediction", "--detector": None, "--num-real": 3},
-                                        ["--num-real", "prediction chooses its real clips"]),
-    "the split of nearest": ({"--metric": "nearest", "--detector": None, "--split": "val"}, ["--split", "nearest"]),
-    "no size of patches": ({"--metric": "consistency", "--detector": None, "--samples": "bare"},
-                           ["does not say the temporal_patch_size"]),
-    "no truth": ({"--metric": "motion", "--detector": None, "--data-path": "shapeless"}, ["is for Moving Shapes"]),
-    "out in a file": ({"--out": "/dev/null/a.json"}, ["--out /dev/null"]),
-    "out is a folder": ({"--out": "/"}, ["--out /", "a folder"]),
-    "a cache in a file": ({"--cache": "/dev/null/a"}, ["--cache /dev/null/a"]),
-    "a folder without videos": ({"--data-path": ROOT / "scripts"}, ["--data-path", "no videos found"]),
-    "a latent cache": ({"--data-path": "latents"}, ["a latent cache; name the folder of its videos"]),
-    "frames too far apart": ({"--samples": "slow"}, ["train has 25 frames", "expected at least 85"]),
-}  # fmt: skip
-
-
-@pytest.mark.parametrize("case", BAD_FLAGS)
-def test_bad_evaluate_flags_are_one_line_and_write_nothing(
-    case, shapes, samples, detector, tmp_path, capsys, monkeypatch
-):
-    changes, words = BAD_FLAGS[case]
-    monkeypatch.chdir(tmp_path)
-    if case == "no truth":
-        shutil.copytree(shapes, "shapeless", ignore=shutil.ignore_patterns("shapes.json"))
-    if case == "no size of patches":
-        write_samples(tmp_path / "bare", *read_clips(shapes, "val", 2), source={})
-    if case == "a latent cache":
-        make_latents(tmp_path / "latents")
-    if case == "frames too far apart":
-        write_samples(tmp_path / "slow", *read_clips(shapes, "val", 2), time_scale=12 / 25)
-    flags = {"--out": tmp_path / "out" / "a.json", "--metric": "fvd", "--samples": samples, "--data-path": shapes}
-    flags = flags | {"--detector": detector} | changes
-    out = flags.pop("--out")
-    given = [part for pair in flags.items() if pair[1] is not None for part in pair]
-    refused(capsys, out, *given, words=words)
-    assert not (tmp_path / "out").exists()
-
-
-@pytest.mark.parametrize(
-    ("text", "words"), [("[1, 2]", "can't be read"), ('{"format": 1}', "has format 1"), (None, "can't be read")]
-)
-def test_an_invalid_manifest_is_refused(text, words, tmp_path, capsys):
-    if text is not None:
-        (tmp_path / "m.json").write_text(text)
-    refused(capsys, tmp_path / "a.json", "--manifest", tmp_path / "m.json", words=["--manifest", words])
-
-
-def test_flags_that_change_values_are_refused_with_a_manifest(samples, tmp_path, capsys):
-    (tmp_path / "a.json").write_text(json.dumps({"format": manifest.FORMAT, "flags": {}}))
-    for flags, words in (
-        (["--num-real", 96], "--num-real: --manifest"),
-        (["--seed", 0], "--seed: --manifest"),  # even where it is the default
-        (["--samples", samples, samples], "scores one folder"),
-    ):
-        refused(capsys, tmp_path / "b.json", "--manifest", tmp_path / "a.json", *flags, words=[words])
 
 
 def test_score_sh_repeats_the_samples_and_scores_of_a_manifest(shapes, tmp_path):

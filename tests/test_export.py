@@ -112,15 +112,11 @@ def test_config_and_card_say_what_it_is_and_no_path_of_the_machine(exported, tmp
             patch.setattr("sys.argv", line.split()[1:])
             script.parse_args()
 
-    values = {
-        "format": manifest.FORMAT,
-        "protocol": "motion8_4f",
-        "values": {"speed": 0.98765, "loss": None},
-        "code": None,
-    }
+    values = {"speed": 0.98765, "loss": None}
+    scores = {"format": manifest.FORMAT, "protocol": "motion8_4f", "values": values, "code": None}
     for sha256, status in (("0", 2), (checkpoint.weights_sha256(saved["ema"]), 0)):
-        found = values | {"generated": {"source": {"weights_sha256": sha256}}}
-        manifest.write_manifest(tmp_path / "m.json", found)
+        scores["generated"] = {"source": {"weights_sha256": sha256}}
+        manifest.write_manifest(tmp_path / "m.json", scores)
         run_main(export, ckpt, tmp_path / "scored", "--scores", tmp_path / "m.json", status=status)
     assert "--scores" in capsys.readouterr().err
     card = (tmp_path / "scored/README.md").read_text()

@@ -1,7 +1,5 @@
 """Fréchet distances compared with closed forms, their errors, and calls of detectors."""
 
-from pathlib import Path
-
 import numpy as np
 import pytest
 import torch
@@ -9,7 +7,6 @@ import torch
 from runtime.cli import UserError
 from scoring import frechet
 from scoring.frechet import frechet_distance
-from tiny_data import Code
 
 
 def normal(*shape, seed=0):
@@ -90,15 +87,3 @@ def test_image_detectors_get_frames_in_order():
 def test_a_detector_that_does_not_return_finite_features_is_refused(detector, reason):
     with pytest.raises(UserError, match=f"--detector x: fails when called for --metric fvd: .*{reason}"):
         frechet.check_detector("x", detector, "fvd", 4, 8)
-
-
-@pytest.mark.parametrize("kind", ["zip", "pickle", "folder", "nothing"])
-def test_a_file_that_is_not_torchscript_is_refused_and_runs_no_code(kind, tmp_path, monkeypatch):
-    monkeypatch.chdir(tmp_path)
-    if kind == "folder":
-        Path("detector.pt").mkdir()
-    elif kind != "nothing":
-        torch.save(Code(), "detector.pt", _use_new_zipfile_serialization=kind == "zip")
-    with pytest.raises(UserError, match="--detector .*expected i3d_torchscript.pt"):
-        frechet.load_detector(Path("detector.pt"))
-    assert not Path("ran").exists()

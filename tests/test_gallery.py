@@ -107,7 +107,7 @@ class Page:
 # The page as a file ---------------------------------------------------------------------------------------------------
 
 
-def test_a_page_embeds_the_sample_videos_and_their_settings(samples):
+def test_a_page_embeds_the_sample_videos_and_settings_and_loads_no_other_file(samples):
     page = Page(samples / "gallery.html")
     assert page.files("video", "data-src", "video/mp4") == [path.read_bytes() for path in sorted(samples.glob("*.mp4"))]
     assert page.values("figure", "data-label") == [str(label) for label in LABELS]
@@ -119,8 +119,9 @@ def test_a_page_embeds_the_sample_videos_and_their_settings(samples):
         "sample 5, seed 3; frames 0-2,7 given: 5.mp4",
     ):  # fmt: skip
         assert words in text, words
-    assert "real" not in page.texts
-    assert list(samples.parent.iterdir()) == [samples]
+    assert "real" not in page.texts and list(samples.parent.iterdir()) == [samples]
+    assert {*re.findall(r'\b(?:src|href)="(.{5})', page.source)} == {"data:"} and "://" not in page.source
+    assert any("default-src 'none'" in policy for policy in page.values("meta", "content"))  # it loads no other file
 
 
 def test_class_names_are_shown_as_text_whatever_they_contain(samples, tmp_path):
@@ -134,12 +135,6 @@ def test_class_names_are_shown_as_text_whatever_they_contain(samples, tmp_path):
     folder = make_samples(tmp_path / "samples", [0], [os.fsdecode(b"caf\xe9")])
     run_main(gallery, folder)
     assert "caf?" in Page(folder / "gallery.html").texts
-
-
-def test_the_page_loads_no_other_file(samples):
-    page = Page(samples / "gallery.html")
-    assert {*re.findall(r'\b(?:src|href)="(.{5})', page.source)} == {"data:"} and "://" not in page.source
-    assert any("default-src 'none'" in policy for policy in page.values("meta", "content"))
 
 
 def test_each_sample_has_a_real_clip_of_its_class_beside_it(page, real):

@@ -16,6 +16,7 @@ from runtime import distributed
 from runtime.cli import UserError
 from runtime.rng import normal
 from test_models import clip, labels, tiny
+from training import record_calls
 from vae import VAE
 
 SETTINGS = {"method": "ngd", "num_steps": 6, "step_size": 0.01, "momentum": 0.3, "stop_below": None, "guidance": 4.0,
@@ -78,8 +79,7 @@ def test_samples_do_not_depend_on_the_batch_size_or_on_other_frame_rates(stop_be
 
 
 def test_a_batch_without_a_condition_has_no_guidance(monkeypatch):
-    sizes, call = [], Quadratic.__call__
-    monkeypatch.setattr(Quadratic, "__call__", lambda self, x, *others: sizes.append(len(x)) or call(self, x, *others))
+    sizes = record_calls(monkeypatch, Quadratic, "__call__", lambda self, x, *others: len(x))
     plan = make_plan(Quadratic(), count=4, labels=torch.tensor([-1, -1, -1, 2]))
     one, two = (run(plan, batch_size=3, guidance=guidance)[0] for guidance in (1.0, 9.0))
     assert torch.equal(one[:3], two[:3]) and not torch.equal(one[3], two[3])
@@ -161,9 +161,8 @@ def test_a_longer_video_begins_with_the_shorter_one_bit_for_bit(overlap):
 
 
 def test_each_window_has_its_own_noise_after_the_end_of_the_previous_one(monkeypatch):
-    plan, seen = windows_of(14, 8, 5), []
-    forward = plan.model.forward
-    monkeypatch.setattr(plan.model, "forward", lambda x, *others: seen.append(x[:2]) or forward(x, *others))
+    plan = windows_of(14, 8, 5)
+    seen = record_calls(monkeypatch, plan.model, "forward", lambda x, *others: x[:2])
     parts = parts_of(plan, 2, step_size=0.1, num_steps=4)
     found = [(list(numbers), first, videos.shape[1]) for numbers, first, videos, _, _ in parts]
     assert found == [(batch, *window) for batch in ([0, 1], [2]) for window in ((0, 8), (8, 3), (11, 3))]  # new frames

@@ -11,10 +11,9 @@ from PIL import Image
 
 import sample_gd
 from given import Details, as_ranges, frame_ranges, nearest_given
-from runtime.cli import UserError
-from tiny_data import make_samples, write_npz
+from tiny_data import write_npz
 from tiny_videos import halves, picture, save, write_video
-from training import sample_here
+from training import error_of, sample_here
 from vae import VAE, load_vae
 from video.files import resize_and_crop
 from video.inputs import find_clips
@@ -25,13 +24,6 @@ BOTH = ("video", "image")
 def only(path):
     (clip,) = find_clips("--given", path, BOTH)
     return clip
-
-
-def error_of(function, *arguments):
-    with pytest.raises(UserError) as error:
-        function(*arguments)
-    assert str(error.value).startswith("--given ") and "\n" not in str(error.value)
-    return str(error.value)
 
 
 @pytest.mark.parametrize(("rate", "seconds", "shown"), [
@@ -78,15 +70,6 @@ def test_earlier_samples_keep_their_frame_rate_and_classes(tmp_path):
         assert [clip.class_name for clip in found] == ["B", None, "A"] and str(found[2]).endswith("sample 2")
         assert found[1].count(0.08) == 4
         assert found[1].read(range(4), 0.08, 16)[0, :, 0, 0].tolist() == [8, 10, 12, 14]
-
-
-def test_samples_that_are_none_are_a_one_line_error(tmp_path):
-    for shape in ((0, 3, 8, 8, 3), (2, 0, 8, 8, 3), (2, 3, 0, 8, 3), (2, 3, 8, 8, 1)):
-        make_samples(tmp_path)
-        np.savez(tmp_path / "samples.npz", arr_0=np.zeros(shape, np.uint8), labels=np.zeros(shape[0], np.int64))
-        assert "samples" in error_of(find_clips, "--given", tmp_path / "samples.npz", BOTH)
-    (tmp_path / "samples.json").unlink()
-    assert "samples.json" in error_of(find_clips, "--given", tmp_path / "samples.npz", BOTH)
 
 
 def test_frame_ranges_are_parsed_and_printed():

@@ -129,5 +129,5 @@ def write_images(root):
 
 
 def write_ucf_list(folder, keys):
-    (folder / "ucfTrainTestlist").mkdir(parents=True)
+    (folder / "ucfTrainTestlist").mkdir(parents=True, exist_ok=True)
     (folder / "ucfTrainTestlist" / "trainlist01.txt").write_text("".join(f"{key}.avi 1\n" for key in keys))

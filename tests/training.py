@@ -18,6 +18,7 @@ import sample_gd
 import train
 from process import spawn
 from runtime import distributed, runs
+from runtime.cli import UserError
 from vae import VAE
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -103,6 +104,18 @@ class Training:
         raise AssertionError(f"step {step} did not come within {timeout} s")
 
 
+def record_calls(monkeypatch, owner, name, note):
+    """A list that gets note(*arguments) at each call of a function or method `name` of `owner`."""
+    notes, function = [], getattr(owner, name)
+
+    def recorder(*args, **kwargs):
+        notes.append(note(*args, **kwargs))
+        return function(*args, **kwargs)
+
+    monkeypatch.setattr(owner, name, recorder)
+    return notes
+
+
 @contextmanager
 def counted_steps(script, stop_after=None, act=lambda: os.kill(os.getpid(), signal.SIGTERM)):
     """A list that grows at each step of a training script. After stop_after steps, act() runs: SIGTERM by default."""
@@ -185,6 +198,14 @@ def refused(capsys, script, *flags, status=2, late=False):
     (line,) = [line for line in capsys.readouterr().err.splitlines() if line and "opening videos" not in line]
     assert "error: " in line
     return line
+
+
+def error_of(function, *args, **kwargs):
+    """The message of the UserError that a call must raise, one line."""
+    with pytest.raises(UserError) as error:
+        function(*args, **kwargs)
+    assert "\n" not in str(error.value)
+    return str(error.value)
 
 
 def on_two_ranks(script, *flags, status=0):
