@@ -176,9 +176,6 @@ def test_positions_are_not_saved_and_gradients_reach_all_frames_and_weights(kind
         assert "rope" not in name and "pos" not in name
 
 
-# Precision ------------------------------------------------------------------------------------------------------------
-
-
 @pytest.mark.parametrize("use_rope", [True, False])
 @torch.no_grad()
 def test_bfloat16_rounds_little_and_autocast_keeps_tokens_in_float32(use_rope):
@@ -261,9 +258,6 @@ def test_a_width_below_the_values_per_token_warns(recwarn):
     assert len(recwarn) == 0
     with pytest.warns(UserWarning, match=r"a token holds 256 values .* hidden_size is only 192"):
         model_config("EqM-Ti/4").warn_if_narrow()
-
-
-# Parts ----------------------------------------------------------------------------------------------------------------
 
 
 @torch.no_grad()

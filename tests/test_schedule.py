@@ -52,8 +52,6 @@ def test_steps_are_due_periodically_and_at_the_end_of_a_phase():
     assert [step for step in range(1, 12) if is_due(step, 11, 0)] == [11]
 
 
-# Training runs --------------------------------------------------------------------------------------------------------
-
 PHASES = [(4, 3, 8), (8, 5, 4), (16, 7, 2)]  # frames, last step, batch
 SCHEDULE = "4:3:8,8:5,16:7:2"
 # The learning rate falls from step 4 on, in the second of three phases, as in the quickstart

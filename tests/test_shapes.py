@@ -12,12 +12,12 @@ import torch.nn.functional as F
 from scipy.ndimage import gaussian_filter
 
 import make_moving_shapes as drawing
-from runtime.cli import UserError
 from sample_folders import read_clips, refused, run, write_samples
 from scoring import shapes
 from scoring.shapes import Track, track
 from scoring.stats import wilson
 from test_moving_shapes import plan
+from training import error_of
 
 RED, GREEN, BLUE = (drawing.COLORS[name] for name in ("red", "green", "blue"))
 COMBINATIONS = list(itertools.product(drawing.SHAPES, drawing.DIRECTIONS))
@@ -162,8 +162,7 @@ def test_the_truth_of_shapes_json_is_scaled_to_the_clip(data_set, tmp_path):
     assert (truth.direction, truth.shape) == ("Up", "Square")
     assert truth.speed == pytest.approx(9 * 3 / 25)  # 9 px a second at 16 px
     assert truth.area == pytest.approx(math.pi * 2.88**2)
-    with pytest.raises(UserError, match="shapes.json: not the shapes.json of a Moving Shapes data set"):
-        shapes.Truth(tmp_path)
+    assert "shapes.json: not the shapes.json of a Moving Shapes data set" in error_of(shapes.Truth, tmp_path)
 
 
 def test_the_summary_counts_refused_clips_as_wrong_and_measures_right_ones():

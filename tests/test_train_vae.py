@@ -11,7 +11,7 @@ from PIL import Image
 import autoencoder
 import train_vae
 from autoencoder import Autoencoder, hidden_matrices, jitter_colors, losses_of, make_autoencoder, psnr, residual_blocks
-from training import TINY_VAE, Training, compare, content, counted_steps, run_main
+from training import TINY_VAE, Training, compare, content, counted_steps, record_calls, run_main
 from vae import load_vae
 from video.loader import batches_of
 
@@ -29,16 +29,14 @@ def run(training, *flags, stop_after=None, status=0):
 def made(shapes, tmp_path_factory):
     """A run that nothing has disturbed, and the frames that each of its validations measures: held out, then others."""
     training = Training(shapes, tmp_path_factory.mktemp("vae") / "r", STEPS, base=TINY_VAE, script="train_vae.py")
-    seen, measure = [], autoencoder.measure
 
-    def noted(ema, loader, device):
+    def frames_and_videos(ema, loader, device):
         batches = list(batches_of(loader))
         videos = {video for batch in batches for video in batch["videos"]}
-        seen.append((torch.cat([batch["clips"] for batch in batches]), videos))
-        return measure(ema, loader, device)
+        return torch.cat([batch["clips"] for batch in batches]), videos
 
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(autoencoder, "measure", noted)
+        seen = record_calls(patch, autoencoder, "measure", frames_and_videos)
         assert run(training) == STEPS
     return training, seen
 

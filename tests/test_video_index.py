@@ -12,8 +12,7 @@ from PIL import Image
 
 import cache_latents
 import tiny_videos as tiny
-from runtime.cli import UserError
-from training import no_space, run_main
+from training import error_of, no_space, record_calls, run_main
 from video.files import Video
 from video.index import find_data, index_place, save_index, scan_videos, split_videos
 from video.inputs import find_clips
@@ -34,10 +33,7 @@ def runs(tmp_path):
 @pytest.fixture
 def opened(monkeypatch):
     """The paths of the videos that are opened from here on."""
-    paths, really_open = [], decord.VideoReader
-    spy = lambda path, **settings: paths.append(path) or really_open(path, **settings)  # noqa: E731
-    monkeypatch.setattr(decord, "VideoReader", spy)
-    return paths
+    return record_calls(monkeypatch, decord, "VideoReader", lambda path, **_: path)
 
 
 # Scan -----------------------------------------------------------------------------------------------------------------
@@ -239,6 +235,4 @@ def test_a_folder_that_cannot_be_read_is_one_line_also_for_samplers(root, monkey
     monkeypatch.setattr(os, "scandir", refuse)  # root may read any folder
     calls = {"--data-path": check_data_path, "--init": lambda path: find_clips("--init", path, ["video"])}
     for flag, call in calls.items():
-        with pytest.raises(UserError) as error:
-            call(root)
-        assert str(error.value) == f"{flag} {root}: {root / 'B'} can't be read (Permission denied)"
+        assert error_of(call, root) == f"{flag} {root}: {root / 'B'} can't be read (Permission denied)"

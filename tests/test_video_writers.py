@@ -4,7 +4,7 @@ import json
 
 import numpy as np
 import pytest
-from PIL import Image
+from PIL import Image, ImageSequence
 from skimage import data
 
 from tiny_videos import decode
@@ -33,14 +33,10 @@ def color_bars(frames=6, height=16, width=20):
 
 def read_gif(path):
     """Frames (T, H, W, 3) and their delays in ms."""
-    frames, delays = [], []
     with Image.open(path) as image:
         assert image.info["loop"] == 0  # forever
-        for index in range(image.n_frames):
-            image.seek(index)
-            frames.append(np.asarray(image.convert("RGB")))
-            delays.append(image.info["duration"])
-    return np.stack(frames), delays
+        shown = [(np.asarray(one.convert("RGB")), one.info["duration"]) for one in ImageSequence.Iterator(image)]
+    return np.stack([frame for frame, _ in shown]), [delay for _, delay in shown]
 
 
 def read_png(path):
