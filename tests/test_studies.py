@@ -1,23 +1,24 @@
 """The studies: a miniature of each, equal compute, reports of committed results, bad input."""
 
 import csv
-import importlib
 import json
 import math
 import re
 from argparse import Namespace
-from pathlib import Path
 
 import pytest
 from matplotlib.figure import Figure
 
 import adaptive_compute
 import arms
+import evaluate
 import given_frames
 import lab
 import long_videos
+import make_moving_shapes
 import people
 import report
+import sample_gd
 import schedule
 import seeds
 import sprites
@@ -30,6 +31,10 @@ from training import ROOT, counted_steps, refused, run_main
 TWO_ARMS = "16 fixed", "4-8-16 table"  # of one run each in the miniature
 SAMPLED = [(name, str(frames)) for name in TWO_ARMS for frames in BY_NAME[name].lengths]  # in this order
 SCRIPT = lab.script  # in a process of its own
+SCRIPTS = {
+    "EqM/train.py": train, "EqM/sample_gd.py": sample_gd, "EqM/evaluate.py": evaluate,
+    "datasets/make_moving_shapes.py": make_moving_shapes,
+}  # fmt: skip
 
 # Miniatures that are really run (killed, and by two processes at once: faults/test_study_kills.py) --------------------
 
@@ -50,7 +55,7 @@ def commands(tmp_path_factory):
             words = "EqM/train.py", *flags, "--results-dir", ROOT / "results" / variables["EXP"]
         with pytest.MonkeyPatch.context() as patch:  # the plots of scores take long, and are tested with these
             patch.setattr(Figure, "savefig", lambda figure, path, **settings: None)
-            run_main(importlib.import_module(Path(words[0]).stem), *words[1:])
+            run_main(SCRIPTS[words[0]], *words[1:])
         return 400.0 if long_videos.SHORT in words else 420.0
 
     with pytest.MonkeyPatch.context() as patch:
@@ -136,6 +141,9 @@ def test_a_study_starts_no_run_that_exceeds_its_minutes(tmp_path, capsys):
     assert not list(tmp_path.glob("study/*/train.log"))
 
 
+# Equal compute --------------------------------------------------------------------------------------------------------
+
+
 def a_study(out, only=None):
     args = {"out": out, "data_path": None, "only": only, "miniature": False, "compile": False}
     return study.Study(Namespace(**args))
@@ -185,13 +193,15 @@ def test_the_committed_report_matches_the_committed_rows(tmp_path):
     assert (tmp_path / "again.csv").read_bytes() == (tmp_path / "study.csv").read_bytes()
 
 
-@pytest.mark.parametrize(("values", "others", "text"), [
-    # differences 0.5, 0.5, 0.6: mean 0.5333, standard error 0.0333, times 4.30
-    ([1.0, 2.0, 3.1], [0.5, 1.5, 2.5, 9.0], "- Loss: a minus b is +0.533 (95% +0.390 to +0.677, 3 seeds): higher."),
-    ([1.0, -1.0], [0.0, 0.0], "no significant difference"),
-    ([1.0], [0.0], "one seed"),
-    ([], [0.0], "- Loss, a minus b: not run yet."),
-])  # fmt: skip
+@pytest.mark.parametrize(
+    ("values", "others", "text"),
+    [  # differences 0.5, 0.5, 0.6: mean 0.5333, standard error 0.0333, times 4.30
+        ([1.0, 2.0, 3.1], [0.5, 1.5, 2.5, 9.0], "- Loss: a minus b is +0.533 (95% +0.390 to +0.677, 3 seeds): higher."),
+        ([1.0, -1.0], [0.0, 0.0], "no significant difference"),
+        ([1.0], [0.0], "one seed"),
+        ([], [0.0], "- Loss, a minus b: not run yet."),
+    ],
+)
 def test_differences_are_paired_by_seed_and_say_if_they_may_be_zero(values, others, text):
     assert text in report.difference("a", "b", "Loss", dict(enumerate(values)), dict(enumerate(others)))
 
@@ -203,10 +213,13 @@ def test_compute_to_reach_a_goal_is_interpolated_or_a_bound():
     at_most, at_least = (report.compute_to(0.9, shares, values) for values in ([0.95, 1, 1, 1], [0, 0.1, 0.5, 0.89]))
     assert list(map(report.share_text, ((0.92, 0.92), at_most, at_least))) == ["92%", "40% or less", "more than 160%"]
     for first, second, text in (
-        ((0.6, 0.6), (1.2, 1.2), "0.50"), ((0.6, 0.6), at_least, "at most 0.38"),
-        (at_most, (1.0, 1.0), "at most 0.40"), (at_least, (1.0, 1.0), "at least 1.60"),
-        *((bound, bound, "unknown, because both are bounds") for bound in (at_least, at_most)),
-    ):  # fmt: skip
+        ((0.6, 0.6), (1.2, 1.2), "0.50"),
+        ((0.6, 0.6), at_least, "at most 0.38"),
+        (at_most, (1.0, 1.0), "at most 0.40"),
+        (at_least, (1.0, 1.0), "at least 1.60"),
+        (at_least, at_least, "unknown, because both are bounds"),
+        (at_most, at_most, "unknown, because both are bounds"),
+    ):
         assert report.ratio_text(first, second) == text
 
 
@@ -230,6 +243,9 @@ def test_a_report_shows_missing_and_diverged_runs(some_rows):
     assert "Direction accuracy (0 to 1), 16 rotary minus 16 fixed: not run yet." in text
     assert "| 4-8-16 | 100 | - | - | - |" in text and "4-8-16 moving: not run yet." in text
     assert not list(some_rows.glob("figures/*"))
+
+
+# Bad input ------------------------------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize(("old", "new", "words"), [
