@@ -7,14 +7,8 @@ import torch
 
 from models import EqMConfig
 from runtime.cli import UserError
-from schedule import Phase, fill_batches, frames_of_steps, is_due, parse_schedule
+from schedule import fill_batches, frames_of_steps, is_due, parse_schedule
 from training import TINY, Training, differences, run_here
-
-
-def test_a_schedule_has_frames_last_step_and_batch_of_each_phase():
-    phases = [Phase(4, 20_000, 256), Phase(8, 30_000, 128), Phase(16, 40_000, None)]
-    assert parse_schedule("4:20000:256,8:30000:128,16:40000") == phases
-
 
 WRONG = "4 4:x 4:10:2:1 4:10, 4:10;8:20 0:10 4:0 4:10:0 4:10,8:10 4:10,8:5 -4:10 4.5:10 4:10:\u0664 4:999999999999"
 
