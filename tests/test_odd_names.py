@@ -2,7 +2,7 @@
 
 import json
 import shutil
-from pathlib import Path
+from unittest.mock import Mock
 
 import numpy as np
 import pytest
@@ -19,14 +19,9 @@ from tiny_videos import write_video
 from training import run_main
 from video.files import UnreadableError
 
-ROOT = Path(train.__file__).resolve().parents[1]
 FORGED = "\nstep 9: validation loss 0.0000\n"
 ODD = "-o  'd\"d`touch hacked`$(touch hacked);[x]* %s {0} ü😀跳\x1b[31m" + FORGED
 CLASSES = ["-A" + ODD, "B '" + FORGED + "x" * 150]
-
-
-def unreadable(*_):
-    raise UnreadableError
 
 
 def test_all_scripts_work_with_odd_names_and_no_log_line_is_forged(tmp_path, monkeypatch, capsys):
@@ -45,7 +40,7 @@ def test_all_scripts_work_with_odd_names_and_no_log_line_is_forged(tmp_path, mon
               "--sample-every=1", "--num-samples=2", "--num-sampling-steps=2"]  # fmt: skip
     pixels = [*shared, f"--data-path={data}", "--vae=none", "--image-size=16"]
     run_main(train, *pixels, "--max-steps=1")
-    monkeypatch.setattr("video.index.probe", unreadable)  # the index has all other videos
+    monkeypatch.setattr("video.index.probe", Mock(side_effect=UnreadableError))  # the index has all other videos
     run_main(train, *pixels, "--max-steps=2", "--resume", "--cache-frames")
     run_main(train, *shared, f"--data-path={cache}", "--max-steps=1")
     shutil.copy(min(results.glob("[0-9]*")) / "checkpoints/latest.pt", ckpt)

@@ -50,7 +50,7 @@ def steps_of(*optimizers):
         for weights in zip(*(optimizer.param_groups[0]["params"] for optimizer in optimizers), strict=True):
             gradient = torch.randn(weights[0].shape)
             for weight in weights:
-                weight.grad = gradient.clone()
+                weight.grad = gradient.clone().view_as(weight)
         for optimizer in optimizers:
             optimizer.step()
 
@@ -67,12 +67,7 @@ def test_muon_agrees_with_torch_muon_up_to_bfloat16_rounding():
 
 def test_to_muon_a_convolution_is_a_matrix_with_a_row_per_output():
     kernels, matrix = (torch.nn.Parameter(torch.ones(shape)) for shape in ((16, 8, 3, 3), (16, 72)))
-    random = torch.randn(3, 16, 72, generator=torch.Generator().manual_seed(0))
-    optimizers = [Muon([weight], 0.02, 0.1) for weight in (kernels, matrix)]
-    for gradient in random:
-        for weight, optimizer in zip((kernels, matrix), optimizers, strict=True):
-            weight.grad = gradient.view_as(weight)
-            optimizer.step()
+    steps_of(*(Muon([weight], 0.02, 0.1) for weight in (kernels, matrix)))
     assert torch.equal(kernels.flatten(1), matrix) and not torch.equal(matrix, torch.ones(16, 72))
 
 

@@ -22,7 +22,7 @@ import train
 from models import EqM, EqM_models
 from runtime import distributed, rng
 from tiny_data import make_images, save_checkpoint
-from training import IMAGES, TINY, Training, run_here, run_main
+from training import IMAGES, TINY, Training, record_calls, run_here, run_main
 
 # A copy to a meta tensor has nothing to copy
 pytestmark = pytest.mark.filterwarnings("ignore:for .* copying from a non-meta parameter")
@@ -33,12 +33,8 @@ COPIES = {aten.copy_.default: 1, aten._to_copy.default: 0}  # and the place of t
 FUSED = aten._fused_adamw_.default, aten._fused_adamw_.tensor_lr  # their kernels take no scalar from the CPU
 
 
-class WrongDevice(Exception):  # noqa: N818 (as the errors of the project)
-    """An operation has tensors on two devices."""
-
-
 class OneDevice(TorchDispatchMode):
-    """Raises WrongDevice for an operation on tensors of two devices; `waits` names those that wait for the GPU."""
+    """Fails the test at an operation on tensors of two devices; `waits` names operations that wait for the GPU."""
 
     def __init__(self):
         super().__init__()
@@ -51,7 +47,7 @@ class OneDevice(TorchDispatchMode):
         tensors = [leaf for leaf in tree_leaves((args, kwargs)) if torch.is_tensor(leaf)]
         devices = {part.device for part in tensors if part.dim() or on_gpu(part) or function in FUSED}
         if len(devices) > 1:
-            raise WrongDevice(f"{function}: {', '.join(f'{part.device.type} {tuple(part.shape)}' for part in tensors)}")
+            pytest.fail(f"{function}: {', '.join(f'{part.device.type} {tuple(part.shape)}' for part in tensors)}")
         if function is aten._local_scalar_dense.default and on_gpu(args[0]):  # item(), float(), bool(), tolist()
             self.waits.append(function)
             return torch.ones((), dtype=args[0].dtype).item()
@@ -94,18 +90,6 @@ def gpu(monkeypatch):
         yield mode
 
 
-def note_waits(gpu, patch, owner, name):
-    """A list that gets the number of waits so far at each call of a function."""
-    seen, function = [], getattr(owner, name)
-
-    def noted(*args, **kwargs):
-        seen.append(len(gpu.waits))
-        return function(*args, **kwargs)
-
-    patch.setattr(owner, name, noted)
-    return seen
-
-
 VIDEOS = [*TINY, "--precision", "fp32"]
 FIXED = [flag for flag in VIDEOS if flag != "--use-rope"]
 RUNS = {  # base flags, more flags; waits in a step
@@ -129,7 +113,7 @@ def test_training_and_resuming_stay_on_the_gpu_and_steps_do_not_wait(
     data = make_images(tmp_path / "data", 12) if kind == "images" else latents if "latents" in kind else shapes
     training = Training(data, tmp_path / "results", 5, flags=flags, base=base)
     often = ["--log-every", 5, "--val-every", 5, "--ckpt-every", 5]  # at the end, as samples
-    seen = note_waits(gpu, monkeypatch, train, "update_ema")
+    seen = record_calls(monkeypatch, train, "update_ema", lambda *_: len(gpu.waits))
     assert run_here(training, *often, stop_after=3) == 3
     assert seen[2] - seen[1] == seen[1] - seen[0] == waits  # a finite gradient needs no look at the losses
     assert run_here(training, *often, "--resume") == 2
@@ -150,7 +134,7 @@ def test_sampling_stays_on_the_gpu_and_waits_only_to_stop_samples(flags, ebm, st
     ckpt = save_checkpoint(tmp_path / "c.pt", **shape)
     shared = ["--video", "--num-frames", 6, "--num-samples", 3, "--batch-size", 2, "--num-sampling-steps", 4]
     shared += ["--no-previews", "--precision", "fp32", "--ckpt", ckpt, "--folder", tmp_path / "s", "--sampler"]
-    seen = note_waits(gpu, monkeypatch, EqM, "forward")
+    seen = record_calls(monkeypatch, EqM, "forward", lambda *_, **__: len(gpu.waits))
     run_main(sample_gd, *shared, *flags.split())
     assert len(seen) >= 2 * 3
     assert (len(set(seen)) > 2) == stops  # 2 batches

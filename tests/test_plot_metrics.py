@@ -55,10 +55,6 @@ def frames(curve):
     return " ".join(name for name, _ in curve.phases)
 
 
-def data(line):
-    return np.column_stack(line.get_data())
-
-
 def texts(shown):
     return [text.get_text() for text in shown]
 
@@ -83,7 +79,7 @@ def test_phases_are_one_curve_whose_steps_seconds_and_flops_add_up(tmp_path):
         (by_flops, "training compute (PFLOP)", spent),
     ):
         assert axes.get_xlabel() == label
-        assert np.allclose(data(axes.lines[0]), np.column_stack([x, 100 / every]))
+        assert np.allclose(axes.lines[0].get_xydata(), np.column_stack([x, 100 / every]))
     spans = [(patch.get_x(), patch.get_x() + patch.get_width()) for patch in by_step.patches]
     assert spans == [(10, 100), (100, 150), (150, 200)]  # phases are shaded and named
     assert len({patch.get_alpha() for patch in by_step.patches}) == 2
@@ -179,7 +175,7 @@ def test_validation_has_a_row_with_a_line_for_the_own_and_each_frame_count(tmp_p
         assert validation.get_xlabel() == "step" and training.get_ylabel() == "training loss"
         assert ("of zero" in validation.get_ylabel()) == (unit == 10)
         for line, y in zip(validation.lines, (50 / every, 40 / every, sixteen), strict=True):
-            assert np.allclose(data(line), np.column_stack([every, y / unit]), equal_nan=True)
+            assert np.allclose(line.get_xydata(), np.column_stack([every, y / unit]), equal_nan=True)
         assert validation.lines[1].get_marker() != validation.lines[2].get_marker()
         assert texts(validation.get_legend().texts) == ["4 frames", "16 frames"]
     training, validation = plot_curves(curves_of(newer), relative=True, window=1).axes

@@ -18,24 +18,15 @@ from test_shapes import noisy
 from tiny_data import write_npz
 
 
-def gradient(num_frames=6, size=16):
-    """A clip whose frame t has the level 10 t plus a slope."""
-    levels = 10 * np.arange(num_frames)[:, None, None, None] + 4 * np.arange(size)[:, None]
-    return np.broadcast_to(levels, (num_frames, size, size, 3)).astype(np.uint8)
-
-
-def naive_psnr(a, b):
-    return 10 * math.log10(255**2 / ((a.astype(float) - b) ** 2).mean())
-
-
 def test_prediction_scores_equal_their_definitions():
-    real = gradient()
+    levels = 10 * np.arange(6)[:, None, None, None] + 4 * np.arange(16)[:, None]  # frame t: 10 t plus a slope
+    real = np.broadcast_to(levels, (6, 16, 16, 3)).astype(np.uint8)
     samples = np.stack([noisy(real, 8, seed) for seed in range(3)])
     scores, baselines = prediction.score_clip(real, samples, given=(1, 4))
     assert scores.shape == (3, 3, 4) and baselines.keys() == {"repeated", "average"}  # the true motion is not known
-    assert np.allclose(scores[0], [[naive_psnr(sample[t], real[t]) for t in (0, 2, 3, 5)] for sample in samples])
+    assert np.allclose(scores[0], [[psnr(sample[t], real[t]) for t in (0, 2, 3, 5)] for sample in samples])
     shown = {0: 1, 2: 1, 3: 1, 5: 4}  # the last given frame before, or else the first after
-    assert np.allclose(baselines["repeated"][0], [naive_psnr(real[frame], real[t]) for t, frame in shown.items()])
+    assert np.allclose(baselines["repeated"][0], [psnr(real[frame], real[t]) for t, frame in shown.items()])
     (whole, ssim, moving), _ = prediction.score_clip(real, real[None], given=(0,))
     assert (whole == 60).all() and (ssim == 1).all() and (moving == 60).all()
     settings = {"gaussian_weights": True, "sigma": 1.5, "use_sample_covariance": False, "data_range": 255}
@@ -102,7 +93,7 @@ def test_moving_pixels_differ_from_the_given_frame_by_more_than_8_levels():
     assert np.isnan(scores[2, 0, 0]) and np.isnan(baselines["repeated"][2, 0])
     assert scores[2, 0, 1:] == pytest.approx([10 * math.log10(255**2 / 12)] * 2)
     assert baselines["repeated"][2, 1:] == pytest.approx([10 * math.log10(255**2 / 27)] * 2)
-    assert scores[0, 0, 1:] == pytest.approx([naive_psnr(sample[t], real[t]) for t in (2, 3)])
+    assert scores[0, 0, 1:] == pytest.approx([psnr(sample[t], real[t]) for t in (2, 3)])
 
 
 def test_means_over_moving_pixels_are_of_clips_in_which_something_moves():
@@ -130,6 +121,8 @@ def test_only_a_clip_with_the_same_color_and_shape_keeps_the_appearance():
 
 # Sample folders that continue real clips ------------------------------------------------------------------------------
 
+KEPT = {"source": SOURCE | {"keep_background": True}}
+
 
 def write_predictions(folder, data, change, count=3, samples_per_clip=2, given="0-1,6", split="val", **changes):
     """A folder of samples of the first real clips of a data set; change(clip, number) makes a sample of a clip."""
@@ -150,14 +143,17 @@ def stops(clip, number):
     return clip
 
 
+def flags_of(folder, data):
+    return ["--metric", "prediction", "--samples", folder, "--data-path", data]
+
+
 def test_samples_are_scored_against_the_clips_that_they_continue(shapes, tmp_path):
     folder = write_predictions(tmp_path / "s", shapes, stops)
-    flags = ["--metric", "prediction", "--samples", folder, "--data-path", shapes, "--batch-size", 2]
-    made = run(tmp_path / "p.json", *flags)
+    made = run(tmp_path / "p.json", *flags_of(folder, shapes), "--batch-size", 2)
     assert made["protocol"] == "prediction3_best2_3of8f"
     assert made["result"]["given_frames"] == "0-1,6" and made["result"]["predicted_frames"] == [2, 3, 4, 5, 7]
     values, (clips, _, _) = made["values"], read_clips(shapes, "val", 3)
-    repeated = np.mean([naive_psnr(clip[max(given for given in (0, 1, 6) if given < t)], clip[t])
+    repeated = np.mean([psnr(clip[max(given for given in (0, 1, 6) if given < t)], clip[t])
                         for clip in clips for t in (2, 3, 4, 5, 7)])  # fmt: skip
     assert values["psnr_best"] == 60 and values["psnr_repeated"] == pytest.approx(repeated)
     assert values["psnr"] == pytest.approx((60 + repeated) / 2)
@@ -170,26 +166,21 @@ def test_samples_are_scored_against_the_clips_that_they_continue(shapes, tmp_pat
     assert again["repeats"]["bit_equal"] and again["values"] == values
 
 
-def test_the_split_is_that_of_the_samples_which_may_have_no_class(shapes, tmp_path):
+def test_split_and_background_are_those_of_the_samples_which_may_have_no_class(shapes, tmp_path):
     folder = write_predictions(tmp_path / "s", shapes, stops, count=24, samples_per_clip=1, split="all")
     write_npz(folder / "samples.npz", np.load(folder / "samples.npz")["arr_0"], [-1] * 24)
-    made = run(tmp_path / "p.json", "--metric", "prediction", "--samples", folder, "--data-path", shapes)
+    made = run(tmp_path / "p.json", *flags_of(folder, shapes))
     assert made["protocol"] == "prediction24_all_3of8f" and made["values"]["psnr"] == 60
     assert made["real"]["num_videos"] == made["real"]["num_clips"] == 24
-    folder = write_predictions(tmp_path / "few", shapes, stops, count=24, samples_per_clip=1)
-    made = run(tmp_path / "few.json", "--metric", "prediction", "--samples", folder, "--data-path", shapes)
+    folder = write_predictions(tmp_path / "few", shapes, stops, count=24, samples_per_clip=1, **KEPT)
+    made = run(tmp_path / "few.json", *flags_of(folder, shapes), "--keep-background")
+    assert made["protocol"] == "prediction24_3of8f_background"
     assert made["real"]["num_videos"] == 12 and made["result"]["interval_units"] == {"real": "12 videos"}
 
 
-def test_samples_smaller_than_the_window_of_ssim_are_refused(shapes, tmp_path, capsys):
-    folder = write_predictions(tmp_path / "s", shapes, lambda clip, number: clip[:, :10, :10])
-    flags = ["--metric", "prediction", "--samples", folder, "--data-path", shapes]
-    refused(capsys, tmp_path / "p.json", *flags, words=["has clips of 10 px, SSIM needs at least 11"])
-
-
-KEPT = {"source": SOURCE | {"keep_background": True}}
 MISTAKES = {
     "no real clips": ({"real": None}, [], ["does not continue the clips of a data set; sample again with --given"]),
+    "smaller than the window of SSIM": ({}, [], ["has clips of 10 px, SSIM needs at least 11"]),
     "too few samples": ({"real": {"num_clips": 9, "samples_per_clip": 2}}, [], ["2 samples for each of 9 clips"]),
     "kept background": (KEPT, [], ["was sampled with --keep-background", "--no-keep-background", "add the flag here"]),
     "another split": ({}, ["--split", "all"], ["--split: --metric prediction chooses its real clips"]),
@@ -207,12 +198,6 @@ def test_samples_that_cannot_be_compared_are_refused(case, shapes, tmp_path, cap
     if case == "no truth of a class":
         shutil.copytree(shapes, "lacking")
         (tmp_path / "lacking/shapes.json").write_text((shapes / "shapes.json").read_text().replace("SquareUp", "X"))
-    folder = write_predictions(tmp_path / "s", shapes, stops, **about)
-    flags = ["--metric", "prediction", "--samples", folder, "--data-path", shapes, *flags]
-    refused(capsys, tmp_path / "p.json", *flags, words=words)
-
-
-def test_a_kept_background_is_in_the_name_of_the_protocol(shapes, tmp_path):
-    folder = write_predictions(tmp_path / "s", shapes, stops, **KEPT)
-    flags = ["--metric", "prediction", "--samples", folder, "--data-path", shapes, "--keep-background"]
-    assert run(tmp_path / "p.json", *flags)["protocol"] == "prediction3_best2_3of8f_background"
+    change = (lambda clip, number: clip[:, :10, :10]) if "SSIM" in case else stops
+    folder = write_predictions(tmp_path / "s", shapes, change, **about)
+    refused(capsys, tmp_path / "p.json", *flags_of(folder, shapes), *flags, words=words)

@@ -23,7 +23,7 @@ from models import Condition, EqM, EqMConfig
 from published import convert_published
 from runtime.cli import UserError
 from tiny_data import flip_bit, make_images, make_vae
-from training import differences, run_main
+from training import differences, error_of, run_main
 
 with safe_open(Path(__file__).parent / "eqm_image_tiny.safetensors", "pt") as file:
     TENSORS = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 - inputs and results, not a dict
@@ -105,10 +105,9 @@ def write_file(path, state, kind):
 
 def refusal(path, model=None, **asked):
     """The one-line error of a file that is refused."""
-    with pytest.raises(UserError) as error:
-        checkpoint.load_model(path, model=model, **asked)
-    assert str(error.value).startswith(f"--ckpt {path}: ") and "\n" not in str(error.value)
-    return str(error.value)
+    message = error_of(checkpoint.load_model, path, model=model, **asked)
+    assert message.startswith(f"--ckpt {path}: ")
+    return message
 
 
 @pytest.mark.parametrize("kind", ["bare", "whole", "of energies"])

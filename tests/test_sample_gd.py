@@ -2,7 +2,6 @@
 
 import json
 import shutil
-import time
 from dataclasses import replace
 from types import SimpleNamespace
 
@@ -14,14 +13,14 @@ import gallery
 import picture
 import sample_gd
 import train
+from faults import wait_until
 from generation import SAMPLER, generate
 from process import spawn
 from published import write_export
-from runtime.cli import UserError
 from scoring import manifest
 from test_generation import TUNED
 from tiny_data import random_checkpoint
-from training import FEW_STEPS, PYTHON, ROOT, Training, content, on_two_ranks, refused, run_main, sample_here
+from training import FEW_STEPS, PYTHON, ROOT, Training, content, error_of, on_two_ranks, refused, run_main, sample_here
 from video.samples import read_samples
 
 
@@ -53,8 +52,7 @@ def test_samples_that_were_cut_short_are_removed_by_the_next_call(places, tmp_pa
         images(places, folder, 101, status=1)
     left = {f"{index:06d}.png" for index in range(100)} | {"samples.unfinished"}
     assert content(folder).keys() == left  # each batch was written before the next was made
-    with pytest.raises(UserError, match="not finished"):
-        read_samples("--samples s", folder)
+    assert "not finished" in error_of(read_samples, "--samples s", folder)
     images(places, folder, 3)
     assert (with_previews := content(folder)).keys() == names_of(3)
     with monkeypatch.context() as patch:
@@ -93,9 +91,7 @@ def test_a_kill_leaves_no_half_file_and_the_next_call_cleans_up(places, tmp_path
     flags = ["--ckpt", places / "pixels.pt", "--video", *FEW_STEPS, "--folder", tmp_path / "s", "--num-frames", 4000]
     process = spawn(*PYTHON, ROOT / "EqM/sample_gd.py", *flags)  # endless
     try:
-        while process.poll() is None and not (tmp_path / "s/samples.unfinished").exists():
-            time.sleep(0.001)
-        assert process.poll() is None, "it ended before it began to write"
+        wait_until((tmp_path / "s/samples.unfinished").exists, process)
     finally:
         process.kill()
         process.wait()

@@ -7,14 +7,8 @@ import torch
 
 from models import EqMConfig
 from runtime.cli import UserError
-from schedule import Phase, current_phase, fill_batches, frames_of_steps, is_due, parse_schedule
+from schedule import fill_batches, frames_of_steps, is_due, parse_schedule
 from training import TINY, Training, differences, run_here
-
-
-def test_a_schedule_has_frames_last_step_and_batch_of_each_phase():
-    phases = [Phase(4, 20_000, 256), Phase(8, 30_000, 128), Phase(16, 40_000, None)]
-    assert parse_schedule("4:20000:256,8:30000:128,16:40000") == phases
-
 
 WRONG = "4 4:x 4:10:2:1 4:10, 4:10;8:20 0:10 4:0 4:10:0 4:10,8:10 4:10,8:5 -4:10 4.5:10 4:10:\u0664 4:999999999999"
 
@@ -35,11 +29,6 @@ def test_phases_without_a_batch_size_keep_the_tokens_per_step():
             fill_batches(parse_schedule(text), 32, tokens=lambda n: n, parts=4)
 
 
-def test_a_checkpoint_continues_in_the_phase_of_its_next_step():
-    phases = parse_schedule("4:10,8:20,16:30")
-    assert [current_phase(phases, step).num_frames for step in (0, 9, 10, 19, 20, 29)] == [4, 4, 8, 8, 16, 16]
-
-
 def test_a_share_of_the_later_steps_has_the_frames_of_an_earlier_phase():
     phases = parse_schedule("4:1000,8:2000,16:5000")
     assert frames_of_steps(phases, phases[0], step=0, first_step=0, mix=0.3, seed=0) == [4] * 1000
@@ -56,8 +45,6 @@ def test_steps_are_due_periodically_and_at_the_end_of_a_phase():
     assert [step for step in range(1, 12) if is_due(step, 11, 4, 0, 6)] == [4, 6, 8, 11]
     assert [step for step in range(1, 12) if is_due(step, 11, 0)] == [11]
 
-
-# Training runs --------------------------------------------------------------------------------------------------------
 
 PHASES = [(4, 3, 8), (8, 5, 4), (16, 7, 2)]  # frames, last step, batch
 SCHEDULE = "4:3:8,8:5,16:7:2"
@@ -81,10 +68,6 @@ def saved(training, name):
     return state, state.pop("config")
 
 
-def flops_of(config, batch, frames):
-    return batch * EqMConfig(**config["model"]).training_flops(frames)
-
-
 def test_a_schedule_equals_a_chain_of_runs_bit_for_bit_even_if_stopped(shapes, tmp_path):
     ckpt, chain = [], []
     for frames, steps, batch in PHASES:  # separate runs
@@ -102,7 +85,8 @@ def test_a_schedule_equals_a_chain_of_runs_bit_for_bit_even_if_stopped(shapes, t
     for phase, (frames, last_step, batch) in zip(chain, PHASES, strict=True):
         (alone, config), (state, scheduled) = (saved(run, f"{last_step:07d}.pt") for run in (phase, training))
         assert config["training"]["num_frames"] == scheduled["training"]["num_frames"] == frames
-        flops = (last_step - alone["phase"]["first_step"]) * flops_of(config, batch, frames)
+        clips = (last_step - alone["phase"]["first_step"]) * batch
+        flops = clips * EqMConfig(**config["model"]).training_flops(frames)
         total += flops
         assert (alone["phase"].pop("flops"), state["phase"].pop("flops")) == (flops, total)
         assert differences(alone, state) == []
@@ -110,8 +94,7 @@ def test_a_schedule_equals_a_chain_of_runs_bit_for_bit_even_if_stopped(shapes, t
 
 
 def test_a_run_beyond_the_end_of_its_phase_continues_with_the_next(shapes, tmp_path):
-    """For example after a resume with a schedule whose first phase is shorter."""
-    for schedule, stop in (("4:6:2,8:8:2", 4), ("4:3:2,8:8:2", None)):
+    for schedule, stop in (("4:6:2,8:8:2", 4), ("4:3:2,8:8:2", None)):  # resumed with a shorter first phase
         training = run_schedule(schedule, shapes, tmp_path / "r", stops=[stop])
     state, _ = saved(training, "latest.pt")
     assert (state["step"], state["phase"]["first_step"]) == (8, 4)
@@ -129,6 +112,6 @@ def test_phase_ends_are_kept_and_mix_also_trains_on_shorter_clips(shapes, tmp_pa
     assert {"0000003.pt", "0000005.pt", "0000007.pt"} <= names and "0000001.pt" not in names
     _, config = saved(training, "latest.pt")
     for row, frames in zip(training.rows(), expected, strict=True):
-        total += flops_of(config, 2, frames)
+        total += 2 * EqMConfig(**config["model"]).training_flops(frames)
         assert row["flops"] == total
     assert len(set(expected[3:5])) + len(set(expected[5:])) > 2  # some are mixed

@@ -3,24 +3,24 @@
 import itertools
 import json
 import math
-from argparse import Namespace
 
 import decord
 import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
+from scipy.ndimage import gaussian_filter
 
 import make_moving_shapes as drawing
-from runtime.cli import UserError
 from sample_folders import read_clips, refused, run, write_samples
 from scoring import shapes
 from scoring.shapes import Track, track
 from scoring.stats import wilson
+from test_moving_shapes import plan
+from training import error_of
 
 RED, GREEN, BLUE = (drawing.COLORS[name] for name in ("red", "green", "blue"))
 COMBINATIONS = list(itertools.product(drawing.SHAPES, drawing.DIRECTIONS))
-SIGN = {"Left": (-1, 0), "Right": (1, 0), "Up": (0, -1), "Down": (0, 1)}
 
 
 def clip_of(centers, shape="Circle", color=RED, size=16, radius=0.18 * 16, background=(0, 0, 0)):
@@ -30,16 +30,7 @@ def clip_of(centers, shape="Circle", color=RED, size=16, radius=0.18 * 16, backg
 def line(direction, frames=16, speed=0.36, middle=(8.1, 7.8)):
     """Centers (T, 2) of straight motion through the middle."""
     time = np.arange(frames)[:, None] - (frames - 1) / 2
-    return np.array(middle) + time * speed * np.array(SIGN[direction])
-
-
-def blur(clip, deviation):
-    x = np.arange(-4, 5)
-    kernel = np.exp(-(x**2) / 2 / deviation**2)
-    out = clip.astype(float)
-    for axis in (1, 2):
-        out = np.apply_along_axis(np.convolve, axis, out, kernel / kernel.sum(), "same")
-    return out.round().astype(np.uint8)
+    return np.array(middle) + time * speed * np.array(drawing.DIRECTIONS[direction])
 
 
 def noisy(clip, deviation, seed=0):
@@ -50,10 +41,9 @@ def noisy(clip, deviation, seed=0):
 # Straight motion ------------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize(
-    ("frames", "speed", "size"),
-    [(25, 0.36, 16), (7, 0.55, 16), (2, 0.5, 16), (7, 0.55, 24), (7, 0.55, 40), (7, 0.55, 64), (7, 0.55, 96)],
-)
+@pytest.mark.parametrize(("frames", "speed", "size"), [
+    (25, 0.36, 16), (7, 0.55, 16), (2, 0.5, 16), (7, 0.55, 24), (7, 0.55, 40), (7, 0.55, 64), (7, 0.55, 96)
+])  # fmt: skip
 def test_the_tracker_measures_drawn_clips_of_any_size(frames, speed, size):
     scale = size / 16
     for shape, direction in COMBINATIONS:
@@ -68,7 +58,8 @@ def test_the_tracker_measures_drawn_clips_of_any_size(frames, speed, size):
 def test_the_tracker_tolerates_blur_and_noise(deviation, noise, area):
     for shape, direction in COMBINATIONS:
         clip = clip_of(line(direction, 7, 0.55), shape, GREEN)
-        found = track(noisy(blur(clip, deviation) if deviation else clip, noise))
+        blurred = gaussian_filter(clip.astype(float), (0, deviation, deviation, 0), mode="constant").round()
+        found = track(noisy(blurred, noise))
         assert (found.direction, found.shape) == (direction, shape), found.reason
         assert found.speed == pytest.approx(0.55, abs=0.05) and found.area == pytest.approx(track(clip).area, rel=area)
 
@@ -171,8 +162,7 @@ def test_the_truth_of_shapes_json_is_scaled_to_the_clip(data_set, tmp_path):
     assert (truth.direction, truth.shape) == ("Up", "Square")
     assert truth.speed == pytest.approx(9 * 3 / 25)  # 9 px a second at 16 px
     assert truth.area == pytest.approx(math.pi * 2.88**2)
-    with pytest.raises(UserError, match="shapes.json: not the shapes.json of a Moving Shapes data set"):
-        shapes.Truth(tmp_path)
+    assert "shapes.json: not the shapes.json of a Moving Shapes data set" in error_of(shapes.Truth, tmp_path)
 
 
 def test_the_summary_counts_refused_clips_as_wrong_and_measures_right_ones():
@@ -207,11 +197,8 @@ def test_motion_of_real_clips_is_all_right(request, tmp_path):
 
 # Bouncing motion ------------------------------------------------------------------------------------------------------
 
-ARGS = Namespace(
-    seed=3, size=32, radius=[0.18, 0.18], colors=["red", "green", "blue"], backgrounds=["black"], frames=160,
-    bounce=True, videos_per_class=2,
-)  # fmt: skip
-VIDEOS = list(drawing.plan_videos(ARGS)[0].values())
+BOUNCING = "--bounce", "--seed", 3, "--size", 32, "--videos-per-class", 2, "--seconds", 6.4  # 160 frames
+VIDEOS = list(plan(*BOUNCING)[1].values())
 
 
 @pytest.fixture(scope="module")

@@ -9,7 +9,7 @@ import subprocess
 
 import pytest
 
-from process import write_commands
+from process import spawn, write_commands
 from test_odd_names import ODD
 from training import ROOT
 
@@ -59,50 +59,36 @@ def test_a_script_answers_help_with_its_variables_and_does_nothing_else(script, 
     ("sample.sh", "", {"FRAME": "3"}, ["FRAME: ", "EXP CKPT FRAMES SAMPLES OUT GPUS"]),
     ("train_progressive.sh", "", {"DATA_PATH": "x"}, ["DATA_PATH: ", "DATA GPUS"]),
     *((f"{name}.sh", "", {"CKPT": "x"}, [NO_TORCH]) for name in NEED_TORCH),
-    *(
-        (f"{name}.sh", "", {"EXP": "/x"}, ["EXP=/x: not inside results/"])
-        for name in ("sample", "score", "train_progressive", "quickstart", "weizmann", "sprites")
-    ),
+    *((f"{name}.sh", "", {"EXP": "/x"}, ["EXP=/x: not inside results/"])
+      for name in ("sample", "score", "train_progressive", "quickstart", "weizmann", "sprites")),
     *((f"{name}.sh", "", {"GPUS": "0"}, ["GPUS=0: "]) for name in ("weizmann", "sprites")),
     *((f"{name}.sh", "", {"HOURS": "two"}, ["HOURS=two: not a number"]) for name in ("weizmann", "sprites")),
     ("sprites.sh", "", {"SEED": "a"}, ["SEED=a: not a seed"]),
     ("sprites.sh", "", {"VAE": "none"}, ["VAE=none: no such folder; unset VAE"]),
-    *(
-        (f"{name}.sh", "", {"EXP": "no\nsuch"}, ["EXP=$'no\\nsuch': ", "expected one of: (none yet); or set CKPT"])
-        for name in ("sample", "score")
-    ),
+    *((f"{name}.sh", "", {"EXP": "no\nsuch"}, ["EXP=$'no\\nsuch': ", "expected one of: (none yet); or set CKPT"])
+      for name in ("sample", "score")),
     ("train_progressive.sh", "", {"RECIPE": "big"}, ["RECIPE=big: ", "expected ours"]),
     ("setup.sh", "", {"PYTHON": "false"}, ["older than 3.11"]),
-    *(
-        (f"{script}.sh", "", {name: value}, [f"{name}="])
-        for script, name in (
-            ("train_progressive", "STEPS_1"),
-            ("train_progressive", "BATCH_3"),
-            ("quickstart", "GPUS"),
-            *(("quickstart", name) for name in ("STEPS_1", "MODEL", "LR_DECAY", "VIDEOS", "FRAMES", "PRECISION")),
-        )
-        for value in ("0", "\n", "x", "1 2", "a[$(touch hacked)]")
-        if (name, value) not in (("LR_DECAY", "0"), ("FRAMES", "1 2"), ("FRAMES", "\n"))
-    ),
+    *((f"{script}.sh", "", {name: value}, [f"{name}="])
+      for script, names in (("train_progressive", "STEPS_1 BATCH_3"),
+                            ("quickstart", "GPUS STEPS_1 MODEL LR_DECAY VIDEOS FRAMES PRECISION"))
+      for name in names.split()
+      for value in ("0", "\n", "x", "1 2", "a[$(touch hacked)]")
+      if (name, value) not in (("LR_DECAY", "0"), ("FRAMES", "1 2"), ("FRAMES", "\n"))),
     ("quickstart.sh", "", {"SEED": "-1"}, ["SEED=-1: "]),
     ("score.sh", "", {"METRIC": "prediction", "REAL": "many"}, ["REAL=many: ", "at least 1"]),
-    *(
-        ("train_progressive.sh", flags, dict(pair.split("=") for pair in variables.split()), words)
-        for flags, variables, words in [
-            ("", "STEPS_2=9 STEPS_1=9", ["STEPS_2=9: not above STEPS_1=9"]),
-            ("", "STEPS_3=100000", ["STEPS_3=100000: not above STEPS_2=100000"]),
-            ("", "FRAMES_3=4", ["FRAMES_3=4: ", "ONE_RUN=1"]),
-            ("", "CACHE=yes", ["CACHE=yes: ", "0 or 1"]),
-            ("", "DATA=none", ["DATA=none: no such folder; set DATA"]),
-            ("", "LR_DECAY=2", ["LR_DECAY=2: ", "from 0 to 1"]),
-            ("", "MODEL=S", ["MODEL=S: ", "EqM-S/4"]),
-            ("--mix 0.1", "", ["--mix: ", "ONE_RUN=1"]),
-            ("--max-steps=5", "", ["--max-steps: ", "STEPS_3"]),
-            ("--ckpt x", "", ["--ckpt: ", "ONE_RUN=1"]),
-            ("--vae=none", "", ["--vae: ", "CACHE=0"]),
-            ("--image-size 64", "", ["--image-size: ", "CACHE=0"]),
-        ]
-    ),
+    ("train_progressive.sh", "", {"STEPS_2": "9", "STEPS_1": "9"}, ["STEPS_2=9: not above STEPS_1=9"]),
+    ("train_progressive.sh", "", {"STEPS_3": "100000"}, ["STEPS_3=100000: not above STEPS_2=100000"]),
+    ("train_progressive.sh", "", {"FRAMES_3": "4"}, ["FRAMES_3=4: ", "ONE_RUN=1"]),
+    ("train_progressive.sh", "", {"CACHE": "yes"}, ["CACHE=yes: ", "0 or 1"]),
+    ("train_progressive.sh", "", {"DATA": "none"}, ["DATA=none: no such folder; set DATA"]),
+    ("train_progressive.sh", "", {"LR_DECAY": "2"}, ["LR_DECAY=2: ", "from 0 to 1"]),
+    ("train_progressive.sh", "", {"MODEL": "S"}, ["MODEL=S: ", "EqM-S/4"]),
+    ("train_progressive.sh", "--mix 0.1", {}, ["--mix: ", "ONE_RUN=1"]),
+    ("train_progressive.sh", "--max-steps=5", {}, ["--max-steps: ", "STEPS_3"]),
+    ("train_progressive.sh", "--ckpt x", {}, ["--ckpt: ", "ONE_RUN=1"]),
+    ("train_progressive.sh", "--vae=none", {}, ["--vae: ", "CACHE=0"]),
+    ("train_progressive.sh", "--image-size 64", {}, ["--image-size: ", "CACHE=0"]),
 ])  # fmt: skip
 def test_a_mistake_or_a_missing_environment_is_one_line(script, arguments, variables, words, bash):
     done = bash(f"scripts/{script}", *arguments.split(), **variables)
@@ -174,11 +160,9 @@ def test_a_signal_reaches_a_run_of_one_process_and_one_line_gives_advice(name, e
     (tmp_path / "data").mkdir()
     code = f"[[ $* == *--dry-run* ]] && exit\n{code}"
     write_commands(tmp_path / "bin", {"python": code, "torchrun": ""})
-    path = f"{tmp_path / 'bin'}:{os.environ['PATH']}"
-    process = subprocess.Popen(
-        ["bash", "scripts/train_progressive.sh"], cwd=tmp_path, start_new_session=True, text=True,
-        env=os.environ | {"PATH": path, "GPUS": "1", "CACHE": "0", "EXP": "x", "DATA": "data"}, stdout=subprocess.PIPE,
-    )  # fmt: skip
+    settings = {"GPUS": "1", "CACHE": "0", "EXP": "x", "DATA": "data"}
+    settings["PATH"] = f"{tmp_path / 'bin'}:{os.environ['PATH']}"
+    process = spawn("bash", "scripts/train_progressive.sh", cwd=tmp_path, environment=settings, stderr=None)
     try:
         assert process.stdout.readline() == "started\n"
         send = os.killpg if name == "INT" else os.kill  # a terminal sends SIGINT to the whole group
@@ -227,19 +211,16 @@ def make_run(root, frames, *names):
     return folder
 
 
-@pytest.mark.parametrize(
-    ("runs", "calls"),  # {frames: checkpoints}; frames, --resume and --ckpt of each phase that the script starts
-    [
-        ({}, [(4, False)]),
-        ({4: []}, [(4, True)]),
-        ({4: ["0000050"]}, [(4, True), (8, False, 4, "0000050")]),
-        ({4: ["0000050"], 8: []}, [(4, True), (8, True, 4, "0000050")]),
-        ({4: ["0000050"], 8: ["latest"]}, [(8, True, 4, "0000050")]),
-        ({4: [], 8: ["0000090"]}, [(8, True, 8, "0000090"), (16, False, 8, "0000090")]),
-        ({8: ["best"]}, [(8, True, 8, "best")]),
-        ({4: ["0000050"], 16: ["best", "latest"]}, [(16, True, 16, "latest")]),
-    ],
-)
+@pytest.mark.parametrize(("runs", "calls"), [  # {frames: checkpoints}; frames, --resume, --ckpt of each phase it starts
+    ({}, [(4, False)]),
+    ({4: []}, [(4, True)]),
+    ({4: ["0000050"]}, [(4, True), (8, False, 4, "0000050")]),
+    ({4: ["0000050"], 8: []}, [(4, True), (8, True, 4, "0000050")]),
+    ({4: ["0000050"], 8: ["latest"]}, [(8, True, 4, "0000050")]),
+    ({4: [], 8: ["0000090"]}, [(8, True, 8, "0000090"), (16, False, 8, "0000090")]),
+    ({8: ["best"]}, [(8, True, 8, "best")]),
+    ({4: ["0000050"], 16: ["best", "latest"]}, [(16, True, 16, "latest")]),
+])  # fmt: skip
 def test_train_progressive_repeats_no_phase_before_one_with_checkpoints(runs, calls, recorded, tmp_path):
     for frames, names in runs.items():
         make_run(tmp_path, frames, *names)

@@ -14,7 +14,7 @@ from runtime.cli import UserError
 from test_cache_latents import full_disk
 from tiny_data import make_latents
 from tiny_videos import halves, scribble, write_images, write_mixed_videos, write_video
-from training import Training, compare, refused, run_here
+from training import Training, compare, error_of, record_calls, refused, run_here
 from video import source
 from video.clips import Clips
 from video.source import CachedFiles, check_data_path, open_source
@@ -35,17 +35,7 @@ def clips_of(data, num_frames=5, **settings):
 @pytest.fixture
 def decoded(monkeypatch):
     """The paths of the videos that are decoded into a cache from here on."""
-    paths, read = [], source.read_all_frames
-
-    def spy(root, video):
-        paths.append(video.path)
-        return read(root, video)
-
-    monkeypatch.setattr(source, "read_all_frames", spy)
-    return paths
-
-
-# Files ----------------------------------------------------------------------------------------------------------------
+    return record_calls(monkeypatch, source, "read_all_frames", lambda root, video: video.path)
 
 
 def test_a_clip_of_files_is_flipped_as_a_whole(tmp_path):
@@ -55,9 +45,6 @@ def test_a_clip_of_files_is_flipped_as_a_whole(tmp_path):
         assert plain.dtype == torch.uint8 and plain.shape == (3, 3, SIZE, SIZE) and plain.is_contiguous()
         assert torch.equal(flipped, plain.flip(-1)) and not torch.equal(flipped, plain)
         assert (torch.lt(*halves(plain)) & torch.gt(*halves(flipped))).all()
-
-
-# --cache-frames.
 
 
 @pytest.mark.parametrize("kind", ["videos", "images", "corrupt"])
@@ -185,8 +172,8 @@ def test_a_disk_that_fills_up_is_one_line_and_a_cache_needs_no_other(tmp_path, m
         cached(files, tmp_path)
     assert not list(tmp_path.rglob("*.tmp")) and len(list(tmp_path.glob(".pixels*/*.safetensors"))) == 2
     make_latents(tmp_path / "latents")
-    with pytest.raises(UserError, match="--cache-frames: --data-path is a cache"):
-        CachedFiles(open_source(tmp_path / "latents", 16), tmp_path)
+    error = error_of(CachedFiles, open_source(tmp_path / "latents", 16), tmp_path)
+    assert error.startswith("--cache-frames: --data-path is a cache")
     check_data_path(tmp_path / "latents")
-    with pytest.raises(UserError, match="a latent cache; name the folder of its videos"):
-        check_data_path(tmp_path / "latents", cached=False)
+    error = error_of(check_data_path, tmp_path / "latents", cached=False)
+    assert "a latent cache; name the folder of its videos" in error

@@ -11,7 +11,7 @@ from PIL import Image
 import autoencoder
 import train_vae
 from autoencoder import Autoencoder, hidden_matrices, jitter_colors, losses_of, make_autoencoder, psnr, residual_blocks
-from training import TINY_VAE, Training, compare, content, counted_steps, run_main
+from training import TINY_VAE, Training, compare, content, counted_steps, record_calls, run_main
 from vae import load_vae
 from video.loader import batches_of
 
@@ -29,16 +29,14 @@ def run(training, *flags, stop_after=None, status=0):
 def made(shapes, tmp_path_factory):
     """A run that nothing has disturbed, and the frames that each of its validations measures: held out, then others."""
     training = Training(shapes, tmp_path_factory.mktemp("vae") / "r", STEPS, base=TINY_VAE, script="train_vae.py")
-    seen, measure = [], autoencoder.measure
 
-    def noted(ema, loader, device):
+    def frames_and_videos(ema, loader, device):
         batches = list(batches_of(loader))
         videos = {video for batch in batches for video in batch["videos"]}
-        seen.append((torch.cat([batch["clips"] for batch in batches]), videos))
-        return measure(ema, loader, device)
+        return torch.cat([batch["clips"] for batch in batches]), videos
 
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(autoencoder, "measure", noted)
+        seen = record_calls(patch, autoencoder, "measure", frames_and_videos)
         assert run(training) == STEPS
     return training, seen
 
@@ -48,23 +46,16 @@ def whole(made):
     return made[0]
 
 
-# What is trained ------------------------------------------------------------------------------------------------------
-
-
-def test_losses_count_errors_of_pixels_and_of_steps_between_pixels():
+def test_losses_match_their_definitions():
     x, standard = torch.rand(2, 3, 8, 8), (torch.zeros(2, 4, 2, 2), torch.zeros(2, 4, 2, 2))
     assert all(loss == 0 for loss in losses_of(x, x, *standard).values())
     found = losses_of(x, x + 0.25, *standard)
     assert found["pixel_loss"].item() == pytest.approx(0.25) and found["gradient_loss"].item() < 1e-6
     ramp = torch.arange(8.0).expand(2, 3, 8, 8)  # one more per column, as much in each row
     assert losses_of(x, x + 0.5 * ramp, *standard)["gradient_loss"].item() == pytest.approx(0.5)
-
-
-def test_the_kl_loss_equals_torchs_in_nats_per_latent_value():
-    mean, logvar = torch.randn(2, 4, 3, 3), torch.randn(2, 4, 3, 3)
+    mean, logvar = torch.randn(2, 4, 3, 3), torch.randn(2, 4, 3, 3)  # the KL loss is in nats per latent value
     posterior = torch.distributions.Normal(mean, (logvar / 2).exp())
     expected = torch.distributions.kl_divergence(posterior, torch.distributions.Normal(0.0, 1.0)).mean()
-    x = torch.zeros(2, 3, 8, 8)
     assert losses_of(x, x, mean, logvar)["kl_loss"].item() == pytest.approx(1e-4 * expected.item(), rel=1e-5)
 
 
@@ -87,23 +78,16 @@ def test_the_color_change_of_a_frame_is_affine_and_depends_on_its_index():
     assert jitter_colors(torch.ones(6, 3, 8, 8), 0, range(6), share=1).max() <= 1
 
 
-def test_without_noise_the_mean_is_reconstructed():
-    torch.manual_seed(0)
-    network = Autoencoder(make_autoencoder([8, 16, 16], 4, 32))
-    x = torch.rand(2, 3, 32, 32) * 2 - 1
-    found, mean, logvar = network(x, torch.zeros(2, 4, 8, 8))
-    assert mean.shape == logvar.shape == (2, 4, 8, 8)
-    torch.testing.assert_close(found, network.model.decode(mean).sample)
-
-
 def test_at_first_residual_blocks_change_nothing_and_latents_have_little_noise():
     torch.manual_seed(0)
     model = make_autoencoder([8, 16, 16], 4, 32)
     for block in residual_blocks(model):
         x = torch.randn(2, block.in_channels, 8, 8)
         torch.testing.assert_close(block(x, None), block.conv_shortcut(x) if block.conv_shortcut else x)
-    posterior = model.encode(torch.rand(2, 3, 32, 32) * 2 - 1).latent_dist
-    assert 0.01 < posterior.std.mean() < 0.1 < posterior.mean.std()
+    found, mean, logvar = Autoencoder(model)(torch.rand(2, 3, 32, 32) * 2 - 1, torch.zeros(2, 4, 8, 8))
+    assert mean.shape == logvar.shape == (2, 4, 8, 8)
+    assert 0.01 < (logvar / 2).exp().mean() < 0.1 < mean.std()
+    torch.testing.assert_close(found, model.decode(mean).sample)  # without noise
 
 
 def test_muon_trains_all_convolutions_of_a_vae_but_the_first_and_last_ones():
@@ -112,9 +96,6 @@ def test_muon_trains_all_convolutions_of_a_vae_but_the_first_and_last_ones():
     others = [name for name, weight in model.named_parameters() if weight.dim() == 4 and id(weight) not in own]
     ends = "encoder.conv_in", "encoder.conv_out", "quant_conv", "post_quant_conv", "decoder.conv_in", "decoder.conv_out"
     assert sorted(others) == sorted(f"{name}.weight" for name in ends)
-
-
-# What comes out -------------------------------------------------------------------------------------------------------
 
 
 def test_the_latents_of_training_frames_have_mean_0_and_deviation_1(made):
@@ -143,9 +124,6 @@ def test_it_learns_and_writes_sheets_of_reconstructions(whole):
     assert sorted(path.name for path in (whole.folder / "samples").iterdir()) == ["0000005.png", "0000007.png"]
     with Image.open(whole.folder / "samples/0000007.png") as sheet:
         assert sheet.width > 3 * sheet.height  # two rows of eight frames
-
-
-# Interruptions and bad input ------------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("stop_after", [5, STEPS])  # validation is due; all is done but that

@@ -12,6 +12,7 @@ from safetensors.torch import load, save
 import vae as vae_module
 from runtime.cli import UserError
 from tiny_data import make_vae
+from training import record_calls
 from vae import check_same, load_vae
 
 SCALE, SHIFT = 0.7, 0.3
@@ -95,10 +96,9 @@ def test_latents_are_those_of_diffusers_shifted_and_scaled_once(tiny):
 
 @pytest.mark.parametrize(("chunk", "sizes"), [(4, [4, 4, 2]), (8, [8, 2])])
 def test_the_model_gets_chunks_of_frames_whose_size_changes_nothing(tiny, monkeypatch, chunk, sizes):
-    seen, encode = [], tiny.model.encode
     expected, pixels = tiny.posterior(CLIPS), tiny.decode(tiny.encode(CLIPS))
     monkeypatch.setattr(vae_module, "CHUNK", chunk)
-    monkeypatch.setattr(tiny.model, "encode", lambda frames: seen.append(len(frames)) or encode(frames))
+    seen = record_calls(monkeypatch, tiny.model, "encode", len)
     torch.testing.assert_close(tiny.posterior(CLIPS), expected)
     assert seen == sizes
     assert (tiny.decode(tiny.encode(CLIPS)).int() - pixels.int()).abs().max() <= 1

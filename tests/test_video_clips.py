@@ -1,4 +1,4 @@
-"""The stream of clips, its batches, corrupt videos in it."""
+"""The stream of clips, its batches, corrupt videos in it and their count."""
 
 import struct
 import zlib
@@ -15,7 +15,7 @@ from runtime.cli import UserError
 from tiny_videos import frame_indices_of, picture, save, scribble, write_equal_videos, write_images, write_video
 from video.clips import Clips, collate, rank_batches
 from video.files import UnreadableError, Video
-from video.index import CorruptDataError, Scan
+from video.index import CorruptDataError, CorruptVideos, Scan
 from video.source import Source, open_source
 
 SIZE = 32  # px, of clips from files
@@ -107,13 +107,6 @@ def test_an_epoch_shows_every_video_once_and_streams_and_seeds_differ():
         assert others[0] != videos and others[1] != frames
 
 
-def test_a_sample_does_not_depend_on_what_was_read_before():
-    clips = make_clips(frame_interval=(1, 3), flip=True)
-    for index in (7, 3, 12, 0, 7, 4):
-        sample, alone = clips[index], make_clips(frame_interval=(1, 3), flip=True)[index]
-        assert torch.equal(sample.pop("clip"), alone.pop("clip")) and sample == alone
-
-
 # Corrupt videos -------------------------------------------------------------------------------------------------------
 
 
@@ -160,10 +153,9 @@ DAMAGES = {
 }
 
 
-@pytest.mark.parametrize(
-    ("damage", "suffix"),
-    [*product(["scribbled", "truncated"], ["avi", "mp4", "mkv"]), ("vanished", "avi"), ("text", "avi")],
-)
+@pytest.mark.parametrize(("damage", "suffix"), [
+    *product(["scribbled", "truncated"], ["avi", "mp4", "mkv"]), ("vanished", "avi"), ("text", "avi")
+])  # fmt: skip
 def test_a_corrupt_video_is_named_and_replaced_the_same_way_each_time(tmp_path, damage, suffix):
     root, name = write_equal_videos(tmp_path / "data"), f"A/bad.{suffix}"
     write_video(root / name, codec="libx264" if suffix == "mp4" else "mpeg4")
@@ -191,17 +183,16 @@ def lose_palette(path):
     path.write_bytes(data[:start] + data[start + 12 + struct.unpack(">I", data[start : start + 4])[0] :])
 
 
-def scramble_exif(path):
-    Image.fromarray(picture()).save(path, format="PNG", exif=b"Exif\x00\x00no TIFF header")
+PNG_DAMAGES = {
+    "bomb": bomb,
+    "palette": lose_palette,
+    "exif": lambda path: Image.fromarray(picture()).save(path, format="PNG", exif=b"Exif\x00\x00no TIFF header"),
+}
 
 
-PNG_DAMAGES = {"bomb": bomb, "palette": lose_palette, "exif": scramble_exif}
-
-
-@pytest.mark.parametrize(
-    ("damage", "suffix"),
-    [*product(["truncated", "text"], ["jpg", "png", "webp"]), ("vanished", "jpg"), *product(PNG_DAMAGES, ["png"])],
-)
+@pytest.mark.parametrize(("damage", "suffix"), [
+    *product(["truncated", "text"], ["jpg", "png", "webp"]), ("vanished", "jpg"), *product(PNG_DAMAGES, ["png"])
+])  # fmt: skip
 def test_a_corrupt_image_is_named_replaced_and_counted(tmp_path, damage, suffix):
     root, name = write_images(tmp_path / "images"), f"A/bad.{suffix}"
     save(root / name, picture(seed=9))
@@ -210,7 +201,16 @@ def test_a_corrupt_image_is_named_replaced_and_counted(tmp_path, damage, suffix)
     check_replacements(clips, 12, name)
 
 
-# Batches --------------------------------------------------------------------------------------------------------------
+def test_corrupt_videos_are_named_once_and_one_is_always_allowed():
+    bad_videos = CorruptVideos(Scan([None] * 297, [], ["a", "b", "c"]), 0.01)
+    assert bad_videos.add(["a", "b", "a"]) == ["a", "b"]
+    assert bad_videos.add(["b", "c"]) == ["c"] and bad_videos.add([]) == [] and bad_videos.count == 3
+    with pytest.raises(CorruptDataError, match="0.01: 8 of 300 files are corrupt, .* 3: d, e, f and 2 more; .*move"):
+        bad_videos.add("defgh")
+    bad_videos = CorruptVideos(Scan([None] * 2, [], []), 0.0, known=["a"])
+    assert bad_videos.add(["a"]) == [] and str(bad_videos) == "corrupt so far: 1 of 2"
+    with pytest.raises(CorruptDataError, match="--max-bad-fraction"):
+        bad_videos.add(["b"])
 
 
 @pytest.mark.parametrize(("world_size", "micro_batches"), [(1, 1), (2, 1), (3, 2), (4, 3), (12, 1)])

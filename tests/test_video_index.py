@@ -1,4 +1,4 @@
-"""Scans, their index, splits and the count of corrupt videos."""
+"""Scans, their index and splits."""
 
 import json
 import os
@@ -12,19 +12,9 @@ from PIL import Image
 
 import cache_latents
 import tiny_videos as tiny
-from runtime.cli import UserError
-from training import no_space, run_main
+from training import error_of, no_space, record_calls, run_main
 from video.files import Video
-from video.index import (
-    CorruptDataError,
-    CorruptVideos,
-    Scan,
-    find_data,
-    index_place,
-    save_index,
-    scan_videos,
-    split_videos,
-)
+from video.index import find_data, index_place, save_index, scan_videos, split_videos
 from video.inputs import find_clips
 from video.source import Files, check_data_path, open_source
 
@@ -43,10 +33,7 @@ def runs(tmp_path):
 @pytest.fixture
 def opened(monkeypatch):
     """The paths of the videos that are opened from here on."""
-    paths, really_open = [], decord.VideoReader
-    spy = lambda path, **settings: paths.append(path) or really_open(path, **settings)  # noqa: E731
-    monkeypatch.setattr(decord, "VideoReader", spy)
-    return paths
+    return record_calls(monkeypatch, decord, "VideoReader", lambda path, **_: path)
 
 
 # Scan -----------------------------------------------------------------------------------------------------------------
@@ -133,10 +120,8 @@ def test_only_new_and_changed_files_are_opened_and_missing_ones_dropped(root, ru
     assert "two" not in index_place(root, runs).read_text()
 
 
-TORN = ["", '{"format": 1, "v', "[]", {"num_frames": "9"}, {"num_frames": 0}, {"more": 1}, 2]
-
-
-@pytest.mark.parametrize("text", TORN)  # dict: fields of a video; 2: the format without keyframes
+# dict: fields of a video; 2: the format without keyframes
+@pytest.mark.parametrize("text", ["", '{"format": 1, "v', "[]", {"num_frames": "9"}, {"num_frames": 0}, {"more": 1}, 2])
 def test_a_torn_or_foreign_index_is_built_again_and_reported(root, runs, capsys, text):
     scan, place = scan_videos(root, runs), index_place(root, runs)
     content = json.loads(place.read_text())
@@ -239,21 +224,6 @@ def test_the_data_of_training_are_long_enough_and_short_videos_counted(root):
     assert data.num_too_short == 1 and data.spare(21) == [video for video in train if video.num_frames == 40]
 
 
-# What a user can get wrong --------------------------------------------------------------------------------------------
-
-
-def test_corrupt_videos_are_named_once_and_one_is_always_allowed():
-    bad_videos = CorruptVideos(Scan([None] * 297, [], ["a", "b", "c"]), 0.01)
-    assert bad_videos.add(["a", "b", "a"]) == ["a", "b"]
-    assert bad_videos.add(["b", "c"]) == ["c"] and bad_videos.add([]) == [] and bad_videos.count == 3
-    with pytest.raises(CorruptDataError, match="0.01: 8 of 300 files are corrupt, .* 3: d, e, f and 2 more; .*move"):
-        bad_videos.add("defgh")
-    bad_videos = CorruptVideos(Scan([None] * 2, [], []), 0.0, known=["a"])
-    assert bad_videos.add(["a"]) == [] and str(bad_videos) == "corrupt so far: 1 of 2"
-    with pytest.raises(CorruptDataError, match="--max-bad-fraction"):
-        bad_videos.add(["b"])
-
-
 def test_a_folder_that_cannot_be_read_is_one_line_also_for_samplers(root, monkeypatch):
     scandir = os.scandir
 
@@ -265,6 +235,4 @@ def test_a_folder_that_cannot_be_read_is_one_line_also_for_samplers(root, monkey
     monkeypatch.setattr(os, "scandir", refuse)  # root may read any folder
     calls = {"--data-path": check_data_path, "--init": lambda path: find_clips("--init", path, ["video"])}
     for flag, call in calls.items():
-        with pytest.raises(UserError) as error:
-            call(root)
-        assert str(error.value) == f"{flag} {root}: {root / 'B'} can't be read (Permission denied)"
+        assert error_of(call, root) == f"{flag} {root}: {root / 'B'} can't be read (Permission denied)"

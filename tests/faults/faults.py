@@ -44,8 +44,7 @@ def descendants(pid):
 
 def ranks(launcher):
     """The processes that a torchrun has started, its ranks."""
-    parents = table()
-    return [pid for pid in descendants(launcher.pid) if parents.get(pid) == launcher.pid]
+    return [pid for pid, parent in table().items() if parent == launcher.pid]
 
 
 def loaders(pid):

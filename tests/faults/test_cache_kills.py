@@ -4,21 +4,17 @@
 import signal
 import subprocess
 import sys
-from pathlib import Path
 
 import pytest
 
-import cache_latents
-from process import spawn
+from process import ENGINE, spawn
 from runtime.cli import UserError
 from test_cache_latents import NAMES, cache, content, flags, root, run, vae  # noqa: F401
 from video.source import check_data_path
 
-SOURCE = Path(cache_latents.__file__).parent
-
 
 def launch(command, *arguments):
-    words, path = [sys.executable, *command, *flags(*arguments)], {"PYTHONPATH": str(SOURCE)}
+    words, path = [sys.executable, *command, *flags(*arguments)], {"PYTHONPATH": str(ENGINE)}
     return spawn(*words, environment=path, stderr=subprocess.PIPE)
 
 

@@ -12,22 +12,8 @@ from pathlib import Path
 import pytest
 import torch
 
-from faults import (
-    descendants,
-    end,
-    error_of,
-    kill,
-    kill_all,
-    kill_something,
-    last_saved,
-    loaders,
-    ranks,
-    start,
-    stop_launcher,
-    storm,
-    wait_gone,
-    wait_until,
-)  # fmt: skip
+import faults
+from faults import descendants, end, error_of, kill, kill_all, last_saved, loaders, ranks, start, wait_gone, wait_until
 from process import free_port
 from training import PYTHON, ROOT, TINY, TINY_VAE, TORCHRUN, Training, compare
 
@@ -57,10 +43,6 @@ def sabotaged(what, launcher=PYTHON):
     return [*launcher, Path(__file__).with_name("sabotage.py"), what]
 
 
-def check_nothing_lost(training):
-    assert last_saved(training) >= training.rows()[-1]["step"]
-
-
 # Signals --------------------------------------------------------------------------------------------------------------
 
 
@@ -72,7 +54,7 @@ def test_a_signal_saves_and_ends_a_single_process_with_status_0(number, make):
     output = end(process)
     assert f"stopped by {number.name} and saved at step {last_saved(training)}" in output
     assert output.count("with --resume") == 1 and "Traceback" not in output
-    check_nothing_lost(training)
+    assert last_saved(training) >= training.rows()[-1]["step"]  # nothing is lost
 
 
 def test_a_second_interrupt_ends_the_process_at_once(make):
@@ -98,7 +80,7 @@ def test_the_ranks_save_and_end_when_their_torchrun_gets_a_signal(script, base, 
     wait_gone(left)
     assert output.count("and saved at step") == output.count("with --resume") == 1
     assert f'{script}", line' not in output  # a traceback, which may only be torchrun's own
-    check_nothing_lost(training)
+    assert last_saved(training) >= training.rows()[-1]["step"]  # nothing is lost
 
 
 def test_a_signal_to_one_rank_of_a_sharded_run_ends_all_during_samples(make):
@@ -131,9 +113,9 @@ def test_sigkills_and_sigterms_at_random_moments_change_nothing(make):
     flags = ["--log-every", 1, "--ckpt-every", 10, "--sample-every", 0, "--val-every", 50]
     usual = make(250, TORCHRUN, flags, "usual")
     usual.run()
-    for name, count, hit in (("killed", 3, kill_something), ("stopped", 2, stop_launcher)):
+    for name, count, hit in (("killed", 3, faults.kill_something), ("stopped", 2, faults.stop_launcher)):
         training = make(250, TORCHRUN, [*flags, "--num-workers", 1], name)
-        seen = storm(training, count, hit, seed=count, from_start=6, from_step=0.5)
+        seen = faults.storm(training, count, hit, seed=count, from_start=6, from_step=0.5)
         assert seen and compare(usual, training) == [], seen
     assert not any(one["lost"] for one in seen)
 
@@ -145,7 +127,7 @@ def test_kills_of_a_vae_run_change_nothing_and_two_ranks_equal_one(make):
         for launcher, name in ((TORCHRUN, "whole"), (TORCHRUN, "killed"), (PYTHON, "one"))
     )
     whole.run()
-    storm(killed, 2, kill_something, seed=1)
+    faults.storm(killed, 2, faults.kill_something, seed=1)
     assert compare(whole, killed) == []
     one.run()
     for alone, shared in zip(one.rows(), whole.rows(), strict=True):

@@ -1,6 +1,7 @@
-"""Layers of made sheets become characters that move, pixel for pixel, in the published split."""
+"""datasets/prepare_*.py: strips of frames and layers of sheets become videos, pixel for pixel, in the right split."""
 
 import random
+import shutil
 from pathlib import Path
 
 import numpy as np
@@ -8,10 +9,76 @@ import pytest
 from PIL import Image
 
 import prepare_sprites
-from test_moving_shapes import decode
-from test_prepare_weizmann import snapshot
-from training import run_main
+import prepare_weizmann
+from strips import MOVES, draw, write_strips
+from tiny_videos import decode
+from training import refused, run_main
 from video.index import scan_videos, split_videos
+
+
+def snapshot(folder):
+    return {path: (path.read_bytes(), path.stat().st_mtime_ns) for path in folder.rglob("*.*")}
+
+
+# Weizmann -------------------------------------------------------------------------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def strips(tmp_path_factory):
+    return write_strips(tmp_path_factory.mktemp("strips"))
+
+
+def prepare(source, out, *held_out):
+    run_main(prepare_weizmann, "--source", source, "--out", out, "--hold-out", *(held_out or [3]))
+
+
+def test_videos_keep_every_frame_are_split_by_people_and_only_missing_ones_are_made_again(strips, tmp_path):
+    out = tmp_path / "out"
+    for held_out in ((3,), (1, 2)):
+        prepare(strips, out, *held_out)
+        scan = scan_videos(str(out))
+        train, val = split_videos(str(out), scan.videos, 0.5)
+        people = [{video.path[-5] for video in videos} for videos in (train, val)]
+        assert people == [set("123") - set(map(str, held_out)), set(map(str, held_out))]
+    assert scan.classes == ["Bend", "JumpingJack", "OneHandWave", "TwoHandWave"] and len(scan.videos) == 12
+    assert set(MOVES) == set(prepare_weizmann.CLASSES)
+    for number, name in prepare_weizmann.CLASSES.items():
+        for person in range(3):
+            frames, fps = decode(out / f"{name}/person{person + 1}.mkv")
+            assert fps == 25 and np.array_equal(frames, draw(person, number, 20))
+    before = snapshot(out / "Bend")
+    (out / "JumpingJack/person2.mkv").unlink()
+    (out / "JumpingJack/person2.mkv.tmp").write_bytes(b"half")  # of a process that was killed
+    prepare(strips, out)
+    assert snapshot(out / "Bend") == before
+    assert len(scan_videos(str(out)).videos) == 12 and not list(out.rglob("*.tmp"))
+
+
+def foreign_video(actions, out):
+    (out / "Dive").mkdir(parents=True)
+    (out / "Dive/me.avi").write_bytes(b"")
+
+
+@pytest.mark.parametrize(("damage", "held_out", "line"), [
+    (lambda actions, out: Image.new("RGB", (64 * 20 + 1, 64)).save(actions / "3/00000012.jpg", format="PNG"), [3],
+     "00000012.jpg: not a strip of 64 x 64 px frames; clone the repository again"),
+    (lambda actions, out: (actions / "0/00000000.jpg").write_text("git-lfs"), [3], "00000000.jpg: not a strip"),
+    (foreign_video, [3], "holds Dive/me.avi, which does not belong to this data set; name another folder"),
+    (lambda actions, out: shutil.rmtree(actions / "4"), [3], "person 1 has no clip of Bend"),
+    (lambda actions, out: (actions / "1/00000010.jpg").unlink(), [3], "person 2 has no clip of TwoHandWave"),
+    (lambda actions, out: shutil.rmtree(actions), [3], "expected a complete clone of MoCoGAN's repository"),
+    (lambda actions, out: None, [4], "--hold-out [4]: expected some of people 1 to 3, but not all"),
+    (lambda actions, out: None, [1, 2, 3], "--hold-out [1, 2, 3]: expected some of people 1 to 3, but not all"),
+])  # fmt: skip
+def test_what_is_wrong_is_one_line_and_nothing_is_written(strips, tmp_path, capsys, damage, held_out, line):
+    own, out = shutil.copytree(strips, tmp_path / "strips"), tmp_path / "out"
+    damage(own / "data/actions", out)
+    before = snapshot(out)
+    assert line in refused(capsys, prepare_weizmann, "--source", own, "--out", out, "--hold-out", *held_out)
+    assert snapshot(out) == before
+
+
+# Sprites --------------------------------------------------------------------------------------------------------------
 
 LAYERS = "body", "bottomwear", "topwear", "hair", "shoes"
 
@@ -45,16 +112,6 @@ def naive(tiles, character):
     return frames
 
 
-@pytest.fixture
-def one_class(monkeypatch):
-    """Only the videos of one class: all 11,664 take half a minute."""
-    monkeypatch.setattr(prepare_sprites, "FIRST_TILE", {"SpellcastRight": 39})
-
-
-def prepare(source, out, status=0):
-    run_main(prepare_sprites, "--source", source, "--out", out, status=status)
-
-
 @pytest.mark.parametrize(("name", "tiles"), [
     ("WalkLeft", [125, 118, 119, 120, 121, 122, 123, 124]),
     ("SpellcastFront", [26, 27, 28, 29, 30, 31, 30, 32]),
@@ -75,8 +132,9 @@ def test_transparent_pixels_are_blended_over_black():
     assert np.array_equal(np.unique(frames.reshape(-1, 3), axis=0), [[160, 100, 50]])
 
 
-def test_the_split_is_the_published_one_and_all_clips_of_a_character_are_in_one_part(sheets, one_class, tmp_path):
-    prepare(sheets, tmp_path)
+def test_the_split_is_the_published_one_and_all_clips_of_a_character_are_in_one_part(sheets, tmp_path, monkeypatch):
+    monkeypatch.setattr(prepare_sprites, "FIRST_TILE", {"SpellcastRight": 39})  # all 11,664 videos take half a minute
+    run_main(prepare_sprites, "--source", sheets, "--out", tmp_path)
     scan = scan_videos(str(tmp_path))
     train, val = split_videos(str(tmp_path), scan.videos, 0.5)
     assert (len(train), len(val), scan.classes) == (1000, 296, ["SpellcastRight"])
@@ -90,7 +148,7 @@ def test_the_split_is_the_published_one_and_all_clips_of_a_character_are_in_one_
     before = snapshot(tmp_path / "SpellcastRight")
     (tmp_path / "SpellcastRight/character0000.mkv").unlink()
     (tmp_path / "SpellcastRight/character0000.mkv.tmp").write_bytes(b"half")  # of a process that was killed
-    prepare(sheets, tmp_path)
+    run_main(prepare_sprites, "--source", sheets, "--out", tmp_path)
     after = snapshot(tmp_path / "SpellcastRight")
     assert [path for path in before if after[path] != before[path]] == [tmp_path / "SpellcastRight/character0000.mkv"]
     assert after.keys() == before.keys()
@@ -109,8 +167,7 @@ def test_a_missing_or_wrong_sheet_is_one_line_and_nothing_is_written(sheets, tmp
     (own / layer).unlink()
     (own / layer).write_bytes((sheets / layer).read_bytes())
     damage(own / layer)
-    prepare(own, out, status=2)
-    error = capsys.readouterr().err
+    line = refused(capsys, prepare_sprites, "--source", own, "--out", out)
     expected = "expected a sheet of 832 x 1344 px; clone the Sprites repository again"
-    assert f"--source {own}: {layer}: {reason}; {expected}" in error and error.count("\n") == 1
+    assert f"--source {own}: {layer}: {reason}; {expected}" in line
     assert not out.exists()
