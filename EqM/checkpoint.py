@@ -31,7 +31,6 @@ from published import load_published, published_parts, read_export
 from runtime import distributed
 from runtime.atomic import atomic_write, link
 from runtime.cli import UserError, say, writing
-from runtime.distributed import rank
 from runtime.memory import free_bytes
 from runtime.metrics import read_metrics
 from runtime.runs import is_restarted, lock, name_similar, newest_run, remove_temporary_files
@@ -117,7 +116,7 @@ class Writer:
         self.wait()
         self.check_memory(state)
         state, copied = self.copy(state), None
-        if rank() != 0:
+        if distributed.rank() != 0:
             return
         if torch.cuda.is_available():
             copied = torch.cuda.Event(blocking=True)  # the waiting thread sleeps
@@ -145,7 +144,7 @@ class Writer:
         if not isinstance(value, torch.Tensor):
             return value
         value = full_tensor(value)
-        if rank() != 0:
+        if distributed.rank() != 0:
             return None
         if place not in self.copies or self.copies[place].shape != value.shape:
             self.copies[place] = torch.empty_like(value, device="cpu", pin_memory=value.is_cuda)
@@ -183,7 +182,7 @@ def names_at(progress, last_step, every):
 
 def complete_names(start, phases, every):
     """Link the resumed checkpoint to all its names, as a kill may have come before that."""
-    if rank() == 0 and start.resumes and not start.unlogged:
+    if distributed.rank() == 0 and start.resumes and not start.unlogged:
         last_step = current_phase(phases, start.progress.first_step).last_step
         for name in ["latest.pt", *names_at(start.progress, last_step, every)]:
             link(start.path, name)
@@ -440,7 +439,7 @@ def find_resumed(args, name, ckpt=None, read=load, **asked):
         say(f"--resume: no run {name} in {args.results_dir}{similar}; starting from {ckpt or 'the beginning'}")
     if folder is None or not (args.resume or is_restarted(folder)):
         return start
-    if rank() == 0:
+    if distributed.rank() == 0:
         lock(folder)
         remove_temporary_files(folder)
     check_not_deleted(folder)

@@ -26,7 +26,6 @@ import torch
 
 from runtime import cli, distributed
 from runtime.cli import COUNT, NATURAL, NON_NEGATIVE, SHARE, UserError, fail, number, one_line_errors, plural, say
-from runtime.distributed import rank
 from runtime.runs import results_of
 from scoring import census, classifier, consistency, frechet, manifest, nearest, prediction, shapes, sources
 from video.source import check_data_path
@@ -171,7 +170,7 @@ def run(args, samples, real, detector, old, device):
     out.parent.mkdir(parents=True, exist_ok=True)
     values, result, lines = score(args, samples, out, *real, new, detector, device, corrupt := [])
     corrupt = sorted({path for paths in distributed.gather(corrupt) for path in paths})
-    if rank() != 0:
+    if distributed.rank() != 0:
         return None
     name = torch.cuda.get_device_name(device) if device.type == "cuda" else "cpu"
     machine = {"device": name, "ranks": distributed.world_size(), "threads": torch.get_num_threads()}
@@ -198,7 +197,7 @@ def main():
         for folder in dict.fromkeys(args.samples):
             samples = sources.Samples(folder)
             samples.check(args.metric, args.keep_background)
-            real = find_real(args, samples, detector) if rank() == 0 else None  # the others wait for it in start()
+            real = find_real(args, samples, detector) if distributed.rank() == 0 else None  # the others wait in start()
             if old and real:
                 manifest.check_same(old, real[-1])
             jobs.append((samples, real))

@@ -187,7 +187,7 @@ def main():
         progress.seconds = time.monotonic() - began
         run.save(checkpoint.run_state(run_config, model, ema, optimizers, scaler, progress), names, after=remove_old)
 
-    bar = cli.Bar(initial=progress.step, total=last_step, desc=run.folder.name, unit="step", disable=rank() != 0)
+    bar = cli.Bar(initial=progress.step, total=last_step, desc=run.folder.name, unit="step")
     periods = args.log_every, args.val_every, args.ckpt_every, args.sample_every
     try:
         for phase in [phase for phase in phases if phase.last_step > progress.first_step]:

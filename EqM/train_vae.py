@@ -120,7 +120,7 @@ def main():
     def save():
         run.save(checkpoint.run_state(run_config, model, ema, optimizers, scaler, progress))
 
-    bar = Bar(initial=progress.step, total=args.max_steps, desc=run.folder.name, unit="step", disable=rank() != 0)
+    bar = Bar(initial=progress.step, total=args.max_steps, desc=run.folder.name, unit="step")
     try:
         while True:
             # Periodically and at the end: log, validate

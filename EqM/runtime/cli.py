@@ -256,11 +256,12 @@ def warnings_as_lines(log=None):
 
 
 class Bar(tqdm):
-    """A progress bar on a terminal; in a file or a pipe, one line per minute without escape codes."""
+    """A progress bar of rank 0 on a terminal; in a file or a pipe, one line per minute without escape codes."""
 
     def __init__(self, *args, **kwargs):
         self.is_shown, self.said = sys.stderr.isatty(), time.monotonic()
-        super().__init__(*args, **kwargs, **({} if self.is_shown else {"file": io.StringIO(), "mininterval": 1}))
+        settings = {} if self.is_shown else {"file": io.StringIO(), "mininterval": 1}
+        super().__init__(*args, **{"disable": rank() != 0} | settings | kwargs)
 
     def display(self, msg=None, pos=None):
         if self.is_shown:

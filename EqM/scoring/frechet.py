@@ -20,7 +20,6 @@ from safetensors import SafetensorError
 from runtime import distributed
 from runtime.atomic import atomic_write
 from runtime.cli import UserError, say
-from runtime.distributed import rank
 from runtime.rng import generator
 from runtime.untrusted import file_sha256
 from scoring.sources import json_sha256
@@ -43,17 +42,17 @@ def score_frechet(generated, real, args, detector, about, clips, folder, device)
     times = [os.stat(os.path.join(args.data_path, video.path)).st_mtime_ns for video in clips.videos]
     determines = {name: value for name, value in about["real"].items() if name != "data_path"}
     cached = folder / f"{json_sha256([determines, times, about['detector'], CACHE_FORMAT])}.safetensors"
-    reference = read_moments(cached) if rank() == 0 else None
+    reference = read_moments(cached) if distributed.rank() == 0 else None
     from_cache = distributed.broadcast(reference is not None)
     if not from_cache:
         features = all_features(detector, real, args)
-        if rank() == 0:
+        if distributed.rank() == 0:
             reference = moments_of(features)
             folder.mkdir(parents=True, exist_ok=True)
             with atomic_write(cached) as file:
                 file.write(safetensors.torch.save(reference))
     features = all_features(detector, generated, args)
-    if rank() != 0:
+    if distributed.rank() != 0:
         return None, None, None
     moments, D = moments_of(features), features.shape[-1]
     value = frechet_distance(reference["mean"], reference["cov"], moments["mean"], moments["cov"])

@@ -16,7 +16,6 @@ from torch.utils.data import BatchSampler
 from given import frame_ranges
 from runtime import distributed
 from runtime.cli import Bar, UserError, plural, say
-from runtime.distributed import rank
 from runtime.untrusted import file_sha256
 from video.clips import Clips
 from video.drawing import drawable
@@ -138,7 +137,7 @@ def json_sha256(value):
 def generated_stream(samples, batch_size, device):
     """The stream of Samples."""
     own = distributed.own_indices(len(samples))
-    with Bar(desc="generated clips", total=len(own), unit="clip", leave=False, disable=rank() != 0) as progress:
+    with Bar(desc="generated clips", total=len(own), unit="clip", leave=False) as progress:
         for indices in BatchSampler(own, batch_size, drop_last=False):
             names = [samples.names[index] for index in indices]
             clips = torch.from_numpy(samples.clips[indices]).to(device)
@@ -151,7 +150,7 @@ def real_stream(clips, count, batch_size, num_workers, device, corrupt):
     keys = [(clips.num_frames, index) for index in distributed.own_indices(count)]
     batches = BatchSampler(keys, batch_size, drop_last=False)
     loader = make_loader({clips.num_frames: clips}, batches, num_workers, timeout=0, device=device)
-    with Bar(desc="real clips", total=len(keys), unit="clip", leave=False, disable=rank() != 0) as progress:
+    with Bar(desc="real clips", total=len(keys), unit="clip", leave=False) as progress:
         for batch in batches_of(loader):
             corrupt.extend(batch["corrupt"])
             names = [clips.classes[label] for label in batch["y"]]
