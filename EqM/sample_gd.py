@@ -25,7 +25,7 @@ from generation import add_sampling_flags, cast_products, generate, provenance, 
 from given import ClipReader, DrawnClip, as_ranges, frame_ranges, open_given
 from models import EBMS, NAMES
 from runtime import cli, distributed
-from runtime.atomic import atomic_write
+from runtime.atomic import write_file
 from runtime.cli import COUNT, NATURAL, SHARE, ArgumentParser, UserError, add_speed_flags, fail, one_line_errors, say
 from runtime.distributed import own_indices, rank, world_size
 from runtime.runs import results_of
@@ -192,8 +192,7 @@ def write_folder(args, plan, parts, given, real):
     about |= {"mean_evaluations": evaluations.double().mean().item(), "source": provenance(plan, args)}
     about["flags"] = vars(args) | {"given_frames": args.given_frames and as_ranges(args.given_frames)}
     about |= ({"given": given.about()} if given else {}) | ({"real": real} if real else {})
-    with atomic_write(folder / "samples.json") as file:
-        file.write(json.dumps(about, indent=2).encode())
+    write_file(folder / "samples.json", json.dumps(about, indent=2).encode())
     (folder / UNFINISHED).unlink()
     what = f"videos of {cli.plural(args.num_frames, 'frame')}" if args.video else "images"
     say(f"{folder}: {len(names)} {what}{', previews' if previews else ''} and samples.npz")

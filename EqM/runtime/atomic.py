@@ -10,10 +10,10 @@ FULL = errno.ENOSPC, errno.EDQUOT  # of a disk
 
 
 @contextmanager
-def atomic_write(path):
+def atomic_write(path, suffix=".tmp"):
     """Open a binary file for writing. `path` keeps its old content until the new content is complete and on disk."""
     path = Path(path)
-    temporary = path.with_name(path.name + ".tmp")
+    temporary = path.with_name(path.name + suffix)
     try:
         with open(temporary, "wb") as file:
             yield file
@@ -27,6 +27,12 @@ def atomic_write(path):
         if getattr(error, "errno", None) in FULL:
             error.filename = str(path)
         raise
+
+
+def write_file(path, data):
+    """Write bytes to a file, all or nothing."""
+    with atomic_write(path) as file:
+        file.write(data)
 
 
 def link(path, name):

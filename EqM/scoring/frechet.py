@@ -18,7 +18,7 @@ import torch
 from safetensors import SafetensorError
 
 from runtime import distributed
-from runtime.atomic import atomic_write
+from runtime.atomic import write_file
 from runtime.cli import UserError, say
 from runtime.rng import generator
 from runtime.untrusted import file_sha256
@@ -49,8 +49,7 @@ def score_frechet(generated, real, args, detector, about, clips, folder, device)
         if distributed.rank() == 0:
             reference = moments_of(features)
             folder.mkdir(parents=True, exist_ok=True)
-            with atomic_write(cached) as file:
-                file.write(safetensors.torch.save(reference))
+            write_file(cached, safetensors.torch.save(reference))
     features = all_features(detector, generated, args)
     if distributed.rank() != 0:
         return None, None, None
