@@ -244,9 +244,9 @@ def from_elsewhere(config, model, ema, step, version=VERSION):
 
 
 def load_model(path, use_ema=True, model=None, video=None, **checks):
-    """Rebuild the network of a checkpoint: (model in eval mode on the CPU, config of the file, step).
+    """(network in eval mode on the CPU, config of the file, step) of a checkpoint. Raises UserError.
 
-    model: the --model of a published file. video: see `check_kind`. checks: see `check`. Raises UserError.
+    model: the --model of a published file. video: see `check_kind`. checks: see `check`.
     """
     part, flag = "ema" if use_ema else "model", f"--ckpt {path}"
     state = load(path, [part], **model_shape(model), ebm=checks.get("ebm"))
@@ -319,8 +319,7 @@ def config_of(flag, state):
         expected = {name: value.shape for name, value in EqM(config).state_dict().items()}
     for part in ("model", "ema"):
         got = {name: value.shape for name, value in state[part].items()}
-        wrong = [name for name in expected | got if expected.get(name) != got.get(name)]
-        if wrong:
+        if wrong := [name for name in expected | got if expected.get(name) != got.get(name)]:
             shapes = " and ".join(str(shape and tuple(shape)) for shape in (got.get(wrong[0]), expected.get(wrong[0])))
             raise UserError(f"{flag}: its weights do not match its config: shapes of {wrong[0]} are {shapes}")
     return config
@@ -371,7 +370,7 @@ class Start:
     @property
     def resumes(self):
         """Whether the checkpoint belongs to the resumed run."""
-        return self.folder is not None and self.path is not None and self.path.parent.parent == self.folder
+        return None not in (self.folder, self.path) and self.path.parent.parent == self.folder
 
     @property
     def flag(self):
@@ -405,12 +404,9 @@ def find_start(args, name):
     """
     asked = asked_shape(args)
     start = find_resumed(args, name, args.ckpt, **asked)
-    if start.path is None and args.ckpt:
-        start.path, start.state = Path(args.ckpt), load(args.ckpt, **asked)
-    if start.path is None:
+    if start.resumes or not args.ckpt:
         return start
-    if start.resumes:
-        return start
+    start.path, start.state = Path(args.ckpt), load(args.ckpt, **asked)
     if not args.new_classes:
         check_optimizer(start, args)
     state, step = start.state, start.state["step"]

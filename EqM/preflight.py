@@ -286,16 +286,13 @@ def make_run_config(args, config, phase, data, vae):
     def median_seconds(interval):  # between two frames of a clip
         return statistics.median_low(fitting_interval(video, count, interval) / video.fps for video in videos)
 
+    shortest, longest = args.frame_interval[0], args.frame_interval[-1]
     about_data = {
-        "vae": vae.place,
-        "vae_sha256": vae.sha256,
-        "image_size": args.image_size,
-        "fps": statistics.median(video.fps for video in videos),
-        "frame_interval": args.frame_interval,
-        "time_scale": median_seconds(args.frame_interval[0]),
-        "longest_time_scale": median_seconds(args.frame_interval[-1]),
+        "vae": vae.place, "vae_sha256": vae.sha256, "image_size": args.image_size,
+        "fps": statistics.median(video.fps for video in videos), "frame_interval": args.frame_interval,
+        "time_scale": median_seconds(shortest), "longest_time_scale": median_seconds(longest),
         "classes": data.scan.classes,
-    }
+    }  # fmt: skip
     model = asdict(config) | {"num_frames": phase.num_frames}
     return {"model": model, "data": about_data, "training": training, "typed": sorted(args.typed)}
 

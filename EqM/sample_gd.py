@@ -199,10 +199,7 @@ def write_folder(args, plan, parts, given, real):
 
 
 def begin_folder(folder):
-    """Make the folder, or remove the samples and scores of an earlier call, so that all files are from one call.
-
-    Files are removed only if samples.json, or UNFINISHED of a call that was interrupted, shows a sample folder.
-    """
+    """Make the folder, or remove the samples and scores of an earlier call, so that all files are from one call."""
     is_old = is_sample_folder(folder)
     folder.mkdir(parents=True, exist_ok=True)
     (folder / UNFINISHED).touch()

@@ -15,6 +15,7 @@ import copy
 
 import torch
 from torch.nn.utils import clip_grad_norm_
+from torch.utils.data import BatchSampler
 
 import autoencoder
 import checkpoint
@@ -179,7 +180,8 @@ def make_loaders(args, data, progress, device):
     steps = args.max_steps - progress.step
     indices = rank_batches(progress.position, steps, args.global_batch_size, rank(), world_size())
     batches = ([(1, index) for index in batch] for batch in indices)
-    chunks = autoencoder.chunks_of(args.num_val_frames)[rank() :: world_size()]
+    keys = [(1, index) for index in range(args.num_val_frames)]
+    chunks = [*BatchSampler(keys, autoencoder.CHUNK, drop_last=False)][rank() :: world_size()]
     train_loader = make_loader({1: train}, batches, args.num_workers, args.loader_timeout, device)
     others = [make_loader({1: clips}, chunks, 0, 0, device) for clips in (val, typical)]
     return on_device(batches_of(train_loader), device), *others

@@ -36,7 +36,7 @@ CACHE_FORMAT = 2  # of files of moments
 def score_frechet(generated, real, args, detector, about, clips, folder, device):
     """Score two streams of clips with --metric fvd or fid. clips: the Clips of `real`; about: the manifest.
 
-    A file in the folder keeps the moments of the real features. Real clips are read only if it is missing or damaged.
+    A file in the folder keeps the moments of the real features.
     """
     detector = detector.to(device)
     times = [os.stat(os.path.join(args.data_path, video.path)).st_mtime_ns for video in clips.videos]
@@ -123,16 +123,13 @@ def frechet_distance(mean_a, cov_a, mean_b, cov_b, root_a=None):
 
 
 def bootstrap_error(mean_a, cov_a, features, resamples, seed):
-    """The bootstrap standard error of the distance from these moments to the moments of features (N, G, D).
-
-    It resamples whole clips, as their G frames are correlated. It takes no quantiles: a resample repeats clips, so its
-    covariance has a lower rank, and all distances are too large.
-    """
+    """The bootstrap standard error of the distance from these moments to the moments of features (N, G, D)."""
+    # No quantiles: a resample repeats clips, so its covariance has a lower rank, and all distances are too large
     N, G, _ = features.shape
     root, features = square_root(cov_a), features.flatten(0, 1).double()
     distances = []
     for resample in range(resamples):
-        clips = torch.randint(N, (N,), generator=generator(seed, "bootstrap", resample))
+        clips = torch.randint(N, (N,), generator=generator(seed, "bootstrap", resample))  # their frames are correlated
         weights = clips.bincount(minlength=N).repeat_interleave(G).double().to(features.device)[:, None]
         mean = (weights * features).sum(dim=0) / (N * G)
         scatter = features.T @ (weights * features) - N * G * mean.outer(mean)
