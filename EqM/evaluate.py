@@ -26,7 +26,6 @@ import torch
 
 from runtime import cli, distributed
 from runtime.cli import COUNT, NATURAL, NON_NEGATIVE, SHARE, UserError, fail, number, one_line_errors, plural, say
-from runtime.runs import results_of
 from scoring import census, classifier, consistency, frechet, manifest, nearest, prediction, shapes, sources
 from video.source import check_data_path
 
@@ -91,12 +90,11 @@ def check_flags(args):
     if (args.detector is None) == (args.metric in frechet.CALLS):
         advice = "expected a TorchScript file (see --help)" if args.detector is None else "remove the flag"
         raise UserError(f"--detector: {args.detector} for --metric {args.metric}; {advice}")
-    if args.vae and args.metric != "census":
-        raise UserError(f"--vae {args.vae}: --metric {args.metric} needs no VAE; remove the flag")
+    unused = args.vae and args.metric != "census"
+    cli.refuse_if(args, "vae", unused, f"--metric {args.metric} needs no VAE; remove the flag")
     for name in sorted(args.typed & CHOOSES.get(args.metric, set())):
         raise UserError(f"--{name.replace('_', '-')}: --metric {args.metric} chooses its real clips; remove the flag")
-    if os.path.isdir(args.out):
-        raise UserError(f"--out {args.out}: a folder; expected the name of a JSON file")
+    cli.refuse_if(args, "out", os.path.isdir(args.out), "a folder; expected the name of a JSON file")
     for folder in map(Path, args.samples):
         out = Path(folder if len(args.samples) > 1 else "", args.out)
         is_own = out.stem in OWN and out.parent.resolve() == folder.resolve()
@@ -118,10 +116,8 @@ def find_real(args, samples, detector):
         split, T = "all", min(T, classifier.MOST_FRAMES)
     elif metric == "census":
         split = "all"
-    count, runs = count or NUM_REAL.get(metric), results_of(samples.source.get("checkpoint"))
-    clips, training, real = sources.find_real(
-        args.data_path, split, share, T, samples.time_scale, samples.image_size, runs, images
-    )
+    count, which = count or NUM_REAL.get(metric), (split, share, T, samples.time_scale, samples.image_size)
+    clips, training, real = sources.find_real(args.data_path, *which, samples.source.get("checkpoint"), images)
     if count and len(clips.videos) < count:
         advice = "" if metric == "prediction" else "; a lower --num-real is faster"
         say(f"note: --split {split}: {plural(count, 'clip')} from only {plural(len(clips.videos), 'video')}{advice}")

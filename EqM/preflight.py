@@ -14,7 +14,7 @@ import generation
 from models import model_config, model_name, model_shape, with_classes
 from optim import MUON_DECAY
 from runtime import cli, distributed
-from runtime.cli import UserError, flag_text, plural, say
+from runtime.cli import UserError, flag_text, plural, refuse_if, say
 from runtime.distributed import local_rank, rank, world_size
 from runtime.metrics import import_wandb
 from runtime.runs import check_job
@@ -35,12 +35,6 @@ UNREPORTED = {  # flags that `note_changes` does not report: harmless, or checke
     "resume", "ckpt", "new_classes", "num_classes", "results_dir", "vae", "num_workers", "loader_timeout", "wandb",
     "save_minutes", "keep_last", "shard", "model", "guidance_chosen", *MODEL_FLAGS,
 }  # fmt: skip
-
-
-def refuse_if(args, name, is_wrong, text):
-    """Raise a UserError that begins with a flag and its value if is_wrong."""
-    if is_wrong:
-        raise UserError(f"{flag_text(args, name)}: {text}")
 
 
 # Training -------------------------------------------------------------------------------------------------------------

@@ -28,7 +28,6 @@ from runtime import cli, distributed
 from runtime.atomic import write_file
 from runtime.cli import COUNT, NATURAL, SHARE, ArgumentParser, UserError, add_speed_flags, fail, one_line_errors, say
 from runtime.distributed import own_indices, rank, world_size
-from runtime.runs import results_of
 from runtime.untrusted import FPS
 from scoring.manifest import is_of_samples
 from scoring.sources import find_real
@@ -114,8 +113,8 @@ def open_split(args, plan):
     if rank() != 0:  # the others wait for rank 0 in start()
         return None
     check_data_path(args.given, cached=False)
-    clips, _, about = find_real(args.given, args.given_split, args.val_fraction, plan.num_frames, plan.time_scale,
-                                plan.image_size, results_of(args.ckpt), images=False)  # fmt: skip
+    which = args.given_split, args.val_fraction, plan.num_frames, plan.time_scale, plan.image_size
+    clips, _, about = find_real(args.given, *which, args.ckpt, images=False)
     count = math.ceil(args.num_samples / args.samples_per_clip)
     return clips, about | {"num_clips": count, "samples_per_clip": args.samples_per_clip}
 

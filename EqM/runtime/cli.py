@@ -110,6 +110,12 @@ def flag_text(args, name):
     return f"--{'no-' * (value is False)}{name.replace('_', '-')}" + ("" if isinstance(value, bool) else f" {value}")
 
 
+def refuse_if(args, name, is_wrong, text):
+    """Raise a UserError that begins with a flag and its value if is_wrong."""
+    if is_wrong:
+        raise UserError(f"{flag_text(args, name)}: {text}")
+
+
 def number(kind, above=-math.inf, least=-math.inf, most=math.inf):
     """A `type=` for argparse: an int or a finite float within bounds. `above` is exclusive."""
     bounds, noun = {"above": above, "at least": least, "at most": most}, "an integer" if kind is int else "a number"

@@ -16,6 +16,7 @@ from torch.utils.data import BatchSampler
 from given import frame_ranges
 from runtime import distributed
 from runtime.cli import Bar, UserError, plural, say
+from runtime.runs import results_of
 from runtime.untrusted import file_sha256
 from video.clips import Clips
 from video.drawing import drawable
@@ -94,12 +95,12 @@ class Samples:
         return {"samples": str(self.folder), "samples_sha256": sha256} | about | size
 
 
-def find_real(data_path, split, val_fraction, num_frames, time_scale, image_size, index_folder, images):
+def find_real(data_path, split, val_fraction, num_frames, time_scale, image_size, ckpt, images):
     """(Clips of the real videos of a split, training videos that are long enough, a description of the Clips for JSON).
 
     Call it on one rank, as it may open all videos. The interval is the integer closest to time_scale. Raises UserError.
     """
-    source = open_source(data_path, image_size, images, index_folder)
+    source = open_source(data_path, image_size, images, results_of(ckpt))
     for path in source.scan.unreadable:
         say(f"{path} can't be opened; it is skipped")
     train, val = split_videos(data_path, source.videos(), val_fraction)  # before any is skipped, as in train.py
