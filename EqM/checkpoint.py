@@ -397,10 +397,9 @@ class Start:
 
 
 def find_start(args, name):
-    """The Start for the flags of train.py, which is the policy of resuming. Raises UserError.
+    """The Start for the flags of train.py: a resumed run, else a new phase from --ckpt, else scratch.
 
-    A resumed run continues. Otherwise --ckpt starts a new phase with its model, EMA, optimizer and step. Without
-    --ckpt, training starts from scratch.
+    A new phase takes model, EMA, optimizer and step from --ckpt. Raises UserError.
     """
     asked = asked_shape(args)
     start = find_resumed(args, name, args.ckpt, **asked)

@@ -117,9 +117,6 @@ def orthogonalize(x, steps=5, a=3.4445, b=-4.7750, c=2.0315):
     return x
 
 
-# Learning rates, gradients, EMA ---------------------------------------------------------------------------------------
-
-
 def lr_multiplier(args, step, last_step):
     """Return the factor on the learning rate at a global step of a run that ends at last_step.
 

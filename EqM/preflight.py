@@ -67,10 +67,7 @@ def check_run(args):
 
 
 def share_run(run):
-    """(flags, Start, VAE, EqMConfig, Data, phases) that `check_run` found on rank 0, shared with all ranks.
-
-    Raises UserError unless all machines start from the same checkpoint in the same folder and support the --precision.
-    """
+    """What `check_run` found on rank 0, on all ranks. Raises UserError if machines have other checkpoints or GPUs."""
     args, start, vae, config, data, phases = run or [None] * 6
     check_same_start(start)
     own = start and start.state

@@ -29,10 +29,7 @@ def add_loading_flags(add, num_workers):
 
 
 class Run:
-    """The folder of a run with its log, metrics and checkpoints. All ranks have one, and rank 0 writes.
-
-    start: a checkpoint.Start; scan: of the data; together: see StopSignal.
-    """
+    """The folder of a run with its log, metrics and checkpoints. All ranks have one, and rank 0 writes."""
 
     def __init__(self, start, args, name, run_config, scan, wandb=False, together=False):
         own = runs.make_run_folder(args.results_dir, name) if distributed.rank() == 0 and not start.folder else None

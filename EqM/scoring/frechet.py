@@ -34,13 +34,11 @@ CACHE_FORMAT = 2  # of files of moments
 
 
 def score_frechet(generated, real, args, detector, about, clips, folder, device):
-    """Score two streams of clips with --metric fvd or fid. clips: the Clips of `real`; about: the manifest.
-
-    A file in the folder keeps the moments of the real features.
-    """
+    """Score two streams of clips with --metric fvd or fid. clips: the Clips of `real`; about: the manifest."""
     detector = detector.to(device)
     times = [os.stat(os.path.join(args.data_path, video.path)).st_mtime_ns for video in clips.videos]
     determines = {name: value for name, value in about["real"].items() if name != "data_path"}
+    # The file of the real clips' moments: they are read only if it is missing or damaged
     cached = folder / f"{json_sha256([determines, times, about['detector'], CACHE_FORMAT])}.safetensors"
     reference = read_moments(cached) if distributed.rank() == 0 else None
     from_cache = distributed.broadcast(reference is not None)

@@ -35,7 +35,7 @@ def protocol(metric, samples, split, num_real):
 
 
 def default_split(metric):
-    return {"fvd": "train", "fid": "train", "census": "all"}.get(metric, "val")
+    return {"fvd": "train", "fid": "train", "classifier": "all", "census": "all"}.get(metric, "val")
 
 
 def start(args, samples, split, num_real, real, detector):
