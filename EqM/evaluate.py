@@ -143,8 +143,7 @@ def score(args, samples, out, clips, training, truth, new, detector, device, cor
     if args.metric == "consistency":
         return consistency.score_consistency(*streams, samples.source, out.with_suffix(".png"))
     if args.metric == "nearest":
-        sheet = out.with_suffix(".sheet.png")
-        return nearest.score_nearest(*streams, samples, args, training, sheet, device)
+        return nearest.score_nearest(*streams, samples, args, training, out.with_suffix(".sheet.png"), device)
     if args.metric == "prediction":
         return prediction.score_prediction(samples, real, clips, out, truth)
     if args.metric == "classifier":

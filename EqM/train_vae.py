@@ -72,8 +72,7 @@ def parse_args():
     add("--log-every", type=COUNT, default=50, help="steps between two lines of metrics")
     add("--val-every", type=COUNT, default=500, help="steps between validations, and at the end")
     add("--num-val-frames", type=COUNT, default=256, help="frames of validation videos")
-    minutes = "minutes between checkpoints, and at the end; 0 = off"
-    add("--save-minutes", type=NON_NEGATIVE, default=5.0, help=minutes)
+    add("--save-minutes", type=NON_NEGATIVE, default=5.0, help="minutes between checkpoints, and at the end; 0 = off")
     return parser.parse_args()
 
 

@@ -91,8 +91,7 @@ class Samples:
         """The manifest's record of them: how they were made, from samples.json, and the SHA-256 of samples.npz."""
         about = {name: value for name, value in self.about.items() if name not in ("classes", "given")}
         size = {"num_clips": len(self), "num_frames": self.num_frames, "image_size": self.image_size}
-        sha256 = file_sha256(self.folder / "samples.npz")
-        return {"samples": str(self.folder), "samples_sha256": sha256} | about | size
+        return {"samples": str(self.folder), "samples_sha256": file_sha256(self.folder / "samples.npz")} | about | size
 
 
 def find_real(data_path, split, val_fraction, num_frames, time_scale, image_size, ckpt, images):
