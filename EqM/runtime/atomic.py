@@ -10,10 +10,10 @@ FULL = errno.ENOSPC, errno.EDQUOT  # of a disk
 
 
 @contextmanager
-def atomic_write(path, suffix=".tmp"):
+def atomic_write(path):
     """Open a binary file for writing. `path` keeps its old content until the new content is complete and on disk."""
     path = Path(path)
-    temporary = path.with_name(path.name + suffix)
+    temporary = path.with_name(path.name + ".tmp")
     try:
         with open(temporary, "wb") as file:
             yield file

@@ -13,7 +13,6 @@ from contextlib import suppress
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 
-from runtime.atomic import atomic_write
 from runtime.cli import Bar, UserError, plural, say
 from runtime.untrusted import read_json
 from video.files import SUFFIXES, UnreadableError, Video, has_suffix, probe
@@ -141,10 +140,12 @@ def save_index(scan, root, folder):
         return
     scan.is_saved, place = True, index_place(root, folder)
     rows = [(scan.stamps[video.path], asdict(video)) for video in scan.videos]
+    temporary = place.with_name(f"{place.name}.{os.urandom(4).hex()}.tmp")  # several runs may start at once
     try:
-        with atomic_write(place, f".{os.urandom(4).hex()}.tmp") as file:  # several runs may start at once
-            file.write(json.dumps({"format": INDEX_FORMAT, "videos": rows}).encode())
+        temporary.write_text(json.dumps({"format": INDEX_FORMAT, "videos": rows}))
+        os.replace(temporary, place)
     except OSError as error:
+        temporary.unlink(missing_ok=True)
         say(f"{place} could not be written ({error.strerror})")
 
 
