@@ -100,11 +100,7 @@ def run_state(config, model, ema, optimizers, scaler, progress):
 
 
 class Writer:
-    """Write the checkpoints of a run, on rank 0. Training pauses only while the tensors are copied.
-
-    A thread writes one copy at a time. The next call of a method raises its error. All ranks gather the full tensors of
-    a sharded state.
-    """
+    """Write the checkpoints of a run in a thread of rank 0. Training pauses only while the tensors are copied."""
 
     def __init__(self, folder):
         self.path = Path(folder, "checkpoints", "latest.pt")
@@ -424,10 +420,7 @@ def check_optimizer(start, args):
 
 
 def find_resumed(args, name, ckpt=None, read=load, **asked):
-    """The Start of the newest run of that name, locked, if --resume or a restart by torchrun asks for it.
-
-    Without a run or an intact checkpoint it is from scratch, or the caller replaces it by one from the file `ckpt`.
-    """
+    """The Start at the newest run of that name, locked, if --resume or a restart asks for it; else from scratch."""
     folder, start = newest_run(args.results_dir, name), Start(Progress())
     if folder is None and args.resume:
         similar = "" if ckpt else name_similar(args.results_dir, name)

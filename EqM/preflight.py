@@ -41,13 +41,9 @@ UNREPORTED = {  # flags that `note_changes` does not report: harmless, or checke
 
 
 def check_run(args):
-    """(flags, Start, VAE, EqMConfig, Data, phases) of a run of train.py with these flags. Raises UserError.
-
-    Only the first rank of each machine checks; the others get None. Only rank 0 opens the data, so only it knows Data,
-    phases and the number of classes: see `share_run`.
-    """
+    """(flags, Start, VAE, EqMConfig, Data, phases) of a run of train.py with these flags. Raises UserError."""
     cli.check_devices()
-    if local_rank() != 0:
+    if local_rank() != 0:  # the first rank of each machine checks; see `share_run`
         return None
     args = resolve_frames(args)
     check_flags(args)
@@ -59,7 +55,7 @@ def check_run(args):
     if phases:
         batch, parts = args.global_batch_size, world_size() * args.grad_accum
         phases = fill_batches(phases, batch, lambda num_frames: math.prod(config.grid(num_frames)), parts)
-    if rank() == 0:
+    if rank() == 0:  # only rank 0 opens the data, so only it knows Data, phases and the number of classes
         data = open_data(args, start, clip_lengths(args), args.val_frames, frames_flag(args))
         config = fit_classes(args, config, start, data.scan.classes)
         phases = phases or [only_phase(args, start.progress, data)]
