@@ -125,12 +125,6 @@ def measure(model, loader, device):
     return {"psnr": values, "latent_mean": means, "latent_std": math.sqrt(squares - means**2)}, corrupt
 
 
-def chunks_of(count):
-    """The loader's keys (1, index) of frames 0 ... count - 1, in lists of CHUNK; a rank takes every n-th list."""
-    keys = [(1, index) for index in range(count)]
-    return [keys[first : first + CHUNK] for first in range(0, count, CHUNK)]
-
-
 def export(model, folder, statistics):
     """Write an AutoencoderKL as a folder for --vae DIR. A kill may leave no folder, but never half of one."""
     folder = Path(folder)

@@ -25,7 +25,7 @@ import safetensors.torch
 import torch
 
 from runtime import cli, distributed
-from runtime.atomic import atomic_write
+from runtime.atomic import write_file
 from runtime.cli import COUNT, SHARE, ArgumentParser, Bar, UserError, one_line_errors, plural, say, wrong_input
 from runtime.distributed import rank, world_size
 from runtime.runs import remove_temporary_files
@@ -50,9 +50,6 @@ def parse_args():
     add("--with-flips", action="store_true", help="also encode mirrored frames, to train with flips; doubles the size")
     add("--max-bad-fraction", type=SHARE, default=0.1, help="share of the files that may be corrupt; one always may")
     return parser.parse_args()
-
-
-# Checks before anything is written ------------------------------------------------------------------------------------
 
 
 def cache_settings(args, vae):
@@ -103,9 +100,6 @@ def source_metadata(scan, video):
     return {"source_bytes": str(scan.stamps[video.path][0])}
 
 
-# Encoding -------------------------------------------------------------------------------------------------------------
-
-
 @one_line_errors()
 def main():
     args = parse_args()
@@ -136,7 +130,7 @@ def begin_cache(args, settings, files):
     out = Path(args.out)
     out.mkdir(parents=True, exist_ok=True)
     if not (out / LATENTS_FILE).exists():
-        write(out / PARTIAL_FILE, json.dumps(settings, indent=1).encode())
+        write_file(out / PARTIAL_FILE, json.dumps(settings, indent=1).encode())
     remove_temporary_files(out)
     index.save_index(files.scan, args.data_path, out)
 
@@ -150,7 +144,8 @@ def encode_videos(args, vae, device, files, todo, bad_videos):
         if args.vae == "none":
             source.write_pixels(path, files, video, metadata)
         else:
-            write(path, safetensors.torch.save(encode_video(vae, device, files, video, args.with_flips), metadata))
+            tensors = encode_video(vae, device, files, video, args.with_flips)
+            write_file(path, safetensors.torch.save(tensors, metadata))
 
     threads = source.THREADS if args.vae == "none" else 1  # a thread keeps all latents of its video in memory
     size, hidden = ROUND * world_size(), rank() != 0 or not todo
@@ -189,7 +184,7 @@ def finish_cache(args, settings, files, bad_videos):
     for about in content["videos"]:
         del about["varies"], about["keyframes"]  # of the file, not of its latents
     content |= {"unreadable": sorted(bad_videos.paths)}
-    write(Path(args.out, LATENTS_FILE), json.dumps(content, indent=1).encode())
+    write_file(Path(args.out, LATENTS_FILE), json.dumps(content, indent=1).encode())
     Path(args.out, PARTIAL_FILE).unlink(missing_ok=True)
     say(f"{args.out} is complete: {plural(len(videos), 'video')}, {size_text(videos, settings)}")
 
@@ -205,11 +200,6 @@ def size_text(videos, settings):
         per_frame *= 2 * (1 + settings["flips"]) * 2  # mean and std; float16
     count = count_frames(videos)
     return f"{plural(count, 'frame')} of {per_frame / 1024:.3g} KB, {count * per_frame / 1e9:.3g} GB"
-
-
-def write(path, data):
-    with atomic_write(path) as file:
-        file.write(data)
 
 
 if __name__ == "__main__":

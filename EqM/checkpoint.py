@@ -31,7 +31,6 @@ from published import load_published, published_parts, read_export
 from runtime import distributed
 from runtime.atomic import atomic_write, link
 from runtime.cli import UserError, say, writing
-from runtime.distributed import rank
 from runtime.memory import free_bytes
 from runtime.metrics import read_metrics
 from runtime.runs import is_restarted, lock, name_similar, newest_run, remove_temporary_files
@@ -101,11 +100,7 @@ def run_state(config, model, ema, optimizers, scaler, progress):
 
 
 class Writer:
-    """Write the checkpoints of a run, on rank 0. Training pauses only while the tensors are copied.
-
-    A thread writes one copy at a time. The next call of a method raises its error. All ranks gather the full tensors of
-    a sharded state.
-    """
+    """Write the checkpoints of a run in a thread of rank 0. Training pauses only while the tensors are copied."""
 
     def __init__(self, folder):
         self.path = Path(folder, "checkpoints", "latest.pt")
@@ -117,7 +112,7 @@ class Writer:
         self.wait()
         self.check_memory(state)
         state, copied = self.copy(state), None
-        if rank() != 0:
+        if distributed.rank() != 0:
             return
         if torch.cuda.is_available():
             copied = torch.cuda.Event(blocking=True)  # the waiting thread sleeps
@@ -145,7 +140,7 @@ class Writer:
         if not isinstance(value, torch.Tensor):
             return value
         value = full_tensor(value)
-        if rank() != 0:
+        if distributed.rank() != 0:
             return None
         if place not in self.copies or self.copies[place].shape != value.shape:
             self.copies[place] = torch.empty_like(value, device="cpu", pin_memory=value.is_cuda)
@@ -183,7 +178,7 @@ def names_at(progress, last_step, every):
 
 def complete_names(start, phases, every):
     """Link the resumed checkpoint to all its names, as a kill may have come before that."""
-    if rank() == 0 and start.resumes and not start.unlogged:
+    if distributed.rank() == 0 and start.resumes and not start.unlogged:
         last_step = current_phase(phases, start.progress.first_step).last_step
         for name in ["latest.pt", *names_at(start.progress, last_step, every)]:
             link(start.path, name)
@@ -245,9 +240,9 @@ def from_elsewhere(config, model, ema, step, version=VERSION):
 
 
 def load_model(path, use_ema=True, model=None, video=None, **checks):
-    """Rebuild the network of a checkpoint: (model in eval mode on the CPU, config of the file, step).
+    """(network in eval mode on the CPU, config of the file, step) of a checkpoint. Raises UserError.
 
-    model: the --model of a published file. video: see `check_kind`. checks: see `check`. Raises UserError.
+    model: the --model of a published file. video: see `check_kind`. checks: see `check`.
     """
     part, flag = "ema" if use_ema else "model", f"--ckpt {path}"
     state = load(path, [part], **model_shape(model), ebm=checks.get("ebm"))
@@ -320,8 +315,7 @@ def config_of(flag, state):
         expected = {name: value.shape for name, value in EqM(config).state_dict().items()}
     for part in ("model", "ema"):
         got = {name: value.shape for name, value in state[part].items()}
-        wrong = [name for name in expected | got if expected.get(name) != got.get(name)]
-        if wrong:
+        if wrong := [name for name in expected | got if expected.get(name) != got.get(name)]:
             shapes = " and ".join(str(shape and tuple(shape)) for shape in (got.get(wrong[0]), expected.get(wrong[0])))
             raise UserError(f"{flag}: its weights do not match its config: shapes of {wrong[0]} are {shapes}")
     return config
@@ -372,7 +366,7 @@ class Start:
     @property
     def resumes(self):
         """Whether the checkpoint belongs to the resumed run."""
-        return self.folder is not None and self.path is not None and self.path.parent.parent == self.folder
+        return None not in (self.folder, self.path) and self.path.parent.parent == self.folder
 
     @property
     def flag(self):
@@ -399,19 +393,15 @@ class Start:
 
 
 def find_start(args, name):
-    """The Start for the flags of train.py, which is the policy of resuming. Raises UserError.
+    """The Start for the flags of train.py: a resumed run, else a new phase from --ckpt, else scratch.
 
-    A resumed run continues. Otherwise --ckpt starts a new phase with its model, EMA, optimizer and step. Without
-    --ckpt, training starts from scratch.
+    A new phase takes model, EMA, optimizer and step from --ckpt. Raises UserError.
     """
     asked = asked_shape(args)
     start = find_resumed(args, name, args.ckpt, **asked)
-    if start.path is None and args.ckpt:
-        start.path, start.state = Path(args.ckpt), load(args.ckpt, **asked)
-    if start.path is None:
+    if start.resumes or not args.ckpt:
         return start
-    if start.resumes:
-        return start
+    start.path, start.state = Path(args.ckpt), load(args.ckpt, **asked)
     if not args.new_classes:
         check_optimizer(start, args)
     state, step = start.state, start.state["step"]
@@ -430,17 +420,14 @@ def check_optimizer(start, args):
 
 
 def find_resumed(args, name, ckpt=None, read=load, **asked):
-    """The Start of the newest run of that name, locked, if --resume or a restart by torchrun asks for it.
-
-    Without a run or an intact checkpoint it is from scratch, or the caller replaces it by one from the file `ckpt`.
-    """
+    """The Start at the newest run of that name, locked, if --resume or a restart asks for it; else from scratch."""
     folder, start = newest_run(args.results_dir, name), Start(Progress())
     if folder is None and args.resume:
         similar = "" if ckpt else name_similar(args.results_dir, name)
         say(f"--resume: no run {name} in {args.results_dir}{similar}; starting from {ckpt or 'the beginning'}")
     if folder is None or not (args.resume or is_restarted(folder)):
         return start
-    if rank() == 0:
+    if distributed.rank() == 0:
         lock(folder)
         remove_temporary_files(folder)
     check_not_deleted(folder)

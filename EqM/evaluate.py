@@ -3,15 +3,13 @@
     python EqM/evaluate.py --metric motion --samples samples --data-path datasets/moving-shapes --out motion.json
     python EqM/evaluate.py --manifest motion.json --out again.json
 
-motion       Moving Shapes only, where the truth is known: direction, shape, speed and area of the moving object; for
-             bouncing shapes: whether it stays one object, its speed, whether it turns only at the borders
+motion       Moving Shapes only, where the truth is known: how the object moves, and whether it stays one object
 fvd, fid     Fréchet distance of the features of clips; of all frames, or of images. fvd2048_16f_cfg1 is the protocol of
              2,048 clips of 16 frames without guidance (set --cfg-scale 1 in training or sampling)
 consistency  any videos: drift over the clip, seams at the borders of temporal patches
 nearest      any videos: distance to training clips, compared with held-out real clips: does the model only memorize?
 prediction   samples that continue real clips (sample_gd.py --given DATA --given-split val): PSNR and SSIM
-classifier   do samples show their class? A small network, trained here on a data set of few videos, decides. For many
-             videos, such as Sprites: --classifier-test val, which also reports the inception score, H(y|x) and H(y)
+classifier   do samples show their class? A small network, trained here on real clips, decides
 census       Sprites only, where all clips are known: which samples are valid clips, of which characters
 
 scripts/score.sh samples and scores. The number of ranks changes the values only by rounding. --manifest repeats a
@@ -26,8 +24,6 @@ import torch
 
 from runtime import cli, distributed
 from runtime.cli import COUNT, NATURAL, NON_NEGATIVE, SHARE, UserError, fail, number, one_line_errors, plural, say
-from runtime.distributed import rank
-from runtime.runs import results_of
 from scoring import census, classifier, consistency, frechet, manifest, nearest, prediction, shapes, sources
 from video.source import check_data_path
 
@@ -92,12 +88,11 @@ def check_flags(args):
     if (args.detector is None) == (args.metric in frechet.CALLS):
         advice = "expected a TorchScript file (see --help)" if args.detector is None else "remove the flag"
         raise UserError(f"--detector: {args.detector} for --metric {args.metric}; {advice}")
-    if args.vae and args.metric != "census":
-        raise UserError(f"--vae {args.vae}: --metric {args.metric} needs no VAE; remove the flag")
+    unused = args.vae and args.metric != "census"
+    cli.refuse_if(args, "vae", unused, f"--metric {args.metric} needs no VAE; remove the flag")
     for name in sorted(args.typed & CHOOSES.get(args.metric, set())):
         raise UserError(f"--{name.replace('_', '-')}: --metric {args.metric} chooses its real clips; remove the flag")
-    if os.path.isdir(args.out):
-        raise UserError(f"--out {args.out}: a folder; expected the name of a JSON file")
+    cli.refuse_if(args, "out", os.path.isdir(args.out), "a folder; expected the name of a JSON file")
     for folder in map(Path, args.samples):
         out = Path(folder if len(args.samples) > 1 else "", args.out)
         is_own = out.stem in OWN and out.parent.resolve() == folder.resolve()
@@ -116,13 +111,9 @@ def find_real(args, samples, detector):
     if metric == "prediction":
         split, share, count = (samples.about["real"][name] for name in ("split", "val_fraction", "num_clips"))
     elif metric == "classifier":
-        split, T = "all", min(T, classifier.MOST_FRAMES)
-    elif metric == "census":
-        split = "all"
-    count, runs = count or NUM_REAL.get(metric), results_of(samples.source.get("checkpoint"))
-    clips, training, real = sources.find_real(
-        args.data_path, split, share, T, samples.time_scale, samples.image_size, runs, images
-    )
+        T = min(T, classifier.MOST_FRAMES)
+    count, which = count or NUM_REAL.get(metric), (split, share, T, samples.time_scale, samples.image_size)
+    clips, training, real = sources.find_real(args.data_path, *which, samples.source.get("checkpoint"), images)
     if count and len(clips.videos) < count:
         advice = "" if metric == "prediction" else "; a lower --num-real is faster"
         say(f"note: --split {split}: {plural(count, 'clip')} from only {plural(len(clips.videos), 'video')}{advice}")
@@ -152,8 +143,7 @@ def score(args, samples, out, clips, training, truth, new, detector, device, cor
     if args.metric == "consistency":
         return consistency.score_consistency(*streams, samples.source, out.with_suffix(".png"))
     if args.metric == "nearest":
-        sheet = out.with_suffix(".sheet.png")
-        return nearest.score_nearest(*streams, samples, args, training, sheet, device)
+        return nearest.score_nearest(*streams, samples, args, training, out.with_suffix(".sheet.png"), device)
     if args.metric == "prediction":
         return prediction.score_prediction(samples, real, clips, out, truth)
     if args.metric == "classifier":
@@ -171,7 +161,7 @@ def run(args, samples, real, detector, old, device):
     out.parent.mkdir(parents=True, exist_ok=True)
     values, result, lines = score(args, samples, out, *real, new, detector, device, corrupt := [])
     corrupt = sorted({path for paths in distributed.gather(corrupt) for path in paths})
-    if rank() != 0:
+    if distributed.rank() != 0:
         return None
     name = torch.cuda.get_device_name(device) if device.type == "cuda" else "cpu"
     machine = {"device": name, "ranks": distributed.world_size(), "threads": torch.get_num_threads()}
@@ -198,7 +188,7 @@ def main():
         for folder in dict.fromkeys(args.samples):
             samples = sources.Samples(folder)
             samples.check(args.metric, args.keep_background)
-            real = find_real(args, samples, detector) if rank() == 0 else None  # the others wait for it in start()
+            real = find_real(args, samples, detector) if distributed.rank() == 0 else None  # the others wait in start()
             if old and real:
                 manifest.check_same(old, real[-1])
             jobs.append((samples, real))

@@ -29,9 +29,6 @@ def make_optimizers(model, args, matrices_of=block_matrices):
     return optimizers
 
 
-# Muon -----------------------------------------------------------------------------------------------------------------
-
-
 class Muon(torch.optim.Optimizer):
     """Step along orthogonalized momenta of matrices (Jordan et al., kellerjordan.github.io/posts/muon, 2024).
 
@@ -94,14 +91,11 @@ class Muon(torch.optim.Optimizer):
 
 
 def assign(shapes, ranks):
-    """Assign matrices to ranks by work. Returns [(rank, indices of its matrices of one shape)].
-
-    The largest matrix comes first, and each goes to the rank with the least work so far.
-    """
+    """Assign matrices to ranks by work. Returns [(rank, indices of its matrices of one shape)]."""
     work, batches = [0] * ranks, {}
     costs = [min(shape) ** 2 * (2 * max(shape) + min(shape)) for shape in shapes]
     for index in sorted(range(len(shapes)), key=costs.__getitem__, reverse=True):
-        owner = work.index(min(work))
+        owner = work.index(min(work))  # the rank with the least work so far
         work[owner] += costs[index]
         batches.setdefault((owner, tuple(shapes[index])), []).append(index)
     return [(owner, indices) for (owner, _), indices in batches.items()]
@@ -121,9 +115,6 @@ def orthogonalize(x, steps=5, a=3.4445, b=-4.7750, c=2.0315):
         factor = torch.baddbmm(gram, gram, gram, beta=b, alpha=c)
         x = torch.baddbmm(x, x, factor, beta=a) if is_tall else torch.baddbmm(x, factor, x, beta=a)
     return x
-
-
-# Learning rates, gradients, EMA ---------------------------------------------------------------------------------------
 
 
 def lr_multiplier(args, step, last_step):

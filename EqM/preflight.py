@@ -14,7 +14,7 @@ import generation
 from models import model_config, model_name, model_shape, with_classes
 from optim import MUON_DECAY
 from runtime import cli, distributed
-from runtime.cli import UserError, flag_text, plural, say
+from runtime.cli import UserError, flag_text, plural, refuse_if, say
 from runtime.distributed import local_rank, rank, world_size
 from runtime.metrics import import_wandb
 from runtime.runs import check_job
@@ -37,23 +37,13 @@ UNREPORTED = {  # flags that `note_changes` does not report: harmless, or checke
 }  # fmt: skip
 
 
-def refuse_if(args, name, is_wrong, text):
-    """Raise a UserError that begins with a flag and its value if is_wrong."""
-    if is_wrong:
-        raise UserError(f"{flag_text(args, name)}: {text}")
-
-
 # Training -------------------------------------------------------------------------------------------------------------
 
 
 def check_run(args):
-    """(flags, Start, VAE, EqMConfig, Data, phases) of a run of train.py with these flags. Raises UserError.
-
-    Only the first rank of each machine checks; the others get None. Only rank 0 opens the data, so only it knows Data,
-    phases and the number of classes: see `share_run`.
-    """
+    """(flags, Start, VAE, EqMConfig, Data, phases) of a run of train.py with these flags. Raises UserError."""
     cli.check_devices()
-    if local_rank() != 0:
+    if local_rank() != 0:  # the first rank of each machine checks; see `share_run`
         return None
     args = resolve_frames(args)
     check_flags(args)
@@ -65,7 +55,7 @@ def check_run(args):
     if phases:
         batch, parts = args.global_batch_size, world_size() * args.grad_accum
         phases = fill_batches(phases, batch, lambda num_frames: math.prod(config.grid(num_frames)), parts)
-    if rank() == 0:
+    if rank() == 0:  # only rank 0 opens the data, so only it knows Data, phases and the number of classes
         data = open_data(args, start, clip_lengths(args), args.val_frames, frames_flag(args))
         config = fit_classes(args, config, start, data.scan.classes)
         phases = phases or [only_phase(args, start.progress, data)]
@@ -73,10 +63,7 @@ def check_run(args):
 
 
 def share_run(run):
-    """(flags, Start, VAE, EqMConfig, Data, phases) that `check_run` found on rank 0, shared with all ranks.
-
-    Raises UserError unless all machines start from the same checkpoint in the same folder and support the --precision.
-    """
+    """What `check_run` found on rank 0, on all ranks. Raises UserError if machines have other checkpoints or GPUs."""
     args, start, vae, config, data, phases = run or [None] * 6
     check_same_start(start)
     own = start and start.state
@@ -286,16 +273,13 @@ def make_run_config(args, config, phase, data, vae):
     def median_seconds(interval):  # between two frames of a clip
         return statistics.median_low(fitting_interval(video, count, interval) / video.fps for video in videos)
 
+    shortest, longest = args.frame_interval[0], args.frame_interval[-1]
     about_data = {
-        "vae": vae.place,
-        "vae_sha256": vae.sha256,
-        "image_size": args.image_size,
-        "fps": statistics.median(video.fps for video in videos),
-        "frame_interval": args.frame_interval,
-        "time_scale": median_seconds(args.frame_interval[0]),
-        "longest_time_scale": median_seconds(args.frame_interval[-1]),
+        "vae": vae.place, "vae_sha256": vae.sha256, "image_size": args.image_size,
+        "fps": statistics.median(video.fps for video in videos), "frame_interval": args.frame_interval,
+        "time_scale": median_seconds(shortest), "longest_time_scale": median_seconds(longest),
         "classes": data.scan.classes,
-    }
+    }  # fmt: skip
     model = asdict(config) | {"num_frames": phase.num_frames}
     return {"model": model, "data": about_data, "training": training, "typed": sorted(args.typed)}
 

@@ -102,11 +102,9 @@ def load_published(path, model, ema, args, asked):
     data = {
         "vae": str(args.get("vae", "ema")) if config.in_channels == 4 else "none",
         "image_size": None,  # follows from the VAE and input_size
-        "fps": 25.0,
-        "frame_interval": [1],
-        **dict.fromkeys(("time_scale", "longest_time_scale"), 1 / 25),
+        "fps": 25.0, "frame_interval": [1], "time_scale": 1 / 25, "longest_time_scale": 1 / 25,
         "classes": [str(label) for label in range(config.num_classes)],
-    }
+    }  # fmt: skip
     training = {"model": model_name(**asdict(config)), "num_frames": 1, "video": False}
     return {"model": asdict(config), "data": data, "training": training}, weights, ema_weights, 0
 

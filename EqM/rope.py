@@ -26,10 +26,7 @@ class RotaryEmbedding3D(nn.Module):
 
     With a speed, three pairs of height or width share a frequency, from the highest down. Their positions are index,
     index + speed * time and index - speed * time. Pairs that complete no triple do not move and take the next
-    frequencies.
-
-    Args:
-        speed: in patches per unit of time, which is one temporal patch at 25 fps.
+    frequencies. A unit of time is one temporal patch at 25 fps.
 
     Raises ValueError as `split_head` does, or if height and width have too few channels for a speed.
     """

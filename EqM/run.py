@@ -8,7 +8,6 @@ import time
 import checkpoint
 from runtime import distributed, runs
 from runtime.cli import NON_NEGATIVE, SHARE, number, say, warnings_as_lines, writing
-from runtime.distributed import rank
 from runtime.metrics import Metrics, StepStats
 from runtime.signals import StopSignal
 from video.index import CorruptVideos, save_index
@@ -30,17 +29,14 @@ def add_loading_flags(add, num_workers):
 
 
 class Run:
-    """The folder of a run with its log, metrics and checkpoints. All ranks have one, and rank 0 writes.
-
-    start: a checkpoint.Start; scan: of the data; together: see StopSignal.
-    """
+    """The folder of a run with its log, metrics and checkpoints. All ranks have one, and rank 0 writes."""
 
     def __init__(self, start, args, name, run_config, scan, wandb=False, together=False):
-        own = runs.make_run_folder(args.results_dir, name) if rank() == 0 and not start.folder else None
+        own = runs.make_run_folder(args.results_dir, name) if distributed.rank() == 0 and not start.folder else None
         self.folder = start.folder or distributed.broadcast(own)
         self.log = functools.partial(say, log=self.folder / "log.txt")
         warnings_as_lines(self.folder / "log.txt")
-        if rank() == 0:
+        if distributed.rank() == 0:
             save_index(scan, args.data_path, args.results_dir)
         logged_step = start.progress.step - 1 if start.unlogged else start.progress.step
         self.metrics = Metrics(self.folder, resume_step=logged_step, wandb=wandb, config=run_config)
@@ -51,7 +47,7 @@ class Run:
         self.saved_at = time.monotonic()
 
     def write_config(self, run_config):
-        if rank() == 0:
+        if distributed.rank() == 0:
             with writing(self.folder / "config.json"):
                 (self.folder / "config.json").write_text(json.dumps(run_config, indent=2))
 

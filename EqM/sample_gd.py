@@ -3,8 +3,6 @@
     torchrun --nproc_per_node=1 EqM/sample_gd.py --video --num-frames 16 \
         --ckpt results/EXP/002-EqM-S-4-f16-rope/checkpoints/best.pt --num-samples 16 --folder samples
     python EqM/sample_gd.py --video --num-frames 16 --ckpt FILE --given clip.mp4 --given-frames 0-7
-    python EqM/sample_gd.py --video --ckpt FILE --given datasets/ucf-101 --given-split val --given-frames 0-7 \
-        --num-samples 2048 --samples-per-clip 8 --no-keep-background
 
 Architecture, latents, classes, frame rate and sampler settings come from the checkpoint. Architecture flags are checked
 against it; sampler flags replace its settings. Published image models need --model.
@@ -25,10 +23,9 @@ from generation import add_sampling_flags, cast_products, generate, provenance, 
 from given import ClipReader, DrawnClip, as_ranges, frame_ranges, open_given
 from models import EBMS, NAMES
 from runtime import cli, distributed
-from runtime.atomic import atomic_write
+from runtime.atomic import write_file
 from runtime.cli import COUNT, NATURAL, SHARE, ArgumentParser, UserError, add_speed_flags, fail, one_line_errors, say
 from runtime.distributed import own_indices, rank, world_size
-from runtime.runs import results_of
 from runtime.untrusted import FPS
 from scoring.manifest import is_of_samples
 from scoring.sources import find_real
@@ -114,8 +111,8 @@ def open_split(args, plan):
     if rank() != 0:  # the others wait for rank 0 in start()
         return None
     check_data_path(args.given, cached=False)
-    clips, _, about = find_real(args.given, args.given_split, args.val_fraction, plan.num_frames, plan.time_scale,
-                                plan.image_size, results_of(args.ckpt), images=False)  # fmt: skip
+    which = args.given_split, args.val_fraction, plan.num_frames, plan.time_scale, plan.image_size
+    clips, _, about = find_real(args.given, *which, args.ckpt, images=False)
     count = math.ceil(args.num_samples / args.samples_per_clip)
     return clips, about | {"num_clips": count, "samples_per_clip": args.samples_per_clip}
 
@@ -192,18 +189,14 @@ def write_folder(args, plan, parts, given, real):
     about |= {"mean_evaluations": evaluations.double().mean().item(), "source": provenance(plan, args)}
     about["flags"] = vars(args) | {"given_frames": args.given_frames and as_ranges(args.given_frames)}
     about |= ({"given": given.about()} if given else {}) | ({"real": real} if real else {})
-    with atomic_write(folder / "samples.json") as file:
-        file.write(json.dumps(about, indent=2).encode())
+    write_file(folder / "samples.json", json.dumps(about, indent=2).encode())
     (folder / UNFINISHED).unlink()
     what = f"videos of {cli.plural(args.num_frames, 'frame')}" if args.video else "images"
     say(f"{folder}: {len(names)} {what}{', previews' if previews else ''} and samples.npz")
 
 
 def begin_folder(folder):
-    """Make the folder, or remove the samples and scores of an earlier call, so that all files are from one call.
-
-    Files are removed only if samples.json, or UNFINISHED of a call that was interrupted, shows a sample folder.
-    """
+    """Make the folder, or remove the samples and scores of an earlier call, so that all files are from one call."""
     is_old = is_sample_folder(folder)
     folder.mkdir(parents=True, exist_ok=True)
     (folder / UNFINISHED).touch()

@@ -30,20 +30,19 @@ def make_networks(config, device, shard):
         model.initialize_weights()
     ema = empty_network(config, mesh, device).eval().requires_grad_(False)
     ema.load_state_dict(model.state_dict())
+    # A sample stops when its field is small. If rounding made ranks disagree on that, some would wait forever.
     ema.register_forward_hook(of_first_rank)
     return model, ema
 
 
 def empty_network(config, mesh, device):
-    """Return a network without values, with the blocks and the root sharded.
-
-    With an energy only the root is sharded: with sharded blocks the double backward pass fails (torch 2.13).
-    """
+    """Return a network without values, with the blocks and the root sharded."""
     from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
 
     with torch.device("meta"):
         network = EqM(config)
     policy = MixedPrecisionPolicy(reduce_dtype=torch.float32, cast_forward_inputs=False)
+    # With an energy only the root is sharded: with sharded blocks the double backward pass fails (torch 2.13)
     for part in (*(network.blocks if config.ebm == "none" else ()), network):
         fully_shard(part, mesh=mesh, reshard_after_forward=True, mp_policy=policy)
     network.to_empty(device=device)
@@ -53,10 +52,7 @@ def empty_network(config, mesh, device):
 
 
 class FullDraws(TorchDispatchMode):
-    """Draw random numbers for the full tensor on the CPU and keep this rank's rows, if the tensor is a DTensor.
-
-    So sharding does not change the initial weights. Layers draw on the meta device, too, where values have no storage.
-    """
+    """Draw the initial weights of a DTensor as a full tensor on the CPU, as without sharding, and keep its rows."""
 
     def __torch_dispatch__(self, func, types, args=(), kwargs=None):
         kwargs = kwargs or {}
@@ -64,7 +60,7 @@ class FullDraws(TorchDispatchMode):
             return func(*args, **kwargs)
         target, *rest = args
         drawn = func(torch.empty(target.shape, device="cpu"), *rest, **kwargs)
-        return target.copy_(shard_like(drawn, target)) if is_sharded(target) else target
+        return target.copy_(shard_like(drawn, target)) if is_sharded(target) else target  # meta: no values
 
 
 def is_sharded(tensor):
@@ -93,10 +89,7 @@ def scatter(full, like, owner):
 
 
 def of_first_rank(network, inputs, output):
-    """Forward hook that returns the output of rank 0 on all ranks.
-
-    A sample stops when its field is small. If rounding made ranks disagree on that, some would wait forever.
-    """
+    """Forward hook that returns the output of rank 0 on all ranks."""
     output = output.contiguous()
     dist.broadcast(output.view(torch.uint8), 0)  # as bytes: not every backend has bfloat16
     return output

@@ -1,13 +1,9 @@
 """Train Equilibrium Matching on videos, or without --video on images.
 
-A first phase on 4 frames, then one that continues with 8; steps are counted over all phases:
-
     torchrun --nproc_per_node=8 EqM/train.py --video --num-frames 4 --use-rope --model "EqM-S/4" \
         --data-path datasets/ucf-101 --results-dir results/EXP --max-steps 50000
-    torchrun --nproc_per_node=8 EqM/train.py --video --num-frames 8 --use-rope --model "EqM-S/4" \
-        --data-path datasets/ucf-101 --results-dir results/EXP --max-steps 100000 --global-batch-size 128 \
-        --ckpt results/EXP/*/checkpoints/0050000.pt
 
+To continue with a phase on 8 frames: --num-frames 8 --max-steps 100000 --ckpt results/EXP/*/checkpoints/0050000.pt.
 All phases in one run: --frames-schedule 4:50000:256,8:100000:128. After an interruption: the same command and --resume.
 """
 
@@ -187,7 +183,7 @@ def main():
         progress.seconds = time.monotonic() - began
         run.save(checkpoint.run_state(run_config, model, ema, optimizers, scaler, progress), names, after=remove_old)
 
-    bar = cli.Bar(initial=progress.step, total=last_step, desc=run.folder.name, unit="step", disable=rank() != 0)
+    bar = cli.Bar(initial=progress.step, total=last_step, desc=run.folder.name, unit="step")
     periods = args.log_every, args.val_every, args.ckpt_every, args.sample_every
     try:
         for phase in [phase for phase in phases if phase.last_step > progress.first_step]:

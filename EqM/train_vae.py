@@ -15,6 +15,7 @@ import copy
 
 import torch
 from torch.nn.utils import clip_grad_norm_
+from torch.utils.data import BatchSampler
 
 import autoencoder
 import checkpoint
@@ -71,8 +72,7 @@ def parse_args():
     add("--log-every", type=COUNT, default=50, help="steps between two lines of metrics")
     add("--val-every", type=COUNT, default=500, help="steps between validations, and at the end")
     add("--num-val-frames", type=COUNT, default=256, help="frames of validation videos")
-    minutes = "minutes between checkpoints, and at the end; 0 = off"
-    add("--save-minutes", type=NON_NEGATIVE, default=5.0, help=minutes)
+    add("--save-minutes", type=NON_NEGATIVE, default=5.0, help="minutes between checkpoints, and at the end; 0 = off")
     return parser.parse_args()
 
 
@@ -120,7 +120,7 @@ def main():
     def save():
         run.save(checkpoint.run_state(run_config, model, ema, optimizers, scaler, progress))
 
-    bar = Bar(initial=progress.step, total=args.max_steps, desc=run.folder.name, unit="step", disable=rank() != 0)
+    bar = Bar(initial=progress.step, total=args.max_steps, desc=run.folder.name, unit="step")
     try:
         while True:
             # Periodically and at the end: log, validate
@@ -179,7 +179,8 @@ def make_loaders(args, data, progress, device):
     steps = args.max_steps - progress.step
     indices = rank_batches(progress.position, steps, args.global_batch_size, rank(), world_size())
     batches = ([(1, index) for index in batch] for batch in indices)
-    chunks = autoencoder.chunks_of(args.num_val_frames)[rank() :: world_size()]
+    keys = [(1, index) for index in range(args.num_val_frames)]
+    chunks = [*BatchSampler(keys, autoencoder.CHUNK, drop_last=False)][rank() :: world_size()]
     train_loader = make_loader({1: train}, batches, args.num_workers, args.loader_timeout, device)
     others = [make_loader({1: clips}, chunks, 0, 0, device) for clips in (val, typical)]
     return on_device(batches_of(train_loader), device), *others

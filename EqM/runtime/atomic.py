@@ -29,6 +29,12 @@ def atomic_write(path):
         raise
 
 
+def write_file(path, data):
+    """Write bytes to a file, all or nothing."""
+    with atomic_write(path) as file:
+        file.write(data)
+
+
 def link(path, name):
     """Give a file a second name in the same folder. It replaces an older file of that name in one step."""
     path = Path(path)

@@ -110,6 +110,12 @@ def flag_text(args, name):
     return f"--{'no-' * (value is False)}{name.replace('_', '-')}" + ("" if isinstance(value, bool) else f" {value}")
 
 
+def refuse_if(args, name, is_wrong, text):
+    """Raise a UserError that begins with a flag and its value if is_wrong."""
+    if is_wrong:
+        raise UserError(f"{flag_text(args, name)}: {text}")
+
+
 def number(kind, above=-math.inf, least=-math.inf, most=math.inf):
     """A `type=` for argparse: an int or a finite float within bounds. `above` is exclusive."""
     bounds, noun = {"above": above, "at least": least, "at most": most}, "an integer" if kind is int else "a number"
@@ -256,11 +262,12 @@ def warnings_as_lines(log=None):
 
 
 class Bar(tqdm):
-    """A progress bar on a terminal; in a file or a pipe, one line per minute without escape codes."""
+    """A progress bar of rank 0 on a terminal; in a file or a pipe, one line per minute without escape codes."""
 
     def __init__(self, *args, **kwargs):
         self.is_shown, self.said = sys.stderr.isatty(), time.monotonic()
-        super().__init__(*args, **kwargs, **({} if self.is_shown else {"file": io.StringIO(), "mininterval": 1}))
+        settings = {} if self.is_shown else {"file": io.StringIO(), "mininterval": 1}
+        super().__init__(*args, **{"disable": rank() != 0} | settings | kwargs)
 
     def display(self, msg=None, pos=None):
         if self.is_shown:

@@ -76,11 +76,7 @@ def keep_freed_memory():
 
 
 def rendezvous_store():
-    """The store through which the ranks find each other, under a prefix that only the ranks of this attempt know.
-
-    When torchrun restarts its ranks, its store still holds the addresses of the dead ranks (torch 2.13). So rank 0
-    chooses a random prefix, and each other rank continues once rank 0 has answered it under that prefix.
-    """
+    """The store through which the ranks find each other, under a prefix that only the ranks of this attempt know."""
     if os.environ.get("TORCHELASTIC_USE_AGENT_STORE") == "True":  # torchrun started it before this process
         place = os.environ["MASTER_ADDR"], int(os.environ["MASTER_PORT"])
         try:
@@ -88,6 +84,8 @@ def rendezvous_store():
         except OSError as error:
             raise ConnectionError(f"torchrun does not answer ({error}): start it again") from error
     store, _, _ = next(dist.rendezvous("env://", timeout=SHARE_TIME))
+    # When torchrun restarts its ranks, its store still holds the addresses of the dead ranks (torch 2.13). So rank 0
+    # chooses a random prefix, and each other rank continues once rank 0 has answered it under that prefix.
     mine = uuid.uuid4().hex
     if rank() == 0:
         store.set("attempt", mine)

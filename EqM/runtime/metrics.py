@@ -2,7 +2,6 @@
 
 import json
 import math
-import os
 import re
 import time
 import uuid
@@ -12,8 +11,8 @@ import torch
 from einops import rearrange
 
 from runtime import distributed
-from runtime.atomic import atomic_write
-from runtime.cli import UserError, writing
+from runtime.atomic import atomic_write, sync
+from runtime.cli import UserError, append, writing
 
 PEAK_TFLOPS = {  # dense rate of matrix products in bf16 (V100, T4: fp16), from the data sheets; the first match counts
     "B200": 2250, "GB200": 2500, "H100 PCIe": 756, "H800 PCIe": 756, "H100 NVL": 835, "H200 NVL": 835, "H100": 989,
@@ -77,7 +76,7 @@ class Metrics:
     """
 
     def __init__(self, folder, resume_step=None, wandb=False, config=None):
-        self.file = self.board = self.wandb = None
+        self.board = self.wandb = None
         if distributed.rank() != 0:
             return
         from torch.utils.tensorboard import SummaryWriter  # takes a second to load; needed on rank 0 only
@@ -89,14 +88,15 @@ class Metrics:
                 file.writelines(json.dumps(row).encode() + b"\n" for row in rows if row["step"] <= resume_step)
         self.wandb = _start_wandb(Path(folder), config) if wandb else None
         self.board = SummaryWriter(str(folder), purge_step=None if resume_step is None else resume_step + 1)
-        self.file = open(self.path, "a", encoding="utf-8")  # noqa: SIM115 (stays open for the whole run)
+        self.path.touch()
 
     def log(self, step, **scalars):
         """Append one line {"step": step, name: value, ...}; NaN and infinity, which JSON lacks, become null."""
-        if self.file is None:
+        if self.board is None:
             return
         scalars = {name: value.item() if hasattr(value, "item") else value for name, value in scalars.items()}
-        self.append(step, **{name: value if math.isfinite(value) else None for name, value in scalars.items()})
+        row = {name: value if math.isfinite(value) else None for name, value in scalars.items()}
+        append(self.path, [json.dumps({"step": step} | row) + "\n"])
         with writing(self.path):
             for name, value in scalars.items():
                 self.board.add_scalar(name, value, step)
@@ -105,27 +105,21 @@ class Metrics:
 
     def note(self, step, text):
         """Append one line {"step": step, "note": text}; on rank 0."""
-        self.append(step, note=text)
+        append(self.path, [json.dumps({"step": step, "note": text}) + "\n"])
         self.board.add_text("note", text, step)
-
-    def append(self, step, **row):
-        """Write one line. Raises UserError."""
-        with writing(self.path):
-            self.path.stat()  # an open file of a deleted folder raises no error
-            self.file.write(json.dumps({"step": step, **row}) + "\n")
-            self.file.flush()
 
     def sync(self):
         """Write the metrics to the disk, so that they survive a power cut, as checkpoints do."""
-        if self.file is not None:
-            os.fsync(self.file.fileno())
+        if self.board is not None:
+            with writing(self.path):
+                sync(self.path)
 
     def video(self, step, name, clips, gif=None, mp4=None):
         """Log clips uint8 (N, T, H, W, 3) as one image: a row per clip, a column per frame; images (T = 1) in one row.
 
         gif (bytes) goes to TensorBoard, and mp4 (a path) to wandb, as name_moving.
         """
-        if self.file is None:
+        if self.board is None:
             return
         rows = clips.swapaxes(0, 1) if clips.shape[1] == 1 else clips
         sheet = rearrange(rows, "n t h w c -> (n h) (t w) c")
@@ -133,8 +127,7 @@ class Metrics:
         if gif is not None:  # add_video would need moviepy to make the same GIF
             from tensorboard.compat.proto.summary_pb2 import Summary
 
-            image = Summary.Image(encoded_image_string=gif)
-            value = Summary.Value(tag=f"{name}_moving", image=image)
+            value = Summary.Value(tag=f"{name}_moving", image=Summary.Image(encoded_image_string=gif))
             self.board.file_writer.add_summary(Summary(value=[value]), step)
         if self.wandb:
             wandb = import_wandb()
@@ -142,9 +135,8 @@ class Metrics:
             self.wandb.log({name: wandb.Image(sheet)} | moving, step=step)
 
     def close(self):
-        if self.file is not None:
+        if self.board is not None:
             with writing(self.path):
-                self.file.close()
                 self.board.close()
         if self.wandb:
             self.wandb.finish()

@@ -70,11 +70,10 @@ def remove_temporary_files(folder):
 
 def keep_last(folder, count, always=()):
     """Remove a run's numbered checkpoints except the last `count` (None: all) and those of the steps `always`."""
-    numbered = [path for path in Path(folder, "checkpoints").glob("*.pt") if path.stem.isdecimal()]
-    numbered.sort(key=lambda path: int(path.stem))
-    for path in numbered[:-count] if count else ():
-        if int(path.stem) not in always:
-            path.unlink()
+    steps = {int(path.stem): path for path in Path(folder, "checkpoints").glob("*.pt") if path.stem.isdecimal()}
+    for step in sorted(steps)[:-count] if count else ():
+        if step not in always:
+            steps[step].unlink()
 
 
 def job_name():

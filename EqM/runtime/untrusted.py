@@ -19,13 +19,10 @@ FPS = 1e-3, 1e6  # lowest and highest accepted frame rate
 
 
 def check_regular(path):
-    """Raise OSError unless `path` is a regular file, or a link to one, whose name is text.
-
-    Reading a pipe, device or socket may never end, and the C++ and Rust libraries accept only names in UTF-8.
-    """
-    if not stat.S_ISREG(os.stat(path).st_mode):
+    """Raise OSError unless `path` is a regular file, or a link to one, whose name is text."""
+    if not stat.S_ISREG(os.stat(path).st_mode):  # reading a pipe, device or socket may never end
         raise OSError(f"{'a folder' if os.path.isdir(path) else 'a pipe or a device'}, expected a regular file")
-    if not is_text(path):
+    if not is_text(path):  # as the C++ and Rust libraries expect
         raise OSError("its name is not UTF-8: rename it")
 
 

@@ -30,7 +30,6 @@ from torch import nn
 
 from runtime import distributed
 from runtime.cli import Bar, UserError, plural
-from runtime.distributed import rank
 from runtime.rng import generator
 from scoring.stats import mean_interval, table, wilson
 from video.files import UnreadableError, read_frames, resize_and_crop
@@ -66,7 +65,7 @@ def check(samples, clips, training, place, test):
 def score_classifier(samples, clips, training, args, corrupt):
     """Classify Samples with networks trained on the videos of Clips, in windows of their length; training: a part."""
     by_split, recipe = args.classifier_test == "val", RECIPES[args.classifier_test]
-    if by_split and rank() != 0:  # there is one network to train
+    if by_split and distributed.rank() != 0:  # there is one network to train
         return None, None, None
     torch.set_num_threads(1)  # another order of sums makes another classifier
     size, classes = samples.image_size, clips.classes
@@ -82,7 +81,7 @@ def score_classifier(samples, clips, training, args, corrupt):
     settings |= {"steps": args.classifier_steps or recipe.steps, "seed": args.seed}
     tested = [number for number, video in enumerate(videos) if not (by_split and video in training)]
     logits = None if by_split else leave_one_out(rows, settings)
-    if rank() != 0:
+    if distributed.rank() != 0:
         return None, None, None
     network = train(own, "of the training split", **settings)
     if by_split:
@@ -120,7 +119,7 @@ def read_real(clips, args, size, corrupt):
 
     videos = sorted(clips.videos, key=lambda video: video.path)
     found = in_threads(read, videos, max(1, args.num_workers))
-    found = Bar(found, total=len(videos), desc="real clips", unit="clip", leave=False, disable=rank() != 0)
+    found = Bar(found, total=len(videos), desc="real clips", unit="clip", leave=False)
     real = dict(zip(videos, found, strict=True))
     corrupt.extend(video.path for video, clip in real.items() if clip is None)
     return {video: clip for video, clip in real.items() if clip is not None}
@@ -231,7 +230,7 @@ def leave_one_out(rows, settings):
     """
     names, found = sorted({group for *_, group in rows}), []
     own = [names[number] for number in distributed.own_indices(len(names))]
-    for held_out in Bar(own, desc="groups held out", unit="group", leave=False, disable=rank() != 0):
+    for held_out in Bar(own, desc="groups held out", unit="group", leave=False):
         network = train([row[:2] for row in rows if row[2] != held_out], f"without {held_out}", **settings)
         mine = [(index, clip) for index, (clip, _, group) in enumerate(rows) if group == held_out]
         found += [(index, logits_of(network, clip, settings["window"], settings["interval"])) for index, clip in mine]

@@ -18,9 +18,8 @@ import torch
 from safetensors import SafetensorError
 
 from runtime import distributed
-from runtime.atomic import atomic_write
+from runtime.atomic import write_file
 from runtime.cli import UserError, say
-from runtime.distributed import rank
 from runtime.rng import generator
 from runtime.untrusted import file_sha256
 from scoring.sources import json_sha256
@@ -35,25 +34,22 @@ CACHE_FORMAT = 2  # of files of moments
 
 
 def score_frechet(generated, real, args, detector, about, clips, folder, device):
-    """Score two streams of clips with --metric fvd or fid. clips: the Clips of `real`; about: the manifest.
-
-    A file in the folder keeps the moments of the real features. Real clips are read only if it is missing or damaged.
-    """
+    """Score two streams of clips with --metric fvd or fid. clips: the Clips of `real`; about: the manifest."""
     detector = detector.to(device)
     times = [os.stat(os.path.join(args.data_path, video.path)).st_mtime_ns for video in clips.videos]
     determines = {name: value for name, value in about["real"].items() if name != "data_path"}
+    # The file of the real clips' moments: they are read only if it is missing or damaged
     cached = folder / f"{json_sha256([determines, times, about['detector'], CACHE_FORMAT])}.safetensors"
-    reference = read_moments(cached) if rank() == 0 else None
+    reference = read_moments(cached) if distributed.rank() == 0 else None
     from_cache = distributed.broadcast(reference is not None)
     if not from_cache:
         features = all_features(detector, real, args)
-        if rank() == 0:
+        if distributed.rank() == 0:
             reference = moments_of(features)
             folder.mkdir(parents=True, exist_ok=True)
-            with atomic_write(cached) as file:
-                file.write(safetensors.torch.save(reference))
+            write_file(cached, safetensors.torch.save(reference))
     features = all_features(detector, generated, args)
-    if rank() != 0:
+    if distributed.rank() != 0:
         return None, None, None
     moments, D = moments_of(features), features.shape[-1]
     value = frechet_distance(reference["mean"], reference["cov"], moments["mean"], moments["cov"])
@@ -125,16 +121,13 @@ def frechet_distance(mean_a, cov_a, mean_b, cov_b, root_a=None):
 
 
 def bootstrap_error(mean_a, cov_a, features, resamples, seed):
-    """The bootstrap standard error of the distance from these moments to the moments of features (N, G, D).
-
-    It resamples whole clips, as their G frames are correlated. It takes no quantiles: a resample repeats clips, so its
-    covariance has a lower rank, and all distances are too large.
-    """
+    """The bootstrap standard error of the distance from these moments to the moments of features (N, G, D)."""
+    # No quantiles: a resample repeats clips, so its covariance has a lower rank, and all distances are too large
     N, G, _ = features.shape
     root, features = square_root(cov_a), features.flatten(0, 1).double()
     distances = []
     for resample in range(resamples):
-        clips = torch.randint(N, (N,), generator=generator(seed, "bootstrap", resample))
+        clips = torch.randint(N, (N,), generator=generator(seed, "bootstrap", resample))  # their frames are correlated
         weights = clips.bincount(minlength=N).repeat_interleave(G).double().to(features.device)[:, None]
         mean = (weights * features).sum(dim=0) / (N * G)
         scatter = features.T @ (weights * features) - N * G * mean.outer(mean)

@@ -10,7 +10,7 @@ import subprocess
 from importlib.metadata import version
 from pathlib import Path
 
-from runtime.atomic import atomic_write
+from runtime.atomic import write_file
 from runtime.cli import UserError
 from runtime.untrusted import read_json
 
@@ -35,7 +35,7 @@ def protocol(metric, samples, split, num_real):
 
 
 def default_split(metric):
-    return {"fvd": "train", "fid": "train", "census": "all"}.get(metric, "val")
+    return {"fvd": "train", "fid": "train", "classifier": "all", "census": "all"}.get(metric, "val")
 
 
 def start(args, samples, split, num_real, real, detector):
@@ -51,8 +51,7 @@ def start(args, samples, split, num_real, real, detector):
 
 def write_manifest(path, manifest):
     """Write the file, all or nothing. Raises OSError."""
-    with atomic_write(path) as file:
-        file.write(json.dumps(manifest, indent=2, allow_nan=False).encode() + b"\n")
+    write_file(path, json.dumps(manifest, indent=2, allow_nan=False).encode() + b"\n")
 
 
 def read_manifest(path):

@@ -19,7 +19,6 @@ from torch.utils.data import DataLoader, IterableDataset, get_worker_info
 
 from runtime import distributed
 from runtime.cli import Bar, UserError
-from runtime.distributed import rank
 from scoring.stats import bootstrap, gather, interval95, interval_units, report
 from video.drawing import drawable, evenly_spaced, few
 from video.files import UnreadableError, read_all_frames, read_frames, resize_and_crop
@@ -55,7 +54,7 @@ def score_nearest(generated, real, samples, args, videos, sheet, device):
         pair = {"clip": index, "class": samples.names[index], "rmse": rmse[index].item(), "number": number}
         pair |= {"video": videos[number].path, "video_class": videos[number].class_name, "first_frame": first}
         result["pairs"].append(pair | {"frame_interval": windows.intervals[number], "mirrored": bool(mirrored)})
-    if rank() == 0:
+    if distributed.rank() == 0:
         write_pairs(sheet, windows, samples, result["pairs"])
     values, lines = report(result, TITLES)
     result["interval_units"], line = interval_units(generated=given, real=held_out)
@@ -109,8 +108,7 @@ def search(clips, windows, num_workers):
     best = torch.full((N,), torch.inf, dtype=torch.float64, device=device), torch.zeros(N, 3, dtype=int, device=device)
     loader = DataLoader(windows, batch_size=None, **worker_settings(num_workers))
     corrupt, total = [], sum(-(-windows.videos[number].num_frames // CHUNK) for number in windows.own)
-    bar = {"desc": "training videos", "unit": "part", "total": total, "leave": False, "disable": rank() != 0}
-    for number, first, frames in Bar(batches_of(loader), **bar):
+    for number, first, frames in Bar(batches_of(loader), desc="training videos", unit="part", total=total, leave=False):
         if frames is None:
             corrupt.append(windows.videos[number].path)
             continue

@@ -83,12 +83,10 @@ def moved(frame, num_frames, truth):
 
 
 def frame_scores(frame, real, moving):
-    """The METRICS of a frame uint8 (H, W, 3): PSNR, SSIM, and PSNR of the pixels in moving (H, W), NaN without any.
-
-    SSIM as published (Wang et al. 2004): Gaussian windows of sigma 1.5, the mean over the color channels.
-    """
+    """The METRICS of a frame uint8 (H, W, 3): PSNR, SSIM, and PSNR of the pixels in moving (H, W), NaN without any."""
     from skimage.metrics import structural_similarity  # takes a second to load
 
+    # As published (Wang et al. 2004): Gaussian windows of sigma 1.5; the mean over the color channels
     settings = {"gaussian_weights": True, "sigma": 1.5, "use_sample_covariance": False, "data_range": 255}
     ssim = structural_similarity(real, frame, channel_axis=-1, **settings) if (frame != real).any() else 1.0
     return psnr(frame, real), ssim, psnr(frame[moving], real[moving])

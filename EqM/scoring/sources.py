@@ -16,7 +16,7 @@ from torch.utils.data import BatchSampler
 from given import frame_ranges
 from runtime import distributed
 from runtime.cli import Bar, UserError, plural, say
-from runtime.distributed import rank
+from runtime.runs import results_of
 from runtime.untrusted import file_sha256
 from video.clips import Clips
 from video.drawing import drawable
@@ -91,16 +91,15 @@ class Samples:
         """The manifest's record of them: how they were made, from samples.json, and the SHA-256 of samples.npz."""
         about = {name: value for name, value in self.about.items() if name not in ("classes", "given")}
         size = {"num_clips": len(self), "num_frames": self.num_frames, "image_size": self.image_size}
-        sha256 = file_sha256(self.folder / "samples.npz")
-        return {"samples": str(self.folder), "samples_sha256": sha256} | about | size
+        return {"samples": str(self.folder), "samples_sha256": file_sha256(self.folder / "samples.npz")} | about | size
 
 
-def find_real(data_path, split, val_fraction, num_frames, time_scale, image_size, index_folder, images):
+def find_real(data_path, split, val_fraction, num_frames, time_scale, image_size, ckpt, images):
     """(Clips of the real videos of a split, training videos that are long enough, a description of the Clips for JSON).
 
     Call it on one rank, as it may open all videos. The interval is the integer closest to time_scale. Raises UserError.
     """
-    source = open_source(data_path, image_size, images, index_folder)
+    source = open_source(data_path, image_size, images, results_of(ckpt))
     for path in source.scan.unreadable:
         say(f"{path} can't be opened; it is skipped")
     train, val = split_videos(data_path, source.videos(), val_fraction)  # before any is skipped, as in train.py
@@ -138,7 +137,7 @@ def json_sha256(value):
 def generated_stream(samples, batch_size, device):
     """The stream of Samples."""
     own = distributed.own_indices(len(samples))
-    with Bar(desc="generated clips", total=len(own), unit="clip", leave=False, disable=rank() != 0) as progress:
+    with Bar(desc="generated clips", total=len(own), unit="clip", leave=False) as progress:
         for indices in BatchSampler(own, batch_size, drop_last=False):
             names = [samples.names[index] for index in indices]
             clips = torch.from_numpy(samples.clips[indices]).to(device)
@@ -151,7 +150,7 @@ def real_stream(clips, count, batch_size, num_workers, device, corrupt):
     keys = [(clips.num_frames, index) for index in distributed.own_indices(count)]
     batches = BatchSampler(keys, batch_size, drop_last=False)
     loader = make_loader({clips.num_frames: clips}, batches, num_workers, timeout=0, device=device)
-    with Bar(desc="real clips", total=len(keys), unit="clip", leave=False, disable=rank() != 0) as progress:
+    with Bar(desc="real clips", total=len(keys), unit="clip", leave=False) as progress:
         for batch in batches_of(loader):
             corrupt.extend(batch["corrupt"])
             names = [clips.classes[label] for label in batch["y"]]

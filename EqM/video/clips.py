@@ -103,10 +103,7 @@ class ClipsByFrames(torch.utils.data.Dataset):
 
 
 def rank_batches(first, steps, global_batch, rank, world_size, micro_batches=1):
-    """Yield lists of the indices of this rank's samples: `micro_batches` lists for each of `steps` steps.
-
-    Step s takes global_batch indices from first + s * global_batch on. Each rank takes its slice of them.
-    """
+    """Yield lists of the indices of this rank's samples from `first` on, `micro_batches` lists for each step."""
     size = global_batch // (world_size * micro_batches)
     for step in range(steps):
         for micro in range(micro_batches):

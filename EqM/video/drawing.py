@@ -6,6 +6,7 @@ from pathlib import Path
 
 import matplotlib
 import numpy as np
+from einops import rearrange
 from PIL import Image, ImageDraw, ImageFont
 
 from runtime.cli import one_line, say
@@ -53,11 +54,9 @@ def tile(videos, grid=GRID, min_side=MIN_SIDE // 2):
     videos = enlarge(videos[: grid[0] * grid[1]], min_side)
     N, T, H, W, _ = videos.shape
     columns = min(N, grid[1])
-    rows = -(-N // columns)
-    cells = np.full((rows * columns, T, H + GAP, W + GAP, 3), 255, np.uint8)
+    cells = np.full((N + -N % columns, T, H + GAP, W + GAP, 3), 255, np.uint8)
     cells[:N, :, :H, :W] = videos
-    cells = cells.reshape(rows, columns, T, H + GAP, W + GAP, 3).transpose(2, 0, 3, 1, 4, 5)
-    return cells.reshape(T, rows * (H + GAP), columns * (W + GAP), 3)
+    return rearrange(cells, "(rows columns) t h w c -> t (rows h) (columns w) c", columns=columns)
 
 
 def text_line(text):

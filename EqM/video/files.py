@@ -26,10 +26,8 @@ from video.decode import decode_from, find_keyframes
 SUFFIXES = {"video": (".avi", ".m4v", ".mkv", ".mov", ".mp4", ".webm"), "image": (".jpeg", ".jpg", ".png", ".webp")}
 IMAGE_FORMATS = "JPEG", "PNG", "WEBP"  # of the content: many .jpg files are PNGs
 IMAGE_FPS = 25.0  # gives time_scale 1/25 s, the model's default and the value of published image models
-EXIF_TRANSPOSES = {  # EXIF orientation -> the transpose that turns the image upright
-    2: "FLIP_LEFT_RIGHT", 3: "ROTATE_180", 4: "FLIP_TOP_BOTTOM", 5: "TRANSPOSE", 6: "ROTATE_270", 7: "TRANSVERSE",
-    8: "ROTATE_90",
-}  # fmt: skip
+UPRIGHT = "FLIP_LEFT_RIGHT", "ROTATE_180", "FLIP_TOP_BOTTOM", "TRANSPOSE", "ROTATE_270", "TRANSVERSE", "ROTATE_90"
+EXIF_TRANSPOSES = dict(enumerate(UPRIGHT, start=2))  # EXIF orientation -> the transpose that turns an image upright
 MAX_PIXELS = 2**27  # per frame of a video: four times 8K; decoding a pixel takes ten bytes of memory or more
 SIGNATURE = re.compile(  # of AVI; Matroska, WebM; MP4, QuickTime. FFmpeg would also open the files in a playlist
     rb"RIFF|\x1a\x45\xdf\xa3|.{4}(ftyp|moov|mdat|free|skip|wide|pnot|styp|moof|sidx|uuid)", re.DOTALL
@@ -164,11 +162,9 @@ def read_all_frames(root, video, chunk_size=16):
 
 
 def _read_parts(root, video, parts):
-    """Yield the frames of each list of frame indices. Indices ascend over all lists.
-
-    PyAV decodes from the last keyframe before them, decord from the first frame on: decord returns wrong frames when it
-    seeks, also in get_batch, in AVIs and near keyframes of open GOPs. If the faster one fails, the other continues.
-    """
+    """Yield the frames of each list of frame indices. Indices ascend over all lists."""
+    # PyAV decodes from the last keyframe before them, decord from the first frame on: decord returns wrong frames when
+    # it seeks, also in get_batch, in AVIs and near keyframes of open GOPs. If the faster one fails, the other continues
     path, done, decoders = os.path.join(root, video.path), 0, [_from_start]
     if has_suffix("image", path):
         yield _read_image(path)
