@@ -3,6 +3,8 @@
     torchrun --nproc_per_node=1 EqM/sample_gd.py --video --num-frames 16 \
         --ckpt results/EXP/002-EqM-S-4-f16-rope/checkpoints/best.pt --num-samples 16 --folder samples
     python EqM/sample_gd.py --video --num-frames 16 --ckpt FILE --given clip.mp4 --given-frames 0-7
+    python EqM/sample_gd.py --video --ckpt FILE --given datasets/ucf-101 --given-split val --given-frames 0-7 \
+        --num-samples 2048 --samples-per-clip 8 --no-keep-background
 
 Architecture, latents, classes, frame rate and sampler settings come from the checkpoint. Architecture flags are checked
 against it; sampler flags replace its settings. Published image models need --model.

@@ -1,9 +1,13 @@
 """Train Equilibrium Matching on videos, or without --video on images.
 
+A first phase on 4 frames, then one that continues with 8; steps are counted over all phases:
+
     torchrun --nproc_per_node=8 EqM/train.py --video --num-frames 4 --use-rope --model "EqM-S/4" \
         --data-path datasets/ucf-101 --results-dir results/EXP --max-steps 50000
+    torchrun --nproc_per_node=8 EqM/train.py --video --num-frames 8 --use-rope --model "EqM-S/4" \
+        --data-path datasets/ucf-101 --results-dir results/EXP --max-steps 100000 --global-batch-size 128 \
+        --ckpt results/EXP/*/checkpoints/0050000.pt
 
-To continue with a phase on 8 frames: --num-frames 8 --max-steps 100000 --ckpt results/EXP/*/checkpoints/0050000.pt.
 All phases in one run: --frames-schedule 4:50000:256,8:100000:128. After an interruption: the same command and --resume.
 """
 
