@@ -26,7 +26,8 @@ import numpy as np
 import torch
 
 from layout import write_lists
-from runtime.cli import ArgumentParser, Bar, UserError, check_writable, fail, number, one_line_errors, say, writing
+from runtime import cli
+from runtime.cli import ArgumentParser, Bar, UserError, number, one_line_errors, say, wrong_input
 from runtime.rng import generator
 from runtime.untrusted import read_json
 from video.writers import encode
@@ -104,31 +105,32 @@ def draw_clip(video, size, frames, fps=FPS):
 
 
 def draw_appearance(count, data_set, shape, kind, index, args):
-    """Draw `count` uniform numbers. Returns (the look of a video for its entry in shapes.json, the unused numbers)."""
+    """Draw `count` uniform numbers.
+
+    Returns (the look of a video for its entry in shapes.json, the lowest and highest position that keep it in the frame
+    for both axes, the unused numbers).
+    """
     rng = generator(args.seed, data_set, shape, kind, index)
     size, u_color, u_background, *rest = torch.rand(count, generator=rng, dtype=torch.float64).tolist()
     small, large = args.radius
     radius = args.size * (small + (large - small) * size)
     color = args.colors[int(u_color * len(args.colors))]
     background = args.backgrounds[int(u_background * len(args.backgrounds))]
+    ends = [(radius * EXTENTS[shape][axis], args.size - radius * EXTENTS[shape][axis + 2]) for axis in range(2)]
     return {
         "radius": radius, "area": AREAS[shape] * radius**2, "color": color, "rgb": COLORS[color],
         "background": background, "background_rgb": BACKGROUNDS[background],
-    }, rest  # fmt: skip
+    }, ends, rest  # fmt: skip
 
 
 def plan_video(shape, direction, index, args):
     """The entry of a video in shapes.json, with all its random choices."""
-    appearance, places = draw_appearance(5, "moving-shapes", shape, direction, index, args)
-    radius = appearance["radius"]
-    speed = TRAVEL * args.size * FPS / args.frames
+    appearance, ends, places = draw_appearance(5, "moving-shapes", shape, direction, index, args)
+    speed, start = TRAVEL * args.size * FPS / args.frames, []
     distance = speed * (args.frames - 1) / FPS
-    start = []
-    for axis in range(2):
-        move = DIRECTIONS[direction][axis]  # starts between first and last keep it in the frame
-        first = radius * EXTENTS[shape][axis] + distance * (move < 0)
-        last = args.size - radius * EXTENTS[shape][axis + 2] - distance * (move > 0)
-        start.append(round(first + (last - first) * places[axis], 6))
+    for (low, high), move, place in zip(ends, DIRECTIONS[direction], places, strict=True):
+        first, last = low + distance * (move < 0), high - distance * (move > 0)
+        start.append(round(first + (last - first) * place, 6))
     return {
         "class": f"{shape}{direction}", "shape": shape, "direction": direction, "start": start, "speed": speed,
         **appearance,
@@ -137,9 +139,7 @@ def plan_video(shape, direction, index, args):
 
 def plan_bouncing(shape, axis, index, args):
     """The entry of a video of --bounce in shapes.json. `path`: the centroid's position along the axis per frame, px."""
-    appearance, (*places, turn) = draw_appearance(6, "bouncing-shapes", shape, axis, index, args)
-    radius = appearance["radius"]
-    ends = [(radius * EXTENTS[shape][n], args.size - radius * EXTENTS[shape][n + 2]) for n in range(2)]
+    appearance, ends, (*places, turn) = draw_appearance(6, "bouncing-shapes", shape, axis, index, args)
     start = [low + (high - low) * place for place, (low, high) in zip(places, ends, strict=True)]
     along, speed, forwards = list(AXES).index(axis), TRAVEL * args.size, turn < 0.5
     low, high = ends[along]
@@ -192,7 +192,7 @@ def write_data_set(out, settings, args):
     videos, test = plan_videos(args)
     train, test = ([f"{key}.avi" for key in videos if (key in test) == tests] for tests in (False, True))
     out.parent.mkdir(parents=True, exist_ok=True)
-    with tempfile.TemporaryDirectory(prefix=f".{out.name}-", dir=out.parent) as temporary, writing(out):
+    with tempfile.TemporaryDirectory(prefix=f".{out.name}-", dir=out.parent) as temporary, cli.writing(out):
         folder = Path(temporary, out.name)
         for name in {video["class"] for video in videos.values()}:
             (folder / name).mkdir(parents=True)
@@ -241,14 +241,12 @@ def main(argv=None):
     settings = {name: value for name, value in vars(args).items() if name != "out"} | {"version": VERSION}
     if not args.bounce:
         del settings["bounce"]  # older data sets do not have this setting
-    try:
+    with wrong_input():
         check_flags(args)
         if is_made(args.out, settings):
             say(f"{args.out} already exists, made with the same flags")
             return
-        check_writable("--out", args.out)
-    except UserError as error:
-        fail(error)
+        cli.check_writable("--out", args.out)
     write_data_set(args.out, settings, Namespace(**vars(args), frames=round(args.seconds * FPS)))
     say(f"{args.out}: {len(BOUNCING if args.bounce else CLASSES)} classes with {args.videos_per_class} videos each")
 

@@ -26,7 +26,7 @@ from einops import EinopsError, rearrange
 from PIL import Image
 
 from layout import missing_videos, write_lists
-from runtime.cli import COUNT, ArgumentParser, Bar, UserError, check_writable, fail, one_line_errors, plural, say
+from runtime.cli import COUNT, ArgumentParser, Bar, UserError, check_writable, one_line_errors, plural, say, wrong_input
 from video.writers import write_lossless
 
 CLASSES = {0: "OneHandWave", 1: "TwoHandWave", 3: "JumpingJack", 4: "Bend"}  # number of the folder: class
@@ -70,7 +70,7 @@ def read_strip(path):
 def main():
     args = parse_args()
     held_out = set(args.hold_out)
-    try:
+    with wrong_input():
         strips = find_strips(args.source)
         check_writable("--out", args.out)
         people = {person for _, person in strips}
@@ -78,8 +78,6 @@ def main():
             raise UserError(f"--hold-out {sorted(held_out)}: expected some of people 1 to {max(people)}, but not all")
         videos = {f"{name}/person{person}.mkv": (person, path) for (name, person), path in sorted(strips.items())}
         clips = {name: read_strip(videos[name][1]) for name in missing_videos(args.out, videos)}  # 30 MB
-    except UserError as error:
-        fail(error)
     for name, frames in Bar(clips.items(), desc="writing", unit="video", disable=not clips):
         Path(args.out, name).parent.mkdir(parents=True, exist_ok=True)
         write_lossless(Path(args.out, name), frames, FPS)

@@ -1,7 +1,7 @@
 """Measure how long videos made in windows stay correct. Bouncing shapes, 256 frames, several seeds.
 
-    python scripts/studies/long_videos.py                                                       the published table
-    python scripts/studies/long_videos.py --overlaps 4 8 12 --guidances 1 1.5 --clips 24 --seeds 0 1    compare settings
+    python scripts/studies/long_videos.py                                                   the published table
+    python scripts/studies/long_videos.py --overlaps 4 8 12 --guidances 1 1.5 --seeds 0 1   compare settings
 
 The model follows the recommended recipe of study.py, but trains on 8 and 16 frames, with 1.6 times the compute and
 three of four clips forced. Its shapes turn at the borders of the frame. The scores of long videos say whether a shape
@@ -20,8 +20,9 @@ from runtime.cli import NON_NEGATIVE, number, one_line_errors
 
 ARM = replace(RECOMMENDED, phases=((8, 1 / 3), (16, 2 / 3)))
 COMPUTE, FORCING = 1.6, 0.75  # relative to the study's full compute; share of forced clips in training
-WINDOW, SECONDS = 16, 12  # frames per window; length of a training video at 25 fps
-SHORT = 32  # frames of the short videos in the comparison of memory
+WINDOW, SHORT = 16, 32  # frames per window; frames of the short videos in the comparison of memory
+# Samples and their frames; seconds of a training video; test videos per class; samples in the comparison of memory
+FULL, TINY = (96, 256, 12, 16, 16), (2, 40, 2, 2, 2)
 METRICS = "motion", "consistency"
 COLUMNS = {  # title: (value of a manifest, factor, digits)
     "one object to the end (%)": ("one_object", 100, 0),
@@ -37,13 +38,13 @@ class LongRun(lab.Run):
     """A model, its long videos for each overlap and guidance, and the peak memory of sampling them."""
 
     def __init__(self, args, seed):
-        self.args, size, root = args, size_of(args), Path(args.out, "long-videos")
-        seconds, of_test = (2, 2) if args.miniature else (SECONDS, 16)
+        size, root = size_of(args), Path(args.out, "long-videos")
+        self.clips, self.frames, seconds, of_test, self.memory_clips = TINY if args.miniature else FULL
         data = lab.data_sets(root / "bouncing-shapes", size.videos, of_test, "--bounce", "--seconds", seconds)
         videos, test = data
-        flags = ["--num-frames", args.num_frames, "--num-samples", args.clips, "--window", WINDOW]
+        flags = ["--num-frames", self.frames, "--num-samples", self.clips, "--window", WINDOW]
         flags += [*sampling_flags(size), "--seed", seed]
-        real = ["--data-path", test, "--split", "all", "--num-real", args.clips]
+        real = ["--data-path", test, "--split", "all", "--num-real", self.clips]
         super().__init__(
             root / f"seed{seed}-compute{COMPUTE:g}",
             data,
@@ -56,10 +57,7 @@ class LongRun(lab.Run):
             },
             metrics=dict.fromkeys(METRICS, real),
         )  # fmt: skip
-        self.memory = self.folder / f"memory-{args.num_frames}.json"  # {num_frames: MiB}
-
-    def path(self, task, name="samples.json"):
-        return super().path(f"{self.args.clips} clips of {self.args.num_frames}, {task}", name)
+        self.memory = self.folder / "memory.json"  # {num_frames: MiB}
 
     @property
     def is_done(self):
@@ -69,9 +67,8 @@ class LongRun(lab.Run):
         super().run()
         if not self.memory.exists():
             words = ["--video", "--ckpt", self.checkpoint(), "--folder", self.folder / "memory-samples"]
-            words += ["--window", WINDOW, "--num-sampling-steps", 3, "--num-samples", 2 if self.args.miniature else 16]
-            lengths = SHORT, self.args.num_frames
-            peaks = {str(length): self.script("EqM/sample_gd.py", *words, "--num-frames", length) for length in lengths}
+            words += ["--window", WINDOW, "--num-sampling-steps", 3, "--num-samples", self.memory_clips, "--num-frames"]
+            peaks = {str(frames): self.script("EqM/sample_gd.py", *words, frames) for frames in (SHORT, self.frames)}
             self.memory.write_text(json.dumps(peaks))
 
 
@@ -95,9 +92,6 @@ def parse_args():
     overlap = number(int, least=1, most=WINDOW - 1)
     add("--overlaps", type=overlap, nargs="+", default=[8], help="values of --overlap of sample_gd.py")
     add("--guidances", type=NON_NEGATIVE, nargs="+", default=[GUIDANCE], help="values of --cfg-scale")
-    add("--clips", type=number(int, least=2), default=96, help="number of videos")
-    frames = number(int, least=2 * WINDOW, most=25 * SECONDS)
-    add("--num-frames", type=frames, default=256, help="frames per video")
     return parser.parse_args()
 
 
@@ -106,7 +100,7 @@ def main():
     args = parse_args()
     runs = [LongRun(args, seed) for seed in args.seeds]
     lab.run_all(runs)
-    content = {"videos": args.clips, "num_frames": args.num_frames, "seeds": args.seeds}
+    content = {"videos": runs[0].clips, "num_frames": runs[0].frames, "seeds": args.seeds}
     content["memory"] = [json.loads(run.memory.read_text()) for run in runs]
     content["samplings"] = {task: lab.collect(runs, task, COLUMNS) for task in runs[0].tasks}
     lab.write_results(args.out, "long_videos", markdown(content), content)
