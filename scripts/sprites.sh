@@ -35,7 +35,7 @@ check_seed
 [[ -z $VAE || -d $VAE ]] || complain "VAE=$(printf %q "$VAE"): no such folder; unset VAE to train one"
 hours "DATA=$DATA SEED=$SEED${VAE:+ VAE=$VAE}"
 VAE_STEPS=${VAE_STEPS:-$(steps 2700)} STEPS_1=${STEPS_1:-$(steps 750)} STEPS_2=${STEPS_2:-$(steps 5500)}
-WEAK=${WEAK:-$(steps 1250)}
+WEAK=${WEAK:-$(steps 2500)}
 
 bash scripts/setup.sh
 activate
@@ -63,7 +63,7 @@ sample() { # FOLDER NUMBER FLAGS: sample 8 frames, unless that was done
   there "$1/samples.json" || "${RUN[@]}" EqM/sample_gd.py --video --ckpt="$BEST" --num-frames 8 --folder="$1" --overwrite \
     --num-samples="$2" --batch-size 32 --global-seed "$SEED" --no-previews "${MIXED[@]}" "${@:3}"
 }
-sample "samples/$EXP-f8" "$SAMPLES" --weak-ckpt "$(printf %s/%07d.pt "${BEST%/*}" "$WEAK")" --cfg-scale 2
+sample "samples/$EXP-f8" "$SAMPLES" --weak-ckpt "$(printf %s/%07d.pt "${BEST%/*}" "$WEAK")" --cfg-scale 1.7
 GIVEN=(--given-frames 0 --no-keep-background --cfg-scale 1) # guidance makes predictions worse
 sample "samples/$EXP-predicted" "$PREDICTIONS" --given="$DATA" --given-split val "${GIVEN[@]}"
 
