@@ -337,17 +337,23 @@ def test_a_cache_with_other_settings_is_refused(root, vae, own_cache, tmp_path, 
     assert "a latent cache with vae_sha256" in refused(root, moved, own_cache, "--with-flips")
 
 
-@pytest.mark.parametrize("call", [1, 3, 7])  # latents.partial.json, a video, latents.json
-def test_a_full_disk_is_one_line_and_leaves_no_partial_file(root, vae, cache, tmp_path, monkeypatch, refused, call):
-    out, fsync, calls = tmp_path / "out", os.fsync, itertools.count(1)
+def full_disk(patch, call):
+    """Make the disk full from this call of fsync on."""
+    fsync, calls = os.fsync, itertools.count(1)
 
-    def full_from_call_on(descriptor):
+    def full(descriptor):
         if not os.path.isdir(f"/proc/self/fd/{descriptor}") and next(calls) >= call:
             no_space()
         fsync(descriptor)
 
+    patch.setattr(os, "fsync", full)
+
+
+@pytest.mark.parametrize("call", [1, 3, 7])  # latents.partial.json, a video, latents.json
+def test_a_full_disk_is_one_line_and_leaves_no_partial_file(root, vae, cache, tmp_path, monkeypatch, refused, call):
+    out = tmp_path / "out"
     with monkeypatch.context() as patch:
-        patch.setattr(os, "fsync", full_from_call_on)
+        full_disk(patch, call)
         line = refused(root, vae, out, "--with-flips", status=1)
     assert "can't be written (No space left on device; the disk" in line
     files = content(out)
