@@ -100,7 +100,10 @@ def run_state(config, model, ema, optimizers, scaler, progress):
 
 
 class Writer:
-    """Write the checkpoints of a run in a thread of rank 0. Training pauses only while the tensors are copied."""
+    """Write the checkpoints of a run in a thread of rank 0. Training pauses only while the tensors are copied.
+
+    The next call of a method raises the thread's error. All ranks gather the full tensors of a sharded state.
+    """
 
     def __init__(self, folder):
         self.path = Path(folder, "checkpoints", "latest.pt")

@@ -19,7 +19,7 @@ from pathlib import Path
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent / "EqM"))
 import uncaught  # noqa: F401
 
-from runtime.atomic import atomic_write
+from runtime.atomic import write_file
 from runtime.cli import COUNT, SHARE, ArgumentParser, UserError, check_writable, one_line_errors, say, wrong_input
 from runtime.runs import results_of
 from scoring.sources import Samples
@@ -154,8 +154,7 @@ def main():
         real = open_real(args.data_path, samples, count, args.val_fraction) if args.data_path else {}
         page = make_page(samples, count, real)
     out.parent.mkdir(parents=True, exist_ok=True)
-    with atomic_write(out) as file:
-        file.write(page.encode("utf-8", "replace"))  # file names may not be UTF-8
+    write_file(out, page.encode("utf-8", "replace"))  # file names may not be UTF-8
     more = f" ({total - count} more: --num-samples {total})" if count < total else ""
     say(f"{out}: {count} samples{more}, {out.stat().st_size / 1e6:.1f} MB; open it in a browser")
 

@@ -15,7 +15,7 @@ import uncaught  # noqa: F401
 import pytest
 import torch
 
-from runtime.atomic import atomic_write
+from runtime.atomic import write_file
 from runtime.cli import COUNT, ArgumentParser, UserError, check_writable, fail, has_bf16, one_line_errors, wrong_input
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -82,9 +82,8 @@ def main():
     verdict = f"FAILED: {'; '.join(rows.failed)}" if rows.failed else "All checks are ok"
     if out:
         out.parent.mkdir(parents=True, exist_ok=True)
-        with atomic_write(out) as file:
-            lines = [f"# {title}, torch {torch.__version__}", *rows.lines, "", f"{verdict}.", ""]
-            file.write("\n".join(lines).encode())
+        lines = [f"# {title}, torch {torch.__version__}", *rows.lines, "", f"{verdict}.", ""]
+        write_file(out, "\n".join(lines).encode())
     if rows.failed:
         fail(f"{verdict}; the reasons are above", status=1)
     print(f"{verdict}{f'; see {out}' if out else ''}")

@@ -29,7 +29,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 sys.path.insert(0, str(Path(__file__).resolve().parents[2] / "EqM"))
 
 from runtime import distributed
-from runtime.atomic import atomic_write
+from runtime.atomic import write_file
 from runtime.cli import NATURAL, ArgumentParser, UserError, check_writable, fail, one_line_errors, say, wrong_input
 from runtime.metrics import read_metrics
 from scoring.stats import cell, mean_and_error  # noqa: F401 (cell: for people.py)
@@ -291,8 +291,7 @@ def write_results(out, name, lines, content=None):
         files[Path(out, f"{name}.json")] = json.dumps(content, indent=1)
     for path, text in files.items():
         path.parent.mkdir(parents=True, exist_ok=True)
-        with atomic_write(path) as file:
-            file.write(f"{text}\n".encode())
+        write_file(path, f"{text}\n".encode())
     for line in lines:
         if line.startswith("|"):
             say(line)

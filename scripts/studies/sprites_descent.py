@@ -26,9 +26,10 @@ from scoring.sources import find_real
 from vae import load_vae
 
 PATH_LENGTH = 0.5  # evaluations x step size
-WEAK = 1  # which of the numbered checkpoints guides in sprites.sh; 0 is the last one of the 4-frame clips
+GUIDANCE = 1.7  # of sprites.sh
+WEAK = 1  # which of the numbered checkpoints guides there; 0 is the last one of the 4-frame clips
 SETTINGS = [  # guidance, evaluations, and which of the numbered checkpoints replaces the null class
-    (1, 23, None), (1.5, 23, None), (2, 23, None), (1.5, 23, WEAK), (2, 23, WEAK), (3, 23, WEAK), (2, 23, 0),
+    (1, 23, None), (1.5, 23, None), (2, 23, None), (GUIDANCE, 23, WEAK), (2, 23, WEAK), (3, 23, WEAK), (2, 23, 0),
     (2, 23, 2), (1, 46, None), (2, 46, WEAK), (2, 11, WEAK),
 ]  # fmt: skip
 SHARES = {  # of the census: title, in %
@@ -119,7 +120,7 @@ def main():
     if not found:
         fail(f"results/{args.run}: no best.pt; expected a finished run of scripts/sprites.sh")
     scores = score_settings(args, found[-1])
-    together, final = trace(args, found[-1], guidance=2, evaluations=23)
+    together, final = trace(args, found[-1], GUIDANCE, evaluations=23)
     content = {"scores": scores, "together": together, "final": final}
     for result in scores.values():
         del result["samples"]

@@ -72,8 +72,7 @@ def write_rows(path, rows):
     writer.writeheader()
     for row in rows:
         writer.writerow({name: f"{value:.6g}" if isinstance(value, float) else value for name, value in row.items()})
-    with lab.atomic_write(path) as file:
-        file.write(text.getvalue().encode())
+    lab.write_file(path, text.getvalue().encode())
 
 
 def key_of(row):
