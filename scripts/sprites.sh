@@ -48,15 +48,15 @@ echo "$SETTINGS" >"results/$EXP/settings"
 [[ -n $VAE ]] || train_vae --latent-channels 8
 "${RUN[@]}" EqM/cache_latents.py --data-path="$DATA" --out="results/$EXP/latents" --vae="$VAE" --image-size 64
 
-# 128 tokens for 8 frames. Left and right are different classes, so clips are never mirrored
-newest "results/$EXP"/*-EqM-S-2-*
+# Patches of one frame, so a given frame has tokens of its own. Left and right are different classes: no mirrored clips
+newest "results/$EXP"/*-EqM-S-4-*
 "${RUN[@]}" EqM/train.py --video --use-rope --data-path="results/$EXP/latents" --results-dir="results/$EXP" "${RESUME[@]}" \
-  --model EqM-S/2 --depth 6 --hidden-size 256 --num-heads 4 --temporal-patch-size 4 --position-table space --rope-theta 100 \
+  --model EqM-S/4 --depth 6 --hidden-size 256 --num-heads 4 --temporal-patch-size 1 --position-table space --rope-theta 100 \
   --frames-schedule "4:$STEPS_1:32,8:$STEPS_2:16" --mix 0.1 --forcing 0.7 --no-flip --optimizer muon --lr 2e-3 \
-  --warmup-steps 50 --lr-decay 0.4 --ema-decay 0.998 --gamma-shift 2 --global-seed "$SEED" --num-workers 0 \
+  --warmup-steps 50 --lr-decay 0.8 --ema-decay 0.998 --gamma-shift 2 --global-seed "$SEED" --num-workers 0 \
   --log-every 50 --val-every 1000 --val-clips 64 --sample-every 0 --save-minutes 3 --ckpt-every "$WEAK" \
   --sampler ngd --num-sampling-steps 24 --stepsize 0.0217 --cfg-scale 1.5 "${MIXED[@]}"
-newest "results/$EXP"/*-EqM-S-2-*/checkpoints/best.pt
+newest "results/$EXP"/*-EqM-S-4-*/checkpoints/best.pt
 BEST=$FOUND
 
 sample() { # FOLDER NUMBER FLAGS: sample 8 frames, unless that was done
