@@ -64,7 +64,7 @@ sample() { # FOLDER NUMBER FLAGS: sample 8 frames, unless that was done
     --num-samples="$2" --batch-size 32 --global-seed "$SEED" --no-previews "${MIXED[@]}" "${@:3}"
 }
 sample "samples/$EXP-f8" "$SAMPLES" --weak-ckpt "$(printf %s/%07d.pt "${BEST%/*}" "$WEAK")" --cfg-scale 1.7
-GIVEN=(--given-frames 0 --no-keep-background --cfg-scale 1) # guidance makes predictions worse
+GIVEN=(--given-frames 0 --no-keep-background --cfg-scale 1) # guidance does not help predictions
 sample "samples/$EXP-predicted" "$PREDICTIONS" --given="$DATA" --given-split val "${GIVEN[@]}"
 
 # For the picture: one held-out character in all nine classes

@@ -87,7 +87,7 @@ def test_each_run_is_a_column_in_the_order_of_the_hours(capsys):
 def write_sprites(name, hours=2, seed=0, valid=0.5, vae=None):
     rows = [{"step": 1, "val_psnr": 20.0}, {"step": 2, "val_psnr": 35.25}]
     write_lines(Path(vae).parent / "metrics.jsonl" if vae else f"results/{name}/000-VAE-64px/metrics.jsonl", *rows)
-    write_lines(f"results/{name}/001-EqM-S-2-f4-8-rope/metrics.jsonl", {"step": 9000, "seconds": 4500})
+    write_lines(f"results/{name}/001-EqM-S-4-f4-8-rope/metrics.jsonl", {"step": 9000, "seconds": 4500})
     used = f" VAE={vae}" if vae else ""
     Path("results", name, "settings").write_text(f"HOURS={hours} DATA=datasets/sprites SEED={seed}{used}\n")
     judged = {"clips": 2664, "right": 2664, "share": 1.0, "interval95": [0.9986, 1.0], "IS": 8.994, "H(y|x)": 0.0006}
