@@ -1,9 +1,11 @@
 """Commands in their own processes."""
 
 import os
+import signal
 import socket
 import subprocess
 import sys
+from functools import partial
 from pathlib import Path
 
 import torch
@@ -19,6 +21,7 @@ def spawn(*words, environment=(), **settings):
     Its errors go where its output goes, into a pipe. Settings of subprocess.Popen change that.
     """
     pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.STDOUT, "text": True, "start_new_session": True}
+    pipes["preexec_fn"] = partial(signal.signal, signal.SIGINT, signal.SIG_DFL)  # background jobs ignore it
     environment = os.environ | {"OMP_NUM_THREADS": "1", "PYTHONUNBUFFERED": "1"} | dict(environment)
     return subprocess.Popen([str(word) for word in words], env=environment, **pipes | settings)
 
