@@ -245,7 +245,7 @@ def calibrate(world, clips, training, count, args, vae, device):
     """(limits, a result about real clips and controls) from up to `count` clips of each split through the VAE."""
 
     def through(clips):
-        parts = Bar(clips.split(args.batch_size), desc="real clips through the VAE", unit="batch", leave=False)
+        parts = Bar(clips.split(args.batch_size), desc="real clips through the VAE", unit="part", leave=False)
         return torch.cat([vae.decode(vae.encode(part.permute(0, 4, 1, 2, 3).to(device))).cpu() for part in parts])
 
     def some(videos, name):  # (places, clips through the VAE)
