@@ -59,8 +59,8 @@ def score_settings(args, checkpoint):
         if not (folder / "samples.json").exists():
             path = ["--num-sampling-steps", evaluations + 1, "--stepsize", PATH_LENGTH / evaluations]
             flags = ["--video", "--ckpt", checkpoint, "--num-frames", 8, "--num-samples", args.num_samples]
-            flags += ["--sampler", "ngd", "--cfg-scale", guidance, "--folder", folder, "--no-previews", *path]
-            flags += ["--precision", "bf16", "--batch-size", 32]
+            flags += ["--sampler", "ngd", "--cfg-scale", guidance, "--folder", folder, *path]
+            flags += ["--no-previews", "--precision", "bf16", "--batch-size", 32]
             weak = [] if number is None else ["--weak-ckpt", numbered[number]]
             lab.script("EqM/sample_gd.py", *flags, *weak, log=root / "sample_gd.log")
     waiting = [folder for folder in folders.values() if not (folder / "census.json").exists()]
