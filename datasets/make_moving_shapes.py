@@ -144,16 +144,13 @@ def bounce(axis, ends, u_x, u_y, turn, args):
 
 
 def plan_videos(args):
-    """({`Class/stem`: entry} of all videos, the keys of the test list)."""
-    videos, test = {}, set()
-    groups = min(GROUPS, args.videos_per_class)
+    """{`Class/stem`: entry in shapes.json} of all videos."""
+    videos, groups = {}, min(GROUPS, args.videos_per_class)
     for shape, kind, index in product(SHAPES, AXES if args.bounce else DIRECTIONS, range(args.videos_per_class)):
         clip, group = divmod(index, groups)
         key = f"{shape}{kind}/v_{shape}{kind}_g{group + 1:02d}_c{clip + 1:02d}"
         videos[key] = plan_video(shape, kind, index, args)
-        if group == 0:
-            test.add(key)
-    return videos, test
+    return videos
 
 
 def write_video(path, frames):
@@ -179,8 +176,8 @@ def is_made(out, settings):
 
 def write_data_set(out, settings, args):
     """Write the data set to a temporary folder beside `out`, and rename the folder when it is complete."""
-    videos, test = plan_videos(args)
-    train, test = ([f"{key}.avi" for key in videos if (key in test) == tests] for tests in (False, True))
+    videos = plan_videos(args)
+    train, test = ([f"{key}.avi" for key in videos if ("_g01_" in key) == tests] for tests in (False, True))
     out.parent.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(prefix=f".{out.name}-", dir=out.parent) as temporary, cli.writing(out):
         folder = Path(temporary, out.name)
