@@ -67,9 +67,8 @@ def resolve_sampler(args, training):
     elif len(typed.keys() & path) == 1:
         length = (kept["num_sampling_steps"] - 1) * kept["stepsize"]
         if "stepsize" in typed:
-            if args.stepsize * MOST_EVALUATIONS <= length:
-                got = f"--stepsize {args.stepsize:g}: a path of length {length:g} takes too many evaluations"
-                raise UserError(f"{got}; expected fewer than {MOST_EVALUATIONS:,}; take larger steps")
+            why = f"a path of length {length:g} takes too many evaluations; expected fewer than {MOST_EVALUATIONS:,}"
+            refuse_if(args, "stepsize", args.stepsize * MOST_EVALUATIONS <= length, f"{why}; take larger steps")
             values["num_sampling_steps"] = max(1, round(length / args.stepsize)) + 1
         else:
             values["stepsize"] = length / (args.num_sampling_steps - 1)

@@ -54,21 +54,17 @@ BACKGROUNDS = {"black": (0, 0, 0), "gray": (40, 40, 40), "navy": (10, 20, 50), "
 HALF_SIDE = math.sqrt(math.pi) / 2
 BASE = HEIGHT = 2.3
 AREAS = {"Circle": math.pi, "Square": 4 * HALF_SIDE**2, "Triangle": BASE * HEIGHT / 2}
+HALF_WIDTHS = {  # at a distance y below the centroid
+    "Circle": lambda y: np.sqrt(np.maximum(0, 1 - y**2)),
+    "Square": lambda y: np.full_like(y, HALF_SIDE),
+    "Triangle": lambda y: (y + HEIGHT * 2 / 3) / HEIGHT * BASE / 2,
+}
 # Distances from the centroid to the left, upper, right and lower edge
 EXTENTS = {
     "Circle": (1, 1, 1, 1),
     "Square": (HALF_SIDE,) * 4,
     "Triangle": (BASE / 2, HEIGHT * 2 / 3, BASE / 2, HEIGHT / 3),
 }
-
-
-def half_width(shape, y):
-    """Half the width of a shape at a distance y below its centroid, both in radii."""
-    if shape == "Circle":
-        return np.sqrt(np.maximum(0, 1 - y**2))
-    if shape == "Square":
-        return np.full_like(y, HALF_SIDE)
-    return (y + HEIGHT * 2 / 3) / HEIGHT * BASE / 2
 
 
 def coverage(shape, center, radius, size):
@@ -82,7 +78,7 @@ def coverage(shape, center, radius, size):
     edges = np.clip(np.arange(size + 1), y - up * radius, y + down * radius)
     heights = np.diff(edges)  # (H,)
     lines = edges[:-1, None] + heights[:, None] * (np.arange(SUBROWS) + 0.5) / SUBROWS  # (H, SUBROWS)
-    half = radius * half_width(shape, (lines - y) / radius)[..., None]
+    half = radius * HALF_WIDTHS[shape]((lines - y) / radius)[..., None]
     columns = np.clip(np.arange(size + 1), x - half, x + half)  # (H, SUBROWS, W + 1)
     return np.diff(columns).mean(1) * heights[:, None]
 
