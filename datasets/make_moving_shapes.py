@@ -118,7 +118,7 @@ def plan_video(shape, kind, index, args):
 
 
 def cross(direction, ends, u_x, u_y, _, args):
-    """The entries of a motion across the frame, from uniform numbers. ends: lowest and highest position per axis."""
+    """(fields of a motion across the frame, {}), from uniform numbers. ends: lowest and highest position per axis."""
     speed, start = TRAVEL * args.size * FPS / args.frames, []
     distance = speed * (args.frames - 1) / FPS
     for (low, high), move, place in zip(ends, DIRECTIONS[direction], (u_x, u_y), strict=True):
@@ -128,7 +128,7 @@ def cross(direction, ends, u_x, u_y, _, args):
 
 
 def bounce(axis, ends, u_x, u_y, turn, args):
-    """As `cross`, for a motion that turns at the ends. `path`: the centroid's position along the axis per frame, px."""
+    """As `cross`, for a motion that turns at the ends. The path: the centroid on the axis in each frame, px."""
     start = [low + (high - low) * place for place, (low, high) in zip((u_x, u_y), ends, strict=True)]
     along, speed, forwards = list(AXES).index(axis), TRAVEL * args.size, turn < 0.5
     low, high = ends[along]
