@@ -14,7 +14,7 @@ from given import NOT_FORCED, Details
 from models import Condition, EqM, model_name
 from rope import REFERENCE_FPS
 from runtime import distributed
-from runtime.cli import NON_NEGATIVE, POSITIVE, Bar, UserError, number, plural, resolve_precision, say
+from runtime.cli import NON_NEGATIVE, POSITIVE, Bar, UserError, number, plural, refuse_if, resolve_precision, say
 from runtime.distributed import rank
 from runtime.rng import normal
 from samplers import DESCENTS, SOLVERS, guided, sample
@@ -61,16 +61,14 @@ def resolve_sampler(args, training):
         kept |= {name: SAMPLER[name] for name in path}
     values = kept | typed
     if values["sampler"] in SOLVERS:
-        if args.stop_below:
-            got = f"--stop-below {args.stop_below}: {values['sampler']} has a fixed number of steps"
-            raise UserError(f"{got}; expected gd or ngd; change --sampler, or remove --stop-below")
+        why = f"{values['sampler']} has a fixed number of steps; expected gd or ngd"
+        refuse_if(args, "stop_below", args.stop_below, f"{why}; change --sampler, or remove --stop-below")
         values["stop_below"] = 0
     elif len(typed.keys() & path) == 1:
         length = (kept["num_sampling_steps"] - 1) * kept["stepsize"]
         if "stepsize" in typed:
-            if args.stepsize * MOST_EVALUATIONS <= length:
-                got = f"--stepsize {args.stepsize:g}: a path of length {length:g} takes too many evaluations"
-                raise UserError(f"{got}; expected fewer than {MOST_EVALUATIONS:,}; take larger steps")
+            why = f"a path of length {length:g} takes too many evaluations; expected fewer than {MOST_EVALUATIONS:,}"
+            refuse_if(args, "stepsize", args.stepsize * MOST_EVALUATIONS <= length, f"{why}; take larger steps")
             values["num_sampling_steps"] = max(1, round(length / args.stepsize)) + 1
         else:
             values["stepsize"] = length / (args.num_sampling_steps - 1)
@@ -244,8 +242,7 @@ def open_vae(args, config, data):
     if (vae.channels, size) != (config.in_channels, data["image_size"] or size):
         raise UserError(f"--vae {vae.name}: not the VAE of --ckpt {args.ckpt}; expected {data['vae']}; pass its path")
     check_same(vae, data.get("vae_sha256"), f"--ckpt {args.ckpt}")
-    if args.image_size not in (None, size):
-        raise UserError(f"--image-size {args.image_size}: the checkpoint has {size}; remove the flag")
+    refuse_if(args, "image_size", args.image_size not in (None, size), f"the checkpoint has {size}; remove the flag")
     return vae
 
 
@@ -253,8 +250,7 @@ def scale_rope(args, model, data, trained_frames, num_frames, time_scale):
     """Squeeze the rotary time positions of longer clips into the trained span for --rope-scale. Raises UserError."""
     if args.rope_scale == "none":
         return
-    if not model.config.use_rope:
-        raise UserError(f"--rope-scale {args.rope_scale}: {args.ckpt} has fixed positions; remove the flag")
+    refuse_if(args, "rope_scale", not model.config.use_rope, f"{args.ckpt} has fixed positions; remove the flag")
     clips = (trained_frames, data["time_scale"]), (num_frames, time_scale)
     trained, sampled = (model.config.grid(frames)[0] * REFERENCE_FPS * seconds for frames, seconds in clips)
     model.rope.stretch = max(1.0, sampled / trained)

@@ -233,7 +233,7 @@ def main():
                         write_previews(run.folder, step, metrics, previews, videos.numpy())
                     # Log before saving: a checkpoint must not be ahead of the metrics. Later rows are logged again.
                     progress.seconds = time.monotonic() - began
-                    row |= optim.learning_rates(optimizers) | {"bad_videos": run.bad_videos.count}
+                    row |= optim.learning_rates(optimizers) | {"bad_videos": len(run.bad_videos.paths)}
                     row |= {"num_frames": phase.num_frames, "seconds": progress.seconds, "flops": progress.flops}
                     metrics.log(step, **row)
                     run.stats = StepStats()

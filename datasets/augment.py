@@ -60,18 +60,14 @@ def changed_frames(root, video, random):
 
 
 def plan_copies(args):
-    """Two dicts {file in --out: (video, number of the copy)}, for training and validation; 0: the original."""
+    """({file in --out: (video, number of the copy; 0: the original)}, lists of training and of validation videos)."""
     check_data_path(args.data_path, cached=False)
     parts = split_videos(args.data_path, scan_videos(args.data_path).videos, args.val_fraction)
     train, val = ({video.path: (video, 0) for video in part} for part in parts)
     for video, copy in product(parts[0], range(1, args.copies + 1)):
         train[f"{os.path.splitext(video.path)[0]}-copy{copy}.mkv"] = video, copy
-    return train, val
-
-
-def names(copies):
-    """The names of these files in the lists of the split."""
-    return sorted(f"{video.class_name}/{os.path.basename(file)}" for file, (video, _) in copies.items())
+    lists = [[f"{video.class_name}/{Path(file).name}" for file, (video, _) in part.items()] for part in (train, val)]
+    return train | val, *map(sorted, lists)
 
 
 @cli.one_line_errors(UnreadableError)
@@ -81,15 +77,15 @@ def main():
         check_writable("--out", args.out)
         if Path(args.out).resolve() == Path(args.data_path).resolve():
             raise UserError(f"--out {args.out}: the same as --data-path; expected another folder")
-        train, val = plan_copies(args)
+        copies, train, val = plan_copies(args)
         out = Path(args.out).absolute()
         folder = out if out.exists() else out.with_name(f".{out.name}.partial")
-        missing = missing_videos(folder, train | val)
+        missing = missing_videos(folder, copies)
     folder.mkdir(parents=True, exist_ok=True)
     with cli.writing(folder):
-        write_lists(folder, names(train), names(val))  # first: new copies must not validate
+        write_lists(folder, train, val)  # first: new copies must not validate
     for file in Bar(missing, desc="copying", unit="video"):
-        (video, copy), path = (train | val)[file], folder / file
+        (video, copy), path = copies[file], folder / file
         with cli.writing(path):
             path.parent.mkdir(exist_ok=True)
             if copy == 0:

@@ -2,9 +2,11 @@
 
 from pathlib import Path
 
-from runtime.cli import UserError
+from runtime.cli import Bar, UserError, plural, say
 from video.files import has_suffix
 from video.index import UCF_LISTS
+from video.source import THREADS, in_threads
+from video.writers import write_lossless
 
 
 def write_lists(out, train, test):
@@ -23,3 +25,16 @@ def missing_videos(out, names):
     if foreign := sorted(found - set(names)):
         raise UserError(f"--out {out}: holds {foreign[0]}, which does not belong to this data set; name another folder")
     return [name for name in names if name not in found]
+
+
+def write_missing(out, names, frames_of, fps, train, test, about):
+    """Write the missing videos `Class/name.mkv` of a data set, frames_of(name) each, then the lists of all videos."""
+
+    def write(name):
+        Path(out, name).parent.mkdir(parents=True, exist_ok=True)
+        write_lossless(Path(out, name), frames_of(name), fps)
+
+    for _ in Bar(in_threads(write, names, THREADS), total=len(names), desc="writing", unit="video", disable=not names):
+        pass
+    write_lists(out, train, test)
+    say(f"{out}: {about}; {plural(len(names), 'video')} written")

@@ -54,21 +54,17 @@ BACKGROUNDS = {"black": (0, 0, 0), "gray": (40, 40, 40), "navy": (10, 20, 50), "
 HALF_SIDE = math.sqrt(math.pi) / 2
 BASE = HEIGHT = 2.3
 AREAS = {"Circle": math.pi, "Square": 4 * HALF_SIDE**2, "Triangle": BASE * HEIGHT / 2}
+HALF_WIDTHS = {  # at a distance y below the centroid
+    "Circle": lambda y: np.sqrt(np.maximum(0, 1 - y**2)),
+    "Square": lambda y: np.full_like(y, HALF_SIDE),
+    "Triangle": lambda y: (y + HEIGHT * 2 / 3) / HEIGHT * BASE / 2,
+}
 # Distances from the centroid to the left, upper, right and lower edge
 EXTENTS = {
     "Circle": (1, 1, 1, 1),
     "Square": (HALF_SIDE,) * 4,
     "Triangle": (BASE / 2, HEIGHT * 2 / 3, BASE / 2, HEIGHT / 3),
 }
-
-
-def half_width(shape, y):
-    """Half the width of a shape at a distance y below its centroid, both in radii."""
-    if shape == "Circle":
-        return np.sqrt(np.maximum(0, 1 - y**2))
-    if shape == "Square":
-        return np.full_like(y, HALF_SIDE)
-    return (y + HEIGHT * 2 / 3) / HEIGHT * BASE / 2
 
 
 def coverage(shape, center, radius, size):
@@ -82,7 +78,7 @@ def coverage(shape, center, radius, size):
     edges = np.clip(np.arange(size + 1), y - up * radius, y + down * radius)
     heights = np.diff(edges)  # (H,)
     lines = edges[:-1, None] + heights[:, None] * (np.arange(SUBROWS) + 0.5) / SUBROWS  # (H, SUBROWS)
-    half = radius * half_width(shape, (lines - y) / radius)[..., None]
+    half = radius * HALF_WIDTHS[shape]((lines - y) / radius)[..., None]
     columns = np.clip(np.arange(size + 1), x - half, x + half)  # (H, SUBROWS, W + 1)
     return np.diff(columns).mean(1) * heights[:, None]
 
@@ -93,77 +89,64 @@ def draw_frame(shape, center, radius, size, color, background=(0, 0, 0)):
     return np.rint(alpha * np.array(color) + (1 - alpha) * np.array(background)).astype(np.uint8)
 
 
-def draw_clip(video, size, frames, fps=FPS):
+def draw_clip(video, size, frames):
     """The frames of a video, uint8 (frames, size, size, 3). video: its entry in shapes.json."""
     centers = np.array(video["start"]) + np.zeros((frames, 1))
     if "path" in video:
         centers[:, list(AXES).index(video["axis"])] = video["path"][:frames]
     else:
-        centers += np.arange(frames)[:, None] * np.array(DIRECTIONS[video["direction"]]) * video["speed"] / fps
+        centers += np.arange(frames)[:, None] * np.array(DIRECTIONS[video["direction"]]) * video["speed"] / FPS
     appearance = video["radius"], size, video["rgb"], video["background_rgb"]
     return np.stack([draw_frame(video["shape"], center, *appearance) for center in centers])
 
 
-def draw_appearance(count, data_set, shape, kind, index, args):
-    """Draw `count` uniform numbers.
-
-    Returns (the look of a video for its entry in shapes.json, the lowest and highest position that keep it in the frame
-    for both axes, the unused numbers).
-    """
-    rng = generator(args.seed, data_set, shape, kind, index)
-    size, u_color, u_background, *rest = torch.rand(count, generator=rng, dtype=torch.float64).tolist()
+def plan_video(shape, kind, index, args):
+    """The entry of a video in shapes.json, with all its random choices. kind: a direction; with --bounce an axis."""
+    rng = generator(args.seed, "bouncing-shapes" if args.bounce else "moving-shapes", shape, kind, index)
+    size, u_color, u_background, *rest = torch.rand(6, generator=rng, dtype=torch.float64).tolist()
     small, large = args.radius
     radius = args.size * (small + (large - small) * size)
     color = args.colors[int(u_color * len(args.colors))]
     background = args.backgrounds[int(u_background * len(args.backgrounds))]
     ends = [(radius * EXTENTS[shape][axis], args.size - radius * EXTENTS[shape][axis + 2]) for axis in range(2)]
+    motion, path = (bounce if args.bounce else cross)(kind, ends, *rest, args)
     return {
-        "radius": radius, "area": AREAS[shape] * radius**2, "color": color, "rgb": COLORS[color],
-        "background": background, "background_rgb": BACKGROUNDS[background],
-    }, ends, rest  # fmt: skip
-
-
-def plan_video(shape, direction, index, args):
-    """The entry of a video in shapes.json, with all its random choices."""
-    appearance, ends, places = draw_appearance(5, "moving-shapes", shape, direction, index, args)
-    speed, start = TRAVEL * args.size * FPS / args.frames, []
-    distance = speed * (args.frames - 1) / FPS
-    for (low, high), move, place in zip(ends, DIRECTIONS[direction], places, strict=True):
-        first, last = low + distance * (move < 0), high - distance * (move > 0)
-        start.append(round(first + (last - first) * place, 6))
-    return {
-        "class": f"{shape}{direction}", "shape": shape, "direction": direction, "start": start, "speed": speed,
-        **appearance,
+        "class": f"{shape}{kind}", "shape": shape, **motion, "radius": radius, "area": AREAS[shape] * radius**2,
+        "color": color, "rgb": COLORS[color], "background": background, "background_rgb": BACKGROUNDS[background],
+        **path,
     }  # fmt: skip
 
 
-def plan_bouncing(shape, axis, index, args):
-    """The entry of a video of --bounce in shapes.json. `path`: the centroid's position along the axis per frame, px."""
-    appearance, ends, (*places, turn) = draw_appearance(6, "bouncing-shapes", shape, axis, index, args)
-    start = [low + (high - low) * place for place, (low, high) in zip(places, ends, strict=True)]
+def cross(direction, ends, u_x, u_y, _, args):
+    """(fields of a motion across the frame, {}), from uniform numbers. ends: lowest and highest position per axis."""
+    speed, start = TRAVEL * args.size * FPS / args.frames, []
+    distance = speed * (args.frames - 1) / FPS
+    for (low, high), move, place in zip(ends, DIRECTIONS[direction], (u_x, u_y), strict=True):
+        first, last = low + distance * (move < 0), high - distance * (move > 0)
+        start.append(round(first + (last - first) * place, 6))
+    return {"direction": direction, "start": start, "speed": speed}, {}
+
+
+def bounce(axis, ends, u_x, u_y, turn, args):
+    """As `cross`, for a motion that turns at the ends. The path: the centroid on the axis in each frame, px."""
+    start = [low + (high - low) * place for place, (low, high) in zip((u_x, u_y), ends, strict=True)]
     along, speed, forwards = list(AXES).index(axis), TRAVEL * args.size, turn < 0.5
     low, high = ends[along]
     position = start[along] + (1 if forwards else -1) * speed / FPS * np.arange(args.frames)
     path = low + np.abs((position - high) % (2 * (high - low)) - (high - low))  # reflected at both ends
-    return {
-        "class": f"{shape}{axis}", "shape": shape, "axis": axis, "direction": AXES[axis][forwards],
-        "start": [round(value, 6) for value in start], "low": low, "high": high, "speed": speed, **appearance,
-        "path": path.round(4).tolist(),
-    }  # fmt: skip
+    start = [round(value, 6) for value in start]
+    motion = {"axis": axis, "direction": AXES[axis][forwards], "start": start, "low": low, "high": high, "speed": speed}
+    return motion, {"path": path.round(4).tolist()}
 
 
 def plan_videos(args):
-    """({`Class/stem`: entry} of all videos, the keys of the test list)."""
-    videos, test = {}, set()
-    groups = min(GROUPS, args.videos_per_class)
-    kinds, plan = (AXES, plan_bouncing) if args.bounce else (DIRECTIONS, plan_video)
-    for shape, kind, index in product(SHAPES, kinds, range(args.videos_per_class)):
+    """{`Class/stem`: entry in shapes.json} of all videos."""
+    videos, groups = {}, min(GROUPS, args.videos_per_class)
+    for shape, kind, index in product(SHAPES, AXES if args.bounce else DIRECTIONS, range(args.videos_per_class)):
         clip, group = divmod(index, groups)
         key = f"{shape}{kind}/v_{shape}{kind}_g{group + 1:02d}_c{clip + 1:02d}"
-        videos[key] = plan(shape, kind, index, args)
-        if group == 0:
-            test.add(key)
-    return videos, test
+        videos[key] = plan_video(shape, kind, index, args)
+    return videos
 
 
 def write_video(path, frames):
@@ -189,8 +172,8 @@ def is_made(out, settings):
 
 def write_data_set(out, settings, args):
     """Write the data set to a temporary folder beside `out`, and rename the folder when it is complete."""
-    videos, test = plan_videos(args)
-    train, test = ([f"{key}.avi" for key in videos if (key in test) == tests] for tests in (False, True))
+    videos = plan_videos(args)
+    train, test = ([f"{key}.avi" for key in videos if ("_g01_" in key) == tests] for tests in (False, True))
     out.parent.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(prefix=f".{out.name}-", dir=out.parent) as temporary, cli.writing(out):
         folder = Path(temporary, out.name)
@@ -207,8 +190,7 @@ def write_data_set(out, settings, args):
 
 def check_flags(args):
     """Raise UserError for sizes that can't be drawn."""
-    if args.size % 2:
-        raise UserError(f"--size {args.size}: an odd number; expected an even number of px")
+    cli.refuse_if(args, "size", args.size % 2, "an odd number; expected an even number of px")
     small, large = args.radius
     most = math.floor(1000 * (1 - TRAVEL) / max(BASE, HEIGHT, 2)) / 1000
     if not 0.05 <= small <= large <= most:

@@ -14,8 +14,6 @@ The script is safe to run again: it only makes missing videos, and writes the sp
 """
 
 import sys
-from concurrent.futures import ProcessPoolExecutor
-from functools import partial
 from itertools import product
 from pathlib import Path
 
@@ -25,9 +23,8 @@ import uncaught  # noqa: F401
 import numpy as np
 from PIL import Image
 
-from layout import missing_videos, write_lists
-from runtime.cli import ArgumentParser, Bar, UserError, check_writable, one_line_errors, plural, say, wrong_input
-from video.writers import write_lossless
+from layout import missing_videos, write_missing
+from runtime.cli import ArgumentParser, UserError, check_writable, one_line_errors, wrong_input
 
 SIZE, FPS, COLUMNS, ROWS = 64, 8, 13, 21  # of a tile in px; of a video; of tiles in a sheet
 VALUES = range(6)  # of an attribute
@@ -65,15 +62,11 @@ def read_sheets(source):
     return sheets
 
 
-def tiles_of(class_name):
-    """The numbers of the tiles that are frames 0 to 7 of a class."""
-    return [FIRST_TILE[class_name] + tile for action, order in ORDER.items() for tile in order if action in class_name]
-
-
 def compose(sheets, class_name, character):
     """The frames of a character, uint8 (8, 64, 64, 3): its layers over black, the highest last."""
     layers, frames = [*zip(ATTRIBUTES, character, strict=True), SHOES], []
-    for tile in tiles_of(class_name):
+    (order,) = (order for action, order in ORDER.items() if action in class_name)
+    for tile in (FIRST_TILE[class_name] + number for number in order):
         frame = Image.new("RGBA", (SIZE, SIZE), "black")
         for layer in layers:
             frame.alpha_composite(Image.fromarray(sheets[layer][tile]))
@@ -85,36 +78,20 @@ def path_of(class_name, character):
     return f"{class_name}/character{''.join(map(str, character))}.mkv"
 
 
-def write_videos(source, out, class_name, characters):
-    """Write the videos of a class; returns how many."""
-    sheets = read_sheets(source)
-    for character in characters:
-        write_lossless(Path(out, path_of(class_name, character)), compose(sheets, class_name, character), FPS)
-    return len(characters)
-
-
 @one_line_errors()
 def main():
     args = parse_args()
     characters = list(product(VALUES, repeat=len(ATTRIBUTES)))  # character number n is the n-th
     with wrong_input():
-        read_sheets(args.source)
+        sheets = read_sheets(args.source)
         check_writable("--out", args.out)
         videos = {path_of(*video): video for video in product(FIRST_TILE, characters)}
-        missing = [videos[name] for name in missing_videos(args.out, videos)]
-    for name in FIRST_TILE:
-        Path(args.out, name).mkdir(parents=True, exist_ok=True)
-    parts = [(name, [who for other, who in missing if other == name]) for name in FIRST_TILE]
-    progress = Bar(total=len(missing), desc="writing", unit="video", disable=not missing)
-    with ProcessPoolExecutor() as pool, progress:
-        for count in pool.map(partial(write_videos, args.source, args.out), *zip(*parts, strict=True)):
-            progress.update(count)
+        missing = missing_videos(args.out, videos)
     order = np.random.RandomState(423).permutation(len(characters)).tolist()  # as published
-    train, test = ([path_of(*video) for video in product(FIRST_TILE, sorted(characters[n] for n in part))]
-                   for part in (order[:1000], order[1000:]))  # fmt: skip
-    write_lists(args.out, train, test)
-    found = f"{len(characters)} characters in {len(FIRST_TILE)} classes"
-    say(f"{args.out}: {found}; {plural(len(missing), 'video')} written")
+    parts = ([path_of(*video) for video in product(FIRST_TILE, sorted(characters[n] for n in part))]
+             for part in (order[:1000], order[1000:]))  # fmt: skip
+    about = f"{len(characters)} characters in {len(FIRST_TILE)} classes"
+    write_missing(args.out, missing, lambda name: compose(sheets, *videos[name]), FPS, *parts, about)
 
 
 if __name__ == "__main__":

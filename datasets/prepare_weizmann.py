@@ -25,9 +25,8 @@ import numpy as np
 from einops import EinopsError, rearrange
 from PIL import Image
 
-from layout import missing_videos, write_lists
-from runtime.cli import COUNT, ArgumentParser, Bar, UserError, check_writable, one_line_errors, plural, say, wrong_input
-from video.writers import write_lossless
+from layout import missing_videos, write_missing
+from runtime.cli import COUNT, ArgumentParser, UserError, check_writable, one_line_errors, wrong_input
 
 CLASSES = {0: "OneHandWave", 1: "TwoHandWave", 3: "JumpingJack", 4: "Bend"}  # number of the folder: class
 SIZE, FPS = 64, 25
@@ -78,14 +77,10 @@ def main():
             raise UserError(f"--hold-out {sorted(held_out)}: expected some of people 1 to {max(people)}, but not all")
         videos = {f"{name}/person{person}.mkv": (person, path) for (name, person), path in sorted(strips.items())}
         clips = {name: read_strip(videos[name][1]) for name in missing_videos(args.out, videos)}  # 30 MB
-    for name, frames in Bar(clips.items(), desc="writing", unit="video", disable=not clips):
-        Path(args.out, name).parent.mkdir(parents=True, exist_ok=True)
-        write_lossless(Path(args.out, name), frames, FPS)
-    tests = [name for name, (person, _) in videos.items() if person in held_out]
-    write_lists(args.out, [name for name in videos if name not in tests], tests)
+    train, test = ([name for name in videos if (videos[name][0] in held_out) == tests] for tests in (False, True))
     numbers = " and ".join(map(str, sorted(held_out)))
-    found = f"{len(CLASSES)} classes with {len(people)} people each, person {numbers} held out"
-    say(f"{args.out}: {found}; {plural(len(clips), 'video')} written")
+    about = f"{len(CLASSES)} classes with {len(people)} people each, person {numbers} held out"
+    write_missing(args.out, clips, clips.get, FPS, train, test, about)
 
 
 if __name__ == "__main__":

@@ -204,7 +204,7 @@ def test_a_corrupt_image_is_named_replaced_and_counted(tmp_path, damage, suffix)
 def test_corrupt_videos_are_named_once_and_one_is_always_allowed():
     bad_videos = CorruptVideos(Scan([None] * 297, [], ["a", "b", "c"]), 0.01)
     assert bad_videos.add(["a", "b", "a"]) == ["a", "b"]
-    assert bad_videos.add(["b", "c"]) == ["c"] and bad_videos.add([]) == [] and bad_videos.count == 3
+    assert bad_videos.add(["b", "c"]) == ["c"] and bad_videos.add([]) == [] and len(bad_videos.paths) == 3
     with pytest.raises(CorruptDataError, match="0.01: 8 of 300 files are corrupt, .* 3: d, e, f and 2 more; .*move"):
         bad_videos.add("defgh")
     bad_videos = CorruptVideos(Scan([None] * 2, [], []), 0.0, known=["a"])

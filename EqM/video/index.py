@@ -264,19 +264,15 @@ class CorruptVideos:
         self.max_fraction, self.paths = max_fraction, dict.fromkeys(known)
 
     def __str__(self):
-        return f"corrupt so far: {self.count} of {self.total}"
-
-    @property
-    def count(self):
-        return len(self.paths)
+        return f"corrupt so far: {len(self.paths)} of {self.total}"
 
     def add(self, paths):
         """The paths that are new, each once. Raises CorruptDataError above max(1, max_fraction * total) videos."""
         new = [path for path in dict.fromkeys(paths) if path not in self.paths]
         self.paths.update(dict.fromkeys(new))
         allowed = max(1, int(self.max_fraction * self.total))
-        if new and self.count > allowed:
-            found = f"{self.count} of {self.total} files are corrupt, expected at most {allowed}"
+        if new and len(self.paths) > allowed:
+            found = f"{len(self.paths)} of {self.total} files are corrupt, expected at most {allowed}"
             advice = "repair, move or delete them, or raise this limit"
             raise CorruptDataError(f"--max-bad-fraction {self.max_fraction}: {found}: {name_some(new)}; {advice}")
         return new

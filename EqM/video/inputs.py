@@ -5,7 +5,7 @@ Frames are scaled and cropped as in training, and taken at the frame rate of the
 
 import os
 from dataclasses import dataclass, field
-from functools import cached_property
+from functools import cached_property, partial
 from pathlib import Path
 
 import numpy as np
@@ -33,32 +33,28 @@ class InputClip:
 
     def count(self, seconds_per_frame):
         """The number of frames at that rate; 1 for a picture. Raises UserError."""
-        num_frames, seconds = self._timing
+        num_frames, seconds, _ = self._stored
         return 1 + int((num_frames - 1) * seconds / seconds_per_frame + 1e-3)
 
     def read(self, frames, seconds_per_frame, image_size):
         """The frames with these numbers, which ascend, at that rate: uint8 (3, n, size, size). Raises UserError."""
-        num_frames, seconds = self._timing
+        num_frames, seconds, read = self._stored
         closest = [round(frame * seconds_per_frame / seconds) for frame in frames]
         if closest[-1] >= num_frames:
             count = plural(self.count(seconds_per_frame), "frame")
             got = f"{count} of {seconds_per_frame:.3g} s, expected {frames[-1] + 1}"
             raise UserError(f"{self.flag}: {self} has {got}; name a longer clip, or fewer frames")
-        numbers = sorted(set(closest))
-        pixels = self._decode(read_frames, "", self._video, numbers) if self.pixels is None else self.pixels[numbers]
-        pixels = resize_and_crop(torch.from_numpy(pixels).permute(0, 3, 1, 2), image_size)  # (n, 3, H, W)
+        pixels = torch.from_numpy(read(sorted(set(closest)))).permute(0, 3, 1, 2)  # (n, 3, H, W)
+        pixels = resize_and_crop(pixels, image_size)
         return pixels[np.unique(closest, return_inverse=True)[1]].transpose(0, 1)
 
     @cached_property
-    def _video(self):
-        return self._decode(probe, "", "", self.path)
-
-    @property
-    def _timing(self):
-        """(number of frames, seconds between them)."""
-        if self.pixels is None:
-            return self._video.num_frames, 1 / self._video.fps
-        return len(self.pixels), self.seconds
+    def _stored(self):
+        """(number of frames, seconds between them, a function that reads frames (n, H, W, 3) by their numbers)."""
+        if self.pixels is not None:
+            return len(self.pixels), self.seconds, self.pixels.__getitem__
+        video = self._decode(probe, "", "", self.path)
+        return video.num_frames, 1 / video.fps, partial(self._decode, read_frames, "", video)
 
     def _decode(self, function, *arguments):
         try:
