@@ -20,7 +20,6 @@ import pickle
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
 from dataclasses import asdict, dataclass
-from functools import partial
 from pathlib import Path
 
 import torch
@@ -198,7 +197,7 @@ def load(path, parts=PARTS, **asked):
     if os.path.isdir(path):
         state = from_elsewhere(*read_export(path))
     else:
-        state = read_file(path, partial(used_parts, names=parts))
+        state = read_file(path, parts)
         if published := published_parts(state):
             return from_elsewhere(*load_published(path, *published, asked))
     if not isinstance(state, dict) or not state.keys() >= KEYS:
@@ -213,17 +212,10 @@ def load(path, parts=PARTS, **asked):
     return state
 
 
-def used_parts(state, names):
-    """The parts with these names of a checkpoint or a published file. The optimizer of a published file is unused."""
-    if published := published_parts(state):
-        state = {"model": published[0], "ema": published[1]}
-    return [state.get(name) for name in names] if isinstance(state, dict) else []
-
-
-def read_file(path, used=None):
-    """The content of a file of torch.save. used: see `read_torch`. Raises UserError."""
+def read_file(path, parts=()):
+    """The content of a file of torch.save. parts: names, as in `read_torch`. Raises UserError."""
     try:
-        return read_torch(path, used)
+        return read_torch(path, parts)
     except FileNotFoundError:
         reason = "no such file; expected a checkpoint, for example RUN/checkpoints/best.pt"
     except pickle.UnpicklingError:
@@ -281,18 +273,13 @@ def weights_sha256(weights):
 def load_run(start, model, ema, optimizers, scaler):
     """Restore everything that is trained from the checkpoint of a Start."""
     state = start.state
-    load_weights(model, state["model"])
-    load_weights(ema, state["ema"])
+    for network, weights in ((model, state["model"]), (ema, state["ema"])):  # sharded or not
+        own = network.state_dict()
+        network.load_state_dict({name: shard_like(value, own[name]) for name, value in weights.items()})
     if state["optimizer"]:  # exported and published models have none
         load_optimizers(optimizers, state["optimizer"]["states"])
         if scaler.is_enabled() and state["optimizer"]["scaler"]:  # the last phase may have been in bf16
             scaler.load_state_dict(state["optimizer"]["scaler"])
-
-
-def load_weights(model, weights):
-    """Load full tensors into a model, which may be sharded."""
-    own = model.state_dict()
-    model.load_state_dict({name: shard_like(value, own[name]) for name, value in weights.items()})
 
 
 def load_optimizers(optimizers, saved):
@@ -365,11 +352,7 @@ class Start:
     path: Path | None = None  # of the checkpoint
     state: dict | None = None  # and its content
     folder: Path | None = None  # of the run to resume, even if it has no checkpoint yet
-
-    @property
-    def resumes(self):
-        """Whether the checkpoint belongs to the resumed run."""
-        return None not in (self.folder, self.path) and self.path.parent.parent == self.folder
+    resumes: bool = False  # whether the checkpoint belongs to that run
 
     @property
     def flag(self):
@@ -400,11 +383,10 @@ def find_start(args, name):
 
     A new phase takes model, EMA, optimizer and step from --ckpt. Raises UserError.
     """
-    asked = asked_shape(args)
-    start = find_resumed(args, name, args.ckpt, **asked)
+    start = find_resumed(args, name, args.ckpt)
     if start.resumes or not args.ckpt:
         return start
-    start.path, start.state = Path(args.ckpt), load(args.ckpt, **asked)
+    start.path, start.state = Path(args.ckpt), load(args.ckpt, **asked_shape(args))
     if not args.new_classes:
         check_optimizer(start, args)
     state, step = start.state, start.state["step"]
@@ -422,7 +404,7 @@ def check_optimizer(start, args):
         raise UserError(f"{start.flag}: trained with --optimizer {kind}, got {args.optimizer}: give the same")
 
 
-def find_resumed(args, name, ckpt=None, read=load, **asked):
+def find_resumed(args, name, ckpt=None, read=load):
     """The Start at the newest run of that name, locked, if --resume or a restart asks for it; else from scratch."""
     folder, start = newest_run(args.results_dir, name), Start(Progress())
     if folder is None and args.resume:
@@ -434,8 +416,9 @@ def find_resumed(args, name, ckpt=None, read=load, **asked):
         lock(folder)
         remove_temporary_files(folder)
     check_not_deleted(folder)
-    start.folder, (start.path, start.state) = folder, newest_checkpoint(folder, read, **asked)
+    start.folder, (start.path, start.state) = folder, newest_checkpoint(folder, read)
     if state := start.state:
+        start.resumes = True
         check_optimizer(start, args)
         start.progress = Progress(state["step"], best_loss=state["best_loss"], **state["phase"])
     return start
@@ -456,12 +439,12 @@ def asked_shape(args):
     return model_shape(args.model) | typed | {"ebm": args.ebm}
 
 
-def newest_checkpoint(folder, read=load, **asked):
+def newest_checkpoint(folder, read=load):
     """(path, dict of `load`) of the newest intact checkpoint of a run; (None, None) without one. Names damaged ones."""
     intact, latest = [], Path(folder, "checkpoints", "latest.pt")
     for path in sorted(latest.parent.glob("*.pt"), key=lambda path: (path != latest, path)):
         try:
-            intact.append((path, read(path, **asked)))
+            intact.append((path, read(path)))
         except UserError as error:
             say(f"note: {error}")
         if intact and path == latest:  # always the newest
