@@ -29,7 +29,7 @@ from models import SHAPE, EqM, EqMConfig, model_name, model_shape
 from published import load_published, published_parts, read_export
 from runtime import distributed
 from runtime.atomic import atomic_write, link
-from runtime.cli import UserError, say, writing
+from runtime.cli import UserError, refuse_if, say, writing
 from runtime.memory import free_bytes
 from runtime.metrics import read_metrics
 from runtime.runs import is_restarted, lock, name_similar, newest_run, remove_temporary_files
@@ -156,10 +156,9 @@ class Writer:
         needed = 0 if self.copies else sum(tensor.numel() * tensor.element_size() for tensor in tensors)
         needed, free = distributed.broadcast((needed, free_bytes()))
         if needed > free:
-            raise UserError(
-                f"--shard: a checkpoint takes {needed / 1e9:.3g} GB of memory on the machine of rank 0, which has "
-                f"{free / 1e9:.3g} GB free: choose one with more; earlier checkpoints are intact"
-            )
+            takes = f"a checkpoint takes {needed / 1e9:.3g} GB of memory on the machine of rank 0"
+            advice = "choose one with more; earlier checkpoints are intact"
+            raise UserError(f"--shard: {takes}, which has {free / 1e9:.3g} GB free: {advice}")
 
     def check(self):
         """Raise the error of the thread, if it has ended with one."""
@@ -196,18 +195,15 @@ def load(path, parts=PARTS, **asked):
     """
     if os.path.isdir(path):
         state = from_elsewhere(*read_export(path))
-    else:
-        state = read_file(path, parts)
-        if published := published_parts(state):
-            return from_elsewhere(*load_published(path, *published, asked))
+    elif published := published_parts(state := read_file(path, parts)):
+        state = from_elsewhere(*load_published(path, *published, asked))
     if not isinstance(state, dict) or not state.keys() >= KEYS:
         expected = f"a dict with {', '.join(sorted(KEYS))}"
         raise UserError(f"--ckpt {path}: not a checkpoint of this project; expected {expected}")
     if state["version"] != VERSION:
         raise UserError(f"--ckpt {path}: has format version {state['version']}, this code reads version {VERSION}")
-    if not isinstance(state["step"], int) or not all(
-        names <= state["config"][part].keys() for part, names in SETTINGS.items()
-    ):
+    lacking = [part for part, names in SETTINGS.items() if not names <= state["config"][part].keys()]
+    if lacking or not isinstance(state["step"], int):
         raise UserError(f"--ckpt {path}: lacks settings; commit f311e33 reads older files")  # the last one to
     return state
 
@@ -229,9 +225,8 @@ def read_file(path, parts=()):
 
 def from_elsewhere(config, model, ema, step, version=VERSION):
     """The dict of a checkpoint of another program than train.py: without optimizer and phase."""
-    phase = {"first_step": step, "position": 0, "ema_start": step}
     state = {"version": version, "config": config, "model": model, "ema": ema, "optimizer": None, "step": step}
-    return state | {"phase": phase, "best_loss": math.inf}
+    return state | {"phase": {"first_step": step, "position": 0, "ema_start": step}, "best_loss": math.inf}
 
 
 def load_model(path, use_ema=True, model=None, video=None, **checks):
@@ -390,9 +385,8 @@ def find_start(args, name):
     if not args.new_classes:
         check_optimizer(start, args)
     state, step = start.state, start.state["step"]
-    if args.max_steps and args.max_steps <= step:
-        advice = "steps are counted over all phases; give a larger number"
-        raise UserError(f"--max-steps {args.max_steps}: the checkpoint is at step {step} already; {advice}")
+    done = f"the checkpoint is at step {step} already; steps are counted over all phases; give a larger number"
+    refuse_if(args, "max_steps", args.max_steps and args.max_steps <= step, done)
     start.progress = Progress(step, step, ema_start=step if args.new_classes else state["phase"]["ema_start"])
     return start
 
