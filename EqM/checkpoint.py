@@ -19,6 +19,7 @@ import os
 import pickle
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
+from copy import deepcopy
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
@@ -152,9 +153,8 @@ class Writer:
         """Raise UserError, on all ranks, if the copy of a sharded state does not fit into rank 0's host memory."""
         if not any(map(is_sharded, state["model"].values())):
             return
-        tensors = [leaf for leaf in tree_leaves(state) if isinstance(leaf, torch.Tensor)]
-        needed = 0 if self.copies else sum(tensor.numel() * tensor.element_size() for tensor in tensors)
-        needed, free = distributed.broadcast((needed, free_bytes()))
+        sizes = (leaf.nbytes for leaf in tree_leaves(state) if isinstance(leaf, torch.Tensor))
+        needed, free = distributed.broadcast((0 if self.copies else sum(sizes), free_bytes()))
         if needed > free:
             takes = f"a checkpoint takes {needed / 1e9:.3g} GB of memory on the machine of rank 0"
             advice = "choose one with more; earlier checkpoints are intact"
@@ -347,7 +347,9 @@ class Start:
     path: Path | None = None  # of the checkpoint
     state: dict | None = None  # and its content
     folder: Path | None = None  # of the run to resume, even if it has no checkpoint yet
-    resumes: bool = False  # whether the checkpoint belongs to that run
+    resumes: bool = False  # whether the checkpoint belongs to that run; only then:
+    unlogged: dict | None = None  # the StepStats.averaged of steps that the run had not logged
+    bad_videos: list = ()  # paths of the corrupt videos that it knows
 
     @property
     def flag(self):
@@ -358,15 +360,6 @@ class Start:
     def config(self):
         """The config of the checkpoint; empty without one."""
         return self.state["config"] if self.state else {"model": {}, "data": {}, "training": {}}
-
-    @property
-    def unlogged(self):
-        """The StepStats.averaged of steps that a resumed run had not logged; else None."""
-        return self.state["run"]["window"] if self.resumes else None
-
-    @property
-    def bad_videos(self):
-        return self.state["run"]["bad_videos"] if self.resumes else []
 
     def kept(self, name):
         """The resumed run's value of a flag; None for a new run."""
@@ -412,7 +405,8 @@ def find_resumed(args, name, ckpt=None, read=load):
     check_not_deleted(folder)
     start.folder, (start.path, start.state) = folder, newest_checkpoint(folder, read)
     if state := start.state:
-        start.resumes = True
+        start.resumes, start.bad_videos = True, state["run"]["bad_videos"]
+        start.unlogged = deepcopy(state["run"]["window"])  # or the file would stay open during the run
         check_optimizer(start, args)
         start.progress = Progress(state["step"], best_loss=state["best_loss"], **state["phase"])
     return start

@@ -163,7 +163,7 @@ class StepStats:
 
     def __init__(self, earlier=None):
         self.names = earlier["names"] if earlier else []
-        self.earlier = earlier["rows"].clone() if earlier else torch.empty(0, 0)  # or the file would stay open
+        self.earlier = earlier["rows"] if earlier else torch.empty(0, 0)
         self.rows, self.files = [], []  # of each step: (k,) on the device; paths of its videos
         self.corrupt = []  # paths of videos that could not be decoded
         self.flops, self.waited, self.began = 0.0, 0.0, time.monotonic()
