@@ -19,8 +19,8 @@ import os
 import pickle
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
+from copy import deepcopy
 from dataclasses import asdict, dataclass
-from functools import partial
 from pathlib import Path
 
 import torch
@@ -30,7 +30,7 @@ from models import SHAPE, EqM, EqMConfig, model_name, model_shape
 from published import load_published, published_parts, read_export
 from runtime import distributed
 from runtime.atomic import atomic_write, link
-from runtime.cli import UserError, say, writing
+from runtime.cli import UserError, refuse_if, say, writing
 from runtime.memory import free_bytes
 from runtime.metrics import read_metrics
 from runtime.runs import is_restarted, lock, name_similar, newest_run, remove_temporary_files
@@ -153,14 +153,12 @@ class Writer:
         """Raise UserError, on all ranks, if the copy of a sharded state does not fit into rank 0's host memory."""
         if not any(map(is_sharded, state["model"].values())):
             return
-        tensors = [leaf for leaf in tree_leaves(state) if isinstance(leaf, torch.Tensor)]
-        needed = 0 if self.copies else sum(tensor.numel() * tensor.element_size() for tensor in tensors)
-        needed, free = distributed.broadcast((needed, free_bytes()))
+        sizes = (leaf.nbytes for leaf in tree_leaves(state) if isinstance(leaf, torch.Tensor))
+        needed, free = distributed.broadcast((0 if self.copies else sum(sizes), free_bytes()))
         if needed > free:
-            raise UserError(
-                f"--shard: a checkpoint takes {needed / 1e9:.3g} GB of memory on the machine of rank 0, which has "
-                f"{free / 1e9:.3g} GB free: choose one with more; earlier checkpoints are intact"
-            )
+            takes = f"a checkpoint takes {needed / 1e9:.3g} GB of memory on the machine of rank 0"
+            advice = "choose one with more; earlier checkpoints are intact"
+            raise UserError(f"--shard: {takes}, which has {free / 1e9:.3g} GB free: {advice}")
 
     def check(self):
         """Raise the error of the thread, if it has ended with one."""
@@ -197,33 +195,23 @@ def load(path, parts=PARTS, **asked):
     """
     if os.path.isdir(path):
         state = from_elsewhere(*read_export(path))
-    else:
-        state = read_file(path, partial(used_parts, names=parts))
-        if published := published_parts(state):
-            return from_elsewhere(*load_published(path, *published, asked))
+    elif published := published_parts(state := read_file(path, parts)):
+        state = from_elsewhere(*load_published(path, *published, asked))
     if not isinstance(state, dict) or not state.keys() >= KEYS:
         expected = f"a dict with {', '.join(sorted(KEYS))}"
         raise UserError(f"--ckpt {path}: not a checkpoint of this project; expected {expected}")
     if state["version"] != VERSION:
         raise UserError(f"--ckpt {path}: has format version {state['version']}, this code reads version {VERSION}")
-    if not isinstance(state["step"], int) or not all(
-        names <= state["config"][part].keys() for part, names in SETTINGS.items()
-    ):
+    lacking = [part for part, names in SETTINGS.items() if not names <= state["config"][part].keys()]
+    if lacking or not isinstance(state["step"], int):
         raise UserError(f"--ckpt {path}: lacks settings; commit f311e33 reads older files")  # the last one to
     return state
 
 
-def used_parts(state, names):
-    """The parts with these names of a checkpoint or a published file. The optimizer of a published file is unused."""
-    if published := published_parts(state):
-        state = {"model": published[0], "ema": published[1]}
-    return [state.get(name) for name in names] if isinstance(state, dict) else []
-
-
-def read_file(path, used=None):
-    """The content of a file of torch.save. used: see `read_torch`. Raises UserError."""
+def read_file(path, parts=()):
+    """The content of a file of torch.save. parts: names, as in `read_torch`. Raises UserError."""
     try:
-        return read_torch(path, used)
+        return read_torch(path, parts)
     except FileNotFoundError:
         reason = "no such file; expected a checkpoint, for example RUN/checkpoints/best.pt"
     except pickle.UnpicklingError:
@@ -237,9 +225,8 @@ def read_file(path, used=None):
 
 def from_elsewhere(config, model, ema, step, version=VERSION):
     """The dict of a checkpoint of another program than train.py: without optimizer and phase."""
-    phase = {"first_step": step, "position": 0, "ema_start": step}
     state = {"version": version, "config": config, "model": model, "ema": ema, "optimizer": None, "step": step}
-    return state | {"phase": phase, "best_loss": math.inf}
+    return state | {"phase": {"first_step": step, "position": 0, "ema_start": step}, "best_loss": math.inf}
 
 
 def load_model(path, use_ema=True, model=None, video=None, **checks):
@@ -281,18 +268,13 @@ def weights_sha256(weights):
 def load_run(start, model, ema, optimizers, scaler):
     """Restore everything that is trained from the checkpoint of a Start."""
     state = start.state
-    load_weights(model, state["model"])
-    load_weights(ema, state["ema"])
+    for network, weights in ((model, state["model"]), (ema, state["ema"])):  # sharded or not
+        own = network.state_dict()
+        network.load_state_dict({name: shard_like(value, own[name]) for name, value in weights.items()})
     if state["optimizer"]:  # exported and published models have none
         load_optimizers(optimizers, state["optimizer"]["states"])
         if scaler.is_enabled() and state["optimizer"]["scaler"]:  # the last phase may have been in bf16
             scaler.load_state_dict(state["optimizer"]["scaler"])
-
-
-def load_weights(model, weights):
-    """Load full tensors into a model, which may be sharded."""
-    own = model.state_dict()
-    model.load_state_dict({name: shard_like(value, own[name]) for name, value in weights.items()})
 
 
 def load_optimizers(optimizers, saved):
@@ -365,11 +347,9 @@ class Start:
     path: Path | None = None  # of the checkpoint
     state: dict | None = None  # and its content
     folder: Path | None = None  # of the run to resume, even if it has no checkpoint yet
-
-    @property
-    def resumes(self):
-        """Whether the checkpoint belongs to the resumed run."""
-        return None not in (self.folder, self.path) and self.path.parent.parent == self.folder
+    resumes: bool = False  # whether the checkpoint belongs to that run; only then:
+    unlogged: dict | None = None  # the StepStats.averaged of steps that the run had not logged
+    bad_videos: list = ()  # paths of the corrupt videos that it knows
 
     @property
     def flag(self):
@@ -381,15 +361,6 @@ class Start:
         """The config of the checkpoint; empty without one."""
         return self.state["config"] if self.state else {"model": {}, "data": {}, "training": {}}
 
-    @property
-    def unlogged(self):
-        """The StepStats.averaged of steps that a resumed run had not logged; else None."""
-        return self.state["run"]["window"] if self.resumes else None
-
-    @property
-    def bad_videos(self):
-        return self.state["run"]["bad_videos"] if self.resumes else []
-
     def kept(self, name):
         """The resumed run's value of a flag; None for a new run."""
         return self.config["training"].get(name) if self.resumes else None
@@ -400,17 +371,15 @@ def find_start(args, name):
 
     A new phase takes model, EMA, optimizer and step from --ckpt. Raises UserError.
     """
-    asked = asked_shape(args)
-    start = find_resumed(args, name, args.ckpt, **asked)
+    start = find_resumed(args, name, args.ckpt)
     if start.resumes or not args.ckpt:
         return start
-    start.path, start.state = Path(args.ckpt), load(args.ckpt, **asked)
+    start.path, start.state = Path(args.ckpt), load(args.ckpt, **asked_shape(args))
     if not args.new_classes:
         check_optimizer(start, args)
     state, step = start.state, start.state["step"]
-    if args.max_steps and args.max_steps <= step:
-        advice = "steps are counted over all phases; give a larger number"
-        raise UserError(f"--max-steps {args.max_steps}: the checkpoint is at step {step} already; {advice}")
+    done = f"the checkpoint is at step {step} already; steps are counted over all phases; give a larger number"
+    refuse_if(args, "max_steps", args.max_steps and args.max_steps <= step, done)
     start.progress = Progress(step, step, ema_start=step if args.new_classes else state["phase"]["ema_start"])
     return start
 
@@ -422,7 +391,7 @@ def check_optimizer(start, args):
         raise UserError(f"{start.flag}: trained with --optimizer {kind}, got {args.optimizer}: give the same")
 
 
-def find_resumed(args, name, ckpt=None, read=load, **asked):
+def find_resumed(args, name, ckpt=None, read=load):
     """The Start at the newest run of that name, locked, if --resume or a restart asks for it; else from scratch."""
     folder, start = newest_run(args.results_dir, name), Start(Progress())
     if folder is None and args.resume:
@@ -434,8 +403,10 @@ def find_resumed(args, name, ckpt=None, read=load, **asked):
         lock(folder)
         remove_temporary_files(folder)
     check_not_deleted(folder)
-    start.folder, (start.path, start.state) = folder, newest_checkpoint(folder, read, **asked)
+    start.folder, (start.path, start.state) = folder, newest_checkpoint(folder, read)
     if state := start.state:
+        start.resumes, start.bad_videos = True, state["run"]["bad_videos"]
+        start.unlogged = deepcopy(state["run"]["window"])  # or the file would stay open during the run
         check_optimizer(start, args)
         start.progress = Progress(state["step"], best_loss=state["best_loss"], **state["phase"])
     return start
@@ -456,12 +427,12 @@ def asked_shape(args):
     return model_shape(args.model) | typed | {"ebm": args.ebm}
 
 
-def newest_checkpoint(folder, read=load, **asked):
+def newest_checkpoint(folder, read=load):
     """(path, dict of `load`) of the newest intact checkpoint of a run; (None, None) without one. Names damaged ones."""
     intact, latest = [], Path(folder, "checkpoints", "latest.pt")
     for path in sorted(latest.parent.glob("*.pt"), key=lambda path: (path != latest, path)):
         try:
-            intact.append((path, read(path, **asked)))
+            intact.append((path, read(path)))
         except UserError as error:
             say(f"note: {error}")
         if intact and path == latest:  # always the newest

@@ -41,7 +41,7 @@ class Muon(torch.optim.Optimizer):
 
     def __init__(self, matrices, lr, weight_decay):
         super().__init__(matrices, {"lr": lr, "weight_decay": weight_decay})
-        self.ranks = distributed.world_size() if distributed.is_started() else 1
+        self.ranks = distributed.world_size() if dist.is_initialized() else 1
         self.batches = assign([weight.flatten(1).shape for weight in matrices], self.ranks)
 
     @torch.no_grad()

@@ -124,8 +124,8 @@ def check_flags(args):
     schedule, batch, last = args.frames_schedule, args.global_batch_size, args.max_steps or math.inf
     refuse_if(args, "mix", args.mix and not schedule, "needs earlier phases; add --frames-schedule, or remove it")
     ascends = args.frame_interval == sorted(args.frame_interval)[:2]
-    alone = args.forcing and {args.num_frames, *clip_lengths(args)} == {1}
-    refuse_if(args, "forcing", alone, "clips of one frame have nothing to complete; remove it")
+    still = args.forcing and {*clip_lengths(args)} == {1}
+    refuse_if(args, "forcing", still, "clips of one frame have nothing to complete; remove it")
     refuse_if(args, "frame_interval", not ascends, "expected one number, or two in ascending order")
     too_early = args.lr_decay_end and args.lr_decay_end < last
     refuse_if(args, "lr_decay_end", too_early, "expected at least the last step of --max-steps or --frames-schedule")
@@ -269,18 +269,16 @@ def make_run_config(args, config, phase, data, vae):
     if args.frames_schedule:
         training["frames_schedule"] = ",".join(map(str, args.frames_schedule))
     count, videos = phase.num_frames, data.train[phase.num_frames]
-
-    def median_seconds(interval):  # between two frames of a clip
-        return statistics.median_low(fitting_interval(video, count, interval) / video.fps for video in videos)
-
-    shortest, longest = args.frame_interval[0], args.frame_interval[-1]
+    shortest, longest = (  # median seconds between two frames of a clip
+        statistics.median_low(fitting_interval(video, count, interval) / video.fps for video in videos)
+        for interval in (args.frame_interval[0], args.frame_interval[-1])
+    )
     about_data = {
         "vae": vae.place, "vae_sha256": vae.sha256, "image_size": args.image_size,
         "fps": statistics.median(video.fps for video in videos), "frame_interval": args.frame_interval,
-        "time_scale": median_seconds(shortest), "longest_time_scale": median_seconds(longest),
-        "classes": data.scan.classes,
+        "time_scale": shortest, "longest_time_scale": longest, "classes": data.scan.classes,
     }  # fmt: skip
-    model = asdict(config) | {"num_frames": phase.num_frames}
+    model = asdict(config) | {"num_frames": count}
     return {"model": model, "data": about_data, "training": training, "typed": sorted(args.typed)}
 
 

@@ -52,8 +52,8 @@ def test_each_call_appends_a_json_line_with_null_for_nonfinite_values(tmp_path):
     metrics = Metrics(tmp_path)
     metrics.log(10, loss=0.5, clips=32)
     assert lines(tmp_path) == ['{"step": 10, "loss": 0.5, "clips": 32}']  # while the file is still open
-    metrics.log(20, **{"val/loss": torch.tensor(0.25)})
-    metrics.log(30, a=float("nan"), b=float("inf"), c=torch.tensor(-float("inf")), d=1.0)
+    metrics.log(20, **{"val/loss": 0.25})
+    metrics.log(30, a=float("nan"), b=float("inf"), c=-float("inf"), d=1.0)
     metrics.close()
     assert lines(tmp_path)[1:] == [
         '{"step": 20, "val/loss": 0.25}', '{"step": 30, "a": null, "b": null, "c": null, "d": 1.0}'
@@ -122,7 +122,7 @@ def test_wandb_without_a_login_is_a_user_error(tmp_path, wandb):
 
 
 def test_wandb_gets_config_and_scalars_and_a_resumed_run_keeps_its_id(tmp_path, wandb):
-    for resume_step in (None, 5):
+    for resume_step in (0, 5):
         log(tmp_path, (6, {"loss": 0.5}), resume_step=resume_step, wandb=True, config={"lr": 1e-4})
     first, second = (one.kwargs for one in wandb.init.call_args_list)
     assert first["config"] == {"lr": 1e-4} and first["id"] == second["id"] and second["resume"] == "allow"

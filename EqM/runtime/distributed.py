@@ -38,10 +38,6 @@ def world_size():
     return int(os.environ.get("WORLD_SIZE", 1))
 
 
-def is_started():
-    return dist.is_initialized()
-
-
 def die_with_parent(number):
     """Let Linux send this process a signal when its parent process dies; elsewhere do nothing."""
     if sys.platform == "linux":
@@ -103,7 +99,7 @@ def rendezvous_store():
 
 def stop():
     """Leave the process group once all ranks are done."""
-    if is_started():
+    if dist.is_initialized():
         dist.barrier()
         # Reference cycles with DDP hold the group. Its threads must end here: if they still run while the interpreter
         # shuts down, gloo aborts the process ("terminate called without an active exception").
@@ -125,7 +121,7 @@ def autocast(device, precision):
 
 def parallel(model):
     """Wrap the model in DDP, which averages gradients over the ranks; in a single process return the model."""
-    if not is_started():
+    if not dist.is_initialized():
         return model
     with warnings.catch_warnings():
         warnings.simplefilter("ignore", FutureWarning)  # torch 2.9 does not know the new name of torch 2.13
@@ -134,7 +130,7 @@ def parallel(model):
 
 def broadcast(value):
     """Return rank 0's Python value on every rank."""
-    if not is_started():
+    if not dist.is_initialized():
         return value
     box = [value]
     dist.broadcast_object_list(box, src=0)
@@ -143,7 +139,7 @@ def broadcast(value):
 
 def gather(value, on_all=True):
     """Return the Python values of all ranks, in the order of the ranks, on every rank or on rank 0 alone."""
-    if not is_started():
+    if not dist.is_initialized():
         return [value]
     values = [None] * world_size()
     if on_all:
@@ -161,7 +157,7 @@ def gather_in_order(rows):
 
 def call_and_wait(function):
     """Call a function on all ranks, and wait up to an hour for ranks that have more to do."""
-    group = dist.new_group(backend="gloo", timeout=SHARE_TIME) if is_started() else None
+    group = dist.new_group(backend="gloo", timeout=SHARE_TIME) if dist.is_initialized() else None
     function()
     if group is not None:
         dist.barrier(group=group)
@@ -169,7 +165,7 @@ def call_and_wait(function):
 
 def average(tensor):
     """Return the mean of a tensor over all ranks, on every rank."""
-    if is_started():
+    if dist.is_initialized():
         dist.all_reduce(tensor)
         tensor /= world_size()
     return tensor

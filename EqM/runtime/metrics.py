@@ -75,26 +75,25 @@ class Metrics:
     resume_step: the step from which a run continues; it logs later steps again. wandb: log there, too, with `config`.
     """
 
-    def __init__(self, folder, resume_step=None, wandb=False, config=None):
+    def __init__(self, folder, resume_step=0, wandb=False, config=None):
         self.board = self.wandb = None
         if distributed.rank() != 0:
             return
         from torch.utils.tensorboard import SummaryWriter  # takes a second to load; needed on rank 0 only
 
         self.path = Path(folder, "metrics.jsonl")
-        if resume_step is not None and self.path.exists():
+        if self.path.exists():
             rows, _ = read_metrics(self.path, notes=True)
             with atomic_write(self.path) as file:
                 file.writelines(json.dumps(row).encode() + b"\n" for row in rows if row["step"] <= resume_step)
         self.wandb = _start_wandb(Path(folder), config) if wandb else None
-        self.board = SummaryWriter(str(folder), purge_step=None if resume_step is None else resume_step + 1)
+        self.board = SummaryWriter(str(folder), purge_step=resume_step + 1)
         self.path.touch()
 
     def log(self, step, **scalars):
         """Append one line {"step": step, name: value, ...}; NaN and infinity, which JSON lacks, become null."""
         if self.board is None:
             return
-        scalars = {name: value.item() if hasattr(value, "item") else value for name, value in scalars.items()}
         row = {name: value if math.isfinite(value) else None for name, value in scalars.items()}
         append(self.path, [json.dumps({"step": step} | row) + "\n"])
         with writing(self.path):
@@ -164,7 +163,7 @@ class StepStats:
 
     def __init__(self, earlier=None):
         self.names = earlier["names"] if earlier else []
-        self.earlier = earlier["rows"].clone() if earlier else torch.empty(0, 0)  # or the file would stay open
+        self.earlier = earlier["rows"] if earlier else torch.empty(0, 0)
         self.rows, self.files = [], []  # of each step: (k,) on the device; paths of its videos
         self.corrupt = []  # paths of videos that could not be decoded
         self.flops, self.waited, self.began = 0.0, 0.0, time.monotonic()

@@ -112,7 +112,7 @@ def lock(folder):
             break
     with writing(file.name):
         file.truncate(0)
-        file.write(json.dumps({"job": job_name(), "host": socket.gethostname(), "pid": os.getpid()}))
+        json.dump({"job": job_name(), "host": socket.gethostname(), "pid": os.getpid()}, file)
         file.flush()
     _locks.append(file)
 

@@ -5,7 +5,7 @@ import signal
 import torch
 import torch.distributed as dist
 
-from runtime.distributed import SHARE_TIME, is_started
+from runtime.distributed import SHARE_TIME
 
 STOP_SIGNALS = signal.SIGTERM, signal.SIGINT, signal.SIGUSR1, signal.SIGHUP
 
@@ -23,7 +23,7 @@ class StopSignal:
 
     def __init__(self, together=False):
         self.name, self.flags, self.is_waiting, self.together = None, None, False, together
-        self.group = dist.new_group(backend="gloo", timeout=SHARE_TIME) if is_started() else None
+        self.group = dist.new_group(backend="gloo", timeout=SHARE_TIME) if dist.is_initialized() else None
         for number in STOP_SIGNALS:
             if signal.getsignal(number) != signal.SIG_IGN:  # as SIGHUP is under nohup
                 signal.signal(number, self._note)

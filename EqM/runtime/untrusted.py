@@ -44,13 +44,13 @@ def file_sha256(path):
         return hashlib.file_digest(file, "sha256").hexdigest()
 
 
-def read_torch(path, used=None):
+def read_torch(path, names=()):
     """The content of a file of torch.save: tensors, which are mapped into memory, and plain values.
 
-    used(content) returns the parts that the caller needs; default: all. The first rank of each machine compares their
-    tensors with the file's CRCs; nothing reads the other tensors. Raises pickle.UnpicklingError if the file is of
-    another kind or holds code, OSError if it can't be read, and any other Exception if it is corrupt. If someone
-    shortens a mapped file, its reader dies of SIGBUS; our own files are replaced by renaming.
+    names: the parts of a dict that the caller needs; if it has none of them, all. The first rank of each machine
+    compares their tensors with the file's CRCs; nothing reads the other tensors. Raises pickle.UnpicklingError if the
+    file is of another kind or holds code, OSError if it can't be read, and any other Exception if it is corrupt. If
+    someone shortens a mapped file, its reader dies of SIGBUS; our own files are replaced by renaming.
     """
     check_regular(path)
     with open(path, "rb") as file:
@@ -67,7 +67,8 @@ def read_torch(path, used=None):
         warnings.simplefilter("ignore")  # torch's warnings on foreign pickles; the error says enough
         content = torch.load(path, map_location="cpu", weights_only=True, mmap=is_stored)
     if local_rank() == 0:
-        check_tensors(used(content) if used else content, {(member.file_size, member.CRC) for member in members})
+        parts = [content[name] for name in names if name in content] if isinstance(content, dict) else []
+        check_tensors(parts or content, {(member.file_size, member.CRC) for member in members})
     return content
 
 
