@@ -49,10 +49,8 @@ export TORCH_ELASTIC_SHUTDOWN_TIMEOUT=${TORCH_ELASTIC_SHUTDOWN_TIMEOUT:-100}
 counts GPUS FRAMES_1 FRAMES_2 FRAMES_3 STEPS_1 STEPS_2 STEPS_3 BATCH_1 BATCH_2 BATCH_3
 shares LR_DECAY ${FORCING:+FORCING}
 check_exp
-[[ $MODEL =~ ^EqM-[A-Za-z]+/[0-9]+$ ]] || complain "MODEL=$(printf %q "$MODEL"): unknown model; expected one such as EqM-S/4"
-for name in CACHE FLIPS COMPILE ONE_RUN; do
-  [[ ${!name} == [01] ]] || complain "$name=$(printf %q "${!name}"): not a switch; expected 0 or 1"
-done
+must "unknown model; expected one such as EqM-S/4" 'EqM-[A-Za-z]+/[0-9]+' MODEL
+must "not a switch; expected 0 or 1" '[01]' CACHE FLIPS COMPILE ONE_RUN
 for name in BATCH_1 BATCH_2 BATCH_3; do
   [[ $((${!name} % GPUS)) == 0 ]] || complain "$name=${!name}: not a multiple of GPUS=$GPUS; change one of them"
 done
