@@ -14,6 +14,7 @@ import statistics
 import subprocess
 import sys
 import time
+from collections.abc import Callable
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
 from functools import partial
@@ -254,34 +255,43 @@ def newest_metrics(name, kind):
     return read_metrics(max(folder.glob(names), default=folder / names) / "metrics.jsonl")[0]
 
 
-def parse_experiments(doc, name, script):
-    """The flags of a script that writes the scores of experiments of a shell script to NAME.md and NAME.json."""
-    parser = ArgumentParser(description=doc.partition("\n")[0])
-    parser.add_argument("runs", nargs="+", metavar="EXP", help=f"finished experiments of {script}")
-    out = f"folder for {name}.md and {name}.json"
-    parser.add_argument("--out", type=writable, default="results", metavar="DIR", help=out)
-    parser.set_defaults(name=name, script=script)
-    return parser.parse_args()
+@dataclass
+class ExperimentTable:
+    """The command that writes the scores of finished experiments of a shell script to NAME.md and NAME.json.
 
+    read_run(experiment) returns a plain dict with "hours" and perhaps "seed", rows_of(run) {row of the table: text}.
+    """
 
-def experiments_markdown(runs, rows_of, title, name, script):
-    """The lines of NAME.md with a column per run; rows_of(run): {row of the table: text}."""
-    about = f"`scripts/studies/{name}.py` wrote this table from runs of `scripts/{script}`. "
-    about += "Brackets hold 95% intervals over clips."
-    titles = [f"HOURS={run['hours']:g}" + (f", seed {run['seed']}" if "seed" in run else "") for run in runs]
-    columns = list(map(rows_of, runs))
-    rows = [[what, *(column.get(what, "-") for column in columns)] for what in columns[0]]
-    return [f"# {title}", "", about, "", *table(["", *titles], rows)]
+    about: str  # docstring of the command
+    name: str
+    title: str
+    script: str
+    read_run: Callable
+    rows_of: Callable
 
+    def parse_args(self):
+        parser, out = ArgumentParser(description=self.about.partition("\n")[0]), f"folder for {self.name}.md and .json"
+        parser.add_argument("runs", nargs="+", metavar="EXP", help=f"finished experiments of {self.script}")
+        parser.add_argument("--out", type=writable, default="results", metavar="DIR", help=out)
+        return parser.parse_args()
 
-@one_line_errors()
-def tabulate_experiments(args, read_run, markdown):
-    """Write these files. read_run(experiment): a plain dict with "hours"; markdown(runs): the lines of NAME.md."""
-    try:
-        runs = sorted(map(read_run, args.runs), key=lambda run: (run["hours"], run.get("seed", 0)))
-    except FileNotFoundError as error:
-        fail(f"{error.filename}: no such file; expected finished runs of scripts/{args.script}")
-    write_results(args.out, args.name, markdown(runs), runs)
+    def markdown(self, runs):
+        """The lines of NAME.md, with a column per run."""
+        about = f"`scripts/studies/{self.name}.py` wrote this table from runs of `scripts/{self.script}`. "
+        about += "Brackets hold 95% intervals over clips."
+        titles = [f"HOURS={run['hours']:g}" + (f", seed {run['seed']}" if "seed" in run else "") for run in runs]
+        columns = list(map(self.rows_of, runs))
+        rows = [[what, *(column.get(what, "-") for column in columns)] for what in columns[0]]
+        return [f"# {self.title}", "", about, "", *table(["", *titles], rows)]
+
+    @one_line_errors()
+    def main(self):
+        args = self.parse_args()
+        try:
+            runs = sorted(map(self.read_run, args.runs), key=lambda run: (run["hours"], run.get("seed", 0)))
+        except FileNotFoundError as error:
+            fail(f"{error.filename}: no such file; expected finished runs of scripts/{self.script}")
+        write_results(args.out, self.name, self.markdown(runs), runs)
 
 
 def write_results(out, name, lines, content=None):
