@@ -23,13 +23,11 @@ import sys
 import tempfile
 import time
 import warnings
+from engine import ROOT
 from copy import deepcopy
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
-
-sys.path.insert(0, str(Path(__file__).resolve().parent.parent / "EqM"))
-import uncaught  # noqa: F401
 
 import av
 import numpy as np
@@ -49,7 +47,6 @@ from scoring.plots import plt, save_figure
 from video.source import open_source
 from video.writers import encode
 
-ROOT = Path(__file__).resolve().parent.parent
 ON_GPU = torch.cuda.is_available()
 NUM_CLASSES, NEARLY_NO_CHANGE = 101, {"lr": 1e-9, "muon_lr": 1e-9, "weight_decay": 0.0}
 FRAMES = 4, 8, 16  # of the parts memory and sizes

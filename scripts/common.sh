@@ -125,6 +125,8 @@ train_vae() { # FLAGS: train a small VAE on 64 x 64 px frames of DATA, to 16 x 1
   VAE=$FOUND
 }
 
+complete() { [[ -f $1/ucfTrainTestlist/trainlist01.txt ]]; } # DIR: a data set with all its videos; the list comes last
+
 there() { [[ $1 -nt $BEST ]]; } # FILE: it was made from the model BEST
 
 sample() { # FOLDER FLAGS of sample_gd.py: sample the model BEST, unless that is done; samples.json is written last

@@ -17,7 +17,6 @@ set -euo pipefail
 cd "$(dirname "$0")/.."
 source scripts/common.sh
 no_words "$@"
-BEGAN=$SECONDS
 
 suit
 check_gpus
@@ -55,4 +54,4 @@ for frames in $FRAMES; do FOLDERS+=("samples/$EXP-f$frames"); done
 OUT=motion.json && [[ ${#FOLDERS[@]} == 1 ]] && OUT=${FOLDERS[0]}/motion.json
 .venv/bin/python EqM/evaluate.py --metric motion --samples "${FOLDERS[@]}" --data-path="$DATA" --out="$OUT" \
   --num-workers 0
-echo "$((SECONDS - BEGAN)) s; see samples/$EXP-f16/sheet.png and the GIFs beside it"
+echo "$SECONDS s; see samples/$EXP-f16/sheet.png and the GIFs beside it"

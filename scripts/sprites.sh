@@ -19,7 +19,6 @@ set -euo pipefail
 cd "$(dirname "$0")/.."
 source scripts/common.sh
 no_words "$@"
-BEGAN=$SECONDS
 
 EXP=${EXP:-sprites} SEED=${SEED:-0} VAE=${VAE:-}
 SOURCE=${SOURCE:-datasets/sprites-sheets} DATA=${DATA:-datasets/sprites}
@@ -31,9 +30,7 @@ begin "DATA=$DATA SEED=$SEED${VAE:+ VAE=$VAE}"
 VAE_STEPS=${VAE_STEPS:-$(steps 2700)} STEPS_1=${STEPS_1:-$(steps 750)} STEPS_2=${STEPS_2:-$(steps 5500)}
 WEAK=${WEAK:-$(steps 2500)}
 
-if [[ ! -f $DATA/ucfTrainTestlist/trainlist01.txt ]]; then
-  python datasets/prepare_sprites.py --source="$SOURCE" --out="$DATA"
-fi
+complete "$DATA" || python datasets/prepare_sprites.py --source="$SOURCE" --out="$DATA"
 mkdir -p "results/$EXP"
 echo "$SETTINGS" >"results/$EXP/settings"
 
@@ -72,4 +69,4 @@ score "samples/$EXP-predicted.json" --metric prediction --samples="samples/$EXP-
 score "samples/$EXP-predicted-census.json" --metric census --samples="samples/$EXP-predicted"
 python scripts/gallery.py "samples/$EXP-f8" --data-path="$DATA"
 python scripts/studies/sprites.py "$EXP" --out "samples/$EXP-scores"
-echo "$((SECONDS - BEGAN)) s; see samples/$EXP.png, samples/$EXP-f8/gallery.html and samples/$EXP-scores/sprites.md"
+echo "$SECONDS s; see samples/$EXP.png, samples/$EXP-f8/gallery.html and samples/$EXP-scores/sprites.md"

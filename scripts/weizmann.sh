@@ -17,7 +17,6 @@ set -euo pipefail
 cd "$(dirname "$0")/.."
 source scripts/common.sh
 no_words "$@"
-BEGAN=$SECONDS
 
 export EXP=${EXP:-weizmann}
 SOURCE=${SOURCE:-datasets/mocogan} DATA=${DATA:-datasets/weizmann} HOLD_OUT=${HOLD_OUT:-7 8}
@@ -27,15 +26,10 @@ begin "DATA=$DATA HOLD_OUT=$HOLD_OUT"
 export GPUS
 VAE_STEPS=${VAE_STEPS:-$(steps 5000)}
 
-if [[ ! -f $DATA/ucfTrainTestlist/trainlist01.txt ]]; then
-  # shellcheck disable=SC2086 (several numbers)
-  python datasets/prepare_weizmann.py --source="$SOURCE" --out="$DATA" --hold-out $HOLD_OUT
-fi
-
+# shellcheck disable=SC2086 (several numbers)
+complete "$DATA" || python datasets/prepare_weizmann.py --source="$SOURCE" --out="$DATA" --hold-out $HOLD_OUT
 MORE=$DATA-more # seven copies of each training video in other colors and places, for training only
-if [[ ! -f $MORE/ucfTrainTestlist/trainlist01.txt ]]; then
-  python datasets/augment.py --data-path="$DATA" --out="$MORE" --copies 7
-fi
+complete "$MORE" || python datasets/augment.py --data-path="$DATA" --out="$MORE" --copies 7
 mkdir -p "results/$EXP"
 echo "$SETTINGS" >"results/$EXP/settings"
 
@@ -70,11 +64,10 @@ sample "samples/$EXP-continued" --num-frames 32 --given="results/$EXP/held-out" 
 # Scores of continuations from 8 frames (8 samples of each clip) and from 4 (10), as the VAE decodes them and with the
 # background kept; whether the model memorizes; whether samples show the requested action
 predict() { # NAME FRAMES CLIPS SAMPLES_PER_CLIP --[no-]keep-background
-  local folder=samples/$EXP-$1 kept=()
-  if [[ $5 == --keep-background ]]; then kept=("$5"); fi
+  local folder=samples/$EXP-$1
   sample "$folder" --num-frames 16 --given="$DATA" --given-split val --given-frames="$2" --num-samples="$(($3 * $4))" \
     --samples-per-clip="$4" "$5" --no-previews
-  score "$folder.json" --metric prediction --samples="$folder" "${kept[@]}"
+  score "$folder.json" --metric prediction --samples="$folder" ${5##--no-*} # nothing for --no-
 }
 predict 8of16-decoded 0-7 "$REAL" 8 --no-keep-background
 predict 8of16-background 0-7 "$REAL" 8 --keep-background
@@ -86,4 +79,4 @@ score "samples/$EXP-classifier.json" --metric classifier --samples="samples/$EXP
 python scripts/gallery.py "samples/$EXP-f16" --data-path="$DATA"
 for kind in f64 continued; do python scripts/gallery.py "samples/$EXP-$kind"; done
 python scripts/studies/people.py "$EXP" --out "samples/$EXP-scores"
-echo "$((SECONDS - BEGAN)) s; see samples/$EXP-f16/sheet.png, samples/$EXP-f16/gallery.html and samples/$EXP-scores/people.md"
+echo "$SECONDS s; see samples/$EXP-f16/sheet.png, samples/$EXP-f16/gallery.html and samples/$EXP-scores/people.md"

@@ -27,7 +27,8 @@ os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
 from scipy.special import stdtrit
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
-sys.path.insert(0, str(Path(__file__).resolve().parents[2] / "EqM"))
+
+from engine import ROOT
 
 from runtime import distributed
 from runtime.atomic import write_file
@@ -35,15 +36,20 @@ from runtime.cli import NATURAL, ArgumentParser, UserError, check_writable, fail
 from runtime.metrics import read_metrics
 from scoring.stats import cell, mean_and_error  # noqa: F401 (cell: for people.py)
 
-ROOT = Path(__file__).resolve().parents[2]
 WAIT_SECONDS = 2.0  # between two checks for runs that other processes did not finish
+
+
+def out_parser(doc, what="the tables"):
+    """A parser with the flag --out, a folder for `what`. doc: the docstring of the script."""
+    parser = ArgumentParser(description=doc.partition("\n")[0])
+    parser.add_argument("--out", type=writable, default="results", metavar="DIR", help=f"folder for {what}")
+    return parser
 
 
 def study_parser(doc, seeds=None, trains=True):
     """A parser with the flags that all studies share. seeds: the default of --seeds; trains: add --compile."""
-    parser = ArgumentParser(description=doc.partition("\n")[0])
+    parser = out_parser(doc, "the tables and the runs")
     add = parser.add_argument
-    add("--out", type=writable, default="results", metavar="DIR", help="folder for the tables and the runs")
     add("--miniature", action="store_true", help="use tiny models and few steps, to try the script")
     if trains:
         add("--compile", action="store_true", help="train with torch.compile, which rounds differently")
@@ -71,27 +77,6 @@ def file_lock(path, wait=True):
             fcntl.flock(file, fcntl.LOCK_EX | (0 if wait else fcntl.LOCK_NB))
             is_locked = True
         yield is_locked
-
-
-def script(*words, log, **environment):
-    """Run a script of the repository and append its output to the log. It stops if this process dies.
-
-    Returns its peak memory in MiB. Raises UserError if it fails.
-    """
-    command = map(str, ["bash" if words[0].endswith(".sh") else sys.executable, ROOT / words[0], *words[1:]])
-    with open(log, "a") as file:
-        streams, on_its_death = {"stdout": file, "stderr": file}, partial(distributed.die_with_parent, signal.SIGTERM)
-        process = subprocess.Popen(list(command), **streams, env=os.environ | environment, preexec_fn=on_its_death)
-        try:
-            _, status, usage = os.wait4(process.pid, 0)
-        except KeyboardInterrupt:  # the script received SIGINT, too, and saves
-            process.wait()
-            raise
-    process.returncode = os.waitstatus_to_exitcode(status)
-    if process.returncode:
-        last_line = Path(log).read_text(errors="replace").strip().rpartition("\n")[2]
-        raise UserError(f"{words[0]} ended with status {process.returncode} ({last_line}); see {log}")
-    return usage.ru_maxrss / 1024
 
 
 @dataclass(eq=False)
@@ -144,7 +129,25 @@ class Run:
         return next(self.folder.glob("*/checkpoints/latest.pt"), None) if is_trained else None
 
     def script(self, *words, **environment):
-        return script(*words, log=self.folder / f"{Path(words[0]).stem}.log", **environment)
+        """Run a script of the repository with a log in this folder. It stops if this process dies.
+
+        Returns its peak memory in MiB. Raises UserError if it fails.
+        """
+        log = self.folder / f"{Path(words[0]).stem}.log"
+        command = ["bash" if words[0].endswith(".sh") else sys.executable, ROOT / words[0], *words[1:]]
+        settings = {"env": os.environ | environment, "preexec_fn": partial(distributed.die_with_parent, signal.SIGTERM)}
+        with open(log, "a") as file:
+            process = subprocess.Popen([str(word) for word in command], stdout=file, stderr=file, **settings)
+            try:
+                _, status, usage = os.wait4(process.pid, 0)
+            except KeyboardInterrupt:  # the script received SIGINT, too, and saves
+                process.wait()
+                raise
+        process.returncode = os.waitstatus_to_exitcode(status)
+        if process.returncode:
+            last_line = log.read_text(errors="replace").strip().rpartition("\n")[2]
+            raise UserError(f"{words[0]} ended with status {process.returncode} ({last_line}); see {log}")
+        return usage.ru_maxrss / 1024
 
     def make_data(self):
         for folder, flags in self.data.items():
@@ -270,9 +273,8 @@ class ExperimentTable:
     rows_of: Callable
 
     def parse_args(self):
-        parser, out = ArgumentParser(description=self.about.partition("\n")[0]), f"folder for {self.name}.md and .json"
+        parser = out_parser(self.about, f"{self.name}.md and {self.name}.json")
         parser.add_argument("runs", nargs="+", metavar="EXP", help=f"finished experiments of {self.script}")
-        parser.add_argument("--out", type=writable, default="results", metavar="DIR", help=out)
         return parser.parse_args()
 
     def markdown(self, runs):

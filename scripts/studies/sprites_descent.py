@@ -17,7 +17,7 @@ import torch
 import lab
 from checkpoint import load_model
 from models import Condition
-from runtime.cli import COUNT, ArgumentParser, Bar, fail, one_line_errors
+from runtime.cli import COUNT, Bar, fail, one_line_errors
 from runtime.rng import normal
 from samplers import guided, sample
 from scoring import census
@@ -37,12 +37,11 @@ SHARES = {  # of the census: title, in %
 
 
 def parse_args():
-    parser = ArgumentParser(description=__doc__.partition("\n")[0])
+    parser = lab.out_parser(__doc__)
     add = parser.add_argument
     add("run", metavar="EXP", help="a finished experiment of sprites.sh")
     add("--data-path", default="datasets/sprites", metavar="DIR", help="the data set of prepare_sprites.py")
     add("--num-samples", type=COUNT, default=288, help="clips per setting")
-    add("--out", type=lab.writable, default="results", metavar="DIR", help="folder for the tables")
     return parser.parse_args()
 
 
