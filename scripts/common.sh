@@ -92,6 +92,11 @@ processes() { # set RUN to the command that starts a Python script in GPUS proce
   fi
 }
 
+newest() { # set FOUND to the last of these paths, RESUME to --resume if it exists
+  FOUND=${*: -1}
+  [[ -e $FOUND ]] && RESUME=(--resume) || RESUME=()
+}
+
 # What weizmann.sh and sprites.sh share: HOURS of training, a small VAE, files that are made only once
 
 begin() { # SETTINGS: refuse to continue results/$EXP with other settings; set up the environment, GPUS, MIXED and RUN
@@ -110,11 +115,6 @@ begin() { # SETTINGS: refuse to continue results/$EXP with other settings; set u
 
 steps() { # PER_HOUR: the steps of HOURS, at least 3
   awk -v hours="$HOURS" -v each="$1" 'BEGIN { steps = int(hours * each); print steps < 3 ? 3 : steps }'
-}
-
-newest() { # set FOUND to the last of these paths, RESUME to --resume if it exists
-  FOUND=${*: -1}
-  [[ -e $FOUND ]] && RESUME=(--resume) || RESUME=()
 }
 
 train_vae() { # FLAGS: train a small VAE on 64 x 64 px frames of DATA, to 16 x 16 latents; set VAE to its folder
