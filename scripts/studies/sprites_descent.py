@@ -57,10 +57,8 @@ def score_settings(args, checkpoint, numbered):
         flags += [] if number is None else ["--weak-ckpt", numbered[number]]
         tasks[name] = flags, ["census"]
     metrics = {"census": ["--data-path", args.data_path, "--num-workers", 1]}
-    run = lab.Run(Path("samples", f"{args.run}-descent"), tasks=tasks, metrics=metrics)
-    run.folder.mkdir(parents=True, exist_ok=True)
-    run.sample(checkpoint)
-    run.score()
+    run = lab.Run(Path("samples", f"{args.run}-descent"), tasks=tasks, metrics=metrics, ckpt=checkpoint)
+    lab.run_all([run])
     return {name: run.scores(name, "census")["result"] for name in tasks}
 
 
