@@ -23,13 +23,11 @@ import sys
 import tempfile
 import time
 import warnings
+from engine import ROOT
 from copy import deepcopy
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
-
-sys.path.insert(0, str(Path(__file__).resolve().parent.parent / "EqM"))
-import uncaught  # noqa: F401
 
 import av
 import numpy as np
@@ -49,11 +47,11 @@ from scoring.plots import plt, save_figure
 from video.source import open_source
 from video.writers import encode
 
-ROOT = Path(__file__).resolve().parent.parent
 ON_GPU = torch.cuda.is_available()
 NUM_CLASSES, NEARLY_NO_CHANGE = 101, {"lr": 1e-9, "muon_lr": 1e-9, "weight_decay": 0.0}
 FRAMES = 4, 8, 16  # of the parts memory and sizes
 WARM_UP = 2  # untimed calls at the start
+synchronize = torch.cuda.synchronize if ON_GPU else lambda: None
 # Tokens per step of the part "sizes": 80 GB at about 60 KB of activations per token, block and 1,000 channels. They are
 # halved until they fit. A CPU only shows that the part works.
 SIZES = {"EqM-S/4": 65_536, "EqM-B/2": 65_536, "EqM-XL/2": 16_384} if ON_GPU else {"EqM-Ti/4": 512}
@@ -79,11 +77,6 @@ def changed(args, **flags):
 
 
 # Ratios and tables ----------------------------------------------------------------------------------------------------
-
-
-def synchronize():
-    if ON_GPU:
-        torch.cuda.synchronize()
 
 
 def seconds_of(function):

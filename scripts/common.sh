@@ -30,13 +30,17 @@ nearly() { # "KNOWN NAMES" NAMES...: none of NAMES, which look like known ones, 
   done
 }
 
+must() { # "WHAT IS WRONG" PATTERN NAMES of variables: each must match the pattern
+  local name
+  for name in "${@:3}"; do
+    [[ ${!name} =~ ^($2)$ ]] || complain "$name=$(printf %q "${!name}"): $1"
+  done
+}
+
 counts() { # NAMES of variables: each must be a whole number of at least 1; removes leading zeros
   local name
-  for name in "$@"; do
-    [[ ${!name} =~ ^0*([1-9][0-9]{0,9})$ ]] ||
-      complain "$name=$(printf %q "${!name}"): not a count; expected a whole number of at least 1"
-    printf -v "$name" %s "${BASH_REMATCH[1]}"
-  done
+  must "not a count; expected a whole number of at least 1" '0*[1-9][0-9]{0,9}' "$@"
+  for name in "$@"; do printf -v "$name" %d "$((10#${!name}))"; done
 }
 
 shares() { # NAMES of variables: each must be a number from 0 to 1
@@ -51,9 +55,7 @@ check_exp() { # EXP is a path relative to results/ and samples/; studies lead ou
   [[ $EXP != /* ]] || complain "EXP=$(printf %q "$EXP"): not inside results/; expected a name without a leading /"
 }
 
-check_seed() { # SEED must be a whole number
-  [[ $SEED =~ ^[0-9]{1,9}$ ]] || complain "SEED=$(printf %q "$SEED"): not a seed; expected a whole number of at least 0"
-}
+check_seed() { must "not a seed; expected a whole number of at least 0" "[0-9]{1,9}" SEED; }
 
 check_gpus() { # GPUS must be a number of processes that this machine has GPUs for; without a GPU, any
   counts GPUS
@@ -68,13 +70,15 @@ activate() { # use the environment that setup.sh makes, or the active one
     complain "no torch found: run 'bash scripts/setup.sh' first, or activate your own environment"
 }
 
-suit() { # set RANKS and SUITED: the number of processes and the precision that suit this machine
-  RANKS=1 SUITED= # train.py knows the best precision of a GPU
+suit() { # set GPUS and PRECISION to what suits this machine, unless they are set, and MIXED to the flag
+  local gpus=1 precision= # train.py knows the best precision of a GPU
   if ! command -v nvidia-smi >/dev/null; then
-    RANKS=2 SUITED=bf16 # on a CPU, two processes of one thread are faster than one of two
+    gpus=2 precision=bf16 # on a CPU, two processes of one thread are faster than one of two
     # Have glibc keep the memory of a step for the next one: returning it and asking again takes time
     export MALLOC_MMAP_THRESHOLD_=4000000000 MALLOC_TRIM_THRESHOLD_=4000000000
   fi
+  GPUS=${GPUS:-$gpus} PRECISION=${PRECISION:-$precision}
+  MIXED=(${PRECISION:+--precision="$PRECISION"})
 }
 
 processes() { # set RUN to the command that starts a Python script in GPUS processes
@@ -88,25 +92,29 @@ processes() { # set RUN to the command that starts a Python script in GPUS proce
   fi
 }
 
+newest() { # set FOUND to the last of these paths, RESUME to --resume if it exists
+  FOUND=${*: -1}
+  [[ -e $FOUND ]] && RESUME=(--resume) || RESUME=()
+}
+
 # What weizmann.sh and sprites.sh share: HOURS of training, a small VAE, files that are made only once
 
-hours() { # SETTINGS: check HOURS; refuse to continue results/$EXP with other settings
+begin() { # SETTINGS: refuse to continue results/$EXP with other settings; set up the environment, GPUS, MIXED and RUN
   HOURS=${HOURS:-2}
-  [[ $HOURS =~ ^[0-9]*\.?[0-9]+$ ]] || complain "HOURS=$(printf %q "$HOURS"): not a number; expected one such as 0.5"
+  must "not a number; expected one such as 0.5" '[0-9]*\.?[0-9]+' HOURS
   check_exp
   SETTINGS="HOURS=$HOURS $*"
   if [[ -f results/$EXP/settings && $(<"results/$EXP/settings") != "$SETTINGS" ]]; then
     complain "EXP=$EXP: made with $(<"results/$EXP/settings"), got $SETTINGS; set another EXP"
   fi
+  suit
+  processes
+  bash scripts/setup.sh
+  activate
 }
 
 steps() { # PER_HOUR: the steps of HOURS, at least 3
   awk -v hours="$HOURS" -v each="$1" 'BEGIN { steps = int(hours * each); print steps < 3 ? 3 : steps }'
-}
-
-newest() { # set FOUND to the last of these paths, RESUME to --resume if it exists
-  FOUND=${*: -1}
-  [[ -e $FOUND ]] && RESUME=(--resume) || RESUME=()
 }
 
 train_vae() { # FLAGS: train a small VAE on 64 x 64 px frames of DATA, to 16 x 16 latents; set VAE to its folder
@@ -117,9 +125,15 @@ train_vae() { # FLAGS: train a small VAE on 64 x 64 px frames of DATA, to 16 x 1
   VAE=$FOUND
 }
 
+complete() { [[ -f $1/ucfTrainTestlist/trainlist01.txt ]]; } # DIR: a data set with all its videos; the list comes last
+
 there() { [[ $1 -nt $BEST ]]; } # FILE: it was made from the model BEST
 
-score() { # FILE FLAGS of evaluate.py: write FILE, if it is missing
+sample() { # FOLDER FLAGS of sample_gd.py: sample the model BEST, unless that is done; samples.json is written last
+  there "$1/samples.json" || "${RUN[@]}" EqM/sample_gd.py --video --ckpt="$BEST" --folder="$1" "${MIXED[@]}" "${@:2}"
+}
+
+score() { # FILE FLAGS of evaluate.py: write FILE, unless that is done
   there "$1" || "${RUN[@]}" EqM/evaluate.py --data-path="$DATA" --num-workers "${READERS:-0}" --out="$1" "${@:2}"
 }
 

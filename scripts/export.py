@@ -7,13 +7,10 @@ Pass the folder to sample_gd.py and train.py as --ckpt. An fp32 export gives the
 for bit. A VAE that was a folder is copied to `vae/`, so you can move the export to another machine.
 """
 
+import engine  # noqa: F401
 import math
 import os
-import sys
 from pathlib import Path
-
-sys.path.insert(0, str(Path(__file__).resolve().parent.parent / "EqM"))
-import uncaught  # noqa: F401
 
 import checkpoint
 import generation

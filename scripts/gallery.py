@@ -6,18 +6,15 @@ This writes samples/gallery.html. All videos play in step; you can pause, step b
 template is gallery.html beside this script.
 """
 
+import engine  # noqa: F401
 import base64
 import itertools
 import re
 import statistics
-import sys
 import tempfile
 from collections import Counter
 from html import escape
 from pathlib import Path
-
-sys.path.insert(0, str(Path(__file__).resolve().parent.parent / "EqM"))
-import uncaught  # noqa: F401
 
 from runtime.atomic import write_file
 from runtime.cli import COUNT, SHARE, ArgumentParser, UserError, check_writable, one_line_errors, say, wrong_input

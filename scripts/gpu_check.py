@@ -3,14 +3,12 @@
 import os
 import subprocess
 import sys
+from engine import ROOT
 from pathlib import Path
 
 # Let waiting threads sleep instead of spin: on a busy machine, spinning makes a step many times slower.
 # Must be set before torch is imported.
 os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
-
-sys.path.insert(0, str(Path(__file__).resolve().parent.parent / "EqM"))
-import uncaught  # noqa: F401
 
 import pytest
 import torch
@@ -18,7 +16,6 @@ import torch
 from runtime.atomic import write_file
 from runtime.cli import COUNT, ArgumentParser, UserError, check_writable, fail, has_bf16, one_line_errors, wrong_input
 
-ROOT = Path(__file__).resolve().parent.parent
 ON_GPU = torch.cuda.is_available()
 SPEED = "A training step on random latents of 32 x 32 x 4, without loading. MFU: FLOP/s / the GPU's peak FLOP/s."
 

@@ -5,11 +5,8 @@
 A row shows at most COLUMNS frames, evenly spaced from the first to the last. Given frames have an orange border.
 """
 
-import sys
+import engine  # noqa: F401
 from pathlib import Path
-
-sys.path.insert(0, str(Path(__file__).resolve().parent.parent / "EqM"))
-import uncaught  # noqa: F401
 
 import numpy as np
 from PIL import Image

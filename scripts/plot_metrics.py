@@ -8,22 +8,19 @@ given run continues that run's curve: steps are global, and its FLOPs and second
 different lengths can't be compared, so validation then shows the relative loss: 1 is the loss of a zero prediction.
 """
 
+import engine  # noqa: F401
 import itertools
 import json
 import math
 import re
-import sys
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 
-sys.path.insert(0, str(Path(__file__).resolve().parent.parent / "EqM"))
-import uncaught  # noqa: F401
-
 import numpy as np
 from matplotlib.ticker import FuncFormatter, LogLocator, MaxNLocator, NullLocator
 
-from runtime.cli import COUNT, ArgumentParser, UserError, check_writable, one_line_errors, say, wrong_input
+from runtime.cli import COUNT, ArgumentParser, UserError, check_writable, one_line_errors, plural, say, wrong_input
 from runtime.metrics import read_metrics
 from scoring.plots import COLORS, MARKERS, plt, save_figure
 from video.drawing import drawable
@@ -75,7 +72,7 @@ def load_runs(places):
             rows, torn = read_metrics(file)
             found |= {file.parent.resolve(): rows} if rows else {}
             if torn:
-                say(f"{file}: {torn} torn {'line' if torn == 1 else 'lines'} skipped")
+                say(f"{file}: {plural(torn, 'torn line')} skipped")
         if not found:
             what = f"{METRICS} has no step yet" if files else f"no {METRICS}, nor a folder with one"
             raise UserError(f"RUN {place}: {what}; name a run folder of train.py that has logged a step")
@@ -243,7 +240,7 @@ def main():
                     say(f"no {axis} logged, so no curves against {X_AXES[axis][0]}: {curve.label}")
     Path(args.out).parent.mkdir(parents=True, exist_ok=True)
     save_figure(plot_curves(curves, args.relative, args.smooth), args.out)
-    say(f"{args.out}: {len(curves)} {'curve' if len(curves) == 1 else 'curves'}")
+    say(f"{args.out}: {plural(len(curves), 'curve')}")
 
 
 if __name__ == "__main__":

@@ -17,11 +17,8 @@ set -euo pipefail
 cd "$(dirname "$0")/.."
 source scripts/common.sh
 no_words "$@"
-BEGAN=$SECONDS
 
 suit
-PRECISION=${PRECISION:-$SUITED}
-GPUS=${GPUS:-$RANKS}
 check_gpus
 export GPUS EXP=${EXP:-quickstart} DATA=${DATA:-datasets/moving-shapes} MODEL=${MODEL:-EqM-Ti/2}
 export STEPS_1=${STEPS_1:-1000} STEPS_2=${STEPS_2:-1680} STEPS_3=${STEPS_3:-2200} # 840 and 1580: one seed was weak
@@ -33,11 +30,9 @@ SAMPLES=${SAMPLES:-48} FRAMES=${FRAMES:-16 7 24} VIDEOS=${VIDEOS:-60} SEED=${SEE
 
 # Find mistakes before anything is installed
 counts VIDEOS SAMPLES
-for frames in $FRAMES; do
-  [[ $frames =~ ^[1-9][0-9]*$ ]] || complain "FRAMES=$(printf %q "$FRAMES"): not counts; expected one or more, as in '16 7'"
-done
 check_seed
-[[ ${PRECISION:-bf16} =~ ^(bf16|fp32)$ ]] || complain "PRECISION=$(printf %q "$PRECISION"): expected bf16 or fp32"
+must "not counts; expected one or more, as in '16 7'" '([1-9][0-9]* *)+' FRAMES
+must "expected bf16 or fp32" '(bf16|fp32)?' PRECISION
 SCRIPT=$SCRIPT EQM_ONLY_CHECK=1 bash scripts/train_progressive.sh
 
 bash scripts/setup.sh
@@ -46,17 +41,17 @@ bash scripts/setup.sh
 bash scripts/train_progressive.sh \
   --depth 4 --hidden-size 128 --num-heads 4 --rope-theta 100 \
   --temporal-patch-size 4 --image-size 16 --vae none --no-flip \
-  --num-workers 0 --cache-frames "${MIX[@]}" ${PRECISION:+--precision="$PRECISION"} \
+  --num-workers 0 --cache-frames "${MIX[@]}" "${MIXED[@]}" \
   --lr 2e-3 --warmup-steps 20 --ema-decay 0.99 --gamma-shift 2 --global-seed "$SEED" \
   --log-every 50 --val-every 100000 --val-clips 32 --sample-every 0 \
   --sampler ngd --num-sampling-steps 20 --stepsize 0.0262 --cfg-scale 1.5
 
-OUT=samples/$EXP CKPT= FRAMES=$FRAMES SAMPLES=$SAMPLES bash scripts/sample.sh --overwrite \
-  ${PRECISION:+--precision="$PRECISION"} --batch-size 8 # 48 samples are 3 batches for each of two ranks
+OUT=samples/$EXP CKPT= FRAMES=$FRAMES SAMPLES=$SAMPLES bash scripts/sample.sh --overwrite "${MIXED[@]}" \
+  --batch-size 8 # 48 samples are 3 batches for each of two ranks
 
 FOLDERS=()
 for frames in $FRAMES; do FOLDERS+=("samples/$EXP-f$frames"); done
 OUT=motion.json && [[ ${#FOLDERS[@]} == 1 ]] && OUT=${FOLDERS[0]}/motion.json
 .venv/bin/python EqM/evaluate.py --metric motion --samples "${FOLDERS[@]}" --data-path="$DATA" --out="$OUT" \
   --num-workers 0
-echo "$((SECONDS - BEGAN)) s; see samples/$EXP-f16/sheet.png and the GIFs beside it"
+echo "$SECONDS s; see samples/$EXP-f16/sheet.png and the GIFs beside it"

@@ -35,20 +35,13 @@ FRAMES=${FRAMES:-16} SAMPLES=${SAMPLES:-96} SPLIT=${SPLIT:-val} GIVEN=${GIVEN:-0
 SAMPLES_PER_CLIP=${SAMPLES_PER_CLIP:-1} VAL_FRACTION=${VAL_FRACTION:-0.05}
 counts SAMPLES SAMPLES_PER_CLIP ${REAL:+REAL}
 read -ra METRICS <<<"$METRIC"
+KNOWN="motion fvd fid consistency nearest classifier census prediction"
 for metric in "${METRICS[@]}"; do # before anything is sampled
-  case $metric in
-    motion | consistency | nearest | classifier | census) ;;
-    fvd | fid)
-      [[ -n $DETECTOR || -n $MANIFEST ]] || complain "METRIC=$metric: no detector; set DETECTOR to a TorchScript file"
-      ;;
-    prediction)
-      [[ ${#METRICS[@]} == 1 ]] || complain "METRIC=prediction: makes samples of its own; expected no other metric"
-      ;;
-    *)
-      complain "METRIC=$(printf %q "$metric"): unknown metric;" \
-        "expected motion fvd fid consistency nearest classifier census prediction"
-      ;;
-  esac
+  [[ " $KNOWN " == *" $metric "* ]] || complain "METRIC=$(printf %q "$metric"): unknown metric; expected $KNOWN"
+  [[ $metric != f[iv]d || -n $DETECTOR$MANIFEST ]] ||
+    complain "METRIC=$metric: no detector; set DETECTOR to a TorchScript file"
+  [[ $metric != prediction || ${#METRICS[@]} == 1 ]] ||
+    complain "METRIC=prediction: makes samples of its own; expected no other metric"
 done
 if [[ -z $CKPT && (-n $EXP || -z $MANIFEST) ]]; then
   EXP=${EXP:-demo}

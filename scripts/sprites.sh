@@ -19,29 +19,18 @@ set -euo pipefail
 cd "$(dirname "$0")/.."
 source scripts/common.sh
 no_words "$@"
-BEGAN=$SECONDS
 
 EXP=${EXP:-sprites} SEED=${SEED:-0} VAE=${VAE:-}
 SOURCE=${SOURCE:-datasets/sprites-sheets} DATA=${DATA:-datasets/sprites}
 SAMPLES=${SAMPLES:-2592} PREDICTIONS=${PREDICTIONS:-2664} READERS=1
-suit
-PRECISION=${PRECISION:-$SUITED}
-GPUS=${GPUS:-$RANKS}
-processes
 counts SAMPLES PREDICTIONS
-MIXED=(${PRECISION:+--precision="$PRECISION"})
-
 check_seed
 [[ -z $VAE || -d $VAE ]] || complain "VAE=$(printf %q "$VAE"): no such folder; unset VAE to train one"
-hours "DATA=$DATA SEED=$SEED${VAE:+ VAE=$VAE}"
+begin "DATA=$DATA SEED=$SEED${VAE:+ VAE=$VAE}"
 VAE_STEPS=${VAE_STEPS:-$(steps 2700)} STEPS_1=${STEPS_1:-$(steps 750)} STEPS_2=${STEPS_2:-$(steps 5500)}
 WEAK=${WEAK:-$(steps 2500)}
 
-bash scripts/setup.sh
-activate
-if [[ ! -f $DATA/ucfTrainTestlist/trainlist01.txt ]]; then
-  python datasets/prepare_sprites.py --source="$SOURCE" --out="$DATA"
-fi
+complete "$DATA" || python datasets/prepare_sprites.py --source="$SOURCE" --out="$DATA"
 mkdir -p "results/$EXP"
 echo "$SETTINGS" >"results/$EXP/settings"
 
@@ -59,20 +48,18 @@ newest "results/$EXP"/*-EqM-S-4-*
 newest "results/$EXP"/*-EqM-S-4-*/checkpoints/best.pt
 BEST=$FOUND
 
-sample() { # FOLDER NUMBER FLAGS: sample 8 frames, unless that was done
-  there "$1/samples.json" || "${RUN[@]}" EqM/sample_gd.py --video --ckpt="$BEST" --num-frames 8 --folder="$1" --overwrite \
-    --num-samples="$2" --batch-size 32 --global-seed "$SEED" --no-previews "${MIXED[@]}" "${@:3}"
-}
-sample "samples/$EXP-f8" "$SAMPLES" --weak-ckpt "$(printf %s/%07d.pt "${BEST%/*}" "$WEAK")" --cfg-scale 1.7
-GIVEN=(--given-frames 0 --no-keep-background --cfg-scale 1) # guidance does not help predictions
-sample "samples/$EXP-predicted" "$PREDICTIONS" --given="$DATA" --given-split val "${GIVEN[@]}"
+COMMON=(--num-frames 8 --batch-size 32 --global-seed "$SEED" --no-previews)
+sample "samples/$EXP-f8" "${COMMON[@]}" --num-samples "$SAMPLES" --cfg-scale 1.7 \
+  --weak-ckpt "$(printf %s/%07d.pt "${BEST%/*}" "$WEAK")"
+GIVEN=("${COMMON[@]}" --given-frames 0 --no-keep-background --cfg-scale 1) # guidance does not help predictions
+sample "samples/$EXP-predicted" "${GIVEN[@]}" --num-samples "$PREDICTIONS" --given="$DATA" --given-split val
 
 # For the picture: one held-out character in all nine classes
 for clip in "$DATA"/*/"$(basename "$(head -n 1 "$DATA/ucfTrainTestlist/testlist01.txt")")"; do
   class=$(basename "$(dirname "$clip")")
   mkdir -p "results/$EXP/nine/$class" && cp "$clip" "results/$EXP/nine/$class"
 done
-sample "samples/$EXP-nine" 9 --given="results/$EXP/nine" "${GIVEN[@]}"
+sample "samples/$EXP-nine" "${GIVEN[@]}" --num-samples 9 --given="results/$EXP/nine"
 python scripts/picture.py "samples/$EXP-f8" "samples/$EXP-nine" --rows 9 --out "samples/$EXP.png"
 
 RUN=(python) # these metrics compute in one process, which may use all cores
@@ -82,4 +69,4 @@ score "samples/$EXP-predicted.json" --metric prediction --samples="samples/$EXP-
 score "samples/$EXP-predicted-census.json" --metric census --samples="samples/$EXP-predicted"
 python scripts/gallery.py "samples/$EXP-f8" --data-path="$DATA"
 python scripts/studies/sprites.py "$EXP" --out "samples/$EXP-scores"
-echo "$((SECONDS - BEGAN)) s; see samples/$EXP.png, samples/$EXP-f8/gallery.html and samples/$EXP-scores/sprites.md"
+echo "$SECONDS s; see samples/$EXP.png, samples/$EXP-f8/gallery.html and samples/$EXP-scores/sprites.md"

@@ -49,15 +49,12 @@ export TORCH_ELASTIC_SHUTDOWN_TIMEOUT=${TORCH_ELASTIC_SHUTDOWN_TIMEOUT:-100}
 counts GPUS FRAMES_1 FRAMES_2 FRAMES_3 STEPS_1 STEPS_2 STEPS_3 BATCH_1 BATCH_2 BATCH_3
 shares LR_DECAY ${FORCING:+FORCING}
 check_exp
-[[ $MODEL =~ ^EqM-[A-Za-z]+/[0-9]+$ ]] || complain "MODEL=$(printf %q "$MODEL"): unknown model; expected one such as EqM-S/4"
-for name in CACHE FLIPS COMPILE ONE_RUN; do
-  [[ ${!name} == [01] ]] || complain "$name=$(printf %q "${!name}"): not a switch; expected 0 or 1"
-done
-for name in BATCH_1 BATCH_2 BATCH_3; do
-  [[ $((${!name} % GPUS)) == 0 ]] || complain "$name=${!name}: not a multiple of GPUS=$GPUS; change one of them"
-done
-for phase in 2 3; do
-  steps=STEPS_$phase earlier=STEPS_$((phase - 1))
+must "unknown model; expected one such as EqM-S/4" 'EqM-[A-Za-z]+/[0-9]+' MODEL
+must "not a switch; expected 0 or 1" '[01]' CACHE FLIPS COMPILE ONE_RUN
+STEPS_0=0
+for phase in 1 2 3; do
+  steps=STEPS_$phase earlier=STEPS_$((phase - 1)) batch=BATCH_$phase
+  [[ $((${!batch} % GPUS)) == 0 ]] || complain "$batch=${!batch}: not a multiple of GPUS=$GPUS; change one of them"
   [[ ${!steps} -gt ${!earlier} ]] ||
     complain "$steps=${!steps}: not above $earlier=${!earlier}; steps count over all phases, so they must increase"
 done
@@ -92,12 +89,12 @@ done
 [[ -d $DATA ]] || complain "DATA=$(printf %q "$DATA"): no such folder; set DATA to the folder of your videos"
 
 find_run() { # PHASE: set FOLDER to its newest run and SAVED to a checkpoint there; each is empty if there is none
-  local frames=FRAMES_$1 runs files
+  local frames=FRAMES_$1
   [[ $ONE_RUN == 1 ]] && frames=$FRAMES_1-$FRAMES_2-$FRAMES_3 || frames=${!frames}
-  runs=("results/$EXP"/[0-9]*-"${MODEL/\//-}-f$frames-rope")
-  FOLDER=${runs[${#runs[@]} - 1]}
-  files=("$FOLDER"/checkpoints/*.pt)
-  SAVED=${files[${#files[@]} - 1]}
+  newest "results/$EXP"/[0-9]*-"${MODEL/\//-}-f$frames-rope"
+  FOLDER=$FOUND
+  newest "$FOLDER"/checkpoints/*.pt
+  SAVED=$FOUND
   [[ -f $SAVED ]] || SAVED=
   [[ -d $FOLDER ]] || FOLDER=
 }
@@ -193,7 +190,6 @@ if [[ $ONE_RUN == 1 ]]; then
   train 1 $((STEPS_3 / 3)) --frames-schedule="$SCHEDULE" "$@"
 else
   [[ $BEGUN -lt 2 ]] || echo "$SCRIPT: phase $BEGUN has checkpoints, so the phases before it are done"
-  STEPS_0=0
   for ((phase = BEGUN > 1 ? BEGUN : 1; phase <= 3; phase++)); do
     frames=FRAMES_$phase steps=STEPS_$phase batch=BATCH_$phase before=STEPS_$((phase - 1)) CKPT=
     if [[ $phase != 1 ]]; then

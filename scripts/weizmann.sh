@@ -17,32 +17,19 @@ set -euo pipefail
 cd "$(dirname "$0")/.."
 source scripts/common.sh
 no_words "$@"
-BEGAN=$SECONDS
 
 export EXP=${EXP:-weizmann}
 SOURCE=${SOURCE:-datasets/mocogan} DATA=${DATA:-datasets/weizmann} HOLD_OUT=${HOLD_OUT:-7 8}
 SAMPLES=${SAMPLES:-96} LONG=${LONG:-16} REAL=${REAL:-64} CLASSIFIER_STEPS=${CLASSIFIER_STEPS:-250}
-suit
-PRECISION=${PRECISION:-$SUITED}
-export GPUS=${GPUS:-$RANKS}
-processes
 counts SAMPLES LONG REAL CLASSIFIER_STEPS
-MIXED=(${PRECISION:+--precision="$PRECISION"})
-
-hours "DATA=$DATA HOLD_OUT=$HOLD_OUT"
+begin "DATA=$DATA HOLD_OUT=$HOLD_OUT"
+export GPUS
 VAE_STEPS=${VAE_STEPS:-$(steps 5000)}
 
-bash scripts/setup.sh
-activate
-if [[ ! -f $DATA/ucfTrainTestlist/trainlist01.txt ]]; then
-  # shellcheck disable=SC2086 (several numbers)
-  python datasets/prepare_weizmann.py --source="$SOURCE" --out="$DATA" --hold-out $HOLD_OUT
-fi
-
+# shellcheck disable=SC2086 (several numbers)
+complete "$DATA" || python datasets/prepare_weizmann.py --source="$SOURCE" --out="$DATA" --hold-out $HOLD_OUT
 MORE=$DATA-more # seven copies of each training video in other colors and places, for training only
-if [[ ! -f $MORE/ucfTrainTestlist/trainlist01.txt ]]; then
-  python datasets/augment.py --data-path="$DATA" --out="$MORE" --copies 7
-fi
+complete "$MORE" || python datasets/augment.py --data-path="$DATA" --out="$MORE" --copies 7
 mkdir -p "results/$EXP"
 echo "$SETTINGS" >"results/$EXP/settings"
 
@@ -59,36 +46,28 @@ DATA=$MORE bash scripts/train_progressive.sh \
   --log-every 50 --val-every 1000 --val-clips 32 --sample-every 0 --save-minutes 3 \
   --sampler ngd --num-sampling-steps 24 --stepsize 0.0217 --cfg-scale 1.5 "${MIXED[@]}"
 
-# Files newer than the model are not made again; samples.json is the last file of its folder
 newest "results/$EXP"/*-EqM-S-2-*/checkpoints/best.pt
 BEST=$FOUND
 
 # Samples of 16 frames, and of 64, made in windows
-for kind in "16 $SAMPLES" "64 $LONG"; do
-  read -r frames count <<<"$kind"
-  there "samples/$EXP-f$frames/samples.json" || CKPT=$BEST OUT=samples/$EXP FRAMES=$frames SAMPLES=$count \
-    bash scripts/sample.sh --overwrite --batch-size 8 "${MIXED[@]}"
-done
+sample "samples/$EXP-f16" --num-frames 16 --num-samples "$SAMPLES" --batch-size 8
+sample "samples/$EXP-f64" --num-frames 64 --num-samples "$LONG" --batch-size 8
 
 # Continuations of clips of the held-out people
-if ! there "samples/$EXP-continued/samples.json"; then
-  while read -r clip _; do
-    mkdir -p "results/$EXP/held-out/${clip%/*}"
-    cp "$DATA/$clip" "results/$EXP/held-out/$clip"
-  done <"$DATA/ucfTrainTestlist/testlist01.txt"
-  "${RUN[@]}" EqM/sample_gd.py --video --ckpt="$BEST" --num-frames 32 --given="results/$EXP/held-out" --given-frames 0-7 \
-    --num-samples "$(wc -l <"$DATA/ucfTrainTestlist/testlist01.txt")" --folder="samples/$EXP-continued" --batch-size 4 "${MIXED[@]}"
-fi
+while read -r clip _; do
+  mkdir -p "results/$EXP/held-out/${clip%/*}"
+  cp "$DATA/$clip" "results/$EXP/held-out/$clip"
+done <"$DATA/ucfTrainTestlist/testlist01.txt"
+sample "samples/$EXP-continued" --num-frames 32 --given="results/$EXP/held-out" --given-frames 0-7 \
+  --num-samples "$(wc -l <"$DATA/ucfTrainTestlist/testlist01.txt")" --batch-size 4
 
 # Scores of continuations from 8 frames (8 samples of each clip) and from 4 (10), as the VAE decodes them and with the
 # background kept; whether the model memorizes; whether samples show the requested action
 predict() { # NAME FRAMES CLIPS SAMPLES_PER_CLIP --[no-]keep-background
-  local folder=samples/$EXP-$1 kept=()
-  if [[ $5 == --keep-background ]]; then kept=("$5"); fi
-  there "$folder/samples.json" || "${RUN[@]}" EqM/sample_gd.py --video --ckpt="$BEST" --num-frames 16 --given="$DATA" \
-    --given-split val --given-frames="$2" --num-samples="$(($3 * $4))" --samples-per-clip="$4" "$5" \
-    --folder="$folder" --no-previews "${MIXED[@]}"
-  score "$folder.json" --metric prediction --samples="$folder" "${kept[@]}"
+  local folder=samples/$EXP-$1
+  sample "$folder" --num-frames 16 --given="$DATA" --given-split val --given-frames="$2" --num-samples="$(($3 * $4))" \
+    --samples-per-clip="$4" "$5" --no-previews
+  score "$folder.json" --metric prediction --samples="$folder" ${5##--no-*} # nothing for --no-
 }
 predict 8of16-decoded 0-7 "$REAL" 8 --no-keep-background
 predict 8of16-background 0-7 "$REAL" 8 --keep-background
@@ -100,4 +79,4 @@ score "samples/$EXP-classifier.json" --metric classifier --samples="samples/$EXP
 python scripts/gallery.py "samples/$EXP-f16" --data-path="$DATA"
 for kind in f64 continued; do python scripts/gallery.py "samples/$EXP-$kind"; done
 python scripts/studies/people.py "$EXP" --out "samples/$EXP-scores"
-echo "$((SECONDS - BEGAN)) s; see samples/$EXP-f16/sheet.png, samples/$EXP-f16/gallery.html and samples/$EXP-scores/people.md"
+echo "$SECONDS s; see samples/$EXP-f16/sheet.png, samples/$EXP-f16/gallery.html and samples/$EXP-scores/people.md"

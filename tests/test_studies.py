@@ -30,7 +30,7 @@ from training import ROOT, counted_steps, refused, run_main
 
 TWO_ARMS = "16 fixed", "4-8-16 table"  # of one run each in the miniature
 SAMPLED = [(name, str(frames)) for name in TWO_ARMS for frames in BY_NAME[name].lengths]  # in this order
-SCRIPT = lab.script  # in a process of its own
+SCRIPT = lab.Run.script  # in a process of its own
 SCRIPTS = {
     "EqM/train.py": train, "EqM/sample_gd.py": sample_gd, "EqM/evaluate.py": evaluate,
     "datasets/make_moving_shapes.py": make_moving_shapes,
@@ -44,7 +44,7 @@ def commands(tmp_path_factory):
     """The commands of the studies, run in this process. A quickstart only trains a tiny model."""
     seen, made = [], {}  # made: data sets by their flags
 
-    def script(*words, log, **variables):
+    def script(run, *words, **variables):
         seen.append([str(word) for word in words])
         if words[0] == "datasets/make_moving_shapes.py" and made.setdefault(words[3:], words[2]) != words[2]:
             words[2].exists() or words[2].symlink_to(made[words[3:]])
@@ -59,7 +59,7 @@ def commands(tmp_path_factory):
         return 400.0 if long_videos.SHORT in words else 420.0
 
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(lab, "script", script)
+        patch.setattr(lab.Run, "script", script)
         yield seen
 
 
@@ -263,4 +263,4 @@ def test_rows_of_other_studies_are_refused(old, new, words, some_rows, capsys):
 
 def test_a_failing_script_is_a_one_line_error(tmp_path):
     with pytest.raises(lab.UserError, match=r"sample.sh ended with status 2 \(.*error: .*word.*\); see .*log"):
-        SCRIPT("scripts/sample.sh", "word", log=tmp_path / "log")
+        SCRIPT(lab.Run(tmp_path), "scripts/sample.sh", "word")

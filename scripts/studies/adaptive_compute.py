@@ -33,16 +33,12 @@ class Samplings(lab.Run):
     """Samples of a checkpoint, made by several methods, and their scores."""
 
     def __init__(self, args):
-        self.ckpt = args.ckpt
         self.flags = ["--num-frames", args.num_frames, "--num-samples", args.num_samples, "--precision", "bf16"]
         self.flags += ["--sampler", "ngd", "--mu", 0.3, "--cfg-scale", 1.5]  # the quickstart's sampler
         about = [os.path.realpath(args.ckpt), os.stat(args.ckpt).st_mtime_ns, self.flags]
         digest = hashlib.sha256(str(about).encode()).hexdigest()[:8]  # a folder per model and flags
-        folder = Path(args.out, "adaptive-compute", digest)
-        super().__init__(folder, metrics={"motion": ["--data-path", args.data_path, "--num-real", 2]})
-
-    def train(self):
-        return self.ckpt
+        metrics = {"motion": ["--data-path", args.data_path, "--num-real", 2]}
+        super().__init__(Path(args.out, "adaptive-compute", digest), metrics=metrics, ckpt=args.ckpt)
 
     def rows(self, seed, cases):
         """A row per case: (method, evaluations, step size, threshold or None). The first case is the reference."""

@@ -14,6 +14,7 @@ import statistics
 import subprocess
 import sys
 import time
+from collections.abc import Callable
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
 from functools import partial
@@ -26,7 +27,8 @@ os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
 from scipy.special import stdtrit
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
-sys.path.insert(0, str(Path(__file__).resolve().parents[2] / "EqM"))
+
+from engine import ROOT
 
 from runtime import distributed
 from runtime.atomic import write_file
@@ -34,15 +36,20 @@ from runtime.cli import NATURAL, ArgumentParser, UserError, check_writable, fail
 from runtime.metrics import read_metrics
 from scoring.stats import cell, mean_and_error  # noqa: F401 (cell: for people.py)
 
-ROOT = Path(__file__).resolve().parents[2]
 WAIT_SECONDS = 2.0  # between two checks for runs that other processes did not finish
+
+
+def out_parser(doc, what="the tables"):
+    """A parser with the flag --out, a folder for `what`. doc: the docstring of the script."""
+    parser = ArgumentParser(description=doc.partition("\n")[0])
+    parser.add_argument("--out", type=writable, default="results", metavar="DIR", help=f"folder for {what}")
+    return parser
 
 
 def study_parser(doc, seeds=None, trains=True):
     """A parser with the flags that all studies share. seeds: the default of --seeds; trains: add --compile."""
-    parser = ArgumentParser(description=doc.partition("\n")[0])
+    parser = out_parser(doc, "the tables and the runs")
     add = parser.add_argument
-    add("--out", type=writable, default="results", metavar="DIR", help="folder for the tables and the runs")
     add("--miniature", action="store_true", help="use tiny models and few steps, to try the script")
     if trains:
         add("--compile", action="store_true", help="train with torch.compile, which rounds differently")
@@ -72,27 +79,6 @@ def file_lock(path, wait=True):
         yield is_locked
 
 
-def script(*words, log, **environment):
-    """Run a script of the repository and append its output to the log. It stops if this process dies.
-
-    Returns its peak memory in MiB. Raises UserError if it fails.
-    """
-    command = map(str, ["bash" if words[0].endswith(".sh") else sys.executable, ROOT / words[0], *words[1:]])
-    with open(log, "a") as file:
-        streams, on_its_death = {"stdout": file, "stderr": file}, partial(distributed.die_with_parent, signal.SIGTERM)
-        process = subprocess.Popen(list(command), **streams, env=os.environ | environment, preexec_fn=on_its_death)
-        try:
-            _, status, usage = os.wait4(process.pid, 0)
-        except KeyboardInterrupt:  # the script received SIGINT, too, and saves
-            process.wait()
-            raise
-    process.returncode = os.waitstatus_to_exitcode(status)
-    if process.returncode:
-        last_line = Path(log).read_text(errors="replace").strip().rpartition("\n")[2]
-        raise UserError(f"{words[0]} ended with status {process.returncode} ({last_line}); see {log}")
-    return usage.ru_maxrss / 1024
-
-
 @dataclass(eq=False)
 class Run:
     """A model, its samples and their scores, in its own folder."""
@@ -103,6 +89,7 @@ class Run:
     last_step: int = 0
     tasks: dict = field(default_factory=dict)  # {name: (flags of sample_gd.py, metrics of evaluate.py)}
     metrics: dict = field(default_factory=dict)  # {metric: flags of evaluate.py}
+    ckpt: Path = None  # sample this checkpoint, and train none
 
     def path(self, task, name="samples.json"):
         """The path of a file in the sample folder of a task, which also holds the scores, METRIC.json."""
@@ -143,7 +130,25 @@ class Run:
         return next(self.folder.glob("*/checkpoints/latest.pt"), None) if is_trained else None
 
     def script(self, *words, **environment):
-        return script(*words, log=self.folder / f"{Path(words[0]).stem}.log", **environment)
+        """Run a script of the repository with a log in this folder. It stops if this process dies.
+
+        Returns its peak memory in MiB. Raises UserError if it fails.
+        """
+        log = self.folder / f"{Path(words[0]).stem}.log"
+        command = ["bash" if words[0].endswith(".sh") else sys.executable, ROOT / words[0], *words[1:]]
+        settings = {"env": os.environ | environment, "preexec_fn": partial(distributed.die_with_parent, signal.SIGTERM)}
+        with open(log, "a") as file:
+            process = subprocess.Popen([str(word) for word in command], stdout=file, stderr=file, **settings)
+            try:
+                _, status, usage = os.wait4(process.pid, 0)
+            except KeyboardInterrupt:  # the script received SIGINT, too, and saves
+                process.wait()
+                raise
+        process.returncode = os.waitstatus_to_exitcode(status)
+        if process.returncode:
+            last_line = log.read_text(errors="replace").strip().rpartition("\n")[2]
+            raise UserError(f"{words[0]} ended with status {process.returncode} ({last_line}); see {log}")
+        return usage.ru_maxrss / 1024
 
     def make_data(self):
         for folder, flags in self.data.items():
@@ -151,7 +156,9 @@ class Run:
                 self.script("datasets/make_moving_shapes.py", "--out", folder, *flags)
 
     def train(self):
-        """Train or resume to the last step. Returns the path of latest.pt. Raises UserError."""
+        """Train or resume to the last step. Returns the path of latest.pt, or of the given `ckpt`. Raises UserError."""
+        if self.ckpt:
+            return self.ckpt
         if self.checkpoint() is None:
             flags = ["--results-dir", self.folder, "--resume", "--log-every", self.last_step, "--sample-every", 0]
             self.script("EqM/train.py", *self.training, *flags, "--ckpt-every", 250, "--keep-last", 1)
@@ -254,34 +261,42 @@ def newest_metrics(name, kind):
     return read_metrics(max(folder.glob(names), default=folder / names) / "metrics.jsonl")[0]
 
 
-def parse_experiments(doc, name, script):
-    """The flags of a script that writes the scores of experiments of a shell script to NAME.md and NAME.json."""
-    parser = ArgumentParser(description=doc.partition("\n")[0])
-    parser.add_argument("runs", nargs="+", metavar="EXP", help=f"finished experiments of {script}")
-    out = f"folder for {name}.md and {name}.json"
-    parser.add_argument("--out", type=writable, default="results", metavar="DIR", help=out)
-    parser.set_defaults(name=name, script=script)
-    return parser.parse_args()
+@dataclass
+class ExperimentTable:
+    """The command that writes the scores of finished experiments of a shell script to NAME.md and NAME.json.
 
+    read_run(experiment) returns a plain dict with "hours" and perhaps "seed", rows_of(run) {row of the table: text}.
+    """
 
-def experiments_markdown(runs, rows_of, title, name, script):
-    """The lines of NAME.md with a column per run; rows_of(run): {row of the table: text}."""
-    about = f"`scripts/studies/{name}.py` wrote this table from runs of `scripts/{script}`. "
-    about += "Brackets hold 95% intervals over clips."
-    titles = [f"HOURS={run['hours']:g}" + (f", seed {run['seed']}" if "seed" in run else "") for run in runs]
-    columns = list(map(rows_of, runs))
-    rows = [[what, *(column.get(what, "-") for column in columns)] for what in columns[0]]
-    return [f"# {title}", "", about, "", *table(["", *titles], rows)]
+    about: str  # docstring of the command
+    name: str
+    title: str
+    script: str
+    read_run: Callable
+    rows_of: Callable
 
+    def parse_args(self):
+        parser = out_parser(self.about, f"{self.name}.md and {self.name}.json")
+        parser.add_argument("runs", nargs="+", metavar="EXP", help=f"finished experiments of {self.script}")
+        return parser.parse_args()
 
-@one_line_errors()
-def tabulate_experiments(args, read_run, markdown):
-    """Write these files. read_run(experiment): a plain dict with "hours"; markdown(runs): the lines of NAME.md."""
-    try:
-        runs = sorted(map(read_run, args.runs), key=lambda run: (run["hours"], run.get("seed", 0)))
-    except FileNotFoundError as error:
-        fail(f"{error.filename}: no such file; expected finished runs of scripts/{args.script}")
-    write_results(args.out, args.name, markdown(runs), runs)
+    def markdown(self, runs):
+        """The lines of NAME.md, with a column per run."""
+        about = f"`scripts/studies/{self.name}.py` wrote this table from runs of `scripts/{self.script}`. "
+        about += "Brackets hold 95% intervals over clips."
+        titles = [f"HOURS={run['hours']:g}" + (f", seed {run['seed']}" if "seed" in run else "") for run in runs]
+        columns = list(map(self.rows_of, runs))
+        rows = [[what, *(column.get(what, "-") for column in columns)] for what in columns[0]]
+        return [f"# {self.title}", "", about, "", *table(["", *titles], rows)]
+
+    @one_line_errors()
+    def main(self):
+        args = self.parse_args()
+        try:
+            runs = sorted(map(self.read_run, args.runs), key=lambda run: (run["hours"], run.get("seed", 0)))
+        except FileNotFoundError as error:
+            fail(f"{error.filename}: no such file; expected finished runs of scripts/{self.script}")
+        write_results(args.out, self.name, self.markdown(runs), runs)
 
 
 def write_results(out, name, lines, content=None):

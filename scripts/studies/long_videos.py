@@ -10,6 +10,7 @@ compares the memory of sample_gd.py for short and long videos. It writes results
 samples and scores are in results/long-videos (see lab.py).
 """
 
+import itertools
 import json
 from dataclasses import replace
 from pathlib import Path
@@ -34,42 +35,34 @@ COLUMNS = {  # title: (value of a manifest, factor, digits)
 }
 
 
-class LongRun(lab.Run):
-    """A model, its long videos for each overlap and guidance, and the peak memory of sampling them."""
+def make_run(args, seed):
+    """The lab.Run of a model and its long videos for each overlap and guidance."""
+    size, root = size_of(args), Path(args.out, "long-videos")
+    clips, frames, seconds, of_test, _ = TINY if args.miniature else FULL
+    data = lab.data_sets(root / "bouncing-shapes", size.videos, of_test, "--bounce", "--seconds", seconds)
+    videos, test = data
+    flags = ["--num-frames", frames, "--num-samples", clips, "--window", WINDOW, *sampling_flags(size), "--seed", seed]
+    return lab.Run(
+        root / f"seed{seed}-compute{COMPUTE:g}",
+        data,
+        **training(args, ARM, seed, COMPUTE, "--forcing", FORCING, "--data-path", videos),
+        tasks={
+            f"overlap {overlap}, guidance {scale:g}": ([*flags, "--overlap", overlap, "--cfg-scale", scale], METRICS)
+            for overlap, scale in itertools.product(args.overlaps, args.guidances)
+        },
+        metrics=dict.fromkeys(METRICS, ["--data-path", test, "--split", "all", "--num-real", clips]),
+    )
 
-    def __init__(self, args, seed):
-        size, root = size_of(args), Path(args.out, "long-videos")
-        self.clips, self.frames, seconds, of_test, self.memory_clips = TINY if args.miniature else FULL
-        data = lab.data_sets(root / "bouncing-shapes", size.videos, of_test, "--bounce", "--seconds", seconds)
-        videos, test = data
-        flags = ["--num-frames", self.frames, "--num-samples", self.clips, "--window", WINDOW]
-        flags += [*sampling_flags(size), "--seed", seed]
-        real = ["--data-path", test, "--split", "all", "--num-real", self.clips]
-        super().__init__(
-            root / f"seed{seed}-compute{COMPUTE:g}",
-            data,
-            **training(args, ARM, seed, COMPUTE, "--forcing", FORCING, "--data-path", videos),
-            tasks={
-                f"overlap {overlap}, guidance {guidance:g}": (
-                    [*flags, "--overlap", overlap, "--cfg-scale", guidance], METRICS
-                )
-                for overlap in args.overlaps for guidance in args.guidances
-            },
-            metrics=dict.fromkeys(METRICS, real),
-        )  # fmt: skip
-        self.memory = self.folder / "memory.json"  # {num_frames: MiB}
 
-    @property
-    def is_done(self):
-        return super().is_done and self.memory.exists()
-
-    def run(self):
-        super().run()
-        if not self.memory.exists():
-            words = ["--video", "--ckpt", self.checkpoint(), "--folder", self.folder / "memory-samples"]
-            words += ["--window", WINDOW, "--num-sampling-steps", 3, "--num-samples", self.memory_clips, "--num-frames"]
-            peaks = {str(frames): self.script("EqM/sample_gd.py", *words, frames) for frames in (SHORT, self.frames)}
-            self.memory.write_text(json.dumps(peaks))
+def measure_memory(run, frames, clips):
+    """{num_frames: peak memory in MiB} of sampling short and long videos, measured once."""
+    path = run.folder / "memory.json"
+    with lab.file_lock(run.folder / "lock"):  # another process may measure at the same time
+        if not path.exists():
+            words = ["--video", "--ckpt", run.checkpoint(), "--folder", run.folder / "memory-samples"]
+            words += ["--window", WINDOW, "--num-sampling-steps", 3, "--num-samples", clips, "--num-frames"]
+            path.write_text(json.dumps({str(n): run.script("EqM/sample_gd.py", *words, n) for n in (SHORT, frames)}))
+    return json.loads(path.read_text())
 
 
 def markdown(content):
@@ -98,10 +91,11 @@ def parse_args():
 @one_line_errors()
 def main():
     args = parse_args()
-    runs = [LongRun(args, seed) for seed in args.seeds]
+    clips, frames, *_, memory_clips = TINY if args.miniature else FULL
+    runs = [make_run(args, seed) for seed in args.seeds]
     lab.run_all(runs)
-    content = {"videos": runs[0].clips, "num_frames": runs[0].frames, "seeds": args.seeds}
-    content["memory"] = [json.loads(run.memory.read_text()) for run in runs]
+    content = {"videos": clips, "num_frames": frames, "seeds": args.seeds}
+    content["memory"] = [measure_memory(run, frames, memory_clips) for run in runs]
     content["samplings"] = {task: lab.collect(runs, task, COLUMNS) for task in runs[0].tasks}
     lab.write_results(args.out, "long_videos", markdown(content), content)
 

@@ -76,17 +76,8 @@ def rows_of(run):
     }
 
 
-def markdown(runs):
-    return lab.experiments_markdown(runs, rows_of, "Real people", "people", "weizmann.sh")
-
-
-def parse_args():
-    return lab.parse_experiments(__doc__, "people", "weizmann.sh")
-
-
-def main():
-    lab.tabulate_experiments(parse_args(), read_run, markdown)
-
+TABLE = lab.ExperimentTable(__doc__, "people", "Real people", "weizmann.sh", read_run, rows_of)
+parse_args, markdown, main = TABLE.parse_args, TABLE.markdown, TABLE.main
 
 if __name__ == "__main__":
     main()

@@ -19,22 +19,21 @@ PAIRS_B = (
     ("4-8-16 table mix", "4-8-16 table"), ("4-8-16 moving", "4-8-16 table"), ("4-8-16 moving", "16 moving intervals"),
 )  # fmt: skip
 START, CURRICULUM = "16 moving intervals", RECOMMENDED.name  # the arms that question C compares
+COMPARED = {"Loss": "loss_16", "Direction accuracy (0 to 1)": "direction"}  # words: column of the csv
 GOAL = 0.9  # direction accuracy at which motion counts as learned
 
 # From rows to numbers -------------------------------------------------------------------------------------------------
 
 
-def losses(rows, name, share=1.0):
-    """{seed: validation loss at 16 frames at the end of training} of an arm; infinite if the run diverged."""
-    own = [row for row in rows if (row["kind"], row["arm"], row["share"]) == ("train", name, share)]
-    return {row["seed"]: row["loss_16"] for row in sorted(own, key=lambda row: (row["seed"], row["step"]))}
+def values_of(rows, name, column="direction", share=1.0, frames=16):
+    """{seed: value of a column} of an arm, without missing values: of its samples, or "loss_16" of its training's end.
 
-
-def scores(rows, name, frames=16, share=1.0, column="direction"):
-    """{seed: value of a column} of an arm's samples, without missing values."""
-    asked = {"arm": name, "kind": "sample", "frames": frames, "share": share}
-    own = {row["seed"]: row[column] for row in rows if asked.items() <= row.items() and row[column] is not None}
-    return dict(sorted(own.items()))
+    loss_16 is the validation loss at 16 frames; infinite if the run diverged. frames: of the samples.
+    """
+    kind = {"kind": "train"} if column == "loss_16" else {"kind": "sample", "frames": frames}
+    asked = {"arm": name, "share": share} | kind
+    own = [row for row in rows if asked.items() <= row.items() and row[column] is not None]
+    return {row["seed"]: row[column] for row in sorted(own, key=lambda row: (row["seed"], row["step"]))}
 
 
 def difference(first, second, what, values, others):
@@ -68,7 +67,7 @@ def compute_to(goal, shares, values):
 def curve(rows, name):
     """(shares of the compute, {seed: direction accuracy at each share}), for seeds with a value at every share."""
     shares = sorted((1.0, *BY_NAME[name].shares))
-    found = [scores(rows, name, share=share) for share in shares]
+    found = [values_of(rows, name, share=share) for share in shares]
     seeds = [seed for seed in range(SHARE_SEEDS) if all(seed in values for values in found)]
     return shares, {seed: [values[seed] for values in found] for seed in seeds}
 
@@ -95,9 +94,10 @@ def ratio_text(bounds, other_bounds):
 
 def differences(rows, pairs):
     """Lines about loss and direction accuracy of pairs of arms."""
-    columns = {"Loss": losses, "Direction accuracy (0 to 1)": scores}
-    cases = itertools.product(pairs, columns.items())
-    return [*(difference(*pair, what, *(values(rows, name) for name in pair)) for pair, (what, values) in cases), ""]
+    lines = []
+    for pair, (what, column) in itertools.product(pairs, COMPARED.items()):
+        lines.append(difference(*pair, what, *(values_of(rows, name, column) for name in pair)))
+    return [*lines, ""]
 
 
 def spread_cell(values, digits=3, unit=1):
@@ -115,8 +115,7 @@ def arm_table(rows, runs):
     """Lines of markdown: loss, direction accuracy and speed at 16 frames of each (arm, share of the compute)."""
     cells = []
     for name, share in runs:
-        loss, right = losses(rows, name, share), scores(rows, name, share=share)
-        speed = scores(rows, name, share=share, column="speed")
+        loss, right, speed = (values_of(rows, name, key, share) for key in ("loss_16", "direction", "speed"))
         cells.append([name, f"{100 * share:.0f}", spread_cell(loss), spread_cell(right, 0, 100), spread_cell(speed, 2)])
     return table(["arm", "compute (%)", "validation loss", "direction accuracy (%)", "speed / true"], cells)
 
@@ -160,7 +159,7 @@ def answer_a(study, rows):
     """Which positions? 16 frames from the start, equal steps"""
     names = FIXED, ROTARY, TABLE, MOVING
     lines = differences(rows, PAIRS_A) + arm_table(rows, [(name, 1.0) for name in names])
-    ends = {name: (losses(rows, name), scores(rows, name)) for name in names}
+    ends = {name: (values_of(rows, name, "loss_16"), values_of(rows, name)) for name in names}
     if all(right for _, right in ends.values()):
         found = ", ".join(f"{mean_of(right):.0%} ({name.split()[1]})" for name, (_, right) in ends.items())
         message = f"16 frames from the start, direction accuracy:\n{found}; a dot is a seed"
@@ -176,16 +175,17 @@ def answer_b(study, rows):
     lines = differences(rows, PAIRS_B) + arm_table(rows, [(name, 1.0) for name in CURRICULA])
     cells = []
     for name, frames in itertools.product(CURRICULA, LENGTHS):
-        right, speed, seam = (scores(rows, name, frames, column=key) for key in ("direction", "speed", "seam"))
+        right, speed, seam = (values_of(rows, name, key, frames=frames) for key in ("direction", "speed", "seam"))
         cells.append([name, str(frames), spread_cell(right, 0, 100), spread_cell(speed, 2), spread_cell(seam, 2)])
     lines += table(["arm", "frames", "direction accuracy (%)", "speed / true", "seam score (1 = no seam)"], cells)
-    longer = {name: mean_of(right) for name in CURRICULA if (right := scores(rows, name, 24))}
+    longer = {name: mean_of(right) for name in CURRICULA if (right := values_of(rows, name, frames=24))}
     if CURRICULUM in longer:
         message = f"24 frames, longer than in training: {longer.pop(CURRICULUM):.0%} direction accuracy\n({CURRICULUM})"
         message += f", {min(longer.values()):.0%} to {max(longer.values()):.0%} for the others" if longer else ""
         with figure(study, "B", message, "sampled frames", lines) as axes:
             for number, name in enumerate(CURRICULA):
-                draw_shares(axes, LENGTHS, [scores(rows, name, frames) for frames in LENGTHS], name, number)
+                right = [values_of(rows, name, frames=frames) for frames in LENGTHS]
+                draw_shares(axes, LENGTHS, right, name, number)
             axes.axvspan(16.5, 33, color="gray", alpha=0.1, label="longer than in training")
             axes.set(xticks=LENGTHS, xlim=(15, 33))
     return lines
@@ -209,7 +209,7 @@ def answer_c(study, rows):
         if both := [seed for seed in found.get(CURRICULUM, ()) if seed in found.get(base, ())]:
             mean, *each = (ratio_text(found[CURRICULUM][seed], found[base][seed]) for seed in both)
             lines.append(f"- Ratio of these computes, {CURRICULUM} / {base}: {mean} (each seed: {'; '.join(each)}).")
-    early, full = losses(rows, CURRICULUM, 0.6), losses(rows, START)
+    early, full = values_of(rows, CURRICULUM, "loss_16", 0.6), values_of(rows, START, "loss_16")
     lines += [difference(f"{CURRICULUM} at 60%", f"{START} at 100%", "Loss", early, full), ""]
     lines += arm_table(rows, [(name, share) for name in names for share in curves[name][0]])
     if len(found) == len(names):

@@ -57,8 +57,7 @@ def markdown(content):
     return lines
 
 
-def parse_args():
-    return lab.study_parser(__doc__, seeds=[0, 1, 2, 3, 4], trains=False).parse_args()
+parse_args = lab.study_parser(__doc__, seeds=[0, 1, 2, 3, 4], trains=False).parse_args
 
 
 @one_line_errors()

@@ -79,17 +79,8 @@ def rows_of(run):
     }
 
 
-def markdown(runs):
-    return lab.experiments_markdown(runs, rows_of, "Sprites", "sprites", "sprites.sh")
-
-
-def parse_args():
-    return lab.parse_experiments(__doc__, "sprites", "sprites.sh")
-
-
-def main():
-    lab.tabulate_experiments(parse_args(), read_run, markdown)
-
+TABLE = lab.ExperimentTable(__doc__, "sprites", "Sprites", "sprites.sh", read_run, rows_of)
+parse_args, markdown, main = TABLE.parse_args, TABLE.markdown, TABLE.main
 
 if __name__ == "__main__":
     main()

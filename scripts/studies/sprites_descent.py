@@ -8,7 +8,6 @@ of an attribute in all frames, and those that show the final one. It writes spri
 Samples are in samples/EXP-descent; finished ones are not made again.
 """
 
-import json
 from argparse import Namespace
 from pathlib import Path
 
@@ -18,7 +17,7 @@ import torch
 import lab
 from checkpoint import load_model
 from models import Condition
-from runtime.cli import COUNT, ArgumentParser, Bar, fail, one_line_errors
+from runtime.cli import COUNT, Bar, fail, one_line_errors
 from runtime.rng import normal
 from samplers import guided, sample
 from scoring import census
@@ -38,45 +37,33 @@ SHARES = {  # of the census: title, in %
 
 
 def parse_args():
-    parser = ArgumentParser(description=__doc__.partition("\n")[0])
+    parser = lab.out_parser(__doc__)
     add = parser.add_argument
     add("run", metavar="EXP", help="a finished experiment of sprites.sh")
     add("--data-path", default="datasets/sprites", metavar="DIR", help="the data set of prepare_sprites.py")
     add("--num-samples", type=COUNT, default=288, help="clips per setting")
-    add("--out", type=lab.writable, default="results", metavar="DIR", help="folder for the tables")
     return parser.parse_args()
 
 
-def score_settings(args, checkpoint):
-    """{name of a setting: result of the census}."""
-    root, folders = Path("samples", f"{args.run}-descent"), {}
-    root.mkdir(parents=True, exist_ok=True)
-    numbered = numbered_beside(checkpoint)
+def score_settings(args, checkpoint, numbered):
+    """{name of a setting: result of the census}. numbered: the numbered checkpoints beside the checkpoint."""
+    tasks = {}
     for guidance, evaluations, number in SETTINGS:
         by = "the null class" if number is None else f"step {int(numbered[number].stem)}"
         name = f"{guidance:g}" + f" from {by}" * (guidance != 1) + f", {evaluations}"
-        folder = folders[name] = root / name.replace(" ", "-").replace(",", "")
-        if not (folder / "samples.json").exists():
-            path = ["--num-sampling-steps", evaluations + 1, "--stepsize", PATH_LENGTH / evaluations]
-            flags = ["--video", "--ckpt", checkpoint, "--num-frames", 8, "--num-samples", args.num_samples]
-            flags += ["--sampler", "ngd", "--cfg-scale", guidance, "--folder", folder, *path]
-            flags += ["--no-previews", "--precision", "bf16", "--batch-size", 32]
-            weak = [] if number is None else ["--weak-ckpt", numbered[number]]
-            lab.script("EqM/sample_gd.py", *flags, *weak, log=root / "sample_gd.log")
-    waiting = [folder for folder in folders.values() if not (folder / "census.json").exists()]
-    if waiting:
-        out = "census.json" if len(waiting) > 1 else waiting[0] / "census.json"
-        flags = ["--metric", "census", "--samples", *waiting, "--data-path", args.data_path, "--out", out]
-        lab.script("EqM/evaluate.py", *flags, log=root / "evaluate.log")
-    return {name: json.loads((folder / "census.json").read_text())["result"] for name, folder in folders.items()}
-
-
-def numbered_beside(checkpoint):
-    return sorted(checkpoint.parent.glob("[0-9]*.pt"))
+        flags = ["--num-frames", 8, "--num-samples", args.num_samples, "--precision", "bf16", "--batch-size", 32]
+        flags += ["--sampler", "ngd", "--cfg-scale", guidance, "--num-sampling-steps", evaluations + 1]
+        flags += ["--stepsize", PATH_LENGTH / evaluations]
+        flags += [] if number is None else ["--weak-ckpt", numbered[number]]
+        tasks[name] = flags, ["census"]
+    metrics = {"census": ["--data-path", args.data_path, "--num-workers", 1]}
+    run = lab.Run(Path("samples", f"{args.run}-descent"), tasks=tasks, metrics=metrics, ckpt=checkpoint)
+    lab.run_all([run])
+    return {name: run.scores(name, "census")["result"] for name in tasks}
 
 
 @torch.no_grad()
-def trace(args, checkpoint, guidance, evaluations):
+def trace(args, checkpoint, weak, guidance, evaluations):
     """(shares of clips with one value of each attribute in all frames, shares of clips that show the final values).
 
     Both have a row for the state after each evaluation, the first one after none, and a column per attribute.
@@ -88,7 +75,7 @@ def trace(args, checkpoint, guidance, evaluations):
     vae, side = load_vae(None, data["vae"], checkpoint), shape.input_size
     noise = normal(0, "trace", 0, range(count), (shape.in_channels, 8, side, side))
     classes = Condition.of(torch.arange(count) % shape.num_classes, shape)
-    weak, _, _ = load_model(numbered_beside(checkpoint)[WEAK])
+    weak, _, _ = load_model(weak)
     field, states = guided(model, classes, torch.full((count,), data["time_scale"]), guidance, weak), []
     step_size = PATH_LENGTH / evaluations
     sample(field, noise, "ngd", evaluations + 1, step_size, observe=lambda x, keep: states.append(vae.decode(x)))
@@ -120,8 +107,9 @@ def main():
     found = sorted(Path("results", args.run).glob("*-EqM-*/checkpoints/best.pt"))
     if not found:
         fail(f"results/{args.run}: no best.pt; expected a finished run of scripts/sprites.sh")
-    scores = score_settings(args, found[-1])
-    together, final = trace(args, found[-1], GUIDANCE, evaluations=23)
+    numbered = sorted(found[-1].parent.glob("[0-9]*.pt"))
+    scores = score_settings(args, found[-1], numbered)
+    together, final = trace(args, found[-1], numbered[WEAK], GUIDANCE, evaluations=23)
     content = {"scores": scores, "together": together, "final": final}
     for result in scores.values():
         del result["samples"]

@@ -131,23 +131,19 @@ class StudyRun(lab.Run):
             metrics=dict.fromkeys(METRICS, ["--data-path", study.data, "--num-real", size.clips]),
         )
 
-    def left(self):
-        """(whether the csv has no last training step, list of num_frames without samples in the csv)."""
-        own = [row for row in self.study.rows if key_of(row) == self.key]
-        if any(row["loss"] == math.inf for row in own):  # it diverged
-            return False, []
-        is_trained = any((row["kind"], row["step"]) == ("train", self.last_step) for row in own)
-        found = [row["frames"] for row in own if row["kind"] == "sample"]
-        return not is_trained, [num_frames for num_frames in self.lengths if num_frames not in found]
-
     @property
     def is_done(self):
-        return not any(self.left())
+        """Whether the csv has the samples, or shows that the training diverged."""
+        return any(row["kind"] == "sample" or row["loss"] == math.inf for row in self.rows())
+
+    def rows(self):
+        return [row for row in self.study.rows if key_of(row) == self.key]
 
     def estimate(self):
         """Estimate the seconds for the missing parts, from this machine's rows if it has any."""
-        needs_training, lengths = self.left()
-        flops = needs_training * self.flops + sum(arms.sampling_flops(frames, self.study.size) for frames in lengths)
+        is_trained = any(row["step"] == self.last_step for row in self.rows())
+        flops = sum(arms.sampling_flops(frames, self.study.size) for frames in self.lengths)
+        flops += 0 if is_trained else self.flops
         rows = [row for row in self.study.last_rows() if row["machine"] == machine()]
         return flops * float(np.median([row["seconds"] / row["flops"] for row in rows] or [SECONDS_PER_FLOP]))
 
