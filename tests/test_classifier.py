@@ -2,7 +2,6 @@
 
 import math
 import re
-import shutil
 
 import numpy as np
 import pytest
@@ -40,11 +39,11 @@ def data(tmp_path_factory):
     return root
 
 
-def make_samples(folder, classes=CLASSES, labels=(0, 1, 0, 1), num_frames=WINDOW, **about):
+def make_samples(folder, classes=CLASSES, labels=(0, 1, 0, 1), **about):
     """Samples that show their class, except the last one, which moves down."""
     shown = [classes[label] for label in labels[:-1]] + ["Down"]
-    clips = np.stack([bar(name, number, num_frames) for number, name in enumerate(shown)])
-    return write_samples(folder, clips, list(labels), classes, **about)
+    clips = np.stack([bar(name, number, WINDOW) for number, name in enumerate(shown)])
+    return write_samples(folder, clips, labels, classes, **about)
 
 
 @pytest.mark.parametrize(("length", "window", "interval", "count"), [(16, 16, 1, 1), (17, 16, 1, 2), (48, 16, 1, 5),
@@ -212,27 +211,3 @@ def test_corrupt_videos_are_skipped_unless_too_few_remain(data, tmp_path, monkey
     assert "Up/person3.mp4 can't be decoded; it is skipped" in capsys.readouterr().out
     corrupt.append("Up/person1.mp4")
     refused(capsys, tmp_path / "d.json", *flags, words=["1 group (file stems) in Up"], status=1)
-
-
-NO_UP_TO_TEST = ["Down/person1", "Up/person1", "Up/person2", "Up/person3"]
-BAD = {  # change of the samples, of the data, words of the message
-    "other classes": ({"classes": ["Down", "Left"]}, None, ["has class Left, --data-path", "Down, Up; pass the data"]),
-    "no class": ({"labels": (0, -1)}, None, ["has samples without a class"]),
-    "one person": ({}, lambda root: [path.unlink() for path in root.glob("*/person[23].mp4")],
-                   ["2 classes, 1 group (file stems) in Down; expected at least 2 of both"]),
-    "nothing to train on": ({}, lambda root: write_ucf_list(root, ["Down/person1"]), ["no training video of class Up"]),
-    "nothing to test on": ({}, lambda root: write_ucf_list(root, NO_UP_TO_TEST),
-                           ["no validation video of class Up; expected one; raise --val-fraction"]),
-}  # fmt: skip
-
-
-@pytest.mark.parametrize("case", BAD)
-def test_data_that_do_not_fit_the_samples_are_refused(case, data, tmp_path, capsys):
-    about, change, words = BAD[case]
-    if change:
-        data = shutil.copytree(data, tmp_path / "data")
-        change(data)
-    flags = ["--metric", "classifier", "--samples", make_samples(tmp_path / "s", **about), "--data-path", data]
-    flags += ["--classifier-test", "val"] if case == "nothing to test on" else []
-    refused(capsys, tmp_path / "x.json", *flags, words=words)
-    assert not (tmp_path / "x.json").exists()
