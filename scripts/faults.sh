@@ -17,5 +17,6 @@ if [[ $# == 0 ]]; then
   .venv/bin/python -m pytest -n auto --maxprocesses 8 --dist worksteal tests/faults
 else
   out="results/faults$(printf %s "${@:2}" | sed 's/--/-/g; s/\//-/g').md"
-  PYTHONPATH=EqM:tests .venv/bin/python tests/faults/faults.py --kills "$1" --stops "$(($1 / 2))" --out "$out" -- "${@:2}"
+  export PYTHONPATH=EqM:datasets:tests
+  .venv/bin/python tests/faults/faults.py --kills "$1" --stops "$(($1 / 2))" --out "$out" -- "${@:2}"
 fi

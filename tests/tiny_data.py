@@ -5,7 +5,6 @@ import os
 
 import numpy as np
 import torch
-from diffusers import AutoencoderKL
 from PIL import Image
 from safetensors.torch import save_file
 
@@ -23,6 +22,8 @@ class Code:
 
 def make_vae(folder, **overrides):
     """Write an AutoencoderKL with fixed random weights, 4 channels and downsampling 2. Returns the folder."""
+    from diffusers import AutoencoderKL  # takes seconds to import
+
     torch.manual_seed(0)
     kinds = {"down_block_types": ["DownEncoderBlock2D"] * 2, "up_block_types": ["UpDecoderBlock2D"] * 2}
     sizes = {"block_out_channels": (8, 8), "norm_num_groups": 4, "latent_channels": 4, "sample_size": 16}

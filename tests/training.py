@@ -14,6 +14,7 @@ import numpy as np
 import pytest
 import torch
 
+import make_moving_shapes
 import sample_gd
 import train
 from process import spawn
@@ -45,8 +46,7 @@ OFTEN += ["--num-samples", 1, "--num-sampling-steps", 3, "--keep-last", 2]
 
 def make_data(folder):
     """Moving Shapes, 12 classes of 2 small videos."""
-    command = [*PYTHON, ROOT / "datasets/make_moving_shapes.py", "--out", folder, "--videos-per-class", 2, "--size", 16]
-    subprocess.run([str(part) for part in command], check=True, capture_output=True)
+    make_moving_shapes.main(["--out", str(folder), "--videos-per-class", "2", "--size", "16"])
     return folder
 
 
@@ -144,32 +144,25 @@ def run_here(training, *flags, stop_after=None, stop_in=None):
             os.kill(os.getpid(), signal.SIGTERM)
         return function(*arguments, **keywords)
 
-    with like_a_process(), pytest.MonkeyPatch.context() as patch, counted_steps(train, stop_after) as steps:
-        patch.setattr(sys, "argv", ["train.py", *map(str, training.command_flags(*OFTEN, *flags))])
+    with pytest.MonkeyPatch.context() as patch, counted_steps(train, stop_after) as steps:
         if stop_in:
             owner = VAE if stop_in == "latents_of" else train
             function = getattr(owner, stop_in)
             patch.setattr(owner, stop_in, interrupted)
-        train.main()
+        run_main(train, *training.command_flags(*OFTEN, *flags))
     return len(steps)
-
-
-@contextmanager
-def like_a_process():
-    """Release the locks of run folders afterwards, like the end of a process."""
-    try:
-        yield
-    finally:
-        while runs._locks:
-            runs._locks.pop().close()
 
 
 def run_main(script, *flags, status=0):
     """Run main() of a script (a module) in this process with these flags. It must end with this status."""
     expected = pytest.raises(SystemExit) if status else nullcontext()
-    with like_a_process(), pytest.MonkeyPatch.context() as patch, expected as ended:
+    with pytest.MonkeyPatch.context() as patch, expected as ended:
         patch.setattr(sys, "argv", [Path(script.__file__).name, *map(str, flags)])
-        script.main()
+        try:
+            script.main()
+        finally:
+            while runs._locks:  # as at the end of a process
+                runs._locks.pop().close()
     assert not status or ended.value.code == status
 
 

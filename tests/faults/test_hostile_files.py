@@ -23,7 +23,6 @@ import checkpoint
 import models
 import published
 import tiny_data
-from models import EqM, EqMConfig
 from runtime import metrics
 from runtime.cli import UserError
 from scoring import manifest
@@ -47,15 +46,9 @@ VIDEOS = {"a.avi": "mpeg4", "b.mp4": "libx264", "c.mkv": "mpeg4", "d.webm": "lib
 def make_state():
     """A checkpoint with the memory of an optimizer."""
     torch.manual_seed(0)
-    small = {"hidden_size": 24, "num_heads": 2, "depth": 2, "num_frames": 4, "use_rope": True}
-    state = tiny_data.make_state(**small)
-    model = EqM(EqMConfig(**state["config"]["model"]))
-    optimizer = torch.optim.AdamW(model.parameters())
-    for weight in model.parameters():
-        weight.grad = torch.ones_like(weight)
-    optimizer.step()
-    state["optimizer"]["states"] = [optimizer.state_dict()]
-    return state
+    memory = {number: {"step": torch.tensor(1.0), "exp_avg": torch.rand(24, 24)} for number in range(20)}
+    state = tiny_data.make_state(hidden_size=24, num_heads=2, depth=2, num_frames=4, use_rope=True)
+    return state | {"optimizer": {"kind": "adamw", "states": [{"state": memory, "param_groups": [{"lr": 1e-4}]}]}}
 
 
 def make_published(folder):
