@@ -4,6 +4,7 @@ import itertools
 import json
 import os
 import shutil
+from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
@@ -181,19 +182,15 @@ def test_reading_a_clip_of_a_long_video_loads_only_its_part_of_the_file(tmp_path
             file.write(bytes([k]) * 4096)
         file.truncate(8 + len(header) + 2**29)
 
-    class Watched:
-        def __init__(self, *args):
-            self.file = safe_open(*args)
-
-        def __enter__(self):
-            return self.file
-
-        def __exit__(self, *_):  # the clip is read and the file still mapped
-            maps = Path("/proc/self/smaps").read_text().split("VmFlags")
+    @contextmanager
+    def watched(*args):
+        with safe_open(*args) as file:
+            yield file
+            maps = Path("/proc/self/smaps").read_text().split("VmFlags")  # the clip is read and the file still mapped
             (lines,) = [part.splitlines() for part in maps if str(place) in part]
             resident.extend(int(line.split()[1]) for line in lines if line.startswith("Rss:"))
 
-    monkeypatch.setattr(source, "safe_open", Watched)
+    monkeypatch.setattr(source, "safe_open", watched)
     (clip,) = source.read_cache_file(place, ["pixels"], shape[1:], frame_indices)
     assert torch.equal(clip, torch.arange(16).byte().view(16, 1, 1).expand(4, 16, 32, 32))
     assert 0 < resident[0] < 2**19 / 8, "KB, including the read-ahead of the kernel"

@@ -4,7 +4,6 @@ import json
 
 import checkpoint
 import evaluate
-import make_moving_shapes
 import sample_gd
 from training import ROOT, run_main
 
@@ -20,11 +19,9 @@ def test_the_demo_is_small_and_its_scores_are_of_this_model():
         assert f"| {100 * json.loads(score)['values']['direction_accuracy']:.1f} (" in text
 
 
-def test_the_demo_moves_its_shapes_in_the_directions_of_their_classes(tmp_path):
-    data, out = tmp_path / "shapes", tmp_path / "motion.json"
-    make_moving_shapes.main(["--out", str(data), "--videos-per-class", "2"])
+def test_the_demo_moves_its_shapes_in_the_directions_of_their_classes(shapes, tmp_path):
     flags = ["--sampler", "ngd", "--num-sampling-steps", 16, "--stepsize", 0.0332, "--cfg-scale", 1.5]
     run_main(sample_gd, "--ckpt", DEMO, "--video", "--num-samples", 12, "--folder", tmp_path / "samples", *flags)
-    flags = ["--samples", tmp_path / "samples", "--data-path", data, "--num-real", 12, "--num-workers", 0]
-    run_main(evaluate, "--metric", "motion", *flags, "--out", out)
-    assert json.loads(out.read_text())["values"]["direction_accuracy"] >= 10 / 12
+    flags = ["--samples", tmp_path / "samples", "--data-path", shapes, "--num-real", 12, "--num-workers", 0]
+    run_main(evaluate, "--metric", "motion", *flags, "--out", tmp_path / "motion.json")
+    assert json.loads((tmp_path / "motion.json").read_text())["values"]["direction_accuracy"] >= 10 / 12

@@ -2,21 +2,21 @@
 
 import json
 from argparse import ArgumentTypeError
-from types import SimpleNamespace
 
 import numpy as np
 import pytest
 import torch
 from PIL import Image
 
-import sample_gd
 from given import Details, as_ranges, frame_ranges, nearest_given
 from tiny_data import write_npz
 from tiny_videos import halves, picture, save, write_video
 from training import error_of, sample_here
 from vae import VAE, load_vae
-from video.files import resize_and_crop
+from video.files import UnreadableError, resize_and_crop
+from video.index import scan_videos, split_videos
 from video.inputs import find_clips
+from video.source import Files
 
 BOTH = ("video", "image")
 
@@ -149,37 +149,31 @@ def test_several_samples_continue_the_same_clip(places, sample, tmp_path):
     assert np.array_equal(clips[2, :4], clips[3, :4]) and not np.array_equal(clips[2, 4:], clips[3, 4:])
 
 
-class Drawn:
-    """Clips of a split as find_real returns them, each with its own gray level, class and frame rate."""
+def test_clips_of_a_split_keep_their_own_frame_rate(sample, tmp_path, monkeypatch, capsys):
+    data, frames = tmp_path / "data", [0, 1, 2, 7]
+    for name, rate in (("A/a", 25), ("A/b", 20), ("B/c", 12.5)):
+        write_video(data / f"{name}.avi", 20, rate, size=(16, 16))
+    _, val = split_videos(data, scan_videos(data).videos, 0.6)
+    flags = ["--given", data, "--given-split", "val", "--val-fraction", 0.6, "--given-frames", "0-2,7"]
+    clips, about = sample("pixels", *flags, "--samples-per-clip", 2, "--num-samples", 4)
+    for clip, entry in zip(clips, about["given"], strict=True):
+        (video,) = (video for video in val if entry["source"].startswith(f"{video.path}, clip "))
+        assert (entry["frames"], entry["class"]) == ("0-2,7", video.class_name)
+        assert entry["time_scale"] == pytest.approx(1 / video.fps)
+        assert np.diff(clip[frames, :, :6].mean(axis=(1, 2, 3))) == pytest.approx([4, 4, 20], abs=2)
+    assert np.array_equal(clips[[0, 2]][:, frames], clips[[1, 3]][:, frames])
+    assert len({entry["source"] for entry in about["given"]}) == 2  # one for two samples
+    real = {"split": "val", "val_fraction": 0.6, "num_clips": 2, "samples_per_clip": 2}
+    assert about["real"].items() >= real.items()
 
-    num_frames, corrupt = 8, None
+    def read(files, video, *settings, read=Files.read):
+        if video == val[0]:
+            raise UnreadableError(video.path)
+        return read(files, video, *settings)
 
-    def draw(self, index):
-        video = SimpleNamespace(path=f"{'AB'[index % 2]}/{index}.avi", class_name="AB"[index % 2])
-        return video, range(8), 0.04 * (index + 1)
-
-    def __getitem__(self, index):
-        gray = torch.arange(40 * index, 40 * index + 8, dtype=torch.uint8)
-        bad = ["A/corrupt.avi"] if index == self.corrupt else []
-        return {"clip": gray[:, None, None].expand(3, 8, 16, 16), "corrupt": bad}
-
-
-def test_clips_of_a_split_keep_their_own_frame_rate(sample, monkeypatch, capsys):
-    asked, about_split = [], {"videos_sha256": "5ad1", "seed": 0}
-    monkeypatch.setattr(sample_gd, "find_real", lambda *args, **_: asked.append(args) or (Drawn(), [], about_split))
-    monkeypatch.setattr(sample_gd, "check_data_path", lambda *_, **__: None)
-    flags = ["--given", "DATA", "--given-split", "val", "--val-fraction", 0.2, "--given-frames", "0-2,7"]
-    clips, about = sample("pixels", *flags, "--samples-per-clip", 2, "--num-samples", 5)
-    assert [words[:-1] for words in asked] == [("DATA", "val", 0.2, 8, 0.04, 16)]  # the last one is --ckpt
-    for index, entry in enumerate(about["given"]):
-        number, name = index // 2, "ABA"[index // 2]
-        assert clips[index, [0, 1, 2, 7], 0, 0, 0].tolist() == [40 * number + frame for frame in (0, 1, 2, 7)]
-        assert entry.pop("source").startswith(f"{name}/{number}.avi")
-        assert entry == {"frames": "0-2,7", "class": name, "time_scale": pytest.approx(0.04 * (number + 1))}
-    assert about["real"] == about_split | {"num_clips": 3, "samples_per_clip": 2}
-    monkeypatch.setattr(Drawn, "corrupt", 1)
+    monkeypatch.setattr(Files, "read", read)
     sample("pixels", *flags, status=2)
-    assert "A/corrupt.avi can't be decoded" in capsys.readouterr().err
+    assert f"{val[0].path} can't be decoded" in capsys.readouterr().err
 
 
 def test_a_given_picture_is_frame_0_and_init_clips_are_cropped_too(places, tmp_path, capsys):
