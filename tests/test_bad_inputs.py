@@ -36,15 +36,11 @@ COMMANDS = {  # what is right; a case adds to it what is wrong
     "schedule fixed": MODEL + PIXELS + "--video --data-path videos",
     "train latents": MODEL + STEPS + "--video --num-frames 8 --use-rope --no-flip --data-path cache",
     "sample": "sample_gd --video --ckpt rope.pt --folder new",
-    "sample fixed": "sample_gd --video --ckpt fixed.pt --folder new",
     "sample images": "sample_gd --ckpt image.pt --folder new",
     "cache": "cache_latents --data-path videos --vae vae --image-size 16 --out new",
     "evaluate": "evaluate --metric=motion --samples=samples --data-path videos --out new.json",
     "evaluate without --samples": "evaluate --data-path videos --out new.json",
     "evaluate without --data-path": "evaluate --samples=samples --out new.json",
-    "fvd": "evaluate --metric=fvd --samples=samples --data-path videos --out new.json",
-    "consistency": "evaluate --metric=consistency --samples=samples --data-path videos --out new.json",
-    "slow samples": "evaluate --metric=motion --samples=slow --data-path videos --out new.json",
     "repeat": "evaluate --manifest m.json --out new.json",
     "export": "export",
     "shapes": "make_moving_shapes --out new",
@@ -168,6 +164,9 @@ CASES = {
         --weak-ckpt fixed.pt --num-frames 16 => tied to num_frames 8
         --report-energy => without an energy
         --use-rope --ckpt fixed.pt => cannot be converted
+        --rope-scale linear --ckpt fixed.pt => --rope-scale linear; fixed positions
+        --vae ema --ckpt fixed.pt => the checkpoint was made with none; remove --vae
+        --num-frames 16 --ckpt fixed.pt => tied to num_frames 8; use 8, or train with --use-rope
         --given-frames 0-3 | --given-split val | --samples-per-clip 2 => applies to clips of --given
         --no-keep-background => applies to clips of --given
         --window 3 --num-frames 20 => --window 3: a temporal patch
@@ -189,10 +188,6 @@ CASES = {
         --init-gamma 1 --init x --sampler heun => --init-gamma 1; heun
         --given cache --given-split val | --given empty --given-split val => error: --given
         --given videos --given-split val --num-frames 100 => --given videos: the longest video of --given-split val""",
-    "sample fixed": """
-        --rope-scale linear => --rope-scale linear; fixed positions
-        --vae ema => the checkpoint was made with none; remove --vae
-        --num-frames 16 => tied to num_frames 8; use 8, or train with --use-rope""",
     "sample images": """
         --given videos | --num-frames 4 | --fps 1 => needs videos; add --video
         --init videos/A/a.avi => no image
@@ -228,16 +223,15 @@ CASES = {
         --out empty => a folder
         --data-path empty => no videos found
         --data-path cache => a latent cache; name the folder of its videos
+        --metric fvd => --detector; --metric fvd
+        --detector no/such --metric fvd | --detector empty --metric fvd => i3d_torchscript.pt
+        --detector code.pt --metric fvd | --detector pickle.pt --metric fvd => i3d_torchscript.pt
+        --samples one-clip --metric consistency => has 1 clip,
+        --samples samples --metric consistency => does not say the temporal_patch_size
+        --data-path videos --samples slow => --split val has 10 frames; expected at least 25
         => --data-path videos; is for Moving Shapes""",
     "evaluate without --samples": "=> --samples: not given",
     "evaluate without --data-path": "=> --data-path: not given",
-    "fvd": """
-        => --detector; --metric fvd
-        --detector no/such | --detector empty | --detector code.pt | --detector pickle.pt => i3d_torchscript.pt""",
-    "consistency": """
-        --samples one-clip => has 1 clip,
-        => --samples samples; does not say the temporal_patch_size""",
-    "slow samples": "=> --split val has 10 frames; expected at least 25",
     "repeat": """
         --num-real 96 | --seed 0 => --manifest m.json
         --samples samples samples => scores one folder
