@@ -109,7 +109,7 @@ def find_real(args, samples, detector):
     metric, T, images = args.metric, samples.num_frames, samples.num_frames == 1
     check_data_path(args.data_path, images, cached=False)
     about = detector and frechet.check_detector(args.detector, detector, metric, T, samples.image_size)
-    split, share, count = args.split or manifest.default_split(metric), args.val_fraction, args.num_real
+    split, share, count = args.split or manifest.SPLITS.get(metric, "val"), args.val_fraction, args.num_real
     if metric == "prediction":
         split, share, count = (samples.about["real"][name] for name in ("split", "val_fraction", "num_clips"))
     elif metric == "classifier":
