@@ -109,7 +109,7 @@ def find_real(args, samples, detector):
     metric, T, images = args.metric, samples.num_frames, samples.num_frames == 1
     check_data_path(args.data_path, images, cached=False)
     about = detector and frechet.check_detector(args.detector, detector, metric, T, samples.image_size)
-    split, share, count = args.split or manifest.default_split(metric), args.val_fraction, args.num_real
+    split, share, count = args.split or manifest.SPLITS.get(metric, "val"), args.val_fraction, args.num_real
     if metric == "prediction":
         split, share, count = (samples.about["real"][name] for name in ("split", "val_fraction", "num_clips"))
     elif metric == "classifier":
@@ -138,20 +138,21 @@ def find_real(args, samples, detector):
 
 def score(args, samples, out, clips, training, truth, new, detector, device, corrupt):
     """(values, result, lines to print) on rank 0. Adds paths of real videos that can't be decoded to `corrupt`."""
-    real = sources.real_stream(clips, new["real"]["num_clips"], args.batch_size, args.num_workers, device, corrupt)
-    streams = sources.generated_stream(samples, args.batch_size, device), real
+    count = new["real"]["num_clips"]  # None: classifier reads entire videos instead
+    real = sources.real_stream(clips, distributed.own_indices(count or 0), args, corrupt)
+    streams = sources.generated_stream(samples, args.batch_size), real
     if args.metric == "motion":
         return shapes.score_shapes(*streams, truth)
     if args.metric == "consistency":
         return consistency.score_consistency(*streams, samples.source, out.with_suffix(".png"))
     if args.metric == "nearest":
-        return nearest.score_nearest(*streams, samples, args, training, out.with_suffix(".sheet.png"), device)
+        return nearest.score_nearest(samples, real, args, training, out.with_suffix(".sheet.png"), device)
     if args.metric == "prediction":
         return prediction.score_prediction(samples, real, clips, out, truth)
     if args.metric == "classifier":
         return classifier.score_classifier(samples, clips, training, args, corrupt)
     if args.metric == "census":
-        return census.score_census(samples, clips, training, new["real"]["num_clips"], args, device)
+        return census.score_census(samples, clips, training, count, args, device)
     cache = Path(args.cache or out.with_name("evaluate-cache"))
     return frechet.score_frechet(*streams, args, detector, new, clips, cache, device)
 

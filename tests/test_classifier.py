@@ -15,8 +15,7 @@ from video.files import UnreadableError, read_frames
 from video.writers import write_mp4
 
 CLASSES, PEOPLE, FRAMES, WINDOW = ["Down", "Up"], 3, 19, 4
-SETTINGS = {"num_classes": 2, "window": WINDOW, "interval": 1, "steps": 25, "seed": 0}
-SETTINGS["recipe"] = classifier.RECIPES["groups"]
+SETTINGS = {"num_classes": 2, "steps": 25, "seed": 0, "recipe": classifier.RECIPES["groups"]}
 
 
 def bar(class_name, number, num_frames=FRAMES):
@@ -39,6 +38,10 @@ def data(tmp_path_factory):
     return root
 
 
+def every_window(clip, interval=1):
+    return classifier.every_window(clip, WINDOW, interval)
+
+
 def make_samples(folder, classes=CLASSES, labels=(0, 1, 0, 1), **about):
     """Samples that show their class, except the last one, which moves down."""
     shown = [classes[label] for label in labels[:-1]] + ["Down"]
@@ -50,7 +53,8 @@ def make_samples(folder, classes=CLASSES, labels=(0, 1, 0, 1), **about):
                                                                       (48, 16, 2, 3), (7, 4, 2, 1)])  # fmt: skip
 def test_windows_cover_a_clip_and_overlap_by_half(length, window, interval, count):
     clip = torch.arange(length).view(-1, 1, 1).expand(-1, 2, 2)
-    found = classifier.windows_of(clip, window, interval)[..., 0, 0]
+    every = classifier.every_window(clip, window, interval)
+    found = classifier.windows_of(every, (window - 1) * interval + 1)[..., 0, 0]
     assert found.shape == (count, window)
     assert (found.diff(dim=1) == interval).all()
     assert found[0, 0] == 0 and found[-1, -1] == length - 1
@@ -59,11 +63,11 @@ def test_windows_cover_a_clip_and_overlap_by_half(length, window, interval, coun
 
 def test_the_classifier_learns_classes_but_nothing_from_shuffled_labels():
     numbers, true = range(20), [0] * 20 + [1] * 20
-    clips = [classifier.prepare(bar(name, number), 32) for name in CLASSES for number in numbers]
+    clips = [every_window(classifier.prepare(bar(name, number), 32)) for name in CLASSES for number in numbers]
     groups = [f"person{number % 2}" for _ in CLASSES for number in numbers]
     shuffled = torch.randint(2, (len(true),), generator=torch.Generator().manual_seed(0)).tolist()
     for labels, is_chance in ((true, False), (shuffled, True)):
-        logits = classifier.leave_one_out([*zip(clips, labels, groups, strict=True)], SETTINGS)
+        logits = classifier.leave_one_out([*map(classifier.Real, clips, labels, groups, groups)], WINDOW, SETTINGS)
         found = classifier.summarize(logits, labels, CLASSES)
         low, high = found["interval95"]
         assert low < 0.5 < high if is_chance else found["share"] > 0.95
@@ -71,11 +75,11 @@ def test_the_classifier_learns_classes_but_nothing_from_shuffled_labels():
 
 def test_training_windows_balance_classes_and_half_are_mirrored():
     down, up = (classifier.prepare(bar(name, 1), 32) for name in CLASSES)
-    down, up = down.transpose(1, 2), up.transpose(1, 2)  # to the right and to the left
+    down, up = (every_window(clip.transpose(1, 2)) for clip in (down, up))  # to the right and to the left
     rows = []
     for step in range(20):
         random = torch.Generator().manual_seed(step)
-        x, y = classifier.random_windows({0: [down], 1: [up, up, up]}, WINDOW, 1, random, 16)
+        x, y = classifier.random_windows({0: [down], 1: [up, up, up]}, random, 16)
         x = classifier.change(x, classifier.RECIPES["groups"], random)
         rows += zip(y.tolist(), x.mean(dim=2), strict=True)  # windows as (T, W)
     labels, shifts = np.array([label for label, _ in rows]), range(-4, 5)
@@ -116,18 +120,23 @@ def test_inception_score_and_entropies_equal_their_closed_forms():
 def test_samples_that_move_less_than_real_clips_are_static():
     real = [classifier.prepare(bar(name, number), 32) for name in CLASSES for number in range(3)]
     real.append(torch.zeros(FRAMES, 32, 32).byte())  # a static class: nothing moves less
-    real = [*zip(real, [0] * 3 + [1] * 3 + [2], strict=True)]
+
+    def find_static(clips, asked, interval):
+        windows, labels = [every_window(clip, interval) for clip in real], [0] * 3 + [1] * 3 + [2]
+        rows = [*map(classifier.Real, windows, labels, labels, labels)]
+        return classifier.find_static([*map(every_window, clips)], asked, rows)
+
     moves, length = classifier.prepare(bar("Down", 4), 32), 3 * WINDOW
     stops = torch.cat([moves[:WINDOW], moves[WINDOW : WINDOW + 1].expand(length - WINDOW, -1, -1)])
     flickers = moves[:1].expand(length, -1, -1) + 30 * (torch.arange(length) % 2).byte().view(-1, 1, 1)
     clips = [moves[:length], stops, flickers, 255 - moves[:length], flickers]
-    assert classifier.find_static(clips, [0, 0, 1, 1, 2], real, WINDOW, 1) == [1, 2]
-    assert classifier.find_static([moves[:WINDOW]], [0], real, WINDOW, 3) == [0]  # real ones: three times as long
+    assert find_static(clips, [0, 0, 1, 1, 2], 1) == [1, 2]
+    assert find_static([moves[:WINDOW]], [0], 3) == [0]  # real ones: three times as long
 
 
 def test_evaluate_trains_the_classifier_only_on_the_training_split(data, tmp_path, monkeypatch, capsys):
     def note(rows, name, **settings):
-        return name, len(rows), max(clip.max() for clip, _ in rows)
+        return name, len(rows), max(one.windows.max() for one in rows)
 
     calls = record_calls(monkeypatch, classifier, "train", note)
     samples = make_samples(tmp_path / "s", ["Up", "Down"], [1, 0, 1, 0])  # their own order of classes

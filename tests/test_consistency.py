@@ -19,8 +19,8 @@ def flat(levels):
 
 
 def measure_all(clips):
-    """(statistics (N, T, 7), change (N, T - 1)) of clips."""
-    return tuple(torch.stack(parts) for parts in zip(*map(consistency.measure, clips), strict=True))
+    """(statistics (N, T, 7), change (N, T - 1), no names of videos) of clips."""
+    return *(torch.stack(parts) for parts in zip(*map(consistency.measure, clips), strict=True)), ()
 
 
 def walk(steps):
@@ -103,8 +103,8 @@ def test_real_clips_against_real_clips_have_no_seam_and_no_drift():
 
 def test_intervals_are_as_wide_if_each_video_gives_several_clips():
     sets = [measure_all((random(6, 12, 6, 6, 3, seed=seed) * 255).byte()) for seed in (0, 1)]
-    copies = [[torch.cat([column] * 3) for column in own] for own in sets]
-    once, found = consistency.summarize(*sets, 4), consistency.summarize(*copies, 4, videos=[[*range(6)] * 3] * 2)
+    copies = [(torch.cat([own] * 3), torch.cat([change] * 3), [*range(6)] * 3) for own, change, _ in sets]
+    once, found = consistency.summarize(*sets, 4), consistency.summarize(*copies, 4)
     assert found["seam_score_interval95"] == pytest.approx(once["seam_score_interval95"])
     for name, own in once["drift"].items():
         assert found["drift"][name]["interval95"] == pytest.approx(own["interval95"], rel=0.02)

@@ -17,14 +17,13 @@ from pathlib import PurePosixPath
 import numpy as np
 import torch
 import torch.nn.functional as F
-from torch.utils.data import BatchSampler
 
 from runtime.cli import Bar, UserError
 from runtime.distributed import rank
 from runtime.rng import generator
-from scoring.stats import interval_units, mean_interval, report, share
+from scoring.sources import real_stream
+from scoring.stats import interval_units, mean_interval, report, shares
 from vae import check_same, load_vae
-from video.loader import batches_of, make_loader
 
 ATTRIBUTES = "body", "bottomwear", "topwear", "hair"  # the digits of a character's name
 MARGIN, RMSE = 0.001, 0.995  # the quantiles of training clips that are the limits
@@ -79,9 +78,8 @@ def find_vae(samples, typed):
     """The VAE of the model that made Samples; typed: its new path or None. Raises UserError."""
     if (made := samples.source.get("vae")) in (None, "none"):
         got = "its samples.json names no VAE" if made is None else "its model has no VAE (--vae none)"
-        raise UserError(
-            f"{samples.place}: {got}, whose loss sets the limits of --metric census; use a model with a VAE"
-        )
+        advice = "whose loss sets the limits of --metric census; use a model with a VAE"
+        raise UserError(f"{samples.place}: {got}, {advice}")
     vae = load_vae(typed, made, samples.place)
     check_same(vae, samples.source.get("vae_sha256"), samples.place)
     return vae
@@ -108,35 +106,27 @@ class World:
 
 def read_world(clips, args, device):
     """The World of the videos of Clips. Raises UserError if one can't be decoded."""
-    T, size, values = clips.num_frames, clips.source.image_size, values_of(clips)
+    size, values, corrupt = clips.source.image_size, values_of(clips), []
     places = places_of(clips.classes, values)
     numbers = {video.path: places[video.key] for video in clips.videos}
     counts = len(clips.classes), len(places) // len(clips.classes)
-    frames = torch.empty(*counts, T, size, size, 3, dtype=torch.uint8)
-    batches = BatchSampler([(T, index) for index in range(len(places))], args.batch_size, drop_last=False)
-    loader = make_loader({T: clips}, batches, args.num_workers, timeout=0, device=torch.device("cpu"))
-    with Bar(desc="reading all clips", total=len(places), unit="clip", leave=False) as progress:
-        for batch in batches_of(loader):
-            if batch["corrupt"]:
-                advice = "expected all clips of Sprites; make it again"
-                raise UserError(f"--data-path {args.data_path}: {batch['corrupt'][0]} can't be decoded; {advice}")
-            for path, clip in zip(batch["videos"], batch["clips"], strict=True):
-                frames[numbers[path]] = clip.permute(1, 2, 3, 0)
-                progress.update()
+    frames = torch.empty(*counts, clips.num_frames, size, size, 3, dtype=torch.uint8)
+    for _, pixels, *_, paths in real_stream(clips, range(len(places)), args, corrupt, "reading all clips"):
+        if corrupt:
+            advice = "expected all clips of Sprites; make it again"
+            raise UserError(f"--data-path {args.data_path}: {corrupt[0]} can't be decoded; {advice}")
+        for path, clip in zip(paths, pixels, strict=True):
+            frames[numbers[path]] = clip
     return World(clips.classes, values, frames, device)
 
 
 def match(world, clips):
     """The places (n, 2) of the closest clips to clips uint8 (n, T, P): the least |other|^2 - 2 clip.other."""
-    least, places = torch.tensor(torch.inf), torch.zeros(len(clips), 2, dtype=torch.int64)
+    errors = world.squares.sum(dim=-1).repeat(len(clips), 1, 1)  # (n, classes, characters)
     for name, (frames, seen) in enumerate(zip(world.frames, world.seen, strict=True)):
-        errors = world.squares[name].sum(dim=-1)[None]
         for t, own in enumerate(seen):  # rounding is far below the difference of two clips
-            errors = errors - 2 * (clips[:, t, own].float() @ frames[:, t, own].float().T).double()
-        found, who = (part.cpu() for part in errors.min(dim=1))
-        closer, least = found < least, torch.minimum(found, least)
-        places[closer] = torch.stack([torch.full_like(who, name), who], dim=1)[closer]
-    return places
+            errors[:, name] -= 2 * (clips[:, t, own].float() @ frames[:, t, own].float().T).double()
+    return torch.stack(torch.unravel_index(errors.flatten(1).argmin(dim=1), errors.shape[1:]), dim=1)
 
 
 def positions(error, best, others, squares, same):
@@ -180,34 +170,26 @@ def decode(world, place, clip):
 
 
 def measure(world, clips, title):
-    """A dict of arrays about clips uint8 (n, T, H, W, 3): place (n, 2) of the matched clip, and what `decode` returns:
-    margins (n, 2), decoded (n, T, attributes), rmse (n, T).
+    """A dict of arrays about clips uint8 (n, T, H, W, 3): place (n, 2) of the matched clip; margins (n, 2), decoded
+    (n, T, attributes) and rmse (n, T) of `decode`; the smallest margin, worst_rmse and clip_rmse of each clip (n,).
     """
-    places, rows = [], []
-    with Bar(desc=title, total=len(clips), unit="clip", leave=False) as progress:
+
+    def rows():
         for first in range(0, len(clips), CHUNK):
             part = torch.from_numpy(np.array(clips[first : first + CHUNK])).flatten(2).to(world.frames.device)
-            places.extend(match(world, part).tolist())
-            for place, clip in zip(places[first:], part, strict=True):
-                rows.append(decode(world, place, clip))
-                progress.update()
-    columns = map(np.array, (places, *zip(*rows, strict=True)))
-    return dict(zip(("place", "margins", "decoded", "rmse"), columns, strict=True))
+            for place, clip in zip(match(world, part).tolist(), part, strict=True):
+                yield place, *decode(world, place, clip)
 
-
-def clip_rmse(found):
-    return np.sqrt(np.square(found["rmse"]).mean(axis=1))
+    columns = zip(*Bar(rows(), desc=title, total=len(clips), unit="clip", leave=False), strict=True)
+    found = dict(zip(("place", "margins", "decoded", "rmse"), map(np.array, columns), strict=True))
+    rmse = {"worst_rmse": found["rmse"].max(axis=1), "clip_rmse": np.sqrt(np.square(found["rmse"]).mean(axis=1))}
+    return found | {"margin": found["margins"].min(axis=1)} | rmse
 
 
 def reasons(found, limits):
     """Why each clip that `measure` found is not valid, an array of REASONS; "" for valid clips."""
-    failed = [*(found["margins"] <= 0).T, found["margins"].min(axis=1) < limits["margin"]]
-    return np.select([*failed, found["rmse"].max(axis=1) > limits["rmse"]], REASONS, default="")
-
-
-def draw(options, *key):
-    """A random item of options; the key seeds it."""
-    return options[int(torch.randint(len(options), (), generator=generator(*key)))]
+    unlike = found["margin"] < limits["margin"], found["worst_rmse"] > limits["rmse"]
+    return np.select([*(found["margins"] <= 0).T, *unlike], REASONS, default="")
 
 
 def make_controls(world, places, made, through, seed):
@@ -222,7 +204,10 @@ def make_controls(world, places, made, through, seed):
         differ = ((others - true).square().sum(dim=-1) > world.same).cpu()  # (M, T)
         pairs = ((true[:, None] - true).square().sum(dim=-1) > world.same).nonzero().cpu()
         options = differ.nonzero(), (differ.any(dim=1) & is_hair).nonzero()[:, 0], pairs, range(T), moves
-        drawn.append([draw(own, seed, "census", number, index) for number, own in enumerate(options)])
+        drawn.append([])
+        for number, own in enumerate(options):
+            random = generator(seed, "census", number, index)
+            drawn[-1].append(own[int(torch.randint(len(own), (), generator=random))])
     changes, styles, pairs, times, moves = zip(*drawn, strict=True)
 
     def clips_after(choices):  # true clips
@@ -255,22 +240,13 @@ def calibrate(world, clips, training, count, args, vae, device):
 
     known = set(training)
     found = measure(world, some(training, "train")[1], "training clips")
-    margin, rmse = np.quantile(found["margins"].min(axis=1), MARGIN), np.quantile(found["rmse"].max(axis=1), RMSE)
-    limits = {"margin": margin, "rmse": rmse}
+    limits = {"margin": np.quantile(found["margin"], MARGIN), "rmse": np.quantile(found["worst_rmse"], RMSE)}
     places, made = some([video for video in clips.videos if video not in known], "val")
     found = measure(world, made, "validation clips")
     hits = {"real_valid": reasons(found, limits) == "", "real_true": (found["place"] == places.numpy()).all(axis=1)}
     for name, wrong in make_controls(world, places, made, through, args.seed):
         hits[name] = reasons(measure(world, wrong, name), limits) == ""
-    return limits, shares(hits) | {"rmse_real": clip_rmse(found).mean(), "num_real": len(places)}
-
-
-def shares(hits, videos=()):
-    """{name: share, name_interval95: its interval} of {name: bool (n,)}; None if n is 0."""
-    result = {}
-    for name, own in hits.items():
-        result[name], result[f"{name}_interval95"] = share(own, videos) if len(own) else (None, None)
-    return result
+    return limits, shares(hits) | {"rmse_real": found["clip_rmse"].mean(), "num_real": len(places)}
 
 
 def score_census(samples, clips, training, count, args, device):
@@ -284,7 +260,7 @@ def score_census(samples, clips, training, count, args, device):
         CALIBRATED[key] = world, *calibrate(world, clips, training, count, args, vae, device)
     world, limits, result = CALIBRATED[key]
     found, videos, keys = measure(world, samples.clips, "samples"), samples.videos, list(world.places)
-    why, rmse, (name, who) = reasons(found, limits), clip_rmse(found), found["place"].T
+    why, rmse, (name, who) = reasons(found, limits), found["clip_rmse"], found["place"].T
     valid, known, K = why == "", {world.places[video.key][1] for video in training}, len(world.characters)
     result = result | shares({"valid": valid} | hits_of(world, samples, found), videos) | {"limits": limits}
     result |= shares({"held_out": ~np.isin(who, [*known])[valid]}, np.array(videos)[valid].tolist())
@@ -294,7 +270,7 @@ def score_census(samples, clips, training, count, args, device):
     result["failures"] = {reason: int((why == reason).sum()) for reason in REASONS}
     result["samples"] = {
         "matched": [keys[number] for number in name * K + who], "valid": valid.tolist(), "reason": why.tolist(),
-        "margin": found["margins"].min(axis=1).tolist(), "worst_rmse": found["rmse"].max(axis=1).tolist(),
+        "margin": found["margin"].tolist(), "worst_rmse": found["worst_rmse"].tolist(),
     }  # fmt: skip
     values, lines = report(result, TITLES)
     values |= {name: result[name] for name in ("characters", "characters_expected")}

@@ -19,8 +19,7 @@ import itertools
 import math
 import statistics
 from argparse import Namespace
-from collections import Counter
-from contextlib import suppress
+from collections import Counter, namedtuple
 from dataclasses import replace
 from pathlib import PurePosixPath
 
@@ -45,6 +44,7 @@ RECIPES = {
     "groups": Namespace(**COMMON, steps=250, smoothing=0.1, zoom=0.1, shift=0.12, contrast=0.3, light=0.15),
     "val": Namespace(**COMMON, steps=1000, smoothing=0.0),
 }
+Real = namedtuple("Real", "windows label group video")  # of a clip: `every_window`, number of its class, group, Video
 
 
 def check(samples, clips, training, place, test):
@@ -68,31 +68,26 @@ def score_classifier(samples, clips, training, args, corrupt):
     if by_split and distributed.rank() != 0:  # there is one network to train
         return None, None, None
     torch.set_num_threads(1)  # another order of sums makes another classifier
-    size, classes = samples.image_size, clips.classes
-    window, interval = clips.num_frames, clips.frame_interval[0]
-    real = read_real(clips, args, size, corrupt)
-    videos, training = list(real), set(training) & real.keys()
-    check(samples, replace(clips, videos=videos), training, f"--data-path {args.data_path}", args.classifier_test)
-    labels = [classes.index(video.class_name) for video in videos]
-    groups = [PurePosixPath(video.path).stem for video in videos]
-    rows = list(zip(real.values(), labels, groups, strict=True))
-    own = [row[:2] for row, video in zip(rows, videos, strict=True) if video in training]
-    settings = {"num_classes": len(classes), "window": window, "interval": interval, "recipe": recipe}
-    settings |= {"steps": args.classifier_steps or recipe.steps, "seed": args.seed}
-    tested = [number for number, video in enumerate(videos) if not (by_split and video in training)]
-    logits = None if by_split else leave_one_out(rows, settings)
+    classes, window, interval = clips.classes, clips.num_frames, clips.frame_interval[0]
+    real, training = read_real(clips, args, samples.image_size, corrupt), set(training)
+    own, others = [one for one in real if one.video in training], [one for one in real if one.video not in training]
+    clips, place = replace(clips, videos=[one.video for one in real]), f"--data-path {args.data_path}"
+    check(samples, clips, [one.video for one in own], place, args.classifier_test)
+    span, steps = (window - 1) * interval + 1, args.classifier_steps or recipe.steps
+    settings = {"num_classes": len(classes), "recipe": recipe, "steps": steps, "seed": args.seed}
+    tested, logits = (others, None) if by_split else (real, leave_one_out(real, span, settings))
     if distributed.rank() != 0:
         return None, None, None
     network = train(own, "of the training split", **settings)
     if by_split:
-        logits = [logits_of(network, rows[number][0], window, interval) for number in tested]
-    about = summarize(logits, [labels[number] for number in tested], classes)
-    shown, asked = [prepare(clip, size) for clip in samples.clips], [*map(classes.index, samples.names)]
-    of_samples = [logits_of(network, clip, window, interval=1) for clip in shown]
+        logits = [logits_of(network, one.windows, span) for one in tested]
+    about = summarize(logits, [one.label for one in tested], classes)
+    about["wrong"] = [one.video.path for one, got in zip(tested, about["found"], strict=True) if one.label != got]
+    shown = [every_window(prepare(clip, samples.image_size), window, 1) for clip in samples.clips]
+    of_samples, asked = [logits_of(network, every, window) for every in shown], [*map(classes.index, samples.names)]
     found = summarize(of_samples, asked, classes)
-    wrong = zip(tested, about["found"], strict=True)
-    about["wrong"] = [videos[number].path for number, got in wrong if labels[number] != got]
-    found["static"] = find_static(shown, asked, rows, window, interval)
+    found["static"] = find_static(shown, asked, real)
+    groups = sorted({one.group for one in real})
     values = {"accuracy": about["share"], "window_accuracy": about["windows"]["share"], "asked_class": found["share"]}
     if by_split:
         about, found = about | sharpness(logits), found | sharpness(of_samples)
@@ -100,29 +95,30 @@ def score_classifier(samples, clips, training, args, corrupt):
         lines = compare(about, found, len(classes), len(own))
     else:
         lines = [
-            f"  real clips, each of {len(set(groups))} groups held out once, classified correctly: {in_words(about)}",
+            f"  real clips, each of {len(groups)} groups held out once, classified correctly: {in_words(about)}",
             f"  samples classified as their class: {in_words(found)}",
         ]
     lines.append(f"  static samples, which move less than any real clip of their class: {len(found['static'])}")
-    result = {"real": about, "samples": found, "recipe": vars(recipe) | {"size": SIZE, "steps": settings["steps"]}}
-    result |= {"window": window, "classes": classes, "groups": sorted(set(groups)), "num_training": len(own)}
+    result = {"real": about, "samples": found, "recipe": vars(recipe) | {"size": SIZE, "steps": steps}}
+    result |= {"window": window, "classes": classes, "groups": groups, "num_training": len(own)}
     return values, result, lines
 
 
 def read_real(clips, args, size, corrupt):
-    """{video: its prepared clip} in the order of paths; adds the paths of corrupt videos to the list `corrupt`."""
+    """The Real of the videos of Clips in the order of paths; adds the paths of corrupt videos to the list `corrupt`."""
 
     def read(video):
-        with suppress(UnreadableError):
-            return prepare(read_frames(args.data_path, video, range(video.num_frames)), size)
-        return None
+        try:
+            clip = prepare(read_frames(args.data_path, video, range(video.num_frames)), size)
+        except UnreadableError:
+            corrupt.append(video.path)
+            return None
+        windows = every_window(clip, clips.num_frames, clips.frame_interval[0])
+        return Real(windows, clips.classes.index(video.class_name), PurePosixPath(video.path).stem, video)
 
     videos = sorted(clips.videos, key=lambda video: video.path)
     found = in_threads(read, videos, max(1, args.num_workers))
-    found = Bar(found, total=len(videos), desc="real clips", unit="clip", leave=False)
-    real = dict(zip(videos, found, strict=True))
-    corrupt.extend(video.path for video, clip in real.items() if clip is None)
-    return {video: clip for video, clip in real.items() if clip is not None}
+    return [*filter(None, Bar(found, total=len(videos), desc="real clips", unit="clip", leave=False))]
 
 
 class Classifier(nn.Module):
@@ -154,34 +150,35 @@ def every_window(clip, window, interval):
     return clip.unfold(0, (window - 1) * interval + 1, 1)[..., ::interval].movedim(-1, 1)
 
 
-def windows_of(clip, window, interval):
-    """Windows (n, window, SIZE, SIZE) from a clip's first to its last frame; each overlaps the next by half or more."""
-    every = every_window(clip, window, interval)
+def windows_of(every, span):
+    """Some of `every_window` of a clip, from its first to its last frame; each overlaps the next by half or more.
+
+    span: the frames from the start of a window to its end.
+    """
     rest = len(every) - 1
-    return every[torch.linspace(0, rest, 1 + math.ceil(2 * rest / (len(clip) - rest))).round().long()]
+    return every[torch.linspace(0, rest, 1 + math.ceil(2 * rest / span)).round().long()]
 
 
-def least_motion(clip, window, interval):
+def least_motion(windows):
     """The smallest share of moving pixels in any window of a clip."""
-    windows = every_window(clip, window, interval)
     return (windows.amax(dim=1) - windows.amin(dim=1) > MOVES).double().mean(dim=(1, 2)).min().item()
 
 
-def find_static(samples, asked, real, window, interval):
-    """Indices of samples with a window that moves less than all of their class in `real`, rows (clip, label, ...)."""
+def find_static(samples, asked, real):
+    """Indices of samples, given by `every_window`, with one that moves less than all of the Real of their label."""
     least = {}
-    for clip, label, *_ in real:
-        least[label] = min(least.get(label, 1.0), least_motion(clip, window, interval))
+    for one in real:
+        least[one.label] = min(least.get(one.label, 1.0), least_motion(one.windows))
     rows = enumerate(zip(samples, asked, strict=True))
-    return [index for index, (clip, label) in rows if least_motion(clip, window, 1) < least[label]]
+    return [index for index, (windows, label) in rows if least_motion(windows) < least[label]]
 
 
-def random_windows(of_class, window, interval, random, batch):
-    """Windows (batch, window, SIZE, SIZE) from 0 to 1 and labels (batch,). of_class: {label: clips}."""
+def random_windows(of_class, random, batch):
+    """Windows (batch, window, SIZE, SIZE) from 0 to 1 and labels (batch,). of_class: {label: windows of each clip}."""
     windows = []
     y = torch.tensor(list(of_class))[torch.randint(len(of_class), (batch,), generator=random)]  # classes equally often
     for label, (which, when) in zip(y.tolist(), torch.rand(batch, 2, generator=random).tolist(), strict=True):
-        every = every_window(of_class[label][int(which * len(of_class[label]))], window, interval)
+        every = of_class[label][int(which * len(of_class[label]))]
         windows.append(every[int(when * len(every))])
     return torch.stack(windows).float() / 255, y
 
@@ -198,18 +195,19 @@ def change(x, recipe, random):
     return (x - 0.5) * contrast + 0.5 + light
 
 
-def train(rows, name, num_classes, window, interval, steps, seed, recipe):
-    """A Classifier trained on rows (clip, label). All draws are functions of the seed, its name and the step."""
+def train(real, name, num_classes, steps, seed, recipe):
+    """A Classifier trained on some Real. All draws are functions of the seed, its name and the step."""
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(generator(seed, PURPOSE, name).initial_seed())
         network = Classifier(num_classes)
     optimizer = torch.optim.AdamW(network.parameters(), recipe.lr, weight_decay=recipe.weight_decay)
-    of_class = {label: [clip for clip, other in rows if other == label] for label in sorted({y for _, y in rows})}
+    labels = sorted({one.label for one in real})
+    of_class = {label: [one.windows for one in real if one.label == label] for label in labels}
     for step in range(steps):
         done = step / steps  # warm-up for a tenth of the steps, then a cosine to 0
         optimizer.param_groups[0]["lr"] = recipe.lr * min(1, 10 * done + 0.1) * math.cos(done * math.pi / 2) ** 2
         random = generator(seed, PURPOSE, name, step)
-        x, y = random_windows(of_class, window, interval, random, recipe.batch)
+        x, y = random_windows(of_class, random, recipe.batch)
         x = change(x, recipe, random) if hasattr(recipe, "zoom") else x
         optimizer.zero_grad()
         F.cross_entropy(network(x), y, label_smoothing=recipe.smoothing).backward()
@@ -218,22 +216,22 @@ def train(rows, name, num_classes, window, interval, steps, seed, recipe):
 
 
 @torch.no_grad()
-def logits_of(network, clip, window, interval):
-    """The logits (n, classes) of a clip's windows. Their mean decides its class."""
-    return network(windows_of(clip, window, interval).float() / 255)
+def logits_of(network, every, span):
+    """The logits (n, classes) of a clip's `windows_of`. Their mean decides its class."""
+    return network(windows_of(every, span).float() / 255)
 
 
-def leave_one_out(rows, settings):
-    """The logits (n, classes) of each clip's windows, by a network trained on the other groups; equal on all ranks.
+def leave_one_out(real, span, settings):
+    """The logits (n, classes) of each Real's windows, by a network trained on the other groups; equal on all ranks.
 
-    rows: (clip, label, group); settings: arguments of `train`. The ranks share the groups.
+    settings: arguments of `train`. The ranks share the groups.
     """
-    names, found = sorted({group for *_, group in rows}), []
+    names, found = sorted({one.group for one in real}), []
     own = [names[number] for number in distributed.own_indices(len(names))]
     for held_out in Bar(own, desc="groups held out", unit="group", leave=False):
-        network = train([row[:2] for row in rows if row[2] != held_out], f"without {held_out}", **settings)
-        mine = [(index, clip) for index, (clip, _, group) in enumerate(rows) if group == held_out]
-        found += [(index, logits_of(network, clip, settings["window"], settings["interval"])) for index, clip in mine]
+        network = train([one for one in real if one.group != held_out], f"without {held_out}", **settings)
+        mine = [(index, one.windows) for index, one in enumerate(real) if one.group == held_out]
+        found += [(index, logits_of(network, windows, span)) for index, windows in mine]
     return distributed.gather_in_order(found)[0]
 
 
@@ -273,10 +271,8 @@ def compare(real, found, num_classes, num_training):
         sharp = [f"{about['IS']:.3f}", f"{about['H(y|x)']:.4f}", f"{about['H(y)']:.4f}"]
         wrong = about["clips"] - about["right"]
         rows.append([title, str(wrong), str(about["clips"]), f"{about['share']:.2%}", error, *sharp])
-    note = (
-        f"  note: below {ENOUGH:.1%} on real clips, errors of samples may be the classifier's; raise --classifier-steps"
-    )
-    return [*table(rows), *[note] * (real["share"] < ENOUGH)]
+    note = f"below {ENOUGH:.1%} on real clips, errors of samples may be the classifier's; raise --classifier-steps"
+    return [*table(rows), *[f"  note: {note}"] * (real["share"] < ENOUGH)]
 
 
 def in_words(found):

@@ -24,11 +24,11 @@ TITLES = {  # of the values
 
 def score_consistency(generated, real, source, plot_path):
     """Score two streams of at least two clips each, and plot them. source: how samples were made, from samples.json."""
-    columns = [gather(stream, lambda clip, *_: measure(torch.from_numpy(clip))) for stream in (generated, real)]
-    *columns, videos = [*([torch.stack(column) for column in own[:2]] for own in columns), [own[2] for own in columns]]
+    both = [gather(stream, lambda clip, *_: measure(torch.from_numpy(clip))) for stream in (generated, real)]
+    both = [(torch.stack(statistics), torch.stack(change), videos) for statistics, change, videos in both]
     patch = source["temporal_patch_size"]
-    result = summarize(*columns, patch, source.get("window"), source.get("overlap") or 0, videos)
-    result["interval_units"], units = interval_units(generated=videos[0], real=videos[1])
+    result = summarize(*both, patch, source.get("window"), source.get("overlap") or 0)
+    result["interval_units"], units = interval_units(generated=both[0][2], real=both[1][2])
     if rank() == 0:
         plots.plot_consistency(plot_path, result["by_position"], patch)
     values, lines = report(result, TITLES)
@@ -89,11 +89,9 @@ def drifts(generated, real, videos=((), ())):
     units, rise = real.flatten(0, 1).std(dim=0), [rises(statistics) for statistics in (generated, real)]
     drift = (rise[0].mean(dim=0) - rise[1].mean(dim=0)) / units
     half = Z95 * (sum(part.var(dim=0) / len(part) for part in map(by_video, rise, videos)).sqrt() / units)
-    found = {name: {"drift": None, "interval95": None} for name in STATISTICS}
-    for number in units.nonzero()[:, 0].tolist():
-        x, error = drift[number].item(), half[number].item()
-        found[STATISTICS[number]] = {"drift": x, "interval95": [x - error, x + error]}
-    return found
+    ends = torch.stack([drift - half, drift + half], dim=1)
+    rows = zip(STATISTICS, units.tolist(), drift.tolist(), ends.tolist(), strict=True)
+    return {name: {"drift": x if unit else None, "interval95": own if unit else None} for name, unit, x, own in rows}
 
 
 def profile(values, videos):
@@ -103,28 +101,28 @@ def profile(values, videos):
     return {"mean": mean.tolist(), "low": (mean - half).tolist(), "high": (mean + half).tolist()}
 
 
-def summarize(generated, real, temporal_patch_size, window=None, overlap=0, videos=((), ())):
-    """All results, a plain dict for JSON; generated and real are (statistics, change) of at least two clips each.
+def summarize(generated, real, temporal_patch_size, window=None, overlap=0):
+    """All results, a plain dict for JSON; both are (statistics, change, videos) of at least two clips.
 
-    window, overlap: in frames; None: all frames were sampled at once. videos: those of the clips, two lists. by_window:
-    the mean of each statistic in each window, divided by the same mean of real clips.
+    window, overlap: in frames; None: all frames were sampled at once. by_window: the mean of each statistic in each
+    window, divided by the same mean of real clips.
     """
-    patches, windows = borders(generated[0].shape[1], temporal_patch_size, window, overlap)
-    result = {"temporal_patch_size": temporal_patch_size, "by_position": {}}
-    result["drift"] = drifts(generated[0], real[0], videos)
+    statistics, changes, videos = zip(generated, real, strict=True)
+    T = statistics[0].shape[1]
+    patches, windows = borders(T, temporal_patch_size, window, overlap)
+    result = {"temporal_patch_size": temporal_patch_size, "by_position": {}, "drift": drifts(*statistics, videos)}
     for name, frames in {"seam_score": patches, **({"window_seam_score": windows} if windows else {})}.items():
-        result[name], result[f"{name}_interval95"] = seam_score(generated[1], real[1], frames, videos)
+        result[name], result[f"{name}_interval95"] = seam_score(*changes, frames, videos)
     if windows:
-        sizes = np.diff([0, *windows, generated[0].shape[1]]).tolist()
-        parts = [[part.mean(dim=(0, 1)) for part in own[0].split(sizes, dim=1)] for own in (generated, real)]
+        sizes = np.diff([0, *windows, T]).tolist()
+        parts = [[part.mean(dim=(0, 1)) for part in own.split(sizes, dim=1)] for own in statistics]
         ratios = (torch.stack(parts[0]) / torch.stack(parts[1])).nan_to_num(0, 0, 0)  # (windows, 7)
         result |= {"windows": [0, *windows], "by_window": dict(zip(STATISTICS, ratios.T.tolist(), strict=True))}
     known = {name: own["drift"] for name, own in result["drift"].items() if own["drift"] is not None}
     worst = max(known, key=lambda name: abs(known[name]), default=None)
-    changes = [change.mean().item() for _, change in (generated, real)]
-    result |= {"change_ratio": changes[0] / changes[1] if changes[1] else None}
-    result |= {"largest_drift": known.get(worst), "largest_drift_of": worst}
-    for kind, own, (statistics, change) in zip(("generated", "real"), videos, (generated, real), strict=True):
-        profiles = [profile(values, own) for values in (change, *statistics.unbind(dim=2))]
+    motion = [change.mean().item() for change in changes]
+    result |= {"change_ratio": motion[0] / motion[1] if motion[1] else None}
+    for kind, (own, change, own_videos) in {"generated": generated, "real": real}.items():
+        profiles = [profile(values, own_videos) for values in (change, *own.unbind(dim=2))]
         result["by_position"][kind] = dict(zip(("change", *STATISTICS), profiles, strict=True))
-    return result
+    return result | {"largest_drift": known.get(worst), "largest_drift_of": worst}

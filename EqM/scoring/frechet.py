@@ -43,12 +43,12 @@ def score_frechet(generated, real, args, detector, about, clips, folder, device)
     reference = read_moments(cached) if distributed.rank() == 0 else None
     from_cache = distributed.broadcast(reference is not None)
     if not from_cache:
-        features = all_features(detector, real, args)
+        features = all_features(detector, real, args, device)
         if distributed.rank() == 0:
             reference = moments_of(features)
             folder.mkdir(parents=True, exist_ok=True)
             write_file(cached, safetensors.torch.save(reference))
-    features = all_features(detector, generated, args)
+    features = all_features(detector, generated, args, device)
     if distributed.rank() != 0:
         return None, None, None
     moments, D = moments_of(features), features.shape[-1]
@@ -68,12 +68,12 @@ def score_frechet(generated, real, args, detector, about, clips, folder, device)
     return {args.metric: value}, result, lines
 
 
-def all_features(detector, stream, args):
+def all_features(detector, stream, args, device):
     """The features (N, G, D) of the clips of all ranks' streams, on rank 0; None on the others."""
     indices, parts = [], [torch.empty(0)]
     for own, clips, *_ in stream:
         indices += own
-        parts.append(extract(detector, clips, args.metric, args.batch_size).cpu())
+        parts.append(extract(detector, clips.to(device), args.metric, args.batch_size).cpu())
     return distributed.collect(indices, torch.cat(parts))
 
 

@@ -17,6 +17,7 @@ from runtime.untrusted import read_json
 FORMAT = 2
 PACKAGES = "torch", "numpy", "decord2", "safetensors", "diffusers", "pillow", "scikit-image"
 OUTPUT = {"folder", "overwrite", "no_previews", "report_energy"}  # flags of sample_gd.py that don't change samples
+SPLITS = {"fvd": "train", "fid": "train", "classifier": "all", "census": "all"}  # default of --split; of others: val
 
 
 def protocol(metric, samples, split, num_real):
@@ -24,7 +25,7 @@ def protocol(metric, samples, split, num_real):
     N, kind = len(samples), f"_{samples.num_frames}f"
     if metric == "classifier":
         return f"classifier{N}{kind}{'_val' * (split == 'val')}"
-    split = "" if split == default_split(metric) else f"_{split}"
+    split = "" if split == SPLITS.get(metric, "val") else f"_{split}"
     if metric == "prediction":
         best = "" if num_real == N else f"_best{N // num_real}"
         given = f"_{len(samples.given[0])}of{samples.num_frames}f"
@@ -32,10 +33,6 @@ def protocol(metric, samples, split, num_real):
     real = "" if num_real == N else f"_real{num_real}"
     guidance = f"_{'auto' if samples.weak else 'cfg'}{samples.guidance:g}" if metric in ("fvd", "fid") else ""
     return f"{metric}{N}{real}{split}{kind}{guidance}"
-
-
-def default_split(metric):
-    return {"fvd": "train", "fid": "train", "classifier": "all", "census": "all"}.get(metric, "val")
 
 
 def start(args, samples, split, num_real, real, detector):
@@ -121,18 +118,16 @@ def compare(path, old, new, tolerance):
     Numbers a and b agree if |a - b| <= tolerance * max(1, |a|, |b|). Values that the old code lacked don't count.
     """
     pairs = {name: (new["values"].get(name), value) for name, value in old["values"].items()}
-    known = {name: pair for name, pair in pairs.items() if None not in pair}
-    agrees = all(math.isclose(*pair, rel_tol=tolerance, abs_tol=tolerance) for pair in known.values())
-    agrees &= all(pair == (None, None) for name, pair in pairs.items() if name not in known)
-    differences = {name: a - b for name, (a, b) in known.items()}
-    is_equal = all(a == b for a, b in pairs.values())
+    differences = {name: a - b for name, (a, b) in pairs.items() if None not in (a, b)}
+    unequal = [(a, b) for a, b in pairs.values() if a != b]
+    agrees = all(None not in pair and math.isclose(*pair, rel_tol=tolerance, abs_tol=tolerance) for pair in unequal)
     others = [part for part in ("code", "packages", "machine") if old[part] != new[part]]
     others += ["samples"] * (old["generated"]["samples_sha256"] != new["generated"]["samples_sha256"])
     largest = max(differences, key=lambda name: abs(differences[name]), default=None)
     by = f"{largest} differs most, by {differences[largest]:.3g}" if largest else "a value is missing"
     line = f"the values {'agree' if agrees else 'do not agree'} with those of {path}: {by}, tolerance {tolerance:g}"
-    line = f"the values equal those of {path} bit for bit" if is_equal else line
-    repeats = {"manifest": str(path), "agrees": agrees, "bit_equal": is_equal, "tolerance": tolerance}
+    line = line if unequal else f"the values equal those of {path} bit for bit"
+    repeats = {"manifest": str(path), "agrees": agrees, "bit_equal": not unequal, "tolerance": tolerance}
     changed = f"; changed since: {', '.join(others)}" if others else ""
     return repeats | {"differences": differences}, line + changed
 

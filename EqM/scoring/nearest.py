@@ -38,18 +38,18 @@ TITLES = {  # of the values
 }  # fmt: skip
 
 
-def score_nearest(generated, real, samples, args, videos, sheet, device):
-    """Score two streams, of Samples and of real clips, against training videos; write the nearest pairs to `sheet`."""
-    (own, given), (others, held_out) = (gather(stream, lambda clip, *_: (clip,)) for stream in (generated, real))
-    clips = torch.from_numpy(np.stack(own + others))  # (N, T, H, W, 3)
+def score_nearest(samples, real, args, videos, sheet, device):
+    """Score Samples and a stream of real clips against training videos; write the nearest pairs to `sheet`."""
+    others, held_out = gather(real, lambda clip, *_: (clip,))
+    clips, N = torch.from_numpy(np.concatenate([samples.clips, others])), len(samples)  # (all, T, H, W, 3)
     windows = TrainingWindows(args.data_path, videos, *clips.shape[1:3], samples.time_scale)
     (distances, places), corrupt = search(clips.to(device), windows, args.num_workers)
     if distances.isinf().any():
         raise UserError(f"--data-path {args.data_path}: no training video can be decoded, the first is {corrupt[0]}")
     rmse = (distances / clips[0].numel()).sqrt().numpy()
-    result = summarize(rmse[: len(own)], rmse[len(own) :], (given, held_out))
+    result = summarize(rmse[:N], rmse[N:], (samples.videos, held_out))
     result |= {"pairs": [], "training_videos": len(videos), "bad_training_videos": corrupt}
-    for index in rmse[: len(own)].argsort(kind="stable")[:SHOWN].tolist():
+    for index in rmse[:N].argsort(kind="stable")[:SHOWN].tolist():
         number, first, mirrored = places[index].tolist()
         pair = {"clip": index, "class": samples.names[index], "rmse": rmse[index].item(), "number": number}
         pair |= {"video": videos[number].path, "video_class": videos[number].class_name, "first_frame": first}
@@ -57,7 +57,7 @@ def score_nearest(generated, real, samples, args, videos, sheet, device):
     if distributed.rank() == 0:
         write_pairs(sheet, windows, samples, result["pairs"])
     values, lines = report(result, TITLES)
-    result["interval_units"], line = interval_units(generated=given, real=held_out)
+    result["interval_units"], line = interval_units(generated=samples.videos, real=held_out)
     lines += [line, f"  the nearest clips and their training clips: {sheet}"]
     lines += [f"{path} can't be decoded to its end; only the frames before are compared" for path in corrupt]
     return values, result, lines

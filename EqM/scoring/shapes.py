@@ -12,8 +12,8 @@ clips show the ceiling. At 16 px it is: all directions and shapes right, speed r
 import itertools
 import math
 from collections import Counter
-from dataclasses import dataclass, replace
 from pathlib import Path
+from typing import NamedTuple
 
 import numpy as np
 import torch
@@ -21,7 +21,7 @@ import torch.nn.functional as F
 
 from runtime.cli import UserError, plural
 from runtime.untrusted import read_json
-from scoring.stats import Z95, by_video, cell, gather, interval_units, mean_and_error, share, table
+from scoring.stats import Z95, by_video, cell, gather, interval_units, mean_and_error, share, shares, table
 
 # Lengths are in px of a frame 16 px high, and scale with it. Shares are of the object's brightness or area.
 # They tolerate noise (8 gray levels), blur (1 px) and some jitter in generated clips, and no more.
@@ -80,8 +80,7 @@ def result_lines(result, titles):
 # What a clip shows, and the truth -------------------------------------------------------------------------------------
 
 
-@dataclass(frozen=True)
-class Track:
+class Track(NamedTuple):
     """What a clip shows, or should show. None: not found; `reason` says why there is no direction."""
 
     direction: str | None = None
@@ -92,8 +91,7 @@ class Track:
     reason: str = ""
 
 
-@dataclass(frozen=True)
-class Bounce:
+class Bounce(NamedTuple):
     """What a clip of a bouncing object should show; lengths are in px of the clip."""
 
     shape: str
@@ -164,8 +162,8 @@ def track(clip):
         found = Track(shape=shape, area=area, color=tuple(color.round().astype(int).tolist()))
         direction, speed = fit_motion(centers, clip.shape[1] / 16)
     except ValueError as reason:
-        return replace(found, reason=str(reason))
-    return replace(found, direction=direction, speed=speed)
+        return found._replace(reason=str(reason))
+    return found._replace(direction=direction, speed=speed)
 
 
 def look(clip):
@@ -349,11 +347,9 @@ def turns_are_right(centers, truth, unit):
 
 def summarize_bounces(lost, speeds, turns, videos):
     """A plain dict for JSON, of the columns of `follow`. Speeds: 5%, 50% and 95% quantiles over all windows."""
-    summary, every = {"clips": len(lost)}, [*itertools.chain(*speeds)]
-    for name, hits in (("one_object", [entry is None for entry in lost]), ("turns_right", turns)):
-        summary[name], summary[f"{name}_interval95"] = share(hits, videos)
+    every, refused = [*itertools.chain(*speeds)], [entry for entry in lost if entry]
+    summary = {"clips": len(lost)} | shares({"one_object": [not entry for entry in lost], "turns_right": turns}, videos)
     for name, part in (("speed_low", 0.05), ("speed_median", 0.5), ("speed_high", 0.95)):
         summary[name] = np.quantile(every, part).item() if every else None
-    refused = [entry for entry in lost if entry]
     summary["lost_in_window"] = [entry["window"] for entry in refused]
     return summary | {"refused": dict(Counter(sorted(entry["reason"] for entry in refused)).most_common())}

@@ -1,7 +1,7 @@
 """The clips that evaluate.py scores: generated clips of a sample folder, real clips of a data set.
 
-A stream yields the clips of this rank in batches: (indices, clips uint8 (n, T, H, W, 3) on the device, class names,
-time scales in seconds per frame, videos). A generated clip that continues no video is its own video: its index.
+A stream yields the clips of this rank in batches: (indices, clips uint8 (n, T, H, W, 3) on the CPU, class names, time
+scales in seconds per frame, videos). A generated clip that continues no video is its own video: its index.
 """
 
 import hashlib
@@ -134,26 +134,26 @@ def json_sha256(value):
     return hashlib.sha256(json.dumps(value).encode()).hexdigest()
 
 
-def generated_stream(samples, batch_size, device):
+def generated_stream(samples, batch_size):
     """The stream of Samples."""
     own = distributed.own_indices(len(samples))
     with Bar(desc="generated clips", total=len(own), unit="clip", leave=False) as progress:
         for indices in BatchSampler(own, batch_size, drop_last=False):
             names = [samples.names[index] for index in indices]
-            clips = torch.from_numpy(samples.clips[indices]).to(device)
+            clips = torch.from_numpy(samples.clips[indices])
             yield indices, clips, names, [samples.time_scale] * len(indices), [samples.videos[i] for i in indices]
             progress.update(len(indices))
 
 
-def real_stream(clips, count, batch_size, num_workers, device, corrupt):
-    """The stream of the first `count` of a Clips; adds the paths of corrupt videos to the list `corrupt`."""
-    keys = [(clips.num_frames, index) for index in distributed.own_indices(count)]
-    batches = BatchSampler(keys, batch_size, drop_last=False)
-    loader = make_loader({clips.num_frames: clips}, batches, num_workers, timeout=0, device=device)
-    with Bar(desc="real clips", total=len(keys), unit="clip", leave=False) as progress:
+def real_stream(clips, indices, args, corrupt, title="real clips"):
+    """The stream of a Clips at indices; adds the paths of corrupt videos to the list `corrupt`."""
+    keys = [(clips.num_frames, index) for index in indices]
+    batches = BatchSampler(keys, args.batch_size, drop_last=False)
+    loader = make_loader({clips.num_frames: clips}, batches, args.num_workers, timeout=0, device=torch.device("cpu"))
+    with Bar(desc=title, total=len(keys), unit="clip", leave=False) as progress:
         for batch in batches_of(loader):
             corrupt.extend(batch["corrupt"])
             names = [clips.classes[label] for label in batch["y"]]
-            pixels = batch["clips"].permute(0, 2, 3, 4, 1).to(device)
+            pixels = batch["clips"].permute(0, 2, 3, 4, 1)
             yield batch["indices"].tolist(), pixels, names, batch["time_scales"].tolist(), batch["videos"]
             progress.update(len(names))

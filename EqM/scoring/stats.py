@@ -26,7 +26,7 @@ def gather(stream, measure):
     """
     rows = []
     for indices, clips, *about in stream:
-        for index, *clip, video in zip(indices, clips.cpu().numpy(), *about, strict=True):
+        for index, *clip, video in zip(indices, clips.numpy(), *about, strict=True):
             rows.append((index, *measure(*clip, index), video))
     return distributed.gather_in_order(rows)
 
@@ -64,6 +64,14 @@ def share(hits, videos=()):
     """(the share of `hits` (N,) that are true, its 95% interval)."""
     units = by_video(hits, videos)
     return sum(hits) / len(hits), wilson(units.sum().item(), len(units))
+
+
+def shares(hits, videos=()):
+    """{name: share, name_interval95: its interval} of {name: bool (N,)}; None if N is 0."""
+    result = {}
+    for name, own in hits.items():
+        result[name], result[f"{name}_interval95"] = share(own, videos) if len(own) else (None, None)
+    return result
 
 
 def mean_and_error(values):
