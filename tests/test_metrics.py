@@ -161,7 +161,7 @@ def test_the_summary_has_the_means_of_the_steps_and_the_rates_per_rank(monkeypat
     assert summary == pytest.approx({"train_loss": 3.0, "grad_norm": 6.0} | rates)
 
 
-def test_the_name_of_a_gpu_gives_its_peak_rate():
+def test_a_gpu_has_a_peak_rate_by_its_name_and_the_bar_shows_its_statistics(monkeypatch):
     names = {
         "NVIDIA H100 80GB HBM3": 989, "NVIDIA H100 PCIe": 756, "NVIDIA H200 NVL": 835, "NVIDIA A10G": 70,
         "NVIDIA L40S": 362, "NVIDIA GB200": 2500, "Tesla V100-SXM2-16GB": 125, "NVIDIA GeForce GTX 1080": None,
@@ -171,8 +171,6 @@ def test_the_name_of_a_gpu_gives_its_peak_rate():
     assert [peak_tflops("NVIDIA A100-SXM4-80GB", precision) for precision in ("fp16", "tf32")] == [312, 156]
     assert peak_tflops("NVIDIA H100 80GB HBM3", "fp32") is None  # no rate of matrix units to compare with
 
-
-def test_the_bar_shows_the_statistics_of_the_device(monkeypatch):
     row = {"train_loss": 1.25, "clips_per_s": 80.0, "tflops_per_s": 400.0}
     assert device_stats(torch.device("cpu"), "bf16", 400.0) == {}
     assert bar_text(row) == "loss 1.250, 80.0 clips/s, 400 TFLOP/s"

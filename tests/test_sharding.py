@@ -43,19 +43,13 @@ def test_sharded_training_is_ddp_up_to_rounding_in_a_share_of_the_memory(kind, f
         assert held < 1.05 * 5 * weights / RANKS + block  # weights, gradients, two states of AdamW, EMA
 
 
-def test_a_sharded_checkpoint_has_the_form_of_ddp_and_loads_again(found):
+def test_a_sharded_checkpoint_has_the_form_of_ddp_and_loads_again_and_so_does_a_published_model(found, tmp_path):
     first, second, usual = found[0]["saved"]
     assert differences(first, second) == []
-    first_form, usual_form = (
-        tree_map(lambda part: (part.shape, part.dtype) if torch.is_tensor(part) else part, state)
-        for state in (first, usual)
-    )
-    assert first_form == usual_form
+    forms = [tree_map(lambda x: (x.shape, x.dtype) if torch.is_tensor(x) else x, state) for state in (first, usual)]
+    assert forms[0] == forms[1]
     weights, ema = found[0]["muon"]["end"][1]
     assert differences([first["model"], first["ema"]], [weights, ema]) == []
-
-
-def test_a_published_model_starts_a_sharded_run(found, tmp_path):
     state = checkpoint.load(write_file(tmp_path / "published.pt", STATE, "whole"), **PUBLISHED)
     assert differences(found[0]["published"], [state["model"], state["ema"]]) == []
 

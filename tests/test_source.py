@@ -114,16 +114,6 @@ def test_videos_are_written_a_few_at_a_time_and_no_more_after_an_error():
     assert count == 9 and len(started) <= 14
 
 
-def test_runs_that_start_at_once_decode_each_video_once(tmp_path):
-    root = str(write_mixed_videos(tmp_path / "data"))
-    processes = [python(FILL.format(root, str(tmp_path), "")) for _ in range(2)]
-    for process in processes:
-        _, err = process.communicate(timeout=120)
-        assert process.returncode == 0, err
-    paths = (tmp_path / "decoded").read_text().split()
-    assert sorted(paths) == [video.path for video in open_source(root, SIZE).videos()]
-
-
 def test_a_folder_without_locks_is_one_line(tmp_path, monkeypatch):
     def flock(*_):
         raise OSError(38, "Function not implemented")
@@ -133,17 +123,19 @@ def test_a_folder_without_locks_is_one_line(tmp_path, monkeypatch):
         cached(open_source(write_mixed_videos(tmp_path / "data"), SIZE), tmp_path)
 
 
-def test_the_next_run_fills_the_cache_of_a_run_that_was_killed(tmp_path, decoded):
+def test_runs_at_once_fill_the_cache_of_a_killed_run_and_decode_each_video_once(tmp_path, decoded):
     root = str(write_mixed_videos(tmp_path / "data"))
     kill = "os.replace = lambda *_: os.kill(os.getpid(), 9)"  # of the next file, once it is written
-    process = python(FILL.format(root, str(tmp_path), kill))
-    _, err = process.communicate(timeout=120)
-    assert process.returncode == -signal.SIGKILL, err
-    assert len(list(tmp_path.glob(".pixels*/*.tmp"))) == 1
-    found = cached(open_source(root, SIZE), tmp_path)
-    assert len(decoded) == 4 and not list(tmp_path.glob(".pixels*/*.tmp"))
-    plain, found = clips_of(open_source(root, SIZE)), clips_of(found)
-    assert all(torch.equal(plain[index]["clip"], found[index]["clip"]) for index in range(10))
+    for ends, status, left in (([kill], -signal.SIGKILL, 1), (["", ""], 0, 0)):
+        for process in [python(FILL.format(root, str(tmp_path), end)) for end in ends]:
+            _, err = process.communicate(timeout=120)
+            assert process.returncode == status, err
+        assert len(list(tmp_path.glob(".pixels*/*.tmp"))) == left
+    files, paths = open_source(root, SIZE), (tmp_path / "decoded").read_text().split()
+    first, *others = (video.path for video in files.videos())
+    assert paths[:2] == [first, others[0]] and sorted(paths[2:]) == others
+    plain, found = clips_of(files), clips_of(cached(files, tmp_path))
+    assert all(torch.equal(plain[index]["clip"], found[index]["clip"]) for index in range(10)) and not decoded
 
 
 def test_one_rank_with_a_cache_trains_and_resumes_as_one_without(shapes, tmp_path):
