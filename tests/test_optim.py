@@ -55,7 +55,7 @@ def steps_of(*optimizers):
             optimizer.step()
 
 
-def test_muon_agrees_with_torch_muon_up_to_bfloat16_rounding():
+def test_muon_agrees_with_torch_muon_up_to_bfloat16_rounding_and_takes_convolutions_too():
     ours, theirs = ([torch.nn.Parameter(torch.ones(shape)) for shape in SHAPES[:-1]] for _ in range(2))
     optimizers = Muon(ours, 0.02, 0.1), torch.optim.Muon(theirs, lr=0.02, weight_decay=0.1)
     steps_of(*optimizers)
@@ -63,9 +63,7 @@ def test_muon_agrees_with_torch_muon_up_to_bfloat16_rounding():
         assert (one - other).norm() < 0.02 * (other - 1).norm()
     momenta = [optimizer.state_dict()["state"] for optimizer in optimizers]  # checkpoints are interchangeable
     assert differences(*momenta) == []
-
-
-def test_to_muon_a_convolution_is_a_matrix_with_a_row_per_output():
+    # A convolution is a matrix with a row per output
     kernels, matrix = (torch.nn.Parameter(torch.ones(shape)) for shape in ((16, 8, 3, 3), (16, 72)))
     steps_of(*(Muon([weight], 0.02, 0.1) for weight in (kernels, matrix)))
     assert torch.equal(kernels.flatten(1), matrix) and not torch.equal(matrix, torch.ones(16, 72))

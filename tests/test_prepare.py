@@ -160,12 +160,7 @@ def test_the_split_is_the_published_one_and_all_clips_of_a_character_are_in_one_
     ("hair/0.png", lambda path: Image.new("RGBA", (832, 1280)).save(path), "not a sheet"),
 ])  # fmt: skip
 def test_a_missing_or_wrong_sheet_is_one_line_and_nothing_is_written(sheets, tmp_path, capsys, layer, damage, reason):
-    own, out = tmp_path / "sheets", tmp_path / "out"
-    for path in sheets.rglob("*.png"):
-        (own / path.parent.name).mkdir(parents=True, exist_ok=True)
-        (own / path.parent.name / path.name).hardlink_to(path)
-    (own / layer).unlink()
-    (own / layer).write_bytes((sheets / layer).read_bytes())
+    own, out = shutil.copytree(sheets, tmp_path / "sheets"), tmp_path / "out"
     damage(own / layer)
     line = refused(capsys, prepare_sprites, "--source", own, "--out", out)
     expected = "expected a sheet of 832 x 1344 px; clone the Sprites repository again"

@@ -22,15 +22,12 @@ def test_a_draw_is_a_function_of_its_key_alone():
     assert draw(KEY) == first
 
 
-def test_noise_of_a_sample_does_not_depend_on_the_other_samples():
+def test_noise_is_standard_normal_and_that_of_a_sample_does_not_depend_on_other_samples():
     together = normal(0, "noise", 7, [4, 9, 2], (3, 2, 5))
     assert together.shape == (3, 3, 2, 5) and together.dtype == torch.float32
     for row, sample in zip(together, [4, 9, 2], strict=True):
         assert torch.equal(row, normal(0, "noise", 7, [sample], (3, 2, 5))[0])
     assert normal(0, "noise", 0, [], (3, 2)).shape == (0, 3, 2)
-
-
-def test_noise_is_standard_normal_within_and_across_samples():
     noise = normal(0, "noise", 0, range(400), (100,))
     assert noise.mean().item() == pytest.approx(0, abs=0.02)  # 4 standard errors
     assert noise.std().item() == pytest.approx(1, abs=0.02)

@@ -1,6 +1,6 @@
 """Run folders: their numbers, what is kept in them, what is cleaned up."""
 
-import errno
+from unittest.mock import Mock
 
 import pytest
 
@@ -43,16 +43,13 @@ def test_a_run_that_differs_in_one_flag_is_named(found, tmp_path):
 
 
 def test_a_file_system_without_locks_is_noted_once(tmp_path, monkeypatch, capsys):
-    def flock(*_):
-        raise OSError(errno.ENOSYS, "Function not implemented")
-
-    monkeypatch.setattr(runs.fcntl, "flock", flock)
+    monkeypatch.setattr(runs.fcntl, "flock", Mock(side_effect=OSError(38, "Function not implemented")))
     folder = runs.make_run_folder(tmp_path, "a")
     (line,) = capsys.readouterr().out.splitlines()
     assert line.startswith(f"note: {folder} is not protected against a second writer") and "no file locks" in line
 
 
-def test_keep_last_keeps_the_last_checkpoints_and_those_of_phases(tmp_path):
+def test_the_last_checkpoints_and_those_of_phases_are_kept_and_half_written_files_removed(tmp_path):
     folder = runs.make_run_folder(tmp_path, "a") / "checkpoints"
     for name in ("0000010.pt", "0000020.pt", "0000030.pt", "10000000.pt", "best.pt", "latest.pt"):
         (folder / name).touch()
@@ -61,11 +58,7 @@ def test_keep_last_keeps_the_last_checkpoints_and_those_of_phases(tmp_path):
     assert names(folder) == before
     runs.keep_last(folder.parent, 2, always={10})
     assert names(folder) == ["0000010.pt", "0000030.pt", "10000000.pt", "best.pt", "latest.pt"]
-
-
-def test_half_written_files_of_a_killed_process_are_removed(tmp_path):
-    folder = runs.make_run_folder(tmp_path, "a")
-    for name in ("checkpoints/latest.pt.tmp", "metrics.jsonl.tmp", "checkpoints/latest.pt"):
-        (folder / name).touch()
-    runs.remove_temporary_files(folder)
-    assert [path.name for path in folder.rglob("*.*")] == ["latest.pt"]
+    kept = names(folder)
+    (folder / "latest.pt.tmp").touch(), (folder.parent / "metrics.jsonl.tmp").touch()  # of a killed process
+    runs.remove_temporary_files(folder.parent)
+    assert names(folder) == kept and names(folder.parent) == ["checkpoints", "lock", "samples"]

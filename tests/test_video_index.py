@@ -39,12 +39,17 @@ def opened(monkeypatch):
 # Scan -----------------------------------------------------------------------------------------------------------------
 
 
-def test_a_scan_finds_videos_classes_rates_and_frames(tmp_path):
-    scan = scan_videos(tiny.write_mixed_videos(tmp_path))
-    assert scan.classes == ["Jump", "Run"] and scan.unreadable == []
-    assert [video.path for video in scan.videos] == ["Jump/d.mov", "Jump/e.avi", "Run/a.avi", "Run/b.mp4", "Run/c.mkv"]
-    assert [video.num_frames for video in scan.videos] == [20, 20, 40, 60, 30]
-    assert [video.fps for video in scan.videos] == pytest.approx([30000 / 1001, 25, 25, 25, 30])
+def test_a_scan_finds_videos_classes_rates_and_frames_and_ignores_hidden_and_other_files(tmp_path):
+    odd = "Tai Chi/it's #2%20, Übung 1 (äöü, 太极).AVI"
+    tiny.write_video(tiny.write_mixed_videos(tmp_path) / odd)
+    for name in ("Tai Chi/.hidden.avi", "Tai Chi/notes.txt", "ucfTrainTestlist/fake.avi", ".cache/x.avi", "readme.md"):
+        (tmp_path / name).parent.mkdir(exist_ok=True)
+        (tmp_path / name).write_text("not a video")
+    scan, paths = scan_videos(tmp_path), ["Jump/d.mov", "Jump/e.avi", "Run/a.avi", "Run/b.mp4", "Run/c.mkv", odd]
+    assert scan.classes == ["Jump", "Run", "Tai Chi"] and scan.unreadable == []
+    assert [video.path for video in scan.videos] == paths
+    assert [video.num_frames for video in scan.videos] == [20, 20, 40, 60, 30, 20]
+    assert [video.fps for video in scan.videos] == pytest.approx([30000 / 1001, 25, 25, 25, 30, 25])
     assert {(video.height, video.width) for video in scan.videos} == {(48, 64)}
 
 
@@ -58,16 +63,6 @@ def test_videos_or_images_directly_in_root_are_one_class_also_in_a_cache(tmp_pat
     cache = tmp_path.with_name("cache")
     run_main(cache_latents, "--data-path", tmp_path, "--vae", "none", "--image-size", 16, "--out", cache)
     assert [video.key for video in open_source(cache, 16).videos()] == ["all/a", "all/b"]
-
-
-def test_odd_names_work_and_hidden_and_other_files_are_ignored(tmp_path):
-    tiny.write_video(tmp_path / "Tai Chi" / "Übung 1 (äöü, 太极).AVI")
-    tiny.write_video(tmp_path / "Tai Chi" / "it's #2%20.mp4")
-    for name in ("Tai Chi/.hidden.avi", "Tai Chi/notes.txt", "ucfTrainTestlist/fake.avi", ".cache/x.avi", "readme.md"):
-        (tmp_path / name).parent.mkdir(exist_ok=True)
-        (tmp_path / name).write_text("not a video")
-    scan = scan_videos(tmp_path)
-    assert scan.classes == ["Tai Chi"] and len(scan.videos) == 2 and scan.unreadable == []
 
 
 def test_a_file_that_cannot_be_opened_is_reported_also_a_pipe(root):
