@@ -101,7 +101,7 @@ def test_linear_rope_scaling_squeezes_longer_clips_into_the_trained_span(method,
     config = model_config("EqM-Ti/4", input_size=8, in_channels=3, depth=1, use_rope=True, num_frames=8)
     model = EqM(config)  # trained on positions 0 and 1, of patches of 4 frames
     data = {"fps": 25.0, "frame_interval": [1], "time_scale": 1 / 25}
-    generation.scale_rope(SimpleNamespace(rope_scale=method), model, data, 8, num_frames, time_scale)
+    generation.scale_rope(SimpleNamespace(rope_scale=method, ckpt="a.pt"), model, data, 8, num_frames, time_scale)
     cos, sin = model.rope(config.grid(num_frames), torch.tensor([time_scale]))
     angles = torch.atan2(sin, cos).unflatten(2, config.grid(num_frames))[0, 0, :, 0, 0]
     torch.testing.assert_close(angles[:, 0], torch.tensor(positions, dtype=torch.float32))  # of frequency 1
