@@ -118,7 +118,11 @@ def test_a_run_without_an_intact_checkpoint_starts_over_in_its_folder(damage, wh
 
 
 @pytest.mark.parametrize("script", [train, train_vae])
-def test_a_deleted_run_folder_is_one_line_and_deleted_subfolders_are_recreated(script, whole, tmp_path, capsys):
+def test_a_deleted_run_folder_is_one_line_and_deleted_subfolders_are_recreated(
+    script, whole, tmp_path, capsys, monkeypatch
+):
+    write = checkpoint.Writer.write  # and wait, so that nothing is deleted while the thread adds files to it
+    monkeypatch.setattr(checkpoint.Writer, "write", lambda self, *a, **k: (write(self, *a, **k), self.wait()))
     run = replace(whole, results=tmp_path / "run", base=TINY if script is train else TINY_VAE)
     flags = run.command_flags(*(OFTEN if script is train else ["--save-minutes", 1e-9]))
 
