@@ -269,7 +269,7 @@ CASES = {
         --out larger --copies 1 => a-copy2.mkv, which does not belong to this data set""",
     "study": """
         --minutes 0
-        --only A E => argument --only: invalid choice: 'E' (choose from 'A', 'B', 'C', '16 fixed',
+        --only A E => argument --only: invalid choice: 'E' (choose from 'A', 'B', 'C', 'D', '16 fixed',
         --list --report => not allowed with
         --report => does not exist
         --out file --report => --out file:""",

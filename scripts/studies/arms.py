@@ -7,6 +7,9 @@ import lab  # noqa: F401 (puts EqM/ on the path)
 from models import model_config
 
 VERSION = 2  # of the arms and of the columns of study.csv; study.py refuses rows of other versions
+# {pace of the shapes: seconds of the videos, in which they travel the same distance}. "" moves by 0.51 patches per
+# temporal patch, and its videos are long enough for 32 frames.
+PACES = {"": 1.4, "slow": 2.8, "fast": 0.7}
 TOKENS = 2048  # per training step, for all arms
 PATH_LENGTH, GUIDANCE = 0.498, 1.5  # of sampling; path length = evaluations x step size
 VALIDATIONS = 8  # per run, in addition to the end of each phase
@@ -22,11 +25,13 @@ class Arm:
     seeds: int = 3  # number of seeds with full compute
     shares: tuple = ()  # other shares of the compute; each is a separate run, for SHARE_SEEDS seeds
     lengths: tuple = (16,)  # num_frames of samples at full compute; other shares sample 16 frames
+    pace: str = ""  # of the shapes, a key of PACES
 
 
 ROTARY = "--use-rope --rope-theta 100"
 TABLE = ROTARY + " --position-table space"
 MOVING = TABLE + " --rope-speed 0.5"
+FOUR = TABLE + " --rope-speed 0.25,0.5,1,2"  # one per head
 INTERVALS = " --frame-interval 1 2"
 LENGTHS = (16, 24, 32)
 CURRICULUM = {"phases": ((4, 1 / 3), (8, 1 / 3), (16, 1 / 3)), "lengths": LENGTHS}
@@ -44,6 +49,14 @@ ARMS = [
     Arm("4-8-16 mix", "B", ROTARY + INTERVALS, mix=0.2, **CURRICULUM),
     Arm("4-8-16 table mix", "B", TABLE + INTERVALS, mix=0.2, **CURRICULUM),
     Arm("4-8-16 moving", "BC", MOVING + INTERVALS, shares=SHARES, **CURRICULUM),
+    Arm("16 speed 0", "D", TABLE + " --rope-speed 1e-9", seeds=5),  # with the frequencies of other speeds
+    *(Arm(f"16 speed {speed}", "D", f"{TABLE} --rope-speed {speed}", seeds=5) for speed in ("0.25", "1", "2")),
+    Arm("16 four speeds", "D", FOUR, seeds=5),
+    *(
+        Arm(f"16 {name} {pace}", "D", flags, seeds=5, pace=pace)
+        for pace in ("slow", "fast")
+        for name, flags in {"fixed": "", "table": TABLE, "moving": MOVING, "four speeds": FOUR}.items()
+    ),
 ]
 BY_NAME = {arm.name: arm for arm in ARMS}
 RECOMMENDED = BY_NAME["4-8-16 moving"]
@@ -66,7 +79,7 @@ class Size:
 
 
 FULL = Size()
-MINIATURE = Size("miniature", 4, 1, 48, 2, videos=2, clips=4, val_clips=2, points=3, most_seeds=1)
+MINIATURE = Size("miniature", 4, 1, 96, 4, videos=2, clips=4, val_clips=2, points=3, most_seeds=1)
 BASE = [
     "--model", "EqM-Ti/2", "--image-size", 16, "--temporal-patch-size", 4, "--vae", "none", "--no-flip",
     "--num-workers", 0, "--precision", "bf16", "--optimizer", "muon", "--lr", 2e-3, "--muon-lr", 0.01,

@@ -6,7 +6,7 @@ from contextlib import contextmanager
 
 import numpy as np
 
-from arms import BASE, BY_NAME, GUIDANCE, LENGTHS, RECOMMENDED, SHARE_SEEDS, TOKENS, VERSION, plan
+from arms import ARMS, BASE, BY_NAME, GUIDANCE, LENGTHS, PACES, RECOMMENDED, SHARE_SEEDS, TOKENS, VERSION, plan
 from lab import half_width, mean_and_error, table, write_results
 from scoring.plots import COLORS, MARKERS, plt, save_figure
 
@@ -225,6 +225,17 @@ def answer_c(study, rows):
     return lines
 
 
+def answer_d(study, rows):
+    """Which --rope-speed, for which motion? 16 frames from the start, equal steps"""
+    lines = []
+    for pace in PACES:
+        own = [arm.name for arm in ARMS if (arm.questions, arm.pace) == ("D", pace)]
+        fixed, table, moving, *rest = names = own if pace else [FIXED, TABLE, MOVING, *own]
+        pairs = *((name, fixed) for name in (table, moving, *rest)), *((name, moving) for name in rest)
+        lines += differences(rows, pairs) + arm_table(rows, [(name, 1.0) for name in names])
+    return lines
+
+
 def write_report(study):
     """Write study.md and its figures from the rows of a study."""
     rows, size = study.rows, study.size
@@ -255,6 +266,9 @@ def write_report(study):
         "8 and 16 frames, and draws the frame interval from 1 to 2. With *mix*, a fifth of the later steps train on "
         "earlier frames. *16 moving intervals* also draws the interval, so it differs from *4-8-16 moving* only in "
         "its number of frames.",
+        "- **Speeds**: *speed N* is *table* with `--rope-speed N`. *speed 0* has the spatial frequencies of the other "
+        "speeds. *four speeds* has one of 0.25, 0.5, 1 and 2 in each head. Shapes move half as fast with *slow* and "
+        "twice as fast with *fast*.",
         "- **Validation loss**: arms with frame intervals of 1 to 2 validate on such clips. Compare their losses "
         "with each other, not with those in A.",
         f"- **Samples**: {size.clips} clips per run and length, 0.04 s per frame, `ngd`, {size.points - 1} "
@@ -266,6 +280,6 @@ def write_report(study):
         "Student's 95% interval.",
         "",
     ]
-    for letter, answer in {"A": answer_a, "B": answer_b, "C": answer_c}.items():
+    for letter, answer in {"A": answer_a, "B": answer_b, "C": answer_c, "D": answer_d}.items():
         lines += [f"## {letter}. {answer.__doc__}", "", f"`{SCRIPT} --only {letter}`", "", *answer(study, rows)]
     write_results(study.out, "study", lines)

@@ -2,11 +2,12 @@
 
     python scripts/studies/study.py --list                  what is done, what is missing, and how long it takes
     python scripts/studies/study.py --minutes 150           run or continue; start no run that would end later
-    python scripts/studies/study.py --only A B              some questions (A to C), or arms by name
+    python scripts/studies/study.py --only A B              some questions (A to D), or arms by name
     python scripts/studies/study.py --report                only write tables and figures, from the csv
 
 A: which positions are best: fixed, rotary, rotary with a table of height and width ("table"), or these with
 --rope-speed ("moving")? B: which curriculum of 4, 8, then 16 frames? C: how much compute until the motion is correct?
+D: which --rope-speed, for which motion?
 
 An arm is a training recipe. A run is an arm with a seed and a share of the compute. All runs with the same share have
 the same counted FLOPs. The learning rate decays to zero at the end of each run, so 60% of the compute is a separate
@@ -34,7 +35,7 @@ from report import write_report
 from runtime.cli import POSITIVE, one_line_errors, wrong_input
 from scoring.manifest import code_commit
 
-QUESTIONS = "A", "B", "C"
+QUESTIONS = "A", "B", "C", "D"
 SECONDS_PER_FRAME = 0.04  # of the videos and of all samples
 SECONDS_PER_FLOP = 7e-12  # estimate for 2 cores (AVX-512, bf16), until a run has measured it
 METRICS = "motion", "consistency"
@@ -119,16 +120,17 @@ class StudyRun(lab.Run):
         self.key, (_, self.flops) = (arm.name, seed, share), arms.plan(arm, share, size)
         self.lengths = arm.lengths if share == 1 else (16,)  # num_frames of its samples; one row each
         about = [arms.recipe_flags(arm, seed, share, size), size.videos, size.clips, size.points]
-        about += [arms.PATH_LENGTH, arms.GUIDANCE]  # everything that determines the rows
+        about += [arms.PATH_LENGTH, arms.GUIDANCE, *[arm.pace] * bool(arm.pace)]  # everything that determines the rows
         self.recipe = hashlib.sha256(json.dumps(about).encode()).hexdigest()[:8]
         sampling = ["--num-samples", size.clips, "--seed", seed, "--time-scale", SECONDS_PER_FRAME]
         sampling += [*arms.sampling_flags(size), "--num-frames"]
+        data = study.data.with_name("-".join([study.data.name, *[arm.pace] * bool(arm.pace)]))
         super().__init__(
             study.folder / f"{arm.name}-seed{seed}-compute{share:g}-{self.recipe}".replace(" ", "-"),
-            data={study.data: ["--seconds", 1.4, "--videos-per-class", size.videos]},  # long enough for 32 frames
-            **arms.training(study.args, arm, seed, share, "--data-path", study.data),
+            data={data: ["--seconds", arms.PACES[arm.pace], "--videos-per-class", size.videos]},
+            **arms.training(study.args, arm, seed, share, "--data-path", data),
             tasks={f"{frames} frames": ([*sampling, frames], METRICS) for frames in self.lengths},
-            metrics=dict.fromkeys(METRICS, ["--data-path", study.data, "--num-real", size.clips]),
+            metrics=dict.fromkeys(METRICS, ["--data-path", data, "--num-real", size.clips]),
         )
 
     @property
@@ -215,7 +217,7 @@ def print_status(study):
 def parse_args():
     parser = lab.study_parser(__doc__)
     add, only_print = parser.add_argument, parser.add_mutually_exclusive_group().add_argument
-    only = "questions (A to C) or names of arms; default: all"
+    only = "questions (A to D) or names of arms; default: all"
     add("--only", nargs="+", choices=(*QUESTIONS, *BY_NAME), metavar="WHAT", help=only)
     minutes = "start no run that would end after this many minutes; default: no limit"
     add("--minutes", type=POSITIVE, default=math.inf, help=minutes)
