@@ -31,7 +31,12 @@ class Arm:
 ROTARY = "--use-rope --rope-theta 100"
 TABLE = ROTARY + " --position-table space"
 MOVING = TABLE + " --rope-speed 0.5"
-FOUR = TABLE + " --rope-speed 0.25,0.5,1,2"  # one per head
+SPEEDS = {  # name: value of --rope-speed
+    "speed 0": "1e-9",  # as good as 0, but with the spatial frequencies of the others
+    "speed 0.25": "0.25", "speed 1": "1", "speed 2": "2",
+    "four speeds": "0.25,0.5,1,2",  # one per head
+}  # fmt: skip
+PACED = {"fixed": "", "table": TABLE, "moving": MOVING, "four speeds": f"{TABLE} --rope-speed {SPEEDS['four speeds']}"}
 INTERVALS = " --frame-interval 1 2"
 LENGTHS = (16, 24, 32)
 CURRICULUM = {"phases": ((4, 1 / 3), (8, 1 / 3), (16, 1 / 3)), "lengths": LENGTHS}
@@ -49,13 +54,14 @@ ARMS = [
     Arm("4-8-16 mix", "B", ROTARY + INTERVALS, mix=0.2, **CURRICULUM),
     Arm("4-8-16 table mix", "B", TABLE + INTERVALS, mix=0.2, **CURRICULUM),
     Arm("4-8-16 moving", "BC", MOVING + INTERVALS, shares=SHARES, **CURRICULUM),
-    Arm("16 speed 0", "D", TABLE + " --rope-speed 1e-9", seeds=5),  # with the frequencies of other speeds
-    *(Arm(f"16 speed {speed}", "D", f"{TABLE} --rope-speed {speed}", seeds=5) for speed in ("0.25", "1", "2")),
-    Arm("16 four speeds", "D", FOUR, seeds=5),
+    *(
+        Arm(f"16 {name}", "D", f"{TABLE} --rope-speed {speed}", seeds=5, lengths=LENGTHS)
+        for name, speed in SPEEDS.items()
+    ),
     *(
         Arm(f"16 {name} {pace}", "D", flags, seeds=5, pace=pace)
         for pace in ("slow", "fast")
-        for name, flags in {"fixed": "", "table": TABLE, "moving": MOVING, "four speeds": FOUR}.items()
+        for name, flags in PACED.items()
     ),
 ]
 BY_NAME = {arm.name: arm for arm in ARMS}

@@ -120,6 +120,15 @@ def arm_table(rows, runs):
     return table(["arm", "compute (%)", "validation loss", "direction accuracy (%)", "speed / true"], cells)
 
 
+def length_table(rows, names):
+    """Lines of markdown: direction accuracy, speed and seams of each arm's samples of 16, 24 and 32 frames."""
+    cells = []
+    for name, frames in itertools.product(names, LENGTHS):
+        right, speed, seam = (values_of(rows, name, key, frames=frames) for key in ("direction", "speed", "seam"))
+        cells.append([name, str(frames), spread_cell(right, 0, 100), spread_cell(speed, 2), spread_cell(seam, 2)])
+    return table(["arm", "frames", "direction accuracy (%)", "speed / true", "seam score (1 = no seam)"], cells)
+
+
 def mean_of(values):
     return np.mean(list(values.values()))
 
@@ -173,11 +182,7 @@ def answer_a(study, rows):
 def answer_b(study, rows):
     """Which positions for 4, 8, then 16 frames, with and without --mix?"""
     lines = differences(rows, PAIRS_B) + arm_table(rows, [(name, 1.0) for name in CURRICULA])
-    cells = []
-    for name, frames in itertools.product(CURRICULA, LENGTHS):
-        right, speed, seam = (values_of(rows, name, key, frames=frames) for key in ("direction", "speed", "seam"))
-        cells.append([name, str(frames), spread_cell(right, 0, 100), spread_cell(speed, 2), spread_cell(seam, 2)])
-    lines += table(["arm", "frames", "direction accuracy (%)", "speed / true", "seam score (1 = no seam)"], cells)
+    lines += length_table(rows, CURRICULA)
     longer = {name: mean_of(right) for name in CURRICULA if (right := values_of(rows, name, frames=24))}
     if CURRICULUM in longer:
         message = f"24 frames, longer than in training: {longer.pop(CURRICULUM):.0%} direction accuracy\n({CURRICULUM})"
@@ -233,6 +238,7 @@ def answer_d(study, rows):
         fixed, table, moving, *rest = names = own if pace else [FIXED, TABLE, MOVING, *own]
         pairs = *((name, fixed) for name in (table, moving, *rest)), *((name, moving) for name in rest)
         lines += differences(rows, pairs) + arm_table(rows, [(name, 1.0) for name in names])
+        lines += [] if pace else length_table(rows, rest)
     return lines
 
 
