@@ -100,7 +100,7 @@ def test_a_study_writes_each_validation_and_sample_row_once(trained, commands, c
 
 MINIATURES = {  # study: its flags, a line of its report
     given_frames: ("--seeds 0 --shares 0.75", r"^\| nothing given, 24 frames at once \| \d+.0 \|  \|  \|"),
-    long_videos: ("--seeds 0", r"for 40 frames, relative to 32 frames: 1.05\."),
+    long_videos: ("--seeds 0 --positions fixed moving", r"for 40 frames, relative to 32 frames: 1.05\."),
     seeds: ("--seeds 3", r"^\| frames \| lowest direction accuracy \(%\) \| median \| seed 3 \|$"),
     adaptive_compute: ("--num-samples 4", r"^\| larger steps \| 0.0040 \|  \| 2.0 \(2 - 2\) \|"),
 }

@@ -36,7 +36,8 @@ SPEEDS = {  # name: value of --rope-speed
     "speed 0.25": "0.25", "speed 1": "1", "speed 2": "2",
     "four speeds": "0.25,0.5,1,2",  # one per head
 }  # fmt: skip
-PACED = {"fixed": "", "table": TABLE, "moving": MOVING, "four speeds": f"{TABLE} --rope-speed {SPEEDS['four speeds']}"}
+FOUR = f"{TABLE} --rope-speed {SPEEDS['four speeds']}"
+POSITIONS = {"fixed": "", "rotary": ROTARY, "table": TABLE, "moving": MOVING, "four speeds": FOUR}
 INTERVALS = " --frame-interval 1 2"
 LENGTHS = (16, 24, 32)
 CURRICULUM = {"phases": ((4, 1 / 3), (8, 1 / 3), (16, 1 / 3)), "lengths": LENGTHS}
@@ -61,7 +62,8 @@ ARMS = [
     *(
         Arm(f"16 {name} {pace}", "D", flags, seeds=5, pace=pace)
         for pace in ("slow", "fast")
-        for name, flags in PACED.items()
+        for name, flags in POSITIONS.items()
+        if name != "rotary"
     ),
 ]
 BY_NAME = {arm.name: arm for arm in ARMS}
@@ -100,32 +102,40 @@ def config_of(size):
 
 
 def plan(arm, share, size):
-    """[(num_frames, last step, clips per step)] of a run, and its FLOPs (with --mix: their expected value)."""
+    """[(num_frames, last step, clips per step)] of a run, and its FLOPs."""
     config = config_of(size)
     compute = share * size.steps * TOKENS // math.prod(config.grid(16)) * config.training_flops(16)
+    return plan_phases(config, arm.phases, arm.mix, compute)
+
+
+def plan_phases(config, shares, mix, compute):
+    """As `plan`, of (num_frames, share of the compute in FLOPs). With a mix, FLOPs are their expected value."""
     phases, last_step, flops, earlier = [], 0, 0, []
-    for num_frames, part in arm.phases:
+    for num_frames, part in shares:
         batch_size, own = TOKENS // math.prod(config.grid(num_frames)), config.training_flops(num_frames)
         mixed = sum(earlier) / len(earlier) if earlier else own
-        per_step = batch_size * ((1 - arm.mix) * own + arm.mix * mixed)
+        per_step = batch_size * ((1 - mix) * own + mix * mixed)
         steps = max(1, round(part * compute / per_step))
         last_step, flops, earlier = last_step + steps, flops + steps * per_step, [*earlier, own]
         phases.append((num_frames, last_step, batch_size))
     return phases, flops
 
 
+def phase_flags(phases, mix):
+    """The flags of train.py for phases of `plan`."""
+    if len(phases) == 1:
+        ((num_frames, last_step, batch_size),) = phases
+        return ["--num-frames", num_frames, "--max-steps", last_step, "--global-batch-size", batch_size]
+    return ["--frames-schedule", ",".join(f"{a}:{b}:{c}" for a, b, c in phases), "--mix", mix]
+
+
 def recipe_flags(arm, seed, share, size):
     """The flags of train.py that determine a run, without paths."""
     phases, _ = plan(arm, share, size)
-    num_frames, last_step, batch_size = phases[-1]
     flags = ["--video", *BASE, "--depth", size.depth, "--hidden-size", size.width, "--num-heads", size.heads]
-    flags += ["--global-seed", seed]
-    if len(phases) == 1:
-        flags += ["--num-frames", num_frames, "--max-steps", last_step, "--global-batch-size", batch_size]
-    else:
-        flags += ["--frames-schedule", ",".join(f"{a}:{b}:{c}" for a, b, c in phases), "--mix", arm.mix]
+    flags += ["--global-seed", seed, *phase_flags(phases, arm.mix)]
     flags += [*arm.flags.split(), "--val-frames", 16, "--val-clips", size.val_clips]
-    return [str(flag) for flag in [*flags, "--val-every", max(1, last_step // VALIDATIONS)]]
+    return [str(flag) for flag in [*flags, "--val-every", max(1, phases[-1][1] // VALIDATIONS)]]
 
 
 def sampling_flags(size):

@@ -6,6 +6,7 @@ processes with OMP_NUM_THREADS=1 are much faster than one process with two threa
 """
 
 import fcntl
+import itertools
 import json
 import math
 import os
@@ -253,6 +254,29 @@ def seed_table(rows, columns):
         [name, *(mean_cell(found.get(title, []), digits) for title, (_, _, digits) in columns.items())]
         for name, found in rows.items()
     ])  # fmt: skip
+
+
+def difference(first, second, what, values, others, digits=3):
+    """A line with the difference of two arms' {seed: value}, paired by seed, over the seeds with two finite values."""
+    gaps = [values[seed] - others[seed] for seed in sorted(values.keys() & others.keys())]
+    gaps = [gap for gap in gaps if math.isfinite(gap)]
+    if not gaps:
+        return f"- {what}, {first} minus {second}: not run yet."
+    mean, half = statistics.mean(gaps), half_width(gaps)
+    line = f"- {what}: {first} minus {second} is {mean:+.{digits}f}"
+    if half is None:
+        return f"{line} (one seed, no interval)."
+    verdict = "no significant difference" if abs(mean) <= half else "higher" if mean > 0 else "lower"
+    return f"{line} (95% {mean - half:+.{digits}f} to {mean + half:+.{digits}f}, {len(gaps)} seeds): {verdict}."
+
+
+def differences(rows, columns, titles):
+    """Lines of markdown: for some columns, how each row of a `seed_table` differs from the first one."""
+    (first, *others), lines = rows, []
+    for title, name in itertools.product(titles, others):
+        own, base = (dict(enumerate(rows[key][title])) for key in (name, first))
+        lines.append(difference(name, first, title, own, base, columns[title][2] + 1))
+    return [*lines, ""] if lines else []
 
 
 def newest_metrics(name, kind):

@@ -7,7 +7,7 @@ from contextlib import contextmanager
 import numpy as np
 
 from arms import ARMS, BASE, BY_NAME, GUIDANCE, LENGTHS, PACES, RECOMMENDED, SHARE_SEEDS, TOKENS, VERSION, plan
-from lab import half_width, mean_and_error, table, write_results
+from lab import difference, mean_and_error, table, write_results
 from scoring.plots import COLORS, MARKERS, plt, save_figure
 
 SCRIPT = "python scripts/studies/study.py"
@@ -34,20 +34,6 @@ def values_of(rows, name, column="direction", share=1.0, frames=16):
     asked = {"arm": name, "share": share} | kind
     own = [row for row in rows if asked.items() <= row.items() and row[column] is not None]
     return {row["seed"]: row[column] for row in sorted(own, key=lambda row: (row["seed"], row["step"]))}
-
-
-def difference(first, second, what, values, others):
-    """A line with the difference of two arms' {seed: value}, paired by seed, over the seeds with two finite values."""
-    gaps = [values[seed] - others[seed] for seed in sorted(values.keys() & others.keys())]
-    gaps = [gap for gap in gaps if math.isfinite(gap)]
-    if not gaps:
-        return f"- {what}, {first} minus {second}: not run yet."
-    mean, half = np.mean(gaps), half_width(gaps)
-    line = f"- {what}: {first} minus {second} is {mean:+.3f}"
-    if half is None:
-        return f"{line} (one seed, no interval)."
-    verdict = "no significant difference" if abs(mean) <= half else "higher" if mean > 0 else "lower"
-    return f"{line} (95% {mean - half:+.3f} to {mean + half:+.3f}, {len(gaps)} seeds): {verdict}."
 
 
 def compute_to(goal, shares, values):
