@@ -11,12 +11,14 @@ from matplotlib.figure import Figure
 
 import adaptive_compute
 import arms
+import cache_latents
 import evaluate
 import given_frames
 import lab
 import long_videos
 import make_moving_shapes
 import people
+import positions
 import report
 import sample_gd
 import schedule
@@ -122,6 +124,31 @@ def test_a_miniature_study_writes_its_table_and_resumes(script, trained, command
     run_main(script, *flags)
     again = [words[0] for words in commands if not words[0].startswith(("scripts", "datasets"))]
     assert again == ["EqM/evaluate.py"] and found.read_text() == content
+
+
+@pytest.mark.parametrize("data_set", positions.DATA_SETS)
+def test_all_positions_have_equal_compute(data_set, tmp_path):
+    args = Namespace(data_set=data_set, miniature=False, out=tmp_path, data_path="videos", latents="latents")
+    runs = [positions.PositionsRun(args, name, 0) for name in arms.POSITIONS]
+    assert max(run.flops for run in runs) / min(run.flops for run in runs) < 1.001
+
+
+def test_positions_on_other_data_keep_each_finished_run(trained, commands, tmp_path, monkeypatch):
+    monkeypatch.setattr(positions, "POSITIONS", {"fixed": "", "four speeds": arms.FOUR})
+    (_, model), latents, out = trained, tmp_path / "latents", tmp_path / "results"
+    run_main(cache_latents, *model[2:], "--vae", "none", "--image-size", 16, "--out", latents)
+    flags = ["people", "--miniature", "--out", out, *model[2:], "--latents", latents, "--seeds", 0]
+    run_main(positions, *flags)
+    written = out / "positions_people.md"
+    report, rows = written.read_text(), json.loads(written.with_suffix(".json").read_text())
+    assert [(row["positions"], row["seed"]) for row in rows] == [("fixed", 0), ("four speeds", 0)]
+    assert "| fixed | " in report and "dB): four speeds minus fixed is " in report
+    commands.clear()
+    run_main(positions, *flags)
+    assert not commands and written.read_text() == report
+    written.with_suffix(".json").write_text(json.dumps(rows[:1]))  # a stopped run continues
+    run_main(positions, *flags)
+    assert not commands and json.loads(written.with_suffix(".json").read_text())[1]["values"] == rows[1]["values"]
 
 
 def test_a_stopped_study_resumes_and_ends_the_same(trained, tmp_path, capsys):

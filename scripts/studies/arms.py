@@ -103,13 +103,16 @@ def config_of(size):
 
 def plan(arm, share, size):
     """[(num_frames, last step, clips per step)] of a run, and its FLOPs."""
-    config = config_of(size)
-    compute = share * size.steps * TOKENS // math.prod(config.grid(16)) * config.training_flops(16)
-    return plan_phases(config, arm.phases, arm.mix, compute)
+    return plan_phases(config_of(size), arm.phases, arm.mix, share * size.steps)
 
 
-def plan_phases(config, shares, mix, compute):
-    """As `plan`, of (num_frames, share of the compute in FLOPs). With a mix, FLOPs are their expected value."""
+def plan_phases(config, shares, mix, steps):
+    """As `plan`, from (num_frames, share of the compute) of each phase. With a mix, the FLOPs are their expected value.
+
+    The compute is that of so many steps of the last phase.
+    """
+    last, _ = shares[-1]
+    compute = steps * TOKENS // math.prod(config.grid(last)) * config.training_flops(last)
     phases, last_step, flops, earlier = [], 0, 0, []
     for num_frames, part in shares:
         batch_size, own = TOKENS // math.prod(config.grid(num_frames)), config.training_flops(num_frames)
