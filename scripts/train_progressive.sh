@@ -134,11 +134,10 @@ run() { # ADVICE COMMAND: pass a signal to this script on to the command, which 
   (trap - INT && exec "${@:2}") & # bash ignores SIGINT in the background
   child=$!
   [[ $signalled != 143 ]] || kill -TERM "$child"
-  wait "$child" 2>/dev/null || status=$? # without the report of bash on a kill
   while kill -0 "$child" 2>/dev/null; do # a signal ends the wait, not the child
-    status=0
-    wait "$child" 2>/dev/null || status=$?
+    wait "$child" 2>/dev/null || true # without the report of bash on a kill
   done
+  wait "$child" || status=$? # bash remembers it; the wait above may have returned that of a signal
   trap - TERM INT USR1
   if [[ $signalled != 0 ]]; then
     # With status 0 or 130 the command's last line says this
