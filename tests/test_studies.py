@@ -211,6 +211,12 @@ def test_committed_tables_match_the_committed_numbers(script):
     assert f"{made}\n" == path.with_suffix(".md").read_text()
 
 
+@pytest.mark.parametrize("path", sorted((ROOT / "results").glob("positions_*.json")), ids=lambda path: path.stem)
+def test_committed_tables_of_positions_match_the_committed_numbers(path):
+    made = "\n".join(positions.markdown(path.stem.partition("_")[2], positions.read_rows(path))).rstrip()
+    assert f"{made}\n" == path.with_suffix(".md").read_text()
+
+
 def test_the_committed_report_matches_the_committed_rows(tmp_path):
     (tmp_path / "study.csv").write_bytes((ROOT / "results/study.csv").read_bytes())
     run_main(study, "--report", "--out", tmp_path)

@@ -156,8 +156,8 @@ def read_rows(path):
     return json.loads(path.read_text()) if path.exists() else []
 
 
-def write_report(out, name, rows):
-    """Write positions_NAME.md: scores of all positions, and differences from fixed and from rotary positions."""
+def markdown(name, rows):
+    """The lines of positions_NAME.md: scores of all positions, and differences from fixed and from rotary positions."""
     own, found = DATA_SETS[name], {}  # found: {positions: {title: {seed: value}}}
     for row in sorted(rows, key=lambda row: row["seed"]):
         for title, (task, value, factor, _) in own.columns.items():
@@ -174,7 +174,7 @@ def write_report(out, name, rows):
         if base in found and positions not in ("fixed", base):
             pair = found[positions][title], found[base][title]
             lines.append(lab.difference(positions, base, title, *pair, own.columns[title][3] + 1))
-    lab.write_results(out, f"positions_{name}", lines)
+    return lines
 
 
 def parse_args():
@@ -192,7 +192,7 @@ def main():
     args = parse_args()
     runs = [PositionsRun(args, positions, seed) for seed in args.seeds for positions in args.positions]
     lab.run_all(runs)
-    write_report(args.out, args.data_set, read_rows(runs[0].out))
+    lab.write_results(args.out, f"positions_{args.data_set}", markdown(args.data_set, read_rows(runs[0].out)))
 
 
 if __name__ == "__main__":
