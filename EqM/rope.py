@@ -76,7 +76,7 @@ class RotaryEmbedding3D(nn.Module):
         moving = count // 3 * 3 if axis and self.moves else 0
         exponents = torch.where(index < moving, index // 3, index - moving * 2 // 3)
         signs = (index < moving) * ((index % 3 == 1).float() - (index % 3 == 2).float())
-        return self.theta ** -(exponents.float() / count), torch.tensor(self.speeds, device=device)[:, None] * signs
+        return self.theta ** -(exponents.float() / count), torch.stack([speed * signs for speed in self.speeds])
 
 
 def split_head(head_dim, split=""):
