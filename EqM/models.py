@@ -64,7 +64,9 @@ class EqMConfig:
                 raise ValueError(f"{name} must be one of {', '.join(choices)}, got {value!r}")
         if self.use_rope:
             if len(self.rotary_embedding().speeds) not in (1, self.num_heads):
-                raise ValueError(f"rope_speed needs one speed, or one for each of {self.num_heads} heads")
+                raise ValueError(
+                    f"rope_speed {self.rope_speed}: expected one speed, or one for each of {self.num_heads} heads"
+                )
             return
         self.check_num_frames(self.num_frames)
         for name in ("rope_theta", "rope_split", "rope_speed", "position_table"):

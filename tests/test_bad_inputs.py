@@ -79,6 +79,7 @@ CASES = {
         --rope-split 64,64,2 => 130 channels
         --rope-speed 1e9 => --rope-speed 1000000000.0; [0, 1000]
         --rope-speed 0.5 --num-heads 16 => 6 channels of a head
+        --rope-speed 0.25,1 => rope_speed 0.25,1: expected one speed, or one for each of 3 heads
         --num-frame 3 => --num-frame: no such flag; did you mean --num-frames?
         --colour=red => --colour: no such flag; see --help
         --ckpt a.pt b.pt c.pt --qk-norm => b.pt: unexpected argument; pattern
