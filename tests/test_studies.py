@@ -5,6 +5,7 @@ import json
 import math
 import re
 from argparse import Namespace
+from dataclasses import replace
 
 import pytest
 from matplotlib.figure import Figure
@@ -15,7 +16,6 @@ import cache_latents
 import evaluate
 import given_frames
 import lab
-import long_videos
 import make_moving_shapes
 import people
 import positions
@@ -50,7 +50,7 @@ def commands(tmp_path_factory):
         seen.append([str(word) for word in words])
         if words[0] == "datasets/make_moving_shapes.py" and made.setdefault(words[3:], words[2]) != words[2]:
             words[2].exists() or words[2].symlink_to(made[words[3:]])
-            return 0
+            return
         if words[0] == "scripts/quickstart.sh":
             flags = arms.recipe_flags(BY_NAME["16 rotary"], variables["SEED"], 1.0, MINIATURE)
             flags += [*arms.sampling_flags(MINIATURE), "--data-path", variables["DATA"], "--resume"]
@@ -58,7 +58,6 @@ def commands(tmp_path_factory):
         with pytest.MonkeyPatch.context() as patch:  # the plots of scores take long, and are tested with these
             patch.setattr(Figure, "savefig", lambda figure, path, **settings: None)
             run_main(SCRIPTS[words[0]], *words[1:])
-        return 400.0 if long_videos.SHORT in words else 420.0
 
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(lab.Run, "script", script)
@@ -102,7 +101,6 @@ def test_a_study_writes_each_validation_and_sample_row_once(trained, commands, c
 
 MINIATURES = {  # study: its flags, a line of its report
     given_frames: ("--seeds 0 --shares 0.75", r"^\| nothing given, 24 frames at once \| \d+.0 \|  \|  \|"),
-    long_videos: ("--seeds 0 --positions fixed moving", r"for 40 frames, relative to 32 frames: 1.05\."),
     seeds: ("--seeds 3", r"^\| frames \| lowest direction accuracy \(%\) \| median \| seed 3 \|$"),
     adaptive_compute: ("--num-samples 4", r"^\| larger steps \| 0.0040 \|  \| 2.0 \(2 - 2\) \|"),
 }
@@ -133,22 +131,34 @@ def test_all_positions_have_equal_compute(data_set, tmp_path):
     assert max(run.flops for run in runs) / min(run.flops for run in runs) < 1.001
 
 
-def test_positions_on_other_data_keep_each_finished_run(trained, commands, tmp_path, monkeypatch):
+@pytest.mark.parametrize("name", ["people", "bouncing"])
+def test_positions_on_other_data_keep_each_finished_run(name, trained, commands, tmp_path, monkeypatch):
     monkeypatch.setattr(positions, "POSITIONS", {"fixed": "", "four speeds": arms.FOUR})
     (_, model), latents, out = trained, tmp_path / "latents", tmp_path / "results"
-    run_main(cache_latents, *model[2:], "--vae", "none", "--image-size", 16, "--out", latents)
-    flags = ["people", "--miniature", "--out", out, *model[2:], "--latents", latents, "--seeds", 0]
+    bouncing = positions.DATA_SETS["bouncing"]  # shorter videos, fewer clips
+    (words, metrics), short = bouncing.tasks[positions.LONG], {"made": ("--bounce", "--seconds", 1.4)}
+    short["tasks"] = {positions.LONG: (words.replace("256", "24"), metrics)}
+    short["metrics"] = dict.fromkeys(metrics, "--split all --num-real 4")
+    monkeypatch.setitem(positions.DATA_SETS, "bouncing", replace(bouncing, **short))
+    flags = [name, "--miniature", "--out", out, "--seeds", 0]
+    if name == "people":
+        run_main(cache_latents, *model[2:], "--vae", "none", "--image-size", 16, "--out", latents)
+        flags += [*model[2:], "--latents", latents]
     run_main(positions, *flags)
-    written = out / "positions_people.md"
+    written = out / f"positions_{name}.md"
     report, rows = written.read_text(), json.loads(written.with_suffix(".json").read_text())
     assert [(row["positions"], row["seed"]) for row in rows] == [("fixed", 0), ("four speeds", 0)]
-    assert "| fixed | " in report and "dB): four speeds minus fixed is " in report
+    assert "| fixed | " in report and "): four speeds minus fixed is " in report
     commands.clear()
     run_main(positions, *flags)
     assert not commands and written.read_text() == report
     written.with_suffix(".json").write_text(json.dumps(rows[:1]))  # a stopped run continues
     run_main(positions, *flags)
     assert not commands and json.loads(written.with_suffix(".json").read_text())[1]["values"] == rows[1]["values"]
+
+
+def test_positions_on_other_data_need_its_videos(tmp_path, capsys):
+    assert "--data-path: expected the videos of sprites" in refused(capsys, positions, "sprites", "--out", tmp_path)
 
 
 def test_a_stopped_study_resumes_and_ends_the_same(trained, tmp_path, capsys):

@@ -131,25 +131,20 @@ class Run:
         return next(self.folder.glob("*/checkpoints/latest.pt"), None) if is_trained else None
 
     def script(self, *words, **environment):
-        """Run a script of the repository with a log in this folder. It stops if this process dies.
-
-        Returns its peak memory in MiB. Raises UserError if it fails.
-        """
+        """Run a script of the repository with a log in this folder. It stops if this process dies. Raises UserError."""
         log = self.folder / f"{Path(words[0]).stem}.log"
         command = ["bash" if words[0].endswith(".sh") else sys.executable, ROOT / words[0], *words[1:]]
         settings = {"env": os.environ | environment, "preexec_fn": partial(distributed.die_with_parent, signal.SIGTERM)}
         with open(log, "a") as file:
             process = subprocess.Popen([str(word) for word in command], stdout=file, stderr=file, **settings)
             try:
-                _, status, usage = os.wait4(process.pid, 0)
+                status = process.wait()
             except KeyboardInterrupt:  # the script received SIGINT, too, and saves
                 process.wait()
                 raise
-        process.returncode = os.waitstatus_to_exitcode(status)
-        if process.returncode:
+        if status:
             last_line = log.read_text(errors="replace").strip().rpartition("\n")[2]
-            raise UserError(f"{words[0]} ended with status {process.returncode} ({last_line}); see {log}")
-        return usage.ru_maxrss / 1024
+            raise UserError(f"{words[0]} ended with status {status} ({last_line}); see {log}")
 
     def make_data(self):
         for folder, flags in self.data.items():
@@ -174,11 +169,7 @@ class Run:
                 self.script("EqM/sample_gd.py", *words, *flags)
 
     def score(self):
-        for metric, flags in self.metrics.items():
-            if folders := self.unscored(metric):
-                out = f"{metric}.json" if len(folders) > 1 else folders[0] / f"{metric}.json"
-                words = ["--metric", metric, "--samples", *folders, "--num-workers", 0, "--out", out]
-                self.script("EqM/evaluate.py", *words, *flags)
+        score([self])
 
     def run(self):
         """Make the data, train, sample and score, skipping what is done. Raises UserError."""
@@ -210,6 +201,15 @@ def run_all(runs, minutes=math.inf):
                 return
             time.sleep(WAIT_SECONDS)
     say("all is done")
+
+
+def score(runs):
+    """Score the samples of runs that have the same metrics, all folders of a metric in one call. Raises UserError."""
+    for metric in runs[0].metrics if runs else ():
+        if folders := [folder for run in runs for folder in run.unscored(metric)]:
+            out = f"{metric}.json" if len(folders) > 1 else folders[0] / f"{metric}.json"
+            words = ["--metric", metric, "--samples", *folders, "--num-workers", 0, "--out", out]
+            runs[0].script("EqM/evaluate.py", *words, *runs[0].metrics[metric])
 
 
 def data_sets(folder, count, test_count, *flags):

@@ -1,40 +1,43 @@
-"""Compare positions on data that they were not tuned for: the Sprites benchmark and real people.
+"""Compare positions on data that they were not tuned for: Sprites, real people, and shapes that bounce off the border.
 
     python scripts/studies/positions.py sprites --data-path datasets/sprites --latents results/sprites/latents
     python scripts/studies/positions.py people --data-path datasets/weizmann --latents results/weizmann/latents
+    python scripts/studies/positions.py bouncing
 
-sprites.sh and weizmann.sh make the data and the latents, which all models of a data set share. The models have the size
-and the recipe of these scripts, a quarter of the compute, and differ in their positions (see arms.py). With fixed
-positions, they train on the final number of frames only, at equal compute. A run takes about 45 minutes of one core.
+sprites.sh and weizmann.sh make the data and the latents, which all models of a data set share. The models of Sprites
+and people have the size and the recipe of these scripts, and a quarter of the compute. Those of bouncing shapes follow
+the recommended recipe of study.py, but train on 8 and 16 frames, with 1.6 times the compute, three of four clips
+forced. All models of a data set differ only in their positions (see arms.py). With fixed positions, they train on the
+final number of frames only, at equal compute. A run takes 10 (bouncing) to 35 minutes of one core.
 
-The script writes results/positions_NAME.md and .json. The json holds the scores of all finished runs, which are not run
-again. Models, samples and scores are in results/positions (see lab.py).
+When all runs are sampled, the script scores them and writes results/positions_NAME.md and .json. Runs whose scores are
+in the json are not run again. Models, samples and scores are in results/positions (see lab.py).
 """
 
 import itertools
 import json
 import os
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import numpy as np
 
 import lab
-from arms import POSITIONS, VALIDATIONS, phase_flags, plan_phases
+from arms import BASE, FULL, INTERVALS, POSITIONS, VALIDATIONS, config_of, phase_flags, plan_phases, sampling_flags
 from benchmark import machine
-from models import model_config
-from runtime.cli import one_line_errors
+from models import EqMConfig, model_config
+from runtime.cli import fail, one_line_errors
 from scoring.manifest import code_commit
 from video.samples import read_samples
 
-STEPS = 2750  # of the last number of frames; they have the compute of a run
-SIZE = {"depth": 6, "hidden_size": 256, "num_heads": 4}
+SIZE = {"depth": 6, "hidden_size": 256, "num_heads": 4, "input_size": 16}
 RECIPE = (  # flags of train.py; the checkpoint keeps the sampler
-    "--optimizer muon --lr 2e-3 --warmup-steps 50 --gamma-shift 2 --num-workers 0 --precision bf16 --val-clips 64 "
-    "--sampler ngd --num-sampling-steps 24 --stepsize 0.0217"
+    "--optimizer muon --lr 2e-3 --warmup-steps 50 --gamma-shift 2 --num-workers 0 --precision bf16 --sampler ngd "
+    "--num-sampling-steps 24 --stepsize 0.0217"
 )
-TINY = "--num-samples 4 --samples-per-clip 1 --num-sampling-steps 3"  # with --miniature
-END = "last 16 of 64 frames"  # a task: 64 frames in windows, which are longer than real clips, cut to their end
+TINY = {"depth": 1, "hidden_size": 96, "num_heads": 4}  # with --miniature, as the next line
+TINY_SAMPLES = "--num-samples 4 --samples-per-clip 1 --num-sampling-steps 3"
+LONG, END = "256 frames", "last 16 of 64 frames"  # tasks. END: made in windows, longer than real clips, cut to its end
 LOSS, PREDICTION = "validation loss", ("prediction",)
 
 
@@ -43,26 +46,28 @@ class DataSet:
     """What the runs on a data set share."""
 
     title: str
-    model: str
-    latents: dict  # settings of EqMConfig
+    config: EqMConfig
     flags: str  # of train.py
+    steps: int  # of the last number of frames; they have the compute of a run
     phases: tuple  # (num_frames, share of the compute)
     mix: float
     tasks: dict  # {name: (flags of sample_gd.py, metrics)}
     metrics: dict  # {metric: flags of evaluate.py}
     primary: tuple  # titles of the primary endpoints
     columns: dict  # {title: (task, name of the value, factor, digits)}
+    made: tuple = ()  # flags of make_moving_shapes.py, if it makes the videos
 
 
 DATA_SETS = {
     "sprites": DataSet(
-        "Sprites", "EqM-S/4", {"input_size": 16, "in_channels": 8, "temporal_patch_size": 1, "num_classes": 9},
-        "--no-flip --forcing 0.7 --lr-decay 0.8 --ema-decay 0.998 --cfg-scale 1", ((4, 0.14), (8, 0.86)), 0.1,
+        "Sprites", model_config("EqM-S/4", **SIZE, in_channels=8, temporal_patch_size=1, num_classes=9),
+        f"{RECIPE} --model EqM-S/4 --temporal-patch-size 1 --no-flip --forcing 0.7 --lr-decay 0.8 --ema-decay 0.998 "
+        "--cfg-scale 1", 2750, ((4, 0.14), (8, 0.86)), 0.1,
         {
             "samples": ("--num-frames 8 --num-samples 576", ("census", "classifier")),
             "predictions": ("--num-frames 8 --num-samples 432 --given-frames 0", ("census", *PREDICTION)),
         },
-        {"census": [], "classifier": ["--classifier-test", "val"], "prediction": []},
+        {"census": "", "classifier": "--classifier-test val", "prediction": ""},
         ("valid samples (%)", "one frame given: PSNR (dB)"),
         {
             LOSS: ("", "val_loss", 1, 3),
@@ -73,15 +78,15 @@ DATA_SETS = {
         },
     ),
     "people": DataSet(
-        "Real people", "EqM-S/2", {"input_size": 16, "in_channels": 4, "temporal_patch_size": 4, "num_classes": 4},
-        "--forcing 0.75 --lr-decay 0.4 --ema-decay 0.995 --frame-interval 2 --cfg-scale 1.5",
-        ((4, 0.3), (8, 0.3), (16, 0.4)), 0.1,
+        "Real people", model_config("EqM-S/2", **SIZE, in_channels=4, temporal_patch_size=4, num_classes=4),
+        f"{RECIPE} --model EqM-S/2 --temporal-patch-size 4 --forcing 0.75 --lr-decay 0.4 --ema-decay 0.995 "
+        "--frame-interval 2 --cfg-scale 1.5", 2750, ((4, 0.3), (8, 0.3), (16, 0.4)), 0.1,
         {
             "samples": ("--num-frames 16 --num-samples 96", ("classifier", "nearest")),
             "predictions": ("--num-frames 16 --given-frames 0-7 --num-samples 512 --samples-per-clip 8", PREDICTION),
             END: ("--num-frames 64 --num-samples 96 --window 16", ("classifier",)),
         },
-        {"classifier": ["--classifier-steps", 250], "nearest": [], "prediction": []},
+        {"classifier": "--classifier-steps 250", "nearest": "", "prediction": ""},
         ("8 of 16 frames given: PSNR (dB)",),
         {
             LOSS: ("", "val_loss", 1, 3),
@@ -92,54 +97,88 @@ DATA_SETS = {
             "nearest training clip, RMSE: samples / held-out": ("samples", "rmse_ratio", 1, 2),
         },
     ),
+    "bouncing": DataSet(
+        "Bouncing shapes", config_of(FULL), f"{' '.join(map(str, BASE))} --forcing 0.75{INTERVALS}",
+        int(1.6 * FULL.steps), ((8, 1 / 3), (16, 2 / 3)), 0,
+        {LONG: (f"--num-frames 256 --window 16 --overlap 8 --num-samples 96 {' '.join(map(str, sampling_flags(FULL)))}",
+                ("motion", "consistency"))},
+        dict.fromkeys(("motion", "consistency"), "--split all --num-real 96"),
+        ("one object to the end (%)",),
+        {
+            LOSS: ("", "val_loss", 1, 3),
+            "one object to the end (%)": (LONG, "one_object", 100, 0),
+            "turns at the borders only (%)": (LONG, "turns_right", 100, 0),
+            "5% quantile of window speed / true": (LONG, "speed_low", 1, 2),
+            "median": (LONG, "speed_median", 1, 2),
+            "95% quantile": (LONG, "speed_high", 1, 2),
+            "seam score of windows": (LONG, "window_seam_score", 1, 2),
+        },
+        ("--bounce", "--seconds", 16),
+    ),
 }  # fmt: skip
 
 
 class PositionsRun(lab.Run):
-    """A model with these positions and this seed. It is done when the json has its scores."""
+    """A model with these positions and this seed. It is done when it is sampled, or when the json has its scores."""
 
     def __init__(self, args, positions, seed):
-        own, self.out = DATA_SETS[args.data_set], Path(args.out, f"positions_{args.data_set}.json")
-        self.about = {"positions": positions, "seed": seed}
-        size = {"depth": 1, "hidden_size": 96, "num_heads": 4} if args.miniature else SIZE
-        config = model_config(own.model, **size, **own.latents)
+        own, root = DATA_SETS[args.data_set], Path(args.out, "positions")
+        self.out, self.about = Path(args.out, f"positions_{args.data_set}.json"), {"positions": positions, "seed": seed}
+        config = replace(own.config, **TINY if args.miniature else {})
         shares, mix = (((own.phases[-1][0], 1.0),), 0) if positions == "fixed" else (own.phases, own.mix)
-        phases, self.flops = plan_phases(config, shares, mix, 4 if args.miniature else STEPS)
-        flags = [*own.flags.split(), *RECIPE.split(), *POSITIONS[positions].split(), *phase_flags(phases, mix)]
-        for name, value in size.items():
-            flags += [f"--{name.replace('_', '-')}", value]
-        given = ["--given", args.data_path, "--given-split", "val", "--no-keep-background"]
-        common = ["--precision", "bf16", "--batch-size", 16, "--seed", seed, *TINY.split() * args.miniature]
-        scoring = own.metrics | ({"classifier": ["--classifier-steps", 1]} if args.miniature else {})
-        every = max(1, phases[-1][1] // VALIDATIONS)
+        phases, self.flops = plan_phases(config, shares, mix, 4 if args.miniature else own.steps)
+        flags = [*own.flags.split(), *POSITIONS[positions].split(), *phase_flags(phases, mix), "--val-clips", 64]
+        for name in TINY:
+            flags += [f"--{name.replace('_', '-')}", getattr(config, name)]
+        videos = Path(args.data_path or root / "bouncing-shapes")
+        data = lab.data_sets(videos, *((2, 2) if args.miniature else (60, 12)), *own.made) if own.made else {}
+        scored = [videos, *data][-1]
+        given = ["--given", scored, "--given-split", "val", "--no-keep-background"]
+        common = ["--precision", "bf16", "--batch-size", 16, "--seed", seed, *TINY_SAMPLES.split() * args.miniature]
+        scoring = own.metrics | ({"classifier": "--classifier-steps 1"} if args.miniature else {})
         super().__init__(
-            Path(args.out, "positions", f"{args.data_set}-{positions.replace(' ', '-')}-seed{seed}"),
-            training=["--video", "--model", own.model, "--temporal-patch-size", config.temporal_patch_size, *flags,
-                      "--data-path", args.latents, "--global-seed", seed, "--val-every", every],
+            root / f"{args.data_set}-{positions.replace(' ', '-')}-seed{seed}",
+            data,
+            training=["--video", *flags, "--data-path", args.latents or videos, "--global-seed", seed,
+                      "--val-every", max(1, phases[-1][1] // VALIDATIONS)],
             last_step=phases[-1][1],
             tasks={
                 name: ([*words.split(), *given * ("given" in words), *common], metrics)
                 for name, (words, metrics) in own.tasks.items()
             },
-            metrics={metric: ["--data-path", args.data_path, *words] for metric, words in scoring.items()},
+            metrics={metric: ["--data-path", scored, *words.split()] for metric, words in scoring.items()},
         )  # fmt: skip
 
     @property
-    def is_done(self):
+    def has_row(self):
         return any(self.about.items() <= row.items() for row in read_rows(self.out))
 
-    def sample(self, ckpt):
-        super().sample(ckpt)
-        if END in self.tasks:
-            keep_end(self.path(END).parent, 16)
+    @property
+    def is_done(self):
+        return self.has_row or all(self.path(task).exists() for task in self.tasks)
 
-    def run(self):
-        super().run()
-        row = self.about | {"code": code_commit() or "", "machine": machine(), "flops": self.flops}
-        last = self.validations()[-1]
-        row["values"] = {"": {"val_loss": last["val_loss"]}} | {task: self.values(task) for task in self.tasks}
-        with lab.file_lock(self.folder.parent / "lock"):
-            lab.write_file(self.out, json.dumps([*read_rows(self.out), row], indent=1).encode() + b"\n")
+    def score(self):
+        """Does nothing: see `score_all`."""
+
+    def row(self):
+        """The row of the json, from the scores."""
+        values = {"": {"val_loss": self.validations()[-1]["val_loss"]}}
+        values |= {task: self.values(task) for task in self.tasks}
+        about = {"code": code_commit() or "", "machine": machine(), "flops": self.flops}
+        return self.about | about | {"values": values}
+
+
+def score_all(runs):
+    """Score the samples of all runs in one call, since it takes ten minutes to prepare a census. Add their rows."""
+    with lab.file_lock(runs[0].folder.parent / "lock"):  # another process may score at the same time
+        left = [run for run in runs if not run.has_row]
+        for run in left:
+            if END in run.tasks:
+                keep_end(run.path(END).parent, 16)
+        lab.score(left)
+        if left:
+            rows = [*read_rows(left[0].out), *(run.row() for run in left)]
+            lab.write_file(left[0].out, json.dumps(rows, indent=1).encode() + b"\n")
 
 
 def keep_end(folder, num_frames):
@@ -162,7 +201,8 @@ def markdown(name, rows):
     for row in sorted(rows, key=lambda row: row["seed"]):
         for title, (task, value, factor, _) in own.columns.items():
             values = found.setdefault(row["positions"], {}).setdefault(title, {})
-            values[row["seed"]] = factor * row["values"][task][value]
+            if (number := row["values"][task].get(value)) is not None:
+                values[row["seed"]] = factor * number
     about = f"`scripts/studies/positions.py {name}` wrote this table. Cells hold the mean over seeds, and the range."
     listed = {
         positions: {title: [*values.values()] for title, values in found[positions].items()}
@@ -181,8 +221,8 @@ def parse_args():
     parser = lab.study_parser(__doc__, seeds=[0, 1, 2])
     add = parser.add_argument
     add("data_set", choices=DATA_SETS, help="what to train on")
-    add("--data-path", required=True, metavar="DIR", help="the videos")
-    add("--latents", required=True, metavar="DIR", help="their latent cache")
+    add("--data-path", metavar="DIR", help="the videos; default: bouncing shapes, which the script makes")
+    add("--latents", metavar="DIR", help="their latent cache; default: train on pixels")
     add("--positions", nargs="+", choices=POSITIONS, default=[*POSITIONS], metavar="NAME", help="see arms.py")
     return parser.parse_args()
 
@@ -190,8 +230,11 @@ def parse_args():
 @one_line_errors()
 def main():
     args = parse_args()
+    if not (args.data_path or DATA_SETS[args.data_set].made):
+        fail(f"--data-path: expected the videos of {args.data_set}")
     runs = [PositionsRun(args, positions, seed) for seed in args.seeds for positions in args.positions]
     lab.run_all(runs)
+    score_all(runs)
     lab.write_results(args.out, f"positions_{args.data_set}", markdown(args.data_set, read_rows(runs[0].out)))
 
 
