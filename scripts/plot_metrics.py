@@ -88,18 +88,12 @@ def make_curves(runs):
 
 
 def find_start(folder, runs):
-    """(step of the checkpoint that a run started from, folder of that run); None if the folder is not in `runs`.
-
-    A resumed run only says that it started from itself: it continues the last run beside it that ended before it.
-    """
+    """(step of the checkpoint that a run started from, folder of that run); None if the folder is not in `runs`."""
     first, config = runs[folder][0]["step"], json.loads((folder / "config.json").read_text())
     if not config["training"]["ckpt"]:
         return None  # from scratch
     ckpt = Path(config["training"]["ckpt"])
     run = ckpt.parts[-4:-2]  # EXP/RUN of EXP/RUN/checkpoints/FILE; folders above EXP may have moved
-    if folder.parts[-len(run) :] == run:
-        beside = [(rows[-1]["step"], other) for other, rows in runs.items() if other.parent == folder.parent]
-        return max((start for start in beside if start[0] < first), default=None)
     step = int(ckpt.stem) if ckpt.stem.isdecimal() else first - 1  # best.pt has no step in its name
     found = [other for other, rows in runs.items() if other.parts[-len(run) :] == run and rows[0]["step"] <= step]
     if run and found:

@@ -102,6 +102,7 @@ def test_a_phase_from_the_middle_of_another_is_a_curve_that_branches_off(tmp_pat
     make_run(tmp_path / "elsewhere/EXP/000-EqM-S-4-f4-rope", 0, 100)  # of the same name, in another experiment
     start = "moved/EXP/000-EqM-S-4-f4-rope/checkpoints/0000060.pt"  # the experiment has moved
     make_run(root / "003-EqM-S-4-f8-rope", 60, 90, start, cost=(1, 1e15))
+    make_run(root / "004-EqM-S-4-f64-rope", 0, 0)  # has not logged yet
     other, whole, fork = curves_of(tmp_path / "elsewhere/EXP", root)
     assert other.label == "EXP/000-EqM-S-4-f4-rope" and steps(whole)[0][-1] == 100
     assert steps(fork) == [list(range(10, 61, 10)), [70, 80, 90]]
@@ -112,16 +113,6 @@ def test_a_phase_from_the_middle_of_another_is_a_curve_that_branches_off(tmp_pat
     assert [line.get_color() for line in figure.axes[0].lines[:2]] == list(COLORS[:2])
     dotted = [line for line in figure.axes[0].lines if line.get_linestyle() == ":"]
     assert [(set(line.get_xdata()), line.get_color()) for line in dotted] == [({60}, COLORS[1])]
-
-
-def test_a_resumed_phase_continues_the_run_that_ended_last_before_it(tmp_path):
-    root = make_phases(tmp_path / "EXP")
-    make_run(root / "003-EqM-S-4-f16-rope", 0, 70)
-    name = "004-EqM-S-4-f32-rope"
-    make_run(root / name, 200, 250, f"results/EXP/{name}/checkpoints/latest.pt")
-    make_run(tmp_path / "other/000-EqM-S-4-f16-rope", 0, 190)
-    make_run(root / "005-EqM-S-4-f64-rope", 0, 0)  # has not logged yet
-    assert list(map(frames, curves_of(root, tmp_path / "other"))) == ["f16", "f4 f8 f16 f32", "f16"]
 
 
 def test_a_phase_whose_start_is_not_given_is_a_curve_and_a_line_says_so(tmp_path, capsys):
