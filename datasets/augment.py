@@ -10,18 +10,14 @@ copies. The script is safe to run again: it only makes missing files. A new OUT 
 
 import os
 import shutil
-import sys
+from layout import missing_videos, write_lists
 from itertools import product
 from pathlib import Path
-
-sys.path.insert(0, str(Path(__file__).resolve().parent.parent / "EqM"))
-import uncaught  # noqa: F401
 
 import torch
 import torch.nn.functional as F
 
 from autoencoder import draw_colors
-from layout import missing_videos, write_lists
 from runtime import cli
 from runtime.cli import Bar, UserError, check_writable, say, wrong_input
 from runtime.rng import generator

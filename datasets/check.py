@@ -10,19 +10,16 @@ a sheet of clips as the model sees them. It decodes every video to its end, unle
 The exit status is 1 if train.py would refuse these videos, in the words of train.py, and 2 for a mistake in the flags.
 """
 
+import layout  # noqa: F401
 import math
 import os
 import statistics
-import sys
 import time
 from collections import Counter, deque
 from contextlib import suppress
 from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
-
-sys.path.insert(0, str(Path(__file__).resolve().parent.parent / "EqM"))
-import uncaught  # noqa: F401
 
 import numpy as np
 import torch

@@ -1,6 +1,10 @@
-"""Shared code of the scripts in this folder: UCF-101's lists of a split, and the missing videos of a data set."""
+"""Shared code of the scripts beside this module: the path of EqM/, UCF-101's lists of a split, missing videos."""
 
+import sys
 from pathlib import Path
+
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent / "EqM"))
+import uncaught  # noqa: F401
 
 from runtime.cli import Bar, UserError, plural, say
 from video.files import has_suffix

@@ -12,20 +12,16 @@ Positions are (x, y) in px from the top left corner of the frame; y grows downwa
 import json
 import math
 import os
-import sys
 import tempfile
+from layout import write_lists
 from argparse import Namespace
 from itertools import product
 from pathlib import Path
-
-sys.path.insert(0, str(Path(__file__).resolve().parent.parent / "EqM"))
-import uncaught  # noqa: F401
 
 import av
 import numpy as np
 import torch
 
-from layout import write_lists
 from runtime import cli
 from runtime.cli import ArgumentParser, Bar, UserError, number, one_line_errors, say, wrong_input
 from runtime.rng import generator

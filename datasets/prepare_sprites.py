@@ -13,17 +13,13 @@ The art is by the contributors of the Liberated Pixel Cup, under CC-BY-SA 3.0 an
 The script is safe to run again: it only makes missing videos, and writes the split again.
 """
 
-import sys
+from layout import missing_videos, write_missing
 from itertools import product
 from pathlib import Path
-
-sys.path.insert(0, str(Path(__file__).resolve().parent.parent / "EqM"))
-import uncaught  # noqa: F401
 
 import numpy as np
 from PIL import Image
 
-from layout import missing_videos, write_missing
 from runtime.cli import ArgumentParser, UserError, check_writable, one_line_errors, wrong_input
 
 SIZE, FPS, COLUMNS, ROWS = 64, 8, 13, 21  # of a tile in px; of a video; of tiles in a sheet

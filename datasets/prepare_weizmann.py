@@ -14,18 +14,14 @@ which the script skips. This is research data: read its terms before you share v
 The script is safe to run again: it only makes missing videos, and writes the split again.
 """
 
-import sys
+from layout import missing_videos, write_missing
 from itertools import product
 from pathlib import Path
-
-sys.path.insert(0, str(Path(__file__).resolve().parent.parent / "EqM"))
-import uncaught  # noqa: F401
 
 import numpy as np
 from einops import EinopsError, rearrange
 from PIL import Image
 
-from layout import missing_videos, write_missing
 from runtime.cli import COUNT, ArgumentParser, UserError, check_writable, one_line_errors, wrong_input
 
 CLASSES = {0: "OneHandWave", 1: "TwoHandWave", 3: "JumpingJack", 4: "Bend"}  # number of the folder: class
