@@ -38,7 +38,6 @@ from video.source import THREADS, check_data_path, latents_settings, open_source
 from video.writers import MAX_ROWS, write_sheet
 
 PUBLISHED_VAE = SimpleNamespace(channels=4, downsample=8)  # what --vae ema and mse have, without a download
-SHEETS = ".png", ".jpg", ".jpeg"
 CLIPS_TIMED = 4  # most clips of a step that is timed
 SLOW = 10  # seconds; one clip that takes longer is enough to time
 BYTES = 16 + 4  # per parameter: float32 weight, gradient and AdamW's two averages; the EMA weight
@@ -72,7 +71,9 @@ def main():
     args = parse_args()
     out = args.out or f"check-{Path(args.data_path).resolve().name}.png"
     try:
-        check_out(out)
+        if not out.lower().endswith(".png") or os.path.isdir(out):
+            raise UserError(f"--out {out}: not a picture; expected a name that ends in .png")
+        cli.check_writable("--out", Path(out).parent)
         if not os.path.isdir(args.data_path) or latents_settings(args.data_path):
             check_data_path(args.data_path, cached=False)
         vae = PUBLISHED_VAE if args.vae in REPOSITORIES else load_vae(args.vae)
@@ -85,16 +86,6 @@ def main():
     except UserError as error:
         fail(f"train.py would refuse these videos: {error}", status=1)
     estimate(args, config, preflight.only_phase(args, Progress(), data).last_step)
-
-
-def check_out(out):
-    """Raise UserError unless the sheet can be written."""
-    folder = os.path.dirname(out) or "."
-    if not out.lower().endswith(SHEETS):
-        raise UserError(f"--out {out}: not a picture; expected a name that ends in {' '.join(SHEETS)}")
-    if not os.path.isdir(folder) or os.path.isdir(out):
-        raise UserError(f"--out {out}: expected a file in a folder that exists; make {folder}, or name another file")
-    cli.check_writable("--out", folder)
 
 
 # The videos -----------------------------------------------------------------------------------------------------------
@@ -176,6 +167,7 @@ def write_clips(args, data, out):
         folder, file = os.path.split(sample["video"])
         names.append(os.path.join(drawable(folder, f"class {sample['y']}"), drawable(file, f"video {row}")))
     videos = np.stack([sample["clip"].permute(1, 2, 3, 0) for sample in samples])
+    Path(out).parent.mkdir(parents=True, exist_ok=True)
     write_sheet(out, videos, names)
     say(f"{out}: {plural(len(shown), 'training clip')} as the model sees them, from the top: {', '.join(paths)}")
 

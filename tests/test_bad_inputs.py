@@ -263,7 +263,7 @@ CASES = {
         videos --num-frames 3 => at least 4
         videos --val-fraction 0 => got 0, expected a number above 0 and at most 1
         videos --out x.txt => --out x.txt: not a picture; expected a name that ends in .png
-        videos --out no/such/x.png => --out no/such/x.png: expected a file in a folder that exists""",
+        videos --out file/x.png => --out file: """,
     "augment": """
         --data-path no/such => no such folder
         --out videos => the same as --data-path
