@@ -43,14 +43,6 @@ counts() { # NAMES of variables: each must be a whole number of at least 1; remo
   for name in "$@"; do printf -v "$name" %d "$((10#${!name}))"; done
 }
 
-shares() { # NAMES of variables: each must be a number from 0 to 1
-  local name
-  for name in "$@"; do
-    awk -v x="${!name}" 'BEGIN { exit !(x + 0 == x && x >= 0 && x <= 1) }' ||
-      complain "$name=$(printf %q "${!name}"): not a share; expected a number from 0 to 1"
-  done
-}
-
 check_exp() { # EXP is a path relative to results/ and samples/; studies lead out of them with ..
   [[ $EXP != /* ]] || complain "EXP=$(printf %q "$EXP"): not inside results/; expected a name without a leading /"
 }

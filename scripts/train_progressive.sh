@@ -47,7 +47,7 @@ export TORCH_ELASTIC_SHUTDOWN_TIMEOUT=${TORCH_ELASTIC_SHUTDOWN_TIMEOUT:-100}
 
 # The variables and flags that only this script can check
 counts GPUS FRAMES_1 FRAMES_2 FRAMES_3 STEPS_1 STEPS_2 STEPS_3 BATCH_1 BATCH_2 BATCH_3
-shares LR_DECAY ${FORCING:+FORCING}
+must "not a share; expected a number from 0 to 1" '0?\.[0-9]+|0|1(\.0*)?' LR_DECAY ${FORCING:+FORCING}
 check_exp
 must "unknown model; expected one such as EqM-S/4" 'EqM-[A-Za-z]+/[0-9]+' MODEL
 must "not a switch; expected 0 or 1" '[01]' CACHE FLIPS COMPILE ONE_RUN
