@@ -6,8 +6,8 @@ import io
 import json
 import os
 import re
-import select
 import shutil
+import socket
 import subprocess
 import time
 
@@ -29,16 +29,16 @@ CLASSES = ["CircleDown", "CircleLeft", 'a "quoted" class', "<img src=x onerror=a
 LABELS = 0, 1, 2, 3, 0, 1
 
 
-def make_samples(folder, labels=LABELS, classes=CLASSES, num_frames=FRAMES, size=SIZE, given=None):
+def make_samples(folder, labels=LABELS, classes=CLASSES, num_frames=FRAMES, size=SIZE, fps=FPS, given=None):
     """A folder as sample_gd.py writes it; frame f of sample n has the gray level 20 f + 10 n. Returns the folder."""
     levels = 20 * np.arange(num_frames) + 10 * np.arange(len(labels))[:, None]  # (N, T)
     videos = np.broadcast_to(levels[..., None, None, None], (*levels.shape, size, size, 3)).astype(np.uint8)
-    write_samples(folder, [(range(len(labels)), 0, videos)], num_frames, labels, FPS, previews=False)
+    write_samples(folder, [(range(len(labels)), 0, videos)], num_frames, labels, fps, previews=False)
     flags = {
         "ckpt": "results/<E>/best.pt", "video": num_frames > 1, "num_frames": num_frames, "seed": 3, "sampler": "ngd",
         "num_sampling_steps": 40, "cfg_scale": 1.5, "stop_below": None,
     }  # fmt: skip
-    about = {"classes": list(classes), "time_scale": 1 / FPS, "mean_evaluations": 39.0, "flags": flags}
+    about = {"classes": list(classes), "time_scale": 1 / fps, "mean_evaluations": 39.0, "flags": flags}
     if given:
         about["given"] = [{"source": f"clips/{n}.mp4", "frames": given, "class": "A"} for n in range(len(labels))]
     (folder / "samples.json").write_text(json.dumps(about))
@@ -156,9 +156,7 @@ def test_each_sample_has_a_real_clip_of_its_class_beside_it(page, real):
 
 
 def test_titles_of_real_clips_name_their_split_and_a_different_frame_rate(tmp_path, real):
-    folder = make_samples(tmp_path / "samples", [0, 1, -1], CLASSES[:2])
-    about = json.loads((folder / "samples.json").read_text())
-    (folder / "samples.json").write_text(json.dumps(about | {"time_scale": 1 / 60}))
+    folder = make_samples(tmp_path / "samples", [0, 1, -1], CLASSES[:2], fps=60)
     run_main(gallery, folder, "--data-path", real, "--val-fraction", 0)  # one video validates
     page = Page(folder / "gallery.html")
     titles = [text for text in page.texts if text[:4] in ("gene", "real")]
@@ -231,14 +229,14 @@ class Browser:
     """A page in a headless Chromium, controlled by its DevTools protocol over a pipe: JSON that ends with a 0 byte."""
 
     def __init__(self, profile):
-        (commands, self.write), (self.read, answers) = os.pipe(), os.pipe()
+        self.pipe, theirs = socket.socketpair()
+        self.pipe.settimeout(TIMEOUT)
         flags = ["--headless", "--no-sandbox", "--disable-gpu", "--mute-audio", "--remote-debugging-pipe"]
         self.process = subprocess.Popen(
-            ["bash", "-c", f'exec "$@" 3<&{commands} 4>&{answers}', "", CHROMIUM, *flags, f"--user-data-dir={profile}"],
-            pass_fds=(commands, answers), stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL,
+            ["bash", "-c", 'exec "$@" 3<&0 4>&0', "", CHROMIUM, *flags, f"--user-data-dir={profile}"],
+            stdin=theirs, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL,
         )  # fmt: skip
-        os.close(commands)
-        os.close(answers)
+        theirs.close()
         self.rest, self.count, self.session, self.events = b"", 0, {}, []
         target = self.call("Target.createTarget", url="about:blank")["targetId"]
         self.session = {"sessionId": self.call("Target.attachToTarget", targetId=target, flatten=True)["sessionId"]}
@@ -249,7 +247,7 @@ class Browser:
         """The result of a command; events that arrive before it are kept."""
         self.count += 1
         message = {"id": self.count, "method": method, "params": params} | self.session
-        os.write(self.write, json.dumps(message).encode() + b"\0")
+        self.pipe.sendall(json.dumps(message).encode() + b"\0")
         while (answer := self.receive()).get("id") != self.count:
             self.events.append(answer)
         assert "error" not in answer, answer
@@ -257,9 +255,7 @@ class Browser:
 
     def receive(self):
         while b"\0" not in self.rest:
-            data = os.read(self.read, 1 << 20) if select.select([self.read], [], [], TIMEOUT)[0] else b""
-            assert data, "the browser has ended or does not answer"
-            self.rest += data
+            self.rest += self.pipe.recv(1 << 20) or pytest.fail("the browser has ended")
         message, _, self.rest = self.rest.partition(b"\0")
         return json.loads(message)
 
