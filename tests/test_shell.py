@@ -97,10 +97,13 @@ def test_a_mistake_or_a_missing_environment_is_one_line(script, arguments, varia
     assert line.startswith(f"{script}: error: ") and all(word in line for word in words)
 
 
+IS_CHECK = "[[ $* == *--dry-run* ]]"  # of all phases, in one process that knows the number of ranks
+
+
 @pytest.mark.parametrize("script", ["sample.sh", "train_progressive.sh"])
 def test_one_process_is_python_and_of_several_our_line_comes_last(script, bash):
     wrong = '[[ -z ${EQM_ERROR_FILE:-} ]] || echo "wrong flag" >>"$EQM_ERROR_FILE"'
-    python = '[[ $* == *--dry-run* ]] || { echo "python $1"; exit 2; }'
+    python = f'{IS_CHECK} || {{ echo "python $1"; exit 2; }}'
     commands = {"python": python, "torchrun": f'{wrong}\necho "a long report" >&2; exit 1'}
     done = bash(f"scripts/{script}", commands=commands, GPUS="1", CACHE="0", CKPT="x")
     assert (done.returncode, done.stderr) == (2, "") and done.stdout.startswith("python EqM/")
@@ -108,27 +111,19 @@ def test_one_process_is_python_and_of_several_our_line_comes_last(script, bash):
     assert (done.returncode, done.stdout, done.stderr) == (1, "", "a long report\nwrong flag\n")
 
 
-def test_a_mistake_of_any_phase_ends_the_script_before_the_cache(bash):
-    """The check runs in one process, which knows the number of ranks."""
-    python = '[[ $* == *--dry-run* ]] || exit 9; echo "$WORLD_SIZE ranks, $*" >&2; exit 2'
+@pytest.mark.parametrize(("python", "settings", "status", "words"), [
+    (f'{IS_CHECK} && echo "$WORLD_SIZE ranks, $*" >&2; exit 2', {"GPUS": "2"}, 2,  # before the cache
+     ["2 ranks, EqM/train.py", "--frames-schedule=4:50000:256,8:100000:128,16:150000:64 --vae=ema ", "=256 --lr 1"]),
+    ('echo "train.py: error: --frames-schedule 2: too few" >"$EQM_ERROR_FILE"; exit 2', {}, 2,
+     ["2: too few; to change --frames-schedule, set FRAMES_1, FRAMES_2 and FRAMES_3\n"]),
+    (f"{IS_CHECK} || kill -KILL $$", {"CACHE": "0"}, 137,
+     ["sh: error: killed (often out of memory): lower BATCH_n or --num-workers; the same command continues\n"]),
+])  # fmt: skip
+def test_one_line_says_why_a_training_does_not_start_or_was_killed(python, settings, status, words, bash):
     commands = {"python": python, "torchrun": "exit 9"}
-    done = bash("scripts/train_progressive.sh", "--lr", "x", commands=commands, GPUS="2")
-    assert (done.returncode, done.stdout) == (2, "") and done.stderr.startswith("2 ranks, EqM/train.py")
-    assert "--frames-schedule=4:50000:256,8:100000:128,16:150000:64 --vae=ema --image-size=256 --lr x" in done.stderr
-
-
-def test_a_mistake_that_train_py_finds_names_the_variable(bash):
-    python = 'echo "train.py: error: --lr 1 --frames-schedule 2: too few" >"$EQM_ERROR_FILE"; exit 2'
-    done = bash("scripts/train_progressive.sh", "--lr", "1", commands={"python": python, "torchrun": ""}, GPUS="1")
-    expected = "too few; to change --frames-schedule, set FRAMES_1, FRAMES_2 and FRAMES_3\n"
-    assert done.returncode == 2 and done.stderr == f"train.py: error: --lr 1 --frames-schedule 2: {expected}"
-
-
-def test_a_killed_run_says_in_one_line_how_to_go_on(bash):
-    python = "[[ $* == *--dry-run* ]] || kill -KILL $$"
-    done = bash("scripts/train_progressive.sh", commands={"python": python, "torchrun": ""}, GPUS="1", CACHE="0")
-    expected = "killed (often out of memory): lower BATCH_n or --num-workers; the same command continues"
-    assert (done.returncode, done.stderr) == (137, f"train_progressive.sh: error: {expected}\n")
+    done = bash("scripts/train_progressive.sh", "--lr", "1", commands=commands, **{"GPUS": "1"} | settings)
+    assert (done.returncode, done.stdout, done.stderr.count("\n")) == (status, "", 1)
+    assert all(part in done.stderr for part in words)
 
 
 def test_more_processes_than_gpus_are_refused(bash):
