@@ -77,13 +77,9 @@ replace() { # FLAG: set INSTEAD to the variables that set this flag of train.py
   esac
 }
 
-MAX_BAD= previous=
 for word in "$@"; do
   replace "${word%%=*}"
   [[ -z $INSTEAD ]] || complain "${word%%=*}: not a flag of this script; set $INSTEAD"
-  [[ $word != --max-bad-fraction=* ]] || MAX_BAD=${word#*=} # also for the cache
-  [[ $previous != --max-bad-fraction ]] || MAX_BAD=$word
-  previous=$word
 done
 [[ -z ${EQM_ONLY_CHECK:-} ]] || exit 0 # quickstart.sh makes the data later
 [[ -d $DATA ]] || complain "DATA=$(printf %q "$DATA"): no such folder; set DATA to the folder of your videos"
@@ -173,8 +169,8 @@ if [[ $BEGUN == 0 && ($CACHE == 1 || $ONE_RUN == 0) ]]; then
 fi
 if [[ $CACHE == 1 ]]; then
   [[ $FLIPS == 1 ]] && CACHED+=(--with-flips)
-  run "free some memory" "${RUN[@]}" EqM/cache_latents.py --data-path="$DATA" --out="$LATENTS" "${CACHED[@]}" \
-    ${MAX_BAD:+--max-bad-fraction="$MAX_BAD"}
+  [[ " $*" =~ .*\ --max-bad-fraction[=\ ]([^ ]+) ]] && CACHED+=(--max-bad-fraction="${BASH_REMATCH[1]}")
+  run "free some memory" "${RUN[@]}" EqM/cache_latents.py --data-path="$DATA" --out="$LATENTS" "${CACHED[@]}"
   DATA=$LATENTS
 fi
 
