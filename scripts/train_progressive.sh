@@ -136,8 +136,8 @@ run() { # ADVICE COMMAND: pass a signal to this script on to the command, which 
   wait "$child" || status=$? # bash remembers it; the wait above may have returned that of a signal
   trap - TERM INT USR1
   if [[ $signalled != 0 ]]; then
-    # With status 0 or 130 the command's last line says this
-    [[ $status == 0 || $status == 130 ]] || echo "$SCRIPT: interrupted; to continue, $EQM_ADVICE"
+    # With status 0 or 130 the command's last line says this; bash gives -1 if it lost the status in handling a signal
+    [[ $status =~ ^(0|130|-1)$ ]] || echo "$SCRIPT: interrupted; to continue, $EQM_ADVICE"
     exit "$signalled"
   fi
   if [[ $status == 137 ]]; then
