@@ -24,7 +24,7 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 
 import torch
-from torch.utils._pytree import tree_leaves
+from torch.utils._pytree import tree_leaves, tree_map_with_path
 
 from models import SHAPE, EqM, EqMConfig, model_name, model_shape
 from published import load_published, published_parts, read_export
@@ -90,8 +90,8 @@ def run_state(config, model, ema, optimizers, scaler, progress):
     return {
         "version": VERSION,
         "config": config,
-        "model": model.state_dict(),
-        "ema": ema.state_dict(),
+        "model": dict(model.state_dict()),
+        "ema": dict(ema.state_dict()),
         "optimizer": {"kind": config["training"]["optimizer"], "states": states, "scaler": scaler.state_dict()},
         "step": phase.pop("step"),
         "best_loss": phase.pop("best_loss"),
@@ -114,7 +114,7 @@ class Writer:
         """Save a state as latest.pt and under `names`, between before() and after(). All ranks call this."""
         self.wait()
         self.check_memory(state)
-        state, copied = self.copy(state), None
+        state, copied = tree_map_with_path(self.copy, state), None
         if distributed.rank() != 0:
             return
         if torch.cuda.is_available():
@@ -134,12 +134,8 @@ class Writer:
 
         self.writing = self.thread.submit(run)
 
-    def copy(self, value, place=()):
-        """A copy of a state on the CPU, in the memory of the previous copies where shapes agree."""
-        if isinstance(value, dict):
-            return {name: self.copy(part, (*place, name)) for name, part in value.items()}
-        if isinstance(value, list):
-            return [self.copy(part, (*place, index)) for index, part in enumerate(value)]
+    def copy(self, place, value):
+        """A copy of a value in the state on the CPU, in the memory of the previous copy if the shapes agree."""
         if not isinstance(value, torch.Tensor):
             return value
         value = full_tensor(value)
