@@ -26,7 +26,7 @@ from pathlib import Path
 import torch
 from torch.utils._pytree import tree_leaves, tree_map_with_path
 
-from models import SHAPE, EqM, EqMConfig, model_name, model_shape
+from models import SHAPE, EqM, EqMConfig, model_name
 from published import load_published, published_parts, read_export
 from runtime import distributed
 from runtime.atomic import atomic_write, link
@@ -184,15 +184,15 @@ def complete_names(start, phases, every):
 # Loading --------------------------------------------------------------------------------------------------------------
 
 
-def load(path, parts=PARTS, **asked):
-    """The dict of a checkpoint. asked: the fields of EqMConfig that --model and --ebm set. Raises UserError.
+def load(path, parts=PARTS, model=None, ebm=None):
+    """The dict of a checkpoint. model, ebm: --model and --ebm, for published files. Raises UserError.
 
     The tensors stay in the file, so no rank needs its own copy. Only those of `parts` are checked for damage.
     """
     if os.path.isdir(path):
         state = from_elsewhere(*read_export(path))
     elif published := published_parts(state := read_file(path, parts)):
-        state = from_elsewhere(*load_published(path, *published, asked))
+        state = from_elsewhere(*load_published(path, *published, model, ebm))
     if not isinstance(state, dict) or not state.keys() >= KEYS:
         expected = f"a dict with {', '.join(sorted(KEYS))}"
         raise UserError(f"--ckpt {path}: not a checkpoint of this project; expected {expected}")
@@ -228,15 +228,13 @@ def from_elsewhere(config, model, ema, step, version=VERSION):
 def load_model(path, use_ema=True, model=None, video=None, **checks):
     """(network in eval mode on the CPU, config of the file, step) of a checkpoint. Raises UserError.
 
-    model: the --model of a published file. video: see `check_kind`. checks: see `check`.
+    model, video, checks: see `config_of`.
     """
     part, flag = "ema" if use_ema else "model", f"--ckpt {path}"
-    state = load(path, [part], **model_shape(model), ebm=checks.get("ebm"))
-    config = config_of(flag, state)
-    check_kind(flag, state, model, video)
+    state = load(path, [part], model, checks.get("ebm"))
+    config = config_of(flag, state, model, video, **checks)
     if not use_ema and state["model"] is state["ema"]:
         raise UserError(f"--no-ema: {flag} holds EMA weights only; remove the flag")
-    check(flag, config, **checks)
     note_old_best(Path(path), state)
     network = EqM(config)
     network.load_state_dict(state[part])
@@ -286,8 +284,17 @@ def load_optimizers(optimizers, saved):
             values |= {name: value.clone() for name, value in values.items()}
 
 
-def config_of(flag, state):
-    """The EqMConfig of a loaded checkpoint. Raises UserError if it is invalid or does not match the weights."""
+def config_of(flag, state, model=None, video=None, **asked):
+    """The EqMConfig of a loaded checkpoint. Raises UserError if it is invalid or does not match the weights.
+
+    model, video, asked: the --model, the --video and the fields that it must have; None is not checked.
+    """
+    training = state["config"]["training"]
+    if model not in (None, training["model"]):
+        raise UserError(f"--model {model}: {flag} has {training['model']}; remove the flag")
+    if video not in (None, training["video"]):
+        kind = "an image model, --video needs a video model: remove it" if video else "a video model: add --video"
+        raise UserError(f"{flag}: holds {kind}")
     try:
         config = EqMConfig(**state["config"]["model"])
     except (ValueError, TypeError) as error:
@@ -299,6 +306,7 @@ def config_of(flag, state):
         if wrong := [name for name in expected | got if expected.get(name) != got.get(name)]:
             shapes = " and ".join(str(shape and tuple(shape)) for shape in (got.get(wrong[0]), expected.get(wrong[0])))
             raise UserError(f"{flag}: its weights do not match its config: shapes of {wrong[0]} are {shapes}")
+    check(flag, config, **asked)
     return config
 
 
@@ -320,16 +328,6 @@ def check(flag, saved, **asked):
             tied = " (fixed positions are tied to it; --use-rope models are not)" if name == "num_frames" else ""
             words = f"has {name.replace('_', ' ')} {getattr(saved, name)}, {own} gives {asked[name]}"
             raise UserError(f"{flag}: {words}: they must agree{tied}; change or remove {own}")
-
-
-def check_kind(flag, state, model=None, video=None):
-    """Raise UserError unless the checkpoint was trained with this --model and --video; None is not checked."""
-    training = state["config"]["training"]
-    if model not in (None, training["model"]):
-        raise UserError(f"--model {model}: {flag} has {training['model']}; remove the flag")
-    if video not in (None, training["video"]):
-        kind = "an image model, --video needs a video model: remove it" if video else "a video model: add --video"
-        raise UserError(f"{flag}: holds {kind}")
 
 
 # Where training starts ------------------------------------------------------------------------------------------------
@@ -370,7 +368,7 @@ def find_start(args, name):
     start = find_resumed(args, name, args.ckpt)
     if start.resumes or not args.ckpt:
         return start
-    start.path, start.state = Path(args.ckpt), load(args.ckpt, **asked_shape(args))
+    start.path, start.state = Path(args.ckpt), load(args.ckpt, model=args.model, ebm=args.ebm)
     if not args.new_classes:
         check_optimizer(start, args)
     state, step = start.state, start.state["step"]
@@ -415,12 +413,6 @@ def check_not_deleted(folder):
     if rows and (Path(folder, SAVED_STEP).exists() or not place.exists()) and not any(place.glob("*.pt")):
         reached = f"the checkpoints of {folder} were deleted (its metrics reach step {rows[-1]['step']})"
         raise UserError(f"--resume: {reached}: restore one, or remove --resume to start a new run")
-
-
-def asked_shape(args):
-    """The flags of train.py that `load` needs."""
-    typed = {name: value for name in SHAPE if (value := getattr(args, name, None)) is not None}
-    return model_shape(args.model) | typed | {"ebm": args.ebm}
 
 
 def newest_checkpoint(folder, read=load):

@@ -430,9 +430,3 @@ def model_name(depth, hidden_size, num_heads, patch_size, **_):
     names = {shape: name for name, shape in SIZES.items()}
     unnamed = f"(depth {depth}, width {hidden_size}, heads {num_heads})"
     return f"EqM-{names.get((depth, hidden_size, num_heads), unnamed)}/{patch_size}"
-
-
-def with_classes(weights, rows):
-    """Return a state dict for other classes; rows holds the old row of each new class, and -1 for "no class"."""
-    table = "y_embedder.embedding_table.weight"
-    return weights | {table: weights[table][rows]}

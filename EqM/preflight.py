@@ -11,7 +11,7 @@ import torch
 
 import checkpoint
 import generation
-from models import model_config, model_name, model_shape, with_classes
+from models import model_config, model_name, model_shape
 from optim import MUON_DECAY
 from runtime import cli, distributed
 from runtime.cli import UserError, flag_text, plural, refuse_if, say
@@ -72,7 +72,7 @@ def share_run(run):
     cli.check_precision(args.precision)
     if run is None:
         vae = load_vae(args.vae)
-        own = checkpoint.load(start.path, **checkpoint.asked_shape(args)) if start.path else None
+        own = checkpoint.load(start.path, model=args.model, ebm=args.ebm) if start.path else None
     start.state = own
     if args.new_classes and not start.resumes:
         start.state = with_new_classes(start.state, data.scan.classes, config.num_classes)
@@ -171,11 +171,10 @@ def make_config(args, vae, start):
             config = model_config(model, **settings)
         else:
             model = start.path
-            checkpoint.check_kind(start.flag, start.state, video=args.video)
-            saved = checkpoint.config_of(start.flag, start.state)
             if args.new_classes and not start.resumes:
                 settings.pop("num_classes", None)
-            checkpoint.check(start.flag, saved, **(model_shape(args.model) | settings))
+            asked = model_shape(args.model) | settings
+            saved = checkpoint.config_of(start.flag, start.state, video=args.video, **asked)
             config = replace(saved, num_frames=args.num_frames)
         for num_frames in (*clip_lengths(args), *args.val_frames):
             config.check_num_frames(num_frames)
@@ -249,9 +248,10 @@ def fit_classes(args, config, start, classes):
 
 def with_new_classes(state, classes, num_classes):
     """The dict of a checkpoint with other classes, for --new-classes. The optimizer starts from scratch."""
-    before = state["config"]["data"]["classes"]
+    before, table = state["config"]["data"]["classes"], "y_embedder.embedding_table.weight"  # its last row: no class
     rows = [before.index(name) if name in before else -1 for name in classes] + [-1] * (num_classes + 1 - len(classes))
-    return state | {part: with_classes(state[part], rows) for part in ("model", "ema")} | {"optimizer": None}
+    networks = {part: state[part] | {table: state[part][table][rows]} for part in ("model", "ema")}
+    return state | networks | {"optimizer": None}
 
 
 # The record of a run --------------------------------------------------------------------------------------------------

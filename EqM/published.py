@@ -12,7 +12,7 @@ import safetensors.torch
 import torch
 from safetensors import SafetensorError
 
-from models import SHAPE, EqMConfig, model_name, position_table
+from models import SHAPE, EqMConfig, model_name, model_shape, position_table
 from runtime.cli import UserError
 from runtime.untrusted import read_json
 
@@ -87,14 +87,16 @@ def published_parts(state):
     return (networks[0], networks[-1], args) if networks else None
 
 
-def load_published(path, model, ema, args, asked):
-    """(config, weights, EMA weights, step 0) of a published file, in our format. Raises UserError."""
+def load_published(path, model, ema, args, name, ebm):
+    """(config, weights, EMA weights, step 0) of a published file, in our format. Raises UserError.
+
+    name, ebm: the --model and the --ebm of the command line, or None.
+    """
     flag = f"--ckpt {path}"
-    asked = {name: value for name, value in asked.items() if value is not None}
-    if not set(SHAPE) <= asked.keys():
+    if name is None:
         raise UserError(f"{flag}: a published file does not say which model it holds; pass --model, such as EqM-XL/2")
     try:
-        config = published_config(model, asked, args.get("ebm"))
+        config = published_config(model, name, args.get("ebm") or ebm or "none")
         weights = convert_published(model, config)
         ema_weights = weights if ema is model else convert_published(ema, config)
     except ValueError as error:
@@ -105,28 +107,27 @@ def load_published(path, model, ema, args, asked):
         "fps": 25.0, "frame_interval": [1], "time_scale": 1 / 25, "longest_time_scale": 1 / 25,
         "classes": [str(label) for label in range(config.num_classes)],
     }  # fmt: skip
-    training = {"model": model_name(**asdict(config)), "num_frames": 1, "video": False}
+    training = {"model": name, "num_frames": 1, "video": False}
     return {"model": asdict(config), "data": data, "training": training}, weights, ema_weights, 0
 
 
-def published_config(state, asked, ebm=None):
-    """The EqMConfig of published weights. asked: the fields in SHAPE (weights hide num_heads). Raises ValueError."""
+def published_config(state, name, ebm):
+    """The EqMConfig of published weights of the model `name`. Raises ValueError if they are of another model."""
     if "pos_embed" not in state:
         raise ValueError("not a published image model: it has no pos_embed")
     width, channels, patch_size, _ = state["x_embedder.proj.weight"].shape
-    depth = len({name.split(".")[1] for name in state if name.startswith("blocks.")})
-    shape = dict(zip(SHAPE, (depth, width, asked["num_heads"], patch_size), strict=True))
-    if (got := model_name(**shape)) != (expected := model_name(**asked)):
-        raise ValueError(f"holds {got}, expected {expected}; pass another --model")
-    if ebm is not None and ebm != asked.get("ebm", ebm):
-        raise ValueError(f"trained with --ebm {ebm}, got --ebm {asked['ebm']}; remove the flag")
+    depth = len({weight.split(".")[1] for weight in state if weight.startswith("blocks.")})
+    num_heads = model_shape(name)["num_heads"]  # not visible in weights
+    shape = dict(zip(SHAPE, (depth, width, num_heads, patch_size), strict=True))
+    if (got := model_name(**shape)) != name:
+        raise ValueError(f"holds {got}, expected {name}; pass another --model")
     return EqMConfig(
         input_size=math.isqrt(state["pos_embed"].shape[1]) * patch_size,
         temporal_patch_size=1,
         in_channels=channels,
         num_classes=len(state["y_embedder.embedding_table.weight"]) - 1,
         **shape,
-        ebm=ebm or asked.get("ebm", "none"),
+        ebm=ebm,
     )
 
 

@@ -63,9 +63,8 @@ def main():
         check_writable("DIR", args.folder)
         if os.path.isdir(args.folder) and os.listdir(args.folder):
             raise UserError(f"DIR {args.folder}: exists and is not empty; name a new folder")
-        state = checkpoint.load(args.ckpt, ["ema"], **models.model_shape(args.model), ebm=args.ebm)
-        checkpoint.check_kind(flag, state, args.model)
-        checkpoint.check(flag, checkpoint.config_of(flag, state), ebm=args.ebm)
+        state = checkpoint.load(args.ckpt, ["ema"], args.model, args.ebm)
+        checkpoint.config_of(flag, state, args.model, ebm=args.ebm)
         vae = own_vae(args.vae, flag, state["config"]["data"])
         sha256 = checkpoint.weights_sha256(state["ema"]) if args.scores else None
         scores = [score_table(args.ckpt, sha256, path) for path in args.scores]

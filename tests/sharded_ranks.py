@@ -9,6 +9,7 @@ import torch
 from torch.nn.utils import clip_grad_norm_
 
 import checkpoint
+import models
 from models import model_config
 from optim import make_optimizers, update_ema
 from runtime import distributed
@@ -23,7 +24,7 @@ KINDS = {
     "energy": {"ebm": "l2"},
 }
 USUAL = {"micro_batches": 1, "grad_checkpoint": False, "optimizer": "adamw", "precision": "fp32"}
-PUBLISHED = {"depth": 2, "hidden_size": 48, "num_heads": 2, "patch_size": 2}  # shape of the tiny published model
+PUBLISHED = {"Tiny": (2, 48, 2)}  # the size of the tiny published model
 LABELS = torch.tensor([0, 3])
 CPU = torch.device("cpu")
 NO_SCALER = torch.amp.GradScaler("cpu", enabled=False)
@@ -119,9 +120,10 @@ def save_and_load(folder, usual, run):
     return [*map(torch.load, files), usual.state()]
 
 
-def start_from(path, shape):
+def start_from(path):
     """Return the full weights and EMA weights of a sharded model that starts from a published file."""
-    state = checkpoint.load(path, **shape)
+    models.SIZES |= PUBLISHED
+    state = checkpoint.load(path, model="EqM-Tiny/2")
     networks = make_networks(checkpoint.config_of(f"--ckpt {path}", state), CPU, shard=True)
     load_run(state, *networks)
     return [full_weights(network) for network in networks]
@@ -156,6 +158,6 @@ def main():
     found["saved"] = save_and_load(folder, *runs["muon"])
     found["refusal"] = save_without_memory(folder, runs["energy"][1])
     found["overflow"] = overflow()
-    found["published"] = start_from(Path(folder, "published.pt"), PUBLISHED)
+    found["published"] = start_from(Path(folder, "published.pt"))
     torch.save(found, os.environ["OUT"])
     distributed.stop()

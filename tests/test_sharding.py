@@ -7,6 +7,7 @@ import torch
 from torch.utils._pytree import tree_map
 
 import checkpoint
+import models
 from process import run_ranks
 from sharded_ranks import KINDS, PUBLISHED
 from test_published import STATE, write_file
@@ -43,14 +44,17 @@ def test_sharded_training_is_ddp_up_to_rounding_in_a_share_of_the_memory(kind, f
         assert held < 1.05 * 5 * weights / RANKS + block  # weights, gradients, two states of AdamW, EMA
 
 
-def test_a_sharded_checkpoint_has_the_form_of_ddp_and_loads_again_and_so_does_a_published_model(found, tmp_path):
+def test_a_sharded_checkpoint_has_the_form_of_ddp_and_loads_again_and_so_does_a_published_model(
+    found, tmp_path, monkeypatch
+):
     first, second, usual = found[0]["saved"]
     assert differences(first, second) == []
     forms = [tree_map(lambda x: (x.shape, x.dtype) if torch.is_tensor(x) else x, state) for state in (first, usual)]
     assert forms[0] == forms[1]
     weights, ema = found[0]["muon"]["end"][1]
     assert differences([first["model"], first["ema"]], [weights, ema]) == []
-    state = checkpoint.load(write_file(tmp_path / "published.pt", STATE, "whole"), **PUBLISHED)
+    monkeypatch.setattr(models, "SIZES", models.SIZES | PUBLISHED)
+    state = checkpoint.load(write_file(tmp_path / "published.pt", STATE, "whole"), model="EqM-Tiny/2")
     assert differences(found[0]["published"], [state["model"], state["ema"]]) == []
 
 
