@@ -117,20 +117,16 @@ def orthogonalize(x, steps=5, a=3.4445, b=-4.7750, c=2.0315):
     return x
 
 
-def lr_multiplier(args, step, last_step):
-    """Return the factor on the learning rate at a global step of a run that ends at last_step.
+def set_learning_rates(optimizers, args, step, last_step):
+    """Set the learning rates for a global step of a run that ends at last_step.
 
-    It rises over the first --warmup-steps and falls linearly to zero over the last share --lr-decay of all steps.
+    They rise over the first --warmup-steps and fall linearly to zero over the last share --lr-decay of all steps.
     """
     factor = min(1, step / max(args.warmup_steps, 1))
     if args.lr_decay:
         factor *= min(1, (last_step - step + 1) / (args.lr_decay * last_step))
-    return factor
-
-
-def set_learning_rates(optimizers, args, multiplier):
     for optimizer, lr in zip(optimizers, (args.lr, args.muon_lr), strict=False):
-        optimizer.param_groups[0]["lr"] = lr * multiplier
+        optimizer.param_groups[0]["lr"] = lr * factor
 
 
 def learning_rates(optimizers):

@@ -31,7 +31,7 @@ import preflight
 import transport
 from generation import Plan, add_sampling_flags, cast_products, generate, sampling_settings
 from models import EBMS, NAMES, POSITION_TABLES, Condition
-from optim import check_gradient, ema_decay, lr_multiplier, make_optimizers, set_learning_rates, update_ema
+from optim import check_gradient, ema_decay, make_optimizers, set_learning_rates, update_ema
 from run import Run, add_loading_flags
 from runtime import cli, distributed, runs
 from runtime.cli import COUNT, NATURAL, NON_NEGATIVE, POSITIVE, SHARE, ArgumentParser, add_speed_flags, plural, say
@@ -205,7 +205,7 @@ def main():
             previews = Plan(ema, vae, data.scan.classes, conditions, phase.num_frames, run_config["data"]["time_scale"])
             run.write_config(run_config)
             # A resumed run may log a step before it makes one
-            set_learning_rates(optimizers, args, lr_multiplier(args, progress.step, lr_end))
+            set_learning_rates(optimizers, args, progress.step, lr_end)
             clips, frames = plural(phase.batch_size, "clip"), plural(phase.num_frames, "frame")
             tokens = plural(math.prod(config.grid(phase.num_frames)), "token")
             log(f"to step {phase.last_step}: {clips} per step, {frames} = {tokens} each")
@@ -253,7 +253,7 @@ def main():
                 run.writer.check()
                 # All ranks vote whether to stop or to save; resolve() reads the result after the step.
                 stop.vote(save=run.wants_to_save(args.save_minutes))
-                set_learning_rates(optimizers, args, lr_multiplier(args, progress.step + 1, lr_end))
+                set_learning_rates(optimizers, args, progress.step + 1, lr_end)
                 sums, files = Counter(), []
                 for micro_batch in range(1, args.grad_accum + 1):
                     batch = run.stats.next_batch(batches)

@@ -99,7 +99,7 @@ def main():
     optimizers = optim.make_optimizers(model, args, autoencoder.hidden_matrices)
     scaler = torch.amp.GradScaler(device.type, enabled=False)
     # A resumed run may log before its first step
-    optim.set_learning_rates(optimizers, args, optim.lr_multiplier(args, progress.step, args.max_steps))
+    optim.set_learning_rates(optimizers, args, progress.step, args.max_steps)
     if start.state is not None:
         checkpoint.load_run(start, model, ema, optimizers, scaler)
     network = distributed.parallel(autoencoder.Autoencoder(model))
@@ -143,7 +143,7 @@ def main():
             # One optimization step
             run.writer.check()
             stop.vote(save=run.wants_to_save(args.save_minutes))
-            optim.set_learning_rates(optimizers, args, optim.lr_multiplier(args, progress.step + 1, args.max_steps))
+            optim.set_learning_rates(optimizers, args, progress.step + 1, args.max_steps)
             batch = run.stats.next_batch(batches)
             losses = training_losses(network, batch, args, device)
             loss = sum(losses.values())
