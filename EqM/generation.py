@@ -1,8 +1,6 @@
 """Generate clips from a checkpoint: sampler settings, what to sample, and the loop over batches and windows."""
 
-import itertools
 import math
-from copy import deepcopy
 from dataclasses import asdict, dataclass
 
 import torch
@@ -18,7 +16,6 @@ from runtime.cli import NON_NEGATIVE, POSITIVE, Bar, UserError, number, plural, 
 from runtime.distributed import rank
 from runtime.rng import normal
 from samplers import DESCENTS, SOLVERS, guided, sample
-from sharding import is_sharded
 from vae import VAE, check_same, load_vae
 from video.samples import NO_LABEL, class_name
 
@@ -134,22 +131,13 @@ def window_starts(num_frames, window, overlap):
 
 
 def cast_products(model, precision):
-    """Return the model to sample from: in mixed precision a copy with the weights of matrix products cast once.
+    """In mixed precision, cast the weights of a model's matrix products, which autocast would cast in every call.
 
-    Otherwise autocast casts them in every call of the network. Outputs under autocast are bit-equal. The copy shares
-    its other weights with the model. A sharded model is returned as it is.
+    Outputs under autocast are bit-equal.
     """
-    if precision not in distributed.MIXED or any(map(is_sharded, model.parameters())):
-        return model
-    tensors = {id(tensor): tensor for tensor in itertools.chain(model.parameters(), model.buffers())}
-    products = (nn.Linear, nn.Conv3d)  # PatchEmbed's convolution is a matrix product, too
-    weights = [weight for module in model.modules() if isinstance(module, products) for weight in module.parameters()]
-    for weight in weights:
-        tensors[id(weight)] = nn.Parameter(weight.detach().to(distributed.MIXED[precision]), requires_grad=False)
-    copy = deepcopy(model, tensors)  # deepcopy takes these tensors as they are
-    if model.is_compiled:  # deepcopy forgets the compiled blocks
-        copy.compile_blocks()
-    return copy
+    for module in model.modules() if precision in distributed.MIXED else ():
+        if isinstance(module, nn.Linear | nn.Conv3d):  # PatchEmbed's convolution is a matrix product, too
+            module.to(distributed.MIXED[precision])
 
 
 def open_checkpoint(args):

@@ -139,12 +139,10 @@ def sample_run(args, plan, indices, given, init, real, device):
     """Sample a Plan on all ranks, and write the folder."""
     plan.vae.to(device)
     distributed.set_precision(args.precision)
-    plan.model, plan.weak = (
-        model and cast_products(model.to(device).requires_grad_(False), args.precision)
-        for model in (plan.model, plan.weak)
-    )
-    for model in filter(None, (plan.model, plan.weak)) if args.compile else ():
-        model.compile_blocks()
+    for model in filter(None, (plan.model, plan.weak)):
+        cast_products(model.to(device).requires_grad_(False), args.precision)
+        if args.compile:
+            model.compile_blocks()
     idle = world_size() - math.ceil(args.num_samples / args.batch_size)
     if idle > 0:
         say(f"note: {idle} of {world_size()} ranks are idle: a smaller --batch-size shares the work")

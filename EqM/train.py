@@ -20,7 +20,6 @@ import os
 import time
 from collections import Counter
 from contextlib import nullcontext, suppress
-from dataclasses import replace
 
 import torch
 from torch.nn.utils import clip_grad_norm_
@@ -29,7 +28,7 @@ import checkpoint
 import optim
 import preflight
 import transport
-from generation import Plan, add_sampling_flags, cast_products, generate, sampling_settings
+from generation import Plan, add_sampling_flags, generate, sampling_settings
 from models import EBMS, NAMES, POSITION_TABLES, Condition
 from optim import check_gradient, ema_decay, make_optimizers, set_learning_rates, update_ema
 from run import Run, add_loading_flags
@@ -342,7 +341,6 @@ def start_phase(args, data, phases, phase, progress, device):
 def sample_ema(plan, args, device, stop):
     """Sample uint8 (N, T, H, W, 3) from the EMA, on rank 0; with --shard all ranks make all. Raises Interrupted."""
     indices, videos = list(range(args.num_samples)) if args.shard else distributed.own_indices(args.num_samples), []
-    plan = replace(plan, model=cast_products(plan.model, args.precision))  # the EMA itself stays float32
     settings, seed = sampling_settings(args), args.global_seed
     made = generate(plan, indices, seed, device, settings, strict=False, before_evaluation=stop.check)
     with suppress(Interrupted):

@@ -1,6 +1,5 @@
 """Clips of a plan, batch by batch and window by window, sampler settings, and weights that are cast once."""
 
-import copy
 from contextlib import nullcontext
 from dataclasses import replace
 from types import SimpleNamespace
@@ -251,13 +250,10 @@ def field_of(model, x):
 )
 def test_casting_weights_once_changes_no_bit_of_the_output(changes):
     model = tiny(**changes).requires_grad_(False)
-    before, x = copy.deepcopy(model.state_dict()), clip(model.config.num_frames, batch=3)
-    cast = cast_products(model, "bf16")
-    assert torch.equal(field_of(cast, x), field_of(model, x))
-    products = [module for module in cast.modules() if isinstance(module, nn.Linear | nn.Conv3d)]
-    assert products and all(module.weight.dtype == torch.bfloat16 for module in products)
-    assert all(torch.equal(value, before[name]) for name, value in model.state_dict().items())
-    assert all(cast_products(model, precision) is model for precision in ("fp32", "tf32"))
-    model.compile_blocks()
-    compiled = cast_products(model, "bf16")
-    assert not cast.is_compiled and all(block._compiled_call_impl is not None for block in compiled.blocks)
+    x = clip(model.config.num_frames, batch=3)
+    expected = field_of(model, x)
+    for precision, dtype in (("fp32", torch.float32), ("tf32", torch.float32), ("bf16", torch.bfloat16)):
+        cast_products(model, precision)
+        products = [module for module in model.modules() if isinstance(module, nn.Linear | nn.Conv3d)]
+        assert {module.weight.dtype for module in products} == {dtype}
+        assert torch.equal(field_of(model, x), expected)
