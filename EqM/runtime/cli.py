@@ -52,10 +52,6 @@ class HelpFormatter(argparse.ArgumentDefaultsHelpFormatter):
             return action.help
         return super()._get_help_string(action)
 
-    def _get_default_metavar_for_optional(self, action):  # as `number` names its types
-        letters = {"int": "N", "float": "X"}
-        return letters.get(getattr(action.type, "__name__", None)) or super()._get_default_metavar_for_optional(action)
-
 
 class Flags(argparse.Namespace):
     """The values of all flags, frozen. `typed` names the flags that the user gave."""
@@ -331,13 +327,8 @@ def one_line_errors(*others):
         is_full = getattr(error, "errno", None) in FULL and error.filename
         fail(why_unwritable(error.filename, error) if is_full else error, status, wait)
     except RuntimeError as error:
-        if (line := explain(error)) is None:
+        text, (first, *_) = f"{type(error).__name__} {error}", str(error).split("\n")
+        meanings = [meaning for pattern, meaning in LOST.items() if re.search(pattern, text, re.IGNORECASE)]
+        if not meanings:
             raise
-        fail(line, status=1, wait=False)
-
-
-def explain(error):
-    """Explain an error of a lost process in one line; None for any other error."""
-    text, (first, *_) = f"{type(error).__name__} {error}", str(error).split("\n")
-    meanings = [meaning for pattern, meaning in LOST.items() if re.search(pattern, text, re.IGNORECASE)]
-    return f"{meanings[0]} ({first}); all checkpoints are intact" if meanings else None
+        fail(f"{meanings[0]} ({first}); all checkpoints are intact", status=1, wait=False)
