@@ -40,16 +40,12 @@ class StopSignal:
         """The next batch of an iterator, None at its end. Raises Interrupted at once; other ranks may not know."""
         batch, self.is_waiting = None, True  # for seconds, while loader processes start
         try:
-            if self.name is not None:
-                raise Interrupted
-            batch = next(batches, None)
+            batch = next(batches, None) if self.name is None else None
         except Interrupted:
-            if not self.together:
-                raise
+            pass  # `check` raises it, for a sharded network on all ranks
         finally:
             self.is_waiting = False
-        if self.together:
-            self.resolve()
+        self.check()
         return batch
 
     def vote(self, save=False):
