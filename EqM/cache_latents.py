@@ -57,7 +57,7 @@ def cache_settings(args, vae):
     if args.image_size % vae.downsample:
         raise UserError(f"--image-size {args.image_size}: not a multiple of {vae.downsample}, the VAE's downsampling")
     names = "channels", "downsample", "scale", "shift"
-    settings = {"format": source.LATENTS_FORMAT, "vae": vae.place, "vae_sha256": vae.sha256}
+    settings = {"format": source.LATENTS_FORMAT, "vae": vae.name, "vae_sha256": vae.sha256}
     settings |= {"image_size": args.image_size} | {name: getattr(vae, name) for name in names}
     return settings | {"flips": args.with_flips or args.vae == "none"}  # reading mirrors pixels
 

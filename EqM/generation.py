@@ -261,7 +261,7 @@ def provenance(plan, args):
     of_flags = ("rope_scale", "keep_background", "guidance_chosen", "seed", "batch_size", "compile")
     of_plan = ("weights_sha256", "weak_sha256", "step", "image_size", "num_frames", "window", "overlap", "time_scale")
     return {
-        "checkpoint": str(args.ckpt), "averaged_weights": not args.no_ema, "vae": plan.vae.place,
+        "checkpoint": str(args.ckpt), "averaged_weights": not args.no_ema, "vae": plan.vae.name,
         "vae_sha256": plan.vae.sha256,
         "model": model_name(**asdict(plan.model.config)),
         "temporal_patch_size": plan.model.config.temporal_patch_size,

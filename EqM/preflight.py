@@ -274,7 +274,7 @@ def make_run_config(args, config, phase, data, vae):
         for interval in (args.frame_interval[0], args.frame_interval[-1])
     )
     about_data = {
-        "vae": vae.place, "vae_sha256": vae.sha256, "image_size": args.image_size,
+        "vae": vae.name, "vae_sha256": vae.sha256, "image_size": args.image_size,
         "fps": statistics.median(video.fps for video in videos), "frame_interval": args.frame_interval,
         "time_scale": shortest, "longest_time_scale": longest, "classes": data.scan.classes,
     }  # fmt: skip

@@ -23,7 +23,8 @@ CHUNK = 8  # frames per call of the model; 64 frames of 256 px at once would not
 class VAE:
     """Converts between clips uint8 (B, 3, T, H, W) and latents float32 (B, C, T, h, w); h = H / downsample.
 
-    name is the value of --vae, sha256 the hash of the model's weights. Without a model, latents are pixels.
+    name is none, ema, mse or the absolute path of a directory, for messages and files. sha256 is the hash of the model's
+    weights. Without a model, latents are pixels.
     """
 
     channels, downsample, scale, shift = 3, 1, 1.0, 0.0  # of pixels
@@ -34,11 +35,6 @@ class VAE:
             self.channels = model.config.latent_channels
             self.downsample = 2 ** (len(model.config.block_out_channels) - 1)
             self.scale, self.shift = model.config.scaling_factor, model.config.shift_factor or 0.0
-
-    @property
-    def place(self):
-        """The name to store in files: none, ema, mse, or a directory's absolute path."""
-        return self.name if self.name in ("none", *REPOSITORIES) else os.path.abspath(self.name)
 
     def to(self, device):
         if self.model is not None:
@@ -57,23 +53,19 @@ class VAE:
 
         return _by_frames(encode, clips).float().chunk(2, dim=1)  # 2 x (B, C, T, h, w)
 
-    def scaled(self, mean, std, noise):
-        """Scaled latents (B, C, T, h, w) of a posterior. noise: standard normal; None gives the mean."""
-        latents = mean if noise is None or std is None else mean + std * noise
-        return (latents - self.shift) * self.scale
-
-    def encode(self, clips, noise=None):
-        """uint8 (B, 3, T, H, W) -> scaled latents (B, C, T, h, w); noise as in `scaled`."""
-        return self.scaled(*self.posterior(clips), noise)
+    def encode(self, clips):
+        """uint8 (B, 3, T, H, W) -> scaled mean latents (B, C, T, h, w)"""
+        return (self.posterior(clips)[0] - self.shift) * self.scale
 
     def latents_of(self, clips, seed, stream, indices):
-        """Scaled latents (B, C, T, h, w) of a batch. The posterior noise depends only on seed, stream and index.
+        """Scaled latents (B, C, T, h, w) of a batch, with posterior noise that depends only on seed, stream and index.
 
         clips: uint8 (B, 3, T, H, W), or mean and std from a latent cache, float16 (B, 2, C, T, h, w).
         """
-        mean, std = self.posterior(clips) if clips.dtype == torch.uint8 else clips.float().unbind(1)
-        noise = None if std is None else normal(seed, "posterior", stream, indices, mean.shape[1:], mean.device)
-        return self.scaled(mean, std, noise)
+        latents, std = self.posterior(clips) if clips.dtype == torch.uint8 else clips.float().unbind(1)
+        if std is not None:
+            latents = latents + std * normal(seed, "posterior", stream, indices, std.shape[1:], std.device)
+        return (latents - self.shift) * self.scale
 
     @torch.no_grad()
     def decode(self, latents):
@@ -113,7 +105,8 @@ def load_vae(typed, made=None, owner=None):
         raise UserError(f"--vae {name}: the weights lack {len(missing)} tensors of its {CONFIG}, {missing[0]} first")
     parts = [file_sha256(path) for path in sorted(Path(directory).glob("*.safetensors"))]
     sha256 = parts[0] if len(parts) == 1 else hashlib.sha256(" ".join(parts).encode()).hexdigest()
-    return VAE(name, model.requires_grad_(False).eval(), sha256)
+    place = name if name in REPOSITORIES else os.path.abspath(name)
+    return VAE(place, model.requires_grad_(False).eval(), sha256)
 
 
 def check_same(vae, sha256, place):

@@ -224,7 +224,7 @@ MISTAKES = {  # change of the data, change of samples.json, words of the message
     "pixels": (None, {"source": {"vae": "none"}}, ["--samples", "has no VAE (--vae none)"]),
     "no VAE in samples.json": (None, {"source": {}}, ["names no VAE"]),
     "a VAE that is gone": (None, {}, ["VAE gone: not found; pass its new path with --vae"]),
-    "another VAE": (None, {"source": {"vae": "vae", "vae_sha256": "0" * 64}}, ["--vae vae: another VAE"]),
+    "another VAE": (None, {"source": {"vae": "vae", "vae_sha256": "0" * 64}}, ["/vae: another VAE"]),
 }  # fmt: skip
 
 
