@@ -154,45 +154,39 @@ def test_a_failure_is_one_line_and_a_traceback_with_eqm_traceback(error, status,
         raise RuntimeError("a bug")
 
 
-def fail_as(kind):
-    """Raise what torch or safetensors raises when the disk is full, or another error."""
-    try:
-        raise OSError(*((13, "Permission denied") if kind == "other" else (28, "No space left on device")))
-    except OSError:
-        if kind == "torch":
-            raise RuntimeError("unexpected pos 768 vs 662")  # noqa: B904
-        if kind == "safetensors":
-            raise ValueError("I/O error (os error 28)") from None
-        raise
+def after(cause, error):
+    """An error that is raised while another one is handled."""
+    error.__context__ = cause
+    return error
 
 
-@pytest.mark.parametrize("kind", ["torch", "safetensors", "other"])
-def test_a_failed_write_names_the_disk_and_the_checkpoints_to_delete(kind, tmp_path):
+FULL = OSError(28, "No space left on device")
+IN_TORCH, IN_SAFETENSORS = after(FULL, RuntimeError("unexpected pos 768 vs 662")), ValueError("I/O error (os error 28)")
+
+
+@pytest.mark.parametrize("error", [FULL, IN_TORCH, IN_SAFETENSORS])
+def test_a_full_disk_is_named_with_the_checkpoints_to_delete(error, tmp_path):
     folder = make_run_folder(tmp_path, "a") / "checkpoints"
-    words = "Permission denied"
-    if kind != "other":
-        for step in (1, 2, 3):
-            (folder / f"{step:07d}.pt").write_bytes(bytes(2000))
-        link(folder / "0000003.pt", "latest.pt")
-        disk = next(place for place in folder.parents if place.is_mount())
-        words = (
-            rf"No space left on device; the disk {disk} has .* MB free\); .* delete 0000001.pt to 0000002.pt \(0.004 MB"
-        )
-    with pytest.raises(UserError, match=rf"latest.pt can't be written \({words}"), cli.writing(folder / "latest.pt"):
-        fail_as(kind)
+    for step in (1, 2, 3):
+        (folder / f"{step:07d}.pt").write_bytes(bytes(2000))
+    link(folder / "0000003.pt", "latest.pt")
+    disk = next(place for place in folder.parents if place.is_mount())
+    words = rf"\(No space left on device; the disk {disk} .* MB free\); .* delete 0000001.pt to 0000002.pt \(0.004 MB"
+    with pytest.raises(UserError, match=f"latest.pt can't be written {words}"), cli.writing(folder / "latest.pt"):
+        raise error
     shutil.rmtree(folder.parent)
     with pytest.raises(UserError, match=f"^{folder.parent} was deleted or moved"):
         cli.append(folder.parent / "log.txt", ["a line"])
 
 
-def test_other_errors_than_of_the_disk_are_unchanged(tmp_path):
-    with pytest.raises(RuntimeError, match="a bug"), cli.writing(tmp_path / "a"):
-        raise RuntimeError("a bug")
-    with pytest.raises(UserError, match="^--given x"), cli.writing(tmp_path / "a"):
-        try:
-            raise OSError(5, "Input/output error")
-        except OSError as error:
-            raise UserError("--given x: can't be read") from error
+@pytest.mark.parametrize(("error", "text"), [
+    (OSError(13, "Permission denied"), r"a can't be written \(Permission denied\)$"),
+    (RuntimeError("a bug"), "^a bug$"),
+    (after(OSError(5, "Input/output error"), UserError("--given x: can't be read")), "^--given x: can't be read$"),
+])  # fmt: skip
+def test_other_errors_of_a_write_keep_their_meaning(error, text, tmp_path):
+    with pytest.raises((UserError, RuntimeError), match=text), cli.writing(tmp_path / "a"):
+        raise error
 
 
 def test_a_bar_in_a_file_prints_one_line_per_minute_without_escape_codes(capfd, monkeypatch):
