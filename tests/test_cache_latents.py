@@ -7,7 +7,6 @@ import shutil
 from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
-from types import SimpleNamespace
 
 import pytest
 import torch
@@ -15,7 +14,6 @@ from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 
 import cache_latents
-import preflight
 import training
 from test_vae import add_to_weights, save_tiny
 from test_video_clips import check_replacements
@@ -23,8 +21,8 @@ from tiny_videos import scribble, write_ucf_list, write_video
 from training import content, no_space, record_calls, run_main
 from vae import VAE, load_vae
 from video import index, source
-from video.clips import Clips, collate
-from video.files import UnreadableError, read_frames, resize_and_crop
+from video.clips import Clips
+from video.files import UnreadableError
 from video.index import split_videos
 from video.source import cached_path, check_data_path, latents_settings, open_source
 
@@ -88,18 +86,15 @@ def clips_of(folder, num_frames=4, **settings):
 # Content --------------------------------------------------------------------------------------------------------------
 
 
-def test_a_cache_file_holds_the_posterior_of_every_frame(root, vae, cache):
-    model = load_vae(vae)
-    for video in open_source(root, SIZE).videos():
-        frames = read_frames(root, video, range(video.num_frames))
-        clip = resize_and_crop(torch.from_numpy(frames).permute(0, 3, 1, 2), SIZE).transpose(0, 1)[None]
-        found = load_file(cache / cached_path(video))
-        assert found.keys() == {"mean", "std", "mean_flipped", "std_flipped"}
-        for suffix, view in (("", clip), ("_flipped", clip.flip(-1))):
-            for name, latents in zip(("mean", "std"), model.posterior(view), strict=True):
-                tensor = found[name + suffix]
-                assert tensor.dtype == torch.float16 and tensor.shape == (video.num_frames, 4, SIZE // 2, SIZE // 2)
-                torch.testing.assert_close(tensor.float(), latents[0].transpose(0, 1), rtol=1e-3, atol=1e-4)
+@pytest.mark.parametrize("flipped", [False, True])
+def test_a_cache_holds_the_posterior_of_every_frame(root, vae, cache, flipped):
+    files, cached, model = open_source(root, SIZE), open_source(cache, SIZE), load_vae(vae)
+    for video in files.videos():
+        every = range(video.num_frames)
+        found = cached.read(replace(video, path=cached_path(video)), every, flipped)
+        assert found.dtype == torch.float16 and found.shape == (2, 4, video.num_frames, SIZE // 2, SIZE // 2)
+        expected = torch.cat(model.posterior(files.read(video, every, flipped)[None]))  # mean and std
+        torch.testing.assert_close(found.float(), expected, rtol=1e-3, atol=1e-4)
 
 
 def test_latents_json_has_the_settings_and_the_videos(root, vae, cache, monkeypatch):
@@ -120,21 +115,6 @@ def test_latents_json_has_the_settings_and_the_videos(root, vae, cache, monkeypa
     assert cached.videos() == [replace(video, path=cached_path(video)) for video in files.videos()]  # in their order
     assert (cached.scan.classes, cached.scan.unreadable) == (files.scan.classes, [])
     check_data_path(cache)
-
-
-@pytest.mark.parametrize(("interval", "flip"), [((1, 1), False), ((1, 4), True)])
-def test_clips_of_a_cache_equal_clips_of_its_videos(root, vae, cache, interval, flip):
-    model = load_vae(vae)
-    videos, cached = (clips_of(place, frame_interval=interval, flip=flip, seed=3) for place in (root, cache))
-    for k in range(12):
-        sample, other = videos[k], cached[k]
-        assert other["clip"].dtype == torch.float16 and other["clip"].shape == (2, 4, 4, SIZE // 2, SIZE // 2)
-        expected = torch.cat(model.posterior(sample.pop("clip")[None]))
-        torch.testing.assert_close(other.pop("clip").float(), expected, rtol=1e-3, atol=1e-4)
-        assert Path(other.pop("video")).stem == Path(sample.pop("video")).stem
-        assert sample == other
-    batch = collate([cached[0], cached[1]])
-    assert batch["clips"].shape == (2, 2, 4, 4, SIZE // 2, SIZE // 2) and batch["clips"].dtype == torch.float16
 
 
 def test_a_pixel_cache_has_exact_clips_and_skips_a_corrupt_video_until_it_is_repaired(own, tmp_path, capsys):
@@ -284,10 +264,6 @@ def test_too_many_corrupt_videos_are_an_error_unless_a_flag_allows_them(own, vae
     assert not (tmp_path / "out" / "latents.json").exists()
     run(own, vae, tmp_path / "out", "--max-bad-fraction", 0.4)
     assert latents_settings(tmp_path / "out")["unreadable"] == ["Run/a.avi", "Run/text.avi"]
-    paths = {"data_path": tmp_path / "out", "results_dir": tmp_path, "image_size": SIZE, "cache_frames": False}
-    args = SimpleNamespace(**paths, video=True, val_fraction=0.2, max_bad_fraction=0.0)
-    data = preflight.open_data(args, SimpleNamespace(bad_videos=[]), [4], [], "--num-frames")
-    assert len(data.train[4]) + len(data.val[4]) == 4  # training accepts what the cache has skipped
     (own / "Run" / "more.avi").write_text("not a video")
     assert "2 of 7" in refused(own, vae, tmp_path / "new")  # found before anything is decoded
     assert not (tmp_path / "new").exists()
