@@ -14,7 +14,7 @@ import pytest
 import torch
 
 from runtime.atomic import write_file
-from runtime.cli import COUNT, ArgumentParser, UserError, check_writable, fail, has_bf16, one_line_errors, wrong_input
+from runtime.cli import COUNT, ArgumentParser, UserError, check_writable, fail, one_line_errors, precisions, wrong_input
 
 ON_GPU = torch.cuda.is_available()
 SPEED = "A training step on random latents of 32 x 32 x 4, without loading. MFU: FLOP/s / the GPU's peak FLOP/s."
@@ -48,7 +48,7 @@ class Rows:
 
 def measure_speed(rows):
     """Print the table of benchmark.py --only sizes line by line, and add it to the rows."""
-    flags = ["--precision", "fp16" if ON_GPU and not has_bf16() else "bf16"]
+    flags = ["--precision", "bf16" if "bf16" in precisions() else "fp16"]
     flags += ["--pairs", "10", "--compile"] if ON_GPU else ["--pairs", "3"]
     command = [sys.executable, str(ROOT / "scripts/benchmark.py"), "--only", "sizes", *flags]
     rows.lines += ["", f"**{SPEED}**", ""]

@@ -20,13 +20,13 @@ import benchmark
 import checkpoint
 from faults import descendants, kill, kill_all
 from models import EqM, model_config
-from runtime.cli import has_bf16
+from runtime.cli import precisions
 from runtime.distributed import autocast, set_precision
 from training import PYTHON, Training
 
 ON_GPU = torch.cuda.is_available()
 DEVICE = torch.device("cuda" if ON_GPU else "cpu")
-PRECISIONS = ["fp32", *(["tf32", "bf16"] if has_bf16() else []), "fp16"] if ON_GPU else ["fp32", "bf16"]
+PRECISIONS = precisions()
 RANKS = int(os.environ.get("GPUS", 0)) or torch.cuda.device_count() or 2
 STEPS = 60 if ON_GPU else 40
 

@@ -75,11 +75,11 @@ def test_flags_are_frozen_and_know_which_were_typed(words, typed, steps, fast):
     (None, False, "bf16", None, "bf16"),
     (True, False, "bf16", "tf32", "tf32"),  # what is typed comes first
     (True, True, None, "bf16", "bf16"),
-    (False, False, None, "bf16", "Tesla T4 has none: use fp16 or fp32"),
-    (False, False, "bf16", None, "Tesla T4 has none: use fp16 or fp32"),
-    (False, False, None, "tf32", "Tesla T4 has none: use fp16 or fp32"),
-    (None, False, None, "fp16", "needs a GPU and none was found: use bf16 or fp32"),
-    (None, False, "tf32", None, "needs a GPU and none was found: use bf16 or fp32"),
+    (False, False, None, "bf16", "Tesla T4; use fp32 or fp16"),
+    (False, False, "bf16", None, "Tesla T4; use fp32 or fp16"),
+    (False, False, None, "tf32", "Tesla T4; use fp32 or fp16"),
+    (None, False, None, "fp16", "a machine without a GPU; use fp32 or bf16"),
+    (None, False, "tf32", None, "a machine without a GPU; use fp32 or bf16"),
 ])  # fmt: skip
 def test_the_flag_the_run_or_the_device_sets_the_precision(bf16, energy, kept, typed, expected, monkeypatch, capsys):
     monkeypatch.setattr(torch.cuda, "is_available", lambda: bf16 is not None)

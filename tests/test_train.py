@@ -227,7 +227,7 @@ def test_without_mirrored_latents_no_clip_is_mirrored_and_a_note_says_so(latents
 
 def test_a_resume_elsewhere_reports_changes_of_typed_flags_only(videos, tmp_path, monkeypatch):
     def on_machine(bf16, cores):
-        monkeypatch.setattr(cli, "has_bf16", lambda: bf16)
+        monkeypatch.setattr(cli, "precisions", lambda: ["bf16", "fp32"] if bf16 else ["fp32", "bf16"])
         monkeypatch.setattr(train.os, "cpu_count", lambda: cores)
 
     def in_this_process(clips, batches, num_workers, *rest):

@@ -149,33 +149,29 @@ def check_speed_flags(args):
         raise UserError("--compile: no C++ compiler found; expected g++ or clang++; install g++ or remove the flag")
 
 
+def precisions():
+    """The values of --precision that this rank's device supports, the best one first."""
+    if not torch.cuda.is_available():
+        return ["fp32", "bf16"]
+    with torch.cuda.device(local_rank()):  # or every rank would use memory of the first GPU
+        has_bf16 = torch.cuda.is_bf16_supported(including_emulation=False)
+    return ["bf16", "fp32", "tf32", "fp16"] if has_bf16 else ["fp32", "fp16"]  # the same GPUs have bf16 and tf32
+
+
 def check_precision(precision):
     """Raise UserError if this machine does not support that --precision; None is not checked."""
-    on_gpu = torch.cuda.is_available()
-    if precision in ("tf32", "fp16") and not on_gpu:
-        raise UserError(f"--precision {precision} needs a GPU and none was found: use bf16 or fp32")
-    if precision in ("bf16", "tf32") and on_gpu and not has_bf16():  # the same GPUs have both
-        name = torch.cuda.get_device_name(local_rank())
-        raise UserError(f"--precision {precision}: {name} has none: use fp16 or fp32")
+    if precision not in (None, *precisions()):
+        device = torch.cuda.get_device_name(local_rank()) if torch.cuda.is_available() else "a machine without a GPU"
+        raise UserError(f"--precision {precision}: does not work on {device}; use {' or '.join(precisions())}")
 
 
 def resolve_precision(precision, energy, kept=None):
     """The --precision of the flag, else of the resumed run (`kept`), else the best for this model. Raises UserError."""
     precision = precision or kept or ("fp32" if energy else None)  # the gradient of an energy is the field
-    if precision is None:
-        precision = "bf16" if has_bf16() else "fp32"
-        if precision == "fp32" and torch.cuda.is_available():
-            say("note: this GPU has no bf16, so --precision is fp32: fp16 is faster and takes less memory")
+    if precision is None and "bf16" not in precisions():
+        say("note: this GPU has no bf16, so --precision is fp32: fp16 is faster and takes less memory")
     check_precision(precision)
-    return precision
-
-
-def has_bf16():
-    """Whether this rank's GPU computes in bf16; False without a GPU."""
-    if not torch.cuda.is_available():
-        return False
-    with torch.cuda.device(local_rank()):  # or every rank would use memory of the first GPU
-        return torch.cuda.is_bf16_supported(including_emulation=False)
+    return precision or precisions()[0]
 
 
 def check_devices():
