@@ -23,8 +23,8 @@ CHUNK = 8  # frames per call of the model; 64 frames of 256 px at once would not
 class VAE:
     """Converts between clips uint8 (B, 3, T, H, W) and latents float32 (B, C, T, h, w); h = H / downsample.
 
-    name is none, ema, mse or a directory's absolute path, sha256 the hash of the model's weights. Without a model, latents
-    are pixels.
+    name is none, ema, mse or a directory's absolute path; sha256 is that of the weights. Without a model, latents are
+    pixels.
     """
 
     channels, downsample, scale, shift = 3, 1, 1.0, 0.0  # of pixels
