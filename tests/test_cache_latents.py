@@ -1,6 +1,5 @@
 """Caches of latents of a tiny VAE, and of pixels. faults/test_cache_kills.py kills cache_latents.py."""
 
-import itertools
 import json
 import os
 import shutil
@@ -216,10 +215,8 @@ def test_a_second_run_updates_new_changed_and_lost_videos_and_removes_others(own
 
 
 def test_the_next_run_caches_a_video_that_changed_after_the_scan(own, vae, tmp_path, monkeypatch, encoded):
-    begin = cache_latents.begin_cache
     with monkeypatch.context() as patch:
-        replace_it = lambda *_: write_video(own / "Jump" / "d.avi", 30)  # noqa: E731
-        patch.setattr(cache_latents, "begin_cache", lambda *args: (begin(*args), replace_it()))
+        record_calls(patch, cache_latents, "begin_cache", lambda *_: write_video(own / "Jump" / "d.avi", 30))
         run(own, vae, tmp_path / "out")
     encoded.clear()
     run(own, vae, tmp_path / "out")
@@ -310,26 +307,13 @@ def test_a_cache_with_other_settings_is_refused(root, vae, own_cache, tmp_path, 
     assert "a latent cache with vae_sha256" in refused(root, moved, own_cache, "--with-flips")
 
 
-def full_disk(patch, call):
-    """Make the disk full from this call of fsync on."""
-    fsync, calls = os.fsync, itertools.count(1)
-
-    def full(descriptor):
-        if not os.path.isdir(f"/proc/self/fd/{descriptor}") and next(calls) >= call:
-            no_space()
-        fsync(descriptor)
-
-    patch.setattr(os, "fsync", full)
-
-
-@pytest.mark.parametrize("call", [1, 3, 7])  # latents.partial.json, a video, latents.json
-def test_a_full_disk_is_one_line_and_leaves_no_partial_file(root, vae, cache, tmp_path, monkeypatch, refused, call):
+@pytest.mark.parametrize("complete", [0, 2, 6])  # before latents.partial.json, a video, latents.json
+def test_a_full_disk_is_one_line_and_leaves_no_partial_file(root, vae, cache, tmp_path, monkeypatch, refused, complete):
     out = tmp_path / "out"
-    with monkeypatch.context() as patch:
-        full_disk(patch, call)
+    with monkeypatch.context() as patch:  # a file takes two calls of fsync, the second one for its folder
+        calls = record_calls(patch, os, "fsync", lambda _: len(calls) == 2 * complete and no_space())
         line = refused(root, vae, out, "--with-flips", status=1)
     assert "can't be written (No space left on device; the disk" in line
-    files = content(out)
-    assert len(files) == call - 1
+    assert len(content(out)) == complete
     run(root, vae, out, "--with-flips")
     assert content(out) == content(cache)
