@@ -245,7 +245,6 @@ CASES = {
     "shapes": """
         --size big | --out file | --seconds inf | --seconds 0 | --videos-per-class 1000000000000 | --size 8 | --size 63
         --radius nan nan | --radius 0.2 0.1 | --radius 0.1 0.3 | --colors mauve | --videos-per-class 1
-        --sizes 64 => --sizes: no such flag
         --out videos => --out videos; not Moving Shapes""",
     "train_vae": """
         --downsample 2 | --data-path no/such

@@ -58,7 +58,7 @@ class Flags(argparse.Namespace):
 
     __slots__ = ("typed",)
 
-    def __init__(self, values, typed=()):
+    def __init__(self, values, typed):
         vars(self).update(values)
         object.__setattr__(self, "typed", frozenset(typed))
 
