@@ -47,10 +47,12 @@ def parse_args(words=None):
     detector = "feature network of fvd and fid: i3d_torchscript.pt of StyleGAN-V and most FVD code, or inception-"
     detector += "2015-12-05.pt of StyleGAN2-ADA. TorchScript is a program: only use a file that you trust"
     add("--detector", metavar="FILE", help=detector)
-    add("--split", choices=["train", "val", "all"], help="of the real clips; default: train for fvd and fid, else val")
+    split = "real clips of motion and consistency (default: val), fvd and fid (default: train)"
+    add("--split", choices=["train", "val", "all"], help=split)
     add("--val-fraction", type=SHARE, default=0.05, help="fraction of the videos in val; use the value of training")
     counts = ", ".join(f"{count} for {metric}" for metric, count in NUM_REAL.items())
-    add("--num-real", type=number(int, least=2), help=f"number of real clips; census: of each split; default: {counts}")
+    counts = f"number of real clips; census: of each split; prediction, classifier: all; default: {counts}"
+    add("--num-real", type=number(int, least=2), help=counts)
     add("--keep-background", action="store_true", help="prediction: accept samples of --keep-background")
     test = "real clips that test the classifier. groups: each group of few videos (equal file stems), held out once; "
     test += "val: the validation split of many videos, without mirrored windows; default: %(default)s"
@@ -64,7 +66,7 @@ def parse_args(words=None):
     add = parser.add_argument_group("run").add_argument
     add("--out", required=True, metavar="FILE.json", help="the manifest; some metrics write pictures beside it")
     add("--manifest", metavar="FILE", help="repeat this manifest; other flags: only paths, --num-workers, --tolerance")
-    add("--tolerance", type=NON_NEGATIVE, default=1e-3, help="values agree: |a - b| <= X max(1, |a|, |b|)")
+    add("--tolerance", type=NON_NEGATIVE, default=1e-3, metavar="X", help="values agree: |a - b| <= X max(1, |a|, |b|)")
     add("--cache", metavar="DIR", help="folder for statistics of real clips; default: evaluate-cache beside --out")
     add("--batch-size", type=COUNT, default=16, help="clips per rank at a time")
     add("--num-workers", type=NATURAL, default=1, help="processes per rank that read videos; 0 = none")

@@ -40,9 +40,9 @@ def add_sampling_flags(parser):
     text = "gd: gradient descent; ngd: with Nesterov momentum; euler, heun: the ODE in gamma, for comparison"
     add("--sampler", choices=[*DESCENTS, *SOLVERS], help=text + default["sampler"])
     text = "points of the path: gd, ngd and euler take N - 1 evaluations, heun 2 N - 3" + default["num_sampling_steps"]
-    add("--num-sampling-steps", type=number(int, least=2), help=text)
+    add("--num-sampling-steps", type=number(int, least=2), metavar="N", help=text)
     text = "step size eta of gd and ngd; if you set only one of N and X, the other keeps evaluations x step size"
-    add("--stepsize", type=POSITIVE, help=text + default["stepsize"])
+    add("--stepsize", type=POSITIVE, metavar="X", help=text + default["stepsize"])
     add("--mu", type=NON_NEGATIVE, help=f"momentum of ngd{default['mu']}")
     text = f"gd and ngd: stop a sample when the root mean square of its field is below R (0: off; no R: {STOP_BELOW})"
     add("--stop-below", type=NON_NEGATIVE, nargs="?", const=STOP_BELOW, metavar="R", help=f"{text}; default: off")

@@ -47,7 +47,7 @@ def parse_args():
     add("--ckpt", required=True, metavar="FILE", help="checkpoint of train.py, export or published image model")
     add("--video", action="store_true", help="sample videos; without it images")
     add("--num-frames", type=FRAMES, nargs="+", help="frames per video; several go to DIR-fN; default: as in training")
-    add("--window", type=FRAMES, help="frames sampled at once; default: longest training clip; no --forcing: all")
+    add("--window", type=FRAMES, help="frames sampled at once; default: a training clip's, all without --forcing")
     add("--overlap", type=COUNT, help="frames that two windows share; default: half of a window")
     add_rate("--fps", type=RATE, help="frames per second of the samples; default: the same as in training")
     add_rate("--time-scale", type=SECONDS, help="seconds per frame, instead of --fps")

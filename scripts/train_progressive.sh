@@ -103,7 +103,7 @@ done
 
 # The paper has AdamW at 1e-4 without weight decay, uniform gamma and label dropout 0.1, the defaults of train.py. Our
 # recipe adds clips of half the frame rate, so that longer clips can be sampled, and forcing, which completes given
-# frames. Muon and gamma shift 3 did best with models of 1.3 M parameters (the same, E).
+# frames. Muon and gamma shifts of 2 and 3 did best with models of 1.3 M parameters (the same, E).
 RECIPE=${RECIPE:-ours} SHARE=0.75
 case $RECIPE in
   ours) FLAGS=(--frame-interval 1 2) ;;
