@@ -60,9 +60,9 @@ ARMS = [
         for name, speed in SPEEDS.items()
     ),
     *(
-        Arm(f"16 {name} {pace}", "D", flags, seeds=5, pace=pace)
+        Arm(f"16 {name} {pace}", "D", flags, seeds=1 if flags == FOUR else 5, pace=pace)  # which did not win
         for pace in ("slow", "fast")
-        for name, flags in POSITIONS.items()
+        for name, flags in (POSITIONS | {"speed 1": f"{TABLE} --rope-speed 1"}).items()
         if name != "rotary"
     ),
 ]
