@@ -7,7 +7,6 @@ import pytest
 
 import people
 import sprites
-import sprites_descent
 from training import ROOT, refused, run_main
 
 
@@ -89,15 +88,6 @@ def test_each_run_is_a_column_by_hours_and_seed_and_may_share_its_vae():
     assert runs == [short, first, second]
     assert table[""] == [" HOURS=0.5, seed 0 ", " HOURS=2, seed 0 ", " HOURS=2, seed 1 "]
     assert table["steps of the VAE; of the model"] == [" 7; 8 ", " 7; 8 ", " 7; 9 "]
-
-
-def test_the_descent_has_a_row_per_setting_and_per_state():
-    shares = {name: number / 10 for number, name in enumerate(sprites_descent.SHARES)}
-    scores = {"1, 23": shares | {"rmse": 4.321}, "1.5, 11": dict.fromkeys(shares, 1.0) | {"rmse": 5.0}}
-    together, final = [[0, 0.25, 0.5, 1]] * 3, [[0.125] * 4, [1] * 4]
-    lines = sprites_descent.markdown({"scores": scores, "together": together, "final": final})
-    assert "| 1, 23 | 0.0 | 10.0 | 20.0 | 30.0 | 40.0 | 50.0 | 4.32 |" in lines
-    assert lines.count("| 2 | 0 | 25 | 50 | 100 |") == 1 and "| 1 | 100 | 100 | 100 | 100 |" in lines
 
 
 @pytest.mark.parametrize(("script", "write", "missing", "runs"), [

@@ -6,6 +6,7 @@ import math
 import re
 from argparse import Namespace
 from dataclasses import replace
+from functools import partial
 
 import pytest
 from matplotlib.figure import Figure
@@ -24,6 +25,7 @@ import sample_gd
 import schedule
 import seeds
 import sprites
+import sprites_descent
 import study
 import train
 from arms import BY_NAME, FULL, MINIATURE
@@ -214,16 +216,14 @@ def test_each_share_of_compute_is_a_run_and_the_costliest_come_last(tmp_path):
 # Reports --------------------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("script", [*MINIATURES, people, sprites], ids=lambda script: script.__name__)
-def test_committed_tables_match_the_committed_numbers(script):
-    path = ROOT / "results" / f"{script.__name__}.json"
-    made = "\n".join(script.markdown(json.loads(path.read_text()))).rstrip()
-    assert f"{made}\n" == path.with_suffix(".md").read_text()
+TABLES = {script.__name__: script.markdown for script in (*MINIATURES, people, sprites, sprites_descent)}
+TABLES |= {f"positions_{name}": partial(positions.markdown, name) for name in positions.DATA_SETS}
 
 
-@pytest.mark.parametrize("path", sorted((ROOT / "results").glob("positions_*.json")), ids=lambda path: path.stem)
-def test_committed_tables_of_positions_match_the_committed_numbers(path):
-    made = "\n".join(positions.markdown(path.stem.partition("_")[2], positions.read_rows(path))).rstrip()
+@pytest.mark.parametrize("name", [name for name in TABLES if (ROOT / f"results/{name}.json").exists()])
+def test_committed_tables_match_the_committed_numbers(name):
+    path = ROOT / f"results/{name}.json"
+    made = "\n".join(TABLES[name](json.loads(path.read_text()))).rstrip()
     assert f"{made}\n" == path.with_suffix(".md").read_text()
 
 
