@@ -18,12 +18,11 @@ from runtime.rng import normal
 from sharding import full_tensor, is_sharded, make_networks
 
 SMALL = {"input_size": 8, "in_channels": 1, "hidden_size": 100, "depth": 2, "num_heads": 2, "num_classes": 3}
-KINDS = {
+KINDS = {  # settings of a Run
     "accumulation": {"micro_batches": 2, "grad_checkpoint": True},
     "muon": {"optimizer": "muon", "precision": "bf16", "qk_norm": True, "position_table": "space"},
     "energy": {"ebm": "l2"},
 }
-USUAL = {"micro_batches": 1, "grad_checkpoint": False, "optimizer": "adamw", "precision": "fp32"}
 PUBLISHED = {"Tiny": (2, 48, 2)}  # the size of the tiny published model
 LABELS = torch.tensor([0, 3])
 CPU = torch.device("cpu")
@@ -31,16 +30,15 @@ NO_SCALER = torch.amp.GradScaler("cpu", enabled=False)
 
 
 class Run:
-    """A small model of a kind with its EMA and optimizers, sharded or not."""
+    """A small model with its EMA and optimizers, sharded or not."""
 
-    def __init__(self, kind, shard):
-        self.kind, self.shard = USUAL | KINDS[kind], shard
-        settings = {name: self.kind[name] for name in ("ebm", "qk_norm", "position_table") if name in self.kind}
+    def __init__(self, shard, micro_batches=1, grad_checkpoint=False, optimizer="adamw", precision="fp32", **settings):
+        self.shard, self.micro_batches, self.precision, self.optimizer = shard, micro_batches, precision, optimizer
         self.config = model_config("EqM-Ti/4", num_frames=4, use_rope=True, **SMALL, **settings)
         torch.manual_seed(0)
         self.model, self.ema = make_networks(self.config, CPU, shard)
-        self.model.grad_checkpoint = self.kind["grad_checkpoint"]
-        flags = SimpleNamespace(optimizer=self.kind["optimizer"], lr=1e-3, muon_lr=1e-3, weight_decay=0.1)
+        self.model.grad_checkpoint = grad_checkpoint
+        flags = SimpleNamespace(optimizer=optimizer, lr=1e-3, muon_lr=1e-3, weight_decay=0.1)
         self.optimizers = make_optimizers(self.model, flags)
 
     def train(self, steps=2):
@@ -62,17 +60,16 @@ class Run:
         return grad_norm, local_bytes([*self.model.parameters(), *self.ema.parameters(), *gradients, *states])
 
     def backward(self, network, step):
-        count = self.kind["micro_batches"]
-        for number in range(count):
+        for number in range(self.micro_batches):
             x, target = (normal(step, name, number, [distributed.rank(), 9], (1, 4, 8, 8), CPU) for name in "xt")
-            with nullcontext() if self.shard or number == count - 1 else network.no_sync():
-                with distributed.autocast(CPU, self.kind["precision"]):
+            with nullcontext() if self.shard or number == self.micro_batches - 1 else network.no_sync():
+                with distributed.autocast(CPU, self.precision):
                     f, features = network(x, LABELS, return_features=True)
                 loss = (f.float() - target).square().mean() + features.float().square().mean()  # as with --disp
-                (loss / count).backward()
+                (loss / self.micro_batches).backward()
 
     def state(self):
-        about = {"model": vars(self.config), "training": {"optimizer": self.kind["optimizer"]}}
+        about = {"model": vars(self.config), "training": {"optimizer": self.optimizer}}
         parts = self.model, self.ema, self.optimizers, NO_SCALER
         return checkpoint.run_state(about, *parts, checkpoint.Progress())
 
@@ -98,7 +95,7 @@ def local_bytes(tensors):
 
 def train_both(kind):
     """Train with DDP and sharded. Returns (results of both, the two runs)."""
-    runs = Run(kind, False), Run(kind, True)
+    runs = [Run(shard, **KINDS[kind]) for shard in (False, True)]
     start = [run.weights() for run in runs]
     (norm, _), (sharded_norm, held) = (run.train() for run in runs)
     full_bytes, block = (local_bytes(part.parameters()) for part in (runs[0].model, runs[0].model.blocks[0]))
@@ -108,16 +105,17 @@ def train_both(kind):
 
 def save_and_load(folder, usual, run):
     """Save a sharded run, load it, save it again. Returns the contents of both files and the state of the DDP run."""
-    files = [Path(folder, name, "checkpoints/latest.pt") for name in ("first", "second")]
-    for path in files:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        writer = checkpoint.Writer(path.parent.parent)
+    path, contents = Path(folder, "checkpoints/latest.pt"), []
+    path.parent.mkdir(exist_ok=True)
+    for _ in range(2):
+        writer = checkpoint.Writer(folder)
         writer.write(run.state(), [], before=lambda: None, after=lambda: None)
         writer.wait()
         distributed.average(torch.zeros(1))  # until rank 0 has written
-        run = Run("muon", True)
-        load_run(torch.load(path, mmap=True), run.model, run.ema, run.optimizers)
-    return [*map(torch.load, files), usual.state()]
+        contents.append(torch.load(path))
+        run = Run(True, **KINDS["muon"])
+        load_run(contents[-1], run.model, run.ema, run.optimizers)
+    return [*contents, usual.state()]
 
 
 def start_from(path):
@@ -139,7 +137,7 @@ def save_without_memory(folder, run):
 
 def overflow():
     """Return (scale, whether a weight has changed) after a step whose gradient overflows only on rank 1."""
-    run = Run("accumulation", True)
+    run = Run(True, **KINDS["accumulation"])
     scaler, before = torch.amp.GradScaler("cpu", init_scale=1024.0), run.weights()[0]
     loss = run.model(torch.ones(2, 1, 4, 8, 8), LABELS).sum() * (torch.inf if distributed.rank() == 1 else 1)
     scaler.scale(loss).backward()
