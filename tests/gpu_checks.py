@@ -18,8 +18,9 @@ import torch
 
 import benchmark
 import checkpoint
-from faults import descendants, kill, kill_all
 from models import EqM, model_config
+from models import EqM, model_config
+from process import kill_all
 from runtime.cli import precisions
 from runtime.distributed import autocast, set_precision
 from training import PYTHON, Training
@@ -197,11 +198,10 @@ def test_ranks(plain, all_ranks, run, check):
 def test_a_kill_and_a_resume(training, all_ranks, check):
     """All processes of a run die half-way by SIGKILL and --resume ends it: its last metrics against the whole run's."""
     killed = replace(all_ranks, results=training.results.with_name("killed"))
-    process = killed.start("--precision", "fp32")
-    assert killed.wait_for(STEPS // 2, process, timeout=600), process.communicate()[0]
+    process = killed.start("--precision", "fp32", until=STEPS // 2)
     kill_all(process)
     process.communicate()
-    at = killed.rows(whole=False)[-1]["step"]
+    at = killed.last_step()
     saved = max(int(path.stem) for path in killed.folder.glob("checkpoints/[0-9]*.pt"))
     assert 0 < saved <= at < STEPS
     killed.run("--precision", "fp32", "--resume", timeout=600)

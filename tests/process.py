@@ -1,10 +1,12 @@
-"""Commands in their own processes."""
+"""Commands in their own processes: their start, their end, and the processes that they start themselves."""
 
 import os
 import signal
 import socket
 import subprocess
 import sys
+import time
+from contextlib import suppress
 from functools import partial
 from pathlib import Path
 
@@ -13,6 +15,7 @@ import torch
 from runtime import distributed
 
 ENGINE = Path(distributed.__file__).parents[1]
+GONE_WITHIN = 45  # seconds; torchrun gives ranks 30 s to end
 
 
 def spawn(*words, environment=(), **settings):
@@ -29,8 +32,7 @@ def spawn(*words, environment=(), **settings):
 def python(code, **environment):
     """Start Python code as a script named train.py."""
     code = f"import sys; sys.argv[0] = '/some/where/train.py'\n{code}"
-    environment = {"PYTHONPATH": str(ENGINE)} | environment
-    return spawn(sys.executable, "-c", code, environment=environment, stderr=subprocess.PIPE, stdin=subprocess.DEVNULL)
+    return spawn(sys.executable, "-c", code, environment={"PYTHONPATH": str(ENGINE)} | environment)
 
 
 def write_commands(folder, commands):
@@ -49,9 +51,73 @@ def free_port():
 def run_ranks(code, count, folder):
     """Run Python code on so many ranks. Returns what each rank wrote to its file OUT."""
     place = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(free_port()), "WORLD_SIZE": str(count)}
-    files = [folder / f"{count}-{rank}.pt" for rank in range(count)]
-    ranks = [python(code, RANK=str(k), LOCAL_RANK=str(k), OUT=str(file), **place) for k, file in enumerate(files)]
-    for process in ranks:
-        _, err = process.communicate(timeout=120)
-        assert process.returncode == 0, err
+    files = [folder / f"{rank}.pt" for rank in range(count)]
+    started = [python(code, RANK=str(k), LOCAL_RANK=str(k), OUT=str(file), **place) for k, file in enumerate(files)]
+    for process in started:
+        end(process, timeout=120)
     return [torch.load(file, weights_only=True) for file in files]
+
+
+# The end of a process -------------------------------------------------------------------------------------------------
+
+
+def wait_until(condition, process):
+    """Wait until a condition holds, which must be within 10 minutes and before the process ends."""
+    until = time.monotonic() + 600
+    while not condition():
+        if process.poll() is not None or time.monotonic() > until:
+            kill_all(process)
+            raise AssertionError(process.communicate()[0])
+        time.sleep(0.02)
+
+
+def end(process, status=0, timeout=GONE_WITHIN):
+    """What a process that ends with this status has printed. None: any status but 0."""
+    try:
+        output, _ = process.communicate(timeout=timeout)
+    finally:
+        kill_all(process)
+    assert process.returncode == status if status is not None else process.returncode, output
+    return output
+
+
+def table():
+    """{pid: parent's pid} of all processes that live (a zombie does not)."""
+    parents = {}
+    for place in Path("/proc").glob("[0-9]*"):
+        with suppress(OSError):  # it has ended
+            state, parent = (place / "stat").read_text().rsplit(")", 1)[1].split()[:2]
+            parents |= {int(place.name): int(parent)} if state not in "ZX" else {}
+    return parents
+
+
+def descendants(pid):
+    """Children, their children and so on, in this order."""
+    parents, found = table(), [pid]
+    for one in found:
+        found += [child for child, parent in parents.items() if parent == one]
+    return found[1:]
+
+
+def ranks(launcher):
+    """The processes that a torchrun has started, its ranks."""
+    return [pid for pid, parent in table().items() if parent == launcher.pid]
+
+
+def wait_gone(pids):
+    """Wait until none of the processes lives."""
+    until = time.monotonic() + GONE_WITHIN
+    while alive := set(pids) & table().keys():
+        assert time.monotonic() < until, f"{alive} still live after {GONE_WITHIN} s"
+        time.sleep(0.05)
+
+
+def kill(pid, number=signal.SIGKILL):
+    with suppress(ProcessLookupError):
+        os.kill(pid, number)
+
+
+def kill_all(process):
+    """SIGKILL for a process that still runs, and for all that it has started."""
+    for pid in [process.pid, *descendants(process.pid)] if process.poll() is None else ():
+        kill(pid)

@@ -13,9 +13,8 @@ import gallery
 import picture
 import sample_gd
 import train
-from faults import wait_until
 from generation import SAMPLER, generate
-from process import spawn
+from process import spawn, wait_until
 from published import write_export
 from scoring import manifest
 from test_generation import TUNED

@@ -9,7 +9,7 @@ import pytest
 import torch
 
 import train
-from process import python
+from process import end, python
 from test_cache_latents import full_disk
 from tiny_data import make_latents
 from tiny_videos import halves, scribble, write_images, write_mixed_videos, write_video
@@ -124,9 +124,8 @@ def test_runs_at_once_fill_the_cache_of_a_killed_run_and_decode_each_video_once(
     root = str(write_mixed_videos(tmp_path / "data"))
     kill = "os.replace = lambda *_: os.kill(os.getpid(), 9)"  # of the next file, once it is written
     for ends, status, left in (([kill], -signal.SIGKILL, 1), (["", ""], 0, 0)):
-        for process in [python(FILL.format(root, str(tmp_path), end)) for end in ends]:
-            _, err = process.communicate(timeout=120)
-            assert process.returncode == status, err
+        for process in [python(FILL.format(root, str(tmp_path), last)) for last in ends]:
+            end(process, status, timeout=120)
         assert len(list(tmp_path.glob(".pixels*/*.tmp"))) == left
     files, paths = open_source(root, SIZE), (tmp_path / "decoded").read_text().split()
     first, *others = (video.path for video in files.videos())

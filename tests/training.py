@@ -3,9 +3,7 @@
 import json
 import os
 import signal
-import subprocess
 import sys
-import time
 from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -17,7 +15,7 @@ import torch
 import make_moving_shapes
 import sample_gd
 import train
-from process import spawn
+from process import end, spawn, wait_until
 from runtime import distributed, runs
 from runtime.cli import UserError
 from vae import VAE
@@ -25,23 +23,20 @@ from vae import VAE
 ROOT = Path(__file__).resolve().parents[1]
 PYTHON = [sys.executable]
 TORCHRUN = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2"]
+SMALL = ["--image-size", 16, "--global-batch-size", 4, "--num-workers", 0]
+IMAGES = [*SMALL, "--model", "EqM-Ti/4", "--depth", 1, "--vae", "none"]
 TINY = [
-    "--video", "--model", "EqM-Ti/4", "--depth", "1", "--hidden-size", "96", "--num-heads", "2", "--use-rope",
-    "--num-frames", "4", "--vae", "none", "--image-size", "16", "--no-flip", "--frame-interval", "1", "3",
-    "--global-batch-size", "4", "--num-workers", "0", "--val-clips", "4", "--lr", "1e-3",
+    *IMAGES, "--video", "--use-rope", "--num-frames", 4, "--hidden-size", 96, "--num-heads", 2, "--no-flip",
+    "--frame-interval", 1, 3, "--val-clips", 4, "--lr", 1e-3,
 ]  # fmt: skip
 TINY_VAE = [
-    "--image-size", "16", "--downsample", "4", "--widths", "8", "8", "8", "--latent-channels", "2", "--log-every", "2",
-    "--global-batch-size", "4", "--num-workers", "0", "--num-val-frames", "20", "--val-every", "5",
+    *SMALL, "--downsample", 4, "--widths", 8, 8, 8, "--latent-channels", 2, "--log-every", 2, "--num-val-frames", 20,
+    "--val-every", 5,
 ]  # fmt: skip
-IMAGES = [
-    "--model", "EqM-Ti/4", "--depth", "1", "--vae", "none", "--image-size", "16", "--global-batch-size", "4",
-    "--num-workers", "0",
-]  # fmt: skip
-# depends on the clock
-MEASURED = {"clips_per_s", "frames_per_s", "tflops_per_s", "wait_frac", "seconds", "val_seconds"}
 OFTEN = ["--log-every", 3, "--val-every", 2, "--ckpt-every", 4, "--sample-every", 5]
 OFTEN += ["--num-samples", 1, "--num-sampling-steps", 3, "--keep-last", 2]
+# depends on the clock
+MEASURED = {"clips_per_s", "frames_per_s", "tflops_per_s", "wait_frac", "seconds", "val_seconds"}
 
 
 def make_data(folder):
@@ -67,41 +62,34 @@ class Training:
         end = ["--max-steps", self.steps] if self.steps else []  # 0 or None: a schedule sets the end
         return [*self.base, *paths, *end, *self.flags, *flags]
 
-    def start(self, *flags):
-        """Start the launcher. Returns the process."""
-        script = ROOT / "EqM" / self.script
-        return spawn(*self.launcher, script, *self.command_flags(*flags))
+    def start(self, *flags, until=0):
+        """Start the launcher and wait until it has logged the step `until`. Returns the process."""
+        process = spawn(*self.launcher, ROOT / "EqM" / self.script, *self.command_flags(*flags))
+        wait_until(lambda: self.last_step() >= until, process)
+        return process
 
     def run(self, *flags, status=0, timeout=240):
         """Start the run and wait until it ends with this status. Returns its output."""
-        process = self.start(*flags)
-        output, _ = process.communicate(timeout=timeout)
-        assert process.returncode == status, f"status {process.returncode}\n{output}"
-        return output
+        return end(self.start(*flags), status, timeout)
 
     @property
     def folder(self):
         (folder,) = self.results.glob("[0-9]*")
         return folder
 
-    def rows(self, whole=True):
-        """Return the metrics without measured times. whole=False: the last line may be cut off, as after a kill."""
-        lines = (self.folder / "metrics.jsonl").read_text().splitlines()
-        lines = [line for line in lines if (whole or line.endswith("}")) and '"note": ' not in line]
-        return [{name: value for name, value in json.loads(line).items() if name not in MEASURED} for line in lines]
+    def rows(self):
+        """The metrics, without notes and measured times."""
+        rows = map(json.loads, (self.folder / "metrics.jsonl").read_text().splitlines())
+        return [{name: row[name] for name in row if name not in MEASURED} for row in rows if "note" not in row]
 
-    def wait_for(self, step, process, timeout=120):
-        """Wait until a running process has logged a step. Returns False if it ended before."""
-        until = time.monotonic() + timeout
-        while time.monotonic() < until:
-            if process.poll() is not None:
-                return False
-            for file in self.results.glob("*/metrics.jsonl"):
-                lines = file.read_text().splitlines()
-                if lines and lines[-1].endswith("}") and json.loads(lines[-1])["step"] >= step:
-                    return True
-            time.sleep(0.02)
-        raise AssertionError(f"step {step} did not come within {timeout} s")
+    def last_step(self):
+        """The last logged step; 0 before the first. The last line may be cut off, as after a kill."""
+        lines = [line for file in self.results.glob("*/metrics.jsonl") for line in file.read_text().splitlines()]
+        return max((json.loads(line)["step"] for line in lines if line.endswith("}")), default=0)
+
+    def saved(self, name="latest.pt"):
+        """The content of a checkpoint."""
+        return torch.load(self.folder / "checkpoints" / name, weights_only=True)
 
 
 def record_calls(monkeypatch, owner, name, note):
@@ -202,11 +190,8 @@ def error_of(function, *args, **kwargs):
 
 
 def on_two_ranks(script, *flags, status=0):
-    """Start a script of EqM by torchrun. It must end with this status. Returns its stderr."""
-    command = map(str, (*TORCHRUN, ROOT / "EqM" / script, *flags))
-    done = subprocess.run([*command], capture_output=True, text=True, timeout=240)
-    assert done.returncode == status, done.stdout + done.stderr
-    return done.stderr
+    """Start a script of EqM by torchrun. It must end with this status. Returns its output."""
+    return end(spawn(*TORCHRUN, ROOT / "EqM" / script, *flags), status, timeout=240)
 
 
 def no_space(*_, **__):
@@ -240,7 +225,7 @@ def compare(one, other):
     found = [] if files[0] == files[1] else [f"checkpoints {files}"]
     found += [] if one.rows() == other.rows() else ["metrics"]
     for name in set(files[0]) & set(files[1]):
-        states = [torch.load(run.folder / "checkpoints" / name, weights_only=True) for run in (one, other)]
+        states = [run.saved(name) for run in (one, other)]
         for state in states:
             state.pop("config")  # holds the flags, --resume among them
             state["phase"].pop("seconds")

@@ -2,20 +2,18 @@
 # ruff: noqa: F811 (imported fixtures)
 
 import signal
-import subprocess
 import sys
 
 import pytest
 
-from process import ENGINE, spawn
+from process import ENGINE, end, spawn
 from runtime.cli import UserError
 from test_cache_latents import NAMES, cache, content, flags, root, run, vae  # noqa: F401
 from video.source import check_data_path
 
 
 def launch(command, *arguments):
-    words, path = [sys.executable, *command, *flags(*arguments)], {"PYTHONPATH": str(ENGINE)}
-    return spawn(*words, environment=path, stderr=subprocess.PIPE)
+    return spawn(sys.executable, *command, *flags(*arguments), environment={"PYTHONPATH": str(ENGINE)})
 
 
 DIE_IN_RENAME = """
@@ -41,8 +39,7 @@ def test_a_cache_that_is_killed_and_run_again_has_the_same_bytes(vae_name, renam
         arguments, expected = (root, "none", tmp_path / "out"), tmp_path / "expected"
         run(root, "none", expected)
     process = launch(["-c", DIE_IN_RENAME.format(rename)], *arguments)
-    _, stderr = process.communicate(timeout=60)
-    assert process.returncode == -signal.SIGKILL, stderr
+    end(process, -signal.SIGKILL)
     assert len(list((tmp_path / "out").rglob("*.tmp"))) == 1
     finished = {path: path.stat().st_mtime_ns for path in (tmp_path / "out").rglob("*.safetensors")}
     assert len(finished) == max(0, rename - 2)
@@ -69,9 +66,8 @@ cache_latents.main()
     (tmp_path / "count.py").write_text(count)
     torchrun = ["-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2", tmp_path / "count.py"]
     process = launch(torchrun, root, vae, tmp_path / "out", "--with-flips")
-    _, stderr = process.communicate(timeout=120)
-    assert process.returncode == 0, stderr
+    output = end(process, timeout=120)
     own = [(tmp_path / f"count.py.{rank}").read_text().splitlines() for rank in range(2)]
     assert all(own) and sorted(own[0] + own[1]) == sorted(NAMES)
     assert content(tmp_path / "out") == content(cache)
-    assert "127 of 127 frames" in stderr  # the bar counts the frames of both
+    assert "127 of 127 frames" in output  # the bar counts the frames of both

@@ -1,5 +1,6 @@
 """Real processes that are stopped and killed for real: nothing is lost, nothing hangs, everything says one line."""
 
+import functools
 import os
 import shutil
 import signal
@@ -10,12 +11,12 @@ from dataclasses import replace
 from pathlib import Path
 
 import pytest
-import torch
 
-import faults
-from faults import descendants, end, error_of, kill, kill_all, last_saved, loaders, ranks, start, wait_gone, wait_until
-from process import free_port
-from training import PYTHON, ROOT, TINY, TINY_VAE, TORCHRUN, Training, compare
+import train
+import train_vae
+from faults import kill_something, stop_launcher, storm
+from process import descendants, end, free_port, kill, ranks, spawn, wait_gone, wait_until
+from training import PYTHON, ROOT, TINY, TINY_VAE, TORCHRUN, Training, compare, run_main
 
 OFTEN = ["--log-every", 1, "--val-every", 5, "--ckpt-every", 10, "--sample-every", 0]
 WORKERS = [*OFTEN, "--num-workers", 1]
@@ -33,14 +34,26 @@ def make(shapes, tmp_path):
 
 @pytest.fixture(scope="module")
 def undisturbed(shapes, tmp_path_factory):
-    """A run of two ranks that nothing has disturbed."""
-    training = Training(shapes, tmp_path_factory.mktemp("undisturbed") / "r", 60, TORCHRUN, OFTEN)
-    training.run()
-    return training
+    """A function that returns a run of two ranks, with more flags, that nothing has disturbed."""
+
+    @functools.cache
+    def undisturbed(*flags):
+        training = Training(shapes, tmp_path_factory.mktemp("undisturbed") / "r", 100, TORCHRUN, [*OFTEN, *flags])
+        training.run()
+        return training
+
+    return undisturbed
 
 
 def sabotaged(what, launcher=PYTHON):
     return [*launcher, Path(__file__).with_name("sabotage.py"), what]
+
+
+def error_of(output):
+    """The one line that says what went wrong."""
+    (line,) = [line for line in output.splitlines() if "train.py: error:" in line]
+    assert 'train.py", line' not in output, output  # a traceback, which may only be torchrun's own
+    return line
 
 
 # Signals --------------------------------------------------------------------------------------------------------------
@@ -49,16 +62,16 @@ def sabotaged(what, launcher=PYTHON):
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT, signal.SIGUSR1, signal.SIGHUP])
 def test_a_signal_saves_and_ends_a_single_process_with_status_0(number, make):
     training = make(flags=WORKERS)
-    process = start(training, 3)
+    process = training.start(until=3)
     os.killpg(process.pid, number)  # the loader's processes get it, too, as from a terminal or a cluster
     output = end(process)
-    assert f"stopped by {number.name} and saved at step {last_saved(training)}" in output
+    assert f"stopped by {number.name} and saved at step {training.saved()['step']}" in output
     assert output.count("with --resume") == 1 and "Traceback" not in output
-    assert last_saved(training) >= training.rows()[-1]["step"]  # nothing is lost
+    assert training.saved()["step"] >= training.rows()[-1]["step"]  # nothing is lost
 
 
 def test_a_second_interrupt_ends_the_process_at_once(make):
-    process = start(make(flags=[*OFTEN, "--global-batch-size", 512]), 1)  # slow steps
+    process = make(flags=[*OFTEN, "--global-batch-size", 512]).start(until=1)  # slow steps
     process.send_signal(signal.SIGINT)
     time.sleep(0.3)
     process.send_signal(signal.SIGINT)
@@ -68,19 +81,18 @@ def test_a_second_interrupt_ends_the_process_at_once(make):
 @pytest.mark.parametrize(("script", "base", "number"), [
     ("train.py", TINY, signal.SIGINT),
     ("train.py", TINY, signal.SIGUSR1),
-    ("train.py", TINY, signal.SIGKILL),
     ("train_vae.py", TINY_VAE, signal.SIGINT),
 ])  # fmt: skip
 def test_the_ranks_save_and_end_when_their_torchrun_gets_a_signal(script, base, number, make):
     training = replace(make(launcher=TORCHRUN, flags=["--log-every", 1]), script=script, base=base)
-    process = start(training, 3)
+    process = training.start(until=3)
     left = descendants(process.pid)
-    kill(process.pid, number)  # torchrun itself dies of SIGUSR1 and SIGKILL
+    kill(process.pid, number)  # torchrun itself dies of SIGUSR1
     output = end(process, None)
     wait_gone(left)
     assert output.count("and saved at step") == output.count("with --resume") == 1
     assert f'{script}", line' not in output  # a traceback, which may only be torchrun's own
-    assert last_saved(training) >= training.rows()[-1]["step"]  # nothing is lost
+    assert training.saved()["step"] >= training.rows()[-1]["step"]  # nothing is lost
 
 
 def test_a_signal_to_one_rank_of_a_sharded_run_ends_all_during_samples(make):
@@ -91,16 +103,16 @@ def test_a_signal_to_one_rank_of_a_sharded_run_ends_all_during_samples(make):
     time.sleep(3)  # into the thousand evaluations
     kill(ranks(process)[1], signal.SIGTERM)
     assert "stopped by a signal to another rank and saved at step 1" in end(process)
-    assert last_saved(training) == 1
+    assert training.saved()["step"] == 1
 
 
 def test_a_signal_and_the_end_of_a_run_wait_for_the_save_under_way(make):
     usual = make(300, name="usual")
-    usual.run()
+    run_main(train, *usual.command_flags())
     training = make(300, sabotaged("slow_disk"))
-    process = start(training, 12)  # the save of step 10 goes on
+    process = training.start(until=12)  # the save of step 10 goes on
     process.send_signal(signal.SIGTERM)
-    output, saved = end(process), last_saved(training)
+    output, saved = end(process), training.saved()["step"]
     assert f"saved at step {saved}" in output and saved >= 12
     training.run("--resume")
     assert compare(usual, training) == []
@@ -109,27 +121,23 @@ def test_a_signal_and_the_end_of_a_run_wait_for_the_save_under_way(make):
 # Kills ----------------------------------------------------------------------------------------------------------------
 
 
-def test_sigkills_and_sigterms_at_random_moments_change_nothing(make):
-    flags = ["--log-every", 1, "--ckpt-every", 10, "--sample-every", 0, "--val-every", 50]
-    usual = make(250, TORCHRUN, flags, "usual")
-    usual.run()
-    for name, count, hit in (("killed", 3, faults.kill_something), ("stopped", 2, faults.stop_launcher)):
-        training = make(250, TORCHRUN, [*flags, "--num-workers", 1], name)
-        seen = faults.storm(training, count, hit, seed=count, from_start=6, from_step=0.5)
-        assert seen and compare(usual, training) == [], seen
-    assert not any(one["lost"] for one in seen)
+def test_sigkills_and_sigterms_at_random_moments_change_nothing(undisturbed, tmp_path):
+    usual = undisturbed()
+    training = replace(usual, results=tmp_path / "r", flags=WORKERS)
+    # With this seed: SIGTERM of torchrun, SIGKILL of a rank, of all processes, and of a torchrun that starts
+    seen = storm(training, [stop_launcher, *3 * [kill_something]], seed=110, from_step=0.5)
+    assert len(seen) > 2 and seen[0]["lost"] == 0 and compare(usual, training) == [], seen
 
 
-def test_kills_of_a_vae_run_change_nothing_and_two_ranks_equal_one(make):
+def test_a_kill_of_a_vae_run_changes_nothing_and_two_ranks_equal_one(make):
     flags = ["--log-every", 1, "--val-every", 10, "--save-minutes", 0.001]
     whole, killed, one = (
         replace(make(20, launcher, flags, name), base=TINY_VAE, script="train_vae.py")
         for launcher, name in ((TORCHRUN, "whole"), (TORCHRUN, "killed"), (PYTHON, "one"))
     )
     whole.run()
-    faults.storm(killed, 2, faults.kill_something, seed=1)
-    assert compare(whole, killed) == []
-    one.run()
+    assert storm(killed, [kill_something], seed=5, from_step=0.1) and compare(whole, killed) == []
+    run_main(train_vae, *one.command_flags())
     for alone, shared in zip(one.rows(), whole.rows(), strict=True):
         assert alone == pytest.approx(shared, rel=2e-2)  # up to rounding
 
@@ -137,17 +145,18 @@ def test_kills_of_a_vae_run_change_nothing_and_two_ranks_equal_one(make):
 @pytest.mark.parametrize(
     ("what", "launcher", "flags"), [("killed_in_save", PYTHON, []), ("killed_while_gathering", TORCHRUN, ["--shard"])]
 )
-def test_a_kill_in_the_middle_of_a_save_leaves_the_checkpoint_before_it(what, launcher, flags, make):
-    usual = make(20, launcher, [*OFTEN, *flags], "usual")
-    usual.run()
-    training = replace(usual, results=usual.results.with_name("r"), launcher=sabotaged(what, launcher))
+def test_a_kill_in_the_middle_of_a_save_leaves_the_checkpoint_before_it(what, launcher, flags, make, undisturbed):
+    usual = undisturbed(*flags) if launcher == TORCHRUN else make(20, name="usual")
+    if launcher == PYTHON:
+        run_main(train, *usual.command_flags())
+    training = replace(usual, results=make().results, launcher=sabotaged(what, launcher))
     if launcher == PYTHON:
         training.run(status=-signal.SIGKILL)
         assert [path.name for path in training.folder.rglob("*.tmp")] == ["latest.pt.tmp"]
     else:
         line = error_of(training.run(status=1))
         assert "another rank has ended" in line and "all checkpoints are intact" in line
-    assert last_saved(training) == 5
+    assert training.saved()["step"] == 5
     replace(training, launcher=launcher).run("--resume")
     assert compare(usual, training) == []
 
@@ -156,17 +165,14 @@ def test_saving_by_the_clock_does_not_change_the_result(make):
     flags = ["--log-every", 7, "--val-every", 1000, "--ckpt-every", 1000, "--sample-every", 0]
     usual = make(200, TORCHRUN, flags, "usual")
     usual.run()
-    training = make(200, TORCHRUN, [*flags, "--save-minutes", 0.005])
-    process, saved = start(training, 7), set()
-    while len(saved) < 3 and process.poll() is None:  # there is no other reason to save before the end
+    training = make(200, TORCHRUN, [*flags, "--save-minutes", 0.002])
+    process, saved = training.start(until=7), set()
+    while process.poll() is None:  # there is no other reason to save before the end
         if list(training.results.glob("*/checkpoints/latest.pt")):
-            saved.add(last_saved(training))
+            saved.add(training.saved()["step"])
         time.sleep(0.05)
-    kill_all(process)
-    process.communicate()
-    assert len(saved) == 3 and max(saved) < 200
-    training.run("--resume")
-    assert compare(usual, training) == []
+    end(process)
+    assert len(saved - {200}) > 2 and compare(usual, training) == []
 
 
 def test_a_starting_loader_process_ends_when_its_rank_is_killed(make):
@@ -176,17 +182,16 @@ def test_a_starting_loader_process_ends_when_its_rank_is_killed(make):
 
 def test_readers_can_open_latest_and_best_at_any_time(make):
     training = make(60, flags=["--log-every", 1, "--val-every", 1, "--ckpt-every", 1, "--keep-last", 2])
-    process, loaded = start(training, 2, "--sample-every", 0), set()
+    process, loaded = training.start("--sample-every", 0, until=2), set()
     while process.poll() is None:
-        for name in ("latest.pt", "best.pt"):
-            loaded.add(torch.load(training.folder / "checkpoints" / name, weights_only=True)["step"])
+        loaded |= {training.saved(name)["step"] for name in ("latest.pt", "best.pt")}
     end(process)
     assert len(loaded) > 5
 
 
 def test_a_second_writer_is_refused_and_the_first_continues(make):
     training = make()
-    process = start(training, 3)
+    process = training.start(until=3)
     assert "another process writes to it" in error_of(training.run("--resume", status=2))
     assert process.poll() is None
     process.send_signal(signal.SIGTERM)
@@ -221,7 +226,7 @@ def test_a_full_disk_is_one_line_that_names_it_and_what_to_delete(megabytes, fla
     line = error_of(training.run(status=1))
     assert file in line and f"No space left on device; the disk {disk} has" in line
     saves = file.startswith("checkpoints")
-    assert ("delete 0000002.pt" in line) == saves and (not saves or last_saved(training) >= 4)
+    assert ("delete 0000002.pt" in line) == saves and (not saves or training.saved()["step"] >= 4)
     assert not list(training.folder.rglob("*.tmp"))
 
 
@@ -229,34 +234,34 @@ def test_samples_on_a_full_disk_are_one_line(small_disk, places):
     disk = small_disk(1)
     (disk / "full").write_bytes(bytes(900_000))
     flags = ["--video", "--ckpt", places / "plain.pt", "--folder", disk / "s", "--num-samples", 64, "--stepsize", 0.1]
-    command = [*PYTHON, ROOT / "EqM/sample_gd.py", *flags, "--num-sampling-steps", 3]
-    done = subprocess.run([str(part) for part in command], capture_output=True, text=True, timeout=120)
-    (line,) = [line for line in done.stderr.splitlines() if line.startswith("sample_gd.py")]
-    assert done.returncode == 1 and f"samples.npz can't be written (No space left on device; the disk {disk}" in line
-    assert "Traceback" not in done.stderr
+    output = end(spawn(*PYTHON, ROOT / "EqM/sample_gd.py", *flags, "--num-sampling-steps", 3), 1, timeout=120)
+    (line,) = [line for line in output.splitlines() if line.startswith("sample_gd.py")]
+    assert f"samples.npz can't be written (No space left on device; the disk {disk}" in line
+    assert "Traceback" not in output
 
 
 # Data under fire ------------------------------------------------------------------------------------------------------
 
 
 def test_a_killed_loader_process_is_one_line_about_memory(make):
-    process = start(make(flags=WORKERS), 2)
-    kill(loaders(process.pid)[0])
+    process = make(flags=WORKERS).start(until=2)
+    loaders = [pid for pid in descendants(process.pid) if b"spawn_main" in Path(f"/proc/{pid}/cmdline").read_bytes()]
+    kill(loaders[0])
     assert "lack of memory" in error_of(end(process, 1))
 
 
 def test_loader_processes_that_start_right_after_a_collective_do_not_hang(make):
-    phases = ",".join(f"{4 + phase}:{2 + 2 * phase}:4" for phase in range(4))  # each starts two on each of two ranks
+    schedule = ["--frames-schedule", "4:2:4,5:4:4"]  # each phase starts two on each of two ranks
+    training = make(None, TORCHRUN, [*WORKERS, "--val-every", 1, "--loader-timeout", 60, *schedule])
     place = TINY.index("--num-frames")
-    training = make(None, TORCHRUN, [*WORKERS, "--val-every", 1, "--loader-timeout", 60, "--frames-schedule", phases])
-    training.base = TINY[:place] + TINY[place + 2 :]
-    training.run(timeout=400)
-    assert training.rows()[-1]["step"] == 8
+    replace(training, base=TINY[:place] + TINY[place + 2 :]).run()
+    assert training.last_step() == 4
 
 
 def test_a_decoder_that_hangs_is_named(make, shapes, tmp_path):
     data = shutil.copytree(shapes, tmp_path / "data")
-    process = start(make(100_000, sabotaged("hanging_decoder"), [*WORKERS, "--loader-timeout", 10], data=data), 2)
+    training = make(100_000, sabotaged("hanging_decoder"), [*WORKERS, "--loader-timeout", 10], data=data)
+    process = training.start(until=2)
     for video in data.glob("*/*.avi"):
         video.with_name(video.name + ".hang").touch()
     line = error_of(end(process, 1))
@@ -265,7 +270,7 @@ def test_a_decoder_that_hangs_is_named(make, shapes, tmp_path):
 
 @pytest.mark.parametrize("launcher", [PYTHON, TORCHRUN])
 def test_a_bug_ends_the_processes_while_loaders_work(launcher, make):
-    process = make(launcher=sabotaged("bug_in_a_step", launcher), flags=[*OFTEN, "--num-workers", 2]).start()
+    process = make(launcher=sabotaged("bug_in_a_step", launcher), flags=WORKERS).start()
     assert "RuntimeError: a bug" in end(process, 1)  # with its traceback: nobody knows what it means
 
 
@@ -294,27 +299,26 @@ def agents(training, name="job"):
 
 
 def test_sharded_training_on_two_nodes_equals_one_node_bit_for_bit(undisturbed, tmp_path):
-    one = replace(undisturbed, results=tmp_path / "one", flags=[*OFTEN, "--shard"])
-    one.run()
+    one = undisturbed("--shard")
     two = replace(one, results=tmp_path / "two")
     for process in agents(two):
         end(process, timeout=240)
     assert compare(one, two) == []
 
 
-def test_two_nodes_without_rdzv_id_are_refused(undisturbed, tmp_path):
-    training = replace(undisturbed, results=tmp_path / "r")
-    (first, output), _ = ((process, process.communicate(timeout=120)[0]) for process in agents(training, name=None))
-    assert first.returncode != 0 and "--rdzv-id" in error_of(output)
+def test_two_nodes_without_rdzv_id_are_refused(make):
+    training = make(60)
+    first, _ = (end(process, None, timeout=120) for process in agents(training, name=None))
+    assert "--rdzv-id" in error_of(first)
     assert not training.results.exists()
 
 
-@pytest.mark.parametrize("victim", [0, 1])
-def test_two_nodes_restart_their_ranks_after_a_kill_and_equal_one_node(victim, undisturbed, tmp_path):
-    training = replace(undisturbed, results=tmp_path / "r")
-    processes = agents(training)
-    training.wait_for(7, processes[0])
-    kill(ranks(processes[victim])[0])
+def test_two_nodes_restart_their_ranks_after_a_kill_and_equal_one_node(undisturbed, tmp_path):
+    one = undisturbed()
+    two = replace(one, results=tmp_path / "two")
+    processes = agents(two)
+    wait_until(lambda: two.last_step() > 6, processes[0])
+    kill(ranks(processes[0])[0])
     for process in processes:
         end(process, timeout=240)
-    assert compare(undisturbed, training) == []
+    assert compare(one, two) == []

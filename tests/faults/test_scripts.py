@@ -10,8 +10,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from faults import descendants, end, last_saved, wait_gone, wait_until
-from process import free_port, spawn, write_commands
+from process import descendants, end, free_port, spawn, wait_gone, wait_until, write_commands
 from tiny_data import make_vae
 from training import ROOT, Training
 
@@ -31,22 +30,21 @@ def tree(tmp_path):
 PATH = f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}"
 
 
-@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGUSR1])
-def test_train_progressive_saves_on_a_signal_and_continues(number, shapes, tree):
+def test_train_progressive_saves_on_a_signal_and_continues(shapes, tree):
     settings = {
         "PATH": PATH, "DATA": shapes, "GPUS": 2, "MODEL": "EqM-Ti/4", "EXP": "E", "CACHE": 0, "STEPS_1": 4,
         "STEPS_2": 2000, "STEPS_3": 2001, "BATCH_1": 4, "BATCH_2": 4, "BATCH_3": 4,
     }  # fmt: skip
     flags = ["--depth", 1, "--vae", "none", "--image-size", 16, "--num-workers", 0, "--log-every", 1, "--val-clips", 4]
     process = start_script("train_progressive.sh", tree, settings, *flags)
-    second = tree / "results/E/001-EqM-Ti-4-f8-rope"
-    wait_until(lambda: (second / "metrics.jsonl").exists() and (second / "metrics.jsonl").read_text(), process)
+    runs = Training(shapes, tree / "results/E", None)
+    wait_until(lambda: runs.last_step() > 4, process)
     left = descendants(process.pid)
-    process.send_signal(number)
+    process.send_signal(signal.SIGUSR1)
     output = end(process, 143)
     assert "and saved at step" in output and output.rstrip().endswith("to continue, run the same command again")
     wait_gone(left)
-    step = torch.load(second / "checkpoints/latest.pt", weights_only=True)["step"]
+    step = runs.last_step()
     settings |= {"STEPS_2": step + 1, "STEPS_3": step + 2}
     end(start_script("train_progressive.sh", tree, settings, *flags), timeout=240)
     names = ["000-EqM-Ti-4-f4-rope", "001-EqM-Ti-4-f8-rope", "002-EqM-Ti-4-f16-rope"]
@@ -67,11 +65,11 @@ def test_train_slurm_saves_before_the_time_is_up_and_queues_the_job_again(shapes
     }  # fmt: skip
     training = Training(shapes, tree / "results", 10_000, flags=["--log-every", 1, "--sample-every", 0])
     process = start_script("train_slurm.sh", tree, settings, *training.command_flags())
-    training.wait_for(3, process)
+    wait_until(lambda: training.last_step() > 2, process)
     process.send_signal(signal.SIGUSR1)
     output = end(process)
     assert "stopped by SIGTERM and saved" in output and "scontrol: requeue 7" in output
-    saved = last_saved(training)
+    saved = training.saved()["step"]
     again = replace(training, steps=saved + 2)
     output = end(start_script("train_slurm.sh", tree, settings, *again.command_flags()), timeout=240)
     assert f"steps {saved} to {saved + 2}" in output
