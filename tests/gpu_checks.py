@@ -7,7 +7,6 @@ a mistake makes. Without a GPU the sizes are tiny. GPUS is the number of ranks.
 import math
 import os
 import statistics
-import sys
 from copy import deepcopy
 from dataclasses import replace
 from functools import partial
@@ -19,11 +18,10 @@ import torch
 import benchmark
 import checkpoint
 from models import EqM, model_config
-from models import EqM, model_config
 from process import kill_all
 from runtime.cli import precisions
 from runtime.distributed import autocast, set_precision
-from training import PYTHON, Training
+from training import PYTHON, TORCHRUN, Training
 
 ON_GPU = torch.cuda.is_available()
 DEVICE = torch.device("cuda" if ON_GPU else "cpu")
@@ -128,29 +126,22 @@ ON_A_CPU = ["--grad-checkpoint --precision fp32", "--precision bf16", "--optimiz
 
 
 @pytest.fixture(scope="module")
-def training(shapes, tmp_path_factory):
-    """A run of one rank, small enough for the GPU to wait for the loader."""
-    flags = ["--model", "EqM-Ti/2", "--global-batch-size", RANKS * math.ceil((16 if ON_GPU else 8) / RANKS)]
-    flags += ["--log-every", 10, "--sample-every", 0, "--ckpt-every", STEPS // 4]
-    return Training(shapes, tmp_path_factory.mktemp("runs") / "plain", STEPS, torchrun(1), flags)
+def run(shapes, tmp_path_factory):
+    """A function that trains, with torchrun if there are `ranks`, and returns the run.
 
+    It is small enough for the GPU to wait for the loader.
+    """
+    usual = ["--model", "EqM-Ti/2", "--global-batch-size", RANKS * math.ceil((16 if ON_GPU else 8) / RANKS)]
+    usual += ["--log-every", 10, "--sample-every", 0, "--ckpt-every", STEPS // 4]
+    folder = tmp_path_factory.mktemp("runs")
 
-def torchrun(ranks):
-    return [sys.executable, "-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={ranks}"]
+    def run(name, *flags, ranks=1):
+        launcher = [*TORCHRUN[:-1], f"--nproc_per_node={ranks}"] if ranks else PYTHON
+        training = Training(shapes, folder / name, STEPS, launcher, usual)
+        training.run(*flags, timeout=600)
+        return training
 
-
-@pytest.fixture(scope="module")
-def run(training):
-    """A function that trains anew and returns the run."""
-
-    def run(name, *flags, launcher=None):
-        other = replace(training, results=training.results.with_name(name), launcher=launcher or training.launcher)
-        other.run(*flags, timeout=600)
-        return other
-
-    yield run
-    for pid in descendants(os.getpid()):  # of a run that hung
-        kill(pid)
+    return run
 
 
 @pytest.fixture(scope="module")
@@ -160,7 +151,7 @@ def plain(run):
 
 @pytest.fixture(scope="module")
 def all_ranks(run, plain):
-    return run("ranks", "--precision", "fp32", launcher=torchrun(RANKS)) if RANKS > 1 else plain
+    return run("ranks", "--precision", "fp32", ranks=RANKS) if RANKS > 1 else plain
 
 
 def distance(one, other, *names):
@@ -187,17 +178,16 @@ def test_other_training(flags, plain, run, check):
 
 def test_ranks(plain, all_ranks, run, check):
     """Several ranks (or one of torchrun) against one process, the same global batch, fp32: losses, gradient norms."""
-    others = {f"{RANKS} ranks / 1": all_ranks} if RANKS > 1 else {"1 rank / plain": run("python", launcher=PYTHON)}
+    others = {f"{RANKS} ranks / 1": all_ranks} if RANKS > 1 else {"1 rank / plain": run("python", ranks=0)}
     if RANKS > 1 and ON_GPU:
-        sharded = run("shard", "--precision", "fp32", "--shard", launcher=torchrun(RANKS))
-        others[f"{RANKS} ranks, --shard / 1"] = sharded
+        others[f"{RANKS} ranks, --shard / 1"] = run("shard", "--precision", "fp32", "--shard", ranks=RANKS)
     for name, other in others.items():
         check(name, distance(other, plain, "train_loss", "grad_norm", "val_loss"), 1e-3)
 
 
-def test_a_kill_and_a_resume(training, all_ranks, check):
+def test_a_kill_and_a_resume(all_ranks, check):
     """All processes of a run die half-way by SIGKILL and --resume ends it: its last metrics against the whole run's."""
-    killed = replace(all_ranks, results=training.results.with_name("killed"))
+    killed = replace(all_ranks, results=all_ranks.results.with_name("killed"))
     process = killed.start("--precision", "fp32", until=STEPS // 2)
     kill_all(process)
     process.communicate()
