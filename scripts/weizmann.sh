@@ -71,8 +71,8 @@ predict() { # NAME FRAMES CLIPS SAMPLES_PER_CLIP --[no-]keep-background
 }
 predict 8of16-decoded 0-7 "$REAL" 8 --no-keep-background
 predict 8of16-background 0-7 "$REAL" 8 --keep-background
-predict 4of16-decoded 0-3 "$((REAL / 4))" 10 --no-keep-background
-predict 4of16-background 0-3 "$((REAL / 4))" 10 --keep-background
+predict 4of16-decoded 0-3 "$(((REAL + 3) / 4))" 10 --no-keep-background
+predict 4of16-background 0-3 "$(((REAL + 3) / 4))" 10 --keep-background
 score "samples/$EXP-nearest.json" --metric nearest --samples="samples/$EXP-f16"
 score "samples/$EXP-classifier.json" --metric classifier --samples="samples/$EXP-f16" \
   --classifier-steps="$CLASSIFIER_STEPS"
