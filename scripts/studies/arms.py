@@ -33,7 +33,7 @@ TABLE = ROTARY + " --position-table space"
 MOVING = TABLE + " --rope-speed 0.5"
 SPEEDS = {  # name: value of --rope-speed
     "speed 0": "1e-9",  # as good as 0, but with the spatial frequencies of the others
-    "speed 0.25": "0.25", "speed 1": "1", "speed 2": "2",
+    "speed 0.25": "0.25", "speed 0.5": "0.5", "speed 1": "1", "speed 2": "2",  # 0.5: "16 moving", with more frames
     "four speeds": "0.25,0.5,1,2",  # one per head
 }  # fmt: skip
 FOUR = f"{TABLE} --rope-speed {SPEEDS['four speeds']}"
