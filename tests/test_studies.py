@@ -128,8 +128,10 @@ def test_a_miniature_study_writes_its_table_and_resumes(script, trained, command
 
 @pytest.mark.parametrize("data_set", positions.DATA_SETS)
 def test_all_positions_have_equal_compute(data_set, tmp_path):
-    args = Namespace(data_set=data_set, miniature=False, out=tmp_path, data_path="videos", latents="latents")
+    flags = {"data_path": "videos", "latents": "latents", "miniature": False, "compile": True}
+    args = Namespace(data_set=data_set, out=tmp_path, **flags)
     runs = [positions.PositionsRun(args, name, 0) for name in arms.POSITIONS]
+    assert all("--compile" in run.training for run in runs)
     assert max(run.flops for run in runs) / min(run.flops for run in runs) < 1.001
 
 

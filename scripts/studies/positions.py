@@ -140,7 +140,7 @@ class PositionsRun(lab.Run):
             root / f"{args.data_set}-{positions.replace(' ', '-')}-seed{seed}",
             data,
             training=["--video", *flags, "--data-path", args.latents or videos, "--global-seed", seed,
-                      "--val-every", max(1, phases[-1][1] // VALIDATIONS)],
+                      "--val-every", max(1, phases[-1][1] // VALIDATIONS), *["--compile"] * args.compile],
             last_step=phases[-1][1],
             tasks={
                 name: ([*words.split(), *given * ("given" in words), *common], metrics)
