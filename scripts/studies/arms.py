@@ -31,12 +31,10 @@ class Arm:
 ROTARY = "--use-rope --rope-theta 100"
 TABLE = ROTARY + " --position-table space"
 MOVING = TABLE + " --rope-speed 0.5"
-SPEEDS = {  # name: value of --rope-speed
-    "speed 0": "1e-9",  # as good as 0, but with the spatial frequencies of the others
-    "speed 0.25": "0.25", "speed 0.5": "0.5", "speed 1": "1", "speed 2": "2",  # 0.5: "16 moving", with more frames
-    "four speeds": "0.25,0.5,1,2",  # one per head
-}  # fmt: skip
-FOUR = f"{TABLE} --rope-speed {SPEEDS['four speeds']}"
+SPEEDS = {  # of the positions in space; 0 with the spatial frequencies of the others; 0.5 again, with more frames
+    f"speed {speed}": f"{TABLE} --rope-speed {speed or '1e-9'}" for speed in (0, 0.25, 0.5, 1, 2)
+}
+FOUR = f"{TABLE} --rope-speed 0.25,0.5,1,2"  # one per head
 POSITIONS = {"fixed": "", "rotary": ROTARY, "table": TABLE, "moving": MOVING, "four speeds": FOUR}
 INTERVALS = " --frame-interval 1 2"
 LENGTHS = (16, 24, 32)
@@ -56,13 +54,13 @@ ARMS = [
     Arm("4-8-16 table mix", "B", TABLE + INTERVALS, mix=0.2, **CURRICULUM),
     Arm("4-8-16 moving", "BC", MOVING + INTERVALS, shares=SHARES, **CURRICULUM),
     *(
-        Arm(f"16 {name}", "D", f"{TABLE} --rope-speed {speed}", seeds=5, lengths=LENGTHS)
-        for name, speed in SPEEDS.items()
+        Arm(f"16 {name}", "D", flags, seeds=5, lengths=LENGTHS)
+        for name, flags in (SPEEDS | {"four speeds": FOUR}).items()
     ),
     *(
         Arm(f"16 {name} {pace}", "D", flags, seeds=1 if flags == FOUR else 5, pace=pace)  # which did not win
         for pace in ("slow", "fast")
-        for name, flags in (POSITIONS | {"speed 1": f"{TABLE} --rope-speed 1"}).items()
+        for name, flags in (POSITIONS | {"speed 1": SPEEDS["speed 1"]}).items()
         if name != "rotary"
     ),
 ]
