@@ -58,7 +58,7 @@ ARMS = [
         for name, flags in (SPEEDS | {"four speeds": FOUR}).items()
     ),
     *(
-        Arm(f"16 {name} {pace}", "D", flags, seeds=1 if flags == FOUR else 5, pace=pace)  # which did not win
+        Arm(f"16 {name} {pace}", "D", flags, seeds={TABLE: 2, FOUR: 1}.get(flags, 5), pace=pace)  # fewer: did not win
         for pace in ("slow", "fast")
         for name, flags in (POSITIONS | {"speed 1": SPEEDS["speed 1"]}).items()
         if name != "rotary"
