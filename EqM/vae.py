@@ -94,7 +94,7 @@ def load_vae(typed, made=None, owner=None):
     from diffusers import AutoencoderKL  # takes seconds to import
     from diffusers.utils import logging
 
-    logging.set_verbosity_error()
+    logging.set_verbosity(logging.CRITICAL)  # our line says what is wrong
     settings = {"low_cpu_mem_usage": False, "output_loading_info": True}
     try:
         model, info = AutoencoderKL.from_pretrained(directory, use_safetensors=True, **settings)
