@@ -43,7 +43,7 @@ class EqMConfig:
     use_rope: bool = False
     rope_theta: float = 10_000.0
     rope_split: str = ""  # channels of a head for time, height and width, such as "16,8,8"; "" = a third each
-    rope_speed: float | str = 0.0  # patches per unit of time by which positions of height and width move (rope.py)
+    rope_speed: float = 0.0  # patches per unit of time by which positions of height and width move (rope.py)
     position_table: str = "none"  # with use_rope: "space" adds the fixed positions of height and width to the tokens
     qk_norm: bool = False
     ebm: str = "none"  # "dot" or "l2": the field is the negative gradient of this energy (see EqM.energy)
@@ -63,10 +63,7 @@ class EqMConfig:
             if (value := getattr(self, name)) not in choices:
                 raise ValueError(f"{name} must be one of {', '.join(choices)}, got {value!r}")
         if self.use_rope:
-            if len(self.rotary_embedding().speeds) not in (1, self.num_heads):
-                raise ValueError(
-                    f"rope_speed {self.rope_speed}: expected one speed, or one for each of {self.num_heads} heads"
-                )
+            self.rotary_embedding()
             return
         self.check_num_frames(self.num_frames)
         for name in ("rope_theta", "rope_split", "rope_speed", "position_table"):
@@ -85,7 +82,7 @@ class EqMConfig:
     @property
     def positions(self):
         """The kind of positions in words, for messages."""
-        speed = f" of speed {self.rope_speed}" if self.rope_speed else ""
+        speed = f" of speed {self.rope_speed:g}" if self.rope_speed else ""
         table = " and a table of space" if self.position_table == "space" else ""
         return f"rotary positions{speed}{table}" if self.use_rope else "fixed positions"
 

@@ -26,21 +26,18 @@ class RotaryEmbedding3D(nn.Module):
 
     With a speed, three pairs of height or width share a frequency, from the highest down. Their positions are index,
     index + speed * time and index - speed * time. Pairs that complete no triple do not move and take the next
-    frequencies. A unit of time is one temporal patch at 25 fps. `speed` is a number, or a string such as "0.5,1" with
-    one for each head.
+    frequencies. A unit of time is one temporal patch at 25 fps.
 
     Raises ValueError as `split_head` does, or if height and width have too few channels for a speed.
     """
 
     def __init__(self, head_dim, theta=10_000.0, split="", speed=0.0):
         super().__init__()
-        self.head_dim, self.theta = head_dim, theta
+        self.head_dim, self.theta, self.speed = head_dim, theta, speed
         self.split = split_head(head_dim, split)
-        self.speeds = tuple(map(float, str(speed).split(",")))  # one for all heads, or one per head
-        if not all(0 <= own <= 1000 for own in self.speeds):
+        if not 0 <= speed <= 1000:
             raise ValueError(f"rope_speed must be in [0, 1000], got {speed}")
-        self.moves = any(self.speeds)
-        if self.moves and min(self.split[1:]) < 6:
+        if speed and min(self.split[1:]) < 6:
             got = f"{self.split[1]} and {self.split[2]}"
             raise ValueError(f"rope_speed {speed} needs 6 channels of a head for height and for width, got {got}")
         # Sampling divides times by this, to squeeze long clips into the trained span (arXiv 2306.15595). What moves
@@ -48,35 +45,35 @@ class RotaryEmbedding3D(nn.Module):
         self.stretch = 1.0
 
     def forward(self, grid, time_scale):
-        """Return cos and sin of the angles, both (B, 1 or heads, N, head_dim / 2) float32.
+        """Return cos and sin of the angles, both (B, 1, N, head_dim / 2) float32.
 
         grid: number of patches in (time, height, width), (T, H, W); N = T * H * W, width fastest.
         time_scale: (B,) seconds per frame. The position in time is patch index * 25 * time_scale; positions in height
         and width are patch indices.
         """
         # Computed anew in each call: model.to(bfloat16) would convert a buffer, and bfloat16 lacks integers above 256.
-        B, h, (T, H, W), device = len(time_scale), len(self.speeds), grid, time_scale.device
+        B, (T, H, W), device = len(time_scale), grid, time_scale.device
         time, height, width = (torch.arange(n, device=device, dtype=torch.float32) for n in grid)
         time = time * (REFERENCE_FPS / self.stretch * time_scale.float())[:, None]  # (B, T)
-        time = time[:, None, :, None, None, None]  # (B, 1, T, 1, 1, 1), beside height (H, 1, 1) and width (W, 1)
-        angles = [time * self.pairs(0, device)[0]]  # (B, 1, T, 1, 1, n/2)
+        time = time[:, :, None, None, None]  # (B, T, 1, 1, 1), beside height (H, 1, 1) and width (W, 1)
+        angles = [time * self.pairs(0, device)[0]]  # (B, T, 1, 1, n/2)
         for axis, index in ((1, height[:, None, None]), (2, width[:, None])):
             frequencies, speeds = self.pairs(axis, device)
-            moved = index + speeds[:, None, None, None] * time if self.moves else index
-            angles.append(moved * frequencies)  # broadcasts to (B, h, T, H, W, n/2)
+            moved = index + speeds * time if self.speed else index
+            angles.append(moved * frequencies)  # broadcasts to (B, T, H, W, n/2)
         angles.append(torch.zeros(self.head_dim // 2 - sum(self.split) // 2, device=device))
-        angles = torch.cat([part.expand(B, h, T, H, W, -1) for part in angles], dim=-1)
-        angles = angles.flatten(2, 4)  # (B, h, N, d/2)
+        angles = torch.cat([part.expand(B, T, H, W, -1) for part in angles], dim=-1)
+        angles = angles.flatten(1, 3)[:, None]  # (B, 1, N, d/2)
         return angles.cos(), angles.sin()
 
     def pairs(self, axis, device):
-        """Return frequencies (n/2,) and speeds (1 or heads, n/2) of the channel pairs of an axis. Time (0) has none."""
+        """Return the frequencies and the speeds of the channel pairs of an axis, (n/2,) each. Time (0) has no speed."""
         count = self.split[axis] // 2
         index = torch.arange(count, device=device)
-        moving = count // 3 * 3 if axis and self.moves else 0
+        moving = count // 3 * 3 if axis and self.speed else 0
         exponents = torch.where(index < moving, index // 3, index - moving * 2 // 3)
-        signs = (index < moving) * ((index % 3 == 1).float() - (index % 3 == 2).float())
-        return self.theta ** -(exponents.float() / count), torch.stack([speed * signs for speed in self.speeds])
+        speeds = self.speed * (index < moving) * ((index % 3 == 1).float() - (index % 3 == 2).float())
+        return self.theta ** -(exponents.float() / count), speeds
 
 
 def split_head(head_dim, split=""):
@@ -100,7 +97,7 @@ def split_head(head_dim, split=""):
 def apply_rotary(x, cos, sin):
     """Rotate the adjacent channel pairs (2j, 2j + 1) of queries or keys by their angles.
 
-    x: (B, h, N, d); cos, sin: (B, 1 or h, N, d/2) float32. Computed in float32 or better, returned in the dtype of x.
+    x: (B, h, N, d); cos, sin: (B, 1, N, d/2) float32. Computed in float32 or better, returned in the dtype of x.
     """
     precise = x.to(torch.promote_types(x.dtype, torch.float32)).unflatten(-1, (-1, 2))  # (B, h, N, d/2, 2)
     if torch.compiler.is_compiling():  # no support for complex numbers, but these operations are fused

@@ -46,12 +46,6 @@ from video.loader import batches_of, make_loader, on_device
 from video.writers import tile, write_gif, write_mp4, write_sheet
 
 
-def parse_speeds(text):
-    """The `type` of --rope-speed: a number, or a number per head such as "0.25,0.5,1,2", which stays a text."""
-    speeds = [NON_NEGATIVE(word) for word in text.split(",")]
-    return speeds[0] if len(speeds) == 1 else text
-
-
 def parse_args():
     parser = ArgumentParser(description="Train Equilibrium Matching on videos, or without --video on images.")
     add_model_and_data_flags(parser)
@@ -98,8 +92,7 @@ def add_model_and_data_flags(parser):
     split = "channels of a head for time, height and width, such as 16,8,8; default: from --ckpt, else a third each"
     add("--rope-split", metavar="T,H,W", help=split)
     speed = "patches by which spatial positions move per temporal patch at 25 fps; default: from --ckpt, else 0"
-    speed = "one per head, such as 0.25,0.5,1,2, or one for all: " + speed
-    add("--rope-speed", type=parse_speeds, help=speed)
+    add("--rope-speed", type=NON_NEGATIVE, help=speed)
     table = "space: add fixed positions of height and width to rotary ones; default: from --ckpt, else none"
     add("--position-table", choices=POSITION_TABLES, help=table)
     add("--qk-norm", action="store_true", default=None, help="RMSNorm of queries and keys; default: from --ckpt")

@@ -75,7 +75,6 @@ CASES = {
         --num-frames 400 => the longest training video has 10 frames
         --val-frames 4 400 => --val-frames 400: the longest validation video
         --rope-split 64,64,2 => 130 channels
-        --rope-speed 0.25,1 => rope_speed 0.25,1: expected one speed, or one for each of 3 heads
         --num-frame 3 => --num-frame: no such flag; did you mean --num-frames?
         --colour=red => --colour: no such flag; see --help
         --ckpt a.pt b.pt c.pt --qk-norm => b.pt: unexpected argument; pattern

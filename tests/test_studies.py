@@ -137,7 +137,7 @@ def test_all_positions_have_equal_compute(data_set, tmp_path):
 
 @pytest.mark.parametrize("name", ["people", "bouncing"])
 def test_positions_on_other_data_keep_each_finished_run(name, trained, commands, tmp_path, monkeypatch):
-    monkeypatch.setattr(positions, "POSITIONS", {"fixed": "", "four speeds": arms.FOUR})
+    monkeypatch.setattr(positions, "POSITIONS", {"fixed": "", "moving": arms.MOVING})
     (_, model), latents, out = trained, tmp_path / "latents", tmp_path / "results"
     bouncing = positions.DATA_SETS["bouncing"]  # shorter videos, fewer clips
     (words, metrics), short = bouncing.tasks[positions.LONG], {"made": ("--bounce", "--seconds", 1.4)}
@@ -151,8 +151,8 @@ def test_positions_on_other_data_keep_each_finished_run(name, trained, commands,
     run_main(positions, *flags)
     written = out / f"positions_{name}.md"
     report, rows = written.read_text(), json.loads(written.with_suffix(".json").read_text())
-    assert [(row["positions"], row["seed"]) for row in rows] == [("fixed", 0), ("four speeds", 0)]
-    assert "| fixed | " in report and "): four speeds minus fixed is " in report
+    assert [(row["positions"], row["seed"]) for row in rows] == [("fixed", 0), ("moving", 0)]
+    assert "| fixed | " in report and "): moving minus fixed is " in report
     commands.clear()
     run_main(positions, *flags)
     assert not commands and written.read_text() == report

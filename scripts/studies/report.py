@@ -259,8 +259,8 @@ def write_report(study):
         "earlier frames. *16 moving intervals* also draws the interval, so it differs from *4-8-16 moving* only in "
         "its number of frames.",
         "- **Speeds**: *speed N* is *table* with `--rope-speed N`. *speed 0* has the spatial frequencies of the other "
-        "speeds. *speed 0.5* is *moving* again, by later code. *four speeds* has one of 0.25, 0.5, 1 and 2 in each "
-        "head. Shapes move half as fast with *slow* and twice as fast with *fast*.",
+        "speeds. *speed 0.5* is *moving* again, by later code. Shapes move half as fast with *slow* and twice as fast "
+        "with *fast*.",
         "- **Validation loss**: arms with frame intervals of 1 to 2 validate on such clips. Compare their losses "
         "with each other, not with those in A.",
         f"- **Samples**: {size.clips} clips per run and length, 0.04 s per frame, `ngd`, {size.points - 1} "
