@@ -30,10 +30,10 @@ class Arm:
 
 ROTARY = "--use-rope --rope-theta 100"
 TABLE = ROTARY + " --position-table space"
-MOVING = TABLE + " --rope-speed 0.5"
 SPEEDS = {  # of the positions in space; 0 with the spatial frequencies of the others; 0.5 again, with more frames
     f"speed {speed}": f"{TABLE} --rope-speed {speed or '1e-9'}" for speed in (0, 0.25, 0.5, 1, 2)
 }
+MOVING = SPEEDS["speed 0.5"]
 POSITIONS = {"fixed": "", "rotary": ROTARY, "table": TABLE, "moving": MOVING}
 INTERVALS = " --frame-interval 1 2"
 LENGTHS = (16, 24, 32)
@@ -54,7 +54,7 @@ ARMS = [
     Arm("4-8-16 moving", "BC", MOVING + INTERVALS, shares=SHARES, **CURRICULUM),
     *(Arm(f"16 {name}", "D", flags, seeds=5, lengths=LENGTHS) for name, flags in SPEEDS.items()),
     *(
-        Arm(f"16 {name} {pace}", "D", flags, seeds=2 if name == "table" else most, pace=pace)  # it does not win
+        Arm(f"16 {name} {pace}", "D", flags, seeds=2 if name == "table" else most, pace=pace)  # the table does not win
         for pace, most in (("slow", 5), ("fast", 3))  # fast is easy for all
         for name, flags in (POSITIONS | {"speed 1": SPEEDS["speed 1"]}).items()
         if name != "rotary"
