@@ -146,7 +146,7 @@ def score(args, samples, out, clips, training, truth, new, detector, device, cor
     if args.metric == "motion":
         return shapes.score_shapes(*streams, truth)
     if args.metric == "consistency":
-        return consistency.score_consistency(*streams, samples.source, out.with_suffix(".png"))
+        return consistency.score_consistency(*streams, samples.source)
     if args.metric == "nearest":
         return nearest.score_nearest(samples, real, args, training, out.with_suffix(".sheet.png"), device)
     if args.metric == "prediction":

@@ -208,8 +208,6 @@ def test_consistency_finds_the_seams_of_samples(shapes, tmp_path):
         folder = write_samples(tmp_path / f"{patch}", clips, labels, classes, source={"temporal_patch_size": patch})
         found = run(tmp_path / f"{patch}.json", *flags, folder)
         scores[patch] = found["values"]["seam_score"]
-        assert (tmp_path / f"{patch}.png").read_bytes()[1:4] == b"PNG"
-        assert len(found["result"]["by_position"]["generated"]["change"]["mean"]) == 11
     assert scores[4] > 1.5 and scores[5] < 1  # the seams are not at the borders of patches of 5
 
 

@@ -12,7 +12,7 @@ from skimage.metrics import structural_similarity
 from make_moving_shapes import draw_clip
 from sample_folders import FRAMES, SIZE, SOURCE, read_clips, refused, run, write_samples
 from scoring import prediction, sources
-from scoring.shapes import Track, track
+from scoring.shapes import track
 from scoring.stats import psnr
 from test_shapes import noisy
 from tiny_data import write_npz
@@ -38,19 +38,6 @@ def moving(direction="Right", shape="Circle", rgb=(240, 70, 60), speed=12):
     """A clip of 8 frames as the data set draws them; speed in px per second at 25 fps."""
     video = {"shape": shape, "direction": direction, "start": [8, 8], "speed": speed, "radius": 3, "rgb": rgb}
     return draw_clip(video | {"background_rgb": (0, 0, 0)}, 16, 8)
-
-
-@pytest.mark.parametrize("direction", ["Left", "Right", "Up", "Down"])
-def test_a_given_frame_moved_by_the_true_motion_is_the_later_frame(direction):
-    clip, truth = moving(direction, speed=25), Track(direction, "Circle", 1.0, 28.0)
-    _, baselines = prediction.score_clip(clip, clip[None], (0, 1, 6, 7), truth)
-    assert (baselines["moved"][0] == 60).all()  # by whole pixels
-    assert (baselines["repeated"][0] < 21).all()
-    half = moving(direction, speed=12.5)
-    later = prediction.moved(half[0], 5, Track(direction, "Circle", 0.5, 28.0))
-    assert psnr(later, half[5]) > psnr(half[0], half[5]) + 6
-    first = prediction.score_clip(clip, clip[None], (4, 5, 6, 7), truth)[1]
-    assert (first["moved"][0] == 60).all()  # backwards in time, too
 
 
 def test_the_best_sample_is_chosen_for_each_metric_on_its_own():
@@ -160,7 +147,7 @@ def test_samples_are_scored_against_the_clips_that_they_continue(shapes, tmp_pat
     assert values["psnr_gain"] == pytest.approx((60 - repeated) / 2)
     assert values["psnr_repeated"] < values["psnr_average"] < values["psnr"]
     assert values["direction_accuracy"] == values["appearance_kept"] == 1  # of the first samples
-    assert made["result"]["motion_real"]["direction_accuracy"] == 1 and made["result"]["psnr_moved"] > repeated
+    assert made["result"]["motion_real"]["direction_accuracy"] == 1
     assert Image.open(tmp_path / "p.sheet.png").size[1] > 6 * 128 and (tmp_path / "p.png").stat().st_size > 1000
     again = run(tmp_path / "again.json", "--manifest", tmp_path / "p.json")
     assert again["repeats"]["bit_equal"] and again["values"] == values

@@ -7,12 +7,9 @@ They need no labels, so they fit any data. Two faults appear when a model sample
   standard deviations among real frames; 0 = no drift.
 """
 
-import numpy as np
 import torch
 
 from generation import window_starts
-from runtime.distributed import rank
-from scoring import plots
 from scoring.stats import Z95, bootstrap, by_video, cell, gather, interval95, interval_units, report, table
 
 STATISTICS = [f"{what} {color}" for what in ("mean", "contrast") for color in ("red", "green", "blue")] + ["sharpness"]
@@ -22,18 +19,16 @@ TITLES = {  # of the values
 }  # fmt: skip
 
 
-def score_consistency(generated, real, source, plot_path):
-    """Score two streams of at least two clips each, and plot them. source: how samples were made, from samples.json."""
+def score_consistency(generated, real, source):
+    """Score two streams of at least two clips each. source: how samples were made, from samples.json."""
     both = [gather(stream, lambda clip, *_: measure(torch.from_numpy(clip))) for stream in (generated, real)]
     both = [(torch.stack(statistics), torch.stack(change), videos) for statistics, change, videos in both]
-    patch = source["temporal_patch_size"]
-    result = summarize(*both, patch, source.get("window"), source.get("overlap") or 0)
+    windows = source.get("window"), source.get("overlap") or 0
+    result = summarize(*both, source["temporal_patch_size"], *windows)
     result["interval_units"], units = interval_units(generated=both[0][2], real=both[1][2])
-    if rank() == 0:
-        plots.plot_consistency(plot_path, result["by_position"], patch)
     values, lines = report(result, TITLES)
     drift = [(f"drift of {name}", cell(own, "drift", interval="interval95")) for name, own in result["drift"].items()]
-    return values, result, [*lines, *table(drift), units, f"  by position in the clip: {plot_path}"]
+    return values, result, [*lines, *table(drift), units]
 
 
 def measure(clip):
@@ -94,35 +89,18 @@ def drifts(generated, real, videos=((), ())):
     return {name: {"drift": x if unit else None, "interval95": own if unit else None} for name, unit, x, own in rows}
 
 
-def profile(values, videos):
-    """Mean over the clips of values (N, T), N >= 2, and its 95% interval, by position: lists of T numbers."""
-    units = by_video(values, videos)
-    mean, half = values.mean(dim=0), Z95 * units.std(dim=0) / len(units) ** 0.5
-    return {"mean": mean.tolist(), "low": (mean - half).tolist(), "high": (mean + half).tolist()}
-
-
 def summarize(generated, real, temporal_patch_size, window=None, overlap=0):
     """All results, a plain dict for JSON; both are (statistics, change, videos) of at least two clips.
 
-    window, overlap: in frames; None: all frames were sampled at once. by_window: the mean of each statistic in each
-    window, divided by the same mean of real clips.
+    window, overlap: in frames; None: all frames were sampled at once.
     """
     statistics, changes, videos = zip(generated, real, strict=True)
-    T = statistics[0].shape[1]
-    patches, windows = borders(T, temporal_patch_size, window, overlap)
-    result = {"temporal_patch_size": temporal_patch_size, "by_position": {}, "drift": drifts(*statistics, videos)}
+    patches, windows = borders(statistics[0].shape[1], temporal_patch_size, window, overlap)
+    result = {"temporal_patch_size": temporal_patch_size, "drift": drifts(*statistics, videos)}
     for name, frames in {"seam_score": patches, **({"window_seam_score": windows} if windows else {})}.items():
         result[name], result[f"{name}_interval95"] = seam_score(*changes, frames, videos)
-    if windows:
-        sizes = np.diff([0, *windows, T]).tolist()
-        parts = [[part.mean(dim=(0, 1)) for part in own.split(sizes, dim=1)] for own in statistics]
-        ratios = (torch.stack(parts[0]) / torch.stack(parts[1])).nan_to_num(0, 0, 0)  # (windows, 7)
-        result |= {"windows": [0, *windows], "by_window": dict(zip(STATISTICS, ratios.T.tolist(), strict=True))}
     known = {name: own["drift"] for name, own in result["drift"].items() if own["drift"] is not None}
     worst = max(known, key=lambda name: abs(known[name]), default=None)
     motion = [change.mean().item() for change in changes]
     result |= {"change_ratio": motion[0] / motion[1] if motion[1] else None}
-    for kind, (own, change, own_videos) in {"generated": generated, "real": real}.items():
-        profiles = [profile(values, own_videos) for values in (change, *own.unbind(dim=2))]
-        result["by_position"][kind] = dict(zip(("change", *STATISTICS), profiles, strict=True))
     return result | {"largest_drift": known.get(worst), "largest_drift_of": worst}

@@ -42,23 +42,6 @@ def plot_energies(path, energies, sampler):
     save_figure(figure, path)
 
 
-def plot_consistency(path, by_position, temporal_patch_size):
-    """Change and sharpness by position in the clip (of consistency.summarize), generated and real, with intervals."""
-    figure, panels = plt.subplots(2, figsize=(9, 8), sharex=True)
-    num_frames = len(by_position["real"]["sharpness"]["mean"])
-    titles = {"change": "change from the frame before", "sharpness": "sharpness"}
-    for axes, (name, title) in zip(panels, titles.items(), strict=True):
-        for kind, color in (("real", "black"), ("generated", "tab:blue")):
-            values = by_position[kind][name]
-            frames = np.arange(num_frames)[-len(values["mean"]) :]  # a change belongs to the later frame
-            plot_band(axes, frames, values["mean"], values["low"], values["high"], color, kind)
-        for frame in range(temporal_patch_size, num_frames, temporal_patch_size):
-            label = "first frame of a temporal patch" if frame == temporal_patch_size else None
-            axes.axvline(frame, color="tab:red", linestyle=":", label=label)
-        axes.set(ylabel=f"{title}\n(gray levels, rms)", ylim=(0, None))
-    save_panels(figure, path, panels)
-
-
 def plot_prediction(path, result, num_frames, titles):
     """PSNR and SSIM by frame, with intervals, from a result of prediction.compare. titles: those of its kinds."""
     figure, panels = plt.subplots(2, figsize=(9, 8), sharex=True)
@@ -69,21 +52,11 @@ def plot_prediction(path, result, num_frames, titles):
             if by_frame := result.get(f"{name}{kind}_by_frame"):
                 mean, half = np.full((2, num_frames), np.nan)  # a line has gaps where frames are given
                 mean[frames], half[frames] = by_frame["mean"], by_frame["half95"]
-                plot_band(axes, range(num_frames), mean, mean - half, mean + half, color, title.format(count))
+                axes.plot(mean, color=color, marker="o", markersize=4, label=title.format(count))
+                axes.fill_between(range(num_frames), mean - half, mean + half, color=color, alpha=0.2, linewidth=0)
         for frame in given:
             axes.axvspan(frame - 0.5, frame + 0.5, color="#ffe8d1", label="given" if frame == given[0] else None)
         axes.set(ylabel=label)
-    save_panels(figure, path, panels)
-
-
-def plot_band(axes, x, mean, low, high, color, label):
-    """A line with a dot at each x, and a band for its interval."""
-    axes.plot(x, mean, color=color, marker="o", markersize=4, label=label)
-    axes.fill_between(x, low, high, color=color, alpha=0.2, linewidth=0)
-
-
-def save_panels(figure, path, panels):
-    """Write a figure whose panels have frames as their x-axis, with the first panel's legend above."""
     figure.legend(*panels[0].get_legend_handles_labels(), loc="outside upper center", ncols=3)
     panels[-1].set(xlabel="frame")
     save_figure(figure, path)

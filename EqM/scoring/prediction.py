@@ -20,8 +20,7 @@ MOVING = 8  # gray levels: a pixel moves if a channel differs from the given fra
 METRICS = {"psnr": ("PSNR in dB, 95%", 2), "ssim": ("SSIM, 95%", 4), "psnr_moving": ("of moving pixels", 2)}  # digits
 KINDS = {
     "": "mean of {}", "_best": "best of {}", "_average": "the average of {}", "_repeated": "a given frame repeated",
-    "_moved": "and moved by the true motion", "_gain": "mean minus repeated",
-    "_average_gain": "average minus repeated",
+    "_gain": "mean minus repeated", "_average_gain": "average minus repeated",
 }  # fmt: skip
 
 
@@ -31,9 +30,10 @@ def score_prediction(samples, real, clips, out, truth):
 
     def measure(clip, name, time_scale, index):
         predicted = samples.clips[S * index : S * (index + 1)]
-        expected = truth and truth(name, clip.shape[1], time_scale)
-        tracks = expected and (shapes.track(predicted[0]), shapes.track(clip), expected)  # of the first sample
-        return *score_clip(clip, predicted, given, expected), tracks
+        tracks = None
+        if truth:  # of the first sample
+            tracks = shapes.track(predicted[0]), shapes.track(clip), truth(name, clip.shape[1], time_scale)
+        return *score_clip(clip, predicted, given), tracks
 
     scores, baselines, tracks, videos = gather(real, measure)
     baselines = {kind: np.stack([row[kind] for row in baselines]) for kind in baselines[0]}
@@ -44,17 +44,17 @@ def score_prediction(samples, real, clips, out, truth):
     if rank() == 0:
         plots.plot_prediction(out.with_suffix(".png"), result, samples.num_frames, KINDS)
         write_pairs(out.with_suffix(".sheet.png"), samples, clips, given)
-    names = [name + kind for name in METRICS for kind in KINDS if kind != "_moved" and name + kind in result]
+    names = [name + kind for name in METRICS for kind in KINDS if name + kind in result]
     values = {name: result[name] for name in names}
     motion = ("direction_accuracy", "speed_ratio", "appearance_kept") if truth else ()
     return values | {name: result["motion"][name] for name in motion}, result, [*result_lines(result), line]
 
 
-def score_clip(real, samples, given, truth=None):
+def score_clip(real, samples, given):
     """(scores (3, S, F), {baseline: scores (3, F)}) of the F predicted frames; 3: the METRICS.
 
-    real (T, H, W, 3) and samples (S, T, H, W, 3) are uint8; truth is a Track. Baselines: "repeated", the last given
-    frame before (else the first after); "moved", that frame moved by the truth; "average", of several samples.
+    real (T, H, W, 3) and samples (S, T, H, W, 3) are uint8. Baselines: "repeated", the last given frame before (else
+    the first after); "average", of several samples.
     """
     others = [frame for frame in range(len(real)) if frame not in given]
     nearest = [max((frame for frame in given if frame < t), default=min(given)) for t in others]
@@ -64,22 +64,10 @@ def score_clip(real, samples, given, truth=None):
         return np.array([*map(frame_scores, frames, real[others], moving)]).T  # (3, F)
 
     made = {"repeated": real[nearest]}
-    if truth:
-        made["moved"] = [moved(real[frame], t - frame, truth) for frame, t in zip(nearest, others, strict=True)]
     if len(samples) > 1:
         made["average"] = np.rint(samples[:, others].mean(axis=0)).astype(np.uint8)
     scores = np.stack([scores_of(sample[others]) for sample in samples], axis=1)
     return scores, {kind: scores_of(frames) for kind, frames in made.items()}
-
-
-def moved(frame, num_frames, truth):
-    """A frame uint8 (H, W, 3), num_frames later, if all of it moves as a Track says; interpolated linearly."""
-    from scipy.ndimage import shift  # takes a while to load
-
-    axis = int(truth.direction in shapes.DIRECTIONS[1])
-    distance = num_frames * truth.speed * (1 if truth.direction == shapes.DIRECTIONS[axis][1] else -1)  # px
-    offset = (distance, 0, 0) if axis else (0, distance, 0)
-    return np.rint(shift(frame.astype(float), offset, order=1, mode="nearest")).astype(np.uint8)
 
 
 def frame_scores(frame, real, moving):
