@@ -5,11 +5,13 @@ import json
 import math
 import re
 from argparse import Namespace
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 from functools import partial
 
 import pytest
 from matplotlib.figure import Figure
+from PIL import Image
 
 import adaptive_compute
 import arms
@@ -153,6 +155,8 @@ def test_positions_on_other_data_keep_each_finished_run(name, trained, commands,
     report, rows = written.read_text(), json.loads(written.with_suffix(".json").read_text())
     assert [(row["positions"], row["seed"]) for row in rows] == [("fixed", 0), ("moving", 0)]
     assert "| fixed | " in report and "): moving minus fixed is " in report
+    with Image.open(out / f"figures/positions-{name}.png") as picture:
+        assert picture.size[1] > 4 * 128  # two samples of two models
     commands.clear()
     run_main(positions, *flags)
     assert not commands and written.read_text() == report
@@ -227,6 +231,13 @@ def test_committed_tables_match_the_committed_numbers(name):
     path = ROOT / f"results/{name}.json"
     made = "\n".join(TABLES[name](json.loads(path.read_text()))).rstrip()
     assert f"{made}\n" == path.with_suffix(".md").read_text()
+
+
+def test_several_processes_may_write_the_same_table_at_once(tmp_path):
+    with ThreadPoolExecutor(8) as pool:
+        list(pool.map(lambda number: lab.write_results(tmp_path, "table", [f"| {number} |"] * 1000, number), range(40)))
+    (number,) = set((tmp_path / "table.md").read_text().split("\n")) - {""}
+    assert number == f"| {(tmp_path / 'table.json').read_text().strip()} |"
 
 
 def test_the_committed_report_matches_the_committed_rows(tmp_path):

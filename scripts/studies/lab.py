@@ -328,9 +328,10 @@ def write_results(out, name, lines, content=None):
     files = {Path(out, f"{name}.md"): "\n".join(lines).rstrip()}
     if content is not None:
         files[Path(out, f"{name}.json")] = json.dumps(content, indent=1)
-    for path, text in files.items():
-        path.parent.mkdir(parents=True, exist_ok=True)
-        write_file(path, f"{text}\n".encode())
+    Path(out).mkdir(parents=True, exist_ok=True)
+    with file_lock(Path(out, f".{name}.lock")):  # another process may write the same
+        for path, text in files.items():
+            write_file(path, f"{text}\n".encode())
     for line in lines:
         if line.startswith("|"):
             say(line)

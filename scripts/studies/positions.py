@@ -10,8 +10,9 @@ the recommended recipe of study.py, but train on 8 and 16 frames, with 1.6 times
 forced. All models of a data set differ only in their positions (see arms.py). With fixed positions, they train on the
 final number of frames only, at equal compute. A run takes 10 (bouncing) to 35 minutes of one core.
 
-When all runs are sampled, the script scores them and writes results/positions_NAME.md and .json. Runs whose scores are
-in the json are not run again. Models, samples and scores are in results/positions (see lab.py).
+When all runs are sampled, the script scores them and writes results/positions_NAME.md and .json, and a picture of their
+first samples, results/figures/positions-NAME.png. Runs whose scores are in the json are not run again. Models, samples
+and scores are in results/positions (see lab.py).
 """
 
 import itertools
@@ -29,6 +30,7 @@ from models import EqMConfig, model_config
 from runtime.cli import fail, one_line_errors
 from scoring.manifest import code_commit
 from video.samples import read_samples
+from video.writers import write_sheet
 
 SIZE = {"depth": 6, "hidden_size": 256, "num_heads": 4, "input_size": 16}
 RECIPE = (  # flags of train.py; the checkpoint keeps the sampler
@@ -39,6 +41,7 @@ TINY = {"depth": 1, "hidden_size": 96, "num_heads": 4}  # with --miniature, as t
 TINY_SAMPLES = "--num-samples 4 --samples-per-clip 1 --num-sampling-steps 3"
 LONG, END = "256 frames", "last 16 of 64 frames"  # tasks. END: made in windows, longer than real clips, cut to its end
 LOSS, PREDICTION = "validation loss", ("prediction",)
+SHOWN = 0, 3  # numbers of the samples in the picture
 
 
 @dataclass(frozen=True)
@@ -217,6 +220,20 @@ def markdown(name, rows):
     return lines
 
 
+def write_picture(path, runs):
+    """A sheet of samples of the first seed, if they are in this folder."""
+    rows, names = [], []
+    for run in runs:
+        folder = run.path(next(iter(run.tasks))).parent
+        if run.about["seed"] == runs[0].about["seed"] and folder.exists():
+            _, clips, _ = read_samples("", folder)
+            rows += [clips[number] for number in SHOWN]
+            names += [run.about["positions"]] * len(SHOWN)
+    if rows:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        write_sheet(path, np.stack(rows), names)
+
+
 def parse_args():
     parser = lab.study_parser(__doc__, seeds=[0, 1, 2])
     add = parser.add_argument
@@ -235,6 +252,7 @@ def main():
     runs = [PositionsRun(args, positions, seed) for seed in args.seeds for positions in args.positions]
     lab.run_all(runs)
     score_all(runs)
+    write_picture(Path(args.out, f"figures/positions-{args.data_set}.png"), runs)
     lab.write_results(args.out, f"positions_{args.data_set}", markdown(args.data_set, read_rows(runs[0].out)))
 
 
