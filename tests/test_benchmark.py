@@ -6,22 +6,8 @@ import pytest
 import torch
 
 import benchmark
-from rope import RotaryEmbedding3D, apply_rotary
-from training import record_calls
-from video.source import Files
 
 ARGS = argparse.Namespace(model="EqM-Ti/4", num_frames=4, batch_size=1, precision="fp32", compile=False, pairs=1)
-
-
-def test_our_rotation_and_the_one_it_is_measured_against_agree():
-    grid, head_dim = (2, 3, 4), 18
-    q = torch.randn(2, 3, 24, head_dim, generator=torch.Generator().manual_seed(0))
-    n = head_dim // 3
-    # It pairs channel j of an axis with j + n/2, ours pairs neighbors: reorder, rotate, reorder back.
-    order = torch.arange(head_dim).view(3, 2, n // 2).transpose(1, 2).flatten()
-    cos, sin = RotaryEmbedding3D(head_dim)(grid, torch.full((2,), 0.04))
-    ours = apply_rotary(q[..., order], cos, sin)
-    torch.testing.assert_close(benchmark.rotate_per_axis(q, grid)[..., order], ours, atol=1e-5, rtol=1e-5)
 
 
 def test_the_two_sides_alternate_and_a_row_has_the_spread_of_their_ratios(monkeypatch, capsys):
@@ -38,27 +24,18 @@ def test_the_two_sides_alternate_and_a_row_has_the_spread_of_their_ratios(monkey
 
 
 @pytest.mark.parametrize("part", ["step", "positions", "forcing", "energy", "sampling"])
-def test_every_part_measures_something(part):  # two ranks: faults/test_other_ranks.py
+def test_every_part_measures_something(part):
     report = benchmark.Report()
     benchmark.PARTS[part](ARGS, report)
     assert report.rows and all(0 < row["median"] < math.inf for row in report.rows)
 
 
-def test_a_row_reads_the_same_clips_of_a_video_with_and_without_its_keyframes(tmp_path, monkeypatch):
-    clips = record_calls(monkeypatch, Files, "read", lambda source, video, frames: (len(video.keyframes), *frames))
-    report = benchmark.Report()
-    benchmark.measure_long_video(ARGS, report, tmp_path / "long", num_frames=300)
-    assert report.rows[0]["ratio"] == "read 4 of 300 frames from a keyframe / from the start"
-    assert [clip[0] for clip in clips[:4]] == [2, 0, 2, 0] and clips[0][1:] == clips[1][1:] != clips[2][1:]
-
-
-def test_a_step_with_muon_changes_every_weight():
-    step = benchmark.Step(ARGS, optimizer="muon")
-    for optimizer in step.optimizers:
-        optimizer.param_groups[0]["lr"] = 0.1
+def test_a_step_changes_every_weight():
+    step = benchmark.Step(ARGS)
+    (optimizer,) = step.optimizers
+    optimizer.param_groups[0]["lr"] = 0.1
     before = [weight.clone() for weight in step.model.parameters()]
     step()
-    assert len(step.optimizers) == 2
     assert not any(map(torch.equal, before, step.model.parameters()))
     assert all(weight.grad is None for weight in step.model.parameters())
 

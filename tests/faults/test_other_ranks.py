@@ -52,9 +52,3 @@ def test_a_run_continues_with_other_ranks_sharded_or_not_up_to_rounding(shapes, 
     assert "note: --shard: with one rank, nothing is sharded" in capsys.readouterr().out
     for one, other in zip(whole.rows(), parts.rows(), strict=True):
         assert one == pytest.approx(other, rel=1e-3)
-
-
-def test_the_benchmark_measures_two_ranks():
-    flags = ["--only", "optimizer", "stopping", "--model", "EqM-Ti/8", "--num-frames", "8", "--pairs", "3"]
-    output = end(spawn(*PYTHON, ROOT / "scripts/benchmark.py", *flags), timeout=240)
-    assert "Muon's step on 2 ranks / on one: " in output and "stop vote of 2 processes" in output
