@@ -101,10 +101,10 @@ class Report:
         self.rows.append(row)
         print(f"{name}: {middle:.3f} ({low:.3f} to {high:.3f}){f', goal {goal}' if goal else ''}; {note}", flush=True)
 
-    def compare(self, name, a, b, pairs, goal=None, note="{:.3f} and {:.3f} s", unit=1):
-        """Add a row for the time of a / the time of b. The note shows both medians, in units of 1/unit seconds."""
+    def compare(self, name, a, b, pairs, goal=None, note="{:.3f} and {:.3f} s"):
+        """Add a row for the time of a / the time of b. The note shows both medians."""
         values, *seconds = measure_ratios(a, b, pairs)
-        self.add(name, values, goal, note.format(*(unit * median for median in seconds)))
+        self.add(name, values, goal, note.format(*seconds))
 
     def markdown(self):
         lines = ["| ratio | median | quartiles | goal | details |", "|---|---|---|---|---|"]

@@ -27,7 +27,6 @@ import sample_gd
 import schedule
 import seeds
 import sprites
-import sprites_descent
 import study
 import train
 from arms import BY_NAME, FULL, MINIATURE
@@ -222,7 +221,7 @@ def test_each_share_of_compute_is_a_run_and_the_costliest_come_last(tmp_path):
 # Reports --------------------------------------------------------------------------------------------------------------
 
 
-TABLES = {script.__name__: script.markdown for script in (*MINIATURES, people, sprites, sprites_descent)}
+TABLES = {script.__name__: script.markdown for script in (*MINIATURES, people, sprites)}
 TABLES |= {f"positions_{name}": partial(positions.markdown, name) for name in positions.DATA_SETS}
 
 
