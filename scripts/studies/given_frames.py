@@ -10,8 +10,6 @@ results/given-frames (see lab.py).
 
 from pathlib import Path
 
-import numpy as np
-
 import lab
 from arms import RECOMMENDED, sampling_flags, size_of, training
 from runtime.cli import SHARE, one_line_errors
@@ -67,18 +65,13 @@ def markdown(content):
     for share in dict.fromkeys(share for found in tasks.values() for share in found):
         rows = {task: found[share] for task, found in tasks.items()}
         lines += [f"## --forcing {share}", "", *lab.seed_table(rows, COLUMNS)]
-    # The cost of forcing for clips without given frames: the difference from share 0, paired by seed
     title = "direction accuracy (%)"
-    gaps = {
-        f"- {task}, --forcing {share} minus 0": np.subtract(found[share][title], found["0"][title])
-        for task, found in tasks.items() if task.startswith("nothing") and "0" in found
-        for share in found if share != "0"
-    }  # fmt: skip
-    lines += ["Change of the direction accuracy, with Student's 95% interval over seeds:", ""] if gaps else []
-    for what, own in gaps.items():
-        mean, half = np.mean(own), lab.half_width(own)
-        spread = "" if half is None else f" ({mean - half:+.1f} to {mean + half:+.1f})"
-        lines.append(f"{what}: {mean:+.1f} points{spread}")
+    for task, found in tasks.items():  # the cost of forcing for clips without given frames
+        if task.startswith("nothing") and "0" in found:
+            values = {share: dict(enumerate(own[title])) for share, own in found.items()}
+            base = values.pop("0")
+            for share, own in values.items():
+                lines.append(lab.difference(f"--forcing {share}", "0", f"{task}, {title}", own, base, digits=1))
     return lines
 
 

@@ -6,7 +6,6 @@ processes with OMP_NUM_THREADS=1 are much faster than one process with two threa
 """
 
 import fcntl
-import itertools
 import json
 import math
 import os
@@ -40,7 +39,7 @@ from scoring.stats import cell, mean_and_error  # noqa: F401 (cell: for people.p
 WAIT_SECONDS = 2.0  # between two checks for runs that other processes did not finish
 
 
-def out_parser(doc, what="the tables"):
+def out_parser(doc, what):
     """A parser with the flag --out, a folder for `what`. doc: the docstring of the script."""
     parser = ArgumentParser(description=doc.partition("\n")[0])
     parser.add_argument("--out", type=writable, default="results", metavar="DIR", help=f"folder for {what}")
@@ -268,15 +267,6 @@ def difference(first, second, what, values, others, digits=3):
         return f"{line} (one seed, no interval)."
     verdict = "no significant difference" if abs(mean) <= half else "higher" if mean > 0 else "lower"
     return f"{line} (95% {mean - half:+.{digits}f} to {mean + half:+.{digits}f}, {len(gaps)} seeds): {verdict}."
-
-
-def differences(rows, columns, titles):
-    """Lines of markdown: for some columns, how each row of a `seed_table` differs from the first one."""
-    (first, *others), lines = rows, []
-    for title, name in itertools.product(titles, others):
-        own, base = (dict(enumerate(rows[key][title])) for key in (name, first))
-        lines.append(difference(name, first, title, own, base, columns[title][2] + 1))
-    return [*lines, ""] if lines else []
 
 
 def newest_metrics(name, kind):
