@@ -12,7 +12,6 @@ import engine  # noqa: F401
 import itertools
 import json
 import math
-import re
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -20,9 +19,9 @@ from pathlib import Path
 import numpy as np
 from matplotlib.ticker import FuncFormatter, LogLocator, MaxNLocator, NullLocator
 
-from runtime.cli import COUNT, ArgumentParser, UserError, check_writable, one_line_errors, plural, say, wrong_input
+from runtime.cli import ArgumentParser, UserError, check_writable, one_line_errors, plural, say, wrong_input
 from runtime.metrics import read_metrics
-from scoring.plots import COLORS, MARKERS, plt, save_figure
+from scoring.plots import COLORS, plt, save_figure
 from video.drawing import drawable
 
 METRICS = "metrics.jsonl"
@@ -33,7 +32,6 @@ X_AXES = {  # key in metrics.jsonl -> name of the axis, its units in units of th
 }
 CUMULATIVE = "flops", "seconds"  # counted from the start of a run
 CURVES = [{"color": color, "linestyle": dashes} for dashes in ("-", "--", ":") for color in COLORS]
-COUNTS = [{"marker": marker, "fillstyle": "none", "markersize": 7, "linewidth": 0.7} for marker in MARKERS]
 LOG_RATIO = 3  # the axis is logarithmic if highest loss / lowest loss exceeds this
 plt.rcParams["text.parse_math"] = False  # names of folders may have a $
 
@@ -44,8 +42,6 @@ def parse_args():
     parser.add_argument("--out", required=True, metavar="FILE.png", help="the figure")
     share = "plot relative losses, which you can compare across data sets and frame counts: 1 is a zero prediction's"
     parser.add_argument("--relative", action="store_true", help=share)
-    mean = "smooth the training loss over N logged lines; 1 = off; default: a twentieth of the longest curve"
-    parser.add_argument("--smooth", type=COUNT, help=mean)
     return parser.parse_args()
 
 
@@ -120,25 +116,20 @@ def make_curve(folder, runs, starts):
 # The figure -----------------------------------------------------------------------------------------------------------
 
 
-def plot_curves(curves, relative=False, window=None):
+def plot_curves(curves, relative=False):
     """The figure: rows for training and validation losses, a column for each of X_AXES that all curves have."""
     rows, longest = [row for curve in curves for row in curve.rows], max(len(curve.rows) for curve in curves)
-    names, window = {*itertools.chain(*rows)}, window or max(1, longest // 20)
+    names, window = {*itertools.chain(*rows)}, max(1, longest // 20)  # window: lines that a thick curve averages
     losses = {"training": "train_loss" + "_rel" * relative, "validation": validation_loss(rows, relative)}
     losses = {title: name for title, name in losses.items() if title == "training" or name in names}
-    found = (re.fullmatch(rf"{losses.get('validation')}_f(\d+)", name) for name in names)
-    counts = dict(zip(sorted(int(match[1]) for match in found if match), itertools.cycle(COUNTS)))
     axes = [axis for axis in X_AXES if all(axis in row for row in rows)]
     size = 1 + 5.5 * len(axes), 3 + 3.5 * len(losses)
     figure, grid = plt.subplots(len(losses), len(axes), figsize=size, sharex="col", sharey="row", squeeze=False)
     for panels, axis in zip(grid.T, axes, strict=True):
-        plot_column(panels, axis, curves, [*losses.values()], window, counts)
+        plot_column(panels, axis, curves, [*losses.values()], window)
     for panel, (title, name) in zip(grid[:, 0], losses.items(), strict=True):
         scale_losses(panel)
         panel.set_ylabel(f"{title} loss" + (" / loss of zero" if name.endswith("_rel") else ""))
-    if counts:
-        handles = [plt.Line2D([], [], color="black", label=f"{count} frames", **counts[count]) for count in counts]
-        grid[1, 0].legend(handles=handles, title="thick: frames of training", fontsize=11, title_fontsize=11)
     labels = [drawable(curve.label, f"run {number}") for number, curve in enumerate(curves)]
     lines = [style | {"label": label} for label, style in zip(labels, itertools.cycle(CURVES))]
     if window > 1:
@@ -151,13 +142,11 @@ def plot_curves(curves, relative=False, window=None):
 def validation_loss(rows, relative):
     """Which validation loss to plot: the relative one where clip lengths differ, if it was logged."""
     rows = [row for row in rows if "val_loss" in row]
-    lengths = {str(row.get("num_frames")) for row in rows}
-    lengths |= {name.removeprefix("val_loss_f") for row in rows for name in row if re.fullmatch(r"val_loss_f\d+", name)}
-    is_logged = all("val_loss_rel" in row for row in rows)
+    lengths, is_logged = {row.get("num_frames") for row in rows}, all("val_loss_rel" in row for row in rows)
     return "val_loss_rel" if relative or (len(lengths) > 1 and is_logged) else "val_loss"
 
 
-def plot_column(panels, axis, curves, losses, window, counts):
+def plot_column(panels, axis, curves, losses, window):
     """Training and, if there is a second panel, validation losses against one of X_AXES. losses: their names."""
     (name, units), longest = X_AXES[axis], max(curve.rows[-1][axis] for curve in curves)
     unit, size = next((pair for pair in units.items() if longest >= 2 * pair[1]), [*units.items()][-1])
@@ -168,8 +157,6 @@ def plot_column(panels, axis, curves, losses, window, counts):
         panels[0].plot(*line(losses[0], window), **style, linewidth=2)
         for panel, loss in zip(panels[1:], losses[1:], strict=True):
             panel.plot(*line(loss), **style, linewidth=2, marker=".", markersize=8)
-            for count, marker in counts.items():
-                panel.plot(*line(f"{loss}_f{count}"), color=style["color"], **marker)
     mark_phases(panels, curves, axis, size)
     panels[-1].set_xlabel(f"{name} ({unit})" if unit else name)
     panels[-1].xaxis.set(major_locator=MaxNLocator(5), major_formatter=FuncFormatter(lambda x, _: f"{x:,.10g}"))
@@ -233,7 +220,7 @@ def main():
                 if not all(axis in row for row in curve.rows):
                     say(f"no {axis} logged, so no curves against {X_AXES[axis][0]}: {curve.label}")
     Path(args.out).parent.mkdir(parents=True, exist_ok=True)
-    save_figure(plot_curves(curves, args.relative, args.smooth), args.out)
+    save_figure(plot_curves(curves, args.relative), args.out)
     say(f"{args.out}: {plural(len(curves), 'curve')}")
 
 

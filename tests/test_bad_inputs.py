@@ -289,8 +289,7 @@ CASES = {
         runs/E --relative => no train_loss_rel
         runs/E --out loss.pdf => loss.pdf: not the name of a PNG file
         runs/E --out taken.png => taken.png: not the name of a PNG file
-        runs/E --out file/loss.png => is not a writable folder
-        runs/E --smooth 0 => --smooth""",
+        runs/E --out file/loss.png => is not a writable folder""",
     "plot without --out": "runs/E => --out",
 }
 
