@@ -36,7 +36,6 @@ from runtime import distributed
 from runtime.cli import COUNT, ArgumentParser, check_speed_flags, number, one_line_errors, wrong_input
 from runtime.metrics import device_stats
 from samplers import guided, sample
-from scoring.plots import plt, save_figure
 
 ON_GPU = torch.cuda.is_available()
 NUM_CLASSES, NEARLY_NO_CHANGE = 101, argparse.Namespace(optimizer="adamw", lr=1e-9, weight_decay=0.0)
@@ -93,7 +92,7 @@ class Report:
     """Collects rows, and prints each row when it is added."""
 
     def __init__(self):
-        self.rows, self.growth = [], None
+        self.rows = []
 
     def add(self, name, values, goal=None, note=""):
         low, middle, high = np.quantile(np.atleast_1d(values), [0.25, 0.5, 0.75]).tolist()
@@ -268,23 +267,6 @@ def measure_growth(args, report):
         exponents = np.polyfit(np.log(frames[:last]), np.log(seconds[:, :last]).T, 1)[0]
         note = ", ".join(f"{value:.2f}" for value in np.median(seconds[:, :last], axis=0)) + " s"
         report.add(f"growth exponent of the step time up to {frames[last - 1]} frames", exponents, goal, note)
-    report.growth = {"frames": frames, "seconds_per_step": seconds.tolist()}
-
-
-def plot_growth(path, label, frames, seconds_per_step):
-    """Write a figure of seconds_per_step (rounds, len(frames)) over frames."""
-    figure, axes = plt.subplots()
-    low, median, high = np.quantile(seconds_per_step, [0.25, 0.5, 0.75], axis=0)
-    axes.errorbar(frames, median, [median - low, high - median], marker="o", capsize=3, label=label)
-    line = median[0] * np.array(frames) / frames[0]
-    axes.plot(frames, line, color="black", linestyle=":", label="linear in the number of frames")
-    axes.set(xscale="log", yscale="log", xlabel="frames per clip", ylabel="seconds per training step")
-    ticks = 2.0 ** np.arange(np.floor(np.log2(median[0])), np.ceil(np.log2(median[-1])) + 1)
-    axes.set_xticks(frames, map(str, frames))
-    axes.set_yticks(ticks, [f"{tick:g}" for tick in ticks])
-    axes.minorticks_off()
-    axes.legend()
-    save_figure(figure, path)
 
 
 def measure_sizes(args, report):
@@ -345,10 +327,9 @@ def main():
         PARTS[name](args, report)
     print(f"{time.monotonic() - began:.0f} s")
     if not args.only:
-        plot_growth(results / "figures/growth.png", args.model, **report.growth)
         (results / "benchmark.md").write_text(f"{title}\n\n{report.markdown()}\n")
-        result = {"title": title, "rows": report.rows} | report.growth
-        (results / "benchmark.json").write_text(json.dumps(result, indent=1) + "\n")
+        text = json.dumps({"title": title, "rows": report.rows}, indent=1)
+        (results / "benchmark.json").write_text(text + "\n")
 
 
 def machine():

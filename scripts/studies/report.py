@@ -37,17 +37,15 @@ def values_of(rows, name, column="direction", share=1.0, frames=16):
 
 
 def compute_to(goal, shares, values):
-    """Bounds (low, high) of the share of the compute at which values first reach the goal; equal if interpolated.
-
-    (0, smallest share): the smallest share already reaches it. (largest share, inf): no share reaches it.
-    """
-    if values[0] >= goal:
-        return 0.0, shares[0]
+    """The share of the compute at which values first reach the goal, interpolated; NaN if the first or none does."""
     for (before, low), (after, high) in itertools.pairwise(zip(shares, values, strict=True)):
-        if high >= goal:
-            share = before + (after - before) * (goal - low) / (high - low)
-            return share, share
-    return shares[-1], math.inf
+        if high >= goal > values[0]:
+            return before + (after - before) * (goal - low) / (high - low)
+    return math.nan
+
+
+def share_text(share):
+    return "an unmeasured share" if math.isnan(share) else f"{share:.0%}"
 
 
 def curve(rows, name):
@@ -56,23 +54,6 @@ def curve(rows, name):
     found = [values_of(rows, name, share=share) for share in shares]
     seeds = [seed for seed in range(SHARE_SEEDS) if all(seed in values for values in found)]
     return shares, {seed: [values[seed] for values in found] for seed in seeds}
-
-
-def share_text(bounds):
-    low, high = bounds
-    return f"{low:.0%}" if low == high else f"more than {low:.0%}" if low else f"{high:.0%} or less"
-
-
-def ratio_text(bounds, other_bounds):
-    """The ratio of two results of `compute_to`; a bound if one of them is a bound."""
-    (low, high), (other_low, other_high) = bounds, other_bounds
-    low = round(low / other_high, 6)
-    high = round(high / other_low, 6) if other_low else math.inf
-    if low == high:
-        return f"{low:.2f}"
-    if high < math.inf:
-        return f"at most {math.ceil(100 * high) / 100:.2f}"
-    return f"at least {math.floor(100 * low) / 100:.2f}" if low else "unknown, because both are bounds"
 
 
 # Tables and figures ---------------------------------------------------------------------------------------------------
@@ -198,7 +179,7 @@ def answer_c(study, rows):
                      f"(each seed: {'; '.join(each)}).")  # fmt: skip
     for base in (START, TABLE):
         if both := [seed for seed in found.get(CURRICULUM, ()) if seed in found.get(base, ())]:
-            mean, *each = (ratio_text(found[CURRICULUM][seed], found[base][seed]) for seed in both)
+            mean, *each = (f"{found[CURRICULUM][seed] / found[base][seed]:.2f}" for seed in both)
             lines.append(f"- Ratio of these computes, {CURRICULUM} / {base}: {mean} (each seed: {'; '.join(each)}).")
     early, full = values_of(rows, CURRICULUM, "loss_16", 0.6), values_of(rows, START, "loss_16")
     lines += [difference(f"{CURRICULUM} at 60%", f"{START} at 100%", "Loss", early, full), ""]
