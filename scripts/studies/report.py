@@ -114,15 +114,12 @@ def figure(study, letter, message, xlabel, lines):
     lines += [f"![{' '.join(message.split())}](figures/{path.name})", ""]
 
 
-def style(number):
-    return {"color": COLORS[number], "marker": MARKERS[number]}
-
-
 def draw_shares(axes, xs, by_x, label, number):
     """Plot direction accuracy over x: the mean of {seed: accuracy} as a line, each seed as a dot."""
     points = [(x, values) for x, values in zip(xs, by_x, strict=True) if values]
     means = [100 * mean_of(values) for _, values in points]
-    axes.plot([x for x, _ in points], means, label=label, markersize=9, linewidth=2, **style(number))
+    style = {"color": COLORS[number], "marker": MARKERS[number], "markersize": 9, "linewidth": 2}
+    axes.plot([x for x, _ in points], means, label=label, **style)
     for x, values in points:
         dots = [100 * value for value in values.values()]
         axes.scatter([x] * len(dots), dots, color=COLORS[number], alpha=0.45, s=30)
@@ -134,16 +131,7 @@ def draw_shares(axes, xs, by_x, label, number):
 def answer_a(study, rows):
     """Which positions? 16 frames from the start, equal steps"""
     names = FIXED, ROTARY, TABLE, MOVING
-    lines = differences(rows, PAIRS_A) + arm_table(rows, [(name, 1.0) for name in names])
-    ends = {name: (values_of(rows, name, "loss_16"), values_of(rows, name)) for name in names}
-    if all(right for _, right in ends.values()):
-        found = ", ".join(f"{mean_of(right):.0%} ({name.split()[1]})" for name, (_, right) in ends.items())
-        message = f"16 frames from the start, direction accuracy:\n{found}; a dot is a seed"
-        with figure(study, "A", message, "validation loss, 16 frames (left is better)", lines) as axes:
-            for number, (name, (loss, right)) in enumerate(ends.items()):
-                dots = [(loss[seed], 100 * right[seed]) for seed in right]
-                axes.scatter(*zip(*dots, strict=True), s=110, label=name, **style(number))
-    return lines
+    return differences(rows, PAIRS_A) + arm_table(rows, [(name, 1.0) for name in names])
 
 
 def answer_b(study, rows):
