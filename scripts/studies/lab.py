@@ -220,12 +220,6 @@ def data_sets(folder, count, test_count, *flags):
 # Tables ---------------------------------------------------------------------------------------------------------------
 
 
-def half_width(values):
-    """Half the width of the mean's 95% interval (Student's t); None for fewer than two values."""
-    _, error = mean_and_error(values)
-    return None if error is None else float(stdtrit(len(values) - 1, 0.975)) * error
-
-
 def mean_cell(values, digits):
     """A table cell of the values of several seeds: mean (lowest to highest)."""
     ends = f" ({min(values):.{digits}f} to {max(values):.{digits}f})" if len(values) > 1 else ""
@@ -259,12 +253,13 @@ def difference(first, second, what, values, others, digits=3):
     """A line with the difference of two arms' {seed: value}, paired by seed, over the seeds with two finite values."""
     gaps = [values[seed] - others[seed] for seed in sorted(values.keys() & others.keys())]
     gaps = [gap for gap in gaps if math.isfinite(gap)]
-    if not gaps:
+    mean, error = mean_and_error(gaps)
+    if mean is None:
         return f"- {what}, {first} minus {second}: not run yet."
-    mean, half = statistics.mean(gaps), half_width(gaps)
     line = f"- {what}: {first} minus {second} is {mean:+.{digits}f}"
-    if half is None:
+    if error is None:
         return f"{line} (one seed, no interval)."
+    half = stdtrit(len(gaps) - 1, 0.975) * error  # Student's t
     verdict = "no significant difference" if abs(mean) <= half else "higher" if mean > 0 else "lower"
     return f"{line} (95% {mean - half:+.{digits}f} to {mean + half:+.{digits}f}, {len(gaps)} seeds): {verdict}."
 
