@@ -9,7 +9,6 @@ import torch
 from torch.nn.utils import clip_grad_norm_
 
 import checkpoint
-import models
 from models import model_config
 from optim import make_optimizers, update_ema
 from runtime import distributed
@@ -23,7 +22,6 @@ KINDS = {  # settings of a Run
     "muon": {"optimizer": "muon", "precision": "bf16", "qk_norm": True, "position_table": "space"},
     "energy": {"ebm": "l2"},
 }
-PUBLISHED = {"Tiny": (2, 48, 2)}  # the size of the tiny published model
 LABELS = torch.tensor([0, 3])
 CPU = torch.device("cpu")
 NO_SCALER = torch.amp.GradScaler("cpu", enabled=False)
@@ -75,16 +73,8 @@ class Run:
 
     def weights(self):
         """Full copies of the weights and of the EMA weights."""
-        return [full_weights(network) for network in (self.model, self.ema)]
-
-
-def load_run(state, model, ema, optimizers=()):
-    start = checkpoint.Start(checkpoint.Progress(), "a file that was loaded", state=state)
-    checkpoint.load_run(start, model, ema, optimizers, NO_SCALER)
-
-
-def full_weights(network):
-    return {name: full_tensor(value).clone() for name, value in network.state_dict().items()}
+        states = [network.state_dict() for network in (self.model, self.ema)]
+        return [{name: full_tensor(value).clone() for name, value in state.items()} for state in states]
 
 
 def local_bytes(tensors):
@@ -114,17 +104,9 @@ def save_and_load(folder, usual, run):
         distributed.average(torch.zeros(1))  # until rank 0 has written
         contents.append(torch.load(path))
         run = Run(True, **KINDS["muon"])
-        load_run(contents[-1], run.model, run.ema, run.optimizers)
+        start = checkpoint.Start(checkpoint.Progress(), "a file that was loaded", state=contents[-1])
+        checkpoint.load_run(start, run.model, run.ema, run.optimizers, NO_SCALER)
     return [*contents, usual.state()]
-
-
-def start_from(path):
-    """Return the full weights and EMA weights of a sharded model that starts from a published file."""
-    models.SIZES |= PUBLISHED
-    state = checkpoint.load(path, model="EqM-Tiny/2")
-    networks = make_networks(checkpoint.config_of(f"--ckpt {path}", state), CPU, shard=True)
-    load_run(state, *networks)
-    return [full_weights(network) for network in networks]
 
 
 def save_without_memory(folder, run):
@@ -156,6 +138,5 @@ def main():
     found["saved"] = save_and_load(folder, *runs["muon"])
     found["refusal"] = save_without_memory(folder, runs["energy"][1])
     found["overflow"] = overflow()
-    found["published"] = start_from(Path(folder, "published.pt"))
     torch.save(found, os.environ["OUT"])
     distributed.stop()

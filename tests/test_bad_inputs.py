@@ -47,6 +47,8 @@ COMMANDS = {  # what is right; a case adds to it what is wrong
     "check": "check --num-frames 8 --model EqM-Ti/4 --global-batch-size 2 " + PIXELS,
     "augment": "augment --data-path videos --out new",
     "study": "study --out new",
+    "people": "people --out new",
+    "sprites": "sprites --out new",
     "gallery": "gallery",
     "picture": "picture --out new.png",
     "plot": "plot_metrics --out new/loss.png",
@@ -138,6 +140,8 @@ CASES = {
         --data-path no-paths | --data-path not-json => its latents.json is damaged
         --data-path no-format => its latents.json is damaged ('format'
         --vae vae --data-path pixels => was made with none
+        --vae vae --data-path scaled => its VAE differs from; pass its own VAE with --vae
+        --vae vae --data-path others-vae => another VAE: its weights have SHA-256
         --data-path lost --vae vae => run cache_latents.py again""",
     "sample": """
         --rope-scale yarn | --rope-scale ntk | --fps nan | --vae no/such/vae | --given no/such.mp4 | --init no/such.mp4
@@ -266,6 +270,8 @@ CASES = {
         --list --report => not allowed with
         --report => does not exist
         --out file --report => --out file:""",
+    "people": "nothing => nothing/settings: no such file; expected finished runs of scripts/weizmann.sh",
+    "sprites": "nothing => nothing/settings: no such file; expected finished runs of scripts/sprites.sh",
     "gallery": """
         no/such => FOLDER no/such: no such folder
         videos => no samples.json in it
@@ -320,6 +326,8 @@ VARIANTS = {  # folder: (the folder it is a copy of, a file, a text in the file,
     "other-class": ("samples", "samples.json", '["A"]', '["C"]'),
     "slow": ("samples", "samples.json", "0.04", "0.48"),
     "lost": ("cache", "latents.json", '"ema"', '"vae"'),
+    "scaled": ("lost", "latents.json", "0.18215", "0.5"),
+    "others-vae": ("lost", "latents.json", '"vae",', '"vae", "vae_sha256": "0123",'),
     "pixels": ("cache", "latents.json", '"ema"', '"none"'),
     "later-cache": ("cache", "latents.json", '"format": 1', '"format": 2'),
     "no-paths": ("cache", "latents.json", '"path"', '"place"'),

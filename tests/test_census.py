@@ -127,43 +127,6 @@ def test_clips_are_matched_and_decoded_as_step_by_step():
     assert {tuple(np.sign(row)) for row in found["margins"]} == {(1, 1), (1, -1), (-1, 1), (-1, -1)}
 
 
-def test_a_mixture_of_two_clips_has_the_margin_of_its_share():
-    one, other = (TRUE[f"Walk/character{who}"].astype(int) for who in ("0101", "0102"))
-    mixtures = [np.rint(one + (other - one) * s).astype(np.uint8) for s in (0, 0.1, 0.3, 0.45, 0.9)]
-    found = census.measure(WORLD, np.stack(mixtures), "")
-    assert found["margins"].min(axis=1) == pytest.approx([1, 0.8, 0.4, 0.1, 0.8], abs=0.01)
-    assert found["place"][:, 1].tolist() == [CHARACTERS.index((0, 1, 0, 1))] * 4 + [CHARACTERS.index((0, 1, 0, 2))]
-
-
-def test_frames_that_are_almost_equal_may_be_swapped_and_others_not():
-    clip = noisy(TRUE["Slash/character0101"])
-    swapped = [clip[[0, 1, 2, 3, 6, 5, 4, 7]], clip[[7, 1, 2, 3, 4, 5, 6, 0]], clip[[0, 2, 1, 3, 4, 5, 6, 7]]]
-    margins = census.measure(WORLD, np.stack([clip, *swapped]), "")["margins"]
-    assert margins[1:3] == pytest.approx(margins[[0, 0]], abs=0.05) and (margins[0] > 0).all()
-    assert margins[3, 0] > 0 > margins[3, 1]
-
-
-def test_each_control_is_wrong_in_one_way_and_depends_only_on_the_seed():
-    keys = [*TRUE][::3]
-    places, made = torch.tensor([PLACES[key] for key in keys]), torch.tensor(np.stack([TRUE[key] for key in keys]))
-    first, again, other = (dict(census.make_controls(WORLD, places, made, lambda x: x, seed)) for seed in (0, 0, 1))
-    assert all(torch.equal(first[name], again[name]) and not torch.equal(first[name], other[name]) for name in first)
-    for row, (key, true) in enumerate(zip(keys, made.numpy(), strict=True)):
-        changed = [f"{key[: a - 4]}{value}{key[a - 3 :] if a < 3 else ''}" for a in range(4) for value in VALUES[a]]
-        clips = {name: clips[row].numpy() for name, clips in first.items()}
-        differ = {name: (clip != true).any(axis=(1, 2, 3)).nonzero()[0] for name, clip in clips.items()}
-        (t,) = differ["attribute_switched"]
-        assert any((clips["attribute_switched"][t] == TRUE[one][t]).all() for one in changed)
-        blends = [(true.astype(int) + TRUE[one] + 1) // 2 for one in changed if one[:-1] == key[:-1] and one != key]
-        assert any((clips["hair_blended"] == blend).all() for blend in blends)
-        t, u = differ["frames_swapped"]
-        assert (clips["frames_swapped"][[t, u]] == true[[u, t]]).all()
-        (t,) = differ["frame_shifted"]
-        whole = np.pad(true[t], ((2, 2), (2, 2), (0, 0)))
-        moved = [whole[2 + y : 2 + y + SIZE, 2 + x : 2 + x + SIZE] for x, y in ((2, 0), (-2, 0), (0, 2), (0, -2))]
-        assert any((clips["frame_shifted"][t] == one).all() for one in moved)
-
-
 def test_samples_get_the_reason_that_they_fail_for(data, tmp_path, monkeypatch, capsys):
     monkeypatch.setattr(census, "load_vae", lambda typed, made, owner: NoisyVAE())
     clip, held_out = (noisy(TRUE[f"Walk/character{who}"]) for who in ("0101", "1101"))

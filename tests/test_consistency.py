@@ -124,10 +124,3 @@ def test_rising_brightness_is_a_drift_in_deviations_of_real_frames():
     assert found["sharpness"] == {"drift": None, "interval95": None}  # flat frames all have 0
     assert consistency.drifts(down, real)["mean red"]["drift"] == pytest.approx(-40 / unit)
     assert consistency.drifts(brighter, up)["mean green"]["drift"] == pytest.approx(0, abs=1e-9)  # real ones rise, too
-
-
-def test_clips_that_stand_still_have_lines_without_scores():
-    streams = [[(range(3), flat(torch.full((3, 4), 9.0)), ["A"] * 3, [0.04] * 3, ["v"] * 3)]] * 2
-    values, result, lines = consistency.score_consistency(*streams, {"temporal_patch_size": 4})
-    assert values == {"seam_score": None, "change_ratio": None, "largest_drift": None}
-    assert lines[0].split() == ["seam", "score", "(1", "=", "none)", "-"]

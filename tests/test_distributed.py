@@ -1,29 +1,9 @@
 """Ranks: which of them does what, and what they exchange."""
 
-import pytest
 import torch
 
 from process import run_ranks
-from runtime import distributed
 from runtime.rng import generator
-
-
-def indices_of(monkeypatch, world_size, *args, **settings):
-    """The indices of each rank."""
-    monkeypatch.setenv("WORLD_SIZE", str(world_size))
-    for rank in range(world_size):
-        monkeypatch.setenv("RANK", str(rank))
-        yield distributed.own_indices(*args, **settings)
-
-
-@pytest.mark.parametrize("world_size", [1, 2, 3, 8])
-def test_the_ranks_share_all_indices(world_size, monkeypatch):
-    for count in (0, 1, 3, 8, 9):
-        parts = list(indices_of(monkeypatch, world_size, count))
-        assert sorted(sum(parts, [])) == list(range(count))
-        assert max(map(len, parts)) - min(map(len, parts)) <= 1
-    assert list(indices_of(monkeypatch, 3, 9, block=2)) == [[0, 1, 6, 7], [2, 3, 8], [4, 5]]  # full batches in turn
-
 
 ON_EACH_RANK = """
 import os, sys, torch

@@ -1,4 +1,4 @@
-"""What README.md and docs/ say: their sizes, links, commands, flags and numbers, and the Python in them."""
+"""What README.md and docs/ say: their sizes, links, commands, flags, numbers and versions, and the Python in them."""
 
 import importlib
 import re
@@ -10,9 +10,13 @@ from pathlib import Path
 
 import pytest
 import torch
+import yaml
 from torch.distributed.run import get_args_parser
 
+import checkpoint
 from models import EqM_models, model_config
+from video.index import INDEX_FORMAT
+from video.source import LATENTS_FORMAT
 
 ROOT = Path(__file__).resolve().parents[1]
 WRITTEN = [  # by hand; other pages of results/ are written by scripts
@@ -45,7 +49,7 @@ def prose(text):
 
 @pytest.mark.parametrize("page", ["README.md", *(page for page in PAGES if page.startswith("docs/"))])
 def test_the_readme_and_each_page_of_docs_have_at_most_8_kb(page):
-    assert (ROOT / page).stat().st_size <= (8_000)
+    assert (ROOT / page).stat().st_size <= 8_000
 
 
 def anchors(text):
@@ -229,6 +233,20 @@ def test_the_table_of_models_has_their_parameters():
             model = build(input_size=32, in_channels=4, num_classes=101, use_rope=True, depth=1)
         millions = (count(model) + (depth - 1) * count(model.blocks)) / 1e6
         assert row[4 + ("2", "4", "8").index(patch)] == f"{millions:.1f}"
+
+
+def test_the_newest_version_is_the_version_to_cite():
+    about = yaml.safe_load((ROOT / "CITATION.cff").read_text())
+    newest = re.search(r"^## (\S+) \((\S+)\)$", PAGES["CHANGELOG.md"], re.M)
+    assert newest.groups() == (about["version"], str(about["date-released"]))
+
+
+def test_the_promise_names_the_formats_that_the_code_writes():
+    rows = re.findall(r"^\| (\w[\w ]*):.* \| (\d+|-) \|$", PAGES["CHANGELOG.md"], re.M)
+    assert dict(rows) == {
+        "checkpoint": str(checkpoint.VERSION), "exported folder": str(checkpoint.VERSION),
+        "latent or pixel cache": str(LATENTS_FORMAT), "sample folder": "-", "index of a scan": str(INDEX_FORMAT),
+    }  # fmt: skip
 
 
 def test_the_python_of_the_readme_runs_and_writes_videos(tmp_path, monkeypatch):

@@ -32,12 +32,3 @@ def test_noise_is_standard_normal_and_that_of_a_sample_does_not_depend_on_other_
     assert noise.mean().item() == pytest.approx(0, abs=0.02)  # 4 standard errors
     assert noise.std().item() == pytest.approx(1, abs=0.02)
     assert noise.mean(dim=1).std().item() == pytest.approx(0.1, abs=0.02)  # samples are independent
-
-
-def test_uniform_numbers_fill_the_interval_from_zero_to_one():
-    u = uniform(0, "gamma", 0, range(1000))
-    assert u.shape == (1000,) and u.dtype == torch.float32
-    assert ((u >= 0) & (u < 1)).all()
-    counts = torch.histc(u, bins=10, min=0, max=1)
-    assert (counts - 100).abs().max() < 45  # 4.7 standard deviations
-    assert torch.equal(u[[3, 500]], uniform(0, "gamma", 0, [3, 500]))

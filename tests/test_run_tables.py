@@ -7,7 +7,7 @@ import pytest
 
 import people
 import sprites
-from training import ROOT, refused, run_main
+from training import ROOT, run_main
 
 
 def write_lines(path, *rows):
@@ -88,16 +88,3 @@ def test_each_run_is_a_column_by_hours_and_seed_and_may_share_its_vae():
     assert runs == [short, first, second]
     assert table[""] == [" HOURS=0.5, seed 0 ", " HOURS=2, seed 0 ", " HOURS=2, seed 1 "]
     assert table["steps of the VAE; of the model"] == [" 7; 8 ", " 7; 8 ", " 7; 9 "]
-
-
-@pytest.mark.parametrize(("script", "write", "missing", "runs"), [
-    (people, write_people, "results/one/000-VAE-64px-f4/metrics.jsonl", "weizmann"),
-    (people, write_people, "samples/one-classifier.json", "weizmann"),
-    (sprites, write_sprites, "samples/one-predicted.json", "sprites"),
-])  # fmt: skip
-def test_a_run_that_is_not_finished_is_one_line(script, write, missing, runs, capsys):
-    write("one", run_of(script))
-    Path(missing).unlink()
-    line = refused(capsys, script, "one", "--out", "out")
-    assert f"{missing}: no such file; expected finished runs of scripts/{runs}.sh" in line
-    assert not Path("out").exists()

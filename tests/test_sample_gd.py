@@ -105,15 +105,11 @@ def test_more_frames_than_in_training_are_sampled_window_by_window(places, tmp_p
     folder, ckpt = tmp_path / "s", places / f"{model}.pt"
     clips, about = sample_here(ckpt, folder, "--num-frames", 20)
     assert clips.shape[:2] == (2, 20) and about["source"]["window"] == window and "note" not in capsys.readouterr().out
-    before, videos = content(folder), {"000000.mp4", "000001.mp4"}
-    previews = {"000000.gif", "000001.gif", "grid.gif", "sheet.png"}
-    assert before.keys() == videos | previews | {"samples.npz", "samples.json"}
+    files = {"000000.mp4", "000001.mp4", "000000.gif", "000001.gif", "grid.gif", "sheet.png"}
+    assert content(folder).keys() == files | {"samples.npz", "samples.json"}
     short, _ = sample_here(ckpt, folder, "--num-frames", 8, "--no-previews")
     assert np.array_equal(short, clips[:, :8]) == (model != "plain")  # which has other noise, in one window
     if model == "pixels":
-        sample_here(ckpt, folder, "--num-frames", 20, "--no-previews")
-        assert content(folder).keys() == before.keys() - previews
-        assert all(data == before[name] for name, data in content(folder).items() if name != "samples.json")
         run_main(gallery, folder)
         run_main(picture, folder, "--out", tmp_path / "picture.png")
         assert (folder / "gallery.html").exists() and (tmp_path / "picture.png").exists()

@@ -6,8 +6,8 @@ import pytest
 import torch
 
 from models import EqMConfig
-from schedule import fill_batches, frames_of_steps, is_due, parse_schedule
-from training import TINY, Training, differences, error_of, run_here
+from schedule import frames_of_steps, parse_schedule
+from training import TINY, Training, differences, run_here
 
 WRONG = "4 4:x 4:10:2:1 4:10, 4:10;8:20 0:10 4:0 4:10:0 4:10,8:10 4:10,8:5 -4:10 4.5:10 4:10:\u0664 4:999999999999"
 
@@ -16,16 +16,6 @@ WRONG = "4 4:x 4:10:2:1 4:10, 4:10;8:20 0:10 4:0 4:10:0 4:10,8:10 4:10,8:5 -4:10
 def test_an_invalid_schedule_is_refused(text):
     with pytest.raises(argparse.ArgumentTypeError):
         parse_schedule(text)
-
-
-def test_phases_without_a_batch_size_keep_the_tokens_per_step():
-    filled = fill_batches(parse_schedule("4:10,8:20,16:30,16:40:6"), 32, tokens=lambda n: 64 * (n // 4), parts=2)
-    assert [phase.batch_size for phase in filled] == [32, 16, 8, 6]
-    filled = fill_batches(parse_schedule("4:10:64,8:20"), 32, tokens=lambda n: n, parts=1)
-    assert [phase.batch_size for phase in filled] == [64, 32]
-    for text in ("4:10,12:20", "4:10:3", "4:10,8:20,16:30:5"):
-        line = error_of(fill_batches, parse_schedule(text), 32, tokens=lambda n: n, parts=4)
-        assert "clips per step; expected a multiple of 4" in line
 
 
 def test_a_share_of_the_later_steps_has_the_frames_of_an_earlier_phase():
@@ -37,12 +27,6 @@ def test_a_share_of_the_later_steps_has_the_frames_of_an_earlier_phase():
         assert frames.count(earlier) / 3000 == pytest.approx(0.15, abs=0.03)
     later = frames_of_steps(phases, phases[2], step=2500, first_step=2000, mix=0.3, seed=0)
     assert later == frames[500:]  # after an interruption, too
-
-
-def test_steps_are_due_periodically_and_at_the_end_of_a_phase():
-    assert [step for step in range(1, 12) if is_due(step, 11, 4)] == [4, 8, 11]
-    assert [step for step in range(1, 12) if is_due(step, 11, 4, 0, 6)] == [4, 6, 8, 11]
-    assert [step for step in range(1, 12) if is_due(step, 11, 0)] == [11]
 
 
 PHASES = [(4, 3, 8), (8, 5, 4), (16, 7, 2)]  # frames, last step, batch

@@ -1,16 +1,15 @@
 """--shard: what is spread over the ranks computes, saves and resumes as what is not."""
 
+import os
 from pathlib import Path
 
 import pytest
 import torch
 from torch.utils._pytree import tree_map
 
-import checkpoint
-import models
 from process import run_ranks
-from sharded_ranks import KINDS, PUBLISHED
-from test_published import STATE, write_file
+from runtime import memory
+from sharded_ranks import KINDS
 from training import differences
 
 RANKS = 3  # which divide few of the sizes, and whose sums depend on their order
@@ -21,9 +20,7 @@ ROUNDING = {"accumulation": 1e-5, "muon": 1e-2, "energy": 1e-5}  # Muon computes
 def found(tmp_path_factory):
     """What each rank has found, see sharded_ranks.py."""
     code = f"sys.path.append({str(Path(__file__).parent)!r}); import sharded_ranks; sharded_ranks.main()"
-    folder = tmp_path_factory.mktemp("sharded")
-    write_file(folder / "published.pt", STATE, "whole")
-    return run_ranks(code, RANKS, folder)
+    return run_ranks(code, RANKS, tmp_path_factory.mktemp("sharded"))
 
 
 def distance(one, other):
@@ -44,23 +41,29 @@ def test_sharded_training_is_ddp_up_to_rounding_in_a_share_of_the_memory(kind, f
         assert held < 1.05 * 5 * weights / RANKS + block  # weights, gradients, two states of AdamW, EMA
 
 
-def test_a_sharded_checkpoint_has_the_form_of_ddp_and_loads_again_and_so_does_a_published_model(
-    found, tmp_path, monkeypatch
-):
+def test_a_sharded_checkpoint_has_the_form_of_ddp_and_loads_again(found):
     first, second, usual = found[0]["saved"]
     assert differences(first, second) == []
     forms = [tree_map(lambda x: (x.shape, x.dtype) if torch.is_tensor(x) else x, state) for state in (first, usual)]
     assert forms[0] == forms[1]
     weights, ema = found[0]["muon"]["end"][1]
     assert differences([first["model"], first["ema"]], [weights, ema]) == []
-    monkeypatch.setattr(models, "SIZES", models.SIZES | PUBLISHED)
-    state = checkpoint.load(write_file(tmp_path / "published.pt", STATE, "whole"), model="EqM-Tiny/2")
-    assert differences(found[0]["published"], [state["model"], state["ema"]]) == []
 
 
 def test_too_little_memory_for_a_checkpoint_is_one_line_on_all_ranks(found):
     (message,) = {rank["refusal"] for rank in found}
     assert message.startswith("--shard: a checkpoint takes 0.0") and "1e-06 GB free" in message
+
+
+def test_free_memory_is_limited_by_the_machine_and_by_its_container(tmp_path, monkeypatch):
+    of_machine = memory.free_bytes()
+    assert 2**20 < of_machine < os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
+    monkeypatch.setattr(memory, "CGROUP", tmp_path)
+    (tmp_path / "memory.stat").write_text("anon 9\ninactive_file 250000\n")
+    for limit, free in (("5000000\n", 4_250_000), ("max\n", None)):
+        (tmp_path / "memory.max").write_text(limit)
+        (tmp_path / "memory.current").write_text("1000000\n")
+        assert memory.free_bytes() == free if free else memory.free_bytes() > 2**20
 
 
 def test_fp16_skips_a_step_on_all_ranks_if_the_gradient_of_one_overflows(found):

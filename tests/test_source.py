@@ -11,7 +11,7 @@ import torch
 import train
 from process import end, python
 from tiny_data import make_latents
-from tiny_videos import halves, scribble, write_images, write_mixed_videos, write_video
+from tiny_videos import scribble, write_images, write_mixed_videos, write_video
 from training import Training, error_of, no_space, record_calls, refused
 from video import source
 from video.clips import Clips
@@ -34,15 +34,6 @@ def clips_of(data, num_frames=5, **settings):
 def decoded(monkeypatch):
     """The paths of the videos that are decoded into a cache from here on."""
     return record_calls(monkeypatch, source, "read_all_frames", lambda root, video: video.path)
-
-
-def test_a_clip_of_files_is_flipped_as_a_whole(tmp_path):
-    files = open_source(write_mixed_videos(tmp_path), SIZE)
-    for video in files.videos():
-        plain, flipped = (files.read(video, [3, 7, 8], flip) for flip in (False, True))
-        assert plain.dtype == torch.uint8 and plain.shape == (3, 3, SIZE, SIZE) and plain.is_contiguous()
-        assert torch.equal(flipped, plain.flip(-1)) and not torch.equal(flipped, plain)
-        assert (torch.lt(*halves(plain)) & torch.gt(*halves(flipped))).all()
 
 
 @pytest.mark.parametrize("kind", ["videos", "images", "corrupt"])

@@ -1,32 +1,11 @@
 """Intervals against their definitions, and rows of several ranks in the order of their clips."""
 
-import math
-
 import numpy as np
 import pytest
 import torch
 
 from runtime import distributed
 from scoring import stats
-
-
-@pytest.mark.parametrize(("hits", "count"), [(0, 7), (3, 7), (90, 100), (7, 7)])
-def test_the_interval_of_a_share_is_where_a_95_percent_test_rejects(hits, count):
-    for share in stats.wilson(hits, count):
-        distance = abs(hits / count - share)  # at a bound, 1.96 of the standard deviations of that share
-        assert distance == pytest.approx(1.96 * math.sqrt(max(0, share * (1 - share)) / count), abs=1e-9)
-
-
-def test_the_bootstrap_has_the_spread_of_the_mean_and_depends_on_its_key():
-    values = np.random.default_rng(0).normal(3, 2, 400)
-    means, again, other = (stats.bootstrap(values, (), key) for key in "aab")
-    assert means.mean() == pytest.approx(values.mean(), abs=0.02)
-    assert means.std() == pytest.approx(values.std() / 20, rel=0.1)
-    low, high = stats.interval95(means)
-    assert (low, high) == pytest.approx((values.mean() - 0.196, values.mean() + 0.196), abs=0.05)
-    assert torch.equal(means, again) and not torch.equal(means, other)
-    pairs = np.stack([-values, values], axis=1)
-    torch.testing.assert_close(stats.bootstrap(pairs, (), "a")[:, 1], means)  # whole clips
 
 
 def test_clips_of_one_video_count_as_one_unless_there_is_no_other_video():

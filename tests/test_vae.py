@@ -69,14 +69,6 @@ def test_pixels_survive_the_round_trip_at_all_256_levels():
     assert vae.decode(outside)[0, 0, 0, :, 0].tolist() == [0, 0, 128, 255, 255]
 
 
-def test_a_directory_gives_the_frozen_model_that_its_config_describes(tiny, directory, tmp_path):
-    assert (tiny.name, tiny.channels, tiny.downsample, tiny.scale, tiny.shift) == (directory, 4, 2, SCALE, SHIFT)
-    assert load_vae(save_tiny(tmp_path)).shift == 0  # by default
-    assert not tiny.model.training
-    assert not any(parameter.requires_grad for parameter in tiny.model.parameters())
-    assert not tiny.decode(tiny.encode(CLIPS)).requires_grad
-
-
 @torch.no_grad()
 def test_latents_are_those_of_diffusers_shifted_and_scaled_once(tiny):
     frames = (CLIPS / 127.5 - 1).transpose(1, 2).flatten(0, 1)  # (10, 3, H, W), as diffusers takes them

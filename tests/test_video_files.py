@@ -130,6 +130,15 @@ def test_keyframes_are_not_used_where_their_frames_have_no_certain_number(tmp_pa
         assert probe(tmp_path, "all", name).keyframes == ()
 
 
+def test_a_video_of_too_many_pixels_is_unreadable(tmp_path, monkeypatch):
+    write_video(tmp_path / "a.avi", size=(16, 16)), write_video(tmp_path / "b.avi", size=(64, 48))
+    video = scan_videos(tmp_path).videos[1]
+    monkeypatch.setattr(files, "MAX_PIXELS", 64 * 48 - 1)
+    assert scan_videos(tmp_path).unreadable == ["b.avi"]
+    with pytest.raises(UnreadableError, match="64 x 48 pixels"):
+        read_frames(tmp_path, replace(video, keyframes=()), [0])
+
+
 def test_a_video_that_lost_frames_is_unreadable_only_for_those(tmp_path):
     write_video(tmp_path / "v.avi", 30)
     video = scan_videos(tmp_path).videos[0]

@@ -247,13 +247,3 @@ def test_a_long_video_has_all_frames_and_a_thinned_gif_of_the_same_length(tmp_pa
     assert marked[0].reshape(-1)[[-1, -100]].all()  # the last frame
     write_samples(tmp_path / "once", [(range(1), 0, videos[:, :12])], 12, [0], 25)
     assert len(read_gif(tmp_path / "once/000000.gif")[0]) == 12  # all of those that came at once
-
-
-def test_long_videos_that_are_not_finished_have_temporary_names_only(tmp_path):
-    def killed():
-        yield from list(in_windows(np.stack([color_bars(20)] * 3), (8, 14, 20), [(0, 3)]))[:2]
-        raise OSError("killed")
-
-    with pytest.raises(OSError, match="killed"):
-        write_samples(tmp_path, killed(), 20, [0, 1, 2], 25)
-    assert {path.suffix for path in tmp_path.iterdir()} <= {".tmp"}
