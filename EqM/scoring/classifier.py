@@ -30,7 +30,7 @@ from torch import nn
 from runtime import distributed
 from runtime.cli import Bar, UserError, plural
 from runtime.rng import generator
-from scoring.stats import mean_interval, table, wilson
+from scoring.stats import cell, mean_interval, table, wilson
 from video.files import UnreadableError, read_frames, resize_and_crop
 from video.source import in_threads
 
@@ -38,6 +38,7 @@ SIZE, MOST_FRAMES = 32, 16  # px and most frames of a window
 PURPOSE = "judge"  # names its random draws; another word would change published scores
 MOVES = 40  # of 255 levels: a pixel moves if its gray changes by more in a window; the flicker of a VAE is weaker
 ENOUGH = 0.999  # accuracy on real validation clips below which errors of samples may be errors of the classifier
+ENTROPIES = "IS", "H(y|x)", "H(y)"  # values of `sharpness`
 COMMON = {"batch": 16, "lr": 3e-3, "weight_decay": 0.05}
 # By --classifier-test. Random changes: the largest, as shares of size, side, contrast and of the range black to white
 RECIPES = {
@@ -91,13 +92,9 @@ def score_classifier(samples, clips, training, args, corrupt):
     values = {"accuracy": about["share"], "window_accuracy": about["windows"]["share"], "asked_class": found["share"]}
     if by_split:
         about, found = about | sharpness(logits), found | sharpness(of_samples)
-        values |= {name: found[name] for name in ("IS", "H(y|x)", "H(y)")}
-        lines = compare(about, found, len(classes), len(own))
-    else:
-        lines = [
-            f"  real clips, each of {len(groups)} groups held out once, classified correctly: {in_words(about)}",
-            f"  samples classified as their class: {in_words(found)}",
-        ]
+        values |= {name: found[name] for name in ENTROPIES}
+    how = f"trained on {len(own)} others" if by_split else f"each of {len(groups)} groups held out once"
+    lines = compare({f"real clips ({how})": about, "samples": found})
     lines.append(f"  static samples, which move less than any real clip of their class: {len(found['static'])}")
     result = {"real": about, "samples": found, "recipe": vars(recipe) | {"size": SIZE, "steps": steps}}
     result |= {"window": window, "classes": classes, "groups": groups, "num_training": len(own)}
@@ -259,22 +256,17 @@ def sharpness(logits):
     """
     p = torch.stack([own.mean(dim=0) for own in logits]).double().softmax(dim=1)
     given, overall = (torch.special.entr(q).sum(dim=1).mean().item() for q in (p, p.mean(dim=0, keepdim=True)))
-    return {"IS": math.exp(overall - given), "H(y|x)": given, "H(y)": overall}
+    return dict(zip(ENTROPIES, (math.exp(overall - given), given, overall), strict=True))
 
 
-def compare(real, found, num_classes, num_training):
-    """Lines: the errors and the sharpness of real validation clips beside those of samples, and what to doubt."""
-    rows = [["", "wrong", "clips", "accuracy", "error rate (95%)", f"IS of {num_classes}", "H(y|x)", "H(y)"]]
-    for title, about in ((f"real clips (trained on {num_training} others)", real), ("samples", found)):
-        low, high = (1 - end for end in reversed(about["interval95"]))
-        error = f"{1 - about['share']:.2%} ({low:.2%} to {high:.2%})"
-        sharp = [f"{about['IS']:.3f}", f"{about['H(y|x)']:.4f}", f"{about['H(y)']:.4f}"]
-        wrong = about["clips"] - about["right"]
-        rows.append([title, str(wrong), str(about["clips"]), f"{about['share']:.2%}", error, *sharp])
+def compare(found):
+    """Lines: how {title: clips} are classified, real clips first, and what to doubt."""
+    real, *_ = found.values()
+    names = [name for name in ENTROPIES if name in real]
+    rows = [["", "wrong", "clips", "accuracy, 95%", *names]]
+    for title, one in found.items():
+        entropies = [f"{one[name]:.4f}" for name in names]
+        wrong, accuracy = one["clips"] - one["right"], cell(one, "share", 4, "interval95")
+        rows.append([title, str(wrong), str(one["clips"]), accuracy, *entropies])
     note = f"below {ENOUGH:.1%} on real clips, errors of samples may be the classifier's; raise --classifier-steps"
-    return [*table(rows), *[f"  note: {note}"] * (real["share"] < ENOUGH)]
-
-
-def in_words(found):
-    low, high = found["interval95"]
-    return f"{found['right']} of {found['clips']}, {found['share']:.1%} ({low:.1%} to {high:.1%})"
+    return [*table(rows), *[f"  note: {note}"] * bool(names and real["share"] < ENOUGH)]

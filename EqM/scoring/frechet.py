@@ -123,15 +123,11 @@ def frechet_distance(mean_a, cov_a, mean_b, cov_b, root_a=None):
 def bootstrap_error(mean_a, cov_a, features, resamples, seed):
     """The bootstrap standard error of the distance from these moments to the moments of features (N, G, D)."""
     # No quantiles: a resample repeats clips, so its covariance has a lower rank, and all distances are too large
-    N, G, _ = features.shape
-    root, features = square_root(cov_a), features.flatten(0, 1).double()
-    distances = []
+    N, root, distances = len(features), square_root(cov_a), []
     for resample in range(resamples):
         clips = torch.randint(N, (N,), generator=generator(seed, "bootstrap", resample))  # their frames are correlated
-        weights = clips.bincount(minlength=N).repeat_interleave(G).double().to(features.device)[:, None]
-        mean = (weights * features).sum(dim=0) / (N * G)
-        scatter = features.T @ (weights * features) - N * G * mean.outer(mean)
-        distances.append(frechet_distance(mean_a, cov_a, mean, scatter / (N * G - 1), root))
+        own = moments_of(features[clips])
+        distances.append(frechet_distance(mean_a, cov_a, own["mean"], own["cov"], root))
     return torch.tensor(distances, dtype=torch.float64).std().item()
 
 
