@@ -10,6 +10,7 @@ import textwrap
 from pathlib import Path
 
 import torch
+from torch import nn
 
 from runtime.cli import UserError, say
 from runtime.rng import normal
@@ -20,7 +21,7 @@ CONFIG, WEIGHTS = "config.json", "diffusion_pytorch_model.safetensors"
 CHUNK = 8  # frames per call of the model; 64 frames of 256 px at once would not fit on many GPUs
 
 
-class VAE:
+class VAE(nn.Module):
     """Converts between clips uint8 (B, 3, T, H, W) and latents float32 (B, C, T, h, w); h = H / downsample.
 
     name is none, ema, mse or a directory's absolute path; sha256 is that of the weights. Without a model, latents are
@@ -30,16 +31,12 @@ class VAE:
     channels, downsample, scale, shift = 3, 1, 1.0, 0.0  # of pixels
 
     def __init__(self, name, model=None, sha256=None):
+        super().__init__()
         self.name, self.model, self.sha256 = name, model, sha256
         if model is not None:
             self.channels = model.config.latent_channels
             self.downsample = 2 ** (len(model.config.block_out_channels) - 1)
             self.scale, self.shift = model.config.scaling_factor, model.config.shift_factor or 0.0
-
-    def to(self, device):
-        if self.model is not None:
-            self.model.to(device)
-        return self
 
     @torch.no_grad()
     def posterior(self, clips):

@@ -40,7 +40,7 @@ def score_frechet(generated, real, args, detector, about, clips, folder, device)
     determines = {name: value for name, value in about["real"].items() if name != "data_path"}
     # The file of the real clips' moments: they are read only if it is missing or damaged
     cached = folder / f"{json_sha256([determines, times, about['detector'], CACHE_FORMAT])}.safetensors"
-    reference = read_moments(cached) if distributed.rank() == 0 else None
+    reference = read_moments(cached) if distributed.rank() == 0 and cached.exists() else None
     from_cache = distributed.broadcast(reference is not None)
     if not from_cache:
         features = all_features(detector, real, args, device)
@@ -78,11 +78,9 @@ def all_features(detector, stream, args, device):
 
 
 def read_moments(path):
-    """The moments in a file; None if it is missing or damaged."""
+    """The moments in a file; None if it is damaged."""
     try:
         return safetensors.torch.load_file(path)
-    except FileNotFoundError:
-        return None
     except (OSError, SafetensorError) as error:
         say(f"{path} is damaged ({error}); computing it again")
         return None
