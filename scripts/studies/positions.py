@@ -221,17 +221,14 @@ def markdown(name, rows):
 
 
 def write_picture(path, runs):
-    """A sheet of samples of the first seed, if they are in this folder."""
-    rows, names = [], []
-    for run in runs:
-        folder = run.path(next(iter(run.tasks))).parent
-        if run.about["seed"] == runs[0].about["seed"] and folder.exists():
-            _, clips, _ = read_samples("", folder)
-            rows += [clips[number] for number in SHOWN]
-            names += [run.about["positions"]] * len(SHOWN)
-    if rows:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        write_sheet(path, np.stack(rows), names)
+    """A sheet of samples of the first seed, if those of all positions are here: other machines may have made them."""
+    first = [run for run in runs if run.about["seed"] == runs[0].about["seed"]]
+    files = [run.path(next(iter(run.tasks))) for run in first]
+    if not all(file.exists() for file in files):
+        return
+    rows = [read_samples("", file.parent)[1][number] for file in files for number in SHOWN]
+    path.parent.mkdir(parents=True, exist_ok=True)
+    write_sheet(path, np.stack(rows), [run.about["positions"] for run in first for _ in SHOWN])
 
 
 def parse_args():
