@@ -86,8 +86,8 @@ DATA_SETS = {
         "--frame-interval 2 --cfg-scale 1.5", 2750, ((4, 0.3), (8, 0.3), (16, 0.4)), 0.1,
         {
             "samples": ("--num-frames 16 --num-samples 96", ("classifier", "nearest")),
-            "predictions": ("--num-frames 16 --given-frames 0-7 --num-samples 512 --samples-per-clip 8", PREDICTION),
-            END: ("--num-frames 64 --num-samples 96 --window 16", ("classifier",)),
+            "predictions": ("--num-frames 16 --given-frames 0-7 --num-samples 256 --samples-per-clip 4", PREDICTION),
+            END: ("--num-frames 64 --num-samples 48 --window 16", ("classifier",)),
         },
         {"classifier": "--classifier-steps 250", "nearest": "", "prediction": ""},
         ("8 of 16 frames given: PSNR (dB)",),
