@@ -11,6 +11,7 @@ from bisect import bisect
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field, replace
 from functools import partial
+from itertools import islice
 from pathlib import PurePosixPath
 
 import av
@@ -151,69 +152,60 @@ def _read_timing(reader):
 
 def read_frames(root, video, frame_indices):
     """The frames at `frame_indices`, which ascend, of a video or image: uint8 (T, H, W, 3). Raises UnreadableError."""
-    (frames,) = _read_parts(root, video, [frame_indices])
-    return frames
+    return np.stack(list(_frames(root, video, frame_indices)))
 
 
 def read_all_frames(root, video, chunk_size=16):
     """Yield all frames in order, in chunks uint8 (T, H, W, 3) with T <= chunk_size: an hour of 1080p exceeds memory."""
-    firsts = range(0, video.num_frames, chunk_size)
-    return _read_parts(root, video, [range(first, min(first + chunk_size, video.num_frames)) for first in firsts])
+    frames = _frames(root, video, range(video.num_frames))
+    while chunk := list(islice(frames, chunk_size)):
+        yield np.stack(chunk)
 
 
-def _read_parts(root, video, parts):
-    """Yield the frames of each list of frame indices. Indices ascend over all lists."""
-    # PyAV decodes from the last keyframe before them, decord from the first frame on: decord returns wrong frames when
-    # it seeks, also in get_batch, in AVIs and near keyframes of open GOPs. If the faster one fails, the other continues
+def _frames(root, video, numbers):
+    """Yield the frames with these numbers, which ascend, uint8 (H, W, 3) each."""
     path, done, decoders = os.path.join(root, video.path), 0, [_from_start]
     if has_suffix("image", path):
         yield _read_image(path)
         return
+    if video.varies:
+        with _open_video(path) as reader:
+            _, _, stored = _read_timing(reader)
+            numbers = [stored[number] for number in numbers] if stored else numbers
+    # PyAV decodes from the last keyframe before them, decord from the first frame on: decord returns wrong frames when
+    # it seeks, also in get_batch, in AVIs and near keyframes of open GOPs. If the faster one fails, the other continues
     if video.keyframes:
-        decoders.insert(parts[0][0] < video.keyframes[1][0], _from_keyframe)  # decord decodes a whole video faster
-    for number, decoder in enumerate(decoders, 1):
-        with suppress(*[UnreadableError] if number < len(decoders) else []):
-            for frames in decoder(path, video, parts[done:]):
-                yield frames
+        decoders.insert(numbers[0] < video.keyframes[1][0], _from_keyframe)  # decord decodes a whole video faster
+    for decoder in decoders:
+        with suppress(*[] if decoder is decoders[-1] else [UnreadableError]):
+            for frame in decoder(path, video, numbers[done:]):
+                yield frame
                 done += 1
             return
 
 
-def _from_start(path, video, parts):
-    """Yield what _read_parts does, with decord."""
+def _from_start(path, video, numbers):
+    """Yield the frames with these numbers, decoded by decord."""
     with _open_video(path) as reader:
-        decoded = (partial(_pixels, frame) for frame in iter(reader.next, None))
-        yield from _pick(decoded, 0, _stored(reader, parts))
+        yield from _pick((partial(_pixels, frame) for frame in iter(reader.next, None)), 0, numbers)
 
 
-def _from_keyframe(path, video, parts):
-    """Yield what _read_parts does, with PyAV."""
+def _from_keyframe(path, video, numbers):
+    """Yield the frames with these numbers, decoded by PyAV."""
     with _errors_of(path):
-        if video.varies:
-            with _open_video(path) as reader:
-                parts = _stored(reader, parts)
-        keyframe = video.keyframes[bisect(video.keyframes, parts[0][0], key=lambda keyframe: keyframe[0]) - 1]
-        yield from _pick(decode_from(_safe_path(path), keyframe, video.height, video.width), keyframe[0], parts)
+        keyframe = video.keyframes[bisect(video.keyframes, numbers[0], key=lambda keyframe: keyframe[0]) - 1]
+        yield from _pick(decode_from(_safe_path(path), keyframe, video.height, video.width), keyframe[0], numbers)
 
 
-def _stored(reader, parts):
-    """The numbers of the stored frames for lists of frame indices."""
-    _, _, stored = _read_timing(reader)
-    return parts if stored is None else [[stored[index] for index in frame_indices] for frame_indices in parts]
-
-
-def _pick(decoded, first, parts):
-    """Yield the frames of each list of numbers. `decoded` yields a function per frame, from the number `first` on."""
+def _pick(decoded, first, numbers):
+    """Yield the frames with these numbers. `decoded` yields a function per frame, from the number `first` on."""
     number, pixels = first - 1, None
-    for numbers in parts:
-        frames = []
-        for chosen in numbers:
-            while number < chosen:
-                number, pixels = number + 1, next(decoded, None)
-            if pixels is None:
-                raise OSError("ends too early")
-            frames.append(pixels())
-        yield np.stack(frames)
+    for chosen in numbers:
+        while number < chosen:
+            number, pixels = number + 1, next(decoded, None)
+        if pixels is None:
+            raise OSError("ends too early")
+        yield pixels()
 
 
 def _pixels(frame):
@@ -226,7 +218,7 @@ def _pixels(frame):
 
 
 def _read_image(path):
-    """An image, or the first frame of an animation, without its alpha channel: uint8 (1, H, W, 3)."""
+    """An image, or the first frame of an animation, without its alpha channel: uint8 (H, W, 3)."""
     try:
         check_regular(path)
         with Image.open(path, formats=IMAGE_FORMATS) as image:
@@ -234,7 +226,7 @@ def _read_image(path):
             if image.mode == "I;16":  # convert() would clip all values above 255
                 image = Image.fromarray((np.asarray(image) >> 8).astype(np.uint8))
             image = image.convert("RGB")
-            return np.array(image if transpose is None else image.transpose(Image.Transpose[transpose]))[None]
+            return np.array(image if transpose is None else image.transpose(Image.Transpose[transpose]))
     except NO_IMAGE as error:
         raise UnreadableError(f"{path}: {error}") from error
 
