@@ -5,7 +5,7 @@ Frames are scaled and cropped as in training, and taken at the frame rate of the
 
 import os
 from dataclasses import dataclass, field
-from functools import cached_property, partial
+from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -25,20 +25,19 @@ class InputClip:
     path: str
     class_name: str | None  # the name of its folder, or the class of the sample
     number: int | None = None  # of the sample in its samples.npz
-    pixels: np.ndarray | None = field(default=None, repr=False)  # of the sample, (T, H, W, 3), mapped into memory
-    seconds: float | None = None  # between the frames of the sample
+    stored: tuple | None = field(default=None, repr=False)  # see `open`; None until a file is opened
 
     def __str__(self):
         return self.path if self.number is None else f"{self.path}, sample {self.number}"
 
     def count(self, seconds_per_frame):
         """The number of frames at that rate; 1 for a picture. Raises UserError."""
-        num_frames, seconds, _ = self._stored
+        num_frames, seconds, _ = self.open()
         return 1 + int((num_frames - 1) * seconds / seconds_per_frame + 1e-3)
 
     def read(self, frames, seconds_per_frame, image_size):
         """The frames with these numbers, which ascend, at that rate: uint8 (3, n, size, size). Raises UserError."""
-        num_frames, seconds, read = self._stored
+        num_frames, seconds, read = self.open()
         closest = [round(frame * seconds_per_frame / seconds) for frame in frames]
         if closest[-1] >= num_frames:
             count = plural(self.count(seconds_per_frame), "frame")
@@ -48,13 +47,12 @@ class InputClip:
         pixels = resize_and_crop(pixels, image_size)
         return pixels[np.unique(closest, return_inverse=True)[1]].transpose(0, 1)
 
-    @cached_property
-    def _stored(self):
+    def open(self):
         """(number of frames, seconds between them, a function that reads frames (n, H, W, 3) by their numbers)."""
-        if self.pixels is not None:
-            return len(self.pixels), self.seconds, self.pixels.__getitem__
-        video = self._decode(probe, "", "", self.path)
-        return video.num_frames, 1 / video.fps, partial(self._decode, read_frames, "", video)
+        if self.stored is None:
+            video = self._decode(probe, "", "", self.path)
+            self.stored = video.num_frames, 1 / video.fps, partial(self._decode, read_frames, "", video)
+        return self.stored
 
     def _decode(self, function, *arguments):
         try:
@@ -73,8 +71,9 @@ def find_clips(flag, path, kinds, cleared=None):
     samples = path if os.path.basename(path) == "samples.npz" else os.path.join(path, "samples.npz")
     if path and os.path.isfile(samples):
         about, clips, labels = read_samples(name, os.path.dirname(samples))
-        names, seconds = [class_name(about["classes"], label) for label in labels.tolist()], about["time_scale"]
-        found = [InputClip(name, samples, own, n, clips[n], seconds) for n, own in enumerate(names)]
+        stored = [(len(clip), about["time_scale"], clip.__getitem__) for clip in clips]
+        names = [class_name(about["classes"], label) for label in labels.tolist()]
+        found = [InputClip(name, samples, own, n, stored[n]) for n, own in enumerate(names)]
     elif not os.path.exists(path):
         raise UserError(f"{name}: no such file or folder")
     else:

@@ -1,7 +1,6 @@
 """Loader processes: their start and end, their batches, and the copies to the device."""
 
 import atexit
-import functools
 import multiprocessing
 import os
 import signal
@@ -36,14 +35,13 @@ def worker_settings(num_workers, timeout=0):
     if not num_workers:
         return {}
     settings = {"multiprocessing_context": "spawn", "persistent_workers": True, "prefetch_factor": 4}
-    start = functools.partial(start_worker, os.getpid())
-    return settings | {"num_workers": num_workers, "worker_init_fn": start, "timeout": timeout}
+    return settings | {"num_workers": num_workers, "worker_init_fn": start_worker, "timeout": timeout}
 
 
-def start_worker(parent, _):
-    """Make this loader process end when its rank, the process `parent`, ends."""
+def start_worker(_):
+    """Make this loader process end when its rank ends."""
     die_with_parent(signal.SIGKILL)
-    if os.getppid() != parent:  # the rank has already ended
+    if os.getppid() != multiprocessing.parent_process().pid:  # the rank has already ended
         os._exit(1)
 
 
