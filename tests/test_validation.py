@@ -12,8 +12,9 @@ from test_models import tiny
 from tiny_videos import make_video, write_equal_videos
 from vae import VAE
 from validation import summarize, validate, validation_chunks
-from video.clips import Clips, ClipsByFrames, collate
+from video.clips import Clips, collate
 from video.index import Scan
+from video.loader import ClipsByFrames
 from video.source import Files, open_source
 
 CHUNKS = [[(4, 0), (4, 1), (4, 2)], [(4, 3), (4, 4), (4, 5)], [(4, 6), (4, 7)], [(8, 0), (8, 1)], [(8, 2)]]

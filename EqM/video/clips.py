@@ -35,7 +35,7 @@ class Clips(torch.utils.data.Dataset):
     _epoch = _order = None
 
     def note(self, path):
-        """Called with the path of the file being read, or "" for none. A LoaderWatch replaces this method."""
+        """Called with the path of the file being read, or "" for none. A ClipsByFrames replaces this method."""
 
     def __getstate__(self):  # for a loader process
         source = copy.copy(self.source)
@@ -89,17 +89,6 @@ class Clips(torch.utils.data.Dataset):
     def _random_int(self, purpose, below, *key):
         """A random integer from 0 to below - 1."""
         return int(torch.randint(below, (), generator=generator(self.seed, purpose, self.stream, *key)))
-
-
-class ClipsByFrames(torch.utils.data.Dataset):
-    """One data set from a dict num_frames -> Clips. Its keys are (num_frames, index)."""
-
-    def __init__(self, clips):
-        self.clips = clips
-
-    def __getitem__(self, key):
-        num_frames, index = key
-        return self.clips[num_frames][index]
 
 
 def rank_batches(first, steps, global_batch, rank, world_size, micro_batches=1):

@@ -13,21 +13,39 @@ from torch.utils.data import DataLoader, get_worker_info
 from runtime.cli import UserError
 from runtime.distributed import die_with_parent
 from runtime.signals import STOP_SIGNALS
-from video.clips import ClipsByFrames, collate
+from video.clips import collate
 
 PATH_BYTES = 4096
 sys.warnoptions.append("ignore::UserWarning:multiprocessing.resource_tracker")  # it cleans up after a kill
 
 
+class ClipsByFrames(torch.utils.data.Dataset):
+    """One data set from a dict num_frames -> Clips. Its keys are (num_frames, index)."""
+
+    def __init__(self, clips, num_workers=0):
+        self.clips = clips
+        self.files = [multiprocessing.RawArray("c", PATH_BYTES) for _ in range(num_workers)]  # in shared memory
+        for data_set in clips.values():
+            data_set.note = self.note
+
+    def __getitem__(self, key):
+        num_frames, index = key
+        return self.clips[num_frames][index]
+
+    def note(self, path):
+        """Record that this loader process is reading `path`; "" = no file."""
+        if (worker := get_worker_info()) is not None:
+            self.files[worker.id].value = os.fsencode(path)[: PATH_BYTES - 1]
+
+    def being_read(self):
+        """The names of the files that the loader processes are reading. A message has them if one hangs."""
+        return ", ".join(os.fsdecode(file.value) for file in self.files if file.value) or "no file"
+
+
 def make_loader(clips, batches, num_workers, timeout, device):
     """A DataLoader over `clips`, a dict num_frames -> Clips. `batches` yields lists of (num_frames, index)."""
-    watch, settings = LoaderWatch(num_workers), worker_settings(num_workers, timeout)
-    for data_set in clips.values():
-        data_set.note = watch.note
-    settings |= {"batch_sampler": batches, "collate_fn": collate, "pin_memory": device.type == "cuda"}
-    loader = DataLoader(ClipsByFrames(clips), **settings)
-    loader.watch = watch
-    return loader
+    settings = {"batch_sampler": batches, "collate_fn": collate, "pin_memory": device.type == "cuda"}
+    return DataLoader(ClipsByFrames(clips, num_workers), **settings, **worker_settings(num_workers, timeout))
 
 
 def worker_settings(num_workers, timeout=0):
@@ -43,21 +61,6 @@ def start_worker(_):
     die_with_parent(signal.SIGKILL)
     if os.getppid() != multiprocessing.parent_process().pid:  # the rank has already ended
         os._exit(1)
-
-
-class LoaderWatch:
-    """The file that each loader process is reading. A message names it if the process hangs."""
-
-    def __init__(self, num_workers):
-        self.slots = [multiprocessing.RawArray("c", PATH_BYTES) for _ in range(num_workers)]  # shared memory
-
-    def note(self, path):
-        """Record that this loader process is reading `path`; "" = no file."""
-        if (worker := get_worker_info()) is not None:
-            self.slots[worker.id].value = os.fsencode(path)[: PATH_BYTES - 1]
-
-    def __str__(self):
-        return ", ".join(os.fsdecode(slot.value) for slot in self.slots if slot.value) or "no file"
 
 
 @atexit.register
@@ -97,7 +100,7 @@ def _iterate(loader, iterator):
     except RuntimeError as error:
         if "timed out" not in str(error):
             raise
-        late = f"no batch for this many seconds; the loader processes are reading {loader.watch}"
+        late = f"no batch for this many seconds; the loader processes are reading {loader.dataset.being_read()}"
         advice = "remove or repair the file that hangs, or raise the limit"
         raise UserError(f"--loader-timeout {loader.timeout:g}: {late}; {advice}") from error
 
