@@ -33,12 +33,10 @@ MAX_PIXELS = 2**27  # per frame of a video: four times 8K; decoding a pixel take
 SIGNATURE = re.compile(  # of AVI; Matroska, WebM; MP4, QuickTime. FFmpeg would also open the files in a playlist
     rb"RIFF|\x1a\x45\xdf\xa3|.{4}(ftyp|moov|mdat|free|skip|wide|pnot|styp|moof|sidx|uuid)", re.DOTALL
 )
-NO_VIDEO = (  # decord, FFmpeg and Video raise these: not a video, cut short, a frame that can't be decoded
-    OSError, RuntimeError, AssertionError, IndexError, StopIteration, TypeError, ValueError, av.FFmpegError,
-    decord.DECORDError, decord.DECORDLimitReachedError,
+ERRORS = (  # of decord, FFmpeg, Pillow and Video: another kind of file, cut short, a frame or header with nonsense
+    OSError, RuntimeError, AssertionError, IndexError, StopIteration, SyntaxError, TypeError, ValueError,
+    av.FFmpegError, decord.DECORDError, decord.DECORDLimitReachedError, Image.DecompressionBombError,
 )  # fmt: skip
-# Not an image, truncated or missing; bad PNG or EXIF; bad header; far too many pixels; lost palette (the last two)
-NO_IMAGE = OSError, SyntaxError, ValueError, Image.DecompressionBombError, AssertionError, TypeError
 
 decord.logging.set_level(decord.logging.QUIET)  # errors that matter become UnreadableError
 warnings.filterwarnings("ignore", module="PIL")  # likewise
@@ -81,11 +79,12 @@ def probe(root, class_name, path):
     if has_suffix("image", path):
         return Video(path, class_name, num_frames=1, fps=IMAGE_FPS, height=None, width=None)
     place = os.path.join(root, path)
-    with _errors_of(place), av.open(_safe_path(place), metadata_errors="ignore") as file:
-        claimed = max((stream.frames for stream in file.streams.video), default=0)
+    with _errors_of(place):
+        with av.open(_safe_path(place), metadata_errors="ignore") as file:
+            claimed = max((stream.frames for stream in file.streams.video), default=0)
         if claimed > os.path.getsize(place):  # decord would allocate memory for them, or abort
             raise OSError(f"claims {claimed} frames")
-    with _open_video(place) as reader:
+        reader = _open_video(place)
         _, height, width, _ = reader.get_batch([]).shape
         num_frames, fps, stored = _read_timing(reader)
         video = Video(path, class_name, num_frames, fps, height, width, varies=stored is not None)
@@ -94,10 +93,10 @@ def probe(root, class_name, path):
 
 def _usable_keyframes(path, video, reader):
     """The keyframes of a video; () if they are uncertain, or if PyAV and decord differ in the first frame."""
-    with suppress(*NO_VIDEO):
+    with suppress(*ERRORS):
         keyframes = find_keyframes(path, video.num_frames)
         pixels = next(decode_from(path, keyframes[0], video.height, video.width))()
-        with suppress(*NO_VIDEO):  # decord fails if one packet of HEVC releases several frames
+        with suppress(*ERRORS):  # decord fails if one packet of HEVC releases several frames
             return keyframes if np.array_equal(pixels, _pixels(reader.next())) else ()
         return keyframes
     return ()
@@ -117,20 +116,18 @@ def _errors_of(path):
     """Errors of a file and its decoder in the body become UnreadableError."""
     try:
         yield
-    except NO_VIDEO as error:
+    except ERRORS as error:
         raise UnreadableError(f"{path}: {str(error) or 'ends too early'}") from error
 
 
-@contextmanager
 def _open_video(path):
-    """A decord reader at the first frame. Errors of the file and of decord become UnreadableError, also in the body."""
-    with _errors_of(path):
-        # decord replaces lost frames by copies, up to the share fault_tol of the video; 0 = no limit
-        reader = decord.VideoReader(_safe_path(path), ctx=decord.cpu(0), num_threads=1, fault_tol=1e-6)
-        _, height, width, _ = reader.get_batch([]).shape
-        if height * width > MAX_PIXELS:
-            raise OSError(f"{width} x {height} pixels")
-        yield reader
+    """A decord reader at the first frame."""
+    # decord replaces lost frames by copies, up to the share fault_tol of the video; 0 = no limit
+    reader = decord.VideoReader(_safe_path(path), ctx=decord.cpu(0), num_threads=1, fault_tol=1e-6)
+    _, height, width, _ = reader.get_batch([]).shape
+    if height * width > MAX_PIXELS:
+        raise OSError(f"{width} x {height} pixels")
+    return reader
 
 
 def _read_timing(reader):
@@ -163,38 +160,37 @@ def read_all_frames(root, video, chunk_size=16):
 
 
 def _frames(root, video, numbers):
-    """Yield the frames with these numbers, which ascend, uint8 (H, W, 3) each."""
+    """Yield the frames with these numbers, which ascend, uint8 (H, W, 3) each. Raises UnreadableError."""
     path, done, decoders = os.path.join(root, video.path), 0, [_from_start]
-    if has_suffix("image", path):
-        yield _read_image(path)
-        return
-    if video.varies:
-        with _open_video(path) as reader:
-            _, _, stored = _read_timing(reader)
-            numbers = [stored[number] for number in numbers] if stored else numbers
-    # PyAV decodes from the last keyframe before them, decord from the first frame on: decord returns wrong frames when
-    # it seeks, also in get_batch, in AVIs and near keyframes of open GOPs. If the faster one fails, the other continues
-    if video.keyframes:
-        decoders.insert(numbers[0] < video.keyframes[1][0], _from_keyframe)  # decord decodes a whole video faster
-    for decoder in decoders:
-        with suppress(*[] if decoder is decoders[-1] else [UnreadableError]):
-            for frame in decoder(path, video, numbers[done:]):
-                yield frame
-                done += 1
+    with _errors_of(path):
+        if has_suffix("image", path):
+            yield _read_image(path)
             return
+        if video.varies:
+            _, _, stored = _read_timing(_open_video(path))
+            numbers = [stored[number] for number in numbers] if stored else numbers
+        # PyAV decodes from the last keyframe before them, decord from the first frame on: decord returns wrong frames
+        # when it seeks, also in get_batch, in AVIs and near keyframes of open GOPs. If one fails, the other continues
+        if video.keyframes:
+            decoders.insert(numbers[0] < video.keyframes[1][0], _from_keyframe)  # decord decodes a whole video faster
+        for decoder in decoders:
+            with suppress(*[] if decoder is decoders[-1] else ERRORS):
+                for frame in decoder(path, video, numbers[done:]):
+                    yield frame
+                    done += 1
+                return
 
 
 def _from_start(path, video, numbers):
-    """Yield the frames with these numbers, decoded by decord."""
-    with _open_video(path) as reader:
-        yield from _pick((partial(_pixels, frame) for frame in iter(reader.next, None)), 0, numbers)
+    """An iterator over the frames with these numbers, decoded by decord."""
+    reader = _open_video(path)
+    return _pick((partial(_pixels, frame) for frame in iter(reader.next, None)), 0, numbers)
 
 
 def _from_keyframe(path, video, numbers):
-    """Yield the frames with these numbers, decoded by PyAV."""
-    with _errors_of(path):
-        keyframe = video.keyframes[bisect(video.keyframes, numbers[0], key=lambda keyframe: keyframe[0]) - 1]
-        yield from _pick(decode_from(_safe_path(path), keyframe, video.height, video.width), keyframe[0], numbers)
+    """An iterator over the frames with these numbers, decoded by PyAV."""
+    keyframe = video.keyframes[bisect(video.keyframes, numbers[0], key=lambda keyframe: keyframe[0]) - 1]
+    return _pick(decode_from(_safe_path(path), keyframe, video.height, video.width), keyframe[0], numbers)
 
 
 def _pick(decoded, first, numbers):
@@ -219,16 +215,13 @@ def _pixels(frame):
 
 def _read_image(path):
     """An image, or the first frame of an animation, without its alpha channel: uint8 (H, W, 3)."""
-    try:
-        check_regular(path)
-        with Image.open(path, formats=IMAGE_FORMATS) as image:
-            transpose = EXIF_TRANSPOSES.get(image.getexif().get(ExifTags.Base.Orientation))
-            if image.mode == "I;16":  # convert() would clip all values above 255
-                image = Image.fromarray((np.asarray(image) >> 8).astype(np.uint8))
-            image = image.convert("RGB")
-            return np.array(image if transpose is None else image.transpose(Image.Transpose[transpose]))
-    except NO_IMAGE as error:
-        raise UnreadableError(f"{path}: {error}") from error
+    check_regular(path)
+    with Image.open(path, formats=IMAGE_FORMATS) as image:
+        transpose = EXIF_TRANSPOSES.get(image.getexif().get(ExifTags.Base.Orientation))
+        if image.mode == "I;16":  # convert() would clip all values above 255
+            image = Image.fromarray((np.asarray(image) >> 8).astype(np.uint8))
+        image = image.convert("RGB")
+        return np.array(image if transpose is None else image.transpose(Image.Transpose[transpose]))
 
 
 def resize_and_crop(frames, image_size):
