@@ -21,7 +21,7 @@ from optim import make_optimizers
 from runtime import runs
 from runtime.atomic import link
 from tiny_data import flip_bit
-from training import differences, error_of
+from training import differences, error_of, record_calls
 
 SETTINGS = {
     "input_size": 4, "patch_size": 2, "temporal_patch_size": 2, "hidden_size": 24, "depth": 2, "num_heads": 2,
@@ -78,23 +78,21 @@ def test_a_failing_write_leaves_the_old_file_and_nothing_else(tmp_path, monkeypa
 
 
 def test_a_file_is_on_disk_before_it_replaces_another_and_loading_returns_its_state(tmp_path, monkeypatch):
-    temporary, order, fsync, rename = tmp_path / "latest.pt.tmp", [], os.fsync, os.replace
+    temporary, order = tmp_path / "latest.pt.tmp", []
     checkpoint.save(tmp_path / "latest.pt", make_state(step=69))
     temporary.write_bytes(b"left over by a crash")
 
-    def noted_fsync(descriptor):
+    def note_fsync(descriptor):
         for place in (temporary, tmp_path):
             if place.exists() and os.path.samestat(os.fstat(descriptor), place.stat()):
                 order.append(("fsync", place.name))
-        fsync(descriptor)
 
-    def noted_replace(old, new):
+    def note_replace(old, new):
         assert checkpoint.load(old)["step"] == 70  # complete before it is renamed
         order.append(("rename", Path(new).name))
-        rename(old, new)
 
-    monkeypatch.setattr("os.fsync", noted_fsync)
-    monkeypatch.setattr("os.replace", noted_replace)
+    record_calls(monkeypatch, os, "fsync", note_fsync)
+    record_calls(monkeypatch, os, "replace", note_replace)
     checkpoint.save(tmp_path / "latest.pt", make_state())
     assert order == [("fsync", "latest.pt.tmp"), ("rename", "latest.pt"), ("fsync", tmp_path.name)]
     assert differences(checkpoint.load(tmp_path / "latest.pt"), make_state()) == []

@@ -11,7 +11,7 @@ from sample_folders import refused, run, write_samples
 from scoring import classifier
 from tiny_videos import write_ucf_list
 from training import record_calls
-from video.files import UnreadableError, read_frames
+from video.files import UnreadableError
 from video.writers import write_mp4
 
 CLASSES, PEOPLE, FRAMES, WINDOW = ["Down", "Up"], 3, 19, 4
@@ -211,9 +211,8 @@ def test_corrupt_videos_are_skipped_unless_too_few_remain(data, tmp_path, monkey
     def read(root, video, frames):
         if video.path in corrupt:
             raise UnreadableError(video.path)
-        return read_frames(root, video, frames)
 
-    monkeypatch.setattr(classifier, "read_frames", read)
+    record_calls(monkeypatch, classifier, "read_frames", read)
     flags = ["--metric", "classifier", "--data-path", data, "--classifier-steps", 2]
     flags += ["--samples", make_samples(tmp_path / "s")]
     made = run(tmp_path / "c.json", *flags)

@@ -1,12 +1,10 @@
 """Flags, and messages of one line."""
 
 import argparse
-import os
 import pickle
 import re
 import shutil
 import signal
-import subprocess
 import sys
 import warnings
 from contextlib import nullcontext
@@ -15,10 +13,12 @@ from pathlib import Path
 import pytest
 import torch
 
+from process import end, python, spawn
 from runtime import cli
 from runtime.atomic import link
 from runtime.cli import UserError, number
 from runtime.runs import make_run_folder
+from training import ROOT
 from video.index import CorruptDataError
 
 # Flags ----------------------------------------------------------------------------------------------------------------
@@ -205,16 +205,13 @@ def test_a_bar_in_a_file_prints_one_line_per_minute_without_escape_codes(capfd, 
 
 @pytest.mark.parametrize("script", ["EqM/train.py", "datasets/check.py", "scripts/picture.py"])
 def test_a_script_outside_the_environment_names_setup_sh_in_one_line(script):
-    command = [sys.executable, "-S", Path(cli.__file__).parents[2] / script]  # -S: without installed packages
-    done = subprocess.run(command, capture_output=True, text=True)
-    (line,) = done.stderr.splitlines()
-    assert done.returncode == 1 and line.startswith(f"{Path(script).name}: error: No module named ")
+    process = spawn(sys.executable, "-S", ROOT / script)  # -S: without installed packages
+    (line,) = end(process, 1).splitlines()
+    assert line.startswith(f"{Path(script).name}: error: No module named ")
     assert "run 'bash scripts/setup.sh'" in line
 
 
 @pytest.mark.parametrize(("traceback", "lines"), [("0", 1), ("1", 3)])
 def test_ctrl_c_during_imports_is_one_line(traceback, lines):
-    code = "import uncaught; raise KeyboardInterrupt"
-    place = {"PYTHONPATH": str(Path(cli.__file__).parents[1]), "EQM_TRACEBACK": traceback}
-    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, env=os.environ | place)
-    assert done.returncode == -signal.SIGINT and len(done.stderr.splitlines()) == lines
+    process = python("import uncaught; raise KeyboardInterrupt", EQM_TRACEBACK=traceback)
+    assert len(end(process, -signal.SIGINT).splitlines()) == lines

@@ -11,7 +11,7 @@ from PIL import Image
 from given import Details, as_ranges, frame_ranges, nearest_given
 from tiny_data import write_npz
 from tiny_videos import halves, picture, save, write_video
-from training import error_of, sample_here
+from training import error_of, record_calls, sample_here
 from vae import VAE, load_vae
 from video.files import UnreadableError, resize_and_crop
 from video.index import scan_videos, split_videos
@@ -166,12 +166,11 @@ def test_clips_of_a_split_keep_their_own_frame_rate(sample, tmp_path, monkeypatc
     real = {"split": "val", "val_fraction": 0.6, "num_clips": 2, "samples_per_clip": 2}
     assert about["real"].items() >= real.items()
 
-    def read(files, video, *settings, read=Files.read):
+    def read(files, video, *settings):
         if video == val[0]:
             raise UnreadableError(video.path)
-        return read(files, video, *settings)
 
-    monkeypatch.setattr(Files, "read", read)
+    record_calls(monkeypatch, Files, "read", read)
     sample("pixels", *flags, status=2)
     assert f"{val[0].path} can't be decoded" in capsys.readouterr().err
 

@@ -15,7 +15,7 @@ from scipy.ndimage import center_of_mass
 import make_moving_shapes as shapes
 from process import write_commands
 from tiny_videos import decode
-from training import content, refused
+from training import content, record_calls, refused
 
 SCRIPTS = Path(shapes.__file__).parent
 SMALL = "--videos-per-class", 2, "--size", 16
@@ -150,15 +150,11 @@ def test_a_folder_with_other_content_is_refused_and_not_changed(tmp_path, made, 
     (OSError(28, "No space left on device"), 1, "set can't be written (No space left on device; the disk"),
 ])  # fmt: skip
 def test_an_interrupted_run_or_a_full_disk_leaves_no_files(error, status, words, tmp_path, monkeypatch, capsys):
-    write, written = shapes.write_video, []
-
-    def fail_late(path, frames):
+    def fail_late(*_):
         if len(written) == 5:
             raise error
-        written.append(path)
-        write(path, frames)
 
-    monkeypatch.setattr(shapes, "write_video", fail_late)
+    written = record_calls(monkeypatch, shapes, "write_video", fail_late)
     with pytest.raises(SystemExit, match=f"^{status}$"):
         make(tmp_path / "set")
     assert words in capsys.readouterr().err and len(written) == 5 and not list(tmp_path.iterdir())

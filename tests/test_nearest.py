@@ -9,6 +9,7 @@ import torch
 
 from sample_folders import read_clips, refused, run, write_samples
 from scoring import nearest
+from training import record_calls
 from video.files import UnreadableError, Video
 
 
@@ -132,14 +133,13 @@ def test_copies_of_training_clips_are_found_and_held_out_clips_are_not(shapes, t
 
 
 def test_training_videos_that_cannot_be_decoded_are_named(shapes, tmp_path, monkeypatch, capsys):
-    bad, read_all_frames = {"SquareUp/v_SquareUp_g02_c01.avi"}, nearest.read_all_frames
+    bad = {"SquareUp/v_SquareUp_g02_c01.avi"}
 
     def damaged(root, video, chunk):
         if video.path in bad or not bad:
             raise UnreadableError
-        return read_all_frames(root, video, chunk)
 
-    monkeypatch.setattr(nearest, "read_all_frames", damaged)
+    record_calls(monkeypatch, nearest, "read_all_frames", damaged)
     folder = write_samples(tmp_path / "s", *read_clips(shapes, "val", 2))
     flags = ["--metric", "nearest", "--samples", folder, "--data-path", shapes, "--num-real", 2]
     assert run(tmp_path / "n.json", *flags)["result"]["bad_training_videos"] == [*bad]

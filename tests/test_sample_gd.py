@@ -2,6 +2,7 @@
 
 import json
 import shutil
+import signal
 from dataclasses import replace
 from types import SimpleNamespace
 
@@ -14,7 +15,7 @@ import picture
 import sample_gd
 import train
 from generation import SAMPLER, generate
-from process import spawn, wait_until
+from process import end, spawn, wait_until
 from published import write_export
 from scoring import manifest
 from test_generation import TUNED
@@ -89,11 +90,9 @@ def test_samples_of_another_run_are_replaced_only_with_overwrite(places, tmp_pat
 def test_a_kill_leaves_no_half_file_and_the_next_call_cleans_up(places, tmp_path):
     flags = ["--ckpt", places / "pixels.pt", "--video", *FEW_STEPS, "--folder", tmp_path / "s", "--num-frames", 4000]
     process = spawn(*PYTHON, ROOT / "EqM/sample_gd.py", *flags)  # endless
-    try:
-        wait_until((tmp_path / "s/samples.unfinished").exists, process)
-    finally:
-        process.kill()
-        process.wait()
+    wait_until((tmp_path / "s/samples.unfinished").exists, process)
+    process.kill()
+    end(process, -signal.SIGKILL)
     left = content(tmp_path / "s").keys()
     assert "samples.unfinished" in left and not [n for n in left if n.endswith((".mp4", ".gif", ".npz", ".json"))]
     assert sample_here(places / "pixels.pt", tmp_path / "s")[0].shape[:2] == (2, 8)

@@ -9,7 +9,7 @@ import subprocess
 
 import pytest
 
-from process import spawn, write_commands
+from process import end, spawn, write_commands
 from test_odd_names import ODD
 from training import ROOT
 
@@ -158,15 +158,10 @@ def test_a_signal_reaches_a_run_of_one_process_and_one_line_gives_advice(name, e
     settings = {"GPUS": "1", "CACHE": "0", "EXP": "x", "DATA": "data"}
     settings["PATH"] = f"{tmp_path / 'bin'}:{os.environ['PATH']}"
     process = spawn("bash", "scripts/train_progressive.sh", cwd=tmp_path, environment=settings, stderr=None)
-    try:
-        assert process.stdout.readline() == "started\n"
-        send = os.killpg if name == "INT" else os.kill  # a terminal sends SIGINT to the whole group
-        send(process.pid, signal.Signals[f"SIG{name}"])
-        found, _ = process.communicate(timeout=20)
-    finally:
-        if process.poll() is None:
-            os.killpg(process.pid, signal.SIGKILL)
-    assert (process.returncode, found) == (status, printed)
+    assert process.stdout.readline() == "started\n"
+    send = os.killpg if name == "INT" else os.kill  # a terminal sends SIGINT to the whole group
+    send(process.pid, signal.Signals[f"SIG{name}"])
+    assert end(process, status, timeout=20) == printed
 
 
 # The flags that the scripts pass on -----------------------------------------------------------------------------------

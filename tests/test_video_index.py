@@ -220,14 +220,11 @@ def test_the_data_of_training_are_long_enough_and_short_videos_counted(root):
 
 
 def test_a_folder_that_cannot_be_read_is_one_line_also_for_samplers(root, monkeypatch):
-    scandir = os.scandir
-
     def refuse(folder):
         if str(folder).endswith("B"):
             raise PermissionError(13, "Permission denied", folder)
-        return scandir(folder)
 
-    monkeypatch.setattr(os, "scandir", refuse)  # root may read any folder
+    record_calls(monkeypatch, os, "scandir", refuse)  # root may read any folder
     calls = {"--data-path": check_data_path, "--init": lambda path: find_clips("--init", path, ["video"])}
     for flag, call in calls.items():
         assert error_of(call, root) == f"{flag} {root}: {root / 'B'} can't be read (Permission denied)"

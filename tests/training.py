@@ -93,7 +93,7 @@ class Training:
 
 
 def record_calls(monkeypatch, owner, name, note):
-    """A list that gets note(*arguments) at each call of a function or method `name` of `owner`."""
+    """A list that gets note(*arguments), which may raise, before each call of a function `name` of `owner`."""
     notes, function = [], getattr(owner, name)
 
     def recorder(*args, **kwargs):
@@ -107,16 +107,8 @@ def record_calls(monkeypatch, owner, name, note):
 @contextmanager
 def counted_steps(script, stop_after=None, act=lambda: os.kill(os.getpid(), signal.SIGTERM)):
     """A list that grows at each step of a training script. After stop_after steps, act() runs: SIGTERM by default."""
-    steps, update_ema = [], script.update_ema
-
-    def last_of_a_step(*arguments):
-        update_ema(*arguments)
-        steps.append(1)
-        if len(steps) == stop_after:
-            act()
-
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(script, "update_ema", last_of_a_step)
+    with pytest.MonkeyPatch.context() as patch:  # update_ema ends a step
+        steps = record_calls(patch, script, "update_ema", lambda *_: len(steps) + 1 == stop_after and act())
         yield steps
 
 
@@ -127,16 +119,13 @@ def run_here(training, *flags, stop_after=None, stop_in=None):
     ("latents_of") in the middle of the first validation.
     """
 
-    def interrupted(*arguments, **keywords):
+    def interrupt(*arguments, **_):
         if stop_in != "latents_of" or "validation" in arguments:
             os.kill(os.getpid(), signal.SIGTERM)
-        return function(*arguments, **keywords)
 
     with pytest.MonkeyPatch.context() as patch, counted_steps(train, stop_after) as steps:
         if stop_in:
-            owner = VAE if stop_in == "latents_of" else train
-            function = getattr(owner, stop_in)
-            patch.setattr(owner, stop_in, interrupted)
+            record_calls(patch, VAE if stop_in == "latents_of" else train, stop_in, interrupt)
         run_main(train, *training.command_flags(*OFTEN, *flags))
     return len(steps)
 
