@@ -27,8 +27,8 @@ def check_second_run(lost, script, *flags):
     lost.with_name(f"{lost.name}.tmp").write_bytes(b"half")
     run_main(script, *flags)
     after = snapshot(lost.parents[1])
-    assert after.keys() == before.keys() and after[lost][0] == before[lost][0]
-    assert [path for path in before if path.suffix == ".mkv" and after[path] != before[path]] == [lost]
+    assert after.keys() == before.keys() and all(after[path][0] == before[path][0] for path in before)
+    assert [path for path in before if path.suffix != ".txt" and after[path] != before[path]] == [lost]
 
 
 # Weizmann -------------------------------------------------------------------------------------------------------------

@@ -18,7 +18,6 @@ from make_moving_shapes import CLASSES
 from models import model_config
 from runtime import cli, metrics
 from runtime.rng import normal, uniform
-from test_vae import add_to_weights
 from tiny_data import make_images, make_vae
 from tiny_videos import scribble, write_equal_videos, write_video
 from training import IMAGES, counted_steps, refused, run_main
@@ -198,21 +197,6 @@ def test_training_from_a_cache_equals_encoding_on_the_fly(shapes, latents, tiny_
     data = state["config"]["data"]
     assert (data["vae"], data["image_size"], data["classes"]) == (str(tiny_vae), 16, sorted(CLASSES))
     assert data["vae_sha256"] == load_vae(str(tiny_vae)).sha256
-
-
-def test_the_posterior_is_drawn_anew_for_each_sample_of_a_clip(tiny_vae):
-    vae, cached = load_vae(str(tiny_vae)), (torch.rand(2, 4, 10, 8, 8) + 0.1).half()
-    twice = vae.latents_of(cached.expand(2, -1, -1, -1, -1, -1), 0, 0, [0, 1])
-    drawn = (twice / vae.scale - cached[0].float()) / cached[1].float()
-    assert not torch.allclose(drawn[0], drawn[1]) and drawn.std().item() == pytest.approx(1, abs=0.05)
-
-
-def test_train_refuses_a_vae_that_did_not_make_the_cache(latents, tmp_path, capsys):
-    flags = [*VIDEOS, "--data-path", latents, "--results-dir", tmp_path / "results", "--vae"]
-    scaled, other = make_vae(tmp_path / "scaled", scaling_factor=0.5), make_vae(tmp_path / "other")
-    add_to_weights(other, 0.1)
-    assert "its VAE differs from " in refused(capsys, train, *flags, scaled)
-    assert "another VAE: its weights have SHA-256" in refused(capsys, train, *flags, other)
 
 
 def test_without_mirrored_latents_no_clip_is_mirrored_and_a_note_says_so(latents, tmp_path, capsys):
