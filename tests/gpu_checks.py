@@ -21,6 +21,7 @@ from models import EqM, model_config
 from process import kill_all
 from runtime.cli import precisions
 from runtime.distributed import autocast, set_precision
+from test_models import distance as relative_error
 from training import PYTHON, TORCHRUN, Training
 
 ON_GPU = torch.cuda.is_available()
@@ -59,12 +60,6 @@ POSITIONS = {
 }
 
 
-def relative_error(value, reference):
-    """The norm of the difference / the norm of the reference, in float64."""
-    value, reference = value.detach().double().cpu(), reference.detach().double().cpu()
-    return ((value - reference).norm() / reference.norm()).item()
-
-
 @torch.no_grad()
 def random_network(config, seed=0):
     """A network in float64 in which every block changes the output: as it is initialized, its output is zero."""
@@ -88,7 +83,7 @@ def outputs_and_gradients(network, x, y, time_scale, direction, precision="fp32"
     """The output f and the gradients of sum(f * direction) in all parameters, of the network on the device of x."""
     with autocast(x.device, precision):
         f = network(x, y, time_scale)
-    return f, torch.autograd.grad(f, list(network.parameters()), direction.to(f.dtype))
+    return f.detach(), *torch.autograd.grad(f, list(network.parameters()), direction.to(f.dtype))
 
 
 def network_errors(network, reference, inputs, precision):
@@ -96,9 +91,10 @@ def network_errors(network, reference, inputs, precision):
     set_precision(precision)
     x, y, time_scale, direction = (part.to(DEVICE) for part in inputs)
     on_device = deepcopy(network).float().to(DEVICE)
-    f, gradients = outputs_and_gradients(on_device, x.float(), y, time_scale, direction.float(), precision)
+    found = outputs_and_gradients(on_device, x.float(), y, time_scale, direction.float(), precision)
     set_precision("fp32")
-    return relative_error(f, reference[0]), max(map(relative_error, gradients, reference[1]))
+    output, *gradients = map(relative_error, (part.double().cpu() for part in found), reference)
+    return output, max(gradients)
 
 
 @pytest.mark.parametrize("case", POSITIONS)

@@ -15,10 +15,10 @@ from torch.distributed.run import get_args_parser
 
 import checkpoint
 from models import EqM_models, model_config
+from training import ROOT
 from video.index import INDEX_FORMAT
 from video.source import LATENTS_FORMAT
 
-ROOT = Path(__file__).resolve().parents[1]
 WRITTEN = [  # by hand; other pages of results/ are written by scripts
     *ROOT.glob("*.md"), *ROOT.glob("docs/*.md"), ROOT / "datasets/README.md", ROOT / "results/README.md",
     ROOT / "results/demo/README.md",
