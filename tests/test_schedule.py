@@ -7,7 +7,7 @@ import torch
 
 from models import EqMConfig
 from schedule import frames_of_steps, parse_schedule
-from training import TINY, Training, differences, run_here
+from training import ANY_LENGTH, Training, differences, run_here
 
 WRONG = "4 4:x 4:10:2:1 4:10, 4:10;8:20 0:10 4:0 4:10:0 4:10,8:10 4:10,8:5 -4:10 4.5:10 4:10:\u0664 4:999999999999"
 
@@ -37,8 +37,7 @@ FLAGS = ["--lr-decay", 0.6, "--warmup-steps", 2, "--val-frames", 4]
 
 def run_schedule(schedule, data, results, *flags, stops=(None,)):
     """Train with a schedule; each start of the run stops after so many steps."""
-    at = TINY.index("--num-frames")
-    training = Training(data, results, None, base=[*TINY[:at], *TINY[at + 2 :]])
+    training = Training(data, results, None, base=ANY_LENGTH)
     for stop in stops:
         run_here(training, "--frames-schedule", schedule, "--resume", *flags, stop_after=stop)
     return training

@@ -11,18 +11,11 @@ from PIL import Image
 import autoencoder
 import train_vae
 from autoencoder import Autoencoder, hidden_matrices, jitter_colors, losses_of, make_autoencoder, psnr, residual_blocks
-from training import TINY_VAE, Training, compare, content, counted_steps, record_calls, run_main
+from training import TINY_VAE, Training, compare, content, record_calls, refused, run_here
 from vae import load_vae
 from video.loader import batches_of
 
 STEPS = 7
-
-
-def run(training, *flags, stop_after=None, status=0):
-    """The run in this process; SIGTERM comes after so many steps."""
-    with counted_steps(train_vae, stop_after) as steps:
-        run_main(train_vae, *training.command_flags(*flags), status=status)
-    return len(steps)
 
 
 @pytest.fixture(scope="module")
@@ -37,7 +30,7 @@ def made(shapes, tmp_path_factory):
 
     with pytest.MonkeyPatch.context() as patch:
         seen = record_calls(patch, autoencoder, "measure", frames_and_videos)
-        assert run(training) == STEPS
+        assert run_here(training) == STEPS
     return training, seen
 
 
@@ -129,30 +122,30 @@ def test_it_learns_and_writes_sheets_of_reconstructions(whole):
 @pytest.mark.parametrize("stop_after", [5, STEPS])  # validation is due; all is done but that
 def test_an_interrupted_run_resumed_from_cached_frames_ends_bit_for_bit_like_the_whole_run(whole, tmp_path, stop_after):
     parts = replace(whole, results=tmp_path / "parts")
-    assert run(parts, stop_after=stop_after) == stop_after
+    assert run_here(parts, stop_after=stop_after) == stop_after
     latest = parts.folder / "checkpoints/latest.pt"
     state = torch.load(latest, weights_only=True)
     del state["config"]["typed"]
     torch.save(state, latest)  # as the tree before wrote it
-    assert run(parts, "--resume", "--cache-frames") == STEPS - stop_after
+    assert run_here(parts, "--resume", "--cache-frames") == STEPS - stop_after
     assert compare(whole, parts) == [] and content(parts.folder / "vae") == content(whole.folder / "vae")
 
 
 def test_a_damaged_checkpoint_is_named_and_the_run_starts_over(whole, tmp_path, capsys):
     damaged = replace(whole, results=tmp_path / "damaged")
-    run(damaged, stop_after=2)
+    run_here(damaged, stop_after=2)
     (damaged.folder / "checkpoints/latest.pt").write_bytes(b"half")
-    assert run(damaged, "--resume") == STEPS
+    assert run_here(damaged, "--resume") == STEPS
     assert "note: --ckpt" in capsys.readouterr().out and compare(whole, damaged) == []
 
 
 def test_a_finished_run_says_so_and_other_widths_are_another_run(whole, tmp_path, capsys):
     copy = replace(whole, results=shutil.copytree(whole.results, tmp_path / "copy"))
-    assert run(copy, "--resume") == 0
+    assert run_here(copy, "--resume") == 0
     assert "is finished at step 7" in capsys.readouterr().out
     assert compare(whole, copy) == [] and content(copy.folder / "vae") == content(whole.folder / "vae")
-    run(copy, "--resume", "--optimizer", "adamw", status=2)
-    assert "trained with --optimizer muon, got adamw: give the same" in capsys.readouterr().err
-    run(copy, "--resume", "--widths", 8, 8, 16, "--max-steps", 1)
+    line = refused(capsys, train_vae, *copy.command_flags("--resume", "--optimizer", "adamw"))
+    assert "trained with --optimizer muon, got adamw: give the same" in line
+    run_here(copy, "--resume", "--widths", 8, 8, 16, "--max-steps", 1)
     assert "--resume: no run VAE-16px-f4-c2-8-8-16 in" in capsys.readouterr().out
     assert len(list(copy.results.glob("[0-9]*"))) == 2

@@ -15,6 +15,7 @@ import torch
 import make_moving_shapes
 import sample_gd
 import train
+import train_vae
 from process import end, spawn, wait_until
 from runtime import distributed, runs
 from runtime.cli import UserError
@@ -25,10 +26,11 @@ PYTHON = [sys.executable]
 TORCHRUN = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2"]
 SMALL = ["--image-size", 16, "--global-batch-size", 4, "--num-workers", 0]
 IMAGES = [*SMALL, "--model", "EqM-Ti/4", "--depth", 1, "--vae", "none"]
-TINY = [
-    *IMAGES, "--video", "--use-rope", "--num-frames", 4, "--hidden-size", 96, "--num-heads", 2, "--no-flip",
-    "--frame-interval", 1, 3, "--val-clips", 4, "--lr", 1e-3,
+ANY_LENGTH = [
+    *IMAGES, "--video", "--use-rope", "--hidden-size", 96, "--num-heads", 2, "--no-flip", "--frame-interval", 1, 3,
+    "--val-clips", 4, "--lr", 1e-3,
 ]  # fmt: skip
+TINY = [*ANY_LENGTH, "--num-frames", 4]
 TINY_VAE = [
     *SMALL, "--downsample", 4, "--widths", 8, 8, 8, "--latent-channels", 2, "--log-every", 2, "--num-val-frames", 20,
     "--val-every", 5,
@@ -113,7 +115,7 @@ def counted_steps(script, stop_after=None, act=lambda: os.kill(os.getpid(), sign
 
 
 def run_here(training, *flags, stop_after=None, stop_in=None):
-    """Run the training in this process, for speed. Returns its number of steps.
+    """Run the training in this process, for speed; train.py with OFTEN. Returns its number of steps.
 
     SIGTERM arrives after stop_after steps, or in the first call of `validate` or `sample_ema` of train.py, or
     ("latents_of") in the middle of the first validation.
@@ -123,10 +125,11 @@ def run_here(training, *flags, stop_after=None, stop_in=None):
         if stop_in != "latents_of" or "validation" in arguments:
             os.kill(os.getpid(), signal.SIGTERM)
 
-    with pytest.MonkeyPatch.context() as patch, counted_steps(train, stop_after) as steps:
+    script = train if training.script == "train.py" else train_vae
+    with pytest.MonkeyPatch.context() as patch, counted_steps(script, stop_after) as steps:
         if stop_in:
-            record_calls(patch, VAE if stop_in == "latents_of" else train, stop_in, interrupt)
-        run_main(train, *training.command_flags(*OFTEN, *flags))
+            record_calls(patch, VAE if stop_in == "latents_of" else script, stop_in, interrupt)
+        run_main(script, *training.command_flags(*(OFTEN if script is train else ()), *flags))
     return len(steps)
 
 

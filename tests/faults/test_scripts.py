@@ -28,14 +28,13 @@ def tree(tmp_path):
 
 
 PATH = f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}"
+PHASES = {"PATH": PATH, "EXP": "E", "MODEL": "EqM-Ti/4", "BATCH_1": 4, "BATCH_2": 4, "BATCH_3": 4}
+FLAGS = ["--depth", 1, "--num-workers", 0, "--log-every", 1, "--val-clips", 4]
 
 
 def test_train_progressive_saves_on_a_signal_and_continues(shapes, tree):
-    settings = {
-        "PATH": PATH, "DATA": shapes, "GPUS": 2, "MODEL": "EqM-Ti/4", "EXP": "E", "CACHE": 0, "STEPS_1": 4,
-        "STEPS_2": 2000, "STEPS_3": 2001, "BATCH_1": 4, "BATCH_2": 4, "BATCH_3": 4,
-    }  # fmt: skip
-    flags = ["--depth", 1, "--vae", "none", "--image-size", 16, "--num-workers", 0, "--log-every", 1, "--val-clips", 4]
+    settings = PHASES | {"DATA": shapes, "GPUS": 2, "CACHE": 0, "STEPS_1": 4, "STEPS_2": 2000, "STEPS_3": 2001}
+    flags = [*FLAGS, "--vae", "none", "--image-size", 16]
     process = start_script("train_progressive.sh", tree, settings, *flags)
     runs = Training(shapes, tree / "results/E", None)
     wait_until(lambda: runs.last_step() > 4, process)
@@ -78,14 +77,12 @@ def test_train_slurm_saves_before_the_time_is_up_and_queues_the_job_again(shapes
 
 def test_train_progressive_encodes_the_videos_once_and_trains_three_phases(shapes, tree):
     make_vae(tree / "vae")
-    settings = {
-        "PATH": PATH, "DATA": shapes, "LATENTS": "latents", "VAE": "vae", "IMAGE_SIZE": 16, "GPUS": 1, "EXP": "E",
-        "MODEL": "EqM-Ti/4", "STEPS_1": 1, "STEPS_2": 2, "STEPS_3": 3, "BATCH_1": 4, "BATCH_2": 4, "BATCH_3": 4,
-    }  # fmt: skip
-    flags = ["--num-workers", 0, "--log-every", 1, "--val-clips", 4, "--sample-every", 0, "--depth", 1]
+    settings = PHASES | {"DATA": shapes, "LATENTS": "latents", "VAE": "vae", "IMAGE_SIZE": 16, "GPUS": 1}
+    settings |= {"STEPS_1": 1, "STEPS_2": 2, "STEPS_3": 3}
 
     def run(*more, status=0):
-        return end(start_script("train_progressive.sh", tree, settings, *flags, *more), status, timeout=480)
+        process = start_script("train_progressive.sh", tree, settings, *FLAGS, "--sample-every", 0, *more)
+        return end(process, status, timeout=480)
 
     run()
     for frames, step in ((4, 1), (8, 2), (16, 3)):
