@@ -16,11 +16,10 @@ import cache_latents
 import training
 from test_vae import add_to_weights, save_tiny
 from test_video_clips import check_replacements
-from tiny_videos import scribble, write_ucf_list, write_video
+from tiny_videos import clips_of, scribble, write_ucf_list, write_video
 from training import content, no_space, record_calls, run_main
 from vae import VAE, load_vae
 from video import index, source
-from video.clips import Clips
 from video.files import UnreadableError
 from video.index import split_videos
 from video.source import cached_path, check_data_path, latents_settings, open_source
@@ -77,11 +76,6 @@ def refused(capsys):
     return lambda *arguments, **how: training.refused(capsys, cache_latents, *flags(*arguments), **how)
 
 
-def clips_of(folder, num_frames=4, **settings):
-    data = open_source(folder, SIZE)
-    return Clips(data, data.videos(), data.scan.classes, num_frames, **settings)
-
-
 # Content --------------------------------------------------------------------------------------------------------------
 
 
@@ -125,7 +119,7 @@ def test_a_pixel_cache_has_exact_clips_and_skips_a_corrupt_video_until_it_is_rep
     assert (settings["vae"], settings["downsample"], settings["flips"]) == ("none", 1, True)
     assert settings["unreadable"] == ["Run/a.avi"] and not list(out.rglob("a.*"))
     (own / "Run" / "a.avi").unlink()
-    videos, cached = (clips_of(place, frame_interval=(1, 4)) for place in (own, out))
+    videos, cached = (clips_of(open_source(place, SIZE), 4, frame_interval=(1, 4)) for place in (own, out))
     assert (cached.source.scan.unreadable, len(cached.source.scan.videos)) == ([], 4)
     for k in range(12):
         sample, other = videos[k], cached[k]
@@ -211,7 +205,7 @@ def test_a_second_run_updates_new_changed_and_lost_videos_and_removes_others(own
     assert content(out) == content(tmp_path / "fresh")
     settings = latents_settings(out)
     assert settings["classes"] == ["Jump", "Run", "Swim"] and not settings["flips"]
-    assert clips_of(out, flip=False)[0]["clip"].shape == (2, 4, 4, SIZE // 2, SIZE // 2)
+    assert clips_of(open_source(out, SIZE), 4, flip=False)[0]["clip"].shape == (2, 4, 4, SIZE // 2, SIZE // 2)
 
 
 def test_the_next_run_caches_a_video_that_changed_after_the_scan(own, vae, tmp_path, monkeypatch, encoded):
@@ -284,7 +278,7 @@ DAMAGES = {
 
 @pytest.mark.parametrize("damage", DAMAGES)
 def test_a_corrupt_latents_file_is_handled_like_a_corrupt_video(own_cache, damage):
-    clips = clips_of(own_cache, num_frames=16)
+    clips = clips_of(open_source(own_cache, SIZE), 16)
     DAMAGES[damage](own_cache / "Run" / "a.safetensors")
     check_replacements(clips, 10, "Run/a.safetensors")
     with pytest.raises(UnreadableError, match="a.safetensors"):

@@ -10,7 +10,7 @@ import torch
 
 from runtime.cli import one_line_errors
 from runtime.signals import STOP_SIGNALS
-from tiny_videos import write_equal_videos
+from tiny_videos import clips_of, write_equal_videos
 from training import differences
 from video.clips import Clips
 from video.index import CorruptDataError
@@ -25,7 +25,7 @@ def seen(tmp_path_factory):
     """What there is to see of a loader with two processes: a dict."""
     root = write_equal_videos(tmp_path_factory.mktemp("videos"))
     source = open_source(root, 16)
-    clips = {n: Clips(source, source.videos(), source.scan.classes, n, frame_interval=(1, 2)) for n in (4, 8)}
+    clips = {n: clips_of(source, n, frame_interval=(1, 2)) for n in (4, 8)}
     loader, before = make_loader(clips, KEYS, 2, 0, torch.device("cpu")), set(multiprocessing.active_children())
     batches = batches_of(loader)
     processes = [Path("/proc", str(process.pid)) for process in set(multiprocessing.active_children()) - before]

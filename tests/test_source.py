@@ -11,10 +11,9 @@ import torch
 import train
 from process import end, python
 from tiny_data import make_latents
-from tiny_videos import scribble, write_images, write_mixed_videos, write_video
+from tiny_videos import clips_of, scribble, write_images, write_mixed_videos, write_video
 from training import Training, error_of, no_space, record_calls, refused
 from video import source
-from video.clips import Clips
 from video.source import CachedFiles, check_data_path, open_source
 
 SIZE, STEPS = 32, 5
@@ -24,10 +23,6 @@ def cached(files, folder):
     found = CachedFiles(files, folder)
     found.fill()
     return found
-
-
-def clips_of(data, num_frames=5, **settings):
-    return Clips(data, data.videos(), data.scan.classes, num_frames, **({"frame_interval": (1, 3)} | settings))
 
 
 @pytest.fixture
@@ -42,8 +37,8 @@ def test_clips_are_the_same_bit_for_bit_with_and_without_a_cache(tmp_path, kind)
     files = open_source(write(tmp_path / "data"), SIZE, images=kind == "images")
     if kind == "corrupt":
         scribble(tmp_path / "data/Run/a.avi")
-    plain, found = (clips_of(one, 1 if kind == "images" else 5) for one in (files, cached(files, tmp_path)))
-    bad = 0
+    bad, frames = 0, 1 if kind == "images" else 5
+    plain, found = (clips_of(one, frames, frame_interval=(1, 3)) for one in (files, cached(files, tmp_path)))
     for index in range(30):
         expected, sample = plain[index], found[index]
         assert torch.equal(expected.pop("clip"), sample.pop("clip")) and expected == sample
@@ -66,7 +61,7 @@ def test_a_later_run_decodes_only_videos_that_have_changed(tmp_path, decoded):
     again = cached(files, tmp_path)
     assert sorted(decoded) == ["Run/a.avi", "Run/b.mp4", "Run/c.mkv"]
     assert not again.place(files.videos()[2]).exists()  # its frames from before are not taken for those of now
-    plain, found = clips_of(files), clips_of(again)
+    plain, found = (clips_of(one, 5, frame_interval=(1, 3)) for one in (files, again))
     for index in range(10):
         assert torch.equal(plain[index]["clip"], found[index]["clip"])
     shutil.rmtree(again.folder)
@@ -120,7 +115,7 @@ def test_runs_at_once_fill_the_cache_of_a_killed_run_and_decode_each_video_once(
     files, paths = open_source(root, SIZE), (tmp_path / "decoded").read_text().split()
     first, *others = (video.path for video in files.videos())
     assert paths[:2] == [first, others[0]] and sorted(paths[2:]) == others
-    plain, found = clips_of(files), clips_of(cached(files, tmp_path))
+    plain, found = (clips_of(one, 5, frame_interval=(1, 3)) for one in (files, cached(files, tmp_path)))
     assert all(torch.equal(plain[index]["clip"], found[index]["clip"]) for index in range(10)) and not decoded
 
 

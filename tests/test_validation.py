@@ -9,7 +9,7 @@ from runtime import distributed
 from runtime.rng import generator
 from runtime.signals import StopSignal
 from test_models import tiny
-from tiny_videos import make_video, write_equal_videos
+from tiny_videos import clips_of, make_video, write_equal_videos
 from vae import VAE
 from validation import summarize, validate, validation_chunks
 from video.clips import Clips, collate
@@ -24,9 +24,7 @@ CHUNKS = [[(4, 0), (4, 1), (4, 2)], [(4, 3), (4, 4), (4, 5)], [(4, 6), (4, 7)], 
 def data_set(tmp_path_factory):
     """Clips of 4 and of 8 frames of four videos."""
     source = open_source(write_equal_videos(tmp_path_factory.mktemp("videos"), 10), 16)
-    settings = {"flip": False, "stream": "validation"}
-    clips = {n: Clips(source, source.videos(), source.scan.classes, n, **settings) for n in (4, 8)}
-    return ClipsByFrames(clips)
+    return ClipsByFrames({n: clips_of(source, n, flip=False, stream="validation") for n in (4, 8)})
 
 
 @pytest.fixture

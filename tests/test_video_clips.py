@@ -11,8 +11,8 @@ import pytest
 import torch
 from PIL import Image
 
+import tiny_videos as tiny
 from runtime.cli import UserError
-from tiny_videos import frame_indices_of, picture, save, scribble, write_equal_videos, write_images, write_video
 from video.clips import Clips, collate, rank_batches
 from video.files import UnreadableError, Video
 from video.index import CorruptDataError, CorruptVideos, Scan
@@ -140,13 +140,8 @@ def check_replacements(clips, count, path):
     return bad
 
 
-def of_files(root, num_frames, images=False, **settings):
-    source = open_source(root, SIZE, images)
-    return Clips(source, source.videos(), source.scan.classes, num_frames, **settings)
-
-
 DAMAGES = {
-    "scribbled": scribble,
+    "scribbled": tiny.scribble,
     "truncated": lambda path: path.write_bytes(path.read_bytes()[: path.stat().st_size // 3]),
     "vanished": Path.unlink,
     "text": lambda path: path.write_text("hello"),
@@ -157,12 +152,12 @@ DAMAGES = {
     *product(["scribbled", "truncated"], ["avi", "mp4", "mkv"]), ("vanished", "avi"), ("text", "avi")
 ])  # fmt: skip
 def test_a_corrupt_video_is_named_and_replaced_the_same_way_each_time(tmp_path, damage, suffix):
-    root, name = write_equal_videos(tmp_path / "data"), f"A/bad.{suffix}"
-    write_video(root / name, codec="libx264" if suffix == "mp4" else "mpeg4")
-    clips = of_files(root, 16, seed=3)
+    root, name = tiny.write_equal_videos(tmp_path / "data"), f"A/bad.{suffix}"
+    tiny.write_video(root / name, codec="libx264" if suffix == "mp4" else "mpeg4")
+    clips = tiny.clips_of(open_source(root, SIZE), 16, seed=3)
     DAMAGES[damage](root / name)
     for sample in check_replacements(clips, 10, name):
-        assert np.diff(frame_indices_of(sample["clip"])).tolist() == [1] * 15
+        assert np.diff(tiny.frame_indices_of(sample["clip"])).tolist() == [1] * 15
         again = Clips(clips.source, clips.videos, clips.classes, 16, seed=3)[sample["index"]]
         assert torch.equal(again["clip"], sample["clip"])
 
@@ -177,7 +172,7 @@ def bomb(path):
 
 def lose_palette(path):
     """A PNG without its palette, though parts of it are transparent."""
-    Image.fromarray(picture()).quantize(4).save(path, format="PNG", transparency=1)
+    Image.fromarray(tiny.picture()).quantize(4).save(path, format="PNG", transparency=1)
     data = path.read_bytes()
     start = data.index(b"PLTE") - 4
     path.write_bytes(data[:start] + data[start + 12 + struct.unpack(">I", data[start : start + 4])[0] :])
@@ -186,7 +181,7 @@ def lose_palette(path):
 PNG_DAMAGES = {
     "bomb": bomb,
     "palette": lose_palette,
-    "exif": lambda path: Image.fromarray(picture()).save(path, format="PNG", exif=b"Exif\x00\x00no TIFF header"),
+    "exif": lambda path: Image.fromarray(tiny.picture()).save(path, format="PNG", exif=b"Exif\x00\x00no TIFF header"),
 }
 
 
@@ -194,9 +189,9 @@ PNG_DAMAGES = {
     *product(["truncated", "text"], ["jpg", "png", "webp"]), ("vanished", "jpg"), *product(PNG_DAMAGES, ["png"])
 ])  # fmt: skip
 def test_a_corrupt_image_is_named_replaced_and_counted(tmp_path, damage, suffix):
-    root, name = write_images(tmp_path / "images"), f"A/bad.{suffix}"
-    save(root / name, picture(seed=9))
-    clips = of_files(root, 1, images=True)
+    root, name = tiny.write_images(tmp_path / "images"), f"A/bad.{suffix}"
+    tiny.save(root / name, tiny.picture(seed=9))
+    clips = tiny.clips_of(open_source(root, SIZE, images=True), 1)
     (DAMAGES | PNG_DAMAGES)[damage](root / name)
     check_replacements(clips, 12, name)
 

@@ -11,6 +11,7 @@ import numpy as np
 import torch
 from PIL import Image
 
+from video.clips import Clips
 from video.files import Video, read_frames
 
 
@@ -91,6 +92,11 @@ def halves(frames):
     """Mean gray of the left and right edge of frames (..., H, W)."""
     frames = torch.as_tensor(frames).float()
     return frames[..., :8].mean((-2, -1)), frames[..., -8:].mean((-2, -1))
+
+
+def clips_of(source, num_frames, **settings):
+    """Clips of all videos of a source."""
+    return Clips(source, source.videos(), source.scan.classes, num_frames, **settings)
 
 
 def frame_indices_of(clip):
