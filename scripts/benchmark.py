@@ -193,17 +193,11 @@ def measure_step(args, report):
         report.compare("bf16 step / fp32 step", Step(changed(args, precision="bf16")), ours, args.pairs, "<= 0.65")
 
 
-def measure_positions(args, report):
-    """Measure rotary against fixed positions, and the best against plain rotary ones."""
-    fixed, best, plain = Step(args, use_rope=False), Step(args, position_table="space", rope_speed=0.5), Step(args)
-    report.compare("step with rotary positions / with fixed positions", plain, fixed, 2 * args.pairs, "<= 1.01")
-    report.compare("rotary step with table and speed / without", best, plain, 2 * args.pairs, "<= 1.03")
-
-
-def compare_with_plain(name, settings, goal, args, report):
-    """Measure a step with some settings against a step without. torch.compile can't differentiate EqM-E twice."""
-    args = changed(args, compile=args.compile and "ebm" not in settings)
-    report.compare(name, Step(args, **settings), Step(args), 2 * args.pairs, goal)
+def compare_steps(rows, args, report):
+    """Measure steps with some settings against others. torch.compile can't differentiate EqM-E twice."""
+    for name, settings, others, goal in rows:
+        own = changed(args, compile=args.compile and "ebm" not in settings)
+        report.compare(name, Step(own, **settings), Step(own, **others), 2 * args.pairs, goal)
 
 
 def measure_sampling(args, report):
@@ -302,14 +296,17 @@ def time_step(args):
 
 PARTS = {
     "step": measure_step,
-    "positions": measure_positions,
-    "forcing": partial(compare_with_plain, "step with --forcing 0.5 / without", {"forcing": 0.5}, "<= 1.03"),
-    "energy": partial(compare_with_plain, "step with --ebm dot / without", {"ebm": "dot"}, None),
+    "positions": partial(compare_steps, [
+        ("step with rotary positions / with fixed positions", {}, {"use_rope": False}, "<= 1.01"),
+        ("rotary step with table and speed / without", {"position_table": "space", "rope_speed": 0.5}, {}, "<= 1.03"),
+    ]),
+    "forcing": partial(compare_steps, [("step with --forcing 0.5 / without", {"forcing": 0.5}, {}, "<= 1.03")]),
+    "energy": partial(compare_steps, [("step with --ebm dot / without", {"ebm": "dot"}, {}, None)]),
     "memory": measure_memory,
     "growth": measure_growth,
     "sampling": measure_sampling,
     "sizes": measure_sizes,
-}
+}  # fmt: skip
 
 
 @one_line_errors()
