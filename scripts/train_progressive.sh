@@ -109,7 +109,7 @@ case $RECIPE in
   ours) FLAGS=(--frame-interval 1 2) ;;
   small)
     FLAGS=(--frame-interval 1 2 --optimizer muon --gamma-shift 3)
-    FLAGS+=(--sampler ngd --num-sampling-steps 24 --stepsize 0.0217 --cfg-scale 1.5) # as scripts/weizmann.sh
+    FLAGS+=(--sampler ngd --num-sampling-steps 24 --stepsize 0.0217 --cfg-scale 1.5)
     ;;
   published) FLAGS=(--cfg-scale 4) SHARE=0 ;;
   *) complain "RECIPE=$(printf %q "$RECIPE"): unknown recipe; expected ours, small or published" ;;

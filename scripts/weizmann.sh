@@ -43,8 +43,7 @@ export BATCH_1=32 BATCH_2=16 BATCH_3=8 # 2,048 tokens per step
 DATA=$MORE bash scripts/train_progressive.sh \
   --depth 6 --hidden-size 256 --num-heads 4 --rope-theta 100 --temporal-patch-size 4 --frame-interval 2 --mix 0.1 \
   --lr 2e-3 --warmup-steps 50 --ema-decay 0.995 --gamma-shift 2 --num-workers 0 \
-  --log-every 50 --val-every 1000 --val-clips 32 --sample-every 0 --save-minutes 3 \
-  --sampler ngd --num-sampling-steps 24 --stepsize 0.0217 --cfg-scale 1.5 "${MIXED[@]}"
+  --log-every 50 --val-every 1000 --val-clips 32 --sample-every 0 --save-minutes 3 "${MIXED[@]}"
 
 newest "results/$EXP"/*-EqM-S-2-*/checkpoints/best.pt
 BEST=$FOUND
