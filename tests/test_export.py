@@ -68,11 +68,7 @@ def test_an_export_brings_its_own_vae_wherever_you_move_it(tmp_path, capsys):
 
 
 def test_the_card_names_a_vae_that_is_downloaded(tmp_path):
-    path = random_checkpoint(tmp_path / "best.pt")
-    state = checkpoint.load(path)
-    state["config"]["data"]["vae"] = "mse"
-    checkpoint.save(path, state)
-    run_main(export, path, tmp_path / "shared")  # without downloading it
+    run_main(export, random_checkpoint(tmp_path / "best.pt", "mse"), tmp_path / "shared")  # without downloading it
     assert "stabilityai/sd-vae-ft-mse, downloaded on first use" in (tmp_path / "shared/README.md").read_text()
     assert sorted(file.name for file in (tmp_path / "shared").iterdir()) == FILES
 

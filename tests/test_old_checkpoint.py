@@ -17,6 +17,7 @@ import sample_gd
 import train
 from runtime.metrics import read_metrics
 from training import error_of, run_main
+from video.writers import encode
 
 BEFORE, END = (Path(__file__).parent / "data" / name for name in ("before.pt", "before-end.pt"))
 FLAGS = ["--video", "--model", "EqM-Ti/2", "--depth", 1, "--hidden-size", 6, "--num-heads", 1, "--use-rope"]
@@ -30,13 +31,9 @@ def videos(tmp_path_factory):
     root = tmp_path_factory.mktemp("videos")
     for name in ("A/a.avi", "A/b.avi", "B/c.avi", "B/d.avi"):
         (root / name).parent.mkdir(exist_ok=True)
+        frames = (np.full((16, 16, 3), gray, np.uint8) for gray in range(0, 200, 20))
         with av.open(str(root / name), "w") as file:
-            stream = file.add_stream("mpeg4", rate=25)
-            stream.width, stream.height, stream.pix_fmt = 16, 16, "yuv420p"
-            for gray in range(0, 200, 20):
-                pixels = np.full((16, 16, 3), gray, np.uint8)
-                file.mux(stream.encode(av.VideoFrame.from_ndarray(pixels, format="rgb24")))
-            file.mux(stream.encode())
+            encode(file, frames, 25, "mpeg4", "yuv420p", {})
     return root
 
 

@@ -11,7 +11,7 @@ from PIL import Image
 import prepare_sprites
 import prepare_weizmann
 from strips import MOVES, draw, write_strips
-from tiny_videos import decode
+from tiny_videos import decode, write_video
 from training import refused, run_main
 from video.index import scan_videos, split_videos
 
@@ -57,16 +57,12 @@ def test_videos_keep_every_frame_are_split_by_people_and_only_missing_ones_are_m
     check_second_run(out / "JumpingJack/person2.mkv", prepare_weizmann, *flags)
 
 
-def foreign_video(actions, out):
-    (out / "Dive").mkdir(parents=True)
-    (out / "Dive/me.avi").write_bytes(b"")
-
-
 @pytest.mark.parametrize(("damage", "held_out", "line"), [
     (lambda actions, out: Image.new("RGB", (64 * 20 + 1, 64)).save(actions / "3/00000012.jpg", format="PNG"), [3],
      "00000012.jpg: not a strip of 64 x 64 px frames; clone the repository again"),
     (lambda actions, out: (actions / "0/00000000.jpg").write_text("git-lfs"), [3], "00000000.jpg: not a strip"),
-    (foreign_video, [3], "holds Dive/me.avi, which does not belong to this data set; name another folder"),
+    (lambda actions, out: write_video(out / "Dive/me.avi"), [3],
+     "holds Dive/me.avi, which does not belong to this data set; name another folder"),
     (lambda actions, out: shutil.rmtree(actions / "4"), [3], "person 1 has no clip of Bend"),
     (lambda actions, out: (actions / "1/00000010.jpg").unlink(), [3], "person 2 has no clip of TwoHandWave"),
     (lambda actions, out: shutil.rmtree(actions), [3], "expected a complete clone of MoCoGAN's repository"),

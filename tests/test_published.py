@@ -102,13 +102,6 @@ def write_file(path, state, kind):
     return path
 
 
-def refusal(path, model=None, **asked):
-    """The one-line error of a file that is refused."""
-    message = error_of(checkpoint.load_model, path, model=model, **asked)
-    assert message.startswith(f"--ckpt {path}: ")
-    return message
-
-
 @pytest.mark.parametrize("kind", ["bare", "whole", "of energies"])
 def test_a_published_file_loads_and_is_exported_with_its_ema_weights(tmp_path, tiny_name, kind):
     path = write_file(tmp_path / "0080000.pt", STATE, kind)
@@ -134,7 +127,7 @@ def test_a_published_file_loads_and_is_exported_with_its_ema_weights(tmp_path, t
 def test_a_published_file_has_its_own_energy_or_the_energy_of_the_flag(tmp_path, tiny_name):
     bare, own = (write_file(tmp_path / f"{kind}.pt", STATE, kind) for kind in ("bare", "of energies"))
     assert checkpoint.load_model(bare, model=tiny_name, ebm="dot")[0].config.ebm == "dot"
-    assert "has ebm l2, --ebm gives dot" in refusal(own, tiny_name, ebm="dot")
+    assert "has ebm l2, --ebm gives dot" in error_of(checkpoint.load_model, own, model=tiny_name, ebm="dot")
     half = {name: value.half() for name, value in STATE.items()}
     torch.save({"ema": half, "args": {"ebm": "dot", "vae": "mse"}}, tmp_path / "a.pt")  # plain args, half precision
     model, config, _ = checkpoint.load_model(tmp_path / "a.pt", model=tiny_name)
@@ -176,7 +169,8 @@ REFUSALS = {  # what is wrong: (tensors that are replaced or missing, --model, o
 def test_a_published_file_that_does_not_fit_is_refused(tmp_path, wrong):
     tensors, name, asked, words = REFUSALS[wrong]
     torch.save({key: value for key, value in (STATE | tensors).items() if value is not None}, tmp_path / "a.pt")
-    assert words in refusal(tmp_path / "a.pt", name, **asked)
+    line = error_of(checkpoint.load_model, tmp_path / "a.pt", model=name, **asked)
+    assert line.startswith(f"--ckpt {tmp_path / 'a.pt'}: ") and words in line
 
 
 def test_a_published_file_samples_images_and_starts_a_training_run(tmp_path, tiny_name):
@@ -208,4 +202,4 @@ def test_a_folder_instead_of_a_checkpoint_names_its_newest_checkpoint(tmp_path):
         os.utime(tmp_path / name / "checkpoints/best.pt", (number, number))
     newest = tmp_path / "001-b/checkpoints/best.pt"
     for folder in (tmp_path, tmp_path / "001-b"):
-        assert f"a checkpoint file such as {newest}" in refusal(folder)
+        assert f"a checkpoint file such as {newest}" in error_of(checkpoint.load_model, folder)

@@ -87,7 +87,7 @@ def save_checkpoint(path, **settings):
 def random_checkpoint(path, vae="none", training=(), **settings):
     """Write a checkpoint of a small model with fixed random EMA weights. Returns the path.
 
-    vae is a folder of `make_vae`; training holds flags of its run.
+    vae is a folder of `make_vae` or another --vae; training holds flags of its run.
     """
     latents = {} if vae == "none" else {"input_size": 8, "in_channels": 4}
     small = {"depth": 1, "hidden_size": 48, "num_heads": 2, "num_frames": 1}
