@@ -10,7 +10,6 @@ import pickle
 import shlex
 import shutil
 import sys
-from pathlib import Path
 
 import numpy as np
 import pytest
@@ -23,7 +22,7 @@ from test_gallery import make_samples as make_shown
 from test_plot_metrics import make_run
 from tiny_data import Code, make_images, make_latents, make_samples, make_vae, save_checkpoint
 from tiny_videos import write_ucf_list, write_video
-from training import refused
+from training import refused, snapshot
 
 MODEL, PIXELS = "train --model EqM-Ti/4 ", "--vae none --image-size 16 "
 STEPS = "--results-dir new --global-batch-size 4 --max-steps 20 "
@@ -402,12 +401,6 @@ def world(tmp_path_factory):
     (root / "loop").symlink_to("loop")
     (root / "nowhere").symlink_to("no/such")
     return root
-
-
-def snapshot(folder):
-    """What is in a folder: for each path its kind and, of a file, its size and time of change."""
-    found = {place: os.lstat(place) for place in Path(folder).rglob("*")}
-    return {at: (stat.st_mode, at.is_dir() or (stat.st_size, stat.st_mtime_ns)) for at, stat in found.items()}
 
 
 @pytest.mark.parametrize(("command", "flags", "words"), list(cases()))

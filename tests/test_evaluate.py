@@ -12,7 +12,6 @@ import pytest
 import scipy.linalg
 import torch
 
-import checkpoint
 import evaluate
 import sample_gd
 from process import end, spawn
@@ -20,7 +19,7 @@ from runtime import distributed
 from runtime.untrusted import file_sha256
 from sample_folders import FEW, FRAMES, SIZE, SOURCE, read_clips, refused, run, write_samples
 from scoring import frechet, manifest, sources
-from tiny_data import make_images, make_state, write_npz
+from tiny_data import make_images, random_checkpoint, write_npz
 from training import ROOT, error_of, on_two_ranks, record_calls, run_main, sample_here
 
 
@@ -232,13 +231,9 @@ def test_two_ranks_find_the_values_of_one(fvd, tmp_path):
 
 
 def test_score_sh_repeats_the_samples_and_scores_of_a_manifest(shapes, tmp_path):
-    config = {"depth": 1, "num_classes": 12, "num_frames": 4, "temporal_patch_size": 4, "use_rope": True}
-    state = make_state(**config)
-    state["config"]["data"]["classes"] = read_clips(shapes, "val", 1)[2]
-    state["config"]["training"] |= {"stop_below": 1e9}
-    checkpoint.save(tmp_path / "a.pt", state)
+    ckpt = random_checkpoint(tmp_path / "a.pt", training={"stop_below": 1e9}, num_frames=4, use_rope=True)
     flags = ["--num-samples", 3, "--num-frames", FRAMES, "--num-sampling-steps", 4, "--stop-below", 0, "--seed", 2]
-    run_main(sample_gd, "--video", "--ckpt", tmp_path / "a.pt", "--folder", tmp_path / "s", *flags, "--classes", 5, 7)
+    run_main(sample_gd, "--video", "--ckpt", ckpt, "--folder", tmp_path / "s", *flags, "--classes", 1, 0)
     flags = ["--metric", "consistency", "--samples", tmp_path / "s", "--data-path", shapes, "--num-real", 4]
     old = run(tmp_path / "m.json", *flags)
     environment = {"MANIFEST": str(tmp_path / "m.json"), "OUT": str(tmp_path / "again")}

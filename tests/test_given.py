@@ -1,6 +1,5 @@
 """Clips that the user gives: their files, frames and classes, and how samples show them."""
 
-import json
 from argparse import ArgumentTypeError
 
 import numpy as np
@@ -9,7 +8,7 @@ import torch
 from PIL import Image
 
 from given import Details, as_ranges, frame_ranges, nearest_given
-from tiny_data import write_npz
+from sample_folders import write_samples
 from tiny_videos import halves, picture, save, write_video
 from training import error_of, record_calls, sample_here
 from vae import VAE, load_vae
@@ -63,9 +62,8 @@ def test_a_folder_gives_its_files_then_the_files_of_its_class_folders(tmp_path):
 
 def test_earlier_samples_keep_their_frame_rate_and_classes(tmp_path):
     clips = np.arange(3 * 8, dtype=np.uint8).reshape(3, 8, 1, 1, 1) * np.ones((16, 16, 3), np.uint8)
-    write_npz(tmp_path / "samples.npz", clips, [1, -1, 0])
-    (tmp_path / "samples.json").write_text(json.dumps({"classes": ["A", "B"], "time_scale": 0.04}))
-    for place in (tmp_path, tmp_path / "samples.npz"):
+    folder = write_samples(tmp_path / "s", clips, [1, -1, 0], ["A", "B"])
+    for place in (folder, folder / "samples.npz"):
         found = find_clips("--given", place, BOTH)
         assert [clip.class_name for clip in found] == ["B", None, "A"] and str(found[2]).endswith("sample 2")
         assert found[1].count(0.08) == 4

@@ -12,22 +12,19 @@ import prepare_sprites
 import prepare_weizmann
 from strips import MOVES, draw, write_strips
 from tiny_videos import decode, write_video
-from training import refused, run_main
+from training import content, refused, run_main, snapshot
 from video.index import scan_videos, split_videos
-
-
-def snapshot(folder):
-    return {path: (path.read_bytes(), path.stat().st_mtime_ns) for path in folder.rglob("*.*")}
 
 
 def check_second_run(lost, script, *flags):
     """Without one video, and with half of it from a process that was killed, a script makes only this video again."""
-    before = snapshot(lost.parents[1])
+    folder = lost.parents[1]
+    before, files = snapshot(folder), content(folder)
     lost.unlink()
     lost.with_name(f"{lost.name}.tmp").write_bytes(b"half")
     run_main(script, *flags)
-    after = snapshot(lost.parents[1])
-    assert after.keys() == before.keys() and all(after[path][0] == before[path][0] for path in before)
+    after = snapshot(folder)
+    assert content(folder) == files
     assert [path for path in before if path.suffix != ".txt" and after[path] != before[path]] == [lost]
 
 

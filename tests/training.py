@@ -197,6 +197,12 @@ def content(folder):
     return {str(path.relative_to(folder)): path.read_bytes() for path in paths}
 
 
+def snapshot(folder):
+    """What is in a folder: for each path its kind and, of a file, its size and time of change."""
+    found = {place: os.lstat(place) for place in folder.rglob("*")}
+    return {at: (stat.st_mode, at.is_dir() or (stat.st_size, stat.st_mtime_ns)) for at, stat in found.items()}
+
+
 def differences(a, b, place="state"):
     """Return a list of the places where two states of plain values and tensors differ."""
     if type(a) is not type(b):
