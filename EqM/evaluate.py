@@ -142,7 +142,7 @@ def score(args, samples, out, clips, training, truth, new, detector, device, cor
     """(values, result, lines to print) on rank 0. Adds paths of real videos that can't be decoded to `corrupt`."""
     count = new["real"]["num_clips"]  # None: classifier reads entire videos instead
     real = sources.real_stream(clips, distributed.own_indices(count or 0), args, corrupt)
-    streams = sources.generated_stream(samples, args.batch_size), real
+    streams = sources.generated_stream(samples), real
     if args.metric == "motion":
         return shapes.score_shapes(*streams, truth)
     if args.metric == "consistency":

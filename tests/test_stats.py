@@ -34,14 +34,11 @@ def test_an_error_needs_two_values_and_an_interval_ignores_values_that_are_not_f
 
 
 def test_rows_of_all_ranks_come_in_the_order_of_their_clips(monkeypatch):
-    def stream(indices):
-        clips = torch.tensor(indices).byte().view(-1, 1, 1, 1, 1)
-        yield indices[:2], clips[:2], ["a", "b"], [0.1, 0.2], ["v", "w"]
-        yield indices[2:], clips[2:], ["c"] * len(indices[2:]), [0.3] * len(indices[2:]), ["x"] * len(indices[2:])
-
+    own = [(1, "a", 0.1, "v"), (2, "b", 0.2, "w"), (4, "c", 0.3, "x")]
+    stream = ((index, np.full((1, 1, 1, 1), index), *about) for index, *about in own)
     other = [(index, 10 * index, "z", "y") for index in (0, 3)]
     monkeypatch.setattr(distributed, "gather", lambda rows: [rows, other])
-    columns = stats.gather(stream([1, 2, 4]), lambda clip, name, scale, _: (10 * clip.item(), name))
+    columns = stats.gather(stream, lambda clip, name, scale, _: (10 * clip.item(), name))
     assert columns == [(0, 10, 20, 30, 40), ("z", "a", "b", "z", "c"), ("y", "v", "w", "y", "x")]
 
 

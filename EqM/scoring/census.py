@@ -111,12 +111,11 @@ def read_world(clips, args, device):
     numbers = {video.path: places[video.key] for video in clips.videos}
     counts = len(clips.classes), len(places) // len(clips.classes)
     frames = torch.empty(*counts, clips.num_frames, size, size, 3, dtype=torch.uint8)
-    for _, pixels, *_, paths in real_stream(clips, range(len(places)), args, corrupt, "reading all clips"):
+    for _, clip, *_, path in real_stream(clips, range(len(places)), args, corrupt, "reading all clips"):
         if corrupt:
             advice = "expected all clips of Sprites; make it again"
             raise UserError(f"--data-path {args.data_path}: {corrupt[0]} can't be decoded; {advice}")
-        for path, clip in zip(paths, pixels, strict=True):
-            frames[numbers[path]] = clip
+        frames[numbers[path]] = torch.from_numpy(clip)
     return World(clips.classes, values, frames, device)
 
 

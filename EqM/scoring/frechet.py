@@ -10,9 +10,11 @@ CALLS says how they are called. x is float32 from 0 to 255, RGB; both rescale an
 Any other TorchScript works that takes the same call and returns features (B, D).
 """
 
+import itertools
 import os
 import warnings
 
+import numpy as np
 import safetensors.torch
 import torch
 from safetensors import SafetensorError
@@ -71,9 +73,11 @@ def score_frechet(generated, real, args, detector, about, clips, folder, device)
 def all_features(detector, stream, args, device):
     """The features (N, G, D) of the clips of all ranks' streams, on rank 0; None on the others."""
     indices, parts = [], [torch.empty(0)]
-    for own, clips, *_ in stream:
+    while batch := [*itertools.islice(stream, args.batch_size)]:
+        own, clips, *_ = zip(*batch, strict=True)
         indices += own
-        parts.append(extract(detector, clips.to(device), args.metric, args.batch_size).cpu())
+        clips = torch.from_numpy(np.stack(clips)).to(device)
+        parts.append(extract(detector, clips, args.metric, args.batch_size).cpu())
     return distributed.collect(indices, torch.cat(parts))
 
 

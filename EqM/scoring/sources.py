@@ -1,7 +1,7 @@
 """The clips that evaluate.py scores: generated clips of a sample folder, real clips of a data set.
 
-A stream yields the clips of this rank in batches: (indices, clips uint8 (n, T, H, W, 3) on the CPU, class names, time
-scales in seconds per frame, videos). A generated clip that continues no video is its own video: its index.
+A stream yields the clips of this rank: (index, clip uint8 (T, H, W, 3), class name, time scale in seconds per frame,
+video). A generated clip that continues no video is its own video: its index.
 """
 
 import hashlib
@@ -10,18 +10,18 @@ import os
 import statistics
 from pathlib import Path
 
-import torch
-from torch.utils.data import BatchSampler
+import numpy as np
+from torch.utils.data import DataLoader
 
 from given import frame_ranges
 from runtime import distributed
 from runtime.cli import Bar, UserError, plural, say
 from runtime.runs import results_of
 from runtime.untrusted import file_sha256
-from video.clips import Clips
+from video.clips import Clips, collate
 from video.drawing import drawable
 from video.index import split_videos
-from video.loader import batches_of, make_loader
+from video.loader import batches_of, worker_settings
 from video.samples import class_name, read_samples
 from video.source import open_source
 
@@ -134,26 +134,22 @@ def json_sha256(value):
     return hashlib.sha256(json.dumps(value).encode()).hexdigest()
 
 
-def generated_stream(samples, batch_size):
+def generated_stream(samples):
     """The stream of Samples."""
     own = distributed.own_indices(len(samples))
-    with Bar(desc="generated clips", total=len(own), unit="clip", leave=False) as progress:
-        for indices in BatchSampler(own, batch_size, drop_last=False):
-            names = [samples.names[index] for index in indices]
-            clips = torch.from_numpy(samples.clips[indices])
-            yield indices, clips, names, [samples.time_scale] * len(indices), [samples.videos[i] for i in indices]
-            progress.update(len(indices))
+    for index in Bar(own, desc="generated clips", unit="clip", leave=False):
+        yield index, np.array(samples.clips[index]), samples.names[index], samples.time_scale, samples.videos[index]
 
 
 def real_stream(clips, indices, args, corrupt, title="real clips"):
     """The stream of a Clips at indices; adds the paths of corrupt videos to the list `corrupt`."""
-    keys = [(clips.num_frames, index) for index in indices]
-    batches = BatchSampler(keys, args.batch_size, drop_last=False)
-    loader = make_loader({clips.num_frames: clips}, batches, args.num_workers, timeout=0, device=torch.device("cpu"))
-    with Bar(desc=title, total=len(keys), unit="clip", leave=False) as progress:
+    settings = worker_settings(args.num_workers) | {"collate_fn": collate}  # in batches, as handing over takes time
+    loader = DataLoader(clips, args.batch_size, sampler=indices, **settings)
+    with Bar(desc=title, total=len(indices), unit="clip", leave=False) as progress:
         for batch in batches_of(loader):
-            corrupt.extend(batch["corrupt"])
+            corrupt += batch["corrupt"]
             names = [clips.classes[label] for label in batch["y"]]
-            pixels = batch["clips"].permute(0, 2, 3, 4, 1)
-            yield batch["indices"].tolist(), pixels, names, batch["time_scales"].tolist(), batch["videos"]
+            pixels = batch["clips"].movedim(1, -1).numpy()
+            about = names, batch["time_scales"].tolist(), batch["videos"]
+            yield from zip(batch["indices"].tolist(), pixels, *about, strict=True)
             progress.update(len(names))

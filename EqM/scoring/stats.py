@@ -24,11 +24,7 @@ def gather(stream, measure):
 
     Each rank measures the clips of its stream (see sources.py). All ranks get all rows, in the order of the clips.
     """
-    rows = []
-    for indices, clips, *about in stream:
-        for index, *clip, video in zip(indices, clips.numpy(), *about, strict=True):
-            rows.append((index, *measure(*clip, index), video))
-    return distributed.gather_in_order(rows)
+    return distributed.gather_in_order([(index, *measure(*clip, index), video) for index, *clip, video in stream])
 
 
 def by_video(values, videos):
