@@ -134,7 +134,7 @@ def undecodable(root, videos):
 
 
 def describe_skipped(args, scan, corrupt):
-    """Print which files training would skip or enlarge, and why."""
+    """Print which files training would skip, and why."""
     skipped = [(path, "can't be opened; repair or remove it") for path in scan.unreadable]
     skipped += [(path, "can't be decoded to its end; repair or remove it") for path in corrupt]
     found = {*(video.path for video in scan.videos), *scan.unreadable}
@@ -150,10 +150,6 @@ def describe_skipped(args, scan, corrupt):
             skipped.append((video.path, f"{frames}, fewer than --num-frames {args.num_frames}"))
     for name, why in skipped:
         say(f"skipped: {name}: {why}")
-    skipped, sides = {name for name, _ in skipped}, [(min(v.height, v.width), v.path) for v in scan.videos]
-    if small := [side for side, path in sides if side < args.image_size and path not in skipped]:
-        count = plural(len(small), "video")
-        say(f"enlarged to --image-size {args.image_size}: {count}, the smallest from {min(small)} px on the short side")
 
 
 def write_clips(args, data, out):
@@ -223,9 +219,8 @@ def suggest(args, config, hours):
             shape = model_shape(name)
             other = replace(config, **shape, temporal_patch_size=shape["patch_size"])
             other.check_num_frames(args.num_frames)
-            values = other.temporal_patch_size * other.patch_size**2 * other.in_channels
             ratio = other.training_flops(args.num_frames) / config.training_flops(args.num_frames)
-            if ratio < 1 and values <= other.hidden_size:
+            if ratio < 1 and other.values_per_token <= other.hidden_size:
                 smaller[name] = hours * ratio
     quick = {name: own for name, own in smaller.items() if own <= MOST_HOURS}
     name = max(quick, key=quick.get, default=None) or min(smaller, key=smaller.get, default=None)
