@@ -90,7 +90,7 @@ class World:
 
     def __init__(self, classes, values, frames, device="cpu"):
         """frames: uint8 (classes, characters, T, H, W, 3), in the order of places_of."""
-        self.classes, self.places, self.shape = classes, places_of(classes, values), frames.shape[2:]
+        self.classes, self.places, self.clips = classes, places_of(classes, values), frames
         self.frames = frames.flatten(3).to(device)  # (classes, characters, T, P)
         self.seen = torch.stack([(own != 0).any(dim=0) for own in self.frames])  # (classes, T, P): not black in all
         self.seen_once = self.seen.flatten(0, 1).any(dim=0)  # (P,)
@@ -108,14 +108,13 @@ def read_world(clips, args, device):
     """The World of the videos of Clips. Raises UserError if one can't be decoded."""
     size, values, corrupt = clips.source.image_size, values_of(clips), []
     places = places_of(clips.classes, values)
-    numbers = {video.path: places[video.key] for video in clips.videos}
     counts = len(clips.classes), len(places) // len(clips.classes)
     frames = torch.empty(*counts, clips.num_frames, size, size, 3, dtype=torch.uint8)
-    for _, clip, *_, path in real_stream(clips, range(len(places)), args, corrupt, "reading all clips"):
+    for _, clip, name, _, path in real_stream(clips, range(len(places)), args, corrupt, "reading all clips"):
         if corrupt:
             advice = "expected all clips of Sprites; make it again"
             raise UserError(f"--data-path {args.data_path}: {corrupt[0]} can't be decoded; {advice}")
-        frames[numbers[path]] = torch.from_numpy(clip)
+        frames[places[f"{name}/{PurePosixPath(path).stem}"]] = torch.from_numpy(clip)
     return World(clips.classes, values, frames, device)
 
 
@@ -196,7 +195,7 @@ def make_controls(world, places, made, through, seed):
 
     A change is drawn from those that the true frames show.
     """
-    (T, H, W, _), is_hair, drawn = world.shape, world.choices[:, 0] == ATTRIBUTES.index("hair"), []
+    (_, T, H, W, _), is_hair, drawn = made.shape, world.choices[:, 0] == ATTRIBUTES.index("hair"), []
     moves = (0, SHIFT), (2 * SHIFT, SHIFT), (SHIFT, 0), (SHIFT, 2 * SHIFT)  # in a frame with a border of SHIFT
     for index, (name, who) in enumerate(places.tolist()):
         true, others = world.cropped[name, who].int(), world.cropped[name, world.changed[who]].int()
@@ -210,7 +209,7 @@ def make_controls(world, places, made, through, seed):
     changes, styles, pairs, times, moves = zip(*drawn, strict=True)
 
     def clips_after(choices):  # true clips
-        return world.frames[places[:, 0], world.changed[places[:, 1], choices]].unflatten(-1, world.shape[1:]).cpu()
+        return world.clips[places[:, 0], world.changed[places[:, 1], choices]]
 
     every, (choices, frames) = range(len(places)), torch.stack(changes).T
     switched, swapped, shifted = made.clone(), made.clone(), made.clone()
@@ -235,7 +234,7 @@ def calibrate(world, clips, training, count, args, vae, device):
     def some(videos, name):  # (places, clips through the VAE)
         order = torch.randperm(len(videos), generator=generator(args.seed, "census", name))[:count].tolist()
         places = torch.tensor([world.places[videos[n].key] for n in order])
-        return places, through(world.frames[*places.T].unflatten(-1, world.shape[1:]).cpu())
+        return places, through(world.clips[*places.T])
 
     known = set(training)
     found = measure(world, some(training, "train")[1], "training clips")
