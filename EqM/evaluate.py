@@ -3,19 +3,9 @@
     python EqM/evaluate.py --metric motion --samples samples --data-path datasets/moving-shapes --out motion.json
     python EqM/evaluate.py --manifest motion.json --out again.json
 
-motion       Moving Shapes only, where the truth is known: direction, shape, speed and area of the moving object; for
-             bouncing shapes: whether it stays one object, its speed, whether it turns only at the borders
-fvd, fid     Fréchet distance of the features of clips; of all frames, or of images. fvd2048_16f_cfg1 is the protocol of
-             2,048 clips of 16 frames without guidance (set --cfg-scale 1 in training or sampling)
-consistency  any videos: drift over the clip, seams at the borders of temporal patches
-nearest      any videos: distance to training clips, compared with held-out real clips: does the model only memorize?
-prediction   samples that continue real clips (sample_gd.py --given DATA --given-split val): PSNR and SSIM
-classifier   do samples show their class? A small network, trained here on a data set of few videos, decides. For many
-             videos, such as Sprites: --classifier-test val, which also reports the inception score, H(y|x) and H(y)
-census       Sprites only, where all clips are known: which samples are valid clips, of which characters
-
-scripts/score.sh samples and scores. The number of ranks changes the values only by rounding. --manifest repeats a
-scoring and compares the values; if they do not agree, the exit status is 1.
+docs/evaluation.md lists the metrics. The modules of scoring/ say how each is measured. scripts/score.sh samples and
+scores. The number of ranks changes the values only by rounding. --manifest repeats a scoring and compares the values.
+If they do not agree, the exit status is 1.
 """
 
 import uncaught  # noqa: F401
