@@ -9,7 +9,6 @@ copies. The script is safe to run again: it only makes missing files. A new OUT 
 """
 
 import os
-import shutil
 from layout import missing_videos, write_lists
 from itertools import product
 from pathlib import Path
@@ -19,6 +18,7 @@ import torch.nn.functional as F
 
 from autoencoder import draw_colors
 from runtime import cli
+from runtime.atomic import write_file
 from runtime.cli import Bar, UserError, check_writable, say, wrong_input
 from runtime.rng import generator
 from video.files import UnreadableError, read_all_frames
@@ -85,8 +85,7 @@ def main():
         with cli.writing(path):
             path.parent.mkdir(exist_ok=True)
             if copy == 0:
-                shutil.copyfile(Path(args.data_path, file), f"{path}.tmp")
-                Path(f"{path}.tmp").rename(path)
+                write_file(path, Path(args.data_path, file).read_bytes())
             else:
                 random = generator(args.seed, "copies", video.key, copy)
                 write_lossless(path, changed_frames(args.data_path, video, random), video.fps)

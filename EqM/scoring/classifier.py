@@ -163,9 +163,7 @@ def least_motion(windows):
 
 def find_static(samples, asked, real):
     """Indices of samples, given by `every_window`, with one that moves less than all of the Real of their label."""
-    least = {}
-    for one in real:
-        least[one.label] = min(least.get(one.label, 1.0), least_motion(one.windows))
+    least = {label: min(least_motion(one.windows) for one in real if one.label == label) for label in set(asked)}
     rows = enumerate(zip(samples, asked, strict=True))
     return [index for index, (windows, label) in rows if least_motion(windows) < least[label]]
 
