@@ -11,7 +11,6 @@ from bisect import bisect
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field, replace
 from functools import partial
-from itertools import islice
 from pathlib import PurePosixPath
 
 import av
@@ -33,10 +32,12 @@ MAX_PIXELS = 2**27  # per frame of a video: four times 8K; decoding a pixel take
 SIGNATURE = re.compile(  # of AVI; Matroska, WebM; MP4, QuickTime. FFmpeg would also open the files in a playlist
     rb"RIFF|\x1a\x45\xdf\xa3|.{4}(ftyp|moov|mdat|free|skip|wide|pnot|styp|moof|sidx|uuid)", re.DOTALL
 )
-ERRORS = (  # of decord, FFmpeg, Pillow and Video: another kind of file, cut short, a frame or header with nonsense
-    OSError, RuntimeError, AssertionError, IndexError, StopIteration, SyntaxError, TypeError, ValueError,
-    av.FFmpegError, decord.DECORDError, decord.DECORDLimitReachedError, Image.DecompressionBombError,
+NO_VIDEO = (  # decord, FFmpeg and Video raise these: not a video, cut short, a frame that can't be decoded
+    OSError, RuntimeError, AssertionError, IndexError, StopIteration, TypeError, ValueError, av.FFmpegError,
+    decord.DECORDError, decord.DECORDLimitReachedError,
 )  # fmt: skip
+# Not an image, truncated or missing; bad PNG or EXIF; bad header; far too many pixels; lost palette (the last two)
+NO_IMAGE = OSError, SyntaxError, ValueError, Image.DecompressionBombError, AssertionError, TypeError
 
 decord.logging.set_level(decord.logging.QUIET)  # errors that matter become UnreadableError
 warnings.filterwarnings("ignore", module="PIL")  # likewise
@@ -79,12 +80,11 @@ def probe(root, class_name, path):
     if has_suffix("image", path):
         return Video(path, class_name, num_frames=1, fps=IMAGE_FPS, height=None, width=None)
     place = os.path.join(root, path)
-    with _errors_of(place):
-        with av.open(_safe_path(place), metadata_errors="ignore") as file:
-            claimed = max((stream.frames for stream in file.streams.video), default=0)
+    with _errors_of(place), av.open(_safe_path(place), metadata_errors="ignore") as file:
+        claimed = max((stream.frames for stream in file.streams.video), default=0)
         if claimed > os.path.getsize(place):  # decord would allocate memory for them, or abort
             raise OSError(f"claims {claimed} frames")
-        reader = _open_video(place)
+    with _open_video(place) as reader:
         _, height, width, _ = reader.get_batch([]).shape
         num_frames, fps, stored = _read_timing(reader)
         video = Video(path, class_name, num_frames, fps, height, width, varies=stored is not None)
@@ -93,10 +93,10 @@ def probe(root, class_name, path):
 
 def _usable_keyframes(path, video, reader):
     """The keyframes of a video; () if they are uncertain, or if PyAV and decord differ in the first frame."""
-    with suppress(*ERRORS):
+    with suppress(*NO_VIDEO):
         keyframes = find_keyframes(path, video.num_frames)
         pixels = next(decode_from(path, keyframes[0], video.height, video.width))()
-        with suppress(*ERRORS):  # decord fails if one packet of HEVC releases several frames
+        with suppress(*NO_VIDEO):  # decord fails if one packet of HEVC releases several frames
             return keyframes if np.array_equal(pixels, _pixels(reader.next())) else ()
         return keyframes
     return ()
@@ -116,18 +116,20 @@ def _errors_of(path):
     """Errors of a file and its decoder in the body become UnreadableError."""
     try:
         yield
-    except ERRORS as error:
+    except NO_VIDEO as error:
         raise UnreadableError(f"{path}: {str(error) or 'ends too early'}") from error
 
 
+@contextmanager
 def _open_video(path):
-    """A decord reader at the first frame."""
-    # decord replaces lost frames by copies, up to the share fault_tol of the video; 0 = no limit
-    reader = decord.VideoReader(_safe_path(path), ctx=decord.cpu(0), num_threads=1, fault_tol=1e-6)
-    _, height, width, _ = reader.get_batch([]).shape
-    if height * width > MAX_PIXELS:
-        raise OSError(f"{width} x {height} pixels")
-    return reader
+    """A decord reader at the first frame. Errors of the file and of decord become UnreadableError, also in the body."""
+    with _errors_of(path):
+        # decord replaces lost frames by copies, up to the share fault_tol of the video; 0 = no limit
+        reader = decord.VideoReader(_safe_path(path), ctx=decord.cpu(0), num_threads=1, fault_tol=1e-6)
+        _, height, width, _ = reader.get_batch([]).shape
+        if height * width > MAX_PIXELS:
+            raise OSError(f"{width} x {height} pixels")
+        yield reader
 
 
 def _read_timing(reader):
@@ -149,59 +151,69 @@ def _read_timing(reader):
 
 def read_frames(root, video, frame_indices):
     """The frames at `frame_indices`, which ascend, of a video or image: uint8 (T, H, W, 3). Raises UnreadableError."""
-    return np.stack(list(_frames(root, video, frame_indices)))
+    (frames,) = _read_parts(root, video, [frame_indices])
+    return frames
 
 
 def read_all_frames(root, video, chunk_size=16):
     """Yield all frames in order, in chunks uint8 (T, H, W, 3) with T <= chunk_size: an hour of 1080p exceeds memory."""
-    frames = _frames(root, video, range(video.num_frames))
-    while chunk := list(islice(frames, chunk_size)):
-        yield np.stack(chunk)
+    firsts = range(0, video.num_frames, chunk_size)
+    return _read_parts(root, video, [range(first, min(first + chunk_size, video.num_frames)) for first in firsts])
 
 
-def _frames(root, video, numbers):
-    """Yield the frames with these numbers, which ascend, uint8 (H, W, 3) each. Raises UnreadableError."""
+def _read_parts(root, video, parts):
+    """Yield the frames of each list of frame indices. Indices ascend over all lists."""
+    # PyAV decodes from the last keyframe before them, decord from the first frame on: decord returns wrong frames when
+    # it seeks, also in get_batch, in AVIs and near keyframes of open GOPs. If the faster one fails, the other continues
     path, done, decoders = os.path.join(root, video.path), 0, [_from_start]
-    with _errors_of(path):
-        if has_suffix("image", path):
-            yield _read_image(path)
+    if has_suffix("image", path):
+        yield _read_image(path)
+        return
+    if video.keyframes:
+        decoders.insert(parts[0][0] < video.keyframes[1][0], _from_keyframe)  # decord decodes a whole video faster
+    for number, decoder in enumerate(decoders, 1):
+        with suppress(*[UnreadableError] if number < len(decoders) else []):
+            for frames in decoder(path, video, parts[done:]):
+                yield frames
+                done += 1
             return
+
+
+def _from_start(path, video, parts):
+    """Yield what _read_parts does, with decord."""
+    with _open_video(path) as reader:
+        decoded = (partial(_pixels, frame) for frame in iter(reader.next, None))
+        yield from _pick(decoded, 0, _stored(reader, parts))
+
+
+def _from_keyframe(path, video, parts):
+    """Yield what _read_parts does, with PyAV."""
+    with _errors_of(path):
         if video.varies:
-            _, _, stored = _read_timing(_open_video(path))
-            numbers = [stored[number] for number in numbers] if stored else numbers
-        # PyAV decodes from the last keyframe before them, decord from the first frame on: decord returns wrong frames
-        # when it seeks, also in get_batch, in AVIs and near keyframes of open GOPs. If one fails, the other continues
-        if video.keyframes:
-            decoders.insert(numbers[0] < video.keyframes[1][0], _from_keyframe)  # decord decodes a whole video faster
-        for decoder in decoders:
-            with suppress(*[] if decoder is decoders[-1] else ERRORS):
-                for frame in decoder(path, video, numbers[done:]):
-                    yield frame
-                    done += 1
-                return
+            with _open_video(path) as reader:
+                parts = _stored(reader, parts)
+        keyframe = video.keyframes[bisect(video.keyframes, parts[0][0], key=lambda keyframe: keyframe[0]) - 1]
+        yield from _pick(decode_from(_safe_path(path), keyframe, video.height, video.width), keyframe[0], parts)
 
 
-def _from_start(path, video, numbers):
-    """An iterator over the frames with these numbers, decoded by decord."""
-    reader = _open_video(path)
-    return _pick((partial(_pixels, frame) for frame in iter(reader.next, None)), 0, numbers)
+def _stored(reader, parts):
+    """The numbers of the stored frames for lists of frame indices."""
+    _, _, stored = _read_timing(reader)
+    return parts if stored is None else [[stored[index] for index in frame_indices] for frame_indices in parts]
 
 
-def _from_keyframe(path, video, numbers):
-    """An iterator over the frames with these numbers, decoded by PyAV."""
-    keyframe = video.keyframes[bisect(video.keyframes, numbers[0], key=lambda keyframe: keyframe[0]) - 1]
-    return _pick(decode_from(_safe_path(path), keyframe, video.height, video.width), keyframe[0], numbers)
-
-
-def _pick(decoded, first, numbers):
-    """Yield the frames with these numbers. `decoded` yields a function per frame, from the number `first` on."""
+def _pick(decoded, first, parts):
+    """Yield the frames of each list of numbers. `decoded` yields a function per frame, from the number `first` on."""
     number, pixels = first - 1, None
-    for chosen in numbers:
-        while number < chosen:
-            number, pixels = number + 1, next(decoded, None)
-        if pixels is None:
-            raise OSError("ends too early")
-        yield pixels()
+    for numbers in parts:
+        frames = []
+        for chosen in numbers:
+            while number < chosen:
+                number, pixels = number + 1, next(decoded, None)
+            if pixels is None:
+                raise OSError("ends too early")
+            frames.append(pixels())
+        yield np.stack(frames)
 
 
 def _pixels(frame):
@@ -214,14 +226,17 @@ def _pixels(frame):
 
 
 def _read_image(path):
-    """An image, or the first frame of an animation, without its alpha channel: uint8 (H, W, 3)."""
-    check_regular(path)
-    with Image.open(path, formats=IMAGE_FORMATS) as image:
-        transpose = EXIF_TRANSPOSES.get(image.getexif().get(ExifTags.Base.Orientation))
-        if image.mode == "I;16":  # convert() would clip all values above 255
-            image = Image.fromarray((np.asarray(image) >> 8).astype(np.uint8))
-        image = image.convert("RGB")
-        return np.array(image if transpose is None else image.transpose(Image.Transpose[transpose]))
+    """An image, or the first frame of an animation, without its alpha channel: uint8 (1, H, W, 3)."""
+    try:
+        check_regular(path)
+        with Image.open(path, formats=IMAGE_FORMATS) as image:
+            transpose = EXIF_TRANSPOSES.get(image.getexif().get(ExifTags.Base.Orientation))
+            if image.mode == "I;16":  # convert() would clip all values above 255
+                image = Image.fromarray((np.asarray(image) >> 8).astype(np.uint8))
+            image = image.convert("RGB")
+            return np.array(image if transpose is None else image.transpose(Image.Transpose[transpose]))[None]
+    except NO_IMAGE as error:
+        raise UnreadableError(f"{path}: {error}") from error
 
 
 def resize_and_crop(frames, image_size):
