@@ -108,13 +108,14 @@ def read_world(clips, args, device):
     """The World of the videos of Clips. Raises UserError if one can't be decoded."""
     size, values, corrupt = clips.source.image_size, values_of(clips), []
     places = places_of(clips.classes, values)
+    numbers = {video.path: places[video.key] for video in clips.videos}
     counts = len(clips.classes), len(places) // len(clips.classes)
     frames = torch.empty(*counts, clips.num_frames, size, size, 3, dtype=torch.uint8)
-    for _, clip, name, _, path in real_stream(clips, range(len(places)), args, corrupt, "reading all clips"):
+    for _, clip, *_, path in real_stream(clips, range(len(places)), args, corrupt, "reading all clips"):
         if corrupt:
             advice = "expected all clips of Sprites; make it again"
             raise UserError(f"--data-path {args.data_path}: {corrupt[0]} can't be decoded; {advice}")
-        frames[places[f"{name}/{PurePosixPath(path).stem}"]] = torch.from_numpy(clip)
+        frames[numbers[path]] = torch.from_numpy(clip)
     return World(clips.classes, values, frames, device)
 
 
