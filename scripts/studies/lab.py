@@ -30,10 +30,12 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from engine import ROOT
 
+from benchmark import machine
 from runtime import distributed
 from runtime.atomic import write_file
 from runtime.cli import NATURAL, ArgumentParser, UserError, check_writable, fail, one_line_errors, say, wrong_input
 from runtime.metrics import read_metrics
+from scoring.manifest import code_commit
 from scoring.stats import cell, mean_and_error  # noqa: F401 (cell: for people.py)
 
 WAIT_SECONDS = 2.0  # between two checks for runs that other processes did not finish
@@ -175,6 +177,44 @@ class Run:
         self.make_data()
         self.sample(self.train())
         self.score()
+
+
+@dataclass(eq=False)
+class JsonRun(Run):
+    """A Run that ends with a row in a json file, which holds its scores. Runs that have a row are not run again."""
+
+    out: Path = None  # the json file
+    about: dict = field(default_factory=dict)  # what tells this row from others
+
+    @property
+    def has_row(self):
+        return any(self.about.items() <= row.items() for row in read_rows(self.out))
+
+    @property
+    def is_done(self):
+        return self.has_row
+
+    def row(self):
+        values = {"": {"val_loss": self.validations()[-1]["val_loss"]}} | {
+            task: self.values(task) for task in self.tasks
+        }
+        return self.about | {"code": code_commit() or "", "machine": machine(), "values": values}
+
+    def score(self):
+        super().score()
+        self.add_rows([self])
+
+    @staticmethod
+    def add_rows(runs):
+        """Add the rows of these runs, which are scored, to their json file."""
+        out = runs[0].out
+        with file_lock(out.with_name(f".{out.stem}.lock")):  # another process may add rows at the same time
+            write_file(out, json.dumps([*read_rows(out), *(run.row() for run in runs)], indent=1).encode() + b"\n")
+
+
+def read_rows(path):
+    """The rows of a json file; none if it does not exist."""
+    return json.loads(path.read_text()) if path.exists() else []
 
 
 def run_all(runs, minutes=math.inf):
