@@ -1,6 +1,7 @@
 """Measure how well --forcing teaches a model to complete clips, and what it costs. Moving Shapes, several seeds.
 
     python scripts/studies/given_frames.py --shares 0 0.75 --seeds 0 1 2     about 10 minutes of one core per model
+    python scripts/studies/given_frames.py --shares 0.75 --objective flow    writes given_frames_flow.md and .json
 
 The models follow the recommended curriculum of study.py, each with another share of forced clips. The test set has 288
 videos, made with another seed. evaluate.py scores completed clips with --metric prediction, and clips without given
@@ -11,7 +12,8 @@ results/given-frames (see lab.py).
 from pathlib import Path
 
 import lab
-from arms import RECOMMENDED, sampling_flags, size_of, training
+from arms import GUIDANCE, RECOMMENDED, sampling_flags, size_of, training
+from objectives import SETTINGS, USUAL, sampling
 from runtime.cli import SHARE, one_line_errors
 
 TASKS = {  # row of the table: (flags of sample_gd.py, metric)
@@ -23,6 +25,7 @@ TASKS = {  # row of the table: (flags of sample_gd.py, metric)
     "nothing given, 16 frames": ("--num-frames 16", "motion"),
     "nothing given, 24 frames at once": ("--num-frames 24 --window 24", "motion"),
 }
+UNALIGNED = "1 of 16 given"  # ends within a temporal patch: not for flow
 COLUMNS = {  # title: (value of a manifest, factor, digits)
     "direction accuracy (%)": ("direction_accuracy", 100, 1),
     "PSNR gain (dB)": ("psnr_gain", 1, 1),
@@ -31,23 +34,32 @@ COLUMNS = {  # title: (value of a manifest, factor, digits)
 }
 
 
-def make_run(args, share, seed):
-    """The lab.Run of the model with this share of forced clips and this seed."""
+def make_run(args, share, seed, objective="eqm"):
+    """The lab.Run of the model with this objective, share of forced clips and seed."""
     root, clips, size = Path(args.out, "given-frames"), num_clips(args), size_of(args)
     data = lab.data_sets(root / "moving-shapes", size.videos, max(2, clips // 12), "--seconds", 1.4)
     videos, test = data
-    flags = ["--num-samples", clips, "--seed", seed, *sampling_flags(size)]
+    way = ["--cfg-scale", GUIDANCE, "--precision", "bf16", *sampling(SETTINGS[objective].way, USUAL)]
+    own = sampling_flags(size) if objective == "eqm" else way
+    flags = ["--num-samples", clips, "--seed", seed, *own]
     given = {"prediction": ["--given", test, "--given-split", "all", "--no-keep-background"], "motion": []}
     return lab.Run(
-        root / f"forcing{share:g}-seed{seed}",
+        root / f"forcing{share:g}-seed{seed}{'' if objective == 'eqm' else f'-{objective}'}",
         data,
-        **training(args, RECOMMENDED, seed, 1.0, "--forcing", share, "--data-path", videos),
-        tasks={task: ([*words.split(), *flags, *given[metric]], [metric]) for task, (words, metric) in TASKS.items()},
+        **training(args, RECOMMENDED, seed, 1.0, "--forcing", share, "--data-path", videos, "--objective", objective),
+        tasks={
+            task: ([*words.split(), *flags, *given[metric]], [metric])
+            for task, (words, metric) in tasks_of(objective).items()
+        },
         metrics={
             "prediction": ["--data-path", test],
             "motion": ["--data-path", test, "--split", "all", "--num-real", clips],
         },
     )
+
+
+def tasks_of(objective):
+    return {task: own for task, own in TASKS.items() if objective != "flow" or task != UNALIGNED}
 
 
 def num_clips(args):
@@ -78,17 +90,20 @@ def markdown(content):
 def parse_args():
     parser, values = lab.study_parser(__doc__, seeds=[0, 1, 2]), "values of --forcing, a model each"
     parser.add_argument("--shares", type=SHARE, nargs="+", default=[0.0, 0.75], help=values)
+    parser.add_argument("--objective", choices=SETTINGS, default="eqm", help="what the models are trained to predict")
     return parser.parse_args()
 
 
 @one_line_errors()
 def main():
     args = parse_args()
-    runs = {f"{share:g}": [make_run(args, share, seed) for seed in args.seeds] for share in args.shares}
+    runs = {f"{share:g}": [make_run(args, share, seed, args.objective) for seed in args.seeds] for share in args.shares}
     lab.run_all([run for group in zip(*runs.values(), strict=True) for run in group])
-    tasks = {task: {share: lab.collect(group, task, COLUMNS) for share, group in runs.items()} for task in TASKS}
+    tasks = tasks_of(args.objective)
+    tasks = {task: {share: lab.collect(group, task, COLUMNS) for share, group in runs.items()} for task in tasks}
     content = {"videos": num_clips(args), "seeds": args.seeds, "tasks": tasks}
-    lab.write_results(args.out, "given_frames", markdown(content), content)
+    name = "given_frames" if args.objective == "eqm" else f"given_frames_{args.objective}"
+    lab.write_results(args.out, name, markdown(content), content)
 
 
 if __name__ == "__main__":

@@ -67,13 +67,18 @@ def make_tasks(objective, setting, clips, fewer):
     return tasks
 
 
+def data_sets(args):
+    """The `data` of a lab.Run: training videos and test videos."""
+    folder = Path(args.out, "objectives", "moving-shapes")
+    return lab.data_sets(folder, size_of(args).videos, 2 if args.miniature else 24, "--seconds", 1.4)
+
+
 class ObjectiveRun(lab.JsonRun):
     """A model of an objective with a Setting and a seed."""
 
     def __init__(self, args, objective, setting, seed, tasks, **about):
         size, root = size_of(args), Path(args.out, "objectives")
-        data = lab.data_sets(root / "moving-shapes", size.videos, 2 if args.miniature else 24, "--seconds", 1.4)
-        videos, test = data
+        (videos, test), data = data_sets(args), data_sets(args)
         name = "-".join([objective, *(f"{name}{value:g}" for name, value in about.items()), f"seed{seed}"])
         flags = ["--objective", objective, "--gamma-shift", setting.shift, "--data-path", videos]
         common = ["--seed", seed, "--precision", "bf16", "--batch-size", 32]
@@ -89,6 +94,12 @@ class ObjectiveRun(lab.JsonRun):
     def values(self, task):
         evaluations = lab.json.loads(self.path(task).read_text())["mean_evaluations"]
         return super().values(task) | {"evaluations": evaluations}
+
+
+def main_run(args, objective, seed):
+    """The run of an objective with its Setting."""
+    setting = SETTINGS[objective]
+    return ObjectiveRun(args, objective, setting, seed, make_tasks(objective, setting, *num_clips(args)))
 
 
 def tuning_run(args, objective, shift):
@@ -163,8 +174,8 @@ def main():
         runs = [tuning_run(args, objective, shift) for shift in SHIFTS for objective in SETTINGS]
     else:
         runs = [
-            ObjectiveRun(args, objective, setting, seed, make_tasks(objective, setting, *num_clips(args)))
-            for seed in args.seeds for objective, setting in SETTINGS.items() if seed < SEEDS[objective]
+            main_run(args, objective, seed)
+            for seed in args.seeds for objective in SETTINGS if seed < SEEDS[objective]
         ]  # fmt: skip
     lab.run_all(runs)
     rows, write = lab.read_rows(runs[0].out), tuning_markdown if args.tune else markdown
