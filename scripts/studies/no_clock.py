@@ -152,7 +152,7 @@ parse_args = lab.study_parser(__doc__, seeds=[0, 1, 2]).parse_args
 @one_line_errors()
 def main():
     args = parse_args()
-    args.tune, out = False, Path(args.out, "no_clock.json")
+    out = Path(args.out, "no_clock.json")
     cases = [
         {"part": part, "seed": seed, "gamma": level, "method": method}
         for seed in args.seeds for part, levels in PARTS.items() for level in levels for method in methods(part)

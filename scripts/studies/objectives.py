@@ -87,7 +87,7 @@ class ObjectiveRun(lab.JsonRun):
             root / name, data, **training(args, RECOMMENDED, seed, 1.0, *flags),
             tasks={name: ([*words, *common], metrics) for name, (words, metrics) in tasks.items()},
             metrics={"motion": motion, "nearest": ["--data-path", videos, "--num-real", size.clips]},
-            out=Path(args.out, "objectives_tuning.json" if args.tune else "objectives.json"),
+            out=Path(args.out, "objectives_tuning.json" if about else "objectives.json"),
             about={"objective": objective, **about, "seed": seed},
         )  # fmt: skip
 
