@@ -180,7 +180,8 @@ def open_weak(args, strong, data, window):
         return None
 
     def inputs(config, data):
-        return config.objective, config.input_size, config.in_channels, data["classes"], data.get("vae_sha256")
+        told = config.objective, config.level_frames
+        return *told, config.input_size, config.in_channels, data["classes"], data.get("vae_sha256")
 
     try:
         model, config, _ = checkpoint.load_model(args.weak_ckpt, not args.no_ema, video=args.video)
@@ -217,7 +218,9 @@ def choose_windows(args, config, num_frames, trained, data, time_scale, forcing)
     if forcing and args.rope_scale == "none":
         stretch = data["longest_time_scale"] / time_scale if config.use_rope else 1
         usual = max(trained, math.floor(trained * stretch / patch + 1e-6) * patch)  # whole temporal patches
-    window = min(num_frames, args.window or config.whole_levels(usual))
+    window = min(num_frames, args.window or usual)
+    if window < num_frames and not args.window:
+        window = config.whole_levels(window)
     try:
         config.check_num_frames(window)
     except ValueError as error:
@@ -226,7 +229,8 @@ def choose_windows(args, config, num_frames, trained, data, time_scale, forcing)
         return window, 0
     overlap = config.whole_levels(window // 2) if args.overlap is None else args.overlap
     if overlap >= window:
-        raise UserError(f"--overlap {overlap}: leaves no new frames in a window of {window}; expected a smaller number")
+        wrong = f"--overlap {overlap}: leaves no new frames in a window of {window}; expected a smaller number"
+        raise UserError(f"--window {window}: expected two temporal patches" if args.overlap is None else wrong)
     unit = config.level_frames
     for name, frames in (("window", window), ("overlap", overlap)):
         if frames % unit:

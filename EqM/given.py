@@ -81,14 +81,12 @@ def choose_frames(args, plan, clip):
     unit, count = config.level_frames, min(clip.count(plan.time_scale), config.whole_levels(T // 2))
     frames = args.given_frames or tuple(range(count // unit * unit))
     if count < unit and not frames:
-        raise UserError(
-            f"--given {clip}: {plural(count, 'frame')}; --objective {config.objective} needs {unit} at least"
-        )
+        raise UserError(f"--given {clip}: has {plural(count, 'frame')}; expected at least {unit}, a temporal patch")
     if not frames or not set(frames) < set(range(T)):
         got = f"--given-frames {as_ranges(frames)}: samples have the frames 0 to {T - 1}"
         raise UserError(f"{got}; expected some of them, but not all")
-    patches = {frame // unit for frame in frames}
-    if set(frames) != {frame for frame in range(T) if frame // unit in patches}:
+    patches, end = {frame // unit for frame in frames}, T if plan.window == T else math.ceil(T / unit) * unit
+    if set(frames) != {frame for frame in range(end) if frame // unit in patches}:
         why = f"splits a temporal patch of {unit} frames, which has one noise level in --objective {config.objective}"
         raise UserError(f"--given-frames {as_ranges(frames)}: {why}; expected whole patches, such as 0-{unit - 1}")
     return frames

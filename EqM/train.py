@@ -97,7 +97,7 @@ def add_model_and_data_flags(parser):
     add("--position-table", choices=POSITION_TABLES, help=table)
     add("--qk-norm", action="store_true", default=None, help="RMSNorm of queries and keys; default: from --ckpt")
     add("--ebm", choices=EBMS, help="energy whose negative gradient is the field; default: from --ckpt, else none")
-    objective = "eqm; flow: flow matching, which is told the noise level; blind: flow matching without that; default: "
+    objective = "eqm; flow: flow matching, which is told the noise level; blind: the same, not told; default: "
     add("--objective", choices=transport.OBJECTIVES, help=objective + "from --ckpt, else eqm")
     add("--num-classes", type=COUNT, help="number of classes; default: number of class folders")
 

@@ -9,7 +9,7 @@ With --forcing, some training clips have several levels: given frames are clean 
 network thus learns to complete clips, as in Diffusion Forcing (arXiv 2407.01392). It has no level as an input, because
 it sees from the frames how noisy they are.
 
-Two other objectives serve as controls. "flow" is flow matching (arXiv 2209.03003): the target is x - eps without c, and
+Two other objectives serve as controls. "flow" is flow matching (arXiv 2210.02747): the target is x - eps without c, and
 the network is told gamma. "blind" has the same target, but the network is not told (arXiv 2502.13129). Their field does
 not vanish at the data, so a solver must follow it from gamma = 0 to 1.
 """
@@ -58,13 +58,18 @@ def losses(network, x, noise, gamma, y, time_scale, first=0, return_features=Fal
 
     errors: (B,) float32, the mean squared error of each clip over its frames from `first` on. The mean square covers
     all frames, so for first = 0 it is the loss of a network that predicts zero. features: (B, N, D) or None.
+
+    The other objectives leave out clean frames (gamma = 1): their target is noise that x_gamma does not show.
     """
     told = {"gamma": gamma} if objective == "flow" else {}
     output = network(interpolate(x, noise, gamma), y, time_scale, return_features=return_features, **told)
     f, features = output if return_features else (output, None)
     goal = target(x, noise, gamma, objective)
-    errors = (f.float() - goal).square()[:, :, first:].flatten(1).mean(dim=1)
-    return errors, goal.square().mean(), features
+    squares, zero = (f.float() - goal).square()[:, :, first:], goal.square()
+    if objective == "eqm" or gamma.dim() == 1:
+        return squares.flatten(1).mean(dim=1), zero.mean(), features
+    errors, zero = (_mean_of_noisy(part, gamma[:, -part.shape[2] :]) for part in (squares, zero))
+    return errors, zero.mean(), features
 
 
 def zero_loss(mean_square, objective="eqm"):
@@ -85,6 +90,12 @@ def dispersive_loss(features):
     distances = (squares[:, None] + squares - 2 * z @ z.T).clamp(min=0) / dim  # (B, B)
     distances = distances.masked_fill(torch.eye(B, dtype=torch.bool, device=z.device), 0)
     return 0.5 * (distances.neg().flatten().logsumexp(dim=0) - 2 * math.log(B))
+
+
+def _mean_of_noisy(squares, gamma):
+    """The mean (B,) of squares (B, C, T, H, W) over the frames with gamma (B, T) below 1."""
+    is_noisy = (gamma < 1).float()
+    return (squares.mean(dim=(1, 3, 4)) * is_noisy).sum(dim=1) / is_noisy.sum(dim=1)
 
 
 def _broadcast(gamma):
@@ -109,8 +120,8 @@ def draw_gammas(seed, stream, indices, num_frames, patch, shift=1.0, share=0.0, 
 
     The draws of a sample depend only on (seed, stream, index), where stream is the first step of the phase. A clip that
     is not forced keeps its gamma, whatever the share. A clip of one temporal patch (`patch` frames) is never forced:
-    its frames share all tokens, so the given ones would show most of the others. shift: see `shift_gamma`. Of so many
-    `level_frames` (1 or `patch`), all or none are given.
+    its frames share all tokens, so the given ones would show most of the others. shift: see `shift_gamma`. Given frames
+    come in groups of `level_frames`, 1 or `patch`.
     """
     gamma = shift_gamma(uniform(seed, "gamma", stream, indices), shift)  # (B,)
     if share == 0 or num_frames <= patch:

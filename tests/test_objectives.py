@@ -86,6 +86,13 @@ def test_targets_and_losses_of_each_objective(objective):
     torch.testing.assert_close(errors, torch.ones(4))
     torch.testing.assert_close(square, truth.square().mean())
     assert told == [{"gamma": gamma} if objective == "flow" else {}]
+    levels = torch.tensor([[1.0, 0.3, 0.3]]).expand(4, 3)  # of frames
+    goal = transport.target(x, noise, levels, objective)
+    goal[:, :, 0] += 9.0  # an error where nothing is to be denoised
+    errors, square, _ = transport.losses(lambda *_, **__: goal, x, noise, levels, None, None, objective=objective)
+    torch.testing.assert_close(errors, torch.full((4,), 27.0 if objective == "eqm" else 0.0))
+    part = transport.target(x, noise, levels, objective)[:, :, 0 if objective == "eqm" else 1 :]
+    torch.testing.assert_close(square, part.square().mean())
     many = torch.linspace(0, 1, 20_000)
     zero = transport.target(2 * normal(20_000, 1, 1, 4, 4), normal(20_000, 1, 1, 4, 4, seed=1), many, objective)
     assert zero.square().mean().item() == pytest.approx(transport.zero_loss(4.0, objective), rel=0.02)
@@ -206,13 +213,24 @@ def test_a_run_trains_resumes_and_samples_with_forcing(objective, shapes, tmp_pa
     assert (again[:, :4] == one[:, :4]).all()
 
 
+@pytest.mark.parametrize("use_rope", [True, False])
+def test_a_flow_model_samples_clips_whose_last_patch_is_partial_at_once(use_rope, tmp_path):
+    settings = {"num_frames": 10, "use_rope": use_rope, "objective": "flow"}
+    path = random_checkpoint(tmp_path / "flow.pt", training={"num_frames": 10, "video": True}, **settings)
+    clips, about = sample_here(path, tmp_path / "samples")
+    assert clips.shape[1] == about["source"]["window"] == 10
+    sample_here(path, tmp_path / "given", "--given", tmp_path / "samples", "--given-frames", "8-9")
+
+
 @pytest.mark.parametrize(("flags", "message"), [
     ("--sampler gd", "--sampler gd: a model of --objective flow has no equilibria to descend to"),
     ("--stop-below 1", "--stop-below 1.0: euler has a fixed number of steps; remove it"),
     ("--objective eqm", "has objective flow, --objective gives eqm: they must agree"),
     ("--num-frames 16 --overlap 3", "--overlap 3: splits a temporal patch"),
     ("--num-frames 16 --window 10", "--window 10: splits a temporal patch"),
-    ("--given PICTURE", "1 frame; --objective flow needs 4 at least"),
+    ("--given PICTURE", "has 1 frame; expected at least 4, a temporal patch"),
+    ("--num-frames 10 --window 8 --given SAMPLES --given-frames 8-9", "--given-frames 8-9: splits a temporal patch"),
+    ("--num-frames 16 --window 4", "--window 4: expected two temporal patches"),
     ("--given SAMPLES --given-frames 0-2", "--given-frames 0-2: splits a temporal patch of 4 frames"),
 ])  # fmt: skip
 def test_samples_of_flow_refuse_what_it_cannot_do(flags, message, flow_model, tmp_path, capsys):

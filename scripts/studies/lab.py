@@ -202,19 +202,18 @@ class JsonRun(Run):
 
     def score(self):
         super().score()
-        self.add_rows([self])
-
-    @staticmethod
-    def add_rows(runs):
-        """Add the rows of these runs, which are scored, to their json file."""
-        out = runs[0].out
-        with file_lock(out.with_name(f".{out.stem}.lock")):  # another process may add rows at the same time
-            write_file(out, json.dumps([*read_rows(out), *(run.row() for run in runs)], indent=1).encode() + b"\n")
+        add_rows(self.out, [self.row()])
 
 
 def read_rows(path):
     """The rows of a json file; none if it does not exist."""
     return json.loads(path.read_text()) if path.exists() else []
+
+
+def add_rows(path, rows):
+    """Add rows to a json file, to which another process may add at the same time."""
+    with file_lock(path.with_name(f".{path.stem}.lock")):
+        write_file(path, json.dumps([*read_rows(path), *rows], indent=1).encode() + b"\n")
 
 
 def run_all(runs, minutes=math.inf):
@@ -333,7 +332,8 @@ class ExperimentTable:
         """The lines of NAME.md, with a column per run."""
         about = f"`scripts/studies/{self.name}.py` wrote this table from runs of `scripts/{self.script}`. "
         about += "Brackets hold 95% intervals over clips."
-        titles = [f"HOURS={run['hours']:g}" + (f", seed {run['seed']}" if "seed" in run else "") for run in runs]
+        more = [[f"seed {run['seed']}"] * ("seed" in run) + [run["objective"]] * ("objective" in run) for run in runs]
+        titles = [", ".join([f"HOURS={run['hours']:g}", *words]) for run, words in zip(runs, more, strict=True)]
         columns = list(map(self.rows_of, runs))
         rows = [[what, *(column.get(what, "-") for column in columns)] for what in columns[0]]
         return [f"# {self.title}", "", about, "", *table(["", *titles], rows)]

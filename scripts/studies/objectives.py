@@ -4,23 +4,24 @@
     python scripts/studies/objectives.py            10 seeds of eqm and flow, 3 of blind, with the settings below
 
 All models follow the recommended curriculum of study.py; a run takes about 5 minutes of one core. The primary endpoint
-is the share of 16-frame clips whose direction and shape are both right after 15 evaluations with guidance. `flow` is
-told the noise level, and its evaluations cost as much. The script writes results/objectives.md and .json, with --tune
+is the share of 16-frame clips whose direction and shape are both right after 15 evaluations with guidance, the scale of
+which an earlier study chose for eqm. The script writes results/objectives.md and .json, with --tune
 results/objectives_tuning.md and .json. Models, samples and scores are in results/objectives (see lab.py).
 """
 
+import json
 from dataclasses import dataclass
 from pathlib import Path
 
 import lab
 from arms import GUIDANCE, PATH_LENGTH, RECOMMENDED, size_of, training
-from runtime.cli import one_line_errors
+from runtime.cli import fail, one_line_errors
 
 SEEDS, TUNING_SEED = {"eqm": 10, "flow": 10, "blind": 3}, 10
 SHIFTS = 1, 3, 5  # --gamma-shift of training; solvers sample on its grid
-WAYS = {"eqm": (0.4, PATH_LENGTH, 0.6), "flow": ("euler", "heun"), "blind": ("euler", "heun")}  # path length or solver
+WAYS = {"eqm": (PATH_LENGTH, 0.6), "flow": ("euler", "heun"), "blind": ("euler", "heun")}  # path length or solver
 COUNTS, USUAL = (2, 4, 8, 15, 30), 15  # evaluations
-LIMITS = 0.5, 1, 2  # --stop-below, on a path of twice the usual evaluations
+LIMITS, STOPS = (0.5, 1, 2), (10, 12, 20, 30)  # eqm: --stop-below, and evaluations, with steps of the usual size
 BOTH, NEAREST = "both right (%)", "RMSE to the nearest training clip / of held-out clips"
 COLUMNS = {  # of 16 frames: title: (value of a manifest, factor, digits)
     BOTH: ("both_accuracy", 100, 1),
@@ -43,7 +44,8 @@ SETTINGS = {"eqm": Setting(3, PATH_LENGTH), "flow": Setting(3, "euler"), "blind"
 
 
 def sampling(way, evaluations):
-    """Flags of sample_gd.py for so many evaluations; heun takes an odd number."""
+    """Flags of sample_gd.py for so many evaluations. Heun's method takes an odd number, so Euler's does for others."""
+    way = "euler" if way == "heun" and evaluations % 2 == 0 else way
     points = (evaluations + 3) // 2 if way == "heun" else evaluations + 1
     flags = ["--sampler", way if isinstance(way, str) else "ngd", "--num-sampling-steps", points]
     return flags if isinstance(way, str) else [*flags, "--stepsize", f"{way / evaluations:.4g}"]
@@ -61,9 +63,11 @@ def make_tasks(objective, setting, clips, fewer):
     for count in COUNTS:
         tasks |= {f"{count} evaluations": task(count)} if count != USUAL else {}
         tasks[f"{count} evaluations, no guidance"] = task(count, guidance=1)
-    for limit in LIMITS if objective == "eqm" else ():
-        flags = "--num-sampling-steps", 2 * USUAL + 1, "--stop-below", limit
-        tasks[f"until the field is below {limit:g}"] = task(USUAL, *flags)
+    if objective == "eqm":
+        for limit in LIMITS:
+            flags = "--num-sampling-steps", 2 * USUAL + 1, "--stop-below", limit
+            tasks[f"until the field is below {limit:g}"] = task(USUAL, *flags)
+        tasks |= {f"{n} steps of the usual size": task(USUAL, "--num-sampling-steps", n + 1) for n in STOPS}
     return tasks
 
 
@@ -76,23 +80,24 @@ def data_sets(args):
 class ObjectiveRun(lab.JsonRun):
     """A model of an objective with a Setting and a seed."""
 
-    def __init__(self, args, objective, setting, seed, tasks, **about):
-        size, root = size_of(args), Path(args.out, "objectives")
-        (videos, test), data = data_sets(args), data_sets(args)
-        name = "-".join([objective, *(f"{name}{value:g}" for name, value in about.items()), f"seed{seed}"])
+    def __init__(self, args, objective, setting, seed, tasks):
+        size, data = size_of(args), data_sets(args)
+        videos, test = data
+        about = {"objective": objective, "shift": setting.shift, "way": setting.way, "seed": seed}
+        about |= {"size": size.name} if args.miniature else {}
         flags = ["--objective", objective, "--gamma-shift", setting.shift, "--data-path", videos]
         common = ["--seed", seed, "--precision", "bf16", "--batch-size", 32]
         motion = ["--data-path", test, "--split", "all", "--num-real", size.clips]
         super().__init__(
-            root / name, data, **training(args, RECOMMENDED, seed, 1.0, *flags),
+            Path(args.out, "objectives", "-".join(map(str, about.values()))), data,
+            **training(args, RECOMMENDED, seed, 1.0, *flags),
             tasks={name: ([*words, *common], metrics) for name, (words, metrics) in tasks.items()},
             metrics={"motion": motion, "nearest": ["--data-path", videos, "--num-real", size.clips]},
-            out=Path(args.out, "objectives_tuning.json" if about else "objectives.json"),
-            about={"objective": objective, **about, "seed": seed},
+            out=Path(args.out, "objectives_tuning.json" if seed == TUNING_SEED else "objectives.json"), about=about,
         )  # fmt: skip
 
     def values(self, task):
-        evaluations = lab.json.loads(self.path(task).read_text())["mean_evaluations"]
+        evaluations = json.loads(self.path(task).read_text())["mean_evaluations"]
         return super().values(task) | {"evaluations": evaluations}
 
 
@@ -106,7 +111,7 @@ def tuning_run(args, objective, shift):
     """The run that measures all ways to sample an objective with this training shift."""
     common = ["--num-frames", 16, "--num-samples", num_clips(args)[0], "--cfg-scale", GUIDANCE]
     tasks = {str(way): ([*common, *sampling(way, USUAL)], ("motion",)) for way in WAYS[objective]}
-    return ObjectiveRun(args, objective, Setting(shift, ""), TUNING_SEED, tasks, shift=shift)
+    return ObjectiveRun(args, objective, Setting(shift, "all"), TUNING_SEED, tasks)
 
 
 def num_clips(args):
@@ -115,10 +120,9 @@ def num_clips(args):
 
 
 def tuning_markdown(rows):
-    about = (
-        f"`scripts/studies/objectives.py --tune` wrote this table: seed {TUNING_SEED}, {USUAL} evaluations, guidance "
-    )
-    lines = ["# Tuning of the objectives", "", f"{about}{GUIDANCE}. Directions and shapes both right (%).", ""]
+    about = f"`scripts/studies/objectives.py --tune` wrote these tables: seed {TUNING_SEED}, {USUAL} evaluations, "
+    about += f"guidance {GUIDANCE}. Cells: directions and shapes both right (%)."
+    lines = ["# Tuning of the objectives", "", about, ""]
     for objective, ways in WAYS.items():
         own = sorted((row for row in rows if row["objective"] == objective), key=lambda row: row["shift"])
         cells = [[f"{row['shift']:g}", *(f"{100 * row['values'][str(way)]['both_accuracy']:.1f}" for way in ways)]
@@ -129,17 +133,18 @@ def tuning_markdown(rows):
 
 
 def collect(rows, task, name, factor=1.0):
-    """{objective: {seed: value}} of a task."""
+    """{objective: {seed: value}} of a task, for models with the SETTINGS of today."""
     found = {objective: {} for objective in SETTINGS}
     for row in sorted(rows, key=lambda row: row["seed"]):
-        if (value := row["values"].get(task, {}).get(name)) is not None:
+        setting = Setting(row["shift"], row["way"])
+        if setting == SETTINGS[row["objective"]] and (value := row["values"].get(task, {}).get(name)) is not None:
             found[row["objective"]][row["seed"]] = factor * value
     return {objective: values for objective, values in found.items() if values}
 
 
 def markdown(rows):
-    lines = ["# Objectives", "", "`scripts/studies/objectives.py` wrote these tables. Cells hold the mean over seeds, "
-             "and the range.", "", f"## {MAIN}", ""]  # fmt: skip
+    lines = ["# Objectives", "", "`scripts/studies/objectives.py` wrote these tables. Cells hold the mean over seeds "
+             "(blind has fewer), and the range.", "", f"## {MAIN}", ""]  # fmt: skip
     found = {title: collect(rows, MAIN, name, factor) for title, (name, factor, _) in COLUMNS.items()}
     table = {objective: {title: [*own.get(objective, {}).values()] for title, own in found.items()}
              for objective in found[BOTH]}  # fmt: skip
@@ -161,9 +166,8 @@ def difference(found, what, digits):
 
 
 def parse_args():
-    parser = lab.study_parser(__doc__)
+    parser = lab.study_parser(__doc__, seeds=[*range(10)])
     parser.add_argument("--tune", action="store_true", help=f"compare settings of each objective on seed {TUNING_SEED}")
-    parser.add_argument("--seeds", type=int, nargs="+", default=[*range(10)], help="training seeds")
     return parser.parse_args()
 
 
@@ -177,6 +181,8 @@ def main():
             main_run(args, objective, seed)
             for seed in args.seeds for objective in SETTINGS if seed < SEEDS[objective]
         ]  # fmt: skip
+    if not runs:
+        fail(f"--seeds {args.seeds[0]}: expected some below {max(SEEDS.values())}")
     lab.run_all(runs)
     rows, write = lab.read_rows(runs[0].out), tuning_markdown if args.tune else markdown
     lab.write_results(args.out, runs[0].out.stem, write(rows))

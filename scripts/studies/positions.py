@@ -171,7 +171,7 @@ def score_all(runs):
                 keep_end(run.path(END).parent, 16)
         lab.score(left)
         if left:
-            lab.JsonRun.add_rows(left)
+            lab.add_rows(left[0].out, [run.row() for run in left])
 
 
 def keep_end(folder, num_frames):
