@@ -43,7 +43,7 @@ KEYS = {"version", "config", "model", "ema", "optimizer", "step", "phase", "best
 SAVED_STEP = "saved_step.txt"  # in a run folder: the step of its newest checkpoint
 PARTS = ("model", "ema", "optimizer", "run")  # the parts that hold tensors
 SETTINGS = {  # names that every config has
-    "model": set(EqMConfig.__annotations__),
+    "model": EqMConfig.__annotations__.keys() - {"objective"},  # older files have "eqm"
     "data": {"vae", "image_size", "time_scale", "longest_time_scale"},
     "training": {"model", "num_frames", "video"},
 }

@@ -37,8 +37,8 @@ def add_sampling_flags(parser):
     """Add the flags of the sampler to a parser. `resolve_sampler` fills in their defaults."""
     add = parser.add_argument_group("sampling (default: settings of the checkpoint, else as below)").add_argument
     default = {name: f"; default: {value}" for name, value in SAMPLER.items()}
-    text = "gd: gradient descent; ngd: with Nesterov momentum; euler, heun: the ODE in gamma, for comparison"
-    add("--sampler", choices=[*DESCENTS, *SOLVERS], help=text + default["sampler"])
+    text = "gd: gradient descent; ngd: with Nesterov momentum; euler, heun: the ODE in gamma; default: gd, or euler "
+    add("--sampler", choices=[*DESCENTS, *SOLVERS], help=text + "if --objective is not eqm")
     text = "points of the path: gd, ngd and euler take N - 1 evaluations, heun 2 N - 3" + default["num_sampling_steps"]
     add("--num-sampling-steps", type=number(int, least=2), metavar="N", help=text)
     text = "step size eta of gd and ngd; if you set only one of N and X, the other keeps evaluations x step size"
@@ -49,17 +49,22 @@ def add_sampling_flags(parser):
     add("--cfg-scale", type=NON_NEGATIVE, help=f"scale of classifier-free guidance; 1 = off{default['cfg_scale']}")
 
 
-def resolve_sampler(args, training):
+def resolve_sampler(args, training, objective):
     """Return {flag: value} from the command line, else config["training"], else SAMPLER. Raises UserError."""
-    kept = {name: training.get(name, value) for name, value in SAMPLER.items()}
+    usual = SAMPLER | ({} if objective == "eqm" else {"sampler": "euler"})
+    kept = {name: training.get(name, value) for name, value in usual.items()}
     typed = {name: getattr(args, name) for name in SAMPLER if getattr(args, name) is not None}
     path = ("num_sampling_steps", "stepsize")
     if kept["sampler"] in SOLVERS and args.sampler in DESCENTS:  # solvers have no path length to keep
         kept |= {name: SAMPLER[name] for name in path}
     values = kept | typed
+    endless = objective != "eqm" and values["sampler"] in DESCENTS
+    why = f"a model of --objective {objective} has no equilibria to descend to; expected euler or heun"
+    refuse_if(args, "sampler", endless, f"{why}; change or remove --sampler")
     if values["sampler"] in SOLVERS:
-        why = f"{values['sampler']} has a fixed number of steps; expected gd or ngd"
-        refuse_if(args, "stop_below", args.stop_below, f"{why}; change --sampler, or remove --stop-below")
+        why = f"{values['sampler']} has a fixed number of steps"
+        advice = "expected gd or ngd; change --sampler, or remove --stop-below" if objective == "eqm" else "remove it"
+        refuse_if(args, "stop_below", args.stop_below, f"{why}; {advice}")
         values["stop_below"] = 0
     elif len(typed.keys() & path) == 1:
         length = (kept["num_sampling_steps"] - 1) * kept["stepsize"]
@@ -101,6 +106,7 @@ class Plan:
     step: int = 0  # of training
     trained_frames: int = 0  # frames per clip at the end of training
     forcing: float = 0.0  # --forcing of training
+    gamma_shift: float = 1.0  # --gamma-shift of training
     window: int | None = None  # frames sampled at a time; None = all
     overlap: int = 0  # first frames of a window, copied from the previous window
     weights_sha256: str = ""  # of the loaded weights, not of their file
@@ -142,7 +148,7 @@ def cast_products(model, precision):
 
 def open_checkpoint(args):
     """Check what needs no GPU. Returns ({name: value} of flags that follow from --ckpt, Plan). Raises UserError."""
-    names = ("model", "video", "use_rope", "ebm", "temporal_patch_size", "num_classes")
+    names = ("model", "video", "use_rope", "ebm", "objective", "temporal_patch_size", "num_classes")
     checks = {name: getattr(args, name) for name in names}
     model, config, step = checkpoint.load_model(args.ckpt, use_ema=not args.no_ema, **checks)
     data, training = config["data"], config["training"]
@@ -153,7 +159,7 @@ def open_checkpoint(args):
     if args.fps:
         time_scale = 1 / args.fps
     values = {"precision": resolve_precision(args.precision, energy=model.config.ebm != "none")}
-    values |= resolve_sampler(args, training) | {"num_frames": num_frames}
+    values |= resolve_sampler(args, training, model.config.objective) | {"num_frames": num_frames}
     window, overlap = choose_windows(args, model.config, num_frames, trained, data, time_scale, forcing)
     weak = open_weak(args, model.config, data, window)
     for own in filter(None, (model, weak)):
@@ -161,8 +167,9 @@ def open_checkpoint(args):
     hashes = [own and checkpoint.weights_sha256(own.state_dict()) for own in (model, weak)] if rank() == 0 else ("", "")
     plan = Plan(
         model, open_vae(args, model.config, data), data["classes"], choose_labels(args, data["classes"]), num_frames,
-        time_scale, step=step, trained_frames=trained, forcing=forcing, window=window, overlap=overlap,
-        weights_sha256=hashes[0], weak=weak, weak_sha256=hashes[1],  # only rank 0 writes hashes
+        time_scale, step=step, trained_frames=trained, forcing=forcing, gamma_shift=training.get("gamma_shift", 1.0),
+        window=window, overlap=overlap, weak=weak,
+        weights_sha256=hashes[0], weak_sha256=hashes[1],  # only rank 0 writes hashes
     )  # fmt: skip
     return values, plan
 
@@ -173,14 +180,15 @@ def open_weak(args, strong, data, window):
         return None
 
     def inputs(config, data):
-        return config.input_size, config.in_channels, data["classes"], data.get("vae_sha256")
+        told = config.objective, config.level_frames
+        return *told, config.input_size, config.in_channels, data["classes"], data.get("vae_sha256")
 
     try:
         model, config, _ = checkpoint.load_model(args.weak_ckpt, not args.no_ema, video=args.video)
         model.config.check_num_frames(window)
         if inputs(model.config, config["data"]) != inputs(strong, data):
             expected = "expected a weaker model of the same data; use an earlier checkpoint of the run"
-            raise ValueError(f"has other classes or latents than --ckpt {args.ckpt}; {expected}")
+            raise ValueError(f"has another objective, other classes or latents than --ckpt {args.ckpt}; {expected}")
     except (UserError, ValueError) as error:
         text = str(error).removeprefix(f"--ckpt {args.weak_ckpt}: ")
         raise UserError(f"--weak-ckpt {args.weak_ckpt}: {text}") from error
@@ -211,15 +219,23 @@ def choose_windows(args, config, num_frames, trained, data, time_scale, forcing)
         stretch = data["longest_time_scale"] / time_scale if config.use_rope else 1
         usual = max(trained, math.floor(trained * stretch / patch + 1e-6) * patch)  # whole temporal patches
     window = min(num_frames, args.window or usual)
+    if window < num_frames and not args.window:
+        window = config.whole_levels(window)
     try:
         config.check_num_frames(window)
     except ValueError as error:
         raise UserError(f"--{'window' if args.window else 'num-frames'} {window}: {error}") from error
     if window == num_frames:
         return window, 0
-    overlap = max(1, window // 2) if args.overlap is None else args.overlap
+    overlap = config.whole_levels(window // 2) if args.overlap is None else args.overlap
     if overlap >= window:
-        raise UserError(f"--overlap {overlap}: leaves no new frames in a window of {window}; expected a smaller number")
+        wrong = f"--overlap {overlap}: leaves no new frames in a window of {window}; expected a smaller number"
+        raise UserError(f"--window {window}: expected two temporal patches" if args.overlap is None else wrong)
+    unit = config.level_frames
+    for name, frames in (("window", window), ("overlap", overlap)):
+        if frames % unit:
+            why = f"splits a temporal patch, which has one noise level in --objective {config.objective}"
+            raise UserError(f"--{name} {frames}: {why}; expected a multiple of {unit}")
     return window, overlap
 
 
@@ -260,10 +276,11 @@ def provenance(plan, args):
     """Return everything that determines the samples of a checkpoint, as plain values for JSON."""
     of_flags = ("rope_scale", "keep_background", "guidance_chosen", "seed", "batch_size", "compile")
     of_plan = ("weights_sha256", "weak_sha256", "step", "image_size", "num_frames", "window", "overlap", "time_scale")
+    of_plan += () if plan.model.config.objective == "eqm" else ("gamma_shift",)
     return {
         "checkpoint": str(args.ckpt), "averaged_weights": not args.no_ema, "vae": plan.vae.name,
         "vae_sha256": plan.vae.sha256,
-        "model": model_name(**asdict(plan.model.config)),
+        "model": model_name(**asdict(plan.model.config)), "objective": plan.model.config.objective,
         "temporal_patch_size": plan.model.config.temporal_patch_size,
         **{name: getattr(plan, name) for name in of_plan},
         **{name: getattr(args, name) for name in of_flags},
@@ -332,14 +349,16 @@ def sample_window(plan, x, condition, time_scale, masked, settings, energy, stri
     settings = dict(settings)
     precision, guidance = settings.pop("precision"), settings.pop("guidance")
     model, weak = plan.model, plan.weak
+    if model.config.objective != "eqm":
+        settings |= {"objective": model.config.objective, "shift": plan.gamma_shift}
     by = condition, time_scale, 1.0 if condition.is_null() and weak is None else guidance
     field, energy_of = guided(model, *by, weak), energy and guided(model.energy, *by, weak and weak.energy)
     energies = torch.full((len(x), settings["num_steps"]), torch.nan, device=x.device) if energy else None
     points = iter(range(settings["num_steps"]))
 
-    def counted(x, keep):
+    def counted(x, keep, *gamma):
         step(len(keep))
-        return field(x, keep)
+        return field(x, keep, *gamma)
 
     def observe(x, keep):
         if energy:

@@ -7,7 +7,7 @@ from functools import lru_cache
 
 import torch
 
-from runtime.cli import UserError, say
+from runtime.cli import UserError, plural, say
 from video.samples import NO_LABEL
 
 KEPT_CLIPS = 32  # clips in the memory of a ClipReader
@@ -77,11 +77,18 @@ def open_given(args, plan, clips, indices):
 
 def choose_frames(args, plan, clip):
     """Return the numbers of the given frames, which are the same in the clip and the sample. Raises UserError."""
-    T = plan.num_frames
-    frames = args.given_frames or tuple(range(min(clip.count(plan.time_scale), T // 2)))
+    T, config = plan.num_frames, plan.model.config
+    unit, count = config.level_frames, min(clip.count(plan.time_scale), config.whole_levels(T // 2))
+    frames = args.given_frames or tuple(range(count // unit * unit))
+    if count < unit and not frames:
+        raise UserError(f"--given {clip}: has {plural(count, 'frame')}; expected at least {unit}, a temporal patch")
     if not frames or not set(frames) < set(range(T)):
         got = f"--given-frames {as_ranges(frames)}: samples have the frames 0 to {T - 1}"
         raise UserError(f"{got}; expected some of them, but not all")
+    patches, end = {frame // unit for frame in frames}, T if plan.window == T else math.ceil(T / unit) * unit
+    if set(frames) != {frame for frame in range(end) if frame // unit in patches}:
+        why = f"splits a temporal patch of {unit} frames, which has one noise level in --objective {config.objective}"
+        raise UserError(f"--given-frames {as_ranges(frames)}: {why}; expected whole patches, such as 0-{unit - 1}")
     return frames
 
 

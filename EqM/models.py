@@ -1,4 +1,4 @@
-"""The network: a DiT (arXiv 2212.09748) with 3D patches and without conditioning on the noise level.
+"""The network: a DiT (arXiv 2212.09748) with 3D patches, which is not told the noise level unless it learns "flow".
 
 Positions are a fixed sinusoidal table or, with `use_rope`, a rotary embedding of queries and keys (rope.py). With `ebm`
 the field is minus the gradient of a scalar energy (EqM-E). Parameters have the names of the published image models.
@@ -19,11 +19,12 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.checkpoint import checkpoint
 
 from rope import REFERENCE_FPS, RotaryEmbedding3D, apply_rotary
+from transport import OBJECTIVES
 
 EBMS = ("none", "dot", "l2")
 POSITION_TABLES = ("none", "space")
 PLAIN_TOKENS = 512  # see attend
-TIME_FEATURES = 256  # sinusoidal features of the time scale, see TimeScaleEmbedder
+FEATURES = 256  # sinusoidal features of a number, see NumberEmbedder
 LARGEST_COUNT, MOST_WEIGHTS = 2**20, 2**36  # a hundred times EqM-XL; more is a typing error
 
 
@@ -48,6 +49,7 @@ class EqMConfig:
     qk_norm: bool = False
     ebm: str = "none"  # "dot" or "l2": the field is the negative gradient of this energy (see EqM.energy)
     class_dropout_prob: float = 0.1  # probability that training replaces a label by the null label, num_classes
+    objective: str = "eqm"  # what the field is (transport.py); "flow" models are told the noise level
 
     def __post_init__(self):
         for name in (field.name for field in fields(self) if field.type is int):
@@ -59,9 +61,11 @@ class EqMConfig:
             raise ValueError(f"hidden_size must be a multiple of 2 x {self.num_heads} heads, got {self.hidden_size}")
         if 18 * self.depth * self.hidden_size**2 > MOST_WEIGHTS:
             raise ValueError(f"depth {self.depth}, hidden_size {self.hidden_size} need over {MOST_WEIGHTS} weights")
-        for name, choices in (("position_table", POSITION_TABLES), ("ebm", EBMS)):
+        for name, choices in (("position_table", POSITION_TABLES), ("ebm", EBMS), ("objective", OBJECTIVES)):
             if (value := getattr(self, name)) not in choices:
                 raise ValueError(f"{name} must be one of {', '.join(choices)}, got {value!r}")
+        if self.ebm != "none" and self.objective != "eqm":
+            raise ValueError(f"ebm {self.ebm} needs objective eqm, got {self.objective}")
         if self.use_rope:
             self.rotary_embedding()
             return
@@ -85,6 +89,15 @@ class EqMConfig:
         speed = f" of speed {self.rope_speed:g}" if self.rope_speed else ""
         table = " and a table of space" if self.position_table == "space" else ""
         return f"rotary positions{speed}{table}" if self.use_rope else "fixed positions"
+
+    @property
+    def level_frames(self):
+        """The number of adjacent frames with the same noise level: a temporal patch if the model is told one level."""
+        return self.temporal_patch_size if self.objective == "flow" else 1
+
+    def whole_levels(self, num_frames):
+        """Round a number of frames down to a multiple of `level_frames`, but to one multiple at least."""
+        return max(num_frames // self.level_frames, 1) * self.level_frames
 
     @property
     def values_per_token(self):
@@ -118,10 +131,12 @@ class EqMConfig:
     def flops(self, num_frames):
         """Count the FLOPs of one forward pass of one clip: matrix products and attention, 2 per multiply-add."""
         N, D = math.prod(self.grid(num_frames)), self.hidden_size
-        embedders = 2 * (TIME_FEATURES * D + D * D)
-        ends = 2 * N * D * self.values_per_token * 2 + 2 * D * 2 * D  # patches in and out, adaLN of the last layer
-        block = 2 * N * D * (3 + 1 + 4 + 4) * D + 2 * N * N * D * 2 + 2 * D * 6 * D  # linear maps, attention, adaLN
-        return embedders + ends + self.depth * block
+        levels = self.grid(num_frames)[0] if self.objective == "flow" else 1  # each is told, if frames differ
+        embedders = 2 * (FEATURES * D + D * D) * (1 + levels * (self.objective == "flow"))
+        ends = 2 * N * D * self.values_per_token * 2  # patches in and out
+        ada_ln = 2 * levels * D * (6 * self.depth + 2) * D
+        block = 2 * N * D * (3 + 1 + 4 + 4) * D + 2 * N * N * D * 2  # linear maps, attention
+        return embedders + ends + ada_ln + self.depth * block
 
     def training_flops(self, num_frames, grad_checkpoint=False):
         """Count the FLOPs of a training step of one clip: backward is twice forward, and an energy doubles both."""
@@ -170,18 +185,17 @@ class PatchEmbed(nn.Module):
         return F.linear(x, self.proj.weight.flatten(1), self.proj.bias)  # (B, N, D)
 
 
-class TimeScaleEmbedder(nn.Module):
-    """Embed s = log2(25 * time_scale), 0 in published EqM, where DiT embeds the noise level: (B,) -> (B, D)."""
+class NumberEmbedder(nn.Module):
+    """Embed a number of each sample, as DiT embeds the noise level: (B, ...) -> (B, ..., D)."""
 
     def __init__(self, D):
         super().__init__()
-        self.mlp = nn.Sequential(nn.Linear(TIME_FEATURES, D), nn.SiLU(), nn.Linear(D, D))
+        self.mlp = nn.Sequential(nn.Linear(FEATURES, D), nn.SiLU(), nn.Linear(D, D))
 
-    def forward(self, time_scale):
-        s = torch.log2(REFERENCE_FPS * time_scale.float())  # (B,)
-        exponents = torch.arange(TIME_FEATURES // 2, device=s.device).float() / (TIME_FEATURES // 2)
-        angles = s[:, None] * 10_000.0**-exponents
-        features = torch.cat([angles.cos(), angles.sin()], dim=-1)  # (B, TIME_FEATURES)
+    def forward(self, number):
+        exponents = torch.arange(FEATURES // 2, device=number.device).float() / (FEATURES // 2)
+        angles = number[..., None] * 10_000.0**-exponents
+        features = torch.cat([angles.cos(), angles.sin()], dim=-1)  # (B, ..., FEATURES)
         return self.mlp(features.to(self.mlp[0].weight.dtype))
 
 
@@ -225,11 +239,22 @@ class Attention(nn.Module):
 
 
 def modulate(x, shift, scale):
-    return torch.addcmul(shift[:, None], x, 1 + scale[:, None])
+    """Scale and shift tokens x (B, N, D) by (B, K, D): each row applies to N / K adjacent tokens."""
+    x = x.unflatten(1, (shift.shape[1], -1))  # (B, K, N / K, D)
+    return torch.addcmul(shift[:, :, None], x, 1 + scale[:, :, None]).flatten(1, 2)
+
+
+def add_gated(x, gate, branch):
+    """Add a branch (B, N, D) to tokens x, times a gate (B, K, D) as in `modulate`."""
+    K = gate.shape[1]
+    return torch.addcmul(x.unflatten(1, (K, -1)), gate[:, :, None], branch.unflatten(1, (K, -1))).flatten(1, 2)
 
 
 class Block(nn.Module):
-    """Attention and MLP with adaLN-Zero: the condition (B, D) sets shift, scale and gate of each branch."""
+    """Attention and MLP with adaLN-Zero: the condition sets shift, scale and gate of each branch.
+
+    It is (B, 1, D), or (B, K, D) for K temporal patches that have their own noise levels.
+    """
 
     def __init__(self, config):
         super().__init__()
@@ -242,9 +267,9 @@ class Block(nn.Module):
         self.adaLN_modulation = nn.Sequential(nn.SiLU(), nn.Linear(D, 6 * D))
 
     def forward(self, x, condition, rotary=None):
-        shift1, scale1, gate1, shift2, scale2, gate2 = self.adaLN_modulation(condition).chunk(6, dim=1)
-        x = torch.addcmul(x, gate1[:, None], self.attn(modulate(self.norm1(x), shift1, scale1), rotary))
-        return torch.addcmul(x, gate2[:, None], self.mlp(modulate(self.norm2(x), shift2, scale2)))
+        shift1, scale1, gate1, shift2, scale2, gate2 = self.adaLN_modulation(condition).chunk(6, dim=-1)
+        x = add_gated(x, gate1, self.attn(modulate(self.norm1(x), shift1, scale1), rotary))
+        return add_gated(x, gate2, self.mlp(modulate(self.norm2(x), shift2, scale2)))
 
 
 class FinalLayer(nn.Module):
@@ -256,12 +281,15 @@ class FinalLayer(nn.Module):
         self.adaLN_modulation = nn.Sequential(nn.SiLU(), nn.Linear(D, 2 * D))
 
     def forward(self, x, condition):
-        shift, scale = self.adaLN_modulation(condition).chunk(2, dim=1)
+        shift, scale = self.adaLN_modulation(condition).chunk(2, dim=-1)
         return self.linear(modulate(self.norm_final(x), shift, scale))
 
 
 class EqM(nn.Module):
-    """The network, which predicts the field f(x) of clips x from their class and time scale, not their noise level."""
+    """The network, which predicts the field f(x) of clips x from their class and time scale.
+
+    It is told their noise level only if its objective is "flow".
+    """
 
     def __init__(self, config):
         super().__init__()
@@ -269,11 +297,12 @@ class EqM(nn.Module):
         self.is_compiled = False
         self.grad_checkpoint = False  # True: keep only the inputs of blocks and recompute their activations
         self.x_embedder = PatchEmbed(config)
-        self.t_embedder = TimeScaleEmbedder(config.hidden_size)
+        self.t_embedder = NumberEmbedder(config.hidden_size)
         table = nn.Embedding(config.num_classes + 1, config.hidden_size)  # the last row is for no class
         self.y_embedder = nn.ModuleDict({"embedding_table": table})
         self.blocks = nn.ModuleList(Block(config) for _ in range(config.depth))
         self.final_layer = FinalLayer(config)
+        self.gamma_embedder = NumberEmbedder(config.hidden_size) if config.objective == "flow" else None
         if config.use_rope:
             self.rope = config.rotary_embedding()
         if config.has_table:
@@ -291,7 +320,8 @@ class EqM(nn.Module):
                 nn.init.ones_(module.weight)
         nn.init.xavier_uniform_(self.x_embedder.proj.weight.data.flatten(1))
         nn.init.zeros_(self.x_embedder.proj.bias)
-        for embedder in (self.y_embedder.embedding_table, self.t_embedder.mlp[0], self.t_embedder.mlp[2]):
+        of_numbers = [*self.t_embedder.mlp[::2], *(self.gamma_embedder.mlp[::2] if self.gamma_embedder else ())]
+        for embedder in (self.y_embedder.embedding_table, *of_numbers):
             nn.init.normal_(embedder.weight, std=0.02)
         for layer in (*self.blocks, self.final_layer):
             nn.init.zeros_(layer.adaLN_modulation[1].weight)
@@ -299,16 +329,17 @@ class EqM(nn.Module):
         init_output = nn.init.xavier_uniform_ if self.config.ebm == "l2" else nn.init.zeros_
         init_output(self.final_layer.linear.weight)
 
-    def forward(self, x, y, time_scale=None, return_features=False):
+    def forward(self, x, y, time_scale=None, return_features=False, gamma=None):
         """Return the field f, and with return_features also the last block's activations (B, N, D).
 
         x, f: (B, C, T, H, W); images have T = 1. y: (B,) int64, num_classes = no label. time_scale: (B,) float32
-        seconds per frame, default 1/25. If T does not fill the last temporal patch, x is padded with its last frame and
-        f is cropped. With `ebm`, f is minus the gradient of the energy in x, also under torch.no_grad. Raises
-        ValueError as `EqMConfig.check_num_frames` does.
+        seconds per frame, default 1/25. gamma: (B,) or (B, T), the same within a temporal patch, the noise levels; only
+        objective "flow" takes them. If T does not fill the last temporal patch, x is padded with its last frame and f
+        is cropped. With `ebm`, f is minus the gradient of the energy in x, also under torch.no_grad. Raises ValueError
+        as `EqMConfig.check_num_frames` does.
         """
         if self.config.ebm == "none":
-            f, features = self.predict(x, y, time_scale)
+            f, features = self.predict(x, y, time_scale, gamma)
         else:
             training = torch.is_grad_enabled()
             # only torch's math attention has a second derivative
@@ -333,10 +364,11 @@ class EqM(nn.Module):
         energy = terms.flatten(1).sum(dim=1)
         return (energy, features) if return_features else energy
 
-    def predict(self, x, y, time_scale):
+    def predict(self, x, y, time_scale, gamma=None):
         """Return the network's output (B, C, T, H, W) and the last block's activations (B, N, D)."""
         config, T = self.config, x.shape[2]
         config.check_num_frames(T)
+        assert (gamma is None) == (self.gamma_embedder is None), "only objective flow is told gamma"
         if time_scale is None:
             time_scale = torch.full((len(x),), 1 / REFERENCE_FPS, device=x.device)
         grid, pt, p = config.grid(T), config.temporal_patch_size, config.patch_size
@@ -345,7 +377,11 @@ class EqM(nn.Module):
 
         # Under autocast the embedding is bf16. The tokens are not, or each of their 2 x depth sums would be rounded.
         tokens = self.x_embedder(x).to(x.dtype)  # (B, N, D)
-        condition = self.t_embedder(time_scale) + self.y_embedder.embedding_table(y)  # (B, D)
+        s = torch.log2(REFERENCE_FPS * time_scale.float())  # 0 in published EqM
+        condition = (self.t_embedder(s) + self.y_embedder.embedding_table(y))[:, None]  # (B, 1, D)
+        if gamma is not None:
+            levels = gamma.float().reshape(len(x), -1)[:, :: config.temporal_patch_size]  # (B, 1), or one per patch
+            condition = condition + self.gamma_embedder(1000 * levels)
         rotary = self.rope(grid, time_scale) if config.use_rope else None
         if config.has_table:  # a table of space alone serves every temporal patch
             tokens = (tokens.unflatten(1, (-1, self.pos_embed.shape[1])) + self.pos_embed).flatten(1, 2)
@@ -353,7 +389,12 @@ class EqM(nn.Module):
             tokens = tokens.clone()  # a view would need a separate graph for the first block
         for block in self.blocks:
             if self.is_compiled:  # batch size and number of tokens vary; each new size would be compiled again
-                for part, axes in ((tokens, (0, 1)), (condition, 0), *((angles, (0, 2)) for angles in rotary or ())):
+                levels = (0, 1) if condition.shape[1] > 1 else 0
+                for part, axes in (
+                    (tokens, (0, 1)),
+                    (condition, levels),
+                    *((angles, (0, 2)) for angles in rotary or ()),
+                ):
                     torch._dynamo.maybe_mark_dynamic(part, axes)
             if self.grad_checkpoint and torch.is_grad_enabled():
                 function = block if config.ebm == "none" else sdpa_kernel(SDPBackend.MATH)(block)  # also when run again

@@ -29,7 +29,7 @@ from video.source import CachedFiles, check_data_path, latents_settings, open_so
 DEFAULT_MODEL = "EqM-S/4"
 MODEL_FLAGS = (
     "depth", "hidden_size", "num_heads", "temporal_patch_size", "rope_theta", "rope_split", "rope_speed",
-    "position_table", "qk_norm", "ebm",
+    "position_table", "qk_norm", "ebm", "objective",
 )  # fmt: skip
 UNREPORTED = {  # flags that `note_changes` does not report: harmless, or checked against the checkpoint
     "resume", "ckpt", "new_classes", "num_classes", "results_dir", "vae", "num_workers", "loader_timeout", "wandb",
@@ -198,7 +198,7 @@ def resolve_settings(args, start, config):
         model=args.model or trained.get("model", DEFAULT_MODEL),
         precision=cli.resolve_precision(args.precision, config.ebm != "none", start.kept("precision")),
         weight_decay=next(decay for decay in decays if decay is not None),
-        **generation.resolve_sampler(args, trained),
+        **generation.resolve_sampler(args, trained, config.objective),
     )
     has_energy, in_fp16 = config.ebm != "none", args.precision == "fp16"
     refuse_if(args, "compile", args.compile and has_energy, f"no second derivative for --ebm {config.ebm}; remove it")
@@ -297,7 +297,7 @@ def note_changes(start, run_config, run):
 def log_run(log, args, folder, config, model, data, steps, device):
     """Log the model, the data and the machine. steps: the first and the last step."""
     size, ranks = sum(map(torch.numel, model.parameters())) / 1e6, f"{world_size()} x {device.type}"
-    name = f"{model_name(**asdict(config))}, {size:.1f} M parameters, {config.positions}"
+    name = f"{model_name(**asdict(config))}, {size:.1f} M parameters, {config.positions}, objective {config.objective}"
     log(f"{folder}: {name}; {ranks}, steps {steps[0]} to {steps[1]}")
     log_data(log, args, data)
     short, corrupt = plural(data.num_too_short, "file"), plural(len(data.scan.unreadable), "file")

@@ -31,6 +31,7 @@ from runtime.distributed import own_indices, rank, world_size
 from runtime.untrusted import FPS
 from scoring.manifest import is_of_samples
 from scoring.sources import find_real
+from transport import OBJECTIVES
 from video.inputs import find_clips
 from video.samples import UNFINISHED, is_sample_folder, written_samples
 from video.source import check_data_path
@@ -83,6 +84,7 @@ def parse_args():
     add("--model", choices=NAMES, metavar="NAME", help="EqM-{Ti,S,B,L,XL}/{2,4,8}; published models need it")
     add("--use-rope", action="store_true", default=None, help="the model has 3D rotary positions")
     add("--ebm", choices=EBMS, help="energy of the model; published models may need it")
+    add("--objective", choices=OBJECTIVES, help="what the model was trained to predict")
     add("--temporal-patch-size", type=COUNT, help="frames per patch")
     add("--image-size", type=COUNT, metavar="PX", help="height and width of the samples in pixels")
     add("--num-classes", type=COUNT, help="number of classes of the model")

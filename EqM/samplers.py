@@ -1,4 +1,4 @@
-"""Samplers: gradient descent along the learned field (arXiv 2510.02300, section 3.3), or an ODE for comparison.
+"""Samplers: gradient descent along the learned field (arXiv 2510.02300, section 3.3), or the ODE of a flow.
 
 They take the network as a callable, so tests can use fields with known solutions.
 """
@@ -13,30 +13,31 @@ SOLVERS = ("euler", "heun")
 
 def sample(
     field, x, method="gd", num_steps=250, step_size=0.0017, momentum=0.3, stop_below=None,
-    start_gamma=0.0, observe=lambda x, keep: None, given=None, mask=None,
+    start_gamma=0.0, observe=lambda x, keep: None, given=None, mask=None, objective="eqm", shift=1.0,
 ):  # fmt: skip
     """Follow a field from x (B, ...). Returns the final x and the evaluations of the field per sample, (B,) int64.
 
     Args:
         field: field(x, keep) returns the field of the samples that still run, (b, ...); keep (b,) int64 holds their
-            indices in the batch.
+            indices in the batch. With objective "flow", field(x, keep, gamma); gamma broadcasts over x.
         method: "gd" or "ngd" (see `descend`) use step_size, momentum ("ngd" only) and stop_below; "euler" or "heun"
-            (see `integrate`) use start_gamma.
+            (see `integrate`) use start_gamma, objective and shift.
         num_steps: number of points including the start, so one more than steps.
         observe: observe(x, keep) is called with the running samples at each point, from the first to the last.
         given, mask: where mask (bool, broadcasts over x; B samples) is true, x keeps the values of `given` (B, ...),
-            bit for bit. The field moves only the unmasked part.
+            bit for bit, and gamma is 1. The field moves only the unmasked part.
     """
     moving = torch.ones(len(x), device=x.device)  # the unmasked share of each sample
     if mask is not None:
         x, full_field = torch.where(mask, given, x), field
         moving = 1 - mask.flatten(1).float().mean(dim=1)
 
-        def field(x, keep):
-            return full_field(x, keep).masked_fill(mask[keep], 0)
+        def field(x, keep, *gamma):
+            levels = [level.masked_fill(mask[keep], 1) for level in gamma]
+            return full_field(x, keep, *levels).masked_fill(mask[keep], 0)
 
     if method in SOLVERS:
-        return integrate(field, x, method, num_steps, start_gamma, observe)
+        return integrate(field, x, method, num_steps, start_gamma, observe, objective, shift)
     return descend(field, x, num_steps, step_size, momentum * (method == "ngd"), stop_below, observe, moving)
 
 
@@ -65,20 +66,25 @@ def descend(field, x, num_steps, step_size, momentum, stop_below, observe, movin
     return x, evaluations
 
 
-def integrate(field, x, method, num_steps, start_gamma, observe):
-    """Solve dx/dgamma = f(x) / c(gamma) from start_gamma to 1 in equal steps, by Euler's or Heun's method.
+def integrate(field, x, method, num_steps, start_gamma, observe, objective="eqm", shift=1.0):
+    """Solve dx/dgamma = f(x) / c(gamma) from start_gamma to 1, by Euler's or Heun's method.
 
-    This assumes that x at time gamma is as noisy as x_gamma in training. Nothing enforces that, because the network
-    does not see gamma. Gradient descent removes an error in x like noise; here the error leads to a wrong c. At
-    gamma = 1 the velocity is 0 / 0, so the last step of Heun's method is an Euler step. Returns as `sample` does.
+    The steps are equal in u, where gamma = `transport.shift_gamma` of u, as in training. This assumes that x at time
+    gamma is as noisy as x_gamma in training. Nothing enforces that if the network does not see gamma: gradient descent
+    removes an error in x like noise; here the error leads to a wrong c. At gamma = 1 the velocity of "eqm" is 0 / 0, so
+    the last step of Heun's method is an Euler step. Returns as `sample` does.
     """
-    gammas = torch.linspace(start_gamma, 1, num_steps, dtype=torch.float64)
+    start = start_gamma * shift / (1 + start_gamma * (shift - 1))  # u of start_gamma
+    gammas = torch.linspace(start, 1, num_steps, dtype=torch.float64)
+    if shift != 1:
+        gammas = transport.shift_gamma(gammas, shift)
     keep = torch.arange(len(x), device=x.device)
     evaluations = torch.zeros_like(keep)
 
     def velocity(x, gamma):
         evaluations.add_(1)
-        return transport.velocity(field(x, keep), gamma)
+        told = [gamma.to(x).expand(len(x), *[1] * (x.dim() - 1))] if objective == "flow" else []
+        return transport.velocity(field(x, keep, *told), gamma, objective)
 
     observe(x, keep)
     for gamma, next_gamma in zip(gammas[:-1], gammas[1:], strict=True):
@@ -96,22 +102,23 @@ def guided(function, condition, time_scale, guidance, weak=None):
 
     function(x, y, time_scale) is a network, (B, C, T, H, W), or an energy, (B,), whose result is the guided energy.
     condition: a models.Condition of B samples; time_scale: (B,) seconds per frame. Both terms are evaluated in one
-    batch; guidance 1 evaluates only f_condition. The result is float32.
+    batch; guidance 1 evaluates only f_condition. The result is float32. The gamma of the field, if any, is passed on.
 
     weak: a function that makes the same errors as `function`, but larger ones. Its f_condition replaces f_null, so
     guidance reduces these errors (autoguidance, arXiv 2406.02507).
     """
     null = condition.null()
 
-    def field(x, keep):
+    def field(x, keep, gamma=None):
         y, scale = condition.y[keep], time_scale[keep]
+        told = {} if gamma is None else {"gamma": gamma.reshape(len(x), -1)}  # (b, 1) or (b, T)
         if guidance == 1:
-            return function(x, y, scale).float()
+            return function(x, y, scale, **told).float()
         if weak:
-            f_weak, f = (own(x, y, scale).float() for own in (weak, function))
+            f_weak, f = (own(x, y, scale, **told).float() for own in (weak, function))
             return f_weak + guidance * (f - f_weak)
-        both = torch.cat([null.y[keep], y])
-        f_null, f_condition = function(x.repeat(2, 1, 1, 1, 1), both, scale.repeat(2)).float().chunk(2)
+        both, told = torch.cat([null.y[keep], y]), {name: value.repeat(2, 1) for name, value in told.items()}
+        f_null, f_condition = function(x.repeat(2, 1, 1, 1, 1), both, scale.repeat(2), **told).float().chunk(2)
         return f_null + guidance * (f_condition - f_null)
 
     return field

@@ -97,6 +97,8 @@ def add_model_and_data_flags(parser):
     add("--position-table", choices=POSITION_TABLES, help=table)
     add("--qk-norm", action="store_true", default=None, help="RMSNorm of queries and keys; default: from --ckpt")
     add("--ebm", choices=EBMS, help="energy whose negative gradient is the field; default: from --ckpt, else none")
+    objective = "eqm; flow: flow matching, which is told the noise level; blind: the same, not told; default: "
+    add("--objective", choices=transport.OBJECTIVES, help=objective + "from --ckpt, else eqm")
     add("--num-classes", type=COUNT, help="number of classes; default: number of class folders")
 
     add = parser.add_argument_group("data").add_argument
@@ -194,7 +196,8 @@ def main():
             batches, val_loader = start_phase(args, data, phases, phase, progress, device)
             run_config = preflight.make_run_config(args, config, phase, data, vae)
             conditions = torch.arange(args.num_samples) % len(data.scan.classes)
-            previews = Plan(ema, vae, data.scan.classes, conditions, phase.num_frames, run_config["data"]["time_scale"])
+            own = data.scan.classes, conditions, phase.num_frames, run_config["data"]["time_scale"]
+            previews = Plan(ema, vae, *own, gamma_shift=args.gamma_shift)
             run.write_config(run_config)
             # A resumed run may log a step before it makes one
             set_learning_rates(optimizers, args, progress.step, lr_end)
@@ -296,14 +299,16 @@ def training_losses(network, vae, batch, config, args, stream, device):
     x = vae.latents_of(batch["clips"].to(device, non_blocking=True), seed, stream, indices)  # (B, C, T, H, W)
     noise = normal(seed, "noise", stream, indices, x.shape[1:], device)
     frames = x.shape[2], config.temporal_patch_size
-    gamma = transport.draw_gammas(seed, stream, indices, *frames, args.gamma_shift, args.forcing)  # (B,) or (B, T)
+    levels = args.gamma_shift, args.forcing, config.level_frames
+    gamma = transport.draw_gammas(seed, stream, indices, *frames, *levels)  # (B,) or (B, T)
     dropout = transport.condition_dropout(gamma, config.class_dropout_prob)
     dropped = uniform(seed, "label drop", stream, indices) < dropout
     condition = Condition.of(batch["y"], config).null(dropped).to(device)
     time_scale, gamma = (part.to(device, non_blocking=True) for part in (batch["time_scales"], gamma))
     with distributed.autocast(device, args.precision):
         inputs = x, noise, gamma, condition.y, time_scale
-        loss, target_square, features = transport.losses(network, *inputs, return_features=args.disp)
+        options = {"return_features": args.disp, "objective": config.objective}
+        loss, target_square, features = transport.losses(network, *inputs, **options)
         losses = {"train_loss": loss.mean()}
     if args.disp:
         losses["disp_loss"] = transport.dispersive_loss(features)

@@ -8,6 +8,10 @@ is (B,), one level per clip, or (B, T), one per frame.
 With --forcing, some training clips have several levels: given frames are clean (gamma = 1), the others are not. The
 network thus learns to complete clips, as in Diffusion Forcing (arXiv 2407.01392). It has no level as an input, because
 it sees from the frames how noisy they are.
+
+Two other objectives serve as controls. "flow" is flow matching (arXiv 2210.02747): the target is x - eps without c, and
+the network is told gamma. "blind" has the same target, but the network is not told (arXiv 2502.13129). Their field does
+not vanish at the data, so a solver must follow it from gamma = 0 to 1.
 """
 
 import math
@@ -16,14 +20,20 @@ import torch
 
 from runtime.rng import generator, uniform
 
+OBJECTIVES = ("eqm", "flow", "blind")
 DECAY_START = 0.8  # a: the decay c is constant up to here, then falls linearly to zero at gamma = 1
 FIELD_SCALE = 4.0  # lambda
 OWN_LEVELS = 0.5  # share of the forced clips with one level per temporal patch; the other clips have given frames
 MEAN_SQUARED_DECAY = FIELD_SCALE**2 * (DECAY_START + (1 - DECAY_START) / 3)  # E[c^2], gamma uniform: 13.867
 
 
-def decay(gamma):
-    """Return the truncated decay c(gamma) = lambda min(1, (1 - gamma) / (1 - a)), in the shape of gamma."""
+def decay(gamma, objective="eqm"):
+    """Return the truncated decay c(gamma) = lambda min(1, (1 - gamma) / (1 - a)), in the shape of gamma.
+
+    For the other objectives it is 1.
+    """
+    if objective != "eqm":
+        return torch.ones_like(gamma)
     return FIELD_SCALE * ((1 - gamma) / (1 - DECAY_START)).clamp(max=1)
 
 
@@ -33,32 +43,38 @@ def interpolate(x, noise, gamma):
     return gamma * x + (1 - gamma) * noise
 
 
-def target(x, noise, gamma):
+def target(x, noise, gamma, objective="eqm"):
     """Return the regression target at x_gamma: (x - noise) c(gamma)."""
-    return (x - noise) * decay(_broadcast(gamma))
+    return (x - noise) * decay(_broadcast(gamma), objective)
 
 
-def velocity(f, gamma):
+def velocity(f, gamma, objective="eqm"):
     """Return dx/dgamma along the path of `interpolate`: f / c(gamma) for the field f at gamma, a float."""
-    return f / decay(gamma).item()
+    return f / decay(gamma, objective).item()
 
 
-def losses(network, x, noise, gamma, y, time_scale, first=0, return_features=False):
+def losses(network, x, noise, gamma, y, time_scale, first=0, return_features=False, objective="eqm"):
     """Compare a network with the target at x_gamma. Returns (errors, mean square of the target, features).
 
     errors: (B,) float32, the mean squared error of each clip over its frames from `first` on. The mean square covers
     all frames, so for first = 0 it is the loss of a network that predicts zero. features: (B, N, D) or None.
+
+    The other objectives leave out clean frames (gamma = 1): their target is noise that x_gamma does not show.
     """
-    output = network(interpolate(x, noise, gamma), y, time_scale, return_features=return_features)
+    told = {"gamma": gamma} if objective == "flow" else {}
+    output = network(interpolate(x, noise, gamma), y, time_scale, return_features=return_features, **told)
     f, features = output if return_features else (output, None)
-    goal = target(x, noise, gamma)
-    errors = (f.float() - goal).square()[:, :, first:].flatten(1).mean(dim=1)
-    return errors, goal.square().mean(), features
+    goal = target(x, noise, gamma, objective)
+    squares, zero = (f.float() - goal).square()[:, :, first:], goal.square()
+    if objective == "eqm" or gamma.dim() == 1:
+        return squares.flatten(1).mean(dim=1), zero.mean(), features
+    errors, zero = (_mean_of_noisy(part, gamma[:, -part.shape[2] :]) for part in (squares, zero))
+    return errors, zero.mean(), features
 
 
-def zero_loss(mean_square):
+def zero_loss(mean_square, objective="eqm"):
     """Return the expected loss of a network that predicts zero, for uniform gamma: E[c^2] (1 + E[x^2])."""
-    return MEAN_SQUARED_DECAY * (1 + mean_square)
+    return (MEAN_SQUARED_DECAY if objective == "eqm" else 1.0) * (1 + mean_square)
 
 
 def dispersive_loss(features):
@@ -74,6 +90,12 @@ def dispersive_loss(features):
     distances = (squares[:, None] + squares - 2 * z @ z.T).clamp(min=0) / dim  # (B, B)
     distances = distances.masked_fill(torch.eye(B, dtype=torch.bool, device=z.device), 0)
     return 0.5 * (distances.neg().flatten().logsumexp(dim=0) - 2 * math.log(B))
+
+
+def _mean_of_noisy(squares, gamma):
+    """The mean (B,) of squares (B, C, T, H, W) over the frames with gamma (B, T) below 1."""
+    is_noisy = (gamma < 1).float()
+    return (squares.mean(dim=(1, 3, 4)) * is_noisy).sum(dim=1) / is_noisy.sum(dim=1)
 
 
 def _broadcast(gamma):
@@ -93,12 +115,13 @@ def shift_gamma(u, shift):
     return u / (u + shift * (1 - u))
 
 
-def draw_gammas(seed, stream, indices, num_frames, patch, shift=1.0, share=0.0):
+def draw_gammas(seed, stream, indices, num_frames, patch, shift=1.0, share=0.0, level_frames=1):
     """Draw the gammas of training samples, float32 on the CPU: (B,), or (B, T) if a `share` of the clips is forced.
 
     The draws of a sample depend only on (seed, stream, index), where stream is the first step of the phase. A clip that
     is not forced keeps its gamma, whatever the share. A clip of one temporal patch (`patch` frames) is never forced:
-    its frames share all tokens, so the given ones would show most of the others. shift: see `shift_gamma`.
+    its frames share all tokens, so the given ones would show most of the others. shift: see `shift_gamma`. Given frames
+    come in groups of `level_frames`, 1 or `patch`.
     """
     gamma = shift_gamma(uniform(seed, "gamma", stream, indices), shift)  # (B,)
     if share == 0 or num_frames <= patch:
@@ -111,8 +134,8 @@ def draw_gammas(seed, stream, indices, num_frames, patch, shift=1.0, share=0.0):
         elif kind < OWN_LEVELS:
             rows.append([shift_gamma(draws[frame // patch], shift) for frame in range(num_frames)])
         else:
-            clean = clean_frames(*draws[:3], num_frames)
-            rows.append([1.0 if frame in clean else level for frame in range(num_frames)])
+            clean = clean_frames(*draws[:3], math.ceil(num_frames / level_frames))
+            rows.append([1.0 if frame // level_frames in clean else level for frame in range(num_frames)])
     return torch.tensor(rows)
 
 
@@ -144,7 +167,7 @@ def condition_dropout(gamma, usual):
     return (gamma == 1).float().mean(dim=1).sqrt().clamp(min=usual)
 
 
-def half_given(gamma, num_frames):
-    """Expand gamma (B,) to (B, T) and make the first half of the frames clean (gamma = 1)."""
-    is_first = torch.arange(num_frames, device=gamma.device) < num_frames // 2
+def first_given(gamma, num_frames, given):
+    """Expand gamma (B,) to (B, T) and make the first `given` frames clean (gamma = 1)."""
+    is_first = torch.arange(num_frames, device=gamma.device) < given
     return torch.where(is_first, 1.0, gamma[:, None])

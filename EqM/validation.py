@@ -42,13 +42,15 @@ def validate(ema, model, vae, loader, num_frames, precision, device, stop, given
             noise = normal(0, "noise", "validation", indices, x.shape[1:], device)
             y, T = Condition.of(batch["y"], ema.config).to(device).y, x.shape[2]
 
-            losses = partial(transport.losses, x=x, noise=noise, y=y, time_scale=time_scale)
+            objective = ema.config.objective
+            losses = partial(transport.losses, x=x, noise=noise, y=y, time_scale=time_scale, objective=objective)
             with distributed.autocast(device, precision):
                 with torch.compiler.set_stance("force_eager"):  # a graph of these shapes would serve nothing else
                     raw = losses(model, gamma=gamma)[0]
                 columns = [losses(ema, gamma=gamma)[0], raw, x.square().flatten(1).mean(dim=1)]
                 if given and ema.config.temporal_patch_size < T:
-                    columns.append(losses(ema, gamma=transport.half_given(gamma, T), first=T // 2)[0])
+                    half = ema.config.whole_levels(T // 2)
+                    columns.append(losses(ema, gamma=transport.first_given(gamma, T, half), first=half)[0])
                 else:
                     columns.append(torch.full_like(gamma, -1))  # no loss is negative
             columns = [torch.full_like(gamma, T), batch["indices"].to(device), gamma, *columns]
@@ -57,10 +59,10 @@ def validate(ema, model, vae, loader, num_frames, precision, device, stop, given
     stop.resolve()
     parts = distributed.gather(rows)
     rows = sorted(chain(*(parts[:1] if stop.together else parts)))  # in the order of frames and indices
-    return summarize(torch.tensor(rows, dtype=torch.float64), num_frames), corrupt
+    return summarize(torch.tensor(rows, dtype=torch.float64), num_frames, ema.config.objective), corrupt
 
 
-def summarize(rows, num_frames):
+def summarize(rows, num_frames, objective="eqm"):
     """{name: mean loss} of float64 rows: frames, index, gamma, loss of the EMA, loss of the raw weights, E[x^2], and
     the EMA's loss of the unmasked part with given frames, or -1. The names, for clips of num_frames except the last:
 
@@ -73,7 +75,7 @@ def summarize(rows, num_frames):
 
     def mean_loss(part):
         mean = loss[part].mean()
-        return mean.item(), (mean / transport.zero_loss(square[part].mean())).item()
+        return mean.item(), (mean / transport.zero_loss(square[part].mean(), objective)).item()
 
     own, metrics = frames == num_frames, {}
     metrics["val_loss"], metrics["val_loss_rel"] = mean_loss(own)

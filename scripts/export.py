@@ -22,9 +22,14 @@ from scoring import manifest
 from vae import REPOSITORIES, check_same, load_vae
 
 SHOWN = 20  # classes that the card names
+TRAINED_WITH = {
+    "eqm": "Equilibrium Matching (arXiv 2510.02300)",
+    "flow": "flow matching",
+    "blind": "blind flow matching",
+}
 CARD = """# {name}
 
-Trained with Equilibrium Matching (arXiv 2510.02300). `config.json` holds all settings. Sampling uses the sampler below
+Trained with {trained_with}. `config.json` holds all settings. Sampling uses the sampler below
 unless you pass other flags. Replace `FOLDER` by this folder, and `DATA` by a folder of videos or images of the same
 classes.
 
@@ -72,6 +77,7 @@ def main():
     rows = [(key, one_line(str(value)).replace("|", "/")) for key, value in facts(state, args.dtype, vae)]
     card = CARD.format(
         name=models.model_name(**state["config"]["model"]),
+        trained_with=TRAINED_WITH[state["config"]["model"].get("objective", "eqm")],
         about="\n".join(f"| {key} | {value} |" for key, value in rows),
         sample=f"{'--video ' * video}--ckpt FOLDER --num-samples 16 --folder samples",
         train=f"{'--video ' * video}{'--use-rope ' * rope}--ckpt FOLDER --data-path DATA",

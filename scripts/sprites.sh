@@ -9,6 +9,7 @@
 #   SOURCE=datasets/sprites-sheets   the repository that holds the sheets
 #   DATA=datasets/sprites       the data set made from the sheets, if it is missing
 #   SEED=0                      of the model and its samples
+#   OBJECTIVE=eqm               flow or blind to compare with: see --objective of train.py
 #   VAE                         a VAE to use instead of a new one, such as results/EXP/000-VAE-64px-f4-c8-16-32-64/vae
 #   GPUS, PRECISION             processes, bf16 or fp32; default: what suits the machine
 #   VAE_STEPS, STEPS_1, STEPS_2 steps; default: computed from HOURS
@@ -20,13 +21,15 @@ cd "$(dirname "$0")/.."
 source scripts/common.sh
 no_words "$@"
 
-EXP=${EXP:-sprites} SEED=${SEED:-0} VAE=${VAE:-}
+EXP=${EXP:-sprites} SEED=${SEED:-0} VAE=${VAE:-} OBJECTIVE=${OBJECTIVE:-eqm}
 SOURCE=${SOURCE:-datasets/sprites-sheets} DATA=${DATA:-datasets/sprites}
 SAMPLES=${SAMPLES:-2592} PREDICTIONS=${PREDICTIONS:-2664} READERS=1
 counts SAMPLES PREDICTIONS
 check_seed
+must "unknown; expected eqm, flow or blind" "eqm|flow|blind" OBJECTIVE
+OTHER=${OBJECTIVE#eqm}
 [[ -z $VAE || -d $VAE ]] || complain "VAE=$(printf %q "$VAE"): no such folder; unset VAE to train one"
-begin "DATA=$DATA SEED=$SEED${VAE:+ VAE=$VAE}"
+begin "DATA=$DATA SEED=$SEED${VAE:+ VAE=$VAE}${OTHER:+ OBJECTIVE=$OTHER}"
 VAE_STEPS=${VAE_STEPS:-$(steps 2700)} STEPS_1=${STEPS_1:-$(steps 750)} STEPS_2=${STEPS_2:-$(steps 5500)}
 WEAK=${WEAK:-$(steps 2500)}
 
@@ -44,7 +47,8 @@ newest "results/$EXP"/*-EqM-S-4-*
   --frames-schedule "4:$STEPS_1:32,8:$STEPS_2:16" --mix 0.1 --forcing 0.7 --no-flip --optimizer muon --lr 2e-3 \
   --warmup-steps 50 --lr-decay 0.8 --ema-decay 0.998 --gamma-shift 2 --global-seed "$SEED" --num-workers 0 \
   --log-every 50 --val-every 1000 --val-clips 64 --sample-every 0 --save-minutes 3 --ckpt-every "$WEAK" \
-  --sampler ngd --num-sampling-steps 24 --stepsize 0.0217 --cfg-scale 1.5 "${MIXED[@]}"
+  --objective "$OBJECTIVE" --sampler "$([[ $OTHER ]] && echo euler || echo ngd)" --num-sampling-steps 24 \
+  --stepsize 0.0217 --cfg-scale 1.5 "${MIXED[@]}"
 newest "results/$EXP"/*-EqM-S-4-*/checkpoints/best.pt
 BEST=$FOUND
 

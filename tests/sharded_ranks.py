@@ -18,7 +18,7 @@ from sharding import full_tensor, is_sharded, make_networks
 
 SMALL = {"input_size": 8, "in_channels": 1, "hidden_size": 100, "depth": 2, "num_heads": 2, "num_classes": 3}
 KINDS = {  # settings of a Run
-    "accumulation": {"micro_batches": 2, "grad_checkpoint": True},
+    "accumulation": {"micro_batches": 2, "grad_checkpoint": True, "objective": "flow"},
     "muon": {"optimizer": "muon", "precision": "bf16", "qk_norm": True, "position_table": "space"},
     "energy": {"ebm": "l2"},
 }
@@ -33,6 +33,7 @@ class Run:
     def __init__(self, shard, micro_batches=1, grad_checkpoint=False, optimizer="adamw", precision="fp32", **settings):
         self.shard, self.micro_batches, self.precision, self.optimizer = shard, micro_batches, precision, optimizer
         self.config = model_config("EqM-Ti/4", num_frames=4, use_rope=True, **SMALL, **settings)
+        self.told = {"gamma": torch.tensor([0.25, 0.75])} if self.config.objective == "flow" else {}
         torch.manual_seed(0)
         self.model, self.ema = make_networks(self.config, CPU, shard)
         self.model.grad_checkpoint = grad_checkpoint
@@ -52,7 +53,7 @@ class Run:
             update_ema(self.ema, self.model, 0.5)
             for one in (self.model, self.ema):  # as validation does: this must not leave full weights behind
                 with torch.no_grad():
-                    one(torch.zeros(2, 1, 4, 8, 8), LABELS)
+                    one(torch.zeros(2, 1, 4, 8, 8), LABELS, **self.told)
         states = [values for optimizer in self.optimizers for values in optimizer.state.values()]
         states = [value for values in states for value in values.values() if value.dim()]
         return grad_norm, local_bytes([*self.model.parameters(), *self.ema.parameters(), *gradients, *states])
@@ -62,7 +63,7 @@ class Run:
             x, target = (normal(step, name, number, [distributed.rank(), 9], (1, 4, 8, 8), CPU) for name in "xt")
             with nullcontext() if self.shard or number == self.micro_batches - 1 else network.no_sync():
                 with distributed.autocast(CPU, self.precision):
-                    f, features = network(x, LABELS, return_features=True)
+                    f, features = network(x, LABELS, return_features=True, **self.told)
                 loss = (f.float() - target).square().mean() + features.float().square().mean()  # as with --disp
                 (loss / self.micro_batches).backward()
 
@@ -121,7 +122,9 @@ def overflow():
     """Return (scale, whether a weight has changed) after a step whose gradient overflows only on rank 1."""
     run = Run(True, **KINDS["accumulation"])
     scaler, before = torch.amp.GradScaler("cpu", init_scale=1024.0), run.weights()[0]
-    loss = run.model(torch.ones(2, 1, 4, 8, 8), LABELS).sum() * (torch.inf if distributed.rank() == 1 else 1)
+    loss = run.model(torch.ones(2, 1, 4, 8, 8), LABELS, **run.told).sum() * (
+        torch.inf if distributed.rank() == 1 else 1
+    )
     scaler.scale(loss).backward()
     scaler.unscale_(run.optimizers[0])
     scaler.step(run.optimizers[0])

@@ -52,6 +52,19 @@ def test_two_graphs_serve_all_blocks_frame_counts_and_batches():
     assert counters["stats"]["unique_graphs"] == 2
 
 
+def test_a_compiled_flow_model_takes_one_level_per_clip_or_per_temporal_patch():
+    model, compiled = (tiny(objective="flow") for _ in range(2))
+    compiled.compile_blocks()
+    for gamma in (torch.rand(3), torch.rand(3, 2).repeat_interleave(4, dim=1)):
+        inputs = clip(8, batch=3), labels(3)
+        (loss, gradients), (again, same) = (loss_and_gradients(one, *inputs, gamma=gamma) for one in (model, compiled))
+        assert again == pytest.approx(loss, rel=1e-5)
+        assert all(distance(a, b) < 1e-4 for a, b in zip(same, gradients, strict=True))
+    for num_frames in (12, 16, 64):
+        compiled(clip(num_frames, batch=2), labels(2), gamma=torch.zeros(2, num_frames))
+    assert counters["stats"]["unique_graphs"] == 2  # one for a level, one for several
+
+
 def test_the_compiler_can_ask_whether_tf32_is_allowed():
     # Where torch's newer setting, fp32_precision, allowed it, the question raises, and nothing compiles
     for precision in ("tf32", "fp32"):

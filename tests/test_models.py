@@ -274,9 +274,9 @@ def test_attention_normalizes_rotates_and_mixes_like_a_naive_version():
 
 
 def test_the_frame_rate_is_embedded_in_octaves_from_25_fps():
-    embedder, seen = tiny().t_embedder, []
-    embedder.mlp.register_forward_pre_hook(lambda mlp, args: seen.append(args[0]))
-    embedder(torch.tensor([1 / 25, 2 / 25, 1 / 100]))
+    model, seen = tiny(), []
+    model.t_embedder.mlp.register_forward_pre_hook(lambda mlp, args: seen.append(args[0]))
+    model(clip(4, batch=3), labels(3), torch.tensor([1 / 25, 2 / 25, 1 / 100]))
     frequencies = [10_000 ** (-j / 128) for j in range(128)]
     naive = [[math.cos(s * w) for w in frequencies] + [math.sin(s * w) for w in frequencies] for s in (0, 1, -2)]
     torch.testing.assert_close(seen[0], torch.tensor(naive), atol=1e-6, rtol=0)
@@ -362,8 +362,8 @@ def test_sampling_an_energy_gives_the_same_field_without_a_graph(ebm):
     assert all(parameter.grad is None for parameter in model.parameters())
 
 
-def loss_and_gradients(model, x, y):
-    loss = model(x, y).square().mean()
+def loss_and_gradients(model, x, y, **told):
+    loss = model(x, y, **told).square().mean()
     gradients = torch.autograd.grad(loss, list(model.parameters()))
     return loss.item(), gradients
 
@@ -399,17 +399,19 @@ def counted_flops(function):
     return counter.get_total_flops()
 
 
-@pytest.mark.parametrize(("name", "num_frames", "ebm", "grad_checkpoint"), [
-    ("EqM-Ti/4", 7, "none", False), ("EqM-Ti/4", 16, "none", False), ("EqM-S/2", 4, "none", False),
-    ("EqM-Ti/4", 8, "dot", False), ("EqM-Ti/4", 8, "none", True),
+@pytest.mark.parametrize(("name", "num_frames", "ebm", "grad_checkpoint", "objective"), [
+    ("EqM-Ti/4", 7, "none", False, "eqm"), ("EqM-Ti/4", 16, "none", False, "flow"),
+    ("EqM-S/2", 4, "none", False, "eqm"), ("EqM-Ti/4", 8, "dot", False, "eqm"), ("EqM-Ti/4", 8, "none", True, "eqm"),
 ])  # fmt: skip
-def test_flops_equal_the_count_of_torch(name, num_frames, ebm, grad_checkpoint):
+def test_flops_equal_the_count_of_torch(name, num_frames, ebm, grad_checkpoint, objective):
     settings = {"input_size": 8, "in_channels": 4, "num_classes": 3, "use_rope": True, "depth": 2}
-    model = randomized(EqM(model_config(name, ebm=ebm, **settings)))  # with a zero output some parts get no gradient
+    config = model_config(name, ebm=ebm, objective=objective, **settings)
+    model = randomized(EqM(config))  # with a zero output some parts get no gradient
     model.grad_checkpoint = grad_checkpoint
-    config, x, y = model.config, torch.randn(2, 4, num_frames, 8, 8), torch.tensor([0, 1])
+    x, y = torch.randn(2, 4, num_frames, 8, 8), torch.tensor([0, 1])
+    told = {"gamma": torch.rand(2, num_frames)} if objective == "flow" else {}
     if ebm == "none":
-        assert counted_flops(lambda: model(x, y)) == 2 * config.flops(num_frames)
+        assert counted_flops(lambda: model(x, y, **told)) == 2 * config.flops(num_frames)
     error = 0.1 if grad_checkpoint or ebm != "none" else 0.02
-    trained = counted_flops(lambda: model(x, y).square().mean().backward())
+    trained = counted_flops(lambda: model(x, y, **told).square().mean().backward())
     assert trained == pytest.approx(2 * config.training_flops(num_frames, grad_checkpoint), rel=error)

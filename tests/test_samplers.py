@@ -102,7 +102,7 @@ def test_solvers_follow_a_straight_path_exactly_to_the_data(method, num_steps, s
 @pytest.mark.parametrize(("method", "order"), [("euler", 1), ("heun", 2)])
 def test_the_error_of_a_solver_falls_with_its_order(method, order, monkeypatch):
     gammas = []
-    monkeypatch.setattr(transport, "velocity", lambda f, gamma: gammas.append(gamma.item()) or f)  # dx/dgamma = -x
+    monkeypatch.setattr(transport, "velocity", lambda f, gamma, _: gammas.append(gamma.item()) or f)  # dx/dgamma = -x
     start, errors = normal(2, 3, dtype=torch.float64), []
     for num_steps in (41, 81):
         x, _ = sample(lambda x, keep: -x, start, method, num_steps)

@@ -145,6 +145,7 @@ def test_the_summary_counts_refused_clips_as_wrong_and_measures_right_ones():
     tracks += [Track(reason="nothing stands out"), Track(None, "Square", reason="the object stands still")]
     found = shapes.summarize_tracks(tracks, [up] * 4 + [left])
     assert (found["clips"], found["right"], found["direction_accuracy"], found["shape_accuracy"]) == (5, 2, 0.4, 0.6)
+    assert found["both_accuracy"] == 0.2
     assert found["speed_ratio"] == pytest.approx(1.0) and found["area_ratio"] == pytest.approx(1.1)
     assert found["area_ratio_interval95"] == pytest.approx([1.1 - 0.392, 1.1 + 0.392])  # 0.9 and 1.3
     assert found["refused"] == {"nothing stands out": 1, "the object stands still": 1}

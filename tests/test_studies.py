@@ -10,6 +10,7 @@ from dataclasses import replace
 from functools import partial
 
 import pytest
+import torch
 from matplotlib.figure import Figure
 from PIL import Image
 
@@ -20,6 +21,8 @@ import evaluate
 import given_frames
 import lab
 import make_moving_shapes
+import no_clock
+import objectives
 import people
 import positions
 import report
@@ -111,7 +114,7 @@ MINIATURES = {  # study: its flags, a line of its report
 
 @pytest.mark.parametrize("script", MINIATURES, ids=lambda script: script.__name__)
 def test_a_miniature_study_writes_its_table_and_resumes(script, trained, commands, capsys, monkeypatch):
-    monkeypatch.setattr(given_frames, "TASKS", dict(list(given_frames.TASKS.items())[1::5]))
+    monkeypatch.setattr(given_frames, "TASKS", dict(list(given_frames.TASKS.items())[1::6]))
     (out, model), (flags, line) = trained, MINIATURES[script]
     flags = ["--miniature", "--out", out, *flags.split(), *(model if script is adaptive_compute else [])]
     run_main(script, *flags)
@@ -125,6 +128,61 @@ def test_a_miniature_study_writes_its_table_and_resumes(script, trained, command
     run_main(script, *flags)
     again = [words[0] for words in commands if not words[0].startswith(("scripts", "datasets"))]
     assert again == ["EqM/evaluate.py"] and found.read_text() == content
+
+
+@pytest.fixture(scope="module")
+def compared(commands, tmp_path_factory):
+    """The folder of a finished comparison of the objectives eqm and flow, one seed, few tasks."""
+    out = tmp_path_factory.mktemp("objectives")
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(objectives, "COUNTS", (2,))
+        patch.setattr(objectives, "LIMITS", (1,))
+        patch.setattr(objectives, "SEEDS", {"eqm": 1, "flow": 1, "blind": 0})
+        run_main(objectives, "--miniature", "--out", out, "--seeds", 0)
+    return out
+
+
+def test_objectives_have_a_row_per_run_and_are_compared_by_seed(compared):
+    rows, text = json.loads((compared / "objectives.json").read_text()), (compared / "objectives.md").read_text()
+    assert [(row["objective"], row["seed"]) for row in rows] == [("eqm", 0), ("flow", 0)]
+    spent = {task: own["evaluations"] for task, own in rows[1]["values"].items() if task}
+    assert spent == {objectives.MAIN: 15, "24 frames": 15, "32 frames": 15, "2 evaluations": 2,
+                     "2 evaluations, no guidance": 2}  # fmt: skip
+    assert rows[0]["values"]["until the field is below 1"]["evaluations"] <= 30
+    assert re.search(r"both right \(%\): eqm minus flow is [-+]\d+\.\d+ \(one seed, no interval\)", text)
+
+
+@pytest.mark.parametrize(("way", "evaluations", "expected"), [
+    ("euler", 15, ["--sampler", "euler", "--num-sampling-steps", 16]),
+    ("heun", 15, ["--sampler", "heun", "--num-sampling-steps", 9]),
+    (0.6, 15, ["--sampler", "ngd", "--num-sampling-steps", 16, "--stepsize", "0.04"]),
+])  # fmt: skip
+def test_all_ways_to_sample_take_the_same_evaluations(way, evaluations, expected):
+    assert objectives.sampling(way, evaluations) == expected
+
+
+def test_starts_without_a_clock_fill_one_table_cell_at_a_time(compared, commands, monkeypatch, tmp_path):
+    monkeypatch.setattr(no_clock, "PARTS", {"noisy clips": (0.4,), "noisy half": (0.0,)})
+    run_main(no_clock, "--miniature", "--out", compared, "--seeds", 0)
+    path = compared / "no_clock.json"
+    rows, text = json.loads(path.read_text()), path.with_suffix(".md").read_text()
+    assert len(rows) == 2 * len(no_clock.METHODS)
+    assert all(0 <= row["both"] <= 1 and row["rmse"] > 0 for row in rows)
+    assert "The best fair baseline is flow, " in text and "noisy half, mean over gamma: eqm minus flow" in text
+    path.write_text(json.dumps(rows[:-1]))
+    commands.clear()
+    run_main(no_clock, "--miniature", "--out", compared, "--seeds", 0)
+    assert json.loads(path.read_text()) == rows
+    assert not [words for words in commands if words[0].startswith("EqM")]  # data sets say that they exist
+
+
+def test_the_noise_level_of_shapes_can_be_estimated():
+    clips = torch.full((4, 3, 8, 16, 16), -1.0)
+    clips[:, :, :, 4:9, 5:11] = 0.8
+    for gamma in (0.2, 0.5, 0.9):
+        noisy = gamma * clips + (1 - gamma) * torch.randn(clips.shape, generator=torch.Generator().manual_seed(0))
+        noisy[:, :, 4:] = clips[:, :, 4:]
+        assert no_clock.estimate_gammas(noisy, 4) == pytest.approx([gamma, 1], abs=0.05)
 
 
 @pytest.mark.parametrize("data_set", positions.DATA_SETS)

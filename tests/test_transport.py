@@ -9,7 +9,7 @@ import torch
 
 import transport
 from runtime.rng import uniform
-from transport import clean_frames, condition_dropout, draw_gammas, half_given, shift_gamma
+from transport import clean_frames, condition_dropout, draw_gammas, first_given, shift_gamma
 
 GAMMA, DECAY = torch.tensor([0.0, 0.5, 0.9, 1.0]), [4.0, 4.0, 2.0, 0.0]  # and c(GAMMA)
 MANY = range(2000)
@@ -159,7 +159,7 @@ def test_condition_dropout_grows_with_the_number_of_clean_frames():
     assert condition_dropout(levels, 0.1).tolist() == pytest.approx([0.1, 0.25, 0.5, (15 / 16) ** 0.5])
     assert condition_dropout(levels, 0.3).tolist() == pytest.approx([0.3, 0.3, 0.5, (15 / 16) ** 0.5])
     assert condition_dropout(levels[:, -1], 0.1).tolist() == pytest.approx([0.1] * 4)
-    assert half_given(torch.tensor([0.25, 0.5]), 3).tolist() == [[1, 0.25, 0.25], [1, 0.5, 0.5]]
+    assert first_given(torch.tensor([0.25, 0.5]), 3, 1).tolist() == [[1, 0.25, 0.25], [1, 0.5, 0.5]]
     for num_frames, expected in ((4, 0.10), (8, 0.30), (16, 0.29)):  # what the docs say
         assert condition_dropout(draw(0.75, num_frames), 0.1).mean().item() == pytest.approx(expected, abs=0.025)
 

@@ -43,7 +43,7 @@ ACROSS = 0.5  # px, standard deviation of a bouncing object's motion across its 
 SHAPES = ("Circle", "Square", "Triangle")
 AXES, DIRECTIONS = ("Horizontal", "Vertical"), (("Left", "Right"), ("Up", "Down"))  # by axis; y goes down
 TRACKED = {  # values of `summarize`
-    "direction_accuracy": "direction right", "shape_accuracy": "shape right",
+    "direction_accuracy": "direction right", "shape_accuracy": "shape right", "both_accuracy": "both right",
     "speed_ratio": "speed / true speed", "area_ratio": "area / true area",
 }  # fmt: skip
 FOLLOWED = {  # values of `summarize_bounces`
@@ -302,9 +302,12 @@ def summarize_tracks(tracks, expected, videos=()):
     is_right = [found.direction == true.direction for found, true in pairs]
     right, videos_of_right = (list(itertools.compress(column, is_right)) for column in (pairs, videos))
     summary = {"clips": len(pairs), "right": len(right)}
-    for what in ("direction", "shape"):
-        hits = [getattr(found, what) == getattr(true, what) for found, true in pairs]
-        summary[f"{what}_accuracy"], summary[f"{what}_interval95"] = share(hits, videos)
+    hits = {
+        what: [getattr(found, what) == getattr(true, what) for found, true in pairs] for what in ("direction", "shape")
+    }
+    hits["both"] = list(map(all, zip(*hits.values(), strict=True)))
+    for what, own in hits.items():
+        summary[f"{what}_accuracy"], summary[f"{what}_interval95"] = share(own, videos)
     for what in ("speed", "area"):
         ratios = [getattr(found, what) / getattr(true, what) for found, true in right]
         (mean, _), (_, error) = mean_and_error(ratios), mean_and_error(by_video(ratios, videos_of_right).numpy())

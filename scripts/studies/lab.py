@@ -30,10 +30,12 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from engine import ROOT
 
+from benchmark import machine
 from runtime import distributed
 from runtime.atomic import write_file
 from runtime.cli import NATURAL, ArgumentParser, UserError, check_writable, fail, one_line_errors, say, wrong_input
 from runtime.metrics import read_metrics
+from scoring.manifest import code_commit
 from scoring.stats import cell, mean_and_error  # noqa: F401 (cell: for people.py)
 
 WAIT_SECONDS = 2.0  # between two checks for runs that other processes did not finish
@@ -177,6 +179,43 @@ class Run:
         self.score()
 
 
+@dataclass(eq=False)
+class JsonRun(Run):
+    """A Run that ends with a row in a json file, which holds its scores. Runs that have a row are not run again."""
+
+    out: Path = None  # the json file
+    about: dict = field(default_factory=dict)  # what tells this row from others
+
+    @property
+    def has_row(self):
+        return any(self.about.items() <= row.items() for row in read_rows(self.out))
+
+    @property
+    def is_done(self):
+        return self.has_row
+
+    def row(self):
+        values = {"": {"val_loss": self.validations()[-1]["val_loss"]}} | {
+            task: self.values(task) for task in self.tasks
+        }
+        return self.about | {"code": code_commit() or "", "machine": machine(), "values": values}
+
+    def score(self):
+        super().score()
+        add_rows(self.out, [self.row()])
+
+
+def read_rows(path):
+    """The rows of a json file; none if it does not exist."""
+    return json.loads(path.read_text()) if path.exists() else []
+
+
+def add_rows(path, rows):
+    """Add rows to a json file, to which another process may add at the same time."""
+    with file_lock(path.with_name(f".{path.stem}.lock")):
+        write_file(path, json.dumps([*read_rows(path), *rows], indent=1).encode() + b"\n")
+
+
 def run_all(runs, minutes=math.inf):
     """Run all unfinished runs, each in one process, and wait for runs of other processes.
 
@@ -293,7 +332,8 @@ class ExperimentTable:
         """The lines of NAME.md, with a column per run."""
         about = f"`scripts/studies/{self.name}.py` wrote this table from runs of `scripts/{self.script}`. "
         about += "Brackets hold 95% intervals over clips."
-        titles = [f"HOURS={run['hours']:g}" + (f", seed {run['seed']}" if "seed" in run else "") for run in runs]
+        more = [[f"seed {run['seed']}"] * ("seed" in run) + [run["objective"]] * ("objective" in run) for run in runs]
+        titles = [", ".join([f"HOURS={run['hours']:g}", *words]) for run, words in zip(runs, more, strict=True)]
         columns = list(map(self.rows_of, runs))
         rows = [[what, *(column.get(what, "-") for column in columns)] for what in columns[0]]
         return [f"# {self.title}", "", about, "", *table(["", *titles], rows)]

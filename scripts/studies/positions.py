@@ -25,10 +25,8 @@ import numpy as np
 
 import lab
 from arms import BASE, FULL, INTERVALS, POSITIONS, VALIDATIONS, config_of, phase_flags, plan_phases, sampling_flags
-from benchmark import machine
 from models import EqMConfig, model_config
 from runtime.cli import fail, one_line_errors
-from scoring.manifest import code_commit
 from video.samples import read_samples
 from video.writers import write_sheet
 
@@ -121,12 +119,11 @@ DATA_SETS = {
 }  # fmt: skip
 
 
-class PositionsRun(lab.Run):
+class PositionsRun(lab.JsonRun):
     """A model with these positions and this seed. It is done when it is sampled, or when the json has its scores."""
 
     def __init__(self, args, positions, seed):
         own, root = DATA_SETS[args.data_set], Path(args.out, "positions")
-        self.out, self.about = Path(args.out, f"positions_{args.data_set}.json"), {"positions": positions, "seed": seed}
         config = replace(own.config, **TINY if args.miniature else {})
         shares, mix = (((own.phases[-1][0], 1.0),), 0) if positions == "fixed" else (own.phases, own.mix)
         phases, self.flops = plan_phases(config, shares, mix, 4 if args.miniature else own.steps)
@@ -150,11 +147,9 @@ class PositionsRun(lab.Run):
                 for name, (words, metrics) in own.tasks.items()
             },
             metrics={metric: ["--data-path", scored, *words.split()] for metric, words in scoring.items()},
+            out=Path(args.out, f"positions_{args.data_set}.json"),
+            about={"positions": positions, "seed": seed},
         )  # fmt: skip
-
-    @property
-    def has_row(self):
-        return any(self.about.items() <= row.items() for row in read_rows(self.out))
 
     @property
     def is_done(self):
@@ -164,11 +159,7 @@ class PositionsRun(lab.Run):
         """Does nothing: see `score_all`."""
 
     def row(self):
-        """The row of the json, from the scores."""
-        values = {"": {"val_loss": self.validations()[-1]["val_loss"]}}
-        values |= {task: self.values(task) for task in self.tasks}
-        about = {"code": code_commit() or "", "machine": machine(), "flops": self.flops}
-        return self.about | about | {"values": values}
+        return super().row() | {"flops": self.flops}
 
 
 def score_all(runs):
@@ -180,8 +171,7 @@ def score_all(runs):
                 keep_end(run.path(END).parent, 16)
         lab.score(left)
         if left:
-            rows = [*read_rows(left[0].out), *(run.row() for run in left)]
-            lab.write_file(left[0].out, json.dumps(rows, indent=1).encode() + b"\n")
+            lab.add_rows(left[0].out, [run.row() for run in left])
 
 
 def keep_end(folder, num_frames):
@@ -191,11 +181,6 @@ def keep_end(folder, num_frames):
     os.replace(folder / "end.npz", folder / "samples.npz")
     about["source"] |= {"num_frames": num_frames, "window": num_frames, "overlap": 0}
     (folder / "samples.json").write_text(json.dumps(about))
-
-
-def read_rows(path):
-    """The finished runs of a json."""
-    return json.loads(path.read_text()) if path.exists() else []
 
 
 def markdown(name, rows):
@@ -250,7 +235,7 @@ def main():
     lab.run_all(runs)
     score_all(runs)
     write_picture(Path(args.out, f"figures/positions-{args.data_set}.png"), runs)
-    lab.write_results(args.out, f"positions_{args.data_set}", markdown(args.data_set, read_rows(runs[0].out)))
+    lab.write_results(args.out, f"positions_{args.data_set}", markdown(args.data_set, lab.read_rows(runs[0].out)))
 
 
 if __name__ == "__main__":

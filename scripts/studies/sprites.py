@@ -30,11 +30,13 @@ SHARES = {  # of --metric census: words in the table
 def read_run(name):
     """The scores of an experiment as a plain dict. Raises FileNotFoundError."""
     settings = Path("results", name, "settings").read_text().rstrip()
-    hours, seed, other = re.search(r"HOURS=(\S+) .*SEED=(\d+)( VAE=.*)?$", settings).groups()
+    about = re.search(r"HOURS=(\S+) .*SEED=(\d+)(?: VAE=(.*?))?(?: OBJECTIVE=(\w+))?$", settings)
+    hours, seed, other, objective = about.groups()
     model = lab.newest_metrics(name, "EqM")
-    vae = read_metrics(Path(other[5:]).parent / "metrics.jsonl")[0] if other else lab.newest_metrics(name, "VAE")
+    vae = read_metrics(Path(other).parent / "metrics.jsonl")[0] if other else lab.newest_metrics(name, "VAE")
     run = {"hours": float(hours), "seed": int(seed), "vae_steps": vae[-1]["step"], "vae_psnr": vae[-1]["val_psnr"]}
     run |= {"steps": model[-1]["step"], "minutes_of_model": model[-1]["seconds"] / 60}
+    run |= {"objective": objective} if objective else {}
     scores = {task: json.loads(Path("samples", f"{name}-{task}.json").read_text())["result"] for task in TASKS}
     for kind in ("real", "samples"):
         kept = "clips", "right", "share", "interval95", "IS", "H(y|x)", "H(y)"

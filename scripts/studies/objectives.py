@@ -1,0 +1,192 @@
+"""Compare the objectives eqm, flow and blind at equal compute, on Moving Shapes. Is EqM better than flow matching?
+
+    python scripts/studies/objectives.py --tune     seed 10: training shifts, with paths or solvers of each objective
+    python scripts/studies/objectives.py            10 seeds of eqm and flow, 3 of blind, with the settings below
+
+All models follow the recommended curriculum of study.py; a run takes about 5 minutes of one core. The primary endpoint
+is the share of 16-frame clips whose direction and shape are both right after 15 evaluations with guidance, the scale of
+which an earlier study chose for eqm. The script writes results/objectives.md and .json, with --tune
+results/objectives_tuning.md and .json. Models, samples and scores are in results/objectives (see lab.py).
+"""
+
+import json
+from dataclasses import dataclass
+from pathlib import Path
+
+import lab
+from arms import GUIDANCE, PATH_LENGTH, RECOMMENDED, size_of, training
+from runtime.cli import fail, one_line_errors
+
+SEEDS, TUNING_SEED = {"eqm": 10, "flow": 10, "blind": 3}, 10
+SHIFTS = 1, 3, 5  # --gamma-shift of training; solvers sample on its grid
+WAYS = {"eqm": (PATH_LENGTH, 0.6), "flow": ("euler", "heun"), "blind": ("euler", "heun")}  # path length or solver
+COUNTS, USUAL = (2, 4, 8, 15, 30), 15  # evaluations
+LIMITS, STOPS = (0.5, 1, 2), (10, 12, 20, 30)  # eqm: --stop-below, and evaluations, with steps of the usual size
+BOTH, NEAREST = "both right (%)", "RMSE to the nearest training clip / of held-out clips"
+COLUMNS = {  # of 16 frames: title: (value of a manifest, factor, digits)
+    BOTH: ("both_accuracy", 100, 1),
+    "directions right (%)": ("direction_accuracy", 100, 1),
+    "shapes right (%)": ("shape_accuracy", 100, 1),
+    NEAREST: ("rmse_ratio", 1, 2),
+}
+MAIN = f"16 frames, {USUAL} evaluations"
+
+
+@dataclass(frozen=True)
+class Setting:
+    """How an objective trains and samples."""
+
+    shift: float
+    way: float | str  # path length of the descent, or solver
+
+
+SETTINGS = {"eqm": Setting(3, PATH_LENGTH), "flow": Setting(3, "euler"), "blind": Setting(3, "euler")}  # by --tune
+
+
+def sampling(way, evaluations):
+    """Flags of sample_gd.py for so many evaluations. Heun's method takes an odd number, so Euler's does for others."""
+    way = "euler" if way == "heun" and evaluations % 2 == 0 else way
+    points = (evaluations + 3) // 2 if way == "heun" else evaluations + 1
+    flags = ["--sampler", way if isinstance(way, str) else "ngd", "--num-sampling-steps", points]
+    return flags if isinstance(way, str) else [*flags, "--stepsize", f"{way / evaluations:.4g}"]
+
+
+def make_tasks(objective, setting, clips, fewer):
+    """{name: (flags of sample_gd.py, metrics)} of a run; fewer: number of clips of the secondary tasks."""
+
+    def task(evaluations, *more, num_frames=16, count=fewer, guidance=GUIDANCE, metrics=("motion",)):
+        flags = ["--num-frames", num_frames, "--num-samples", count, "--cfg-scale", guidance]
+        return [*flags, *sampling(setting.way, evaluations), *more], metrics
+
+    tasks = {MAIN: task(USUAL, count=clips, metrics=("motion", "nearest"))}
+    tasks |= {f"{frames} frames": task(USUAL, num_frames=frames) for frames in (24, 32)}
+    for count in COUNTS:
+        tasks |= {f"{count} evaluations": task(count)} if count != USUAL else {}
+        tasks[f"{count} evaluations, no guidance"] = task(count, guidance=1)
+    if objective == "eqm":
+        for limit in LIMITS:
+            flags = "--num-sampling-steps", 2 * USUAL + 1, "--stop-below", limit
+            tasks[f"until the field is below {limit:g}"] = task(USUAL, *flags)
+        tasks |= {f"{n} steps of the usual size": task(USUAL, "--num-sampling-steps", n + 1) for n in STOPS}
+    return tasks
+
+
+def data_sets(args):
+    """The `data` of a lab.Run: training videos and test videos."""
+    folder = Path(args.out, "objectives", "moving-shapes")
+    return lab.data_sets(folder, size_of(args).videos, 2 if args.miniature else 24, "--seconds", 1.4)
+
+
+class ObjectiveRun(lab.JsonRun):
+    """A model of an objective with a Setting and a seed."""
+
+    def __init__(self, args, objective, setting, seed, tasks):
+        size, data = size_of(args), data_sets(args)
+        videos, test = data
+        about = {"objective": objective, "shift": setting.shift, "way": setting.way, "seed": seed}
+        about |= {"size": size.name} if args.miniature else {}
+        flags = ["--objective", objective, "--gamma-shift", setting.shift, "--data-path", videos]
+        common = ["--seed", seed, "--precision", "bf16", "--batch-size", 32]
+        motion = ["--data-path", test, "--split", "all", "--num-real", size.clips]
+        super().__init__(
+            Path(args.out, "objectives", "-".join(map(str, about.values()))), data,
+            **training(args, RECOMMENDED, seed, 1.0, *flags),
+            tasks={name: ([*words, *common], metrics) for name, (words, metrics) in tasks.items()},
+            metrics={"motion": motion, "nearest": ["--data-path", videos, "--num-real", size.clips]},
+            out=Path(args.out, "objectives_tuning.json" if seed == TUNING_SEED else "objectives.json"), about=about,
+        )  # fmt: skip
+
+    def values(self, task):
+        evaluations = json.loads(self.path(task).read_text())["mean_evaluations"]
+        return super().values(task) | {"evaluations": evaluations}
+
+
+def main_run(args, objective, seed):
+    """The run of an objective with its Setting."""
+    setting = SETTINGS[objective]
+    return ObjectiveRun(args, objective, setting, seed, make_tasks(objective, setting, *num_clips(args)))
+
+
+def tuning_run(args, objective, shift):
+    """The run that measures all ways to sample an objective with this training shift."""
+    common = ["--num-frames", 16, "--num-samples", num_clips(args)[0], "--cfg-scale", GUIDANCE]
+    tasks = {str(way): ([*common, *sampling(way, USUAL)], ("motion",)) for way in WAYS[objective]}
+    return ObjectiveRun(args, objective, Setting(shift, "all"), TUNING_SEED, tasks)
+
+
+def num_clips(args):
+    """Clips of the primary endpoint, and of the other tasks."""
+    return (4, 4) if args.miniature else (288, 96)
+
+
+def tuning_markdown(rows):
+    about = f"`scripts/studies/objectives.py --tune` wrote these tables: seed {TUNING_SEED}, {USUAL} evaluations, "
+    about += f"guidance {GUIDANCE}. Cells: directions and shapes both right (%)."
+    lines = ["# Tuning of the objectives", "", about, ""]
+    for objective, ways in WAYS.items():
+        own = sorted((row for row in rows if row["objective"] == objective), key=lambda row: row["shift"])
+        cells = [[f"{row['shift']:g}", *(f"{100 * row['values'][str(way)]['both_accuracy']:.1f}" for way in ways)]
+                 for row in own]  # fmt: skip
+        named = [way if isinstance(way, str) else f"path length {way:g}" for way in ways]
+        lines += [f"## {objective}", "", *lab.table(["training shift", *named], cells)]
+    return lines
+
+
+def collect(rows, task, name, factor=1.0):
+    """{objective: {seed: value}} of a task, for models with the SETTINGS of today."""
+    found = {objective: {} for objective in SETTINGS}
+    for row in sorted(rows, key=lambda row: row["seed"]):
+        setting = Setting(row["shift"], row["way"])
+        if setting == SETTINGS[row["objective"]] and (value := row["values"].get(task, {}).get(name)) is not None:
+            found[row["objective"]][row["seed"]] = factor * value
+    return {objective: values for objective, values in found.items() if values}
+
+
+def markdown(rows):
+    lines = ["# Objectives", "", "`scripts/studies/objectives.py` wrote these tables. Cells hold the mean over seeds "
+             "(blind has fewer), and the range.", "", f"## {MAIN}", ""]  # fmt: skip
+    found = {title: collect(rows, MAIN, name, factor) for title, (name, factor, _) in COLUMNS.items()}
+    table = {objective: {title: [*own.get(objective, {}).values()] for title, own in found.items()}
+             for objective in found[BOTH]}  # fmt: skip
+    lines += lab.seed_table(table, COLUMNS)
+    lines += [difference(found[title], title, digits + 1) for title, (_, _, digits) in COLUMNS.items()]
+    tasks = dict.fromkeys(task for row in rows for task in row["values"] if task not in ("", MAIN))
+    cells, gaps = [], []
+    for task in tasks:
+        both, spent = collect(rows, task, "both_accuracy", 100), collect(rows, task, "evaluations")
+        counts = "; ".join(dict.fromkeys(lab.mean_cell([*own.values()], 1) for own in spent.values()))
+        cells.append([task, *(lab.mean_cell([*both.get(objective, {}).values()], 1) for objective in SETTINGS), counts])
+        gaps += [difference(both, task, 2)] if {"eqm", "flow"} <= both.keys() else []
+    lines += ["", f"## Other samples: {BOTH}", "", *lab.table(["", *SETTINGS, "evaluations"], cells)]
+    return [*lines, *gaps]
+
+
+def difference(found, what, digits):
+    return lab.difference("eqm", "flow", what, found.get("eqm", {}), found.get("flow", {}), digits)
+
+
+def parse_args():
+    parser = lab.study_parser(__doc__, seeds=[*range(10)])
+    parser.add_argument("--tune", action="store_true", help=f"compare settings of each objective on seed {TUNING_SEED}")
+    return parser.parse_args()
+
+
+@one_line_errors()
+def main():
+    args = parse_args()
+    if args.tune:
+        runs = [tuning_run(args, objective, shift) for shift in SHIFTS for objective in SETTINGS]
+    else:
+        runs = [
+            main_run(args, objective, seed)
+            for seed in args.seeds for objective in SETTINGS if seed < SEEDS[objective]
+        ]  # fmt: skip
+    if not runs:
+        fail(f"--seeds {args.seeds[0]}: expected some below {max(SEEDS.values())}")
+    lab.run_all(runs)
+    rows, write = lab.read_rows(runs[0].out), tuning_markdown if args.tune else markdown
+    lab.write_results(args.out, runs[0].out.stem, write(rows))
+
+
+if __name__ == "__main__":
+    main()
