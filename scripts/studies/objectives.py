@@ -18,7 +18,7 @@ from arms import GUIDANCE, PATH_LENGTH, RECOMMENDED, size_of, training
 from runtime.cli import fail, one_line_errors
 
 SEEDS, TUNING_SEED = {"eqm": 10, "flow": 10, "blind": 3}, 10
-SHIFTS = 1, 3, 5  # --gamma-shift of training; solvers sample on its grid
+SHIFTS = 0.5, 1, 3  # --gamma-shift of training; solvers sample on its grid
 WAYS = {"eqm": (PATH_LENGTH, 0.6), "flow": ("euler", "heun"), "blind": ("euler", "heun")}  # path length or solver
 COUNTS, USUAL = (2, 4, 8, 15, 30), 15  # evaluations
 LIMITS, STOPS = (0.5, 1, 2), (10, 12, 20, 30)  # eqm: --stop-below, and evaluations, with steps of the usual size
