@@ -40,7 +40,7 @@ class Setting:
     way: float | str  # path length of the descent, or solver
 
 
-SETTINGS = {"eqm": Setting(3, PATH_LENGTH), "flow": Setting(3, "euler"), "blind": Setting(3, "euler")}  # by --tune
+SETTINGS = {"eqm": Setting(1, PATH_LENGTH), "flow": Setting(1, "heun"), "blind": Setting(1, "heun")}  # by --tune
 
 
 def sampling(way, evaluations):
