@@ -27,7 +27,7 @@ LATENTS = SimpleNamespace(downsample=1, decode=lambda x: x.permute(0, 2, 3, 4, 1
 class Quadratic:
     """The field -(1 + y) 25 t x and its energy. It has no sums, so the batch changes no bit."""
 
-    config = SimpleNamespace(in_channels=2, input_size=4, num_classes=10)
+    config = SimpleNamespace(in_channels=2, input_size=4, num_classes=10, objective="eqm")
 
     def __call__(self, x, y, time_scale):
         assert x.dtype == torch.float32 and not torch.is_grad_enabled()
@@ -211,7 +211,7 @@ def test_classes_are_sampled_in_turn_and_a_name_wins_over_an_index():
 
 
 def resolve(training, **typed):
-    return resolve_sampler(SimpleNamespace(**dict.fromkeys(SAMPLER) | typed), training)
+    return resolve_sampler(SimpleNamespace(**dict.fromkeys(SAMPLER) | typed), training, "eqm")
 
 
 def test_flags_override_training_settings_which_override_defaults():

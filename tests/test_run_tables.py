@@ -69,6 +69,7 @@ def write_sprites(name, run, vae=None):
     write_lines(f"{place}/metrics.jsonl", *rows)
     last = {"step": run["steps"], "seconds": 60 * run["minutes_of_model"]}
     write_lines(f"results/{name}/001-EqM-S-4-f4-8-rope/metrics.jsonl", last)
+    used += f" OBJECTIVE={run['objective']}" if "objective" in run else ""
     settings = f"HOURS={run['hours']} DATA=datasets/sprites SEED={run['seed']}{used}\n"
     Path("results", name, "settings").write_text(settings)
     results = {task: run[task] | {"samples": [1], "psnr_by_frame": [1]} for task in sprites.TASKS if task in run}
@@ -80,11 +81,11 @@ def write_sprites(name, run, vae=None):
 def test_each_run_is_a_column_by_hours_and_seed_and_may_share_its_vae():
     asked = {"vae_steps": 7, "steps": 8}
     short, first = (run_of(sprites, hours=hours, seed=0, **asked) for hours in (0.5, 2.0))
-    second = first | {"seed": 1, "steps": 9}
+    second = first | {"seed": 1, "steps": 9, "objective": "flow"}
     write_sprites("first", first)
     write_sprites("second", second, vae="results/first/000-VAE-64px/vae")
     write_sprites("short", short)
     runs, table = tabulate(sprites, "second", "short", "first")
     assert runs == [short, first, second]
-    assert table[""] == [" HOURS=0.5, seed 0 ", " HOURS=2, seed 0 ", " HOURS=2, seed 1 "]
+    assert table[""] == [" HOURS=0.5, seed 0 ", " HOURS=2, seed 0 ", " HOURS=2, seed 1, flow "]
     assert table["steps of the VAE; of the model"] == [" 7; 8 ", " 7; 8 ", " 7; 9 "]

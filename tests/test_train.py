@@ -168,7 +168,8 @@ def test_the_network_sees_only_noisy_clip_condition_and_frame_rate(forcing, disp
     clips, y, indices = torch.randint(256, (B, 3, T, 16, 16)).byte(), torch.tensor([0, 1, 1, 0]), [0, 1, 2, 3]
     batch = {"clips": clips, "y": y, "time_scales": torch.full((B,), 0.08), "indices": torch.tensor(indices)}
     args = SimpleNamespace(global_seed=3, gamma_shift=2.0, precision="fp32", disp=disp, forcing=forcing)
-    config = SimpleNamespace(class_dropout_prob=0.5, num_classes=2, temporal_patch_size=4)
+    shape = {"temporal_patch_size": 4, "level_frames": 1}
+    config = SimpleNamespace(class_dropout_prob=0.5, num_classes=2, objective="eqm", **shape)
     losses, target_square = train.training_losses(network, VAE("none"), batch, config, args, 5, torch.device("cpu"))
 
     x, noise = clips.float() / 127.5 - 1, normal(3, "noise", 5, indices, (3, T, 16, 16))

@@ -332,8 +332,10 @@ class ExperimentTable:
         """The lines of NAME.md, with a column per run."""
         about = f"`scripts/studies/{self.name}.py` wrote this table from runs of `scripts/{self.script}`. "
         about += "Brackets hold 95% intervals over clips."
-        more = [[f"seed {run['seed']}"] * ("seed" in run) + [run["objective"]] * ("objective" in run) for run in runs]
-        titles = [", ".join([f"HOURS={run['hours']:g}", *words]) for run, words in zip(runs, more, strict=True)]
+        titles = []
+        for run in runs:
+            words = f"HOURS={run['hours']:g}", f"seed {run['seed']}" if "seed" in run else "", run.get("objective", "")
+            titles.append(", ".join(filter(None, words)))
         columns = list(map(self.rows_of, runs))
         rows = [[what, *(column.get(what, "-") for column in columns)] for what in columns[0]]
         return [f"# {self.title}", "", about, "", *table(["", *titles], rows)]
