@@ -390,11 +390,8 @@ class EqM(nn.Module):
         for block in self.blocks:
             if self.is_compiled:  # batch size and number of tokens vary; each new size would be compiled again
                 levels = (0, 1) if condition.shape[1] > 1 else 0
-                for part, axes in (
-                    (tokens, (0, 1)),
-                    (condition, levels),
-                    *((angles, (0, 2)) for angles in rotary or ()),
-                ):
+                sizes = (tokens, (0, 1)), (condition, levels), *((angles, (0, 2)) for angles in rotary or ())
+                for part, axes in sizes:
                     torch._dynamo.maybe_mark_dynamic(part, axes)
             if self.grad_checkpoint and torch.is_grad_enabled():
                 function = block if config.ebm == "none" else sdpa_kernel(SDPBackend.MATH)(block)  # also when run again

@@ -1,5 +1,6 @@
 """The objectives flow and blind: closed forms on Gaussian data, levels per temporal patch, and runs of the scripts."""
 
+from dataclasses import replace
 from types import SimpleNamespace
 
 import pytest
@@ -102,15 +103,9 @@ def test_targets_and_losses_of_each_objective(objective):
 def trained(objective, data, steps=300):
     """A small network trained on image batches data(step) (B, 1, 1, 8, 8) without classes."""
     torch.manual_seed(0)
-    shape = {
-        "input_size": 8,
-        "in_channels": 1,
-        "temporal_patch_size": 1,
-        "num_frames": 1,
-        "hidden_size": 64,
-        "patch_size": 4,
-    }
-    model = EqM(TINY.__class__(**{**vars(TINY), **shape, "objective": objective, "use_rope": False}))
+    shape = {"input_size": 8, "in_channels": 1, "temporal_patch_size": 1, "num_frames": 1, "use_rope": False}
+    shape |= {"hidden_size": 64, "patch_size": 4, "objective": objective}
+    model = EqM(replace(TINY, **shape))
     optimizer = torch.optim.Adam(model.parameters(), 3e-3)
     rate = torch.optim.lr_scheduler.LinearLR(optimizer, 1, 0.02, steps)
     for step in range(steps):
