@@ -281,6 +281,7 @@ def test_each_share_of_compute_is_a_run_and_the_costliest_come_last(tmp_path):
 
 TABLES = {script.__name__: script.markdown for script in (*MINIATURES, people, sprites)}
 TABLES |= {f"positions_{name}": partial(positions.markdown, name) for name in positions.DATA_SETS}
+TABLES |= {"objectives_tuning": objectives.tuning_markdown, "given_frames_objectives": given_frames.markdown}
 
 
 @pytest.mark.parametrize("name", [name for name in TABLES if (ROOT / f"results/{name}.json").exists()])
