@@ -144,8 +144,9 @@ def collect(rows, task, name, factor=1.0):
 
 
 def markdown(rows):
-    lines = ["# Objectives", "", "`scripts/studies/objectives.py` wrote these tables. Cells hold the mean over seeds "
-             "(blind has fewer), and the range.", "", f"## {MAIN}", ""]  # fmt: skip
+    about = "`scripts/studies/objectives.py` wrote these tables. Cells hold the mean over seeds (blind has fewer), and "
+    about += "the range. flow and blind take Heun steps for an odd number of evaluations, Euler steps for an even one."
+    lines = ["# Objectives", "", about, "", f"## {MAIN}", ""]
     found = {title: collect(rows, MAIN, name, factor) for title, (name, factor, _) in COLUMNS.items()}
     table = {objective: {title: [*own.get(objective, {}).values()] for title, own in found.items()}
              for objective in found[BOTH]}  # fmt: skip
