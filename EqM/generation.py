@@ -37,8 +37,8 @@ def add_sampling_flags(parser):
     """Add the flags of the sampler to a parser. `resolve_sampler` fills in their defaults."""
     add = parser.add_argument_group("sampling (default: settings of the checkpoint, else as below)").add_argument
     default = {name: f"; default: {value}" for name, value in SAMPLER.items()}
-    text = "gd: gradient descent; ngd: with Nesterov momentum; euler, heun: the ODE in gamma; default: gd, or euler "
-    add("--sampler", choices=[*DESCENTS, *SOLVERS], help=text + "if --objective is not eqm")
+    text = "gd: gradient descent; ngd: with Nesterov momentum; euler, heun: the ODE in gamma" + default["sampler"]
+    add("--sampler", choices=[*DESCENTS, *SOLVERS], help=text + ", or euler if --objective is not eqm")
     text = "points of the path: gd, ngd and euler take N - 1 evaluations, heun 2 N - 3" + default["num_sampling_steps"]
     add("--num-sampling-steps", type=number(int, least=2), metavar="N", help=text)
     text = "step size eta of gd and ngd; if you set only one of N and X, the other keeps evaluations x step size"

@@ -46,6 +46,7 @@ TRACKED = {  # values of `summarize`
     "direction_accuracy": "direction right", "shape_accuracy": "shape right", "both_accuracy": "both right",
     "speed_ratio": "speed / true speed", "area_ratio": "area / true area",
 }  # fmt: skip
+RIGHT = "direction", "shape"  # of a Track
 FOLLOWED = {  # values of `summarize_bounces`
     "one_object": "one object, color and shape", "turns_right": "turns at the borders only",
     "speed_low": "speed / true speed of windows, 5%", "speed_median": "median", "speed_high": "95%",
@@ -302,9 +303,7 @@ def summarize_tracks(tracks, expected, videos=()):
     is_right = [found.direction == true.direction for found, true in pairs]
     right, videos_of_right = (list(itertools.compress(column, is_right)) for column in (pairs, videos))
     summary = {"clips": len(pairs), "right": len(right)}
-    hits = {
-        what: [getattr(found, what) == getattr(true, what) for found, true in pairs] for what in ("direction", "shape")
-    }
+    hits = {what: [getattr(found, what) == getattr(true, what) for found, true in pairs] for what in RIGHT}
     hits["both"] = list(map(all, zip(*hits.values(), strict=True)))
     for what, own in hits.items():
         summary[f"{what}_accuracy"], summary[f"{what}_interval95"] = share(own, videos)

@@ -195,9 +195,8 @@ class JsonRun(Run):
         return self.has_row
 
     def row(self):
-        values = {"": {"val_loss": self.validations()[-1]["val_loss"]}} | {
-            task: self.values(task) for task in self.tasks
-        }
+        values = {"": {"val_loss": self.validations()[-1]["val_loss"]}}
+        values |= {task: self.values(task) for task in self.tasks}
         return self.about | {"code": code_commit() or "", "machine": machine(), "values": values}
 
     def score(self):
