@@ -14,7 +14,6 @@ import torch
 from matplotlib.figure import Figure
 from PIL import Image
 
-import adaptive_compute
 import arms
 import cache_latents
 import evaluate
@@ -108,15 +107,14 @@ def test_a_study_writes_each_validation_and_sample_row_once(trained, commands, c
 MINIATURES = {  # study: its flags, a line of its report
     given_frames: ("--seeds 0 --shares 0.75", r"^\| nothing given, 24 frames at once \| \d+.0 \|  \|  \|"),
     seeds: ("--seeds 3", r"^\| frames \| lowest direction accuracy \(%\) \| median \| seed 3 \|$"),
-    adaptive_compute: ("--num-samples 4", r"^\| larger steps \| 0.0040 \|  \| 2.0 \(2 - 2\) \|"),
 }
 
 
 @pytest.mark.parametrize("script", MINIATURES, ids=lambda script: script.__name__)
 def test_a_miniature_study_writes_its_table_and_resumes(script, trained, commands, capsys, monkeypatch):
     monkeypatch.setattr(given_frames, "TASKS", dict(list(given_frames.TASKS.items())[1::6]))
-    (out, model), (flags, line) = trained, MINIATURES[script]
-    flags = ["--miniature", "--out", out, *flags.split(), *(model if script is adaptive_compute else [])]
+    (out, _), (flags, line) = trained, MINIATURES[script]
+    flags = ["--miniature", "--out", out, *flags.split()]
     run_main(script, *flags)
     found = out / f"{script.__name__}.json"
     assert f"{found.with_suffix('.md')}, {found}" in capsys.readouterr().out
@@ -150,6 +148,24 @@ def test_objectives_have_a_row_per_run_and_are_compared_by_seed(compared):
                      "2 evaluations, no guidance": 2}  # fmt: skip
     assert rows[0]["values"]["until the field is below 1"]["evaluations"] <= 30
     assert re.search(r"both right \(%\): eqm minus flow is [-+]\d+\.\d+ \(one seed, no interval\)", text)
+
+
+def test_descents_with_few_evaluations_sample_the_same_models(compared, commands, monkeypatch):
+    monkeypatch.setattr(objectives, "FEWER", (2,))
+    monkeypatch.setattr(objectives, "IDEAS", {"half the path length": (0.25, ("--mu", 0))})
+    commands.clear()
+    run_main(objectives, "--miniature", "--out", compared, "--seeds", 0, "--few")
+    assert "EqM/train.py" not in {words[0] for words in commands}
+    text = (compared / "objectives_few.md").read_text()
+    (guided, _) = (words for words in commands if words[0] == "EqM/sample_gd.py")
+    assert guided[guided.index("--num-sampling-steps") + 1 : guided.index("--seed")] == [
+        "3",
+        "--stepsize",
+        "0.125",
+        "--mu",
+        "0",
+    ]
+    assert re.search(r"^\| flow, Euler steps \| \d+.0 \| \d+.0 \|$", text, re.M)
 
 
 @pytest.mark.parametrize(("way", "evaluations", "expected"), [
@@ -279,9 +295,10 @@ def test_each_share_of_compute_is_a_run_and_the_costliest_come_last(tmp_path):
 # Reports --------------------------------------------------------------------------------------------------------------
 
 
-TABLES = {script.__name__: script.markdown for script in (*MINIATURES, people, sprites)}
+TABLES = {script.__name__: script.markdown for script in (*MINIATURES, objectives, no_clock, people, sprites)}
 TABLES |= {f"positions_{name}": partial(positions.markdown, name) for name in positions.DATA_SETS}
 TABLES |= {"objectives_tuning": objectives.tuning_markdown, "given_frames_objectives": given_frames.markdown}
+TABLES["objectives_few"] = partial(objectives.few_markdown, lab.read_rows(ROOT / "results/objectives.json"))
 
 
 @pytest.mark.parametrize("name", [name for name in TABLES if (ROOT / f"results/{name}.json").exists()])

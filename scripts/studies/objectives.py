@@ -2,11 +2,12 @@
 
     python scripts/studies/objectives.py --tune     seed 10: training shifts, with paths or solvers of each objective
     python scripts/studies/objectives.py            10 seeds of eqm and flow, 3 of blind, with the settings below
+    python scripts/studies/objectives.py --few      other descents of eqm with few evaluations, with the same models
 
 All models follow the recommended curriculum of study.py; a run takes about 5 minutes of one core. The primary endpoint
 is the share of 16-frame clips whose direction and shape are both right after 15 evaluations with guidance, the scale of
-which an earlier study chose for eqm. The script writes results/objectives.md and .json, with --tune
-results/objectives_tuning.md and .json. Models, samples and scores are in results/objectives (see lab.py).
+which an earlier study chose for eqm. The script writes results/objectives.md and .json, with --tune or --few
+results/objectives_tuning or objectives_few. Models, samples and scores are in results/objectives (see lab.py).
 """
 
 import json
@@ -23,6 +24,13 @@ SHIFTS = 0.5, 1, 3  # --gamma-shift of training; solvers sample on its grid
 WAYS = {"eqm": (PATH_LENGTH, 0.6), "flow": ("euler", "heun"), "blind": ("euler", "heun")}  # path length or solver
 COUNTS, USUAL = (2, 4, 8, 15, 30), 15  # evaluations
 LIMITS, STOPS = (0.5, 1, 2), (10, 12, 20, 30)  # eqm: --stop-below, and evaluations, with steps of the usual size
+FEWER, SHORT = (2, 4), PATH_LENGTH / 2  # evaluations; a path from noise to data while c(gamma) = 4 is 0.25 long
+IDEAS = {  # of sampling eqm with FEWER evaluations: (path length or solver, more flags)
+    "no momentum": (PATH_LENGTH, ("--mu", 0)),
+    "half the path length": (SHORT, ()),
+    "half the path length, no momentum": (SHORT, ("--mu", 0)),
+    "Euler steps": ("euler", ()),  # their sizes follow c(gamma)
+}
 BOTH, NEAREST = "both right (%)", "RMSE to the nearest training clip / of held-out clips"
 COLUMNS = {  # of 16 frames: title: (value of a manifest, factor, digits)
     BOTH: ("both_accuracy", 100, 1),
@@ -52,12 +60,17 @@ def sampling(way, evaluations):
     return flags if isinstance(way, str) else [*flags, "--stepsize", f"{way / evaluations:.4g}"]
 
 
+def make_task(way, evaluations, count, *more, num_frames=16, guidance=GUIDANCE, metrics=("motion",)):
+    """(flags of sample_gd.py, metrics) of `count` clips."""
+    flags = ["--num-frames", num_frames, "--num-samples", count, "--cfg-scale", guidance]
+    return [*flags, *sampling(way, evaluations), *more], metrics
+
+
 def make_tasks(objective, setting, seed, clips, fewer):
     """{name: (flags of sample_gd.py, metrics)} of a run; fewer: number of clips of the secondary tasks."""
 
-    def task(evaluations, *more, num_frames=16, count=fewer, guidance=GUIDANCE, metrics=("motion",)):
-        flags = ["--num-frames", num_frames, "--num-samples", count, "--cfg-scale", guidance]
-        return [*flags, *sampling(setting.way, evaluations), *more], metrics
+    def task(evaluations, *more, count=fewer, **options):
+        return make_task(setting.way, evaluations, count, *more, **options)
 
     tasks = {MAIN: task(USUAL, count=clips, metrics=("motion", "nearest"))}
     tasks |= {f"{frames} frames": task(USUAL, num_frames=frames) for frames in (24, 32)}
@@ -81,7 +94,7 @@ def data_sets(args):
 class ObjectiveRun(lab.JsonRun):
     """A model of an objective with a Setting and a seed."""
 
-    def __init__(self, args, objective, setting, seed, tasks):
+    def __init__(self, args, objective, setting, seed, tasks, table="objectives"):
         size, data = size_of(args), data_sets(args)
         videos, test = data
         about = {"objective": objective, "shift": setting.shift, "way": setting.way, "seed": seed}
@@ -94,7 +107,7 @@ class ObjectiveRun(lab.JsonRun):
             **training(args, RECOMMENDED, seed, 1.0, *flags),
             tasks={name: ([*words, *common], metrics) for name, (words, metrics) in tasks.items()},
             metrics={"motion": motion, "nearest": ["--data-path", videos, "--num-real", size.clips]},
-            out=Path(args.out, "objectives_tuning.json" if seed == TUNING_SEED else "objectives.json"), about=about,
+            out=Path(args.out, f"{table}.json"), about=about,
         )  # fmt: skip
 
     def values(self, task):
@@ -110,9 +123,23 @@ def main_run(args, objective, seed):
 
 def tuning_run(args, objective, shift):
     """The run that measures all ways to sample an objective with this training shift."""
-    common = ["--num-frames", 16, "--num-samples", num_clips(args)[0], "--cfg-scale", GUIDANCE]
-    tasks = {str(way): ([*common, *sampling(way, USUAL)], ("motion",)) for way in WAYS[objective]}
-    return ObjectiveRun(args, objective, Setting(shift, "all"), TUNING_SEED, tasks)
+    tasks = {str(way): make_task(way, USUAL, num_clips(args)[0]) for way in WAYS[objective]}
+    return ObjectiveRun(args, objective, Setting(shift, "all"), TUNING_SEED, tasks, "objectives_tuning")
+
+
+def few_run(args, seed):
+    """The run that samples the eqm model of a seed with FEWER evaluations, by all IDEAS."""
+    tasks = {
+        f"{name}, {idea}": make_task(way, count, num_clips(args)[1], *more, guidance=guidance)
+        for name, (count, guidance) in few_cases().items() for idea, (way, more) in IDEAS.items()
+    }  # fmt: skip
+    return ObjectiveRun(args, "eqm", SETTINGS["eqm"], seed, tasks, "objectives_few")
+
+
+def few_cases():
+    """{name of a task of the main study: (evaluations, guidance)}"""
+    kinds = ("", GUIDANCE), (", no guidance", 1)
+    return {f"{count} evaluations{kind}": (count, guidance) for count in FEWER for kind, guidance in kinds}
 
 
 def num_clips(args):
@@ -131,6 +158,23 @@ def tuning_markdown(rows):
         named = [way if isinstance(way, str) else f"path length {way:g}" for way in ways]
         lines += [f"## {objective}", "", *lab.table(["training shift", *named], cells)]
     return lines
+
+
+def few_markdown(main_rows, rows):
+    """Markdown of IDEAS, between eqm and flow of the main study."""
+    about = "`scripts/studies/objectives.py --few` wrote this table: eqm with few evaluations, the models of "
+    about += f"[objectives.md](objectives.md). Cells: {BOTH}, the mean over seeds, and the range."
+
+    def found(rows, objective, suffix=""):
+        return {name: collect(rows, f"{name}{suffix}", "both_accuracy", 100).get(objective, {}) for name in few_cases()}
+
+    flow, ways = found(main_rows, "flow"), {"usual descent": found(main_rows, "eqm")}
+    ways |= {idea: found(rows, "eqm", f", {idea}") for idea in IDEAS}
+    cells = [[way, *(lab.mean_cell([*values.values()], 1) for values in own.values())]
+             for way, own in (ways | {"flow, Euler steps": flow}).items()]  # fmt: skip
+    gaps = [lab.difference("eqm", "flow", f"{name}, {way}", own[name], flow[name], 2)
+            for way, own in ways.items() for name in flow]  # fmt: skip
+    return ["# Few evaluations", "", about, "", *lab.table(["", *flow], cells), *gaps]
 
 
 def collect(rows, task, name, factor=1.0):
@@ -169,7 +213,9 @@ def difference(found, what, digits):
 
 def parse_args():
     parser = lab.study_parser(__doc__, seeds=[*range(10)])
-    parser.add_argument("--tune", action="store_true", help=f"compare settings of each objective on seed {TUNING_SEED}")
+    kinds = parser.add_mutually_exclusive_group()
+    kinds.add_argument("--tune", action="store_true", help=f"compare settings of each objective on seed {TUNING_SEED}")
+    kinds.add_argument("--few", action="store_true", help="compare descents of eqm with few evaluations")
     return parser.parse_args()
 
 
@@ -178,6 +224,8 @@ def main():
     args = parse_args()
     if args.tune:
         runs = [tuning_run(args, objective, shift) for shift in SHIFTS for objective in SETTINGS]
+    elif args.few:
+        runs = [few_run(args, seed) for seed in args.seeds if seed < FEW]
     else:
         runs = [
             main_run(args, objective, seed)
@@ -186,8 +234,9 @@ def main():
     if not runs:
         fail(f"--seeds {args.seeds[0]}: expected some below {max(SEEDS.values())}")
     lab.run_all(runs)
-    rows, write = lab.read_rows(runs[0].out), tuning_markdown if args.tune else markdown
-    lab.write_results(args.out, runs[0].out.stem, write(rows))
+    rows, main_rows = lab.read_rows(runs[0].out), lab.read_rows(Path(args.out, "objectives.json"))
+    lines = tuning_markdown(rows) if args.tune else few_markdown(main_rows, rows) if args.few else markdown(rows)
+    lab.write_results(args.out, runs[0].out.stem, lines)
 
 
 if __name__ == "__main__":
