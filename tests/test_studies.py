@@ -150,6 +150,16 @@ def test_objectives_have_a_row_per_run_and_are_compared_by_seed(compared):
     assert re.search(r"both right \(%\): eqm minus flow is [-+]\d+\.\d+ \(one seed, no interval\)", text)
 
 
+def test_a_row_without_a_new_task_is_replaced(tmp_path):
+    run = lab.JsonRun(tmp_path, tasks={"old": (), "new": ()}, out=tmp_path / "rows.json", about={"seed": 0})
+    other = {"seed": 1, "values": {"old": {}}}
+    lab.add_rows(run.out, [{"seed": 0, "values": {"old": {}}}, other])
+    assert not run.has_row
+    row = {"seed": 0, "values": {"old": {}, "new": {}}}
+    lab.add_rows(run.out, [row], replaces=run.about)
+    assert run.has_row and lab.read_rows(run.out) == [other, row]
+
+
 def test_descents_with_few_evaluations_sample_the_same_models(compared, commands, monkeypatch):
     monkeypatch.setattr(objectives, "FEWER", (2,))
     monkeypatch.setattr(objectives, "IDEAS", {"half the path length": (0.25, ("--mu", 0))})

@@ -181,14 +181,15 @@ class Run:
 
 @dataclass(eq=False)
 class JsonRun(Run):
-    """A Run that ends with a row in a json file, which holds its scores. Runs that have a row are not run again."""
+    """A Run that ends with a row in a json file, which holds its scores. A row with all tasks is not measured again."""
 
     out: Path = None  # the json file
     about: dict = field(default_factory=dict)  # what tells this row from others
 
     @property
     def has_row(self):
-        return any(self.about.items() <= row.items() for row in read_rows(self.out))
+        rows = (row for row in read_rows(self.out) if self.about.items() <= row.items())
+        return any(self.tasks.keys() <= row["values"].keys() for row in rows)
 
     @property
     def is_done(self):
@@ -201,7 +202,7 @@ class JsonRun(Run):
 
     def score(self):
         super().score()
-        add_rows(self.out, [self.row()])
+        add_rows(self.out, [self.row()], replaces=self.about)
 
 
 def read_rows(path):
@@ -209,10 +210,14 @@ def read_rows(path):
     return json.loads(path.read_text()) if path.exists() else []
 
 
-def add_rows(path, rows):
-    """Add rows to a json file, to which another process may add at the same time."""
+def add_rows(path, rows, replaces=None):
+    """Add rows to a json file, to which another process may add at the same time.
+
+    replaces: a dict; rows that contain it are removed.
+    """
     with file_lock(path.with_name(f".{path.stem}.lock")):
-        write_file(path, json.dumps([*read_rows(path), *rows], indent=1).encode() + b"\n")
+        kept = [row for row in read_rows(path) if replaces is None or not replaces.items() <= row.items()]
+        write_file(path, json.dumps([*kept, *rows], indent=1).encode() + b"\n")
 
 
 def run_all(runs, minutes=math.inf):

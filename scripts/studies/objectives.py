@@ -19,7 +19,7 @@ from arms import GUIDANCE, PATH_LENGTH, RECOMMENDED, size_of, training
 from runtime.cli import fail, one_line_errors
 
 SEEDS, TUNING_SEED = {"eqm": 10, "flow": 10, "blind": 3}, 10
-FEW = 3  # seeds with other numbers of evaluations
+FEW, TRIED = 6, 3  # seeds with other numbers of evaluations; with all IDEAS and --stop-below
 SHIFTS = 0.5, 1, 3  # --gamma-shift of training; solvers sample on its grid
 WAYS = {"eqm": (PATH_LENGTH, 0.6), "flow": ("euler", "heun"), "blind": ("euler", "heun")}  # path length or solver
 COUNTS, USUAL = (2, 4, 8, 15, 30), 15  # evaluations
@@ -31,6 +31,7 @@ IDEAS = {  # of sampling eqm with FEWER evaluations: (path length or solver, mor
     "half the path length, no momentum": (SHORT, ("--mu", 0)),
     "Euler steps": ("euler", ()),  # their sizes follow c(gamma)
 }
+BEST = "Euler steps"
 BOTH, NEAREST = "both right (%)", "RMSE to the nearest training clip / of held-out clips"
 COLUMNS = {  # of 16 frames: title: (value of a manifest, factor, digits)
     BOTH: ("both_accuracy", 100, 1),
@@ -77,7 +78,7 @@ def make_tasks(objective, setting, seed, clips, fewer):
     for count in COUNTS if seed < FEW else ():
         tasks |= {f"{count} evaluations": task(count)} if count != USUAL else {}
         tasks[f"{count} evaluations, no guidance"] = task(count, guidance=1)
-    if objective == "eqm" and seed < FEW:
+    if objective == "eqm" and seed < TRIED:
         for limit in LIMITS:
             flags = "--num-sampling-steps", 2 * USUAL + 1, "--stop-below", limit
             tasks[f"until the field is below {limit:g}"] = task(USUAL, *flags)
@@ -132,6 +133,7 @@ def few_run(args, seed):
     tasks = {
         f"{name}, {idea}": make_task(way, count, num_clips(args)[1], *more, guidance=guidance)
         for name, (count, guidance) in few_cases().items() for idea, (way, more) in IDEAS.items()
+        if seed < TRIED or idea == BEST
     }  # fmt: skip
     return ObjectiveRun(args, "eqm", SETTINGS["eqm"], seed, tasks, "objectives_few")
 
