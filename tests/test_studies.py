@@ -161,8 +161,8 @@ def test_a_row_without_a_new_task_is_replaced(tmp_path):
 
 
 def test_descents_with_few_evaluations_sample_the_same_models(compared, commands, monkeypatch):
-    monkeypatch.setattr(objectives, "FEWER", (2,))
-    monkeypatch.setattr(objectives, "IDEAS", {"half the path length": (0.25, ("--mu", 0))})
+    monkeypatch.setattr(objectives, "COMPARED", (2,))
+    monkeypatch.setattr(objectives, "IDEAS", {objectives.BEST: (0.25, ("--mu", 0))})
     commands.clear()
     run_main(objectives, "--miniature", "--out", compared, "--seeds", 0, "--few")
     assert "EqM/train.py" not in {words[0] for words in commands}

@@ -24,14 +24,15 @@ SHIFTS = 0.5, 1, 3  # --gamma-shift of training; solvers sample on its grid
 WAYS = {"eqm": (PATH_LENGTH, 0.6), "flow": ("euler", "heun"), "blind": ("euler", "heun")}  # path length or solver
 COUNTS, USUAL = (2, 4, 8, 15, 30), 15  # evaluations
 LIMITS, STOPS = (0.5, 1, 2), (10, 12, 20, 30)  # eqm: --stop-below, and evaluations, with steps of the usual size
-FEWER, SHORT = (2, 4), PATH_LENGTH / 2  # evaluations; a path from noise to data while c(gamma) = 4 is 0.25 long
-IDEAS = {  # of sampling eqm with FEWER evaluations: (path length or solver, more flags)
+SHORT = PATH_LENGTH / 2  # while c(gamma) is 4, a path of 0.25 leads from noise to data
+IDEAS = {  # of sampling eqm with few evaluations: (path length or solver, more flags)
     "no momentum": (PATH_LENGTH, ("--mu", 0)),
     "half the path length": (SHORT, ()),
     "half the path length, no momentum": (SHORT, ("--mu", 0)),
-    "Euler steps": ("euler", ()),  # their sizes follow c(gamma)
+    "Euler steps": ("euler", ()),
 }
-BEST = "Euler steps"
+BEST, COMPARED, TRIED_COUNTS = "Euler steps", (2, 4, 8, 30), (2, 4)  # evaluations, for the best idea and for all
+SCALES = (1, 2, 3)  # of guidance, in addition to the usual one, to see if it favors one objective
 BOTH, NEAREST = "both right (%)", "RMSE to the nearest training clip / of held-out clips"
 COLUMNS = {  # of 16 frames: title: (value of a manifest, factor, digits)
     BOTH: ("both_accuracy", 100, 1),
@@ -124,16 +125,19 @@ def main_run(args, objective, seed):
 
 def tuning_run(args, objective, shift):
     """The run that measures all ways to sample an objective with this training shift."""
-    tasks = {str(way): make_task(way, USUAL, num_clips(args)[0]) for way in WAYS[objective]}
+    setting, count = SETTINGS[objective], num_clips(args)[0]
+    tasks = {str(way): make_task(way, USUAL, count) for way in WAYS[objective]}
+    for scale in SCALES if shift == setting.shift else ():
+        tasks[f"guidance {scale}"] = make_task(setting.way, USUAL, count, guidance=scale)
     return ObjectiveRun(args, objective, Setting(shift, "all"), TUNING_SEED, tasks, "objectives_tuning")
 
 
 def few_run(args, seed):
-    """The run that samples the eqm model of a seed with FEWER evaluations, by all IDEAS."""
+    """The run that samples the eqm model of a seed by the IDEAS."""
     tasks = {
         f"{name}, {idea}": make_task(way, count, num_clips(args)[1], *more, guidance=guidance)
         for name, (count, guidance) in few_cases().items() for idea, (way, more) in IDEAS.items()
-        if seed < TRIED or idea == BEST
+        if idea == BEST or (seed < TRIED and count in TRIED_COUNTS)
     }  # fmt: skip
     return ObjectiveRun(args, "eqm", SETTINGS["eqm"], seed, tasks, "objectives_few")
 
@@ -141,7 +145,7 @@ def few_run(args, seed):
 def few_cases():
     """{name of a task of the main study: (evaluations, guidance)}"""
     kinds = ("", GUIDANCE), (", no guidance", 1)
-    return {f"{count} evaluations{kind}": (count, guidance) for count in FEWER for kind, guidance in kinds}
+    return {f"{count} evaluations{kind}": (count, guidance) for count in COMPARED for kind, guidance in kinds}
 
 
 def num_clips(args):
@@ -159,7 +163,12 @@ def tuning_markdown(rows):
                  for row in own]  # fmt: skip
         named = [way if isinstance(way, str) else f"path length {way:g}" for way in ways]
         lines += [f"## {objective}", "", *lab.table(["training shift", *named], cells)]
-    return lines
+    cells = []
+    for objective, setting in SETTINGS.items():
+        (values,) = (row["values"] for row in rows if (row["objective"], row["shift"]) == (objective, setting.shift))
+        tasks = ("guidance 1", str(setting.way), *(f"guidance {scale}" for scale in SCALES[1:]))
+        cells.append([objective, *(f"{100 * values[task]['both_accuracy']:.1f}" for task in tasks)])
+    return [*lines, "## Guidance, after the choice", "", *lab.table(["", "1", f"{GUIDANCE}", "2", "3"], cells)]
 
 
 def few_markdown(main_rows, rows):
@@ -175,7 +184,7 @@ def few_markdown(main_rows, rows):
     cells = [[way, *(lab.mean_cell([*values.values()], 1) for values in own.values())]
              for way, own in (ways | {"flow, Euler steps": flow}).items()]  # fmt: skip
     gaps = [lab.difference("eqm", "flow", f"{name}, {way}", own[name], flow[name], 2)
-            for way, own in ways.items() for name in flow]  # fmt: skip
+            for way, own in ways.items() for name in flow if own[name]]  # fmt: skip
     return ["# Few evaluations", "", about, "", *lab.table(["", *flow], cells), *gaps]
 
 
