@@ -82,7 +82,9 @@ def markdown(content):
         for share, base in pairs:
             for title in [*COLUMNS][: 2 if " " in share else 1]:
                 values, others = (dict(enumerate(found[key][title])) for key in (share, base))
-                lines.append(lab.difference(f"--forcing {share}", base, f"{task}, {title}", values, others, digits=1))
+                if values:  # clips without given frames have no PSNR
+                    name = f"--forcing {share}"
+                    lines.append(lab.difference(name, base, f"{task}, {title}", values, others, digits=1))
     return lines
 
 
