@@ -31,7 +31,7 @@ IDEAS = {  # of sampling eqm with few evaluations: (path length or solver, more 
     "half the path length, no momentum": (SHORT, ("--mu", 0)),
     "Euler steps": ("euler", ()),
 }
-BEST, COMPARED, TRIED_COUNTS = "Euler steps", (2, 4, 8, 30), (2, 4)  # evaluations, for the best idea and for all
+BEST, COMPARED, TRIED_COUNTS = "Euler steps", (2, 4, 8, 30), (2, 4)  # evaluations with the best idea and with all
 SCALES = (1, 2, 3)  # of guidance, in addition to the usual one, to see if it favors one objective
 BOTH, NEAREST = "both right (%)", "RMSE to the nearest training clip / of held-out clips"
 COLUMNS = {  # of 16 frames: title: (value of a manifest, factor, digits)
@@ -163,12 +163,12 @@ def tuning_markdown(rows):
                  for row in own]  # fmt: skip
         named = [way if isinstance(way, str) else f"path length {way:g}" for way in ways]
         lines += [f"## {objective}", "", *lab.table(["training shift", *named], cells)]
-    cells = []
+    cells, scales = [], sorted([GUIDANCE, *SCALES])
     for objective, setting in SETTINGS.items():
         (values,) = (row["values"] for row in rows if (row["objective"], row["shift"]) == (objective, setting.shift))
-        tasks = ("guidance 1", str(setting.way), *(f"guidance {scale}" for scale in SCALES[1:]))
+        tasks = [str(setting.way) if scale == GUIDANCE else f"guidance {scale}" for scale in scales]
         cells.append([objective, *(f"{100 * values[task]['both_accuracy']:.1f}" for task in tasks)])
-    return [*lines, "## Guidance, after the choice", "", *lab.table(["", "1", f"{GUIDANCE}", "2", "3"], cells)]
+    return [*lines, "## Guidance, after the choice", "", *lab.table(["", *map(str, scales)], cells)]
 
 
 def few_markdown(main_rows, rows):
@@ -243,7 +243,7 @@ def main():
             for seed in args.seeds for objective in SETTINGS if seed < SEEDS[objective]
         ]  # fmt: skip
     if not runs:
-        fail(f"--seeds {args.seeds[0]}: expected some below {max(SEEDS.values())}")
+        fail(f"--seeds {args.seeds[0]}: expected some below {FEW if args.few else max(SEEDS.values())}")
     lab.run_all(runs)
     rows, main_rows = lab.read_rows(runs[0].out), lab.read_rows(Path(args.out, "objectives.json"))
     lines = tuning_markdown(rows) if args.tune else few_markdown(main_rows, rows) if args.few else markdown(rows)
