@@ -91,7 +91,6 @@ class Run:
     last_step: int = 0
     tasks: dict = field(default_factory=dict)  # {name: (flags of sample_gd.py, metrics of evaluate.py)}
     metrics: dict = field(default_factory=dict)  # {metric: flags of evaluate.py}
-    ckpt: Path = None  # sample this checkpoint, and train none
 
     def path(self, task, name="samples.json"):
         """The path of a file in the sample folder of a task, which also holds the scores, METRIC.json."""
@@ -153,9 +152,7 @@ class Run:
                 self.script("datasets/make_moving_shapes.py", "--out", folder, *flags)
 
     def train(self):
-        """Train or resume to the last step. Returns the path of latest.pt, or of the given `ckpt`. Raises UserError."""
-        if self.ckpt:
-            return self.ckpt
+        """Train or resume to the last step. Returns the path of latest.pt. Raises UserError."""
         if self.checkpoint() is None:
             flags = ["--results-dir", self.folder, "--resume", "--log-every", self.last_step, "--sample-every", 0]
             self.script("EqM/train.py", *self.training, *flags, "--ckpt-every", 250, "--keep-last", 1)
