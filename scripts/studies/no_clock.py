@@ -169,8 +169,8 @@ def main():
     opened = {}
     for case in Bar(cases, desc="no clock", unit="cell"):
         part, seed = case["part"], case["seed"]
-        with lab.file_lock(locks / f"{'-'.join(map(str, case.values()))}.lock"):
-            if any(case.items() <= row.items() for row in lab.read_rows(out)):
+        with lab.file_lock(locks / f"{'-'.join(map(str, case.values()))}.lock", wait=False) as is_mine:
+            if not is_mine or any(case.items() <= row.items() for row in lab.read_rows(out)):
                 continue
             if (part, seed) not in opened:
                 opened = {(part, seed): open_models(args, part, seed)}
