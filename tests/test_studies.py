@@ -312,6 +312,17 @@ def test_committed_tables_match_the_committed_numbers(name):
     assert f"{made}\n" == path.with_suffix(".md").read_text()
 
 
+def test_a_table_of_experiments_keeps_the_columns_of_other_runs(tmp_path, monkeypatch):
+    runs = {"eqm": {"psnr": 30}, "flow": {"objective": "flow", "psnr": 20}, "again": {"psnr": 31}}
+    runs = {name: {"hours": 1, "seed": 0} | run for name, run in runs.items()}
+    made = lab.ExperimentTable("", "census", "", "census.sh", runs.__getitem__, lambda run: {"PSNR": str(run["psnr"])})
+    for names in (["flow", "eqm"], ["again"]):
+        monkeypatch.setattr("sys.argv", ["census.py", *names, "--out", str(tmp_path)])
+        made.main()
+    lines = (tmp_path / "census.md").read_text().splitlines()
+    assert lines[-3::2] == ["| | HOURS=1, seed 0 | HOURS=1, seed 0, flow |", "| PSNR | 31 | 20 |"]
+
+
 def test_several_processes_may_write_the_same_table_at_once(tmp_path):
     with ThreadPoolExecutor(8) as pool:
         list(pool.map(lambda number: lab.write_results(tmp_path, "table", [f"| {number} |"] * 1000, number), range(40)))

@@ -312,7 +312,7 @@ def newest_metrics(name, kind):
 
 @dataclass
 class ExperimentTable:
-    """The command that writes the scores of finished experiments of a shell script to NAME.md and NAME.json.
+    """The command that adds the scores of finished experiments of a shell script to NAME.md and NAME.json.
 
     read_run(experiment) returns a plain dict with "hours" and perhaps "seed", rows_of(run) {row of the table: text}.
     """
@@ -333,21 +333,26 @@ class ExperimentTable:
         """The lines of NAME.md, with a column per run."""
         about = f"`scripts/studies/{self.name}.py` wrote this table from runs of `scripts/{self.script}`. "
         about += "Brackets hold 95% intervals over clips."
-        titles = []
-        for run in runs:
-            words = f"HOURS={run['hours']:g}", f"seed {run['seed']}" if "seed" in run else "", run.get("objective", "")
-            titles.append(", ".join(filter(None, words)))
         columns = list(map(self.rows_of, runs))
         rows = [[what, *(column.get(what, "-") for column in columns)] for what in columns[0]]
-        return [f"# {self.title}", "", about, "", *table(["", *titles], rows)]
+        return [f"# {self.title}", "", about, "", *table(["", *map(self.column, runs)], rows)]
+
+    @staticmethod
+    def column(run):
+        """The title of a run's column. A run replaces older ones with the same title."""
+        words = f"HOURS={run['hours']:g}", f"seed {run['seed']}" if "seed" in run else "", run.get("objective", "")
+        return ", ".join(filter(None, words))
 
     @one_line_errors()
     def main(self):
         args = self.parse_args()
         try:
-            runs = sorted(map(self.read_run, args.runs), key=lambda run: (run["hours"], run.get("seed", 0)))
+            runs = list(map(self.read_run, args.runs))
         except FileNotFoundError as error:
             fail(f"{error.filename}: no such file; expected finished runs of scripts/{self.script}")
+        titles, known = set(map(self.column, runs)), read_rows(Path(args.out, f"{self.name}.json"))
+        runs += [run for run in known if self.column(run) not in titles]
+        runs.sort(key=lambda run: (run["hours"], run.get("seed", 0), run.get("objective", "")))
         write_results(args.out, self.name, self.markdown(runs), runs)
 
 

@@ -3,7 +3,7 @@
     EXP=weizmann-1h HOURS=1 bash scripts/weizmann.sh && EXP=weizmann-3h HOURS=3 bash scripts/weizmann.sh
     python scripts/studies/people.py weizmann-1h weizmann-3h --out results
 
-It reads results/EXP and samples/EXP-*.json, and writes people.md and people.json to --out.
+It reads results/EXP and samples/EXP-*.json, and adds columns to people.md and people.json in --out.
 """
 
 import json

@@ -4,7 +4,7 @@
     EXP=sprites-1 SEED=1 bash scripts/sprites.sh
     python scripts/studies/sprites.py sprites-half sprites-0 sprites-1 --out results
 
-It reads results/EXP and samples/EXP-*.json, and writes sprites.md and sprites.json to --out.
+It reads results/EXP and samples/EXP-*.json, and adds columns to sprites.md and sprites.json in --out.
 """
 
 import json
