@@ -188,7 +188,7 @@ def test_starts_without_a_clock_fill_one_table_cell_at_a_time(compared, commands
     rows, text = json.loads(path.read_text()), path.with_suffix(".md").read_text()
     assert len(rows) == 2 * len(no_clock.METHODS)
     assert all(0 <= row["both"] <= 1 and row["rmse"] > 0 for row in rows)
-    assert "The best fair baseline is flow, " in text and "noisy half, mean over gamma: eqm minus flow" in text
+    assert text.count("mean over gamma: eqm minus flow, estimated is") == 4
     path.write_text(json.dumps(rows[:-1]))
     commands.clear()
     run_main(no_clock, "--miniature", "--out", compared, "--seeds", 0)
