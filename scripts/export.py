@@ -2,9 +2,11 @@
 
     python scripts/export.py results/EXP/002-EqM-S-4-f16-rope/checkpoints/best.pt exported --dtype fp16 \
         --scores motion.json
+    python scripts/export.py results/demo --html descent.html
 
 Pass the folder to sample_gd.py and train.py as --ckpt. An fp32 export gives the same samples as its checkpoint, bit
-for bit. A VAE that was a folder is copied to `vae/`, so you can move the export to another machine.
+for bit. A VAE that was a folder is copied to `vae/`, so you can move the export to another machine. --html writes a
+page that rolls clips downhill in a browser (docs/descent.md).
 """
 
 import engine  # noqa: F401
@@ -13,11 +15,23 @@ import os
 from pathlib import Path
 
 import checkpoint
+import descent
 import generation
 import models
 import published
 from models import EBMS, NAMES
-from runtime.cli import ArgumentParser, UserError, check_writable, one_line, one_line_errors, say, writing, wrong_input
+from runtime.atomic import write_file
+from runtime.cli import (
+    ArgumentParser,
+    UserError,
+    check_writable,
+    one_line,
+    one_line_errors,
+    refuse_if,
+    say,
+    writing,
+    wrong_input,
+)
 from scoring import manifest
 from vae import REPOSITORIES, check_same, load_vae
 
@@ -50,7 +64,8 @@ def parse_args():
     parser = ArgumentParser(description="Export a checkpoint to a folder to share: EMA weights and configuration.")
     add = parser.add_argument
     add("ckpt", metavar="CKPT", help="a checkpoint of train.py, an exported folder or a published image model")
-    add("folder", metavar="DIR", help="folder to write; must be new or empty")
+    add("folder", metavar="DIR", nargs="?", help="folder to write; must be new or empty; optional with --html")
+    add("--html", metavar="FILE.html", help="page to write, which samples the model in a browser")
     add("--dtype", choices=published.DTYPES, default="fp32", help="precision of the weights; fp16 halves the size")
     add("--vae", metavar="DIR", help="the model's own VAE, if its folder has moved")
     scores = "manifests of evaluate.py for samples of this checkpoint; the card shows their values"
@@ -65,17 +80,50 @@ def main():
     args = parse_args()
     flag = f"CKPT {args.ckpt}"
     with wrong_input():
-        check_writable("DIR", args.folder)
-        if os.path.isdir(args.folder) and os.listdir(args.folder):
-            raise UserError(f"DIR {args.folder}: exists and is not empty; name a new folder")
+        check_places(args)
         state = checkpoint.load(args.ckpt, ["ema"], args.model, args.ebm)
-        checkpoint.config_of(flag, state, args.model, ebm=args.ebm)
+        config = checkpoint.config_of(flag, state, args.model, ebm=args.ebm)
+        if args.html:
+            descent.check_runnable(flag, state, config)
         vae = own_vae(args.vae, flag, state["config"]["data"])
         sha256 = checkpoint.weights_sha256(state["ema"]) if args.scores else None
         scores = [score_table(args.ckpt, sha256, path) for path in args.scores]
+    if args.folder:
+        with writing(args.folder):
+            published.write_export(args.folder, state, args.dtype, make_card(args, state, vae, scores), vae)
+        size = sum(file.stat().st_size for file in Path(args.folder).rglob("*")) / 1e6
+        names = ", ".join((*published.EXPORT, published.CARD, *([f"{published.VAE_FOLDER}/"] if vae else [])))
+        say(f"{args.folder}: {names}, {size:.1f} MB; use it as --ckpt {args.folder}")
+    if args.html:
+        page = descent.make_page(Path(args.ckpt).resolve().name, state, config).encode("utf-8", "replace")
+        with writing(args.html):
+            Path(args.html).parent.mkdir(parents=True, exist_ok=True)
+            write_file(args.html, page)
+        say(f"{args.html}: {len(page) / 1e6:.1f} MB; open it in a browser")
+
+
+def check_places(args):
+    """Raise UserError unless what DIR and --html name can be written."""
+    if args.folder is None and args.html is None:
+        raise UserError("DIR: missing; expected a new folder, or --html FILE.html")
+    if args.folder is not None:
+        check_writable("DIR", args.folder)
+        if os.path.isdir(args.folder) and os.listdir(args.folder):
+            raise UserError(f"DIR {args.folder}: exists and is not empty; name a new folder")
+    elif unused := sorted(args.typed & {"dtype", "scores"}):
+        refuse_if(
+            args, unused[0], True, "has no effect on a page; expected DIR as well; name a folder or remove the flag"
+        )
+    if args.html is not None:
+        refuse_if(args, "html", os.path.isdir(args.html), "a folder; expected the name of an HTML file")
+        check_writable("--html", Path(args.html).parent)
+
+
+def make_card(args, state, vae, scores):
+    """The model card (README.md) of an exported folder."""
     video, rope = state["config"]["training"]["video"], state["config"]["model"]["use_rope"]
     rows = [(key, one_line(str(value)).replace("|", "/")) for key, value in facts(state, args.dtype, vae)]
-    card = CARD.format(
+    return CARD.format(
         name=models.model_name(**state["config"]["model"]),
         trained_with=TRAINED_WITH[state["config"]["model"].get("objective", "eqm")],
         about="\n".join(f"| {key} | {value} |" for key, value in rows),
@@ -84,11 +132,6 @@ def main():
         steps=state["step"] + 10_000,
         scores="".join(scores) or "\nNo scores yet.\n",
     )
-    with writing(args.folder):
-        published.write_export(args.folder, state, args.dtype, card, vae)
-    size = sum(file.stat().st_size for file in Path(args.folder).rglob("*")) / 1e6
-    names = ", ".join((*published.EXPORT, published.CARD, *([f"{published.VAE_FOLDER}/"] if vae else [])))
-    say(f"{args.folder}: {names}, {size:.1f} MB; use it as --ckpt {args.folder}")
 
 
 def own_vae(place, flag, data):

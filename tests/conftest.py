@@ -72,3 +72,26 @@ def places(tmp_path_factory):
     (root / "zz").mkdir()
     (root / "zz/z.mp4").write_text("not a video")
     return root
+
+
+@pytest.fixture(scope="module")
+def chromium(tmp_path_factory):
+    """A headless Chromium. Skips without one, except in CI."""
+    from browser import CHROMIUM, TIMEOUT, Browser
+
+    if CHROMIUM is None:
+        assert os.environ.get("CI") != "true", "no Chromium found: install the package chromium"
+        pytest.skip("no Chromium found: install the package chromium")
+    browser = Browser(tmp_path_factory.mktemp("profile"))
+    yield browser
+    browser.call("Browser.close")
+    browser.process.wait(TIMEOUT)
+
+
+@pytest.fixture
+def browser(chromium):
+    """A Chromium whose page must log no error."""
+    from browser import ERRORS
+
+    yield chromium
+    assert not chromium.seen(*ERRORS)

@@ -6,10 +6,6 @@ import io
 import json
 import os
 import re
-import shutil
-import socket
-import subprocess
-import time
 
 import numpy as np
 import pytest
@@ -17,6 +13,7 @@ from PIL import Image, ImageColor
 
 import gallery
 import picture
+from browser import press
 from tiny_data import make_images
 from tiny_videos import decode
 from training import run_main
@@ -214,99 +211,11 @@ def test_a_picture_has_a_row_per_sample_and_a_border_around_given_frames(tmp_pat
 
 # The page in a browser ------------------------------------------------------------------------------------------------
 
-CHROMIUM = next(filter(None, map(shutil.which, ("chromium", "chromium-browser", "google-chrome"))), None)
-TIMEOUT = 60  # seconds to wait before a test fails
-ERRORS = "Runtime.exceptionThrown", "Log.entryAdded", "Runtime.consoleAPICalled"  # also of the security policy
-
-
-class Browser:
-    """A page in a headless Chromium, controlled by its DevTools protocol over a pipe: JSON that ends with a 0 byte."""
-
-    def __init__(self, profile):
-        self.pipe, theirs = socket.socketpair()
-        self.pipe.settimeout(TIMEOUT)
-        flags = ["--headless", "--no-sandbox", "--disable-gpu", "--mute-audio", "--remote-debugging-pipe"]
-        self.process = subprocess.Popen(
-            ["bash", "-c", 'exec "$@" 3<&0 4>&0', "", CHROMIUM, *flags, f"--user-data-dir={profile}"],
-            stdin=theirs, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL,
-        )  # fmt: skip
-        theirs.close()
-        self.rest, self.count, self.session, self.events = b"", 0, {}, []
-        target = self.call("Target.createTarget", url="about:blank")["targetId"]
-        self.session = {"sessionId": self.call("Target.attachToTarget", targetId=target, flatten=True)["sessionId"]}
-        for domain in ("Page", "Runtime", "Log", "Network"):
-            self.call(f"{domain}.enable")
-
-    def call(self, method, **params):
-        """The result of a command; events that arrive before it are kept."""
-        self.count += 1
-        message = {"id": self.count, "method": method, "params": params} | self.session
-        self.pipe.sendall(json.dumps(message).encode() + b"\0")
-        while (answer := self.receive()).get("id") != self.count:
-            self.events.append(answer)
-        assert "error" not in answer, answer
-        return answer["result"]
-
-    def receive(self):
-        while b"\0" not in self.rest:
-            self.rest += self.pipe.recv(1 << 20) or pytest.fail("the browser has ended")
-        message, _, self.rest = self.rest.partition(b"\0")
-        return json.loads(message)
-
-    def open(self, path, ready="true", width=1000, height=800, **media):
-        """Show a file and wait until it is ready; media: features such as prefers_color_scheme="dark"."""
-        screen = {"width": width, "height": height, "deviceScaleFactor": 1, "mobile": width < 600}
-        self.call("Emulation.setDeviceMetricsOverride", **screen)
-        features = [{"name": name.replace("_", "-"), "value": value} for name, value in media.items()]
-        self.call("Emulation.setEmulatedMedia", features=features)
-        self.events.clear()
-        self.call("Page.navigate", url=path.as_uri())
-        self.wait(f"document.readyState === 'complete' && location.protocol === 'file:' && {ready}")
-
-    def ask(self, expression):
-        answer = self.call("Runtime.evaluate", expression=expression, awaitPromise=True, returnByValue=True)
-        assert "exceptionDetails" not in answer, answer
-        return answer["result"].get("value")
-
-    def wait(self, condition):
-        deadline = time.monotonic() + TIMEOUT
-        while not self.ask(condition):
-            assert time.monotonic() < deadline, f"{condition} is still not true: {self.seen(*ERRORS)}"
-            time.sleep(0.02)
-
-    def seen(self, *methods):
-        """The parameters of the events of these kinds since the page was opened."""
-        self.ask("0")  # receives pending events
-        return [event["params"] for event in self.events if event["method"] in methods]
-
-
-@pytest.fixture(scope="module")
-def chromium(tmp_path_factory):
-    if CHROMIUM is None:
-        assert os.environ.get("CI") != "true", "no Chromium found: install the package chromium"
-        pytest.skip("no Chromium found: install the package chromium")
-    browser = Browser(tmp_path_factory.mktemp("profile"))
-    yield browser
-    browser.call("Browser.close")
-    browser.process.wait(TIMEOUT)
-
-
-@pytest.fixture
-def browser(chromium):
-    yield chromium
-    assert not chromium.seen(*ERRORS)
-
-
 READY = "videos.every(video => video.ready && !video.seeking)"
 PLAYING = "videos.filter(video => video.ready).every(video => !video.paused)"
 TIMES = "videos.map(video => video.currentTime)"
 CHOOSE = "filter.value = '%s'; filter.dispatchEvent(new Event('change'))"  # "" = all
 SHOWN = "cards.filter(card => card.offsetParent).map(card => card.querySelector('figcaption').firstChild.data)"
-
-
-def press(browser, key):
-    for kind in ("keyDown", "keyUp"):
-        browser.call("Input.dispatchKeyEvent", type=kind, key=key, text=key if len(key) == 1 else "")
 
 
 def test_videos_play_in_step_also_after_one_falls_behind_and_no_request_leaves_the_page(browser, page):
