@@ -47,14 +47,14 @@ class Browser:
         message, _, self.rest = self.rest.partition(b"\0")
         return json.loads(message)
 
-    def open(self, path, ready="true", width=1000, height=800, **media):
+    def open(self, path, ready="true", width=1000, height=800, query="", **media):
         """Show a file and wait until it is ready; media: features such as prefers_color_scheme="dark"."""
         screen = {"width": width, "height": height, "deviceScaleFactor": 1, "mobile": width < 600}
         self.call("Emulation.setDeviceMetricsOverride", **screen)
         features = [{"name": name.replace("_", "-"), "value": value} for name, value in media.items()]
         self.call("Emulation.setEmulatedMedia", features=features)
         self.events.clear()
-        self.call("Page.navigate", url=path.as_uri())
+        self.call("Page.navigate", url=path.as_uri() + query)
         self.wait(f"document.readyState === 'complete' && location.protocol === 'file:' && {ready}")
 
     def ask(self, expression):
