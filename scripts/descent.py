@@ -29,10 +29,9 @@ REST = 0.2  # root mean square of the field at which a clip rests
 def check_runnable(flag, state, config):
     """Raise UserError if the page can't run a model, whose checkpoint is `state` and whose EqMConfig is `config`."""
     vae = state["config"]["data"]["vae"]
-    usual = state["config"]["training"]["num_frames"]
     size = sum(value.numel() for value in state["ema"].values())
     highest = max(value.abs().max().item() for value in state["ema"].values())
-    flops = config.flops(usual)
+    flops = config.flops(frames(config, state["config"]["training"])["usual"])
     why = {
         f"needs the VAE {vae if vae in REPOSITORIES else 'in its folder'}, which has no JavaScript": vae != "none",
         f"has {config.in_channels} channels; expected 1 or 3 (pixels)": config.in_channels not in (1, 3),

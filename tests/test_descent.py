@@ -11,6 +11,7 @@ from PIL import Image
 
 import checkpoint
 import descent
+import disturb
 import export
 import wat
 from browser import press
@@ -209,6 +210,21 @@ def test_two_trajectories_with_disturbances_equal_those_of_torch(browser, demo):
     expected, _ = sample(field, after, "gd", 6, 0.0262, given=after, mask=mask)
     found = take_steps(browser, 5)
     assert (found - expected).abs().max() < 2e-3 and torch.equal(found[:, :, 2], before[:, :, 2])
+
+
+def test_the_study_disturbs_only_what_it_says(monkeypatch, tmp_path):
+    x, labels = torch.rand(2, 3, 8, 16, 16), torch.tensor([0, 11])
+    changed = {name: ((y != x).float().mean(), own) for name, y, own in disturb.disturbances(x, labels, 12, 0)}
+    for name, (share, own) in changed.items():
+        half, square = "half" in name and "mirrored" not in name, "square" in name
+        expected = 0.5 if half else 36 / 256 if square else 0 if name == "another class" else None
+        assert expected is None or share == pytest.approx(expected, abs=1e-3), name
+        assert own.tolist() == ([1, 0] if "another" in name else [0, 11])
+    for name, value in {"FIRST": 1, "AGAIN": 1, "FRAMES": 4, "LEVELS": (0.3,)}.items():
+        monkeypatch.setattr(disturb, name, value)
+    run_main(disturb, "--num-clips", 2, "--out", tmp_path)
+    assert len((tmp_path / "disturb.md").read_text().splitlines()) == 6 + 9 - 1
+    assert json.loads((tmp_path / "disturb.json").read_text())["before"]["shape"] == [False, False]  # still noise
 
 
 # The controls ---------------------------------------------------------------------------------------------------------

@@ -1,0 +1,125 @@
+"""Measure which disturbances of a finished clip heal: sample clips, disturb them, descend again, and track the shape.
+
+    python scripts/studies/disturb.py                       about 40 minutes of one core
+
+The clips are those of the page that `scripts/export.py --html` makes of results/demo: 16 frames, with the step size,
+momentum and guidance of the checkpoint. The script writes results/disturb.md and .json.
+"""
+
+import torch
+
+import lab
+
+# isort: split
+import checkpoint
+from models import Condition
+from runtime.cli import COUNT, one_line_errors
+from runtime.rng import generator, normal
+from samplers import guided, sample
+from scoring.shapes import SHAPES, track
+from scoring.stats import share
+from vae import VAE
+
+DEMO = lab.ROOT / "results/demo"
+BATCH, FRAMES, SQUARE = 24, 16, 6
+FIRST, AGAIN = 19, 15  # evaluations before and after a disturbance
+LEVELS = 0.0, 0.3, 0.6  # shares of the clip that are kept
+
+
+def regions(shape, batch):
+    """{name: bool, broadcasts over clips (B, C, T, H, W)}, where a clip is disturbed. The square is anywhere."""
+    B, _, T, H, W = shape
+    row, column = (torch.arange(n) for n in (H, W))
+    tops, lefts = torch.randint(0, H - SQUARE + 1, (2, B, 1), generator=generator(0, "square", batch))
+    rows, columns = (row >= tops) & (row < tops + SQUARE), (column >= lefts) & (column < lefts + SQUARE)  # (B, H)
+    return {
+        "later half of the frames": (torch.arange(T) >= T / 2)[:, None, None],
+        "left half of every frame": column < W / 2,
+        f"square of {SQUARE} px in every frame": (rows[:, :, None] & columns[:, None])[:, None, None],
+        "everything": torch.tensor(True),
+    }
+
+
+def blur(x):
+    """Average each pixel of (B, C, T, H, W) with its neighbors, by weights 1 2 1 in both directions."""
+    padded = torch.nn.functional.pad(x.flatten(0, 2)[:, None], (1, 1, 1, 1), mode="replicate")
+    weights = torch.tensor([1.0, 2, 1])[:, None] * torch.tensor([1.0, 2, 1]) / 16
+    return torch.nn.functional.conv2d(padded, weights[None, None]).view_as(x)
+
+
+def disturbances(x, labels, classes, batch):
+    """Yield (name, disturbed clips, the classes to descend to) of finished clips x (B, C, T, H, W)."""
+    noise, other = normal(0, "disturb", 0, range(batch, batch + len(x)), x.shape[1:]), (labels + 1) % classes
+    found = regions(x.shape, batch)
+    for name, mask in found.items():
+        for level in LEVELS:
+            yield f"{name}, keeps {level:.0%}", torch.where(mask, level * x + (1 - level) * noise, x), labels
+    yield "blurred", blur(x), labels
+    yield "left half mirrored", torch.where(found["left half of every frame"], x.flip(-1), x), labels
+    yield "another class", x, other
+    for level in LEVELS:
+        yield f"another class, everything keeps {level:.0%}", level * x + (1 - level) * noise, other
+
+
+def descend(model, x, labels, evaluations, training):
+    """Follow the guided field from x for so many evaluations."""
+    condition, scale = Condition.of(labels, model.config), torch.full((len(x),), 0.04)
+    field = guided(model, condition, scale, training["cfg_scale"])
+    return sample(field, x, "ngd", evaluations + 1, training["stepsize"], training["mu"])[0]
+
+
+def right(x, labels, names):
+    """Whether each clip moves, and looks, as its class says: (B,) bool each."""
+    tracks = [track(clip) for clip in VAE("none").decode(x).numpy()]
+    shapes = [next(shape for shape in SHAPES if names[label].startswith(shape)) for label in labels]
+    wanted = [(names[label].removeprefix(shape), shape) for label, shape in zip(labels, shapes, strict=True)]
+    return tuple([getattr(one, kind) == pair[axis] for one, pair in zip(tracks, wanted, strict=True)]
+                 for axis, kind in enumerate(("direction", "shape")))  # fmt: skip
+
+
+@torch.no_grad()
+def measure(count):
+    """{row: (directions right, shapes right), bool lists over all clips}."""
+    model, config, _ = checkpoint.load_model(DEMO)
+    names, rows = config["data"]["classes"], {}
+    for first in range(0, count, BATCH):
+        indices = range(first, min(first + BATCH, count))
+        labels = torch.tensor([index % len(names) for index in indices])
+        size = model.config.input_size
+        noise = normal(0, "sample", 0, indices, (3, FRAMES, size, size))
+        x = descend(model, noise, labels, FIRST, config["training"])
+        ends = [("before", x, labels)]
+        for name, start, own in disturbances(x, labels, len(names), first):
+            ends.append((name, descend(model, start, own, AGAIN, config["training"]), own))
+        for name, end, own in ends:
+            for column, values in zip(rows.setdefault(name, ([], [])), right(end, own, names), strict=True):
+                column.extend(values)
+    return rows
+
+
+def cell(hits):
+    part, (low, high) = share(hits)
+    return f"{100 * part:.1f} ({100 * low:.1f} - {100 * high:.1f})"
+
+
+def parse_args():
+    parser = lab.out_parser(__doc__, "the tables")
+    parser.add_argument("--num-clips", type=COUNT, default=288, help="clips of 16 frames")
+    return parser.parse_args()
+
+
+@one_line_errors()
+def main():
+    args = parse_args()
+    rows = measure(args.num_clips)
+    about = f"`scripts/studies/disturb.py` wrote this table from {args.num_clips} clips of the demo model: {FIRST} "
+    about += f"evaluations, a disturbance, {AGAIN} more. Brackets hold 95% intervals (Wilson)."
+    table = lab.table(
+        ["", "direction right (%)", "shape right (%)"], [[name, *map(cell, own)] for name, own in rows.items()]
+    )
+    content = {name: dict(zip(("direction", "shape"), own, strict=True)) for name, own in rows.items()}
+    lab.write_results(args.out, "disturb", ["# Disturbances", "", about, "", *table], content)
+
+
+if __name__ == "__main__":
+    main()
