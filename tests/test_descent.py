@@ -223,7 +223,7 @@ def test_the_study_disturbs_only_what_it_says(monkeypatch, tmp_path):
     for name, value in {"FIRST": 1, "AGAIN": 1, "FRAMES": 4, "LEVELS": (0.3,)}.items():
         monkeypatch.setattr(disturb, name, value)
     run_main(disturb, "--num-clips", 2, "--out", tmp_path)
-    assert len((tmp_path / "disturb.md").read_text().splitlines()) == 6 + 9 - 1
+    assert len((tmp_path / "disturb.md").read_text().splitlines()) == 4 + 2 + 9
     assert json.loads((tmp_path / "disturb.json").read_text())["before"]["shape"] == [False, False]  # still noise
 
 
