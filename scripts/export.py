@@ -21,17 +21,7 @@ import models
 import published
 from models import EBMS, NAMES
 from runtime.atomic import write_file
-from runtime.cli import (
-    ArgumentParser,
-    UserError,
-    check_writable,
-    one_line,
-    one_line_errors,
-    refuse_if,
-    say,
-    writing,
-    wrong_input,
-)
+from runtime.cli import ArgumentParser, UserError, check_writable, one_line, one_line_errors, say, writing, wrong_input
 from scoring import manifest
 from vae import REPOSITORIES, check_same, load_vae
 
@@ -111,11 +101,10 @@ def check_places(args):
         if os.path.isdir(args.folder) and os.listdir(args.folder):
             raise UserError(f"DIR {args.folder}: exists and is not empty; name a new folder")
     elif unused := sorted(args.typed & {"dtype", "scores"}):
-        refuse_if(
-            args, unused[0], True, "has no effect on a page; expected DIR as well; name a folder or remove the flag"
-        )
+        raise UserError(f"--{unused[0]}: has no effect on a page; expected DIR too; remove the flag")
     if args.html is not None:
-        refuse_if(args, "html", os.path.isdir(args.html), "a folder; expected the name of an HTML file")
+        if not args.html or os.path.isdir(args.html):
+            raise UserError(f"--html {args.html or repr('')}: not a file; expected the name of an HTML file")
         check_writable("--html", Path(args.html).parent)
 
 

@@ -243,7 +243,10 @@ CASES = {
         code.pt new => holds code
         rope.pt new --model EqM-XL/2 => --model EqM-XL/2
         rope.pt new --ebm dot => --ebm gives dot
-        rope.pt new --dtype int8 => --dtype""",
+        rope.pt new --dtype int8 => --dtype
+        rope.pt --html '' | rope.pt --html videos => expected the name of an HTML file
+        rope.pt --html file/x.html => --html file/x.html
+        rope.pt --html new.html --dtype fp16 => --dtype: has no effect""",
     "shapes": """
         --size big | --out file | --seconds inf | --seconds 0 | --videos-per-class 1000000000000 | --size 8 | --size 63
         --radius nan nan | --radius 0.2 0.1 | --radius 0.1 0.3 | --colors mauve | --videos-per-class 1

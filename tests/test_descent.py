@@ -120,8 +120,6 @@ def test_what_a_page_cannot_run_is_said_in_one_line(tmp_path, capsys, monkeypatc
     checkpoint.save(tmp_path / "large.pt", state)
     assert "weights up to 1e+05" in refused(capsys, export, tmp_path / "large.pt", "--html", tmp_path / "page.html")
     assert "DIR: missing" in refused(capsys, export, ckpt)
-    assert "--html" in refused(capsys, export, ckpt, "--html", tmp_path)
-    assert "--dtype fp16: has no effect" in refused(capsys, export, ckpt, "--html", tmp_path / "p", "--dtype", "fp16")
     assert not [*tmp_path.glob("p*")]
 
 
