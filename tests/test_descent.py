@@ -348,8 +348,10 @@ def test_a_gif_has_all_frames_and_their_colors(browser, demo):
 
 def test_the_tour_ends_with_one_frame_that_became_sixteen(browser, demo):
     browser.open(demo, READY, width=400, height=800)
+    browser.ask("TOUR.forEach((part, index) => { part[1] = index ? Infinity : 0; })")  # the first step ends by itself
     press(browser, "t")
-    for number in range(1, 7):
+    browser.wait("tourAt === 1")
+    for number in range(2, 7):
         assert browser.ask("$('guide').firstElementChild.textContent").startswith(f"{number}/6")
         if number in (2, 4, 5):
             browser.wait("resting")
