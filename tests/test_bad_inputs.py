@@ -245,7 +245,7 @@ CASES = {
         rope.pt new --ebm dot => --ebm gives dot
         rope.pt new --dtype int8 => --dtype
         rope.pt --html '' | rope.pt --html videos => expected the name of an HTML file
-        rope.pt --html file/x.html => --html file/x.html
+        rope.pt --html file/x.html => --html file: ; not a writable folder
         rope.pt --html new.html --dtype fp16 => --dtype: has no effect""",
     "shapes": """
         --size big | --out file | --seconds inf | --seconds 0 | --videos-per-class 1000000000000 | --size 8 | --size 63
