@@ -3,8 +3,11 @@
     python scripts/studies/disturb.py                       about 40 minutes of one core
 
 The clips are those of the page that `scripts/export.py --html` makes of results/demo: 16 frames, with the step size,
-momentum and guidance of the checkpoint. The script writes results/disturb.md and .json.
+momentum and guidance of the checkpoint. The script writes results/disturb.md and .json after each batch of 24 clips;
+run it again to continue.
 """
+
+from pathlib import Path
 
 import torch
 
@@ -13,7 +16,7 @@ import lab
 # isort: split
 import checkpoint
 from models import Condition
-from runtime.cli import COUNT, one_line_errors
+from runtime.cli import COUNT, Bar, one_line_errors
 from runtime.rng import generator, normal
 from samplers import guided, sample
 from scoring.shapes import SHAPES, track
@@ -24,6 +27,7 @@ DEMO = lab.ROOT / "results/demo"
 BATCH, FRAMES, SQUARE = 24, 16, 6
 FIRST, AGAIN = 19, 15  # evaluations before and after a disturbance
 LEVELS = 0.0, 0.3, 0.6  # shares of the clip that are kept
+KINDS = "direction", "shape"
 
 
 def regions(shape, batch):
@@ -74,27 +78,20 @@ def right(x, labels, names):
     shapes = [next(shape for shape in SHAPES if names[label].startswith(shape)) for label in labels]
     wanted = [(names[label].removeprefix(shape), shape) for label, shape in zip(labels, shapes, strict=True)]
     return tuple([getattr(one, kind) == pair[axis] for one, pair in zip(tracks, wanted, strict=True)]
-                 for axis, kind in enumerate(("direction", "shape")))  # fmt: skip
+                 for axis, kind in enumerate(KINDS))  # fmt: skip
 
 
 @torch.no_grad()
-def measure(count):
-    """{row: (directions right, shapes right), bool lists over all clips}."""
-    model, config, _ = checkpoint.load_model(DEMO)
-    names, rows = config["data"]["classes"], {}
-    for first in range(0, count, BATCH):
-        indices = range(first, min(first + BATCH, count))
-        labels = torch.tensor([index % len(names) for index in indices])
-        size = model.config.input_size
-        noise = normal(0, "sample", 0, indices, (3, FRAMES, size, size))
-        x = descend(model, noise, labels, FIRST, config["training"])
-        ends = [("before", x, labels)]
-        for name, start, own in disturbances(x, labels, len(names), first):
-            ends.append((name, descend(model, start, own, AGAIN, config["training"]), own))
-        for name, end, own in ends:
-            for column, values in zip(rows.setdefault(name, ([], [])), right(end, own, names), strict=True):
-                column.extend(values)
-    return rows
+def measure(model, config, indices):
+    """{row: {"direction": bools, "shape": bools}} of the clips with these indices."""
+    names, training, size = config["data"]["classes"], config["training"], model.config.input_size
+    labels = torch.tensor([index % len(names) for index in indices])
+    noise = normal(0, "sample", 0, indices, (3, FRAMES, size, size))
+    x = descend(model, noise, labels, FIRST, training)
+    ends = {"before": (x, labels)}
+    for name, start, own in disturbances(x, labels, len(names), indices[0]):
+        ends[name] = descend(model, start, own, AGAIN, training), own
+    return {name: dict(zip(KINDS, right(*end, names), strict=True)) for name, end in ends.items()}
 
 
 def cell(hits):
@@ -108,17 +105,26 @@ def parse_args():
     return parser.parse_args()
 
 
+def markdown(rows):
+    count = len(rows["before"]["shape"])
+    about = f"`scripts/studies/disturb.py` wrote this table from {count} clips of the demo model: {FIRST} evaluations, "
+    about += f"a disturbance, {AGAIN} more. Brackets hold 95% intervals (Wilson)."
+    cells = [[name, *(cell(own[kind]) for kind in KINDS)] for name, own in rows.items()]
+    return ["# Disturbances", "", about, "", *lab.table(["", *(f"{kind} right (%)" for kind in KINDS)], cells)]
+
+
 @one_line_errors()
 def main():
     args = parse_args()
-    rows = measure(args.num_clips)
-    about = f"`scripts/studies/disturb.py` wrote this table from {args.num_clips} clips of the demo model: {FIRST} "
-    about += f"evaluations, a disturbance, {AGAIN} more. Brackets hold 95% intervals (Wilson)."
-    table = lab.table(
-        ["", "direction right (%)", "shape right (%)"], [[name, *map(cell, own)] for name, own in rows.items()]
-    )
-    content = {name: dict(zip(("direction", "shape"), own, strict=True)) for name, own in rows.items()}
-    lab.write_results(args.out, "disturb", ["# Disturbances", "", about, "", *table], content)
+    model, config, _ = checkpoint.load_model(DEMO)
+    rows = lab.read_rows(Path(args.out, "disturb.json")) or {}
+    known = len(rows["before"]["shape"]) if rows else 0
+    for first in Bar(range(known, args.num_clips, BATCH), desc="disturb", unit="batch"):
+        for name, own in measure(model, config, range(first, min(first + BATCH, args.num_clips))).items():
+            row = rows.setdefault(name, {kind: [] for kind in KINDS})
+            for kind in KINDS:
+                row[kind] += own[kind]
+        lab.write_results(args.out, "disturb", markdown(rows), rows)
 
 
 if __name__ == "__main__":
