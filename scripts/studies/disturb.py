@@ -119,7 +119,7 @@ def main():
     model, config, _ = checkpoint.load_model(DEMO)
     rows = lab.read_rows(Path(args.out, "disturb.json")) or {}
     known = len(rows["before"]["shape"]) if rows else 0
-    for first in Bar(range(known, args.num_clips, BATCH), desc="disturb", unit="batch"):
+    for first in Bar(range(known, args.num_clips, BATCH), desc="disturb", unit="part"):
         for name, own in measure(model, config, range(first, min(first + BATCH, args.num_clips))).items():
             row = rows.setdefault(name, {kind: [] for kind in KINDS})
             for kind in KINDS:
