@@ -16,6 +16,7 @@ from PIL import Image
 
 import arms
 import cache_latents
+import disturb
 import evaluate
 import given_frames
 import lab
@@ -299,7 +300,7 @@ def test_each_share_of_compute_is_a_run_and_the_costliest_come_last(tmp_path):
 # Reports --------------------------------------------------------------------------------------------------------------
 
 
-TABLES = {script.__name__: script.markdown for script in (*MINIATURES, objectives, no_clock, people, sprites)}
+TABLES = {script.__name__: script.markdown for script in (*MINIATURES, objectives, no_clock, disturb, people, sprites)}
 TABLES |= {f"positions_{name}": partial(positions.markdown, name) for name in positions.DATA_SETS}
 TABLES |= {"objectives_tuning": objectives.tuning_markdown, "given_frames_objectives": given_frames.markdown}
 TABLES["objectives_few"] = partial(objectives.few_markdown, lab.read_rows(ROOT / "results/objectives.json"))
