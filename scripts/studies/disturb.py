@@ -19,7 +19,7 @@ from models import Condition
 from runtime.cli import COUNT, Bar, one_line_errors
 from runtime.rng import generator, normal
 from samplers import guided, sample
-from scoring.shapes import SHAPES, track
+from scoring.shapes import track
 from scoring.stats import share
 from vae import VAE
 
@@ -73,12 +73,11 @@ def descend(model, x, labels, evaluations, training):
 
 
 def right(x, labels, names):
-    """Whether each clip moves, and looks, as its class says: (B,) bool each."""
+    """{"direction": bools, "shape": bools}: whether each clip moves, and looks, as its class says ("CircleLeft")."""
     tracks = [track(clip) for clip in VAE("none").decode(x).numpy()]
-    shapes = [next(shape for shape in SHAPES if names[label].startswith(shape)) for label in labels]
-    wanted = [(names[label].removeprefix(shape), shape) for label, shape in zip(labels, shapes, strict=True)]
-    return tuple([getattr(one, kind) == pair[axis] for one, pair in zip(tracks, wanted, strict=True)]
-                 for axis, kind in enumerate(KINDS))  # fmt: skip
+    pairs = [(one, names[label]) for one, label in zip(tracks, labels.tolist(), strict=True)]
+    directions = [name.endswith(str(one.direction)) for one, name in pairs]
+    return {"direction": directions, "shape": [name.startswith(str(one.shape)) for one, name in pairs]}
 
 
 @torch.no_grad()
@@ -91,7 +90,7 @@ def measure(model, config, indices):
     ends = {"before": (x, labels)}
     for name, start, own in disturbances(x, labels, len(names), indices[0]):
         ends[name] = descend(model, start, own, AGAIN, training), own
-    return {name: dict(zip(KINDS, right(*end, names), strict=True)) for name, end in ends.items()}
+    return {name: right(*end, names) for name, end in ends.items()}
 
 
 def cell(hits):
