@@ -130,14 +130,12 @@ run() { # ADVICE COMMAND: pass a signal to this script on to the command, which 
   (trap - INT && exec "${@:2}") & # bash ignores SIGINT in the background
   child=$!
   [[ $signalled != 143 ]] || kill -TERM "$child"
-  while kill -0 "$child" 2>/dev/null; do # a signal ends the wait, not the child
-    wait "$child" 2>/dev/null || true # without the report of bash on a kill
-  done
-  wait "$child" || status=$? # bash remembers it; the wait above may have returned that of a signal
+  while kill -0 "$child"; do sleep 0.2 || true; done 2>/dev/null # SIGINT during `wait` can lose the child's status
+  wait "$child" 2>/dev/null || status=$? # without the report of bash on a kill
   trap - TERM INT USR1
   if [[ $signalled != 0 ]]; then
-    # With status 0 or 130 the command's last line says this; bash gives -1 if it lost the status in handling a signal
-    [[ $status =~ ^(0|130|-1)$ ]] || echo "$SCRIPT: interrupted; to continue, $EQM_ADVICE"
+    # Otherwise the command's last line says it
+    [[ $status =~ ^(0|130)$ ]] || echo "$SCRIPT: interrupted; to continue, $EQM_ADVICE"
     exit "$signalled"
   fi
   if [[ $status == 137 ]]; then
