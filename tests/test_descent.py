@@ -297,6 +297,10 @@ def test_new_noise_frames_pins_and_every_disturbance(browser, demo):
     assert count_of(browser, "pinned") == [1, 2, 3, 4]
     browser.ask("$('label').value = ''; $('label').dispatchEvent(new Event('change'))")
     assert count_of(browser, "label") is None
+    set_slider(browser, "level", 0.2)
+    for region, words in {"left": "keep 30% or more", "later": "Disturbed."}.items():
+        browser.ask(f"document.querySelector('[data-region={region}]').click()")
+        assert words in browser.ask("$('line').textContent")
     browser.ask("$('kind').value = 'blur'; $('kind').dispatchEvent(new Event('change'))")
     before = state(browser)[:, :, :1]
     browser.ask("document.querySelector('[data-region=all]').click()")
