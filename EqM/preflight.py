@@ -124,8 +124,9 @@ def check_flags(args):
     schedule, batch, last = args.frames_schedule, args.global_batch_size, args.max_steps or math.inf
     refuse_if(args, "mix", args.mix and not schedule, "needs earlier phases; add --frames-schedule, or remove it")
     ascends = args.frame_interval == sorted(args.frame_interval)[:2]
-    still = args.forcing and {*clip_lengths(args)} == {1}
-    refuse_if(args, "forcing", still, "clips of one frame have nothing to complete; remove it")
+    name = "forcing" if args.forcing else "forcing_regions"
+    still = getattr(args, name) and {*clip_lengths(args)} == {1}
+    refuse_if(args, name, still, "clips of one frame have nothing to complete; remove it")
     refuse_if(args, "frame_interval", not ascends, "expected one number, or two in ascending order")
     too_early = args.lr_decay_end and args.lr_decay_end < last
     refuse_if(args, "lr_decay_end", too_early, "expected at least the last step of --max-steps or --frames-schedule")
@@ -206,8 +207,11 @@ def resolve_settings(args, start, config):
     before = 0 if start.resumes else trained.get("forcing")
     if before and not args.forcing:
         say(f"note: --ckpt was trained with --forcing {before}, this phase is not, so it may forget given frames")
-    if args.forcing and (shortest := min(clip_lengths(args))) <= config.temporal_patch_size:
-        say(f"note: --forcing {args.forcing}: clips of {plural(shortest, 'frame')} are one patch long, so not forced")
+    forced = args.forcing or args.forcing_regions
+    if forced and (shortest := min(clip_lengths(args))) <= config.temporal_patch_size:
+        say(f"note: --forcing {forced}: clips of {plural(shortest, 'frame')} are one patch long, so not forced")
+    told = args.forcing_regions and config.objective != "eqm"
+    refuse_if(args, "forcing_regions", told, f"not with --objective {config.objective}; remove it")
     return args
 
 

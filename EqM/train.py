@@ -134,6 +134,7 @@ def add_optimization_flags(parser):
     add("--ema-decay", type=SHARE, default=0.9999, help="decay of the EMA weights; lower at first")
     add("--gamma-shift", type=POSITIVE, default=1.0, help="above 1: train closer to the noise; 1: uniform")
     add("--forcing", type=SHARE, default=0.0, help="fraction of clips with mixed noise levels, to continue clips later")
+    add("--forcing-regions", type=SHARE, default=0.0, help="fraction of clips that are clean except for a rectangle")
     add("--disp", action="store_true", help="add the dispersive loss of the last block's activations")
     add("--global-seed", type=NATURAL, default=0, help="seed of every random draw")
 
@@ -299,8 +300,8 @@ def training_losses(network, vae, batch, config, args, stream, device):
     x = vae.latents_of(batch["clips"].to(device, non_blocking=True), seed, stream, indices)  # (B, C, T, H, W)
     noise = normal(seed, "noise", stream, indices, x.shape[1:], device)
     frames = x.shape[2], config.temporal_patch_size
-    levels = args.gamma_shift, args.forcing, config.level_frames
-    gamma = transport.draw_gammas(seed, stream, indices, *frames, *levels)  # (B,) or (B, T)
+    levels = args.gamma_shift, args.forcing, config.level_frames, args.forcing_regions, config.input_size
+    gamma = transport.draw_gammas(seed, stream, indices, *frames, *levels)  # (B,), (B, T) or (B, T, H, W)
     dropout = transport.condition_dropout(gamma, config.class_dropout_prob)
     dropped = uniform(seed, "label drop", stream, indices) < dropout
     condition = Condition.of(batch["y"], config).null(dropped).to(device)

@@ -3,11 +3,11 @@
 A sample x_gamma = gamma x + (1 - gamma) eps interpolates between noise eps and data x. A network that does not see
 gamma learns the field f(x_gamma) = (x - eps) c(gamma). The field points from noise to data and vanishes at the data.
 So data are its equilibria, and sampling is gradient descent along it. x, noise and f are clips (B, C, T, H, W). gamma
-is (B,), one level per clip, or (B, T), one per frame.
+is (B,), one level per clip, (B, T), one per frame, or (B, T, H, W).
 
 With --forcing, some training clips have several levels: given frames are clean (gamma = 1), the others are not. The
 network thus learns to complete clips, as in Diffusion Forcing (arXiv 2407.01392). It has no level as an input, because
-it sees from the frames how noisy they are.
+it sees from the frames how noisy they are. With --forcing-regions, some clips are clean outside of a rectangle.
 
 Two other objectives serve as controls. "flow" is flow matching (arXiv 2210.02747): the target is x - eps without c, and
 the network is told gamma. "blind" has the same target, but the network is not told (arXiv 2502.13129). Their field does
@@ -99,8 +99,8 @@ def _mean_of_noisy(squares, gamma):
 
 
 def _broadcast(gamma):
-    """Reshape gamma (B,) or (B, T) to broadcast over clips: (B, 1, 1 or T, 1, 1)."""
-    return gamma.reshape(len(gamma), 1, -1, 1, 1)
+    """Reshape gamma (B,), (B, T) or (B, T, H, W) to broadcast over clips: (B, 1, 1 or T, 1 or H, 1 or W)."""
+    return gamma.reshape(len(gamma), 1, -1, *(gamma.shape[2:] or (1, 1)))
 
 
 # Noise levels of training clips ---------------------------------------------------------------------------------------
@@ -115,8 +115,13 @@ def shift_gamma(u, shift):
     return u / (u + shift * (1 - u))
 
 
-def draw_gammas(seed, stream, indices, num_frames, patch, shift=1.0, share=0.0, level_frames=1):
+def draw_gammas(
+    seed, stream, indices, num_frames, patch, shift=1.0, share=0.0, level_frames=1, region_share=0.0, size=1
+):
     """Draw the gammas of training samples, float32 on the CPU: (B,), or (B, T) if a `share` of the clips is forced.
+
+    With a `region_share` they are (B, T, size, size): that share of all clips is clean except for a rectangle, the same
+    in each frame (see `noisy_region`).
 
     The draws of a sample depend only on (seed, stream, index), where stream is the first step of the phase. A clip that
     is not forced keeps its gamma, whatever the share. A clip of one temporal patch (`patch` frames) is never forced:
@@ -124,7 +129,7 @@ def draw_gammas(seed, stream, indices, num_frames, patch, shift=1.0, share=0.0, 
     come in groups of `level_frames`, 1 or `patch`.
     """
     gamma = shift_gamma(uniform(seed, "gamma", stream, indices), shift)  # (B,)
-    if share == 0 or num_frames <= patch:
+    if share == region_share == 0 or num_frames <= patch:
         return gamma
     rows = []
     for level, index in zip(gamma.tolist(), indices, strict=True):
@@ -136,7 +141,24 @@ def draw_gammas(seed, stream, indices, num_frames, patch, shift=1.0, share=0.0, 
         else:
             clean = clean_frames(*draws[:3], math.ceil(num_frames / level_frames))
             rows.append([1.0 if frame // level_frames in clean else level for frame in range(num_frames)])
-    return torch.tensor(rows)
+    levels = torch.tensor(rows)
+    if region_share == 0:
+        return levels
+    levels = levels[:, :, None, None].repeat(1, 1, size, size)
+    for own, level, index in zip(levels, gamma.tolist(), indices, strict=True):
+        chance, *draws = torch.rand(5, generator=generator(seed, "region", stream, index)).tolist()
+        if chance < region_share:
+            rows, columns = noisy_region(*draws, size)
+            own[:] = 1.0
+            own[:, rows, columns] = level
+    return levels
+
+
+def noisy_region(u_top, u_left, u_height, u_width, size):
+    """Choose a rectangle from four uniform draws in [0, 1): slices of 2 to size - 1 rows and columns."""
+    height, width = (2 + int(u * (size - 2)) for u in (u_height, u_width))
+    top, left = int(u_top * (size - height + 1)), int(u_left * (size - width + 1))
+    return slice(top, top + height), slice(left, left + width)
 
 
 def clean_frames(u_kind, u_first, u_last, num_frames):
@@ -157,14 +179,15 @@ def clean_frames(u_kind, u_first, u_last, num_frames):
 
 
 def condition_dropout(gamma, usual):
-    """Return the probability (B,) of dropping the condition of clips with these gammas, (B,) or (B, T).
+    """Return the probability (B,) of dropping the condition of clips with gammas (B,), (B, T) or (B, T, H, W).
 
     It is max(`usual`, sqrt(c / T)) for a clip with c of T frames clean, because clean frames tell part of the
     condition. One frame of 16 does not tell how the clip continues, so three of four such clips keep their condition.
+    For regions, it is the same with areas.
     """
     if gamma.dim() == 1:
         return torch.full_like(gamma, usual)
-    return (gamma == 1).float().mean(dim=1).sqrt().clamp(min=usual)
+    return (gamma == 1).float().flatten(1).mean(dim=1).sqrt().clamp(min=usual)
 
 
 def first_given(gamma, num_frames, given):

@@ -40,7 +40,7 @@ bash scripts/setup.sh
 
 bash scripts/train_progressive.sh \
   --depth 4 --hidden-size 128 --num-heads 4 --rope-theta 100 \
-  --temporal-patch-size 4 --image-size 16 --vae none --no-flip \
+  --temporal-patch-size 4 --image-size 16 --vae none --no-flip --forcing-regions 0.1 \
   --num-workers 0 --cache-frames "${MIX[@]}" "${MIXED[@]}" \
   --lr 2e-3 --warmup-steps 20 --ema-decay 0.99 --gamma-shift 2 --global-seed "$SEED" \
   --log-every 50 --val-every 100000 --val-clips 32 --sample-every 0 \

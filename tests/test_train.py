@@ -156,8 +156,8 @@ def test_muon_decays_its_weights_by_default_and_a_run_keeps_its_decay(flags, dec
         assert weight_decays(state) == {decay}
 
 
-@pytest.mark.parametrize(("forcing", "disp"), [(0.0, True), (1.0, False)])
-def test_the_network_sees_only_noisy_clip_condition_and_frame_rate(forcing, disp):
+@pytest.mark.parametrize(("forcing", "regions", "disp"), [(0.0, 0.0, True), (1.0, 0.0, False), (0.5, 0.5, False)])
+def test_the_network_sees_only_noisy_clip_condition_and_frame_rate(forcing, regions, disp):
     seen, (B, T) = [], (4, 6)
 
     def network(*inputs, **flags):
@@ -168,15 +168,16 @@ def test_the_network_sees_only_noisy_clip_condition_and_frame_rate(forcing, disp
     clips, y, indices = torch.randint(256, (B, 3, T, 16, 16)).byte(), torch.tensor([0, 1, 1, 0]), [0, 1, 2, 3]
     batch = {"clips": clips, "y": y, "time_scales": torch.full((B,), 0.08), "indices": torch.tensor(indices)}
     args = SimpleNamespace(global_seed=3, gamma_shift=2.0, precision="fp32", disp=disp, forcing=forcing)
-    shape = {"temporal_patch_size": 4, "level_frames": 1}
+    args.forcing_regions = regions
+    shape = {"temporal_patch_size": 4, "level_frames": 1, "input_size": 16}
     config = SimpleNamespace(class_dropout_prob=0.5, num_classes=2, objective="eqm", **shape)
     losses, target_square = train.training_losses(network, VAE("none"), batch, config, args, 5, torch.device("cpu"))
 
     x, noise = clips.float() / 127.5 - 1, normal(3, "noise", 5, indices, (3, T, 16, 16))
-    gamma = transport.draw_gammas(3, 5, indices, T, 4, 2.0, forcing)
+    gamma = transport.draw_gammas(3, 5, indices, T, 4, 2.0, forcing, 1, regions, 16)
     dropped = uniform(3, "label drop", 5, indices) < transport.condition_dropout(gamma, 0.5)
     ((inputs, flags),) = seen
-    level = gamma[:, None, :, None, None] if forcing else gamma[:, None, None, None, None]
+    level = gamma.reshape(B, 1, -1, *((16, 16) if regions else (1, 1)))
     assert torch.equal(inputs[0], level * x + (1 - level) * noise)
     assert torch.equal(inputs[1], torch.where(dropped, 2, y)) and dropped.any() and not dropped.all()
     assert inputs[2].tolist() == pytest.approx([0.08] * B) and len(inputs) == 3 and flags == {"return_features": disp}

@@ -133,6 +133,23 @@ def test_the_other_half_has_one_level_per_temporal_patch(num_frames):
     assert abs(torch.corrcoef(torch.stack([first, last]))[0, 1].item()) < 0.13
 
 
+def test_some_clips_are_clean_except_for_a_rectangle_of_their_gamma():
+    levels, forced, plain = draw_gammas(0, 0, list(MANY), 8, 4, 3.0, 0.5, 1, 0.25, 6), draw(0.5, 8), draw(0.0, 8)
+    is_other = (levels == forced[:, :, None, None]).flatten(1).all(dim=1)
+    assert is_other.float().mean().item() == pytest.approx(0.75, abs=0.04)  # 4 standard errors
+    noisy, sides = levels[~is_other] < 1, Counter()
+    rows, columns = noisy[:, 0].any(dim=2), noisy[:, 0].any(dim=1)  # (B, 6)
+    assert torch.equal(noisy, (rows[:, :, None] & columns[:, None])[:, None].expand_as(noisy))
+    for mask in [*rows, *columns]:
+        first, *_, last = mask.nonzero().flatten().tolist()
+        assert mask.sum() == last - first + 1
+        sides[last - first + 1, first] += 1
+    assert sides.keys() == {(side, first) for side in range(2, 6) for first in range(7 - side)}
+    expected = plain[~is_other][:, None, None, None].expand_as(noisy)
+    assert torch.equal(levels[~is_other][noisy], expected[noisy])
+    assert torch.equal(draw_gammas(0, 0, list(MANY), 4, 4, 3.0, 0.5, 1, 0.25, 6), draw(0.0, 4))  # one temporal patch
+
+
 @pytest.mark.parametrize("num_frames", [2, 3, 4, 16])
 def test_given_frames_may_end_anywhere_but_are_never_all_or_none(num_frames):
     draws = torch.rand(4000, 3, generator=torch.Generator().manual_seed(0)).tolist()
@@ -158,6 +175,8 @@ def test_condition_dropout_grows_with_the_number_of_clean_frames():
         levels[row, :count] = 1
     assert condition_dropout(levels, 0.1).tolist() == pytest.approx([0.1, 0.25, 0.5, (15 / 16) ** 0.5])
     assert condition_dropout(levels, 0.3).tolist() == pytest.approx([0.3, 0.3, 0.5, (15 / 16) ** 0.5])
+    areas = torch.where(torch.arange(16) < 4, 1.0, 0.3).expand(2, 3, 16, 16)
+    assert condition_dropout(areas, 0.1).tolist() == pytest.approx([0.5, 0.5])
     assert condition_dropout(levels[:, -1], 0.1).tolist() == pytest.approx([0.1] * 4)
     assert first_given(torch.tensor([0.25, 0.5]), 3, 1).tolist() == [[1, 0.25, 0.25], [1, 0.5, 0.5]]
     for num_frames, expected in ((4, 0.10), (8, 0.30), (16, 0.29)):  # what the docs say
