@@ -57,7 +57,7 @@ COMMANDS = {  # what is right; a case adds to it what is wrong
 CASES = {
     "train": """
         --num-frames many | --num-frames '' | --num-frames {digits} | --num-frames 1000000000 | --model EqM-Q/4
-        --ebm l3 | --ckpt | --lr 1e400 | --lr 0 | --ema-decay 1.5 | --forcing 1.5 | --val-fraction=-0.1
+        --ebm l3 | --ckpt | --lr 1e400 | --lr 0 | --ema-decay 1.5 | --forcing 1.5 | --forcing-regions 2 | --val-fraction=-0.1
         --val-fraction 0 | --rope-speed=-1 | --global-seed=-1 | --save-minutes -1 | --max-steps 0 | --loader-timeout nan
         --position-table time | --frame-interval 4 2 | --num-frames 3 | --rope-split 8,8 | --num-heads 7
         --depth 10000000 | --val-frames 4 2 | --mix 0.2 | --num-classes 1
@@ -83,6 +83,7 @@ CASES = {
         --precision fp16 => --precision fp16; GPU; bf16
         --compile => g++
         --compile --ebm dot => --ebm dot
+        --forcing-regions 0.5 --objective flow => --forcing-regions 0.5: not with --objective flow; remove it
         --disp --grad-accum 4 => --global-batch-size
         --stop-below 0.5 --sampler euler => --stop-below 0.5; euler
         --wandb => pip install wandb
@@ -122,6 +123,7 @@ CASES = {
         --data-path videos => no images found; <class>/<image> with one of .jpeg .jpg .png .webp; add --video
         --data-path deep => no images in deep/<class>; deep/train/x/<class> has 1 image; pass deep/train/x
         --forcing 0.5 => --forcing 0.5: clips of one frame
+        --forcing-regions 0.5 => --forcing-regions 0.5: clips of one frame
         --ckpt rope.pt --use-rope => holds a video model: add --video""",
     "schedule": """
         --frames-schedule 4:10,8:5 => 8:5; increase
