@@ -53,6 +53,7 @@ def make_page(name, state, config):
     facts = {
         "model": asdict(config), "classes": data["classes"], "timeScale": data["time_scale"],
         "sampler": sampler(training), "frames": frames(config, training),
+        "healsRegions": bool(training.get("forcing_regions")),
         "shapes": [[name, list(value.shape)] for name, value in tensors.items()], "letters": len(weights),
         "kernel": base64.b64encode(wat.translate(KERNEL.read_text())).decode(),
     }  # fmt: skip

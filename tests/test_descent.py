@@ -150,6 +150,10 @@ def test_a_wrong_call_of_the_field_says_what_it_expects(browser, tmp_path):
         "new Array(192).fill(0), {numFrames: 4, label: 5}": "label 5; expected null or an integer from 0 to 4",
     }.items():
         assert browser.ask(f"eqm.field({call}).catch(error => error.message)") == words
+    set_slider(browser, "level", 0.2)
+    for region, words in {"left": "trained without --forcing-regions", "later": "Disturbed."}.items():
+        browser.ask(f"document.querySelector('[data-region={region}]').click()")
+        assert words in browser.ask("$('line').textContent")
     assert browser.ask("document.title") == "tiny & small: roll a video downhill"
     assert browser.ask("$('label').options[1].text") == "<1>"
 
@@ -297,10 +301,6 @@ def test_new_noise_frames_pins_and_every_disturbance(browser, demo):
     assert count_of(browser, "pinned") == [1, 2, 3, 4]
     browser.ask("$('label').value = ''; $('label').dispatchEvent(new Event('change'))")
     assert count_of(browser, "label") is None
-    set_slider(browser, "level", 0.2)
-    for region, words in {"left": "keep 30% or more", "later": "Disturbed."}.items():
-        browser.ask(f"document.querySelector('[data-region={region}]').click()")
-        assert words in browser.ask("$('line').textContent")
     browser.ask("$('kind').value = 'blur'; $('kind').dispatchEvent(new Event('change'))")
     before = state(browser)[:, :, :1]
     browser.ask("document.querySelector('[data-region=all]').click()")
