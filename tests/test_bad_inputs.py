@@ -58,7 +58,8 @@ CASES = {
     "train": """
         --num-frames many | --num-frames '' | --num-frames {digits} | --num-frames 1000000000 | --model EqM-Q/4
         --ebm l3 | --ckpt | --lr 1e400 | --lr 0 | --ema-decay 1.5 | --forcing 1.5 | --val-fraction=-0.1
-        --forcing-regions 2 | --val-fraction 0 | --rope-speed=-1 | --global-seed=-1 | --save-minutes -1 | --max-steps 0 | --loader-timeout nan
+        --forcing-regions 2
+        --val-fraction 0 | --rope-speed=-1 | --global-seed=-1 | --save-minutes -1 | --max-steps 0 | --loader-timeout nan
         --position-table time | --frame-interval 4 2 | --num-frames 3 | --rope-split 8,8 | --num-heads 7
         --depth 10000000 | --val-frames 4 2 | --mix 0.2 | --num-classes 1
         --global-batch-size 6 --grad-accum 4 | --data-path '' | --data-path no/such | --data-path pipe
