@@ -26,6 +26,7 @@ from pathlib import Path
 import torch
 from torch.utils._pytree import tree_leaves, tree_map_with_path
 
+from inflate import inflate
 from models import SHAPE, EqM, EqMConfig, model_name
 from published import load_published, published_parts, read_export
 from runtime import distributed
@@ -204,6 +205,28 @@ def load(path, parts=PARTS, model=None, ebm=None):
     return state
 
 
+def load_inflated(args):
+    """The dict of a checkpoint that --inflate makes of an image model's EMA weights. Raises UserError."""
+    path, flag = args.inflate, f"--inflate {args.inflate}"
+    try:
+        state = load(path, ["ema"], args.model)
+    except UserError as error:
+        raise UserError(f"{flag}: {str(error).removeprefix(f'--ckpt {path}: ')}") from error
+    config, data = config_of(flag, state, args.model), state["config"]["data"]
+    if (config.num_frames, config.temporal_patch_size) != (1, 1):
+        raise UserError(f"{flag}: holds a model of clips, expected a model of images; start from it with --ckpt")
+    if config.ebm != "none":
+        reason = f"its field is the gradient of an energy (--ebm {config.ebm}), and that start has not been tested"
+        raise UserError(f"{flag}: {reason}; expected a model without an energy")
+    shape = args.num_frames, args.temporal_patch_size, args.rope_theta
+    try:
+        weights, config = inflate(state["ema"], config, *shape, data["time_scale"])
+    except ValueError as error:
+        raise UserError(f"{flag} --num-frames {args.num_frames}: {error}") from error
+    training = state["config"]["training"] | {"video": True}
+    return from_elsewhere({"model": asdict(config), "data": data, "training": training}, weights, weights, 0)
+
+
 def read_file(path, parts=()):
     """The content of a file of torch.save. parts: names, as in `read_torch`. Raises UserError."""
     try:
@@ -293,8 +316,8 @@ def config_of(flag, state, model=None, video=None, **asked):
     if model not in (None, training["model"]):
         raise UserError(f"--model {model}: {flag} has {training['model']}; remove the flag")
     if video not in (None, training["video"]):
-        kind = "an image model, --video needs a video model: remove it" if video else "a video model: add --video"
-        raise UserError(f"{flag}: holds {kind}")
+        image = "an image model, --video needs a video model: remove it, or train on videos from it with --inflate"
+        raise UserError(f"{flag}: holds {image if video else 'a video model: add --video'}")
     try:
         config = EqMConfig(**state["config"]["model"])
     except (ValueError, TypeError) as error:
@@ -335,11 +358,12 @@ def check(flag, saved, **asked):
 
 @dataclass
 class Start:
-    """Where training starts: from scratch, from --ckpt, or at the last checkpoint of a run."""
+    """Where training starts: from scratch, from --ckpt or --inflate, or at the last checkpoint of a run."""
 
     progress: Progress
     path: Path | None = None  # of the checkpoint
     state: dict | None = None  # and its content
+    inflates: bool = False  # whether it is the image model of --inflate
     folder: Path | None = None  # of the run to resume, even if it has no checkpoint yet
     resumes: bool = False  # whether the checkpoint belongs to that run; only then:
     unlogged: dict | None = None  # the StepStats.averaged of steps that the run had not logged
@@ -348,7 +372,7 @@ class Start:
     @property
     def flag(self):
         """The checkpoint's name in messages."""
-        return f"--resume of {self.path}" if self.resumes else f"--ckpt {self.path}"
+        return f"--resume of {self.path}" if self.resumes else f"--{'inflate' if self.inflates else 'ckpt'} {self.path}"
 
     @property
     def config(self):
@@ -359,16 +383,23 @@ class Start:
         """The resumed run's value of a flag; None for a new run."""
         return self.config["training"].get(name) if self.resumes else None
 
+    def read(self, args):
+        """The content of the checkpoint for the flags of train.py. Raises UserError."""
+        return load_inflated(args) if self.inflates else load(self.path, model=args.model, ebm=args.ebm)
+
 
 def find_start(args, name):
-    """The Start for the flags of train.py: a resumed run, else a new phase from --ckpt, else scratch.
+    """The Start for the flags of train.py: a resumed run, else a new phase from --ckpt or --inflate, else scratch.
 
-    A new phase takes model, EMA, optimizer and step from --ckpt. Raises UserError.
+    A new phase takes model, EMA, optimizer and step from --ckpt. From --inflate it takes the model only, at step 0.
+    Raises UserError.
     """
-    start = find_resumed(args, name, args.ckpt)
-    if start.resumes or not args.ckpt:
+    ckpt = args.ckpt or args.inflate
+    start = find_resumed(args, name, ckpt)
+    if start.resumes or not ckpt:
         return start
-    start.path, start.state = Path(args.ckpt), load(args.ckpt, model=args.model, ebm=args.ebm)
+    start.path, start.inflates = Path(ckpt), ckpt == args.inflate
+    start.state = start.read(args)
     if not args.new_classes:
         check_optimizer(start, args)
     state, step = start.state, start.state["step"]

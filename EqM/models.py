@@ -67,7 +67,8 @@ class EqMConfig:
         if self.ebm != "none" and self.objective != "eqm":
             raise ValueError(f"ebm {self.ebm} needs objective eqm, got {self.objective}")
         if self.use_rope:
-            self.rotary_embedding()
+            if not all(self.rotary_embedding().split) and not self.has_table:
+                raise ValueError(f"rope_split {self.rope_split} hides height or width; it needs position_table space")
             return
         self.check_num_frames(self.num_frames)
         for name in ("rope_theta", "rope_split", "rope_speed", "position_table"):
@@ -185,6 +186,13 @@ class PatchEmbed(nn.Module):
         return F.linear(x, self.proj.weight.flatten(1), self.proj.bias)  # (B, N, D)
 
 
+def number_features(number):
+    """Return the sinusoidal features (..., FEATURES) of numbers (...), cosines first."""
+    exponents = torch.arange(FEATURES // 2, device=number.device).float() / (FEATURES // 2)
+    angles = number[..., None] * 10_000.0**-exponents
+    return torch.cat([angles.cos(), angles.sin()], dim=-1)
+
+
 class NumberEmbedder(nn.Module):
     """Embed a number of each sample, as DiT embeds the noise level: (B, ...) -> (B, ..., D)."""
 
@@ -193,10 +201,7 @@ class NumberEmbedder(nn.Module):
         self.mlp = nn.Sequential(nn.Linear(FEATURES, D), nn.SiLU(), nn.Linear(D, D))
 
     def forward(self, number):
-        exponents = torch.arange(FEATURES // 2, device=number.device).float() / (FEATURES // 2)
-        angles = number[..., None] * 10_000.0**-exponents
-        features = torch.cat([angles.cos(), angles.sin()], dim=-1)  # (B, ..., FEATURES)
-        return self.mlp(features.to(self.mlp[0].weight.dtype))
+        return self.mlp(number_features(number).to(self.mlp[0].weight.dtype))
 
 
 class HeadNorm(nn.RMSNorm):

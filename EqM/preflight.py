@@ -32,8 +32,8 @@ MODEL_FLAGS = (
     "position_table", "qk_norm", "ebm", "objective",
 )  # fmt: skip
 UNREPORTED = {  # flags that `note_changes` does not report: harmless, or checked against the checkpoint
-    "resume", "ckpt", "new_classes", "num_classes", "results_dir", "vae", "num_workers", "loader_timeout", "wandb",
-    "save_minutes", "keep_last", "shard", "model", "guidance_chosen", *MODEL_FLAGS,
+    "resume", "ckpt", "inflate", "new_classes", "num_classes", "results_dir", "vae", "num_workers", "loader_timeout",
+    "wandb", "save_minutes", "keep_last", "shard", "model", "guidance_chosen", *MODEL_FLAGS,
 }  # fmt: skip
 
 
@@ -72,7 +72,7 @@ def share_run(run):
     cli.check_precision(args.precision)
     if run is None:
         vae = load_vae(args.vae)
-        own = checkpoint.load(start.path, model=args.model, ebm=args.ebm) if start.path else None
+        own = start.read(args) if start.path else None
     start.state = own
     if args.new_classes and not start.resumes:
         start.state = with_new_classes(start.state, data.scan.classes, config.num_classes)
@@ -130,8 +130,14 @@ def check_flags(args):
     refuse_if(args, "frame_interval", not ascends, "expected one number, or two in ascending order")
     too_early = args.lr_decay_end and args.lr_decay_end < last
     refuse_if(args, "lr_decay_end", too_early, "expected at least the last step of --max-steps or --frames-schedule")
-    refuse_if(args, "new_classes", args.new_classes and not args.ckpt, "for checkpoints of other classes; add --ckpt")
-    refuse_if(args, "ckpt", args.ckpt == "", "an empty name; name a checkpoint, or remove it to start from scratch")
+    for name in ("ckpt", "inflate"):
+        empty = getattr(args, name) == ""
+        refuse_if(args, name, empty, "an empty name; name a checkpoint, or remove it to start from scratch")
+    unknown = args.new_classes and not (args.ckpt or args.inflate)
+    refuse_if(args, "new_classes", unknown, "for checkpoints of other classes; add --ckpt or --inflate")
+    refuse_if(args, "inflate", args.inflate and args.ckpt, "a run starts from one model; remove it, or remove --ckpt")
+    fixed = args.inflate and not (args.video and args.use_rope)
+    refuse_if(args, "inflate", fixed, "starts a model of clips with rotary time; add --video and --use-rope")
     parts, ranks = world_size() * args.grad_accum, f"{plural(world_size(), 'rank')} x --grad-accum {args.grad_accum}"
     uneven, alone = batch % parts and not schedule, args.disp and batch == parts
     refuse_if(args, "global_batch_size", uneven, f"not a multiple of {ranks}; use a multiple of {parts}")
@@ -194,7 +200,8 @@ def resolve_settings(args, start, config):
     if args.shard and world_size() == 1:
         say("note: --shard: with one rank, nothing is sharded")
     args = args.resolve(
-        ckpt=start.kept("ckpt") if start.resumes else args.ckpt,  # where the phase started, only as a record
+        # Where the phase started, only as a record
+        **{name: start.kept(name) if start.resumes else getattr(args, name) for name in ("ckpt", "inflate")},
         shard=args.shard and world_size() > 1,
         model=args.model or trained.get("model", DEFAULT_MODEL),
         precision=cli.resolve_precision(args.precision, config.ebm != "none", start.kept("precision")),

@@ -19,7 +19,7 @@ from runtime.untrusted import read_json
 EXPORT = ("model.safetensors", "config.json")
 CARD, VAE_FOLDER = "README.md", "vae"
 DTYPES = {"fp32": torch.float32, "fp16": torch.float16}
-LOCAL_FLAGS = {"data_path", "results_dir", "ckpt", "vae"}  # mean nothing on another machine
+LOCAL_FLAGS = {"data_path", "results_dir", "ckpt", "inflate", "vae"}  # mean nothing on another machine
 
 # Exported folders: the EMA weights and their configuration, to share --------------------------------------------------
 

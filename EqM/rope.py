@@ -79,16 +79,16 @@ class RotaryEmbedding3D(nn.Module):
 def split_head(head_dim, split=""):
     """Return the number of channels of a head for (time, height, width), from a split such as "16,8,8".
 
-    "" means 2 * floor(head_dim / 6) each. Raises ValueError if head_dim is odd or below 6, or if the split is not three
-    even numbers above 0 whose sum is at most head_dim.
+    "" means 2 * floor(head_dim / 6) each. Height and width may have none. Raises ValueError if head_dim is odd or below
+    6, or if the split is not three even numbers, the first above 0, whose sum is at most head_dim.
     """
     if head_dim < 6 or head_dim % 2:
         raise ValueError(f"use_rope needs an even head_dim of at least 6, got {head_dim}")
     if not split:
         return (2 * (head_dim // 6),) * 3
     channels = tuple(int(word) for word in split.split(",") if re.fullmatch("[0-9]{1,6}", word))
-    if len(channels) != 3 or split.count(",") != 2 or not all(channels) or any(n % 2 for n in channels):
-        raise ValueError(f"rope_split must be three even numbers above 0, such as 16,8,8, got {split!r}")
+    if len(channels) != 3 or split.count(",") != 2 or not channels[0] or any(n % 2 for n in channels):
+        raise ValueError(f"rope_split must be three even numbers, the first above 0, such as 16,8,8, got {split!r}")
     if sum(channels) > head_dim:
         raise ValueError(f"rope_split {split} has {sum(channels)} channels, but head_dim is {head_dim}")
     return channels

@@ -103,7 +103,7 @@ CASES = {
         --ckpt cut.pt | --ckpt flipped.pt => damaged
         --ckpt pickle.pt | --ckpt code.pt => holds code
         --ckpt fixed.pt => cannot be converted: retrain with --use-rope
-        --ckpt image.pt => holds an image model, --video needs
+        --ckpt image.pt => holds an image model, --video needs; or train on videos from it with --inflate
         --ckpt odd.pt => depth 2
         --model EqM-S/4 --ckpt rope.pt => EqM-S/4
         --vae vae --ckpt rope.pt | --vae ema --ckpt rope.pt => made with none; remove --vae
@@ -113,12 +113,27 @@ CASES = {
         --optimizer muon --ckpt rope.pt => --optimizer adamw
         --max-steps 10 --ckpt rope.pt => --max-steps 10
         --data-path long --ckpt rope.pt => classes A (1), --ckpt rope.pt has A, B (2); --new-classes
-        --new-classes => for checkpoints; add --ckpt""",
+        --new-classes => for checkpoints; add --ckpt or --inflate
+        --inflate no/such.pt | --inflate cut.pt | --inflate empty | --inflate code.pt
+        --inflate '' => empty
+        --inflate image.pt --ckpt rope.pt => remove --ckpt
+        --inflate rope.pt => --inflate rope.pt: holds a model of clips, expected a model of images; with --ckpt
+        --inflate energy.pt => --inflate energy.pt: its field is the gradient of an energy (--ebm dot); tested
+        --inflate image.pt --num-frames 3 => --num-frames 3: a temporal patch needs at least 4
+        --inflate image.pt --image-size 32 => --image-size gives 32: they must agree; change or remove --image-size
+        --vae vae --inflate image.pt => made with none; remove --vae
+        --model EqM-Ti/2 --inflate image.pt => --inflate image.pt has EqM-Ti/4; remove the flag
+        --hidden-size 96 --inflate image.pt => --inflate image.pt: holds EqM-Ti/4
+        --inflate image.pt --rope-split 16,8,8 | --inflate image.pt --rope-speed 1 => must agree
+        --inflate plain.pt --rope-split 8,8,8 => has rope split 20,0,0
+        --data-path long --inflate image.pt => --inflate image.pt has A, B (2); --new-classes""",
     "train fixed": """
         --rope-split 8,8,8 | --rope-speed 0.5 | --rope-theta 100 | --position-table space => needs use_rope
         --val-frames 4 | --num-frames 4 --ckpt fixed.pt => tied
-        --ckpt rope.pt => trained with --use-rope""",
+        --ckpt rope.pt => trained with --use-rope
+        --inflate image.pt => add --video and --use-rope""",
     "train images": """
+        --inflate image.pt => add --video and --use-rope
         --num-frames 8 | --temporal-patch-size 4 | --frames-schedule 4:10 => needs videos
         --data-path cache => add --video
         --data-path videos => no images found; <class>/<image> with one of .jpeg .jpg .png .webp; add --video
@@ -363,7 +378,8 @@ def world(tmp_path_factory):
     save_checkpoint(root / "table.pt", use_rope=True, num_frames=4, position_table="space")
     save_checkpoint(root / "fixed.pt", num_frames=8)
     save_checkpoint(root / "odd.pt", use_rope=True, num_frames=4, depth=2)
-    save_checkpoint(root / "image.pt", use_rope=True, num_frames=1, temporal_patch_size=1)
+    for name, own in {"image": {"use_rope": True}, "plain": {}, "energy": {"ebm": "dot"}}.items():
+        save_checkpoint(root / f"{name}.pt", num_frames=1, temporal_patch_size=1, **own)
     content = bytearray(rope.read_bytes())
     (root / "cut.pt").write_bytes(content[: len(content) // 2])
     content[len(content) // 2] ^= 1

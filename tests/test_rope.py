@@ -35,7 +35,8 @@ def naive_rotation(x, grid, time_scale, channels, theta, speed=0.0):
 
 @pytest.mark.parametrize(("stretch", "speed"), [(1.0, 0.0), (1.0, 0.5), (2.5, 2.0)])
 @pytest.mark.parametrize(("head_dim", "split", "channels"), [
-    (64, "", (20, 20, 20)), (10, "", (2, 2, 2)), (32, "16,8,8", (16, 8, 8)), (32, "2,14,4", (2, 14, 4))
+    (64, "", (20, 20, 20)), (10, "", (2, 2, 2)), (32, "16,8,8", (16, 8, 8)), (32, "2,14,4", (2, 14, 4)),
+    (32, "10,0,0", (10, 0, 0)),
 ])  # fmt: skip
 def test_rotary_pairs_turn_like_complex_numbers_and_other_channels_stay(head_dim, split, channels, stretch, speed):
     time_scale, grid, x = torch.tensor([1 / 25, 0.1]), (2, 2, 3), torch.randn(2, 1, 12, head_dim)
@@ -52,7 +53,7 @@ def test_rotary_pairs_turn_like_complex_numbers_and_other_channels_stay(head_dim
 
 @pytest.mark.parametrize(("head_dim", "split", "speed", "message"), [
     *[(32, split, 0.0, f"rope_split .*{split}")
-      for split in ("16,8", "8,8,8,2", "16,8,7", "16,16,0", "-2,8,8", "8,8,8,", "x", "16,12,6")],
+      for split in ("16,8", "8,8,8,2", "16,8,7", "0,16,16", "-2,8,8", "8,8,8,", "x", "16,12,6")],
     *[(head_dim, "", 0.0, f"head_dim of at least 6, .* {head_dim}") for head_dim in (0, 4, 5, 65)],
     *[(32, "", speed, r"rope_speed must be in \[0, 1000\]") for speed in (-0.1, 1001, float("nan"))],
     *[(32, split, 0.5, "rope_speed 0.5 needs 6 channels") for split in ("16,12,4", "20,4,8")],

@@ -1,0 +1,50 @@
+"""Start a video model from an image model. With rotary time, the start is exact.
+
+On a clip of one temporal patch with equal frames, the inflated model gives the image model's field in each frame, at
+any frame rate:
+
+- The kernel of the patch embedding is spread over the frames of a temporal patch, and its sum stays the same, as in I3D
+  (arXiv 1705.07750).
+- The output layer is repeated for each frame.
+- Positions in time are rotary, so they do not turn a single temporal patch. Height and width keep the image model's
+  positions: its rotary ones, or its fixed table, which needs no rotation.
+- The embedding of the frame rate starts as a constant, the image model's, and can be learned.
+"""
+
+from dataclasses import replace
+
+import torch
+
+from models import number_features
+from rope import REFERENCE_FPS, split_head
+
+
+def inflate(
+    weights, config, num_frames, temporal_patch_size=None, rope_theta=None, time_scale=1 / REFERENCE_FPS, spread=None
+):
+    """Return the state dict and the EqMConfig of a video model for num_frames, from those of an image model.
+
+    temporal_patch_size: frames per patch, default: the spatial size. rope_theta: base of the frequencies of time for a
+    model with fixed positions; others keep their own. time_scale: seconds per frame in the image model's training.
+    spread: (temporal_patch_size,), the share of the kernel that each frame gets, default: equal shares. The start is
+    exact if their sum is 1. Raises ValueError if the model or num_frames don't fit rotary time or the temporal patch.
+    """
+    pt, time = temporal_patch_size or config.patch_size, {}
+    if not config.use_rope:
+        split = f"{split_head(config.head_dim)[0]},0,0"
+        time = {"use_rope": True, "rope_theta": rope_theta or config.rope_theta, "rope_split": split}
+        time |= {"position_table": "space"}
+    config = replace(config, num_frames=num_frames, temporal_patch_size=pt, **time)
+    config.check_num_frames(num_frames)
+
+    spread = torch.full((pt,), 1 / pt) if spread is None else spread
+    kernel, bias = weights["x_embedder.proj.weight"].float(), weights["t_embedder.mlp.0.bias"].float()
+    of_rate = weights["t_embedder.mlp.0.weight"].float()
+    features = number_features(torch.log2(torch.tensor(REFERENCE_FPS * time_scale)))  # of the image model's frame rate
+    output = {f"final_layer.linear.{name}": weights[f"final_layer.linear.{name}"] for name in ("weight", "bias")}
+    return weights | {
+        "x_embedder.proj.weight": kernel * spread[:, None, None],  # (D, C, pt, p, p)
+        "t_embedder.mlp.0.weight": torch.zeros_like(of_rate),
+        "t_embedder.mlp.0.bias": bias + of_rate @ features,
+        **{name: value.repeat(pt, *[1] * (value.dim() - 1)) for name, value in output.items()},  # (pt p q c, ...)
+    }, config

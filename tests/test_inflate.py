@@ -1,0 +1,122 @@
+"""Models of clips that start from image models: on equal frames they have the image model's field. Runs of --inflate."""
+
+import shutil
+from dataclasses import replace
+
+import pytest
+import torch
+
+import checkpoint
+import export
+import train
+from inflate import inflate
+from models import EqM
+from test_models import clip, distance, labels, tiny
+from tiny_data import make_images
+from tiny_videos import write_equal_videos
+from training import IMAGES, run_main
+
+RATES = 12, 25, 50  # frames per second
+IMAGE = {"temporal_patch_size": 1, "num_frames": 1}
+KINDS = {  # of image models; head_dim is 32
+    "fixed": {"use_rope": False},
+    "rotary": {"rope_theta": 100.0},
+    "rotary and table, moving": {"position_table": "space", "rope_speed": 0.5, "rope_split": "8,12,12"},
+    "normalized": {"use_rope": False, "qk_norm": True},
+}
+
+
+@torch.no_grad()
+def largest_error(image, video, y=0, seconds=1 / 25):
+    """The largest distance of the fields of equal frames from the image's field, over all RATES."""
+    x, condition = clip(1, image.config), torch.tensor([y])
+    expected = image(x, condition, torch.tensor([seconds]))
+    equal = x.expand(-1, -1, video.config.temporal_patch_size, -1, -1)
+    return max(distance(video(equal, condition, torch.tensor([1 / fps])), expected.expand_as(equal)) for fps in RATES)
+
+
+def inflated(image, *settings, **more):
+    weights, config = inflate(image.state_dict(), image.config, 8, *settings, **more)
+    video = EqM(config).eval()
+    video.load_state_dict(weights)
+    return video
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_equal_frames_get_the_field_of_the_image_at_any_frame_rate(kind):
+    image = tiny(**IMAGE | KINDS[kind])
+    video, own = inflated(image), image.config
+    positions = {} if own.use_rope else {"use_rope": True, "rope_split": "10,0,0", "position_table": "space"}
+    assert video.config == replace(own, num_frames=8, temporal_patch_size=2, **positions)
+    assert largest_error(image, video) < 1e-5
+    assert largest_error(image, inflated(image, 4, 100.0)) < 1e-5
+    assert largest_error(image, inflated(image, time_scale=1 / 8), seconds=1 / 8) < 1e-5  # frames of 8 fps
+    assert largest_error(image, inflated(image, time_scale=1 / 8)) > 0.01
+
+
+@torch.no_grad()
+def test_frame_rates_and_times_can_be_learned_and_other_spreads_are_possible():
+    image = tiny(**IMAGE | KINDS["fixed"])
+    video = inflated(image)
+    with torch.enable_grad():
+        video(clip(8), labels(), torch.tensor([1 / 12])).square().sum().backward()
+    assert (video.t_embedder.mlp[0].weight.grad != 0).any()
+    later = clip(8).unflatten(2, (-1, 2)).roll(1, dims=2).flatten(2, 3)  # its temporal patches, one later
+    assert distance(video(later, labels()), video(clip(8), labels())) > 0.05
+
+    first = inflated(image, spread=torch.tensor([1.0, 0.0]))
+    assert largest_error(image, first) < 1e-5
+    f, seen = first(clip(2), labels()), clip(2)[:, :, :1]
+    assert distance(f, image(seen, labels()).expand_as(f)) < 1e-5
+    assert largest_error(image, inflated(image, spread=torch.full((2,), 0.5**0.5))) > 0.01
+
+
+# Runs -----------------------------------------------------------------------------------------------------------------
+
+STEPS = ["--log-every", 1, "--sample-every", 0, "--val-clips", 2]
+VIDEOS = [*IMAGES, *STEPS, "--video", "--use-rope", "--temporal-patch-size", 2, "--num-frames", 4, "--lr", 1e-9]
+
+
+def newest(results):
+    return max(results.glob("*/checkpoints/latest.pt"))
+
+
+@pytest.fixture(scope="module")
+def runs(tmp_path_factory):
+    """(the checkpoint of a small image run, videos of the same classes)."""
+    root = tmp_path_factory.mktemp("runs")
+    images = [*IMAGES, *STEPS, "--data-path", make_images(root / "images", 6), "--results-dir", root / "image"]
+    run_main(train, *images, "--max-steps", 3, "--lr", 0.1, "--ema-decay", 0)
+    return newest(root / "image"), write_equal_videos(root / "videos", 10, size=(16, 16))
+
+
+def test_an_image_run_starts_a_run_of_clips_that_later_phases_continue(runs, tmp_path, capsys):
+    path, videos = runs
+    image, _, step = checkpoint.load_model(path)
+    flags = [*VIDEOS, "--data-path", videos, "--results-dir", tmp_path]
+    run_main(train, *flags, "--inflate", path, "--max-steps", 1)
+    video, config, first_step = checkpoint.load_model(newest(tmp_path), video=True)
+    assert largest_error(image, video, y=1) < 1e-5
+    assert (step, first_step, config["training"]["inflate"]) == (3, 1, str(path))
+    state = checkpoint.load(newest(tmp_path))
+    assert state["phase"]["ema_start"] == 0 and state["optimizer"]["states"][0]["state"][0]["step"] == 1
+
+    capsys.readouterr()
+    run_main(train, *flags, "--inflate", path, "--max-steps", 1, "--resume")
+    assert "is finished at step 1" in capsys.readouterr().out
+    run_main(train, *flags, "--ckpt", newest(tmp_path), "--num-frames", 6, "--max-steps", 2)
+    later, config, _ = checkpoint.load_model(newest(tmp_path))
+    assert later.config == replace(video.config, num_frames=6) and config["training"]["inflate"] is None
+
+
+def test_an_exported_image_model_starts_clips_of_other_classes(runs, tmp_path):
+    path, videos = runs
+    run_main(export, path, tmp_path / "shared")
+    videos = shutil.copytree(videos, tmp_path / "videos")
+    (videos / "A").rename(videos / "C")
+    flags = [*VIDEOS, "--data-path", videos, "--results-dir", tmp_path, "--max-steps", 1]
+    run_main(train, *flags, "--inflate", tmp_path / "shared", "--new-classes")
+    (image, _, _), (video, config, _) = map(checkpoint.load_model, (path, newest(tmp_path)))
+    assert config["data"]["classes"] == ["B", "C"]
+    rows = image.y_embedder.embedding_table.weight[[1, 2, 2]]  # C is new: no class
+    torch.testing.assert_close(video.y_embedder.embedding_table.weight, rows)
