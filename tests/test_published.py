@@ -19,10 +19,12 @@ import sample_gd
 import samplers
 import train
 import transport
+from inflate import inflate
 from models import Condition, EqM, EqMConfig
 from published import convert_published
 from runtime.cli import UserError
 from tiny_data import flip_bit, make_images, make_vae
+from tiny_videos import write_equal_videos
 from training import differences, error_of, run_main
 
 with safe_open(Path(__file__).parent / "eqm_image_tiny.safetensors", "pt") as file:
@@ -171,6 +173,9 @@ def test_a_published_file_that_does_not_fit_is_refused(tmp_path, wrong):
     torch.save({key: value for key, value in (STATE | tensors).items() if value is not None}, tmp_path / "a.pt")
     line = error_of(checkpoint.load_model, tmp_path / "a.pt", model=name, **asked)
     assert line.startswith(f"--ckpt {tmp_path / 'a.pt'}: ") and words in line
+    if not asked:
+        line = error_of(checkpoint.load_inflated, argparse.Namespace(inflate=tmp_path / "a.pt", model=name))
+        assert line.startswith(f"--inflate {tmp_path / 'a.pt'}: ") and words in line
 
 
 def test_a_published_file_samples_images_and_starts_a_training_run(tmp_path, tiny_name):
@@ -193,6 +198,41 @@ def test_a_published_file_samples_images_and_starts_a_training_run(tmp_path, tin
     before, after = (one["ema"][BIAS] - started["model"][BIAS] for one in (started, trained))
     torch.testing.assert_close(after, before * 2 / 11 * 3 / 12)  # the average began anew: see optim.ema_decay
     assert (folder / "samples/0000002.png").exists()
+
+
+@torch.no_grad()
+def test_a_published_file_starts_clips_with_the_field_of_the_published_code(tmp_path, tiny_name):
+    path, vae = write_file(tmp_path / "a.pt", STATE, "whole"), make_vae(tmp_path / "vae")
+    data = write_equal_videos(tmp_path / "data", 10, size=(16, 16))
+    flags = ["--video", "--use-rope", "--inflate", path, "--model", tiny_name, "--new-classes", "--vae", vae]
+    flags += ["--data-path", data, "--image-size", 16, "--num-frames", 4, "--max-steps", 1, "--lr", 1e-9]
+    flags += ["--global-batch-size", 2, "--num-workers", 0, "--sample-every", 0, "--val-clips", 2]
+    with torch.enable_grad():
+        run_main(train, *flags, "--results-dir", tmp_path / "results")
+    (latest,) = tmp_path.glob("results/*/checkpoints/latest.pt")
+    model, config, _ = checkpoint.load_model(latest, use_ema=False)
+    positions = {"use_rope": True, "rope_split": "8,0,0", "position_table": "space"}
+    own = {"num_frames": 4, "temporal_patch_size": 2, "num_classes": 2}
+    assert model.config == replace(CONFIG, **positions, **own) and config["data"]["classes"] == ["A", "B"]
+
+    image = make_model()
+    image.final_layer.linear.bias += 1  # of the EMA weights
+    expected = image(X, torch.full((3,), CONFIG.num_classes)).expand(-1, -1, 2, -1, -1)  # new classes start as none
+    for fps in (12, 25, 50):
+        f = model(X.expand(-1, -1, 2, -1, -1), torch.tensor([0, 1, 2]), torch.full((3,), 1 / fps))
+        assert ((f - expected).norm() / expected.norm()).item() < 1e-5
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("patch", [1, 2, 4])
+def test_equal_frames_get_the_output_of_the_published_code(patch):
+    weights, config = inflate(convert_published(STATE, CONFIG), CONFIG, 8, patch)
+    model = EqM(config).eval()
+    model.load_state_dict(weights)
+    for fps in (12, 25, 50):
+        f = model(X.expand(-1, -1, patch, -1, -1), Y, torch.full((3,), 1 / fps))
+        expected = TENSORS["output"].unsqueeze(2).expand_as(f)
+        assert ((f - expected).norm() / expected.norm()).item() < 1e-5
 
 
 def test_a_folder_instead_of_a_checkpoint_names_its_newest_checkpoint(tmp_path):
