@@ -7,6 +7,7 @@
 #   EXP=progressive_rope_training    results go to results/$EXP
 #   GPUS=8                           processes; on a machine without GPUs they share the CPU
 #   MODEL=EqM-S/4
+#   START                            image model of this size that phase 1 starts from: published, a run's or an export
 #   FRAMES_1=4, FRAMES_2=8, FRAMES_3=16            frames per clip
 #   STEPS_1=50000, STEPS_2=100000, STEPS_3=150000  global steps at which the phases end
 #   BATCH_1=256, BATCH_2=128, BATCH_3=64           clips per step
@@ -28,10 +29,11 @@ set -euo pipefail
 cd "$(dirname "$0")/.."
 source scripts/common.sh
 flags_only "$@"
-nearly "DATA GPUS EXP MODEL FRAMES_1 STEPS_1 BATCH_1 ... RECIPE LR_DECAY FORCING COMPILE CACHE LATENTS VAE IMAGE_SIZE" \
-  GPU NGPUS NUM_GPUS DATA_PATH EXPERIMENT STEPS STEP_1 STEP_2 STEP_3 BATCH BATCH_SIZE FRAME_1 LATENT
+nearly "DATA GPUS EXP MODEL START FRAMES_1 STEPS_1 BATCH_1 ... RECIPE LR_DECAY FORCING COMPILE CACHE LATENTS VAE ..." \
+  GPU NGPUS NUM_GPUS DATA_PATH EXPERIMENT STEPS STEP_1 STEP_2 STEP_3 BATCH BATCH_SIZE FRAME_1 LATENT INFLATE
 
 GPUS=${GPUS:-8} MODEL=${MODEL:-EqM-S/4} DATA=${DATA:-datasets/ucf-101} EXP=${EXP:-progressive_rope_training}
+START=${START:-}
 # Phases of equal compute did best among the schedules we tried (results/study-first-edition.md, B)
 FRAMES_1=${FRAMES_1:-4} STEPS_1=${STEPS_1:-50000} BATCH_1=${BATCH_1:-256}
 FRAMES_2=${FRAMES_2:-8} STEPS_2=${STEPS_2:-100000} BATCH_2=${BATCH_2:-128}
@@ -69,6 +71,7 @@ replace() { # FLAG: set INSTEAD to the variables that set this flag of train.py
     --max-steps | --epochs) INSTEAD="STEPS_1, STEPS_2 and STEPS_3" ;;
     --global-batch-size) INSTEAD="BATCH_1, BATCH_2 and BATCH_3" ;;
     --model) INSTEAD=MODEL ;;
+    --inflate) INSTEAD=START ;;
     --data-path) INSTEAD=DATA ;;
     --results-dir) INSTEAD=EXP ;;
     --ckpt) [[ $ONE_RUN == 1 ]] || INSTEAD="ONE_RUN=1, as each phase has its own --ckpt" ;;
@@ -114,13 +117,15 @@ case $RECIPE in
   published) FLAGS=(--cfg-scale 4) SHARE=0 ;;
   *) complain "RECIPE=$(printf %q "$RECIPE"): unknown recipe; expected ours, small or published" ;;
 esac
-if [[ $BEGUN == 0 ]]; then # the positions that did best in results/study.md
+if [[ $BEGUN == 0 && -z $START ]]; then # the positions that did best in results/study.md
   FLAGS+=(--position-table space --rope-speed 0.5)
-else # a checkpoint keeps its positions and its forcing
+elif [[ $BEGUN != 0 ]]; then # a checkpoint keeps its positions and its forcing, an image model its positions
   SHARE=$(grep -ohs '"forcing": [0-9.e-]*' "results/$EXP"/*/config.json | tail -n 1) || SHARE=0 # older than the flag
 fi
 FLAGS+=(--forcing "${FORCING:-${SHARE##* }}" --lr-decay "$LR_DECAY")
 [[ $COMPILE == 1 && " $* " != *" --ebm"[\ =]* ]] && FLAGS+=(--compile)
+INFLATE=() # only for phase 1
+[[ -z $START ]] || INFLATE=(--inflate="$START" --new-classes)
 TRAIN=(EqM/train.py --video --use-rope --model="$MODEL" --results-dir="results/$EXP" "${FLAGS[@]}")
 
 run() { # ADVICE COMMAND: pass a signal to this script on to the command, which saves and ends first
@@ -154,7 +159,7 @@ CACHED=()
 if [[ $BEGUN == 0 && ($CACHE == 1 || $ONE_RUN == 0) ]]; then
   ERRORS=$(mktemp) status=0
   EQM_ERROR_FILE=$ERRORS WORLD_SIZE=$GPUS python "${TRAIN[@]}" --data-path="$DATA" --frames-schedule="$SCHEDULE" \
-    "${CACHED[@]}" "$@" --dry-run >/dev/null || status=$?
+    "${CACHED[@]}" "${INFLATE[@]}" "$@" --dry-run >/dev/null || status=$?
   LINE=$(<"$ERRORS")
   rm "$ERRORS"
   read -ra words <<<"$LINE"
@@ -180,7 +185,7 @@ train() { # PHASE STEPS FLAGS: train a phase of so many steps
 }
 
 if [[ $ONE_RUN == 1 ]]; then
-  train 1 $((STEPS_3 / 3)) --frames-schedule="$SCHEDULE" "$@"
+  train 1 $((STEPS_3 / 3)) --frames-schedule="$SCHEDULE" "${INFLATE[@]}" "$@"
 else
   [[ $BEGUN -lt 2 ]] || echo "$SCRIPT: phase $BEGUN has checkpoints, so the phases before it are done"
   for ((phase = BEGUN > 1 ? BEGUN : 1; phase <= 3; phase++)); do
@@ -194,8 +199,9 @@ else
         CKPT=$SAVED # if all checkpoints of the phase are damaged, train.py says so, and does not start from scratch
       fi
     fi
+    [[ -z $CKPT ]] || INFLATE=()
     train "$phase" $((${!steps} - ${!before})) --num-frames="${!frames}" --global-batch-size="${!batch}" \
-      --max-steps="${!steps}" --lr-decay-end="$STEPS_3" ${CKPT:+--ckpt="$CKPT"} "$@"
+      --max-steps="${!steps}" --lr-decay-end="$STEPS_3" ${CKPT:+--ckpt="$CKPT"} "${INFLATE[@]}" "$@"
   done
 fi
 echo "$SCRIPT: done; sample the model with: EXP=$(printf %q "$EXP") bash scripts/sample.sh"

@@ -1,4 +1,4 @@
-"""Models of clips that start from image models: on equal frames they have the image model's field. Runs of --inflate."""
+"""Models of clips that start from image models: their field on equal frames, and runs of train.py --inflate."""
 
 import shutil
 from dataclasses import replace

@@ -89,6 +89,7 @@ def test_a_script_answers_help_with_its_variables_and_does_nothing_else(script, 
     ("train_progressive.sh", "--ckpt x", {}, ["--ckpt: ", "ONE_RUN=1"]),
     ("train_progressive.sh", "--vae=none", {}, ["--vae: ", "CACHE=0"]),
     ("train_progressive.sh", "--image-size 64", {}, ["--image-size: ", "CACHE=0"]),
+    ("train_progressive.sh", "--inflate x", {}, ["--inflate: ", "START"]),
 ])  # fmt: skip
 def test_a_mistake_or_a_missing_environment_is_one_line(script, arguments, variables, words, bash):
     done = bash(f"scripts/{script}", *arguments.split(), **variables)
@@ -290,6 +291,17 @@ def test_train_progressive_leaves_positions_and_forcing_to_a_checkpoint(recorded
         config.write_text(json.dumps({"training": training}))
         assert list(choices()) == 2 * [([], share)]
     assert list(choices(ONE_RUN="1")) == [(POSITIONS, "0.75")]  # which does not continue that run
+
+
+@pytest.mark.parametrize("one_run", ["0", "1"])
+def test_train_progressive_starts_only_phase_1_from_an_image_model_with_its_positions(one_run, recorded, tmp_path):
+    settings = PHASES | {"START": ODD, "ONE_RUN": one_run}
+    _, (*_, call) = recorded("train_progressive.sh", **settings)  # phase 1, which saves nothing
+    if one_run == "0":
+        make_run(tmp_path, 4, "0000050")
+        _, (resumed, later) = recorded("train_progressive.sh", **settings)
+        assert f"--inflate={ODD}" in resumed and not any(flag.startswith(("--inflate", "--new")) for flag in later)
+    assert {f"--inflate={ODD}", "--new-classes"} < set(call) and not set(POSITIONS) & set(call)
 
 
 def test_sample_passes_odd_names_unchanged_and_uses_the_newest_model(recorded, tmp_path):
