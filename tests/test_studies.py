@@ -19,6 +19,7 @@ import cache_latents
 import disturb
 import evaluate
 import given_frames
+import inflation
 import lab
 import make_moving_shapes
 import no_clock
@@ -245,6 +246,43 @@ def test_positions_on_other_data_keep_each_finished_run(name, trained, commands,
 
 def test_positions_on_other_data_need_its_videos(tmp_path, capsys):
     assert "--data-path: expected the videos of sprites" in refused(capsys, positions, "sprites", "--out", tmp_path)
+
+
+def test_kernels_are_compared_at_the_start_and_later(commands, monkeypatch, tmp_path):
+    monkeypatch.setattr(inflation, "PATCHES", (4,))
+    out = tmp_path
+    run_main(inflation, "kernels", "--miniature", "--out", out, "--seeds", 0)
+    rows, text = json.loads((out / "inflation_kernels.json").read_text()), (out / "inflation_kernels.md").read_text()
+    assert [(row["spread"], row["steps"]) for row in rows] == [(name, n) for name in inflation.SPREADS for n in (1, 2)]
+    assert len({row["val_loss"] for row in rows}) == 6 and "## shapes, temporal patch 4, after 2 steps" in text
+    assert "- val_loss: one frame minus mean is " in text
+    commands.clear()
+    run_main(inflation, "kernels", "--miniature", "--out", out, "--seeds", 0)
+    assert not commands
+
+
+def test_a_start_from_images_is_compared_with_scratch_over_compute(shapes, commands, monkeypatch, tmp_path):
+    monkeypatch.setattr(inflation, "TASK", ("--num-frames 8 --num-samples 4", ("nearest",)))
+    monkeypatch.setattr(inflation, "VALID", "rmse_ratio")
+    monkeypatch.setattr(inflation, "SHARES", {"scratch": (1.0,), "images": (0.6, 1.0)})
+    latents, out, videos = tmp_path / "latents", tmp_path / "results", ["--data-path", shapes]
+    run_main(cache_latents, *videos, "--vae", "none", "--image-size", 16, "--out", latents)
+    flags = ["pay", "--miniature", "--out", out, "--seeds", 0, *videos, "--latents", latents]
+    commands.clear()
+    run_main(inflation, *flags)
+    rows, text = json.loads((out / "inflation_pay.json").read_text()), (out / "inflation_pay.md").read_text()
+    assert [(row["arm"], row["share"]) for row in rows] == [("scratch", 1.0), ("images", 0.6), ("images", 1.0)]
+    assert "| images | 60 | " in text and "- Seed 0: compute to " in text
+    assert sum("--inflate" in words for words in commands) == 2
+
+
+def test_compute_of_an_image_model_counts_once():
+    found = {("scratch", 1.0): 0.8, ("images", 0.2): 0.6, ("images", 0.4): 0.7, ("images", 0.6): 0.9}
+    own = {"seed": 0, "val_loss": 1.0, "flops": 100.0, "image_flops": 20.0}
+    lines = inflation.pay_markdown([
+        own | {"arm": arm, "share": share, "valid": valid} for (arm, share), valid in found.items()
+    ])  # fmt: skip
+    assert lines[-1] == "- Seed 0: compute to 80.0% valid, relative to scratch: 0.50 free, 0.70 counted."
 
 
 def test_a_stopped_study_resumes_and_ends_the_same(trained, tmp_path, capsys):

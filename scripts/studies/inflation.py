@@ -1,0 +1,255 @@
+"""Start models of clips from image models of their frames: which kernel starts best, and does the start pay?
+
+    python scripts/studies/inflation.py kernels --data-path datasets/sprites --latents results/sprites/latents
+    python scripts/studies/inflation.py pay --data-path datasets/sprites --latents results/sprites/latents
+
+sprites.sh makes the videos and the latents; Moving Shapes are made here. An image model learns single frames. It has a
+position table, as published image models do.
+
+kernels: validation losses of clips, whose frames have independent noise. The kernel of the patch embedding is spread
+over the frames of a temporal patch in three ways. The mean is exact for equal frames, but it makes the noise weaker,
+and the network tells from it how noisy a clip is. The script measures the start, and the model after some steps.
+
+pay: Sprites with the recipe of sprites.sh and HOURS=0.5. Clips start from scratch or from an image model, with shares
+of the compute that have a run each. The script reports how much compute the start needs to make as many valid samples
+as scratch with all of it: for an image model that is free, and for one whose compute counts.
+
+The script writes results/inflation_PART.md and .json. Runs whose scores are in the json are not run again. Models and
+samples are in results/inflation (see lab.py). A full run of clips takes about 35 minutes of one core.
+"""
+
+import itertools
+import math
+from dataclasses import asdict, dataclass, replace
+from pathlib import Path
+
+import torch
+
+import lab
+from arms import BASE, FULL, ROTARY, TOKENS, VALIDATIONS, config_of, phase_flags, plan_phases
+from checkpoint import from_elsewhere, load, save
+from inflate import inflate
+from models import EqMConfig
+from positions import DATA_SETS, TINY, TINY_SAMPLES, PositionsRun, score_all
+from report import compute_to
+from runtime.cli import fail, one_line_errors
+
+SPREADS = {  # share of the kernel for each of pt frames
+    "mean": lambda pt: torch.full((pt,), 1 / pt),
+    "one frame": lambda pt: (torch.arange(pt) == pt // 2).float(),
+    "1/sqrt(pt)": lambda pt: torch.full((pt,), pt**-0.5),
+}
+PATCHES, LATER = (2, 4), 300  # frames of a temporal patch; steps after which kernels are compared again
+THETA = float(ROTARY.split()[-1])  # of time, as in the other studies
+SPRITES = DATA_SETS["sprites"]
+SHARES = {"scratch": (0.4, 0.6, 1.0), "images": (0.2, 0.4, 0.6, 0.8)}  # of the compute
+TASK = "--num-frames 8 --num-samples 576", ("census",)
+VALID, LOSS = "valid", "val_loss"  # the values in the tables
+
+
+@dataclass(frozen=True)
+class Frames:
+    """A data set for image models and the clips of part kernels."""
+
+    config: EqMConfig
+    flags: str  # of train.py
+    num_frames: int  # of a clip
+    steps: int  # of an image model
+
+
+DATA = {
+    "shapes": Frames(replace(config_of(FULL), temporal_patch_size=1, num_frames=1), " ".join(map(str, BASE)), 16, 1000),
+    "sprites": Frames(SPRITES.config, SPRITES.flags, 8, 600),  # a fifth of the compute of HOURS=0.5
+}
+
+
+def common(args, name, seed):
+    """(config, data of a lab.Run, flags of train.py) that all runs of a data set share."""
+    own, root = DATA[name], Path(args.out, "inflation")
+    config, counts = replace(own.config, **TINY if args.miniature else {}), (2, 2) if args.miniature else (60, 2)
+    data = lab.data_sets(root / "moving-shapes", *counts, "--seconds", 1.4) if name == "shapes" else {}
+    flags = ["--video", *own.flags.split(), "--forcing", 0, "--global-seed", seed, "--val-clips", 256]
+    for field in TINY:
+        flags += [f"--{field.replace('_', '-')}", getattr(config, field)]
+    flags += ["--data-path", *([*data][:1] or [args.latents])]
+    return config, data, [*flags, *["--compile"] * args.compile]
+
+
+def image_run(args, name, seed):
+    """The lab.Run of a model of single frames, and its FLOPs."""
+    config, data, flags = common(args, name, seed)
+    phases, flops = plan_phases(config, ((1, 1.0),), 0, 2 if args.miniature else DATA[name].steps)
+    flags += ["--temporal-patch-size", 1, *phase_flags(phases, 0)]
+    folder = Path(args.out, "inflation", f"{name}-image-seed{seed}")
+    return lab.Run(folder, data, training=flags, last_step=phases[-1][1]), flops
+
+
+class StartedRun(lab.JsonRun):
+    """A run of clips that may start from the image model of another run."""
+
+    image = None  # that run
+
+    def train(self):
+        if self.image and self.checkpoint() is None:
+            self.image.folder.mkdir(parents=True, exist_ok=True)
+            with lab.file_lock(self.image.folder / "lock"):  # another process may train it
+                ckpt = self.image.train()
+            self.training = [*self.training, *self.start_flags(ckpt)]
+        return super().train()
+
+    def row(self):
+        last = self.validations()[-1]
+        losses = {name: value for name, value in last.items() if name.startswith(LOSS)}
+        return super().row() | losses
+
+
+# Which kernel? --------------------------------------------------------------------------------------------------------
+
+
+class KernelRun(StartedRun):
+    """A model of clips whose start has this spread, after so many steps; 1 step has a learning rate of almost zero."""
+
+    def __init__(self, args, name, seed, patch, spread, steps):
+        about = {"data": name, "seed": seed, "patch": patch, "spread": spread, "steps": steps}
+        config, data, flags = common(args, name, seed)
+        batch = TOKENS // math.prod(replace(config, temporal_patch_size=patch).grid(DATA[name].num_frames))
+        flags += ["--use-rope", "--temporal-patch-size", patch, "--num-frames", DATA[name].num_frames]
+        flags += ["--max-steps", steps, "--global-batch-size", batch]
+        flags += ["--lr", 1e-12, "--muon-lr", 1e-12] if steps == 1 else []
+        folder = "-".join(map(str, about.values())).replace("/", "-").replace(" ", "-")
+        super().__init__(
+            Path(args.out, "inflation", folder), data, training=flags, last_step=steps,
+            out=Path(args.out, "inflation_kernels.json"), about=about,
+        )  # fmt: skip
+        self.image, _ = image_run(args, name, seed)
+
+    def start_flags(self, ckpt):
+        """Write the start as a checkpoint, because train.py has no flag for the spread."""
+        state, pt = load(ckpt, ["ema"]), self.about["patch"]
+        config, seconds = EqMConfig(**state["config"]["model"]), state["config"]["data"]["time_scale"]
+        weights, config = inflate(state["ema"], config, pt, pt, THETA, seconds, SPREADS[self.about["spread"]](pt))
+        path = self.folder / "start.pt"
+        save(path, from_elsewhere(state["config"] | {"model": asdict(config)}, weights, weights, 0))
+        return ["--ckpt", path]
+
+
+def kernels_markdown(rows):
+    about = "`scripts/studies/inflation.py kernels` wrote these tables: validation losses of clips with independent "
+    lines = ["# Kernels of an inflated patch embedding", "", f"{about}noise. Cells hold the mean over seeds.", ""]
+    groups = itertools.groupby(sorted(rows, key=group_of), key=group_of)
+    for (name, patch, steps), group in groups:
+        found = {}  # {spread: {column: {seed: loss}}}
+        for row in group:
+            for column in (column for column in row if is_loss(column)):
+                found.setdefault(row["spread"], {}).setdefault(column, {})[row["seed"]] = row[column]
+        columns = {column: (column, 1, 3) for column in next(iter(found.values()))}
+        when = "at the start" if steps == 1 else f"after {steps} steps"
+        table = {
+            spread: {column: [*values.values()] for column, values in found[spread].items()}
+            for spread in SPREADS if spread in found
+        }  # fmt: skip
+        lines += [f"## {name}, temporal patch {patch}, {when}", "", *lab.seed_table(table, columns)]
+        for spread in [*SPREADS][1:]:
+            pair = (found.get(one, {}).get(LOSS, {}) for one in (spread, "mean"))
+            lines.append(lab.difference(spread, "mean", LOSS, *pair))
+        lines.append("")
+    return lines
+
+
+def group_of(row):
+    return row["data"], row["patch"], row["steps"]
+
+
+def is_loss(name):
+    """Whether a value of a row is a column: the loss, or its part in a fifth of the gammas."""
+    return name == LOSS or name.startswith(f"{LOSS}_gamma")
+
+
+# Does it pay? ---------------------------------------------------------------------------------------------------------
+
+
+class PayRun(StartedRun):
+    """Clips of Sprites from scratch, or from an image model ("images"), with this share of the compute."""
+
+    is_done, score = PositionsRun.is_done, PositionsRun.score  # score_all scores all samples at once
+
+    def __init__(self, args, arm, share, seed):
+        config, data, flags = common(args, "sprites", seed)
+        steps = max(4, share * (4 if args.miniature else SPRITES.steps))
+        phases, self.flops = plan_phases(config, SPRITES.phases, SPRITES.mix, steps)
+        flags += [*ROTARY.split(), *phase_flags(phases, SPRITES.mix), "--forcing", 0.7]
+        flags += ["--val-every", max(1, phases[-1][1] // VALIDATIONS)]
+        flags += ["--position-table", "space"] if arm == "scratch" else []
+        words, metrics = TASK
+        sampling = ["--precision", "bf16", "--batch-size", 16, "--seed", seed, *TINY_SAMPLES.split() * args.miniature]
+        super().__init__(
+            Path(args.out, "inflation", f"pay-{arm}-{share}-seed{seed}"), data, training=flags,
+            last_step=phases[-1][1], tasks={"samples": ([*words.split(), *sampling], metrics)},
+            metrics=dict.fromkeys(metrics, ["--data-path", args.data_path]),
+            out=Path(args.out, "inflation_pay.json"), about={"arm": arm, "share": share, "seed": seed},
+        )  # fmt: skip
+        image, self.image_flops = image_run(args, "sprites", seed)
+        self.image = image if arm == "images" else None
+
+    def start_flags(self, ckpt):
+        return ["--inflate", ckpt]
+
+    def row(self):
+        own = super().row()
+        return own | {VALID: own["values"]["samples"][VALID], "flops": self.flops, "image_flops": self.image_flops}
+
+
+def pay_markdown(rows):
+    about = "`scripts/studies/inflation.py pay` wrote this table. Compute is relative to scratch with all of it; that "
+    about += "of the image model is not in it. Cells hold the mean over seeds, and the range."
+    lines, values = ["# Does a start from images pay?", "", about, ""], {}  # {(arm, share): {seed: row}}
+    for row in sorted(rows, key=lambda row: (row["arm"] != "scratch", row["share"], row["seed"])):
+        values.setdefault((row["arm"], row["share"]), {})[row["seed"]] = row
+    cells = []
+    for (arm, share), found in values.items():
+        loss, valid = ([factor * row[name] for row in found.values()] for name, factor in ((LOSS, 1), (VALID, 100)))
+        cells.append([arm, f"{100 * share:.0f}", lab.mean_cell(loss, 3), lab.mean_cell(valid, 1)])
+    lines += lab.table(["start", "compute (%)", "validation loss", "valid samples (%)"], cells)
+    for seed, goal in values.get(("scratch", 1.0), {}).items():
+        shares = [share for share in SHARES["images"] if seed in values.get(("images", share), {})]
+        free = compute_to(goal[VALID], shares, [values["images", share][seed][VALID] for share in shares])
+        images = goal["image_flops"] / goal["flops"]
+        needs = "not reached or not bracketed" if math.isnan(free) else f"{free:.2f} free, {free + images:.2f} counted"
+        lines.append(f"- Seed {seed}: compute to {100 * goal[VALID]:.1f}% valid, relative to scratch: {needs}.")
+    return lines
+
+
+# The command ----------------------------------------------------------------------------------------------------------
+
+
+def parse_args():
+    parser = lab.study_parser(__doc__, seeds=[0, 1])
+    add = parser.add_argument
+    add("part", choices=["kernels", "pay"], help="what to measure")
+    add("--data-path", metavar="DIR", help="the videos of Sprites; default: Moving Shapes only")
+    add("--latents", metavar="DIR", help="their latent cache")
+    return parser.parse_args()
+
+
+@one_line_errors()
+def main():
+    args = parse_args()
+    if not (args.data_path and args.latents) and (args.part == "pay" or args.data_path or args.latents):
+        fail("--data-path, --latents: expected the videos and the latent cache of Sprites; see scripts/sprites.sh")
+    if args.part == "kernels":
+        names = DATA if args.latents else ["shapes"]
+        later = 2 if args.miniature else LATER
+        cases = itertools.product(args.seeds, names, PATCHES, SPREADS, (1, later))
+        runs = [KernelRun(args, name, seed, patch, spread, steps) for seed, name, patch, spread, steps in cases]
+        lab.run_all(runs)
+    else:
+        cases = [(arm, share) for arm, shares in SHARES.items() for share in shares]
+        runs = [PayRun(args, arm, share, seed) for seed in args.seeds for arm, share in cases]
+        lab.run_all(runs)
+        score_all(runs)
+    write = kernels_markdown if args.part == "kernels" else pay_markdown
+    lab.write_results(args.out, f"inflation_{args.part}", write(lab.read_rows(runs[0].out)))
+
+
+if __name__ == "__main__":
+    main()
