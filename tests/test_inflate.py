@@ -23,16 +23,20 @@ KINDS = {  # of image models; head_dim is 32
     "rotary": {"rope_theta": 100.0},
     "rotary and table, moving": {"position_table": "space", "rope_speed": 0.5, "rope_split": "8,12,12"},
     "normalized": {"use_rope": False, "qk_norm": True},
+    "told the noise level": {"use_rope": False, "objective": "flow"},
 }
 
 
 @torch.no_grad()
 def largest_error(image, video, y=0, seconds=1 / 25):
     """The largest distance of the fields of equal frames from the image's field, over all RATES."""
-    x, condition = clip(1, image.config), torch.tensor([y])
-    expected = image(x, condition, torch.tensor([seconds]))
-    equal = x.expand(-1, -1, video.config.temporal_patch_size, -1, -1)
-    return max(distance(video(equal, condition, torch.tensor([1 / fps])), expected.expand_as(equal)) for fps in RATES)
+    x, told = clip(1, image.config), {"gamma": torch.tensor([0.3])} if image.config.objective == "flow" else {}
+
+    def field(model, x, seconds):
+        return model(x, torch.tensor([y]), torch.tensor([seconds]), **told)
+
+    equal, expected = x.expand(-1, -1, video.config.temporal_patch_size, -1, -1), field(image, x, seconds)
+    return max(distance(field(video, equal, 1 / fps), expected.expand_as(equal)) for fps in RATES)
 
 
 def inflated(image, *settings, **more):

@@ -112,8 +112,9 @@ class KernelRun(StartedRun):
     def __init__(self, args, name, seed, patch, spread, steps):
         about = {"data": name, "seed": seed, "patch": patch, "spread": spread, "steps": steps}
         config, data, flags = common(args, name, seed)
-        batch = TOKENS // math.prod(replace(config, temporal_patch_size=patch).grid(DATA[name].num_frames))
-        flags += ["--use-rope", "--temporal-patch-size", patch, "--num-frames", DATA[name].num_frames]
+        frames = DATA[name].num_frames
+        batch = TOKENS // math.prod(replace(config, temporal_patch_size=patch, num_frames=frames).grid(frames))
+        flags += ["--use-rope", "--temporal-patch-size", patch, "--num-frames", frames]
         flags += ["--max-steps", steps, "--global-batch-size", batch]
         flags += ["--lr", 1e-12, "--muon-lr", 1e-12] if steps == 1 else []
         folder = "-".join(map(str, about.values())).replace("/", "-").replace(" ", "-")
