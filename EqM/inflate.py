@@ -41,10 +41,10 @@ def inflate(
     kernel, bias = weights["x_embedder.proj.weight"].float(), weights["t_embedder.mlp.0.bias"].float()
     of_rate = weights["t_embedder.mlp.0.weight"].float()
     features = number_features(torch.log2(torch.tensor(REFERENCE_FPS * time_scale)))  # of the image model's frame rate
-    output = {f"final_layer.linear.{name}": weights[f"final_layer.linear.{name}"] for name in ("weight", "bias")}
+    output = [f"final_layer.linear.{name}" for name in ("weight", "bias")]
     return weights | {
         "x_embedder.proj.weight": kernel * spread[:, None, None],  # (D, C, pt, p, p)
         "t_embedder.mlp.0.weight": torch.zeros_like(of_rate),
         "t_embedder.mlp.0.bias": bias + of_rate @ features,
-        **{name: value.repeat(pt, *[1] * (value.dim() - 1)) for name, value in output.items()},  # (pt p q c, ...)
+        **{name: torch.cat([weights[name]] * pt) for name in output},  # (pt p q c, ...)
     }, config
