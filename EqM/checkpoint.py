@@ -209,12 +209,12 @@ def load_inflated(args):
     """The dict of a checkpoint that --inflate makes of an image model's EMA weights. Raises UserError."""
     path, flag = args.inflate, f"--inflate {args.inflate}"
     try:
-        state = load(path, ["ema"], args.model)
+        state = load(path, ["ema"], args.model, args.ebm)
     except UserError as error:
         raise UserError(f"{flag}: {str(error).removeprefix(f'--ckpt {path}: ')}") from error
     config, data = config_of(flag, state, args.model), state["config"]["data"]
     if (config.num_frames, config.temporal_patch_size) != (1, 1):
-        raise UserError(f"{flag}: holds a model of clips, expected a model of images; start from it with --ckpt")
+        raise UserError(f"{flag}: holds a video model, expected an image model (--ckpt starts from videos)")
     if config.ebm != "none":
         reason = f"its field is the gradient of an energy (--ebm {config.ebm}), and that start has not been tested"
         raise UserError(f"{flag}: {reason}; expected a model without an energy")
@@ -222,8 +222,8 @@ def load_inflated(args):
     try:
         weights, config = inflate(state["ema"], config, *shape, data["time_scale"])
     except ValueError as error:
-        raise UserError(f"{flag} --num-frames {args.num_frames}: {error}") from error
-    training = state["config"]["training"] | {"video": True}
+        raise UserError(f"{flag}: {error}; change the length of the clips or --temporal-patch-size") from error
+    training = {"model": state["config"]["training"]["model"], "num_frames": 1, "video": True}
     return from_elsewhere({"model": asdict(config), "data": data, "training": training}, weights, weights, 0)
 
 
@@ -316,7 +316,7 @@ def config_of(flag, state, model=None, video=None, **asked):
     if model not in (None, training["model"]):
         raise UserError(f"--model {model}: {flag} has {training['model']}; remove the flag")
     if video not in (None, training["video"]):
-        image = "an image model, --video needs a video model: remove it, or train on videos from it with --inflate"
+        image = "an image model, --video needs a video model: remove --video, or train from it with --inflate"
         raise UserError(f"{flag}: holds {image if video else 'a video model: add --video'}")
     try:
         config = EqMConfig(**state["config"]["model"])
@@ -391,14 +391,14 @@ class Start:
 def find_start(args, name):
     """The Start for the flags of train.py: a resumed run, else a new phase from --ckpt or --inflate, else scratch.
 
-    A new phase takes model, EMA, optimizer and step from --ckpt. From --inflate it takes the model only, at step 0.
+    A new phase takes model, EMA, optimizer and step from --ckpt. From --inflate it takes the EMA weights, at step 0.
     Raises UserError.
     """
     ckpt = args.ckpt or args.inflate
     start = find_resumed(args, name, ckpt)
     if start.resumes or not ckpt:
         return start
-    start.path, start.inflates = Path(ckpt), ckpt == args.inflate
+    start.path, start.inflates = Path(ckpt), bool(args.inflate)
     start.state = start.read(args)
     if not args.new_classes:
         check_optimizer(start, args)

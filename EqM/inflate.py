@@ -1,14 +1,14 @@
-"""Start a video model from an image model. With rotary time, the start is exact.
+"""Start a video model from an image model.
 
 On a clip of one temporal patch with equal frames, the inflated model gives the image model's field in each frame, at
-any frame rate:
+any frame rate. Noise differs between frames, so on noisy clips this is an approximation.
 
 - The kernel of the patch embedding is spread over the frames of a temporal patch, and its sum stays the same, as in I3D
   (arXiv 1705.07750).
 - The output layer is repeated for each frame.
-- Positions in time are rotary, so they do not turn a single temporal patch. Height and width keep the image model's
-  positions: its rotary ones, or its fixed table, which needs no rotation.
-- The embedding of the frame rate starts as a constant, the image model's, and can be learned.
+- The first temporal patch is at time 0, where rotary positions turn nothing. Height and width keep the image model's
+  positions, rotary or a fixed table.
+- The embedding of the frame rate starts as the image model's, for all frame rates. Training can change that.
 """
 
 from dataclasses import replace
@@ -19,15 +19,12 @@ from models import number_features
 from rope import REFERENCE_FPS, split_head
 
 
-def inflate(
-    weights, config, num_frames, temporal_patch_size=None, rope_theta=None, time_scale=1 / REFERENCE_FPS, spread=None
-):
+def inflate(weights, config, num_frames, temporal_patch_size=None, rope_theta=None, time_scale=1 / REFERENCE_FPS):
     """Return the state dict and the EqMConfig of a video model for num_frames, from those of an image model.
 
     temporal_patch_size: frames per patch, default: the spatial size. rope_theta: base of the frequencies of time for a
     model with fixed positions; others keep their own. time_scale: seconds per frame in the image model's training.
-    spread: (temporal_patch_size,), the share of the kernel that each frame gets, default: equal shares. The start is
-    exact if their sum is 1. Raises ValueError if the model or num_frames don't fit rotary time or the temporal patch.
+    Raises ValueError if the model or num_frames don't fit rotary time or the temporal patch.
     """
     pt, time = temporal_patch_size or config.patch_size, {}
     if not config.use_rope:
@@ -37,13 +34,13 @@ def inflate(
     config = replace(config, num_frames=num_frames, temporal_patch_size=pt, **time)
     config.check_num_frames(num_frames)
 
-    spread = torch.full((pt,), 1 / pt) if spread is None else spread
-    kernel, bias = weights["x_embedder.proj.weight"].float(), weights["t_embedder.mlp.0.bias"].float()
-    of_rate = weights["t_embedder.mlp.0.weight"].float()
+    kernel, of_rate, bias = (
+        weights[name].float() for name in ("x_embedder.proj.weight", "t_embedder.mlp.0.weight", "t_embedder.mlp.0.bias")
+    )
     features = number_features(torch.log2(torch.tensor(REFERENCE_FPS * time_scale)))  # of the image model's frame rate
     output = [f"final_layer.linear.{name}" for name in ("weight", "bias")]
     return weights | {
-        "x_embedder.proj.weight": kernel * spread[:, None, None],  # (D, C, pt, p, p)
+        "x_embedder.proj.weight": kernel.expand(-1, -1, pt, -1, -1) / pt,  # (D, C, pt, p, p)
         "t_embedder.mlp.0.weight": torch.zeros_like(of_rate),
         "t_embedder.mlp.0.bias": bias + of_rate @ features,
         **{name: torch.cat([weights[name]] * pt) for name in output},  # (pt p q c, ...)

@@ -68,7 +68,7 @@ class EqMConfig:
             raise ValueError(f"ebm {self.ebm} needs objective eqm, got {self.objective}")
         if self.use_rope:
             if not all(self.rotary_embedding().split) and not self.has_table:
-                raise ValueError(f"rope_split {self.rope_split} hides height or width; it needs position_table space")
+                raise ValueError(f"rope_split {self.rope_split} omits height or width; it needs position_table space")
             return
         self.check_num_frames(self.num_frames)
         for name in ("rope_theta", "rope_split", "rope_speed", "position_table"):

@@ -137,7 +137,7 @@ def check_flags(args):
     refuse_if(args, "new_classes", unknown, "for checkpoints of other classes; add --ckpt or --inflate")
     refuse_if(args, "inflate", args.inflate and args.ckpt, "a run starts from one model; remove it, or remove --ckpt")
     fixed = args.inflate and not (args.video and args.use_rope)
-    refuse_if(args, "inflate", fixed, "starts a model of clips with rotary time; add --video and --use-rope")
+    refuse_if(args, "inflate", fixed, "starts a video model with rotary positions; add --video and --use-rope")
     parts, ranks = world_size() * args.grad_accum, f"{plural(world_size(), 'rank')} x --grad-accum {args.grad_accum}"
     uneven, alone = batch % parts and not schedule, args.disp and batch == parts
     refuse_if(args, "global_batch_size", uneven, f"not a multiple of {ranks}; use a multiple of {parts}")
@@ -251,7 +251,8 @@ def fit_classes(args, config, start, classes):
     elif start.state is not None:
         got, expected = (f"{', '.join(names[:3])} ({len(names)})" for names in (classes, before))
         advice = "pass its data, or remove --resume" if start.resumes else "add --new-classes to train on these"
-        differ = before not in (classes, [str(label) for label in range(len(before))])  # published: no names
+        is_unnamed = not start.inflates and before == [str(label) for label in range(len(before))]  # published
+        differ = before != classes and not is_unnamed
         refuse_if(args, "data_path", differ, f"has the classes {got}, {start.flag} has {expected}; {advice}")
         checkpoint.check(start.flag, config, num_classes=num_classes)
     return replace(config, num_classes=num_classes)

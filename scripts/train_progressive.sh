@@ -7,7 +7,7 @@
 #   EXP=progressive_rope_training    results go to results/$EXP
 #   GPUS=8                           processes; on a machine without GPUs they share the CPU
 #   MODEL=EqM-S/4
-#   START                            image model of this size that phase 1 starts from: published, a run's or an export
+#   START                            image model that phase 1 starts from; set MODEL, VAE and IMAGE_SIZE to fit it
 #   FRAMES_1=4, FRAMES_2=8, FRAMES_3=16            frames per clip
 #   STEPS_1=50000, STEPS_2=100000, STEPS_3=150000  global steps at which the phases end
 #   BATCH_1=256, BATCH_2=128, BATCH_3=64           clips per step
@@ -117,10 +117,12 @@ case $RECIPE in
   published) FLAGS=(--cfg-scale 4) SHARE=0 ;;
   *) complain "RECIPE=$(printf %q "$RECIPE"): unknown recipe; expected ours, small or published" ;;
 esac
-if [[ $BEGUN == 0 && -z $START ]]; then # the positions that did best in results/study.md
-  FLAGS+=(--position-table space --rope-speed 0.5)
-elif [[ $BEGUN != 0 ]]; then # a checkpoint keeps its positions and its forcing, an image model its positions
+if [[ $BEGUN != 0 ]]; then # a checkpoint keeps its positions and its forcing
   SHARE=$(grep -ohs '"forcing": [0-9.e-]*' "results/$EXP"/*/config.json | tail -n 1) || SHARE=0 # older than the flag
+  [[ -z $START ]] || grep -qs '"inflate": "' "results/$EXP"/*/config.json ||
+    complain "START=$(printf %q "$START"): results/$EXP did not start from an image model; set EXP, or unset START"
+elif [[ -z $START ]]; then # the positions that did best in results/study.md; an image model keeps its own
+  FLAGS+=(--position-table space --rope-speed 0.5)
 fi
 FLAGS+=(--forcing "${FORCING:-${SHARE##* }}" --lr-decay "$LR_DECAY")
 [[ $COMPILE == 1 && " $* " != *" --ebm"[\ =]* ]] && FLAGS+=(--compile)
@@ -199,7 +201,7 @@ else
         CKPT=$SAVED # if all checkpoints of the phase are damaged, train.py says so, and does not start from scratch
       fi
     fi
-    [[ -z $CKPT ]] || INFLATE=()
+    [[ $phase == 1 ]] || INFLATE=()
     train "$phase" $((${!steps} - ${!before})) --num-frames="${!frames}" --global-batch-size="${!batch}" \
       --max-steps="${!steps}" --lr-decay-end="$STEPS_3" ${CKPT:+--ckpt="$CKPT"} "${INFLATE[@]}" "$@"
   done

@@ -59,7 +59,7 @@ def test_equal_frames_get_the_field_of_the_image_at_any_frame_rate(kind):
 
 
 @torch.no_grad()
-def test_frame_rates_and_times_can_be_learned_and_other_spreads_are_possible():
+def test_frame_rates_and_times_can_be_learned():
     image = tiny(**IMAGE | KINDS["fixed"])
     video = inflated(image)
     with torch.enable_grad():
@@ -67,12 +67,6 @@ def test_frame_rates_and_times_can_be_learned_and_other_spreads_are_possible():
     assert (video.t_embedder.mlp[0].weight.grad != 0).any()
     later = clip(8).unflatten(2, (-1, 2)).roll(1, dims=2).flatten(2, 3)  # its temporal patches, one later
     assert distance(video(later, labels()), video(clip(8), labels())) > 0.05
-
-    first = inflated(image, spread=torch.tensor([1.0, 0.0]))
-    assert largest_error(image, first) < 1e-5
-    f, seen = first(clip(2), labels()), clip(2)[:, :, :1]
-    assert distance(f, image(seen, labels()).expand_as(f)) < 1e-5
-    assert largest_error(image, inflated(image, spread=torch.full((2,), 0.5**0.5))) > 0.01
 
 
 # Runs -----------------------------------------------------------------------------------------------------------------

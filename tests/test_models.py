@@ -246,7 +246,7 @@ def test_a_model_name_sets_size_and_patches_and_overrides_win():
     ("depth must be from 1 to 1048576, got 0", {"depth": 0}),
     ("must be one of none, space, .* 'time'", {"position_table": "time"}),
     ("ebm must be one of none, dot, l2, .* 'energy'", {"ebm": "energy"}),
-    ("rope_split 10,0,0 hides height or width; it needs position_table space", {"rope_split": "10,0,0"}),
+    ("rope_split 10,0,0 omits height or width; it needs position_table space", {"rope_split": "10,0,0"}),
 ])  # fmt: skip
 def test_an_inconsistent_configuration_is_refused(message, changes):
     with pytest.raises(ValueError, match=message):

@@ -25,7 +25,7 @@ from published import convert_published
 from runtime.cli import UserError
 from tiny_data import flip_bit, make_images, make_vae
 from tiny_videos import write_equal_videos
-from training import differences, error_of, run_main
+from training import differences, error_of, refused, run_main
 
 with safe_open(Path(__file__).parent / "eqm_image_tiny.safetensors", "pt") as file:
     TENSORS = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 - inputs and results, not a dict
@@ -174,7 +174,7 @@ def test_a_published_file_that_does_not_fit_is_refused(tmp_path, wrong):
     line = error_of(checkpoint.load_model, tmp_path / "a.pt", model=name, **asked)
     assert line.startswith(f"--ckpt {tmp_path / 'a.pt'}: ") and words in line
     if not asked:
-        line = error_of(checkpoint.load_inflated, argparse.Namespace(inflate=tmp_path / "a.pt", model=name))
+        line = error_of(checkpoint.load_inflated, argparse.Namespace(inflate=tmp_path / "a.pt", model=name, ebm=None))
         assert line.startswith(f"--inflate {tmp_path / 'a.pt'}: ") and words in line
 
 
@@ -201,14 +201,16 @@ def test_a_published_file_samples_images_and_starts_a_training_run(tmp_path, tin
 
 
 @torch.no_grad()
-def test_a_published_file_starts_clips_with_the_field_of_the_published_code(tmp_path, tiny_name):
+def test_a_published_file_starts_clips_with_the_field_of_the_published_code(tmp_path, tiny_name, capsys):
     path, vae = write_file(tmp_path / "a.pt", STATE, "whole"), make_vae(tmp_path / "vae")
     data = write_equal_videos(tmp_path / "data", 10, size=(16, 16))
     flags = ["--video", "--use-rope", "--inflate", path, "--model", tiny_name, "--new-classes", "--vae", vae]
     flags += ["--data-path", data, "--image-size", 16, "--num-frames", 4, "--max-steps", 1, "--lr", 1e-9]
     flags += ["--global-batch-size", 2, "--num-workers", 0, "--sample-every", 0, "--val-clips", 2]
+    flags += ["--results-dir", tmp_path / "results"]
+    assert "add --new-classes" in refused(capsys, train, *[flag for flag in flags if flag != "--new-classes"])
     with torch.enable_grad():
-        run_main(train, *flags, "--results-dir", tmp_path / "results")
+        run_main(train, *flags)
     (latest,) = tmp_path.glob("results/*/checkpoints/latest.pt")
     model, config, _ = checkpoint.load_model(latest, use_ema=False)
     positions = {"use_rope": True, "rope_split": "8,0,0", "position_table": "space"}

@@ -298,7 +298,11 @@ def test_train_progressive_starts_only_phase_1_from_an_image_model_with_its_posi
     settings = PHASES | {"START": ODD, "ONE_RUN": one_run}
     _, (*_, call) = recorded("train_progressive.sh", **settings)  # phase 1, which saves nothing
     if one_run == "0":
-        make_run(tmp_path, 4, "0000050")
+        config = make_run(tmp_path, 4, "0000050") / "config.json"
+        config.write_text('{"inflate": null}')
+        done, calls = recorded("train_progressive.sh", **settings)
+        assert not calls and done.returncode == 2 and "did not start from an image model; set EXP" in done.stderr
+        config.write_text('{"inflate": "image.pt"}')
         _, (resumed, later) = recorded("train_progressive.sh", **settings)
         assert f"--inflate={ODD}" in resumed and not any(flag.startswith(("--inflate", "--new")) for flag in later)
     assert {f"--inflate={ODD}", "--new-classes"} < set(call) and not set(POSITIONS) & set(call)

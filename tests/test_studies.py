@@ -249,11 +249,11 @@ def test_positions_on_other_data_need_its_videos(tmp_path, capsys):
 
 
 def test_kernels_are_compared_at_the_start_and_later(commands, monkeypatch, tmp_path):
-    monkeypatch.setattr(inflation, "PATCHES", (4,))
+    monkeypatch.setitem(inflation.DATA, "shapes", replace(inflation.DATA["shapes"], patches=(4,)))
     out = tmp_path
     run_main(inflation, "kernels", "--miniature", "--out", out, "--seeds", 0)
     rows, text = json.loads((out / "inflation_kernels.json").read_text()), (out / "inflation_kernels.md").read_text()
-    assert [(row["spread"], row["steps"]) for row in rows] == [(name, n) for name in inflation.SPREADS for n in (1, 2)]
+    assert [(row["spread"], row["steps"]) for row in rows] == [(name, n) for n in (1, 2) for name in inflation.SPREADS]
     assert len({row["val_loss"] for row in rows}) == 6 and "## shapes, temporal patch 4, after 2 steps" in text
     assert "- val_loss: one frame minus mean is " in text
     commands.clear()
@@ -272,7 +272,7 @@ def test_a_start_from_images_is_compared_with_scratch_over_compute(shapes, comma
     run_main(inflation, *flags)
     rows, text = json.loads((out / "inflation_pay.json").read_text()), (out / "inflation_pay.md").read_text()
     assert [(row["arm"], row["share"]) for row in rows] == [("scratch", 1.0), ("images", 0.6), ("images", 1.0)]
-    assert "| images | 60 | " in text and "- Seed 0: compute to " in text
+    assert "| images | 60 | 83 | " in text and "- Seed 0: compute to " in text
     assert sum("--inflate" in words for words in commands) == 2
 
 
@@ -282,7 +282,9 @@ def test_compute_of_an_image_model_counts_once():
     lines = inflation.pay_markdown([
         own | {"arm": arm, "share": share, "valid": valid} for (arm, share), valid in found.items()
     ])  # fmt: skip
-    assert lines[-1] == "- Seed 0: compute to 80.0% valid, relative to scratch: 0.50 free, 0.70 counted."
+    assert lines[-1] == "- Seed 0: compute to 80.0% valid samples: 0.50 free, 0.70 counted."
+    assert inflation.compute_needed(0.6, (0.2, 0.4), (0.6, 0.7), 0.1) == "at most 0.20 free, 0.30 counted"
+    assert inflation.compute_needed(0.8, (0.2, 0.4), (0.6, 0.7), 0.1) == "more than 0.40"
 
 
 def test_a_stopped_study_resumes_and_ends_the_same(trained, tmp_path, capsys):

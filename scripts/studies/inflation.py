@@ -1,4 +1,4 @@
-"""Start models of clips from image models of their frames: which kernel starts best, and does the start pay?
+"""Start video models from image models of their frames: which kernel starts best, and does the start pay?
 
     python scripts/studies/inflation.py kernels --data-path datasets/sprites --latents results/sprites/latents
     python scripts/studies/inflation.py pay --data-path datasets/sprites --latents results/sprites/latents
@@ -6,13 +6,14 @@
 sprites.sh makes the videos and the latents; Moving Shapes are made here. An image model learns single frames. It has a
 position table, as published image models do.
 
-kernels: validation losses of clips, whose frames have independent noise. The kernel of the patch embedding is spread
-over the frames of a temporal patch in three ways. The mean is exact for equal frames, but it makes the noise weaker,
-and the network tells from it how noisy a clip is. The script measures the start, and the model after some steps.
+kernels: validation losses of clips whose frames have independent noise, for three ways to spread the kernel of the
+patch embedding over a temporal patch. "mean" and "one frame" are exact for equal frames. The mean of noisy frames has
+less noise, so the network takes the clip for a cleaner one. "1/sqrt(pt)" keeps the noise level. The script measures
+the start, and the model after some steps.
 
-pay: Sprites with the recipe of sprites.sh and HOURS=0.5. Clips start from scratch or from an image model, with shares
-of the compute that have a run each. The script reports how much compute the start needs to make as many valid samples
-as scratch with all of it: for an image model that is free, and for one whose compute counts.
+pay: Sprites with the recipe of sprites.sh and HOURS=0.5, from scratch or from an image model. Each share of the compute
+is a run of its own. The script reports the share at which the start makes as many valid samples as the longest run from
+scratch, without and with the cost of the image model.
 
 The script writes results/inflation_PART.md and .json. Runs whose scores are in the json are not run again. Models and
 samples are in results/inflation (see lab.py). A full run of clips takes about 35 minutes of one core.
@@ -39,8 +40,9 @@ SPREADS = {  # share of the kernel for each of pt frames
     "one frame": lambda pt: (torch.arange(pt) == pt // 2).float(),
     "1/sqrt(pt)": lambda pt: torch.full((pt,), pt**-0.5),
 }
-PATCHES, LATER = (2, 4), 300  # frames of a temporal patch; steps after which kernels are compared again
+LATER = 300  # steps after which kernels are compared again
 THETA = float(ROTARY.split()[-1])  # of time, as in the other studies
+KERNEL = "x_embedder.proj.weight"  # (D, C, pt, p, p), equal for all frames after `inflate`
 SPRITES = DATA_SETS["sprites"]
 SHARES = {"scratch": (0.4, 0.6, 1.0), "images": (0.2, 0.4, 0.6, 0.8)}  # of the compute
 TASK = "--num-frames 8 --num-samples 576", ("census",)
@@ -55,11 +57,13 @@ class Frames:
     flags: str  # of train.py
     num_frames: int  # of a clip
     steps: int  # of an image model
+    patches: tuple[int, ...]  # frames of a temporal patch; the width must hold its values
 
 
+IMAGES = replace(config_of(FULL), temporal_patch_size=1, num_frames=1)
 DATA = {
-    "shapes": Frames(replace(config_of(FULL), temporal_patch_size=1, num_frames=1), " ".join(map(str, BASE)), 16, 1000),
-    "sprites": Frames(SPRITES.config, SPRITES.flags, 8, 600),  # a fifth of the compute of HOURS=0.5
+    "shapes": Frames(IMAGES, " ".join(map(str, BASE)), 16, 1000, (2, 4)),
+    "sprites": Frames(SPRITES.config, SPRITES.flags, 8, 600, (2,)),  # a fifth of the compute of HOURS=0.5
 }
 
 
@@ -85,7 +89,7 @@ def image_run(args, name, seed):
 
 
 class StartedRun(lab.JsonRun):
-    """A run of clips that may start from the image model of another run."""
+    """A run of a video model that may start from the image model of another run."""
 
     image = None  # that run
 
@@ -107,7 +111,7 @@ class StartedRun(lab.JsonRun):
 
 
 class KernelRun(StartedRun):
-    """A model of clips whose start has this spread, after so many steps; 1 step has a learning rate of almost zero."""
+    """A video model whose start has this spread, after so many steps; 1 step has a learning rate of almost zero."""
 
     def __init__(self, args, name, seed, patch, spread, steps):
         about = {"data": name, "seed": seed, "patch": patch, "spread": spread, "steps": steps}
@@ -128,7 +132,8 @@ class KernelRun(StartedRun):
         """Write the start as a checkpoint, because train.py has no flag for the spread."""
         state, pt = load(ckpt, ["ema"]), self.about["patch"]
         config, seconds = EqMConfig(**state["config"]["model"]), state["config"]["data"]["time_scale"]
-        weights, config = inflate(state["ema"], config, pt, pt, THETA, seconds, SPREADS[self.about["spread"]](pt))
+        weights, config = inflate(state["ema"], config, pt, pt, THETA, seconds)
+        weights[KERNEL] *= pt * SPREADS[self.about["spread"]](pt)[:, None, None]
         path = self.folder / "start.pt"
         save(path, from_elsewhere(state["config"] | {"model": asdict(config)}, weights, weights, 0))
         return ["--ckpt", path]
@@ -201,23 +206,37 @@ class PayRun(StartedRun):
 
 
 def pay_markdown(rows):
-    about = "`scripts/studies/inflation.py pay` wrote this table. Compute is relative to scratch with all of it; that "
-    about += "of the image model is not in it. Cells hold the mean over seeds, and the range."
+    about = "`scripts/studies/inflation.py pay` wrote this table. Compute is relative to the longest run from scratch. "
+    about += "Cells hold the mean over seeds, and the range. The image model has learned frames of the same videos, "
+    about += "which is the best case, and the temporal patch is one frame. Only scratch also has rotary positions in "
+    about += "height and width."
     lines, values = ["# Does a start from images pay?", "", about, ""], {}  # {(arm, share): {seed: row}}
     for row in sorted(rows, key=lambda row: (row["arm"] != "scratch", row["share"], row["seed"])):
         values.setdefault((row["arm"], row["share"]), {})[row["seed"]] = row
     cells = []
     for (arm, share), found in values.items():
         loss, valid = ([factor * row[name] for row in found.values()] for name, factor in ((LOSS, 1), (VALID, 100)))
-        cells.append([arm, f"{100 * share:.0f}", lab.mean_cell(loss, 3), lab.mean_cell(valid, 1)])
-    lines += lab.table(["start", "compute (%)", "validation loss", "valid samples (%)"], cells)
+        row = next(iter(found.values()))
+        counted = share * (1 + (arm == "images") * row["image_flops"] / row["flops"])
+        compute = [f"{100 * part:.0f}" for part in (share, counted)]
+        cells.append([arm, *compute, lab.mean_cell(loss, 3), lab.mean_cell(valid, 1)])
+    compute = ["compute (%)", "with the image model (%)"]
+    lines += lab.table(["start", *compute, "validation loss", "valid samples (%)"], cells)
     for seed, goal in values.get(("scratch", 1.0), {}).items():
         shares = [share for share in SHARES["images"] if seed in values.get(("images", share), {})]
-        free = compute_to(goal[VALID], shares, [values["images", share][seed][VALID] for share in shares])
-        images = goal["image_flops"] / goal["flops"]
-        needs = "not reached or not bracketed" if math.isnan(free) else f"{free:.2f} free, {free + images:.2f} counted"
-        lines.append(f"- Seed {seed}: compute to {100 * goal[VALID]:.1f}% valid, relative to scratch: {needs}.")
+        if shares:
+            valid = [values["images", share][seed][VALID] for share in shares]
+            needs = compute_needed(goal[VALID], shares, valid, goal["image_flops"] / goal["flops"])
+            lines.append(f"- Seed {seed}: compute to {100 * goal[VALID]:.1f}% valid samples: {needs}.")
     return lines
+
+
+def compute_needed(goal, shares, valid, images):
+    """In words: the share of the compute to the goal, if the image model (its own share: images) is free or counted."""
+    if valid[0] >= goal:
+        return f"at most {shares[0]:.2f} free, {shares[0] + images:.2f} counted"
+    free = compute_to(goal, shares, valid)
+    return f"more than {shares[-1]:.2f}" if math.isnan(free) else f"{free:.2f} free, {free + images:.2f} counted"
 
 
 # The command ----------------------------------------------------------------------------------------------------------
@@ -240,8 +259,11 @@ def main():
     if args.part == "kernels":
         names = DATA if args.latents else ["shapes"]
         later = 2 if args.miniature else LATER
-        cases = itertools.product(args.seeds, names, PATCHES, SPREADS, (1, later))
-        runs = [KernelRun(args, name, seed, patch, spread, steps) for seed, name, patch, spread, steps in cases]
+        cases = itertools.product((1, later), args.seeds, names, SPREADS)
+        runs = [
+            KernelRun(args, name, seed, patch, spread, steps)
+            for steps, seed, name, spread in cases for patch in DATA[name].patches
+        ]  # fmt: skip
         lab.run_all(runs)
     else:
         cases = [(arm, share) for arm, shares in SHARES.items() for share in shares]
