@@ -214,15 +214,15 @@ def load_inflated(args):
         raise UserError(f"{flag}: {str(error).removeprefix(f'--ckpt {path}: ')}") from error
     config, data = config_of(flag, state, args.model), state["config"]["data"]
     if (config.num_frames, config.temporal_patch_size) != (1, 1):
-        raise UserError(f"{flag}: holds a video model, expected an image model (--ckpt starts from videos)")
+        raise UserError(f"{flag}: holds a video model, expected an image model (for a video model, use --ckpt)")
     if config.ebm != "none":
-        reason = f"its field is the gradient of an energy (--ebm {config.ebm}), and that start has not been tested"
+        reason = f"trained with --ebm {config.ebm}, whose field, a gradient, --inflate does not support"
         raise UserError(f"{flag}: {reason}; expected a model without an energy")
     shape = args.num_frames, args.temporal_patch_size, args.rope_theta
     try:
         weights, config = inflate(state["ema"], config, *shape, data["time_scale"])
     except ValueError as error:
-        raise UserError(f"{flag}: {error}; change the length of the clips or --temporal-patch-size") from error
+        raise UserError(f"{flag}: {error}; change it, --temporal-patch-size or the length of the clips") from error
     training = {"model": state["config"]["training"]["model"], "num_frames": 1, "video": True}
     return from_elsewhere({"model": asdict(config), "data": data, "training": training}, weights, weights, 0)
 

@@ -124,9 +124,9 @@ def check_flags(args):
     schedule, batch, last = args.frames_schedule, args.global_batch_size, args.max_steps or math.inf
     refuse_if(args, "mix", args.mix and not schedule, "needs earlier phases; add --frames-schedule, or remove it")
     ascends = args.frame_interval == sorted(args.frame_interval)[:2]
-    name = "forcing" if args.forcing else "forcing_regions"
-    still = getattr(args, name) and {*clip_lengths(args)} == {1}
-    refuse_if(args, name, still, "clips of one frame have nothing to complete; remove it")
+    for name in ("forcing", "forcing_regions"):
+        still = getattr(args, name) and {*clip_lengths(args)} == {1}
+        refuse_if(args, name, still, "does not apply to clips of one frame; remove it")
     refuse_if(args, "frame_interval", not ascends, "expected one number, or two in ascending order")
     too_early = args.lr_decay_end and args.lr_decay_end < last
     refuse_if(args, "lr_decay_end", too_early, "expected at least the last step of --max-steps or --frames-schedule")
@@ -134,7 +134,7 @@ def check_flags(args):
         empty = getattr(args, name) == ""
         refuse_if(args, name, empty, "an empty name; name a checkpoint, or remove it to start from scratch")
     unknown = args.new_classes and not (args.ckpt or args.inflate)
-    refuse_if(args, "new_classes", unknown, "for checkpoints of other classes; add --ckpt or --inflate")
+    refuse_if(args, "new_classes", unknown, "needs a model of other classes; add --ckpt or --inflate")
     refuse_if(args, "inflate", args.inflate and args.ckpt, "a run starts from one model; remove it, or remove --ckpt")
     fixed = args.inflate and not (args.video and args.use_rope)
     refuse_if(args, "inflate", fixed, "starts a video model with rotary positions; add --video and --use-rope")
@@ -211,14 +211,15 @@ def resolve_settings(args, start, config):
     has_energy, in_fp16 = config.ebm != "none", args.precision == "fp16"
     refuse_if(args, "compile", args.compile and has_energy, f"no second derivative for --ebm {config.ebm}; remove it")
     refuse_if(args, "skip_nonfinite", args.skip_nonfinite and in_fp16, "--precision fp16 already does that; remove it")
-    before = 0 if start.resumes else trained.get("forcing")
-    if before and not args.forcing:
-        say(f"note: --ckpt was trained with --forcing {before}, this phase is not, so it may forget given frames")
-    forced = args.forcing or args.forcing_regions
-    if forced and (shortest := min(clip_lengths(args))) <= config.temporal_patch_size:
-        say(f"note: --forcing {forced}: clips of {plural(shortest, 'frame')} are one patch long, so not forced")
-    told = args.forcing_regions and config.objective != "eqm"
-    refuse_if(args, "forcing_regions", told, f"not with --objective {config.objective}; remove it")
+    for name, skill in (("forcing", "given frames"), ("forcing_regions", "how to heal regions")):
+        before, now = 0 if start.resumes else trained.get(name), getattr(args, name)
+        flag = f"--{name.replace('_', '-')}"
+        if before and not now:
+            say(f"note: --ckpt was trained with {flag} {before}, this phase is not, so it may forget {skill}")
+        if now and (shortest := min(clip_lengths(args))) <= config.temporal_patch_size:
+            say(f"note: {flag} {now}: clips of {plural(shortest, 'frame')} are one patch long, so not forced")
+    other = args.forcing_regions and config.objective != "eqm"
+    refuse_if(args, "forcing_regions", other, f"needs --objective eqm, not {config.objective}; remove it")
     return args
 
 

@@ -124,9 +124,9 @@ def draw_gammas(
     in each frame (see `noisy_region`).
 
     The draws of a sample depend only on (seed, stream, index), where stream is the first step of the phase. A clip that
-    is not forced keeps its gamma, whatever the share. A clip of one temporal patch (`patch` frames) is never forced:
-    its frames share all tokens, so the given ones would show most of the others. shift: see `shift_gamma`. Given frames
-    come in groups of `level_frames`, 1 or `patch`.
+    is not forced keeps its gamma, whatever the share. A clip of one temporal patch (`patch` frames) is never forced and
+    has no region: its frames share all tokens, so given ones would show most of the others. shift: see `shift_gamma`.
+    Given frames come in groups of `level_frames`, 1 or `patch`.
     """
     gamma = shift_gamma(uniform(seed, "gamma", stream, indices), shift)  # (B,)
     if share == region_share == 0 or num_frames <= patch:
@@ -148,9 +148,9 @@ def draw_gammas(
     for own, level, index in zip(levels, gamma.tolist(), indices, strict=True):
         chance, *draws = torch.rand(5, generator=generator(seed, "region", stream, index)).tolist()
         if chance < region_share:
-            rows, columns = noisy_region(*draws, size)
+            height, width = noisy_region(*draws, size)
             own[:] = 1.0
-            own[:, rows, columns] = level
+            own[:, height, width] = level
     return levels
 
 

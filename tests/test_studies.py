@@ -343,7 +343,7 @@ def test_each_share_of_compute_is_a_run_and_the_costliest_come_last(tmp_path):
 TABLES = {script.__name__: script.markdown for script in (*MINIATURES, objectives, no_clock, disturb, people, sprites)}
 TABLES |= {f"positions_{name}": partial(positions.markdown, name) for name in positions.DATA_SETS}
 TABLES |= {"objectives_tuning": objectives.tuning_markdown, "given_frames_objectives": given_frames.markdown}
-TABLES |= {"inflation_kernels": inflation.kernels_markdown, "inflation_pay": inflation.pay_markdown}
+TABLES["inflation_kernels"] = inflation.kernels_markdown
 TABLES["objectives_few"] = partial(objectives.few_markdown, lab.read_rows(ROOT / "results/objectives.json"))
 
 

@@ -179,7 +179,7 @@ def test_condition_dropout_grows_with_the_number_of_clean_frames():
     assert condition_dropout(areas, 0.1).tolist() == pytest.approx([0.5, 0.5])
     assert condition_dropout(levels[:, -1], 0.1).tolist() == pytest.approx([0.1] * 4)
     assert first_given(torch.tensor([0.25, 0.5]), 3, 1).tolist() == [[1, 0.25, 0.25], [1, 0.5, 0.5]]
-    for num_frames, expected in ((4, 0.10), (8, 0.30), (16, 0.29)):  # what the docs say
+    for num_frames, expected in ((4, 0.10), (8, 0.30), (16, 0.29)):
         assert condition_dropout(draw(0.75, num_frames), 0.1).mean().item() == pytest.approx(expected, abs=0.025)
 
 

@@ -140,8 +140,10 @@ class KernelRun(StartedRun):
 
 
 def kernels_markdown(rows):
-    about = "`scripts/studies/inflation.py kernels` wrote these tables: validation losses of clips with independent "
-    lines = ["# Kernels of an inflated patch embedding", "", f"{about}noise. Cells hold the mean over seeds.", ""]
+    about = "`scripts/studies/inflation.py kernels` wrote these tables: validation losses of clips whose frames "
+    about += "have independent noise. Cells hold the mean over seeds, and the range. `val_loss_rel` is relative to "
+    about += "predicting zero, `val_loss_gamma_0.2` covers gamma from 0.2 to 0.4. `--inflate` spreads by the mean."
+    lines = ["# Kernels of an inflated patch embedding", "", about, ""]
     groups = itertools.groupby(sorted(rows, key=group_of), key=group_of)
     for (name, patch, steps), group in groups:
         found = {}  # {spread: {column: {seed: loss}}}
@@ -168,7 +170,7 @@ def group_of(row):
 
 def is_loss(name):
     """Whether a value of a row is a column: the loss, or its part in a fifth of the gammas."""
-    return name == LOSS or name.startswith(f"{LOSS}_gamma")
+    return name in (LOSS, f"{LOSS}_rel") or name.startswith(f"{LOSS}_gamma")
 
 
 # Does it pay? ---------------------------------------------------------------------------------------------------------
@@ -208,8 +210,8 @@ class PayRun(StartedRun):
 def pay_markdown(rows):
     about = "`scripts/studies/inflation.py pay` wrote this table. Compute is relative to the longest run from scratch. "
     about += "Cells hold the mean over seeds, and the range. The image model has learned frames of the same videos, "
-    about += "which is the best case, and the temporal patch is one frame. Only scratch also has rotary positions in "
-    about += "height and width."
+    about += "which is the best case, and the temporal patch is one frame. Only the runs from scratch have rotary "
+    about += "positions in height and width, too."
     lines, values = ["# Does a start from images pay?", "", about, ""], {}  # {(arm, share): {seed: row}}
     for row in sorted(rows, key=lambda row: (row["arm"] != "scratch", row["share"], row["seed"])):
         values.setdefault((row["arm"], row["share"]), {})[row["seed"]] = row
