@@ -57,7 +57,7 @@ def parse_args():
     add("--results-dir", default="results", metavar="DIR", help="parent folder of the run folder")
     add("--ckpt", metavar="FILE", help="start a new phase from this checkpoint, export or published image model")
     add("--inflate", metavar="FILE", help="start a video model from an image model: checkpoint, export or published")
-    add("--new-classes", action="store_true", help="train on other classes than the start; shared names keep embeddings")
+    add("--new-classes", action="store_true", help="train on other classes than the start; known names keep embeddings")
     add("--resume", action="store_true", help="continue the newest run of this model, frames and positions, if any")
     add("--dry-run", action="store_true", help="check flags, data and checkpoint, then exit")
     add("--log-every", type=COUNT, default=100, help="steps between two lines of metrics")
