@@ -216,14 +216,13 @@ def load_inflated(args):
     if (config.num_frames, config.temporal_patch_size) != (1, 1):
         raise UserError(f"{flag}: holds a video model, expected an image model (for a video model, use --ckpt)")
     if config.ebm != "none":
-        reason = f"trained with --ebm {config.ebm}, whose field, a gradient, --inflate does not support"
-        raise UserError(f"{flag}: {reason}; expected a model without an energy")
+        raise UserError(f"{flag}: trained with --ebm {config.ebm}; --inflate does not support gradients of energies")
     shape = args.num_frames, args.temporal_patch_size, args.rope_theta
     try:
         weights, config = inflate(state["ema"], config, *shape, data["time_scale"])
     except ValueError as error:
-        raise UserError(f"{flag}: {error}; change it, --temporal-patch-size or the length of the clips") from error
-    training = {"model": state["config"]["training"]["model"], "num_frames": 1, "video": True}
+        raise UserError(f"{flag}: {error}; change --temporal-patch-size, the clips' length or the model") from error
+    training = state["config"]["training"] | {"num_frames": 1, "video": True}  # with the settings of its sampler
     return from_elsewhere({"model": asdict(config), "data": data, "training": training}, weights, weights, 0)
 
 
@@ -396,6 +395,8 @@ def find_start(args, name):
     """
     ckpt = args.ckpt or args.inflate
     start = find_resumed(args, name, ckpt)
+    if start.resumes and args.inflate and not start.kept("inflate"):
+        raise UserError(f"--inflate: --resume continues {start.folder}, which began without it; remove one of the two")
     if start.resumes or not ckpt:
         return start
     start.path, start.inflates = Path(ckpt), bool(args.inflate)

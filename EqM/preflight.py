@@ -21,7 +21,7 @@ from runtime.runs import check_job
 from runtime.untrusted import is_text, read_json
 from samplers import SOLVERS
 from schedule import Phase, fill_batches
-from vae import check_same, load_vae
+from vae import check_same, load_vae, must_differ
 from video.index import CorruptVideos, find_data, fitting_interval, name_some
 from video.samples import is_sample_folder, written_samples
 from video.source import CachedFiles, check_data_path, latents_settings, open_source
@@ -151,6 +151,9 @@ def resolve_latents(args, start):
     if cache:
         differs = args.image_size not in (None, cache["image_size"])
         refuse_if(args, "image_size", differs, f"the cache --data-path has {cache['image_size']}; remove it")
+        others = f"made with the VAE {cache.get('vae')}, {start.flag} with {kept.get('vae')}"
+        differs = must_differ(cache.get("vae"), kept.get("vae"))
+        refuse_if(args, "data_path", differs, f"{others}; pass the videos, or a cache of that VAE")
         if not (args.no_flip or cache["flips"]):
             say("note: the cache was made without --with-flips, so no clip is mirrored")
             args = args.resolve(no_flip=True)

@@ -57,7 +57,7 @@ def parse_args():
     add("--results-dir", default="results", metavar="DIR", help="parent folder of the run folder")
     add("--ckpt", metavar="FILE", help="start a new phase from this checkpoint, export or published image model")
     add("--inflate", metavar="FILE", help="start a video model from an image model: checkpoint, export or published")
-    add("--new-classes", action="store_true", help="train on other classes than the start; known names keep embeddings")
+    add("--new-classes", action="store_true", help="train on other classes than before; known names keep embeddings")
     add("--resume", action="store_true", help="continue the newest run of this model, frames and positions, if any")
     add("--dry-run", action="store_true", help="check flags, data and checkpoint, then exit")
     add("--log-every", type=COUNT, default=100, help="steps between two lines of metrics")
@@ -75,7 +75,8 @@ def parse_args():
 
 
 def add_model_and_data_flags(parser):
-    add = parser.add_argument_group("model").add_argument
+    also = "--inflate gives defaults as --ckpt does, but an image model with fixed positions gets rotary time"
+    add = parser.add_argument_group("model", also).add_argument
     add("--video", action="store_true", help="train on videos; without it on images")
     default = f"default: from --ckpt, else {preflight.DEFAULT_MODEL}"
     add("--model", choices=NAMES, metavar="NAME", help="EqM-{Ti,S,B,L,XL}/{2,4,8}: size / patch; " + default)

@@ -75,10 +75,15 @@ class VAE(nn.Module):
         return _by_frames(decode, latents.float() / self.scale + self.shift).permute(0, 2, 3, 4, 1).contiguous()
 
 
+def must_differ(name, made):
+    """Whether two names of VAEs are certainly of different ones. The name of a directory says nothing."""
+    return bool(made) and name != made and ("none" in (name, made) or {name, made} <= REPOSITORIES.keys())
+
+
 def load_vae(typed, made=None, owner=None):
     """The frozen VAE of --vae or, if `typed` is None, the VAE `made` of an `owner` such as the checkpoint."""
     name = (made or "ema") if typed is None else typed
-    if made and name != made and ("none" in (name, made) or {name, made} <= REPOSITORIES.keys()):
+    if must_differ(name, made):
         raise UserError(f"--vae {name}: {owner} was made with {made}; remove --vae")
     if name == "none":
         return VAE(name)

@@ -119,7 +119,7 @@ CASES = {
         --inflate image.pt --ckpt rope.pt => remove --ckpt
         --inflate rope.pt => --inflate rope.pt: holds a video model, expected an image model
         --inflate energy.pt => --inflate energy.pt: trained with --ebm dot; does not support
-        --inflate image.pt --num-frames 3 => a temporal patch needs at least 4; length of the clips
+        --inflate image.pt --num-frames 3 => a temporal patch needs at least 4; change --temporal-patch-size
         --inflate image.pt --image-size 32 => --image-size gives 32: they must agree; change or remove --image-size
         --vae vae --inflate image.pt => made with none; remove --vae
         --model EqM-Ti/2 --inflate image.pt => --inflate image.pt has EqM-Ti/4; remove the flag
@@ -159,7 +159,8 @@ CASES = {
         --vae vae --data-path pixels => was made with none
         --vae vae --data-path scaled => its VAE differs from; pass its own VAE with --vae
         --vae vae --data-path others-vae => another VAE: its weights have SHA-256
-        --data-path lost --vae vae => run cache_latents.py again""",
+        --data-path lost --vae vae => run cache_latents.py again
+        --inflate image.pt => --data-path cache: made with the VAE; --inflate image.pt with none""",
     "sample": """
         --rope-scale yarn | --rope-scale ntk | --fps nan | --vae no/such/vae | --given no/such.mp4 | --init no/such.mp4
         --num-frames 3 | --num-classes 101 | --image-size 32 | --classes 2 | --classes A Kayaking | --given ''

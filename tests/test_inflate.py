@@ -14,7 +14,7 @@ from models import EqM
 from test_models import clip, distance, labels, tiny
 from tiny_data import make_images
 from tiny_videos import write_equal_videos
-from training import IMAGES, run_main
+from training import IMAGES, refused, run_main
 
 RATES = 12, 25, 50  # frames per second
 IMAGE = {"temporal_patch_size": 1, "num_frames": 1}
@@ -84,7 +84,7 @@ def runs(tmp_path_factory):
     """(the checkpoint of a small image run, videos of the same classes)."""
     root = tmp_path_factory.mktemp("runs")
     images = [*IMAGES, *STEPS, "--data-path", make_images(root / "images", 6), "--results-dir", root / "image"]
-    run_main(train, *images, "--max-steps", 3, "--lr", 0.1, "--ema-decay", 0)
+    run_main(train, *images, "--max-steps", 3, "--lr", 0.1, "--ema-decay", 0.5, "--sampler", "ngd")
     return newest(root / "image"), write_equal_videos(root / "videos", 10, size=(16, 16))
 
 
@@ -96,6 +96,7 @@ def test_an_image_run_starts_a_run_of_clips_that_later_phases_continue(runs, tmp
     video, config, first_step = checkpoint.load_model(newest(tmp_path), video=True)
     assert largest_error(image, video, y=1) < 1e-5
     assert (step, first_step, config["training"]["inflate"]) == (3, 1, str(path))
+    assert config["training"]["sampler"] == "ngd"
     state = checkpoint.load(newest(tmp_path))
     assert state["phase"]["ema_start"] == 0 and state["optimizer"]["states"][0]["state"][0]["step"] == 1
 
@@ -105,6 +106,25 @@ def test_an_image_run_starts_a_run_of_clips_that_later_phases_continue(runs, tmp
     run_main(train, *flags, "--ckpt", newest(tmp_path), "--num-frames", 6, "--max-steps", 2)
     later, config, _ = checkpoint.load_model(newest(tmp_path))
     assert later.config == replace(video.config, num_frames=6) and config["training"]["inflate"] is None
+
+
+def test_the_frame_rate_of_the_images_is_that_of_their_training(runs, tmp_path):
+    path, videos = runs
+    state = checkpoint.load(path)
+    state["config"]["data"]["time_scale"] = 1 / 8
+    checkpoint.save(tmp_path / "image.pt", state)
+    flags = [*VIDEOS, "--data-path", videos, "--results-dir", tmp_path, "--max-steps", 1]
+    run_main(train, *flags, "--inflate", tmp_path / "image.pt")
+    image, video = (checkpoint.load_model(one)[0] for one in (path, newest(tmp_path)))
+    assert largest_error(image, video, y=1, seconds=1 / 8) < 1e-5 < 0.001 < largest_error(image, video, y=1)
+
+
+def test_a_run_from_scratch_is_not_resumed_as_one_from_an_image_model(runs, tmp_path, capsys):
+    path, videos = runs
+    flags = [*VIDEOS, "--data-path", videos, "--results-dir", tmp_path]
+    run_main(train, *flags, "--max-steps", 1)
+    line = refused(capsys, train, *flags, "--max-steps", 2, "--inflate", path, "--resume")
+    assert line.endswith("-rope, which began without it; remove one of the two")
 
 
 def test_an_exported_image_model_starts_clips_of_other_classes(runs, tmp_path):
