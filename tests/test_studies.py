@@ -343,11 +343,11 @@ def test_each_share_of_compute_is_a_run_and_the_costliest_come_last(tmp_path):
 TABLES = {script.__name__: script.markdown for script in (*MINIATURES, objectives, no_clock, disturb, people, sprites)}
 TABLES |= {f"positions_{name}": partial(positions.markdown, name) for name in positions.DATA_SETS}
 TABLES |= {"objectives_tuning": objectives.tuning_markdown, "given_frames_objectives": given_frames.markdown}
-TABLES["inflation_kernels"] = inflation.kernels_markdown
+TABLES |= {"inflation_kernels": inflation.kernels_markdown, "inflation_pay": inflation.pay_markdown}
 TABLES["objectives_few"] = partial(objectives.few_markdown, lab.read_rows(ROOT / "results/objectives.json"))
 
 
-@pytest.mark.parametrize("name", [name for name in TABLES if (ROOT / f"results/{name}.json").exists()])
+@pytest.mark.parametrize("name", sorted(TABLES))
 def test_committed_tables_match_the_committed_numbers(name):
     path = ROOT / f"results/{name}.json"
     made = "\n".join(TABLES[name](json.loads(path.read_text()))).rstrip()
