@@ -16,13 +16,15 @@ import torch.nn.functional as F
 from einops import rearrange
 from torch import nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
-from torch.utils.checkpoint import checkpoint
+from torch.utils.checkpoint import CheckpointPolicy, checkpoint, create_selective_checkpoint_contexts
 
 from rope import REFERENCE_FPS, RotaryEmbedding3D, apply_rotary
 from transport import OBJECTIVES
 
 EBMS = ("none", "dot", "l2")
 POSITION_TABLES = ("none", "space")
+GRAD_CHECKPOINTS = ("full", "selective")  # recompute all of a block, or all but what `keep_expensive` keeps
+PRODUCTS = {torch.ops.aten.mm.default, torch.ops.aten.addmm.default, torch.ops.aten.bmm.default}
 PLAIN_TOKENS = 512  # see attend
 FEATURES = 256  # sinusoidal features of a number, see NumberEmbedder
 LARGEST_COUNT, MOST_WEIGHTS = 2**20, 2**36  # a hundred times EqM-XL; more is a typing error
@@ -139,9 +141,11 @@ class EqMConfig:
         block = 2 * N * D * (3 + 1 + 4 + 4) * D + 2 * N * N * D * 2  # linear maps, attention
         return embedders + ends + ada_ln + self.depth * block
 
-    def training_flops(self, num_frames, grad_checkpoint=False):
+    def training_flops(self, num_frames, grad_checkpoint=None):
         """Count the FLOPs of a training step of one clip: backward is twice forward, and an energy doubles both."""
-        return (3 + grad_checkpoint if self.ebm == "none" else 6) * self.flops(num_frames)
+        once, fc1 = self.flops(num_frames), 8 * math.prod(self.grid(num_frames)) * self.hidden_size**2
+        again = {None: 0, "full": once, "selective": self.depth * fc1}[grad_checkpoint]
+        return 3 * once + again if self.ebm == "none" else 6 * once
 
 
 @dataclass(frozen=True)
@@ -255,6 +259,19 @@ def add_gated(x, gate, branch):
     return torch.addcmul(x.unflatten(1, (K, -1)), gate[:, :, None], branch.unflatten(1, (K, -1))).flatten(1, 2)
 
 
+def keep_expensive(context, operation, *args, **_):
+    """Policy of selective checkpointing: keep attention, and products up to three times as wide as their input.
+
+    Of a block's products, fc1 is computed again. Its output takes the most memory, 4 N D values.
+    """
+    is_narrow = operation in PRODUCTS and args[-1].shape[-1] <= 3 * args[-1].shape[-2]  # of (inner, outer)
+    keep = is_narrow or "scaled_dot_product" in operation.name()  # each kind of device has its own kernels
+    return CheckpointPolicy.MUST_SAVE if keep else CheckpointPolicy.PREFER_RECOMPUTE
+
+
+KEEP_EXPENSIVE = partial(create_selective_checkpoint_contexts, keep_expensive)
+
+
 class Block(nn.Module):
     """Attention and MLP with adaLN-Zero: the condition sets shift, scale and gate of each branch.
 
@@ -271,7 +288,10 @@ class Block(nn.Module):
         self.mlp = nn.Sequential(OrderedDict(layers))
         self.adaLN_modulation = nn.Sequential(nn.SiLU(), nn.Linear(D, 6 * D))
 
-    def forward(self, x, condition, rotary=None):
+    def forward(self, x, condition, rotary=None, selective=False):
+        if selective:  # inside the block, so that torch.compile sees what to keep
+            options = {"context_fn": KEEP_EXPENSIVE, "use_reentrant": False, "preserve_rng_state": False}
+            return checkpoint(self.forward, x, condition, rotary, **options)
         shift1, scale1, gate1, shift2, scale2, gate2 = self.adaLN_modulation(condition).chunk(6, dim=-1)
         x = add_gated(x, gate1, self.attn(modulate(self.norm1(x), shift1, scale1), rotary))
         return add_gated(x, gate2, self.mlp(modulate(self.norm2(x), shift2, scale2)))
@@ -300,7 +320,7 @@ class EqM(nn.Module):
         super().__init__()
         self.config = config
         self.is_compiled = False
-        self.grad_checkpoint = False  # True: keep only the inputs of blocks and recompute their activations
+        self.grad_checkpoint = None  # or one of GRAD_CHECKPOINTS
         self.x_embedder = PatchEmbed(config)
         self.t_embedder = NumberEmbedder(config.hidden_size)
         table = nn.Embedding(config.num_classes + 1, config.hidden_size)  # the last row is for no class
@@ -398,11 +418,12 @@ class EqM(nn.Module):
                 sizes = (tokens, (0, 1)), (condition, levels), *((angles, (0, 2)) for angles in rotary or ())
                 for part, axes in sizes:
                     torch._dynamo.maybe_mark_dynamic(part, axes)
-            if self.grad_checkpoint and torch.is_grad_enabled():
+            recompute = self.grad_checkpoint if torch.is_grad_enabled() else None
+            if recompute == "full":
                 function = block if config.ebm == "none" else sdpa_kernel(SDPBackend.MATH)(block)  # also when run again
                 tokens = checkpoint(function, tokens, condition, rotary, use_reentrant=False)
             else:
-                tokens = block(tokens, condition, rotary)
+                tokens = block(tokens, condition, rotary, recompute == "selective")
         f, (t, h, w) = self.final_layer(tokens, condition), grid
         f = rearrange(f, "b (t h w) (pt p q c) -> b c (t pt) (h p) (w q)", t=t, h=h, w=w, pt=pt, p=p, q=p)
         return f[:, :, :T], tokens

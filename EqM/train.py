@@ -29,7 +29,7 @@ import optim
 import preflight
 import transport
 from generation import Plan, add_sampling_flags, generate, sampling_settings
-from models import EBMS, NAMES, POSITION_TABLES, Condition
+from models import EBMS, GRAD_CHECKPOINTS, NAMES, POSITION_TABLES, Condition
 from optim import check_gradient, ema_decay, make_optimizers, set_learning_rates, update_ema
 from run import Run, add_loading_flags
 from runtime import cli, distributed, runs
@@ -51,7 +51,8 @@ def parse_args():
     add_model_and_data_flags(parser)
     add_optimization_flags(parser)
     add = add_speed_flags(parser)
-    add("--grad-checkpoint", action="store_true", help="recompute activations in the backward pass to save memory")
+    less = "recompute activations in the backward pass to save memory; selective: only cheap ones; default: off"
+    add("--grad-checkpoint", nargs="?", choices=GRAD_CHECKPOINTS, const="full", help=less + "; without a value: full")
     add("--shard", action="store_true", help="spread weights, optimizer states and EMA over the ranks (FSDP)")
     add = parser.add_argument_group("run").add_argument
     add("--results-dir", default="results", metavar="DIR", help="parent folder of the run folder")

@@ -226,7 +226,7 @@ def measure_memory(args, report):
     goals = {"": ("<= 2.0", "<= 4.0"), ", --grad-checkpoint": ("<= 1.5", "<= 2.5")}
     for flag in goals:
         sizes = (changed(args, num_frames=num_frames) for num_frames in FRAMES)
-        first, *peaks = (in_new_process(peak_memory, size, bool(flag)) for size in sizes)
+        first, *peaks = (in_new_process(peak_memory, size, "full" if flag else None) for size in sizes)
         for num_frames, peak, goal in zip(FRAMES[1:], peaks, goals[flag], strict=True):
             note = f"{peak:.0f} and {first:.0f} MB, with model, optimizer and EMA"
             report.add(f"peak memory at {num_frames} frames / at 4{flag}", peak / first, goal, note)

@@ -116,6 +116,7 @@ def test_outputs_and_gradients(case, precision, check):
 # fp32. After 60 steps on a CPU it is 9e-4 for bf16, 2e-5 for fp16 and less than 1e-7 for --compile.
 ROUNDING = {"": 1e-2, "--compile --precision fp32": 1e-3, "--grad-checkpoint --precision fp32": 1e-3}
 ROUNDING |= {"--precision tf32": 5e-3, "--precision bf16": 1e-2, "--precision fp16": 5e-3}
+ROUNDING |= {"--grad-checkpoint selective --compile --precision fp32": 1e-3}
 # Losses of other kinds of training, / the plain one. On a CPU: muon 0.88, disp 0.98, ebm 0.43.
 OTHER_TRAINING = ["--optimizer muon", "--disp", "--ebm dot"]
 ON_A_CPU = ["--grad-checkpoint --precision fp32", "--precision bf16", "--optimizer muon"]

@@ -23,9 +23,10 @@ def nothing_compiled():
     counters.clear()
 
 
-def compare_with_eager(**positions):
+def compare_with_eager(grad_checkpoint=None, **positions):
     """A compiled model and its EMA, after a check that they have the outputs, loss and gradients of an eager one."""
     model, compiled = (tiny(**positions) for _ in range(2))
+    compiled.grad_checkpoint = grad_checkpoint
     ema = copy.deepcopy(compiled).requires_grad_(False)
     for network in (compiled, ema):
         network.compile_blocks()
@@ -40,7 +41,8 @@ def compare_with_eager(**positions):
 
 
 def test_a_compiled_fixed_model_gives_the_same_loss_and_gradients():
-    compare_with_eager(use_rope=False)
+    compare_with_eager("selective", use_rope=False)
+    assert counters["stats"]["unique_graphs"] == 2
 
 
 def test_two_graphs_serve_all_blocks_frame_counts_and_batches():

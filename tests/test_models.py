@@ -13,6 +13,7 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from models import PLAIN_TOKENS, EqM, EqM_models, EqMConfig, attend, model_config, position_table
 from rope import apply_rotary
+from runtime.distributed import autocast
 
 TINY = EqMConfig(
     input_size=4, patch_size=2, temporal_patch_size=4, in_channels=3, hidden_size=64, depth=2, num_heads=2,
@@ -369,14 +370,18 @@ def loss_and_gradients(model, x, y, **told):
     return loss.item(), gradients
 
 
-@pytest.mark.parametrize("ebm", ["none", "dot"])
-@pytest.mark.parametrize("use_rope", [True, False])  # --compile: test_compile.py
-def test_grad_checkpointing_changes_neither_loss_nor_gradient(ebm, use_rope):
+@pytest.mark.parametrize(("kind", "ebm", "precision"), [
+    ("full", "none", "bf16"), ("full", "dot", "fp32"), ("selective", "none", "fp32"), ("selective", "none", "bf16"),
+])  # fmt: skip
+@pytest.mark.parametrize("use_rope", [True, False])  # --compile: test_compile.py; --shard: test_sharding.py
+def test_grad_checkpointing_changes_neither_loss_nor_gradient(kind, ebm, precision, use_rope):
     model, x, y, calls = tiny(ebm=ebm, use_rope=use_rope), clip(8, batch=2), labels(2), []
-    loss, gradients = loss_and_gradients(model, x, y)
-    model.blocks[0].register_forward_pre_hook(lambda *_: calls.append(1))
-    model.grad_checkpoint = True
-    again, same = loss_and_gradients(model, x, y)
+    y[1] = model.config.num_classes  # no class
+    with autocast(x.device, precision):
+        loss, gradients = loss_and_gradients(model, x, y)
+        model.blocks[0].norm1.register_forward_pre_hook(lambda *_: calls.append(1))
+        model.grad_checkpoint = kind
+        again, same = loss_and_gradients(model, x, y)
     assert again == loss
     assert all(torch.equal(a, b) for a, b in zip(gradients, same, strict=True))
     assert len(calls) == (2 if ebm == "none" else 3)  # forward, once for the field, once for the loss
@@ -401,8 +406,9 @@ def counted_flops(function):
 
 
 @pytest.mark.parametrize(("name", "num_frames", "ebm", "grad_checkpoint", "objective"), [
-    ("EqM-Ti/4", 7, "none", False, "eqm"), ("EqM-Ti/4", 16, "none", False, "flow"),
-    ("EqM-S/2", 4, "none", False, "eqm"), ("EqM-Ti/4", 8, "dot", False, "eqm"), ("EqM-Ti/4", 8, "none", True, "eqm"),
+    ("EqM-Ti/4", 7, "none", None, "eqm"), ("EqM-Ti/4", 16, "none", None, "flow"),
+    ("EqM-S/2", 4, "none", None, "eqm"), ("EqM-Ti/4", 8, "dot", None, "eqm"),
+    ("EqM-Ti/4", 8, "none", "full", "eqm"), ("EqM-Ti/4", 8, "none", "selective", "eqm"),
 ])  # fmt: skip
 def test_flops_equal_the_count_of_torch(name, num_frames, ebm, grad_checkpoint, objective):
     settings = {"input_size": 8, "in_channels": 4, "num_classes": 3, "use_rope": True, "depth": 2}
