@@ -16,8 +16,11 @@ from models import EqM, position_table
 from runtime.distributed import world_size
 
 
-def make_networks(config, device, shard):
-    """Return (model, its EMA without gradients). The weights are the same whether `shard` is set or not."""
+def make_networks(config, device, shard, precision="fp32"):
+    """Return (model, its EMA without gradients). The weights are the same whether `shard` is set or not.
+
+    precision: of the products, see `empty_network`.
+    """
     if not shard:
         model = EqM(config).to(device)
         return model, deepcopy(model).eval().requires_grad_(False)
@@ -26,24 +29,31 @@ def make_networks(config, device, shard):
     warnings.filterwarnings("ignore", "FSDP2-wrapped module .* returned a view")  # no code changes it in place
     mesh = init_device_mesh(device.type, (world_size(),))
     with FullDraws():
-        model = empty_network(config, mesh, device)
+        model = empty_network(config, mesh, device, precision)
         model.initialize_weights()
-    ema = empty_network(config, mesh, device).eval().requires_grad_(False)
+    ema = empty_network(config, mesh, device, precision).eval().requires_grad_(False)
     ema.load_state_dict(model.state_dict())
     # A sample stops when its field is small. If rounding made ranks disagree on that, some would wait forever.
     ema.register_forward_hook(of_first_rank)
     return model, ema
 
 
-def empty_network(config, mesh, device):
-    """Return a network without values, with the blocks and the root sharded."""
+def empty_network(config, mesh, device, precision):
+    """Return a network without values, with the blocks and the root sharded.
+
+    With precision bf16 the ranks gather rounded weights, half as many bytes. The results are the same bit for bit,
+    because autocast would round the weights of products to bf16, too. The table of classes is in no product.
+    """
     from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
 
     with torch.device("meta"):
         network = EqM(config)
-    policy = MixedPrecisionPolicy(reduce_dtype=torch.float32, cast_forward_inputs=False)
     # With an energy only the root is sharded: with sharded blocks the double backward pass fails (torch 2.13)
-    for part in (*(network.blocks if config.ebm == "none" else ()), network):
+    parts = (network.y_embedder.embedding_table, *network.blocks) if config.ebm == "none" else ()
+    for part in (*parts, network):
+        rounds = precision == "bf16" and parts and part is not parts[0]
+        dtypes = {"param_dtype": torch.bfloat16 if rounds else None, "reduce_dtype": torch.float32}
+        policy = MixedPrecisionPolicy(**dtypes, cast_forward_inputs=False)
         fully_shard(part, mesh=mesh, reshard_after_forward=True, mp_policy=policy)
     network.to_empty(device=device)
     if config.has_table:

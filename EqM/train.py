@@ -165,7 +165,7 @@ def main():
     # Everything that is trained
     torch.manual_seed(args.global_seed)
     distributed.set_precision(args.precision)
-    model, ema = make_networks(config, device, args.shard)
+    model, ema = make_networks(config, device, args.shard, args.precision)
     model.grad_checkpoint = args.grad_checkpoint
     if args.compile:
         model.compile_blocks()

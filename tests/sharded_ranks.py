@@ -7,6 +7,8 @@ from types import SimpleNamespace
 
 import torch
 from torch.nn.utils import clip_grad_norm_
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
 
 import checkpoint
 from models import model_config
@@ -18,7 +20,7 @@ from sharding import full_tensor, is_sharded, make_networks
 
 SMALL = {"input_size": 8, "in_channels": 1, "hidden_size": 100, "depth": 2, "num_heads": 2, "num_classes": 3}
 KINDS = {  # settings of a Run
-    "accumulation": {"micro_batches": 2, "grad_checkpoint": True, "objective": "flow"},
+    "accumulation": {"micro_batches": 2, "grad_checkpoint": "selective", "objective": "flow"},
     "muon": {"optimizer": "muon", "precision": "bf16", "qk_norm": True, "position_table": "space"},
     "energy": {"ebm": "l2"},
 }
@@ -30,12 +32,13 @@ NO_SCALER = torch.amp.GradScaler("cpu", enabled=False)
 class Run:
     """A small model with its EMA and optimizers, sharded or not."""
 
-    def __init__(self, shard, micro_batches=1, grad_checkpoint=False, optimizer="adamw", precision="fp32", **settings):
+    def __init__(self, shard, micro_batches=1, optimizer="adamw", precision="fp32", **settings):
+        grad_checkpoint, gathered = settings.pop("grad_checkpoint", None), settings.pop("gathered", precision)
         self.shard, self.micro_batches, self.precision, self.optimizer = shard, micro_batches, precision, optimizer
         self.config = model_config("EqM-Ti/4", num_frames=4, use_rope=True, **SMALL, **settings)
         self.told = {"gamma": torch.tensor([0.25, 0.75])} if self.config.objective == "flow" else {}
         torch.manual_seed(0)
-        self.model, self.ema = make_networks(self.config, CPU, shard)
+        self.model, self.ema = make_networks(self.config, CPU, shard, gathered)
         self.model.grad_checkpoint = grad_checkpoint
         flags = SimpleNamespace(optimizer=optimizer, lr=1e-3, muon_lr=1e-3, weight_decay=0.1)
         self.optimizers = make_optimizers(self.model, flags)
@@ -52,7 +55,7 @@ class Run:
                 optimizer.zero_grad()
             update_ema(self.ema, self.model, 0.5)
             for one in (self.model, self.ema):  # as validation does: this must not leave full weights behind
-                with torch.no_grad():
+                with torch.no_grad(), distributed.autocast(CPU, self.precision):
                     one(torch.zeros(2, 1, 4, 8, 8), LABELS, **self.told)
         states = [values for optimizer in self.optimizers for values in optimizer.state.values()]
         states = [value for values in states for value in values.values() if value.dim()]
@@ -92,6 +95,26 @@ def train_both(kind):
     full_bytes, block = (local_bytes(part.parameters()) for part in (runs[0].model, runs[0].model.blocks[0]))
     found = {"start": start, "end": [run.weights() for run in runs], "norms": (norm.item(), sharded_norm.item())}
     return found | {"bytes": (held, full_bytes, block)}, runs
+
+
+class Traffic(TorchDispatchMode):
+    """Counts the bytes of collectives, by the largest tensor of each."""
+
+    bytes = 0
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        if func.namespace == "c10d":
+            self.bytes += max([part.nbytes for part in tree_leaves(args) if torch.is_tensor(part)], default=0)
+        return func(*args, **(kwargs or {}))
+
+
+def train_with(gathered):
+    """Train in bf16 with weights gathered in some precision. Returns (bytes to get a gradient, weights at the end)."""
+    run = Run(True, precision="bf16", gathered=gathered, grad_checkpoint="selective", qk_norm=True)
+    with Traffic() as traffic:
+        run.backward(run.model, 0)
+    run.train()
+    return traffic.bytes, run.weights()
 
 
 def save_and_load(folder, usual, run):
@@ -138,6 +161,7 @@ def main():
     found, runs = {}, {}
     for kind in KINDS:
         found[kind], runs[kind] = train_both(kind)
+    found["gathered"] = {precision: train_with(precision) for precision in ("fp32", "bf16")}
     found["saved"] = save_and_load(folder, *runs["muon"])
     found["refusal"] = save_without_memory(folder, runs["energy"][1])
     found["overflow"] = overflow()
