@@ -250,7 +250,7 @@ def main():
 
                 # One optimization step
                 run.writer.check()
-                # All ranks vote whether to stop or to save; resolve() reads the result after the step.
+                # Once per second all ranks vote whether to stop or to save; resolve() reads the result after the step.
                 stop.vote(save=run.wants_to_save(args.save_minutes))
                 set_learning_rates(optimizers, args, progress.step + 1, lr_end)
                 sums, files = Counter(), []

@@ -6,10 +6,11 @@ from process import run_ranks
 from runtime.rng import generator
 
 ON_EACH_RANK = """
-import os, sys, torch
+import os, signal, sys, torch
+from types import SimpleNamespace
 from runtime.distributed import *
 from runtime.rng import generator
-from runtime.signals import StopSignal
+from runtime import signals
 from vae import load_vae
 start()
 mine, first = own_indices(3), own_indices(1)
@@ -21,11 +22,23 @@ found = {
     "collect from one": collect(first, torch.ones(1, 2) if first else torch.empty(0)),
     "drawn": torch.rand(4, generator=generator(0, "noise", 3)),
 }
-signal, found["saves"] = StopSignal(), []
-for saving in ([], [1], [0, 1]):
-    signal.vote(save=rank() in saving)
-    found["saves"].append(signal.resolve())
-found["saves"].append(signal.resolve())
+stop_signal, clock = signals.StopSignal(), [0.0]
+signals.time = SimpleNamespace(monotonic=lambda: clock[0])
+found |= {"votes": [], "saves": [], "stopped": None}
+for step in range(40):
+    if step == 30 and rank() == 1:
+        os.kill(os.getpid(), signal.SIGTERM)
+    stop_signal.vote(save=rank() == 1 and step % 2 == 0)
+    found["votes"] += [step] if stop_signal.flags is not None else []
+    clock[0] += 10 * rank() + (0.3 if step < 20 else 0.11)
+    try:
+        found["saves"] += [step] if stop_signal.resolve() else []
+        if step == 8:
+            clock[0] += 100  # a validation, then a vote that no step waits for
+            stop_signal.resolve()
+    except signals.Interrupted:
+        found["stopped"] = step
+        break
 stop()
 load_vae("none")
 found["imported"] = sorted({"diffusers", "huggingface_hub"} & set(sys.modules))
@@ -33,9 +46,11 @@ torch.save(found, os.environ["OUT"])
 """
 
 
-def test_ranks_exchange_values_vote_on_saves_and_draw_the_same_numbers(tmp_path):
+def test_ranks_exchange_values_vote_once_per_second_and_draw_the_same_numbers(tmp_path):
+    votes = [0, 1, 5, 9, 13, 17, 21, 25, 35]  # by the clock of rank 0: 0.3 s per step, from step 20 on 0.11 s
     on_all = {
-        "broadcast": ["from", 0], "gather": [0, 10], "average": [1.5, 4.5], "saves": [False, True, True, False],
+        "broadcast": ["from", 0], "gather": [0, 10], "average": [1.5, 4.5],
+        "votes": votes, "saves": [0], "stopped": votes[-1],
         "drawn": torch.rand(4, generator=generator(0, "noise", 3)).tolist(), "imported": [],
     }  # fmt: skip
     on_first = {"collect": [0, 10, 20], "collect from one": [[1.0, 1.0]]}

@@ -1,11 +1,13 @@
-"""Votes of the ranks at each step: a signal stops all ranks at the same step, and all save at the same step."""
+"""Votes of the ranks, about once per second: a signal stops all ranks at the same step, and all save at the same."""
 
+import math
 import signal
+import time
 
 import torch
 import torch.distributed as dist
 
-from runtime.distributed import SHARE_TIME
+from runtime.distributed import SHARE_TIME, rank
 
 STOP_SIGNALS = signal.SIGTERM, signal.SIGINT, signal.SIGUSR1, signal.SIGHUP
 
@@ -17,12 +19,14 @@ class Interrupted(Exception):  # noqa: N818 (nothing went wrong)
 class StopSignal:
     """SIGTERM, SIGINT, SIGUSR1 or SIGHUP, sent to any rank, stops all of them at the same step.
 
-    `vote` starts a sum over the ranks before a step, and `resolve` reads it after the step, so no rank waits. A second
-    SIGINT ends the process at once. together: no rank may leave before the others know, as a sharded network needs all.
+    `vote` starts a sum over the ranks before a step, and `resolve` reads it after the step, so no rank waits. As many
+    steps as rank 0 makes in a second share a vote; it tells the others how many. A second SIGINT ends the process at
+    once. together: no rank may leave before the others know, as a sharded network needs all.
     """
 
     def __init__(self, together=False):
         self.name, self.flags, self.is_waiting, self.together = None, None, False, together
+        self.began, self.steps, self.seconds, self.period = None, 0, 0.0, 0  # of a step; since a vote; steps per vote
         self.group = dist.new_group(backend="gloo", timeout=SHARE_TIME) if dist.is_initialized() else None
         for number in STOP_SIGNALS:
             if signal.getsignal(number) != signal.SIG_IGN:  # as SIGHUP is under nohup
@@ -49,22 +53,33 @@ class StopSignal:
         return batch
 
     def vote(self, save=False):
-        """Start the vote on whether to stop and whether to save."""
-        self.flags = torch.tensor([float(self.name is not None), float(save)])
+        """Begin a step and, if it is due, the vote on whether to stop and whether to save."""
+        self.began = time.monotonic()
+        if self.group is None or self.steps >= self.period:
+            self._start(save, pace=self.steps / self.seconds if self.seconds else 0.0)
+            self.steps, self.seconds = 0, 0.0
+
+    def _start(self, save=False, pace=0.0):
+        self.flags = torch.tensor([float(self.name is not None), float(save), pace if rank() == 0 else 0.0])
         if self.group is not None:
             self.pending = dist.all_reduce(self.flags, group=self.group, async_op=True)
 
     def resolve(self):
         """Raise Interrupted, on all ranks, if any voted to stop. Returns whether any voted to save."""
-        if self.flags is None:  # no `vote` before
-            self.vote()
+        if self.began is None:  # not in a step, where all ranks always vote
+            self._start()
+        else:
+            self.steps, self.seconds = self.steps + 1, self.seconds + time.monotonic() - self.began
+        self.began = None
+        if self.flags is None:  # a step without a vote
+            return False
         if self.group is not None:
             self.pending.wait()
-        stop, save = (self.flags > 0).tolist()
-        self.flags = None
+        stop, save, pace = self.flags.tolist()
+        self.flags, self.period = None, math.ceil(pace) or self.period
         if stop or (self.group is None and self.name is not None):  # a single process, after the vote
             raise Interrupted
-        return save
+        return save > 0
 
     def check(self):
         """Raise Interrupted if this rank received a signal; others may not know, unless `together`: see `resolve`."""
