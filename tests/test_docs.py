@@ -209,7 +209,7 @@ def test_numbers_are_those_of_the_files_in_results(page):
 
 def test_the_tables_of_results_are_compared_with_a_page():
     compared = {file.stem for text in PAGES.values() for _, files, _ in checked_blocks(text) for file in files}
-    names = "README benchmark objectives given_frames positions_bouncing faults study study-first-edition"
+    names = "README benchmark memory objectives given_frames positions_bouncing faults study study-first-edition"
     assert compared >= set(names.split())
 
 

@@ -1,0 +1,83 @@
+"""Bytes and FLOPs of training steps: closed forms, torch's own hooks, the committed counts and their tables."""
+
+import json
+from unittest.mock import patch
+
+import pytest
+import torch
+from torch._subclasses.fake_tensor import FakeTensorMode
+
+import memory
+import models
+from models import EqM_models, model_config
+from runtime.distributed import autocast
+from training import ROOT
+
+TOKENS, WIDTH, HEADS = 2048, 384, 6  # of 16 frames in EqM-S/2
+ROWS = json.loads((ROOT / "results/memory.json").read_text())
+
+
+@pytest.fixture(scope="module")
+def counts():
+    """{flag: (bytes kept, bytes at the peak, FLOPs)} of EqM-S/2 with one and with two blocks, for a clip."""
+    return {flag: [memory.count_step("S/2", flag, 1, depth) for depth in (1, 2)] for flag in memory.FLAGS}
+
+
+def per_block(steps, part):
+    return steps[1][part] - steps[0][part]
+
+
+def test_a_block_keeps_its_input_and_if_selective_attention_and_all_products_but_one(counts):
+    in_float = 4 * TOKENS * WIDTH
+    products = 2 * (3 + 1 + 1 + 1) * TOKENS * WIDTH  # in bf16: queries, keys and values, attention, proj, fc2
+    sums = 4 * TOKENS * HEADS  # of the weights of attention
+    assert per_block(counts["full"], 0) == pytest.approx(in_float, rel=1e-3)
+    assert per_block(counts["selective"], 0) == pytest.approx(in_float + products + sums, rel=1e-3)
+    for flag in memory.GRAD_CHECKPOINTS:  # the peak is in one block, besides what the others keep
+        assert per_block(counts[flag], 1) == pytest.approx(per_block(counts[flag], 0), rel=1e-3)
+
+
+def test_selective_computes_one_layer_again_and_full_everything(counts):
+    config = model_config("EqM-S/2", depth=1, use_rope=True)
+    for flag in memory.GRAD_CHECKPOINTS:
+        again = config.training_flops(16, flag) - config.training_flops(16)
+        found = counts[flag][0][2] - counts[None][0][2]
+        assert found == pytest.approx(again, rel=0.02 if flag == "selective" else 0.15)  # the last products are not
+
+
+def test_the_bytes_are_those_that_saved_tensor_hooks_see(counts):
+    saved, attend = {}, torch.nn.functional.scaled_dot_product_attention
+
+    def pack(tensor):
+        saved[tensor.untyped_storage()._cdata] = tensor.untyped_storage()
+        return tensor
+
+    with FakeTensorMode(), patch.object(models, "attend", attend), autocast(torch.device("cpu"), "bf16"):
+        model = EqM_models["EqM-S/2"](depth=1, **memory.SETTINGS)
+        with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
+            model(torch.empty(1, 4, 16, 32, 32), torch.zeros(1, dtype=torch.long))
+        own = {weight.untyped_storage()._cdata for weight in model.parameters()}
+    seen = sum(storage.nbytes() for key, storage in saved.items() if key not in own)
+    of_casts = 2 * 2 * TOKENS * WIDTH  # both branches are in float32 on a GPU, for addcmul
+    assert counts[None][0][0] == pytest.approx(seen + of_casts, rel=0.02)
+
+
+def test_selective_takes_xl_from_3_8_to_1_1_gb_a_clip_for_a_tenth_more_flops():
+    off, selective, _ = (row for row in ROWS if row["model"] == "XL/2")
+    assert off["kept_mb"] > 3500 and selective["kept_mb"] < 1200
+    assert selective["gflops"] < 1.1 * off["gflops"]
+
+
+def test_the_committed_counts_are_those_of_the_code_and_the_tables_are_theirs():
+    row = memory.measure("S/2", "selective")
+    assert row == ROWS[1] | {name: pytest.approx(row[name], rel=1e-2) for name in row if name.endswith(("mb", "flops"))}
+    assert (ROOT / "results/memory.md").read_text().splitlines()[2:] == memory.tables(ROWS)
+    of_page = set((ROOT / "docs/machines.md").read_text().splitlines())  # its numbers: test_docs.py
+    assert len(of_page & set(memory.tables(ROWS))) > len(memory.MODELS) * (1 + len(memory.FRAMES))
+
+
+def test_clips_fit_in_proportion_to_their_frames_and_to_the_memory_that_is_free():
+    def fits(frames, gb, ranks=1):
+        return memory.fitting_clips(ROWS[-3], frames, gb, ranks)  # of XL/2, whose states take 13 GB
+
+    assert fits(4, 80) - 2 * fits(8, 80) in (0, 1) and fits(8, 24) < fits(8, 80) * 24 / 80 < fits(8, 24, ranks=8)
