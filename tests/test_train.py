@@ -121,7 +121,7 @@ def plain(videos, tmp_path_factory):
 
 
 @pytest.mark.parametrize(("flags", "tolerance"), [  # --compile: test_compile.py
-    (["--grad-checkpoint"], 1e-6), (["--grad-accum", 4], 1e-4), (["--precision", "bf16"], 3e-2)
+    (["--grad-checkpoint", "selective"], 1e-6), (["--grad-accum", 4], 1e-4), (["--precision", "bf16"], 3e-2)
 ])  # fmt: skip
 def test_a_variant_learns_the_same_as_the_plain_run(flags, tolerance, plain, videos, tmp_path):
     plain_rows, state = plain
