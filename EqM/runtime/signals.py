@@ -57,9 +57,9 @@ class StopSignal:
         self.began = time.monotonic()
         if self.group is None or self.steps >= self.period:
             self._start(save, pace=self.steps / self.seconds if self.seconds else 0.0)
-            self.steps, self.seconds = 0, 0.0
 
     def _start(self, save=False, pace=0.0):
+        self.steps, self.seconds = 0, 0.0
         self.flags = torch.tensor([float(self.name is not None), float(save), pace if rank() == 0 else 0.0])
         if self.group is not None:
             self.pending = dist.all_reduce(self.flags, group=self.group, async_op=True)
@@ -76,7 +76,7 @@ class StopSignal:
         if self.group is not None:
             self.pending.wait()
         stop, save, pace = self.flags.tolist()
-        self.flags, self.period = None, math.ceil(pace) or self.period
+        self.flags, self.period = None, math.ceil(pace)  # outside of a step 0: longer clips may follow
         if stop or (self.group is None and self.name is not None):  # a single process, after the vote
             raise Interrupted
         return save > 0
