@@ -260,9 +260,10 @@ def add_gated(x, gate, branch):
 
 
 def keep_expensive(context, operation, *args, **_):
-    """Policy of selective checkpointing: keep attention, and products up to three times as wide as their input.
+    """Policy of selective checkpointing: keep fused attention, and products at most three times as wide as their input.
 
-    Of a block's products, fc1 is computed again. Its output takes the most memory, 4 N D values.
+    fc1, whose output takes the most memory (4 N D values), and adaLN_modulation, which is cheap, are computed again. So
+    are the scores of the plain attention of CPUs if they are wide, see `attend`.
     """
     is_narrow = operation in PRODUCTS and args[-1].shape[-1] <= 3 * args[-1].shape[-2]  # of (inner, outer)
     keep = is_narrow or "scaled_dot_product" in operation.name()  # each kind of device has its own kernels

@@ -13,13 +13,13 @@ import torch.distributed as dist
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from models import EqM, position_table
-from runtime.distributed import world_size
+from runtime.distributed import MIXED, world_size
 
 
 def make_networks(config, device, shard, precision="fp32"):
     """Return (model, its EMA without gradients). The weights are the same whether `shard` is set or not.
 
-    precision: of the products, see `empty_network`.
+    precision: of --precision. If it is mixed, call sharded networks only under autocast, see `empty_network`.
     """
     if not shard:
         model = EqM(config).to(device)
@@ -41,19 +41,18 @@ def make_networks(config, device, shard, precision="fp32"):
 def empty_network(config, mesh, device, precision):
     """Return a network without values, with the blocks and the root sharded.
 
-    With precision bf16 the ranks gather rounded weights, half as many bytes. The results are the same bit for bit,
-    because autocast would round the weights of products to bf16, too. The table of classes is in no product.
+    In mixed precision, the ranks gather rounded weights, half as many bytes. The results are the same bit for bit,
+    because autocast would round the weights of products, too. So call the network only under autocast.
     """
     from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
 
     with torch.device("meta"):
         network = EqM(config)
     # With an energy only the root is sharded: with sharded blocks the double backward pass fails (torch 2.13)
-    parts = (network.y_embedder.embedding_table, *network.blocks) if config.ebm == "none" else ()
-    for part in (*parts, network):
-        rounds = precision == "bf16" and parts and part is not parts[0]
-        dtypes = {"param_dtype": torch.bfloat16 if rounds else None, "reduce_dtype": torch.float32}
-        policy = MixedPrecisionPolicy(**dtypes, cast_forward_inputs=False)
+    splits, table = config.ebm == "none", network.y_embedder.embedding_table
+    for part in (table, *network.blocks, network) if splits else (network,):
+        rounded = MIXED.get(precision) if splits and part is not table else None  # the table is in no product
+        policy = MixedPrecisionPolicy(rounded, reduce_dtype=torch.float32, cast_forward_inputs=False)
         fully_shard(part, mesh=mesh, reshard_after_forward=True, mp_policy=policy)
     network.to_empty(device=device)
     if config.has_table:

@@ -51,8 +51,9 @@ def parse_args():
     add_model_and_data_flags(parser)
     add_optimization_flags(parser)
     add = add_speed_flags(parser)
-    less = "recompute activations in the backward pass to save memory; selective: only cheap ones; default: off"
-    add("--grad-checkpoint", nargs="?", choices=GRAD_CHECKPOINTS, const="full", help=less + "; without a value: full")
+    less = "recompute activations in the backward pass to save memory: all (full, or no value), or all but those of "
+    less += "attention and of most products (selective); default: off"
+    add("--grad-checkpoint", nargs="?", choices=GRAD_CHECKPOINTS, const="full", help=less)
     add("--shard", action="store_true", help="spread weights, optimizer states and EMA over the ranks (FSDP)")
     add = parser.add_argument_group("run").add_argument
     add("--results-dir", default="results", metavar="DIR", help="parent folder of the run folder")
@@ -250,7 +251,7 @@ def main():
 
                 # One optimization step
                 run.writer.check()
-                # Once per second all ranks vote whether to stop or to save; resolve() reads the result after the step.
+                # About once per second all ranks vote whether to stop or to save; resolve() reads the result.
                 stop.vote(save=run.wants_to_save(args.save_minutes))
                 set_learning_rates(optimizers, args, progress.step + 1, lr_end)
                 sums, files = Counter(), []

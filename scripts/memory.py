@@ -11,7 +11,7 @@ import json
 import math
 import weakref
 from engine import ROOT
-from unittest.mock import MagicMock, patch
+from unittest.mock import patch
 
 import numpy as np
 import torch
@@ -19,31 +19,23 @@ import torch.nn.functional as F
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
-from torch.utils.flop_counter import FlopCounterMode, sdpa_backward_flop_count, sdpa_flop_count
 
 import models
 from models import GRAD_CHECKPOINTS, EqM_models
 from runtime import distributed
 from runtime.cli import ArgumentParser, one_line_errors
 
-MODELS, FRAMES, FLAGS = ("S/2", "B/2", "L/2", "XL/2"), (4, 8, 16, 32), (None, *reversed(GRAD_CHECKPOINTS))
+MODELS, FLAGS = ("S/4", "S/2", "B/2", "L/2", "XL/2"), (None, *reversed(GRAD_CHECKPOINTS))
 GPUS, USABLE = (24, 40, 80, 141), 0.9  # GB; the rest is for CUDA, NCCL and gaps between tensors
 RANKS = 8  # of --shard
-COUNTED = 16  # frames; the bytes of a clip grow with its tokens
+COUNTED, FRAMES = 16, (4, 8, 16, 32)  # the bytes of a clip grow with its frames
 STATES = 20  # bytes per weight: weight, gradient, two of AdamW, EMA
-GATHERED = 16  # bytes per weight of a block, with --shard: two blocks of bf16 weights, bf16 and fp32 gradients
+GATHERED = 16  # bytes per weight of a block, with --shard: two blocks, each with bf16 weights, bf16 and fp32 gradients
 SETTINGS = {"num_classes": 101, "use_rope": True}
-FLOPS = {  # of what torch does not count, from shapes
-    torch.ops.aten._scaled_dot_product_flash_attention_for_cpu: lambda *qkv, **_: sdpa_flop_count(*qkv[:3]),
-    torch.ops.aten._scaled_dot_product_flash_attention_for_cpu_backward: lambda gradient, *qkv, **_: (
-        sdpa_backward_flop_count(gradient, *qkv[:3])
-    ),
-}
 
 
 def parse_args():
-    parser = ArgumentParser(description="Count what training keeps in memory, and say how many clips fit on a GPU.")
-    return parser.parse_args()
+    return ArgumentParser(description="Count what training keeps in memory, and say what fits on a GPU.").parse_args()
 
 
 class Alive(TorchDispatchMode):
@@ -68,7 +60,7 @@ class Alive(TorchDispatchMode):
 
 
 def count_step(name, flag, clips, depth):
-    """(bytes kept for the backward pass, bytes at the peak, FLOPs) of a bf16 step, without weights and gradients.
+    """(bytes kept for the backward pass, bytes at the peak) of a bf16 step, without weights and gradients.
 
     As on a GPU, one kernel computes attention, and autocast has addcmul compute in float32.
     """
@@ -81,50 +73,50 @@ def count_step(name, flag, clips, depth):
             weight.grad = torch.zeros_like(weight)  # in the buckets of DDP all the time
         x, y = torch.empty(clips, 4, COUNTED, 32, 32), torch.zeros(clips, dtype=torch.long)
         given = x, y, *model.parameters(), *(weight.grad for weight in model.parameters())
-        counter = FlopCounterMode(display=False, custom_mapping=FLOPS)
-        counter.mod_tracker = MagicMock(parents={"Global"})  # that tracker would hold tensors
-        with Alive(given) as alive, counter:
+        with Alive(given) as alive:
             with distributed.autocast(x.device, "bf16"):
                 f = model(x, y)
             kept = alive.now
             f.float().square().mean().backward()
-    return kept, alive.peak, counter.get_total_flops()
+    return kept, alive.peak
 
 
 def measure(name, flag):
-    """The numbers of weights, and for a clip: MB kept for the backward pass, MB at the peak, GFLOPs of a step."""
+    """The numbers of weights, MB that a step keeps and has at its peak, per clip and once, and GFLOPs per clip."""
     with torch.device("meta"):
         model = EqM_models[f"EqM-{name}"](**SETTINGS)
     weights, block = (sum(map(torch.numel, part.parameters())) for part in (model, model.blocks[0]))
     steps = {at: np.array(count_step(name, flag, *at)) for at in itertools.product((1, 2), (1, 2))}  # clips, depth
     one, two = (steps[clips, 1] + (len(model.blocks) - 1) * (steps[clips, 2] - steps[clips, 1]) for clips in (1, 2))
-    kept, peak, flops = (two - one).tolist()
-    fixed = one.tolist()[1] - peak  # such as rounded weights
+    (kept, peak), once = (two - one).tolist(), (2 * one - two).tolist()  # once: rounded weights
     return {
         "model": name, "flag": flag or "off", "weights": weights, "block": block, "kept_mb": kept / 1e6,
-        "peak_mb": peak / 1e6, "fixed_mb": fixed / 1e6, "gflops": flops / 1e9,
+        "peak_mb": peak / 1e6, "kept_once_mb": once[0] / 1e6, "peak_once_mb": once[1] / 1e6,
+        "gflops": model.config.training_flops(COUNTED, flag) / 1e9,
     }  # fmt: skip
 
 
 def fitting_clips(row, frames, gb, ranks):
     """How many clips of so many frames a GPU of so many GB can train on at once."""
-    once = GATHERED * row["block"] if ranks > 1 else 1e6 * row["fixed_mb"]  # --shard gathers rounded weights
+    once = GATHERED * row["block"] if ranks > 1 else 1e6 * row["peak_once_mb"]  # --shard gathers rounded weights
     free = USABLE * 1e9 * gb - STATES * row["weights"] / ranks - once
     return max(0, math.floor(free / (1e6 * row["peak_mb"] * frames / COUNTED)))
 
 
 def tables(rows):
     """The tables of results/memory.md, as lines, from the rows of results/memory.json."""
-    lines = ["| model | off (MB) | selective (MB) | full (MB) | FLOPs, selective / off | FLOPs, full / off |"]
-    lines += ["|---|---|---|---|---|---|"]
-    by_model = {name: [row for row in rows if row["model"] == name] for name in MODELS}
-    for name, own in by_model.items():
-        kept, ratios = (f"{row['kept_mb']:.0f}" for row in own), (row["gflops"] / own[0]["gflops"] for row in own[1:])
-        lines.append(f"| {' | '.join([name, *kept, *(f'{ratio:.3f}' for ratio in ratios)])} |")
-    lines += ["", f"| model, frames | {' | '.join(f'{gb} GB' for gb in GPUS)} |", f"|---|{'---|' * len(GPUS)}"]
-    for ranks, (name, own), frames in itertools.product((1, RANKS), by_model.items(), FRAMES):
-        cells = ("/".join(str(fitting_clips(row, frames, gb, ranks)) for row in own) for gb in GPUS)
-        lines.append(f"| {name}, {frames}{', `--shard`' if ranks > 1 else ''} | {' | '.join(cells)} |")
+    lines = ["| model | `--grad-checkpoint` | MB per clip | MB once | FLOPs / off |", "|---|---|---|---|---|"]
+    for row in rows:
+        off = next(other for other in rows if other["model"] == row["model"])
+        cells = f"{row['kept_mb']:.0f} | {row['kept_once_mb']:.0f} | {row['gflops'] / off['gflops']:.3f}"
+        lines.append(f"| {row['model']} | {row['flag']} | {cells} |")
+    for frames in FRAMES:
+        titles = " | ".join(f"{gb} GB" for gb in GPUS)
+        lines += ["", f"## Clips of {frames} frames that fit on a GPU", ""]
+        lines += [f"| model | `--grad-checkpoint` | {titles} |", f"|---|---|{'---|' * len(GPUS)}"]
+        for ranks, row in itertools.product((1, RANKS), rows):
+            cells = " | ".join(str(fitting_clips(row, frames, gb, ranks)) for gb in GPUS)
+            lines.append(f"| {row['model']}{', `--shard`' if ranks > 1 else ''} | {row['flag']} | {cells} |")
     return lines
 
 

@@ -47,10 +47,10 @@ torch.save(found, os.environ["OUT"])
 
 
 def test_ranks_exchange_values_vote_once_per_second_and_draw_the_same_numbers(tmp_path):
-    votes = [0, 1, 5, 9, 10, 14, 18, 22, 27, 37]  # by the clock of rank 0: 0.3 s per step, from step 20 on 0.11 s
+    votes = [0, 1, 2, 5, 9, 10, 11, 14, 18, 22, 27, 37]  # by the clock of rank 0: 0.3 s a step, from step 20 on 0.11 s
     on_all = {
         "broadcast": ["from", 0], "gather": [0, 10], "average": [1.5, 4.5],
-        "votes": votes, "saves": [0, 10, 14, 18, 22], "stopped": votes[-1],
+        "votes": votes, "saves": [0, 2, 10, 14, 18, 22], "stopped": votes[-1],
         "drawn": torch.rand(4, generator=generator(0, "noise", 3)).tolist(), "imported": [],
     }  # fmt: skip
     on_first = {"collect": [0, 10, 20], "collect from one": [[1.0, 1.0]]}

@@ -9,7 +9,7 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 
 import memory
 import models
-from models import EqM_models, model_config
+from models import EqM_models
 from runtime.distributed import autocast
 from training import ROOT
 
@@ -19,7 +19,7 @@ ROWS = json.loads((ROOT / "results/memory.json").read_text())
 
 @pytest.fixture(scope="module")
 def counts():
-    """{flag: (bytes kept, bytes at the peak, FLOPs)} of EqM-S/2 with one and with two blocks, for a clip."""
+    """{flag: (bytes kept, bytes at the peak)} of EqM-S/2 with one and with two blocks, for a clip."""
     return {flag: [memory.count_step("S/2", flag, 1, depth) for depth in (1, 2)] for flag in memory.FLAGS}
 
 
@@ -35,14 +35,6 @@ def test_a_block_keeps_its_input_and_if_selective_attention_and_all_products_but
     assert per_block(counts["selective"], 0) == pytest.approx(in_float + products + sums, rel=1e-3)
     for flag in memory.GRAD_CHECKPOINTS:  # the peak is in one block, besides what the others keep
         assert per_block(counts[flag], 1) == pytest.approx(per_block(counts[flag], 0), rel=1e-3)
-
-
-def test_selective_computes_one_layer_again_and_full_everything(counts):
-    config = model_config("EqM-S/2", depth=1, use_rope=True)
-    for flag in memory.GRAD_CHECKPOINTS:
-        again = config.training_flops(16, flag) - config.training_flops(16)
-        found = counts[flag][0][2] - counts[None][0][2]
-        assert found == pytest.approx(again, rel=0.02 if flag == "selective" else 0.15)  # the last products are not
 
 
 def test_the_bytes_are_those_that_saved_tensor_hooks_see(counts):
@@ -64,16 +56,14 @@ def test_the_bytes_are_those_that_saved_tensor_hooks_see(counts):
 
 def test_selective_takes_xl_from_3_8_to_1_1_gb_a_clip_for_a_tenth_more_flops():
     off, selective, _ = (row for row in ROWS if row["model"] == "XL/2")
-    assert off["kept_mb"] > 3500 and selective["kept_mb"] < 1200
+    assert off["kept_mb"] > 3500 and selective["kept_mb"] + selective["kept_once_mb"] < 1200
     assert selective["gflops"] < 1.1 * off["gflops"]
 
 
 def test_the_committed_counts_are_those_of_the_code_and_the_tables_are_theirs():
     row = memory.measure("S/2", "selective")
-    assert row == ROWS[1] | {name: pytest.approx(row[name], rel=1e-2) for name in row if name.endswith(("mb", "flops"))}
+    assert row == ROWS[4] | {name: pytest.approx(row[name], rel=1e-2) for name in row if name.endswith(("mb", "flops"))}
     assert (ROOT / "results/memory.md").read_text().splitlines()[2:] == memory.tables(ROWS)
-    of_page = set((ROOT / "docs/machines.md").read_text().splitlines())  # its numbers: test_docs.py
-    assert len(of_page & set(memory.tables(ROWS))) > len(memory.MODELS) * (1 + len(memory.FRAMES))
 
 
 def test_clips_fit_in_proportion_to_their_frames_and_to_the_memory_that_is_free():

@@ -419,6 +419,6 @@ def test_flops_equal_the_count_of_torch(name, num_frames, ebm, grad_checkpoint, 
     told = {"gamma": torch.rand(2, num_frames)} if objective == "flow" else {}
     if ebm == "none":
         assert counted_flops(lambda: model(x, y, **told)) == 2 * config.flops(num_frames)
-    error = 0.1 if grad_checkpoint or ebm != "none" else 0.02
+    error = 0.1 if grad_checkpoint == "full" or ebm != "none" else 0.02
     trained = counted_flops(lambda: model(x, y, **told).square().mean().backward())
     assert trained == pytest.approx(2 * config.training_flops(num_frames, grad_checkpoint), rel=error)

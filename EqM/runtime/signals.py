@@ -9,6 +9,7 @@ import torch.distributed as dist
 
 from runtime.distributed import SHARE_TIME, rank
 
+VOTES_PER_SECOND = 1.0
 STOP_SIGNALS = signal.SIGTERM, signal.SIGINT, signal.SIGUSR1, signal.SIGHUP
 
 
@@ -19,14 +20,16 @@ class Interrupted(Exception):  # noqa: N818 (nothing went wrong)
 class StopSignal:
     """SIGTERM, SIGINT, SIGUSR1 or SIGHUP, sent to any rank, stops all of them at the same step.
 
-    `vote` starts a sum over the ranks before a step, and `resolve` reads it after the step, so no rank waits. As many
-    steps as rank 0 makes in a second share a vote; it tells the others how many. A second SIGINT ends the process at
-    once. together: no rank may leave before the others know, as a sharded network needs all.
+    `vote` starts a sum over the ranks before a step, and `resolve` reads it after the step, so no rank waits. Rank 0
+    measures how many steps take a second, and each vote carries that number, so all ranks skip the same steps. If steps
+    suddenly take N times as long, one vote comes up to N seconds late. A second SIGINT ends the process at once.
+    together: no rank may leave before the others know, as a sharded network needs all.
     """
 
     def __init__(self, together=False):
         self.name, self.flags, self.is_waiting, self.together = None, None, False, together
-        self.began, self.steps, self.seconds, self.period = None, 0, 0.0, 0  # of a step; since a vote; steps per vote
+        # in_step: between vote and resolve; steps: since the last vote; period: steps from one vote to the next
+        self.in_step, self.steps, self.period, self.voted_at = False, 0, 0, time.monotonic()
         self.group = dist.new_group(backend="gloo", timeout=SHARE_TIME) if dist.is_initialized() else None
         for number in STOP_SIGNALS:
             if signal.getsignal(number) != signal.SIG_IGN:  # as SIGHUP is under nohup
@@ -53,30 +56,29 @@ class StopSignal:
         return batch
 
     def vote(self, save=False):
-        """Begin a step and, if it is due, the vote on whether to stop and whether to save."""
-        self.began = time.monotonic()
+        """Begin a step and, if one is due, start a vote on whether to stop and whether to save."""
+        self.in_step, seconds = True, time.monotonic() - self.voted_at
         if self.group is None or self.steps >= self.period:
-            self._start(save, pace=self.steps / self.seconds if self.seconds else 0.0)
+            self._start(save, pace=VOTES_PER_SECOND * self.steps / seconds if seconds else 0.0)
 
     def _start(self, save=False, pace=0.0):
-        self.steps, self.seconds = 0, 0.0
+        self.steps, self.voted_at = 0, time.monotonic()
         self.flags = torch.tensor([float(self.name is not None), float(save), pace if rank() == 0 else 0.0])
         if self.group is not None:
             self.pending = dist.all_reduce(self.flags, group=self.group, async_op=True)
 
     def resolve(self):
         """Raise Interrupted, on all ranks, if any voted to stop. Returns whether any voted to save."""
-        if self.began is None:  # not in a step, where all ranks always vote
+        if not self.in_step:  # all ranks call this, so all vote
             self._start()
-        else:
-            self.steps, self.seconds = self.steps + 1, self.seconds + time.monotonic() - self.began
-        self.began = None
+        self.steps, self.in_step = self.steps + self.in_step, False
         if self.flags is None:  # a step without a vote
             return False
         if self.group is not None:
             self.pending.wait()
         stop, save, pace = self.flags.tolist()
-        self.flags, self.period = None, math.ceil(pace)  # outside of a step 0: longer clips may follow
+        # At most double: after a pause, a GPU accepts steps faster than it computes them
+        self.flags, self.period = None, min(math.ceil(pace), 2 * self.period + 1)
         if stop or (self.group is None and self.name is not None):  # a single process, after the vote
             raise Interrupted
         return save > 0
