@@ -9,7 +9,7 @@ import torch.distributed as dist
 
 from runtime.distributed import SHARE_TIME, rank
 
-VOTES_PER_SECOND = 1.0
+SECONDS_PER_VOTE = 1.0
 STOP_SIGNALS = signal.SIGTERM, signal.SIGINT, signal.SIGUSR1, signal.SIGHUP
 
 
@@ -59,7 +59,7 @@ class StopSignal:
         """Begin a step and, if one is due, start a vote on whether to stop and whether to save."""
         self.in_step, seconds = True, time.monotonic() - self.voted_at
         if self.group is None or self.steps >= self.period:
-            self._start(save, pace=VOTES_PER_SECOND * self.steps / seconds if seconds else 0.0)
+            self._start(save, pace=SECONDS_PER_VOTE * self.steps / seconds if seconds else 0.0)
 
     def _start(self, save=False, pace=0.0):
         self.steps, self.voted_at = 0, time.monotonic()

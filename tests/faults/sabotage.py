@@ -54,7 +54,7 @@ def votes_in_each_step():
     """The ranks vote on stops and saves as often as they can."""
     from runtime import signals
 
-    signals.VOTES_PER_SECOND = 0.0
+    signals.SECONDS_PER_VOTE = 0.0
 
 
 def slow_disk():
