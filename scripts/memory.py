@@ -96,6 +96,10 @@ def measure(name, flag):
     }  # fmt: skip
 
 
+def read_rows():
+    return json.loads((ROOT / "results/memory.json").read_text())
+
+
 def fitting_clips(row, frames, gb, ranks):
     """How many clips of so many frames a GPU of so many GB can train on at once."""
     once = GATHERED * row["block"] if ranks > 1 else 1e6 * row["peak_once_mb"]  # --shard gathers rounded weights

@@ -17,6 +17,7 @@ import torch
 
 import benchmark
 import checkpoint
+import memory
 from models import EqM, model_config
 from process import kill_all
 from runtime.cli import precisions
@@ -180,6 +181,28 @@ def test_ranks(plain, all_ranks, run, check):
         others[f"{RANKS} ranks, --shard / 1"] = run("shard", "--precision", "fp32", "--shard", ranks=RANKS)
     for name, other in others.items():
         check(name, distance(other, plain, "train_loss", "grad_norm", "val_loss"), 1e-3)
+    if RANKS > 1 and ON_GPU and "bf16" in PRECISIONS:  # --shard gathers rounded weights
+        sharded, whole = (
+            run(f"bf16{flag}", "--precision", "bf16", *flag.split(), ranks=RANKS) for flag in (" --shard", "")
+        )
+        check("--shard / without, bf16", distance(sharded, whole, "train_loss", "grad_norm", "val_loss"), 1e-2)
+
+
+@pytest.mark.skipif(not ON_GPU, reason="counts the memory of a GPU")
+@pytest.mark.parametrize(
+    "row", [row for row in memory.read_rows() if row["model"] == "XL/2"], ids=lambda row: row["flag"]
+)
+def test_memory(row, check):
+    """Peak memory of a step of EqM-XL/2 with 2 clips of 16 frames, bf16, against the counts: relative difference."""
+    settings = {"num_frames": memory.COUNTED, "batch_size": 2, "precision": "bf16", "compile": False}
+    step = benchmark.Step(SimpleNamespace(model="EqM-XL/2", **settings), num_classes=memory.SETTINGS["num_classes"])
+    step.model.grad_checkpoint = None if row["flag"] == "off" else row["flag"]
+    step()  # makes the optimizer states
+    torch.cuda.reset_peak_memory_stats()
+    step()
+    expected = memory.STATES * row["weights"] + 1e6 * (row["peak_once_mb"] + 2 * row["peak_mb"])
+    found = torch.cuda.max_memory_allocated()
+    check(f"--grad-checkpoint {row['flag']}", abs(found / expected - 1), 0.1, f"{found / 1e9:.2f} GB")
 
 
 def test_a_kill_and_a_resume(all_ranks, check):

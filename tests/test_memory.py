@@ -1,6 +1,5 @@
 """Bytes and FLOPs of training steps: closed forms, torch's own hooks, the committed counts and their tables."""
 
-import json
 from unittest.mock import patch
 
 import pytest
@@ -14,7 +13,7 @@ from runtime.distributed import autocast
 from training import ROOT
 
 TOKENS, WIDTH, HEADS = 2048, 384, 6  # of 16 frames in EqM-S/2
-ROWS = json.loads((ROOT / "results/memory.json").read_text())
+ROWS = memory.read_rows()
 
 
 @pytest.fixture(scope="module")
