@@ -25,7 +25,7 @@ LAYERS = (  # from the top; a module may import from layers below, and from its 
 STAND_ALONE = {"transport": {"runtime"}, "samplers": {"runtime", "transport"}}  # the rooms that they may import
 LONG = {("train", "main"): 170, ("train_vae", "main"): 100}  # the visible loops; all other functions: 60 lines
 BUDGETS = {  # lines of a module or room: of the design or, where that is exceeded today, of today in full tens
-    "train": 370, "train_vae": 220, "cache_latents": 210, "sample_gd": 240, "evaluate": 210, "models": 510,
+    "train": 370, "train_vae": 220, "cache_latents": 210, "sample_gd": 240, "evaluate": 210, "models": 500,
     "rope": 110, "transport": 200, "samplers": 130, "generation": 410, "given": 180, "vae": 150, "autoencoder": 150,
     "optim": 160, "checkpoint": 460, "inflate": 50, "published": 150, "sharding": 110, "preflight": 430, "schedule": 80,
     "validation": 100, "run": 90, "uncaught": 30, "video": 1500, "scoring": 2010, "runtime": 1200,
