@@ -4,6 +4,7 @@ Positions are a fixed sinusoidal table or, with `use_rope`, a rotary embedding o
 the field is minus the gradient of a scalar energy (EqM-E). Parameters have the names of the published image models.
 """
 
+import logging
 import math
 import warnings
 from collections import OrderedDict
@@ -433,6 +434,8 @@ class EqM(nn.Module):
         """Compile the blocks with torch.compile; one graph serves all blocks, batch sizes and numbers of tokens."""
         self.is_compiled = True
         torch._dynamo.config.optimize_ddp = False  # otherwise DDP splits the graphs of blocks at its buckets
+        # It warns that selective checkpointing must not contain operations in place. A Block has none.
+        logging.getLogger("torch._higher_order_ops.wrap").setLevel(logging.ERROR)
         for block in self.blocks:
             block.compile()
 
