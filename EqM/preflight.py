@@ -214,7 +214,7 @@ def resolve_settings(args, start, config):
     has_energy, in_fp16 = config.ebm != "none", args.precision == "fp16"
     refuse_if(args, "compile", args.compile and has_energy, f"no second derivative for --ebm {config.ebm}; remove it")
     is_selective = args.grad_checkpoint == "selective"
-    advice = f"no second derivative for --ebm {config.ebm}; use full, or remove it"
+    advice = f"no second derivative for --ebm {config.ebm}; use full, or remove the flag"
     refuse_if(args, "grad_checkpoint", is_selective and has_energy, advice)
     refuse_if(args, "skip_nonfinite", args.skip_nonfinite and in_fp16, "--precision fp16 already does that; remove it")
     for name, skill in (("forcing", "given frames"), ("forcing_regions", "how to heal regions")):

@@ -3,7 +3,8 @@
     python scripts/memory.py        about a minute
 
 Steps run on tensors without values (torch's fake tensors), and a counter follows which of them are alive. Two depths
-and two batches give the bytes per block and per clip. What fits on a GPU is then calculated.
+give the bytes per block, two batches those per clip. The peak grows a little faster in small batches than in large
+ones, so between these two the script counts slightly too much. What fits on a GPU is then calculated.
 """
 
 import itertools
@@ -29,6 +30,7 @@ MODELS, FLAGS = ("S/4", "S/2", "B/2", "L/2", "XL/2"), (None, *reversed(GRAD_CHEC
 GPUS, USABLE = (24, 40, 80, 141), 0.9  # GB; the rest is for CUDA, NCCL and gaps between tensors
 RANKS = 8  # of --shard
 COUNTED, FRAMES = 16, (4, 8, 16, 32)  # the bytes of a clip grow with its frames
+BATCHES = 1, 256  # that are counted
 STATES = 20  # bytes per weight: weight, gradient, two of AdamW, EMA
 GATHERED = 16  # bytes per weight of a block, with --shard: two blocks, each with bf16 weights, bf16 and fp32 gradients
 SETTINGS = {"num_classes": 101, "use_rope": True}
@@ -77,7 +79,9 @@ def count_step(name, flag, clips, depth):
             with distributed.autocast(x.device, "bf16"):
                 f = model(x, y)
             kept = alive.now
+            batches = torch.empty(2, 2, *x.shape, dtype=torch.half)  # this and the next: means, deviations
             f.float().square().mean().backward()
+    del batches
     return kept, alive.peak
 
 
@@ -86,9 +90,10 @@ def measure(name, flag):
     with torch.device("meta"):
         model = EqM_models[f"EqM-{name}"](**SETTINGS)
     weights, block = (sum(map(torch.numel, part.parameters())) for part in (model, model.blocks[0]))
-    steps = {at: np.array(count_step(name, flag, *at)) for at in itertools.product((1, 2), (1, 2))}  # clips, depth
-    one, two = (steps[clips, 1] + (len(model.blocks) - 1) * (steps[clips, 2] - steps[clips, 1]) for clips in (1, 2))
-    (kept, peak), once = (two - one).tolist(), (2 * one - two).tolist()  # once: rounded weights
+    steps = {at: np.array(count_step(name, flag, *at)) for at in itertools.product(BATCHES, (1, 2))}  # depth: 1, 2
+    few, many = (steps[clips, 1] + (len(model.blocks) - 1) * (steps[clips, 2] - steps[clips, 1]) for clips in BATCHES)
+    per_clip = (many - few) / (BATCHES[1] - BATCHES[0])
+    (kept, peak), once = per_clip.tolist(), (few - BATCHES[0] * per_clip).tolist()  # once: rounded weights
     return {
         "model": name, "flag": flag or "off", "weights": weights, "block": block, "kept_mb": kept / 1e6,
         "peak_mb": peak / 1e6, "kept_once_mb": once[0] / 1e6, "peak_once_mb": once[1] / 1e6,

@@ -188,20 +188,25 @@ def test_ranks(plain, all_ranks, run, check):
         check("--shard / without, bf16", distance(sharded, whole, "train_loss", "grad_norm", "val_loss"), 1e-2)
 
 
-@pytest.mark.skipif(not ON_GPU, reason="counts the memory of a GPU")
+@pytest.mark.skipif(not ON_GPU or "bf16" not in PRECISIONS, reason="counts the memory of a GPU, in bf16")
 @pytest.mark.parametrize(
     "row", [row for row in memory.read_rows() if row["model"] == "XL/2"], ids=lambda row: row["flag"]
 )
 def test_memory(row, check):
     """Peak memory of a step of EqM-XL/2 with 2 clips of 16 frames, bf16, against the counts: relative difference."""
     settings = {"num_frames": memory.COUNTED, "batch_size": 2, "precision": "bf16", "compile": False}
+    expected = memory.STATES * row["weights"] + 1e6 * (row["peak_once_mb"] + 2 * row["peak_mb"])
+    if torch.cuda.get_device_properties(0).total_memory < 1.1 * expected:
+        pytest.skip(f"takes {expected / 1e9:.0f} GB")
     step = benchmark.Step(SimpleNamespace(model="EqM-XL/2", **settings), num_classes=memory.SETTINGS["num_classes"])
     step.model.grad_checkpoint = None if row["flag"] == "off" else row["flag"]
     step()  # makes the optimizer states
+    step.backward()  # gradients exist all the time, as in the buckets of DDP
     torch.cuda.reset_peak_memory_stats()
     step()
-    expected = memory.STATES * row["weights"] + 1e6 * (row["peak_once_mb"] + 2 * row["peak_mb"])
     found = torch.cuda.max_memory_allocated()
+    del step
+    torch.cuda.empty_cache()
     check(f"--grad-checkpoint {row['flag']}", abs(found / expected - 1), 0.1, f"{found / 1e9:.2f} GB")
 
 

@@ -24,6 +24,10 @@ KINDS = {  # settings of a Run
     "muon": {"optimizer": "muon", "precision": "bf16", "qk_norm": True, "position_table": "space"},
     "energy": {"ebm": "l2"},
 }
+GATHERED = {  # settings of a Run that is trained with weights gathered in its precision, and in fp32
+    "bf16": {"qk_norm": True},
+    "fp16": {"objective": "flow", "position_table": "space", "micro_batches": 2, "grad_checkpoint": "selective"},
+}
 LABELS = torch.tensor([0, 3])
 CPU = torch.device("cpu")
 NO_SCALER = torch.amp.GradScaler("cpu", enabled=False)
@@ -108,13 +112,18 @@ class Traffic(TorchDispatchMode):
         return func(*args, **(kwargs or {}))
 
 
-def train_with(gathered):
-    """Train in bf16 with weights gathered in some precision. Returns (bytes to get a gradient, weights at the end)."""
-    run = Run(True, precision="bf16", gathered=gathered, grad_checkpoint="selective", qk_norm=True)
-    with Traffic() as traffic:
+def train_with(precision, gathered):
+    """Train with weights gathered in some precision. Returns (bytes sent, bytes kept for a backward pass, weights)."""
+    run, saved, kept = Run(True, precision=precision, gathered=gathered, **GATHERED[precision]), [], []
+
+    def unpack(tensor):
+        kept.append(local_bytes(saved))
+        return tensor
+
+    with Traffic() as traffic, torch.autograd.graph.saved_tensors_hooks(lambda x: saved.append(x) or x, unpack):
         run.backward(run.model, 0)
     run.train()
-    return traffic.bytes, run.weights()
+    return traffic.bytes, kept[0], run.weights()
 
 
 def save_and_load(folder, usual, run):
@@ -161,7 +170,8 @@ def main():
     found, runs = {}, {}
     for kind in KINDS:
         found[kind], runs[kind] = train_both(kind)
-    found["gathered"] = {precision: train_with(precision) for precision in ("fp32", "bf16")}
+    for precision in GATHERED:
+        found[precision] = [train_with(precision, gathered) for gathered in ("fp32", precision)]
     found["saved"] = save_and_load(folder, *runs["muon"])
     found["refusal"] = save_without_memory(folder, runs["energy"][1])
     found["overflow"] = overflow()

@@ -65,6 +65,14 @@ def test_the_committed_counts_are_those_of_the_code_and_the_tables_are_theirs():
     assert (ROOT / "results/memory.md").read_text().splitlines()[2:] == memory.tables(ROWS)
 
 
+@pytest.mark.parametrize("flag", memory.FLAGS)
+def test_the_peak_of_any_batch_is_known_from_two_batches(flag):
+    few, many = (memory.count_step("S/4", flag, clips, 2)[1] for clips in memory.BATCHES)
+    for clips, error in ((2, 0.05), (64, 0.01), (1024, 0.01)):
+        line = few + (clips - 1) * (many - few) / (memory.BATCHES[1] - 1)
+        assert line == pytest.approx(memory.count_step("S/4", flag, clips, 2)[1], rel=error)
+
+
 def test_clips_fit_in_proportion_to_their_frames_and_to_the_memory_that_is_free():
     def fits(frames, gb, ranks=1):
         return memory.fitting_clips(ROWS[-3], frames, gb, ranks)  # of XL/2, whose states take 13 GB

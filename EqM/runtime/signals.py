@@ -1,4 +1,4 @@
-"""Votes of the ranks, about once per second: a signal stops all ranks at the same step, and all save at the same."""
+"""Votes of the ranks, about once per second: all ranks stop at the same step after a signal, and save at the same."""
 
 import math
 import signal
@@ -21,8 +21,8 @@ class StopSignal:
     """SIGTERM, SIGINT, SIGUSR1 or SIGHUP, sent to any rank, stops all of them at the same step.
 
     `vote` starts a sum over the ranks before a step, and `resolve` reads it after the step, so no rank waits. Rank 0
-    measures how many steps take a second, and each vote carries that number, so all ranks skip the same steps. If steps
-    suddenly take N times as long, one vote comes up to N seconds late. A second SIGINT ends the process at once.
+    measures how many steps it makes per second, and each vote carries that number, so all ranks skip the same steps. If
+    steps suddenly take N times as long, one vote comes up to N seconds late. A second SIGINT ends the process at once.
     together: no rank may leave before the others know, as a sharded network needs all.
     """
 

@@ -166,7 +166,7 @@ def test_saving_by_the_clock_does_not_change_the_result(make):
     flags = ["--log-every", 7, "--val-every", 1000, "--ckpt-every", 1000, "--sample-every", 0]
     usual = make(200, TORCHRUN, flags, "usual")
     usual.run()
-    training = make(200, sabotaged("votes_in_each_step", TORCHRUN), [*flags, "--save-minutes", 0.002])
+    training = make(200, sabotaged("votes_often", TORCHRUN), [*flags, "--save-minutes", 0.002])
     process, saved = training.start(until=7), set()
     while process.poll() is None:  # there is no other reason to save before the end
         if list(training.results.glob("*/checkpoints/latest.pt")):
