@@ -77,7 +77,7 @@ def parse_args():
 
 
 def add_model_and_data_flags(parser):
-    add = parser.add_argument_group("model (--inflate gives defaults as --ckpt does)").add_argument
+    add = parser.add_argument_group("model (defaults come from --inflate, too)").add_argument
     add("--video", action="store_true", help="train on videos; without it on images")
     default = f"default: from --ckpt, else {preflight.DEFAULT_MODEL}"
     add("--model", choices=NAMES, metavar="NAME", help="EqM-{Ti,S,B,L,XL}/{2,4,8}: size / patch; " + default)

@@ -3,7 +3,7 @@
     python scripts/memory.py        about a minute
 
 Steps run on tensors without values (torch's fake tensors), and a counter follows which of them are alive. Two depths
-give the bytes per block, two batches those per clip. The peak grows a little faster in small batches than in large
+give the bytes per block, two batches those per clip. The peak grows a little slower in small batches than in large
 ones, so between these two the script counts slightly too much. What fits on a GPU is then calculated.
 """
 

@@ -70,7 +70,8 @@ def test_the_peak_of_any_batch_is_known_from_two_batches(flag):
     few, many = (memory.count_step("S/4", flag, clips, 2)[1] for clips in memory.BATCHES)
     for clips, error in ((2, 0.05), (64, 0.01), (1024, 0.01)):
         line = few + (clips - 1) * (many - few) / (memory.BATCHES[1] - 1)
-        assert line == pytest.approx(memory.count_step("S/4", flag, clips, 2)[1], rel=error)
+        peak = memory.count_step("S/4", flag, clips, 2)[1]
+        assert line == pytest.approx(peak, rel=error) and (clips > memory.BATCHES[1] or line > 0.9999 * peak)
 
 
 def test_clips_fit_in_proportion_to_their_frames_and_to_the_memory_that_is_free():

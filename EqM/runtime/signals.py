@@ -1,4 +1,4 @@
-"""Votes of the ranks, about once per second: all ranks stop at the same step after a signal, and save at the same."""
+"""Votes of the ranks, about once per second: after a signal all stop at one step, and all save at one step."""
 
 import math
 import signal

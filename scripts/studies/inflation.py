@@ -16,7 +16,7 @@ is a run of its own. The script reports the share at which the start makes as ma
 scratch, without and with the cost of the image model.
 
 The script writes results/inflation_PART.md and .json. Runs whose scores are in the json are not run again. Models and
-samples are in results/inflation (see lab.py). A full run of clips takes about 35 minutes of one core.
+samples are in results/inflation (see lab.py). A full run of clips takes about 35 minutes if two run at once on 2 cores.
 """
 
 import itertools
