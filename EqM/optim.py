@@ -107,14 +107,17 @@ def orthogonalize(x, steps=5, a=3.4445, b=-4.7750, c=2.0315):
     Newton-Schulz steps (Jordan et al.) map each singular value s to a s + b s^3 + c s^5. They end between 0.7 and 1.2,
     except where s was close to zero.
     """
-    x, is_tall = x.bfloat16(), x.shape[1] > x.shape[2]
+    is_tall = x.shape[1] > x.shape[2]
+    x = x.bfloat16()
     norms = torch.linalg.vector_norm(x, dim=(1, 2), keepdim=True, dtype=torch.float32)
     x = x / norms.clamp(min=1e-7).bfloat16()
+    if not distributed.has_fast_bf16(x.device):
+        x = x.float()
     for _ in range(steps):
         gram = x.mT @ x if is_tall else x @ x.mT  # of the shorter side
         factor = torch.baddbmm(gram, gram, gram, beta=b, alpha=c)
         x = torch.baddbmm(x, x, factor, beta=a) if is_tall else torch.baddbmm(x, factor, x, beta=a)
-    return x
+    return x.bfloat16()
 
 
 def set_learning_rates(optimizers, args, step, last_step):

@@ -65,7 +65,9 @@ activate() { # use the environment that setup.sh makes, or the active one
 suit() { # set GPUS and PRECISION to what suits this machine, unless they are set, and MIXED to the flag
   local gpus=1 precision= # train.py knows the best precision of a GPU
   if ! command -v nvidia-smi >/dev/null; then
-    gpus=2 precision=bf16 # on a CPU, two processes of one thread are faster than one of two
+    gpus=2 # on a CPU, two processes of one thread are faster than one of two
+    precision=fp32
+    if grep -qs avx512 /proc/cpuinfo; then precision=bf16; fi # on other CPUs, bf16 takes ten times as long
     # Have glibc keep the memory of a step for the next one: returning it and asking again takes time
     export MALLOC_MMAP_THRESHOLD_=4000000000 MALLOC_TRIM_THRESHOLD_=4000000000
   fi

@@ -72,6 +72,16 @@ def test_muon_agrees_with_torch_muon_up_to_bfloat16_rounding_and_takes_convoluti
     assert torch.equal(kernels.flatten(1), matrix) and not torch.equal(matrix, torch.ones(16, 72))
 
 
+def test_on_a_cpu_without_fast_bfloat16_muon_computes_in_float32_and_returns_nearly_the_same(monkeypatch):
+    matrices, directions = torch.randn(2, 24, 40, generator=torch.Generator().manual_seed(0)), {}
+    for capability in ("AVX2", "AVX512"):
+        monkeypatch.setattr(torch.backends.cpu, "get_cpu_capability", lambda name=capability: name)
+        directions[capability] = optim.orthogonalize(matrices)
+    assert directions["AVX2"].dtype == directions["AVX512"].dtype == torch.bfloat16
+    gap = (directions["AVX2"].float() - directions["AVX512"].float()).norm()
+    assert 0 < gap < 0.03 * directions["AVX512"].float().norm()
+
+
 def train_by_muon(rank, ranks, folder):
     """Write the weights, momenta and matrices of a rank after some steps to a file."""
     torch.set_num_threads(1)

@@ -127,6 +127,14 @@ def test_one_line_says_why_a_training_does_not_start_or_was_killed(python, setti
     assert all(part in done.stderr for part in words)
 
 
+@pytest.mark.parametrize(("status", "precision"), [(0, "bf16"), (1, "fp32")])
+def test_a_cpu_without_avx512_trains_in_fp32(status, precision):
+    words = f"set -eu; grep() {{ return {status}; }}; source scripts/common.sh; suit; echo $GPUS $PRECISION $MIXED"
+    environment = {"PATH": "/usr/bin:/bin"}
+    shell = subprocess.run(["bash", "-c", words], cwd=ROOT, env=environment, capture_output=True, text=True)
+    assert shell.stdout == f"2 {precision} --precision={precision}\n", shell.stderr
+
+
 def test_more_processes_than_gpus_are_refused(bash):
     commands = {"nvidia-smi": 'echo "GPU 0: a"; echo "GPU 1: b"', "torchrun": "echo started"}
     done = bash("scripts/sample.sh", commands=commands, GPUS="3", CKPT="x")

@@ -3,7 +3,7 @@
 import math
 from dataclasses import dataclass
 
-import lab  # noqa: F401 (puts EqM/ on the path)
+import lab
 from models import model_config
 
 VERSION = 2  # of the arms and of the columns of study.csv; study.py refuses rows of other versions
@@ -138,7 +138,7 @@ def recipe_flags(arm, seed, share, size):
 def sampling_flags(size):
     """The flags of sample_gd.py that all studies use."""
     flags = ["--sampler", "ngd", "--num-sampling-steps", size.points, "--cfg-scale", GUIDANCE]
-    return [*flags, "--stepsize", f"{PATH_LENGTH / (size.points - 1):.4g}", "--precision", "bf16"]
+    return [*flags, "--stepsize", f"{PATH_LENGTH / (size.points - 1):.4g}", "--precision", lab.PRECISION]
 
 
 def sampling_flops(num_frames, size):
@@ -152,5 +152,7 @@ def size_of(args):
 
 def training(args, arm, seed, share, *more):
     """The fields `training` and `last_step` of a lab.Run."""
-    flags = [*recipe_flags(arm, seed, share, size_of(args)), *more, *["--compile"] * args.compile]
+    # The last --precision counts: a CPU without fast bf16 follows the same recipe in fp32
+    flags = [*recipe_flags(arm, seed, share, size_of(args)), "--precision", lab.PRECISION, *more]
+    flags += ["--compile"] * args.compile
     return {"training": flags, "last_step": plan(arm, share, size_of(args))[0][-1][1]}

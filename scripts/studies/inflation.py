@@ -62,7 +62,7 @@ class Frames:
 
 IMAGES = replace(config_of(FULL), temporal_patch_size=1, num_frames=1)
 DATA = {
-    "shapes": Frames(IMAGES, " ".join(map(str, BASE)), 16, 1000, (2, 4)),
+    "shapes": Frames(IMAGES, " ".join(map(str, [*BASE, "--precision", lab.PRECISION])), 16, 1000, (2, 4)),
     "sprites": Frames(SPRITES.config, SPRITES.flags, 8, 600, (2,)),  # a fifth of the compute of HOURS=0.5
 }
 
@@ -189,7 +189,8 @@ class PayRun(StartedRun):
         flags += ["--val-every", max(1, phases[-1][1] // VALIDATIONS)]
         flags += ["--position-table", "space"] if arm == "scratch" else []
         words, metrics = TASK
-        sampling = ["--precision", "bf16", "--batch-size", 16, "--seed", seed, *TINY_SAMPLES.split() * args.miniature]
+        sampling = ["--precision", lab.PRECISION, "--batch-size", 16, "--seed", seed]
+        sampling += TINY_SAMPLES.split() * args.miniature
         super().__init__(
             Path(args.out, "inflation", f"pay-{arm}-{share}-seed{seed}"), data, training=flags,
             last_step=phases[-1][1], tasks={"samples": ([*words.split(), *sampling], metrics)},

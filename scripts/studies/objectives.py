@@ -102,7 +102,7 @@ class ObjectiveRun(lab.JsonRun):
         about = {"objective": objective, "shift": setting.shift, "way": setting.way, "seed": seed}
         about |= {"size": size.name} if args.miniature else {}
         flags = ["--objective", objective, "--gamma-shift", setting.shift, "--data-path", videos]
-        common = ["--seed", seed, "--precision", "bf16", "--batch-size", 32]
+        common = ["--seed", seed, "--precision", lab.PRECISION, "--batch-size", 32]
         motion = ["--data-path", test, "--split", "all", "--num-real", size.clips]
         super().__init__(
             Path(args.out, "objectives", "-".join(map(str, about.values()))), data,

@@ -32,8 +32,8 @@ from video.writers import write_sheet
 
 SIZE = {"depth": 6, "hidden_size": 256, "num_heads": 4, "input_size": 16}
 RECIPE = (  # flags of train.py; the checkpoint keeps the sampler
-    "--optimizer muon --lr 2e-3 --warmup-steps 50 --gamma-shift 2 --num-workers 0 --precision bf16 --sampler ngd "
-    "--num-sampling-steps 24 --stepsize 0.0217"
+    "--optimizer muon --lr 2e-3 --warmup-steps 50 --gamma-shift 2 --num-workers 0 --sampler ngd "
+    f"--num-sampling-steps 24 --stepsize 0.0217 --precision {lab.PRECISION}"
 )
 TINY = {"depth": 1, "hidden_size": 96, "num_heads": 4}  # with --miniature, as the next line
 TINY_SAMPLES = "--num-samples 4 --samples-per-clip 1 --num-sampling-steps 3"
@@ -99,7 +99,8 @@ DATA_SETS = {
         },
     ),
     "bouncing": DataSet(
-        "Bouncing shapes", config_of(FULL), f"{' '.join(map(str, BASE))} --forcing 0.75{INTERVALS}",
+        "Bouncing shapes", config_of(FULL), 
+        f"{' '.join(map(str, BASE))} --precision {lab.PRECISION} --forcing 0.75{INTERVALS}",
         int(1.6 * FULL.steps), ((8, 1 / 3), (16, 2 / 3)), 0,
         {LONG: (f"--num-frames 256 --window 16 --overlap 8 --num-samples 96 {' '.join(map(str, sampling_flags(FULL)))}",
                 ("motion", "consistency"))},
@@ -134,7 +135,8 @@ class PositionsRun(lab.JsonRun):
         data = lab.data_sets(videos, *((2, 2) if args.miniature else (60, 12)), *own.made) if own.made else {}
         scored = [videos, *data][-1]
         given = ["--given", scored, "--given-split", "val", "--no-keep-background"]
-        common = ["--precision", "bf16", "--batch-size", 16, "--seed", seed, *TINY_SAMPLES.split() * args.miniature]
+        common = ["--precision", lab.PRECISION, "--batch-size", 16, "--seed", seed]
+        common += TINY_SAMPLES.split() * args.miniature
         scoring = own.metrics | ({"classifier": "--classifier-steps 1"} if args.miniature else {})
         super().__init__(
             root / f"{args.data_set}-{positions.replace(' ', '-')}-seed{seed}",

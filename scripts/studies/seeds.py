@@ -30,7 +30,7 @@ class QuickstartRun(lab.Run):
         clips, *counts = (4, 2, 2) if self.tiny else (CLIPS, 60, 8)
         data = lab.data_sets(root / "moving-shapes", *counts, "--seconds", 1.4)
         self.videos, test = data
-        flags = ["--num-samples", clips, "--precision", "bf16", "--seed", seed, "--num-frames"]
+        flags = ["--num-samples", clips, "--precision", lab.PRECISION, "--seed", seed, "--num-frames"]
         super().__init__(
             root / f"seed{seed}",
             data,
