@@ -117,6 +117,7 @@ def check_flags(args):
     """Raise UserError for flags that contradict each other, the machine or the file system."""
     check_job()
     cli.check_speed_flags(args)
+    check_optimizer_flags(args)
     cli.check_writable("--results-dir", args.results_dir)
     refuse_if(args, "results_dir", not is_text(args.results_dir), "not UTF-8, which TensorBoard needs; name another")
     if args.wandb:
@@ -128,6 +129,8 @@ def check_flags(args):
         still = getattr(args, name) and {*clip_lengths(args)} == {1}
         refuse_if(args, name, still, "does not apply to clips of one frame; remove it")
     refuse_if(args, "frame_interval", not ascends, "expected one number, or two in ascending order")
+    unused = args.lr_decay_end is not None and not args.lr_decay
+    refuse_if(args, "lr_decay_end", unused, "applies to --lr-decay; add that, or remove it")
     too_early = args.lr_decay_end and args.lr_decay_end < last
     refuse_if(args, "lr_decay_end", too_early, "expected at least the last step of --max-steps or --frames-schedule")
     for name in ("ckpt", "inflate"):
@@ -142,6 +145,12 @@ def check_flags(args):
     uneven, alone = batch % parts and not schedule, args.disp and batch == parts
     refuse_if(args, "global_batch_size", uneven, f"not a multiple of {ranks}; use a multiple of {parts}")
     refuse_if(args, "disp", alone, "compares clips, but each rank has one at a time; raise --global-batch-size")
+
+
+def check_optimizer_flags(args):
+    """Raise UserError for a --muon-lr that --optimizer does not use."""
+    unused = "muon_lr" in args.typed and args.optimizer != "muon"
+    refuse_if(args, "muon_lr", unused, "applies to --optimizer muon; add that, or remove it")
 
 
 def resolve_latents(args, start):
@@ -356,6 +365,9 @@ def resolve_sampling(args):
         found.append((own.resolve(**values), plan))
         generation.say_plan(*found[-1])
         check_plan(*found[-1])
+    unused = args.overlap is not None and all(len(plan.window_starts) == 1 for _, plan in found)
+    alone = f"the {found[0][1].num_frames} frames are made in one"
+    refuse_if(args, "overlap", unused, f"applies to several windows, but {alone}; add --window, or remove it")
     return found
 
 
@@ -409,6 +421,7 @@ def check_vae_run(args):
     """(flags, Start, Data) of a run of train_vae.py with these flags. Only rank 0 knows the Data. Raises UserError."""
     cli.check_devices()
     check_job()
+    check_optimizer_flags(args)
     count = int(math.log2(args.downsample)) + 1
     args = args.resolve(widths=args.widths or [16, 32, 64, 128][:count])
     unit, ranks = args.downsample, world_size()

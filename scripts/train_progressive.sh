@@ -71,6 +71,7 @@ replace() { # FLAG: set INSTEAD to the variables that set this flag of train.py
     --num-frames | --frames-schedule) INSTEAD="FRAMES_1, FRAMES_2 and FRAMES_3" ;;
     --max-steps | --epochs) INSTEAD="STEPS_1, STEPS_2 and STEPS_3" ;;
     --global-batch-size) INSTEAD="BATCH_1, BATCH_2 and BATCH_3" ;;
+    --lr-decay) INSTEAD=LR_DECAY ;;
     --model) INSTEAD=MODEL ;;
     --inflate) INSTEAD=START ;;
     --data-path) INSTEAD=DATA ;;
@@ -190,6 +191,8 @@ train() { # PHASE STEPS FLAGS: train a phase of so many steps
 if [[ $ONE_RUN == 1 ]]; then
   train 1 $((STEPS_3 / 3)) --frames-schedule="$SCHEDULE" "${INFLATE[@]}" "$@"
 else
+  DECAY_END=()
+  [[ ! $LR_DECAY =~ [1-9] ]] || DECAY_END=(--lr-decay-end="$STEPS_3")
   [[ $BEGUN -lt 2 ]] || echo "$SCRIPT: phase $BEGUN has checkpoints, so the phases before it are done"
   for ((phase = BEGUN > 1 ? BEGUN : 1; phase <= 3; phase++)); do
     frames=FRAMES_$phase steps=STEPS_$phase batch=BATCH_$phase before=STEPS_$((phase - 1)) CKPT=
@@ -204,7 +207,7 @@ else
     fi
     [[ $phase == 1 ]] || INFLATE=()
     train "$phase" $((${!steps} - ${!before})) --num-frames="${!frames}" --global-batch-size="${!batch}" \
-      --max-steps="${!steps}" --lr-decay-end="$STEPS_3" ${CKPT:+--ckpt="$CKPT"} "${INFLATE[@]}" "$@"
+      --max-steps="${!steps}" "${DECAY_END[@]}" ${CKPT:+--ckpt="$CKPT"} "${INFLATE[@]}" "$@"
   done
 fi
 echo "$SCRIPT: done; sample the model with: EXP=$(printf %q "$EXP") bash scripts/sample.sh"

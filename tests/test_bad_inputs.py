@@ -68,6 +68,7 @@ CASES = {
         --vae no/such/vae | --vae empty
         --max-bad-fraction 0.2 --data-path bad => 0.2: 2 of 6 files are corrupt; A/x.avi, B/y.mp4; or raise this limit
         --results-dir file | --results-dir nowhere | --results-dir /proc/x | --results-dir file --resume
+        --results-dir no/such/../../file => is not a writable folder
         --ckpt no/such.pt | --ckpt no/such.pt --resume | --ckpt pipe | --ckpt /dev/zero | --ckpt loop | --ckpt empty
         --data-path -videos => --data-path
         --global-seed 1000000000000000000000000000000 | --num-workers 1000000 | --num-frames 1000000000000 => at most
@@ -80,7 +81,9 @@ CASES = {
         --num-frame 3 => --num-frame: no such flag; did you mean --num-frames?
         --colour=red => --colour: no such flag; see --help
         --ckpt a.pt b.pt c.pt --qk-norm => b.pt: unexpected argument; pattern
-        --lr-decay-end 9 => --lr-decay-end 9: expected at least
+        --lr-decay-end 9 --lr-decay 0.5 => --lr-decay-end 9: expected at least
+        --lr-decay-end 20 => --lr-decay-end 20: applies to --lr-decay; add that, or remove it
+        --muon-lr 0.01 => --muon-lr 0.01: applies to --optimizer muon; add that, or remove it
         --precision fp16 => --precision fp16; GPU; bf16
         --compile => g++
         --compile --ebm dot | --grad-checkpoint selective --ebm dot => --ebm dot
@@ -149,7 +152,7 @@ CASES = {
         --frames-schedule 4:10,400:20:4 => --frames-schedule 400; 10
         --frames-schedule 4:10,12:20 --global-batch-size 4 => 12 frames; --global-batch-size
         --num-frames 4 --frames-schedule 4:10 => contradicts --frames-schedule
-        --lr-decay-end 9 --num-frames 8 => --lr-decay-end 9; --max-steps""",
+        --lr-decay-end 9 --lr-decay 1 --num-frames 8 --max-steps 10 => --lr-decay-end 9; --max-steps""",
     "schedule fixed": "--frames-schedule 4:10,8:20 => tied to num_frames 4",
     "train latents": """
         --image-size 32 | --vae mse | --vae none
@@ -175,6 +178,7 @@ CASES = {
         --no-ema --ckpt shared => --no-ema
         --fps 25 --time-scale 0.04 => --time-scale
         --folder file/x => --folder file
+        --folder file | --folder no/such/../../file => is not a writable folder
         --folder mine => 000000.mp4 was not made by sample_gd.py; name a new folder
         --num-sampling-steps 1 => at least 2
         --stepsize 1e-12 => larger steps
@@ -189,6 +193,8 @@ CASES = {
         --no-keep-background => applies to clips of --given
         --window 3 --num-frames 20 => --window 3: a temporal patch
         --overlap 8 --window 8 --num-frames 20 => --overlap 8: leaves no new frame
+        --overlap 8 --num-frames 20 => --overlap 8: applies to several windows, but the 20 frames are made in one
+        --overlap 4 --window 8 --num-frames 4 8 => --overlap 4: applies to several windows; add --window, or remove it
         --init videos --window 8 --num-frames 20 => windows of 8; remove it
         --given-frames 20 --given videos --num-frames 20 => 20: samples have the frames 0 to 19; expected
         --given-frames 0-19 --given videos --num-frames 20 => 0-19: samples have the frames 0 to 19
@@ -215,7 +221,7 @@ CASES = {
         --data-path no/such | --out videos | --out cache | --image-size 33
         --data-path cache => name the folder of its videos
         --data-path long => A/aaaa; is too long for a file of the cache; shorten it by 6 bytes
-        --out file => not a writable folder
+        --out file | --out no/such/../../file => not a writable folder
         --out piped => --out piped; latents.json is damaged""",
     "evaluate": """
         --samples empty | --data-path no/such | --metric beauty
@@ -236,7 +242,7 @@ CASES = {
         --data-path listed --metric classifier => no training video of class B; lower --val-fraction
         --data-path listed --metric classifier --classifier-test val => no validation video of class A
         --metric nearest --vae v => needs no VAE
-        --out file/a.json | --cache file/a => is not a writable folder
+        --out file/a.json | --out no/such/../../file/a.json | --cache file/a => is not a writable folder
         --out empty => a folder
         --data-path empty => no videos found
         --data-path cache => a latent cache; name the folder of its videos
@@ -274,6 +280,8 @@ CASES = {
     "train_vae": """
         --downsample 2 | --data-path no/such
         --image-size 18 => --image-size 18: not a multiple of --downsample 4
+        --results-dir file | --results-dir no/such/../../file => is not a writable folder
+        --muon-lr 0.1 --optimizer adamw => --muon-lr 0.1: applies to --optimizer muon
         --widths 8 8 => --widths 8 8: expected 3 numbers for --downsample 4""",
     "check": """
         no/such => DIR no/such: no such folder

@@ -86,6 +86,7 @@ def test_a_script_answers_help_with_its_variables_and_does_nothing_else(script, 
     ("train_progressive.sh", "", {"MODEL": "S"}, ["MODEL=S: ", "EqM-S/4"]),
     ("train_progressive.sh", "--mix 0.1", {}, ["--mix: ", "ONE_RUN=1"]),
     ("train_progressive.sh", "--max-steps=5", {}, ["--max-steps: ", "STEPS_3"]),
+    ("train_progressive.sh", "--lr-decay 0.5", {}, ["--lr-decay: ", "LR_DECAY"]),
     ("train_progressive.sh", "--ckpt x", {}, ["--ckpt: ", "ONE_RUN=1"]),
     ("train_progressive.sh", "--vae=none", {}, ["--vae: ", "CACHE=0"]),
     ("train_progressive.sh", "--image-size 64", {}, ["--image-size: ", "CACHE=0"]),
@@ -230,18 +231,21 @@ def test_train_progressive_repeats_no_phase_before_one_with_checkpoints(runs, ca
         path = [f"--ckpt={run_folder(ckpt[0])}/checkpoints/{ckpt[1]}.pt"] if ckpt else []
         assert [word for word in call if word.startswith("--ckpt")] == path
         assert f"--num-frames={frames}" in call and ("--resume" in call) == resumes
+        assert not any(word.startswith("--lr-decay-end") for word in call)  # as LR_DECAY is 0
     assert done.returncode == (0 if calls[-1][0] == 16 else 2)  # 2: a phase has saved nothing, as python is a stand-in
 
 
 def test_train_progressive_passes_odd_names_unchanged(recorded, tmp_path):
     make_run(tmp_path, 4, "0000050"), make_run(tmp_path, 8, "0000090")
     names = PHASES | {"DATA": f"{ODD}data", "LATENTS": f"{ODD}latents", "VAE": f"{ODD}vae", "CACHE": "1"}
+    names["LR_DECAY"] = "0.4"
     done, calls = recorded("train_progressive.sh", f"--rest={ODD}", "--max-bad-fraction", "0.5", **names)
     assert done.returncode == 0, done.stderr
     assert [call[2] for call in calls] == ["EqM/cache_latents.py"] + 2 * ["EqM/train.py"]
     assert {f"--data-path={ODD}data", f"--out={ODD}latents", f"--vae={ODD}vae"} <= set(calls[0])
     assert "--max-bad-fraction=0.5" in calls[0]
     for call in calls[1:]:
+        assert "--lr-decay-end=91" in call
         assert {f"--data-path={ODD}latents", f"--results-dir=results/{ODD}", f"--rest={ODD}"} <= set(call)
     *_, next_command = done.stdout.splitlines()
     command = next_command.partition("with: ")[2].replace("bash", "printenv EXP #")
