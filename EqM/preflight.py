@@ -13,6 +13,7 @@ import checkpoint
 import generation
 from models import model_config, model_name, model_shape
 from optim import MUON_DECAY
+from published import is_published
 from runtime import cli, distributed
 from runtime.cli import UserError, flag_text, plural, refuse_if, say
 from runtime.distributed import local_rank, rank, world_size
@@ -267,7 +268,9 @@ def fit_classes(args, config, start, classes):
     elif start.state is not None:
         got, expected = (f"{', '.join(names[:3])} ({len(names)})" for names in (classes, before))
         advice = "pass its data, or remove --resume" if start.resumes else "add --new-classes to train on these"
-        is_unnamed = not start.inflates and before == [str(label) for label in range(len(before))]  # published
+        numbers = [str(label) for label in range(len(before))]
+        # A published model numbers its classes; training from it takes the names of the data in that order
+        is_unnamed = not start.inflates and is_published(start.config) and before == numbers
         differ = before != classes and not is_unnamed
         refuse_if(args, "data_path", differ, f"has the classes {got}, {start.flag} has {expected}; {advice}")
         checkpoint.check(start.flag, config, num_classes=num_classes)

@@ -111,6 +111,11 @@ def load_published(path, model, ema, args, name, ebm):
     return {"model": asdict(config), "data": data, "training": training}, weights, ema_weights, 0
 
 
+def is_published(config):
+    """Whether the config of a checkpoint is of a published file or its export, which do not say how it was trained."""
+    return "optimizer" not in config["training"]
+
+
 def published_config(state, name, ebm):
     """The EqMConfig of published weights of the model `name`. Raises ValueError if they are of another model."""
     if "pos_embed" not in state:

@@ -178,7 +178,13 @@ def test_a_published_file_that_does_not_fit_is_refused(tmp_path, wrong):
         assert line.startswith(f"--inflate {tmp_path / 'a.pt'}: ") and words in line
 
 
-def test_a_published_file_samples_images_and_starts_a_training_run(tmp_path, tiny_name):
+def rename_classes(data, names):
+    """Rename class folders, {old name: new name}."""
+    for old, new in names.items():
+        (data / old).rename(data / new)
+
+
+def test_a_published_file_samples_images_and_starts_a_training_run(tmp_path, tiny_name, capsys):
     path, vae = write_file(tmp_path / "a.pt", STATE, "whole"), make_vae(tmp_path / "vae")
     shared = ["--ckpt", path, "--model", tiny_name, "--vae", vae, "--num-sampling-steps", 3]
     run_main(sample_gd, *shared, "--num-samples", 3, "--folder", tmp_path / "s", "--classes", 7)
@@ -187,17 +193,28 @@ def test_a_published_file_samples_images_and_starts_a_training_run(tmp_path, tin
     assert samples["labels"].tolist() == [7, 7, 7]
 
     data = make_images(tmp_path / "data", 4)
-    run_main(
-        train, *shared, "--data-path", data, "--image-size", 16, "--num-classes", 10, "--val-clips", 2,
-        "--results-dir", tmp_path / "results", "--max-steps", 2, "--global-batch-size", 2, "--num-workers", 0,
-        "--lr", 1e-9, "--log-every", 1, "--sample-every", 2, "--num-samples", 2,
-    )  # fmt: skip
+    rename_classes(data, {"A": "0", "B": "1"})
+    flags = ["--model", tiny_name, "--vae", vae, "--num-sampling-steps", 3]
+    flags += ["--data-path", data, "--image-size", 16, "--num-classes", 10, "--val-clips", 2]
+    flags += ["--results-dir", tmp_path / "results", "--global-batch-size", 2, "--num-workers", 0]
+    flags += ["--lr", 1e-9, "--log-every", 1, "--sample-every", 2, "--num-samples", 2]
+    run_main(train, *flags, "--max-steps", 2, "--ckpt", path)
     (folder,) = (tmp_path / "results").iterdir()
     trained, started = checkpoint.load(folder / "checkpoints/0000002.pt"), checkpoint.load(path, model=tiny_name)
     assert all((value - started["model"][name]).abs().max() < 1e-6 for name, value in trained["model"].items())
     before, after = (one["ema"][BIAS] - started["model"][BIAS] for one in (started, trained))
     torch.testing.assert_close(after, before * 2 / 11 * 3 / 12)  # the average began anew: see optim.ema_decay
     assert (folder / "samples/0000002.png").exists()
+
+    # Only the classes of the published model have no names; those of this run are called 0 and 1
+    rename_classes(data, {"0": "cat", "1": "dog"})
+    run_main(export, path, tmp_path / "published", "--model", tiny_name)
+    run_main(export, folder / "checkpoints/latest.pt", tmp_path / "trained")
+    for start in (path, tmp_path / "published"):
+        run_main(train, *flags, "--max-steps", 3, "--ckpt", start, "--dry-run")
+    for start in (["--ckpt", folder / "checkpoints/latest.pt"], ["--ckpt", tmp_path / "trained"], ["--resume"]):
+        line = refused(capsys, train, *flags, "--max-steps", 3, *start)
+        assert "has the classes cat, dog (2), " in line and " has 0, 1 (2); " in line
 
 
 @torch.no_grad()
