@@ -31,7 +31,7 @@ from models import SHAPE, EqM, EqMConfig, model_name
 from published import load_published, published_parts, read_export
 from runtime import distributed
 from runtime.atomic import atomic_write, link
-from runtime.cli import UserError, refuse_if, say, writing
+from runtime.cli import UserError, flag_text, say, writing
 from runtime.memory import free_bytes
 from runtime.metrics import read_metrics
 from runtime.runs import is_restarted, lock, name_similar, newest_run, remove_temporary_files
@@ -363,8 +363,10 @@ class Start:
     path: Path | None = None  # of the checkpoint
     state: dict | None = None  # and its content
     inflates: bool = False  # whether it is the image model of --inflate
+    sha256: str | None = None  # of the weights that a new phase starts from, on rank 0
     folder: Path | None = None  # of the run to resume, even if it has no checkpoint yet
     resumes: bool = False  # whether the checkpoint belongs to that run; only then:
+    restarts: bool = False  # whether torchrun restarted the job that wrote it
     unlogged: dict | None = None  # the StepStats.averaged of steps that the run had not logged
     bad_videos: list = ()  # paths of the corrupt videos that it knows
 
@@ -395,17 +397,18 @@ def find_start(args, name):
     """
     ckpt = args.ckpt or args.inflate
     start = find_resumed(args, name, ckpt)
-    if start.resumes and args.inflate and not start.kept("inflate"):
-        raise UserError(f"--inflate: --resume continues {start.folder}, which began without it; remove one of the two")
+    if start.resumes and ckpt and not start.restarts and distributed.rank() == 0:
+        check_began_from(start, args, Path(ckpt))
     if start.resumes or not ckpt:
         return start
     start.path, start.inflates = Path(ckpt), bool(args.inflate)
     start.state = start.read(args)
     if not args.new_classes:
         check_optimizer(start, args)
+    if distributed.rank() == 0:
+        start.sha256 = start_weights(args, args.model)[0]
     state, step = start.state, start.state["step"]
-    done = f"the checkpoint is at step {step} already; steps are counted over all phases; give a larger number"
-    refuse_if(args, "max_steps", args.max_steps and args.max_steps <= step, done)
+    check_last_step(args, step, least=step + 1)
     start.progress = Progress(step, step, ema_start=step if args.new_classes else state["phase"]["ema_start"])
     return start
 
@@ -423,7 +426,8 @@ def find_resumed(args, name, ckpt=None, read=load):
     if folder is None and args.resume:
         similar = "" if ckpt else name_similar(args.results_dir, name)
         say(f"--resume: no run {name} in {args.results_dir}{similar}; starting from {ckpt or 'the beginning'}")
-    if folder is None or not (args.resume or is_restarted(folder)):
+    start.restarts = folder is not None and is_restarted(folder)
+    if folder is None or not (args.resume or start.restarts):
         return start
     if distributed.rank() == 0:
         lock(folder)
@@ -434,8 +438,46 @@ def find_resumed(args, name, ckpt=None, read=load):
         start.resumes, start.bad_videos = True, state["run"]["bad_videos"]
         start.unlogged = deepcopy(state["run"]["window"])  # or the file would stay open during the run
         check_optimizer(start, args)
+        check_last_step(args, state["step"], least=state["step"])
         start.progress = Progress(state["step"], best_loss=state["best_loss"], **state["phase"])
     return start
+
+
+def check_last_step(args, step, least):
+    """Raise UserError if the last step that the flags set is below `least`. step: of the checkpoint."""
+    if args.max_steps is None or args.max_steps >= least:
+        return
+    flag = "--frames-schedule to step" if getattr(args, "frames_schedule", None) else "--max-steps"
+    done = f"the checkpoint is at step {step} already; steps are counted over all phases; give a larger number"
+    raise UserError(f"{flag} {args.max_steps}: {done}")
+
+
+def check_began_from(start, args, path):
+    """Raise UserError if the run that a Start resumes did not begin from --ckpt or --inflate, a file `path`."""
+    name = "inflate" if args.inflate else "ckpt"
+    if path.resolve().is_relative_to(start.folder.resolve()):  # shell scripts pass it if the phase before is deleted
+        return
+    began = f"{flag_text(args, name)}: --resume continues {start.folder}, which began"
+    if not start.kept(name):
+        raise UserError(f"{began} without it; remove one of the two")
+    try:
+        sha256, step = start_weights(args, args.model or start.kept("model"))
+    except UserError as error:  # the files of earlier phases may be deleted
+        say(f"note: {error}; so it can't be compared with the start of {start.folder}")
+        return
+    if known := start.kept("start_sha256"):
+        differs = sha256 != known
+    else:  # an older run; a schedule may have begun another phase since
+        differs = not args.inflate and not start.kept("frames_schedule") and step != start.progress.first_step
+    if differs:
+        raise UserError(f"{began} from other weights ({start.kept(name)}); remove one of the two")
+
+
+def start_weights(args, model):
+    """(SHA-256 of the weights that a phase takes from --ckpt or --inflate, their step). Raises UserError."""
+    part = "ema" if args.inflate else "model"
+    state = load(args.ckpt or args.inflate, [part], model, args.ebm)
+    return weights_sha256(state[part]), state["step"]
 
 
 def check_not_deleted(folder):

@@ -60,6 +60,9 @@ def check_run(args):
         data = open_data(args, start, clip_lengths(args), args.val_frames, frames_flag(args))
         config = fit_classes(args, config, start, data.scan.classes)
         phases = phases or [only_phase(args, start.progress, data)]
+        step, last_step = start.progress.step, phases[-1].last_step
+        past = f"the checkpoint is at step {step}, these epochs end at step {last_step}; give more"
+        refuse_if(args, "epochs", args.epochs and step > last_step, past)
     return args, start, vae, config, data, phases
 
 
@@ -215,6 +218,7 @@ def resolve_settings(args, start, config):
     args = args.resolve(
         # Where the phase started, only as a record
         **{name: start.kept(name) if start.resumes else getattr(args, name) for name in ("ckpt", "inflate")},
+        start_sha256=start.kept("start_sha256") if start.resumes else start.sha256,
         shard=args.shard and world_size() > 1,
         model=args.model or trained.get("model", DEFAULT_MODEL),
         precision=cli.resolve_precision(args.precision, config.ebm != "none", start.kept("precision")),

@@ -103,6 +103,11 @@ def test_an_image_run_starts_a_run_of_clips_that_later_phases_continue(runs, tmp
     capsys.readouterr()
     run_main(train, *flags, "--inflate", path, "--max-steps", 1, "--resume")
     assert "is finished at step 1" in capsys.readouterr().out
+    other = checkpoint.load(path)
+    other["ema"] = other["model"]  # --inflate takes the EMA weights
+    checkpoint.save(tmp_path / "other.pt", other)
+    line = refused(capsys, train, *flags, "--inflate", tmp_path / "other.pt", "--max-steps", 2, "--resume")
+    assert f"which began from other weights ({path}); remove one of the two" in line
     run_main(train, *flags, "--ckpt", newest(tmp_path), "--num-frames", 6, "--max-steps", 2)
     later, config, _ = checkpoint.load_model(newest(tmp_path))
     assert later.config == replace(video.config, num_frames=6) and config["training"]["inflate"] is None

@@ -5,12 +5,25 @@ from dataclasses import replace
 from pathlib import Path
 
 import pytest
+import torch
 
 import checkpoint
 import train
 import train_vae
 from tiny_data import make_images
-from training import IMAGES, OFTEN, TINY, TINY_VAE, Training, compare, counted_steps, refused, run_here, run_main
+from training import (
+    IMAGES,
+    OFTEN,
+    TINY,
+    TINY_VAE,
+    Training,
+    compare,
+    counted_steps,
+    refused,
+    run_here,
+    run_main,
+    snapshot,
+)
 
 STEPS = 7
 
@@ -46,7 +59,8 @@ def test_a_run_stopped_after_every_step_ends_like_an_uninterrupted_run(whole, tm
 CACHED = [flag for flag in TINY if flag not in ("--vae", "none")]
 KINDS = {  # data, flags that replace TINY's or add to them
     "bf16, muon": ("shapes", TINY, ["--precision", "bf16", "--optimizer", "muon"]),
-    "accumulation": ("shapes", TINY, ["--grad-accum", 2, "--disp", "--lr-decay", 0.5, "--warmup-steps", 3]),
+    # The second start ends in the warm-up, at step 4, which the third logs before its first step
+    "accumulation": ("shapes", TINY, ["--grad-accum", 2, "--disp", "--lr-decay", 0.5, "--warmup-steps", 5]),
     "an energy": ("shapes", TINY, ["--ebm", "dot", "--forcing", 0.5, "--gamma-shift", 3, "--temporal-patch-size", 3]),
     "latents": ("latents", CACHED, ["--forcing", 0.5, "--disp"]),
     "images": ("images", IMAGES, []),
@@ -95,6 +109,69 @@ def test_a_resume_links_a_checkpoint_to_its_missing_names(copy):
         (copy.folder / "checkpoints" / name).unlink()
         run_here(copy, "--resume")
         assert {path.name: path.read_bytes() for path in (copy.folder / "checkpoints").iterdir()} == names
+
+
+@pytest.mark.parametrize(("end", "words"), [
+    (["--max-steps", 5], "--max-steps 5: the checkpoint is at step 7 already; steps are counted over all phases; give"),
+    (["--epochs", 1], "--epochs 1: the checkpoint is at step 7, these epochs end at step 3; give more"),
+])  # fmt: skip
+def test_a_run_that_is_past_the_last_step_of_the_flags_is_refused(end, words, copy, tmp_path, capsys):
+    before = snapshot(copy.folder)
+    del before[copy.folder / "lock"]
+    past = replace(copy, steps=None, flags=end)
+    assert words in refused(capsys, train, *past.command_flags(*OFTEN, "--resume"))
+    assert before.items() <= snapshot(copy.folder).items()
+    run_here(copy, "--resume")  # it ends where the flags end
+    assert f"{copy.folder} is finished at step 7" in capsys.readouterr().out
+
+
+def with_other_weights(path, new):
+    """Write a copy of a checkpoint, of the same step, whose weights differ."""
+    state = torch.load(path, weights_only=True)
+    for part in ("model", "ema"):
+        for value in state[part].values():
+            value += 1
+    torch.save(state, new)
+    return new
+
+
+def test_a_phase_resumes_only_with_the_weights_that_it_began_from(copy, tmp_path, capsys, monkeypatch):
+    start = copy.folder / "checkpoints" / f"{STEPS:07d}.pt"
+    longer = Training(copy.data, tmp_path / "longer", STEPS + 2, flags=["--num-frames", 8])
+    assert run_here(longer, "--ckpt", start, stop_after=1) == 1
+    latest = longer.folder / "checkpoints/latest.pt"
+    other = with_other_weights(start, tmp_path / "other.pt")
+    earlier = start.with_name("0000004.pt")
+    moved = Path(shutil.copy(start, tmp_path / "moved.pt"))
+    gone = tmp_path / "gone.pt"
+
+    def check(ckpt):
+        """What a resume with this --ckpt prints, if it is accepted."""
+        capsys.readouterr()
+        run_main(train, *longer.command_flags(*OFTEN, "--resume", "--ckpt", ckpt, "--dry-run"))
+        return capsys.readouterr().out
+
+    def check_refused(training, ckpt, words):
+        line = refused(capsys, train, *training.command_flags(*OFTEN, "--resume", "--ckpt", ckpt))
+        assert f"--ckpt {ckpt}: --resume continues {training.folder}, which began {words}" in line
+
+    for same in (start, start.with_name("latest.pt"), moved, latest):  # the shell scripts name the phase's own file
+        assert "note: " not in check(same)
+    for wrong in (other, earlier):
+        check_refused(longer, wrong, f"from other weights ({start}); remove one of the two")
+    check_refused(copy, start.parents[2] / "gone.pt", "without it; remove one of the two")
+    assert f"note: --ckpt {gone}: no such file" in check(gone)  # nothing to compare with
+
+    state = torch.load(latest, weights_only=True)
+    assert state["config"]["training"]["start_sha256"] == checkpoint.weights_sha256(checkpoint.load(start)["model"])
+    with monkeypatch.context() as patch:  # torchrun repeats a command that was accepted
+        patch.setattr(checkpoint, "is_restarted", lambda folder: True)
+        check(other)
+    del state["config"]["training"]["start_sha256"]
+    checkpoint.save(latest, state)  # as an older version wrote it: the steps are known
+    check_refused(longer, earlier, f"from other weights ({start}); remove one of the two")
+    check(other)
+    assert run_here(longer, "--resume", "--ckpt", start) == 1
 
 
 @pytest.mark.parametrize("deleted", ["folder", "files"])

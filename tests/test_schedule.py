@@ -5,9 +5,10 @@ import argparse
 import pytest
 import torch
 
+import train
 from models import EqMConfig
 from schedule import frames_of_steps, parse_schedule
-from training import ANY_LENGTH, Training, differences, run_here
+from training import ANY_LENGTH, Training, differences, refused, run_here
 
 WRONG = "4 4:x 4:10:2:1 4:10, 4:10;8:20 0:10 4:0 4:10:0 4:10,8:10 4:10,8:5 -4:10 4.5:10 4:10:\u0664 4:999999999999"
 
@@ -77,12 +78,14 @@ def test_a_schedule_equals_a_chain_of_runs_bit_for_bit_even_if_both_are_stopped(
     assert saved(training, "best.pt")[0]["step"] > 5  # the best of the last phase
 
 
-def test_a_run_beyond_the_end_of_its_phase_continues_with_the_next(shapes, tmp_path):
+def test_a_run_beyond_the_end_of_its_phase_continues_with_the_next(shapes, tmp_path, capsys):
     for schedule, stop in (("4:6:2,8:8:2", 4), ("4:3:2,8:8:2", None)):  # resumed with a shorter first phase
         training = run_schedule(schedule, shapes, tmp_path / "r", stops=[stop])
     state, _ = saved(training, "latest.pt")
     assert (state["step"], state["phase"]["first_step"]) == (8, 4)
     assert [row["step"] for row in training.rows()] == [2, 3, 4, 5, 6, 8]
+    line = refused(capsys, train, *training.command_flags("--frames-schedule", "4:2:2,8:4:2", "--resume"))
+    assert "--frames-schedule to step 4: the checkpoint is at step 8 already" in line
 
 
 def test_phase_ends_are_kept_and_mix_also_trains_on_shorter_clips(shapes, tmp_path):

@@ -146,6 +146,8 @@ def test_a_finished_run_says_so_and_other_widths_are_another_run(whole, tmp_path
     assert compare(whole, copy) == [] and content(copy.folder / "vae") == content(whole.folder / "vae")
     line = refused(capsys, train_vae, *copy.command_flags("--resume", "--optimizer", "adamw"))
     assert "trained with --optimizer muon, got adamw: give the same" in line
+    line = refused(capsys, train_vae, *copy.command_flags("--resume", "--max-steps", 6))
+    assert "--max-steps 6: the checkpoint is at step 7 already" in line
     run_here(copy, "--resume", "--widths", 8, 8, 16, "--max-steps", 1)
     assert "--resume: no run VAE-16px-f4-c2-8-8-16 in" in capsys.readouterr().out
     assert len(list(copy.results.glob("[0-9]*"))) == 2
