@@ -444,19 +444,20 @@ def find_resumed(args, name, ckpt=None, read=load):
 
 
 def check_last_step(args, step, least):
-    """Raise UserError if the last step that the flags set is below `least`. step: of the checkpoint."""
+    """Raise UserError if the flags end the run before the step `least`. step: of the checkpoint."""
     if args.max_steps is None or args.max_steps >= least:
         return
     flag = "--frames-schedule to step" if getattr(args, "frames_schedule", None) else "--max-steps"
-    done = f"the checkpoint is at step {step} already; steps are counted over all phases; give a larger number"
-    raise UserError(f"{flag} {args.max_steps}: {done}")
+    done = f"the checkpoint is at step {step} already"
+    advice = "steps are counted over all phases; give a larger number"
+    raise UserError(f"{flag} {args.max_steps}: {done}; {advice}")
 
 
 def check_began_from(start, args, path):
-    """Raise UserError if the run that a Start resumes did not begin from --ckpt or --inflate, a file `path`."""
+    """Raise UserError if a resumed run did not begin from `path`, of --ckpt or --inflate."""
     name = "inflate" if args.inflate else "ckpt"
-    if path.resolve().is_relative_to(start.folder.resolve()):  # shell scripts pass it if the phase before is deleted
-        return
+    if path.resolve().is_relative_to(start.folder.resolve()):
+        return  # train_progressive.sh names the run's own file once the phase before is deleted
     began = f"{flag_text(args, name)}: --resume continues {start.folder}, which began"
     if not start.kept(name):
         raise UserError(f"{began} without it; remove one of the two")
@@ -465,16 +466,18 @@ def check_began_from(start, args, path):
     except UserError as error:  # the files of earlier phases may be deleted
         say(f"note: {error}; so it can't be compared with the start of {start.folder}")
         return
-    if known := start.kept("start_sha256"):
-        differs = sha256 != known
-    else:  # an older run; a schedule may have begun another phase since
-        differs = not args.inflate and not start.kept("frames_schedule") and step != start.progress.first_step
+    if start.kept("start_sha256"):
+        differs = sha256 != start.kept("start_sha256")
+    elif args.inflate or start.kept("frames_schedule"):
+        differs = False  # an older run, which does not say from which step it began
+    else:
+        differs = step != start.progress.first_step
     if differs:
         raise UserError(f"{began} from other weights ({start.kept(name)}); remove one of the two")
 
 
 def start_weights(args, model):
-    """(SHA-256 of the weights that a phase takes from --ckpt or --inflate, their step). Raises UserError."""
+    """(SHA-256 of the weights that --ckpt or --inflate gives a phase, step). Raises UserError."""
     part = "ema" if args.inflate else "model"
     state = load(args.ckpt or args.inflate, [part], model, args.ebm)
     return weights_sha256(state[part]), state["step"]

@@ -273,7 +273,7 @@ def fit_classes(args, config, start, classes):
         got, expected = (f"{', '.join(names[:3])} ({len(names)})" for names in (classes, before))
         advice = "pass its data, or remove --resume" if start.resumes else "add --new-classes to train on these"
         numbers = [str(label) for label in range(len(before))]
-        # A published model numbers its classes; training from it takes the names of the data in that order
+        # A published model only numbers its classes, so it takes the names of the data
         is_unnamed = not start.inflates and is_published(start.config) and before == numbers
         differ = before != classes and not is_unnamed
         refuse_if(args, "data_path", differ, f"has the classes {got}, {start.flag} has {expected}; {advice}")
@@ -373,8 +373,8 @@ def resolve_sampling(args):
         generation.say_plan(*found[-1])
         check_plan(*found[-1])
     unused = args.overlap is not None and all(len(plan.window_starts) == 1 for _, plan in found)
-    alone = f"the {found[0][1].num_frames} frames are made in one"
-    refuse_if(args, "overlap", unused, f"applies to several windows, but {alone}; add --window, or remove it")
+    alone = f"applies to several windows, but the {found[0][1].num_frames} frames are made in one"
+    refuse_if(args, "overlap", unused, f"{alone}; add --window, or remove it")
     return found
 
 

@@ -112,7 +112,10 @@ def load_published(path, model, ema, args, name, ebm):
 
 
 def is_published(config):
-    """Whether the config of a checkpoint is of a published file or its export, which do not say how it was trained."""
+    """Whether the config of a checkpoint is of a published file or its export.
+
+    They do not say how they were trained; train.py always records its optimizer.
+    """
     return "optimizer" not in config["training"]
 
 

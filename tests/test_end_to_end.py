@@ -8,6 +8,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from PIL import Image
 
 import sample_gd
 import train
@@ -17,6 +18,7 @@ from video.files import probe
 
 TINY = ["--model", "EqM-Ti/4", "--depth", 1, "--use-rope", "--vae", "none", "--image-size", 16, "--lr", 1e-2]
 FAST = ["--num-workers", 0, "--log-every", 1, "--val-clips", 4, "--sample-every", 0, "--global-batch-size", 4]
+PREVIEWS = ["--sample-every", 3, "--num-samples", 3, "--num-sampling-steps", 3]  # two and one
 SAMPLE = ["--video", "--num-samples", 3, "--num-sampling-steps", 6, "--stepsize", 0.01]
 
 
@@ -35,7 +37,7 @@ def phases(shapes, tmp_path_factory):
     """The folder of an experiment of three phases: 4 frames on two ranks, then 8 and 16 on one."""
     results = tmp_path_factory.mktemp("results") / "EXP"
     shared = [*TINY, *FAST, "--video", "--no-flip", "--data-path", shapes, "--results-dir", results]
-    on_two_ranks("train.py", *shared, "--num-frames", 4, "--max-steps", 3)
+    on_two_ranks("train.py", *shared, *PREVIEWS, "--num-frames", 4, "--max-steps", 3)
     for frames, first, last in ((8, 3, 5), (16, 5, 7)):
         ckpt = one(results / f"*/checkpoints/{first:07d}.pt")
         run_main(train, *shared, "--num-frames", frames, "--max-steps", last, "--ckpt", ckpt)
@@ -68,13 +70,28 @@ def test_three_phases_chain_by_the_globs_of_the_guide(phases):
         assert state["phase"].items() >= (expected | {"position": 4 * (last - first)}).items()
 
 
-def test_two_ranks_learn_what_one_learns(phases, shapes, tmp_path):
-    flags = ["--video", "--no-flip", "--num-frames", 4, "--max-steps", 3, "--grad-accum", 2, "--data-path", shapes]
-    run_main(train, *TINY, *FAST, *flags, "--results-dir", tmp_path)
-    one_rank, two_ranks = rows_of(tmp_path / "*/metrics.jsonl"), rows_of(phases / "000*/metrics.jsonl")
-    for key in ("train_loss", "grad_norm"):
-        assert [row[key] for row in one_rank] == pytest.approx([row[key] for row in two_ranks], rel=1e-4)
-    assert one_rank[-1]["val_loss"] == pytest.approx(two_ranks[-1]["val_loss"], rel=1e-4)
+def previews_of(pattern):
+    """The sheet of the samples after step 3, a row per sample, as integers (H, W, 3)."""
+    return np.asarray(Image.open(one(pattern / "samples/0000003.png")).convert("RGB")).astype(int)
+
+
+def test_two_ranks_sharded_or_not_learn_and_sample_what_one_does(phases, shapes, tmp_path):
+    flags = [*TINY, *FAST, *PREVIEWS, "--video", "--no-flip", "--num-frames", 4]
+    flags += ["--max-steps", 3, "--data-path", shapes]
+    run_main(train, *flags, "--grad-accum", 2, "--results-dir", tmp_path / "alone")
+    on_two_ranks("train.py", *flags, "--shard", "--results-dir", tmp_path / "sharded")
+    alone = rows_of(tmp_path / "alone/*/metrics.jsonl")
+    samples = previews_of(tmp_path / "alone/*")
+    for run in (phases / "000*", tmp_path / "sharded/*"):
+        rows = rows_of(run / "metrics.jsonl")
+        for key in ("train_loss", "grad_norm"):
+            expected = [row[key] for row in alone]
+            assert [row[key] for row in rows] == pytest.approx(expected, rel=1e-4)
+        assert alone[-1]["val_loss"] == pytest.approx(rows[-1]["val_loss"], rel=1e-4)
+        assert previews_of(run).shape == samples.shape  # each sample once
+        assert abs(previews_of(run) - samples).max() <= 1
+    first, second = samples[:128, -128:], samples[130:258, -128:]
+    assert abs(first - second).max() > 100  # so another order would be noticed
 
 
 def test_one_checkpoint_samples_16_and_24_frames_and_their_energies(random, shapes, tmp_path):

@@ -106,7 +106,8 @@ def test_an_image_run_starts_a_run_of_clips_that_later_phases_continue(runs, tmp
     other = checkpoint.load(path)
     other["ema"] = other["model"]  # --inflate takes the EMA weights
     checkpoint.save(tmp_path / "other.pt", other)
-    line = refused(capsys, train, *flags, "--inflate", tmp_path / "other.pt", "--max-steps", 2, "--resume")
+    flags_of_other = ["--inflate", tmp_path / "other.pt", "--max-steps", 2, "--resume"]
+    line = refused(capsys, train, *flags, *flags_of_other)
     assert f"which began from other weights ({path}); remove one of the two" in line
     run_main(train, *flags, "--ckpt", newest(tmp_path), "--num-frames", 6, "--max-steps", 2)
     later, config, _ = checkpoint.load_model(newest(tmp_path))

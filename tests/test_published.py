@@ -212,7 +212,8 @@ def test_a_published_file_samples_images_and_starts_a_training_run(tmp_path, tin
     run_main(export, folder / "checkpoints/latest.pt", tmp_path / "trained")
     for start in (path, tmp_path / "published"):
         run_main(train, *flags, "--max-steps", 3, "--ckpt", start, "--dry-run")
-    for start in (["--ckpt", folder / "checkpoints/latest.pt"], ["--ckpt", tmp_path / "trained"], ["--resume"]):
+    own = folder / "checkpoints/latest.pt", tmp_path / "trained"
+    for start in (["--ckpt", own[0]], ["--ckpt", own[1]], ["--resume"]):
         line = refused(capsys, train, *flags, "--max-steps", 3, *start)
         assert "has the classes cat, dog (2), " in line and " has 0, 1 (2); " in line
 

@@ -112,14 +112,15 @@ def test_a_resume_links_a_checkpoint_to_its_missing_names(copy):
 
 
 @pytest.mark.parametrize(("end", "words"), [
-    (["--max-steps", 5], "--max-steps 5: the checkpoint is at step 7 already; steps are counted over all phases; give"),
-    (["--epochs", 1], "--epochs 1: the checkpoint is at step 7, these epochs end at step 3; give more"),
+    (["--max-steps", 5], "the checkpoint is at step 7 already; steps are counted over all phases; give"),
+    (["--epochs", 1], "the checkpoint is at step 7, these epochs end at step 3; give more"),
 ])  # fmt: skip
-def test_a_run_that_is_past_the_last_step_of_the_flags_is_refused(end, words, copy, tmp_path, capsys):
+def test_a_run_that_is_past_the_last_step_of_the_flags_is_refused(end, words, copy, capsys):
     before = snapshot(copy.folder)
     del before[copy.folder / "lock"]
     past = replace(copy, steps=None, flags=end)
-    assert words in refused(capsys, train, *past.command_flags(*OFTEN, "--resume"))
+    line = refused(capsys, train, *past.command_flags(*OFTEN, "--resume"))
+    assert f"error: {end[0]} {end[1]}: {words}" in line
     assert before.items() <= snapshot(copy.folder).items()
     run_here(copy, "--resume")  # it ends where the flags end
     assert f"{copy.folder} is finished at step 7" in capsys.readouterr().out
@@ -135,7 +136,7 @@ def with_other_weights(path, new):
     return new
 
 
-def test_a_phase_resumes_only_with_the_weights_that_it_began_from(copy, tmp_path, capsys, monkeypatch):
+def test_a_phase_resumes_only_with_its_first_weights(copy, tmp_path, capsys, monkeypatch):
     start = copy.folder / "checkpoints" / f"{STEPS:07d}.pt"
     longer = Training(copy.data, tmp_path / "longer", STEPS + 2, flags=["--num-frames", 8])
     assert run_here(longer, "--ckpt", start, stop_after=1) == 1
@@ -155,7 +156,7 @@ def test_a_phase_resumes_only_with_the_weights_that_it_began_from(copy, tmp_path
         line = refused(capsys, train, *training.command_flags(*OFTEN, "--resume", "--ckpt", ckpt))
         assert f"--ckpt {ckpt}: --resume continues {training.folder}, which began {words}" in line
 
-    for same in (start, start.with_name("latest.pt"), moved, latest):  # the shell scripts name the phase's own file
+    for same in (start, start.with_name("latest.pt"), moved, latest):  # latest: the phase's own
         assert "note: " not in check(same)
     for wrong in (other, earlier):
         check_refused(longer, wrong, f"from other weights ({start}); remove one of the two")
@@ -163,7 +164,8 @@ def test_a_phase_resumes_only_with_the_weights_that_it_began_from(copy, tmp_path
     assert f"note: --ckpt {gone}: no such file" in check(gone)  # nothing to compare with
 
     state = torch.load(latest, weights_only=True)
-    assert state["config"]["training"]["start_sha256"] == checkpoint.weights_sha256(checkpoint.load(start)["model"])
+    weights = checkpoint.load(start)["model"]
+    assert state["config"]["training"]["start_sha256"] == checkpoint.weights_sha256(weights)
     with monkeypatch.context() as patch:  # torchrun repeats a command that was accepted
         patch.setattr(checkpoint, "is_restarted", lambda folder: True)
         check(other)

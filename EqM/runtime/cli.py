@@ -189,7 +189,7 @@ def check_writable(flag, folder):
     if any(len(os.fsencode(part)) > 255 for part in place.parts):
         raise UserError(f"{flag} {str(folder)[:50]}...: a name of more than 255 bytes; use a shorter one")
     if not os.path.exists(place):
-        place = Path(os.path.normpath(place))  # no/such/../file is `file` once the folder no/such is made
+        place = Path(os.path.normpath(place))  # new/../file is `file` once the folder `new` is made
     while not os.path.lexists(place):  # a broken link blocks a folder, as a file does
         place = place.parent
     try:
