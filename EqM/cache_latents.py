@@ -88,16 +88,39 @@ def plan_encoding(args):
         if (excess := len(os.fsencode(f"{Path(cached_path(video)).name}.tmp")) - 255) > 0:  # .tmp: while it is written
             name = f"the name of {video.path[:60]}... is too long for a file of the cache"
             raise UserError(f"--data-path {args.data_path}: {name}; shorten it by {plural(excess, 'byte')}")
-    todo = [
-        video for video in files.videos()
-        if source.cached_metadata(Path(args.out, cached_path(video))) != source_metadata(files.scan, video)
-    ]  # fmt: skip
+    todo = find_changed(args.out, files)
     return files, sorted(todo, key=lambda video: -video.num_frames), bad_videos  # ranks get similar numbers of frames
 
 
+def find_changed(out, files):
+    """The videos of a Files that are new or have changed since their files in the cache `out` were written.
+
+    Files of earlier versions record no time of change. They stay valid while their video has the recorded size and is
+    not newer than they are: encoding a whole cache again may take days.
+    """
+    changed = []
+    num_untimed = 0
+    for video in files.videos():
+        path = Path(out, cached_path(video))
+        metadata = source.cached_metadata(path)
+        size, mtime_ns = files.scan.stamps[video.path]
+        if metadata == {"source_bytes": str(size)} and mtime_ns <= path.stat().st_mtime_ns:
+            num_untimed += 1
+        elif metadata != source_metadata(files.scan, video):
+            changed.append(video)
+    if num_untimed:
+        kept = f"{plural(num_untimed, 'file')} of an earlier version, without the times of change of the videos"
+        say(f"note: {out}: keeps {kept}; if you replaced videos by older ones of equal size, delete their files")
+    return changed
+
+
 def source_metadata(scan, video):
-    """The metadata in a video's cache file: the size that the scan saw. It shows if another video replaced this one."""
-    return {"source_bytes": str(scan.stamps[video.path][0])}
+    """The metadata in a video's cache file: size and time of change, which differ if another video replaces this one.
+
+    One entry, because safetensors writes several in random order.
+    """
+    size, mtime_ns = scan.stamps[video.path]
+    return {"source_stamp": f"{size} bytes, changed at {mtime_ns} ns"}
 
 
 @one_line_errors()

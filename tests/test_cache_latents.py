@@ -218,6 +218,63 @@ def test_the_next_run_caches_a_video_that_changed_after_the_scan(own, vae, tmp_p
     assert load_file(tmp_path / "out" / "Jump" / "d.safetensors")["mean"].shape[0] == 30
 
 
+def replace_by_equal_size(path, other, mtime_ns=None):
+    """Replace a video by another one, padded with zeros to the same size in bytes."""
+    size = path.stat().st_size
+    data = other.read_bytes()
+    assert len(data) < size
+    path.write_bytes(data.ljust(size, b"\0"))
+    if mtime_ns is not None:
+        os.utime(path, ns=(mtime_ns, mtime_ns))
+
+
+def test_a_video_that_another_one_of_equal_size_replaces_is_encoded_again(own, vae, tmp_path, encoded):
+    out = tmp_path / "out"
+    run(own, vae, out)
+    before = load_file(out / "Run" / "a.safetensors")["mean"]
+    earlier = (own / "Run" / "a.avi").stat().st_mtime_ns - 10**9
+    replace_by_equal_size(own / "Run" / "a.avi", own / "Jump" / "d.avi", earlier)  # a copy that kept its time
+    encoded.clear()
+    run(own, vae, out)
+    assert encoded == ["Run/a.avi"]
+    found = load_file(out / "Run" / "a.safetensors")["mean"]
+    assert len(before) == 40 and torch.equal(found, load_file(out / "Jump" / "d.safetensors")["mean"])
+    encoded.clear()
+    run(own, vae, out)
+    assert encoded == []
+
+
+def without_times(cache):
+    """Turn a cache into one of an earlier version, whose files record no time of change of their videos."""
+    for path in cache.rglob("*.safetensors"):
+        with safe_open(path, "pt") as file:
+            size = file.metadata()["source_stamp"].split()[0]
+        save_file(load_file(path), path, {"source_bytes": size})
+
+
+def test_a_cache_without_times_stays_valid_but_a_newer_video_is_encoded_again(own, vae, tmp_path, encoded, capsys):
+    out = tmp_path / "out"
+    run(own, vae, out)
+    without_times(out)
+    check_data_path(out)
+    assert len(open_source(out, SIZE).videos()) == 5
+    for is_complete in (True, False):
+        if not is_complete:  # as after an interruption
+            (out / "latents.json").rename(out / "latents.partial.json")
+            (out / "Run" / "b.safetensors").unlink()
+        encoded.clear()
+        capsys.readouterr()
+        run(own, vae, out)
+        assert encoded == ([] if is_complete else ["Run/b.mkv"])
+        kept = "5 files" if is_complete else "4 files"
+        assert capsys.readouterr().out.count(f"keeps {kept} of an earlier version, without the times") == 1
+    later = (out / "Run" / "a.safetensors").stat().st_mtime_ns + 1
+    replace_by_equal_size(own / "Run" / "a.avi", own / "Jump" / "d.avi", later)
+    encoded.clear()
+    run(own, vae, out)
+    assert encoded == ["Run/a.avi"]
+
+
 # Corrupt videos and files, other settings, a full disk ----------------------------------------------------------------
 
 
