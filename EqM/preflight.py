@@ -24,7 +24,7 @@ from samplers import SOLVERS
 from schedule import Phase, fill_batches
 from vae import check_same, load_vae, must_differ
 from video.index import CorruptVideos, find_data, fitting_interval, name_some
-from video.samples import is_sample_folder, written_samples
+from video.samples import foreign_files
 from video.source import CachedFiles, check_data_path, latents_settings, open_source
 
 DEFAULT_MODEL = "EqM-S/4"
@@ -335,8 +335,20 @@ def log_run(log, args, folder, config, model, data, steps, device):
     name = f"{model_name(**asdict(config))}, {size:.1f} M parameters, {config.positions}, objective {config.objective}"
     log(f"{folder}: {name}; {ranks}, steps {steps[0]} to {steps[1]}")
     log_data(log, args, data)
-    short, corrupt = plural(data.num_too_short, "file"), plural(len(data.scan.unreadable), "file")
-    log(f"skipped: {short} with fewer than {plural(max(data.train), 'frame')}, {corrupt} that can't be opened")
+    log_skipped(log, data)
+
+
+def log_skipped(log, data):
+    """Log how many files are too short for the longest clips, or can't be opened."""
+    longest = max(data.train)
+    short = f"{plural(data.num_too_short, 'file')} with fewer than {plural(longest, 'frame')}"
+    if data.val_too_short[longest]:
+        short += f" ({data.val_too_short[longest]} for validation)"
+    log(f"skipped: {short}, {plural(len(data.scan.unreadable), 'file')} that can't be opened")
+    for num_frames, count in data.val_too_short.items():
+        if num_frames > longest and count:
+            files = plural(count, "validation file")
+            log(f"skipped: {files} with fewer than the {num_frames} frames of --val-frames")
 
 
 def log_data(log, args, data):
@@ -406,11 +418,15 @@ def check_plan(args, plan):
 
 
 def check_folder(args):
-    """Raise UserError if --folder can't be written, or contains samples of another run, without --overwrite."""
+    """Raise UserError if --folder can't be written, or holds files that must stay.
+
+    These are other files than samples and, without --overwrite, samples of another run.
+    """
     cli.check_writable("--folder", args.folder)
     place = Path(args.folder, "samples.json")
-    if not is_sample_folder(place.parent) and (others := written_samples(place.parent)):
-        raise UserError(f"--folder {args.folder}: {others[0].name} was not made by sample_gd.py; name a new folder")
+    if others := foreign_files(place.parent):
+        found = f"{others[0].relative_to(place.parent)} was not made by sample_gd.py"
+        raise UserError(f"--folder {args.folder}: {found}; name a new folder")
     if place.exists() and not args.overwrite:
         try:
             other = str(read_json(place)["flags"]["ckpt"])

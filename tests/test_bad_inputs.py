@@ -76,7 +76,7 @@ CASES = {
         --image-size 100000 => 1250000000 tokens per clip
         --image-size 18 => --image-size 18: not a multiple of 4 (VAE and patch); use 16
         --num-frames 400 => the longest training video has 10 frames
-        --val-frames 4 400 => --val-frames 400: the longest validation video
+        --val-frames 4 400 => 400: the longest validation video has 10 frames: A/b.avi; replace it
         --rope-split 64,64,2 => 130 channels
         --num-frame 3 => --num-frame: no such flag; did you mean --num-frames?
         --colour=red => --colour: no such flag; see --help
@@ -96,6 +96,7 @@ CASES = {
         --data-path empty => no videos found; one of .avi .m4v .mkv .mov .mp4 .webm; images need no --video
         --data-path twins => twins: A/x.avi and A/x.m4v differ only in their suffix
         --data-path mixed => some videos are in class folders (A/x.avi), others are not (y.avi)
+        --data-path sampled => holds only samples of sample_gd.py, in sampled/shown; name a folder
         --data-path nameless => the class none; --classes none asks for samples without a class; rename
         --data-path deep => deep/train/<class> has 2 videos; merge it with test/ in one folder; pass deep/train
         --data-path images => --video
@@ -205,7 +206,12 @@ CASES = {
         --given gray => damaged
         --given bare/samples.npz => no samples.json in it
         --given bad/B/y.mp4 | --given text.png => can't be decoded
-        --given videos/A --folder videos/A | --init videos/A/a.avi --folder videos/A => in --folder videos/A
+        --given shown/000000.mp4 --folder shown => in --folder shown
+        --init shown/000000.mp4 --folder shown => in --folder shown
+        --folder videos/A => a.avi was not made by sample_gd.py; name a new folder
+        --folder videos/A --given videos/A => a.avi was not made by sample_gd.py
+        --folder videos => A/a.avi was not made by sample_gd.py
+        --folder several --num-frames 8 16 => --folder several-f16: notes.txt was not made by
         --given-frames 3-1 => such as 0-3,12-15
         --init-gamma 1.5 --init x.mp4 => at most 1
         --init-gamma 1 --init x --sampler heun => --init-gamma 1; heun
@@ -347,7 +353,8 @@ TEXTS = {  # file: all that is in it
     "broken/a.avi": "RIFF and no more", "broken/b.mp4": "RIFF and no more", "no-format/latents.json": "{}",
     "not-json/latents.json": "[", "m.json": json.dumps({"format": manifest.FORMAT, "flags": {}}),
     **dict.fromkeys((
-        "begun/samples.unfinished", "mine/000000.mp4", "larger/A/a-copy2.mkv", "twins/A/x.avi", "twins/A/x.m4v",
+        "begun/samples.unfinished", "mine/000000.mp4", "several-f16/notes.txt",
+        "larger/A/a-copy2.mkv", "twins/A/x.avi", "twins/A/x.m4v",
         "mixed/A/x.avi", "mixed/y.avi", "nameless/none/x.avi", "nameless/A/y.avi", "deep/test/A/x.avi",
         "deep/train/A/x.avi", "deep/train/B/y.m4v", "deep/train/x/A/x.png",
     ), ""),
@@ -417,6 +424,7 @@ def world(tmp_path_factory):
         np.savez(copy("samples", name) / "samples.npz", arr_0=changed, labels=labels)
     make_shown(root / "shown", [0, 1], ["A", 'Cirque\ndu "soleil"'])
     make_shown(root / "longer", [0, 1], ["A", "B"], num_frames=11)
+    copy("shown", "sampled/shown")
     (copy("shown", "lacking") / "000001.mp4").unlink()
     for name, last in (("E", 50), ("empty", 0)):
         make_run(root / f"runs/{name}/0-f4", 0, last)

@@ -20,7 +20,9 @@ from published import write_export
 from scoring import manifest
 from test_generation import TUNED
 from tiny_data import random_checkpoint
+from tiny_videos import write_equal_videos
 from training import FEW_STEPS, PYTHON, ROOT, Training, content, error_of, on_two_ranks, refused, run_main, sample_here
+from video.index import scan_videos
 from video.samples import read_samples
 
 
@@ -85,6 +87,35 @@ def test_samples_of_another_run_are_replaced_only_with_overwrite(places, tmp_pat
     _, about = images(other, folder, 2, "--no-overwrite", "--overwrite")
     assert about["flags"]["ckpt"] == str(other / "image.pt")
     assert "note: 3 of 4 ranks are idle" in capsys.readouterr().out
+
+
+def test_samples_never_become_training_videos(places, tmp_path, capsys):
+    root, pixels = tmp_path / "videos", places / "pixels.pt"
+    write_equal_videos(root)
+    before = content(tmp_path)
+    lengths = ["--num-frames", 8, 16]
+    (root / "Made-f16").mkdir()
+    shutil.copyfile(root / "A/one.avi", root / "Made-f16/one.avi")
+    taken = {root / "A": "one.avi", root: "A/one.avi", root / "Made-f16": "one.avi"}
+    for folder, file in taken.items():
+        sample_here(pixels, folder, "--overwrite", status=2)
+        line = f"--folder {folder}: {file} was not made by sample_gd.py; name a new folder"
+        assert line in capsys.readouterr().err
+    sample_here(pixels, root / "Made", *lengths, status=2)  # the second name of the list
+    assert f"--folder {root}/Made-f16: one.avi was not made" in capsys.readouterr().err
+    (root / "Made-f16/one.avi").unlink()
+    assert content(tmp_path) == before
+    (root / "Made-f16/.nfs01").write_text("")  # of the file system
+    sampling = ["--ckpt", pixels, "--video", *FEW_STEPS, "--folder", root / "Made", *lengths]
+    run_main(sample_gd, *sampling)
+    flags = ["--video", "--data-path", root, "--vae", "none", "--image-size", 16, "--num-frames", 4]
+    flags += ["--results-dir", tmp_path / "runs", "--use-rope"]
+    capsys.readouterr()
+    run_main(train, *flags, "--model", "EqM-Ti/4", "--dry-run")
+    text = capsys.readouterr().out
+    places_of_samples = f"{root / 'Made-f16'}, {root / 'Made-f8'}"
+    assert text.count(f"skipped 2 folders with samples of sample_gd.py: {places_of_samples};") == 1
+    assert scan_videos(root).classes == ["A", "B"] and len(scan_videos(root).videos) == 4
 
 
 def test_a_kill_leaves_no_half_file_and_the_next_call_cleans_up(places, tmp_path):

@@ -11,6 +11,7 @@ import pytest
 from PIL import Image
 
 import cache_latents
+import preflight
 import tiny_videos as tiny
 from training import error_of, no_space, record_calls, run_main
 from video.files import Video
@@ -217,6 +218,53 @@ def test_the_data_of_training_are_long_enough_and_short_videos_counted(root):
         assert data.train[num_frames] == [video for video in train if video.num_frames >= num_frames]
     assert list(data.val) == [4, 8, 20] and data.val[8] == [video for video in val if video.num_frames >= 8]
     assert data.num_too_short == 1 and data.spare(21) == [video for video in train if video.num_frames == 40]
+
+
+def test_short_validation_videos_are_counted_and_the_longest_is_named_if_all_are_too_short(root):
+    _, val = split_videos(root, scan_videos(root).videos, 0.9)
+    assert len(val) == 3
+    lengths = [40, 8, 6]
+    for video, num_frames in zip(val, lengths, strict=True):
+        tiny.write_video(root / video.path, num_frames)
+    source = Files(root, scan_videos(root), 16)
+    data = find_data(source, 0.9, [4, 16], [30, 40], "--num-frames")
+    assert {n: len(videos) for n, videos in data.val.items()} == {4: 3, 16: 1, 30: 1, 40: 1}
+    assert data.num_too_short == 2
+    log = []
+    preflight.log_skipped(log.append, data)
+    opened = "0 files that can't be opened"
+    assert log[0] == f"skipped: 2 files with fewer than 16 frames (2 for validation), {opened}"
+    for line, frames in zip(log[1:], (30, 40), strict=True):
+        assert line == f"skipped: 2 validation files with fewer than the {frames} frames of --val-frames"
+    tiny.write_video(root / val[0].path, 9)
+    source = Files(root, scan_videos(root), 16)
+    line = error_of(find_data, source, 0.9, [4, 16], [], "--num-frames")
+    found = f"--num-frames 16: the longest validation video has 9 frames: {val[0].path}; "
+    assert line == found + "use fewer, replace it, or start over with a higher --val-fraction"
+    line = error_of(find_data, source, 0.9, [4], [10], "--num-frames")
+    assert line.startswith("--val-frames 10: the longest validation video has 9 frames: ")
+
+
+def test_folders_of_samples_are_no_data_and_a_scan_says_so_once(root, runs, capsys):
+    expected = scan_videos(root, runs)
+    for place in (root / "Made", root / "Begun", root):
+        place.mkdir(exist_ok=True)
+        shutil.copyfile(root / "A" / "one.avi", place / "000000.avi")
+    for mark in ("Made/samples.json", "Begun/samples.unfinished", "samples.json"):
+        (root / mark).write_text("{}")
+    capsys.readouterr()
+    for folder in (None, runs):
+        scan = scan_videos(root, folder)
+        assert (scan.videos, scan.classes) == (expected.videos, ["A", "B"])
+        text = capsys.readouterr().out
+        places = f"{root}, {root / 'Begun'}, {root / 'Made'}"
+        assert text.count(f"skipped 3 folders with samples of sample_gd.py: {places}; move") == 1
+    check_data_path(root)
+    assert capsys.readouterr().out == ""  # checks before the scan are silent
+    tiny.write_images(root / "pictures")
+    (root / "pictures/B/samples.json").write_text("{}")
+    scan = scan_videos(root / "pictures", images=True)
+    assert scan.classes == ["A"] and "skipped 1 folder with" in capsys.readouterr().out
 
 
 def test_a_folder_that_cannot_be_read_is_one_line_also_for_samplers(root, monkeypatch):

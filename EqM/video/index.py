@@ -16,6 +16,7 @@ from pathlib import Path
 from runtime.cli import Bar, UserError, plural, say
 from runtime.untrusted import read_json
 from video.files import SUFFIXES, UnreadableError, Video, has_suffix, probe
+from video.samples import folders_of_samples
 
 UNLABELLED = "all"  # the class of files directly in ROOT
 UCF_LISTS = "ucfTrainTestlist"
@@ -54,13 +55,26 @@ def list_files(prefix, root):
     return names(root, folders=False) + inside
 
 
-def find_files(root, images):
-    """{path relative to root: class name} of every video or image, sorted. Opens no file. Raises UserError."""
+def find_files(root, images, report=False):
+    """{path relative to root: class name} of every video or image, sorted. Opens no file.
+
+    Skips folders of samples, and says so if `report` is true. Raises UserError.
+    """
     prefix, kind = f"--data-path {root}", "image" if images else "video"
     if not os.path.isdir(root):
         problem = "a file" if os.path.exists(root) else "no such folder"
         raise UserError(f"{prefix}: {problem}; expected a folder with <class>/<{kind}>")
-    found = [path for path in list_files(prefix, root) if has_suffix(kind, path)]
+    paths = list_files(prefix, root)
+    of_samples = folders_of_samples(paths)
+    places = name_some([str(Path(root, folder)) for folder in of_samples])
+    every = [path for path in paths if has_suffix(kind, path)]
+    found = [path for path in every if os.path.dirname(path) not in of_samples]
+    if every and not found:
+        problem = f"holds only samples of sample_gd.py, in {places}"
+        raise UserError(f"{prefix}: {problem}; name a folder of other {kind}s")
+    if of_samples and report:
+        skipped = f"{plural(len(of_samples), 'folder')} with samples of sample_gd.py: {places}"
+        say(f"note: {prefix}: skipped {skipped}; move other {kind}s out of there to use them")
     if not found:
         raise UserError(f"{prefix}: {explain_missing(root, kind)}")
     if "/" in found[-1] and "/" not in found[0]:
@@ -92,7 +106,7 @@ def scan_videos(root, index_folder=None, images=False):
 
     Only one rank should call this. Writes the index if its folder exists; else save_index will. Raises UserError.
     """
-    found = find_files(root, images)
+    found = find_files(root, images, report=True)
     classes = sorted(set(found.values()))
     if images:
         return Scan([probe(root, class_name, path) for path, class_name in found.items()], classes, [])
@@ -217,8 +231,13 @@ def long_enough(videos, num_frames, kind, flag):
     """The videos with at least num_frames frames. Raises UserError if there are none."""
     kept = [video for video in videos if video.num_frames >= num_frames]
     if not kept:
-        longest = plural(max(video.num_frames for video in videos), "frame")
-        raise UserError(f"{flag} {num_frames}: the longest {kind} video has {longest}; use fewer, or add longer videos")
+        longest = max(videos, key=lambda video: video.num_frames)
+        advice = "use fewer, or add longer videos"
+        if kind == "validation":  # another one may have trained in an earlier phase
+            advice = "use fewer, replace it, or start over with a higher --val-fraction"
+        frames = plural(longest.num_frames, "frame")
+        found = f"the longest {kind} video has {frames}: {longest.path}"
+        raise UserError(f"{flag} {num_frames}: {found}; {advice}")
     return kept
 
 
@@ -230,6 +249,7 @@ class Data:
     train: dict
     val: dict
     num_too_short: int  # videos too short for the longest training clips
+    val_too_short: dict  # num_frames -> the number of validation videos that are too short for it
 
     @property
     def scan(self):
@@ -248,7 +268,8 @@ def find_data(source, val_fraction, lengths, val_lengths, flag):
     of_val = {n: long_enough(val, n, "validation", val_flags[n]) for n in sorted(val_flags)}
     longest = max(lengths)
     num_too_short = len(train) + len(val) - len(of_train[longest]) - len(of_val[longest])
-    return Data(source, of_train, of_val, num_too_short)
+    val_too_short = {n: len(val) - len(kept) for n, kept in of_val.items()}
+    return Data(source, of_train, of_val, num_too_short, val_too_short)
 
 
 def name_some(names, most=3):

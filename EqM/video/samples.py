@@ -9,6 +9,7 @@ import numpy as np
 
 from runtime.cli import UserError, plural
 from runtime.untrusted import check_regular, read_json
+from video.files import has_suffix
 
 UNFINISHED = "samples.unfinished"  # a file in the folder while samples are written
 NO_LABEL = -1  # in samples.npz: the sample has no label
@@ -21,6 +22,30 @@ WRITTEN = [  # the files of a sample folder, besides samples.json and scores
 def is_sample_folder(folder):
     """Whether sample_gd.py has written a folder (a Path), or has begun to."""
     return (folder / "samples.json").exists() or (folder / UNFINISHED).exists()
+
+
+def folders_of_samples(paths):
+    """The sample folders among the folders of these paths, sorted. Opens nothing."""
+    marks = {path for path in paths if os.path.basename(path) in ("samples.json", UNFINISHED)}
+    return sorted({os.path.dirname(path) for path in marks})
+
+
+def foreign_files(folder):
+    """The files in a folder (a Path) that sample_gd.py did not write; [] if it is a sample folder.
+
+    Videos and images in its class folders count, too: samples beside them would be training data.
+    """
+    if is_sample_folder(folder):
+        return []
+    files = []
+    for path in sorted(folder.glob("[!.]*")):
+        if not path.is_dir():
+            files.append(path)
+        elif not is_sample_folder(path):
+            for file in sorted(path.glob("[!.]*")):
+                if has_suffix("video", file) or has_suffix("image", file):
+                    files.append(file)
+    return files
 
 
 def written_samples(folder):
