@@ -5,15 +5,22 @@
 
 Prints the number of videos, their lengths, frame rates and sizes; every file that training would skip, and why; the
 videos that validate; the memory, the seconds a step and the hours of training, measured here on clips of noise. Writes
-a sheet of clips as the model sees them. It decodes every video to its end, unless --quick.
+a sheet of clips as the model sees them. It decodes every video to its end, unless --quick. The last
+line is a command that trains on these videos on this machine, with the flags that you gave.
 
-The exit status is 1 if train.py would refuse these videos, in the words of train.py, and 2 for a mistake in the flags.
+If train.py would refuse these videos, it says so at the end, in the words of train.py. The exit
+status is then 2, as for a mistake in the flags.
 """
 
 import layout  # noqa: F401
+import functools
 import math
 import os
+import re
+import shlex
+import shutil
 import statistics
+import sys
 import time
 from collections import Counter, deque
 from contextlib import suppress
@@ -29,11 +36,13 @@ from checkpoint import Progress, Start
 from models import NAMES, EqM, model_shape
 from runtime import cli, distributed
 from runtime.cli import COUNT, SHARE, ArgumentParser, Bar, UserError, fail, number, one_line_errors, plural, say
+from runtime.untrusted import is_text
 from vae import REPOSITORIES, load_vae
 from video.clips import Clips
 from video.drawing import drawable, evenly_spaced
-from video.files import has_suffix, read_all_frames
-from video.index import CorruptVideos, find_data
+from video.files import has_suffix, read_all_frames, why_unreadable
+from video.index import CorruptDataError, CorruptVideos, find_data, find_files, name_some
+from video.samples import is_sample_folder
 from video.source import THREADS, check_data_path, latents_settings, open_source, write_each
 from video.writers import MAX_ROWS, write_sheet
 
@@ -41,6 +50,11 @@ PUBLISHED_VAE = SimpleNamespace(channels=4, downsample=8)  # what --vae ema and 
 CLIPS_TIMED = 4  # most clips of a step that is timed
 SLOW = 10  # seconds; one clip that takes longer is enough to time
 BYTES = 16 + 4  # per parameter: float32 weight, gradient and AdamW's two averages; the EMA weight
+LENGTHS = 16, 8, 4  # frames of the clips that a command suggests, if the user does not say
+MOST_PIXELS = 64  # px: smaller videos train without a VAE (docs/own-videos.md); half of it on a CPU
+MANY = 1000  # videos from which the defaults of the scripts suit, with a GPU
+SIDES = re.compile("left|right", re.IGNORECASE)  # "bright" costs only the mirrored clips
+TRAIN = Path(__file__).resolve().parent.parent / "EqM" / "train.py"
 MOST_HOURS = 72  # longer runs get a suggestion: a laptop or a borrowed GPU rarely runs for more than three days
 
 
@@ -80,24 +94,58 @@ def main():
         config = preflight.make_config(args, vae, Start(Progress()))
     except UserError as error:
         fail(str(error).replace("--data-path", "DIR"))
+    device = distributed.start()
+    source = None
+    corrupt = []
+    refusal = None  # the first reason for which train.py would refuse these videos
     try:
-        data = check_data(args)
+        source = open_videos(args)
+        corrupt = describe_videos(args, source)
+        refusal = too_many_corrupt(args, source.scan, corrupt)
+        data = check_data(args, source, corrupt)
+        preflight.log_data(say, args, data)
         write_clips(args, data, out)
+        estimate(args, config, preflight.only_phase(args, Progress(), data).last_step, device)
     except UserError as error:
-        fail(f"train.py would refuse these videos: {error}", status=1)
-    estimate(args, config, preflight.only_phase(args, Progress(), data).last_step)
+        refusal = refusal or error
+    if source and not isinstance(refusal, CorruptDataError):
+        suggest_command(args, vae, source, corrupt, device)
+    if refusal:
+        fail(f"train.py would refuse these videos: {refusal}")
 
 
 # The videos -----------------------------------------------------------------------------------------------------------
 
 
-def check_data(args):
-    """The Data that training would use, without undecodable videos. Raises UserError where train.py does."""
-    source = open_source(args.data_path, args.image_size)
+def open_videos(args):
+    """The source of the videos. Raises UserError, if none can be opened after a reason for each."""
+    try:
+        return open_source(args.data_path, args.image_size)
+    except CorruptDataError:
+        for path in find_files(args.data_path, images=False):
+            say(f"skipped: {path}: {why_unreadable(os.path.join(args.data_path, path))}")
+        raise
+
+
+def describe_videos(args, source):
+    """Print what the videos are and what training skips. Returns the paths of corrupt ones."""
     describe(source.scan)
     corrupt = [] if args.quick else undecodable(args.data_path, source.scan.videos)
     describe_skipped(args, source.scan, corrupt)
-    CorruptVideos(source.scan, args.max_bad_fraction).add([*source.scan.unreadable, *corrupt])
+    return corrupt
+
+
+def too_many_corrupt(args, scan, corrupt):
+    """The CorruptDataError of train.py if too many files are corrupt, else None."""
+    try:
+        CorruptVideos(scan, args.max_bad_fraction).add([*scan.unreadable, *corrupt])
+    except CorruptDataError as error:
+        return error
+    return None
+
+
+def check_data(args, source, corrupt):
+    """The Data of the training, without corrupt videos. Raises UserError where train.py does."""
     data = find_data(source, args.val_fraction, [args.num_frames], [], "--num-frames")
     train, val = (
         {length: [video for video in videos if video.path not in corrupt] for length, videos in part.items()}
@@ -105,9 +153,7 @@ def check_data(args):
     )
     if not train[args.num_frames]:
         raise UserError(f"--data-path {args.data_path}: all training videos are corrupt; add videos")
-    data = replace(data, train=train, val=val)
-    preflight.log_data(say, args, data)
-    return data
+    return replace(data, train=train, val=val)
 
 
 def describe(scan):
@@ -135,11 +181,15 @@ def undecodable(root, videos):
 
 def describe_skipped(args, scan, corrupt):
     """Print which files training would skip, and why."""
-    skipped = [(path, "can't be opened; repair or remove it") for path in scan.unreadable]
+    skipped = []
+    for path in scan.unreadable:
+        skipped.append((path, why_unreadable(os.path.join(args.data_path, path))))
     skipped += [(path, "can't be decoded to its end; repair or remove it") for path in corrupt]
     found = {*(video.path for video in scan.videos), *scan.unreadable}
     for path in sorted(Path(args.data_path).rglob("[!.]*")):
         name = str(path.relative_to(args.data_path))
+        if is_sample_folder(path.parent):  # the scan has named this folder
+            continue
         if has_suffix("video", name) and name not in found and path.is_file():
             skipped.append((name, "too deep; expected DIR/<class>/<video>"))
         elif path.suffix.lower() in (".3gp", ".mpg", ".mpeg", ".mts", ".wmv", ".flv"):
@@ -171,18 +221,20 @@ def write_clips(args, data, out):
 # What a step costs ----------------------------------------------------------------------------------------------------
 
 
-def estimate(args, config, steps):
-    """Print memory and time of training: forward and backward pass of a few clips here, scaled to the batch."""
-    device, batch = distributed.start(), args.global_batch_size
-    model, kept = EqM(config).to(device), {}  # kept: place -> bytes of what the backward pass needs
+@functools.cache
+def measure(config, num_frames, most_clips, device):
+    """(parameters, seconds, bytes of activations) of a forward and backward pass on one clip."""
+    model = EqM(config).to(device)
+    kept = {}  # place -> bytes of what the backward pass needs
 
     def keep(tensor):
         kept[tensor.untyped_storage().data_ptr()] = tensor.untyped_storage().nbytes()
         return tensor
 
-    for count in (1, min(CLIPS_TIMED, batch)):  # the first clip warms up
+    size = config.input_size
+    for count in (1, most_clips):  # the first clip warms up
         kept.clear()
-        x = torch.randn(count, config.in_channels, args.num_frames, config.input_size, config.input_size, device=device)
+        x = torch.randn(count, config.in_channels, num_frames, size, size, device=device)
         began = time.monotonic()
         with torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor):
             output = model(x, torch.zeros(count, dtype=torch.int64, device=device))
@@ -194,8 +246,15 @@ def estimate(args, config, steps):
         if seconds > SLOW:
             break
     weights = {parameter.untyped_storage().data_ptr() for parameter in model.parameters()}
-    activations = sum(size for place, size in kept.items() if place not in weights) / count
-    size, tokens = sum(parameter.numel() for parameter in model.parameters()), math.prod(config.grid(args.num_frames))
+    activations = sum(bytes for place, bytes in kept.items() if place not in weights) / count
+    return sum(parameter.numel() for parameter in model.parameters()), seconds, activations
+
+
+def estimate(args, config, steps, device):
+    """Print memory and time of training, scaled from a few clips to the batch."""
+    batch = args.global_batch_size
+    size, seconds, activations = measure(config, args.num_frames, min(CLIPS_TIMED, batch), device)
+    tokens = math.prod(config.grid(args.num_frames))
     say(f"{args.model}: {size / 1e6:.1f} M parameters, {plural(tokens, 'token')} per clip")
     each = f"{activations / 1e6:.3g} MB for each clip that a process has at once"
     total = f"{(size * BYTES + activations * batch) / 1e9:.3g} GB for {plural(batch, 'clip')}"
@@ -227,6 +286,116 @@ def suggest(args, config, hours):
     model = f"--model {name} takes about {in_words(smaller[name])}; " if name else ""
     less = "a GPU, or a lower --max-steps, --image-size, --num-frames or --global-batch-size helps too"
     say(f"note: more than {MOST_HOURS} hours are too long for most machines; {model}{less}")
+
+
+# A command of train.py ------------------------------------------------------------------------------------------------
+
+
+def suggest_command(args, vae, source, corrupt, device):
+    """Print a command that trains on these videos on this machine, with the flags of the user.
+
+    Prints nothing if the videos are too few or too short.
+    """
+    num_gpus = count_gpus()
+    flags, vae = choose_flags(args, vae, source.videos(), num_gpus)
+    flags = with_num_frames(flags, vae, source, corrupt)
+    if flags is None:
+        return
+    batch = flags.global_batch_size
+    processes = max(count for count in range(1, max(1, num_gpus) + 1) if batch % count == 0)
+    sided = [name for name in source.scan.classes if SIDES.search(name)]
+    if sided:
+        reason = "a mirrored clip may show another class, hence --no-flip"
+        say(f"note: class {name_some(sided)}: {reason}")
+    if flags.vae != "none":
+        once = "EqM/cache_latents.py encodes each video once"
+        say(f"note: --vae {flags.vae} encodes the clips of each step; {once}")
+    config = preflight.make_config(flags, vae, Start(Progress()))
+    _, seconds, _ = measure(config, flags.num_frames, min(CLIPS_TIMED, batch), device)
+    hours = in_words(seconds * batch * flags.max_steps / 3600 / processes)
+    say(f"to train on these videos on this machine, for about {hours}, paste this command:")
+    words = [*launcher(processes, num_gpus), shown_path(TRAIN), *train_words(flags, bool(sided))]
+    say(shlex.join(words))
+
+
+def count_gpus():
+    return torch.cuda.device_count() if torch.cuda.is_available() else 0
+
+
+def choose_flags(args, vae, videos, num_gpus):
+    """(flags of train.py that suit these videos and this machine, their VAE), without --num-frames.
+
+    With GPUs, these are the defaults of our scripts. Without, a small model that trains in hours.
+    """
+    side = statistics.median_low(min(video.height, video.width) for video in videos)
+    if "image_size" in args.typed:
+        side = args.image_size
+    values = {"vae": "none", "model": "EqM-Ti/4", "global_batch_size": 8, "max_steps": 2_000}
+    if num_gpus:
+        values["vae"] = "none" if side <= MOST_PIXELS else "ema"
+        values["model"] = preflight.DEFAULT_MODEL
+        batch = 256 if len(videos) >= MANY else 32
+        values["global_batch_size"] = max(1, batch // num_gpus) * num_gpus
+        values["max_steps"] = 50_000 if len(videos) >= MANY else 12_000
+    values = {name: value for name, value in values.items() if name not in args.typed}
+    if "vae" in values:
+        vae = PUBLISHED_VAE if values["vae"] == "ema" else load_vae("none")
+    if "image_size" not in args.typed:
+        most = MOST_PIXELS if num_gpus else MOST_PIXELS // 2
+        size = min(side, most) if vae.downsample == 1 else 256
+        unit = vae.downsample * model_shape(values.get("model", args.model))["patch_size"]
+        values["image_size"] = max(unit, size // unit * unit)
+    return cli.Flags(vars(args) | values, args.typed), vae
+
+
+def with_num_frames(flags, vae, source, corrupt):
+    """The flags with the user's --num-frames, or one that half of the videos have; else None."""
+    median = statistics.median_high(video.num_frames for video in source.videos())
+    usual = [num_frames for num_frames in LENGTHS if num_frames <= median]
+    for num_frames in [flags.num_frames] if "num_frames" in flags.typed else usual:
+        longer = cli.Flags(vars(flags) | {"num_frames": num_frames}, flags.typed)
+        with suppress(UserError):
+            preflight.make_config(longer, vae, Start(Progress()))
+            check_data(longer, source, corrupt)
+            return longer
+    return None
+
+
+def train_words(flags, is_sided):
+    """The flags of train.py as words of its command line."""
+    name = Path(flags.data_path).resolve().name
+    words = ["--video", "--num-frames", flags.num_frames, "--use-rope", "--model", flags.model]
+    words += ["--data-path", flags.data_path]
+    words += ["--results-dir", f"results/{name}"] if is_text(name) else []
+    words += ["--vae", flags.vae, "--image-size", flags.image_size]
+    words += ["--global-batch-size", flags.global_batch_size, "--max-steps", flags.max_steps]
+    if flags.max_steps <= 10_000:  # where train.py makes its first samples by default
+        words += ["--val-every", max(1, flags.max_steps // 4)]
+        words += ["--sample-every", max(1, flags.max_steps // 2)]
+    for typed in sorted(flags.typed & {"frame_interval", "val_fraction", "max_bad_fraction"}):
+        words += cli.flag_text(flags, typed).split()
+    return [str(word) for word in [*words, *["--no-flip"] * is_sided]]
+
+
+def launcher(processes, num_gpus):
+    """The words that start a script with this Python: torchrun on GPUs, python on a CPU."""
+    binaries = Path(sys.executable).parent
+
+    def is_active(name):
+        return Path(shutil.which(name) or "").parent == binaries
+
+    python = "python" if is_active("python") else shown_path(sys.executable)
+    if not num_gpus:
+        return [python]
+    start = ["torchrun"] if is_active("torchrun") else [python, "-m", "torch.distributed.run"]
+    return [*start, f"--nproc_per_node={processes}"]
+
+
+def shown_path(path):
+    """A path relative to the current folder if it is inside, else absolute."""
+    path = os.path.abspath(path)
+    relative = os.path.relpath(path)
+    return path if relative.startswith("..") else relative
 
 
 if __name__ == "__main__":

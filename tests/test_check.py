@@ -1,12 +1,20 @@
 """datasets/check.py: what it prints about a folder of videos, and its exit status."""
 
 import re
+import shlex
+import shutil
+import sys
+from dataclasses import replace
+from pathlib import Path
 
 import pytest
 from PIL import Image
 
 import check
-from tiny_videos import scribble, write_video
+import train
+from process import end, spawn
+from runtime import cli
+from tiny_videos import make_video, scribble, write_sound, write_video
 from training import run_main
 
 FLAGS = ["--num-frames", 8, "--image-size", 16, "--vae", "none", "--model", "EqM-Ti/4", "--global-batch-size", 2]
@@ -45,7 +53,7 @@ def test_it_names_the_files_that_train_validate_and_are_skipped(data, capsys):
     assert re.search(r"memory, fp32: 0\.0\d+ GB for the model, \d\S* MB for each clip .* GB for 2 clips\n", text)
     seconds, hours = re.search(r"fp32 on this cpu: about (\S+) s per step x 1000 steps = (\S+) hours", text).groups()
     assert float(hours) == pytest.approx(float(seconds) / 3.6, rel=0.06)
-    assert "--model" not in text
+    assert "takes about" not in text  # no smaller model is needed
     with Image.open("check-data.png") as sheet:
         assert sheet.height >= 6 * 128  # a row per clip, enlarged
     assert {path: path.stat().st_mtime_ns for path in data.rglob("*")} == before
@@ -70,10 +78,125 @@ def test_a_class_that_the_font_lacks_gets_one_note_and_its_rows_keep_the_names_o
 
 @pytest.mark.parametrize(("flags", "words"), [
     (["--num-frames", 500], "--num-frames 500: the longest training video has 27 frames"),
-    (["--num-frames", 24], "--num-frames 24: the longest validation video has 23 frames"),
+    (["--num-frames", 24], "--num-frames 24: the longest validation video has 23 frames: Run/3."),
     (["--max-bad-fraction", 0.1], "--max-bad-fraction 0.1: 2 of 11 files are corrupt, expected at most 1: Jump/t"),
 ])  # fmt: skip
 def test_it_refuses_the_videos_that_train_refuses_in_the_same_words(data, capsys, flags, words):
     (data / "Jump/text.mp4").write_text("no video")
-    run_main(check, data, *FLAGS, "--max-bad-fraction", 0.2, *flags, status=1)
-    assert f"check.py: error: train.py would refuse these videos: {words}" in capsys.readouterr().err
+    run_main(check, data, *FLAGS, "--max-bad-fraction", 0.2, "--max-steps", 1, *flags, status=2)
+    text, error = capsys.readouterr()
+    assert f"check.py: error: train.py would refuse these videos: {words}" in error
+    assert "paste this command" not in text  # it would not run
+    if "--max-bad-fraction" in flags:  # it shows the other videos nevertheless
+        assert "6 videos in 2 classes; validation: 2 videos, Run/2.m4v, Run/3.m4v\n" in text
+        assert "6 training clips as the model sees them" in text and "time, fp32 on this" in text
+        assert Path("check-data.png").stat().st_size > 0
+
+
+def test_each_file_that_cannot_be_opened_has_its_own_reason(data, capsys):
+    (data / "Jump/link.mp4").symlink_to("gone.mp4")
+    (data / "Jump/nothing.mp4").touch()
+    (data / "Jump/text.mp4").write_text("no video")
+    write_sound(data / "Jump/sound.mp4")
+    reasons = {
+        "link.mp4": "a link to gone.mp4, which does not exist; restore that file or remove",
+        "nothing.mp4": "an empty file; copy it again or remove it",
+        "sound.mp4": "has no video stream, only sound or text; remove it",
+        "text.mp4": "can't be opened; repair or remove it",
+    }
+    run_main(check, data, *FLAGS, "--max-steps", 1, "--max-bad-fraction", 0.5, "--quick")
+    text = capsys.readouterr().out
+    for name, reason in reasons.items():
+        assert f"skipped: Jump/{name}: {reason}" in text
+    for path in data.rglob("*.m4v"):
+        path.unlink()
+    for name in ("brief.avi", "torn.mov"):
+        (data / "Jump" / name).unlink()
+    run_main(check, data, *FLAGS, status=2)  # it can't go on
+    text, error = capsys.readouterr()
+    for name, reason in reasons.items():
+        assert f"skipped: Jump/{name}: {reason}" in text
+    assert "can't open any of its videos (4 files), the first is" in error
+
+
+def test_folders_of_samples_are_skipped_in_one_line(data, capsys):
+    shutil.copytree(data / "Run", data / "Made")
+    (data / "Made/samples.json").write_text("{}")
+    shutil.copytree(data / "Made", data / "Jump/made")
+    run_main(check, data, *FLAGS, "--quick", "--max-steps", 1)
+    text = capsys.readouterr().out
+    assert "10 videos in 2 classes" in text and text.count("made") == text.count("Made/0") == 0
+    assert text.count(f"skipped 1 folder with samples of sample_gd.py: {data / 'Made'}; move") == 1
+
+
+def last_command(capsys):
+    """The words of the command in the last line that check.py printed."""
+    *_, line, command = capsys.readouterr().out.splitlines()
+    assert line.startswith("to train on these videos on this machine, for about ")
+    return shlex.split(command)
+
+
+def value_of(words, flag):
+    return words[words.index(flag) + 1]
+
+
+def test_the_last_line_is_a_command_that_trains_as_printed(tmp_path, monkeypatch, capsys):
+    root = tmp_path / "it's mine"
+    for name in ("turn_left/a", "turn_left/b", "TurnRight/c", "TurnRight/d"):
+        write_video(root / f"{name}.avi", 10, size=(64, 48))
+    (root / "turn_left/empty.avi").touch()
+    monkeypatch.chdir(tmp_path)
+    run_main(check, root.name, "--max-bad-fraction", 0.4, "--frame-interval", 2, status=2)
+    text, error = capsys.readouterr()
+    assert "would refuse these videos: --num-frames 16: the longest training video has 10" in error
+    *_, line, command = text.splitlines()  # with fewer frames than that
+    assert line.startswith("to train on these videos on this machine, for about ")
+    words = shlex.split(command)
+    assert "torchrun" not in command and words.count("--no-flip") == words.count("--use-rope") == 1
+    expected = {
+        "--num-frames": "8", "--model": "EqM-Ti/4", "--vae": "none", "--image-size": "32",
+        "--max-steps": "2000", "--global-batch-size": "8", "--max-bad-fraction": "0.4",
+        "--frame-interval": "2", "--data-path": root.name,
+    }  # fmt: skip
+    assert {flag: value_of(words, flag) for flag in expected} == expected
+    shorter, count = re.subn("--max-steps 2000", "--max-steps 1", command)
+    assert count == 1
+    end(spawn("bash", "-c", f"{shorter} --num-workers 0"), timeout=240)  # the others take seconds to start
+    (run,) = (tmp_path / "results" / root.name).glob("[0-9]*")
+    assert run.name == "000-EqM-Ti-4-f8-rope" and (run / "checkpoints/0000001.pt").exists()
+
+
+@pytest.mark.parametrize("num_gpus", [0, 3])
+def test_a_command_keeps_the_flags_of_the_user_and_suits_the_machine(
+    data, monkeypatch, capsys, num_gpus
+):
+    monkeypatch.setattr(check, "count_gpus", lambda: num_gpus)
+    monkeypatch.setattr(check, "measure", lambda *_: (1e6, 0.1, 1e6))  # slow for a large model
+    monkeypatch.setattr(shutil, "which", lambda name: f"{Path(sys.executable).parent}/{name}")
+    few = ["--num-frames", 12, "--vae", "none", "--quick", "--max-steps", 30_000]
+    run_main(check, data, *few)
+    words = last_command(capsys)
+    launch = ["torchrun", "--nproc_per_node=3"] if num_gpus else ["python"]
+    assert words[: len(launch) + 1] == [*launch, str(check.TRAIN)]
+    names = "--num-frames", "--vae", "--max-steps", "--image-size", "--model", "--global-batch-size"
+    suits = ["48", "EqM-S/4", "30"] if num_gpus else ["32", "EqM-Ti/4", "8"]
+    assert [value_of(words, name) for name in names] == ["12", "none", "30000", *suits]
+    assert "--no-flip" not in words and "--sample-every" not in words
+    run_main(train, *words[len(launch) + 1 :], "--dry-run")
+    run_main(check, data, *FLAGS, "--quick", "--max-steps", 7, "--val-fraction", 0.3)
+    words = last_command(capsys)
+    kept = {flag: str(value) for flag, value in zip(FLAGS[::2], FLAGS[1::2], strict=True)}
+    kept |= {"--max-steps": "7", "--val-fraction": "0.3"}
+    assert {flag: value_of(words, flag) for flag in kept} == kept
+    assert "--nproc_per_node=2" in words if num_gpus else words[0] == "python"
+
+
+@pytest.mark.parametrize("size", [320, 64])
+def test_many_videos_and_gpus_get_the_defaults_of_the_scripts(size):
+    video = replace(make_video("A/a"), width=size + 9, height=size)
+    videos = [video] * 1000
+    args = cli.Flags({"model": "EqM-S/4", "vae": "ema"}, [])
+    flags, vae = check.choose_flags(args, check.PUBLISHED_VAE, videos, num_gpus=8)
+    assert (flags.model, flags.global_batch_size, flags.max_steps) == ("EqM-S/4", 256, 50_000)
+    expected = ("ema", 256, 8) if size == 320 else ("none", 64, 1)
+    assert (flags.vae, flags.image_size, vae.downsample) == expected

@@ -91,6 +91,20 @@ def probe(root, class_name, path):
         return replace(video, keyframes=_usable_keyframes(_safe_path(place), video, reader))
 
 
+def why_unreadable(path):
+    """Why `probe` can't open a video, and what to do about it."""
+    if os.path.islink(path) and not os.path.exists(path):
+        target = os.readlink(path)
+        return f"a link to {target}, which does not exist; restore that file or remove the link"
+    with suppress(*NO_VIDEO):
+        if os.path.isfile(path) and os.path.getsize(path) == 0:
+            return "an empty file; copy it again or remove it"
+        with av.open(_safe_path(path), metadata_errors="ignore") as file:
+            if not file.streams.video:
+                return "has no video stream, only sound or text; remove it"
+    return "can't be opened; repair or remove it"
+
+
 def _usable_keyframes(path, video, reader):
     """The keyframes of a video; () if they are uncertain, or if PyAV and decord differ in the first frame."""
     with suppress(*NO_VIDEO):
