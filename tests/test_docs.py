@@ -14,7 +14,9 @@ import yaml
 from torch.distributed.run import get_args_parser
 
 import checkpoint
+import preflight
 from models import EqM_models, model_config
+from runtime import runs
 from training import ROOT
 from video.index import INDEX_FORMAT
 from video.source import LATENTS_FORMAT
@@ -79,7 +81,7 @@ def test_the_readme_links_every_page_and_the_design_names_every_module():
 # Restricted bash (-r: no files are written) with functions in place of programs. Each writes the names of the variables
 # that are set for it and its words, a line each, and an empty line; other programs are not found.
 BASH = """
-set -eu
+set -euf
 call() { local names=$(compgen -e); printf '%s\\n' "${names//$'\\n'/ }" "$@" ''; }
 for name in python torchrun bash sbatch; do eval "$name() { call $name \\"\\$@\\"; }"; done
 git() { :; }; cd() { :; }; source() { :; }; tensorboard() { :; }
@@ -98,15 +100,15 @@ def commands(text):
 
 
 def parse(script, words, monkeypatch):
-    """Have a Python script parse its command line."""
+    """Have a Python script parse its command line. Returns its flags."""
     assert (ROOT / script).is_file()
     monkeypatch.setattr(sys, "argv", [script, *words])
     monkeypatch.setattr(sys, "path", [str((ROOT / script).parent), *sys.path])  # as for `python script`
-    importlib.import_module(Path(script).stem).parse_args()
+    return importlib.import_module(Path(script).stem).parse_args()
 
 
 def check_command(names, words, monkeypatch):
-    """Raise, or exit, unless a command is one that its script takes."""
+    """Raise, or exit, unless a command is one that its script takes. Returns the flags of a Python script."""
     program, *words = words
     if program == "torchrun":
         args = get_args_parser().parse_args(words)
@@ -118,12 +120,12 @@ def check_command(names, words, monkeypatch):
     for name in names:
         assert f"${{{name}:-" in source, f"{script} has no {name}"
     if program == "python":
-        parse(script, words, monkeypatch)
-    elif script in TARGETS:
+        return parse(script, words, monkeypatch)
+    if script in TARGETS:
         target, flags = TARGETS[script]
-        parse(target, [*words, *flags], monkeypatch)
-    else:
-        assert re.fullmatch(WORDS.get(script, ""), " ".join(words)), f"{script} does not take {words}"
+        return parse(target, [*words, *flags], monkeypatch)
+    assert re.fullmatch(WORDS.get(script, ""), " ".join(words)), f"{script} does not take {words}"
+    return None
 
 
 @pytest.mark.parametrize("page", PAGES)
@@ -133,6 +135,45 @@ def test_scripts_take_the_commands_of_a_page(page, monkeypatch, capsys):
             check_command(names, words, monkeypatch)
         except (SystemExit, AssertionError, OSError) as error:
             pytest.fail(f"{shlex.join(words)}: {error} {capsys.readouterr().err}")
+
+
+def readme_runs(monkeypatch):
+    """The flags of the README's torchrun commands: of three phases of training, and of the sampling."""
+    (block,) = [block for block in fences(PAGES["README.md"], "bash") if "torchrun" in block]
+    text = f"```bash\n{block}```"
+    *phases, sampling = [check_command(*command, monkeypatch) for command in commands(text)]
+    assert len(phases) == 3
+    return phases, sampling
+
+
+def test_the_readme_has_the_command_that_users_know():
+    command = "torchrun --nproc_per_node=8 EqM/train.py --video --num-frames 4 "
+    command += '--model "EqM-S/4" --data-path datasets/ucf-101 --use-rope'
+    assert command in PAGES["README.md"].partition("![")[0], "above the first picture"
+
+
+def test_the_phases_of_the_readme_continue_each_other(monkeypatch):
+    phases, sampling = readme_runs(monkeypatch)
+    assert [phase.num_frames for phase in phases] == [4, 8, 16]
+    assert [phase.max_steps for phase in phases] == [50_000, 100_000, 150_000]
+    assert len({phase.num_frames * phase.global_batch_size for phase in phases}) == 1, "equal memory"
+    for flag in ("model", "use_rope", "video", "data_path", "results_dir"):
+        assert len({getattr(phase, flag) for phase in phases}) == 1, flag
+    assert (sampling.model, sampling.use_rope, sampling.num_frames) == (phases[0].model, True, [16])
+
+
+def test_each_pattern_of_the_readme_matches_one_checkpoint(tmp_path, monkeypatch):
+    phases, sampling = readme_runs(monkeypatch)
+    monkeypatch.chdir(tmp_path)
+    folder = None  # of the phase before
+    for run in [*phases, sampling]:
+        if folder is not None:
+            (start,) = Path().glob(run.ckpt)
+            assert start.parents[1] == folder
+        if run is not sampling:
+            folder = runs.make_run_folder(run.results_dir, preflight.run_name(run))
+            for name in (f"{run.max_steps:07d}", "best", "latest"):
+                (folder / "checkpoints" / f"{name}.pt").touch()
 
 
 WRONG = """python EqM/train.py --data-path x --nmu-frames 3
@@ -156,7 +197,7 @@ def test_flags_that_the_pages_mention_exist(monkeypatch, capsys):
             with pytest.raises(SystemExit):
                 parse(script.relative_to(ROOT), ["--help"], monkeypatch)
     known = set(re.findall(r"--[a-z][\w-]*", capsys.readouterr().out)) | {"--logdir"}  # of tensorboard
-    known |= {flag.replace("_", "-") for flag in get_args_parser()._option_string_actions}
+    known |= set(get_args_parser()._option_string_actions)  # with - and with _
     for page, text in PAGES.items():
         code = " ".join(re.findall(r"`([^`]+)`", prose(text)))
         found = set(re.findall(r"(?<![\w-])--[a-z][\w-]*", code))
@@ -249,11 +290,11 @@ def test_the_promise_names_the_formats_that_the_code_writes():
     }  # fmt: skip
 
 
-def test_the_python_of_the_readme_runs_and_writes_videos(tmp_path, monkeypatch):
-    (snippet,) = fences(PAGES["README.md"], "python")
+def test_the_python_of_the_sampling_page_runs_and_writes_videos(tmp_path, monkeypatch):
+    (snippet,) = fences(PAGES["docs/sampling.md"], "python")
     for name in ("EqM", "results"):
         (tmp_path / name).symlink_to(ROOT / name)
     monkeypatch.chdir(tmp_path)
     monkeypatch.setattr(sys, "path", list(sys.path))
-    exec(compile(snippet, "README.md", "exec"), {})
+    exec(compile(snippet, "docs/sampling.md", "exec"), {})
     assert len(list(tmp_path.glob("clips/*.mp4"))) == 12
