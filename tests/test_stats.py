@@ -1,36 +1,134 @@
 """Intervals against their definitions, and rows of several ranks in the order of their clips."""
 
+import operator
+
 import numpy as np
 import pytest
+import scipy.stats
 import torch
 
+import coverage
 from runtime import distributed
 from scoring import stats
+from test_moving_shapes import plan
+
+PERSON, CHARACTER = "Bend/person7.mkv", "WalkLeft/character0123.mkv"
+UCF = "ApplyEyeMakeup/v_ApplyEyeMakeup_g08_c01.avi"
 
 
-def test_clips_of_one_video_count_as_one_unless_there_is_no_other_video():
+@pytest.mark.parametrize(("one", "other", "are_one"), [
+    (PERSON, "JumpingJack/person7.mkv", True),
+    (PERSON, "Bend/person8.mkv", False),
+    (PERSON, "Bend/person7-copy3.mkv", True),  # of datasets/augment.py
+    (PERSON, f"{PERSON}, clip 5", True),  # a given clip, as samples.json names it
+    (CHARACTER, "SlashFront/character0123.mkv, clip 2663", True),
+    (CHARACTER, "WalkLeft/character0124.mkv", False),
+    (UCF, "ApplyEyeMakeup/v_ApplyEyeMakeup_g08_c05.avi", True),
+    (UCF, "ApplyEyeMakeup/v_ApplyEyeMakeup_g09_c01.avi", False),
+    (UCF, "ApplyLipstick/v_ApplyLipstick_g08_c01.avi", False),
+    (0, 1, False),  # samples that continue no video
+    (7, 7, True),
+])  # fmt: skip
+def test_a_unit_is_a_video_or_what_videos_share(one, other, are_one):
+    assert (stats.unit_of(one) == stats.unit_of(other)) == are_one
+
+
+@pytest.mark.parametrize("flags", [[], ["--bounce"]])
+def test_each_video_of_moving_shapes_is_a_unit(flags):
+    _, videos = plan("--videos-per-class", 17, *flags)
+    assert len({stats.unit_of(f"{key}.avi, clip 3") for key in videos}) == len(videos)
+
+
+def test_clips_count_once_per_unit_and_one_unit_has_no_interval():
     values = np.random.default_rng(0).normal(size=12)
     copies = np.tile(values, 8)
-    own, shared, one = [*range(96)], [*range(12)] * 8, ["v"] * 96
-    for videos, units in ((own, "96 clips"), (shared, "12 videos"), (one, "96 clips of one video")):
-        assert stats.interval_units(real=videos) == ({"real": units}, f"  95% intervals over {units} (real)")
-    assert stats.mean_interval(copies, shared) == pytest.approx(stats.mean_interval(values))  # copies tell nothing new
-    low, high = stats.mean_interval(copies, one)
-    assert stats.mean_interval(copies) == stats.mean_interval(copies, own) == [low, high]
-    assert high - low < 0.5 * np.subtract(*stats.mean_interval(values)[::-1])
+    people = [f"{name}/person{number}.mkv" for name in "ABCDEFGH" for number in range(12)]
+    once = stats.mean_interval(values)
+    assert stats.mean_interval(copies, people) == pytest.approx(once)  # copies tell nothing new
+    assert stats.mean_interval(copies) == stats.mean_interval(copies, [*range(96)])
+    assert np.diff(stats.mean_interval(copies)) < 0.5 * np.diff(once)
+    assert stats.mean_interval(copies, ["v"] * 96) is None  # 0.0 would claim certainty
+    for few in ([3.0], [3.0, np.nan], []):
+        assert stats.mean_interval(few) is None
+    assert stats.mean_interval([*values, np.nan]) == once
     both = np.stack([copies, np.where(np.arange(96) < 12, np.nan, copies)])
-    assert stats.by_video(both.T, shared).T.numpy() == pytest.approx(np.stack([values, values]))  # NaNs do not count
-    hits = copies > 0
-    assert stats.share(hits, shared) == (hits.mean(), pytest.approx(stats.wilson(hits.sum() / 8, 12)))
+    units = stats.by_unit(both.T, people).T.numpy()
+    assert units == pytest.approx(np.stack([values, values]))  # NaNs do not count
 
 
-def test_an_error_needs_two_values_and_an_interval_ignores_values_that_are_not_finite():
+def test_intervals_of_means_are_students():
+    values = np.random.default_rng(0).normal(size=(9, 4))
+    values[4:, 1] = values[1:, 2] = values[:, 3] = np.nan  # 9, 4, 1 and 0 values
+    half = stats.half95(values)
+    for column, count in enumerate((9, 4)):
+        own = values[:count, column]
+        low, high = scipy.stats.t.interval(0.95, count - 1, own.mean(), scipy.stats.sem(own))
+        assert half[column] == pytest.approx((high - low) / 2)
+        assert stats.mean_interval(values[:, column]) == pytest.approx([low, high])
+    assert np.isnan(half[2:]).all()
+
+
+def test_intervals_of_means_hold_the_true_mean_of_three_units():
+    found = coverage.cover_means(4000, kinds=["normal"], counts=[3, 10])
+    assert [row["units"] for row in found] == [3, 10]
+    assert all(0.93 <= row["t"] <= 0.97 for row in found)
+    assert found[0]["bootstrap"] < 0.8 and found[0]["normal"] < 0.8  # of earlier versions
+
+
+def test_shares_have_wilson_intervals_but_none_over_few_units():
+    hits = np.arange(80) % 4 > 0
+    for count in (10, 20):
+        videos = [f"{clip % 4}/{clip % count}.mkv" for clip in range(80)]
+        assert stats.share(hits, videos) == (0.75, pytest.approx(stats.wilson(0.75 * count, count)))
+    assert stats.share(hits, [clip % 9 for clip in range(80)]) == (0.75, None)
+    independent = 0.75, pytest.approx(stats.wilson(3, 4))
+    assert stats.share(hits[:4], range(4)) == stats.share(hits[:4]) == independent
+    assert stats.shares({"a": hits, "b": []}, [0] * 80) == {
+        "a": 0.75, "a_interval95": None, "b": None, "b_interval95": None,
+    }  # fmt: skip
+
+
+def test_ratios_have_intervals_over_at_least_ten_units():
+    generated, real = (np.random.default_rng(seed).normal(2, 0.1, 20) for seed in (0, 1))
+    low, high = stats.ratio_interval(operator.truediv, (generated, real), (range(20), range(20)))
+    width = 2 * 1.96 * 0.05 * 2**0.5 / 20**0.5
+    assert low < 1 < high and high - low == pytest.approx(width, rel=0.3)
+    twice = np.tile(generated, 2), np.tile(real, 2)
+    found = stats.ratio_interval(operator.truediv, twice, ([*range(20)] * 2,) * 2)
+    assert found == pytest.approx([low, high])
+    for few in (9, range(20)), (range(20), 9):
+        videos = [[clip % 9 for clip in range(20)] if one == 9 else one for one in few]
+        assert stats.ratio_interval(operator.truediv, (generated, real), videos) is None
+
+
+SPRITES = [f"{name}/character{number:04}.mkv" for name in ("Walk", "Slash") for number in range(12)]
+
+
+@pytest.mark.parametrize(("lacking", "videos", "over", "missing"), [
+    ("shares", range(96), "96 clips", ""),
+    ("shares", range(9), "9 clips", ""),
+    ("ratios", range(9), "9 clips", "; no interval of ratios: fewer than 10 clips"),
+    ("shares", [f"a/{clip % 12}.mkv" for clip in range(96)], "12 videos", ""),
+    ("shares", ["a/1.mkv", "a/1.mkv", "b/2.mkv"], "2 videos",
+     "; no interval of shares: fewer than 10 videos"),
+    ("ratios", ["a/1.mkv, clip 0", "a/1.mkv, clip 2", "b/2.mkv, clip 1"], "2 videos",
+     "; no interval of ratios: fewer than 10 videos"),
+    ("shares", SPRITES, "12 groups of videos", ""),
+    ("shares", ["Bend/person7.mkv", "Wave/person7.mkv", "Bend/person8.mkv"], "2 groups of videos",
+     "; no interval of shares: fewer than 10 groups of videos"),
+    ("shares", ["a/1.mkv"] * 32, "32 clips", "; no interval: fewer than 2 videos"),
+    ("shares", ["a/1.mkv"], "1 clips", "; no interval of means: fewer than 2 clips"),
+])  # fmt: skip
+def test_units_are_named_and_so_is_why_there_is_no_interval(lacking, videos, over, missing):
+    units, line = stats.interval_units(lacking, real=videos)
+    assert units == {"real": over + missing}
+    assert line == f"  95% intervals over {over} (real{missing})"
+
+
+def test_an_error_needs_two_values_and_quantiles_ignore_values_that_are_not_finite():
     assert stats.mean_and_error([1.0, 2.0, 4.0]) == pytest.approx((7 / 3, (7 / 9) ** 0.5))
     assert stats.mean_and_error([2.0]) == (2, None) and stats.mean_and_error([]) == (None, None)
     assert stats.interval95(torch.tensor([1.0, torch.nan, 1.0, torch.inf])) == [1, 1]
-    values = np.random.default_rng(0).normal(size=50)
-    assert stats.mean_interval([*values, np.nan]) == stats.mean_interval(values)
-    assert stats.mean_interval([3.0, np.nan]) is None
 
 
 def test_rows_of_all_ranks_come_in_the_order_of_their_clips(monkeypatch):

@@ -245,7 +245,10 @@ def calibrate(world, clips, training, count, args, vae, device):
     hits = {"real_valid": reasons(found, limits) == "", "real_true": (found["place"] == places.numpy()).all(axis=1)}
     for name, wrong in make_controls(world, places, made, through, args.seed):
         hits[name] = reasons(measure(world, wrong, name), limits) == ""
-    return limits, shares(hits) | {"rmse_real": found["clip_rmse"].mean(), "num_real": len(places)}
+    keys = {place: key for key, place in world.places.items()}
+    own = [keys[tuple(place)] for place in places.tolist()]  # a character may have several clips
+    result = {"rmse_real": found["clip_rmse"].mean(), "num_real": len(own), "validation": own}
+    return limits, shares(hits, own) | result
 
 
 def score_census(samples, clips, training, count, args, device):
@@ -273,7 +276,7 @@ def score_census(samples, clips, training, count, args, device):
     }  # fmt: skip
     values, lines = report(result, TITLES)
     values |= {name: result[name] for name in ("characters", "characters_expected")}
-    result["interval_units"], line = interval_units(samples=videos, validation=range(result["num_real"]))
+    result["interval_units"], line = interval_units(samples=videos, validation=result["validation"])
     lines += [
         f"  characters of the valid samples: {result['characters']}, expected {result['characters_expected']:.1f}",
         f"  not valid because of: {', '.join(f'{name} {count}' for name, count in result['failures'].items())}",

@@ -17,11 +17,9 @@ No class stands for "does not move", so static samples, which move less than any
 
 import itertools
 import math
-import statistics
 from argparse import Namespace
 from collections import Counter, namedtuple
 from dataclasses import replace
-from pathlib import PurePosixPath
 
 import torch
 import torch.nn.functional as F
@@ -30,7 +28,7 @@ from torch import nn
 from runtime import distributed
 from runtime.cli import Bar, UserError, plural
 from runtime.rng import generator
-from scoring.stats import cell, mean_interval, table, wilson
+from scoring.stats import cell, interval_units, share, table, unit_of
 from video.files import UnreadableError, read_frames, resize_and_crop
 from video.source import in_threads
 
@@ -53,7 +51,7 @@ def check(samples, clips, training, place, test):
     samples.check_classes(clips.classes, place)
     tested = {video.class_name for video in set(clips.videos) - set(training)}
     for name in clips.classes:
-        count = len({PurePosixPath(video.path).stem for video in clips.videos if video.class_name == name})
+        count = len({unit_of(video.path) for video in clips.videos if video.class_name == name})
         if count < 2 or len(clips.classes) < 2:
             got = f"{plural(len(clips.classes), 'class')}, {plural(count, 'group')} (file stems) in {name}"
             raise UserError(f"{place}: {got}; expected at least 2 of both, as each group is held out once")
@@ -82,11 +80,12 @@ def score_classifier(samples, clips, training, args, corrupt):
     network = train(own, "of the training split", **settings)
     if by_split:
         logits = [logits_of(network, one.windows, span) for one in tested]
-    about = summarize(logits, [one.label for one in tested], classes)
+    videos = [one.video.path for one in tested]
+    about = summarize(logits, [one.label for one in tested], classes, videos)
     about["wrong"] = [one.video.path for one, got in zip(tested, about["found"], strict=True) if one.label != got]
     shown = [every_window(prepare(clip, samples.image_size), window, 1) for clip in samples.clips]
     of_samples, asked = [logits_of(network, every, window) for every in shown], [*map(classes.index, samples.names)]
-    found = summarize(of_samples, asked, classes)
+    found = summarize(of_samples, asked, classes, samples.videos)
     found["static"] = find_static(shown, asked, real)
     groups = sorted({one.group for one in real})
     values = {"accuracy": about["share"], "window_accuracy": about["windows"]["share"], "asked_class": found["share"]}
@@ -98,7 +97,8 @@ def score_classifier(samples, clips, training, args, corrupt):
     lines.append(f"  static samples, which move less than any real clip of their class: {len(found['static'])}")
     result = {"real": about, "samples": found, "recipe": vars(recipe) | {"size": SIZE, "steps": steps}}
     result |= {"window": window, "classes": classes, "groups": groups, "num_training": len(own)}
-    return values, result, lines
+    result["interval_units"], line = interval_units(real=videos, samples=samples.videos)
+    return values, result, [*lines, line]
 
 
 def read_real(clips, args, size, corrupt):
@@ -111,7 +111,7 @@ def read_real(clips, args, size, corrupt):
             corrupt.append(video.path)
             return None
         windows = every_window(clip, clips.num_frames, clips.frame_interval[0])
-        return Real(windows, clips.classes.index(video.class_name), PurePosixPath(video.path).stem, video)
+        return Real(windows, clips.classes.index(video.class_name), unit_of(video.path), video)
 
     videos = sorted(clips.videos, key=lambda video: video.path)
     found = in_threads(read, videos, max(1, args.num_workers))
@@ -230,18 +230,22 @@ def leave_one_out(real, span, settings):
     return distributed.gather_in_order(found)[0]
 
 
-def summarize(logits, labels, classes):
+def summarize(logits, labels, classes, videos=()):
     """The share of clips that are classified as their label, a plain dict. logits: (n, classes) of each clip's windows.
 
-    confusion: a row per label, a column per class that the clips got. windows: the same share of single windows.
+    videos: those of the clips. windows: the same share of single windows. confusion: a row per
+    label, a column per class that the clips got.
     """
     found = [own.mean(dim=0).argmax().item() for own in logits]
     counts, every = Counter(zip(labels, found, strict=True)), range(len(classes))
     right, count = sum(counts[label, label] for label in every), len(labels)
     windows = [(own.argmax(dim=1) == label).double().mean().item() for own, label in zip(logits, labels, strict=True)]
-    about = {"count": sum(map(len, logits)), "share": statistics.fmean(windows), "interval95": mean_interval(windows)}
+    about = {"count": sum(map(len, logits))}
+    about["share"], about["interval95"] = share(windows, videos)
+    _, interval = share([label == own for label, own in zip(labels, found, strict=True)], videos)
     return {
-        "clips": count, "right": right, "share": right / count, "interval95": wilson(right, count), "windows": about,
+        "clips": count, "right": right, "share": right / count, "interval95": interval,
+        "windows": about,
         "confusion": [[counts[row, column] for column in every] for row in every], "found": found,
     }  # fmt: skip
 

@@ -7,10 +7,13 @@ They need no labels, so they fit any data. Two faults appear when a model sample
   standard deviations among real frames; 0 = no drift.
 """
 
+import math
+
+import numpy as np
 import torch
 
 from generation import window_starts
-from scoring.stats import Z95, bootstrap, by_video, cell, gather, interval95, interval_units, report, table
+from scoring.stats import by_unit, cell, gather, half95, interval_units, ratio_interval, report, table
 
 STATISTICS = [f"{what} {color}" for what in ("mean", "contrast") for color in ("red", "green", "blue")] + ["sharpness"]
 TITLES = {  # of the values
@@ -25,7 +28,8 @@ def score_consistency(generated, real, source):
     both = [(torch.stack(statistics), torch.stack(change), videos) for statistics, change, videos in both]
     windows = source.get("window"), source.get("overlap") or 0
     result = summarize(*both, source["temporal_patch_size"], *windows)
-    result["interval_units"], units = interval_units(generated=both[0][2], real=both[1][2])
+    videos = {"generated": both[0][2], "real": both[1][2]}
+    result["interval_units"], units = interval_units("ratios", **videos)
     values, lines = report(result, TITLES)
     drift = [(f"drift of {name}", cell(own, "drift", interval="interval95")) for name, own in result["drift"].items()]
     return values, result, [*lines, *table(drift), units]
@@ -69,7 +73,7 @@ def seam_score(generated, real, borders, videos=((), ())):
     value = score(*(changes.mean(dim=0) for changes in both))
     if not value.isfinite():
         return None, None
-    return value.item(), interval95(score(*map(bootstrap, both, videos, ("generated", "real"))))
+    return value.item(), ratio_interval(score, both, videos)
 
 
 def rises(statistics):
@@ -80,13 +84,25 @@ def rises(statistics):
 
 
 def drifts(generated, real, videos=((), ())):
-    """{name: {"drift", "interval95"}} of statistics (N, T, 7) and (M, T, 7); None where all real frames are equal."""
-    units, rise = real.flatten(0, 1).std(dim=0), [rises(statistics) for statistics in (generated, real)]
-    drift = (rise[0].mean(dim=0) - rise[1].mean(dim=0)) / units
-    half = Z95 * (sum(part.var(dim=0) / len(part) for part in map(by_video, rise, videos)).sqrt() / units)
-    ends = torch.stack([drift - half, drift + half], dim=1)
-    rows = zip(STATISTICS, units.tolist(), drift.tolist(), ends.tolist(), strict=True)
-    return {name: {"drift": x if unit else None, "interval95": own if unit else None} for name, unit, x, own in rows}
+    """{name: {"drift", "interval95"}} of statistics (N, T, 7) and (M, T, 7).
+
+    Both are None where all real frames are equal. One unit has no interval.
+    """
+    deviations = real.flatten(0, 1).std(dim=0).tolist()
+    rise, real_rise = (rises(statistics) for statistics in (generated, real))
+    half = half95(by_unit(rise, videos[0]))
+    real_half = half95(by_unit(real_rise, videos[1]))
+    half = np.hypot(half, real_half)  # of a difference of independent means: Zou and Donner, 2008
+    difference = (rise.mean(dim=0) - real_rise.mean(dim=0)).tolist()
+    found = {name: {"drift": None, "interval95": None} for name in STATISTICS}
+    rows = zip(STATISTICS, deviations, difference, half.tolist(), strict=True)
+    for name, deviation, middle, width in rows:
+        if deviation:
+            found[name]["drift"] = middle / deviation
+        if deviation and not math.isnan(width):
+            ends = middle - width, middle + width
+            found[name]["interval95"] = [end / deviation for end in ends]
+    return found
 
 
 def summarize(generated, real, temporal_patch_size, window=None, overlap=0):

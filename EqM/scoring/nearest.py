@@ -11,6 +11,7 @@ A squared distance is |a|^2 + |b|^2 - 2 a.b, so the search is made of matrix pro
 
 import functools
 import itertools
+import operator
 from pathlib import Path
 
 import numpy as np
@@ -19,7 +20,7 @@ from torch.utils.data import DataLoader, IterableDataset, get_worker_info
 
 from runtime import distributed
 from runtime.cli import Bar, UserError
-from scoring.stats import bootstrap, gather, interval95, interval_units, report
+from scoring.stats import gather, interval_units, ratio_interval, report
 from video.drawing import drawable, evenly_spaced, few
 from video.files import UnreadableError, read_all_frames, read_frames, resize_and_crop
 from video.index import fitting_interval
@@ -57,7 +58,8 @@ def score_nearest(samples, real, args, videos, sheet, device):
     if distributed.rank() == 0:
         write_pairs(sheet, windows, samples, result["pairs"])
     values, lines = report(result, TITLES)
-    result["interval_units"], line = interval_units(generated=samples.videos, real=held_out)
+    units = interval_units("ratios", generated=samples.videos, real=held_out)
+    result["interval_units"], line = units
     lines += [line, f"  the nearest clips and their training clips: {sheet}"]
     lines += [f"{path} can't be decoded to its end; only the frames before are compared" for path in corrupt]
     return values, result, lines
@@ -138,9 +140,10 @@ def summarize(generated, real, videos=((), ())):
     """A plain dict for JSON, from RMSE arrays of generated (N,) and of real clips (M,); videos: those of both."""
     result = {"rmse_ratio": None, "rmse_ratio_interval95": None}
     if real.any():
-        means, real_means = map(bootstrap, (generated, real), videos, ("nearest", "nearest"), ("generated", "real"))
-        ratio = (generated.mean() / real.mean()).item()
-        result = {"rmse_ratio": ratio, "rmse_ratio_interval95": interval95(means / real_means)}
+        result["rmse_ratio"] = (generated.mean() / real.mean()).item()
+        both = generated, real
+        interval = ratio_interval(operator.truediv, both, videos, "nearest")
+        result["rmse_ratio_interval95"] = interval
     for name, rmse in (("rmse", generated), ("rmse_real", real)):
         result |= {name: rmse.mean().item(), f"{name}_median": np.median(rmse).item()}
     limits = {"nearer_than_all_real": real.min(), "nearer_than_95_percent": np.quantile(real, 0.05)}

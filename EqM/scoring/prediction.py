@@ -11,7 +11,7 @@ import numpy as np
 
 from runtime.distributed import rank
 from scoring import plots, shapes
-from scoring.stats import Z95, by_video, cell, gather, interval_units, mean_interval, psnr, table
+from scoring.stats import by_unit, cell, gather, half95, interval_units, mean_interval, psnr, table
 from video.drawing import few
 from video.writers import write_sheet
 
@@ -90,8 +90,7 @@ def compare(scores, baselines, videos=()):
         columns = {"": own.mean(axis=1), "_best": best}
         columns |= {f"_{kind}": values[:, number] for kind, values in baselines.items()}
         for kind, values in columns.items():
-            units = np.ma.masked_invalid(by_video(values, videos).numpy())
-            half = np.ma.filled(Z95 * units.std(axis=0) / units.count(axis=0) ** 0.5, np.nan)
+            half = half95(by_unit(values, videos))
             result[f"{name}{kind}_by_frame"] = {"mean": or_none(mean(values)), "half95": or_none(half)}
         by_clip = {kind: mean(values, axis=1) for kind, values in columns.items()}  # (N,) each
         for kind in by_clip.keys() & {"", "_average"}:

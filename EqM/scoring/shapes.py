@@ -21,7 +21,7 @@ import torch.nn.functional as F
 
 from runtime.cli import UserError, plural
 from runtime.untrusted import read_json
-from scoring.stats import Z95, by_video, cell, gather, interval_units, mean_and_error, share, shares, table
+from scoring.stats import cell, gather, interval_units, mean_and_error, mean_interval, share, shares, table
 
 # Lengths are in px of a frame 16 px high, and scale with it. Shares are of the object's brightness or area.
 # They tolerate noise (8 gray levels), blur (1 px) and some jitter in generated clips, and no more.
@@ -309,9 +309,8 @@ def summarize_tracks(tracks, expected, videos=()):
         summary[f"{what}_accuracy"], summary[f"{what}_interval95"] = share(own, videos)
     for what in ("speed", "area"):
         ratios = [getattr(found, what) / getattr(true, what) for found, true in right]
-        (mean, _), (_, error) = mean_and_error(ratios), mean_and_error(by_video(ratios, videos_of_right).numpy())
-        interval = None if error is None else [mean - Z95 * error, mean + Z95 * error]
-        summary |= {f"{what}_ratio": mean, f"{what}_ratio_interval95": interval}
+        summary[f"{what}_ratio"], _ = mean_and_error(ratios)
+        summary[f"{what}_ratio_interval95"] = mean_interval(ratios, videos_of_right)
     reasons = sorted(found.reason for found in tracks if found.direction is None)
     return summary | {"refused": dict(Counter(reasons).most_common())}
 

@@ -1,22 +1,36 @@
-"""What the metrics share: rows of all ranks, 95% intervals, the bootstrap, PSNR, tables to print.
+"""What the metrics share: rows of all ranks, 95% intervals over units, PSNR, tables to print.
 
 The function score_... of a metric returns (values, result, lines) on rank 0: {name: number or None}, more for JSON, and
 text to print. On the other ranks they may be None.
 
-Clips of one video look alike, so intervals over them are too narrow. `by_video` makes intervals over videos.
+Clips of one video look alike, and so do videos of one person. So intervals are over independent
+units (`unit_of`):
+- means: Student's t; none for one unit
+- shares: Wilson's; none if several clips share a unit and there are fewer than FEWEST units
+- ratios of means: a bootstrap of the units; none for fewer than FEWEST units
+results/coverage.md shows how often these intervals hold the true value.
 """
 
 import itertools
 import math
+import re
+from pathlib import PurePosixPath
 
 import numpy as np
 import torch
+from scipy.special import stdtrit
 
 from runtime import distributed
 from runtime.rng import generator
 
 Z95 = 1.96  # 95% of a normal distribution are within so many standard deviations of its mean
 RESAMPLES = 1000  # of the bootstrap
+FEWEST = 10  # units: ratios, and shares of clips that share units, need as many for an interval
+COPY = re.compile(r"-copy\d+$")  # at the end of a copy's name, from datasets/augment.py
+UCF_NAME = re.compile(r"(v_\w+_g\d+)_c\d+")
+DRAWN_NAME = re.compile(  # of Moving Shapes
+    r"v_(Circle|Square|Triangle)(Left|Right|Up|Down|Horizontal|Vertical)_g\d+_c\d+"
+)
 
 
 def gather(stream, measure):
@@ -27,26 +41,69 @@ def gather(stream, measure):
     return distributed.gather_in_order([(index, *measure(*clip, index), video) for index, *clip, video in stream])
 
 
-def by_video(values, videos):
-    """The units of an interval: means of values (N, ...) over the clips of each video, float64 (n, ...).
+def unit_of(video):
+    """The independent unit that a video belongs to. Clips of one unit may look alike.
 
-    videos: the video of each clip. If each clip has its own video, or all share one, the units are the values.
+    video: a path, perhaps with ", clip 5" after it. Or the number of a sample that continues no
+    video: it is its own unit.
+    - Videos with the same file name in several class folders are one unit, because they may show
+      the same person or character. If they don't, intervals are wider than necessary.
+    - Videos of one group of UCF-101, v_Class_gNN_cNN, are one unit: they show the same scene.
+    - So are a video and its copies by datasets/augment.py.
+    - Moving Shapes has names like those of UCF-101, but its videos are drawn independently.
     """
-    values, indices = torch.as_tensor(values).double(), {}
+    if not isinstance(video, str):
+        return video
+    name = COPY.sub("", PurePosixPath(video).stem)
+    group = UCF_NAME.fullmatch(name)
+    if group is None or DRAWN_NAME.fullmatch(name):
+        return name
+    return group[1]
+
+
+def by_unit(values, videos=()):
+    """The means of values (N, ...) over the clips of each unit, float64 (n, ...), without NaNs.
+
+    videos: the video of each clip; none: each clip is a unit. Units count equally, however many
+    clips they have.
+    """
+    values = torch.as_tensor(values).double()
+    indices = {}
     for index, video in enumerate(videos):
-        indices.setdefault(video, []).append(index)
-    if len(indices) in (0, 1, len(values)):
+        indices.setdefault(unit_of(video), []).append(index)
+    if len(indices) in (0, len(values)):
         return values
     return torch.stack([values[own].nanmean(dim=0) for own in indices.values()])
 
 
-def interval_units(**videos):
-    """({kind of clips: what their intervals are over}, the same as a line); videos: those of each kind, as above."""
+def interval_units(lacking="shares", **videos):
+    """({kind of clips: the units of their intervals, and what has none}, the same as a line).
+
+    videos: those of the clips of each kind. lacking: what has no interval over fewer than FEWEST
+    units: "shares" or "ratios". Shares lack it only if several clips share a unit.
+    """
     units = {}
+    texts = []
     for kind, own in videos.items():
-        clips, count = f"{len(own)} clips", len(set(own))
-        units[kind] = clips if count == len(own) else f"{count} videos" if count > 1 else f"{clips} of one video"
-    return units, f"  95% intervals over {', '.join(f'{text} ({kind})' for kind, text in units.items())}"
+        count = len(set(map(unit_of, own)))
+        paths = [PurePosixPath(str(video)) for video in own]
+        num_videos = len({(path.parent, path.stem) for path in paths})
+        is_clustered = count < len(own)
+        noun = "clips"
+        if is_clustered:
+            noun = "videos" if count == num_videos else "groups of videos"
+        over = f"{count} {noun}"
+        missing = ""
+        if count == 1 and is_clustered:
+            over = f"{len(own)} clips"
+            missing = f"; no interval: fewer than 2 {noun}"
+        elif count < FEWEST and (is_clustered or lacking == "ratios"):
+            missing = f"; no interval of {lacking}: fewer than {FEWEST} {noun}"
+        elif count == 1:
+            missing = "; no interval of means: fewer than 2 clips"
+        units[kind] = over + missing
+        texts.append(f"{over} ({kind}{missing})")
+    return units, f"  95% intervals over {', '.join(texts)}"
 
 
 def wilson(hits, count):
@@ -57,9 +114,17 @@ def wilson(hits, count):
 
 
 def share(hits, videos=()):
-    """(the share of `hits` (N,) that are true, its 95% interval)."""
-    units = by_video(hits, videos)
-    return sum(hits) / len(hits), wilson(units.sum().item(), len(units))
+    """(the share of `hits` (N,) that are true, its 95% interval or None); hits may be shares, too.
+
+    Shares of units vary less than single hits with the same mean, so Wilson's interval over units
+    is cautious.
+    """
+    units = by_unit(hits, videos)
+    is_clustered = len(units) < len(hits)
+    interval = None
+    if not is_clustered or len(units) >= FEWEST:
+        interval = wilson(units.sum().item(), len(units))
+    return float(sum(hits) / len(hits)), interval
 
 
 def shares(hits, videos=()):
@@ -76,24 +141,56 @@ def mean_and_error(values):
     return mean, float(np.std(values, ddof=1) / math.sqrt(len(values))) if len(values) > 1 else None
 
 
-def bootstrap(values, videos, *key):
-    """The means of RESAMPLES resamples of the units of values (N, ...): (RESAMPLES, ...). The key seeds them."""
-    values = by_video(values, videos)
-    draws = torch.randint(len(values), (RESAMPLES, len(values)), generator=generator(0, "bootstrap", *key))
-    return values[draws].mean(dim=1)
+def half95(units):
+    """Half the width of Student's 95% interval of the mean of units (n, ...), without NaNs.
+
+    NaN for fewer than two units.
+    """
+    finite = np.ma.masked_invalid(np.asarray(units))
+    count = finite.count(axis=0)
+    error = finite.std(axis=0, ddof=1) / np.sqrt(count)
+    return stdtrit(count - 1, 0.975) * np.ma.filled(error, np.nan)
+
+
+def mean_interval(values, videos=()):
+    """Student's 95% interval [low, high] of the mean of values (N,), without NaNs.
+
+    None for fewer than two units.
+    """
+    units = by_unit(values, videos)
+    half = half95(units)
+    if np.isnan(half):
+        return None
+    middle = units.nanmean()
+    return [(middle - half).item(), (middle + half).item()]
+
+
+def ratio_interval(ratio, values, videos, *key):
+    """The 95% interval of ratio(means of generated clips, means of real clips), by a bootstrap.
+
+    values: of generated clips (N, ...) and of real clips (M, ...); videos: those of both. The key
+    seeds the bootstrap. None for fewer than FEWEST units.
+    """
+    units = [by_unit(*own) for own in zip(values, videos, strict=True)]
+    if min(map(len, units)) < FEWEST:
+        return None
+    generated, real = units
+    means = bootstrap(generated, *key, "generated")
+    real_means = bootstrap(real, *key, "real")
+    return interval95(ratio(means, real_means))
+
+
+def bootstrap(units, *key):
+    """The means of RESAMPLES resamples of units (n, ...): (RESAMPLES, ...). The key seeds them."""
+    random = generator(0, "bootstrap", *key)
+    draws = torch.randint(len(units), (RESAMPLES, len(units)), generator=random)
+    return units[draws].mean(dim=1)
 
 
 def interval95(values):
     """[low, high] around 95% of the finite values (N,). A ratio of resamples of few clips may be infinite."""
     values = values[values.isfinite()]
     return values.quantile(torch.tensor([0.025, 0.975], dtype=values.dtype)).tolist()
-
-
-def mean_interval(values, videos=()):
-    """The 95% interval [low, high] of the mean of values (N,), without NaNs; None for fewer than two values."""
-    kept = ~np.isnan(values)
-    units = by_video(np.asarray(values)[kept], itertools.compress(videos, kept))
-    return interval95(bootstrap(units, (), "prediction")) if len(units) > 1 else None
 
 
 def psnr(found, real, most=60.0):

@@ -1,0 +1,221 @@
+"""Simulate how often the 95% intervals of evaluate.py hold the true value.
+
+    python scripts/studies/coverage.py                       about a minute of one core
+
+There are few units (videos, or groups of videos) with several clips each. Half of the variance is
+between units, half between the clips of a unit. The intervals are those of EqM/scoring/stats.py;
+those of earlier versions are beside them. The script writes results/coverage.md and .json.
+"""
+
+import operator
+import shlex
+import sys
+from datetime import date
+
+import lab
+
+# isort: split
+import numpy as np
+
+from benchmark import machine
+from runtime.cli import COUNT, one_line_errors
+from scoring import stats
+from scoring.manifest import code_commit
+
+UNITS = 2, 3, 4, 5, 6, 8, 10, 12, 16, 20, 30
+MANY_UNITS = 10, 12, 16, 20, 30  # where clustered shares and ratios have an interval
+CLIPS = 4  # of each unit, in other class folders
+SHARES = 0.5, 0.9, 0.97
+GENERATED = 96  # independent clips, above the real ones of a ratio
+DRAWS = {  # (random generator, shape) -> values with mean 0 and variance 1
+    "normal": lambda random, shape: random.normal(size=shape),
+    "skewed": lambda random, shape: random.exponential(size=shape) - 1,
+}
+SEED = 0
+
+
+def videos_of(count):
+    """The videos of CLIPS clips of each of `count` units."""
+    return [f"Class{clip}/person{unit}.mkv" for clip in range(CLIPS) for unit in range(count)]
+
+
+def draw_clustered(draw, random, count, repeats):
+    """Values (clips, repeats) with mean 0 and variance 1, half of it between units.
+
+    draw: one of DRAWS.
+    """
+    units = draw(random, (count, repeats))
+    clips = draw(random, (CLIPS, count, repeats))
+    return ((units + clips) / 2**0.5).reshape(CLIPS * count, repeats)
+
+
+def bootstrap_before(units, random):
+    """The interval of earlier versions: quantiles of means of resamples of units (n, repeats)."""
+    count = len(units)
+    # How often each of 1,000 resamples has each unit
+    times = random.multinomial(count, [1 / count] * count, size=1000)
+    means = times @ units / count
+    return np.quantile(means, [0.025, 0.975], axis=0)
+
+
+def normal_before(units):
+    """The interval of earlier versions by frame: 1.96 standard errors, which divide by n."""
+    half = 1.96 * units.std(axis=0) / len(units) ** 0.5
+    return units.mean(axis=0) - half, units.mean(axis=0) + half
+
+
+def holds(interval, true):
+    """The share of intervals, (lows, highs), that hold the true value."""
+    low, high = interval
+    return float(np.mean((low <= true) & (true <= high)))
+
+
+def cover_means(repeats, kinds=DRAWS, counts=UNITS):
+    """A row for each kind of values and number of units: coverage of the mean's intervals."""
+    rows = []
+    for kind in kinds:
+        for count in counts:
+            random = np.random.default_rng([SEED, count])
+            values = draw_clustered(DRAWS[kind], random, count, repeats)
+            units = stats.by_unit(values, videos_of(count)).numpy()
+            half = stats.half95(units)
+            middle = units.mean(axis=0)
+            row = {"values": kind, "units": count, "t": holds((middle - half, middle + half), 0)}
+            row["bootstrap"] = holds(bootstrap_before(units, random), 0)
+            row["normal"] = holds(normal_before(units), 0)
+            rows.append(row)
+    return rows
+
+
+def cover_shares(repeats):
+    """A row for each share and number of units: coverage over units, and over clips."""
+    rows = []
+    for true in SHARES:
+        for count in MANY_UNITS:
+            random = np.random.default_rng([SEED, count])
+            chances = random.beta(
+                true, 1 - true, (repeats, count)
+            )  # half of the variance is between units
+            hits = random.random((repeats, CLIPS, count)) < chances[:, None]
+            hits = hits.reshape(repeats, CLIPS * count)
+            videos = videos_of(count)
+            over_units = [stats.share(own, videos)[1] for own in hits]
+            over_clips = [stats.share(own)[1] for own in hits]
+            row = {"share": true, "units": count}
+            row["over_units"] = holds(np.transpose(over_units), true)
+            row["over_clips"] = holds(np.transpose(over_clips), true)
+            rows.append(row)
+    return rows
+
+
+def cover_independent_shares(repeats):
+    """A row for each share and number of independent clips: coverage of Wilson's interval."""
+    rows = []
+    for true in SHARES:
+        for count in (3, 5, *MANY_UNITS):
+            random = np.random.default_rng([SEED, count])
+            found = [stats.share(own)[1] for own in random.random((repeats, count)) < true]
+            rows.append({"share": true, "clips": count, "wilson": holds(np.transpose(found), true)})
+    return rows
+
+
+def cover_ratios(repeats):
+    """A row for each number of units of the real clips: coverage of a ratio of means (1)."""
+    rows = []
+    for count in MANY_UNITS:
+        random = np.random.default_rng([SEED, count])
+        real = 1 + draw_clustered(DRAWS["normal"], random, count, repeats) / 4
+        generated = 1 + random.normal(size=(GENERATED, repeats)) / 4
+        videos = range(GENERATED), videos_of(count)
+        found = [
+            stats.ratio_interval(operator.truediv, both, videos, "coverage")
+            for both in zip(generated.T, real.T, strict=True)
+        ]
+        rows.append({"units": count, "bootstrap": holds(np.transpose(found), 1)})
+    return rows
+
+
+def percent(value):
+    return f"{100 * value:.1f}"
+
+
+def cells(rows, count, *shares):
+    """Rows of a table: the value `count` of each row, then its shares in percent."""
+    found = []
+    for row in rows:
+        found.append([str(row[count]), *(percent(row[name]) for name in shares)])
+    return found
+
+
+def markdown(content):
+    """The lines of coverage.md."""
+    few = f"{content['repeats']:,} data sets each"
+    missing = f"For fewer than {stats.FEWEST} units, no interval is printed."
+    lines = [
+        "# Coverage of the 95% intervals",
+        "",
+        "`scripts/studies/coverage.py` wrote these tables. A cell is the share (%) of simulated data",
+        "sets whose 95% interval holds the true value, so about 95 is right. Each unit (a video, or",
+        f"videos of one person) has {CLIPS} clips. Half of the variance is between units.",
+        "",
+        "## Means",
+        "",
+        f"{content['repeats_of_means']:,} data sets each. *Bootstrap* and *1.96* are the intervals of",
+        "earlier versions: quantiles of a bootstrap of the units, and 1.96 standard errors that divide",
+        "by n. Skewed values are exponential.",
+        "",
+    ]
+    for kind in DRAWS:
+        rows = [row for row in content["means"] if row["values"] == kind]
+        titles = [f"units, {kind} values", "Student's t", "bootstrap", "1.96"]
+        lines += lab.table(titles, cells(rows, "units", "t", "bootstrap", "normal"))
+
+    lines += ["## Shares of clips that share units", ""]
+    lines += [f"{few}. *Over clips*: as if the clips were independent. {missing}", ""]
+    titles = ["units", "true share (%)", "Wilson over units", "Wilson over clips"]
+    lines += lab.table(
+        titles, cells(content["shares"], "units", "share", "over_units", "over_clips")
+    )
+
+    lines += ["## Shares of independent clips", "", f"{few}.", ""]
+    rows = cells(content["independent_shares"], "clips", "share", "wilson")
+    lines += lab.table(["clips", "true share (%)", "Wilson"], rows)
+
+    lines += ["## Ratios of two means", ""]
+    lines += [f"{few}, with {GENERATED} independent generated clips. {missing}", ""]
+    rows = cells(content["ratios"], "units", "bootstrap")
+    return lines + lab.table(["units of the real clips", "bootstrap"], rows)
+
+
+def parse_args():
+    parser = lab.out_parser(__doc__, "the tables")
+    parser.add_argument(
+        "--repeats",
+        type=COUNT,
+        default=20_000,
+        help="simulated data sets of a mean; a tenth of them for shares and ratios; default: 20000",
+    )
+    return parser.parse_args()
+
+
+@one_line_errors()
+def main():
+    args = parse_args()
+    few = max(1, args.repeats // 10)
+    content = {
+        "code": code_commit() or "",
+        "command": shlex.join(["python", "scripts/studies/coverage.py", *sys.argv[1:]]),
+        "date": date.today().isoformat(),
+        "machine": machine(),
+        "repeats_of_means": args.repeats,
+        "repeats": few,
+        "means": cover_means(args.repeats),
+        "shares": cover_shares(few),
+        "independent_shares": cover_independent_shares(few),
+        "ratios": cover_ratios(few),
+    }
+    lab.write_results(args.out, "coverage", markdown(content), content)
+
+
+if __name__ == "__main__":
+    main()
