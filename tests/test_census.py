@@ -159,7 +159,13 @@ def test_samples_get_the_reason_that_they_fail_for(data, tmp_path, monkeypatch, 
     limits, margins = result["limits"], result["samples"]["margin"]
     assert 0 < margins[5] < limits["margin"] < margins[0] and result["samples"]["worst_rmse"][6] > limits["rmse"]
     said = capsys.readouterr().out
-    assert "not valid because of: attribute 2, pose 1, margin 1, rmse 1" in said and "0.375 (" in said
+    assert "not valid because of: attribute 2, pose 1, margin 1, rmse 1" in said
+    why = "no interval of shares: fewer than 10"
+    assert result["interval_units"] == {
+        "samples": f"3 videos; {why} videos",
+        "validation": f"3 groups of videos; {why} groups of videos",  # 6 clips of 3 characters
+    }
+    assert result["valid_interval95"] is result["real_valid_interval95"] is None
 
 
 def test_one_and_two_ranks_and_a_moved_vae_give_the_same_values(data, tmp_path):

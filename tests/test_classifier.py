@@ -2,6 +2,7 @@
 
 import math
 import re
+from argparse import Namespace
 
 import numpy as np
 import pytest
@@ -9,6 +10,8 @@ import torch
 
 from sample_folders import refused, run, write_samples
 from scoring import classifier
+from scoring.sources import find_real
+from scoring.stats import wilson
 from tiny_videos import write_ucf_list
 from training import record_calls
 from video.files import UnreadableError
@@ -99,8 +102,15 @@ def test_accuracy_intervals_and_confusion_equal_their_definitions():
     assert (found["right"], found["clips"], found["share"]) == (2, 4, 0.5)
     assert found["windows"]["count"] == 9
     assert found["windows"]["share"] == pytest.approx((1 + 0.5 + 1 + 2 / 3) / 4)
-    low, high = found["windows"]["interval95"]
-    assert 0.5 <= low < found["windows"]["share"] < high <= 1
+    assert found["interval95"] == wilson(2, 4)
+    assert found["windows"]["interval95"] == pytest.approx(wilson(1 + 0.5 + 1 + 2 / 3, 4))
+    people = ["a/person1.mkv", "b/person1.mkv", "b/person2.mkv", "c/person2.mkv"]
+    clustered = classifier.summarize(logits, [0, 1, 1, 2], ["a", "b", "c"], people)
+    assert clustered["share"] == 0.5
+    assert clustered["interval95"] is clustered["windows"]["interval95"] is None  # of two people
+    many = [f"{name}/{person}.mkv" for person in range(10) for name in "ab"]
+    clustered = classifier.summarize(logits * 5, [0, 1, 1, 2] * 5, ["a", "b", "c"], many)
+    assert clustered["interval95"] == pytest.approx(wilson(5, 10))
 
 
 def test_inception_score_and_entropies_equal_their_closed_forms():
@@ -151,8 +161,25 @@ def test_evaluate_trains_the_classifier_only_on_the_training_split(data, tmp_pat
     assert made["result"]["samples"]["confusion"] == [[2, 0], [1, 1]] and made["result"]["samples"]["static"] == []
     assert made["result"]["groups"] == ["person1", "person2", "person3"] and made["result"]["num_training"] == 4
     said = capsys.readouterr().out
-    assert re.search(r"3 groups held out once\) +0 +6 +1.0000 \(0.6097 to 1.0000\)\n  samples +1 +4 +0.7500 \(", said)
+    assert re.search(r"3 groups held out once\) +0 +6 +1.0000\n  samples +1 +4 +0.7500 \(", said)
+    missing = "no interval of shares: fewer than 10 groups of videos"
+    assert f"over 3 groups of videos (real; {missing}), 4 clips (samples)" in said
+    units = {"real": f"3 groups of videos; {missing}", "samples": "4 clips"}
+    assert made["result"]["interval_units"] == units
     assert "static samples, which move less than any real clip of their class: 0" in said
+
+
+def test_groups_are_units_of_videos(tmp_path):
+    """Clips of one recording of UCF-101 and copies of a video are held out together."""
+    names = ["v_Up_g01_c01", "v_Up_g01_c02", "v_Up_g02_c01", "person1", "person1-copy2"]
+    (tmp_path / "Up").mkdir()
+    for name in names:
+        write_mp4(tmp_path / f"Up/{name}.mp4", bar("Up", 1), 25)
+    clips, _, _ = find_real(tmp_path, "all", 0.05, WINDOW, 1 / 25, 32, None, False)
+    args = Namespace(data_path=tmp_path, num_workers=0)
+    real = classifier.read_real(clips, args, 32, [])
+    groups = {one.video.key.removeprefix("Up/"): one.group for one in real}
+    assert groups == dict(zip(names, ["v_Up_g01", "v_Up_g01", "v_Up_g02", "person1", "person1"], strict=True))
 
 
 def sideways(class_name, number):
@@ -183,7 +210,7 @@ def test_the_validation_split_tests_the_classifier_of_the_samples(tmp_path, monk
     assert made["values"]["H(y)"] == pytest.approx(math.log(2), abs=0.01)
     said = capsys.readouterr().out
     assert "note: below 99.9% on real clips" in said
-    assert re.search(r"trained on 10 others\) +1 +6 +0.8333 \(.*\n  samples +1 +4 +0.7500 \(", said)
+    assert re.search(r"trained on 10 others\) +1 +6 +0.8333 .*\n  samples +1 +4 +0.7500 \(", said)
     again = run(tmp_path / "d.json", "--manifest", tmp_path / "c.json")
     assert again["repeats"]["bit_equal"] and again["result"] == made["result"]
 

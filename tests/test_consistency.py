@@ -3,6 +3,7 @@
 import json
 
 import pytest
+import scipy.stats
 import torch
 
 from scoring import consistency
@@ -72,15 +73,17 @@ def test_the_statistics_of_a_frame_are_mean_contrast_and_sharpness():
 def test_jumps_at_borders_set_the_seam_score_and_other_jumps_do_not(patch):
     place, borders = (torch.arange(23) + 1) % patch, consistency.borders(24, patch)[0]
     even, seams, others = (
-        measure_all(flat(walk(steps.expand(5, -1))))[1]
+        measure_all(flat(walk(steps.expand(10, -1))))[1]
         for steps in (torch.full((23,), 2.0), torch.where(place == 0, 12.0, 2.0), torch.where(place == 1, 12.0, 2.0))
     )
     score, interval = consistency.seam_score(seams, even, borders)
     assert score == pytest.approx(6) and interval == pytest.approx([6, 6])
     assert consistency.seam_score(even, seams, borders)[0] == pytest.approx(1 / 6)
     assert consistency.seam_score(others, even, borders)[0] < 0.5
-    uneven = seams * (1 + 9 * random(5, 1))  # clips with little and with much motion
-    score, (low, high) = consistency.seam_score(uneven * (0.5 + random(5, 23, seed=1)), even, borders)
+    assert consistency.seam_score(seams[:9], even, borders) == (score, None)
+    uneven = seams * (1 + 9 * random(10, 1))  # clips with little and with much motion
+    uneven = uneven * (0.5 + random(10, 23, seed=1))
+    score, (low, high) = consistency.seam_score(uneven, even, borders)
     assert low < score < high and high - low > 0.3
 
 
@@ -96,12 +99,29 @@ def test_real_clips_against_real_clips_have_no_seam_and_no_drift():
 
 
 def test_intervals_are_as_wide_if_each_video_gives_several_clips():
-    sets = [measure_all((random(6, 12, 6, 6, 3, seed=seed) * 255).byte()) for seed in (0, 1)]
-    copies = [(torch.cat([own] * 3), torch.cat([change] * 3), [*range(6)] * 3) for own, change, _ in sets]
+    sets = [measure_all((random(10, 12, 6, 6, 3, seed=seed) * 255).byte()) for seed in (0, 1)]
+    copies = [(torch.cat([own] * 3), torch.cat([change] * 3), [*range(10)] * 3) for own, change, _ in sets]
     once, found = consistency.summarize(*sets, 4), consistency.summarize(*copies, 4)
     assert found["seam_score_interval95"] == pytest.approx(once["seam_score_interval95"])
     for name, own in once["drift"].items():
         assert found["drift"][name]["interval95"] == pytest.approx(own["interval95"], rel=0.02)
+    one_video = [(*own[:2], ["v"] * 30) for own in copies]
+    found = consistency.summarize(copies[0], one_video[1], 4)
+    assert found["seam_score"] == pytest.approx(once["seam_score"])
+    assert found["seam_score_interval95"] is None
+    assert {own["interval95"] for own in found["drift"].values()} == {None}
+
+
+def test_drifts_have_the_intervals_of_a_difference_of_two_means():
+    sets = [(random(count, 12, 7, seed=count) * 255) for count in (200, 6)]
+    found = consistency.drifts(*sets)
+    rises = [consistency.rises(own)[:, 0].numpy() for own in sets]
+    unit = sets[1][..., 0].flatten().std().item()
+    middle = (rises[0].mean() - rises[1].mean()) / unit
+    low, high = found["mean red"]["interval95"]
+    assert (low + high) / 2 == pytest.approx(middle)
+    welch = scipy.stats.ttest_ind(*rises, equal_var=False).confidence_interval(0.95)
+    assert high - low == pytest.approx((welch.high - welch.low) / unit, rel=0.05)
 
 
 @pytest.mark.parametrize("borders", [[], [*range(1, 8)], [4]])

@@ -90,17 +90,19 @@ def test_the_frame_interval_is_the_closest_in_time_or_the_largest_that_fits():
 
 
 def test_means_ratio_and_shares_match_their_definitions():
-    generated, real = np.array([0.0, 4, 8, 8]), np.arange(10.0, 111)
+    generated, real = np.array([0.0, 4, 8, 8] * 3), np.arange(10.0, 111)
     found = nearest.summarize(generated, real)
     assert found["rmse"] == 5 and found["rmse_median"] == 6 and found["rmse_real"] == 60
     assert found["rmse_ratio"] == pytest.approx(5 / 60)
     low, high = found["rmse_ratio_interval95"]
-    assert low < 5 / 60 < high and high - low == pytest.approx(3.92 * 11**0.5 / 2 / 60, rel=0.2)
+    assert low < 5 / 60 < high and high - low == pytest.approx(3.92 * 11**0.5 / 12**0.5 / 60, rel=0.2)
+    few = nearest.summarize(generated[:8], real)
+    assert few["rmse_ratio"] == pytest.approx(5 / 60) and few["rmse_ratio_interval95"] is None
     assert found["nearer_than_all_real"] == found["nearer_than_95_percent"] == 1
     found = nearest.summarize(np.array([9.0, 10, 14.9, 15, 50]), real)  # 5% of the real ones are below 15
     assert (found["nearer_than_all_real"], found["nearer_than_95_percent"]) == (0.2, 0.6)
     assert nearest.summarize(generated, np.zeros(3))["rmse_ratio"] is None
-    once, videos = nearest.summarize(generated, real), ([*range(4)] * 3, [*range(101)] * 3)
+    once, videos = nearest.summarize(generated, real), ([*range(12)] * 3, [*range(101)] * 3)
     found = nearest.summarize(np.tile(generated, 3), np.tile(real, 3), videos)  # several clips of each video
     assert found == {name: pytest.approx(value) for name, value in once.items()}
 
@@ -125,7 +127,8 @@ def test_copies_of_training_clips_are_found_and_held_out_clips_are_not(shapes, t
     assert pairs[0]["class"] == pairs[0]["video_class"] == name and pairs[0]["video"].startswith(f"{name}/")
     assert len(names) == 12 and names[0] == f"{name} {pairs[0]['clip']}: 0.0" and notes == []
     assert names[1].startswith(f"{name}, v_") and names[1].endswith(f", frame {pairs[0]['first_frame']}, mirrored")
-    assert made["result"]["interval_units"] == {"generated": "6 clips", "real": "12 clips"}
+    few = "6 clips; no interval of ratios: fewer than 10 clips"
+    assert made["result"]["interval_units"] == {"generated": few, "real": "12 clips"}
     assert run(tmp_path / "again.json", "--manifest", tmp_path / "n.json")["repeats"]["bit_equal"]
     made["real"]["training_sha256"] = "0"
     (tmp_path / "n.json").write_text(json.dumps(made))

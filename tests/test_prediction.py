@@ -7,11 +7,13 @@ import shutil
 import numpy as np
 import pytest
 from PIL import Image
+from scipy.special import stdtrit
 from skimage.metrics import structural_similarity
 
 from make_moving_shapes import draw_clip
 from sample_folders import FRAMES, SIZE, SOURCE, read_clips, refused, run, write_samples
 from scoring import prediction, sources
+from scoring.plots import plot_prediction
 from scoring.shapes import track
 from scoring.stats import psnr
 from test_shapes import noisy
@@ -48,11 +50,12 @@ def test_the_best_sample_is_chosen_for_each_metric_on_its_own():
     result = prediction.compare(scores, {"repeated": np.full((4, 3, 2), 10.0)})
     assert result["psnr"] == pytest.approx((15 + 20 + 12) / 3 + 1.5)
     assert result["psnr_best_by_frame"]["mean"] == pytest.approx([31.5, 11.5])
-    assert result["psnr_best_by_frame"]["half95"] == pytest.approx([1.96 * 1.118 / 2] * 2, rel=1e-3)
+    half = stdtrit(3, 0.975) * np.std([0, 1, 2, 3], ddof=1) / 2  # Student's t of four clips
+    assert result["psnr_best_by_frame"]["half95"] == pytest.approx([half] * 2)
     assert result["ssim_best"] == pytest.approx(0.75)
     assert result["psnr_gain"] == pytest.approx(result["psnr"] - 10)
-    low, high = result["psnr_gain_interval95"]
-    assert low < result["psnr_gain"] < high and high - low == pytest.approx(2.2, abs=0.5)  # 3.92 x 1.118 / 2
+    gain = result["psnr_gain"]
+    assert result["psnr_gain_interval95"] == pytest.approx([gain - half, gain + half])
     scores, repeated = np.tile(scores, (3, 1, 1, 1)), np.full((12, 3, 2), 10.0)
     tripled = prediction.compare(scores, {"repeated": repeated}, [*range(4)] * 3)  # each video gives three clips
     assert tripled["psnr_gain_interval95"] == pytest.approx(result["psnr_gain_interval95"])
@@ -91,13 +94,27 @@ def test_means_over_moving_pixels_are_of_clips_in_which_something_moves():
     assert result["clips"] == 4 and result["clips_that_move"] == 3
     assert result["psnr_moving"] == result["psnr_moving_best"] == pytest.approx(83 / 3)
     assert result["psnr_moving_repeated"] == 20 and result["psnr_moving_gain"] == pytest.approx(23 / 3)
-    low, high = result["psnr_moving_gain_interval95"]
-    assert 6 <= low < 23 / 3 < high <= 10
+    half = stdtrit(2, 0.975) * np.std([10, 6, 7], ddof=1) / 3**0.5
+    expected = [23 / 3 - half, 23 / 3 + half]
+    assert result["psnr_moving_gain_interval95"] == pytest.approx(expected)
     assert result["psnr_moving_by_frame"]["mean"] == [26.5, pytest.approx(83 / 3), None]
     scores[:, 2] = repeated[:, 2] = np.nan  # nothing moves at all
     result = json.loads(json.dumps(prediction.compare(scores, {"repeated": repeated}), allow_nan=False))
     assert result["psnr_moving"] is result["psnr_moving_gain"] is result["psnr_moving_gain_interval95"] is None
     assert prediction.result_lines(result | {"given_frames": "0"})[1].endswith(" -")
+
+
+def test_predictions_of_one_unit_have_no_interval_and_a_plot(tmp_path):
+    scores = np.random.default_rng(0).uniform(10, 30, (4, 3, 1, 2))
+    people = [f"{name}/person7.mkv" for name in ("Bend", "JumpingJack", "OneHandWave", "TwoHandWave")]
+    for count, videos in ((4, people), (1, ["a.mkv"])):
+        result = prediction.compare(scores[:count], {"repeated": scores[:count, :, 0]}, videos)
+        intervals = {name: value for name, value in result.items() if name.endswith("_interval95")}
+        assert len(intervals) == 12 and set(intervals.values()) == {None}
+        assert result["psnr_by_frame"]["half95"] == [None, None]
+        place = tmp_path / f"{count}.png"
+        plot_prediction(place, result | {"predicted_frames": [1, 2]}, 3, prediction.KINDS)
+        assert place.stat().st_size > 1000
 
 
 def test_only_a_clip_with_the_same_color_and_shape_keeps_the_appearance():

@@ -7,6 +7,7 @@ import math
 import numpy as np
 import pytest
 from scipy.ndimage import gaussian_filter
+from scipy.special import stdtrit
 
 import make_moving_shapes as drawing
 from sample_folders import read_clips, refused, run, write_samples
@@ -147,15 +148,20 @@ def test_the_summary_counts_refused_clips_as_wrong_and_measures_right_ones():
     assert (found["clips"], found["right"], found["direction_accuracy"], found["shape_accuracy"]) == (5, 2, 0.4, 0.6)
     assert found["both_accuracy"] == 0.2
     assert found["speed_ratio"] == pytest.approx(1.0) and found["area_ratio"] == pytest.approx(1.1)
-    assert found["area_ratio_interval95"] == pytest.approx([1.1 - 0.392, 1.1 + 0.392])  # 0.9 and 1.3
+    half = stdtrit(1, 0.975) * 0.2  # Student's t of 0.9 and 1.3
+    assert found["area_ratio_interval95"] == pytest.approx([1.1 - half, 1.1 + half])
     assert found["refused"] == {"nothing stands out": 1, "the object stands still": 1}
     tripled = shapes.summarize_tracks(tracks * 3, ([up] * 4 + [left]) * 3, [*range(5)] * 3)  # 3 clips of each video
+    assert tripled["area_ratio_interval95"] == pytest.approx(found["area_ratio_interval95"])
+    assert tripled["direction_interval95"] is tripled["shape_interval95"] is None  # of 5 videos
+    twice = shapes.summarize_tracks(tracks * 2, ([up] * 4 + [left]) * 2)
+    tripled = shapes.summarize_tracks(tracks * 6, ([up] * 4 + [left]) * 6, [*range(10)] * 3)
     for name in ("direction_interval95", "shape_interval95", "area_ratio_interval95"):
-        assert tripled[name] == pytest.approx(found[name])
+        assert tripled[name] == pytest.approx(twice[name])
     none = shapes.summarize_tracks([Track(reason="x")], [up])
     assert none["speed_ratio"] is none["area_ratio"] is None and none["direction_accuracy"] == 0
     lines = [line.split() for line in shapes.result_lines({"generated": found, "real": none}, shapes.TRACKED)]
-    assert ["speed", "/", "true", "speed", "1.000", "(0.608", "to", "1.392)", "-"] in lines
+    assert ["speed", "/", "true", "speed", "1.000", "(-1.541", "to", "3.541)", "-"] in lines
     assert lines[2][2:6] == ["0.400", "(0.118", "to", "0.769)"] and lines[-1][:3] == ["refused:", "the", "object"]
 
 
