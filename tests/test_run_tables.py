@@ -23,6 +23,7 @@ def repository(tmp_path, monkeypatch):
 def run_of(script, **changes):
     """The numbers of a committed run, with changes."""
     run, *_ = json.loads((ROOT / f"results/{script.__name__}.json").read_text())
+    run.pop("notes")  # about the committed run
     return run | {"minutes_of_model": 75.0} | changes
 
 
@@ -43,10 +44,12 @@ def write_people(name, run):
     write_lines(f"results/{name}/000-VAE-64px-f4/metrics.jsonl", vae)
     write_lines(f"results/{name}/001-EqM-S-2-f4-rope/metrics.jsonl", *others, best, last)
     Path("results", name, "settings").write_text(f"HOURS={run['hours']} DATA=datasets/weizmann HOLD_OUT=7 8\n")
-    nearest, ratio = dict(run["nearest"]), "rmse_ratio_interval95"
+    nearest = dict(run["nearest"])
     results = {task: run[task] | {"psnr_by_frame": [1]} for task in people.PREDICTIONS}
     results["classifier"] = {kind: run[f"classifier_{kind}"] | {"by_class": 1} for kind in ("real", "samples")}
-    results["nearest"] = {ratio: nearest.pop(ratio)}
+    results["classifier"]["interval_units"] = run["interval_units"]
+    kept = "rmse_ratio_interval95", "interval_units"
+    results["nearest"] = {name: nearest.pop(name) for name in kept}
     for task, result in results.items():
         write_lines(f"samples/{name}-{task}.json", {"values": nearest, "result": result})
 
@@ -58,8 +61,22 @@ def test_each_run_is_a_column_in_the_order_of_the_hours(capsys):
     assert runs == [short, long]
     assert table[""] == [" HOURS=0.5 ", " HOURS=3 "]
     assert table["VAE, PSNR of held-out people (dB)"] == [" 29.00 ", " 31.41 "]
-    words = "| classifier: real clips, one person held out | 31 of 32, 96.9% (84.3 - 99.4) |"
-    assert words in capsys.readouterr().out
+    said = capsys.readouterr().out
+    assert "| classifier: real clips, one person held out | 31 of 32, 96.9% |" in said  # of 8 people
+    assert "| 95 of 96, 99.0% (94.3 - 99.8) |" in said
+
+
+def test_intervals_of_a_run_and_notes_about_a_column_are_shown():
+    run = run_of(people, hours=2.0)
+    eight = run["8of16-decoded"] | {"psnr_gain_interval95": [0.5, 1.0]}
+    real = run["classifier_real"] | {"interval95": [0.9, 1.0]}
+    other = run | {"hours": 3.0, "notes": ["It was short."]}
+    text = people.markdown([run | {"8of16-decoded": eight, "classifier_real": real}, other])
+    assert text[2].endswith(" HOURS=3: It was short.")
+    (row,) = (line for line in text if "PSNR above repeating (dB): a sample" in line)
+    assert row.endswith("| 0.77 (0.50 to 1.00) | 0.77 |")
+    (row,) = (line for line in text if "real clips, one person held out" in line)
+    assert row.endswith("| 31 of 32, 96.9% (90.0 - 100.0) | 31 of 32, 96.9% |")
 
 
 def write_sprites(name, run, vae=None):

@@ -16,6 +16,7 @@ from PIL import Image
 
 import arms
 import cache_latents
+import coverage
 import disturb
 import evaluate
 import given_frames
@@ -341,6 +342,7 @@ def test_each_share_of_compute_is_a_run_and_the_costliest_come_last(tmp_path):
 
 
 TABLES = {script.__name__: script.markdown for script in (*MINIATURES, objectives, no_clock, disturb, people, sprites)}
+TABLES["coverage"] = coverage.markdown
 TABLES |= {f"positions_{name}": partial(positions.markdown, name) for name in positions.DATA_SETS}
 TABLES |= {"objectives_tuning": objectives.tuning_markdown, "given_frames_objectives": given_frames.markdown}
 TABLES |= {"inflation_kernels": inflation.kernels_markdown, "inflation_pay": inflation.pay_markdown}
@@ -352,6 +354,20 @@ def test_committed_tables_match_the_committed_numbers(name):
     path = ROOT / f"results/{name}.json"
     made = "\n".join(TABLES[name](json.loads(path.read_text()))).rstrip()
     assert f"{made}\n" == path.with_suffix(".md").read_text()
+
+
+def test_intervals_cover_as_often_in_a_small_simulation(tmp_path):
+    run_main(coverage, "--repeats", 200, "--out", tmp_path)
+    path = tmp_path / "coverage.json"
+    made = json.loads(path.read_text())
+    committed = json.loads((ROOT / "results/coverage.json").read_text())
+    assert (made["repeats_of_means"], made["repeats"]) == (200, 20)
+    for kind in ("means", "shares", "independent_shares", "ratios"):
+        assert [row.keys() for row in made[kind]] == [row.keys() for row in committed[kind]]
+    for row, other in zip(made["means"], committed["means"], strict=True):
+        assert row["t"] == pytest.approx(other["t"], abs=0.08)
+        assert other["t"] >= 0.93 or other["values"] == "skewed"  # the goal
+    assert "| 3 | 9" in path.with_suffix(".md").read_text()
 
 
 def test_a_table_of_experiments_keeps_the_columns_of_other_runs(tmp_path, monkeypatch):

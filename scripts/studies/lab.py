@@ -318,6 +318,7 @@ class ExperimentTable:
     """The command that adds the scores of finished experiments of a shell script to NAME.md and NAME.json.
 
     read_run(experiment) returns a plain dict with "hours" and perhaps "seed", rows_of(run) {row of the table: text}.
+    A run's "notes" are sentences about its column.
     """
 
     about: str  # docstring of the command
@@ -326,6 +327,7 @@ class ExperimentTable:
     script: str
     read_run: Callable
     rows_of: Callable
+    brackets: str = "Brackets hold 95% intervals over units, as docs/evaluation.md explains."
 
     def parse_args(self):
         parser = out_parser(self.about, f"{self.name}.md and {self.name}.json")
@@ -335,7 +337,13 @@ class ExperimentTable:
     def markdown(self, runs):
         """The lines of NAME.md, with a column per run."""
         about = f"`scripts/studies/{self.name}.py` wrote this table from runs of `scripts/{self.script}`. "
-        about += "Brackets hold 95% intervals over clips."
+        about += self.brackets
+        notes = {}
+        for run in runs:
+            for note in run.get("notes", ()):
+                notes.setdefault(note, []).append(self.column(run))
+        for note, concerned in notes.items():
+            about += f" {note}" if len(concerned) == len(runs) else f" {'; '.join(concerned)}: {note}"
         columns = list(map(self.rows_of, runs))
         rows = [[what, *(column.get(what, "-") for column in columns)] for what in columns[0]]
         return [f"# {self.title}", "", about, "", *table(["", *map(self.column, runs)], rows)]

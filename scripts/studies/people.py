@@ -31,19 +31,24 @@ def read_run(name):
         "minutes_of_model": model[-1]["seconds"] / 60, "best_step": best["step"], "val_loss": best["val_loss"],
     }  # fmt: skip
     for task in PREDICTIONS:
-        kept = re.compile(r"samples_per_clip|clips|(psnr|ssim)(?!.*by_frame)")
+        kept = re.compile(r"samples_per_clip|clips|interval_units|(psnr|ssim)(?!.*by_frame)")
         run[task] = {key: value for key, value in scores[task]["result"].items() if kept.match(key)}
     for kind in ("real", "samples"):
         kept = "clips", "right", "share", "interval95", "static"
         found = scores["classifier"]["result"][kind]
         run[f"classifier_{kind}"] = {key: found[key] for key in kept if key in found}
-    ratio = {"rmse_ratio_interval95": scores["nearest"]["result"]["rmse_ratio_interval95"]}
+    run["interval_units"] = scores["classifier"]["result"]["interval_units"]  # of the classifier
+    kept = "rmse_ratio_interval95", "interval_units"
+    ratio = {name: scores["nearest"]["result"][name] for name in kept}
     return run | {"nearest": scores["nearest"]["values"] | ratio}
 
 
 def share(part):
+    text = f"{part['right']} of {part['clips']}, {part['share']:.1%}"
+    if part["interval95"] is None:
+        return text
     low, high = part["interval95"]
-    return f"{part['right']} of {part['clips']}, {part['share']:.1%} ({100 * low:.1f} - {100 * high:.1f})"
+    return f"{text} ({100 * low:.1f} - {100 * high:.1f})"
 
 
 def rows_of(run):
@@ -76,7 +81,11 @@ def rows_of(run):
     }
 
 
-TABLE = lab.ExperimentTable(__doc__, "people", "Real people", "weizmann.sh", read_run, rows_of)
+BRACKETS = "Brackets hold 95% intervals. Each sample is a unit, and so are all clips of a person. The "
+BRACKETS += "classifier's real clips and the ratio have no interval, as they show fewer than 10 people."
+TABLE = lab.ExperimentTable(
+    __doc__, "people", "Real people", "weizmann.sh", read_run, rows_of, BRACKETS
+)
 parse_args, markdown, main = TABLE.parse_args, TABLE.markdown, TABLE.main
 
 if __name__ == "__main__":

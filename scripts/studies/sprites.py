@@ -15,6 +15,7 @@ import lab
 from runtime.metrics import read_metrics
 
 TASKS = "census", "classifier", "predicted", "predicted-census"
+LONG = "samples", "validation"  # of --metric census: an entry per clip
 SHARES = {  # of --metric census: words in the table
     "valid": "valid samples (%)", "class_right": "samples that show the requested class (%)",
     "body": "samples with one body in all frames (%)", "bottomwear": "with one bottomwear (%)",
@@ -42,14 +43,17 @@ def read_run(name):
         kept = "clips", "right", "share", "interval95", "IS", "H(y|x)", "H(y)"
         run[f"classifier_{kind}"] = {key: scores["classifier"][kind][key] for key in kept}
     for task in ("census", "predicted-census", "predicted"):
-        run[task] = {key: value for key, value in scores[task].items() if key != "samples" and "by_frame" not in key}
+        run[task] = {key: value for key, value in scores[task].items() if key not in LONG and "by_frame" not in key}
     return run
 
 
 def percent(result, name):
-    """A share and its interval in percent, as text."""
-    low, high = (100 * end for end in result[f"{name}_interval95"])
-    return f"{100 * result[name]:.1f} ({low:.1f} to {high:.1f})"
+    """A share and its interval, if it has one, in percent, as text."""
+    text = f"{100 * result[name]:.1f}"
+    if result[f"{name}_interval95"] is None:
+        return text
+    low, high = result[f"{name}_interval95"]
+    return f"{text} ({100 * low:.1f} to {100 * high:.1f})"
 
 
 def rows_of(run):
@@ -81,7 +85,9 @@ def rows_of(run):
     }
 
 
-TABLE = lab.ExperimentTable(__doc__, "sprites", "Sprites", "sprites.sh", read_run, rows_of)
+BRACKETS = "Brackets hold 95% intervals. Each sample is a unit. All clips of a character are one unit "
+BRACKETS += "of the predictions and of the real test clips."
+TABLE = lab.ExperimentTable(__doc__, "sprites", "Sprites", "sprites.sh", read_run, rows_of, BRACKETS)
 parse_args, markdown, main = TABLE.parse_args, TABLE.markdown, TABLE.main
 
 if __name__ == "__main__":
