@@ -357,11 +357,11 @@ def test_committed_tables_match_the_committed_numbers(name):
 
 
 def test_intervals_cover_as_often_in_a_small_simulation(tmp_path):
-    run_main(coverage, "--repeats", 200, "--out", tmp_path)
+    run_main(coverage, "--repeats", 100, "--out", tmp_path)
     path = tmp_path / "coverage.json"
     made = json.loads(path.read_text())
     committed = json.loads((ROOT / "results/coverage.json").read_text())
-    assert (made["repeats_of_means"], made["repeats"]) == (200, 20)
+    assert (made["repeats_of_means"], made["repeats"]) == (100, 10)
     for kind in ("means", "shares", "independent_shares", "ratios"):
         assert [row.keys() for row in made[kind]] == [row.keys() for row in committed[kind]]
     for row, other in zip(made["means"], committed["means"], strict=True):

@@ -1,6 +1,6 @@
 """Simulate how often the 95% intervals of evaluate.py hold the true value.
 
-    python scripts/studies/coverage.py                       about a minute of one core
+    python scripts/studies/coverage.py                     about two minutes of one core
 
 There are few units (videos, or groups of videos) with several clips each. Half of the variance is
 between units, half between the clips of a unit. The intervals are those of EqM/scoring/stats.py;
