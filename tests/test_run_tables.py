@@ -89,7 +89,8 @@ def write_sprites(name, run, vae=None):
     used += f" OBJECTIVE={run['objective']}" if "objective" in run else ""
     settings = f"HOURS={run['hours']} DATA=datasets/sprites SEED={run['seed']}{used}\n"
     Path("results", name, "settings").write_text(settings)
-    results = {task: run[task] | {"samples": [1], "psnr_by_frame": [1]} for task in sprites.TASKS if task in run}
+    long = {"samples": [1], "validation": [1], "psnr_by_frame": [1]}
+    results = {task: run[task] | long for task in sprites.TASKS if task in run}
     results["classifier"] = {kind: run[f"classifier_{kind}"] | {"static": [1]} for kind in ("real", "samples")}
     for task, result in results.items():
         write_lines(f"samples/{name}-{task}.json", {"result": result})

@@ -38,7 +38,8 @@ def score_prediction(samples, real, clips, out, truth):
     scores, baselines, tracks, videos = gather(real, measure)
     baselines = {kind: np.stack([row[kind] for row in baselines]) for kind in baselines[0]}
     result = compare(np.stack(scores), baselines, videos) | (summarize_motion(tracks, videos) if truth else {})
-    result["interval_units"], line = interval_units(real=videos)
+    lacking = "shares" if truth else ""  # of the motion
+    result["interval_units"], line = interval_units(lacking, real=videos)
     others = [frame for frame in range(samples.num_frames) if frame not in given]
     result |= {"given_frames": samples.about["given"][0]["frames"], "predicted_frames": others}
     if rank() == 0:

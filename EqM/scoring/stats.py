@@ -80,7 +80,8 @@ def interval_units(lacking="shares", **videos):
     """({kind of clips: the units of their intervals, and what has none}, the same as a line).
 
     videos: those of the clips of each kind. lacking: what has no interval over fewer than FEWEST
-    units: "shares" or "ratios". Shares lack it only if several clips share a unit.
+    units: "shares" or "ratios", or "" if there are only means. Shares lack it only if several clips
+    share a unit.
     """
     units = {}
     texts = []
@@ -97,7 +98,7 @@ def interval_units(lacking="shares", **videos):
         if count == 1 and is_clustered:
             over = f"{len(own)} clips"
             missing = f"; no interval: fewer than 2 {noun}"
-        elif count < FEWEST and (is_clustered or lacking == "ratios"):
+        elif lacking and count < FEWEST and (is_clustered or lacking == "ratios"):
             missing = f"; no interval of {lacking}: fewer than {FEWEST} {noun}"
         elif count == 1:
             missing = "; no interval of means: fewer than 2 clips"
