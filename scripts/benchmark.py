@@ -11,12 +11,16 @@ speed for matrix products of the same shapes.
 """
 
 import argparse
+import datetime
 import gc
 import itertools
 import json
 import math
+import os
 import platform
 import re
+import shlex
+import sys
 import time
 import warnings
 from engine import ROOT
@@ -36,10 +40,12 @@ from runtime import distributed
 from runtime.cli import COUNT, ArgumentParser, check_speed_flags, number, one_line_errors, wrong_input
 from runtime.metrics import device_stats
 from samplers import guided, sample
+from scoring.manifest import code_commit
 
 ON_GPU = torch.cuda.is_available()
 NUM_CLASSES, NEARLY_NO_CHANGE = 101, argparse.Namespace(optimizer="adamw", lr=1e-9, weight_decay=0.0)
 FRAMES = 4, 8, 16  # of the parts memory and sizes
+VARIABLES = "GPUS", "PRECISION"  # of the environment, which shell scripts read that a study starts
 WARM_UP = 2  # untimed calls at the start
 synchronize = torch.cuda.synchronize if ON_GPU else lambda: None
 # Tokens per step of the part "sizes": 80 GB at about 60 KB of activations per token, block and 1,000 channels. They are
@@ -325,7 +331,7 @@ def main():
     print(f"{time.monotonic() - began:.0f} s")
     if not args.only:
         (results / "benchmark.md").write_text(f"{title}\n\n{report.markdown()}\n")
-        text = json.dumps({"title": title, "rows": report.rows}, indent=1)
+        text = json.dumps({"made": made(), "title": title, "rows": report.rows}, indent=1)
         (results / "benchmark.json").write_text(text + "\n")
 
 
@@ -336,6 +342,21 @@ def machine():
     about = Path("/proc/cpuinfo")
     name = re.search(r"model name\s*: (.*)", about.read_text()) if about.exists() else None
     return f"{name[1] if name else platform.machine()}, {torch.get_num_threads()} threads"
+
+
+def made():
+    """How the result of this process can be repeated: {"code": commit, "command", "date" in UTC, "machine"}."""
+    script = Path(sys.argv[0]).resolve()
+    if script.is_relative_to(ROOT):
+        script = script.relative_to(ROOT)
+    variables = [f"{name}={os.environ[name]}" for name in VARIABLES if os.environ.get(name)]
+    command = [*variables, "python", str(script), *sys.argv[1:]]
+    return {
+        "code": code_commit() or "",
+        "command": shlex.join(command),
+        "date": datetime.datetime.now(datetime.UTC).date().isoformat(),
+        "machine": machine(),
+    }
 
 
 if __name__ == "__main__":

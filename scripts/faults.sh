@@ -4,7 +4,7 @@
 #   bash scripts/faults.sh             run the tests in tests/faults
 #   bash scripts/faults.sh N [FLAGS]   kill a run of two ranks N times with SIGKILL, stop it half as often with SIGTERM,
 #                                      at random moments, and compare the result with an undisturbed run. Writes
-#                                      results/faults.md (or faults-FLAGS.md). FLAGS: more flags of train.py
+#                                      results/faults.md and .json (or faults-FLAGS.*). FLAGS: more flags of train.py
 #
 # It has no variables.
 set -euo pipefail
@@ -17,6 +17,6 @@ if [[ $# == 0 ]]; then
   .venv/bin/python -m pytest -n auto --maxprocesses 8 --dist worksteal tests/faults
 else
   out="results/faults$(printf %s "${@:2}" | sed 's/--/-/g; s/\//-/g').md"
-  export PYTHONPATH=EqM:datasets:tests
+  export PYTHONPATH=EqM:datasets:scripts:tests
   .venv/bin/python tests/faults/faults.py --kills "$1" --stops "$(($1 / 2))" --out "$out" -- "${@:2}"
 fi

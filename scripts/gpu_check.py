@@ -1,5 +1,6 @@
 """Run tests/gpu_checks.py and measure the speed of some models, for scripts/gpu_check.sh. Writes results/gpu.md."""
 
+import json
 import os
 import subprocess
 import sys
@@ -13,6 +14,7 @@ os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
 import pytest
 import torch
 
+from benchmark import made
 from runtime.atomic import write_file
 from runtime.cli import COUNT, ArgumentParser, UserError, check_writable, fail, one_line_errors, precisions, wrong_input
 
@@ -81,6 +83,7 @@ def main():
         out.parent.mkdir(parents=True, exist_ok=True)
         lines = [f"# {title}, torch {torch.__version__}", *rows.lines, "", f"{verdict}.", ""]
         write_file(out, "\n".join(lines).encode())
+        write_file(out.with_suffix(".json"), json.dumps([made()], indent=1).encode() + b"\n")
     if rows.failed:
         fail(f"{verdict}; the reasons are above", status=1)
     print(f"{verdict}{f'; see {out}' if out else ''}")

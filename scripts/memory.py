@@ -22,6 +22,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
 import models
+from benchmark import made
 from models import GRAD_CHECKPOINTS, EqM_models
 from runtime import distributed
 from runtime.cli import ArgumentParser, one_line_errors
@@ -102,7 +103,7 @@ def measure(name, flag):
 
 
 def read_rows():
-    return json.loads((ROOT / "results/memory.json").read_text())
+    return json.loads((ROOT / "results/memory.json").read_text())["rows"]
 
 
 def fitting_clips(row, frames, gb, ranks):
@@ -133,7 +134,8 @@ def tables(rows):
 def main():
     parse_args()
     rows = [measure(*both) for both in itertools.product(MODELS, FLAGS)]
-    (ROOT / "results/memory.json").write_text(json.dumps(rows, indent=1) + "\n")
+    content = {"made": made(), "rows": rows}
+    (ROOT / "results/memory.json").write_text(json.dumps(content, indent=1) + "\n")
     title = f"# Memory of training, counted with torch {torch.__version__}"
     (ROOT / "results/memory.md").write_text("\n".join([title, "", *tables(rows), ""]))
 

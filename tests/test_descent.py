@@ -226,7 +226,8 @@ def test_the_study_disturbs_only_what_it_says(monkeypatch, tmp_path):
         monkeypatch.setattr(disturb, name, value)
     run_main(disturb, "--num-clips", 2, "--out", tmp_path)
     assert len((tmp_path / "disturb.md").read_text().splitlines()) == 4 + 2 + 9
-    assert json.loads((tmp_path / "disturb.json").read_text())["before"]["shape"] == [False, False]  # still noise
+    rows = json.loads((tmp_path / "disturb.json").read_text())["rows"]
+    assert rows["before"]["shape"] == [False, False]  # still noise
 
 
 # The controls ---------------------------------------------------------------------------------------------------------

@@ -275,3 +275,7 @@ def test_the_commit_in_a_manifest_has_a_plus_if_files_have_changed(tmp_path, mon
     assert manifest.code_commit() == (commit := git("rev-parse", "HEAD"))
     file.write_text("changed\n")
     assert manifest.code_commit() == commit + "+"
+    git("checkout", ".")
+    (tmp_path / "EqM").mkdir()
+    (tmp_path / "EqM/models.py").write_text("new\n")  # of the same code, in another folder
+    assert manifest.code_commit() == commit + "+"

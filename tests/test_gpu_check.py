@@ -1,5 +1,6 @@
 """What decides in scripts/gpu_check.py and tests/gpu_checks.py: limits, verdicts. Nothing here runs all of it."""
 
+import json
 import math
 from copy import deepcopy
 from types import SimpleNamespace
@@ -45,6 +46,8 @@ def test_a_value_above_its_limit_or_missing_gives_status_1_and_is_named(values, 
     out = tmp_path / "new/gpu.md"
     run_main(gpu_check, 2, "--out", out, status=int(len(values) > 1))
     text = out.read_text()
+    (made,) = json.loads(out.with_suffix(".json").read_text())
+    assert f" 2 --out {out}" in made["command"] and made["code"] and made["machine"] and made["date"]
     assert "**What it does.**" in text and "| row 0.1 | 0.1 | 0.1 | ok | note |" in text
     assert len({line.count("|") for line in text.splitlines() if "|" in line}) == 1
     if len(values) > 1:

@@ -4,6 +4,7 @@ import csv
 import json
 import math
 import re
+import shlex
 from argparse import Namespace
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
@@ -101,6 +102,9 @@ def test_a_study_writes_each_validation_and_sample_row_once(trained, commands, c
         assert float(last["flops"]) == pytest.approx(flops, rel=1e-4)
         assert last["frames"] == "16" and last["loss_16"] == last["loss"]
     assert "| 16 fixed | 100 |" in (out / "study.md").read_text()
+    (made,) = json.loads((out / "study.json").read_text())
+    assert made["command"].endswith(" ".join(["--only", *map(shlex.quote, TWO_ARMS)]))
+    assert {row["code"] for row in rows} == {made["code"]} and {row["machine"] for row in rows} == {made["machine"]}
     commands.clear()
     for flags, words in ([], "all is done"), (["--list"], "2 runs, 0.0 hours left"):
         run_main(study, "--miniature", "--out", out, "--only", *TWO_ARMS, *flags)
@@ -122,6 +126,7 @@ def test_a_miniature_study_writes_its_table_and_resumes(script, trained, command
     found = out / f"{script.__name__}.json"
     assert f"{found.with_suffix('.md')}, {found}" in capsys.readouterr().out
     assert re.search(line, found.with_suffix(".md").read_text(), re.M)
+    assert json.loads(found.read_text())["made"]["command"].endswith(" ".join(map(str, flags)))
     content, folder = found.read_text(), out / script.__name__.replace("_", "-")
     scores = [path for path in folder.rglob("*.json") if path.name in ("motion.json", "prediction.json")]
     scores[-1].unlink()
@@ -146,6 +151,7 @@ def compared(commands, tmp_path_factory):
 def test_objectives_have_a_row_per_run_and_are_compared_by_seed(compared):
     rows, text = json.loads((compared / "objectives.json").read_text()), (compared / "objectives.md").read_text()
     assert [(row["objective"], row["seed"]) for row in rows] == [("eqm", 0), ("flow", 0)]
+    assert all(row["code"] and row["machine"] and row["date"] and "--seeds 0" in row["command"] for row in rows)
     spent = {task: own["evaluations"] for task, own in rows[1]["values"].items() if task}
     assert spent == {objectives.MAIN: 15, "24 frames": 15, "32 frames": 15, "2 evaluations": 2,
                      "2 evaluations, no guidance": 2}  # fmt: skip
@@ -160,7 +166,7 @@ def test_a_row_without_a_new_task_is_replaced(tmp_path):
     assert not run.has_row
     row = {"seed": 0, "values": {"old": {}, "new": {}}}
     lab.add_rows(run.out, [row], replaces=run.about)
-    assert run.has_row and lab.read_rows(run.out) == [other, row]
+    assert run.has_row and [kept["values"] for kept in lab.read_rows(run.out)] == [other["values"], row["values"]]
 
 
 def test_descents_with_few_evaluations_sample_the_same_models(compared, commands, monkeypatch):
@@ -195,7 +201,8 @@ def test_starts_without_a_clock_fill_one_table_cell_at_a_time(compared, commands
     path.write_text(json.dumps(rows[:-1]))
     commands.clear()
     run_main(no_clock, "--miniature", "--out", compared, "--seeds", 0)
-    assert json.loads(path.read_text()) == rows
+    again = json.loads(path.read_text())
+    assert [row | {"date": ""} for row in again] == [row | {"date": ""} for row in rows]
     assert not [words for words in commands if words[0].startswith("EqM")]  # data sets say that they exist
 
 
@@ -345,7 +352,8 @@ TABLES = {script.__name__: script.markdown for script in (*MINIATURES, objective
 TABLES["coverage"] = coverage.markdown
 TABLES |= {f"positions_{name}": partial(positions.markdown, name) for name in positions.DATA_SETS}
 TABLES |= {"objectives_tuning": objectives.tuning_markdown, "given_frames_objectives": given_frames.markdown}
-TABLES |= {"inflation_kernels": inflation.kernels_markdown, "inflation_pay": inflation.pay_markdown}
+TABLES |= {"old/inflation_kernels": inflation.kernels_markdown, "inflation_pay": inflation.pay_markdown}
+TABLES["old/seeds"] = seeds.markdown
 TABLES["objectives_few"] = partial(objectives.few_markdown, lab.read_rows(ROOT / "results/objectives.json"))
 
 
@@ -382,10 +390,14 @@ def test_a_table_of_experiments_keeps_the_columns_of_other_runs(tmp_path, monkey
 
 
 def test_several_processes_may_write_the_same_table_at_once(tmp_path):
+    def write(number):
+        lab.write_results(tmp_path, "table", [f"| {number} |"] * 1000, [number])
+
     with ThreadPoolExecutor(8) as pool:
-        list(pool.map(lambda number: lab.write_results(tmp_path, "table", [f"| {number} |"] * 1000, number), range(40)))
-    (number,) = set((tmp_path / "table.md").read_text().split("\n")) - {""}
-    assert number == f"| {(tmp_path / 'table.json').read_text().strip()} |"
+        list(pool.map(write, range(40)))
+    (line,) = set((tmp_path / "table.md").read_text().split("\n")) - {""}
+    (number,) = json.loads((tmp_path / "table.json").read_text())
+    assert line == f"| {number} |"
 
 
 def test_the_committed_report_matches_the_committed_rows(tmp_path):
@@ -399,15 +411,59 @@ def test_the_committed_report_matches_the_committed_rows(tmp_path):
 
 @pytest.mark.parametrize(
     ("values", "others", "text"),
-    [  # differences 0.5, 0.5, 0.6: mean 0.5333, standard error 0.0333, times 4.30
-        ([1.0, 2.0, 3.1], [0.5, 1.5, 2.5, 9.0], "- Loss: a minus b is +0.533 (95% +0.390 to +0.677, 3 seeds): higher."),
+    [  # differences 0.5, 0.5, 0.6: mean 0.5333, standard error 0.0333, times 4.30; t = 16 with two degrees of freedom
+        ([1.0, 2.0, 3.1], [0.5, 1.5, 2.5, 9.0],
+         "- Loss: a minus b is +0.533 (95% +0.390 to +0.677, 3 seeds; p 0.004, by Holm 0.004): higher."),
         ([1.0, -1.0], [0.0, 0.0], "no significant difference"),
         ([1.0], [0.0], "one seed"),
         ([], [0.0], "- Loss, a minus b: not run yet."),
     ],
 )
 def test_differences_are_paired_by_seed_and_say_if_they_may_be_zero(values, others, text):
-    assert text in report.difference("a", "b", "Loss", dict(enumerate(values)), dict(enumerate(others)))
+    gap = lab.difference("a", "b", "Loss", dict(enumerate(values)), dict(enumerate(others)))
+    (line,) = lab.difference_lines([gap])
+    assert text in line
+
+
+def test_p_values_are_those_of_students_t():
+    # With two degrees of freedom, P(|T| > t) is 1 - t / sqrt(t^2 + 2)
+    assert lab.student_p([0.5, 0.5, 0.6]) == pytest.approx(1 - 16 / math.sqrt(16**2 + 2), rel=1e-6)
+    assert lab.student_p([-1.0, -1.0]) == 0 and lab.student_p([0.0, 0.0]) == 1
+
+
+def test_holm_multiplies_the_smallest_p_by_their_number_the_next_by_one_less_and_so_on():
+    # By hand: 4 x 0.005, 3 x 0.011, then 2 x 0.02 and 1 x 0.04
+    assert lab.holm([0.04, 0.005, 0.02, 0.011]) == pytest.approx([0.04, 0.02, 0.04, 0.033])
+    assert lab.holm([0.03, 0.02, 0.9]) == pytest.approx([0.06, 0.06, 0.9])  # never below that of a smaller p
+    assert lab.holm([0.6, 0.7]) == [1, 1] and lab.holm([]) == []
+
+
+def test_holm_rejects_what_its_definition_rejects():
+    """Reject in the order of p as long as p <= level / (how many are left), and then none."""
+    p_values = torch.rand(200, 6, generator=torch.Generator().manual_seed(0)).pow(4).tolist()
+    for own in p_values:
+        rejected = set()
+        for rank, index in enumerate(sorted(range(6), key=lambda index: own[index])):
+            if own[index] > 0.05 / (6 - rank):
+                break
+            rejected.add(index)
+        assert {index for index, p in enumerate(lab.holm(own)) if p <= 0.05} == rejected
+
+
+def test_a_difference_that_is_significant_alone_may_not_be_in_a_table_of_many():
+    gap = lab.difference("a", "b", "Loss", dict(enumerate([1.0, 1.2, 1.3])), dict(enumerate([0.8, 0.8, 0.8])))
+    others = [lab.difference("a", "b", "Loss", {0: 1.0, 1: 1.1, 2: 0.9}, dict.fromkeys(range(3), 1.0))] * 4
+    alone, (among, *_) = lab.difference_lines([gap]), lab.difference_lines([gap, *others])
+    assert alone[0].endswith("p 0.048, by Holm 0.048): higher.")
+    assert among.endswith("p 0.048, by Holm 0.238): no significant difference.")
+
+
+def test_ratios_of_seeds_have_a_geometric_mean_and_an_interval_of_their_logarithms():
+    (line,) = lab.difference_lines([report.ratio("a", "b", "Compute", [0.5, 1.0, 2.0])])
+    # ln 2 x 4.303 / sqrt(3) = 1.722, and exp(1.722) = 5.60
+    words = "- Compute, a / b: the geometric mean is 1.00 (each seed: 0.50; 1.00; 2.00; 95% 0.18 to 5.60; p 1.000, "
+    assert line == f"{words}by Holm 1.000): no significant difference."
+    assert report.ratio("a", "b", "Compute", [0.5]).p is None
 
 
 def test_compute_to_reach_a_goal_is_interpolated_or_unknown():
@@ -433,7 +489,8 @@ def test_a_report_shows_missing_and_diverged_runs(some_rows):
     run_main(study, "--report", "--out", some_rows)
     text, (run,) = (some_rows / "study.md").read_text(), [run for run in a_study(some_rows).runs if run.key == lost_run]
     assert run.is_done and "| 16 moving | 100 | 0.331 ± 0.003 (0.333, 0.321, 0.336, 0.333, inf) |" in text
-    assert re.search(r"Loss: 16 moving minus 16 fixed is -0.0\d\d \(95% -0.\d+ to -0.\d+, 4 seeds\): lower", text)
+    words = r"Loss: 16 moving minus 16 fixed is -0.0\d\d \(95% -0.\d+ to -0.\d+, 4 seeds; p .*, by Holm .*\): lower"
+    assert re.search(words, text)
     assert "Direction accuracy (0 to 1), 16 rotary minus 16 fixed: not run yet." in text
     assert "| 4-8-16 | 100 | - | - | - |" in text and "4-8-16 moving: not run yet." in text
     assert not list(some_rows.glob("figures/*"))

@@ -133,14 +133,15 @@ def compare(path, old, new, tolerance):
 
 
 def code_commit():
-    """The git commit of this code, with a "+" if files have changed since; None outside git."""
+    """The git commit of this code, with a "+" if files of the code have changed since; None outside git."""
     here = Path(__file__).resolve().parent
+    code = here, ":/EqM", ":/datasets", ":/scripts"
 
     def git(*words):
         return subprocess.run(["git", "-C", here, *words], capture_output=True, text=True, check=True).stdout.strip()
 
     try:
         git("ls-files", "--error-unmatch", Path(__file__).name)  # fails if the repository is not ours
-        return git("rev-parse", "HEAD") + ("+" if git("status", "--porcelain", "--", here) else "")
+        return git("rev-parse", "HEAD") + ("+" if git("status", "--porcelain", "--", *code) else "")
     except (OSError, subprocess.CalledProcessError):  # no git, no repository
         return None

@@ -104,7 +104,8 @@ def parse_args():
     return parser.parse_args()
 
 
-def markdown(rows):
+def markdown(content):
+    rows = content["rows"]
     count = len(rows["before"]["shape"])
     about = f"`scripts/studies/disturb.py` wrote this table from {count} clips of the demo model: {FIRST} evaluations, "
     about += f"a disturbance, {AGAIN} more. Brackets hold 95% intervals (Wilson)."
@@ -116,14 +117,16 @@ def markdown(rows):
 def main():
     args = parse_args()
     model, config, _ = checkpoint.load_model(DEMO)
-    rows = lab.read_rows(Path(args.out, "disturb.json")) or {}
+    path = Path(args.out, "disturb.json")
+    rows = lab.read_rows(path)["rows"] if path.exists() else {}
     known = len(rows["before"]["shape"]) if rows else 0
     for first in Bar(range(known, args.num_clips, BATCH), desc="disturb", unit="part"):
         for name, own in measure(model, config, range(first, min(first + BATCH, args.num_clips))).items():
             row = rows.setdefault(name, {kind: [] for kind in KINDS})
             for kind in KINDS:
                 row[kind] += own[kind]
-        lab.write_results(args.out, "disturb", markdown(rows), rows)
+        content = {"rows": rows}
+        lab.write_results(args.out, "disturb", markdown(content), content)
 
 
 if __name__ == "__main__":

@@ -75,6 +75,7 @@ def markdown(content):
     for share in dict.fromkeys(share for found in tasks.values() for share in found):
         rows = {task: found[share] for task, found in tasks.items() if share in found}
         lines += [f"## --forcing {share}", "", *lab.seed_table(rows, COLUMNS)]
+    differences = []
     for task, found in tasks.items():
         pairs = [(share, share.partition(" ")[0]) for share in found if " " in share]  # objectives
         if task.startswith("nothing"):  # the cost of forcing for clips without given frames
@@ -84,8 +85,9 @@ def markdown(content):
                 values, others = (dict(enumerate(found[key][title])) for key in (share, base))
                 if values:  # clips without given frames have no PSNR
                     name = f"--forcing {share}"
-                    lines.append(lab.difference(name, base, f"{task}, {title}", values, others, digits=1))
-    return lines
+                    what = f"{task}, {title}"
+                    differences.append(lab.difference(name, base, what, values, others, digits=1))
+    return lines + lab.difference_lines(differences)
 
 
 def parse_args():

@@ -157,10 +157,11 @@ def kernels_markdown(rows):
             for spread in SPREADS if spread in found
         }  # fmt: skip
         lines += [f"## {name}, temporal patch {patch}, {when}", "", *lab.seed_table(table, columns)]
+        differences = []
         for spread in [*SPREADS][1:]:
             pair = (found.get(one, {}).get(LOSS, {}) for one in (spread, "mean"))
-            lines.append(lab.difference(spread, "mean", LOSS, *pair))
-        lines.append("")
+            differences.append(lab.difference(spread, "mean", LOSS, *pair))
+        lines += [*lab.difference_lines(differences), ""]
     return lines
 
 

@@ -25,22 +25,22 @@ from pathlib import Path
 os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
 
 import torch
-from scipy.special import stdtrit
+from scipy.special import stdtr, stdtrit
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from engine import ROOT
 
-from benchmark import machine
+from benchmark import made
 from runtime import distributed
 from runtime.atomic import write_file
 from runtime.cli import NATURAL, ArgumentParser, UserError, check_writable, fail, one_line_errors, say, wrong_input
 from runtime.metrics import read_metrics
-from scoring.manifest import code_commit
 from scoring.stats import cell, mean_and_error  # noqa: F401 (cell: for people.py)
 
 # What --precision the studies train and sample with. On a CPU without AVX-512, bf16 takes ten times as long.
 PRECISION = "bf16" if distributed.has_fast_bf16(torch.device("cpu")) else "fp32"
+SIGNIFICANT = 0.05  # the largest p value, adjusted by `holm`, of a significant difference
 WAIT_SECONDS = 2.0  # between two checks for runs that other processes did not finish
 
 
@@ -198,7 +198,7 @@ class JsonRun(Run):
     def row(self):
         values = {"": {"val_loss": self.validations()[-1]["val_loss"]}}
         values |= {task: self.values(task) for task in self.tasks}
-        return self.about | {"code": code_commit() or "", "machine": machine(), "values": values}
+        return self.about | {"values": values}
 
     def score(self):
         super().score()
@@ -211,10 +211,11 @@ def read_rows(path):
 
 
 def add_rows(path, rows, replaces=None):
-    """Add rows to a json file, to which another process may add at the same time.
+    """Add rows, with what `made` says, to a json file, to which another process may add at the same time.
 
     replaces: a dict; rows that contain it are removed.
     """
+    rows = [row | made() for row in rows]
     with file_lock(path.with_name(f".{path.stem}.lock")):
         kept = [row for row in read_rows(path) if replaces is None or not replaces.items() <= row.items()]
         write_file(path, json.dumps([*kept, *rows], indent=1).encode() + b"\n")
@@ -292,19 +293,72 @@ def seed_table(rows, columns):
     ])  # fmt: skip
 
 
+@dataclass
+class Difference:
+    """A comparison of two arms: a line of text, the mean difference, and its p value if there are several seeds."""
+
+    text: str  # without the p value and what follows
+    mean: float = 0.0
+    p: float | None = None
+
+
 def difference(first, second, what, values, others, digits=3):
-    """A line with the difference of two arms' {seed: value}, paired by seed, over the seeds with two finite values."""
+    """The Difference of two arms' {seed: value}, paired by seed, over the seeds with two finite values."""
     gaps = [values[seed] - others[seed] for seed in sorted(values.keys() & others.keys())]
     gaps = [gap for gap in gaps if math.isfinite(gap)]
     mean, error = mean_and_error(gaps)
     if mean is None:
-        return f"- {what}, {first} minus {second}: not run yet."
-    line = f"- {what}: {first} minus {second} is {mean:+.{digits}f}"
+        return Difference(f"- {what}, {first} minus {second}: not run yet.")
+    text = f"- {what}: {first} minus {second} is {mean:+.{digits}f}"
     if error is None:
-        return f"{line} (one seed, no interval)."
-    half = stdtrit(len(gaps) - 1, 0.975) * error  # Student's t
-    verdict = "no significant difference" if abs(mean) <= half else "higher" if mean > 0 else "lower"
-    return f"{line} (95% {mean - half:+.{digits}f} to {mean + half:+.{digits}f}, {len(gaps)} seeds): {verdict}."
+        return Difference(f"{text} (one seed, no interval).")
+    half = student_half(gaps)
+    text = f"{text} (95% {mean - half:+.{digits}f} to {mean + half:+.{digits}f}, {len(gaps)} seeds"
+    return Difference(text, mean, student_p(gaps))
+
+
+def student_half(values):
+    """Half of the 95% interval of the mean of two or more values (Student's t)."""
+    _, error = mean_and_error(values)
+    return stdtrit(len(values) - 1, 0.975) * error
+
+
+def student_p(values):
+    """The two-sided p value of the mean of two or more values against zero (Student's t)."""
+    mean, error = mean_and_error(values)
+    if error == 0:
+        return float(mean == 0)
+    return float(2 * stdtr(len(values) - 1, -abs(mean) / error))
+
+
+def holm(p_values):
+    """The p values of the comparisons in one table, adjusted for their number (Holm, 1979)."""
+    adjusted = [1.0] * len(p_values)
+    largest = 0.0
+    for rank, index in enumerate(sorted(range(len(p_values)), key=p_values.__getitem__)):
+        largest = max(largest, (len(p_values) - rank) * p_values[index])
+        adjusted[index] = min(1.0, largest)
+    return adjusted
+
+
+def difference_lines(differences):
+    """A line for each Difference of one table. Which of them are significant is decided by `holm` over all of them."""
+    adjusted = iter(holm([one.p for one in differences if one.p is not None]))
+    lines = []
+    for one in differences:
+        if one.p is None:
+            lines.append(one.text)
+            continue
+        corrected = next(adjusted)
+        verdict = "no significant difference"
+        if corrected <= SIGNIFICANT:
+            verdict = "higher" if one.mean > 0 else "lower"
+        lines.append(f"{one.text}; p {p_text(one.p)}, by Holm {p_text(corrected)}): {verdict}.")
+    return lines
+
+
+def p_text(p):
+    return "< 0.001" if p < 0.001 else f"{p:.3f}"
 
 
 def newest_metrics(name, kind):
@@ -368,10 +422,15 @@ class ExperimentTable:
 
 
 def write_results(out, name, lines, content=None):
-    """Write lines to NAME.md and their numbers (`content`) to NAME.json in the folder `out`. Print the tables."""
-    files = {Path(out, f"{name}.md"): "\n".join(lines).rstrip()}
+    """Write lines to NAME.md and their numbers (`content`) to NAME.json in the folder `out`. Print the tables.
+
+    A dict gets what `made` says as "made". The rows of a list have it already: see `add_rows`.
+    """
+    path = Path(out, f"{name}.json")
+    files = {path.with_suffix(".md"): "\n".join(lines).rstrip()}
     if content is not None:
-        files[Path(out, f"{name}.json")] = json.dumps(content, indent=1)
+        content = stamped(path, content) if isinstance(content, dict) else content
+        files[path] = json.dumps(content, indent=1)
     Path(out).mkdir(parents=True, exist_ok=True)
     with file_lock(Path(out, f".{name}.lock")):  # another process may write the same
         for path, text in files.items():
@@ -380,3 +439,12 @@ def write_results(out, name, lines, content=None):
         if line.startswith("|"):
             say(line)
     say(f"results: {', '.join(map(str, files))}")
+
+
+def stamped(path, content):
+    """A dict of results with "made". If the file at `path` has the same numbers, they keep what it says there."""
+    known = read_rows(path)
+    own = known.pop("made", None) if known else None
+    if own is None or json.dumps(known) != json.dumps(content):
+        own = made()
+    return {"made": own} | content

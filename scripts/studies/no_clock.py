@@ -28,7 +28,6 @@ from objectives import SETTINGS, USUAL
 from runtime.cli import Bar, one_line_errors
 from runtime.rng import normal
 from samplers import guided, sample
-from scoring.manifest import code_commit
 from scoring.shapes import Truth, track
 from scoring.sources import find_real
 from transport import interpolate
@@ -135,7 +134,8 @@ def markdown(rows):
             ]
             lines += [f"## {part}: {title}", "", *lab.table(["gamma", *map(str, levels), "mean"], cells)]
             means = found["eqm"]["mean"], found[FAIR]["mean"]
-            lines += [lab.difference("eqm", FAIR, f"{part}, mean over gamma", *means, digits), ""]
+            gap = lab.difference("eqm", FAIR, f"{part}, mean over gamma", *means, digits)
+            lines += [*lab.difference_lines([gap]), ""]
     return lines
 
 
@@ -174,7 +174,7 @@ def main():
             _, test = objectives.data_sets(args)
             own = real_clips(test, 4 if args.miniature else 144, time_scale)
             row = case | measure(case["method"], model, time_scale, part, case["gamma"], seed, *own)
-            lab.add_rows(out, [row | {"code": code_commit() or ""}])
+            lab.add_rows(out, [row])
     lab.write_results(args.out, "no_clock", markdown(lab.read_rows(out)))
 
 

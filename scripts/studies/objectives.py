@@ -179,13 +179,14 @@ def few_markdown(main_rows, rows):
     def found(rows, objective, suffix=""):
         return {name: collect(rows, f"{name}{suffix}", "both_accuracy", 100).get(objective, {}) for name in few_cases()}
 
-    flow, ways = found(main_rows, "flow"), {"usual descent": found(main_rows, "eqm")}
-    ways |= {idea: found(rows, "eqm", f", {idea}") for idea in IDEAS}
+    flow, usual = found(main_rows, "flow"), found(main_rows, "eqm")
+    ways = {idea: found(rows, "eqm", f", {idea}") for idea in IDEAS}  # objectives.md compares the usual descent
     cells = [[way, *(lab.mean_cell([*values.values()], 1) for values in own.values())]
-             for way, own in (ways | {"flow, Euler steps": flow}).items()]  # fmt: skip
+             for way, own in ({"usual descent": usual} | ways | {"flow, Euler steps": flow}).items()]  # fmt: skip
     gaps = [lab.difference("eqm", "flow", f"{name}, {way}", own[name], flow[name], 2)
             for way, own in ways.items() for name in flow if own[name]]  # fmt: skip
-    return ["# Few evaluations", "", about, "", *lab.table(["", *flow], cells), *gaps]
+    lines = ["# Few evaluations", "", about, "", *lab.table(["", *flow], cells)]
+    return lines + lab.difference_lines(gaps)
 
 
 def collect(rows, task, name, factor=1.0):
@@ -206,7 +207,10 @@ def markdown(rows):
     table = {objective: {title: [*own.get(objective, {}).values()] for title, own in found.items()}
              for objective in found[BOTH]}  # fmt: skip
     lines += lab.seed_table(table, COLUMNS)
-    lines += [difference(found[title], title, digits + 1) for title, (_, _, digits) in COLUMNS.items()]
+    gaps = [difference(found[title], title, digits + 1) for title, (_, _, digits) in COLUMNS.items()]
+    both = found[BOTH]
+    gaps.append(lab.difference("eqm", "blind", BOTH, both.get("eqm", {}), both.get("blind", {}), 2))
+    lines += lab.difference_lines(gaps)
     tasks = dict.fromkeys(task for row in rows for task in row["values"] if task not in ("", MAIN))
     cells, gaps = [], []
     for task in tasks:
@@ -215,7 +219,7 @@ def markdown(rows):
         cells.append([task, *(lab.mean_cell([*both.get(objective, {}).values()], 1) for objective in SETTINGS), counts])
         gaps += [difference(both, task, 2)] if {"eqm", "flow"} <= both.keys() else []
     lines += ["", f"## Other samples: {BOTH}", "", *lab.table(["", *SETTINGS, "evaluations"], cells)]
-    return [*lines, *gaps]
+    return lines + lab.difference_lines(gaps)
 
 
 def difference(found, what, digits):

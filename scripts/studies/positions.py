@@ -54,7 +54,7 @@ class DataSet:
     mix: float
     tasks: dict  # {name: (flags of sample_gd.py, metrics)}
     metrics: dict  # {metric: flags of evaluate.py}
-    primary: tuple  # titles of the primary endpoints
+    compared: tuple  # titles of the columns whose differences are listed
     columns: dict  # {title: (task, name of the value, factor, digits)}
     made: tuple = ()  # flags of make_moving_shapes.py, if it makes the videos
 
@@ -69,7 +69,7 @@ DATA_SETS = {
             "predictions": ("--num-frames 8 --num-samples 432 --given-frames 0", ("census", *PREDICTION)),
         },
         {"census": "", "classifier": "--classifier-test val", "prediction": ""},
-        ("valid samples (%)", "one frame given: PSNR (dB)"),
+        ("valid samples (%)", "one frame given: PSNR (dB)", "one frame given: the true clip (%)"),
         {
             LOSS: ("", "val_loss", 1, 3),
             "valid samples (%)": ("samples", "valid", 100, 1),
@@ -200,11 +200,12 @@ def markdown(name, rows):
     }  # fmt: skip
     lines = [f"# Positions: {own.title}", "", about, ""]
     lines += lab.seed_table(listed, {title: column[1:] for title, column in own.columns.items()})
-    for base, title, positions in itertools.product(("fixed", "rotary"), own.primary, listed):
+    differences = []
+    for base, title, positions in itertools.product(("fixed", "rotary"), own.compared, listed):
         if base in found and positions not in ("fixed", base):
             pair = found[positions][title], found[base][title]
-            lines.append(lab.difference(positions, base, title, *pair, own.columns[title][3] + 1))
-    return lines
+            differences.append(lab.difference(positions, base, title, *pair, own.columns[title][3] + 1))
+    return lines + lab.difference_lines(differences)
 
 
 def write_picture(path, runs):

@@ -7,7 +7,7 @@ from contextlib import contextmanager
 import numpy as np
 
 from arms import ARMS, BASE, BY_NAME, GUIDANCE, LENGTHS, PACES, RECOMMENDED, SHARE_SEEDS, TOKENS, VERSION, plan
-from lab import difference, mean_and_error, table, write_results
+from lab import Difference, difference, difference_lines, mean_and_error, student_half, student_p, table, write_results
 from scoring.plots import COLORS, MARKERS, plt, save_figure
 
 SCRIPT = "python scripts/studies/study.py"
@@ -61,10 +61,23 @@ def curve(rows, name):
 
 def differences(rows, pairs):
     """Lines about loss and direction accuracy of pairs of arms."""
-    lines = []
+    found = []
     for pair, (what, column) in itertools.product(pairs, COMPARED.items()):
-        lines.append(difference(*pair, what, *(values_of(rows, name, column) for name in pair)))
-    return [*lines, ""]
+        found.append(difference(*pair, what, *(values_of(rows, name, column) for name in pair)))
+    return [*difference_lines(found), ""]
+
+
+def ratio(first, second, what, ratios):
+    """A Difference with the geometric mean of two arms' ratios, one per seed; without significance for one seed."""
+    logs = [math.log(value) for value in ratios]
+    mean, error = mean_and_error(logs)
+    each = "; ".join(f"{value:.2f}" for value in ratios)
+    text = f"- {what}, {first} / {second}: the geometric mean is {math.exp(mean):.2f} (each seed: {each}"
+    if error is None:
+        return Difference(f"{text}).")
+    half = student_half(logs)
+    text = f"{text}; 95% {math.exp(mean - half):.2f} to {math.exp(mean + half):.2f}"
+    return Difference(text, mean, student_p(logs))
 
 
 def spread_cell(values, digits=3, unit=1):
@@ -165,12 +178,15 @@ def answer_c(study, rows):
         mean, *each = map(share_text, found[name].values())
         lines.append(f"- {name}: the mean over seeds reaches {GOAL:.0%} direction accuracy at {mean} of the compute "
                      f"(each seed: {'; '.join(each)}).")  # fmt: skip
+    compared = []
     for base in (START, TABLE):
-        if both := [seed for seed in found.get(CURRICULUM, ()) if seed in found.get(base, ())]:
-            mean, *each = (f"{found[CURRICULUM][seed] / found[base][seed]:.2f}" for seed in both)
-            lines.append(f"- Ratio of these computes, {CURRICULUM} / {base}: {mean} (each seed: {'; '.join(each)}).")
+        computes = [(found.get(CURRICULUM, {}).get(seed), found.get(base, {}).get(seed)) for seed in range(SHARE_SEEDS)]
+        ratios = [ours / theirs for ours, theirs in computes if ours and theirs and math.isfinite(ours / theirs)]
+        if ratios:
+            compared.append(ratio(CURRICULUM, base, "Ratio of these computes", ratios))
     early, full = values_of(rows, CURRICULUM, "loss_16", 0.6), values_of(rows, START, "loss_16")
-    lines += [difference(f"{CURRICULUM} at 60%", f"{START} at 100%", "Loss", early, full), ""]
+    compared.append(difference(f"{CURRICULUM} at 60%", f"{START} at 100%", "Loss", early, full))
+    lines += [*difference_lines(compared), ""]
     lines += arm_table(rows, [(name, share) for name in names for share in curves[name][0]])
     if len(found) == len(names):
         texts = {name: share_text(found[name]["mean"]) for name in found}
@@ -192,6 +208,7 @@ def answer_d(study, rows):
         own = [arm.name for arm in ARMS if (arm.questions, arm.pace) == ("D", pace)]
         fixed, table, moving, *rest = names = own if pace else [FIXED, TABLE, MOVING, *own]
         pairs = *((name, fixed) for name in (table, moving, *rest)), *((name, moving) for name in rest)
+        pairs = [pair for pair in pairs if pair not in PAIRS_A]  # each comparison counts in one table only
         lines += differences(rows, pairs) + arm_table(rows, [(name, 1.0) for name in names])
         lines += [] if pace else length_table(rows, rest)
     return lines
@@ -238,7 +255,8 @@ def write_report(study):
         f"Chance is 25%; real clips reach at least {min(real, default=math.nan):.0%}.",
         "- **Cells**: mean ± standard error over seeds, with each seed in brackets. A dash means that nothing was "
         "run, or that no direction was correct, so there is no speed. Differences are paired by seed, with "
-        "Student's 95% interval.",
+        "Student's 95% interval and p value. A difference is significant if its p value, adjusted by Holm's method "
+        "for the comparisons that are listed above the same table, is at most 0.05.",
         "",
     ]
     for letter, answer in {"A": answer_a, "B": answer_b, "C": answer_c, "D": answer_d}.items():

@@ -11,8 +11,8 @@ D: which --rope-speed, for which motion?
 
 An arm is a training recipe. A run is an arm with a seed and a share of the compute. All runs with the same share have
 the same counted FLOPs. The learning rate decays to zero at the end of each run, so 60% of the compute is a separate
-run. results/study.csv holds the finished results. The folders in results/study matter only for interrupted runs: see
-lab.py.
+run. results/study.csv holds the finished results, and study.json the commands that made them. The folders in
+results/study matter only for interrupted runs: see lab.py.
 """
 
 import csv
@@ -201,6 +201,9 @@ class StudyRun(lab.Run):
         with lab.file_lock(study.folder / "lock"):
             keyed = {(*key_of(row), row["kind"], row["step"], row["frames"]): row for row in [*study.rows, *rows]}
             write_rows(study.csv, keyed.values())
+            command = lab.made()
+            del command["date"]  # a later row of the same command replaces its date
+            lab.add_rows(study.csv.with_suffix(".json"), [{}], replaces=command)
 
 
 def print_status(study):

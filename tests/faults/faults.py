@@ -1,6 +1,7 @@
 """Runs of two ranks, in real processes, that are killed and stopped at random moments."""
 
 import argparse
+import json
 import random
 import signal
 import tempfile
@@ -10,6 +11,7 @@ from pathlib import Path
 
 import torch
 
+from benchmark import made
 from process import GONE_WITHIN, descendants, end, kill, kill_all, ranks, wait_gone
 from training import TORCHRUN, Training, compare, make_data
 
@@ -96,7 +98,9 @@ def main():
     table = "\n".join(lines)
     print(table)
     title = " ".join(["# Runs interrupted at random moments", *args.flags])
-    Path(args.out).write_text(f"{title}\n\n{table}\n")
+    out = Path(args.out)
+    out.write_text(f"{title}\n\n{table}\n")
+    out.with_suffix(".json").write_text(json.dumps([made()], indent=1) + "\n")
 
 
 if __name__ == "__main__":

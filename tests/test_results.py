@@ -1,0 +1,141 @@
+"""Each file in results/ says how it was made: commit, command, date and machine, also if a script writes it today."""
+
+import csv
+import json
+import re
+import shutil
+import subprocess
+
+import pytest
+
+import benchmark
+import lab
+import memory
+from training import ROOT, run_main
+
+RESULTS = ROOT / "results"
+FILES = sorted([*RESULTS.glob("*.json"), *RESULTS.glob("*.csv")])
+KEYS = "code", "command", "date", "machine"
+RECORD = {"code": "0" * 40, "command": "python scripts/studies/seeds.py", "date": "2026-11-30", "machine": "one"}
+
+
+def records_of(path):
+    """What a result file says about how it was made: a dict per row, per command of a csv, or the only one."""
+    path = path.with_suffix(".json")
+    if not path.exists():
+        return []
+    content = json.loads(path.read_text())
+    return content if isinstance(content, list) else [content.get("made", {})]
+
+
+def check_records(path):
+    """Fail unless the numbers of a result file can be made again, as far as it says how."""
+    records = records_of(path)
+    assert records, f"{path.name} does not say how it was made; expected {path.stem}.json with {', '.join(KEYS)}"
+    for record in records:
+        for key in KEYS:
+            assert record.get(key), f"{path.name} lacks {key}"
+        assert re.fullmatch("[0-9a-f]{40}", record["code"]), f"{path.name}: {record['code']} is no commit"
+        assert re.fullmatch(r"\d{4}-\d\d-\d\d", record["date"]), f"{path.name}: {record['date']} is no date"
+    if path.suffix == ".csv":
+        with open(path, newline="") as file:
+            codes = {row["code"] for row in csv.DictReader(file)}
+        missing = codes - {record["code"] for record in records}
+        assert not missing, f"{path.stem}.json lacks the commits {missing} of rows in {path.name}"
+
+
+@pytest.mark.parametrize("path", FILES, ids=lambda path: path.name)
+def test_a_result_file_says_how_it_was_made(path):
+    check_records(path)
+
+
+def test_every_table_has_its_numbers_or_its_command_beside_it():
+    tables = [path for path in RESULTS.glob("*.md") if path.name != "README.md"]
+    assert len(tables) > 10
+    for path in tables:
+        assert path.with_suffix(".json").exists(), path.name
+
+
+def has_full_history():
+    words = ["git", "-C", str(ROOT), "rev-parse", "--is-shallow-repository"]
+    return shutil.which("git") and subprocess.run(words, capture_output=True, text=True).stdout.strip() == "false"
+
+
+def test_the_commits_of_results_exist():
+    codes = {record.get("code", "none") for path in FILES for record in records_of(path)}
+    asked = "".join(f"{code}\n" for code in sorted(codes))
+    if has_full_history():  # neither a shallow clone nor an archive
+        words = ["git", "-C", str(ROOT), "cat-file", "--batch-check"]
+        answer = subprocess.run(words, input=asked, capture_output=True, text=True, check=True).stdout
+        assert not [line for line in answer.splitlines() if " commit " not in line]
+    assert len(codes) > 10
+
+
+@pytest.mark.parametrize(("name", "content", "words"), [
+    ("a.json", {"rows": []}, "a.json lacks code"),
+    ("a.json", {"made": RECORD | {"machine": ""}}, "a.json lacks machine"),
+    ("a.json", [RECORD, {"value": 1}], "a.json lacks code"),
+    ("a.json", [], "a.json does not say how it was made"),
+    ("a.json", [RECORD | {"code": "0" * 40 + "+"}], "is no commit"),
+    ("a.json", [RECORD | {"date": "yesterday"}], "is no date"),
+    ("a.csv", None, "a.csv does not say how it was made; expected a.json with code, command, date, machine"),
+    ("a.csv", [RECORD | {"code": "1" * 40}], "a.json lacks the commits"),
+])  # fmt: skip
+def test_a_result_file_without_these_is_refused(name, content, words, tmp_path):
+    path = tmp_path / name
+    if path.suffix == ".csv":
+        path.write_text(f"code,value\n{RECORD['code']},1\n")
+    if content is not None:
+        path.with_suffix(".json").write_text(json.dumps(content))
+    with pytest.raises(AssertionError, match=re.escape(words)):
+        check_records(path)
+    path.with_suffix(".json").write_text(json.dumps([RECORD]))
+    check_records(path)
+
+
+# What scripts write ---------------------------------------------------------------------------------------------------
+
+
+def test_the_command_is_the_words_of_the_process_with_quotes_and_variables(monkeypatch):
+    monkeypatch.setattr("sys.argv", [str(ROOT / "scripts/studies/study.py"), "--only", "16 fixed"])
+    monkeypatch.setenv("GPUS", "1")
+    monkeypatch.delenv("PRECISION", raising=False)
+    made = benchmark.made()
+    assert [*made] == [*KEYS]
+    assert made["command"] == "GPUS=1 python scripts/studies/study.py --only '16 fixed'"
+    assert made["machine"] == benchmark.machine() and re.fullmatch(r"\d{4}-\d\d-\d\d", made["date"])
+
+
+def test_rows_and_tables_say_how_they_were_made(tmp_path):
+    lab.add_rows(tmp_path / "rows.json", [{"value": 1}])
+    lab.write_results(tmp_path, "table", ["| 1 |"], {"rows": [1]})
+    assert [{*row} for row in lab.read_rows(tmp_path / "rows.json")] == [{"value", *KEYS}]
+    assert {*lab.read_rows(tmp_path / "table.json")["made"]} == {*KEYS}
+
+
+def test_numbers_that_are_only_tabulated_again_keep_what_they_say(tmp_path):
+    path = tmp_path / "table.json"
+    path.write_text(json.dumps({"made": RECORD, "rows": [1.5]}))
+    lab.write_results(tmp_path, "table", ["| other words |"], {"rows": [1.5]})
+    assert lab.read_rows(path)["made"] == RECORD
+    lab.write_results(tmp_path, "table", ["| other words |"], {"rows": [2.5]})
+    assert lab.read_rows(path)["made"]["command"] != RECORD["command"]
+
+
+def test_the_benchmark_says_how_it_was_made(tmp_path, monkeypatch):
+    (tmp_path / "results").mkdir()
+    monkeypatch.setattr(benchmark, "ROOT", tmp_path)
+    monkeypatch.setattr(benchmark, "PARTS", {"step": lambda args, report: report.add("a / b", [1.0])})
+    run_main(benchmark)
+    content = json.loads((tmp_path / "results/benchmark.json").read_text())
+    assert content["made"]["command"].endswith("benchmark.py") and content["rows"][0]["median"] == 1
+
+
+def test_counts_of_memory_say_how_they_were_made(tmp_path, monkeypatch):
+    (tmp_path / "results").mkdir()
+    rows = iter(memory.read_rows())
+    monkeypatch.setattr(memory, "ROOT", tmp_path)
+    monkeypatch.setattr(memory, "measure", lambda name, flag: next(rows))
+    run_main(memory)
+    content = json.loads((tmp_path / "results/memory.json").read_text())
+    assert content["made"]["command"].endswith("memory.py") and len(content["rows"]) == len(memory.read_rows()) == 15
