@@ -93,11 +93,19 @@ newest() { # set FOUND to the last of these paths, RESUME to --resume if it exis
 
 # What weizmann.sh and sprites.sh share: HOURS of training, a small VAE, files that are made only once
 
-begin() { # SETTINGS: refuse to continue results/$EXP with other settings; set up the environment, GPUS, MIXED and RUN
+check_hours() { # HOURS must be a number; default: 2
   HOURS=${HOURS:-2}
   must "not a number; expected one such as 0.5" '[0-9]*\.?[0-9]+' HOURS
+}
+
+begin() { # NAMES of variables that determine the results, besides HOURS: refuse to continue results/$EXP with other
+  # values; set up the environment, SETTINGS, GPUS, MIXED and RUN
   check_exp
-  SETTINGS="HOURS=$HOURS $*"
+  local name
+  SETTINGS="HOURS=$HOURS"
+  for name in "$@"; do
+    if [[ -n ${!name} ]]; then SETTINGS+=" $name=$(printf %q "${!name}")"; fi
+  done
   if [[ -f results/$EXP/settings && $(<"results/$EXP/settings") != "$SETTINGS" ]]; then
     complain "EXP=$EXP: made with $(<"results/$EXP/settings"), got $SETTINGS; set another EXP"
   fi

@@ -29,9 +29,10 @@ check_seed
 must "unknown; expected eqm, flow or blind" "eqm|flow|blind" OBJECTIVE
 OTHER=${OBJECTIVE#eqm}
 [[ -z $VAE || -d $VAE ]] || complain "VAE=$(printf %q "$VAE"): no such folder; unset VAE to train one"
-begin "DATA=$DATA SEED=$SEED${VAE:+ VAE=$VAE}${OTHER:+ OBJECTIVE=$OTHER}"
+check_hours
 VAE_STEPS=${VAE_STEPS:-$(steps 2700)} STEPS_1=${STEPS_1:-$(steps 750)} STEPS_2=${STEPS_2:-$(steps 5500)}
 WEAK=${WEAK:-$(steps 2500)}
+begin DATA SEED OBJECTIVE VAE VAE_STEPS STEPS_1 STEPS_2 WEAK SAMPLES PREDICTIONS
 
 complete "$DATA" || python datasets/prepare_sprites.py --source="$SOURCE" --out="$DATA"
 mkdir -p "results/$EXP"

@@ -22,9 +22,11 @@ export EXP=${EXP:-weizmann}
 SOURCE=${SOURCE:-datasets/mocogan} DATA=${DATA:-datasets/weizmann} HOLD_OUT=${HOLD_OUT:-7 8}
 SAMPLES=${SAMPLES:-96} LONG=${LONG:-16} REAL=${REAL:-64} CLASSIFIER_STEPS=${CLASSIFIER_STEPS:-250}
 counts SAMPLES LONG REAL CLASSIFIER_STEPS
-begin "DATA=$DATA HOLD_OUT=$HOLD_OUT"
-export GPUS
+check_hours
 VAE_STEPS=${VAE_STEPS:-$(steps 5000)}
+export STEPS_1=${STEPS_1:-$(steps 2400)} STEPS_2=${STEPS_2:-$(steps 4800)} STEPS_3=${STEPS_3:-$(steps 8000)}
+begin DATA HOLD_OUT VAE_STEPS STEPS_1 STEPS_2 STEPS_3 SAMPLES LONG REAL CLASSIFIER_STEPS
+export GPUS
 
 # shellcheck disable=SC2086 (several numbers)
 complete "$DATA" || python datasets/prepare_weizmann.py --source="$SOURCE" --out="$DATA" --hold-out $HOLD_OUT
@@ -38,7 +40,7 @@ export VAE
 
 # The latents, and the model: 256 tokens for 16 frames at 12.5 frames per second
 export LATENTS=results/$EXP/latents IMAGE_SIZE=64 MODEL=EqM-S/2 ONE_RUN=1 RECIPE=small FORCING=0.75 COMPILE=0
-export STEPS_1=${STEPS_1:-$(steps 2400)} STEPS_2=${STEPS_2:-$(steps 4800)} STEPS_3=${STEPS_3:-$(steps 8000)} LR_DECAY=0.4
+export LR_DECAY=0.4
 export BATCH_1=32 BATCH_2=16 BATCH_3=8 # 2,048 tokens per step
 DATA=$MORE bash scripts/train_progressive.sh \
   --depth 6 --hidden-size 256 --num-heads 4 --rope-theta 100 --temporal-patch-size 4 --frame-interval 2 --mix 0.1 \

@@ -20,11 +20,17 @@ def repository(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
 
 
+MADE = "code", "command", "date", "machine", "note", "notes"  # of a committed row
+
+
 def run_of(script, **changes):
-    """The numbers of a committed run, with changes."""
+    """The numbers of a committed run, with changes, without how it was made."""
     run, *_ = json.loads((ROOT / f"results/{script.__name__}.json").read_text())
-    run.pop("notes")  # about the committed run
-    return run | {"minutes_of_model": 75.0} | changes
+    return numbers_of(run) | {"minutes_of_model": 75.0} | changes
+
+
+def numbers_of(run):
+    return {name: value for name, value in run.items() if name not in MADE}
 
 
 def tabulate(script, *names):
@@ -43,7 +49,8 @@ def write_people(name, run):
     vae = {"step": run["vae_steps"], "val_psnr": run["vae_psnr"]}
     write_lines(f"results/{name}/000-VAE-64px-f4/metrics.jsonl", vae)
     write_lines(f"results/{name}/001-EqM-S-2-f4-rope/metrics.jsonl", *others, best, last)
-    Path("results", name, "settings").write_text(f"HOURS={run['hours']} DATA=datasets/weizmann HOLD_OUT=7 8\n")
+    settings = f"HOURS={run['hours']} DATA=datasets/weizmann HOLD_OUT=7\\ 8 VAE_STEPS={run['vae_steps']}\n"
+    Path("results", name, "settings").write_text(settings)
     nearest = dict(run["nearest"])
     results = {task: run[task] | {"psnr_by_frame": [1]} for task in people.PREDICTIONS}
     results["classifier"] = {kind: run[f"classifier_{kind}"] | {"by_class": 1} for kind in ("real", "samples")}
@@ -51,14 +58,16 @@ def write_people(name, run):
     kept = "rmse_ratio_interval95", "interval_units"
     results["nearest"] = {name: nearest.pop(name) for name in kept}
     for task, result in results.items():
-        write_lines(f"samples/{name}-{task}.json", {"values": nearest, "result": result})
+        write_lines(f"samples/{name}-{task}.json", {"values": nearest, "result": result, "code": "of the score"})
 
 
 def test_each_run_is_a_column_in_the_order_of_the_hours(capsys):
     long, short = run_of(people, hours=3.0, vae_psnr=31.414), run_of(people, hours=0.5, vae_psnr=29.0)
     write_people("long", long), write_people("short", short)
     runs, table = tabulate(people, "long", "short")
-    assert runs == [short, long]
+    assert list(map(numbers_of, runs)) == [short, long]
+    command = "EXP=short HOURS=0.5 DATA=datasets/weizmann HOLD_OUT=7\\ 8 VAE_STEPS=5400 bash scripts/weizmann.sh"
+    assert (runs[0]["command"], runs[0]["code"]) == (command, "of the score") and runs[0]["date"] and runs[0]["machine"]
     assert table[""] == [" HOURS=0.5 ", " HOURS=3 "]
     assert table["VAE, PSNR of held-out people (dB)"] == [" 29.00 ", " 31.41 "]
     said = capsys.readouterr().out
@@ -86,14 +95,15 @@ def write_sprites(name, run, vae=None):
     write_lines(f"{place}/metrics.jsonl", *rows)
     last = {"step": run["steps"], "seconds": 60 * run["minutes_of_model"]}
     write_lines(f"results/{name}/001-EqM-S-4-f4-8-rope/metrics.jsonl", last)
-    used += f" OBJECTIVE={run['objective']}" if "objective" in run else ""
-    settings = f"HOURS={run['hours']} DATA=datasets/sprites SEED={run['seed']}{used}\n"
+    objective = run.get("objective", "eqm")
+    settings = f"HOURS={run['hours']} DATA=datasets/sprites SEED={run['seed']} OBJECTIVE={objective}{used}"
+    settings += f" VAE_STEPS={run['vae_steps']} SAMPLES=2592 PREDICTIONS=2664\n"
     Path("results", name, "settings").write_text(settings)
     long = {"samples": [1], "validation": [1], "psnr_by_frame": [1]}
     results = {task: run[task] | long for task in sprites.TASKS if task in run}
     results["classifier"] = {kind: run[f"classifier_{kind}"] | {"static": [1]} for kind in ("real", "samples")}
     for task, result in results.items():
-        write_lines(f"samples/{name}-{task}.json", {"result": result})
+        write_lines(f"samples/{name}-{task}.json", {"result": result, "code": "of the score"})
 
 
 def test_each_run_is_a_column_by_hours_and_seed_and_may_share_its_vae():
@@ -104,6 +114,12 @@ def test_each_run_is_a_column_by_hours_and_seed_and_may_share_its_vae():
     write_sprites("second", second, vae="results/first/000-VAE-64px/vae")
     write_sprites("short", short)
     runs, table = tabulate(sprites, "second", "short", "first")
-    assert runs == [short, first, second]
+    assert list(map(numbers_of, runs)) == [short, first, second]
     assert table[""] == [" HOURS=0.5, seed 0 ", " HOURS=2, seed 0 ", " HOURS=2, seed 1, flow "]
     assert table["steps of the VAE; of the model"] == [" 7; 8 ", " 7; 8 ", " 7; 9 "]
+    assert table["samples; predictions"] == [" 2592; 2664 "] * 3
+    command = "EXP=short HOURS=0.5 DATA=datasets/sprites SEED=0 OBJECTIVE=eqm VAE_STEPS=7 SAMPLES=2592 "
+    command += "PREDICTIONS=2664 bash scripts/sprites.sh"
+    assert (runs[0]["command"], runs[0]["code"]) == (command, "of the score") and runs[0]["machine"]
+    line = f"- HOURS=0.5, seed 0: `{command}`; commit of the sco, {runs[0]['date']}, "
+    assert line in Path("out/sprites.md").read_text()

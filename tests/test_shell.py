@@ -102,6 +102,20 @@ def test_a_mistake_or_a_missing_environment_is_one_line(script, arguments, varia
 IS_CHECK = "[[ $* == *--dry-run* ]]"  # of all phases, in one process that knows the number of ranks
 
 
+@pytest.mark.parametrize(("script", "expected"), [
+    ("sprites.sh", "SEED=0 OBJECTIVE=eqm VAE_STEPS=7 STEPS_1=375 STEPS_2=2750 WEAK=1250 SAMPLES=2592 PREDICTIONS=2664"),
+    ("weizmann.sh", r"HOLD_OUT=7\ 8 VAE_STEPS=7 STEPS_1=1200 STEPS_2=2400 STEPS_3=4000 SAMPLES=96 LONG=16 REAL=64 "
+                    "CLASSIFIER_STEPS=250"),
+])  # fmt: skip
+def test_an_experiment_keeps_all_variables_that_determine_its_results(script, expected, bash, tmp_path):
+    (tmp_path / "results/mine").mkdir(parents=True)
+    (tmp_path / "results/mine/settings").write_text("HOURS=1\n")
+    done = bash(f"scripts/{script}", EXP="mine", HOURS="0.5", VAE_STEPS="7", DATA="my data")
+    settings = rf"HOURS=0.5 DATA=my\ data {expected}"
+    assert (done.returncode, done.stdout) == (2, "")
+    assert f"EXP=mine: made with HOURS=1, got {settings}; set another EXP" in done.stderr
+
+
 @pytest.mark.parametrize("script", ["sample.sh", "train_progressive.sh"])
 def test_one_process_is_python_and_of_several_our_line_comes_last(script, bash):
     wrong = '[[ -z ${EQM_ERROR_FILE:-} ]] || echo "wrong flag" >>"$EQM_ERROR_FILE"'

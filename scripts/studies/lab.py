@@ -9,6 +9,7 @@ import fcntl
 import json
 import math
 import os
+import shlex
 import signal
 import statistics
 import subprocess
@@ -367,6 +368,24 @@ def newest_metrics(name, kind):
     return read_metrics(max(folder.glob(names), default=folder / names) / "metrics.jsonl")[0]
 
 
+def read_settings(name):
+    """{variable: value}, as text, of a finished experiment of a shell script. Raises FileNotFoundError."""
+    words = shlex.split(Path("results", name, "settings").read_text())
+    return dict(word.split("=", 1) for word in words if "=" in word)
+
+
+def experiment_made(name, script, score):
+    """As `made`, with the whole command of an experiment, and the commit that wrote `score`, a manifest of its samples.
+
+    Raises FileNotFoundError.
+    """
+    settings = Path("results", name, "settings").read_text().strip()
+    own = {"command": f"EXP={shlex.quote(name)} {settings} bash scripts/{script}"}
+    if score.get("code"):
+        own["code"] = score["code"]
+    return made() | own
+
+
 @dataclass
 class ExperimentTable:
     """The command that adds the scores of finished experiments of a shell script to NAME.md and NAME.json.
@@ -400,7 +419,13 @@ class ExperimentTable:
             about += f" {note}" if len(concerned) == len(runs) else f" {'; '.join(concerned)}: {note}"
         columns = list(map(self.rows_of, runs))
         rows = [[what, *(column.get(what, "-") for column in columns)] for what in columns[0]]
-        return [f"# {self.title}", "", about, "", *table(["", *map(self.column, runs)], rows)]
+        lines = [f"# {self.title}", "", about, "", *table(["", *map(self.column, runs)], rows)]
+        for run in runs:
+            if "command" in run:
+                record = f"commit {run['code'][:10]}, {run['date']}, {run['machine']}"
+                lines.append(f"- {self.column(run)}: `{run['command']}`; {record}.")
+                lines[-1] += f" Note: {run['note']}." if "note" in run else ""
+        return lines
 
     @staticmethod
     def column(run):

@@ -20,13 +20,13 @@ PREDICTIONS = [task + end for task in ("8of16", "4of16") for end in KEPT]
 
 def read_run(name):
     """The scores of an experiment as a plain dict. Raises FileNotFoundError."""
-    hours = float(re.match(r"HOURS=(\S+)", Path("results", name, "settings").read_text())[1])
+    hours = float(lab.read_settings(name)["HOURS"])
     vae, model = (lab.newest_metrics(name, kind) for kind in ("VAE", "EqM"))
     tasks = (*PREDICTIONS, "nearest", "classifier")
     scores = {task: json.loads(Path("samples", f"{name}-{task}.json").read_text()) for task in tasks}
     last_phase = [row for row in model if "val_loss" in row and row["num_frames"] == model[-1]["num_frames"]]
     best = min(last_phase, key=lambda row: row["val_loss"])  # best.pt
-    run = {
+    run = lab.experiment_made(name, "weizmann.sh", scores["8of16-decoded"]) | {
         "hours": hours, "vae_steps": vae[-1]["step"], "steps": model[-1]["step"], "vae_psnr": vae[-1]["val_psnr"],
         "minutes_of_model": model[-1]["seconds"] / 60, "best_step": best["step"], "val_loss": best["val_loss"],
     }  # fmt: skip

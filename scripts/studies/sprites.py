@@ -8,7 +8,6 @@ It reads results/EXP and samples/EXP-*.json, and adds columns to sprites.md and 
 """
 
 import json
-import re
 from pathlib import Path
 
 import lab
@@ -30,15 +29,17 @@ SHARES = {  # of --metric census: words in the table
 
 def read_run(name):
     """The scores of an experiment as a plain dict. Raises FileNotFoundError."""
-    settings = Path("results", name, "settings").read_text().rstrip()
-    about = re.search(r"HOURS=(\S+) .*SEED=(\d+)(?: VAE=(.*?))?(?: OBJECTIVE=(\w+))?$", settings)
-    hours, seed, other, objective = about.groups()
+    settings = lab.read_settings(name)
+    other, objective = settings.get("VAE"), settings.get("OBJECTIVE", "eqm")
     model = lab.newest_metrics(name, "EqM")
     vae = read_metrics(Path(other).parent / "metrics.jsonl")[0] if other else lab.newest_metrics(name, "VAE")
-    run = {"hours": float(hours), "seed": int(seed), "vae_steps": vae[-1]["step"], "vae_psnr": vae[-1]["val_psnr"]}
+    manifests = {task: json.loads(Path("samples", f"{name}-{task}.json").read_text()) for task in TASKS}
+    scores = {task: manifest["result"] for task, manifest in manifests.items()}
+    run = lab.experiment_made(name, "sprites.sh", manifests["census"])
+    run |= {"hours": float(settings["HOURS"]), "seed": int(settings["SEED"])}
+    run |= {"vae_steps": vae[-1]["step"], "vae_psnr": vae[-1]["val_psnr"]}
     run |= {"steps": model[-1]["step"], "minutes_of_model": model[-1]["seconds"] / 60}
-    run |= {"objective": objective} if objective else {}
-    scores = {task: json.loads(Path("samples", f"{name}-{task}.json").read_text())["result"] for task in TASKS}
+    run |= {"objective": objective} if objective != "eqm" else {}
     for kind in ("real", "samples"):
         kept = "clips", "right", "share", "interval95", "IS", "H(y|x)", "H(y)"
         run[f"classifier_{kind}"] = {key: scores["classifier"][kind][key] for key in kept}
@@ -62,6 +63,7 @@ def rows_of(run):
     given, predicted = run["predicted-census"], run["predicted"]
     rows = {
         "steps of the VAE; of the model": f"{run['vae_steps']}; {run['steps']}",
+        "samples; predictions": f"{samples['clips']}; {predicted['clips']}",
         "minutes of the model's training": f"{run['minutes_of_model']:.0f}",
         "VAE, PSNR of held-out characters (dB)": f"{run['vae_psnr']:.2f}",
     }

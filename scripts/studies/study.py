@@ -33,7 +33,6 @@ from benchmark import machine
 from lab import UserError, say
 from report import write_report
 from runtime.cli import POSITIVE, one_line_errors, wrong_input
-from scoring.manifest import code_commit
 
 QUESTIONS = "A", "B", "C", "D"
 SECONDS_PER_FRAME = 0.04  # of the videos and of all samples
@@ -195,14 +194,14 @@ class StudyRun(lab.Run):
     def add(self, rows):
         """Add rows to the csv, replacing rows with the same run, kind, step and frames."""
         study = self.study
-        common = {"version": VERSION, "recipe": self.recipe, "code": code_commit() or "", "machine": machine()}
+        command = lab.made()
+        del command["date"]  # a later row of the same command replaces its date
+        common = {"version": VERSION, "recipe": self.recipe, "code": command["code"], "machine": command["machine"]}
         common |= {"arm": self.arm.name, "seed": self.seed, "share": self.share, "compiled": int(study.args.compile)}
         rows = [dict.fromkeys(COLUMNS) | common | row for row in rows]
         with lab.file_lock(study.folder / "lock"):
             keyed = {(*key_of(row), row["kind"], row["step"], row["frames"]): row for row in [*study.rows, *rows]}
             write_rows(study.csv, keyed.values())
-            command = lab.made()
-            del command["date"]  # a later row of the same command replaces its date
             lab.add_rows(study.csv.with_suffix(".json"), [{}], replaces=command)
 
 
