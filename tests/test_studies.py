@@ -451,17 +451,18 @@ def test_holm_rejects_what_its_definition_rejects():
 
 
 def test_a_difference_that_is_significant_alone_may_not_be_in_a_table_of_many():
-    gap = lab.difference("a", "b", "Loss", dict(enumerate([1.0, 1.2, 1.3])), dict(enumerate([0.8, 0.8, 0.8])))
+    # t is 4 sqrt(3), so p = 1 - sqrt(48 / 50) = 0.0202, and five times that in a table of five
+    gap = lab.difference("a", "b", "Loss", {0: 1.3, 1: 1.4, 2: 1.5}, dict.fromkeys(range(3), 1.0))
     others = [lab.difference("a", "b", "Loss", {0: 1.0, 1: 1.1, 2: 0.9}, dict.fromkeys(range(3), 1.0))] * 4
     alone, (among, *_) = lab.difference_lines([gap]), lab.difference_lines([gap, *others])
-    assert alone[0].endswith("p 0.048, by Holm 0.048): higher.")
-    assert among.endswith("p 0.048, by Holm 0.238): no significant difference.")
+    assert alone[0].endswith("p 0.020, by Holm 0.020): higher.")
+    assert among.endswith("p 0.020, by Holm 0.101): no significant difference.")
 
 
 def test_ratios_of_seeds_have_a_geometric_mean_and_an_interval_of_their_logarithms():
     (line,) = lab.difference_lines([report.ratio("a", "b", "Compute", [0.5, 1.0, 2.0])])
-    # ln 2 x 4.303 / sqrt(3) = 1.722, and exp(1.722) = 5.60
-    words = "- Compute, a / b: the geometric mean is 1.00 (each seed: 0.50; 1.00; 2.00; 95% 0.18 to 5.60; p 1.000, "
+    # ln 2 x 4.3027 / sqrt(3) = 1.7219, and exp(1.7219) = 5.59
+    words = "- Compute, a / b: the geometric mean is 1.00 (each seed: 0.50; 1.00; 2.00; 95% 0.18 to 5.59; p 1.000, "
     assert line == f"{words}by Holm 1.000): no significant difference."
     assert report.ratio("a", "b", "Compute", [0.5]).p is None
 
