@@ -24,6 +24,7 @@ from samplers import SOLVERS
 from schedule import Phase, fill_batches
 from vae import check_same, load_vae, must_differ
 from video.index import CorruptVideos, find_data, fitting_interval, name_some
+from video.inputs import find_clips
 from video.samples import foreign_files
 from video.source import CachedFiles, check_data_path, latents_settings, open_source
 
@@ -375,11 +376,14 @@ def resolve_sampling(args):
     check_sampling(args)
     if args.init_gamma is None:
         args = args.resolve(init_gamma=0.0 if args.init is None else 0.5)
-    frames, found = list(dict.fromkeys(args.num_frames or [None])), []
+    frames, runs, found = list(dict.fromkeys(args.num_frames or [None])), [], []
     for num_frames in frames:
         folder = args.folder if len(frames) == 1 else f"{os.path.normpath(args.folder)}-f{num_frames}"
         own = args.resolve(num_frames=num_frames, folder=folder)
         check_folder(own)
+        check_clips(own)
+        runs.append(own)
+    for own in runs:  # loading a model takes long, so it comes after all that needs none
         values, plan = generation.open_checkpoint(own)
         found.append((own.resolve(**values), plan))
         generation.say_plan(*found[-1])
@@ -404,6 +408,18 @@ def check_sampling(args):
     refuse_if(args, "given", both, "keeps its frames, but --init changes all of them; remove one of the two flags")
     no_init = args.init_gamma is not None and args.init is None
     refuse_if(args, "init_gamma", no_init, "sets the share of --init in the initial latents; add --init, or remove it")
+
+
+def check_clips(args):
+    """Raise UserError if there are no clips where --given and --init say. Opens no video."""
+    if args.given_split is not None:
+        if rank() == 0:  # the others wait for rank 0 in start()
+            check_data_path(args.given, cached=False)
+    elif args.given is not None:
+        find_clips("--given", args.given, ("video", "image"), args.folder)
+    if args.init is not None:
+        kind = "video" if args.video else "image"
+        find_clips("--init", args.init, (kind,), args.folder)
 
 
 def check_plan(args, plan):

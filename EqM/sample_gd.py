@@ -34,7 +34,6 @@ from scoring.sources import find_real
 from transport import OBJECTIVES
 from video.inputs import find_clips
 from video.samples import UNFINISHED, is_sample_folder, written_samples
-from video.source import check_data_path
 from video.writers import write_samples
 
 FRAMES, SAMPLES = cli.number(int, least=1, most=2**16), cli.number(int, least=1, most=2**24)  # more is a typing error
@@ -114,7 +113,6 @@ def open_split(args, plan):
     """(Clips of --given-split, their description for samples.json) on rank 0, None elsewhere. Raises UserError."""
     if rank() != 0:  # the others wait for rank 0 in start()
         return None
-    check_data_path(args.given, cached=False)
     which = args.given_split, args.val_fraction, plan.num_frames, plan.time_scale, plan.image_size
     clips, _, about = find_real(args.given, *which, args.ckpt, images=False)
     count = math.ceil(args.num_samples / args.samples_per_clip)

@@ -214,7 +214,7 @@ CASES = {
         --folder several --num-frames 8 16 => --folder several-f16: notes.txt was not made by
         --given-frames 3-1 => such as 0-3,12-15
         --init-gamma 1.5 --init x.mp4 => at most 1
-        --init-gamma 1 --init x --sampler heun => --init-gamma 1; heun
+        --init-gamma 1 --init videos --sampler heun => --init-gamma 1; heun
         --given cache --given-split val | --given empty --given-split val => error: --given
         --given videos --given-split val --num-frames 100 => --given videos: the longest video of --given-split val""",
     "sample images": """

@@ -7,10 +7,12 @@ import pytest
 import torch
 from PIL import Image
 
+import checkpoint
+import sample_gd
 from given import Details, as_ranges, frame_ranges, nearest_given
 from sample_folders import write_samples
 from tiny_videos import halves, picture, save, write_video
-from training import error_of, record_calls, sample_here
+from training import error_of, record_calls, refused, sample_here
 from vae import VAE, load_vae
 from video.files import UnreadableError, resize_and_crop
 from video.index import scan_videos, split_videos
@@ -185,6 +187,18 @@ def test_a_given_picture_is_frame_0_and_init_clips_are_cropped_too(places, tmp_p
         assert ("trained without --forcing" in capsys.readouterr().out) == is_given
         sheet = np.array(Image.open(tmp_path / "s/sheet.png")).reshape(-1, 3)
         assert (sheet == (255, 127, 14)).all(axis=1).any() == is_given  # marked on the sheet
+
+
+@pytest.mark.parametrize(("flags", "words"), [
+    ("--given no/such.mp4", "--given no/such.mp4: no such file or folder"),
+    ("--given zz/z.mp4 --folder zz", "--given zz/z.mp4: zz/z.mp4 is in --folder zz"),
+    ("--given no/such --given-split val", "--given no/such: no such folder"),
+    ("--init no/such.mp4", "--init no/such.mp4: no such file or folder"),
+])  # fmt: skip
+def test_a_wrong_path_of_a_clip_is_found_before_the_model_is_loaded(flags, words, places, monkeypatch, capsys):
+    monkeypatch.chdir(places)
+    record_calls(monkeypatch, checkpoint, "load_model", lambda *_, **__: pytest.fail("the model was loaded"))
+    assert words in refused(capsys, sample_gd, "--video", "--ckpt", "pixels.pt", *flags.split())
 
 
 def random_video(frames, low=50, high=200, seed=0):
