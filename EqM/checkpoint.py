@@ -78,7 +78,8 @@ class Progress:
 
 def save(path, state):
     """Write a checkpoint to `path`, which has its old or its complete new content at any time. Raises UserError."""
-    with writing(path):
+    needed = sum(leaf.nbytes for leaf in tree_leaves(state) if isinstance(leaf, torch.Tensor))
+    with writing(path, needed):
         Path(path).parent.mkdir(exist_ok=True)  # a user may have deleted it
         with atomic_write(path) as file:
             torch.save(state, file)

@@ -6,6 +6,7 @@ import errno
 import functools
 import os
 import pickle
+import re
 import threading
 from dataclasses import replace
 from pathlib import Path
@@ -58,6 +59,18 @@ def full_disk(state, file):
 
 def refused(*args):
     raise OSError(errno.EIO, os.strerror(errno.EIO))
+
+
+def test_a_full_disk_names_what_a_checkpoint_needs_and_what_is_free(tmp_path, monkeypatch):
+    checkpoint.save(tmp_path / "a.pt", make_state())
+    size = (tmp_path / "a.pt").stat().st_size / 1e6
+    monkeypatch.setattr("torch.save", full_disk)
+    monkeypatch.setattr("shutil.disk_usage", lambda _: SimpleNamespace(free=123_456))
+    message = error_of(checkpoint.save, tmp_path / "a.pt", make_state())
+    match = re.search(r"has 0.123 MB free, the file needs ([0-9.]+) MB\); free some space there$", message)
+    assert match and float(match[1]) == pytest.approx(size, rel=0.1)
+    large = {"model": torch.empty(2**31, dtype=torch.int8, device="meta")}
+    assert "the file needs 2.1 GB" in error_of(checkpoint.save, tmp_path / "b.pt", large)
 
 
 @pytest.mark.parametrize(("where", "failure", "reason"), [

@@ -60,15 +60,20 @@ def sync(path):
         os.close(descriptor)
 
 
-def why_unwritable(path, error):
-    """Explain in one line why writing `path` raised an OSError: its folder is gone, its disk is full, or the error."""
+def why_unwritable(path, error, needed=None):
+    """Explain in one line why writing `path` raised an OSError: its folder is gone, its disk is full, or the error.
+
+    needed: the size of the file in bytes, if it is known.
+    """
     path = Path(path)
     if missing := [folder for folder in path.absolute().parents if not folder.exists()]:
         return f"{missing[-1]} was deleted or moved during the run; put it back, then continue (training: --resume)"
     if error.errno not in FULL:
         return f"{path} can't be written ({error.strerror or error})"
     disk = next(folder for folder in path.resolve().parents if folder.is_mount())
-    reason = f"{error.strerror}; the disk {disk} has {shutil.disk_usage(disk).free / 1e6:.3g} MB free"
+    reason = f"{error.strerror}; the disk {disk} has {size_text(shutil.disk_usage(disk).free)} free"
+    if needed is not None:
+        reason += f", the file needs {size_text(needed)}"
     return f"{path} can't be written ({reason}); {what_to_delete(path)}"
 
 
@@ -79,5 +84,12 @@ def what_to_delete(path):
     if not older:
         return "free some space there"
     names = " to ".join(file.name for file in dict.fromkeys((older[0], older[-1])))
-    size = sum(file.stat().st_size for file in older) / 1e6
-    return f"free some space there, for example delete {names} ({size:.3g} MB) in {older[0].parent}"
+    size = size_text(sum(file.stat().st_size for file in older))
+    return f"free some space there, for example delete {names} ({size}) in {older[0].parent}"
+
+
+def size_text(num_bytes):
+    """A size for messages, such as "10.8 GB" or "3.25 MB"."""
+    if num_bytes >= 999.5e6:
+        return f"{num_bytes / 1e9:.1f} GB"
+    return f"{num_bytes / 1e6:.3g} MB"

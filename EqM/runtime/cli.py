@@ -228,8 +228,11 @@ def append(path, lines):
 
 
 @contextmanager
-def writing(path):
-    """Turn the error of a write to `path` into a UserError that says what is wrong with its folder or disk."""
+def writing(path, needed=None):
+    """Turn the error of a write to `path` into a UserError that says what is wrong with its folder or disk.
+
+    needed: the size of the file in bytes, if it is known.
+    """
     try:
         yield
     except Exception as error:
@@ -238,7 +241,7 @@ def writing(path):
             cause = OSError(int(number[1]), os.strerror(int(number[1])))
         if not isinstance(cause, OSError) or isinstance(error, UserError):
             raise
-        raise UserError(why_unwritable(path, cause)) from error
+        raise UserError(why_unwritable(path, cause, needed)) from error
 
 
 def warnings_as_lines(log=None):

@@ -227,7 +227,8 @@ def test_a_full_disk_is_one_line_that_names_it_and_what_to_delete(megabytes, fla
     line = error_of(training.run(status=1))
     assert file in line and f"No space left on device; the disk {disk} has" in line
     saves = file.startswith("checkpoints")
-    assert ("delete 0000002.pt" in line) == saves and (not saves or training.saved()["step"] >= 4)
+    assert ("MB free, the file needs" in line) == ("delete 0000002.pt" in line) == saves
+    assert not saves or training.saved()["step"] >= 4
     assert not list(training.folder.rglob("*.tmp"))
 
 
