@@ -7,6 +7,7 @@
 # it first; the script downloads nothing. Exit status 2: something is missing or wrong, see the message.
 #
 #   EXPECT_VIDEOS=13320, EXPECT_CLASSES=101   expected numbers; change them for a part of UCF-101
+[ -n "${BASH_VERSION:-}" ] || { echo "${0##*/}: error: needs bash; run: bash $0" >&2; exit 2; }
 set -euo pipefail
 HELP=$0
 source "$(dirname "$0")/../scripts/common.sh"

@@ -1,5 +1,12 @@
 # Functions that the scripts share. A script sources this file from the repository's root, with its own arguments.
 
+case $0 in
+  *common.sh)
+    echo "common.sh: error: this is a library; run one of the other scripts" >&2
+    exit 2
+    ;;
+esac
+
 SCRIPT=${SCRIPT:-$(basename "$0")} # Slurm runs a copy with another name
 export EQM_ADVICE="run the same command again" # what a stopped training tells the user
 

@@ -7,6 +7,7 @@
 #                                      results/faults.md and .json (or faults-FLAGS.*). FLAGS: more flags of train.py
 #
 # It has no variables.
+[ -n "${BASH_VERSION:-}" ] || { echo "${0##*/}: error: needs bash; run: bash $0" >&2; exit 2; }
 set -euo pipefail
 cd "$(dirname "$0")/.."
 source scripts/common.sh

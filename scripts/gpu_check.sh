@@ -9,6 +9,7 @@
 #
 # Without a GPU it runs tiny sizes in 2 processes, for 2 minutes. This shows only that the script works, and writes a
 # file only with --out. Paths are relative to the repository. It has no variables.
+[ -n "${BASH_VERSION:-}" ] || { echo "${0##*/}: error: needs bash; run: bash $0" >&2; exit 2; }
 set -euo pipefail
 cd "$(dirname "$0")/.."
 source scripts/common.sh

@@ -13,6 +13,7 @@
 #   LR_DECAY=0.4                    share of the steps, at the end, over which the learning rate falls to 0
 #   SEED=0                          seed of every random draw of the training
 #   SAMPLES=48, FRAMES="16 7 24"    samples of each length, lengths in frames
+[ -n "${BASH_VERSION:-}" ] || { echo "${0##*/}: error: needs bash; run: bash $0" >&2; exit 2; }
 set -euo pipefail
 cd "$(dirname "$0")/.."
 source scripts/common.sh

@@ -23,6 +23,7 @@
 #   GPUS=1                  processes
 #
 # Samples of another run are replaced only with --overwrite. Paths are relative to the repository.
+[ -n "${BASH_VERSION:-}" ] || { echo "${0##*/}: error: needs bash; run: bash $0" >&2; exit 2; }
 set -euo pipefail
 cd "$(dirname "$0")/.."
 source scripts/common.sh

@@ -7,6 +7,7 @@
 #   PYTHON=python3.12              another Python than python3 (3.11 or newer)
 #   TORCH_INDEX=URL                install torch from another index. PyTorch's own index has small builds for CPUs, and
 #                                  builds for each version of CUDA: see pytorch.org, "Get started"
+[ -n "${BASH_VERSION:-}" ] || { echo "${0##*/}: error: needs bash; run: bash $0" >&2; exit 2; }
 set -euo pipefail
 cd "$(dirname "$0")/.."
 source scripts/common.sh

@@ -16,6 +16,7 @@
 #   WEAK                        the step whose checkpoint guides the samples; default: computed from HOURS
 #   SAMPLES=2592                a multiple of 9: as many of each class
 #   PREDICTIONS=2664            clips of held-out characters to predict from their first frame
+[ -n "${BASH_VERSION:-}" ] || { echo "${0##*/}: error: needs bash; run: bash $0" >&2; exit 2; }
 set -euo pipefail
 cd "$(dirname "$0")/.."
 source scripts/common.sh

@@ -4,6 +4,7 @@
 #   bash scripts/test.sh [arguments of pytest, such as tests/test_rope.py or -k name]
 #
 # It has no variables.
+[ -n "${BASH_VERSION:-}" ] || { echo "${0##*/}: error: needs bash; run: bash $0" >&2; exit 2; }
 set -euo pipefail
 cd "$(dirname "$0")/.."
 source scripts/common.sh

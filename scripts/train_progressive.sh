@@ -25,6 +25,7 @@
 # Paths are relative to the repository. Your flags come after the recipe's flags and take precedence. A phase validates
 # and samples 20 times, unless you give --val-every or --sample-every. The model keeps the settings of its sampler
 # (--sampler, --num-sampling-steps, --stepsize, --cfg-scale) for scripts/sample.sh, which takes the same flags.
+[ -n "${BASH_VERSION:-}" ] || { echo "${0##*/}: error: needs bash; run: bash $0" >&2; exit 2; }
 set -euo pipefail
 cd "$(dirname "$0")/.."
 source scripts/common.sh

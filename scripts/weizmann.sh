@@ -13,6 +13,7 @@
 #   VAE_STEPS, STEPS_1, STEPS_2, STEPS_3   global steps; default: computed from HOURS
 #   SAMPLES=96, LONG=16, REAL=64           samples of 16 frames, of 64 frames, held-out clips to continue
 #   CLASSIFIER_STEPS=250        training steps of the classifier of actions
+[ -n "${BASH_VERSION:-}" ] || { echo "${0##*/}: error: needs bash; run: bash $0" >&2; exit 2; }
 set -euo pipefail
 cd "$(dirname "$0")/.."
 source scripts/common.sh

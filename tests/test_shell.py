@@ -51,6 +51,25 @@ def test_a_script_answers_help_with_its_variables_and_does_nothing_else(script, 
     assert bash(script, "--other", "-h").stdout == done.stdout
 
 
+SH = shutil.which("dash") or "sh"
+
+
+@pytest.mark.parametrize("script", SCRIPTS)
+def test_a_script_that_another_shell_runs_says_in_one_line_to_use_bash(script):
+    name = script.rpartition("/")[2]
+    for folder, path, arguments in ((ROOT, script, ["--help"]), (ROOT / script.partition("/")[0], name, [])):
+        done = subprocess.run([SH, path, *arguments], cwd=folder, capture_output=True, text=True)
+        assert (done.returncode, done.stdout) == (2, "")
+        assert done.stderr == f"{name}: error: needs bash; run: bash {path}\n"
+
+
+@pytest.mark.parametrize("shell", ["bash", SH])
+def test_the_shared_functions_are_no_script(shell):
+    done = subprocess.run([shell, ROOT / "scripts/common.sh"], capture_output=True, text=True)
+    assert (done.returncode, done.stdout) == (2, "")
+    assert done.stderr == "common.sh: error: this is a library; run one of the other scripts\n"
+
+
 @pytest.mark.parametrize(("script", "arguments", "variables", "words"), [
     ("setup.sh", "dev x", {}, ["dev\\ x", "expected dev or nothing"]),
     *((f"{name}.sh", "please", {}, ["please", "--help"]) for name in ("quickstart", "weizmann", "sprites")),
