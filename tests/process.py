@@ -15,6 +15,8 @@ import torch
 from runtime import distributed
 
 ENGINE = Path(distributed.__file__).parents[1]
+# for shell scripts, which also work if the environment of the tests is neither active nor in .venv
+PATH = f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}"
 GONE_WITHIN = 45  # seconds; torchrun gives ranks 30 s to end
 
 

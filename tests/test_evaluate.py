@@ -14,7 +14,7 @@ import torch
 
 import evaluate
 import sample_gd
-from process import end, spawn
+from process import PATH, end, spawn
 from runtime import distributed
 from runtime.untrusted import file_sha256
 from sample_folders import FEW, FRAMES, SIZE, SOURCE, read_clips, refused, run, write_samples
@@ -236,7 +236,7 @@ def test_score_sh_repeats_the_samples_and_scores_of_a_manifest(shapes, tmp_path)
     run_main(sample_gd, "--video", "--ckpt", ckpt, "--folder", tmp_path / "s", *flags, "--classes", 1, 0)
     flags = ["--metric", "consistency", "--samples", tmp_path / "s", "--data-path", shapes, "--num-real", 4]
     old = run(tmp_path / "m.json", *flags)
-    environment = {"MANIFEST": str(tmp_path / "m.json"), "OUT": str(tmp_path / "again")}
+    environment = {"PATH": PATH, "MANIFEST": str(tmp_path / "m.json"), "OUT": str(tmp_path / "again")}
     assert "bit for bit" in end(spawn("bash", ROOT / "scripts/score.sh", environment=environment), timeout=240)
     new = json.loads((tmp_path / "again/again.json").read_text())
     assert new["generated"]["samples_sha256"] == old["generated"]["samples_sha256"]

@@ -3,14 +3,12 @@
 import os
 import shutil
 import signal
-import sys
 from dataclasses import replace
-from pathlib import Path
 
 import pytest
 import torch
 
-from process import descendants, end, free_port, spawn, wait_gone, wait_until, write_commands
+from process import PATH, descendants, end, free_port, spawn, wait_gone, wait_until, write_commands
 from tiny_data import make_vae
 from training import ROOT, Training
 
@@ -27,7 +25,6 @@ def tree(tmp_path):
     return tmp_path
 
 
-PATH = f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}"
 PHASES = {"PATH": PATH, "EXP": "E", "MODEL": "EqM-Ti/4", "BATCH_1": 4, "BATCH_2": 4, "BATCH_3": 4}
 FLAGS = ["--depth", 1, "--num-workers", 0, "--log-every", 1, "--val-clips", 4]
 
