@@ -6,6 +6,7 @@ export.py --html calls `make_page`. The template is descent.html, the network de
 import base64
 import json
 import re
+from engine import refuse_to_run
 from dataclasses import asdict
 from html import escape
 from pathlib import Path
@@ -16,6 +17,8 @@ from models import model_name
 from runtime.cli import UserError
 from samplers import DESCENTS
 from vae import REPOSITORIES
+
+refuse_to_run(__name__, "scripts/export.py --html")
 
 TEMPLATE, NETWORK, KERNEL = (Path(__file__).with_suffix(suffix) for suffix in (".html", ".js", ".wat"))
 MOST_WEIGHTS = 20_000_000  # a file of 55 MB

@@ -1,5 +1,6 @@
 """Puts EqM/ on the path of the scripts beside this module, and has it report errors of their imports in one line."""
 
+import os
 import sys
 from pathlib import Path
 
@@ -7,3 +8,14 @@ ROOT = Path(__file__).resolve().parent.parent  # of the repository
 sys.path.insert(0, str(ROOT / "EqM"))
 
 import uncaught  # noqa: E402, F401
+
+
+def refuse_to_run(name, instead):
+    """End with one line and status 2 if Python runs a library as a script. name: the library's __name__."""
+    if name == "__main__":
+        script = os.path.basename(sys.argv[0])
+        print(f"{script}: error: this is a library; run {instead} instead", file=sys.stderr)
+        sys.exit(2)
+
+
+refuse_to_run(__name__, "another script in scripts/")

@@ -5,6 +5,9 @@ The text and binary formats are those of https://webassembly.github.io/spec/core
 
 import re
 import struct
+from engine import refuse_to_run
+
+refuse_to_run(__name__, "scripts/export.py --html")
 
 TYPES = {"i32": 0x7F, "f32": 0x7D, "v128": 0x7B}
 NO_RESULT = 0x40

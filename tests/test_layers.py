@@ -4,8 +4,11 @@ import ast
 import functools
 import importlib.metadata
 import re
+import runpy
 import sys
 from pathlib import Path
+
+import pytest
 
 ROOT = Path(__file__).resolve().parent.parent
 ENGINE = ROOT / "EqM"
@@ -113,6 +116,19 @@ def test_no_call_could_run_code_from_a_file():  # commands on such files: test_b
         assert not re.search(forbidden, text), path
         assert all("weights_only=True" in load for load in re.findall(r"torch\.load\([^\n]*", text)), path
         assert all("use_safetensors=True" in load for load in re.findall(r"from_pretrained\([^)]*", text)), path
+
+
+LIBRARIES = [path for path in sorted(ROOT.rglob("scripts/**/*.py")) if "\nif __name__ ==" not in path.read_text()]
+
+
+@pytest.mark.parametrize("path", LIBRARIES, ids=lambda path: path.stem)
+def test_a_library_of_the_scripts_says_so_when_it_is_run(path, monkeypatch, capsys):
+    monkeypatch.setattr(sys, "argv", [str(path)])
+    with pytest.raises(SystemExit) as ended:
+        runpy.run_path(str(path), run_name="__main__")
+    (line,) = capsys.readouterr().err.splitlines()
+    instead = re.fullmatch(f"{path.name}: error: this is a library; run (.*) instead", line)[1]
+    assert ended.value.code == 2 and (ROOT / instead.split()[-2 if "--" in instead else -1]).exists()
 
 
 def test_functions_fit_on_a_screen():

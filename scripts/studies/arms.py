@@ -6,6 +6,8 @@ from dataclasses import dataclass
 import lab
 from models import model_config
 
+lab.refuse_to_run(__name__, "scripts/studies/study.py")
+
 VERSION = 2  # of the arms and of the columns of study.csv; study.py refuses rows of other versions
 # {pace of the shapes: seconds of the videos, in which they travel the same distance}. "" moves by 0.51 patches per
 # temporal patch, and its videos are long enough for 32 frames.

@@ -30,7 +30,7 @@ from scipy.special import stdtr, stdtrit
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
-from engine import ROOT
+from engine import ROOT, refuse_to_run
 
 from benchmark import made
 from runtime import distributed
@@ -38,6 +38,8 @@ from runtime.atomic import write_file
 from runtime.cli import NATURAL, ArgumentParser, UserError, check_writable, fail, one_line_errors, say, wrong_input
 from runtime.metrics import read_metrics
 from scoring.stats import cell, mean_and_error  # noqa: F401 (cell: for people.py)
+
+refuse_to_run(__name__, "another script in scripts/studies/")
 
 # What --precision the studies train and sample with. On a CPU without AVX-512, bf16 takes ten times as long.
 PRECISION = "bf16" if distributed.has_fast_bf16(torch.device("cpu")) else "fp32"

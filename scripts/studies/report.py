@@ -7,8 +7,13 @@ from contextlib import contextmanager
 import numpy as np
 
 from arms import ARMS, BASE, BY_NAME, GUIDANCE, LENGTHS, PACES, RECOMMENDED, SHARE_SEEDS, TOKENS, VERSION, plan
-from lab import Difference, difference, difference_lines, mean_and_error, student_half, student_p, table, write_results
+from lab import (
+    Difference, difference, difference_lines, mean_and_error, refuse_to_run, student_half, student_p, table,
+    write_results,
+)
 from scoring.plots import COLORS, MARKERS, plt, save_figure
+
+refuse_to_run(__name__, "scripts/studies/study.py")
 
 SCRIPT = "python scripts/studies/study.py"
 FIXED, ROTARY, TABLE, MOVING = "16 fixed", "16 rotary", "16 table", "16 moving"
