@@ -32,7 +32,7 @@ from published import load_published, published_parts, read_export
 from runtime import distributed
 from runtime.atomic import atomic_write, link
 from runtime.cli import UserError, flag_text, say, writing
-from runtime.memory import free_bytes
+from runtime.memory import free_bytes, pinned_bytes
 from runtime.metrics import read_metrics
 from runtime.runs import is_restarted, lock, name_similar, newest_run, remove_temporary_files
 from runtime.untrusted import read_torch
@@ -151,7 +151,8 @@ class Writer:
         """Raise UserError, on all ranks, if the copy of a sharded state does not fit into rank 0's host memory."""
         if not any(map(is_sharded, state["model"].values())):
             return
-        sizes = (leaf.nbytes for leaf in tree_leaves(state) if isinstance(leaf, torch.Tensor))
+        tensors = [leaf for leaf in tree_leaves(state) if isinstance(leaf, torch.Tensor)]
+        sizes = [pinned_bytes(leaf.nbytes) if leaf.is_cuda else leaf.nbytes for leaf in tensors]
         needed, free = distributed.broadcast((0 if self.copies else sum(sizes), free_bytes()))
         if needed > free:
             takes = f"a checkpoint takes {needed / 1e9:.3g} GB of memory on the machine of rank 0"

@@ -4,7 +4,8 @@
 
 Steps run on tensors without values (torch's fake tensors), and a counter follows which of them are alive. Two depths
 give the bytes per block, two batches those per clip. The peak grows a little slower in small batches than in large
-ones, so between these two the script counts slightly too much. What fits on a GPU is then calculated.
+ones, so between these two the script counts slightly too much. What fits on a GPU is then calculated, and what a copy
+of a checkpoint takes on the host: there, torch rounds the memory of each tensor up to a power of two.
 """
 
 import itertools
@@ -26,6 +27,7 @@ from benchmark import made
 from models import GRAD_CHECKPOINTS, EqM_models
 from runtime import distributed
 from runtime.cli import ArgumentParser, one_line_errors
+from runtime.memory import pinned_bytes
 
 MODELS, FLAGS = ("S/4", "S/2", "B/2", "L/2", "XL/2"), (None, *reversed(GRAD_CHECKPOINTS))
 GPUS, USABLE = (24, 40, 80, 141), 0.9  # GB; the rest is for CUDA, NCCL and gaps between tensors
@@ -34,6 +36,7 @@ COUNTED, FRAMES = 16, (4, 8, 16, 32)  # the bytes of a clip grow with its frames
 BATCHES = 1, 256  # that are counted
 STATES = 20  # bytes per weight: weight, gradient, two of AdamW, EMA
 GATHERED = 16  # bytes per weight of a block, with --shard: two blocks, each with bf16 weights, bf16 and fp32 gradients
+SAVED = 4  # tensors of a weight in a checkpoint: weight, EMA, two of AdamW; each has 4 bytes per value
 SETTINGS = {"num_classes": 101, "use_rope": True}
 
 
@@ -91,6 +94,7 @@ def measure(name, flag):
     with torch.device("meta"):
         model = EqM_models[f"EqM-{name}"](**SETTINGS)
     weights, block = (sum(map(torch.numel, part.parameters())) for part in (model, model.blocks[0]))
+    pinned = SAVED * sum(pinned_bytes(weight.nbytes) for weight in model.parameters())
     steps = {at: np.array(count_step(name, flag, *at)) for at in itertools.product(BATCHES, (1, 2))}  # depth: 1, 2
     few, many = (steps[clips, 1] + (len(model.blocks) - 1) * (steps[clips, 2] - steps[clips, 1]) for clips in BATCHES)
     per_clip = (many - few) / (BATCHES[1] - BATCHES[0])
@@ -98,7 +102,7 @@ def measure(name, flag):
     return {
         "model": name, "flag": flag or "off", "weights": weights, "block": block, "kept_mb": kept / 1e6,
         "peak_mb": peak / 1e6, "kept_once_mb": once[0] / 1e6, "peak_once_mb": once[1] / 1e6,
-        "gflops": model.config.training_flops(COUNTED, flag) / 1e9,
+        "gflops": model.config.training_flops(COUNTED, flag) / 1e9, "pinned_mb": pinned / 1e6,
     }  # fmt: skip
 
 
@@ -127,6 +131,11 @@ def tables(rows):
         for ranks, row in itertools.product((1, RANKS), rows):
             cells = " | ".join(str(fitting_clips(row, frames, gb, ranks)) for gb in GPUS)
             lines.append(f"| {row['model']}{', `--shard`' if ranks > 1 else ''} | {row['flag']} | {cells} |")
+    lines += ["", "## Copy of a checkpoint in the host memory of rank 0", ""]
+    lines += ["| model | checkpoint (GB) | pinned memory (GB) |", "|---|---|---|"]
+    for row in rows[:: len(FLAGS)]:  # --grad-checkpoint changes nothing
+        checkpoint = 4 * SAVED * row["weights"] / 1e9
+        lines.append(f"| {row['model']} | {checkpoint:.2f} | {row['pinned_mb'] / 1e3:.2f} |")
     return lines
 
 

@@ -1,16 +1,19 @@
 """Bytes and FLOPs of training steps: closed forms, torch's own hooks, the committed counts and their tables."""
 
+import math
 from unittest.mock import patch
 
 import pytest
 import torch
 from torch._subclasses.fake_tensor import FakeTensorMode
 
+import checkpoint
 import memory
 import models
 from models import EqM_models
 from runtime.distributed import autocast
-from training import ROOT
+from runtime.memory import pinned_bytes
+from training import ROOT, error_of
 
 TOKENS, WIDTH, HEADS = 2048, 384, 6  # of 16 frames in EqM-S/2
 ROWS = memory.read_rows()
@@ -63,6 +66,27 @@ def test_the_committed_counts_are_those_of_the_code_and_the_tables_are_theirs():
     row = memory.measure("S/2", "selective")
     assert row == ROWS[4] | {name: pytest.approx(row[name], rel=1e-2) for name in row if name.endswith(("mb", "flops"))}
     assert (ROOT / "results/memory.md").read_text().splitlines()[2:] == memory.tables(ROWS)
+
+
+def test_the_copy_of_a_checkpoint_counts_powers_of_two_as_torch_allocates_pinned_memory():
+    sizes = [0, 1, 4, 5, 4096, 4097, 3 * 2**20]
+    assert [pinned_bytes(size) for size in sizes] == [0, 1, 4, 8, 4096, 8192, 4 * 2**20]
+    with torch.device("meta"):
+        weights = [weight.nbytes for weight in EqM_models["EqM-XL/2"](**memory.SETTINGS).parameters()]
+    rounded = sum(2 ** math.ceil(math.log2(size)) for size in weights)
+    (pinned,) = {row["pinned_mb"] for row in ROWS if row["model"] == "XL/2"}
+    assert 1e6 * pinned == 4 * rounded > 1.3 * 4 * sum(weights)  # weight, EMA, two of AdamW
+
+
+def test_a_sharded_run_needs_the_rounded_memory_for_its_copy_on_gpus(monkeypatch, tmp_path):
+    sizes = [5000, 3000]  # which become 8192 and 4096
+    monkeypatch.setattr(checkpoint, "is_sharded", lambda _: True)
+    monkeypatch.setattr(checkpoint, "free_bytes", lambda: 10_000)
+    writer = checkpoint.Writer(tmp_path)
+    writer.check_memory({"model": {str(size): torch.empty(size, dtype=torch.int8) for size in sizes}})
+    with FakeTensorMode():
+        on_gpu = {str(size): torch.empty(size, dtype=torch.int8, device="cuda:0") for size in sizes}
+    assert "takes 1.23e-05 GB of memory" in error_of(writer.check_memory, {"model": on_gpu})
 
 
 @pytest.mark.parametrize("flag", memory.FLAGS)

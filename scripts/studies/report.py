@@ -8,7 +8,14 @@ import numpy as np
 
 from arms import ARMS, BASE, BY_NAME, GUIDANCE, LENGTHS, PACES, RECOMMENDED, SHARE_SEEDS, TOKENS, VERSION, plan
 from lab import (
-    Difference, difference, difference_lines, mean_and_error, refuse_to_run, student_half, student_p, table,
+    Difference,
+    difference,
+    difference_lines,
+    mean_and_error,
+    refuse_to_run,
+    student_half,
+    student_p,
+    table,
     write_results,
 )
 from scoring.plots import COLORS, MARKERS, plt, save_figure
