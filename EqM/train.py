@@ -308,6 +308,8 @@ def training_losses(network, vae, batch, config, args, stream, device):
     dropout = transport.condition_dropout(gamma, config.class_dropout_prob)
     dropped = uniform(seed, "label drop", stream, indices) < dropout
     condition = Condition.of(batch["y"], config).null(dropped).to(device)
+    if gamma.dim() == 4 and device.type != "cpu":
+        gamma = gamma.pin_memory()  # megabytes; the CPU would wait for a copy from other memory
     time_scale, gamma = (part.to(device, non_blocking=True) for part in (batch["time_scales"], gamma))
     with distributed.autocast(device, args.precision):
         inputs = x, noise, gamma, condition.y, time_scale

@@ -6,10 +6,11 @@ refuses tensors on both devices. It also notes where the CPU waits for the GPU, 
 1, zeros, a mask that is true everywhere. So every gradient is finite, and no sample stops early.
 
 These tests miss autocast (meta has none), generators on the device (CPU generators replace them), kernels, numerics,
-torch.compile, several ranks, streams and pinned memory. Other tests check values.
+torch.compile, several ranks and streams. Other tests check values.
 """
 
 from contextlib import nullcontext
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -23,6 +24,8 @@ from models import EqM, EqM_models
 from runtime import distributed, rng
 from tiny_data import make_images, save_checkpoint
 from training import IMAGES, TINY, Training, record_calls, run_here, run_main
+from transport import draw_gammas
+from vae import VAE
 
 # A copy to a meta tensor has nothing to copy
 pytestmark = pytest.mark.filterwarnings("ignore:for .* copying from a non-meta parameter")
@@ -30,6 +33,7 @@ pytestmark = pytest.mark.filterwarnings("ignore:for .* copying from a non-meta p
 GPU = torch.device("meta")
 aten = torch.ops.aten
 COPIES = {aten.copy_.default: 1, aten._to_copy.default: 0}  # and the place of the source in their arguments
+STAGED = 2**16  # bytes; the CPU waits for a larger copy to a GPU, also a non-blocking one, unless it is pinned
 FUSED = aten._fused_adamw_.default, aten._fused_adamw_.tensor_lr  # their kernels take no scalar from the CPU
 
 
@@ -39,6 +43,16 @@ class OneDevice(TorchDispatchMode):
     def __init__(self):
         super().__init__()
         self.waits = []
+        self.pinned = []
+
+    def pin(self, tensor):
+        self.pinned.append(tensor.clone())
+        return self.pinned[-1]
+
+    def is_wait(self, source, non_blocking):
+        """Whether the CPU waits for a copy from itself to the GPU."""
+        is_pinned = source.data_ptr() in {tensor.data_ptr() for tensor in self.pinned}
+        return not non_blocking or (source.nbytes > STAGED and not is_pinned)
 
     def __torch_dispatch__(self, function, types, args=(), kwargs=None):
         kwargs = kwargs or {}
@@ -56,14 +70,14 @@ class OneDevice(TorchDispatchMode):
         return function(*args, **kwargs)
 
     def copy(self, function, args, kwargs):
-        """A copy may have two devices. The CPU waits for it, except for a non-blocking copy to the GPU."""
+        """A copy may have two devices. The CPU waits for it, except for some non-blocking copies to the GPU."""
         place = COPIES[function]
         source, non_blocking = args[place], kwargs.get("non_blocking") or True in args[2:]
         device = torch.device(kwargs.get("device") or args[0].device)
         if on_gpu(source) and device != GPU:
             self.waits.append(function)
             args = *args[:place], torch.ones(source.shape, dtype=source.dtype), *args[place + 1 :]
-        elif not on_gpu(source) and device == GPU and not non_blocking:
+        elif not on_gpu(source) and device == GPU and self.is_wait(source, non_blocking):
             self.waits.append(function)
         return function(*args, **kwargs)
 
@@ -87,6 +101,7 @@ def gpu(monkeypatch):
     monkeypatch.setattr(distributed, "start", lambda *_, **__: GPU)
     monkeypatch.setattr(torch_optimizer, "_get_fused_kernels_supported_devices", lambda: ["cpu", "meta"])
     with OneDevice() as mode:
+        monkeypatch.setattr(torch.Tensor, "pin_memory", lambda tensor: mode.pin(tensor))
         yield mode
 
 
@@ -119,6 +134,23 @@ def test_training_and_resuming_stay_on_the_gpu_and_steps_do_not_wait(
     assert run_here(training, *often, "--resume") == 2
     assert seen[4] - seen[3] == waits
     assert training.rows()[-1]["step"] == 5 and "val_loss" in training.rows()[-1]
+
+
+@pytest.mark.parametrize("regions", [0.0, 0.5])
+def test_levels_of_regions_are_copied_from_pinned_memory_and_are_the_drawn_ones(regions, gpu):
+    B, T, size = 4, 8, 64
+    clips = torch.zeros(B, 3, T, size, size, dtype=torch.uint8).pin_memory()  # as the loader does
+    batch = {"clips": clips, "y": torch.zeros(B, dtype=torch.int64), "time_scales": torch.full((B,), 0.04)}
+    batch["indices"] = torch.arange(B)
+    args = SimpleNamespace(global_seed=3, gamma_shift=2.0, precision="fp32", disp=False, forcing=0.5)
+    args.forcing_regions = regions
+    shape = {"temporal_patch_size": 4, "level_frames": 1, "input_size": size}
+    config = SimpleNamespace(class_dropout_prob=0.1, num_classes=2, objective="eqm", **shape)
+    train.training_losses(lambda x, *_, **__: x, VAE("none"), batch, config, args, 5, GPU)
+    assert gpu.waits == []
+    if regions:
+        _, levels = gpu.pinned
+        assert torch.equal(levels, draw_gammas(3, 5, range(B), T, 4, 2.0, 0.5, 1, regions, size))
 
 
 @pytest.mark.parametrize(("flags", "ebm", "stops"), [
