@@ -8,19 +8,14 @@ those of earlier versions are beside them. The script writes results/coverage.md
 """
 
 import operator
-import shlex
-import sys
-from datetime import date
 
 import lab
 
 # isort: split
 import numpy as np
 
-from benchmark import machine
 from runtime.cli import COUNT, one_line_errors
 from scoring import stats
-from scoring.manifest import code_commit
 
 UNITS = 2, 3, 4, 5, 6, 8, 10, 12, 16, 20, 30
 MANY_UNITS = 10, 12, 16, 20, 30  # where clustered shares and ratios have an interval
@@ -203,10 +198,6 @@ def main():
     args = parse_args()
     few = max(1, args.repeats // 10)
     content = {
-        "code": code_commit() or "",
-        "command": shlex.join(["python", "scripts/studies/coverage.py", *sys.argv[1:]]),
-        "date": date.today().isoformat(),
-        "machine": machine(),
         "repeats_of_means": args.repeats,
         "repeats": few,
         "means": cover_means(args.repeats),
