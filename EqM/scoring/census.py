@@ -1,17 +1,30 @@
 """Census: is a generated clip of the Sprites data set right, new and complete? All clips of this world are known.
 
-Each sample is matched with the closest of all clips (least squared error), and each of its frames is decoded. Take the
-matched frame and the same frame with one attribute changed. On the line between the two, the sample's frame has a
-position s: 0 at the matched frame, 1 at the other one. Its margin is 1 - 2 s. Above 0, it is closer to the matched
-frame. In the same way, the other frames of the character, in all classes, show whether the pose is right.
+Each sample is matched with the closest of all clips (least squared error), and each of its frames
+is decoded: it shows the attributes of the nearest frame, among the matched frame and the same frame
+with attributes changed.
 
-A sample is valid if all margins are above 0, its smallest margin is as large as those of training clips that went
-through the model's VAE, and its worst frame is as close to the matched frame as theirs. Validation clips that went
-through the VAE must be valid, and controls, wrong clips that are made of them, must not.
+Take the matched frame and the same frame with one attribute changed. On the line between the two,
+the sample's frame has a position s: 0 at the matched frame, 1 at the other one. Its margin 1 - 2 s
+is above 0 if it is closer to the matched frame. In the same way, the other frames of the character,
+in all classes, show whether the pose is right.
+
+A wrong frame has a small margin, so the smallest margin of each attribute over all frames finds it.
+A blend of two values in all frames moves every frame by the same share of its line. So the position
+of the entire clip (least squares over the pixels of all frames) finds it: the noise of the VAE
+differs between frames, and averages out.
+
+A sample is valid if it passes ten limits: the smallest margin of a frame and the margin of the
+clip, for each of the four attributes; the smallest margin of the pose; and the RMSE of the worst
+frame. The limits come from training clips that went through the model's VAE. All ten are the same
+quantile of their measure, the strictest one that lets 99% of these clips pass all ten. Validation
+clips that went through the VAE must be valid, and controls, wrong clips that are made of them, must
+not.
 """
 
+import math
 import re
-from itertools import product
+from itertools import chain, product
 from pathlib import PurePosixPath
 
 import numpy as np
@@ -26,11 +39,17 @@ from scoring.stats import interval_units, mean_interval, report, shares
 from vae import check_same, load_vae
 
 ATTRIBUTES = "body", "bottomwear", "topwear", "hair"  # the digits of a character's name
-MARGIN, RMSE = 0.001, 0.995  # the quantiles of training clips that are the limits
+PASS = 0.99  # the share of training clips through the VAE that the limits let pass
+PERCENTS = 10, 25, 40, 50  # of another value of an attribute, blended into all frames of controls
+BLENDED = 4  # one in so many validation clips is blended, as there are 16 kinds of blends
+GOAL = 40, 0.05  # at 40 percent, at most this share of the controls should be accepted
 SHIFT = 2  # px
 SAME = 3  # gray levels: frames with a smaller RMSE are the same; Slash and Spellcast begin alike for many characters
 CHUNK = 2048  # clips that are matched at a time
 CALIBRATED = {}  # what folders of one call share: {(VAE, data, count, seed): (World, limits, result of real clips)}
+BY_FRAME = *ATTRIBUTES, "pose"  # the smallest margins of a frame
+MARGINS = *BY_FRAME, *(f"{name}_of_clip" for name in ATTRIBUTES)
+LIMITED = *MARGINS, "rmse"
 REASONS = "attribute", "pose", "margin", "rmse"  # why a clip is not valid; the first one counts
 TITLES = {  # of the values
     "valid": "valid samples", "class_right": "samples that show the requested class",
@@ -38,10 +57,15 @@ TITLES = {  # of the values
     "held_out": "valid samples whose character is in no training clip", "held_out_expected": "expected without bias",
     "true_attributes": "samples that keep the true character", "true_clip": "samples that decode to the true clip",
     "rmse": "RMSE to the matched clip, gray levels of 255", "rmse_real": "of validation clips through the VAE",
+    "train_valid": "training clips that set the limits and are valid",
     "real_valid": "validation clips that are valid", "real_true": "validation clips that match themselves",
     "attribute_switched": "controls accepted: an attribute switched in a frame",
-    "hair_blended": "controls accepted: two hair styles blended", "frames_swapped": "controls accepted: frames swapped",
+    "frames_swapped": "controls accepted: frames swapped",
     "frame_shifted": f"controls accepted: a frame shifted by {SHIFT} px",
+    **{
+        f"{name}_blended_{percent}": f"controls accepted: {percent}% of another {name} in all frames"
+        for name, percent in product(ATTRIBUTES, PERCENTS)
+    },
 }  # fmt: skip
 
 
@@ -102,6 +126,7 @@ class World:
         changed = [[every.index((*who[:a], value, *who[a + 1 :])) for a, value in choices] for who in every]
         self.characters, self.choices, self.changed = map(torch.tensor, (every, choices, changed))
         # (characters, attributes); (M, 2); (characters, M): the number of the character after a choice
+        self.choices_of = [self.choices[:, 0] == a for a in range(len(values))]  # each attribute: bool (M,)
 
 
 def read_world(clips, args, device):
@@ -110,12 +135,15 @@ def read_world(clips, args, device):
     places = places_of(clips.classes, values)
     numbers = {video.path: places[video.key] for video in clips.videos}
     counts = len(clips.classes), len(places) // len(clips.classes)
-    frames = torch.empty(*counts, clips.num_frames, size, size, 3, dtype=torch.uint8)
+    frames = torch.zeros(*counts, clips.num_frames, size, size, 3, dtype=torch.uint8)
+    unread = set(numbers)
     for _, clip, *_, path in real_stream(clips, range(len(places)), args, corrupt, "reading all clips"):
         if corrupt:
             advice = "expected all clips of Sprites; make it again"
             raise UserError(f"--data-path {args.data_path}: {corrupt[0]} can't be decoded; {advice}")
         frames[numbers[path]] = torch.from_numpy(clip)
+        unread.discard(path)
+    assert not unread, f"{len(unread)} clips were not read, {min(unread)} first"
     return World(clips.classes, values, frames, device)
 
 
@@ -128,49 +156,79 @@ def match(world, clips):
     return torch.stack(torch.unravel_index(errors.flatten(1).argmin(dim=1), errors.shape[1:]), dim=1)
 
 
-def positions(error, best, others, squares, same):
-    """s, and by how much the squared error to the other is smaller; (T, M) each, -inf if |other - best|^2 < same.
+def along_lines(error, best, others, squares, same):
+    """How far frames are along the lines from the matched frames to others: (products, squares).
 
-    The frames are best + error, both (T, P); others are (T or 1, M, P), squares |others|^2. Float64 sums are exact.
+    The frames are best + error, both (T, P); others are (T or 1, M, P), squares |others|^2.
+    products (T, M): error.(other - best); squares (T, M): |other - best|^2. Both are 0 where the
+    squares are below `same`. Float64 sums are exact.
     """
     along, best_others = (torch.stack([error, best], dim=1) @ others.mT).unbind(dim=1)
     along = along - (error * best).sum(dim=-1, keepdim=True)
     length = squares - 2 * best_others + best.square().sum(dim=-1, keepdim=True)
-    return [torch.where(length < same, -torch.inf, own).cpu() for own in (along / length, 2 * along - length)]
+    is_other = length >= same
+    return torch.where(is_other, along, 0).cpu(), torch.where(is_other, length, 0).cpu()
+
+
+def margins(products, squares):
+    """The margins 1 - 2 s of the positions s; infinite where the frames are the same."""
+    return torch.where(squares > 0, 1 - 2 * products / squares, torch.inf)
+
+
+def gains(products, squares):
+    """By how much the squared error to the other frame is smaller."""
+    return 2 * products - squares
 
 
 def decode(world, place, clip):
-    """(smallest margins of attributes and of poses, values of attributes (T, attributes), RMSE (T,)) of the frames of a
-    clip uint8 (T, P) that is matched with the clip at a place. A frame that is closer to another pose than to another
-    attribute shows the attributes that it has in that pose.
+    """Decode a clip uint8 (T, P) that is matched with the clip at a place.
+
+    Returns its MARGINS, the values of the attributes (T, attributes) and the RMSE (T,) of its frames.
+    A frame that is closer to another pose than to another attribute shows the attributes that it has
+    in that pose.
     """
     (name, who), T = place, len(clip)
-    clip, others = clip.double(), world.changed[who]
+    clip = clip.double()
     cropped = clip[:, world.seen_once]
 
-    def compare(c, t, *others):  # the clip's frames with frames t of classes c and others
-        best, frames = world.cropped[c, who, t].double(), world.cropped[others].double()
-        return positions(cropped - best, best, frames, world.squares[others], world.same)
+    def compare(c, t, shown, *others):  # the clip's frames with frames at (c, shown, t) and others
+        best = world.cropped[c, shown, t].double()
+        frames = world.cropped[others].double()
+        return along_lines(cropped - best, best, frames, world.squares[others], world.same)
+
+    def compare_attributes(c, t, shown):
+        return compare(c, t, shown, c[:, None], world.changed[shown], t[:, None])
 
     c, t, every = torch.full((T,), name), torch.arange(T), torch.arange(len(world.classes) * T)[None]
-    poses, pose_gains = compare(c, t, every // T, who, every % T)
-    attributes, gains = compare(c, t, c[:, None], others, t[:, None])
-    (best_gain, pose), least = pose_gains.max(dim=1), gains.max(dim=1).values.clamp(min=0)
-    if (moved := best_gain > least).any():
-        c, t = torch.where(moved, pose // T, c), torch.where(moved, pose % T, t)
-        attributes, _ = compare(c, t, c[:, None], others, t[:, None])
-    decoded = world.characters[who].repeat(T, 1)
-    for a in range(len(ATTRIBUTES)):
-        own = world.choices[:, 0] == a
-        furthest, number = attributes[:, own].max(dim=1)
-        decoded[:, a] = torch.where(furthest < 0.5, decoded[:, a], world.choices[own, 1][number])
+    shown = torch.full((T,), who)
+    poses = compare(c, t, shown, every // T, who, every % T)
+    attributes = compare_attributes(c, t, shown)
+    best_gain, pose = gains(*poses).max(dim=1)
+    if (moved := best_gain > gains(*attributes).max(dim=1).values.clamp(min=0)).any():
+        c = torch.where(moved, pose // T, c)
+        t = torch.where(moved, pose % T, t)
+        attributes = compare_attributes(c, t, shown)
+    changes = attributes
+    for _ in ATTRIBUTES:  # one attribute after the other, as long as a frame gets closer
+        gain, choice = gains(*changes).max(dim=1)
+        if not (gain > 0).any():
+            break
+        shown = torch.where(gain > 0, world.changed[shown, choice], shown)
+        changes = compare_attributes(c, t, shown)
+    products, squares = attributes
+    by_frame = margins(products, squares)
+    of_clip = margins(products.sum(dim=0), squares.sum(dim=0))
+    smallest = [by_frame[:, choices].min() for choices in world.choices_of]
+    smallest += [margins(*poses).min()]
+    smallest += [of_clip[choices].min() for choices in world.choices_of]
     rmse = (clip - world.frames[name, who]).square().mean(dim=-1).sqrt()
-    return [1 - 2 * s.max().item() for s in (attributes, poses)], decoded.numpy(), rmse.cpu().numpy()
+    smallest = torch.stack(smallest).nan_to_num(posinf=1.0)  # of what no frame shows, for example hidden hair
+    return smallest.numpy(), world.characters[shown].numpy(), rmse.cpu().numpy()
 
 
 def measure(world, clips, title):
-    """A dict of arrays about clips uint8 (n, T, H, W, 3): place (n, 2) of the matched clip; margins (n, 2), decoded
-    (n, T, attributes) and rmse (n, T) of `decode`; the smallest margin, worst_rmse and clip_rmse of each clip (n,).
+    """A dict of arrays about clips uint8 (n, T, H, W, 3): place (n, 2) of the matched clip; margins
+    (n, MARGINS), decoded (n, T, attributes) and rmse (n, T) of `decode`; worst_rmse and clip_rmse (n,).
     """
 
     def rows():
@@ -181,14 +239,44 @@ def measure(world, clips, title):
 
     columns = zip(*Bar(rows(), desc=title, total=len(clips), unit="clip", leave=False), strict=True)
     found = dict(zip(("place", "margins", "decoded", "rmse"), map(np.array, columns), strict=True))
-    rmse = {"worst_rmse": found["rmse"].max(axis=1), "clip_rmse": np.sqrt(np.square(found["rmse"]).mean(axis=1))}
-    return found | {"margin": found["margins"].min(axis=1)} | rmse
+    return found | {
+        "worst_rmse": found["rmse"].max(axis=1),
+        "clip_rmse": np.sqrt(np.square(found["rmse"]).mean(axis=1)),
+    }
+
+
+def limited(found):
+    """What LIMITED names, of clips that `measure` found: (n, LIMITED), larger is better."""
+    return np.column_stack([found["margins"], -found["worst_rmse"]])
+
+
+def find_limits(found):
+    """The limits of `limited` from training clips that `measure` found.
+
+    All are the same quantile of their column, the strictest that lets a share PASS of the clips pass
+    all. Each is halfway between the values of two clips: the last that fails and the first that passes.
+    """
+    values = limited(found)
+    ordered = np.sort(values, axis=0)
+    ranks = [np.searchsorted(*columns) for columns in zip(ordered.T, values.T, strict=True)]
+    worst_ranks = np.sort(np.min(ranks, axis=0))  # of each clip: so few others are worse in a column
+    failing = worst_ranks[math.floor((1 - PASS) * len(values))]  # clips, in each column
+    return (ordered[max(0, failing - 1)] + ordered[failing]) / 2
 
 
 def reasons(found, limits):
     """Why each clip that `measure` found is not valid, an array of REASONS; "" for valid clips."""
-    unlike = found["margin"] < limits["margin"], found["worst_rmse"] > limits["rmse"]
-    return np.select([*(found["margins"] <= 0).T, *unlike], REASONS, default="")
+    fails = limited(found) < limits
+    frames = slice(len(BY_FRAME))
+    is_closer = fails[:, frames] & (found["margins"][:, frames] <= 0)  # to another frame
+    cases = is_closer[:, :-1].any(axis=1), is_closer[:, -1], fails[:, :-1].any(axis=1), fails[:, -1]
+    return np.select(cases, REASONS, default="")
+
+
+def differences(world, name, who):
+    """Whether a choice changes a frame of the true clip at a place: bool (M, T)."""
+    true, others = world.cropped[name, who].int(), world.cropped[name, world.changed[who]].int()
+    return ((others - true).square().sum(dim=-1) > world.same).cpu()
 
 
 def make_controls(world, places, made, through, seed):
@@ -196,33 +284,46 @@ def make_controls(world, places, made, through, seed):
 
     A change is drawn from those that the true frames show.
     """
-    (_, T, H, W, _), is_hair, drawn = made.shape, world.choices[:, 0] == ATTRIBUTES.index("hair"), []
+    (_, T, H, W, _), drawn = made.shape, []
     moves = (0, SHIFT), (2 * SHIFT, SHIFT), (SHIFT, 0), (SHIFT, 2 * SHIFT)  # in a frame with a border of SHIFT
     for index, (name, who) in enumerate(places.tolist()):
-        true, others = world.cropped[name, who].int(), world.cropped[name, world.changed[who]].int()
-        differ = ((others - true).square().sum(dim=-1) > world.same).cpu()  # (M, T)
+        true = world.cropped[name, who].int()
         pairs = ((true[:, None] - true).square().sum(dim=-1) > world.same).nonzero().cpu()
-        options = differ.nonzero(), (differ.any(dim=1) & is_hair).nonzero()[:, 0], pairs, range(T), moves
+        options = differences(world, name, who).nonzero(), pairs, range(T), moves
         drawn.append([])
         for number, own in enumerate(options):
             random = generator(seed, "census", number, index)
             drawn[-1].append(own[int(torch.randint(len(own), (), generator=random))])
-    changes, styles, pairs, times, moves = zip(*drawn, strict=True)
-
-    def clips_after(choices):  # true clips
-        return world.clips[places[:, 0], world.changed[places[:, 1], choices]]
+    changes, pairs, times, moves = zip(*drawn, strict=True)
 
     every, (choices, frames) = range(len(places)), torch.stack(changes).T
+    others = world.clips[places[:, 0], world.changed[places[:, 1], choices]]  # true clips
     switched, swapped, shifted = made.clone(), made.clone(), made.clone()
-    switched[every, frames] = through(clips_after(choices)[every, frames][:, None])[:, 0]
+    switched[every, frames] = through(others[every, frames][:, None])[:, 0]
     yield "attribute_switched", switched
-    yield "hair_blended", ((made.int() + through(clips_after(torch.stack(styles))) + 1) // 2).byte()
     for index, (pair, t, (down, right)) in enumerate(zip(pairs, times, moves, strict=True)):
         swapped[index, pair] = made[index, pair.flip(0)]
         bordered = F.pad(made[index, t], (0, 0, SHIFT, SHIFT, SHIFT, SHIFT))
         shifted[index, t] = bordered[down : down + H, right : right + W]
     yield "frames_swapped", swapped
     yield "frame_shifted", shifted
+
+
+def make_blends(world, places, made, through, seed):
+    """Yield (name, clips like `made`): PERCENTS of another value of an attribute, in all frames.
+
+    The value is drawn from those that the true clip shows.
+    """
+    for attribute, is_own in zip(ATTRIBUTES, world.choices_of, strict=True):
+        choices = []
+        for index, (name, who) in enumerate(places.tolist()):
+            options = (differences(world, name, who).any(dim=1) & is_own).nonzero()[:, 0]
+            random = generator(seed, "census", attribute, index)
+            choices.append(options[torch.randint(len(options), (), generator=random)])
+        others = through(world.clips[places[:, 0], world.changed[places[:, 1], torch.stack(choices)]])
+        for percent in PERCENTS:
+            blended = (100 - percent) * made.int() + percent * others.int()
+            yield f"{attribute}_blended_{percent}", ((blended + 50) // 100).byte()
 
 
 def calibrate(world, clips, training, count, args, vae, device):
@@ -239,16 +340,23 @@ def calibrate(world, clips, training, count, args, vae, device):
 
     known = set(training)
     found = measure(world, some(training, "train")[1], "training clips")
-    limits = {"margin": np.quantile(found["margin"], MARGIN), "rmse": np.quantile(found["worst_rmse"], RMSE)}
+    limits = find_limits(found)
+    train_valid = (reasons(found, limits) == "").mean()
     places, made = some([video for video in clips.videos if video not in known], "val")
     found = measure(world, made, "validation clips")
     hits = {"real_valid": reasons(found, limits) == "", "real_true": (found["place"] == places.numpy()).all(axis=1)}
-    for name, wrong in make_controls(world, places, made, through, args.seed):
+    few = math.ceil(len(places) / BLENDED)
+    controls = make_controls(world, places, made, through, args.seed)
+    blends = make_blends(world, places[:few], made[:few], through, args.seed)
+    for name, wrong in chain(controls, blends):
         hits[name] = reasons(measure(world, wrong, name), limits) == ""
     keys = {place: key for key, place in world.places.items()}
     own = [keys[tuple(place)] for place in places.tolist()]  # a character may have several clips
-    result = {"rmse_real": found["clip_rmse"].mean(), "num_real": len(own), "validation": own}
-    return limits, shares(hits, own) | result
+    about = {"rmse_real": found["clip_rmse"].mean(), "num_real": len(own), "num_blended": few, "validation": own}
+    result = {}
+    for name, hit in hits.items():
+        result |= shares({name: hit}, own[: len(hit)])  # blends are of the first ones
+    return limits, result | about | {"train_valid": train_valid}
 
 
 def score_census(samples, clips, training, count, args, device):
@@ -264,7 +372,8 @@ def score_census(samples, clips, training, count, args, device):
     found, videos, keys = measure(world, samples.clips, "samples"), samples.videos, list(world.places)
     why, rmse, (name, who) = reasons(found, limits), found["clip_rmse"], found["place"].T
     valid, known, K = why == "", {world.places[video.key][1] for video in training}, len(world.characters)
-    result = result | shares({"valid": valid} | hits_of(world, samples, found), videos) | {"limits": limits}
+    result = result | shares({"valid": valid} | hits_of(world, samples, found), videos)
+    result["limits"] = dict(zip(LIMITED, [*limits[:-1].tolist(), -limits[-1]], strict=True))
     result |= shares({"held_out": ~np.isin(who, [*known])[valid]}, np.array(videos)[valid].tolist())
     result |= {"held_out_expected": 1 - len(known) / K, "characters": len({*who[valid].tolist()})}
     result["characters_expected"] = K * (1 - (1 - 1 / K) ** int(valid.sum()))
@@ -272,7 +381,7 @@ def score_census(samples, clips, training, count, args, device):
     result["failures"] = {reason: int((why == reason).sum()) for reason in REASONS}
     result["samples"] = {
         "matched": [keys[number] for number in name * K + who], "valid": valid.tolist(), "reason": why.tolist(),
-        "margin": found["margin"].tolist(), "worst_rmse": found["worst_rmse"].tolist(),
+        "margins": found["margins"].tolist(), "worst_rmse": found["worst_rmse"].tolist(),
     }  # fmt: skip
     values, lines = report(result, TITLES)
     values |= {name: result[name] for name in ("characters", "characters_expected")}
@@ -280,9 +389,26 @@ def score_census(samples, clips, training, count, args, device):
     lines += [
         f"  characters of the valid samples: {result['characters']}, expected {result['characters_expected']:.1f}",
         f"  not valid because of: {', '.join(f'{name} {count}' for name, count in result['failures'].items())}",
-        f"  limits: margin {limits['margin']:.3f} or more, RMSE of a frame {limits['rmse']:.2f} or less", line,
+        f"  limits: {limits_line(result['limits'])}", line,
     ]  # fmt: skip
+    lines += missed_goals(result)
     return values, result, lines
+
+
+def limits_line(limits):
+    """The limits in words."""
+    by_frame = ", ".join(f"{name} {limits[name]:.3f}" for name in BY_FRAME)
+    of_clip = ", ".join(f"{name} {limits[f'{name}_of_clip']:.3f}" for name in ATTRIBUTES)
+    return f"margin of a frame: {by_frame}; of the clip: {of_clip}; RMSE of a frame: {limits['rmse']:.2f}"
+
+
+def missed_goals(result):
+    """A line if too many controls are accepted with much of another value, else none."""
+    percent, most = GOAL
+    accepted = {name: result[f"{name}_blended_{percent}"] for name in ATTRIBUTES}
+    missed = [f"{name} {share:.1%}" for name, share in accepted.items() if share > most]
+    goal = f"of the controls with {percent}% of another value, at most {most:.0%} should be accepted"
+    return [f"  note: {goal}; missed for {', '.join(missed)}"] if missed else []
 
 
 def hits_of(world, samples, found):
@@ -294,5 +420,6 @@ def hits_of(world, samples, found):
     if all(key in world.places for key in keys):
         true = np.array([world.places[key] for key in keys])
         hits["true_attributes"] = (decoded == world.characters.numpy()[true[:, 1], None]).all(axis=(1, 2))
-        hits["true_clip"] = (place == true).all(axis=1) & (found["margins"] > 0).all(axis=1)
+        by_frame = found["margins"][:, : len(BY_FRAME)]
+        hits["true_clip"] = (place == true).all(axis=1) & (by_frame > 0).all(axis=1)
     return hits
