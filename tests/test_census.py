@@ -9,6 +9,7 @@ import numpy as np
 import pytest
 import torch
 
+import sprites
 from sample_folders import FEW, refused, run, write_samples
 from scoring import census, sources
 from tiny_data import make_vae
@@ -243,6 +244,7 @@ def test_samples_get_the_reason_that_they_fail_for(data, tmp_path, monkeypatch, 
     assert 0 < of_blend["hair_of_clip"] < limits["hair_of_clip"] < of_clip["hair_of_clip"]
     assert of_blend["hair_of_clip"] == pytest.approx(0.2, abs=0.1)  # 40% of the way to another value
     assert result["samples"]["worst_rmse"][6] > limits["rmse"]
+    assert "-" not in [sprites.percent(result, name) for name in sprites.SHARES]  # rows of results/sprites.md
     said = capsys.readouterr().out
     assert "not valid because of: attribute 2, pose 1, margin 1, rmse 1" in said
     assert "controls accepted: 40% of another hair in all frames" in said and "note: of the controls" not in said

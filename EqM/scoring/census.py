@@ -338,25 +338,30 @@ def calibrate(world, clips, training, count, args, vae, device):
         places = torch.tensor([world.places[videos[n].key] for n in order])
         return places, through(world.clips[*places.T])
 
+    keys = {place: key for key, place in world.places.items()}
+
+    def keys_of(places):  # a character may have several clips
+        return [keys[tuple(place)] for place in places.tolist()]
+
     known = set(training)
-    found = measure(world, some(training, "train")[1], "training clips")
+    places, made = some(training, "train")
+    found = measure(world, made, "training clips")
     limits = find_limits(found)
-    train_valid = (reasons(found, limits) == "").mean()
+    result = shares({"train_valid": reasons(found, limits) == ""}, keys_of(places))
     places, made = some([video for video in clips.videos if video not in known], "val")
     found = measure(world, made, "validation clips")
-    hits = {"real_valid": reasons(found, limits) == "", "real_true": (found["place"] == places.numpy()).all(axis=1)}
+    hits = {"real_valid": reasons(found, limits) == ""}
+    hits["real_true"] = (found["place"] == places.numpy()).all(axis=1)
     few = math.ceil(len(places) / BLENDED)
     controls = make_controls(world, places, made, through, args.seed)
     blends = make_blends(world, places[:few], made[:few], through, args.seed)
     for name, wrong in chain(controls, blends):
         hits[name] = reasons(measure(world, wrong, name), limits) == ""
-    keys = {place: key for key, place in world.places.items()}
-    own = [keys[tuple(place)] for place in places.tolist()]  # a character may have several clips
-    about = {"rmse_real": found["clip_rmse"].mean(), "num_real": len(own), "num_blended": few, "validation": own}
-    result = {}
+    own = keys_of(places)
     for name, hit in hits.items():
         result |= shares({name: hit}, own[: len(hit)])  # blends are of the first ones
-    return limits, result | about | {"train_valid": train_valid}
+    result |= {"rmse_real": found["clip_rmse"].mean(), "num_real": len(own)}
+    return limits, result | {"num_blended": few, "validation": own}
 
 
 def score_census(samples, clips, training, count, args, device):

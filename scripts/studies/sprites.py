@@ -12,6 +12,7 @@ from pathlib import Path
 
 import lab
 from runtime.metrics import read_metrics
+from scoring.census import ATTRIBUTES, PERCENTS
 
 TASKS = "census", "classifier", "predicted", "predicted-census"
 LONG = "samples", "validation"  # of --metric census: an entry per clip
@@ -20,11 +21,16 @@ SHARES = {  # of --metric census: words in the table
     "body": "samples with one body in all frames (%)", "bottomwear": "with one bottomwear (%)",
     "topwear": "with one topwear (%)", "hair": "with one hair (%)",
     "held_out": "valid samples of characters that never trained (%)",
+    "train_valid": "training clips that set the limits and pass (%)",
     "real_valid": "real test clips that are valid (%)",
     "attribute_switched": "accepted with an attribute switched in a frame (%)",
-    "hair_blended": "accepted with two hair styles blended (%)", "frames_swapped": "accepted with frames swapped (%)",
-    "frame_shifted": "accepted with a frame shifted (%)",
+    "frames_swapped": "accepted with frames swapped (%)", "frame_shifted": "accepted with a frame shifted (%)",
 }  # fmt: skip
+SHARES |= {
+    f"{name}_blended_{percent}": f"accepted with {percent}% of another {name} in all frames (%)"
+    for name in ATTRIBUTES
+    for percent in PERCENTS
+}
 
 
 def read_run(name):
@@ -49,7 +55,9 @@ def read_run(name):
 
 
 def percent(result, name):
-    """A share and its interval, if it has one, in percent, as text."""
+    """A share and its interval, if it has one, in percent, as text; "-" in results of older code without the share."""
+    if name not in result:
+        return "-"
     text = f"{100 * result[name]:.1f}"
     if result[f"{name}_interval95"] is None:
         return text
@@ -60,6 +68,8 @@ def percent(result, name):
 def rows_of(run):
     """{row of the table: text} for a run."""
     real, samples, census = run["classifier_real"], run["classifier_samples"], run["census"]
+    if "hair_blended" in census:  # older code blended only hair, half and half
+        census = census | {f"hair_blended_50{end}": census[f"hair_blended{end}"] for end in ("", "_interval95")}
     given, predicted = run["predicted-census"], run["predicted"]
     rows = {
         "steps of the VAE; of the model": f"{run['vae_steps']}; {run['steps']}",
