@@ -369,9 +369,9 @@ def train_words(flags, is_sided):
     words += ["--results-dir", f"results/{name}"] if is_text(name) else []
     words += ["--vae", flags.vae, "--image-size", flags.image_size]
     words += ["--global-batch-size", flags.global_batch_size, "--max-steps", flags.max_steps]
-    if flags.max_steps <= 10_000:  # where train.py makes its first samples by default
-        words += ["--val-every", max(1, flags.max_steps // 4)]
-        words += ["--sample-every", max(1, flags.max_steps // 2)]
+    if flags.max_steps <= 10_000:  # train.py would make its first samples there
+        words += ["--val-every", max(100, flags.max_steps // 4)]
+        words += ["--sample-every", max(100, flags.max_steps // 2)]  # they take longer than a few steps
     for typed in sorted(flags.typed & {"frame_interval", "val_fraction", "max_bad_fraction"}):
         words += cli.flag_text(flags, typed).split()
     return [str(word) for word in [*words, *["--no-flip"] * is_sided]]
