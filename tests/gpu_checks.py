@@ -120,6 +120,7 @@ ROUNDING |= {"--precision tf32": 5e-3, "--precision bf16": 1e-2, "--precision fp
 ROUNDING |= {"--grad-checkpoint selective --compile --precision fp32": 1e-3}
 # Losses of other kinds of training, / the plain one. On a CPU: muon 0.88, disp 0.98, ebm 0.43.
 OTHER_TRAINING = ["--optimizer muon", "--disp", "--ebm dot"]
+SHARDED = ["--shard", "--compile --shard"]  # against one process in fp32
 ON_A_CPU = ["--grad-checkpoint --precision fp32", "--precision bf16", "--optimizer muon"]
 
 
@@ -178,7 +179,8 @@ def test_ranks(plain, all_ranks, run, check):
     """Several ranks (or one of torchrun) against one process, the same global batch, fp32: losses, gradient norms."""
     others = {f"{RANKS} ranks / 1": all_ranks} if RANKS > 1 else {"1 rank / plain": run("python", ranks=0)}
     if RANKS > 1 and ON_GPU:
-        others[f"{RANKS} ranks, --shard / 1"] = run("shard", "--precision", "fp32", "--shard", ranks=RANKS)
+        for flags in SHARDED:
+            others[f"{RANKS} ranks, {flags} / 1"] = run(flags, "--precision", "fp32", *flags.split(), ranks=RANKS)
     for name, other in others.items():
         check(name, distance(other, plain, "train_loss", "grad_norm", "val_loss"), 1e-3)
     if RANKS > 1 and ON_GPU and "bf16" in PRECISIONS:  # --shard gathers rounded weights

@@ -27,6 +27,26 @@ def test_the_limits_of_bf16_pass_rounding_and_no_mistake(what):
     assert all(error <= limit for error, limit in errors) == (what == "nothing")
 
 
+def test_with_several_gpus_sharded_runs_are_compared_compiled_and_not(monkeypatch):
+    monkeypatch.setattr(gpu_checks, "ON_GPU", True)
+    monkeypatch.setattr(gpu_checks, "RANKS", 2)
+    monkeypatch.setattr(gpu_checks, "PRECISIONS", ["fp32"])
+    monkeypatch.setattr(gpu_checks, "distance", lambda run, *_: run)
+    runs, rows = [], {}
+
+    def run(name, *flags, ranks):
+        assert ranks == 2
+        runs.append(flags)
+        return name
+
+    gpu_checks.test_ranks("plain", "all ranks", run, lambda what, value, limit: rows.update({what: value}))
+    assert rows == {
+        "2 ranks / 1": "all ranks", "2 ranks, --shard / 1": "--shard",
+        "2 ranks, --compile --shard / 1": "--compile --shard",
+    }  # fmt: skip
+    assert ("--precision", "fp32", "--compile", "--shard") in runs
+
+
 @pytest.mark.parametrize("values", [[0.1], [0.1, 0.11, math.nan]])
 def test_a_value_above_its_limit_or_missing_gives_status_1_and_is_named(values, monkeypatch, tmp_path, capsys):
     def run_pytest(command, plugins):
