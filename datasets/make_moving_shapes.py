@@ -195,7 +195,7 @@ def check_flags(args):
 
 
 def parse_args(argv=None):
-    parser = ArgumentParser(description=__doc__.split("\n")[0])
+    parser = ArgumentParser(description=" ".join(__doc__.partition("\n\n")[0].split()))
     add = parser.add_argument
     add("--out", type=Path, required=True, help="folder to make; must be new or empty")
     count, pixels = number(int, least=2, most=100_000), number(int, least=16, most=4096)  # 2: one trains, one tests

@@ -45,7 +45,7 @@ def checker(record, part):
 
 @pytest.fixture
 def check(record_property, request):
-    return checker(record_property, request.function.__doc__)
+    return checker(record_property, " ".join(request.function.__doc__.split()))
 
 
 # Outputs and gradients ------------------------------------------------------------------------------------------------

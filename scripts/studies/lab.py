@@ -49,7 +49,8 @@ WAIT_SECONDS = 2.0  # between two checks for runs that other processes did not f
 
 def out_parser(doc, what):
     """A parser with the flag --out, a folder for `what`. doc: the docstring of the script."""
-    parser = ArgumentParser(description=doc.partition("\n")[0])
+    summary = " ".join(doc.partition("\n\n")[0].split())
+    parser = ArgumentParser(description=summary)
     parser.add_argument("--out", type=writable, default="results", metavar="DIR", help=f"folder for {what}")
     return parser
 

@@ -272,5 +272,5 @@ def write_report(study):
         "",
     ]
     for letter, answer in {"A": answer_a, "B": answer_b, "C": answer_c, "D": answer_d}.items():
-        lines += [f"## {letter}. {answer.__doc__}", "", f"`{SCRIPT} --only {letter}`", "", *answer(study, rows)]
+        lines += [f"## {letter}. {' '.join(answer.__doc__.split())}", "", f"`{SCRIPT} --only {letter}`", "", *answer(study, rows)]
     write_results(study.out, "study", lines)
